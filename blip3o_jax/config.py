@@ -1,0 +1,468 @@
+"""Every setting of every part and stage, as frozen dataclasses.
+
+A file under configs/ returns a `Config`; `Config` values turn into an `ml_collections.ConfigDict` (`to_config_dict`) so that
+`--config.a.b=v` can override a field, and back (`from_config_dict`), where an unknown key, a wrong type or a value that
+cannot work is an error that names the field. Fields of a network carry the names of the library class it matches
+(transformers, diffusers), so a published config.json reads straight into them.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from typing import Any
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be used; the message names the field and says what to do."""
+
+
+def check(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+def check_choice(field: str, value: str, choices: typing.Iterable[str]) -> None:
+    choices = tuple(choices)
+    check(value in choices, f"{field}={value!r} is not one of {', '.join(choices)}")
+
+
+REMAT = ("none", "full", "dots", "offload")
+
+
+@dataclasses.dataclass(frozen=True)
+class Qwen3Config:
+    """Fields of `transformers.Qwen3Config`. `vocab_size` counts the rows in use; the rows stored are padded up to a multiple
+    of `vocab_multiple` so that the table shards evenly (`Vocabulary` in text/ owns the ids)."""
+
+    vocab_size: int = 217210
+    hidden_size: int = 2048
+    intermediate_size: int = 6144
+    num_hidden_layers: int = 28
+    num_attention_heads: int = 16
+    num_key_value_heads: int = 8
+    head_dim: int = 128
+    rope_theta: float = 1e6
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = True
+    initializer_range: float = 0.02
+    vocab_multiple: int = 512
+    dtype: str = "bfloat16"
+    param_dtype: str = "float32"
+    remat: str = "full"
+
+    def __post_init__(self) -> None:
+        check_choice("ar.remat", self.remat, REMAT)
+        check(
+            self.num_attention_heads % self.num_key_value_heads == 0,
+            f"ar.num_attention_heads={self.num_attention_heads} must be a multiple of "
+            f"ar.num_key_value_heads={self.num_key_value_heads}",
+        )
+        check(self.head_dim % 2 == 0, f"ar.head_dim={self.head_dim} must be even (rotary embedding)")
+
+    @property
+    def padded_vocab_size(self) -> int:
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+
+@dataclasses.dataclass(frozen=True)
+class SiglipVisionConfig:
+    """Fields of `transformers.SiglipVisionConfig`: the encoder of the vision tokenizer."""
+
+    hidden_size: int = 1152
+    intermediate_size: int = 4304
+    num_hidden_layers: int = 27
+    num_attention_heads: int = 16
+    image_size: int = 384
+    patch_size: int = 14
+    layer_norm_eps: float = 1e-6
+    dtype: str = "bfloat16"
+    param_dtype: str = "float32"
+    remat: str = "none"
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side."""
+        return self.image_size // self.patch_size
+
+
+@dataclasses.dataclass(frozen=True)
+class TaTokDecoderConfig:
+    """Fields of `transformers.Siglip2VisionConfig` with patch_size 1: the decoder that reconstructs SigLIP2 features."""
+
+    hidden_size: int = 1152
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 3
+    num_attention_heads: int = 12
+    num_patches: int = 256
+    layer_norm_eps: float = 1e-6
+
+
+@dataclasses.dataclass(frozen=True)
+class TaTokConfig:
+    """The vision tokenizer: SigLIP2 encoder -> bottleneck -> SimVQ codebook -> decoder (section "TA-Tok" of docs/)."""
+
+    encoder: SiglipVisionConfig = SiglipVisionConfig()
+    decoder: TaTokDecoderConfig = TaTokDecoderConfig()
+    bottleneck_dim: int = 1536
+    codebook_size: int = 65536
+    select_layer: int = -2
+    pool_scale: int = 1
+    l2_normalized: bool = True
+    stochastic: bool = False
+    stochastic_temperature: float = 0.03
+    dtype: str = "bfloat16"
+    param_dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        check(self.pool_scale in (1, 2, 3), f"tokenizer.pool_scale={self.pool_scale} must be 1, 2 or 3")
+        check(self.select_layer < 0, f"tokenizer.select_layer={self.select_layer} counts from the end: use -1, -2, ...")
+
+    @property
+    def grid(self) -> int:
+        """Image tokens along one side: 27, 13 or 9 for pool scales 1, 2, 3 of the published encoder."""
+        return self.encoder.grid // self.pool_scale
+
+    @property
+    def num_tokens(self) -> int:
+        return self.grid**2
+
+
+@dataclasses.dataclass(frozen=True)
+class TextTowerConfig:
+    """The caption encoder of the contrastive stage (SigLIP's text side); dropped once the vision encoder is trained."""
+
+    hidden_size: int = 1152
+    intermediate_size: int = 4304
+    num_hidden_layers: int = 27
+    num_attention_heads: int = 16
+    layer_norm_eps: float = 1e-6
+    dtype: str = "bfloat16"
+    param_dtype: str = "float32"
+    remat: str = "none"
+
+
+@dataclasses.dataclass(frozen=True)
+class ConnectorConfig:
+    """Linear -> GELU(tanh) -> Linear -> RMSNorm between the AR's hidden states and the DiT's caption channels."""
+
+    rms_norm_eps: float = 1e-5
+    norm_init: float = 5.5**0.5
+    dtype: str = "bfloat16"
+    param_dtype: str = "float32"
+
+
+@dataclasses.dataclass(frozen=True)
+class SanaConfig:
+    """Fields of `diffusers.SanaTransformer2DModel` (SANA 1.5 1.6B by default)."""
+
+    in_channels: int = 32
+    out_channels: int = 32
+    num_layers: int = 20
+    num_attention_heads: int = 70
+    attention_head_dim: int = 32
+    num_cross_attention_heads: int = 20
+    cross_attention_head_dim: int = 112
+    cross_attention_dim: int = 2240
+    caption_channels: int = 2304
+    mlp_ratio: float = 2.5
+    patch_size: int = 1
+    qk_norm: str | None = "rms_norm_across_heads"
+    dtype: str = "bfloat16"
+    param_dtype: str = "float32"
+    remat: str = "full"
+
+    @property
+    def hidden_size(self) -> int:
+        return self.num_attention_heads * self.attention_head_dim
+
+    def __post_init__(self) -> None:
+        check_choice("dit.remat", self.remat, REMAT)
+        check(
+            self.num_cross_attention_heads * self.cross_attention_head_dim == self.cross_attention_dim,
+            "dit.cross_attention_dim must equal num_cross_attention_heads * cross_attention_head_dim",
+        )
+        check(self.cross_attention_dim == self.hidden_size, "dit.cross_attention_dim must equal the hidden size")
+        check(self.qk_norm in (None, "rms_norm_across_heads"), f"dit.qk_norm={self.qk_norm!r} is not supported")
+
+
+@dataclasses.dataclass(frozen=True)
+class DcAeConfig:
+    """Fields of `diffusers.AutoencoderDC` (f32c32 by default)."""
+
+    in_channels: int = 3
+    latent_channels: int = 32
+    attention_head_dim: int = 32
+    encoder_block_types: tuple[str, ...] = ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3
+    decoder_block_types: tuple[str, ...] = ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3
+    encoder_block_out_channels: tuple[int, ...] = (128, 256, 512, 512, 1024, 1024)
+    decoder_block_out_channels: tuple[int, ...] = (128, 256, 512, 512, 1024, 1024)
+    encoder_layers_per_block: tuple[int, ...] = (2, 2, 2, 3, 3, 3)
+    decoder_layers_per_block: tuple[int, ...] = (3, 3, 3, 3, 3, 3)
+    encoder_qkv_multiscales: tuple[tuple[int, ...], ...] = ((), (), (), (5,), (5,), (5,))
+    decoder_qkv_multiscales: tuple[tuple[int, ...], ...] = ((), (), (), (5,), (5,), (5,))
+    upsample_block_type: str = "interpolate"
+    downsample_block_type: str = "Conv"
+    decoder_norm_types: str = "rms_norm"
+    decoder_act_fns: str = "silu"
+    scaling_factor: float = 0.41407
+    dtype: str = "bfloat16"
+    param_dtype: str = "float32"
+    remat: str = "none"
+
+    @property
+    def spatial_compression(self) -> int:
+        return 2 ** (len(self.encoder_block_out_channels) - 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class FlowConfig:
+    """Fields of `diffusers.FlowMatchEulerDiscreteScheduler` that matter here."""
+
+    num_train_timesteps: int = 1000
+    shift: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class TextConfig:
+    """The text tokenizer. `path`: a SentencePiece .model, or Qwen's tokenizer.json (or the directory that holds it)."""
+
+    kind: str = "bpe"
+    path: str = ""
+
+    def __post_init__(self) -> None:
+        check_choice("text.kind", self.kind, ("bpe", "sentencepiece"))
+
+
+@dataclasses.dataclass(frozen=True)
+class TemplateConfig:
+    """The chat template. `{caption}` stands in `generate`; an empty `system` leaves the system turn out."""
+
+    system: str = "You are a helpful assistant."
+    generate: str = "Please generate image based on the following caption: {caption}"
+    # The reference also trains on the prompt's own tokens; kept as an option for comparison.
+    supervise_prompt: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    text: TextConfig = TextConfig()
+    template: TemplateConfig = TemplateConfig()
+    tokenizer: TaTokConfig = TaTokConfig()
+    text_tower: TextTowerConfig = TextTowerConfig()
+    ar: Qwen3Config = Qwen3Config()
+    connector: ConnectorConfig = ConnectorConfig()
+    dit: SanaConfig = SanaConfig()
+    flow: FlowConfig = FlowConfig()
+    vae: DcAeConfig = DcAeConfig()
+    # Side of the square target image in pixels; the latent grid is image_size / vae.spatial_compression.
+    image_size: int = 1024
+
+    def __post_init__(self) -> None:
+        check(
+            self.image_size % self.vae.spatial_compression == 0,
+            f"model.image_size={self.image_size} must be a multiple of the autoencoder's {self.vae.spatial_compression}",
+        )
+        check(
+            self.dit.in_channels == self.vae.latent_channels,
+            f"model.dit.in_channels={self.dit.in_channels} must equal model.vae.latent_channels={self.vae.latent_channels}",
+        )
+
+    @property
+    def latent_size(self) -> int:
+        return self.image_size // self.vae.spatial_compression
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceConfig:
+    """One data set. `format`: tfds (ArrayRecord directory), webdataset (tar file, glob or directory), parquet, folder
+    (images + captions.jsonl), or auto (told from the path)."""
+
+    path: str = ""
+    format: str = "auto"
+    weight: float = 1.0
+    split: str = "train"
+
+    def __post_init__(self) -> None:
+        check_choice("data.sources.format", self.format, ("auto", "tfds", "webdataset", "parquet", "folder"))
+        check(self.weight > 0, f"data.sources.weight={self.weight} must be positive")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    # A single source can be given as `path` (and `format`, `split`); a mixture as `sources`.
+    path: str = ""
+    format: str = "auto"
+    split: str = "train"
+    sources: tuple[SourceConfig, ...] = ()
+    batch_size: int = 512  # global, in examples
+    max_length: int = 1152  # tokens of one row, prompt and image together
+    crop: str = "shared"  # "shared": one centre crop for tokenizer and autoencoder; "reference": tokenizer squashed
+    workers: int = 8  # decoding processes per host; 0 decodes in threads of the training process
+    prefetch: int = 2  # batches each worker keeps ready
+    shuffle: bool = True
+    max_bad_share: float = 0.01  # of the records seen; above it the run stops
+    cache_dir: str = ""  # where ids and latents of the frozen encoders are kept; "" encodes inside the step
+
+    def __post_init__(self) -> None:
+        check_choice("data.crop", self.crop, ("shared", "reference"))
+        check(self.batch_size > 0, f"data.batch_size={self.batch_size} must be positive")
+        check(self.workers >= 0, f"data.workers={self.workers} must be 0 or more")
+
+    @property
+    def all_sources(self) -> tuple[SourceConfig, ...]:
+        single = (SourceConfig(self.path, self.format, 1.0, self.split),) if self.path else ()
+        return single + self.sources
+
+
+STAGES = ("autoencoder", "contrastive", "tokenizer", "joint")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW; linear warm-up to `learning_rate`, then a cosine to `end_learning_rate` at the last step."""
+
+    learning_rate: float = 5e-5
+    end_learning_rate: float = 1e-5
+    warmup_share: float = 0.01
+    weight_decay: float = 0.0
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    clip_norm: float = 1.0
+    accumulate: int = 1  # micro-batches per step
+    ema_decay: float = 0.0  # 0 keeps no averaged weights
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """Weights of the losses, and the constants of each stage's own."""
+
+    ce: float = 1.0
+    flow: float = 1.0
+    condition_dropout: float = 0.1  # share of rows whose hidden states are zeroed before the connector
+    # "exact" takes the hidden states of <S0>, I_1 .. I_n; "last" the reference's last n + 1 positions of the row.
+    condition_span: str = "exact"
+    ce_chunk: int = 512  # tokens per block of the cross entropy
+    gradient: float = 1.0  # autoencoder: weight of the image-gradient term beside L1
+    commitment: float = 0.25  # tokenizer: weight of the commitment term
+    dead_code_steps: int = 200  # tokenizer: a code unused for so many steps is re-seeded from the batch; 0 never
+
+    def __post_init__(self) -> None:
+        check_choice("loss.condition_span", self.condition_span, ("exact", "last"))
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each mesh axis; -1 takes what is left. The batch lies over data x fsdp."""
+
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+    strategy: str = "fsdp"
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    every: int = 1000
+    keep: int = 3
+    # Parts to start from: {part: checkpoint directory}, part one of ar, connector, dit, vae, tokenizer, text_tower.
+    init_from: tuple[tuple[str, str], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingConfig:
+    temperature: float = 1.0
+    top_k: int = 1200
+    top_p: float = 0.95
+    steps: int = 30
+    guidance: float = 2.0
+    batch_size: int = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A run: one stage on one model, data mixture and mesh."""
+
+    stage: str = "joint"
+    seed: int = 0
+    steps: int = 1000
+    log_every: int = 10
+    # Regular expressions over parameter paths ("ar/layers/mlp/up/kernel"): what is trained. () takes the stage's own:
+    # for joint the published freezing (AR, connector, the DiT's caption layers).
+    trainable: tuple[str, ...] = ()
+    max_nonfinite: int = 10  # steps in a row with a non-finite loss or gradient before the run stops
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    loss: LossConfig = LossConfig()
+    mesh: MeshConfig = MeshConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    sampling: SamplingConfig = SamplingConfig()
+
+    def __post_init__(self) -> None:
+        check_choice("stage", self.stage, STAGES)
+        check(self.steps > 0, f"steps={self.steps} must be positive")
+        check(
+            self.data.batch_size % self.optimizer.accumulate == 0,
+            f"data.batch_size={self.data.batch_size} must be a multiple of optimizer.accumulate={self.optimizer.accumulate}",
+        )
+
+
+def to_dict(value: Any) -> Any:
+    """Nested plain dicts, lists and scalars: what config.json in a checkpoint holds."""
+    if dataclasses.is_dataclass(value):
+        return {f.name: to_dict(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, tuple | list):
+        return [to_dict(v) for v in value]
+    return value
+
+
+def to_config_dict(config: Config) -> Any:
+    """`Config` as an `ml_collections.ConfigDict`, so that command-line flags can override fields."""
+    import ml_collections
+
+    def convert(value: Any) -> Any:
+        if dataclasses.is_dataclass(value):
+            return ml_collections.ConfigDict(
+                {f.name: convert(getattr(value, f.name)) for f in dataclasses.fields(value)}
+            )
+        if isinstance(value, tuple):
+            return tuple(to_dict(v) if dataclasses.is_dataclass(v) else v for v in value)
+        return value
+
+    return convert(config)
+
+
+def from_dict(values: Any, cls: Any = Config, path: str = "") -> Any:
+    """The inverse of `to_dict` and `to_config_dict`: validated, with the nearest valid key for an unknown one."""
+    if hasattr(values, "to_dict"):
+        values = values.to_dict()
+    prefix = f"{path}." if path else ""
+    check(isinstance(values, dict), f"{path or 'config'} must be a group of fields, not {values!r}")
+    hints = typing.get_type_hints(cls)
+    for key in values:
+        if key not in hints:
+            near = difflib.get_close_matches(key, hints, n=1, cutoff=0.5)
+            hint = f"did you mean {prefix}{near[0]}?" if near else f"it takes {', '.join(hints)}"
+            raise ConfigError(f"unknown config key {prefix}{key}: {hint}")
+    return cls(**{key: _convert(value, hints[key], prefix + key) for key, value in values.items()})
+
+
+def _convert(value: Any, hint: Any, path: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return value if isinstance(value, hint) else from_dict(value, hint, path)
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is types.UnionType:
+        return None if value is None else _convert(value, next(a for a in args if a is not types.NoneType), path)
+    if origin is tuple:
+        check(isinstance(value, list | tuple), f"{path}={value!r} must be a list")
+        if len(args) == 2 and args[1] is Ellipsis:
+            return tuple(_convert(v, args[0], f"{path}[{i}]") for i, v in enumerate(value))
+        check(len(value) == len(args), f"{path}={value!r} must hold {len(args)} values")
+        return tuple(_convert(v, a, f"{path}[{i}]") for i, (v, a) in enumerate(zip(value, args, strict=True)))
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    right = isinstance(value, hint) and not (hint is int and isinstance(value, bool))
+    check(right, f"{path}={value!r} must be of type {hint.__name__}")
+    return value

@@ -1,0 +1,233 @@
+"""Building blocks that every network here is made of: parameters and activations with *logical* axis names.
+
+A logical axis ("embed", "heads", "batch", ...) says what a dimension means; a strategy (parallel/rules.py) says on which
+mesh axes it lies. Networks declare the former here and never name the latter.
+
+Shape suffixes: B batch, L length, D features, H height, W width, C channels.
+"""
+
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+# A resolver answers, for (part, logical names, shape), with a sharding or None for "leave it to the compiler".
+Resolver = Callable[[str, tuple[str | None, ...], tuple[int, ...]], jax.sharding.Sharding | None]
+
+_resolver: contextvars.ContextVar[Resolver | None] = contextvars.ContextVar("resolver", default=None)
+_part: contextvars.ContextVar[str] = contextvars.ContextVar("part", default="")
+
+
+@contextlib.contextmanager
+def sharding_resolver(resolver: Resolver | None) -> Iterator[None]:
+    """While active, `constrain` asks `resolver` where activations lie."""
+    token = _resolver.set(resolver)
+    try:
+        yield
+    finally:
+        _resolver.reset(token)
+
+
+@contextlib.contextmanager
+def part(name: str) -> Iterator[None]:
+    """Name the part of the model being traced ("ar", "dit", ...): each part has its own sharding table and scope."""
+    token = _part.set(name)
+    try:
+        with jax.named_scope(name):
+            yield
+    finally:
+        _part.reset(token)
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Pin activation `x` to its place: one logical name (or None) per dimension. A no-op when no strategy is active."""
+    if len(axes) != x.ndim:
+        raise ValueError(f"constrain: {len(axes)} axis names {axes} for an array of shape {x.shape}")
+    resolver = _resolver.get()
+    sharding = resolver(_part.get(), axes, x.shape) if resolver else None
+    return x if sharding is None else jax.lax.with_sharding_constraint(x, sharding)
+
+
+def normal(stddev: float) -> Callable:
+    return jax.nn.initializers.normal(stddev)
+
+
+def fan_in() -> Callable:
+    """Variance 1 / fan-in over every dimension but the last; the default for kernels."""
+    return jax.nn.initializers.lecun_normal()
+
+
+zeros = jax.nn.initializers.zeros
+ones = jax.nn.initializers.ones
+
+
+def param(
+    rngs: nnx.Rngs, shape: Sequence[int], axes: Sequence[str | None], init: Callable, dtype: Any = jnp.float32
+) -> nnx.Param:
+    """A parameter with one logical axis name (or None) per dimension, kept as `Param.axes`."""
+    if len(shape) != len(axes):
+        raise ValueError(
+            f"param: shape {tuple(shape)} has {len(shape)} dimensions, axes {tuple(axes)} name {len(axes)}"
+        )
+    return nnx.Param(init(rngs.params(), tuple(shape), jnp.dtype(dtype)), axes=tuple(axes))
+
+
+class Linear(nnx.Module):
+    """y = x @ kernel + bias over the last dimension; `torch.nn.Linear` with the kernel transposed to [in, out]."""
+
+    def __init__(
+        self,
+        d_in: int,
+        d_out: int,
+        axes: tuple[str | None, str | None],
+        *,
+        rngs: nnx.Rngs,
+        bias: bool = True,
+        dtype: Any = jnp.float32,
+        param_dtype: Any = jnp.float32,
+        init: Callable | None = None,
+    ):
+        self.kernel = param(rngs, (d_in, d_out), axes, init or fan_in(), param_dtype)
+        self.bias = param(rngs, (d_out,), (axes[1],), zeros, param_dtype) if bias else None
+        self.dtype = jnp.dtype(dtype)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x.astype(self.dtype) @ self.kernel[...].astype(self.dtype)
+        return y if self.bias is None else y + self.bias[...].astype(self.dtype)
+
+
+class Conv(nnx.Module):
+    """2-D convolution on NHWC, kernel [kh, kw, in / groups, out]; `torch.nn.Conv2d` transposed from [out, in, kh, kw].
+
+    `padding` is the symmetric padding in pixels, as in torch.
+    """
+
+    def __init__(
+        self,
+        c_in: int,
+        c_out: int,
+        kernel_size: int,
+        *,
+        rngs: nnx.Rngs,
+        axes: tuple[str | None, str | None] = ("conv_in", "conv_out"),
+        stride: int = 1,
+        padding: int = 0,
+        groups: int = 1,
+        bias: bool = True,
+        dtype: Any = jnp.float32,
+        param_dtype: Any = jnp.float32,
+        init: Callable | None = None,
+    ):
+        shape = (kernel_size, kernel_size, c_in // groups, c_out)
+        self.kernel = param(rngs, shape, (None, None, *axes), init or fan_in(), param_dtype)
+        self.bias = param(rngs, (c_out,), (axes[1],), zeros, param_dtype) if bias else None
+        self.stride, self.padding, self.groups = stride, padding, groups
+        self.dtype = jnp.dtype(dtype)
+
+    def __call__(self, x_BHWC: jax.Array) -> jax.Array:
+        y_BHWC = jax.lax.conv_general_dilated(
+            x_BHWC.astype(self.dtype),
+            self.kernel[...].astype(self.dtype),
+            window_strides=(self.stride, self.stride),
+            padding=[(self.padding, self.padding)] * 2,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=self.groups,
+        )
+        return y_BHWC if self.bias is None else y_BHWC + self.bias[...].astype(self.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) * scale (+ bias) over the last dimension, the statistics in float32 whatever the compute dtype,
+    since bfloat16 has too few bits to add up squares. Matches `Qwen3RMSNorm` and diffusers' `RMSNorm`."""
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        rngs: nnx.Rngs,
+        eps: float,
+        bias: bool = False,
+        param_dtype: Any = jnp.float32,
+        init: Callable = ones,
+        axes: tuple[str | None] = ("norm",),
+    ):
+        self.scale = param(rngs, (dim,), axes, init, param_dtype)
+        self.bias = param(rngs, (dim,), axes, zeros, param_dtype) if bias else None
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x_f32 = x.astype(jnp.float32)
+        y = (x_f32 * jax.lax.rsqrt(jnp.mean(x_f32**2, axis=-1, keepdims=True) + self.eps)).astype(x.dtype)
+        y = y * self.scale[...].astype(x.dtype)
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+def standardise(x: jax.Array, eps: float) -> jax.Array:
+    """(x - mean) / std over the last dimension, statistics in float32: `torch.nn.LayerNorm` without weights."""
+    x_f32 = x.astype(jnp.float32)
+    mean = jnp.mean(x_f32, axis=-1, keepdims=True)
+    var = jnp.mean((x_f32 - mean) ** 2, axis=-1, keepdims=True)
+    return ((x_f32 - mean) * jax.lax.rsqrt(var + eps)).astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """`torch.nn.LayerNorm` with weight and bias."""
+
+    def __init__(self, dim: int, *, rngs: nnx.Rngs, eps: float, param_dtype: Any = jnp.float32):
+        self.scale = param(rngs, (dim,), ("norm",), ones, param_dtype)
+        self.bias = param(rngs, (dim,), ("norm",), zeros, param_dtype)
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return standardise(x, self.eps) * self.scale[...].astype(x.dtype) + self.bias[...].astype(x.dtype)
+
+
+def stack(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -> nnx.Module:
+    """`count` layers as one module whose parameters lead with a "layers" axis; run it with `scan`."""
+
+    @nnx.split_rngs(splits=count)
+    @nnx.vmap(in_axes=0, out_axes=0)
+    def build(rngs: nnx.Rngs) -> nnx.Module:
+        return make(rngs)
+
+    module = build(rngs)
+    for leaf in jax.tree.leaves(nnx.state(module), is_leaf=lambda v: isinstance(v, nnx.Variable)):
+        leaf.set_metadata(axes=("layers", *leaf.axes))
+    variables = nnx.state(module)
+    nnx.update(module, variables)
+    return module
+
+
+REMAT_POLICIES: dict[str, Callable | None] = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
+    "offload": jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
+}
+
+
+def scan(
+    layers: nnx.Module,
+    step: Callable[[nnx.Module, Any, Any], tuple[Any, Any]],
+    carry: Any,
+    xs: Any = None,
+    *,
+    remat: str,
+) -> tuple[Any, Any]:
+    """Run stacked `layers` in order: carry, y = step(layer, carry, x) for each, with `xs` sliced and `ys` stacked.
+
+    One layer is traced and compiled whatever the depth. `remat` names what the backward pass keeps (REMAT_POLICIES).
+    """
+    graphdef, state = nnx.split(layers)
+
+    def body(carry: Any, inputs: tuple[Any, Any]) -> tuple[Any, Any]:
+        layer_state, x = inputs
+        return step(nnx.merge(graphdef, layer_state), carry, x)
+
+    if remat != "none":
+        body = jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=False)
+    return jax.lax.scan(body, carry, (state, xs))

@@ -1,0 +1,51 @@
+"""blip3o_jax: BLIP3o-NEXT, native image generation, in JAX for TPU pods."""
+
+import pathlib
+
+from setuptools import find_packages, setup
+
+setup(
+    name="blip3o_jax",
+    version="0.1.0",
+    description="BLIP3o-NEXT (autoregressive + flow-matching image generation) in JAX/Flax for TPU pods",
+    long_description=pathlib.Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["blip3o_jax", "blip3o_jax.*"]),
+    package_data={"blip3o_jax": ["**/*.html"]},
+    install_requires=[
+        "jax>=0.10,<0.12",
+        "flax>=0.12.8,<0.13",
+        "optax>=0.2.8,<0.3",
+        "orbax-checkpoint>=0.12,<0.13",
+        "grain>=0.2.18,<0.3",
+        "tensorflow-datasets>=4.9.10,<4.10",
+        "array-record>=0.8.3,<0.9",
+        "sentencepiece>=0.2.1,<0.3",
+        "tokenizers>=0.22,<0.24",
+        "ml-collections>=1.1,<2",
+        "tensorboardX>=2.6.4,<3",
+        "pillow>=11",
+        "opencv-python-headless>=4.11",
+        "pyarrow>=19",
+        "rich>=14",
+        "numpy>=2.0",
+    ],
+    extras_require={
+        "tpu": ["jax[tpu]>=0.10,<0.12"],
+        "cuda": ["jax[cuda13]>=0.10,<0.12"],
+        "convert": ["torch>=2.6", "transformers>=5.0,<6", "diffusers>=0.36,<0.43", "safetensors>=0.5"],
+        "rl": ["rapidocr>=3.4", "onnxruntime>=1.20"],
+        "test": [
+            "pytest>=8.3",
+            "ruff>=0.15",
+            "scikit-image>=0.25",
+            "torch>=2.6",
+            "transformers>=5.0,<6",
+            "diffusers>=0.36,<0.43",
+            "safetensors>=0.5",
+        ],
+    },
+    entry_points={"console_scripts": ["blip3o=blip3o_jax.cli:main"]},
+)
