@@ -346,7 +346,7 @@ class LossConfig:
     ce_chunk: int = 512  # tokens per block of the cross entropy
     gradient: float = 1.0  # autoencoder: weight of the image-gradient term beside L1
     commitment: float = 0.25  # tokenizer: weight of the commitment term
-    dead_code_steps: int = 200  # tokenizer: a code unused for so many steps is re-seeded from the batch; 0 never
+    code_entropy: float = 0.1  # tokenizer: weight of the usage-entropy term that keeps codes alive
 
     def __post_init__(self) -> None:
         check_choice("loss.condition_span", self.condition_span, ("exact", "last"))
@@ -424,9 +424,7 @@ def to_config_dict(config: Config) -> Any:
 
     def convert(value: Any) -> Any:
         if dataclasses.is_dataclass(value):
-            return ml_collections.ConfigDict(
-                {f.name: convert(getattr(value, f.name)) for f in dataclasses.fields(value)}
-            )
+            return ml_collections.ConfigDict({f.name: convert(getattr(value, f.name)) for f in dataclasses.fields(value)})
         if isinstance(value, tuple):
             return tuple(to_dict(v) if dataclasses.is_dataclass(v) else v for v in value)
         return value

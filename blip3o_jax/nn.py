@@ -70,9 +70,7 @@ def param(
 ) -> nnx.Param:
     """A parameter with one logical axis name (or None) per dimension, kept as `Param.axes`."""
     if len(shape) != len(axes):
-        raise ValueError(
-            f"param: shape {tuple(shape)} has {len(shape)} dimensions, axes {tuple(axes)} name {len(axes)}"
-        )
+        raise ValueError(f"param: shape {tuple(shape)} has {len(shape)} dimensions, axes {tuple(axes)} name {len(axes)}")
     return nnx.Param(init(rngs.params(), tuple(shape), jnp.dtype(dtype)), axes=tuple(axes))
 
 
