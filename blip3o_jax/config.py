@@ -13,7 +13,12 @@ import typing
 from typing import Any
 
 
-class ConfigError(ValueError):
+class UserError(ValueError):
+    """What a user can cause and cure: one line that says what, where and what to do. The command prints it without a
+    traceback; any other exception is a bug and keeps its traceback."""
+
+
+class ConfigError(UserError):
     """A setting that cannot be used; the message names the field and says what to do."""
 
 
