@@ -1,0 +1,149 @@
+"""The composition: which parts a model has, how they join, and the joint loss.
+
+    pixels -> tokenizer -> codes ─┐                                          pixels -> vae -> latents ─┐
+    caption ----------------------┴-> ar -> hidden states of <S0>, I_1 .. I_n -> connector -> condition ┴-> dit -> velocity
+                                      └-> logits -> cross entropy                                     flow-matching loss <-┘
+
+Legend: B batch, L row length, N image tokens, D width, H W C image or latent, T condition tokens (N + 1).
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from blip3o_jax import nn
+from blip3o_jax.ar.qwen3 import Qwen3
+from blip3o_jax.config import LossConfig, ModelConfig
+from blip3o_jax.connector import Connector
+from blip3o_jax.data.sequence import insert_image_ids, take_span
+from blip3o_jax.dit import flow
+from blip3o_jax.dit.sana import SanaTransformer
+from blip3o_jax.image_tokens.contrastive import TextTower
+from blip3o_jax.image_tokens.ta_tok import TaTok
+from blip3o_jax.train.cross_entropy import cross_entropy
+from blip3o_jax.vae.dc_ae import DcAe
+
+PARTS = ("tokenizer", "text_tower", "ar", "connector", "dit", "vae")
+
+
+class Blip3o(nnx.Module):
+    """The parts named in `parts`, as attributes of those names; each is initialised from its own key, so that a part's
+    initial weights do not depend on which others are there."""
+
+    def __init__(self, cfg: ModelConfig, parts: Iterable[str], *, seed: int):
+        make = {
+            "tokenizer": lambda rngs: TaTok(cfg.tokenizer, rngs=rngs),
+            "text_tower": lambda rngs: TextTower(
+                cfg.text_tower, cfg.ar.vocab_size, cfg.tokenizer.encoder.hidden_size, rngs=rngs
+            ),
+            "ar": lambda rngs: Qwen3(cfg.ar, rngs=rngs),
+            "connector": lambda rngs: Connector(cfg.connector, cfg.ar.hidden_size, cfg.dit.caption_channels, rngs=rngs),
+            "dit": lambda rngs: SanaTransformer(cfg.dit, rngs=rngs),
+            "vae": lambda rngs: DcAe(cfg.vae, rngs=rngs),
+        }
+        self.cfg = cfg
+        for name in parts:
+            setattr(self, name, make[name](nnx.Rngs(jax.random.fold_in(jax.random.key(seed), PARTS.index(name)))))
+
+    def codes(self, pixels_BHWC: jax.Array) -> jax.Array:
+        """uint8 pixels at the tokenizer's size -> codebook indices [B, N]."""
+        with nn.part("tokenizer"):
+            return self.tokenizer.encode(scale_pixels(pixels_BHWC))
+
+    def latents(self, pixels_BHWC: jax.Array) -> jax.Array:
+        """uint8 pixels at the target size -> scaled latents, float32."""
+        with nn.part("vae"):
+            return self.vae.encode(scale_pixels(pixels_BHWC)).astype(jnp.float32) * self.cfg.vae.scaling_factor
+
+    def pixels(self, z_BHWC: jax.Array) -> jax.Array:
+        """Scaled latents -> float32 image in [0, 1]."""
+        with nn.part("vae"):
+            x_BHWC = self.vae.decode(z_BHWC / self.cfg.vae.scaling_factor)
+        return jnp.clip(x_BHWC.astype(jnp.float32) / 2 + 0.5, 0, 1)
+
+    def hidden(self, tokens_BL: jax.Array, positions_BL: jax.Array, segment_ids_BL: jax.Array) -> jax.Array:
+        with nn.part("ar"):
+            return self.ar(self.ar.embed(tokens_BL), positions_BL, segment_ids_BL)
+
+    def condition(self, hidden_BTD: jax.Array) -> jax.Array:
+        """Hidden states -> condition tokens of the DiT."""
+        with nn.part("connector"):
+            return self.connector(hidden_BTD)
+
+    def null_condition(self) -> jax.Array:
+        """What the connector makes of zeros, [1, 1, C]: the unconditional branch. One token stands for all n + 1, since
+        cross-attention over equal tokens does not depend on their number."""
+        return self.condition(jnp.zeros((1, 1, self.cfg.ar.hidden_size), jnp.float32))
+
+    def velocity(self, z_BHWC: jax.Array, timestep_B: jax.Array, condition_BTC: jax.Array) -> jax.Array:
+        with nn.part("dit"):
+            return self.dit(z_BHWC, timestep_B, condition_BTC)
+
+
+def scale_pixels(pixels: jax.Array) -> jax.Array:
+    """uint8 -> float32 in [-1, 1]: mean 0.5, std 0.5, as the SigLIP image processor and the autoencoder have it."""
+    return pixels.astype(jnp.float32) / 127.5 - 1.0
+
+
+def targets(model: Blip3o, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """Codes [B, N] and latents [B, H, W, C] of a batch: cached, or by the frozen encoders."""
+    if "codes" in batch:
+        return batch["codes"], batch["latents"].astype(jnp.float32)
+    with jax.named_scope("encode"):
+        return (
+            jax.lax.stop_gradient(model.codes(batch["tokenizer_pixels"])),
+            jax.lax.stop_gradient(model.latents(batch["pixels"])),
+        )
+
+
+def _draw(keys_B: jax.Array, z_BHWC: jax.Array, cfg: ModelConfig, dropout: float) -> tuple[jax.Array, ...]:
+    """Per row, from its own key: noise, sigma and whether the condition is kept; the same at any batch split."""
+
+    def row(key: jax.Array) -> tuple[jax.Array, ...]:
+        noise_key, sigma_key, drop_key = jax.random.split(key, 3)
+        noise = jax.random.normal(noise_key, z_BHWC.shape[1:], jnp.float32)
+        return noise, flow.sample_train_sigma(sigma_key, 1, cfg.flow)[0], jax.random.bernoulli(drop_key, 1 - dropout)
+
+    return jax.vmap(row)(keys_B)
+
+
+def joint_loss(
+    model: Blip3o, batch: dict[str, jax.Array], keys_B: jax.Array, *, loss: LossConfig, image_first: int
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Cross entropy of the next token plus flow matching through the connector (BLIP3o-NEXT, arXiv 2510.15857, sec. 3).
+
+    `image_first` is the vocabulary id of code 0. `batch["label_count"]` is the mean number of labels a row over the whole
+    batch, so that the mean of micro-batch losses is the loss of the batch. Metrics are means over the rows given.
+    """
+    codes_BN, z_BHWC = targets(model, batch)
+    tokens_BL = insert_image_ids(batch["tokens"], batch["image_span"], codes_BN + image_first)
+    hidden_BLD = model.hidden(tokens_BL, batch["positions"], batch["segment_ids"])
+
+    ce_sum, right = cross_entropy(
+        hidden_BLD[:, :-1], model.ar.head(), tokens_BL[:, 1:], batch["loss_mask"][:, 1:], model.cfg.ar.vocab_size, loss.ce_chunk
+    )
+    labels = jnp.sum(batch["label_count"])
+    ce = ce_sum / labels
+
+    noise_BHWC, sigma_B, keep_B = _draw(keys_B, z_BHWC, model.cfg, loss.condition_dropout)
+    span_BTD = take_span(hidden_BLD, batch["image_span"], codes_BN.shape[1], loss.condition_span)
+    condition_BTC = model.condition(jnp.where(keep_B[:, None, None], span_BTD, 0))
+    x_BHWC = flow.noisy(z_BHWC, noise_BHWC, sigma_B)
+    velocity_BHWC = model.velocity(x_BHWC, sigma_B * model.cfg.flow.num_train_timesteps, condition_BTC)
+    fm = jnp.mean(flow.flow_loss(velocity_BHWC, z_BHWC, noise_BHWC))
+
+    metrics = {"ce": ce, "flow": fm, "accuracy": right / labels}
+    return loss.ce * ce + loss.flow * fm, metrics
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """("ar", "layers", "mlp", "up", "kernel") -> "ar/layers/mlp/up/kernel"."""
+    return "/".join(str(p) for p in path)
+
+
+def split(model: Blip3o, trainable: Callable[[str], bool]) -> tuple[Any, Any, Any]:
+    """(graphdef, trainable state, frozen state) by parameter path name."""
+    return nnx.split(model, lambda path, value: trainable(path_name(path)), ...)

@@ -1,0 +1,50 @@
+"""Cross entropy over a large vocabulary without ever holding all logits.
+
+    loss = sum over labelled tokens t of  logsumexp_v(h_t . W_v) - h_t . W_label(t)
+
+Rows of the batch keep their sharding; positions are cut into blocks of `chunk`, and the backward pass recomputes each
+block's logits, so memory is B x chunk x V instead of B x L x V. The head is gathered once, before the blocks.
+
+Legend: B batch, L positions, D width, V vocabulary rows (padded).
+"""
+
+import jax
+import jax.numpy as jnp
+
+from blip3o_jax import nn
+
+
+def cross_entropy(
+    hidden_BLD: jax.Array, head_DV: jax.Array, labels_BL: jax.Array, mask_BL: jax.Array, vocab_size: int, chunk: int
+) -> tuple[jax.Array, jax.Array]:
+    """Sum of the token losses where `mask_BL` is set, and the number of those tokens whose arg max is right; float32.
+
+    Logits are float32: in bfloat16 a loss of 11 nats has steps of 0.06. Rows of the head past `vocab_size` are padding and
+    can never be predicted.
+    """
+    B, L, D = hidden_BLD.shape
+    head_DV = nn.constrain(head_DV.astype(hidden_BLD.dtype), None, "act_vocab")
+    blocks = -(-L // chunk)
+    pad = blocks * chunk - L
+
+    def cut(x: jax.Array) -> jax.Array:
+        x = jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(B, blocks, chunk, *x.shape[2:]), 1, 0)
+
+    @jax.checkpoint
+    def block(hidden_BCD: jax.Array, labels_BC: jax.Array, mask_BC: jax.Array) -> tuple[jax.Array, jax.Array]:
+        logits_BCV = jnp.einsum("bcd,dv->bcv", hidden_BCD, head_DV, preferred_element_type=jnp.float32)
+        logits_BCV = nn.constrain(logits_BCV, "batch", None, "act_vocab")
+        logits_BCV = jnp.where(jnp.arange(head_DV.shape[1]) < vocab_size, logits_BCV, -jnp.inf)
+        right_BC = jnp.argmax(logits_BCV, axis=-1) == labels_BC
+        at_label_BC = jnp.take_along_axis(logits_BCV, labels_BC[..., None], axis=-1)[..., 0]
+        loss_BC = jax.nn.logsumexp(logits_BCV, axis=-1) - at_label_BC
+        return jnp.sum(jnp.where(mask_BC, loss_BC, 0.0)), jnp.sum(jnp.where(mask_BC, right_BC, False).astype(jnp.float32))
+
+    def body(totals: tuple[jax.Array, jax.Array], inputs: tuple[jax.Array, ...]) -> tuple[tuple[jax.Array, jax.Array], None]:
+        loss, right = block(*inputs)
+        return (totals[0] + loss, totals[1] + right), None
+
+    with jax.named_scope("cross_entropy"):
+        start = (jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32))
+        return jax.lax.scan(body, start, (cut(hidden_BLD), cut(labels_BL), cut(mask_BL.astype(bool))))[0]
