@@ -1,0 +1,143 @@
+"""Config files: `configs/X.py[:arg]` plus `a.b=v` overrides -> a validated `Config`.
+
+A config file is Python with one function, `get_config()` or `get_config(arg)`, that returns a `Config`.
+"""
+
+import ast
+import difflib
+import importlib.util
+import inspect
+import pathlib
+import re
+import sys
+import traceback
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from blip3o_jax import config
+
+_PATH_AND_ARG = re.compile(r"(?P<path>.*\.py)(?::(?P<arg>.*))?")
+_BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+
+
+def load(path_with_arg: str, overrides: Mapping[str, str] | Iterable[tuple[str, str]] = ()) -> config.Config:
+    """The config that file `path_with_arg` ("configs/pretrain.py:1.7b") returns, with fields replaced by `overrides`.
+
+    `overrides`: dotted field -> value as text ({"optimizer.learning_rate": "1e-4"}), as a mapping or as pairs where a later
+    pair wins. Tuples are written as Python literals: "(16, 32)". The result is checked as a whole, after the last override.
+    Raises `config.UserError` for a missing or broken file, an unknown field or a value of the wrong type.
+    """
+    match = _PATH_AND_ARG.fullmatch(path_with_arg)
+    if not match:
+        raise config.UserError(f"--config={path_with_arg} must name a Python file: configs/NAME.py or configs/NAME.py:ARG")
+    values = config.to_config_dict(_call(pathlib.Path(match["path"]), match["arg"]))
+    pairs = overrides.items() if isinstance(overrides, Mapping) else overrides
+    for key, text in pairs:
+        _override(values, key, text)
+    return config.from_dict(values)
+
+
+def _call(path: pathlib.Path, arg: str | None) -> config.Config:
+    get_config = _get_config(path)
+    parameters = inspect.signature(get_config).parameters.values()
+    required = [p.name for p in parameters if p.default is inspect.Parameter.empty]
+    if arg is None and required:
+        raise config.UserError(f"{path} needs an argument, its {required[0]!r}: --config={path}:{required[0].upper()}")
+    if arg is not None and not parameters:
+        raise config.UserError(f"{path} takes no argument: use --config={path} without :{arg}")
+    result = _run_user_code(path, lambda: get_config() if arg is None else get_config(arg))
+    if not isinstance(result, config.Config):
+        raise config.UserError(f"{path}: get_config() must return a blip3o_jax.config.Config, not {type(result).__name__}")
+    return result
+
+
+def _get_config(path: pathlib.Path) -> Callable[..., Any]:
+    if not path.is_file():
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.py")], n=1, cutoff=0.5)
+        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
+        raise config.UserError(f"config file {path} does not exist{hint}")
+    spec = importlib.util.spec_from_file_location(f"blip3o_config_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    # Dataclasses and pickling look a class's module up by name.
+    sys.modules[spec.name] = module
+    _run_user_code(path, lambda: spec.loader.exec_module(module))
+    if not callable(getattr(module, "get_config", None)):
+        raise config.UserError(f"{path} defines no function get_config(); it must return a blip3o_jax.config.Config")
+    return module.get_config
+
+
+def _run_user_code(path: pathlib.Path, call: Callable[[], Any]) -> Any:
+    """`call()`, with whatever goes wrong in the file told as one line with its place in it."""
+    try:
+        return call()
+    except config.UserError:
+        raise
+    except SyntaxError as error:
+        raise config.UserError(f"{error.filename}:{error.lineno}: {type(error).__name__}: {error.msg}") from error
+    except Exception as error:
+        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if pathlib.Path(f.filename) == path]
+        place = f"{path}:{lines[-1]}" if lines else str(path)
+        raise config.UserError(f"{place}: {type(error).__name__}: {error}") from error
+
+
+def _override(values: Any, key: str, text: str) -> None:
+    """Set the field at dotted `key` of the ConfigDict `values` to `text`, read as the type the field declares."""
+    cls, group, path = config.Config, values, ""
+    *groups, name = key.split(".")
+    for part in groups:
+        hint = _hint(cls, part, path)
+        path = f"{path}.{part}" if path else part
+        if not _is_group(hint):
+            raise config.UserError(f"config key {key}: {path} is a single value, it has no fields")
+        cls, group = hint, group[part]
+    hint = _hint(cls, name, path)
+    if _is_group(hint):
+        fields = ", ".join(typing.get_type_hints(hint))
+        raise config.UserError(f"config key {key} is a group; set one of its fields: {fields}")
+    # A field may hold None by default and take text (`qk_norm`); from_dict judges the types, not ConfigDict.
+    with group.ignore_type():
+        group[name] = _parse(text, hint, key)
+
+
+def _is_group(hint: Any) -> bool:
+    return hint.__class__ is type and hasattr(hint, "__dataclass_fields__")
+
+
+def _hint(cls: Any, name: str, path: str) -> Any:
+    hints = typing.get_type_hints(cls)
+    if name not in hints:
+        config.from_dict({name: None}, cls, path)  # raises, with the nearest valid key
+    return hints[name]
+
+
+def _parse(text: str, hint: Any, key: str) -> Any:
+    if typing.get_origin(hint) is types.UnionType:
+        if text.lower() == "none":
+            return None
+        hint = next(a for a in typing.get_args(hint) if a is not types.NoneType)
+    if hint is str:
+        return text
+    try:
+        if hint is bool:
+            return _BOOLEANS[text.lower()]
+        if hint in (int, float):
+            return hint(text)
+        value = ast.literal_eval(text)
+    except (KeyError, ValueError, SyntaxError):
+        raise config.ConfigError(f"{key}={text!r} must be {_wanted(hint)}") from None
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _wanted(hint: Any) -> str:
+    if hint is bool:
+        return "true or false"
+    if hint in (int, float):
+        return f"of type {hint.__name__}"
+    inner = typing.get_args(hint)[0]
+    if hasattr(inner, "__dataclass_fields__"):
+        fields = ", ".join(typing.get_type_hints(inner))
+        return f"a list of groups such as \"[{{'path': 'a.tar'}}]\" (fields: {fields})"
+    example = {str: "('a', 'b')", int: "(16, 32)"}.get(inner, "((5,), ())")
+    return f'a list such as "{example}"'

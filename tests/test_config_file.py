@@ -1,0 +1,131 @@
+import textwrap
+
+import pytest
+
+from blip3o_jax import config, config_file
+
+SMALL = """
+    from blip3o_jax.config import Config, DataConfig, OptimizerConfig
+
+    def get_config():
+        return Config(steps=7, optimizer=OptimizerConfig(learning_rate=1e-3), data=DataConfig(path="a.tar"))
+"""
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write_file(text: str, name: str = "x.py") -> str:
+        path = tmp_path / name
+        path.write_text(textwrap.dedent(text))
+        return str(path)
+
+    return write_file
+
+
+def test_without_overrides_the_files_own_config(write):
+    want = config.Config(steps=7, optimizer=config.OptimizerConfig(learning_rate=1e-3), data=config.DataConfig(path="a.tar"))
+    assert config_file.load(write(SMALL)) == want
+
+
+def test_overrides_take_the_type_of_their_field(write):
+    got = config_file.load(
+        write(SMALL),
+        {
+            "steps": "12",
+            "optimizer.learning_rate": "1",
+            "data.path": "12",
+            "data.shuffle": "false",
+            "model.dit.qk_norm": "none",
+            "model.vae.encoder_block_out_channels": "(16, 32)",
+            "model.vae.decoder_qkv_multiscales": "[(), [5]]",
+            "trainable": "('ar/.*',)",
+            "checkpoint.init_from": "[('ar', 'runs/ar')]",
+            "data.sources": "[{'path': 'b.tar', 'weight': 2}]",
+        },
+    )
+    assert got.steps == 12 and got.optimizer.learning_rate == 1.0 and isinstance(got.optimizer.learning_rate, float)
+    assert got.data.path == "12" and got.data.shuffle is False and got.model.dit.qk_norm is None
+    assert got.model.vae.encoder_block_out_channels == (16, 32)
+    assert got.model.vae.decoder_qkv_multiscales == ((), (5,))
+    assert got.trainable == ("ar/.*",) and got.checkpoint.init_from == (("ar", "runs/ar"),)
+    assert got.data.sources == (config.SourceConfig(path="b.tar", weight=2.0),)
+
+
+def test_a_field_that_is_none_takes_text(write):
+    first = config_file.load(write(SMALL), [("model.dit.qk_norm", "none"), ("model.dit.qk_norm", "rms_norm_across_heads")])
+    assert first.model.dit.qk_norm == "rms_norm_across_heads"
+
+
+def test_overrides_that_only_work_together_are_checked_together(write):
+    got = config_file.load(write(SMALL), {"data.batch_size": "6", "optimizer.accumulate": "3"})
+    assert (got.data.batch_size, got.optimizer.accumulate) == (6, 3)
+
+
+def test_the_argument_reaches_get_config(write):
+    path = write("""
+        from blip3o_jax.config import Config
+
+        def get_config(steps="3"):
+            return Config(steps=int(steps))
+    """)
+    assert config_file.load(path).steps == 3
+    assert config_file.load(path + ":5").steps == 5
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"optimiser.learning_rate": "1"}, "unknown config key optimiser: did you mean optimizer?"),
+        ({"optimizer.learning_rat": "1"}, "unknown config key optimizer.learning_rat: did you mean optimizer.learning_rate?"),
+        ({"steps": "many"}, "steps='many' must be of type int"),
+        ({"steps": "1.5"}, "steps='1.5' must be of type int"),
+        ({"data.shuffle": "maybe"}, "data.shuffle='maybe' must be true or false"),
+        ({"trainable": "ar/.*"}, "trainable='ar/.*' must be a list such as \"('a', 'b')\""),
+        ({"model.vae.encoder_layers_per_block": "3"}, "model.vae.encoder_layers_per_block=3 must be a list"),
+        (
+            {"model.vae.encoder_layers_per_block": "(1, 'a')"},
+            "model.vae.encoder_layers_per_block[1]='a' must be of type int",
+        ),
+        ({"data.sources": "[{'paht': 'b'}]"}, "unknown config key data.sources[0].paht: did you mean data.sources[0].path?"),
+        ({"data": "x"}, "config key data is a group; set one of its fields: path, format"),
+        ({"steps.x": "1"}, "config key steps.x: steps is a single value"),
+        ({"steps": "-1"}, "steps=-1 must be positive"),
+    ],
+)
+def test_a_bad_override_is_one_line_that_names_the_field(write, overrides, message):
+    with pytest.raises(config.UserError) as error:
+        config_file.load(write(SMALL), overrides)
+    assert str(error.value).startswith(message)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("def get_config(:\n", "x.py:1: SyntaxError"),
+        ("import blip3o_jax.absent\n", "x.py:1: ModuleNotFoundError: No module named 'blip3o_jax.absent'"),
+        ("def get_config():\n    return undefined\n", "x.py:2: NameError: name 'undefined' is not defined"),
+        ("CONFIG = 3\n", "x.py defines no function get_config()"),
+        ("def get_config():\n    return {}\n", "x.py: get_config() must return a blip3o_jax.config.Config, not dict"),
+        ("def get_config(size):\n    return size\n", "needs an argument, its 'size'"),
+    ],
+)
+def test_a_broken_file_is_one_line_that_names_it(write, text, message):
+    path = write(text)
+    with pytest.raises(config.UserError) as error:
+        config_file.load(path)
+    assert message in str(error.value) and path in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_an_argument_where_none_is_taken(write):
+    with pytest.raises(config.UserError, match="takes no argument: use --config=.* without :big"):
+        config_file.load(write(SMALL) + ":big")
+
+
+def test_a_missing_file_names_the_nearest(write):
+    path = write(SMALL, "pretrain.py")
+    with pytest.raises(config.UserError, match=r"pretran.py does not exist; did you mean .*pretrain.py\?"):
+        config_file.load(path.replace("pretrain", "pretran"))
+    with pytest.raises(config.UserError, match="must name a Python file"):
+        config_file.load("pretrain")
