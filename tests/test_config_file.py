@@ -119,7 +119,7 @@ def test_a_broken_file_is_one_line_that_names_it(write, text, message):
 
 
 def test_an_argument_where_none_is_taken(write):
-    with pytest.raises(config.UserError, match="takes no argument: use --config=.* without :big"):
+    with pytest.raises(config.UserError, match=r"takes no argument: use --config=.* without :big"):
         config_file.load(write(SMALL) + ":big")
 
 

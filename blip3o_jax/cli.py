@@ -1,0 +1,274 @@
+"""`blip3o <command>`: parses and calls, nothing else.
+
+No command imports jax before it runs, so that help answers at once. An error a user can cause ends with one line on stderr
+and status 2 (BLIP3O_TRACEBACK=1 shows where it was raised); any other exception is a bug and keeps its traceback.
+"""
+
+import argparse
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from blip3o_jax.config import UserError
+
+# What the file system says about a path the user named.
+_PATH_ERRORS = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
+_SAMPLING = ("steps", "guidance", "temperature", "top_k", "top_p", "batch_size")
+
+_EXAMPLES = """\
+examples:
+  blip3o demo                                             train everything on 2 cores and look at the report
+  blip3o data shapes --out=data/shapes                    draw the embedded data set
+  blip3o train --config=configs/overfit.py --workdir=runs/mine --config.data.path=photos.tar
+  blip3o sample --checkpoint=runs/mine --prompt="a red circle" --out=samples
+  blip3o evaluate --checkpoint=runs/mine --suite=shapes --out=scores
+  blip3o params --config=configs/pretrain.py:1.7b         how large each part is
+
+blip3o COMMAND --help tells more. BLIP3O_TRACEBACK=1 adds the traceback to an error's line.
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Refuses bad arguments with one line, where argparse would print the usage too."""
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"blip3o: error: {message} (see {self.prog} --help)\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the process's exit status: 0, 2 after a user's error, 130 after Ctrl-C."""
+    args = parse(sys.argv[1:] if argv is None else argv)
+    try:
+        args.run(args)
+    except (UserError, *_PATH_ERRORS) as error:
+        if os.environ.get("BLIP3O_TRACEBACK") == "1":
+            traceback.print_exc()
+        print(f"blip3o: error: {_one_line(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\nblip3o: interrupted; {args.after_interrupt}", file=sys.stderr)
+        return 130
+    return 0
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Arguments of one command: `run` is what to call with them, `overrides` the (field, text) of each --config.field=text."""
+    parser = build_parser()
+    args, unknown = parser.parse_known_args(argv)
+    takes_config = hasattr(args, "config")
+    args.overrides = []
+    for flag in unknown:
+        key, equals, value = flag.removeprefix("--config.").partition("=")
+        if not (takes_config and flag.startswith("--config.")):
+            parser.error(f"unrecognized argument: {flag}")
+        if not equals:
+            parser.error(f"--config.{key} needs a value: --config.{key}=VALUE")
+        args.overrides.append((key, value))
+    return args
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line; builds without importing jax."""
+    parser = _Parser(prog="blip3o", description="BLIP3o-NEXT: train it, sample from it, measure it.", epilog=_EXAMPLES)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for add in (_add_data, _add_train, _add_sample, _add_evaluate, _add_params, _add_demo):
+        add(commands)
+    return parser
+
+
+def _command(commands: Any, name: str, run: Callable, help: str, description: str = "", again: str = "") -> _Parser:
+    parser = commands.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}. {description}".rstrip())
+    parser.set_defaults(run=run, after_interrupt=again or "run the same command again to start over")
+    return parser
+
+
+def _add_data(commands: Any) -> None:
+    data = commands.add_parser("data", help="prepare a data set", description="Prepare a data set.")
+    sets = data.add_subparsers(title="data sets", metavar="NAME", required=True)
+    parser = _command(
+        sets,
+        "shapes",
+        _shapes,
+        "draw the embedded compositional data set",
+        "Scenes of coloured shapes with captions, written as ArrayRecord files. The test split holds combinations that the "
+        "training split never shows.",
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the data set is written")
+    parser.add_argument("--num_train", type=_positive, default=20000, metavar="N", help="training scenes (%(default)s)")
+    parser.add_argument("--num_validation", type=_positive, default=500, metavar="N", help="validation scenes (%(default)s)")
+    parser.add_argument("--num_test", type=_positive, default=2000, metavar="N", help="held-out scenes (%(default)s)")
+    parser.add_argument("--image_size", type=_positive, default=64, metavar="PIXELS", help="side of an image (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="the same seed draws the same scenes (%(default)s)")
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", required=True, metavar="FILE.py[:ARG]", help="a file under configs/, and its argument")
+    parser.epilog = (
+        "any field of the config can be set, and a later flag wins:\n"
+        "  --config.optimizer.learning_rate=1e-4  --config.data.path=photos.tar\n"
+        '  --config.model.vae.encoder_block_out_channels="(16, 32)"'
+    )
+
+
+def _add_train(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "train",
+        _train,
+        "train one stage as a config file says",
+        "Resumes from the last checkpoint in the working directory.",
+        again="the same command resumes from the last checkpoint in its --workdir",
+    )
+    _add_config(parser)
+    parser.add_argument("--workdir", type=Path, required=True, metavar="DIR", help="checkpoints, metrics and logs go here")
+
+
+def _add_sample(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "sample",
+        _sample,
+        "draw images for prompts",
+        "Writes one PNG a prompt and a labelled grid. The same prompt and seed give the same image at any batch size.",
+    )
+    parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="a working directory or checkpoint")
+    prompts = parser.add_mutually_exclusive_group(required=True)
+    prompts.add_argument("--prompt", action="append", metavar="TEXT", help="what to draw; repeat it for more images")
+    prompts.add_argument("--prompts_file", type=Path, metavar="FILE", help="UTF-8 text, one prompt a line")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the images are written")
+    parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
+    group = parser.add_argument_group("sampling", "each defaults to what the checkpoint's config says")
+    group.add_argument("--steps", type=_positive, metavar="N", help="denoising steps")
+    group.add_argument("--guidance", type=float, metavar="SCALE", help="classifier-free guidance; 1 turns it off")
+    group.add_argument("--temperature", type=float, metavar="T", help="of the image tokens")
+    group.add_argument("--top_k", type=int, metavar="K", help="image tokens kept at each position")
+    group.add_argument("--top_p", type=float, metavar="P", help="probability mass kept at each position")
+    group.add_argument("--batch_size", type=_positive, metavar="N", help="prompts drawn at once")
+
+
+def _add_evaluate(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "evaluate",
+        _evaluate,
+        "score a checkpoint on held-out prompts",
+        "Writes scores.json, per category and overall, and the images that were judged.",
+    )
+    parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="a working directory or checkpoint")
+    parser.add_argument("--suite", required=True, choices=("shapes",), help="the benchmark")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where scores and images are written")
+    parser.add_argument("--num_prompts", type=_positive, default=300, metavar="N", help="held-out prompts (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
+    parser.add_argument("--batch_size", type=_positive, metavar="N", help="prompts drawn at once (the checkpoint's config)")
+
+
+def _add_params(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "params",
+        _params,
+        "print the parameters of each part of a model",
+        "Builds the model abstractly: the largest sizes answer on a laptop.",
+    )
+    _add_config(parser)
+
+
+def _add_demo(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "demo",
+        _demo,
+        "train every part from random weights, sample, score, report",
+        "Makes its own data and needs no accelerator. Its last line is one JSON object with the score, the seconds it took "
+        "and the path of the report.",
+    )
+    parser.add_argument("--workdir", type=Path, default=Path("runs/demo"), metavar="DIR", help="(%(default)s)")
+    parser.add_argument("--fast", action="store_true", help="a smoke run: every step of the way, too short to learn much")
+
+
+def _shapes(args: argparse.Namespace) -> None:
+    from blip3o_jax.data.shapes import builder
+
+    builder.prepare(
+        args.out,
+        num_train=args.num_train,
+        num_validation=args.num_validation,
+        num_test=args.num_test,
+        image_size=args.image_size,
+        seed=args.seed,
+    )
+
+
+def _train(args: argparse.Namespace) -> None:
+    from blip3o_jax import config_file
+    from blip3o_jax.train import loop
+
+    loop.train(config_file.load(args.config, args.overrides), args.workdir)
+
+
+def _sample(args: argparse.Namespace) -> None:
+    prompts = args.prompt or _read_prompts(args.prompts_file)
+    overrides = {name: getattr(args, name) for name in _SAMPLING if getattr(args, name) is not None}
+    from blip3o_jax import pipeline
+
+    pipeline.sample_to_directory(args.checkpoint, prompts, args.out, seed=args.seed, overrides=overrides)
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    from blip3o_jax.evaluation import runner
+
+    runner.evaluate(
+        args.checkpoint,
+        args.suite,
+        args.out,
+        num_prompts=args.num_prompts,
+        seed=args.seed,
+        batch_size=args.batch_size,
+    )
+
+
+def _params(args: argparse.Namespace) -> None:
+    from blip3o_jax import config_file, model_table
+
+    model_table.print_table(config_file.load(args.config, args.overrides))
+
+
+def _demo(args: argparse.Namespace) -> None:
+    from blip3o_jax import demo
+
+    summary = demo.run(args.workdir, fast=args.fast)
+    print(json.dumps(summary), flush=True)
+
+
+def _read_prompts(path: Path) -> list[str]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise UserError(f"{path} holds no prompt: write one a line")
+    return prompts
+
+
+def _positive(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return value
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split())

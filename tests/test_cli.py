@@ -1,0 +1,186 @@
+import subprocess
+import sys
+import types
+
+import pytest
+
+import blip3o_jax
+from blip3o_jax import cli
+from blip3o_jax.config import UserError
+
+COMMANDS = ("data", "data shapes", "train", "sample", "evaluate", "params", "demo")
+
+CONFIG = "from blip3o_jax.config import Config\n\ndef get_config():\n    return Config()\n"
+
+
+@pytest.fixture
+def stub(monkeypatch):
+    """Stands in for the module a command imports; returns the calls made to it."""
+
+    def install(name: str, function: str, result=None, raises: BaseException | None = None) -> list:
+        calls = []
+
+        def record(*args, **kwargs):
+            calls.append((args, kwargs))
+            if raises is not None:
+                raise raises
+            return result
+
+        # The packages on the way are stood in for too, so that no test here waits for jax.
+        *packages, leaf = name.split(".")
+        parent = blip3o_jax
+        for part in [*packages, leaf]:
+            module = types.ModuleType(f"{parent.__name__}.{part}")
+            monkeypatch.setitem(sys.modules, module.__name__, module)
+            monkeypatch.setattr(parent, part, module, raising=False)
+            parent = module
+        setattr(parent, function, record)
+        return calls
+
+    return install
+
+
+@pytest.mark.parametrize("command", ("", *COMMANDS))
+def test_help_is_printed(command, capsys):
+    with pytest.raises(SystemExit) as exit:
+        cli.main([*command.split(), "--help"])
+    assert exit.value.code == 0
+    assert capsys.readouterr().out.startswith(f"usage: blip3o {command}".rstrip())
+
+
+def test_every_command_stands_in_the_help(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    out = capsys.readouterr().out
+    for command in ("data", "train", "sample", "evaluate", "params", "demo"):
+        assert f"    {command} " in out
+
+
+@pytest.mark.parametrize("command", ("", *COMMANDS))
+def test_help_imports_nothing_heavy(command):
+    """Time on a shared machine says little; the imports that cost the seconds are what is checked."""
+    code = f"""
+import sys
+from blip3o_jax import cli
+try:
+    cli.main({[*command.split(), "--help"]!r})
+except SystemExit:
+    pass
+heavy = {{"jax", "flax", "numpy", "optax", "orbax", "grain", "ml_collections", "PIL", "cv2", "rich"}} & set(sys.modules)
+print("HEAVY", sorted(heavy))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "HEAVY []"
+
+
+def test_python_dash_m_is_the_same_command():
+    done = subprocess.run([sys.executable, "-m", "blip3o_jax", "nothing"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("blip3o: error: ") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ([], "COMMAND"),
+        (["paint"], "invalid choice: 'paint'"),
+        (["train", "--workdir=w"], "--config"),
+        (["train", "--config=c.py", "--workdir=w", "--learning_rate=1"], "unrecognized argument: --learning_rate=1"),
+        (["train", "--config=c.py", "--workdir=w", "--config.steps"], "--config.steps needs a value: --config.steps=VALUE"),
+        (["train", "--conf=c.py", "--workdir=w"], "--config"),
+        (["sample", "--checkpoint=c", "--out=o"], "--prompt --prompts_file"),
+        (["sample", "--checkpoint=c", "--out=o", "--prompt=a", "--config.x=1"], "unrecognized argument: --config.x=1"),
+        (["sample", "--checkpoint=c", "--out=o", "--prompt=a", "--steps=0"], "'0' is not a positive whole number"),
+        (["evaluate", "--checkpoint=c", "--out=o", "--suite=geneval"], "invalid choice: 'geneval'"),
+    ],
+)
+def test_bad_arguments_are_one_line_and_status_2(argv, words, capsys):
+    with pytest.raises(SystemExit) as exit:
+        cli.main(argv)
+    err = capsys.readouterr().err
+    assert exit.value.code == 2
+    assert err.startswith("blip3o: error: ") and words in err and err.count("\n") == 1
+
+
+def test_train_passes_the_overridden_config(tmp_path, stub):
+    calls = stub("train.loop", "train")
+    (tmp_path / "c.py").write_text(CONFIG)
+    flags = ["--config.steps=3", "--config.data.path=a=b.tar", "--config.steps=4"]
+    assert cli.main(["train", f"--config={tmp_path}/c.py", f"--workdir={tmp_path}/w", *flags]) == 0
+    ((config, workdir), _) = calls[0]
+    assert (config.steps, config.data.path, workdir) == (4, "a=b.tar", tmp_path / "w")
+
+
+def test_sample_passes_only_the_settings_given(tmp_path, stub):
+    calls = stub("pipeline", "sample_to_directory")
+    argv = ["sample", "--checkpoint=c", f"--out={tmp_path}", "--prompt=a", "--prompt=b", "--top_k=5", "--guidance=0"]
+    assert cli.main(argv) == 0
+    (_, prompts, _), keywords = calls[0]
+    assert prompts == ["a", "b"]
+    assert keywords == {"seed": 0, "overrides": {"guidance": 0.0, "top_k": 5}}
+
+
+def test_prompts_file(tmp_path, stub, capsys):
+    calls = stub("pipeline", "sample_to_directory")
+    path = tmp_path / "prompts.txt"
+    argv = ["sample", "--checkpoint=c", "--out=o", f"--prompts_file={path}"]
+    path.write_text("a café\n\n  two dogs \n", encoding="utf-8")
+    assert cli.main(argv) == 0
+    assert calls[0][0][1] == ["a café", "two dogs"]
+    path.write_bytes(b"caf\xe9\n")
+    assert cli.main(argv) == 2
+    path.write_text("\n")
+    assert cli.main(argv) == 2
+    path.unlink()
+    assert cli.main(argv) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        f"blip3o: error: {path} is not UTF-8 text: invalid continuation byte at byte 3",
+        f"blip3o: error: {path} holds no prompt: write one a line",
+        f"blip3o: error: {path}: No such file or directory",
+    ]
+    assert len(calls) == 1
+
+
+def test_the_other_commands_call_one_function(tmp_path, stub, capsys):
+    (tmp_path / "c.py").write_text(CONFIG)
+    data, runner = stub("data.shapes.builder", "prepare"), stub("evaluation.runner", "evaluate")
+    table, demo = stub("model_table", "print_table"), stub("demo", "run", result={"seconds": 1.5})
+    assert cli.main(["data", "shapes", "--out=d", "--num_test=9"]) == 0
+    assert cli.main(["evaluate", "--checkpoint=c", "--suite=shapes", "--out=o", "--num_prompts=7"]) == 0
+    assert cli.main(["params", f"--config={tmp_path}/c.py", "--config.steps=2"]) == 0
+    assert data[0][1]["num_test"] == 9 and runner[0][1]["num_prompts"] == 7 and table[0][0][0].steps == 2
+    capsys.readouterr()
+    assert cli.main(["demo", "--fast"]) == 0
+    assert demo[0][1] == {"fast": True}
+    assert capsys.readouterr().out.splitlines()[-1] == '{"seconds": 1.5}'
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (UserError("a.tar is cut short\n  at byte 12"), "blip3o: error: a.tar is cut short at byte 12"),
+        (NotADirectoryError(20, "Not a directory", "x/y"), "blip3o: error: x/y: Not a directory"),
+    ],
+)
+def test_a_users_error_is_one_line_without_traceback(stub, capsys, monkeypatch, error, line):
+    monkeypatch.delenv("BLIP3O_TRACEBACK", raising=False)
+    stub("demo", "run", raises=error)
+    assert cli.main(["demo"]) == 2
+    assert capsys.readouterr().err == line + "\n"
+    monkeypatch.setenv("BLIP3O_TRACEBACK", "1")
+    assert cli.main(["demo"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("Traceback") and err.endswith(line + "\n")
+
+
+def test_a_bug_keeps_its_traceback(stub):
+    stub("demo", "run", raises=ValueError("shapes do not match"))
+    with pytest.raises(ValueError, match="shapes do not match"):
+        cli.main(["demo"])
+
+
+def test_an_interrupt_says_how_to_resume(tmp_path, stub, capsys):
+    stub("train.loop", "train", raises=KeyboardInterrupt())
+    (tmp_path / "c.py").write_text(CONFIG)
+    assert cli.main(["train", f"--config={tmp_path}/c.py", "--workdir=w"]) == 130
+    assert "resumes from the last checkpoint" in capsys.readouterr().err
