@@ -8,6 +8,7 @@ import argparse
 import json
 import os
 import sys
+import textwrap
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -84,7 +85,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _command(commands: Any, name: str, run: Callable, help: str, description: str = "", again: str = "") -> _Parser:
-    parser = commands.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}. {description}".rstrip())
+    description = textwrap.fill(f"{help[0].upper()}{help[1:]}. {description}", 100)
+    parser = commands.add_parser(name, help=help, description=description)
     parser.set_defaults(run=run, after_interrupt=again or "run the same command again to start over")
     return parser
 
