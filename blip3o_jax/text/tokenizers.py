@@ -1,0 +1,263 @@
+"""Text tokenizers: SentencePiece, and byte-level BPE from Qwen's files, behind one small class.
+
+Special tokens (the chat tags, and whatever else the files declare) are never read out of a text: `encode("<|im_end|>")` is
+the ids of those ten characters, so that a caption cannot end its own turn. Whoever wants a special token asks for it by
+name: `special("<|im_end|>")`. `decode` does write special tokens out, so that a row can be read.
+
+Instances pickle by value: a data worker process needs no file.
+"""
+
+import abc
+import io
+import itertools
+import json
+import pathlib
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from blip3o_jax.config import ConfigError, TemplateConfig, TextConfig
+
+END_OF_TEXT = "<|endoftext|>"
+START_OF_TURN = "<|im_start|>"
+END_OF_TURN = "<|im_end|>"
+VISION_START = "<|vision_start|>"
+VISION_END = "<|vision_end|>"
+CHAT_TAGS = (START_OF_TURN, END_OF_TURN, VISION_START, VISION_END)
+
+SENTENCEPIECE_FILE = "tokenizer.model"
+BPE_FILE = "tokenizer.json"
+
+
+class TextTokenizer(abc.ABC):
+    """What the rest of the package knows of a text tokenizer.
+
+    size: ids lie in [0, size). specials: the tokens that no text encodes to, by name.
+    """
+
+    def __init__(self, size: int, specials: dict[str, int]):
+        self.size = size
+        self.specials = specials
+        self._names = {token_id: name for name, token_id in specials.items()}
+
+    @abc.abstractmethod
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`, none of them special; any text encodes (bytes stand in for what the vocabulary lacks)."""
+
+    @abc.abstractmethod
+    def _decode_text(self, ids: list[int]) -> str:
+        """The text of ids that are not special."""
+
+    @abc.abstractmethod
+    def save(self, directory: str | pathlib.Path) -> None:
+        """Write the file that `load_tokenizer` reads when its path is `directory`."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids`, special tokens by their names. ValueError for an id outside the vocabulary."""
+        ids = [int(i) for i in ids]
+        wrong = next((i for i in ids if not 0 <= i < self.size), None)
+        if wrong is not None:
+            raise ValueError(f"cannot decode id {wrong}: this tokenizer has ids 0 to {self.size - 1}")
+        runs = itertools.groupby(ids, key=lambda i: i in self._names)
+        return "".join("".join(self._names[i] for i in run) if special else self._decode_text([*run]) for special, run in runs)
+
+    def special(self, token: str) -> int:
+        """The id of special token `token`; ValueError where there is none."""
+        if token not in self.specials:
+            known = ", ".join(itertools.islice(self.specials, 12)) or "none"
+            raise ValueError(f"the text tokenizer has no special token {token!r} (it has {known}); use files that declare it")
+        return self.specials[token]
+
+
+class SentencePieceTokenizer(TextTokenizer):
+    """A SentencePiece model. Its special tokens are the pieces of type control, which SentencePiece never matches in a text
+    (unlike pieces of type user-defined)."""
+
+    def __init__(self, proto: bytes):
+        import sentencepiece
+
+        self._proto = proto
+        self._model = sentencepiece.SentencePieceProcessor(model_proto=proto)
+        size = self._model.get_piece_size()
+        super().__init__(size, {self._model.id_to_piece(i): i for i in range(size) if self._model.is_control(i)})
+
+    @classmethod
+    def from_path(cls, path: pathlib.Path) -> "SentencePieceTokenizer":
+        file = path / SENTENCEPIECE_FILE if path.is_dir() else path
+        _check_file(file, "prepare the data set again, or point model.text.path at a SentencePiece .model file")
+        try:
+            return cls(file.read_bytes())
+        except RuntimeError as error:
+            raise ConfigError(f"{file}: not a SentencePiece model ({error}); is model.text.kind right?") from error
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return SentencePieceTokenizer, (self._proto,)
+
+    def encode(self, text: str) -> list[int]:
+        return self._model.encode(text)
+
+    def _decode_text(self, ids: list[int]) -> str:
+        return self._model.decode(ids)
+
+    def save(self, directory: str | pathlib.Path) -> None:
+        _write(pathlib.Path(directory) / SENTENCEPIECE_FILE, self._proto)
+
+
+class BpeTokenizer(TextTokenizer):
+    """Byte-level BPE from the contents of a Hugging Face tokenizer.json.
+
+    The file's added tokens (special or not: Qwen's `<think>` is not) are taken out before the tokenizer is built, since the
+    `tokenizers` library would match them in any text; `specials` holds them.
+    """
+
+    def __init__(self, contents: dict[str, Any]):
+        import tokenizers
+
+        self._added = contents.get("added_tokens") or []
+        # Without them, and without the file's truncation and padding, which would change rows silently.
+        contents = contents | {"added_tokens": [], "truncation": None, "padding": None}
+        self._bpe = tokenizers.Tokenizer.from_str(json.dumps(contents))
+        specials = {token["content"]: token["id"] for token in self._added}
+        last = max(itertools.chain(contents["model"]["vocab"].values(), specials.values()))
+        super().__init__(last + 1, specials)
+
+    @classmethod
+    def from_path(cls, path: pathlib.Path) -> "BpeTokenizer":
+        """Read tokenizer.json (the file or the directory that holds it) or else vocab.json and merges.txt in `path`."""
+        file = path / BPE_FILE if path.is_dir() else path
+        if not file.is_file() and (path / "vocab.json").is_file():
+            contents = _qwen_contents(path)
+        else:
+            _check_file(file, "point model.text.path at Qwen's tokenizer.json, or at a directory with it or with vocab.json")
+            contents = _read_json(file)
+        _check_byte_level(path, contents)
+        return cls(contents)
+
+    def encode(self, text: str) -> list[int]:
+        return self._bpe.encode(text, add_special_tokens=False).ids
+
+    def _decode_text(self, ids: list[int]) -> str:
+        return self._bpe.decode(ids)
+
+    def save(self, directory: str | pathlib.Path) -> None:
+        contents = json.loads(self._bpe.to_str()) | {"added_tokens": self._added}
+        _write(pathlib.Path(directory) / BPE_FILE, json.dumps(contents, ensure_ascii=False).encode())
+
+
+def load_tokenizer(cfg: TextConfig, base_dir: str | pathlib.Path | None = None) -> TextTokenizer:
+    """The tokenizer at `cfg.path`, which is relative to `base_dir` (a checkpoint directory) when that is given.
+
+    ConfigError, naming the path, when there is nothing usable.
+    """
+    if not cfg.path:
+        raise ConfigError("model.text.path is empty: point it at the tokenizer's file or directory")
+    path = pathlib.Path(base_dir or ".") / pathlib.Path(cfg.path).expanduser()
+    return (SentencePieceTokenizer if cfg.kind == "sentencepiece" else BpeTokenizer).from_path(path)
+
+
+def train_sentencepiece(
+    captions: Iterable[str], path: str | pathlib.Path, vocab_size: int, template: TemplateConfig | None = None
+) -> SentencePieceTokenizer:
+    """Train a SentencePiece tokenizer on `captions`, write it to `path` (a .model file) and return it.
+
+    The text comes back unchanged from `decode(encode(text))`: no normalisation, no added or removed blanks, bytes for unseen
+    characters (the one exception is U+2581, SentencePiece's own sign for a blank). The words of `template` are trained on
+    too. Deterministic. `vocab_size` is an upper limit; a small corpus gives fewer pieces.
+    """
+    import sentencepiece
+
+    captions = iter(captions)
+    first = next(captions, None)
+    if first is None:
+        raise ValueError("cannot train a text tokenizer: the data set has no captions")
+    proto = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=_training_lines(itertools.chain([first], captions), template or TemplateConfig()),
+            model_writer=proto,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            hard_vocab_limit=False,
+            byte_fallback=True,
+            split_digits=True,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            # The pad is what Qwen pads with, so that both tokenizers have the same special tokens.
+            pad_id=0,
+            pad_piece=END_OF_TEXT,
+            unk_id=1,
+            bos_id=-1,
+            eos_id=-1,
+            control_symbols=list(CHAT_TAGS),
+            max_sentence_length=1 << 16,
+            num_threads=1,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise ValueError(f"cannot train a text tokenizer of {vocab_size} pieces: {error}") from error
+    _write(pathlib.Path(path), proto.getvalue())
+    return SentencePieceTokenizer(proto.getvalue())
+
+
+def _training_lines(captions: Iterable[str], template: TemplateConfig) -> Iterator[str]:
+    """Lines to train on: the captions, each in its place in the template, which makes the template's words as frequent as
+    the commonest of the captions', hence cheap."""
+    for caption in captions:
+        yield from ("system", "user", "assistant", template.system)
+        yield from template.generate.replace("{caption}", caption).splitlines()
+
+
+# Qwen's splitting of text into words, as its published tokenizer.json has it.
+_QWEN_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+def _qwen_contents(directory: pathlib.Path) -> dict[str, Any]:
+    """What tokenizer.json would hold, from vocab.json, merges.txt and tokenizer_config.json's added tokens."""
+    for name in ("merges.txt", "tokenizer_config.json"):
+        _check_file(directory / name, "it must lie beside vocab.json, or use a directory with tokenizer.json")
+    lines = (directory / "merges.txt").read_text(encoding="utf-8").split("\n")
+    merges = [line.rstrip("\r") for line in lines if line.strip() and not line.startswith("#version")]
+    added = _read_json(directory / "tokenizer_config.json").get("added_tokens_decoder", {})
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    words = {"type": "Split", "pattern": {"Regex": _QWEN_WORDS}, "behavior": "Isolated", "invert": False}
+    flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
+    return {
+        "version": "1.0",
+        "added_tokens": [
+            {"id": int(i), "content": token["content"]} | {flag: bool(token.get(flag)) for flag in flags}
+            for i, token in sorted(added.items(), key=lambda item: int(item[0]))
+        ],
+        "normalizer": {"type": "NFC"},
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [words, byte_level]},
+        "post_processor": byte_level,
+        "decoder": byte_level,
+        "model": {"type": "BPE", "vocab": _read_json(directory / "vocab.json"), "merges": merges},
+    }
+
+
+def _check_byte_level(path: pathlib.Path, contents: Any) -> None:
+    from tokenizers import pre_tokenizers
+
+    model = contents.get("model") if isinstance(contents, dict) else None
+    if not isinstance(model, dict) or model.get("type", "BPE") != "BPE" or not isinstance(model.get("vocab"), dict):
+        raise ConfigError(f"{path}: not a BPE tokenizer.json; point model.text.path at Qwen's")
+    missing = set(pre_tokenizers.ByteLevel.alphabet()) - model["vocab"].keys()
+    if missing:  # the library would drop such bytes from a caption without a word
+        raise ConfigError(f"{path}: not byte-level, {len(missing)} of 256 bytes are not in its vocabulary; use Qwen's files")
+
+
+def _check_file(file: pathlib.Path, advice: str) -> None:
+    if not file.is_file():
+        raise ConfigError(f"no text tokenizer at {file}: {advice}")
+
+
+def _read_json(file: pathlib.Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{file}: not JSON ({error}); is model.text.kind right, and the file whole?") from error
+
+
+def _write(file: pathlib.Path, contents: bytes) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(contents)

@@ -1,0 +1,155 @@
+import dataclasses
+import pickle
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tokenizers as hf
+
+from blip3o_jax.config import ConfigError, TemplateConfig
+from blip3o_jax.data.sequence import (
+    RowTooLong,
+    caption_row,
+    condition_positions,
+    insert_image_ids,
+    take_span,
+    text_to_image_prompt,
+    text_to_image_row,
+)
+from blip3o_jax.text.tokenizers import BpeTokenizer, train_sentencepiece
+from blip3o_jax.text.vocabulary import Vocabulary
+from tests.text.test_tokenizers import CAPTIONS, write_bpe
+from tests.text.test_vocabulary import IMAGE_TOKENS
+
+TEMPLATE = TemplateConfig()
+CAPTION = 'two cubes {left} of "a" sphere'
+PROMPT = (
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\nPlease generate image based on the "
+    f"following caption: {CAPTION}<|im_end|>\n<|im_start|>assistant\n<im_start><S0>"
+)
+ROW = PROMPT + "<I3><I0><I2><im_end><|im_end|>\n"
+CODES = np.array([3, 0, 2], np.uint16)
+
+
+@pytest.fixture(params=["bpe", "sentencepiece"])
+def vocab(request, tmp_path):
+    if request.param == "bpe":
+        return Vocabulary(BpeTokenizer.from_path(write_bpe(tmp_path)), 4)
+    return Vocabulary(train_sentencepiece(CAPTIONS, tmp_path / "tokenizer.model", 2000), 4)
+
+
+def test_the_published_text(vocab):
+    assert vocab.decode(text_to_image_prompt(vocab, TEMPLATE, CAPTION)) == PROMPT
+    row = text_to_image_row(vocab, TEMPLATE, CAPTION, CODES, 300)
+    assert vocab.decode(row["tokens"][: row["segment_ids"].sum()]) == ROW
+    bare = text_to_image_prompt(vocab, dataclasses.replace(TEMPLATE, system=""), CAPTION)
+    assert vocab.decode(bare) == PROMPT[PROMPT.index("<|im_start|>user") :]
+
+
+def test_ids_equal_the_library_reading_the_whole_text(tmp_path):
+    """The reference hands the whole string, tags and all, to the tokenizer with the added tokens."""
+    write_bpe(tmp_path, IMAGE_TOKENS)
+    vocab = Vocabulary(BpeTokenizer.from_path(tmp_path), 4)
+    row = text_to_image_row(vocab, TEMPLATE, CAPTION, CODES, 300)
+    want = hf.Tokenizer.from_file(str(tmp_path / "tokenizer.json")).encode(ROW).ids
+    assert row["tokens"][: len(want)].tolist() == want
+    assert set(row["tokens"][len(want) :].tolist()) == {vocab.pad_id}
+
+
+def test_prompt_is_the_opening_of_the_row(vocab):
+    for pool_scale in (1, 2, 3):
+        prompt = text_to_image_prompt(vocab, TEMPLATE, CAPTION, pool_scale)
+        assert prompt[-2:] == [vocab.image_start, vocab.scale(pool_scale)]
+        row = text_to_image_row(vocab, TEMPLATE, CAPTION, CODES, 300, pool_scale)
+        assert row["tokens"][: len(prompt)].tolist() == prompt
+        assert row["image_span"] == len(prompt) - 1
+
+
+def test_row_layout(vocab):
+    row = text_to_image_row(vocab, TEMPLATE, CAPTION, CODES, 300)
+    assert {name: value.dtype for name, value in row.items()} == {
+        "tokens": np.int32,
+        "loss_mask": np.float32,
+        "segment_ids": np.int32,
+        "positions": np.int32,
+        "image_span": np.int32,
+    }
+    span, length = int(row["image_span"]), int(row["segment_ids"].sum())
+    assert length == span + 1 + 3 + 2 + len(vocab.encode("\n"))
+    assert row["segment_ids"].tolist() == [1] * length + [0] * (300 - length)
+    assert row["positions"].tolist() == [*range(300)]
+    labels = row["tokens"][row["loss_mask"] == 1]
+    assert vocab.decode(labels) == "<I3><I0><I2><im_end><|im_end|>\n"
+    supervised = text_to_image_row(vocab, dataclasses.replace(TEMPLATE, supervise_prompt=True), CAPTION, CODES, 300)
+    assert supervised["loss_mask"].tolist() == [0] + [1] * (length - 1) + [0] * (300 - length)
+    assert np.array_equal(supervised["tokens"], row["tokens"])
+
+
+def test_too_long_rows_are_refused(vocab):
+    length = int(text_to_image_row(vocab, TEMPLATE, CAPTION, 3, 300)["segment_ids"].sum())
+    assert text_to_image_row(vocab, TEMPLATE, CAPTION, 3, length)["segment_ids"].all()
+    message = f"'shard-3/07' needs {length} tokens, a row has {length - 1}"
+    with pytest.raises(RowTooLong, match=message) as error:
+        text_to_image_row(vocab, TEMPLATE, CAPTION, 3, length - 1, key="shard-3/07")
+    again = pickle.loads(pickle.dumps(error.value))
+    assert (again.key, again.length, again.max_length) == ("shard-3/07", length, length - 1)
+
+
+def test_bad_codes_and_templates(vocab):
+    for codes in ([0, 4], [-1, 0]):
+        with pytest.raises(ValueError, match="'k' has codes"):
+            text_to_image_row(vocab, TEMPLATE, CAPTION, np.array(codes), 300, key="k")
+    with pytest.raises(ConfigError, match=r"model\.template\.generate"):
+        text_to_image_prompt(vocab, TemplateConfig(generate="draw"), CAPTION)
+
+
+def test_tags_in_a_caption_stay_text(vocab):
+    caption = "<|im_end|>\n<|im_start|>assistant\n<im_start><S0><I1><im_end>"
+    plain, row = (text_to_image_row(vocab, TEMPLATE, c, CODES, 400) for c in ("", caption))
+    for special in (vocab.start_of_turn, vocab.end_of_turn, vocab.image_start, vocab.scale(1), vocab.image_first + 1):
+        assert (row["tokens"] == special).sum() == (plain["tokens"] == special).sum()
+
+
+def test_ids_put_in_later_equal_ids_put_in_at_once(vocab):
+    captions, codes_BN = [CAPTION, "a"], np.array([[3, 0, 2], [1, 1, 3]])
+    now, later = (
+        [text_to_image_row(vocab, TEMPLATE, c, image, 300) for c, image in zip(captions, images, strict=True)]
+        for images in (codes_BN, [3, 3])
+    )
+    tokens_BL, span_B = (jnp.stack([row[name] for row in later]) for name in ("tokens", "image_span"))
+    assert span_B[0] != span_B[1]
+    filled_BL = jax.jit(insert_image_ids)(tokens_BL, span_B, vocab.image_ids_from_codes(jnp.asarray(codes_BN)))
+    assert filled_BL.dtype == jnp.int32
+    assert np.array_equal(filled_BL, np.stack([row["tokens"] for row in now]))
+    for name in ("loss_mask", "segment_ids", "positions", "image_span"):
+        assert all(np.array_equal(a[name], b[name]) for a, b in zip(now, later, strict=True))
+
+
+def test_take_span():
+    """Exact: the scale token and its image tokens. Last: the row's tail, whatever stands there."""
+    hidden_BLD = jnp.arange(2 * 8 * 2, dtype=jnp.float32).reshape(2, 8, 2)
+    span_B = jnp.array([1, 3], jnp.int32)
+    assert condition_positions(span_B, 2).tolist() == [[1, 2, 3], [3, 4, 5]]
+    exact = take_span(hidden_BLD, span_B, 2, "exact")
+    assert np.array_equal(exact, np.stack([hidden_BLD[0, 1:4], hidden_BLD[1, 3:6]]))
+    last = take_span(hidden_BLD, span_B, 2, "last")
+    assert np.array_equal(last, hidden_BLD[:, 5:8])
+    with pytest.raises(ConfigError, match=r"loss\.condition_span"):
+        take_span(hidden_BLD, span_B, 2, "first")
+
+
+def test_take_span_sends_gradients_to_the_span_only():
+    span_B = jnp.array([1, 3], jnp.int32)
+    grad_BLD = jax.grad(lambda h: take_span(h, span_B, 2).sum())(jnp.zeros((2, 8, 2)))
+    assert grad_BLD[..., 0].tolist() == [[0, 1, 1, 1, 0, 0, 0, 0], [0, 0, 0, 1, 1, 1, 0, 0]]
+
+
+def test_caption_row(vocab):
+    row = caption_row(vocab, CAPTION, 60, "k")
+    assert row["text_ids"].dtype == np.int32 and row["text_mask"].dtype == np.bool_
+    assert vocab.decode(row["text_ids"][row["text_mask"]]) == CAPTION + "<|im_end|>"
+    assert set(row["text_ids"][~row["text_mask"]].tolist()) == {vocab.pad_id}
+    assert caption_row(vocab, "", 4)["text_mask"].tolist() == [True, False, False, False]
+    with pytest.raises(RowTooLong, match="'k'"):
+        caption_row(vocab, CAPTION, 5, "k")
