@@ -23,7 +23,7 @@ from blip3o_jax.dit import flow
 from blip3o_jax.dit.sana import SanaTransformer
 from blip3o_jax.image_tokens.contrastive import TextTower
 from blip3o_jax.image_tokens.ta_tok import TaTok
-from blip3o_jax.train.cross_entropy import cross_entropy
+from blip3o_jax.ar.cross_entropy import cross_entropy
 from blip3o_jax.vae.dc_ae import DcAe
 
 PARTS = ("tokenizer", "text_tower", "ar", "connector", "dit", "vae")

@@ -1,0 +1,65 @@
+"""A source whose records carry what the frozen encoders make of their images, read from disk.
+
+Directory of one (source, encoders) pair, named by a hash of all that the values depend on:
+
+    codes-00012.npy      int32   [records, N]           of records 12 * PART .. of the source
+    latents-00012.npy    float32 [records, H, W, C]
+    unreadable-00012.json  {"index": "reason"}          records that could not be decoded
+
+A part is written under another name and renamed when whole, so that writing resumes where it stopped and several hosts
+share the work. `train/encode.py` writes these; float32 keeps a cached step equal to one that encodes inside.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from blip3o_jax.data.sources import BadRecord, Record, Source
+
+VERSION = 1  # of the values: raised whenever the same images and weights would give others
+PART = 4096  # records
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodedRecord(Record):
+    """A record with codebook indices [N] and scaled latents [H, W, C] of its image."""
+
+    codes: np.ndarray
+    latents: np.ndarray
+
+
+def directory_name(source: Source, settings: dict[str, Any]) -> str:
+    """Hash of the source's content and of `settings`: crop and sizes, encoder configuration and weights."""
+    content = json.dumps({"version": VERSION, "source": source.fingerprint, **settings}, sort_keys=True)
+    return f"v{VERSION}-{hashlib.sha256(content.encode()).hexdigest()[:20]}"
+
+
+class EncodedSource(Source):
+    """`source` with the encoder outputs kept in `directory`."""
+
+    def __init__(self, source: Source, directory: pathlib.Path):
+        self.source, self.directory = source, directory
+        self.name, self.fingerprint = source.name, source.fingerprint
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> EncodedRecord:
+        record = self.source[index]
+        codes, latents, unreadable = _part(self.directory, index // PART)
+        if str(index) in unreadable:
+            raise BadRecord(record.shard, record.key, unreadable[str(index)])
+        row = index % PART
+        return EncodedRecord(**vars(record), codes=np.array(codes[row]), latents=np.array(latents[row]))
+
+
+@functools.lru_cache(maxsize=64)
+def _part(directory: pathlib.Path, number: int) -> tuple[np.ndarray, np.ndarray, dict[str, str]]:
+    codes, latents = (np.load(directory / f"{name}-{number:05d}.npy", mmap_mode="r") for name in ("codes", "latents"))
+    unreadable = json.loads((directory / f"unreadable-{number:05d}.json").read_text(encoding="utf-8"))
+    return codes, latents, unreadable

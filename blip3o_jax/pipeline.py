@@ -1,0 +1,195 @@
+"""Text -> image from a checkpoint: `blip3o_jax.load(DIR).generate([...], seed=0)`.
+
+Legend: B batch, L prompt length, N image tokens, H W C image or latent.
+"""
+
+import dataclasses
+import functools
+import pathlib
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from blip3o_jax import nn
+from blip3o_jax.ar.sampling import generate_image_tokens
+from blip3o_jax.blip3o import Blip3o
+from blip3o_jax.config import Config, MeshConfig, SamplingConfig, UserError
+from blip3o_jax.data.sequence import text_to_image_prompt
+from blip3o_jax.dit import sampler
+from blip3o_jax.parallel.mesh import make_mesh
+from blip3o_jax.parallel.rules import Strategy
+from blip3o_jax.samples import write_images
+from blip3o_jax.text.vocabulary import Vocabulary, load_vocabulary
+from blip3o_jax.train import checkpoint as checkpoints
+
+PARTS = ("tokenizer", "ar", "connector", "dit", "vae")
+# Prompts are padded to a multiple of this many tokens, so that few lengths are compiled.
+LENGTH_BUCKET = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Generated:
+    """uint8 images [B, H, W, 3] and the codebook indices [B, N] they were drawn from, in the order of the prompts."""
+
+    prompts: list[str]
+    images: np.ndarray
+    codes: np.ndarray
+
+
+class Pipeline:
+    """A trained model on a mesh, ready to sample. `params` is {part: nested dict of arrays}."""
+
+    def __init__(self, config: Config, graphdef: Any, params: Any, vocabulary: Vocabulary, strategy: Strategy):
+        self.config, self.vocabulary, self.strategy = config, vocabulary, strategy
+        self._graphdef, self._params = graphdef, params
+
+    def generate(
+        self, prompts: Sequence[str], *, seed: int = 0, progress: bool = False, first_index: int = 0, **overrides: Any
+    ) -> Generated:
+        """One image a prompt. `overrides` are fields of SamplingConfig (steps, guidance, temperature, top_k, top_p, batch_size).
+
+        Image i depends on (seed, first_index + i, prompts[i]) and the settings alone, not on the batch it was made in.
+        Raises UserError for no prompt, an unknown setting, or a prompt that does not fit the model's rows.
+        """
+        settings = self.settings(**overrides)
+        rows = [self._encode(prompt) for prompt in prompts]
+        if not rows:
+            raise UserError("no prompt given: pass at least one")
+        length = -(-max(map(len, rows)) // LENGTH_BUCKET) * LENGTH_BUCKET
+        size = settings.batch_size
+        images, codes, began = [], [], time.monotonic()
+        for start in range(0, len(rows), size):
+            batch = [rows[min(i, len(rows) - 1)] for i in range(start, start + size)]
+            tokens_BL = np.zeros((size, length), np.int32)
+            for row, ids in zip(tokens_BL, batch, strict=True):
+                row[: len(ids)] = ids
+            indices_B = np.arange(start, start + size, dtype=np.uint32) + first_index
+            pixels_BHWC, codes_BN = self._sample(
+                self._params, tokens_BL, np.array([len(ids) for ids in batch], np.int32), indices_B, np.uint32(seed), settings
+            )
+            count = min(size, len(rows) - start)
+            images.append(np.asarray(pixels_BHWC)[:count])
+            codes.append(np.asarray(codes_BN)[:count])
+            if progress:
+                done, seconds = start + count, time.monotonic() - began
+                left = seconds / done * (len(rows) - done)
+                print(f"sample  {done}/{len(rows)} images  {done / seconds:.2f} images/s  ETA {left:.0f} s", file=sys.stderr)
+        return Generated(list(prompts), np.concatenate(images), np.concatenate(codes))
+
+    def settings(self, **overrides: Any) -> SamplingConfig:
+        """The checkpoint's sampling settings with `overrides` (None leaves one as it is)."""
+        known = {f.name for f in dataclasses.fields(SamplingConfig)}
+        if unknown := set(overrides) - known:
+            raise UserError(f"unknown sampling setting {', '.join(sorted(unknown))}: it takes {', '.join(sorted(known))}")
+        settings = dataclasses.replace(self.config.sampling, **{k: v for k, v in overrides.items() if v is not None})
+        shards = self.strategy.batch_shards
+        # Padded up, since every device needs a row; rows past the last prompt are dropped.
+        return dataclasses.replace(settings, batch_size=-(-settings.batch_size // shards) * shards)
+
+    def reconstruct(self, pixels_BHWC: np.ndarray) -> np.ndarray:
+        """uint8 images [B, S, S, 3] through the autoencoder and back."""
+        return np.asarray(self._reconstruct(self._params, pixels_BHWC))
+
+    def codes(self, tokenizer_pixels_BHWC: np.ndarray) -> np.ndarray:
+        """uint8 images at the tokenizer's size -> codebook indices [B, N]."""
+        return np.asarray(self._codes(self._params, tokenizer_pixels_BHWC))
+
+    def _encode(self, prompt: str) -> list[int]:
+        model, limit = self.config.model, self.config.data.max_length
+        ids = text_to_image_prompt(self.vocabulary, model.template, prompt, model.tokenizer.pool_scale)
+        if len(ids) + model.tokenizer.num_tokens > limit:
+            raise UserError(
+                f"prompt {prompt[:60]!r}... is {len(ids)} tokens long; with {model.tokenizer.num_tokens} image tokens that is "
+                f"more than the model's {limit}: shorten it"
+            )
+        return ids
+
+    def _model(self, params: Any) -> Blip3o:
+        return nnx.merge(self._graphdef, params)
+
+    @functools.partial(jax.jit, static_argnums=(0, 6))
+    def _sample(
+        self,
+        params: Any,
+        tokens_BL: jax.Array,
+        lengths_B: jax.Array,
+        indices_B: jax.Array,
+        seed: jax.Array,
+        settings: SamplingConfig,
+    ) -> tuple[jax.Array, jax.Array]:
+        model, cfg = self._model(params), self.config.model
+        first = self.vocabulary.image_first
+        with nn.sharding_resolver(self.strategy.resolver):
+            tokens_BL = nn.constrain(tokens_BL, "batch", None)
+            keys_B = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(indices_B)
+            token_keys_B, noise_keys_B = jax.vmap(jax.random.split, out_axes=1)(keys_B)
+            with nn.part("ar"):
+                ids_BN, hidden_BTD, _ = generate_image_tokens(
+                    model.ar,
+                    tokens_BL,
+                    lengths_B,
+                    token_keys_B,
+                    num_tokens=cfg.tokenizer.num_tokens,
+                    image_ids=(first, self.vocabulary.image_last),
+                    temperature=settings.temperature,
+                    top_k=settings.top_k,
+                    top_p=settings.top_p,
+                )
+            size = cfg.latent_size
+            shape = (size, size, cfg.vae.latent_channels)
+            noise_BHWC = jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(noise_keys_B)
+            with nn.part("dit"):
+                z_BHWC = sampler.sample(
+                    model.dit,
+                    model.condition(hidden_BTD),
+                    model.null_condition(),
+                    noise_BHWC,
+                    steps=settings.steps,
+                    guidance=settings.guidance,
+                    flow=cfg.flow,
+                )
+            return to_uint8(model.pixels(z_BHWC)), ids_BN - first
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def _reconstruct(self, params: Any, pixels_BHWC: jax.Array) -> jax.Array:
+        model = self._model(params)
+        return to_uint8(model.pixels(model.latents(pixels_BHWC)))
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def _codes(self, params: Any, pixels_BHWC: jax.Array) -> jax.Array:
+        return self._model(params).codes(pixels_BHWC)
+
+
+def to_uint8(x: jax.Array) -> jax.Array:
+    """[0, 1] -> uint8, rounded."""
+    return jnp.round(x * 255).astype(jnp.uint8)
+
+
+def load(path: str | pathlib.Path, mesh: MeshConfig | None = None) -> Pipeline:
+    """The pipeline of a joint run's checkpoint: its workdir, checkpoints directory or one step. Needs nothing else.
+
+    `mesh` places it (all devices, batch-parallel, by default). Raises UserError when `path` is not such a checkpoint.
+    """
+    root, _ = checkpoints.find(path)
+    config = checkpoints.read_config(root)
+    if config.stage != "joint":
+        raise UserError(f"{root} was written by stage {config.stage!r}; sampling needs a checkpoint of stage 'joint'")
+    mesh = mesh or MeshConfig(data=-1, fsdp=1, strategy="dp")
+    strategy = Strategy(mesh.strategy, make_mesh(mesh))
+    params = checkpoints.restore_parts(path, strategy, PARTS)
+    graphdef, _ = nnx.split(nnx.eval_shape(lambda: Blip3o(config.model, PARTS, seed=0)))
+    return Pipeline(config, graphdef, params, load_vocabulary(config.model, root / "text"), strategy)
+
+
+def sample_to_directory(
+    checkpoint: str | pathlib.Path, prompts: Sequence[str], out: str | pathlib.Path, *, seed: int = 0, **overrides: Any
+) -> list[pathlib.Path]:
+    """Writes 00000.png, ... , a labelled grid.png and prompts.jsonl under `out`; returns the images' paths."""
+    generated = load(checkpoint).generate(prompts, seed=seed, progress=True, **overrides)
+    return write_images(generated.images, generated.prompts, pathlib.Path(out))

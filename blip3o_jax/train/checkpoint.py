@@ -1,0 +1,138 @@
+"""Checkpoint directories: complete, asynchronous, resumable on another mesh.
+
+    DIR/config.json          the resolved configuration of the run that wrote it
+    DIR/text/                the text tokenizer's files
+    DIR/<step>/state         parameters, optimizer, EMA, counters (Orbax)
+    DIR/<step>/meta          {"data": position of the data stream, "loss": ..., "seed": ...} (JSON)
+
+The last `keep` checkpoints stay, and the best by training loss. A directory that another process was killed in while
+writing keeps its last finished step.
+"""
+
+import json
+import pathlib
+import shutil
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy
+
+from blip3o_jax import config as config_lib
+from blip3o_jax.config import CheckpointConfig, Config, UserError
+from blip3o_jax.parallel.rules import Strategy
+from blip3o_jax.train.state import StatePlan, TrainState, plan_state
+
+
+class Checkpoints:
+    """The checkpoints of one run under `directory`."""
+
+    def __init__(self, directory: pathlib.Path, cfg: CheckpointConfig, config: Config, text_files: pathlib.Path | None):
+        self.directory = directory.absolute()
+        self.directory.mkdir(parents=True, exist_ok=True)
+        if jax.process_index() == 0:
+            write_json(self.directory / "config.json", config_lib.to_dict(config))
+            if text_files is not None:
+                shutil.copytree(text_files, self.directory / "text", dirs_exist_ok=True)
+        policies = [preservation_policy.LatestN(cfg.keep)]
+        policies.append(preservation_policy.BestN(get_metric_fn=lambda m: m["loss"], reverse=True, n=1))
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=preservation_policy.AnyPreservationPolicy(policies), cleanup_tmp_directories=True
+        )
+        self._manager = ocp.CheckpointManager(self.directory, options=options, item_names=("state", "meta"))
+
+    def latest(self) -> int | None:
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: TrainState, data_position: Any, loss: float) -> None:
+        """Starts writing in the background; the arrays are copied off the devices before this returns."""
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave({"data": data_position, "loss": loss})
+            ),
+            metrics={"loss": loss},
+        )
+
+    def restore(self, step: int, plan: StatePlan) -> tuple[TrainState, Any]:
+        """State in the plan's shardings, and the position of the data stream."""
+        items = ocp.args.Composite(state=ocp.args.StandardRestore(plan.abstract), meta=ocp.args.JsonRestore())
+        try:
+            restored = self._manager.restore(step, args=items)
+        except ValueError as e:
+            reason = str(e).strip().splitlines()[0]
+            raise UserError(
+                f"{self.directory}/{step} does not fit this configuration ({reason}); use the config.json beside it, "
+                "or another --workdir"
+            ) from e
+        return restored["state"], restored["meta"]["data"]
+
+    def close(self) -> None:
+        """Waits for writes under way."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+    """Whole or not at all."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def find(path: str | pathlib.Path) -> tuple[pathlib.Path, int]:
+    """(checkpoint directory, step) of a run's workdir, its `checkpoints` directory, or one step in it.
+
+    Raises UserError when there is none, naming what was looked for.
+    """
+    path = pathlib.Path(path).absolute()
+    if not path.exists():
+        raise UserError(f"checkpoint {path} does not exist")
+    for root in (path / "checkpoints", path, path.parent):
+        if (root / "config.json").is_file():
+            if root == path.parent:
+                steps = [int(path.name)] if path.name.isdigit() and (path / "state").is_dir() else []
+            else:
+                steps = [int(p.name) for p in root.iterdir() if p.name.isdigit() and (p / "state").is_dir()]
+            if steps:
+                return root, max(steps)
+    raise UserError(
+        f"{path} is not a checkpoint: it holds no config.json with finished steps beside it; give the --workdir of a run, "
+        "its checkpoints directory, or one step in that"
+    )
+
+
+def read_config(root: pathlib.Path) -> Config:
+    """The configuration a checkpoint directory was written with."""
+    return config_lib.from_dict(json.loads((root / "config.json").read_text(encoding="utf-8")))
+
+
+def restore_parts(path: str | pathlib.Path, strategy: Strategy, parts: tuple[str, ...] = (), *, ema: bool = True) -> Any:
+    """Parameters of `parts` (all by default) as {part: nested dict} on the strategy's mesh, the averaged ones where the run
+    kept them and `ema` is set; no optimizer state is read."""
+    root, step = find(path)
+    config = read_config(root)
+    abstract = plan_state(config, strategy).abstract
+    trained = "ema" if ema and abstract["ema"] else "params"
+    missing = set(parts) - set(abstract["params"]) - set(abstract["frozen"])
+    if missing:
+        raise UserError(f"{root} holds no part {', '.join(sorted(missing))}: it was written by stage {config.stage!r}")
+    wanted = {
+        group: {name: tree for name, tree in abstract[group].items() if not parts or name in parts}
+        for group in (trained, "frozen")
+    }
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        restored = checkpointer.restore(
+            root / str(step) / "state",
+            args=ocp.args.PyTreeRestore(
+                item=wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True
+            ),
+        )
+    return merge_trees(restored[trained], restored["frozen"])
+
+
+def merge_trees(a: Any, b: Any) -> Any:
+    """Union of two nested dicts without a common leaf."""
+    if not isinstance(a, dict):
+        return a
+    return a | {k: merge_trees(a[k], v) if k in a else v for k, v in b.items()}

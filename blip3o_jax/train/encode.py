@@ -1,0 +1,98 @@
+"""Runs the frozen encoders over a source once and keeps codes and latents on disk (layout: data/encoded.py)."""
+
+import concurrent.futures
+import hashlib
+import json
+import pathlib
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from blip3o_jax import config as config_lib
+from blip3o_jax.config import Config
+from blip3o_jax.data.encoded import PART, EncodedSource, directory_name
+from blip3o_jax.data.examples import ExampleBuilder
+from blip3o_jax.data.sources import BadRecord, Source
+
+# (pixels, tokenizer_pixels) uint8 [B, ...] -> (codes [B, N], latents [B, H, W, C])
+Encode = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+BATCH = 64
+
+
+def weights_fingerprint(frozen: Any) -> str:
+    """Hash over the bytes of the encoders' parameters."""
+    digest = hashlib.sha256()
+    for path, leaf in sorted(jax.tree_util.tree_leaves_with_path(frozen), key=lambda kv: str(kv[0])):
+        digest.update(str(path).encode())
+        digest.update(np.asarray(jax.device_get(leaf)).tobytes())
+    return digest.hexdigest()
+
+
+def encoded_source(source: Source, encode: Encode, fingerprint: str, config: Config) -> EncodedSource:
+    """`source` with its encoder outputs under `config.data.cache_dir`; what is not there yet is computed first."""
+    settings = {
+        "weights": fingerprint,
+        "image_size": config.model.image_size,
+        "crop": config.data.crop,
+        "tokenizer": config_lib.to_dict(config.model.tokenizer),
+        "vae": config_lib.to_dict(config.model.vae),
+    }
+    directory = pathlib.Path(config.data.cache_dir) / directory_name(source, settings)
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "settings.json").write_text(json.dumps({"source": source.name, **settings}, indent=1), encoding="utf-8")
+
+    builder = ExampleBuilder(("pixels", "tokenizer_pixels"), config.model, config.data)
+    parts = -(-len(source) // PART)
+    mine = range(jax.process_index(), parts, jax.process_count())
+    todo = [part for part in mine if not (directory / f"unreadable-{part:05d}.json").exists()]
+    began = time.monotonic()
+    for done, part in enumerate(todo, 1):
+        _write_part(source, encode, builder, directory, part)
+        seconds = time.monotonic() - began
+        left = seconds / done * (len(todo) - done)
+        print(f"encode {source.name}: part {done}/{len(todo)} in {seconds:.0f} s, ETA {left:.0f} s", file=sys.stderr, flush=True)
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(f"encoded {directory.name}")
+    return EncodedSource(source, directory)
+
+
+def _write_part(source: Source, encode: Encode, builder: ExampleBuilder, directory: pathlib.Path, part: int) -> None:
+    indices = range(part * PART, min(len(source), (part + 1) * PART))
+    unreadable: dict[str, str] = {}
+
+    def views(index: int) -> tuple[np.ndarray, np.ndarray] | None:
+        try:
+            example = builder(source[index])
+        except BadRecord as e:
+            unreadable[str(index)] = e.reason
+            return None
+        return example["pixels"], example["tokenizer_pixels"]
+
+    outputs: list[tuple[np.ndarray, np.ndarray]] = []
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        for start in range(0, len(indices), BATCH):
+            rows = list(pool.map(views, indices[start : start + BATCH]))
+            blank = next((tuple(np.zeros_like(x) for x in row) for row in rows if row is not None), None)
+            if blank is None:
+                raise BadRecord(source.name, str(indices[start]), f"{len(rows)} records in a row cannot be decoded")
+            # Always a whole batch, so that `encode` is compiled once.
+            rows = [row or blank for row in rows] + [blank] * (BATCH - len(rows))
+            pixels, tokenizer_pixels = (np.stack(column) for column in zip(*rows, strict=True))
+            codes, latents = jax.device_get(encode(pixels, tokenizer_pixels))
+            count = min(BATCH, len(indices) - start)
+            outputs.append((codes[:count].astype(np.int32), latents[:count].astype(np.float32)))
+
+    for name, column in zip(("codes", "latents"), zip(*outputs, strict=True), strict=True):
+        temporary = directory / f"{name}-{part:05d}.writing.npy"
+        np.save(temporary, np.concatenate(column))
+        temporary.replace(directory / f"{name}-{part:05d}.npy")
+    # Last: its presence says that the part is whole.
+    temporary = directory / f"unreadable-{part:05d}.writing"
+    temporary.write_text(json.dumps(unreadable), encoding="utf-8")
+    temporary.replace(directory / f"unreadable-{part:05d}.json")

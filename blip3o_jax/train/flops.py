@@ -1,0 +1,71 @@
+"""Counted FLOPs of a traced function, and the peak of a device: together, model FLOPs utilisation (MFU).
+
+Counts matrix products and convolutions (2 per multiply-add), which are all but a few per cent of any network here. Loops
+count once per iteration, which `cost_analysis()` of a compiled program does not do.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+# bf16 peak in FLOP/s by `device_kind`, dense; vendors' data sheets and jax-ml/scaling-book (tpus).
+PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "TPU7x": 2307e12 / 2,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+}
+
+
+def _dot_flops(eqn: Any) -> int:
+    (contract, _), (batch, _) = eqn.params["dimension_numbers"]
+    lhs, rhs = (v.aval.shape for v in eqn.invars)
+    shared = math.prod(lhs[d] for d in contract) * math.prod(lhs[d] for d in batch)
+    return 2 * shared * (math.prod(lhs) // shared) * (math.prod(rhs) // shared)
+
+
+def _conv_flops(eqn: Any) -> int:
+    kernel = eqn.invars[1].aval.shape
+    out_channels = kernel[eqn.params["dimension_numbers"].rhs_spec[0]]
+    # Each output value is one dot product over the kernel's window and input channels. Batch groups (weight gradients of
+    # grouped convolutions) divide the work again.
+    window = math.prod(kernel) // out_channels
+    return 2 * math.prod(eqn.outvars[0].aval.shape) * window // eqn.params["batch_group_count"]
+
+
+def _jaxpr_flops(jaxpr: Any) -> int:
+    total = 0
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "dot_general":
+            total += _dot_flops(eqn)
+        elif eqn.primitive.name == "conv_general_dilated":
+            total += _conv_flops(eqn)
+        else:
+            times = eqn.params["length"] if eqn.primitive.name == "scan" else 1
+            inner = [p for p in jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_jaxpr) if _is_jaxpr(p)]
+            counts = [_jaxpr_flops(getattr(p, "jaxpr", p)) for p in inner]
+            # Branches of a cond: the dearest one is run.
+            total += times * (max(counts, default=0) if eqn.primitive.name == "cond" else sum(counts))
+    return total
+
+
+def _is_jaxpr(value: Any) -> bool:
+    return hasattr(value, "eqns") or hasattr(value, "jaxpr")
+
+
+def count_flops(fn: Callable[..., Any], *args: Any) -> int:
+    """FLOPs of one call of `fn` on arguments of these shapes (arrays or ShapeDtypeStructs)."""
+    return _jaxpr_flops(jax.make_jaxpr(fn)(*args).jaxpr)
+
+
+def peak_flops(device: jax.Device) -> float | None:
+    """bf16 peak of `device` in FLOP/s, or None where no published figure is known (CPUs, for one)."""
+    return PEAK_FLOPS.get(device.device_kind)

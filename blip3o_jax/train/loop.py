@@ -1,0 +1,286 @@
+"""The training loop, one for every stage: a straight line from configuration to checkpoints.
+
+`train` prepares (data first, so that its errors come before any compile), then for each step: dispatch, fetch the next
+batch while the devices work, and only then read the metrics of the step before.
+"""
+
+import dataclasses
+import functools
+import pathlib
+import resource
+import sys
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from blip3o_jax import config as config_lib
+from blip3o_jax.config import Config, UserError
+from blip3o_jax.data.examples import ExampleBuilder
+from blip3o_jax.data.loader import Loader, global_batch
+from blip3o_jax.data.sources import Source, open_source
+from blip3o_jax.parallel.mesh import make_mesh
+from blip3o_jax.parallel.rules import Strategy
+from blip3o_jax.text.vocabulary import Vocabulary, load_vocabulary
+from blip3o_jax.train.checkpoint import Checkpoints, restore_parts
+from blip3o_jax.train.encode import encoded_source, weights_fingerprint
+from blip3o_jax.train.flops import count_flops, peak_flops
+from blip3o_jax.train.metrics import MetricLog
+from blip3o_jax.train.stages import STAGES, make_loss
+from blip3o_jax.train.state import StatePlan, TrainState, create_state, plan_state
+from blip3o_jax.train.step import make_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """What a finished run hands back: where its checkpoints are, its last metrics, and seconds in all."""
+
+    checkpoint: pathlib.Path
+    step: int
+    metrics: dict[str, float]
+    seconds: float
+
+
+def train(config: Config, workdir: str | pathlib.Path) -> Summary:
+    """Trains `config.steps` steps, from the last checkpoint under `workdir` where there is one."""
+    began = time.monotonic()
+    workdir = pathlib.Path(workdir).absolute()
+    strategy = Strategy(config.mesh.strategy, make_mesh(config.mesh))
+    strategy.check_batch(config.data.batch_size, config.optimizer.accumulate)
+    sources = _open_sources(config)
+    vocabulary = _vocabulary(config)
+
+    plan = plan_state(config, strategy)
+    text_files = vocabulary.files() if vocabulary else None
+    checkpoints = Checkpoints(workdir / "checkpoints", config, text_files)
+    try:
+        state, position, start = _restore_or_create(config, plan, strategy, checkpoints)
+        if config.stage == "joint" and config.data.cache_dir:
+            sources = _encode_sources(config, plan, state, sources)
+        builder = ExampleBuilder(STAGES[config.stage].fields, config.model, config.data, vocabulary)
+        loader = Loader(
+            [(source, weight) for source, weight in sources],
+            builder,
+            config.data,
+            config.seed,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        if position is not None:
+            loader.restore(position)
+        log = MetricLog(workdir, start, config.steps, config.stage)
+        try:
+            image_first = vocabulary.image_first if vocabulary else 0
+            step_fn = make_step(config, plan, strategy, make_loss(config, image_first))
+            run = _Run(config, plan, strategy, checkpoints, loader, log, step_fn)
+            metrics = run.steps(state, start)
+        finally:
+            log.close()
+            loader.close()
+    finally:
+        checkpoints.close()
+    return Summary(workdir / "checkpoints", config.steps, metrics, time.monotonic() - began)
+
+
+@dataclasses.dataclass
+class _Run:
+    """The loop proper, with what it needs at every step."""
+
+    config: Config
+    plan: StatePlan
+    strategy: Strategy
+    checkpoints: Checkpoints
+    loader: Loader
+    log: MetricLog
+    step_fn: Any
+
+    def steps(self, state: TrainState, start: int) -> dict[str, float]:
+        """Runs steps start + 1 .. config.steps; returns the last step's metrics."""
+        if start >= self.config.steps:
+            print(f"{self.config.stage}: step {start} of {self.config.steps} is done already", file=sys.stderr)
+            return {}
+        config, values, previous = self.config, {}, None
+        meter = _Meter(config, self.step_flops(state))
+        batch, position = self.fetch(meter)
+        for step in range(start + 1, config.steps + 1):
+            with jax.transfer_guard("disallow"), jax.profiler.StepTraceAnnotation("train", step_num=step):
+                state, metrics = self.step_fn(state, batch)
+            done_position = position
+            if step < config.steps:
+                batch, position = self.fetch(meter)
+            if previous is not None:
+                values = self.record(*previous, meter)
+            previous = (step, metrics)
+            if step == config.steps or step % config.checkpoint.every == 0:
+                values = self.record(*previous, meter)
+                previous = None
+                self.checkpoints.save(step, state, done_position, meter.mean_loss())
+        return values
+
+    def fetch(self, meter: "_Meter") -> tuple[dict[str, jax.Array], Any]:
+        """The next batch on the devices, and the position of the stream behind it."""
+        began = time.monotonic()
+        batch = next(self.loader)
+        meter.waited += time.monotonic() - began
+        meter.bad_records += int(np.sum(batch.pop("bad_records")))
+        return global_batch(batch, self.strategy.batch_sharding()), self.loader.state()
+
+    def record(self, step: int, metrics: dict[str, jax.Array], meter: "_Meter") -> dict[str, float]:
+        """Waits for the step's metrics; writes them every `log_every` steps; stops a run that no longer is finite."""
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        meter.losses.append(values["loss"])
+        meter.steps += 1
+        if values["bad_steps"] >= self.config.max_nonfinite:
+            raise UserError(
+                f"{self.config.stage}: loss or gradient was not finite in {self.config.max_nonfinite} steps in a row, up to "
+                f"step {step}; they were not applied, and the last good checkpoint is intact: resume with a lower "
+                "optimizer.learning_rate or optimizer.clip_norm"
+            )
+        if step == 1 or step % self.config.log_every == 0 or step == self.config.steps:
+            values |= meter.read()
+            self.log.write(step, values)
+        return values
+
+    def step_flops(self, state: TrainState) -> float | None:
+        """Counted FLOPs of one step without recomputation, where the device's peak is known."""
+        if peak_flops(jax.devices()[0]) is None:
+            return None
+        model = self.config.model
+        plain = dataclasses.replace(
+            model, ar=dataclasses.replace(model.ar, remat="none"), dit=dataclasses.replace(model.dit, remat="none")
+        )
+        config = dataclasses.replace(self.config, model=plain)
+        plan = plan_state(config, self.strategy)
+        batch = jax.eval_shape(lambda: self.loader.spec())
+        return count_flops(make_step(config, plan, self.strategy, make_loss(config, 0)), plan.abstract, batch)
+
+
+class _Meter:
+    """Rates since the last reading."""
+
+    def __init__(self, config: Config, flops: float | None):
+        self.config, self.flops = config, flops
+        self.losses: list[float] = []
+        self.bad_records = 0
+        self._reset()
+
+    def _reset(self) -> None:
+        self.steps, self.waited, self._since = 0, 0.0, time.monotonic()
+
+    def mean_loss(self) -> float:
+        """Mean loss since the last call: what "best checkpoint" goes by."""
+        mean = float(np.mean(self.losses))
+        self.losses.clear()
+        return mean
+
+    def read(self) -> dict[str, float]:
+        """examples/s, tokens/s, share of the time spent waiting for data, memory, MFU; then starts over."""
+        seconds = max(1e-9, time.monotonic() - self._since)
+        examples = self.steps * self.config.data.batch_size / seconds
+        values = {
+            "examples_per_s": examples,
+            "data_wait": self.waited / seconds,
+            "bad_records": self.bad_records,
+            "host_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        }
+        if self.config.stage == "joint":
+            values["tokens_per_s"] = examples * self.config.data.max_length
+        if self.flops is not None:
+            peak = peak_flops(jax.devices()[0]) * jax.device_count()
+            values["mfu"] = self.flops * self.steps / seconds / peak
+        stats = jax.local_devices()[0].memory_stats()
+        if stats:
+            values["device_memory_gib"] = stats.get("peak_bytes_in_use", 0) / 2**30
+        self._reset()
+        return values
+
+
+def _open_sources(config: Config) -> list[tuple[Source, float]]:
+    if not config.data.all_sources:
+        raise UserError("no data: set data.path (--config.data.path=...) or data.sources")
+    return [(open_source(source), source.weight) for source in config.data.all_sources]
+
+
+def _vocabulary(config: Config) -> Vocabulary | None:
+    if config.stage not in ("contrastive", "joint"):
+        return None
+    vocabulary = load_vocabulary(config.model)
+    vocabulary.check_model(config.model.ar, config.model.tokenizer)
+    return vocabulary
+
+
+def _restore_or_create(
+    config: Config, plan: StatePlan, strategy: Strategy, checkpoints: Checkpoints
+) -> tuple[TrainState, Any, int]:
+    """(state, position of the data stream or None, steps done)."""
+    latest = checkpoints.latest()
+    if latest is not None:
+        state, position = checkpoints.restore(latest, plan)
+        print(f"{config.stage}: resuming at step {latest} of {checkpoints.directory}", file=sys.stderr)
+        return state, position, latest
+    state = create_state(config, plan)
+    for part, path in config.checkpoint.init_from:
+        _load_part(state, plan, part, restore_parts(path, strategy, (part,))[part], path)
+    return state, None, 0
+
+
+def _load_part(state: TrainState, plan: StatePlan, part: str, values: Any, path: str) -> None:
+    """Puts the arrays of one part into the state, in its own dtypes and shardings. They must cover the part exactly."""
+    wanted = {
+        jax.tree_util.keystr(keys): group
+        for group in ("params", "frozen")
+        for keys, _ in jax.tree_util.tree_leaves_with_path(plan.abstract[group].get(part, {}))
+    }
+    found = {jax.tree_util.keystr(keys): leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(values)}
+    if missing := sorted(set(wanted) ^ set(found)):
+        raise UserError(f"checkpoint.init_from: part {part} of {path} and of this model differ, first in {missing[0]}")
+
+    def put(keys: Any, target: jax.ShapeDtypeStruct) -> jax.Array:
+        value = found[jax.tree_util.keystr(keys)]
+        if value.shape != target.shape:
+            raise UserError(
+                f"checkpoint.init_from: {part}{jax.tree_util.keystr(keys)} of {path} has shape {value.shape}, this model's "
+                f"{target.shape}: give the run the configuration of that checkpoint"
+            )
+        # Copied: the state is donated, and one array must not stand in it twice (parameters and their average).
+        return jax.device_put(value.astype(target.dtype), target.sharding, may_alias=False)
+
+    for group in ("params", "frozen"):
+        if part in state[group]:
+            state[group][part] = jax.tree_util.tree_map_with_path(put, plan.abstract[group][part])
+    if part in state["ema"]:
+        state["ema"][part] = jax.tree_util.tree_map_with_path(put, plan.abstract["params"][part])
+
+
+def _encode_sources(
+    config: Config, plan: StatePlan, state: TrainState, sources: list[tuple[Source, float]]
+) -> list[tuple[Source, float]]:
+    """The sources with the frozen encoders' outputs from the cache, filled first where it is not."""
+    if trained := {"tokenizer", "vae"} & set(state["params"]):
+        raise UserError(
+            f"data.cache_dir keeps the outputs of frozen encoders, but {', '.join(sorted(trained))} is trained: "
+            "empty data.cache_dir, or leave them out of `trainable`"
+        )
+
+    @functools.partial(jax.jit, static_argnums=())
+    def encode(params: Any, frozen: Any, pixels: jax.Array, tokenizer_pixels: jax.Array) -> tuple[jax.Array, jax.Array]:
+        model = plan.model(params, frozen)
+        return model.codes(tokenizer_pixels), model.latents(pixels)
+
+    encoders = {part: state["frozen"][part] for part in ("tokenizer", "vae")}
+    fingerprint = weights_fingerprint(encoders)
+    run = functools.partial(encode, state["params"], state["frozen"])
+    return [(encoded_source(source, run, fingerprint, config), weight) for source, weight in sources]
+
+
+def changed_settings(old: Config, new: Config) -> list[str]:
+    """["optimizer.learning_rate: 1e-4 -> 5e-5", ...]"""
+
+    def flat(value: Any, path: str = "") -> dict[str, Any]:
+        if isinstance(value, dict):
+            return {k: v for key, child in value.items() for k, v in flat(child, f"{path}.{key}" if path else key).items()}
+        return {path: value}
+
+    before, after = flat(config_lib.to_dict(old)), flat(config_lib.to_dict(new))
+    return [f"{key}: {before.get(key)} -> {after[key]}" for key in after if before.get(key) != after[key]]

@@ -1,0 +1,91 @@
+"""What each stage trains: its parts, its loss and the parameters it moves. The loop is the same for all.
+
+    autoencoder   pixels -> vae -> pixels                        L1 + image gradients
+    contrastive   (pixels, caption) -> encoder, text tower       SigLIP's sigmoid loss
+    tokenizer     pixels -> frozen encoder -> codes -> features  reconstruction + commitment + code usage
+    joint         row + image -> AR, connector, DiT              cross entropy + flow matching
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable
+
+import jax
+
+from blip3o_jax import nn
+from blip3o_jax.blip3o import Blip3o, joint_loss, scale_pixels
+from blip3o_jax.config import Config, ConfigError
+from blip3o_jax.image_tokens.contrastive import same_captions, sigmoid_loss
+from blip3o_jax.vae.losses import reconstruction_loss
+
+Batch = dict[str, jax.Array]
+# (model, batch, one key a row) -> (loss, metrics), both means over the rows given.
+Loss = Callable[[Blip3o, Batch, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """`parts` the model holds, `fields` of an example (data/examples.py) the loss reads, `trainable` the default filter."""
+
+    parts: tuple[str, ...]
+    fields: tuple[str, ...]
+    trainable: tuple[str, ...]
+
+
+STAGES: dict[str, Stage] = {
+    "autoencoder": Stage(("vae",), ("pixels",), ("vae/.*",)),
+    "contrastive": Stage(
+        ("tokenizer", "text_tower"), ("tokenizer_pixels", "caption"), ("tokenizer/encoder/.*", "text_tower/.*")
+    ),
+    # SimVQ keeps the code embedding as drawn and learns its projection (arXiv 2411.02038).
+    "tokenizer": Stage(("tokenizer",), ("tokenizer_pixels",), (r"tokenizer/(?!encoder/|embedding$).*",)),
+    # The published freezing: of the DiT only the caption projection and its norm are trained.
+    "joint": Stage(
+        ("tokenizer", "ar", "connector", "dit", "vae"),
+        ("row", "pixels", "tokenizer_pixels"),
+        ("ar/.*", "connector/.*", "dit/caption.*"),
+    ),
+}
+
+
+def trainable_filter(config: Config) -> Callable[[str], bool]:
+    """Whether the parameter of a path name ("ar/layers/...") is trained."""
+    patterns = config.trainable or STAGES[config.stage].trainable
+    try:
+        compiled = [re.compile(p) for p in patterns]
+    except re.error as e:
+        raise ConfigError(f"trainable={patterns!r} holds a bad regular expression: {e}") from e
+    return lambda name: any(p.fullmatch(name) for p in compiled)
+
+
+def make_loss(config: Config, image_first: int) -> Loss:
+    """The loss of the configured stage; `image_first` is the vocabulary id of code 0 (joint stage only)."""
+
+    def autoencoder(model: Blip3o, batch: Batch, keys_B: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        x_BHWC = scale_pixels(batch["pixels"])
+        with nn.part("vae"):
+            return reconstruction_loss(model.vae.decode(model.vae.encode(x_BHWC)), x_BHWC, config.loss.gradient)
+
+    def contrastive(model: Blip3o, batch: Batch, keys_B: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        with nn.part("tokenizer"):
+            image_BD = model.tokenizer.encoder.pooled(scale_pixels(batch["tokenizer_pixels"]))
+        with nn.part("text_tower"):
+            text_BD = model.text_tower(batch["text_ids"], batch["text_mask"])
+            same_BB = same_captions(batch["text_ids"])
+            return sigmoid_loss(image_BD, text_BD, *model.text_tower.scale_and_bias(), same_BB)
+
+    def tokenizer(model: Blip3o, batch: Batch, keys_B: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        with nn.part("tokenizer"):
+            out = model.tokenizer(scale_pixels(batch["tokenizer_pixels"]), key=keys_B[0])
+        loss = out.reconstruction + config.loss.commitment * out.commitment + config.loss.code_entropy * out.entropy
+        return loss, {
+            "reconstruction": out.reconstruction,
+            "commitment": out.commitment,
+            "entropy": out.entropy,
+            "usage": out.usage,
+        }
+
+    def joint(model: Blip3o, batch: Batch, keys_B: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        return joint_loss(model, batch, keys_B, loss=config.loss, image_first=image_first)
+
+    return {"autoencoder": autoencoder, "contrastive": contrastive, "tokenizer": tokenizer, "joint": joint}[config.stage]

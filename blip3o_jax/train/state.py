@@ -1,0 +1,84 @@
+"""The train state: what a checkpoint holds, created where it belongs on the mesh.
+
+    params     trainable parameters          {"ar": {...}, "connector": {...}, ...}
+    frozen     all other parameters, never differentiated; the optimizer knows nothing of them
+    opt        optimizer state of `params`
+    ema        exponential moving average of `params`, or {}
+    step       int32, steps done
+    bad_steps  int32, steps in a row that were not applied for a non-finite loss or gradient
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from blip3o_jax.blip3o import Blip3o, split
+from blip3o_jax.config import Config, ConfigError
+from blip3o_jax.parallel.rules import Strategy
+from blip3o_jax.train.optimizer import make_optimizer
+from blip3o_jax.train.stages import STAGES, trainable_filter
+
+TrainState = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class StatePlan:
+    """The state before any array exists: how to merge it into a model, its shapes and where each array will lie."""
+
+    graphdef: Any
+    abstract: TrainState  # ShapeDtypeStructs with shardings
+    shardings: TrainState
+    optimizer: optax.GradientTransformation
+
+    def model(self, params: Any, frozen: Any) -> Blip3o:
+        return nnx.merge(self.graphdef, params, frozen)
+
+
+def _build(config: Config) -> tuple[Any, Any, Any]:
+    model = Blip3o(config.model, STAGES[config.stage].parts, seed=config.seed)
+    return split(model, trainable_filter(config))
+
+
+def _initial(config: Config, optimizer: optax.GradientTransformation) -> TrainState:
+    _, params, frozen = _build(config)
+    params, frozen = nnx.to_pure_dict(params), nnx.to_pure_dict(frozen)
+    return {
+        "params": params,
+        "frozen": frozen,
+        "opt": optimizer.init(params),
+        "ema": jax.tree.map(jnp.copy, params) if config.optimizer.ema_decay else {},
+        "step": jnp.zeros((), jnp.int32),
+        "bad_steps": jnp.zeros((), jnp.int32),
+    }
+
+
+def plan_state(config: Config, strategy: Strategy) -> StatePlan:
+    """Shapes and shardings of the whole state, from shapes alone: nothing is allocated."""
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    graphdef, params, frozen = nnx.eval_shape(lambda: _build(config))
+    if not jax.tree.leaves(params):
+        raise ConfigError(f"trainable={config.trainable!r} matches no parameter of stage {config.stage!r}")
+    shapes = jax.eval_shape(lambda: _initial(config, optimizer))
+    params_at, frozen_at = strategy.parameter_shardings(params), strategy.parameter_shardings(frozen)
+    replicated = strategy.replicated()
+    shardings = {
+        "params": params_at,
+        "frozen": frozen_at,
+        "opt": optax.tree.map_params(
+            optimizer, lambda _, s: s, shapes["opt"], params_at, transform_non_params=lambda _: replicated
+        ),
+        "ema": params_at if config.optimizer.ema_decay else {},
+        "step": replicated,
+        "bad_steps": replicated,
+    }
+    abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+    return StatePlan(graphdef, abstract, shardings, optimizer)
+
+
+def create_state(config: Config, plan: StatePlan) -> TrainState:
+    """Initial state, each array made in its own shards: no device ever holds a full replica it should not."""
+    return jax.jit(lambda: _initial(config, plan.optimizer), out_shardings=plan.shardings)()

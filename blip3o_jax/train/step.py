@@ -1,0 +1,95 @@
+"""The train step of every stage: (state, batch) -> (state, metrics), pure, donated, compiled once.
+
+A step whose loss or gradient is not finite changes nothing but its own counters.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from blip3o_jax import nn
+from blip3o_jax.config import Config
+from blip3o_jax.parallel.rules import Strategy
+from blip3o_jax.train.optimizer import learning_rate
+from blip3o_jax.train.stages import Loss
+from blip3o_jax.train.state import StatePlan, TrainState
+
+Batch = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]
+
+
+def _row_keys(seed: int, step: jax.Array, rows: int) -> jax.Array:
+    """One key a row of the global batch, folded from (seed, step): independent of how the batch is cut."""
+    return jax.random.split(jax.random.fold_in(jax.random.key(seed), step), rows)
+
+
+def _mean_gradients(
+    loss_fn: Callable[[Any, Batch, jax.Array], tuple[jax.Array, Metrics]],
+    params: Any,
+    batch: Batch,
+    keys_B: jax.Array,
+    accumulate: int,
+) -> tuple[Any, Metrics]:
+    """Gradients and metrics, averaged over `accumulate` micro-batches of equal size, in float32."""
+    grad_fn = jax.grad(loss_fn, has_aux=True)
+    if accumulate == 1:
+        return grad_fn(params, batch, keys_B)
+
+    # Micro-batch i takes rows i, i + accumulate, ...: every device keeps its own rows and nothing is moved.
+    def cut(x: jax.Array) -> jax.Array:
+        return jnp.moveaxis(x.reshape(x.shape[0] // accumulate, accumulate, *x.shape[1:]), 1, 0)
+
+    def add(total: Any, micro: tuple[Batch, jax.Array]) -> tuple[Any, None]:
+        return jax.tree.map(lambda t, g: t + g / accumulate, total, grad_fn(params, *micro)), None
+
+    micro_batches = jax.tree.map(cut, (batch, keys_B))
+    shapes = jax.eval_shape(grad_fn, params, *jax.tree.map(lambda x: x[0], micro_batches))
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    return jax.lax.scan(add, zeros, micro_batches)[0]
+
+
+def make_step(config: Config, plan: StatePlan, strategy: Strategy, loss: Loss) -> Callable[..., tuple[TrainState, Metrics]]:
+    """The compiled step. Metrics: the stage's own, loss, gradient norm in all and per part, learning rate, bad_steps."""
+    schedule = learning_rate(config.optimizer, config.steps)
+
+    def loss_fn(params: Any, frozen: Any, batch: Batch, keys_B: jax.Array) -> tuple[jax.Array, Metrics]:
+        value, metrics = loss(plan.model(params, frozen), batch, keys_B)
+        return value, metrics | {"loss": value}
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        rows = next(iter(batch.values())).shape[0]
+        if "loss_mask" in batch:
+            labels = jnp.sum(batch["loss_mask"][:, 1:].astype(jnp.float32)) / rows
+            batch = batch | {"label_count": jnp.broadcast_to(labels, (rows,))}
+        with nn.sharding_resolver(strategy.resolver):
+            grads, metrics = _mean_gradients(
+                lambda p, b, k: loss_fn(p, state["frozen"], b, k),
+                state["params"],
+                batch,
+                _row_keys(config.seed, state["step"], rows),
+                config.optimizer.accumulate,
+            )
+        with jax.named_scope("optimizer"):
+            norms = {f"grad_norm/{part}": optax.global_norm(g) for part, g in grads.items()}
+            norm = jnp.sqrt(sum(n**2 for n in norms.values()))
+            finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
+            updates, opt = plan.optimizer.update(grads, state["opt"], state["params"])
+            params = optax.apply_updates(state["params"], updates)
+            decay = config.optimizer.ema_decay
+            ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state["ema"], params) if decay else {}
+            keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+        bad_steps = jnp.where(finite, 0, state["bad_steps"] + 1)
+        metrics |= norms | {"grad_norm": norm, "learning_rate": schedule(state["step"]), "bad_steps": bad_steps}
+        return {
+            "params": keep(params, state["params"]),
+            "frozen": state["frozen"],
+            "opt": keep(opt, state["opt"]),
+            "ema": keep(ema, state["ema"]),
+            "step": state["step"] + 1,
+            "bad_steps": bad_steps,
+        }, metrics
+
+    return jax.jit(step, donate_argnums=0, out_shardings=(plan.shardings, strategy.replicated()))
