@@ -1,0 +1,33 @@
+"""The connector: the AR's hidden states to the condition tokens of the diffusion head.
+
+    Linear(d_in, d_out), GELU (tanh form), Linear(d_out, d_out), RMSNorm
+
+The norm's weight starts at `cfg.norm_init` (sqrt(5.5)), so that the condition has the scale of the captions the diffusion
+head was pretrained on. Shape suffixes: B batch, L tokens, D width (in or out).
+"""
+
+import jax
+from flax import nnx
+
+from blip3o_jax import config, nn
+
+
+class Connector(nnx.Module):
+    def __init__(self, cfg: config.ConnectorConfig, d_in: int, d_out: int, *, rngs: nnx.Rngs):
+        dtypes = {"dtype": cfg.dtype, "param_dtype": cfg.param_dtype}
+        self.linear1 = nn.Linear(d_in, d_out, ("embed", "mlp"), rngs=rngs, **dtypes)
+        self.linear2 = nn.Linear(d_out, d_out, ("mlp", "embed"), rngs=rngs, **dtypes)
+        self.norm = nn.RMSNorm(
+            d_out,
+            rngs=rngs,
+            eps=cfg.rms_norm_eps,
+            param_dtype=cfg.param_dtype,
+            init=jax.nn.initializers.constant(cfg.norm_init),
+        )
+
+    def __call__(self, hidden_BLD: jax.Array) -> jax.Array:
+        """[B, L, d_in] to [B, L, d_out]; a zeroed row still gives a (constant) condition: the one guidance leans away from."""
+        with jax.named_scope("connector"):
+            y_BLD = jax.nn.gelu(self.linear1(hidden_BLD), approximate=True)
+            y_BLD = self.norm(self.linear2(nn.constrain(y_BLD, "batch", None, "act_mlp")))
+            return nn.constrain(y_BLD, "batch", None, "act_embed")

@@ -1,0 +1,91 @@
+"""Contrastive image-text training of the vision encoder: SigLIP (arXiv 2303.15343, eq. 1 and algorithm 1).
+
+For images x_i and captions y_j of a batch of n, both scaled to length 1, z_ij = 1 for pairs and -1 otherwise:
+
+    logit_ij = exp(log_scale) <x_i, y_j> + bias
+    loss = -1/n sum_ij log sigmoid(z_ij logit_ij)
+
+log_scale starts at log 10 and bias at -10, so that the many negatives start out satisfied.
+
+Deviations: (1) captions that repeat within a batch: an image's own caption under another index is no negative, so those terms
+are left out. (2) The caption tower has fixed sinusoidal positions (no maximum length), ignores padding, and takes the mean
+over the valid tokens where SigLIP takes the last one: every token gets a gradient from the first step.
+
+Shape suffixes: B batch (rows: images, columns: captions), L tokens, D width.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from blip3o_jax import config, nn
+from blip3o_jax.image_tokens.encoder import Encoder, EncoderShape
+from blip3o_jax.image_tokens.simvq import l2_normalise
+
+
+class ContrastiveMetrics(NamedTuple):
+    image_to_text: jax.Array  # share of images whose highest-scoring caption is theirs
+    text_to_image: jax.Array
+    scale: jax.Array
+    bias: jax.Array
+
+
+class TextTower(nnx.Module):
+    """Caption tokens to one vector in the image embedding's space, and the loss's two scalars."""
+
+    def __init__(self, cfg: config.TextTowerConfig, vocab_size: int, d_image: int, *, rngs: nnx.Rngs):
+        d, shape = cfg.hidden_size, EncoderShape.of(cfg)
+        self.token_embedding = nn.param(rngs, (vocab_size, d), ("vocab", "embed"), nn.normal(1.0), cfg.param_dtype)
+        self.encoder = Encoder(shape, rngs=rngs)
+        self.final_norm = nn.LayerNorm(d, rngs=rngs, eps=cfg.layer_norm_eps, param_dtype=cfg.param_dtype)
+        self.projection = nn.Linear(d, d_image, ("embed", "mlp"), rngs=rngs, **shape.dtypes)
+        self.log_scale = nn.param(rngs, (), (), jax.nn.initializers.constant(np.log(10.0)))
+        self.bias = nn.param(rngs, (), (), jax.nn.initializers.constant(-10.0))
+        self.dtype = jnp.dtype(cfg.dtype)
+
+    def __call__(self, tokens_BL: jax.Array, mask_BL: jax.Array) -> jax.Array:
+        """Captions to embeddings [B, d_image] in float32, not normalised. `mask_BL` is True on the caption's tokens."""
+        table_VD = self.token_embedding[...].astype(self.dtype)
+        x_BLD = table_VD[tokens_BL] + sinusoids(tokens_BL.shape[1], table_VD.shape[1]).astype(self.dtype)
+        x_BLD = self.final_norm(self.encoder(nn.constrain(x_BLD, "batch", None, "act_embed"), mask_BL)).astype(jnp.float32)
+        weight_BL = mask_BL.astype(jnp.float32)
+        mean_BD = jnp.einsum("bld,bl->bd", x_BLD, weight_BL) / jnp.maximum(weight_BL.sum(axis=1, keepdims=True), 1.0)
+        return self.projection(mean_BD).astype(jnp.float32)
+
+
+def sinusoids(length: int, dim: int) -> jax.Array:
+    """Positions [L, D] of "Attention is all you need" (arXiv 1706.03762, section 3.5), sines then cosines."""
+    angles = np.arange(length)[:, None] / 10000 ** (np.arange(dim // 2) / (dim // 2))
+    return jnp.asarray(np.pad(np.concatenate([np.sin(angles), np.cos(angles)], axis=1), ((0, 0), (0, dim % 2))), jnp.float32)
+
+
+def same_captions(tokens_BL: jax.Array, mask_BL: jax.Array) -> jax.Array:
+    """[B, B], True where two rows hold the same caption; the diagonal included."""
+    tokens_BL = jnp.where(mask_BL.astype(bool), tokens_BL, -1)
+    return jnp.all(tokens_BL[:, None, :] == tokens_BL[None, :, :], axis=-1)
+
+
+def sigmoid_loss(
+    image_BD: jax.Array, text_BD: jax.Array, log_scale: jax.Array, bias: jax.Array, same_BB: jax.Array | None = None
+) -> tuple[jax.Array, ContrastiveMetrics]:
+    """The loss above, in float32, and how often each side finds the other.
+
+    `same_BB` marks pairs whose captions are equal (`same_captions`): off the diagonal they count neither as positives nor as
+    negatives, and finding one is finding the right caption.
+    """
+    image_BD, text_BD = (l2_normalise(x.astype(jnp.float32)) for x in (image_BD, text_BD))
+    logits_BB = jnp.exp(log_scale) * (image_BD @ text_BD.T) + bias
+    own_BB = jnp.eye(image_BD.shape[0], dtype=bool)
+    same_BB = own_BB if same_BB is None else same_BB.astype(bool) | own_BB
+    terms_BB = jax.nn.log_sigmoid(jnp.where(own_BB, logits_BB, -logits_BB))
+    loss = -jnp.sum(jnp.where(same_BB & ~own_BB, 0.0, terms_BB)) / image_BD.shape[0]
+    rows = jnp.arange(image_BD.shape[0])
+    return loss, ContrastiveMetrics(
+        image_to_text=jnp.mean(same_BB[rows, jnp.argmax(logits_BB, axis=1)]),
+        text_to_image=jnp.mean(same_BB[jnp.argmax(logits_BB, axis=0), rows]),
+        scale=jnp.exp(log_scale),
+        bias=bias,
+    )

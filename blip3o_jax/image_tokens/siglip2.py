@@ -1,0 +1,60 @@
+"""The SigLIP2 vision encoder, numerically `transformers.SiglipVisionModel`.
+
+Shape suffixes: B batch, H height, W width, C channels, N image tokens, D width.
+"""
+
+from typing import NamedTuple
+
+import jax
+from flax import nnx
+
+from blip3o_jax import config, nn
+from blip3o_jax.image_tokens.encoder import AttentionPool, Encoder, EncoderShape
+
+
+class SiglipOutput(NamedTuple):
+    last_hidden_state_BND: jax.Array  # after post_layernorm
+    pooled_BD: jax.Array  # the attention-pooling head's vector, SigLIP's image embedding
+
+
+class SiglipVision(nnx.Module):
+    """Pixels to one feature vector per patch.
+
+    `patch_embedding` is the stock convolution (stride = kernel = patch) as a matrix product over flattened patches, values in
+    the order row, column, channel: the torch weight [out, C, p, p] transposed to [p, p, C, out], then flattened to
+    [p * p * C, out].
+    """
+
+    def __init__(self, cfg: config.SiglipVisionConfig, *, rngs: nnx.Rngs):
+        d, shape = cfg.hidden_size, EncoderShape.of(cfg)
+        self.patch_embedding = nn.Linear(3 * cfg.patch_size**2, d, (None, "embed"), rngs=rngs, **shape.dtypes)
+        self.position_embedding = nn.param(rngs, (cfg.grid**2, d), (None, "embed"), nn.normal(d**-0.5), cfg.param_dtype)
+        self.encoder = Encoder(shape, rngs=rngs)
+        self.post_layernorm = nn.LayerNorm(d, rngs=rngs, eps=cfg.layer_norm_eps, param_dtype=cfg.param_dtype)
+        # Used by the contrastive stage only, but always there: published checkpoints store it.
+        self.head = AttentionPool(shape, rngs=rngs)
+        self.cfg = cfg
+
+    def embed(self, x_BHWC: jax.Array) -> jax.Array:
+        """Square images [B, image_size, image_size, 3] in [-1, 1] to patch tokens with positions, row by row; pixels past
+        the last whole patch are dropped. Raises ValueError for another size."""
+        size, patch, grid = self.cfg.image_size, self.cfg.patch_size, self.cfg.grid
+        if x_BHWC.shape[1:] != (size, size, 3):
+            raise ValueError(f"vision encoder: images of shape {x_BHWC.shape[1:]}, but it takes {(size, size, 3)}: resize them")
+        x_BHWC = x_BHWC[:, : grid * patch, : grid * patch]
+        patches = x_BHWC.reshape(-1, grid, patch, grid, patch, 3).swapaxes(2, 3).reshape(-1, grid**2, 3 * patch**2)
+        x_BND = self.patch_embedding(patches)
+        return nn.constrain(x_BND + self.position_embedding[...].astype(x_BND.dtype), "batch", None, "act_embed")
+
+    def features(self, x_BHWC: jax.Array, select_layer: int = -2) -> jax.Array:
+        """`hidden_states[select_layer]` [B, N, D] as transformers counts them: -1 is the last layer's output, before
+        post_layernorm, and -1 - num_hidden_layers the embeddings. Later layers are not computed."""
+        depth = self.cfg.num_hidden_layers + 1 + select_layer
+        if select_layer >= 0 or depth < 0:
+            raise ValueError(f"vision encoder: select_layer={select_layer} must be in [-{self.cfg.num_hidden_layers + 1}, -1]")
+        return self.encoder(self.embed(x_BHWC), depth=depth)
+
+    def __call__(self, x_BHWC: jax.Array) -> SiglipOutput:
+        last_BND = self.post_layernorm(self.encoder(self.embed(x_BHWC)))
+        with jax.named_scope("head"):
+            return SiglipOutput(last_BND, self.head(last_BND))

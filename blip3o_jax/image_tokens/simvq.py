@@ -1,0 +1,146 @@
+"""SimVQ, the codebook of the vision tokenizer (arXiv 2411.02038, "Addressing Representation Collapse in Vector Quantized
+Models with One Linear Layer").
+
+The K codes in use are a linear image of stored vectors e_k, so that moving one code moves all of them and none is left behind:
+
+    c_k = embedding_proj(e_k)            (SimVQ keeps the random e_k fixed and learns the projection)
+    s_k(z) = <z/|z|, c_k/|c_k|>          l2-normalised lookup: cosine similarity (z and c are normalised from here on)
+    s_k(z) = -|z - c_k|^2                plain lookup
+    index(z) = arg max_k s_k(z),         or drawn from p_k(z) = softmax_k(s_k(z) / temperature) when stochastic
+    out(z) = z + stop(c_index - z)       straight-through: the value is the code, the gradient reaches z
+
+Terms for training, each a mean over tokens:
+
+    codebook   = |stop(z) - c_index|^2   pulls codes to what is coded
+    commitment = |z - stop(c_index)|^2   keeps what is coded near its code; VQ-VAE (arXiv 1711.00937, eq. 3) weighs it 0.25
+    entropy_gap = log K - H(mean over tokens of p(z)), in nats, 0 when all codes share the tokens evenly
+
+The last is the remedy for dead codes (the diversity term of MAGVIT-2, arXiv 2310.05737, eq. 5): p is soft, so codes that win no
+token still receive a gradient towards tokens.
+
+Deviations: (1) squared norms are summed over the code's dimensions, as the papers write them; the published implementations
+average, which for unit vectors makes the terms vanish as 1/dim beside the entropy. (2) The stochastic mode also works with
+the plain lookup.
+
+Shape suffixes: B batch, N image tokens, D code width, K codes, S chunks of n tokens.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from blip3o_jax import nn
+
+# Most scores (tokens x codes) of one image at once: 16 MiB of float32. All 729 x 65536 would take 191 MiB an image, and more
+# again for the soft assignment and its gradient.
+MAX_SCORES = 2**22
+
+
+class Quantised(NamedTuple):
+    codes_BND: jax.Array  # straight-through, float32
+    ids_BN: jax.Array  # int32
+    codebook_loss: jax.Array
+    commitment_loss: jax.Array
+    entropy_gap: jax.Array  # nats, to minimise
+    usage: jax.Array  # share of the codes drawn at least once in this batch
+    perplexity: jax.Array  # exp of the entropy of the drawn ids: the number of codes in effective use
+
+
+def l2_normalise(x: jax.Array) -> jax.Array:
+    """`torch.nn.functional.normalize` over the last dimension, with a finite gradient at 0."""
+    return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x**2, axis=-1, keepdims=True), 1e-24))
+
+
+class SimVq(nnx.Module):
+    """Works in float32 throughout: neighbouring codes differ by less than bfloat16 resolves."""
+
+    def __init__(
+        self,
+        codebook_size: int,
+        dim: int,
+        *,
+        l2_normalized: bool,
+        stochastic: bool,
+        temperature: float,
+        param_dtype: Any,
+        rngs: nnx.Rngs,
+    ):
+        self.embedding = nn.param(rngs, (codebook_size, dim), ("vocab", "embed"), nn.normal(dim**-0.5), param_dtype)
+        self.embedding_proj = nn.Linear(dim, dim, ("embed", "mlp"), rngs=rngs, param_dtype=param_dtype)
+        self.l2_normalized, self.stochastic, self.temperature = l2_normalized, stochastic, temperature
+
+    def table(self) -> jax.Array:
+        """The codes in use [K, D]."""
+        table_KD = self.embedding_proj(self.embedding[...])
+        return l2_normalise(table_KD) if self.l2_normalized else table_KD
+
+    def lookup(self, ids_BN: jax.Array) -> jax.Array:
+        """Codes [B, N, D] of indices: the inverse of `indices`."""
+        return self.table()[ids_BN]
+
+    def indices(self, z_BND: jax.Array, key: jax.Array | None = None) -> jax.Array:
+        """Code index of each vector [B, N], int32. Raises ValueError in stochastic mode without a `key`."""
+        return self._assign(self._query(z_BND), self.table(), key, soft=False)[0]
+
+    def __call__(self, z_BND: jax.Array, key: jax.Array | None = None) -> Quantised:
+        z_BND, table_KD = self._query(z_BND), self.table()
+        ids_BN, usage_K = self._assign(z_BND, table_KD, key, soft=True)
+        codes_BND = table_KD[ids_BN]
+        stop = jax.lax.stop_gradient
+        count = table_KD.shape[0]
+        drawn_K = jnp.zeros(count, jnp.float32).at[ids_BN.reshape(-1)].add(1.0 / ids_BN.size)
+        return Quantised(
+            codes_BND=z_BND + stop(codes_BND - z_BND),
+            ids_BN=ids_BN,
+            codebook_loss=jnp.mean(jnp.sum((stop(z_BND) - codes_BND) ** 2, axis=-1)),
+            commitment_loss=jnp.mean(jnp.sum((z_BND - stop(codes_BND)) ** 2, axis=-1)),
+            entropy_gap=jnp.log(count) - entropy(usage_K),
+            usage=jnp.mean(drawn_K > 0),
+            perplexity=jnp.exp(entropy(drawn_K)),
+        )
+
+    def _query(self, z_BND: jax.Array) -> jax.Array:
+        z_BND = z_BND.astype(jnp.float32)
+        return l2_normalise(z_BND) if self.l2_normalized else z_BND
+
+    def _scores(self, z_BnD: jax.Array, table_KD: jax.Array) -> jax.Array:
+        """s_k(z), the plain one without the |z|^2 that all codes share."""
+        dot_BnK = z_BnD @ table_KD.T
+        return dot_BnK if self.l2_normalized else 2 * dot_BnK - jnp.sum(table_KD**2, axis=-1)
+
+    def _assign(
+        self, z_BND: jax.Array, table_KD: jax.Array, key: jax.Array | None, *, soft: bool
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """Indices [B, N] and, if `soft`, the mean of p over all tokens [K].
+
+        Walks over groups of n of the N tokens, n a divisor of N (N is a square, so the side at least divides it); the batch
+        dimension stays whole, so that it can lie across devices. The backward pass makes the scores anew.
+        """
+        if self.stochastic and key is None:
+            raise ValueError("vision tokenizer: stochastic=True needs a random key: pass key=, or set stochastic=False")
+        tokens = z_BND.shape[1]
+        limit = max(1, MAX_SCORES // table_KD.shape[0])
+        size = max(n for n in range(1, tokens + 1) if tokens % n == 0 and n <= limit)
+        chunks = tokens // size
+
+        def assign(inputs: tuple[jax.Array, jax.Array | None]) -> tuple[jax.Array, jax.Array | None]:
+            z_BnD, key = inputs
+            scores_BnK = self._scores(z_BnD, table_KD)
+            ranked_BnK = jax.lax.stop_gradient(scores_BnK)
+            if key is not None:  # Gumbel's trick: the arg max of logits + noise is a draw from their softmax
+                ranked_BnK = ranked_BnK / self.temperature + jax.random.gumbel(key, ranked_BnK.shape)
+            p_K = jnp.mean(jax.nn.softmax(scores_BnK / self.temperature), axis=(0, 1)) if soft else None
+            return jnp.argmax(ranked_BnK, axis=-1).astype(jnp.int32), p_K
+
+        z_SBnD = jnp.moveaxis(z_BND.reshape(z_BND.shape[0], chunks, size, -1), 1, 0)
+        keys_S = jax.random.split(key, chunks) if self.stochastic else None
+        ids_SBn, p_SK = jax.lax.map(jax.checkpoint(assign), (z_SBnD, keys_S))
+        ids_BN = jnp.moveaxis(ids_SBn, 0, 1).reshape(z_BND.shape[:2])
+        return ids_BN, jnp.mean(p_SK, axis=0) if soft else None
+
+
+def entropy(p_K: jax.Array) -> jax.Array:
+    """-sum p log p in nats, 0 log 0 = 0, with a finite gradient."""
+    return -jnp.sum(p_K * jnp.log(jnp.maximum(p_K, 1e-20)))

@@ -1,0 +1,156 @@
+"""TA-Tok, the vision tokenizer: an image to a grid of codebook indices, and indices back to SigLIP2 features.
+
+    pixels -> SigLIP2 hidden state -> mean over s x s tokens -> Linear, tanh -> in_linear -> SimVQ indices
+    indices -> codes -> out_linear -> Siglip2 transformer -> Linear, tanh, Linear -> features
+
+It is trained to reproduce the pooled hidden state it was given (the teacher's features). No gradient reaches the encoder here:
+with a teacher that learns from its own reconstruction, constant features would be a perfect solution.
+
+Shape suffixes: B batch, H height, W width, C channels, N image tokens, D width.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from blip3o_jax import config, nn
+from blip3o_jax.image_tokens.encoder import AttentionPool, Encoder, EncoderShape
+from blip3o_jax.image_tokens.siglip2 import SiglipVision
+from blip3o_jax.image_tokens.simvq import Quantised, SimVq
+
+
+class TaTokOutput(NamedTuple):
+    teacher_BND: jax.Array  # pooled SigLIP2 features, float32, no gradient
+    reconstructed_BND: jax.Array  # float32
+    ids_BN: jax.Array  # int32
+    codebook_loss: jax.Array  # the scalars of `simvq.Quantised`
+    commitment_loss: jax.Array
+    entropy_gap: jax.Array
+    usage: jax.Array
+    perplexity: jax.Array
+
+
+class Bottleneck(nnx.Module):
+    """Linear into the code space, SimVQ, Linear out of it."""
+
+    def __init__(self, cfg: config.TaTokConfig, *, rngs: nnx.Rngs):
+        dtypes = {"dtype": cfg.dtype, "param_dtype": cfg.param_dtype}
+        self.in_linear = nn.Linear(cfg.encoder.hidden_size, cfg.bottleneck_dim, ("embed", "mlp"), rngs=rngs, **dtypes)
+        self.codebook = SimVq(
+            cfg.codebook_size,
+            cfg.bottleneck_dim,
+            l2_normalized=cfg.l2_normalized,
+            stochastic=cfg.stochastic,
+            temperature=cfg.stochastic_temperature,
+            param_dtype=cfg.param_dtype,
+            rngs=rngs,
+        )
+        self.out_linear = nn.Linear(cfg.bottleneck_dim, cfg.bottleneck_dim, ("mlp", "embed"), rngs=rngs, **dtypes)
+
+
+class Decoder(nnx.Module):
+    """Codes to features: `transformers.Siglip2VisionModel` with patch_size 1 on square grids without padding."""
+
+    def __init__(self, cfg: config.TaTokConfig, *, rngs: nnx.Rngs):
+        d = cfg.decoder.hidden_size
+        shape = EncoderShape.of(cfg.decoder, dtype=cfg.dtype, param_dtype=cfg.param_dtype, remat=cfg.encoder.remat)
+        side = math.isqrt(cfg.decoder.num_patches)
+        if side**2 != cfg.decoder.num_patches:
+            raise config.ConfigError(f"tokenizer.decoder.num_patches={cfg.decoder.num_patches} must be a square number")
+        self.patch_embedding = nn.Linear(cfg.bottleneck_dim, d, (None, "embed"), rngs=rngs, **shape.dtypes)
+        self.position_embedding = nn.param(rngs, (side**2, d), (None, "embed"), nn.normal(d**-0.5), cfg.param_dtype)
+        self.encoder = Encoder(shape, rngs=rngs)
+        self.post_layernorm = nn.LayerNorm(d, rngs=rngs, eps=cfg.decoder.layer_norm_eps, param_dtype=cfg.param_dtype)
+        # Never used; the stock class has it, so checkpoints carry it through.
+        self.head = AttentionPool(shape, rngs=rngs)
+
+    def __call__(self, x_BND: jax.Array) -> jax.Array:
+        x_BND = self.patch_embedding(x_BND)
+        positions_ND = self.positions(math.isqrt(x_BND.shape[1])).astype(x_BND.dtype)
+        return self.post_layernorm(self.encoder(nn.constrain(x_BND + positions_ND, "batch", None, "act_embed")))
+
+    def positions(self, grid: int) -> jax.Array:
+        """The position table resized to `grid` per side, bilinear with antialias (align_corners False), in float32."""
+        table_ND = self.position_embedding[...].astype(jnp.float32)
+        side, d = math.isqrt(table_ND.shape[0]), table_ND.shape[1]
+        return jax.image.resize(table_ND.reshape(side, side, d), (grid, grid, d), "linear", antialias=True).reshape(-1, d)
+
+
+class TaTok(nnx.Module):
+    """Methods take `pool_scale` 1, 2 or 3; None means `cfg.pool_scale`. `key` is needed, and used, in stochastic mode only."""
+
+    def __init__(self, cfg: config.TaTokConfig, *, rngs: nnx.Rngs):
+        dtypes = {"dtype": cfg.dtype, "param_dtype": cfg.param_dtype}
+        d, d_decoder = cfg.encoder.hidden_size, cfg.decoder.hidden_size
+        self.encoder = SiglipVision(cfg.encoder, rngs=rngs)
+        self.encode_task_layer = nn.Linear(d, d, ("embed", "mlp"), rngs=rngs, **dtypes)
+        self.bottleneck = Bottleneck(cfg, rngs=rngs)
+        self.decoder = Decoder(cfg, rngs=rngs)
+        self.decode_task_layer1 = nn.Linear(d_decoder, d_decoder, ("embed", "mlp"), rngs=rngs, **dtypes)
+        self.decode_task_layer2 = nn.Linear(d_decoder, d, ("mlp", "embed"), rngs=rngs, **dtypes)
+        self.cfg = cfg
+
+    def num_tokens(self, pool_scale: int | None = None) -> int:
+        """Tokens per image: 729, 169 or 81 of the published encoder for pool scales 1, 2, 3."""
+        return (self.cfg.encoder.grid // self._pool_scale(pool_scale)) ** 2
+
+    def features(self, x_BHWC: jax.Array, pool_scale: int | None = None) -> jax.Array:
+        """Pooled SigLIP2 features [B, N, D] in float32 of images in [-1, 1]: what the tokenizer codes. No gradient."""
+        with jax.named_scope("encoder"):
+            features_BND = self.encoder.features(x_BHWC, self.cfg.select_layer).astype(jnp.float32)
+        return jax.lax.stop_gradient(pool(features_BND, self._pool_scale(pool_scale)))
+
+    def encode(self, x_BHWC: jax.Array, pool_scale: int | None = None, *, key: jax.Array | None = None) -> jax.Array:
+        """Images [B, H, W, 3] in [-1, 1] to codebook indices [B, N], int32, row by row."""
+        z_BND = self._to_codes(self.features(x_BHWC, pool_scale))
+        with jax.named_scope("codebook"):
+            return self.bottleneck.codebook.indices(z_BND, key)
+
+    def quantise(self, features_BND: jax.Array, *, key: jax.Array | None = None) -> Quantised:
+        """Pooled features to codes with straight-through gradients, indices and the codebook's training terms."""
+        z_BND = self._to_codes(features_BND)
+        with jax.named_scope("codebook"):
+            return self.bottleneck.codebook(z_BND, key)
+
+    def decode(self, ids_BN: jax.Array) -> jax.Array:
+        """Indices of a square token grid [B, N] to reconstructed SigLIP2 features [B, N, D], float32.
+        Raises ValueError where N is not a square."""
+        with jax.named_scope("codebook"):
+            codes_BND = self.bottleneck.codebook.lookup(ids_BN)
+        return self._reconstruct(codes_BND)
+
+    def __call__(self, x_BHWC: jax.Array, pool_scale: int | None = None, *, key: jax.Array | None = None) -> TaTokOutput:
+        """One training pass: what was to be reconstructed, what was, and the codebook's terms."""
+        teacher_BND = self.features(x_BHWC, pool_scale)
+        quantised = self.quantise(teacher_BND, key=key)
+        return TaTokOutput(teacher_BND, self._reconstruct(quantised.codes_BND), *quantised[1:])
+
+    def _to_codes(self, features_BND: jax.Array) -> jax.Array:
+        with jax.named_scope("encode_task"):
+            return self.bottleneck.in_linear(jnp.tanh(self.encode_task_layer(features_BND)))
+
+    def _reconstruct(self, codes_BND: jax.Array) -> jax.Array:
+        tokens = codes_BND.shape[1]
+        if math.isqrt(tokens) ** 2 != tokens:
+            raise ValueError(f"vision tokenizer: {tokens} image tokens are not a square grid; decode whole images")
+        with jax.named_scope("decoder"):
+            x_BND = self.decoder(self.bottleneck.out_linear(codes_BND))
+            return self.decode_task_layer2(jnp.tanh(self.decode_task_layer1(x_BND))).astype(jnp.float32)
+
+    def _pool_scale(self, pool_scale: int | None) -> int:
+        scale = self.cfg.pool_scale if pool_scale is None else pool_scale
+        if scale not in (1, 2, 3):
+            raise ValueError(f"vision tokenizer: pool_scale={scale} must be 1, 2 or 3")
+        return scale
+
+
+def pool(x_BND: jax.Array, scale: int) -> jax.Array:
+    """Mean over scale x scale blocks of the square token grid; the rows and columns left over are dropped."""
+    batch, tokens, d = x_BND.shape
+    grid = math.isqrt(tokens)
+    out = grid // scale
+    x_BHWD = x_BND.reshape(batch, grid, grid, d)[:, : out * scale, : out * scale]
+    return x_BHWD.reshape(batch, out, scale, out, scale, d).mean(axis=(2, 4)).reshape(batch, out**2, d)

@@ -1,0 +1,65 @@
+"""The connector against a plain torch Sequential, float32, random weights."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from flax import nnx
+
+from blip3o_jax import config
+from blip3o_jax.connector import Connector
+from tests.conftest import relative_error
+
+CFG = config.ConnectorConfig(dtype="float32")
+D_IN, D_OUT = 12, 20
+NAMES = {
+    "0.weight": ("linear1", "kernel"),
+    "0.bias": ("linear1", "bias"),
+    "2.weight": ("linear2", "kernel"),
+    "2.bias": ("linear2", "bias"),
+    "3.weight": ("norm", "scale"),
+}
+
+
+def to_jax(name, tensor):
+    array = tensor.detach().numpy()
+    return array.T if array.ndim == 2 else array
+
+
+def test_output_and_gradients():
+    torch.manual_seed(0)
+    oracle = torch.nn.Sequential(
+        torch.nn.Linear(D_IN, D_OUT),
+        torch.nn.GELU(approximate="tanh"),
+        torch.nn.Linear(D_OUT, D_OUT),
+        torch.nn.RMSNorm(D_OUT, eps=CFG.rms_norm_eps),
+    )
+    torch.nn.init.normal_(oracle[3].weight, 1.0, 0.3)
+    graphdef, state = nnx.split(Connector(CFG, D_IN, D_OUT, rngs=nnx.Rngs(0)))
+    flat = dict(nnx.to_flat_state(state))
+    assert set(flat) == set(NAMES.values())
+    for name, parameter in oracle.named_parameters():
+        flat[NAMES[name]].set_value(to_jax(name, parameter))
+    x = torch.randn(2, 5, D_IN)
+    x[1] = 0  # a dropped condition
+    weight = torch.randn(2, 5, D_OUT)
+    want = oracle(x)
+    (want * weight).sum().backward()
+
+    def loss(state):
+        y = nnx.merge(graphdef, state)(jnp.asarray(x.numpy()))
+        return jnp.sum(y * weight.numpy()), y
+
+    grads, got = jax.jit(jax.grad(loss, has_aux=True))(nnx.from_flat_state(flat))
+    assert relative_error(got, want.detach()) < 1e-5
+    grads = dict(nnx.to_flat_state(grads))
+    for name, parameter in oracle.named_parameters():
+        assert relative_error(grads[NAMES[name]][...], to_jax(name, parameter.grad)) < 1e-4, name
+
+
+def test_norm_starts_at_the_caption_scale():
+    connector = Connector(CFG, D_IN, D_OUT, rngs=nnx.Rngs(0))
+    np.testing.assert_allclose(connector.norm.scale[...], np.sqrt(5.5), rtol=1e-6)
+    y = connector(jax.random.normal(jax.random.key(0), (3, 4, D_IN)))
+    # The mean square of an RMS-normalised vector is 1, times the weight squared.
+    np.testing.assert_allclose(jnp.mean(y**2, axis=-1), 5.5, rtol=1e-3)
