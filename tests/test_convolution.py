@@ -1,0 +1,59 @@
+"""Every form of the convolution against XLA's native one (which the networks' own tests compare with torch's)."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from blip3o_jax.convolution import conv2d
+from tests.conftest import relative_error
+
+
+def native(x, kernel, stride=1, padding=0, groups=1):
+    return jax.lax.conv_general_dilated(
+        x, kernel, (stride, stride), [(padding, padding)] * 2, dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=groups,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kernel_shape", "settings"),
+    [
+        ((1, 1, 6, 4), {}),
+        ((1, 1, 2, 9), {"groups": 3}),
+        ((3, 3, 1, 6), {"groups": 6, "padding": 1}),
+        ((5, 5, 1, 6), {"groups": 6, "padding": 2}),
+        ((3, 3, 6, 4), {"stride": 2, "padding": 1}),
+        ((3, 3, 1, 12), {"groups": 6, "padding": 1}),  # two outputs a channel: not the depthwise form
+    ],
+)
+def test_forms_equal_native(rng, kernel_shape, settings):
+    """Value and both gradients; float32 sums in another order, hence 1e-6."""
+    x, kernel = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((2, 5, 7, 6), kernel_shape))
+    want, want_vjp = jax.vjp(functools.partial(native, **settings), x, kernel)
+    got, got_vjp = jax.vjp(functools.partial(conv2d, **settings), x, kernel)
+    assert relative_error(got, want) < 1e-6
+    dy = jnp.asarray(rng.normal(size=want.shape), jnp.float32)
+    for got_gradient, want_gradient in zip(got_vjp(dy), want_vjp(dy), strict=True):
+        assert relative_error(got_gradient, want_gradient) < 1e-6
+
+
+def test_depthwise_accumulates_in_float32(rng):
+    """With bfloat16 in and out the sums over taps and pixels stay in float32: one rounding at the end, 2^-8 at most."""
+    x, kernel, dy = (jnp.asarray(rng.normal(size=s), jnp.bfloat16) for s in ((2, 12, 12, 4), (3, 3, 1, 4), (2, 12, 12, 4)))
+    want, want_vjp = jax.vjp(lambda x, k: native(x, k, padding=1, groups=4), x.astype(jnp.float32), kernel.astype(jnp.float32))
+    got, got_vjp = jax.vjp(lambda x, k: conv2d(x, k, padding=1, groups=4), x, kernel)
+    pairs = [(got, want), *zip(got_vjp(dy), want_vjp(dy.astype(jnp.float32)), strict=True)]
+    for value, reference in pairs:
+        assert value.dtype == jnp.bfloat16
+        np.testing.assert_allclose(np.asarray(value, np.float32), reference, rtol=2**-8, atol=1e-6)
+
+
+def test_platform_is_settled_when_lowering():
+    """Lowered for a TPU, a depthwise convolution is XLA's own, whatever machine compiles it."""
+    x, kernel = jax.ShapeDtypeStruct((1, 4, 4, 2), jnp.float32), jax.ShapeDtypeStruct((3, 3, 1, 2), jnp.float32)
+    traced = jax.jit(lambda x, k: jax.vjp(lambda x, k: conv2d(x, k, padding=1, groups=2), x, k)[1](x)).trace(x, kernel)
+    assert traced.lower(lowering_platforms=("tpu",)).as_text().count("stablehlo.convolution") == 2
+    assert "stablehlo.convolution" not in traced.lower(lowering_platforms=("cpu",)).as_text()
