@@ -1,0 +1,1 @@
+"""The autoregressive transformer: text and image ids -> hidden states and logits."""

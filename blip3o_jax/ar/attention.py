@@ -1,0 +1,86 @@
+"""Rotary position embedding and causal grouped-query attention within segments.
+
+B batch, L query tokens, S key slots, H query heads, G key/value heads, R query heads per key/value head, K head size.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Rotation = tuple[jax.Array, jax.Array]
+
+
+def rotation(positions_BL: jax.Array, head_dim: int, theta: float) -> Rotation:
+    """Cosines and sines [B, L, K/2], float32, of the angles position * theta^(-2i/K): `Qwen3RotaryEmbedding`.
+
+    float32 whatever the compute dtype: bfloat16 cannot tell position 1000 from 1001.
+    """
+    frequencies = theta ** -(np.arange(0, head_dim, 2) / head_dim)
+    angles = positions_BL[..., None].astype(jnp.float32) * frequencies.astype(np.float32)
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x_BLHK: jax.Array, rotation: Rotation) -> jax.Array:
+    """Rotate the pairs (x_i, x_{i + K/2}) of every head (the rotate-half convention), in float32."""
+    cos, sin = (a[:, :, None, :] for a in rotation)
+    first, second = jnp.split(x_BLHK.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BLHK.dtype)
+
+
+def attend(
+    q_BLHK: jax.Array,
+    k_BSGK: jax.Array,
+    v_BSGK: jax.Array,
+    *,
+    query_segments_BL: jax.Array,
+    key_segments_BS: jax.Array,
+    query_start: jax.Array | int = 0,
+    implementation: str = "xla",
+) -> jax.Array:
+    """Causal attention in which a query sees the keys of its own segment only -> [B, L, H, K] in the dtype of `v`.
+
+    Query l stands at slot query_start + l and sees slots up to its own. Segment 0 is padding: nothing sees it, and its own
+    output is zero. Query head h reads key/value head h // (H / G).
+    """
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"attention implementation {implementation!r} is not one of {', '.join(IMPLEMENTATIONS)}")
+    o_BLHK = IMPLEMENTATIONS[implementation](q_BLHK, k_BSGK, v_BSGK, query_segments_BL, key_segments_BS, query_start)
+    return jnp.where(query_segments_BL[:, :, None, None] != 0, o_BLHK, 0)
+
+
+def visible(query_segments_BL: jax.Array, key_segments_BS: jax.Array, query_start: jax.Array | int) -> jax.Array:
+    """Boolean [B, L, S]. For one row with query_start 0, segments 1 1 2 0 give
+
+    1 0 0 0
+    1 1 0 0
+    0 0 1 0
+    0 0 0 0
+    """
+    slots_L = query_start + jnp.arange(query_segments_BL.shape[1])
+    causal_LS = jnp.arange(key_segments_BS.shape[1])[None, :] <= slots_L[:, None]
+    same_BLS = query_segments_BL[:, :, None] == key_segments_BS[:, None, :]
+    return causal_LS & same_BLS & (key_segments_BS != 0)[:, None, :]
+
+
+def _xla(
+    q_BLHK: jax.Array,
+    k_BSGK: jax.Array,
+    v_BSGK: jax.Array,
+    query_segments_BL: jax.Array,
+    key_segments_BS: jax.Array,
+    query_start: jax.Array | int,
+) -> jax.Array:
+    B, L, H, K = q_BLHK.shape
+    G = k_BSGK.shape[2]
+    q_BLGRK = q_BLHK.reshape(B, L, G, H // G, K)
+    scores = jnp.einsum("BLGRK,BSGK->BGRLS", q_BLGRK, k_BSGK, preferred_element_type=jnp.float32) * K**-0.5
+    mask_BLS = visible(query_segments_BL, key_segments_BS, query_start)
+    # Finite, not -inf: a padding query sees nothing, and a softmax over nothing but -inf would be NaN, also in its gradient.
+    scores = jnp.where(mask_BLS[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v_BSGK.dtype)
+    return jnp.einsum("BGRLS,BSGK->BLGRK", weights, v_BSGK).reshape(B, L, H, K)
+
+
+IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {"xla": _xla}

@@ -1,0 +1,61 @@
+"""The key/value cache of decoding: one static-shape pytree that loops carry whole and update in place.
+
+Slots are shared by the rows of a batch: a chunk of L tokens takes slots end .. end + L - 1 of every row, so that a write
+is one `dynamic_update_slice` at one scalar index. Rows that are shorter leave slots of segment 0 behind, which nothing attends
+to; a token's *position* counts the real tokens of its row only. For prompts of 3 and 2 tokens, padded to 3, and two more:
+
+    slot          0 1 2 3 4        segments   1 1 1 1 1        positions  0 1 2 3 4
+                                              1 1 0 1 1                   0 1 - 2 3
+
+The layer loop and the token loop must both *carry* the cache. Passed through a scan's xs and ys instead, the whole of it is
+copied at every token.
+
+Y layers, B batch, L tokens of the chunk, S slots, G key/value heads, K head size.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from blip3o_jax import nn
+from blip3o_jax.config import Qwen3Config
+
+
+class Cache(NamedTuple):
+    k_YBSGK: jax.Array
+    v_YBSGK: jax.Array
+    segment_ids_BS: jax.Array  # int32; 0 for a slot that is empty or holds padding
+    lengths_B: jax.Array  # int32; real tokens of each row so far = the position of its next token
+    end: jax.Array  # int32 scalar; the first slot not yet written
+
+
+def empty(cfg: Qwen3Config, batch: int, capacity: int) -> Cache:
+    """A cache of `capacity` slots a row, in the compute dtype."""
+    shape = (cfg.num_hidden_layers, batch, capacity, cfg.num_key_value_heads, cfg.head_dim)
+    zeros = nn.constrain(jnp.zeros(shape, cfg.dtype), None, "batch", None, "act_kv_heads", None)
+    integers = jnp.zeros((batch, capacity), jnp.int32)
+    return Cache(zeros, zeros, integers, jnp.zeros(batch, jnp.int32), jnp.zeros((), jnp.int32))
+
+
+def reserve(cache: Cache, segment_ids_BL: jax.Array) -> tuple[Cache, jax.Array]:
+    """Take the next L slots -> (cache, positions [B, L] of the chunk's tokens).
+
+    The keys and values of every layer are then written with `write`, at the *old* cache's `end`.
+    """
+    real_BL = (segment_ids_BL != 0).astype(jnp.int32)
+    positions_BL = cache.lengths_B[:, None] + jnp.cumsum(real_BL, axis=1) - 1
+    segment_ids_BS = jax.lax.dynamic_update_slice(cache.segment_ids_BS, segment_ids_BL.astype(jnp.int32), (0, cache.end))
+    cache = cache._replace(
+        segment_ids_BS=segment_ids_BS,
+        lengths_B=cache.lengths_B + real_BL.sum(axis=1),
+        end=cache.end + segment_ids_BL.shape[1],
+    )
+    return cache, positions_BL
+
+
+def write(cached_YBSGK: jax.Array, new_BLGK: jax.Array, layer: jax.Array, slot: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Write one layer's chunk at `slot` -> (the whole array, that layer's slots [B, S, G, K])."""
+    new = new_BLGK[None].astype(cached_YBSGK.dtype)
+    cached_YBSGK = jax.lax.dynamic_update_slice(cached_YBSGK, new, (layer, 0, slot, 0, 0))
+    return cached_YBSGK, jax.lax.dynamic_index_in_dim(cached_YBSGK, layer, keepdims=False)

@@ -1,0 +1,176 @@
+"""Qwen3 decoder: `transformers.Qwen3ForCausalLM`, also cached for decoding.
+
+The tables hold `cfg.padded_vocab_size` rows, a multiple that shards evenly; rows from `cfg.vocab_size` on stand for no token:
+`Qwen3.logits` gives them -inf, so that no probability falls on them and they receive no gradient.
+
+B batch, L tokens, S cache slots, D width, H query heads, G key/value heads, K head size, F width of the MLP, V vocabulary.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from blip3o_jax import nn
+from blip3o_jax.ar import attention, cache
+from blip3o_jax.config import Qwen3Config
+
+
+class Attention(nnx.Module):
+    """Projections and head norms of one layer; what lies between `heads` and `join` is `attention.attend`."""
+
+    def __init__(self, cfg: Qwen3Config, *, rngs: nnx.Rngs):
+        d, heads, kv_heads = cfg.hidden_size, cfg.num_attention_heads, cfg.num_key_value_heads
+        self.head_dim = cfg.head_dim
+        self.q = _linear(cfg, d, heads * cfg.head_dim, ("embed", "heads"), rngs)
+        self.k = _linear(cfg, d, kv_heads * cfg.head_dim, ("embed", "kv_heads"), rngs)
+        self.v = _linear(cfg, d, kv_heads * cfg.head_dim, ("embed", "kv_heads"), rngs)
+        self.o = _linear(cfg, heads * cfg.head_dim, d, ("heads", "embed"), rngs)
+        self.q_norm = _norm(cfg, cfg.head_dim, rngs)
+        self.k_norm = _norm(cfg, cfg.head_dim, rngs)
+
+    def heads(self, x_BLD: jax.Array, rotation: attention.Rotation) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """q [B, L, H, K], k and v [B, L, G, K]; the norm is over each head, before the rotation."""
+        split = lambda y: y.reshape(*y.shape[:-1], -1, self.head_dim)
+        q_BLHK = attention.rotate(self.q_norm(split(self.q(x_BLD))), rotation)
+        k_BLGK = attention.rotate(self.k_norm(split(self.k(x_BLD))), rotation)
+        v_BLGK = split(self.v(x_BLD))
+        kv_axes = ("batch", "length", "act_kv_heads", None)
+        q_BLHK = nn.constrain(q_BLHK, "batch", "length", "act_heads", None)
+        return q_BLHK, nn.constrain(k_BLGK, *kv_axes), nn.constrain(v_BLGK, *kv_axes)
+
+    def join(self, o_BLHK: jax.Array) -> jax.Array:
+        return self.o(o_BLHK.reshape(*o_BLHK.shape[:2], -1))
+
+
+class Mlp(nnx.Module):
+    """SwiGLU."""
+
+    def __init__(self, cfg: Qwen3Config, *, rngs: nnx.Rngs):
+        d, f = cfg.hidden_size, cfg.intermediate_size
+        self.gate = _linear(cfg, d, f, ("embed", "mlp"), rngs)
+        self.up = _linear(cfg, d, f, ("embed", "mlp"), rngs)
+        self.down = _linear(cfg, f, d, ("mlp", "embed"), rngs)
+
+    def __call__(self, x_BLD: jax.Array) -> jax.Array:
+        h_BLF = jax.nn.silu(self.gate(x_BLD)) * self.up(x_BLD)
+        return self.down(nn.constrain(h_BLF, "batch", "length", "act_mlp"))
+
+
+class Layer(nnx.Module):
+    """One decoder layer in two halves, since plain and cached attention differ in what stands between them."""
+
+    def __init__(self, cfg: Qwen3Config, *, rngs: nnx.Rngs):
+        self.attention_norm = _norm(cfg, cfg.hidden_size, rngs)
+        self.attention = Attention(cfg, rngs=rngs)
+        self.mlp_norm = _norm(cfg, cfg.hidden_size, rngs)
+        self.mlp = Mlp(cfg, rngs=rngs)
+
+    def before(self, x_BLD: jax.Array, rotation: attention.Rotation) -> tuple[jax.Array, jax.Array, jax.Array]:
+        with jax.named_scope("attention"):
+            return self.attention.heads(self.attention_norm(x_BLD), rotation)
+
+    def after(self, x_BLD: jax.Array, o_BLHK: jax.Array) -> jax.Array:
+        with jax.named_scope("attention"):
+            x_BLD = nn.constrain(x_BLD + self.attention.join(o_BLHK), "batch", "length", "act_embed")
+        with jax.named_scope("mlp"):
+            return nn.constrain(x_BLD + self.mlp(self.mlp_norm(x_BLD)), "batch", "length", "act_embed")
+
+
+class Qwen3(nnx.Module):
+    """The decoder between token ids (`embed`) and logits (`logits`); its input is embeddings, so that projected image
+    features can stand in for some of them."""
+
+    def __init__(self, cfg: Qwen3Config, *, rngs: nnx.Rngs):
+        self.cfg = cfg
+        rows, d = cfg.padded_vocab_size, cfg.hidden_size
+        self.embedding = nn.param(rngs, (rows, d), ("vocab", "embed"), nn.normal(cfg.initializer_range), cfg.param_dtype)
+        self.layers = nn.stack(lambda rngs: Layer(cfg, rngs=rngs), cfg.num_hidden_layers, rngs)
+        self.norm = _norm(cfg, d, rngs)
+        self.lm_head = None if cfg.tie_word_embeddings else _linear(cfg, d, rows, ("embed", "vocab"), rngs)
+
+    def embed(self, tokens_BL: jax.Array) -> jax.Array:
+        """Ids -> embeddings [B, L, D] in the compute dtype."""
+        with jax.named_scope("embed"):
+            x_BLD = self.embedding[...][tokens_BL].astype(self.cfg.dtype)
+            return nn.constrain(x_BLD, "batch", "length", "act_embed")
+
+    def __call__(self, x_BLD: jax.Array, positions_BL: jax.Array, segment_ids_BL: jax.Array) -> jax.Array:
+        """Embeddings -> hidden states [B, L, D] after the final norm (`last_hidden_state` of `Qwen3Model`).
+
+        Tokens see earlier tokens of their own segment; segment 0 is padding, whose hidden states mean nothing. `positions_BL`
+        restart at 0 with each segment.
+        """
+        rotation = attention.rotation(positions_BL, self.cfg.head_dim, self.cfg.rope_theta)
+
+        def step(layer: Layer, x_BLD: jax.Array, _: None) -> tuple[jax.Array, None]:
+            q_BLHK, k_BLGK, v_BLGK = layer.before(x_BLD, rotation)
+            with jax.named_scope("attention"):
+                o_BLHK = attention.attend(
+                    q_BLHK, k_BLGK, v_BLGK, query_segments_BL=segment_ids_BL, key_segments_BS=segment_ids_BL
+                )
+            return layer.after(x_BLD, o_BLHK), None
+
+        x_BLD, _ = nn.scan(self.layers, step, x_BLD, remat=self.cfg.remat)
+        return self.norm(x_BLD)
+
+    def extend(self, x_BLD: jax.Array, segment_ids_BL: jax.Array, past: cache.Cache) -> tuple[jax.Array, cache.Cache]:
+        """The next L tokens of every row (a whole prompt, or one token) -> (hidden states [B, L, D], grown cache).
+
+        Equal to `__call__` over all tokens so far. Segment 0 marks padding in the chunk. Writing past the cache's capacity is
+        the caller's error and is not detected.
+        """
+        present, positions_BL = cache.reserve(past, segment_ids_BL)
+        rotation = attention.rotation(positions_BL, self.cfg.head_dim, self.cfg.rope_theta)
+
+        def step(layer: Layer, carry: tuple, index: jax.Array) -> tuple[tuple, None]:
+            x_BLD, k_YBSGK, v_YBSGK = carry
+            q_BLHK, k_BLGK, v_BLGK = layer.before(x_BLD, rotation)
+            with jax.named_scope("attention"):
+                k_YBSGK, k_BSGK = cache.write(k_YBSGK, k_BLGK, index, past.end)
+                v_YBSGK, v_BSGK = cache.write(v_YBSGK, v_BLGK, index, past.end)
+                o_BLHK = attention.attend(
+                    q_BLHK,
+                    k_BSGK,
+                    v_BSGK,
+                    query_segments_BL=segment_ids_BL,
+                    key_segments_BS=present.segment_ids_BS,
+                    query_start=past.end,
+                )
+            return (layer.after(x_BLD, o_BLHK), k_YBSGK, v_YBSGK), None
+
+        carry, indices = (x_BLD, past.k_YBSGK, past.v_YBSGK), jnp.arange(self.cfg.num_hidden_layers)
+        (x_BLD, k_YBSGK, v_YBSGK), _ = nn.scan(self.layers, step, carry, indices, remat="none")
+        return self.norm(x_BLD), present._replace(k_YBSGK=k_YBSGK, v_YBSGK=v_YBSGK)
+
+    def head(self) -> jax.Array:
+        """The output projection [D, V] as stored: the padded rows' columns included, in the parameters' dtype."""
+        return self.embedding[...].T if self.lm_head is None else self.lm_head.kernel[...]
+
+    def logits(self, hidden_BLD: jax.Array, rows: tuple[int, int] | None = None) -> jax.Array:
+        """float32 logits [..., V] of all stored rows, -inf at the padded ones; or of ids rows[0] .. rows[1] - 1 only."""
+        first, last = rows or (0, self.cfg.padded_vocab_size)
+        kernel_DV = self.head()[:, first:last].astype(self.cfg.dtype)
+        hidden_BLD = hidden_BLD.astype(self.cfg.dtype)
+        logits_BLV = jnp.einsum("...D,DV->...V", hidden_BLD, kernel_DV, preferred_element_type=jnp.float32)
+        if last <= self.cfg.vocab_size:
+            return logits_BLV
+        return jnp.where(jnp.arange(first, last) < self.cfg.vocab_size, logits_BLV, -jnp.inf)
+
+
+def grow_table(table_VD: jax.Array, used: int, rows: int) -> jax.Array:
+    """A table of `rows` rows whose first `used` are kept; every further one is their mean, so that a new token starts out
+    neither more nor less likely than a typical one. For an lm_head kernel, pass and take the transpose."""
+    if not 0 < used <= min(rows, table_VD.shape[0]):
+        raise ValueError(f"grow_table: used={used} must lie in 1 .. {min(rows, table_VD.shape[0])}, the rows of both tables")
+    kept_VD = table_VD[:used]
+    mean_D = kept_VD.astype(jnp.float32).mean(axis=0).astype(table_VD.dtype)
+    return jnp.concatenate([kept_VD, jnp.broadcast_to(mean_D, (rows - used, table_VD.shape[1]))])
+
+
+def _linear(cfg: Qwen3Config, d_in: int, d_out: int, axes: tuple[str, str], rngs: nnx.Rngs) -> nn.Linear:
+    init = nn.normal(cfg.initializer_range)
+    return nn.Linear(d_in, d_out, axes, rngs=rngs, bias=False, dtype=cfg.dtype, param_dtype=cfg.param_dtype, init=init)
+
+
+def _norm(cfg: Qwen3Config, dim: int, rngs: nnx.Rngs) -> nn.RMSNorm:
+    return nn.RMSNorm(dim, rngs=rngs, eps=cfg.rms_norm_eps, param_dtype=cfg.param_dtype)
