@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from blip3o_jax.convolution import conv2d
+
 # A resolver answers, for (part, logical names, shape), with a sharding or None for "leave it to the compiler".
 Resolver = Callable[[str, tuple[str | None, ...], tuple[int, ...]], jax.sharding.Sharding | None]
 
@@ -127,14 +129,48 @@ class Conv(nnx.Module):
         self.dtype = jnp.dtype(dtype)
 
     def __call__(self, x_BHWC: jax.Array) -> jax.Array:
-        y_BHWC = jax.lax.conv_general_dilated(
-            x_BHWC.astype(self.dtype),
-            self.kernel[...].astype(self.dtype),
-            window_strides=(self.stride, self.stride),
-            padding=[(self.padding, self.padding)] * 2,
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            feature_group_count=self.groups,
-        )
+        kernel = self.kernel[...].astype(self.dtype)
+        y_BHWC = conv2d(x_BHWC.astype(self.dtype), kernel, stride=self.stride, padding=self.padding, groups=self.groups)
+        return y_BHWC if self.bias is None else y_BHWC + self.bias[...].astype(self.dtype)
+
+
+class DepthwiseConv(nnx.Module):
+    """Depthwise 2-D convolution on NHWC that keeps H x W; `torch.nn.Conv2d(C, C, k, padding=k // 2, groups=C)`, its kernel
+    transposed from [C, 1, k, k] to [k, k, 1, C].
+
+    Written as k * k shifted multiplications, which XLA fuses into one loop, and added up in float32: on a CPU the grouped
+    convolution takes 30 times as long forward and 7 times forward and backward ([64, 8, 8, 480], k = 3).
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        kernel_size: int,
+        *,
+        rngs: nnx.Rngs,
+        axis: str | None = "conv_out",
+        bias: bool = True,
+        dtype: Any = jnp.float32,
+        param_dtype: Any = jnp.float32,
+        init: Callable | None = None,
+    ):
+        if kernel_size % 2 == 0:
+            raise ValueError(f"DepthwiseConv: kernel_size={kernel_size} must be odd, so that the size stays the same")
+        shape = (kernel_size, kernel_size, 1, channels)
+        self.kernel = param(rngs, shape, (None, None, None, axis), init or fan_in(), param_dtype)
+        self.bias = param(rngs, (channels,), (axis,), zeros, param_dtype) if bias else None
+        self.dtype = jnp.dtype(dtype)
+
+    def __call__(self, x_BHWC: jax.Array) -> jax.Array:
+        _, height, width, _ = x_BHWC.shape
+        size, pad = self.kernel.shape[0], self.kernel.shape[0] // 2
+        kernel = self.kernel[...].astype(self.dtype).astype(jnp.float32)
+        padded = jnp.pad(x_BHWC.astype(self.dtype), ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+        y_BHWC = sum(
+            padded[:, i : i + height, j : j + width].astype(jnp.float32) * kernel[i, j, 0]
+            for i in range(size)
+            for j in range(size)
+        ).astype(self.dtype)
         return y_BHWC if self.bias is None else y_BHWC + self.bias[...].astype(self.dtype)
 
 
