@@ -26,11 +26,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from blip3o_jax.config import TemplateConfig, check, check_choice
+from blip3o_jax.config import TemplateConfig, UserError, check, check_choice
 from blip3o_jax.text.vocabulary import Vocabulary
 
 
-class RowTooLong(ValueError):
+class RowTooLong(UserError):
     """An example that does not fit in its row. It is refused and never cut: a cut row would lose its image."""
 
     def __init__(self, key: str, length: int, max_length: int):
@@ -75,11 +75,11 @@ def text_to_image_row(
 
     Returns tokens_L int32, loss_mask_L float32, segment_ids_L int32, positions_L int32 and image_span (int32, no
     dimensions) under the keys "tokens", "loss_mask", "segment_ids", "positions" and "image_span".
-    Raises RowTooLong, and ValueError for codes outside the codebook.
+    Raises RowTooLong, and UserError for codes outside the codebook.
     """
     codes_N = np.zeros(image, np.int32) if np.ndim(image) == 0 else np.asarray(image)
     if codes_N.size and not 0 <= codes_N.min() <= codes_N.max() < vocab.codebook_size:
-        raise ValueError(
+        raise UserError(
             f"example {key!r} has codes from {codes_N.min()} to {codes_N.max()}, the codebook has {vocab.codebook_size} "
             "entries: were they cached with another vision tokenizer?"
         )

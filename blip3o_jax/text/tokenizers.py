@@ -15,7 +15,7 @@ import pathlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from blip3o_jax.config import ConfigError, TemplateConfig, TextConfig
+from blip3o_jax.config import ConfigError, TemplateConfig, TextConfig, UserError
 
 END_OF_TEXT = "<|endoftext|>"
 START_OF_TURN = "<|im_start|>"
@@ -61,10 +61,10 @@ class TextTokenizer(abc.ABC):
         return "".join("".join(self._names[i] for i in run) if special else self._decode_text([*run]) for special, run in runs)
 
     def special(self, token: str) -> int:
-        """The id of special token `token`; ValueError where there is none."""
+        """The id of special token `token`; UserError where there is none."""
         if token not in self.specials:
             known = ", ".join(itertools.islice(self.specials, 12)) or "none"
-            raise ValueError(f"the text tokenizer has no special token {token!r} (it has {known}); use files that declare it")
+            raise UserError(f"the text tokenizer has no special token {token!r} (it has {known}); use files that declare it")
         return self.specials[token]
 
 
@@ -168,7 +168,7 @@ def train_sentencepiece(
     captions = iter(captions)
     first = next(captions, None)
     if first is None:
-        raise ValueError("cannot train a text tokenizer: the data set has no captions")
+        raise UserError("cannot train a text tokenizer: the data set has no captions")
     proto = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -194,7 +194,7 @@ def train_sentencepiece(
             minloglevel=2,
         )
     except RuntimeError as error:
-        raise ValueError(f"cannot train a text tokenizer of {vocab_size} pieces: {error}") from error
+        raise UserError(f"cannot train a text tokenizer of {vocab_size} pieces: {error}") from error
     _write(pathlib.Path(path), proto.getvalue())
     return SentencePieceTokenizer(proto.getvalue())
 
@@ -259,5 +259,8 @@ def _read_json(file: pathlib.Path) -> Any:
 
 
 def _write(file: pathlib.Path, contents: bytes) -> None:
+    """All of it or nothing: a resumed run writes over the files of a checkpoint."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_bytes(contents)
+    partial = file.with_name(f".{file.name}.partial")
+    partial.write_bytes(contents)
+    partial.replace(file)

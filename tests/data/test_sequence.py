@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tokenizers as hf
 
-from blip3o_jax.config import ConfigError, TemplateConfig
+from blip3o_jax.config import ConfigError, TemplateConfig, UserError
 from blip3o_jax.data.sequence import (
     RowTooLong,
     caption_row,
@@ -52,9 +52,14 @@ def test_ids_equal_the_library_reading_the_whole_text(tmp_path):
     write_bpe(tmp_path, IMAGE_TOKENS)
     vocab = Vocabulary(BpeTokenizer.from_path(tmp_path), 4)
     row = text_to_image_row(vocab, TEMPLATE, CAPTION, CODES, 300)
-    want = hf.Tokenizer.from_file(str(tmp_path / "tokenizer.json")).encode(ROW).ids
+    library = hf.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    want = library.encode(ROW).ids
     assert row["tokens"][: len(want)].tolist() == want
     assert set(row["tokens"][len(want) :].tolist()) == {vocab.pad_id}
+    # A turn is one text: the role's new line joins the user's where the tokenizer has a token for both.
+    joined = text_to_image_prompt(vocab, TemplateConfig(system="", generate="\n{caption}"), "cone")
+    assert joined == library.encode(vocab.decode(joined)).ids
+    assert library.token_to_id("\u010a\u010a") in joined
 
 
 def test_prompt_is_the_opening_of_the_row(vocab):
@@ -98,7 +103,7 @@ def test_too_long_rows_are_refused(vocab):
 
 def test_bad_codes_and_templates(vocab):
     for codes in ([0, 4], [-1, 0]):
-        with pytest.raises(ValueError, match="'k' has codes"):
+        with pytest.raises(UserError, match="'k' has codes"):
             text_to_image_row(vocab, TEMPLATE, CAPTION, np.array(codes), 300, key="k")
     with pytest.raises(ConfigError, match=r"model\.template\.generate"):
         text_to_image_prompt(vocab, TemplateConfig(generate="draw"), CAPTION)

@@ -4,7 +4,7 @@ import pickle
 import pytest
 import tokenizers as hf
 
-from blip3o_jax.config import ConfigError, TemplateConfig, TextConfig
+from blip3o_jax.config import ConfigError, TemplateConfig, TextConfig, UserError
 from blip3o_jax.text import tokenizers
 from blip3o_jax.text.tokenizers import BpeTokenizer, SentencePieceTokenizer, load_tokenizer, train_sentencepiece
 
@@ -31,7 +31,7 @@ def write_bpe(directory, added=()):
     bpe.decoder = hf.decoders.ByteLevel()
     alphabet = hf.pre_tokenizers.ByteLevel.alphabet()
     trainer = hf.trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
-    bpe.train_from_iterator([*CAPTIONS, TemplateConfig().system, TemplateConfig().generate], trainer)
+    bpe.train_from_iterator([*CAPTIONS, *["\n\n"] * 9, TemplateConfig().system, TemplateConfig().generate], trainer)
     bpe.add_special_tokens([hf.AddedToken(t, special=True, normalized=False) for t in ADDED[:-1]])
     bpe.add_tokens([hf.AddedToken(t, normalized=False) for t in [*ADDED[-1:], *added]])
     bpe.save(str(directory / "tokenizer.json"))
@@ -65,7 +65,7 @@ def test_special_tokens_by_name_only(text_cfg):
     tokenizer = load_tokenizer(text_cfg)
     for tag in [tokenizers.END_OF_TEXT, *tokenizers.CHAT_TAGS]:
         assert tokenizer.decode([*tokenizer.encode(" a"), tokenizer.special(tag), *tokenizer.encode("\n")]) == f" a{tag}\n"
-    with pytest.raises(ValueError, match="no special token '<S0>'"):
+    with pytest.raises(UserError, match="no special token '<S0>'"):
         tokenizer.special("<S0>")
     with pytest.raises(ValueError, match=f"cannot decode id {tokenizer.size}"):
         tokenizer.decode([tokenizer.size])
@@ -133,9 +133,9 @@ def test_sentencepiece_training_is_deterministic_and_makes_the_template_cheap(tm
 
 def test_sentencepiece_small_corpus_and_small_vocabulary(tmp_path):
     assert train_sentencepiece(["x"], tmp_path / "tiny.model", 32000).size < 1000
-    with pytest.raises(ValueError, match=r"text tokenizer of 100 pieces.*Increase vocab_size"):
+    with pytest.raises(UserError, match=r"text tokenizer of 100 pieces.*Increase vocab_size"):
         train_sentencepiece(["x"], tmp_path / "never.model", 100)
-    with pytest.raises(ValueError, match="no captions"):
+    with pytest.raises(UserError, match="no captions"):
         train_sentencepiece([], tmp_path / "never.model", 1000)
     assert not (tmp_path / "never.model").exists()
 
@@ -155,7 +155,7 @@ def test_a_sentencepiece_caption_cannot_reach_user_defined_symbols_as_tags(tmp_p
             minloglevel=2,
         )
     tokenizer = SentencePieceTokenizer.from_path(path)
-    with pytest.raises(ValueError, match="no special token"):
+    with pytest.raises(UserError, match="no special token"):
         tokenizer.special(tokenizers.END_OF_TURN)
 
 
