@@ -1,0 +1,295 @@
+"""Records -> batches: weighted mixture, seeded shuffle, worker processes, and a state of one number.
+
+    sources -> shuffle, repeat -> mix -> read + transform -> batch -> this host's batches -> workers     (Grain)
+
+Example n of the run is a function of (seed, n) alone: neither the number of hosts nor that of workers changes it. Of global
+batch k, examples kG .. kG + G - 1 for G = data.batch_size, host h of P holds the h-th of P equal slices, so the global array
+is the same on any number of hosts, and the position is one number, valid for all of them.
+
+A record that cannot be read (`BadRecord`) has its row filled by the next readable record of its source: a filter would make
+the position depend on what was filtered. The row carries how many were skipped for it, and which, out of the worker process.
+"""
+
+import dataclasses
+import functools
+import json
+import logging
+import math
+import multiprocessing
+import os
+import queue
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from blip3o_jax.config import DataConfig, UserError
+from blip3o_jax.data.sources import BadRecord, Record, Source
+
+Batch = dict[str, Any]
+Transform = Callable[[Record], dict[str, np.ndarray]]
+
+# A run of unreadable records as long as this ends the search for a readable one.
+MAX_SKIPPED = 1000
+# What a row tells about the records skipped for it: JSON, at most this many bytes.
+_REPORT_BYTES = 4096
+_log = logging.getLogger(__name__)
+
+
+class BadRecordLimit(UserError):
+    """More records than data.max_bad_share allows could not be read."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Reader:
+    """(source, index) -> one row: the transform's arrays, `bad_records` and a report on the records skipped."""
+
+    sources: tuple[Source, ...]
+    transform: Transform
+
+    def __call__(self, place: tuple[int, int]) -> dict[str, Any]:
+        source, start = self.sources[place[0]], place[1]
+        skipped: list[tuple[str, str, str]] = []
+        limit = min(len(source), MAX_SKIPPED)
+        while len(skipped) < limit:
+            index = (start + len(skipped)) % len(source)
+            record = None
+            try:
+                record = source[index]
+                row = self.transform(record)
+            except BadRecord as error:  # what decoding raises knows neither shard nor key
+                shard, key = (record.shard, record.key) if record else (error.shard, error.key)
+                skipped.append((shard or source.name, key or str(index), error.reason))
+            else:
+                return row | {"bad_records": np.int32(len(skipped)), "_skipped": _pack(skipped)}
+        shard, key, reason = skipped[-1]
+        raise BadRecordLimit(
+            f"{source.name}: {limit} records in a row cannot be read, the last {shard}: {key}: {reason}; repair the data set"
+        )
+
+
+def _pack(skipped: list[tuple[str, str, str]]) -> np.ndarray:
+    """JSON of the last records skipped, in a fixed number of bytes so that rows stack and cross processes."""
+    report = [(shard[-150:], key[-150:], reason[:150]) for shard, key, reason in skipped]
+    while len(text := json.dumps(report, ensure_ascii=False).encode(errors="replace")) > _REPORT_BYTES:
+        report.pop(0)
+    return np.array(text, f"S{_REPORT_BYTES}")
+
+
+class Loader(Iterator[Batch]):
+    """Endless batches: dicts of arrays [B, ...] with this host's B = data.batch_size / process_count examples.
+
+    Every batch has the transform's fields, the same in each row, and `bad_records` int32 [B]: how many records were skipped to
+    fill the row. Each skipped record is logged once with shard, key and reason.
+
+    Args:
+      sources: with their weights, as `sources.open_mixture` gives them. Every stretch of examples keeps to the weights
+        (to a hundredth of the smallest).
+      transform: a record -> the arrays of one row. `BadRecord` skips the record; any other exception ends the run.
+        It must pickle, and each host must give rows of the same shapes.
+      data: batch_size, workers, prefetch, shuffle and max_bad_share are used. With 0 workers, threads do the work.
+      process_index, process_count: this host and how many share a batch (`jax.process_index()`, `jax.process_count()`).
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[tuple[Source, float]],
+        transform: Transform,
+        data: DataConfig,
+        seed: int,
+        *,
+        process_index: int = 0,
+        process_count: int = 1,
+    ) -> None:
+        if data.batch_size % process_count:
+            raise UserError(f"data.batch_size={data.batch_size} must be a multiple of the {process_count} hosts")
+        self._sources, self._transform, self._data, self._seed = list(sources), transform, data, seed
+        self._process_index, self._process_count = process_index, process_count
+        self._next_example = 0
+        self._batches: Any = None
+        self._records = sum(len(source) for source, _ in self._sources)
+        self._seen = self._bad = 0
+        self._logged: set[tuple[str, str]] = set()
+        self.wait_seconds = 0.0  # how long the last batch was waited for
+
+    def __next__(self) -> Batch:
+        began = time.perf_counter()
+        if self._batches is None:
+            self._batches = iter(self._dataset())
+        try:
+            batch = dict(next(self._batches))
+        except Exception:
+            self.close()
+            raise
+        self._next_example += self._data.batch_size
+        self._judge(batch["bad_records"], batch.pop("_skipped"))
+        self.wait_seconds = time.perf_counter() - began
+        return batch
+
+    def state(self) -> dict[str, Any]:
+        """The position after the last batch handed out, the same on every host; fit for JSON."""
+        return {"next_example": self._next_example, "order": self._order()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continues where `state` was taken, on any number of hosts and workers, and with any batch size.
+
+        Raises:
+          UserError: the state belongs to another mixture, seed or order.
+        """
+        order = self._order()
+        changed = [name for name in order if order[name] != state["order"].get(name)]
+        if changed:
+            was, now = ({name: o.get(name) for name in changed} for o in (state["order"], order))
+            raise UserError(
+                f"the data changed since the checkpoint ({was} became {now}): resuming would repeat and leave out examples; "
+                "restore these settings, or start in a new directory with checkpoint.init_from"
+            )
+        self.close()
+        self._next_example = state["next_example"]
+
+    def close(self) -> None:
+        """Ends worker processes and threads. Iterating again starts them anew, at the same position."""
+        if self._batches is not None:
+            self._batches.close()
+            self._batches = None
+
+    def _order(self) -> dict[str, Any]:
+        """What decides which example comes when."""
+        sources = [[len(source), weight] for source, weight in self._sources]
+        return {"seed": self._seed, "shuffle": self._data.shuffle, "sources": sources}
+
+    def _dataset(self) -> Any:
+        import grain
+
+        examples = self._examples()[self._next_example :]
+        host_batch = self._data.batch_size // self._process_count
+        batches = examples.batch(host_batch, drop_remainder=True)[self._process_index :: self._process_count]
+        workers = self._data.workers
+        # The unit of prefetching is a batch. In a worker process one thread is enough: the processes are the parallelism.
+        depth = max(1, self._data.prefetch)
+        threads = 1 if workers else depth
+        dataset = batches.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads))
+        if workers:
+            _mark_flags_parsed()
+            options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=depth)
+            dataset = dataset.mp_prefetch(options, worker_init_fn=_start_worker)
+        return dataset
+
+    def _examples(self) -> Any:
+        """The endless sequence of rows that all hosts draw from."""
+        import grain
+
+        # One seed a source, far apart: Grain shuffles epoch e with seed + e.
+        seeds = np.random.SeedSequence(self._seed).generate_state(len(self._sources))
+        parts = []
+        for number, (source, _) in enumerate(self._sources):
+            part = grain.MapDataset.range(len(source))
+            if self._data.shuffle:
+                part = part.shuffle(seed=int(seeds[number]))
+            parts.append(part.repeat(None, reseed_each_epoch=self._data.shuffle).map(functools.partial(_place, number)))
+        places = grain.MapDataset.mix(parts, [w for _, w in self._sources]) if len(parts) > 1 else parts[0]
+        return places.map(_Reader(tuple(source for source, _ in self._sources), self._transform))
+
+    def _judge(self, bad_records_B: np.ndarray, skipped_B: np.ndarray) -> None:
+        """Logs what was skipped and stops the run above the share allowed."""
+        bad = int(bad_records_B.sum())
+        self._seen += len(bad_records_B) + bad
+        if not bad:
+            return
+        self._bad += bad
+        last = ""
+        for which in skipped_B:
+            for shard, key, reason in json.loads(which):
+                last = f"{shard}: {key}: {reason}"
+                if (shard, key) not in self._logged:
+                    self._logged.add((shard, key))
+                    _log.warning("skipped %s", last)
+        allowed = self._data.max_bad_share
+        # Judged once a share is more than chance (10 bad records would be allowed) or the whole data set was seen.
+        enough = min(self._records, max(100, math.ceil(10 / allowed))) if allowed > 0 else 0
+        if self._seen >= enough and self._bad > allowed * self._seen:
+            raise BadRecordLimit(
+                f"{self._bad} of {self._seen} records ({self._bad / self._seen:.1%}) cannot be read, more than "
+                f"data.max_bad_share={allowed:.1%}, the last {last}; repair the data set or raise data.max_bad_share"
+            )
+
+
+def _place(source: int, index: int) -> tuple[int, int]:
+    return source, index
+
+
+def _mark_flags_parsed() -> None:
+    """Grain's worker processes read absl flags, which only a program run through absl has parsed."""
+    from absl import flags
+
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
+
+
+def _start_worker(index: int, count: int) -> None:
+    """Run first in each worker process: it leaves Ctrl-C to the parent, and ends when the parent is killed."""
+    del index, count
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def global_batch(host_batch: Batch, sharding: Any) -> Batch:
+    """This host's rows -> arrays over all hosts, placed by `sharding` (a `jax.sharding.Sharding` over the batch axis)."""
+    import jax
+
+    return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in host_batch.items()}
+
+
+class DevicePrefetch(Iterator[Batch]):
+    """The loader's batches as global arrays, made in a background thread, up to `depth` of them ahead of the step.
+
+    `wait_seconds` is how long the last `next` waited for data, `state()` the position after the batch it gave.
+    """
+
+    def __init__(self, loader: Loader, sharding: Any, depth: int = 2) -> None:
+        self._loader, self._sharding = loader, sharding
+        self._queue: queue.Queue[tuple[Any, Any]] = queue.Queue(depth)
+        self._stop = threading.Event()
+        self._state = loader.state()
+        self.wait_seconds = 0.0
+        self._thread = threading.Thread(target=self._fill, name="device-prefetch", daemon=True)
+        self._thread.start()
+
+    def _fill(self) -> None:
+        while not self._stop.is_set():
+            try:
+                item = (global_batch(next(self._loader), self._sharding), self._loader.state())
+            except Exception as error:  # raised again where the batch is awaited
+                item = (error, None)
+                self._stop.set()
+            self._queue.put(item)
+
+    def __next__(self) -> Batch:
+        began = time.perf_counter()
+        batch, state = self._queue.get()
+        if state is None:
+            self._queue.put((batch, state))
+            raise batch
+        self._state = state
+        self.wait_seconds = time.perf_counter() - began
+        return batch
+
+    def state(self) -> dict[str, Any]:
+        return self._state
+
+    def close(self) -> None:
+        """Ends the thread and the loader's workers; batches made ahead are dropped."""
+        self._stop.set()
+        while self._thread.is_alive():
+            while not self._queue.empty():  # the thread may be waiting for room
+                self._queue.get_nowait()
+            self._thread.join(timeout=0.05)
+        self._loader.close()
