@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from blip3o_jax import nn
+from blip3o_jax.ar.cross_entropy import cross_entropy
 from blip3o_jax.ar.qwen3 import Qwen3
 from blip3o_jax.config import LossConfig, ModelConfig
 from blip3o_jax.connector import Connector
@@ -23,7 +24,6 @@ from blip3o_jax.dit import flow
 from blip3o_jax.dit.sana import SanaTransformer
 from blip3o_jax.image_tokens.contrastive import TextTower
 from blip3o_jax.image_tokens.ta_tok import TaTok
-from blip3o_jax.ar.cross_entropy import cross_entropy
 from blip3o_jax.vae.dc_ae import DcAe
 
 PARTS = ("tokenizer", "text_tower", "ar", "connector", "dit", "vae")

@@ -210,9 +210,9 @@ def _shapes(args: argparse.Namespace) -> None:
 
 def _train(args: argparse.Namespace) -> None:
     from blip3o_jax import config_file
-    from blip3o_jax.train import loop
+    from blip3o_jax.train import recipe
 
-    loop.train(config_file.load(args.config, args.overrides), args.workdir)
+    recipe.run(config_file.load_recipe(args.config, args.overrides), args.workdir)
 
 
 def _sample(args: argparse.Namespace) -> None:

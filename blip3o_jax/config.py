@@ -230,13 +230,22 @@ class FlowConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TextConfig:
-    """The text tokenizer. `path`: a SentencePiece .model, or Qwen's tokenizer.json (or the directory that holds it)."""
+    """The text tokenizer. `path`: a SentencePiece .model, or Qwen's tokenizer.json (or the directory that holds it).
+
+    With `train_size` > 0 and no path, a SentencePiece tokenizer of that many pieces is trained on the run's own captions, and
+    `ar.vocab_size` becomes what it and the image tokens come to.
+    """
 
     kind: str = "bpe"
     path: str = ""
+    train_size: int = 0
 
     def __post_init__(self) -> None:
         check_choice("text.kind", self.kind, ("bpe", "sentencepiece"))
+        check(
+            not self.train_size or self.kind == "sentencepiece",
+            "text.train_size trains a SentencePiece tokenizer: set text.kind=sentencepiece, or text.train_size=0",
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,7 @@
-"""Config files: `configs/X.py[:arg]` plus `a.b=v` overrides -> a validated `Config`.
+"""Config files: `configs/X.py[:arg]` plus `a.b=v` overrides -> validated `Config`s.
 
-A config file is Python with one function, `get_config()` or `get_config(arg)`, that returns a `Config`.
+A config file is Python with one function, `get_config()` or `get_config(arg)`, that returns a `Config`, or a recipe: a dict of
+named `Config`s to run one after the other.
 """
 
 import ast
@@ -18,12 +19,21 @@ from typing import Any
 
 from blip3o_jax import config
 
+Overrides = Mapping[str, str] | Iterable[tuple[str, str]]
+
 _PATH_AND_ARG = re.compile(r"(?P<path>.*\.py)(?::(?P<arg>.*))?")
 _BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
 
-def load(path_with_arg: str, overrides: Mapping[str, str] | Iterable[tuple[str, str]] = ()) -> config.Config:
-    """The config that file `path_with_arg` ("configs/pretrain.py:1.7b") returns, with fields replaced by `overrides`.
+def load(path_with_arg: str, overrides: Overrides = ()) -> config.Config:
+    """The one config of a file (of a recipe, its last); see `load_recipe`."""
+    return list(load_recipe(path_with_arg, overrides).values())[-1]
+
+
+def load_recipe(path_with_arg: str, overrides: Overrides = ()) -> dict[str, config.Config]:
+    """What file `path_with_arg` ("configs/pretrain.py:1.7b") returns, by name, with fields replaced by `overrides`. A single
+    config goes by the name "". In a recipe a field replaced is replaced in every config; with a name before it
+    ("joint.steps"), in that one.
 
     `overrides`: dotted field -> value as text ({"optimizer.learning_rate": "1e-4"}), as a mapping or as pairs where a later
     pair wins. Tuples are written as Python literals: "(16, 32)". The result is checked as a whole, after the last override.
@@ -32,14 +42,16 @@ def load(path_with_arg: str, overrides: Mapping[str, str] | Iterable[tuple[str, 
     match = _PATH_AND_ARG.fullmatch(path_with_arg)
     if not match:
         raise config.UserError(f"--config={path_with_arg} must name a Python file: configs/NAME.py or configs/NAME.py:ARG")
-    values = config.to_config_dict(_call(pathlib.Path(match["path"]), match["arg"]))
+    recipe = {name: config.to_config_dict(c) for name, c in _call(pathlib.Path(match["path"]), match["arg"]).items()}
     pairs = overrides.items() if isinstance(overrides, Mapping) else overrides
     for key, text in pairs:
-        _override(values, key, text)
-    return config.from_dict(values)
+        name, _, rest = key.partition(".")
+        for values in [recipe[name]] if rest and name in recipe else recipe.values():
+            _override(values, rest if rest and name in recipe else key, text)
+    return {name: config.from_dict(values) for name, values in recipe.items()}
 
 
-def _call(path: pathlib.Path, arg: str | None) -> config.Config:
+def _call(path: pathlib.Path, arg: str | None) -> dict[str, config.Config]:
     get_config = _get_config(path)
     parameters = inspect.signature(get_config).parameters.values()
     required = [p.name for p in parameters if p.default is inspect.Parameter.empty]
@@ -48,9 +60,10 @@ def _call(path: pathlib.Path, arg: str | None) -> config.Config:
     if arg is not None and not parameters:
         raise config.UserError(f"{path} takes no argument: use --config={path} without :{arg}")
     result = _run_user_code(path, lambda: get_config() if arg is None else get_config(arg))
-    if not isinstance(result, config.Config):
+    recipe = {"": result} if isinstance(result, config.Config) else result
+    if not (isinstance(recipe, dict) and recipe and all(isinstance(c, config.Config) for c in recipe.values())):
         raise config.UserError(f"{path}: get_config() must return a blip3o_jax.config.Config, not {type(result).__name__}")
-    return result
+    return recipe
 
 
 def _get_config(path: pathlib.Path) -> Callable[..., Any]:

@@ -25,7 +25,8 @@ from blip3o_jax.dit import sampler
 from blip3o_jax.parallel.mesh import make_mesh
 from blip3o_jax.parallel.rules import Strategy
 from blip3o_jax.samples import write_images
-from blip3o_jax.text.vocabulary import Vocabulary, load_vocabulary
+from blip3o_jax.text.tokenizers import load_tokenizer
+from blip3o_jax.text.vocabulary import Vocabulary
 from blip3o_jax.train import checkpoint as checkpoints
 
 PARTS = ("tokenizer", "ar", "connector", "dit", "vae")
@@ -184,11 +185,13 @@ def load(path: str | pathlib.Path, mesh: MeshConfig | None = None) -> Pipeline:
     strategy = Strategy(mesh.strategy, make_mesh(mesh))
     params = checkpoints.restore_parts(path, strategy, PARTS)
     graphdef, _ = nnx.split(nnx.eval_shape(lambda: Blip3o(config.model, PARTS, seed=0)))
-    return Pipeline(config, graphdef, params, load_vocabulary(config.model, root / "text"), strategy)
+    text = dataclasses.replace(config.model.text, path=str(root / "text"))
+    vocabulary = Vocabulary(load_tokenizer(text), config.model.tokenizer.codebook_size)
+    return Pipeline(config, graphdef, params, vocabulary, strategy)
 
 
 def sample_to_directory(
-    checkpoint: str | pathlib.Path, prompts: Sequence[str], out: str | pathlib.Path, *, seed: int = 0, **overrides: Any
+    checkpoint: str | pathlib.Path, prompts: Sequence[str], out: str | pathlib.Path, *, seed: int, overrides: dict[str, Any]
 ) -> list[pathlib.Path]:
     """Writes 00000.png, ... , a labelled grid.png and prompts.jsonl under `out`; returns the images' paths."""
     generated = load(checkpoint).generate(prompts, seed=seed, progress=True, **overrides)

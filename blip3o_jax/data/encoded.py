@@ -43,8 +43,8 @@ class EncodedSource(Source):
     """`source` with the encoder outputs kept in `directory`."""
 
     def __init__(self, source: Source, directory: pathlib.Path):
+        super().__init__(source.name, source.files)
         self.source, self.directory = source, directory
-        self.name, self.fingerprint = source.name, source.fingerprint
 
     def __len__(self) -> int:
         return len(self.source)

@@ -42,15 +42,14 @@ class ExampleBuilder:
             else:
                 example |= self._views(record)
         if "caption" in self.fields:
-            text_ids, text_mask = sequence.caption_row(self.vocabulary, record.caption, self.data.max_length, record.key)
-            example |= {"text_ids": text_ids, "text_mask": text_mask}
+            example |= sequence.caption_row(self.vocabulary, record.caption, self.data.max_length, record.key)
         if "row" in self.fields:
             tokenizer = self.model.tokenizer
             example |= sequence.text_to_image_row(
                 self.vocabulary,
                 self.model.template,
                 record.caption,
-                num_image_tokens=tokenizer.num_tokens,
+                image=tokenizer.num_tokens,
                 max_length=self.data.max_length,
                 pool_scale=tokenizer.pool_scale,
                 key=record.key,

@@ -11,7 +11,6 @@ writing keeps its last finished step.
 
 import json
 import pathlib
-import shutil
 from typing import Any
 
 import jax
@@ -21,19 +20,20 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 from blip3o_jax import config as config_lib
 from blip3o_jax.config import CheckpointConfig, Config, UserError
 from blip3o_jax.parallel.rules import Strategy
+from blip3o_jax.text.tokenizers import TextTokenizer
 from blip3o_jax.train.state import StatePlan, TrainState, plan_state
 
 
 class Checkpoints:
     """The checkpoints of one run under `directory`."""
 
-    def __init__(self, directory: pathlib.Path, cfg: CheckpointConfig, config: Config, text_files: pathlib.Path | None):
+    def __init__(self, directory: pathlib.Path, cfg: CheckpointConfig, config: Config, tokenizer: TextTokenizer | None):
         self.directory = directory.absolute()
         self.directory.mkdir(parents=True, exist_ok=True)
         if jax.process_index() == 0:
             write_json(self.directory / "config.json", config_lib.to_dict(config))
-            if text_files is not None:
-                shutil.copytree(text_files, self.directory / "text", dirs_exist_ok=True)
+            if tokenizer is not None:
+                tokenizer.save(self.directory / "text")
         policies = [preservation_policy.LatestN(cfg.keep)]
         policies.append(preservation_policy.BestN(get_metric_fn=lambda m: m["loss"], reverse=True, n=1))
         options = ocp.CheckpointManagerOptions(
@@ -81,13 +81,16 @@ def write_json(path: pathlib.Path, value: Any) -> None:
 
 
 def find(path: str | pathlib.Path) -> tuple[pathlib.Path, int]:
-    """(checkpoint directory, step) of a run's workdir, its `checkpoints` directory, or one step in it.
+    """(checkpoint directory, step) of a run's workdir (of a recipe, its last stage's), its `checkpoints` directory, or one
+    step in it.
 
     Raises UserError when there is none, naming what was looked for.
     """
     path = pathlib.Path(path).absolute()
     if not path.exists():
         raise UserError(f"checkpoint {path} does not exist")
+    if (path / "recipe.json").is_file():
+        path /= json.loads((path / "recipe.json").read_text(encoding="utf-8"))["stages"][-1]
     for root in (path / "checkpoints", path, path.parent):
         if (root / "config.json").is_file():
             if root == path.parent:

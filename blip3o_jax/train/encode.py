@@ -54,7 +54,9 @@ def encoded_source(source: Source, encode: Encode, fingerprint: str, config: Con
         _write_part(source, encode, builder, directory, part)
         seconds = time.monotonic() - began
         left = seconds / done * (len(todo) - done)
-        print(f"encode {source.name}: part {done}/{len(todo)} in {seconds:.0f} s, ETA {left:.0f} s", file=sys.stderr, flush=True)
+        print(
+            f"encode {source.name}: part {done}/{len(todo)} in {seconds:.0f} s, ETA {left:.0f} s", file=sys.stderr, flush=True
+        )
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 

@@ -18,11 +18,10 @@ import numpy as np
 from blip3o_jax import config as config_lib
 from blip3o_jax.config import Config, UserError
 from blip3o_jax.data.examples import ExampleBuilder
-from blip3o_jax.data.loader import Loader, global_batch
-from blip3o_jax.data.sources import Source, open_source
+from blip3o_jax.data.loader import DevicePrefetch, Loader
+from blip3o_jax.data.sources import Source, open_mixture
 from blip3o_jax.parallel.mesh import make_mesh
 from blip3o_jax.parallel.rules import Strategy
-from blip3o_jax.text.vocabulary import Vocabulary, load_vocabulary
 from blip3o_jax.train.checkpoint import Checkpoints, restore_parts
 from blip3o_jax.train.encode import encoded_source, weights_fingerprint
 from blip3o_jax.train.flops import count_flops, peak_flops
@@ -30,6 +29,7 @@ from blip3o_jax.train.metrics import MetricLog
 from blip3o_jax.train.stages import STAGES, make_loss
 from blip3o_jax.train.state import StatePlan, TrainState, create_state, plan_state
 from blip3o_jax.train.step import make_step
+from blip3o_jax.train.vocabulary import with_vocabulary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,19 +48,18 @@ def train(config: Config, workdir: str | pathlib.Path) -> Summary:
     workdir = pathlib.Path(workdir).absolute()
     strategy = Strategy(config.mesh.strategy, make_mesh(config.mesh))
     strategy.check_batch(config.data.batch_size, config.optimizer.accumulate)
-    sources = _open_sources(config)
-    vocabulary = _vocabulary(config)
+    sources = open_mixture(config.data)
+    config, vocabulary = with_vocabulary(config, sources, workdir)
 
     plan = plan_state(config, strategy)
-    text_files = vocabulary.files() if vocabulary else None
-    checkpoints = Checkpoints(workdir / "checkpoints", config, text_files)
+    checkpoints = Checkpoints(workdir / "checkpoints", config, vocabulary.tokenizer if vocabulary else None)
     try:
         state, position, start = _restore_or_create(config, plan, strategy, checkpoints)
         if config.stage == "joint" and config.data.cache_dir:
             sources = _encode_sources(config, plan, state, sources)
         builder = ExampleBuilder(STAGES[config.stage].fields, config.model, config.data, vocabulary)
         loader = Loader(
-            [(source, weight) for source, weight in sources],
+            sources,
             builder,
             config.data,
             config.seed,
@@ -70,14 +69,15 @@ def train(config: Config, workdir: str | pathlib.Path) -> Summary:
         if position is not None:
             loader.restore(position)
         log = MetricLog(workdir, start, config.steps, config.stage)
+        batches = DevicePrefetch(loader, strategy.batch_sharding())
         try:
             image_first = vocabulary.image_first if vocabulary else 0
             step_fn = make_step(config, plan, strategy, make_loss(config, image_first))
-            run = _Run(config, plan, strategy, checkpoints, loader, log, step_fn)
+            run = _Run(config, plan, strategy, checkpoints, batches, log, step_fn)
             metrics = run.steps(state, start)
         finally:
             log.close()
-            loader.close()
+            batches.close()
     finally:
         checkpoints.close()
     return Summary(workdir / "checkpoints", config.steps, metrics, time.monotonic() - began)
@@ -91,7 +91,7 @@ class _Run:
     plan: StatePlan
     strategy: Strategy
     checkpoints: Checkpoints
-    loader: Loader
+    batches: DevicePrefetch
     log: MetricLog
     step_fn: Any
 
@@ -101,8 +101,9 @@ class _Run:
             print(f"{self.config.stage}: step {start} of {self.config.steps} is done already", file=sys.stderr)
             return {}
         config, values, previous = self.config, {}, None
-        meter = _Meter(config, self.step_flops(state))
+        meter = _Meter(config)
         batch, position = self.fetch(meter)
+        meter.flops = self.step_flops(batch)
         for step in range(start + 1, config.steps + 1):
             with jax.transfer_guard("disallow"), jax.profiler.StepTraceAnnotation("train", step_num=step):
                 state, metrics = self.step_fn(state, batch)
@@ -120,16 +121,15 @@ class _Run:
 
     def fetch(self, meter: "_Meter") -> tuple[dict[str, jax.Array], Any]:
         """The next batch on the devices, and the position of the stream behind it."""
-        began = time.monotonic()
-        batch = next(self.loader)
-        meter.waited += time.monotonic() - began
-        meter.bad_records += int(np.sum(batch.pop("bad_records")))
-        return global_batch(batch, self.strategy.batch_sharding()), self.loader.state()
+        batch = next(self.batches)
+        meter.waited += self.batches.wait_seconds
+        return batch, self.batches.state()
 
     def record(self, step: int, metrics: dict[str, jax.Array], meter: "_Meter") -> dict[str, float]:
         """Waits for the step's metrics; writes them every `log_every` steps; stops a run that no longer is finite."""
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         meter.losses.append(values["loss"])
+        meter.bad_records += values["bad_records"]
         meter.steps += 1
         if values["bad_steps"] >= self.config.max_nonfinite:
             raise UserError(
@@ -142,7 +142,7 @@ class _Run:
             self.log.write(step, values)
         return values
 
-    def step_flops(self, state: TrainState) -> float | None:
+    def step_flops(self, batch: dict[str, jax.Array]) -> float | None:
         """Counted FLOPs of one step without recomputation, where the device's peak is known."""
         if peak_flops(jax.devices()[0]) is None:
             return None
@@ -152,15 +152,15 @@ class _Run:
         )
         config = dataclasses.replace(self.config, model=plain)
         plan = plan_state(config, self.strategy)
-        batch = jax.eval_shape(lambda: self.loader.spec())
         return count_flops(make_step(config, plan, self.strategy, make_loss(config, 0)), plan.abstract, batch)
 
 
 class _Meter:
     """Rates since the last reading."""
 
-    def __init__(self, config: Config, flops: float | None):
-        self.config, self.flops = config, flops
+    def __init__(self, config: Config):
+        self.config = config
+        self.flops: float | None = None  # of one step
         self.losses: list[float] = []
         self.bad_records = 0
         self._reset()
@@ -194,20 +194,6 @@ class _Meter:
             values["device_memory_gib"] = stats.get("peak_bytes_in_use", 0) / 2**30
         self._reset()
         return values
-
-
-def _open_sources(config: Config) -> list[tuple[Source, float]]:
-    if not config.data.all_sources:
-        raise UserError("no data: set data.path (--config.data.path=...) or data.sources")
-    return [(open_source(source), source.weight) for source in config.data.all_sources]
-
-
-def _vocabulary(config: Config) -> Vocabulary | None:
-    if config.stage not in ("contrastive", "joint"):
-        return None
-    vocabulary = load_vocabulary(config.model)
-    vocabulary.check_model(config.model.ar, config.model.tokenizer)
-    return vocabulary
 
 
 def _restore_or_create(

@@ -36,8 +36,8 @@ class MetricLog:
             self._task = self._progress.add_task(title, total=total, completed=start, numbers="")
             self._progress.start()
 
-    def write(self, step: int, values: dict[str, float], *, show: bool) -> None:
-        """One row. `show` also tells the terminal."""
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """One row, and what the terminal shows of it."""
         row = {"step": step} | {k: (v if math.isfinite(v) else str(v)) for k, v in values.items()}
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
@@ -47,7 +47,7 @@ class MetricLog:
         numbers = "  ".join(f"{k} {values[k]:.4g}" for k in shown if k in values)
         if self._progress is not None:
             self._progress.update(self._task, completed=step, numbers=numbers)
-        elif show:
+        else:
             rate = (step - self._start) / max(1e-9, time.monotonic() - self._began)
             left = (self._total - step) / max(1e-9, rate)
             print(f"{self._title}  step {step}/{self._total}  {numbers}  ETA {left:.0f} s", file=sys.stderr, flush=True)

@@ -1,9 +1,9 @@
 """What each stage trains: its parts, its loss and the parameters it moves. The loop is the same for all.
 
-    autoencoder   pixels -> vae -> pixels                        L1 + image gradients
-    contrastive   (pixels, caption) -> encoder, text tower       SigLIP's sigmoid loss
-    tokenizer     pixels -> frozen encoder -> codes -> features  reconstruction + commitment + code usage
-    joint         row + image -> AR, connector, DiT              cross entropy + flow matching
+autoencoder   pixels -> vae -> pixels                        L1 + image gradients
+contrastive   (pixels, caption) -> encoder, text tower       SigLIP's sigmoid loss
+tokenizer     pixels -> frozen encoder -> codes -> features  reconstruction + commitment + code usage
+joint         row + image -> AR, connector, DiT              cross entropy + flow matching
 """
 
 import dataclasses
@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 
 from blip3o_jax import nn
 from blip3o_jax.blip3o import Blip3o, joint_loss, scale_pixels
@@ -38,7 +39,7 @@ STAGES: dict[str, Stage] = {
         ("tokenizer", "text_tower"), ("tokenizer_pixels", "caption"), ("tokenizer/encoder/.*", "text_tower/.*")
     ),
     # SimVQ keeps the code embedding as drawn and learns its projection (arXiv 2411.02038).
-    "tokenizer": Stage(("tokenizer",), ("tokenizer_pixels",), (r"tokenizer/(?!encoder/|embedding$).*",)),
+    "tokenizer": Stage(("tokenizer",), ("tokenizer_pixels",), (r"tokenizer/(?!encoder/|bottleneck/codebook/embedding$).*",)),
     # The published freezing: of the DiT only the caption projection and its norm are trained.
     "joint": Stage(
         ("tokenizer", "ar", "connector", "dit", "vae"),
@@ -68,21 +69,32 @@ def make_loss(config: Config, image_first: int) -> Loss:
 
     def contrastive(model: Blip3o, batch: Batch, keys_B: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         with nn.part("tokenizer"):
-            image_BD = model.tokenizer.encoder.pooled(scale_pixels(batch["tokenizer_pixels"]))
+            image_BD = model.tokenizer.encoder(scale_pixels(batch["tokenizer_pixels"])).pooled_BD
         with nn.part("text_tower"):
-            text_BD = model.text_tower(batch["text_ids"], batch["text_mask"])
-            same_BB = same_captions(batch["text_ids"])
-            return sigmoid_loss(image_BD, text_BD, *model.text_tower.scale_and_bias(), same_BB)
+            tower = model.text_tower
+            text_BD = tower(batch["text_ids"], batch["text_mask"])
+            same_BB = same_captions(batch["text_ids"], batch["text_mask"])
+            loss, metrics = sigmoid_loss(image_BD, text_BD, tower.log_scale[...], tower.bias[...], same_BB)
+        return loss, metrics._asdict()
 
     def tokenizer(model: Blip3o, batch: Batch, keys_B: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         with nn.part("tokenizer"):
             out = model.tokenizer(scale_pixels(batch["tokenizer_pixels"]), key=keys_B[0])
-        loss = out.reconstruction + config.loss.commitment * out.commitment + config.loss.code_entropy * out.entropy
+        # Relative to the features' variance: 1 is what their mean alone would score, whatever the encoder's scale.
+        variance = jnp.mean((out.teacher_BND - out.teacher_BND.mean(axis=(0, 1))) ** 2)
+        reconstruction = jnp.mean((out.reconstructed_BND - out.teacher_BND) ** 2) / variance
+        loss = (
+            reconstruction
+            + out.codebook_loss
+            + config.loss.commitment * out.commitment_loss
+            + config.loss.code_entropy * out.entropy_gap
+        )
         return loss, {
-            "reconstruction": out.reconstruction,
-            "commitment": out.commitment,
-            "entropy": out.entropy,
+            "reconstruction": reconstruction,
+            "commitment": out.commitment_loss,
+            "entropy_gap": out.entropy_gap,
             "usage": out.usage,
+            "perplexity": out.perplexity,
         }
 
     def joint(model: Blip3o, batch: Batch, keys_B: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:

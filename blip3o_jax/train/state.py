@@ -1,11 +1,11 @@
 """The train state: what a checkpoint holds, created where it belongs on the mesh.
 
-    params     trainable parameters          {"ar": {...}, "connector": {...}, ...}
-    frozen     all other parameters, never differentiated; the optimizer knows nothing of them
-    opt        optimizer state of `params`
-    ema        exponential moving average of `params`, or {}
-    step       int32, steps done
-    bad_steps  int32, steps in a row that were not applied for a non-finite loss or gradient
+params     trainable parameters          {"ar": {...}, "connector": {...}, ...}
+frozen     all other parameters, never differentiated; the optimizer knows nothing of them
+opt        optimizer state of `params`
+ema        exponential moving average of `params`, or {}
+step       int32, steps done
+bad_steps  int32, steps in a row that were not applied for a non-finite loss or gradient
 """
 
 import dataclasses

@@ -60,7 +60,9 @@ def make_step(config: Config, plan: StatePlan, strategy: Strategy, loss: Loss) -
         return value, metrics | {"loss": value}
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        rows = next(iter(batch.values())).shape[0]
+        batch = dict(batch)
+        skipped_B = batch.pop("bad_records")
+        rows = skipped_B.shape[0]
         if "loss_mask" in batch:
             labels = jnp.sum(batch["loss_mask"][:, 1:].astype(jnp.float32)) / rows
             batch = batch | {"label_count": jnp.broadcast_to(labels, (rows,))}
@@ -82,7 +84,12 @@ def make_step(config: Config, plan: StatePlan, strategy: Strategy, loss: Loss) -
             ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state["ema"], params) if decay else {}
             keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
         bad_steps = jnp.where(finite, 0, state["bad_steps"] + 1)
-        metrics |= norms | {"grad_norm": norm, "learning_rate": schedule(state["step"]), "bad_steps": bad_steps}
+        metrics |= norms | {
+            "grad_norm": norm,
+            "learning_rate": schedule(state["step"]),
+            "bad_steps": bad_steps,
+            "bad_records": jnp.sum(skipped_B),
+        }
         return {
             "params": keep(params, state["params"]),
             "frozen": state["frozen"],

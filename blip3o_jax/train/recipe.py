@@ -1,0 +1,32 @@
+"""Runs a recipe: named stages one after the other, each in `workdir`/NAME, the last of which holds the whole model."""
+
+import dataclasses
+import pathlib
+
+from blip3o_jax.config import Config, UserError
+from blip3o_jax.train.checkpoint import write_json
+from blip3o_jax.train.loop import Summary, train
+
+
+def run(recipe: dict[str, Config], workdir: str | pathlib.Path) -> dict[str, Summary]:
+    """Trains every stage that is not finished yet. `checkpoint.init_from` may name an earlier stage of the recipe.
+
+    A single configuration, named "", runs in `workdir` itself.
+    """
+    workdir = pathlib.Path(workdir).absolute()
+    names = list(recipe)
+    for position, config in enumerate(recipe.values()):
+        for part, source in config.checkpoint.init_from:
+            if source not in names[:position] and not pathlib.Path(source).exists():
+                raise UserError(f"checkpoint.init_from: {part} comes from {source}, which is no directory and no earlier stage")
+    if names != [""]:
+        workdir.mkdir(parents=True, exist_ok=True)
+        write_json(workdir / "recipe.json", {"stages": names})
+    return {name: train(_resolved(config, names, workdir), workdir / name) for name, config in recipe.items()}
+
+
+def _resolved(config: Config, names: list[str], workdir: pathlib.Path) -> Config:
+    init_from = tuple(
+        (part, str(workdir / source) if source in names else source) for part, source in config.checkpoint.init_from
+    )
+    return dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, init_from=init_from))

@@ -1,0 +1,44 @@
+"""The vocabulary of a run: from the files its configuration names, or trained on the captions it will see."""
+
+import dataclasses
+import itertools
+import pathlib
+from collections.abc import Iterator, Sequence
+
+from blip3o_jax.config import Config
+from blip3o_jax.data.sources import BadRecord, Source
+from blip3o_jax.text.tokenizers import SENTENCEPIECE_FILE, load_tokenizer, train_sentencepiece
+from blip3o_jax.text.vocabulary import Vocabulary
+from blip3o_jax.train.stages import STAGES
+
+MAX_CAPTIONS = 100_000  # of each source; more add nothing to the pieces
+
+
+def with_vocabulary(
+    config: Config, sources: Sequence[tuple[Source, float]], workdir: pathlib.Path
+) -> tuple[Config, Vocabulary | None]:
+    """The configuration with the tokenizer's path and the vocabulary's size filled in, and the vocabulary (None for a stage
+    that reads no text). A trained tokenizer stays in `workdir`/text. Raises UserError when files and sizes do not agree."""
+    if not {"caption", "row"} & set(STAGES[config.stage].fields):
+        return config, None
+    text, model = config.model.text, config.model
+    if text.train_size and not text.path:
+        path = workdir / "text" / SENTENCEPIECE_FILE
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            train_sentencepiece(_captions(sources), path, text.train_size, model.template)
+        text = dataclasses.replace(text, path=str(path))
+    vocabulary = Vocabulary(load_tokenizer(text), model.tokenizer.codebook_size)
+    if text.train_size:
+        model = dataclasses.replace(model, text=text, ar=dataclasses.replace(model.ar, vocab_size=vocabulary.size))
+    vocabulary.check_model(model.ar, model.tokenizer)
+    return dataclasses.replace(config, model=model), vocabulary
+
+
+def _captions(sources: Sequence[tuple[Source, float]]) -> Iterator[str]:
+    for source, _ in sources:
+        for index in itertools.islice(range(len(source)), MAX_CAPTIONS):
+            try:
+                yield source[index].caption
+            except BadRecord:
+                continue  # counted when the loader meets it
