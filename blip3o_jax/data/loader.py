@@ -113,6 +113,7 @@ class Loader(Iterator[Batch]):
         self._records = sum(len(source) for source, _ in self._sources)
         self._seen = self._bad = 0
         self._logged: set[tuple[str, str]] = set()
+        self._last_skipped = ""
         self.wait_seconds = 0.0  # how long the last batch was waited for
 
     def __next__(self) -> Batch:
@@ -197,23 +198,20 @@ class Loader(Iterator[Batch]):
         """Logs what was skipped and stops the run above the share allowed."""
         bad = int(bad_records_B.sum())
         self._seen += len(bad_records_B) + bad
-        if not bad:
-            return
         self._bad += bad
-        last = ""
-        for which in skipped_B:
+        for which in skipped_B if bad else ():
             for shard, key, reason in json.loads(which):
-                last = f"{shard}: {key}: {reason}"
+                self._last_skipped = f"{shard}: {key}: {reason}"
                 if (shard, key) not in self._logged:
                     self._logged.add((shard, key))
-                    _log.warning("skipped %s", last)
+                    _log.warning("skipped %s", self._last_skipped)
         allowed = self._data.max_bad_share
         # Judged once a share is more than chance (10 bad records would be allowed) or the whole data set was seen.
         enough = min(self._records, max(100, math.ceil(10 / allowed))) if allowed > 0 else 0
         if self._seen >= enough and self._bad > allowed * self._seen:
             raise BadRecordLimit(
                 f"{self._bad} of {self._seen} records ({self._bad / self._seen:.1%}) cannot be read, more than "
-                f"data.max_bad_share={allowed:.1%}, the last {last}; repair the data set or raise data.max_bad_share"
+                f"data.max_bad_share={allowed:.1%}, the last {self._last_skipped}; repair the data set or raise that share"
             )
 
 

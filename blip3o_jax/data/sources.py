@@ -336,8 +336,8 @@ class TfdsSource(Source):
         try:
             return builder.as_data_source(self._split, decoders={"image": tfds.decode.SkipDecoding()})
         except (ValueError, NotImplementedError) as error:
-            splits = ", ".join(builder.info.splits)
-            raise UserError(f"{self._directory}: cannot read split {self._split!r} (it has {splits}): {error}") from None
+            reason = str(error).partition("\n")[0]
+            raise UserError(f"{self._directory}: cannot read data.split={self._split!r}: {reason}") from None
 
     def _check_features(self, features: Any) -> None:
         self._caption = next((name for name in CAPTION_FIELDS if name in features), None)

@@ -57,7 +57,7 @@ def test_order_is_that_of_the_seed_on_any_number_of_hosts_and_workers_and_after_
     expected = take(whole, 6)
     hosts = [make(hosts=(h, 2), workers=2 * h) for h in range(2)]  # the second host has worker processes
     halves = [[take(host, 1) for _ in range(3)] for host in hosts]
-    assert sum((halves[0][k] + halves[1][k] for k in range(3)), []) == expected[:24]
+    assert [example for k in range(3) for half in halves for example in half[k]] == expected[:24]
     pids = {int(pid) for pid in next(hosts[1])["pid"]}
     assert os.getpid() not in pids
 
@@ -69,7 +69,7 @@ def test_order_is_that_of_the_seed_on_any_number_of_hosts_and_workers_and_after_
         shares = [make(hosts=(h, count)) for h in range(count)]
         for share in shares:
             share.restore(state)
-        assert sum((take(share, 1) for share in shares), []) == expected[32:40]
+        assert [example for share in shares for example in take(share, 1)] == expected[32:40]
     bigger = make(batch_size=16)
     bigger.restore(state)
     assert take(bigger, 1) == expected[32:48]
@@ -92,7 +92,7 @@ def test_weights_are_honoured() -> None:
 
 def test_restore_refuses_another_mixture() -> None:
     state = make().state()
-    with pytest.raises(ValueError, match="data changed since the checkpoint .*'seed': 7.*'seed': 8"):
+    with pytest.raises(ValueError, match=r"data changed since the checkpoint .*'seed': 7.*'seed': 8"):
         make(seed=8).restore(state)
     with pytest.raises(ValueError, match="sources"):
         make([(Numbers("a", 51), 3.0), (Numbers("b", 30), 1.0)]).restore(state)
@@ -127,7 +127,7 @@ def test_too_many_bad_records_stop_the_run() -> None:
             next(many)
     # A small set is judged after one pass, and none at all may mean none.
     small = make([(Numbers("a", 16, bad=(3,)), 1.0)], max_bad_share=0.01)
-    with pytest.raises(BadRecordLimit, match="a.tar: k3: broken"):
+    with pytest.raises(BadRecordLimit, match=r"a.tar: k3: broken"):
         for _ in range(3):
             next(small)
     with pytest.raises(BadRecordLimit):
@@ -135,7 +135,7 @@ def test_too_many_bad_records_stop_the_run() -> None:
 
 
 def test_a_source_with_nothing_readable_stops_at_once() -> None:
-    with pytest.raises(BadRecordLimit, match="b: 5 records in a row cannot be read, the last b.tar: k"):
+    with pytest.raises(BadRecordLimit, match=r"b: 5 records in a row cannot be read, the last b.tar: k"):
         next(make([(Numbers("a", 50), 1.0), (Numbers("b", 5, bad=tuple(range(5))), 1.0)]))
 
 

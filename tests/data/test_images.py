@@ -1,0 +1,145 @@
+"""Every kind of image ends as upright RGB, and both views show the same region."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from blip3o_jax.data.images import crop_and_resize, decode, views
+from blip3o_jax.data.sources import BadRecord
+
+RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
+
+
+def encode(image: Image.Image, kind: str = "PNG", **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def quadrants(height: int = 32, width: int = 48) -> np.ndarray:
+    """Red, green above blue, white."""
+    image = np.zeros((height, width, 3), np.uint8)
+    image[: height // 2, : width // 2], image[: height // 2, width // 2 :] = RED, GREEN
+    image[height // 2 :, : width // 2], image[height // 2 :, width // 2 :] = BLUE, WHITE
+    return image
+
+
+def corners(image: np.ndarray) -> np.ndarray:
+    """Colours well inside the four quadrants."""
+    height, width = image.shape[:2]
+    return image[[height // 4, height // 4, 3 * height // 4, 3 * height // 4], [width // 4, 3 * width // 4] * 2]
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP"])
+def test_lossless_rgb_is_exact(kind: str) -> None:
+    image = quadrants()
+    got = decode(encode(Image.fromarray(image), kind, lossless=True))
+    assert got.dtype == np.uint8
+    np.testing.assert_array_equal(got, image)
+
+
+def test_exif_orientation_turns_the_image_upright() -> None:
+    upright = quadrants()
+    # Orientation 6: the camera was turned; the stored rows run up the right-hand side of the scene.
+    stored = Image.fromarray(upright).transpose(Image.Transpose.ROTATE_90)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    got = decode(encode(stored, "JPEG", exif=exif, quality=95))
+    assert got.shape == (32, 48, 3)
+    np.testing.assert_allclose(corners(got), corners(upright), atol=6)  # JPEG at quality 95
+
+
+def test_cmyk_jpeg() -> None:
+    # Cyan, magenta, yellow inks: no cyan and full magenta and yellow print red.
+    image = Image.new("CMYK", (32, 32), (0, 255, 255, 0))
+    np.testing.assert_allclose(decode(encode(image, "JPEG", quality=95)).reshape(-1, 3), [RED] * 1024, atol=6)
+
+
+def test_alpha_is_laid_over_white() -> None:
+    rgba = np.zeros((4, 6, 4), np.uint8)
+    rgba[:, :2] = (*BLUE, 255)
+    rgba[:, 2:4] = (*BLUE, 0)
+    rgba[:, 4:] = (*BLUE, 128)
+    got = decode(encode(Image.fromarray(rgba)))
+    np.testing.assert_array_equal(got[0, ::2], [BLUE, WHITE, (127, 127, 255)])
+
+
+def test_palette_with_a_transparent_colour() -> None:
+    image = Image.fromarray(np.array([[0, 1]], np.uint8), "P")
+    image.putpalette([*RED, *GREEN])
+    np.testing.assert_array_equal(decode(encode(image)), [[RED, GREEN]])
+    np.testing.assert_array_equal(decode(encode(image, transparency=1)), [[RED, WHITE]])
+
+
+def test_grey_in_8_and_16_bits_and_with_alpha() -> None:
+    grey = np.array([[0, 100, 255]], np.uint8)
+    expected = np.repeat(grey[..., None], 3, -1)
+    np.testing.assert_array_equal(decode(encode(Image.fromarray(grey))), expected)
+    np.testing.assert_array_equal(decode(encode(Image.fromarray(grey.astype(np.uint16) * 257))), expected)
+    with_alpha = Image.merge("LA", [Image.fromarray(grey), Image.fromarray(np.array([[255, 0, 255]], np.uint8))])
+    np.testing.assert_array_equal(decode(encode(with_alpha)), [[(0, 0, 0), WHITE, WHITE]])
+
+
+def test_broken_bytes_are_bad_records_with_a_reason() -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    with pytest.raises(BadRecord, match=r"^the image has zero bytes$"):
+        decode(b"")
+    with pytest.raises(BadRecord, match=r"cannot be decoded: cannot identify"):
+        decode(b"this is no image")
+    for kind in ("JPEG", "PNG", "WEBP"):
+        data = encode(Image.fromarray(noise), kind)
+        with pytest.raises(BadRecord, match=r"cannot be decoded: .+"):
+            decode(data[: len(data) // 2])
+        with pytest.raises(BadRecord, match=r"cannot be decoded: .+"):
+            decode(data[:20])
+    with pytest.raises(BadRecord, match=r"pixel format F"):
+        decode(encode(Image.new("F", (4, 4)), "TIFF"))
+
+
+def test_a_large_jpeg_is_decoded_smaller_but_never_too_small() -> None:
+    ramp = np.tile(np.linspace(0, 255, 800, dtype=np.uint8)[None, :, None], (600, 1, 3))
+    data = encode(Image.fromarray(ramp), "JPEG", quality=95)
+    assert decode(data).shape == (600, 800, 3)
+    assert decode(data, at_least=300).shape == (300, 400, 3)
+    assert decode(data, at_least=301).shape == (600, 800, 3)
+    full, fast = crop_and_resize(decode(data), 64), crop_and_resize(decode(data, at_least=64), 64)
+    # The inverse DCT averages 8 x 8 pixels here; on a smooth ramp that is the same picture to within two grey levels.
+    np.testing.assert_allclose(fast.astype(int), full.astype(int), atol=2)
+
+
+@pytest.mark.parametrize("shape", [(40, 90), (90, 40), (64, 64)])
+def test_shared_views_show_the_same_centre_square(shape: tuple[int, int]) -> None:
+    rows, columns = np.mgrid[: shape[0], : shape[1]].astype(np.uint8)
+    image = np.stack([rows * 2, columns * 2, np.zeros_like(rows)], -1)
+    pixels, tokenizer_pixels = views(image, 32, 16, "shared")
+    assert pixels.shape == (32, 32, 3)
+    assert tokenizer_pixels.shape == (16, 16, 3)
+    side = min(shape)
+    for view in (pixels, tokenizer_pixels):
+        # Linear in the position: the mean tells the centre of what is seen, the slope its extent.
+        centre = [view[..., 0].mean() / 2, view[..., 1].mean() / 2]
+        np.testing.assert_allclose(centre, [(shape[0] - 1) / 2, (shape[1] - 1) / 2], atol=0.6)
+        middle = view[4:-4, 4:-4].astype(float)  # off the border, where the kernel is cut
+        step = np.diff(middle[..., 1], axis=1).mean() / 2
+        np.testing.assert_allclose(step, side / len(view), atol=0.1)
+
+
+def test_reference_crop_squashes_the_tokenizer_view_only() -> None:
+    image = np.zeros((20, 60, 3), np.uint8)
+    image[:, :20], image[:, 20:40], image[:, 40:] = RED, GREEN, BLUE
+    shared, reference = views(image, 20, 30, "shared"), views(image, 20, 30, "reference")
+    np.testing.assert_array_equal(shared[0], reference[0])
+    assert (shared[0] == GREEN).all()
+    assert (shared[1] == GREEN).all()
+    np.testing.assert_array_equal(reference[1][15, [3, 15, 27]], [RED, GREEN, BLUE])
+    with pytest.raises(ValueError, match=r"crop='random'"):
+        views(image, 8, 8, "random")
+
+
+def test_resizing_is_antialiased() -> None:
+    stripes = np.zeros((64, 64, 3), np.uint8)
+    stripes[:, ::2] = 255
+    small = crop_and_resize(stripes, 16)  # four pixels to one: without antialiasing, stripes of aliases
+    np.testing.assert_allclose(small[2:-2, 2:-2].astype(int), 127, atol=2)

@@ -1,0 +1,245 @@
+"""Each format read back record by record; each kind of damage named in one line."""
+
+import io
+import json
+import pathlib
+import pickle
+import re
+import tarfile
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from blip3o_jax.config import DataConfig, SourceConfig
+from blip3o_jax.data.sources import BadRecord, Record, Source, open_mixture, open_source
+
+COUNT = 5
+CAPTIONS = [f"caption {i}: \N{SNOWMAN}" for i in range(COUNT)]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def png(value: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((4, 6, 3), value, np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+IMAGES = [png(i) for i in range(COUNT)]
+
+
+def write_tar(path: pathlib.Path, members: list[tuple[str, bytes]]) -> pathlib.Path:
+    with tarfile.open(path, "w") as archive:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size, info.mtime = len(data), 1.5  # a fractional time needs an extended header, as webdataset writes
+            archive.addfile(info, io.BytesIO(data))
+    return path
+
+
+def pair(i: int) -> list[tuple[str, bytes]]:
+    return [(f"{i:04d}.png", IMAGES[i]), (f"{i:04d}.txt", CAPTIONS[i].encode())]
+
+
+def write_folder(path: pathlib.Path, lines: list[bytes] | None = None) -> pathlib.Path:
+    path.mkdir()
+    for i, image in enumerate(IMAGES):
+        (path / f"{i}.png").write_bytes(image)
+    lines = lines or [json.dumps({"file_name": f"{i}.png", "text": c}).encode() for i, c in enumerate(CAPTIONS)]
+    (path / "metadata.jsonl").write_bytes(b"\n\n".join(lines))
+    return path
+
+
+def write_parquet(path: pathlib.Path, start: int = 0, struct: bool = True) -> pathlib.Path:
+    images = [{"bytes": b, "path": None} if struct else b for b in IMAGES[start:]]
+    table = pa.table({"image": images, "caption" if struct else "text": CAPTIONS[start:]})
+    pq.write_table(table, path, row_group_size=2)
+    return path
+
+
+def check_records(source: Source, count: int = COUNT) -> None:
+    """All records, from the source and from one that went through a pickle."""
+    assert len(source) == count
+    for each in (source, pickle.loads(pickle.dumps(source))):
+        got = {r.caption: r.image for r in (each[i] for i in reversed(range(count)))}
+        assert got == dict(zip(CAPTIONS[-count:], IMAGES[-count:], strict=True))
+
+
+def opened(path: object, **fields: str) -> Source:
+    return open_source(SourceConfig(str(path), **fields))
+
+
+def test_webdataset_tar_directory_glob_and_braces(tmp_path: pathlib.Path) -> None:
+    with_json = [("0004.JPG", IMAGES[4]), ("0004.json", json.dumps({"text": CAPTIONS[4]}).encode()), ("0004.cls", b"1")]
+    write_tar(tmp_path / "s-00008.tar", [*pair(0), *pair(1), *pair(2)])
+    write_tar(tmp_path / "s-00009.tar", [*pair(3), *with_json])
+    for path in (tmp_path, tmp_path / "*.tar", tmp_path / "s-{00008..00009}.tar"):
+        check_records(opened(path))
+    check_records(opened(tmp_path / "s-00009.tar"), 2)
+    assert opened(tmp_path)[4] == Record(IMAGES[4], CAPTIONS[4], "0004", str(tmp_path / "s-00009.tar"))
+    with pytest.raises(ValueError, match=r"s-00010.tar: no such file"):
+        opened(tmp_path / "s-{00008..00010}.tar")
+
+
+def test_webdataset_index_is_kept_until_a_shard_changes(tmp_path: pathlib.Path, cache: pathlib.Path) -> None:
+    shard = write_tar(tmp_path / "a.tar", pair(0))
+    first = opened(shard)
+    assert opened(shard).fingerprint == first.fingerprint
+    assert len(list(cache.rglob("*.npy"))) == 1
+    write_tar(shard, [*pair(0), *pair(1)])
+    assert opened(shard).fingerprint != first.fingerprint
+    assert len(opened(shard)) == 2
+
+
+def test_tar_cut_anywhere_is_refused_with_the_last_good_key(tmp_path: pathlib.Path) -> None:
+    whole = write_tar(tmp_path / "whole.tar", [*pair(0), *pair(1), *pair(2)]).read_bytes()
+    end = len(whole.rstrip(b"\0")) // 512 * 512 + 512
+    cut = tmp_path / "cut.tar"
+    for size in range(512, end + 1, 256):  # in headers, in data, and exactly between members
+        cut.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match=rf"^{re.escape(str(cut))}: (cut off or damaged at byte \d+|not a tar)"):
+            opened(cut)
+    with pytest.raises(ValueError, match=r"byte 12288 \(last good key: 0002\)"):
+        opened(cut)
+    damaged = bytearray(whole)
+    damaged[1536 * 2 + 100] ^= 255
+    cut.write_bytes(damaged)
+    with pytest.raises(ValueError, match=r"cut off or damaged at byte \d+ \(last good key: 0000\)"):
+        opened(cut)
+    for content in (b"", b"no tar at all" * 100):
+        cut.write_bytes(content)
+        with pytest.raises(ValueError, match=r"cut.tar: not a tar file"):
+            opened(cut)
+
+
+def test_incomplete_examples_are_bad_records(tmp_path: pathlib.Path) -> None:
+    members = [*pair(0), ("a/only.png", IMAGES[1]), ("words.txt", b"x"), ("odd.png", IMAGES[1]), ("odd.txt", b"\xff\xfe")]
+    source = opened(write_tar(tmp_path / "a.tar", members))
+    assert [source[0].key, len(source)] == ["0000", 4]
+    for index, expected in [(1, "a/only: no caption"), (2, "words: no image"), (3, "odd: the caption is not UTF-8")]:
+        with pytest.raises(BadRecord, match=f"a.tar: {expected}") as caught:
+            source[index]
+        assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+    with pytest.raises(ValueError, match=r"b.tar: no example has both an image"):
+        opened(write_tar(tmp_path / "b.tar", [("x.png", IMAGES[0]), ("y.txt", b"y")]))
+
+
+def test_folder(tmp_path: pathlib.Path) -> None:
+    folder = write_folder(tmp_path / "f")
+    check_records(opened(folder))
+    check_records(opened(folder / "metadata.jsonl"))
+    before = opened(folder).fingerprint
+    assert opened(folder).fingerprint == before
+    (folder / "3.png").write_bytes(png(77) + b"more")
+    assert opened(folder).fingerprint != before
+
+
+def test_folder_bad_lines(tmp_path: pathlib.Path) -> None:
+    lines = [
+        (b'{"image": "0.png", "caption": "fine"}', ""),
+        (b'{"image": "0.png", "caption": "\xff"}', "line 3: the caption is not UTF-8"),
+        (b'{"image": "0.png"}', "line 5: no caption"),
+        (b'{"caption": "c"}', "line 7: no image"),
+        (b'{"image": "gone.png", "caption": "c"}', "gone.png: the image cannot be read: No such file"),
+        (b'{"image": ', "line 11: broken JSON"),
+        (b"[]", "line 13: the JSON is not an object"),
+    ]
+    source = opened(write_folder(tmp_path / "f", [line for line, _ in lines]))
+    assert source[0].caption == "fine"
+    for index, (_, expected) in enumerate(lines[1:], 1):
+        with pytest.raises(BadRecord, match=expected):
+            source[index]
+    assert source.fingerprint
+
+
+@pytest.mark.parametrize("struct", [True, False])
+def test_parquet(tmp_path: pathlib.Path, struct: bool) -> None:
+    source = opened(write_parquet(tmp_path / "a.parquet", struct=struct))
+    check_records(source)
+    assert source[3].key == "row 3"
+    pq.write_table(pq.read_table(tmp_path / "a.parquet").slice(0, 0), tmp_path / "0.parquet")
+    check_records(opened(tmp_path))
+
+
+def test_parquet_bad_files_and_records(tmp_path: pathlib.Path) -> None:
+    words = pa.StringArray.from_buffers(2, pa.py_buffer(np.array([0, 2, 3], np.int32)), pa.py_buffer(b"\xff\xfeb"))
+    pq.write_table(pa.table({"image": [IMAGES[0], None], "text": words, "key": ["k0", "k1"]}), tmp_path / "a.parquet")
+    source = opened(tmp_path / "a.parquet")
+    with pytest.raises(BadRecord, match=r"a.parquet: k0: the caption is not UTF-8"):
+        source[0]
+    with pytest.raises(BadRecord, match=r"a.parquet: k1: no image"):
+        source[1]
+    pq.write_table(pa.table({"img": [b""]}), tmp_path / "b.parquet")
+    with pytest.raises(ValueError, match=r"b.parquet: needs the columns image and caption or text; it has img"):
+        opened(tmp_path / "b.parquet")
+    (tmp_path / "c.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-50])
+    with pytest.raises(ValueError, match=r"c.parquet: not a readable parquet file"):
+        opened(tmp_path / "c.parquet")
+
+
+def test_tfds(tmp_path: pathlib.Path) -> None:
+    import tensorflow_datasets as tfds
+
+    class Tiny(tfds.core.GeneratorBasedBuilder):
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self) -> tfds.core.DatasetInfo:
+            text = tfds.features.Text()
+            features = {"image": tfds.features.Image(shape=(None, None, 3)), "caption": text, "key": text}
+            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+        def _split_generators(self, dl_manager: object) -> dict:
+            return {"train": self._generate_examples(CAPTIONS), "test": self._generate_examples([b"\xff", "b"])}
+
+        def _generate_examples(self, captions: list):
+            for i, caption in enumerate(captions):
+                yield i, {"image": IMAGES[i], "caption": caption, "key": f"k{i}"}
+
+    Tiny.__module__ = "tiny"  # of no package, or TFDS would look for its files beside the tests
+    Tiny(data_dir=str(tmp_path), file_format="array_record").download_and_prepare()
+    source = opened(tmp_path)
+    check_records(source)
+    assert {source[i].key for i in range(COUNT)} == {f"k{i}" for i in range(COUNT)}
+    assert pathlib.Path(source[0].shard).exists()
+    test = opened(tmp_path / "tiny", split="test")
+    assert test.fingerprint != source.fingerprint
+    assert len(opened(tmp_path, split="train[:2]")) == 2
+    with pytest.raises(BadRecord, match=r"k0: the caption is not UTF-8"):
+        [test[i] for i in range(2)]
+    with pytest.raises(
+        ValueError, match=r"cannot read data.split='val': Unknown split 'val'. Should be one of \['train', 'test'\]"
+    ):
+        opened(tmp_path, split="val")
+
+
+def test_what_cannot_be_a_data_set(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "notes.md").write_text("x")
+    (tmp_path / "empty.jsonl").write_text("\n")
+    for path, expected in [
+        (tmp_path / "none", "none: no such file or directory; check data.path"),
+        (tmp_path / "*.tar", r"\*.tar: no such file"),
+        (tmp_path / "notes.md", "notes.md: unknown format"),
+        (tmp_path, "unknown format; expected dataset_info.json"),
+        (tmp_path / "empty.jsonl", "empty.jsonl: the data set is empty"),
+    ]:
+        with pytest.raises(ValueError, match=expected) as caught:
+            opened(path)
+        assert "\n" not in str(caught.value)
+    for kind in ("tfds", "webdataset", "parquet", "folder"):
+        with pytest.raises(ValueError, match=re.escape(str(tmp_path))):
+            opened(tmp_path, format=kind)
+
+
+def test_mixture(tmp_path: pathlib.Path) -> None:
+    folder, shard = write_folder(tmp_path / "f"), write_tar(tmp_path / "a.tar", pair(0))
+    data = DataConfig(path=str(folder), sources=(SourceConfig(str(shard), weight=3.0),))
+    assert [(s.name, w) for s, w in open_mixture(data)] == [(str(folder), 1.0), (str(shard), 3.0)]
+    with pytest.raises(ValueError, match=r"data.path is empty"):
+        open_mixture(DataConfig())
