@@ -1,0 +1,287 @@
+"""The report of a run: one HTML file that holds its style, script and images, and the JSON it was drawn from.
+
+`Results` is what a report needs; `write_report` draws it. Images are uint8 arrays: HWC, three channels.
+"""
+
+import base64
+import collections
+import dataclasses
+import html
+import io
+import itertools
+import json
+import math
+import pathlib
+import string
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from blip3o_jax.evaluation import report_charts as charts
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """Shares in [0, 1] of images that show what their prompt asks, over `prompts` prompts."""
+
+    name: str
+    prompts: int
+    ours: float  # the model's samples
+    random: float  # images that have nothing to do with the prompt
+    real: float  # real images beside their own captions: how far the scorer itself can be trusted
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    prompt: str
+    category: str
+    image_HWC: np.ndarray
+    correct: bool
+    reason: str  # what the scorer found, in a few words
+
+
+@dataclasses.dataclass(frozen=True)
+class Curve:
+    """One metric over the steps of a stage; values may hold non-finite numbers, which are left out of the drawing."""
+
+    name: str
+    steps: Sequence[int]
+    values: Sequence[float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    name: str
+    curves: Sequence[Curve]
+    note: str = ""  # one sentence under the heading
+
+
+@dataclasses.dataclass(frozen=True)
+class Reconstruction:
+    original_HWC: np.ndarray
+    reconstruction_HWC: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenMap:
+    image_HWC: np.ndarray
+    ids_HW: np.ndarray  # codebook indices, one per image token
+    caption: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Results:
+    """The page says of `samples` that their prompts, and of `reconstructions` that their images, were held out of training."""
+
+    title: str
+    subtitle: str
+    overall: Score
+    categories: Sequence[Score]
+    samples: Sequence[Sample]
+    stages: Sequence[Stage]
+    reconstructions: Sequence[Reconstruction]
+    token_maps: Sequence[TokenMap]
+    seconds: Mapping[str, float]  # of every part of the run, in order
+    facts: Mapping[str, str]  # shown beside the headline: {"parameters": "12.3 M", "peak memory": "3.1 GiB"}
+    configuration: Mapping[str, Any]  # nested; each top-level key gets its own table
+    versions: Mapping[str, str]
+
+
+def write_report(results: Results, out_html: pathlib.Path) -> None:
+    """Write `out_html`, and beside it the same name with .json."""
+    out_html = pathlib.Path(out_html)
+    template = string.Template(pathlib.Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
+    page = template.substitute(
+        title=_text(results.title),
+        subtitle=_text(results.subtitle),
+        headline=_headline(results),
+        scoreboard=_scoreboard(results),
+        filters=_filters(results.samples),
+        samples="".join(map(_sample, _take_turns(results.samples))),
+        stages="".join(map(_stage, results.stages)),
+        reconstructions="".join(map(_reconstruction, results.reconstructions)),
+        token_maps="".join(map(_token_map, results.token_maps)),
+        times=_times(results.seconds),
+        configuration="".join(_settings(name, value) for name, value in results.configuration.items()),
+        versions=_table(results.versions.items()),
+    )
+    out_html.parent.mkdir(parents=True, exist_ok=True)
+    out_html.write_text(page, encoding="utf-8")
+    out_html.with_suffix(".json").write_text(json.dumps(to_json(results), indent=1, allow_nan=False), encoding="utf-8")
+
+
+def to_json(value: Any) -> Any:
+    """`Results` as plain JSON values: images become PNG data URIs, id grids nested lists, non-finite numbers null."""
+    if dataclasses.is_dataclass(value):
+        return {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, np.ndarray):
+        return data_uri(value) if value.dtype == np.uint8 and value.ndim == 3 else value.tolist()
+    if isinstance(value, Mapping):
+        return {str(k): to_json(v) for k, v in value.items()}
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [to_json(v) for v in value]
+    return value if value is None or isinstance(value, str | int | float | bool) else str(value)
+
+
+def data_uri(image_HWC: np.ndarray) -> str:
+    if image_HWC.dtype != np.uint8 or image_HWC.ndim != 3 or image_HWC.shape[-1] != 3:
+        raise ValueError(f"a report's image must be uint8 [height, width, 3], not {image_HWC.dtype} {image_HWC.shape}")
+    buffer = io.BytesIO()
+    Image.fromarray(image_HWC).save(buffer, format="PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _text(value: Any) -> str:
+    return html.escape(str(value), quote=True)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"
+
+
+def _img(image_HWC: np.ndarray, alt: str) -> str:
+    # Small images are shown enlarged: as the pixels they are, not blurred.
+    style = ' class="pixels"' if max(image_HWC.shape[:2]) <= 128 else ""
+    return f'<img{style} src="{data_uri(image_HWC)}" alt="{_text(alt)}">'
+
+
+def _headline(results: Results) -> str:
+    overall = results.overall
+    facts = {
+        "random images": _percent(overall.random),
+        "scorer on real images": _percent(overall.real),
+        "whole run": _duration(sum(results.seconds.values())),
+        **results.facts,
+    }
+    tiles = "".join(f"<div><dt>{_text(k)}</dt><dd>{_text(v)}</dd></div>" for k, v in facts.items())
+    return (
+        f'<p class="hero"><strong>{_percent(overall.ours)}</strong> '
+        f"<span>of {overall.prompts:,} held-out prompts drawn as asked</span></p>"
+        f'<dl class="tiles">{tiles}</dl>'
+    )
+
+
+def _scoreboard(results: Results) -> str:
+    rows = []
+    for score in (*results.categories, results.overall):
+        total = ' class="total"' if score is results.overall else ""
+        marks = "".join(
+            f'<i class="{kind}" style="left:{100 * share:.2f}%"></i>'
+            for kind, share in (("random", score.random), ("real", score.real))
+        )
+        rows.append(
+            f'<tr{total}><th scope="row">{_text(_words(score.name))}</th><td class="bar"><span class="track">'
+            f'<b style="width:{100 * score.ours:.2f}%"></b>{marks}</span></td>'
+            f"<td><strong>{_percent(score.ours)}</strong></td><td>{_percent(score.random)}</td>"
+            f"<td>{_percent(score.real)}</td><td>{score.prompts:,}</td></tr>"
+        )
+    return "".join(rows)
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def _filters(samples: Sequence[Sample]) -> str:
+    categories = collections.Counter(s.category for s in samples)
+    right = sum(s.correct for s in samples)
+    verdicts = {"right": right, "wrong": len(samples) - right}
+    return _buttons("category", categories, len(samples)) + _buttons("verdict", verdicts, len(samples))
+
+
+def _buttons(kind: str, counts: Mapping[str, int], total: int) -> str:
+    buttons = "".join(
+        f'<button type="button" data-{kind}="{_text(value)}" aria-pressed="{"false" if value else "true"}">'
+        f"{_text(_words(value) or 'all')} <small>{count}</small></button>"
+        for value, count in (("", total), *counts.items())
+    )
+    return f'<div role="group" aria-label="{kind}">{buttons}</div>'
+
+
+def _take_turns(samples: Sequence[Sample]) -> list[Sample]:
+    """One of each category in turn, so that the first rows show all of them; within a category the order stays."""
+    queues: dict[str, list[Sample]] = {}
+    for sample in samples:
+        queues.setdefault(sample.category, []).append(sample)
+    rounds = itertools.zip_longest(*queues.values())
+    return [sample for round_ in rounds for sample in round_ if sample is not None]
+
+
+def _sample(sample: Sample) -> str:
+    verdict, mark = ("right", "✓") if sample.correct else ("wrong", "✗")
+    reason = f'<span class="reason">{_text(sample.reason)}</span>' if sample.reason else ""
+    return (
+        f'<figure class="sample" data-category="{_text(sample.category)}" data-verdict="{verdict}">'
+        f"{_img(sample.image_HWC, sample.prompt)}<figcaption>"
+        f'<span class="verdict {verdict}">{mark} {verdict}</span><span class="category">{_text(_words(sample.category))}</span>'
+        f'<span class="prompt">{_text(sample.prompt)}</span>{reason}</figcaption></figure>'
+    )
+
+
+def _stage(stage: Stage) -> str:
+    note = f'<p class="note">{_text(stage.note)}</p>' if stage.note else ""
+    drawn = "".join(charts.line_chart(_words(c.name), c.steps, c.values) for c in stage.curves)
+    return f'<h3>{_text(_words(stage.name))}</h3>{note}<div class="charts">{drawn}</div>'
+
+
+def _reconstruction(pair: Reconstruction) -> str:
+    original, got = (x.astype(np.float64) for x in (pair.original_HWC, pair.reconstruction_HWC))
+    error = np.mean((original - got) ** 2)
+    psnr = f"{10 * math.log10(255**2 / error):.1f} dB" if error else "identical"
+    return (
+        f'<figure class="pair"><div>{_img(pair.original_HWC, "original")}'
+        f"{_img(pair.reconstruction_HWC, 'reconstruction')}</div><figcaption>PSNR {psnr}</figcaption></figure>"
+    )
+
+
+def _token_map(token_map: TokenMap) -> str:
+    ids_HW = np.asarray(token_map.ids_HW)
+    rows, columns = ids_HW.shape
+    data = ",".join(map(str, ids_HW.ravel().tolist()))
+    caption = f'<span class="prompt">{_text(token_map.caption)}</span>' if token_map.caption else ""
+    colours = f'<img class="pixels" src="{data_uri(charts.colours(ids_HW))}" alt="{rows} x {columns} token ids as colours">'
+    return (
+        f'<figure class="pair tokens" data-columns="{columns}" data-ids="{data}">'
+        f"<div>{_img(token_map.image_HWC, token_map.caption or 'image')}{colours}</div><figcaption>"
+        f"<output>{ids_HW.size} tokens, {len(np.unique(ids_HW))} different</output>{caption}</figcaption></figure>"
+    )
+
+
+def _times(seconds: Mapping[str, float]) -> str:
+    longest = max(seconds.values(), default=0) or 1
+    return "".join(
+        f'<tr><th scope="row">{_text(_words(name))}</th><td class="bar"><span class="track plain">'
+        f'<b style="width:{100 * value / longest:.2f}%"></b></span></td><td>{_duration(value)}</td></tr>'
+        for name, value in seconds.items()
+    )
+
+
+def _settings(name: str, value: Any) -> str:
+    return f"<details><summary>{_text(_words(name))}</summary>{_table(_flatten(value))}</details>"
+
+
+def _flatten(value: Any, path: str = "") -> Iterable[tuple[str, Any]]:
+    if isinstance(value, Mapping) and value:
+        for key, inner in value.items():
+            yield from _flatten(inner, f"{path}.{key}" if path else str(key))
+    else:
+        yield path, value
+
+
+def _table(rows: Iterable[tuple[str, Any]]) -> str:
+    body = "".join(f'<tr><th scope="row">{_text(key)}</th><td>{_text(value)}</td></tr>' for key, value in rows)
+    return f'<div class="scroll"><table class="settings"><tbody>{body}</tbody></table></div>'

@@ -1,0 +1,176 @@
+import dataclasses
+import html.parser
+import json
+import re
+
+import numpy as np
+import pytest
+
+from blip3o_jax.evaluation import report
+from blip3o_jax.evaluation import report_charts as charts
+
+NASTY = "a \"red\" <script>alert(1)</script> & 'circle' $title"
+
+
+def results(rng: np.random.Generator) -> report.Results:
+    """A small run in every respect: names with underscores, prompts that look like markup, a loss that was not finite."""
+
+    def image(side: int = 8) -> np.ndarray:
+        return rng.integers(0, 256, (side, side, 3), dtype=np.uint8)
+
+    samples = [
+        report.Sample(f"{NASTY} {i}", ("single", "two_objects")[i // 2], image(), bool(i % 2), "no <circle> found")
+        for i in range(4)
+    ]
+    curves = [
+        report.Curve("flow", range(10), np.linspace(2, 1, 10)),
+        report.Curve("grad_norm", [0, 1, 2], [100.0, float("nan"), 0.5]),
+        report.Curve("empty", [], []),
+    ]
+    return report.Results(
+        title=NASTY,
+        subtitle="a test",
+        overall=report.Score("overall", 4, 0.5, 0.01, 0.995),
+        categories=[report.Score("single", 2, 0.5, 0.0, 1.0), report.Score("two_objects", 2, 0.5, 0.02, 0.99)],
+        samples=samples,
+        stages=[report.Stage("autoencoder", curves, note="L1 & gradients")],
+        reconstructions=[report.Reconstruction(image(), image())],
+        token_maps=[report.TokenMap(image(), rng.integers(0, 50, (2, 3)), NASTY)],
+        seconds={"data": 3.25, "joint_training": 3700.0},
+        facts={"parameters": "1.2 M"},
+        configuration={"joint": {"model": {"ar": {"hidden_size": 8}}, "trainable": []}},
+        versions={"jax": "0.10"},
+    )
+
+
+class Page(html.parser.HTMLParser):
+    """Elements with their attributes, the text outside style and script, and whether tags close in order."""
+
+    VOID = ("meta", "img", "line", "circle", "path")
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.elements, self.open, self.words = [], [], []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] not in ("style", "script"):
+            self.words.append(data)
+
+    def named(self, tag: str, cls: str = "") -> list[dict]:
+        return [a for t, a in self.elements if t == tag and cls in (a.get("class") or "")]
+
+
+@pytest.fixture
+def written(tmp_path, rng):
+    path = tmp_path / "deep" / "report.html"
+    report.write_report(results(rng), path)
+    return path
+
+
+@pytest.fixture
+def page(written):
+    return Page(written.read_text(encoding="utf-8"))
+
+
+def test_every_section_is_drawn(page):
+    assert page.open == []
+    assert len(page.named("figure", "sample")) == 4
+    assert len(page.named("figure", "chart")) == 3 and len(page.named("svg")) == 2
+    assert len(page.named("figure", "pair")) == 2
+    text = " ".join(page.words)
+    for words in ("50.0 %", "1.0 %", "99.5 %", "1 h 01 min", "3.2 s", "two objects", "no values", "model.ar.hidden_size"):
+        assert words in text, words
+
+
+def test_nothing_outside_the_file_is_asked_for(written, page):
+    sources = [a[k] for _, a in page.elements for k in ("src", "href", "srcset", "poster", "data") if k in a]
+    assert sources and all(s.startswith("data:image/png;base64,") for s in sources)
+    text = written.read_text(encoding="utf-8")
+    assert not re.search(r"https?:|url\(|@import|fetch\(", text)
+    assert {t for t, _ in page.elements} & {"link", "iframe", "object", "embed", "base"} == set()
+
+
+def test_prompts_are_text_and_never_markup(page):
+    assert len(page.named("script")) == 1
+    assert page.words.count(NASTY) == 3  # title, heading, token map
+    assert f"{NASTY} 0" in page.words and page.named("img")[0]["alt"] == f"{NASTY} 0"
+
+
+def test_samples_can_be_filtered_and_take_turns(page):
+    cards = page.named("figure", "sample")
+    assert [c["data-category"] for c in cards] == ["single", "two_objects"] * 2
+    assert [c["data-verdict"] for c in cards] == ["wrong", "wrong", "right", "right"]
+    buttons = page.named("button")
+    assert [b["data-category"] for b in buttons if "data-category" in b] == ["", "single", "two_objects"]
+    assert [b["data-verdict"] for b in buttons if "data-verdict" in b] == ["", "right", "wrong"]
+
+
+def test_the_json_holds_what_was_drawn(written, rng):
+    saved = json.loads(written.with_suffix(".json").read_text(encoding="utf-8"))
+    assert set(saved) == {f.name for f in dataclasses.fields(report.Results)}
+    assert saved["samples"][0]["prompt"] == f"{NASTY} 0"
+    assert saved["samples"][0]["image_HWC"].startswith("data:image/png;base64,")
+    assert saved["stages"][0]["curves"][1]["values"] == [100.0, None, 0.5]
+    assert np.shape(saved["token_maps"][0]["ids_HW"]) == (2, 3)
+
+
+def test_an_image_of_another_kind_is_refused():
+    with pytest.raises(ValueError, match=r"must be uint8 \[height, width, 3\], not float32 \(2, 2, 3\)"):
+        report.data_uri(np.zeros((2, 2, 3), np.float32))
+
+
+def _points(svg: str) -> list[list[float]]:
+    return json.loads(Page(svg).named("svg")[0]["data-points"])
+
+
+def test_a_line_lies_inside_its_frame_and_keeps_its_ends(rng):
+    values = np.exp(-np.arange(5000) / 1000) + 0.01 * rng.standard_normal(5000)
+    points = _points(charts.line_chart("loss", range(5000), values))
+    assert len(points) == charts.MAX_POINTS
+    assert points[-1][0] == 4999 and points[-1][1] == pytest.approx(values[-1], rel=1e-3)
+    assert all(charts.LEFT <= x <= charts.WIDTH - charts.RIGHT for _, _, x, _ in points)
+    assert all(charts.TOP <= y <= charts.HEIGHT - charts.BOTTOM for _, _, _, y in points)
+
+
+def test_higher_values_stand_higher_on_both_scales():
+    for values in ([3.0, 2.0, 1.0], [1000.0, 1.0, 0.001]):
+        heights = [y for *_, y in _points(charts.line_chart("x", [0, 1, 2], values))]
+        assert heights == sorted(heights) and heights[0] < heights[-1]
+        # Evenly spaced on its own scale: the middle value stands in the middle.
+        assert heights[1] == pytest.approx((heights[0] + heights[2]) / 2, abs=0.1)
+
+
+def test_ticks_are_round_and_hold_the_values():
+    assert charts._ticks(0.0, 0.2) == pytest.approx([0, 0.05, 0.1, 0.15, 0.2])
+    assert charts._ticks(0.0, 0.4) == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
+    assert charts._ticks(300.0, 356.0) == pytest.approx([300, 320, 340, 360])
+    assert charts._ticks(10.0, 1490.0, inside=True) == pytest.approx([500, 1000])
+    assert charts._log_ticks(0.02, 900.0) == pytest.approx([0.1, 1, 10, 100])
+    assert charts._log_ticks(3.0, 150.0) == pytest.approx([5, 10, 20, 50, 100])
+
+
+@pytest.mark.parametrize("values", ([3.0], [0.0, 0.0], [5.0, 5.0], [-1.0, -1.0], [1e-9, 2e-9]))
+def test_flat_and_tiny_lines_are_drawn(values):
+    points = _points(charts.line_chart("x", range(len(values)), values))
+    assert np.isfinite(points).all()
+
+
+def test_an_id_keeps_its_colour_in_every_map():
+    first, second = charts.colours(np.array([[3, 9], [9, 700]])), charts.colours(np.array([[700, 3]]))
+    assert first.dtype == np.uint8 and first.shape == (2, 2, 3)
+    assert (first[1, 1] == second[0, 0]).all() and (first[0, 0] == second[0, 1]).all()
+    assert (first[0, 1] == first[1, 0]).all() and (first[0, 0] != first[0, 1]).any()
