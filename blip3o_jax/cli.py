@@ -243,9 +243,9 @@ def _params(args: argparse.Namespace) -> None:
 
 
 def _demo(args: argparse.Namespace) -> None:
-    from blip3o_jax import demo
+    from blip3o_jax.demo.run import run
 
-    summary = demo.run(args.workdir, fast=args.fast)
+    summary = run(args.workdir, fast=args.fast)
     print(json.dumps(summary), flush=True)
 
 

@@ -359,6 +359,10 @@ class LossConfig:
     condition_span: str = "exact"
     ce_chunk: int = 512  # tokens per block of the cross entropy
     gradient: float = 1.0  # autoencoder: weight of the image-gradient term beside L1
+    # autoencoder: weight of the term that holds each channel of the scaled latents at unit variance, which flow matching
+    # expects, and deviation of the noise put on them, which makes the decoder forgive what sampling gets slightly wrong.
+    latent_scale: float = 0.0
+    latent_noise: float = 0.0
     commitment: float = 0.25  # tokenizer: weight of the commitment term
     code_entropy: float = 0.1  # tokenizer: weight of the usage-entropy term that keeps codes alive
 
