@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from blip3o_jax import __version__
 from blip3o_jax.config import UserError
 
 # What the file system says about a path the user named.
@@ -78,6 +79,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line; builds without importing jax."""
     parser = _Parser(prog="blip3o", description="BLIP3o-NEXT: train it, sample from it, measure it.", epilog=_EXAMPLES)
+    parser.add_argument("--version", action="version", version=f"blip3o_jax {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for add in (_add_data, _add_train, _add_sample, _add_evaluate, _add_params, _add_demo):
         add(commands)
@@ -124,12 +126,12 @@ def _add_train(commands: Any) -> None:
         commands,
         "train",
         _train,
-        "train one stage as a config file says",
-        "Resumes from the last checkpoint in the working directory.",
+        "train what a config file says: one stage, or several in order",
+        "Resumes from the last checkpoint in the working directory; stages that are finished are not run again.",
         again="the same command resumes from the last checkpoint in its --workdir",
     )
     _add_config(parser)
-    parser.add_argument("--workdir", type=Path, required=True, metavar="DIR", help="checkpoints, metrics and logs go here")
+    parser.add_argument("--workdir", type=Path, metavar="DIR", help="for checkpoints, metrics, logs (runs/NAME of the config)")
 
 
 def _add_sample(commands: Any) -> None:
@@ -212,7 +214,7 @@ def _train(args: argparse.Namespace) -> None:
     from blip3o_jax import config_file
     from blip3o_jax.train import recipe
 
-    recipe.run(config_file.load_recipe(args.config, args.overrides), args.workdir)
+    recipe.run(config_file.load_recipe(args.config, args.overrides), args.workdir or _default_workdir(args.config))
 
 
 def _sample(args: argparse.Namespace) -> None:
@@ -247,6 +249,12 @@ def _demo(args: argparse.Namespace) -> None:
 
     summary = run(args.workdir, fast=args.fast)
     print(json.dumps(summary), flush=True)
+
+
+def _default_workdir(config: str) -> Path:
+    """runs/pretrain-1.7b for configs/pretrain.py:1.7b."""
+    name, _, argument = Path(config).name.partition(".py")
+    return Path("runs") / (name + argument.replace(":", "-"))
 
 
 def _read_prompts(path: Path) -> list[str]:

@@ -103,12 +103,19 @@ def test_bad_arguments_are_one_line_and_status_2(argv, words, capsys):
 
 
 def test_train_passes_the_overridden_config(tmp_path, stub):
-    calls = stub("train.loop", "train")
+    calls = stub("train.recipe", "run")
     (tmp_path / "c.py").write_text(CONFIG)
     flags = ["--config.steps=3", "--config.data.path=a=b.tar", "--config.steps=4"]
     assert cli.main(["train", f"--config={tmp_path}/c.py", f"--workdir={tmp_path}/w", *flags]) == 0
-    ((config, workdir), _) = calls[0]
-    assert (config.steps, config.data.path, workdir) == (4, "a=b.tar", tmp_path / "w")
+    ((recipe, workdir), _) = calls[0]
+    assert (recipe[""].steps, recipe[""].data.path, workdir) == (4, "a=b.tar", tmp_path / "w")
+
+
+def test_a_run_is_named_after_its_config(tmp_path, stub):
+    calls = stub("train.recipe", "run")
+    (tmp_path / "c.py").write_text("from blip3o_jax.config import Config\n\ndef get_config(x=''):\n    return Config()\n")
+    assert cli.main(["train", f"--config={tmp_path}/c.py"]) == cli.main(["train", f"--config={tmp_path}/c.py:1.7b"]) == 0
+    assert [str(args[1]) for args, _ in calls] == ["runs/c", "runs/c-1.7b"]
 
 
 def test_sample_passes_only_the_settings_given(tmp_path, stub):
@@ -144,7 +151,7 @@ def test_prompts_file(tmp_path, stub, capsys):
 def test_the_other_commands_call_one_function(tmp_path, stub, capsys):
     (tmp_path / "c.py").write_text(CONFIG)
     data, runner = stub("data.shapes.builder", "prepare"), stub("evaluation.runner", "evaluate")
-    table, demo = stub("model_table", "print_table"), stub("demo", "run", result={"seconds": 1.5})
+    table, demo = stub("model_table", "print_table"), stub("demo.run", "run", result={"seconds": 1.5})
     assert cli.main(["data", "shapes", "--out=d", "--num_test=9"]) == 0
     assert cli.main(["evaluate", "--checkpoint=c", "--suite=shapes", "--out=o", "--num_prompts=7"]) == 0
     assert cli.main(["params", f"--config={tmp_path}/c.py", "--config.steps=2"]) == 0
@@ -164,7 +171,7 @@ def test_the_other_commands_call_one_function(tmp_path, stub, capsys):
 )
 def test_a_users_error_is_one_line_without_traceback(stub, capsys, monkeypatch, error, line):
     monkeypatch.delenv("BLIP3O_TRACEBACK", raising=False)
-    stub("demo", "run", raises=error)
+    stub("demo.run", "run", raises=error)
     assert cli.main(["demo"]) == 2
     assert capsys.readouterr().err == line + "\n"
     monkeypatch.setenv("BLIP3O_TRACEBACK", "1")
@@ -174,13 +181,13 @@ def test_a_users_error_is_one_line_without_traceback(stub, capsys, monkeypatch, 
 
 
 def test_a_bug_keeps_its_traceback(stub):
-    stub("demo", "run", raises=ValueError("shapes do not match"))
+    stub("demo.run", "run", raises=ValueError("shapes do not match"))
     with pytest.raises(ValueError, match="shapes do not match"):
         cli.main(["demo"])
 
 
 def test_an_interrupt_says_how_to_resume(tmp_path, stub, capsys):
-    stub("train.loop", "train", raises=KeyboardInterrupt())
+    stub("train.recipe", "run", raises=KeyboardInterrupt())
     (tmp_path / "c.py").write_text(CONFIG)
     assert cli.main(["train", f"--config={tmp_path}/c.py", "--workdir=w"]) == 130
     assert "resumes from the last checkpoint" in capsys.readouterr().err

@@ -72,6 +72,23 @@ def test_the_argument_reaches_get_config(write):
     assert config_file.load(path + ":5").steps == 5
 
 
+def test_a_recipe_is_overridden_as_a_whole_or_by_name(write):
+    path = write("""
+        from blip3o_jax.config import Config
+
+        def get_config():
+            return {"autoencoder": Config(stage="autoencoder", steps=5), "joint": Config(steps=6)}
+    """)
+    got = config_file.load_recipe(path, {"seed": "3", "joint.steps": "9"})
+    assert [(name, c.stage, c.seed, c.steps) for name, c in got.items()] == [
+        ("autoencoder", "autoencoder", 3, 5),
+        ("joint", "joint", 3, 9),
+    ]
+    assert config_file.load(path) == config.Config(steps=6)
+    with pytest.raises(config.UserError, match=r"unknown config key stepps: did you mean steps\?"):
+        config_file.load_recipe(path, {"joint.stepps": "9"})
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
