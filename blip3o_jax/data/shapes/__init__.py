@@ -1,0 +1,12 @@
+"""The embedded data set: drawn scenes with captions, held-out combinations, and an exact scorer.
+
+`vocabulary` (words, held-out rule) -> `scene` (what is where) -> `draw` (pixels) and `captions` (words) -> `builder`
+(a TFDS data set); `detect` (pixels -> objects) -> `scorer` (objects against a prompt).
+"""
+
+from blip3o_jax.data.shapes.captions import describe, held_out_prompts
+from blip3o_jax.data.shapes.draw import render
+from blip3o_jax.data.shapes.scene import sample
+from blip3o_jax.data.shapes.scorer import Verdict, score
+
+__all__ = ["Verdict", "describe", "held_out_prompts", "render", "sample", "score"]

@@ -1,0 +1,52 @@
+"""A bitmap font of capital letters, 5 x 7 dots each.
+
+Every letter touches all four sides of its cell and differs clearly from the others, so that a word's bounding box alone
+tells where each letter is.
+"""
+
+import numpy as np
+
+WIDTH, HEIGHT = 5, 7
+
+_ROWS = """
+A .###. #...# #...# ##### #...# #...# #...#
+B ####. #...# #...# ####. #...# #...# ####.
+C .#### #.... #.... #.... #.... #.... .####
+D ###.. #..#. #...# #...# #...# #..#. ###..
+E ##### #.... #.... ####. #.... #.... #####
+F ##### #.... #.... ####. #.... #.... #....
+G .#### #.... #.... #.### #...# #...# .####
+H #...# #...# #...# ##### #...# #...# #...#
+I ##### ..#.. ..#.. ..#.. ..#.. ..#.. #####
+J ..### ...#. ...#. ...#. ...#. #..#. .##..
+K #...# #..#. #.#.. ##... #.#.. #..#. #...#
+L #.... #.... #.... #.... #.... #.... #####
+M #...# ##.## #.#.# #.#.# #...# #...# #...#
+N #...# ##..# ##..# #.#.# #..## #..## #...#
+O .###. #...# #...# #...# #...# #...# .###.
+P ####. #...# #...# ####. #.... #.... #....
+Q .###. #...# #...# #...# #.#.# #..#. .##.#
+R ####. #...# #...# ####. #.#.. #..#. #...#
+S .#### #.... #.... .###. ....# ....# ####.
+T ##### ..#.. ..#.. ..#.. ..#.. ..#.. ..#..
+U #...# #...# #...# #...# #...# #...# .###.
+V #...# #...# #...# #...# .#.#. .#.#. ..#..
+W #...# #...# #...# #.#.# #.#.# ##.## #...#
+X #...# #...# .#.#. ..#.. .#.#. #...# #...#
+Y #...# #...# .#.#. ..#.. ..#.. ..#.. ..#..
+Z ##### ....# ...#. ..#.. .#... #.... #####
+"""
+
+GLYPHS: dict[str, np.ndarray] = {
+    line[0]: np.array([[dot == "#" for dot in row] for row in line.split()[1:]]) for line in _ROWS.strip().splitlines()
+}
+
+
+def bitmap(text: str) -> np.ndarray:
+    """bool [7, 6 n - 1]: the word's letters with one empty column between them."""
+    unknown = sorted(set(text) - set(GLYPHS))
+    if unknown or not text:
+        raise ValueError(f"cannot write {text!r}: the font has the letters A to Z only")
+    space = np.zeros((HEIGHT, 1), bool)
+    parts = [part for letter in text for part in (GLYPHS[letter], space)]
+    return np.concatenate(parts[:-1], axis=1)

@@ -1,0 +1,203 @@
+"""A scene: what is where in one image, drawn at random from (seed, split, index) and nothing else.
+
+Positions and lengths are shares of the image's side, x to the right and y down, so that a scene has no resolution.
+"""
+
+import dataclasses
+import itertools
+import random
+
+from blip3o_jax.data.shapes import vocabulary
+from blip3o_jax.data.shapes.vocabulary import CATEGORIES, COLOURS, HELD_OUT, HELD_OUT_FACTS, SIZES, TRAIN_FACTS, Fact
+
+SPLITS = ("train", "validation", "test")
+MARGIN = 0.03  # between an object and the image's border
+GAP = 0.08  # between the boxes of two objects
+LETTER_CELL = 0.039  # side of one dot of a letter of 5 x 7 dots
+# Light and nearly grey, so that whatever is saturated or dark is an object.
+PAPERS = ((255, 255, 255), (238, 238, 238), (222, 222, 222), (250, 244, 230), (232, 240, 250), (234, 246, 234), (250, 236, 240))
+RGB = tuple[int, int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Thing:
+    """One object: centre (x, y) and side of the square it is inscribed in. The scorer's findings have the same fields; there
+    shape and colour are None where they cannot be told."""
+
+    shape: str | None
+    colour: str | None
+    x: float
+    y: float
+    side: float
+
+    @property
+    def size(self) -> str | None:
+        middle = (SIZES["small"][1] + SIZES["large"][0]) / 2
+        if not 0.6 * SIZES["small"][0] < self.side < 1.5 * SIZES["large"][1]:
+            return None
+        return "small" if self.side < middle else "large"
+
+    @property
+    def box(self) -> tuple[float, float, float, float]:
+        """x0, y0, x1, y1."""
+        half = self.side / 2
+        return self.x - half, self.y - half, self.x + half, self.y + half
+
+
+@dataclasses.dataclass(frozen=True)
+class Word:
+    """A written word with its centre."""
+
+    text: str
+    colour: str | None
+    x: float
+    y: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Background:
+    """kind: plain, gradient (from `paper` to `second` along `direction`), stripes or dots (of `second` on `paper`)."""
+
+    kind: str
+    paper: RGB
+    second: RGB
+    direction: tuple[float, float]
+    period: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Scene:
+    """`asked` is the fact that its caption will ask for; `things` begin with the objects it names, in its order."""
+
+    key: str
+    category: str
+    asked: Fact
+    things: tuple[Thing, ...]
+    word: Word | None
+    background: Background
+
+
+def relations(a: Thing, b: Thing) -> set[str]:
+    """Which of left of, right of, above, below hold for `a` relative to `b`: GenEval's rule. A tenth of the two sizes is
+    taken off each offset, and what is left must be more than half of the whole distance (so diagonals count as both)."""
+    dx, dy = a.x - b.x, a.y - b.y
+    distance = max((dx * dx + dy * dy) ** 0.5, 1e-9)
+    slack = 0.1 * (a.side + b.side)
+    right, down = ((abs(d) - slack) / distance > 0.5 for d in (dx, dy))
+    found = {"right of" if dx > 0 else "left of"} if right else set()
+    return found | ({"below" if dy > 0 else "above"} if down else set())
+
+
+def facts(scene: Scene) -> set[Fact]:
+    """Every fact of every kind that is true of the scene, asked for or not."""
+    if scene.word is not None:
+        return {("text", scene.word.text)}
+    things, shapes = scene.things, {thing.shape for thing in scene.things}
+    found: set[Fact] = {("colours", thing.shape, thing.colour) for thing in things}
+    if len(things) == 1:
+        found.add(("single", things[0].size, things[0].shape))
+    elif len(shapes) == 1:
+        found.add(("counting", str(len(things)), things[0].shape))
+    for a, b in itertools.permutations(things, 2):
+        if a.shape != b.shape:
+            found.add(vocabulary.fact_of_two(a.shape, b.shape))
+            found.add(vocabulary.fact_of_attribution((a.shape, a.colour), (b.shape, b.colour)))
+            found |= {vocabulary.fact_of_position(a.shape, relation, b.shape) for relation in relations(a, b)}
+    return found
+
+
+def sample(seed: int, index: int, split: str) -> Scene:
+    """Scene number `index` of a split; the categories take turns. See `vocabulary` for what is held out from training."""
+    if split not in SPLITS:
+        raise ValueError(f"split={split!r} is not one of {', '.join(SPLITS)}")
+    key = f"{split}-{seed}-{index:06d}"
+    rng = random.Random(key)
+    category = CATEGORIES[index % len(CATEGORIES)]
+    asked = rng.choice((HELD_OUT_FACTS if split == "test" else TRAIN_FACTS)[category])
+    background = _background(rng)
+    while True:
+        word = _word(rng, asked[1]) if category == "text" else None
+        scene = Scene(key, category, asked, _things(rng, asked), word, background)
+        if all(split == "test" and fact[0] == category for fact in facts(scene) & HELD_OUT):
+            return scene
+
+
+def _things(rng: random.Random, asked: Fact) -> tuple[Thing, ...]:
+    """Objects that make the fact true, and no others; whatever the fact leaves open is drawn at random."""
+    kind, *args = asked
+    colours = list(COLOURS)
+    match kind:
+        case "single":
+            return _place(rng, [(args[1], rng.choice(colours), args[0])])
+        case "colours":
+            return _place(rng, [(args[0], args[1], _size(rng))])
+        case "counting":
+            count = int(args[0])
+            size = _size(rng) if count == 2 else "small"
+            return _place(rng, [(args[1], rng.choice(colours), size) for _ in range(count)])
+        case "two":
+            shapes = rng.sample(args, 2)
+            return _place(rng, [(shape, rng.choice(colours), _size(rng)) for shape in shapes])
+        case "attribution":
+            named = rng.sample([args[:2], args[2:]], 2)
+            return _place(rng, [(shape, colour, _size(rng)) for shape, colour in named])
+        case "position":
+            return _place_beside(rng, args[1], [(shape, rng.choice(colours), _size(rng)) for shape in (args[0], args[2])])
+        case "text":
+            return ()
+    raise ValueError(f"unknown kind of fact: {asked}")
+
+
+def _size(rng: random.Random) -> str:
+    return rng.choice(list(SIZES))
+
+
+def _place(rng: random.Random, looks: list[tuple[str, str, str]]) -> tuple[Thing, ...]:
+    """Objects of the given (shape, colour, size) anywhere, apart from each other and from the border."""
+    sides = [rng.uniform(*SIZES[size]) for _, _, size in looks]
+    while True:
+        things: list[Thing] = []
+        for (shape, colour, _), side in zip(looks, sides, strict=True):
+            low, high = MARGIN + side / 2, 1 - MARGIN - side / 2
+            thing = Thing(shape, colour, rng.uniform(low, high), rng.uniform(low, high), side)
+            if any(max(abs(thing.x - t.x), abs(thing.y - t.y)) < (side + t.side) / 2 + GAP for t in things):
+                break
+            things.append(thing)
+        else:
+            return tuple(things)
+
+
+def _place_beside(rng: random.Random, relation: str, looks: list[tuple[str, str, str]]) -> tuple[Thing, ...]:
+    """Two objects, the first left of (or above) the second, nearly in a row (or column)."""
+    sides = [rng.uniform(*SIZES[size]) for _, _, size in looks]
+    slack = 1 - 2 * MARGIN - GAP - sum(sides)
+    cuts = sorted(rng.uniform(0, slack) for _ in range(2))
+    along = (MARGIN + cuts[0] + sides[0] / 2, MARGIN + cuts[1] + GAP + sides[0] + sides[1] / 2)
+    low, high = MARGIN + max(sides) / 2, 1 - MARGIN - max(sides) / 2
+    centre = rng.uniform(low, high)
+    things = []
+    for (shape, colour, _), side, a in zip(looks, sides, along, strict=True):
+        across = min(max(centre + rng.uniform(-0.06, 0.06), low), high)
+        x, y = (a, across) if relation == "left of" else (across, a)
+        things.append(Thing(shape, colour, x, y, side))
+    return tuple(things)
+
+
+def _word(rng: random.Random, text: str) -> Word:
+    spare = 0.5 - MARGIN / 2 - word_size(text)[0] / 2
+    return Word(text, rng.choice(list(COLOURS)), 0.5 + rng.uniform(-spare, spare) / 2, 0.5 + rng.uniform(-0.15, 0.15))
+
+
+def word_size(text: str) -> tuple[float, float]:
+    """Width and height: letters are 5 x 7 dots with one dot between them."""
+    return (6 * len(text) - 1) * LETTER_CELL, 7 * LETTER_CELL
+
+
+def _background(rng: random.Random) -> Background:
+    kind = rng.choice(("plain", "plain", "gradient", "stripes", "dots"))
+    paper = rng.choice(PAPERS)
+    # A gradient ends up to a tenth darker; a pattern stays within what the eye just sees.
+    shade = rng.uniform(0.86, 0.92) if kind == "gradient" else rng.uniform(0.95, 0.965)
+    second = tuple(round(c * shade) for c in paper)
+    direction = rng.choice(((1.0, 0.0), (0.0, 1.0), (0.7071, 0.7071), (0.7071, -0.7071)))
+    return Background(kind, paper, second, direction, rng.choice((0.125, 0.1875)))

@@ -1,0 +1,99 @@
+"""The words of the shapes data set, and which combinations of them are held out.
+
+Everything a caption can ask for is a *fact* about a scene: ("colours", "circle", "red") says that a red circle is in it,
+("two", "circle", "ring") that both are. Facts come in one kind per category:
+
+    kind          fact                                                       all    held out
+    single        the only object has this (size, shape)                      12     2
+    two           both of these shapes are present                            15     2
+    counting      exactly this many (2-4) objects, all of this shape          18     3
+    colours       an object of this (shape, colour) is present                36     5
+    position      a (shape, left of | above, shape) is true                   52     7
+    attribution   both of these (shape, colour) objects are present          293    42
+    text          this word is written                                        96    13
+
+The rule: of each kind's sorted list of combinations every seventh is held out, beginning with the fourth. A training (or
+validation) scene contains no held-out fact of any kind; a test prompt asks for a held-out fact of its own category, and its
+image contains none of another kind. Every shape, colour, size, count, relation and letter by itself occurs in training.
+"""
+
+import itertools
+
+Fact = tuple[str, ...]
+
+CATEGORIES = ("single", "two", "counting", "colours", "position", "attribution", "text")
+SHAPES = ("circle", "square", "triangle", "cross", "star", "ring")
+# sRGB; every two of them are at least 42 apart in CIELAB.
+COLOURS = {
+    "red": (216, 32, 42),
+    "orange": (250, 136, 20),
+    "yellow": (250, 214, 28),
+    "green": (36, 158, 70),
+    "blue": (28, 96, 220),
+    "purple": (158, 44, 176),
+}
+# Width of an object as a share of the image's, lowest and highest; an object between the two ranges is neither.
+SIZES = {"small": (0.25, 0.29), "large": (0.37, 0.42)}
+COUNTS = (2, 3, 4)
+NUMERALS = {1: "one", 2: "two", 3: "three", 4: "four"}
+# Each relation with its converse: A left of B is B right of A.
+RELATIONS = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+# Thirteen letters are enough for many words, and few enough to be learned from a thousand images of them.
+WORDS = tuple(
+    sorted(
+        "ACE AIR ART CAN CAP CAR CAT COT DEN DIP DOT EAR EAT HAT HEN HIP HIT HOP HOT ICE ION LAD LAP LID LIP LOT NAP NET NOD "
+        "NOT OAR OIL OLD ONE PAD PAN PEA PEN PET PIE PIN PIT POD POT RAT RIP ROD SEA SET SIP SIT SON SPA TAP TAR TEA TEN TIE "
+        "TIN TIP TOE TON TOP CARD COIN CORN DICE DISH HAND HOLE LAND LINE LION NEST NOSE NOTE OPEN PATH PEAR PINE POND RAIN "
+        "RICE ROAD ROSE SAIL SALT SAND SHIP SHOE SOAP TAIL TIDE TOAD TRIP".split()
+    )
+)
+
+
+def fact_of_position(a: str, relation: str, b: str) -> Fact:
+    """The same fact for a relation and its converse: "a right of b" is ("position", b, "left of", a)."""
+    return ("position", a, relation, b) if relation in ("left of", "above") else ("position", b, RELATIONS[relation], a)
+
+
+def fact_of_attribution(one: tuple[str, str], other: tuple[str, str]) -> Fact:
+    """`one` and `other` are (shape, colour), in any order."""
+    first, second = sorted((one, other), key=lambda pair: SHAPES.index(pair[0]))
+    return ("attribution", *first, *second)
+
+
+def fact_of_two(a: str, b: str) -> Fact:
+    return ("two", *sorted((a, b), key=SHAPES.index))
+
+
+def _hold_out(facts: list[Fact]) -> tuple[list[Fact], list[Fact]]:
+    held_out = facts[3::7]
+    return [fact for fact in facts if fact not in held_out], held_out
+
+
+def _tables() -> tuple[dict[str, list[Fact]], dict[str, list[Fact]]]:
+    """(facts to train on, facts held out), by kind. Positions and attributions are built from pairs and coloured objects
+    that are not held out themselves, so that each category tests its own kind of new combination."""
+    every = {
+        "single": [("single", size, shape) for size in SIZES for shape in SHAPES],
+        "two": [("two", a, b) for a, b in itertools.combinations(SHAPES, 2)],
+        "counting": [("counting", str(n), shape) for n in COUNTS for shape in SHAPES],
+        "colours": [("colours", shape, colour) for shape in SHAPES for colour in COLOURS],
+        "text": [("text", word) for word in WORDS],
+    }
+    split = {kind: _hold_out(facts) for kind, facts in every.items()}
+    pairs = [(a, b) for _, a, b in split["two"][0]]
+    objects = [(shape, colour) for _, shape, colour in split["colours"][0]]
+    split["position"] = _hold_out(
+        [("position", a, relation, b) for pair in pairs for a, b in (pair, pair[::-1]) for relation in ("left of", "above")]
+    )
+    split["attribution"] = _hold_out(
+        [
+            ("attribution", *one, *other)
+            for one, other in itertools.combinations(objects, 2)
+            if (one[0], other[0]) in pairs and one[1] != other[1]
+        ]
+    )
+    return {k: split[k][0] for k in CATEGORIES}, {k: split[k][1] for k in CATEGORIES}
+
+
+TRAIN_FACTS, HELD_OUT_FACTS = _tables()
+HELD_OUT = frozenset(fact for facts in HELD_OUT_FACTS.values() for fact in facts)
