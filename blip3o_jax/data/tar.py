@@ -30,7 +30,7 @@ class TarSource(Source):
         if not self._index_file.exists():
             with concurrent.futures.ThreadPoolExecutor(16) as pool:  # headers lie apart: the wait is for the disk
                 rows = list(itertools.chain(*pool.map(_index_tar, range(len(shards)), shards)))
-            if not any(row[1] >= 0 and row[3] >= 0 for row in rows):
+            if not any(map(_complete, rows)):
                 raise UserError(
                     f"{path}: no example has both an image (.{', .'.join(IMAGE_SUFFIXES)}) and a caption (.txt, .json)"
                 )
@@ -84,17 +84,22 @@ def _index_tar(shard_index: int, shard: str) -> list[tuple]:
         if member.isfile() and stem:
             key = f"{directory}/{stem}" if directory else stem
             examples.setdefault(key, {})[suffix.lower()] = (member.offset_data, member.size)
-    if damaged_at is not None:
-        last = next(reversed(examples), "none")
-        raise UserError(
-            f"{shard}: cut off or damaged at byte {damaged_at} (last good key: {last}); fetch it again or leave it out"
-        )
     rows = []
     for key, parts in examples.items():
         image = next((parts[suffix] for suffix in IMAGE_SUFFIXES if suffix in parts), (-1, 0))
         caption = next((parts[suffix] for suffix in ("txt", "json") if suffix in parts), (-1, 0))
         rows.append((shard_index, *image, *caption, "txt" not in parts, key.encode()))
+    if damaged_at is not None:
+        last = next((row[-1].decode() for row in reversed(rows) if _complete(row)), "none")
+        raise UserError(
+            f"{shard}: cut off or damaged at byte {damaged_at} (last good key: {last}); fetch it again or leave it out"
+        )
     return rows
+
+
+def _complete(row: tuple) -> bool:
+    _, image, _, caption, *_ = row
+    return image >= 0 and caption >= 0
 
 
 def _tar_members(shard: str) -> tuple[list[tarfile.TarInfo], int | None]:

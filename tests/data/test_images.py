@@ -77,7 +77,7 @@ def test_grey_in_8_and_16_bits_and_with_alpha() -> None:
     grey = np.array([[0, 100, 255]], np.uint8)
     expected = np.repeat(grey[..., None], 3, -1)
     np.testing.assert_array_equal(decode(encode(Image.fromarray(grey))), expected)
-    np.testing.assert_array_equal(decode(encode(Image.fromarray(grey.astype(np.uint16) * 257))), expected)
+    np.testing.assert_array_equal(decode(encode(Image.fromarray(grey.astype(np.uint16) * 256))), expected)
     with_alpha = Image.merge("LA", [Image.fromarray(grey), Image.fromarray(np.array([[255, 0, 255]], np.uint8))])
     np.testing.assert_array_equal(decode(encode(with_alpha)), [[(0, 0, 0), WHITE, WHITE]])
 

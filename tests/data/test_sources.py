@@ -108,8 +108,13 @@ def test_tar_cut_anywhere_is_refused_with_the_last_good_key(tmp_path: pathlib.Pa
             opened(cut)
     with pytest.raises(ValueError, match=r"byte 12288 \(last good key: 0002\)"):
         opened(cut)
+    with tarfile.open(tmp_path / "whole.tar") as archive:
+        inside = archive.getmember("0001.txt").offset_data + 4
+    cut.write_bytes(whole[:inside])
+    with pytest.raises(ValueError, match=r"last good key: 0000"):
+        opened(cut)
     damaged = bytearray(whole)
-    damaged[1536 * 2 + 100] ^= 255
+    damaged[inside - 400] ^= 255  # in the header before it
     cut.write_bytes(damaged)
     with pytest.raises(ValueError, match=r"cut off or damaged at byte \d+ \(last good key: 0000\)"):
         opened(cut)
