@@ -1,0 +1,1 @@
+"""Latents <-> pixels: the deep-compression autoencoder and its reconstruction loss."""

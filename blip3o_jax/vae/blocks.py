@@ -1,0 +1,214 @@
+"""The blocks of the deep-compression autoencoder (DC-AE, arXiv 2410.10733), as in `diffusers.AutoencoderDC`.
+
+Two residual blocks work at one resolution (`ResBlock`, `EfficientVitBlock`); `DownBlock` and `UpBlock` change it by 2 and
+carry a shortcut without parameters that moves pixels into channels and back.
+
+Shape suffixes: B batch, H height, W width, C channels, N pixels (H * W), G groups of q, k, v (heads x scales), K head size.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from blip3o_jax import nn
+
+NORM_EPS = 1e-5
+ATTENTION_EPS = 1e-15
+
+
+def pixel_unshuffle(x_BHWC: jax.Array) -> jax.Array:
+    """[B, H, W, C] -> [B, H/2, W/2, 4 C], channel c * 4 + dy * 2 + dx: `torch.nn.functional.pixel_unshuffle` by 2."""
+    batch, height, width, channels = x_BHWC.shape
+    x = x_BHWC.reshape(batch, height // 2, 2, width // 2, 2, channels)
+    return x.transpose(0, 1, 3, 5, 2, 4).reshape(batch, height // 2, width // 2, 4 * channels)
+
+
+def pixel_shuffle(x_BHWC: jax.Array) -> jax.Array:
+    """[B, H, W, 4 C] -> [B, 2 H, 2 W, C], the inverse of `pixel_unshuffle`."""
+    batch, height, width, channels = x_BHWC.shape
+    x = x_BHWC.reshape(batch, height, width, channels // 4, 2, 2)
+    return x.transpose(0, 1, 4, 2, 5, 3).reshape(batch, 2 * height, 2 * width, channels // 4)
+
+
+def average_channels(x_BHWC: jax.Array, channels: int) -> jax.Array:
+    """The mean of each run of consecutive channels, so many that `channels` are left."""
+    return x_BHWC.reshape(*x_BHWC.shape[:3], channels, -1).mean(-1)
+
+
+def repeat_channels(x_BHWC: jax.Array, channels: int) -> jax.Array:
+    """Each channel several times in a row, so often that there are `channels`."""
+    return jnp.repeat(x_BHWC, channels // x_BHWC.shape[-1], axis=-1)
+
+
+def nearest_upsample(x_BHWC: jax.Array) -> jax.Array:
+    """Every pixel as a square of 2 x 2."""
+    return jnp.repeat(jnp.repeat(x_BHWC, 2, axis=1), 2, axis=2)
+
+
+def constrain(x_BHWC: jax.Array) -> jax.Array:
+    return nn.constrain(x_BHWC, "batch", "height", "width", "channels")
+
+
+class ResBlock(nnx.Module):
+    """x + norm(conv(silu(conv(x)))), both convolutions 3 x 3."""
+
+    def __init__(self, channels: int, *, rngs: nnx.Rngs, dtype: Any, param_dtype: Any):
+        types = {"dtype": dtype, "param_dtype": param_dtype}
+        self.conv1 = nn.Conv(channels, channels, 3, padding=1, rngs=rngs, **types)
+        self.conv2 = nn.Conv(channels, channels, 3, padding=1, bias=False, rngs=rngs, **types)
+        self.norm = nn.RMSNorm(channels, eps=NORM_EPS, bias=True, rngs=rngs, param_dtype=param_dtype)
+
+    def __call__(self, x_BHWC: jax.Array) -> jax.Array:
+        with jax.named_scope("res_block"):
+            return constrain(x_BHWC + self.norm(self.conv2(jax.nn.silu(self.conv1(x_BHWC)))))
+
+
+class MultiscaleProjection(nnx.Module):
+    """Gathers q, k and v over a neighbourhood: a depthwise convolution, then a 1 x 1 one within each head's q, k or v."""
+
+    def __init__(self, channels: int, groups: int, kernel_size: int, *, rngs: nnx.Rngs, dtype: Any, param_dtype: Any):
+        types = {"bias": False, "rngs": rngs, "dtype": dtype, "param_dtype": param_dtype}
+        self.proj_in = nn.DepthwiseConv(channels, kernel_size, **types)
+        self.proj_out = nn.Conv(channels, channels, 1, groups=groups, axes=(None, "conv_out"), **types)
+
+    def __call__(self, x_BHWC: jax.Array) -> jax.Array:
+        return self.proj_out(self.proj_in(x_BHWC))
+
+
+def relu_attention(q_BNGK: jax.Array, k_BNGK: jax.Array, v_BNGK: jax.Array) -> jax.Array:
+    """Attention whose weights are relu(q) . relu(k), normalised over the keys; no softmax, so that the sum over keys can be
+    taken first. That costs N K^2 a head instead of N^2 K, which is the smaller unless N <= K; the library class switches
+    between the two there, in float32 for the former, and so does this."""
+    q_BNGK, k_BNGK = jax.nn.relu(q_BNGK), jax.nn.relu(k_BNGK)
+    if q_BNGK.shape[1] <= q_BNGK.shape[-1]:
+        scores_BGNM = jnp.einsum("bngk,bmgk->bgnm", q_BNGK, k_BNGK).astype(jnp.float32)
+        weights_BGNM = scores_BGNM / (scores_BGNM.sum(-1, keepdims=True) + ATTENTION_EPS)
+        return jnp.einsum("bgnm,bmgk->bngk", weights_BGNM.astype(v_BNGK.dtype), v_BNGK)
+    q, k, v = (x.astype(jnp.float32) for x in (q_BNGK, k_BNGK, v_BNGK))
+    # Sums over all pixels that are divided by each other: not in the bfloat16 passes TPUs take by default.
+    exact = jax.lax.Precision.HIGHEST
+    states_BGKV = jnp.einsum("bngk,bngv->bgkv", k, v, precision=exact)
+    numerator_BNGK = jnp.einsum("bngk,bgkv->bngv", q, states_BGKV, precision=exact)
+    denominator_BNG = jnp.einsum("bngk,bgk->bng", q, k.sum(1), precision=exact)
+    return (numerator_BNGK / (denominator_BNG[..., None] + ATTENTION_EPS)).astype(q_BNGK.dtype)
+
+
+class MultiscaleAttention(nnx.Module):
+    """x + norm(project(attention)) over all pixels, with q, k, v at several scales: `SanaMultiscaleLinearAttention`."""
+
+    def __init__(self, channels: int, head_dim: int, scales: tuple[int, ...], *, rngs: nnx.Rngs, dtype: Any, param_dtype: Any):
+        types = {"rngs": rngs, "dtype": dtype, "param_dtype": param_dtype}
+        heads = channels // head_dim
+        inner, axes = heads * head_dim, ("conv_in", "conv_out")
+        self.to_q = nn.Linear(channels, inner, axes, bias=False, **types)
+        self.to_k = nn.Linear(channels, inner, axes, bias=False, **types)
+        self.to_v = nn.Linear(channels, inner, axes, bias=False, **types)
+        self.scales = nnx.List([MultiscaleProjection(3 * inner, 3 * heads, size, **types) for size in scales])
+        self.to_out = nn.Linear(inner * (1 + len(scales)), channels, axes, bias=False, **types)
+        self.norm = nn.RMSNorm(channels, eps=NORM_EPS, bias=True, rngs=rngs, param_dtype=param_dtype)
+        self.head_dim = head_dim
+
+    def __call__(self, x_BHWC: jax.Array) -> jax.Array:
+        batch, height, width, _ = x_BHWC.shape
+        qkv_BHWC = jnp.concatenate([self.to_q(x_BHWC), self.to_k(x_BHWC), self.to_v(x_BHWC)], axis=-1)
+        qkv_BHWC = jnp.concatenate([qkv_BHWC, *(project(qkv_BHWC) for project in self.scales)], axis=-1)
+        # Every 3 * head_dim channels in a row are taken for one head's q, k, v, although q, k and v of all heads were laid
+        # end to end: so the published weights were trained.
+        qkv_BNGK = qkv_BHWC.reshape(batch, height * width, -1, 3 * self.head_dim)
+        y_BNGK = relu_attention(*jnp.split(qkv_BNGK, 3, axis=-1))
+        return constrain(x_BHWC + self.norm(self.to_out(y_BNGK.reshape(batch, height, width, -1))))
+
+
+class GluConv(nnx.Module):
+    """x + norm(project(a * silu(b))), where a and b are the halves of depthwise(silu(expand(x))), 4 times as wide each:
+    `GLUMBConv`."""
+
+    def __init__(self, channels: int, *, rngs: nnx.Rngs, dtype: Any, param_dtype: Any):
+        types = {"rngs": rngs, "dtype": dtype, "param_dtype": param_dtype}
+        axes = ("conv_in", "conv_out")
+        self.expand = nn.Linear(channels, 8 * channels, axes, **types)
+        self.depthwise = nn.DepthwiseConv(8 * channels, 3, **types)
+        self.project = nn.Linear(4 * channels, channels, axes, bias=False, **types)
+        self.norm = nn.RMSNorm(channels, eps=NORM_EPS, bias=True, rngs=rngs, param_dtype=param_dtype)
+
+    def __call__(self, x_BHWC: jax.Array) -> jax.Array:
+        a_BHWC, b_BHWC = jnp.split(self.depthwise(jax.nn.silu(self.expand(x_BHWC))), 2, axis=-1)
+        return constrain(x_BHWC + self.norm(self.project(a_BHWC * jax.nn.silu(b_BHWC))))
+
+
+class EfficientVitBlock(nnx.Module):
+    """Multi-scale attention over all pixels, then a gated convolution."""
+
+    def __init__(self, channels: int, head_dim: int, scales: tuple[int, ...], *, rngs: nnx.Rngs, dtype: Any, param_dtype: Any):
+        types = {"rngs": rngs, "dtype": dtype, "param_dtype": param_dtype}
+        self.attention = MultiscaleAttention(channels, head_dim, scales, **types)
+        self.glu = GluConv(channels, **types)
+
+    def __call__(self, x_BHWC: jax.Array) -> jax.Array:
+        with jax.named_scope("efficient_vit_block"):
+            return self.glu(self.attention(x_BHWC))
+
+
+class DownBlock(nnx.Module):
+    """[B, H, W, c_in] -> [B, H/2, W/2, c_out]: `DCDownBlock2d`. The convolution either has stride 2 ("Conv") or is followed
+    by a pixel unshuffle; the shortcut is the pixel-unshuffled input, its channels averaged in runs."""
+
+    def __init__(self, c_in: int, c_out: int, kind: str, *, shortcut: bool, rngs: nnx.Rngs, dtype: Any, param_dtype: Any):
+        self.unshuffle, self.shortcut, self.c_out = kind == "pixel_unshuffle", shortcut, c_out
+        width, stride = (c_out // 4, 1) if self.unshuffle else (c_out, 2)
+        self.conv = nn.Conv(c_in, width, 3, stride=stride, padding=1, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+
+    def __call__(self, x_BHWC: jax.Array) -> jax.Array:
+        with jax.named_scope("down_block"):
+            y_BHWC = self.conv(x_BHWC)
+            y_BHWC = pixel_unshuffle(y_BHWC) if self.unshuffle else y_BHWC
+            if self.shortcut:
+                y_BHWC = y_BHWC + average_channels(pixel_unshuffle(x_BHWC), self.c_out)
+            return constrain(y_BHWC)
+
+
+class UpBlock(nnx.Module):
+    """[B, H, W, c_in] -> [B, 2 H, 2 W, c_out]: `DCUpBlock2d`. The convolution either follows a nearest-neighbour upsampling
+    ("interpolate") or is followed by a pixel shuffle; the shortcut is the pixel-shuffled input, its channels repeated."""
+
+    def __init__(self, c_in: int, c_out: int, kind: str, *, shortcut: bool, rngs: nnx.Rngs, dtype: Any, param_dtype: Any):
+        self.interpolate, self.shortcut, self.c_out = kind == "interpolate", shortcut, c_out
+        width = c_out if self.interpolate else 4 * c_out
+        self.conv = nn.Conv(c_in, width, 3, padding=1, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+
+    def __call__(self, x_BHWC: jax.Array) -> jax.Array:
+        with jax.named_scope("up_block"):
+            y_BHWC = self.conv(nearest_upsample(x_BHWC)) if self.interpolate else pixel_shuffle(self.conv(x_BHWC))
+            if self.shortcut:
+                y_BHWC = y_BHWC + pixel_shuffle(repeat_channels(x_BHWC, 4 * self.c_out))
+            return constrain(y_BHWC)
+
+
+def stage_blocks(
+    kind: str,
+    count: int,
+    channels: int,
+    head_dim: int,
+    scales: tuple[int, ...],
+    *,
+    rngs: nnx.Rngs,
+    dtype: Any,
+    param_dtype: Any,
+) -> nnx.Module | None:
+    """The `count` blocks of one stage, stacked; None when there are none."""
+
+    def make(rngs: nnx.Rngs) -> nnx.Module:
+        if kind == "ResBlock":
+            return ResBlock(channels, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+        return EfficientVitBlock(channels, head_dim, scales, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+
+    return nn.stack(make, count, rngs) if count else None
+
+
+def run_blocks(blocks: nnx.Module | None, x_BHWC: jax.Array, *, remat: str) -> jax.Array:
+    """Stacked blocks in order."""
+    if blocks is None:
+        return x_BHWC
+    return nn.scan(blocks, lambda block, x_BHWC, _: (block(x_BHWC), None), x_BHWC, remat=remat)[0]

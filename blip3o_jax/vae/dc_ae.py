@@ -1,0 +1,157 @@
+"""The deep-compression autoencoder (DC-AE): images <-> latents 2^(stages - 1) times smaller a side.
+
+The same numbers as `diffusers.AutoencoderDC` (NHWC here, NCHW there). Latents are raw: the caller applies `scaling_factor`.
+The blocks of a stage are stacked and scanned, so that the time to compile does not grow with depth.
+
+Shape suffixes: B batch, H height, W width, C channels.
+"""
+
+from typing import Any
+
+import jax
+from flax import nnx
+
+from blip3o_jax import nn
+from blip3o_jax.config import DcAeConfig, check, check_choice
+from blip3o_jax.vae import blocks
+from blip3o_jax.vae.blocks import NORM_EPS, DownBlock, UpBlock
+
+
+class Stage(nnx.Module):
+    """The blocks of one resolution and the step to the next one (encoder: `resample` after them; decoder: before)."""
+
+    def __init__(self, stacked: nnx.Module | None, resample: nnx.Module | None):
+        self.blocks = stacked
+        self.resample = resample
+
+
+class Encoder(nnx.Module):
+    def __init__(self, cfg: DcAeConfig, *, rngs: nnx.Rngs):
+        types: dict[str, Any] = {"rngs": rngs, "dtype": cfg.dtype, "param_dtype": cfg.param_dtype}
+        channels, layers = cfg.encoder_block_out_channels, cfg.encoder_layers_per_block
+        kind, last = cfg.downsample_block_type, len(channels) - 1
+        if layers[0]:
+            self.conv_in = nn.Conv(cfg.in_channels, channels[0], 3, padding=1, **types)
+        else:
+            self.conv_in = DownBlock(cfg.in_channels, channels[1], kind, shortcut=False, **types)
+        self.stages = nnx.List()
+        for i, (name, scales) in enumerate(zip(cfg.encoder_block_types, cfg.encoder_qkv_multiscales, strict=True)):
+            stacked = blocks.stage_blocks(name, layers[i], channels[i], cfg.attention_head_dim, scales, **types)
+            step = i < last and layers[i] > 0
+            down = DownBlock(channels[i], channels[i + 1], kind, shortcut=True, **types) if step else None
+            self.stages.append(Stage(stacked, down))
+        self.conv_out = nn.Conv(channels[-1], cfg.latent_channels, 3, padding=1, **types)
+        self.latent_channels, self.remat = cfg.latent_channels, cfg.remat
+
+    def __call__(self, x_BHWC: jax.Array) -> jax.Array:
+        h_BHWC = self.conv_in(x_BHWC)
+        for i, stage in enumerate(self.stages):
+            with jax.named_scope(f"encoder_stage_{i}"):
+                h_BHWC = blocks.run_blocks(stage.blocks, h_BHWC, remat=self.remat)
+                h_BHWC = h_BHWC if stage.resample is None else stage.resample(h_BHWC)
+        return self.conv_out(h_BHWC) + blocks.average_channels(h_BHWC, self.latent_channels)
+
+
+class Decoder(nnx.Module):
+    """`stages` are numbered as the encoder's, finest first, and run from the last to the first."""
+
+    def __init__(self, cfg: DcAeConfig, *, rngs: nnx.Rngs):
+        types: dict[str, Any] = {"rngs": rngs, "dtype": cfg.dtype, "param_dtype": cfg.param_dtype}
+        channels, layers = cfg.decoder_block_out_channels, cfg.decoder_layers_per_block
+        kind, last = cfg.upsample_block_type, len(channels) - 1
+        self.conv_in = nn.Conv(cfg.latent_channels, channels[-1], 3, padding=1, **types)
+        self.stages = nnx.List()
+        for i, (name, scales) in enumerate(zip(cfg.decoder_block_types, cfg.decoder_qkv_multiscales, strict=True)):
+            step = i < last and layers[i] > 0
+            up = UpBlock(channels[i + 1], channels[i], kind, shortcut=True, **types) if step else None
+            stacked = blocks.stage_blocks(name, layers[i], channels[i], cfg.attention_head_dim, scales, **types)
+            self.stages.append(Stage(stacked, up))
+        width = channels[0] if layers[0] else channels[1]
+        self.norm_out = nn.RMSNorm(width, eps=NORM_EPS, bias=True, rngs=rngs, param_dtype=cfg.param_dtype)
+        if layers[0]:
+            self.conv_out = nn.Conv(width, cfg.in_channels, 3, padding=1, **types)
+        else:
+            self.conv_out = UpBlock(width, cfg.in_channels, kind, shortcut=False, **types)
+        self.width_in, self.remat = channels[-1], cfg.remat
+
+    def __call__(self, z_BHWC: jax.Array) -> jax.Array:
+        h_BHWC = self.conv_in(z_BHWC)
+        h_BHWC = h_BHWC + blocks.repeat_channels(z_BHWC.astype(h_BHWC.dtype), self.width_in)
+        for i, stage in reversed(list(enumerate(self.stages))):
+            with jax.named_scope(f"decoder_stage_{i}"):
+                h_BHWC = h_BHWC if stage.resample is None else stage.resample(h_BHWC)
+                h_BHWC = blocks.run_blocks(stage.blocks, h_BHWC, remat=self.remat)
+        return self.conv_out(jax.nn.relu(self.norm_out(h_BHWC)))
+
+
+class DcAe(nnx.Module):
+    """`diffusers.AutoencoderDC`."""
+
+    def __init__(self, cfg: DcAeConfig, *, rngs: nnx.Rngs):
+        """Raises ConfigError for what the library class does not allow, or this one does not do."""
+        check_config(cfg)
+        self.encoder = Encoder(cfg, rngs=rngs)
+        self.decoder = Decoder(cfg, rngs=rngs)
+        self.cfg = cfg
+
+    def encode(self, x_BHWC: jax.Array) -> jax.Array:
+        """Images [B, H, W, 3] in [-1, 1] -> raw latents [B, H/f, W/f, latent_channels], f = `spatial_compression`.
+
+        Raises ValueError when H or W is not a multiple of f.
+        """
+        factor = self.cfg.spatial_compression
+        height, width = x_BHWC.shape[1:3]
+        if height % factor or width % factor:
+            near = " x ".join(str(max(1, round(side / factor)) * factor) for side in (height, width))
+            raise ValueError(
+                f"the autoencoder cannot encode an image of {height} x {width} pixels: height and width must be multiples of "
+                f"{factor}; {near} would do"
+            )
+        return self.encoder(x_BHWC)
+
+    def decode(self, z_BHWC: jax.Array) -> jax.Array:
+        """Raw latents [B, H, W, latent_channels] -> images [B, f H, f W, 3], about in [-1, 1] and not clipped."""
+        return self.decoder(z_BHWC)
+
+
+def check_config(cfg: DcAeConfig) -> None:
+    """Raises ConfigError that names the field for settings no autoencoder can be built from."""
+    check_choice("vae.downsample_block_type", cfg.downsample_block_type, ("Conv", "pixel_unshuffle"))
+    check_choice("vae.upsample_block_type", cfg.upsample_block_type, ("interpolate", "pixel_shuffle"))
+    check_choice("vae.decoder_norm_types", cfg.decoder_norm_types, ("rms_norm",))
+    check_choice("vae.decoder_act_fns", cfg.decoder_act_fns, ("silu",))
+    stages = len(cfg.encoder_block_out_channels)
+    check(stages >= 2, f"vae.encoder_block_out_channels={cfg.encoder_block_out_channels} must name 2 stages or more")
+    for side in ("encoder", "decoder"):
+        names = ("block_types", "block_out_channels", "layers_per_block", "qkv_multiscales")
+        kinds, channels, layers, scales = (getattr(cfg, f"{side}_{name}") for name in names)
+        for name, values in zip(names, (kinds, channels, layers, scales), strict=True):
+            check(len(values) == stages, f"vae.{side}_{name} has {len(values)} entries, one for each of {stages} stages needed")
+        check(
+            all(layers[1:-1]),
+            f"vae.{side}_layers_per_block={layers}: only the first and the last stage may be empty",
+        )
+        for i, kind in enumerate(kinds):
+            check_choice(f"vae.{side}_block_types[{i}]", kind, ("ResBlock", "EfficientViTBlock"))
+            check(all(size % 2 for size in scales[i]), f"vae.{side}_qkv_multiscales[{i}]={scales[i]} must be odd kernel sizes")
+            if kind == "EfficientViTBlock":
+                least, field = cfg.attention_head_dim, f"vae.{side}_block_out_channels[{i}]"
+                check(channels[i] >= least, f"{field}={channels[i]} must be at least vae.attention_head_dim={least}")
+        _check_channels(cfg, side, channels, layers)
+
+
+def _check_channels(cfg: DcAeConfig, side: str, channels: tuple[int, ...], layers: tuple[int, ...]) -> None:
+    """The shortcuts average or repeat whole runs of channels."""
+    field = f"vae.{side}_block_out_channels={channels}"
+    first = 0 if layers[0] else 1
+    for fine, coarse in zip(channels[first:], channels[first + 1 :], strict=False):
+        check(4 * fine % coarse == 0, f"{field}: 4 x {fine} must be a multiple of the next stage's {coarse}")
+    check(
+        channels[-1] % cfg.latent_channels == 0,
+        f"{field}: the last must be a multiple of vae.latent_channels={cfg.latent_channels}",
+    )
+    if side == "encoder" and cfg.downsample_block_type == "pixel_unshuffle":
+        check(
+            all(c % 4 == 0 for c in channels[1:]),
+            f"{field}: with pixel_unshuffle every stage after the first needs multiples of 4",
+        )

@@ -1,0 +1,175 @@
+"""The autoencoder against `diffusers.AutoencoderDC`: values, gradients, parameter counts; and what it refuses."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+
+from blip3o_jax import config
+from blip3o_jax.vae.dc_ae import DcAe
+from tests.conftest import relative_error
+from tests.vae import torch_weights
+
+# 8x smaller, both kinds of block, both resampling kinds of the published f32c32. Stages of 2 blocks, so that their order
+# counts; none, one and two extra scales; channels that stay, double or are averaged; heads of 10 in 24 channels, of which the
+# library leaves the last 4 out.
+F8 = config.DcAeConfig(
+    latent_channels=4,
+    attention_head_dim=10,
+    encoder_block_types=("ResBlock", "ResBlock", "EfficientViTBlock", "EfficientViTBlock"),
+    decoder_block_types=("ResBlock", "ResBlock", "EfficientViTBlock", "EfficientViTBlock"),
+    encoder_block_out_channels=(6, 12, 12, 24),
+    decoder_block_out_channels=(6, 12, 12, 24),
+    encoder_layers_per_block=(1, 2, 1, 2),
+    decoder_layers_per_block=(2, 1, 2, 1),
+    encoder_qkv_multiscales=((), (), (), (5,)),
+    decoder_qkv_multiscales=((), (), (3,), (3, 5)),
+    dtype="float32",
+)
+# The library's default resampling kinds, and outermost stages without blocks.
+SHUFFLED = dataclasses.replace(
+    F8,
+    encoder_block_out_channels=(8, 12, 12, 24),
+    encoder_layers_per_block=(0, 2, 1, 1),
+    decoder_layers_per_block=(0, 1, 1, 1),
+    upsample_block_type="pixel_shuffle",
+    downsample_block_type="pixel_unshuffle",
+)
+CONFIGS = {"f8": F8, "shuffled": SHUFFLED}
+# The stages with attention see 4 x 8 = 32 and 2 x 4 = 8 pixels, more and fewer than the heads' 10: both of its forms.
+HEIGHT, WIDTH = 16, 32
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def pair(request):
+    """(torch model, model here) with the same random weights."""
+    theirs = torch_weights.torch_model(CONFIGS[request.param])
+    return theirs, torch_weights.jax_model(theirs, CONFIGS[request.param])
+
+
+def nchw(x_BHWC) -> torch.Tensor:
+    return torch.from_numpy(np.asarray(x_BHWC)).movedim(-1, 1)
+
+
+def test_values_and_gradients_equal_torch(pair, rng):
+    """float32; the sums over channels and pixels run in another order: 1e-5 for values, 1e-4 for gradients."""
+    theirs, model = pair
+    x_BHWC = rng.uniform(-1, 1, (2, HEIGHT, WIDTH, 3)).astype(np.float32)
+    weights_BHWC = rng.normal(size=x_BHWC.shape).astype(np.float32)
+    z_torch = theirs.encode(nchw(x_BHWC)).latent
+    y_torch = theirs.decode(z_torch).sample
+    (y_torch * nchw(weights_BHWC)).sum().backward()
+
+    graphdef, state = nnx.split(model)
+
+    def loss(state):
+        model = nnx.merge(graphdef, state)
+        z_BHWC = model.encode(x_BHWC)
+        y_BHWC = model.decode(z_BHWC)
+        return (y_BHWC * weights_BHWC).sum(), (z_BHWC, y_BHWC)
+
+    gradients, (z_BHWC, y_BHWC) = jax.jit(jax.grad(loss, has_aux=True))(state)
+    assert z_BHWC.shape == (2, HEIGHT // 8, WIDTH // 8, 4)
+    assert relative_error(z_BHWC, z_torch.movedim(1, -1).detach()) < 1e-5
+    assert relative_error(y_BHWC, y_torch.movedim(1, -1).detach()) < 1e-5
+    want = torch_weights.convert({name: p.grad for name, p in theirs.named_parameters()})
+    got = torch_weights.flat(gradients)
+    assert got.keys() == want.keys()
+    for path, gradient in want.items():
+        assert relative_error(got[path], gradient) < 1e-4, path
+
+
+def test_published_sizes_count():
+    """The default config is the published f32c32 autoencoder of SANA 1.5: as many parameters as the library's."""
+    cfg = config.DcAeConfig()
+    with torch.device("meta"):
+        want = {name: p.numel() for name, p in torch_weights.torch_class(cfg).named_parameters()}
+    model = nnx.eval_shape(lambda: DcAe(cfg, rngs=nnx.Rngs(0)))
+    for part in ("encoder", "decoder"):
+        sizes = [math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(getattr(model, part)))]
+        assert sum(sizes) == sum(count for name, count in want.items() if name.startswith(part))
+
+
+@pytest.mark.parametrize("remat", ["full", "dots"])
+def test_remat_changes_nothing(remat, rng):
+    """The same gradients whatever the backward pass keeps; float32 sums may be fused differently, hence 1e-6."""
+    x_BHWC = jnp.asarray(rng.uniform(-1, 1, (1, 8, 8, 3)), jnp.float32)
+    small = dataclasses.replace(
+        F8,
+        encoder_block_types=("ResBlock", "EfficientViTBlock"),
+        decoder_block_types=("ResBlock", "EfficientViTBlock"),
+        encoder_block_out_channels=(6, 12),
+        decoder_block_out_channels=(6, 12),
+        encoder_layers_per_block=(1, 2),
+        decoder_layers_per_block=(1, 2),
+        encoder_qkv_multiscales=((), (3,)),
+        decoder_qkv_multiscales=((), (3,)),
+    )
+
+    def gradients(cfg):
+        graphdef, state = nnx.split(DcAe(cfg, rngs=nnx.Rngs(0)))
+        step = jax.grad(lambda state: (nnx.merge(graphdef, state).decode(nnx.merge(graphdef, state).encode(x_BHWC)) ** 2).sum())
+        return str(jax.make_jaxpr(step)(state)), torch_weights.flat(jax.jit(step)(state))
+
+    (_, want), (jaxpr, got) = gradients(small), gradients(dataclasses.replace(small, remat=remat))
+    assert "checkpoint" in jaxpr or "remat" in jaxpr
+    for path, gradient in want.items():
+        assert relative_error(got[path], gradient) < 1e-6, path
+
+
+def test_compile_does_not_grow_with_depth():
+    """A stage of 2 blocks and one of 6 trace to programs of the same length."""
+
+    def length(layers):
+        cfg = dataclasses.replace(F8, encoder_layers_per_block=(layers,) * 4)
+        graphdef, state = nnx.split(nnx.eval_shape(lambda: DcAe(cfg, rngs=nnx.Rngs(0))))
+        x_BHWC = jax.ShapeDtypeStruct((1, HEIGHT, WIDTH, 3), jnp.float32)
+        return len(str(jax.make_jaxpr(lambda state, x: nnx.merge(graphdef, state).encode(x))(state, x_BHWC)).splitlines())
+
+    assert length(2) == length(6)
+
+
+def test_bfloat16_stays_close(pair, rng):
+    """bfloat16 compute: bfloat16 out, and within its precision through some 20 layers."""
+    _, model = pair
+    x_BHWC = jnp.asarray(rng.uniform(-1, 1, (1, HEIGHT, WIDTH, 3)), jnp.float32)
+    halved = nnx.merge(
+        nnx.graphdef(nnx.eval_shape(lambda: DcAe(dataclasses.replace(model.cfg, dtype="bfloat16"), rngs=nnx.Rngs(0)))),
+        nnx.state(model),
+    )
+    encode = jax.jit(lambda model, x_BHWC: model.encode(x_BHWC))
+    assert encode(halved, x_BHWC).dtype == jnp.bfloat16
+    assert relative_error(encode(halved, x_BHWC).astype(jnp.float32), encode(model, x_BHWC)) < 0.05
+
+
+def test_refuses_a_size_that_does_not_divide():
+    model = nnx.eval_shape(lambda: DcAe(F8, rngs=nnx.Rngs(0)))
+    with pytest.raises(ValueError, match=r"20 x 33 pixels.*multiples of 8; 16 x 32 would do"):
+        model.encode(jnp.zeros((1, 20, 33, 3)))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"upsample_block_type": "bilinear"}, "vae.upsample_block_type='bilinear' is not one of interpolate, pixel_shuffle"),
+        ({"downsample_block_type": "max"}, "vae.downsample_block_type='max'"),
+        ({"decoder_norm_types": "batch_norm"}, "vae.decoder_norm_types='batch_norm'"),
+        ({"decoder_act_fns": "relu6"}, "vae.decoder_act_fns='relu6'"),
+        ({"encoder_layers_per_block": (1, 2, 3)}, "vae.encoder_layers_per_block has 3 entries"),
+        ({"decoder_layers_per_block": (1, 0, 1, 1)}, "only the first and the last stage may be empty"),
+        ({"encoder_block_types": ("ResBlock",) * 3 + ("Block",)}, r"vae.encoder_block_types\[3\]='Block'"),
+        ({"encoder_qkv_multiscales": ((), (), (), (4,))}, "must be odd"),
+        ({"attention_head_dim": 32}, r"vae.encoder_block_out_channels\[2\]=12 must be at least vae.attention_head_dim=32"),
+        ({"encoder_block_out_channels": (6, 12, 12, 20)}, "4 x 12 must be a multiple of the next stage's 20"),
+        ({"latent_channels": 5}, "the last must be a multiple of vae.latent_channels=5"),
+        ({"downsample_block_type": "pixel_unshuffle", "encoder_block_out_channels": (6, 6, 12, 24)}, "multiples of 4"),
+    ],
+)
+def test_refuses_settings_that_cannot_work(change, message):
+    with pytest.raises(config.ConfigError, match=message):
+        DcAe(dataclasses.replace(F8, **change), rngs=nnx.Rngs(0))
