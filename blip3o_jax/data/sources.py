@@ -305,7 +305,8 @@ class ParquetSource(Source):
 
 def _tfds_directories(path: pathlib.Path) -> list[pathlib.Path]:
     """The directories at or up to three levels below (name/config/version) that a TFDS builder has filled."""
-    return sorted(found.parent for depth in range(4) for found in path.glob("*/" * depth + "dataset_info.json"))
+    found = sorted(file.parent for depth in range(4) for file in path.glob("*/" * depth + "dataset_info.json"))
+    return [directory for directory in found if not directory.name.startswith("incomplete.")]  # of a run that was killed
 
 
 class TfdsSource(Source):

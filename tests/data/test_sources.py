@@ -209,6 +209,8 @@ def test_tfds(tmp_path: pathlib.Path) -> None:
 
     Tiny.__module__ = "tiny"  # of no package, or TFDS would look for its files beside the tests
     Tiny(data_dir=str(tmp_path), file_format="array_record").download_and_prepare()
+    (tmp_path / "tiny/incomplete.X_1.0.0").mkdir()
+    (tmp_path / "tiny/incomplete.X_1.0.0/dataset_info.json").write_text("{}")
     source = opened(tmp_path)
     check_records(source)
     assert {source[i].key for i in range(COUNT)} == {f"k{i}" for i in range(COUNT)}
