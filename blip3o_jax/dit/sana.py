@@ -1,0 +1,238 @@
+"""SANA, a linear-attention diffusion transformer (arXiv 2410.10629, 2501.18427): `diffusers.SanaTransformer2DModel`.
+
+`SanaTransformer.prepare` turns the condition into every layer's cross-attention keys and values, which do not depend on the
+latents or the timestep, so that a sampler computes them once; `velocity` is the rest. Tokens carry no position embedding: the
+zero padding of the depthwise convolutions tells them where they are, so any H x W will do.
+
+B batch, H W latent height and width, C channels, P patch side, N = H W / P^2 latent tokens, T condition tokens, D width,
+A attention heads, K head size, F width of the feed-forward, Y layers (stacked).
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from blip3o_jax import nn
+from blip3o_jax.config import SanaConfig
+from blip3o_jax.dit.linear_attention import LinearAttention, across_heads_norm, normalised
+
+TIME_CHANNELS = 256
+# The initialiser of the time embedding in PixArt and SANA: modulations start near zero, so each block's gated branches do too.
+TIME_INIT = nn.normal(0.02)
+# Start at velocity 0, the mean of the target, as a zero initialisation would, but small instead of zero: gradients then reach
+# everything below from the first step on, also where proj_out itself is frozen.
+OUTPUT_INIT = nn.normal(1e-3)
+
+
+class Context(NamedTuple):
+    """The condition as every layer's cross-attention keys (already normed) and values. A batch of 1 serves every row."""
+
+    k_YBTAK: jax.Array
+    v_YBTAK: jax.Array
+    mask_BT: jax.Array | None  # True where there is a token; None: everywhere
+
+
+class CrossAttention(nnx.Module):
+    """Softmax attention from latent tokens to condition tokens, q and k normalised over all heads together."""
+
+    def __init__(self, cfg: SanaConfig, *, rngs: nnx.Rngs):
+        d, types = cfg.hidden_size, {"dtype": cfg.dtype, "param_dtype": cfg.param_dtype}
+        self.head_dim = cfg.cross_attention_head_dim
+        self.q = nn.Linear(d, d, ("embed", "heads"), rngs=rngs, **types)
+        self.k = nn.Linear(d, d, ("embed", "heads"), rngs=rngs, **types)
+        self.v = nn.Linear(d, d, ("embed", "heads"), rngs=rngs, **types)
+        self.o = nn.Linear(d, d, ("heads", "embed"), rngs=rngs, **types)
+        self.q_norm = across_heads_norm(cfg, rngs)
+        self.k_norm = across_heads_norm(cfg, rngs)
+
+    def keys_values(self, condition_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """k and v, [B, T, A, K] each."""
+        axes = (_rows(condition_BTD), "condition_tokens")
+        k_BTAK = self._heads(normalised(self.k_norm, self.k(condition_BTD)), *axes)
+        return k_BTAK, self._heads(self.v(condition_BTD), *axes)
+
+    def __call__(self, x_BND: jax.Array, k_BTAK: jax.Array, v_BTAK: jax.Array, mask_BT: jax.Array | None) -> jax.Array:
+        if k_BTAK.shape[1] == 1 and mask_BT is None:
+            # Attention over a single token returns its value whatever the query (the null condition in sampling).
+            o_B1D = self.o(v_BTAK.reshape(v_BTAK.shape[0], 1, -1))
+            return jnp.broadcast_to(o_B1D, x_BND.shape)
+        q_BNAK = self._heads(normalised(self.q_norm, self.q(x_BND)), "batch", "latent_tokens")
+        rows = q_BNAK.shape[0]
+        k_BTAK, v_BTAK = (jnp.broadcast_to(y, (rows, *y.shape[1:])) for y in (k_BTAK, v_BTAK))
+        mask_B11T = None if mask_BT is None else jnp.broadcast_to(mask_BT, (rows, mask_BT.shape[1]))[:, None, None, :]
+        o_BNAK = jax.nn.dot_product_attention(q_BNAK, k_BTAK, v_BTAK, mask=mask_B11T)
+        return self.o(o_BNAK.reshape(x_BND.shape))
+
+    def _heads(self, x: jax.Array, rows: str | None, tokens: str) -> jax.Array:
+        return nn.constrain(x.reshape(*x.shape[:2], -1, self.head_dim), rows, tokens, "act_heads", None)
+
+
+class MixFfn(nnx.Module):
+    """Gated feed-forward with a depthwise 3x3 convolution between its projections, which mixes neighbouring tokens."""
+
+    def __init__(self, cfg: SanaConfig, *, rngs: nnx.Rngs):
+        d, f = cfg.hidden_size, int(cfg.mlp_ratio * cfg.hidden_size)
+        types = {"dtype": cfg.dtype, "param_dtype": cfg.param_dtype}
+        self.expand = nn.Linear(d, 2 * f, ("embed", "mlp"), rngs=rngs, **types)
+        self.depthwise = nn.DepthwiseConv(2 * f, 3, rngs=rngs, axis="mlp", **types)
+        self.contract = nn.Linear(f, d, ("mlp", "embed"), rngs=rngs, bias=False, **types)
+
+    def __call__(self, x_BND: jax.Array, grid: tuple[int, int]) -> jax.Array:
+        batch, tokens, _ = x_BND.shape
+        h_BNF = nn.constrain(jax.nn.silu(self.expand(x_BND)), "batch", "latent_tokens", "act_mlp")
+        h_BNF = self.depthwise(h_BNF.reshape(batch, *grid, -1)).reshape(batch, tokens, -1)
+        value_BNF, gate_BNF = jnp.split(h_BNF, 2, axis=-1)
+        return self.contract(nn.constrain(value_BNF * jax.nn.silu(gate_BNF), "batch", "latent_tokens", "act_mlp"))
+
+
+class Block(nnx.Module):
+    """Linear self-attention and feed-forward, modulated and gated by the timestep; plain cross-attention between them."""
+
+    def __init__(self, cfg: SanaConfig, *, rngs: nnx.Rngs):
+        self.self_attention = LinearAttention(cfg, rngs=rngs)
+        self.cross_attention = CrossAttention(cfg, rngs=rngs)
+        self.ffn = MixFfn(cfg, rngs=rngs)
+        self.scale_shift_table = _table(cfg, 6, rngs)
+
+    def __call__(
+        self,
+        x_BND: jax.Array,
+        modulation_B6D: jax.Array,
+        key_value: tuple[jax.Array, jax.Array],
+        mask_BT: jax.Array | None,
+        grid: tuple[int, int],
+    ) -> jax.Array:
+        table_6D = self.scale_shift_table[...].astype(x_BND.dtype)
+        shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(table_6D + modulation_B6D, 6, axis=1)  # [B, 1, D] each
+        with jax.named_scope("self_attention"):
+            x_BND = _stream(x_BND + gate1 * self.self_attention(_modulated(x_BND, shift1, scale1)))
+        with jax.named_scope("cross_attention"):
+            x_BND = _stream(x_BND + self.cross_attention(x_BND, *key_value, mask_BT))
+        with jax.named_scope("ffn"):
+            return _stream(x_BND + gate2 * self.ffn(_modulated(x_BND, shift2, scale2), grid))
+
+
+class TimeEmbedding(nnx.Module):
+    """Timestep -> its embedding, and from that the six modulations that all blocks share."""
+
+    def __init__(self, cfg: SanaConfig, *, rngs: nnx.Rngs):
+        d, types = cfg.hidden_size, {"dtype": cfg.dtype, "param_dtype": cfg.param_dtype, "init": TIME_INIT}
+        self.linear_1 = nn.Linear(TIME_CHANNELS, d, (None, "mlp"), rngs=rngs, **types)
+        self.linear_2 = nn.Linear(d, d, ("mlp", "embed"), rngs=rngs, **types)
+        self.modulation = nn.Linear(d, 6 * d, ("embed", "mlp"), rngs=rngs, **types)
+
+    def __call__(self, timestep_B: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """[B] -> embedding [B, D] and modulations [B, 6, D]."""
+        embedding_BD = self.linear_2(jax.nn.silu(self.linear_1(sinusoid(timestep_B))))
+        return embedding_BD, self.modulation(jax.nn.silu(embedding_BD)).reshape(embedding_BD.shape[0], 6, -1)
+
+
+class CaptionProjection(nnx.Module):
+    """Condition channels -> width, two layers."""
+
+    def __init__(self, cfg: SanaConfig, *, rngs: nnx.Rngs):
+        d, types = cfg.hidden_size, {"dtype": cfg.dtype, "param_dtype": cfg.param_dtype}
+        self.linear_1 = nn.Linear(cfg.caption_channels, d, ("embed", "mlp"), rngs=rngs, **types)
+        self.linear_2 = nn.Linear(d, d, ("mlp", "embed"), rngs=rngs, **types)
+
+    def __call__(self, condition_BTC: jax.Array) -> jax.Array:
+        return self.linear_2(jax.nn.gelu(self.linear_1(condition_BTC), approximate=True))
+
+
+class SanaTransformer(nnx.Module):
+    """Noisy latents, timestep and condition -> velocity.
+
+    Partial training selects parameters by path: the attributes `caption_projection`, `caption_norm`, `patch_embed` and
+    `proj_out` are that interface, and no other path contains these words.
+    """
+
+    def __init__(self, cfg: SanaConfig, *, rngs: nnx.Rngs):
+        self.cfg = cfg
+        d, patch, types = cfg.hidden_size, cfg.patch_size, {"dtype": cfg.dtype, "param_dtype": cfg.param_dtype}
+        self.patch_embed = nn.Conv(cfg.in_channels, d, patch, rngs=rngs, axes=("conv_in", "embed"), stride=patch, **types)
+        self.time_embed = TimeEmbedding(cfg, rngs=rngs)
+        self.caption_projection = CaptionProjection(cfg, rngs=rngs)
+        self.caption_norm = nn.RMSNorm(d, rngs=rngs, eps=1e-5, param_dtype=cfg.param_dtype)
+        self.blocks = nn.stack(lambda rngs: Block(cfg, rngs=rngs), cfg.num_layers, rngs)
+        self.scale_shift_table = _table(cfg, 2, rngs)
+        self.proj_out = nn.Linear(d, patch**2 * cfg.out_channels, ("embed", None), rngs=rngs, init=OUTPUT_INIT, **types)
+
+    def __call__(
+        self,
+        z_BHWC: jax.Array,
+        timestep_B: jax.Array,
+        condition_BTC: jax.Array,
+        condition_mask_BT: jax.Array | None = None,
+    ) -> jax.Array:
+        """Velocity [B, H, W, C] in the compute dtype. `timestep_B` is float, 1000 sigma, in [0, 1000]. The mask is True where
+        there is a condition token; every row needs at least one."""
+        return self.velocity(z_BHWC, timestep_B, self.prepare(condition_BTC, condition_mask_BT))
+
+    def prepare(self, condition_BTC: jax.Array, mask_BT: jax.Array | None = None) -> Context:
+        """All that depends on the condition alone."""
+        with jax.named_scope("condition"):
+            condition_BTD = self.caption_norm(self.caption_projection(condition_BTC))
+            condition_BTD = nn.constrain(condition_BTD, _rows(condition_BTD), "condition_tokens", "act_embed")
+
+            def step(layer: CrossAttention, carry: None, _: None) -> tuple[None, tuple[jax.Array, jax.Array]]:
+                return carry, layer.keys_values(condition_BTD)
+
+            _, (k_YBTAK, v_YBTAK) = nn.scan(self.blocks.cross_attention, step, None, remat=self.cfg.remat)
+        return Context(k_YBTAK, v_YBTAK, mask_BT)
+
+    def velocity(self, z_BHWC: jax.Array, timestep_B: jax.Array, context: Context) -> jax.Array:
+        """Velocity [B, H, W, C] for a prepared condition. ValueError when the patches do not cut H x W evenly."""
+        height, width = z_BHWC.shape[1:3]
+        patch = self.cfg.patch_size
+        if height % patch or width % patch:
+            raise ValueError(f"latents of {height} x {width} are not a multiple of dit.patch_size={patch} on both sides")
+        grid = (height // patch, width // patch)
+        with jax.named_scope("embed"):
+            x_BND = self.patch_embed(z_BHWC).reshape(z_BHWC.shape[0], grid[0] * grid[1], -1)
+            embedding_BD, modulation_B6D = self.time_embed(timestep_B)
+
+        def step(block: Block, x_BND: jax.Array, key_value: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+            return block(x_BND, modulation_B6D, key_value, context.mask_BT, grid), None
+
+        keys_values = (context.k_YBTAK, context.v_YBTAK)
+        x_BND, _ = nn.scan(self.blocks, step, _stream(x_BND), keys_values, remat=self.cfg.remat)
+        with jax.named_scope("output"):
+            table_2D = self.scale_shift_table[...].astype(x_BND.dtype)
+            shift_B1D, scale_B1D = jnp.split(table_2D + embedding_BD[:, None], 2, axis=1)
+            return _unpatched(self.proj_out(_modulated(x_BND, shift_B1D, scale_B1D)), grid, patch)
+
+
+def sinusoid(timestep_B: jax.Array) -> jax.Array:
+    """[B] -> [B, 256], cosines then sines, float32: bfloat16 cannot tell timestep 999 from 1000."""
+    half = TIME_CHANNELS // 2
+    frequencies = (10000.0 ** -(np.arange(half) / half)).astype(np.float32)
+    angles = timestep_B.astype(jnp.float32)[:, None] * frequencies
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+def _modulated(x_BND: jax.Array, shift_B1D: jax.Array, scale_B1D: jax.Array) -> jax.Array:
+    return nn.standardise(x_BND, 1e-6) * (1 + scale_B1D) + shift_B1D
+
+
+def _stream(x_BND: jax.Array) -> jax.Array:
+    return nn.constrain(x_BND, "batch", "latent_tokens", "act_embed")
+
+
+def _rows(condition: jax.Array) -> str | None:
+    """Logical name of the leading dimension: a condition of one row serves the whole batch, so it is not cut up."""
+    return None if condition.shape[0] == 1 else "batch"
+
+
+def _unpatched(x_BNX: jax.Array, grid: tuple[int, int], patch: int) -> jax.Array:
+    """[B, N, P P C] -> [B, H, W, C]."""
+    batch, (rows, columns) = x_BNX.shape[0], grid
+    x = x_BNX.reshape(batch, rows, columns, patch, patch, -1).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(batch, rows * patch, columns * patch, -1)
+
+
+def _table(cfg: SanaConfig, rows: int, rngs: nnx.Rngs) -> nnx.Param:
+    init = nn.normal(cfg.hidden_size**-0.5)
+    return nn.param(rngs, (rows, cfg.hidden_size), (None, "embed"), init, cfg.param_dtype)

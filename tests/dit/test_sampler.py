@@ -1,0 +1,73 @@
+import dataclasses
+
+import diffusers
+import jax
+import numpy as np
+import pytest
+import torch
+
+from blip3o_jax.config import FlowConfig
+from blip3o_jax.dit import sampler
+from tests.conftest import relative_error
+from tests.dit import test_sana, torch_weights
+
+CFG = dataclasses.replace(test_sana.CFG, num_layers=2)
+B, H, W, T, STEPS = 2, 3, 5, 4, 5
+
+
+@pytest.fixture(scope="module")
+def pair():
+    torch_model = torch_weights.torch_model(CFG)
+    return torch_model, torch_weights.jax_model(torch_model, CFG)
+
+
+def torch_sample(model, condition, null, noise, guidance: float, cfg: FlowConfig) -> np.ndarray:
+    """A plain loop of the stock model and scheduler, both branches in one batch, [null, condition]."""
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=cfg.shift)
+    scheduler.set_timesteps(sigmas=np.linspace(1, 1 / STEPS, STEPS))
+    z = torch.tensor(noise).permute(0, 3, 1, 2)
+    both = torch.cat([torch.tensor(null), torch.tensor(condition)])
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            v = model(torch.cat([z, z]), encoder_hidden_states=both, timestep=t.expand(2 * B), return_dict=False)[0]
+            v_null, v_condition = v.chunk(2)
+            z = scheduler.step(v_null + guidance * (v_condition - v_null), t, z).prev_sample
+    return z.permute(0, 2, 3, 1).numpy()
+
+
+def run(dit, condition, null, noise, guidance: float, cfg: FlowConfig) -> jax.Array:
+    sample = jax.jit(lambda *arrays: sampler.sample(dit, *arrays, steps=STEPS, guidance=guidance, flow=cfg))
+    return sample(condition, null, noise)
+
+
+def draw(rng):
+    condition = rng.normal(size=(B, T, CFG.caption_channels)).astype(np.float32)
+    null = np.broadcast_to(rng.normal(size=(1, 1, CFG.caption_channels)).astype(np.float32), condition.shape)
+    return condition, null, rng.normal(size=(B, H, W, CFG.in_channels)).astype(np.float32)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_equals_a_loop_of_stock_model_and_scheduler(pair, shift, rng):
+    torch_model, dit = pair
+    condition, null, noise = draw(rng)
+    cfg = FlowConfig(shift=shift)
+    want = torch_sample(torch_model, condition, null, noise, 2.5, cfg)
+    # The stock loop gets the null condition at all T tokens, the sampler as one token for all rows.
+    assert relative_error(run(dit, condition, null[:1, :1], noise, 2.5, cfg), want) < 1e-5
+    assert np.linalg.norm(want - torch_sample(torch_model, condition, null, noise, 1.0, cfg)) > 0.1 * np.linalg.norm(want)
+
+
+def test_null_condition_of_as_many_rows_and_tokens(pair, rng):
+    torch_model, dit = pair
+    condition, _, noise = draw(rng)
+    null = rng.normal(size=condition.shape).astype(np.float32)
+    want = torch_sample(torch_model, condition, null, noise, 2.5, FlowConfig())
+    assert relative_error(run(dit, condition, null, noise, 2.5, FlowConfig()), want) < 1e-5
+
+
+def test_guidance_of_one_leaves_the_null_branch_out(pair, rng):
+    torch_model, dit = pair
+    condition, null, noise = draw(rng)
+    want = torch_sample(torch_model, condition, null, noise, 1.0, FlowConfig())
+    got = run(dit, condition, np.full_like(null, np.nan), noise, 1.0, FlowConfig())
+    assert relative_error(got, want) < 1e-5
