@@ -14,8 +14,6 @@ over the valid tokens where SigLIP takes the last one: every token gets a gradie
 Shape suffixes: B batch (rows: images, columns: captions), L tokens, D width.
 """
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,13 +22,6 @@ from flax import nnx
 from blip3o_jax import config, nn
 from blip3o_jax.image_tokens.encoder import Encoder, EncoderShape
 from blip3o_jax.image_tokens.simvq import l2_normalise
-
-
-class ContrastiveMetrics(NamedTuple):
-    image_to_text: jax.Array  # share of images whose highest-scoring caption is theirs
-    text_to_image: jax.Array
-    scale: jax.Array
-    bias: jax.Array
 
 
 class TextTower(nnx.Module):
@@ -55,6 +46,10 @@ class TextTower(nnx.Module):
         mean_BD = jnp.einsum("bld,bl->bd", x_BLD, weight_BL) / jnp.maximum(weight_BL.sum(axis=1, keepdims=True), 1.0)
         return self.projection(mean_BD).astype(jnp.float32)
 
+    def scale_and_bias(self) -> tuple[jax.Array, jax.Array]:
+        """The loss's `log_scale` and `bias`."""
+        return self.log_scale[...], self.bias[...]
+
 
 def sinusoids(length: int, dim: int) -> jax.Array:
     """Positions [L, D] of "Attention is all you need" (arXiv 1706.03762, section 3.5), sines then cosines."""
@@ -62,16 +57,15 @@ def sinusoids(length: int, dim: int) -> jax.Array:
     return jnp.asarray(np.pad(np.concatenate([np.sin(angles), np.cos(angles)], axis=1), ((0, 0), (0, dim % 2))), jnp.float32)
 
 
-def same_captions(tokens_BL: jax.Array, mask_BL: jax.Array) -> jax.Array:
-    """[B, B], True where two rows hold the same caption; the diagonal included."""
-    tokens_BL = jnp.where(mask_BL.astype(bool), tokens_BL, -1)
+def same_captions(tokens_BL: jax.Array) -> jax.Array:
+    """[B, B], True where two rows, padded alike, hold the same caption; the diagonal included."""
     return jnp.all(tokens_BL[:, None, :] == tokens_BL[None, :, :], axis=-1)
 
 
 def sigmoid_loss(
     image_BD: jax.Array, text_BD: jax.Array, log_scale: jax.Array, bias: jax.Array, same_BB: jax.Array | None = None
-) -> tuple[jax.Array, ContrastiveMetrics]:
-    """The loss above, in float32, and how often each side finds the other.
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The loss above, in float32, and the shares of images whose highest-scoring caption is theirs and the reverse.
 
     `same_BB` marks pairs whose captions are equal (`same_captions`): off the diagonal they count neither as positives nor as
     negatives, and finding one is finding the right caption.
@@ -83,9 +77,9 @@ def sigmoid_loss(
     terms_BB = jax.nn.log_sigmoid(jnp.where(own_BB, logits_BB, -logits_BB))
     loss = -jnp.sum(jnp.where(same_BB & ~own_BB, 0.0, terms_BB)) / image_BD.shape[0]
     rows = jnp.arange(image_BD.shape[0])
-    return loss, ContrastiveMetrics(
-        image_to_text=jnp.mean(same_BB[rows, jnp.argmax(logits_BB, axis=1)]),
-        text_to_image=jnp.mean(same_BB[jnp.argmax(logits_BB, axis=0), rows]),
-        scale=jnp.exp(log_scale),
-        bias=bias,
-    )
+    return loss, {
+        "image_to_text": jnp.mean(same_BB[rows, jnp.argmax(logits_BB, axis=1)]),
+        "text_to_image": jnp.mean(same_BB[jnp.argmax(logits_BB, axis=0), rows]),
+        "logit_scale": jnp.exp(log_scale),
+        "logit_bias": bias,
+    }

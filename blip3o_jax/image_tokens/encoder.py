@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from blip3o_jax import nn
+from blip3o_jax.config import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,8 +39,8 @@ class EncoderShape:
 
     def __post_init__(self) -> None:
         if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"encoder: hidden_size={self.hidden_size} must be a multiple of num_attention_heads={self.num_attention_heads}"
+            raise ConfigError(
+                f"hidden_size={self.hidden_size} must be a multiple of num_attention_heads={self.num_attention_heads}"
             )
 
     @property

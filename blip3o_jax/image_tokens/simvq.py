@@ -11,12 +11,13 @@ The K codes in use are a linear image of stored vectors e_k, so that moving one 
 
 Terms for training, each a mean over tokens:
 
-    codebook   = |stop(z) - c_index|^2   pulls codes to what is coded
+    codebook = |stop(z) - c_index|^2     pulls codes to what is coded
     commitment = |z - stop(c_index)|^2   keeps what is coded near its code; VQ-VAE (arXiv 1711.00937, eq. 3) weighs it 0.25
-    entropy_gap = log K - H(mean over tokens of p(z)), in nats, 0 when all codes share the tokens evenly
+    entropy = log K - H(mean over tokens of p(z)), in nats: 0 when all codes share the tokens evenly
 
 The last is the remedy for dead codes (the diversity term of MAGVIT-2, arXiv 2310.05737, eq. 5): p is soft, so codes that win no
-token still receive a gradient towards tokens.
+token still receive a gradient towards tokens. It sees nothing once all codes lie within the temperature of each other: the
+codebook term is what keeps them where the tokens are.
 
 Deviations: (1) squared norms are summed over the code's dimensions, as the papers write them; the published implementations
 average, which for unit vectors makes the terms vanish as 1/dim beside the entropy. (2) The stochastic mode also works with
@@ -41,9 +42,9 @@ MAX_SCORES = 2**22
 class Quantised(NamedTuple):
     codes_BND: jax.Array  # straight-through, float32
     ids_BN: jax.Array  # int32
-    codebook_loss: jax.Array
-    commitment_loss: jax.Array
-    entropy_gap: jax.Array  # nats, to minimise
+    codebook: jax.Array
+    commitment: jax.Array
+    entropy: jax.Array  # nats, to minimise
     usage: jax.Array  # share of the codes drawn at least once in this batch
     perplexity: jax.Array  # exp of the entropy of the drawn ids: the number of codes in effective use
 
@@ -73,19 +74,21 @@ class SimVq(nnx.Module):
 
     def table(self) -> jax.Array:
         """The codes in use [K, D]."""
-        table_KD = self.embedding_proj(self.embedding[...])
-        return l2_normalise(table_KD) if self.l2_normalized else table_KD
+        return self._normalise(self.embedding_proj(self.embedding[...]))
 
     def lookup(self, ids_BN: jax.Array) -> jax.Array:
         """Codes [B, N, D] of indices: the inverse of `indices`."""
-        return self.table()[ids_BN]
+        return self._normalise(self.embedding_proj(self.embedding[...][ids_BN]))
 
     def indices(self, z_BND: jax.Array, key: jax.Array | None = None) -> jax.Array:
-        """Code index of each vector [B, N], int32. Raises ValueError in stochastic mode without a `key`."""
-        return self._assign(self._query(z_BND), self.table(), key, soft=False)[0]
+        """Code index of each vector [B, N], int32: the best, or a drawn one in stochastic mode with a `key`."""
+        return self._assign(self._normalise(z_BND), self.table(), key, soft=False)[0]
 
     def __call__(self, z_BND: jax.Array, key: jax.Array | None = None) -> Quantised:
-        z_BND, table_KD = self._query(z_BND), self.table()
+        """Quantise vectors [B, N, D] for training. Raises ValueError in stochastic mode without a `key`."""
+        if self.stochastic and key is None:
+            raise ValueError("vision tokenizer: stochastic=True needs a random key in training: pass key=")
+        z_BND, table_KD = self._normalise(z_BND), self.table()
         ids_BN, usage_K = self._assign(z_BND, table_KD, key, soft=True)
         codes_BND = table_KD[ids_BN]
         stop = jax.lax.stop_gradient
@@ -94,16 +97,16 @@ class SimVq(nnx.Module):
         return Quantised(
             codes_BND=z_BND + stop(codes_BND - z_BND),
             ids_BN=ids_BN,
-            codebook_loss=jnp.mean(jnp.sum((stop(z_BND) - codes_BND) ** 2, axis=-1)),
-            commitment_loss=jnp.mean(jnp.sum((z_BND - stop(codes_BND)) ** 2, axis=-1)),
-            entropy_gap=jnp.log(count) - entropy(usage_K),
+            codebook=jnp.mean(jnp.sum((stop(z_BND) - codes_BND) ** 2, axis=-1)),
+            commitment=jnp.mean(jnp.sum((z_BND - stop(codes_BND)) ** 2, axis=-1)),
+            entropy=jnp.log(count) - entropy(usage_K),
             usage=jnp.mean(drawn_K > 0),
             perplexity=jnp.exp(entropy(drawn_K)),
         )
 
-    def _query(self, z_BND: jax.Array) -> jax.Array:
-        z_BND = z_BND.astype(jnp.float32)
-        return l2_normalise(z_BND) if self.l2_normalized else z_BND
+    def _normalise(self, x: jax.Array) -> jax.Array:
+        x = x.astype(jnp.float32)
+        return l2_normalise(x) if self.l2_normalized else x
 
     def _scores(self, z_BnD: jax.Array, table_KD: jax.Array) -> jax.Array:
         """s_k(z), the plain one without the |z|^2 that all codes share."""
@@ -118,8 +121,6 @@ class SimVq(nnx.Module):
         Walks over groups of n of the N tokens, n a divisor of N (N is a square, so the side at least divides it); the batch
         dimension stays whole, so that it can lie across devices. The backward pass makes the scores anew.
         """
-        if self.stochastic and key is None:
-            raise ValueError("vision tokenizer: stochastic=True needs a random key: pass key=, or set stochastic=False")
         tokens = z_BND.shape[1]
         limit = max(1, MAX_SCORES // table_KD.shape[0])
         size = max(n for n in range(1, tokens + 1) if tokens % n == 0 and n <= limit)
@@ -135,7 +136,7 @@ class SimVq(nnx.Module):
             return jnp.argmax(ranked_BnK, axis=-1).astype(jnp.int32), p_K
 
         z_SBnD = jnp.moveaxis(z_BND.reshape(z_BND.shape[0], chunks, size, -1), 1, 0)
-        keys_S = jax.random.split(key, chunks) if self.stochastic else None
+        keys_S = jax.random.split(key, chunks) if self.stochastic and key is not None else None
         ids_SBn, p_SK = jax.lax.map(jax.checkpoint(assign), (z_SBnD, keys_S))
         ids_BN = jnp.moveaxis(ids_SBn, 0, 1).reshape(z_BND.shape[:2])
         return ids_BN, jnp.mean(p_SK, axis=0) if soft else None

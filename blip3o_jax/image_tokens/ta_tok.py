@@ -26,9 +26,10 @@ class TaTokOutput(NamedTuple):
     teacher_BND: jax.Array  # pooled SigLIP2 features, float32, no gradient
     reconstructed_BND: jax.Array  # float32
     ids_BN: jax.Array  # int32
-    codebook_loss: jax.Array  # the scalars of `simvq.Quantised`
-    commitment_loss: jax.Array
-    entropy_gap: jax.Array
+    reconstruction: jax.Array  # mean squared error over the teacher's variance: 1 is no better than the mean feature
+    codebook: jax.Array  # from here on the scalars of `simvq.Quantised`
+    commitment: jax.Array
+    entropy: jax.Array
     usage: jax.Array
     perplexity: jax.Array
 
@@ -80,7 +81,8 @@ class Decoder(nnx.Module):
 
 
 class TaTok(nnx.Module):
-    """Methods take `pool_scale` 1, 2 or 3; None means `cfg.pool_scale`. `key` is needed, and used, in stochastic mode only."""
+    """Methods take `pool_scale` 1, 2 or 3; None means `cfg.pool_scale`. `key` is for the stochastic mode alone:
+    training needs it, `encode` takes the best code without one."""
 
     def __init__(self, cfg: config.TaTokConfig, *, rngs: nnx.Rngs):
         dtypes = {"dtype": cfg.dtype, "param_dtype": cfg.param_dtype}
@@ -126,7 +128,9 @@ class TaTok(nnx.Module):
         """One training pass: what was to be reconstructed, what was, and the codebook's terms."""
         teacher_BND = self.features(x_BHWC, pool_scale)
         quantised = self.quantise(teacher_BND, key=key)
-        return TaTokOutput(teacher_BND, self._reconstruct(quantised.codes_BND), *quantised[1:])
+        reconstructed_BND = self._reconstruct(quantised.codes_BND)
+        unexplained = jnp.mean((reconstructed_BND - teacher_BND) ** 2) / jnp.mean(jnp.var(teacher_BND, axis=(0, 1)))
+        return TaTokOutput(teacher_BND, reconstructed_BND, quantised.ids_BN, unexplained, *quantised[2:])
 
     def _to_codes(self, features_BND: jax.Array) -> jax.Array:
         with jax.named_scope("encode_task"):

@@ -39,8 +39,7 @@ def stock(cfg):
 @pytest.fixture(scope="module")
 def pair():
     oracle = torch_weights.randomise(transformers.SiglipVisionModel(stock(CFG)))
-    model = SiglipVision(CFG, rngs=nnx.Rngs(0))
-    torch_weights.load(model, torch_weights.SIGLIP, oracle)
+    model = torch_weights.load(lambda: SiglipVision(CFG, rngs=nnx.Rngs(0)), torch_weights.SIGLIP, oracle)
     x_BHWC = np.random.default_rng(1).uniform(-1, 1, (2, CFG.image_size, CFG.image_size, 3)).astype(np.float32)
     return oracle, model, x_BHWC
 
@@ -79,8 +78,7 @@ def test_gradients(pair, remat):
     ((out.last_hidden_state * torch.from_numpy(last)).sum() + (out.pooler_output * torch.from_numpy(pooled)).sum()).backward()
     want = torch_weights.to_jax(torch_weights.SIGLIP, torch_weights.torch_gradients(oracle))
 
-    other = SiglipVision(dataclasses.replace(CFG, remat=remat), rngs=nnx.Rngs(1))
-    graphdef, _ = nnx.split(other)
+    graphdef, _ = nnx.split(nnx.eval_shape(lambda: SiglipVision(dataclasses.replace(CFG, remat=remat), rngs=nnx.Rngs(1))))
 
     def loss(state):
         out = nnx.merge(graphdef, state)(x_BHWC)

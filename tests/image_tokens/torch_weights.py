@@ -6,6 +6,7 @@ same tables carry weights and gradients across, so a gradient is compared parame
 
 import re
 
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -95,14 +96,16 @@ def state_paths(state):
     return {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(state)}
 
 
-def load(module, rules, torch_module):
-    """Give `module` the weights of `torch_module`; every parameter here must be set."""
+def load(make, rules, torch_module):
+    """The module of `make()` with the weights of `torch_module`; every parameter here must be set."""
+    module = nnx.eval_shape(make)
     values = to_jax(rules, {name: value.detach().numpy() for name, value in torch_module.named_parameters()})
     parameters = state_paths(nnx.state(module, nnx.Param))
     assert set(parameters) == set(values), set(parameters) ^ set(values)
     for path, parameter in parameters.items():
         assert parameter.shape == values[path].shape, (path, parameter.shape, values[path].shape)
-        parameter.set_value(np.asarray(values[path]))
+        parameter.set_value(jnp.asarray(values[path]))
+    return module
 
 
 def randomise(torch_module, seed=0):
@@ -114,14 +117,17 @@ def randomise(torch_module, seed=0):
         for name, parameter in torch_module.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             is_scale = name.endswith("weight") and parameter.ndim == 1
-            parameter.copy_(1 + 0.2 * noise if is_scale else noise * (parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.2))
+            parameter.copy_(
+                1 + 0.2 * noise if is_scale else noise * (parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.2)
+            )
     return torch_module
 
 
 def torch_gradients(torch_module):
     """{torch name: gradient}, zeros where none arrived."""
     return {
-        name: (np.zeros(p.shape, np.float32) if p.grad is None else p.grad.numpy()) for name, p in torch_module.named_parameters()
+        name: (np.zeros(p.shape, np.float32) if p.grad is None else p.grad.numpy())
+        for name, p in torch_module.named_parameters()
     }
 
 
