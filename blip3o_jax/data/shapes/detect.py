@@ -82,8 +82,8 @@ def _blobs(pixels_HWC: np.ndarray, lab_HWC: np.ndarray, distance_HW: np.ndarray)
     count, labels_HW, stats, _ = cv2.connectedComponentsWithStats(foreground_HW.astype(np.uint8), connectivity=8)
     paper = np.median(pixels_HWC[~foreground_HW], axis=0)
     labels = [k for k in range(1, count) if stats[k, cv2.CC_STAT_AREA] >= MIN_AREA * foreground_HW.size]
-    blobs = [_blob(labels_HW == label, pixels_HWC, lab_HWC, distance_HW, paper) for label in labels]
-    return blobs + [_blob(np.isin(labels_HW, labels), pixels_HWC, lab_HWC, distance_HW, paper)] * bool(labels)
+    masks = [labels_HW == label for label in labels] + ([np.isin(labels_HW, labels)] if labels else [])
+    return [_blob(mask_HW, pixels_HWC, lab_HWC, distance_HW, paper) for mask_HW in masks]
 
 
 def _blob(
@@ -144,9 +144,8 @@ def _thing(blob: _Blob) -> Thing:
     (best, shape), (second, _) = scored[:2]
     area, offset = _proportions(shape)
     side = (mass / area) ** 0.5 / image_size
-    recognised = (
-        best >= MIN_OVERLAP[shape] and best - second >= MIN_LEAD and 0.6 * SIZES["small"][0] < side < 1.5 * SIZES["large"][1]
-    )
+    plausible = 0.6 * SIZES["small"][0] < side < 1.5 * SIZES["large"][1]
+    recognised = plausible and best >= MIN_OVERLAP[shape] and best - second >= MIN_LEAD
     if not recognised:
         x0, y0, width, height = (v / image_size for v in blob.box)
         return Thing(None, blob.colour, x0 + width / 2, y0 + height / 2, max(width, height))

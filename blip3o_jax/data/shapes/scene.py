@@ -155,16 +155,18 @@ def _size(rng: random.Random) -> str:
 def _place(rng: random.Random, looks: list[tuple[str, str, str]]) -> tuple[Thing, ...]:
     """Objects of the given (shape, colour, size) anywhere, apart from each other and from the border."""
     sides = [rng.uniform(*SIZES[size]) for _, _, size in looks]
-    while True:
-        things: list[Thing] = []
-        for (shape, colour, _), side in zip(looks, sides, strict=True):
-            low, high = MARGIN + side / 2, 1 - MARGIN - side / 2
-            thing = Thing(shape, colour, rng.uniform(low, high), rng.uniform(low, high), side)
-            if any(max(abs(thing.x - t.x), abs(thing.y - t.y)) < (side + t.side) / 2 + GAP for t in things):
-                break
-            things.append(thing)
-        else:
-            return tuple(things)
+    things: list[Thing] = []
+    for attempt in itertools.count(1):
+        (shape, colour, _), side = looks[len(things)], sides[len(things)]
+        low, high = MARGIN + side / 2, 1 - MARGIN - side / 2
+        x, y = rng.uniform(low, high), rng.uniform(low, high)
+        if all(max(abs(x - t.x), abs(y - t.y)) >= (side + t.side) / 2 + GAP for t in things):
+            things.append(Thing(shape, colour, x, y, side))
+        if len(things) == len(looks):
+            break
+        if attempt % 40 == 0:
+            things = []  # the first ones may leave no room for the rest
+    return tuple(things)
 
 
 def _place_beside(rng: random.Random, relation: str, looks: list[tuple[str, str, str]]) -> tuple[Thing, ...]:

@@ -1,0 +1,150 @@
+"""The shapes data set on disk: a TFDS builder that writes ArrayRecord files, without TensorFlow and without a download.
+
+    OUT/shapes/<image_size>px_<train>_<validation>_<test>_seed<seed>/<version>/shapes-train.array_record-00000-of-00001, ...
+    OUT/shapes/.../prompts_test.jsonl        one held-out prompt per line: {"key", "caption", **metadata}
+
+Features: image (PNG), caption, key, category, metadata (JSON, see `captions`).
+"""
+
+import contextlib
+import dataclasses
+import io
+import json
+import os
+import pathlib
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import cv2
+import tensorflow_datasets as tfds
+from absl import logging
+
+from blip3o_jax.config import check
+from blip3o_jax.data.shapes.captions import describe, held_out_prompts
+from blip3o_jax.data.shapes.draw import render
+from blip3o_jax.data.shapes.scene import sample
+
+PROMPTS = "prompts_test.jsonl"
+
+
+@dataclasses.dataclass(kw_only=True)
+class ShapesConfig(tfds.core.BuilderConfig):
+    """The arguments of `prepare`; the name holds them all, so that other arguments never meet an older directory."""
+
+    num_train: int = 20_000
+    num_validation: int = 500
+    num_test: int = 2_000
+    image_size: int = 64
+    seed: int = 0
+
+
+class Shapes(tfds.core.GeneratorBasedBuilder):
+    """Scenes of coloured shapes and short words, with captions; the test split holds combinations new to the others."""
+
+    # What the same arguments draw depends on the code: raise it with every change to scenes, drawing or captions.
+    VERSION = tfds.core.Version("1.0.0")
+    # Nothing is downloaded; TFDS would look for checksums beside this file, with a package that it does not require itself.
+    url_infos: ClassVar[dict[str, Any]] = {}
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        size = self.builder_config.image_size
+        features = tfds.features.FeaturesDict(
+            {
+                "image": tfds.features.Image(shape=(size, size, 3), encoding_format="png"),
+                "caption": tfds.features.Text(),
+                "key": tfds.features.Text(),
+                "category": tfds.features.Text(),
+                "metadata": tfds.features.Text(),
+            }
+        )
+        return self.dataset_info_from_configs(features=features, description=Shapes.__doc__)
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[str, dict[str, Any]]]]:
+        del dl_manager  # nothing is downloaded
+        config = self.builder_config
+        sizes = {"train": config.num_train, "validation": config.num_validation, "test": config.num_test}
+        return {split: self._generate_examples(split, size) for split, size in sizes.items()}
+
+    def _generate_examples(self, split: str, size: int) -> Iterator[tuple[str, dict[str, Any]]]:
+        for index in range(size):
+            scene = sample(self.builder_config.seed, index, split)
+            caption, metadata = describe(scene)
+            yield (
+                scene.key,
+                {
+                    "image": encode_png(render(scene, self.builder_config.image_size)),
+                    "caption": caption,
+                    "key": scene.key,
+                    "category": scene.category,
+                    "metadata": json.dumps(metadata),
+                },
+            )
+
+
+def encode_png(image_HWC: Any) -> bytes:
+    return cv2.imencode(".png", image_HWC[..., ::-1])[1].tobytes()
+
+
+def prepare(
+    out: str | os.PathLike[str],
+    *,
+    num_train: int = 20_000,
+    num_validation: int = 500,
+    num_test: int = 2_000,
+    image_size: int = 64,
+    seed: int = 0,
+) -> pathlib.Path:
+    """Draw and write the data set under `out` unless these very arguments are there already; returns its directory, which
+    `tfds.builder_from_directory` reads. An interrupted run leaves nothing that would be taken for a data set."""
+    for name, value in (("num_train", num_train), ("num_validation", num_validation), ("num_test", num_test)):
+        check(value > 0, f"{name}={value} must be positive")
+    check(image_size >= 32, f"image_size={image_size} must be 32 or more: smaller scenes cannot be told apart")
+    name = f"{image_size}px_{num_train}_{num_validation}_{num_test}_seed{seed}"
+    config = ShapesConfig(
+        name=name, num_train=num_train, num_validation=num_validation, num_test=num_test, image_size=image_size, seed=seed
+    )
+    with _quiet():
+        builder = Shapes(data_dir=os.fspath(out), config=config, file_format="array_record")
+    directory = pathlib.Path(builder.data_path)
+    total = num_train + num_validation + num_test
+    if (directory / PROMPTS).is_file():
+        _say(f"{total} scenes are in {directory} already")
+        return directory
+    _say(f"drawing {total} scenes of {image_size} x {image_size} pixels")
+    start = time.perf_counter()
+    # TFDS wants a directory for downloads, though there are none.
+    with _quiet(), tempfile.TemporaryDirectory() as downloads:
+        settings = tfds.download.DownloadConfig(compute_stats="skip")
+        builder.download_and_prepare(download_dir=downloads, download_config=settings)
+    _write_prompts(directory / PROMPTS, num_test, seed)
+    seconds = time.perf_counter() - start
+    _say(f"wrote {directory} in {seconds:.1f} s ({total / seconds:.0f} scenes/s)")
+    return directory
+
+
+def _say(line: str) -> None:
+    print(f"shapes: {line}", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without TFDS's own talk of downloads and custom configurations."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)
+    tfds.disable_progress_bar()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def _write_prompts(path: pathlib.Path, count: int, seed: int) -> None:
+    """Written last and under another name first: where the file is, the data set is complete."""
+    partial = path.with_suffix(".partial")
+    lines = [json.dumps(prompt) + "\n" for prompt in held_out_prompts(count, seed)]
+    partial.write_text("".join(lines), encoding="utf-8")
+    partial.replace(path)

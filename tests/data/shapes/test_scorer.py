@@ -1,0 +1,187 @@
+"""The scorer's accuracy, measured: on what it must accept, on what it must reject, and on images that are not clean."""
+
+import random
+from collections.abc import Callable
+
+import cv2
+import numpy as np
+import pytest
+
+from blip3o_jax.data.shapes import captions, draw, scene, scorer
+from blip3o_jax.data.shapes.detect import Detection, detect
+
+COUNT = 2_000
+Filter = Callable[[np.ndarray, np.random.Generator], np.ndarray]
+
+
+@pytest.fixture(scope="module")
+def held_out() -> list[tuple[scene.Scene, captions.Metadata, np.ndarray]]:
+    scenes = [scene.sample(0, index, "test") for index in range(COUNT)]
+    return [(drawn, captions.describe(drawn)[1], draw.render(drawn, 64)) for drawn in scenes]
+
+
+@pytest.fixture(scope="module")
+def detections(held_out: list) -> list[Detection]:
+    return [detect(image) for _, _, image in held_out]
+
+
+def accuracy(detections: list[Detection], held_out: list) -> float:
+    return float(
+        np.mean([scorer.judge(found, metadata).correct for found, (_, metadata, _) in zip(detections, held_out, strict=True)])
+    )
+
+
+def test_clean_images_are_right(held_out: list, detections: list[Detection]) -> None:
+    assert accuracy(detections, held_out) >= 0.99
+
+
+def test_clean_images_are_read_completely(held_out: list, detections: list[Detection]) -> None:
+    """Not only is the verdict right: every object is found as what and where it is, within half a pixel."""
+    exact = 0
+    for found, (drawn, _, _) in zip(detections, held_out, strict=True):
+        if drawn.word:
+            exact += found.word is not None and (found.word.text, found.word.colour) == (drawn.word.text, drawn.word.colour)
+            continue
+        pairs = list(zip(sorted(found.things, key=_place), sorted(drawn.things, key=_place), strict=False))
+        exact += len(found.things) == len(drawn.things) and all(
+            (a.shape, a.colour, a.size) == (b.shape, b.colour, b.size) and max(abs(a.x - b.x), abs(a.y - b.y)) < 0.5 / 64
+            for a, b in pairs
+        )
+    assert exact / COUNT >= 0.99
+
+
+def _place(thing: scene.Thing) -> tuple[float, float]:
+    return round(thing.x, 1), thing.y
+
+
+def test_mismatched_pairs_are_rejected(held_out: list, detections: list[Detection]) -> None:
+    """Each image with another scene's prompt, unless the scene's truth satisfies that too; once with any prompt, once with
+    a prompt of the same category, which is the harder half."""
+    rng = random.Random(0)
+    accepted = tried = 0
+    for same_category in (False, True):
+        for i, (drawn, _, _) in enumerate(held_out):
+            step = 7 if same_category else 1
+            other = (i + step * rng.randrange(1, COUNT // step)) % COUNT
+            metadata = held_out[other][1]
+            if not scorer.satisfies(drawn, metadata):
+                tried += 1
+                accepted += scorer.judge(detections[i], metadata).correct
+    assert tried > COUNT
+    assert accepted / tried <= 0.05
+
+
+def _jpeg(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    del rng
+    stored = cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 75])[1]
+    return np.ascontiguousarray(cv2.imdecode(stored, cv2.IMREAD_COLOR)[..., ::-1])
+
+
+def _soft(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    blurred = cv2.GaussianBlur(image.astype(np.float32), (0, 0), 0.7)
+    return np.clip(np.rint(blurred + rng.normal(0, 6, image.shape)), 0, 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize("spoil", [_jpeg, _soft])
+def test_spoiled_images_are_right(held_out: list, spoil: Filter, rng: np.random.Generator) -> None:
+    some = held_out[:700]
+    assert accuracy([detect(spoil(image, rng)) for _, _, image in some], some) >= 0.93
+
+
+def test_another_resolution(held_out: list) -> None:
+    some = held_out[:140]
+    assert accuracy([detect(draw.render(drawn, 128)) for drawn, _, _ in some], some) >= 0.99
+
+
+@pytest.mark.parametrize("image", ["white", "noise", "black", "smear"])
+def test_images_of_nothing_satisfy_nothing(held_out: list, image: str, rng: np.random.Generator) -> None:
+    pixels = {
+        "white": np.full((64, 64, 3), 255, np.uint8),
+        "noise": rng.integers(0, 256, (64, 64, 3)).astype(np.uint8),
+        "black": np.zeros((64, 64, 3), np.uint8),
+        "smear": cv2.GaussianBlur(held_out[1][2], (0, 0), 8.0),
+    }[image]
+    found = detect(pixels)
+    assert not any(scorer.judge(found, metadata).correct for _, metadata, _ in held_out[:140])
+
+
+@pytest.mark.parametrize(
+    "points",
+    [[(0, -1), (1, 0), (0, 1), (-1, 0)], [(0, 1), (-1, -0.8), (1, -0.8)], [(-1, -0.6), (1, -0.6), (1, 0.6), (-1, 0.6)]],
+)
+def test_foreign_shapes_are_not_recognised(points: list) -> None:
+    """A diamond, a triangle upside down and a long rectangle."""
+    mask = np.zeros((512, 512), np.uint8)
+    cv2.fillPoly(mask, [np.rint(np.array(points) * 96 + 256).astype(np.int32)], 255)
+    covered = cv2.resize(mask, (64, 64), interpolation=cv2.INTER_AREA)[..., None] / 255
+    image = np.rint(255 + covered * (np.array([28, 96, 220]) - 255)).astype(np.uint8)
+    (thing,) = detect(image).things
+    assert (thing.shape, thing.colour) == (None, "blue")
+
+
+def _asked(shape: str, colour: str | None = None, size: str | None = None, count: int = 1) -> captions.Metadata:
+    return {"shape": shape, "colour": colour, "size": size, "count": count}
+
+
+def _prompt(
+    category: str, *objects: captions.Metadata, relation: str | None = None, word: str | None = None
+) -> captions.Metadata:
+    return {"category": category, "objects": list(objects), "relation": relation, "word": word, "colour": None}
+
+
+RED = scene.Thing("circle", "red", 0.25, 0.5, 0.27)
+BLUE = scene.Thing("square", "blue", 0.75, 0.5, 0.27)
+BLOB = scene.Thing(None, "green", 0.5, 0.85, 0.2)
+
+
+@pytest.mark.parametrize(
+    ("things", "prompt", "reason"),
+    [
+        ((RED, BLUE), _prompt("two", _asked("circle"), _asked("square")), None),
+        ((RED, BLUE), _prompt("single", _asked("circle", size="small")), None),  # extra objects are allowed
+        (
+            (RED, BLUE),
+            _prompt("single", _asked("circle", size="large")),
+            "asked a large circle, found 1 small red circle, 1 small",
+        ),
+        ((RED, RED), _prompt("counting", _asked("circle", count=3)), "asked 3 circles, found 2 small red circles"),
+        ((RED, RED), _prompt("counting", _asked("circle", count=2)), None),
+        ((RED, RED, RED), _prompt("counting", _asked("circle", count=2)), "asked 2 circles, found 3 small red circles"),
+        (
+            (RED, RED, BLOB),
+            _prompt("counting", _asked("circle", count=2)),
+            "asked 2 circles, found 2 small red circles, 1 unclear",
+        ),
+        ((RED, BLUE), _prompt("position", _asked("circle"), _asked("square"), relation="left of"), None),
+        ((RED, BLUE), _prompt("position", _asked("circle"), _asked("square"), relation="above"), "found the circle elsewhere"),
+        ((RED, BLUE), _prompt("attribution", _asked("circle", "blue"), _asked("square", "red")), "asked a blue circle, found"),
+        (
+            (RED,),
+            _prompt("attribution", _asked("circle", "red"), _asked("circle", "red")),
+            "asked a red circle and a red circle",
+        ),
+        ((RED, BLOB), _prompt("colours", _asked("circle", "red")), None),  # a small blob is no mess
+        ((RED, BLOB, BLOB), _prompt("colours", _asked("circle", "red")), "found 1 small red circle, 2 unclear objects"),
+        ((), _prompt("colours", _asked("circle", "red")), "asked a red circle, found nothing"),
+        ((RED,), _prompt("text", word="CAT"), 'asked the word "CAT", found nothing readable'),
+    ],
+)
+def test_rules(things: tuple, prompt: captions.Metadata, reason: str | None) -> None:
+    verdict = scorer.judge(Detection(things, None, has_paper=True), prompt)
+    assert verdict.correct == (reason is None)
+    assert (reason or "as asked") in verdict.reason
+
+
+def test_words_are_compared_exactly_but_for_case() -> None:
+    found = Detection((), scene.Word("CAT", "red", 0.5, 0.5), has_paper=True)
+    assert scorer.judge(found, _prompt("text", word="cat")).correct
+    assert scorer.judge(found, _prompt("text", word="CATS")).reason == 'asked the word "CATS", read "CAT"'
+    blue = _prompt("text", word="CAT") | {"colour": "blue"}
+    assert scorer.judge(found, blue).reason == 'asked the word "CAT" in blue, found it in red'
+
+
+def test_only_square_uint8_images_are_taken() -> None:
+    with pytest.raises(ValueError, match="uint8"):
+        scorer.score(np.zeros((64, 64, 3), np.float32), _prompt("text", word="CAT"))
+    with pytest.raises(ValueError, match="square"):
+        scorer.score(np.zeros((64, 32, 3), np.uint8), _prompt("text", word="CAT"))
