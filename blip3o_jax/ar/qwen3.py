@@ -142,19 +142,24 @@ class Qwen3(nnx.Module):
         (x_BLD, k_YBSGK, v_YBSGK), _ = nn.scan(self.layers, step, carry, indices, remat="none")
         return self.norm(x_BLD), present._replace(k_YBSGK=k_YBSGK, v_YBSGK=v_YBSGK)
 
-    def head(self) -> jax.Array:
-        """The output projection [D, V] as stored: the padded rows' columns included, in the parameters' dtype."""
-        return self.embedding[...].T if self.lm_head is None else self.lm_head.kernel[...]
+    def head(self, rows: tuple[int, int] | None = None) -> jax.Array:
+        """The output projection [D, V] as stored, padded rows' columns included, or its columns rows[0] .. rows[1] - 1."""
+        first, last = rows or (0, self.cfg.padded_vocab_size)
+        return self.embedding[first:last].T if self.lm_head is None else self.lm_head.kernel[:, first:last]
 
     def logits(self, hidden_BLD: jax.Array, rows: tuple[int, int] | None = None) -> jax.Array:
         """float32 logits [..., V] of all stored rows, -inf at the padded ones; or of ids rows[0] .. rows[1] - 1 only."""
         first, last = rows or (0, self.cfg.padded_vocab_size)
-        kernel_DV = self.head()[:, first:last].astype(self.cfg.dtype)
-        hidden_BLD = hidden_BLD.astype(self.cfg.dtype)
-        logits_BLV = jnp.einsum("...D,DV->...V", hidden_BLD, kernel_DV, preferred_element_type=jnp.float32)
+        logits_BLV = project(hidden_BLD, self.head(rows))
         if last <= self.cfg.vocab_size:
             return logits_BLV
         return jnp.where(jnp.arange(first, last) < self.cfg.vocab_size, logits_BLV, -jnp.inf)
+
+
+def project(hidden_BLD: jax.Array, head_DV: jax.Array) -> jax.Array:
+    """Logits [..., V] accumulated and kept in float32, the factors in the dtype of the hidden states."""
+    head_DV = head_DV.astype(hidden_BLD.dtype)
+    return jnp.einsum("...D,DV->...V", hidden_BLD, head_DV, preferred_element_type=jnp.float32)
 
 
 def grow_table(table_VD: jax.Array, used: int, rows: int) -> jax.Array:

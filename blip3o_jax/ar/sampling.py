@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from blip3o_jax.ar import cache
-from blip3o_jax.ar.qwen3 import Qwen3
+from blip3o_jax.ar.qwen3 import Qwen3, project
 
 
 def generate_image_tokens(
@@ -45,14 +45,15 @@ def generate_image_tokens(
     past = cache.empty(model.cfg, B, L + num_tokens)
     with jax.named_scope("prefill"):
         hidden_BLD, past = model.extend(model.embed(tokens_BL), prompt_segments_BL, past)
+    # Outside the loop: XLA does not always hoist the slice, and a slice of a large table costs more than the rest of a step.
+    head_DV = model.head(image_ids)
     scale_BD = jnp.take_along_axis(hidden_BLD, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
 
     def step(carry: tuple[jax.Array, cache.Cache], index: jax.Array) -> tuple[tuple, tuple]:
         hidden_BD, past = carry
         keys = jax.vmap(jax.random.fold_in, (0, None))(keys_B, index)
-        choice_B, logprob_B = draw(
-            model.logits(hidden_BD, rows=image_ids), keys, temperature=temperature, top_k=top_k, top_p=top_p
-        )
+        logits_BV = project(hidden_BD, head_DV)
+        choice_B, logprob_B = draw(logits_BV, keys, temperature=temperature, top_k=top_k, top_p=top_p)
         ids_B = image_ids[0] + choice_B
         hidden_B1D, past = model.extend(model.embed(ids_B[:, None]), jnp.ones((B, 1), jnp.int32), past)
         return (hidden_B1D[:, 0], past), (ids_B, hidden_B1D[:, 0], logprob_B)
