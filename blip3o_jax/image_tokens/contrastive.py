@@ -46,10 +46,6 @@ class TextTower(nnx.Module):
         mean_BD = jnp.einsum("bld,bl->bd", x_BLD, weight_BL) / jnp.maximum(weight_BL.sum(axis=1, keepdims=True), 1.0)
         return self.projection(mean_BD).astype(jnp.float32)
 
-    def scale_and_bias(self) -> tuple[jax.Array, jax.Array]:
-        """The loss's `log_scale` and `bias`."""
-        return self.log_scale[...], self.bias[...]
-
 
 def sinusoids(length: int, dim: int) -> jax.Array:
     """Positions [L, D] of "Attention is all you need" (arXiv 1706.03762, section 3.5), sines then cosines."""

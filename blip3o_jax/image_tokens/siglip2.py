@@ -54,10 +54,6 @@ class SiglipVision(nnx.Module):
             raise ValueError(f"vision encoder: select_layer={select_layer} must be in [-{self.cfg.num_hidden_layers + 1}, -1]")
         return self.encoder(self.embed(x_BHWC), depth=depth)
 
-    def pooled(self, x_BHWC: jax.Array) -> jax.Array:
-        """SigLIP's image embedding [B, D], not normalised."""
-        return self(x_BHWC).pooled_BD
-
     def __call__(self, x_BHWC: jax.Array) -> SiglipOutput:
         last_BND = self.post_layernorm(self.encoder(self.embed(x_BHWC)))
         with jax.named_scope("head"):

@@ -11,13 +11,13 @@ The K codes in use are a linear image of stored vectors e_k, so that moving one 
 
 Terms for training, each a mean over tokens:
 
-    codebook = |stop(z) - c_index|^2     pulls codes to what is coded
-    commitment = |z - stop(c_index)|^2   keeps what is coded near its code; VQ-VAE (arXiv 1711.00937, eq. 3) weighs it 0.25
-    entropy = log K - H(mean over tokens of p(z)), in nats: 0 when all codes share the tokens evenly
+    codebook_loss   = |stop(z) - c_index|^2   pulls codes to what is coded
+    commitment_loss = |z - stop(c_index)|^2   keeps what is coded near its code; VQ-VAE (arXiv 1711.00937, eq. 3) weighs it 0.25
+    entropy_gap     = log K - H(mean over tokens of p(z)), in nats: 0 when all codes share the tokens evenly
 
-The last is the remedy for dead codes (the diversity term of MAGVIT-2, arXiv 2310.05737, eq. 5): p is soft, so codes that win no
+The last is the remedy for dead codes (the diversity half of the entropy penalty of MAGVIT-2, arXiv 2310.05737): p is soft, so codes that win no
 token still receive a gradient towards tokens. It sees nothing once all codes lie within the temperature of each other: the
-codebook term is what keeps them where the tokens are.
+codebook loss is what keeps them where the tokens are.
 
 Deviations: (1) squared norms are summed over the code's dimensions, as the papers write them; the published implementations
 average, which for unit vectors makes the terms vanish as 1/dim beside the entropy. (2) The stochastic mode also works with
@@ -42,9 +42,9 @@ MAX_SCORES = 2**22
 class Quantised(NamedTuple):
     codes_BND: jax.Array  # straight-through, float32
     ids_BN: jax.Array  # int32
-    codebook: jax.Array
-    commitment: jax.Array
-    entropy: jax.Array  # nats, to minimise
+    codebook_loss: jax.Array
+    commitment_loss: jax.Array
+    entropy_gap: jax.Array  # nats, to minimise
     usage: jax.Array  # share of the codes drawn at least once in this batch
     perplexity: jax.Array  # exp of the entropy of the drawn ids: the number of codes in effective use
 
@@ -97,9 +97,9 @@ class SimVq(nnx.Module):
         return Quantised(
             codes_BND=z_BND + stop(codes_BND - z_BND),
             ids_BN=ids_BN,
-            codebook=jnp.mean(jnp.sum((stop(z_BND) - codes_BND) ** 2, axis=-1)),
-            commitment=jnp.mean(jnp.sum((z_BND - stop(codes_BND)) ** 2, axis=-1)),
-            entropy=jnp.log(count) - entropy(usage_K),
+            codebook_loss=jnp.mean(jnp.sum((stop(z_BND) - codes_BND) ** 2, axis=-1)),
+            commitment_loss=jnp.mean(jnp.sum((z_BND - stop(codes_BND)) ** 2, axis=-1)),
+            entropy_gap=jnp.log(count) - entropy(usage_K),
             usage=jnp.mean(drawn_K > 0),
             perplexity=jnp.exp(entropy(drawn_K)),
         )

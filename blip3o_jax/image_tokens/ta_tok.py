@@ -26,10 +26,9 @@ class TaTokOutput(NamedTuple):
     teacher_BND: jax.Array  # pooled SigLIP2 features, float32, no gradient
     reconstructed_BND: jax.Array  # float32
     ids_BN: jax.Array  # int32
-    reconstruction: jax.Array  # mean squared error over the teacher's variance: 1 is no better than the mean feature
-    codebook: jax.Array  # from here on the scalars of `simvq.Quantised`
-    commitment: jax.Array
-    entropy: jax.Array
+    codebook_loss: jax.Array  # from here on the scalars of `simvq.Quantised`
+    commitment_loss: jax.Array
+    entropy_gap: jax.Array
     usage: jax.Array
     perplexity: jax.Array
 
@@ -129,8 +128,7 @@ class TaTok(nnx.Module):
         teacher_BND = self.features(x_BHWC, pool_scale)
         quantised = self.quantise(teacher_BND, key=key)
         reconstructed_BND = self._reconstruct(quantised.codes_BND)
-        unexplained = jnp.mean((reconstructed_BND - teacher_BND) ** 2) / jnp.mean(jnp.var(teacher_BND, axis=(0, 1)))
-        return TaTokOutput(teacher_BND, reconstructed_BND, quantised.ids_BN, unexplained, *quantised[2:])
+        return TaTokOutput(teacher_BND, reconstructed_BND, *quantised[1:])
 
     def _to_codes(self, features_BND: jax.Array) -> jax.Array:
         with jax.named_scope("encode_task"):
