@@ -15,9 +15,9 @@ Terms for training, each a mean over tokens:
     commitment_loss = |z - stop(c_index)|^2   keeps what is coded near its code; VQ-VAE (arXiv 1711.00937, eq. 3) weighs it 0.25
     entropy_gap     = log K - H(mean over tokens of p(z)), in nats: 0 when all codes share the tokens evenly
 
-The last is the remedy for dead codes (the diversity half of the entropy penalty of MAGVIT-2, arXiv 2310.05737): p is soft, so codes that win no
-token still receive a gradient towards tokens. It sees nothing once all codes lie within the temperature of each other: the
-codebook loss is what keeps them where the tokens are.
+The last is the remedy for dead codes (the diversity half of the entropy penalty of MAGVIT-2, arXiv 2310.05737): p is soft, so
+codes that win no token still receive a gradient towards tokens. It sees nothing once all codes lie within the temperature of
+each other: the codebook loss is what keeps them where the tokens are.
 
 Deviations: (1) squared norms are summed over the code's dimensions, as the papers write them; the published implementations
 average, which for unit vectors makes the terms vanish as 1/dim beside the entropy. (2) The stochastic mode also works with
