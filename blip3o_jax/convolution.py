@@ -1,12 +1,15 @@
 """2-D convolution on NHWC in the form that runs fast where it runs.
 
-XLA's native convolution is the fast form for dense kernels on every platform. Two kinds are better off in another one:
-- 1x1 kernels are matrix products (per group, a batched one);
-- depthwise kernels on CPUs, where the native form takes 10 to 70 times as long as shifted products, forward and backward.
-  Which form is taken is settled when a computation is lowered, so that compiling for a TPU on a CPU host gets the TPU's.
+1x1 kernels are matrix products (per group, a batched one). The rest is XLA's native convolution, but for what is slow on CPUs:
+- Depthwise convolutions: 10 to 70 times as slow as shifted products there, forward and backward.
+- The derivatives of dense ones inside a scan: XLA gives a convolution a form with a fast kernel only outside of loops, and the
+  kernel's gradient in JAX's own form takes 40 times as long. So the derivatives are stated in that form to begin with.
+Which form is taken is settled when a computation is lowered: compiling for a TPU on a CPU host gets the TPU's.
 
 Shape suffixes: B batch, H height, W width, C channels, I and O channels in and out of a group, G groups.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +22,8 @@ def conv2d(x_BHWC: jax.Array, kernel: jax.Array, *, stride: int = 1, padding: in
         return _pointwise(x_BHWC, kernel[0, 0], groups)
     if c_in == 1 and c_out == groups and (stride, 2 * padding + 1) == (1, side):
         return _depthwise(x_BHWC, kernel)
+    if (stride, groups) == (1, 1):
+        return _dense(x_BHWC, kernel, padding)
     return _native(x_BHWC, kernel, stride, padding, groups)
 
 
@@ -42,8 +47,35 @@ def _pointwise(x_BHWC: jax.Array, kernel_IO: jax.Array, groups: int) -> jax.Arra
     return y_BHWGO.reshape(*x_BHWC.shape[:3], c_out)
 
 
-# The derivative is written out, since the one JAX derives from the shifted products reduces over pixels once per tap,
-# which is the slow part on CPUs, and since differentiating through a choice of platform would keep both sides' residuals.
+# The derivatives below are written out for another reason too: differentiating through a choice of platform would keep what
+# the backward passes of both sides need.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _dense(x_BHWC: jax.Array, kernel: jax.Array, padding: int) -> jax.Array:
+    return _native(x_BHWC, kernel, 1, padding, 1)
+
+
+def _dense_fwd(x_BHWC: jax.Array, kernel: jax.Array, padding: int) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _dense(x_BHWC, kernel, padding), (x_BHWC, kernel)
+
+
+def _dense_bwd(padding: int, saved: tuple[jax.Array, jax.Array], dy_BHWC: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def native(x_BHWC: jax.Array, kernel: jax.Array, dy_BHWC: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return jax.vjp(lambda x, k: _native(x, k, 1, padding, 1), x_BHWC, kernel)[1](dy_BHWC)
+
+    def fast_form(x_BHWC: jax.Array, kernel: jax.Array, dy_BHWC: jax.Array) -> tuple[jax.Array, jax.Array]:
+        # The input's gradient: the transposed, reversed kernel over dy. The kernel's: dy as a kernel of H x W over x, with
+        # the batch in the place of the channels in.
+        dx_BHWC = _native(dy_BHWC, kernel[::-1, ::-1].transpose(0, 1, 3, 2), 1, kernel.shape[0] - 1 - padding, 1)
+        dkernel_IhwO = _native(x_BHWC.transpose(3, 1, 2, 0), dy_BHWC.transpose(1, 2, 0, 3), 1, padding, 1)
+        return dx_BHWC, dkernel_IhwO.transpose(1, 2, 0, 3)
+
+    return jax.lax.platform_dependent(*saved, dy_BHWC, cpu=fast_form, default=native)
+
+
+_dense.defvjp(_dense_fwd, _dense_bwd)
+
+
+# The gradient JAX derives from the shifted products reduces over all pixels once per tap, which is slow on CPUs.
 @jax.custom_vjp
 def _depthwise(x_BHWC: jax.Array, kernel: jax.Array) -> jax.Array:
     return jax.lax.platform_dependent(x_BHWC, kernel, cpu=_depthwise_shifted, default=_depthwise_native)

@@ -1,6 +1,7 @@
 """Every form of the convolution against XLA's native one (which the networks' own tests compare with torch's)."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,8 @@ def native(x, kernel, stride=1, padding=0, groups=1):
         ((1, 1, 2, 9), {"groups": 3}),
         ((3, 3, 1, 6), {"groups": 6, "padding": 1}),
         ((5, 5, 1, 6), {"groups": 6, "padding": 2}),
+        ((3, 3, 6, 4), {"padding": 1}),
+        ((3, 3, 6, 4), {}),
         ((3, 3, 6, 4), {"stride": 2, "padding": 1}),
         ((3, 3, 1, 12), {"groups": 6, "padding": 1}),  # two outputs a channel: not the depthwise form
     ],
@@ -51,9 +54,18 @@ def test_depthwise_accumulates_in_float32(rng):
         np.testing.assert_allclose(np.asarray(value, np.float32), reference, rtol=2**-8, atol=1e-6)
 
 
+def convolutions(kernel_shape, settings, platform):
+    """The `dim_labels` of the convolutions of forward and backward, as lowered for `platform`."""
+    x, kernel = jax.ShapeDtypeStruct((1, 4, 4, 2), jnp.float32), jax.ShapeDtypeStruct(kernel_shape, jnp.float32)
+    loss = lambda x, kernel: (conv2d(x, kernel, padding=1, **settings) ** 2).sum()
+    traced = jax.jit(jax.value_and_grad(loss, (0, 1))).trace(x, kernel)
+    return re.findall(r"dim_numbers = (\[.*?\])x(\[.*?\])->(\[.*?\]),", traced.lower(lowering_platforms=(platform,)).as_text())
+
+
 def test_platform_is_settled_when_lowering():
-    """Lowered for a TPU, a depthwise convolution is XLA's own, whatever machine compiles it."""
-    x, kernel = jax.ShapeDtypeStruct((1, 4, 4, 2), jnp.float32), jax.ShapeDtypeStruct((3, 3, 1, 2), jnp.float32)
-    traced = jax.jit(lambda x, k: jax.vjp(lambda x, k: conv2d(x, k, padding=1, groups=2), x, k)[1](x)).trace(x, kernel)
-    assert traced.lower(lowering_platforms=("tpu",)).as_text().count("stablehlo.convolution") == 2
-    assert "stablehlo.convolution" not in traced.lower(lowering_platforms=("cpu",)).as_text()
+    """Lowered for a TPU, a convolution is XLA's own, whatever machine compiles it."""
+    depthwise, dense = ((3, 3, 1, 2), {"groups": 2}), ((3, 3, 2, 2), {})
+    assert len(convolutions(*depthwise, "tpu")) == 3
+    assert convolutions(*depthwise, "cpu") == []
+    assert len(set(convolutions(*dense, "tpu"))) == 3
+    assert set(convolutions(*dense, "cpu")) == {("[b, 0, 1, f]", "[0, 1, i, o]", "[b, 0, 1, f]")}
