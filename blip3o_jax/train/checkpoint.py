@@ -18,7 +18,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from blip3o_jax import config as config_lib
-from blip3o_jax.config import CheckpointConfig, Config, UserError
+from blip3o_jax.config import Config, UserError
 from blip3o_jax.parallel.rules import Strategy
 from blip3o_jax.text.tokenizers import TextTokenizer
 from blip3o_jax.train.state import StatePlan, TrainState, plan_state
@@ -27,14 +27,14 @@ from blip3o_jax.train.state import StatePlan, TrainState, plan_state
 class Checkpoints:
     """The checkpoints of one run under `directory`."""
 
-    def __init__(self, directory: pathlib.Path, cfg: CheckpointConfig, config: Config, tokenizer: TextTokenizer | None):
+    def __init__(self, directory: pathlib.Path, config: Config, tokenizer: TextTokenizer | None):
         self.directory = directory.absolute()
         self.directory.mkdir(parents=True, exist_ok=True)
         if jax.process_index() == 0:
             write_json(self.directory / "config.json", config_lib.to_dict(config))
             if tokenizer is not None:
                 tokenizer.save(self.directory / "text")
-        policies = [preservation_policy.LatestN(cfg.keep)]
+        policies = [preservation_policy.LatestN(config.checkpoint.keep)]
         policies.append(preservation_policy.BestN(get_metric_fn=lambda m: m["loss"], reverse=True, n=1))
         options = ocp.CheckpointManagerOptions(
             preservation_policy=preservation_policy.AnyPreservationPolicy(policies), cleanup_tmp_directories=True

@@ -80,9 +80,9 @@ def make_loss(config: Config, image_first: int) -> Loss:
         with nn.part("text_tower"):
             tower = model.text_tower
             text_BD = tower(batch["text_ids"], batch["text_mask"])
-            same_BB = same_captions(batch["text_ids"], batch["text_mask"])
+            same_BB = same_captions(batch["text_ids"])
             loss, metrics = sigmoid_loss(image_BD, text_BD, tower.log_scale[...], tower.bias[...], same_BB)
-        return loss, metrics._asdict()
+        return loss, metrics
 
     def tokenizer(model: Blip3o, batch: Batch, keys_B: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         with nn.part("tokenizer"):
