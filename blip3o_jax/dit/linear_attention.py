@@ -20,7 +20,7 @@ def relu_linear_attention(q_BNHK: jax.Array, k_BNHK: jax.Array, v_BNHK: jax.Arra
     diffusers appends a row of ones to v so that one product gives numerator and denominator; summing k beside it is the
     same without copying v, and keeps the head size a power of two.
     """
-    # Sums over thousands of tokens, then a ratio: all of it in float32, since bfloat16 holds 8 bits. A TPU rounds float32 factors
+    # Sums over thousands of tokens, then a ratio: all in float32, since bfloat16 holds 8 bits. A TPU rounds float32 factors
     # to bfloat16 unless told not to; at K x K a head, exact products cost next to nothing beside the projections.
     exact, f32 = jax.lax.Precision.HIGHEST, jnp.float32
     q_BNHK, k_BNHK = jax.nn.relu(q_BNHK).astype(f32), jax.nn.relu(k_BNHK).astype(f32)

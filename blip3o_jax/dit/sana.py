@@ -208,7 +208,9 @@ class SanaTransformer(nnx.Module):
 def sinusoid(timestep_B: jax.Array) -> jax.Array:
     """[B] -> [B, 256], cosines then sines, float32: bfloat16 cannot tell timestep 999 from 1000."""
     half = TIME_CHANNELS // 2
-    frequencies = (10000.0 ** -(np.arange(half) / half)).astype(np.float32)
+    # The exponents are rounded to float32 as in diffusers: at timestep 1000 an angle is off by 1000 roundings of its frequency.
+    exponents = np.float32(-np.log(10000)) * np.arange(half, dtype=np.float32) / np.float32(half)
+    frequencies = np.exp(exponents.astype(np.float64)).astype(np.float32)
     angles = timestep_B.astype(jnp.float32)[:, None] * frequencies
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
