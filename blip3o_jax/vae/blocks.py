@@ -211,4 +211,4 @@ def run_blocks(blocks: nnx.Module | None, x_BHWC: jax.Array, *, remat: str) -> j
     """Stacked blocks in order."""
     if blocks is None:
         return x_BHWC
-    return nn.scan(blocks, lambda block, x_BHWC, _: (block(x_BHWC), None), x_BHWC, remat=remat, unroll=True)[0]
+    return nn.scan(blocks, lambda block, x_BHWC, _: (block(x_BHWC), None), x_BHWC, remat=remat)[0]

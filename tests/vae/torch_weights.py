@@ -1,5 +1,6 @@
 """Weights of `diffusers.AutoencoderDC` as this package's tree: one declarative table, every key consumed."""
 
+import dataclasses
 import re
 
 import diffusers
@@ -65,10 +66,7 @@ TABLE |= {
 }
 RULES = [(re.compile(re.sub(r"\\{(\w)\\}", r"(?P<\1>\\d+)", re.escape(key))), *rule) for key, rule in TABLE.items()]
 
-SHARED_FIELDS = """in_channels latent_channels attention_head_dim encoder_block_types decoder_block_types
-encoder_block_out_channels decoder_block_out_channels encoder_layers_per_block decoder_layers_per_block
-encoder_qkv_multiscales decoder_qkv_multiscales upsample_block_type downsample_block_type decoder_norm_types
-decoder_act_fns scaling_factor""".split()
+SHARED_FIELDS = {field.name for field in dataclasses.fields(config.DcAeConfig)} - {"dtype", "param_dtype", "remat"}
 
 
 def torch_class(cfg: config.DcAeConfig) -> diffusers.AutoencoderDC:
