@@ -28,8 +28,8 @@ F8 = config.DcAeConfig(
     decoder_block_out_channels=(6, 12, 12, 24),
     encoder_layers_per_block=(1, 2, 2, 1),
     decoder_layers_per_block=(2, 1, 1, 1),
-    encoder_qkv_multiscales=((), (), (), ()),
-    decoder_qkv_multiscales=((), (), (), (3, 5)),
+    encoder_qkv_multiscales=((), (), (3, 5), ()),
+    decoder_qkv_multiscales=((), (), (), ()),
     dtype="float32",
 )
 # The library's default resampling kinds, and outermost stages without blocks.
@@ -44,7 +44,8 @@ SHUFFLED = dataclasses.replace(
     downsample_block_type="pixel_unshuffle",
 )
 CONFIGS = {"f8": F8, "shuffled": SHUFFLED}
-# The encoder's attention sees 4 x 8 = 32 pixels and the decoder's 2 x 4 = 8, more and fewer than the heads' 10: both its forms.
+# Both have several groups of heads and scales, since the norm after a single one would hide how it is normalised. The
+# encoder's attention sees 4 x 8 = 32 pixels and the decoder's 2 x 4 = 8, more and fewer than the heads' 10: both its forms.
 HEIGHT, WIDTH = 16, 32
 
 
