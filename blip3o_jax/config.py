@@ -358,7 +358,8 @@ class LossConfig:
     # "exact" takes the hidden states of <S0>, I_1 .. I_n; "last" the reference's last n + 1 positions of the row.
     condition_span: str = "exact"
     ce_chunk: int = 512  # tokens per block of the cross entropy
-    gradient: float = 1.0  # autoencoder: weight of the image-gradient term beside L1
+    gradient: float = 0.4  # autoencoder: weight of the image-gradient term beside L1
+    squared: float = 4.0  # autoencoder: weight of the squared error beside L1
     # autoencoder: weight of the term that holds each channel of the scaled latents at unit variance, which flow matching
     # expects, and deviation of the noise put on them, which makes the decoder forgive what sampling gets slightly wrong.
     latent_scale: float = 0.0

@@ -70,8 +70,8 @@ def model() -> config.ModelConfig:
             attention_head_dim=16,
             encoder_block_types=("ResBlock", "ResBlock", "ResBlock", "EfficientViTBlock"),
             decoder_block_types=("ResBlock", "ResBlock", "ResBlock", "EfficientViTBlock"),
-            encoder_block_out_channels=(16, 32, 64, 128),
-            decoder_block_out_channels=(16, 32, 64, 128),
+            encoder_block_out_channels=(16, 32, 64, 64),
+            decoder_block_out_channels=(16, 32, 64, 64),
             encoder_layers_per_block=(0, 1, 1, 1),
             decoder_layers_per_block=(0, 1, 1, 1),
             encoder_qkv_multiscales=((), (), (), (5,)),
@@ -90,7 +90,7 @@ def recipe(data_dir: str, cache_dir: str, *, fast: bool = False) -> dict[str, co
         model=model(),
         data=config.DataConfig(path=data_dir, format="tfds", workers=0, prefetch=4, max_length=64),
         mesh=config.MeshConfig(data=-1, fsdp=1, strategy="dp"),
-        log_every=10,
+        log_every=20,
         sampling=config.SamplingConfig(temperature=1.0, top_k=0, top_p=0.9, steps=20, guidance=2.0, batch_size=64),
     )
 
@@ -108,9 +108,7 @@ def recipe(data_dir: str, cache_dir: str, *, fast: bool = False) -> dict[str, co
         )
 
     return {
-        "autoencoder": stage(
-            "autoencoder", 600, 32, 2e-3, loss=config.LossConfig(gradient=1.0, latent_scale=0.01, latent_noise=0.1)
-        ),
+        "autoencoder": stage("autoencoder", 1300, 8, 3e-3, loss=config.LossConfig(latent_scale=0.01, latent_noise=0.1)),
         "contrastive": stage("contrastive", 200, 128, 1e-3),
         "tokenizer": stage("tokenizer", 250, 64, 1e-3, init_from=(("tokenizer", "contrastive"),)),
         "joint": stage(

@@ -69,7 +69,7 @@ def make_loss(config: Config, image_first: int) -> Loss:
             z_BHWC = model.vae.encode(x_BHWC).astype(jnp.float32) * scale
             noise = jax.vmap(lambda key: jax.random.normal(key, z_BHWC.shape[1:]))(keys_B)
             noisy_BHWC = z_BHWC + config.loss.latent_noise * noise
-            loss, metrics = reconstruction_loss(model.vae.decode(noisy_BHWC / scale), x_BHWC, config.loss.gradient)
+            loss, metrics = reconstruction_loss(model.vae.decode(noisy_BHWC / scale), x_BHWC, config.loss.gradient, config.loss.squared)
         deviation_C = jnp.sqrt(jnp.mean(z_BHWC**2, axis=(0, 1, 2)) + 1e-8)
         off_scale = jnp.mean(jnp.log(deviation_C) ** 2)
         return loss + config.loss.latent_scale * off_scale, metrics | {"latent_deviation": jnp.mean(deviation_C)}

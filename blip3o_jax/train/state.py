@@ -81,4 +81,7 @@ def plan_state(config: Config, strategy: Strategy) -> StatePlan:
 
 def create_state(config: Config, plan: StatePlan) -> TrainState:
     """Initial state, each array made in its own shards: no device ever holds a full replica it should not."""
-    return jax.jit(lambda: _initial(config, plan.optimizer), out_shardings=plan.shardings)()
+    # Runs once, so on CPUs, whose compiler takes its time over random numbers, it is not worth optimising.
+    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else {}
+    init = jax.jit(lambda: _initial(config, plan.optimizer), out_shardings=plan.shardings, compiler_options=options)
+    return init()

@@ -21,10 +21,11 @@ def test_by_hand():
     """
     x = image([[0.1, 0.2, 0.3], [-0.5, 0.5, 0.0]])
     x_hat = x + image([[0.2, 0.0, 0.0], [0.0, 0.4, 0.0]])
-    loss, metrics = reconstruction_loss(x_hat, x, 0.5)
+    loss, metrics = reconstruction_loss(x_hat, x, 0.5, 2.0)
     assert metrics["l1"] == pytest.approx(0.1, rel=1e-5)
     assert metrics["gradient_l1"] == pytest.approx(0.225, rel=1e-5)
-    assert loss == pytest.approx(0.1 + 0.5 * 0.225, rel=1e-5)
+    assert metrics["squared"] == pytest.approx(0.2 / 6, rel=1e-5)
+    assert loss == pytest.approx(0.1 + 2.0 * 0.2 / 6 + 0.5 * 0.225, rel=1e-5)
     assert metrics["psnr"] == pytest.approx(10 * math.log10(4 / (0.2 / 6)), rel=1e-5)
 
 
