@@ -8,7 +8,7 @@ Legend: B batch, L row length, N image tokens, D width, H W C image or latent, T
 """
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -118,25 +118,52 @@ def joint_loss(
     `image_first` is the vocabulary id of code 0. `batch["label_count"]` is the mean number of labels a row over the whole
     batch, so that the mean of micro-batch losses is the loss of the batch. Metrics are means over the rows given.
     """
-    codes_BN, z_BHWC = targets(model, batch)
-    tokens_BL = insert_image_ids(batch["tokens"], batch["image_span"], codes_BN + image_first)
-    hidden_BLD = model.hidden(tokens_BL, batch["positions"], batch["segment_ids"])
-
+    out = _joint_forward(model, batch, keys_B, loss, image_first)
     ce_sum, right = cross_entropy(
-        hidden_BLD[:, :-1], model.ar.head(), tokens_BL[:, 1:], batch["loss_mask"][:, 1:], model.cfg.ar.vocab_size, loss.ce_chunk
+        out.hidden_BLD[:, :-1],
+        model.ar.head(),
+        out.tokens_BL[:, 1:],
+        batch["loss_mask"][:, 1:],
+        model.cfg.ar.vocab_size,
+        loss.ce_chunk,
     )
     labels = jnp.sum(batch["label_count"])
     ce = ce_sum / labels
+    fm = jnp.mean(flow.flow_loss(out.velocity_BHWC, out.z_BHWC, out.noise_BHWC))
+    return loss.ce * ce + loss.flow * fm, {"ce": ce, "flow": fm, "accuracy": right / labels}
 
+
+def joint_preview(
+    model: Blip3o, batch: dict[str, jax.Array], keys_B: jax.Array, *, loss: LossConfig, image_first: int
+) -> jax.Array:
+    """[B, H, 2 W, 3] in [0, 1]: each target as the autoencoder has it, and what one velocity from a noisy one points to."""
+    out = _joint_forward(model, batch, keys_B, loss, image_first)
+    guess_BHWC = out.x_BHWC - out.sigma_B[:, None, None, None] * out.velocity_BHWC.astype(jnp.float32)
+    return jnp.concatenate([model.pixels(out.z_BHWC), model.pixels(guess_BHWC)], axis=2)
+
+
+class _Joint(NamedTuple):
+    """Everything the joint loss is computed from."""
+
+    tokens_BL: jax.Array
+    hidden_BLD: jax.Array
+    z_BHWC: jax.Array
+    noise_BHWC: jax.Array
+    sigma_B: jax.Array
+    x_BHWC: jax.Array
+    velocity_BHWC: jax.Array
+
+
+def _joint_forward(model: Blip3o, batch: dict[str, jax.Array], keys_B: jax.Array, loss: LossConfig, image_first: int) -> _Joint:
+    codes_BN, z_BHWC = targets(model, batch)
+    tokens_BL = insert_image_ids(batch["tokens"], batch["image_span"], codes_BN + image_first)
+    hidden_BLD = model.hidden(tokens_BL, batch["positions"], batch["segment_ids"])
     noise_BHWC, sigma_B, keep_B = _draw(keys_B, z_BHWC, model.cfg, loss.condition_dropout)
     span_BTD = take_span(hidden_BLD, batch["image_span"], codes_BN.shape[1], loss.condition_span)
     condition_BTC = model.condition(jnp.where(keep_B[:, None, None], span_BTD, 0))
     x_BHWC = flow.noisy(z_BHWC, noise_BHWC, sigma_B)
     velocity_BHWC = model.velocity(x_BHWC, sigma_B * model.cfg.flow.num_train_timesteps, condition_BTC)
-    fm = jnp.mean(flow.flow_loss(velocity_BHWC, z_BHWC, noise_BHWC))
-
-    metrics = {"ce": ce, "flow": fm, "accuracy": right / labels}
-    return loss.ce * ce + loss.flow * fm, metrics
+    return _Joint(tokens_BL, hidden_BLD, z_BHWC, noise_BHWC, sigma_B, x_BHWC, velocity_BHWC)
 
 
 def path_name(path: tuple[Any, ...]) -> str:

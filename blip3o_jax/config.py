@@ -407,6 +407,7 @@ class Config:
     seed: int = 0
     steps: int = 1000
     log_every: int = 10
+    preview: int = 8  # rows of a batch drawn into TensorBoard at each checkpoint; 0 for none
     # Regular expressions over parameter paths ("ar/layers/mlp/up/kernel"): what is trained. () takes the stage's own:
     # for joint the published freezing (AR, connector, the DiT's caption layers).
     trainable: tuple[str, ...] = ()

@@ -53,7 +53,7 @@ class Pipeline:
     def generate(
         self, prompts: Sequence[str], *, seed: int = 0, progress: bool = False, first_index: int = 0, **overrides: Any
     ) -> Generated:
-        """One image a prompt. `overrides` are fields of SamplingConfig (steps, guidance, temperature, top_k, top_p, batch_size).
+        """One image a prompt. `overrides` are fields of SamplingConfig (steps, guidance, temperature, top_k, ...).
 
         Image i depends on (seed, first_index + i, prompts[i]) and the settings alone, not on the batch it was made in.
         Raises UserError for no prompt, an unknown setting, or a prompt that does not fit the model's rows.

@@ -22,7 +22,7 @@ def cross_entropy(
     Logits are float32: in bfloat16 a loss of 11 nats has steps of 0.06. Rows of the head past `vocab_size` are padding and
     can never be predicted.
     """
-    B, L, D = hidden_BLD.shape
+    B, L, _ = hidden_BLD.shape
     head_DV = nn.constrain(head_DV.astype(hidden_BLD.dtype), None, "act_vocab")
     blocks = -(-L // chunk)
     pad = blocks * chunk - L

@@ -91,6 +91,7 @@ def recipe(data_dir: str, cache_dir: str, *, fast: bool = False) -> dict[str, co
         data=config.DataConfig(path=data_dir, format="tfds", workers=0, prefetch=4, max_length=64),
         mesh=config.MeshConfig(data=-1, fsdp=1, strategy="dp"),
         log_every=20,
+        preview=0,
         sampling=config.SamplingConfig(temperature=1.0, top_k=0, top_p=0.9, steps=20, guidance=2.0, batch_size=64),
     )
 

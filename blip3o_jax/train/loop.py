@@ -26,9 +26,9 @@ from blip3o_jax.train.checkpoint import Checkpoints, restore_parts
 from blip3o_jax.train.encode import encoded_source, weights_fingerprint
 from blip3o_jax.train.flops import count_flops, peak_flops
 from blip3o_jax.train.metrics import MetricLog
-from blip3o_jax.train.stages import STAGES, make_loss
+from blip3o_jax.train.stages import STAGES, make_loss, make_preview
 from blip3o_jax.train.state import StatePlan, TrainState, create_state, plan_state
-from blip3o_jax.train.step import make_step
+from blip3o_jax.train.step import make_step, row_keys
 from blip3o_jax.train.vocabulary import with_vocabulary
 
 
@@ -73,7 +73,8 @@ def train(config: Config, workdir: str | pathlib.Path) -> Summary:
         try:
             image_first = vocabulary.image_first if vocabulary else 0
             step_fn = make_step(config, plan, strategy, make_loss(config, image_first))
-            run = _Run(config, plan, strategy, checkpoints, batches, log, step_fn)
+            draw = make_preview(config, image_first)
+            run = _Run(config, plan, strategy, checkpoints, batches, log, step_fn, draw)
             metrics = run.steps(state, start)
         finally:
             log.close()
@@ -94,6 +95,7 @@ class _Run:
     batches: DevicePrefetch
     log: MetricLog
     step_fn: Any
+    draw: Any  # see make_preview
 
     def steps(self, state: TrainState, start: int) -> dict[str, float]:
         """Runs steps start + 1 .. config.steps; returns the last step's metrics."""
@@ -117,6 +119,7 @@ class _Run:
                 values = self.record(*previous, meter)
                 previous = None
                 self.checkpoints.save(step, state, done_position, meter.mean_loss())
+                self.preview(step, state, batch)
         return values
 
     def fetch(self, meter: "_Meter") -> tuple[dict[str, jax.Array], Any]:
@@ -141,6 +144,19 @@ class _Run:
             values |= meter.read()
             self.log.write(step, values)
         return values
+
+    def preview(self, step: int, state: TrainState, batch: dict[str, jax.Array]) -> None:
+        """Draws a few rows of `batch` into TensorBoard, where all of them are on this host."""
+        if self.draw is None or jax.process_count() > 1:
+            return
+        rows = jax.tree.map(lambda x: x[: self.config.preview], batch)
+        keys_B = row_keys(self.config.seed, state["step"], next(iter(rows.values())).shape[0])
+        images_BHWC = self._drawn(state["params"], state["frozen"], rows, keys_B)
+        self.log.images(step, "preview", np.asarray(jax.numpy.round(images_BHWC * 255)).astype(np.uint8))
+
+    @functools.cached_property
+    def _drawn(self) -> Any:
+        return jax.jit(lambda params, frozen, batch, keys_B: self.draw(self.plan.model(params, frozen), batch, keys_B))
 
     def step_flops(self, batch: dict[str, jax.Array]) -> float | None:
         """Counted FLOPs of one step without recomputation, where the device's peak is known."""

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from blip3o_jax import nn
-from blip3o_jax.blip3o import Blip3o, joint_loss, scale_pixels
+from blip3o_jax.blip3o import Blip3o, joint_loss, joint_preview, scale_pixels
 from blip3o_jax.config import Config, ConfigError
 from blip3o_jax.image_tokens.contrastive import same_captions, sigmoid_loss
 from blip3o_jax.vae.losses import reconstruction_loss
@@ -69,7 +69,9 @@ def make_loss(config: Config, image_first: int) -> Loss:
             z_BHWC = model.vae.encode(x_BHWC).astype(jnp.float32) * scale
             noise = jax.vmap(lambda key: jax.random.normal(key, z_BHWC.shape[1:]))(keys_B)
             noisy_BHWC = z_BHWC + config.loss.latent_noise * noise
-            loss, metrics = reconstruction_loss(model.vae.decode(noisy_BHWC / scale), x_BHWC, config.loss.gradient, config.loss.squared)
+            loss, metrics = reconstruction_loss(
+                model.vae.decode(noisy_BHWC / scale), x_BHWC, config.loss.gradient, config.loss.squared
+            )
         deviation_C = jnp.sqrt(jnp.mean(z_BHWC**2, axis=(0, 1, 2)) + 1e-8)
         off_scale = jnp.mean(jnp.log(deviation_C) ** 2)
         return loss + config.loss.latent_scale * off_scale, metrics | {"latent_deviation": jnp.mean(deviation_C)}
@@ -108,3 +110,15 @@ def make_loss(config: Config, image_first: int) -> Loss:
         return joint_loss(model, batch, keys_B, loss=config.loss, image_first=image_first)
 
     return {"autoencoder": autoencoder, "contrastive": contrastive, "tokenizer": tokenizer, "joint": joint}[config.stage]
+
+
+def make_preview(config: Config, image_first: int) -> Callable[[Blip3o, Batch, jax.Array], jax.Array] | None:
+    """(model, batch, keys) -> images in [0, 1] that show what the stage has learned; None where there is nothing to see."""
+
+    def autoencoder(model: Blip3o, batch: Batch, keys_B: jax.Array) -> jax.Array:
+        return jnp.concatenate([batch["pixels"] / 255, model.pixels(model.latents(batch["pixels"]))], axis=2)
+
+    def joint(model: Blip3o, batch: Batch, keys_B: jax.Array) -> jax.Array:
+        return joint_preview(model, batch, keys_B, loss=config.loss, image_first=image_first)
+
+    return {"autoencoder": autoencoder, "joint": joint}.get(config.stage) if config.preview else None

@@ -21,7 +21,7 @@ Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
 
 
-def _row_keys(seed: int, step: jax.Array, rows: int) -> jax.Array:
+def row_keys(seed: int, step: jax.Array, rows: int) -> jax.Array:
     """One key a row of the global batch, folded from (seed, step): independent of how the batch is cut."""
     return jax.random.split(jax.random.fold_in(jax.random.key(seed), step), rows)
 
@@ -71,7 +71,7 @@ def make_step(config: Config, plan: StatePlan, strategy: Strategy, loss: Loss) -
                 lambda p, b, k: loss_fn(p, state["frozen"], b, k),
                 state["params"],
                 batch,
-                _row_keys(config.seed, state["step"], rows),
+                row_keys(config.seed, state["step"], rows),
                 config.optimizer.accumulate,
             )
         with jax.named_scope("optimizer"):

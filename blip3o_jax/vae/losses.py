@@ -4,8 +4,8 @@
 
 dh and dv are the differences to the right and lower neighbour. L1 alone is content with edges smeared over a few pixels, each
 a little wrong; their slope is then far off, which the last term charges for: it is the sharpness term. It stands where the
-paper of DC-AE (arXiv 2410.10733) has LPIPS and a GAN loss, as it needs no other network. The squared error leads out of the blank image that both others are slow to leave from random
-weights.
+paper of DC-AE (arXiv 2410.10733) has LPIPS and a GAN loss, as it needs no other network. The squared error leads out of the
+blank image that both others are slow to leave from random weights.
 
 Shape suffixes: B batch, H height, W width, C channels.
 """
