@@ -55,6 +55,7 @@ class Qwen3Config:
     dtype: str = "bfloat16"
     param_dtype: str = "float32"
     remat: str = "full"
+    unroll: bool = False  # lay the layer loop out: faster on CPUs, slower to compile
 
     def __post_init__(self) -> None:
         check_choice("ar.remat", self.remat, REMAT)
@@ -84,6 +85,7 @@ class SiglipVisionConfig:
     dtype: str = "bfloat16"
     param_dtype: str = "float32"
     remat: str = "none"
+    unroll: bool = False  # lay the layer loop out: faster on CPUs, slower to compile
 
     @property
     def grid(self) -> int:
@@ -145,6 +147,7 @@ class TextTowerConfig:
     dtype: str = "bfloat16"
     param_dtype: str = "float32"
     remat: str = "none"
+    unroll: bool = False  # lay the layer loop out: faster on CPUs, slower to compile
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,6 +179,7 @@ class SanaConfig:
     dtype: str = "bfloat16"
     param_dtype: str = "float32"
     remat: str = "full"
+    unroll: bool = False  # lay the layer loop out: faster on CPUs, slower to compile
 
     @property
     def hidden_size(self) -> int:
@@ -214,6 +218,7 @@ class DcAeConfig:
     dtype: str = "bfloat16"
     param_dtype: str = "float32"
     remat: str = "none"
+    unroll: bool = False  # lay the layer loop out: faster on CPUs, slower to compile
 
     @property
     def spatial_compression(self) -> int:

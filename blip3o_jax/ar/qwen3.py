@@ -110,7 +110,7 @@ class Qwen3(nnx.Module):
                 )
             return layer.after(x_BLD, o_BLHK), None
 
-        x_BLD, _ = nn.scan(self.layers, step, x_BLD, remat=self.cfg.remat)
+        x_BLD, _ = nn.scan(self.layers, step, x_BLD, remat=self.cfg.remat, unroll=self.cfg.unroll)
         return self.norm(x_BLD)
 
     def extend(self, x_BLD: jax.Array, segment_ids_BL: jax.Array, past: cache.Cache) -> tuple[jax.Array, cache.Cache]:
@@ -139,7 +139,7 @@ class Qwen3(nnx.Module):
             return (layer.after(x_BLD, o_BLHK), k_YBSGK, v_YBSGK), None
 
         carry, indices = (x_BLD, past.k_YBSGK, past.v_YBSGK), jnp.arange(self.cfg.num_hidden_layers)
-        (x_BLD, k_YBSGK, v_YBSGK), _ = nn.scan(self.layers, step, carry, indices, remat="none")
+        (x_BLD, k_YBSGK, v_YBSGK), _ = nn.scan(self.layers, step, carry, indices, remat="none", unroll=self.cfg.unroll)
         return self.norm(x_BLD), present._replace(k_YBSGK=k_YBSGK, v_YBSGK=v_YBSGK)
 
     def head(self, rows: tuple[int, int] | None = None) -> jax.Array:

@@ -180,7 +180,7 @@ class SanaTransformer(nnx.Module):
             def step(layer: CrossAttention, carry: None, _: None) -> tuple[None, tuple[jax.Array, jax.Array]]:
                 return carry, layer.keys_values(condition_BTD)
 
-            _, (k_YBTAK, v_YBTAK) = nn.scan(self.blocks.cross_attention, step, None, remat=self.cfg.remat)
+            _, (k_YBTAK, v_YBTAK) = nn.scan(self.blocks.cross_attention, step, None, remat=self.cfg.remat, unroll=self.cfg.unroll)
         return Context(k_YBTAK, v_YBTAK, mask_BT)
 
     def velocity(self, z_BHWC: jax.Array, timestep_B: jax.Array, context: Context) -> jax.Array:
@@ -198,7 +198,7 @@ class SanaTransformer(nnx.Module):
             return block(x_BND, modulation_B6D, key_value, context.mask_BT, grid), None
 
         keys_values = (context.k_YBTAK, context.v_YBTAK)
-        x_BND, _ = nn.scan(self.blocks, step, _stream(x_BND), keys_values, remat=self.cfg.remat)
+        x_BND, _ = nn.scan(self.blocks, step, _stream(x_BND), keys_values, remat=self.cfg.remat, unroll=self.cfg.unroll)
         with jax.named_scope("output"):
             table_2D = self.scale_shift_table[...].astype(x_BND.dtype)
             shift_B1D, scale_B1D = jnp.split(table_2D + embedding_BD[:, None], 2, axis=1)

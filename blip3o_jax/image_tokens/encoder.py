@@ -30,6 +30,7 @@ class EncoderShape:
     dtype: Any
     param_dtype: Any
     remat: str
+    unroll: bool
 
     @classmethod
     def of(cls, cfg: Any, **overrides: Any) -> "EncoderShape":
@@ -106,7 +107,7 @@ class Encoder(nnx.Module):
     def __init__(self, shape: EncoderShape, *, rngs: nnx.Rngs):
         self.layers = nn.stack(lambda rngs: EncoderLayer(shape, rngs=rngs), shape.num_hidden_layers, rngs)
         self.depth = shape.num_hidden_layers
-        self.remat = shape.remat
+        self.remat, self.unroll = shape.remat, shape.unroll
 
     def __call__(self, x_BLD: jax.Array, mask_BL: jax.Array | None = None, *, depth: int | None = None) -> jax.Array:
         """The output of the first `depth` layers (all of them by default)."""
@@ -119,7 +120,7 @@ class Encoder(nnx.Module):
             return jax.lax.cond(run, lambda x: layer(x, mask_BL), lambda x: x, x_BLD), None
 
         run = None if depth == self.depth else jnp.arange(self.depth) < depth
-        return nn.scan(self.layers, step, x_BLD, run, remat=self.remat)[0]
+        return nn.scan(self.layers, step, x_BLD, run, remat=self.remat, unroll=self.unroll)[0]
 
 
 class AttentionPool(nnx.Module):

@@ -56,7 +56,8 @@ class Decoder(nnx.Module):
 
     def __init__(self, cfg: config.TaTokConfig, *, rngs: nnx.Rngs):
         d = cfg.decoder.hidden_size
-        shape = EncoderShape.of(cfg.decoder, dtype=cfg.dtype, param_dtype=cfg.param_dtype, remat=cfg.encoder.remat)
+        loop = {"remat": cfg.encoder.remat, "unroll": cfg.encoder.unroll}
+        shape = EncoderShape.of(cfg.decoder, dtype=cfg.dtype, param_dtype=cfg.param_dtype, **loop)
         side = math.isqrt(cfg.decoder.num_patches)
         if side**2 != cfg.decoder.num_patches:
             raise config.ConfigError(f"tokenizer.decoder.num_patches={cfg.decoder.num_patches} must be a square number")

@@ -207,8 +207,8 @@ def stage_blocks(
     return nn.stack(make, count, rngs) if count else None
 
 
-def run_blocks(blocks: nnx.Module | None, x_BHWC: jax.Array, *, remat: str) -> jax.Array:
+def run_blocks(blocks: nnx.Module | None, x_BHWC: jax.Array, *, remat: str, unroll: bool) -> jax.Array:
     """Stacked blocks in order."""
     if blocks is None:
         return x_BHWC
-    return nn.scan(blocks, lambda block, x_BHWC, _: (block(x_BHWC), None), x_BHWC, remat=remat)[0]
+    return nn.scan(blocks, lambda block, x_BHWC, _: (block(x_BHWC), None), x_BHWC, remat=remat, unroll=unroll)[0]

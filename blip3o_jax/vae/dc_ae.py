@@ -41,13 +41,13 @@ class Encoder(nnx.Module):
             down = DownBlock(channels[i], channels[i + 1], kind, shortcut=True, **types) if step else None
             self.stages.append(Stage(stacked, down))
         self.conv_out = nn.Conv(channels[-1], cfg.latent_channels, 3, padding=1, **types)
-        self.latent_channels, self.remat = cfg.latent_channels, cfg.remat
+        self.latent_channels, self.remat, self.unroll = cfg.latent_channels, cfg.remat, cfg.unroll
 
     def __call__(self, x_BHWC: jax.Array) -> jax.Array:
         h_BHWC = self.conv_in(x_BHWC)
         for i, stage in enumerate(self.stages):
             with jax.named_scope(f"encoder_stage_{i}"):
-                h_BHWC = blocks.run_blocks(stage.blocks, h_BHWC, remat=self.remat)
+                h_BHWC = blocks.run_blocks(stage.blocks, h_BHWC, remat=self.remat, unroll=self.unroll)
                 h_BHWC = h_BHWC if stage.resample is None else stage.resample(h_BHWC)
         return self.conv_out(h_BHWC) + blocks.average_channels(h_BHWC, self.latent_channels)
 
@@ -72,7 +72,7 @@ class Decoder(nnx.Module):
             self.conv_out = nn.Conv(width, cfg.in_channels, 3, padding=1, **types)
         else:
             self.conv_out = UpBlock(width, cfg.in_channels, kind, shortcut=False, **types)
-        self.width_in, self.remat = channels[-1], cfg.remat
+        self.width_in, self.remat, self.unroll = channels[-1], cfg.remat, cfg.unroll
 
     def __call__(self, z_BHWC: jax.Array) -> jax.Array:
         h_BHWC = self.conv_in(z_BHWC)
@@ -80,7 +80,7 @@ class Decoder(nnx.Module):
         for i, stage in reversed(list(enumerate(self.stages))):
             with jax.named_scope(f"decoder_stage_{i}"):
                 h_BHWC = h_BHWC if stage.resample is None else stage.resample(h_BHWC)
-                h_BHWC = blocks.run_blocks(stage.blocks, h_BHWC, remat=self.remat)
+                h_BHWC = blocks.run_blocks(stage.blocks, h_BHWC, remat=self.remat, unroll=self.unroll)
         return self.conv_out(jax.nn.relu(self.norm_out(h_BHWC)))
 
 
