@@ -1,0 +1,138 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+from blip3o_jax import nn
+from tests import tiny
+from tests.conftest import relative_error
+
+LAYERS, D = 3, 8
+
+
+class Layer(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        self.linear = nn.Linear(D, D, ("embed", "mlp"), rngs=rngs)
+        self.norm = nn.RMSNorm(D, rngs=rngs, eps=1e-6, bias=True)
+
+    def __call__(self, x_BD: jax.Array) -> jax.Array:
+        return x_BD + jnp.tanh(self.linear(self.norm(x_BD)))
+
+
+def step(layer, x_BD, shift):
+    y_BD = layer(x_BD) + shift
+    return y_BD, y_BD.sum()
+
+
+@pytest.fixture(scope="module")
+def layers():
+    return nn.stack(Layer, LAYERS, nnx.Rngs(0))
+
+
+@pytest.fixture
+def inputs(rng):
+    return jnp.asarray(rng.normal(size=(2, D)), jnp.float32), jnp.arange(LAYERS, dtype=jnp.float32)
+
+
+def unstacked(layers, i):
+    graphdef, state = nnx.split(layers)
+    return nnx.merge(graphdef, jax.tree.map(lambda x: x[i], state))
+
+
+@pytest.mark.parametrize("unroll", [False, True])
+def test_scan_is_the_loop_over_the_layers(layers, inputs, unroll):
+    x_BD, shifts = inputs
+    got, sums = nn.scan(layers, step, x_BD, shifts, remat="none", unroll=unroll)
+    want_sums = []
+    for i in range(LAYERS):
+        x_BD, total = step(unstacked(layers, i), x_BD, shifts[i])
+        want_sums.append(total)
+    assert relative_error(got, x_BD) < 1e-6
+    assert relative_error(sums, jnp.stack(want_sums)) < 1e-6
+
+
+def test_stacked_layers_differ_and_lead_with_the_layers_axis(layers):
+    state = dict(nnx.to_flat_state(nnx.state(layers)))
+    assert {path: (v.axes, v.shape) for path, v in state.items()} == {
+        ("linear", "kernel"): (("layers", "embed", "mlp"), (LAYERS, D, D)),
+        ("linear", "bias"): (("layers", "mlp"), (LAYERS, D)),
+        ("norm", "scale"): (("layers", "norm"), (LAYERS, D)),
+        ("norm", "bias"): (("layers", "norm"), (LAYERS, D)),
+    }
+    kernel = state["linear", "kernel"][...]
+    assert not np.allclose(kernel[0], kernel[1])
+    assert 0.8 < float(jnp.std(kernel)) * D**0.5 < 1.2  # fan-in of one layer, not of the stack
+
+
+@pytest.mark.parametrize("unroll", [False, True])
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_remat_and_unroll_change_no_gradient_and_remat_keeps_less(layers, inputs, remat, unroll):
+    """The same float32 operations, which XLA may fuse otherwise, hence 1e-6."""
+    graphdef, state = nnx.split(layers)
+
+    def loss(state, remat, unroll):
+        return jnp.sum(nn.scan(nnx.merge(graphdef, state), step, *inputs, remat=remat, unroll=unroll)[0] ** 2)
+
+    def kept(remat):
+        pull = jax.eval_shape(lambda s: jax.vjp(lambda s: loss(s, remat, unroll), s)[1], state)
+        return sum(leaf.size for leaf in jax.tree.leaves(pull))
+
+    gradients = jax.jit(jax.grad(loss), static_argnums=(1, 2))
+    want, got = gradients(state, "none", False), gradients(state, remat, unroll)
+    for (path, a), b in zip(jax.tree.leaves_with_path(got), jax.tree.leaves(want), strict=True):
+        assert relative_error(a, b) < 1e-6, path
+    assert kept(remat) < kept("none")
+
+
+def test_every_remat_name_of_the_configuration_has_a_policy():
+    from blip3o_jax import config
+
+    assert set(nn.REMAT_POLICIES) == set(config.REMAT)
+
+
+def test_the_program_does_not_grow_with_depth(inputs):
+    def lines(count, unroll):
+        graphdef, state = nnx.split(nnx.eval_shape(lambda: nn.stack(Layer, count, nnx.Rngs(0))))
+
+        def fn(state, x):
+            run = lambda layer, x, _: (layer(x), None)
+            return nn.scan(nnx.merge(graphdef, state), run, x, remat="none", unroll=unroll)[0]
+
+        return len(jax.jit(fn).lower(state, inputs[0]).as_text().splitlines())
+
+    assert lines(2, False) == lines(5, False) and lines(2, True) < lines(5, True)
+
+
+def test_constrain_counts_names_and_is_nothing_without_a_strategy(inputs):
+    with pytest.raises(ValueError, match=r"constrain: 1 axis names \('batch',\) for an array of shape \(2, 8\)"):
+        nn.constrain(inputs[0], "batch")
+    assert nn.constrain(inputs[0], "batch", None) is inputs[0]
+
+
+def test_constrain_places_activations_by_the_part_being_traced(inputs):
+    """The same names lie elsewhere in the autoencoder, which strategy fsdp_tp does not cut by width."""
+    strategy = tiny.strategy("fsdp_tp", fsdp=2, tensor=2)
+
+    def place(part):
+        def fn(x):
+            with nn.sharding_resolver(strategy.resolver), nn.part(part):
+                return nn.constrain(x, "batch", "act_mlp")
+
+        return jax.jit(fn)(inputs[0]).sharding
+
+    assert place("ar").is_equivalent_to(NamedSharding(strategy.mesh, PartitionSpec("fsdp", "tensor")), 2)
+    assert place("vae").is_equivalent_to(NamedSharding(strategy.mesh, PartitionSpec("fsdp", None)), 2)
+
+
+def test_param_needs_a_name_for_every_dimension():
+    with pytest.raises(ValueError, match=r"param: shape \(2, 3\) has 2 dimensions, axes \('embed',\) name 1"):
+        nn.param(nnx.Rngs(0), (2, 3), ("embed",), nn.zeros)
+
+
+def test_norms_take_their_statistics_in_float32(rng):
+    """In bfloat16 the sum of 4096 equal squares stops growing long before the end."""
+    x = jnp.full((4096,), 3.0, jnp.bfloat16)
+    norm = nn.RMSNorm(4096, rngs=nnx.Rngs(0), eps=0.0)
+    assert norm(x).dtype == jnp.bfloat16 and float(norm(x)[0]) == 1.0
