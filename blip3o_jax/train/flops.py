@@ -35,10 +35,9 @@ def _dot_flops(eqn: Any) -> int:
 def _conv_flops(eqn: Any) -> int:
     kernel = eqn.invars[1].aval.shape
     out_channels = kernel[eqn.params["dimension_numbers"].rhs_spec[0]]
-    # Each output value is one dot product over the kernel's window and input channels. Batch groups (weight gradients of
-    # grouped convolutions) divide the work again.
+    # Each output value is one dot product over the kernel's window and input channels, which are those of one group.
     window = math.prod(kernel) // out_channels
-    return 2 * math.prod(eqn.outvars[0].aval.shape) * window // eqn.params["batch_group_count"]
+    return 2 * math.prod(eqn.outvars[0].aval.shape) * window
 
 
 def _jaxpr_flops(jaxpr: Any) -> int:
