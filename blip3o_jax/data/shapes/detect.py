@@ -169,12 +169,13 @@ def _read(everything: _Blob) -> Word | None:
     y0, y1 = _extent(alpha_HW.max(axis=1))
     if not 0.7 < (y1 - y0) / (7 * LETTER_CELL * size) < 1.4:
         return None
-    letters = round(((x1 - x0) / (y1 - y0) * font.HEIGHT + 1) / (font.WIDTH + 1))
+    pitch = font.WIDTH + font.SPACING
+    letters = round(((x1 - x0) / (y1 - y0) * font.HEIGHT + font.SPACING) / pitch)
     if letters < 1:
         return None
-    columns = (font.WIDTH + 1) * letters - 1
+    columns = pitch * letters - font.SPACING
     dots = _average(alpha_HW, (x0, x1, columns), (y0, y1, font.HEIGHT))
-    cells = [dots[:, start : start + font.WIDTH] for start in range(0, columns, font.WIDTH + 1)]
+    cells = [dots[:, start : start + font.WIDTH] for start in range(0, columns, pitch)]
     likeness = np.stack([_standardised(cell) for cell in cells]) @ _glyphs().T
     if likeness.max(axis=1).min() < MIN_LIKENESS:
         return None

@@ -6,7 +6,7 @@ tells where each letter is.
 
 import numpy as np
 
-WIDTH, HEIGHT = 5, 7
+WIDTH, HEIGHT, SPACING = 5, 7, 3  # of a letter and between two, in dots
 
 _ROWS = """
 A .###. #...# #...# ##### #...# #...# #...#
@@ -43,10 +43,10 @@ GLYPHS: dict[str, np.ndarray] = {
 
 
 def bitmap(text: str) -> np.ndarray:
-    """bool [7, 6 n - 1]: the word's letters with one empty column between them."""
+    """bool [7, 8 n - 3]: the word's letters with SPACING empty columns between them."""
     unknown = sorted(set(text) - set(GLYPHS))
     if unknown or not text:
         raise ValueError(f"cannot write {text!r}: the font has the letters A to Z only")
-    space = np.zeros((HEIGHT, 1), bool)
+    space = np.zeros((HEIGHT, SPACING), bool)
     parts = [part for letter in text for part in (GLYPHS[letter], space)]
     return np.concatenate(parts[:-1], axis=1)

@@ -33,7 +33,7 @@ COLOURS = {
     "purple": (158, 44, 176),
 }
 # Width of an object as a share of the image's, lowest and highest; an object between the two ranges is neither.
-SIZES = {"small": (0.25, 0.29), "large": (0.37, 0.42)}
+SIZES = {"small": (0.22, 0.23), "large": (0.41, 0.42)}
 COUNTS = (2, 3, 4)
 NUMERALS = {1: "one", 2: "two", 3: "three", 4: "four"}
 # Each relation with its converse: A left of B is B right of A.
