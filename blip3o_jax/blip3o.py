@@ -73,10 +73,11 @@ class Blip3o(nnx.Module):
         with nn.part("connector"):
             return self.connector(hidden_BTD)
 
-    def null_condition(self) -> jax.Array:
-        """What the connector makes of zeros, [1, 1, C]: the unconditional branch. One token stands for all n + 1, since
-        cross-attention over equal tokens does not depend on their number."""
-        return self.condition(jnp.zeros((1, 1, self.cfg.ar.hidden_size), jnp.float32))
+    def null_condition(self, rows: int) -> jax.Array:
+        """What the connector makes of zeros, [rows, 1, C]: the unconditional branch. One token stands for all n + 1, since
+        cross-attention over equal tokens does not depend on their number; a row for each of the batch, as rows are spread
+        over the devices."""
+        return self.condition(jnp.zeros((rows, 1, self.cfg.ar.hidden_size), jnp.float32))
 
     def velocity(self, z_BHWC: jax.Array, timestep_B: jax.Array, condition_BTC: jax.Array) -> jax.Array:
         with nn.part("dit"):

@@ -8,6 +8,7 @@ cannot work is an error that names the field. Fields of a network carry the name
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from typing import Any
@@ -396,12 +397,22 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
-    temperature: float = 1.0
-    top_k: int = 1200
-    top_p: float = 0.95
-    steps: int = 30
-    guidance: float = 2.0
-    batch_size: int = 16
+    temperature: float = 1.0  # of the image tokens; 0 takes the likeliest
+    top_k: int = 1200  # image tokens kept at each position; 0 keeps all
+    top_p: float = 0.95  # probability mass kept at each position; 1 keeps all
+    steps: int = 30  # Euler steps of the diffusion head
+    guidance: float = 2.0  # classifier-free; 1 leaves the unconditional branch out
+    batch_size: int = 16  # prompts drawn at once
+
+    def __post_init__(self) -> None:
+        check(
+            0 <= self.temperature < math.inf, f"sampling.temperature={self.temperature} must be 0 (the likeliest token) or more"
+        )
+        check(self.top_k >= 0, f"sampling.top_k={self.top_k} must be 0 (off) or more")
+        check(0 < self.top_p <= 1, f"sampling.top_p={self.top_p} must lie in (0, 1]; 1 switches it off")
+        check(self.steps > 0, f"sampling.steps={self.steps} must be positive")
+        check(math.isfinite(self.guidance), f"sampling.guidance={self.guidance} must be a finite number; 1 switches it off")
+        check(self.batch_size > 0, f"sampling.batch_size={self.batch_size} must be positive")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,7 +19,7 @@ from flax import nnx
 from blip3o_jax import nn
 from blip3o_jax.ar.sampling import generate_image_tokens
 from blip3o_jax.blip3o import Blip3o
-from blip3o_jax.config import Config, MeshConfig, SamplingConfig, UserError
+from blip3o_jax.config import Config, MeshConfig, SamplingConfig, UserError, check
 from blip3o_jax.data.sequence import text_to_image_prompt
 from blip3o_jax.dit import sampler
 from blip3o_jax.parallel.mesh import make_mesh
@@ -59,6 +59,7 @@ class Pipeline:
         Raises UserError for no prompt, an unknown setting, or a prompt that does not fit the model's rows.
         """
         settings = self.settings(**overrides)
+        check(0 <= seed < 2**32, f"seed={seed} must lie between 0 and {2**32 - 1}")
         rows = [self._encode(prompt) for prompt in prompts]
         if not rows:
             raise UserError("no prompt given: pass at least one")
@@ -149,7 +150,7 @@ class Pipeline:
                 z_BHWC = sampler.sample(
                     model.dit,
                     model.condition(hidden_BTD),
-                    model.null_condition(),
+                    model.null_condition(len(indices_B)),
                     noise_BHWC,
                     steps=settings.steps,
                     guidance=settings.guidance,

@@ -81,3 +81,24 @@ def test_published_recipes(size, width, mlp):
 def test_an_unknown_size_names_those_there_are():
     with pytest.raises(config.ConfigError, match=r"size='7b' is not one of 0\.6b, 1\.7b"):
         config_file.load(f"{CONFIGS}/pretrain.py:7b")
+
+
+@pytest.mark.parametrize(
+    ("field", "values"),
+    [
+        ("temperature", (-0.1, float("nan"), float("inf"))),
+        ("top_k", (-1,)),
+        ("top_p", (0.0, 2.0, -1.0, float("nan"))),
+        ("steps", (0, -3)),
+        ("guidance", (float("inf"), float("nan"))),
+        ("batch_size", (0,)),
+    ],
+)
+def test_sampling_settings_that_cannot_work_are_refused_by_name(field, values):
+    for value in values:
+        with pytest.raises(config.ConfigError, match=f"sampling.{field}="):
+            config.from_dict({"sampling": {field: value}})
+
+
+def test_the_edges_of_sampling_settings_are_accepted():
+    config.SamplingConfig(temperature=0.0, top_k=0, top_p=1.0, steps=1, guidance=0.0, batch_size=1)
