@@ -1,0 +1,62 @@
+import json
+import types
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from blip3o_jax import pipeline as pipelines
+from blip3o_jax.config import UserError
+from blip3o_jax.evaluation import runner, shapes
+
+COUNT = 14
+
+
+class Oracle:
+    """Stands in for a pipeline: draws what is asked, but for every fifth prompt, which it leaves white."""
+
+    config = types.SimpleNamespace(model=types.SimpleNamespace(image_size=64))
+
+    def __init__(self):
+        self.calls = []
+
+    def generate(self, prompts, **keywords):
+        self.calls.append((prompts, keywords))
+        images_BHWC = shapes.real_images(len(prompts), 64, keywords["seed"])
+        images_BHWC[::5] = 255
+        return pipelines.Generated(list(prompts), images_BHWC, np.zeros((len(prompts), 4), np.int32))
+
+
+def test_evaluation_judges_what_was_asked():
+    oracle = Oracle()
+    result = runner.evaluate_pipeline(oracle, "shapes", num_prompts=COUNT, seed=2, steps=7, batch_size=None)
+    ((prompts, keywords),) = oracle.calls
+    assert prompts == [p["caption"] for p in shapes.prompts(COUNT, 2)]
+    assert keywords == {"seed": 2, "progress": True, "steps": 7, "batch_size": None}
+    assert result.ours.correct == [i % 5 != 0 for i in range(COUNT)]
+    assert result.real.overall == 1.0 and result.random.overall < 0.3
+
+
+def test_files(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(pipelines, "load", lambda checkpoint: Oracle() if checkpoint == "c" else None)
+    runner.evaluate("c", "shapes", tmp_path / "out", num_prompts=COUNT, seed=0, batch_size=3)
+    scores = json.loads((tmp_path / "out" / "scores.json").read_text())
+    assert set(scores) == {"overall", "categories", "prompts", "baselines"}
+    assert scores["prompts"] == COUNT and len(scores["categories"]) == 7
+    assert scores["overall"] == pytest.approx(np.mean(list(scores["categories"].values())))
+    assert set(scores["baselines"]) == {"real_images", "random_images"}
+    assert scores["baselines"]["real_images"] == {"overall": 1.0, "categories": dict.fromkeys(scores["categories"], 1.0)}
+
+    verdicts = json.loads((tmp_path / "out" / "verdicts.json").read_text())
+    assert [v["correct"] for v in verdicts] == [i % 5 != 0 for i in range(COUNT)]
+    assert set(verdicts[0]) == {"caption", "category", "correct", "reason"}
+    image = np.array(Image.open(tmp_path / "out" / "images" / "00001.png"))
+    np.testing.assert_array_equal(image, shapes.real_images(2, 64)[1])
+    assert (tmp_path / "out" / "images" / "grid.png").exists()
+    assert f"shapes: {scores['overall']:.3f} of {COUNT} held-out prompts" in capsys.readouterr().err
+
+
+def test_an_unknown_suite_is_refused_before_anything_is_loaded(tmp_path):
+    with pytest.raises(UserError, match="suite='geneval' is not one of shapes"):
+        runner.evaluate(tmp_path / "nowhere", "geneval", tmp_path / "out", num_prompts=1, seed=0)
+    assert not (tmp_path / "out").exists()

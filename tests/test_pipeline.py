@@ -1,0 +1,174 @@
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import blip3o_jax
+from blip3o_jax import pipeline as pipelines
+from blip3o_jax.config import MeshConfig, UserError
+from blip3o_jax.data.sources import open_mixture
+from blip3o_jax.parallel.mesh import make_mesh
+from blip3o_jax.train.checkpoint import Checkpoints
+from blip3o_jax.train.state import create_state, plan_state
+from blip3o_jax.train.vocabulary import with_vocabulary
+from tests import tiny
+
+# Of three lengths; the last one makes the batch's rows longer than a prompt alone would.
+PROMPTS = ["a red cat", "a small blue tall tree", "a big green boat", "pink", "a small red cat and a big blue boat " * 2]
+SETTINGS = {"temperature": 1.0, "top_k": 20, "top_p": 0.9, "steps": 3, "guidance": 1.5}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """The workdir of a joint run, moved away from where it was written, its data deleted."""
+    root = tmp_path_factory.mktemp("pipeline")
+    data = tiny.write_data(root / "data")
+    config = tiny.run_config(data, data={"max_length": 72}, preview=0)
+    config, vocabulary = with_vocabulary(config, open_mixture(config.data), root / "written")
+    plan = plan_state(config, tiny.strategy())
+    state = create_state(config, plan)
+    # Initial weights say too little: of the AR's logits all are alike, and the DiT's last layer is near zero.
+    rng = np.random.default_rng(1)
+    state["params"] = jax.tree.map(
+        lambda x: jax.device_put(np.asarray(x) + rng.normal(0, 0.3, x.shape).astype(x.dtype), x.sharding), state["params"]
+    )
+    checkpoints = Checkpoints(root / "written" / "checkpoints", keep=1)
+    checkpoints.describe(config, vocabulary.tokenizer)
+    checkpoints.save(6, state, {"next_example": 0}, 1.0)
+    checkpoints.close()
+    shutil.move(root / "written", root / "moved")
+    shutil.rmtree(data)
+    return root / "moved"
+
+
+@pytest.fixture(scope="module")
+def on_one(checkpoint):
+    """The pipeline on one device."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipelines, "make_mesh", lambda cfg: make_mesh(cfg, jax.devices()[:1]))
+        return blip3o_jax.load(checkpoint)
+
+
+@pytest.fixture(scope="module")
+def alone(on_one):
+    """Codes and images of every prompt, each drawn by itself."""
+    drawn = [on_one.generate([p], seed=3, first_index=i, batch_size=1, **SETTINGS) for i, p in enumerate(PROMPTS)]
+    return np.concatenate([d.codes for d in drawn]), np.concatenate([d.images for d in drawn])
+
+
+def check_same(drawn, codes_BN, images_BHWC):
+    np.testing.assert_array_equal(drawn.codes, codes_BN)
+    # Sums are in another order at another batch size: a value at the edge of two levels may round to either.
+    assert np.abs(drawn.images.astype(int) - images_BHWC.astype(int)).max() <= 1
+
+
+def test_images_are_those_of_the_settings(alone):
+    codes_BN, images_BHWC = alone
+    assert images_BHWC.shape == (5, 16, 16, 3) and images_BHWC.dtype == np.uint8
+    assert codes_BN.shape == (5, 4) and codes_BN.min() >= 0 and codes_BN.max() < 32
+    assert len({tuple(row) for row in codes_BN.tolist()}) == 5, "the prompts say nothing"
+    assert len({image.tobytes() for image in images_BHWC}) == 5
+
+
+def test_a_batch_of_different_lengths_gives_what_each_prompt_gives_alone(on_one, alone):
+    """Batches of 2: rows are padded to the longest prompt of all, and the last batch has a row to spare."""
+    check_same(on_one.generate(PROMPTS, seed=3, batch_size=2, **SETTINGS), *alone)
+
+
+def test_a_prompt_does_not_depend_on_the_others(on_one, alone):
+    codes_BN, images_BHWC = alone
+    drawn = on_one.generate([PROMPTS[4], PROMPTS[1], PROMPTS[0]], seed=3, batch_size=2, **SETTINGS)
+    assert (drawn.codes[1] == codes_BN[1]).all() and (drawn.codes[0] != codes_BN[4]).any()
+    assert np.abs(drawn.images[1].astype(int) - images_BHWC[1]).max() <= 1
+
+
+def test_seed_and_index_choose_the_image(on_one, alone):
+    codes_BN, images_BHWC = alone
+    other_seed = on_one.generate(PROMPTS[:1], seed=4, batch_size=1, **SETTINGS)
+    other_index = on_one.generate(PROMPTS[:1], seed=3, first_index=1, batch_size=1, **SETTINGS)
+    for other in (other_seed, other_index):
+        assert (other.codes[0] != codes_BN[0]).any() and (other.images[0] != images_BHWC[0]).any()
+
+
+def test_eight_devices_give_the_same(checkpoint, alone):
+    """The batch over all of them, and the parameters over four."""
+    mesh = MeshConfig(data=2, fsdp=4, strategy="fsdp")
+    check_same(blip3o_jax.load(checkpoint, mesh).generate(PROMPTS, seed=3, batch_size=5, **SETTINGS), *alone)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "settings", "words"),
+    [
+        ([], {}, "no prompt given"),
+        (["a cat", "cat " * 90], {}, "prompt 'cat cat cat "),
+        (["a cat"], {"stepps": 3}, "unknown sampling setting stepps: it takes batch_size, guidance, steps"),
+        (["a cat"], {"top_p": 2.0}, "sampling.top_p=2.0"),
+        (["a cat"], {"top_p": 0.0}, "sampling.top_p=0.0"),
+        (["a cat"], {"temperature": -0.5}, "sampling.temperature=-0.5"),
+        (["a cat"], {"temperature": float("nan")}, "sampling.temperature=nan"),
+        (["a cat"], {"top_k": -1}, "sampling.top_k=-1"),
+        (["a cat"], {"steps": 0}, "sampling.steps=0"),
+        (["a cat"], {"batch_size": 0}, "sampling.batch_size=0"),
+        (["a cat"], {"guidance": float("inf")}, "sampling.guidance=inf"),
+        (["a cat"], {"seed": -1}, "seed=-1"),
+        (["a cat"], {"seed": 2**32}, "seed=4294967296"),
+    ],
+)
+def test_what_cannot_be_drawn_is_one_line(on_one, prompts, settings, words):
+    with pytest.raises(UserError) as error:
+        on_one.generate(prompts, **settings)
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_files_of_a_run(checkpoint, on_one, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(pipelines, "load", lambda path: on_one if path == checkpoint else None)
+    overrides = SETTINGS | {"batch_size": 2}
+    paths = pipelines.sample_to_directory(checkpoint, PROMPTS, tmp_path / "out", seed=3, overrides=overrides)
+    assert [p.name for p in paths] == [f"{i:05d}.png" for i in range(5)]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [*(p.name for p in paths), "grid.png", "prompts.jsonl"]
+    drawn = on_one.generate(PROMPTS, seed=3, **overrides)
+    for path, image_HWC in zip(paths, drawn.images, strict=True):
+        np.testing.assert_array_equal(np.array(Image.open(path)), image_HWC)
+    lines = [json.loads(line) for line in (tmp_path / "out" / "prompts.jsonl").read_text("utf-8").splitlines()]
+    assert [line["prompt"] for line in lines] == PROMPTS
+    assert "5/5 images" in capsys.readouterr().err
+
+    with pytest.raises(UserError, match="tokens long; with 4 image tokens that is more than the model's 72"):
+        pipelines.sample_to_directory(checkpoint, ["a cat", "cat " * 90], tmp_path / "none", seed=0, overrides={})
+    assert not (tmp_path / "none").exists()
+
+
+def test_the_checkpoint_is_found_by_every_name_it_has(checkpoint):
+    for path in (checkpoint, checkpoint / "checkpoints", checkpoint / "checkpoints" / "6"):
+        assert pipelines.checkpoints.find(path) == (checkpoint / "checkpoints", 6)
+
+
+def test_what_is_no_checkpoint(tmp_path, checkpoint):
+    def message(path):
+        with pytest.raises(UserError) as error:
+            blip3o_jax.load(path)
+        assert str(path) in str(error.value)
+        return str(error.value)
+
+    assert "does not exist" in message(tmp_path / "nowhere")
+    assert "is not a checkpoint" in message(tmp_path)
+    # Somebody else's model directory.
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3"}')
+    assert "is not a checkpoint" in message(tmp_path)
+    # A run that was ended before its first checkpoint.
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    shutil.copy(checkpoint / "checkpoints" / "config.json", tmp_path / "run" / "checkpoints")
+    assert "finished steps" in message(tmp_path / "run")
+    # A file.
+    assert "is not a checkpoint" in message(tmp_path / "config.json")
+
+
+def test_another_stages_checkpoint_cannot_be_sampled_from(tmp_path, checkpoint):
+    config = json.loads((checkpoint / "checkpoints" / "config.json").read_text())
+    (tmp_path / "3" / "state").mkdir(parents=True)
+    (tmp_path / "config.json").write_text(json.dumps(config | {"stage": "autoencoder"}))
+    with pytest.raises(UserError, match="was written by stage 'autoencoder'; sampling needs a checkpoint of stage 'joint'"):
+        blip3o_jax.load(tmp_path)
