@@ -24,6 +24,7 @@ from blip3o_jax.dit import flow
 from blip3o_jax.dit.sana import SanaTransformer
 from blip3o_jax.image_tokens.contrastive import TextTower
 from blip3o_jax.image_tokens.ta_tok import TaTok
+from blip3o_jax.text.vocabulary import image_ids_from_codes
 from blip3o_jax.vae.dc_ae import DcAe
 
 PARTS = ("tokenizer", "text_tower", "ar", "connector", "dit", "vae")
@@ -157,7 +158,7 @@ class _Joint(NamedTuple):
 
 def _joint_forward(model: Blip3o, batch: dict[str, jax.Array], keys_B: jax.Array, loss: LossConfig, image_first: int) -> _Joint:
     codes_BN, z_BHWC = targets(model, batch)
-    tokens_BL = insert_image_ids(batch["tokens"], batch["image_span"], codes_BN + image_first)
+    tokens_BL = insert_image_ids(batch["tokens"], batch["image_span"], image_ids_from_codes(codes_BN, image_first))
     hidden_BLD = model.hidden(tokens_BL, batch["positions"], batch["segment_ids"])
     noise_BHWC, sigma_B, keep_B = _draw(keys_B, z_BHWC, model.cfg, loss.condition_dropout)
     span_BTD = take_span(hidden_BLD, batch["image_span"], codes_BN.shape[1], loss.condition_span)

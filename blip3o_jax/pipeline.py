@@ -156,7 +156,7 @@ class Pipeline:
                     guidance=settings.guidance,
                     flow=cfg.flow,
                 )
-            return to_uint8(model.pixels(z_BHWC)), ids_BN - first
+            return to_uint8(model.pixels(z_BHWC)), self.vocabulary.codes_from_image_ids(ids_BN)
 
     @functools.partial(jax.jit, static_argnums=0)
     def _reconstruct(self, params: Any, pixels_BHWC: jax.Array) -> jax.Array:

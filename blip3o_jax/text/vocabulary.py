@@ -57,7 +57,7 @@ class Vocabulary:
 
     def image_ids_from_codes(self, codes: Any) -> Any:
         """Codebook indices -> ids, int32, for numpy and jax arrays alike (cached codes may be uint16, too short for ids)."""
-        return codes.astype("int32") + self.image_first
+        return image_ids_from_codes(codes, self.image_first)
 
     def codes_from_image_ids(self, ids: Any) -> Any:
         """The inverse of `image_ids_from_codes`."""
@@ -92,6 +92,11 @@ class Vocabulary:
             f"model.ar.vocab_size={ar.vocab_size}, but the vocabulary (text tokenizer and image tokens) has {self.size} ids: "
             f"set model.ar.vocab_size={self.size}, or model.text.path to the tokenizer the model was made with",
         )
+
+
+def image_ids_from_codes(codes: Any, image_first: int) -> Any:
+    """The same where only the id of <I0> is at hand, as within a traced loss."""
+    return codes.astype("int32") + image_first
 
 
 def _find_or_append(tokenizer: TextTokenizer, codebook_size: int) -> int:
