@@ -180,7 +180,9 @@ class SanaTransformer(nnx.Module):
             def step(layer: CrossAttention, carry: None, _: None) -> tuple[None, tuple[jax.Array, jax.Array]]:
                 return carry, layer.keys_values(condition_BTD)
 
-            _, (k_YBTAK, v_YBTAK) = nn.scan(self.blocks.cross_attention, step, None, remat=self.cfg.remat, unroll=self.cfg.unroll)
+            _, (k_YBTAK, v_YBTAK) = nn.scan(
+                self.blocks.cross_attention, step, None, remat=self.cfg.remat, unroll=self.cfg.unroll
+            )
         return Context(k_YBTAK, v_YBTAK, mask_BT)
 
     def velocity(self, z_BHWC: jax.Array, timestep_B: jax.Array, context: Context) -> jax.Array:
