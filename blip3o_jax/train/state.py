@@ -1,11 +1,13 @@
 """The train state: what a checkpoint holds, created where it belongs on the mesh.
 
-params     trainable parameters          {"ar": {...}, "connector": {...}, ...}
-frozen     all other parameters, never differentiated; the optimizer knows nothing of them
-opt        optimizer state of `params`
-ema        exponential moving average of `params`, or {}
-step       int32, steps done
-bad_steps  int32, steps in a row that were not applied for a non-finite loss or gradient
+params         trainable parameters          {"ar": {...}, "connector": {...}, ...}
+frozen         all other parameters, never differentiated; the optimizer knows nothing of them
+opt            optimizer state of `params`
+ema            exponential moving average of `params`, or {}
+step           int32, steps done
+bad_steps      int32, steps in a row that were not applied for a non-finite loss or gradient
+skipped_steps  int32, all steps that were not applied
+bad_records    int32, records skipped because they could not be read
 """
 
 import dataclasses
@@ -23,6 +25,7 @@ from blip3o_jax.train.optimizer import make_optimizer
 from blip3o_jax.train.stages import STAGES, trainable_filter
 
 TrainState = dict[str, Any]
+COUNTERS = ("step", "bad_steps", "skipped_steps", "bad_records")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,9 +54,7 @@ def _initial(config: Config, optimizer: optax.GradientTransformation) -> TrainSt
         "frozen": frozen,
         "opt": optimizer.init(params),
         "ema": jax.tree.map(jnp.copy, params) if config.optimizer.ema_decay else {},
-        "step": jnp.zeros((), jnp.int32),
-        "bad_steps": jnp.zeros((), jnp.int32),
-    }
+    } | {name: jnp.zeros((), jnp.int32) for name in COUNTERS}
 
 
 def plan_state(config: Config, strategy: Strategy) -> StatePlan:
@@ -72,9 +73,7 @@ def plan_state(config: Config, strategy: Strategy) -> StatePlan:
             optimizer, lambda _, s: s, shapes["opt"], params_at, transform_non_params=lambda _: replicated
         ),
         "ema": params_at if config.optimizer.ema_decay else {},
-        "step": replicated,
-        "bad_steps": replicated,
-    }
+    } | dict.fromkeys(COUNTERS, replicated)
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
     return StatePlan(graphdef, abstract, shardings, optimizer)
 

@@ -52,7 +52,7 @@ def _mean_gradients(
 
 
 def make_step(config: Config, plan: StatePlan, strategy: Strategy, loss: Loss) -> Callable[..., tuple[TrainState, Metrics]]:
-    """The compiled step. Metrics: the stage's own, loss, gradient norm in all and per part, learning rate, bad_steps."""
+    """The compiled step. Metrics: the stage's own, loss, gradient norm in all and per part, learning rate, counters."""
     schedule = learning_rate(config.optimizer, config.steps)
 
     def loss_fn(params: Any, frozen: Any, batch: Batch, keys_B: jax.Array) -> tuple[jax.Array, Metrics]:
@@ -75,7 +75,7 @@ def make_step(config: Config, plan: StatePlan, strategy: Strategy, loss: Loss) -
                 config.optimizer.accumulate,
             )
         with jax.named_scope("optimizer"):
-            norms = {f"grad_norm/{part}": optax.global_norm(g) for part, g in grads.items()}
+            norms = {f"grad_norm/{part}": optax.tree.norm(g) for part, g in grads.items()}
             norm = jnp.sqrt(sum(n**2 for n in norms.values()))
             finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
             updates, opt = plan.optimizer.update(grads, state["opt"], state["params"])
@@ -83,20 +83,21 @@ def make_step(config: Config, plan: StatePlan, strategy: Strategy, loss: Loss) -
             decay = config.optimizer.ema_decay
             ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state["ema"], params) if decay else {}
             keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
-        bad_steps = jnp.where(finite, 0, state["bad_steps"] + 1)
-        metrics |= norms | {
-            "grad_norm": norm,
-            "learning_rate": schedule(state["step"]),
-            "bad_steps": bad_steps,
-            "bad_records": jnp.sum(skipped_B),
+        counters = {
+            "bad_steps": jnp.where(finite, 0, state["bad_steps"] + 1),
+            "skipped_steps": state["skipped_steps"] + jnp.where(finite, 0, 1),
+            "bad_records": state["bad_records"] + jnp.sum(skipped_B),
         }
+        # A step that is not applied does not move the optimizer's clock either.
+        rate = schedule(state["step"] - state["skipped_steps"])
+        metrics |= norms | counters | {"grad_norm": norm, "learning_rate": rate}
         return {
             "params": keep(params, state["params"]),
             "frozen": state["frozen"],
             "opt": keep(opt, state["opt"]),
             "ema": keep(ema, state["ema"]),
             "step": state["step"] + 1,
-            "bad_steps": bad_steps,
+            **counters,
         }, metrics
 
     return jax.jit(step, donate_argnums=0, out_shardings=(plan.shardings, strategy.replicated()))
