@@ -3,7 +3,8 @@
     loss = sum over labelled tokens t of  logsumexp_v(h_t . W_v) - h_t . W_label(t)
 
 Rows of the batch keep their sharding; positions are cut into blocks of `chunk`, and the backward pass recomputes each
-block's logits, so memory is B x chunk x V instead of B x L x V. The head is gathered once, before the blocks.
+block's logits, so memory is B x chunk x V instead of B x L x V. A single block has nothing to save and is kept instead. The
+head is gathered once, before the blocks.
 
 Legend: B batch, L positions, D width, V vocabulary rows (padded).
 """
@@ -31,7 +32,6 @@ def cross_entropy(
         x = jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2))
         return jnp.moveaxis(x.reshape(B, blocks, chunk, *x.shape[2:]), 1, 0)
 
-    @jax.checkpoint
     def block(hidden_BCD: jax.Array, labels_BC: jax.Array, mask_BC: jax.Array) -> tuple[jax.Array, jax.Array]:
         logits_BCV = jnp.einsum("bcd,dv->bcv", hidden_BCD, head_DV, preferred_element_type=jnp.float32)
         logits_BCV = nn.constrain(logits_BCV, "batch", None, "act_vocab")
@@ -42,7 +42,7 @@ def cross_entropy(
         return jnp.sum(jnp.where(mask_BC, loss_BC, 0.0)), jnp.sum(jnp.where(mask_BC, right_BC, False).astype(jnp.float32))
 
     def body(totals: tuple[jax.Array, jax.Array], inputs: tuple[jax.Array, ...]) -> tuple[tuple[jax.Array, jax.Array], None]:
-        loss, right = block(*inputs)
+        loss, right = (block if blocks == 1 else jax.checkpoint(block))(*inputs)
         return (totals[0] + loss, totals[1] + right), None
 
     with jax.named_scope("cross_entropy"):

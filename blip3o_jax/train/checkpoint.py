@@ -25,21 +25,24 @@ from blip3o_jax.train.state import StatePlan, TrainState, plan_state
 
 
 class Checkpoints:
-    """The checkpoints of one run under `directory`."""
+    """The checkpoints of one run under `directory`: the last `keep` and the best."""
 
-    def __init__(self, directory: pathlib.Path, config: Config, tokenizer: TextTokenizer | None):
+    def __init__(self, directory: pathlib.Path, keep: int):
         self.directory = directory.absolute()
         self.directory.mkdir(parents=True, exist_ok=True)
-        if jax.process_index() == 0:
-            write_json(self.directory / "config.json", config_lib.to_dict(config))
-            if tokenizer is not None:
-                tokenizer.save(self.directory / "text")
-        policies = [preservation_policy.LatestN(config.checkpoint.keep)]
+        policies = [preservation_policy.LatestN(keep)]
         policies.append(preservation_policy.BestN(get_metric_fn=lambda m: m["loss"], reverse=True, n=1))
         options = ocp.CheckpointManagerOptions(
             preservation_policy=preservation_policy.AnyPreservationPolicy(policies), cleanup_tmp_directories=True
         )
         self._manager = ocp.CheckpointManager(self.directory, options=options, item_names=("state", "meta"))
+
+    def describe(self, config: Config, tokenizer: TextTokenizer | None) -> None:
+        """Writes what it takes to read the checkpoints; after `restore`, so that a run that does not fit changes nothing."""
+        if jax.process_index() == 0:
+            if tokenizer is not None:
+                tokenizer.save(self.directory / "text")
+            write_json(self.directory / "config.json", config_lib.to_dict(config))
 
     def latest(self) -> int | None:
         return self._manager.latest_step()

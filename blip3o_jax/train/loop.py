@@ -22,7 +22,7 @@ from blip3o_jax.data.loader import DevicePrefetch, Loader
 from blip3o_jax.data.sources import Source, open_mixture
 from blip3o_jax.parallel.mesh import make_mesh
 from blip3o_jax.parallel.rules import Strategy
-from blip3o_jax.train.checkpoint import Checkpoints, restore_parts
+from blip3o_jax.train.checkpoint import Checkpoints, read_config, restore_parts
 from blip3o_jax.train.encode import encoded_source, weights_fingerprint
 from blip3o_jax.train.flops import count_flops, peak_flops
 from blip3o_jax.train.metrics import MetricLog
@@ -52,9 +52,10 @@ def train(config: Config, workdir: str | pathlib.Path) -> Summary:
     config, vocabulary = with_vocabulary(config, sources, workdir)
 
     plan = plan_state(config, strategy)
-    checkpoints = Checkpoints(workdir / "checkpoints", config, vocabulary.tokenizer if vocabulary else None)
+    checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint.keep)
     try:
         state, position, start = _restore_or_create(config, plan, strategy, checkpoints)
+        checkpoints.describe(config, vocabulary.tokenizer if vocabulary else None)
         if config.stage == "joint" and config.data.cache_dir:
             sources = _encode_sources(config, plan, state, sources)
         builder = ExampleBuilder(STAGES[config.stage].fields, config.model, config.data, vocabulary)
@@ -132,7 +133,6 @@ class _Run:
         """Waits for the step's metrics; writes them every `log_every` steps; stops a run that no longer is finite."""
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         meter.losses.append(values["loss"])
-        meter.bad_records += values["bad_records"]
         meter.steps += 1
         if values["bad_steps"] >= self.config.max_nonfinite:
             raise UserError(
@@ -162,11 +162,13 @@ class _Run:
         """Counted FLOPs of one step without recomputation, where the device's peak is known."""
         if peak_flops(jax.devices()[0]) is None:
             return None
-        model = self.config.model
-        plain = dataclasses.replace(
-            model, ar=dataclasses.replace(model.ar, remat="none"), dit=dataclasses.replace(model.dit, remat="none")
-        )
-        config = dataclasses.replace(self.config, model=plain)
+        model, loss = self.config.model, self.config.loss
+        ar, dit, vae = (dataclasses.replace(part, remat="none") for part in (model.ar, model.dit, model.vae))
+        encoder = dataclasses.replace(model.tokenizer.encoder, remat="none")
+        tokenizer = dataclasses.replace(model.tokenizer, encoder=encoder)
+        plain = dataclasses.replace(model, ar=ar, dit=dit, vae=vae, tokenizer=tokenizer)
+        one_block = dataclasses.replace(loss, ce_chunk=self.config.data.max_length)
+        config = dataclasses.replace(self.config, model=plain, loss=one_block)
         plan = plan_state(config, self.strategy)
         return count_flops(make_step(config, plan, self.strategy, make_loss(config, 0)), plan.abstract, batch)
 
@@ -178,17 +180,16 @@ class _Meter:
         self.config = config
         self.flops: float | None = None  # of one step
         self.losses: list[float] = []
-        self.bad_records = 0
         self._reset()
 
     def _reset(self) -> None:
         self.steps, self.waited, self._since = 0, 0.0, time.monotonic()
 
     def mean_loss(self) -> float:
-        """Mean loss since the last call: what "best checkpoint" goes by."""
-        mean = float(np.mean(self.losses))
+        """Mean of the finite losses since the last call: what "best checkpoint" goes by."""
+        finite = [loss for loss in self.losses if np.isfinite(loss)]
         self.losses.clear()
-        return mean
+        return float(np.mean(finite)) if finite else float("inf")
 
     def read(self) -> dict[str, float]:
         """examples/s, tokens/s, share of the time spent waiting for data, memory, MFU; then starts over."""
@@ -197,7 +198,6 @@ class _Meter:
         values = {
             "examples_per_s": examples,
             "data_wait": self.waited / seconds,
-            "bad_records": self.bad_records,
             "host_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
         }
         if self.config.stage == "joint":
@@ -219,7 +219,11 @@ def _restore_or_create(
     latest = checkpoints.latest()
     if latest is not None:
         state, position = checkpoints.restore(latest, plan)
-        print(f"{config.stage}: resuming at step {latest} of {checkpoints.directory}", file=sys.stderr)
+        changed = "; ".join(changed_settings(read_config(checkpoints.directory), config))
+        print(
+            f"{config.stage}: resuming at step {latest} of {checkpoints.directory}" + (f" with {changed}" if changed else ""),
+            file=sys.stderr,
+        )
         return state, position, latest
     state = create_state(config, plan)
     for part, path in config.checkpoint.init_from:
@@ -265,7 +269,7 @@ def _encode_sources(
             "empty data.cache_dir, or leave them out of `trainable`"
         )
 
-    @functools.partial(jax.jit, static_argnums=())
+    @jax.jit
     def encode(params: Any, frozen: Any, pixels: jax.Array, tokenizer_pixels: jax.Array) -> tuple[jax.Array, jax.Array]:
         model = plan.model(params, frozen)
         return model.codes(tokenizer_pixels), model.latents(pixels)
