@@ -76,14 +76,14 @@ def _write_part(source: Source, encode: Encode, builder: ExampleBuilder, directo
             return None
         return example["pixels"], example["tokenizer_pixels"]
 
+    sizes = builder.model.image_size, builder.model.tokenizer.encoder.image_size
+    blank = tuple(np.zeros((size, size, 3), np.uint8) for size in sizes)
     outputs: list[tuple[np.ndarray, np.ndarray]] = []
     with concurrent.futures.ThreadPoolExecutor() as pool:
         for start in range(0, len(indices), BATCH):
             rows = list(pool.map(views, indices[start : start + BATCH]))
-            blank = next((tuple(np.zeros_like(x) for x in row) for row in rows if row is not None), None)
-            if blank is None:
-                raise BadRecord(source.name, str(indices[start]), f"{len(rows)} records in a row cannot be decoded")
-            # Always a whole batch, so that `encode` is compiled once.
+            # Always a whole batch, so that `encode` is compiled once. How many unreadable records are too many is for the
+            # loader to say.
             rows = [row or blank for row in rows] + [blank] * (BATCH - len(rows))
             pixels, tokenizer_pixels = (np.stack(column) for column in zip(*rows, strict=True))
             codes, latents = jax.device_get(encode(pixels, tokenizer_pixels))
