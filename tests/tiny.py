@@ -6,9 +6,11 @@ import io
 import json
 import pathlib
 import tempfile
+from collections.abc import Iterator
 
 import jax
 import numpy as np
+import pytest
 from PIL import Image
 
 from blip3o_jax import config
@@ -17,7 +19,9 @@ from blip3o_jax.data.loader import Loader
 from blip3o_jax.data.sources import open_mixture
 from blip3o_jax.parallel.mesh import make_mesh
 from blip3o_jax.parallel.rules import Strategy
+from blip3o_jax.train.checkpoint import Checkpoints
 from blip3o_jax.train.stages import STAGES
+from blip3o_jax.train.state import create_state, plan_state
 from blip3o_jax.train.vocabulary import with_vocabulary
 
 F32 = {"dtype": "float32"}
@@ -169,3 +173,42 @@ def strategy(name: str = "dp", data: int = 1, fsdp: int = 1, tensor: int = 1) ->
     """A strategy on as many devices as the sizes come to."""
     mesh = config.MeshConfig(data=data, fsdp=fsdp, tensor=tensor, strategy=name)
     return Strategy(name, make_mesh(mesh, jax.devices()[: data * fsdp * tensor]))
+
+
+def cached_batch(cfg: config.Config, batch: dict[str, np.ndarray], seed: int = 0) -> dict[str, np.ndarray]:
+    """A joint batch as it comes from the encoders' cache, with made-up codes and latents: no encoder runs in the step."""
+    rng = np.random.default_rng(seed)
+    rows, side = len(batch["tokens"]), cfg.model.latent_size
+    views = {
+        "codes": rng.integers(0, cfg.model.tokenizer.codebook_size, (rows, cfg.model.tokenizer.num_tokens), np.int32),
+        "latents": rng.normal(size=(rows, side, side, cfg.model.vae.latent_channels)).astype(np.float32),
+    }
+    return {name: x for name, x in batch.items() if "pixels" not in name} | views
+
+
+@pytest.fixture(scope="module")
+def quick_compile() -> Iterator[None]:
+    """Programs that run a few times on tiny arrays: compiling them is all the time they take."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+def write_checkpoint(workdir: pathlib.Path) -> None:
+    """What a joint run over `data()` leaves in its `workdir` after 6 steps, with weights that were not trained.
+
+    They are drawn anew: initial weights say too little, since the AR's logits are all alike and the DiT's last layer is
+    near zero. Rows hold prompts of up to 68 tokens.
+    """
+    cfg = run_config(data(), data={"max_length": 72})
+    cfg, vocabulary = with_vocabulary(cfg, open_mixture(cfg.data), workdir)
+    state = create_state(cfg, plan_state(cfg, strategy()))
+    rng = np.random.default_rng(1)
+    state["params"] = jax.tree.map(
+        lambda x: jax.device_put(np.asarray(x) + rng.normal(0, 0.3, x.shape).astype(x.dtype), x.sharding), state["params"]
+    )
+    checkpoints = Checkpoints(workdir / "checkpoints", keep=1)
+    checkpoints.describe(cfg, vocabulary.tokenizer)
+    checkpoints.save(6, state, {"next_example": 0}, 1.0)
+    checkpoints.close()

@@ -1,0 +1,241 @@
+"""The train step on tiny joint models: the same on any mesh and in any number of micro-batches, and what it moves."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from blip3o_jax import config as config_lib
+from blip3o_jax.train.optimizer import learning_rate, make_optimizer
+from blip3o_jax.train.stages import STAGES, make_loss, trainable_filter
+from blip3o_jax.train.state import create_state, plan_state
+from blip3o_jax.train.step import make_step
+from tests import tiny
+from tests.conftest import relative_error
+from tests.tiny import quick_compile  # noqa: F401
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+SINGLE = ("dp", 1, 1, 1)
+MESHES = {"dp": ("dp", 8, 1, 1), "fsdp": ("fsdp", 1, 8, 1), "fsdp_tp": ("fsdp_tp", 2, 2, 2)}
+DECAY = 0.75
+
+
+@functools.cache
+def setup(supervise_prompt=False):
+    """(configuration, id of code 0, batch): the learning rate is at its height from the second step on."""
+    cfg, image_first, batch = tiny.prepared("joint", supervise_prompt)
+    optimizer = dataclasses.replace(cfg.optimizer, ema_decay=DECAY, warmup_share=0.1)
+    return dataclasses.replace(cfg, optimizer=optimizer), image_first, tiny.cached_batch(cfg, batch)
+
+
+@functools.cache
+def initial():
+    """The initial state on one device, as numpy arrays."""
+    cfg, _, _ = setup()
+    return jax.device_get(create_state(cfg, plan_state(cfg, tiny.strategy(*SINGLE))))
+
+
+@functools.cache
+def compiled(mesh=SINGLE, accumulate=1):
+    cfg, image_first, _ = setup()
+    cfg = dataclasses.replace(cfg, optimizer=dataclasses.replace(cfg.optimizer, accumulate=accumulate))
+    strategy = tiny.strategy(*mesh)
+    plan = plan_state(cfg, strategy)
+    return make_step(cfg, plan, strategy, make_loss(cfg, image_first)), plan, strategy
+
+
+def run(batches, mesh=SINGLE, accumulate=1, state=None):
+    """(states after each step, metrics of each step), the states as they lie on the devices."""
+    step, plan, strategy = compiled(mesh, accumulate)
+    state = jax.device_put(initial() if state is None else state, plan.shardings)
+    states, metrics = [], []
+    for batch in batches:
+        state, values = step(jax.tree.map(jnp.copy, state), jax.device_put(batch, strategy.batch_sharding()))
+        states.append(state)
+        metrics.append({name: float(value) for name, value in values.items()})
+    return states, metrics
+
+
+@functools.cache
+def two_steps(mesh=SINGLE):
+    return run([setup()[2]] * 2, mesh)
+
+
+def leaves(tree):
+    return [(jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree.leaves_with_path(tree)]
+
+
+def moments(state):
+    """(first, second) moments of Adam."""
+    return (optax.tree.get(state["opt"], name) for name in ("mu", "nu"))
+
+
+def check_close(got, want, tolerance):
+    """Every array, by the norm of the difference over the norm; those that are zero but for rounding by absolute size."""
+    for (path, a), (_, b) in zip(leaves(got), leaves(want), strict=True):
+        scale = np.linalg.norm(b)
+        assert np.linalg.norm(np.asarray(a) - np.asarray(b)) <= tolerance * max(scale, 1e-6), (path, scale)
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_sharded_is_single_device(name):
+    """float32 sums in another order: 1e-5 of each array's norm. The moments carry the gradients of both steps."""
+    (_, want), want_metrics = two_steps()
+    (_, got), metrics = two_steps(MESHES[name])
+    for a, b in zip(metrics, want_metrics, strict=True):
+        assert a.keys() == b.keys()
+        assert a == pytest.approx(b, rel=1e-5)
+    check_close(list(moments(got)), list(moments(want)), 1e-5)
+    check_close(got["params"], want["params"], 1e-5)
+    check_close(got["ema"], want["ema"], 1e-5)
+
+
+def test_parameters_and_moments_really_lie_in_shards():
+    (_, state), _ = two_steps(MESHES["fsdp_tp"])
+    kernel = lambda tree: tree["ar"]["layers"]["mlp"]["up"]["kernel"]
+    for tree in (state["params"], state["ema"], *moments(state)):
+        assert kernel(tree).shape == (2, 32, 64)
+        assert {shard.data.shape for shard in kernel(tree).addressable_shards} == {(2, 16, 32)}
+        assert tree["ar"]["embedding"].addressable_shards[0].data.shape == (360 // 2, 32 // 2)
+        assert tree["ar"]["norm"]["scale"].sharding.is_fully_replicated
+    frozen = state["frozen"]["dit"]["patch_embed"]["kernel"]
+    assert not frozen.sharding.is_fully_replicated
+    _, plan, _ = compiled(MESHES["fsdp_tp"])
+    placed = jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), state, plan.shardings)
+    assert all(jax.tree.leaves(placed))
+
+
+def test_state_is_created_in_its_shards_with_the_values_of_one_device():
+    """Of the smallest stage that shards: the random numbers of every parameter are compiled for each mesh."""
+    cfg = tiny.run_config(stage="tokenizer")
+    want, got = (create_state(cfg, plan_state(cfg, tiny.strategy(*mesh))) for mesh in (SINGLE, ("fsdp", 1, 8, 1)))
+    shardings = plan_state(cfg, tiny.strategy("fsdp", 1, 8, 1)).shardings
+    for (path, a), (_, b), (_, s) in zip(leaves(got), leaves(want), leaves(shardings), strict=True):
+        assert a.sharding.is_equivalent_to(s, a.ndim), path
+        np.testing.assert_array_equal(a, b, err_msg=path)
+    kernel = got["frozen"]["tokenizer"]["encoder"]["layers"]["mlp"]["up"]["kernel"]
+    assert kernel.addressable_shards[0].data.shape == (2, 16 // 8, 32)
+
+
+def test_the_published_freezing():
+    """AR, connector and the DiT's caption layers move, each of their arrays; nothing else does, nor has it moments."""
+    (_, state), _ = two_steps()
+    trained = {path for path, _ in leaves(state["params"])}
+    assert {path.split("'")[1] for path in trained} == {"ar", "connector", "dit"}
+    dit = {path.split("'")[3] for path in trained if path.startswith("['dit']")}
+    assert dit and all(name.startswith("caption") for name in dit)
+    assert set(state["frozen"]) == {"tokenizer", "dit", "vae"}
+    for moment in moments(state):
+        assert {path for path, _ in leaves(moment)} == trained
+    for (path, a), (_, b) in zip(leaves(state["params"]), leaves(initial()["params"]), strict=True):
+        assert np.any(np.asarray(a) != b), path
+    for (path, a), (_, b) in zip(leaves(state["frozen"]), leaves(initial()["frozen"]), strict=True):
+        np.testing.assert_array_equal(a, b, err_msg=path)
+
+
+def test_all_can_be_trained_by_one_field():
+    cfg = dataclasses.replace(setup()[0], trainable=("(ar|connector|dit)/.*",))
+    assert trainable_filter(cfg)("dit/layers/attention/q/kernel") and not trainable_filter(cfg)("vae/decoder/x")
+    assert set(plan_state(cfg, tiny.strategy()).abstract["frozen"]) == {"tokenizer", "vae"}
+    with pytest.raises(config_lib.ConfigError, match=r"trainable=\('art/\.\*',\) matches no parameter of stage 'joint'"):
+        plan_state(dataclasses.replace(cfg, trainable=("art/.*",)), tiny.strategy())
+    with pytest.raises(config_lib.ConfigError, match="holds a bad regular expression"):
+        trainable_filter(dataclasses.replace(cfg, trainable=("ar/(",)))
+
+
+@pytest.mark.parametrize("supervise_prompt", [False, True])
+def test_micro_batches_are_the_whole_batch(supervise_prompt):
+    """Where the prompt is supervised rows have different numbers of labels, yet every label counts the same. Noise, time and
+    dropped conditions are the rows' own: the flow loss is the same too."""
+    batch = setup(supervise_prompt)[2]
+    labels_B = batch["loss_mask"][:, 1:].sum(axis=1)
+    assert (len(set(labels_B)) > 1) == supervise_prompt
+    (want,), (want_metrics,) = run([batch])
+    (got,), (metrics,) = run([batch], accumulate=2)
+    assert metrics == pytest.approx(want_metrics, rel=1e-5)
+    check_close(list(moments(got)), list(moments(want)), 1e-5)
+
+
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted():
+    cfg, _, batch = setup()
+    latents = batch["latents"].copy()
+    latents[3, 0, 0, 0] = np.inf
+    poisoned = batch | {"latents": latents}
+    bad = batch | {"bad_records": np.array([0, 2, 0, 0, 1, 0, 0, 0], np.int32)}
+    (first, second, third, fourth), metrics = run([batch, poisoned, poisoned, bad])
+    for name in ("params", "opt", "ema"):
+        for (path, a), (_, b) in zip(leaves(first[name]), leaves(third[name]), strict=True):
+            np.testing.assert_array_equal(a, b, err_msg=path)
+    assert not np.isfinite(metrics[1]["loss"]) and not np.isfinite(metrics[1]["grad_norm"])
+    column = lambda name: [m[name] for m in metrics]
+    assert column("bad_steps") == [0, 1, 2, 0]
+    assert column("skipped_steps") == [0, 1, 2, 2]
+    assert column("bad_records") == [0, 0, 0, 3]
+    assert [int(s["step"]) for s in (first, second, third, fourth)] == [1, 2, 3, 4]
+    # The rate that is reported is the one the optimizer applies: its clock stood still.
+    schedule = learning_rate(cfg.optimizer, cfg.steps)
+    assert column("learning_rate") == pytest.approx([float(schedule(n)) for n in (0, 1, 1, 1)])
+    # As if the two had not been there, but for the random keys, which go by the step.
+    assert int(optax.tree.get_all_with_path(fourth["opt"], "count")[0][1]) == 2
+
+
+def test_the_average_follows_the_parameters():
+    (first, second), _ = two_steps()
+    for name, p0, p1, p2, got in zip(
+        *zip(*leaves(initial()["params"]), strict=True),
+        jax.tree.leaves(first["params"]),
+        jax.tree.leaves(second["params"]),
+        jax.tree.leaves(second["ema"]),
+        strict=True,
+    ):
+        want = DECAY * (DECAY * p0 + (1 - DECAY) * np.asarray(p1)) + (1 - DECAY) * np.asarray(p2)
+        assert np.linalg.norm(np.asarray(got) - want) <= 1e-6 * max(np.linalg.norm(want), 1e-6), name
+
+
+def test_norms_are_reported_for_each_part_and_in_all():
+    (first, _), (metrics, _) = two_steps()
+    parts = [metrics[f"grad_norm/{part}"] for part in ("ar", "connector", "dit")]
+    assert all(norm > 0 for norm in parts)
+    assert metrics["grad_norm"] == pytest.approx(np.sqrt(np.sum(np.square(parts))), rel=1e-6)
+    # The gradient is longer than 1, so it was clipped to that; the first moment is a share of it.
+    assert metrics["grad_norm"] > 1
+    mu, _ = moments(first)
+    assert float(optax.tree.norm(mu)) == pytest.approx(1 - setup()[0].optimizer.b1, rel=1e-5)
+
+
+def test_clipping():
+    cfg = config_lib.OptimizerConfig(learning_rate=1.0, clip_norm=2.0)
+    gradients = {"a": jnp.array([3.0, 0.0]), "b": jnp.array([4.0])}
+
+    def first_moment(cfg):
+        optimizer = make_optimizer(cfg, 10)
+        _, state = optimizer.update(gradients, optimizer.init(gradients), gradients)
+        return optax.tree.get(state, "mu")
+
+    clipped = first_moment(cfg)
+    assert relative_error(clipped["a"], [0.1 * 3 * 2 / 5, 0]) < 1e-6
+    assert relative_error(clipped["b"], [0.1 * 4 * 2 / 5]) < 1e-6
+    assert relative_error(first_moment(dataclasses.replace(cfg, clip_norm=10.0))["b"], [0.4]) < 1e-6
+    assert relative_error(first_moment(dataclasses.replace(cfg, clip_norm=0.0))["b"], [0.4]) < 1e-6
+
+
+def test_schedule():
+    cfg = config_lib.OptimizerConfig(learning_rate=1e-3, end_learning_rate=1e-4, warmup_share=0.1)
+    rate = learning_rate(cfg, 100)
+    want = {0: 0, 5: 5e-4, 10: 1e-3, 55: (1e-3 + 1e-4) / 2, 100: 1e-4}
+    assert {step: float(rate(step)) for step in want} == pytest.approx(want, rel=1e-5, abs=1e-9)
+    assert [float(learning_rate(cfg, 1)(step)) for step in (0, 1)] == pytest.approx([0, 1e-3])
+
+
+def test_every_stage_names_parts_and_fields_that_exist():
+    from blip3o_jax.blip3o import PARTS
+    from blip3o_jax.data.examples import FIELDS
+
+    assert set(STAGES) == set(config_lib.STAGES)
+    for stage in STAGES.values():
+        assert set(stage.parts) <= set(PARTS) and set(stage.fields) <= set(FIELDS)
