@@ -66,7 +66,7 @@ TABLE |= {
 }
 RULES = [(re.compile(re.sub(r"\\{(\w)\\}", r"(?P<\1>\\d+)", re.escape(key))), *rule) for key, rule in TABLE.items()]
 
-SHARED_FIELDS = {field.name for field in dataclasses.fields(config.DcAeConfig)} - {"dtype", "param_dtype", "remat"}
+SHARED_FIELDS = {field.name for field in dataclasses.fields(config.DcAeConfig)} - {"dtype", "param_dtype", "remat", "unroll"}
 
 
 def torch_class(cfg: config.DcAeConfig) -> diffusers.AutoencoderDC:
