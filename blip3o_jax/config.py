@@ -385,6 +385,9 @@ class MeshConfig:
     fsdp: int = -1
     tensor: int = 1
     strategy: str = "fsdp"
+    # Devices that a machine without an accelerator is split into, if this run is the first to ask for devices; 0 leaves it
+    # whole. XLA spreads small operations badly over cores, but runs one device a core without loss.
+    cpu_devices: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,6 +5,8 @@ all of the DiT trained from random weights.
 """
 
 import dataclasses
+import math
+import os
 
 from blip3o_jax import config
 
@@ -32,7 +34,7 @@ def model() -> config.ModelConfig:
             decoder=config.TaTokDecoderConfig(
                 hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4, num_patches=16
             ),
-            bottleneck_dim=32,
+            bottleneck_dim=16,
             codebook_size=512,
             **f32,
         ),
@@ -87,12 +89,17 @@ def model() -> config.ModelConfig:
     )
 
 
+def cpu_devices() -> int:
+    """One device a core, as far as every batch of the recipe divides: the largest power of two up to 8."""
+    return 2 ** min(3, int(math.log2(os.cpu_count() or 1)))
+
+
 def recipe(data_dir: str, cache_dir: str, *, fast: bool = False) -> dict[str, config.Config]:
     """Stage name -> configuration. `fast` takes every step of the way with too few steps to learn much."""
     base = config.Config(
         model=model(),
-        data=config.DataConfig(path=data_dir, format="tfds", workers=0, prefetch=4, max_length=48),
-        mesh=config.MeshConfig(data=-1, fsdp=1, strategy="dp"),
+        data=config.DataConfig(path=data_dir, format="tfds", workers=0, prefetch=4, max_length=56),
+        mesh=config.MeshConfig(data=-1, fsdp=1, strategy="dp", cpu_devices=cpu_devices()),
         log_every=20,
         preview=0,
         sampling=config.SamplingConfig(temperature=1.0, top_k=0, top_p=0.9, steps=20, guidance=2.0, batch_size=64),
@@ -113,8 +120,8 @@ def recipe(data_dir: str, cache_dir: str, *, fast: bool = False) -> dict[str, co
 
     return {
         "autoencoder": stage("autoencoder", 1000, 8, 3e-3, loss=config.LossConfig(latent_scale=0.01, latent_noise=0.1)),
-        "contrastive": stage("contrastive", 300, 64, 2e-3),
-        "tokenizer": stage("tokenizer", 250, 64, 1e-3, init_from=(("tokenizer", "contrastive"),)),
+        "contrastive": stage("contrastive", 400, 64, 2e-3),
+        "tokenizer": stage("tokenizer", 300, 64, 2e-3, init_from=(("tokenizer", "contrastive"),)),
         "joint": stage(
             "joint",
             1600,

@@ -1,5 +1,6 @@
 """The only place where a device mesh is made."""
 
+import contextlib
 import math
 from collections.abc import Sequence
 
@@ -16,6 +17,8 @@ def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device] | None = None) -> j
 
     Raises ConfigError when the sizes do not multiply to the number of devices, with the sizes that would do.
     """
+    if devices is None and cfg.cpu_devices:
+        _split_cpu(cfg.cpu_devices)
     devices = list(jax.devices() if devices is None else devices)
     sizes = [cfg.data, cfg.fsdp, cfg.tensor]
     if sizes.count(-1) > 1 or any(s == 0 or s < -1 for s in sizes):
@@ -32,3 +35,9 @@ def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device] | None = None) -> j
     if len(devices) == 1:
         return jax.sharding.Mesh(np.array(devices).reshape(sizes), AXES, axis_types=auto)
     return jax.make_mesh(tuple(sizes), AXES, axis_types=auto, devices=devices)
+
+
+def _split_cpu(count: int) -> None:
+    # An earlier run in this process may have settled it.
+    with contextlib.suppress(RuntimeError):
+        jax.config.update("jax_num_cpu_devices", count)

@@ -100,7 +100,7 @@ def describe(scene: Scene) -> tuple[str, Metadata]:
         words = {"word": metadata["word"], "colour": metadata["colour"]}
     elif scene.category == "counting":
         (asked,) = metadata["objects"]
-        words = {"n": f"{NUMERALS[asked['count']]} {plural(asked['shape'])}"}
+        words = {"n": f"{NUMERALS[asked['count']]} {plural(_name(asked))}"}
     else:
         names = [_name(asked) for asked in metadata["objects"]]
         words = {"a": _article(names[0]), "bare": names[0], "b": _article(names[-1])}
@@ -113,11 +113,13 @@ def describe(scene: Scene) -> tuple[str, Metadata]:
 def _metadata(scene: Scene, rng: random.Random) -> Metadata:
     category = scene.category
     shown = scene.things[:1] if category == "counting" else scene.things
+    # Half of the training captions tell everything, as long captions of photographs do; a test prompt only what it tests.
+    full = not scene.key.startswith("test") and rng.random() < 0.5
     objects = [
         {
             "shape": thing.shape,
-            "colour": thing.colour if category in ("colours", "attribution") else None,
-            "size": thing.size if category == "single" else None,
+            "colour": thing.colour if full or category in ("single", "colours", "attribution") else None,
+            "size": thing.size if category == "single" or (full and category != "colours") else None,
             "count": len(scene.things) if category == "counting" else 1,
         }
         for thing in shown

@@ -99,9 +99,10 @@ def facts(scene: Scene) -> set[Fact]:
     if scene.word is not None:
         return {("text", scene.word.text)}
     things, shapes = scene.things, {thing.shape for thing in scene.things}
-    found: set[Fact] = {("colours", thing.shape, thing.colour) for thing in things}
+    found: set[Fact] = set()
     if len(things) == 1:
-        found.add(("single", things[0].size, things[0].shape))
+        (thing,) = things
+        found |= {("single", thing.size, thing.colour, thing.shape), ("colours", thing.shape, thing.colour)}
     elif len(shapes) == 1:
         found.add(("counting", str(len(things)), things[0].shape))
     for a, b in itertools.permutations(things, 2):
@@ -134,13 +135,14 @@ def _things(rng: random.Random, asked: Fact) -> tuple[Thing, ...]:
     colours = list(COLOURS)
     match kind:
         case "single":
-            return _place(rng, [(args[1], rng.choice(colours), args[0])])
+            size, colour, shape = args
+            return _place(rng, [(shape, colour, size)])
         case "colours":
             return _place(rng, [(args[0], args[1], _size(rng))])
         case "counting":
             count = int(args[0])
             size = _size(rng) if count == 2 else "small"
-            return _place(rng, [(args[1], rng.choice(colours), size) for _ in range(count)])
+            return _place(rng, [(args[1], rng.choice(colours), size)] * count)
         case "two":
             shapes = rng.sample(args, 2)
             return _place(rng, [(shape, rng.choice(colours), _size(rng)) for shape in shapes])

@@ -1,16 +1,16 @@
 """The words of the shapes data set, and which combinations of them are held out.
 
-Everything a caption can ask for is a *fact* about a scene: ("colours", "circle", "red") says that a red circle is in it,
+Everything a caption can ask for is a *fact* about a scene: ("colours", "circle", "red") says that it shows a red circle alone,
 ("two", "circle", "ring") that both are. Facts come in one kind per category:
 
     kind          fact                                                       all    held out
-    single        the only object has this (size, shape)                      12     2
+    single        the only object has this (size, colour, shape)              62     9
     two           both of these shapes are present                            15     2
     counting      exactly this many (2-4) objects, all of this shape          18     3
-    colours       an object of this (shape, colour) is present                36     5
+    colours       the only object has this (shape, colour)                   36     5
     position      a (shape, left of | above, shape) is true                   52     7
-    attribution   both of these (shape, colour) objects are present          293    42
-    text          this word is written                                        96    13
+    attribution   both of these (shape, colour) objects are present          390    56
+    text          this word is written                                        95    14
 
 The rule: of each kind's sorted list of combinations every seventh is held out, beginning with the fourth. A training (or
 validation) scene contains no held-out fact of any kind; a test prompt asks for a held-out fact of its own category, and its
@@ -69,10 +69,9 @@ def _hold_out(facts: list[Fact]) -> tuple[list[Fact], list[Fact]]:
 
 
 def _tables() -> tuple[dict[str, list[Fact]], dict[str, list[Fact]]]:
-    """(facts to train on, facts held out), by kind. Positions and attributions are built from pairs and coloured objects
-    that are not held out themselves, so that each category tests its own kind of new combination."""
+    """(facts to train on, facts held out), by kind. Singles, positions and attributions are built from what is not held
+    out in colours and pairs, so that each category tests its own kind of new combination."""
     every = {
-        "single": [("single", size, shape) for size in SIZES for shape in SHAPES],
         "two": [("two", a, b) for a, b in itertools.combinations(SHAPES, 2)],
         "counting": [("counting", str(n), shape) for n in COUNTS for shape in SHAPES],
         "colours": [("colours", shape, colour) for shape in SHAPES for colour in COLOURS],
@@ -80,7 +79,9 @@ def _tables() -> tuple[dict[str, list[Fact]], dict[str, list[Fact]]]:
     }
     split = {kind: _hold_out(facts) for kind, facts in every.items()}
     pairs = [(a, b) for _, a, b in split["two"][0]]
-    objects = [(shape, colour) for _, shape, colour in split["colours"][0]]
+    single = [(shape, colour) for _, shape, colour in split["colours"][0]]
+    split["single"] = _hold_out([("single", size, colour, shape) for size in SIZES for shape, colour in single])
+    objects = [(shape, colour) for shape in SHAPES for colour in COLOURS]
     split["position"] = _hold_out(
         [("position", a, relation, b) for pair in pairs for a, b in (pair, pair[::-1]) for relation in ("left of", "above")]
     )
