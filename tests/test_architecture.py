@@ -1,0 +1,51 @@
+"""The layers of docs/architecture.md: nothing imports what stands above it."""
+
+import ast
+import pathlib
+
+import pytest
+
+PACKAGE = pathlib.Path(__file__).parent.parent / "blip3o_jax"
+LAYERS = (
+    ("config", "convolution", "nn"),
+    ("text",),
+    ("data",),
+    ("ar", "image_tokens", "dit", "vae", "connector"),
+    ("blip3o",),
+    ("parallel",),
+    ("train",),
+    ("model_table", "samples", "pipeline"),
+    ("evaluation",),
+    ("demo",),
+    ("config_file", "cli"),
+)
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+# The package's own face: `blip3o_jax.load` and `python -m blip3o_jax`.
+FACE = ("__init__", "__main__")
+# The networks may not know each other; what joins them is blip3o.py.
+NETWORKS = LAYERS[3]
+
+
+def imports(path: pathlib.Path) -> set[str]:
+    """First-level names under blip3o_jax that a file imports, at its top or inside a function."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module == "blip3o_jax":
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("blip3o_jax."):
+            found.add(node.module.split(".")[1])
+        elif isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("blip3o_jax.")}
+    return found - {"__version__"}
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_nothing_imports_what_stands_above_it(path):
+    name = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    if name in FACE:
+        return
+    assert name in LEVEL, f"{name} has no place among the layers: give it one here and in docs/architecture.md"
+    above = {other for other in imports(path) if LEVEL[other] > LEVEL[name]}
+    assert not above, f"{name} imports {', '.join(sorted(above))}"
+    if name in NETWORKS:
+        assert not imports(path) & set(NETWORKS) - {name}, "networks know nothing of each other"
