@@ -3,7 +3,7 @@
     DIR/config.json          the resolved configuration of the run that wrote it
     DIR/text/                the text tokenizer's files
     DIR/<step>/state         parameters, optimizer, EMA, counters (Orbax)
-    DIR/<step>/meta          {"data": position of the data stream, "loss": ..., "seed": ...} (JSON)
+    DIR/<step>/meta          {"data": seed and position of the data stream, "loss": ...} (JSON)
 
 The last `keep` checkpoints stay, and the best by training loss. A directory that another process was killed in while
 writing keeps its last finished step.
@@ -124,8 +124,9 @@ def restore_parts(path: str | pathlib.Path, strategy: Strategy, parts: tuple[str
     if missing:
         raise UserError(f"{root} holds no part {', '.join(sorted(missing))}: it was written by stage {config.stage!r}")
     wanted = {
-        group: {name: tree for name, tree in abstract[group].items() if not parts or name in parts}
+        group: chosen  # Orbax takes an empty dict for a leaf
         for group in (trained, "frozen")
+        if (chosen := {name: tree for name, tree in abstract[group].items() if not parts or name in parts})
     }
     with ocp.PyTreeCheckpointer() as checkpointer:
         restored = checkpointer.restore(
@@ -134,7 +135,7 @@ def restore_parts(path: str | pathlib.Path, strategy: Strategy, parts: tuple[str
                 item=wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True
             ),
         )
-    return merge_trees(restored[trained], restored["frozen"])
+    return merge_trees(restored.get(trained, {}), restored.get("frozen", {}))
 
 
 def merge_trees(a: Any, b: Any) -> Any:
