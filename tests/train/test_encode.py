@@ -1,0 +1,126 @@
+"""The encoders' cache with a stand-in for the encoders: what is stored, named, resumed and left out."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from blip3o_jax.data import encoded
+from blip3o_jax.data.examples import ExampleBuilder
+from blip3o_jax.data.sources import BadRecord, open_mixture
+from blip3o_jax.train import encode
+from tests import tiny
+
+BATCH, PART = 4, 8
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """16 records in two parts of two batches."""
+    monkeypatch.setattr(encode, "BATCH", BATCH)
+    for module in (encode, encoded):
+        monkeypatch.setattr(module, "PART", PART)
+    encoded._part.cache_clear()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tiny.write_data(tmp_path / "images")
+
+
+class Encoders:
+    """Codes and latents from which the image can be told; counts its calls and can be killed in one."""
+
+    def __init__(self, dies_in=None):
+        self.calls, self.dies_in = 0, dies_in
+
+    def __call__(self, pixels, tokenizer_pixels):
+        self.calls += 1
+        if self.calls == self.dies_in:
+            raise KeyboardInterrupt
+        assert pixels.shape == tokenizer_pixels.shape == (BATCH, 16, 16, 3) and pixels.dtype == np.uint8
+        means_B = pixels.astype(np.float64).mean(axis=(1, 2, 3))
+        return np.tile(means_B.astype(np.int64)[:, None], 4), np.tile(means_B[:, None, None, None] / 3, (1, 4, 4, 4))
+
+
+def opened(folder, tmp_path, encoders, fingerprint="weights", **changes):
+    cfg = tiny.run_config(folder, data={"cache_dir": str(tmp_path / "cache")} | changes)
+    ((source, _),) = open_mixture(cfg.data)
+    return encode.encoded_source(source, encoders, fingerprint, cfg), source, cfg
+
+
+def test_records_come_with_what_the_encoders_made_of_them(folder, tmp_path):
+    cached, source, cfg = opened(folder, tmp_path, Encoders())
+    views = ExampleBuilder(("pixels", "tokenizer_pixels"), cfg.model, cfg.data)
+    row = ExampleBuilder(("pixels", "tokenizer_pixels"), cfg.model, cfg.data)
+    assert len(cached) == len(source) == 16
+    for i in (0, 7, 8, 15):
+        want = views(source[i])["pixels"].astype(np.float64).mean()
+        record = cached[i]
+        assert (record.caption, record.image) == (source[i].caption, source[i].image)
+        example = row(record)
+        assert set(example) == {"codes", "latents"}
+        assert (example["codes"].dtype, example["latents"].dtype) == (np.int32, np.float32)
+        assert example["codes"].tolist() == [int(want)] * 4
+        assert example["latents"].shape == (4, 4, 4) and np.all(example["latents"] == np.float32(want / 3))
+
+
+def test_stopped_and_run_again_it_goes_on_with_the_next_part(folder, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        opened(folder, tmp_path, Encoders(dies_in=3))
+    rest = Encoders()
+    cached, _, _ = opened(folder, tmp_path, rest)
+    assert rest.calls == 2
+    assert [len(cached[i].codes) for i in range(16)] == [4] * 16
+    again = Encoders()
+    opened(folder, tmp_path, again)
+    assert again.calls == 0
+    assert not list((tmp_path / "cache").rglob("*writing*"))
+
+
+def test_other_weights_settings_or_files_are_other_directories(folder, tmp_path):
+    for changes in ({}, {"fingerprint": "others"}, {"crop": "reference"}):
+        encoders = Encoders()
+        opened(folder, tmp_path, encoders, **changes)
+        assert encoders.calls == 4, changes
+    (folder / "000.png").write_bytes((folder / "001.png").read_bytes() + b" ")
+    encoders = Encoders()
+    opened(folder, tmp_path, encoders)
+    assert encoders.calls == 4
+    directories = list((tmp_path / "cache").iterdir())
+    assert len(directories) == 4 and all(d.name.startswith(f"v{encoded.VERSION}-") for d in directories)
+    assert json.loads((directories[0] / "settings.json").read_text())["source"] == str(folder)
+
+
+@pytest.mark.parametrize("bad", [[2], [12, 13, 14, 15], list(range(16))], ids=["one", "a batch", "all"])
+def test_unreadable_records_are_known_by_their_reason(folder, tmp_path, bad):
+    """How many are too many is for the loader to say, which meets them where the run does."""
+    for i in bad:
+        (folder / f"{i:03d}.png").write_bytes(b"")
+    cached, source, _ = opened(folder, tmp_path, Encoders())
+    for i in range(16):
+        if i in bad:
+            with pytest.raises(BadRecord, match="the image has zero bytes") as error:
+                cached[i]
+            assert error.value.key == source[i].key and error.value.shard
+        else:
+            assert cached[i].codes.shape == (4,)
+
+
+def test_the_fingerprint_is_of_every_weight():
+    weights = {"vae": {"a": np.arange(3.0), "b": np.zeros(2)}}
+    same = encode.weights_fingerprint({"vae": {"b": np.zeros(2), "a": np.arange(3.0)}})
+    assert encode.weights_fingerprint(weights) == same
+    weights["vae"]["b"][1] = 1e-30
+    assert encode.weights_fingerprint(weights) != same
+
+
+def test_a_source_is_named_by_its_files_wherever_they_lie(folder, tmp_path):
+    cfg = tiny.run_config(folder)
+    ((source, _),) = open_mixture(cfg.data)
+    name = encoded.directory_name(source, {"weights": "a"})
+    assert name == encoded.directory_name(source, {"weights": "a"}) != encoded.directory_name(source, {"weights": "b"})
+    folder.rename(tmp_path / "moved")
+    ((moved, _),) = open_mixture(dataclasses.replace(cfg.data, path=str(tmp_path / "moved")))
+    assert encoded.directory_name(moved, {"weights": "a"}) == name
