@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
+import blip3o_jax
 from blip3o_jax import config as config_lib
 from blip3o_jax import model_table
 from blip3o_jax import pipeline as pipelines
@@ -144,8 +145,9 @@ def _curves(directory: pathlib.Path, names: tuple[str, ...]) -> list[report.Curv
 
 
 def _versions() -> dict[str, str]:
-    packages = ("blip3o_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
+    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
     return {
+        "blip3o_jax": blip3o_jax.__version__,
         **{name: importlib.metadata.version(name) for name in packages},
         "python": platform.python_version(),
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
