@@ -64,7 +64,7 @@ TABLE = {
 }
 
 # What this package adds to the fields of the diffusers class.
-OWN_FIELDS = {"dtype", "param_dtype", "remat"}
+OWN_FIELDS = {"dtype", "param_dtype", "remat", "unroll"}
 
 
 def torch_model(cfg: config.SanaConfig, seed: int = 0) -> diffusers.SanaTransformer2DModel:

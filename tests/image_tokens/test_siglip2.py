@@ -32,7 +32,7 @@ OUTPUT, GRADIENT = 1e-5, 1e-4
 
 
 def stock(cfg):
-    names = {f.name for f in dataclasses.fields(cfg)} - {"dtype", "param_dtype", "remat"}
+    names = {f.name for f in dataclasses.fields(cfg)} - {"dtype", "param_dtype", "remat", "unroll"}
     return transformers.SiglipVisionConfig(**{name: getattr(cfg, name) for name in names}, hidden_act="gelu_pytorch_tanh")
 
 

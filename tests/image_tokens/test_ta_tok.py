@@ -48,7 +48,7 @@ class TorchTaTok(torch.nn.Module):
     def __init__(self, cfg):
         super().__init__()
         linear, tanh = torch.nn.Linear, torch.nn.Tanh()
-        names = {f.name for f in dataclasses.fields(cfg.encoder)} - {"dtype", "param_dtype", "remat"}
+        names = {f.name for f in dataclasses.fields(cfg.encoder)} - {"dtype", "param_dtype", "remat", "unroll"}
         self.encoder = transformers.SiglipVisionModel(
             transformers.SiglipVisionConfig(**{name: getattr(cfg.encoder, name) for name in names})
         )
