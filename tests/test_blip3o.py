@@ -1,0 +1,166 @@
+"""The composition: the joint loss against one computed from the parts, row by row, and the other stages' losses."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from blip3o_jax import blip3o
+from blip3o_jax.train.stages import STAGES, make_loss
+from blip3o_jax.train.state import create_state, plan_state
+from blip3o_jax.train.step import make_step, row_keys
+from tests import tiny
+from tests.conftest import relative_error
+from tests.tiny import quick_compile  # noqa: F401
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+
+@functools.cache
+def setup():
+    """(model configuration, id of code 0, graphdef, weights, batch, a key for each row)."""
+    cfg, image_first, batch = tiny.prepared("joint", supervise_prompt=True)
+    batch = tiny.cached_batch(cfg, batch)
+    batch["label_count"] = np.full(8, batch["loss_mask"][:, 1:].sum() / 8, np.float32)
+    plan = plan_state(cfg, tiny.strategy())
+    state = create_state(cfg, plan)
+    return cfg, image_first, plan, (state["params"], state["frozen"]), batch, row_keys(0, jnp.int32(0), 8)
+
+
+@functools.cache
+def joint(span):
+    """(weights, dropout, weight of the cross entropy) -> loss, metrics, gradients."""
+    cfg, image_first, plan, _, batch, keys_B = setup()
+
+    @jax.jit
+    def fn(weights, dropout, ce):
+        def loss(params):
+            settings = dataclasses.replace(cfg.loss, condition_span=span, condition_dropout=dropout, ce=ce)
+            return blip3o.joint_loss(plan.model(params, weights[1]), batch, keys_B, loss=settings, image_first=image_first)
+
+        (value, metrics), gradients = jax.value_and_grad(loss, has_aux=True)(weights[0])
+        return value, metrics, gradients
+
+    return fn
+
+
+@functools.cache
+def row_parts():
+    """One row, from its parts: its logits, its velocity given a condition's hidden states, and that of the null condition."""
+    _, _, plan, _, batch, _ = setup()
+    length = batch["tokens"].shape[1]
+
+    @jax.jit
+    def hidden(weights, tokens_L, segment_ids_L):
+        model = plan.model(*weights)
+        hidden_BLD = model.ar(model.ar.embed(tokens_L[None]), jnp.arange(length)[None], segment_ids_L[None])
+        return hidden_BLD[0], model.ar.logits(hidden_BLD)[0]
+
+    @jax.jit
+    def velocity(weights, x_HWC, sigma, span_TD):
+        model = plan.model(*weights)
+        return model.dit(x_HWC[None], 1000 * sigma[None], model.connector(span_TD[None]))[0]
+
+    return hidden, velocity
+
+
+def expected(span, keep):
+    """(cross entropy, flow loss) in numpy, one row at a time; `keep` says which rows keep their condition."""
+    cfg, image_first, _, weights, batch, keys_B = setup()
+    hidden, velocity = row_parts()
+    nll, labels, flow = 0.0, 0, []
+    for b in range(8):
+        start = batch["image_span"][b] + 1
+        tokens_L = batch["tokens"][b].copy()
+        tokens_L[start : start + 4] = batch["codes"][b] + image_first
+        # The exact span as if all of the row were real: what comes after a token cannot matter to it.
+        segment_ids_L = batch["segment_ids"][b] if span == "last" else np.ones_like(tokens_L)
+        hidden_LD, logits_LV = (np.asarray(x, np.float64) for x in hidden(weights, tokens_L, segment_ids_L))
+        for at in np.flatnonzero(batch["loss_mask"][b]):
+            logits_V = logits_LV[at - 1][: cfg.model.ar.vocab_size]
+            nll += np.log(np.exp(logits_V - logits_V.max()).sum()) + logits_V.max() - logits_V[tokens_L[at]]
+            labels += 1
+        span_TD = hidden_LD[start - 1 : start + 4] if span == "exact" else hidden_LD[-5:]
+        noise_key, sigma_key, _ = jax.random.split(keys_B[b], 3)
+        noise_HWC = np.asarray(jax.random.normal(noise_key, batch["latents"][b].shape))
+        sigma = 1 - np.floor(1000 * float(jax.random.uniform(sigma_key, (1,))[0])) / 1000
+        z_HWC = batch["latents"][b]
+        x_HWC = (1 - sigma) * z_HWC + sigma * noise_HWC
+        span_TD = span_TD if keep[b] else 0 * span_TD
+        got_HWC = velocity(weights, jnp.float32(x_HWC), jnp.float32(sigma), jnp.float32(span_TD))
+        flow.append(np.mean((np.asarray(got_HWC) - (noise_HWC - z_HWC)) ** 2))
+    return nll / labels, np.mean(flow)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5, 1.0])
+def test_joint_loss_is_that_of_its_parts_row_by_row(dropout):
+    """float32 against float32 in other shapes: 1e-5."""
+    _, _, _, weights, _, keys_B = setup()
+    keep = [bool(jax.random.bernoulli(jax.random.split(key, 3)[2], 1 - dropout)) for key in keys_B]
+    assert sum(keep) == {0.0: 8, 1.0: 0}.get(dropout, sum(keep)) and (dropout != 0.5 or 0 < sum(keep) < 8)
+    ce, flow = expected("exact", keep)
+    loss, metrics, _ = joint("exact")(weights, dropout, 0.25)
+    assert relative_error(metrics["ce"], ce) < 1e-5
+    assert relative_error(metrics["flow"], flow) < 1e-5
+    assert relative_error(loss, 0.25 * ce + flow) < 1e-5
+
+
+def test_the_reference_takes_the_last_positions_of_the_row():
+    """The published weights' window holds end tags and padding; the cross entropy knows nothing of it."""
+    _, _, _, weights, batch, _ = setup()
+    assert not batch["segment_ids"][:, -1].any()  # every row ends in padding, so the two windows differ
+    _, exact, _ = joint("exact")(weights, 0.0, 1.0)
+    _, last, _ = joint("last")(weights, 0.0, 1.0)
+    assert relative_error(last["flow"], expected("last", [True] * 8)[1]) < 1e-5
+    assert relative_error(last["flow"], exact["flow"]) > 1e-4
+    assert relative_error(last["ce"], exact["ce"]) < 1e-6
+
+
+def test_the_flow_loss_reaches_the_decoder_through_the_frozen_dit():
+    """With the cross entropy's weight at 0 every layer of the decoder still has a gradient; with all conditions dropped
+    before the connector none has, while the connector learns its null condition."""
+    _, _, _, weights, _, _ = setup()
+    _, _, with_condition = joint("exact")(weights, 0.0, 0.0)
+    _, _, without = joint("exact")(weights, 1.0, 0.0)
+    for path, gradient in jax.tree.leaves_with_path(with_condition["ar"]["layers"]):
+        assert all(np.any(layer) for layer in gradient), jax.tree_util.keystr(path)
+    assert not any(np.any(g) for g in jax.tree.leaves(without["ar"]))
+    assert np.any(without["connector"]["linear2"]["bias"]) and not np.any(without["connector"]["linear1"]["kernel"])
+
+
+def test_parts_do_not_depend_on_which_others_there_are():
+    cfg = tiny.model()
+    alone = nnx.to_pure_dict(nnx.state(blip3o.Blip3o(cfg, ("connector",), seed=3)))
+    both = nnx.to_pure_dict(nnx.state(blip3o.Blip3o(cfg, ("text_tower", "connector"), seed=3)))
+    other = nnx.to_pure_dict(nnx.state(blip3o.Blip3o(cfg, ("connector",), seed=4)))
+    kernel = lambda parts: np.asarray(parts["connector"]["linear1"]["kernel"])
+    np.testing.assert_array_equal(kernel(alone), kernel(both))
+    assert np.any(kernel(alone) != kernel(other))
+
+
+def test_pixels_are_scaled_to_minus_one_and_one():
+    scaled = blip3o.scale_pixels(np.array([0, 51, 255], np.uint8))
+    assert np.asarray(scaled).tolist() == pytest.approx([-1, -0.6, 1])
+
+
+@pytest.mark.parametrize("stage", ["autoencoder", "contrastive", "tokenizer"])
+def test_other_stages_learn_one_batch(stage):
+    """A few steps on one batch: the loss falls, and by more than it jitters."""
+    cfg, image_first, batch = tiny.prepared(stage)
+    optimizer = dataclasses.replace(cfg.optimizer, learning_rate=3e-3, warmup_share=0.01)
+    cfg = dataclasses.replace(cfg, steps=100, optimizer=optimizer)
+    strategy = tiny.strategy()
+    plan = plan_state(cfg, strategy)
+    state, step = create_state(cfg, plan), make_step(cfg, plan, strategy, make_loss(cfg, image_first))
+    assert {str(path[0].key) for path, _ in jax.tree.leaves_with_path(state["params"])} == {
+        pattern.split("/")[0] for pattern in STAGES[stage].trainable
+    }
+    losses = []
+    for _ in range(12):
+        state, metrics = step(state, jax.device_put(batch, strategy.batch_sharding()))
+        losses.append(float(metrics["loss"]))
+    assert np.all(np.isfinite(losses)) and losses[-1] < 0.97 * losses[1], losses

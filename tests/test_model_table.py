@@ -1,0 +1,105 @@
+"""Parameter counts of the published sizes against the stock classes on torch's meta device: nothing is allocated."""
+
+import pathlib
+
+import diffusers
+import pytest
+import torch
+import transformers
+
+from blip3o_jax import config, config_file, model_table
+from tests import tiny
+
+CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
+
+
+def size(module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def linear(d_in: int, d_out: int) -> int:
+    return (d_in + 1) * d_out
+
+
+@pytest.fixture(scope="module")
+def stock() -> dict[str, int]:
+    """Parameters of each part of the 1.7B + 1.6B model, from the classes' own published settings."""
+    qwen3 = transformers.Qwen3Config(
+        vocab_size=217210,
+        hidden_size=2048,
+        intermediate_size=6144,
+        num_hidden_layers=28,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=128,
+        tie_word_embeddings=True,
+    )
+    siglip = transformers.SiglipVisionConfig(
+        hidden_size=1152, intermediate_size=4304, num_hidden_layers=27, num_attention_heads=16, image_size=384, patch_size=14
+    )
+    decoder = transformers.Siglip2VisionConfig(
+        hidden_size=1152,
+        intermediate_size=3072,
+        num_hidden_layers=3,
+        num_attention_heads=12,
+        num_channels=1536,  # patch size 1: a "pixel" is a code
+        num_patches=256,
+        patch_size=1,
+    )
+    sana = {"caption_channels": 2304, "num_layers": 20, "qk_norm": "rms_norm_across_heads"}
+    autoencoder = {
+        "latent_channels": 32,
+        "encoder_block_types": ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3,
+        "decoder_block_types": ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3,
+        "encoder_layers_per_block": (2, 2, 2, 3, 3, 3),
+        "decoder_layers_per_block": (3, 3, 3, 3, 3, 3),
+        "encoder_qkv_multiscales": ((), (), (), (5,), (5,), (5,)),
+        "decoder_qkv_multiscales": ((), (), (), (5,), (5,), (5,)),
+        "downsample_block_type": "Conv",
+        "upsample_block_type": "interpolate",
+    }
+    with torch.device("meta"):
+        # Around encoder and decoder: the task layers (one linear map, then two), the maps into and out of the codebook, the
+        # codes and SimVQ's projection of them.
+        code, codebook = 1536, 65536
+        between = linear(1152, 1152) + 2 * linear(1152, 1152)
+        between += linear(1152, code) + linear(code, code) + codebook * code + linear(code, code)
+        return {
+            "ar": size(transformers.Qwen3ForCausalLM(qwen3)),
+            "tokenizer": size(transformers.SiglipVisionModel(siglip))
+            + size(transformers.Siglip2VisionModel(decoder))
+            + between,
+            "dit": size(diffusers.SanaTransformer2DModel(**sana)),
+            "vae": size(diffusers.AutoencoderDC(**autoencoder)),
+            "connector": linear(2048, 2304) + linear(2304, 2304) + 2304,
+        }
+
+
+def test_the_published_sizes(stock):
+    counts = model_table.count_parameters(config_file.load(f"{CONFIGS}/pretrain.py:1.7b"))
+    assert {part: row["parameters"] for part, row in counts.items()} == stock
+    # 217600 rows are stored for 217210 ids; the head is tied, so that they are there once.
+    assert counts["ar"]["padding"] == (217600 - 217210) * 2048
+    assert counts["ar"]["trainable"] == stock["ar"] and counts["connector"]["trainable"] == stock["connector"]
+    assert counts["tokenizer"]["trainable"] == counts["vae"]["trainable"] == 0
+    # Of the DiT only the caption projection and its norm.
+    assert counts["dit"]["trainable"] == linear(2304, 2240) + linear(2240, 2240) + 2240
+
+
+def test_an_untied_head_is_counted_twice_with_its_padding():
+    tied = tiny.run_config(model={"ar": {"vocab_size": 357}})
+    untied = tiny.run_config(model={"ar": {"vocab_size": 357, "tie_word_embeddings": False}})
+    one, two = (model_table.count_parameters(cfg)["ar"] for cfg in (tied, untied))
+    assert two["parameters"] - one["parameters"] == 357 * 32
+    assert (one["padding"], two["padding"]) == (3 * 32, 2 * 3 * 32)
+
+
+@pytest.mark.parametrize("stage", config.STAGES)
+def test_the_table_is_printed_for_every_stage(stage, capsys):
+    cfg = tiny.run_config(stage=stage)
+    model_table.print_table(cfg)
+    out = capsys.readouterr().out
+    counts = model_table.count_parameters(cfg)
+    for part, row in counts.items():
+        assert part in out and f"{row['parameters']:,}" in out
+    assert f"{sum(row['parameters'] for row in counts.values()):,}" in out
