@@ -1,0 +1,345 @@
+"""The loop on tiny runs: what is written, and that stopping, killing and resuming change nothing."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from blip3o_jax import config as config_lib
+from blip3o_jax.config import UserError
+from blip3o_jax.train import checkpoint, encode, flops, loop, recipe
+from blip3o_jax.train.metrics import MetricLog, read_rows
+from tests import tiny
+from tests.tiny import quick_compile  # noqa: F401
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+STEPS = 6
+# Rows hold times and memory too; these must be the same bit for bit.
+EXACT = ("step", "loss", "ce", "flow", "accuracy", "grad_norm", "learning_rate", "bad_records", "skipped_steps")
+
+
+def joint(**changes):
+    groups = {"checkpoint": {"every": 2, "keep": 2}, "optimizer": {"ema_decay": 0.9}}
+    return tiny.run_config(tiny.data(), steps=STEPS, preview=0, **groups | changes)
+
+
+def tokenizer(**changes):
+    return tiny.run_config(tiny.data(), stage="tokenizer", steps=STEPS, **{"checkpoint": {"every": 2}} | changes)
+
+
+def rows(workdir):
+    return [{name: row[name] for name in EXACT} for row in read_rows(workdir / "metrics.jsonl")]
+
+
+def restored(workdir, step=None):
+    """The whole state of a checkpoint, on one device."""
+    root, latest = checkpoint.find(workdir)
+    plan = loop.plan_state(checkpoint.read_config(root), tiny.strategy())
+    checkpoints = checkpoint.Checkpoints(root, 100)
+    state, _ = checkpoints.restore(step or latest, plan)
+    checkpoints.close()
+    return state
+
+
+def check_same(got, want):
+    for (path, a), (_, b) in zip(jax.tree.leaves_with_path(got), jax.tree.leaves_with_path(want), strict=True):
+        np.testing.assert_array_equal(a, b, err_msg=jax.tree_util.keystr(path))
+
+
+class Stopped(Exception):
+    pass
+
+
+def stop_after(monkeypatch, step):
+    """The run ends when it writes the row of `step`."""
+    write = MetricLog.write
+
+    def writing(self, at, values):
+        write(self, at, values)
+        if at == step:
+            raise Stopped
+
+    monkeypatch.setattr(MetricLog, "write", writing)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, quick_compile):  # noqa: F811
+    """An uninterrupted run."""
+    workdir = tmp_path_factory.mktemp("whole")
+    return workdir, loop.train(joint(), workdir)
+
+
+def test_a_run_writes_what_the_issue_of_it_can_be_judged_by(whole):
+    workdir, summary = whole
+    written = read_rows(workdir / "metrics.jsonl")
+    assert [row["step"] for row in written] == list(range(1, STEPS + 1))
+    names = {"loss", "ce", "flow", "accuracy", "learning_rate", "examples_per_s", "tokens_per_s", "data_wait"}
+    names |= {"grad_norm", "grad_norm/ar", "grad_norm/connector", "grad_norm/dit", "host_memory_gib"}
+    names |= {"bad_steps", "skipped_steps", "bad_records"}
+    for row in written:
+        assert names <= row.keys()
+        assert all(np.isfinite(row[name]) for name in names)
+        assert 0 <= row["data_wait"] <= 1
+        assert row["tokens_per_s"] == pytest.approx(row["examples_per_s"] * 32)
+        assert row["loss"] == pytest.approx(row["ce"] + row["flow"], rel=1e-6)
+    assert written[-1]["loss"] < written[0]["loss"]
+    assert (summary.step, summary.checkpoint) == (STEPS, workdir / "checkpoints")
+    assert {"step": STEPS} | summary.metrics == written[-1]
+    assert list((workdir / "tensorboard").glob("events*"))
+
+
+def test_a_checkpoint_is_complete(whole):
+    """Weights, optimizer, position, configuration, tokenizer; the last two, and the best if it is another."""
+    workdir, _ = whole
+    root, step = checkpoint.find(workdir)
+    assert step == STEPS
+    kept = {int(p.name) for p in root.iterdir() if p.name.isdigit()}
+    assert {4, 6} <= kept <= {2, 4, 6}
+    cfg = checkpoint.read_config(root)
+    assert cfg.model.ar.vocab_size == tiny.prepared()[0].model.ar.vocab_size
+    assert list((root / "text").iterdir())
+    meta = json.loads((root / "6" / "meta" / "metadata").read_text())
+    assert meta["data"]["next_example"] == STEPS * 8
+    assert int(restored(workdir)["step"]) == STEPS
+
+
+def test_a_finished_run_is_not_run_again(whole, capsys):
+    workdir, _ = whole
+    before = (workdir / "metrics.jsonl").read_text()
+    summary = loop.train(joint(), workdir)
+    assert "step 6 of 6 is done already" in capsys.readouterr().err
+    assert (workdir / "metrics.jsonl").read_text() == before and summary.metrics == {}
+
+
+@pytest.mark.parametrize("stop", [3])
+def test_resumed_is_uninterrupted(whole, tmp_path, monkeypatch, stop):
+    """Stopped at step 3, it goes on from the checkpoint of step 2: the same rows and the same state, bit for bit."""
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_after(patch, stop)
+        loop.train(joint(), tmp_path)
+    assert [row["step"] for row in rows(tmp_path)] == list(range(1, stop + 1))
+    loop.train(joint(), tmp_path)
+    assert rows(tmp_path) == rows(whole[0])
+    check_same(restored(tmp_path), restored(whole[0]))
+
+
+def test_resumed_with_other_settings_says_which(whole, tmp_path, capsys):
+    before = (whole[0] / "checkpoints" / "config.json").read_text()
+    loop.train(joint(log_every=2), whole[0])
+    assert "resuming at step 6" in (err := capsys.readouterr().err) and "with log_every: 1 -> 2" in err
+    with pytest.raises(UserError, match="does not fit this configuration") as error:
+        loop.train(joint(optimizer={"ema_decay": 0.0}), whole[0])
+    assert "\n" not in str(error.value)
+    loop.train(joint(), whole[0])
+    assert (whole[0] / "checkpoints" / "config.json").read_text() == before
+
+
+SCRIPT = """
+import sys
+sys.path.insert(0, {root!r})
+from tests import conftest
+import jax
+from blip3o_jax import config as config_lib
+from blip3o_jax.train import loop
+import json, pathlib
+jax.config.update("jax_disable_most_optimizations", True)
+if __name__ == "__main__":
+    loop.train(config_lib.from_dict(json.loads(pathlib.Path({config!r}).read_text())), {workdir!r})
+"""
+
+
+def test_killed_and_run_again_is_uninterrupted(whole, tmp_path):
+    """SIGKILL as soon as step 3 is written, wherever the run is then; the same command gives the same losses."""
+    workdir, settings = tmp_path / "run", tmp_path / "config.json"
+    settings.write_text(json.dumps(config_lib.to_dict(joint())))
+    root = str(pathlib.Path(__file__).parent.parent.parent)
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT.format(root=root, config=str(settings), workdir=str(workdir)))
+    with (tmp_path / "log").open("w") as log:
+        run = subprocess.Popen([sys.executable, str(script)], stdout=log, stderr=log)
+        deadline = time.monotonic() + 600
+        while run.poll() is None and len(read_rows(workdir / "metrics.jsonl")) < 3 and time.monotonic() < deadline:
+            time.sleep(0.002)
+        assert run.poll() is None, (tmp_path / "log").read_text()
+        os.kill(run.pid, signal.SIGKILL)
+        run.wait()
+    assert 3 <= len(read_rows(workdir / "metrics.jsonl")) < STEPS
+    loop.train(joint(), workdir)
+    assert rows(workdir) == rows(whole[0])
+    check_same(restored(workdir), restored(whole[0]))
+
+
+def test_restored_onto_another_mesh(whole, tmp_path):
+    """Written by eight devices, read by one and by two ways of sharding over eight: the same numbers."""
+    root, _ = checkpoint.find(whole[0])
+    want = checkpoint.restore_parts(root, tiny.strategy(), ("ar",), ema=False)
+    for mesh in (("fsdp", 1, 8, 1), ("fsdp_tp", 2, 2, 2)):
+        got = checkpoint.restore_parts(root, tiny.strategy(*mesh), ("ar",), ema=False)
+        assert not got["ar"]["embedding"].sharding.is_fully_replicated
+        check_same(got, want)
+    check_same(want["ar"], restored(whole[0])["params"]["ar"])
+
+
+def test_the_average_is_what_is_read_where_there_is_one(whole):
+    root, _ = checkpoint.find(whole[0])
+    state = restored(whole[0])
+    parts = checkpoint.restore_parts(root, tiny.strategy())
+    assert set(parts) == {"tokenizer", "ar", "connector", "dit", "vae"}
+    check_same(parts["ar"], state["ema"]["ar"])
+    check_same(parts["vae"], state["frozen"]["vae"])
+    # A part of which some is trained and some frozen comes back whole.
+    check_same(parts["dit"], checkpoint.merge_trees(state["ema"]["dit"], state["frozen"]["dit"]))
+    with pytest.raises(UserError, match="holds no part text_tower: it was written by stage 'joint'"):
+        checkpoint.restore_parts(root, tiny.strategy(), ("text_tower",))
+
+
+def test_find(whole, tmp_path):
+    workdir, _ = whole
+    root = workdir / "checkpoints"
+    assert checkpoint.find(workdir) == checkpoint.find(root) == (root, 6)
+    assert checkpoint.find(root / "4") == (root, 4)
+    for path, message in (
+        (tmp_path / "nothing", "does not exist"),
+        (tmp_path, "is not a checkpoint"),
+        (root / "text", "is not a checkpoint"),
+        (root / "4" / "state", "is not a checkpoint"),
+        (workdir / "metrics.jsonl", "is not a checkpoint"),
+    ):
+        with pytest.raises(UserError, match=message) as error:
+            checkpoint.find(path)
+        assert "\n" not in str(error.value) and str(path) in str(error.value)
+
+
+def test_cached_encoders_give_the_same_losses_and_run_once(whole, tmp_path, monkeypatch, capsys):
+    """Codes from disk are the online run's, so that the first cross entropy is the same bit for bit. Latents are float32 and
+    come from another program than the step's: they and what is trained on them agree to a few units in the last place."""
+    cached = joint(data={"cache_dir": str(tmp_path / "cache")})
+    loop.train(cached, tmp_path / "first")
+    got, want = rows(tmp_path / "first"), rows(whole[0])
+    assert "part 1/1" in capsys.readouterr().err
+    assert got[0]["ce"] == want[0]["ce"]
+    assert [row["loss"] for row in got] == pytest.approx([row["loss"] for row in want], rel=2e-6)
+    written = {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*.npy")}
+    assert len(written) == 2
+    # Another run over the same data with the same encoders finds them, and is the same bit for bit.
+    monkeypatch.setattr(encode, "_write_part", lambda *_: pytest.fail("encoded again"))
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_after(patch, 2)
+        loop.train(cached, tmp_path / "second")
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*.npy")} == written
+    assert rows(tmp_path / "second") == got[:2]
+
+
+def test_the_cache_is_for_frozen_encoders(tmp_path):
+    cfg = joint(data={"cache_dir": str(tmp_path / "cache")}, trainable=("ar/.*", "vae/decoder/.*"))
+    plan = loop.plan_state(cfg, tiny.strategy())
+    with pytest.raises(UserError, match=r"keeps the outputs of frozen encoders, but vae is trained"):
+        loop._encode_sources(cfg, plan, plan.abstract, [])
+
+
+def test_unreadable_records_are_counted(tmp_path, monkeypatch):
+    tiny.write_data(tmp_path / "images")
+    (tmp_path / "images" / "002.png").write_bytes(b"")
+    data = {"path": str(tmp_path / "images"), "max_bad_share": 0.5}
+    with pytest.raises(Stopped):
+        stop_after(monkeypatch, 3)
+        loop.train(tokenizer(data=data), tmp_path / "run")
+    counts = [row["bad_records"] for row in read_rows(tmp_path / "run" / "metrics.jsonl")]
+    assert counts == sorted(counts) and counts[-1] >= 1  # 16 records, 24 examples: met at least once
+
+
+def test_a_run_that_is_not_finite_stops_and_leaves_its_checkpoint(tmp_path):
+    """With a rate of 1e30 step 3 is the first that is not finite (the warm-up starts from 0); two of those are too many."""
+    cfg = tokenizer(optimizer={"learning_rate": 1e30, "clip_norm": 0.0}, max_nonfinite=2)
+    with pytest.raises(
+        UserError, match=r"tokenizer: loss or gradient was not finite in 2 steps in a row, up to step 4"
+    ) as error:
+        loop.train(cfg, tmp_path)
+    assert "\n" not in str(error.value)
+    assert [row["skipped_steps"] for row in read_rows(tmp_path / "metrics.jsonl")] == [0, 0, 1]
+    state = restored(tmp_path)
+    assert int(state["step"]) == 2
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(state["params"]))
+
+
+def test_the_last_and_the_best_are_kept(tmp_path):
+    state = {"params": {"w": np.arange(3.0)}, "step": np.int32(0)}
+    checkpoints = checkpoint.Checkpoints(tmp_path, keep=2)
+    for step, loss in enumerate([5.0, 1.0, 3.0, float("inf"), 2.0], 1):
+        checkpoints.save(step, state, {"next_example": step}, loss)
+    checkpoints.close()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["2", "4", "5"]
+
+
+def test_mfu_is_reported_where_the_peak_is_known(whole, tmp_path, monkeypatch):
+    monkeypatch.setitem(flops.PEAK_FLOPS, jax.devices()[0].device_kind, 1e12)
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_after(patch, 2)
+        loop.train(joint(), tmp_path)
+    row = read_rows(tmp_path / "metrics.jsonl")[1]
+    # Three times the decoder's two FLOPs for each token and weight, and what the other parts cost.
+    per_step = row["mfu"] * 8e12 * 8 / row["examples_per_s"]
+    ar = tiny.prepared()[0].model.ar
+    weights = 2 * (32 * (2 * 32 + 2 * 16) + 3 * 32 * 64) + 32 * ar.padded_vocab_size
+    assert 1 < per_step / (6 * weights * 8 * 32) < 4
+    assert "mfu" not in read_rows(whole[0] / "metrics.jsonl")[1]
+
+
+def test_a_recipe_hands_parts_on(whole, tmp_path):
+    handed = joint(checkpoint={"every": 2, "keep": 2, "init_from": (("tokenizer", "tokenizer"),)})
+    summaries = recipe.run({"tokenizer": tokenizer(), "joint": handed}, tmp_path)
+    assert {name: summary.step for name, summary in summaries.items()} == {"tokenizer": STEPS, "joint": STEPS}
+    assert checkpoint.find(tmp_path) == (tmp_path / "joint" / "checkpoints", STEPS)
+    got = checkpoint.restore_parts(tmp_path, tiny.strategy(), ("tokenizer",))
+    check_same(got, checkpoint.restore_parts(tmp_path / "tokenizer", tiny.strategy()))
+    initial = checkpoint.restore_parts(whole[0], tiny.strategy(), ("tokenizer",))  # of the same seed, never trained
+    assert any(np.any(np.asarray(a) != b) for a, b in zip(*map(jax.tree.leaves, (got, initial)), strict=True))
+    # The other parts start as they would have without.
+    check_same(*(checkpoint.restore_parts(path, tiny.strategy(), ("vae",)) for path in (tmp_path, whole[0])))
+
+
+def test_parts_of_another_model_are_refused(whole, tmp_path):
+    init_from = {"init_from": (("connector", str(whole[0])), ("tokenizer", str(whole[0])))}
+    for changes, message in (
+        ({"model": {"tokenizer": {"bottleneck_dim": 16}}}, r"tokenizer\['bottleneck'\].* has shape \(.*\), this model's \("),
+        (
+            {"model": {"dit": {"caption_channels": 32}}},
+            r"connector\['linear1'\]\['bias'\] of .* has shape \(16,\), this model's \(32,\)",
+        ),
+    ):
+        cfg = joint(checkpoint=init_from, **changes)
+        plan = loop.plan_state(cfg, tiny.strategy())
+        state = {"params": {"connector": {}}, "frozen": {"tokenizer": {}}, "ema": {}}
+        with pytest.raises(UserError, match=f"checkpoint.init_from: {message}") as error:
+            for part, path in cfg.checkpoint.init_from:
+                loop._load_part(state, plan, part, checkpoint.restore_parts(path, tiny.strategy(), (part,))[part], path)
+        assert "\n" not in str(error.value)
+
+
+def test_a_recipe_names_a_source_that_is_not_there(tmp_path):
+    stages = {"joint": joint(checkpoint={"init_from": (("vae", "autoencoder"),)})}
+    with pytest.raises(UserError, match="vae comes from autoencoder, which is no directory and no earlier stage"):
+        recipe.run(stages, tmp_path)
+
+
+def test_errors_come_before_anything_is_compiled(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "plan_state", lambda *_: pytest.fail("too late"))
+    for changes, message in (
+        ({"data": {"path": ""}}, "data.path is empty"),
+        ({"data": {"path": str(tmp_path / "none")}}, "no such file or directory"),
+        ({"data": {"batch_size": 12}}, "data.batch_size=12 does not divide over 8 batch shards"),
+        ({"mesh": {"data": 3}}, "does not cover 8 devices"),
+        ({"mesh": {"strategy": "fdsp"}}, "mesh.strategy='fdsp' is not one of"),
+    ):
+        with pytest.raises(UserError, match=message) as error:
+            loop.train(joint(**changes), tmp_path / "run")
+        assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
