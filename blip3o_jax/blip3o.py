@@ -19,15 +19,15 @@ from blip3o_jax.ar.cross_entropy import cross_entropy
 from blip3o_jax.ar.qwen3 import Qwen3
 from blip3o_jax.config import LossConfig, ModelConfig
 from blip3o_jax.connector import Connector
-from blip3o_jax.data.sequence import insert_image_ids, take_span
+from blip3o_jax.data.sequence import hide_prompts, insert_image_ids, take_span
 from blip3o_jax.dit import flow
 from blip3o_jax.dit.sana import SanaTransformer
-from blip3o_jax.image_tokens.contrastive import TextTower
+from blip3o_jax.image_tokens.contrastive import PatchReadout, TextTower
 from blip3o_jax.image_tokens.ta_tok import TaTok
 from blip3o_jax.text.vocabulary import image_ids_from_codes
 from blip3o_jax.vae.dc_ae import DcAe
 
-PARTS = ("tokenizer", "text_tower", "ar", "connector", "dit", "vae")
+PARTS = ("tokenizer", "text_tower", "ar", "connector", "dit", "vae", "patch_readout")
 
 
 class Blip3o(nnx.Module):
@@ -40,6 +40,7 @@ class Blip3o(nnx.Module):
             "text_tower": lambda rngs: TextTower(
                 cfg.text_tower, cfg.ar.vocab_size, cfg.tokenizer.encoder.hidden_size, rngs=rngs
             ),
+            "patch_readout": lambda rngs: PatchReadout(cfg.tokenizer.encoder, rngs=rngs),
             "ar": lambda rngs: Qwen3(cfg.ar, rngs=rngs),
             "connector": lambda rngs: Connector(cfg.connector, cfg.ar.hidden_size, cfg.dit.caption_channels, rngs=rngs),
             "dit": lambda rngs: SanaTransformer(cfg.dit, rngs=rngs),
@@ -69,16 +70,17 @@ class Blip3o(nnx.Module):
         with nn.part("ar"):
             return self.ar(self.ar.embed(tokens_BL), positions_BL, segment_ids_BL)
 
-    def condition(self, hidden_BTD: jax.Array) -> jax.Array:
-        """Hidden states -> condition tokens of the DiT."""
+    def condition(self, hidden_BTD: jax.Array, keep_B: jax.Array | None = None) -> jax.Array:
+        """Hidden states -> condition tokens of the DiT; rows that are not kept get the null condition."""
         with nn.part("connector"):
-            return self.connector(hidden_BTD)
+            return self.connector(hidden_BTD, keep_B)
 
     def null_condition(self, rows: int) -> jax.Array:
         """What the connector makes of zeros, [rows, 1, C]: the unconditional branch. One token stands for all n + 1, since
         cross-attention over equal tokens does not depend on their number; a row for each of the batch, as rows are spread
         over the devices."""
-        return self.condition(jnp.zeros((rows, 1, self.cfg.ar.hidden_size), jnp.float32))
+        zeros = jnp.zeros((rows, 1, self.cfg.ar.hidden_size), jnp.float32)
+        return self.condition(zeros, jnp.zeros(rows, bool))
 
     def velocity(self, z_BHWC: jax.Array, timestep_B: jax.Array, condition_BTC: jax.Array) -> jax.Array:
         with nn.part("dit"):
@@ -101,13 +103,16 @@ def targets(model: Blip3o, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.
         )
 
 
-def _draw(keys_B: jax.Array, z_BHWC: jax.Array, cfg: ModelConfig, dropout: float) -> tuple[jax.Array, ...]:
-    """Per row, from its own key: noise, sigma and whether the condition is kept; the same at any batch split."""
+def _draw(keys_B: jax.Array, shape: tuple[int, ...], cfg: ModelConfig, loss: LossConfig) -> tuple[jax.Array, ...]:
+    """Per row, from its own key: noises [B, draws, *shape], sigmas [B, draws] and whether caption and condition are kept [B];
+    the same at any batch split."""
 
     def row(key: jax.Array) -> tuple[jax.Array, ...]:
         noise_key, sigma_key, drop_key = jax.random.split(key, 3)
-        noise = jax.random.normal(noise_key, z_BHWC.shape[1:], jnp.float32)
-        return noise, flow.sample_train_sigma(sigma_key, 1, cfg.flow)[0], jax.random.bernoulli(drop_key, 1 - dropout)
+        noise = jax.random.normal(noise_key, (loss.flow_draws, *shape), jnp.float32)
+        sigma = flow.sample_train_sigma(sigma_key, loss.flow_draws, cfg.flow)
+        chance = jax.random.uniform(drop_key)
+        return noise, sigma, chance >= loss.caption_dropout, chance >= loss.condition_dropout
 
     return jax.vmap(row)(keys_B)
 
@@ -145,7 +150,7 @@ def joint_preview(
 
 
 class _Joint(NamedTuple):
-    """Everything the joint loss is computed from."""
+    """Everything the joint loss is computed from; from z on, a row for each draw of noise."""
 
     tokens_BL: jax.Array
     hidden_BLD: jax.Array
@@ -159,10 +164,14 @@ class _Joint(NamedTuple):
 def _joint_forward(model: Blip3o, batch: dict[str, jax.Array], keys_B: jax.Array, loss: LossConfig, image_first: int) -> _Joint:
     codes_BN, z_BHWC = targets(model, batch)
     tokens_BL = insert_image_ids(batch["tokens"], batch["image_span"], image_ids_from_codes(codes_BN, image_first))
-    hidden_BLD = model.hidden(tokens_BL, batch["positions"], batch["segment_ids"])
-    noise_BHWC, sigma_B, keep_B = _draw(keys_B, z_BHWC, model.cfg, loss.condition_dropout)
+    noises, sigmas, captioned_B, keep_B = _draw(keys_B, z_BHWC.shape[1:], model.cfg, loss)
+    segment_ids_BL = hide_prompts(batch["segment_ids"], batch["image_span"], ~captioned_B)
+    hidden_BLD = model.hidden(tokens_BL, batch["positions"], segment_ids_BL)
     span_BTD = take_span(hidden_BLD, batch["image_span"], codes_BN.shape[1], loss.condition_span)
-    condition_BTC = model.condition(jnp.where(keep_B[:, None, None], span_BTD, 0))
+    condition_BTC = model.condition(span_BTD, keep_B)
+    # The draws of an example share its condition, and so one pass of the AR (as in MAR, arXiv 2406.11838).
+    z_BHWC, condition_BTC = (jnp.repeat(x, loss.flow_draws, axis=0) for x in (z_BHWC, condition_BTC))
+    noise_BHWC, sigma_B = noises.reshape(z_BHWC.shape), sigmas.reshape(-1)
     x_BHWC = flow.noisy(z_BHWC, noise_BHWC, sigma_B)
     velocity_BHWC = model.velocity(x_BHWC, sigma_B * model.cfg.flow.num_train_timesteps, condition_BTC)
     return _Joint(tokens_BL, hidden_BLD, z_BHWC, noise_BHWC, sigma_B, x_BHWC, velocity_BHWC)

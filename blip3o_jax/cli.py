@@ -19,7 +19,7 @@ from blip3o_jax.config import UserError
 
 # What the file system says about a path the user named.
 _PATH_ERRORS = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
-_SAMPLING = ("steps", "guidance", "temperature", "top_k", "top_p", "batch_size")
+_SAMPLING = ("steps", "guidance", "token_guidance", "temperature", "top_k", "top_p", "batch_size")
 
 _EXAMPLES = """\
 examples:
@@ -151,6 +151,7 @@ def _add_sample(commands: Any) -> None:
     group = parser.add_argument_group("sampling", "each defaults to what the checkpoint's config says")
     group.add_argument("--steps", type=_positive, metavar="N", help="denoising steps")
     group.add_argument("--guidance", type=float, metavar="SCALE", help="classifier-free guidance; 1 turns it off")
+    group.add_argument("--token_guidance", type=float, metavar="SCALE", help="the same, of the image tokens")
     group.add_argument("--temperature", type=float, metavar="T", help="of the image tokens")
     group.add_argument("--top_k", type=int, metavar="K", help="image tokens kept at each position")
     group.add_argument("--top_p", type=float, metavar="P", help="probability mass kept at each position")

@@ -52,6 +52,9 @@ class Qwen3Config:
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = True
     initializer_range: float = 0.02
+    # Deviation the token embeddings start with; None: initializer_range. Training from nothing learns faster where the
+    # embeddings are not small beside what the layers add to them.
+    embedding_range: float | None = None
     vocab_multiple: int = 512
     dtype: str = "bfloat16"
     param_dtype: str = "float32"
@@ -155,6 +158,9 @@ class TextTowerConfig:
 class ConnectorConfig:
     """Linear -> GELU(tanh) -> Linear -> RMSNorm between the AR's hidden states and the DiT's caption channels."""
 
+    # Adds sine-cosine positions to the hidden states. The published model does without: it has had the training in which
+    # rotary attention alone comes to tell a token its place in the image.
+    positions: bool = False
     rms_norm_eps: float = 1e-5
     norm_init: float = 5.5**0.5
     dtype: str = "bfloat16"
@@ -175,7 +181,10 @@ class SanaConfig:
     cross_attention_dim: int = 2240
     caption_channels: int = 2304
     mlp_ratio: float = 2.5
+    sample_size: int = 32  # side of the latents that positions are counted on; others are sampled at any size too
     patch_size: int = 1
+    # A number adds sine-cosine positions to the patches, divided by it; None leaves finding them to the convolutions.
+    interpolation_scale: float | None = None
     qk_norm: str | None = "rms_norm_across_heads"
     dtype: str = "bfloat16"
     param_dtype: str = "float32"
@@ -361,6 +370,10 @@ class LossConfig:
     ce: float = 1.0
     flow: float = 1.0
     condition_dropout: float = 0.1  # share of rows whose hidden states are zeroed before the connector
+    # Share of rows whose image tokens see no caption, for `sampling.token_guidance`. Where it equals condition_dropout these
+    # are the same rows.
+    caption_dropout: float = 0.0
+    flow_draws: int = 1  # noises and noise levels drawn for each example: more of them for one pass of the AR
     # "exact" takes the hidden states of <S0>, I_1 .. I_n; "last" the reference's last n + 1 positions of the row.
     condition_span: str = "exact"
     ce_chunk: int = 512  # tokens per block of the cross entropy
@@ -370,10 +383,12 @@ class LossConfig:
     # expects, and deviation of the noise put on them, which makes the decoder forgive what sampling gets slightly wrong.
     latent_scale: float = 0.0
     latent_noise: float = 0.0
+    dense: float = 0.0  # contrastive: weight of reading each patch's pixels off its feature
     commitment: float = 0.25  # tokenizer: weight of the commitment term
     code_entropy: float = 0.1  # tokenizer: weight of the usage-entropy term that keeps codes alive
 
     def __post_init__(self) -> None:
+        check(self.flow_draws > 0, f"loss.flow_draws={self.flow_draws} must be positive")
         check_choice("loss.condition_span", self.condition_span, ("exact", "last"))
 
 
@@ -394,7 +409,7 @@ class MeshConfig:
 class CheckpointConfig:
     every: int = 1000
     keep: int = 3
-    # Parts to start from: {part: checkpoint directory}, part one of ar, connector, dit, vae, tokenizer, text_tower.
+    # Parts to start from: {part: checkpoint directory}, part one of the model's (blip3o.PARTS).
     init_from: tuple[tuple[str, str], ...] = ()
 
 
@@ -404,7 +419,10 @@ class SamplingConfig:
     top_k: int = 1200  # image tokens kept at each position; 0 keeps all
     top_p: float = 0.95  # probability mass kept at each position; 1 keeps all
     steps: int = 30  # Euler steps of the diffusion head
-    guidance: float = 2.0  # classifier-free; 1 leaves the unconditional branch out
+    guidance: float = 2.0  # classifier-free, of the velocity; 1 leaves the unconditional branch out
+    # Classifier-free guidance of the image tokens; 1 leaves the branch without a caption out, which only means something to
+    # a model trained with loss.caption_dropout.
+    token_guidance: float = 1.0
     batch_size: int = 16  # prompts drawn at once
 
     def __post_init__(self) -> None:
@@ -414,7 +432,9 @@ class SamplingConfig:
         check(self.top_k >= 0, f"sampling.top_k={self.top_k} must be 0 (off) or more")
         check(0 < self.top_p <= 1, f"sampling.top_p={self.top_p} must lie in (0, 1]; 1 switches it off")
         check(self.steps > 0, f"sampling.steps={self.steps} must be positive")
-        check(math.isfinite(self.guidance), f"sampling.guidance={self.guidance} must be a finite number; 1 switches it off")
+        for name in ("guidance", "token_guidance"):
+            value = getattr(self, name)
+            check(math.isfinite(value), f"sampling.{name}={value} must be a finite number; 1 switches it off")
         check(self.batch_size > 0, f"sampling.batch_size={self.batch_size} must be positive")
 
 
@@ -445,6 +465,10 @@ class Config:
         check(
             self.data.batch_size % self.optimizer.accumulate == 0,
             f"data.batch_size={self.data.batch_size} must be a multiple of optimizer.accumulate={self.optimizer.accumulate}",
+        )
+        check(
+            not (self.loss.caption_dropout and self.model.template.supervise_prompt),
+            "loss.caption_dropout hides prompts that model.template.supervise_prompt trains on: turn one of them off",
         )
 
 

@@ -2,11 +2,13 @@
 
     Linear(d_in, d_out), GELU (tanh form), Linear(d_out, d_out), RMSNorm
 
+With `cfg.positions`, sine-cosine positions are added to the hidden states first.
 The norm's weight starts at `cfg.norm_init` (sqrt(5.5)), so that the condition has the scale of the captions the diffusion
 head was pretrained on. Shape suffixes: B batch, L tokens, D width (in or out).
 """
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from blip3o_jax import config, nn
@@ -17,6 +19,7 @@ class Connector(nnx.Module):
         dtypes = {"dtype": cfg.dtype, "param_dtype": cfg.param_dtype}
         self.linear1 = nn.Linear(d_in, d_out, ("embed", "mlp"), rngs=rngs, **dtypes)
         self.linear2 = nn.Linear(d_out, d_out, ("mlp", "embed"), rngs=rngs, **dtypes)
+        self.positions = cfg.positions
         self.norm = nn.RMSNorm(
             d_out,
             rngs=rngs,
@@ -25,9 +28,14 @@ class Connector(nnx.Module):
             init=jax.nn.initializers.constant(cfg.norm_init),
         )
 
-    def __call__(self, hidden_BLD: jax.Array) -> jax.Array:
-        """[B, L, d_in] to [B, L, d_out]; a zeroed row still gives a (constant) condition: the one guidance leans away from."""
+    def __call__(self, hidden_BLD: jax.Array, keep_B: jax.Array | None = None) -> jax.Array:
+        """[B, L, d_in] to [B, L, d_out]. Rows that are not kept enter as zeros, and leave as the same condition at every
+        token: the one guidance leans away from."""
         with jax.named_scope("connector"):
+            if self.positions:
+                hidden_BLD += nn.sinusoids(*hidden_BLD.shape[1:]).astype(hidden_BLD.dtype)
+            if keep_B is not None:
+                hidden_BLD = jnp.where(keep_B[:, None, None], hidden_BLD, 0)
             y_BLD = jax.nn.gelu(self.linear1(hidden_BLD), approximate=True)
             y_BLD = self.norm(self.linear2(nn.constrain(y_BLD, "batch", None, "act_mlp")))
             return nn.constrain(y_BLD, "batch", None, "act_embed")

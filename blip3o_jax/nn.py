@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from blip3o_jax.convolution import conv2d
@@ -260,3 +261,9 @@ def scan(
     if remat != "none":
         body = jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=unroll)
     return jax.lax.scan(body, carry, (state, xs), unroll=unroll)
+
+
+def sinusoids(length: int, dim: int) -> jax.Array:
+    """Positions [L, D] of "Attention is all you need" (arXiv 1706.03762, section 3.5), sines then cosines."""
+    angles = np.arange(length)[:, None] / 10000 ** (np.arange(dim // 2) / (dim // 2))
+    return jnp.asarray(np.pad(np.concatenate([np.sin(angles), np.cos(angles)], axis=1), ((0, 0), (0, dim % 2))), jnp.float32)

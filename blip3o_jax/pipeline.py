@@ -142,6 +142,7 @@ class Pipeline:
                     temperature=settings.temperature,
                     top_k=settings.top_k,
                     top_p=settings.top_p,
+                    guidance=settings.token_guidance,
                 )
             size = cfg.latent_size
             shape = (size, size, cfg.vae.latent_channels)

@@ -40,14 +40,14 @@ def get_config() -> dict[str, config.Config]:
 
     return {
         "autoencoder": stage("autoencoder", 500, 3e-3, loss=config.LossConfig(latent_scale=0.01, latent_noise=0.05)),
-        "contrastive": stage("contrastive", 60, 1e-3),
+        "contrastive": stage("contrastive", 60, 1e-3, loss=config.LossConfig(dense=3.0)),
         "tokenizer": stage("tokenizer", 100, 1e-3, init_from=(("tokenizer", "contrastive"),)),
         "joint": stage(
             "joint",
             600,
-            1.5e-3,
+            3e-3,
             trainable=("ar/.*", "connector/.*", "dit/.*"),
-            loss=config.LossConfig(ce_chunk=64, condition_dropout=0.05),
+            loss=config.LossConfig(ce_chunk=64, condition_dropout=0.05, flow_draws=4),
             init_from=(("tokenizer", "tokenizer"), ("vae", "autoencoder")),
         ),
     }

@@ -32,14 +32,14 @@ def setup():
 
 
 @functools.cache
-def joint(span):
+def joint(span, draws=1):
     """(weights, dropout, weight of the cross entropy) -> loss, metrics, gradients."""
     cfg, image_first, plan, _, batch, keys_B = setup()
 
     @jax.jit
     def fn(weights, dropout, ce):
         def loss(params):
-            settings = dataclasses.replace(cfg.loss, condition_span=span, condition_dropout=dropout, ce=ce)
+            settings = dataclasses.replace(cfg.loss, condition_span=span, condition_dropout=dropout, ce=ce, flow_draws=draws)
             return blip3o.joint_loss(plan.model(params, weights[1]), batch, keys_B, loss=settings, image_first=image_first)
 
         (value, metrics), gradients = jax.value_and_grad(loss, has_aux=True)(weights[0])
@@ -68,7 +68,7 @@ def row_parts():
     return hidden, velocity
 
 
-def expected(span, keep):
+def expected(span, keep, draws=1):
     """(cross entropy, flow loss) in numpy, one row at a time; `keep` says which rows keep their condition."""
     cfg, image_first, _, weights, batch, keys_B = setup()
     hidden, velocity = row_parts()
@@ -86,13 +86,14 @@ def expected(span, keep):
             labels += 1
         span_TD = hidden_LD[start - 1 : start + 4] if span == "exact" else hidden_LD[-5:]
         noise_key, sigma_key, _ = jax.random.split(keys_B[b], 3)
-        noise_HWC = np.asarray(jax.random.normal(noise_key, batch["latents"][b].shape))
-        sigma = 1 - np.floor(1000 * float(jax.random.uniform(sigma_key, (1,))[0])) / 1000
         z_HWC = batch["latents"][b]
-        x_HWC = (1 - sigma) * z_HWC + sigma * noise_HWC
+        noises = np.asarray(jax.random.normal(noise_key, (draws, *z_HWC.shape)))
         span_TD = span_TD if keep[b] else 0 * span_TD
-        got_HWC = velocity(weights, jnp.float32(x_HWC), jnp.float32(sigma), jnp.float32(span_TD))
-        flow.append(np.mean((np.asarray(got_HWC) - (noise_HWC - z_HWC)) ** 2))
+        for noise_HWC, uniform in zip(noises, jax.random.uniform(sigma_key, (draws,)), strict=True):
+            sigma = 1 - np.floor(1000 * float(uniform)) / 1000
+            x_HWC = (1 - sigma) * z_HWC + sigma * noise_HWC
+            got_HWC = velocity(weights, jnp.float32(x_HWC), jnp.float32(sigma), jnp.float32(span_TD))
+            flow.append(np.mean((np.asarray(got_HWC) - (noise_HWC - z_HWC)) ** 2))
     return nll / labels, np.mean(flow)
 
 
@@ -100,13 +101,47 @@ def expected(span, keep):
 def test_joint_loss_is_that_of_its_parts_row_by_row(dropout):
     """float32 against float32 in other shapes: 1e-5."""
     _, _, _, weights, _, keys_B = setup()
-    keep = [bool(jax.random.bernoulli(jax.random.split(key, 3)[2], 1 - dropout)) for key in keys_B]
+    keep = [float(jax.random.uniform(jax.random.split(key, 3)[2])) >= dropout for key in keys_B]
     assert sum(keep) == {0.0: 8, 1.0: 0}.get(dropout, sum(keep)) and (dropout != 0.5 or 0 < sum(keep) < 8)
     ce, flow = expected("exact", keep)
     loss, metrics, _ = joint("exact")(weights, dropout, 0.25)
     assert relative_error(metrics["ce"], ce) < 1e-5
     assert relative_error(metrics["flow"], flow) < 1e-5
     assert relative_error(loss, 0.25 * ce + flow) < 1e-5
+
+
+def test_draws_of_noise_are_averaged():
+    _, _, _, weights, _, _ = setup()
+    _, metrics, _ = joint("exact", draws=3)(weights, 0.0, 1.0)
+    _, one, _ = joint("exact")(weights, 0.0, 1.0)
+    assert relative_error(metrics["flow"], expected("exact", [True] * 8, draws=3)[1]) < 1e-5
+    assert relative_error(metrics["flow"], one["flow"]) > 1e-4
+    assert relative_error(metrics["ce"], one["ce"]) < 1e-6
+
+
+def test_rows_without_their_caption_are_rows_that_open_with_the_scale_token():
+    """Cross entropy and flow loss of eight rows whose captions are dropped equal those of rows cut before the scale token,
+    which start at position 0: rotary positions are relative. float32 against float32: 1e-5."""
+    cfg, image_first, plan, weights, batch, keys_B = setup()
+
+    @jax.jit
+    def loss(batch, dropout):
+        settings = dataclasses.replace(cfg.loss, condition_dropout=0.0, caption_dropout=dropout)
+        model = plan.model(*weights)
+        return blip3o.joint_loss(model, batch, keys_B, loss=settings, image_first=image_first)[1]
+
+    index_L = np.arange(batch["tokens"].shape[1])
+    answers = batch | {"loss_mask": batch["loss_mask"] * (index_L > batch["image_span"][:, None])}
+    bare = dict(answers)
+    for name in ("tokens", "loss_mask", "segment_ids"):
+        bare[name] = np.zeros_like(answers[name])
+        for row, of, start in zip(bare[name], answers[name], batch["image_span"], strict=True):
+            row[: len(of) - start] = of[start:]
+    bare["image_span"] = np.zeros_like(batch["image_span"])
+    got, want, captioned = loss(answers, 1.0), loss(bare, 0.0), loss(answers, 0.0)
+    for name in ("ce", "flow"):
+        assert relative_error(got[name], want[name]) < 1e-5
+        assert relative_error(got[name], captioned[name]) > 1e-4
 
 
 def test_the_reference_takes_the_last_positions_of_the_row():
@@ -147,12 +182,14 @@ def test_pixels_are_scaled_to_minus_one_and_one():
     assert np.asarray(scaled).tolist() == pytest.approx([-1, -0.6, 1])
 
 
-@pytest.mark.parametrize("stage", ["autoencoder", "contrastive", "tokenizer"])
+@pytest.mark.parametrize("stage", ["autoencoder", "contrastive", "dense contrastive", "tokenizer"])
 def test_other_stages_learn_one_batch(stage):
     """A few steps on one batch: the loss falls, and by more than it jitters."""
+    kind, _, stage = stage.rpartition(" ")
     cfg, image_first, batch = tiny.prepared(stage)
     optimizer = dataclasses.replace(cfg.optimizer, learning_rate=3e-3, warmup_share=0.01)
-    cfg = dataclasses.replace(cfg, steps=100, optimizer=optimizer)
+    loss = dataclasses.replace(cfg.loss, dense=3.0 if kind else 0.0)
+    cfg = dataclasses.replace(cfg, steps=100, optimizer=optimizer, loss=loss)
     strategy = tiny.strategy()
     plan = plan_state(cfg, strategy)
     state, step = create_state(cfg, plan), make_step(cfg, plan, strategy, make_loss(cfg, image_first))
@@ -162,5 +199,5 @@ def test_other_stages_learn_one_batch(stage):
     losses = []
     for _ in range(12):
         state, metrics = step(state, jax.device_put(batch, strategy.batch_sharding()))
-        losses.append(float(metrics["loss"]))
+        losses.append(float(metrics["dense" if kind else "loss"]))
     assert np.all(np.isfinite(losses)) and losses[-1] < 0.97 * losses[1], losses

@@ -1,12 +1,14 @@
 """The connector against a plain torch Sequential, float32, random weights."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
 from flax import nnx
 
-from blip3o_jax import config
+from blip3o_jax import config, nn
 from blip3o_jax.connector import Connector
 from tests.conftest import relative_error
 
@@ -63,3 +65,19 @@ def test_norm_starts_at_the_caption_scale():
     y = connector(jax.random.normal(jax.random.key(0), (3, 4, D_IN)))
     # The mean square of an RMS-normalised vector is 1, times the weight squared.
     np.testing.assert_allclose(jnp.mean(y**2, axis=-1), 5.5, rtol=1e-3)
+
+
+def test_rows_that_are_not_kept_are_the_null_condition(rng):
+    """The sampler's single null token, with positions as without; kept rows are those of hidden states plus sinusoids."""
+    x_BLD = rng.normal(size=(2, 5, D_IN)).astype(np.float32)
+    plain = Connector(CFG, D_IN, D_OUT, rngs=nnx.Rngs(0))
+    placed = Connector(dataclasses.replace(CFG, positions=True), D_IN, D_OUT, rngs=nnx.Rngs(0))
+    for connector in (plain, placed):  # biases start at zero, and so would the null condition
+        for linear in (connector.linear1, connector.linear2):
+            linear.bias.set_value(jnp.linspace(-1, 1, linear.bias.size))
+    null = plain(jnp.zeros((1, 1, D_IN)))
+    for connector, added in ((plain, 0), (placed, np.asarray(nn.sinusoids(5, D_IN)))):
+        got = connector(jnp.asarray(x_BLD), jnp.asarray([True, False]))
+        assert relative_error(got[0], plain(jnp.asarray(x_BLD + added))[0]) < 1e-6
+        assert relative_error(got[1], jnp.broadcast_to(null[0], got[1].shape)) < 1e-6
+    assert relative_error(placed(jnp.asarray(x_BLD)), plain(jnp.asarray(x_BLD))) > 1e-2

@@ -1,6 +1,7 @@
 """Drawing image tokens: one pass over the prompts, then one compiled loop of single-token steps on the cache.
 
-From logits l over the image ids alone, at temperature t:
+From logits l over the image ids alone, at temperature t; with guidance g they are l = u + g (c - u), of the logits c given
+the prompt and u given the image tokens alone (arXiv 2306.17806):
 
     p = softmax(l / t);  keep the top_k most likely;  of those, renormalised, keep the shortest prefix of mass >= top_p
 
@@ -29,22 +30,30 @@ def generate_image_tokens(
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
+    guidance: float = 1.0,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Draw `num_tokens` image tokens after each prompt -> (ids [B, N] int32, hidden [B, N + 1, D], logprobs [B, N] float32).
 
     `tokens_BL` are prompts padded on the right; row b's last token, at lengths_B[b] - 1, opens the image (its scale tag).
     `image_ids` is (first, last + 1); no other id can be drawn. `keys_B` are typed PRNG keys, one a row. Temperature 0 takes
-    the most likely id; top_k 0 and top_p 1 switch the truncations off. `hidden` are the final-norm states at the scale tag
+    the most likely id; top_k 0, top_p 1 and guidance 1 switch these off. `hidden` are the final-norm states at the scale tag
     and at each image token: the condition of the diffusion head. `logprobs` are those of the truncated distribution
     that was drawn from (0 at temperature 0). Meant to be called under `jax.jit`, keyword arguments static.
     """
     _check(model, num_tokens, image_ids, temperature, top_k, top_p)
     model = _in_compute_dtype(model)
-    B, L = tokens_BL.shape
-    prompt_segments_BL = (jnp.arange(L) < lengths_B[:, None]).astype(jnp.int32)
-    past = cache.empty(model.cfg, B, L + num_tokens)
+    # Branches of a row lie next to each other, so that both are on its device.
+    L, branches = tokens_BL.shape[1], 1 if guidance == 1.0 else 2
+    twin = lambda x: jnp.repeat(x, branches, axis=0)
+    index_L, last_B1 = jnp.arange(L), lengths_B[:, None] - 1
+    segments_BL = (index_L <= last_B1).astype(jnp.int32)
+    if branches == 2:
+        alone_BL = (index_L == last_B1).astype(jnp.int32)
+        segments_BL = jnp.stack([segments_BL, alone_BL], axis=1).reshape(-1, L)
+    tokens_BL, lengths_B = twin(tokens_BL), twin(lengths_B)
+    past = cache.empty(model.cfg, len(tokens_BL), L + num_tokens)
     with jax.named_scope("prefill"):
-        hidden_BLD, past = model.extend(model.embed(tokens_BL), prompt_segments_BL, past)
+        hidden_BLD, past = model.extend(model.embed(tokens_BL), segments_BL, past)
     # Outside the loop: XLA does not always hoist the slice, and a slice of a large table costs more than the rest of a step.
     head_DV = model.head(image_ids)
     scale_BD = jnp.take_along_axis(hidden_BLD, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
@@ -53,14 +62,17 @@ def generate_image_tokens(
         hidden_BD, past = carry
         keys = jax.vmap(jax.random.fold_in, (0, None))(keys_B, index)
         logits_BV = project(hidden_BD, head_DV)
+        if branches == 2:
+            logits_BV = logits_BV[1::2] + guidance * (logits_BV[::2] - logits_BV[1::2])
         choice_B, logprob_B = draw(logits_BV, keys, temperature=temperature, top_k=top_k, top_p=top_p)
         ids_B = image_ids[0] + choice_B
-        hidden_B1D, past = model.extend(model.embed(ids_B[:, None]), jnp.ones((B, 1), jnp.int32), past)
-        return (hidden_B1D[:, 0], past), (ids_B, hidden_B1D[:, 0], logprob_B)
+        next_B1 = twin(ids_B[:, None])
+        hidden_B1D, past = model.extend(model.embed(next_B1), jnp.ones_like(next_B1), past)
+        return (hidden_B1D[:, 0], past), (ids_B, hidden_B1D[::branches, 0], logprob_B)
 
     with jax.named_scope("decode"):
         _, (ids_NB, hidden_NBD, logprobs_NB) = jax.lax.scan(step, (scale_BD, past), jnp.arange(num_tokens))
-    hidden_BND = jnp.concatenate([scale_BD[:, None], hidden_NBD.swapaxes(0, 1)], axis=1)
+    hidden_BND = jnp.concatenate([scale_BD[::branches, None], hidden_NBD.swapaxes(0, 1)], axis=1)
     return ids_NB.T, hidden_BND, logprobs_NB.T
 
 

@@ -116,6 +116,13 @@ def caption_row(vocab: Vocabulary, caption: str, max_length: int, key: str = "")
     return {"text_ids": text_ids_L, "text_mask": np.arange(max_length) < len(ids)}
 
 
+def hide_prompts(segment_ids_BL: jax.Array, image_span_B: jax.Array, hidden_B: jax.Array) -> jax.Array:
+    """`segment_ids_BL` with all before the scale token turned to padding in the hidden rows, of one example each: the image
+    tokens then see no caption."""
+    before_BL = jnp.arange(segment_ids_BL.shape[1]) < image_span_B[:, None]
+    return jnp.where(before_BL & hidden_B[:, None], 0, segment_ids_BL)
+
+
 def insert_image_ids(tokens_BL: jax.Array, image_span_B: jax.Array, image_ids_BN: jax.Array) -> jax.Array:
     """`tokens_BL` with each row's image ids in the N places after its scale token; the rows must have these places."""
 

@@ -1,7 +1,7 @@
 """The demo's recipe: the published architecture with every size turned down until two CPU cores train it in minutes.
 
-Every part is the real one; what differs from configs/pretrain.py is in these fields alone: sizes, a shorter chat template, and
-all of the DiT trained from random weights.
+Every part is the real one; what differs from configs/pretrain.py is in these fields alone: sizes, a shorter chat template, all
+of the DiT trained, and what makes up for starting from random weights (docs/training.md says what each of these is for).
 """
 
 import dataclasses
@@ -10,16 +10,16 @@ import os
 
 from blip3o_jax import config
 
-IMAGE_SIZE = 64
+IMAGE_SIZE = 48
 
 
 def model() -> config.ModelConfig:
-    """64 px images; 64 latents of 16 channels; 16 image tokens out of 512 codes."""
+    """48 px images; 36 latents of 16 channels; 9 image tokens out of 512 codes."""
     cpu = {"dtype": "float32", "unroll": True}  # both faster on CPUs
     f32 = {"dtype": "float32"}
     return config.ModelConfig(
         image_size=IMAGE_SIZE,
-        text=config.TextConfig(kind="sentencepiece", train_size=640),
+        text=config.TextConfig(kind="sentencepiece", train_size=480),
         template=config.TemplateConfig(system="", generate="{caption}"),
         tokenizer=config.TaTokConfig(
             encoder=config.SiglipVisionConfig(
@@ -32,10 +32,11 @@ def model() -> config.ModelConfig:
                 **cpu,
             ),
             decoder=config.TaTokDecoderConfig(
-                hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4, num_patches=16
+                hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4, num_patches=9
             ),
             bottleneck_dim=16,
             codebook_size=512,
+            select_layer=-1,  # the one that tells each patch's pixels
             **f32,
         ),
         text_tower=config.TextTowerConfig(
@@ -45,20 +46,24 @@ def model() -> config.ModelConfig:
             vocab_size=2048,  # set by the vocabulary
             hidden_size=128,
             intermediate_size=384,
-            num_hidden_layers=4,
+            num_hidden_layers=3,
             num_attention_heads=4,
             num_key_value_heads=4,
             head_dim=32,
             rope_theta=1e4,
+            tie_word_embeddings=False,
+            initializer_range=0.08,
+            embedding_range=0.8,
             vocab_multiple=128,
             remat="none",
             **cpu,
         ),
-        connector=config.ConnectorConfig(**f32),
+        flow=config.FlowConfig(shift=3.0),  # most steps where the picture is laid out
+        connector=config.ConnectorConfig(positions=True, **f32),
         dit=config.SanaConfig(
             in_channels=16,
             out_channels=16,
-            num_layers=5,
+            num_layers=2,
             num_attention_heads=6,
             attention_head_dim=32,
             num_cross_attention_heads=6,
@@ -66,7 +71,9 @@ def model() -> config.ModelConfig:
             cross_attention_dim=192,
             caption_channels=192,
             mlp_ratio=2.0,
+            sample_size=6,
             patch_size=2,
+            interpolation_scale=1.0,
             remat="none",
             **cpu,
         ),
@@ -98,11 +105,11 @@ def recipe(data_dir: str, cache_dir: str, *, fast: bool = False) -> dict[str, co
     """Stage name -> configuration. `fast` takes every step of the way with too few steps to learn much."""
     base = config.Config(
         model=model(),
-        data=config.DataConfig(path=data_dir, format="tfds", workers=0, prefetch=4, max_length=56),
+        data=config.DataConfig(path=data_dir, format="tfds", workers=0, prefetch=4, max_length=40),
         mesh=config.MeshConfig(data=-1, fsdp=1, strategy="dp", cpu_devices=cpu_devices()),
         log_every=20,
         preview=0,
-        sampling=config.SamplingConfig(temperature=1.0, top_k=0, top_p=0.9, steps=20, guidance=2.0, batch_size=64),
+        sampling=config.SamplingConfig(temperature=1.0, top_k=0, top_p=1.0, steps=20, guidance=3.0, batch_size=64),
     )
 
     def stage(name: str, steps: int, batch: int, rate: float, **changes: object) -> config.Config:
@@ -112,7 +119,7 @@ def recipe(data_dir: str, cache_dir: str, *, fast: bool = False) -> dict[str, co
             base,
             stage=name,
             steps=steps,
-            data=dataclasses.replace(base.data, batch_size=batch, cache_dir=cache_dir if name == "joint" else ""),
+            data=dataclasses.replace(base.data, batch_size=batch, **changes.pop("data", {})),
             optimizer=config.OptimizerConfig(**optimizer | changes.pop("optimizer", {})),
             checkpoint=config.CheckpointConfig(every=steps, keep=1, init_from=changes.pop("init_from", ())),
             **changes,
@@ -120,16 +127,19 @@ def recipe(data_dir: str, cache_dir: str, *, fast: bool = False) -> dict[str, co
 
     return {
         "autoencoder": stage("autoencoder", 1000, 8, 3e-3, loss=config.LossConfig(latent_scale=0.01, latent_noise=0.1)),
-        "contrastive": stage("contrastive", 400, 64, 2e-3),
-        "tokenizer": stage("tokenizer", 300, 64, 2e-3, init_from=(("tokenizer", "contrastive"),)),
+        "contrastive": stage("contrastive", 400, 64, 3e-3, data={"max_length": 24}, loss=config.LossConfig(dense=3.0)),
+        "tokenizer": stage(
+            "tokenizer", 600, 32, 5e-3, trainable=("tokenizer/(?!encoder/).*",), init_from=(("tokenizer", "contrastive"),)
+        ),
         "joint": stage(
             "joint",
-            1600,
+            2000,
             32,
-            1.5e-3,
+            4e-3,
+            data={"cache_dir": cache_dir},
             trainable=("ar/.*", "connector/.*", "dit/.*"),
             optimizer={"ema_decay": 0.99},
-            loss=config.LossConfig(ce_chunk=64),
+            loss=config.LossConfig(ce_chunk=64, flow_draws=2, caption_dropout=0.1),
             init_from=(("tokenizer", "tokenizer"), ("vae", "autoencoder")),
         ),
     }

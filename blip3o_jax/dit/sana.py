@@ -1,8 +1,9 @@
 """SANA, a linear-attention diffusion transformer (arXiv 2410.10629, 2501.18427): `diffusers.SanaTransformer2DModel`.
 
 `SanaTransformer.prepare` turns the condition into every layer's cross-attention keys and values, which do not depend on the
-latents or the timestep, so that a sampler computes them once; `velocity` is the rest. Tokens carry no position embedding: the
-zero padding of the depthwise convolutions tells them where they are, so any H x W will do.
+latents or the timestep, so that a sampler computes them once; `velocity` is the rest. As published, tokens carry no position
+embedding: the zero padding of the depthwise convolutions tells them where they are, which takes long to learn from nothing.
+With `interpolation_scale` they carry sine-cosine positions. Any H x W will do either way.
 
 B batch, H W latent height and width, C channels, P patch side, N = H W / P^2 latent tokens, T condition tokens, D width,
 A attention heads, K head size, F width of the feed-forward, Y layers (stacked).
@@ -194,6 +195,8 @@ class SanaTransformer(nnx.Module):
         grid = (height // patch, width // patch)
         with jax.named_scope("embed"):
             x_BND = self.patch_embed(z_BHWC).reshape(z_BHWC.shape[0], grid[0] * grid[1], -1)
+            if self.cfg.interpolation_scale is not None:
+                x_BND += positions(self.cfg, grid).astype(x_BND.dtype)
             embedding_BD, modulation_B6D = self.time_embed(timestep_B)
 
         def step(block: Block, x_BND: jax.Array, key_value: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
@@ -215,6 +218,18 @@ def sinusoid(timestep_B: jax.Array) -> jax.Array:
     frequencies = np.exp(exponents.astype(np.float64)).astype(np.float32)
     angles = timestep_B.astype(jnp.float32)[:, None] * frequencies
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+def positions(cfg: SanaConfig, grid: tuple[int, int]) -> np.ndarray:
+    """[rows columns, D], float32: sines and cosines of the column, then of the row (`diffusers.PatchEmbed`, "sincos"). Both
+    count from 0 to `sample_size / patch_size` over the whole side, whatever the grid, divided by `interpolation_scale`."""
+    base, quarter = cfg.sample_size // cfg.patch_size, cfg.hidden_size // 4
+    frequencies = 10000.0 ** -(np.arange(quarter) / quarter)
+    # Positions are float32, their angles float64, as diffusers has them.
+    counts = [np.arange(n, dtype=np.float32) / np.float32(n / base) / np.float32(cfg.interpolation_scale) for n in grid]
+    row, column = np.meshgrid(*counts, indexing="ij")
+    angles = [p.reshape(-1, 1) * frequencies for p in (column, row)]
+    return np.concatenate([f(a) for a in angles for f in (np.sin, np.cos)], axis=1).astype(np.float32)
 
 
 def _modulated(x_BND: jax.Array, shift_B1D: jax.Array, scale_B1D: jax.Array) -> jax.Array:

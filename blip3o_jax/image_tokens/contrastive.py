@@ -11,7 +11,10 @@ Deviations: (1) captions that repeat within a batch: an image's own caption unde
 are left out. (2) The caption tower has fixed sinusoidal positions (no maximum length), ignores padding, and takes the mean
 over the valid tokens where SigLIP takes the last one: every token gets a gradient from the first step.
 
-Shape suffixes: B batch (rows: images, columns: captions), L tokens, D width.
+Beside it, by option (`loss.dense`), a dense objective as SigLIP2 has several (arXiv 2502.14786, section 2.3), so that the
+features also tell what lies where; here the plainest: each patch's pixels are read off its feature by one linear layer.
+
+Shape suffixes: B batch (rows: images, columns: captions), L tokens, N patches, D width.
 """
 
 import jax
@@ -40,17 +43,24 @@ class TextTower(nnx.Module):
     def __call__(self, tokens_BL: jax.Array, mask_BL: jax.Array) -> jax.Array:
         """Captions to embeddings [B, d_image] in float32, not normalised. `mask_BL` is True on the caption's tokens."""
         table_VD = self.token_embedding[...].astype(self.dtype)
-        x_BLD = table_VD[tokens_BL] + sinusoids(tokens_BL.shape[1], table_VD.shape[1]).astype(self.dtype)
+        x_BLD = table_VD[tokens_BL] + nn.sinusoids(tokens_BL.shape[1], table_VD.shape[1]).astype(self.dtype)
         x_BLD = self.final_norm(self.encoder(nn.constrain(x_BLD, "batch", None, "act_embed"), mask_BL)).astype(jnp.float32)
         weight_BL = mask_BL.astype(jnp.float32)
         mean_BD = jnp.einsum("bld,bl->bd", x_BLD, weight_BL) / jnp.maximum(weight_BL.sum(axis=1, keepdims=True), 1.0)
         return self.projection(mean_BD).astype(jnp.float32)
 
 
-def sinusoids(length: int, dim: int) -> jax.Array:
-    """Positions [L, D] of "Attention is all you need" (arXiv 1706.03762, section 3.5), sines then cosines."""
-    angles = np.arange(length)[:, None] / 10000 ** (np.arange(dim // 2) / (dim // 2))
-    return jnp.asarray(np.pad(np.concatenate([np.sin(angles), np.cos(angles)], axis=1), ((0, 0), (0, dim % 2))), jnp.float32)
+class PatchReadout(nnx.Module):
+    """Features of patches to their pixels."""
+
+    def __init__(self, cfg: config.SiglipVisionConfig, *, rngs: nnx.Rngs):
+        types = {"dtype": cfg.dtype, "param_dtype": cfg.param_dtype}
+        self.linear = nn.Linear(cfg.hidden_size, 3 * cfg.patch_size**2, ("embed", "mlp"), rngs=rngs, **types)
+
+    def loss(self, features_BND: jax.Array, patches_BNX: jax.Array) -> jax.Array:
+        """Mean squared error over the pixels' variance: 1 is what a constant scores."""
+        error_BNX = self.linear(features_BND).astype(jnp.float32) - patches_BNX
+        return jnp.mean(error_BNX**2) / (jnp.var(patches_BNX) + 1e-6)
 
 
 def same_captions(tokens_BL: jax.Array) -> jax.Array:

@@ -13,6 +13,7 @@ from blip3o_jax.image_tokens.encoder import AttentionPool, Encoder, EncoderShape
 
 
 class SiglipOutput(NamedTuple):
+    features_BND: jax.Array  # of the last layer, before post_layernorm: `features(x, -1)`
     last_hidden_state_BND: jax.Array  # after post_layernorm
     pooled_BD: jax.Array  # the attention-pooling head's vector, SigLIP's image embedding
 
@@ -38,13 +39,17 @@ class SiglipVision(nnx.Module):
     def embed(self, x_BHWC: jax.Array) -> jax.Array:
         """Square images [B, image_size, image_size, 3] in [-1, 1] to patch tokens with positions, row by row; pixels past
         the last whole patch are dropped. Raises ValueError for another size."""
-        size, patch, grid = self.cfg.image_size, self.cfg.patch_size, self.cfg.grid
+        size = self.cfg.image_size
         if x_BHWC.shape[1:] != (size, size, 3):
             raise ValueError(f"vision encoder: images of shape {x_BHWC.shape[1:]}, but it takes {(size, size, 3)}: resize them")
-        x_BHWC = x_BHWC[:, : grid * patch, : grid * patch]
-        patches = x_BHWC.reshape(-1, grid, patch, grid, patch, 3).swapaxes(2, 3).reshape(-1, grid**2, 3 * patch**2)
-        x_BND = self.patch_embedding(patches)
+        x_BND = self.patch_embedding(self.patches(x_BHWC))
         return nn.constrain(x_BND + self.position_embedding[...].astype(x_BND.dtype), "batch", None, "act_embed")
+
+    def patches(self, x_BHWC: jax.Array) -> jax.Array:
+        """Square images to their patches' values [B, N, 3 patch^2]."""
+        patch, grid = self.cfg.patch_size, self.cfg.grid
+        x_BHWC = x_BHWC[:, : grid * patch, : grid * patch]
+        return x_BHWC.reshape(-1, grid, patch, grid, patch, 3).swapaxes(2, 3).reshape(-1, grid**2, 3 * patch**2)
 
     def features(self, x_BHWC: jax.Array, select_layer: int = -2) -> jax.Array:
         """`hidden_states[select_layer]` [B, N, D] as transformers counts them: -1 is the last layer's output, before
@@ -55,6 +60,7 @@ class SiglipVision(nnx.Module):
         return self.encoder(self.embed(x_BHWC), depth=depth)
 
     def __call__(self, x_BHWC: jax.Array) -> SiglipOutput:
-        last_BND = self.post_layernorm(self.encoder(self.embed(x_BHWC)))
+        features_BND = self.encoder(self.embed(x_BHWC))
+        last_BND = self.post_layernorm(features_BND)
         with jax.named_scope("head"):
-            return SiglipOutput(last_BND, self.head(last_BND))
+            return SiglipOutput(features_BND, last_BND, self.head(last_BND))

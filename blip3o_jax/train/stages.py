@@ -1,7 +1,7 @@
 """What each stage trains: its parts, its loss and the parameters it moves. The loop is the same for all.
 
 autoencoder   pixels -> vae -> pixels                        L1 + image gradients
-contrastive   (pixels, caption) -> encoder, text tower       SigLIP's sigmoid loss
+contrastive   (pixels, caption) -> encoder, text tower       SigLIP's sigmoid loss, optionally pixels read off the features
 tokenizer     pixels -> frozen encoder -> codes -> features  reconstruction + commitment + code usage
 joint         row + image -> AR, connector, DiT              cross entropy + flow matching
 """
@@ -36,7 +36,9 @@ class Stage:
 STAGES: dict[str, Stage] = {
     "autoencoder": Stage(("vae",), ("pixels",), ("vae/.*",)),
     "contrastive": Stage(
-        ("tokenizer", "text_tower"), ("tokenizer_pixels", "caption"), ("tokenizer/encoder/.*", "text_tower/.*")
+        ("tokenizer", "text_tower", "patch_readout"),
+        ("tokenizer_pixels", "caption"),
+        ("tokenizer/encoder/.*", "text_tower/.*", "patch_readout/.*"),
     ),
     # SimVQ keeps the code embedding as drawn and learns its projection (arXiv 2411.02038).
     "tokenizer": Stage(("tokenizer",), ("tokenizer_pixels",), (r"tokenizer/(?!encoder/|bottleneck/codebook/embedding$).*",)),
@@ -78,12 +80,18 @@ def make_loss(config: Config, image_first: int) -> Loss:
 
     def contrastive(model: Blip3o, batch: Batch, keys_B: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         with nn.part("tokenizer"):
-            image_BD = model.tokenizer.encoder(scale_pixels(batch["tokenizer_pixels"])).pooled_BD
+            x_BHWC = scale_pixels(batch["tokenizer_pixels"])
+            image = model.tokenizer.encoder(x_BHWC)
         with nn.part("text_tower"):
             tower = model.text_tower
             text_BD = tower(batch["text_ids"], batch["text_mask"])
             same_BB = same_captions(batch["text_ids"])
-            loss, metrics = sigmoid_loss(image_BD, text_BD, tower.log_scale[...], tower.bias[...], same_BB)
+            loss, metrics = sigmoid_loss(image.pooled_BD, text_BD, tower.log_scale[...], tower.bias[...], same_BB)
+        if config.loss.dense:
+            with nn.part("patch_readout"):
+                patches_BNX = model.tokenizer.encoder.patches(x_BHWC)
+                metrics["dense"] = model.patch_readout.loss(image.features_BND, patches_BNX)
+            loss += config.loss.dense * metrics["dense"]
         return loss, metrics
 
     def tokenizer(model: Blip3o, batch: Batch, keys_B: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:

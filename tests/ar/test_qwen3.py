@@ -168,6 +168,12 @@ def test_initial_values():
             assert float(value.std()) == pytest.approx(CFG.initializer_range, rel=0.05), path
 
 
+def test_embeddings_may_start_at_a_scale_of_their_own():
+    model = qwen3.Qwen3(dataclasses.replace(CFG, embedding_range=0.7, tie_word_embeddings=False), rngs=nnx.Rngs(0))
+    assert float(model.embedding[...].std()) == pytest.approx(0.7, rel=0.05)
+    assert float(model.lm_head.kernel.std()) == pytest.approx(CFG.initializer_range, rel=0.05)
+
+
 def test_grow_table_keeps_old_rows_and_starts_new_ones_at_their_mean(rng):
     table = rng.normal(size=(6, 3)).astype(np.float32)
     grown = np.asarray(qwen3.grow_table(table, used=4, rows=9))

@@ -39,7 +39,7 @@ def model() -> Qwen3:
     return Qwen3(CFG, rngs=nnx.Rngs(0))
 
 
-@functools.partial(nnx.jit, static_argnames=("temperature", "top_k", "top_p"))
+@functools.partial(nnx.jit, static_argnames=("temperature", "top_k", "top_p", "guidance"))
 def generate(model, tokens_BL, lengths_B, keys_B, **settings):
     return sampling.generate_image_tokens(model, tokens_BL, lengths_B, keys_B, num_tokens=N, image_ids=IMAGE_IDS, **settings)
 
@@ -100,6 +100,24 @@ def test_a_mixed_batch_equals_the_prompt_alone_and_the_full_forward(model, name)
     assert np.array_equal(alone[0][0], ids[1])
     assert relative_error(alone[1][0], hidden[1]) < 1e-5
     assert np.allclose(alone[2][0], logprobs[1], atol=1e-5)
+
+
+def test_guidance_leans_away_from_the_tokens_without_their_prompt(model):
+    """Every choice and its log-probability from two full forwards, of the prompt and the ids so far, and of the scale token
+    and the ids so far; the hidden states are the former's."""
+    settings, (tokens, lengths) = SETTINGS["truncated"], prompts()
+    guided = generate(model, tokens, lengths, keys(), guidance=3.0, **settings)
+    ids, hidden, logprobs = (np.asarray(x) for x in guided)
+    for b, n in enumerate(LENGTHS):
+        row_hidden, with_prompt = (np.asarray(x)[n - 1 :] for x in full(model, np.concatenate([tokens[b, :n], ids[b]])))
+        _, alone = full(model, np.concatenate([tokens[b, n - 1 : n], ids[b]]))
+        logits = np.asarray(alone) + 3 * (with_prompt - np.asarray(alone))
+        assert relative_error(hidden[b], row_hidden) < 1e-5
+        want = [expected_logprobs(logits[i], **settings)[ids[b, i] - IMAGE_IDS[0]] for i in range(N)]
+        assert np.allclose(logprobs[b], want, atol=1e-4)
+    unguided = generate(model, tokens, lengths, keys(), guidance=1.0, **settings)
+    assert not np.array_equal(unguided[0], ids)
+    assert np.array_equal(unguided[0], generate(model, tokens, lengths, keys(), **settings)[0])
 
 
 def test_ids_depend_on_the_key_and_differ_between_rows_of_one_prompt(model):

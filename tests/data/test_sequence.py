@@ -12,6 +12,7 @@ from blip3o_jax.data.sequence import (
     RowTooLong,
     caption_row,
     condition_positions,
+    hide_prompts,
     insert_image_ids,
     take_span,
     text_to_image_prompt,
@@ -129,6 +130,12 @@ def test_ids_put_in_later_equal_ids_put_in_at_once(vocab):
     assert np.array_equal(filled_BL, np.stack([row["tokens"] for row in now]))
     for name in ("loss_mask", "segment_ids", "positions", "image_span"):
         assert all(np.array_equal(a[name], b[name]) for a, b in zip(now, later, strict=True))
+
+
+def test_hide_prompts():
+    segment_ids = jnp.asarray([[1, 1, 1, 1, 0], [1, 1, 1, 1, 1], [1, 1, 1, 1, 1]])
+    got = hide_prompts(segment_ids, jnp.asarray([2, 3, 2]), jnp.asarray([True, True, False]))
+    assert got.tolist() == [[0, 0, 1, 1, 0], [0, 0, 0, 1, 1], [1, 1, 1, 1, 1]]
 
 
 def test_take_span():

@@ -31,6 +31,7 @@ VARIANTS = {
     "qk_norm": CFG,
     "plain": dataclasses.replace(CFG, qk_norm=None),
     "patch2": dataclasses.replace(CFG, patch_size=2, out_channels=3, remat="dots"),
+    "positions": dataclasses.replace(CFG, sample_size=8, interpolation_scale=0.5),
 }
 B, H, W, T = 2, 10, 6, 7
 

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from blip3o_jax import config
-from blip3o_jax.image_tokens.contrastive import TextTower, same_captions, sigmoid_loss
+from blip3o_jax.image_tokens.contrastive import PatchReadout, TextTower, same_captions, sigmoid_loss
 
 CFG = config.TextTowerConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, dtype="float32")
 
@@ -48,6 +48,16 @@ def test_same_captions():
 def test_zero_embedding_has_finite_gradient():
     grads = jax.grad(lambda x: sigmoid_loss(x, TEXT, jnp.log(10.0), jnp.array(-10.0))[0])(jnp.zeros((2, 2)))
     assert np.all(np.isfinite(grads))
+
+
+def test_patch_readout_is_relative_to_the_variance(rng):
+    readout = PatchReadout(config.SiglipVisionConfig(hidden_size=6, patch_size=2, dtype="float32"), rngs=nnx.Rngs(0))
+    patches = jnp.asarray(rng.normal(2.0, 3.0, size=(4, 9, 12)), jnp.float32)
+    features = jnp.zeros((4, 9, 6))  # leaves the bias alone
+    readout.linear.bias[...] = jnp.full(12, patches.mean())
+    np.testing.assert_allclose(readout.loss(features, patches), 1, rtol=1e-5)
+    readout.linear.bias[...] = jnp.full(12, patches.mean() + patches.std())
+    np.testing.assert_allclose(readout.loss(features, patches), 2, rtol=1e-5)
 
 
 @pytest.fixture(scope="module")

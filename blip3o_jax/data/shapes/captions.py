@@ -6,7 +6,6 @@ Metadata is a plain dict that JSON can hold:
     objects    [{"shape", "colour" | None, "size" | None, "count"}, ...], none for text
     relation   None, or how the first object lies to the second: left of, right of, above, below
     word       None, or the word to be written
-    colour     None, or the colour the word is asked in
 """
 
 import random
@@ -96,8 +95,7 @@ def describe(scene: Scene) -> tuple[str, Metadata]:
     template = rng.choice(TEMPLATES[scene.category])
     words: dict[str, str] = {}
     if scene.category == "text":
-        template += " in {colour}" if metadata["colour"] else ""
-        words = {"word": metadata["word"], "colour": metadata["colour"]}
+        words = {"word": metadata["word"]}
     elif scene.category == "counting":
         (asked,) = metadata["objects"]
         words = {"n": f"{NUMERALS[asked['count']]} {plural(_name(asked))}"}
@@ -128,8 +126,7 @@ def _metadata(scene: Scene, rng: random.Random) -> Metadata:
     if relation and rng.random() < 0.5:
         objects, relation = objects[::-1], RELATIONS[relation]
     word = scene.word.text if scene.word else None
-    colour = scene.word.colour if scene.word and rng.random() < 0.5 else None
-    return {"category": category, "objects": objects, "relation": relation, "word": word, "colour": colour}
+    return {"category": category, "objects": objects, "relation": relation, "word": word}
 
 
 def plural(shape: str) -> str:

@@ -30,7 +30,6 @@ FOREGROUND = 26.0  # CIELAB distance from the paper
 MIN_AREA = 0.006  # of the image; a small star covers 0.02
 COLOUR_DISTANCE = 32.0  # CIELAB; two palette colours are at least 42 apart
 COLOUR_AGREEMENT = 0.75  # share of a blob's core nearest to the blob's colour
-MIN_HUE = 0.93  # cosine in CIELAB, seen from the paper; two palette colours reach 0.90
 # Intersection over union with the drawn shape. Compact shapes overlap with anything compact (a diamond with the circle by
 # 0.83), so they must overlap more; the corners of the others are the first thing that a soft image loses.
 MIN_OVERLAP = {"circle": 0.84, "square": 0.80, "triangle": 0.74, "cross": 0.74, "star": 0.69, "ring": 0.69}
@@ -50,7 +49,6 @@ class Detection:
 @dataclasses.dataclass(frozen=True)
 class _Blob:
     colour: str | None
-    stroke_colour: str | None  # the same for thin strokes, whose pixels are all mixed with the paper
     alpha: np.ndarray  # float32 [H, W]: share of each pixel that the blob covers
     box: tuple[int, int, int, int]  # x, y, width, height in pixels
 
@@ -99,7 +97,7 @@ def _blob(
     alpha_HW = np.zeros(mask_HW.shape, np.float32)
     alpha_HW[here] = np.clip((pixels_hwC - paper) @ towards / (towards @ towards), 0, 1)
     alpha_HW[here] *= cv2.dilate(mask_hw, np.ones((3, 3), np.uint8))
-    return _Blob(_colour(lab_HWC[here][core_hw]), _hue(towards + paper, paper), alpha_HW, box)
+    return _Blob(_colour(lab_HWC[here][core_hw]), alpha_HW, box)
 
 
 @functools.cache
@@ -114,15 +112,6 @@ def _colour(core: np.ndarray) -> str | None:
     best = int(distance.argmin())
     agreeing = (np.linalg.norm(core[:, None] - _palette(), axis=-1).argmin(axis=-1) == best).mean()
     return list(COLOURS)[best] if distance[best] < COLOUR_DISTANCE and agreeing >= COLOUR_AGREEMENT else None
-
-
-def _hue(core: np.ndarray, paper: np.ndarray) -> str | None:
-    """Name of the palette colour that lies in the direction of `core` as seen from `paper` (both RGB in 0..1), or None."""
-    lab = cv2.cvtColor(np.array([[core, paper]], np.float32), cv2.COLOR_RGB2LAB)[0]
-    away, palette = lab[0] - lab[1], _palette() - lab[1]
-    likeness = palette @ away / (np.linalg.norm(palette, axis=-1) * np.linalg.norm(away) + 1e-6)
-    best = int(likeness.argmax())
-    return list(COLOURS)[best] if likeness[best] >= MIN_HUE else None
 
 
 @functools.cache
@@ -180,7 +169,7 @@ def _read(everything: _Blob) -> Word | None:
     if likeness.max(axis=1).min() < MIN_LIKENESS:
         return None
     text = "".join(list(font.GLYPHS)[k] for k in likeness.argmax(axis=1))
-    return Word(text, everything.stroke_colour, (x0 + x1) / 2 / size, (y0 + y1) / 2 / size)
+    return Word(text, (x0 + x1) / 2 / size, (y0 + y1) / 2 / size)
 
 
 def _standardised(dots: np.ndarray) -> np.ndarray:

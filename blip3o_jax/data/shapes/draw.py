@@ -14,7 +14,7 @@ import numpy as np
 
 from blip3o_jax.data.shapes import font
 from blip3o_jax.data.shapes.scene import LETTER_CELL, Background, Scene, Word, word_size
-from blip3o_jax.data.shapes.vocabulary import COLOURS
+from blip3o_jax.data.shapes.vocabulary import COLOURS, INK
 
 OVERSAMPLE = 8
 CROSS_ARM = 0.36  # width of a bar of the cross
@@ -28,7 +28,7 @@ def render(scene: Scene, image_size: int = 64) -> np.ndarray:
     for thing in scene.things:
         _paint(image_HWC, *coverage(thing.shape, thing.x, thing.y, thing.side, image_size), COLOURS[thing.colour])
     if scene.word is not None:
-        _paint(image_HWC, *word_coverage(scene.word, image_size), COLOURS[scene.word.colour])
+        _paint(image_HWC, *word_coverage(scene.word, image_size), INK)
     return np.rint(image_HWC).astype(np.uint8)
 
 
@@ -61,7 +61,7 @@ def polygons(shape: str) -> tuple[np.ndarray, ...]:
         case "ring":
             return (_circle(0.5), _circle(0.5 * RING_INNER))
         case "square":
-            return (np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)]) * 0.44,)
+            return (np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)]) * 0.49,)
         case "triangle":
             return (np.array([(0, -0.46), (0.5, 0.42), (-0.5, 0.42)]),)
         case "cross":

@@ -15,11 +15,11 @@ from blip3o_jax.data.shapes import vocabulary
 from blip3o_jax.data.shapes.vocabulary import CATEGORIES, COLOURS, HELD_OUT, HELD_OUT_FACTS, SIZES, TRAIN_FACTS, Fact
 
 SPLITS = ("train", "validation", "test")
-CELLS = 4
-GAP = 0.05  # between the boxes of two objects
-LETTER_CELL = 1 / 32  # side of one dot of a letter of 5 x 7 dots
+CELLS = 3
+GAP = 0.03  # between the boxes of two objects
+LETTER_CELL = 1 / 24  # side of one dot of a letter of 5 x 7 dots
 # Light and nearly grey, so that whatever is saturated or dark is an object.
-PAPERS = ((255, 255, 255), (238, 238, 238), (222, 222, 222), (250, 244, 230), (232, 240, 250), (234, 246, 234), (250, 236, 240))
+PAPERS = ((255, 255, 255), (232, 232, 232), (248, 242, 226), (228, 238, 250))
 RGB = tuple[int, int, int]
 # Where the centre of an object may lie, along each axis.
 SPOTS = {"small": tuple((i + 0.5) / CELLS for i in range(CELLS)), "large": tuple(i / CELLS for i in range(1, CELLS))}
@@ -55,7 +55,6 @@ class Word:
     """A written word with its centre."""
 
     text: str
-    colour: str | None
     x: float
     y: float
 
@@ -138,26 +137,26 @@ def _things(rng: random.Random, asked: Fact) -> tuple[Thing, ...]:
             size, colour, shape = args
             return _place(rng, [(shape, colour, size)])
         case "colours":
-            return _place(rng, [(args[0], args[1], _size(rng))])
+            return _place(rng, [(args[0], args[1], rng.choice(list(SIZES)))])
         case "counting":
-            count = int(args[0])
-            size = _size(rng) if count == 2 else "small"
-            return _place(rng, [(args[1], rng.choice(colours), size)] * count)
+            return _place(rng, [(args[1], rng.choice(colours), "small")] * int(args[0]))
         case "two":
             shapes = rng.sample(args, 2)
-            return _place(rng, [(shape, rng.choice(colours), _size(rng)) for shape in shapes])
+            return _place(rng, [(shape, rng.choice(colours), size) for shape, size in zip(shapes, _sizes(rng), strict=True)])
         case "attribution":
             named = rng.sample([args[:2], args[2:]], 2)
-            return _place(rng, [(shape, colour, _size(rng)) for shape, colour in named])
+            return _place(rng, [(*look, size) for look, size in zip(named, _sizes(rng), strict=True)])
         case "position":
-            return _place_beside(rng, args[1], [(shape, rng.choice(colours), _size(rng)) for shape in (args[0], args[2])])
+            pair = zip((args[0], args[2]), _sizes(rng), strict=True)
+            return _place_beside(rng, args[1], [(shape, rng.choice(colours), size) for shape, size in pair])
         case "text":
             return ()
     raise ValueError(f"unknown kind of fact: {asked}")
 
 
-def _size(rng: random.Random) -> str:
-    return rng.choice(list(SIZES))
+def _sizes(rng: random.Random) -> tuple[str, str]:
+    """Of two objects, of which one at most is large: there is no room for more."""
+    return rng.choice((("small", "small"), ("small", "large"), ("large", "small")))
 
 
 def _place(rng: random.Random, looks: list[tuple[str, str, str]]) -> tuple[Thing, ...]:
@@ -181,14 +180,14 @@ def _place_beside(rng: random.Random, relation: str, looks: list[tuple[str, str,
     while True:
         a, b = things = _place(rng, looks)
         across = abs(a.y - b.y) if relation == "left of" else abs(a.x - b.x)
-        if relations(a, b) == {relation} and across <= 0.5 / CELLS:
+        if relations(a, b) == {relation} and across < 0.6 / CELLS:
             return things
 
 
 def _word(rng: random.Random, text: str) -> Word:
     """A word in neighbouring cells of one row."""
     column, row = rng.randint(0, CELLS - len(text)), rng.randint(0, CELLS - 1)
-    return Word(text, rng.choice(list(COLOURS)), (column + len(text) / 2) / CELLS, (row + 0.5) / CELLS)
+    return Word(text, (column + len(text) / 2) / CELLS, (row + 0.5) / CELLS)
 
 
 def word_size(text: str) -> tuple[float, float]:
@@ -199,7 +198,7 @@ def word_size(text: str) -> tuple[float, float]:
 def _background(rng: random.Random) -> Background:
     kind = rng.choice(("plain", "plain", "gradient", "stripes", "dots"))
     paper = rng.choice(PAPERS)
-    # A gradient ends up to a tenth darker; a pattern stays within what the eye just sees.
-    shade = rng.uniform(0.86, 0.92) if kind == "gradient" else rng.uniform(0.95, 0.965)
+    # A gradient ends a tenth darker; a pattern stays within what the eye just sees.
+    shade = 0.9 if kind == "gradient" else 0.955
     second = tuple(round(c * shade) for c in paper)
     return Background(kind, paper, second, rng.choice(((1.0, 0.0), (0.0, 1.0))), 0.125)

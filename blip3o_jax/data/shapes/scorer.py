@@ -4,7 +4,7 @@
 - Counting is exact: as many as asked and no more, and nothing else that cannot be recognised.
 - A relation must hold between the two asked objects, by GenEval's margins (`scene.relations`).
 - Extra objects are allowed otherwise, but an image that is mostly a mess (unrecognised blobs) is wrong.
-- A word must be read exactly, upper or lower case, and in the asked colour if one is asked.
+- A word must be read exactly, upper or lower case.
 """
 
 import dataclasses
@@ -53,8 +53,6 @@ def _wrong_word(found: Detection, metadata: Metadata) -> str | None:
         return f"{wanted}, found nothing readable"
     if found.word.text.upper() != metadata["word"].upper():
         return f'{wanted}, read "{found.word.text}"'
-    if metadata["colour"] and found.word.colour != metadata["colour"]:
-        return f"{wanted} in {metadata['colour']}, found it in {found.word.colour or 'an unclear colour'}"
     return None
 
 

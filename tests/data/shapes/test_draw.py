@@ -3,7 +3,7 @@ import pytest
 
 from blip3o_jax.data.shapes import draw, font, scene, vocabulary
 
-AREAS = {"circle": np.pi * 0.49**2, "square": 0.88**2, "triangle": 0.44, "cross": 2 * 0.36 - 0.36**2, "ring": np.pi / 4 * 0.75}
+AREAS = {"circle": np.pi * 0.49**2, "square": 0.98**2, "triangle": 0.44, "cross": 2 * 0.36 - 0.36**2, "ring": np.pi / 4 * 0.75}
 
 
 @pytest.mark.parametrize("shape", AREAS)
@@ -51,7 +51,7 @@ def test_resolution_changes_nothing_but_resolution() -> None:
 
 
 def test_word_coverage_is_exact() -> None:
-    word = scene.Word("TIE", "red", 0.51, 0.47)
+    word = scene.Word("TIE", 0.51, 0.47)
     covered, _, _ = draw.word_coverage(word, 64)
     cell = scene.LETTER_CELL * 64
     assert covered.sum() == pytest.approx(font.bitmap("TIE").sum() * cell**2, rel=1e-4)
