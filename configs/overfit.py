@@ -14,13 +14,12 @@ import dataclasses
 from blip3o_jax import config
 from blip3o_jax.demo import recipe as demo
 
-IMAGE_SIZE = 64
+IMAGE_SIZE = 64  # a multiple of 16
 
 
 def get_config() -> dict[str, config.Config]:
-    model = _model()
     base = config.Config(
-        model=model,
+        model=demo.model(IMAGE_SIZE),
         data=config.DataConfig(batch_size=16, max_length=96, workers=0, max_bad_share=0.2),
         mesh=config.MeshConfig(data=-1, fsdp=1, strategy="dp", cpu_devices=demo.cpu_devices()),
         log_every=50,
@@ -51,8 +50,3 @@ def get_config() -> dict[str, config.Config]:
             init_from=(("tokenizer", "tokenizer"), ("vae", "autoencoder")),
         ),
     }
-
-
-def _model() -> config.ModelConfig:
-    """The demo's; the pictures' side is the one thing to change here."""
-    return dataclasses.replace(demo.model(), image_size=IMAGE_SIZE)

@@ -41,6 +41,10 @@ def test_round_trips(value):
         ({"checkpoint": {"init_from": [["ar"]]}}, "checkpoint.init_from[0]=['ar'] must hold 2 values"),
         ({"stage": "jiont"}, "stage='jiont' is not one of autoencoder, contrastive, tokenizer, joint"),
         ({"model": {"image_size": 1000}}, "model.image_size=1000 must be a multiple of the autoencoder's 32"),
+        (
+            {"loss": {"caption_dropout": 0.1}, "model": {"template": {"supervise_prompt": True}}},
+            "loss.caption_dropout hides prompts that model.template.supervise_prompt trains on",
+        ),
         ({"data": {"batch_size": 6}, "optimizer": {"accumulate": 4}}, "must be a multiple of optimizer.accumulate=4"),
     ],
 )
@@ -91,6 +95,7 @@ def test_an_unknown_size_names_those_there_are():
         ("top_p", (0.0, 2.0, -1.0, float("nan"))),
         ("steps", (0, -3)),
         ("guidance", (float("inf"), float("nan"))),
+        ("token_guidance", (float("inf"), float("nan"))),
         ("batch_size", (0,)),
     ],
 )

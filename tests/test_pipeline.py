@@ -16,7 +16,7 @@ from tests.tiny import quick_compile  # noqa: F401  (a fixture)
 pytestmark = pytest.mark.usefixtures("quick_compile")
 # Of three lengths; the last one makes the batch's rows longer than a prompt alone would.
 PROMPTS = ["a red cat", "a small blue tall tree", "a big green boat", "pink", "a small red cat and a big blue boat " * 2]
-SETTINGS = {"temperature": 1.0, "top_k": 20, "top_p": 0.9, "steps": 3, "guidance": 1.5}
+SETTINGS = {"temperature": 1.0, "top_k": 20, "top_p": 0.9, "steps": 3, "guidance": 1.5, "token_guidance": 1.5}
 
 
 @pytest.fixture(scope="module")

@@ -13,12 +13,12 @@ from blip3o_jax import config
 IMAGE_SIZE = 48
 
 
-def model() -> config.ModelConfig:
-    """48 px images; 36 latents of 16 channels; 9 image tokens out of 512 codes."""
+def model(image_size: int = IMAGE_SIZE) -> config.ModelConfig:
+    """At 48 px: 6 x 6 latents of 16 channels; 3 x 3 image tokens out of 512 codes. A code sees 16 x 16 pixels."""
     cpu = {"dtype": "float32", "unroll": True}  # both faster on CPUs
     f32 = {"dtype": "float32"}
     return config.ModelConfig(
-        image_size=IMAGE_SIZE,
+        image_size=image_size,
         text=config.TextConfig(kind="sentencepiece", train_size=480),
         template=config.TemplateConfig(system="", generate="{caption}"),
         tokenizer=config.TaTokConfig(
@@ -27,12 +27,16 @@ def model() -> config.ModelConfig:
                 intermediate_size=384,
                 num_hidden_layers=4,
                 num_attention_heads=4,
-                image_size=IMAGE_SIZE,
+                image_size=image_size,
                 patch_size=16,
                 **cpu,
             ),
             decoder=config.TaTokDecoderConfig(
-                hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4, num_patches=9
+                hidden_size=128,
+                intermediate_size=384,
+                num_hidden_layers=3,
+                num_attention_heads=4,
+                num_patches=(image_size // 16) ** 2,
             ),
             bottleneck_dim=16,
             codebook_size=512,
@@ -71,7 +75,7 @@ def model() -> config.ModelConfig:
             cross_attention_dim=192,
             caption_channels=192,
             mlp_ratio=2.0,
-            sample_size=6,
+            sample_size=image_size // 8,
             patch_size=2,
             interpolation_scale=1.0,
             remat="none",
@@ -109,7 +113,9 @@ def recipe(data_dir: str, cache_dir: str, *, fast: bool = False) -> dict[str, co
         mesh=config.MeshConfig(data=-1, fsdp=1, strategy="dp", cpu_devices=cpu_devices()),
         log_every=20,
         preview=0,
-        sampling=config.SamplingConfig(temperature=1.0, top_k=0, top_p=1.0, steps=20, guidance=3.0, batch_size=64),
+        sampling=config.SamplingConfig(
+            temperature=0.8, top_k=0, top_p=1.0, steps=20, guidance=2.0, token_guidance=1.5, batch_size=64
+        ),
     )
 
     def stage(name: str, steps: int, batch: int, rate: float, **changes: object) -> config.Config:
@@ -126,8 +132,8 @@ def recipe(data_dir: str, cache_dir: str, *, fast: bool = False) -> dict[str, co
         )
 
     return {
-        "autoencoder": stage("autoencoder", 1000, 8, 3e-3, loss=config.LossConfig(latent_scale=0.01, latent_noise=0.1)),
-        "contrastive": stage("contrastive", 400, 64, 3e-3, data={"max_length": 24}, loss=config.LossConfig(dense=3.0)),
+        "autoencoder": stage("autoencoder", 900, 8, 3e-3, loss=config.LossConfig(latent_scale=0.01, latent_noise=0.1)),
+        "contrastive": stage("contrastive", 350, 64, 3e-3, data={"max_length": 24}, loss=config.LossConfig(dense=3.0)),
         "tokenizer": stage(
             "tokenizer", 600, 32, 5e-3, trainable=("tokenizer/(?!encoder/).*",), init_from=(("tokenizer", "contrastive"),)
         ),
@@ -139,7 +145,7 @@ def recipe(data_dir: str, cache_dir: str, *, fast: bool = False) -> dict[str, co
             data={"cache_dir": cache_dir},
             trainable=("ar/.*", "connector/.*", "dit/.*"),
             optimizer={"ema_decay": 0.99},
-            loss=config.LossConfig(ce_chunk=64, flow_draws=2, caption_dropout=0.1),
+            loss=config.LossConfig(ce_chunk=64, caption_dropout=0.1),
             init_from=(("tokenizer", "tokenizer"), ("vae", "autoencoder")),
         ),
     }

@@ -39,7 +39,7 @@ COUNTS = (2, 3, 4)
 NUMERALS = {1: "one", 2: "two", 3: "three", 4: "four"}
 # Each relation with its converse: A left of B is B right of A.
 RELATIONS = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
-# Thirteen letters are enough for many words, and few enough to be learned from a thousand images of them.
+# As long as a row of the grid. Thirteen letters are few enough to be learned from a thousand images of words.
 _WORDS = """
 ACE AIR ART CAN CAP CAR CAT COT DEN DIP DOT EAR EAT HAT HEN HIP HIT HOP HOT ICE ION LAD LAP LID LIP LOT NAP NET NOD NOT OAR
 OIL OLD ONE PAD PAN PEA PEN PET PIE PIN PIT POD POT RAT RIP ROD SEA SET SIP SIT SON SPA TAP TAR TEA TEN TIE TIN TIP TOE TON
