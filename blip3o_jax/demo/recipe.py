@@ -133,19 +133,19 @@ def recipe(data_dir: str, cache_dir: str, *, fast: bool = False) -> dict[str, co
 
     return {
         "autoencoder": stage("autoencoder", 900, 8, 3e-3, loss=config.LossConfig(latent_scale=0.01, latent_noise=0.1)),
-        "contrastive": stage("contrastive", 350, 64, 3e-3, data={"max_length": 24}, loss=config.LossConfig(dense=3.0)),
+        "contrastive": stage("contrastive", 320, 64, 3e-3, data={"max_length": 24}, loss=config.LossConfig(dense=3.0)),
         "tokenizer": stage(
             "tokenizer", 600, 32, 5e-3, trainable=("tokenizer/(?!encoder/).*",), init_from=(("tokenizer", "contrastive"),)
         ),
         "joint": stage(
             "joint",
-            2000,
+            1400,
             32,
             4e-3,
             data={"cache_dir": cache_dir},
             trainable=("ar/.*", "connector/.*", "dit/.*"),
             optimizer={"ema_decay": 0.99},
-            loss=config.LossConfig(ce_chunk=64, caption_dropout=0.1),
+            loss=config.LossConfig(ce_chunk=64, flow_draws=2, caption_dropout=0.1),
             init_from=(("tokenizer", "tokenizer"), ("vae", "autoencoder")),
         ),
     }

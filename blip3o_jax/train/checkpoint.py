@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from absl import logging
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from blip3o_jax import config as config_lib
@@ -22,6 +23,19 @@ from blip3o_jax.config import Config, UserError
 from blip3o_jax.parallel.rules import Strategy
 from blip3o_jax.text.tokenizers import TextTokenizer
 from blip3o_jax.train.state import StatePlan, TrainState, plan_state
+
+
+def _write_small_arrays_whole() -> None:
+    """Copies of an array share the writing of it: Orbax has each cut out a slice, by a program compiled for its shape. That
+    pays for large arrays only; without this it is most of the time a small model takes to save."""
+    handler = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=2**20)
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)  # it would warn that a handler is replaced, as is meant
+    ocp.type_handlers.register_type_handler(jax.Array, handler, override=True)
+    logging.set_verbosity(verbosity)
+
+
+_write_small_arrays_whole()
 
 
 class Checkpoints:

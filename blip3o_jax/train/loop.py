@@ -27,7 +27,7 @@ from blip3o_jax.train.encode import encoded_source, weights_fingerprint
 from blip3o_jax.train.flops import count_flops, peak_flops
 from blip3o_jax.train.metrics import MetricLog
 from blip3o_jax.train.stages import STAGES, make_loss, make_preview
-from blip3o_jax.train.state import StatePlan, TrainState, create_state, plan_state
+from blip3o_jax.train.state import WEIGHTS, StatePlan, TrainState, create_state, plan_state
 from blip3o_jax.train.step import make_step, row_keys
 from blip3o_jax.train.vocabulary import with_vocabulary
 
@@ -225,17 +225,18 @@ def _restore_or_create(
             file=sys.stderr,
         )
         return state, position, latest
-    state = create_state(config, plan)
-    for part, path in config.checkpoint.init_from:
-        _load_part(state, plan, part, restore_parts(path, strategy, (part,))[part], path)
-    return state, None, 0
+    given = {
+        part: _fitted(plan, part, restore_parts(path, strategy, (part,))[part], path)
+        for part, path in config.checkpoint.init_from
+    }
+    return create_state(config, plan, given), None, 0
 
 
-def _load_part(state: TrainState, plan: StatePlan, part: str, values: Any, path: str) -> None:
-    """Puts the arrays of one part into the state, in its own dtypes and shardings. They must cover the part exactly."""
+def _fitted(plan: StatePlan, part: str, values: Any, path: str) -> dict[str, Any]:
+    """The arrays of one part as the plan wants them: by group, in its own dtypes and shardings. They must cover the part."""
     wanted = {
         jax.tree_util.keystr(keys): group
-        for group in ("params", "frozen")
+        for group in WEIGHTS
         for keys, _ in jax.tree_util.tree_leaves_with_path(plan.abstract[group].get(part, {}))
     }
     found = {jax.tree_util.keystr(keys): leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(values)}
@@ -249,14 +250,13 @@ def _load_part(state: TrainState, plan: StatePlan, part: str, values: Any, path:
                 f"checkpoint.init_from: {part}{jax.tree_util.keystr(keys)} of {path} has shape {value.shape}, this model's "
                 f"{target.shape}: give the run the configuration of that checkpoint"
             )
-        # Copied: the state is donated, and one array must not stand in it twice (parameters and their average).
         return jax.device_put(value.astype(target.dtype), target.sharding, may_alias=False)
 
-    for group in ("params", "frozen"):
-        if part in state[group]:
-            state[group][part] = jax.tree_util.tree_map_with_path(put, plan.abstract[group][part])
-    if part in state["ema"]:
-        state["ema"][part] = jax.tree_util.tree_map_with_path(put, plan.abstract["params"][part])
+    return {
+        group: jax.tree_util.tree_map_with_path(put, plan.abstract[group][part])
+        for group in WEIGHTS
+        if part in plan.abstract[group]
+    }
 
 
 def _encode_sources(

@@ -11,6 +11,7 @@ bad_records    int32, records skipped because they could not be read
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -25,6 +26,7 @@ from blip3o_jax.train.optimizer import make_optimizer
 from blip3o_jax.train.stages import STAGES, trainable_filter
 
 TrainState = dict[str, Any]
+WEIGHTS = ("params", "frozen")
 COUNTERS = ("step", "bad_steps", "skipped_steps", "bad_records")
 
 
@@ -46,12 +48,14 @@ def _build(config: Config) -> tuple[Any, Any, Any]:
     return split(model, trainable_filter(config))
 
 
-def _initial(config: Config, optimizer: optax.GradientTransformation) -> TrainState:
+def _weights(config: Config) -> TrainState:
     _, params, frozen = _build(config)
-    params, frozen = nnx.to_pure_dict(params), nnx.to_pure_dict(frozen)
+    return {"params": nnx.to_pure_dict(params), "frozen": nnx.to_pure_dict(frozen)}
+
+
+def _rest(config: Config, optimizer: optax.GradientTransformation, params: Any) -> TrainState:
+    """What a state holds beside its weights, before the first step."""
     return {
-        "params": params,
-        "frozen": frozen,
         "opt": optimizer.init(params),
         "ema": jax.tree.map(jnp.copy, params) if config.optimizer.ema_decay else {},
     } | {name: jnp.zeros((), jnp.int32) for name in COUNTERS}
@@ -63,7 +67,8 @@ def plan_state(config: Config, strategy: Strategy) -> StatePlan:
     graphdef, params, frozen = nnx.eval_shape(lambda: _build(config))
     if not jax.tree.leaves(params):
         raise ConfigError(f"trainable={config.trainable!r} matches no parameter of stage {config.stage!r}")
-    shapes = jax.eval_shape(lambda: _initial(config, optimizer))
+    shapes = jax.eval_shape(lambda: _weights(config))
+    shapes |= jax.eval_shape(lambda params: _rest(config, optimizer, params), shapes["params"])
     params_at, frozen_at = strategy.parameter_shardings(params), strategy.parameter_shardings(frozen)
     replicated = strategy.replicated()
     shardings = {
@@ -78,9 +83,20 @@ def plan_state(config: Config, strategy: Strategy) -> StatePlan:
     return StatePlan(graphdef, abstract, shardings, optimizer)
 
 
-def create_state(config: Config, plan: StatePlan) -> TrainState:
-    """Initial state, each array made in its own shards: no device ever holds a full replica it should not."""
+def create_state(config: Config, plan: StatePlan, given: Mapping[str, Any] | None = None) -> TrainState:
+    """Initial state, each array made in its own shards: no device ever holds a full replica it should not.
+
+    `given` parts, {part: {"params": ..., "frozen": ...}} as in the plan, are not drawn but taken as they are.
+    """
+    given = given or {}
+    own = lambda tree: {group: {part: v for part, v in tree[group].items() if part not in given} for group in WEIGHTS}
     # Runs once, so on CPUs, whose compiler takes its time over random numbers, it is not worth optimising.
     options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else {}
-    init = jax.jit(lambda: _initial(config, plan.optimizer), out_shardings=plan.shardings, compiler_options=options)
-    return init()
+    draw = jax.jit(lambda: own(_weights(config)), out_shardings=own(plan.shardings), compiler_options=options)
+    weights = draw()
+    for part, groups in given.items():
+        for group, tree in groups.items():
+            weights[group][part] = tree
+    rest_at = {name: at for name, at in plan.shardings.items() if name not in WEIGHTS}
+    rest = jax.jit(lambda params: _rest(config, plan.optimizer, params), out_shardings=rest_at, compiler_options=options)
+    return weights | rest(weights["params"])
