@@ -7,6 +7,7 @@
 Legend: B batch, L row length, N image tokens, D width, H W C image or latent, T condition tokens (N + 1).
 """
 
+import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -144,7 +145,7 @@ def joint_preview(
     model: Blip3o, batch: dict[str, jax.Array], keys_B: jax.Array, *, loss: LossConfig, image_first: int
 ) -> jax.Array:
     """[B, H, 2 W, 3] in [0, 1]: each target as the autoencoder has it, and what one velocity from a noisy one points to."""
-    out = _joint_forward(model, batch, keys_B, loss, image_first)
+    out = _joint_forward(model, batch, keys_B, dataclasses.replace(loss, flow_draws=1), image_first)
     guess_BHWC = out.x_BHWC - out.sigma_B[:, None, None, None] * out.velocity_BHWC.astype(jnp.float32)
     return jnp.concatenate([model.pixels(out.z_BHWC), model.pixels(guess_BHWC)], axis=2)
 

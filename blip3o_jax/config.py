@@ -388,6 +388,9 @@ class LossConfig:
     code_entropy: float = 0.1  # tokenizer: weight of the usage-entropy term that keeps codes alive
 
     def __post_init__(self) -> None:
+        for name in ("condition_dropout", "caption_dropout"):
+            share = getattr(self, name)
+            check(0 <= share <= 1, f"loss.{name}={share} is a share of the rows: it must lie between 0 and 1")
         check(self.flow_draws > 0, f"loss.flow_draws={self.flow_draws} must be positive")
         check_choice("loss.condition_span", self.condition_span, ("exact", "last"))
 

@@ -42,6 +42,10 @@ def test_round_trips(value):
         ({"stage": "jiont"}, "stage='jiont' is not one of autoencoder, contrastive, tokenizer, joint"),
         ({"model": {"image_size": 1000}}, "model.image_size=1000 must be a multiple of the autoencoder's 32"),
         (
+            {"loss": {"caption_dropout": 10.0}},
+            "loss.caption_dropout=10.0 is a share of the rows: it must lie between 0 and 1",
+        ),
+        (
             {"loss": {"caption_dropout": 0.1}, "model": {"template": {"supervise_prompt": True}}},
             "loss.caption_dropout hides prompts that model.template.supervise_prompt trains on",
         ),

@@ -42,7 +42,7 @@ def generate_image_tokens(
     """
     _check(model, num_tokens, image_ids, temperature, top_k, top_p)
     model = _in_compute_dtype(model)
-    # Branches of a row lie next to each other, so that both are on its device.
+    # With guidance B counts two branches a row from here on, which lie next to each other, so that both are on its device.
     L, branches = tokens_BL.shape[1], 1 if guidance == 1.0 else 2
     twin = lambda x: jnp.repeat(x, branches, axis=0)
     index_L, last_B1 = jnp.arange(L), lengths_B[:, None] - 1
@@ -63,7 +63,8 @@ def generate_image_tokens(
         keys = jax.vmap(jax.random.fold_in, (0, None))(keys_B, index)
         logits_BV = project(hidden_BD, head_DV)
         if branches == 2:
-            logits_BV = logits_BV[1::2] + guidance * (logits_BV[::2] - logits_BV[1::2])
+            given_BV, alone_BV = jnp.unstack(logits_BV.reshape(-1, 2, logits_BV.shape[-1]), axis=1)
+            logits_BV = alone_BV + guidance * (given_BV - alone_BV)
         choice_B, logprob_B = draw(logits_BV, keys, temperature=temperature, top_k=top_k, top_p=top_p)
         ids_B = image_ids[0] + choice_B
         next_B1 = twin(ids_B[:, None])

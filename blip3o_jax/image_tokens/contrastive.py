@@ -12,9 +12,11 @@ are left out. (2) The caption tower has fixed sinusoidal positions (no maximum l
 over the valid tokens where SigLIP takes the last one: every token gets a gradient from the first step.
 
 Beside it, by option (`loss.dense`), a dense objective as SigLIP2 has several (arXiv 2502.14786, section 2.3), so that the
-features also tell what lies where; here the plainest: each patch's pixels are read off its feature by one linear layer.
+features also tell what lies where; here the plainest, the pixels p of each patch read off its feature f by one linear layer:
 
-Shape suffixes: B batch (rows: images, columns: captions), L tokens, N patches, D width.
+    dense = mean (W f + b - p)^2 / var(p)
+
+Shape suffixes: B batch (rows: images, columns: captions), L tokens, N patches, X values of a patch, D width.
 """
 
 import jax

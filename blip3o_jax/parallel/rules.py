@@ -26,7 +26,7 @@ _FSDP_TP: Table = _FSDP | {
 STRATEGIES: dict[str, dict[str, Table]] = {
     "dp": {"": _BATCH},
     "fsdp": {"": _FSDP, "vae": _BATCH},
-    "fsdp_tp": {"": _FSDP_TP, "vae": _BATCH, "tokenizer": _FSDP, "text_tower": _FSDP},
+    "fsdp_tp": {"": _FSDP_TP, "vae": _BATCH, "tokenizer": _FSDP, "text_tower": _FSDP, "patch_readout": _FSDP},
 }
 
 

@@ -25,23 +25,11 @@ from blip3o_jax.text.tokenizers import TextTokenizer
 from blip3o_jax.train.state import StatePlan, TrainState, plan_state
 
 
-def _write_small_arrays_whole() -> None:
-    """Copies of an array share the writing of it: Orbax has each cut out a slice, by a program compiled for its shape. That
-    pays for large arrays only; without this it is most of the time a small model takes to save."""
-    handler = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=2**20)
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.ERROR)  # it would warn that a handler is replaced, as is meant
-    ocp.type_handlers.register_type_handler(jax.Array, handler, override=True)
-    logging.set_verbosity(verbosity)
-
-
-_write_small_arrays_whole()
-
-
 class Checkpoints:
     """The checkpoints of one run under `directory`: the last `keep` and the best."""
 
     def __init__(self, directory: pathlib.Path, keep: int):
+        _write_small_arrays_whole()
         self.directory = directory.absolute()
         self.directory.mkdir(parents=True, exist_ok=True)
         policies = [preservation_policy.LatestN(keep)]
@@ -88,6 +76,19 @@ class Checkpoints:
         """Waits for writes under way."""
         self._manager.wait_until_finished()
         self._manager.close()
+
+
+def _write_small_arrays_whole() -> None:
+    """Copies of an array share the writing of it: Orbax has each cut out a slice, by a program compiled for its shape. That
+    pays for large arrays only; without this it is most of the time a small model takes to save. (The handler that stands in
+    for Orbax's own keeps no array metadata, which nothing here reads.)"""
+    handler = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=2**20)
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)  # it would warn that a handler is replaced, as is meant
+    try:
+        ocp.type_handlers.register_type_handler(jax.Array, handler, override=True)
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:

@@ -250,7 +250,7 @@ def _fitted(plan: StatePlan, part: str, values: Any, path: str) -> dict[str, Any
                 f"checkpoint.init_from: {part}{jax.tree_util.keystr(keys)} of {path} has shape {value.shape}, this model's "
                 f"{target.shape}: give the run the configuration of that checkpoint"
             )
-        return jax.device_put(value.astype(target.dtype), target.sharding, may_alias=False)
+        return jax.device_put(value.astype(target.dtype), target.sharding)
 
     return {
         group: jax.tree_util.tree_map_with_path(put, plan.abstract[group][part])

@@ -317,10 +317,9 @@ def test_parts_of_another_model_are_refused(whole, tmp_path):
     ):
         cfg = joint(checkpoint=init_from, **changes)
         plan = loop.plan_state(cfg, tiny.strategy())
-        state = {"params": {"connector": {}}, "frozen": {"tokenizer": {}}, "ema": {}}
         with pytest.raises(UserError, match=f"checkpoint.init_from: {message}") as error:
             for part, path in cfg.checkpoint.init_from:
-                loop._load_part(state, plan, part, checkpoint.restore_parts(path, tiny.strategy(), (part,))[part], path)
+                loop._fitted(plan, part, checkpoint.restore_parts(path, tiny.strategy(), (part,))[part], path)
         assert "\n" not in str(error.value)
 
 

@@ -122,6 +122,18 @@ def test_state_is_created_in_its_shards_with_the_values_of_one_device():
     assert {shard.data.shape for shard in kernel.addressable_shards} == {(16 // 8, 16)}
 
 
+def test_given_parts_are_taken_as_they_are_and_the_others_drawn_as_without():
+    cfg = tiny.run_config(stage="contrastive", optimizer={"ema_decay": DECAY})
+    plan = plan_state(cfg, tiny.strategy())
+    drawn = create_state(cfg, plan)
+    part = {group: jax.tree.map(lambda x: x + 1, drawn[group]["tokenizer"]) for group in ("params", "frozen")}
+    got = create_state(cfg, plan, {"tokenizer": part})
+    want = drawn | {group: drawn[group] | {"tokenizer": part[group]} for group in part}
+    want["ema"] = want["params"]
+    for (path, a), (_, b) in zip(leaves(got), leaves(want), strict=True):
+        np.testing.assert_array_equal(a, b, err_msg=path)
+
+
 def test_the_published_freezing():
     """AR, connector and the DiT's caption layers move, each of their arrays; nothing else does, nor has it moments."""
     (_, state), _ = two_steps()

@@ -101,7 +101,7 @@ def describe(scene: Scene) -> tuple[str, Metadata]:
         words = {"n": f"{NUMERALS[asked['count']]} {plural(_name(asked))}"}
     else:
         names = [_name(asked) for asked in metadata["objects"]]
-        words = {"a": _article(names[0]), "bare": names[0], "b": _article(names[-1])}
+        words = {"a": f"a {names[0]}", "bare": names[0], "b": f"a {names[-1]}"}
         words |= {key: metadata["objects"][0][key] for key in ("shape", "colour")}
         if metadata["relation"]:
             words["relation"] = rng.choice(RELATION_PHRASES[metadata["relation"]])
@@ -135,10 +135,6 @@ def plural(shape: str) -> str:
 
 def _name(asked: Metadata) -> str:
     return " ".join(part for part in (asked["size"], asked["colour"], asked["shape"]) if part)
-
-
-def _article(name: str) -> str:
-    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
 
 
 def held_out_prompts(n: int, seed: int = 0) -> list[Metadata]:

@@ -27,7 +27,7 @@ from blip3o_jax.data.shapes.vocabulary import COLOURS, SHAPES
 PAPER_LIGHTNESS = 65.0  # of 100
 PAPER_CHROMA = 22.0
 FOREGROUND = 26.0  # CIELAB distance from the paper
-MIN_AREA = 0.006  # of the image; a small star covers 0.02
+MIN_AREA = 0.006  # of the image; a small star covers 0.028
 COLOUR_DISTANCE = 32.0  # CIELAB; two palette colours are at least 42 apart
 COLOUR_AGREEMENT = 0.75  # share of a blob's core nearest to the blob's colour
 # Intersection over union with the drawn shape. Compact shapes overlap with anything compact (a diamond with the circle by
