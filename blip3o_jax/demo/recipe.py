@@ -139,13 +139,13 @@ def recipe(data_dir: str, cache_dir: str, *, fast: bool = False) -> dict[str, co
         ),
         "joint": stage(
             "joint",
-            1400,
+            1750,
             32,
             4e-3,
             data={"cache_dir": cache_dir},
             trainable=("ar/.*", "connector/.*", "dit/.*"),
             optimizer={"ema_decay": 0.99},
-            loss=config.LossConfig(ce_chunk=64, flow_draws=2, caption_dropout=0.1),
+            loss=config.LossConfig(ce_chunk=64, caption_dropout=0.1),
             init_from=(("tokenizer", "tokenizer"), ("vae", "autoencoder")),
         ),
     }

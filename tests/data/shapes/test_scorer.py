@@ -11,13 +11,14 @@ from blip3o_jax.data.shapes import captions, draw, scene, scorer
 from blip3o_jax.data.shapes.detect import Detection, detect
 
 COUNT = 2_000
+SIZE = 48  # the demo's
 Filter = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 
 
 @pytest.fixture(scope="module")
 def held_out() -> list[tuple[scene.Scene, captions.Metadata, np.ndarray]]:
     scenes = [scene.sample(0, index, "test") for index in range(COUNT)]
-    return [(drawn, captions.describe(drawn)[1], draw.render(drawn, 64)) for drawn in scenes]
+    return [(drawn, captions.describe(drawn)[1], draw.render(drawn, SIZE)) for drawn in scenes]
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +45,7 @@ def test_clean_images_are_read_completely(held_out: list, detections: list[Detec
             continue
         pairs = list(zip(sorted(found.things, key=_place), sorted(drawn.things, key=_place), strict=False))
         exact += len(found.things) == len(drawn.things) and all(
-            (a.shape, a.colour, a.size) == (b.shape, b.colour, b.size) and max(abs(a.x - b.x), abs(a.y - b.y)) < 0.5 / 64
+            (a.shape, a.colour, a.size) == (b.shape, b.colour, b.size) and max(abs(a.x - b.x), abs(a.y - b.y)) < 0.5 / SIZE
             for a, b in pairs
         )
     assert exact / COUNT >= 0.99
@@ -88,9 +89,10 @@ def test_spoiled_images_are_right(held_out: list, spoil: Filter, rng: np.random.
     assert accuracy([detect(spoil(image, rng)) for _, _, image in some], some) >= 0.93
 
 
-def test_another_resolution(held_out: list) -> None:
+@pytest.mark.parametrize("size", [64, 128])
+def test_another_resolution(held_out: list, size: int) -> None:
     some = held_out[:140]
-    assert accuracy([detect(draw.render(drawn, 128)) for drawn, _, _ in some], some) >= 0.99
+    assert accuracy([detect(draw.render(drawn, size)) for drawn, _, _ in some], some) >= 0.99
 
 
 @pytest.mark.parametrize("image", ["white", "noise", "black", "smear"])
