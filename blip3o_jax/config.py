@@ -388,9 +388,6 @@ class LossConfig:
     code_entropy: float = 0.1  # tokenizer: weight of the usage-entropy term that keeps codes alive
 
     def __post_init__(self) -> None:
-        for name in ("condition_dropout", "caption_dropout"):
-            share = getattr(self, name)
-            check(0 <= share <= 1, f"loss.{name}={share} is a share of the rows: it must lie between 0 and 1")
         check(self.flow_draws > 0, f"loss.flow_draws={self.flow_draws} must be positive")
         check_choice("loss.condition_span", self.condition_span, ("exact", "last"))
 
@@ -469,6 +466,9 @@ class Config:
             self.data.batch_size % self.optimizer.accumulate == 0,
             f"data.batch_size={self.data.batch_size} must be a multiple of optimizer.accumulate={self.optimizer.accumulate}",
         )
+        for name in ("condition_dropout", "caption_dropout"):
+            share = getattr(self.loss, name)
+            check(0 <= share <= 1, f"loss.{name}={share} is a share of the rows: it must lie between 0 and 1")
         check(
             not (self.loss.caption_dropout and self.model.template.supervise_prompt),
             "loss.caption_dropout hides prompts that model.template.supervise_prompt trains on: turn one of them off",

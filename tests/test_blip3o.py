@@ -121,7 +121,7 @@ def test_draws_of_noise_are_averaged():
 
 def test_rows_without_their_caption_are_rows_that_open_with_the_scale_token():
     """Cross entropy and flow loss of eight rows whose captions are dropped equal those of rows cut before the scale token,
-    which start at position 0: rotary positions are relative. float32 against float32: 1e-5."""
+    which start at position 0: rotary positions are relative."""
     cfg, image_first, plan, weights, batch, keys_B = setup()
 
     @jax.jit
@@ -139,9 +139,9 @@ def test_rows_without_their_caption_are_rows_that_open_with_the_scale_token():
             row[: len(of) - start] = of[start:]
     bare["image_span"] = np.zeros_like(batch["image_span"])
     got, want, captioned = loss(answers, 1.0), loss(bare, 0.0), loss(answers, 0.0)
-    for name in ("ce", "flow"):
-        assert relative_error(got[name], want[name]) < 1e-5
-        assert relative_error(got[name], captioned[name]) > 1e-4
+    for name, seen in (("ce", 1e-4), ("flow", 2e-5)):  # a DiT that was never trained hardly looks at its condition
+        assert relative_error(got[name], want[name]) < seen / 4
+        assert relative_error(got[name], captioned[name]) > seen
 
 
 def test_rows_lose_caption_and_condition_together():
