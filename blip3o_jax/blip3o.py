@@ -67,6 +67,28 @@ class Blip3o(nnx.Module):
             x_BHWC = self.vae.decode(z_BHWC / self.cfg.vae.scaling_factor)
         return jnp.clip(x_BHWC.astype(jnp.float32) / 2 + 0.5, 0, 1)
 
+    def start_image_rows_at_codes(self, image_first: int, seed: int) -> None:
+        """Sets the rows of the image tokens in the AR's tables to random projections of their codes, so that codes that look
+        alike start alike (such projections keep distances: Johnson and Lindenstrauss, 1984):
+
+            row_k = range * c_k R / |c|,    R Gaussian [code width, D], another for each table; |c| the root mean square
+
+        Drawn rows say nothing of what a token looks like, and each is learned from its own occurrences alone.
+        """
+        codes_KD, ar = self.tokenizer.bottleneck.codebook.table(), self.cfg.ar
+        codes_KD *= jax.lax.rsqrt(jnp.mean(jnp.sum(codes_KD**2, axis=-1)))
+        rows = slice(image_first, image_first + len(codes_KD))
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), len(PARTS)))
+
+        def projected(key: jax.Array, deviation: float) -> jax.Array:
+            return deviation * codes_KD @ jax.random.normal(key, (codes_KD.shape[1], ar.hidden_size), jnp.float32)
+
+        table = self.ar.embedding
+        table[...] = table[...].at[rows].set(projected(keys[0], ar.embedding_deviation).astype(table.dtype))
+        if self.ar.lm_head is not None:
+            head = self.ar.lm_head.kernel
+            head[...] = head[...].at[:, rows].set(projected(keys[1], ar.initializer_range).T.astype(head.dtype))
+
     def hidden(self, tokens_BL: jax.Array, positions_BL: jax.Array, segment_ids_BL: jax.Array) -> jax.Array:
         with nn.part("ar"):
             return self.ar(self.ar.embed(tokens_BL), positions_BL, segment_ids_BL)

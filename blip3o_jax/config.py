@@ -71,6 +71,10 @@ class Qwen3Config:
         check(self.head_dim % 2 == 0, f"ar.head_dim={self.head_dim} must be even (rotary embedding)")
 
     @property
+    def embedding_deviation(self) -> float:
+        return self.initializer_range if self.embedding_range is None else self.embedding_range
+
+    @property
     def padded_vocab_size(self) -> int:
         return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
@@ -349,8 +353,9 @@ STAGES = ("autoencoder", "contrastive", "tokenizer", "joint")
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW; linear warm-up to `learning_rate`, then a cosine to `end_learning_rate` at the last step."""
+    """Linear warm-up to `learning_rate`, then a cosine to `end_learning_rate` at the last step."""
 
+    name: str = "adamw"  # or "muon": the matrices of the layer stacks by Muon, the rest by AdamW (train/optimizer.py)
     learning_rate: float = 5e-5
     end_learning_rate: float = 1e-5
     warmup_share: float = 0.01
@@ -358,9 +363,13 @@ class OptimizerConfig:
     b1: float = 0.9
     b2: float = 0.95
     eps: float = 1e-8
+    muon_beta: float = 0.95
     clip_norm: float = 1.0
     accumulate: int = 1  # micro-batches per step
     ema_decay: float = 0.0  # 0 keeps no averaged weights
+
+    def __post_init__(self) -> None:
+        check_choice("optimizer.name", self.name, ("adamw", "muon"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -411,6 +420,11 @@ class CheckpointConfig:
     keep: int = 3
     # Parts to start from: {part: checkpoint directory}, part one of the model's (blip3o.PARTS).
     init_from: tuple[tuple[str, str], ...] = ()
+    # What the AR's rows of the image tokens start from: "drawn" like any other, or the tokenizer's "codes" (joint stage).
+    image_rows: str = "drawn"
+
+    def __post_init__(self) -> None:
+        check_choice("checkpoint.image_rows", self.image_rows, ("drawn", "codes"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -465,6 +479,10 @@ class Config:
         check(
             self.data.batch_size % self.optimizer.accumulate == 0,
             f"data.batch_size={self.data.batch_size} must be a multiple of optimizer.accumulate={self.optimizer.accumulate}",
+        )
+        check(
+            self.stage == "joint" or self.checkpoint.image_rows == "drawn",
+            f"checkpoint.image_rows={self.checkpoint.image_rows!r} belongs to stage 'joint'; stage {self.stage!r} has no AR",
         )
         for name in ("condition_dropout", "caption_dropout"):
             share = getattr(self.loss, name)

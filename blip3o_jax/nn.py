@@ -97,8 +97,27 @@ class Linear(nnx.Module):
         self.dtype = jnp.dtype(dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = x.astype(self.dtype) @ self.kernel[...].astype(self.dtype)
+        y = _matmul(x.astype(self.dtype), self.kernel[...].astype(self.dtype))
         return y if self.bias is None else y + self.bias[...].astype(self.dtype)
+
+
+# JAX states the kernel's gradient as the transpose of dy^T x. Compilers for accelerators fold that into a layout; XLA's for
+# CPUs copies both dy and the gradient. x^T dy needs a copy of x alone.
+@jax.custom_vjp
+def _matmul(x: jax.Array, kernel_IO: jax.Array) -> jax.Array:
+    return x @ kernel_IO
+
+
+def _matmul_fwd(x: jax.Array, kernel_IO: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return x @ kernel_IO, (x, kernel_IO)
+
+
+def _matmul_bwd(saved: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, kernel_IO = saved
+    return dy @ kernel_IO.T, jnp.einsum("...i,...o->io", x, dy)
+
+
+_matmul.defvjp(_matmul_fwd, _matmul_bwd)
 
 
 class Conv(nnx.Module):

@@ -189,6 +189,27 @@ def test_parts_do_not_depend_on_which_others_there_are():
     assert np.any(kernel(alone) != kernel(other))
 
 
+def test_image_rows_start_at_projections_of_their_codes():
+    cfg = tiny.model()
+    ar = dataclasses.replace(cfg.ar, hidden_size=1024, embedding_range=0.5, vocab_size=360, tie_word_embeddings=False)
+    cfg = dataclasses.replace(cfg, ar=ar)
+    model = blip3o.Blip3o(cfg, ("tokenizer", "ar"), seed=0)
+    before = [np.array(x) for x in (model.ar.embedding[...], model.ar.head().T)]
+    model.start_image_rows_at_codes(320, seed=0)
+    codes = np.array(model.tokenizer.bottleneck.codebook.table())
+    codes /= np.sqrt(np.mean(np.sum(codes**2, axis=-1)))
+    distances = lambda x: np.linalg.norm(x[:, None] - x[None], axis=-1)
+    tables = [np.array(x) for x in (model.ar.embedding[...], model.ar.head().T)]
+    for table, old, deviation in zip(tables, before, (0.5, cfg.ar.initializer_range), strict=True):
+        rows = slice(320, 352)
+        np.testing.assert_array_equal(np.delete(table, rows, 0), np.delete(old, rows, 0))
+        assert np.std(table[rows]) == pytest.approx(deviation, rel=0.1)
+        # Distances among 32 rows survive a projection onto 1024 dimensions to within a few times sqrt(1 / 1024).
+        want = distances(codes)
+        np.testing.assert_allclose(distances(table[rows] / deviation) / np.sqrt(1024), want, atol=0.15 * want.max())
+    assert abs(np.corrcoef(tables[0][320:352].ravel(), tables[1][320:352].ravel())[0, 1]) < 0.1
+
+
 def test_pixels_are_scaled_to_minus_one_and_one():
     scaled = blip3o.scale_pixels(np.array([0, 51, 255], np.uint8))
     assert np.asarray(scaled).tolist() == pytest.approx([-1, -0.6, 1])

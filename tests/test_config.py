@@ -49,6 +49,12 @@ def test_round_trips(value):
             {"loss": {"caption_dropout": 0.1}, "model": {"template": {"supervise_prompt": True}}},
             "loss.caption_dropout hides prompts that model.template.supervise_prompt trains on",
         ),
+        ({"optimizer": {"name": "moun"}}, "optimizer.name='moun' is not one of adamw, muon"),
+        ({"checkpoint": {"image_rows": "code"}}, "checkpoint.image_rows='code' is not one of drawn, codes"),
+        (
+            {"stage": "tokenizer", "checkpoint": {"image_rows": "codes"}},
+            "checkpoint.image_rows='codes' belongs to stage 'joint'; stage 'tokenizer' has no AR",
+        ),
         ({"data": {"batch_size": 6}, "optimizer": {"accumulate": 4}}, "must be a multiple of optimizer.accumulate=4"),
     ],
 )

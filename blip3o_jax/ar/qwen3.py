@@ -83,8 +83,7 @@ class Qwen3(nnx.Module):
     def __init__(self, cfg: Qwen3Config, *, rngs: nnx.Rngs):
         self.cfg = cfg
         rows, d = cfg.padded_vocab_size, cfg.hidden_size
-        embedding_range = cfg.initializer_range if cfg.embedding_range is None else cfg.embedding_range
-        self.embedding = nn.param(rngs, (rows, d), ("vocab", "embed"), nn.normal(embedding_range), cfg.param_dtype)
+        self.embedding = nn.param(rngs, (rows, d), ("vocab", "embed"), nn.normal(cfg.embedding_deviation), cfg.param_dtype)
         self.layers = nn.stack(lambda rngs: Layer(cfg, rngs=rngs), cfg.num_hidden_layers, rngs)
         self.norm = _norm(cfg, d, rngs)
         self.lm_head = None if cfg.tie_word_embeddings else _linear(cfg, d, rows, ("embed", "vocab"), rngs)

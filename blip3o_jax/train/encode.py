@@ -32,8 +32,10 @@ def weights_fingerprint(frozen: Any) -> str:
     return digest.hexdigest()
 
 
-def encoded_source(source: Source, encode: Encode, fingerprint: str, config: Config) -> EncodedSource:
-    """`source` with its encoder outputs under `config.data.cache_dir`; what is not there yet is computed first."""
+def encoded_source(source: Source, encode: Encode, fingerprint: str, config: Config, *, shards: int = 1) -> EncodedSource:
+    """`source` with its encoder outputs under `config.data.cache_dir`; what is not there yet is computed first, in batches
+    of BATCH images or the next multiple of `shards`."""
+    batch = -(-BATCH // shards) * shards
     settings = {
         "weights": fingerprint,
         "image_size": config.model.image_size,
@@ -51,7 +53,7 @@ def encoded_source(source: Source, encode: Encode, fingerprint: str, config: Con
     todo = [part for part in mine if not (directory / f"unreadable-{part:05d}.json").exists()]
     began = time.monotonic()
     for done, part in enumerate(todo, 1):
-        _write_part(source, encode, builder, directory, part)
+        _write_part(source, encode, builder, directory, part, batch)
         seconds = time.monotonic() - began
         left = seconds / done * (len(todo) - done)
         print(
@@ -64,7 +66,9 @@ def encoded_source(source: Source, encode: Encode, fingerprint: str, config: Con
     return EncodedSource(source, directory)
 
 
-def _write_part(source: Source, encode: Encode, builder: ExampleBuilder, directory: pathlib.Path, part: int) -> None:
+def _write_part(
+    source: Source, encode: Encode, builder: ExampleBuilder, directory: pathlib.Path, part: int, batch: int
+) -> None:
     indices = range(part * PART, min(len(source), (part + 1) * PART))
     unreadable: dict[str, str] = {}
 
@@ -80,14 +84,14 @@ def _write_part(source: Source, encode: Encode, builder: ExampleBuilder, directo
     blank = tuple(np.zeros((size, size, 3), np.uint8) for size in sizes)
     outputs: list[tuple[np.ndarray, np.ndarray]] = []
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        for start in range(0, len(indices), BATCH):
-            rows = list(pool.map(views, indices[start : start + BATCH]))
+        for start in range(0, len(indices), batch):
+            rows = list(pool.map(views, indices[start : start + batch]))
             # Always a whole batch, so that `encode` is compiled once. How many unreadable records are too many is for the
             # loader to say.
-            rows = [row or blank for row in rows] + [blank] * (BATCH - len(rows))
+            rows = [row or blank for row in rows] + [blank] * (batch - len(rows))
             pixels, tokenizer_pixels = (np.stack(column) for column in zip(*rows, strict=True))
             codes, latents = jax.device_get(encode(pixels, tokenizer_pixels))
-            count = min(BATCH, len(indices) - start)
+            count = min(batch, len(indices) - start)
             outputs.append((codes[:count].astype(np.int32), latents[:count].astype(np.float32)))
 
     for name, column in zip(("codes", "latents"), zip(*outputs, strict=True), strict=True):

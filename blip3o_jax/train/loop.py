@@ -54,10 +54,11 @@ def train(config: Config, workdir: str | pathlib.Path) -> Summary:
     plan = plan_state(config, strategy)
     checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint.keep)
     try:
-        state, position, start = _restore_or_create(config, plan, strategy, checkpoints)
+        image_first = vocabulary.image_first if vocabulary else 0
+        state, position, start = _restore_or_create(config, plan, strategy, checkpoints, image_first)
         checkpoints.describe(config, vocabulary.tokenizer if vocabulary else None)
         if config.stage == "joint" and config.data.cache_dir:
-            sources = _encode_sources(config, plan, state, sources)
+            sources = _encode_sources(config, plan, strategy, state, sources)
         builder = ExampleBuilder(STAGES[config.stage].fields, config.model, config.data, vocabulary)
         loader = Loader(
             sources,
@@ -72,7 +73,6 @@ def train(config: Config, workdir: str | pathlib.Path) -> Summary:
         log = MetricLog(workdir, start, config.steps, config.stage)
         batches = DevicePrefetch(loader, strategy.batch_sharding())
         try:
-            image_first = vocabulary.image_first if vocabulary else 0
             step_fn = make_step(config, plan, strategy, make_loss(config, image_first))
             draw = make_preview(config, image_first)
             run = _Run(config, plan, strategy, checkpoints, batches, log, step_fn, draw)
@@ -213,7 +213,7 @@ class _Meter:
 
 
 def _restore_or_create(
-    config: Config, plan: StatePlan, strategy: Strategy, checkpoints: Checkpoints
+    config: Config, plan: StatePlan, strategy: Strategy, checkpoints: Checkpoints, image_first: int
 ) -> tuple[TrainState, Any, int]:
     """(state, position of the data stream or None, steps done)."""
     latest = checkpoints.latest()
@@ -229,7 +229,7 @@ def _restore_or_create(
         part: _fitted(plan, part, restore_parts(path, strategy, (part,))[part], path)
         for part, path in config.checkpoint.init_from
     }
-    return create_state(config, plan, given), None, 0
+    return create_state(config, plan, given, image_first), None, 0
 
 
 def _fitted(plan: StatePlan, part: str, values: Any, path: str) -> dict[str, Any]:
@@ -260,7 +260,7 @@ def _fitted(plan: StatePlan, part: str, values: Any, path: str) -> dict[str, Any
 
 
 def _encode_sources(
-    config: Config, plan: StatePlan, state: TrainState, sources: list[tuple[Source, float]]
+    config: Config, plan: StatePlan, strategy: Strategy, state: TrainState, sources: list[tuple[Source, float]]
 ) -> list[tuple[Source, float]]:
     """The sources with the frozen encoders' outputs from the cache, filled first where it is not."""
     if trained := {"tokenizer", "vae"} & set(state["params"]):
@@ -271,13 +271,15 @@ def _encode_sources(
 
     @jax.jit
     def encode(params: Any, frozen: Any, pixels: jax.Array, tokenizer_pixels: jax.Array) -> tuple[jax.Array, jax.Array]:
-        model = plan.model(params, frozen)
+        model, rows = plan.model(params, frozen), strategy.batch_sharding()
+        pixels, tokenizer_pixels = (jax.lax.with_sharding_constraint(x, rows) for x in (pixels, tokenizer_pixels))
         return model.codes(tokenizer_pixels), model.latents(pixels)
 
     encoders = {part: state["frozen"][part] for part in ("tokenizer", "vae")}
     fingerprint = weights_fingerprint(encoders)
     run = functools.partial(encode, state["params"], state["frozen"])
-    return [(encoded_source(source, run, fingerprint, config), weight) for source, weight in sources]
+    shards = strategy.batch_shards
+    return [(encoded_source(source, run, fingerprint, config, shards=shards), weight) for source, weight in sources]
 
 
 def changed_settings(old: Config, new: Config) -> list[str]:

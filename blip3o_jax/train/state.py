@@ -43,14 +43,17 @@ class StatePlan:
         return nnx.merge(self.graphdef, params, frozen)
 
 
-def _build(config: Config) -> tuple[Any, Any, Any]:
-    model = Blip3o(config.model, STAGES[config.stage].parts, seed=config.seed)
-    return split(model, trainable_filter(config))
+def _build(config: Config) -> Blip3o:
+    return Blip3o(config.model, STAGES[config.stage].parts, seed=config.seed)
+
+
+def _by_group(config: Config, model: Blip3o) -> TrainState:
+    _, params, frozen = split(model, trainable_filter(config))
+    return {"params": nnx.to_pure_dict(params), "frozen": nnx.to_pure_dict(frozen)}
 
 
 def _weights(config: Config) -> TrainState:
-    _, params, frozen = _build(config)
-    return {"params": nnx.to_pure_dict(params), "frozen": nnx.to_pure_dict(frozen)}
+    return _by_group(config, _build(config))
 
 
 def _rest(config: Config, optimizer: optax.GradientTransformation, params: Any) -> TrainState:
@@ -64,18 +67,25 @@ def _rest(config: Config, optimizer: optax.GradientTransformation, params: Any) 
 def plan_state(config: Config, strategy: Strategy) -> StatePlan:
     """Shapes and shardings of the whole state, from shapes alone: nothing is allocated."""
     optimizer = make_optimizer(config.optimizer, config.steps)
-    graphdef, params, frozen = nnx.eval_shape(lambda: _build(config))
+    graphdef, params, frozen = nnx.eval_shape(lambda: split(_build(config), trainable_filter(config)))
     if not jax.tree.leaves(params):
         raise ConfigError(f"trainable={config.trainable!r} matches no parameter of stage {config.stage!r}")
     shapes = jax.eval_shape(lambda: _weights(config))
     shapes |= jax.eval_shape(lambda params: _rest(config, optimizer, params), shapes["params"])
     params_at, frozen_at = strategy.parameter_shardings(params), strategy.parameter_shardings(frozen)
     replicated = strategy.replicated()
+    # Where two optimizers share the parameters, each has a masked node in place of what is the other's.
+    masked = lambda x: isinstance(x, optax.MaskedNode)
     shardings = {
         "params": params_at,
         "frozen": frozen_at,
         "opt": optax.tree.map_params(
-            optimizer, lambda _, s: s, shapes["opt"], params_at, transform_non_params=lambda _: replicated
+            optimizer,
+            lambda x, at: x if masked(x) else at,
+            shapes["opt"],
+            params_at,
+            transform_non_params=lambda _: replicated,
+            is_leaf=masked,
         ),
         "ema": params_at if config.optimizer.ema_decay else {},
     } | dict.fromkeys(COUNTERS, replicated)
@@ -83,10 +93,11 @@ def plan_state(config: Config, strategy: Strategy) -> StatePlan:
     return StatePlan(graphdef, abstract, shardings, optimizer)
 
 
-def create_state(config: Config, plan: StatePlan, given: Mapping[str, Any] | None = None) -> TrainState:
+def create_state(config: Config, plan: StatePlan, given: Mapping[str, Any] | None = None, image_first: int = 0) -> TrainState:
     """Initial state, each array made in its own shards: no device ever holds a full replica it should not.
 
     `given` parts, {part: {"params": ..., "frozen": ...}} as in the plan, are not drawn but taken as they are.
+    `image_first`, the vocabulary id of code 0, is needed where `checkpoint.image_rows` is "codes".
     """
     given = given or {}
     own = lambda tree: {group: {part: v for part, v in tree[group].items() if part not in given} for group in WEIGHTS}
@@ -97,6 +108,15 @@ def create_state(config: Config, plan: StatePlan, given: Mapping[str, Any] | Non
     for part, groups in given.items():
         for group, tree in groups.items():
             weights[group][part] = tree
+    if config.checkpoint.image_rows == "codes":
+
+        def at_codes(weights: TrainState) -> TrainState:
+            model = plan.model(weights["params"], weights["frozen"])
+            model.start_image_rows_at_codes(image_first, config.seed)
+            return _by_group(config, model)
+
+        weights_at = {group: plan.shardings[group] for group in WEIGHTS}
+        weights = jax.jit(at_codes, out_shardings=weights_at, compiler_options=options)(weights)
     rest_at = {name: at for name, at in plan.shardings.items() if name not in WEIGHTS}
     rest = jax.jit(lambda params: _rest(config, plan.optimizer, params), out_shardings=rest_at, compiler_options=options)
     return weights | rest(weights["params"])

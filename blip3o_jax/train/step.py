@@ -1,4 +1,4 @@
-"""The train step of every stage: (state, batch) -> (state, metrics), pure, donated, compiled once.
+"""The train step of every stage: (state, batch) -> (state, metrics), pure, compiled once.
 
 A step whose loss or gradient is not finite changes nothing but its own counters.
 """
@@ -100,4 +100,6 @@ def make_step(config: Config, plan: StatePlan, strategy: Strategy, loss: Loss) -
             **counters,
         }, metrics
 
-    return jax.jit(step, donate_argnums=0, out_shardings=(plan.shardings, strategy.replicated()))
+    # On CPUs donated arrays are copied, after the step has written them elsewhere; a second state is cheaper there.
+    donated = () if strategy.mesh.devices.flat[0].platform == "cpu" else (0,)
+    return jax.jit(step, donate_argnums=donated, out_shardings=(plan.shardings, strategy.replicated()))

@@ -142,10 +142,11 @@ def _things(rng: random.Random, asked: Fact) -> tuple[Thing, ...]:
             return _place(rng, [(args[1], rng.choice(colours), "small")] * int(args[0]))
         case "two":
             shapes = rng.sample(args, 2)
-            return _place(rng, [(shape, rng.choice(colours), size) for shape, size in zip(shapes, _sizes(rng), strict=True)])
+            looks = [(shape, rng.choice(colours), size) for shape, size in zip(shapes, _sizes(rng), strict=True)]
+            return _as_read(_place(rng, looks))
         case "attribution":
             named = rng.sample([args[:2], args[2:]], 2)
-            return _place(rng, [(*look, size) for look, size in zip(named, _sizes(rng), strict=True)])
+            return _as_read(_place(rng, [(*look, size) for look, size in zip(named, _sizes(rng), strict=True)]))
         case "position":
             pair = zip((args[0], args[2]), _sizes(rng), strict=True)
             return _place_beside(rng, args[1], [(shape, rng.choice(colours), size) for shape, size in pair])
@@ -173,6 +174,12 @@ def _place(rng: random.Random, looks: list[tuple[str, str, str]]) -> tuple[Thing
         if attempt % 40 == 0:
             things = []  # the first ones may leave no room for the rest
     return tuple(things)
+
+
+def _as_read(things: tuple[Thing, ...]) -> tuple[Thing, ...]:
+    """Row by row from the top, each from the left: the order in which a caption names them, as people's do. Unordered, what
+    stands first in an image could be either, each with its own colour, and which colour is whose is learned much later."""
+    return tuple(sorted(things, key=lambda t: (int(t.box[1] * CELLS), t.box[0])))
 
 
 def _place_beside(rng: random.Random, relation: str, looks: list[tuple[str, str, str]]) -> tuple[Thing, ...]:

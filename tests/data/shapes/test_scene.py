@@ -81,6 +81,21 @@ def test_objects_keep_apart_and_inside(train: list[scene.Scene]) -> None:
                 assert max(abs(a.x - b.x), abs(a.y - b.y)) >= (a.side + b.side) / 2 + scene.GAP - 1e-9
 
 
+def test_two_objects_are_named_in_reading_order(train: list[scene.Scene]) -> None:
+    """By the first cell of the grid that each covers, the cells counted row by row."""
+
+    def first_cell(thing: scene.Thing) -> int:
+        column, row = (int((centre - thing.side / 2) * scene.CELLS) for centre in (thing.x, thing.y))
+        return row * scene.CELLS + column
+
+    pairs = [drawn.things for drawn in train if drawn.category in ("two", "attribution")]
+    assert len(pairs) > 500
+    assert all(first_cell(a) < first_cell(b) for a, b in pairs)
+    # Nothing else of them is settled by it: either may be the large one, and any shape may come first.
+    assert {(a.size, b.size) for a, b in pairs} == {("small", "small"), ("small", "large"), ("large", "small")}
+    assert {a.shape for a, _ in pairs} == {b.shape for _, b in pairs} == set(vocabulary.SHAPES)
+
+
 def test_same_arguments_same_scene() -> None:
     assert scene.sample(3, 17, "train") == scene.sample(3, 17, "train")
     assert scene.sample(3, 17, "train") != scene.sample(4, 17, "train")
