@@ -127,25 +127,36 @@ def recipe(data_dir: str, cache_dir: str, *, fast: bool = False) -> dict[str, co
             steps=steps,
             data=dataclasses.replace(base.data, batch_size=batch, **changes.pop("data", {})),
             optimizer=config.OptimizerConfig(**optimizer | changes.pop("optimizer", {})),
-            checkpoint=config.CheckpointConfig(every=steps, keep=1, init_from=changes.pop("init_from", ())),
+            checkpoint=config.CheckpointConfig(
+                every=steps, keep=1, init_from=changes.pop("init_from", ()), image_rows=changes.pop("image_rows", "drawn")
+            ),
             **changes,
         )
 
     return {
         "autoencoder": stage("autoencoder", 900, 8, 3e-3, loss=config.LossConfig(latent_scale=0.01, latent_noise=0.1)),
-        "contrastive": stage("contrastive", 320, 64, 3e-3, data={"max_length": 24}, loss=config.LossConfig(dense=3.0)),
+        "contrastive": stage(
+            "contrastive",
+            140,
+            64,
+            3e-3,
+            data={"max_length": 24},
+            optimizer={"name": "muon"},
+            loss=config.LossConfig(dense=3.0),
+        ),
         "tokenizer": stage(
-            "tokenizer", 600, 32, 5e-3, trainable=("tokenizer/(?!encoder/).*",), init_from=(("tokenizer", "contrastive"),)
+            "tokenizer", 500, 32, 5e-3, trainable=("tokenizer/(?!encoder/).*",), init_from=(("tokenizer", "contrastive"),)
         ),
         "joint": stage(
             "joint",
-            1750,
-            32,
-            4e-3,
+            450,
+            64,
+            8e-3,
             data={"cache_dir": cache_dir},
             trainable=("ar/.*", "connector/.*", "dit/.*"),
-            optimizer={"ema_decay": 0.99},
-            loss=config.LossConfig(ce_chunk=64, caption_dropout=0.1),
+            optimizer={"name": "muon", "ema_decay": 0.98},
+            loss=config.LossConfig(ce_chunk=40, caption_dropout=0.1, flow_draws=2),
+            image_rows="codes",
             init_from=(("tokenizer", "tokenizer"), ("vae", "autoencoder")),
         ),
     }
