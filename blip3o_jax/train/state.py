@@ -70,7 +70,7 @@ def plan_state(config: Config, strategy: Strategy) -> StatePlan:
     graphdef, params, frozen = nnx.eval_shape(lambda: split(_build(config), trainable_filter(config)))
     if not jax.tree.leaves(params):
         raise ConfigError(f"trainable={config.trainable!r} matches no parameter of stage {config.stage!r}")
-    shapes = jax.eval_shape(lambda: _weights(config))
+    shapes = {"params": nnx.to_pure_dict(params), "frozen": nnx.to_pure_dict(frozen)}
     shapes |= jax.eval_shape(lambda params: _rest(config, optimizer, params), shapes["params"])
     params_at, frozen_at = strategy.parameter_shardings(params), strategy.parameter_shardings(frozen)
     replicated = strategy.replicated()
