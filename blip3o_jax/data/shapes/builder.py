@@ -45,7 +45,7 @@ class Shapes(tfds.core.GeneratorBasedBuilder):
     """Scenes of coloured shapes and short words, with captions; the test split holds combinations new to the others."""
 
     # What the same arguments draw depends on the code: raise it with every change to scenes, drawing or captions.
-    VERSION = tfds.core.Version("1.4.0")
+    VERSION = tfds.core.Version("1.5.0")
     # Nothing is downloaded; TFDS would look for checksums beside this file, with a package that it does not require itself.
     url_infos: ClassVar[dict[str, Any]] = {}
 

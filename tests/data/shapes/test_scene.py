@@ -27,7 +27,7 @@ def test_tables_hold_out_about_an_eighth() -> None:
         "colours": (31, 5),
         "position": (45, 7),
         "attribution": (334, 56),
-        "text": (54, 9),
+        "text": (106, 18),
     }
     assert len(set(vocabulary.WORDS)) == len(vocabulary.WORDS)
 
