@@ -420,7 +420,8 @@ class CheckpointConfig:
     keep: int = 3
     # Parts to start from: {part: checkpoint directory}, part one of the model's (blip3o.PARTS).
     init_from: tuple[tuple[str, str], ...] = ()
-    # What the AR's rows of the image tokens start from: "drawn" like any other, or the tokenizer's "codes" (joint stage).
+    # What the AR's rows of the image tokens start from: "drawn" (or as init_from has them), or the tokenizer's "codes", also in
+    # place of those of an AR from init_from (joint stage).
     image_rows: str = "drawn"
 
     def __post_init__(self) -> None:

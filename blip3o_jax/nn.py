@@ -102,22 +102,25 @@ class Linear(nnx.Module):
 
 
 # JAX states the kernel's gradient as the transpose of dy^T x. Compilers for accelerators fold that into a layout; XLA's for
-# CPUs copies both dy and the gradient. x^T dy needs a copy of x alone.
+# CPUs copies both dy and the gradient. x^T dy needs a copy of x alone. Reverse mode only; what is not differentiated, such as
+# a frozen kernel, costs nothing.
 @jax.custom_vjp
 def _matmul(x: jax.Array, kernel_IO: jax.Array) -> jax.Array:
     return x @ kernel_IO
 
 
-def _matmul_fwd(x: jax.Array, kernel_IO: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return x @ kernel_IO, (x, kernel_IO)
+def _matmul_fwd(x: Any, kernel_IO: Any) -> tuple[jax.Array, tuple[jax.Array | None, jax.Array | None]]:
+    saved = x.value if kernel_IO.perturbed else None, kernel_IO.value if x.perturbed else None
+    return x.value @ kernel_IO.value, saved
 
 
-def _matmul_bwd(saved: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _matmul_bwd(saved: tuple[jax.Array | None, jax.Array | None], dy: jax.Array) -> tuple[jax.Array | None, jax.Array | None]:
     x, kernel_IO = saved
-    return dy @ kernel_IO.T, jnp.einsum("...i,...o->io", x, dy)
+    dx = None if kernel_IO is None else dy @ kernel_IO.T
+    return dx, None if x is None else jnp.einsum("...i,...o->io", x, dy)
 
 
-_matmul.defvjp(_matmul_fwd, _matmul_bwd)
+_matmul.defvjp(_matmul_fwd, _matmul_bwd, symbolic_zeros=True)
 
 
 class Conv(nnx.Module):

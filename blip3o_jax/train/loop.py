@@ -271,7 +271,9 @@ def _encode_sources(
 
     @jax.jit
     def encode(params: Any, frozen: Any, pixels: jax.Array, tokenizer_pixels: jax.Array) -> tuple[jax.Array, jax.Array]:
-        model, rows = plan.model(params, frozen), strategy.batch_sharding()
+        # Several hosts fill different parts, each by itself.
+        rows = strategy.batch_sharding() if jax.process_count() == 1 else strategy.replicated()
+        model = plan.model(params, frozen)
         pixels, tokenizer_pixels = (jax.lax.with_sharding_constraint(x, rows) for x in (pixels, tokenizer_pixels))
         return model.codes(tokenizer_pixels), model.latents(pixels)
 

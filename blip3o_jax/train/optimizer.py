@@ -1,8 +1,8 @@
 """Optimizers with global-norm clipping, linear warm-up and a cosine to a floor.
 
-"muon" orthogonalises the momentum of every matrix of the layer stacks (`optax.contrib.muon`) and leaves the rest, embeddings,
-heads, convolutions, norms and biases, to AdamW. Its updates have the root mean square of AdamW's (arXiv 2502.16982, sec. 2.2),
-so that one learning rate serves both.
+"muon" orthogonalises the momentum of every matrix of the layer stacks (`optax.contrib.muon`) and leaves the rest to AdamW:
+linear layers outside of stacks, embeddings, heads, convolutions, norms and biases. Its updates have the root mean square of
+AdamW's (arXiv 2502.16982, sec. 2.2), so that one learning rate serves both.
 """
 
 from typing import Any

@@ -93,11 +93,14 @@ def plan_state(config: Config, strategy: Strategy) -> StatePlan:
     return StatePlan(graphdef, abstract, shardings, optimizer)
 
 
-def create_state(config: Config, plan: StatePlan, given: Mapping[str, Any] | None = None, image_first: int = 0) -> TrainState:
+def create_state(
+    config: Config, plan: StatePlan, given: Mapping[str, Any] | None = None, image_first: int | None = None
+) -> TrainState:
     """Initial state, each array made in its own shards: no device ever holds a full replica it should not.
 
     `given` parts, {part: {"params": ..., "frozen": ...}} as in the plan, are not drawn but taken as they are.
-    `image_first`, the vocabulary id of code 0, is needed where `checkpoint.image_rows` is "codes".
+    Where `checkpoint.image_rows` is "codes", `image_first`, the vocabulary id of code 0, is needed, and the AR's image rows
+    are set from the codes even if the AR is given.
     """
     given = given or {}
     own = lambda tree: {group: {part: v for part, v in tree[group].items() if part not in given} for group in WEIGHTS}
@@ -109,14 +112,18 @@ def create_state(config: Config, plan: StatePlan, given: Mapping[str, Any] | Non
         for group, tree in groups.items():
             weights[group][part] = tree
     if config.checkpoint.image_rows == "codes":
+        if image_first is None:
+            raise ValueError("create_state: checkpoint.image_rows='codes' needs image_first, the vocabulary id of code 0")
+        ar = lambda tree: {group: tree[group]["ar"] for group in WEIGHTS if "ar" in tree[group]}
 
         def at_codes(weights: TrainState) -> TrainState:
             model = plan.model(weights["params"], weights["frozen"])
             model.start_image_rows_at_codes(image_first, config.seed)
-            return _by_group(config, model)
+            return ar(_by_group(config, model))
 
-        weights_at = {group: plan.shardings[group] for group in WEIGHTS}
-        weights = jax.jit(at_codes, out_shardings=weights_at, compiler_options=options)(weights)
+        started = jax.jit(at_codes, out_shardings=ar(plan.shardings), compiler_options=options)(weights)
+        for group, tree in started.items():
+            weights[group]["ar"] = tree
     rest_at = {name: at for name, at in plan.shardings.items() if name not in WEIGHTS}
     rest = jax.jit(lambda params: _rest(config, plan.optimizer, params), out_shardings=rest_at, compiler_options=options)
     return weights | rest(weights["params"])

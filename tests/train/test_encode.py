@@ -44,10 +44,10 @@ class Encoders:
         return np.tile(means_B.astype(np.int64)[:, None], 4), np.tile(means_B[:, None, None, None] / 3, (1, 4, 4, 4))
 
 
-def opened(folder, tmp_path, encoders, fingerprint="weights", **changes):
+def opened(folder, tmp_path, encoders, fingerprint="weights", shards=1, **changes):
     cfg = tiny.run_config(folder, data={"cache_dir": str(tmp_path / "cache")} | changes)
     ((source, _),) = open_mixture(cfg.data)
-    return encode.encoded_source(source, encoders, fingerprint, cfg), source, cfg
+    return encode.encoded_source(source, encoders, fingerprint, cfg, shards=shards), source, cfg
 
 
 def test_records_come_with_what_the_encoders_made_of_them(folder, tmp_path):
@@ -64,6 +64,18 @@ def test_records_come_with_what_the_encoders_made_of_them(folder, tmp_path):
         assert (example["codes"].dtype, example["latents"].dtype) == (np.int32, np.float32)
         assert example["codes"].tolist() == [int(want)] * 4
         assert example["latents"].shape == (4, 4, 4) and np.all(example["latents"] == np.float32(want / 3))
+
+
+def test_the_batch_divides_over_the_devices(folder, tmp_path):
+    """Over 3 of them batches have 6 rows instead of 4: two for each part of 8 records."""
+    shapes = []
+
+    def encoders(pixels, tokenizer_pixels):
+        shapes.append(pixels.shape[0])
+        return np.zeros((6, 4), int), np.zeros((6, 4, 4, 4))
+
+    cached, _, _ = opened(folder, tmp_path, encoders, shards=3)
+    assert shapes == [6] * 4 and len(cached) == 16 and cached[15].codes.shape == (4,)
 
 
 def test_stopped_and_run_again_it_goes_on_with_the_next_part(folder, tmp_path):

@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
+from blip3o_jax import nn
 from blip3o_jax.ar.qwen3 import Qwen3
 from blip3o_jax.train import flops
 from blip3o_jax.train.flops import count_flops
@@ -38,6 +39,13 @@ def conv(groups=1, stride=1):
 )
 def test_hand_counts(fn, args, want):
     assert count_flops(fn, *args) == want
+
+
+@pytest.mark.parametrize(("wanted", "products"), [((0, 1), 3), ((0,), 2), ((1,), 2)])
+def test_a_linear_layer_costs_a_product_for_each_gradient_that_is_asked_for(wanted, products):
+    graphdef, state = nnx.split(nn.Linear(5, 7, (None, None), rngs=nnx.Rngs(0)))
+    loss = lambda x, state: jnp.sum(nnx.merge(graphdef, state)(x) ** 2)
+    assert count_flops(jax.grad(loss, wanted), zeros(3, 5), state) == products * 2 * 3 * 5 * 7
 
 
 @pytest.mark.parametrize("groups", [1, 2, 8])

@@ -1,5 +1,6 @@
 """The loop on tiny runs: what is written, and that stopping, killing and resuming change nothing."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -131,6 +132,17 @@ def test_resumed_is_uninterrupted(whole, tmp_path, monkeypatch, stop):
     check_same(restored(tmp_path), restored(whole[0]))
 
 
+def test_resumed_with_muon_is_uninterrupted(tmp_path, monkeypatch):
+    """Its state has places without an array, which must come back as such."""
+    muon = dataclasses.replace(tokenizer(), optimizer=dataclasses.replace(tokenizer().optimizer, name="muon"))
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_after(patch, 3)
+        loop.train(muon, tmp_path / "twice")
+    for name in ("once", "twice"):
+        loop.train(muon, tmp_path / name)
+    check_same(restored(tmp_path / "twice"), restored(tmp_path / "once"))
+
+
 def test_resumed_with_other_settings_says_which(whole, tmp_path, capsys):
     before = (whole[0] / "checkpoints" / "config.json").read_text()
     loop.train(joint(log_every=2), whole[0])
@@ -242,7 +254,7 @@ def test_the_cache_is_for_frozen_encoders(tmp_path):
     cfg = joint(data={"cache_dir": str(tmp_path / "cache")}, trainable=("ar/.*", "vae/decoder/.*"))
     plan = loop.plan_state(cfg, tiny.strategy())
     with pytest.raises(UserError, match=r"keeps the outputs of frozen encoders, but vae is trained"):
-        loop._encode_sources(cfg, plan, plan.abstract, [])
+        loop._encode_sources(cfg, plan, tiny.strategy(), plan.abstract, [])
 
 
 def test_unreadable_records_are_counted(tmp_path, monkeypatch):

@@ -58,10 +58,11 @@ def _updates(optimizer, params, steps=3):
 
 
 def test_muon_takes_each_layer_of_a_stack_for_a_matrix_of_its_own():
-    cfg = config_lib.OptimizerConfig(name="muon", learning_rate=1e-2, warmup_share=0.1, clip_norm=0.0)
+    settings = {"muon_beta": 0.9, "weight_decay": 0.01, "eps": 1e-6}  # none the default
+    cfg = config_lib.OptimizerConfig(name="muon", learning_rate=1e-2, warmup_share=0.1, clip_norm=0.0, **settings)
     params = _muon_params()
     got = _updates(make_optimizer(cfg, 10), params)["layers"]["up"]["kernel"]
-    alone = optax.contrib.muon(learning_rate(cfg, 10), eps=cfg.eps, consistent_rms=0.2)
+    alone = optax.contrib.muon(learning_rate(cfg, 10), beta=0.9, weight_decay=0.01, eps=1e-6, consistent_rms=0.2)
     for layer, kernel in zip(got, params["layers"]["up"]["kernel"], strict=True):
         want = _updates(alone, {"kernel": kernel})["kernel"]
         assert relative_error(layer, want) < 1e-5

@@ -149,6 +149,33 @@ def test_given_parts_are_taken_as_they_are_and_the_others_drawn_as_without():
         np.testing.assert_array_equal(a, b, err_msg=path)
 
 
+def test_image_rows_start_at_the_codes_where_asked():
+    """On a mesh as on one device: those rows of the table and nothing else, also in an AR that is given; the average too."""
+    cfg, image_first, _ = setup()
+    cfg = dataclasses.replace(cfg, checkpoint=dataclasses.replace(cfg.checkpoint, image_rows="codes"))
+    drawn = initial()
+    given = {part: {g: drawn[g][part] for g in ("params", "frozen") if part in drawn[g]} for part in STAGES["joint"].parts}
+    states = []
+    for mesh in (SINGLE, MESHES["fsdp_tp"]):
+        plan = plan_state(cfg, tiny.strategy(*mesh))
+        with pytest.raises(ValueError, match="needs image_first"):
+            create_state(cfg, plan, {})
+        here = {
+            part: {g: jax.device_put(x, plan.shardings[g][part]) for g, x in groups.items()} for part, groups in given.items()
+        }
+        states.append(create_state(cfg, plan, here, image_first))
+    check_close(states[1]["params"], states[0]["params"], 1e-6)
+    got = jax.device_get(states[1])
+    rows = slice(image_first, image_first + cfg.model.tokenizer.codebook_size)
+    table, before = got["params"]["ar"].pop("embedding"), drawn["params"]["ar"]["embedding"]
+    assert np.all(np.any(table[rows] != before[rows], axis=1))
+    np.testing.assert_array_equal(np.delete(table, rows, 0), np.delete(before, rows, 0))
+    np.testing.assert_array_equal(got["ema"]["ar"].pop("embedding"), table)
+    for group in ("params", "frozen"):
+        for path, leaf in leaves(got[group]):
+            np.testing.assert_array_equal(leaf, dict(leaves(drawn[group]))[path], err_msg=path)
+
+
 def test_the_published_freezing():
     """AR, connector and the DiT's caption layers move, each of their arrays; nothing else does, nor has it moments."""
     (_, state), _ = two_steps()
