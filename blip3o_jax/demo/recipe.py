@@ -110,7 +110,7 @@ def recipe(data_dir: str, cache_dir: str, *, fast: bool = False) -> dict[str, co
     scanned, which takes less time to compile."""
     base = config.Config(
         model=model(unroll=not fast),
-        data=config.DataConfig(path=data_dir, format="tfds", workers=0, prefetch=4, max_length=40),
+        data=config.DataConfig(path=data_dir, workers=0, prefetch=4, max_length=40),
         mesh=config.MeshConfig(data=-1, fsdp=1, strategy="dp", cpu_devices=cpu_devices()),
         log_every=20,
         preview=0,
