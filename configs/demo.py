@@ -5,7 +5,7 @@ Command:
     blip3o train --config=configs/demo.py --config.data.path=runs/shapes
 Hardware: two CPU cores, no accelerator.
 Duration: about 9 minutes, those that `blip3o demo` spends on the same stages.
-Expected: the demo's score, which README.md has; here nothing is sampled (`blip3o evaluate --checkpoint=WORKDIR --suite=shapes`).
+Expected: the demo's score, which README.md has; nothing is sampled here, which `blip3o evaluate --suite=shapes` does.
 """
 
 from blip3o_jax import config
