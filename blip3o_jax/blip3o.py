@@ -28,7 +28,7 @@ from blip3o_jax.image_tokens.ta_tok import TaTok
 from blip3o_jax.text.vocabulary import image_ids_from_codes
 from blip3o_jax.vae.dc_ae import DcAe
 
-PARTS = ("tokenizer", "text_tower", "ar", "connector", "dit", "vae", "patch_readout")
+PARTS = ("tokenizer", "text_tower", "ar", "connector", "dit", "vae", "patch_readout", "latent_connector", "feature_connector")
 
 
 class Blip3o(nnx.Module):
@@ -36,6 +36,7 @@ class Blip3o(nnx.Module):
     initial weights do not depend on which others are there."""
 
     def __init__(self, cfg: ModelConfig, parts: Iterable[str], *, seed: int):
+        plain = dataclasses.replace(cfg.connector, positions=False)
         make = {
             "tokenizer": lambda rngs: TaTok(cfg.tokenizer, rngs=rngs),
             "text_tower": lambda rngs: TextTower(
@@ -46,6 +47,10 @@ class Blip3o(nnx.Module):
             "connector": lambda rngs: Connector(cfg.connector, cfg.ar.hidden_size, cfg.dit.caption_channels, rngs=rngs),
             "dit": lambda rngs: SanaTransformer(cfg.dit, rngs=rngs),
             "vae": lambda rngs: DcAe(cfg.vae, rngs=rngs),
+            "latent_connector": lambda rngs: Connector(plain, cfg.vae.latent_channels, cfg.dit.caption_channels, rngs=rngs),
+            "feature_connector": lambda rngs: Connector(
+                plain, cfg.tokenizer.encoder.hidden_size, cfg.ar.hidden_size, rngs=rngs
+            ),
         }
         self.cfg = cfg
         for name in parts:
@@ -126,7 +131,7 @@ def targets(model: Blip3o, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.
         )
 
 
-def _draw(keys_B: jax.Array, shape: tuple[int, ...], cfg: ModelConfig, loss: LossConfig) -> tuple[jax.Array, ...]:
+def draw_noise(keys_B: jax.Array, shape: tuple[int, ...], cfg: ModelConfig, loss: LossConfig) -> tuple[jax.Array, ...]:
     """Per row, from its own key: noises [B, draws, *shape], sigmas [B, draws] and whether caption and condition are kept [B];
     the same at any batch split."""
 
@@ -187,7 +192,7 @@ class _Joint(NamedTuple):
 def _joint_forward(model: Blip3o, batch: dict[str, jax.Array], keys_B: jax.Array, loss: LossConfig, image_first: int) -> _Joint:
     codes_BN, z_BHWC = targets(model, batch)
     tokens_BL = insert_image_ids(batch["tokens"], batch["image_span"], image_ids_from_codes(codes_BN, image_first))
-    noises, sigmas, captioned_B, keep_B = _draw(keys_B, z_BHWC.shape[1:], model.cfg, loss)
+    noises, sigmas, captioned_B, keep_B = draw_noise(keys_B, z_BHWC.shape[1:], model.cfg, loss)
     segment_ids_BL = hide_prompts(batch["segment_ids"], batch["image_span"], ~captioned_B)
     hidden_BLD = model.hidden(tokens_BL, batch["positions"], segment_ids_BL)
     span_BTD = take_span(hidden_BLD, batch["image_span"], codes_BN.shape[1], loss.condition_span)

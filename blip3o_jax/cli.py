@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from blip3o_jax import __version__
+from blip3o_jax import __version__, cli_convert
 from blip3o_jax.config import UserError
 
 # What the file system says about a path the user named.
@@ -29,6 +29,7 @@ examples:
   blip3o sample --checkpoint=runs/mine --prompt="a red circle" --out=samples
   blip3o evaluate --checkpoint=runs/mine --suite=shapes --out=scores
   blip3o params --config=configs/pretrain.py:1.7b         how large each part is
+  blip3o convert import --source=BLIP3o-NEXT --diffusion=SANA --out=checkpoint
 
 blip3o COMMAND --help tells more. BLIP3O_TRACEBACK=1 adds the traceback to an error's line.
 """
@@ -45,10 +46,10 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the process's exit status: 0, 2 after a user's error, 130 after Ctrl-C."""
+    """Run one command; returns the process's exit status: 0, 1 (a comparison failed), 2 (a user's error), 130 (Ctrl-C)."""
     args = parse(sys.argv[1:] if argv is None else argv)
     try:
-        args.run(args)
+        return args.run(args) or 0
     except (UserError, *_PATH_ERRORS) as error:
         if os.environ.get("BLIP3O_TRACEBACK") == "1":
             traceback.print_exc()
@@ -57,7 +58,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"\nblip3o: interrupted; {args.after_interrupt}", file=sys.stderr)
         return 130
-    return 0
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -83,6 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for add in (_add_data, _add_train, _add_sample, _add_evaluate, _add_params, _add_demo):
         add(commands)
+    cli_convert.add(commands, _command)
     return parser
 
 

@@ -56,6 +56,7 @@ class Qwen3Config:
     # embeddings are not small beside what the layers add to them.
     embedding_range: float | None = None
     vocab_multiple: int = 512
+    spare_rows: int = 0  # of vocab_size: rows at the end that no id stands for, as some published checkpoints have
     dtype: str = "bfloat16"
     param_dtype: str = "float32"
     remat: str = "full"
@@ -172,6 +173,15 @@ class ConnectorConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class EditingConfig:
+    """Connectors of published editing checkpoints that the model has beside the one above, with its layers and settings.
+    They are kept in training and converted, and not yet read by the loss or in sampling."""
+
+    latents: bool = False  # `latent_connector`: the reference image's latents to condition tokens
+    features: bool = False  # `feature_connector`: its SigLIP2 features to embeddings in the row
+
+
+@dataclasses.dataclass(frozen=True)
 class SanaConfig:
     """Fields of `diffusers.SanaTransformer2DModel` (SANA 1.5 1.6B by default)."""
 
@@ -285,6 +295,7 @@ class ModelConfig:
     text_tower: TextTowerConfig = TextTowerConfig()
     ar: Qwen3Config = Qwen3Config()
     connector: ConnectorConfig = ConnectorConfig()
+    editing: EditingConfig = EditingConfig()
     dit: SanaConfig = SanaConfig()
     flow: FlowConfig = FlowConfig()
     vae: DcAeConfig = DcAeConfig()

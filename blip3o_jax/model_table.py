@@ -9,7 +9,7 @@ from rich.table import Table
 
 from blip3o_jax.blip3o import Blip3o, path_name
 from blip3o_jax.config import Config
-from blip3o_jax.train.stages import STAGES, trainable_filter
+from blip3o_jax.train.stages import stage_parts, trainable_filter
 
 
 def count_parameters(config: Config) -> dict[str, dict[str, int]]:
@@ -17,7 +17,7 @@ def count_parameters(config: Config) -> dict[str, dict[str, int]]:
     vocabulary tables are longer than the vocabulary; the other figures leave them out."""
     cfg = config.model
     trainable = trainable_filter(config)
-    model = nnx.eval_shape(lambda: Blip3o(cfg, STAGES[config.stage].parts, seed=0))
+    model = nnx.eval_shape(lambda: Blip3o(cfg, stage_parts(config), seed=0))
     padding_rows = cfg.ar.padded_vocab_size - cfg.ar.vocab_size
     counts: dict[str, dict[str, int]] = {}
     for path, variable in nnx.to_flat_state(nnx.state(model)):

@@ -17,7 +17,9 @@ LAYERS = (
     ("model_table", "samples", "pipeline"),
     ("evaluation",),
     ("demo",),
-    ("config_file", "cli"),
+    ("convert",),
+    ("bench",),
+    ("config_file", "cli_convert", "cli"),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # The package's own face: `blip3o_jax.load` and `python -m blip3o_jax`.

@@ -149,10 +149,10 @@ def test_rows_lose_caption_and_condition_together():
     cfg, _, _, _, _, _ = setup()
     keys_B = row_keys(0, jnp.int32(1), 400)
     loss = dataclasses.replace(cfg.loss, caption_dropout=0.25, condition_dropout=0.25)
-    _, _, captioned_B, kept_B = blip3o._draw(keys_B, (2, 2, 1), cfg.model, loss)
+    _, _, captioned_B, kept_B = blip3o.draw_noise(keys_B, (2, 2, 1), cfg.model, loss)
     np.testing.assert_array_equal(captioned_B, kept_B)
     assert 0.7 < np.mean(kept_B) < 0.8  # 0.75 with a deviation of 0.022
-    _, _, captioned_B, kept_B = blip3o._draw(keys_B, (2, 2, 1), cfg.model, dataclasses.replace(loss, caption_dropout=0.0))
+    _, _, captioned_B, kept_B = blip3o.draw_noise(keys_B, (2, 2, 1), cfg.model, dataclasses.replace(loss, caption_dropout=0.0))
     assert np.all(captioned_B) and not np.all(kept_B)
 
 

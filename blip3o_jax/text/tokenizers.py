@@ -75,7 +75,7 @@ class SentencePieceTokenizer(TextTokenizer):
     def __init__(self, proto: bytes):
         import sentencepiece
 
-        self._proto = proto
+        self.proto = proto
         self._model = sentencepiece.SentencePieceProcessor(model_proto=proto)
         size = self._model.get_piece_size()
         super().__init__(size, {self._model.id_to_piece(i): i for i in range(size) if self._model.is_control(i)})
@@ -90,7 +90,7 @@ class SentencePieceTokenizer(TextTokenizer):
             raise ConfigError(f"{file}: not a SentencePiece model ({error}); is model.text.kind right?") from error
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return SentencePieceTokenizer, (self._proto,)
+        return SentencePieceTokenizer, (self.proto,)
 
     def encode(self, text: str) -> list[int]:
         return self._model.encode(text)
@@ -99,7 +99,7 @@ class SentencePieceTokenizer(TextTokenizer):
         return self._model.decode(ids)
 
     def save(self, directory: str | pathlib.Path) -> None:
-        _write(pathlib.Path(directory) / SENTENCEPIECE_FILE, self._proto)
+        _write(pathlib.Path(directory) / SENTENCEPIECE_FILE, self.proto)
 
 
 class BpeTokenizer(TextTokenizer):
@@ -138,9 +138,12 @@ class BpeTokenizer(TextTokenizer):
     def _decode_text(self, ids: list[int]) -> str:
         return self._bpe.decode(ids)
 
+    def contents(self) -> dict[str, Any]:
+        """What `save` writes to tokenizer.json."""
+        return json.loads(self._bpe.to_str()) | {"added_tokens": self._added}
+
     def save(self, directory: str | pathlib.Path) -> None:
-        contents = json.loads(self._bpe.to_str()) | {"added_tokens": self._added}
-        _write(pathlib.Path(directory) / BPE_FILE, json.dumps(contents, ensure_ascii=False).encode())
+        _write(pathlib.Path(directory) / BPE_FILE, json.dumps(self.contents(), ensure_ascii=False).encode())
 
 
 def load_tokenizer(cfg: TextConfig, base_dir: str | pathlib.Path | None = None) -> TextTokenizer:

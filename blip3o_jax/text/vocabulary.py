@@ -87,10 +87,11 @@ class Vocabulary:
             f"model.tokenizer.codebook_size={tokenizer.codebook_size}, but the vocabulary has {self.codebook_size} image "
             f"tokens: set model.tokenizer.codebook_size={self.codebook_size}, or build the vocabulary anew",
         )
+        used = ar.vocab_size - ar.spare_rows
         check(
-            ar.vocab_size == self.size,
+            used == self.size,
             f"model.ar.vocab_size={ar.vocab_size}, but the vocabulary (text tokenizer and image tokens) has {self.size} ids: "
-            f"set model.ar.vocab_size={self.size}, or model.text.path to the tokenizer the model was made with",
+            f"set model.ar.vocab_size={self.size + ar.spare_rows}, or model.text.path to the tokenizer the model was made with",
         )
 
 

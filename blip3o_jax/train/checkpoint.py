@@ -11,11 +11,14 @@ writing keeps its last finished step.
 
 import json
 import pathlib
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
+from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from blip3o_jax import config as config_lib
@@ -153,8 +156,73 @@ def restore_parts(path: str | pathlib.Path, strategy: Strategy, parts: tuple[str
     return merge_trees(restored.get(trained, {}), restored.get("frozen", {}))
 
 
+class Weights:
+    """The parameters of one step as arrays of this host, read from the files when they are asked for and not before.
+
+    `parts`: the parts there are; `ema` takes averaged parameters in place of those they are averages of.
+    """
+
+    def __init__(self, root: pathlib.Path, step: int, *, ema: bool = False):
+        self._path = root / str(step) / "state"
+        self._handler = ocp.PyTreeCheckpointHandler()
+        tree = self._handler.metadata(epath.Path(self._path)).tree
+        if ema and not tree.get("ema"):
+            raise UserError(f"{root} holds no averaged weights: it was trained with optimizer.ema_decay=0; leave out --ema")
+        # (part, path within it) -> (group, shape and dtype)
+        self._leaves = {
+            (keys[0], "/".join(keys[1:])): (group, leaf)
+            for group in ("frozen", "ema" if ema else "params")
+            for keys, leaf in _flat_metadata(tree.get(group) or {})
+        }
+        self.parts = tuple(dict.fromkeys(part for part, _ in self._leaves))
+
+    def dtype(self, part: str) -> np.dtype:
+        """Of the part's parameters, which are all alike."""
+        return np.dtype(next(leaf.dtype for (name, _), (_, leaf) in self._leaves.items() if name == part))
+
+    def read(self, part: str, paths: Iterable[str]) -> dict[str, np.ndarray]:
+        """{path: whole array} of some of a part's parameters. KeyError for one that is not there."""
+        wanted: dict[str, Any] = {}
+        for path in paths:
+            place = wanted
+            *above, name = (self._leaves[part, path][0], part, *path.split("/"))
+            for key in above:
+                place = place.setdefault(key, {})
+            place[name] = ocp.RestoreArgs(restore_type=np.ndarray)
+        args = ocp.args.PyTreeRestore(item=wanted, restore_args=wanted, partial_restore=True)
+        found = dict(_flat_metadata(self._handler.restore(epath.Path(self._path), args=args)))
+        return {"/".join(keys[2:]): array for keys, array in found.items()}
+
+
+def _flat_metadata(tree: Any, keys: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """(keys, leaf) of nested dicts and lists as Orbax hands them back."""
+    children = enumerate(tree) if isinstance(tree, list | tuple) else tree.items() if isinstance(tree, dict) else None
+    if children is None:
+        yield keys, tree
+        return
+    for key, child in children:
+        yield from _flat_metadata(child, (*keys, str(key)))
+
+
 def merge_trees(a: Any, b: Any) -> Any:
     """Union of two nested dicts without a common leaf."""
     if not isinstance(a, dict):
         return a
     return a | {k: merge_trees(a[k], v) if k in a else v for k, v in b.items()}
+
+
+def write_weights(directory: pathlib.Path, config: Config, tokenizer: TextTokenizer, weights: dict[str, Any]) -> None:
+    """A checkpoint directory of weights alone, {"params": ..., "frozen": ...} by part, as step 0: what `restore_parts` reads
+    and runs start from. Written from where the arrays are, no more in flight than the largest."""
+    _write_small_arrays_whole()
+    largest = max(shard.data.nbytes for leaf in jax.tree.leaves(weights) for shard in leaf.addressable_shards)
+    # Weights hardly compress; trying to would take most of the time.
+    handler = ocp.PyTreeCheckpointHandler(save_concurrent_gb=largest // 10**9 + 1, use_compression=False)
+    options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
+    handlers = {"state": handler, "meta": ocp.JsonCheckpointHandler()}
+    with ocp.CheckpointManager(directory, options=options, item_handlers=handlers) as manager:
+        items = ocp.args.Composite(state=ocp.args.PyTreeSave(weights), meta=ocp.args.JsonSave({"data": None, "loss": None}))
+        manager.save(0, args=items)
+    if jax.process_index() == 0:
+        tokenizer.save(directory / "text")
+        write_json(directory / "config.json", config_lib.to_dict(config))

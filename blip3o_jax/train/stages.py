@@ -51,6 +51,13 @@ STAGES: dict[str, Stage] = {
 }
 
 
+def stage_parts(config: Config) -> tuple[str, ...]:
+    """The parts the model of a run holds: the stage's, and for the joint one the connectors of editing where it has them."""
+    editing = config.model.editing
+    extra = {"latent_connector": editing.latents, "feature_connector": editing.features}
+    return STAGES[config.stage].parts + tuple(name for name, there in extra.items() if there and config.stage == "joint")
+
+
 def trainable_filter(config: Config) -> Callable[[str], bool]:
     """Whether the parameter of a path name ("ar/layers/...") is trained."""
     patterns = config.trainable or STAGES[config.stage].trainable

@@ -23,7 +23,7 @@ from blip3o_jax.blip3o import Blip3o, split
 from blip3o_jax.config import Config, ConfigError
 from blip3o_jax.parallel.rules import Strategy
 from blip3o_jax.train.optimizer import make_optimizer
-from blip3o_jax.train.stages import STAGES, trainable_filter
+from blip3o_jax.train.stages import stage_parts, trainable_filter
 
 TrainState = dict[str, Any]
 WEIGHTS = ("params", "frozen")
@@ -44,7 +44,7 @@ class StatePlan:
 
 
 def _build(config: Config) -> Blip3o:
-    return Blip3o(config.model, STAGES[config.stage].parts, seed=config.seed)
+    return Blip3o(config.model, stage_parts(config), seed=config.seed)
 
 
 def _by_group(config: Config, model: Blip3o) -> TrainState:

@@ -1,0 +1,1 @@
+"""Measurements: against the same model in PyTorch (peer.py)."""

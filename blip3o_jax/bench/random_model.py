@@ -1,0 +1,64 @@
+"""A directory in the published layout with random weights: real sizes where real weights are not at hand."""
+
+import json
+import pathlib
+import string
+
+import ml_dtypes
+import numpy as np
+
+from blip3o_jax.config import ModelConfig
+from blip3o_jax.convert.mapping import tensor_shapes
+from blip3o_jax.convert.progress import Progress
+from blip3o_jax.convert.stock_config import stock_config
+from blip3o_jax.convert.tables import PREFIXES, Shape
+from blip3o_jax.convert.tensor_files import ShardedWriter
+from blip3o_jax.text.tokenizers import BPE_FILE, CHAT_TAGS, END_OF_TEXT
+from blip3o_jax.text.vocabulary import NUM_SCALES
+
+PARTS = ("tokenizer", "ar", "connector", "dit", "vae")
+_POOL = 2**24  # random values, which tensors take their own from in turn
+
+
+def write_random_model(
+    directory: pathlib.Path, model: ModelConfig, *, dtype: str = "bfloat16", seed: int = 0, max_shard_bytes: int = 5 * 10**9
+) -> None:
+    """Weights of deviation 0.02, the files of a tokenizer whose text ids fill what the vocabulary has beside images, and the
+    sizes of DiT and autoencoder in a diffusers directory's config.json files (transformer/, vae/) within."""
+    places: dict[str, tuple[Shape, np.dtype]] = {
+        PREFIXES[part] + key: (shape, np.dtype(dtype)) for part in PARTS for key, shape in tensor_shapes(part, model).items()
+    }
+    sizes = {name: int(np.prod(shape)) for name, (shape, _) in places.items()}
+    pool = (np.random.default_rng(seed).standard_normal(_POOL, np.float32) * 0.02).astype(ml_dtypes.finfo(dtype).dtype)
+    writer = ShardedWriter(directory, "model", places, max_shard_bytes)
+    progress = Progress("write", sum(sizes.values()) * pool.itemsize)
+    for number, (name, (shape, _)) in enumerate(places.items()):
+        values = np.resize(np.roll(pool, -7919 * number) if sizes[name] < _POOL else pool, sizes[name])
+        writer.write(name, values.reshape(shape))
+        progress.advance(name, values.nbytes)
+    writer.close()
+    text_ids = model.ar.vocab_size - model.ar.spare_rows - model.tokenizer.codebook_size - 2 - NUM_SCALES
+    (directory / BPE_FILE).write_text(json.dumps(_bpe(text_ids)), encoding="utf-8")
+    values = stock_config("ar", model) | {"model_type": "blip3o_qwen", "dtype": dtype}
+    (directory / "config.json").write_text(json.dumps(values, indent=1), encoding="utf-8")
+
+
+def _bpe(size: int) -> dict:
+    """A byte-level tokenizer.json without merges, filled up to `size` ids with tokens that no text encodes to."""
+    from tokenizers import pre_tokenizers
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    specials = (END_OF_TEXT, *CHAT_TAGS)
+    filler = [f"{string.ascii_letters[i % 52]}{i}" for i in range(size - len(letters) - len(specials))]
+    vocabulary = {token: i for i, token in enumerate([*letters, *filler])}
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": True}
+    return {
+        "version": "1.0",
+        "added_tokens": [{"id": len(vocabulary) + i, "content": token} | flags for i, token in enumerate(specials)],
+        "normalizer": None,
+        "pre_tokenizer": byte_level,
+        "post_processor": None,
+        "decoder": byte_level,
+        "model": {"type": "BPE", "vocab": vocabulary, "merges": []},
+    }

@@ -1,0 +1,1 @@
+"""Published PyTorch weights in, trained weights out: name tables, import, export, verify."""

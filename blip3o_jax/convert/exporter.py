@@ -1,0 +1,336 @@
+"""A checkpoint -> PyTorch files: parameter by parameter, each tensor at its place in files that have their full size at once.
+
+OUT/model*.safetensors, config.json, generation_config.json, the text tokenizer     the BLIP3o-NEXT layout
+OUT/ar, OUT/dit, OUT/scheduler, OUT/vae                                             stock directories, with `parts`
+OUT/ta_tok/ta_tok.pth                                                               TA-Tok's own file, with `parts`
+"""
+
+import dataclasses
+import math
+import pathlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from blip3o_jax import __version__
+from blip3o_jax import config as config_lib
+from blip3o_jax.config import Config, TextConfig, UserError
+from blip3o_jax.convert.directory import check_space, whole_directory
+from blip3o_jax.convert.mapping import Group, groups
+from blip3o_jax.convert.memory import PeakMemory
+from blip3o_jax.convert.progress import Progress
+from blip3o_jax.convert.record import Record, read_record
+from blip3o_jax.convert.source import EMBEDDINGS, HEAD, SECTION
+from blip3o_jax.convert.stock_config import stock_config
+from blip3o_jax.convert.tables import PREFIXES, Shape
+from blip3o_jax.convert.tensor_files import ShardedWriter, Tensor
+from blip3o_jax.convert.text_files import write_text_files
+from blip3o_jax.text.tokenizers import load_tokenizer
+from blip3o_jax.text.vocabulary import Vocabulary
+from blip3o_jax.train.checkpoint import Weights, find, read_config, write_json
+
+READ_AT_ONCE = 2**27  # bytes
+STOCK_PARTS = ("ar", "dit", "vae", "ta_tok")
+# Of the image processor, in the published layout: the model's pixels come scaled, so this scales no further.
+SCALE_LAYER = {"scale_layer.shift": 0.0, "scale_layer.scale": 1.0}
+# TA-Tok alone takes pixels in [0, 1].
+TA_TOK_SCALE_LAYER = {"scale_layer.shift": 0.5, "scale_layer.scale": 0.5}
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """Bytes and tensors written; peak resident memory in bytes; seconds; what the user should know."""
+
+    size: int
+    tensors: int
+    peak: int
+    seconds: float
+    notes: tuple[str, ...]
+
+
+def export_weights(
+    source: pathlib.Path,
+    out: pathlib.Path,
+    *,
+    parts: Sequence[str] = (),
+    dtype: str = "",
+    max_shard_bytes: int = 5 * 10**9,
+    ema: bool = False,
+    overwrite: bool = False,
+) -> Summary:
+    """Writes the directory `out`, complete or not at all: the BLIP3o-NEXT layout, or the stock directories of `parts`.
+
+    `dtype` "" keeps the checkpoint's. UserError where the checkpoint lacks a part, or averages that `ema` asks for.
+    """
+    began = time.monotonic()
+    root, step = find(source)
+    config = read_config(root)
+    record, unread = read_record(root)
+    exporter = _Exporter(config, root, Weights(root, step, ema=ema), record, unread, dtype, max_shard_bytes)
+    exporter.check(parts)
+    with whole_directory(out, overwrite=overwrite) as directory, PeakMemory() as memory:
+        if parts:
+            for name in parts:
+                exporter.stock(name, directory / name)
+            # Marks the directory as one of ours; --overwrite replaces no other.
+            write_json(directory / "config.json", {SECTION: {"version": __version__, "parts": list(parts)}})
+        else:
+            exporter.whole(directory)
+    return Summary(exporter.size, exporter.count, memory.peak, time.monotonic() - began, tuple(exporter.notes))
+
+
+class _Exporter:
+    def __init__(
+        self,
+        config: Config,
+        root: pathlib.Path,
+        weights: Weights,
+        record: Record | None,
+        unread: dict[str, Tensor],
+        dtype: str,
+        max_shard_bytes: int,
+    ):
+        self.config, self.model, self.root, self.weights = config, config.model, root, weights
+        # Weights that were trained here get the buffers of the reference's class, as do those that were put together.
+        self.whole_source = record is not None and not record.own_tokenizer
+        self.record, self.unread = record or Record(), unread
+        self.dtype, self.max_shard_bytes = dtype, max_shard_bytes
+        self.size, self.count, self.notes = 0, 0, list[str]()
+        self._own_dtypes = dict(self.record.dtypes)
+
+    def check(self, parts: Sequence[str]) -> None:
+        """UserError unless everything asked for is in the checkpoint."""
+        for name in parts:
+            config_lib.check_choice("--parts", name, STOCK_PARTS)
+        names = {"ta_tok": "tokenizer"}
+        wanted = [names.get(p, p) for p in parts] or ["tokenizer", "ar", "connector", "dit", "vae"]
+        if missing := [part for part in wanted if part not in self.weights.parts]:
+            raise UserError(
+                f"{self.root} holds no part {', '.join(missing)}, only {', '.join(self.weights.parts)}: name those to export "
+                "with --parts, or give a checkpoint of stage 'joint'"
+            )
+
+    def whole(self, directory: pathlib.Path) -> None:
+        """The BLIP3o-NEXT layout."""
+        parts = [part for part in PREFIXES if part in self.weights.parts]
+        tensors = [t for part in parts for t in self._tensors(part, PREFIXES[part])]
+        self._write(directory, "model", tensors, self._constants(PREFIXES["tokenizer"], SCALE_LAYER, self.unread))
+        vocabulary = self._vocabulary()
+        write_json(directory / "config.json", self._config_json(vocabulary))
+        self._write_text(directory, vocabulary, image_tokens=True)
+        if left := [part for part in self.weights.parts if part not in PREFIXES]:
+            self.notes.append(f"parts {', '.join(left)} belong to training only and were left out")
+
+    def stock(self, name: str, directory: pathlib.Path) -> None:
+        """The directory of one part's stock class."""
+        if name == "ta_tok":
+            self._ta_tok(directory)
+            return
+        stem = "model" if name == "ar" else "diffusion_pytorch_model"
+        self._write(directory, stem, self._tensors(name, ""), {})
+        values = stock_config(name, self.model)
+        if name == "ar":
+            vocabulary = self._vocabulary()
+            values |= {"dtype": self.dtype or self.model.ar.param_dtype} | _special_ids(vocabulary)
+            self._write_text(directory, vocabulary, image_tokens=True)
+        write_json(directory / "config.json", values)
+        if name == "dit":
+            scheduler = directory.with_name("scheduler")
+            scheduler.mkdir()
+            write_json(scheduler / "scheduler_config.json", stock_config("scheduler", self.model))
+
+    def _ta_tok(self, directory: pathlib.Path) -> None:
+        """{"model": {"args", "sd"}} as TA-Tok is published, where torch is there to write it; else safetensors."""
+        cfg = self.model.tokenizer
+        args = {
+            "bottleneck": {
+                "name": "bottleneck",
+                "args": {
+                    "bottleneck_dim": cfg.bottleneck_dim,
+                    "norm": "none",
+                    "regularizer": {
+                        "name": "simvq",
+                        "args": {
+                            "codebook_size": cfg.codebook_size,
+                            "l2_normalized": cfg.l2_normalized,
+                            "stochastic": cfg.stochastic,
+                            "stochastic_temperature": cfg.stochastic_temperature,
+                        },
+                    },
+                },
+            },
+            "bottleneck_token_num": cfg.num_tokens,
+            "input_size": cfg.encoder.image_size,
+            "pool_scale": cfg.pool_scale,
+            "decoder_depth": cfg.decoder.num_hidden_layers,
+            "select_layer_id": cfg.select_layer,
+        }
+        own = {k: v for k, v in self.unread.items() if k.startswith(PREFIXES["tokenizer"]) and "scale_layer" not in k}
+        own = {k.removeprefix(PREFIXES["tokenizer"]): v for k, v in own.items()}
+        constants = self._constants("", TA_TOK_SCALE_LAYER, own)
+        self._write(directory, "ta_tok", self._tensors("tokenizer", ""), constants)
+        keys = ("encoder", "decoder", "bottleneck_dim", "codebook_size", "select_layer", "l2_normalized")
+        write_json(directory / "ta_tok_config.json", {key: config_lib.to_dict(getattr(cfg, key)) for key in keys})
+        write_json(directory / "args.json", args)
+        _to_torch_file(directory, args, self.notes)
+
+    def _tensors(self, part: str, prefix: str) -> list["_Planned"]:
+        """What is to be written of one part, in the table's order; a tied head where the source had it."""
+        stored = str(self.weights.dtype(part))
+        planned = []
+        for group in groups(part, self.model):
+            names = {key: prefix + self.record.spelling(part, key) for key in group.tensors}
+            full = {key: PREFIXES[part] + self.record.spelling(part, key) for key in group.tensors}
+            shapes = {names[key]: shape for key, shape in group.tensors.items()}
+            own = {names[key]: np.dtype(self.dtype or self._own_dtypes.get(full[key], stored)) for key in group.tensors}
+            planned.append(_Planned(part, group, shapes, own))
+        return planned
+
+    def _constants(
+        self, prefix: str, values: dict[str, float], unread: dict[str, Tensor]
+    ) -> dict[str, Callable[[], np.ndarray]]:
+        """Tensors that nothing here reads: those of the import, and `values` where they are not among them."""
+        kept = {name: tensor.read for name, tensor in unread.items()}
+        if self.whole_source and prefix:
+            return kept
+        return kept | {prefix + key: lambda v=value: np.full((1, 3, 1, 1), v, np.float32) for key, value in values.items()}
+
+    def _write(
+        self,
+        directory: pathlib.Path,
+        stem: str,
+        planned: Sequence["_Planned"],
+        constants: dict[str, Callable[[], np.ndarray]],
+    ) -> None:
+        extra = {name: read() for name, read in constants.items()}
+        places: dict[str, tuple[Shape, np.dtype]] = {
+            name: (shape, plan.dtypes[name]) for plan in planned for name, shape in plan.shapes.items()
+        }
+        tied = self.record.tied_head and EMBEDDINGS in places
+        if tied:
+            places[HEAD] = places[EMBEDDINGS]
+        places |= {name: (value.shape, value.dtype) for name, value in extra.items()}
+        size = sum(math.prod(shape) * dtype.itemsize for shape, dtype in places.values())
+        check_space(directory, size)
+        writer = ShardedWriter(directory, stem, places, self.max_shard_bytes)
+        try:
+            progress = Progress("write", size)
+            for plan, arrays in self._read(planned):
+                for layer, (name, shape) in enumerate(plan.shapes.items()):
+                    pieces = {path: a[layer] if plan.group.rule.stacked else a for path, a in arrays.items()}
+                    tensor = cast(plan.group.to_torch(pieces, shape), plan.dtypes[name])
+                    writer.write(name, tensor)
+                    if tied and name == EMBEDDINGS:
+                        writer.write(HEAD, tensor)
+                    progress.advance(plan.part, tensor.nbytes)
+                del arrays, pieces, tensor
+            for name, value in extra.items():
+                writer.write(name, value)
+        except BaseException:
+            writer.abort()
+            raise
+        writer.close()
+        self.size += size
+        self.count += len(places)
+
+    def _read(self, planned: Sequence["_Planned"]) -> Iterator[tuple["_Planned", dict[str, np.ndarray]]]:
+        """Each with its parameters, read several at a time where they are small: every reading has its price."""
+        waiting: list[_Planned] = []
+        for i, plan in enumerate(planned):
+            waiting.append(plan)
+            following = planned[i + 1] if i + 1 < len(planned) else None
+            together = [*waiting, following] if following is not None else waiting
+            if following is not None and following.part == plan.part and sum(p.size for p in together) <= READ_AT_ONCE:
+                continue
+            arrays = self.weights.read(plan.part, [path for p in waiting for path in p.group.shapes])
+            for ready in waiting:
+                yield ready, {path: arrays.pop(path) for path in ready.group.shapes}
+            waiting = []
+
+    def _vocabulary(self) -> Vocabulary:
+        text = TextConfig(kind=self.model.text.kind, path=str(self.root / "text"))
+        return Vocabulary(load_tokenizer(text), self.model.tokenizer.codebook_size)
+
+    def _write_text(self, directory: pathlib.Path, vocabulary: Vocabulary, *, image_tokens: bool) -> None:
+        self.notes += write_text_files(vocabulary, directory, image_tokens=image_tokens, template=self.model.template)
+        sampling = self.config.sampling
+        generation = {
+            "do_sample": sampling.temperature > 0,
+            "temperature": sampling.temperature,
+            "top_k": sampling.top_k,
+            "top_p": sampling.top_p,
+            **_special_ids(vocabulary),
+        }
+        write_json(directory / "generation_config.json", generation)
+
+    def _config_json(self, vocabulary: Vocabulary) -> dict[str, Any]:
+        """The source's config.json where there was one, its facts as they are now; and what has no published key."""
+        model = config_lib.to_dict(self.model)
+        own = {"version": __version__, "model": model, "max_length": self.config.data.max_length}
+        own["sampling"] = config_lib.to_dict(self.config.sampling)
+        published = {
+            "mm_vision_tower": None,
+            "mm_hidden_size": self.model.tokenizer.encoder.hidden_size,
+            "mm_vision_select_layer": self.model.tokenizer.select_layer,
+            "diffusion_name_or_path": None,
+        }
+        return (
+            published
+            | self.record.config
+            | stock_config("ar", self.model)
+            | {
+                "architectures": ["blip3oQwenForCausalLM"],
+                "model_type": "blip3o_qwen",
+                "dtype": self.dtype or self.model.ar.param_dtype,
+                "image_start_tag_id": vocabulary.image_start,
+                "image_end_tag_id": vocabulary.image_end,
+                "scale_start_token_id": vocabulary.scale(1),
+                "scale_end_token_id": vocabulary.scale(1) + 2,
+                "num_scale_tokens": 3,
+                "image_start_token_id": vocabulary.image_first,
+                "image_end_token_id": vocabulary.image_last - 1,
+                "num_image_tokens": vocabulary.codebook_size,
+                SECTION: own,
+            }
+            | _special_ids(vocabulary)
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Planned:
+    """A group of parameters, and the tensors that they become: full name -> shape and dtype, in the order of the layers."""
+
+    part: str
+    group: Group
+    shapes: dict[str, Shape]
+    dtypes: dict[str, np.dtype]
+
+    @property
+    def size(self) -> int:
+        """Bytes of the tensors."""
+        return sum(math.prod(shape) * self.dtypes[name].itemsize for name, shape in self.shapes.items())
+
+
+def cast(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Rounded to nearest where `dtype` is narrower."""
+    return values if values.dtype == dtype else values.astype(dtype)
+
+
+def _special_ids(vocabulary: Vocabulary) -> dict[str, int]:
+    return {"eos_token_id": vocabulary.end_of_turn, "pad_token_id": vocabulary.pad_id}
+
+
+def _to_torch_file(directory: pathlib.Path, args: dict[str, Any], notes: list[str]) -> None:
+    """ta_tok.safetensors as ta_tok.pth with its args, where torch is installed."""
+    file = directory / "ta_tok.safetensors"
+    try:
+        import torch
+        from safetensors.torch import load_file
+    except ImportError:
+        notes.append(f"ta_tok is {file.name} with args.json; with PyTorch installed it would be the published ta_tok.pth")
+        return
+    torch.save({"model": {"args": args, "sd": load_file(file)}}, directory / "ta_tok.pth")
+    file.unlink()
+    (directory / "args.json").unlink()

@@ -1,0 +1,190 @@
+"""PyTorch files -> a checkpoint: tensor by tensor, each straight into the shards that hold it here.
+
+For every parameter this host's shards of it are made empty; its tensors are read one after the other (the next while one is
+laid out), and copied into the shards they belong to. So at no time is more in memory than what stays, one parameter and two
+tensors.
+"""
+
+import concurrent.futures
+import dataclasses
+import math
+import pathlib
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from blip3o_jax.ar.qwen3 import grow_table
+from blip3o_jax.blip3o import Blip3o
+from blip3o_jax.config import Config, MeshConfig
+from blip3o_jax.convert.directory import check_space, whole_directory
+from blip3o_jax.convert.mapping import flat, groups
+from blip3o_jax.convert.memory import PeakMemory
+from blip3o_jax.convert.progress import Progress
+from blip3o_jax.convert.record import write_record
+from blip3o_jax.convert.source import Source
+from blip3o_jax.convert.tensor_files import Tensor
+from blip3o_jax.convert.transpose import copy
+from blip3o_jax.parallel.mesh import make_mesh
+from blip3o_jax.parallel.rules import Strategy
+from blip3o_jax.train.checkpoint import write_weights
+from blip3o_jax.train.state import WEIGHTS, StatePlan, plan_state
+
+Index = tuple[tuple[int, int], ...]  # start and stop along each dimension
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """Bytes of parameters, of those on this host's CPU devices, of the largest tensor; peak resident memory above what the
+    process had before, in bytes; seconds of reading and of all."""
+
+    parameters: int
+    staying: int
+    largest: int
+    peak: int
+    read_seconds: float
+    seconds: float
+
+    @property
+    def allowed(self) -> int:
+        """What may be resident at most: what stays, 1.25 times the largest tensor, and 1 GiB."""
+        return self.staying + self.largest * 5 // 4 + 2**30
+
+
+def import_weights(source: Source, out: pathlib.Path, mesh: MeshConfig | None = None, *, overwrite: bool = False) -> Summary:
+    """Writes the checkpoint directory `out`, complete or not at all. `mesh` as in `blip3o_jax.load`."""
+    began = time.monotonic()
+    mesh = mesh or MeshConfig(data=-1, fsdp=1, strategy="dp")
+    strategy = Strategy(mesh.strategy, make_mesh(mesh))
+    config = dataclasses.replace(source.config, mesh=mesh)
+    plan = plan_state(config, strategy)
+    size = sum(leaf.size * leaf.dtype.itemsize for group in WEIGHTS for leaf in jax.tree.leaves(plan.abstract[group]))
+    check_space(out, size)
+    with whole_directory(out, overwrite=overwrite) as directory, PeakMemory() as memory:
+        weights = read_into(plan, source, config)
+        read_seconds = time.monotonic() - began
+        write_weights(directory, config, source.tokenizer, weights)
+        write_record(directory, source.record, source.unread)
+        shards = [s for leaf in jax.tree.leaves(weights) for s in leaf.addressable_shards if s.device.platform == "cpu"]
+        staying = sum(s.data.nbytes for s in shards)
+        del weights, shards
+    largest = max(t.nbytes for tensors in source.tensors.values() for t in tensors.values())
+    return Summary(size, staying, largest, memory.peak, read_seconds, time.monotonic() - began)
+
+
+def read_into(plan: StatePlan, source: Source, config: Config) -> dict[str, Any]:
+    """The source's parameters in the plan's groups, shardings and dtypes."""
+    progress = Progress("read", sum(t.nbytes for tensors in source.tensors.values() for t in tensors.values()))
+    weights: dict[str, Any] = {group: {} for group in WEIGHTS}
+    for part in dict.fromkeys(name for group in WEIGHTS for name in plan.abstract[group]):
+        targets = {path: leaf for group in WEIGHTS for path, leaf in flat(plan.abstract[group].get(part, {})).items()}
+        if tensors := source.tensors.get(part):
+            arrays = _read_part(part, config, tensors, targets, progress)
+            if part == "ar" and "image_embeddings" in source.initialise:
+                arrays = _grown(arrays, targets, source)
+        else:
+            arrays = _drawn(part, config, targets)
+        for group in WEIGHTS:
+            if part in plan.abstract[group]:
+                paths = flat(plan.abstract[group][part])
+                weights[group][part] = nnx.traversals.unflatten_mapping({tuple(p.split("/")): arrays[p] for p in paths})
+    return weights
+
+
+def _read_part(
+    part: str,
+    config: Config,
+    tensors: Mapping[str, Tensor],
+    targets: Mapping[str, jax.ShapeDtypeStruct],
+    progress: Progress,
+) -> dict[str, jax.Array]:
+    arrays: dict[str, jax.Array] = {}
+    for group in groups(part, config.model):
+        shards = {path: _Shards(targets[path]) for path in group.shapes}
+        for layer, tensor in enumerate(_prefetched([tensors[key] for key in group.tensors])):
+            tensor = tensor.astype(shards[group.rule.paths[0]].target.dtype, copy=False)
+            for path, piece in group.to_jax(tensor):
+                shards[path].fill(layer if group.rule.stacked else None, piece)
+            progress.advance(part, tensor.nbytes)
+        arrays |= {path: shard.array() for path, shard in shards.items()}
+    return arrays
+
+
+def _prefetched(tensors: list[Tensor]) -> Iterator[np.ndarray]:
+    """Each tensor's values, the next one being read meanwhile."""
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(tensors[0].read)
+        for following in [*tensors[1:], None]:
+            values = waiting.result()
+            if following is not None:
+                waiting = pool.submit(following.read)
+            yield values
+
+
+class _Shards:
+    """One parameter's pieces on this host, each once however many devices hold it."""
+
+    def __init__(self, target: jax.ShapeDtypeStruct):
+        self.target = target
+        self.devices: dict[Index, list[jax.Device]] = {}
+        for device, index in target.sharding.addressable_devices_indices_map(target.shape).items():
+            spans = tuple(s.indices(n)[:2] for s, n in zip(index, target.shape, strict=True))
+            self.devices.setdefault(spans, []).append(device)
+        self.buffers = {spans: _aligned(tuple(b - a for a, b in spans), target.dtype) for spans in self.devices}
+
+    def fill(self, layer: int | None, piece: np.ndarray) -> None:
+        """Copies what belongs here of one layer's piece (None: of the whole parameter)."""
+        for spans, buffer in self.buffers.items():
+            if layer is not None:
+                (first, last), *spans = spans
+                if not first <= layer < last:
+                    continue
+                buffer = buffer[layer - first]
+            part = piece[tuple(slice(a, min(b, n)) for (a, b), n in zip(spans, piece.shape, strict=True))]
+            if part.shape != buffer.shape:  # the vocabulary is padded here
+                buffer[...] = 0
+            copy(buffer[tuple(slice(n) for n in part.shape)], part)
+
+    def array(self) -> jax.Array:
+        pieces = [jax.device_put(self.buffers[spans], d) for spans, devices in self.devices.items() for d in devices]
+        return jax.make_array_from_single_device_arrays(self.target.shape, self.target.sharding, pieces)
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An empty array that CPU devices take over as it is: they copy what does not begin at a multiple of 64 bytes."""
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.empty(size + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + size].view(dtype).reshape(shape)
+
+
+def _grown(arrays: dict[str, jax.Array], targets: Mapping[str, jax.ShapeDtypeStruct], source: Source) -> dict[str, jax.Array]:
+    """The vocabulary tables with the rows of new tokens at the mean of the text tokenizer's own (the published way); rows
+    that stood for no token are among those that are replaced."""
+    ar = source.config.model.ar
+    for path, transposed in (("embedding", False), ("lm_head/kernel", True)):
+        if path not in arrays:
+            continue
+
+        def grow(table: jax.Array, transposed: bool = transposed) -> jax.Array:
+            table = table.T if transposed else table
+            grown = grow_table(table, source.text_rows, ar.vocab_size)
+            grown = jnp.pad(grown, ((0, ar.padded_vocab_size - ar.vocab_size), (0, 0)))
+            return grown.T if transposed else grown
+
+        arrays[path] = jax.jit(grow, out_shardings=targets[path].sharding, donate_argnums=0)(arrays[path])
+    return arrays
+
+
+def _drawn(part: str, config: Config, targets: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+    """A part with its initial weights."""
+
+    def make() -> dict[str, jax.Array]:
+        state = nnx.to_pure_dict(nnx.state(Blip3o(config.model, (part,), seed=config.seed)))
+        return flat(state[part])
+
+    return jax.jit(make, out_shardings={path: leaf.sharding for path, leaf in targets.items()})()

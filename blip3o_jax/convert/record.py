@@ -1,0 +1,66 @@
+"""What an import leaves in a checkpoint beside the weights, so that an export writes the very files it was given.
+
+conversion.json       spellings, dtypes and the config.json of the source
+unread.safetensors    tensors that nothing here reads
+"""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from blip3o_jax.convert.tensor_files import ShardedWriter, Tensor, read_weights
+
+RECORD_FILE = "conversion.json"
+UNREAD = "unread"
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """What an export needs to know to write the very files that were imported; conversion.json in a checkpoint."""
+
+    tied_head: bool = False  # lm_head.weight was stored although it is the embeddings
+    flat_decoder: bool = False  # decoder.x instead of decoder.vision_model.x
+    nested_encoder: bool = False  # encoder.vision_model.x instead of encoder.x
+    own_tokenizer: bool = False  # TA-Tok came in its own file, whose scale_layer is another
+    dtypes: tuple[tuple[str, str], ...] = ()  # tensors stored wider here than there: (full name, their dtype)
+    config: dict[str, Any] = dataclasses.field(default_factory=dict)  # the source's config.json
+
+    def spelling(self, part: str, key: str) -> str:
+        """The name in the file of what the table calls `key`."""
+        if part == "tokenizer" and self.flat_decoder:
+            key = key.replace("decoder.vision_model.", "decoder.", 1) if key.startswith("decoder.") else key
+        if part == "tokenizer" and self.nested_encoder and key.startswith("encoder."):
+            key = "encoder.vision_model." + key.removeprefix("encoder.")
+        return key
+
+    def table_key(self, part: str, key: str) -> str:
+        """The inverse of `spelling`."""
+        if part == "tokenizer" and self.flat_decoder and key.startswith("decoder."):
+            key = "decoder.vision_model." + key.removeprefix("decoder.")
+        if part == "tokenizer" and self.nested_encoder and key.startswith("encoder.vision_model."):
+            key = "encoder." + key.removeprefix("encoder.vision_model.")
+        return key
+
+
+def write_record(directory: pathlib.Path, record: Record, unread: Mapping[str, Tensor]) -> None:
+    values = dataclasses.asdict(record)
+    (directory / RECORD_FILE).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    if unread:
+        places = {name: (tensor.shape, tensor.dtype) for name, tensor in unread.items()}
+        writer = ShardedWriter(directory, UNREAD, places, max_shard_bytes=2**62)
+        for name, tensor in unread.items():
+            writer.write(name, tensor.read())
+        writer.close()
+
+
+def read_record(directory: pathlib.Path) -> tuple[Record | None, dict[str, Tensor]]:
+    """The record and the tensors kept, or None and nothing for a checkpoint that was trained here."""
+    file = directory / RECORD_FILE
+    if not file.is_file():
+        return None, {}
+    values = json.loads(file.read_text(encoding="utf-8"))
+    record = Record(**values | {"dtypes": tuple(map(tuple, values["dtypes"]))})
+    unread = directory / f"{UNREAD}.safetensors"
+    return record, read_weights(unread) if unread.is_file() else {}

@@ -1,0 +1,401 @@
+"""What a PyTorch model on disk holds, told from its own files: a configuration, and for each part its tensors.
+
+It may be a BLIP3o-NEXT directory, a Qwen3 directory, a SANA directory (transformer/, vae/, scheduler/) and a TA-Tok file, in
+any combination that makes a whole model. Sizes and options come from config.json files; what those do not carry is the
+published model's. Nothing here opens more of a weights file than its header.
+
+Names as the published files have them, where they have several:
+
+    decoder.vision_model.x, decoder.x         the TA-Tok decoder, as saved with transformers before 5 and since
+    encoder.x, encoder.vision_model.x         its encoder
+    lm_head.weight                            also of a tied model; then it must equal the embeddings
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from blip3o_jax import config as config_lib
+from blip3o_jax.config import Config, DataConfig, EditingConfig, MeshConfig, ModelConfig, SamplingConfig, TaTokConfig, UserError
+from blip3o_jax.convert import stock_config
+from blip3o_jax.convert.mapping import Group, groups
+from blip3o_jax.convert.record import Record
+from blip3o_jax.convert.tables import PREFIXES
+from blip3o_jax.convert.tensor_files import Tensor, find_weights, load_torch, read_json, read_weights, torch_tensors
+from blip3o_jax.text.tokenizers import BPE_FILE, SENTENCEPIECE_FILE, TextTokenizer, load_tokenizer
+from blip3o_jax.text.vocabulary import Vocabulary
+
+INITIALISABLE = ("connector", "image_embeddings", "latent_connector", "feature_connector")
+SECTION = "blip3o_jax"  # of config.json: what the published keys have no place for
+HEAD = "lm_head.weight"
+EMBEDDINGS = "model.embed_tokens.weight"
+# Tensors that no computation here reads, kept as they are: name or beginning of names, by part.
+UNREAD = {
+    "tokenizer": (
+        "scale_layer.",
+        "teacher.",
+        "encoder.embeddings.position_ids",
+        "decoder.vision_model.embeddings.position_ids",
+    ),
+    "ar": ("model.und_image_vae_as_noise_connector.",),
+}
+TA_TOK_KEYS = ("encoder", "decoder", "bottleneck_dim", "codebook_size", "select_layer", "l2_normalized")
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """`tensors`: part -> name in the table -> tensor, complete and of the right shapes. `unread`: full name -> tensor.
+    `initialise`: what of INITIALISABLE is to be made here."""
+
+    config: Config
+    tokenizer: TextTokenizer
+    text_rows: int  # ids of the text tokenizer itself, image tokens not among them
+    tensors: dict[str, dict[str, Tensor]]
+    unread: dict[str, Tensor]
+    record: Record
+    initialise: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def open_source(
+    source: pathlib.Path,
+    *,
+    diffusion: pathlib.Path | None = None,
+    ta_tok: pathlib.Path | None = None,
+    ta_tok_config: pathlib.Path | None = None,
+    initialise: Iterable[str] = (),
+    dtype: str = "",
+) -> Source:
+    """Reads headers and configurations, and judges whether they make one whole model.
+
+    `dtype` is the one parameters are to have here; "" keeps that of the files (the widest of a part, where a part has several,
+    which holds the others exactly). UserError, one line that names file and tensor, for whatever does not fit.
+    """
+    initialise = tuple(initialise)
+    for name in initialise:
+        config_lib.check_choice("--initialise", name, INITIALISABLE)
+    files = _Files.read(source, diffusion, ta_tok)
+    tokenizer = _text_tokenizer(source)
+    model = _model_config(files, ta_tok_config, initialise)
+    vocabulary = Vocabulary(tokenizer, model.tokenizer.codebook_size)
+    model = _with_vocabulary(model, vocabulary, files, initialise)
+    record, parts, unread = _sort_out(files, model)
+    for part, given in parts.items():
+        _check_part(part, model, given, files, initialise)
+    model, dtypes = _with_dtypes(model, parts, dtype)
+    _check_tied_head(files, model)
+    section = files.section
+    config = Config(
+        stage="joint",
+        model=model,
+        data=DataConfig(max_length=section.get("max_length", 2048)),
+        sampling=config_lib.from_dict(section.get("sampling", {}), SamplingConfig, f"{files.config_file}: {SECTION}.sampling"),
+        mesh=MeshConfig(data=-1, fsdp=1, strategy="dp"),
+    )
+    record = dataclasses.replace(record, dtypes=dtypes, config=files.values)
+    return Source(config, tokenizer, vocabulary.image_start, parts, unread, record, initialise, tuple(files.notes))
+
+
+@dataclasses.dataclass
+class _Files:
+    """The files of a source, unjudged. `tensors`: full name -> tensor."""
+
+    config_file: pathlib.Path
+    values: dict[str, Any]  # config.json of the source
+    section: dict[str, Any]
+    tensors: dict[str, Tensor]
+    transformer: tuple[pathlib.Path, dict[str, Any]] | None  # config.json of each, where there is one
+    vae: tuple[pathlib.Path, dict[str, Any]] | None
+    scheduler: tuple[pathlib.Path, dict[str, Any]] | None
+    ta_tok: dict[str, Any]  # args of the TA-Tok file
+    notes: list[str]
+    own_tokenizer: bool = False  # TA-Tok is in its own file
+
+    @classmethod
+    def read(cls, source: pathlib.Path, diffusion: pathlib.Path | None, ta_tok: pathlib.Path | None) -> "_Files":
+        file = source / "config.json"
+        if not file.is_file():
+            raise UserError(f"{source} holds no config.json: --source takes a BLIP3o-NEXT or Qwen3 directory")
+        values = read_json(file)
+        section = values.get(SECTION, {})
+        config_lib.check(isinstance(section, dict), f"{file}: {SECTION} must be a group of fields")
+        files = cls(file, values, section, {}, None, None, None, {}, [])
+        if diffusion is not None:
+            files._read_diffusion(diffusion)
+        if ta_tok is not None:
+            files.own_tokenizer = True
+            files._add(PREFIXES["tokenizer"], files._read_ta_tok(ta_tok))
+        files._add("", read_weights(source))
+        return files
+
+    def _read_diffusion(self, directory: pathlib.Path) -> None:
+        """transformer/ (or dit/, as exported here), vae/ and scheduler/, as far as they are there."""
+        found = False
+        for name, prefix in (("transformer", PREFIXES["dit"]), ("vae", PREFIXES["vae"]), ("scheduler", "")):
+            folder = directory / name
+            if name == "transformer" and not folder.is_dir():
+                folder = directory / "dit"
+            file = folder / ("scheduler_config.json" if name == "scheduler" else "config.json")
+            if not folder.is_dir():
+                continue
+            found = True
+            setattr(self, name, (file, read_json(file)))
+            if prefix and find_weights(folder) is not None:
+                self._add(prefix, read_weights(folder))
+            elif prefix:
+                self.notes.append(f"{folder} holds no weights: only its sizes are read")
+        if not found:
+            raise UserError(
+                f"{directory} holds none of transformer/, vae/, scheduler/: --diffusion takes a diffusers directory"
+            )
+
+    def _read_ta_tok(self, file: pathlib.Path) -> dict[str, Tensor]:
+        """The tensors of a TA-Tok file, {"model": {"args": ..., "sd": ...}}, or of a safetensors file or directory."""
+        if file.is_dir() or file.suffix == ".safetensors":
+            return read_weights(file)
+        contents = load_torch(file)
+        model = contents.get("model", contents) if isinstance(contents, Mapping) else None
+        if not isinstance(model, Mapping) or not isinstance(model.get("sd"), Mapping):
+            raise UserError(f"{file} is not a TA-Tok file: it has no model.sd; see docs/conversion.md")
+        self.ta_tok = dict(model.get("args") or {})
+        return torch_tensors(model["sd"], file)
+
+    def _add(self, prefix: str, tensors: Mapping[str, Tensor]) -> None:
+        """What is read later wins, which is said."""
+        named = {prefix + key: dataclasses.replace(tensor, key=prefix + key) for key, tensor in tensors.items()}
+        if both := set(named) & set(self.tensors):
+            first = min(both)
+            self.notes.append(
+                f"{len(both)} tensors, such as {first}, are in {self.tensors[first].file.name} and in {named[first].file}: "
+                "the latter are taken"
+            )
+        self.tensors |= named
+
+
+def _text_tokenizer(source: pathlib.Path) -> TextTokenizer:
+    kind = "sentencepiece" if (source / SENTENCEPIECE_FILE).is_file() else "bpe"
+    if kind == "bpe" and not any((source / name).is_file() for name in (BPE_FILE, "vocab.json")):
+        raise UserError(
+            f"{source} holds no text tokenizer ({BPE_FILE}, vocab.json with merges.txt, or {SENTENCEPIECE_FILE}): put the "
+            "tokenizer's files beside the weights"
+        )
+    return load_tokenizer(config_lib.TextConfig(kind=kind, path=str(source)))
+
+
+def _model_config(files: _Files, ta_tok_config: pathlib.Path | None, initialise: tuple[str, ...]) -> ModelConfig:
+    """Every part's sizes and options, from the most specific file that has them."""
+    where = str(files.config_file)
+    model = config_lib.from_dict(files.section.get("model", {}), ModelConfig, f"{where}: {SECTION}.model")
+    ar = stock_config.read_qwen3(files.values, where)
+    published = {name: getattr(ar, name) for name in (*stock_config.QWEN3.fields, "rope_theta")}
+    replaced: dict[str, Any] = {"ar": dataclasses.replace(model.ar, **published, spare_rows=0)}
+    for name, part, read in (
+        ("transformer", "dit", stock_config.read_sana),
+        ("vae", "vae", stock_config.read_dc_ae),
+        ("scheduler", "flow", stock_config.read_scheduler),
+    ):
+        if (found := getattr(files, name)) is not None:
+            file, values = found
+            new = read(values, str(file))
+            own = {n: getattr(getattr(model, part), n) for n in ("dtype", "remat", "unroll") if hasattr(new, n)}
+            replaced[part] = dataclasses.replace(new, **own)
+    replaced["tokenizer"] = _ta_tok_config(model.tokenizer, files.ta_tok, ta_tok_config)
+    there = lambda part: any(key.startswith(PREFIXES[part]) for key in files.tensors) or part in initialise
+    replaced["editing"] = EditingConfig(latents=there("latent_connector"), features=there("feature_connector"))
+    dit, vae = replaced.get("dit", model.dit), replaced.get("vae", model.vae)
+    if "model" not in files.section:
+        replaced["image_size"] = dit.sample_size * vae.spatial_compression
+    text = dataclasses.replace(model.text, kind="bpe", path="text", train_size=0)
+    if (files.config_file.parent / SENTENCEPIECE_FILE).is_file():
+        text = dataclasses.replace(text, kind="sentencepiece")
+    return dataclasses.replace(model, text=text, **replaced)
+
+
+def _ta_tok_config(base: TaTokConfig, args: dict[str, Any], override: pathlib.Path | None) -> TaTokConfig:
+    """The TA-Tok file's own args over the published sizes, and --ta_tok_config over both."""
+    bottleneck = args.get("bottleneck", {}).get("args", {})
+    regularizer = bottleneck.get("regularizer", {}).get("args", {})
+    found = {
+        "bottleneck_dim": bottleneck.get("bottleneck_dim"),
+        "codebook_size": regularizer.get("codebook_size"),
+        "l2_normalized": regularizer.get("l2_normalized"),
+        "stochastic": regularizer.get("stochastic"),
+        "stochastic_temperature": regularizer.get("stochastic_temperature"),
+        "pool_scale": args.get("pool_scale"),
+        "select_layer": args.get("select_layer_id"),
+    }
+    values = {name: value for name, value in found.items() if value is not None}
+    if "decoder_depth" in args:
+        values["decoder"] = {"num_hidden_layers": args["decoder_depth"]}
+    if "input_size" in args:
+        values["encoder"] = {"image_size": args["input_size"]}
+    cfg = _overridden(base, values, "the args of the TA-Tok file")
+    if override is None:
+        return cfg
+    given = read_json(override)
+    for key in given:
+        config_lib.check(key in TA_TOK_KEYS, f"{override}: unknown key {key}; it takes {', '.join(TA_TOK_KEYS)}")
+    return _overridden(cfg, given, str(override))
+
+
+def _overridden(base: Any, values: dict[str, Any], where: str) -> Any:
+    """A dataclass with some of its fields, and fields of its groups, replaced; checked as a whole."""
+    merged = config_lib.to_dict(base)
+    for key, value in values.items():
+        merged[key] = merged[key] | value if isinstance(value, dict) and isinstance(merged.get(key), dict) else value
+    return config_lib.from_dict(merged, type(base), where)
+
+
+def _with_vocabulary(model: ModelConfig, vocabulary: Vocabulary, files: _Files, initialise: tuple[str, ...]) -> ModelConfig:
+    """The model with as many rows as its tables are to have here, checked against the ids that config.json states."""
+    stated = {
+        "image_start_tag_id": vocabulary.image_start,
+        "image_end_tag_id": vocabulary.image_end,
+        "scale_start_token_id": vocabulary.scale(1),
+        "image_start_token_id": vocabulary.image_first,
+        "image_end_token_id": vocabulary.image_last - 1,
+        "num_image_tokens": vocabulary.codebook_size,
+    }
+    for key, value in stated.items():
+        if files.values.get(key, value) != value:
+            raise UserError(
+                f"{files.config_file}: {key}={files.values[key]}, but the tokenizer's files and the codebook make it {value}: "
+                "use the tokenizer that belongs to the weights"
+            )
+    rows = vocabulary.size if "image_embeddings" in initialise else model.ar.vocab_size
+    if rows < vocabulary.size:
+        raise UserError(
+            f"{files.config_file}: vocab_size={rows}, but text tokenizer and image tokens have {vocabulary.size} ids; "
+            "--initialise=image_embeddings adds the missing rows at the mean of the others"
+        )
+    return dataclasses.replace(model, ar=dataclasses.replace(model.ar, vocab_size=rows, spare_rows=rows - vocabulary.size))
+
+
+def _sort_out(files: _Files, model: ModelConfig) -> tuple[Record, dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """(spelling, tensors by part and name in the table, tensors that nothing reads by full name)."""
+    wanted = ["tokenizer", "ar", "connector", "dit", "vae"]
+    wanted += ["latent_connector"] * model.editing.latents + ["feature_connector"] * model.editing.features
+    tower = [key.removeprefix(PREFIXES["tokenizer"]) for key in files.tensors if key.startswith(PREFIXES["tokenizer"])]
+    decoder = [key for key in tower if key.startswith("decoder.")]
+    record = Record(
+        tied_head=model.ar.tie_word_embeddings and HEAD in files.tensors,
+        flat_decoder=bool(decoder) and not any(key.startswith("decoder.vision_model.") for key in decoder),
+        nested_encoder=any(key.startswith("encoder.vision_model.") for key in tower),
+        own_tokenizer=files.own_tokenizer,
+    )
+    parts: dict[str, dict[str, Tensor]] = {part: {} for part in wanted}
+    unread: dict[str, Tensor] = {}
+    prefixes = sorted(((prefix, part) for part, prefix in PREFIXES.items()), key=lambda p: -len(p[0]))
+    for name, tensor in files.tensors.items():
+        prefix, part = next((prefix, part) for prefix, part in prefixes if name.startswith(prefix))
+        key = record.table_key(part, name.removeprefix(prefix))
+        if part == "ar" and key == HEAD and model.ar.tie_word_embeddings:
+            continue
+        if key.startswith(UNREAD.get(part, ("\0",))):
+            _check_scale(key, tensor)
+            unread[name] = tensor
+        else:
+            parts[part][key] = tensor
+    return record, parts, unread
+
+
+def _check_scale(key: str, tensor: Tensor) -> None:
+    """Pixels come in [-1, 1] here, so a scaling of the tokenizer's own must be to that: of [0, 1], or none."""
+    allowed = {"scale_layer.shift": (0.0, 0.5), "scale_layer.scale": (1.0, 0.5)}.get(key)
+    if allowed and not any(np.all(tensor.read() == value) for value in allowed):
+        raise UserError(
+            f"{tensor.file}: {tensor.key} is {tensor.read().reshape(-1).tolist()}, but the vision tokenizer here takes pixels "
+            f"in [-1, 1]: it must be {' or '.join(map(str, allowed))}"
+        )
+
+
+def _check_part(part: str, model: ModelConfig, given: dict[str, Tensor], files: _Files, initialise: tuple[str, ...]) -> None:
+    """Exactly the tensors of the part's table, in its shapes."""
+    if not given:
+        if part in initialise:
+            return
+        diffusers = "--diffusion=DIR with weights"
+        advice = {"dit": diffusers, "vae": diffusers, "tokenizer": "--ta_tok=FILE"}.get(part)
+        advice = f"give {advice}" if advice else f"use --initialise={part} to make new ones"
+        raise UserError(f"{files.config_file.parent} holds no tensors of part {part} ({PREFIXES[part]}*): {advice}")
+    if part in initialise:
+        raise UserError(f"--initialise={part}, but {next(iter(given.values())).file} holds its tensors: leave one of them out")
+    shapes = {key: (shape, group) for group in groups(part, model) for key, shape in group.tensors.items()}
+    if missing := [key for key in shapes if key not in given]:
+        raise UserError(
+            f"{next(iter(given.values())).file.parent}: {PREFIXES[part]}{missing[0]} is missing ({len(missing)} tensors of "
+            f"{part} in all), which {_sizes(part, files)} asks for"
+        )
+    if extra := [tensor for key, tensor in given.items() if key not in shapes]:
+        raise UserError(
+            f"{extra[0].file}: {extra[0].key} belongs to no parameter of {part} ({len(extra)} tensors in all) by "
+            f"{_sizes(part, files)}; nothing is dropped silently"
+        )
+    for key, (shape, group) in shapes.items():
+        _check_tensor(part, given[key], shape, group, files, grown="image_embeddings" in initialise)
+
+
+def _check_tensor(part: str, tensor: Tensor, shape: tuple[int, ...], group: Group, files: _Files, *, grown: bool) -> None:
+    wanted = shape
+    if grown and group.rule.vocabulary:
+        wanted = (files.values["vocab_size"], *shape[1:])
+    if tensor.shape != wanted:
+        raise UserError(
+            f"{tensor.file}: {tensor.key} has shape {list(tensor.shape)}, but {_sizes(part, files)} makes it {list(wanted)}"
+        )
+    if not jnp.issubdtype(tensor.dtype, jnp.floating):
+        raise UserError(f"{tensor.file}: {tensor.key} has dtype {tensor.dtype}, not one of floating point")
+
+
+def _sizes(part: str, files: _Files) -> str:
+    """Where the sizes of a part were read."""
+    stock = {"dit": files.transformer, "vae": files.vae}.get(part)
+    if stock is not None:
+        return str(stock[0])
+    if part == "ar" or files.section:
+        return str(files.config_file)
+    if part == "tokenizer":
+        return "the published so400m tokenizer (--ta_tok_config=FILE.json states another)"
+    return f"{files.config_file} with the published sizes (--diffusion=DIR states others)"
+
+
+def _with_dtypes(
+    model: ModelConfig, parts: dict[str, dict[str, Tensor]], dtype: str
+) -> tuple[ModelConfig, tuple[tuple[str, str], ...]]:
+    """The model with each part's parameter dtype, and what tensors are narrower than that in the files."""
+    own = lambda names: [t.dtype for name in names for t in parts.get(name, {}).values()]
+    widest = lambda *names: dtype or str(jnp.result_type(*own(names))) if own(names) else dtype or "float32"
+    tokenizer, connector = widest("tokenizer"), widest("connector", "latent_connector", "feature_connector")
+    replace = dataclasses.replace
+    model = replace(
+        model,
+        ar=replace(model.ar, param_dtype=widest("ar")),
+        tokenizer=replace(
+            model.tokenizer, param_dtype=tokenizer, encoder=replace(model.tokenizer.encoder, param_dtype=tokenizer)
+        ),
+        connector=replace(model.connector, param_dtype=connector),
+        dit=replace(model.dit, param_dtype=widest("dit")),
+        vae=replace(model.vae, param_dtype=widest("vae")),
+    )
+    if dtype:
+        return model, ()
+    stored = {part: np.dtype(getattr(model, part, model.connector).param_dtype) for part in parts}
+    narrower = [(t.key, str(t.dtype)) for part, given in parts.items() for t in given.values() if t.dtype != stored[part]]
+    return model, tuple(narrower)
+
+
+def _check_tied_head(files: _Files, model: ModelConfig) -> None:
+    head = files.tensors.get(HEAD)
+    if head is None or not model.ar.tie_word_embeddings:
+        return
+    embeddings = files.tensors[EMBEDDINGS]
+    same = head.shape == embeddings.shape and head.dtype == embeddings.dtype
+    if not same or not np.array_equal(head.read().view(np.uint8), embeddings.read().view(np.uint8)):
+        raise UserError(
+            f"{head.file}: {HEAD} differs from {EMBEDDINGS}, although {files.config_file} says tie_word_embeddings: true; "
+            "set it to false there, or leave the tensor out"
+        )

@@ -1,0 +1,271 @@
+"""config.json of the stock classes, both ways: written for an export, read and checked for an import. Needs no torch.
+
+Every field of a stock class is decided in one of three tables: `fields` are taken over, `fixed` must have one of the listed
+values (the first is the class's default), since this package has no other form of the model, and `ignored` changes nothing.
+Keys in none of them are for the files' other readers (`dtype`, `transformers_version`, the ids of image tokens) and pass.
+"""
+
+import dataclasses
+import math
+from typing import Any, NoReturn
+
+from blip3o_jax import config
+from blip3o_jax.config import DcAeConfig, FlowConfig, ModelConfig, Qwen3Config, SanaConfig, UserError
+from blip3o_jax.vae.dc_ae import check_config as check_dc_ae
+
+# What this package adds to the fields of the stock classes.
+OWN_FIELDS = frozenset({"dtype", "param_dtype", "remat", "unroll", "vocab_multiple", "embedding_range"})
+REQUIRED = object()
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How the config.json of one stock class is read into `cls`."""
+
+    cls: type
+    fields: dict[str, Any]  # name -> what the stock class takes where the key is missing, or REQUIRED
+    fixed: dict[str, tuple[Any, ...]]
+    ignored: frozenset[str]
+
+
+QWEN3 = Layout(
+    Qwen3Config,
+    fields={
+        "vocab_size": REQUIRED,
+        "hidden_size": REQUIRED,
+        "intermediate_size": REQUIRED,
+        "num_hidden_layers": REQUIRED,
+        "num_attention_heads": REQUIRED,
+        "num_key_value_heads": REQUIRED,
+        "head_dim": REQUIRED,
+        "rms_norm_eps": REQUIRED,
+        "tie_word_embeddings": False,
+        "initializer_range": 0.02,
+    },
+    fixed={
+        # The latter three are the reference's own names for training, sampling and GRPO.
+        "model_type": ("qwen3", "blip3o_qwen", "blip3o_qwen_inference", "blip3o_qwen_grpo"),
+        "hidden_act": ("silu",),
+        "attention_bias": (False,),
+        "attention_dropout": (0.0,),
+        "use_sliding_window": (False,),
+        "partial_rotary_factor": (None, 1.0),
+        "quantization_config": (None,),
+    },
+    ignored=frozenset(
+        {
+            "rope_theta",  # these three by `_rope_theta`
+            "rope_parameters",
+            "rope_scaling",
+            "layer_types",  # by `read_qwen3`
+            "max_position_embeddings",  # no table of positions is stored
+            "use_cache",
+            "sliding_window",  # read with use_sliding_window only, as is the next
+            "max_window_layers",
+            "pad_token_id",  # of the text tokenizer
+            "bos_token_id",
+            "eos_token_id",
+        }
+    ),
+)
+SANA = Layout(
+    SanaConfig,
+    fields={
+        "in_channels": REQUIRED,
+        "out_channels": None,
+        "num_layers": REQUIRED,
+        "num_attention_heads": REQUIRED,
+        "attention_head_dim": REQUIRED,
+        "num_cross_attention_heads": REQUIRED,
+        "cross_attention_head_dim": REQUIRED,
+        "cross_attention_dim": REQUIRED,
+        "caption_channels": REQUIRED,
+        "mlp_ratio": REQUIRED,
+        "sample_size": REQUIRED,
+        "patch_size": REQUIRED,
+        "interpolation_scale": None,
+        "qk_norm": None,
+    },
+    fixed={
+        "_class_name": ("SanaTransformer2DModel",),
+        "dropout": (0.0,),
+        "attention_bias": (False,),
+        "norm_elementwise_affine": (False,),
+        "norm_eps": (1e-6,),
+        "guidance_embeds": (False,),
+        "timestep_scale": (1.0,),
+    },
+    ignored=frozenset({"guidance_embeds_scale"}),  # read with guidance_embeds only
+)
+DC_AE = Layout(
+    DcAeConfig,
+    fields={name: REQUIRED for name in (field.name for field in dataclasses.fields(DcAeConfig)) if name not in OWN_FIELDS},
+    fixed={
+        "_class_name": ("AutoencoderDC",),
+        "encoder_out_shortcut": (True,),
+        "decoder_in_shortcut": (True,),
+        "decoder_conv_act_fn": ("relu",),
+    },
+    ignored=frozenset(),
+)
+# Published next to SANA is the config of `DPMSolverMultistepScheduler`; the reference reads it with the flow-matching class,
+# which does not know its `flow_shift`. So `_class_name` is not looked at, and `prediction_type` (DPM's) only has to agree.
+SCHEDULER = Layout(
+    FlowConfig,
+    fields={"num_train_timesteps": 1000, "shift": 1.0},
+    fixed={
+        "prediction_type": (None, "flow_prediction"),
+        "use_dynamic_shifting": (False,),
+        "shift_terminal": (None,),
+        "invert_sigmas": (False,),
+        "use_karras_sigmas": (False,),
+        "use_exponential_sigmas": (False,),
+        "use_beta_sigmas": (False,),
+        "stochastic_sampling": (False,),
+    },
+    # All of these are read with use_dynamic_shifting only.
+    ignored=frozenset({"base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len", "time_shift_type"}),
+)
+
+
+def stock_config(name: str, cfg: ModelConfig) -> dict[str, Any]:
+    """The fields of config.json (JSON values) for `name` "ar", "dit", "vae" or "scheduler": what the stock class is built from.
+
+    The AR's holds the rotary base in both forms, of transformers 4 and 5. dtype and the ids of special tokens are the
+    exporter's to add.
+    """
+    if name == "ar":
+        return {
+            "architectures": ["Qwen3ForCausalLM"],
+            "model_type": "qwen3",
+            **_taken(QWEN3, cfg.ar),
+            "rope_theta": cfg.ar.rope_theta,
+            "rope_parameters": {"rope_type": "default", "rope_theta": cfg.ar.rope_theta},
+            **{key: QWEN3.fixed[key][0] for key in ("hidden_act", "attention_bias", "attention_dropout", "use_sliding_window")},
+            "sliding_window": None,
+            "max_window_layers": cfg.ar.num_hidden_layers,
+            "layer_types": ["full_attention"] * cfg.ar.num_hidden_layers,
+            "max_position_embeddings": 40960,
+            "use_cache": True,
+        }
+    if name == "scheduler":
+        return {"_class_name": "FlowMatchEulerDiscreteScheduler", **_taken(SCHEDULER, cfg.flow)}
+    if name not in ("dit", "vae"):
+        raise ValueError(f"no stock class has a config.json for part {name!r}: use ar, dit, vae or scheduler")
+    layout, part = (SANA, cfg.dit) if name == "dit" else (DC_AE, cfg.vae)
+    return {key: values[0] for key, values in layout.fixed.items()} | _taken(layout, part)
+
+
+def read_qwen3(values: dict[str, Any], where: str) -> Qwen3Config:
+    """config.json of `transformers.Qwen3Config`, or of the reference's classes derived from it. `where` is the file, for
+    errors; as in all readers here, what cannot be used raises UserError."""
+    _check_object(values, where)
+    kinds = values.get("layer_types")
+    if kinds is not None and (not isinstance(kinds, list | tuple) or any(kind != "full_attention" for kind in kinds)):
+        raise UserError(f"{where}: layer_types={kinds!r} is not supported: only a list of 'full_attention' can be converted")
+    computed: dict[str, Any] = {"rope_theta": _rope_theta(values, where)}
+    if values.get("num_key_value_heads", REQUIRED) is None:
+        computed["num_key_value_heads"] = values.get("num_attention_heads")
+    return _read(QWEN3, values, where, computed)
+
+
+def read_sana(values: dict[str, Any], where: str) -> SanaConfig:
+    """config.json of `diffusers.SanaTransformer2DModel`."""
+    _check_object(values, where)
+    computed = {} if values.get("out_channels") else {"out_channels": values.get("in_channels")}
+    return _read(SANA, values, where, computed)
+
+
+def read_dc_ae(values: dict[str, Any], where: str) -> DcAeConfig:
+    """config.json of `diffusers.AutoencoderDC`. What it takes as one value or one a stage is put into the form used here."""
+    _check_object(values, where)
+    computed: dict[str, Any] = {}
+    for side in ("encoder", "decoder"):
+        kind, channels = values.get(f"{side}_block_types"), values.get(f"{side}_block_out_channels")
+        if isinstance(kind, str) and isinstance(channels, list | tuple):
+            computed[f"{side}_block_types"] = [kind] * len(channels)
+    for key in ("decoder_norm_types", "decoder_act_fns"):
+        value = values.get(key)
+        if isinstance(value, list | tuple):
+            if len(set(map(str, value))) != 1:
+                raise UserError(f"{where}: {key}={value!r} differs between stages: only one value for all can be converted")
+            computed[key] = value[0]
+    cfg = _read(DC_AE, values, where, computed)
+    try:
+        check_dc_ae(cfg)
+    except config.ConfigError as error:
+        raise UserError(f"{where}: {error}") from None
+    return cfg
+
+
+def read_scheduler(values: dict[str, Any], where: str) -> FlowConfig:
+    """scheduler_config.json, as `diffusers.FlowMatchEulerDiscreteScheduler` reads it whichever class wrote it."""
+    _check_object(values, where)
+    return _read(SCHEDULER, values, where, {})
+
+
+def _taken(layout: Layout, part: Any) -> dict[str, Any]:
+    return {key: config.to_dict(getattr(part, key)) for key in layout.fields}
+
+
+def _rope_theta(values: dict[str, Any], where: str) -> Any:
+    """The rotary base: in `rope_parameters` (transformers 5), or at the top level beside an optional `rope_scaling`."""
+    inner: dict[str, Any] = {}
+    for key in ("rope_scaling", "rope_parameters"):
+        if values.get(key) is None:
+            continue
+        if not isinstance(values[key], dict):
+            raise UserError(f"{where}: {key}={values[key]!r} must be a group of fields, or null")
+        inner |= values[key]
+        for name, value in values[key].items():
+            if name in ("rope_type", "type"):
+                known = value in ("default", None)
+            else:
+                known = name == "rope_theta" or (name == "partial_rotary_factor" and value in (None, 1.0))
+            if not known:
+                raise UserError(
+                    f"{where}: {key}.{name}={value!r} is not supported: only plain rotary positions (rope_type 'default') can "
+                    "be converted"
+                )
+    theta = inner.get("rope_theta", values.get("rope_theta"))
+    if theta is None:
+        raise UserError(f"{where}: lacks rope_theta (or rope_parameters.rope_theta): add the base the model was trained with")
+    return theta
+
+
+def _read(layout: Layout, values: dict[str, Any], where: str, computed: dict[str, Any]) -> Any:
+    """The dataclass of `layout`; `computed` has precedence over `values`."""
+    for key, allowed in layout.fixed.items():
+        if values.get(key, allowed[0]) not in allowed:
+            _refuse(where, key, values[key], allowed)
+    missing = [key for key, default in layout.fields.items() if default is REQUIRED and key not in values]
+    if missing:
+        raise UserError(f"{where}: lacks {', '.join(missing)}: take the file that was published or saved with the weights")
+    taken = {key: values.get(key, default) for key, default in layout.fields.items()} | computed
+    for key, value in taken.items():
+        _check_numbers(where, key, value)
+    try:
+        return config.from_dict(taken, layout.cls)
+    except config.ConfigError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def _check_object(values: Any, where: str) -> None:
+    if not isinstance(values, dict):
+        raise UserError(f"{where}: must hold a JSON object ({{...}}), not {type(values).__name__}")
+
+
+def _check_numbers(where: str, key: str, value: Any) -> None:
+    """Sizes, ratios and constants are positive; a stage may have no layers, and weights may be drawn with deviation 0."""
+    if isinstance(value, list | tuple):
+        for item in value:
+            _check_numbers(where, key, item)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        zero = key.endswith("layers_per_block") or key == "initializer_range"
+        if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
+            raise UserError(f"{where}: {key}={value!r} must be a finite number {'of 0 or more' if zero else 'above 0'}")
+
+
+def _refuse(where: str, key: str, value: Any, allowed: tuple[Any, ...]) -> NoReturn:
+    options = " or ".join(repr(v) for v in allowed)
+    raise UserError(f"{where}: {key}={value!r} is not supported: only a model with {key}={options} can be converted")

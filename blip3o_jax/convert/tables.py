@@ -1,0 +1,263 @@
+"""Which PyTorch tensor is which parameter here: one table for each part, read in both directions.
+
+A rule pairs the name of a tensor in the stock class (without the prefix it has in a BLIP3o-NEXT directory) with the path of a
+parameter in the part of that name. In a name, `{i}` is the number of a layer whose parameters are stacked here. A path may be
+several: the tensor then holds these parameters one after the other along its first dimension.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+from blip3o_jax.config import DcAeConfig, ModelConfig
+
+Shape = tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How one tensor lies in PyTorch and here."""
+
+    to_jax: Callable[[np.ndarray], np.ndarray]
+    to_torch: Callable[[np.ndarray], np.ndarray]
+    torch_shape: Callable[[Shape], Shape]  # of a parameter's shape, without the axis of the layers
+
+
+def _patch_to_torch(kernel: np.ndarray) -> np.ndarray:
+    side = math.isqrt(kernel.shape[0] // 3)
+    return kernel.reshape(side, side, 3, -1).transpose(3, 2, 0, 1)
+
+
+LAYOUTS = {
+    "same": Layout(lambda w: w, lambda w: w, lambda s: s),
+    # [out, in] and [in, out]
+    "linear": Layout(lambda w: w.T, lambda w: w.T, lambda s: s[::-1]),
+    # [out, in, height, width] and [height, width, in, out]
+    "conv": Layout(lambda w: w.transpose(2, 3, 1, 0), lambda w: w.transpose(3, 2, 0, 1), lambda s: (s[3], s[2], s[0], s[1])),
+    # [out, in, 1, 1] and [in, out]
+    "conv1x1": Layout(lambda w: w[:, :, 0, 0].T, lambda w: w.T[:, :, None, None], lambda s: (s[1], s[0], 1, 1)),
+    # [out, 3, patch, patch] and [patch * patch * 3, out]
+    "patch": Layout(
+        lambda w: w.transpose(2, 3, 1, 0).reshape(-1, w.shape[0]),
+        _patch_to_torch,
+        lambda s: (s[1], 3, math.isqrt(s[0] // 3), math.isqrt(s[0] // 3)),
+    ),
+    # [1, 1, width] and [width]
+    "probe": Layout(lambda w: w.reshape(-1), lambda w: w.reshape(1, 1, -1), lambda s: (1, 1, *s)),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """`torch`: name pattern; `paths`: of the parameters; `first`: what `{i}` is for layer 0 here; `vocabulary`: the first
+    dimension of the tensor counts the vocabulary, whose rows are padded here and not there."""
+
+    torch: str
+    paths: tuple[str, ...]
+    layout: str = "same"
+    first: int = 0
+    vocabulary: bool = False
+
+    @property
+    def stacked(self) -> bool:
+        return "{i}" in self.torch
+
+    def key(self, layer: int) -> str:
+        """The tensor's name for a layer here."""
+        return self.torch.replace("{i}", str(layer + self.first))
+
+
+# Parts in the order of the image's way, and what comes before their names in a BLIP3o-NEXT directory.
+PREFIXES = {
+    "tokenizer": "model.vision_tower.vision_tower.",
+    "ar": "",
+    "connector": "model.diffusion_connector.",
+    "latent_connector": "model.und_image_vae_connector.",
+    "feature_connector": "model.tar_siglip_features_connector.",
+    "dit": "model.sana.",
+    "vae": "model.sana_vae.",
+}
+
+
+def rules(part: str, cfg: ModelConfig) -> list[Rule]:
+    """The table of one part of a model."""
+    return _TABLES[part](cfg)
+
+
+def _linear(torch: str, path: str, layout: str = "linear", *, bias: bool = True, first: int = 0) -> list[Rule]:
+    """Weight, and bias where there is one."""
+    weight = Rule(f"{torch}.weight", (f"{path}/kernel",), layout, first)
+    return [weight, Rule(f"{torch}.bias", (f"{path}/bias",), first=first)] if bias else [weight]
+
+
+def _norm(torch: str, path: str, *, bias: bool = False, first: int = 0) -> list[Rule]:
+    scale = Rule(f"{torch}.weight", (f"{path}/scale",), first=first)
+    return [scale, Rule(f"{torch}.bias", (f"{path}/bias",), first=first)] if bias else [scale]
+
+
+def _prefixed(torch: str, path: str, table: list[Rule], *, first: int = 0) -> list[Rule]:
+    return [
+        dataclasses.replace(rule, torch=torch + rule.torch, paths=tuple(path + p for p in rule.paths), first=first)
+        for rule in table
+    ]
+
+
+def _qwen3(cfg: ModelConfig) -> list[Rule]:
+    """`transformers.Qwen3ForCausalLM`."""
+    layer, here = "model.layers.{i}.", "layers/"
+    table = [
+        Rule("model.embed_tokens.weight", ("embedding",), vocabulary=True),
+        *_norm(f"{layer}input_layernorm", f"{here}attention_norm"),
+        *_norm(f"{layer}post_attention_layernorm", f"{here}mlp_norm"),
+        *_norm(f"{layer}self_attn.q_norm", f"{here}attention/q_norm"),
+        *_norm(f"{layer}self_attn.k_norm", f"{here}attention/k_norm"),
+        *(r for n in "qkvo" for r in _linear(f"{layer}self_attn.{n}_proj", f"{here}attention/{n}", bias=False)),
+        *(r for n in ("gate", "up", "down") for r in _linear(f"{layer}mlp.{n}_proj", f"{here}mlp/{n}", bias=False)),
+        *_norm("model.norm", "norm"),
+    ]
+    if not cfg.ar.tie_word_embeddings:
+        table.append(Rule("lm_head.weight", ("lm_head/kernel",), "linear", vocabulary=True))
+    return table
+
+
+# Of the stock class's `MultiheadAttention`, which stores query, key and value as one.
+_POOL = ("attention/query", "attention/key", "attention/value")
+
+
+def _vision_model(patch_layout: str) -> list[Rule]:
+    """`transformers.SiglipVisionModel` ("patch") and `Siglip2VisionModel` ("linear")."""
+    layer, here = "encoder.layers.{i}.", "encoder/layers/"
+    attention = (("q_proj", "query"), ("k_proj", "key"), ("v_proj", "value"), ("out_proj", "out"))
+    return [
+        *_linear("embeddings.patch_embedding", "patch_embedding", patch_layout),
+        Rule("embeddings.position_embedding.weight", ("position_embedding",)),
+        *_norm(f"{layer}layer_norm1", f"{here}norm1", bias=True),
+        *(r for torch, path in attention for r in _linear(f"{layer}self_attn.{torch}", f"{here}attention/{path}")),
+        *_norm(f"{layer}layer_norm2", f"{here}norm2", bias=True),
+        *_linear(f"{layer}mlp.fc1", f"{here}mlp/up"),
+        *_linear(f"{layer}mlp.fc2", f"{here}mlp/down"),
+        *_norm("post_layernorm", "post_layernorm", bias=True),
+        Rule("head.probe", ("head/probe",), "probe"),
+        Rule("head.attention.in_proj_weight", tuple(f"head/{p}/kernel" for p in _POOL), "linear"),
+        Rule("head.attention.in_proj_bias", tuple(f"head/{p}/bias" for p in _POOL)),
+        *_linear("head.attention.out_proj", "head/attention/out"),
+        *_norm("head.layernorm", "head/norm", bias=True),
+        *_linear("head.mlp.fc1", "head/mlp/up"),
+        *_linear("head.mlp.fc2", "head/mlp/down"),
+    ]
+
+
+def _ta_tok(cfg: ModelConfig) -> list[Rule]:
+    """TA-Tok; its SigLIP classes lie one level deeper in the decoder than in the encoder."""
+    return [
+        *_prefixed("encoder.", "encoder/", _vision_model("patch")),
+        *_linear("encode_task_layer.0", "encode_task_layer"),
+        *_linear("bottleneck.in_linear", "bottleneck/in_linear"),
+        Rule("bottleneck.regularizer.embedding.weight", ("bottleneck/codebook/embedding",)),
+        *_linear("bottleneck.regularizer.embedding_proj", "bottleneck/codebook/embedding_proj"),
+        *_linear("bottleneck.out_linear", "bottleneck/out_linear"),
+        *_prefixed("decoder.vision_model.", "decoder/", _vision_model("linear")),
+        *_linear("decode_task_layer.0", "decode_task_layer1"),
+        *_linear("decode_task_layer.2", "decode_task_layer2"),
+    ]
+
+
+def _connector(cfg: ModelConfig) -> list[Rule]:
+    """`torch.nn.Sequential(Linear, GELU, Linear, RMSNorm)`."""
+    return [*_linear("0", "linear1"), *_linear("2", "linear2"), *_norm("3", "norm")]
+
+
+def _sana(cfg: ModelConfig) -> list[Rule]:
+    """`diffusers.SanaTransformer2DModel`."""
+    table = [
+        *_linear("patch_embed.proj", "patch_embed", "conv"),
+        *_linear("time_embed.emb.timestep_embedder.linear_1", "time_embed/linear_1"),
+        *_linear("time_embed.emb.timestep_embedder.linear_2", "time_embed/linear_2"),
+        *_linear("time_embed.linear", "time_embed/modulation"),
+        *_linear("caption_projection.linear_1", "caption_projection/linear_1"),
+        *_linear("caption_projection.linear_2", "caption_projection/linear_2"),
+        *_norm("caption_norm", "caption_norm"),
+        Rule("scale_shift_table", ("scale_shift_table",)),
+        *_linear("proj_out", "proj_out"),
+        Rule("transformer_blocks.{i}.scale_shift_table", ("blocks/scale_shift_table",)),
+    ]
+    for torch, path, bias in (("attn1", "self_attention", False), ("attn2", "cross_attention", True)):
+        torch, path = f"transformer_blocks.{{i}}.{torch}", f"blocks/{path}"
+        table += [rule for n in "qkv" for rule in _linear(f"{torch}.to_{n}", f"{path}/{n}", bias=bias)]
+        table += _linear(f"{torch}.to_out.0", f"{path}/o")
+        if cfg.dit.qk_norm:
+            table += [rule for n in "qk" for rule in _norm(f"{torch}.norm_{n}", f"{path}/{n}_norm")]
+    torch, path = "transformer_blocks.{i}.ff", "blocks/ffn"
+    table += _linear(f"{torch}.conv_inverted", f"{path}/expand", "conv1x1")
+    table += _linear(f"{torch}.conv_depth", f"{path}/depthwise", "conv")
+    return table + _linear(f"{torch}.conv_point", f"{path}/contract", "conv1x1", bias=False)
+
+
+_RES_BLOCK = [
+    *_linear("conv1", "conv1", "conv"),
+    *_linear("conv2", "conv2", "conv", bias=False),
+    *_norm("norm", "norm", bias=True),
+]
+
+
+def _efficient_vit_block(scales: int) -> list[Rule]:
+    table = [rule for n in "qkv" for rule in _linear(f"attn.to_{n}", f"attention/to_{n}", bias=False)]
+    for s in range(scales):
+        for name in ("proj_in", "proj_out"):
+            table += _linear(f"attn.to_qkv_multiscale.{s}.{name}", f"attention/scales/{s}/{name}", "conv", bias=False)
+    return [
+        *table,
+        *_linear("attn.to_out", "attention/to_out", bias=False),
+        *_norm("attn.norm_out", "attention/norm", bias=True),
+        *_linear("conv_out.conv_inverted", "glu/expand", "conv1x1"),
+        *_linear("conv_out.conv_depth", "glu/depthwise", "conv"),
+        *_linear("conv_out.conv_point", "glu/project", "conv1x1", bias=False),
+        *_norm("conv_out.norm", "glu/norm", bias=True),
+    ]
+
+
+def _dc_ae(cfg: ModelConfig) -> list[Rule]:
+    """`diffusers.AutoencoderDC`. Its stages are lists of blocks with the change of resolution behind them in the encoder and
+    before them in the decoder."""
+    vae = cfg.vae
+    # An outermost stage without blocks makes the convolution a whole down or up block.
+    inner = {side: "" if getattr(vae, f"{side}_layers_per_block")[0] else "conv" for side in ("encoder", "decoder")}
+    join = lambda name, last, sign: f"{name}{sign}{last}" if last else name
+    return [
+        *_linear(join("encoder.conv_in", inner["encoder"], "."), join("encoder/conv_in", inner["encoder"], "/"), "conv"),
+        *_stages(vae, "encoder", "down_blocks"),
+        *_linear("encoder.conv_out", "encoder/conv_out", "conv"),
+        *_linear("decoder.conv_in", "decoder/conv_in", "conv"),
+        *_stages(vae, "decoder", "up_blocks"),
+        *_norm("decoder.norm_out", "decoder/norm_out", bias=True),
+        *_linear(join("decoder.conv_out", inner["decoder"], "."), join("decoder/conv_out", inner["decoder"], "/"), "conv"),
+    ]
+
+
+def _stages(vae: DcAeConfig, side: str, torch: str) -> list[Rule]:
+    kinds, layers = getattr(vae, f"{side}_block_types"), getattr(vae, f"{side}_layers_per_block")
+    table = []
+    for stage, (kind, count) in enumerate(zip(kinds, layers, strict=True)):
+        if not count:
+            continue
+        resampled = stage < len(layers) - 1
+        at, here = f"{side}.{torch}.{stage}.", f"{side}/stages/{stage}/"
+        if resampled:
+            table += _linear(f"{at}{count if side == 'encoder' else 0}.conv", f"{here}resample/conv", "conv")
+        scales = len(getattr(vae, f"{side}_qkv_multiscales")[stage])
+        block = _RES_BLOCK if kind == "ResBlock" else _efficient_vit_block(scales)
+        table += _prefixed(f"{at}{{i}}.", f"{here}blocks/", block, first=int(resampled and side == "decoder"))
+    return table
+
+
+_TABLES: dict[str, Callable[[ModelConfig], list[Rule]]] = {
+    "tokenizer": _ta_tok,
+    "ar": _qwen3,
+    "connector": _connector,
+    "latent_connector": _connector,
+    "feature_connector": _connector,
+    "dit": _sana,
+    "vae": _dc_ae,
+}

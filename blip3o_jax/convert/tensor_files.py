@@ -1,0 +1,304 @@
+"""Files of named tensors, read and written one tensor at a time.
+
+safetensors (https://huggingface.co/docs/safetensors): 8 bytes, the length of a JSON header; the header, which gives each
+tensor's dtype, shape and place; the tensors. Read and written by offset here, and not through the library of that name, which
+maps or holds whole files: with pread and pwrite no more than one tensor is in memory. Several files have an index
+({"weight_map": {tensor: file}}) beside them. PyTorch's own files are read through `torch.load(weights_only=True)`.
+"""
+
+import collections
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from blip3o_jax.config import UserError
+from blip3o_jax.convert.transpose import contiguous
+
+DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+MAX_HEADER = 100_000_000  # bytes, the format's own limit
+_MAX_READ = 2**30  # bytes in one system call
+# What a directory of weights calls them, in the order they are looked for.
+STEMS = ("model", "diffusion_pytorch_model", "pytorch_model")
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """A tensor that still lies in its file."""
+
+    key: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    file: pathlib.Path
+    read: Callable[[], np.ndarray] = dataclasses.field(compare=False)
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def read_weights(path: pathlib.Path) -> dict[str, Tensor]:
+    """{name: tensor} of a file, or of a directory with one file or an index and its shards. Nothing is read but headers.
+
+    UserError, naming file and tensor, for what is missing, cut off or not as its index says.
+    """
+    if path.is_file():
+        return _read_file(path)
+    if not path.is_dir():
+        raise UserError(f"{path} does not exist: give a directory with config.json and weights")
+    if (file := find_weights(path)) is not None:
+        return _read_index(file) if file.suffix == ".json" else _read_file(file)
+    raise UserError(
+        f"{path} holds no weights: looked for model.safetensors, its index.json, diffusion_pytorch_model.* and .bin"
+    )
+
+
+def find_weights(directory: pathlib.Path) -> pathlib.Path | None:
+    """The file of a directory's weights, or the index of several."""
+    names = (f"{stem}{suffix}{kind}" for stem in STEMS for suffix in (".safetensors", ".bin") for kind in (".index.json", ""))
+    return next((directory / name for name in names if (directory / name).is_file()), None)
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """A JSON object; UserError for anything else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} cannot be read as JSON ({error}): copy it again") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds no JSON object: copy it again")
+    return value
+
+
+def load_torch(path: pathlib.Path) -> Any:
+    """The contents of a PyTorch file: plain containers and tensors, nothing that runs code. Memory-mapped, the oldest form of
+    such files aside.
+
+    The `easydict.EasyDict` that the published TA-Tok file keeps its args in comes as an OrderedDict, without that library.
+    """
+    try:
+        import torch
+    except ImportError as error:
+        raise UserError(f"{path} is a PyTorch file: install PyTorch to read it (pip install 'blip3o_jax[convert]')") from error
+    # The only subclass of dict that torch fills in this mode, and with attributes beside its items.
+    stand_ins = [(collections.OrderedDict, "easydict.EasyDict")]
+    try:
+        with torch.serialization.safe_globals(stand_ins):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # torch raises whatever its unpickler and zip reader do
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path} cannot be read as a PyTorch file of weights ({reason}): copy it again") from error
+
+
+def torch_tensors(values: Mapping[str, Any], path: pathlib.Path) -> dict[str, Tensor]:
+    """The tensors of a loaded PyTorch state dict."""
+    import torch
+
+    def tensor(key: str, value: Any) -> Tensor:
+        if not isinstance(value, torch.Tensor):
+            raise UserError(f"{path}: {key} is no tensor but a {type(value).__name__}")
+        value = value.detach()
+        # NumPy has no bfloat16 of its own, so its bits travel as integers.
+        half = value.dtype == torch.bfloat16
+        try:
+            dtype = np.dtype(ml_dtypes.bfloat16) if half else torch.empty(0, dtype=value.dtype).numpy().dtype
+        except TypeError:
+            raise UserError(f"{path}: {key} has dtype {value.dtype}, which is not one of {', '.join(DTYPES)}") from None
+        bits = (lambda: value.contiguous().view(torch.int16).numpy().view(dtype)) if half else (lambda: value.numpy())
+        return Tensor(key, tuple(value.shape), dtype, path, bits)
+
+    return {key: tensor(key, value) for key, value in values.items()}
+
+
+def _read_file(path: pathlib.Path) -> dict[str, Tensor]:
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    values = load_torch(path)
+    if not isinstance(values, Mapping):
+        raise UserError(f"{path} holds no state dict but a {type(values).__name__}")
+    return torch_tensors(values, path)
+
+
+def _read_index(index: pathlib.Path) -> dict[str, Tensor]:
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise UserError(f"{index} has no weight_map: copy it again")
+    tensors: dict[str, Tensor] = {}
+    for name in sorted(set(places.values())):
+        shard = index.parent / name
+        named = [key for key, file in places.items() if file == name]
+        if not shard.is_file():
+            raise UserError(f"{shard} is missing: {index.name} places {len(named)} tensors there, such as {named[0]}")
+        found = _read_file(shard)
+        if missing := sorted(set(named) - set(found)):
+            raise UserError(f"{shard} lacks {missing[0]} ({len(missing)} in all), which {index.name} places there")
+        if extra := sorted(set(found) - set(named)):
+            raise UserError(f"{shard} holds {extra[0]} ({len(extra)} in all), which {index.name} does not place there")
+        tensors |= found
+    return tensors
+
+
+def _read_safetensors(path: pathlib.Path) -> dict[str, Tensor]:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(size - 8, MAX_HEADER):
+            raise UserError(f"{path} is no safetensors file, or is cut off in its header ({size} bytes): copy it again")
+        try:
+            header = json.loads(file.read(length))
+            header.pop("__metadata__", None)
+            places = {key: _place(v["dtype"], v["shape"], *v["data_offsets"]) for key, v in header.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path} has a damaged safetensors header ({error}): copy it again") from error
+    start, end = 8 + length, 0
+    for key, (dtype, shape, first, last) in sorted(places.items(), key=lambda item: item[1][2:]):
+        if dtype is None:
+            raise UserError(f"{path}: {key} has dtype {header[key]['dtype']}, which is not one of {', '.join(DTYPES)}")
+        if first != end or last - first != math.prod(shape) * dtype.itemsize:
+            raise UserError(f"{path}: the place of {key} does not agree with its shape {shape}: copy the file again")
+        end = last
+        if start + end > size:
+            raise UserError(f"{path} is cut off: {key} ends at byte {start + end}, the file at {size}: copy it again")
+    if start + end != size:
+        raise UserError(f"{path} has {size - start - end} bytes after its last tensor: copy it again")
+    return {
+        key: Tensor(key, shape, dtype, path, _reader(path, key, shape, dtype, start + first))
+        for key, (dtype, shape, first, _) in places.items()
+    }
+
+
+def _place(dtype: str, shape: list[int], first: int, last: int) -> tuple[np.dtype | None, tuple[int, ...], int, int]:
+    """One entry of a header; ValueError or TypeError for anything else."""
+    if not all(type(n) is int and n >= 0 for n in (*shape, first, last)):
+        raise ValueError(f"shape {shape}, data_offsets {[first, last]}")
+    return DTYPES.get(dtype), tuple(shape), first, last
+
+
+def _reader(path: pathlib.Path, key: str, shape: tuple[int, ...], dtype: np.dtype, offset: int) -> Callable[[], np.ndarray]:
+    def read() -> np.ndarray:
+        array = np.empty(math.prod(shape), dtype)
+        view = memoryview(array.view(np.uint8))
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            done = 0
+            while done < len(view):
+                count = os.preadv(handle, [view[done : done + _MAX_READ]], offset + done)
+                if count == 0:
+                    raise UserError(f"{path} is cut off within {key}: copy it again")
+                done += count
+        finally:
+            os.close(handle)
+        return array.reshape(shape)
+
+    return read
+
+
+class ShardedWriter:
+    """Writes tensors, in any order, into safetensors files under `directory`: STEM.safetensors, or with more than
+    `max_shard_bytes` STEM-00001-of-0000N.safetensors and STEM.safetensors.index.json. All files have their full size from the
+    start, so that a disk too small is found before anything is computed."""
+
+    def __init__(
+        self,
+        directory: pathlib.Path,
+        stem: str,
+        tensors: Mapping[str, tuple[Sequence[int], np.dtype]],
+        max_shard_bytes: int,
+    ):
+        self._missing = set(tensors)
+        self._handles: list[int] = []
+        self._places: dict[str, tuple[int, int, tuple[int, ...], np.dtype]] = {}
+        directory.mkdir(parents=True, exist_ok=True)
+        sizes = {key: math.prod(shape) * np.dtype(dtype).itemsize for key, (shape, dtype) in tensors.items()}
+        shards = _cut(sizes, max_shard_bytes)
+        names = [f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+        names = names if len(shards) > 1 else [f"{stem}.safetensors"]
+        self.files = [directory / name for name in names]
+        try:
+            for file, keys in zip(self.files, shards, strict=True):
+                self._create(file, {key: tensors[key] for key in keys})
+        except BaseException:
+            self.abort()
+            raise
+        if len(shards) > 1:
+            places = {key: name for name, keys in zip(names, shards, strict=True) for key in keys}
+            index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(places.items()))}
+            (directory / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+    def _create(self, file: pathlib.Path, tensors: dict[str, tuple[Sequence[int], np.dtype]]) -> None:
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        # Wide dtypes first: every tensor is then aligned to its items.
+        ordered = sorted(tensors.items(), key=lambda item: -np.dtype(item[1][1]).itemsize)
+        for key, (shape, dtype) in ordered:
+            first, end = end, end + math.prod(shape) * np.dtype(dtype).itemsize
+            header[key] = {"dtype": NAMES[np.dtype(dtype)], "shape": list(shape), "data_offsets": [first, end]}
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        handle = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        self._handles.append(handle)
+        os.posix_fallocate(handle, 0, 8 + len(text) + end)
+        _write(handle, len(text).to_bytes(8, "little") + text, 0)
+        for key, (shape, dtype) in ordered:
+            offset = 8 + len(text) + header[key]["data_offsets"][0]
+            self._places[key] = (handle, offset, tuple(shape), np.dtype(dtype))
+
+    def write(self, key: str, array: np.ndarray) -> None:
+        handle, offset, shape, dtype = self._places[key]
+        if array.shape != shape or array.dtype != dtype:
+            raise ValueError(f"{key}: {array.dtype} {array.shape} given, {dtype} {shape} announced")
+        _write(handle, memoryview(contiguous(array).reshape(-1).view(np.uint8)), offset)
+        self._missing.discard(key)
+
+    def close(self) -> None:
+        """Raises ValueError where a tensor was announced and never written."""
+        for handle in self._handles:
+            os.close(handle)
+        self._handles.clear()
+        if self._missing:
+            raise ValueError(f"never written: {sorted(self._missing)[:3]}")
+
+    def abort(self) -> None:
+        """Lets go of the files, which whoever made the directory removes."""
+        self._missing.clear()
+        self.close()
+
+
+def _write(handle: int, data: bytes | memoryview, offset: int) -> None:
+    done = 0
+    while done < len(data):
+        done += os.pwrite(handle, data[done : done + _MAX_READ], offset + done)
+
+
+def _cut(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
+    """Names in order, cut so that no shard is larger than `limit`, single tensors aside."""
+    shards: list[list[str]] = [[]]
+    room = limit
+    for key, size in sizes.items():
+        if shards[-1] and size > room:
+            shards.append([])
+            room = limit
+        shards[-1].append(key)
+        room -= size
+    return shards

@@ -1,0 +1,389 @@
+"""The same model from the stock PyTorch classes: what `convert verify`, `bench peer` and the parity tests compare with.
+
+Needs the extra [convert]. Keys of the parts' state dicts are the published ones without their outer prefix. Images and latents
+are [B, C, H, W], as those classes have them.
+
+Legend: B batch, L row length, N image tokens, T condition tokens (N + 1), D width, C channels, K codes, V vocabulary.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import diffusers
+import numpy as np
+import torch
+import torch.nn.functional as F
+import transformers
+
+from blip3o_jax.config import ConnectorConfig, FlowConfig, ModelConfig, SamplingConfig, SiglipVisionConfig, TaTokConfig
+from blip3o_jax.convert.stock_config import OWN_FIELDS, stock_config
+
+PARTS = ("tokenizer", "ar", "connector", "dit", "vae")
+
+
+class Quantised(NamedTuple):
+    """As `image_tokens.simvq.Quantised`."""
+
+    codes_BND: torch.Tensor  # straight-through, float32
+    ids_BN: torch.Tensor  # int64
+    codebook_loss: torch.Tensor
+    commitment_loss: torch.Tensor
+    entropy_gap: torch.Tensor
+
+
+class TaTok(torch.nn.Module):
+    """The vision tokenizer: stock SigLIP and Siglip2 around a bottleneck (`image_tokens.ta_tok`, which has the equations).
+
+    The codebook works in float32 whatever the weights' dtype, since neighbouring codes differ by less than bfloat16 resolves.
+    """
+
+    def __init__(self, cfg: TaTokConfig):
+        super().__init__()
+        linear, tanh = torch.nn.Linear, torch.nn.Tanh()
+        d, d_decoder, d_code = cfg.encoder.hidden_size, cfg.decoder.hidden_size, cfg.bottleneck_dim
+        self.encoder = _unnested(transformers.SiglipVisionModel(siglip_config(cfg.encoder)))
+        self.encode_task_layer = torch.nn.Sequential(linear(d, d), tanh)
+        self.bottleneck = torch.nn.Module()
+        self.bottleneck.in_linear, self.bottleneck.out_linear = linear(d, d_code), linear(d_code, d_code)
+        self.bottleneck.regularizer = torch.nn.Module()
+        self.bottleneck.regularizer.embedding = torch.nn.Embedding(cfg.codebook_size, d_code)
+        self.bottleneck.regularizer.embedding_proj = linear(d_code, d_code)
+        self.decoder = torch.nn.Module()
+        self.decoder.vision_model = _unnested(transformers.Siglip2VisionModel(ta_tok_decoder_config(cfg)))
+        self.decode_task_layer = torch.nn.Sequential(linear(d_decoder, d_decoder), tanh, linear(d_decoder, d))
+        self.cfg = cfg
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.encode_task_layer[0].weight.dtype
+
+    def features(self, x_BCHW: torch.Tensor, scale: int | None = None) -> torch.Tensor:
+        """Images [B, 3, H, W] in [-1, 1] to pooled SigLIP2 features [B, N, D], float32, without gradient. Later layers
+        than the selected one are not run."""
+        depth = self.cfg.encoder.num_hidden_layers + 1 + self.cfg.select_layer
+        x_BND = self.encoder.embeddings(x_BCHW.to(self.dtype))
+        for layer in self.encoder.encoder.layers[:depth]:
+            x_BND = layer(x_BND, attention_mask=None)
+        grid = self.cfg.encoder.grid
+        x_BDHW = x_BND.detach().float().unflatten(1, (grid, grid)).permute(0, 3, 1, 2)
+        return F.avg_pool2d(x_BDHW, scale or self.cfg.pool_scale).flatten(2).transpose(1, 2)
+
+    def encode(self, x_BCHW: torch.Tensor, scale: int | None = None) -> torch.Tensor:
+        """Images [B, 3, H, W] in [-1, 1] to codebook indices [B, N], int64: always the best code."""
+        return self._scores(self._to_codes(self.features(x_BCHW, scale)), self.table()).argmax(-1)
+
+    def quantise(self, features_BND: torch.Tensor) -> Quantised:
+        """Pooled features to codes with straight-through gradients, indices and the codebook's training terms."""
+        z_BND, table_KD = self._to_codes(features_BND), self.table()
+        scores_BNK = self._scores(z_BND, table_KD)
+        ids_BN = scores_BNK.argmax(-1)
+        codes_BND = table_KD[ids_BN]
+        p_K = (scores_BNK / self.cfg.stochastic_temperature).softmax(-1).mean((0, 1))
+        return Quantised(
+            codes_BND=z_BND + (codes_BND - z_BND).detach(),
+            ids_BN=ids_BN,
+            codebook_loss=(z_BND.detach() - codes_BND).square().sum(-1).mean(),
+            commitment_loss=(z_BND - codes_BND.detach()).square().sum(-1).mean(),
+            entropy_gap=math.log(self.cfg.codebook_size) + (p_K * p_K.clamp_min(1e-20).log()).sum(),
+        )
+
+    def reconstruct(self, codes_BND: torch.Tensor) -> torch.Tensor:
+        """Codes of a square token grid to SigLIP2 features [B, N, D], float32."""
+        batch, tokens = codes_BND.shape[:2]
+        side = math.isqrt(tokens)
+        x_BND = self.decoder.vision_model(
+            self.bottleneck.out_linear(codes_BND.to(self.dtype)),
+            torch.ones(batch, tokens, dtype=torch.int64, device=codes_BND.device),
+            torch.tensor([[side, side]] * batch, device=codes_BND.device),
+        ).last_hidden_state
+        return self.decode_task_layer(x_BND).float()
+
+    def decode(self, ids_BN: torch.Tensor) -> torch.Tensor:
+        """Indices to SigLIP2 features [B, N, D], float32."""
+        return self.reconstruct(self.table()[ids_BN])
+
+    def table(self) -> torch.Tensor:
+        """The codes in use [K, D], float32."""
+        codebook = self.bottleneck.regularizer
+        projection = codebook.embedding_proj
+        return self._normalise(F.linear(codebook.embedding.weight.float(), projection.weight.float(), projection.bias.float()))
+
+    def _to_codes(self, features_BND: torch.Tensor) -> torch.Tensor:
+        z_BND = self.bottleneck.in_linear(self.encode_task_layer(features_BND.to(self.dtype)))
+        return self._normalise(z_BND.float())
+
+    def _normalise(self, x: torch.Tensor) -> torch.Tensor:
+        return F.normalize(x, dim=-1) if self.cfg.l2_normalized else x
+
+    def _scores(self, z_BND: torch.Tensor, table_KD: torch.Tensor) -> torch.Tensor:
+        """The cosine, or the negative squared distance without the |z|^2 that all codes share."""
+        dot_BNK = z_BND @ table_KD.T
+        return dot_BNK if self.cfg.l2_normalized else 2 * dot_BNK - table_KD.square().sum(-1)
+
+
+class Connector(torch.nn.Sequential):
+    """Linear, GELU (tanh form), Linear, RMSNorm: keys 0, 2 and 3."""
+
+    def __init__(self, cfg: ConnectorConfig, d_in: int, d_out: int):
+        norm = torch.nn.RMSNorm(d_out, eps=cfg.rms_norm_eps)
+        torch.nn.init.constant_(norm.weight, cfg.norm_init)
+        super().__init__(torch.nn.Linear(d_in, d_out), torch.nn.GELU(approximate="tanh"), torch.nn.Linear(d_out, d_out), norm)
+        self.positions = cfg.positions
+
+    def forward(self, hidden_BTD: torch.Tensor, keep_B: torch.Tensor | None = None) -> torch.Tensor:
+        """[B, T, d_in] to [B, T, d_out]; rows that are not kept enter as zeros."""
+        if self.positions:
+            hidden_BTD = hidden_BTD + sinusoids(*hidden_BTD.shape[1:]).to(hidden_BTD)
+        if keep_B is not None:
+            hidden_BTD = hidden_BTD.masked_fill(~keep_B[:, None, None], 0)
+        return super().forward(hidden_BTD)
+
+
+def sinusoids(length: int, dim: int) -> torch.Tensor:
+    """Sines, then cosines of the positions 0 .. length - 1, [length, dim], float32; a last odd column is 0."""
+    half = dim // 2
+    angles = np.outer(np.arange(length), 10000.0 ** (-np.arange(half) / half))
+    table = np.concatenate([np.sin(angles), np.cos(angles), np.zeros((length, dim % 2))], axis=1)
+    return torch.tensor(table, dtype=torch.float32, device="cpu")
+
+
+def siglip_config(cfg: SiglipVisionConfig) -> transformers.SiglipVisionConfig:
+    return transformers.SiglipVisionConfig(**_stock_fields(cfg))
+
+
+def ta_tok_decoder_config(cfg: TaTokConfig) -> transformers.Siglip2VisionConfig:
+    return transformers.Siglip2VisionConfig(patch_size=1, num_channels=cfg.bottleneck_dim, **_stock_fields(cfg.decoder))
+
+
+def _stock_fields(cfg: Any) -> dict[str, Any]:
+    return {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg) if f.name not in OWN_FIELDS}
+
+
+def _unnested(model: torch.nn.Module) -> torch.nn.Module:
+    """The first releases of transformers 5 have the vision transformer one attribute further in."""
+    return getattr(model, "vision_model", model)
+
+
+def part(
+    name: str, cfg: ModelConfig, *, device: torch.device | str | None = None, attn_implementation: str = "sdpa"
+) -> torch.nn.Module:
+    """One part with the sizes of `cfg`, freshly initialised, in float32 and eval mode, on `device` (the CPU by default).
+
+    `name` is one of `PARTS`, or "latent_connector" or "feature_connector" (those of editing). The AR has `cfg.ar.vocab_size`
+    rows, without padding; `attn_implementation` ("sdpa" or "eager") is its own alone.
+    """
+    c, d, caption = cfg.connector, cfg.ar.hidden_size, cfg.dit.caption_channels
+
+    def ar() -> torch.nn.Module:
+        fields = transformers.Qwen3Config.from_dict(stock_config("ar", cfg), attn_implementation=attn_implementation)
+        return transformers.Qwen3ForCausalLM(fields)
+
+    make = {
+        "tokenizer": lambda: TaTok(cfg.tokenizer),
+        "ar": ar,
+        "connector": lambda: Connector(c, d, caption),
+        "dit": lambda: diffusers.SanaTransformer2DModel.from_config(stock_config("dit", cfg)),
+        "vae": lambda: diffusers.AutoencoderDC.from_config(stock_config("vae", cfg)),
+        "latent_connector": lambda: Connector(c, cfg.vae.latent_channels, caption),
+        "feature_connector": lambda: Connector(c, cfg.tokenizer.encoder.hidden_size, d),
+    }
+    if name not in make:
+        raise ValueError(f"there is no part {name!r}: use one of {', '.join(make)}")
+    with torch.device(device or "cpu"):
+        return make[name]().eval()
+
+
+def scheduler(cfg: FlowConfig) -> diffusers.FlowMatchEulerDiscreteScheduler:
+    return diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=cfg.num_train_timesteps, shift=cfg.shift)
+
+
+class Blip3o(torch.nn.Module):
+    """The parts together, as `blip3o.Blip3o` has them. `parts` is {name of `PARTS`: module}; a method needs those it uses."""
+
+    def __init__(self, cfg: ModelConfig, parts: Mapping[str, torch.nn.Module]):
+        super().__init__()
+        for name, module in parts.items():
+            self.add_module(name, module)
+        self.cfg = cfg
+
+    def codes(self, x_BCHW: torch.Tensor) -> torch.Tensor:
+        """Images in [-1, 1] at the tokenizer's size -> codebook indices [B, N]."""
+        with torch.no_grad():
+            return self.tokenizer.encode(x_BCHW)
+
+    def latents(self, x_BCHW: torch.Tensor) -> torch.Tensor:
+        """Images in [-1, 1] at the target size -> scaled latents, float32."""
+        with torch.no_grad():
+            return self.vae.encode(x_BCHW.to(self.vae.dtype)).latent.float() * self.cfg.vae.scaling_factor
+
+    def pixels(self, z_BCHW: torch.Tensor) -> torch.Tensor:
+        """Scaled latents -> images in [0, 1], float32."""
+        with torch.no_grad():
+            x_BCHW = self.vae.decode((z_BCHW / self.cfg.vae.scaling_factor).to(self.vae.dtype)).sample
+        return (x_BCHW.float() / 2 + 0.5).clamp(0, 1)
+
+    def hidden(
+        self,
+        tokens_BL: torch.Tensor,
+        positions_BL: torch.Tensor | None = None,
+        segment_ids_BL: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Hidden states [B, L, D] after the final norm. Tokens see earlier ones of their own segment; 0 is padding. Rows of one
+        example padded on the right need neither positions nor segments: nothing before the padding sees it."""
+        mask = None if segment_ids_BL is None else attention_mask(segment_ids_BL, self.ar.dtype)
+        out = self.ar.model(input_ids=tokens_BL, attention_mask=mask, position_ids=positions_BL, use_cache=False)
+        return out.last_hidden_state
+
+    def condition(self, hidden_BTD: torch.Tensor, keep_B: torch.Tensor | None = None) -> torch.Tensor:
+        """Hidden states -> condition tokens; rows that are not kept get the null condition."""
+        return self.connector(hidden_BTD.to(self.connector[0].weight.dtype), keep_B)
+
+    def velocity(self, z_BCHW: torch.Tensor, timestep_B: torch.Tensor, condition_BTC: torch.Tensor) -> torch.Tensor:
+        """Velocity [B, C, H, W], float32. `timestep_B` is float, 1000 sigma."""
+        dtype = self.dit.dtype
+        return self.dit(z_BCHW.to(dtype), condition_BTC.to(dtype), timestep=timestep_B.float()).sample.float()
+
+    def joint_loss(
+        self,
+        tokens_BL: torch.Tensor,
+        loss_mask_BL: torch.Tensor,
+        span_B: torch.Tensor,
+        codes_BN: torch.Tensor,
+        latents_BCHW: torch.Tensor,
+        noise_BCHW: torch.Tensor,
+        sigma_B: torch.Tensor,
+        *,
+        image_first: int,
+        keep_B: torch.Tensor | None = None,
+        positions_BL: torch.Tensor | None = None,
+        segment_ids_BL: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(cross entropy, flow loss) of `blip3o.joint_loss` with condition_span "exact", on the batch of `data.sequence`.
+
+        `span_B` is the index of each row's scale token, `image_first` the id of code 0; `codes` and `latents` make the targets
+        from images. Noise and sigma hold B rows, or a multiple for several draws an example, those of one example in a row.
+        """
+        index_BT = span_B.long()[:, None] + torch.arange(codes_BN.shape[1] + 1, device=span_B.device)
+        tokens_BL = tokens_BL.long().scatter(1, index_BT[:, 1:], codes_BN.long() + image_first)
+        hidden_BLD = self.hidden(tokens_BL, positions_BL, segment_ids_BL)
+        # Logits of labelled tokens only: those of all would not change the mean, and do not fit at the published vocabulary.
+        labelled = loss_mask_BL[:, 1:].bool()
+        logits_XV = self.ar.lm_head(hidden_BLD[:, :-1][labelled]).float()
+        cross_entropy = F.cross_entropy(logits_XV, tokens_BL[:, 1:][labelled])
+
+        span_BTD = hidden_BLD.gather(1, index_BT[..., None].expand(-1, -1, hidden_BLD.shape[-1]))
+        draws = len(noise_BCHW) // len(latents_BCHW)
+        condition_BTC = self.condition(span_BTD, keep_B).repeat_interleave(draws, dim=0)
+        z_BCHW, noise_BCHW = latents_BCHW.float().repeat_interleave(draws, dim=0), noise_BCHW.float()
+        sigma = sigma_B.float()[:, None, None, None]
+        x_BCHW = (1 - sigma) * z_BCHW + sigma * noise_BCHW
+        velocity_BCHW = self.velocity(x_BCHW, sigma_B.float() * self.cfg.flow.num_train_timesteps, condition_BTC)
+        return cross_entropy, F.mse_loss(velocity_BCHW, noise_BCHW - z_BCHW)
+
+    @torch.no_grad()
+    def generate_image_tokens(
+        self, tokens_BL: torch.Tensor, lengths_B: torch.Tensor, *, image_first: int, settings: SamplingConfig
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Prompts padded on the right -> (ids of the image tokens [B, N], hidden states of the scale token and of them
+        [B, N + 1, D]).
+
+        As the reference does it: `generate` on prompts padded on the left, here restricted to image ids, then a second pass
+        over everything for the hidden states, here with its attention mask. Draws from torch's global generator.
+        """
+        count, image_ids = self.cfg.tokenizer.num_tokens, (image_first, image_first + self.cfg.tokenizer.codebook_size)
+        prompts_BL, mask_BL = left_padded(tokens_BL.long(), lengths_B)
+        greedy = settings.temperature == 0
+        draw = {"temperature": settings.temperature, "top_k": settings.top_k, "top_p": settings.top_p}
+        out_BL = self.ar.generate(
+            prompts_BL,
+            attention_mask=mask_BL,
+            generation_config=transformers.GenerationConfig(
+                max_new_tokens=count,
+                do_sample=not greedy,
+                guidance_scale=settings.token_guidance,
+                pad_token_id=0,
+                **({} if greedy else draw),
+            ),
+            logits_processor=transformers.LogitsProcessorList([OnlyImageIds(*image_ids)]),
+        )
+        mask_BL = F.pad(mask_BL, (0, count), value=1)
+        hidden_BLD = self.hidden(out_BL, (mask_BL.cumsum(1) - 1).clamp_min(0), mask_BL)
+        return out_BL[:, -count:], hidden_BLD[:, -count - 1 :]
+
+    @torch.no_grad()
+    def sample_latents(
+        self, condition_BTC: torch.Tensor, null_BTC: torch.Tensor, noise_BCHW: torch.Tensor, *, steps: int, guidance: float
+    ) -> torch.Tensor:
+        """Scaled latents [B, C, H, W], float32: Euler steps of the stock scheduler, guidance over the batch [null, condition]
+        (1 leaves the null half out)."""
+        euler = scheduler(self.cfg.flow)
+        euler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps), device=noise_BCHW.device)
+        guided = guidance != 1.0
+        context_BTC = torch.cat([null_BTC, condition_BTC]) if guided else condition_BTC
+        z_BCHW = noise_BCHW.float()
+        for timestep in euler.timesteps:
+            x_BCHW = torch.cat([z_BCHW, z_BCHW]) if guided else z_BCHW
+            v_BCHW = self.velocity(x_BCHW, timestep.expand(len(x_BCHW)), context_BTC)
+            if guided:
+                v_null_BCHW, v_BCHW = v_BCHW.chunk(2)
+                v_BCHW = v_null_BCHW + guidance * (v_BCHW - v_null_BCHW)
+            z_BCHW = euler.step(v_BCHW, timestep, z_BCHW).prev_sample
+        return z_BCHW
+
+    @torch.no_grad()
+    def text_to_image(
+        self,
+        tokens_BL: torch.Tensor,
+        lengths_B: torch.Tensor,
+        *,
+        image_first: int,
+        settings: SamplingConfig | None = None,
+        seed: int = 0,
+    ) -> torch.Tensor:
+        """Prompts up to and with the scale token, padded on the right -> images [B, 3, H, W] in [0, 1], float32. Seeds torch's
+        global generator."""
+        settings = settings or SamplingConfig()
+        torch.manual_seed(seed)
+        _, hidden_BTD = self.generate_image_tokens(tokens_BL, lengths_B, image_first=image_first, settings=settings)
+        condition_BTC = self.condition(hidden_BTD)
+        null_BTC = self.condition(torch.zeros_like(hidden_BTD), torch.zeros_like(lengths_B, dtype=torch.bool))
+        size, channels = self.cfg.latent_size, self.cfg.vae.latent_channels
+        noise_BCHW = torch.randn(len(tokens_BL), channels, size, size, device=tokens_BL.device)
+        return self.pixels(
+            self.sample_latents(condition_BTC, null_BTC, noise_BCHW, steps=settings.steps, guidance=settings.guidance)
+        )
+
+
+class OnlyImageIds(transformers.LogitsProcessor):
+    """No id outside first .. last - 1 can be drawn."""
+
+    def __init__(self, first: int, last: int):
+        self.first, self.last = first, last
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        out_BV = torch.full_like(scores, -math.inf)
+        out_BV[:, self.first : self.last] = scores[:, self.first : self.last]
+        return out_BV
+
+
+def left_padded(tokens_BL: torch.Tensor, lengths_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows padded on the right -> rows padded on the left, as long as the longest, and their mask (1: a token)."""
+    longest = int(lengths_B.max())
+    index_BL = torch.arange(longest, device=tokens_BL.device) - (longest - lengths_B.long())[:, None]
+    mask_BL = (index_BL >= 0).long()
+    return tokens_BL.gather(1, index_BL.clamp_min(0)) * mask_BL, mask_BL
+
+
+def attention_mask(segment_ids_BL: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What stock Qwen3 takes: the padding mask [B, L] for one segment a row, an additive mask [B, 1, L, L] for several."""
+    if segment_ids_BL.max() <= 1:
+        return segment_ids_BL
+    length = segment_ids_BL.shape[1]
+    same_BLL = segment_ids_BL[:, :, None] == segment_ids_BL[:, None, :]
+    causal_LL = torch.ones(length, length, dtype=torch.bool, device=segment_ids_BL.device).tril()
+    seen_BLL = same_BLL & causal_LL & (segment_ids_BL != 0)[:, None, :]
+    return torch.zeros(seen_BLL.shape, dtype=dtype, device=seen_BLL.device).masked_fill(~seen_BLL, torch.finfo(dtype).min)[
+        :, None
+    ]
