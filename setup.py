@@ -35,7 +35,8 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]>=0.10,<0.12"],
         "cuda": ["jax[cuda13]>=0.10,<0.12"],
-        "convert": ["torch>=2.6", "transformers>=5.0,<6", "diffusers>=0.36,<0.43", "safetensors>=0.5"],
+        # protobuf: the version that sentencepiece's own description of its models is compiled for.
+        "convert": ["torch>=2.6", "transformers>=5.0,<6", "diffusers>=0.36,<0.43", "safetensors>=0.5", "protobuf>=7.36"],
         "rl": ["rapidocr>=3.4", "onnxruntime>=1.20"],
         "test": [
             "pytest>=8.3",
@@ -45,6 +46,7 @@ setup(
             "transformers>=5.0,<6",
             "diffusers>=0.36,<0.43",
             "safetensors>=0.5",
+            "protobuf>=7.36",
         ],
     },
     entry_points={"console_scripts": ["blip3o=blip3o_jax.cli:main"]},

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from blip3o_jax import __version__, cli_convert
+from blip3o_jax import __version__, cli_bench, cli_convert
 from blip3o_jax.config import UserError
 
 # What the file system says about a path the user named.
@@ -84,6 +84,7 @@ def build_parser() -> argparse.ArgumentParser:
     for add in (_add_data, _add_train, _add_sample, _add_evaluate, _add_params, _add_demo):
         add(commands)
     cli_convert.add(commands, _command)
+    cli_bench.add(commands, _command)
     return parser
 
 
@@ -254,9 +255,10 @@ def _demo(args: argparse.Namespace) -> None:
 
 
 def _default_workdir(config: str) -> Path:
-    """runs/pretrain-1.7b for configs/pretrain.py:1.7b."""
-    name, _, argument = Path(config).name.partition(".py")
-    return Path("runs") / (name + argument.replace(":", "-"))
+    """runs/pretrain-1.7b for configs/pretrain.py:1.7b, runs/finetune-mine for configs/finetune.py:checkpoints/mine."""
+    path, _, argument = config.partition(".py:")
+    names = (Path(path).name.removesuffix(".py"), Path(argument.replace(":", "-")).name)
+    return Path("runs") / "-".join(name for name in names if name)
 
 
 def _read_prompts(path: Path) -> list[str]:

@@ -38,6 +38,13 @@ def _add_source(parser: argparse.ArgumentParser, flag: str) -> None:
         help="sizes of another vision tokenizer than the published: encoder, decoder, bottleneck_dim, codebook_size, "
         "select_layer, l2_normalized",
     )
+    parser.add_argument(
+        "--initialise",
+        type=_names,
+        default=(),
+        metavar="NAMES",
+        help="what the files lack and is to be made: connector, image_embeddings, latent_connector, feature_connector",
+    )
 
 
 def _add_import(ways: Any, command: Callable) -> None:
@@ -52,13 +59,6 @@ def _add_import(ways: Any, command: Callable) -> None:
     _add_source(parser, "--source")
     parser.add_argument("--out", type=Path, required=True, metavar="CKPT", help="the checkpoint directory to write")
     parser.add_argument("--dtype", choices=DTYPES, default="", help="of the parameters (that of the files)")
-    parser.add_argument(
-        "--initialise",
-        type=_names,
-        default=(),
-        metavar="NAMES",
-        help="what the files lack and is to be made: connector, image_embeddings, latent_connector, feature_connector",
-    )
     parser.add_argument(
         "--mesh",
         type=_mesh,
@@ -146,21 +146,24 @@ def _export(args: argparse.Namespace) -> None:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from blip3o_jax.convert import verify
+    from blip3o_jax.convert.report import print_report
+    from blip3o_jax.convert.verify import verify
+    from blip3o_jax.train.checkpoint import write_json
 
-    report = verify.verify(
+    report = verify(
         args.torch,
         args.jax,
         diffusion=args.diffusion,
         ta_tok=args.ta_tok,
         ta_tok_config=args.ta_tok_config,
+        initialise=args.initialise,
         ema=args.ema,
         parts=args.parts,
         seed=args.seed,
     )
-    verify.print_report(report)
+    print_report(report)
     if args.out:
-        verify.write_report(report, args.out)
+        write_json(args.out, report.to_dict())
     return 0 if report.ok else 1
 
 

@@ -8,6 +8,8 @@ Shape suffixes: B batch, L length, D features, H height, W width, C channels.
 
 import contextlib
 import contextvars
+import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -252,12 +254,58 @@ def stack(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) ->
     return module
 
 
+def unstack(layers: nnx.Module) -> list[nnx.Module]:
+    """The layers of a stack as modules of their own.
+
+    For loops that run a stack many times over, with its own loop laid out: taken apart before such a loop the weights are
+    copied once. XLA's CPU compiler would copy every slice of a stack anew at each turn.
+    """
+    graphdef, state = nnx.split(layers)
+    count = len(jax.tree.leaves(state)[0])
+    return [nnx.merge(graphdef, jax.tree.map(lambda x, i=i: x[i], state)) for i in range(count)]
+
+
 REMAT_POLICIES: dict[str, Callable | None] = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
     "offload": jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
 }
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["carry"], meta_fields=["part", "name", "index"])
+@dataclasses.dataclass(frozen=True)
+class LayerCarry:
+    """What one layer of a stack handed to the next: the part being traced, the layer's class, its index in the stack."""
+
+    part: str
+    name: str
+    index: int
+    carry: Any
+
+
+_records: contextvars.ContextVar[list[LayerCarry] | None] = contextvars.ContextVar("records", default=None)
+
+
+@contextlib.contextmanager
+def record_layers() -> Iterator[list[LayerCarry]]:
+    """While active, `scan` lays its loop out and appends every layer's carry to the list that this yields, stack after stack.
+
+    Inside a function that is jitted, the context must be entered there too, and the list be among what it returns:
+
+        @jax.jit
+        def layers(x):
+            with nn.record_layers() as carries:
+                model(x)
+            return carries
+
+    A `scan` within the body of another loop or transformation cannot be recorded: its carries mean nothing outside.
+    """
+    token = _records.set([])
+    try:
+        yield _records.get()
+    finally:
+        _records.reset(token)
 
 
 def scan(
@@ -282,7 +330,14 @@ def scan(
 
     if remat != "none":
         body = jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=unroll)
-    return jax.lax.scan(body, carry, (state, xs), unroll=unroll)
+    if (records := _records.get()) is None:
+        return jax.lax.scan(body, carry, (state, xs), unroll=unroll)
+    ys = []
+    for index in range(len(jax.tree.leaves(state)[0])):
+        carry, y = body(carry, jax.tree.map(lambda x, i=index: x[i], (state, xs)))
+        records.append(LayerCarry(_part.get(), type(layers).__name__, index, carry))
+        ys.append(y)
+    return carry, jax.tree.map(lambda *y: jnp.stack(y), *ys)
 
 
 def sinusoids(length: int, dim: int) -> jax.Array:

@@ -1,9 +1,11 @@
 """Pretraining of the whole model at the published sizes: next-token loss on text and image tokens, flow matching on latents.
 
 Command:
+    blip3o convert import --source=Qwen3-1.7B --diffusion=SANA1.5_1.6B_1024px_diffusers --ta_tok=ta_tok.pth \\
+        --initialise=connector,image_embeddings --out=start
     blip3o train --config=configs/pretrain.py:1.7b --workdir=runs/pretrain \\
-        --config.data.path='captions/*.tar' --config.model.text.path=qwen3/tokenizer.json \\
-        --config.checkpoint.init_from="[('ar', 'qwen3'), ('tokenizer', 'ta_tok'), ('dit', 'sana'), ('vae', 'dc_ae')]"
+        --config.data.path='captions/*.tar' --config.model.text.path=start/text \\
+        --config.checkpoint.init_from="[('ar', 'start'), ('tokenizer', 'start'), ('dit', 'start'), ('vae', 'start')]"
     The argument is the size of the AR, 0.6b or 1.7b (the default). Everything after it is yours to fill in: the published
     recipe starts every part but the connector from trained weights. Data: webdataset shards of key.jpg + key.txt; the
     recipe used 27 M long and 5 M short captions (two `data.sources`).

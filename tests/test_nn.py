@@ -105,6 +105,51 @@ def test_the_program_does_not_grow_with_depth(inputs):
     assert lines(2, False) == lines(5, False) and lines(2, True) < lines(5, True)
 
 
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_recorded_layers_are_those_of_the_scan(layers, inputs, remat):
+    """Two stacks, the second of which carries nothing; jitted, what the context yields is returned."""
+    xs = inputs[1]
+    graphdef, state = nnx.split(layers)
+
+    def run(state, x_BD):
+        stacked = nnx.merge(graphdef, state)
+        with nn.part("ar"):
+            out_BD, sums = nn.scan(stacked, step, x_BD, xs, remat=remat, unroll=False)
+        _, shapes = nn.scan(stacked, lambda layer, carry, _: (carry, layer.norm.scale[...]), None, remat=remat, unroll=False)
+        return out_BD, sums, shapes
+
+    @jax.jit
+    def recorded(state, x_BD):
+        with nn.record_layers() as records:
+            return run(state, x_BD), records
+
+    plain = run(state, inputs[0])
+    got, records = recorded(state, inputs[0])
+    for a, b in zip(got, plain, strict=True):
+        assert a.shape == b.shape and relative_error(a, b) < 1e-6
+    assert [(r.part, r.name, r.index) for r in records] == [(part, "Layer", i) for part in ("ar", "") for i in range(LAYERS)]
+    x_BD = inputs[0]
+    for i, record in enumerate(records[:LAYERS]):
+        x_BD = step(unstacked(layers, i), x_BD, xs[i])[0]
+        assert relative_error(record.carry, x_BD) < 1e-6
+    assert [r.carry for r in records[LAYERS:]] == [None] * LAYERS
+
+
+def test_layers_are_recorded_in_the_context_alone(layers, inputs):
+    """Outside it the loop stays a loop."""
+
+    def loops():  # a new function each time, since traces are kept by function
+        run = lambda: nn.scan(layers, step, *inputs, remat="none", unroll=False)
+        return str(jax.make_jaxpr(run)()).count("scan[")
+
+    with nn.record_layers() as records:
+        assert (loops(), len(records)) == (0, LAYERS)
+        with nn.record_layers() as inner:
+            assert (loops(), len(inner), len(records)) == (0, LAYERS, LAYERS)
+        assert (loops(), len(records)) == (0, 2 * LAYERS)
+    assert (loops(), len(records)) == (1, 2 * LAYERS)
+
+
 def test_constrain_counts_names_and_is_nothing_without_a_strategy(inputs):
     with pytest.raises(ValueError, match=r"constrain: 1 axis names \('batch',\) for an array of shape \(2, 8\)"):
         nn.constrain(inputs[0], "batch")

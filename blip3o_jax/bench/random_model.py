@@ -4,7 +4,7 @@ import json
 import pathlib
 import string
 
-import ml_dtypes
+import ml_dtypes  # noqa: F401  (lets NumPy know bfloat16)
 import numpy as np
 
 from blip3o_jax.config import ModelConfig
@@ -29,11 +29,12 @@ def write_random_model(
         PREFIXES[part] + key: (shape, np.dtype(dtype)) for part in PARTS for key, shape in tensor_shapes(part, model).items()
     }
     sizes = {name: int(np.prod(shape)) for name, (shape, _) in places.items()}
-    pool = (np.random.default_rng(seed).standard_normal(_POOL, np.float32) * 0.02).astype(ml_dtypes.finfo(dtype).dtype)
+    pool = (np.random.default_rng(seed).standard_normal(_POOL, np.float32) * 0.02).astype(dtype)
     writer = ShardedWriter(directory, "model", places, max_shard_bytes)
     progress = Progress("write", sum(sizes.values()) * pool.itemsize)
     for number, (name, (shape, _)) in enumerate(places.items()):
-        values = np.resize(np.roll(pool, -7919 * number) if sizes[name] < _POOL else pool, sizes[name])
+        first = 7919 * number % max(1, _POOL - sizes[name])
+        values = np.resize(pool, sizes[name]) if sizes[name] > _POOL else pool[first : first + sizes[name]]
         writer.write(name, values.reshape(shape))
         progress.advance(name, values.nbytes)
     writer.close()

@@ -4,7 +4,9 @@ import contextlib
 import errno
 import os
 import pathlib
+import re
 import shutil
+import time
 from collections.abc import Iterator
 
 from blip3o_jax.config import UserError
@@ -29,10 +31,12 @@ def whole_directory(out: pathlib.Path, *, overwrite: bool) -> Iterator[pathlib.P
         partial.mkdir()
         yield partial
         _replace(out, partial)
-    except OSError as error:
-        raise UserError(_reason(error, out)) from error
+    except Exception as error:
+        if (refusal := _refusal(error)) is None:
+            raise
+        raise UserError(_reason(refusal, out)) from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        _remove(partial)
 
 
 def check_space(out: pathlib.Path, needed: int) -> None:
@@ -43,6 +47,15 @@ def check_space(out: pathlib.Path, needed: int) -> None:
         raise UserError(
             f"{out} needs {needed / 1e9:.1f} GB, but {there} has {free / 1e9:.1f} GB left: free some, or move --out"
         )
+
+
+def _remove(directory: pathlib.Path) -> None:
+    """Until it stays away: threads of an Orbax that has given up may still be writing to it."""
+    for _ in range(50):
+        if not directory.exists():
+            return
+        shutil.rmtree(directory, ignore_errors=True)
+        time.sleep(0.1)
 
 
 def _replace(out: pathlib.Path, partial: pathlib.Path) -> None:
@@ -60,8 +73,16 @@ def _replace(out: pathlib.Path, partial: pathlib.Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def _refusal(error: Exception) -> OSError | None:
+    """The system's error behind an exception: Orbax hands it on as text."""
+    if isinstance(error, OSError):
+        return error
+    code = re.search(r"os_error_code='(\d+)'", str(error))
+    return OSError(int(code[1]), os.strerror(int(code[1]))) if code else None
+
+
 def _reason(error: OSError, out: pathlib.Path) -> str:
     place = error.filename or out
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return f"{out} was not written: {os.strerror(error.errno)}; free some space, or move --out"
-    return f"{place}: {error.strerror}; nothing was written to {out}"
+    return f"{place}: {error.strerror or error}; nothing was written to {out}"

@@ -367,6 +367,11 @@ def _with_dtypes(
     model: ModelConfig, parts: dict[str, dict[str, Tensor]], dtype: str
 ) -> tuple[ModelConfig, tuple[tuple[str, str], ...]]:
     """The model with each part's parameter dtype, and what tensors are narrower than that in the files."""
+    wide = next((t for given in parts.values() for t in given.values() if t.dtype == np.float64), None)
+    if wide is not None and not dtype:
+        raise UserError(
+            f"{wide.file}: {wide.key} has dtype float64, and parameters here have 32 bits at most: --dtype=float32 rounds it"
+        )
     own = lambda names: [t.dtype for name in names for t in parts.get(name, {}).values()]
     widest = lambda *names: dtype or str(jnp.result_type(*own(names))) if own(names) else dtype or "float32"
     tokenizer, connector = widest("tokenizer"), widest("connector", "latent_connector", "feature_connector")

@@ -175,6 +175,7 @@ def part(
     rows, without padding; `attn_implementation` ("sdpa" or "eager") is its own alone.
     """
     c, d, caption = cfg.connector, cfg.ar.hidden_size, cfg.dit.caption_channels
+    plain = dataclasses.replace(c, positions=False)
 
     def ar() -> torch.nn.Module:
         fields = transformers.Qwen3Config.from_dict(stock_config("ar", cfg), attn_implementation=attn_implementation)
@@ -186,8 +187,8 @@ def part(
         "connector": lambda: Connector(c, d, caption),
         "dit": lambda: diffusers.SanaTransformer2DModel.from_config(stock_config("dit", cfg)),
         "vae": lambda: diffusers.AutoencoderDC.from_config(stock_config("vae", cfg)),
-        "latent_connector": lambda: Connector(c, cfg.vae.latent_channels, caption),
-        "feature_connector": lambda: Connector(c, cfg.tokenizer.encoder.hidden_size, d),
+        "latent_connector": lambda: Connector(plain, cfg.vae.latent_channels, caption),
+        "feature_connector": lambda: Connector(plain, cfg.tokenizer.encoder.hidden_size, d),
     }
     if name not in make:
         raise ValueError(f"there is no part {name!r}: use one of {', '.join(make)}")

@@ -9,6 +9,7 @@ The last `keep` checkpoints stay, and the best by training loss. A directory tha
 writing keeps its last finished step.
 """
 
+import contextlib
 import json
 import pathlib
 from collections.abc import Iterable, Iterator
@@ -86,10 +87,17 @@ def _write_small_arrays_whole() -> None:
     pays for large arrays only; without this it is most of the time a small model takes to save. (The handler that stands in
     for Orbax's own keeps no array metadata, which nothing here reads.)"""
     handler = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=2**20)
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.ERROR)  # it would warn that a handler is replaced, as is meant
-    try:
+    with _quiet():  # it would warn that a handler is replaced, as is meant
         ocp.type_handlers.register_type_handler(jax.Array, handler, override=True)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without Orbax's own log, which tells of errors that are raised as well, traceback and all."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.FATAL)
+    try:
+        yield
     finally:
         logging.set_verbosity(verbosity)
 
@@ -220,7 +228,7 @@ def write_weights(directory: pathlib.Path, config: Config, tokenizer: TextTokeni
     handler = ocp.PyTreeCheckpointHandler(save_concurrent_gb=largest // 10**9 + 1, use_compression=False)
     options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
     handlers = {"state": handler, "meta": ocp.JsonCheckpointHandler()}
-    with ocp.CheckpointManager(directory, options=options, item_handlers=handlers) as manager:
+    with ocp.CheckpointManager(directory, options=options, item_handlers=handlers) as manager, _quiet():
         items = ocp.args.Composite(state=ocp.args.PyTreeSave(weights), meta=ocp.args.JsonSave({"data": None, "loss": None}))
         manager.save(0, args=items)
     if jax.process_index() == 0:

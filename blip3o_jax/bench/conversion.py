@@ -1,0 +1,142 @@
+"""How fast and in how much memory weights of a real size are converted: `blip3o bench conversion`.
+
+A random model in the published layout is written, imported and exported, each in a process of its own, and the two directories
+are compared bit by bit. Beside them stand a plain read and write of the same files by the safetensors library.
+"""
+
+import dataclasses
+import multiprocessing
+import os
+import pathlib
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from blip3o_jax.bench.random_model import write_random_model
+from blip3o_jax.config import ModelConfig, UserError
+from blip3o_jax.convert.directory import check_space
+from blip3o_jax.convert.memory import PeakMemory
+from blip3o_jax.convert.tensor_files import read_weights
+from blip3o_jax.train.checkpoint import write_json
+
+
+def run(model: ModelConfig, out: pathlib.Path, *, dtype: str = "bfloat16", keep: bool = False) -> dict[str, Any]:
+    """Writes OUT/conversion.json and returns it: for each of read, write, import and export seconds, bytes, bytes a second and
+    peak resident bytes. The directories of weights are removed unless `keep`. UserError where safetensors is not installed."""
+    try:
+        import safetensors  # noqa: F401
+    except ImportError as error:
+        raise UserError("bench conversion compares with the safetensors library: pip install 'blip3o_jax[convert]'") from error
+    source, checkpoint, exported, plain = (out / name for name in ("source", "checkpoint", "exported", "plain"))
+    rows: dict[str, dict[str, float]] = {}
+    try:
+        for directory in (source, checkpoint, exported, plain):
+            shutil.rmtree(directory, ignore_errors=True)
+        print(f"writing a random model to {source}", file=sys.stderr)
+        write_random_model(source, model, dtype=dtype)
+        size = sum(file.stat().st_size for file in source.glob("*.safetensors"))
+        check_space(out, 3 * size)
+        for name, work in (
+            ("plain read", (_plain_read, source)),
+            ("import", (_import, source, checkpoint)),
+            ("plain read and write", (_plain_copy, source, plain)),
+            ("export", (_export, checkpoint, exported)),
+        ):
+            print(f"{name} ...", file=sys.stderr)
+            rows[name] = _in_a_process(*work) | {"bytes": size}
+            shutil.rmtree(plain, ignore_errors=True)
+        equal = _equal(source, exported)
+    finally:
+        if not keep:
+            for directory in (source, checkpoint, exported, plain):
+                shutil.rmtree(directory, ignore_errors=True)
+    report = {
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": {
+            "processor": platform.processor() or platform.machine(),
+            "cores": os.cpu_count(),
+            "load": os.getloadavg()[0],
+        },
+        "dtype": dtype,
+        "tensors_equal": equal,
+        "rows": rows,
+    }
+    write_json(out / "conversion.json", report)
+    return report
+
+
+def print_table(report: dict[str, Any]) -> None:
+    """Prints the report to standard output."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="Conversion")
+    for name in ("", "seconds", "GB/s", "peak resident GB", "allowed GB"):
+        table.add_column(name, justify="right" if name else "left")
+    for name, row in report["rows"].items():
+        allowed = f"{row['allowed'] / 1e9:.2f}" if "allowed" in row else ""
+        rate = row["bytes"] / 1e9 / row["seconds"]
+        table.add_row(name, f"{row['seconds']:.1f}", f"{rate:.2f}", f"{row['peak'] / 1e9:.2f}", allowed)
+    Console().print(table)
+    print(f"{report['tensors_equal']} tensors, the same bits in source and export")
+
+
+def _in_a_process(work: Callable[..., dict[str, float]], *args: Any) -> dict[str, float]:
+    """What `work` returns, run in a fresh process, so that its memory is its own."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(work, args)
+
+
+def _import(source: pathlib.Path, out: pathlib.Path) -> dict[str, float]:
+    from blip3o_jax.convert.importer import import_weights
+    from blip3o_jax.convert.source import open_source
+
+    done = import_weights(open_source(source), out)
+    return dataclasses.asdict(done) | {"allowed": done.allowed}
+
+
+def _export(source: pathlib.Path, out: pathlib.Path) -> dict[str, float]:
+    from blip3o_jax.convert.exporter import export_weights
+
+    done = export_weights(source, out)
+    return {"seconds": done.seconds, "peak": done.peak}
+
+
+def _plain_read(source: pathlib.Path) -> dict[str, float]:
+    from safetensors import numpy as library
+
+    began = time.monotonic()
+    with PeakMemory() as memory:
+        for file in sorted(source.glob("*.safetensors")):
+            for tensor in library.load_file(file).values():
+                tensor.reshape(-1).view(np.uint8)[::2048].sum()  # every page, in case they are only mapped
+    return {"seconds": time.monotonic() - began, "peak": memory.peak}
+
+
+def _plain_copy(source: pathlib.Path, out: pathlib.Path) -> dict[str, float]:
+    from safetensors import numpy as library
+
+    out.mkdir()
+    began = time.monotonic()
+    with PeakMemory() as memory:
+        for file in sorted(source.glob("*.safetensors")):
+            library.save_file(library.load_file(file), out / file.name)
+    return {"seconds": time.monotonic() - began, "peak": memory.peak}
+
+
+def _equal(source: pathlib.Path, exported: pathlib.Path) -> int:
+    """The number of tensors, all of them equal; RuntimeError for one that is not."""
+    ours, theirs = read_weights(exported), read_weights(source)
+    extra = {name for name in ours if ".scale_layer." in name}
+    if set(ours) - extra != set(theirs):
+        raise RuntimeError(f"other tensors than in the source: {sorted(set(ours) ^ set(theirs))[:3]}")
+    for name, tensor in theirs.items():
+        a, b = tensor.read(), ours[name].read()
+        if a.dtype != b.dtype or a.shape != b.shape or not np.array_equal(a.view(np.uint8), b.view(np.uint8)):
+            raise RuntimeError(f"{name} was changed on its way")
+    return len(theirs)

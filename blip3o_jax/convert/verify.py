@@ -1,0 +1,158 @@
+"""A checkpoint against the PyTorch files it was made from, or that were made from it: every weight, then what the two compute.
+
+Weights are read group by group (mapping.py) and compared bit by bit in the checkpoint's dtype. PyTorch's outputs come from the
+stock classes, filled from the files under the files' own names (compare.py): a fault in the tables shows there, even where it
+is the same in both directions and all weights agree.
+"""
+
+import dataclasses
+import pathlib
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from blip3o_jax import config as config_lib
+from blip3o_jax.config import Config, ModelConfig, UserError
+from blip3o_jax.convert.exporter import cast
+from blip3o_jax.convert.mapping import Group, groups
+from blip3o_jax.convert.progress import Progress
+from blip3o_jax.convert.report import Difference, PartReport, Report
+from blip3o_jax.convert.source import Source, open_source
+from blip3o_jax.convert.stock_config import OWN_FIELDS
+from blip3o_jax.convert.tables import PREFIXES
+from blip3o_jax.train.checkpoint import Weights, find, read_config
+
+JOINT = ("ar", "connector", "dit")  # what the joint losses on codes and latents take
+
+
+def verify(
+    torch_dir: pathlib.Path,
+    checkpoint: pathlib.Path,
+    *,
+    diffusion: pathlib.Path | None = None,
+    ta_tok: pathlib.Path | None = None,
+    ta_tok_config: pathlib.Path | None = None,
+    initialise: Iterable[str] = (),
+    ema: bool = False,
+    parts: Sequence[str] = (),
+    seed: int = 0,
+) -> Report:
+    """Compares the parts that are named (all by default), one at a time, and with AR, connector and DiT among them the joint
+    losses too.
+
+    `diffusion`, `ta_tok`, `ta_tok_config` and `initialise` as the import was given them: what was initialised there is not in
+    the files and is left out. UserError where the two sides do not have the same tensors, or PyTorch is not installed.
+    """
+    compare = _comparison()
+    initialise = tuple(initialise)
+    source = open_source(torch_dir, diffusion=diffusion, ta_tok=ta_tok, ta_tok_config=ta_tok_config, initialise=initialise)
+    root, step = find(checkpoint)
+    config, weights = read_config(root), Weights(root, step, ema=ema)
+    given = [part for part in PREFIXES if source.tensors.get(part)]
+    for name in parts:
+        config_lib.check_choice("--parts", name, given)
+    chosen = [part for part in given if not parts or part in parts]
+    if missing := [part for part in chosen if part not in weights.parts]:
+        raise UserError(
+            f"{root} holds no part {', '.join(missing)}, only {', '.join(weights.parts)}: name those to compare with --parts"
+        )
+    for part in chosen:
+        _check_same_tensors(part, source, config, torch_dir, root)
+
+    progress = Progress("verify", sum(t.nbytes for part in chosen for t in source.tensors[part].values()))
+    sides = compare.Sides(source, checkpoint, config, ema)
+    reports = []
+    for part in chosen:
+        differing = _compare_weights(part, source, config.model, weights, progress)
+        _say(f"{part}  outputs")
+        outputs = sides.compare((part,), compare.runs(part, source, seed))
+        reports.append(PartReport(part, len(source.tensors[part]), differing, outputs))
+    notes = _notes(source, config, chosen)
+    if skipped := _no_joint(chosen, initialise):
+        notes.append(f"joint losses were not compared: {skipped}")
+    else:
+        _say("joint  losses")
+        reports.append(PartReport("joint", 0, (), sides.compare(JOINT, [compare.joint_run(source, seed)])))
+    return Report(str(torch_dir), str(checkpoint), seed, tuple(reports), tuple(notes))
+
+
+def _comparison() -> Any:
+    """The module that needs PyTorch."""
+    try:
+        from blip3o_jax.convert import compare
+    except ImportError as error:
+        raise UserError(
+            f"convert verify runs the PyTorch model, but {error.name} is not installed: pip install 'blip3o_jax[convert]'"
+        ) from error
+    return compare
+
+
+def _say(line: str) -> None:
+    print(f"verify  {line}", file=sys.stderr)
+
+
+def _check_same_tensors(part: str, source: Source, config: Config, torch_dir: pathlib.Path, root: pathlib.Path) -> None:
+    """UserError unless both sides have tensors of the same names and shapes."""
+    theirs = {key: shape for group in groups(part, source.config.model) for key, shape in group.tensors.items()}
+    ours = {key: shape for group in groups(part, config.model) for key, shape in group.tensors.items()}
+    for key in [*theirs, *ours]:
+        if theirs.get(key) != ours.get(key):
+            sizes = [f"has it as {list(s[key])}" if key in s else "has none" for s in (theirs, ours)]
+            raise UserError(
+                f"{PREFIXES[part]}{key}: {torch_dir} {sizes[0]}, {root} {sizes[1]}: one cannot have been made from the other"
+            )
+
+
+def _compare_weights(
+    part: str, source: Source, cfg: ModelConfig, weights: Weights, progress: Progress
+) -> tuple[Difference, ...]:
+    """The tensors of a part that are not equal bit by bit once cast to the checkpoint's dtype."""
+    dtype, differing = weights.dtype(part), []
+    for group in groups(part, cfg):
+        arrays = weights.read(part, group.shapes)
+        for layer, (key, shape) in enumerate(group.tensors.items()):
+            tensor = source.tensors[part][key]
+            want = cast(tensor.read(), dtype)
+            got = group.to_torch({p: a[layer] if group.rule.stacked else a for p, a in arrays.items()}, shape)
+            rows = _shared_rows(group, source)
+            if not _same_bits(got[:rows], want[:rows]):
+                differing.append(Difference(tensor.key, _greatest(got[:rows], want[:rows])))
+            progress.advance(part, tensor.nbytes)
+    return tuple(differing)
+
+
+def _shared_rows(group: Group, source: Source) -> int | None:
+    """Where the import made rows of the vocabulary, those before them; else all (None)."""
+    return source.text_rows if group.rule.vocabulary and "image_embeddings" in source.initialise else None
+
+
+def _same_bits(a: np.ndarray, b: np.ndarray) -> bool:
+    bits = np.dtype(f"u{a.dtype.itemsize}")
+    return a.dtype == b.dtype and np.array_equal(a.view(bits), b.view(bits))
+
+
+def _greatest(got: np.ndarray, want: np.ndarray) -> float:
+    """The greatest difference over the greatest absolute value."""
+    got, want = got.astype(np.float32), want.astype(np.float32)
+    return float(np.abs(got - want).max() / max(np.abs(want).max(), np.finfo(np.float32).tiny))
+
+
+def _notes(source: Source, config: Config, chosen: Sequence[str]) -> list[str]:
+    """Settings of the parts that differ between the files and the checkpoint's configuration."""
+    notes = [f"{name} was initialised by the import and is not in the files: not compared" for name in source.initialise]
+    for part in [part for part in (*chosen, "flow") if hasattr(config.model, part)]:
+        theirs, ours = (getattr(model, part) for model in (source.config.model, config.model))
+        for field in dataclasses.fields(ours):
+            a, b = getattr(theirs, field.name), getattr(ours, field.name)
+            if field.name not in OWN_FIELDS and a != b:
+                notes.append(f"{part}.{field.name} is {a} in the files and {b} in the checkpoint")
+    return notes
+
+
+def _no_joint(chosen: Sequence[str], initialise: Sequence[str]) -> str:
+    """Why the joint losses cannot be compared, or ""."""
+    if missing := [part for part in JOINT if part not in chosen]:
+        return f"they need {', '.join(missing)} too"
+    return "the image tokens' rows are not in the files" if "image_embeddings" in initialise else ""

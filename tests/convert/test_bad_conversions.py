@@ -1,0 +1,351 @@
+"""What can be wrong with a source or a target: one line that names file and tensor, and nothing left behind."""
+
+import contextlib
+import errno
+import gc
+import json
+import logging
+import os
+import pathlib
+import resource
+import shutil
+import types
+
+import numpy as np
+import pytest
+import torch
+
+from blip3o_jax.config import UserError
+from blip3o_jax.convert import directory as directory_module
+from blip3o_jax.convert.exporter import export_weights
+from blip3o_jax.convert.importer import import_weights
+from blip3o_jax.convert.source import open_source
+from tests.convert import published
+from tests.convert.published import EMBEDDINGS, HEAD, Options, planned_once  # noqa: F401
+from tests.tiny import quick_compile  # noqa: F401
+
+pytestmark = pytest.mark.usefixtures("quick_compile", "planned_once")
+
+SHARDS = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
+TOWER = "model.vision_tower.vision_tower."
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    return published.write(tmp_path_factory.mktemp("good"), Options(21, stored_head=True, shards=3, vae="f2"))
+
+
+@pytest.fixture(scope="module")
+def imported(good, tmp_path_factory, quick_compile, planned_once):  # noqa: F811
+    """(source, its checkpoint)."""
+    source = open_source(good.directory, **good.arguments)
+    root = tmp_path_factory.mktemp("imported") / "checkpoint"
+    import_weights(source, root)
+    return source, root
+
+
+@pytest.fixture
+def copy(good, tmp_path):
+    """The published directory, to be spoilt, and what opens it."""
+    shutil.copytree(good.directory, tmp_path / "model")
+    return types.SimpleNamespace(
+        path=tmp_path / "model", tensors=dict(good.tensors), model=good.model, arguments=good.arguments
+    )
+
+
+def save_again(copy):
+    for name in SHARDS:
+        (copy.path / name).unlink()
+    published.save(copy.path, "model", copy.tensors, 3)
+
+
+def edit_json(path, **changes):
+    values = json.loads(path.read_text())
+    for key, value in changes.items():
+        if value is None:
+            del values[key]
+        else:
+            values[key] = value
+    published.write_json(path, values)
+
+
+def refused(copy, *words, **changes):
+    """The error's one line, which has all of `words`."""
+    with pytest.raises(UserError) as error:
+        open_source(copy.path, **copy.arguments | changes)
+    line = str(error.value)
+    assert "\n" not in line
+    for word in words:
+        assert word in line, line
+
+
+def test_the_whole_directory_is_fine(copy):
+    assert not open_source(copy.path, **copy.arguments).initialise
+
+
+def test_a_shard_is_missing(copy):
+    (copy.path / SHARDS[1]).unlink()
+    index = json.loads((copy.path / "model.safetensors.index.json").read_text())["weight_map"]
+    key = next(key for key, name in index.items() if name == SHARDS[1])
+    refused(copy, f"{copy.path / SHARDS[1]} is missing", f"such as {key}")
+
+
+@pytest.mark.parametrize(
+    ("keep", "words"), [(50, ("cut off in its header (50 bytes)",)), (-10, ("is cut off: ", "ends at byte"))]
+)
+def test_a_file_is_cut_off(copy, keep, words):
+    file = copy.path / SHARDS[2]
+    file.write_bytes(file.read_bytes()[:keep])
+    refused(copy, str(file), *words)
+
+
+KEYS = [
+    "model.layers.1.self_attn.q_norm.weight",
+    "model.norm.weight",
+    f"{TOWER}decoder.vision_model.head.probe",
+    f"{TOWER}bottleneck.regularizer.embedding.weight",
+    "model.diffusion_connector.3.weight",
+    "model.sana.scale_shift_table",
+    "model.sana_vae.decoder.norm_out.bias",
+]
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_a_tensor_is_missing(copy, key):
+    del copy.tensors[key]
+    save_again(copy)
+    refused(copy, str(copy.path), f"{key} is missing (1 tensors of")
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "model.layers.9.mlp.up_proj.weight",
+        "model.layers.0.self_attn.q_proj.bias",
+        f"{TOWER}bottleneck.regularizer.stochastic_temperature_inv",
+        f"{TOWER}encoder.vision_tower.weight",
+        "model.diffusion_connector.4.weight",
+        "model.sana.transformer_blocks.0.attn1.to_q.bias",
+        "model.sana_vae.encoder.quant.weight",
+        "model.mm_projector.weight",
+        "score.weight",
+    ],
+)
+def test_a_tensor_is_one_too_many(copy, key):
+    copy.tensors[key] = torch.ones(3)
+    save_again(copy)
+    (file,) = (name for name in SHARDS if key in published.safetensors.torch.load_file(copy.path / name))
+    refused(copy, f"{copy.path / file}: {key} belongs to no parameter of", "nothing is dropped silently")
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_a_shape_is_another(copy, key):
+    shape = list(copy.tensors[key].shape)
+    copy.tensors[key] = torch.zeros([shape[0] + 1, *shape[1:]])
+    save_again(copy)
+    refused(copy, str(copy.path), f"{key} has shape {[shape[0] + 1, *shape[1:]]}, but ", f"makes it {shape}")
+
+
+def test_a_dtype_that_is_no_number_of_a_network(copy):
+    for dtype, word in ((torch.int8, "int8"), (torch.float64, "float64")):
+        copy.tensors["model.norm.weight"] = torch.ones(copy.model.ar.hidden_size, dtype=dtype)
+        save_again(copy)
+        refused(copy, str(copy.path), f"model.norm.weight has dtype {word}")
+
+
+def test_config_json_contradicts_the_weights(copy):
+    file = copy.path / "config.json"
+    whole = file.read_text()
+    ar, rows = copy.model.ar, copy.model.ar.vocab_size
+    for changes, words in (
+        ({"vocab_size": rows + 8}, (f"{EMBEDDINGS} has shape [{rows}, {ar.hidden_size}]", f"makes it [{rows + 8}, ")),
+        ({"vocab_size": rows - 1}, (f"vocab_size={rows - 1}, but text tokenizer and image tokens have {rows} ids",)),
+        ({"num_hidden_layers": ar.num_hidden_layers + 1}, (f"model.layers.{ar.num_hidden_layers}.", "is missing")),
+        ({"num_hidden_layers": ar.num_hidden_layers - 1}, (f"model.layers.{ar.num_hidden_layers - 1}.", "belongs to no")),
+        ({"hidden_size": ar.hidden_size + 2}, ("model.embed_tokens.weight has shape",)),
+        ({"image_start_tag_id": 7}, ("image_start_tag_id=7, but the tokenizer's files and the codebook make it",)),
+        ({"image_end_token_id": rows}, (f"image_end_token_id={rows}, but",)),
+        ({"scale_start_token_id": 3}, ("scale_start_token_id=3, but",)),
+        ({"num_image_tokens": 64}, ("num_image_tokens=64, but",)),
+        ({"hidden_size": None}, ("lacks hidden_size",)),
+        ({"model_type": "llama"}, ("model_type='llama' is not supported",)),
+        ({"blip3o_jax": 3}, ("blip3o_jax must be a group of fields",)),
+        ({"blip3o_jax": {"model": {"ar": {"hiden_size": 3}}}}, ("unknown config key", "did you mean", "hidden_size")),
+    ):
+        file.write_text(whole)
+        edit_json(file, **changes)
+        refused(copy, str(file), *words)
+    for contents, word in (("{", "cannot be read as JSON"), ("[]", "holds no JSON object")):
+        file.write_text(contents)
+        refused(copy, str(file), word)
+    file.unlink()
+    refused(copy, f"{copy.path} holds no config.json")
+
+
+def test_a_tied_head_that_differs(copy):
+    copy.tensors[HEAD] = copy.tensors[HEAD].clone()
+    copy.tensors[HEAD][3, 1] += 1
+    save_again(copy)
+    (file,) = (name for name in SHARDS if HEAD in published.safetensors.torch.load_file(copy.path / name))
+    refused(copy, f"{copy.path / file}: {HEAD} differs from {EMBEDDINGS}", "tie_word_embeddings: true")
+    edit_json(copy.path / "config.json", tie_word_embeddings=False)
+    assert HEAD in open_source(copy.path, **copy.arguments).tensors["ar"]
+    del copy.tensors[HEAD]
+    save_again(copy)
+    refused(copy, f"{HEAD} is missing")
+
+
+def test_another_text_tokenizer(copy):
+    published.write_bpe(copy.path, added=["<extra>"])
+    refused(copy, str(copy.path / "config.json"), "use the tokenizer that belongs to the weights")
+    (copy.path / "tokenizer.json").unlink()
+    refused(copy, f"{copy.path} holds no text tokenizer (tokenizer.json")
+
+
+def test_the_files_beside_the_source(copy, tmp_path):
+    refused(copy, "sana/transformer/config.json", diffusion=copy_of(copy.arguments["diffusion"], tmp_path, num_layers=9))
+    refused(copy, "holds none of transformer/, vae/, scheduler/", diffusion=copy.path)
+    refused(copy, str(tmp_path / "nowhere"), diffusion=tmp_path / "nowhere")
+    sizes = tmp_path / "sizes.json"
+    published.write_json(sizes, {"encoders": {}})
+    refused(copy, f"{sizes}: unknown key encoders; it takes encoder", ta_tok_config=sizes)
+    published.write_json(sizes, {"bottleneck_dim": "8"})
+    refused(copy, str(sizes), "bottleneck_dim='8' must be of type int", ta_tok_config=sizes)
+    published.write_json(sizes, {"codebook_size": published.CODES})
+    refused(copy, TOWER, "the published so400m tokenizer (--ta_tok_config=FILE.json states another)", ta_tok_config=sizes)
+    published.write_json(sizes, {})
+    refused(copy, "text tokenizer's files hold only some of the image tokens", ta_tok_config=sizes)
+    file = tmp_path / "ta_tok.pth"
+    file.write_bytes(b"PK\x03\x04 cut off")
+    refused(copy, f"{file} cannot be read as a PyTorch file", ta_tok=file)
+    torch.save({"state_dict": {}}, file)
+    refused(copy, f"{file} is not a TA-Tok file: it has no model.sd", ta_tok=file)
+    torch.save({"model": {"sd": {"w": 3}, "args": {}}}, file)
+    refused(copy, f"{file}: w is no tensor", ta_tok=file)
+
+
+def copy_of(sana, place, **changes):
+    shutil.copytree(sana, place / "sana")
+    edit_json(place / "sana" / "transformer" / "config.json", **changes)
+    return place / "sana"
+
+
+def test_parts_that_are_not_there(copy):
+    for part, prefix, word in (
+        ("tokenizer", TOWER, "give --ta_tok=FILE"),
+        ("dit", "model.sana.", "give --diffusion=DIR with weights"),
+        ("vae", "model.sana_vae.", "give --diffusion=DIR with weights"),
+        ("connector", "model.diffusion_connector.", "use --initialise=connector"),
+    ):
+        kept = copy.tensors
+        copy.tensors = {key: x for key, x in kept.items() if not key.startswith(prefix)}
+        save_again(copy)
+        refused(copy, f"{copy.path} holds no tensors of part {part} ({prefix}*)", word)
+        copy.tensors = kept
+    save_again(copy)
+    refused(copy, "--initialise=connector, but ", "holds its tensors", initialise=("connector",))
+    refused(copy, "--initialise='conector' is not one of connector", initialise=("conector",))
+
+
+def listing(directory):
+    return {str(p.relative_to(directory)): p.read_bytes() if p.is_file() else None for p in directory.rglob("*")}
+
+
+@pytest.fixture(params=["import", "export"])
+def convert(request, imported):
+    """Writes one or the other to a directory."""
+    source, root = imported
+    write = {
+        "import": lambda out, **s: import_weights(source, out, **s),
+        "export": lambda out, **s: export_weights(root, out, **s),
+    }
+    return write[request.param]
+
+
+def not_written(convert, out, *words, **settings):
+    """Refused in one line, with everything beside `out` as it was."""
+    before = listing(out.parent) if out.parent.is_dir() else None
+    with pytest.raises(UserError) as error:
+        convert(out, **settings)
+    line = str(error.value)
+    assert "\n" not in line
+    for word in words:
+        assert word in line, line
+    assert (listing(out.parent) if out.parent.is_dir() else None) == before
+
+
+def test_targets_that_cannot_be_written(convert, tmp_path):
+    (tmp_path / "file").write_text("")
+    not_written(convert, tmp_path / "file" / "out", f"{tmp_path / 'file'}")
+    not_written(convert, pathlib.Path("/proc/blip3o/out"), "/proc/blip3o")
+
+
+def test_targets_that_are_there_already(convert, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.tex").write_text("years of work")
+    not_written(convert, out, "exists already: choose another --out, or pass --overwrite")
+    not_written(convert, out, "holds no config.json, so it is no earlier output", overwrite=True)
+    (out / "thesis.tex").unlink()
+    (out / "config.json").write_text("{}")
+    convert(out, overwrite=True)
+    assert len(listing(out)) > 3
+    not_written(convert, out, "exists already")
+
+
+@contextlib.contextmanager
+def largest_file(size):
+    """Nothing can be written beyond `size` bytes of a file, which fails as a full disk does."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_disk_that_fills_up(convert, tmp_path, caplog):
+    caplog.set_level(logging.CRITICAL, "asyncio")  # of the writes that Orbax had begun
+    with largest_file(30_000):
+        not_written(convert, tmp_path / "out", "out was not written: File too large; free some space, or move --out")
+    gc.collect()
+    convert(tmp_path / "out")
+
+
+def test_a_disk_that_is_seen_to_be_too_small(convert, tmp_path, monkeypatch):
+    usage = type(shutil.disk_usage(tmp_path))
+    monkeypatch.setattr(directory_module.shutil, "disk_usage", lambda _: usage(10**6, 0, 10**4))
+    not_written(convert, tmp_path / "out", "out needs 0.0 GB, but ")
+
+
+@pytest.mark.parametrize("call", ["posix_fallocate", "pwrite"])
+def test_a_disk_that_is_full_while_exporting(imported, tmp_path, monkeypatch, call):
+    def refuse(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, call, refuse)
+    convert = lambda out: export_weights(imported[1], out)
+    not_written(convert, tmp_path / "out", "out was not written: No space left on device; free some space, or move --out")
+
+
+def test_a_source_that_changes_under_the_import(copy, tmp_path):
+    """Its headers were right when they were read."""
+    source = open_source(copy.path, **copy.arguments)
+    file = copy.path / SHARDS[0]
+    os.truncate(file, file.stat().st_size - 2000)
+    not_written(lambda out: import_weights(source, out), tmp_path / "out", f"{file} is cut off within ", "copy it again")
+
+
+def test_a_checkpoint_that_is_none_or_not_whole(imported, tmp_path):
+    convert = lambda out: export_weights(tmp_path / "pictures", out)
+    not_written(convert, tmp_path / "out", "pictures does not exist")
+    (tmp_path / "pictures").mkdir()
+    not_written(convert, tmp_path / "out", "pictures is not a checkpoint: it holds no config.json")
+    shutil.copytree(imported[1], tmp_path / "damaged")
+    for file in (tmp_path / "damaged" / "0" / "state").rglob("*"):
+        if file.is_file() and file.parent.name == "d":
+            file.write_bytes(np.random.default_rng(0).bytes(file.stat().st_size))
+    with pytest.raises(Exception):  # noqa: B017 that it is no silent export is all that is asked
+        export_weights(tmp_path / "damaged", tmp_path / "out")
+    assert not (tmp_path / "out").exists() and not (tmp_path / ".out.partial").exists()
