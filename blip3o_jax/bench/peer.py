@@ -1,0 +1,281 @@
+"""The same weights, the same work, in JAX and in PyTorch: who is faster, and by how much.
+
+Each side is a process of its own (peer_worker.py) with as many threads. They take turns: every round asks each side for one
+stretch of the item while the others sleep, in an order that is turned around from round to round, so that a machine that slows
+down slows all of them. Compiling and the first calls are not part of it and are reported by themselves. What both sides should
+compute alike is compared before anything is timed.
+
+    train_step          one optimizer step of the joint stage on cached codes and latents
+    train_step_online   the same with the frozen encoders in it
+    ar_decode           all image tokens of a batch: here one pass on a cache, there `generate` and a second pass
+    dit_step            one denoising step with guidance: a whole sampling loop over its number of steps
+    vae_encode, vae_decode, tokenizer, text_to_image
+"""
+
+import dataclasses
+import datetime
+import pathlib
+import sys
+from typing import Any
+
+import numpy as np
+
+from blip3o_jax.bench import peer_report
+from blip3o_jax.bench.peer_worker import Arrays, Task, Worker
+from blip3o_jax.config import ModelConfig, SamplingConfig, UserError, check, check_choice
+from blip3o_jax.convert.report import relative_error
+from blip3o_jax.convert.source import open_source
+from blip3o_jax.convert.stock_config import OWN_FIELDS
+from blip3o_jax.data.sequence import text_to_image_prompt, text_to_image_row
+from blip3o_jax.text.tokenizers import load_tokenizer
+from blip3o_jax.text.vocabulary import Vocabulary
+from blip3o_jax.train.checkpoint import find, read_config
+
+ITEMS = (
+    "train_step",
+    "train_step_online",
+    "ar_decode",
+    "dit_step",
+    "vae_encode",
+    "vae_decode",
+    "tokenizer",
+    "text_to_image",
+)
+DEVICES = ("cpu", "gpu")
+CAPTIONS = (
+    "a red circle",
+    "a large blue square above a small green triangle",
+    "two yellow stars",
+    "a small purple ring to the left of a red cross",
+)
+LEARNING_RATE = 1e-4
+LENGTH_BUCKET = 32  # prompts are padded as `pipeline` pads them
+# Norm of the difference over the norm: more than rounding makes in float32 and in bfloat16, less than other weights would.
+TOLERANCE = {"cpu": 1e-3, "gpu": 0.1}
+STRETCH_S = 0.3  # a side's turn lasts at least this long, so that short items are not lost in the noise
+MOST_REPEATS = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    device: str = "cpu"
+    rounds: int = 7
+    batch_size: int = 4
+    threads: int = 2
+    jax_devices: int = 1
+    items: tuple[str, ...] = ITEMS
+    compiled: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_choice("--device", self.device, DEVICES)
+        for item in self.items:
+            check_choice("--items", item, ITEMS)
+        for name in ("rounds", "batch_size", "threads", "jax_devices"):
+            check(getattr(self, name) > 0, f"--{name}={getattr(self, name)} must be positive")
+
+
+def bench(
+    torch_dir: pathlib.Path, checkpoint: pathlib.Path, out: pathlib.Path, options: Options, command: str
+) -> dict[str, Any]:
+    """Runs the items and writes OUT/peer.json and OUT/peer.md; returns the report. UserError for directories that do not hold
+    the same model, a missing library or device."""
+    _check_torch()
+    source = open_source(torch_dir)
+    root, _ = find(checkpoint)
+    config = read_config(root)
+    _check_same_model(source.config.model, config.model, torch_dir, root)
+    vocabulary = Vocabulary(
+        load_tokenizer(dataclasses.replace(config.model.text, path=str(root / "text"))),
+        source.config.model.tokenizer.codebook_size,
+    )
+    settings = dataclasses.replace(config.sampling, batch_size=options.batch_size)
+    inputs = make_inputs(config.model, vocabulary, options)
+    out.mkdir(parents=True, exist_ok=True)
+
+    began = datetime.datetime.now().astimezone()
+    tasks = {
+        side: Task(
+            side=side,
+            directory=(checkpoint if side == "jax" else torch_dir).absolute(),
+            device=options.device,
+            threads=options.threads,
+            jax_devices=options.jax_devices,
+            batch_size=options.batch_size,
+            settings=settings,
+            image_first=vocabulary.image_first,
+        )
+        for side in ("jax", "torch", "torch_compiled")[: 3 if options.compiled else 2]
+    }
+    bench = _Bench(tasks, options, settings)
+    try:
+        items = [bench.run(item, inputs) for item in options.items]
+        about = bench.about
+    finally:
+        bench.close()
+    report = {
+        "command": command,
+        "date": began.isoformat(timespec="seconds"),
+        "machine": peer_report.machine(),
+        "options": dataclasses.asdict(options),
+        "sampling": dataclasses.asdict(settings),
+        "model": peer_report.sizes(source.tensors),
+        "sides": about,
+        "items": items,
+    }
+    peer_report.write(report, out)
+    return report
+
+
+def _check_torch() -> None:
+    try:
+        import diffusers  # noqa: F401
+        import torch  # noqa: F401
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            f"bench peer compares with PyTorch, but {error.name} is not installed: pip install 'blip3o_jax[convert]'"
+        ) from error
+
+
+def _check_same_model(theirs: ModelConfig, ours: ModelConfig, torch_dir: pathlib.Path, root: pathlib.Path) -> None:
+    """UserError naming the first field in which the two configurations describe different networks."""
+
+    def differing(a: Any, b: Any, path: str) -> list[str]:
+        found = []
+        for field in dataclasses.fields(a):
+            name, (x, y) = f"{path}{field.name}", (getattr(v, field.name) for v in (a, b))
+            if field.name in OWN_FIELDS or field.name in ("text", "template", "text_tower", "editing"):
+                continue
+            if dataclasses.is_dataclass(x):
+                found += differing(x, y, f"{name}.")
+            elif x != y:
+                found.append(f"{name} is {x} in {torch_dir} and {y} in {root}")
+        return found
+
+    if found := differing(theirs, ours, "model."):
+        raise UserError(f"{found[0]}: they do not hold the same model; make one from the other with blip3o convert")
+
+
+def make_inputs(model: ModelConfig, vocabulary: Vocabulary, options: Options) -> Arrays:
+    """All arrays that items take; both sides get the same."""
+    rng, batch, n = np.random.default_rng(options.seed), options.batch_size, model.tokenizer.num_tokens
+    captions = [CAPTIONS[i % len(CAPTIONS)] for i in range(batch)]
+    scale = model.tokenizer.pool_scale
+    prompts = [text_to_image_prompt(vocabulary, model.template, caption, scale) for caption in captions]
+    longest = max(map(len, prompts))
+    tokens_BL = np.zeros((batch, -(-longest // LENGTH_BUCKET) * LENGTH_BUCKET), np.int32)
+    for row, ids in zip(tokens_BL, prompts, strict=True):
+        row[: len(ids)] = ids
+    tail = 2 + len(vocabulary.encode("\n"))
+    rows = [text_to_image_row(vocabulary, model.template, caption, n, longest + n + tail, scale) for caption in captions]
+    latents = (batch, model.latent_size, model.latent_size, model.vae.latent_channels)
+    side = model.tokenizer.encoder.image_size
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]} | {
+        "captions": np.array(captions),
+        "prompts": tokens_BL,
+        "lengths": np.array([len(ids) for ids in prompts], np.int32),
+        "codes": rng.integers(0, model.tokenizer.codebook_size, (batch, n), np.int32),
+        "latents": rng.normal(size=latents).astype(np.float32),
+        "start": rng.normal(size=latents).astype(np.float32),
+        "hidden": rng.normal(size=(batch, n + 1, model.ar.hidden_size)).astype(np.float32),
+        "pixels": rng.integers(0, 256, (batch, model.image_size, model.image_size, 3), np.uint8),
+        "tokenizer_pixels": rng.integers(0, 256, (batch, side, side, 3), np.uint8),
+        "learning_rate": np.float32(LEARNING_RATE),
+    }
+
+
+class _Bench:
+    """The processes, and what to do with them. On a GPU each item has new ones, since memory peaks cannot be reset there."""
+
+    def __init__(self, tasks: dict[str, Task], options: Options, settings: SamplingConfig):
+        self.tasks, self.options, self.settings = tasks, options, settings
+        self.about: dict[str, Any] = {}
+        self._workers: dict[str, Worker] = {}
+
+    def run(self, item: str, inputs: Arrays) -> dict[str, Any]:
+        """One item on all sides."""
+        if not self._workers:
+            self._workers = {side: Worker(task) for side, task in self.tasks.items()}
+        self.about = self.about or {side: worker.ask("about") for side, worker in self._workers.items()}
+        started, failed = self._start(item, inputs)
+        apart = differences(item, started, self.options.device)
+        seconds = self._rounds(item, started)
+        peaks = {side: self._workers[side].ask("finish") for side in started}
+        if self.options.device == "gpu":
+            self.close()
+        steps = self.settings.steps if item == "dit_step" else 1
+        sides = {
+            side: peer_report.summary([s / steps for s in seconds[side]], peaks[side], start) for side, start in started.items()
+        }
+        result = {"item": item, "work": self._work(item, inputs), "sides": sides, "failed": failed, "difference": apart}
+        cost = {name: value / steps for name, value in started["jax"]["cost"].items()}
+        return peer_report.judged(result | {"cost": cost}, self.about)
+
+    def _start(self, item: str, inputs: Arrays) -> tuple[dict[str, Any], dict[str, str]]:
+        """(what each side said when it was warm, why a side cannot do it)."""
+        started, failed = {}, {}
+        for side, worker in self._workers.items():
+            _say(f"{item}  {side}  compiling and warming up")
+            try:
+                started[side] = worker.ask("start", item, inputs)
+            except RuntimeError as error:
+                if side != "torch_compiled":
+                    raise
+                failed[side] = str(error).strip().splitlines()[-1][:200]
+                _say(f"{item}  {side}  does not compile: {failed[side]}")
+                worker.ask("abandon")
+            else:
+                inputs = inputs | started[side]["shared"]
+        return started, failed
+
+    def _rounds(self, item: str, started: dict[str, Any]) -> dict[str, list[float]]:
+        seconds: dict[str, list[float]] = {side: [] for side in started}
+        order = list(started)
+        for number in range(self.options.rounds):
+            for side in order if number % 2 == 0 else reversed(order):
+                last = min(seconds[side], default=started[side]["warm_s"])
+                times = min(MOST_REPEATS, max(1, round(STRETCH_S / max(last, 1e-9))))
+                seconds[side] += self._workers[side].ask("repeat", times)
+            medians = "  ".join(f"{side} {np.median(s) * 1e3:.1f} ms" for side, s in seconds.items())
+            _say(f"{item}  round {number + 1}/{self.options.rounds}  {medians}")
+        return seconds
+
+    def _work(self, item: str, inputs: Arrays) -> dict[str, Any]:
+        """How much one repetition does, in what the rate is counted in."""
+        batch, steps = self.options.batch_size, self.settings.steps
+        if item.startswith("train_step"):
+            return {"count": batch, "unit": "examples", "note": f"rows of {inputs['tokens'].shape[1]} tokens"}
+        if item == "ar_decode":
+            return {"count": batch * inputs["codes"].shape[1], "unit": "tokens", "note": f"{batch} rows"}
+        if item == "dit_step":
+            return {"count": batch, "unit": "images", "note": f"each of {steps} steps"}
+        return {"count": batch, "unit": "images", "note": ""}
+
+    def close(self) -> None:
+        for worker in self._workers.values():
+            worker.close()
+        self._workers = {}
+
+
+def differences(item: str, started: dict[str, Any], device: str) -> dict[str, float]:
+    """By how much each side's outputs differ from this package's: relative errors, for ids the share that differs."""
+    wanted, found = started["jax"]["outputs"], {}
+    for side, start in started.items():
+        if side == "jax" or not wanted:
+            continue
+        errors = [
+            float(np.mean(wanted[name] != got)) if name == "ids" else relative_error(wanted[name], got)
+            for name, got in start["outputs"].items()
+        ]
+        found[side] = max(errors)
+        if not found[side] <= TOLERANCE[device] and not (item == "tokenizer" and found[side] < 0.01 + TOLERANCE[device]):
+            raise UserError(
+                f"bench peer: {item} of {side} differs from JAX's by {found[side]:.1e}: the directories do not hold the same "
+                "weights; blip3o convert verify says which"
+            )
+    return found
+
+
+def _say(line: str) -> None:
+    print(f"peer  {line}", file=sys.stderr, flush=True)

@@ -1,0 +1,248 @@
+"""This package's side of the comparison: the train step and the pipeline as `blip3o train` and `blip3o sample` run them.
+
+On a CPU all is float32; on a GPU everything computes in bfloat16, with the train step's parameters in float32.
+"""
+
+import dataclasses
+import gc
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from blip3o_jax import nn
+from blip3o_jax.ar.sampling import generate_image_tokens
+from blip3o_jax.bench.peer_worker import Arrays, Prepared, Task
+from blip3o_jax.blip3o import Blip3o, draw_noise
+from blip3o_jax.config import Config, DataConfig, LossConfig, MeshConfig, OptimizerConfig, UserError
+from blip3o_jax.dit import sampler
+from blip3o_jax.parallel.mesh import make_mesh
+from blip3o_jax.parallel.rules import Strategy
+from blip3o_jax.pipeline import PARTS, Pipeline
+from blip3o_jax.text.tokenizers import load_tokenizer
+from blip3o_jax.text.vocabulary import Vocabulary
+from blip3o_jax.train.checkpoint import find, read_config, restore_parts
+from blip3o_jax.train.flops import count_flops
+from blip3o_jax.train.stages import make_loss
+from blip3o_jax.train.state import WEIGHTS, create_state, plan_state
+from blip3o_jax.train.step import make_step, row_keys
+
+CHECKED_STEPS = 3  # the first moves nothing, at a learning rate of 0; the third sees what the second moved
+
+
+class Side:
+    def __init__(self, task: Task):
+        if task.device == "cpu":
+            jax.config.update("jax_num_cpu_devices", task.jax_devices)
+        try:
+            devices = jax.devices()
+        except RuntimeError as error:
+            raise UserError(
+                "bench peer --device=gpu: JAX finds no GPU; use --device=cpu, or install jax[cuda13] (pip install "
+                "'blip3o_jax[cuda]')"
+            ) from error
+        devices = devices[: task.jax_devices]
+        mesh = MeshConfig(data=len(devices), fsdp=1, strategy="dp")
+        self.strategy = Strategy("dp", make_mesh(mesh, devices))
+        self.strategy.check_batch(task.batch_size)
+        self.task, self.half = task, task.device == "gpu"
+        self.root, _ = find(task.directory)
+        self.config = read_config(self.root)
+
+    def about(self) -> dict[str, Any]:
+        devices = self.strategy.mesh.devices.flat
+        versions = {"jax": jax.__version__}
+        return {"device_kind": devices[0].device_kind, "versions": versions, "devices": len(list(devices))}
+
+    def build(self, item: str, inputs: Arrays) -> Prepared:
+        return getattr(self, f"_{item}")(inputs)
+
+    def release(self) -> None:
+        jax.clear_caches()
+        gc.collect()
+
+    def _put(self, *arrays: np.ndarray) -> Any:
+        return jax.device_put(arrays, self.strategy.batch_sharding())
+
+    def _prepared(self, call: Callable[[], Any], outputs: Callable[[Any], Arrays] | None = None, **more: Any) -> Prepared:
+        memory = None
+        if self.half:
+            memory = lambda: self.strategy.mesh.devices.flat[0].memory_stats()["peak_bytes_in_use"]
+        return Prepared(lambda: jax.block_until_ready(call()), outputs, memory=memory, **more)
+
+    def _train_step(self, inputs: Arrays) -> Prepared:
+        return self._train(inputs, ("codes", "latents"))
+
+    def _train_step_online(self, inputs: Arrays) -> Prepared:
+        return self._train(inputs, ("tokenizer_pixels", "pixels"))
+
+    def _train(self, inputs: Arrays, views: tuple[str, ...]) -> Prepared:
+        rows, length = inputs["tokens"].shape
+        rate = float(inputs["learning_rate"])
+        model = in_dtype(self.config.model, "bfloat16" if self.half else "float32", "float32")
+        config = Config(
+            steps=10**6,
+            model=model,
+            data=DataConfig(batch_size=rows, max_length=length),
+            optimizer=OptimizerConfig(learning_rate=rate, end_learning_rate=rate, warmup_share=0.0),
+            loss=LossConfig(),
+        )
+        plan = plan_state(config, self.strategy)
+        read = restore_parts(self.task.directory, self.strategy, PARTS)
+        given = {
+            part: {group: _like(plan.abstract[group][part], read[part]) for group in WEIGHTS if part in plan.abstract[group]}
+            for part in PARTS
+        }
+        del read
+        state = create_state(config, plan, given)
+        del given
+        names = ("tokens", "loss_mask", "segment_ids", "positions", "image_span", *views)
+        batch = {name: inputs[name] for name in names} | {"bad_records": np.zeros(rows, np.int32)}
+        batch = jax.device_put(batch, self.strategy.batch_sharding())
+        step = make_step(config, plan, self.strategy, make_loss(config, self.task.image_first))
+
+        def call() -> Any:
+            nonlocal state
+            state, metrics = step(state, batch)
+            jax.block_until_ready(state)
+            return {name: float(metrics[name]) for name in ("ce", "flow")}
+
+        counted = make_step(_without_remat(config), plan, self.strategy, make_loss(_without_remat(config), 0))
+        return self._prepared(
+            call,
+            lambda metrics: {"losses": np.array([metrics["ce"], metrics["flow"]], np.float32)},
+            checks=CHECKED_STEPS,
+            shared=self._draws(config, rows),
+            cost={"flops": count_flops(counted, plan.abstract, batch)},
+        )
+
+    def _draws(self, config: Config, rows: int) -> Arrays:
+        """The noise of the first steps, which the other side is to take too."""
+        model, size = config.model, config.model.latent_size
+        shape = (size, size, model.vae.latent_channels)
+        draws = jax.jit(
+            lambda: [draw_noise(row_keys(config.seed, step, rows), shape, model, config.loss) for step in range(CHECKED_STEPS)]
+        )()
+        noise, sigma, _, keep = (np.stack(x) for x in zip(*jax.device_get(draws), strict=True))
+        return {"noise": noise[:, :, 0], "sigma": sigma[:, :, 0], "keep": keep}
+
+    def _pipeline(self, *parts: str) -> Pipeline:
+        dtype = "bfloat16" if self.half else "float32"
+        config = dataclasses.replace(self.config, model=in_dtype(self.config.model, dtype, dtype), sampling=self.task.settings)
+        graphdef, _ = nnx.split(nnx.eval_shape(lambda: Blip3o(config.model, parts, seed=0)))
+        params = jax.tree.map(lambda x: x.astype(dtype), restore_parts(self.task.directory, self.strategy, parts))
+        text = dataclasses.replace(config.model.text, path=str(self.root / "text"))
+        vocabulary = Vocabulary(load_tokenizer(text), config.model.tokenizer.codebook_size)
+        return Pipeline(config, graphdef, params, vocabulary, self.strategy)
+
+    def _jitted(self, parts: tuple[str, ...], run: Callable[..., Any], *arrays: np.ndarray) -> tuple[Any, int, Pipeline]:
+        """(call, FLOPs, pipeline) of a function of (model, *arrays)."""
+        pipeline = self._pipeline(*parts)
+
+        def traced(params: Any, *arrays: jax.Array) -> Any:
+            with nn.sharding_resolver(self.strategy.resolver):
+                return run(nnx.merge(pipeline._graphdef, params), *arrays)
+
+        compiled, placed = jax.jit(traced), self._put(*arrays)
+        return lambda: compiled(pipeline._params, *placed), count_flops(traced, pipeline._params, *placed), pipeline
+
+    def _ar_decode(self, inputs: Arrays) -> Prepared:
+        settings, cfg = self.task.settings, self.config.model
+        first = self.task.image_first
+        keys_B = jax.random.split(jax.random.key(0), len(inputs["prompts"]))
+
+        def run(model: Blip3o, tokens_BL: jax.Array, lengths_B: jax.Array, keys_B: jax.Array) -> Any:
+            with nn.part("ar"):
+                return generate_image_tokens(
+                    model.ar,
+                    tokens_BL,
+                    lengths_B,
+                    keys_B,
+                    num_tokens=cfg.tokenizer.num_tokens,
+                    image_ids=(first, first + cfg.tokenizer.codebook_size),
+                    temperature=settings.temperature,
+                    top_k=settings.top_k,
+                    top_p=settings.top_p,
+                    guidance=settings.token_guidance,
+                )
+
+        call, flops, pipeline = self._jitted(("ar",), run, inputs["prompts"], inputs["lengths"], keys_B)
+        return self._prepared(call, cost={"flops": flops, "bytes": self._decode_bytes(pipeline, inputs)})
+
+    def _decode_bytes(self, pipeline: Pipeline, inputs: Arrays) -> int:
+        """What has to be read from memory for all tokens of a batch: for each the weights, the image ids' rows of the head and
+        the keys and values so far."""
+        ar, tokens = pipeline.config.model.ar, self.config.model.tokenizer.num_tokens
+        size = np.dtype(ar.dtype).itemsize
+        weights = sum(x.size for x in jax.tree.leaves(pipeline._params["ar"]["layers"]))
+        head = self.config.model.tokenizer.codebook_size * ar.hidden_size
+        slots = float(np.mean(inputs["lengths"])) + tokens / 2
+        cache = 2 * ar.num_hidden_layers * len(inputs["lengths"]) * slots * ar.num_key_value_heads * ar.head_dim
+        return int(tokens * size * (weights + head + cache))
+
+    def _dit_step(self, inputs: Arrays) -> Prepared:
+        settings, flow = self.task.settings, self.config.model.flow
+
+        def run(model: Blip3o, hidden_BTD: jax.Array, noise_BHWC: jax.Array) -> jax.Array:
+            null_B1C = model.null_condition(len(hidden_BTD))
+            with nn.part("dit"):
+                return sampler.sample(
+                    model.dit,
+                    model.condition(hidden_BTD),
+                    null_B1C,
+                    noise_BHWC,
+                    steps=settings.steps,
+                    guidance=settings.guidance,
+                    flow=flow,
+                )
+
+        return self._compared("latents", ("connector", "dit"), run, inputs["hidden"], inputs["start"])
+
+    def _vae_encode(self, inputs: Arrays) -> Prepared:
+        return self._compared("latents", ("vae",), lambda model, x: model.latents(x), inputs["pixels"])
+
+    def _vae_decode(self, inputs: Arrays) -> Prepared:
+        return self._compared("pixels", ("vae",), lambda model, z: model.pixels(z), inputs["latents"])
+
+    def _tokenizer(self, inputs: Arrays) -> Prepared:
+        return self._compared("ids", ("tokenizer",), lambda model, x: model.codes(x), inputs["tokenizer_pixels"])
+
+    def _compared(self, output: str, parts: tuple[str, ...], run: Callable[..., Any], *arrays: np.ndarray) -> Prepared:
+        call, flops, _ = self._jitted(parts, run, *arrays)
+        return self._prepared(call, lambda x: {output: np.asarray(x)}, cost={"flops": flops})
+
+    def _text_to_image(self, inputs: Arrays) -> Prepared:
+        pipeline, seeds = self._pipeline(*PARTS[1:]), iter(range(2**32))
+        captions = [str(caption) for caption in inputs["captions"]]
+        return self._prepared(lambda: pipeline.generate(captions, seed=next(seeds)).images)
+
+
+def in_dtype(cfg: Any, dtype: str, param_dtype: str) -> Any:
+    """A configuration with every part computing in `dtype` on parameters of `param_dtype`."""
+    changes: dict[str, Any] = {}
+    for field in dataclasses.fields(cfg):
+        value = getattr(cfg, field.name)
+        if field.name in ("dtype", "param_dtype"):
+            changes[field.name] = dtype if field.name == "dtype" else param_dtype
+        elif dataclasses.is_dataclass(value):
+            changes[field.name] = in_dtype(value, dtype, param_dtype)
+    return dataclasses.replace(cfg, **changes)
+
+
+def _without_remat(config: Config) -> Config:
+    """Recomputation is not counted as work."""
+    model = config.model
+    encoder = dataclasses.replace(model.tokenizer.encoder, remat="none")
+    plain = {name: dataclasses.replace(getattr(model, name), remat="none") for name in ("ar", "dit", "vae")}
+    plain["tokenizer"] = dataclasses.replace(model.tokenizer, encoder=encoder)
+    loss = dataclasses.replace(config.loss, ce_chunk=config.data.max_length)
+    return dataclasses.replace(config, model=dataclasses.replace(model, **plain), loss=loss)
+
+
+def _like(abstract: Any, tree: Any) -> Any:
+    """The arrays of `tree` that are in `abstract`, in its dtypes and places."""
+    if isinstance(abstract, dict):
+        return {name: _like(child, tree[name]) for name, child in abstract.items()}
+    return jax.device_put(tree.astype(abstract.dtype), abstract.sharding)

@@ -1,0 +1,169 @@
+"""What `bench peer` found: as JSON, as a table on the terminal and as one in Markdown."""
+
+import json
+import os
+import pathlib
+import platform
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from blip3o_jax.train.flops import PEAK_FLOPS
+
+# Bytes a second from the device's memory; NVIDIA's data sheets.
+PEAK_BANDWIDTH = {"NVIDIA H100 80GB HBM3": 3.35e12, "NVIDIA H200": 4.8e12}
+WIDTH = 150  # of a row; a terminal that is narrower breaks the lines
+COLUMNS = (
+    "item",
+    "JAX",
+    "PyTorch eager",
+    "PyTorch compiled",
+    "ratio to eager",
+    "to compiled",
+    "faster",
+    "peak GB",
+    "difference",
+)
+
+
+def summary(seconds: list[float], peak: int | None, start: Mapping[str, Any]) -> dict[str, Any]:
+    """Of one side and item. `first_s` is the first call, compiling included; `build_s` reading the weights."""
+    low, median, high = (float(q) for q in np.quantile(seconds, (0.25, 0.5, 0.75)))
+    return {
+        "median_s": median,
+        "quartiles_s": [low, high],
+        "spread": (high - low) / median,
+        "repetitions": len(seconds),
+        "seconds": seconds,
+        "peak_memory_bytes": peak,
+        "build_s": start["build_s"],
+        "first_s": start["first_s"],
+    }
+
+
+def judged(item: dict[str, Any], about: Mapping[str, Any]) -> dict[str, Any]:
+    """The item with rates, ratios (JAX's median over another side's: below 1, JAX is faster) and shares of device limits."""
+    sides, cost, count = item["sides"], item.pop("cost"), item["work"]["count"]
+    for name, side in sides.items():
+        kind = about[name]["device_kind"]
+        side["rate"] = count / side["median_s"]
+        side["gflops"] = cost["flops"] / side["median_s"] / 1e9 if "flops" in cost else None
+        side["share_of_limit"] = _share(kind, cost, side["median_s"])
+    ours = sides["jax"]["median_s"]
+    ratios = {name: ours / side["median_s"] for name, side in sides.items() if name != "jax"}
+    return item | {"cost": cost, "ratio": ratios, "faster": min(sides, key=lambda name: sides[name]["median_s"])}
+
+
+def _share(kind: str, cost: Mapping[str, float], seconds: float) -> dict[str, float] | None:
+    """The time at the device's peak over the time taken, for arithmetic and for memory; None where no peak is known."""
+    found = {}
+    for limit, name, table in (("arithmetic", "flops", PEAK_FLOPS), ("memory", "bytes", PEAK_BANDWIDTH)):
+        if name in cost and kind in table:
+            found[limit] = cost[name] / table[kind] / seconds
+    return found or None
+
+
+def machine() -> dict[str, Any]:
+    """What the comparison ran on."""
+    name = platform.processor() or platform.machine()
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
+    except OSError:
+        pass
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    return {
+        "cpu": name,
+        "cores": os.cpu_count(),
+        "load_before": load,
+        "system": platform.platform(),
+        "python": platform.python_version(),
+    }
+
+
+def sizes(tensors: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
+    """Parameters of each part, and in all."""
+    found = {part: sum(int(np.prod(t.shape)) for t in given.values()) for part, given in tensors.items()}
+    return found | {"total": sum(found.values())}
+
+
+def write(report: dict[str, Any], out: pathlib.Path) -> None:
+    (out / "peer.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    (out / "peer.md").write_text(markdown(report), encoding="utf-8")
+
+
+def print_report(report: dict[str, Any]) -> None:
+    """The table on standard output, and what it was measured on."""
+    console = Console()
+    console.width = max(console.width, WIDTH)
+    table = Table(title=f"JAX beside PyTorch, {report['options']['device']}", title_justify="left")
+    for column in COLUMNS:
+        table.add_column(column, justify="left" if column in ("item", "faster") else "right")
+    for item in report["items"]:
+        table.add_row(*_cells(item))
+    console.print(table)
+    for line in _conditions(report):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def markdown(report: dict[str, Any]) -> str:
+    rows = [COLUMNS, ["---"] * len(COLUMNS), *(_cells(item) for item in report["items"])]
+    table = "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
+    conditions = "\n".join(f"- {line}" for line in _conditions(report))
+    return f"# JAX beside PyTorch, {report['options']['device']}\n\n```\n{report['command']}\n```\n\n{table}\n\n{conditions}\n"
+
+
+def _cells(item: Mapping[str, Any]) -> list[str]:
+    sides, ratio = item["sides"], item["ratio"]
+
+    def timing(name: str) -> str:
+        if name not in sides:
+            return "does not compile" if name in item["failed"] else "-"
+        side = sides[name]
+        share = "".join(f", {100 * part:.0f} % of {limit}" for limit, part in (side["share_of_limit"] or {}).items())
+        return f"{_time(side['median_s'])} +-{50 * side['spread']:.0f} %{share}"
+
+    times = lambda name: f"{ratio[name]:.2f}" if name in ratio else "-"
+    memory = " / ".join(
+        "-" if s["peak_memory_bytes"] is None else f"{s['peak_memory_bytes'] / 1e9:.2f}" for s in sides.values()
+    )
+    difference = f"{max(item['difference'].values()):.1e}" if item["difference"] else "-"
+    faster = {"jax": "JAX", "torch": "PyTorch eager", "torch_compiled": "PyTorch compiled"}[item["faster"]]
+    columns = [timing(name) for name in ("jax", "torch", "torch_compiled")]
+    return [item["item"], *columns, times("torch"), times("torch_compiled"), faster, memory, difference]
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.1f} ms"
+
+
+def _conditions(report: Mapping[str, Any]) -> list[str]:
+    machine, options, sides = report["machine"], report["options"], report["sides"]
+    versions = {name: v for side in sides.values() for name, v in side["versions"].items()}
+    kinds = sorted({side["device_kind"] for side in sides.values()})
+    precision = "float32" if options["device"] == "cpu" else "bfloat16"
+    sampling = report["sampling"]
+    parts = ", ".join(f"{part} {count / 1e6:.1f} M" for part, count in report["model"].items())
+    return [
+        f"{report['date']}; {machine['cpu']}, {machine['cores']} cores, device {', '.join(kinds)}; load before: "
+        f"{machine['load_before']:.2f}",
+        f"{options['threads']} threads a side, JAX's on {sides['jax']['devices']} device(s); {precision}; batch of "
+        f"{options['batch_size']}; {options['rounds']} rounds in turns",
+        "; ".join(f"{name} {version}" for name, version in versions.items()) + f"; Python {machine['python']}",
+        f"parameters: {parts}",
+        f"sampling: top-k {sampling['top_k']}, top-p {sampling['top_p']}, {sampling['steps']} denoising steps, guidance "
+        f"{sampling['guidance']}",
+        "times are medians of one repetition without compiling, +- half of what lies between the quartiles; a ratio is JAX's "
+        "time over PyTorch's, below 1 JAX is faster",
+        "train_step takes cached codes and latents, train_step_online encodes too; ar_decode is all image tokens of a batch, "
+        "dit_step one step of the sampling loop",
+        "difference: of what both compute from the same inputs, relative (for token ids the share that differs); train steps: "
+        "of the losses of the first three",
+        "peak memory: JAX / PyTorch eager / compiled, beyond what the libraries take"
+        if options["device"] == "cpu"
+        else "peak memory: JAX / PyTorch eager / compiled, as the device's allocators count it",
+        *(f"{item['item']} does not compile in PyTorch: {why}" for item in report["items"] for why in item["failed"].values()),
+    ]

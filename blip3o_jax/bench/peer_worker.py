@@ -1,0 +1,241 @@
+"""One side of the comparison in a process of its own, which works when it is told to and sleeps otherwise.
+
+Parent and worker take turns on a pipe: (method, arguments) one way, ("ok", value), ("user", one line) or ("bug", traceback) the
+other. A side is a class with `__init__(task)` and `build(item, inputs) -> Prepared`; the worker does the rest.
+"""
+
+import contextlib
+import ctypes
+import dataclasses
+import gc
+import importlib
+import multiprocessing
+import os
+import pathlib
+import re
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+
+from blip3o_jax.config import SamplingConfig, UserError
+
+Arrays = dict[str, np.ndarray]
+# Name of a side -> the module that has it, as `Side`.
+SIDES = {
+    "jax": "blip3o_jax.bench.peer_jax",
+    "torch": "blip3o_jax.bench.peer_torch",
+    "torch_compiled": "blip3o_jax.bench.peer_torch",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What all items of a side have in common."""
+
+    side: str
+    directory: pathlib.Path
+    device: str  # cpu or gpu
+    threads: int
+    jax_devices: int  # that a CPU is split into
+    batch_size: int
+    settings: SamplingConfig
+    image_first: int  # vocabulary id of code 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """An item ready to run.
+
+    `call` does the work once and returns when it is done; its value stays on the device. `outputs` makes arrays to compare out
+    of it, those of the first `checks` calls. `shared` goes to the other sides' inputs. `cost`: figures of the work, for the
+    report. `memory`: the device's peak in bytes, where it is known.
+    """
+
+    call: Callable[[], Any]
+    outputs: Callable[[Any], Arrays] | None = None
+    checks: int = 1
+    shared: Arrays = dataclasses.field(default_factory=dict)
+    cost: dict[str, float] = dataclasses.field(default_factory=dict)
+    memory: Callable[[], int] | None = None
+
+
+class Worker:
+    """The parent's end. Every method waits for its answer."""
+
+    def __init__(self, task: Task):
+        context = multiprocessing.get_context("spawn")
+        self.side = task.side
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, task), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def ask(self, method: str, *arguments: Any) -> Any:
+        """UserError for what a user can cure, RuntimeError for all else."""
+        try:
+            self._pipe.send((method, arguments))
+            kind, value = self._pipe.recv()
+        except (EOFError, BrokenPipeError) as error:
+            self._process.join(10)
+            raise UserError(
+                f"bench peer: the {self.side} process ended with status {self._process.exitcode} in {method!r}; where that is "
+                "-9 memory ran out: lower --batch_size"
+            ) from error
+        if kind == "user":
+            raise UserError(value)
+        if kind == "bug":
+            raise RuntimeError(f"in the {self.side} process:\n{value}")
+        return value
+
+    def close(self) -> None:
+        self._pipe.close()
+        self._process.join(20)
+        if self._process.is_alive():
+            self._process.terminate()
+
+
+def _serve(pipe: Connection, task: Task) -> None:
+    """The worker's life."""
+    os.dup2(2, 1)  # stdout is the parent's, for its table
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _claim(task)
+    try:
+        runner = _Runner(importlib.import_module(SIDES[task.side]).Side, task)
+    except Exception as error:
+        runner, broken = None, _told(error)
+    while True:
+        try:
+            method, arguments = pipe.recv()
+        except (EOFError, KeyboardInterrupt):
+            return
+        try:
+            pipe.send(("ok", getattr(runner, method)(*arguments)) if runner else broken)
+        except KeyboardInterrupt:
+            return
+        except Exception as error:
+            pipe.send(_told(error))
+
+
+def _end_with_parent() -> None:
+    """A parent that is killed leaves nobody to compile for."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def _told(error: Exception) -> tuple[str, str]:
+    if isinstance(error, UserError):
+        return "user", str(error)
+    return "bug", "".join(traceback.format_exception(error))
+
+
+def _claim(task: Task) -> None:
+    """The cores and devices of this process, settled before any library looks for them."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: task.threads])
+    os.environ["OMP_NUM_THREADS"] = str(task.threads)
+    os.environ["JAX_PLATFORMS"] = "cpu" if task.device == "cpu" or task.side != "jax" else "cuda"
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # the other sides need memory of the same device
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+class _Runner:
+    """What the parent can ask for."""
+
+    def __init__(self, side: Callable[[Task], Any], task: Task):
+        self._side = side(task)
+        self._base = resident_bytes()
+        self._item: Prepared | None = None
+
+    def about(self) -> dict[str, Any]:
+        return self._side.about()
+
+    def start(self, item: str, inputs: Arrays) -> dict[str, Any]:
+        """Builds an item and runs it until it is warm. Seconds of the first call are those of compiling, mostly."""
+        began = time.monotonic()
+        prepared = self._side.build(item, inputs)
+        built = time.monotonic()
+        outputs, seconds = [], []
+        for index in range(max(2, prepared.checks)):
+            called = time.monotonic()
+            value = prepared.call()
+            seconds.append(time.monotonic() - called)
+            if prepared.outputs is not None and index < prepared.checks:
+                outputs.append(prepared.outputs(value))
+            del value
+        self._item = prepared
+        gc.collect()
+        _trim()
+        _reset_peak()
+        merged = {name: np.stack([o[name] for o in outputs]) for name in outputs[0]} if outputs else {}
+        return {
+            "build_s": built - began,
+            "first_s": seconds[0],
+            "warm_s": seconds[-1],
+            "outputs": merged,
+            "shared": prepared.shared,
+            "cost": prepared.cost,
+        }
+
+    def repeat(self, times: int) -> list[float]:
+        """Seconds of each of `times` calls."""
+        seconds = []
+        for _ in range(times):
+            began = time.perf_counter()
+            value = self._item.call()
+            seconds.append(time.perf_counter() - began)
+            del value
+        return seconds
+
+    def finish(self) -> int | None:
+        """Lets go of the item; the most memory its calls held: on the device where that is known, else of the process beyond
+        what its libraries take."""
+        if self._item.memory is not None:
+            peak = self._item.memory()
+        else:
+            peak = _peak_bytes()
+            peak = None if peak is None else peak - self._base
+        self.abandon()
+        return peak
+
+    def abandon(self) -> None:
+        """Lets go of an item, also of one that did not start."""
+        self._item = None
+        self._side.release()
+        gc.collect()
+
+
+def _status(name: str) -> int | None:
+    try:
+        text = pathlib.Path("/proc/self/status").read_text(encoding="ascii")
+    except OSError:
+        return None
+    found = re.search(rf"^{name}:\s+(\d+) kB", text, re.MULTILINE)
+    return int(found[1]) * 1024 if found else None
+
+
+def resident_bytes() -> int:
+    return _status("VmRSS") or 0
+
+
+def _peak_bytes() -> int | None:
+    return _status("VmHWM")
+
+
+def _trim() -> None:
+    """glibc: what compilers have left on the heap goes back to the system."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _reset_peak() -> None:
+    """Linux: the peak resident memory starts over."""
+    try:
+        pathlib.Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError as error:
+        print(f"peer  the peak of memory is that of the whole process: {error}", file=sys.stderr)

@@ -1,0 +1,85 @@
+"""`blip3o bench peer|conversion`: parses and calls, nothing else."""
+
+import argparse
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+_NUMBERS = ("rounds", "batch_size", "threads", "jax_devices")
+
+
+def add(commands: Any, command: Callable) -> None:
+    """Adds `bench` to the command line; `command` makes a sub-command (cli.py)."""
+    bench = commands.add_parser("bench", help="measure speed and memory", description="Measure speed and memory.")
+    kinds = bench.add_subparsers(title="benchmarks", metavar="NAME", required=True)
+    _add_peer(kinds, command)
+    _add_conversion(kinds, command)
+
+
+def _add_peer(kinds: Any, command: Callable) -> None:
+    parser = command(
+        kinds,
+        "peer",
+        _peer,
+        "the same weights and work in JAX and in PyTorch, in turns",
+        "Needs PyTorch (the extra [convert]). Compares what both compute, then times train step, decoding, denoising, "
+        "autoencoder, tokenizer and text to image; writes peer.json and peer.md. float32 on a CPU, bfloat16 on a GPU.",
+    )
+    parser.add_argument("--torch", type=Path, required=True, metavar="HF_DIR", help="the PyTorch files (convert export)")
+    parser.add_argument("--jax", type=Path, required=True, metavar="CKPT", help="a working directory or checkpoint")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the report is written")
+    parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu", help="(%(default)s)")
+    parser.add_argument("--items", default="", metavar="NAMES", help="some of the items only, with commas between (all)")
+    parser.add_argument("--rounds", type=int, default=7, metavar="N", help="turns of each side (%(default)s)")
+    parser.add_argument("--batch_size", type=int, default=4, metavar="N", help="examples, prompts, images (%(default)s)")
+    parser.add_argument("--threads", type=int, default=2, metavar="N", help="of each side, on a CPU (%(default)s)")
+    parser.add_argument(
+        "--jax_devices", type=int, default=1, metavar="N", help="JAX's mesh.cpu_devices, on a CPU (%(default)s)"
+    )
+    parser.add_argument("--eager_only", action="store_true", help="leave compiled PyTorch out")
+
+
+def _add_conversion(kinds: Any, command: Callable) -> None:
+    parser = command(
+        kinds,
+        "conversion",
+        _conversion,
+        "how fast, and in how much memory, weights of a size are imported and exported",
+        "Writes random weights of the config's sizes in the published layout, imports and exports them, compares the bits, and "
+        "reads and writes the same files with the safetensors library (the extra [convert]). Needs four times their room.",
+    )
+    parser.add_argument("--config", required=True, metavar="FILE.py[:ARG]", help="a file under configs/, and its argument")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="for conversion.json, and the weights meanwhile")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16", help="(%(default)s)")
+
+
+def _conversion(args: argparse.Namespace) -> None:
+    from blip3o_jax import config_file
+    from blip3o_jax.bench import conversion
+
+    model = config_file.load(args.config, args.overrides).model
+    conversion.print_table(conversion.run(model, args.out, dtype=args.dtype))
+
+
+def _peer(args: argparse.Namespace) -> None:
+    from blip3o_jax.bench import peer, peer_report
+
+    options = peer.Options(
+        device=args.device,
+        rounds=args.rounds,
+        batch_size=args.batch_size,
+        threads=args.threads,
+        jax_devices=args.jax_devices,
+        items=tuple(name.strip() for name in args.items.split(",") if name.strip()) or peer.ITEMS,
+        compiled=not args.eager_only,
+    )
+    report = peer.bench(args.torch, args.jax, args.out, options, _command_line(args))
+    peer_report.print_report(report)
+
+
+def _command_line(args: argparse.Namespace) -> str:
+    """What to type for the same again."""
+    flags = [f"--{name}={getattr(args, name)}" for name in ("torch", "jax", "out", "device", *_NUMBERS)]
+    flags += [f"--items={args.items}"] * bool(args.items) + ["--eager_only"] * args.eager_only
+    return shlex.join(["blip3o", "bench", "peer", *flags])
