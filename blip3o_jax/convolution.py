@@ -27,6 +27,32 @@ def conv2d(x_BHWC: jax.Array, kernel: jax.Array, *, stride: int = 1, padding: in
     return _native(x_BHWC, kernel, stride, padding, groups)
 
 
+def upsampled_conv2d(x_BHWC: jax.Array, kernel: jax.Array) -> jax.Array:
+    """`conv2d` with a 3 x 3 kernel and padding 1 on `x_BHWC` with every pixel as a square of 2 x 2 -> [B, 2 H, 2 W, O].
+
+    Of the three rows of the kernel two fall on the same row of x, so that every output pixel is a 2 x 2 product over x itself,
+    with taps added up: 4 / 9 of the work. Output row 2 i + p, its kernel's rows k0 .. k2 on rows of x:
+
+        p = 0    k0 on i - 1, k1 + k2 on i                  at place i of a 2 x 2 convolution with padding 1
+        p = 1    k0 + k1 on i, k2 on i + 1                  at place i + 1
+    """
+    batch, height, width, _ = x_BHWC.shape
+    c_in, c_out = kernel.shape[2:]
+
+    def folded(taps: jax.Array) -> jax.Array:
+        """[3, ...] -> [2 taps, 2 phases, ...]"""
+        k0, k1, k2 = taps
+        return jnp.stack([jnp.stack([k0, k0 + k1]), jnp.stack([k1 + k2, k2])])
+
+    rows = folded(kernel.astype(jnp.float32))  # [row's tap, row's phase, 3, I, O]
+    both = folded(jnp.moveaxis(rows, 2, 0))  # [column's tap, column's phase, row's tap, row's phase, I, O]
+    both = both.transpose(2, 0, 4, 3, 1, 5).reshape(2, 2, c_in, 4 * c_out).astype(kernel.dtype)
+    y_BHWX = conv2d(x_BHWC, both, padding=1).reshape(batch, height + 1, width + 1, 2, 2, c_out)
+    phases = [[y_BHWX[:, p : p + height, q : q + width, p, q] for q in range(2)] for p in range(2)]
+    y = jnp.stack([jnp.stack(row, axis=3) for row in phases], axis=2)  # [B, H, 2, W, 2, O]
+    return y.reshape(batch, 2 * height, 2 * width, c_out)
+
+
 def _native(x_BHWC: jax.Array, kernel: jax.Array, stride: int, padding: int, groups: int) -> jax.Array:
     return jax.lax.conv_general_dilated(
         x_BHWC,

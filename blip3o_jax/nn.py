@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from blip3o_jax.convolution import conv2d
+from blip3o_jax.convolution import conv2d, upsampled_conv2d
 
 # A resolver answers, for (part, logical names, shape), with a sharding or None for "leave it to the compiler".
 Resolver = Callable[[str, tuple[str | None, ...], tuple[int, ...]], jax.sharding.Sharding | None]
@@ -156,6 +156,11 @@ class Conv(nnx.Module):
     def __call__(self, x_BHWC: jax.Array) -> jax.Array:
         kernel = self.kernel[...].astype(self.dtype)
         y_BHWC = conv2d(x_BHWC.astype(self.dtype), kernel, stride=self.stride, padding=self.padding, groups=self.groups)
+        return y_BHWC if self.bias is None else y_BHWC + self.bias[...].astype(self.dtype)
+
+    def upsampled(self, x_BHWC: jax.Array) -> jax.Array:
+        """What the layer makes of `x_BHWC` with every pixel as a square of 2 x 2; for 3 x 3 kernels with padding 1 alone."""
+        y_BHWC = upsampled_conv2d(x_BHWC.astype(self.dtype), self.kernel[...].astype(self.dtype))
         return y_BHWC if self.bias is None else y_BHWC + self.bias[...].astype(self.dtype)
 
 

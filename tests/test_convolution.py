@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from blip3o_jax.convolution import conv2d
+from blip3o_jax.convolution import conv2d, upsampled_conv2d
 from tests.conftest import relative_error
 
 
@@ -37,6 +37,17 @@ def test_forms_equal_native(rng, kernel_shape, settings):
     x, kernel = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((2, 5, 7, 6), kernel_shape))
     want, want_vjp = jax.vjp(functools.partial(native, **settings), x, kernel)
     got, got_vjp = jax.vjp(functools.partial(conv2d, **settings), x, kernel)
+    assert relative_error(got, want) < 1e-6
+    dy = jnp.asarray(rng.normal(size=want.shape), jnp.float32)
+    for got_gradient, want_gradient in zip(got_vjp(dy), want_vjp(dy), strict=True):
+        assert relative_error(got_gradient, want_gradient) < 1e-6
+
+
+def test_upsampled_equals_upsampling_first(rng):
+    """Value and both gradients, on a map that is not square; taps added up before they are multiplied, hence 1e-6."""
+    x, kernel = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((2, 5, 7, 6), (3, 3, 6, 4)))
+    want, want_vjp = jax.vjp(lambda x, k: native(jnp.repeat(jnp.repeat(x, 2, 1), 2, 2), k, padding=1), x, kernel)
+    got, got_vjp = jax.vjp(upsampled_conv2d, x, kernel)
     assert relative_error(got, want) < 1e-6
     dy = jnp.asarray(rng.normal(size=want.shape), jnp.float32)
     for got_gradient, want_gradient in zip(got_vjp(dy), want_vjp(dy), strict=True):

@@ -74,13 +74,15 @@ def _xla(
 ) -> jax.Array:
     B, L, H, K = q_BLHK.shape
     G = k_BSGK.shape[2]
-    q_BLGRK = q_BLHK.reshape(B, L, G, H // G, K)
-    scores = jnp.einsum("BLGRK,BSGK->BGRLS", q_BLGRK, k_BSGK, preferred_element_type=jnp.float32) * K**-0.5
+    # Heads before tokens in all factors, as a batched product has them: otherwise XLA turns products around on CPUs.
+    q_BGRLK = q_BLHK.reshape(B, L, G, H // G, K).transpose(0, 2, 3, 1, 4)
+    scores = jnp.einsum("BGRLK,BSGK->BGRLS", q_BGRLK, k_BSGK, preferred_element_type=jnp.float32) * K**-0.5
     mask_BLS = visible(query_segments_BL, key_segments_BS, query_start)
     # Finite, not -inf: a padding query sees nothing, and a softmax over nothing but -inf would be NaN, also in its gradient.
     scores = jnp.where(mask_BLS[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v_BSGK.dtype)
-    return jnp.einsum("BGRLS,BSGK->BLGRK", weights, v_BSGK).reshape(B, L, H, K)
+    o_BGRLK = jnp.einsum("BGRLS,BSGK->BGRLK", weights, v_BSGK)
+    return o_BGRLK.transpose(0, 3, 1, 2, 4).reshape(B, L, H, K)
 
 
 IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {"xla": _xla}

@@ -8,7 +8,8 @@ to; a token's *position* counts the real tokens of its row only. For prompts of 
                                               1 1 0 1 1                   0 1 - 2 3
 
 The layer loop and the token loop must both *carry* the cache. Passed through a scan's xs and ys instead, the whole of it is
-copied at every token.
+copied at every token. Heads come before slots, as a product over each head's slots wants them: the other way round they are
+transposed at every token.
 
 Y layers, B batch, L tokens of the chunk, S slots, G key/value heads, K head size.
 """
@@ -23,8 +24,11 @@ from blip3o_jax.config import Qwen3Config
 
 
 class Cache(NamedTuple):
-    k_YBSGK: jax.Array
-    v_YBSGK: jax.Array
+    """Where the layer loop is laid out (`ar.unroll`) keys and values are a tuple of one array [B, G, S, K] a layer: reading a
+    layer's slots out of one for all would copy them at every token."""
+
+    k_YBGSK: jax.Array | tuple[jax.Array, ...]
+    v_YBGSK: jax.Array | tuple[jax.Array, ...]
     segment_ids_BS: jax.Array  # int32; 0 for a slot that is empty or holds padding
     lengths_B: jax.Array  # int32; real tokens of each row so far = the position of its next token
     end: jax.Array  # int32 scalar; the first slot not yet written
@@ -32,8 +36,11 @@ class Cache(NamedTuple):
 
 def empty(cfg: Qwen3Config, batch: int, capacity: int) -> Cache:
     """A cache of `capacity` slots a row, in the compute dtype."""
-    shape = (cfg.num_hidden_layers, batch, capacity, cfg.num_key_value_heads, cfg.head_dim)
-    zeros = nn.constrain(jnp.zeros(shape, cfg.dtype), None, "batch", None, "act_kv_heads", None)
+    shape, axes = (batch, cfg.num_key_value_heads, capacity, cfg.head_dim), ("batch", "act_kv_heads", None, None)
+    if cfg.unroll:
+        zeros = (nn.constrain(jnp.zeros(shape, cfg.dtype), *axes),) * cfg.num_hidden_layers
+    else:
+        zeros = nn.constrain(jnp.zeros((cfg.num_hidden_layers, *shape), cfg.dtype), None, *axes)
     integers = jnp.zeros((batch, capacity), jnp.int32)
     return Cache(zeros, zeros, integers, jnp.zeros(batch, jnp.int32), jnp.zeros((), jnp.int32))
 
@@ -54,8 +61,15 @@ def reserve(cache: Cache, segment_ids_BL: jax.Array) -> tuple[Cache, jax.Array]:
     return cache, positions_BL
 
 
-def write(cached_YBSGK: jax.Array, new_BLGK: jax.Array, layer: jax.Array, slot: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Write one layer's chunk at `slot` -> (the whole array, that layer's slots [B, S, G, K])."""
-    new = new_BLGK[None].astype(cached_YBSGK.dtype)
-    cached_YBSGK = jax.lax.dynamic_update_slice(cached_YBSGK, new, (layer, 0, slot, 0, 0))
-    return cached_YBSGK, jax.lax.dynamic_index_in_dim(cached_YBSGK, layer, keepdims=False)
+def write(
+    cached_YBGSK: jax.Array, new_BLGK: jax.Array, layer: jax.Array | None, slot: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Write one layer's chunk at `slot` -> (the whole array, that layer's slots [B, S, G, K]). Layer None: the array is one
+    layer's already."""
+    new_BGLK = new_BLGK.swapaxes(1, 2).astype(cached_YBGSK.dtype)
+    if layer is None:
+        cached_YBGSK = cached_BGSK = jax.lax.dynamic_update_slice(cached_YBGSK, new_BGLK, (0, 0, slot, 0))
+    else:
+        cached_YBGSK = jax.lax.dynamic_update_slice(cached_YBGSK, new_BGLK[None], (layer, 0, 0, slot, 0))
+        cached_BGSK = jax.lax.dynamic_index_in_dim(cached_YBGSK, layer, keepdims=False)
+    return cached_YBGSK, cached_BGSK.swapaxes(1, 2)

@@ -2,9 +2,9 @@
 
     loss = sum over labelled tokens t of  logsumexp_v(h_t . W_v) - h_t . W_label(t)
 
-Rows of the batch keep their sharding; positions are cut into blocks of `chunk`, and the backward pass recomputes each
-block's logits, so memory is B x chunk x V instead of B x L x V. A single block has nothing to save and is kept instead. The
-head is gathered once, before the blocks.
+Rows of the batch keep their sharding; positions are cut into equal blocks of at most `chunk`, and the backward pass recomputes
+each block's logits, so memory is B x chunk x V instead of B x L x V. A single block has nothing to save and is kept instead.
+The head is gathered once, before the blocks.
 
 Legend: B batch, L positions, D width, V vocabulary rows (padded).
 """
@@ -26,6 +26,7 @@ def cross_entropy(
     B, L, _ = hidden_BLD.shape
     head_DV = nn.constrain(head_DV.astype(hidden_BLD.dtype), None, "act_vocab")
     blocks = -(-L // chunk)
+    chunk = -(-L // blocks)  # as many blocks, but no more padding than their number asks for
     pad = blocks * chunk - L
 
     def cut(x: jax.Array) -> jax.Array:

@@ -113,21 +113,23 @@ class Qwen3(nnx.Module):
         x_BLD, _ = nn.scan(self.layers, step, x_BLD, remat=self.cfg.remat, unroll=self.cfg.unroll)
         return self.norm(x_BLD)
 
-    def extend(self, x_BLD: jax.Array, segment_ids_BL: jax.Array, past: cache.Cache) -> tuple[jax.Array, cache.Cache]:
+    def extend(
+        self, x_BLD: jax.Array, segment_ids_BL: jax.Array, past: cache.Cache, layers: list[Layer] | None = None
+    ) -> tuple[jax.Array, cache.Cache]:
         """The next L tokens of every row (a whole prompt, or one token) -> (hidden states [B, L, D], grown cache).
 
         Equal to `__call__` over all tokens so far. Segment 0 marks padding in the chunk. Writing past the cache's capacity is
-        the caller's error and is not detected.
+        the caller's error and is not detected. `layers` are `self.layers` unstacked, for a token loop with `cfg.unroll`.
         """
         present, positions_BL = cache.reserve(past, segment_ids_BL)
         rotation = attention.rotation(positions_BL, self.cfg.head_dim, self.cfg.rope_theta)
 
-        def step(layer: Layer, carry: tuple, index: jax.Array) -> tuple[tuple, None]:
-            x_BLD, k_YBSGK, v_YBSGK = carry
+        def step(layer: Layer, carry: tuple, index: jax.Array | None) -> tuple[tuple, None]:
+            x_BLD, k_YBGSK, v_YBGSK = carry
             q_BLHK, k_BLGK, v_BLGK = layer.before(x_BLD, rotation)
             with jax.named_scope("attention"):
-                k_YBSGK, k_BSGK = cache.write(k_YBSGK, k_BLGK, index, past.end)
-                v_YBSGK, v_BSGK = cache.write(v_YBSGK, v_BLGK, index, past.end)
+                k_YBGSK, k_BSGK = cache.write(k_YBGSK, k_BLGK, index, past.end)
+                v_YBGSK, v_BSGK = cache.write(v_YBGSK, v_BLGK, index, past.end)
                 o_BLHK = attention.attend(
                     q_BLHK,
                     k_BSGK,
@@ -136,11 +138,19 @@ class Qwen3(nnx.Module):
                     key_segments_BS=present.segment_ids_BS,
                     query_start=past.end,
                 )
-            return (layer.after(x_BLD, o_BLHK), k_YBSGK, v_YBSGK), None
+            return (layer.after(x_BLD, o_BLHK), k_YBGSK, v_YBGSK), None
 
-        carry, indices = (x_BLD, past.k_YBSGK, past.v_YBSGK), jnp.arange(self.cfg.num_hidden_layers)
-        (x_BLD, k_YBSGK, v_YBSGK), _ = nn.scan(self.layers, step, carry, indices, remat="none", unroll=self.cfg.unroll)
-        return self.norm(x_BLD), present._replace(k_YBSGK=k_YBSGK, v_YBSGK=v_YBSGK)
+        if self.cfg.unroll:
+            ks, vs = [], []
+            for layer, *cached in zip(layers or nn.unstack(self.layers), past.k_YBGSK, past.v_YBGSK, strict=True):
+                (x_BLD, k_BGSK, v_BGSK), _ = step(layer, (x_BLD, *cached), None)
+                ks.append(k_BGSK)
+                vs.append(v_BGSK)
+            k_YBGSK, v_YBGSK = tuple(ks), tuple(vs)
+        else:
+            carry, indices = (x_BLD, past.k_YBGSK, past.v_YBGSK), jnp.arange(self.cfg.num_hidden_layers)
+            (x_BLD, k_YBGSK, v_YBGSK), _ = nn.scan(self.layers, step, carry, indices, remat="none", unroll=False)
+        return self.norm(x_BLD), present._replace(k_YBGSK=k_YBGSK, v_YBGSK=v_YBGSK)
 
     def head(self, rows: tuple[int, int] | None = None) -> jax.Array:
         """The output projection [D, V] as stored, padded rows' columns included, or its columns rows[0] .. rows[1] - 1."""

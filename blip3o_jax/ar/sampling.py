@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from blip3o_jax import nn
 from blip3o_jax.ar import cache
 from blip3o_jax.ar.qwen3 import Qwen3, project
 
@@ -52,8 +53,9 @@ def generate_image_tokens(
         segments_BL = jnp.stack([segments_BL, alone_BL], axis=1).reshape(-1, L)
     tokens_BL, lengths_B = twin(tokens_BL), twin(lengths_B)
     past = cache.empty(model.cfg, len(tokens_BL), L + num_tokens)
+    layers = nn.unstack(model.layers) if model.cfg.unroll else None
     with jax.named_scope("prefill"):
-        hidden_BLD, past = model.extend(model.embed(tokens_BL), segments_BL, past)
+        hidden_BLD, past = model.extend(model.embed(tokens_BL), segments_BL, past, layers)
     # Outside the loop: XLA does not always hoist the slice, and a slice of a large table costs more than the rest of a step.
     head_DV = model.head(image_ids)
     scale_BD = jnp.take_along_axis(hidden_BLD, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
@@ -68,7 +70,7 @@ def generate_image_tokens(
         choice_B, logprob_B = draw(logits_BV, keys, temperature=temperature, top_k=top_k, top_p=top_p)
         ids_B = image_ids[0] + choice_B
         next_B1 = twin(ids_B[:, None])
-        hidden_B1D, past = model.extend(model.embed(next_B1), jnp.ones_like(next_B1), past)
+        hidden_B1D, past = model.extend(model.embed(next_B1), jnp.ones_like(next_B1), past, layers)
         return (hidden_B1D[:, 0], past), (ids_B, hidden_B1D[::branches, 0], logprob_B)
 
     with jax.named_scope("decode"):

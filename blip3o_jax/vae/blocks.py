@@ -42,11 +42,6 @@ def repeat_channels(x_BHWC: jax.Array, channels: int) -> jax.Array:
     return jnp.repeat(x_BHWC, channels // x_BHWC.shape[-1], axis=-1)
 
 
-def nearest_upsample(x_BHWC: jax.Array) -> jax.Array:
-    """Every pixel as a square of 2 x 2."""
-    return jnp.repeat(jnp.repeat(x_BHWC, 2, axis=1), 2, axis=2)
-
-
 def constrain(x_BHWC: jax.Array) -> jax.Array:
     return nn.constrain(x_BHWC, "batch", "height", "width", "channels")
 
@@ -180,7 +175,7 @@ class UpBlock(nnx.Module):
 
     def __call__(self, x_BHWC: jax.Array) -> jax.Array:
         with jax.named_scope("up_block"):
-            y_BHWC = self.conv(nearest_upsample(x_BHWC)) if self.interpolate else pixel_shuffle(self.conv(x_BHWC))
+            y_BHWC = self.conv.upsampled(x_BHWC) if self.interpolate else pixel_shuffle(self.conv(x_BHWC))
             if self.shortcut:
                 y_BHWC = y_BHWC + pixel_shuffle(repeat_channels(x_BHWC, 4 * self.c_out))
             return constrain(y_BHWC)

@@ -10,6 +10,7 @@ from flax import nnx
 
 from blip3o_jax import config
 from blip3o_jax.ar import qwen3
+from tests import stock_weights
 from tests.ar import torch_weights
 from tests.conftest import relative_error
 
@@ -33,7 +34,7 @@ ONES = np.ones((B, L), np.int32)
 
 @pytest.fixture(scope="module")
 def model() -> qwen3.Qwen3:
-    return torch_weights.jax_model(torch_weights.torch_model(CFG), CFG)
+    return stock_weights.jax_model(torch_weights.torch_model(CFG), CFG)
 
 
 def tokens(seed: int = 0) -> np.ndarray:
@@ -63,14 +64,14 @@ def test_hidden_states_logits_and_gradients_equal_transformers(tied):
     reference, ids = torch_weights.torch_model(cfg), torch.tensor(tokens())
     out = reference(ids, labels=ids, output_hidden_states=True)
     out.loss.backward()
-    (loss, (hidden, logits)), gradients = loss_and_gradients(torch_weights.jax_model(reference, cfg), tokens())
+    (loss, (hidden, logits)), gradients = loss_and_gradients(stock_weights.jax_model(reference, cfg), tokens())
     # float32 rounding through three layers is some 1e-6.
     assert relative_error(hidden, out.hidden_states[-1].detach()) < 1e-5
     assert relative_error(logits[..., : cfg.vocab_size], out.logits.detach()) < 1e-5
     assert np.all(np.asarray(logits[..., cfg.vocab_size :]) == -np.inf)
     assert float(loss) == pytest.approx(out.loss.item(), rel=1e-5)
-    want = torch_weights.convert({name: p.grad for name, p in reference.named_parameters()}, cfg)
-    got = torch_weights.flat(gradients)
+    want = stock_weights.convert(stock_weights.gradients(reference), cfg)
+    got = stock_weights.flat(gradients)
     assert got.keys() == want.keys()
     errors = {path: relative_error(got[path], want[path]) for path in want}
     assert max(errors.values()) < 1e-4, errors
@@ -120,8 +121,8 @@ def test_remat_keeps_less_and_changes_no_number(model):
         kept.append(residual_bytes(other))
         (other_loss, _), other_gradients = loss_and_gradients(other, tokens())
         assert float(loss) == pytest.approx(float(other_loss), rel=1e-6)
-        for path, gradient in torch_weights.flat(gradients).items():
-            assert relative_error(torch_weights.flat(other_gradients)[path], gradient) < 1e-5, path
+        for path, gradient in stock_weights.flat(gradients).items():
+            assert relative_error(stock_weights.flat(other_gradients)[path], gradient) < 1e-5, path
     assert kept[0] > kept[1] > kept[2], kept
 
 
@@ -161,7 +162,7 @@ def test_every_parameter_names_its_axes():
 
 def test_initial_values():
     model = qwen3.Qwen3(CFG, rngs=nnx.Rngs(0))
-    for path, value in torch_weights.flat(nnx.state(model)).items():
+    for path, value in stock_weights.flat(nnx.state(model)).items():
         if "norm" in path:
             assert np.all(value == 1), path
         else:

@@ -13,6 +13,7 @@ from flax import nnx
 from blip3o_jax import config
 from blip3o_jax.vae import blocks
 from blip3o_jax.vae.dc_ae import DcAe
+from tests import stock_weights
 from tests.conftest import relative_error
 from tests.vae import torch_weights
 
@@ -51,9 +52,10 @@ HEIGHT, WIDTH = 16, 32
 
 @pytest.fixture(scope="module", params=CONFIGS)
 def pair(request):
-    """(torch model, model here) with the same random weights."""
-    theirs = torch_weights.torch_model(CONFIGS[request.param])
-    return theirs, torch_weights.jax_model(theirs, CONFIGS[request.param])
+    """(configuration, torch model, model here) with the same random weights."""
+    cfg = CONFIGS[request.param]
+    theirs = torch_weights.torch_model(cfg)
+    return cfg, theirs, stock_weights.jax_model(theirs, cfg)
 
 
 def nchw(x_BHWC) -> torch.Tensor:
@@ -62,7 +64,7 @@ def nchw(x_BHWC) -> torch.Tensor:
 
 def test_values_and_gradients_equal_torch(pair, rng):
     """float32; the sums over channels and pixels run in another order: 1e-5 for values, 1e-4 for gradients."""
-    theirs, model = pair
+    cfg, theirs, model = pair
     x_BHWC = rng.uniform(-1, 1, (2, HEIGHT, WIDTH, 3)).astype(np.float32)
     weights_BHWC = rng.normal(size=x_BHWC.shape).astype(np.float32)
     z_torch = theirs.encode(nchw(x_BHWC)).latent
@@ -81,8 +83,8 @@ def test_values_and_gradients_equal_torch(pair, rng):
     assert z_BHWC.shape == (2, HEIGHT // 8, WIDTH // 8, 4)
     assert relative_error(z_BHWC, z_torch.movedim(1, -1).detach()) < 1e-5
     assert relative_error(y_BHWC, y_torch.movedim(1, -1).detach()) < 1e-5
-    want = torch_weights.convert({name: p.grad for name, p in theirs.named_parameters()})
-    got = torch_weights.flat(gradients)
+    want = stock_weights.convert(stock_weights.gradients(theirs), cfg)
+    got = stock_weights.flat(gradients)
     assert got.keys() == want.keys()
     for path, gradient in want.items():
         assert relative_error(got[path], gradient) < 1e-4, path
@@ -108,7 +110,7 @@ def test_remat_changes_nothing(rng):
 
     def gradients(remat):
         loss = lambda state: (blocks.run_blocks(nnx.merge(graphdef, state), x_BHWC, remat=remat, unroll=False) ** 2).sum()
-        return torch_weights.flat(jax.jit(jax.grad(loss))(state))
+        return stock_weights.flat(jax.jit(jax.grad(loss))(state))
 
     want, got = gradients("none"), gradients("full")
     for path, gradient in want.items():
