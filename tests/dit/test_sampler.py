@@ -8,6 +8,7 @@ import torch
 
 from blip3o_jax.config import FlowConfig
 from blip3o_jax.dit import sampler
+from tests import stock_weights
 from tests.conftest import relative_error
 from tests.dit import test_sana, torch_weights
 
@@ -18,7 +19,7 @@ B, H, W, T, STEPS = 2, 3, 5, 4, 5
 @pytest.fixture(scope="module")
 def pair():
     torch_model = torch_weights.torch_model(CFG)
-    return torch_model, torch_weights.jax_model(torch_model, CFG)
+    return torch_model, stock_weights.jax_model(torch_model, CFG)
 
 
 def torch_sample(model, condition, null, noise, guidance: float, cfg: FlowConfig) -> np.ndarray:

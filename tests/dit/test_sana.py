@@ -9,6 +9,7 @@ from flax import nnx
 
 from blip3o_jax import config
 from blip3o_jax.dit.sana import SanaTransformer
+from tests import stock_weights
 from tests.conftest import relative_error
 from tests.dit import torch_weights
 
@@ -62,7 +63,7 @@ def run_torch(model, x: dict[str, np.ndarray], mask: np.ndarray | None = None):
 def pair(request):
     cfg = VARIANTS[request.param]
     torch_model = torch_weights.torch_model(cfg)
-    return cfg, torch_model, torch_weights.jax_model(torch_model, cfg)
+    return cfg, torch_model, stock_weights.jax_model(torch_model, cfg)
 
 
 def gradients(model: SanaTransformer, x: dict[str, np.ndarray], weights: np.ndarray):
@@ -93,8 +94,8 @@ def test_output_and_gradients_match_diffusers(pair, rng):
     assert relative_error(got, want.detach()) < 1e-5
     assert relative_error(by_z, z.grad) < 1e-4
     assert relative_error(by_condition, condition.grad) < 1e-4
-    want_by = torch_weights.convert({name: p.grad for name, p in torch_model.named_parameters()})
-    got_by = torch_weights.flat(by_state)
+    want_by = stock_weights.convert(stock_weights.gradients(torch_model), cfg)
+    got_by = stock_weights.flat(by_state)
     assert got_by.keys() == want_by.keys()
     # The key bias of cross-attention without a norm shifts every score of a query alike: its true gradient is 0.
     silent = {"blocks/cross_attention/k/bias"} if cfg.qk_norm is None else set()
@@ -106,7 +107,7 @@ def test_output_and_gradients_match_diffusers(pair, rng):
 
 def test_mask_matches_diffusers_and_hides_tokens(rng):
     torch_model = torch_weights.torch_model(CFG)
-    model = torch_weights.jax_model(torch_model, CFG)
+    model = stock_weights.jax_model(torch_model, CFG)
     x = inputs(rng, CFG)
     mask_BT = np.arange(T)[None] < np.asarray([[T - 3], [T]])
     run = jax.jit(lambda condition_BTC: model(x["z_BHWC"], x["timestep_B"], condition_BTC, mask_BT))
@@ -118,7 +119,7 @@ def test_mask_matches_diffusers_and_hides_tokens(rng):
 
 
 def test_one_null_token_stands_for_many(rng):
-    model = torch_weights.jax_model(torch_weights.torch_model(CFG), CFG)
+    model = stock_weights.jax_model(torch_weights.torch_model(CFG), CFG)
     x = inputs(rng, CFG)
     one_11C = x["condition_BTC"][:1, :1]
 
@@ -136,8 +137,8 @@ def test_remat_changes_no_gradient(rng):
     x = inputs(rng, CFG)
     weights = rng.normal(size=x["z_BHWC"].shape).astype(np.float32)
     cfg = dataclasses.replace(CFG, remat="full")
-    plain = gradients(torch_weights.jax_model(torch_model, CFG), x, weights)
-    recomputed = gradients(torch_weights.jax_model(torch_model, cfg), x, weights)
+    plain = gradients(stock_weights.jax_model(torch_model, CFG), x, weights)
+    recomputed = gradients(stock_weights.jax_model(torch_model, cfg), x, weights)
     # The same operations, though fused otherwise: the last bits may differ, nothing else.
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), plain[1], recomputed[1])
     # Were nothing recomputed, the equality above would say nothing: both scans (of `prepare` and of `velocity`) must be.
@@ -161,13 +162,13 @@ def test_starts_near_zero_velocity_with_gradient_everywhere(rng):
     x = inputs(rng, CFG)
     v_BHWC, (by_state, by_z, by_condition) = gradients(model, x, rng.normal(size=x["z_BHWC"].shape).astype(np.float32))
     assert 0 < np.abs(v_BHWC).max() < 0.05
-    for path, gradient in torch_weights.flat(by_state).items():
+    for path, gradient in stock_weights.flat(by_state).items():
         assert np.abs(gradient).max() > 0, path
     assert np.abs(by_z).max() > 0 and np.abs(by_condition).max() > 0
 
 
 def test_names_that_partial_training_selects_by():
-    paths = torch_weights.flat(nnx.state(nnx.eval_shape(lambda: SanaTransformer(CFG, rngs=nnx.Rngs(0)))))
+    paths = stock_weights.flat(nnx.state(nnx.eval_shape(lambda: SanaTransformer(CFG, rngs=nnx.Rngs(0)))))
     caption = {path for path in paths if "caption" in path}
     layers = {f"caption_projection/linear_{i}/{name}" for i in (1, 2) for name in ("kernel", "bias")}
     assert caption == layers | {"caption_norm/scale"}
@@ -179,7 +180,7 @@ def test_names_that_partial_training_selects_by():
 def test_bfloat16_compute_keeps_close(rng):
     torch_model = torch_weights.torch_model(CFG)
     x = inputs(rng, CFG)
-    model = torch_weights.jax_model(torch_model, dataclasses.replace(CFG, dtype="bfloat16"))
+    model = stock_weights.jax_model(torch_model, dataclasses.replace(CFG, dtype="bfloat16"))
     got = jax.jit(model)(**x)
     assert got.dtype == jnp.bfloat16
     # 8 bits of mantissa through three blocks; a statistic taken in bfloat16 would cost far more.

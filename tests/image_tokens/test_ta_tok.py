@@ -1,24 +1,25 @@
-"""TA-Tok against transformers' SigLIP classes around a plain torch bottleneck, float32, random weights.
+"""TA-Tok against transformers' SigLIP classes around a plain torch bottleneck (convert/torch_model.py), float32, random
+weights.
 
 The grid is 7 x 7 (pool scales 2 and 3 drop a row and a column), the decoder's position table 4 x 4: pool scale 1 enlarges it,
 2 and 3 shrink it. Encoder, code and decoder widths all differ.
 """
 
 import dataclasses
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 import transformers
 from flax import nnx
 
 from blip3o_jax import config
+from blip3o_jax.convert import torch_model
 from blip3o_jax.image_tokens import simvq
 from blip3o_jax.image_tokens.ta_tok import TaTok, pool
+from tests import stock_weights
 from tests.conftest import relative_error
 from tests.image_tokens import torch_weights
 
@@ -42,72 +43,11 @@ CFG = config.TaTokConfig(
 GRID = CFG.encoder.grid
 
 
-class TorchTaTok(torch.nn.Module):
-    """The tokenizer from stock parts, written from the description of the model; names as published."""
-
-    def __init__(self, cfg):
-        super().__init__()
-        linear, tanh = torch.nn.Linear, torch.nn.Tanh()
-        names = {f.name for f in dataclasses.fields(cfg.encoder)} - {"dtype", "param_dtype", "remat", "unroll"}
-        self.encoder = transformers.SiglipVisionModel(
-            transformers.SiglipVisionConfig(**{name: getattr(cfg.encoder, name) for name in names})
-        )
-        d, d_decoder, d_code = cfg.encoder.hidden_size, cfg.decoder.hidden_size, cfg.bottleneck_dim
-        self.encode_task_layer = torch.nn.Sequential(linear(d, d), tanh)
-        self.bottleneck = torch.nn.Module()
-        self.bottleneck.in_linear, self.bottleneck.out_linear = linear(d, d_code), linear(d_code, d_code)
-        self.bottleneck.regularizer = torch.nn.Module()
-        self.bottleneck.regularizer.embedding = torch.nn.Embedding(cfg.codebook_size, d_code)
-        self.bottleneck.regularizer.embedding_proj = linear(d_code, d_code)
-        self.decoder = torch.nn.Module()
-        self.decoder.vision_model = transformers.Siglip2VisionModel(decoder_config(cfg))
-        self.decode_task_layer = torch.nn.Sequential(linear(d_decoder, d_decoder), tanh, linear(d_decoder, d))
-        self.cfg = cfg
-
-    def teacher(self, x_BCHW, scale):
-        x_BND = self.encoder(x_BCHW, output_hidden_states=True).hidden_states[self.cfg.select_layer].detach()
-        x_BDHW = x_BND.unflatten(1, (GRID, GRID)).permute(0, 3, 1, 2)
-        return F.avg_pool2d(x_BDHW, scale).flatten(2).transpose(1, 2)
-
-    def quantise(self, teacher_BND):
-        z = self.bottleneck.in_linear(self.encode_task_layer(teacher_BND))
-        codes = self.bottleneck.regularizer.embedding_proj(self.bottleneck.regularizer.embedding.weight)
-        if self.cfg.l2_normalized:
-            z, codes = F.normalize(z, dim=-1), F.normalize(codes, dim=-1)
-            scores = z @ codes.T
-        else:
-            scores = -(z[:, :, None] - codes).square().sum(-1)
-        ids = scores.argmax(-1)
-        q = codes[ids]
-        p = (scores / self.cfg.stochastic_temperature).softmax(-1).mean((0, 1))
-        return SimpleNamespace(
-            ids=ids,
-            codes=z + (q - z).detach(),
-            codebook_loss=(z.detach() - q).square().sum(-1).mean(),
-            commitment_loss=(z - q.detach()).square().sum(-1).mean(),
-            entropy_gap=np.log(self.cfg.codebook_size) + (p * p.clamp_min(1e-20).log()).sum(),
-        )
-
-    def reconstruct(self, codes):
-        side = round(codes.shape[1] ** 0.5)
-        out = self.decoder.vision_model(
-            self.bottleneck.out_linear(codes),
-            torch.ones(codes.shape[:2], dtype=torch.int64),
-            torch.tensor([[side, side]] * codes.shape[0]),
-        )
-        return self.decode_task_layer(out.last_hidden_state)
-
-
-def decoder_config(cfg):
-    fields = {f.name: getattr(cfg.decoder, f.name) for f in dataclasses.fields(cfg.decoder)}
-    return transformers.Siglip2VisionConfig(patch_size=1, num_channels=cfg.bottleneck_dim, **fields)
-
-
 def build(l2_normalized):
     # Squared distances are of order 2 x 16 where cosines are at most 1.
     cfg = dataclasses.replace(CFG, l2_normalized=l2_normalized, stochastic_temperature=0.03 if l2_normalized else 3.0)
-    oracle = torch_weights.randomise(TorchTaTok(cfg))
-    return oracle, torch_weights.load(lambda: TaTok(cfg, rngs=nnx.Rngs(0)), torch_weights.TA_TOK, oracle)
+    oracle = torch_weights.randomise(torch_model.TaTok(cfg))
+    return oracle, stock_weights.jax_model(oracle, cfg)
 
 
 PAIRS = {True: None, False: None}
@@ -134,12 +74,12 @@ def to_torch(x_BHWC):
 def test_encode_and_decode(pair, x_BHWC, scale):
     oracle, model = pair
     with torch.no_grad():
-        teacher = oracle.teacher(to_torch(x_BHWC), scale)
+        teacher = oracle.features(to_torch(x_BHWC), scale)
         want = oracle.quantise(teacher)
-        features = oracle.reconstruct(want.codes)
+        features = oracle.reconstruct(want.codes_BND)
     ids_BN = jax.jit(lambda x: model.encode(x, scale))(x_BHWC)
     assert ids_BN.dtype == jnp.int32 and ids_BN.shape == (3, (GRID // scale) ** 2) == (3, model.num_tokens(scale))
-    np.testing.assert_array_equal(ids_BN, want.ids)
+    np.testing.assert_array_equal(ids_BN, want.ids_BN)
     assert scale > 1 or len(np.unique(ids_BN)) > 10, "the comparison needs more than a few codes"
     assert relative_error(model.features(x_BHWC, scale), teacher) < 1e-5
     assert relative_error(jax.jit(model.decode)(ids_BN), features) < 1e-5
@@ -148,13 +88,13 @@ def test_encode_and_decode(pair, x_BHWC, scale):
 def test_training_terms_and_gradients(pair, x_BHWC):
     oracle, model = pair
     oracle.zero_grad()
-    teacher = oracle.teacher(to_torch(x_BHWC), 2)
+    teacher = oracle.features(to_torch(x_BHWC), 2)
     q = oracle.quantise(teacher)
-    rec = oracle.reconstruct(q.codes)
+    rec = oracle.reconstruct(q.codes_BND)
     reconstruction = (rec - teacher).square().mean()
     weights = {"codebook_loss": 1.0, "commitment_loss": 0.25, "entropy_gap": 0.1}
     (reconstruction + sum(weight * getattr(q, name) for name, weight in weights.items())).backward()
-    want = torch_weights.to_jax(torch_weights.TA_TOK, torch_weights.torch_gradients(oracle))
+    want = stock_weights.convert(stock_weights.gradients(oracle), oracle.cfg)
     graphdef, state = nnx.split(model)
 
     def loss(state):
@@ -170,14 +110,14 @@ def test_training_terms_and_gradients(pair, x_BHWC):
     np.testing.assert_allclose(out.usage, np.mean(drawn > 0), rtol=1e-6)
     np.testing.assert_allclose(out.perplexity, np.exp(-sum(p * np.log(p) for p in drawn if p)), rtol=1e-5)
 
-    got = torch_weights.state_paths(grads)
+    got = stock_weights.flat(grads)
     for path, gradient in want.items():
-        if path.startswith("encoder.") or ".head." in path:
-            assert not np.any(got[path][...]), f"{path} must get no gradient"
-        elif path.endswith("attention.key.bias"):  # softmax does not see it: the gradient is zero but for rounding
-            assert np.abs(got[path][...]).max() < 1e-5 and np.abs(gradient).max() < 1e-5
+        if path.startswith("encoder/") or "/head/" in path:
+            assert not np.any(got[path]), f"{path} must get no gradient"
+        elif path.endswith("attention/key/bias"):  # softmax does not see it: the gradient is zero but for rounding
+            assert np.abs(got[path]).max() < 1e-5 and np.abs(gradient).max() < 1e-5
         else:
-            assert relative_error(got[path][...], gradient) < 1e-4, path
+            assert relative_error(got[path], gradient) < 1e-4, path
 
 
 def test_lookup_in_chunks(pair, monkeypatch):
@@ -262,6 +202,6 @@ def test_full_size_parameter_counts():
     cfg = config.TaTokConfig()
     state = nnx.eval_shape(lambda: nnx.state(TaTok(cfg, rngs=nnx.Rngs(0))))
     with torch.device("meta"):
-        decoder = transformers.Siglip2VisionModel(decoder_config(cfg))
-    assert torch_weights.count(state["decoder"]) == sum(p.numel() for p in decoder.parameters())
+        decoder = transformers.Siglip2VisionModel(torch_model.ta_tok_decoder_config(cfg))
+    assert sum(x.size for x in stock_weights.flat(state["decoder"]).values()) == sum(p.numel() for p in decoder.parameters())
     assert (cfg.grid, state["bottleneck"]["codebook"]["embedding"].shape) == (27, (65536, 1536))

@@ -1,0 +1,83 @@
+"""Weights and gradients of stock PyTorch modules as this package's trees, by the converter's own tables.
+
+A module is one part of a model: its configuration, which says which, is put into that of a whole one.
+"""
+
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from flax import nnx
+
+from blip3o_jax import config
+from blip3o_jax.ar.qwen3 import Qwen3
+from blip3o_jax.config import ModelConfig
+from blip3o_jax.convert import mapping
+from blip3o_jax.dit.sana import SanaTransformer
+from blip3o_jax.image_tokens.siglip2 import SiglipVision
+from blip3o_jax.image_tokens.ta_tok import TaTok
+from blip3o_jax.vae.dc_ae import DcAe
+
+# configuration -> (part, class here, the model it is in)
+MODULES: dict[type, tuple[str, type, Callable[..., ModelConfig]]] = {
+    config.Qwen3Config: ("ar", Qwen3, lambda cfg: ModelConfig(ar=cfg)),
+    config.TaTokConfig: ("tokenizer", TaTok, lambda cfg: ModelConfig(tokenizer=cfg)),
+    config.SanaConfig: (
+        "dit",
+        SanaTransformer,
+        lambda cfg: ModelConfig(dit=cfg, vae=config.DcAeConfig(latent_channels=cfg.in_channels)),
+    ),
+    config.DcAeConfig: (
+        "vae",
+        DcAe,
+        lambda cfg: ModelConfig(
+            vae=cfg, dit=config.SanaConfig(in_channels=cfg.latent_channels), image_size=cfg.spatial_compression
+        ),
+    ),
+}
+
+
+def convert(named: Mapping[str, torch.Tensor], cfg: object) -> dict[str, np.ndarray]:
+    """torch name -> tensor (weights or gradients), as path -> array: layers stacked, vocabulary rows padded with zeros. Every
+    tensor has its parameter and every parameter its tensor."""
+    if isinstance(cfg, config.SiglipVisionConfig):
+        return _convert_encoder(named, cfg)
+    part, _, whole = MODULES[type(cfg)]
+    if getattr(cfg, "tie_word_embeddings", False):
+        named = {key: x for key, x in named.items() if key != "lm_head.weight"}
+    assert named.keys() == mapping.tensor_shapes(part, whole(cfg)).keys()
+    return mapping.to_jax(part, whole(cfg), {key: x.detach().numpy() for key, x in named.items()})
+
+
+def _convert_encoder(named: Mapping[str, torch.Tensor], cfg: config.SiglipVisionConfig) -> dict[str, np.ndarray]:
+    """The vision tokenizer's encoder alone, within a tokenizer of zeros."""
+    tokenizer = config.TaTokConfig(encoder=cfg, bottleneck_dim=1, codebook_size=1)
+    rest = mapping.tensor_shapes("tokenizer", ModelConfig(tokenizer=tokenizer))
+    zeros = {key: torch.zeros(shape) for key, shape in rest.items() if not key.startswith("encoder.")}
+    arrays = convert(zeros | {f"encoder.{key}": x for key, x in named.items()}, tokenizer)
+    return {path.removeprefix("encoder/"): x for path, x in arrays.items() if path.startswith("encoder/")}
+
+
+def jax_model(module: torch.nn.Module, cfg: object) -> nnx.Module:
+    """The same network here, with the same weights."""
+    cls = SiglipVision if isinstance(cfg, config.SiglipVisionConfig) else MODULES[type(cfg)][1]
+    model = nnx.eval_shape(lambda: cls(cfg, rngs=nnx.Rngs(0)))
+    arrays = convert(module.state_dict(), cfg)
+    state = nnx.state(model)
+    assert {path: array.shape for path, array in arrays.items()} == {path: x.shape for path, x in flat(state).items()}
+    for path, variable in nnx.to_flat_state(state):
+        variable.set_value(jnp.asarray(arrays["/".join(map(str, path))]))
+    nnx.update(model, state)
+    return model
+
+
+def gradients(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """torch name -> gradient of the last backward pass, zeros where none arrived."""
+    return {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in module.named_parameters()}
+
+
+def flat(tree: object) -> dict[str, jax.Array]:
+    """An NNX state (of parameters or gradients) as path -> array."""
+    return {"/".join(map(str, path)): value for path, value in nnx.to_flat_state(nnx.as_pure(tree))}
