@@ -47,7 +47,9 @@ class Blip3o(nnx.Module):
             "connector": lambda rngs: Connector(cfg.connector, cfg.ar.hidden_size, cfg.dit.caption_channels, rngs=rngs),
             "dit": lambda rngs: SanaTransformer(cfg.dit, rngs=rngs),
             "vae": lambda rngs: DcAe(cfg.vae, rngs=rngs),
-            "latent_connector": lambda rngs: Connector(plain, cfg.vae.latent_channels, cfg.dit.caption_channels, rngs=rngs),
+            "latent_connector": lambda rngs: Connector(
+                plain, cfg.vae.latent_channels, cfg.dit.caption_channels, rngs=rngs, axis=None
+            ),
             "feature_connector": lambda rngs: Connector(
                 plain, cfg.tokenizer.encoder.hidden_size, cfg.ar.hidden_size, rngs=rngs
             ),

@@ -150,6 +150,8 @@ def _verify(args: argparse.Namespace) -> int:
     from blip3o_jax.convert.verify import verify
     from blip3o_jax.train.checkpoint import write_json
 
+    if args.out and (args.out.is_dir() or not args.out.absolute().parent.is_dir()):
+        raise UserError(f"--out={args.out} must be a file in a directory that is there")
     report = verify(
         args.torch,
         args.jax,
@@ -186,7 +188,7 @@ def _size(text: str) -> int:
     unit = text.upper()[len(number) :] or "B"
     try:
         size = int(float(number) * _UNITS[unit])
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, OverflowError):
         size = 0
     if size < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no size, such as 5GB, 500MB or 2GiB")

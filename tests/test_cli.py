@@ -8,7 +8,22 @@ import blip3o_jax
 from blip3o_jax import cli
 from blip3o_jax.config import UserError
 
-COMMANDS = ("data", "data shapes", "train", "sample", "evaluate", "params", "demo")
+COMMANDS = (
+    "data",
+    "data shapes",
+    "train",
+    "sample",
+    "evaluate",
+    "params",
+    "demo",
+    "convert",
+    "convert import",
+    "convert export",
+    "convert verify",
+    "bench",
+    "bench peer",
+    "bench conversion",
+)
 
 CONFIG = "from blip3o_jax.config import Config\n\ndef get_config():\n    return Config()\n"
 
@@ -52,7 +67,7 @@ def test_every_command_stands_in_the_help(capsys):
     with pytest.raises(SystemExit):
         cli.main(["--help"])
     out = capsys.readouterr().out
-    for command in ("data", "train", "sample", "evaluate", "params", "demo"):
+    for command in ("data", "train", "sample", "evaluate", "params", "demo", "convert", "bench"):
         assert f"    {command} " in out
 
 

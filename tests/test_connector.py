@@ -10,6 +10,8 @@ from flax import nnx
 
 from blip3o_jax import config, nn
 from blip3o_jax.connector import Connector
+from blip3o_jax.train.state import plan_state
+from tests import tiny
 from tests.conftest import relative_error
 
 CFG = config.ConnectorConfig(dtype="float32")
@@ -81,3 +83,13 @@ def test_rows_that_are_not_kept_are_the_null_condition(rng):
         assert relative_error(got[0], plain(jnp.asarray(x_BLD + added))[0]) < 1e-6
         assert relative_error(got[1], jnp.broadcast_to(null[0], got[1].shape)) < 1e-6
     assert relative_error(placed(jnp.asarray(x_BLD)), plain(jnp.asarray(x_BLD))) > 1e-2
+
+
+def test_the_channels_of_latents_are_not_sharded():
+    """They are 4 here: fewer than the devices that share the weights, as the published 32 are of a large machine."""
+    cfg = tiny.run_config(model={"editing": config.EditingConfig(latents=True, features=True)})
+    plan = plan_state(cfg, tiny.strategy("fsdp", 1, 8))
+    parts = plan.abstract["params"] | plan.abstract["frozen"]
+    kernels = {name: parts[f"{name}_connector"]["linear1"]["kernel"] for name in ("latent", "feature")}
+    assert kernels["latent"].shape == (4, 16) and kernels["latent"].sharding.shard_shape((4, 16))[0] == 4
+    assert not kernels["feature"].sharding.is_fully_replicated

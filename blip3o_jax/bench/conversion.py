@@ -11,6 +11,7 @@ import pathlib
 import platform
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
@@ -25,36 +26,33 @@ from blip3o_jax.convert.tensor_files import read_weights
 from blip3o_jax.train.checkpoint import write_json
 
 
-def run(model: ModelConfig, out: pathlib.Path, *, dtype: str = "bfloat16", keep: bool = False) -> dict[str, Any]:
+def run(model: ModelConfig, out: pathlib.Path, *, dtype: str = "bfloat16") -> dict[str, Any]:
     """Writes OUT/conversion.json and returns it: for each of read, write, import and export seconds, bytes, bytes a second and
-    peak resident bytes. The directories of weights are removed unless `keep`. UserError where safetensors is not installed."""
+    peak resident bytes. The weights are removed. UserError where safetensors is not installed."""
     try:
         import safetensors  # noqa: F401
     except ImportError as error:
         raise UserError("bench conversion compares with the safetensors library: pip install 'blip3o_jax[convert]'") from error
-    source, checkpoint, exported, plain = (out / name for name in ("source", "checkpoint", "exported", "plain"))
     rows: dict[str, dict[str, float]] = {}
-    try:
-        for directory in (source, checkpoint, exported, plain):
-            shutil.rmtree(directory, ignore_errors=True)
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="weights-", dir=out) as work:
+        source, checkpoint, exported, plain = (
+            pathlib.Path(work, name) for name in ("source", "checkpoint", "exported", "plain")
+        )
         print(f"writing a random model to {source}", file=sys.stderr)
         write_random_model(source, model, dtype=dtype)
         size = sum(file.stat().st_size for file in source.glob("*.safetensors"))
-        check_space(out, 3 * size)
-        for name, work in (
-            ("plain read", (_plain_read, source)),
-            ("import", (_import, source, checkpoint)),
-            ("plain read and write", (_plain_copy, source, plain)),
-            ("export", (_export, checkpoint, exported)),
-        ):
+        check_space(source, 2 * size)
+        for name, (call, *paths) in {
+            "plain read": (_plain_read, source),
+            "import": (_import, source, checkpoint),
+            "plain read and write": (_plain_copy, source, plain),
+            "export": (_export, checkpoint, exported),
+        }.items():
             print(f"{name} ...", file=sys.stderr)
-            rows[name] = _in_a_process(*work) | {"bytes": size}
+            rows[name] = _in_a_process(call, *paths) | {"bytes": size}
             shutil.rmtree(plain, ignore_errors=True)
         equal = _equal(source, exported)
-    finally:
-        if not keep:
-            for directory in (source, checkpoint, exported, plain):
-                shutil.rmtree(directory, ignore_errors=True)
     report = {
         "date": time.strftime("%Y-%m-%d"),
         "machine": {

@@ -93,7 +93,15 @@ def bench(
     inputs = make_inputs(config.model, vocabulary, options)
     out.mkdir(parents=True, exist_ok=True)
 
-    began = datetime.datetime.now().astimezone()
+    report: dict[str, Any] = {
+        "command": command,
+        "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "machine": peer_report.machine(),
+        "options": dataclasses.asdict(options),
+        "sampling": dataclasses.asdict(settings),
+        "model": peer_report.sizes(source.tensors),
+        "items": [],
+    }
     tasks = {
         side: Task(
             side=side,
@@ -109,22 +117,12 @@ def bench(
     }
     bench = _Bench(tasks, options, settings)
     try:
-        items = [bench.run(item, inputs) for item in options.items]
-        about = bench.about
+        for item in options.items:
+            report["items"].append(bench.run(item, inputs))
+            peer_report.write(report | {"sides": bench.about}, out)  # a run that is stopped leaves what it has
     finally:
         bench.close()
-    report = {
-        "command": command,
-        "date": began.isoformat(timespec="seconds"),
-        "machine": peer_report.machine(),
-        "options": dataclasses.asdict(options),
-        "sampling": dataclasses.asdict(settings),
-        "model": peer_report.sizes(source.tensors),
-        "sides": about,
-        "items": items,
-    }
-    peer_report.write(report, out)
-    return report
+    return report | {"sides": bench.about}
 
 
 def _check_torch() -> None:

@@ -38,7 +38,7 @@ class Side:
             jax.config.update("jax_num_cpu_devices", task.jax_devices)
         try:
             devices = jax.devices()
-        except RuntimeError as error:
+        except (RuntimeError, AssertionError) as error:  # the latter where jaxlib has no plugin for CUDA
             raise UserError(
                 "bench peer --device=gpu: JAX finds no GPU; use --device=cpu, or install jax[cuda13] (pip install "
                 "'blip3o_jax[cuda]')"

@@ -7,9 +7,10 @@ import string
 import ml_dtypes  # noqa: F401  (lets NumPy know bfloat16)
 import numpy as np
 
-from blip3o_jax.config import ModelConfig
+from blip3o_jax.config import ModelConfig, to_dict
 from blip3o_jax.convert.mapping import tensor_shapes
 from blip3o_jax.convert.progress import Progress
+from blip3o_jax.convert.source import SECTION
 from blip3o_jax.convert.stock_config import stock_config
 from blip3o_jax.convert.tables import PREFIXES, Shape
 from blip3o_jax.convert.tensor_files import ShardedWriter
@@ -23,8 +24,8 @@ _POOL = 2**24  # random values, which tensors take their own from in turn
 def write_random_model(
     directory: pathlib.Path, model: ModelConfig, *, dtype: str = "bfloat16", seed: int = 0, max_shard_bytes: int = 5 * 10**9
 ) -> None:
-    """Weights of deviation 0.02, the files of a tokenizer whose text ids fill what the vocabulary has beside images, and the
-    sizes of DiT and autoencoder in a diffusers directory's config.json files (transformer/, vae/) within."""
+    """Weights of deviation 0.02, the files of a tokenizer whose text ids fill what the vocabulary has beside images, and
+    all sizes in config.json."""
     places: dict[str, tuple[Shape, np.dtype]] = {
         PREFIXES[part] + key: (shape, np.dtype(dtype)) for part in PARTS for key, shape in tensor_shapes(part, model).items()
     }
@@ -40,7 +41,7 @@ def write_random_model(
     writer.close()
     text_ids = model.ar.vocab_size - model.ar.spare_rows - model.tokenizer.codebook_size - 2 - NUM_SCALES
     (directory / BPE_FILE).write_text(json.dumps(_bpe(text_ids)), encoding="utf-8")
-    values = stock_config("ar", model) | {"model_type": "blip3o_qwen", "dtype": dtype}
+    values = stock_config("ar", model) | {"model_type": "blip3o_qwen", "dtype": dtype, SECTION: {"model": to_dict(model)}}
     (directory / "config.json").write_text(json.dumps(values, indent=1), encoding="utf-8")
 
 

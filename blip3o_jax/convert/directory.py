@@ -2,51 +2,81 @@
 
 import contextlib
 import errno
+import json
 import os
 import pathlib
 import re
 import shutil
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from blip3o_jax.config import UserError
 
+# In every directory made here: the names written. What holds others as well is not replaced.
+MANIFEST = ".blip3o_output.json"
+
 
 @contextlib.contextmanager
-def whole_directory(out: pathlib.Path, *, overwrite: bool) -> Iterator[pathlib.Path]:
+def whole_directory(
+    out: pathlib.Path, *, overwrite: bool, sources: Iterable[pathlib.Path | None] = ()
+) -> Iterator[pathlib.Path]:
     """Yields an empty directory beside `out`, which takes its place when the body ends, and is removed where it fails.
 
-    UserError where `out` exists without `overwrite`, where it holds something else than what is written here (a directory
-    without config.json), or where the disk refuses; nothing is touched then.
+    UserError where `out` exists without `overwrite`, where it is no earlier output (or holds what was put there since), where
+    it overlaps one of `sources`, which are read meanwhile, or where the disk refuses; nothing is touched then.
     """
-    out = out.absolute()
-    if out.exists() and not overwrite:
-        raise UserError(f"{out} exists already: choose another --out, or pass --overwrite to replace it")
-    if out.exists() and not (out.is_dir() and ((out / "config.json").is_file() or not any(out.iterdir()))):
-        raise UserError(f"{out} holds no config.json, so it is no earlier output; it is not overwritten: choose another --out")
-    partial = out.with_name(f".{out.name}.partial")
+    out = pathlib.Path(os.path.realpath(out))
+    _check_apart(out, sources)
+    _check_free(out, overwrite)
+    partial = None
     try:
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
-        partial.mkdir()
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial = pathlib.Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
+        partial.chmod(0o755)
         yield partial
+        names = sorted(path.name for path in partial.iterdir())
+        (partial / MANIFEST).write_text(json.dumps({"written": names}) + "\n", encoding="utf-8")
+        _check_free(out, overwrite)  # it may have come meanwhile
         _replace(out, partial)
     except Exception as error:
         if (refusal := _refusal(error)) is None:
             raise
         raise UserError(_reason(refusal, out)) from error
     finally:
-        _remove(partial)
+        if partial is not None:
+            _remove(partial)
 
 
 def check_space(out: pathlib.Path, needed: int) -> None:
     """UserError where the file system of `out` has less than `needed` bytes left."""
-    there = next(p for p in out.absolute().parents if p.exists())
+    there = next(p for p in pathlib.Path(os.path.realpath(out)).parents if p.exists())
     free = shutil.disk_usage(there).free
     if free < needed:
         raise UserError(
-            f"{out} needs {needed / 1e9:.1f} GB, but {there} has {free / 1e9:.1f} GB left: free some, or move --out"
+            f"{out} needs {needed / 1e6:,.1f} MB, but {there} has {free / 1e6:,.1f} MB left: free some, or move --out"
         )
+
+
+def _check_apart(out: pathlib.Path, sources: Iterable[pathlib.Path | None]) -> None:
+    for source in sources:
+        read = pathlib.Path(os.path.realpath(source)) if source is not None else None
+        if read is not None and (out == read or out in read.parents or read in out.parents):
+            raise UserError(f"{out} overlaps {read}, which is read: choose an --out beside it")
+
+
+def _check_free(out: pathlib.Path, overwrite: bool) -> None:
+    if not os.path.lexists(out):
+        return
+    if not overwrite:
+        raise UserError(f"{out} exists already: choose another --out, or pass --overwrite to replace it")
+    try:
+        there = {path.name for path in out.iterdir()}
+        known = set(json.loads((out / MANIFEST).read_text(encoding="utf-8"))["written"]) | {MANIFEST} if there else set()
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{out} was not written by blip3o convert, so it is not overwritten: choose another --out") from None
+    if extra := sorted(there - known):
+        raise UserError(f"{out} holds {extra[0]}, which is of no earlier output, so it is not overwritten: move it elsewhere")
 
 
 def _remove(directory: pathlib.Path) -> None:
@@ -62,12 +92,11 @@ def _replace(out: pathlib.Path, partial: pathlib.Path) -> None:
     if not out.exists():
         partial.rename(out)
         return
-    old = out.with_name(f".{out.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
+    old = partial.with_suffix(".old")
     out.rename(old)
     try:
         partial.rename(out)
-    except BaseException:
+    except OSError:
         old.rename(out)
         raise
     shutil.rmtree(old, ignore_errors=True)

@@ -9,7 +9,7 @@ import dataclasses
 import math
 import pathlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,16 +23,18 @@ from blip3o_jax.convert.memory import PeakMemory
 from blip3o_jax.convert.progress import Progress
 from blip3o_jax.convert.record import Record, read_record
 from blip3o_jax.convert.source import EMBEDDINGS, HEAD, SECTION
-from blip3o_jax.convert.stock_config import stock_config
+from blip3o_jax.convert.stock_config import QWEN3, stock_config
+from blip3o_jax.convert.ta_tok_args import args_of, overrides_of
 from blip3o_jax.convert.tables import PREFIXES, Shape
-from blip3o_jax.convert.tensor_files import ShardedWriter, Tensor
+from blip3o_jax.convert.tensor_files import ShardedWriter, Tensor, cast
 from blip3o_jax.convert.text_files import write_text_files
 from blip3o_jax.text.tokenizers import load_tokenizer
-from blip3o_jax.text.vocabulary import Vocabulary
+from blip3o_jax.text.vocabulary import NUM_SCALES, Vocabulary
 from blip3o_jax.train.checkpoint import Weights, find, read_config, write_json
 
 READ_AT_ONCE = 2**27  # bytes
 STOCK_PARTS = ("ar", "dit", "vae", "ta_tok")
+PART_OF = {"ta_tok": "tokenizer"}  # where its name in the model is another
 # Of the image processor, in the published layout: the model's pixels come scaled, so this scales no further.
 SCALE_LAYER = {"scale_layer.shift": 0.0, "scale_layer.scale": 1.0}
 # TA-Tok alone takes pixels in [0, 1].
@@ -70,7 +72,8 @@ def export_weights(
     record, unread = read_record(root)
     exporter = _Exporter(config, root, Weights(root, step, ema=ema), record, unread, dtype, max_shard_bytes)
     exporter.check(parts)
-    with whole_directory(out, overwrite=overwrite) as directory, PeakMemory() as memory:
+    check_space(out, exporter.size_of(parts))
+    with whole_directory(out, overwrite=overwrite, sources=(root,)) as directory, PeakMemory() as memory:
         if parts:
             for name in parts:
                 exporter.stock(name, directory / name)
@@ -100,12 +103,17 @@ class _Exporter:
         self.size, self.count, self.notes = 0, 0, list[str]()
         self._own_dtypes = dict(self.record.dtypes)
 
+    def size_of(self, parts: Sequence[str]) -> int:
+        """Bytes of the parameters to write, within a few."""
+        chosen = [PART_OF.get(p, p) for p in parts] or [p for p in PREFIXES if p in self.weights.parts]
+        return sum(plan.size for part in chosen for plan in self._tensors(part, ""))
+
     def check(self, parts: Sequence[str]) -> None:
         """UserError unless everything asked for is in the checkpoint."""
         for name in parts:
             config_lib.check_choice("--parts", name, STOCK_PARTS)
-        names = {"ta_tok": "tokenizer"}
-        wanted = [names.get(p, p) for p in parts] or ["tokenizer", "ar", "connector", "dit", "vae"]
+            config_lib.check(parts.count(name) == 1, f"--parts names {name} twice")
+        wanted = [PART_OF.get(p, p) for p in parts] or ["tokenizer", "ar", "connector", "dit", "vae"]
         if missing := [part for part in wanted if part not in self.weights.parts]:
             raise UserError(
                 f"{self.root} holds no part {', '.join(missing)}, only {', '.join(self.weights.parts)}: name those to export "
@@ -119,7 +127,7 @@ class _Exporter:
         self._write(directory, "model", tensors, self._constants(PREFIXES["tokenizer"], SCALE_LAYER, self.unread))
         vocabulary = self._vocabulary()
         write_json(directory / "config.json", self._config_json(vocabulary))
-        self._write_text(directory, vocabulary, image_tokens=True)
+        self._write_text(directory, vocabulary)
         if left := [part for part in self.weights.parts if part not in PREFIXES]:
             self.notes.append(f"parts {', '.join(left)} belong to training only and were left out")
 
@@ -134,7 +142,7 @@ class _Exporter:
         if name == "ar":
             vocabulary = self._vocabulary()
             values |= {"dtype": self.dtype or self.model.ar.param_dtype} | _special_ids(vocabulary)
-            self._write_text(directory, vocabulary, image_tokens=True)
+            self._write_text(directory, vocabulary)
         write_json(directory / "config.json", values)
         if name == "dit":
             scheduler = directory.with_name("scheduler")
@@ -144,35 +152,12 @@ class _Exporter:
     def _ta_tok(self, directory: pathlib.Path) -> None:
         """{"model": {"args", "sd"}} as TA-Tok is published, where torch is there to write it; else safetensors."""
         cfg = self.model.tokenizer
-        args = {
-            "bottleneck": {
-                "name": "bottleneck",
-                "args": {
-                    "bottleneck_dim": cfg.bottleneck_dim,
-                    "norm": "none",
-                    "regularizer": {
-                        "name": "simvq",
-                        "args": {
-                            "codebook_size": cfg.codebook_size,
-                            "l2_normalized": cfg.l2_normalized,
-                            "stochastic": cfg.stochastic,
-                            "stochastic_temperature": cfg.stochastic_temperature,
-                        },
-                    },
-                },
-            },
-            "bottleneck_token_num": cfg.num_tokens,
-            "input_size": cfg.encoder.image_size,
-            "pool_scale": cfg.pool_scale,
-            "decoder_depth": cfg.decoder.num_hidden_layers,
-            "select_layer_id": cfg.select_layer,
-        }
         own = {k: v for k, v in self.unread.items() if k.startswith(PREFIXES["tokenizer"]) and "scale_layer" not in k}
         own = {k.removeprefix(PREFIXES["tokenizer"]): v for k, v in own.items()}
         constants = self._constants("", TA_TOK_SCALE_LAYER, own)
-        self._write(directory, "ta_tok", self._tensors("tokenizer", ""), constants)
-        keys = ("encoder", "decoder", "bottleneck_dim", "codebook_size", "select_layer", "l2_normalized")
-        write_json(directory / "ta_tok_config.json", {key: config_lib.to_dict(getattr(cfg, key)) for key in keys})
+        self._write(directory, "ta_tok", self._tensors("tokenizer", ""), constants, max_shard_bytes=2**62)
+        args = args_of(cfg)
+        write_json(directory / "ta_tok_config.json", overrides_of(cfg))
         write_json(directory / "args.json", args)
         _to_torch_file(directory, args, self.notes)
 
@@ -188,46 +173,42 @@ class _Exporter:
             planned.append(_Planned(part, group, shapes, own))
         return planned
 
-    def _constants(
-        self, prefix: str, values: dict[str, float], unread: dict[str, Tensor]
-    ) -> dict[str, Callable[[], np.ndarray]]:
+    def _constants(self, prefix: str, values: dict[str, float], unread: dict[str, Tensor]) -> dict[str, Tensor]:
         """Tensors that nothing here reads: those of the import, and `values` where they are not among them."""
-        kept = {name: tensor.read for name, tensor in unread.items()}
         if self.whole_source and prefix:
-            return kept
-        return kept | {prefix + key: lambda v=value: np.full((1, 3, 1, 1), v, np.float32) for key, value in values.items()}
+            return unread
+        return unread | {prefix + key: _constant(prefix + key, value) for key, value in values.items()}
 
     def _write(
         self,
         directory: pathlib.Path,
         stem: str,
         planned: Sequence["_Planned"],
-        constants: dict[str, Callable[[], np.ndarray]],
+        constants: dict[str, Tensor],
+        max_shard_bytes: int = 0,
     ) -> None:
-        extra = {name: read() for name, read in constants.items()}
         places: dict[str, tuple[Shape, np.dtype]] = {
             name: (shape, plan.dtypes[name]) for plan in planned for name, shape in plan.shapes.items()
         }
         tied = self.record.tied_head and EMBEDDINGS in places
         if tied:
             places[HEAD] = places[EMBEDDINGS]
-        places |= {name: (value.shape, value.dtype) for name, value in extra.items()}
+        places |= {name: (tensor.shape, tensor.dtype) for name, tensor in constants.items()}
         size = sum(math.prod(shape) * dtype.itemsize for shape, dtype in places.values())
-        check_space(directory, size)
-        writer = ShardedWriter(directory, stem, places, self.max_shard_bytes)
+        writer = ShardedWriter(directory, stem, places, max_shard_bytes or self.max_shard_bytes)
         try:
             progress = Progress("write", size)
             for plan, arrays in self._read(planned):
                 for layer, (name, shape) in enumerate(plan.shapes.items()):
                     pieces = {path: a[layer] if plan.group.rule.stacked else a for path, a in arrays.items()}
-                    tensor = cast(plan.group.to_torch(pieces, shape), plan.dtypes[name])
+                    tensor = cast(name, plan.group.to_torch(pieces, shape), plan.dtypes[name])
                     writer.write(name, tensor)
                     if tied and name == EMBEDDINGS:
                         writer.write(HEAD, tensor)
                     progress.advance(plan.part, tensor.nbytes)
                 del arrays, pieces, tensor
-            for name, value in extra.items():
-                writer.write(name, value)
+            for name, tensor in constants.items():
+                writer.write(name, tensor.read())
         except BaseException:
             writer.abort()
             raise
@@ -253,49 +234,48 @@ class _Exporter:
         text = TextConfig(kind=self.model.text.kind, path=str(self.root / "text"))
         return Vocabulary(load_tokenizer(text), self.model.tokenizer.codebook_size)
 
-    def _write_text(self, directory: pathlib.Path, vocabulary: Vocabulary, *, image_tokens: bool) -> None:
-        self.notes += write_text_files(vocabulary, directory, image_tokens=image_tokens, template=self.model.template)
+    def _write_text(self, directory: pathlib.Path, vocabulary: Vocabulary) -> None:
+        self.notes += write_text_files(vocabulary, directory, image_tokens=True, template=self.model.template)
         sampling = self.config.sampling
-        generation = {
-            "do_sample": sampling.temperature > 0,
-            "temperature": sampling.temperature,
-            "top_k": sampling.top_k,
-            "top_p": sampling.top_p,
-            **_special_ids(vocabulary),
-        }
-        write_json(directory / "generation_config.json", generation)
+        generation = {name: getattr(sampling, name) for name in ("temperature", "top_k", "top_p")}
+        generation |= {"do_sample": sampling.temperature > 0, **_special_ids(vocabulary)}
+        write_json(directory / "generation_config.json", self.record.generation or generation)
 
     def _config_json(self, vocabulary: Vocabulary) -> dict[str, Any]:
-        """The source's config.json where there was one, its facts as they are now; and what has no published key."""
-        model = config_lib.to_dict(self.model)
-        own = {"version": __version__, "model": model, "max_length": self.config.data.max_length}
-        own["sampling"] = config_lib.to_dict(self.config.sampling)
-        published = {
+        """The source's config.json where there was one, with what is stated here in place of what it stated; and what has no
+        published key."""
+        source, stock = self.record.config, stock_config("ar", self.model)
+        defaults = {
             "mm_vision_tower": None,
             "mm_hidden_size": self.model.tokenizer.encoder.hidden_size,
             "mm_vision_select_layer": self.model.tokenizer.select_layer,
             "diffusion_name_or_path": None,
+            "dtype": self.model.ar.param_dtype,
+            **stock,
+            **_special_ids(vocabulary),
         }
-        return (
-            published
-            | self.record.config
-            | stock_config("ar", self.model)
-            | {
-                "architectures": ["blip3oQwenForCausalLM"],
-                "model_type": "blip3o_qwen",
-                "dtype": self.dtype or self.model.ar.param_dtype,
-                "image_start_tag_id": vocabulary.image_start,
-                "image_end_tag_id": vocabulary.image_end,
-                "scale_start_token_id": vocabulary.scale(1),
-                "scale_end_token_id": vocabulary.scale(1) + 2,
-                "num_scale_tokens": 3,
-                "image_start_token_id": vocabulary.image_first,
-                "image_end_token_id": vocabulary.image_last - 1,
-                "num_image_tokens": vocabulary.codebook_size,
-                SECTION: own,
-            }
-            | _special_ids(vocabulary)
-        )
+        if "torch_dtype" in source:
+            del defaults["dtype"]
+        stated = {key: stock[key] for key in QWEN3.fields} | {
+            "image_start_tag_id": vocabulary.image_start,
+            "image_end_tag_id": vocabulary.image_end,
+            "scale_start_token_id": vocabulary.scale(1),
+            "scale_end_token_id": vocabulary.scale(NUM_SCALES),
+            "num_scale_tokens": NUM_SCALES,
+            "image_start_token_id": vocabulary.image_first,
+            "image_end_token_id": vocabulary.image_last - 1,
+            "num_image_tokens": vocabulary.codebook_size,
+        }
+        key = "torch_dtype" if "torch_dtype" in source else "dtype"
+        if self.dtype or not self.record.dtypes:  # else each tensor gets its own back, and what the source said of them holds
+            stated[key] = self.dtype or self.model.ar.param_dtype
+        if not str(source.get("model_type")).startswith("blip3o"):
+            stated |= {"architectures": ["blip3oQwenForCausalLM"], "model_type": "blip3o_qwen"}
+        # The tokenizer lies beside config.json, wherever it was read.
+        model = dataclasses.replace(self.model, text=dataclasses.replace(self.model.text, path="text", train_size=0))
+        own = {"version": __version__, "model": config_lib.to_dict(model), "max_length": self.config.data.max_length}
+        own["sampling"] = config_lib.to_dict(self.config.sampling)
+        return defaults | source | stated | {SECTION: own}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -313,9 +293,9 @@ class _Planned:
         return sum(math.prod(shape) * self.dtypes[name].itemsize for name, shape in self.shapes.items())
 
 
-def cast(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Rounded to nearest where `dtype` is narrower."""
-    return values if values.dtype == dtype else values.astype(dtype)
+def _constant(name: str, value: float) -> Tensor:
+    shape = (1, 3, 1, 1)
+    return Tensor(name, shape, np.dtype(np.float32), pathlib.Path(), lambda: np.full(shape, value, np.float32))
 
 
 def _special_ids(vocabulary: Vocabulary) -> dict[str, int]:

@@ -20,14 +20,14 @@ from flax import nnx
 
 from blip3o_jax.ar.qwen3 import grow_table
 from blip3o_jax.blip3o import Blip3o
-from blip3o_jax.config import Config, MeshConfig
+from blip3o_jax.config import Config, MeshConfig, UserError
 from blip3o_jax.convert.directory import check_space, whole_directory
 from blip3o_jax.convert.mapping import flat, groups
 from blip3o_jax.convert.memory import PeakMemory
 from blip3o_jax.convert.progress import Progress
 from blip3o_jax.convert.record import write_record
 from blip3o_jax.convert.source import Source
-from blip3o_jax.convert.tensor_files import Tensor
+from blip3o_jax.convert.tensor_files import Tensor, cast
 from blip3o_jax.convert.transpose import copy
 from blip3o_jax.parallel.mesh import make_mesh
 from blip3o_jax.parallel.rules import Strategy
@@ -39,8 +39,8 @@ Index = tuple[tuple[int, int], ...]  # start and stop along each dimension
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """Bytes of parameters, of those on this host's CPU devices, of the largest tensor; peak resident memory above what the
-    process had before, in bytes; seconds of reading and of all."""
+    """Bytes of parameters, of those on this host's CPU devices, of the largest tensor; peak resident memory in
+    bytes; seconds of reading and of all."""
 
     parameters: int
     staying: int
@@ -63,8 +63,11 @@ def import_weights(source: Source, out: pathlib.Path, mesh: MeshConfig | None = 
     config = dataclasses.replace(source.config, mesh=mesh)
     plan = plan_state(config, strategy)
     size = sum(leaf.size * leaf.dtype.itemsize for group in WEIGHTS for leaf in jax.tree.leaves(plan.abstract[group]))
+    if jax.process_count() > 1:
+        raise UserError("import runs in one process: what it writes is read onto any mesh, of any number of hosts")
     check_space(out, size)
-    with whole_directory(out, overwrite=overwrite) as directory, PeakMemory() as memory:
+    read = {tensor.file for tensors in (*source.tensors.values(), source.unread) for tensor in tensors.values()}
+    with whole_directory(out, overwrite=overwrite, sources=read) as directory, PeakMemory() as memory:
         weights = read_into(plan, source, config)
         read_seconds = time.monotonic() - began
         write_weights(directory, config, source.tokenizer, weights)
@@ -105,8 +108,9 @@ def _read_part(
     arrays: dict[str, jax.Array] = {}
     for group in groups(part, config.model):
         shards = {path: _Shards(targets[path]) for path in group.shapes}
-        for layer, tensor in enumerate(_prefetched([tensors[key] for key in group.tensors])):
-            tensor = tensor.astype(shards[group.rule.paths[0]].target.dtype, copy=False)
+        keys = list(group.tensors)
+        for layer, (key, tensor) in enumerate(zip(keys, _prefetched([tensors[key] for key in keys]), strict=True)):
+            tensor = cast(tensors[key].key, tensor, shards[group.rule.paths[0]].target.dtype)
             for path, piece in group.to_jax(tensor):
                 shards[path].fill(layer if group.rule.stacked else None, piece)
             progress.advance(part, tensor.nbytes)

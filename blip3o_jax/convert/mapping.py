@@ -5,7 +5,6 @@ Shapes come from the abstract model, so that a table that misses a parameter, or
 
 import dataclasses
 import functools
-import math
 from collections.abc import Iterator, Mapping
 
 import jax
@@ -24,10 +23,6 @@ class Group:
     rule: Rule
     shapes: dict[str, Shape]  # of the parameters, by path, the axis of the layers included
     tensors: dict[str, Shape]  # of the tensors, by name, in the order of the layers
-
-    @property
-    def layers(self) -> int:
-        return len(self.tensors)
 
     def to_jax(self, tensor: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
         """(path, the piece of that parameter that one tensor holds), a view where it can be. Rows of the vocabulary that are
@@ -96,10 +91,6 @@ def to_torch(part: str, cfg: ModelConfig, arrays: Mapping[str, np.ndarray]) -> d
             pieces = {path: np.asarray(arrays[path]) for path in group.shapes}
             tensors[key] = group.to_torch({p: a[layer] if group.rule.stacked else a for p, a in pieces.items()}, shape)
     return tensors
-
-
-def nbytes(shape: Shape, dtype: np.dtype) -> int:
-    return math.prod(shape) * np.dtype(dtype).itemsize
 
 
 def flat(tree: object) -> dict[str, jax.Array]:

@@ -4,8 +4,7 @@ import pathlib
 import threading
 from typing import Any
 
-_STATUS = pathlib.Path("/proc/self/statm")
-_PAGE = 4096
+_STATM = pathlib.Path("/proc/self/statm")
 
 
 def resident() -> int:
@@ -13,7 +12,7 @@ def resident() -> int:
     try:
         import resource
 
-        return int(_STATUS.read_text().split()[1]) * resource.getpagesize()
+        return int(_STATM.read_text().split()[1]) * resource.getpagesize()
     except (OSError, ImportError):
         return 0
 

@@ -10,7 +10,8 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from blip3o_jax.convert.tensor_files import ShardedWriter, Tensor, read_weights
+from blip3o_jax.config import UserError
+from blip3o_jax.convert.tensor_files import ShardedWriter, Tensor, read_json, read_weights
 
 RECORD_FILE = "conversion.json"
 UNREAD = "unread"
@@ -26,6 +27,7 @@ class Record:
     own_tokenizer: bool = False  # TA-Tok came in its own file, whose scale_layer is another
     dtypes: tuple[tuple[str, str], ...] = ()  # tensors stored wider here than there: (full name, their dtype)
     config: dict[str, Any] = dataclasses.field(default_factory=dict)  # the source's config.json
+    generation: dict[str, Any] = dataclasses.field(default_factory=dict)  # its generation_config.json
 
     def spelling(self, part: str, key: str) -> str:
         """The name in the file of what the table calls `key`."""
@@ -60,7 +62,12 @@ def read_record(directory: pathlib.Path) -> tuple[Record | None, dict[str, Tenso
     file = directory / RECORD_FILE
     if not file.is_file():
         return None, {}
-    values = json.loads(file.read_text(encoding="utf-8"))
-    record = Record(**values | {"dtypes": tuple(map(tuple, values["dtypes"]))})
+    values = read_json(file)
+    try:
+        record = Record(**values | {"dtypes": tuple(map(tuple, values["dtypes"]))})
+    except (KeyError, TypeError) as error:
+        raise UserError(
+            f"{file} is damaged, or of another version of blip3o_jax ({error}): import the weights again"
+        ) from error
     unread = directory / f"{UNREAD}.safetensors"
     return record, read_weights(unread) if unread.is_file() else {}

@@ -2,7 +2,7 @@
 
 It may be a BLIP3o-NEXT directory, a Qwen3 directory, a SANA directory (transformer/, vae/, scheduler/) and a TA-Tok file, in
 any combination that makes a whole model. Sizes and options come from config.json files; what those do not carry is the
-published model's. Nothing here opens more of a weights file than its header.
+published model's. Of weights nothing but headers is read here, and a tied head that is stored all the same.
 
 Names as the published files have them, where they have several:
 
@@ -20,10 +20,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from blip3o_jax import config as config_lib
-from blip3o_jax.config import Config, DataConfig, EditingConfig, MeshConfig, ModelConfig, SamplingConfig, TaTokConfig, UserError
+from blip3o_jax.config import Config, DataConfig, EditingConfig, MeshConfig, ModelConfig, SamplingConfig, UserError
 from blip3o_jax.convert import stock_config
 from blip3o_jax.convert.mapping import Group, groups
 from blip3o_jax.convert.record import Record
+from blip3o_jax.convert.ta_tok_args import read_ta_tok
 from blip3o_jax.convert.tables import PREFIXES
 from blip3o_jax.convert.tensor_files import Tensor, find_weights, load_torch, read_json, read_weights, torch_tensors
 from blip3o_jax.text.tokenizers import BPE_FILE, SENTENCEPIECE_FILE, TextTokenizer, load_tokenizer
@@ -43,7 +44,6 @@ UNREAD = {
     ),
     "ar": ("model.und_image_vae_as_noise_connector.",),
 }
-TA_TOK_KEYS = ("encoder", "decoder", "bottleneck_dim", "codebook_size", "select_layer", "l2_normalized")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,11 +92,16 @@ def open_source(
     config = Config(
         stage="joint",
         model=model,
-        data=DataConfig(max_length=section.get("max_length", 2048)),
+        data=config_lib.from_dict(
+            {"max_length": section.get("max_length", 2048)}, DataConfig, f"{files.config_file}: {SECTION}"
+        ),
         sampling=config_lib.from_dict(section.get("sampling", {}), SamplingConfig, f"{files.config_file}: {SECTION}.sampling"),
         mesh=MeshConfig(data=-1, fsdp=1, strategy="dp"),
     )
-    record = dataclasses.replace(record, dtypes=dtypes, config=files.values)
+    generation = source / "generation_config.json"
+    record = dataclasses.replace(
+        record, dtypes=dtypes, config=files.values, generation=read_json(generation) if generation.is_file() else {}
+    )
     return Source(config, tokenizer, vocabulary.image_start, parts, unread, record, initialise, tuple(files.notes))
 
 
@@ -154,14 +159,22 @@ class _Files:
             )
 
     def _read_ta_tok(self, file: pathlib.Path) -> dict[str, Tensor]:
-        """The tensors of a TA-Tok file, {"model": {"args": ..., "sd": ...}}, or of a safetensors file or directory."""
+        """The tensors of a TA-Tok file, {"model": {"args": ..., "sd": ...}}, or of a safetensors file with its args.json; or of
+        a directory that holds one of them, as an export writes it."""
+        if file.is_dir():
+            file = next((file / f"ta_tok{s}" for s in (".pth", ".safetensors") if (file / f"ta_tok{s}").is_file()), file)
         if file.is_dir() or file.suffix == ".safetensors":
+            args = file.with_name("args.json")
+            self.ta_tok = read_json(args) if args.is_file() else {}
             return read_weights(file)
         contents = load_torch(file)
         model = contents.get("model", contents) if isinstance(contents, Mapping) else None
         if not isinstance(model, Mapping) or not isinstance(model.get("sd"), Mapping):
             raise UserError(f"{file} is not a TA-Tok file: it has no model.sd; see docs/conversion.md")
-        self.ta_tok = dict(model.get("args") or {})
+        args = model.get("args") or {}
+        if not isinstance(args, Mapping) or not all(isinstance(key, str) for key in model["sd"]):
+            raise UserError(f"{file} is not a TA-Tok file: model.args and model.sd must be groups with names")
+        self.ta_tok = dict(args)
         return torch_tensors(model["sd"], file)
 
     def _add(self, prefix: str, tensors: Mapping[str, Tensor]) -> None:
@@ -203,7 +216,7 @@ def _model_config(files: _Files, ta_tok_config: pathlib.Path | None, initialise:
             new = read(values, str(file))
             own = {n: getattr(getattr(model, part), n) for n in ("dtype", "remat", "unroll") if hasattr(new, n)}
             replaced[part] = dataclasses.replace(new, **own)
-    replaced["tokenizer"] = _ta_tok_config(model.tokenizer, files.ta_tok, ta_tok_config)
+    replaced["tokenizer"] = read_ta_tok(model.tokenizer, files.ta_tok, ta_tok_config)
     there = lambda part: any(key.startswith(PREFIXES[part]) for key in files.tensors) or part in initialise
     replaced["editing"] = EditingConfig(latents=there("latent_connector"), features=there("feature_connector"))
     dit, vae = replaced.get("dit", model.dit), replaced.get("vae", model.vae)
@@ -213,41 +226,6 @@ def _model_config(files: _Files, ta_tok_config: pathlib.Path | None, initialise:
     if (files.config_file.parent / SENTENCEPIECE_FILE).is_file():
         text = dataclasses.replace(text, kind="sentencepiece")
     return dataclasses.replace(model, text=text, **replaced)
-
-
-def _ta_tok_config(base: TaTokConfig, args: dict[str, Any], override: pathlib.Path | None) -> TaTokConfig:
-    """The TA-Tok file's own args over the published sizes, and --ta_tok_config over both."""
-    bottleneck = args.get("bottleneck", {}).get("args", {})
-    regularizer = bottleneck.get("regularizer", {}).get("args", {})
-    found = {
-        "bottleneck_dim": bottleneck.get("bottleneck_dim"),
-        "codebook_size": regularizer.get("codebook_size"),
-        "l2_normalized": regularizer.get("l2_normalized"),
-        "stochastic": regularizer.get("stochastic"),
-        "stochastic_temperature": regularizer.get("stochastic_temperature"),
-        "pool_scale": args.get("pool_scale"),
-        "select_layer": args.get("select_layer_id"),
-    }
-    values = {name: value for name, value in found.items() if value is not None}
-    if "decoder_depth" in args:
-        values["decoder"] = {"num_hidden_layers": args["decoder_depth"]}
-    if "input_size" in args:
-        values["encoder"] = {"image_size": args["input_size"]}
-    cfg = _overridden(base, values, "the args of the TA-Tok file")
-    if override is None:
-        return cfg
-    given = read_json(override)
-    for key in given:
-        config_lib.check(key in TA_TOK_KEYS, f"{override}: unknown key {key}; it takes {', '.join(TA_TOK_KEYS)}")
-    return _overridden(cfg, given, str(override))
-
-
-def _overridden(base: Any, values: dict[str, Any], where: str) -> Any:
-    """A dataclass with some of its fields, and fields of its groups, replaced; checked as a whole."""
-    merged = config_lib.to_dict(base)
-    for key, value in values.items():
-        merged[key] = merged[key] | value if isinstance(value, dict) and isinstance(merged.get(key), dict) else value
-    return config_lib.from_dict(merged, type(base), where)
 
 
 def _with_vocabulary(model: ModelConfig, vocabulary: Vocabulary, files: _Files, initialise: tuple[str, ...]) -> ModelConfig:
@@ -266,6 +244,11 @@ def _with_vocabulary(model: ModelConfig, vocabulary: Vocabulary, files: _Files, 
                 f"{files.config_file}: {key}={files.values[key]}, but the tokenizer's files and the codebook make it {value}: "
                 "use the tokenizer that belongs to the weights"
             )
+    if "image_embeddings" in initialise and model.ar.vocab_size >= vocabulary.size:
+        raise UserError(
+            f"--initialise=image_embeddings, but the tables of {files.config_file.parent} have rows for all {vocabulary.size} "
+            "ids already: leave it out"
+        )
     rows = vocabulary.size if "image_embeddings" in initialise else model.ar.vocab_size
     if rows < vocabulary.size:
         raise UserError(
@@ -399,8 +382,15 @@ def _check_tied_head(files: _Files, model: ModelConfig) -> None:
         return
     embeddings = files.tensors[EMBEDDINGS]
     same = head.shape == embeddings.shape and head.dtype == embeddings.dtype
-    if not same or not np.array_equal(head.read().view(np.uint8), embeddings.read().view(np.uint8)):
+    if not same or not _same_values(head.read(), embeddings.read()):
         raise UserError(
             f"{head.file}: {HEAD} differs from {EMBEDDINGS}, although {files.config_file} says tie_word_embeddings: true; "
             "set it to false there, or leave the tensor out"
         )
+
+
+def _same_values(a: np.ndarray, b: np.ndarray) -> bool:
+    """Bit by bit, and piece by piece: a comparison of all would take half as much memory again."""
+    a, b = (x.reshape(-1).view(np.uint8) for x in (a, b))
+    piece = 2**24
+    return all(np.array_equal(a[i : i + piece], b[i : i + piece]) for i in range(0, len(a), piece))

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -107,7 +108,9 @@ def load_torch(path: pathlib.Path) -> Any:
         with torch.serialization.safe_globals(stand_ins):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # torch raises whatever its unpickler and zip reader do
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        # torch's own message advises loading it with code in it run.
+        unknown = re.search(r"GLOBAL ([\w.]+)", str(error))
+        reason = f"it holds a {unknown[1]}, which is not of plain weights" if unknown else type(error).__name__
         raise UserError(f"{path} cannot be read as a PyTorch file of weights ({reason}): copy it again") from error
 
 
@@ -145,9 +148,11 @@ def _read_index(index: pathlib.Path) -> dict[str, Tensor]:
     if not isinstance(places, dict) or not places:
         raise UserError(f"{index} has no weight_map: copy it again")
     tensors: dict[str, Tensor] = {}
-    for name in sorted(set(places.values())):
+    for name in sorted(set(map(str, places.values()))):
         shard = index.parent / name
-        named = [key for key, file in places.items() if file == name]
+        if pathlib.PurePath(name).name != name:
+            raise UserError(f"{index} places tensors in {name!r}: shards lie beside their index, by name alone")
+        named = [key for key, file in places.items() if str(file) == name]
         if not shard.is_file():
             raise UserError(f"{shard} is missing: {index.name} places {len(named)} tensors there, such as {named[0]}")
         found = _read_file(shard)
@@ -212,6 +217,18 @@ def _reader(path: pathlib.Path, key: str, shape: tuple[int, ...], dtype: np.dtyp
         return array.reshape(shape)
 
     return read
+
+
+def cast(name: str, values: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Rounded to nearest where `dtype` is narrower. UserError for a number that is too large for it."""
+    if values.dtype == dtype:
+        return values
+    with np.errstate(over="ignore"):
+        rounded = values.astype(dtype)
+    if ml_dtypes.finfo(values.dtype).max > ml_dtypes.finfo(dtype).max and np.any(np.isinf(rounded) & np.isfinite(values)):
+        largest = np.abs(values[np.isfinite(values)]).max()
+        raise UserError(f"{name} holds {largest:.6g}, too large for {dtype}: choose a wider --dtype")
+    return rounded
 
 
 class ShardedWriter:

@@ -11,11 +11,11 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from blip3o_jax import config as config_lib
 from blip3o_jax.config import Config, ModelConfig, UserError
-from blip3o_jax.convert.exporter import cast
 from blip3o_jax.convert.mapping import Group, groups
 from blip3o_jax.convert.progress import Progress
 from blip3o_jax.convert.report import Difference, PartReport, Report
@@ -108,14 +108,15 @@ def _check_same_tensors(part: str, source: Source, config: Config, torch_dir: pa
 def _compare_weights(
     part: str, source: Source, cfg: ModelConfig, weights: Weights, progress: Progress
 ) -> tuple[Difference, ...]:
-    """The tensors of a part that are not equal bit by bit once cast to the checkpoint's dtype."""
-    dtype, differing = weights.dtype(part), []
+    """The tensors of a part that are not equal bit by bit, in the wider of both dtypes."""
+    differing = []
     for group in groups(part, cfg):
         arrays = weights.read(part, group.shapes)
         for layer, (key, shape) in enumerate(group.tensors.items()):
             tensor = source.tensors[part][key]
-            want = cast(tensor.read(), dtype)
             got = group.to_torch({p: a[layer] if group.rule.stacked else a for p, a in arrays.items()}, shape)
+            wider = jax.numpy.promote_types(got.dtype, tensor.dtype)
+            got, want = got.astype(wider), tensor.read().astype(wider)
             rows = _shared_rows(group, source)
             if not _same_bits(got[:rows], want[:rows]):
                 differing.append(Difference(tensor.key, _greatest(got[:rows], want[:rows])))
@@ -144,11 +145,20 @@ def _notes(source: Source, config: Config, chosen: Sequence[str]) -> list[str]:
     notes = [f"{name} was initialised by the import and is not in the files: not compared" for name in source.initialise]
     for part in [part for part in (*chosen, "flow") if hasattr(config.model, part)]:
         theirs, ours = (getattr(model, part) for model in (source.config.model, config.model))
-        for field in dataclasses.fields(ours):
-            a, b = getattr(theirs, field.name), getattr(ours, field.name)
-            if field.name not in OWN_FIELDS and a != b:
-                notes.append(f"{part}.{field.name} is {a} in the files and {b} in the checkpoint")
+        notes += _changed(theirs, ours, part)
     return notes
+
+
+def _changed(theirs: Any, ours: Any, where: str) -> list[str]:
+    """A line for each field of a group, and of its groups, that is not the same."""
+    lines = []
+    for field in dataclasses.fields(ours):
+        a, b, name = getattr(theirs, field.name), getattr(ours, field.name), f"{where}.{field.name}"
+        if dataclasses.is_dataclass(a):
+            lines += _changed(a, b, name)
+        elif a != b and (field.name not in OWN_FIELDS or field.name == "param_dtype"):
+            lines.append(f"{name} is {a} in the files and {b} in the checkpoint")
+    return lines
 
 
 def _no_joint(chosen: Sequence[str], initialise: Sequence[str]) -> str:

@@ -225,10 +225,11 @@ def _restore_or_create(
             file=sys.stderr,
         )
         return state, position, latest
-    given = {
-        part: _fitted(plan, part, restore_parts(path, strategy, (part,))[part], path)
-        for part, path in config.checkpoint.init_from
-    }
+    given = {}
+    for path in dict.fromkeys(path for _, path in config.checkpoint.init_from):
+        parts = tuple(part for part, other in config.checkpoint.init_from if other == path)
+        restored = restore_parts(path, strategy, parts)
+        given |= {part: _fitted(plan, part, restored[part], path) for part in parts}
     return create_state(config, plan, given, image_first), None, 0
 
 

@@ -17,6 +17,7 @@ import torch
 
 from blip3o_jax.config import UserError
 from blip3o_jax.convert import directory as directory_module
+from blip3o_jax.convert import importer
 from blip3o_jax.convert.exporter import export_weights
 from blip3o_jax.convert.importer import import_weights
 from blip3o_jax.convert.source import open_source
@@ -171,6 +172,8 @@ def test_config_json_contradicts_the_weights(copy):
         ({"model_type": "llama"}, ("model_type='llama' is not supported",)),
         ({"blip3o_jax": 3}, ("blip3o_jax must be a group of fields",)),
         ({"blip3o_jax": {"model": {"ar": {"hiden_size": 3}}}}, ("unknown config key", "did you mean", "hidden_size")),
+        ({"blip3o_jax": {"max_length": "long"}}, ("blip3o_jax", "max_length='long' must be of type int")),
+        ({"blip3o_jax": {"sampling": {"top_k": "all"}}}, ("blip3o_jax.sampling", "top_k='all' must be of type int")),
     ):
         file.write_text(whole)
         edit_json(file, **changes)
@@ -222,6 +225,16 @@ def test_the_files_beside_the_source(copy, tmp_path):
     refused(copy, f"{file} is not a TA-Tok file: it has no model.sd", ta_tok=file)
     torch.save({"model": {"sd": {"w": 3}, "args": {}}}, file)
     refused(copy, f"{file}: w is no tensor", ta_tok=file)
+    torch.save({"model": {"sd": {"w": torch.ones(1)}, "args": {"pool": 3}}}, file)
+    refused(copy, "TA-Tok args: pool=3 is not known here", ta_tok=file)
+    torch.save({"model": {"sd": {"w": torch.ones(1)}, "args": [3]}}, file)
+    refused(copy, f"{file} is not a TA-Tok file: model.args and model.sd must be groups with names", ta_tok=file)
+    torch.save({"model": {"sd": {7: torch.ones(1)}, "args": {}}}, file)
+    refused(copy, f"{file} is not a TA-Tok file: model.args and model.sd must be groups with names", ta_tok=file)
+    published.save(tmp_path / "own", "ta_tok", {"w": torch.ones(1)})
+    published.write_json(tmp_path / "own" / "args.json", {"pool": 3})
+    for place in (tmp_path / "own", tmp_path / "own" / "ta_tok.safetensors"):
+        refused(copy, "TA-Tok args: pool=3 is not known here", ta_tok=place)
 
 
 def copy_of(sana, place, **changes):
@@ -245,6 +258,9 @@ def test_parts_that_are_not_there(copy):
     save_again(copy)
     refused(copy, "--initialise=connector, but ", "holds its tensors", initialise=("connector",))
     refused(copy, "--initialise='conector' is not one of connector", initialise=("conector",))
+    rows = copy.model.ar.vocab_size
+    words = ("--initialise=image_embeddings, but the tables of", f"have rows for all {rows} ids already: leave it out")
+    refused(copy, *words, initialise=("image_embeddings",))
 
 
 def listing(directory):
@@ -285,12 +301,30 @@ def test_targets_that_are_there_already(convert, tmp_path):
     out.mkdir()
     (out / "thesis.tex").write_text("years of work")
     not_written(convert, out, "exists already: choose another --out, or pass --overwrite")
-    not_written(convert, out, "holds no config.json, so it is no earlier output", overwrite=True)
+    not_written(convert, out, "was not written by blip3o convert, so it is not overwritten", overwrite=True)
+    (out / "config.json").write_text("{}")  # as of any model
+    not_written(convert, out, "was not written by blip3o convert, so it is not overwritten", overwrite=True)
+    shutil.rmtree(out)
+    convert(out)
+    not_written(convert, out, "exists already")
+    (out / "thesis.tex").write_text("years of work")
+    not_written(convert, out, "holds thesis.tex, which is of no earlier output", overwrite=True)
     (out / "thesis.tex").unlink()
     (out / "config.json").write_text("{}")
     convert(out, overwrite=True)
-    assert len(listing(out)) > 3
-    not_written(convert, out, "exists already")
+    assert len((out / "config.json").read_text()) > 1000
+
+
+def test_targets_that_hold_what_is_read(imported, copy, tmp_path):
+    source = open_source(copy.path, **copy.arguments)
+    before = listing(tmp_path)
+    not_written(lambda out: import_weights(source, out, overwrite=True), copy.path, "overlaps", str(copy.path / "model-0000"))
+    not_written(lambda out: import_weights(source, out, overwrite=True), tmp_path, "overlaps")
+    root = shutil.copytree(imported[1], tmp_path / "run" / "checkpoints")
+    for out in (root, root / "out", root.parent):
+        not_written(lambda out: export_weights(root.parent, out, overwrite=True), out, "overlaps", f"{root}, which is read")
+    shutil.rmtree(root.parent)
+    assert listing(tmp_path) == before
 
 
 @contextlib.contextmanager
@@ -316,7 +350,7 @@ def test_a_disk_that_fills_up(convert, tmp_path, caplog):
 def test_a_disk_that_is_seen_to_be_too_small(convert, tmp_path, monkeypatch):
     usage = type(shutil.disk_usage(tmp_path))
     monkeypatch.setattr(directory_module.shutil, "disk_usage", lambda _: usage(10**6, 0, 10**4))
-    not_written(convert, tmp_path / "out", "out needs 0.0 GB, but ")
+    not_written(convert, tmp_path / "out", "out needs 0.1 MB, but ", " has 0.0 MB left")
 
 
 @pytest.mark.parametrize("call", ["posix_fallocate", "pwrite"])
@@ -327,6 +361,43 @@ def test_a_disk_that_is_full_while_exporting(imported, tmp_path, monkeypatch, ca
     monkeypatch.setattr(os, call, refuse)
     convert = lambda out: export_weights(imported[1], out)
     not_written(convert, tmp_path / "out", "out was not written: No space left on device; free some space, or move --out")
+
+
+def test_an_import_of_several_processes(imported, tmp_path, monkeypatch):
+    monkeypatch.setattr(importer.jax, "process_count", lambda: 2)
+    not_written(lambda out: import_weights(imported[0], out), tmp_path / "out", "import runs in one process")
+
+
+def test_numbers_too_large_for_the_dtype(copy, imported, tmp_path):
+    """On the way in and on the way out; infinities that the source has itself are kept."""
+    key = "model.layers.0.mlp.up_proj.weight"
+    copy.tensors[key] = copy.tensors[key].clone()
+    copy.tensors[key][1, 2] = 1e5
+    save_again(copy)
+    source = open_source(copy.path, **copy.arguments, dtype="float16")
+    words = (f"{key} holds 99840, too large for float16: choose a wider --dtype",)
+    not_written(lambda out: import_weights(source, out), tmp_path / "out", *words)
+    import_weights(open_source(copy.path, **copy.arguments), tmp_path / "large")
+    not_written(lambda out: export_weights(tmp_path / "large", out, dtype="float16"), tmp_path / "out", *words)
+    copy.tensors[key][1, 2] = np.inf
+    save_again(copy)
+    import_weights(open_source(copy.path, **copy.arguments, dtype="float16"), tmp_path / "infinite")
+
+
+def test_parts_that_an_export_does_not_take(imported, tmp_path):
+    for parts, words in (
+        (("ar", "dit", "ar"), "--parts names ar twice"),
+        (("ar", "sana"), "--parts='sana' is not one of ar, dit, vae, ta_tok"),
+    ):
+        not_written(lambda out, parts=parts: export_weights(imported[1], out, parts=parts), tmp_path / "out", words)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"dtypes": [], "tied": true}', '{"dtypes": 3}'])
+def test_a_damaged_record(imported, tmp_path, text):
+    root = shutil.copytree(imported[1], tmp_path / "checkpoint")
+    assert (root / "conversion.json").is_file()
+    (root / "conversion.json").write_text(text)
+    not_written(lambda out: export_weights(root, out), tmp_path / "out", str(root / "conversion.json"))
 
 
 def test_a_source_that_changes_under_the_import(copy, tmp_path):
@@ -348,4 +419,4 @@ def test_a_checkpoint_that_is_none_or_not_whole(imported, tmp_path):
             file.write_bytes(np.random.default_rng(0).bytes(file.stat().st_size))
     with pytest.raises(Exception):  # noqa: B017 that it is no silent export is all that is asked
         export_weights(tmp_path / "damaged", tmp_path / "out")
-    assert not (tmp_path / "out").exists() and not (tmp_path / ".out.partial").exists()
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))

@@ -1,4 +1,5 @@
 import errno
+import json
 import os
 import pathlib
 import shutil
@@ -6,11 +7,19 @@ import shutil
 import pytest
 
 from blip3o_jax.config import UserError
-from blip3o_jax.convert.directory import check_space, whole_directory
+from blip3o_jax.convert.directory import MANIFEST, check_space, whole_directory
 
 
 def listing(directory):
     return {str(p.relative_to(directory)): p.read_bytes() if p.is_file() else None for p in directory.rglob("*")}
+
+
+def contents(out):
+    """What was written, and that the manifest names it."""
+    found = listing(out)
+    names = json.loads(found.pop(MANIFEST))["written"]
+    assert names == sorted(name for name in found if "/" not in name)
+    return found
 
 
 def fill(directory, text="{}"):
@@ -26,7 +35,8 @@ def test_it_is_there_when_it_is_whole_and_not_before(tmp_path):
         fill(directory)
         assert not out.exists()
     assert [p.name for p in out.parent.iterdir()] == ["out"]
-    assert listing(out) == {"config.json": b"{}", "deeper": None, "deeper/weights": b"{}"}
+    assert contents(out) == {"config.json": b"{}", "deeper": None, "deeper/weights": b"{}"}
+    assert out.stat().st_mode & 0o777 == 0o755, "for others to read, as any directory"
 
 
 @pytest.mark.parametrize("error", [ValueError("a bug"), KeyboardInterrupt(), UserError("no"), OSError(errno.EIO, "disk")])
@@ -51,7 +61,7 @@ def test_overwrite(tmp_path):
     assert listing(tmp_path) == before, "the earlier output stays where the new one fails"
     with whole_directory(out, overwrite=True) as directory:
         (directory / "config.json").write_text("second")
-    assert listing(tmp_path) == {"out": None, "out/config.json": b"second"}
+    assert contents(out) == {"config.json": b"second"} and [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
 def test_an_empty_directory_may_be_filled_with_overwrite(tmp_path):
@@ -61,27 +71,124 @@ def test_an_empty_directory_may_be_filled_with_overwrite(tmp_path):
     assert (tmp_path / "out" / "config.json").is_file()
 
 
-@pytest.mark.parametrize("kind", ["directory", "file"])
+NOT_WRITTEN = "thesis was not written by blip3o convert, so it is not overwritten"
+FOREIGN = {
+    "file": ({"": "years of work"}, NOT_WRITTEN),
+    "directory": ({"chapter.tex": "years of work"}, NOT_WRITTEN),
+    "a model of another program": ({"config.json": "{}", "model.safetensors": ""}, NOT_WRITTEN),
+    "manifest of no kind": ({MANIFEST: "[]", "config.json": "{}"}, NOT_WRITTEN),
+    "manifest cut off": ({MANIFEST: '{"written": ["config', "config.json": "{}"}, NOT_WRITTEN),
+    "output with more": (
+        {MANIFEST: '{"written": ["config.json"]}', "config.json": "{}", "notes.md": "months"},
+        "thesis holds notes.md, which is of no earlier output, so it is not overwritten: move it elsewhere",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
 def test_what_is_not_ours_is_not_overwritten(tmp_path, kind):
     out = tmp_path / "thesis"
-    if kind == "directory":
+    files, message = FOREIGN[kind]
+    if "" not in files:
         out.mkdir()
-    (out / "chapter.tex" if kind == "directory" else out).write_text("years of work")
+    for name, text in files.items():
+        (out / name).write_text(text)
     before = listing(tmp_path)
-    with pytest.raises(UserError, match=r"thesis holds no config.json, so it is no earlier output; it is not overwritten"):
+    with pytest.raises(UserError, match=message):
         whole_directory(out, overwrite=True).__enter__()
     assert listing(tmp_path) == before
 
 
-def test_leftovers_of_a_killed_run_are_no_obstacle(tmp_path):
-    for name in (".out.partial", ".out.old"):
+def test_what_came_meanwhile_is_not_overwritten(tmp_path):
+    """In the hours that a conversion takes: into an earlier output, or to where there was none."""
+    out = tmp_path / "out"
+    with pytest.raises(UserError, match="out exists already"), whole_directory(out, overwrite=False) as directory:
+        fill(directory)
+        out.mkdir()
+        (out / "notes.md").write_text("months")
+    assert listing(tmp_path) == {"out": None, "out/notes.md": b"months"}
+    shutil.rmtree(out)
+    with whole_directory(out, overwrite=False) as directory:
+        fill(directory, "first")
+    with pytest.raises(UserError, match=r"out holds notes\.md"), whole_directory(out, overwrite=True) as directory:
+        fill(directory, "second")
+        (out / "notes.md").write_text("months")
+    assert (out / "config.json").read_text() == "first" and (out / "notes.md").read_text() == "months"
+
+
+@pytest.mark.parametrize("second", [False, True], ids=["new", "overwrite"])
+def test_two_runs_to_one_place_do_not_mix(tmp_path, second):
+    """Each writes a directory of its own; the last to end has the place, or is told that it is taken."""
+    out = tmp_path / "out"
+    slow = whole_directory(out, overwrite=second)
+    theirs = slow.__enter__()
+    fill(theirs, "slow")
+    with whole_directory(out, overwrite=False) as directory:
+        assert directory != theirs and not any(directory.iterdir())
+        (directory / "config.json").write_text("fast")
+    assert contents(out) == {"config.json": b"fast"}
+    if second:
+        slow.__exit__(None, None, None)
+        assert contents(out) == {"config.json": b"slow", "deeper": None, "deeper/weights": b"slow"}
+    else:
+        with pytest.raises(UserError, match="out exists already"):
+            slow.__exit__(None, None, None)
+        assert contents(out) == {"config.json": b"fast"}
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_another_run_is_writing_is_left_alone(tmp_path):
+    """Or a killed one has left behind."""
+    for name in (".out.partial", ".out.abcd1234.partial", ".out.abcd1234.old"):
         (tmp_path / name).mkdir()
         fill(tmp_path / name)
+    before = listing(tmp_path)
     for _ in range(2):
         with whole_directory(tmp_path / "out", overwrite=True) as directory:
             assert not any(directory.iterdir())
             fill(directory)
-    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    contents(tmp_path / "out")
+    assert {name: data for name, data in listing(tmp_path).items() if name.startswith(".")} == before
+
+
+@pytest.mark.parametrize("place", ["", "above", "within", "link", "link within", "file of it"])
+def test_out_overlaps_a_source(tmp_path, place):
+    source = tmp_path / "all" / "source"
+    with whole_directory(source, overwrite=False) as directory:
+        fill(directory)
+    (tmp_path / "link").symlink_to(source)
+    out, read = {
+        "": (source, source),
+        "above": (source.parent, source),
+        "within": (source / "new", source),
+        "link": (tmp_path / "link", source),
+        "link within": (source / "new", tmp_path / "link"),
+        "file of it": (source, source / "config.json"),
+    }[place]
+    before = listing(tmp_path)
+    with pytest.raises(UserError, match=r"overlaps \S+source\S*, which is read: choose an --out beside it"):
+        whole_directory(out, overwrite=True, sources=(None, tmp_path / "elsewhere", read)).__enter__()
+    assert listing(tmp_path) == before
+
+
+def test_beside_a_source_is_no_overlap(tmp_path):
+    (tmp_path / "source").mkdir()
+    with whole_directory(tmp_path / "source-2", overwrite=False, sources=(tmp_path / "source",)) as directory:
+        fill(directory)
+    contents(tmp_path / "source-2")
+
+
+def test_out_may_be_a_link(tmp_path):
+    """What it points at is written, and it stays a link."""
+    (tmp_path / "disk").mkdir()
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "disk" / "out")
+    for overwrite, text in ((False, "first"), (True, "second")):
+        with whole_directory(link, overwrite=overwrite) as directory:
+            assert directory.parent == tmp_path / "disk"
+            fill(directory, text)
+        assert link.is_symlink() and contents(tmp_path / "disk" / "out")["config.json"] == text.encode()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["disk", "link"]
 
 
 def test_the_earlier_output_comes_back_where_the_new_cannot_take_its_place(tmp_path, monkeypatch):
@@ -90,7 +197,7 @@ def test_the_earlier_output_comes_back_where_the_new_cannot_take_its_place(tmp_p
     before, rename = listing(tmp_path), pathlib.Path.rename
 
     def refuse(self, target):
-        if self.name == ".out.partial":
+        if self.suffix == ".partial":
             raise OSError(errno.EACCES, os.strerror(errno.EACCES), str(target))
         return rename(self, target)
 
@@ -123,6 +230,6 @@ def test_space_is_checked_where_the_directory_will_lie(tmp_path, monkeypatch):
     usage = type(shutil.disk_usage(tmp_path))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: asked.append(path) or usage(10**12, 0, 3 * 10**9))
     check_space(tmp_path / "not" / "yet", 3 * 10**9)
-    with pytest.raises(UserError, match=rf"yet needs 3.2 GB, but {tmp_path} has 3.0 GB left: free some, or move --out"):
+    with pytest.raises(UserError, match=rf"yet needs 3,200.0 MB, but {tmp_path} has 3,000.0 MB left: free some, or move"):
         check_space(tmp_path / "not" / "yet", 32 * 10**8)
     assert asked == [tmp_path] * 2

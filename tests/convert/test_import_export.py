@@ -3,6 +3,7 @@ classes make of it; and what a training run leaves of it."""
 
 import dataclasses
 import json
+import sys
 
 import jax
 import numpy as np
@@ -17,6 +18,7 @@ from blip3o_jax.convert.exporter import export_weights
 from blip3o_jax.convert.importer import import_weights, read_into
 from blip3o_jax.convert.mapping import flat
 from blip3o_jax.convert.source import open_source
+from blip3o_jax.text.vocabulary import Vocabulary
 from blip3o_jax.train import checkpoint, loop
 from blip3o_jax.train.state import WEIGHTS
 from tests import tiny
@@ -29,7 +31,7 @@ from tests.train.test_loop import Stopped, stop_after
 pytestmark = pytest.mark.usefixtures("quick_compile", "planned_once")
 
 VALUES = {
-    "dtype": ("bfloat16", "float32"),
+    "dtype": ("bfloat16", "float32", "float16"),
     "mixed": (False, True),
     "shards": (1, 3),
     "text": ("bpe", "bpe", "sentencepiece"),
@@ -84,9 +86,13 @@ def test_every_option_is_met():
 def test_there_and_back(options, tmp_path):
     made = published.write(tmp_path, options)
     source = open_published(made)
+    model = source.config.model
+    assert model.ar.spare_rows == options.spare_rows
+    Vocabulary(source.tokenizer, published.CODES).check_model(model.ar, model.tokenizer)
     check_equal(round_trip(source, tmp_path), made.tensors)
     values = json.loads((tmp_path / "out" / "config.json").read_text())
     assert {key: values.get(key, "nothing") for key in made.config} == made.config
+    assert "dtype" not in values and str(tmp_path) not in json.dumps(values)
     assert published.text_ids(tmp_path / "out") == published.text_ids(made.directory)
     # What was written says it all: without the files beside the source, it is read as the same model.
     again = open_source(tmp_path / "out")
@@ -212,6 +218,39 @@ def test_a_stock_backbone_with_what_it_lacks_made_anew(tied, tmp_path, monkeypat
     assert (values["image_start_tag_id"], values["image_end_token_id"]) == (text_rows, text_rows + 36)
 
 
+def test_files_of_settings_come_back(plain, tmp_path):
+    """What is stated in config.json and is nothing to this package, several ends of a turn, and how the source is sampled."""
+    made, _, root = plain
+    directory = tmp_path / "model"
+    directory.mkdir()
+    for file in made.directory.iterdir():
+        (directory / file.name).symlink_to(file)
+    (directory / "config.json").unlink()
+    own = {"eos_token_id": [7, 9], "bos_token_id": 3, "max_position_embeddings": 777, "max_window_layers": 5, "use_cache": True}
+    own |= {
+        "architectures": ["blip3oQwenForInferenceLM"],
+        "model_type": "blip3o_qwen_inference",
+        "auto_map": {"AutoModel": "x.y"},
+    }
+    published.write_json(directory / "config.json", made.config | own)
+    generation = {"do_sample": True, "eos_token_id": [7, 9], "repetition_penalty": 1.1, "temperature": 0.6, "top_k": 20}
+    published.write_json(directory / "generation_config.json", generation)
+    got = round_trip(open_source(directory, **made.arguments), tmp_path)
+    check_equal(got, made.tensors)
+    values = json.loads((tmp_path / "out" / "config.json").read_text())
+    stated = made.config | own
+    assert {key: values.get(key, "nothing") for key in stated} == stated
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text()) == generation
+    # Another dtype is stated under the key that was there.
+    export_weights(tmp_path / "checkpoint", tmp_path / "wide", dtype="float32")
+    values = json.loads((tmp_path / "wide" / "config.json").read_text())
+    assert values["torch_dtype"] == "float32" and "dtype" not in values
+    # A source without such a file gets one.
+    export_weights(root, tmp_path / "plain")
+    values = json.loads((tmp_path / "plain" / "generation_config.json").read_text())
+    assert values["do_sample"] is True and {"temperature", "top_k", "top_p", "eos_token_id", "pad_token_id"} < set(values)
+
+
 def test_what_the_directory_holds_wins_over_the_diffusers_one(plain, tmp_path):
     made, source, _ = plain
     other = published.write_diffusion(tmp_path / "sana", made.model, Options(99))
@@ -264,6 +303,29 @@ def test_stock_classes_load_the_parts(plain, tmp_path):
     assert np.array_equal(
         source.tensors["vae"]["encoder.conv_out.bias"].read(), source_of(plain, "vae", "encoder.conv_out.bias")
     )
+    assert sorted(p.name for p in (out / "ta_tok").iterdir()) == ["ta_tok.pth", "ta_tok_config.json"]
+    again = open_source(out / "ar", diffusion=out, **arguments | {"ta_tok": out / "ta_tok"}, initialise=("connector",))
+    assert to_dict(again.config) == to_dict(source.config)
+    assert again.config.model.tokenizer == dataclasses.replace(plain[1].config.model.tokenizer, dtype="bfloat16")
+
+
+def test_ta_tok_without_torch_is_one_file_with_its_args(plain, tmp_path, monkeypatch):
+    """And is read as such, file or directory; its args state what the sizes' file does not."""
+    made, source, root = plain
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "torch", None)
+        done = export_weights(root, tmp_path / "out", parts=("ta_tok",), max_shard_bytes=1000)
+    assert any("ta_tok is ta_tok.safetensors with args.json" in note for note in done.notes)
+    directory = tmp_path / "out" / "ta_tok"
+    assert sorted(p.name for p in directory.iterdir()) == ["args.json", "ta_tok.safetensors", "ta_tok_config.json"]
+    values = json.loads((directory / "args.json").read_text())
+    values["bottleneck"]["args"]["regularizer"]["args"]["stochastic_temperature"] = 0.75
+    published.write_json(directory / "args.json", values)
+    for place in (directory, directory / "ta_tok.safetensors"):
+        found = open_published(made, ta_tok=place, ta_tok_config=directory / "ta_tok_config.json")
+        assert found.config.model.tokenizer.stochastic_temperature == 0.75
+        assert found.tensors["tokenizer"].keys() == source.tensors["tokenizer"].keys()
+    assert source.config.model.tokenizer.stochastic_temperature != 0.75
 
 
 def source_of(plain, part, key):
@@ -331,6 +393,8 @@ def test_training_from_an_import_leaves_the_frozen_parts_as_they_were(plain, tra
     made, _, _ = plain
     assert checkpoint.find(trained)[1] == 2
     export_weights(trained, tmp_path / "out")
+    assert json.loads((trained / "checkpoints" / "config.json").read_text())["model"]["text"]["path"].startswith("/")
+    assert '"/' not in (tmp_path / "out" / "config.json").read_text(), "no path of this machine"
     got = published.read(tmp_path / "out")
     assert got.keys() == made.tensors.keys()
     learned = ("model.embed_tokens", "model.layers", "model.norm", HEAD, PREFIXES["connector"], "model.sana.caption")

@@ -14,9 +14,9 @@ import torch
 
 from blip3o_jax.config import UserError
 from blip3o_jax.convert import tensor_files
-from blip3o_jax.convert.tensor_files import NAMES, ShardedWriter, load_torch, read_json, read_weights
+from blip3o_jax.convert.tensor_files import NAMES, ShardedWriter, cast, load_torch, read_json, read_weights
 
-SHAPES = ((3, 5), (), (2, 0, 4), (7,), (1, 1, 9))
+SHAPES = ((3, 5), (), (2, 0, 4), (6,), (1, 1, 9))
 
 
 def arrays(seed=0):
@@ -52,7 +52,7 @@ def from_torch(x):
 
 
 def test_written_here_and_read_by_the_library(tmp_path):
-    want = arrays()
+    want = dict(reversed(arrays().items()))  # single bytes first
     (file,) = write(tmp_path, want)
     assert file == tmp_path / "model.safetensors"
     same({key: from_torch(x) for key, x in safetensors.torch.load_file(file).items()}, want)
@@ -93,13 +93,13 @@ def test_only_headers_are_read_until_a_tensor_is_asked_for(tmp_path, monkeypatch
 
 
 def test_shards_and_their_index(tmp_path):
-    tensors = {f"{i}": np.full(size, i, np.float32) for i, size in enumerate([10, 10, 5, 100, 1, 24])}
+    tensors = {f"{i}": np.full(size, i, np.float32) for i, size in enumerate([10, 10, 5, 1, 100, 24])}
     files = write(tmp_path, tensors, limit=100)
-    assert [f.name for f in files] == [f"model-0000{i}-of-00003.safetensors" for i in range(1, 4)]
+    assert [f.name for f in files] == [f"model-0000{i}-of-00004.safetensors" for i in range(1, 5)]
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert index["metadata"] == {"total_size": 600} and list(index["weight_map"]) == sorted(tensors)
     held = [set(safetensors.torch.load_file(f)) for f in files]
-    assert held == [{"0", "1", "2"}, {"3"}, {"4", "5"}], "full to the last byte, and one tensor larger than a shard may be"
+    assert held == [{"0", "1", "2"}, {"3"}, {"4"}, {"5"}], "full to the last byte, and one tensor larger than a shard may be"
     for key, name in index["weight_map"].items():
         assert key in safetensors.torch.load_file(tmp_path / name)
     same({key: tensor.read() for key, tensor in read_weights(tmp_path).items()}, tensors)
@@ -189,6 +189,9 @@ def test_an_index_that_does_not_agree_with_its_shards(tmp_path):
         ({"a": names[0]} | {"c": names[0]}, f"{names[0]} lacks c"),
         ({"a": names[1], "b": names[1]}, f"{names[1]} lacks a"),
         ({"a": names[0], "b": "gone.safetensors"}, "gone.safetensors is missing: .* places 1 tensors there, such as b"),
+        ({"a": names[0], "b": "../b.safetensors"}, r"places tensors in '../b.safetensors': shards lie beside their index"),
+        ({"a": names[0], "b": str(files[1])}, f"places tensors in '{files[1]}': shards lie beside"),
+        ({"a": names[0], "b": f"./{names[1]}"}, f"places tensors in './{names[1]}': shards lie beside"),
         ({}, "has no weight_map"),
         ([], "has no weight_map"),
     ):
@@ -297,7 +300,11 @@ def test_torch_files_run_no_code(tmp_path, monkeypatch, where):
         file.write_bytes(pickle.dumps(Attack(), 2))
     with pytest.raises(UserError, match="cannot be read as a PyTorch file of weights") as error:
         read_weights(tmp_path)
-    assert str(file) in str(error.value) and "\n" not in str(error.value)
+    line = str(error.value)
+    assert str(file) in line and "\n" not in line
+    assert "weights_only" not in line and "weights-only" not in line.lower(), "no advice to load it with its code run"
+    if where == "zip":
+        assert f"(it holds a {os.system.__module__}.system, which is not of plain weights): copy it again" in line
     assert not (tmp_path / "attacked").exists()
 
 
@@ -325,3 +332,29 @@ def test_without_torch(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(UserError, match=r"a.bin is a PyTorch file: install PyTorch to read it \(pip install"):
         load_torch(tmp_path / "a.bin")
+
+
+@pytest.mark.parametrize(
+    ("wide", "narrow"),
+    [("float32", "float16"), ("bfloat16", "float16"), ("float64", "float16"), ("float64", "float32"), ("float64", "bfloat16")],
+)
+def test_a_cast_refuses_what_becomes_infinite(wide, narrow):
+    largest = float(ml_dtypes.finfo(narrow).max)
+    values = np.array([[0.0, largest / 2, -1.5], [np.inf, -np.inf, np.nan]]).astype(wide)
+    fits = cast("w", values, np.dtype(narrow))
+    assert fits.dtype == np.dtype(narrow) and fits.shape == values.shape
+    np.testing.assert_array_equal(fits[1].astype(np.float64), [np.inf, -np.inf, np.nan])
+    values[0, 2] = -4 * largest if wide != "float64" or narrow == "float16" else -1e300
+    with pytest.raises(UserError, match=r"^layer.w holds \d") as error:
+        cast("layer.w", values, np.dtype(narrow))
+    assert f", too large for {narrow}: choose a wider --dtype" in str(error.value) and "inf" not in str(error.value)
+
+
+def test_a_cast_rounds_to_nearest_and_copies_nothing_that_fits(rng):
+    values = rng.normal(size=(4, 5)).astype(np.float32)
+    assert cast("w", values, np.dtype(np.float32)) is values
+    for dtype in (torch.bfloat16, torch.float16):
+        want = from_torch(torch.from_numpy(values).to(dtype))
+        np.testing.assert_array_equal(cast("w", values, want.dtype), want)
+        np.testing.assert_array_equal(cast("w", want, values.dtype), want.astype(np.float32))
+    assert cast("w", np.zeros((0, 3), np.float32), np.dtype(np.float16)).shape == (0, 3)

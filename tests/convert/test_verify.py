@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 from blip3o_jax.config import UserError
 from blip3o_jax.convert import exporter, importer, mapping, report, source, verify
 from blip3o_jax.data.sources import open_mixture
+from blip3o_jax.demo.recipe import recipe
 from blip3o_jax.train import checkpoint
 from blip3o_jax.train.state import WEIGHTS, plan_state
 from blip3o_jax.train.vocabulary import with_vocabulary
@@ -63,13 +64,17 @@ def plans_made_once():
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """(configuration, text tokenizer, weights) of a run, all drawn: nothing is compiled."""
-    cfg = tiny.run_config(tiny.data())
-    cfg, vocabulary = with_vocabulary(cfg, open_mixture(cfg.data), tmp_path_factory.mktemp("text"))
+    return drawn(tiny.run_config(tiny.data()), tmp_path_factory.mktemp("text"))
+
+
+def drawn(cfg, directory, deviation=lambda leaf: 0.2):
+    """What `write_weights` takes, its text tokenizer made in `directory`; `deviation` of each leaf's values."""
+    cfg, vocabulary = with_vocabulary(cfg, open_mixture(cfg.data), directory)
     abstract = plan_state(cfg, tiny.strategy()).abstract
     rng = np.random.default_rng(0)
 
     def draw(path, leaf):
-        values = rng.normal(float(path[-1].key == "scale"), 0.2, leaf.shape).astype(leaf.dtype)
+        values = rng.normal(float(path[-1].key == "scale"), deviation(leaf), leaf.shape).astype(leaf.dtype)
         return jax.device_put(values, leaf.sharding)
 
     return cfg, vocabulary.tokenizer, jax.tree.map_with_path(draw, {group: abstract[group] for group in WEIGHTS})
@@ -178,6 +183,47 @@ def test_only_the_parts_that_are_named_and_settings_that_differ(directories, tmp
     )
     with pytest.raises(UserError, match="'text_tower' is not one of tokenizer, ar"):
         verify.verify(*directories, parts=["text_tower"])
+
+
+def test_weights_are_compared_in_the_wider_dtype(trained, directories, tmp_path):
+    """A checkpoint in float32 is not the bfloat16 files it was not made from, and the other way round; it is said which is
+    which."""
+    cfg, tokenizer, weights = trained
+    narrow = dataclasses.replace(cfg.model.connector, param_dtype="bfloat16")
+    half = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, connector=narrow))
+    rounded = jax.tree.map(lambda x: x.astype("bfloat16"), weights["params"]["connector"])
+    checkpoint.write_weights(
+        tmp_path / "half", half, tokenizer, weights | {"params": weights["params"] | {"connector": rounded}}
+    )
+    exporter.export_weights(tmp_path / "half", tmp_path / "torch")
+    tensors = {name for name in load_file(directories[0] / "model.safetensors") if "diffusion_connector" in name}
+    run = tmp_path / "half"
+    for torch_dir, root, notes in (
+        (directories[0], run, ("connector.param_dtype is float32 in the files and bfloat16 in the checkpoint",)),
+        (tmp_path / "torch", directories[1], ("connector.param_dtype is bfloat16 in the files and float32 in the checkpoint",)),
+        (tmp_path / "torch", run, ()),
+    ):
+        found = verify.verify(torch_dir, root, parts=["connector"])
+        assert found.notes[:-1] == notes
+        assert {d.tensor for d in found.parts[0].differing} == (tensors if notes else set())
+    # bfloat16 numbers held wider are the same numbers.
+    importer.import_weights(source.open_source(tmp_path / "torch", dtype="float32"), tmp_path / "wide")
+    found = verify.verify(tmp_path / "torch", tmp_path / "wide", parts=["connector"])
+    assert found.ok and found.notes[0].startswith("connector.param_dtype is bfloat16 in the files and float32")
+
+
+def test_the_demo_is_exported_and_is_the_same_model(tmp_path):
+    """Its connector knows the places of the codes and its DiT those of the latents, which no published model does."""
+    model = list(recipe("", "", fast=True).values())[-1].model
+    assert model.connector.positions and model.dit.interpolation_scale and model.flow.shift != tiny.model().flow.shift
+    cfg = dataclasses.replace(tiny.run_config(tiny.data()), model=model)
+    # Widths are the demo's: values keep their size from layer to layer.
+    weights = drawn(cfg, tmp_path / "text", lambda leaf: 0.5 * max(leaf.shape[-2:][0], 16) ** -0.5)
+    checkpoint.write_weights(tmp_path / "run", *weights)
+    exporter.export_weights(tmp_path / "run", tmp_path / "torch")
+    found = verify.verify(tmp_path / "torch", tmp_path / "run")
+    assert found.ok and found.notes == (), found
+    assert [p.part for p in found.parts if p.outputs] == list(OUTPUTS)
 
 
 def test_a_checkpoint_of_another_model(directories, tmp_path):

@@ -1,0 +1,128 @@
+"""Sizes and options of the vision tokenizer: the published ones, the args of a TA-Tok file, and a file of the user's.
+
+The args are those of the published class: {"bottleneck": {"name", "args": {..., "regularizer": {"name", "args"}}}, ...}.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from blip3o_jax import config as config_lib
+from blip3o_jax.config import TaTokConfig, UserError
+from blip3o_jax.convert.tensor_files import read_json
+
+OVERRIDES = ("encoder", "decoder", "bottleneck_dim", "codebook_size", "select_layer", "l2_normalized")
+# Path in the args -> field here.
+_FIELDS = {
+    "bottleneck.args.bottleneck_dim": "bottleneck_dim",
+    "bottleneck.args.regularizer.args.codebook_size": "codebook_size",
+    "bottleneck.args.regularizer.args.l2_normalized": "l2_normalized",
+    "bottleneck.args.regularizer.args.stochastic": "stochastic",
+    "bottleneck.args.regularizer.args.stochastic_temperature": "stochastic_temperature",
+    "pool_scale": "pool_scale",
+    "select_layer_id": "select_layer",
+    "decoder_depth": "decoder.num_hidden_layers",
+    "input_size": "encoder.image_size",
+}
+# Path -> what it must be, where it is there.
+_FIXED: dict[str, tuple[Any, ...]] = {
+    "bottleneck.name": ("bottleneck",),
+    "bottleneck.args.norm": ("none", None),
+    "bottleneck.args.regularizer.name": ("simvq",),
+}
+# Of training, or read by the published loader alone.
+_IGNORED = {
+    "bottleneck_token_num",  # counts tokens that the sizes give already, and the class has a default that does not fit them
+    "teacher",
+    "ckpt_path",
+    "rand_scale",
+    "input_type",
+    *(
+        f"bottleneck.args.regularizer.args.{name}"
+        for name in (
+            "commitment_loss_weight",
+            "codebook_loss_weight",
+            "entropy_loss_weight",
+            "entropy_loss_temperature",
+            "same_index_shape",
+            "top_k",
+            "top_k_prob",
+            "residual_weight",
+        )
+    ),
+}
+
+
+def read_ta_tok(base: TaTokConfig, args: Mapping[str, Any], override: pathlib.Path | None) -> TaTokConfig:
+    """`args` over `base`, and the JSON file `override` (--ta_tok_config) over both. UserError for what is not known here."""
+    flat = _flat(args)
+    for path, value in flat.items():
+        if path in _FIXED and value not in _FIXED[path]:
+            raise UserError(f"TA-Tok args: {path}={value!r} is not supported: it must be {_FIXED[path][0]!r}")
+        if path not in _FIXED and path not in _FIELDS and path not in _IGNORED:
+            raise UserError(f"TA-Tok args: {path}={value!r} is not known here, and may change what the tokenizer computes")
+    cfg = _overridden(base, {f: flat[p] for p, f in _FIELDS.items() if flat.get(p) is not None}, "TA-Tok args")
+    where = "TA-Tok args"
+    if override is not None:
+        given, where = read_json(override), str(override)
+        for key in given:
+            config_lib.check(key in OVERRIDES, f"{override}: unknown key {key}; it takes {', '.join(OVERRIDES)}")
+        cfg = _overridden(cfg, _flat(given), where)
+    _check(cfg, where)
+    return cfg
+
+
+def args_of(cfg: TaTokConfig) -> dict[str, Any]:
+    """The args that the published class is built with: the inverse of `read_ta_tok`."""
+    options = ("codebook_size", "l2_normalized", "stochastic", "stochastic_temperature")
+    regularizer = {"name": "simvq", "args": {name: getattr(cfg, name) for name in options}}
+    bottleneck = {"bottleneck_dim": cfg.bottleneck_dim, "norm": "none", "regularizer": regularizer}
+    return {
+        "bottleneck": {"name": "bottleneck", "args": bottleneck},
+        "bottleneck_token_num": cfg.encoder.grid**2,
+        "input_size": cfg.encoder.image_size,
+        "pool_scale": cfg.pool_scale,
+        "decoder_depth": cfg.decoder.num_hidden_layers,
+        "select_layer_id": cfg.select_layer,
+    }
+
+
+def overrides_of(cfg: TaTokConfig) -> dict[str, Any]:
+    """A file for --ta_tok_config that states all of `cfg`."""
+    return {key: config_lib.to_dict(getattr(cfg, key)) for key in OVERRIDES}
+
+
+def _flat(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """{"a.b": value} of nested groups."""
+    flat = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{above}{key}.") if isinstance(value, Mapping) else {f"{above}{key}": value}
+    return flat
+
+
+def _overridden(base: TaTokConfig, values: Mapping[str, Any], where: str) -> TaTokConfig:
+    """`base` with the fields at some paths replaced."""
+    merged = config_lib.to_dict(base)
+    for path, value in values.items():
+        *above, name = path.split(".")
+        place = merged
+        for key in above:
+            place = place.get(key)
+            config_lib.check(isinstance(place, dict), f"{where}: {key} is no group of fields")
+        place[name] = value
+    return config_lib.from_dict(merged, TaTokConfig, where)
+
+
+def _check(cfg: TaTokConfig, where: str) -> None:
+    layers = cfg.encoder.num_hidden_layers
+    sizes = [
+        *dataclasses.astuple(cfg.encoder)[:6],
+        *dataclasses.astuple(cfg.decoder)[:5],
+        cfg.bottleneck_dim,
+        cfg.codebook_size,
+    ]
+    config_lib.check(all(size > 0 for size in sizes), f"{where}: sizes of the vision tokenizer must be positive")
+    config_lib.check(
+        -layers - 1 <= cfg.select_layer < 0, f"{where}: select_layer={cfg.select_layer} must lie in -{layers + 1} .. -1"
+    )
