@@ -229,10 +229,7 @@ def write_weights(directory: pathlib.Path, config: Config, tokenizer: TextTokeni
     options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
     handlers = {"state": handler, "meta": ocp.JsonCheckpointHandler()}
     with ocp.CheckpointManager(directory, options=options, item_handlers=handlers) as manager, _quiet():
-        # In pieces, since a reader holds each twice for a while.
-        pieces = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=2**27), weights)
-        state, meta = ocp.args.PyTreeSave(weights, save_args=pieces), ocp.args.JsonSave({"data": None, "loss": None})
-        items = ocp.args.Composite(state=state, meta=meta)
+        items = ocp.args.Composite(state=ocp.args.PyTreeSave(weights), meta=ocp.args.JsonSave({"data": None, "loss": None}))
         manager.save(0, args=items)
     if jax.process_index() == 0:
         tokenizer.save(directory / "text")
