@@ -77,7 +77,7 @@ def export_weights(
         if parts:
             for name in parts:
                 exporter.stock(name, directory / name)
-            # Marks the directory as one of ours; --overwrite replaces no other.
+            # What the directories beside it are of.
             write_json(directory / "config.json", {SECTION: {"version": __version__, "parts": list(parts)}})
         else:
             exporter.whole(directory)
