@@ -20,7 +20,7 @@ from blip3o_jax.ar.cross_entropy import cross_entropy
 from blip3o_jax.ar.qwen3 import Qwen3
 from blip3o_jax.config import LossConfig, ModelConfig
 from blip3o_jax.connector import Connector
-from blip3o_jax.data.sequence import hide_prompts, insert_image_ids, take_span
+from blip3o_jax.data.sequence import hide_prompts, insert_image_ids, most_labels, take_span
 from blip3o_jax.dit import flow
 from blip3o_jax.dit.sana import SanaTransformer
 from blip3o_jax.image_tokens.contrastive import PatchReadout, TextTower
@@ -155,14 +155,15 @@ def joint_loss(
     `image_first` is the vocabulary id of code 0. `batch["label_count"]` is the mean number of labels a row over the whole
     batch, so that the mean of micro-batch losses is the loss of the batch. Metrics are means over the rows given.
     """
-    out = _joint_forward(model, batch, keys_B, loss, image_first)
+    out, cfg = _joint_forward(model, batch, keys_B, loss, image_first), model.cfg
     ce_sum, right = cross_entropy(
         out.hidden_BLD[:, :-1],
         model.ar.head(),
         out.tokens_BL[:, 1:],
         batch["loss_mask"][:, 1:],
-        model.cfg.ar.vocab_size,
-        loss.ce_chunk,
+        vocab_size=cfg.ar.vocab_size,
+        chunk=loss.ce_chunk,
+        most=most_labels(cfg.template, cfg.tokenizer.num_tokens),
     )
     labels = jnp.sum(batch["label_count"])
     ce = ce_sum / labels

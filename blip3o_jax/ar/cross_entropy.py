@@ -2,11 +2,12 @@
 
     loss = sum over labelled tokens t of  logsumexp_v(h_t . W_v) - h_t . W_label(t)
 
-Rows of the batch keep their sharding; positions are cut into equal blocks of at most `chunk`, and the backward pass recomputes
+Of each row only the positions that can have a label are looked at, at most `most`: in a text-to-image row those of the image, a
+third of a row of 2048. Rows of the batch keep their sharding; positions are cut into equal blocks of at most `chunk`, and the backward pass recomputes
 each block's logits, so memory is B x chunk x V instead of B x L x V. A single block has nothing to save and is kept instead.
 The head is gathered once, before the blocks.
 
-Legend: B batch, L positions, D width, V vocabulary rows (padded).
+Legend: B batch, L positions, M those looked at, D width, V vocabulary rows (padded).
 """
 
 import jax
@@ -16,18 +17,27 @@ from blip3o_jax import nn
 
 
 def cross_entropy(
-    hidden_BLD: jax.Array, head_DV: jax.Array, labels_BL: jax.Array, mask_BL: jax.Array, vocab_size: int, chunk: int
+    hidden_BLD: jax.Array,
+    head_DV: jax.Array,
+    labels_BL: jax.Array,
+    mask_BL: jax.Array,
+    *,
+    vocab_size: int,
+    chunk: int,
+    most: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Sum of the token losses where `mask_BL` is set, and the number of those tokens whose arg max is right; float32.
 
-    Logits are float32: in bfloat16 a loss of 11 nats has steps of 0.06. Rows of the head past `vocab_size` are padding and
-    can never be predicted.
+    No row may have more than `most` labels set (None: all): those after that many are left out. Logits are float32: in bfloat16
+    a loss of 11 nats has steps of 0.06. Rows of the head past `vocab_size` are padding and can never be predicted.
     """
     B, L, _ = hidden_BLD.shape
+    M = min(most or L, L)
+    mask_BL = mask_BL.astype(bool)
     head_DV = nn.constrain(head_DV.astype(hidden_BLD.dtype), None, "act_vocab")
-    blocks = -(-L // chunk)
-    chunk = -(-L // blocks)  # as many blocks, but no more padding than their number asks for
-    pad = blocks * chunk - L
+    blocks = -(-M // chunk)
+    chunk = -(-M // blocks)  # as many blocks, but no more padding than their number asks for
+    pad = blocks * chunk - M
 
     def cut(x: jax.Array) -> jax.Array:
         x = jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2))
@@ -48,4 +58,9 @@ def cross_entropy(
 
     with jax.named_scope("cross_entropy"):
         start = (jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32))
-        return jax.lax.scan(body, start, (cut(hidden_BLD), cut(labels_BL), cut(mask_BL.astype(bool))))[0]
+        inputs = hidden_BLD, labels_BL, mask_BL
+        if M < L:
+            labelled_first_BM = jnp.argsort(~mask_BL, axis=1, stable=True)[:, :M]
+            take = jax.vmap(lambda x, index: x.at[index].get(mode="promise_in_bounds", unique_indices=True))
+            inputs = [take(x, labelled_first_BM) for x in inputs]
+        return jax.lax.scan(body, start, tuple(map(cut, inputs)))[0]

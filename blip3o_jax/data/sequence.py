@@ -43,6 +43,14 @@ class RowTooLong(UserError):
         return RowTooLong, (self.key, self.length, self.max_length)
 
 
+LONGEST_TAIL = 8  # tokens after an image's; three for most tokenizers, more where a line break is several
+
+
+def most_labels(template: TemplateConfig, num_image_tokens: int) -> int | None:
+    """How many labels a row has at most; None: as many as it has tokens."""
+    return None if template.supervise_prompt else num_image_tokens + LONGEST_TAIL
+
+
 def text_to_image_prompt(vocab: Vocabulary, template: TemplateConfig, caption: str, pool_scale: int = 1) -> list[int]:
     """All ids up to and with the scale token: what sampling starts from and what a training row opens with."""
     check(
@@ -84,7 +92,11 @@ def text_to_image_row(
             "entries: were they cached with another vision tokenizer?"
         )
     prompt = text_to_image_prompt(vocab, template, caption, pool_scale)
-    answer = [*vocab.image_ids_from_codes(codes_N), vocab.image_end, vocab.end_of_turn, *vocab.encode("\n")]
+    tail = [vocab.image_end, vocab.end_of_turn, *vocab.encode("\n")]
+    check(
+        len(tail) <= LONGEST_TAIL, f"the tokenizer makes {len(tail)} tokens of the end of a turn, at most {LONGEST_TAIL} can be"
+    )
+    answer = [*vocab.image_ids_from_codes(codes_N), *tail]
     length = len(prompt) + len(answer)
     if length > max_length:
         raise RowTooLong(key, length, max_length)

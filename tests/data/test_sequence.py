@@ -8,12 +8,14 @@ import pytest
 import tokenizers as hf
 
 from blip3o_jax.config import ConfigError, TemplateConfig, UserError
+from blip3o_jax.data import sequence
 from blip3o_jax.data.sequence import (
     RowTooLong,
     caption_row,
     condition_positions,
     hide_prompts,
     insert_image_ids,
+    most_labels,
     take_span,
     text_to_image_prompt,
     text_to_image_row,
@@ -108,6 +110,15 @@ def test_bad_codes_and_templates(vocab):
             text_to_image_row(vocab, TEMPLATE, CAPTION, np.array(codes), 300, key="k")
     with pytest.raises(ConfigError, match=r"model\.template\.generate"):
         text_to_image_prompt(vocab, TemplateConfig(generate="draw"), CAPTION)
+
+
+def test_no_row_has_more_labels_than_are_looked_at(vocab, monkeypatch):
+    row = text_to_image_row(vocab, TEMPLATE, CAPTION, CODES, 300)
+    assert 3 < row["loss_mask"].sum() <= most_labels(TEMPLATE, 3)
+    assert most_labels(dataclasses.replace(TEMPLATE, supervise_prompt=True), 3) is None
+    monkeypatch.setattr(sequence, "LONGEST_TAIL", 2)
+    with pytest.raises(ConfigError, match="tokens of the end of a turn, at most 2"):
+        text_to_image_row(vocab, TEMPLATE, CAPTION, CODES, 300)
 
 
 def test_tags_in_a_caption_stay_text(vocab):
