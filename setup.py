@@ -19,6 +19,7 @@ setup(
         "flax>=0.12.8,<0.13",
         "optax>=0.2.8,<0.3",
         "orbax-checkpoint>=0.12,<0.13",
+        "tensorstore",  # what Orbax writes with; here to read slices
         "grain>=0.2.18,<0.3",
         "tensorflow-datasets>=4.9.10,<4.10",
         "array-record>=0.8.3,<0.9",

@@ -2,10 +2,10 @@
 
     loss = sum over labelled tokens t of  logsumexp_v(h_t . W_v) - h_t . W_label(t)
 
-Of each row only the positions that can have a label are looked at, at most `most`: in a text-to-image row those of the image, a
-third of a row of 2048. Rows of the batch keep their sharding; positions are cut into equal blocks of at most `chunk`, and the backward pass recomputes
-each block's logits, so memory is B x chunk x V instead of B x L x V. A single block has nothing to save and is kept instead.
-The head is gathered once, before the blocks.
+Of each row only as many positions are looked at as can have a label: in a text-to-image row those of the image, a third of a
+row of 2048. Rows of the batch keep their sharding; positions are cut into equal blocks of at most `chunk`, and the backward
+pass recomputes each block's logits, so memory is B x chunk x V instead of B x L x V. A single block has nothing to save and is
+kept instead. The head is gathered once, before the blocks.
 
 Legend: B batch, L positions, M those looked at, D width, V vocabulary rows (padded).
 """

@@ -200,7 +200,7 @@ class _Exporter:
             progress = Progress("write", size)
             for plan, arrays in self._read(planned):
                 for layer, (name, shape) in enumerate(plan.shapes.items()):
-                    pieces = {path: a[layer] if plan.group.rule.stacked else a for path, a in arrays.items()}
+                    pieces = {path: np.asarray(a[layer]) if plan.group.rule.stacked else a for path, a in arrays.items()}
                     tensor = cast(name, plan.group.to_torch(pieces, shape), plan.dtypes[name])
                     writer.write(name, tensor)
                     if tied and name == EMBEDDINGS:
@@ -216,8 +216,9 @@ class _Exporter:
         self.size += size
         self.count += len(places)
 
-    def _read(self, planned: Sequence["_Planned"]) -> Iterator[tuple["_Planned", dict[str, np.ndarray]]]:
-        """Each with its parameters, read several at a time where they are small: every reading has its price."""
+    def _read(self, planned: Sequence["_Planned"]) -> Iterator[tuple["_Planned", dict[str, Any]]]:
+        """Each with its parameters: small ones read several at a time, since every reading has its price; large stacks opened,
+        so that the whole and its layers are not in memory twice."""
         waiting: list[_Planned] = []
         for i, plan in enumerate(planned):
             waiting.append(plan)
@@ -225,7 +226,11 @@ class _Exporter:
             together = [*waiting, following] if following is not None else waiting
             if following is not None and following.part == plan.part and sum(p.size for p in together) <= READ_AT_ONCE:
                 continue
-            arrays = self.weights.read(plan.part, [path for p in waiting for path in p.group.shapes])
+            paths = [path for p in waiting for path in p.group.shapes]
+            if plan.group.rule.stacked and plan.size > READ_AT_ONCE:
+                arrays = {path: self.weights.open(plan.part, path) for path in paths}
+            else:
+                arrays = self.weights.read(plan.part, paths)
             for ready in waiting:
                 yield ready, {path: arrays.pop(path) for path in ready.group.shapes}
             waiting = []

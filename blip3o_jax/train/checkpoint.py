@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore as ts
 from absl import logging
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy
@@ -171,9 +172,8 @@ class Weights:
     """
 
     def __init__(self, root: pathlib.Path, step: int, *, ema: bool = False):
-        self._path = root / str(step) / "state"
-        self._handler = ocp.PyTreeCheckpointHandler()
-        tree = self._handler.metadata(epath.Path(self._path)).tree
+        self._path = (root / str(step) / "state").absolute()
+        tree = ocp.PyTreeCheckpointHandler().metadata(epath.Path(self._path)).tree
         if ema and not tree.get("ema"):
             raise UserError(f"{root} holds no averaged weights: it was trained with optimizer.ema_decay=0; leave out --ema")
         # (part, path within it) -> (group, shape and dtype)
@@ -190,16 +190,16 @@ class Weights:
 
     def read(self, part: str, paths: Iterable[str]) -> dict[str, np.ndarray]:
         """{path: whole array} of some of a part's parameters. KeyError for one that is not there."""
-        wanted: dict[str, Any] = {}
-        for path in paths:
-            place = wanted
-            *above, name = (self._leaves[part, path][0], part, *path.split("/"))
-            for key in above:
-                place = place.setdefault(key, {})
-            place[name] = ocp.RestoreArgs(restore_type=np.ndarray)
-        args = ocp.args.PyTreeRestore(item=wanted, restore_args=wanted, partial_restore=True)
-        found = dict(_flat_metadata(self._handler.restore(epath.Path(self._path), args=args)))
-        return {"/".join(keys[2:]): array for keys, array in found.items()}
+        reading = {path: self.open(part, path).read() for path in paths}
+        return {path: future.result() for path, future in reading.items()}
+
+    def open(self, part: str, path: str) -> ts.TensorStore:
+        """One parameter, to read in slices: with what they are cut from kept while this is, for the next ones."""
+        group, _ = self._leaves[part, path]
+        files = {"driver": "file", "path": f"{self._path}/"}
+        store = {"driver": "ocdbt", "base": files, "path": ".".join((group, part, *path.split("/")))}
+        context = ts.Context({"cache_pool": {"total_bytes_limit": 2**62}})
+        return ts.open({"driver": "zarr", "kvstore": store}, context=context, open=True, read=True).result()
 
 
 def _flat_metadata(tree: Any, keys: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
