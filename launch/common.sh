@@ -1,0 +1,65 @@
+# Read by the launchers beside it: arguments, topologies, working directories. Not to be run.
+# shellcheck shell=bash disable=SC2034,SC2154
+
+die() { echo "$(basename "$0"): $*" >&2; exit 2; }
+
+usage() { sed -n '2,/^set -/{/^set -/d;s/^# \{0,1\}//;p}' "$0"; exit 0; }
+
+# parse "NAMES" "$@": sets a variable for each --name=value and (to 1) --name, and "extra" to what follows --.
+parse() {
+    local _names=" $1 " _name _argument
+    shift
+    extra=()
+    while [ $# -gt 0 ]; do
+        _argument=$1
+        shift
+        case $_argument in
+            --) extra=("$@"); return ;;
+            -h | --help) usage ;;
+            --*=*) ;;
+            --*) _argument+="=1" ;;
+            *) die "unknown argument $_argument (see --help)" ;;
+        esac
+        _name=${_argument%%=*} _name=${_name#--}
+        case $_names in
+            *" $_name "*) printf -v "$_name" '%s' "${_argument#*=}" ;;
+            *) die "unknown argument --$_name (see --help)" ;;
+        esac
+    done
+}
+
+need() {
+    local _name
+    for _name in "$@"; do [ -n "${!_name:-}" ] || die "--$_name=... is missing (see --help)"; done
+}
+
+# v5p:8x8x8 -> chip=v5p shape=8x8x8 chips=512 hosts=128; every machine of a slice of more than one has four chips.
+read_topology() {
+    [[ $topology =~ ^(v4|v5e|v5p|v6e|tpu7x):([0-9]+(x[0-9]+)+)$ ]] ||
+        die "--topology=$topology is not CHIP:AxB or CHIP:AxBxC, CHIP one of v4, v5e, v5p, v6e, tpu7x"
+    chip=${BASH_REMATCH[1]} shape=${BASH_REMATCH[2]} chips=$((${BASH_REMATCH[2]//x/*}))
+    chips_per_host=$((chips < 4 ? chips : 4))
+    [ $chips_per_host -gt 0 ] && [ $((chips % chips_per_host)) -eq 0 ] || die "--topology=$topology: $chips chips, not a multiple of 4"
+    hosts=$((chips / chips_per_host))
+}
+
+# gs://bucket/runs/x -> bucket=bucket, directory=/gcs/runs/x; any other workdir -> bucket="" and itself.
+read_workdir() {
+    bucket="" directory=$workdir
+    if [[ $workdir == gs://* ]]; then
+        bucket=${workdir#gs://} bucket=${bucket%%/*}
+        directory=${workdir#gs://"$bucket"} directory=/gcs${directory%/}
+        [ "$directory" != /gcs ] || die "--workdir=$workdir needs a directory in the bucket"
+    fi
+}
+
+# run COMMAND...: runs it, or prints it with --dry_run.
+run() {
+    if [ -n "${dry_run:-}" ]; then
+        printf '+'
+        printf ' %q' "$@"
+        echo
+    else
+        "$@"
+    fi
+}

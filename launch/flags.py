@@ -1,0 +1,139 @@
+"""Recommended environment of each chip kind, with reason and source: the one place for XLA flags.
+
+    eval "$(python3 launch/flags.py v5p)"       sets it; what is set already stays and wins
+    python3 launch/flags.py --explain           the table
+
+Needs nothing but Python. Flags for TPUs go into LIBTPU_INIT_ARGS, which libtpu reads; XLA_FLAGS would be refused by the part of
+XLA that comes with jaxlib. "Measured" is said where it was; the rest is taken over from its source and not measured here.
+"""
+
+import dataclasses
+import sys
+
+TPUS = ("v4", "v5e", "v5p", "v6e", "tpu7x")
+GPUS = ("h100", "h200")
+CHIPS = ("cpu", *TPUS, *GPUS)
+LISTS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")  # variables that hold several flags
+MAXTEXT = "https://github.com/AI-Hypercomputer/maxtext/blob/main/benchmarks/xla_flags_library.py"
+TOOLBOX = "https://docs.nvidia.com/jax-toolbox/environment-variables"
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """One variable, or one flag in a variable of LISTS."""
+
+    chips: tuple[str, ...]
+    variable: str
+    value: str
+    reason: str
+    source: str
+
+
+SETTINGS = (
+    Setting(
+        ("cpu",),
+        "XLA_FLAGS",
+        "--xla_cpu_experimental_ynn_fusion_type=",
+        "XLA 0.10 hands dots to YNNPACK; at widths around 384 its own Eigen ones were a fifth faster",
+        "measured: a 55M-parameter train step, jax 0.10.2, two cores",
+    ),
+    *(
+        Setting(
+            ("cpu",),
+            variable,
+            value,
+            "glibc gives XLA's buffers back to the system after every step and faults them in again: 140 000 page faults, a "
+            "sixth of the step's CPU seconds; with the flag above about 11 % of the step",
+            "measured: as above; mallopt(3) has the variables",
+        )
+        for variable, value in (
+            ("MALLOC_ARENA_MAX", "1"),
+            ("MALLOC_MMAP_MAX_", "0"),
+            ("MALLOC_TRIM_THRESHOLD_", "100000000000"),
+        )
+    ),
+    *(
+        Setting(
+            TPUS,
+            "LIBTPU_INIT_ARGS",
+            flag,
+            "fsdp gathers parameters layer by layer: the gathers run beside the layer before",
+            f"{MAXTEXT}, CF_FOR_ALL_GATHER (on by default, to be sure)",
+        )
+        for flag in (
+            "--xla_enable_async_all_gather=true",
+            "--xla_tpu_overlap_compute_collective_tc=true",
+            "--xla_tpu_enable_async_collective_fusion=true",
+            "--xla_tpu_enable_async_collective_fusion_fuse_all_gather=true",
+            "--xla_tpu_enable_async_collective_fusion_multiple_steps=true",
+        )
+    ),
+    *(
+        Setting(
+            TPUS,
+            "LIBTPU_INIT_ARGS",
+            flag,
+            "several slices: the sum of gradients over the data centre's network is spread over the backward pass",
+            f"{MAXTEXT}, DATA_PARALLEL_OVERLAP",
+        )
+        for flag in (
+            "--xla_tpu_enable_data_parallel_all_reduce_opt=true",
+            "--xla_tpu_data_parallel_opt_different_sized_ops=true",
+        )
+    ),
+    Setting(
+        ("v6e",),
+        "LIBTPU_INIT_ARGS",
+        "--xla_tpu_scoped_vmem_limit_kib=98304",
+        "larger tiles of dense matrix products: most of the chip's 128 MiB of VMEM instead of a small default",
+        f"{MAXTEXT}, DENSE_VMEM_LIMIT_FLAG, used there for v6e",
+    ),
+    Setting(
+        GPUS,
+        "XLA_FLAGS",
+        "--xla_gpu_enable_latency_hiding_scheduler=true",
+        "collectives move so that they run beside compute",
+        TOOLBOX,
+    ),
+    Setting(
+        GPUS,
+        "XLA_PYTHON_CLIENT_MEM_FRACTION",
+        "0.9",
+        "JAX takes 75 % of the memory otherwise; some is left to NCCL and cuDNN",
+        "https://docs.nvidia.com/jax-toolbox/performance-profiling/gpu-performance",
+    ),
+)
+
+
+def exports(chip: str) -> str:
+    """Lines for a shell's `eval`."""
+    values: dict[str, list[str]] = {}
+    for setting in SETTINGS:
+        if chip in setting.chips:
+            values.setdefault(setting.variable, []).append(setting.value)
+    lines = []
+    for variable, parts in values.items():
+        # The last of two equal flags wins.
+        value = f"{' '.join(parts)} ${{{variable}:-}}" if variable in LISTS else f"${{{variable}:-{parts[0]}}}"
+        lines.append(f'export {variable}="{value}"')
+    return "\n".join(lines)
+
+
+def explain() -> str:
+    blocks = (f"{' '.join(s.chips)}\n  {s.variable}: {s.value}\n  why: {s.reason}\n  source: {s.source}" for s in SETTINGS)
+    return "\n".join(blocks)
+
+
+def main(argv: list[str]) -> int:
+    if argv == ["--explain"]:
+        print(explain())
+        return 0
+    if len(argv) == 1 and argv[0] in CHIPS:
+        print(exports(argv[0]))
+        return 0
+    print(f"flags.py: give one of {', '.join(CHIPS)}, or --explain", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,114 @@
+#!/usr/bin/env bash
+# A job of several processes ("hosts") on this machine.
+#
+#   launch/local.sh -n 2 -d 4 -- train --config=configs/demo.py --workdir=runs/mine
+#
+#   -n N         processes (1)
+#   -d D         CPU devices of each (1); 0 leaves the devices to JAX (one process on a machine with accelerators)
+#   -r R         restarts after exit status 75 at the most (100): all hosts have saved and ask to be run again
+#   -c CHIP      take CHIP's settings from launch/flags.py (cpu; none with -d 0); "none" for none
+#   --dry_run    print the commands instead
+#
+# Every line of output begins with its host's number. When one process ends without success, the others, which wait for it
+# in a collective, are killed, and its status is this script's. SIGTERM and SIGINT go to all processes; once they have
+# saved, this script ends as well, with their status. PYTHON names the interpreter (python3).
+set -euo pipefail
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+processes=1 devices=1 restarts=100 chip="" dry_run=""
+while [ $# -gt 0 ]; do
+    case $1 in
+        -n) processes=$2; shift 2 ;;
+        -d) devices=$2; shift 2 ;;
+        -r) restarts=$2; shift 2 ;;
+        -c) chip=$2; shift 2 ;;
+        --dry_run) dry_run=1; shift ;;
+        --) shift; break ;;
+        -h | --help) sed -n '2,/^set -/{s/^# \{0,1\}//;/^set -/d;p}' "$0"; exit 0 ;;
+        *) echo "local.sh: unknown argument $1 (see $0 --help)" >&2; exit 2 ;;
+    esac
+done
+for number in "$processes" "$devices" "$restarts"; do
+    [[ $number =~ ^[0-9]+$ ]] || { echo "local.sh: '$number' is not a whole number" >&2; exit 2; }
+done
+[ "$processes" -gt 0 ] || { echo "local.sh: -n must be 1 or more" >&2; exit 2; }
+[ "${1:-}" = train ] || { echo "local.sh: give the command after --: train --config=... --workdir=..." >&2; exit 2; }
+
+python=${PYTHON:-python3}
+if [ "$devices" -gt 0 ]; then
+    # In the environment for JAX started by several hosts, in the configuration for a mesh that would ask for another number.
+    export JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=$devices
+    set -- "$@" "--config.mesh.cpu_devices=$devices"
+    chip=${chip:-cpu}
+fi
+if [ -n "$chip" ] && [ "$chip" != none ]; then
+    eval "$("$python" "$here/flags.py" "$chip")"
+fi
+
+job=("$@")
+flags_of() { # sets flags: what host $1 adds to the command
+    flags=(--distributed=off)
+    if [ "$processes" -gt 1 ]; then
+        flags=("--coordinator=127.0.0.1:$port" "--num_processes=$processes" "--process_id=$1")
+    fi
+}
+
+if [ -n "$dry_run" ]; then
+    port=PORT
+    for ((host = 0; host < processes; host++)); do
+        flags_of "$host"
+        printf '[%d] JAX_PLATFORMS=%s JAX_NUM_CPU_DEVICES=%s' "$host" "${JAX_PLATFORMS:-}" "${JAX_NUM_CPU_DEVICES:-}"
+        printf ' %q' "$python" -u -m blip3o_jax "${job[@]}" "${flags[@]}"
+        echo
+    done
+    exit 0
+fi
+
+stopping=""
+pids=()
+stop() {
+    stopping=1
+    echo "local.sh: passing the signal on" >&2
+    kill -TERM "${pids[@]}" 2>/dev/null || true
+}
+trap stop TERM INT
+
+run_once() { # starts all hosts and waits for them; sets status
+    port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+    pids=()
+    for ((host = 0; host < processes; host++)); do
+        flags_of "$host"
+        "$python" -u -m blip3o_jax "${job[@]}" "${flags[@]}" > >(sed -u "s/^/[$host] /") 2> >(sed -u "s/^/[$host] /" >&2) &
+        pids+=($!)
+        echo "local.sh: host $host is process $!" >&2
+    done
+    status=0
+    local left=("${pids[@]}") still ended code pid host
+    while [ ${#left[@]} -gt 0 ]; do
+        ended="" code=0
+        wait -n -p ended "${left[@]}" || code=$?
+        [ -n "$ended" ] || continue # a signal to this script woke it up
+        still=()
+        for pid in "${left[@]}"; do [ "$pid" = "$ended" ] || still+=("$pid"); done
+        left=(${still[@]+"${still[@]}"})
+        for host in "${!pids[@]}"; do
+            [ "${pids[host]}" != "$ended" ] || [ "$code" -eq 0 ] || echo "local.sh: host $host ended with status $code" >&2
+        done
+        if [ "$code" -ne 0 ] && { [ "$status" -eq 0 ] || [ "$status" -eq 75 ]; }; then
+            status=$code
+            if [ "$code" -ne 75 ] && [ ${#left[@]} -gt 0 ]; then
+                # A moment for those that end by themselves, and for their last words.
+                (sleep 3; kill -KILL "${left[@]}" 2>/dev/null) &
+            fi
+        fi
+    done
+}
+
+for ((attempt = 0; ; attempt++)); do
+    run_once
+    if [ "$status" -ne 75 ] || [ -n "$stopping" ] || [ "$attempt" -ge "$restarts" ]; then
+        sleep 0.2 # for the last lines to come through
+        exit "$status"
+    fi
+    echo "local.sh: saved and stopped, restart $((attempt + 1)) of at most $restarts" >&2
+done

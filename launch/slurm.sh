@@ -1,0 +1,54 @@
+#!/usr/bin/env bash
+# A job on GPU machines under Slurm: one process a GPU.
+#
+#   launch/slurm.sh --nodes=4 --gpus=8 --config=configs/pretrain.py:1.7b --workdir=/shared/runs/mine --dry_run
+#
+#   --nodes=N (1)  --gpus=G of each node (8)  --chip=h100|h200 (h100)  --name=NAME (blip3o)
+#   --config, --workdir    as of `blip3o train`; the working directory must be one that all nodes see
+#   --activate=FILE        sourced first, such as a virtual environment's bin/activate
+#   --dry_run              print the batch script instead of submitting it
+#   -- ...                 further arguments of `blip3o train`
+#
+# What it costs is what --partition, --time and --qos of your site say; a partition whose jobs may be preempted is usually the
+# cheapest. Two minutes before the end of --time and on preemption all processes get SIGTERM, save the same step and end with
+# status 75; the script then puts the job back into the queue, and it goes on from there. A machine that dies is requeued too.
+set -euo pipefail
+
+# shellcheck source=launch/common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+nodes=1 gpus=8 chip=h100 name=blip3o config="" workdir="" activate="" partition="" account="" qos="" time="" dry_run=""
+parse "nodes gpus chip name config workdir activate partition account qos time dry_run" "$@"
+need config workdir
+[[ $workdir != *://* ]] || die "--workdir=$workdir: give the path of a file system that all nodes see"
+python3 "$root/launch/flags.py" "$chip" > /dev/null
+printf -v train ' %q' blip3o train "--config=$config" "--workdir=$workdir" --distributed=slurm "${extra[@]}"
+
+script="#!/usr/bin/env bash
+#SBATCH --job-name=$name
+#SBATCH --nodes=$nodes
+#SBATCH --ntasks-per-node=$gpus
+#SBATCH --gpus-per-node=$gpus
+#SBATCH --signal=TERM@120
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.log
+${partition:+#SBATCH --partition=$partition
+}${account:+#SBATCH --account=$account
+}${qos:+#SBATCH --qos=$qos
+}${time:+#SBATCH --time=$time
+}"
+script+="cd $(printf %q "$root")
+${activate:+source $(printf %q "$activate")
+}eval \"\$(python3 launch/flags.py $chip)\"
+status=0
+srun --kill-on-bad-exit=1 --label$train || status=\$?
+# All processes have saved and ask to be run again.
+[ \"\$status\" -ne 75 ] || scontrol requeue \"\$SLURM_JOB_ID\"
+exit \"\$status\""
+
+if [ -n "$dry_run" ]; then
+    echo "$script"
+else
+    sbatch <<< "$script"
+fi

@@ -1,0 +1,100 @@
+#!/usr/bin/env bash
+# A job on TPU VMs that Google Cloud hands out through queued resources.
+#
+#   launch/tpu_queued.sh --name=mine --zone=us-east5-a --topology=v5p:8x8x8 --spot \
+#       --config=configs/pretrain.py:1.7b --workdir=gs://bucket/runs/mine -- --config.data.path='/gcs/captions/*.tar'
+#
+#   --topology=CHIP:AxBxC  chips of one slice (v4, v5e, v5p, v6e)       --slices=N   slices (1)
+#   --config, --workdir    as of `blip3o train`; gs:// is mounted at /gcs with Cloud Storage FUSE: make the bucket with
+#                          --enable-hierarchical-namespace, or a checkpoint's directory is not renamed in one go
+#   --name, --zone, --project, --runtime=VERSION (the chip's)
+#   --restarts=N           new requests after the machines were taken away (20)
+#   --dry_run              print the commands instead
+#   -- ...                 further arguments of `blip3o train`
+#
+# What it costs: TPUs are billed by the chip-hour from ACTIVE until they are deleted, idle or not. This script deletes them
+# when the job ends, whatever its status, unless --keep is given (to look around; delete by hand).
+#   --spot                 the cheapest, and taken away at any time; the job goes on from its last checkpoint
+#   --reserved             from your reservation, which is paid for in any case
+#   neither                on demand: the dearest, never taken away
+#   --valid_until=6h       gives up waiting in the queue after that time, at no cost
+set -euo pipefail
+
+# shellcheck source=launch/common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+name="" zone="" project="" topology="" slices=1 config="" workdir="" runtime="" spot="" reserved="" valid_until="" restarts=20 keep="" dry_run=""
+parse "name zone project topology slices config workdir runtime spot reserved valid_until restarts keep dry_run" "$@"
+need name zone topology config workdir
+read_topology
+read_workdir
+[ "$chip" != tpu7x ] || die "tpu7x is given out through GKE alone: use gke_jobset.sh"
+[ -z "$spot" ] || [ -z "$reserved" ] || die "--spot and --reserved exclude each other"
+[ -n "$bucket" ] || [[ $workdir == /* ]] ||
+    die "--workdir=$workdir: the machines share no directory; give gs://BUCKET/DIRECTORY, or the absolute path of a shared mount"
+
+declare -A runtimes=([v4]=tpu-ubuntu2204-base [v5e]=v2-alpha-tpuv5-lite [v5p]=v2-alpha-tpuv5 [v6e]=v2-alpha-tpuv6e)
+declare -A types=([v4]=v4 [v5e]=v5litepod [v5p]=v5p [v6e]=v6e)
+where=("--zone=$zone" ${project:+"--project=$project"})
+nodes=("$name")
+create=("--type=${types[$chip]}" "--topology=$shape" "--runtime-version=${runtime:-${runtimes[$chip]}}")
+if [ "$slices" -gt 1 ]; then
+    create+=("--node-count=$slices" "--node-prefix=$name")
+    nodes=()
+    for ((slice = 0; slice < slices; slice++)); do nodes+=("$name-$slice"); done
+else
+    create+=("--node-id=$name")
+fi
+create+=(${spot:+--spot} ${reserved:+--reserved} ${valid_until:+"--valid-until-duration=$valid_until"})
+
+# On each machine. 75: all hosts have saved and want to be run again (docs/pods.md).
+printf -v train ' %q' blip3o train "--config=$config" "--workdir=$directory" --distributed=tpu "${extra[@]}"
+setup="set -e; mkdir -p blip3o; tar xzf blip3o.tgz -C blip3o; cd blip3o"
+# The images' own Python is older than 3.11.
+setup+="; python3 -m pip install -q --user uv; python3 -m uv venv -q --allow-existing --python 3.12 ~/venv"
+setup+="; python3 -m uv pip install -q --python ~/venv/bin/python '.[tpu]'"
+if [ -n "$bucket" ]; then
+    setup+="; command -v gcsfuse || { echo 'deb https://packages.cloud.google.com/apt gcsfuse-jammy main' |"
+    setup+=" sudo tee /etc/apt/sources.list.d/gcsfuse.list; sudo apt-get update -q; sudo apt-get install -qy gcsfuse; }"
+    setup+="; sudo install -d -o \"\$USER\" /gcs; mountpoint -q /gcs || gcsfuse --implicit-dirs $bucket /gcs"
+fi
+job="cd blip3o; export PATH=~/venv/bin:\$PATH; eval \"\$(python3 launch/flags.py $chip)\"; "
+job+="while :; do$train; status=\$?; [ \$status -eq 75 ] || exit \$status; done"
+
+tpu() { run gcloud compute tpus "$@" "${where[@]}"; }
+on_all() { # COMMAND on all machines of all slices at once; the first failure counts
+    local node status=0 pids=() pid
+    for node in "${nodes[@]}"; do
+        tpu tpu-vm ssh "$node" --worker=all "--command=$1" &
+        pids+=($!)
+        [ -z "$dry_run" ] || wait "$!"
+    done
+    for pid in "${pids[@]}"; do wait "$pid" || status=$?; done
+    return "$status"
+}
+state() { gcloud compute tpus queued-resources describe "$name" "${where[@]}" --format='value(state.state)' 2>/dev/null || echo GONE; }
+delete() { tpu queued-resources delete "$name" --force --quiet; }
+
+archive=$(mktemp -d)
+trap 'rm -rf "$archive"' EXIT
+run tar czf "$archive/blip3o.tgz" -C "$root" --exclude=__pycache__ setup.py README.md blip3o_jax configs launch
+
+for ((attempt = 0; attempt <= restarts; attempt++)); do
+    tpu queued-resources create "$name" "${create[@]}"
+    if [ -z "$dry_run" ]; then
+        until [[ $(state) =~ ^(ACTIVE|FAILED|SUSPENDED|GONE)$ ]]; do sleep 30; done
+        [ "$(state)" = ACTIVE ] || { delete || true; die "the request ended as $(state) before it became active"; }
+    fi
+    for node in "${nodes[@]}"; do tpu tpu-vm scp "$archive/blip3o.tgz" "$node:" --worker=all; done
+    status=0
+    { on_all "$setup" && on_all "$job"; } || status=$?
+    if [ -n "$dry_run" ]; then
+        [ -n "$keep" ] || delete
+        exit 0
+    fi
+    now=$(state)
+    [ -n "$keep" ] && [ "$now" = ACTIVE ] || delete
+    [ "$now" != ACTIVE ] || exit "$status"
+    echo "tpu_queued.sh: the machines were taken away ($now), asking for others" >&2
+done
+exit 75

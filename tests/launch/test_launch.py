@@ -1,0 +1,262 @@
+"""The launchers as text: what they would do, their shell, the manifest. (tests/parallel runs launch/local.sh.)"""
+
+import importlib.util
+import json
+import os
+import pathlib
+import shlex
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent.parent
+LAUNCH = ROOT / "launch"
+SCRIPTS = sorted(path.name for path in LAUNCH.glob("*.sh"))
+TRAIN = ("--config=configs/pretrain.py:1.7b", "--workdir=gs://bucket/runs/mine")
+QUEUED = ("tpu_queued.sh", "--name=mine", "--zone=us-east5-a", "--topology=v5p:8x8x8", *TRAIN)
+GKE = ("gke_jobset.sh", "--name=mine", "--image=r/blip3o:1", "--topology=v5p:8x8x8", *TRAIN)
+SLURM = ("slurm.sh", "--nodes=4", "--config=configs/pretrain.py:1.7b", "--workdir=/shared/runs/mine")
+
+
+def launch(script, *arguments, dry_run=True):
+    command = ["bash", str(LAUNCH / script), *(["--dry_run"] if dry_run else []), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHON": "python3"}, cwd=ROOT)
+
+
+def printed(script, *arguments):
+    done = launch(script, *arguments)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def flags():
+    spec = importlib.util.spec_from_file_location("launch_flags", LAUNCH / "flags.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look for a class's names
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_local_starts_every_host_with_its_devices():
+    lines = printed("local.sh", "-n", "2", "-d", "4", "--", "train", "--config=c.py", "--workdir=a b").splitlines()
+    common = "JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=4 python3 -u -m blip3o_jax train --config=c.py --workdir=a\\ b"
+    hosts = "--config.mesh.cpu_devices=4 --coordinator=127.0.0.1:PORT --num_processes=2 --process_id"
+    assert lines == [f"[{host}] {common} {hosts}={host}" for host in range(2)]
+    (alone,) = printed("local.sh", "-d", "0", "--", "train", "--config=c.py").splitlines()
+    assert alone.endswith("JAX_NUM_CPU_DEVICES= python3 -u -m blip3o_jax train --config=c.py --distributed=off")
+
+
+def test_queued_resources_are_asked_for_used_and_given_back():
+    lines = printed(*QUEUED, "--spot", "--valid_until=6h", "--", "--config.data.path=/gcs/captions/*.tar").splitlines()
+    commands = [shlex.split(line) for line in lines]
+    assert all(command[0] == "+" for command in commands)
+    asked = next(command for command in commands if "create" in command)
+    wanted = ["--type=v5p", "--topology=8x8x8", "--runtime-version=v2-alpha-tpuv5", "--node-id=mine", "--spot"]
+    assert asked[1:7] == ["gcloud", "compute", "tpus", "queued-resources", "create", "mine"]
+    assert asked[7:] == [*wanted, "--valid-until-duration=6h", "--zone=us-east5-a"]
+    ran = commands[-2][-2]
+    train = "blip3o train --config=configs/pretrain.py:1.7b --workdir=/gcs/runs/mine --distributed=tpu"
+    assert f"{train} --config.data.path=/gcs/captions/\\*.tar; status=$?; [ $status -eq 75 ] || exit $status" in ran
+    assert 'eval "$(python3 launch/flags.py v5p)"' in ran
+    assert "gcsfuse --implicit-dirs bucket /gcs" in commands[-3][-2]
+    assert commands[-1][1:] == shlex.split("gcloud compute tpus queued-resources delete mine --force --quiet --zone=us-east5-a")
+    assert "delete" not in printed(*QUEUED, "--keep")
+
+
+def test_several_slices_are_nodes_of_one_request():
+    lines = [shlex.split(line) for line in printed(*QUEUED, "--slices=2").splitlines()]
+    asked = next(line for line in lines if "create" in line)
+    assert "--node-count=2" in asked and "--node-prefix=mine" in asked and "--spot" not in asked
+    assert [line[6] for line in lines if "ssh" in line] == ["mine-0", "mine-1"] * 2
+
+
+def test_slurm_requeues_what_has_saved():
+    script = printed(*SLURM, "--partition=gpu", "--time=04:00:00", "--", "--config.mesh.strategy=fsdp")
+    assert script.startswith("#!/usr/bin/env bash\n#SBATCH --job-name=blip3o\n#SBATCH --nodes=4\n#SBATCH --ntasks-per-node=8\n")
+    for line in ("#SBATCH --partition=gpu", "#SBATCH --time=04:00:00", "#SBATCH --requeue", "#SBATCH --signal=TERM@120"):
+        assert f"{line}\n" in script
+    assert "srun --kill-on-bad-exit=1 --label blip3o train --config=configs/pretrain.py:1.7b" in script
+    assert "--distributed=slurm --config.mesh.strategy=fsdp || status=$?" in script
+    assert '[ "$status" -ne 75 ] || scontrol requeue "$SLURM_JOB_ID"' in script
+    assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
+
+
+# The fields that the manifest may use, as the APIs have them (JobSet v1alpha2, batch/v1, core/v1): a type, a choice of values,
+# a dict of fields (those with "?" may be missing), or a list of such.
+CONTAINER = {
+    "name": str,
+    "image": str,
+    "command": [str],
+    "args": [str],
+    "resources": {"limits": {"google.com/tpu": int}},
+    "volumeMounts": [{"name": str, "mountPath": str}],
+}
+CSI = {"driver": str, "volumeAttributes": {"bucketName": str, "mountOptions": str}}
+POD = {
+    "metadata": {"annotations": dict},
+    "spec": {
+        "restartPolicy": ("Never",),  # what a podFailurePolicy asks for
+        "terminationGracePeriodSeconds": int,
+        "serviceAccountName": str,
+        "nodeSelector": dict,
+        "containers": [CONTAINER],
+        "volumes": [{"name": str, "csi": CSI}],
+    },
+}
+EXIT_CODES = {"containerName": str, "operator": ("In", "NotIn"), "values": [int]}
+JOB = {
+    "parallelism": int,
+    "completions": int,
+    "completionMode": ("Indexed",),
+    "backoffLimit": int,
+    "podFailurePolicy": {"rules": [{"action": ("FailJob", "Ignore", "Count", "FailIndex"), "onExitCodes": EXIT_CODES}]},
+    "template": POD,
+}
+REASONS = ("BackoffLimitExceeded", "DeadlineExceeded", "FailedIndexes", "MaxFailedIndexesExceeded", "PodFailurePolicy")
+RULE = {
+    "name": str,
+    "action": ("FailJobSet", "RestartJobSet", "RestartJobSetAndIgnoreMaxRestarts"),
+    "onJobFailureReasons": [REASONS],
+}
+JOBSET = {
+    "apiVersion": ("jobset.x-k8s.io/v1alpha2",),
+    "kind": ("JobSet",),
+    "metadata": {"name": str, "annotations": dict},
+    "spec": {
+        "failurePolicy": {"maxRestarts": int, "rules": [RULE]},
+        "replicatedJobs": [{"name": str, "replicas": int, "template": {"spec": JOB}}],
+    },
+}
+
+
+def check_fields(value, schema, where="manifest"):
+    if isinstance(schema, dict):
+        assert isinstance(value, dict) and set(value) == set(schema), f"{where} has {set(value) ^ set(schema)}"
+        for key, child in schema.items():
+            check_fields(value[key], child, f"{where}.{key}")
+    elif isinstance(schema, list):
+        assert isinstance(value, list) and value, where
+        for item in value:
+            check_fields(item, schema[0], where)
+    elif isinstance(schema, tuple):
+        assert value in schema, f"{where}: {value!r}"
+    else:
+        assert type(value) is schema, f"{where}: {value!r} is no {schema.__name__}"
+
+
+def manifest(*arguments):
+    yaml = pytest.importorskip("yaml")
+    text = printed(*GKE, *arguments)
+    assert "@" not in text.replace('"$@"', "").partition("spec:")[2]
+    return yaml.safe_load(text)
+
+
+def test_the_manifest_is_a_jobset():
+    made = manifest("--spot", "--slices=2", "--", '--config.data.path=/gcs/a "b" &/*.tar')
+    check_fields(made, JOBSET)
+    slices = made["spec"]["replicatedJobs"][0]
+    job = slices["template"]["spec"]
+    pod = job["template"]["spec"]
+    (container,) = pod["containers"]
+    assert slices["replicas"] == 2
+    assert job["parallelism"] == job["completions"] == 128  # machines of 512 chips
+    assert pod["nodeSelector"] == {
+        "cloud.google.com/gke-tpu-accelerator": "tpu-v5p-slice",
+        "cloud.google.com/gke-tpu-topology": "8x8x8",
+        "cloud.google.com/gke-spot": "true",
+    }
+    # Values of annotations and selectors must be strings, which YAML's true is not.
+    assert job["template"]["metadata"]["annotations"] == {"gke-gcsfuse/volumes": "true"}
+    assert container["args"] == [
+        "train",
+        "--config=configs/pretrain.py:1.7b",
+        "--workdir=/gcs/runs/mine",
+        "--distributed=tpu",
+        '--config.data.path=/gcs/a "b" &/*.tar',
+    ]
+    assert "flags.py v5p" in container["command"][2]
+    assert pod["volumes"][0]["csi"]["volumeAttributes"]["bucketName"] == "bucket"
+    # A user's error (status 2) ends the JobSet, all else restarts it.
+    (rule,) = job["podFailurePolicy"]["rules"]
+    assert rule["onExitCodes"] == {"containerName": container["name"], "operator": "In", "values": [2]}
+
+
+def test_a_small_slice_is_one_machine():
+    made = manifest("--reservation=ours", "--topology=v6e:2x2")
+    job = made["spec"]["replicatedJobs"][0]["template"]["spec"]
+    assert job["parallelism"] == 1
+    assert job["template"]["spec"]["containers"][0]["resources"]["limits"] == {"google.com/tpu": 4}
+    assert job["template"]["spec"]["nodeSelector"]["cloud.google.com/reservation-name"] == "ours"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("local.sh", "--", "sample"), "give the command after --: train"),
+        (("local.sh", "-n", "two", "--", "train"), "'two' is not a whole number"),
+        (("local.sh", "-n", "0", "--", "train"), "-n must be 1 or more"),
+        (("local.sh", "-x"), "unknown argument -x"),
+        (QUEUED[:-1], "--workdir=... is missing"),
+        ((*QUEUED, "--topology=v9:2x2"), "--topology=v9:2x2 is not CHIP:AxB"),
+        ((*QUEUED, "--topology=v5e:3x3"), "9 chips, not a multiple of 4"),
+        ((*QUEUED, "--topology=tpu7x:4x4x4"), "use gke_jobset.sh"),
+        ((*QUEUED, "--workdir=runs/mine"), "the machines share no directory"),
+        ((*QUEUED, "--workdir=gs://bucket"), "needs a directory in the bucket"),
+        ((*QUEUED, "--spot", "--reserved"), "exclude each other"),
+        ((*QUEUED, "--sport"), "unknown argument --sport"),
+        ((*GKE, "--workdir=/data/mine"), "pods share a bucket"),
+        ((*SLURM, "--workdir=gs://bucket/mine"), "a file system that all nodes see"),
+        ((*SLURM, "--chip=v100"), "give one of cpu, v4"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, words):
+    done = launch(*arguments)
+    assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1
+    assert not done.stdout
+
+
+@pytest.mark.parametrize("script", [name for name in SCRIPTS if name != "common.sh"])
+def test_help_is_the_header(script):
+    done = launch(script, "--help", dry_run=False)
+    assert done.returncode == 0 and f"launch/{script}" in done.stdout and "--dry_run" in done.stdout
+    assert "set -euo" not in done.stdout
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_shellcheck(script):
+    shellcheck = shutil.which("shellcheck", path=f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}")
+    if shellcheck is None:
+        pytest.skip("shellcheck is not installed")
+    done = subprocess.run([shellcheck, "-x", f"launch/{script}"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout
+
+
+def test_every_flag_has_a_reason_and_a_source(flags):
+    for setting in flags.SETTINGS:
+        assert setting.chips and set(setting.chips) <= set(flags.CHIPS)
+        assert setting.reason and setting.source.startswith(("https://", "measured: "))
+    assert all(value in flags.explain() for value in ("MALLOC_ARENA_MAX", "LIBTPU_INIT_ARGS", flags.MAXTEXT))
+    # Each chip has some; TPU flags stay out of XLA_FLAGS, which jaxlib reads.
+    for chip in flags.CHIPS:
+        assert flags.exports(chip)
+        assert not any("tpu" in s.value and s.variable == "XLA_FLAGS" for s in flags.SETTINGS)
+
+
+def test_what_is_set_already_wins():
+    script = f'eval "$({sys.executable} launch/flags.py cpu)"; env'
+    given = {"PATH": os.environ["PATH"], "XLA_FLAGS": "--xla_mine=1", "MALLOC_ARENA_MAX": "4"}
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, env=given, cwd=ROOT, check=True)
+    values = dict(line.partition("=")[::2] for line in done.stdout.splitlines())
+    assert values["XLA_FLAGS"] == "--xla_cpu_experimental_ynn_fusion_type= --xla_mine=1"
+    assert (values["MALLOC_ARENA_MAX"], values["MALLOC_MMAP_MAX_"]) == ("4", "0")
+
+
+def test_the_image_holds_what_it_runs():
+    lines = (LAUNCH / "Dockerfile").read_text().splitlines()
+    copied = [word for line in lines if line.startswith("COPY") for word in line.split()[1:-1]]
+    assert all((ROOT / name).exists() for name in copied)
+    assert {"blip3o_jax", "configs", "launch"} <= set(copied)
+    assert json.loads(next(line for line in lines if line.startswith("ENTRYPOINT")).partition(" ")[2]) == ["blip3o"]
