@@ -11,10 +11,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from blip3o_jax.train.flops import PEAK_FLOPS
+from blip3o_jax.parallel.chips import chip_of
 
-# Bytes a second from the device's memory; NVIDIA's data sheets.
-PEAK_BANDWIDTH = {"NVIDIA H100 80GB HBM3": 3.35e12, "NVIDIA H200": 4.8e12}
 WIDTH = 150  # of a row; a terminal that is narrower breaks the lines
 COLUMNS = (
     "item",
@@ -59,10 +57,11 @@ def judged(item: dict[str, Any], about: Mapping[str, Any]) -> dict[str, Any]:
 
 def _share(kind: str, cost: Mapping[str, float], seconds: float) -> dict[str, float] | None:
     """The time at the device's peak over the time taken, for arithmetic and for memory; None where no peak is known."""
-    found = {}
-    for limit, name, table in (("arithmetic", "flops", PEAK_FLOPS), ("memory", "bytes", PEAK_BANDWIDTH)):
-        if name in cost and kind in table:
-            found[limit] = cost[name] / table[kind] / seconds
+    chip, found = chip_of(kind), {}
+    if chip:
+        for limit, name, peak in (("arithmetic", "flops", chip.flops), ("memory", "bytes", chip.hbm_rate)):
+            if name in cost:
+                found[limit] = cost[name] / peak / seconds
     return found or None
 
 

@@ -4,25 +4,15 @@ Counts matrix products and convolutions (2 per multiply-add), which are all but 
 count once per iteration, which `cost_analysis()` of a compiled program does not do.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 
-# bf16 peak in FLOP/s by `device_kind`, dense; vendors' data sheets and jax-ml/scaling-book (tpus).
-PEAK_FLOPS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "TPU7x": 2307e12 / 2,
-    "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H200": 989e12,
-}
+from blip3o_jax.config import Config
+from blip3o_jax.parallel.chips import chip_of
 
 
 def _dot_flops(eqn: Any) -> int:
@@ -65,6 +55,18 @@ def count_flops(fn: Callable[..., Any], *args: Any) -> int:
     return _jaxpr_flops(jax.make_jaxpr(fn)(*args).jaxpr)
 
 
+def without_recomputation(config: Config) -> Config:
+    """The same run with everything kept for the backward pass: recomputation is not counted as work."""
+    model = config.model
+    encoder = dataclasses.replace(model.tokenizer.encoder, remat="none")
+    plain = {name: dataclasses.replace(getattr(model, name), remat="none") for name in ("ar", "dit", "vae")}
+    plain["tokenizer"] = dataclasses.replace(model.tokenizer, encoder=encoder)
+    # A cross entropy in one block keeps its logits.
+    loss = dataclasses.replace(config.loss, ce_chunk=config.data.max_length)
+    return dataclasses.replace(config, model=dataclasses.replace(model, **plain), loss=loss)
+
+
 def peak_flops(device: jax.Device) -> float | None:
     """bf16 peak of `device` in FLOP/s, or None where no published figure is known (CPUs, for one)."""
-    return PEAK_FLOPS.get(device.device_kind)
+    chip = chip_of(device.device_kind)
+    return chip.flops if chip else None
