@@ -1,0 +1,321 @@
+"""What a compiled program costs, and how long it should take: a walk over its scheduled HLO.
+
+    matrix operations   max(FLOPs / peak, bytes / HBM rate, the compiler's estimated cycles / clock)
+    everything else     bytes / HBM rate
+    collectives         bench/network.py
+    loops               their body's cost times their turns
+
+Text order is the schedule's. Three clocks run beside each other: the core's, the interconnect's, and that of copies between
+HBM and the core's memory. An operation in a start/done pair runs on its own clock from its start; at its done the core waits
+for what is left, and that alone is exposed. What is in no class here is charged for its bytes and reported by name.
+"""
+
+import collections
+import dataclasses
+import re
+
+from blip3o_jax.bench import hlo
+from blip3o_jax.bench.hlo import Computation, Op, Program
+from blip3o_jax.bench.hlo_bytes import operation_bytes
+from blip3o_jax.bench.hlo_flops import MATRIX, kernel_flops, matrix_flops
+from blip3o_jax.bench.network import COLLECTIVES, Network
+from blip3o_jax.blip3o import PARTS
+
+LIMITERS = ("compute", "HBM", "ICI", "DCN")
+SCOPES = (*PARTS, "cross_entropy", "optimizer")
+PASSES = ("forward", "recomputed", "backward")
+
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(re.findall(r"\S+", text))
+
+
+# Cost nothing: names for what is there already, or marks for the compiler.
+FREE = _names("""
+    parameter constant get-tuple-element tuple bitcast after-all partition-id replica-id opt-barrier domain add-dependency
+    get-dimension-size async-update
+""")
+# Read and write memory and hardly compute.
+MEMORY = _names("""
+    abs add and atan2 broadcast bitcast-convert cbrt ceil clamp compare complex concatenate convert copy cosine
+    count-leading-zeros divide dynamic-slice dynamic-update-slice erf exponential exponential-minus-one floor gather imag iota
+    is-finite log log-plus-one logistic map maximum minimum multiply negate not or pad popcnt power real reduce
+    reduce-precision reduce-window remainder reshape reverse rng rng-bit-generator rng-get-and-update-state
+    round-nearest-afz round-nearest-even rsqrt scatter select select-and-scatter shift-left shift-right-arithmetic
+    shift-right-logical sign sine slice sort sqrt stochastic-convert subtract tan tanh topk transpose xor
+""")
+# Custom calls of the compiler's own that move at most what their shapes say.
+MEMORY_CALLS = _names("""
+    AllocateBuffer AssumeGatherIndicesInBound MoveToHost MoveToDevice PartialReduce ResizeBuffer Sharding
+    SPMDFullToShardShape SPMDShardToFullShape TopK annotate_device_placement
+""")
+
+
+@dataclasses.dataclass
+class Traffic:
+    """Of one kind of collective on one set of mesh axes. `size`: bytes of a device, as network.py has it."""
+
+    count: int = 0
+    size: float = 0.0
+    seconds: float = 0.0
+    exposed: float = 0.0  # seconds that the core waits for it
+
+
+@dataclasses.dataclass
+class Unknown:
+    count: int = 0
+    size: float = 0.0  # bytes read and written
+    seconds: float = 0.0
+
+
+Collective = tuple[str, tuple[str, ...], str]  # kind, mesh axes, ICI or DCN
+
+
+@dataclasses.dataclass
+class Cost:
+    """Of one device. Seconds by limiter add up to the predicted time."""
+
+    flops: dict[tuple[str, str], float] = dataclasses.field(default_factory=lambda: collections.defaultdict(float))
+    hbm_bytes: float = 0.0
+    seconds: dict[str, float] = dataclasses.field(default_factory=lambda: collections.defaultdict(float))
+    part_seconds: dict[str, float] = dataclasses.field(default_factory=lambda: collections.defaultdict(float))
+    collectives: dict[Collective, Traffic] = dataclasses.field(default_factory=lambda: collections.defaultdict(Traffic))
+    unknown: dict[str, Unknown] = dataclasses.field(default_factory=lambda: collections.defaultdict(Unknown))
+
+    @property
+    def total_flops(self) -> float:
+        return sum(self.flops.values())
+
+    @property
+    def total_seconds(self) -> float:
+        return sum(self.seconds.values())
+
+    @property
+    def limiter(self) -> str:
+        return max(LIMITERS, key=lambda name: self.seconds[name])
+
+    @property
+    def unknown_share(self) -> float:
+        """Of the predicted time, what went to operations of no known class."""
+        return sum(u.seconds for u in self.unknown.values()) / (self.total_seconds or 1)
+
+    def add(self, other: "Cost", times: int = 1) -> None:
+        self.hbm_bytes += other.hbm_bytes * times
+        for mine, theirs in ((self.flops, other.flops), (self.seconds, other.seconds), (self.part_seconds, other.part_seconds)):
+            for key, value in theirs.items():
+                mine[key] += value * times
+        for mine, theirs in ((self.collectives, other.collectives), (self.unknown, other.unknown)):
+            for key, value in theirs.items():
+                for field in dataclasses.fields(value):
+                    setattr(mine[key], field.name, getattr(mine[key], field.name) + getattr(value, field.name) * times)
+
+
+def program_cost(text: str, network: Network) -> Cost:
+    """Of the compiled program whose HLO `text` is."""
+    program = hlo.parse(text)
+    return _Walk(program, network).computation(program.computations[program.entry])
+
+
+def scope(op_name: str) -> tuple[str, str]:
+    """(part, pass) of an operation: "jit(step)/transpose(jvp(ar))/while/body/dot_general" is ar's backward pass."""
+    words = re.findall(r"[\w.\-]+", op_name)
+    part = next((word for word in reversed(words) if word in SCOPES), "other")
+    if "rematted_computation" in op_name:
+        return part, "recomputed"
+    return part, "backward" if "transpose(" in op_name else "forward"
+
+
+class _Walk:
+    def __init__(self, program: Program, network: Network):
+        self.program, self.network, self.chip = program, network, network.chip
+        self.costs: dict[str, Cost] = {}
+
+    def computation(self, computation: Computation) -> Cost:
+        if computation.name not in self.costs:
+            schedule = _Schedule(self, computation)
+            for op in computation.ops:
+                schedule.run(op)
+            self.costs[computation.name] = schedule.finish()
+        return self.costs[computation.name]
+
+    def named(self, name: str) -> Computation:
+        return self.program.computations[name]
+
+    def flops(self, computation: Computation, op: Op, op_name: str = "") -> dict[tuple[str, str], float]:
+        """FLOPs of an operation and all it calls, by part and pass."""
+        found: dict[tuple[str, str], float] = collections.defaultdict(float)
+        if op.opcode in MATRIX:
+            found[scope(op.op_name or op_name)] += matrix_flops(computation, op)
+        elif op.opcode in ("fusion", "call", "async-start"):
+            for name in op.called("calls", "to_apply"):
+                inner = self.named(name)
+                for child in inner.ops:
+                    for key, value in self.flops(inner, child, op.op_name or op_name).items():
+                        found[key] += value
+        return found
+
+    def collective_in(self, op: Op) -> tuple[str, Op, Computation] | None:
+        """(kind, operation, its computation) of the collective that a fusion or an asynchronous call holds, if one.
+
+        The TPU compiler writes a reduce-scatter as a fusion of an all-reduce and a slice.
+        """
+        for name in op.called("calls", "to_apply") if op.opcode in ("fusion", "async-start", "call") else ():
+            inner = self.named(name)
+            for child in inner.ops:
+                kind = child.opcode.removesuffix("-start")
+                if kind in COLLECTIVES:
+                    scatter = kind == "all-reduce" and "all-reduce-scatter" in name
+                    return "reduce-scatter" if scatter else kind, child, inner
+                if deeper := self.collective_in(child):
+                    return deeper
+        return None
+
+
+class _Schedule:
+    """The operations of one computation in turn, and the three clocks."""
+
+    def __init__(self, walk: _Walk, computation: Computation):
+        self.walk, self.of, self.cost = walk, computation, Cost()
+        self.now = 0.0
+        self.free: dict[str, float] = collections.defaultdict(float)  # when a clock is free again
+        self.pending: dict[str, tuple[str, float, Traffic | None]] = {}  # start -> (limiter, end, traffic)
+
+    def run(self, op: Op) -> None:
+        opcode = op.opcode
+        if opcode in FREE:
+            return
+        if opcode.endswith("-done"):
+            self._done(op)
+        elif opcode == "while":
+            self._loop(op)
+        elif opcode == "conditional":
+            branches = op.called("true_computation", "false_computation", "branch_computations")
+            costs = [self.walk.computation(self.walk.named(name)) for name in branches]
+            self._add(max(costs, key=lambda cost: cost.total_seconds))
+        elif opcode == "call":
+            self._add(self.walk.computation(self.walk.named(op.called("to_apply")[0])))
+        elif self._is_collective(op):
+            self._collective(op)
+        elif opcode.endswith("-start"):
+            self._copy(op)
+        else:
+            self._compute(op)
+
+    def finish(self) -> Cost:
+        """Waits for what nothing in this computation has waited for."""
+        for start in list(self.pending):
+            self._wait(start)
+        return self.cost
+
+    # --- work of the core
+
+    def _compute(self, op: Op) -> None:
+        chip, part = self.walk.chip, scope(op.op_name)[0]
+        size = operation_bytes(self.walk.program, self.of, op)
+        flops = self.walk.flops(self.of, op)
+        known = bool(flops) or op.opcode in MEMORY or op.opcode == "fusion"
+        if op.opcode == "custom-call":
+            kernel = kernel_flops(self.of, op)
+            known = kernel is not None or (op.attribute("custom_call_target") or "").strip('"') in MEMORY_CALLS
+            if kernel:
+                flops = {scope(op.op_name): kernel}
+        moving = size / chip.hbm_rate
+        working = sum(flops.values()) / chip.flops
+        if flops and chip.clock:
+            working = max(working, op.estimated_cycles / chip.clock)
+        for key, value in flops.items():
+            self.cost.flops[key] += value
+        if flops:  # a fusion goes by the name of its last operation, its work is the product's
+            part = max(flops, key=flops.__getitem__)[0]
+        self.cost.hbm_bytes += size
+        self._spend("compute" if working > moving else "HBM", max(working, moving), part)
+        if not known:
+            self._note(op, size, max(working, moving))
+
+    def _note(self, op: Op, size: float, seconds: float) -> None:
+        target = (op.attribute("custom_call_target") or "").strip('"')
+        entry = self.cost.unknown[f"{op.opcode} {target}".strip()]
+        entry.count, entry.size, entry.seconds = entry.count + 1, entry.size + size, entry.seconds + seconds
+
+    def _spend(self, limiter: str, seconds: float, part: str) -> None:
+        self.now += seconds
+        self.cost.seconds[limiter] += seconds
+        self.cost.part_seconds[part] += seconds
+
+    def _add(self, cost: Cost, times: int = 1) -> None:
+        self.cost.add(cost, times)
+        self.now += cost.total_seconds * times
+
+    def _loop(self, op: Op) -> None:
+        turns = hlo.trip_count(self.walk.program, self.of, op)
+        if turns is None:
+            self.cost.unknown["loop of unknown length, counted once"].count += 1
+        self._add(self.walk.computation(self.walk.named(op.called("body")[0])), 1 if turns is None else turns)
+
+    # --- collectives and copies
+
+    def _is_collective(self, op: Op) -> bool:
+        return (
+            op.opcode.removesuffix("-start") in COLLECTIVES
+            or op.opcode in ("send", "recv")
+            or self.walk.collective_in(op) is not None
+        )
+
+    def _collective(self, op: Op) -> None:
+        if op.opcode == "recv":  # its bytes are counted where they are sent, which is as many
+            return
+        key, size, seconds = self._traffic(op)
+        traffic = self.cost.collectives[key]
+        traffic.count, traffic.size, traffic.seconds = traffic.count + 1, traffic.size + size, traffic.seconds + seconds
+        flops = self.walk.flops(self.of, op)
+        for name, value in flops.items():
+            self.cost.flops[name] += value
+        begin = max(self.now, self.free[key[2]])
+        self.free[key[2]] = begin + seconds
+        self.pending[op.name] = key[2], begin + seconds, traffic
+        # A collective within a fusion overlaps with the product in it.
+        working = sum(flops.values()) / self.walk.chip.flops
+        if working:
+            self._spend("compute", working, scope(op.op_name)[0])
+        if not op.opcode.endswith("-start") and op.opcode != "send":
+            self._wait(op.name, scope(op.op_name)[0])
+
+    def _traffic(self, op: Op) -> tuple[Collective, float, float]:
+        """(key, bytes, seconds) of a collective, whatever it wears."""
+        network, inside = self.walk.network, self.walk.collective_in(op)
+        kind, inner, of = inside or (op.opcode.removesuffix("-start"), op, self.of)
+        operands = sum(s.bytes for name in inner.operands for s in hlo.leaves(of.by_name[name].shape))
+        if kind == "send":
+            return ("send", ("data",), "DCN"), operands, operands / self.walk.chip.dcn_rate
+        if kind == "collective-permute":
+            pairs = hlo.device_pairs(inner.attribute("source_target_pairs") or "")
+            axes = network.axes(pairs[0]) if pairs else ()
+            crossing = "DCN" if network.crosses_pairs(pairs) else "ICI"
+            return (kind, axes, crossing), operands, network.permute_seconds(operands, pairs)
+        groups = hlo.replica_groups(inner.replica_groups, network.devices)
+        size = operands * len(groups[0]) if kind == "all-gather" else operands
+        crossing = "DCN" if network.crosses(groups[0]) else "ICI"
+        return (kind, network.axes(groups[0]), crossing), size, network.seconds(kind, size, groups[0])
+
+    def _copy(self, op: Op) -> None:
+        """A copy between memories: one side of it is HBM."""
+        size = operation_bytes(self.walk.program, self.of, op)
+        self.cost.hbm_bytes += size
+        begin = max(self.now, self.free["DMA"])
+        self.free["DMA"] = end = begin + size / self.walk.chip.hbm_rate
+        self.pending[op.name] = "HBM", end, None
+
+    def _done(self, op: Op) -> None:
+        name = op.operands[0]
+        while name not in self.pending and name in self.of.by_name and self.of.by_name[name].operands:
+            name = self.of.by_name[name].operands[0]
+        if name in self.pending:
+            self._wait(name, scope(op.op_name)[0])
+
+    def _wait(self, start: str, part: str = "other") -> None:
+        limiter, end, traffic = self.pending.pop(start)
+        waited = max(0.0, end - self.now)
+        if waited:
+            self._spend(limiter, waited, part)
+        if traffic is not None:
+            traffic.exposed += waited

@@ -1,0 +1,351 @@
+"""Reads the text of a compiled program: scheduled HLO, as `compiled.as_text()` has it.
+
+Only what a cost needs is read: computations, operations in the order they run, shapes with their memory space, what calls
+what, how often loops turn, and between which devices collectives go. The format is XLA's (openxla.org/xla/shapes, "layout";
+hlo_instruction.cc prints it).
+"""
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+_BITS = {"pred": 8, "token": 0, "opaque": 0, "c64": 64, "c128": 128}
+VMEM = 1  # memory space of a TPU core's own memory; 0 is HBM, 5 the host's
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Shape:
+    """An array: "bf16", (16, 1152), memory space."""
+
+    dtype: str
+    dims: tuple[int, ...]
+    space: int = 0
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.dims)
+
+    @property
+    def bytes(self) -> int:
+        if self.dtype in _BITS:
+            return self.size * _BITS[self.dtype] // 8
+        return -(-self.size * int(re.search(r"\d+", self.dtype)[0]) // 8)  # bf16, f8e4m3fn, s4, u32
+
+
+Shapes = Shape | tuple["Shapes", ...]
+
+
+def leaves(shape: Shapes) -> Iterator[Shape]:
+    """The arrays of a tuple, however deep."""
+    if isinstance(shape, Shape):
+        yield shape
+    else:
+        for inner in shape:
+            yield from leaves(inner)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Op:
+    """`name = shape opcode(operands), attributes`; for constants and parameters `argument` is what the brackets hold."""
+
+    name: str
+    opcode: str
+    shape: Shapes
+    operands: tuple[str, ...]
+    argument: str
+    attributes: str
+    root: bool
+
+    def attribute(self, name: str) -> str | None:
+        """Text of attribute `name` up to the comma or bracket that ends it: name=text."""
+        found = re.search(rf"(?:^|[ ,]){name}=", self.attributes)
+        return _value(self.attributes, found.end()) if found else None
+
+    def called(self, *names: str) -> tuple[str, ...]:
+        """Computations under these attributes (`calls`, `body`, ...)."""
+        texts = [self.attribute(name) for name in names]
+        return tuple(word.lstrip("%") for text in texts if text for word in re.findall(r"%?[\w.\-]+", text))
+
+    @property
+    def replica_groups(self) -> str:
+        """Text of the attribute; in one of its forms it has commas."""
+        found = re.search(r"replica_groups=(mesh\[[^{]*\{[^}]*\})", self.attributes)
+        return found[1] if found else self.attribute("replica_groups") or "{}"
+
+    @property
+    def op_name(self) -> str:
+        """Where the operation comes from: named scopes with slashes between."""
+        found = re.search(r'op_name="([^"]*)"', self.attributes)
+        return found[1] if found else ""
+
+    @property
+    def estimated_cycles(self) -> int:
+        """The TPU compiler's own estimate, or 0."""
+        found = re.search(r'"estimated_cycles":"(\d+)"', self.attributes)
+        return int(found[1]) if found else 0
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Computation:
+    name: str
+    ops: tuple[Op, ...]
+    by_name: dict[str, Op]
+
+    @property
+    def root(self) -> Op:
+        return next((op for op in self.ops if op.root), self.ops[-1])
+
+    def parameters(self) -> list[Op]:
+        return sorted((op for op in self.ops if op.opcode == "parameter"), key=lambda op: int(op.argument))
+
+    def users(self, name: str) -> list[Op]:
+        return [op for op in self.ops if name in op.operands]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Program:
+    computations: dict[str, Computation]
+    entry: str
+
+    def operand(self, computation: Computation, op: Op, index: int) -> Op:
+        return computation.by_name[op.operands[index]]
+
+
+def parse(text: str) -> Program:
+    """Raises ValueError where the text holds no entry computation."""
+    computations, entry = {}, None
+    name, ops = None, []
+    for line in text.splitlines():
+        if name is None:
+            if line.endswith("{") and (header := re.match(r"(ENTRY )?%?([\w.\-]+) (?:\(|\{)", line)):
+                name, ops = header[2], []
+                entry = name if header[1] else entry
+        elif line.startswith("}"):
+            computations[name] = Computation(name, tuple(ops), {op.name: op for op in ops})
+            name = None
+        elif (op := _op(line)) is not None:
+            ops.append(op)
+    if entry is None:
+        raise ValueError("no HLO: the text has no ENTRY computation")
+    return Program(computations, entry)
+
+
+_START = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = ")
+_OPCODE = re.compile(r" ([\w\-]+)\(")
+
+
+def _op(line: str) -> Op | None:
+    start = _START.match(line)
+    if not start:
+        return None
+    shape, at = _shape(line, start.end())
+    opcode = _OPCODE.match(line, at)
+    if not opcode:
+        raise ValueError(f"not an HLO operation: {line[:200]!r}")
+    end = _closing(line, opcode.end() - 1)
+    argument = line[opcode.end() : end]
+    operands = () if opcode[1] in ("constant", "parameter", "iota") else tuple(map(_operand, _split(argument)))
+    return Op(start[2], opcode[1], shape, operands, argument, line[end + 1 :].lstrip(", "), bool(start[1]))
+
+
+def _operand(text: str) -> str:
+    """Older texts put the shape before the name."""
+    return text.rsplit(" ", 1)[-1].lstrip("%")
+
+
+_ARRAY = re.compile(r"([a-z]\w*)\[([^\]]*)\]")
+_LAYOUT = re.compile(r"\{[^}]*\}")
+
+
+def _shape(text: str, at: int) -> tuple[Shapes, int]:
+    """(shape, where it ends) of the shape at `at`."""
+    comment = re.compile(r"\s*(/\*.*?\*/)?\s*")
+    if text[at] == "(":
+        parts, at = [], at + 1
+        at = comment.match(text, at).end()
+        while text[at] != ")":
+            part, at = _shape(text, at)
+            parts.append(part)
+            at = comment.match(text, at + (text[at] == ",")).end()
+        return tuple(parts), at + 1
+    array = _ARRAY.match(text, at)
+    if not array:
+        raise ValueError(f"not an HLO shape: {text[at : at + 80]!r}")
+    at, space = array.end(), 0
+    if layout := _LAYOUT.match(text, at):
+        at = layout.end()
+        found = re.search(r"S\((\d+)\)", layout[0])
+        space = int(found[1]) if found else 0
+    dims = tuple(int(d.strip().removeprefix("<=")) for d in array[2].split(",") if d.strip())
+    return Shape(array[1], dims, space), at
+
+
+_OPEN, _CLOSE = "([{", ")]}"
+
+
+def _closing(text: str, at: int) -> int:
+    """Index of the bracket that closes the one at `at`."""
+    depth, quoted = 0, False
+    for i in range(at, len(text)):
+        c = text[i]
+        if c == '"':
+            quoted = not quoted
+        elif not quoted and c in _OPEN:
+            depth += 1
+        elif not quoted and c in _CLOSE:
+            depth -= 1
+            if depth == 0:
+                return i
+    raise ValueError(f"unbalanced brackets: {text[at : at + 120]!r}")
+
+
+def _split(text: str) -> list[str]:
+    """Cut at the commas outside of brackets."""
+    if not any(c in text for c in "([{"):
+        parts = text.split(",")
+    else:
+        parts, depth, start = [], 0, 0
+        for i, c in enumerate(text):
+            depth += (c in _OPEN) - (c in _CLOSE)
+            if c == "," and depth == 0:
+                parts.append(text[start:i])
+                start = i + 1
+        parts.append(text[start:])
+    return [clean for part in parts if (clean := re.sub(r"/\*.*?\*/", "", part).strip())]
+
+
+def _value(text: str, at: int) -> str:
+    """An attribute's value: everything up to the comma outside of brackets."""
+    depth, quoted = 0, False
+    for i in range(at, len(text)):
+        c = text[i]
+        if c == '"':
+            quoted = not quoted
+        elif not quoted:
+            depth += (c in _OPEN) - (c in _CLOSE)
+            if c == "," and depth == 0:
+                return text[at:i]
+    return text[at:]
+
+
+# --- loops
+
+
+def trip_count(program: Program, computation: Computation, loop: Op) -> int | None:
+    """How often a while loop turns: as XLA notes it, or from the bound that its condition compares with; None if neither says.
+
+    Loops that JAX makes count up by one; the bound is a constant of the condition or of the loop's first values.
+    """
+    if found := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes):
+        return int(found[1])
+    condition = program.computations[loop.called("condition")[0]]
+    values = [_constant(program, computation, operand) for operand in _first_values(computation, loop)]
+    compared = _comparison(program, condition, values)
+    if compared is None:
+        return None
+    direction, start, bound = compared
+    turns = {"LT": bound - start, "LE": bound - start + 1, "NE": bound - start, "GT": start - bound, "GE": start - bound + 1}
+    return max(0, turns[direction]) if direction in turns else None
+
+
+def _first_values(computation: Computation, loop: Op) -> Sequence[Op | None]:
+    first = computation.by_name.get(loop.operands[0])
+    if first is None or first.opcode != "tuple":
+        return ()
+    return [computation.by_name.get(name) for name in first.operands]
+
+
+def _constant(program: Program, computation: Computation, op: Op | None) -> int | None:
+    """The value of a constant whole number, through copies and bitcasts."""
+    while op is not None and op.opcode in ("copy", "bitcast", "convert", "reshape"):
+        op = computation.by_name.get(op.operands[0])
+    if op is None or op.opcode != "constant" or not re.fullmatch(r"-?\d+", op.argument.strip("{} ")):
+        return None
+    return int(op.argument.strip("{} "))
+
+
+def _comparison(program: Program, condition: Computation, values: Sequence[int | None]) -> tuple[str, int, int] | None:
+    """(direction, first value of the counter, bound) of the condition's root, which may be a fusion of it."""
+    root, known = condition.root, {}
+    for op in condition.ops:
+        if op.opcode == "constant":
+            known[op.name] = ("bound", _constant(program, condition, op))
+        elif op.opcode == "get-tuple-element":
+            index = int(op.attribute("index"))
+            known[op.name] = ("first", values[index] if index < len(values) else None)
+        elif op.opcode in ("copy", "bitcast") and op.operands[0] in known:
+            known[op.name] = known[op.operands[0]]
+    if root.opcode == "fusion":
+        inner = program.computations[root.called("calls")[0]]
+        given = {p.name: known.get(name) for p, name in zip(inner.parameters(), root.operands, strict=True)}
+        constants = {op.name: ("bound", _constant(program, inner, op)) for op in inner.ops if op.opcode == "constant"}
+        root, known = inner.root, given | constants
+    if root.opcode != "compare":
+        return None
+    left, right = (known.get(name) for name in root.operands)
+    if not left or not right or left[1] is None or right[1] is None or left[0] == "bound":
+        return None
+    return root.attribute("direction"), left[1], right[1]
+
+
+# --- devices
+
+
+@functools.cache
+def replica_groups(text: str, devices: int) -> tuple[tuple[int, ...], ...]:
+    """Device numbers of each group, in the forms XLA writes:
+
+    {{0,1},{2,3}}     listed
+    [2,2]<=[4]        0 .. 3 in rows of two
+    [2,2]<=[2,2]T(1,0)  the same numbers as an array, transposed first
+    {}                all devices are one group
+    mesh['a'=2,'b'=4] {'a'}   along axis a of the numbers as an array a x b
+    mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}   the numbers as an array 2 x 4, transposed, then a x b
+    """
+    if text.strip("{} ") == "":
+        return (tuple(range(devices)),)
+    if text.startswith("{"):
+        return tuple(tuple(map(int, group.split(","))) for group in re.findall(r"\{([\d, ]+)\}", text))
+    if text.startswith("mesh["):
+        return _mesh_groups(text)
+    found = re.fullmatch(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text.strip())
+    if not found:
+        raise ValueError(f"replica_groups={text!r} is in no form that is known here")
+    shape, *order = (tuple(map(int, part.split(","))) for part in found.groups() if part)
+    return _rows(_numbered(*order).reshape(shape[0], -1))
+
+
+_MESH_GROUPS = re.compile(r"mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))?\s*\{([^}]*)\}")
+
+
+def _mesh_groups(text: str) -> tuple[tuple[int, ...], ...]:
+    found = _MESH_GROUPS.fullmatch(text.strip())
+    sizes = {name: int(size) for name, size in re.findall(r"'([^']*)'=(\d+)", found[1])} if found else {}
+    axes = re.findall(r"'([^']*)'", found[4]) if found else []
+    if not sizes or not set(axes) <= set(sizes):
+        raise ValueError(f"replica_groups={text!r} is in no form that is known here")
+    shape = tuple(sizes.values())
+    order = [tuple(map(int, part.split(","))) for part in (found[2], found[3]) if part]
+    ids = _numbered(*(order or [shape])).reshape(shape)
+    along = [list(sizes).index(axis) for axis in axes]
+    others = [i for i in range(len(shape)) if i not in along]
+    return _rows(ids.transpose(others + along).reshape(-1, math.prod(shape[i] for i in along)))
+
+
+def _numbered(shape: tuple[int, ...], order: tuple[int, ...] | None = None) -> np.ndarray:
+    ids = np.arange(math.prod(shape)).reshape(shape)
+    return ids.transpose(order) if order else ids
+
+
+def _rows(ids: np.ndarray) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(map(int, row)) for row in ids)
+
+
+@functools.cache
+def device_pairs(text: str) -> tuple[tuple[int, int], ...]:
+    """source_target_pairs={{0,1},{1,2}}."""
+    return tuple((int(a), int(b)) for a, b in re.findall(r"\{(\d+),(\d+)\}", text))

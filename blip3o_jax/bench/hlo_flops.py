@@ -1,0 +1,92 @@
+"""FLOPs of single HLO operations: matrix products, convolutions and kernels that no compiler can look into.
+
+A multiply-add is two. The TPU compiler writes every matrix product as a convolution, with batch dimensions as spatial ones that
+stride and dilate past each other, so a convolution counts the pairs of output and kernel positions that meet an input value.
+"""
+
+import functools
+import math
+import re
+from collections.abc import Callable
+
+import numpy as np
+
+from blip3o_jax.bench.hlo import Computation, Op, Shape, leaves
+
+MATRIX = ("dot", "convolution")
+
+
+def matrix_flops(computation: Computation, op: Op) -> int:
+    """Of a `dot` or a `convolution`."""
+    lhs, rhs = (computation.by_name[name].shape for name in op.operands[:2])
+    return _dot(op, lhs) if op.opcode == "dot" else _convolution(op, lhs, rhs)
+
+
+def _dot(op: Op, lhs: Shape) -> int:
+    contracted = re.findall(r"\d+", op.attribute("lhs_contracting_dims") or "")
+    return 2 * op.shape.size * math.prod(lhs.dims[int(d)] for d in contracted)
+
+
+def _convolution(op: Op, lhs: Shape, rhs: Shape) -> int:
+    of_lhs, of_rhs, of_out = re.split(r"_|->", op.attribute("dim_labels"))
+    batch, features = (lhs.dims[of_lhs.index(c)] for c in "bf")
+    outputs = op.shape.dims[of_out.index("f")]
+    groups, batch_groups = (int(op.attribute(f"{name}_group_count") or 1) for name in ("feature", "batch"))
+    window = dict(re.findall(r"(\w+)=([\dx_\-]+)", op.attribute("window") or ""))
+    met = 1
+    for i, c in enumerate(sorted(set(of_lhs) - set("bf"))):
+        pads = window["pad"].split("x")[i] if "pad" in window else "0_0"
+        number = lambda key, i=i: int(window[key].split("x")[i]) if key in window else 1
+        met *= _positions(
+            lhs.dims[of_lhs.index(c)],
+            rhs.dims[of_rhs.index(c)],
+            op.shape.dims[of_out.index(c)],
+            number("stride"),
+            int(pads.split("_")[0]),
+            number("lhs_dilate"),
+            number("rhs_dilate"),
+        )
+    return 2 * (features // groups) * outputs * (batch // batch_groups) * met
+
+
+@functools.cache
+def _positions(size: int, kernel: int, output: int, stride: int, pad: int, dilate: int, kernel_dilate: int) -> int:
+    """Pairs of kernel and output position along one dimension that meet a value of the input, neither padding nor a hole."""
+    dilated = (size - 1) * dilate + 1
+    starts, met = np.arange(output) * stride - pad, 0
+    for k in range(kernel):
+        at = starts + k * kernel_dilate
+        met += int(np.count_nonzero((at >= 0) & (at < dilated) & (at % dilate == 0)))
+    return met
+
+
+# --- kernels
+
+# Products of queries' size times keys' length that a splash attention kernel makes: forward q k and p v; backward q k again,
+# dp = do v, then dq, or dv and dk, or all three.
+_SPLASH = {"fwd": 2, "dq": 3, "dkv": 4}
+
+
+def _splash(op: Op, operands: list[Shape]) -> int | None:
+    """Causal splash attention (jax.experimental.pallas.ops.tpu.splash_attention): blocks above the diagonal are left out, and
+    half of each on it is counted. Queries [.., heads, L, K] come first of the floating-point operands, then keys [.., S, K]."""
+    found = re.search(r"splash_m[hq]a_(fwd|dq|dkv)", op.attributes + op.name)
+    arrays = [s for s in operands if s.dtype in ("bf16", "f32") and len(s.dims) >= 3]
+    if not found or len(arrays) < 2:
+        return None
+    queries, keys = arrays[:2]
+    length = keys.dims[-2]
+    return int(2 * _SPLASH[found[1]] * queries.size * (length + 1) / 2)
+
+
+# Kernel name (in the operation's text) -> formula of (operation, shapes of its operands); None where the shapes do not fit.
+KERNELS: dict[str, Callable[[Op, list[Shape]], int | None]] = {"splash_m": _splash}
+
+
+def kernel_flops(computation: Computation, op: Op) -> int | None:
+    """Of a custom call, or None where no formula is known."""
+    operands = [s for name in op.operands for s in leaves(computation.by_name[name].shape)]
+    for name, formula in KERNELS.items():
+        if name in op.name or name in op.attributes:
+            return formula(op, operands)
+    return None

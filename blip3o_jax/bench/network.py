@@ -1,0 +1,128 @@
+"""How long a collective takes: on the torus of a slice (ICI), or between slices (DCN).
+
+A group that covers a box of the torus moves its data over all of the box's axes at once, both ways round where an axis is a
+ring (scaling-book, "sharding": an all-gather of V bytes takes V / (rate of the links used)); groups that interleave on an axis
+share its links. Beside the bytes every hop takes time. Between slices each device's share goes out through its host.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+
+from blip3o_jax.parallel.chips import HOP_S, Chip
+
+GATHERS = ("all-gather", "reduce-scatter")
+COLLECTIVES = (*GATHERS, "all-reduce", "all-to-all", "ragged-all-to-all", "collective-permute", "collective-broadcast")
+GPUS_A_NODE = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """What a group covers of one axis of the torus."""
+
+    length: int
+    ring: bool
+    share: float  # of the axis's links that is the group's own
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Network:
+    """Devices as the program numbers them: in the mesh's order."""
+
+    chip: Chip
+    mesh: dict[str, int]  # axis -> size, the last one fastest
+    coords: np.ndarray  # [devices, axes of the torus]
+    cores: np.ndarray  # [devices], which device of its chip
+    slices: np.ndarray  # [devices]
+
+    @classmethod
+    def of(cls, chip: Chip, mesh: dict[str, int], devices: Sequence[object]) -> "Network":
+        """From JAX's devices; those without coordinates (GPUs) lie in nodes of eight."""
+        places = [tuple(getattr(d, "coords", None) or (i,)) for i, d in enumerate(devices)]
+        slices = [getattr(d, "slice_index", 0) or 0 for d in devices]
+        if not chip.axes:
+            slices = [i // GPUS_A_NODE for i in range(len(places))]
+        cores = [getattr(d, "core_on_chip", 0) or 0 for d in devices]
+        return cls(chip, mesh, np.array(places), np.array(cores), np.array(slices))
+
+    @property
+    def devices(self) -> int:
+        return len(self.slices)
+
+    def axes(self, group: Sequence[int]) -> tuple[str, ...]:
+        """Mesh axes along which the members of a group differ."""
+        places = np.array(np.unravel_index(np.array(group), tuple(self.mesh.values())))
+        return tuple(axis for axis, row in zip(self.mesh, places, strict=True) if len(set(row.tolist())) > 1)
+
+    def crosses(self, group: Sequence[int]) -> bool:
+        return len(set(self.slices[list(group)].tolist())) > 1
+
+    def seconds(self, kind: str, size: float, group: Sequence[int]) -> float:
+        """Of one collective over `group`. `size` in bytes, of one device: the whole array for gathers, scatters and
+        reductions, what a device holds for all-to-all and permutes."""
+        group = list(group)
+        if len(group) < 2:
+            return 0.0
+        times = 2 if kind == "all-reduce" else 1
+        parts, total = sorted(set(self.slices[group].tolist())), 0.0
+        if len(parts) > 1:
+            inside = [i for i in group if self.slices[i] == parts[0]]
+            total = times * size / len(inside) * (1 - 1 / len(parts)) / self.chip.dcn_rate
+            group = inside
+        if len(group) < 2:
+            return total
+        if not self.chip.axes:
+            return total + times * size * (1 - 1 / len(group)) / self.chip.link_rate
+        lines = self._lines(group)
+        latency = sum(line.length / 2 if line.ring else line.length - 1 for line in lines) * HOP_S
+        if kind.endswith("all-to-all"):
+            slowest = max((line.length / (8 if line.ring else 4) / line.share for line in lines), default=0.0)
+            return total + size * slowest / self.chip.link_rate + latency
+        rate = sum(self.chip.link_rate * (2 if line.ring else 1) * line.share for line in lines) or self.chip.link_rate
+        return total + times * (size * (1 - 1 / len(group)) / rate + latency)
+
+    def permute_seconds(self, size: float, pairs: Sequence[tuple[int, int]]) -> float:
+        """Every device sends `size` bytes at once: the longest way, over links that the others on it use too."""
+        between = [(a, b) for a, b in pairs if a != b]
+        if not between:
+            return 0.0
+        if self.crosses_pairs(between):
+            return size / self.chip.dcn_rate
+        if not self.chip.axes:
+            return size / self.chip.link_rate
+        hops = max(self._hops(a, b) for a, b in between)
+        return hops * (size / self.chip.link_rate + HOP_S) if hops else size / self.chip.hbm_rate
+
+    def crosses_pairs(self, pairs: Sequence[tuple[int, int]]) -> bool:
+        return any(self.slices[a] != self.slices[b] for a, b in pairs)
+
+    def _sizes(self) -> np.ndarray:
+        return self.coords.max(axis=0) - self.coords.min(axis=0) + 1
+
+    def _hops(self, a: int, b: int) -> int:
+        total = 0
+        for size, x, y in zip(self._sizes().tolist(), self.coords[a].tolist(), self.coords[b].tolist(), strict=True):
+            distance = abs(x - y)
+            total += min(distance, size - distance) if self.chip.wraps(size) else distance
+        return total
+
+    def _lines(self, group: list[int]) -> list[Line]:
+        coords, cores = self.coords[group], self.cores[group]
+        # Groups on one device of each chip share the chip's links with those on the other.
+        own = len(set(cores.tolist())) / self.chip.devices
+        lines = []
+        for axis, size in enumerate(self._sizes().tolist()):
+            at = sorted(set(coords[:, axis].tolist()))
+            if len(at) < 2:
+                continue
+            steps = {b - a for a, b in itertools.pairwise(at)}
+            around = len(steps) == 1 and len(at) * min(steps) == size
+            ring = around and self.chip.wraps(size)
+            span = size if around else at[-1] - at[0] + 1
+            lines.append(Line(len(at), ring, own * len(at) / span))
+        # What is no box takes less of it than the box has: the links carry others' data too.
+        chips = len({tuple(c) for c in coords.tolist()})
+        filled = chips / max(1, int(np.prod([line.length for line in lines])))
+        return [dataclasses.replace(line, share=line.share * filled) for line in lines]

@@ -1,0 +1,224 @@
+"""The cost of programs whose cost is known: by XLA's own count, by the jaxpr's, or by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from blip3o_jax.bench import cost, hlo
+from blip3o_jax.bench.hlo_bytes import operation_bytes
+from blip3o_jax.bench.network import Network
+from blip3o_jax.parallel.chips import CHIPS, HOP_S
+from blip3o_jax.train.flops import count_flops
+
+V5P = CHIPS["v5p"]
+
+
+def torus(chip=V5P, sizes=(4, 4, 4), mesh=None, slices=1):
+    """Chips in the order of their coordinates, the last axis fastest."""
+    coords = np.array(list(np.ndindex(*sizes)) * slices)
+    number = np.repeat(np.arange(slices), len(coords) // slices)
+    return Network(chip, mesh or {"fsdp": len(coords)}, coords, np.zeros(len(coords), int), number)
+
+
+ONE = torus(sizes=(1, 1, 1))
+
+
+def zeros(*shape):
+    return jnp.zeros(shape, jnp.float32)
+
+
+def conv(stride=1, groups=1):
+    return lambda x, w: jax.lax.conv_general_dilated(
+        x, w, (stride, stride), "SAME", feature_group_count=groups, dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+
+def gradient(fn, *args):
+    return lambda *args: jax.vjp(fn, *args)[1](zeros(*jax.eval_shape(fn, *args).shape))
+
+
+@pytest.mark.parametrize(
+    ("fn", "args"),
+    [
+        (jnp.matmul, (zeros(3, 5), zeros(5, 7))),
+        (lambda a, b: jnp.einsum("bld,bdk->blk", a, b), (zeros(4, 3, 5), zeros(4, 5, 7))),
+        (conv(), (zeros(2, 6, 4, 5), zeros(3, 3, 5, 8))),
+        (conv(stride=2), (zeros(2, 7, 5, 5), zeros(3, 3, 5, 8))),
+        (conv(groups=8), (zeros(2, 6, 4, 8), zeros(3, 3, 1, 8))),
+        (conv(groups=2), (zeros(2, 6, 4, 8), zeros(5, 5, 4, 6))),
+        # Holes between the values of the input, and of the kernel.
+        (gradient(conv(stride=2)), (zeros(2, 7, 5, 5), zeros(3, 3, 5, 8))),
+    ],
+    ids=["matrices", "batched", "conv", "strided", "depthwise", "grouped", "gradient"],
+)
+def test_flops_are_those_of_xla_where_there_is_no_loop(fn, args):
+    lowered = jax.jit(fn).lower(*args)
+    found = cost.program_cost(lowered.as_text(dialect="hlo"), ONE)
+    assert found.total_flops == lowered.cost_analysis()["flops"] > 0
+
+
+def test_a_loop_counts_as_often_as_it_turns():
+    def fn(x, w):
+        return jax.lax.scan(lambda c, w: (jnp.tanh(c @ w), None), x, w)[0].sum()
+
+    args = zeros(3, 5), zeros(11, 5, 5)
+    for f in (fn, jax.grad(fn, (0, 1))):
+        lowered = jax.jit(f).lower(*args)
+        assert cost.program_cost(lowered.as_text(dialect="hlo"), ONE).total_flops == count_flops(f, *args)
+    assert lowered.cost_analysis()["flops"] < count_flops(f, *args) / 5, "XLA counts the body once"
+
+
+@pytest.mark.parametrize(
+    ("op_name", "want"),
+    [
+        ("jit(step)/jvp(ar)/while/body/dot_general", ("ar", "forward")),
+        ("jit(step)/transpose(jvp(ar))/while/body/checkpoint/dot_general", ("ar", "backward")),
+        ("jit(step)/transpose(jvp(dit))/while/body/rematted_computation/dot_general", ("dit", "recomputed")),
+        ("jit(step)/encode/tokenizer/while/body/dot_general", ("tokenizer", "forward")),
+        ("jit(step)/jvp(cross_entropy)/while/body/dot_general", ("cross_entropy", "forward")),
+        ("jit(step)/jvp(ar)/transpose", ("ar", "forward")),
+        ("jit(step)/sharding", ("other", "forward")),
+        ("", ("other", "forward")),
+    ],
+)
+def test_part_and_pass(op_name, want):
+    assert cost.scope(op_name) == want
+
+
+def test_collectives_go_by_the_axes_of_the_mesh():
+    """An array that lies over one axis of 2 x 4 devices is gathered along that axis, each device with its own group."""
+    mesh = jax.make_mesh((2, 4), ("data", "fsdp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    at = lambda *spec: NamedSharding(mesh, PartitionSpec(*spec))
+    for axis in ("data", "fsdp"):
+        w = jax.ShapeDtypeStruct((16, 64), jnp.float32, sharding=at(axis))
+        text = jax.jit(lambda w: w * 2, out_shardings=at()).lower(w).compile().as_text()
+        found = cost.program_cost(text, torus(mesh={"data": 2, "fsdp": 4}, sizes=(2, 2, 2)))
+        assert {key: (t.count, t.size) for key, t in found.collectives.items()} == {
+            ("all-gather", (axis,), "ICI"): (1, 16 * 64 * 4)
+        }
+
+
+# --- by hand
+
+
+def test_a_gather_over_the_whole_torus_takes_every_link():
+    """64 chips, three rings of 4: six links out of each chip, and half a ring of hops along each axis."""
+    size = 64e6
+    want = size * 63 / 64 / (6 * V5P.link_rate) + 6 * HOP_S
+    assert torus().seconds("all-gather", size, range(64)) == pytest.approx(want)
+    assert torus().seconds("all-reduce", size, range(64)) == pytest.approx(2 * want)
+
+
+def test_an_axis_that_is_no_ring_goes_one_way():
+    """Two chips side by side have one link between them."""
+    assert torus(sizes=(2, 1, 1)).seconds("all-gather", 8e6, range(2)) == pytest.approx(4e6 / V5P.link_rate + HOP_S)
+
+
+def test_groups_that_interleave_share_their_links():
+    """Chips 0, 2 of a ring of 4 and chips 1, 3 gather at the same time."""
+    network = torus(sizes=(4, 1, 1), mesh={"fsdp": 2, "tensor": 2})
+    assert network.axes((0, 2)) == ("fsdp",) and network.axes((0, 1)) == ("tensor",)
+    assert network.seconds("all-gather", 8e6, (0, 2)) == pytest.approx(4e6 / (2 * V5P.link_rate / 2) + HOP_S)
+
+
+def test_between_slices_each_device_sends_its_share():
+    """An all-reduce over 2 slices of 4: in each slice over links, between them a quarter of the array for each device."""
+    network = torus(sizes=(4, 1, 1), slices=2, mesh={"data": 2, "fsdp": 4})
+    assert network.crosses(range(8)) and not network.crosses(range(4))
+    inside = network.seconds("all-reduce", 8e6, range(4))
+    want = inside + 2 * 8e6 / 4 * (1 / 2) / V5P.dcn_rate
+    assert network.seconds("all-reduce", 8e6, range(8)) == pytest.approx(want)
+    assert network.seconds("all-reduce", 8e6, (0, 4)) == pytest.approx(2 * 8e6 / 2 / V5P.dcn_rate)
+
+
+def test_all_to_all_is_bound_by_the_middle_of_the_ring():
+    """On a ring of 4 a block goes one hop on average, over 8 directed links: scaling-book, "sharding"."""
+    network = torus(sizes=(4, 1, 1))
+    assert network.seconds("all-to-all", 8e6, range(4)) == pytest.approx(8e6 * 4 / 8 / V5P.link_rate + 2 * HOP_S)
+
+
+OVERLAP = """HloModule m, is_scheduled=true, num_partitions=4
+
+ENTRY %main (a: bf16[1024,4096], b: bf16[4096,4096], c: bf16[1024,4096]) -> (bf16[1024,4096], bf16[4096,4096]) {
+  %a = bf16[1024,4096]{1,0} parameter(0)
+  %b = bf16[4096,4096]{1,0} parameter(1)
+  %c = bf16[1024,4096]{1,0} parameter(2)
+  %s = (bf16[1024,4096]{1,0}, bf16[4096,4096]{1,0}) all-gather-start(%c), replica_groups=[1,4]<=[4], dimensions={0}
+  PRODUCT
+  %d = bf16[4096,4096]{1,0} all-gather-done(%s)
+  ROOT %r = (bf16[1024,4096]{1,0}, bf16[4096,4096]{1,0}) tuple(%a, %d)
+}
+"""
+PRODUCT = "%p = bf16[1024,4096]{1,0} dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}"
+
+
+def test_only_what_the_core_waits_for_is_exposed():
+    network = torus(sizes=(4, 1, 1))
+    gather = network.seconds("all-gather", 4096 * 4096 * 2, range(4))
+    work = 2 * 1024 * 4096**2 / V5P.flops
+    assert 0 < work < gather
+    key = ("all-gather", ("fsdp",), "ICI")
+    for product, hidden in (("", 0.0), (PRODUCT, work)):
+        found = cost.program_cost(OVERLAP.replace("PRODUCT", product), network)
+        assert found.collectives[key].seconds == pytest.approx(gather)
+        assert found.collectives[key].exposed == pytest.approx(gather - hidden)
+        assert found.total_seconds == pytest.approx(gather)
+        assert found.seconds["compute"] == pytest.approx(hidden)
+
+
+def test_what_no_formula_knows_is_reported_and_not_free():
+    text = """HloModule m, is_scheduled=true
+
+ENTRY %main (a: f32[1024,1024]) -> f32[1024,1024] {
+  %a = f32[1024,1024]{1,0} parameter(0)
+  ROOT %k = f32[1024,1024]{1,0} custom-call(%a), custom_call_target="mystery"
+}
+"""
+    found = cost.program_cost(text, ONE)
+    assert found.unknown["custom-call mystery"].count == 1
+    assert found.unknown_share == 1.0 and found.hbm_bytes == 2 * 4 * 2**20
+
+
+def test_splash_attention_counts_half_of_the_square():
+    """8 heads of 128, 4096 queries and keys: two products forward."""
+    text = """HloModule m, is_scheduled=true
+
+ENTRY %main (q: bf16[8,4096,128], k: bf16[8,4096,128]) -> bf16[8,4096,128] {
+  %q = bf16[8,4096,128]{2,1,0} parameter(0)
+  %k = bf16[8,4096,128]{2,1,0} parameter(1)
+  ROOT %splash_mha_fwd.1 = bf16[8,4096,128]{2,1,0} custom-call(%q, %k, %k), custom_call_target="tpu_custom_call"
+}
+"""
+    found = cost.program_cost(text, ONE)
+    assert found.total_flops == pytest.approx(2 * 2 * 8 * 4096 * 4096 * 128 / 2, rel=1e-3)
+    assert not found.unknown
+
+
+SLICED = """HloModule m, is_scheduled=true
+
+%fused (p0: f32[28,512,512], p1: s32[], p2: f32[8,512]) -> f32[8,512] {
+  %p0 = f32[28,512,512]{2,1,0} parameter(0)
+  %p1 = s32[] parameter(1)
+  %p2 = f32[8,512]{1,0:T(8,128)S(1)} parameter(2)
+  %zero = s32[] constant(0)
+  %one = f32[1,512,512]{2,1,0} dynamic-slice(%p0, %p1, %zero, %zero), dynamic_slice_sizes={1,512,512}
+  %w = f32[512,512]{1,0} bitcast(%one)
+  ROOT %y = f32[8,512]{1,0} dot(%p2, %w), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+ENTRY %main (stack: f32[28,512,512], i: s32[], x: f32[8,512]) -> f32[8,512] {
+  %stack = f32[28,512,512]{2,1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %x = f32[8,512]{1,0:T(8,128)S(1)} parameter(2)
+  ROOT %f = f32[8,512]{1,0} fusion(%stack, %i, %x), kind=kOutput, calls=%fused
+}
+"""
+
+
+def test_a_slice_of_a_stack_is_read_and_not_the_stack():
+    """One layer of 1 MiB, 4 bytes of index, 16 KiB written; what lies in the core's memory is free."""
+    program = hlo.parse(SLICED)
+    main = program.computations[program.entry]
+    assert operation_bytes(program, main, main.root) == 512 * 512 * 4 + 4 + 8 * 512 * 4
