@@ -156,15 +156,16 @@ def joint_loss(
     batch, so that the mean of micro-batch losses is the loss of the batch. Metrics are means over the rows given.
     """
     out, cfg = _joint_forward(model, batch, keys_B, loss, image_first), model.cfg
-    ce_sum, right = cross_entropy(
-        out.hidden_BLD[:, :-1],
-        model.ar.head(),
-        out.tokens_BL[:, 1:],
-        batch["loss_mask"][:, 1:],
-        vocab_size=cfg.ar.vocab_size,
-        chunk=loss.ce_chunk,
-        most=most_labels(cfg.template, cfg.tokenizer.num_tokens),
-    )
+    with nn.part("ar"):
+        ce_sum, right = cross_entropy(
+            out.hidden_BLD[:, :-1],
+            model.ar.head(),
+            out.tokens_BL[:, 1:],
+            batch["loss_mask"][:, 1:],
+            vocab_size=cfg.ar.vocab_size,
+            chunk=loss.ce_chunk,
+            most=most_labels(cfg.template, cfg.tokenizer.num_tokens),
+        )
     labels = jnp.sum(batch["label_count"])
     ce = ce_sum / labels
     fm = jnp.mean(flow.flow_loss(out.velocity_BHWC, out.z_BHWC, out.noise_BHWC))

@@ -61,9 +61,11 @@ class Qwen3Config:
     param_dtype: str = "float32"
     remat: str = "full"
     unroll: bool = False  # lay the layer loop out: faster on CPUs, slower to compile
+    attention: str = "auto"  # over whole rows: by the platform ("auto"), or "xla", "splash" (TPU), "cudnn" (GPU)
 
     def __post_init__(self) -> None:
         check_choice("ar.remat", self.remat, REMAT)
+        check_choice("ar.attention", self.attention, ("auto", "xla", "splash", "cudnn"))
         check(
             self.num_attention_heads % self.num_key_value_heads == 0,
             f"ar.num_attention_heads={self.num_attention_heads} must be a multiple of "
@@ -414,12 +416,17 @@ class LossConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each mesh axis; -1 takes what is left. The batch lies over data x fsdp."""
+    """Devices along each mesh axis; -1 takes what is left. The batch lies over data x fsdp, the tokens of a row over sequence
+    where the strategy says so."""
 
     data: int = 1
     fsdp: int = -1
     tensor: int = 1
     strategy: str = "fsdp"
+    sequence: int = 1
+    slices: int = 1  # of chips that only the data centre's network joins; data lies over them first
+    # Strategies of single parts in place of `strategy`'s own: {part: strategy}, {"dit": "dp"} keeps a whole DiT on each device.
+    parts: tuple[tuple[str, str], ...] = ()
     # Devices that a machine without an accelerator is split into, if this run is the first to ask for devices; 0 leaves it
     # whole. XLA spreads small operations badly over cores, but runs one device a core without loss.
     cpu_devices: int = 0
@@ -477,6 +484,7 @@ class Config:
     # for joint the published freezing (AR, connector, the DiT's caption layers).
     trainable: tuple[str, ...] = ()
     max_nonfinite: int = 10  # steps in a row with a non-finite loss or gradient before the run stops
+    watchdog: float = 600.0  # seconds without progress after which stderr tells which host is stuck in what; 0 for never
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -488,6 +496,7 @@ class Config:
     def __post_init__(self) -> None:
         check_choice("stage", self.stage, STAGES)
         check(self.steps > 0, f"steps={self.steps} must be positive")
+        check(self.watchdog >= 0, f"watchdog={self.watchdog} is a number of seconds; 0 switches it off")
         check(
             self.data.batch_size % self.optimizer.accumulate == 0,
             f"data.batch_size={self.data.batch_size} must be a multiple of optimizer.accumulate={self.optimizer.accumulate}",
@@ -512,6 +521,13 @@ def to_dict(value: Any) -> Any:
     if isinstance(value, tuple | list):
         return [to_dict(v) for v in value]
     return value
+
+
+def flat(value: Any, path: str = "") -> dict[str, Any]:
+    """Nested dicts as {"a.b": value}."""
+    if isinstance(value, dict):
+        return {k: v for key, child in value.items() for k, v in flat(child, f"{path}.{key}" if path else str(key)).items()}
+    return {path: value}
 
 
 def to_config_dict(config: Config) -> Any:

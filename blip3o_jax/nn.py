@@ -10,6 +10,7 @@ import contextlib
 import contextvars
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -21,7 +22,7 @@ from flax import nnx
 from blip3o_jax.convolution import conv2d, upsampled_conv2d
 
 # A resolver answers, for (part, logical names, shape), with a sharding or None for "leave it to the compiler".
-Resolver = Callable[[str, tuple[str | None, ...], tuple[int, ...]], jax.sharding.Sharding | None]
+Resolver = Callable[[str, tuple[str | None, ...], tuple[int, ...]], jax.sharding.NamedSharding | None]
 
 _resolver: contextvars.ContextVar[Resolver | None] = contextvars.ContextVar("resolver", default=None)
 _part: contextvars.ContextVar[str] = contextvars.ContextVar("part", default="")
@@ -52,9 +53,32 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Pin activation `x` to its place: one logical name (or None) per dimension. A no-op when no strategy is active."""
     if len(axes) != x.ndim:
         raise ValueError(f"constrain: {len(axes)} axis names {axes} for an array of shape {x.shape}")
+    at = sharding(*axes, shape=x.shape)
+    return x if at is None else jax.lax.with_sharding_constraint(x, at)
+
+
+def sharding(*axes: str | None, shape: tuple[int, ...]) -> jax.sharding.NamedSharding | None:
+    """Where an activation of the part being traced lies; None when no strategy is active."""
     resolver = _resolver.get()
-    sharding = resolver(_part.get(), axes, x.shape) if resolver else None
-    return x if sharding is None else jax.lax.with_sharding_constraint(x, sharding)
+    return resolver(_part.get(), axes, shape) if resolver else None
+
+
+def mesh() -> jax.sharding.Mesh | None:
+    """The mesh that this is traced for."""
+    anywhere = sharding(shape=())
+    return None if anywhere is None else anywhere.mesh
+
+
+def platform() -> str:
+    """What this is traced for: "cpu", "gpu" or "tpu"; also where that is not the machine it is traced on."""
+    return jax.default_backend() if mesh() is None else mesh().devices.flat[0].platform
+
+
+def shards(axis: str) -> int:
+    """Pieces that a logical axis of the part being traced is cut into."""
+    at = sharding(axis, shape=(0,))  # 0 divides over anything
+    names = () if at is None or not at.spec or at.spec[0] is None else at.spec[0]
+    return math.prod(at.mesh.shape[name] for name in ((names,) if isinstance(names, str) else names))
 
 
 def normal(stddev: float) -> Callable:

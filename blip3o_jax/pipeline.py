@@ -22,7 +22,6 @@ from blip3o_jax.blip3o import Blip3o
 from blip3o_jax.config import Config, MeshConfig, SamplingConfig, UserError, check
 from blip3o_jax.data.sequence import text_to_image_prompt
 from blip3o_jax.dit import sampler
-from blip3o_jax.parallel.mesh import make_mesh
 from blip3o_jax.parallel.rules import Strategy
 from blip3o_jax.samples import write_images
 from blip3o_jax.text.tokenizers import load_tokenizer
@@ -184,7 +183,7 @@ def load(path: str | pathlib.Path, mesh: MeshConfig | None = None) -> Pipeline:
     if config.stage != "joint":
         raise UserError(f"{root} was written by stage {config.stage!r}; sampling needs a checkpoint of stage 'joint'")
     mesh = mesh or MeshConfig(data=-1, fsdp=1, strategy="dp")
-    strategy = Strategy(mesh.strategy, make_mesh(mesh))
+    strategy = Strategy.of(mesh)
     params = checkpoints.restore_parts(path, strategy, PARTS)
     graphdef, _ = nnx.split(nnx.eval_shape(lambda: Blip3o(config.model, PARTS, seed=0)))
     text = dataclasses.replace(config.model.text, path=str(root / "text"))

@@ -1,7 +1,6 @@
 import json
 import shutil
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -9,7 +8,6 @@ from PIL import Image
 import blip3o_jax
 from blip3o_jax import pipeline as pipelines
 from blip3o_jax.config import MeshConfig, UserError
-from blip3o_jax.parallel.mesh import make_mesh
 from tests import tiny
 from tests.tiny import quick_compile  # noqa: F401  (a fixture)
 
@@ -34,8 +32,9 @@ def checkpoint(tmp_path_factory):
 @pytest.fixture(scope="module")
 def on_one(checkpoint):
     """The pipeline on one device."""
+    single = tiny.strategy()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipelines, "make_mesh", lambda cfg: make_mesh(cfg, jax.devices()[:1]))
+        patch.setattr(pipelines.Strategy, "of", lambda cfg: single)
         return blip3o_jax.load(checkpoint)
 
 
@@ -80,9 +79,17 @@ def test_seed_and_index_choose_the_image(on_one, alone):
         assert (other.codes[0] != codes_BN[0]).any() and (other.images[0] != images_BHWC[0]).any()
 
 
-def test_eight_devices_give_the_same(checkpoint, alone):
-    """The batch over all of them, and the parameters over four."""
-    mesh = MeshConfig(data=2, fsdp=4, strategy="fsdp")
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        {"data": 2, "fsdp": 4, "strategy": "fsdp"},
+        {"data": 2, "fsdp": 2, "tensor": 2, "strategy": "fsdp_tp"},
+        {"data": 2, "fsdp": 2, "sequence": 2, "slices": 2, "strategy": "hybrid_fsdp_sp"},
+    ],
+    ids=lambda mesh: mesh["strategy"],
+)
+def test_eight_devices_give_the_same(checkpoint, alone, mesh):
+    mesh = MeshConfig(**mesh)
     check_same(blip3o_jax.load(checkpoint, mesh).generate(PROMPTS, seed=3, batch_size=5, **SETTINGS), *alone)
 
 

@@ -7,6 +7,7 @@ import json
 import pathlib
 import tempfile
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,7 +18,6 @@ from blip3o_jax import config
 from blip3o_jax.data.examples import ExampleBuilder
 from blip3o_jax.data.loader import Loader
 from blip3o_jax.data.sources import open_mixture
-from blip3o_jax.parallel.mesh import make_mesh
 from blip3o_jax.parallel.rules import Strategy
 from blip3o_jax.train.checkpoint import Checkpoints
 from blip3o_jax.train.stages import STAGES
@@ -169,10 +169,10 @@ def prepared(stage: str = "joint", supervise_prompt: bool = False) -> tuple[conf
     return cfg, vocabulary.image_first if vocabulary else 0, batch
 
 
-def strategy(name: str = "dp", data: int = 1, fsdp: int = 1, tensor: int = 1) -> Strategy:
+def strategy(name: str = "dp", data: int = 1, fsdp: int = 1, tensor: int = 1, **mesh: Any) -> Strategy:
     """A strategy on as many devices as the sizes come to."""
-    mesh = config.MeshConfig(data=data, fsdp=fsdp, tensor=tensor, strategy=name)
-    return Strategy(name, make_mesh(mesh, jax.devices()[: data * fsdp * tensor]))
+    cfg = config.MeshConfig(data=data, fsdp=fsdp, tensor=tensor, strategy=name, **mesh)
+    return Strategy.of(cfg, jax.devices()[: data * fsdp * tensor * cfg.sequence])
 
 
 def cached_batch(cfg: config.Config, batch: dict[str, np.ndarray], seed: int = 0) -> dict[str, np.ndarray]:

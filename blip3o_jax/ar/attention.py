@@ -3,11 +3,16 @@
 B batch, L query tokens, S key slots, H query heads, G key/value heads, R query heads per key/value head, K head size.
 """
 
+import functools
+import logging
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from blip3o_jax import nn
+from blip3o_jax.ar.splash import splash
 
 Rotation = tuple[jax.Array, jax.Array]
 
@@ -37,15 +42,18 @@ def attend(
     query_segments_BL: jax.Array,
     key_segments_BS: jax.Array,
     query_start: jax.Array | int = 0,
-    implementation: str = "xla",
+    implementation: str = "auto",
 ) -> jax.Array:
     """Causal attention in which a query sees the keys of its own segment only -> [B, L, H, K] in the dtype of `v`.
 
     Query l stands at slot query_start + l and sees slots up to its own. Segment 0 is padding: nothing sees it, and its own
-    output is zero. Query head h reads key/value head h // (H / G).
+    output is zero. Query head h reads key/value head h // (H / G). Where a row's tokens lie over several devices, queries stay
+    there and keys and values are gathered: with few key/value heads that is little beside the activations.
     """
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"attention implementation {implementation!r} is not one of {', '.join(IMPLEMENTATIONS)}")
+    if implementation == "auto":
+        implementation = chosen(nn.platform(), v_BSGK.dtype.name, whole_rows=isinstance(query_start, int))
+    keys_at = "batch", "keys", "act_kv_heads", None
+    k_BSGK, v_BSGK = nn.constrain(k_BSGK, *keys_at), nn.constrain(v_BSGK, *keys_at)
     o_BLHK = IMPLEMENTATIONS[implementation](q_BLHK, k_BSGK, v_BSGK, query_segments_BL, key_segments_BS, query_start)
     return jnp.where(query_segments_BL[:, :, None, None] != 0, o_BLHK, 0)
 
@@ -85,4 +93,34 @@ def _xla(
     return o_BGRLK.transpose(0, 3, 1, 2, 4).reshape(B, L, H, K)
 
 
-IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {"xla": _xla}
+def _cudnn(
+    q_BLHK: jax.Array,
+    k_BSGK: jax.Array,
+    v_BSGK: jax.Array,
+    query_segments_BL: jax.Array,
+    key_segments_BS: jax.Array,
+    query_start: jax.Array | int,
+) -> jax.Array:
+    """`jax.nn.dot_product_attention`: cuDNN's flash attention on a GPU, plain products elsewhere."""
+    mask_BLS = visible(query_segments_BL, key_segments_BS, query_start)
+    implementation = "cudnn" if nn.platform() in ("gpu", "cuda") else "xla"
+    return jax.nn.dot_product_attention(q_BLHK, k_BSGK, v_BSGK, mask=mask_BLS[:, None], implementation=implementation)
+
+
+IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {"xla": _xla, "cudnn": _cudnn, "splash": splash}
+
+
+@functools.cache
+def chosen(platform: str, dtype: str, *, whole_rows: bool) -> str:
+    """What "auto" stands for. Said once for each case, in the log.
+
+    Decoding, one query against a cache, is bound by memory and gains nothing from a kernel.
+    """
+    name = "xla"
+    if whole_rows and platform == "tpu":
+        name = "splash"
+    elif whole_rows and platform in ("gpu", "cuda") and dtype in ("bfloat16", "float16"):
+        name = "cudnn"
+    rows = "whole rows" if whole_rows else "a cache"
+    logging.getLogger(__name__).info("attention over %s in %s on %s: %s", rows, dtype, platform, name)
+    return name

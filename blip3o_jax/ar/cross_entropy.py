@@ -36,7 +36,9 @@ def cross_entropy(
     mask_BL = mask_BL.astype(bool)
     head_DV = nn.constrain(head_DV.astype(hidden_BLD.dtype), None, "act_vocab")
     blocks = -(-M // chunk)
-    chunk = -(-M // blocks)  # as many blocks, but no more padding than their number asks for
+    # As many blocks, but no more padding than their number asks for, and the devices that a row lies over.
+    among = nn.shards("length")
+    chunk = -(-M // (blocks * among)) * among
     pad = blocks * chunk - M
 
     def cut(x: jax.Array) -> jax.Array:
@@ -45,7 +47,7 @@ def cross_entropy(
 
     def block(hidden_BCD: jax.Array, labels_BC: jax.Array, mask_BC: jax.Array) -> tuple[jax.Array, jax.Array]:
         logits_BCV = jnp.einsum("bcd,dv->bcv", hidden_BCD, head_DV, preferred_element_type=jnp.float32)
-        logits_BCV = nn.constrain(logits_BCV, "batch", None, "act_vocab")
+        logits_BCV = nn.constrain(logits_BCV, "batch", "length", "act_vocab")
         logits_BCV = jnp.where(jnp.arange(head_DV.shape[1]) < vocab_size, logits_BCV, -jnp.inf)
         right_BC = jnp.argmax(logits_BCV, axis=-1) == labels_BC
         at_label_BC = jnp.take_along_axis(logits_BCV, labels_BC[..., None], axis=-1)[..., 0]

@@ -106,7 +106,12 @@ class Qwen3(nnx.Module):
             q_BLHK, k_BLGK, v_BLGK = layer.before(x_BLD, rotation)
             with jax.named_scope("attention"):
                 o_BLHK = attention.attend(
-                    q_BLHK, k_BLGK, v_BLGK, query_segments_BL=segment_ids_BL, key_segments_BS=segment_ids_BL
+                    q_BLHK,
+                    k_BLGK,
+                    v_BLGK,
+                    query_segments_BL=segment_ids_BL,
+                    key_segments_BS=segment_ids_BL,
+                    implementation=self.cfg.attention,
                 )
             return layer.after(x_BLD, o_BLHK), None
 

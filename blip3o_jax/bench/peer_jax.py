@@ -18,7 +18,6 @@ from blip3o_jax.bench.peer_worker import Arrays, Prepared, Task
 from blip3o_jax.blip3o import Blip3o, draw_noise
 from blip3o_jax.config import Config, DataConfig, LossConfig, MeshConfig, OptimizerConfig, UserError
 from blip3o_jax.dit import sampler
-from blip3o_jax.parallel.mesh import make_mesh
 from blip3o_jax.parallel.rules import Strategy
 from blip3o_jax.pipeline import PARTS, Pipeline
 from blip3o_jax.text.tokenizers import load_tokenizer
@@ -45,7 +44,7 @@ class Side:
             ) from error
         devices = devices[: task.jax_devices]
         mesh = MeshConfig(data=len(devices), fsdp=1, strategy="dp")
-        self.strategy = Strategy("dp", make_mesh(mesh, devices))
+        self.strategy = Strategy.of(mesh, devices)
         self.strategy.check_batch(task.batch_size)
         self.task, self.half = task, task.device == "gpu"
         self.root, _ = find(task.directory)

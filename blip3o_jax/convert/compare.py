@@ -30,7 +30,6 @@ from blip3o_jax.convert import torch_model
 from blip3o_jax.convert.report import TOLERANCE, Output, relative_error
 from blip3o_jax.convert.source import EMBEDDINGS, HEAD, Source
 from blip3o_jax.convert.tables import PREFIXES
-from blip3o_jax.parallel.mesh import make_mesh
 from blip3o_jax.parallel.rules import Strategy
 from blip3o_jax.text.vocabulary import Vocabulary
 from blip3o_jax.train.checkpoint import restore_parts
@@ -120,7 +119,7 @@ def _as_torch(array: np.ndarray) -> torch.Tensor:
 
 def load_jax(path: pathlib.Path, config: Config, parts: Sequence[str], *, ema: bool) -> tuple[Any, Any]:
     """(graphdef, parameters) of a model of `parts` on one device, computing in float32 with parameters cast to it."""
-    strategy = Strategy("dp", make_mesh(MeshConfig(data=1, fsdp=1), jax.devices()[:1]))
+    strategy = Strategy.of(MeshConfig(fsdp=1, strategy="dp"), jax.devices()[:1])
     params = restore_parts(path, strategy, tuple(parts), ema=ema)
     leaves, tree = jax.tree.flatten(params)
     del params

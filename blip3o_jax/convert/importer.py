@@ -29,7 +29,6 @@ from blip3o_jax.convert.record import write_record
 from blip3o_jax.convert.source import Source
 from blip3o_jax.convert.tensor_files import Tensor, cast
 from blip3o_jax.convert.transpose import copy
-from blip3o_jax.parallel.mesh import make_mesh
 from blip3o_jax.parallel.rules import Strategy
 from blip3o_jax.train.checkpoint import write_weights
 from blip3o_jax.train.state import WEIGHTS, StatePlan, plan_state
@@ -59,7 +58,7 @@ def import_weights(source: Source, out: pathlib.Path, mesh: MeshConfig | None = 
     """Writes the checkpoint directory `out`, complete or not at all. `mesh` as in `blip3o_jax.load`."""
     began = time.monotonic()
     mesh = mesh or MeshConfig(data=-1, fsdp=1, strategy="dp")
-    strategy = Strategy(mesh.strategy, make_mesh(mesh))
+    strategy = Strategy.of(mesh)
     config = dataclasses.replace(source.config, mesh=mesh)
     plan = plan_state(config, strategy)
     size = sum(leaf.size * leaf.dtype.itemsize for group in WEIGHTS for leaf in jax.tree.leaves(plan.abstract[group]))

@@ -6,35 +6,60 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 
 from blip3o_jax.config import ConfigError, MeshConfig
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "sequence", "tensor")
 
 
 def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
-    """A mesh with axes data x fsdp x tensor over `devices` (all by default).
+    """A mesh with axes data x fsdp x sequence x tensor over `devices` (all by default); neighbours on the axes that are named
+    last. With `cfg.slices` the data axis goes over the slices first: what crosses the network between them is the sum of the
+    gradients and nothing else.
 
     Raises ConfigError when the sizes do not multiply to the number of devices, with the sizes that would do.
     """
     if devices is None and cfg.cpu_devices:
         _split_cpu(cfg.cpu_devices)
     devices = list(jax.devices() if devices is None else devices)
-    sizes = [cfg.data, cfg.fsdp, cfg.tensor]
+    sizes = [getattr(cfg, axis) for axis in AXES]
     if sizes.count(-1) > 1 or any(s == 0 or s < -1 for s in sizes):
-        raise ConfigError(f"mesh sizes data={cfg.data}, fsdp={cfg.fsdp}, tensor={cfg.tensor}: positive, and -1 at most once")
+        raise ConfigError(f"mesh sizes {_named(cfg, ', ')}: positive, and -1 at most once")
     known = math.prod(s for s in sizes if s > 0)
     if -1 in sizes:
         sizes[sizes.index(-1)] = len(devices) // known
     if math.prod(sizes) != len(devices):
         raise ConfigError(
-            f"mesh data={cfg.data} x fsdp={cfg.fsdp} x tensor={cfg.tensor} does not cover {len(devices)} devices: "
+            f"mesh {_named(cfg, ' x ')} does not cover {len(devices)} devices: "
             "make the product equal to it, or set one size to -1"
         )
     auto = (jax.sharding.AxisType.Auto,) * len(AXES)
+    if cfg.slices != 1:
+        return jax.sharding.Mesh(_over_slices(cfg.slices, sizes, devices), AXES, axis_types=auto)
     if len(devices) == 1:
         return jax.sharding.Mesh(np.array(devices).reshape(sizes), AXES, axis_types=auto)
     return jax.make_mesh(tuple(sizes), AXES, axis_types=auto, devices=devices)
+
+
+def _named(cfg: MeshConfig, between: str) -> str:
+    """The axes as configured; sequence where it is used."""
+    return between.join(f"{axis}={getattr(cfg, axis)}" for axis in AXES if axis != "sequence" or cfg.sequence != 1)
+
+
+def _over_slices(slices: int, sizes: list[int], devices: list[jax.Device]) -> np.ndarray:
+    if slices < 1 or sizes[0] % slices:
+        raise ConfigError(
+            f"mesh.slices={slices}: data={sizes[0]} lies over the slices, so it must be a multiple of their number; "
+            f"set mesh.data to {max(slices, 1)}"
+        )
+    there = {getattr(device, "slice_index", 0) for device in devices}
+    if len(there) == 1:  # one slice, or processes on one machine: blocks of neighbours stand for slices
+        return np.array(devices).reshape(sizes)
+    if len(there) != slices:
+        raise ConfigError(f"mesh.slices={slices}, but the devices lie in {len(there)}: set mesh.slices to that")
+    within, across = [sizes[0] // slices, *sizes[1:]], [slices, *[1] * (len(sizes) - 1)]
+    return mesh_utils.create_hybrid_device_mesh(within, across, devices)
 
 
 def _split_cpu(count: int) -> None:

@@ -3,16 +3,28 @@
 The same table places parameters (by the axes declared on them), optimizer state, the batch and, through
 `nn.sharding_resolver`, the activations that networks pin with `nn.constrain`. Nothing is replicated silently: a dimension
 that does not divide over its mesh axes, or one mesh axis asked for twice in an array, raises and names both.
+
+dp         parameters on every device, the batch over all
+fsdp       parameters cut up as well, gathered layer by layer
+fsdp_tp    heads, MLP and vocabulary over `tensor` besides: the head's logits are never whole on a device
+fsdp_sp    the tokens of a row over `sequence` besides: the AR gathers keys and values, SANA's linear attention adds up its
+           small key-value state, its depthwise convolution takes its neighbours' border rows (XLA's halo exchange)
+hybrid     fsdp within a slice; slices hold whole replicas and exchange gradients alone (`mesh.slices`, `mesh.data`)
+
+`hybrid_X` is any other X within a slice. What only encodes (the autoencoder) is whole on every device unless `mesh.parts` says
+otherwise: it is small beside its activations.
 """
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from blip3o_jax.config import ConfigError
+from blip3o_jax.config import ConfigError, MeshConfig
+from blip3o_jax.parallel.mesh import make_mesh
 
 Table = dict[str, tuple[str, ...]]
 
@@ -21,25 +33,50 @@ _FSDP: Table = _BATCH | {"embed": ("fsdp",)}
 _FSDP_TP: Table = _FSDP | {
     name: ("tensor",) for name in ("vocab", "heads", "kv_heads", "mlp", "act_vocab", "act_heads", "act_kv_heads", "act_mlp")
 }
+_FSDP_SP: Table = _FSDP | {"length": ("sequence",), "latent_tokens": ("sequence",)}
+
+TOKENS = tuple(name for name in _FSDP_SP if name not in _FSDP)
 
 # Strategy -> part -> table; "" is the table of every part that is not named.
 STRATEGIES: dict[str, dict[str, Table]] = {
     "dp": {"": _BATCH},
     "fsdp": {"": _FSDP, "vae": _BATCH},
     "fsdp_tp": {"": _FSDP_TP, "vae": _BATCH, "tokenizer": _FSDP, "text_tower": _FSDP, "patch_readout": _FSDP},
+    "fsdp_sp": {"": _FSDP, "ar": _FSDP_SP, "dit": _FSDP_SP, "vae": _BATCH},
 }
+# A slice's own table has no `data` axis in it beside the batch's, so that parameters are whole in each slice.
+STRATEGIES |= {f"hybrid_{name}": tables for name, tables in STRATEGIES.items()} | {"hybrid": STRATEGIES["fsdp"]}
 
 
 @dataclasses.dataclass(frozen=True)
 class Strategy:
-    """A named strategy on a mesh."""
+    """A named strategy on a mesh; `parts` have one of their own."""
 
     name: str
     mesh: Mesh
+    parts: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
-        if self.name not in STRATEGIES:
-            raise ConfigError(f"mesh.strategy={self.name!r} is not one of {', '.join(STRATEGIES)}")
+        for field, name in (("strategy", self.name), *((f"parts[{part!r}]", name) for part, name in self.parts)):
+            if name not in STRATEGIES:
+                raise ConfigError(f"mesh.{field}={name!r} is not one of {', '.join(STRATEGIES)}")
+        named = (self.name, *(name for _, name in self.parts))
+        for axis, user in (("tensor", "fsdp_tp"), ("sequence", "fsdp_sp")):
+            size = self.mesh.shape[axis]
+            if size > 1 and not any(name.endswith(user) for name in named):
+                raise ConfigError(
+                    f"mesh.{axis}={size}: strategy {self.name} puts nothing on that axis, its devices would all do the same; "
+                    f"use {user}, or mesh.{axis}=1"
+                )
+
+    @classmethod
+    def of(cls, cfg: MeshConfig, devices: Sequence[jax.Device] | None = None) -> "Strategy":
+        """The strategy and the mesh of a configuration. ConfigError for what cannot be."""
+        if cfg.strategy.startswith("hybrid") and cfg.slices == 1:
+            raise ConfigError(
+                f"mesh.strategy={cfg.strategy!r} is for several slices: set mesh.slices and mesh.data to their number"
+            )
+        return cls(cfg.strategy, make_mesh(cfg, devices), cfg.parts)
 
     @property
     def batch_shards(self) -> int:
@@ -48,11 +85,13 @@ class Strategy:
 
     def spec(self, part: str, axes: tuple[str | None, ...], shape: tuple[int, ...], where: str = "") -> PartitionSpec:
         """Mesh axes of an array of `part` whose dimensions have the logical names `axes`."""
-        tables = STRATEGIES[self.name]
+        tables = STRATEGIES[dict(self.parts).get(part, self.name)]
         table = tables.get(part, tables[""])
         entries, taken = [], {}
         for name, dim in zip(axes, shape, strict=True):
-            mesh_axes = tuple(a for a in table.get(name, ()) if self.mesh.shape[a] > 1)
+            # A single token, of decoding or of the null condition, is nothing to cut up.
+            cut = table.get(name, ()) if dim != 1 or name not in TOKENS else ()
+            mesh_axes = tuple(a for a in cut if self.mesh.shape[a] > 1)
             for axis in mesh_axes:
                 if axis in taken:
                     raise ConfigError(
@@ -97,6 +136,6 @@ class Strategy:
         }
         return nnx.traversals.unflatten_mapping(flat)
 
-    def resolver(self, part: str, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> jax.sharding.Sharding | None:
+    def resolver(self, part: str, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> NamedSharding:
         """Where activations lie, for `nn.sharding_resolver`."""
         return self.sharding(part, axes, shape, f"an activation of {part}")

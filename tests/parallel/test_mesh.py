@@ -1,4 +1,7 @@
+import re
+
 import jax
+import numpy as np
 import pytest
 
 from blip3o_jax.config import ConfigError, MeshConfig
@@ -7,7 +10,7 @@ from blip3o_jax.parallel.mesh import AXES, make_mesh
 
 @pytest.mark.parametrize(
     ("sizes", "want"),
-    [((1, -1, 1), (1, 8, 1)), ((-1, 2, 2), (2, 2, 2)), ((8, 1, 1), (8, 1, 1)), ((2, 2, -1), (2, 2, 2))],
+    [((1, -1, 1), (1, 8, 1, 1)), ((-1, 2, 2), (2, 2, 1, 2)), ((8, 1, 1), (8, 1, 1, 1)), ((2, 2, -1), (2, 2, 1, 2))],
 )
 def test_sizes(sizes, want):
     mesh = make_mesh(MeshConfig(*sizes))
@@ -17,7 +20,7 @@ def test_sizes(sizes, want):
 
 def test_one_device():
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    assert tuple(mesh.shape.values()) == (1, 1, 1) and set(mesh.axis_types) == {jax.sharding.AxisType.Auto}
+    assert tuple(mesh.shape.values()) == (1, 1, 1, 1) and set(mesh.axis_types) == {jax.sharding.AxisType.Auto}
 
 
 @pytest.mark.parametrize(
@@ -35,3 +38,32 @@ def test_sizes_that_cannot_be(sizes, message):
     with pytest.raises(ConfigError, match=message) as error:
         make_mesh(MeshConfig(*sizes))
     assert "\n" not in str(error.value)
+
+
+def test_sequence_and_slices():
+    mesh = make_mesh(MeshConfig(data=2, fsdp=-1, sequence=2, slices=2))
+    assert mesh.axis_names == AXES and tuple(mesh.shape.values()) == (2, 2, 2, 1)
+    ids = np.vectorize(lambda device: device.id)(mesh.devices)
+    assert sorted(ids[0].reshape(-1)) == [0, 1, 2, 3], "a slice is one block of neighbours"
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"data": 1, "slices": 2}, "mesh.slices=2: data=1 lies over the slices, so it must be a multiple of their number"),
+        ({"data": 2, "slices": 0}, "mesh.slices=0: data=2 lies over the slices"),
+        ({"sequence": 3}, "mesh data=1 x fsdp=-1 x sequence=3 x tensor=1 does not cover 8 devices"),
+    ],
+)
+def test_slices_that_cannot_be(sizes, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        make_mesh(MeshConfig(**sizes))
+
+
+def test_real_slices_are_asked_how_many_they_are():
+    class Device:
+        def __init__(self, index):
+            self.slice_index = index // 4
+
+    with pytest.raises(ConfigError, match=r"mesh\.slices=4, but the devices lie in 2: set mesh\.slices to that"):
+        make_mesh(MeshConfig(data=4, slices=4), [Device(i) for i in range(8)])

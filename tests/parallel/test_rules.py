@@ -15,17 +15,23 @@ def fails(message):
 @pytest.mark.parametrize(
     ("strategy", "part", "axes", "want"),
     [
-        ("fsdp", "ar", ("layers", "embed", "mlp"), (None, "fsdp", None)),
+        ("fsdp_sp", "ar", ("layers", "embed", "mlp"), (None, "fsdp", None)),
+        ("fsdp_sp", "ar", ("batch", "length", "act_embed"), (("data", "fsdp"), "sequence", None)),
+        ("fsdp_sp", "dit", ("batch", "latent_tokens", None), (("data", "fsdp"), "sequence", None)),
+        ("fsdp_sp", "tokenizer", ("batch", "length"), (("data", "fsdp"), None)),
         ("fsdp_tp", "ar", ("layers", "embed", "mlp"), (None, "fsdp", "tensor")),
         ("fsdp_tp", "ar", ("vocab", "embed"), ("tensor", "fsdp")),
         ("fsdp_tp", "tokenizer", ("embed", "mlp"), ("fsdp", None)),
         ("fsdp_tp", "vae", ("embed", "mlp"), (None, None)),
+        ("fsdp", "ar", ("layers", "embed", "mlp"), (None, "fsdp", None)),
         ("dp", "ar", ("embed", "mlp"), (None, None)),
         ("dp", "ar", ("batch", None), (("data", "fsdp"), None)),
+        ("hybrid", "ar", ("embed", "mlp"), ("fsdp", None)),
     ],
 )
 def test_places(strategy, part, axes, want):
-    got = tiny.strategy(strategy, 2, 2, 2).spec(part, axes, (8,) * len(axes))
+    more = {"fsdp_tp": {"tensor": 2}, "fsdp_sp": {"sequence": 2}, "hybrid": {"slices": 2}}.get(strategy, {})
+    got = tiny.strategy(strategy, 2, 2, **more).spec(part, axes, (8,) * len(axes))
     assert got == PartitionSpec(*want)
 
 
@@ -60,8 +66,34 @@ def test_a_batch_that_does_not_divide():
 
 
 def test_an_unknown_strategy_names_those_there_are():
-    with fails("mesh.strategy='fdsp' is not one of dp, fsdp, fsdp_tp"):
+    with fails("mesh.strategy='fdsp' is not one of dp, fsdp, fsdp_tp, fsdp_sp"):
         tiny.strategy("fdsp")
+    with fails("mesh.parts['dit']='tp' is not one of dp, fsdp, fsdp_tp, fsdp_sp"):
+        tiny.strategy("fsdp", parts=(("dit", "tp"),))
+
+
+def test_parts_have_tables_of_their_own():
+    strategy = tiny.strategy("fsdp_tp", fsdp=2, tensor=2, parts=(("dit", "dp"), ("vae", "fsdp")))
+    axes, shape = ("embed", "mlp"), (8, 8)
+    for part, want in {"ar": ("fsdp", "tensor"), "dit": (None, None), "vae": (None, None), "tokenizer": ("fsdp", None)}.items():
+        assert strategy.spec(part, axes, shape) == PartitionSpec(*want), part
+
+
+def test_axes_that_nothing_would_lie_over():
+    with fails("mesh.tensor=2: strategy fsdp puts nothing on that axis, its devices would all do the same; use fsdp_tp"):
+        tiny.strategy("fsdp", fsdp=2, tensor=2)
+    with fails("mesh.sequence=2: strategy fsdp_tp puts nothing on that axis"):
+        tiny.strategy("fsdp_tp", fsdp=2, tensor=2, sequence=2)
+    tiny.strategy("fsdp", fsdp=2, sequence=2, parts=(("dit", "fsdp_sp"),))
+    with fails("mesh.strategy='hybrid' is for several slices: set mesh.slices and mesh.data to their number"):
+        tiny.strategy("hybrid", fsdp=8)
+
+
+def test_one_token_is_not_cut_up():
+    strategy = tiny.strategy("fsdp_sp", fsdp=2, sequence=2)
+    assert strategy.spec("ar", ("batch", "length"), (2, 1)) == PartitionSpec("fsdp", None)
+    with fails("an activation of ar has length=3, which does not divide over mesh axes sequence = 2"):
+        strategy.resolver("ar", ("batch", "length"), (2, 3))
 
 
 @pytest.mark.parametrize("name", rules.STRATEGIES)

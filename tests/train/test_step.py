@@ -20,7 +20,14 @@ from tests.tiny import quick_compile  # noqa: F401
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
 SINGLE = ("dp", 1, 1, 1)
-MESHES = {"dp": ("dp", 8, 1, 1), "fsdp": ("fsdp", 1, 8, 1), "fsdp_tp": ("fsdp_tp", 2, 2, 2)}
+MESHES = {
+    "dp": ("dp", 8, 1, 1),
+    "fsdp": ("fsdp", 1, 8, 1),
+    "fsdp_tp": ("fsdp_tp", 2, 2, 2),
+    "fsdp_sp": ("fsdp_sp", 1, 4, 1, ("sequence", 2)),
+    "hybrid_fsdp_sp": ("hybrid_fsdp_sp", 2, 2, 1, ("sequence", 2), ("slices", 2)),
+    "a mixture": ("fsdp_tp", 1, 4, 2, ("parts", (("dit", "fsdp"), ("tokenizer", "dp"), ("vae", "fsdp")))),
+}
 DECAY = 0.75
 
 
@@ -43,7 +50,7 @@ def initial():
 def compiled(mesh=SINGLE, accumulate=1, **optimizer):
     cfg, image_first, _ = setup()
     cfg = dataclasses.replace(cfg, optimizer=dataclasses.replace(cfg.optimizer, accumulate=accumulate, **optimizer))
-    strategy = tiny.strategy(*mesh)
+    strategy = tiny.strategy(*mesh[:4], **dict(mesh[4:]))
     plan = plan_state(cfg, strategy)
     return make_step(cfg, plan, strategy, make_loss(cfg, image_first)), plan, strategy
 
@@ -190,6 +197,11 @@ def test_the_published_freezing():
         assert np.any(np.asarray(a) != b), path
     for (path, a), (_, b) in zip(leaves(state["frozen"]), leaves(initial()["frozen"]), strict=True):
         np.testing.assert_array_equal(a, b, err_msg=path)
+
+
+def test_a_part_that_is_none_has_no_strategy():
+    with pytest.raises(config_lib.ConfigError, match=r"mesh\.parts: part='dti'"):
+        plan_state(setup()[0], tiny.strategy("fsdp", fsdp=2, parts=(("dti", "dp"),)))
 
 
 def test_all_can_be_trained_by_one_field():

@@ -1,0 +1,91 @@
+"""Splash attention: block-sparse flash attention as a Pallas kernel for TPUs (`jax.experimental.pallas.ops.tpu`), per shard.
+
+Scores never leave the chip's own memory, and blocks above the diagonal are not computed. Heads may lie over several devices,
+and so may the queries of a row; keys and values of a row are whole on each. Off TPUs the kernel is interpreted, for tests.
+
+B batch, L tokens, H query heads, G key/value heads, K head size. Length is padded to whole tiles, as segment 0.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from blip3o_jax import nn
+
+LANES = 128  # of a TPU's vectors: blocks of keys are multiples
+LARGEST_BLOCK = 512
+
+
+def splash(
+    q_BLHK: jax.Array,
+    k_BLGK: jax.Array,
+    v_BLGK: jax.Array,
+    query_segments_BL: jax.Array,
+    key_segments_BL: jax.Array,
+    query_start: jax.Array | int,
+) -> jax.Array:
+    """`attention.attend` for whole rows. ValueError for queries that begin behind the first key."""
+    length, scale = q_BLHK.shape[1], q_BLHK.shape[-1] ** -0.5
+    if not (isinstance(query_start, int) and query_start == 0 and k_BLGK.shape[1] == length):
+        raise ValueError("splash attention is for whole rows: take attention 'xla' on a cache")
+    rows_at, length_at, heads_at, _ = _at("batch", "length", "act_heads", None, shape=q_BLHK.shape)
+    kv_heads_at = _at("act_kv_heads", shape=k_BLGK.shape[2:3])[0]
+    mesh = nn.mesh()
+    pad = -length % (LANES * _shards(mesh, length_at))
+    widen = lambda x: jnp.pad(x, ((0, 0), (0, pad), *((0, 0),) * (x.ndim - 2)))
+    by_head = lambda x: widen(x).transpose(0, 2, 1, 3)
+    # The kernel does not scale scores. In bfloat16 this rounds q once more, unless 1 / sqrt(K) is a power of two.
+    q_BHLK = by_head(q_BLHK * jnp.asarray(scale, q_BLHK.dtype))
+    inputs = q_BHLK, by_head(k_BLGK), by_head(v_BLGK), widen(query_segments_BL), widen(key_segments_BL)
+
+    interpreted = nn.platform() != "tpu"
+    kernel = _kernel(q_BHLK.shape[1], length + pad, _shards(mesh, heads_at), _shards(mesh, length_at), interpreted)
+    if mesh is None:
+        o_BHLK = _rows(kernel, *inputs)
+    else:
+        at = PartitionSpec
+        kernel_at = kernel.manual_sharding_spec(NamedSharding(mesh, at(heads_at, length_at)))
+        keys_at = at(rows_at, kv_heads_at, None, None)
+        queries_at = at(rows_at, heads_at, length_at, None)
+        in_specs = (kernel_at, queries_at, keys_at, keys_at, at(rows_at, length_at), at(rows_at, None))
+        # The kernel's outputs do not say over which axes they are equal, which is what would be checked.
+        run = jax.shard_map(_rows, mesh=mesh, in_specs=in_specs, out_specs=queries_at, check_vma=False)
+        o_BHLK = run(kernel, *inputs)
+    return o_BHLK.transpose(0, 2, 1, 3)[:, :length]
+
+
+def _rows(kernel: kernels.SplashAttentionKernel, q: jax.Array, k: jax.Array, v: jax.Array, *segments: jax.Array) -> jax.Array:
+    return jax.vmap(lambda q, k, v, *ids: kernel(q, k, v, segment_ids=kernels.SegmentIds(*ids)))(q, k, v, *segments)
+
+
+def _kernel(heads: int, length: int, head_shards: int, length_shards: int, interpret: bool) -> kernels.SplashAttentionKernel:
+    tiles = length // length_shards // LANES
+    block = LANES * max(n for n in range(1, LARGEST_BLOCK // LANES + 1) if tiles % n == 0)
+    sizes = kernels.BlockSizes(
+        block_q=block,
+        block_kv=block,
+        block_q_dkv=block,
+        block_kv_dkv=block,
+        use_fused_bwd_kernel=True,
+    )
+    mask = masks.MultiHeadMask([masks.CausalMask((length, length))] * heads)
+    return kernels.make_splash_mha(
+        mask, block_sizes=sizes, head_shards=head_shards, q_seq_shards=length_shards, interpret=interpret
+    )
+
+
+def _at(*axes: str | None, shape: tuple[int, ...]) -> tuple[str | tuple[str, ...] | None, ...]:
+    """Mesh axes of each dimension."""
+    sharding = nn.sharding(*axes, shape=shape)
+    if sharding is None:
+        return (None,) * len(axes)
+    return (*sharding.spec, *(None,) * (len(axes) - len(sharding.spec)))
+
+
+def _shards(mesh: Mesh | None, at: str | tuple[str, ...] | None) -> int:
+    names = () if at is None or mesh is None else (at,) if isinstance(at, str) else at
+    return math.prod(mesh.shape[name] for name in names)
