@@ -15,7 +15,8 @@ import pytest
 
 from blip3o_jax import config as config_lib
 from blip3o_jax.config import UserError
-from blip3o_jax.train import checkpoint, encode, flops, loop, recipe
+from blip3o_jax.parallel import chips
+from blip3o_jax.train import checkpoint, encode, loop, recipe
 from blip3o_jax.train.metrics import MetricLog, read_rows
 from tests import tiny
 from tests.tiny import quick_compile  # noqa: F401
@@ -292,7 +293,8 @@ def test_the_last_and_the_best_are_kept(tmp_path):
 
 
 def test_mfu_is_reported_where_the_peak_is_known(whole, tmp_path, monkeypatch):
-    monkeypatch.setitem(flops.PEAK_FLOPS, jax.devices()[0].device_kind, 1e12)
+    slow = dataclasses.replace(chips.CHIPS["v4"], flops=1e12)
+    monkeypatch.setitem(chips.BY_KIND, jax.devices()[0].device_kind, slow)
     with monkeypatch.context() as patch, pytest.raises(Stopped):
         stop_after(patch, 2)
         loop.train(joint(), tmp_path)
