@@ -1,4 +1,4 @@
-"""`blip3o bench peer|conversion`: parses and calls, nothing else."""
+"""`blip3o bench peer|conversion|sharding`: parses and calls, nothing else."""
 
 import argparse
 import shlex
@@ -15,6 +15,7 @@ def add(commands: Any, command: Callable) -> None:
     kinds = bench.add_subparsers(title="benchmarks", metavar="NAME", required=True)
     _add_peer(kinds, command)
     _add_conversion(kinds, command)
+    _add_sharding(kinds, command)
 
 
 def _add_peer(kinds: Any, command: Callable) -> None:
@@ -52,6 +53,49 @@ def _add_conversion(kinds: Any, command: Callable) -> None:
     parser.add_argument("--config", required=True, metavar="FILE.py[:ARG]", help="a file under configs/, and its argument")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="for conversion.json, and the weights meanwhile")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16", help="(%(default)s)")
+
+
+def _add_sharding(kinds: Any, command: Callable) -> None:
+    parser = command(
+        kinds,
+        "sharding",
+        _sharding,
+        "which strategy fits a TPU topology, how fast it should be and what limits it; needs no TPU",
+        "Needs libtpu (the extra [tpu]). Compiles the whole train step ahead of time for every topology and strategy and walks "
+        "the program with a cost model; writes sharding.json and sharding.html. Times are predicted, not measured. Mesh sizes "
+        "are chosen for each strategy unless --config.mesh.* sets them; --config.data.cache_dir=X leaves the encoders out.",
+    )
+    parser.add_argument("--config", required=True, metavar="FILE.py[:ARG]", help="a file under configs/, and its argument")
+    parser.add_argument("--topology", required=True, metavar="LIST", help="chips along each axis: v5p:8x8x8,v6e:16x16")
+    parser.add_argument("--slices", type=int, default=1, metavar="N", help="of that topology each (%(default)s)")
+    parser.add_argument("--strategy", default="", metavar="LIST", help="with commas between (fsdp,fsdp_tp,fsdp_sp,dp)")
+    parser.add_argument("--batch_per_chip", type=int, default=0, metavar="N", help="examples (the config's batch_size in all)")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the report is written")
+    parser.add_argument("--keep_hlo", action="store_true", help="write each compiled program's text there too")
+
+
+def _sharding(args: argparse.Namespace) -> None:
+    from blip3o_jax import config_file
+    from blip3o_jax.bench import sharding
+
+    options = sharding.Options(
+        topologies=_names(args.topology),
+        strategies=_names(args.strategy) or sharding.STRATEGIES,
+        slices=args.slices,
+        batch_per_chip=args.batch_per_chip,
+        chosen=frozenset(key.split("mesh.", 1)[1] for key, _ in args.overrides if key.startswith("mesh.") or ".mesh." in key),
+        keep_hlo=args.keep_hlo,
+    )
+    names = ("config", "topology", "slices", "strategy", "batch_per_chip", "out")
+    flags = [f"--{name}={getattr(args, name)}" for name in names if getattr(args, name)]
+    flags += [f"--config.{key}={value}" for key, value in args.overrides]
+    command = shlex.join(["blip3o", "bench", "sharding", *flags])
+    config = config_file.load(args.config, args.overrides)
+    sharding.print_report(sharding.bench(config, args.out, options, command))
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def _conversion(args: argparse.Namespace) -> None:

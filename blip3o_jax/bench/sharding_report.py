@@ -1,0 +1,155 @@
+"""The page of `bench sharding`: one HTML file, its drawings SVG, nothing fetched from anywhere."""
+
+import html
+import pathlib
+import string
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+Row = dict[str, Any]
+LIMITERS = ("compute", "HBM", "ICI", "DCN")
+GIB = 2**30
+# Units of the drawings; the page scales them to the width there is.
+WIDTH, LABEL, BAR = 900, 270, 22
+PLOT_WIDTH, PLOT_HEIGHT, MARGIN = 640, 380, 54
+
+
+def page(report: dict[str, Any]) -> str:
+    template = string.Template(pathlib.Path(__file__).with_name("sharding.html").read_text(encoding="utf-8"))
+    rows = report["rows"]
+    fits = [row for row in rows if "step_s" in row]
+    return template.substitute(
+        title=_text("Sharding: " + ", ".join(dict.fromkeys(row["topology"] for row in rows))),
+        command=_text(report["command"]),
+        made=_text(f"{report['date']}; " + ", ".join(f"{name} {v}" for name, v in report["versions"].items())),
+        rows="".join(map(_table_row, rows)),
+        bars=bars(fits),
+        front=front(fits),
+        details="".join(map(_details, fits)),
+    )
+
+
+def _text(value: Any) -> str:
+    return html.escape(str(value), quote=True)
+
+
+def _name(row: Row) -> str:
+    return f"{row['topology']} {row['strategy']}"
+
+
+def _table_row(row: Row) -> str:
+    head = f'<th scope="row">{_text(row["topology"])}</th><td>{_text(row["strategy"])}</td>'
+    mesh = " ".join(f"{axis} {size}" for axis, size in row.get("mesh", {}).items() if size > 1)
+    head += _cell(mesh) + _cell(f"{row['batch_per_chip']:g}", row["batch_per_chip"])
+    if "step_s" not in row:
+        return f'<tr class="no">{head}<td colspan="8"><b>{_text(row["status"])}</b>: {_text(row["error"])}</td></tr>'
+    memory, seconds = row["memory"]["total"], row["step_s"]
+    exposed = sum(c["exposed"] for c in row["collectives"]) / seconds
+    cells = (
+        (f"{memory / GIB:.1f}", memory),
+        (f"{seconds:.3f}", seconds),
+        (f"{100 * row['mfu']:.1f} %", row["mfu"]),
+        (row["limiter"],),
+        (f"{100 * exposed:.1f} %", exposed),
+        (f"{row['examples_per_s_per_chip']:.2f}", row["examples_per_s_per_chip"]),
+        (f"{row['compile_s']:.0f}", row["compile_s"]),
+        (f"{100 * row['unknown_share']:.1f} %", row["unknown_share"]),
+    )
+    return f"<tr>{head}{''.join(_cell(*cell) for cell in cells)}</tr>"
+
+
+def _cell(text: str, value: float | None = None) -> str:
+    data = "" if value is None else f' data-value="{value}"'
+    return f"<td{data}>{_text(text)}</td>"
+
+
+def bars(rows: Sequence[Row]) -> str:
+    """Predicted seconds of a step, stacked by what limits them."""
+    longest = max((row["step_s"] for row in rows), default=0) or 1
+    drawn, room = [], WIDTH - LABEL - 70
+    for i, row in enumerate(rows):
+        x, y = float(LABEL), i * (BAR + 8)
+        drawn.append(f'<text x="{LABEL - 8}" y="{y + 15}" text-anchor="end">{_text(_name(row))}</text>')
+        for limiter in LIMITERS:
+            wide = room * row["seconds"][limiter] / longest
+            title = f"{limiter} {row['seconds'][limiter]:.4f} s"
+            drawn.append(
+                f'<rect class="{limiter}" x="{x:.1f}" y="{y}" width="{wide:.1f}" height="{BAR}"><title>{title}</title></rect>'
+            )
+            x += wide
+        drawn.append(f'<text x="{x + 6:.1f}" y="{y + 15}">{row["step_s"]:.3f} s</text>')
+    return _svg(WIDTH, max(1, len(rows)) * (BAR + 8), "predicted seconds of a step by limiter", drawn)
+
+
+def pareto(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Those that no other beats in both coordinates; less is better."""
+    best: list[tuple[float, float]] = []
+    for point in sorted(set(points)):
+        if not best or point[1] < best[-1][1]:
+            best.append(point)
+    return best
+
+
+def front(rows: Sequence[Row]) -> str:
+    """Memory of a device against predicted seconds for an example and chip; the line joins those that nothing beats."""
+    if not rows:
+        return "<p>Nothing fits.</p>"
+    points = [(row["memory"]["total"] / GIB, 1 / row["examples_per_s_per_chip"]) for row in rows]
+    most_x, most_y = (1.1 * max(p[i] for p in points) for i in (0, 1))
+
+    def place(point: tuple[float, float]) -> tuple[float, float]:
+        x, y = point[0] / most_x, point[1] / most_y
+        return MARGIN + (PLOT_WIDTH - 2 * MARGIN) * x, PLOT_HEIGHT - MARGIN - (PLOT_HEIGHT - 2 * MARGIN) * y
+
+    right, bottom = PLOT_WIDTH - MARGIN, PLOT_HEIGHT - MARGIN
+    drawn = [f'<path class="axis" d="M{MARGIN} {MARGIN}V{bottom}H{right}"/>']
+    for part in (0.25, 0.5, 0.75, 1.0):
+        x, y = place((part * most_x, part * most_y))
+        drawn.append(f'<text x="{x:.0f}" y="{bottom + 18}" text-anchor="middle">{part * most_x:.3g}</text>')
+        drawn.append(f'<text x="{MARGIN - 6}" y="{y + 4:.0f}" text-anchor="end">{part * most_y:.3g}</text>')
+    drawn.append(f'<text x="{right}" y="{bottom + 38}" text-anchor="end">GiB of a device</text>')
+    drawn.append(f'<text x="{MARGIN}" y="{MARGIN - 14}">chip-seconds for an example, predicted</text>')
+    best = [place(point) for point in pareto(points)]
+    drawn.append(f'<path class="front" d="M{"L".join(f"{x:.1f} {y:.1f}" for x, y in best)}"/>')
+    for row, point in zip(rows, points, strict=True):
+        x, y = place(point)
+        title = f"{_name(row)}: {point[0]:.1f} GiB, {point[1]:.4f} chip-seconds"
+        drawn.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4.5"><title>{_text(title)}</title></circle>')
+        drawn.append(f'<text x="{x + 8:.1f}" y="{y - 6:.1f}">{_text(_name(row))}</text>')
+    return _svg(PLOT_WIDTH, PLOT_HEIGHT, "memory against time", drawn)
+
+
+def _svg(width: int, height: int, label: str, drawn: Iterable[str]) -> str:
+    return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{_text(label)}">{"".join(drawn)}</svg>'
+
+
+def _details(row: Row) -> str:
+    memory = [(name, f"{size / GIB:.2f} GiB") for name, size in row["memory"].items()]
+    work = [
+        (f"{part}, {direction}", f"{value / 1e12:.3f} TFLOP")
+        for part, passes in row["flops"].items()
+        for direction, value in passes.items()
+    ]
+    work += [("read and written in HBM", f"{row['hbm_bytes'] / GIB:.1f} GiB")]
+    times = [(part, f"{seconds:.4f} s") for part, seconds in sorted(row["part_seconds"].items(), key=lambda kv: -kv[1])]
+    moved = [
+        (
+            f"{c['kind']} over {' x '.join(c['axes']) or 'nothing'} ({c['network']})",
+            f"{c['count']} times, {c['size'] / GIB:.2f} GiB, {c['seconds']:.4f} s, of it exposed {c['exposed']:.4f} s",
+        )
+        for c in sorted(row["collectives"], key=lambda c: -c["seconds"])
+    ]
+    unknown = [(name, f"{u['count']} times, {u['seconds']:.4f} s") for name, u in row["unknown"].items()]
+    tables = {
+        "Bytes of a device": memory,
+        "Work of a device": work,
+        "Predicted seconds by part": times,
+        "Collectives": moved,
+        "In no known class": unknown,
+    }
+    body = "".join(f"<h3>{_text(name)}</h3>{_pairs(pairs)}" for name, pairs in tables.items() if pairs)
+    return f"<details><summary>{_text(_name(row))}</summary>{body}</details>"
+
+
+def _pairs(pairs: Iterable[tuple[str, str]]) -> str:
+    return f"<table><tbody>{''.join(f'<tr><th>{_text(k)}</th><td>{_text(v)}</td></tr>' for k, v in pairs)}</tbody></table>"
