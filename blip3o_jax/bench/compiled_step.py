@@ -14,6 +14,7 @@ import resource
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from typing import Any
 
@@ -43,7 +44,7 @@ def compile_apart(task: Task) -> Row:
         given.write_bytes(pickle.dumps(task))
         with said.open("wb") as log:
             command = [sys.executable, "-m", "blip3o_jax.bench.compiled_step", str(given), str(found)]
-            process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+            process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=log, stderr=log)
             try:
                 status = process.wait()
             finally:
@@ -183,7 +184,14 @@ def predicted(cost: Any) -> Row:
     }
 
 
+def _end_with_parent() -> None:
+    """The parent never writes: its end of the pipe closes when it ends, however it does."""
+    sys.stdin.buffer.read()
+    os._exit(1)
+
+
 def main(given: str, found: str) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     task: Task = pickle.loads(pathlib.Path(given).read_bytes())
     try:
         row = compiled(task)

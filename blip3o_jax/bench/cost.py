@@ -44,11 +44,12 @@ MEMORY = _names("""
     round-nearest-afz round-nearest-even rsqrt scatter select select-and-scatter shift-left shift-right-arithmetic
     shift-right-logical sign sine slice sort sqrt stochastic-convert subtract tan tanh topk transpose xor
 """)
-# Custom calls of the compiler's own that move at most what their shapes say.
-MEMORY_CALLS = _names("""
-    AllocateBuffer AssumeGatherIndicesInBound MoveToHost MoveToDevice PartialReduce ResizeBuffer Sharding
-    SPMDFullToShardShape SPMDShardToFullShape TopK annotate_device_placement
+# Custom calls of the compiler's own: those that only name memory, and those that move what their shapes say.
+FREE_CALLS = _names("""
+    AllocateBuffer AssumeGatherIndicesInBound ConcatBitcast Sharding SPMDFullToShardShape SPMDShardToFullShape
+    annotate_device_placement
 """)
+MEMORY_CALLS = _names("MoveToHost MoveToDevice PartialReduce ResizeBuffer TopK")
 
 
 @dataclasses.dataclass
@@ -125,6 +126,11 @@ def scope(op_name: str) -> tuple[str, str]:
     return part, "backward" if "transpose(" in op_name else "forward"
 
 
+def _target(op: Op) -> str:
+    """Of a custom call, else ""."""
+    return (op.attribute("custom_call_target") or "").strip('"') if op.opcode == "custom-call" else ""
+
+
 class _Walk:
     def __init__(self, program: Program, network: Network):
         self.program, self.network, self.chip = program, network, network.chip
@@ -182,7 +188,7 @@ class _Schedule:
 
     def run(self, op: Op) -> None:
         opcode = op.opcode
-        if opcode in FREE:
+        if opcode in FREE or _target(op) in FREE_CALLS:
             return
         if opcode.endswith("-done"):
             self._done(op)
@@ -216,7 +222,7 @@ class _Schedule:
         known = bool(flops) or op.opcode in MEMORY or op.opcode == "fusion"
         if op.opcode == "custom-call":
             kernel = kernel_flops(self.of, op)
-            known = kernel is not None or (op.attribute("custom_call_target") or "").strip('"') in MEMORY_CALLS
+            known = kernel is not None or _target(op) in MEMORY_CALLS
             if kernel:
                 flops = {scope(op.op_name): kernel}
         moving = size / chip.hbm_rate
@@ -233,8 +239,7 @@ class _Schedule:
             self._note(op, size, max(working, moving))
 
     def _note(self, op: Op, size: float, seconds: float) -> None:
-        target = (op.attribute("custom_call_target") or "").strip('"')
-        entry = self.cost.unknown[f"{op.opcode} {target}".strip()]
+        entry = self.cost.unknown[f"{op.opcode} {_target(op)}".strip()]
         entry.count, entry.size, entry.seconds = entry.count + 1, entry.size + size, entry.seconds + seconds
 
     def _spend(self, limiter: str, seconds: float, part: str) -> None:
@@ -286,7 +291,9 @@ class _Schedule:
         kind, inner, of = inside or (op.opcode.removesuffix("-start"), op, self.of)
         operands = sum(s.bytes for name in inner.operands for s in hlo.leaves(of.by_name[name].shape))
         if kind == "send":
-            return ("send", ("data",), "DCN"), operands, operands / self.walk.chip.dcn_rate
+            found = re.search(r'_xla_megascale_transfer_type="(\w+)"', op.attributes)
+            kind = found[1].lower().replace("_", "-") if found else kind
+            return (kind, network.slice_axes, "DCN"), operands, network.transfer_seconds(kind, operands)
         if kind == "collective-permute":
             pairs = hlo.device_pairs(inner.attribute("source_target_pairs") or "")
             axes = network.axes(pairs[0]) if pairs else ()

@@ -83,6 +83,17 @@ class Network:
         rate = sum(self.chip.link_rate * (2 if line.ring else 1) * line.share for line in lines) or self.chip.link_rate
         return total + times * (size * (1 - 1 / len(group)) / rate + latency)
 
+    @property
+    def slice_axes(self) -> tuple[str, ...]:
+        """Mesh axes that lead from slice to slice: those of the first devices of all slices."""
+        return self.axes([int(np.argmax(self.slices == s)) for s in sorted(set(self.slices.tolist()))])
+
+    def transfer_seconds(self, kind: str, size: float) -> float:
+        """Of what each device sends through its host, `size` bytes of it, when slices exchange their parts of a collective."""
+        slices = len(set(self.slices.tolist()))
+        times = {"all-reduce": 2 * (1 - 1 / slices), "all-gather": slices - 1}.get(kind, 1)
+        return times * size / self.chip.dcn_rate
+
     def permute_seconds(self, size: float, pairs: Sequence[tuple[int, int]]) -> float:
         """Every device sends `size` bytes at once: the longest way, over links that the others on it use too."""
         between = [(a, b) for a, b in pairs if a != b]

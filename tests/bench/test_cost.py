@@ -11,6 +11,7 @@ from blip3o_jax.bench.hlo_bytes import operation_bytes
 from blip3o_jax.bench.network import Network
 from blip3o_jax.parallel.chips import CHIPS, HOP_S
 from blip3o_jax.train.flops import count_flops
+from tests.bench.test_hlo import SCATTER
 
 V5P = CHIPS["v5p"]
 
@@ -166,6 +167,17 @@ def test_only_what_the_core_waits_for_is_exposed():
         assert found.collectives[key].exposed == pytest.approx(gather - hidden)
         assert found.total_seconds == pytest.approx(gather)
         assert found.seconds["compute"] == pytest.approx(hidden)
+
+
+def test_a_fusion_of_a_reduction_and_a_slice_is_a_reduce_scatter():
+    """16 chips along the first axis of the mesh, each with 16 MiB."""
+    network = torus(sizes=(4, 4, 4), mesh={"fsdp": 16, "tensor": 4})
+    found = cost.program_cost(SCATTER, network)
+    key = ("reduce-scatter", ("fsdp",), "ICI")
+    assert set(found.collectives) == {key}
+    assert (found.collectives[key].count, found.collectives[key].size) == (1, 4096 * 2048 * 2)
+    seconds = network.seconds("reduce-scatter", 4096 * 2048 * 2, range(0, 64, 4))
+    assert found.collectives[key].exposed == pytest.approx(seconds)
 
 
 def test_what_no_formula_knows_is_reported_and_not_free():

@@ -29,6 +29,89 @@ def test_an_unknown_form_of_groups_is_not_guessed():
         hlo.replica_groups("mesh['a'=2] {'b'}", 4)
 
 
+LOOP = """HloModule jit_loss, is_scheduled=true, num_partitions=4
+
+%region_1.2_spmd (wide.param.1: (s32[], bf16[8,512], s32[])) -> pred[] {
+  %wide.param.1 = (s32[]{:T(128)}, bf16[8,512]{1,0:T(8,128)(2,1)}, s32[]{:T(128)}) parameter(0)
+  %get-tuple-element.195 = s32[]{:T(128)} get-tuple-element(%wide.param.1), index=0
+  %bound = BOUND
+  ROOT %lt.11 = pred[]{:T(512)} compare(%get-tuple-element.195, %bound), direction=LT, metadata={op_name="while/cond/lt"}
+}
+
+%region_0.1_spmd.sunk (wide.param.2: (s32[], bf16[8,512], s32[])) -> (s32[], bf16[8,512], s32[]) {
+  %constant.55 = s32[]{:T(128)} constant(1)
+  %wide.param.2 = (s32[]{:T(128)}, bf16[8,512]{1,0:T(8,128)(2,1)}, s32[]{:T(128)}) parameter(0)
+  %get-tuple-element.265 = s32[]{:T(128)} get-tuple-element(%wide.param.2), index=0
+  %get-tuple-element.266 = bf16[8,512]{1,0:T(8,128)(2,1)} get-tuple-element(%wide.param.2), index=1
+  %add.28 = s32[]{:T(128)} add(%get-tuple-element.265, %constant.55), metadata={op_name="jit(loss)/jvp()/while/body/add"}
+  ROOT %tuple.57 = (s32[], bf16[8,512], s32[]) tuple(%add.28, %get-tuple-element.266, %constant.55)
+}
+
+ENTRY %main.5_spmd (param.4: bf16[8,512], n: s32[]) -> bf16[8,512] {
+  %constant.60.clone = s32[]{:T(128)} constant(2)
+  %constant.52 = s32[]{:T(128)} constant(9)
+  %param.4 = bf16[8,512]{1,0:T(8,128)(2,1)} parameter(0), sharding={devices=[4,1]<=[4]}, metadata={op_name="x"}
+  %n = s32[]{:T(128)} parameter(1)
+  %copy.29 = s32[]{:T(128)} copy(%constant.60.clone), backend_config={"flag_configs":[],"aliasing_operands":{"lists":[]}}
+  %tuple.57 = (s32[]{:T(128)}, bf16[8,512], s32[]{:T(128)}) tuple(%copy.29, %param.4, THIRD)
+  %while.27 = (s32[], bf16[8,512], s32[]) while(%tuple.57), condition=%region_1.2_spmd, body=%region_0.1_spmd.sunk
+  ROOT %get-tuple-element.128 = bf16[8,512]{1,0:T(8,128)(2,1)S(1)} get-tuple-element(%while.27), index=1
+}
+"""
+PASSED = "s32[]{:T(128)} get-tuple-element(%wide.param.1), index=2"
+
+
+@pytest.mark.parametrize(
+    ("bound", "third", "turns"),
+    [
+        ("s32[]{:T(128)} constant(5)", "%constant.52", 3),
+        (PASSED, "%constant.52", 7),
+        (PASSED, "%n", None),
+    ],
+    ids=["of the condition", "of the first values", "of the program's argument"],
+)
+def test_a_loop_turns_from_its_first_value_to_its_bound(bound, third, turns):
+    program = hlo.parse(LOOP.replace("BOUND", bound).replace("THIRD", third))
+    main = program.computations[program.entry]
+    assert hlo.trip_count(program, main, main.by_name["while.27"]) == turns
+
+
+SCATTER = """HloModule jit_f, is_scheduled=true, num_partitions=64
+
+%add.clone (x: bf16[], y: bf16[]) -> bf16[] {
+  %x = bf16[]{:T(256)} parameter(0)
+  %y = bf16[]{:T(256)} parameter(1)
+  ROOT %add = bf16[]{:T(256)} add(%x, %y)
+}
+
+%all-reduce-scatter (input: bf16[4096,2048]) -> bf16[264,2048] {
+  %input = bf16[4096,2048]{1,0:T(8,128)(2,1)} parameter(0)
+  %all-reduce.1 = bf16[4096,2048]{1,0} all-reduce(%input), channel_id=3, replica_groups=[4,16]<=[16,4]T(1,0), to_apply=%add.clone
+  ROOT %slice.2 = bf16[264,2048]{1,0:T(8,128)(2,1)} slice(%all-reduce.1), slice={[0:264], [0:2048]}
+}
+
+ENTRY %main.0_spmd (param: bf16[4096,2048]) -> bf16[264,2048] {
+  %param = bf16[4096,2048]{1,0:T(8,128)(2,1)} parameter(0), sharding={devices=[16,1,4]<=[64] last_tile_dim_replicate}
+  %copy-start = (bf16[4096,2048]{1,0:T(8,128)(2,1)S(1)}, bf16[4096,2048]{1,0}, u32[]{:S(2)}) copy-start(%param)
+  %copy-done = bf16[4096,2048]{1,0:T(8,128)(2,1)S(1)} copy-done(%copy-start)
+  ROOT %fusion = bf16[264,2048]{1,0:T(8,128)(2,1)} fusion(%copy-done), kind=kCustom, calls=%all-reduce-scatter, metadata={op_name="jit(f)/transpose(jvp())/dot_general" stack_frame_id=4}, backend_config={"window_config":{"estimated_cycles":"21807"},"collective_algorithm_config":{"emitter":"SingleInputAllReduceScatterFusion","debug":"{colors:1 phases:1}"}}
+}
+"""  # noqa: E501
+
+
+def test_what_an_operation_says():
+    program = hlo.parse(SCATTER)
+    main = program.computations[program.entry]
+    fusion = main.root
+    assert (fusion.name, fusion.opcode, fusion.operands) == ("fusion", "fusion", ("copy-done",))
+    assert fusion.called("calls") == ("all-reduce-scatter",) and fusion.estimated_cycles == 21807
+    assert fusion.op_name == "jit(f)/transpose(jvp())/dot_general"
+    assert [s.space for s in hlo.leaves(main.by_name["copy-start"].shape)] == [1, 0, 2]
+    reduced = program.computations["all-reduce-scatter"].by_name["all-reduce.1"]
+    assert reduced.replica_groups == "[4,16]<=[16,4]T(1,0)" and reduced.called("to_apply") == ("add.clone",)
+    assert [op.name for op in main.ops] == ["param", "copy-start", "copy-done", "fusion"], "in the order they run"
+
+
 def test_pairs():
     assert hlo.device_pairs("{{0,1},{1,2}}") == ((0, 1), (1, 2))
 
