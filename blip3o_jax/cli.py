@@ -46,18 +46,29 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the process's exit status: 0, 1 (a comparison failed), 2 (a user's error), 130 (Ctrl-C)."""
+    """Run one command; returns the process's exit status: 0, 1 (a comparison failed), 2 (a user's error), 75 (stopped by
+    SIGTERM after saving; run it again), 130 (Ctrl-C)."""
     args = parse(sys.argv[1:] if argv is None else argv)
     try:
         return args.run(args) or 0
-    except (UserError, *_PATH_ERRORS) as error:
-        if os.environ.get("BLIP3O_TRACEBACK") == "1":
-            traceback.print_exc()
-        print(f"blip3o: error: {_one_line(error)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
+    except BaseException as error:
+        status = _report(error, args)
+        if status is None:
+            raise
+        return status
+
+
+def _report(error: BaseException, args: argparse.Namespace) -> int | None:
+    """Tells a user's error or Ctrl-C in one line and returns the exit status; None for anything else."""
+    if isinstance(error, KeyboardInterrupt):
         print(f"\nblip3o: interrupted; {args.after_interrupt}", file=sys.stderr)
         return 130
+    if not isinstance(error, (UserError, *_PATH_ERRORS)):
+        return None
+    if os.environ.get("BLIP3O_TRACEBACK") == "1":
+        traceback.print_exception(error)
+    print(f"blip3o: error: {_one_line(error)}", file=sys.stderr)
+    return 2
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -133,7 +144,18 @@ def _add_train(commands: Any) -> None:
         again="the same command resumes from the last checkpoint in its --workdir",
     )
     _add_config(parser)
-    parser.add_argument("--workdir", type=Path, metavar="DIR", help="for checkpoints, metrics, logs (runs/NAME of the config)")
+    parser.add_argument("--workdir", type=_directory, metavar="DIR", help="for checkpoints, metrics (runs/NAME of the config)")
+    parser.add_argument("--compile_cache", type=Path, metavar="DIR", help="keeps compiled programs for the next start")
+    group = parser.add_argument_group("many hosts", "one process each; docs/pods.md tells how to launch them")
+    group.add_argument(
+        "--distributed",
+        choices=("auto", "off", "tpu", "slurm"),
+        default="auto",
+        help="how hosts find each other: by a TPU slice's metadata, Slurm's variables, or what there is of these (%(default)s)",
+    )
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="where host 0 listens, in place of --distributed")
+    group.add_argument("--num_processes", type=_positive, metavar="N", help="with --coordinator: how many hosts")
+    group.add_argument("--process_id", type=int, metavar="I", help="with --coordinator: which of them this is, from 0")
 
 
 def _add_sample(commands: Any) -> None:
@@ -213,11 +235,22 @@ def _shapes(args: argparse.Namespace) -> None:
     )
 
 
-def _train(args: argparse.Namespace) -> None:
-    from blip3o_jax import config_file
-    from blip3o_jax.train import recipe
+def _train(args: argparse.Namespace) -> int:
+    from blip3o_jax import config, config_file
+    from blip3o_jax.parallel import distributed
 
-    recipe.run(config_file.load_recipe(args.config, args.overrides), args.workdir or _default_workdir(args.config))
+    stages = config_file.load_recipe(args.config, args.overrides)
+    workdir = args.workdir or _default_workdir(args.config)
+    launch = distributed.Launch(args.distributed, args.coordinator, args.num_processes, args.process_id)
+
+    def job() -> None:
+        from blip3o_jax.train import recipe
+
+        distributed.agree({name: config.to_dict(stage) for name, stage in stages.items()}, workdir.absolute())
+        recipe.run(stages, workdir)
+
+    distributed.keep_programs(args.compile_cache)
+    return distributed.run(launch, job, lambda error: _report(error, args))
 
 
 def _sample(args: argparse.Namespace) -> None:
@@ -270,6 +303,12 @@ def _read_prompts(path: Path) -> list[str]:
     if not prompts:
         raise UserError(f"{path} holds no prompt: write one a line")
     return prompts
+
+
+def _directory(text: str) -> Path:
+    if "://" in text:
+        raise argparse.ArgumentTypeError(f"{text!r} is no directory: mount the bucket, as docs/pods.md says, and give the path")
+    return Path(text)
 
 
 def _positive(text: str) -> int:

@@ -1,10 +1,11 @@
 """Records -> batches: weighted mixture, seeded shuffle, worker processes, and a state of one number.
 
-    sources -> shuffle, repeat -> mix -> read + transform -> batch -> this host's batches -> workers     (Grain)
+    sources -> shuffle, repeat -> mix -> this host's rows -> read + transform -> batch -> workers     (Grain)
 
-Example n of the run is a function of (seed, n) alone: neither the number of hosts nor that of workers changes it. Of global
-batch k, examples kG .. kG + G - 1 for G = data.batch_size, host h of P holds the h-th of P equal slices, so the global array
-is the same on any number of hosts, and the position is one number, valid for all of them.
+Example n of the run is a function of (seed, n) alone: neither the number of hosts nor that of workers changes it. Row r of
+global batch k is example kG + r, for G = data.batch_size. A host reads the rows that the batch's sharding puts on its devices,
+wherever the mesh has these, so the global array is the same on any number of hosts and any mesh, and the position is one
+number, valid for all of them.
 
 A record that cannot be read (`BadRecord`) has its row filled by the next readable record of its source: a filter would make
 the position depend on what was filtered. The row carries how many were skipped for it, and which, out of the worker process.
@@ -19,6 +20,7 @@ import multiprocessing
 import os
 import queue
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -80,7 +82,7 @@ def _pack(skipped: list[tuple[str, str, str]]) -> np.ndarray:
 
 
 class Loader(Iterator[Batch]):
-    """Endless batches: dicts of arrays [B, ...] with this host's B = data.batch_size / process_count examples.
+    """Endless batches: dicts of arrays [B, ...] with this host's B = len(rows) examples.
 
     Every batch has the transform's fields, the same in each row, and `bad_records` int32 [B]: how many records were skipped to
     fill the row. Each skipped record is logged once with shard, key and reason.
@@ -91,7 +93,7 @@ class Loader(Iterator[Batch]):
       transform: a record -> the arrays of one row. `BadRecord` skips the record; any other exception ends the run.
         It must pickle, and each host must give rows of the same shapes.
       data: batch_size, workers, prefetch, shuffle and max_bad_share are used. With 0 workers, threads do the work.
-      process_index, process_count: this host and how many share a batch (`jax.process_index()`, `jax.process_count()`).
+      rows: which rows of a global batch this host reads (`host_rows`); all by default.
     """
 
     def __init__(
@@ -101,13 +103,10 @@ class Loader(Iterator[Batch]):
         data: DataConfig,
         seed: int,
         *,
-        process_index: int = 0,
-        process_count: int = 1,
+        rows: Sequence[int] | None = None,
     ) -> None:
-        if data.batch_size % process_count:
-            raise UserError(f"data.batch_size={data.batch_size} must be a multiple of the {process_count} hosts")
         self._sources, self._transform, self._data, self._seed = list(sources), transform, data, seed
-        self._process_index, self._process_count = process_index, process_count
+        self.batch_size, self.rows = data.batch_size, tuple(range(data.batch_size) if rows is None else rows)
         self._next_example = 0
         self._batches: Any = None
         self._records = sum(len(source) for source, _ in self._sources)
@@ -165,9 +164,9 @@ class Loader(Iterator[Batch]):
     def _dataset(self) -> Any:
         import grain
 
-        examples = self._examples()[self._next_example :]
-        host_batch = self._data.batch_size // self._process_count
-        batches = examples.batch(host_batch, drop_remainder=True)[self._process_index :: self._process_count]
+        places = _HostRows(self._places(), self._next_example, self.batch_size, self.rows)
+        reader = _Reader(tuple(source for source, _ in self._sources), self._transform)
+        batches = grain.MapDataset.source(places).map(reader).batch(len(self.rows), drop_remainder=True)
         workers = self._data.workers
         # The unit of prefetching is a batch. In a worker process one thread is enough: the processes are the parallelism.
         depth = max(1, self._data.prefetch)
@@ -179,8 +178,8 @@ class Loader(Iterator[Batch]):
             dataset = dataset.mp_prefetch(options, worker_init_fn=_start_worker)
         return dataset
 
-    def _examples(self) -> Any:
-        """The endless sequence of rows that all hosts draw from."""
+    def _places(self) -> Any:
+        """The endless sequence of (source, index) that all hosts draw from."""
         import grain
 
         # One seed a source, far apart: Grain shuffles epoch e with seed + e.
@@ -191,8 +190,7 @@ class Loader(Iterator[Batch]):
             if self._data.shuffle:
                 part = part.shuffle(seed=int(seeds[number]))
             parts.append(part.repeat(None, reseed_each_epoch=self._data.shuffle).map(functools.partial(_place, number)))
-        places = grain.MapDataset.mix(parts, [w for _, w in self._sources]) if len(parts) > 1 else parts[0]
-        return places.map(_Reader(tuple(source for source, _ in self._sources), self._transform))
+        return grain.MapDataset.mix(parts, [w for _, w in self._sources]) if len(parts) > 1 else parts[0]
 
     def _judge(self, bad_records_B: np.ndarray, skipped_B: np.ndarray) -> None:
         """Logs what was skipped and stops the run above the share allowed."""
@@ -219,6 +217,23 @@ def _place(source: int, index: int) -> tuple[int, int]:
     return source, index
 
 
+@dataclasses.dataclass(frozen=True)
+class _HostRows:
+    """Of an endless sequence cut into batches from `start` on: some rows of each batch, one batch after the other."""
+
+    places: Any
+    start: int
+    batch_size: int
+    rows: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, index: int) -> tuple[int, int]:
+        batch, row = divmod(index, len(self.rows))
+        return self.places[self.start + batch * self.batch_size + self.rows[row]]
+
+
 def _mark_flags_parsed() -> None:
     """Grain's worker processes read absl flags, which only a program run through absl has parsed."""
     from absl import flags
@@ -239,11 +254,27 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def global_batch(host_batch: Batch, sharding: Any) -> Batch:
-    """This host's rows -> arrays over all hosts, placed by `sharding` (a `jax.sharding.Sharding` over the batch axis)."""
+def host_rows(sharding: Any, batch_size: int) -> list[int]:
+    """Rows of a global batch that `sharding` (a `jax.sharding.Sharding` over the batch axis) puts on this host's devices. On a
+    torus they need not lie side by side, and hosts that share a row (along mesh axes `tensor`, `sequence`) read it each."""
+    spans = sharding.addressable_devices_indices_map((batch_size,)).values()
+    return sorted({row for (span,) in spans for row in range(*span.indices(batch_size))})
+
+
+def global_batch(host_batch: Batch, sharding: Any, rows: Sequence[int], batch_size: int) -> Batch:
+    """`rows` of a batch, this host's -> arrays [batch_size, ...] over all hosts, placed by `sharding`."""
     import jax
 
-    return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in host_batch.items()}
+    first = {row: position for position, row in enumerate(rows)}
+
+    def globally(values: np.ndarray) -> Any:
+        def shard(index: tuple[slice, ...]) -> np.ndarray:
+            start, stop, _ = index[0].indices(batch_size)
+            return values[first[start] : first[start] + stop - start]
+
+        return jax.make_array_from_callback((batch_size, *values.shape[1:]), sharding, shard)
+
+    return {name: globally(values) for name, values in host_batch.items()}
 
 
 class DevicePrefetch(Iterator[Batch]):
@@ -264,7 +295,8 @@ class DevicePrefetch(Iterator[Batch]):
     def _fill(self) -> None:
         while not self._stop.is_set():
             try:
-                item = (global_batch(next(self._loader), self._sharding), self._loader.state())
+                loader = self._loader
+                item = (global_batch(next(loader), self._sharding, loader.rows, loader.batch_size), loader.state())
             except Exception as error:  # raised again where the batch is awaited
                 item = (error, None)
                 self._stop.set()

@@ -4,7 +4,6 @@ import concurrent.futures
 import hashlib
 import json
 import pathlib
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +16,7 @@ from blip3o_jax.config import Config
 from blip3o_jax.data.encoded import PART, EncodedSource, directory_name
 from blip3o_jax.data.examples import ExampleBuilder
 from blip3o_jax.data.sources import BadRecord, Source
+from blip3o_jax.parallel.distributed import barrier, say
 
 # (pixels, tokenizer_pixels) uint8 [B, ...] -> (codes [B, N], latents [B, H, W, C])
 Encode = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
@@ -56,13 +56,8 @@ def encoded_source(source: Source, encode: Encode, fingerprint: str, config: Con
         _write_part(source, encode, builder, directory, part, batch)
         seconds = time.monotonic() - began
         left = seconds / done * (len(todo) - done)
-        print(
-            f"encode {source.name}: part {done}/{len(todo)} in {seconds:.0f} s, ETA {left:.0f} s", file=sys.stderr, flush=True
-        )
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        multihost_utils.sync_global_devices(f"encoded {directory.name}")
+        say(f"encode {source.name}: part {done}/{len(todo)} in {seconds:.0f} s, ETA {left:.0f} s")
+    barrier(f"encoded {directory.name}", seconds=86400.0)
     return EncodedSource(source, directory)
 
 

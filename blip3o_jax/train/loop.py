@@ -1,31 +1,35 @@
 """The training loop, one for every stage: a straight line from configuration to checkpoints.
 
 `train` prepares (data first, so that its errors come before any compile), then for each step: dispatch, fetch the next
-batch while the devices work, and only then read the metrics of the step before.
+batch while the devices work, and only then read the metrics of the step before. With several hosts each runs this same line:
+every array is a global one, and what there is one of (metrics, messages, files beside the checkpoints) is host 0's.
 """
 
+import contextlib
 import dataclasses
 import functools
 import pathlib
 import resource
-import sys
 import time
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from blip3o_jax import config as config_lib
-from blip3o_jax.config import Config, UserError
+from blip3o_jax.config import Config, MeshConfig, UserError
 from blip3o_jax.data.examples import ExampleBuilder
-from blip3o_jax.data.loader import DevicePrefetch, Loader
+from blip3o_jax.data.loader import DevicePrefetch, Loader, host_rows
 from blip3o_jax.data.sources import Source, open_mixture
-from blip3o_jax.parallel.mesh import make_mesh
+from blip3o_jax.parallel.distributed import host, host_0_first, say
+from blip3o_jax.parallel.preemption import Preempted, StopRequest
 from blip3o_jax.parallel.rules import Strategy
+from blip3o_jax.parallel.watchdog import Watchdog
 from blip3o_jax.train.checkpoint import Checkpoints, read_config, restore_parts
 from blip3o_jax.train.encode import encoded_source, weights_fingerprint
 from blip3o_jax.train.flops import count_flops, peak_flops
-from blip3o_jax.train.metrics import MetricLog
+from blip3o_jax.train.metrics import MetricLog, SilentLog
 from blip3o_jax.train.stages import STAGES, make_loss, make_preview
 from blip3o_jax.train.state import WEIGHTS, StatePlan, TrainState, create_state, plan_state
 from blip3o_jax.train.step import make_step, row_keys
@@ -43,45 +47,44 @@ class Summary:
 
 
 def train(config: Config, workdir: str | pathlib.Path) -> Summary:
-    """Trains `config.steps` steps, from the last checkpoint under `workdir` where there is one."""
+    """Trains `config.steps` steps, from the last checkpoint under `workdir` where there is one.
+
+    Raises Preempted when SIGTERM stopped it before the last step, which then is saved.
+    """
     began = time.monotonic()
     workdir = pathlib.Path(workdir).absolute()
-    strategy = Strategy(config.mesh.strategy, make_mesh(config.mesh))
+    strategy = Strategy.of(config.mesh)
     strategy.check_batch(config.data.batch_size, config.optimizer.accumulate)
     sources = open_mixture(config.data)
-    config, vocabulary = with_vocabulary(config, sources, workdir)
+    with contextlib.ExitStack() as until_done:
+        stop = until_done.enter_context(StopRequest())
+        watch = until_done.enter_context(Watchdog(config.watchdog))
+        watch.enter("vocabulary" if host() == 0 else "barrier", 0)
+        with host_0_first("vocabulary"):
+            config, vocabulary = with_vocabulary(config, sources, workdir)
 
-    plan = plan_state(config, strategy)
-    checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint.keep)
-    try:
+        watch.enter("restore", 0)
+        plan = plan_state(config, strategy)
+        checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint.keep)
+        until_done.callback(checkpoints.close)
         image_first = vocabulary.image_first if vocabulary else 0
         state, position, start = _restore_or_create(config, plan, strategy, checkpoints, image_first)
         checkpoints.describe(config, vocabulary.tokenizer if vocabulary else None)
         if config.stage == "joint" and config.data.cache_dir:
             sources = _encode_sources(config, plan, strategy, state, sources)
         builder = ExampleBuilder(STAGES[config.stage].fields, config.model, config.data, vocabulary)
-        loader = Loader(
-            sources,
-            builder,
-            config.data,
-            config.seed,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        )
+        rows = host_rows(strategy.batch_sharding(), config.data.batch_size)
+        loader = Loader(sources, builder, config.data, config.seed, rows=rows)
         if position is not None:
             loader.restore(position)
-        log = MetricLog(workdir, start, config.steps, config.stage)
+        log = MetricLog(workdir, start, config.steps, config.stage) if host() == 0 else SilentLog()
+        until_done.callback(log.close)
         batches = DevicePrefetch(loader, strategy.batch_sharding())
-        try:
-            step_fn = make_step(config, plan, strategy, make_loss(config, image_first))
-            draw = make_preview(config, image_first)
-            run = _Run(config, plan, strategy, checkpoints, batches, log, step_fn, draw)
-            metrics = run.steps(state, start)
-        finally:
-            log.close()
-            batches.close()
-    finally:
-        checkpoints.close()
+        until_done.callback(batches.close)
+        step_fn = make_step(config, plan, strategy, make_loss(config, image_first))
+        draw = make_preview(config, image_first)
+        run = _Run(config, plan, strategy, checkpoints, batches, log, step_fn, draw, stop, watch)
+        metrics = run.steps(state, start)
     return Summary(workdir / "checkpoints", config.steps, metrics, time.monotonic() - began)
 
 
@@ -94,43 +97,52 @@ class _Run:
     strategy: Strategy
     checkpoints: Checkpoints
     batches: DevicePrefetch
-    log: MetricLog
+    log: MetricLog | SilentLog
     step_fn: Any
     draw: Any  # see make_preview
+    stop: StopRequest
+    watch: Watchdog
 
     def steps(self, state: TrainState, start: int) -> dict[str, float]:
         """Runs steps start + 1 .. config.steps; returns the last step's metrics."""
         if start >= self.config.steps:
-            print(f"{self.config.stage}: step {start} of {self.config.steps} is done already", file=sys.stderr)
+            say(f"{self.config.stage}: step {start} of {self.config.steps} is done already")
             return {}
         config, values, previous = self.config, {}, None
         meter = _Meter(config)
-        batch, position = self.fetch(meter)
+        batch, position = self.fetch(meter, start + 1)
         meter.flops = self.step_flops(batch)
         for step in range(start + 1, config.steps + 1):
+            self.watch.enter("compile" if step == start + 1 else "step", step)
             with jax.transfer_guard("disallow"), jax.profiler.StepTraceAnnotation("train", step_num=step):
                 state, metrics = self.step_fn(state, batch)
             done_position = position
             if step < config.steps:
-                batch, position = self.fetch(meter)
+                batch, position = self.fetch(meter, step + 1)
             if previous is not None:
                 values = self.record(*previous, meter)
             previous = (step, metrics)
-            if step == config.steps or step % config.checkpoint.every == 0:
+            stopped = self.stop.due(step)
+            if stopped or step == config.steps or step % config.checkpoint.every == 0:
                 values = self.record(*previous, meter)
                 previous = None
+                self.watch.enter("save", step)
                 self.checkpoints.save(step, state, done_position, meter.mean_loss())
+                if stopped and step < config.steps:
+                    raise Preempted(f"{config.stage}: stopped by SIGTERM, step {step} of {config.steps} is saved")
                 self.preview(step, state, batch)
         return values
 
-    def fetch(self, meter: "_Meter") -> tuple[dict[str, jax.Array], Any]:
+    def fetch(self, meter: "_Meter", step: int) -> tuple[dict[str, jax.Array], Any]:
         """The next batch on the devices, and the position of the stream behind it."""
+        self.watch.enter("data", step)
         batch = next(self.batches)
         meter.waited += self.batches.wait_seconds
         return batch, self.batches.state()
 
     def record(self, step: int, metrics: dict[str, jax.Array], meter: "_Meter") -> dict[str, float]:
         """Waits for the step's metrics; writes them every `log_every` steps; stops a run that no longer is finite."""
+        self.watch.enter("step", step)
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         meter.losses.append(values["loss"])
         meter.steps += 1
@@ -220,10 +232,7 @@ def _restore_or_create(
     if latest is not None:
         state, position = checkpoints.restore(latest, plan)
         changed = "; ".join(changed_settings(read_config(checkpoints.directory), config))
-        print(
-            f"{config.stage}: resuming at step {latest} of {checkpoints.directory}" + (f" with {changed}" if changed else ""),
-            file=sys.stderr,
-        )
+        say(f"{config.stage}: resuming at step {latest} of {checkpoints.directory}" + (f" with {changed}" if changed else ""))
         return state, position, latest
     given = {}
     for path in dict.fromkeys(path for _, path in config.checkpoint.init_from):
@@ -270,28 +279,26 @@ def _encode_sources(
             "empty data.cache_dir, or leave them out of `trainable`"
         )
 
+    encoders = {part: state["frozen"][part] for part in ("tokenizer", "vae")}
+    if jax.process_count() > 1:  # hosts fill different parts, each by itself, on its own devices
+        strategy = Strategy.of(MeshConfig(data=-1, fsdp=1, strategy="dp"), jax.local_devices())
+        encoders = jax.device_put(multihost_utils.process_allgather(encoders, tiled=True), strategy.replicated())
+    rows, shards = strategy.batch_sharding(), strategy.batch_shards
+
     @jax.jit
-    def encode(params: Any, frozen: Any, pixels: jax.Array, tokenizer_pixels: jax.Array) -> tuple[jax.Array, jax.Array]:
-        # Several hosts fill different parts, each by itself.
-        rows = strategy.batch_sharding() if jax.process_count() == 1 else strategy.replicated()
-        model = plan.model(params, frozen)
+    def encode(encoders: Any, pixels: jax.Array, tokenizer_pixels: jax.Array) -> tuple[jax.Array, jax.Array]:
+        # The other parts' parameters are zeros that no operation reads: XLA drops them.
+        nothing = {group: jax.tree.map(lambda x: jax.numpy.zeros(x.shape, x.dtype), plan.abstract[group]) for group in WEIGHTS}
+        model = plan.model(nothing["params"], nothing["frozen"] | encoders)
         pixels, tokenizer_pixels = (jax.lax.with_sharding_constraint(x, rows) for x in (pixels, tokenizer_pixels))
         return model.codes(tokenizer_pixels), model.latents(pixels)
 
-    encoders = {part: state["frozen"][part] for part in ("tokenizer", "vae")}
     fingerprint = weights_fingerprint(encoders)
-    run = functools.partial(encode, state["params"], state["frozen"])
-    shards = strategy.batch_shards
+    run = functools.partial(encode, encoders)
     return [(encoded_source(source, run, fingerprint, config, shards=shards), weight) for source, weight in sources]
 
 
 def changed_settings(old: Config, new: Config) -> list[str]:
     """["optimizer.learning_rate: 1e-4 -> 5e-5", ...]"""
-
-    def flat(value: Any, path: str = "") -> dict[str, Any]:
-        if isinstance(value, dict):
-            return {k: v for key, child in value.items() for k, v in flat(child, f"{path}.{key}" if path else key).items()}
-        return {path: value}
-
-    before, after = flat(config_lib.to_dict(old)), flat(config_lib.to_dict(new))
+    before, after = (config_lib.flat(config_lib.to_dict(config)) for config in (old, new))
     return [f"{key}: {before.get(key)} -> {after[key]}" for key in after if before.get(key) != after[key]]

@@ -63,6 +63,16 @@ class MetricLog:
         self._events.close()
 
 
+class SilentLog:
+    """What the other hosts write to: nothing. The numbers are the same on all of them."""
+
+    def write(self, step: int, values: dict[str, float]) -> None: ...
+
+    def images(self, step: int, name: str, images_BHWC: np.ndarray) -> None: ...
+
+    def close(self) -> None: ...
+
+
 def read_rows(path: pathlib.Path) -> list[dict[str, float]]:
     """Rows of a metrics.jsonl; a last line cut short by a kill is left out."""
     rows = []

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from blip3o_jax.config import DataConfig
-from blip3o_jax.data.loader import BadRecordLimit, DevicePrefetch, Loader, global_batch
+from blip3o_jax.data.loader import BadRecordLimit, DevicePrefetch, Loader, global_batch, host_rows
 from blip3o_jax.data.sources import BadRecord, Record, Source
 
 
@@ -42,10 +42,13 @@ def to_row(record: Record) -> dict[str, np.ndarray]:
     return {"number": np.int64(record.caption), "shard": np.int64(ord(record.shard[0])), "pid": np.int64(os.getpid())}
 
 
-def make(sources=None, *, seed=7, hosts=(0, 1), **data) -> Loader:
+def make(sources=None, *, seed=7, hosts=(0, 1), rows=None, **data) -> Loader:
     data = {"batch_size": 8, "workers": 0, "max_bad_share": 1.0} | data
     sources = [(Numbers("a", 50), 3.0), (Numbers("b", 30), 1.0)] if sources is None else sources
-    return Loader(sources, to_row, DataConfig(**data), seed, process_index=hosts[0], process_count=hosts[1])
+    settings = DataConfig(**data)
+    share = settings.batch_size // hosts[1]
+    rows = rows or range(hosts[0] * share, (hosts[0] + 1) * share)
+    return Loader(sources, to_row, settings, seed, rows=rows)
 
 
 def take(loader: Loader, steps: int) -> list[tuple[int, int]]:
@@ -149,9 +152,34 @@ def test_a_row_that_does_not_fit_is_refused_with_its_key(workers: int) -> None:
     loader.close()
 
 
-def test_batch_must_divide_over_the_hosts() -> None:
-    with pytest.raises(ValueError, match="batch_size=8 must be a multiple of the 3 hosts"):
-        make(hosts=(0, 3))
+class Hosted(jax.sharding.Sharding):
+    """A sharding as one of two hosts sees it, whose devices are `mine`."""
+
+    def __init__(self, sharding: NamedSharding, mine: list[jax.Device]) -> None:
+        self.sharding, self.mine = sharding, mine
+
+    def addressable_devices_indices_map(self, shape: tuple[int, ...]) -> dict:
+        return {d: span for d, span in self.sharding.devices_indices_map(shape).items() if d in self.mine}
+
+
+def test_hosts_read_the_rows_of_their_devices_wherever_the_mesh_has_these() -> None:
+    """On a torus a host's devices are no neighbours in the batch; along another axis than the batch's, hosts share rows."""
+    expected = take(make(), 2)
+    devices = jax.devices()
+    torus = np.array(devices)[[0, 1, 4, 5, 2, 3, 6, 7]]
+    shared = np.array(devices).reshape(2, 4).T
+    for mesh, want in (
+        (Mesh(torus, "data"), ([0, 1, 4, 5], [2, 3, 6, 7])),
+        (Mesh(shared, ("data", "tensor")), (list(range(8)), list(range(8)))),
+    ):
+        sharding = NamedSharding(mesh, PartitionSpec("data"))
+        for mine, rows in zip((devices[:4], devices[4:]), want, strict=True):
+            assert host_rows(Hosted(sharding, mine), 8) == rows
+            loader = make(rows=rows)
+            assert take(loader, 2) == [expected[batch * 8 + row] for batch in range(2) for row in rows]
+            loader.close()
+        whole = global_batch({"x": np.arange(16).reshape(8, 2)}, sharding, host_rows(sharding, 8), 8)["x"]
+        np.testing.assert_array_equal(whole, np.arange(16).reshape(8, 2))
 
 
 def test_device_prefetch_gives_the_same_batches_and_the_state_of_the_last_one() -> None:
@@ -174,4 +202,3 @@ def test_device_prefetch_gives_the_same_batches_and_the_state_of_the_last_one() 
         with pytest.raises(BadRecordLimit):
             next(broken)
     broken.close()
-    assert global_batch({"x": np.arange(8)}, sharding)["x"].shape == (8,)

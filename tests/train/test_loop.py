@@ -16,6 +16,7 @@ import pytest
 from blip3o_jax import config as config_lib
 from blip3o_jax.config import UserError
 from blip3o_jax.parallel import chips
+from blip3o_jax.parallel.preemption import Preempted
 from blip3o_jax.train import checkpoint, encode, loop, recipe
 from blip3o_jax.train.metrics import MetricLog, read_rows
 from tests import tiny
@@ -167,6 +168,25 @@ jax.config.update("jax_disable_most_optimizations", True)
 if __name__ == "__main__":
     loop.train(config_lib.from_dict(json.loads(pathlib.Path({config!r}).read_text())), {workdir!r})
 """
+
+
+def test_sigterm_saves_the_step_it_meets_and_the_run_goes_on_from_there(whole, tmp_path, monkeypatch):
+    """Sent while step 3, which is no checkpoint's, is in work."""
+    before, write = signal.getsignal(signal.SIGTERM), MetricLog.write
+
+    def writing(self, at, values):
+        write(self, at, values)
+        if at == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch, pytest.raises(Preempted, match="joint: stopped by SIGTERM, step 3 of 6 is saved"):
+        patch.setattr(MetricLog, "write", writing)
+        loop.train(joint(), tmp_path)
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert checkpoint.find(tmp_path)[1] == 3
+    loop.train(joint(), tmp_path)
+    assert rows(tmp_path) == rows(whole[0])
+    check_same(restored(tmp_path), restored(whole[0]))
 
 
 def test_killed_and_run_again_is_uninterrupted(whole, tmp_path):

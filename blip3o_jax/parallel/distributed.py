@@ -1,0 +1,274 @@
+"""Hosts: how a process finds the others, agrees with them, waits for them, and ends with them.
+
+A host here is one process of a job: on a TPU slice one a machine, under Slurm one a task. Host 0 runs the coordinator of
+`jax.distributed`, speaks for all and writes what there is one of. What goes wrong on another host is told with its number.
+"""
+
+import atexit
+import collections
+import contextlib
+import dataclasses
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import logging
+import os
+import pathlib
+import sys
+import time
+import traceback
+import uuid
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+
+from blip3o_jax import config as config_lib
+from blip3o_jax.config import UserError
+from blip3o_jax.parallel.preemption import EXIT_PREEMPTED, Preempted
+
+METHODS = ("auto", "off", "tpu", "slurm")
+# What decides which numbers come out, beside the source files: hosts must have the same.
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
+_PREFIX = "blip3o"  # of all keys and barriers
+_uses: collections.Counter[str] = collections.Counter()
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """How this process finds the others. `method`: one of METHODS; the other three fields go together, in place of it."""
+
+    method: str = "auto"
+    coordinator: str | None = None  # HOST:PORT of host 0
+    num_processes: int | None = None
+    process_id: int | None = None
+
+    def __post_init__(self) -> None:
+        flags = {f"--{name}": getattr(self, name) for name in ("coordinator", "num_processes", "process_id")}
+        missing = [name for name, value in flags.items() if value is None]
+        if missing and len(missing) < len(flags):
+            raise UserError(f"--coordinator, --num_processes and --process_id go together: {' and '.join(missing)} not given")
+        if not missing and self.method != "auto":
+            raise UserError(f"--distributed={self.method} and --coordinator exclude each other: leave one of them out")
+        if not missing and not self.coordinator.rpartition(":")[2].isdigit():
+            raise UserError(f"--coordinator={self.coordinator} names no port: give it as HOST:PORT")
+        if not missing and not 0 <= self.process_id < self.num_processes:
+            raise UserError(f"--process_id={self.process_id} must lie in 0 .. {self.num_processes - 1} (--num_processes - 1)")
+
+    def resolved(self) -> str:
+        """ "flags", "slurm", "tpu" or "off"."""
+        if self.coordinator is not None:
+            return "flags"
+        if self.method != "auto":
+            return self.method
+        if int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in os.environ:
+            return "slurm"
+        chips = any(next(pathlib.Path("/dev").glob(pattern), None) for pattern in ("accel[0-9]*", "vfio/[0-9]*"))
+        return "tpu" if chips and importlib.util.find_spec("libtpu") else "off"
+
+
+def start(launch: Launch) -> None:
+    """Joins the job. To be called before anything asks JAX for its devices."""
+    method = launch.resolved()
+    if method == "off":
+        return
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")  # what CPU devices of several hosts talk through
+    try:
+        if method == "flags":
+            jax.distributed.initialize(
+                launch.coordinator, launch.num_processes, launch.process_id, cluster_detection_method="deactivate"
+            )
+        elif method == "slurm":
+            jax.distributed.initialize(cluster_detection_method="slurm")
+        else:  # metadata of the TPU machine
+            jax.distributed.initialize()
+    except (RuntimeError, ValueError, KeyError) as error:
+        how = launch.coordinator if method == "flags" else f"--distributed={method}"
+        raise UserError(f"the hosts did not find each other through {how}: {str(error).splitlines()[0]}") from error
+    if host() > 0:
+        logging.basicConfig(level=logging.WARNING, format=f"host {host()}: %(message)s")
+
+
+def keep_programs(directory: pathlib.Path | None) -> None:
+    """Compiled programs are read from and written to `directory`. None leaves it at JAX_COMPILATION_CACHE_DIR."""
+    if directory is not None:
+        directory.mkdir(parents=True, exist_ok=True)
+        jax.config.update("jax_compilation_cache_dir", str(directory.absolute()))
+
+
+def run(launch: Launch, job: Callable[[], object], report: Callable[[BaseException], int | None]) -> int:
+    """Joins, runs `job` and leaves; returns the exit status. `report` prints an error a user can cause in one line and
+    returns its status, None for a bug."""
+    start(launch)
+    try:
+        job()
+        status = 0
+    except Preempted as stopped:
+        say(f"{stopped}; the same command goes on from there")
+        status = EXIT_PREEMPTED
+    except Disagreement as error:  # known to all hosts, so told once
+        if host() == 0:
+            report(error)
+        status = 2
+    except BaseException as error:
+        if hosts() == 1:
+            raise
+        _leave(error, report)
+    if hosts() > 1:
+        barrier("end")
+        atexit.unregister(jax.distributed.shutdown)
+        jax.distributed.shutdown()
+    return status
+
+
+def _leave(error: BaseException, report: Callable[[BaseException], int | None]) -> None:
+    """Ends this process at once. Left to itself it would wait at exit for hosts that wait for it in a collective."""
+    print(f"host {host()}: ", end="", file=sys.stderr, flush=True)
+    status = report(error)
+    if status is None:
+        traceback.print_exception(error)
+        status = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def _runtime() -> Any:
+    """State of `jax.distributed`: `client` (None before `start`), `process_id`, `num_processes`.
+
+    The key-value store and the barriers of the client need no devices, so that hosts can compare notes before anything is
+    compiled and while a device hangs. JAX 0.10 and 0.11 show them nowhere public; this is the one place that reaches for them.
+    """
+    try:
+        from jax._src.distributed import global_state
+
+        global_state.client, global_state.process_id, global_state.num_processes  # noqa: B018
+    except (ImportError, AttributeError) as error:
+        raise RuntimeError(f"jax {jax.__version__} keeps the state of jax.distributed elsewhere: adapt {__name__}") from error
+    return global_state
+
+
+def host() -> int:
+    """Number of this host; asks for no devices."""
+    return _runtime().process_id if _runtime().client is not None else 0
+
+
+def hosts() -> int:
+    """How many there are; asks for no devices."""
+    return _runtime().num_processes if _runtime().client is not None else 1
+
+
+def say(text: str) -> None:
+    """A line on stderr, from host 0."""
+    if host() == 0:
+        print(text, file=sys.stderr, flush=True)
+
+
+def publish(key: str, value: str) -> None:
+    """Sets a key that all hosts can read, in place of what it was."""
+    _runtime().client.key_value_set(f"{_PREFIX}/{key}", value, allow_overwrite=True)
+
+
+def published(key: str, seconds: float) -> str:
+    """Value of a key, waited for. Raises TimeoutError after `seconds`."""
+    try:
+        return _runtime().client.blocking_key_value_get(f"{_PREFIX}/{key}", int(1000 * seconds))
+    except RuntimeError as error:
+        raise TimeoutError(str(error).splitlines()[0]) from error
+
+
+def all_published(directory: str) -> dict[str, str]:
+    """What there is under `directory`, by the rest of its key."""
+    found = _runtime().client.key_value_dir_get(f"{_PREFIX}/{directory}/")
+    return {key.rpartition("/")[2]: value for key, value in found}
+
+
+def barrier(name: str, seconds: float = 3600.0) -> None:
+    """Waits until all hosts are here. Raises UserError after `seconds`."""
+    if hosts() == 1:
+        return
+    _uses[name] += 1
+    try:
+        _runtime().client.wait_at_barrier(f"{_PREFIX}/{name}/{_uses[name]}", int(1000 * seconds))
+    except RuntimeError as error:
+        raise UserError(f"barrier {name!r}: not all hosts came within {seconds:.0f} s: {str(error).splitlines()[0]}") from error
+
+
+@contextlib.contextmanager
+def host_0_first(name: str) -> Iterator[None]:
+    """The block runs on host 0, then on the others: for files that one writes and all read."""
+    if host() > 0:
+        barrier(name)
+    try:
+        yield
+    finally:
+        if host() == 0:
+            barrier(name)
+
+
+class Disagreement(UserError):
+    """Hosts that cannot run one job together. Raised on all of them."""
+
+
+def agree(config: dict[str, Any], workdir: pathlib.Path, seconds: float = 300.0) -> None:
+    """Ends the job unless all hosts have the same configuration and code and see the same working directory.
+
+    Args:
+      config: nested dicts of plain values.
+      seconds: how long hosts are waited for.
+    """
+    if hosts() == 1:
+        return
+    mine = {"workdir": str(workdir), "config": config_lib.flat(config), "code": code_version()}
+    try:
+        if host() > 0:
+            publish(f"agree/{host()}", _complaint(mine, json.loads(published("agree/0", seconds)), host()))
+        else:
+            workdir.mkdir(parents=True, exist_ok=True)
+            token = workdir / f".host-0-{uuid.uuid4().hex}"
+            token.touch()
+            try:
+                publish("agree/0", json.dumps(mine | {"token": token.name}))
+                complaints = [published(f"agree/{other}", seconds) for other in range(1, hosts())]
+            finally:
+                token.unlink()
+            publish("agree/verdict", "; ".join(filter(None, complaints)))
+        verdict = published("agree/verdict", seconds)
+    except TimeoutError as error:
+        raise UserError(f"not all of the {hosts()} hosts answered within {seconds:.0f} s: {error}") from error
+    if verdict:
+        raise Disagreement(f"the hosts disagree, nothing was run: {verdict}")
+
+
+def _complaint(mine: dict[str, Any], zero: dict[str, Any], me: int, patience: float = 20.0) -> str:
+    """What keeps host `me` from running together with host 0; "" if nothing does."""
+    what = {"code": "runs other code", "config": "has another configuration"}
+    for group, text in what.items():
+        names = sorted(mine[group].keys() | zero[group].keys())
+        # As they come out of JSON: tuples are lists there.
+        here = json.loads(json.dumps(mine[group]))
+        differ = [
+            f"{name} is {here.get(name)!r}, not {zero[group].get(name)!r}"
+            for name in names
+            if here.get(name) != zero[group].get(name)
+        ]
+        if differ:
+            more = f", and {len(differ) - 3} more" if len(differ) > 3 else ""
+            return f"host {me} {text} than host 0: {', '.join(differ[:3])}{more}"
+    end = time.monotonic() + patience
+    while not (pathlib.Path(mine["workdir"]) / zero["token"]).exists():
+        if time.monotonic() > end:
+            return f"host {me} does not see what host 0 writes to {zero['workdir']}: --workdir must lie on shared storage"
+        time.sleep(0.2)
+    return ""
+
+
+def code_version() -> dict[str, str]:
+    """A hash of this package's source files, and the versions of the packages that numbers depend on."""
+    root = pathlib.Path(__file__).parent.parent
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
+    return {root.name: digest.hexdigest()[:12]} | versions

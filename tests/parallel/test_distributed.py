@@ -1,0 +1,308 @@
+"""Hosts as real processes (launch/local.sh): they start, agree, are killed, stopped and resumed."""
+
+import itertools
+import json
+import os
+import pathlib
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import pytest
+
+from blip3o_jax import cli
+from blip3o_jax import config as config_lib
+from blip3o_jax.config import UserError
+from blip3o_jax.parallel import distributed
+from blip3o_jax.parallel.distributed import Launch
+from blip3o_jax.train import checkpoint, loop
+from blip3o_jax.train.metrics import read_rows
+from tests import conftest, tiny
+from tests.tiny import quick_compile  # noqa: F401
+
+ROOT = pathlib.Path(__file__).parent.parent.parent
+STEPS, EVERY = 12, 4
+# As in the tests' own process, so that compiled programs are shared and numbers comparable.
+ENVIRONMENT = {
+    "PYTHON": sys.executable,
+    "JAX_PLATFORMS": "cpu",
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    "JAX_COMPILATION_CACHE_DIR": str(conftest.CACHE),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
+    "JAX_DEFAULT_MATMUL_PRECISION": "highest",
+}
+# The same sums in another order (8 devices of one process or of two, gradients all-reduced or reduce-scattered): float32
+# rounding, which 12 steps of Adam blow up a little. Another batch, or another key for its noise, changes a loss by percents.
+ROUNDING = 1e-4
+
+
+def settings(**changes):
+    groups = {"checkpoint": {"every": EVERY, "keep": 100}, "mesh": {"data": 1, "fsdp": -1, "strategy": "fsdp"}}
+    return tiny.run_config(tiny.data(), stage="tokenizer", steps=STEPS, preview=0, watchdog=2.0, **groups | changes)
+
+
+def config_file(directory, cfg):
+    directory.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(json.dumps(config_lib.to_dict(cfg)))
+    path = directory / "config.py"
+    path.write_text(
+        "import json\n\nfrom blip3o_jax import config\n\n\n"
+        f"def get_config():\n    return config.from_dict(json.loads({text}))\n"
+    )
+    return path
+
+
+class Job:
+    """launch/local.sh with its log."""
+
+    count = itertools.count()
+
+    def __init__(self, directory, workdir, cfg, hosts, devices, *arguments):
+        self.workdir, self.log = workdir, directory / f"log{next(self.count)}"
+        script = [ROOT / "launch" / "local.sh", "-n", hosts, "-d", devices, "-c", "none", *arguments, "--"]
+        command = [*script, "train", f"--config={config_file(directory, cfg)}", f"--workdir={workdir}"]
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                list(map(str, command)), stdout=log, stderr=log, env=os.environ | ENVIRONMENT, cwd=ROOT, start_new_session=True
+            )
+
+    def text(self):
+        return self.log.read_text()
+
+    def pid(self, host):
+        """Of the last start."""
+        return int(re.findall(rf"host {host} is process (\d+)", self.text())[-1])
+
+    def until(self, condition, seconds=240):
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert self.process.poll() is None and time.monotonic() < deadline, self.text()
+            time.sleep(0.005)
+
+    def until_step(self, step):
+        """It is past `step`, and has a checkpoint."""
+        saved = lambda: any(p.name.isdigit() for p in (self.workdir / "checkpoints").glob("*"))
+        self.until(lambda: len(read_rows(self.workdir / "metrics.jsonl")) >= step and saved())
+
+    def wait(self):
+        return self.process.wait(timeout=240)
+
+    def end(self):
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
+
+@pytest.fixture
+def job():
+    """Makes jobs, and ends what is left of them."""
+    started = []
+
+    def start(*args):
+        started.append(Job(*args))
+        return started[-1]
+
+    yield start
+    for each in started:
+        each.end()
+
+
+def losses(workdir):
+    rows = read_rows(workdir / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+    return [row["loss"] for row in rows]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, quick_compile):  # noqa: F811
+    """Losses of an uninterrupted run on eight devices of one process, every parameter on each of them."""
+    workdir = tmp_path_factory.mktemp("whole")
+    loop.train(settings(mesh={"data": -1, "fsdp": 1, "strategy": "dp"}), workdir)
+    return losses(workdir)
+
+
+def test_two_hosts_one_of_them_killed_go_on_as_one(whole, job, tmp_path):
+    """2 x 4 devices, fsdp; host 1 hangs, which the watchdog tells, and is killed; 1 x 8 devices, dp, from the checkpoint."""
+    workdir = tmp_path / "run"
+    pair = job(tmp_path, workdir, settings(), 2, 4)
+    pair.until_step(EVERY + 1)
+    os.kill(pair.pid(1), signal.SIGSTOP)
+    told = r"\[0\] watchdog: no progress for \d+ s: host 1 is silent since \w+ at step \d+; host 0 in "
+    pair.until(lambda: re.search(told, pair.text()))
+    assert "[1] watchdog" not in pair.text()
+    os.kill(pair.pid(1), signal.SIGKILL)
+    assert pair.wait() == 128 + signal.SIGKILL
+    assert "local.sh: host 1 ended with status 137" in pair.text()
+    stopped_at = len(losses(workdir))
+    assert stopped_at < STEPS
+    assert "host 1" not in re.sub(r"local\.sh: .*|\[0\] watchdog: .*", "", pair.text())  # host 0 speaks for all
+
+    alone = job(tmp_path, workdir, settings(mesh={"data": -1, "fsdp": 1, "strategy": "dp"}), 1, 8)
+    assert alone.wait() == 0, alone.text()
+    start = int(re.search(r"resuming at step (\d+) of .* with mesh.data: 1 -> -1", alone.text())[1])
+    assert 0 < start <= stopped_at and start % EVERY == 0
+    assert losses(workdir) == pytest.approx(whole, rel=ROUNDING)
+
+
+def test_sigterm_on_one_host_saves_on_all_and_the_launcher_restarts(whole, job, tmp_path):
+    pair = job(tmp_path, tmp_path / "run", settings(checkpoint={"every": 1000}), 2, 1, "-r", 1)
+    pair.until(lambda: len(read_rows(tmp_path / "run" / "metrics.jsonl")) >= 2)
+    os.kill(pair.pid(1), signal.SIGTERM)
+    assert pair.wait() == 0, pair.text()
+    for host in range(2):
+        assert f"local.sh: host {host} ended with status 75" in pair.text()
+    step = int(re.search(r"\[0\] tokenizer: stopped by SIGTERM, step (\d+) of 12 is saved", pair.text())[1])
+    assert 2 < step < STEPS
+    assert f"[0] tokenizer: resuming at step {step} of" in pair.text()
+    assert losses(tmp_path / "run") == pytest.approx(whole, rel=ROUNDING)
+    root, last = checkpoint.find(tmp_path / "run")
+    assert last == STEPS and (root / str(step)).is_dir()
+    meta = json.loads((root / str(step) / "meta" / "metadata").read_text())
+    assert meta["data"]["next_example"] == step * 8
+
+
+def test_a_mistake_ends_all_hosts_and_is_no_reason_to_restart(job, tmp_path):
+    pair = job(tmp_path, tmp_path / "run", settings(data={"batch_size": 12}), 2, 4)
+    assert pair.wait() == 2
+    assert "blip3o: error: data.batch_size=12 does not divide over 8 batch shards" in pair.text()
+    assert "Traceback" not in pair.text() and "restart" not in pair.text()
+
+
+def two_hosts(tmp_path, *arguments, cwd=(ROOT, ROOT)):
+    """Two processes that differ in `arguments` and directory."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    path = config_file(tmp_path, settings())
+    processes = []
+    for host in range(2):
+        flags = [f"--coordinator=127.0.0.1:{port}", "--num_processes=2", f"--process_id={host}", f"--config={path}"]
+        command = [sys.executable, "-m", "blip3o_jax", "train", *flags, *arguments[host]]
+        environment = os.environ | ENVIRONMENT | {"PYTHONPATH": str(cwd[host] if (cwd[host] / "blip3o_jax").exists() else ROOT)}
+        processes.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, cwd=cwd[host]))
+    return processes
+
+
+def said_by(processes):
+    """(stderr, status) of each."""
+    return [(p.communicate(timeout=120)[1], p.returncode) for p in processes]
+
+
+def test_hosts_that_disagree_are_refused_with_one_line(tmp_path):
+    workdir = f"--workdir={tmp_path / 'run'}"
+    said = said_by(two_hosts(tmp_path, [workdir], [workdir, "--config.seed=3", "--config.optimizer.b1=0.5"]))
+    assert said == [
+        (
+            "blip3o: error: the hosts disagree, nothing was run: host 1 has another configuration than host 0: "
+            "optimizer.b1 is 0.5, not 0.9, seed is 3, not 0\n",
+            2,
+        ),
+        ("", 2),
+    ]
+    assert not list((tmp_path / "run").iterdir())
+
+
+def test_an_error_on_one_host_ends_it_at_once(tmp_path):
+    """Images that host 1 does not see. Host 0 waits for it until a launcher ends that; host 1 must not wait for host 0."""
+    tiny.write_data(tmp_path / "zero" / "images")
+    (tmp_path / "one").mkdir()
+    flags = [f"--workdir={tmp_path / 'run'}", "--config.data.path=images"]
+    zero, one = two_hosts(tmp_path, flags, flags, cwd=(tmp_path / "zero", tmp_path / "one"))
+    try:
+        said = one.communicate(timeout=60)[1]
+        assert (one.returncode, zero.poll()) == (2, None)
+        assert re.fullmatch(r"host 1: blip3o: error: .*images.*: no such file or directory.*\n", said)
+    finally:
+        for each in (zero, one):
+            each.kill()
+            each.communicate()
+
+
+@pytest.mark.slow
+def test_hosts_with_other_code_are_refused(tmp_path):
+    shutil.copytree(ROOT / "blip3o_jax", tmp_path / "other" / "blip3o_jax")
+    with (tmp_path / "other" / "blip3o_jax" / "nn.py").open("a") as file:
+        file.write("# changed\n")
+    workdir = f"--workdir={tmp_path / 'run'}"
+    said = said_by(two_hosts(tmp_path, [workdir], [workdir], cwd=(ROOT, tmp_path / "other")))
+    assert re.fullmatch(r"blip3o: error: .*: host 1 runs other code than host 0: blip3o_jax is '\w+', not '\w+'\n", said[0][0])
+    assert said[1] == ("", 2)
+
+
+def test_what_hosts_disagree_on_is_named(tmp_path):
+    code = distributed.code_version()
+    zero = {"workdir": str(tmp_path), "config": {"a": [1], "b": 2}, "code": code, "token": "token"}
+    mine = {"workdir": str(tmp_path), "config": {"a": (1,), "b": 2}, "code": code}
+    (tmp_path / "token").touch()
+    assert distributed._complaint(mine, zero, 1) == ""
+    many = mine | {"config": {name: 0 for name in "abcdef"}}
+    complaint = distributed._complaint(many, zero, 5)
+    assert complaint.startswith(
+        "host 5 has another configuration than host 0: a is 0, not [1], b is 0, not 2, c is 0, not None"
+    )
+    assert complaint.endswith(", and 3 more")
+    other = mine | {"code": code | {"jax": "0.1"}}
+    assert distributed._complaint(other, zero, 1) == f"host 1 runs other code than host 0: jax is '0.1', not {code['jax']!r}"
+    unshared = mine | {"workdir": str(tmp_path / "mine")}
+    assert "host 2 does not see what host 0 writes to" in distributed._complaint(unshared, zero, 2, patience=0.0)
+
+
+def test_the_code_version_is_of_the_source_files(tmp_path, monkeypatch):
+    copy = tmp_path / "blip3o_jax"
+    shutil.copytree(ROOT / "blip3o_jax", copy, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(distributed, "__file__", str(copy / "parallel" / "distributed.py"))
+    before = distributed.code_version()
+    assert before["jax"] == jax.__version__
+    (copy / "__pycache__").mkdir()
+    assert distributed.code_version() == before
+    (copy / "new.py").touch()
+    assert distributed.code_version()["blip3o_jax"] != before["blip3o_jax"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--coordinator=h:1"], "go together: --num_processes and --process_id not given"),
+        (["--process_id=0", "--num_processes=2"], "go together: --coordinator not given"),
+        (["--coordinator=h:1", "--num_processes=2", "--process_id=2"], "--process_id=2 must lie in 0 .. 1"),
+        (["--coordinator=h", "--num_processes=2", "--process_id=0"], "--coordinator=h names no port: give it as HOST:PORT"),
+        (["--coordinator=h:1", "--num_processes=2", "--process_id=0", "--distributed=slurm"], "exclude each other"),
+        (["--distributed=slurm"], "did not find each other through --distributed=slurm"),
+        (["--workdir=gs://bucket/run"], "is no directory: mount the bucket"),
+    ],
+)
+def test_mistakes_in_the_flags_are_one_line(flags, words, tmp_path, capsys, monkeypatch):
+    for name in [name for name in os.environ if name.startswith("SLURM")]:
+        monkeypatch.delenv(name)
+    try:
+        status = cli.main(["train", f"--config={config_file(tmp_path, settings())}", *flags])
+    except SystemExit as exit:
+        status = exit.code
+    err = capsys.readouterr().err
+    assert status == 2 and words in err and err.count("\n") == 1
+
+
+def test_how_hosts_are_found(monkeypatch):
+    monkeypatch.delenv("SLURM_NTASKS", raising=False)
+    assert Launch("auto").resolved() == "off"  # these tests run on no TPU
+    assert Launch("tpu").resolved() == "tpu"
+    assert Launch(coordinator="h:1", num_processes=2, process_id=1).resolved() == "flags"
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    assert Launch("auto").resolved() == "off"  # inside an allocation, but no task of it
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    assert Launch("auto").resolved() == "slurm"
+    assert Launch("off").resolved() == "off"
+
+
+def test_alone_there_is_nobody_to_wait_for(tmp_path):
+    assert (distributed.host(), distributed.hosts()) == (0, 1)
+    distributed.barrier("test")
+    distributed.agree({}, tmp_path / "never")
+    assert not (tmp_path / "never").exists()
+    with pytest.raises(UserError, match="once"), distributed.host_0_first("test"):
+        raise UserError("once")
