@@ -124,11 +124,13 @@ def parse(text: str) -> Program:
             if line.endswith("{") and (header := re.match(r"(ENTRY )?%?([\w.\-]+) (?:\(|\{)", line)):
                 name, ops = header[2], []
                 entry = name if header[1] else entry
-        elif line.startswith("}"):
+        elif line == "}":
             computations[name] = Computation(name, tuple(ops), {op.name: op for op in ops})
             name = None
         elif (op := _op(line)) is not None:
             ops.append(op)
+        elif ops:  # what a kernel says of itself may have line breaks in it
+            ops[-1] = dataclasses.replace(ops[-1], attributes=f"{ops[-1].attributes} {line}")
     if entry is None:
         raise ValueError("no HLO: the text has no ENTRY computation")
     return Program(computations, entry)

@@ -63,7 +63,7 @@ def _positions(size: int, kernel: int, output: int, stride: int, pad: int, dilat
 # --- kernels
 
 # Products of queries' size times keys' length that a splash attention kernel makes: forward q k and p v; backward q k again,
-# dp = do v, then dq, or dv and dk, or all three.
+# dp = do v, then dq, or dv and dk, or all three where the kernel has three results.
 _SPLASH = {"fwd": 2, "dq": 3, "dkv": 4}
 
 
@@ -75,8 +75,10 @@ def _splash(op: Op, operands: list[Shape]) -> int | None:
     if not found or len(arrays) < 2:
         return None
     queries, keys = arrays[:2]
-    length = keys.dims[-2]
-    return int(2 * _SPLASH[found[1]] * queries.size * (length + 1) / 2)
+    products = _SPLASH[found[1]]
+    if found[1] == "dkv" and sum(len(s.dims) >= 3 and s.dtype != "s8" for s in leaves(op.shape)) >= 3:
+        products = 5
+    return int(2 * products * queries.size * (keys.dims[-2] + 1) / 2)
 
 
 # Kernel name (in the operation's text) -> formula of (operation, shapes of its operands); None where the shapes do not fit.

@@ -112,6 +112,25 @@ def test_what_an_operation_says():
     assert [op.name for op in main.ops] == ["param", "copy-start", "copy-done", "fusion"], "in the order they run"
 
 
+KERNEL = """HloModule jit_step, is_scheduled=true
+
+ENTRY %main (q: bf16[4,16,2048,128]) -> bf16[4,16,2048,128] {
+  %q = bf16[4,16,2048,128]{3,2,1,0:T(8,128)(2,1)} parameter(0)
+  %splash_mha_fwd.2 = bf16[4,16,2048,128]{3,2,1,0} custom-call(%q), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\\"block_q\\": 512, \\"block_kv\\": 512}"
+}}, metadata={op_name="jit(step)/jvp(ar)/while/body/closed_call/attention/pallas_call" stack_frame_id=775}
+  ROOT %after = bf16[4,16,2048,128]{3,2,1,0} negate(%splash_mha_fwd.2)
+}
+"""  # noqa: E501
+
+
+def test_attributes_of_a_kernel_go_over_several_lines():
+    program = hlo.parse(KERNEL)
+    main = program.computations[program.entry]
+    assert [op.name for op in main.ops] == ["q", "splash_mha_fwd.2", "after"] and main.root.name == "after"
+    assert main.by_name["splash_mha_fwd.2"].op_name.endswith("attention/pallas_call")
+
+
 def test_pairs():
     assert hlo.device_pairs("{{0,1},{1,2}}") == ((0, 1), (1, 2))
 
