@@ -82,7 +82,6 @@ def test_seed_and_index_choose_the_image(on_one, alone):
 @pytest.mark.parametrize(
     "mesh",
     [
-        {"data": 2, "fsdp": 4, "strategy": "fsdp"},
         {"data": 2, "fsdp": 2, "tensor": 2, "strategy": "fsdp_tp"},
         {"data": 2, "fsdp": 2, "sequence": 2, "slices": 2, "strategy": "hybrid_fsdp_sp"},
     ],

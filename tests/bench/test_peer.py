@@ -28,17 +28,21 @@ def run(weights, out, *flags):
     return cli.main(["bench", "peer", f"--torch={weights[0]}", f"--jax={weights[1]}", f"--out={out}", *flags])
 
 
-def test_report(weights, tmp_path, monkeypatch, capfd):
+@pytest.mark.parametrize(
+    "items", [("train_step", "ar_decode", "dit_step", "tokenizer"), pytest.param(peer.ITEMS, marks=pytest.mark.slow)], ids=len
+)
+def test_report(weights, tmp_path, monkeypatch, capfd, items):
     for name, value in {
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "JAX_COMPILATION_CACHE_DIR": str(CACHE),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
     }.items():
         monkeypatch.setenv(name, value)
-    assert run(weights, tmp_path, "--rounds=2", "--batch_size=2", "--threads=1", "--eager_only") == 0
+    flags = "--rounds=2", "--batch_size=2", "--threads=1", "--eager_only", f"--items={','.join(items)}"
+    assert run(weights, tmp_path, *flags) == 0
     printed = capfd.readouterr()
     report = json.loads((tmp_path / "peer.json").read_text())
-    assert [item["item"] for item in report["items"]] == list(peer.ITEMS)
+    assert [item["item"] for item in report["items"]] == list(items)
     assert set(report["sides"]) == {"jax", "torch"}
     assert {"jax", "torch", "transformers", "diffusers"} == {n for s in report["sides"].values() for n in s["versions"]}
     assert report["sides"]["torch"]["threads"] == report["options"]["threads"] == 1
@@ -59,9 +63,9 @@ def test_report(weights, tmp_path, monkeypatch, capfd):
         if item["item"] != "text_to_image":
             assert item["cost"]["flops"] > 0
     assert "peer  tokenizer  round 2/2" in printed.err
-    assert all(item in printed.out for item in peer.ITEMS)
+    assert all(item in printed.out for item in items)
     markdown = (tmp_path / "peer.md").read_text()
-    assert len(re.findall(r"^\| \w", markdown, re.MULTILINE)) == 1 + len(peer.ITEMS)
+    assert len(re.findall(r"^\| \w", markdown, re.MULTILINE)) == 1 + len(items)
 
 
 @pytest.mark.parametrize(

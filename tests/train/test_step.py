@@ -24,7 +24,6 @@ MESHES = {
     "dp": ("dp", 8, 1, 1),
     "fsdp": ("fsdp", 1, 8, 1),
     "fsdp_tp": ("fsdp_tp", 2, 2, 2),
-    "fsdp_sp": ("fsdp_sp", 1, 4, 1, ("sequence", 2)),
     "hybrid_fsdp_sp": ("hybrid_fsdp_sp", 2, 2, 1, ("sequence", 2), ("slices", 2)),
     "a mixture": ("fsdp_tp", 1, 4, 2, ("parts", (("dit", "fsdp"), ("tokenizer", "dp"), ("vae", "fsdp")))),
 }
