@@ -19,7 +19,7 @@ import time
 from typing import Any
 
 from blip3o_jax.bench import topology
-from blip3o_jax.config import Config, UserError
+from blip3o_jax.config import Config, ConfigError, UserError
 
 Row = dict[str, Any]
 FITS, TOO_LARGE, REFUSED, FAILED = "fits", "does not fit", "refused", "failed"
@@ -27,11 +27,13 @@ FITS, TOO_LARGE, REFUSED, FAILED = "fits", "does not fit", "refused", "failed"
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """`config` with the mesh and the global batch that are meant; `hlo`: where to keep the program's text."""
+    """`config` with the mesh and the global batch that are meant; `hlo`: where to keep the program's text. With `replicas`,
+    parameters that do not divide over all chips are kept several times over: mesh.data is doubled until they do."""
 
     config: Config
     topology: topology.Topology
     hlo: pathlib.Path | None = None
+    replicas: bool = False
 
 
 def compile_apart(task: Task) -> Row:
@@ -63,16 +65,12 @@ def compiled(task: Task) -> Row:
 
     from blip3o_jax.bench import cost
     from blip3o_jax.bench.network import Network
-    from blip3o_jax.parallel.rules import Strategy
     from blip3o_jax.train.stages import make_loss
-    from blip3o_jax.train.state import plan_state
     from blip3o_jax.train.step import make_step
 
-    config, chip = task.config, task.topology.chip
-    strategy = Strategy.of(config.mesh, topology.make_devices(task.topology))
-    strategy.check_batch(config.data.batch_size, config.optimizer.accumulate)
+    chip = task.topology.chip
+    config, strategy, plan = planned(task)
     row: Row = {"mesh": dict(strategy.mesh.shape)}
-    plan = plan_state(config, strategy)
     batch = {
         name: jax.ShapeDtypeStruct(shape, dtype, sharding=strategy.batch_sharding())
         for name, (shape, dtype) in batch_shapes(config).items()
@@ -101,6 +99,25 @@ def compiled(task: Task) -> Row:
     row["mfu"] = row["useful_flops"] / task.topology.devices / chip.flops / row["step_s"]
     row["examples_per_s_per_chip"] = config.data.batch_size / task.topology.chips / row["step_s"]
     return row | {"peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+
+
+def planned(task: Task) -> tuple[Config, Any, Any]:
+    """(configuration, strategy, state) on the task's mesh, or on one with more replicas. ConfigError for what cannot be."""
+    from blip3o_jax.parallel.rules import Strategy
+    from blip3o_jax.train.state import plan_state
+
+    devices, mesh, first = topology.make_devices(task.topology), task.config.mesh, None
+    while True:
+        config = dataclasses.replace(task.config, mesh=mesh)
+        try:
+            strategy = Strategy.of(mesh, devices)
+            strategy.check_batch(config.data.batch_size, config.optimizer.accumulate)
+            return config, strategy, plan_state(config, strategy)
+        except (ConfigError, NotImplementedError) as error:  # the latter: JAX cannot lay the mesh onto the torus
+            first = first or ConfigError(" ".join(str(error).split()))
+            mesh = dataclasses.replace(mesh, data=2 * mesh.data)
+            if not task.replicas or len(devices) % mesh.data:
+                raise first from None
 
 
 def useful_flops(config: Config, strategy: Any, batch: Any) -> int:

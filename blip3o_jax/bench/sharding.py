@@ -83,7 +83,8 @@ def make_task(config: Config, where: topology.Topology, strategy: str, options: 
     mesh = mesh_for(config.mesh, strategy, where.slices, options.chosen)
     rows = options.batch_per_chip * where.chips or config.data.batch_size
     data = dataclasses.replace(config.data, batch_size=rows)
-    return Task(dataclasses.replace(config, mesh=mesh, data=data), where)
+    chosen = {"data", "fsdp"} & options.chosen
+    return Task(dataclasses.replace(config, mesh=mesh, data=data), where, replicas=mesh.fsdp == -1 and not chosen)
 
 
 def mesh_for(mesh: MeshConfig, strategy: str, slices: int, chosen: frozenset[str]) -> MeshConfig:
@@ -164,6 +165,9 @@ def print_report(report: dict[str, Any]) -> None:
         table.add_row(*_cells(row))
     console = Console(width=None if sys.stdout.isatty() else 160)
     console.print(table)
+    for row in report["rows"]:
+        if row["status"] != FITS:
+            console.print(f"{row['topology']} {row['strategy']} {row['status']}: {row['error']}", soft_wrap=True, markup=False)
     console.print("Times are predicted from the compiled program, not measured.")
 
 
@@ -185,7 +189,7 @@ COLUMNS = {
 def _cells(row: Row) -> Iterator[str]:
     start = (row["topology"], row["strategy"], f"{row['batch_per_chip']:g}")
     if row["status"] != FITS:
-        return iter((*start, f"{row['status']}: {row['error']}"[:90]))
+        return iter((*start, row["status"]))
     exposed = sum(c["exposed"] for c in row["collectives"]) / row["step_s"]
     return iter(
         (

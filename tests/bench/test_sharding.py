@@ -102,6 +102,23 @@ def test_mesh_sizes(strategy, slices, chosen, want):
     assert {name: getattr(mesh, name) for name in want} == want
 
 
+def test_parameters_that_do_not_divide_are_kept_several_times_over(monkeypatch):
+    """A width of 20 does not divide over 8 chips; over 4 of them, twice, it does. Not where the user has chosen the mesh."""
+    import jax
+
+    where = topology.parse("v5e:2x4")
+    monkeypatch.setattr(topology, "make_devices", lambda where: jax.devices())
+    model = dataclasses.replace(CONFIG.model, dit=dataclasses.replace(CONFIG.model.dit, caption_channels=20))
+    config = dataclasses.replace(CONFIG, model=model)
+    free = sharding.make_task(config, where, "fsdp", sharding.Options(("v5e:2x4",)))
+    mesh = compiled_step.planned(free)[1].mesh.shape
+    assert (mesh["data"], mesh["fsdp"]) == (2, 4)
+    chosen = sharding.Options(("v5e:2x4",), chosen=frozenset({"fsdp"}))
+    config = dataclasses.replace(config, mesh=MeshConfig(fsdp=8))
+    with pytest.raises(UserError, match="does not divide over mesh axes fsdp = 8"):
+        compiled_step.planned(sharding.make_task(config, where, "fsdp", chosen))
+
+
 def test_batch_per_chip():
     where = topology.parse("v5e:2x4")
     task = sharding.make_task(CONFIG, where, "fsdp", sharding.Options(("v5e:2x4",), batch_per_chip=3))

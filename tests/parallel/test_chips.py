@@ -31,7 +31,9 @@ def test_the_clock_gives_the_peak():
             assert squares == pytest.approx(round(squares), rel=0.005), chip.name
 
 
-@pytest.mark.parametrize(("name", "size", "ring"), [("v5p", 4, True), ("v5p", 2, False), ("v5e", 8, False), ("v6e", 16, True)])
+@pytest.mark.parametrize(
+    ("name", "size", "ring"), [("v5p", 4, True), ("v5p", 2, False), ("v5e", 8, False), ("v5p", 6, False), ("v6e", 16, True)]
+)
 def test_rings(name, size, ring):
     assert chips.CHIPS[name].wraps(size) is ring
 
