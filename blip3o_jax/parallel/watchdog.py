@@ -5,6 +5,7 @@ import json
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterable
 from types import TracebackType
 
 from blip3o_jax.parallel import distributed
@@ -94,18 +95,29 @@ def diagnose(signs: dict[int, Sign], hosts: int, now: float, silent_after: float
     busy = [host for host, sign in heard.items() if sign.phase not in WAITING]
     first = min((sign.step for sign in heard.values()), default=0)
     behind = [host for host, sign in heard.items() if sign.step == first]
-    told = [f"host {host} is silent" + (f" since {signs[host].told()}" if host in signs else "") for host in silent]
     culprits = [] if silent else busy or (behind if len(behind) < len(heard) else [])
-    told += [f"host {host} is stuck in {heard[host].told()} for {now - heard[host].since:.0f} s" for host in culprits]
-    waiting: dict[str, list[int]] = {}
-    for host, sign in heard.items():
-        if host not in culprits:
-            waiting.setdefault(sign.told(), []).append(host)
-    told += [f"{_names(group)} in {phase}" for phase, group in waiting.items()]
+    waiting = [host for host in heard if host not in culprits]
+    last = lambda host: f"silent since {signs[host].told()}" if host in signs else "silent"
+    stuck = lambda host: f"stuck in {signs[host].told()} for {now - signs[host].since:.0f} s"
+    told = [f"{_names(group)} {_are(group)} {text}" for text, group in _grouped(silent, last)]
+    told += [f"{_names(group)} {_are(group)} {text}" for text, group in _grouped(culprits, stuck)]
+    told += [f"{_names(group)} in {text}" for text, group in _grouped(waiting, lambda host: signs[host].told())]
     return "; ".join(told)
+
+
+def _grouped(hosts: Iterable[int], text: Callable[[int], str]) -> Iterable[tuple[str, list[int]]]:
+    """Hosts of which the same is to be told."""
+    groups: dict[str, list[int]] = {}
+    for host in hosts:
+        groups.setdefault(text(host), []).append(host)
+    return groups.items()
 
 
 def _names(group: list[int]) -> str:
     """host 3, or hosts 0, 1, 2 and 61 more."""
     shown = ", ".join(map(str, group[:3])) + (f" and {len(group) - 3} more" if len(group) > 3 else "")
     return f"host{'s' if len(group) > 1 else ''} {shown}"
+
+
+def _are(group: list[int]) -> str:
+    return "are" if len(group) > 1 else "is"

@@ -31,6 +31,7 @@ def sign(phase, step, since=700.0, seen=995.0):
             [sign("vocabulary", 0), sign("barrier", 0)],
             "host 0 is stuck in vocabulary at step 0 for 300 s; host 1 in barrier at step 0",
         ),
+        ([sign("compile", 1)] * 64, "hosts 0, 1, 2 and 61 more are stuck in compile at step 1 for 300 s"),
         ([sign("compile", 1)], "host 0 is stuck in compile at step 1 for 300 s"),
         (
             [sign("step", 3)] * 6 + [sign("data", 3)],
