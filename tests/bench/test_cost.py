@@ -1,12 +1,18 @@
 """The cost of programs whose cost is known: by XLA's own count, by the jaxpr's, or by hand."""
 
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from blip3o_jax.bench import cost, hlo
+from blip3o_jax.bench import cost, hlo, topology
 from blip3o_jax.bench.hlo_bytes import operation_bytes
 from blip3o_jax.bench.network import Network
 from blip3o_jax.parallel.chips import CHIPS, HOP_S
@@ -14,6 +20,7 @@ from blip3o_jax.train.flops import count_flops
 from tests.bench.test_hlo import SCATTER
 
 V5P = CHIPS["v5p"]
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 def torus(chip=V5P, sizes=(4, 4, 4), mesh=None, slices=1):
@@ -234,3 +241,19 @@ def test_a_slice_of_a_stack_is_read_and_not_the_stack():
     program = hlo.parse(SLICED)
     main = program.computations[program.entry]
     assert operation_bytes(program, main, main.root) == 512 * 512 * 4 + 4 + 8 * 512 * 4
+
+
+def test_a_program_of_the_tpu_compiler():
+    """Five layers, each gathered for the forward and the backward pass, its gradient scattered; the forward pass twice."""
+    pytest.importorskip("libtpu")
+    environment = os.environ | topology.settings() | {"PYTHONPATH": str(ROOT)}
+    ran = subprocess.run(
+        [sys.executable, "-m", "tests.bench.tpu_program"], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    found = json.loads(ran.stdout.splitlines()[-1])
+    product = 2 * 32 * 256 * 512 * 512 * 5
+    assert found["flops"] == {"ar forward": product, "ar recomputed": product, "ar backward": 2 * product}
+    assert found["counted"] == 4 * product
+    assert found["collectives"] == {"all-gather fsdp ICI": 10, "reduce-scatter fsdp ICI": 5}
+    assert found["unknown"] == 0
