@@ -189,9 +189,12 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 def _told(message: str) -> Row:
-    """What the compiler says of a program that does not fit: "Used 120.5G of 95.74G hbm"."""
+    """What the compiler says of a program that does not fit: "Used 120.5G of 95.74G hbm", or that its temporaries alone
+    "(40.25G) exceeds available HBM (15.75G)"."""
     row: Row = {"error": re.sub(r"\s+", " ", message)[:400]}
-    if found := re.search(r"[Uu]sed ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", message):
+    number = r"([\d.]+)([KMGT]?)"
+    forms = rf"[Uu]sed {number} of {number} hbm", rf"\({number}\) exceeds available HBM \({number}\)"
+    if found := next(filter(None, (re.search(form, message) for form in forms)), None):
         used, capacity = (float(found[i]) * _UNITS[found[i + 1]] for i in (1, 3))
         row |= {"needs_bytes": used, "capacity_bytes": capacity}
         row["error"] = f"needs {used / 2**30:.1f} GiB of the {capacity / 2**30:.1f} GiB that a device has"

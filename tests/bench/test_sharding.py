@@ -140,13 +140,21 @@ def test_a_cached_run_has_codes_and_latents_in_place_of_pixels():
     assert compiled_step.batch_shapes(cached) == want
 
 
-def test_what_the_compiler_says_of_too_little_memory():
-    told = compiled_step._told(
-        "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. "
-        "Used 120.50G of 95.74G hbm. Exceeded hbm capacity by 24.76G."
-    )
-    assert told["needs_bytes"] == 120.5 * 2**30 and told["capacity_bytes"] == 95.74 * 2**30
-    assert told["error"] == "needs 120.5 GiB of the 95.7 GiB that a device has"
+@pytest.mark.parametrize(
+    ("message", "used", "capacity"),
+    [
+        ("Ran out of memory in memory space hbm. Used 120.50G of 95.74G hbm. Exceeded hbm capacity by 24.76G.", 120.5, 95.74),
+        (
+            "Ran out of memory on HBM, the total memory required for HLO temporaries (40.25G) exceeds available HBM (15.75G).",
+            40.25,
+            15.75,
+        ),
+    ],
+)
+def test_what_the_compiler_says_of_too_little_memory(message, used, capacity):
+    told = compiled_step._told(f"RESOURCE_EXHAUSTED: {message}")
+    assert told["needs_bytes"] == used * 2**30 and told["capacity_bytes"] == capacity * 2**30
+    assert told["error"] == f"needs {used:.1f} GiB of the {capacity:.1f} GiB that a device has"
 
 
 def test_a_process_that_is_killed_becomes_a_row(monkeypatch):
