@@ -52,6 +52,8 @@ def attend(
     """
     if implementation == "auto":
         implementation = chosen(nn.platform(), v_BSGK.dtype.name, whole_rows=isinstance(query_start, int))
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"attention implementation {implementation!r} is not one of {', '.join(IMPLEMENTATIONS)}")
     keys_at = "batch", "keys", "act_kv_heads", None
     k_BSGK, v_BSGK = nn.constrain(k_BSGK, *keys_at), nn.constrain(v_BSGK, *keys_at)
     o_BLHK = IMPLEMENTATIONS[implementation](q_BLHK, k_BSGK, v_BSGK, query_segments_BL, key_segments_BS, query_start)

@@ -65,6 +65,7 @@ def compiled(task: Task) -> Row:
 
     from blip3o_jax.bench import cost
     from blip3o_jax.bench.network import Network
+    from blip3o_jax.train.flops import useful_flops
     from blip3o_jax.train.stages import make_loss
     from blip3o_jax.train.step import make_step
 
@@ -118,29 +119,6 @@ def planned(task: Task) -> tuple[Config, Any, Any]:
             mesh = dataclasses.replace(mesh, data=2 * mesh.data)
             if not task.replicas or len(devices) % mesh.data:
                 raise first from None
-
-
-def useful_flops(config: Config, strategy: Any, batch: Any) -> int:
-    """Of a step in all, each thing computed once: no recomputation, and of attention the half that a causal model sees.
-
-    Counted on XLA's attention, since a kernel shows its work to nobody. It makes both products over all pairs of positions, and
-    four more for the gradient, of which the pairs above the diagonal are taken off.
-    """
-    from blip3o_jax.train.flops import count_flops, without_recomputation
-    from blip3o_jax.train.stages import make_loss, stage_parts
-    from blip3o_jax.train.state import plan_state
-    from blip3o_jax.train.step import make_step
-
-    plain = without_recomputation(config)
-    ar, length = plain.model.ar, config.data.max_length
-    plain = dataclasses.replace(plain, model=dataclasses.replace(plain.model, ar=dataclasses.replace(ar, attention="xla")))
-    plan = plan_state(plain, strategy)
-    counted = count_flops(make_step(plain, plan, strategy, make_loss(plain, 0)), plan.abstract, batch)
-    if "ar" not in stage_parts(config):
-        return counted
-    above = config.data.batch_size * length * (length - 1) // 2
-    products = 6 if "ar" in plan.abstract["params"] else 2  # a frozen AR has no gradient
-    return counted - 2 * products * above * ar.num_attention_heads * ar.head_dim * ar.num_hidden_layers
 
 
 def batch_shapes(config: Config) -> dict[str, tuple[tuple[int, ...], str]]:

@@ -23,7 +23,7 @@ from blip3o_jax.pipeline import PARTS, Pipeline
 from blip3o_jax.text.tokenizers import load_tokenizer
 from blip3o_jax.text.vocabulary import Vocabulary
 from blip3o_jax.train.checkpoint import find, read_config, restore_parts
-from blip3o_jax.train.flops import count_flops
+from blip3o_jax.train.flops import count_flops, useful_flops
 from blip3o_jax.train.stages import make_loss
 from blip3o_jax.train.state import WEIGHTS, create_state, plan_state
 from blip3o_jax.train.step import make_step, row_keys
@@ -108,13 +108,12 @@ class Side:
             jax.block_until_ready(state)
             return {name: float(metrics[name]) for name in ("ce", "flow")}
 
-        counted = make_step(_without_remat(config), plan, self.strategy, make_loss(_without_remat(config), 0))
         return self._prepared(
             call,
             lambda metrics: {"losses": np.array([metrics["ce"], metrics["flow"]], np.float32)},
             checks=CHECKED_STEPS,
             shared=self._draws(config, rows),
-            cost={"flops": count_flops(counted, plan.abstract, batch)},
+            cost={"flops": useful_flops(config, self.strategy, batch)},
         )
 
     def _draws(self, config: Config, rows: int) -> Arrays:
@@ -228,16 +227,6 @@ def in_dtype(cfg: Any, dtype: str, param_dtype: str) -> Any:
         elif dataclasses.is_dataclass(value):
             changes[field.name] = in_dtype(value, dtype, param_dtype)
     return dataclasses.replace(cfg, **changes)
-
-
-def _without_remat(config: Config) -> Config:
-    """Recomputation is not counted as work."""
-    model = config.model
-    encoder = dataclasses.replace(model.tokenizer.encoder, remat="none")
-    plain = {name: dataclasses.replace(getattr(model, name), remat="none") for name in ("ar", "dit", "vae")}
-    plain["tokenizer"] = dataclasses.replace(model.tokenizer, encoder=encoder)
-    loss = dataclasses.replace(config.loss, ce_chunk=config.data.max_length)
-    return dataclasses.replace(config, model=dataclasses.replace(model, **plain), loss=loss)
 
 
 def _like(abstract: Any, tree: Any) -> Any:

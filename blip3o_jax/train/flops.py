@@ -13,6 +13,10 @@ import jax
 
 from blip3o_jax.config import Config
 from blip3o_jax.parallel.chips import chip_of
+from blip3o_jax.parallel.rules import Strategy
+from blip3o_jax.train.stages import make_loss, stage_parts
+from blip3o_jax.train.state import plan_state
+from blip3o_jax.train.step import make_step
 
 
 def _dot_flops(eqn: Any) -> int:
@@ -64,6 +68,25 @@ def without_recomputation(config: Config) -> Config:
     # A cross entropy in one block keeps its logits.
     loss = dataclasses.replace(config.loss, ce_chunk=config.data.max_length)
     return dataclasses.replace(config, model=dataclasses.replace(model, **plain), loss=loss)
+
+
+def useful_flops(config: Config, strategy: Strategy, batch: Any) -> int:
+    """Of a step in all, each thing computed once: no recomputation, and of attention the half that a causal model sees.
+
+    Counted on XLA's attention, since a kernel shows its work to nobody. It makes both products over all pairs of positions, and
+    four more for the gradient, of which the pairs above the diagonal are taken off.
+    """
+    plain = without_recomputation(config)
+    ar = plain.model.ar
+    plain = dataclasses.replace(plain, model=dataclasses.replace(plain.model, ar=dataclasses.replace(ar, attention="xla")))
+    plan = plan_state(plain, strategy)
+    counted = count_flops(make_step(plain, plan, strategy, make_loss(plain, 0)), plan.abstract, batch)
+    if "ar" not in stage_parts(config):
+        return counted
+    rows, length = batch["tokens"].shape
+    above = rows * length * (length - 1) // 2
+    products = 6 if "ar" in plan.abstract["params"] else 2  # a frozen AR has no gradient
+    return counted - 2 * products * above * ar.num_attention_heads * ar.head_dim * ar.num_hidden_layers
 
 
 def peak_flops(device: jax.Device) -> float | None:

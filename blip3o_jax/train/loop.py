@@ -28,7 +28,7 @@ from blip3o_jax.parallel.rules import Strategy
 from blip3o_jax.parallel.watchdog import Watchdog
 from blip3o_jax.train.checkpoint import Checkpoints, read_config, restore_parts
 from blip3o_jax.train.encode import encoded_source, weights_fingerprint
-from blip3o_jax.train.flops import count_flops, peak_flops
+from blip3o_jax.train.flops import peak_flops, useful_flops
 from blip3o_jax.train.metrics import MetricLog, SilentLog
 from blip3o_jax.train.stages import STAGES, make_loss, make_preview
 from blip3o_jax.train.state import WEIGHTS, StatePlan, TrainState, create_state, plan_state
@@ -111,7 +111,8 @@ class _Run:
         config, values, previous = self.config, {}, None
         meter = _Meter(config)
         batch, position = self.fetch(meter, start + 1)
-        meter.flops = self.step_flops(batch)
+        if peak_flops(jax.devices()[0]) is not None:
+            meter.flops = useful_flops(self.config, self.strategy, batch)
         for step in range(start + 1, config.steps + 1):
             self.watch.enter("compile" if step == start + 1 else "step", step)
             with jax.transfer_guard("disallow"), jax.profiler.StepTraceAnnotation("train", step_num=step):
@@ -169,20 +170,6 @@ class _Run:
     @functools.cached_property
     def _drawn(self) -> Any:
         return jax.jit(lambda params, frozen, batch, keys_B: self.draw(self.plan.model(params, frozen), batch, keys_B))
-
-    def step_flops(self, batch: dict[str, jax.Array]) -> float | None:
-        """Counted FLOPs of one step without recomputation, where the device's peak is known."""
-        if peak_flops(jax.devices()[0]) is None:
-            return None
-        model, loss = self.config.model, self.config.loss
-        ar, dit, vae = (dataclasses.replace(part, remat="none") for part in (model.ar, model.dit, model.vae))
-        encoder = dataclasses.replace(model.tokenizer.encoder, remat="none")
-        tokenizer = dataclasses.replace(model.tokenizer, encoder=encoder)
-        plain = dataclasses.replace(model, ar=ar, dit=dit, vae=vae, tokenizer=tokenizer)
-        one_block = dataclasses.replace(loss, ce_chunk=self.config.data.max_length)
-        config = dataclasses.replace(self.config, model=plain, loss=one_block)
-        plan = plan_state(config, self.strategy)
-        return count_flops(make_step(config, plan, self.strategy, make_loss(config, 0)), plan.abstract, batch)
 
 
 class _Meter:
