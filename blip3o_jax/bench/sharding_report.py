@@ -11,7 +11,7 @@ LIMITERS = ("compute", "HBM", "ICI", "DCN")
 GIB = 2**30
 # Units of the drawings; the page scales them to the width there is.
 WIDTH, LABEL, BAR = 900, 270, 22
-PLOT_WIDTH, PLOT_HEIGHT, MARGIN = 640, 380, 54
+PLOT_WIDTH, PLOT_HEIGHT, MARGIN = 900, 420, 54
 
 
 def page(report: dict[str, Any]) -> str:
@@ -115,7 +115,9 @@ def front(rows: Sequence[Row]) -> str:
         x, y = place(point)
         title = f"{_name(row)}: {point[0]:.1f} GiB, {point[1]:.4f} chip-seconds"
         drawn.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4.5"><title>{_text(title)}</title></circle>')
-        drawn.append(f'<text x="{x + 8:.1f}" y="{y - 6:.1f}">{_text(_name(row))}</text>')
+        # On the side where there is room for it.
+        at, anchor = (x + 8, "start") if x < PLOT_WIDTH / 2 else (x - 8, "end")
+        drawn.append(f'<text x="{at:.1f}" y="{y - 6:.1f}" text-anchor="{anchor}">{_text(_name(row))}</text>')
     return _svg(PLOT_WIDTH, PLOT_HEIGHT, "memory against time", drawn)
 
 
