@@ -1,1 +1,1 @@
-"""Measurements: against the same model in PyTorch (peer.py), of conversion (conversion.py), of strategies on TPUs (sharding.py)."""
+"""Measurements: beside PyTorch (peer.py), of conversions (conversion.py), of strategies on TPUs (sharding.py)."""
