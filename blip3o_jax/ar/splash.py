@@ -6,13 +6,11 @@ and so may the queries of a row; keys and values of a row are whole on each. Off
 B batch, L tokens, H query heads, G key/value heads, K head size. Length is padded to whole tiles, as segment 0.
 """
 
-import math
-
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from blip3o_jax import nn
 
@@ -34,8 +32,8 @@ def splash(
         raise ValueError("splash attention is for whole rows: take attention 'xla' on a cache")
     rows_at, length_at, heads_at, _ = _at("batch", "length", "act_heads", None, shape=q_BLHK.shape)
     kv_heads_at = _at("act_kv_heads", shape=k_BLGK.shape[2:3])[0]
-    mesh = nn.mesh()
-    pad = -length % (LANES * _shards(mesh, length_at))
+    mesh, head_shards, length_shards = nn.mesh(), nn.shards("act_heads"), nn.shards("length")
+    pad = -length % (LANES * length_shards)
     widen = lambda x: jnp.pad(x, ((0, 0), (0, pad), *((0, 0),) * (x.ndim - 2)))
     by_head = lambda x: widen(x).transpose(0, 2, 1, 3)
     # The kernel does not scale scores. In bfloat16 this rounds q once more, unless 1 / sqrt(K) is a power of two.
@@ -43,7 +41,7 @@ def splash(
     inputs = q_BHLK, by_head(k_BLGK), by_head(v_BLGK), widen(query_segments_BL), widen(key_segments_BL)
 
     interpreted = nn.platform() != "tpu"
-    kernel = _kernel(q_BHLK.shape[1], length + pad, _shards(mesh, heads_at), _shards(mesh, length_at), interpreted)
+    kernel = _kernel(q_BHLK.shape[1], length + pad, head_shards, length_shards, interpreted)
     if mesh is None:
         o_BHLK = _rows(kernel, *inputs)
     else:
@@ -84,8 +82,3 @@ def _at(*axes: str | None, shape: tuple[int, ...]) -> tuple[str | tuple[str, ...
     if sharding is None:
         return (None,) * len(axes)
     return (*sharding.spec, *(None,) * (len(axes) - len(sharding.spec)))
-
-
-def _shards(mesh: Mesh | None, at: str | tuple[str, ...] | None) -> int:
-    names = () if at is None or mesh is None else (at,) if isinstance(at, str) else at
-    return math.prod(mesh.shape[name] for name in names)
