@@ -76,11 +76,11 @@ def _add_sharding(kinds: Any, command: Callable) -> None:
 
 def _sharding(args: argparse.Namespace) -> None:
     from blip3o_jax import config_file
-    from blip3o_jax.bench import sharding
+    from blip3o_jax.bench.sharding import grid
 
-    options = sharding.Options(
+    options = grid.Options(
         topologies=_names(args.topology),
-        strategies=_names(args.strategy) or sharding.STRATEGIES,
+        strategies=_names(args.strategy) or grid.STRATEGIES,
         slices=args.slices,
         batch_per_chip=args.batch_per_chip,
         chosen=frozenset(key.split("mesh.", 1)[1] for key, _ in args.overrides if key.startswith("mesh.") or ".mesh." in key),
@@ -91,7 +91,7 @@ def _sharding(args: argparse.Namespace) -> None:
     flags += [f"--config.{key}={value}" for key, value in args.overrides]
     command = shlex.join(["blip3o", "bench", "sharding", *flags])
     config = config_file.load(args.config, args.overrides)
-    sharding.print_report(sharding.bench(config, args.out, options, command))
+    grid.print_report(grid.bench(config, args.out, options, command))
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -107,18 +107,19 @@ def _conversion(args: argparse.Namespace) -> None:
 
 
 def _peer(args: argparse.Namespace) -> None:
-    from blip3o_jax.bench import peer, peer_report
+    from blip3o_jax.bench.peer import report as peer_report
+    from blip3o_jax.bench.peer import turns
 
-    options = peer.Options(
+    options = turns.Options(
         device=args.device,
         rounds=args.rounds,
         batch_size=args.batch_size,
         threads=args.threads,
         jax_devices=args.jax_devices,
-        items=tuple(name.strip() for name in args.items.split(",") if name.strip()) or peer.ITEMS,
+        items=tuple(name.strip() for name in args.items.split(",") if name.strip()) or turns.ITEMS,
         compiled=not args.eager_only,
     )
-    report = peer.bench(args.torch, args.jax, args.out, options, _command_line(args))
+    report = turns.bench(args.torch, args.jax, args.out, options, _command_line(args))
     peer_report.print_report(report)
 
 

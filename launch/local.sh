@@ -6,7 +6,7 @@
 #   -n N         processes (1)
 #   -d D         CPU devices of each (1); 0 leaves the devices to JAX (one process on a machine with accelerators)
 #   -r R         restarts after exit status 75 at the most (100): all hosts have saved and ask to be run again
-#   -c CHIP      take CHIP's settings from launch/flags.py (cpu; none with -d 0); "none" for none
+#   -c CHIP      take CHIP's settings from blip3o_jax/parallel/flags.py (cpu; none with -d 0); "none" for none
 #   --dry_run    print the commands instead
 #
 # Every line of output begins with its host's number. When one process ends without success, the others, which wait for it
@@ -42,7 +42,7 @@ if [ "$devices" -gt 0 ]; then
     chip=${chip:-cpu}
 fi
 if [ -n "$chip" ] && [ "$chip" != none ]; then
-    eval "$("$python" "$here/flags.py" "$chip")"
+    eval "$("$python" "$here/../blip3o_jax/parallel/flags.py" "$chip")"
 fi
 
 job=("$@")

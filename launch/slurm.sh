@@ -21,7 +21,7 @@ nodes=1 gpus=8 chip=h100 name=blip3o config="" workdir="" activate="" partition=
 parse "nodes gpus chip name config workdir activate partition account qos time dry_run" "$@"
 need config workdir
 [[ $workdir != *://* ]] || die "--workdir=$workdir: give the path of a file system that all nodes see"
-python3 "$root/launch/flags.py" "$chip" > /dev/null
+python3 "$root/blip3o_jax/parallel/flags.py" "$chip" > /dev/null
 printf -v train ' %q' blip3o train "--config=$config" "--workdir=$workdir" --distributed=slurm "${extra[@]}"
 
 script="#!/usr/bin/env bash
@@ -40,7 +40,7 @@ ${partition:+#SBATCH --partition=$partition
 }"
 script+="cd $(printf %q "$root")
 ${activate:+source $(printf %q "$activate")
-}eval \"\$(python3 launch/flags.py $chip)\"
+}eval \"\$(python3 blip3o_jax/parallel/flags.py $chip)\"
 status=0
 srun --kill-on-bad-exit=1 --label$train || status=\$?
 # All processes have saved and ask to be run again.

@@ -58,7 +58,7 @@ if [ -n "$bucket" ]; then
     setup+=" sudo tee /etc/apt/sources.list.d/gcsfuse.list; sudo apt-get update -q; sudo apt-get install -qy gcsfuse; }"
     setup+="; sudo install -d -o \"\$USER\" /gcs; mountpoint -q /gcs || gcsfuse --implicit-dirs $bucket /gcs"
 fi
-job="cd blip3o; export PATH=~/venv/bin:\$PATH; eval \"\$(python3 launch/flags.py $chip)\"; "
+job="cd blip3o; export PATH=~/venv/bin:\$PATH; eval \"\$(python3 blip3o_jax/parallel/flags.py $chip)\"; "
 job+="while :; do$train; status=\$?; [ \$status -eq 75 ] || exit \$status; done"
 
 tpu() { run gcloud compute tpus "$@" "${where[@]}"; }

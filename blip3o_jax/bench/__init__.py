@@ -1,1 +1,2 @@
-"""Measurements: beside PyTorch (peer.py), of conversions (conversion.py), of strategies on TPUs (sharding.py)."""
+"""Measurements: beside PyTorch (peer/), of conversions (conversion.py), of strategies on TPUs (sharding/), which are predicted
+from the compiled program (cost/)."""

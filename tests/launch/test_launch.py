@@ -1,6 +1,5 @@
 """The launchers as text: what they would do, their shell, the manifest. (tests/parallel runs launch/local.sh.)"""
 
-import importlib.util
 import json
 import os
 import pathlib
@@ -10,6 +9,8 @@ import subprocess
 import sys
 
 import pytest
+
+from blip3o_jax.parallel import flags
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 LAUNCH = ROOT / "launch"
@@ -29,15 +30,6 @@ def printed(script, *arguments):
     done = launch(script, *arguments)
     assert done.returncode == 0 and not done.stderr, done.stderr
     return done.stdout
-
-
-@pytest.fixture(scope="module")
-def flags():
-    spec = importlib.util.spec_from_file_location("launch_flags", LAUNCH / "flags.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look for a class's names
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_local_starts_every_host_with_its_devices():
@@ -60,7 +52,7 @@ def test_queued_resources_are_asked_for_used_and_given_back():
     ran = commands[-2][-2]
     train = "blip3o train --config=configs/pretrain.py:1.7b --workdir=/gcs/runs/mine --distributed=tpu"
     assert f"{train} --config.data.path=/gcs/captions/\\*.tar; status=$?; [ $status -eq 75 ] || exit $status" in ran
-    assert 'eval "$(python3 launch/flags.py v5p)"' in ran
+    assert 'eval "$(python3 blip3o_jax/parallel/flags.py v5p)"' in ran
     assert "gcsfuse --implicit-dirs bucket /gcs" in commands[-3][-2]
     assert commands[-1][1:] == shlex.split("gcloud compute tpus queued-resources delete mine --force --quiet --zone=us-east5-a")
     assert "delete" not in printed(*QUEUED, "--keep")
@@ -234,7 +226,7 @@ def test_shellcheck(script):
     assert done.returncode == 0, done.stdout
 
 
-def test_every_flag_has_a_reason_and_a_source(flags):
+def test_every_flag_has_a_reason_and_a_source():
     for setting in flags.SETTINGS:
         assert setting.chips and set(setting.chips) <= set(flags.CHIPS)
         assert setting.reason and setting.source.startswith(("https://", "measured: "))
@@ -246,7 +238,7 @@ def test_every_flag_has_a_reason_and_a_source(flags):
 
 
 def test_what_is_set_already_wins():
-    script = f'eval "$({sys.executable} launch/flags.py cpu)"; env'
+    script = f'eval "$({sys.executable} blip3o_jax/parallel/flags.py cpu)"; env'
     given = {"PATH": os.environ["PATH"], "XLA_FLAGS": "--xla_mine=1", "MALLOC_ARENA_MAX": "4"}
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, env=given, cwd=ROOT, check=True)
     values = dict(line.partition("=")[::2] for line in done.stdout.splitlines())

@@ -28,9 +28,9 @@ from blip3o_jax.config import SamplingConfig, UserError
 Arrays = dict[str, np.ndarray]
 # Name of a side -> the module that has it, as `Side`.
 SIDES = {
-    "jax": "blip3o_jax.bench.peer_jax",
-    "torch": "blip3o_jax.bench.peer_torch",
-    "torch_compiled": "blip3o_jax.bench.peer_torch",
+    "jax": "blip3o_jax.bench.peer.jax_side",
+    "torch": "blip3o_jax.bench.peer.torch_side",
+    "torch_compiled": "blip3o_jax.bench.peer.torch_side",
 }
 
 

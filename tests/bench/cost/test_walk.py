@@ -12,15 +12,16 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from blip3o_jax.bench import cost, hlo, topology
-from blip3o_jax.bench.hlo_bytes import operation_bytes
-from blip3o_jax.bench.network import Network
+from blip3o_jax.bench.cost import hlo, walk
+from blip3o_jax.bench.cost.hlo_bytes import operation_bytes
+from blip3o_jax.bench.cost.network import Network
+from blip3o_jax.bench.sharding import topology
 from blip3o_jax.parallel.chips import CHIPS, HOP_S
 from blip3o_jax.train.flops import count_flops
-from tests.bench.test_hlo import SCATTER
+from tests.bench.cost.test_hlo import SCATTER
 
 V5P = CHIPS["v5p"]
-ROOT = pathlib.Path(__file__).parents[2]
+ROOT = pathlib.Path(__file__).parents[3]
 
 
 def torus(chip=V5P, sizes=(4, 4, 4), mesh=None, slices=1):
@@ -63,7 +64,7 @@ def gradient(fn, *args):
 )
 def test_flops_are_those_of_xla_where_there_is_no_loop(fn, args):
     lowered = jax.jit(fn).lower(*args)
-    found = cost.program_cost(lowered.as_text(dialect="hlo"), ONE)
+    found = walk.program_cost(lowered.as_text(dialect="hlo"), ONE)
     assert found.total_flops == lowered.cost_analysis()["flops"] > 0
 
 
@@ -74,7 +75,7 @@ def test_a_loop_counts_as_often_as_it_turns():
     args = zeros(3, 5), zeros(11, 5, 5)
     for f in (fn, jax.grad(fn, (0, 1))):
         lowered = jax.jit(f).lower(*args)
-        assert cost.program_cost(lowered.as_text(dialect="hlo"), ONE).total_flops == count_flops(f, *args)
+        assert walk.program_cost(lowered.as_text(dialect="hlo"), ONE).total_flops == count_flops(f, *args)
     assert lowered.cost_analysis()["flops"] < count_flops(f, *args) / 5, "XLA counts the body once"
 
 
@@ -92,7 +93,7 @@ def test_a_loop_counts_as_often_as_it_turns():
     ],
 )
 def test_part_and_pass(op_name, want):
-    assert cost.scope(op_name) == want
+    assert walk.scope(op_name) == want
 
 
 def test_collectives_go_by_the_axes_of_the_mesh():
@@ -102,7 +103,7 @@ def test_collectives_go_by_the_axes_of_the_mesh():
     for axis in ("data", "fsdp"):
         w = jax.ShapeDtypeStruct((16, 64), jnp.float32, sharding=at(axis))
         text = jax.jit(lambda w: w * 2, out_shardings=at()).lower(w).compile().as_text()
-        found = cost.program_cost(text, torus(mesh={"data": 2, "fsdp": 4}, sizes=(2, 2, 2)))
+        found = walk.program_cost(text, torus(mesh={"data": 2, "fsdp": 4}, sizes=(2, 2, 2)))
         assert {key: (t.count, t.size) for key, t in found.collectives.items()} == {
             ("all-gather", (axis,), "ICI"): (1, 16 * 64 * 4)
         }
@@ -169,17 +170,69 @@ def test_only_what_the_core_waits_for_is_exposed():
     assert 0 < work < gather
     key = ("all-gather", ("fsdp",), "ICI")
     for product, hidden in (("", 0.0), (PRODUCT, work)):
-        found = cost.program_cost(OVERLAP.replace("PRODUCT", product), network)
+        found = walk.program_cost(OVERLAP.replace("PRODUCT", product), network)
         assert found.collectives[key].seconds == pytest.approx(gather)
         assert found.collectives[key].exposed == pytest.approx(gather - hidden)
         assert found.total_seconds == pytest.approx(gather)
         assert found.seconds["compute"] == pytest.approx(hidden)
 
 
+CHAIN = """HloModule m, is_scheduled=true, num_partitions=4
+
+%start (p: bf16[1024,4096]) -> (bf16[1024,4096], bf16[4096,4096]) {
+  %p = bf16[1024,4096]{1,0} parameter(0)
+  %g = bf16[4096,4096]{1,0} all-gather(%p), replica_groups=[1,4]<=[4], dimensions={0}, frontend_attributes={chain_id="7"}
+  ROOT %k = (bf16[1024,4096]{1,0}, bf16[4096,4096]{1,0}) custom-call(%g), custom_call_target="AsyncCollectiveStart"
+}
+
+%beside (p: bf16[1024,4096], q: bf16[4096,4096], a: bf16[1024,4096], b: bf16[4096,4096]) -> (bf16[4096,4096]) {
+  %p = bf16[1024,4096]{1,0} parameter(0)
+  %q = bf16[4096,4096]{1,0} parameter(1)
+  %a = bf16[1024,4096]{1,0} parameter(2)
+  %b = bf16[4096,4096]{1,0} parameter(3)
+  %d = bf16[1024,4096]{1,0} dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  %g = bf16[4096,4096]{1,0} all-gather(%p), replica_groups=[1,4]<=[4], dimensions={0}, frontend_attributes={chain_id="7"}
+  ROOT %t = (bf16[1024,4096]{1,0}, bf16[1024,4096]{1,0}, bf16[4096,4096]{1,0}) tuple(%d, %p, %g)
+}
+
+%end (p: bf16[1024,4096], q: bf16[4096,4096]) -> bf16[4096,4096] {
+  %p = bf16[1024,4096]{1,0} parameter(0)
+  %q = bf16[4096,4096]{1,0} parameter(1)
+  %g = bf16[4096,4096]{1,0} all-gather(%p), replica_groups=[1,4]<=[4], dimensions={0}, frontend_attributes={chain_id="7"}
+  ROOT %k = bf16[4096,4096]{1,0} custom-call(%p, %q, %g), custom_call_target="AsyncCollectiveDone"
+}
+
+ENTRY %main (a: bf16[1024,4096], b: bf16[4096,4096], c: bf16[1024,4096]) -> bf16[4096,4096] {
+  %a = bf16[1024,4096]{1,0} parameter(0)
+  %b = bf16[4096,4096]{1,0} parameter(1)
+  %c = bf16[1024,4096]{1,0} parameter(2)
+  %s = (bf16[1024,4096]{1,0}, bf16[4096,4096]{1,0}) fusion(%c), kind=kCustom, calls=%start
+  %p = bf16[1024,4096]{1,0} get-tuple-element(%s), index=0
+  %q = bf16[4096,4096]{1,0} get-tuple-element(%s), index=1
+  %f = (bf16[1024,4096]{1,0}, bf16[1024,4096]{1,0}, bf16[4096,4096]{1,0}) fusion(%p, %q, %a, %b), kind=kOutput, calls=%beside
+  %u = bf16[1024,4096]{1,0} get-tuple-element(%f), index=1
+  %v = bf16[4096,4096]{1,0} get-tuple-element(%f), index=2
+  ROOT %r = bf16[4096,4096]{1,0} fusion(%u, %v), kind=kCustom, calls=%end
+}
+"""
+
+
+def test_a_gather_spread_over_fusions_is_one_gather_beside_their_work():
+    network = torus(sizes=(4, 1, 1))
+    gather = network.seconds("all-gather", 4096 * 4096 * 2, range(4))
+    work = 2 * 1024 * 4096**2 / V5P.flops
+    found = walk.program_cost(CHAIN, network)
+    traffic = found.collectives["all-gather", ("fsdp",), "ICI"]
+    assert (traffic.count, traffic.size) == (1, 4096 * 4096 * 2)
+    assert traffic.exposed == pytest.approx(gather - work)
+    assert found.total_seconds == pytest.approx(gather)
+    assert found.hbm_bytes == 2 * (1024 * 4096 + 4096 * 4096 + 1024 * 4096), "of the product alone"
+
+
 def test_a_fusion_of_a_reduction_and_a_slice_is_a_reduce_scatter():
     """16 chips along the first axis of the mesh, each with 16 MiB."""
     network = torus(sizes=(4, 4, 4), mesh={"fsdp": 16, "tensor": 4})
-    found = cost.program_cost(SCATTER, network)
+    found = walk.program_cost(SCATTER, network)
     key = ("reduce-scatter", ("fsdp",), "ICI")
     assert set(found.collectives) == {key}
     assert (found.collectives[key].count, found.collectives[key].size) == (1, 4096 * 2048 * 2)
@@ -195,7 +248,7 @@ ENTRY %main (a: f32[1024,1024]) -> f32[1024,1024] {
   ROOT %k = f32[1024,1024]{1,0} custom-call(%a), custom_call_target="mystery"
 }
 """
-    found = cost.program_cost(text, ONE)
+    found = walk.program_cost(text, ONE)
     assert found.unknown["custom-call mystery"].count == 1
     assert found.unknown_share == 1.0 and found.hbm_bytes == 2 * 4 * 2**20
 
@@ -210,7 +263,7 @@ ENTRY %main (q: bf16[8,4096,128], k: bf16[8,4096,128]) -> bf16[8,4096,128] {
   ROOT %splash_mha_fwd.1 = bf16[8,4096,128]{2,1,0} custom-call(%q, %k, %k), custom_call_target="tpu_custom_call"
 }
 """
-    found = cost.program_cost(text, ONE)
+    found = walk.program_cost(text, ONE)
     assert found.total_flops == pytest.approx(2 * 2 * 8 * 4096 * 4096 * 128 / 2, rel=1e-3)
     assert not found.unknown
 
@@ -246,9 +299,9 @@ def test_a_slice_of_a_stack_is_read_and_not_the_stack():
 def test_a_program_of_the_tpu_compiler():
     """Five layers, each gathered for the forward and the backward pass, its gradient scattered; the forward pass twice."""
     pytest.importorskip("libtpu")
-    environment = os.environ | topology.settings() | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | topology.settings(CHIPS["v5e"]) | {"PYTHONPATH": str(ROOT)}
     ran = subprocess.run(
-        [sys.executable, "-m", "tests.bench.tpu_program"], cwd=ROOT, env=environment, capture_output=True, text=True
+        [sys.executable, "-m", "tests.bench.cost.tpu_program"], cwd=ROOT, env=environment, capture_output=True, text=True
     )
     assert ran.returncode == 0, ran.stderr[-2000:]
     found = json.loads(ran.stdout.splitlines()[-1])

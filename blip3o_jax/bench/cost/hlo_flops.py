@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from blip3o_jax.bench.hlo import Computation, Op, Shape, leaves
+from blip3o_jax.bench.cost.hlo import Computation, Op, Shape, leaves
 
 MATRIX = ("dot", "convolution")
 

@@ -1,6 +1,6 @@
 """The same weights, the same work, in JAX and in PyTorch: who is faster, and by how much.
 
-Each side is a process of its own (peer_worker.py) with as many threads. They take turns: every round asks each side for one
+Each side is a process of its own (worker.py) with as many threads. They take turns: every round asks each side for one
 stretch of the item while the others sleep, in an order that is turned around from round to round, so that a machine that slows
 down slows all of them. Compiling and the first calls are not part of it and are reported by themselves. What both sides should
 compute alike is compared before anything is timed.
@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from blip3o_jax.bench import peer_report
-from blip3o_jax.bench.peer_worker import Arrays, Task, Worker
+from blip3o_jax.bench.peer import report as peer_report
+from blip3o_jax.bench.peer.worker import Arrays, Task, Worker
 from blip3o_jax.config import ModelConfig, SamplingConfig, UserError, check, check_choice
 from blip3o_jax.convert.report import relative_error
 from blip3o_jax.convert.source import open_source

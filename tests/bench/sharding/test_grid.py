@@ -8,8 +8,8 @@ import signal
 import pytest
 
 from blip3o_jax import cli
-from blip3o_jax.bench import compiled_step, sharding, sharding_report, topology
-from blip3o_jax.bench.compiled_step import FAILED, FITS, REFUSED, TOO_LARGE
+from blip3o_jax.bench.sharding import compiled_step, grid, page, topology
+from blip3o_jax.bench.sharding.compiled_step import FAILED, FITS, REFUSED, TOO_LARGE
 from blip3o_jax.config import MeshConfig, UserError
 from tests import tiny
 
@@ -50,8 +50,8 @@ def fake_row(task):
 @pytest.fixture
 def report(tmp_path, monkeypatch):
     monkeypatch.setattr(topology, "check_compiler", lambda: None)
-    options = sharding.Options(("v5e:2x2", "v5p:2x2x1"), ("dp", "fsdp", "fsdp_sp", "fsdp_tp"))
-    return sharding.bench(CONFIG, tmp_path, options, "blip3o bench sharding", fake_row), tmp_path
+    options = grid.Options(("v5e:2x2", "v5p:2x2x1"), ("dp", "fsdp", "fsdp_sp", "fsdp_tp"))
+    return grid.bench(CONFIG, tmp_path, options, "blip3o bench sharding", fake_row), tmp_path
 
 
 def test_the_best_strategy_of_a_topology_comes_first_and_what_does_not_fit_last(report):
@@ -72,7 +72,7 @@ def test_the_page_is_whole_and_asks_for_nothing(report):
 
 
 def test_the_table_says_what_each_row_found(report, capsys):
-    sharding.print_report(report[0])
+    grid.print_report(report[0])
     lines = capsys.readouterr().out.splitlines()
     assert re.search(r"v5e:2x2\s+fsdp_tp\s+2\s+3\.0\s+0\.100\s+50\.0%\s+compute\s+10\.0%\s+20\.00", lines[1])
     assert any("does not fit: needs 20.0 GiB" in line for line in lines)
@@ -81,7 +81,7 @@ def test_the_table_says_what_each_row_found(report, capsys):
 
 def test_pareto_front():
     points = [(1, 5), (2, 3), (3, 4), (2, 6), (4, 1)]
-    assert sharding_report.pareto(points) == [(1, 5), (2, 3), (4, 1)]
+    assert page.pareto(points) == [(1, 5), (2, 3), (4, 1)]
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_pareto_front():
     ],
 )
 def test_mesh_sizes(strategy, slices, chosen, want):
-    mesh = sharding.mesh_for(MeshConfig(**chosen), strategy, slices, frozenset(chosen))
+    mesh = grid.mesh_for(MeshConfig(**chosen), strategy, slices, frozenset(chosen))
     assert mesh.strategy == strategy
     assert {name: getattr(mesh, name) for name in want} == want
 
@@ -110,20 +110,20 @@ def test_parameters_that_do_not_divide_are_kept_several_times_over(monkeypatch):
     monkeypatch.setattr(topology, "make_devices", lambda where: jax.devices())
     model = dataclasses.replace(CONFIG.model, dit=dataclasses.replace(CONFIG.model.dit, caption_channels=20))
     config = dataclasses.replace(CONFIG, model=model)
-    free = sharding.make_task(config, where, "fsdp", sharding.Options(("v5e:2x4",)))
+    free = grid.make_task(config, where, "fsdp", grid.Options(("v5e:2x4",)))
     mesh = compiled_step.planned(free)[1].mesh.shape
     assert (mesh["data"], mesh["fsdp"]) == (2, 4)
-    chosen = sharding.Options(("v5e:2x4",), chosen=frozenset({"fsdp"}))
+    chosen = grid.Options(("v5e:2x4",), chosen=frozenset({"fsdp"}))
     config = dataclasses.replace(config, mesh=MeshConfig(fsdp=8))
     with pytest.raises(UserError, match="does not divide over mesh axes fsdp = 8"):
-        compiled_step.planned(sharding.make_task(config, where, "fsdp", chosen))
+        compiled_step.planned(grid.make_task(config, where, "fsdp", chosen))
 
 
 def test_batch_per_chip():
     where = topology.parse("v5e:2x4")
-    task = sharding.make_task(CONFIG, where, "fsdp", sharding.Options(("v5e:2x4",), batch_per_chip=3))
+    task = grid.make_task(CONFIG, where, "fsdp", grid.Options(("v5e:2x4",), batch_per_chip=3))
     assert task.config.data.batch_size == 24
-    assert sharding.make_task(CONFIG, where, "fsdp", sharding.Options(("v5e:2x4",))).config.data.batch_size == 8
+    assert grid.make_task(CONFIG, where, "fsdp", grid.Options(("v5e:2x4",))).config.data.batch_size == 8
 
 
 @pytest.mark.parametrize("stage", ["joint", "autoencoder", "contrastive", "tokenizer"])
@@ -185,4 +185,4 @@ def test_what_cannot_be_ends_in_one_line(flags, says, tmp_path, capfd):
 
 def test_options_refuse_an_empty_strategy_list():
     with pytest.raises(UserError, match="--strategy"):
-        sharding.Options(("v5e:2x2",), ())
+        grid.Options(("v5e:2x2",), ())

@@ -14,8 +14,8 @@ WIDTH, LABEL, BAR = 900, 270, 22
 PLOT_WIDTH, PLOT_HEIGHT, MARGIN = 900, 420, 54
 
 
-def page(report: dict[str, Any]) -> str:
-    template = string.Template(pathlib.Path(__file__).with_name("sharding.html").read_text(encoding="utf-8"))
+def render(report: dict[str, Any]) -> str:
+    template = string.Template(pathlib.Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
     rows = report["rows"]
     fits = [row for row in rows if "step_s" in row]
     return template.substitute(

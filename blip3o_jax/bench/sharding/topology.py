@@ -7,11 +7,13 @@ calls `settings` for its environment before it imports jax.
 import dataclasses
 import importlib.util
 import math
+import os
 import re
 from collections.abc import Sequence
 from typing import Any
 
 from blip3o_jax.config import ConfigError, UserError
+from blip3o_jax.parallel import flags
 from blip3o_jax.parallel.chips import CHIPS, Chip
 
 TPUS = tuple(name for name, chip in CHIPS.items() if chip.axes)
@@ -65,9 +67,12 @@ def check_compiler() -> None:
         )
 
 
-def settings() -> dict[str, str]:
-    """Environment of a process that compiles for TPUs it does not have."""
+def settings(chip: Chip) -> dict[str, str]:
+    """Environment of a process that compiles for TPUs it does not have: with the flags that the launchers set on those, so
+    that the program is the one that would run there. Of two equal flags the last counts, so those of the user's win."""
+    recommended = " ".join(s.value for s in flags.SETTINGS if s.variable == "LIBTPU_INIT_ARGS" and chip.name in s.chips)
     return {
+        "LIBTPU_INIT_ARGS": f"{recommended} {os.environ.get('LIBTPU_INIT_ARGS', '')}".strip(),
         "JAX_PLATFORMS": "cpu",
         # No metadata server and no other hosts to ask.
         "TPU_SKIP_MDS_QUERY": "1",

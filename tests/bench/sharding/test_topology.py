@@ -1,10 +1,10 @@
-"""Topologies by name. What the compiler itself says is asked in test_sharding.py, where it is installed."""
+"""Topologies by name. What the compiler itself says is asked in test_grid.py, where it is installed."""
 
 import importlib.util
 
 import pytest
 
-from blip3o_jax.bench import topology
+from blip3o_jax.bench.sharding import topology
 from blip3o_jax.config import UserError
 
 

@@ -1,7 +1,7 @@
 """Recommended environment of each chip kind, with reason and source: the one place for XLA flags.
 
-    eval "$(python3 launch/flags.py v5p)"       sets it; what is set already stays and wins
-    python3 launch/flags.py --explain           the table
+    eval "$(python3 blip3o_jax/parallel/flags.py v5p)"       sets it; what is set already stays and wins
+    python3 blip3o_jax/parallel/flags.py --explain           the table
 
 Needs nothing but Python. Flags for TPUs go into LIBTPU_INIT_ARGS, which libtpu reads; XLA_FLAGS would be refused by the part of
 XLA that comes with jaxlib. "Measured" is said where it was; the rest is taken over from its source and not measured here.

@@ -18,7 +18,7 @@ import threading
 import time
 from typing import Any
 
-from blip3o_jax.bench import topology
+from blip3o_jax.bench.sharding import topology
 from blip3o_jax.config import Config, ConfigError, UserError
 
 Row = dict[str, Any]
@@ -38,14 +38,14 @@ class Task:
 
 def compile_apart(task: Task) -> Row:
     """`compiled` in a process of its own; a process that is killed becomes a row that says so."""
-    package = pathlib.Path(__file__).parents[2]
+    package = pathlib.Path(__file__).parents[3]
     paths = [str(package), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = os.environ | topology.settings() | {"PYTHONPATH": os.pathsep.join(paths)}
+    environment = os.environ | topology.settings(task.topology.chip) | {"PYTHONPATH": os.pathsep.join(paths)}
     with tempfile.TemporaryDirectory(prefix="blip3o-sharding-") as scratch:
         given, found, said = (pathlib.Path(scratch) / name for name in ("task", "row", "log"))
         given.write_bytes(pickle.dumps(task))
         with said.open("wb") as log:
-            command = [sys.executable, "-m", "blip3o_jax.bench.compiled_step", str(given), str(found)]
+            command = [sys.executable, "-m", "blip3o_jax.bench.sharding.compiled_step", str(given), str(found)]
             process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=log, stderr=log)
             try:
                 status = process.wait()
@@ -63,8 +63,8 @@ def compiled(task: Task) -> Row:
     """Compiles, then counts. Bytes and FLOPs are of one device, seconds predicted."""
     import jax
 
-    from blip3o_jax.bench import cost
-    from blip3o_jax.bench.network import Network
+    from blip3o_jax.bench.cost import walk
+    from blip3o_jax.bench.cost.network import Network
     from blip3o_jax.train.flops import useful_flops
     from blip3o_jax.train.stages import make_loss
     from blip3o_jax.train.step import make_step
@@ -93,7 +93,7 @@ def compiled(task: Task) -> Row:
     if task.hlo:
         task.hlo.write_text(text, encoding="utf-8")
     network = Network.of(chip, dict(strategy.mesh.shape), list(strategy.mesh.devices.flat))
-    row |= predicted(cost.program_cost(text, network))
+    row |= predicted(walk.program_cost(text, network))
 
     row["useful_flops"] = useful_flops(config, strategy, batch)
     row["compiler_flops"] = (program.cost_analysis() or {}).get("flops")
@@ -180,7 +180,7 @@ def _told(message: str) -> Row:
 
 
 def predicted(cost: Any) -> Row:
-    """A `cost.Cost` as plain values."""
+    """A `walk.Cost` as plain values."""
     flops: dict[str, dict[str, float]] = {}
     for (part, direction), value in cost.flops.items():
         flops.setdefault(part, {})[direction] = value

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from blip3o_jax.bench import cost, topology
-from blip3o_jax.bench.network import Network
+from blip3o_jax.bench.cost import walk
+from blip3o_jax.bench.cost.network import Network
+from blip3o_jax.bench.sharding import topology
 from blip3o_jax.config import MeshConfig
 from blip3o_jax.parallel.mesh import make_mesh
 from blip3o_jax.train.flops import count_flops
@@ -32,7 +33,7 @@ def main() -> None:
     w = jax.ShapeDtypeStruct((LAYERS, 512, 512), jnp.float32, sharding=at(None, "fsdp"))
     x = jax.ShapeDtypeStruct((32, 256, 512), jnp.bfloat16, sharding=at("fsdp"))
     program = jax.jit(jax.grad(loss), out_shardings=at(None, "fsdp")).lower(w, x).compile()
-    found = cost.program_cost(program.as_text(), Network.of(where.chip, dict(mesh.shape), list(mesh.devices.flat)))
+    found = walk.program_cost(program.as_text(), Network.of(where.chip, dict(mesh.shape), list(mesh.devices.flat)))
     row = {
         "flops": {" ".join(key): value * where.devices for key, value in found.flops.items()},
         "counted": count_flops(jax.grad(loss), w, x),

@@ -2,7 +2,7 @@
 
     matrix operations   max(FLOPs / peak, bytes / HBM rate, the compiler's estimated cycles / clock)
     everything else     bytes / HBM rate
-    collectives         bench/network.py
+    collectives         network.py
     loops               their body's cost times their turns
 
 Text order is the schedule's. Three clocks run beside each other: the core's, the interconnect's, and that of copies between
@@ -14,11 +14,11 @@ import collections
 import dataclasses
 import re
 
-from blip3o_jax.bench import hlo
-from blip3o_jax.bench.hlo import Computation, Op, Program
-from blip3o_jax.bench.hlo_bytes import operation_bytes
-from blip3o_jax.bench.hlo_flops import MATRIX, kernel_flops, matrix_flops
-from blip3o_jax.bench.network import COLLECTIVES, Network
+from blip3o_jax.bench.cost import hlo
+from blip3o_jax.bench.cost.hlo import Computation, Op, Program
+from blip3o_jax.bench.cost.hlo_bytes import operation_bytes
+from blip3o_jax.bench.cost.hlo_flops import MATRIX, kernel_flops, matrix_flops
+from blip3o_jax.bench.cost.network import COLLECTIVES, Network
 from blip3o_jax.blip3o import PARTS
 
 LIMITERS = ("compute", "HBM", "ICI", "DCN")
@@ -176,6 +176,17 @@ class _Walk:
                     return deeper
         return None
 
+    def chain(self, op: Op) -> tuple[str, str]:
+        """(name, "start", "under way" or "end") of the chain of fusions that a collective is spread over; ("", "") for one that
+        is whole. The TPU compiler calls it an asynchronous collective fusion."""
+        inside = self.collective_in(op) if op.opcode == "fusion" else None
+        found = re.search(r'chain_id="(\w+)"', inside[1].attributes) if inside else None
+        if not found:
+            return "", ""
+        targets = {_target(child) for child in inside[2].ops}
+        stage = "start" if "AsyncCollectiveStart" in targets else "end" if "AsyncCollectiveDone" in targets else "under way"
+        return f"chain {found[1]}", stage
+
 
 class _Schedule:
     """The operations of one computation in turn, and the three clocks."""
@@ -201,7 +212,7 @@ class _Schedule:
         elif opcode == "call":
             self._add(self.walk.computation(self.walk.named(op.called("to_apply")[0])))
         elif self._is_collective(op):
-            self._collective(op)
+            self._collective_stage(op)
         elif opcode.endswith("-start"):
             self._copy(op)
         else:
@@ -266,7 +277,20 @@ class _Schedule:
             or self.walk.collective_in(op) is not None
         )
 
-    def _collective(self, op: Op) -> None:
+    def _collective_stage(self, op: Op) -> None:
+        """A collective, or a stage of one that goes on beside several fusions: they share a chain's number, the first fusion
+        holds its start, the last its end, and those between it go on with work of their own."""
+        chain, stage = self.walk.chain(op)
+        if stage == "under way":
+            self._compute(op)
+        elif stage == "end":
+            if chain in self.pending:
+                self._wait(chain, scope(op.op_name)[0])
+        else:
+            self._collective(op, chain if stage == "start" else "")
+
+    def _collective(self, op: Op, chain: str) -> None:
+        """`chain`: what its end will ask for, where that is an operation of its own."""
         if op.opcode == "recv":  # its bytes are counted where they are sent, which is as many
             return
         key, size, seconds = self._traffic(op)
@@ -277,12 +301,12 @@ class _Schedule:
             self.cost.flops[name] += value
         begin = max(self.now, self.free[key[2]])
         self.free[key[2]] = begin + seconds
-        self.pending[op.name] = key[2], begin + seconds, traffic
+        self.pending[chain or op.name] = key[2], begin + seconds, traffic
         # A collective within a fusion overlaps with the product in it.
         working = sum(flops.values()) / self.walk.chip.flops
         if working:
             self._spend("compute", working, scope(op.op_name)[0])
-        if not op.opcode.endswith("-start") and op.opcode != "send":
+        if not chain and not op.opcode.endswith("-start") and op.opcode != "send":
             self._wait(op.name, scope(op.op_name)[0])
 
     def _traffic(self, op: Op) -> tuple[Collective, float, float]:

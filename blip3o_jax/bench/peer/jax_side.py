@@ -14,7 +14,7 @@ from flax import nnx
 
 from blip3o_jax import nn
 from blip3o_jax.ar.sampling import generate_image_tokens
-from blip3o_jax.bench.peer_worker import Arrays, Prepared, Task
+from blip3o_jax.bench.peer.worker import Arrays, Prepared, Task
 from blip3o_jax.blip3o import Blip3o, draw_noise
 from blip3o_jax.config import Config, DataConfig, LossConfig, MeshConfig, OptimizerConfig, UserError
 from blip3o_jax.dit import sampler

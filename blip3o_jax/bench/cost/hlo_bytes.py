@@ -5,9 +5,12 @@ fusion; one that updates a slice in place writes the slice: a loop over stacked 
 at each turn.
 """
 
-from blip3o_jax.bench.hlo import Computation, Op, Program, Shape, Shapes, leaves
+from blip3o_jax.bench.cost.hlo import Computation, Op, Program, Shape, Shapes, leaves
+from blip3o_jax.bench.cost.network import COLLECTIVES
 
 SLICES = ("dynamic-slice", "slice", "gather")
+# What belongs to a collective that goes on beside the fusion's own work, and is counted as a collective.
+PASSED_ON = (*COLLECTIVES, "tuple")
 RENAMES = ("bitcast", "reshape", "get-tuple-element")
 
 
@@ -72,7 +75,7 @@ def _read(program: Program, computation: Computation, name: str) -> int:
     for user in computation.users(name):
         if user.opcode in SLICES and user.operands[0] == name:
             total += _total(user.shape)
-        elif user.opcode == "dynamic-update-slice" and user.operands[0] == name:
+        elif user.opcode in PASSED_ON or (user.opcode == "dynamic-update-slice" and user.operands[0] == name):
             continue
         elif user.opcode in RENAMES:
             total += _read(program, computation, user.name)
@@ -89,6 +92,8 @@ def _written(program: Program, computation: Computation, root: Op, shape: Shape)
     """Bytes that are written of an output."""
     while root.opcode in ("bitcast", "reshape", "copy"):
         root = computation.by_name[root.operands[0]]
+    if root.opcode == "parameter" or root.opcode in COLLECTIVES:
+        return 0
     if root.opcode == "dynamic-update-slice":
         return _total(computation.by_name[root.operands[1]].shape)
     if root.opcode == "fusion" and isinstance(root.shape, Shape):

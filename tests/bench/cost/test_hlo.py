@@ -2,7 +2,7 @@
 
 import pytest
 
-from blip3o_jax.bench import hlo
+from blip3o_jax.bench.cost import hlo
 
 
 @pytest.mark.parametrize(

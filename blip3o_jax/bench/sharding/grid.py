@@ -1,7 +1,7 @@
 """`blip3o bench sharding`: the train step compiled for every topology and strategy asked for, without a TPU, and compared.
 
 Each combination is compiled by the TPU compiler itself in a process of its own (compiled_step.py) and its program is walked by
-a cost model (cost.py): whether it fits is the compiler's verdict; times are predictions, never measurements.
+a cost model (bench/cost): whether it fits is the compiler's verdict; times are predictions, never measurements.
 """
 
 import dataclasses
@@ -17,8 +17,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from blip3o_jax.bench import sharding_report, topology
-from blip3o_jax.bench.compiled_step import FITS, Row, Task, compile_apart
+from blip3o_jax.bench.sharding import page, topology
+from blip3o_jax.bench.sharding.compiled_step import FITS, Row, Task, compile_apart
 from blip3o_jax.config import Config, MeshConfig, check
 
 STRATEGIES = ("fsdp", "fsdp_tp", "fsdp_sp", "dp")
@@ -143,7 +143,7 @@ def versions() -> dict[str, str]:
 def write(report: dict[str, Any], out: pathlib.Path) -> None:
     text = json.dumps(report, indent=1)
     (out / "sharding.json").write_text(text + "\n", encoding="utf-8")
-    (out / "sharding.html").write_text(sharding_report.page(report), encoding="utf-8")
+    (out / "sharding.html").write_text(page.render(report), encoding="utf-8")
 
 
 def _line(row: Row) -> str:

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from blip3o_jax import cli
-from blip3o_jax.bench import peer, peer_report
+from blip3o_jax.bench.peer import report as peer_report
+from blip3o_jax.bench.peer import turns
 from blip3o_jax.convert.exporter import export_weights
 from tests import tiny
 from tests.conftest import CACHE
@@ -29,7 +30,7 @@ def run(weights, out, *flags):
 
 
 @pytest.mark.parametrize(
-    "items", [("train_step", "ar_decode", "dit_step", "tokenizer"), pytest.param(peer.ITEMS, marks=pytest.mark.slow)], ids=len
+    "items", [("train_step", "ar_decode", "dit_step", "tokenizer"), pytest.param(turns.ITEMS, marks=pytest.mark.slow)], ids=len
 )
 def test_report(weights, tmp_path, monkeypatch, capfd, items):
     for name, value in {
@@ -115,8 +116,8 @@ def test_unequal_work_is_refused():
     outputs = {"jax": {"latents": np.ones((2, 3), np.float32)}, "torch": {"latents": np.full((2, 3), 1.01, np.float32)}}
     started = {side: {"outputs": values} for side, values in outputs.items()}
     with pytest.raises(ValueError, match=r"vae_encode of torch differs from JAX's by 9.9e-03: the directories do not hold"):
-        peer.differences("vae_encode", started, "cpu")
-    assert peer.differences("vae_encode", started, "gpu")["torch"] == pytest.approx(0.01 / 1.01, rel=1e-4)
+        turns.differences("vae_encode", started, "cpu")
+    assert turns.differences("vae_encode", started, "gpu")["torch"] == pytest.approx(0.01 / 1.01, rel=1e-4)
 
 
 def test_shares_of_limits():

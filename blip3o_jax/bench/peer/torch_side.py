@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from blip3o_jax.bench.peer_worker import Arrays, Prepared, Task
+from blip3o_jax.bench.peer.worker import Arrays, Prepared, Task
 from blip3o_jax.config import OptimizerConfig, UserError
 from blip3o_jax.convert.compare import load_torch
 from blip3o_jax.convert.source import open_source

@@ -1,0 +1,1 @@
+"""What a compiled program costs: its scheduled HLO, read and walked."""

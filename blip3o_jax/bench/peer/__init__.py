@@ -1,0 +1,1 @@
+"""The same weights and work in JAX and in PyTorch, in turns."""

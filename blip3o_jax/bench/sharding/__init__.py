@@ -1,0 +1,1 @@
+"""The train step compiled for TPU topologies that are not there, strategy by strategy."""
