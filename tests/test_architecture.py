@@ -1,6 +1,7 @@
 """The layers of docs/architecture.md: nothing imports what stands above it."""
 
 import ast
+import graphlib
 import pathlib
 
 import pytest
@@ -51,3 +52,18 @@ def test_nothing_imports_what_stands_above_it(path):
     assert not above, f"{name} imports {', '.join(sorted(above))}"
     if name in NETWORKS:
         assert not imports(path) & set(NETWORKS) - {name}, "networks know nothing of each other"
+
+
+def test_no_two_files_import_each_other():
+    """Nor in a longer circle, at the top of a file or inside a function."""
+    graph = {}
+    for path in PACKAGE.rglob("*.py"):
+        found = set()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+            elif isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+        graph[".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)] = found
+    assert len(graph) > 50
+    graphlib.TopologicalSorter(graph).prepare()  # CycleError names the circle

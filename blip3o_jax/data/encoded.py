@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from blip3o_jax.data.sources import BadRecord, Record, Source
+from blip3o_jax.data.record import BadRecord, Record, Source
 
 VERSION = 1  # of the values: raised whenever the same images and weights would give others
 PART = 4096  # records

@@ -18,7 +18,7 @@ import numpy as np
 from blip3o_jax.config import DataConfig, ModelConfig
 from blip3o_jax.data import images, sequence
 from blip3o_jax.data.encoded import EncodedRecord
-from blip3o_jax.data.sources import Record
+from blip3o_jax.data.record import Record
 from blip3o_jax.text.vocabulary import Vocabulary
 
 FIELDS = ("pixels", "tokenizer_pixels", "caption", "row")

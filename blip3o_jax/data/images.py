@@ -13,7 +13,7 @@ import io
 import numpy as np
 from PIL import Image, ImageOps
 
-from blip3o_jax.data.sources import BadRecord
+from blip3o_jax.data.record import BadRecord
 
 _SIXTEEN_BITS = ("I;16", "I;16B", "I;16L", "I;16N", "I")
 _EIGHT_BITS = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV")

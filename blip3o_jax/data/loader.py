@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 
 from blip3o_jax.config import DataConfig, UserError
-from blip3o_jax.data.sources import BadRecord, Record, Source
+from blip3o_jax.data.record import BadRecord, Record, Source
 
 Batch = dict[str, Any]
 Transform = Callable[[Record], dict[str, np.ndarray]]

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from blip3o_jax.config import UserError
-from blip3o_jax.data.sources import BadRecord, Record, Source, decode_text, parse_json, read_spans
+from blip3o_jax.data.record import BadRecord, Record, Source, decode_text, parse_json, read_spans
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 

@@ -15,7 +15,7 @@ from blip3o_jax import config as config_lib
 from blip3o_jax.config import Config
 from blip3o_jax.data.encoded import PART, EncodedSource, directory_name
 from blip3o_jax.data.examples import ExampleBuilder
-from blip3o_jax.data.sources import BadRecord, Source
+from blip3o_jax.data.record import BadRecord, Source
 from blip3o_jax.parallel.distributed import barrier, say
 
 # (pixels, tokenizer_pixels) uint8 [B, ...] -> (codes [B, N], latents [B, H, W, C])

@@ -21,7 +21,8 @@ from blip3o_jax import config as config_lib
 from blip3o_jax.config import Config, MeshConfig, UserError
 from blip3o_jax.data.examples import ExampleBuilder
 from blip3o_jax.data.loader import DevicePrefetch, Loader, host_rows
-from blip3o_jax.data.sources import Source, open_mixture
+from blip3o_jax.data.record import Source
+from blip3o_jax.data.sources import open_mixture
 from blip3o_jax.parallel.distributed import host, host_0_first, say
 from blip3o_jax.parallel.preemption import Preempted, StopRequest
 from blip3o_jax.parallel.rules import Strategy

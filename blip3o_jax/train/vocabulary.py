@@ -6,7 +6,7 @@ import pathlib
 from collections.abc import Iterator, Sequence
 
 from blip3o_jax.config import Config
-from blip3o_jax.data.sources import BadRecord, Source
+from blip3o_jax.data.record import BadRecord, Source
 from blip3o_jax.text.tokenizers import SENTENCEPIECE_FILE, load_tokenizer, train_sentencepiece
 from blip3o_jax.text.vocabulary import Vocabulary
 from blip3o_jax.train.stages import STAGES

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from blip3o_jax.data.images import crop_and_resize, decode, views
-from blip3o_jax.data.sources import BadRecord
+from blip3o_jax.data.record import BadRecord
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 

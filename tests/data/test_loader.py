@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from blip3o_jax.config import DataConfig
 from blip3o_jax.data.loader import BadRecordLimit, DevicePrefetch, Loader, global_batch, host_rows
-from blip3o_jax.data.sources import BadRecord, Record, Source
+from blip3o_jax.data.record import BadRecord, Record, Source
 
 
 class Numbers(Source):

@@ -14,7 +14,8 @@ import pytest
 from PIL import Image
 
 from blip3o_jax.config import DataConfig, SourceConfig
-from blip3o_jax.data.sources import BadRecord, Record, Source, open_mixture, open_source
+from blip3o_jax.data.record import BadRecord, Record, Source
+from blip3o_jax.data.sources import open_mixture, open_source
 
 COUNT = 5
 CAPTIONS = [f"caption {i}: \N{SNOWMAN}" for i in range(COUNT)]

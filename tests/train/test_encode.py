@@ -8,7 +8,8 @@ import pytest
 
 from blip3o_jax.data import encoded
 from blip3o_jax.data.examples import ExampleBuilder
-from blip3o_jax.data.sources import BadRecord, open_mixture
+from blip3o_jax.data.record import BadRecord
+from blip3o_jax.data.sources import open_mixture
 from blip3o_jax.train import encode
 from tests import tiny
 
