@@ -13,6 +13,7 @@ import numpy as np
 
 from blip3o_jax import nn
 from blip3o_jax.ar.splash import splash
+from blip3o_jax.config import ConfigError
 
 Rotation = tuple[jax.Array, jax.Array]
 
@@ -49,11 +50,17 @@ def attend(
     Query l stands at slot query_start + l and sees slots up to its own. Segment 0 is padding: nothing sees it, and its own
     output is zero. Query head h reads key/value head h // (H / G). Where a row's tokens lie over several devices, queries stay
     there and keys and values are gathered: with few key/value heads that is little beside the activations.
+    ConfigError for a kernel of another platform.
     """
     if implementation == "auto":
         implementation = chosen(nn.platform(), v_BSGK.dtype.name, whole_rows=isinstance(query_start, int))
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"attention implementation {implementation!r} is not one of {', '.join(IMPLEMENTATIONS)}")
+    if nn.platform() not in PLATFORMS.get(implementation, (nn.platform(),)):
+        raise ConfigError(
+            f"ar.attention={implementation!r} is a kernel of {PLATFORMS[implementation][0].upper()}s and this runs on a "
+            f"{nn.platform().upper()}: take 'auto', the fastest there is on a platform, or 'xla'"
+        )
     keys_at = "batch", "keys", "act_kv_heads", None
     k_BSGK, v_BSGK = nn.constrain(k_BSGK, *keys_at), nn.constrain(v_BSGK, *keys_at)
     o_BLHK = IMPLEMENTATIONS[implementation](q_BLHK, k_BSGK, v_BSGK, query_segments_BL, key_segments_BS, query_start)
@@ -95,21 +102,27 @@ def _xla(
     return o_BGRLK.transpose(0, 3, 1, 2, 4).reshape(B, L, H, K)
 
 
-def _cudnn(
+def dot_product(
     q_BLHK: jax.Array,
     k_BSGK: jax.Array,
     v_BSGK: jax.Array,
     query_segments_BL: jax.Array,
     key_segments_BS: jax.Array,
     query_start: jax.Array | int,
+    *,
+    implementation: str,
 ) -> jax.Array:
-    """`jax.nn.dot_product_attention`: cuDNN's flash attention on a GPU, plain products elsewhere."""
+    """`jax.nn.dot_product_attention`: cuDNN's flash attention, or its own plain products ("xla"), which tests compare."""
     mask_BLS = visible(query_segments_BL, key_segments_BS, query_start)
-    implementation = "cudnn" if nn.platform() in ("gpu", "cuda") else "xla"
     return jax.nn.dot_product_attention(q_BLHK, k_BSGK, v_BSGK, mask=mask_BLS[:, None], implementation=implementation)
 
 
-IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {"xla": _xla, "cudnn": _cudnn, "splash": splash}
+IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
+    "xla": _xla,
+    "cudnn": functools.partial(dot_product, implementation="cudnn"),
+    "splash": splash,
+}
+PLATFORMS = {"cudnn": ("gpu", "cuda"), "splash": ("tpu",)}  # those not named run anywhere
 
 
 @functools.cache
@@ -119,9 +132,9 @@ def chosen(platform: str, dtype: str, *, whole_rows: bool) -> str:
     Decoding, one query against a cache, is bound by memory and gains nothing from a kernel.
     """
     name = "xla"
-    if whole_rows and platform == "tpu":
+    if whole_rows and platform in PLATFORMS["splash"]:
         name = "splash"
-    elif whole_rows and platform in ("gpu", "cuda") and dtype in ("bfloat16", "float16"):
+    elif whole_rows and platform in PLATFORMS["cudnn"] and dtype in ("bfloat16", "float16"):
         name = "cudnn"
     rows = "whole rows" if whole_rows else "a cache"
     logging.getLogger(__name__).info("attention over %s in %s on %s: %s", rows, dtype, platform, name)

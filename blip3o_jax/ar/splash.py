@@ -1,7 +1,8 @@
 """Splash attention: block-sparse flash attention as a Pallas kernel for TPUs (`jax.experimental.pallas.ops.tpu`), per shard.
 
 Scores never leave the chip's own memory, and blocks above the diagonal are not computed. Heads may lie over several devices,
-and so may the queries of a row; keys and values of a row are whole on each. Off TPUs the kernel is interpreted, for tests.
+and so may the queries of a row; keys and values of a row are whole on each. Off TPUs, where `attend` refuses it, the kernel is
+interpreted, for tests.
 
 B batch, L tokens, H query heads, G key/value heads, K head size. Length is padded to whole tiles, as segment 0.
 """

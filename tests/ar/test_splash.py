@@ -10,6 +10,8 @@ import pytest
 
 from blip3o_jax import nn
 from blip3o_jax.ar import attention
+from blip3o_jax.ar.splash import splash
+from blip3o_jax.config import ConfigError
 from tests import tiny
 from tests.conftest import relative_error
 
@@ -33,14 +35,18 @@ def inputs():
     return *qkv, segments_BL
 
 
-def value_and_gradients(implementation, strategy=None):
+def whole(implementation):
+    return lambda q, k, v, segments_BL: attention.attend(
+        q, k, v, query_segments_BL=segments_BL, key_segments_BS=segments_BL, implementation=implementation
+    )
+
+
+def value_and_gradients(attend, strategy=None):
     *qkv, segments_BL = inputs()
 
     def loss(q, k, v):
         with nn.sharding_resolver(strategy and strategy.resolver), nn.part("ar"):
-            o_BLHK = attention.attend(
-                q, k, v, query_segments_BL=segments_BL, key_segments_BS=segments_BL, implementation=implementation
-            )
+            o_BLHK = attend(q, k, v, segments_BL)
         return jnp.sum(jnp.sin(o_BLHK + 1)), o_BLHK
 
     (_, o), gradients = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(*qkv)
@@ -49,33 +55,41 @@ def value_and_gradients(implementation, strategy=None):
 
 @functools.cache
 def wanted():
-    return value_and_gradients("xla")
+    return value_and_gradients(whole("xla"))
 
 
 @pytest.mark.parametrize("name", MESHES)
-def test_splash_is_plain_attention(name):
+def test_splash_is_plain_attention(name, monkeypatch):
+    monkeypatch.setitem(attention.PLATFORMS, "splash", ("tpu", "cpu"))
     mesh = MESHES[name]
     strategy = mesh and tiny.strategy(*mesh, sequence=2 if mesh[0] == "fsdp_sp" else 1)
-    for what, got, want in zip(("output", "q", "k", "v"), value_and_gradients("splash", strategy), wanted(), strict=True):
+    for what, got, want in zip(
+        ("output", "q", "k", "v"), value_and_gradients(whole("splash"), strategy), wanted(), strict=True
+    ):
         assert relative_error(got, want) < 1e-5, what
     assert np.all(np.asarray(wanted()[0])[inputs()[-1] == 0] == 0)
 
 
 def test_the_gpu_form_is_plain_attention():
-    for what, got, want in zip(("output", "q", "k", "v"), value_and_gradients("cudnn"), wanted(), strict=True):
+    def gpu(q, k, v, segments_BL):
+        o_BLHK = attention.dot_product(q, k, v, segments_BL, segments_BL, 0, implementation="xla")
+        return jnp.where(segments_BL[:, :, None, None] != 0, o_BLHK, 0)
+
+    for what, got, want in zip(("output", "q", "k", "v"), value_and_gradients(gpu), wanted(), strict=True):
         assert relative_error(got, want) < 1e-5, what
 
 
 def test_a_cache_is_refused():
     *qkv, segments_BL = inputs()
     with pytest.raises(ValueError, match="splash attention is for whole rows"):
-        attention.attend(
-            *qkv,
-            query_segments_BL=segments_BL,
-            key_segments_BS=segments_BL,
-            query_start=jnp.int32(0),
-            implementation="splash",
-        )
+        splash(*qkv, segments_BL, segments_BL, jnp.int32(0))
+
+
+@pytest.mark.parametrize(("name", "its"), [("cudnn", "GPU"), ("splash", "TPU")])
+def test_a_kernel_of_another_platform_is_refused(name, its):
+    *qkv, segments_BL = inputs()
+    with pytest.raises(ConfigError, match=f"ar.attention='{name}' is a kernel of {its}s and this runs on a CPU: take 'auto'"):
+        attention.attend(*qkv, query_segments_BL=segments_BL, key_segments_BS=segments_BL, implementation=name)
 
 
 def test_what_auto_stands_for(caplog):
