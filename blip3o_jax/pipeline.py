@@ -8,7 +8,7 @@ import functools
 import pathlib
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -19,13 +19,13 @@ from flax import nnx
 from blip3o_jax import nn
 from blip3o_jax.ar.sampling import generate_image_tokens
 from blip3o_jax.blip3o import Blip3o
-from blip3o_jax.config import Config, MeshConfig, SamplingConfig, UserError, check
+from blip3o_jax.config import Config, MeshConfig, ModelConfig, SamplingConfig, UserError, check
 from blip3o_jax.data.sequence import text_to_image_prompt
 from blip3o_jax.dit import sampler
 from blip3o_jax.parallel.rules import Strategy
 from blip3o_jax.samples import write_images
 from blip3o_jax.text.tokenizers import load_tokenizer
-from blip3o_jax.text.vocabulary import Vocabulary
+from blip3o_jax.text.vocabulary import Vocabulary, codes_from_image_ids
 from blip3o_jax.train import checkpoint as checkpoints
 
 PARTS = ("tokenizer", "ar", "connector", "dit", "vae")
@@ -48,6 +48,8 @@ class Pipeline:
     def __init__(self, config: Config, graphdef: Any, params: Any, vocabulary: Vocabulary, strategy: Strategy):
         self.config, self.vocabulary, self.strategy = config, vocabulary, strategy
         self._graphdef, self._params = graphdef, params
+        image_ids = vocabulary.image_first, vocabulary.image_last
+        self._sample = make_sample(config.model, graphdef, strategy, image_ids)
 
     def generate(
         self, prompts: Sequence[str], *, seed: int = 0, progress: bool = False, first_index: int = 0, **overrides: Any
@@ -114,9 +116,24 @@ class Pipeline:
     def _model(self, params: Any) -> Blip3o:
         return nnx.merge(self._graphdef, params)
 
-    @functools.partial(jax.jit, static_argnums=(0, 6))
-    def _sample(
-        self,
+    @functools.partial(jax.jit, static_argnums=0)
+    def _reconstruct(self, params: Any, pixels_BHWC: jax.Array) -> jax.Array:
+        model = self._model(params)
+        return to_uint8(model.pixels(model.latents(pixels_BHWC)))
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def _codes(self, params: Any, pixels_BHWC: jax.Array) -> jax.Array:
+        return self._model(params).codes(pixels_BHWC)
+
+
+def make_sample(
+    cfg: ModelConfig, graphdef: Any, strategy: Strategy, image_ids: tuple[int, int]
+) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """The compiled program that draws a batch: (params, tokens_BL, lengths_B, indices_B, seed, settings), the settings static,
+    -> (uint8 images [B, H, W, 3], codes [B, N]). `image_ids` is (first, last + 1).
+    """
+
+    def sample(
         params: Any,
         tokens_BL: jax.Array,
         lengths_B: jax.Array,
@@ -124,9 +141,8 @@ class Pipeline:
         seed: jax.Array,
         settings: SamplingConfig,
     ) -> tuple[jax.Array, jax.Array]:
-        model, cfg = self._model(params), self.config.model
-        first = self.vocabulary.image_first
-        with nn.sharding_resolver(self.strategy.resolver):
+        model: Blip3o = nnx.merge(graphdef, params)
+        with nn.sharding_resolver(strategy.resolver):
             tokens_BL = nn.constrain(tokens_BL, "batch", None)
             keys_B = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(indices_B)
             token_keys_B, noise_keys_B = jax.vmap(jax.random.split, out_axes=1)(keys_B)
@@ -137,7 +153,7 @@ class Pipeline:
                     lengths_B,
                     token_keys_B,
                     num_tokens=cfg.tokenizer.num_tokens,
-                    image_ids=(first, self.vocabulary.image_last),
+                    image_ids=image_ids,
                     temperature=settings.temperature,
                     top_k=settings.top_k,
                     top_p=settings.top_p,
@@ -156,16 +172,10 @@ class Pipeline:
                     guidance=settings.guidance,
                     flow=cfg.flow,
                 )
-            return to_uint8(model.pixels(z_BHWC)), self.vocabulary.codes_from_image_ids(ids_BN)
+            return to_uint8(model.pixels(z_BHWC)), codes_from_image_ids(ids_BN, image_ids[0])
 
-    @functools.partial(jax.jit, static_argnums=0)
-    def _reconstruct(self, params: Any, pixels_BHWC: jax.Array) -> jax.Array:
-        model = self._model(params)
-        return to_uint8(model.pixels(model.latents(pixels_BHWC)))
-
-    @functools.partial(jax.jit, static_argnums=0)
-    def _codes(self, params: Any, pixels_BHWC: jax.Array) -> jax.Array:
-        return self._model(params).codes(pixels_BHWC)
+    # Unused parameters stay arguments, since they lie in the device's memory all the same.
+    return jax.jit(sample, static_argnames="settings", keep_unused=True)
 
 
 def to_uint8(x: jax.Array) -> jax.Array:

@@ -61,7 +61,7 @@ class Vocabulary:
 
     def codes_from_image_ids(self, ids: Any) -> Any:
         """The inverse of `image_ids_from_codes`."""
-        return ids.astype("int32") - self.image_first
+        return codes_from_image_ids(ids, self.image_first)
 
     def encode(self, text: str) -> list[int]:
         """Text ids only, whatever tags `text` spells."""
@@ -98,6 +98,10 @@ class Vocabulary:
 def image_ids_from_codes(codes: Any, image_first: int) -> Any:
     """The same where only the id of <I0> is at hand, as within a traced loss."""
     return codes.astype("int32") + image_first
+
+
+def codes_from_image_ids(ids: Any, image_first: int) -> Any:
+    return ids.astype("int32") - image_first
 
 
 def _find_or_append(tokenizer: TextTokenizer, codebook_size: int) -> int:
