@@ -1,6 +1,7 @@
-"""`blip3o bench peer|conversion|sharding`: parses and calls, nothing else."""
+"""`blip3o bench peer|conversion|sharding|anchors`: parses and calls, nothing else."""
 
 import argparse
+import re
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ def add(commands: Any, command: Callable) -> None:
     _add_peer(kinds, command)
     _add_conversion(kinds, command)
     _add_sharding(kinds, command)
+    _add_anchors(kinds, command)
 
 
 def _add_peer(kinds: Any, command: Callable) -> None:
@@ -61,15 +63,33 @@ def _add_sharding(kinds: Any, command: Callable) -> None:
         "sharding",
         _sharding,
         "which strategy fits a TPU topology, how fast it should be and what limits it; needs no TPU",
-        "Needs libtpu (the extra [tpu]). Compiles the whole train step ahead of time for every topology and strategy and walks "
-        "the program with a cost model; writes sharding.json and sharding.html. Times are predicted, not measured. Mesh sizes "
-        "are chosen for each strategy unless --config.mesh.* sets them; --config.data.cache_dir=X leaves the encoders out.",
+        "Needs libtpu (the extra [tpu]). Compiles the whole train step, or a rollout (text to image), ahead of time for every "
+        "topology and strategy and walks the program with a cost model; writes sharding.json and sharding.html. Times are "
+        "predicted, not measured. With --measure it runs on the devices that are here, needs no libtpu, and both times stand "
+        "side by side. Mesh sizes are chosen for each strategy unless --config.mesh.* sets them; --config.data.cache_dir=X "
+        "leaves the encoders out.",
     )
     parser.add_argument("--config", required=True, metavar="FILE.py[:ARG]", help="a file under configs/, and its argument")
-    parser.add_argument("--topology", required=True, metavar="LIST", help="chips along each axis: v5p:8x8x8,v6e:16x16")
+    parser.add_argument("--topology", default="", metavar="LIST", help="chips along each axis: v5p:8x8x8,v6e:16x16")
     parser.add_argument("--slices", type=int, default=1, metavar="N", help="of that topology each (%(default)s)")
     parser.add_argument("--strategy", default="", metavar="LIST", help="with commas between (fsdp,fsdp_tp,fsdp_sp,dp)")
-    parser.add_argument("--batch_per_chip", type=int, default=0, metavar="N", help="examples (the config's batch_size in all)")
+    parser.add_argument("--step", default="train", metavar="train|rollout", help="what is compiled (%(default)s)")
+    parser.add_argument(
+        "--batch_per_chip",
+        type=_batch,
+        metavar="N|max",
+        help="examples, or prompts (the config's batch_size in all); max: as many as the compiler lets pass, which takes "
+        "several compiles a row",
+    )
+    parser.add_argument(
+        "--measure",
+        type=_steps,
+        nargs="?",
+        const=10,
+        default=0,
+        metavar="N",
+        help="in place of --topology: run N steps (10) on the devices that are here, or --config.mesh.cpu_devices",
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the report is written")
     parser.add_argument("--keep_hlo", action="store_true", help="write each compiled program's text there too")
 
@@ -82,16 +102,53 @@ def _sharding(args: argparse.Namespace) -> None:
         topologies=_names(args.topology),
         strategies=_names(args.strategy) or grid.STRATEGIES,
         slices=args.slices,
-        batch_per_chip=args.batch_per_chip,
+        batch_per_chip=None if args.batch_per_chip == "max" else args.batch_per_chip,
+        largest_batch=args.batch_per_chip == "max",
+        step=args.step,
+        measure=args.measure,
         chosen=frozenset(key.split("mesh.", 1)[1] for key, _ in args.overrides if key.startswith("mesh.") or ".mesh." in key),
         keep_hlo=args.keep_hlo,
     )
-    names = ("config", "topology", "slices", "strategy", "batch_per_chip", "out")
+    names = ("config", "topology", "slices", "strategy", "step", "batch_per_chip", "measure", "out")
     flags = [f"--{name}={getattr(args, name)}" for name in names if getattr(args, name)]
     flags += [f"--config.{key}={value}" for key, value in args.overrides]
     command = shlex.join(["blip3o", "bench", "sharding", *flags])
     config = config_file.load(args.config, args.overrides)
     grid.print_report(grid.bench(config, args.out, options, command))
+
+
+def _add_anchors(kinds: Any, command: Callable) -> None:
+    parser = command(
+        kinds,
+        "anchors",
+        _anchors,
+        "the cost model of `bench sharding` against published training steps; needs no TPU",
+        "Needs libtpu (the extra [tpu]). Compiles language models of published sizes for the chips that others have timed them "
+        "on, and sets the predicted time beside theirs; writes anchors.json.",
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the report is written")
+    parser.add_argument("--only", default="", metavar="LIST", help="names of anchors, with commas between (all)")
+    parser.add_argument("--keep_hlo", action="store_true", help="write each compiled program's text there too")
+
+
+def _anchors(args: argparse.Namespace) -> None:
+    from blip3o_jax.bench.sharding import anchors
+
+    flags = [f"--out={args.out}"] + [f"--only={args.only}"] * bool(args.only) + ["--keep_hlo"] * args.keep_hlo
+    command = shlex.join(["blip3o", "bench", "anchors", *flags])
+    anchors.print_report(anchors.bench(args.out, _names(args.only), command, keep_hlo=args.keep_hlo))
+
+
+def _batch(text: str) -> int | str:
+    if text == "max" or re.fullmatch(r"0*[1-9]\d*", text):
+        return text if text == "max" else int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is neither a positive whole number nor max")
+
+
+def _steps(text: str) -> int:
+    if re.fullmatch(r"0*[1-9]\d*", text):
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number of steps")
 
 
 def _names(text: str) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ import jax
 from blip3o_jax.config import Config
 from blip3o_jax.parallel.chips import chip_of
 from blip3o_jax.parallel.rules import Strategy
-from blip3o_jax.train.stages import make_loss, stage_parts
+from blip3o_jax.train.stages import Loss, make_loss, stage_parts
 from blip3o_jax.train.state import plan_state
 from blip3o_jax.train.step import make_step
 
@@ -70,7 +70,7 @@ def without_recomputation(config: Config) -> Config:
     return dataclasses.replace(config, model=dataclasses.replace(model, **plain), loss=loss)
 
 
-def useful_flops(config: Config, strategy: Strategy, batch: Any) -> int:
+def useful_flops(config: Config, strategy: Strategy, batch: Any, loss: Callable[[Config, int], Loss] = make_loss) -> int:
     """Of a step in all, each thing computed once: no recomputation, and of attention the half that a causal model sees.
 
     Counted on XLA's attention, since a kernel shows its work to nobody. It makes both products over all pairs of positions, and
@@ -80,7 +80,7 @@ def useful_flops(config: Config, strategy: Strategy, batch: Any) -> int:
     ar = plain.model.ar
     plain = dataclasses.replace(plain, model=dataclasses.replace(plain.model, ar=dataclasses.replace(ar, attention="xla")))
     plan = plan_state(plain, strategy)
-    counted = count_flops(make_step(plain, plan, strategy, make_loss(plain, 0)), plan.abstract, batch)
+    counted = count_flops(make_step(plain, plan, strategy, loss(plain, 0)), plan.abstract, batch)
     if "ar" not in stage_parts(config):
         return counted
     rows, length = batch["tokens"].shape

@@ -1,119 +1,117 @@
-"""One train step compiled ahead of time for one topology and strategy, and what is found in it.
+"""One step, of training or of a rollout, compiled for one strategy and what it is to run on, and what is found in the program.
 
-Runs as a process of its own (`compile_apart`): the compiler's memory goes back with it, and whatever ends it ends one row.
+For a topology it is compiled ahead of time; devices that are present also run it, if they are asked to.
 """
 
 import dataclasses
-import json
-import math
-import os
+import functools
 import pathlib
-import pickle
 import re
 import resource
-import subprocess
-import sys
-import tempfile
-import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
-from blip3o_jax.bench.sharding import topology
-from blip3o_jax.config import Config, ConfigError, UserError
+from blip3o_jax.bench.sharding import apart, measure, topology
+from blip3o_jax.bench.sharding.apart import FAILED, REFUSED
+from blip3o_jax.bench.sharding.measure import Present
+from blip3o_jax.config import Config, ConfigError
 
 Row = dict[str, Any]
-FITS, TOO_LARGE, REFUSED, FAILED = "fits", "does not fit", "refused", "failed"
+STEPS = ("train", "rollout")
+FITS, TOO_LARGE = "fits", "does not fit"
+__all__ = ["FAILED", "FITS", "REFUSED", "STEPS", "TOO_LARGE", "Row", "Task", "compile_apart", "compiled"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """`config` with the mesh and the global batch that are meant; `hlo`: where to keep the program's text. With `replicas`,
-    parameters that do not divide over all chips are kept several times over: mesh.data is doubled until they do."""
+    """`config` with the mesh and the global batch that are meant; `step` of STEPS; `hlo`: where to keep the program's text;
+    `measure`: how many times to run it. With `replicas`, parameters that do not divide over all chips are kept several times
+    over: mesh.data is doubled until they do. `loss` stands in for `stages.make_loss`; `flags` are the compiler's, beside those
+    of the launchers."""
 
     config: Config
-    topology: topology.Topology
+    topology: topology.Topology | Present
+    step: str = "train"
+    measure: int = 0
     hlo: pathlib.Path | None = None
     replicas: bool = False
+    loss: Callable[[Config, int], Any] | None = None
+    flags: str = ""
 
 
 def compile_apart(task: Task) -> Row:
     """`compiled` in a process of its own; a process that is killed becomes a row that says so."""
-    package = pathlib.Path(__file__).parents[3]
-    paths = [str(package), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = os.environ | topology.settings(task.topology.chip) | {"PYTHONPATH": os.pathsep.join(paths)}
-    with tempfile.TemporaryDirectory(prefix="blip3o-sharding-") as scratch:
-        given, found, said = (pathlib.Path(scratch) / name for name in ("task", "row", "log"))
-        given.write_bytes(pickle.dumps(task))
-        with said.open("wb") as log:
-            command = [sys.executable, "-m", "blip3o_jax.bench.sharding.compiled_step", str(given), str(found)]
-            process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=log, stderr=log)
-            try:
-                status = process.wait()
-            finally:
-                process.kill()
-                process.wait()
-        if found.exists():
-            return json.loads(found.read_text(encoding="utf-8"))
-        last = said.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:] or ["it said nothing"]
-        killed = "; where that is -9 memory ran out on this machine" if status < 0 else ""
-        return {"status": FAILED, "error": f"the compiling process ended with status {status}{killed}: {last[0][:300]}"}
+    if isinstance(task.topology, Present):
+        environment = dict(measure.environment(task.config.mesh))
+    else:
+        environment = topology.settings(task.topology.chip)
+        environment["LIBTPU_INIT_ARGS"] += f" {task.flags}"
+    return apart.run(functools.partial(compiled, task), environment)
 
 
 def compiled(task: Task) -> Row:
-    """Compiles, then counts. Bytes and FLOPs are of one device, seconds predicted."""
+    """Compiles, then counts. Bytes and FLOPs are of one device, seconds predicted, but for those under "measured"."""
     import jax
 
     from blip3o_jax.bench.cost import walk
     from blip3o_jax.bench.cost.network import Network
-    from blip3o_jax.train.flops import useful_flops
-    from blip3o_jax.train.stages import make_loss
-    from blip3o_jax.train.step import make_step
 
-    chip = task.topology.chip
-    config, strategy, plan = planned(task)
-    row: Row = {"mesh": dict(strategy.mesh.shape)}
-    batch = {
-        name: jax.ShapeDtypeStruct(shape, dtype, sharding=strategy.batch_sharding())
-        for name, (shape, dtype) in batch_shapes(config).items()
-    }
-    row["memory"] = held(plan.abstract, batch) | {"capacity": chip.hbm_bytes}
+    where, chip, work = task.topology, task.topology.chip, planned(task)
+    mesh = work.strategy.mesh
+    row: Row = {"mesh": dict(mesh.shape), "batch_size": work.rows, "batch_per_chip": work.rows / where.chips}
+    row["memory"] = work.held() | {"capacity": chip.hbm_bytes}
     began = time.monotonic()
-    lowered = make_step(config, plan, strategy, make_loss(config, 0)).lower(plan.abstract, batch)
+    lowered = work.lower()
     row["lower_s"] = time.monotonic() - began
     began = time.monotonic()
     try:
         program = lowered.compile()
+        row |= {"status": FITS, "compile_s": time.monotonic() - began}
+        if task.measure:
+            row["measured"] = measure.timed(work, program, task.measure)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return row | {"status": TOO_LARGE, "compile_s": time.monotonic() - began} | _told(str(error))
-    row |= {"status": FITS, "compile_s": time.monotonic() - began}
-    row["memory"] |= _memory(program.memory_analysis())
+    row["memory"] |= _memory(program.memory_analysis(), work.within)
     text = program.as_text()
     if task.hlo:
         task.hlo.write_text(text, encoding="utf-8")
-    network = Network.of(chip, dict(strategy.mesh.shape), list(strategy.mesh.devices.flat))
+    network = Network.of(chip, dict(mesh.shape), list(mesh.devices.flat))
     row |= predicted(walk.program_cost(text, network))
 
-    row["useful_flops"] = useful_flops(config, strategy, batch)
+    row["useful_flops"] = work.useful_flops()
     row["compiler_flops"] = (program.cost_analysis() or {}).get("flops")
-    row["mfu"] = row["useful_flops"] / task.topology.devices / chip.flops / row["step_s"]
-    row["examples_per_s_per_chip"] = config.data.batch_size / task.topology.chips / row["step_s"]
+    row |= _rates(row, row["step_s"], where)
+    if task.measure:
+        measured = row["measured"]
+        measured |= {"ratio": measured["median_s"] / row["step_s"]} | _rates(row, measured["median_s"], where)
     return row | {"peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
 
 
-def planned(task: Task) -> tuple[Config, Any, Any]:
-    """(configuration, strategy, state) on the task's mesh, or on one with more replicas. ConfigError for what cannot be."""
-    from blip3o_jax.parallel.rules import Strategy
-    from blip3o_jax.train.state import plan_state
+def _rates(row: Row, seconds: float, where: topology.Topology | Present) -> Row:
+    """What a step of `seconds` comes to. Examples are rows of a training batch, or images."""
+    return {
+        "mfu": row["useful_flops"] / where.devices / where.chip.flops / seconds,
+        "examples_per_s_per_chip": row["batch_size"] / where.chips / seconds,
+    }
 
-    devices, mesh, first = topology.make_devices(task.topology), task.config.mesh, None
+
+def planned(task: Task) -> Any:
+    """The work (train_step.py, rollout.py) on the task's mesh, or on one with more replicas. ConfigError for what cannot be."""
+    import jax
+
+    from blip3o_jax.bench.sharding.rollout import Rollout
+    from blip3o_jax.bench.sharding.train_step import TrainStep
+    from blip3o_jax.parallel.rules import Strategy
+
+    make = {"train": TrainStep, "rollout": Rollout}[task.step]
+    devices = jax.devices() if isinstance(task.topology, Present) else topology.make_devices(task.topology)
+    mesh, first = task.config.mesh, None
     while True:
-        config = dataclasses.replace(task.config, mesh=mesh)
         try:
-            strategy = Strategy.of(mesh, devices)
-            strategy.check_batch(config.data.batch_size, config.optimizer.accumulate)
-            return config, strategy, plan_state(config, strategy)
+            return make(dataclasses.replace(task.config, mesh=mesh), Strategy.of(mesh, devices), task.loss)
         except (ConfigError, NotImplementedError) as error:  # the latter: JAX cannot lay the mesh onto the torus
             first = first or ConfigError(" ".join(str(error).split()))
             mesh = dataclasses.replace(mesh, data=2 * mesh.data)
@@ -121,43 +119,11 @@ def planned(task: Task) -> tuple[Config, Any, Any]:
                 raise first from None
 
 
-def batch_shapes(config: Config) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Name -> (shape, dtype) of a global batch as the loader makes it (data/examples.py, data/sequence.py)."""
-    from blip3o_jax.train.stages import STAGES
-
-    model, rows, length = config.model, config.data.batch_size, config.data.max_length
-    fields, size = STAGES[config.stage].fields, model.tokenizer.encoder.image_size
-    latents = (rows, model.latent_size, model.latent_size, model.vae.latent_channels)
-    views = {
-        "pixels": {"pixels": ((rows, model.image_size, model.image_size, 3), "uint8")},
-        "tokenizer_pixels": {"tokenizer_pixels": ((rows, size, size, 3), "uint8")},
-        "caption": {"text_ids": ((rows, length), "int32"), "text_mask": ((rows, length), "bool")},
-        "row": {name: ((rows, length), "int32") for name in ("tokens", "segment_ids", "positions")}
-        | {"loss_mask": ((rows, length), "float32"), "image_span": ((rows,), "int32")},
-    }
-    if config.stage == "joint" and config.data.cache_dir:
-        cached = {"codes": ((rows, model.tokenizer.num_tokens), "int32"), "latents": (latents, "float32")}
-        return views["row"] | cached | {"bad_records": ((rows,), "int32")}
-    return {name: value for field in fields for name, value in views[field].items()} | {"bad_records": ((rows,), "int32")}
-
-
-def held(state: Any, batch: Any) -> dict[str, int]:
-    """Bytes of one device for each kind of what a step is given."""
-    import jax
-
-    def shard_bytes(tree: Any) -> int:
-        return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
-
-    kinds = {"parameters": "params", "frozen": "frozen", "optimizer": "opt", "averages": "ema"}
-    sizes = {kind: shard_bytes(state[name]) for kind, name in kinds.items()}
-    return sizes | {"batch": shard_bytes(batch)}
-
-
-def _memory(analysis: Any) -> dict[str, int]:
-    """The compiler's own account."""
+def _memory(analysis: Any, within: dict[str, int]) -> dict[str, int]:
+    """The compiler's own account; `within`, bytes of its temporaries that have a name, are taken out of them."""
     arguments, outputs = analysis.argument_size_in_bytes, analysis.output_size_in_bytes - analysis.alias_size_in_bytes
-    return {
-        "temporaries": analysis.temp_size_in_bytes,
+    return within | {
+        "temporaries": max(0, analysis.temp_size_in_bytes - sum(within.values())),
         "program": analysis.generated_code_size_in_bytes,
         "total": arguments + outputs + analysis.temp_size_in_bytes + analysis.generated_code_size_in_bytes,
     }
@@ -199,28 +165,3 @@ def predicted(cost: Any) -> Row:
         "unknown": {name: dataclasses.asdict(value) for name, value in cost.unknown.items()},
         "unknown_share": cost.unknown_share,
     }
-
-
-def _end_with_parent() -> None:
-    """The parent never writes: its end of the pipe closes when it ends, however it does."""
-    sys.stdin.buffer.read()
-    os._exit(1)
-
-
-def main(given: str, found: str) -> None:
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    task: Task = pickle.loads(pathlib.Path(given).read_bytes())
-    try:
-        row = compiled(task)
-    except UserError as error:
-        row = {"status": REFUSED, "error": " ".join(str(error).split())}
-    except Exception as error:
-        import traceback
-
-        traceback.print_exc()
-        row = {"status": FAILED, "error": f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"}
-    pathlib.Path(found).write_text(json.dumps(row), encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

@@ -1,0 +1,395 @@
+"""`blip3o bench anchors`: the cost model against published training steps of decoder-only language models.
+
+Each anchor is a step that someone has timed on TPUs: this package's AR network is given its sizes, compiled for the same chips,
+mesh and batch with a loss of text alone, and the predicted time is set beside the published one. Nothing is fitted to them.
+
+What differs from the published runs, in all of them: MaxText's networks are not these. A block there that runs attention and a
+two-matrix MLP side by side is here attention, then an MLP of three matrices of two thirds the width, which has as many
+parameters and FLOPs; queries and keys have a norm for each head here; attention blocks are of 512 and not of 1024 or 2048.
+Each anchor says what else does.
+"""
+
+import dataclasses
+import datetime
+import functools
+import json
+import pathlib
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from blip3o_jax.bench.sharding import topology
+from blip3o_jax.bench.sharding.compiled_step import FITS, Row, Task, compile_apart
+from blip3o_jax.bench.sharding.grid import versions
+from blip3o_jax.config import (
+    Config,
+    DataConfig,
+    DcAeConfig,
+    LossConfig,
+    MeshConfig,
+    ModelConfig,
+    Qwen3Config,
+    SanaConfig,
+    SiglipVisionConfig,
+    TaTokConfig,
+    TaTokDecoderConfig,
+    check_choice,
+)
+
+V5E = "AI-Hypercomputer/maxtext src/maxtext/configs/tpu/v5e/README.md"
+V5P = "AI-Hypercomputer/maxtext src/maxtext/configs/tpu/v5p/README.md"
+TRILLIUM = "AI-Hypercomputer/tpu-recipes training/trillium"
+IRONWOOD = "AI-Hypercomputer/tpu-recipes training/ironwood/README.md"
+TIERS = "maxtext.readthedocs.io reference/models/tiering"
+
+# What MaxText's v6e recipes set beside parallel/flags.py (benchmarks/xla_flags_library.py there).
+V6E_FLAGS = (
+    "--xla_tpu_use_minor_sharding_for_major_trivial_input=true"
+    " --xla_tpu_relayout_group_size_threshold_for_reduce_scatter=1"
+    " --xla_tpu_assign_all_reduce_scatter_layout=true"
+    " --xla_tpu_enable_all_experimental_scheduler_features=true"
+    " --xla_tpu_enable_scheduler_memory_pressure_tracking=true"
+    " --xla_tpu_host_transfer_overlap_limit=24"
+    " --xla_tpu_aggressive_opt_barrier_removal=ENABLED"
+    " --xla_lhs_prioritize_async_depth_over_stall=ENABLED"
+    " --xla_tpu_enable_ag_backward_pipelining=true"
+    " --xla_should_allow_loop_variant_parameter_in_chain=ENABLED"
+    " --xla_should_add_loop_invariant_op_in_chain=ENABLED"
+    " --xla_max_concurrent_host_send_recv=100"
+    " --xla_tpu_scheduler_percent_shared_memory_limit=100"
+    " --xla_latency_hiding_scheduler_rerun=2"
+    " --xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Anchor:
+    """A published step. `rows` of `length` tokens a device; `seconds` as published, or what its FLOP/s and FLOPs come to."""
+
+    name: str
+    topology: str
+    ar: Qwen3Config
+    rows: int
+    length: int
+    seconds: float
+    source: str
+    differs: str = ""  # from the published run, beside what the module says
+    mesh: MeshConfig = MeshConfig()
+    keep: str = ""  # what the backward pass keeps, where none of nn.REMAT_POLICIES says it: a name of KEEP
+    flags: str = ""
+
+
+def _maxtext(layers: int, width: int, mlp: int, heads: int, **other: Any) -> Qwen3Config:
+    """MaxText's own family of December 2023: heads of 256, an MLP of two matrices beside attention, 32768 tokens, one table."""
+    return Qwen3Config(
+        vocab_size=32768,
+        num_hidden_layers=layers,
+        hidden_size=width,
+        # Two thirds, up to whole tiles.
+        intermediate_size=-(-mlp * 2 // 3 // 512) * 512,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        head_dim=256,
+        tie_word_embeddings=True,
+        **other,
+    )
+
+
+def _llama(layers: int, width: int, mlp: int, heads: int, vocabulary: int, **other: Any) -> Qwen3Config:
+    """Llama 3.1, Mistral 7B and Llama 2 70B: eight key/value heads of 128, SwiGLU, a head of its own."""
+    return Qwen3Config(
+        vocab_size=vocabulary,
+        num_hidden_layers=layers,
+        hidden_size=width,
+        intermediate_size=mlp,
+        num_attention_heads=heads,
+        num_key_value_heads=8,
+        head_dim=128,
+        tie_word_embeddings=False,
+        **other,
+    )
+
+
+LLAMA_8B = functools.partial(_llama, 32, 4096, 14336, 32, 128256)
+LLAMA_70B = functools.partial(_llama, 80, 8192, 28672, 64)
+OFFLOADED = "layer inputs stay on the device, where the recipe offloads them with the attention's products"
+
+ANCHORS = (
+    Anchor(
+        "32b-v5p-64",
+        "v5p:4x4x4",
+        _maxtext(32, 10240, 32768, 32, remat="dots"),
+        rows=8,
+        length=2048,
+        seconds=9.92,
+        source=f"{V5P}: 328 TFLOP/s a chip, batch of December 2023",
+        mesh=MeshConfig(fsdp=16, tensor=4, strategy="fsdp_tp"),
+        differs="two sums over `tensor` in each block, one after attention and one after the MLP, not one for both",
+    ),
+    Anchor(
+        "16b-v5e-256",
+        "v5e:16x16",
+        _maxtext(32, 5120, 32768, 32),
+        rows=6,
+        length=2048,
+        seconds=10.33,
+        source=f"{V5E}: 120 TFLOP/s a chip",
+    ),
+    Anchor(
+        "32b-v5e-256",
+        "v5e:16x16",
+        _maxtext(32, 10240, 32768, 32),
+        rows=4,
+        length=2048,
+        seconds=12.32,
+        source=f"{V5E}: 132 TFLOP/s a chip",
+    ),
+    Anchor(
+        "64b-v5e-256",
+        "v5e:16x16",
+        _maxtext(64, 10240, 32768, 32),
+        rows=2,
+        length=2048,
+        seconds=13.71,
+        source=f"{V5E}: 118 TFLOP/s a chip",
+    ),
+    Anchor(
+        "llama2-70b-v5p-256",
+        "v5p:4x8x8",
+        LLAMA_70B(32000),
+        rows=4,
+        length=4096,
+        seconds=23.68,
+        source=f"{TIERS}: 692 tokens/s a chip; the recipe's script is for v5p-512, which is 256 chips",
+        keep="narrow products",
+    ),
+    Anchor(
+        "llama3.1-8b-v6e-8",
+        "v6e:2x4",
+        LLAMA_8B(remat="offload"),
+        rows=3,
+        length=8192,
+        seconds=3.443,
+        source=f"{TRILLIUM}/Llama3.1-8B-MaxText/v6e-8",
+        keep="narrow products on the host",
+        flags=V6E_FLAGS,
+        differs=OFFLOADED,
+    ),
+    Anchor(
+        "llama3.1-8b-v6e-256",
+        "v6e:16x16",
+        LLAMA_8B(remat="offload"),
+        rows=4,
+        length=8192,
+        seconds=4.546,
+        source=f"{TRILLIUM}/Llama3.1-8B-MaxText/v6e-256",
+        keep="narrow products on the host",
+        flags=V6E_FLAGS,
+        differs=OFFLOADED,
+    ),
+    Anchor(
+        "mistral-7b-v6e-8",
+        "v6e:2x4",
+        _llama(32, 4096, 14336, 32, 32000, remat="offload"),
+        rows=6,
+        length=8192,
+        seconds=6.320,
+        source=f"{TRILLIUM}/Mistral-7B-MaxText",
+        keep="narrow products on the host",
+        flags=V6E_FLAGS,
+        differs=OFFLOADED,
+    ),
+    Anchor(
+        "llama3.1-70b-tpu7x-64",
+        "tpu7x:4x4x4",
+        LLAMA_70B(128256),
+        rows=2,
+        length=8192,
+        seconds=12.20,
+        source=f"{IRONWOOD}: 64 chips, bf16",
+        keep="narrow products",
+    ),
+)
+
+
+def configuration(anchor: Anchor, devices: int) -> Config:
+    """The step as a configuration. The parts that a text has no use for are there, tiny and idle."""
+    model = ModelConfig(
+        ar=anchor.ar,
+        tokenizer=TaTokConfig(
+            encoder=SiglipVisionConfig(64, 64, 2, 1, image_size=28),
+            decoder=TaTokDecoderConfig(64, 64, 1, 1, num_patches=4),
+            bottleneck_dim=64,
+            codebook_size=64,
+        ),
+        dit=SanaConfig(
+            num_layers=1,
+            num_attention_heads=2,
+            num_cross_attention_heads=2,
+            cross_attention_head_dim=32,
+            cross_attention_dim=64,
+            caption_channels=64,
+        ),
+        vae=DcAeConfig(
+            encoder_block_out_channels=(64,) * 6,
+            decoder_block_out_channels=(64,) * 6,
+            encoder_layers_per_block=(1,) * 6,
+            decoder_layers_per_block=(1,) * 6,
+        ),
+    )
+    return Config(
+        stage="joint",
+        steps=1000,
+        model=model,
+        trainable=("ar/.*",),
+        mesh=anchor.mesh,
+        data=DataConfig(batch_size=anchor.rows * devices, max_length=anchor.length, cache_dir="none"),
+        loss=LossConfig(ce_chunk=2048),
+    )
+
+
+def text_loss(config: Config, image_first: int, keep: str = "", mlp: int = 0) -> Callable[..., Any]:
+    """Cross entropy of the next token, of whole rows; as `stages.make_loss`. `keep`, `mlp`: see `KEEP`."""
+    import jax.numpy as jnp
+
+    from blip3o_jax import nn
+    from blip3o_jax.ar.cross_entropy import cross_entropy
+
+    if keep:  # a process compiles one anchor
+        nn.REMAT_POLICIES[config.model.ar.remat] = _narrow_products(mlp, on_host=keep.endswith("host"))
+
+    def loss(model: Any, batch: dict[str, Any], keys_B: Any) -> tuple[Any, dict[str, Any]]:
+        hidden_BLD = model.hidden(batch["tokens"], batch["positions"], batch["segment_ids"])
+        with nn.part("ar"):
+            ce_sum, right = cross_entropy(
+                hidden_BLD,
+                model.ar.head(),
+                jnp.roll(batch["tokens"], -1, axis=1),
+                batch["loss_mask"],
+                vocab_size=config.model.ar.vocab_size,
+                chunk=config.loss.ce_chunk,
+            )
+        labels = jnp.sum(batch["label_count"])
+        return ce_sum / labels, {"accuracy": right / labels}
+
+    return loss
+
+
+KEEP = ("narrow products", "narrow products on the host")
+
+
+def _narrow_products(mlp: int, *, on_host: bool) -> Callable[..., Any]:
+    """A policy: what attention's projections make is kept, what has the MLP's width on either side is computed again. MaxText
+    lists such products by name; here the shape of a layer's kernel says which it is."""
+    import jax
+
+    keep = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    if on_host:
+        keep = jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host")
+
+    def policy(primitive: Any, *inputs: Any, **params: Any) -> Any:
+        wide = primitive.name == "dot_general" and mlp in inputs[1].shape
+        return jax.checkpoint_policies.nothing_saveable(primitive) if wide else keep(primitive, *inputs, **params)
+
+    return policy
+
+
+def task_of(anchor: Anchor, hlo: pathlib.Path | None = None) -> Task:
+    where = topology.parse(anchor.topology)
+    loss = functools.partial(text_loss, keep=anchor.keep, mlp=anchor.ar.intermediate_size)
+    return Task(configuration(anchor, where.devices), where, hlo=hlo, loss=loss, flags=anchor.flags)
+
+
+def describe(anchor: Anchor) -> Row:
+    """What a row says before anything is compiled."""
+    ar, mesh = anchor.ar, anchor.mesh
+    sizes = (
+        f"L {ar.num_hidden_layers}, D {ar.hidden_size}, F {ar.intermediate_size}, "
+        f"H {ar.num_attention_heads}/{ar.num_key_value_heads} x {ar.head_dim}, V {ar.vocab_size}"
+    )
+    return {
+        "anchor": anchor.name,
+        "topology": anchor.topology,
+        "sizes": sizes,
+        "rows_per_device": anchor.rows,
+        "length": anchor.length,
+        "strategy": mesh.strategy,
+        "remat": anchor.keep or ar.remat,
+        "published_s": anchor.seconds,
+        "source": anchor.source,
+        "differs": anchor.differs,
+    }
+
+
+def bench(
+    out: pathlib.Path,
+    only: Iterable[str],
+    command: str,
+    *,
+    keep_hlo: bool = False,
+    compile_row: Callable[[Task], Row] = compile_apart,
+) -> dict[str, Any]:
+    """Compiles the anchors, those named in `only` or all; writes OUT/anchors.json after each; returns the report."""
+    for name in (only := tuple(only)):
+        check_choice("--only", name, (anchor.name for anchor in ANCHORS))
+    topology.check_compiler()
+    out.mkdir(parents=True, exist_ok=True)
+    report: dict[str, Any] = {
+        "command": command,
+        "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "versions": versions(),
+        "rows": [],
+    }
+    for anchor in ANCHORS:
+        if only and anchor.name not in only:
+            continue
+        began = time.monotonic()
+        row = describe(anchor) | compile_row(task_of(anchor, out / f"{anchor.name}.hlo.txt" if keep_hlo else None))
+        if row["status"] == FITS:
+            row["error"] = row["step_s"] / anchor.seconds - 1
+        report["rows"].append(row)
+        report["median_error"] = median_error(report["rows"])
+        (out / "anchors.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        print(f"anchors  {anchor.name}  {row['status']}  {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
+    return report
+
+
+def median_error(rows: list[Row]) -> float | None:
+    """Of the errors without their sign."""
+    errors = [abs(row["error"]) for row in rows if row["status"] == FITS]
+    return statistics.median(errors) if errors else None
+
+
+def print_report(report: dict[str, Any]) -> None:
+    table = Table(box=None, pad_edge=False)
+    for name in ("anchor", "published s", "predicted s", "error", "MFU", "limiter", "GiB/device", "compile s"):
+        table.add_column(name, justify="left" if name in ("anchor", "limiter") else "right", no_wrap=True)
+    for row in report["rows"]:
+        published = f"{row['published_s']:.2f}"
+        if row["status"] != FITS:
+            table.add_row(row["anchor"], published, row["status"])
+            continue
+        table.add_row(
+            row["anchor"],
+            published,
+            f"{row['step_s']:.2f}",
+            f"{row['error']:+.1%}",
+            f"{row['mfu']:.1%}",
+            row["limiter"],
+            f"{row['memory']['total'] / 2**30:.1f}",
+            f"{row['compile_s']:.0f}",
+        )
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    console.print(table)
+    for row in report["rows"]:
+        if row["status"] != FITS:
+            console.print(f"{row['anchor']} {row['status']}: {row['error']}", soft_wrap=True, markup=False)
+    if report.get("median_error") is not None:
+        console.print(
+            f"Median error, without sign: {report['median_error']:.1%}. Predicted, not measured, from the compiled program."
+        )
