@@ -1,7 +1,8 @@
-"""`blip3o bench sharding`: the train step compiled for every topology and strategy asked for, without a TPU, and compared.
+"""`blip3o bench sharding`: a step compiled for every topology and strategy asked for, without a TPU, and compared.
 
 Each combination is compiled by the TPU compiler itself in a process of its own (compiled_step.py) and its program is walked by
-a cost model (bench/cost): whether it fits is the compiler's verdict; times are predictions, never measurements.
+a cost model (bench/cost): whether it fits is the compiler's verdict; times are predictions, never measurements. With
+`Options.measure` the same is done on the devices that are there, which also run it, and both times stand side by side.
 """
 
 import dataclasses
@@ -9,37 +10,54 @@ import datetime
 import itertools
 import json
 import pathlib
+import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from blip3o_jax.bench.sharding import page, topology
-from blip3o_jax.bench.sharding.compiled_step import FITS, Row, Task, compile_apart
-from blip3o_jax.config import Config, MeshConfig, check
+from blip3o_jax.bench.sharding import largest_batch, measure, page, table, topology
+from blip3o_jax.bench.sharding.compiled_step import FITS, STEPS, Row, Task, compile_apart
+from blip3o_jax.bench.sharding.measure import Present
+from blip3o_jax.config import Config, MeshConfig, check, check_choice
 
 STRATEGIES = ("fsdp", "fsdp_tp", "fsdp_sp", "dp")
+NAMES = {"train": "step", "rollout": "rollout"}
 GIB = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """`chosen`: the fields of config.mesh that the user has set; the others are chosen here for each strategy."""
+    """`chosen`: the fields of config.mesh that the user has set; the others are chosen here for each strategy. `measure`: how
+    many steps to run on the devices that are there, in place of topologies."""
 
-    topologies: tuple[str, ...]
+    topologies: tuple[str, ...] = ()
     strategies: tuple[str, ...] = STRATEGIES
     slices: int = 1
-    batch_per_chip: int = 0  # 0: the config's global batch
+    batch_per_chip: int | None = None  # None: the config's global batch
+    largest_batch: bool = False
+    step: str = "train"
+    measure: int = 0
     chosen: frozenset[str] = frozenset()
     keep_hlo: bool = False
 
     def __post_init__(self) -> None:
-        check(bool(self.topologies), "--topology names no topology: --topology=v5p:4x4x4")
+        check_choice("--step", self.step, STEPS)
+        if self.measure:
+            check(not self.topologies, "--measure runs on the devices that are here: leave --topology out")
+            check(self.slices == 1, f"--slices={self.slices} is about a --topology: leave it out with --measure")
+            check(
+                not self.largest_batch,
+                "--batch_per_chip=max asks a TPU compiler what fits: give a number with --measure, or a --topology in its place",
+            )
+        else:
+            check(bool(self.topologies), "--topology names no topology: --topology=v5p:4x4x4, or --measure for what is here")
         check(bool(self.strategies), f"--strategy names no strategy: --strategy={','.join(STRATEGIES)}")
-        check(self.batch_per_chip >= 0, f"--batch_per_chip={self.batch_per_chip} must be positive")
+        batch = self.batch_per_chip
+        check(batch is None or batch > 0, f"--batch_per_chip={batch} must be positive, or max")
 
 
 def bench(
@@ -53,38 +71,66 @@ def bench(
 
     UserError for an unknown topology or a missing compiler; what is wrong with one combination is said in its row.
     """
-    topologies = [topology.parse(text, options.slices) for text in options.topologies]
-    topology.check_compiler()
+    check(
+        options.step != "rollout" or config.stage == "joint",
+        f"--step=rollout draws images, as stage 'joint' learns to: the config's stage is {config.stage!r}",
+    )
+    places: list[topology.Topology | Present] = [topology.parse(text, options.slices) for text in options.topologies]
+    if options.measure:
+        places = [measure.find(config.mesh)]
+    else:
+        topology.check_compiler()
     out.mkdir(parents=True, exist_ok=True)
     report: dict[str, Any] = {
         "command": command,
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "versions": versions(),
+        "step": options.step,
+        "measured_steps": options.measure,
+        "chip": dataclasses.asdict(places[0].chip) if options.measure else None,
         "rows": [],
     }
-    grid = list(itertools.product(topologies, options.strategies))
+    grid = list(itertools.product(places, options.strategies))
     for number, (where, strategy) in enumerate(grid, 1):
         task = make_task(config, where, strategy, options)
         about = describe(task)
         if options.keep_hlo:
-            name = f"{where}-{strategy}".replace(":", "-").replace(" ", "-")
+            name = re.sub(r"[^\w.]+", "-", f"{where}-{strategy}")
             task = dataclasses.replace(task, hlo=(out / f"{name}.hlo.txt").absolute())
-        print(f"sharding {number}/{len(grid)}  {where}  {strategy}  compiling", file=sys.stderr, flush=True)
         began = time.monotonic()
-        row = about | compile_row(task)
-        print(f"sharding {number}/{len(grid)}  {_line(row)}  {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
+
+        def tell(text: str, at: str = f"sharding {number}/{len(grid)}  {where}  {strategy}") -> None:
+            print(f"{at}  {text}", file=sys.stderr, flush=True)
+
+        if options.largest_batch:
+            row = about | largest_batch.largest(task, compile_row, tell)
+        else:
+            tell("compiling")
+            row = about | compile_row(task)
+        tell(f"{_line(row)}  {time.monotonic() - began:.0f} s")
         report["rows"].append(row)
         report["rows"].sort(key=_order)
         write(report, out)
     return report
 
 
-def make_task(config: Config, where: topology.Topology, strategy: str, options: Options) -> Task:
+def make_task(config: Config, where: topology.Topology | Present, strategy: str, options: Options) -> Task:
     mesh = mesh_for(config.mesh, strategy, where.slices, options.chosen)
-    rows = options.batch_per_chip * where.chips or config.data.batch_size
-    data = dataclasses.replace(config.data, batch_size=rows)
     chosen = {"data", "fsdp"} & options.chosen
-    return Task(dataclasses.replace(config, mesh=mesh, data=data), where, replicas=mesh.fsdp == -1 and not chosen)
+    task = Task(
+        dataclasses.replace(config, mesh=mesh),
+        where,
+        step=options.step,
+        measure=options.measure,
+        replicas=mesh.fsdp == -1 and not chosen,
+    )
+    if options.batch_per_chip:
+        return largest_batch.with_batch(task, options.batch_per_chip * where.chips)
+    if options.step == "train":
+        return task
+    # Every device needs a prompt, so their number is padded up, as in sampling.
+    one = largest_batch.unit(task)
+    return largest_batch.with_batch(task, -(-config.sampling.batch_size // one) * one)
 
 
 def mesh_for(mesh: MeshConfig, strategy: str, slices: int, chosen: frozenset[str]) -> MeshConfig:
@@ -117,15 +163,26 @@ def describe(task: Task) -> Row:
         "devices": where.devices,
         "slices": where.slices,
         "strategy": config.mesh.strategy,
-        "batch_size": config.data.batch_size,
-        "batch_per_chip": config.data.batch_size / where.chips,
-        "max_length": config.data.max_length,
-    }
+        "step": task.step,
+    } | (
+        {
+            "batch_size": config.data.batch_size,
+            "batch_per_chip": config.data.batch_size / where.chips,
+            "max_length": config.data.max_length,
+        }
+        if task.step == "train"
+        else {
+            "batch_size": config.sampling.batch_size,
+            "batch_per_chip": config.sampling.batch_size / where.chips,
+            "image_tokens": config.model.tokenizer.num_tokens,
+            "denoising_steps": config.sampling.steps,
+        }
+    )
 
 
 def _order(row: Row) -> tuple[Any, ...]:
     """The best first: what fits before what does not, the most examples a second and chip within a topology."""
-    return row["topology"], row["status"] != FITS, -row.get("examples_per_s_per_chip", 0.0)
+    return row["topology"], row["status"] != FITS, -table.rate(row)
 
 
 def versions() -> dict[str, str]:
@@ -147,60 +204,32 @@ def write(report: dict[str, Any], out: pathlib.Path) -> None:
 
 
 def _line(row: Row) -> str:
-    text = f"{row['topology']}  {row['strategy']}  {row['status']}"
+    text = row["status"]
     if row["status"] != FITS:
         return f"{text}: {row['error']}"
+    measured = f", measured {table.seconds(row['measured']['median_s'])} s" if "measured" in row else ""
     return (
-        f"{text}  {row['memory']['total'] / GIB:.1f} GiB  predicted {row['step_s']:.3f} s a step, MFU {row['mfu']:.1%}, "
-        f"limited by {row['limiter']}"
+        f"{text}  {row['memory']['total'] / GIB:.1f} GiB  predicted {table.seconds(row['step_s'])} s a {NAMES[row['step']]}"
+        f"{measured}, MFU {row.get('measured', row)['mfu']:.1%}, limited by {row['limiter']}"
     )
 
 
 def print_report(report: dict[str, Any]) -> None:
     """A table, the best strategy of each topology first."""
-    table = Table(box=None, pad_edge=False)
-    for name, side in COLUMNS.items():
-        table.add_column(name, justify=side, no_wrap=side == "right")
+    start, rest = ([c for c in group if not c.page_only] for group in (table.START, table.columns(report)))
+    drawn = Table(box=None, pad_edge=False)
+    for column in (*start, *rest):
+        drawn.add_column(column.name, justify="left" if column.left else "right", no_wrap=not column.left)
     for row in report["rows"]:
-        table.add_row(*_cells(row))
-    console = Console(width=None if sys.stdout.isatty() else 160)
-    console.print(table)
+        shown = (*start, *rest) if row["status"] == FITS else start
+        drawn.add_row(*(column.value(row)[0] for column in shown), *[row["status"]] * (row["status"] != FITS))
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    console.print(drawn)
     for row in report["rows"]:
+        name = f"{row['topology']} {row['strategy']}"
         if row["status"] != FITS:
-            console.print(f"{row['topology']} {row['strategy']} {row['status']}: {row['error']}", soft_wrap=True, markup=False)
-    console.print("Times are predicted from the compiled program, not measured.")
-
-
-COLUMNS = {
-    "topology": "left",
-    "strategy": "left",
-    "batch/chip": "right",
-    "GiB/device": "right",
-    "step s": "right",
-    "MFU": "right",
-    "limiter": "left",
-    "exposed": "right",
-    "ex/s/chip": "right",
-    "compile s": "right",
-    "unknown": "right",
-}
-
-
-def _cells(row: Row) -> Iterator[str]:
-    start = (row["topology"], row["strategy"], f"{row['batch_per_chip']:g}")
-    if row["status"] != FITS:
-        return iter((*start, row["status"]))
-    exposed = sum(c["exposed"] for c in row["collectives"]) / row["step_s"]
-    return iter(
-        (
-            *start,
-            f"{row['memory']['total'] / GIB:.1f}",
-            f"{row['step_s']:.3f}",
-            f"{row['mfu']:.1%}",
-            row["limiter"],
-            f"{exposed:.1%}",
-            f"{row['examples_per_s_per_chip']:.2f}",
-            f"{row['compile_s']:.0f}",
-            f"{row['unknown_share']:.1%}",
-        )
-    )
+            console.print(f"{name} {row['status']}: {row['error']}", soft_wrap=True, markup=False)
+        if "tried" in row:
+            tried = "; ".join(map(largest_batch.verdict, row["tried"]))
+            console.print(f"{name} tried: {tried}", soft_wrap=True, markup=False, highlight=False)
+    console.print(table.how(report), soft_wrap=True, markup=False, highlight=False)

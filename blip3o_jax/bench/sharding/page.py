@@ -6,7 +6,11 @@ import string
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from blip3o_jax.bench.sharding import table
+from blip3o_jax.bench.sharding.largest_batch import verdict
+
 Row = dict[str, Any]
+MEASURED = {"median": "median_s", "fastest": "fastest_s", "slowest": "slowest_s"}
 LIMITERS = ("compute", "HBM", "ICI", "DCN")
 GIB = 2**30
 # Units of the drawings; the page scales them to the width there is.
@@ -22,7 +26,10 @@ def render(report: dict[str, Any]) -> str:
         title=_text("Sharding: " + ", ".join(dict.fromkeys(row["topology"] for row in rows))),
         command=_text(report["command"]),
         made=_text(f"{report['date']}; " + ", ".join(f"{name} {v}" for name, v in report["versions"].items())),
-        rows="".join(map(_table_row, rows)),
+        about=_text(about(report)),
+        heads="".join(f"<th><button>{_text(column.name)}</button></th>" for column in (*table.START, *table.columns(report))),
+        rows="".join(_table_row(row, report) for row in rows),
+        measured='<li><i class="measured"></i>measured</li>' if report["measured_steps"] else "",
         bars=bars(fits),
         front=front(fits),
         details="".join(map(_details, fits)),
@@ -37,25 +44,27 @@ def _name(row: Row) -> str:
     return f"{row['topology']} {row['strategy']}"
 
 
-def _table_row(row: Row) -> str:
-    head = f'<th scope="row">{_text(row["topology"])}</th><td>{_text(row["strategy"])}</td>'
-    mesh = " ".join(f"{axis} {size}" for axis, size in row.get("mesh", {}).items() if size > 1)
-    head += _cell(mesh) + _cell(f"{row['batch_per_chip']:g}", row["batch_per_chip"])
+def about(report: dict[str, Any]) -> str:
+    """What the figures are, and are not."""
+    useful = {
+        "train": "MFU counts the work of the step once: what is computed anew for the backward pass is not useful work.",
+        "rollout": "A rollout is one batch of prompts, from their ids to images. MFU counts the work once, and of attention what "
+        "a token sees, not the slots of the cache that are still empty.",
+    }[report["step"]]
+    if report["measured_steps"]:
+        return f"{table.how(report)} {useful}"
+    verdict = "Compiled by the TPU compiler, without a TPU. Whether a step fits is its verdict; seconds, MFU and rates are "
+    return f"{verdict}predicted from the program it made, never measured. {useful}"
+
+
+def _table_row(row: Row, report: dict[str, Any]) -> str:
+    first, *start = (_cell(*column.value(row)) for column in table.START)
+    head = first.replace("<td", '<th scope="row"', 1).replace("</td>", "</th>") + "".join(start)
+    columns = table.columns(report)
     if "step_s" not in row:
-        return f'<tr class="no">{head}<td colspan="8"><b>{_text(row["status"])}</b>: {_text(row["error"])}</td></tr>'
-    memory, seconds = row["memory"]["total"], row["step_s"]
-    exposed = sum(c["exposed"] for c in row["collectives"]) / seconds
-    cells = (
-        (f"{memory / GIB:.1f}", memory),
-        (f"{seconds:.3f}", seconds),
-        (f"{100 * row['mfu']:.1f} %", row["mfu"]),
-        (row["limiter"],),
-        (f"{100 * exposed:.1f} %", exposed),
-        (f"{row['examples_per_s_per_chip']:.2f}", row["examples_per_s_per_chip"]),
-        (f"{row['compile_s']:.0f}", row["compile_s"]),
-        (f"{100 * row['unknown_share']:.1f} %", row["unknown_share"]),
-    )
-    return f"<tr>{head}{''.join(_cell(*cell) for cell in cells)}</tr>"
+        why = f"<b>{_text(row['status'])}</b>: {_text(row['error'])}"
+        return f'<tr class="no">{head}<td colspan="{len(columns)}">{why}</td></tr>'
+    return f"<tr>{head}{''.join(_cell(*column.value(row)) for column in columns)}</tr>"
 
 
 def _cell(text: str, value: float | None = None) -> str:
@@ -64,9 +73,9 @@ def _cell(text: str, value: float | None = None) -> str:
 
 
 def bars(rows: Sequence[Row]) -> str:
-    """Predicted seconds of a step, stacked by what limits them."""
-    longest = max((row["step_s"] for row in rows), default=0) or 1
-    drawn, room = [], WIDTH - LABEL - 70
+    """Predicted seconds, stacked by what limits them; where it was measured, that as a line below."""
+    longest = max((max(row["step_s"], _measured(row) or 0) for row in rows), default=0) or 1
+    drawn, room = [], WIDTH - LABEL - (200 if any(map(_measured, rows)) else 70)
     for i, row in enumerate(rows):
         x, y = float(LABEL), i * (BAR + 8)
         drawn.append(f'<text x="{LABEL - 8}" y="{y + 15}" text-anchor="end">{_text(_name(row))}</text>')
@@ -77,8 +86,17 @@ def bars(rows: Sequence[Row]) -> str:
                 f'<rect class="{limiter}" x="{x:.1f}" y="{y}" width="{wide:.1f}" height="{BAR}"><title>{title}</title></rect>'
             )
             x += wide
-        drawn.append(f'<text x="{x + 6:.1f}" y="{y + 15}">{row["step_s"]:.3f} s</text>')
-    return _svg(WIDTH, max(1, len(rows)) * (BAR + 8), "predicted seconds of a step by limiter", drawn)
+        text = f"{table.seconds(row['step_s'])} s"
+        if measured := _measured(row):
+            wide, text = room * measured / longest, f"{text}, measured {table.seconds(measured)} s"
+            drawn.append(f'<rect class="measured" x="{LABEL}" y="{y + BAR}" width="{wide:.1f}" height="4"/>')
+            x = max(x, LABEL + wide)
+        drawn.append(f'<text x="{x + 6:.1f}" y="{y + 15}">{text}</text>')
+    return _svg(WIDTH, max(1, len(rows)) * (BAR + 8), "predicted seconds by limiter", drawn)
+
+
+def _measured(row: Row) -> float | None:
+    return row["measured"]["median_s"] if "measured" in row else None
 
 
 def pareto(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -91,10 +109,10 @@ def pareto(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def front(rows: Sequence[Row]) -> str:
-    """Memory of a device against predicted seconds for an example and chip; the line joins those that nothing beats."""
+    """Memory of a device against chip-seconds for an example; the line joins those that nothing beats."""
     if not rows:
         return "<p>Nothing fits.</p>"
-    points = [(row["memory"]["total"] / GIB, 1 / row["examples_per_s_per_chip"]) for row in rows]
+    points = [(row["memory"]["total"] / GIB, 1 / table.rate(row)) for row in rows]
     most_x, most_y = (1.1 * max(p[i] for p in points) for i in (0, 1))
 
     def place(point: tuple[float, float]) -> tuple[float, float]:
@@ -108,7 +126,7 @@ def front(rows: Sequence[Row]) -> str:
         drawn.append(f'<text x="{x:.0f}" y="{bottom + 18}" text-anchor="middle">{part * most_x:.3g}</text>')
         drawn.append(f'<text x="{MARGIN - 6}" y="{y + 4:.0f}" text-anchor="end">{part * most_y:.3g}</text>')
     drawn.append(f'<text x="{right}" y="{bottom + 38}" text-anchor="end">GiB of a device</text>')
-    drawn.append(f'<text x="{MARGIN}" y="{MARGIN - 14}">chip-seconds for an example, predicted</text>')
+    drawn.append(f'<text x="{MARGIN}" y="{MARGIN - 14}">{_axis(rows[0])}</text>')
     best = [place(point) for point in pareto(points)]
     drawn.append(f'<path class="front" d="M{"L".join(f"{x:.1f} {y:.1f}" for x, y in best)}"/>')
     for row, point in zip(rows, points, strict=True):
@@ -121,19 +139,24 @@ def front(rows: Sequence[Row]) -> str:
     return _svg(PLOT_WIDTH, PLOT_HEIGHT, "memory against time", drawn)
 
 
+def _axis(row: Row) -> str:
+    what = "an image" if row.get("step") == "rollout" else "an example"
+    return f"chip-seconds for {what}, {'measured' if 'measured' in row else 'predicted'}"
+
+
 def _svg(width: int, height: int, label: str, drawn: Iterable[str]) -> str:
     return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{_text(label)}">{"".join(drawn)}</svg>'
 
 
 def _details(row: Row) -> str:
-    memory = [(name, f"{size / GIB:.2f} GiB") for name, size in row["memory"].items()]
+    memory = [(name, f"{size / GIB:.3f} GiB") for name, size in row["memory"].items()]
     work = [
         (f"{part}, {direction}", f"{value / 1e12:.3f} TFLOP")
         for part, passes in row["flops"].items()
         for direction, value in passes.items()
     ]
     work += [("read and written in HBM", f"{row['hbm_bytes'] / GIB:.1f} GiB")]
-    times = [(part, f"{seconds:.4f} s") for part, seconds in sorted(row["part_seconds"].items(), key=lambda kv: -kv[1])]
+    times = [(part, f"{table.seconds(seconds)} s") for part, seconds in sorted(row["part_seconds"].items(), key=lambda kv: -kv[1])]
     moved = [
         (
             f"{c['kind']} over {' x '.join(c['axes']) or 'nothing'} ({c['network']})",
@@ -141,11 +164,18 @@ def _details(row: Row) -> str:
         )
         for c in sorted(row["collectives"], key=lambda c: -c["seconds"])
     ]
+    measured = row.get("measured", {})
+    turns = [(name, f"{table.seconds(measured[key])} s") for name, key in MEASURED.items() if key in measured]
+    if "peak_bytes" in measured:
+        turns.append(("most memory of a device", f"{measured['peak_bytes'] / GIB:.2f} GiB"))
+    tried = [(f"{t['batch_per_chip']:g} a chip", verdict(t).split("a chip ", 1)[1]) for t in row.get("tried", ())]
     unknown = [(name, f"{u['count']} times, {u['seconds']:.4f} s") for name, u in row["unknown"].items()]
     tables = {
         "Bytes of a device": memory,
         "Work of a device": work,
         "Predicted seconds by part": times,
+        "Measured": turns,
+        "Batches tried": tried,
         "Collectives": moved,
         "In no known class": unknown,
     }

@@ -1,0 +1,66 @@
+"""A function in a process of its own: the memory it takes goes back with it, and whatever ends it ends one row of a report."""
+
+import json
+import os
+import pathlib
+import pickle
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from blip3o_jax.config import UserError
+
+Row = dict[str, Any]
+REFUSED, FAILED = "refused", "failed"
+
+
+def run(work: Callable[[], Row], environment: Mapping[str, str], name: str = "compiling") -> Row:
+    """What `work`, which can be pickled, returns; where it raises, or its process is killed, a row that says so. `environment`
+    is added to this process's own."""
+    package = pathlib.Path(__file__).parents[3]
+    paths = [str(package), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | environment | {"PYTHONPATH": os.pathsep.join(paths)}
+    with tempfile.TemporaryDirectory(prefix="blip3o-sharding-") as scratch:
+        given, found, said = (pathlib.Path(scratch) / file for file in ("work", "row", "log"))
+        given.write_bytes(pickle.dumps(work))
+        with said.open("wb") as log:
+            command = [sys.executable, "-m", "blip3o_jax.bench.sharding.apart", str(given), str(found)]
+            process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=log, stderr=log)
+            try:
+                status = process.wait()
+            finally:
+                process.kill()
+                process.wait()
+        if found.exists():
+            return json.loads(found.read_text(encoding="utf-8"))
+        last = said.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:] or ["it said nothing"]
+        killed = "; where that is -9 memory ran out on this machine" if status < 0 else ""
+        return {"status": FAILED, "error": f"the {name} process ended with status {status}{killed}: {last[0][:300]}"}
+
+
+def _end_with_parent() -> None:
+    """The parent never writes: its end of the pipe closes when it ends, however it does."""
+    sys.stdin.buffer.read()
+    os._exit(1)
+
+
+def main(given: str, found: str) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    work: Callable[[], Row] = pickle.loads(pathlib.Path(given).read_bytes())
+    try:
+        row = work()
+    except UserError as error:
+        row = {"status": REFUSED, "error": " ".join(str(error).split())}
+    except Exception as error:
+        import traceback
+
+        traceback.print_exc()
+        row = {"status": FAILED, "error": f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"}
+    pathlib.Path(found).write_text(json.dumps(row), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,110 @@
+"""The largest batch that the compiler lets pass, for one topology and strategy.
+
+A global batch is counted in units, one example for each shard and micro-batch; the search closes in on the number of units n
+where n is the largest that fits and n + 1 the smallest that does not, by the compiler's own verdicts. Compiles take minutes, so
+each guess comes from the memory of those before it, which is close to linear in the batch:
+
+    bytes(n) = fixed + n * slope        fixed: parameters, optimizer; n * slope: batch, temporaries
+
+After one compile the slope is taken for all that is not fixed, which guesses low; after two it is the line through both. A
+guess outside of the bracket becomes its nearest end, and the next such one goes in twice as far.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+from blip3o_jax.bench.sharding.compiled_step import FITS, Row, Task
+
+# The kinds of memory that do not grow with the batch.
+FIXED = ("parameters", "frozen", "optimizer", "averages", "weights", "program")
+# From this many units on, a bracket of one part in so many is narrow enough.
+FINE = 64
+MOST = 12  # compiles
+
+
+def unit(task: Task) -> int:
+    """Examples of the smallest global batch that divides over the mesh; all others are multiples of it."""
+    mesh = task.config.mesh
+    shards = max(1, task.topology.devices // max(1, mesh.sequence * mesh.tensor))
+    return shards * (task.config.optimizer.accumulate if task.step == "train" else 1)
+
+
+def with_batch(task: Task, rows: int) -> Task:
+    """The same with a global batch of `rows` examples, or prompts."""
+    group = "data" if task.step == "train" else "sampling"
+    sizes = dataclasses.replace(getattr(task.config, group), batch_size=rows)
+    return dataclasses.replace(task, config=dataclasses.replace(task.config, **{group: sizes}))
+
+
+def largest(task: Task, compile_row: Callable[[Task], Row], tell: Callable[[str], None]) -> Row:
+    """The row of the largest batch that fits, with all that were tried and their verdicts under "tried"; the row of the
+    smallest where that one does not fit. `tell` gets a line before each compile and one after."""
+    one, tried, best, search, guess = unit(task), [], {}, Search(), 1
+    while True:
+        batch = {"batch_size": guess * one, "batch_per_chip": guess * one / task.topology.chips}
+        tell(f"compiling with {batch['batch_per_chip']:g} a chip")
+        row = compile_row(with_batch(task, guess * one)) | batch
+        size = row["memory"]["total"] if row["status"] == FITS else row.get("needs_bytes")
+        tried.append(batch | {"status": row["status"]} | ({"bytes": size} if size else {"error": row.get("error")}))
+        tell(verdict(tried[-1]))
+        search.learn(guess, row, size)
+        if row["status"] == FITS or not best:
+            best = row
+        # What is refused, or fails, with the smallest batch does with all.
+        if not search.fits or search.done or len(tried) == MOST:
+            return best | {"tried": tried}
+        guess = search.guess()
+
+
+def verdict(tried: dict[str, Any]) -> str:
+    """Of one batch: "8 a chip does not fit (20.1 GiB)"."""
+    why = f" ({tried['bytes'] / 2**30:.1f} GiB)" if "bytes" in tried else f": {tried['error']}"
+    return f"{tried['batch_per_chip']:g} a chip {tried['status']}{why}"
+
+
+@dataclasses.dataclass
+class Search:
+    """The bracket, and the memory of the batches tried, in units."""
+
+    fits: int = 0
+    too_many: int | None = None
+    sizes: dict[int, float] = dataclasses.field(default_factory=dict)
+    fixed: float = 0.0
+    capacity: float = math.inf
+    missed: int = 0  # guesses in a row that fell outside of the bracket
+
+    def learn(self, units: int, row: Row, size: float | None) -> None:
+        if row["status"] == FITS:
+            self.fits = units
+            self.fixed = sum(row["memory"].get(kind, 0) for kind in FIXED)
+            self.capacity = min(self.capacity, row["memory"]["capacity"])
+        else:
+            self.too_many = units
+            self.capacity = row.get("capacity_bytes", self.capacity)  # the compiler keeps some for itself
+        if size:
+            self.sizes[units] = size
+
+    @property
+    def done(self) -> bool:
+        return self.too_many is not None and self.too_many - self.fits <= max(1, self.fits // FINE)
+
+    def guess(self) -> int:
+        """The units to try next, strictly within the bracket."""
+        aim, least, most = self._aim(), self.fits + 1, (self.too_many or math.inf) - 1
+        if least <= aim <= most:
+            self.missed = 0
+            return aim
+        stride = max(1, (self.fits if aim < least else self.too_many) // FINE) * 2**self.missed
+        self.missed += 1
+        middle = (self.fits + self.too_many) // 2 if self.too_many else math.inf
+        return min(self.fits + stride, middle) if aim < least else max(self.too_many - stride, middle)
+
+    def _aim(self) -> int:
+        """Where the line meets what a device has: through the two sizes nearest to the bracket, or from what is fixed."""
+        around = [*[n for n in sorted(self.sizes) if n <= self.fits][-2:], *[n for n in sorted(self.sizes) if n > self.fits][:1]]
+        first, last = (around[-2:] if len(around) > 1 else (0, around[-1]))
+        start = self.sizes.get(first, self.fixed)
+        slope = (self.sizes[last] - start) / (last - first)
+        return int(first + (self.capacity - start) / slope) if slope > 0 else 2 * self.fits

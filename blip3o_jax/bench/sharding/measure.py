@@ -1,0 +1,121 @@
+"""`bench sharding --measure`: what is there to run on, what it can do, and how long a program takes on it.
+
+The rates of a device that nobody publishes (a CPU's) are calibrated from two programs that all devices run at once, since
+devices that a CPU is split into share its cores and its memory: a matrix product, and a copy. A collective between them is
+taken for a copy of its bytes.
+"""
+
+import dataclasses
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from blip3o_jax.bench.sharding import apart
+from blip3o_jax.config import MeshConfig, UserError
+from blip3o_jax.parallel.chips import Chip, chip_of
+
+WARM_UP = 2
+STEPS = 10
+# Of the calibration: the side of the matrices and the bytes of the copy on each device; the best of so many turns.
+SIDES, COPY, TURNS = {"cpu": 1024, "": 8192}, 2**26, 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Present:
+    """Devices of this machine, in place of a topology's."""
+
+    chip: Chip
+    devices: int
+    slices: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.devices} x {self.chip.name}"
+
+    @property
+    def chips(self) -> int:
+        return max(1, self.devices // self.chip.devices)
+
+
+def environment(mesh: MeshConfig) -> Mapping[str, str]:
+    """Of a process that runs on the devices that are there."""
+    return {"JAX_NUM_CPU_DEVICES": str(mesh.cpu_devices)} if mesh.cpu_devices else {}
+
+
+def find(mesh: MeshConfig) -> Present:
+    """The devices that a run with this mesh would get. UserError where there are none to be had."""
+    row = apart.run(_look, environment(mesh), "device")
+    if "error" in row:
+        raise UserError(f"--measure finds no device to run on: {row['error']}")
+    return Present(Chip(**row["chip"] | {"kinds": tuple(row["chip"]["kinds"])}), row["devices"])
+
+
+def _look() -> dict[str, Any]:
+    import jax
+
+    devices = jax.devices()
+    chip = chip_of(devices[0].device_kind) or calibrated(devices)
+    return {"devices": len(devices), "chip": dataclasses.asdict(chip)}
+
+
+def calibrated(devices: Any) -> Chip:
+    """Rates of a device, from what all of them do at once."""
+    import jax
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+    platform, count = devices[0].platform, len(devices)
+    dtype, side = ("float32" if platform == "cpu" else "bfloat16"), SIDES.get(platform, SIDES[""])
+    mesh, each = Mesh(devices, ("device",)), PartitionSpec("device")
+    ones = lambda *shape: jax.jit(lambda: jax.numpy.ones(shape, dtype), out_shardings=NamedSharding(mesh, each))()
+    on_each = lambda f, inputs: jax.jit(jax.shard_map(f, mesh=mesh, in_specs=(each,) * inputs, out_specs=each))
+    square = ones(count * side, side)
+    flops = 2 * side**3 / _best_seconds(on_each(lambda x, y: x @ y, 2), square, square)
+    # Several copies a call: memory that is touched for the first time is slower, and no program is all of that.
+    row, copies = ones(count * COPY // square.dtype.itemsize), 8
+    copy = on_each(lambda x: jax.lax.fori_loop(0, copies, lambda _, x: -x, x), 1)
+    rate = 2 * COPY * copies / _best_seconds(copy, row)
+    stats = devices[0].memory_stats() or {}
+    memory = stats.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / count
+    kind = devices[0].device_kind
+    return Chip(
+        kind,
+        (kind,),
+        flops=flops,
+        hbm_bytes=memory,
+        hbm_rate=rate,
+        # Each byte is read once and written once.
+        link_rate=rate / 2,
+        dcn_rate=rate / 2,
+        clock=None,
+        source=f"calibrated in this run, {count} devices at once: {flops / 1e9:.3g} GFLOP/s a device in {dtype} products of "
+        f"{side} x {side}, {rate / 1e9:.3g} GB/s in copies of {COPY / 2**20:.0f} MiB, half of that in collectives",
+    )
+
+
+def _best_seconds(call: Callable[..., Any], *arguments: Any) -> float:
+    import jax
+
+    seconds = []
+    for _ in range(1 + TURNS):
+        began = time.perf_counter()
+        jax.block_until_ready(call(*arguments))
+        seconds.append(time.perf_counter() - began)
+    return min(seconds[1:])
+
+
+def timed(work: Any, program: Callable[..., Any], steps: int) -> dict[str, Any]:
+    """Seconds of `steps` turns of `program`, after two to warm up; and the most memory of a device, where it tells."""
+    import jax
+
+    arguments, seconds = work.start(), []
+    for _ in range(WARM_UP + steps):
+        jax.block_until_ready(arguments)
+        began = time.perf_counter()
+        result = jax.block_until_ready(program(*arguments))
+        seconds.append(time.perf_counter() - began)
+        arguments = work.again(arguments, result)
+    kept = seconds[WARM_UP:]
+    found = {"seconds": kept, "median_s": statistics.median(kept), "fastest_s": min(kept), "slowest_s": max(kept)}
+    stats = work.strategy.mesh.devices.flat[0].memory_stats() or {}
+    return found | ({"peak_bytes": stats["peak_bytes_in_use"]} if "peak_bytes_in_use" in stats else {})

@@ -1,0 +1,111 @@
+"""A rollout, text to image for a batch of prompts, as a program that can be compiled from shapes and run on random weights.
+
+It is the program of pipeline.py: one pass over the prompts, a loop over the image tokens, the denoising steps with guidance,
+the autoencoder's decoder. Weights are kept in what each part computes in, as a rollout that trains nothing would keep them.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from blip3o_jax.bench.sharding.train_step import shard_bytes
+from blip3o_jax.blip3o import Blip3o
+from blip3o_jax.config import Config, ConfigError, ModelConfig
+from blip3o_jax.parallel.rules import Strategy
+from blip3o_jax.pipeline import LENGTH_BUCKET, make_sample
+from blip3o_jax.train.flops import count_flops
+
+PARTS = ("ar", "connector", "dit", "vae")
+PROMPT = 128  # tokens; of 32 or more, since prompts are padded to a multiple of that
+
+
+class Rollout:
+    """Of `config.sampling.batch_size` prompts on the mesh of `strategy`. ConfigError for what does not divide over it."""
+
+    def __init__(self, config: Config, strategy: Strategy, loss: None = None):
+        self.config, self.strategy, self.rows = config, strategy, config.sampling.batch_size
+        if self.rows % strategy.batch_shards:
+            raise ConfigError(
+                f"sampling.batch_size={self.rows} does not divide over {strategy.batch_shards} batch shards: use a multiple of it"
+            )
+        self.model, self.length = in_compute_dtype(config.model), prompt_length(config)
+        self._graphdef, weights = nnx.split(nnx.eval_shape(self._build))
+        self._shardings = strategy.parameter_shardings(weights)
+        self.weights = jax.tree.map(
+            lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), nnx.to_pure_dict(weights), self._shardings
+        )
+        # The last ids in use: which they are makes no difference.
+        last = config.model.ar.vocab_size - config.model.ar.spare_rows
+        image_ids = last - config.model.tokenizer.codebook_size, last
+        self._sample = make_sample(self.model, self._graphdef, strategy, image_ids)
+
+    def _build(self) -> Blip3o:
+        return Blip3o(self.model, PARTS, seed=self.config.seed)
+
+    @property
+    def branches(self) -> int:
+        """Rows of the AR for a prompt."""
+        return 1 if self.config.sampling.token_guidance == 1.0 else 2
+
+    @property
+    def slots(self) -> int:
+        """Of the cache."""
+        return self.length + self.model.tokenizer.num_tokens
+
+    def lower(self) -> Any:
+        prompts = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in self._prompts())
+        return self._sample.lower(self.weights, *prompts, self.config.sampling)
+
+    def held(self) -> dict[str, int]:
+        """Bytes of a device for each kind of what a rollout is given."""
+        return {"weights": shard_bytes(self.weights)}
+
+    @property
+    def within(self) -> dict[str, int]:
+        """Bytes of a device among the program's temporaries that have a name: the cache's keys and values."""
+        ar = self.model.ar
+        shape = (self.rows * self.branches, ar.num_key_value_heads, self.slots, ar.head_dim)
+        at = self.strategy.sharding("ar", ("batch", "act_kv_heads", None, None), shape)
+        return {"cache": 2 * ar.num_hidden_layers * math.prod(at.shard_shape(shape)) * jnp.dtype(ar.dtype).itemsize}
+
+    def useful_flops(self) -> int:
+        """Of a rollout in all, each thing computed once; of attention what its tokens see. The program makes both products with
+        every slot of the cache, also with those that are not written yet."""
+        sample = functools.partial(self._sample, settings=self.config.sampling)
+        counted = count_flops(sample, self.weights, *self._prompts())
+        ar = self.model.ar
+        unseen = self.slots * (self.slots - 1) // 2  # pairs of a token and one after it
+        pairs = self.rows * self.branches * unseen
+        return counted - 4 * pairs * ar.num_attention_heads * ar.head_dim * ar.num_hidden_layers
+
+    def start(self) -> tuple[Any, ...]:
+        """Random weights and prompts: which they are makes no difference to the time."""
+        draw = jax.jit(lambda: nnx.to_pure_dict(nnx.split(self._build())[1]), out_shardings=self._shardings)
+        return draw(), *self._prompts()
+
+    def again(self, arguments: tuple[Any, ...], result: Any) -> tuple[Any, ...]:
+        return arguments
+
+    def _prompts(self) -> tuple[np.ndarray, ...]:
+        """Tokens, lengths, indices, seed: NumPy arrays, as the pipeline hands them over."""
+        tokens_BL = np.random.default_rng(0).integers(0, self.model.ar.vocab_size, (self.rows, self.length), np.int32)
+        lengths_B = np.full(self.rows, self.length, np.int32)
+        return tokens_BL, lengths_B, np.arange(self.rows, dtype=np.uint32), np.uint32(0)
+
+
+def prompt_length(config: Config) -> int:
+    """PROMPT, or what a row has beside the image; a multiple of what prompts are padded to."""
+    room = max(1, config.data.max_length - config.model.tokenizer.num_tokens)
+    return -(-min(PROMPT, room) // LENGTH_BUCKET) * LENGTH_BUCKET
+
+
+def in_compute_dtype(model: ModelConfig) -> ModelConfig:
+    """With weights in the dtype that each part of a rollout computes in: bfloat16 in the published sizes."""
+    parts = {name: getattr(model, name) for name in PARTS}
+    return dataclasses.replace(model, **{name: dataclasses.replace(c, param_dtype=c.dtype) for name, c in parts.items()})

@@ -1,0 +1,103 @@
+"""The train step as a program that can be compiled from shapes and run on random weights."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from blip3o_jax.config import Config
+from blip3o_jax.parallel.rules import Strategy
+from blip3o_jax.train.flops import useful_flops
+from blip3o_jax.train.stages import STAGES, Loss, make_loss
+from blip3o_jax.train.state import create_state, plan_state
+from blip3o_jax.train.step import make_step
+
+Shapes = dict[str, tuple[tuple[int, ...], str]]
+
+
+class TrainStep:
+    """Of `config` on the mesh of `strategy`. ConfigError for what does not divide over it."""
+
+    within: dict[str, int] = {}  # noqa: RUF012  (bytes among the temporaries that have a name: none)
+
+    def __init__(self, config: Config, strategy: Strategy, loss: Callable[[Config, int], Loss] | None = None):
+        strategy.check_batch(config.data.batch_size, config.optimizer.accumulate)
+        self.config, self.strategy, self.rows = config, strategy, config.data.batch_size
+        self.plan, self._loss = plan_state(config, strategy), loss or make_loss
+        at = strategy.batch_sharding()
+        self.batch = {
+            name: jax.ShapeDtypeStruct(shape, dtype, sharding=at) for name, (shape, dtype) in batch_shapes(config).items()
+        }
+
+    def lower(self) -> Any:
+        step = make_step(self.config, self.plan, self.strategy, self._loss(self.config, 0))
+        return step.lower(self.plan.abstract, self.batch)
+
+    def held(self) -> dict[str, int]:
+        """Bytes of a device for each kind of what a step is given."""
+        kinds = {"parameters": "params", "frozen": "frozen", "optimizer": "opt", "averages": "ema"}
+        sizes = {kind: shard_bytes(self.plan.abstract[name]) for kind, name in kinds.items()}
+        return sizes | {"batch": shard_bytes(self.batch)}
+
+    def useful_flops(self) -> int:
+        return useful_flops(self.config, self.strategy, self.batch, self._loss)
+
+    def start(self) -> tuple[Any, ...]:
+        """Arguments of the first step: random weights, and a batch that is as good as any for the time it takes."""
+        state = create_state(self.config, self.plan, image_first=0)
+        batch = synthetic_batch(self.config)
+        return state, {name: jax.device_put(x, self.batch[name].sharding) for name, x in batch.items()}
+
+    def again(self, arguments: tuple[Any, ...], result: Any) -> tuple[Any, ...]:
+        """Arguments of the next step."""
+        return result[0], arguments[1]
+
+
+def batch_shapes(config: Config) -> Shapes:
+    """Name -> (shape, dtype) of a global batch as the loader makes it (data/examples.py, data/sequence.py)."""
+    model, rows, length = config.model, config.data.batch_size, config.data.max_length
+    fields, size = STAGES[config.stage].fields, model.tokenizer.encoder.image_size
+    latents = (rows, model.latent_size, model.latent_size, model.vae.latent_channels)
+    views: dict[str, Shapes] = {
+        "pixels": {"pixels": ((rows, model.image_size, model.image_size, 3), "uint8")},
+        "tokenizer_pixels": {"tokenizer_pixels": ((rows, size, size, 3), "uint8")},
+        "caption": {"text_ids": ((rows, length), "int32"), "text_mask": ((rows, length), "bool")},
+        "row": {name: ((rows, length), "int32") for name in ("tokens", "segment_ids", "positions")}
+        | {"loss_mask": ((rows, length), "float32"), "image_span": ((rows,), "int32")},
+    }
+    if config.stage == "joint" and config.data.cache_dir:
+        cached = {"codes": ((rows, model.tokenizer.num_tokens), "int32"), "latents": (latents, "float32")}
+        return views["row"] | cached | {"bad_records": ((rows,), "int32")}
+    return {name: value for field in fields for name, value in views[field].items()} | {"bad_records": ((rows,), "int32")}
+
+
+def synthetic_batch(config: Config, seed: int = 0) -> dict[str, np.ndarray]:
+    """A batch of those shapes: rows that are full, whose image comes last and alone is learned; all else is random."""
+    rng, model, length = np.random.default_rng(seed), config.model, config.data.max_length
+    first = max(0, length - model.tokenizer.num_tokens - 1)  # the scale token's place
+    most = {"tokens": model.ar.vocab_size, "text_ids": model.ar.vocab_size, "codes": model.tokenizer.codebook_size}
+    index_L = np.arange(length)
+    known = {
+        "segment_ids": 1,
+        "positions": index_L,
+        "loss_mask": index_L > first,
+        "image_span": first,
+        "text_mask": True,
+        "bad_records": 0,
+    }
+
+    def array(name: str, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+        if name in known:
+            return np.broadcast_to(known[name], shape).astype(dtype)
+        if dtype == "float32":
+            return rng.standard_normal(shape, np.float32)
+        return rng.integers(0, most.get(name, 256), shape, dtype)
+
+    return {name: array(name, *value) for name, value in batch_shapes(config).items()}
+
+
+def shard_bytes(tree: Any) -> int:
+    """Of one device, of arrays or ShapeDtypeStructs with shardings."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
