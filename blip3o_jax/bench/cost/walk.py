@@ -22,7 +22,7 @@ from blip3o_jax.bench.cost.network import COLLECTIVES, Network
 from blip3o_jax.blip3o import PARTS
 
 LIMITERS = ("compute", "HBM", "ICI", "DCN")
-SCOPES = (*PARTS, "cross_entropy", "optimizer")
+SCOPES = (*PARTS, "prefill", "decode", "cross_entropy", "optimizer")
 PASSES = ("forward", "recomputed", "backward")
 
 

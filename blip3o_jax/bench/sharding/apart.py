@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import pickle
+import re
 import subprocess
 import sys
 import tempfile
@@ -36,7 +37,9 @@ def run(work: Callable[[], Row], environment: Mapping[str, str], name: str = "co
                 process.wait()
         if found.exists():
             return json.loads(found.read_text(encoding="utf-8"))
-        last = said.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:] or ["it said nothing"]
+        lines = said.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        # A library that ends the process says why in a line of its own ("F1125 12:00:00.0 ..."), and more after it.
+        last = ([line for line in lines if re.match(r"F\d{4} ", line)] or lines or ["it said nothing"])[-1:]
         killed = "; where that is -9 memory ran out on this machine" if status < 0 else ""
         return {"status": FAILED, "error": f"the {name} process ended with status {status}{killed}: {last[0][:300]}"}
 

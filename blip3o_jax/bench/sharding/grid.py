@@ -23,6 +23,7 @@ from blip3o_jax.bench.sharding import largest_batch, measure, page, table, topol
 from blip3o_jax.bench.sharding.compiled_step import FITS, STEPS, Row, Task, compile_apart
 from blip3o_jax.bench.sharding.measure import Present
 from blip3o_jax.config import Config, MeshConfig, check, check_choice
+from blip3o_jax.text.vocabulary import NUM_SCALES
 
 STRATEGIES = ("fsdp", "fsdp_tp", "fsdp_sp", "dp")
 NAMES = {"train": "step", "rollout": "rollout"}
@@ -80,6 +81,7 @@ def bench(
         places = [measure.find(config.mesh)]
     else:
         topology.check_compiler()
+    config = with_vocabulary(config)
     out.mkdir(parents=True, exist_ok=True)
     report: dict[str, Any] = {
         "command": command,
@@ -112,6 +114,15 @@ def bench(
         report["rows"].sort(key=_order)
         write(report, out)
     return report
+
+
+def with_vocabulary(config: Config) -> Config:
+    """A text tokenizer that is trained on the run's captions has the size it is to have: no captions are read here."""
+    text, model = config.model.text, config.model
+    if not text.train_size or text.path:
+        return config
+    size = text.train_size + 2 + NUM_SCALES + model.tokenizer.codebook_size
+    return dataclasses.replace(config, model=dataclasses.replace(model, ar=dataclasses.replace(model.ar, vocab_size=size)))
 
 
 def make_task(config: Config, where: topology.Topology | Present, strategy: str, options: Options) -> Task:

@@ -88,7 +88,7 @@ def calibrated(devices: Any) -> Chip:
         link_rate=rate / 2,
         dcn_rate=rate / 2,
         clock=None,
-        source=f"calibrated in this run, {count} devices at once: {flops / 1e9:.3g} GFLOP/s a device in {dtype} products of "
+        source=f"calibrated in this run, all devices at once ({count}): {flops / 1e9:.3g} GFLOP/s a device in {dtype} products of "
         f"{side} x {side}, {rate / 1e9:.3g} GB/s in copies of {COPY / 2**20:.0f} MiB, half of that in collectives",
     )
 
