@@ -1,7 +1,8 @@
 """2-D convolution on NHWC in the form that runs fast where it runs.
 
 1x1 kernels are matrix products (per group, a batched one). The rest is XLA's native convolution, but for what is slow on CPUs:
-- Depthwise convolutions: 10 to 70 times as slow as shifted products there, forward and backward.
+- Depthwise convolutions: 10 to 70 times as slow as shifted products there, forward and backward. On TPUs, whose matrix unit
+  they leave idle, the compiler's own estimate is half the time for shifted products, and no transposing copies around them.
 - The derivatives of dense ones inside a scan: XLA gives a convolution a form with a fast kernel only outside of loops, and the
   kernel's gradient in JAX's own form takes 40 times as long. So the derivatives are stated in that form to begin with.
 Which form is taken is settled when a computation is lowered: compiling for a TPU on a CPU host gets the TPU's.
@@ -10,9 +11,11 @@ Shape suffixes: B batch, H height, W width, C channels, I and O channels in and 
 """
 
 import functools
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def conv2d(x_BHWC: jax.Array, kernel: jax.Array, *, stride: int = 1, padding: int = 0, groups: int = 1) -> jax.Array:
@@ -101,26 +104,27 @@ def _dense_bwd(padding: int, saved: tuple[jax.Array, jax.Array], dy_BHWC: jax.Ar
 _dense.defvjp(_dense_fwd, _dense_bwd)
 
 
-# The gradient JAX derives from the shifted products reduces over all pixels once per tap, which is slow on CPUs.
+# Reducing over all pixels once per tap, as the gradient of the shifted products does, is slow on CPUs.
 @jax.custom_vjp
 def _depthwise(x_BHWC: jax.Array, kernel: jax.Array) -> jax.Array:
-    return jax.lax.platform_dependent(x_BHWC, kernel, cpu=_depthwise_shifted, default=_depthwise_native)
+    return jax.lax.platform_dependent(x_BHWC, kernel, cpu=_depthwise_shifted, tpu=_depthwise_shifted, default=_depthwise_native)
 
 
 def _depthwise_native(x_BHWC: jax.Array, kernel: jax.Array) -> jax.Array:
     return _native(x_BHWC, kernel, 1, kernel.shape[0] // 2, kernel.shape[-1])
 
 
-def _pad(x_BHWC: jax.Array, side: int) -> jax.Array:
-    return jnp.pad(x_BHWC.astype(jnp.float32), ((0, 0), (side // 2,) * 2, (side // 2,) * 2, (0, 0)))
+def _windows(x_BHWC: jax.Array, side: int) -> Iterator[tuple[int, int, jax.Array]]:
+    """(i, j, x as kernel position (i, j) sees it, float32) for each position."""
+    _, height, width, _ = x_BHWC.shape
+    padded_BHWC = jnp.pad(x_BHWC, ((0, 0), (side // 2,) * 2, (side // 2,) * 2, (0, 0)))
+    for i, j in np.ndindex(side, side):
+        yield i, j, padded_BHWC[:, i : i + height, j : j + width].astype(jnp.float32)
 
 
 def _depthwise_shifted(x_BHWC: jax.Array, kernel: jax.Array) -> jax.Array:
-    _, height, width, _ = x_BHWC.shape
-    side = kernel.shape[0]
-    padded_BHWC, taps = _pad(x_BHWC, side), kernel.astype(jnp.float32)
-    shifts = [(i, j) for i in range(side) for j in range(side)]
-    y_BHWC = sum(padded_BHWC[:, i : i + height, j : j + width] * taps[i, j, 0] for i, j in shifts)
+    taps = kernel.astype(jnp.float32)
+    y_BHWC = sum(window_BHWC * taps[i, j, 0] for i, j, window_BHWC in _windows(x_BHWC, kernel.shape[0]))
     return y_BHWC.astype(x_BHWC.dtype)
 
 
@@ -128,10 +132,18 @@ def _depthwise_gradients_native(x_BHWC: jax.Array, kernel: jax.Array, dy_BHWC: j
     return jax.vjp(_depthwise_native, x_BHWC, kernel)[1](dy_BHWC)
 
 
-def _depthwise_gradients_shifted(x_BHWC: jax.Array, kernel: jax.Array, dy_BHWC: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _depthwise_gradients_reduced(x_BHWC: jax.Array, kernel: jax.Array, dy_BHWC: jax.Array) -> tuple[jax.Array, jax.Array]:
+    side, dy_f32_BHWC = kernel.shape[0], dy_BHWC.astype(jnp.float32)
+    taps = [jnp.sum(window_BHWC * dy_f32_BHWC, axis=(0, 1, 2)) for _, _, window_BHWC in _windows(x_BHWC, side)]
+    dkernel = jnp.stack(taps).reshape(kernel.shape)
+    return _depthwise_shifted(dy_BHWC, kernel[::-1, ::-1]), dkernel.astype(kernel.dtype)
+
+
+def _depthwise_gradients_by_pixel(x_BHWC: jax.Array, kernel: jax.Array, dy_BHWC: jax.Array) -> tuple[jax.Array, jax.Array]:
     batch, height, width, channels = x_BHWC.shape
     side = kernel.shape[0]
-    padded_BHWC, dy_f32_BHWC = _pad(x_BHWC, side), dy_BHWC.astype(jnp.float32)
+    padded_BHWC = jnp.pad(x_BHWC.astype(jnp.float32), ((0, 0), (side // 2,) * 2, (side // 2,) * 2, (0, 0)))
+    dy_f32_BHWC = dy_BHWC.astype(jnp.float32)
 
     def add_pixel(t: jax.Array, total: jax.Array) -> jax.Array:
         # One output pixel's share of the kernel's gradient, all taps at once; the batch and the channels stay whole, so
@@ -150,7 +162,13 @@ def _depthwise_fwd(x_BHWC: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tup
 
 
 def _depthwise_bwd(saved: tuple[jax.Array, jax.Array], dy_BHWC: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return jax.lax.platform_dependent(*saved, dy_BHWC, cpu=_depthwise_gradients_shifted, default=_depthwise_gradients_native)
+    return jax.lax.platform_dependent(
+        *saved,
+        dy_BHWC,
+        cpu=_depthwise_gradients_by_pixel,
+        tpu=_depthwise_gradients_reduced,
+        default=_depthwise_gradients_native,
+    )
 
 
 _depthwise.defvjp(_depthwise_fwd, _depthwise_bwd)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from blip3o_jax import convolution
 from blip3o_jax.convolution import conv2d, upsampled_conv2d
 from tests.conftest import relative_error
 
@@ -65,6 +66,15 @@ def test_depthwise_accumulates_in_float32(rng):
         np.testing.assert_allclose(np.asarray(value, np.float32), reference, rtol=2**-8, atol=1e-6)
 
 
+@pytest.mark.parametrize("gradients", [convolution._depthwise_gradients_reduced, convolution._depthwise_gradients_by_pixel])
+def test_gradients_of_every_platform(rng, gradients):
+    """Those of the TPU's form too, which a CPU does not take by itself; sums in another order, hence 1e-6."""
+    x, kernel, dy = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((2, 5, 7, 6), (3, 3, 1, 6), (2, 5, 7, 6)))
+    want = jax.vjp(functools.partial(native, padding=1, groups=6), x, kernel)[1](dy)
+    for got_gradient, want_gradient in zip(gradients(x, kernel, dy), want, strict=True):
+        assert relative_error(got_gradient, want_gradient) < 1e-6
+
+
 def convolutions(kernel_shape, settings, platform):
     """The `dim_labels` of the convolutions of forward and backward, as lowered for `platform`."""
     x, kernel = jax.ShapeDtypeStruct((1, 4, 4, 2), jnp.float32), jax.ShapeDtypeStruct(kernel_shape, jnp.float32)
@@ -74,9 +84,9 @@ def convolutions(kernel_shape, settings, platform):
 
 
 def test_platform_is_settled_when_lowering():
-    """Lowered for a TPU, a convolution is XLA's own, whatever machine compiles it."""
+    """Whatever machine compiles it: XLA's own convolution but for depthwise ones, on GPUs for those too."""
     depthwise, dense = ((3, 3, 1, 2), {"groups": 2}), ((3, 3, 2, 2), {})
-    assert len(convolutions(*depthwise, "tpu")) == 3
-    assert convolutions(*depthwise, "cpu") == []
+    assert len(convolutions(*depthwise, "cuda")) == 3
+    assert convolutions(*depthwise, "tpu") == convolutions(*depthwise, "cpu") == []
     assert len(set(convolutions(*dense, "tpu"))) == 3
     assert set(convolutions(*dense, "cpu")) == {("[b, 0, 1, f]", "[0, 1, i, o]", "[b, 0, 1, f]")}

@@ -73,7 +73,12 @@ def _kernel(heads: int, length: int, head_shards: int, length_shards: int, inter
     )
     mask = masks.MultiHeadMask([masks.CausalMask((length, length))] * heads)
     return kernels.make_splash_mha(
-        mask, block_sizes=sizes, head_shards=head_shards, q_seq_shards=length_shards, interpret=interpret
+        mask,
+        block_sizes=sizes,
+        head_shards=head_shards,
+        q_seq_shards=length_shards,
+        residual_checkpoint_name=nn.ATTENTION,
+        interpret=interpret,
     )
 
 

@@ -1,16 +1,17 @@
-"""The grid, its report, and what is refused; one real compile where the TPU compiler is installed."""
+"""The grid, its report, and what is refused."""
 
 import dataclasses
 import json
 import re
-import signal
 
 import pytest
 
 from blip3o_jax import cli
-from blip3o_jax.bench.sharding import compiled_step, grid, page, topology
-from blip3o_jax.bench.sharding.compiled_step import FAILED, FITS, REFUSED, TOO_LARGE
-from blip3o_jax.config import MeshConfig, UserError
+from blip3o_jax import config_file
+from blip3o_jax.bench.sharding import grid, measure, page, topology
+from blip3o_jax.bench.sharding.compiled_step import FITS, REFUSED, TOO_LARGE
+from blip3o_jax.config import MeshConfig, TextConfig, UserError
+from blip3o_jax.parallel.chips import CHIPS
 from tests import tiny
 
 CONFIG = tiny.run_config()
@@ -25,7 +26,8 @@ def fake_row(task):
     if strategy == "fsdp_sp":
         return {"status": REFUSED, "error": "<tokens> do not divide"}
     rate = SPEEDS[strategy] * (1 if task.topology.chip.name == "v5e" else 3)
-    step_s = task.config.data.batch_size / task.topology.chips / rate
+    rows = (task.config.data if task.step == "train" else task.config.sampling).batch_size
+    step_s = rows / task.topology.chips / rate
     traffic = {"count": 3, "size": 1e6, "seconds": 0.2 * step_s, "exposed": 0.1 * step_s}
     return {
         "status": FITS,
@@ -36,7 +38,7 @@ def fake_row(task):
         "total_flops": 1e12,
         "hbm_bytes": 1e9,
         "seconds": {"compute": 0.6 * step_s, "HBM": 0.3 * step_s, "ICI": 0.1 * step_s, "DCN": 0.0},
-        "part_seconds": {"ar": step_s},
+        "part_seconds": {"prefill": 0.1 * step_s, "decode": 0.2 * step_s, "dit": 0.4 * step_s, "vae": 0.3 * step_s},
         "step_s": step_s,
         "limiter": "compute",
         "collectives": [{"kind": "all-gather", "axes": ["fsdp"], "network": "ICI", **traffic}],
@@ -44,7 +46,14 @@ def fake_row(task):
         "unknown_share": 0.0,
         "mfu": 0.5,
         "examples_per_s_per_chip": rate,
-    }
+    } | ({"measured": measured(task.measure, step_s, rate)} if task.measure else {})
+
+
+def measured(steps, step_s, rate):
+    """Two and a half times as long as predicted; with fsdp_tp, of rate 20, four times."""
+    slower = 4 if rate == 60 else 2.5
+    seconds = {"median_s": slower * step_s, "fastest_s": 2 * step_s, "slowest_s": 5 * step_s, "ratio": slower}
+    return seconds | {"seconds": [slower * step_s] * steps, "mfu": 0.5 / slower, "examples_per_s_per_chip": rate / slower}
 
 
 @pytest.fixture
@@ -79,6 +88,71 @@ def test_the_table_says_what_each_row_found(report, capsys):
     assert "not measured" in lines[-1]
 
 
+def run(tmp_path, monkeypatch, capsys, config=CONFIG, **options):
+    """The report, the page, and the lines printed."""
+    monkeypatch.setattr(topology, "check_compiler", lambda: None)
+    monkeypatch.setattr(measure, "find", lambda mesh: measure.Present(dataclasses.replace(CHIPS["H200"], source="H200s"), 4))
+    found = grid.bench(config, tmp_path, grid.Options(**options), "blip3o bench sharding", fake_row)
+    grid.print_report(found)
+    return found, (tmp_path / "sharding.html").read_text(), capsys.readouterr()
+
+
+def test_a_rollouts_columns(tmp_path, monkeypatch, capsys):
+    options = {"topologies": ("v5e:2x2",), "strategies": ("fsdp_tp", "dp"), "step": "rollout", "batch_per_chip": 4}
+    report, page, said = run(tmp_path, monkeypatch, capsys, **options)
+    head, line, *_ = said.out.splitlines()
+    assert re.search(r"rollout s +prefill s +decode s +dit s +vae s +MFU .* images/s/chip", head)
+    assert re.search(r"v5e:2x2 +fsdp_tp +4 +3\.0 +0\.200 +0\.02 +0\.04 +0\.08 +0\.06 +50\.0%", line)
+    row = report["rows"][0]
+    assert (row["step"], row["batch_size"], row["image_tokens"], row["denoising_steps"]) == ("rollout", 16, 4, 30)
+    assert "max_length" not in row and "examples" not in re.sub(r"<style>.*</style>", "", page, flags=re.DOTALL)
+    assert page.count("<th><button>") == 4 + 1 + 5 + 6 and "chip-seconds for an image, predicted" in page
+
+
+def test_measured_stands_beside_predicted(tmp_path, monkeypatch, capsys):
+    report, page, said = run(tmp_path, monkeypatch, capsys, measure=3, strategies=("fsdp", "fsdp_tp", "dp"), batch_per_chip=6)
+    head, first, second, *_ = said.out.splitlines()
+    assert re.search(r"predicted s +measured s +spread s +measured/predicted +MFU", head)
+    # The v5p's rates in the table above: three times those of the v5e. By what was measured fsdp_tp is the better still.
+    assert re.search(r"4 x H200 +fsdp_tp +6 +3\.0 +0\.100 +0\.400 +0\.200-0\.500 +4\.00 +12\.5%", first)
+    assert re.search(r"4 x H200 +fsdp +6 +3\.0 +0\.200 +0\.500 +0\.400-1\.000 +2\.50 +20\.0%", second)
+    assert "with the rates of H200s. Measured: the median of 3 steps" in said.out.splitlines()[-1]
+    assert report["measured_steps"] == 3 and report["chip"]["source"] == "H200s" and report["rows"][0]["devices"] == 4
+    assert "measured 0.400 s</text>" in page and "chip-seconds for an example, measured" in page
+    assert "never measured" not in page and "<h3>Measured</h3>" in page
+    bars = [float(w) for w in re.findall(r'<rect class="measured" x="270" y="\d+" width="([\d.]+)"', page)]
+    assert bars[1] == pytest.approx(1.25 * bars[0], rel=0.01)
+
+
+def test_the_largest_batch_and_those_that_were_tried(tmp_path, monkeypatch, capsys):
+    """Five examples a chip fit, of a compiler that needs 3 GiB for each."""
+
+    def compile_row(task):
+        n = task.config.data.batch_size // 4
+        memory = {"memory": {"total": 3 * n * 2**30, "capacity": 2**34}}
+        return fake_row(task) | (
+            memory if n <= 5 else {"status": TOO_LARGE, "error": "needs more", "needs_bytes": 3 * n * 2**30}
+        )
+
+    monkeypatch.setattr(topology, "check_compiler", lambda: None)
+    options = grid.Options(("v5e:2x2",), ("fsdp",), largest_batch=True)
+    row = grid.bench(CONFIG, tmp_path, options, "blip3o bench sharding", compile_row)["rows"][0]
+    assert (row["status"], row["batch_per_chip"], row["batch_size"]) == (FITS, 5, 20)
+    assert {t["batch_per_chip"]: t["status"] for t in row["tried"]} == {1: FITS, 5: FITS, 6: TOO_LARGE}
+    grid.print_report({"rows": [row], "step": "train", "measured_steps": 0})
+    said = capsys.readouterr()
+    tried = "1 a chip fits (3.0 GiB); 5 a chip fits (15.0 GiB); 6 a chip does not fit (18.0 GiB)"
+    assert f"v5e:2x2 fsdp tried: {tried}" in said.out
+    assert "sharding 1/1  v5e:2x2  fsdp  compiling with 5 a chip\n" in said.err
+    assert "<h3>Batches tried</h3>" in (tmp_path / "sharding.html").read_text()
+
+
+def test_a_tokenizer_that_is_to_be_trained_has_the_size_it_is_to_have():
+    assert grid.with_vocabulary(CONFIG).model.ar.vocab_size == 320 + 5 + 32
+    model = dataclasses.replace(CONFIG.model, text=TextConfig(path="text"))
+    assert grid.with_vocabulary(dataclasses.replace(CONFIG, model=model)).model.ar.vocab_size == 217210
+
+
 def test_pareto_front():
     points = [(1, 5), (2, 3), (3, 4), (2, 6), (4, 1)]
     assert page.pareto(points) == [(1, 5), (2, 3), (4, 1)]
@@ -97,26 +171,24 @@ def test_pareto_front():
     ],
 )
 def test_mesh_sizes(strategy, slices, chosen, want):
-    mesh = grid.mesh_for(MeshConfig(**chosen), strategy, slices, frozenset(chosen))
+    config = dataclasses.replace(CONFIG, mesh=MeshConfig(**chosen))
+    mesh = grid.mesh_for(config, strategy, topology.parse("v5e:2x4", slices), frozenset(chosen))
     assert mesh.strategy == strategy
     assert {name: getattr(mesh, name) for name in want} == want
 
 
-def test_parameters_that_do_not_divide_are_kept_several_times_over(monkeypatch):
-    """A width of 20 does not divide over 8 chips; over 4 of them, twice, it does. Not where the user has chosen the mesh."""
-    import jax
-
-    where = topology.parse("v5e:2x4")
-    monkeypatch.setattr(topology, "make_devices", lambda where: jax.devices())
-    model = dataclasses.replace(CONFIG.model, dit=dataclasses.replace(CONFIG.model.dit, caption_channels=20))
-    config = dataclasses.replace(CONFIG, model=model)
-    free = grid.make_task(config, where, "fsdp", grid.Options(("v5e:2x4",)))
-    mesh = compiled_step.planned(free)[1].mesh.shape
-    assert (mesh["data"], mesh["fsdp"]) == (2, 4)
-    chosen = grid.Options(("v5e:2x4",), chosen=frozenset({"fsdp"}))
-    config = dataclasses.replace(config, mesh=MeshConfig(fsdp=8))
-    with pytest.raises(UserError, match="does not divide over mesh axes fsdp = 8"):
-        compiled_step.planned(grid.make_task(config, where, "fsdp", chosen))
+def test_no_shard_is_narrower_than_a_tile():
+    """Of 2048 columns 16 pieces of 128 each; where there are more chips, they hold replicas."""
+    config, where = config_file.load("configs/pretrain.py:1.7b"), topology.parse("v5p:4x4x4")
+    sizes = lambda strategy, config, where, **chosen: [
+        getattr(grid.mesh_for(dataclasses.replace(config, mesh=MeshConfig(**chosen)), strategy, where, frozenset(chosen)), axis)
+        for axis in ("data", "fsdp", "sequence", "tensor")
+    ]
+    assert sizes("fsdp", config, where) == [-1, 16, 1, 1]
+    assert sizes("fsdp_tp", config, where) == [-1, 16, 1, 2]
+    assert sizes("fsdp", config, topology.parse("v5p:2x2x2")) == [1, -1, 1, 1], "eight chips have room"
+    assert sizes("fsdp", config, where, fsdp=64) == [1, 64, 1, 1], "what the user says"
+    assert sizes("fsdp", config_file.load("configs/pretrain.py:0.6b"), where) == [-1, 8, 1, 1]
 
 
 def test_batch_per_chip():
@@ -124,56 +196,23 @@ def test_batch_per_chip():
     task = grid.make_task(CONFIG, where, "fsdp", grid.Options(("v5e:2x4",), batch_per_chip=3))
     assert task.config.data.batch_size == 24
     assert grid.make_task(CONFIG, where, "fsdp", grid.Options(("v5e:2x4",))).config.data.batch_size == 8
-
-
-@pytest.mark.parametrize("stage", ["joint", "autoencoder", "contrastive", "tokenizer"])
-def test_shapes_are_those_of_a_real_batch(stage):
-    cfg, _, batch = tiny.prepared(stage)
-    want = {name: (x.shape, str(x.dtype)) for name, x in batch.items()}
-    assert compiled_step.batch_shapes(cfg) == want
-
-
-def test_a_cached_run_has_codes_and_latents_in_place_of_pixels():
-    cfg, _, batch = tiny.prepared("joint")
-    cached = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, cache_dir="somewhere"))
-    want = {name: (x.shape, str(x.dtype)) for name, x in tiny.cached_batch(cfg, batch).items()}
-    assert compiled_step.batch_shapes(cached) == want
-
-
-@pytest.mark.parametrize(
-    ("message", "used", "capacity"),
-    [
-        ("Ran out of memory in memory space hbm. Used 120.50G of 95.74G hbm. Exceeded hbm capacity by 24.76G.", 120.5, 95.74),
-        (
-            "Ran out of memory on HBM, the total memory required for HLO temporaries (40.25G) exceeds available HBM (15.75G).",
-            40.25,
-            15.75,
-        ),
-    ],
-)
-def test_what_the_compiler_says_of_too_little_memory(message, used, capacity):
-    told = compiled_step._told(f"RESOURCE_EXHAUSTED: {message}")
-    assert told["needs_bytes"] == used * 2**30 and told["capacity_bytes"] == capacity * 2**30
-    assert told["error"] == f"needs {used:.1f} GiB of the {capacity:.1f} GiB that a device has"
-
-
-def test_a_process_that_is_killed_becomes_a_row(monkeypatch):
-    """The system ends a process that takes too much memory."""
-    program = f"import os; print('reading'); os.kill(os.getpid(), {int(signal.SIGKILL)})"
-    popen = compiled_step.subprocess.Popen
-    monkeypatch.setattr(compiled_step.subprocess, "Popen", lambda command, **kw: popen([command[0], "-u", "-c", program], **kw))
-    row = compiled_step.compile_apart(compiled_step.Task(CONFIG, topology.parse("v5e:2x2")))
-    assert row["status"] == FAILED
-    assert "status -9; where that is -9 memory ran out on this machine: reading" in row["error"]
+    rollout = grid.make_task(CONFIG, topology.parse("v5e:4x6"), "fsdp", grid.Options(("v5e:4x6",), step="rollout"))
+    assert rollout.config.sampling.batch_size == 24, "16, up to one for each device"
 
 
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
+        ([], "--topology names no topology: --topology=v5p:4x4x4, or --measure"),
         (["--topology=v5p:4x4"], "v5p has 3 axes"),
         (["--topology=,"], "names no topology"),
-        (["--topology=v5e:2x2", "--batch_per_chip=-1"], "--batch_per_chip=-1"),
+        (["--topology=v5e:2x2", "--step=sample"], "--step='sample' is not one of train, rollout"),
         (["--topology=v5e:2x2", "--config.mesh.tensr=2"], "did you mean mesh.tensor"),
+        (["--topology=v5e:2x2", "--measure"], "--measure runs on the devices that are here: leave --topology out"),
+        (["--measure", "--slices=2"], "--slices=2"),
+        (["--measure", "--batch_per_chip=max"], "--batch_per_chip=max asks a TPU compiler"),
+        (["--measure", "--step=rollout", "--config.stage=tokenizer"], "the config's stage is 'tokenizer'"),
+        (["--topology=v5e:2x2", "--step=rollout", "--config.stage=autoencoder"], "the config's stage is 'autoencoder'"),
     ],
 )
 def test_what_cannot_be_ends_in_one_line(flags, says, tmp_path, capfd):
@@ -181,6 +220,22 @@ def test_what_cannot_be_ends_in_one_line(flags, says, tmp_path, capfd):
     assert cli.main(["bench", "sharding", f"--config={config}", f"--out={tmp_path}", *flags]) == 2
     error = capfd.readouterr().err.strip()
     assert says in error and error.startswith("blip3o: error: ") and "\n" not in error
+
+
+@pytest.mark.parametrize(
+    ("flag", "says"),
+    [
+        ("--batch_per_chip=0", "'0' is neither a positive whole number nor max"),
+        ("--batch_per_chip=-1", "'-1' is neither"),
+        ("--batch_per_chip=many", "'many' is neither"),
+        ("--measure=0", "'0' is not a positive whole number of steps"),
+    ],
+)
+def test_what_is_no_number_ends_in_one_line(flag, says, tmp_path, capfd):
+    with pytest.raises(SystemExit) as exit:
+        cli.main(["bench", "sharding", "--config=configs/pretrain.py", f"--out={tmp_path}", "--topology=v5e:2x2", flag])
+    error = capfd.readouterr().err
+    assert exit.value.code == 2 and says in error and error.startswith("blip3o: error: ") and error.count("\n") == 1
 
 
 def test_options_refuse_an_empty_strategy_list():
