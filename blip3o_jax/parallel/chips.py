@@ -29,14 +29,15 @@ class Chip:
     axes: int = 0  # of the torus
     wrap: int = 0  # an axis whose size is a multiple of this has wrap-around links
     devices: int = 1  # of one chip
+    cores: int = 1  # that work as one device
 
     def wraps(self, size: int) -> bool:
         """Whether an axis of `size` chips is a ring."""
         return self.wrap > 0 and size % self.wrap == 0
 
 
-# Clocks follow from the peaks: v4 and v5p have 8 matrix units of 128 x 128 a chip, v5e 4 of them, v6e 4 of 256 x 256 (half of
-# that at twice the clock comes to the same cycles); peak / (2 x multipliers).
+# Clocks follow from the peaks, peak / (2 x multipliers): v4 and v5p have 8 matrix units of 128 x 128 a chip, v5e 4 of them, v6e
+# and a device of tpu7x 2 of 256 x 256 that take two rows a cycle (the TPU compiler's account of a bundle's slots, libtpu 0.0.42).
 _CHIPS = (
     Chip(
         "v4",
@@ -49,6 +50,7 @@ _CHIPS = (
         link_rate=45e9,
         axes=3,
         wrap=4,
+        cores=2,
         source=BOOK,
     ),
     Chip(
@@ -75,6 +77,7 @@ _CHIPS = (
         link_rate=90e9,
         axes=3,
         wrap=4,
+        cores=2,
         source=f"{BOOK}; Google Cloud TPU v5p page (95 GiB, 2765 GB/s)",
     ),
     Chip(
@@ -97,7 +100,7 @@ _CHIPS = (
         hbm_bytes=96 * 2**30,
         hbm_rate=7.38e12 / 2,
         dcn_rate=12.5e9 / 2,
-        clock=None,
+        clock=2.2e9,
         link_rate=100e9,
         axes=3,
         wrap=4,

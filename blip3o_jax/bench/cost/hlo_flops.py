@@ -1,4 +1,4 @@
-"""FLOPs of single HLO operations: matrix products, convolutions and kernels that no compiler can look into.
+"""FLOPs of single HLO operations: matrix products and convolutions.
 
 A multiply-add is two. The TPU compiler writes every matrix product as a convolution, with batch dimensions as spatial ones that
 stride and dilate past each other, so a convolution counts the pairs of output and kernel positions that meet an input value.
@@ -7,11 +7,10 @@ stride and dilate past each other, so a convolution counts the pairs of output a
 import functools
 import math
 import re
-from collections.abc import Callable
 
 import numpy as np
 
-from blip3o_jax.bench.cost.hlo import Computation, Op, Shape, leaves
+from blip3o_jax.bench.cost.hlo import Computation, Op, Shape
 
 MATRIX = ("dot", "convolution")
 
@@ -58,37 +57,3 @@ def _positions(size: int, kernel: int, output: int, stride: int, pad: int, dilat
         at = starts + k * kernel_dilate
         met += int(np.count_nonzero((at >= 0) & (at < dilated) & (at % dilate == 0)))
     return met
-
-
-# --- kernels
-
-# Products of queries' size times keys' length that a splash attention kernel makes: forward q k and p v; backward q k again,
-# dp = do v, then dq, or dv and dk, or all three where the kernel has three results.
-_SPLASH = {"fwd": 2, "dq": 3, "dkv": 4}
-
-
-def _splash(op: Op, operands: list[Shape]) -> int | None:
-    """Causal splash attention (jax.experimental.pallas.ops.tpu.splash_attention): blocks above the diagonal are left out, and
-    half of each on it is counted. Queries [.., heads, L, K] come first of the floating-point operands, then keys [.., S, K]."""
-    found = re.search(r"splash_m[hq]a_(fwd|dq|dkv)", op.attributes + op.name)
-    arrays = [s for s in operands if s.dtype in ("bf16", "f32") and len(s.dims) >= 3]
-    if not found or len(arrays) < 2:
-        return None
-    queries, keys = arrays[:2]
-    products = _SPLASH[found[1]]
-    if found[1] == "dkv" and sum(len(s.dims) >= 3 and s.dtype != "s8" for s in leaves(op.shape)) >= 3:
-        products = 5
-    return int(2 * products * queries.size * (keys.dims[-2] + 1) / 2)
-
-
-# Kernel name (in the operation's text) -> formula of (operation, shapes of its operands); None where the shapes do not fit.
-KERNELS: dict[str, Callable[[Op, list[Shape]], int | None]] = {"splash_m": _splash}
-
-
-def kernel_flops(computation: Computation, op: Op) -> int | None:
-    """Of a custom call, or None where no formula is known."""
-    operands = [s for name in op.operands for s in leaves(computation.by_name[name].shape)]
-    for name, formula in KERNELS.items():
-        if name in op.name or name in op.attributes:
-            return formula(op, operands)
-    return None

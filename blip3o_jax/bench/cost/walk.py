@@ -1,6 +1,7 @@
 """What a compiled program costs, and how long it should take: a walk over its scheduled HLO.
 
     matrix operations   max(FLOPs / peak, bytes / HBM rate, the compiler's estimated cycles / clock)
+    kernels             the same, with cycles counted in the compiler's bundles (kernels.py)
     everything else     bytes / HBM rate
     collectives         network.py
     loops               their body's cost times their turns
@@ -17,7 +18,8 @@ import re
 from blip3o_jax.bench.cost import hlo
 from blip3o_jax.bench.cost.hlo import Computation, Op, Program
 from blip3o_jax.bench.cost.hlo_bytes import operation_bytes
-from blip3o_jax.bench.cost.hlo_flops import MATRIX, kernel_flops, matrix_flops
+from blip3o_jax.bench.cost.hlo_flops import MATRIX, matrix_flops
+from blip3o_jax.bench.cost.kernels import kernel_work
 from blip3o_jax.bench.cost.network import COLLECTIVES, Network
 from blip3o_jax.blip3o import PARTS
 
@@ -231,15 +233,16 @@ class _Schedule:
         size = operation_bytes(self.walk.program, self.of, op)
         flops = self.walk.flops(self.of, op)
         known = bool(flops) or op.opcode in MEMORY or op.opcode == "fusion"
+        cycles = op.estimated_cycles if flops else 0
         if op.opcode == "custom-call":
-            kernel = kernel_flops(self.of, op)
+            kernel = kernel_work(self.of, op, chip)
             known = kernel is not None or _target(op) in MEMORY_CALLS
             if kernel:
-                flops = {scope(op.op_name): kernel}
+                flops, cycles = {scope(op.op_name): kernel.flops}, kernel.cycles
         moving = size / chip.hbm_rate
         working = sum(flops.values()) / chip.flops
-        if flops and chip.clock:
-            working = max(working, op.estimated_cycles / chip.clock)
+        if chip.clock:
+            working = max(working, cycles / chip.clock)
         for key, value in flops.items():
             self.cost.flops[key] += value
         if flops:  # a fusion goes by the name of its last operation, its work is the product's

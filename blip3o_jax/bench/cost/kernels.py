@@ -1,0 +1,104 @@
+"""FLOPs and cycles of kernels that XLA cannot look into. A multiply-add is two.
+
+Splash attention is far from the matrix unit's peak where heads are small beside it: of v6e's 256 x 256 multipliers a head of
+128 fills half, and each score costs the vector unit a dozen instructions. The compiler knows: it schedules a kernel bundle by
+bundle, one a cycle, and a block of scores is straight code. `_BUNDLES` are counted in what it writes (libtpu 0.0.42.1) with
+
+    LIBTPU_INIT_ARGS="--xla_jf_dump_to=DIR --xla_jf_dump_llo_text=true"
+
+as DIR/*splash*final_bundles.txt: jax's kernel, causal with segments, blocks of 512 x 512, the backward pass in one kernel.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable
+
+from blip3o_jax.bench.cost.hlo import Computation, Op, Shape, leaves
+from blip3o_jax.parallel.chips import Chip
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """Of one custom call on one device; `cycles` of its clock, 0 where they have not been counted."""
+
+    flops: int
+    cycles: float = 0.0
+
+
+def kernel_work(computation: Computation, op: Op, chip: Chip) -> Work | None:
+    """Of a custom call, or None where no formula is known."""
+    operands = [s for name in op.operands for s in leaves(computation.by_name[name].shape)]
+    for name, formula in KERNELS.items():
+        if name in op.name or name in op.attributes:
+            return formula(op, operands, chip)
+    return None
+
+
+# Products of queries' size times keys' length that a splash attention kernel makes: forward q k and p v; backward q k again,
+# dp = do v, then dq, or dv and dk, or all three where the kernel has three results.
+_SPLASH = {"fwd": 2, "dq": 3, "dkv": 4}
+_COUNTED_BLOCK = 512
+
+
+@dataclasses.dataclass(frozen=True)
+class Bundles:
+    """Of one block of scores; of a row of blocks, before its first and after its last; of every step of the grid, also where
+    the block is left out."""
+
+    block: int
+    row: int
+    step: int
+
+
+# (chip, head size, kernel). A device of two cores spreads the heads over them.
+_BUNDLES = {
+    ("v5e", 128, "fwd"): Bundles(1199, 831, 65),
+    ("v5e", 128, "dkv"): Bundles(2511, 423, 84),
+    ("v5e", 256, "fwd"): Bundles(2208, 1017, 73),
+    ("v5e", 256, "dkv"): Bundles(4845, 745, 82),
+    ("v5p", 128, "fwd"): Bundles(1171, 937, 198),
+    ("v5p", 128, "dkv"): Bundles(2447, 536, 198),
+    ("v5p", 256, "fwd"): Bundles(2169, 1165, 204),
+    ("v5p", 256, "dkv"): Bundles(4840, 910, 202),
+    ("v6e", 128, "fwd"): Bundles(945, 501, 90),
+    ("v6e", 128, "dkv"): Bundles(1633, 262, 119),
+    ("tpu7x", 128, "fwd"): Bundles(941, 363, 93),
+    ("tpu7x", 128, "dkv"): Bundles(1600, 207, 134),
+}
+
+
+def _splash(op: Op, operands: list[Shape], chip: Chip) -> Work | None:
+    """Causal splash attention (jax.experimental.pallas.ops.tpu.splash_attention): blocks above the diagonal are left out, and
+    half of each on it is counted. Queries [.., heads, L, K] come first of the floating-point operands, then keys [.., S, K]."""
+    found = re.search(r"splash_m[hq]a_(fwd|dq|dkv)", op.attributes + op.name)
+    arrays = [s for s in operands if s.dtype in ("bf16", "f32") and len(s.dims) >= 3]
+    if not found or len(arrays) < 2:
+        return None
+    (queries, keys), kind = arrays[:2], found[1]
+    products = _SPLASH[kind]
+    if kind == "dkv" and sum(len(s.dims) >= 3 and s.dtype != "s8" for s in leaves(op.shape)) >= 3:
+        products = 5
+    flops = int(2 * products * queries.size * (keys.dims[-2] + 1) / 2)
+    return Work(flops, _splash_cycles(op, queries, keys, kind, chip))
+
+
+def _splash_cycles(op: Op, queries: Shape, keys: Shape, kind: str, chip: Chip) -> float:
+    length, head = queries.dims[-2:]
+    bundles = _BUNDLES.get((chip.name, head, kind))
+    suffix = "" if kind == "fwd" else f"_{kind}"
+    sides = [re.search(rf'"block_{name}{suffix}\\*": (\d+)', op.attributes) for name in ("q", "kv")]
+    if bundles is None or None in sides:
+        return 0.0
+    q, kv = (int(side[1]) for side in sides)
+    rows, columns = length / q, keys.dims[-2] / kv
+    # Of the blocks in a row those up to the diagonal's; with a row's tokens over several devices, on average.
+    blocks = rows * (columns + 1) / 2
+    scale = q * kv / _COUNTED_BLOCK**2
+    # Rows of blocks are the keys' in the backward pass.
+    begun = rows * q if kind == "fwd" else columns * kv
+    one_head = blocks * scale * bundles.block + begun / _COUNTED_BLOCK * bundles.row + rows * columns * bundles.step
+    return queries.size / (length * head) * one_head / chip.cores
+
+
+# Kernel name (in the operation's text) -> formula of (operation, shapes of its operands, chip); None where these do not fit.
+KERNELS: dict[str, Callable[[Op, list[Shape], Chip], Work | None]] = {"splash_m": _splash}

@@ -1,0 +1,30 @@
+"""Splash attention and its gradient compiled for one TPU, `python -m tests.bench.cost.splash_program v6e 128`: a program of its
+own, since where the compiler writes its schedules is settled when it starts."""
+
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from blip3o_jax.ar.splash import splash
+from blip3o_jax.bench.sharding import topology
+from blip3o_jax.parallel.chips import CHIPS
+
+
+def main(chip: str, head: int) -> None:
+    where = topology.parse(f"{chip}:{'x'.join(['2', '2', '1'][: CHIPS[chip].axes])}")
+    mesh = Mesh(np.array(topology.make_devices(where)[:1]), ("x",))
+    at = NamedSharding(mesh, PartitionSpec())
+
+    def loss(q, k, v, segments):
+        return jnp.sum(splash(q, k, v, segments, segments, 0).astype(jnp.float32) ** 2)
+
+    x = jax.ShapeDtypeStruct((1, 2048, 4, head), jnp.bfloat16, sharding=at)
+    segments = jax.ShapeDtypeStruct((1, 2048), jnp.int32, sharding=at)
+    jax.jit(jax.grad(loss, (0, 1, 2)), out_shardings=at).lower(x, x, x, segments).compile()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]))
