@@ -37,7 +37,7 @@ class Chip:
 
 
 # Clocks follow from the peaks, peak / (2 x multipliers): v4 and v5p have 8 matrix units of 128 x 128 a chip, v5e 4 of them, v6e
-# and a device of tpu7x 2 of 256 x 256 that take two rows a cycle (the TPU compiler's account of a bundle's slots, libtpu 0.0.42).
+# and a device of tpu7x 2 of 256 x 256 that take two rows a cycle (slots of a bundle in what libtpu 0.0.42.1 writes out).
 _CHIPS = (
     Chip(
         "v4",
