@@ -23,6 +23,7 @@ COMMANDS = (
     "bench",
     "bench peer",
     "bench conversion",
+    "bench sharding",
 )
 
 CONFIG = "from blip3o_jax.config import Config\n\ndef get_config():\n    return Config()\n"

@@ -52,7 +52,7 @@ class Options:
             check(self.slices == 1, f"--slices={self.slices} is about a --topology: leave it out with --measure")
             check(
                 not self.largest_batch,
-                "--batch_per_chip=max asks a TPU compiler what fits: give a number with --measure, or a --topology in its place",
+                "--batch_per_chip=max asks a TPU compiler what fits: give a number, or a --topology in place of --measure",
             )
         else:
             check(bool(self.topologies), "--topology names no topology: --topology=v5p:4x4x4, or --measure for what is here")

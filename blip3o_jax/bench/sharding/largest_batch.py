@@ -103,8 +103,11 @@ class Search:
 
     def _aim(self) -> int:
         """Where the line meets what a device has: through the two sizes nearest to the bracket, or from what is fixed."""
-        around = [*[n for n in sorted(self.sizes) if n <= self.fits][-2:], *[n for n in sorted(self.sizes) if n > self.fits][:1]]
-        first, last = (around[-2:] if len(around) > 1 else (0, around[-1]))
+        around = [
+            *[n for n in sorted(self.sizes) if n <= self.fits][-2:],
+            *[n for n in sorted(self.sizes) if n > self.fits][:1],
+        ]
+        first, last = around[-2:] if len(around) > 1 else (0, around[-1])
         start = self.sizes.get(first, self.fixed)
         slope = (self.sizes[last] - start) / (last - first)
         return int(first + (self.capacity - start) / slope) if slope > 0 else 2 * self.fits

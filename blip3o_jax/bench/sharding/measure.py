@@ -19,7 +19,7 @@ from blip3o_jax.parallel.chips import Chip, chip_of
 WARM_UP = 2
 STEPS = 10
 # Of the calibration: the side of the matrices and the bytes of the copy on each device; the best of so many turns.
-SIDES, COPY, TURNS = {"cpu": 1024, "": 8192}, 2**26, 5
+CPU_SIDE, SIDE, COPY, TURNS = 1024, 8192, 2**26, 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,8 +64,8 @@ def calibrated(devices: Any) -> Chip:
     import jax
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-    platform, count = devices[0].platform, len(devices)
-    dtype, side = ("float32" if platform == "cpu" else "bfloat16"), SIDES.get(platform, SIDES[""])
+    count = len(devices)
+    dtype, side = ("float32", CPU_SIDE) if devices[0].platform == "cpu" else ("bfloat16", SIDE)
     mesh, each = Mesh(devices, ("device",)), PartitionSpec("device")
     ones = lambda *shape: jax.jit(lambda: jax.numpy.ones(shape, dtype), out_shardings=NamedSharding(mesh, each))()
     on_each = lambda f, inputs: jax.jit(jax.shard_map(f, mesh=mesh, in_specs=(each,) * inputs, out_specs=each))
@@ -88,8 +88,8 @@ def calibrated(devices: Any) -> Chip:
         link_rate=rate / 2,
         dcn_rate=rate / 2,
         clock=None,
-        source=f"calibrated in this run, all devices at once ({count}): {flops / 1e9:.3g} GFLOP/s a device in {dtype} products of "
-        f"{side} x {side}, {rate / 1e9:.3g} GB/s in copies of {COPY / 2**20:.0f} MiB, half of that in collectives",
+        source=f"calibrated in this run, all devices at once ({count}): {flops / 1e9:.3g} GFLOP/s a device in {dtype} "
+        f"products of {side} x {side}, {rate / 1e9:.3g} GB/s in copies of {COPY / 2**20:.0f} MiB, half of that in collectives",
     )
 
 

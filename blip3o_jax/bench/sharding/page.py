@@ -48,8 +48,8 @@ def about(report: dict[str, Any]) -> str:
     """What the figures are, and are not."""
     useful = {
         "train": "MFU counts the work of the step once: what is computed anew for the backward pass is not useful work.",
-        "rollout": "A rollout is one batch of prompts, from their ids to images. MFU counts the work once, and of attention what "
-        "a token sees, not the slots of the cache that are still empty.",
+        "rollout": "A rollout is one batch of prompts, from their ids to images. MFU counts the work once, and of attention "
+        "what a token sees, not the slots of the cache that are still empty.",
     }[report["step"]]
     if report["measured_steps"]:
         return f"{table.how(report)} {useful}"
@@ -156,7 +156,9 @@ def _details(row: Row) -> str:
         for direction, value in passes.items()
     ]
     work += [("read and written in HBM", f"{row['hbm_bytes'] / GIB:.1f} GiB")]
-    times = [(part, f"{table.seconds(seconds)} s") for part, seconds in sorted(row["part_seconds"].items(), key=lambda kv: -kv[1])]
+    times = [
+        (part, f"{table.seconds(seconds)} s") for part, seconds in sorted(row["part_seconds"].items(), key=lambda kv: -kv[1])
+    ]
     moved = [
         (
             f"{c['kind']} over {' x '.join(c['axes']) or 'nothing'} ({c['network']})",

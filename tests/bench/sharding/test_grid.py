@@ -6,8 +6,7 @@ import re
 
 import pytest
 
-from blip3o_jax import cli
-from blip3o_jax import config_file
+from blip3o_jax import cli, config_file
 from blip3o_jax.bench.sharding import grid, measure, page, topology
 from blip3o_jax.bench.sharding.compiled_step import FITS, REFUSED, TOO_LARGE
 from blip3o_jax.config import MeshConfig, TextConfig, UserError

@@ -1,0 +1,56 @@
+"""What a compiled step is asked, and which mesh it gets."""
+
+import dataclasses
+
+import jax
+import pytest
+
+from blip3o_jax.bench.sharding import apart, compiled_step, grid, topology
+from blip3o_jax.bench.sharding.measure import Present
+from blip3o_jax.config import MeshConfig, UserError
+from blip3o_jax.parallel.chips import CHIPS
+from tests import tiny
+
+CONFIG = tiny.run_config()
+
+
+def test_parameters_that_do_not_divide_are_kept_several_times_over(monkeypatch):
+    """A width of 20 does not divide over 8 chips; over 4 of them, twice, it does. Not where the user has chosen the mesh."""
+    where = topology.parse("v5e:2x4")
+    monkeypatch.setattr(topology, "make_devices", lambda where: jax.devices())
+    model = dataclasses.replace(CONFIG.model, dit=dataclasses.replace(CONFIG.model.dit, caption_channels=20))
+    config = dataclasses.replace(CONFIG, model=model)
+    free = grid.make_task(config, where, "fsdp", grid.Options(("v5e:2x4",)))
+    mesh = compiled_step.planned(free).strategy.mesh.shape
+    assert (mesh["data"], mesh["fsdp"]) == (2, 4)
+    chosen = grid.Options(("v5e:2x4",), chosen=frozenset({"fsdp"}))
+    config = dataclasses.replace(config, mesh=MeshConfig(fsdp=8))
+    with pytest.raises(UserError, match="does not divide over mesh axes fsdp = 8"):
+        compiled_step.planned(grid.make_task(config, where, "fsdp", chosen))
+
+
+@pytest.mark.parametrize(
+    ("message", "used", "capacity"),
+    [
+        ("Ran out of memory in memory space hbm. Used 120.50G of 95.74G hbm. Exceeded hbm capacity by 24.76G.", 120.5, 95.74),
+        (
+            "Ran out of memory on HBM, the total memory required for HLO temporaries (40.25G) exceeds available HBM (15.75G).",
+            40.25,
+            15.75,
+        ),
+    ],
+)
+def test_what_the_compiler_says_of_too_little_memory(message, used, capacity):
+    told = compiled_step._told(f"RESOURCE_EXHAUSTED: {message}")
+    assert told["needs_bytes"] == used * 2**30 and told["capacity_bytes"] == capacity * 2**30
+    assert told["error"] == f"needs {used:.1f} GiB of the {capacity:.1f} GiB that a device has"
+
+
+def test_the_process_gets_the_flags_of_what_it_compiles_for(monkeypatch):
+    seen = []
+    monkeypatch.setattr(apart, "run", lambda work, environment: seen.append(environment) or {})
+    compiled_step.compile_apart(compiled_step.Task(CONFIG, topology.parse("v5e:2x2"), flags="--xla_one=1"))
+    here = dataclasses.replace(CONFIG, mesh=MeshConfig(cpu_devices=8))
+    compiled_step.compile_apart(compiled_step.Task(here, Present(CHIPS["H100"], 8)))
+    assert seen[0]["LIBTPU_INIT_ARGS"].endswith(" --xla_one=1") and seen[0]["JAX_PLATFORMS"] == "cpu"
+    assert seen[1] == {"JAX_NUM_CPU_DEVICES": "8"}, "as the user runs it"
