@@ -18,14 +18,17 @@ Where the sources differ or are silent:
     learning rate    5e-5 is the released script's; the project page says 1e-4 (--config.optimizer.learning_rate=1e-4).
     Adam betas       not stated; (0.9, 0.95) here.
     frozen encoders  tokenizer and autoencoder hold bfloat16 weights, since nothing updates them. The DiT keeps float32:
-                     its caption layers are trained.
+                     its caption layers are trained. They run at every step, unless `--config.data.cache_dir=DIR` lets them
+                     run once for each image; over several epochs that is a fifth of the work saved.
+    recomputation    the reference recomputes every layer in the backward pass. Here products and attention are kept (5 GB for
+                     an example of 2048 tokens); where memory is short, --config.model.ar.remat=full and model.dit.remat=full.
 """
 
 from blip3o_jax import config
 
 AR = {
-    "0.6b": config.Qwen3Config(hidden_size=1024, intermediate_size=3072),
-    "1.7b": config.Qwen3Config(hidden_size=2048, intermediate_size=6144),
+    "0.6b": config.Qwen3Config(hidden_size=1024, intermediate_size=3072, remat="dots"),
+    "1.7b": config.Qwen3Config(hidden_size=2048, intermediate_size=6144, remat="dots"),
 }
 
 
@@ -38,6 +41,7 @@ def get_config(size: str = "1.7b") -> config.Config:
         model=config.ModelConfig(
             ar=AR[size],
             tokenizer=config.TaTokConfig(encoder=config.SiglipVisionConfig(param_dtype="bfloat16"), param_dtype="bfloat16"),
+            dit=config.SanaConfig(remat="dots"),
             vae=config.DcAeConfig(param_dtype="bfloat16"),
         ),
         data=config.DataConfig(batch_size=512, max_length=2048, workers=16),

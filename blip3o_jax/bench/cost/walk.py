@@ -113,9 +113,9 @@ class Cost:
                     setattr(mine[key], field.name, getattr(mine[key], field.name) + getattr(value, field.name) * times)
 
 
-def program_cost(text: str, network: Network) -> Cost:
-    """Of the compiled program whose HLO `text` is."""
-    program = hlo.parse(text)
+def program_cost(program: Program | str, network: Network) -> Cost:
+    """Of a compiled program, or of one whose HLO's text is given."""
+    program = hlo.parse(program) if isinstance(program, str) else program
     return _Walk(program, network).computation(program.computations[program.entry])
 
 

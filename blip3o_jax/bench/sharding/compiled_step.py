@@ -54,8 +54,9 @@ def compiled(task: Task) -> Row:
     """Compiles, then counts. Bytes and FLOPs are of one device, seconds predicted, but for those under "measured"."""
     import jax
 
-    from blip3o_jax.bench.cost import walk
+    from blip3o_jax.bench.cost import hlo, walk
     from blip3o_jax.bench.cost.network import Network
+    from blip3o_jax.bench.sharding import buffers
 
     where, chip, work = task.topology, task.topology.chip, planned(task)
     mesh = work.strategy.mesh
@@ -79,7 +80,9 @@ def compiled(task: Task) -> Row:
     if task.hlo:
         task.hlo.write_text(text, encoding="utf-8")
     network = Network.of(chip, dict(mesh.shape), list(mesh.devices.flat))
-    row |= predicted(walk.program_cost(text, network))
+    parsed = hlo.parse(text)
+    row |= {"largest": buffers.largest(parsed), "whole": buffers.whole(parsed, work.weights, work.logits)}
+    row |= predicted(walk.program_cost(parsed, network))
 
     row["useful_flops"] = work.useful_flops()
     row["compiler_flops"] = (program.cost_analysis() or {}).get("flops")

@@ -15,7 +15,7 @@ LIMITERS = ("compute", "HBM", "ICI", "DCN")
 GIB = 2**30
 # Units of the drawings; the page scales them to the width there is.
 WIDTH, LABEL, BAR = 900, 270, 22
-PLOT_WIDTH, PLOT_HEIGHT, MARGIN = 900, 420, 54
+PLOT_WIDTH, PLOT_HEIGHT, MARGIN = 900, 420, 74
 
 
 def render(report: dict[str, Any]) -> str:
@@ -172,8 +172,11 @@ def _details(row: Row) -> str:
         turns.append(("most memory of a device", f"{measured['peak_bytes'] / GIB:.2f} GiB"))
     tried = [(f"{t['batch_per_chip']:g} a chip", verdict(t).split("a chip ", 1)[1]) for t in row.get("tried", ())]
     unknown = [(name, f"{u['count']} times, {u['seconds']:.4f} s") for name, u in row["unknown"].items()]
+    held = [(array["array"], f"{array['bytes'] / GIB:.3f} GiB, {array['of']}") for array in row["largest"]]
+    held += [("should not be there", line) for line in row["whole"]]
     tables = {
         "Bytes of a device": memory,
+        "Largest arrays of a device": held,
         "Work of a device": work,
         "Predicted seconds by part": times,
         "Measured": turns,

@@ -28,6 +28,8 @@ PROMPT = 128  # tokens; of 32 or more, since prompts are padded to a multiple of
 class Rollout:
     """Of `config.sampling.batch_size` prompts on the mesh of `strategy`. ConfigError for what does not divide over it."""
 
+    logits = None  # of one position a row at a time
+
     def __init__(self, config: Config, strategy: Strategy, loss: None = None):
         self.config, self.strategy, self.rows = config, strategy, config.sampling.batch_size
         if self.rows % strategy.batch_shards:

@@ -7,7 +7,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from blip3o_jax.bench.sharding.buffers import Logits
 from blip3o_jax.config import Config
+from blip3o_jax.data.sequence import most_labels
 from blip3o_jax.parallel.rules import Strategy
 from blip3o_jax.train.flops import useful_flops
 from blip3o_jax.train.stages import STAGES, Loss, make_loss
@@ -40,6 +42,22 @@ class TrainStep:
         kinds = {"parameters": "params", "frozen": "frozen", "optimizer": "opt", "averages": "ema"}
         sizes = {kind: shard_bytes(self.plan.abstract[name]) for kind, name in kinds.items()}
         return sizes | {"batch": shard_bytes(self.batch)}
+
+    @property
+    def weights(self) -> Any:
+        return {name: self.plan.abstract[name] for name in ("params", "frozen")}
+
+    @property
+    def logits(self) -> Logits | None:
+        """Those that no device should hold; None where a block of the cross entropy takes all of them by design."""
+        model, length = self.config.model, self.config.data.max_length - 1
+        most = min(most_labels(model.template, model.tokenizer.num_tokens) or length, length)
+        if self.config.stage != "joint" or most <= self.config.loss.ce_chunk:
+            return None
+        vocabulary, rows = model.ar.padded_vocab_size, self.rows // self.strategy.batch_shards
+        columns = self.strategy.sharding("ar", ("act_vocab",), (vocabulary,)).shard_shape((vocabulary,))[0]
+        positions = rows // self.config.optimizer.accumulate * (most // self.strategy.mesh.shape["sequence"])
+        return Logits(positions, columns, model.ar.hidden_size)
 
     def useful_flops(self) -> int:
         return useful_flops(self.config, self.strategy, self.batch, self._loss)

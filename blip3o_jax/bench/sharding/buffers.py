@@ -1,0 +1,75 @@
+"""What a compiled program holds at once: its largest arrays, and among all of them those that sharding is there to prevent.
+
+Looked for in every operation's result, on the device as the program has it: the layers of a part gathered together, where each
+should be gathered when its turn comes, and the logits of all labelled positions, where cross entropy takes them in blocks.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+
+from blip3o_jax.bench.cost import hlo
+from blip3o_jax.bench.cost.hlo import Program, Shape
+
+
+@dataclasses.dataclass(frozen=True)
+class Logits:
+    """Of all labelled positions of a device: so many, each with `vocabulary` columns. The head is [`width`, `vocabulary`]."""
+
+    positions: int
+    vocabulary: int
+    width: int
+
+    def are(self, shape: Shape) -> bool:
+        rows = shape.size // self.vocabulary if self.vocabulary in shape.dims else 0
+        return rows >= self.positions and rows != self.width
+
+
+def largest(program: Program, count: int = 5) -> list[dict[str, Any]]:
+    """The largest results of single operations, each shape once: {"array", "bytes", "of"}."""
+    found: dict[tuple[str, tuple[int, ...]], dict[str, Any]] = {}
+    for op, shape in _results(program):
+        name = f"{shape.dtype}[{','.join(map(str, shape.dims))}]"
+        found.setdefault((shape.dtype, shape.dims), {"array": name, "bytes": shape.bytes, "of": op.op_name or op.opcode})
+    return sorted(found.values(), key=lambda row: -row["bytes"])[:count]
+
+
+def whole(program: Program, weights: Any, logits: Logits | None = None) -> list[str]:
+    """What the program should not hold and does, one line each; empty when all is well.
+
+    `weights`: ShapeDtypeStructs with shardings, as the program is given them. A matrix by itself may be gathered.
+    """
+    stacks = {
+        _dims(leaf.shape): "/".join(str(getattr(key, "key", key)) for key in path)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(weights)
+        if len(_dims(leaf.shape)) > 2 and leaf.sharding.shard_shape(leaf.shape) != leaf.shape
+    }
+    found = {}
+    for op, shape in _results(program):
+        if name := stacks.get(_dims(shape.dims)):
+            found[f"all layers of {name} are gathered at once: {shape.dtype}{list(shape.dims)}"] = None
+        if logits and logits.are(shape):
+            found[f"the logits of all {logits.positions} positions are held at once by {op.op_name or op.opcode}"] = None
+    return list(found)
+
+
+def _dims(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """In no order, since layouts are the compiler's, and without those of one."""
+    return tuple(sorted(n for n in shape if n != 1))
+
+
+def _results(program: Program) -> list[tuple[hlo.Op, Shape]]:
+    """Results that lie in memory: of operations that are scheduled, not of those within a fusion."""
+    inner = {
+        name for c in program.computations.values() for op in c.ops if op.opcode == "fusion" for name in op.called("calls")
+    }
+    return [
+        (op, shape)
+        for name, computation in program.computations.items()
+        if name not in inner
+        for op in computation.ops
+        for shape in hlo.leaves(op.shape)
+        if math.prod(shape.dims) > 1
+    ]

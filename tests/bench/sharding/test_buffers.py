@@ -1,0 +1,76 @@
+"""Arrays that a program should not hold, in programs that hold them and in programs that do not."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from blip3o_jax.bench.cost import hlo
+from blip3o_jax.bench.sharding.buffers import Logits, largest, whole
+from blip3o_jax.bench.sharding.train_step import TrainStep
+from blip3o_jax.config import MeshConfig
+from blip3o_jax.parallel.rules import Strategy
+from tests import tiny
+
+LAYERS, WIDTH = 3, 32
+
+
+@pytest.fixture(scope="module")
+def at():
+    mesh = jax.make_mesh((4,), ("fsdp",), devices=jax.devices()[:4], axis_types=(jax.sharding.AxisType.Auto,))
+    return lambda *spec: NamedSharding(mesh, PartitionSpec(*spec))
+
+
+def program(f, *args):
+    return hlo.parse(jax.jit(f).lower(*args).compile().as_text())
+
+
+@pytest.mark.parametrize("hoisted", [False, True])
+def test_layers_are_gathered_one_by_one(at, hoisted):
+    """A loop that is given its weights whole has gathered all of them before."""
+    stack = jax.ShapeDtypeStruct((LAYERS, WIDTH, WIDTH), jnp.float32, sharding=at(None, "fsdp"))
+    x = jax.ShapeDtypeStruct((8, WIDTH), jnp.float32, sharding=at("fsdp"))
+
+    def layer(x, w):
+        return jax.lax.with_sharding_constraint(jnp.tanh(x @ jax.lax.with_sharding_constraint(w, at())), at("fsdp")), None
+
+    def f(w, x):
+        return jax.lax.scan(layer, x, jax.lax.with_sharding_constraint(w, at()) if hoisted else w)[0]
+
+    found = whole(program(f, {"ar": {"up": stack}}["ar"]["up"], x), {"ar": {"up": stack}})
+    assert found == (["all layers of ar/up are gathered at once: f32[3, 32, 32]"] if hoisted else [])
+
+
+@pytest.mark.parametrize("blocks", [1, 4])
+def test_logits_are_taken_in_blocks(at, blocks):
+    hidden = jax.ShapeDtypeStruct((16, WIDTH), jnp.float32, sharding=at())
+    head = jax.ShapeDtypeStruct((WIDTH, 96), jnp.float32, sharding=at())
+
+    def f(hidden, head):
+        block = lambda total, h: (total + jax.nn.logsumexp(h @ head, axis=-1).sum(), None)
+        return jax.lax.scan(block, 0.0, hidden.reshape(blocks, 16 // blocks, WIDTH), unroll=blocks == 1)[0]
+
+    found = whole(program(f, hidden, head), {}, Logits(positions=16, vocabulary=96, width=WIDTH))
+    assert bool(found) == (blocks == 1) and all("logits of all 16 positions" in line for line in found)
+
+
+def test_the_largest_arrays_come_first(at):
+    x = jax.ShapeDtypeStruct((64, 64), jnp.float32, sharding=at())
+    first, *rest = largest(program(lambda x: (x @ x).sum(axis=1), x))
+    assert (first["array"], first["bytes"]) == ("f32[64,64]", 64 * 64 * 4)
+    assert all(array["bytes"] <= first["bytes"] for array in rest)
+
+
+def test_logits_of_a_train_step():
+    """Of 8 rows on 2 x 2 devices each holds 4; the vocabulary is cut in two, and what a block takes whole is no fault."""
+    config = dataclasses.replace(tiny.run_config(), data=dataclasses.replace(tiny.run_config().data, batch_size=8))
+    mesh = MeshConfig(strategy="fsdp_tp", fsdp=2, tensor=2)
+    strategy = Strategy.of(mesh, jax.devices()[:4])
+    blocks = dataclasses.replace(config, loss=dataclasses.replace(config.loss, ce_chunk=2))
+    logits = TrainStep(blocks, strategy).logits
+    assert logits.vocabulary == config.model.ar.padded_vocab_size // 2
+    assert logits.positions % 4 == 0 and logits.positions >= 4 * config.model.tokenizer.num_tokens
+    everything = dataclasses.replace(config, loss=dataclasses.replace(config.loss, ce_chunk=config.data.max_length))
+    assert TrainStep(everything, strategy).logits is None
