@@ -84,7 +84,7 @@ def columns(report: dict[str, Any]) -> tuple[Column, ...]:
             Column("predicted s", _seconds("step_s")),
             Column("measured s", _seconds("measured", "median_s")),
             Column("spread s", _spread),
-            Column("measured/predicted", _number("{:.2f}", "measured", "ratio")),
+            Column("measured / predicted", _number("{:.2f}", "measured", "ratio")),
         ]
     parts = [Column(f"{part} s", _seconds("part_seconds", part)) for part in ROLLOUT_PARTS] if rollout else []
     return (
@@ -110,7 +110,7 @@ def how(report: dict[str, Any]) -> str:
     if not report["measured_steps"]:
         return "Times are predicted from the compiled program, not measured."
     return (
-        f"Predicted: from the compiled program, with the rates of {report['chip']['source']}. Measured: the median of "
-        f"{report['measured_steps']} steps after a warm-up; MFU and rate are of it, the spread goes from the fastest to the "
-        "slowest. The limiter, what is exposed and seconds by part are predicted."
+        f"Predicted: from the compiled program and a device's rates ({report['chip']['source']}). Measured: the median of "
+        f"{report['measured_steps']} turns after a warm-up, which MFU and rate are of too; the spread goes from the fastest to "
+        "the slowest. Limiter, exposed share and seconds by part are predicted."
     )

@@ -111,11 +111,11 @@ def test_a_rollouts_columns(tmp_path, monkeypatch, capsys):
 def test_measured_stands_beside_predicted(tmp_path, monkeypatch, capsys):
     report, page, said = run(tmp_path, monkeypatch, capsys, measure=3, strategies=("fsdp", "fsdp_tp", "dp"), batch_per_chip=6)
     head, first, second, *_ = said.out.splitlines()
-    assert re.search(r"predicted s +measured s +spread s +measured/predicted +MFU", head)
+    assert re.search(r"predicted s +measured s +spread s +measured / predicted +MFU", head)
     # The v5p's rates in the table above: three times those of the v5e. By what was measured fsdp_tp is the better still.
     assert re.search(r"4 x H200 +fsdp_tp +6 +3\.0 +0\.100 +0\.400 +0\.200-0\.500 +4\.00 +12\.5%", first)
     assert re.search(r"4 x H200 +fsdp +6 +3\.0 +0\.200 +0\.500 +0\.400-1\.000 +2\.50 +20\.0%", second)
-    assert "with the rates of H200s. Measured: the median of 3 steps" in said.out.splitlines()[-1]
+    assert "a device's rates (H200s). Measured: the median of 3 turns" in said.out.splitlines()[-1]
     assert report["measured_steps"] == 3 and report["chip"]["source"] == "H200s" and report["rows"][0]["devices"] == 4
     assert "measured 0.400 s</text>" in page and "chip-seconds for an example, measured" in page
     assert "never measured" not in page and "<h3>Measured</h3>" in page
