@@ -38,9 +38,15 @@ def zeros(*shape):
     return jnp.zeros(shape, jnp.float32)
 
 
-def conv(stride=1, groups=1):
+def conv(stride=1, groups=1, dilation=1):
     return lambda x, w: jax.lax.conv_general_dilated(
-        x, w, (stride, stride), "SAME", feature_group_count=groups, dimension_numbers=("NHWC", "HWIO", "NHWC")
+        x,
+        w,
+        (stride, stride),
+        "SAME",
+        rhs_dilation=(dilation, dilation),
+        feature_group_count=groups,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )
 
 
@@ -57,10 +63,31 @@ def gradient(fn, *args):
         (conv(stride=2), (zeros(2, 7, 5, 5), zeros(3, 3, 5, 8))),
         (conv(groups=8), (zeros(2, 6, 4, 8), zeros(3, 3, 1, 8))),
         (conv(groups=2), (zeros(2, 6, 4, 8), zeros(5, 5, 4, 6))),
+        (conv(dilation=2), (zeros(2, 7, 6, 5), zeros(3, 3, 5, 8))),
+        (gradient(jnp.matmul), (zeros(3, 5), zeros(5, 7))),
+        (gradient(conv()), (zeros(2, 6, 4, 5), zeros(3, 3, 5, 8))),
         # Holes between the values of the input, and of the kernel.
         (gradient(conv(stride=2)), (zeros(2, 7, 5, 5), zeros(3, 3, 5, 8))),
+        (gradient(conv(dilation=2)), (zeros(2, 7, 6, 5), zeros(3, 3, 5, 8))),
+        # The kernel's gradient has groups of the batch.
+        (gradient(conv(groups=2)), (zeros(2, 6, 4, 8), zeros(5, 5, 4, 6))),
+        (gradient(conv(groups=8, stride=2)), (zeros(2, 6, 4, 8), zeros(3, 3, 1, 8))),
     ],
-    ids=["matrices", "batched", "conv", "strided", "depthwise", "grouped", "gradient"],
+    ids=[
+        "matrices",
+        "batched",
+        "conv",
+        "strided",
+        "depthwise",
+        "grouped",
+        "dilated",
+        "gradient of matrices",
+        "gradient of conv",
+        "gradient of strided",
+        "gradient of dilated",
+        "gradient of grouped",
+        "gradient of depthwise strided",
+    ],
 )
 def test_flops_are_those_of_xla_where_there_is_no_loop(fn, args):
     lowered = jax.jit(fn).lower(*args)
