@@ -52,8 +52,7 @@ def largest(task: Task, compile_row: Callable[[Task], Row], tell: Callable[[str]
         search.learn(guess, row, size)
         if row["status"] == FITS or not best:
             best = row
-        # What is refused, or fails, with the smallest batch does with all.
-        if not search.fits or search.done or len(tried) == MOST:
+        if search.done or len(tried) == MOST:
             return best | {"tried": tried}
         guess = search.guess()
 
