@@ -30,6 +30,7 @@ class Chip:
     wrap: int = 0  # an axis whose size is a multiple of this has wrap-around links
     devices: int = 1  # of one chip
     cores: int = 1  # that work as one device
+    host_rate: float = 1.5e10  # of one device's link to its host (PCIe), one way; what the book has for all TPUs but v6e
 
     def wraps(self, size: int) -> bool:
         """Whether an axis of `size` chips is a ring."""
@@ -91,6 +92,7 @@ _CHIPS = (
         link_rate=90e9,
         axes=2,
         wrap=16,
+        host_rate=3.2e10,
         source=f"{BOOK}; Google Cloud TPU v6e page (1640 GB/s)",
     ),
     Chip(

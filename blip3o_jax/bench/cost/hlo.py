@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 _BITS = {"pred": 8, "token": 0, "opaque": 0, "c64": 64, "c128": 128}
-VMEM = 1  # memory space of a TPU core's own memory; 0 is HBM, 5 the host's
+VMEM, HOST = 1, 5  # memory spaces: of a TPU core, of its host; 0 is HBM
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -29,6 +29,8 @@ def operation_bytes(program: Program, computation: Computation, op: Op) -> int:
         return _bytes(updates) + 2 * (_total(updates) if _in_hbm(op.shape) else 0)
     if op.opcode == "copy-start":  # the result is (target, source, flags)
         return _bytes(operands[0].shape) + _bytes(op.shape[0])
+    if op.opcode == "dynamic-update-slice-start":  # to the core's or the host's memory, in place
+        return _total(computation.by_name[op.operands[1]].shape)
     if op.opcode.endswith("-start"):  # of a slice, between HBM and the core: ((operands), result, flags)
         return _total(op.shape[1])
     return sum(_bytes(operand.shape) for operand in operands) + _bytes(op.shape)

@@ -6,9 +6,10 @@
     collectives         network.py
     loops               their body's cost times their turns
 
-Text order is the schedule's. Three clocks run beside each other: the core's, the interconnect's, and that of copies between
-HBM and the core's memory. An operation in a start/done pair runs on its own clock from its start; at its done the core waits
-for what is left, and that alone is exposed. What is in no class here is charged for its bytes and reported by name.
+Text order is the schedule's. Clocks run beside each other: the core's, the interconnect's, that of copies between HBM and the
+core's memory, and those of copies to the host and from it. An operation in a start/done pair runs on its own clock from its
+start; at its done the core waits for what is left, and that alone is exposed. What is in no class here is charged for its bytes
+and reported by name.
 """
 
 import collections
@@ -23,7 +24,7 @@ from blip3o_jax.bench.cost.kernels import kernel_work
 from blip3o_jax.bench.cost.network import COLLECTIVES, Network
 from blip3o_jax.blip3o import PARTS
 
-LIMITERS = ("compute", "HBM", "ICI", "DCN")
+LIMITERS = ("compute", "HBM", "ICI", "DCN", "host")
 SCOPES = (*PARTS, "prefill", "decode", "cross_entropy", "optimizer")
 PASSES = ("forward", "recomputed", "backward")
 
@@ -332,12 +333,16 @@ class _Schedule:
         return (kind, network.axes(groups[0]), crossing), size, network.seconds(kind, size, groups[0])
 
     def _copy(self, op: Op) -> None:
-        """A copy between memories: one side of it is HBM."""
-        size = operation_bytes(self.walk.program, self.of, op)
+        """A copy between memories: one side of it is HBM, the other the core's or the host's."""
+        size, chip = operation_bytes(self.walk.program, self.of, op), self.walk.chip
         self.cost.hbm_bytes += size
-        begin = max(self.now, self.free["DMA"])
-        self.free["DMA"] = end = begin + size / self.walk.chip.hbm_rate
-        self.pending[op.name] = "HBM", end, None
+        limiter, clock, rate = "HBM", "DMA", chip.hbm_rate
+        if any(leaf.space == hlo.HOST for leaf in hlo.leaves(op.shape)):
+            target = op.shape[0 if op.opcode == "copy-start" else 1]
+            limiter, clock, rate = "host", f"host {target.space == hlo.HOST}", chip.host_rate
+        begin = max(self.now, self.free[clock])
+        self.free[clock] = end = begin + size / rate
+        self.pending[op.name] = limiter, end, None
 
     def _done(self, op: Op) -> None:
         name = op.operands[0]

@@ -150,6 +150,8 @@ def _told(message: str) -> Row:
 
 def predicted(cost: Any) -> Row:
     """A `walk.Cost` as plain values."""
+    from blip3o_jax.bench.cost import walk
+
     flops: dict[str, dict[str, float]] = {}
     for (part, direction), value in cost.flops.items():
         flops.setdefault(part, {})[direction] = value
@@ -157,7 +159,7 @@ def predicted(cost: Any) -> Row:
         "flops": flops,
         "total_flops": cost.total_flops,
         "hbm_bytes": cost.hbm_bytes,
-        "seconds": {name: cost.seconds[name] for name in ("compute", "HBM", "ICI", "DCN")},
+        "seconds": {name: cost.seconds[name] for name in walk.LIMITERS},
         "part_seconds": dict(cost.part_seconds),
         "step_s": cost.total_seconds,
         "limiter": cost.limiter,

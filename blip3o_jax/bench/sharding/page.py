@@ -11,7 +11,7 @@ from blip3o_jax.bench.sharding.largest_batch import verdict
 
 Row = dict[str, Any]
 MEASURED = {"median": "median_s", "fastest": "fastest_s", "slowest": "slowest_s"}
-LIMITERS = ("compute", "HBM", "ICI", "DCN")
+LIMITERS = ("compute", "HBM", "ICI", "DCN", "host")
 GIB = 2**30
 # Units of the drawings; the page scales them to the width there is.
 WIDTH, LABEL, BAR = 900, 270, 22
@@ -80,8 +80,8 @@ def bars(rows: Sequence[Row]) -> str:
         x, y = float(LABEL), i * (BAR + 8)
         drawn.append(f'<text x="{LABEL - 8}" y="{y + 15}" text-anchor="end">{_text(_name(row))}</text>')
         for limiter in LIMITERS:
-            wide = room * row["seconds"][limiter] / longest
-            title = f"{limiter} {row['seconds'][limiter]:.4f} s"
+            wide = room * row["seconds"].get(limiter, 0) / longest
+            title = f"{limiter} {row['seconds'].get(limiter, 0):.4f} s"
             drawn.append(
                 f'<rect class="{limiter}" x="{x:.1f}" y="{y}" width="{wide:.1f}" height="{BAR}"><title>{title}</title></rect>'
             )

@@ -337,3 +337,26 @@ def test_a_program_of_the_tpu_compiler():
     assert found["counted"] == 4 * product
     assert found["collectives"] == {"all-gather fsdp ICI": 10, "reduce-scatter fsdp ICI": 5}
     assert found["unknown"] == 0
+
+
+OFFLOADED = """HloModule m, is_scheduled=true
+
+ENTRY %main (stack: bf16[4,8192,1024], x: bf16[1,8192,1024], i: s32[]) -> (bf16[4,8192,1024], bf16[1,8192,1024]) {
+  %stack = bf16[4,8192,1024]{2,1,0:S(5)} parameter(0)
+  %x = bf16[1,8192,1024]{2,1,0} parameter(1)
+  %i = s32[]{:T(128)} parameter(2)
+  %out = ((bf16[4,8192,1024]{2,1,0:S(5)}, bf16[1,8192,1024]{2,1,0}, s32[]{:T(128)}), bf16[4,8192,1024]{2,1,0:S(5)}, u32[]{:S(2)}) dynamic-update-slice-start(%stack, %x, %i)
+  %in = ((bf16[4,8192,1024]{2,1,0:S(5)}, s32[]{:T(128)}), bf16[1,8192,1024]{2,1,0}, u32[]{:S(2)}) dynamic-slice-start(%stack, %i), dynamic_slice_sizes={1,8192,1024}
+  %there = bf16[4,8192,1024]{2,1,0:S(5)} dynamic-update-slice-done(%out)
+  %here = bf16[1,8192,1024]{2,1,0} dynamic-slice-done(%in)
+  ROOT %r = (bf16[4,8192,1024]{2,1,0:S(5)}, bf16[1,8192,1024]{2,1,0}) tuple(%there, %here)
+}
+"""  # noqa: E501
+
+
+def test_copies_to_the_host_and_from_it_go_both_ways_at_once():
+    """A layer of a stack on the host is written while another is read: 16 MiB each."""
+    found = walk.program_cost(OFFLOADED, ONE)
+    size = 8192 * 1024 * 2
+    assert found.seconds["host"] == found.total_seconds == pytest.approx(size / V5P.host_rate)
+    assert found.hbm_bytes == 2 * size and found.limiter == "host" and not found.unknown
