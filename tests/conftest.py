@@ -4,6 +4,7 @@ import os
 import pathlib
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("NPROC", "64")  # as parallel/mesh.py has it for eight devices
 
 import jax
 import numpy as np

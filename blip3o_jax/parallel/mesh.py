@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import os
 from collections.abc import Sequence
 
 import jax
@@ -11,6 +12,7 @@ from jax.experimental import mesh_utils
 from blip3o_jax.config import ConfigError, MeshConfig
 
 AXES = ("data", "fsdp", "sequence", "tensor")
+THREADS_PER_CPU_DEVICE = 8
 
 
 def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
@@ -63,6 +65,11 @@ def _over_slices(slices: int, sizes: list[int], devices: list[jax.Device]) -> np
 
 
 def _split_cpu(count: int) -> None:
+    # A device that waits for the others in a collective holds a thread of XLA's, and it may wait in several at once. With more
+    # devices than cores there is one thread for each: the last device to come has been seen to find none, and all to wait for
+    # ever. NPROC is what XLA takes for the number of cores when it makes its threads.
+    if count > (os.cpu_count() or 1):
+        os.environ.setdefault("NPROC", str(THREADS_PER_CPU_DEVICE * count))
     # An earlier run in this process may have settled it.
     with contextlib.suppress(RuntimeError):
         jax.config.update("jax_num_cpu_devices", count)

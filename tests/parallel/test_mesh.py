@@ -1,3 +1,4 @@
+import os
 import re
 
 import jax
@@ -5,6 +6,7 @@ import numpy as np
 import pytest
 
 from blip3o_jax.config import ConfigError, MeshConfig
+from blip3o_jax.parallel import mesh as meshes
 from blip3o_jax.parallel.mesh import AXES, make_mesh
 
 
@@ -67,3 +69,13 @@ def test_real_slices_are_asked_how_many_they_are():
 
     with pytest.raises(ConfigError, match=r"mesh\.slices=4, but the devices lie in 2: set mesh\.slices to that"):
         make_mesh(MeshConfig(data=4, slices=4), [Device(i) for i in range(8)])
+
+
+@pytest.mark.parametrize(("cores", "want"), [(2, "32"), (4, None)])
+def test_more_cpu_devices_than_cores_have_threads_to_wait_in(monkeypatch, cores, want):
+    """With one thread a device the programs of eight devices on two cores waited for each other for ever, now and then."""
+    monkeypatch.delenv("NPROC")
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)
+    meshes._split_cpu(4)
+    assert os.environ.get("NPROC") == want
