@@ -104,6 +104,8 @@ def create_state(
     Where `checkpoint.image_rows` is "codes", `image_first`, the vocabulary id of code 0, is needed, and the AR's image rows
     are set from the codes even if the AR is given.
     """
+    if config.checkpoint.image_rows == "codes" and image_first is None:
+        raise ValueError("create_state: checkpoint.image_rows='codes' needs image_first, the vocabulary id of code 0")
     given = given or {}
     own = lambda tree: {group: {part: v for part, v in tree[group].items() if part not in given} for group in WEIGHTS}
     # Runs once, so on CPUs, whose compiler takes its time over random numbers, it is not worth optimising.
@@ -114,8 +116,6 @@ def create_state(
         for group, tree in groups.items():
             weights[group][part] = tree
     if config.checkpoint.image_rows == "codes":
-        if image_first is None:
-            raise ValueError("create_state: checkpoint.image_rows='codes' needs image_first, the vocabulary id of code 0")
         ar = lambda tree: {group: tree[group]["ar"] for group in WEIGHTS if "ar" in tree[group]}
 
         def at_codes(weights: TrainState) -> TrainState:
