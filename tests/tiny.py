@@ -175,6 +175,24 @@ def strategy(name: str = "dp", data: int = 1, fsdp: int = 1, tensor: int = 1, **
     return Strategy.of(cfg, jax.devices()[: data * fsdp * tensor * cfg.sequence])
 
 
+# Each strategy on eight devices.
+MESHES: dict[str, dict[str, Any]] = {
+    "dp": {"name": "dp", "data": 8},
+    "fsdp": {"name": "fsdp", "fsdp": 8},
+    "fsdp_tp": {"name": "fsdp_tp", "data": 2, "fsdp": 2, "tensor": 2},
+    "fsdp_sp": {"name": "fsdp_sp", "data": 2, "fsdp": 2, "sequence": 2},
+    "hybrid": {"name": "hybrid", "data": 2, "fsdp": 4, "slices": 2},
+    "hybrid_fsdp_tp": {"name": "hybrid_fsdp_tp", "data": 2, "fsdp": 2, "tensor": 2, "slices": 2},
+    "hybrid_fsdp_sp": {"name": "hybrid_fsdp_sp", "data": 2, "fsdp": 2, "sequence": 2, "slices": 2},
+    "a mixture": {
+        "name": "fsdp_tp",
+        "fsdp": 4,
+        "tensor": 2,
+        "parts": (("dit", "fsdp"), ("tokenizer", "dp"), ("vae", "fsdp")),
+    },
+}
+
+
 def cached_batch(cfg: config.Config, batch: dict[str, np.ndarray], seed: int = 0) -> dict[str, np.ndarray]:
     """A joint batch as it comes from the encoders' cache, with made-up codes and latents: no encoder runs in the step."""
     rng = np.random.default_rng(seed)

@@ -1,4 +1,5 @@
-"""The train step on tiny joint models: the same on any mesh and in any number of micro-batches, and what it moves."""
+"""The train step on a tiny joint model: the same in any number of micro-batches, and what it moves. The same on any mesh:
+test_strategies.py."""
 
 import dataclasses
 import functools
@@ -16,18 +17,12 @@ from blip3o_jax.train.state import create_state, plan_state
 from blip3o_jax.train.step import make_step
 from tests import tiny
 from tests.tiny import quick_compile  # noqa: F401
+from tests.train.states import check_close, leaves, moments
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
-SINGLE = ("dp", 1, 1, 1)
-MESHES = {
-    "dp": ("dp", 8, 1, 1),
-    "fsdp": ("fsdp", 1, 8, 1),
-    "fsdp_tp": ("fsdp_tp", 2, 2, 2),
-    "hybrid_fsdp_sp": ("hybrid_fsdp_sp", 2, 2, 1, ("sequence", 2), ("slices", 2)),
-    "a mixture": ("fsdp_tp", 1, 4, 2, ("parts", (("dit", "fsdp"), ("tokenizer", "dp"), ("vae", "fsdp")))),
-}
 DECAY = 0.75
+MESH = tiny.MESHES["fsdp_tp"]
 
 
 @functools.cache
@@ -42,99 +37,62 @@ def setup(supervise_prompt=False):
 def initial():
     """The initial state on one device, as numpy arrays."""
     cfg, _, _ = setup()
-    return jax.device_get(create_state(cfg, plan_state(cfg, tiny.strategy(*SINGLE))))
+    return jax.device_get(create_state(cfg, plan_state(cfg, tiny.strategy())))
 
 
 @functools.cache
-def compiled(mesh=SINGLE, accumulate=1, **optimizer):
+def compiled(accumulate=1):
     cfg, image_first, _ = setup()
-    cfg = dataclasses.replace(cfg, optimizer=dataclasses.replace(cfg.optimizer, accumulate=accumulate, **optimizer))
-    strategy = tiny.strategy(*mesh[:4], **dict(mesh[4:]))
-    plan = plan_state(cfg, strategy)
-    return make_step(cfg, plan, strategy, make_loss(cfg, image_first)), plan, strategy
+    cfg = dataclasses.replace(cfg, optimizer=dataclasses.replace(cfg.optimizer, accumulate=accumulate))
+    plan = plan_state(cfg, tiny.strategy())
+    return make_step(cfg, plan, tiny.strategy(), make_loss(cfg, image_first)), plan
 
 
-def run(batches, mesh=SINGLE, accumulate=1, state=None):
-    """(states after each step, metrics of each step), the states as they lie on the devices."""
-    step, plan, strategy = compiled(mesh, accumulate)
-    state = jax.device_put(initial() if state is None else state, plan.shardings)
+def run(batches, accumulate=1):
+    """(states after each step, metrics of each step) from the initial state."""
+    step, plan = compiled(accumulate)
+    state = jax.device_put(initial(), plan.shardings)
     states, metrics = [], []
     for batch in batches:
-        state, values = step(jax.tree.map(jnp.copy, state), jax.device_put(batch, strategy.batch_sharding()))
+        state, values = step(jax.tree.map(jnp.copy, state), batch)
         states.append(state)
         metrics.append({name: float(value) for name, value in values.items()})
     return states, metrics
 
 
 @functools.cache
-def two_steps(mesh=SINGLE):
-    return run([setup()[2]] * 2, mesh)
-
-
-def leaves(tree):
-    return [(jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree.leaves_with_path(tree)]
-
-
-def moments(state):
-    """(first, second) moments of Adam."""
-    return (optax.tree.get(state["opt"], name) for name in ("mu", "nu"))
-
-
-def check_close(got, want, tolerance):
-    """Every array, by the norm of the difference over the norm; those that are zero but for rounding by absolute size."""
-    for (path, a), (_, b) in zip(leaves(got), leaves(want), strict=True):
-        scale = np.linalg.norm(b)
-        assert np.linalg.norm(np.asarray(a) - np.asarray(b)) <= tolerance * max(scale, 1e-6), (path, scale)
+def two_steps():
+    return run([setup()[2]] * 2)
 
 
 def test_sharded_muon_is_single_device():
-    """Orthogonalising lifts the smallest singular values of a gradient, and with them its rounding, by up to 3.4^5 = 450."""
-    params = []
-    for mesh in (SINGLE, MESHES["fsdp_tp"]):
-        step, plan, strategy = compiled(mesh, name="muon")
-        weights = {group: initial()[group] for group in ("params", "frozen")}
-        empty = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), plan.abstract)
-        state = jax.device_put(empty | weights | {"opt": plan.optimizer.init(weights["params"])}, plan.shardings)
-        for _ in range(2):
-            state, _ = step(state, jax.device_put(setup()[2], strategy.batch_sharding()))
-        params.append(state["params"])
-    kernel = params[1]["ar"]["layers"]["mlp"]["up"]["kernel"]
+    """Two updates from the same gradients. Orthogonalising lifts their smallest singular values, and with them rounding, by up
+    to 3.4^5 = 450."""
+    cfg, _, _ = setup()
+    cfg = dataclasses.replace(cfg, optimizer=dataclasses.replace(cfg.optimizer, name="muon"))
+    rng = np.random.default_rng(0)
+    weights = initial()["params"]
+    grads = [jax.tree.map(lambda x: rng.normal(size=x.shape).astype(x.dtype), weights) for _ in range(2)]
+    results = []
+    for strategy in (tiny.strategy(), tiny.strategy(**MESH)):
+        plan = plan_state(cfg, strategy)
+        params_at, opt_at = plan.shardings["params"], plan.shardings["opt"]
+        update = jax.jit(plan.optimizer.update, out_shardings=(params_at, opt_at))
+        opt, updates = jax.device_put(plan.optimizer.init(weights), opt_at), []
+        for g in grads:
+            moved, opt = update(jax.device_put(g, params_at), opt, jax.device_put(weights, params_at))
+            updates.append(moved)
+        results.append(updates)
+    kernel = results[1][1]["ar"]["layers"]["mlp"]["up"]["kernel"]
     assert {shard.data.shape for shard in kernel.addressable_shards} == {(2, 16, 32)}
-    check_close(params[1], params[0], 1e-4)
-
-
-@pytest.mark.parametrize("name", MESHES)
-def test_sharded_is_single_device(name):
-    """float32 sums in another order: 1e-5 of each array's norm. The moments carry the gradients of both steps."""
-    (_, want), want_metrics = two_steps()
-    (_, got), metrics = two_steps(MESHES[name])
-    for a, b in zip(metrics, want_metrics, strict=True):
-        assert a.keys() == b.keys()
-        assert a == pytest.approx(b, rel=1e-5)
-    check_close(list(moments(got)), list(moments(want)), 1e-5)
-    check_close(got["params"], want["params"], 1e-5)
-    check_close(got["ema"], want["ema"], 1e-5)
-
-
-def test_parameters_and_moments_really_lie_in_shards():
-    (_, state), _ = two_steps(MESHES["fsdp_tp"])
-    kernel = lambda tree: tree["ar"]["layers"]["mlp"]["up"]["kernel"]
-    for tree in (state["params"], state["ema"], *moments(state)):
-        assert kernel(tree).shape == (2, 32, 64)
-        assert {shard.data.shape for shard in kernel(tree).addressable_shards} == {(2, 16, 32)}
-        assert tree["ar"]["embedding"].addressable_shards[0].data.shape == (360 // 2, 32 // 2)
-        assert tree["ar"]["norm"]["scale"].sharding.is_fully_replicated
-    frozen = state["frozen"]["dit"]["patch_embed"]["kernel"]
-    assert not frozen.sharding.is_fully_replicated
-    _, plan, _ = compiled(MESHES["fsdp_tp"])
-    placed = jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), state, plan.shardings)
-    assert all(jax.tree.leaves(placed))
+    assert np.any(np.asarray(kernel))
+    check_close(results[1], results[0], 1e-4)
 
 
 def test_state_is_created_in_its_shards_with_the_values_of_one_device():
     """Of the smallest stage that shards: the random numbers of every parameter are compiled for each mesh."""
     cfg = tiny.run_config(stage="tokenizer")
-    want, got = (create_state(cfg, plan_state(cfg, tiny.strategy(*mesh))) for mesh in (SINGLE, ("fsdp", 1, 8, 1)))
+    want, got = (create_state(cfg, plan_state(cfg, strategy)) for strategy in (tiny.strategy(), tiny.strategy("fsdp", fsdp=8)))
     shardings = plan_state(cfg, tiny.strategy("fsdp", 1, 8, 1)).shardings
     for (path, a), (_, b), (_, s) in zip(leaves(got), leaves(want), leaves(shardings), strict=True):
         assert a.sharding.is_equivalent_to(s, a.ndim), path
@@ -162,8 +120,8 @@ def test_image_rows_start_at_the_codes_where_asked():
     drawn = initial()
     given = {part: {g: drawn[g][part] for g in ("params", "frozen") if part in drawn[g]} for part in STAGES["joint"].parts}
     states = []
-    for mesh in (SINGLE, MESHES["fsdp_tp"]):
-        plan = plan_state(cfg, tiny.strategy(*mesh))
+    for strategy in (tiny.strategy(), tiny.strategy(**MESH)):
+        plan = plan_state(cfg, strategy)
         with pytest.raises(ValueError, match="needs image_first"):
             create_state(cfg, plan, {})
         here = {
