@@ -9,6 +9,7 @@ import pytest
 from blip3o_jax import cli, config_file
 from blip3o_jax.bench.sharding import grid, measure, page, topology
 from blip3o_jax.bench.sharding.compiled_step import FITS, REFUSED, TOO_LARGE
+from blip3o_jax.bench.sharding.page import LIMITERS
 from blip3o_jax.config import MeshConfig, TextConfig, UserError
 from blip3o_jax.parallel.chips import CHIPS
 from tests import tiny
@@ -43,6 +44,8 @@ def fake_row(task):
         "collectives": [{"kind": "all-gather", "axes": ["fsdp"], "network": "ICI", **traffic}],
         "unknown": {},
         "unknown_share": 0.0,
+        "largest": [{"array": "f32[4,8]", "bytes": 2**20, "of": "%fusion in ar"}],
+        "whole": ["a table is whole"],
         "mfu": 0.5,
         "examples_per_s_per_chip": rate,
     } | ({"measured": measured(task.measure, step_s, rate)} if task.measure else {})
@@ -74,8 +77,9 @@ def test_the_page_is_whole_and_asks_for_nothing(report):
     page = (report[1] / "sharding.html").read_text()
     assert not re.search(r"(src|href)=|https?://|@import|url\(", page), "everything is in the file"
     assert page.count("<tr") >= 8 and "&lt;tokens&gt; do not divide" in page
+    assert "<h3>Largest arrays of a device</h3>" in page and "a table is whole" in page
     widths = [float(w) for w in re.findall(r'<rect class="\w+" x="[\d.]+" y="0" width="([\d.]+)"', page)]
-    assert len(widths) == 4 and widths[0] == pytest.approx(2 * widths[1], rel=0.01), "0.6 and 0.3 of the time"
+    assert len(widths) == len(LIMITERS) and widths[0] == pytest.approx(2 * widths[1], rel=0.01), "0.6 and 0.3 of the time"
     assert "$" not in page, "a place of the template was not filled"
 
 
