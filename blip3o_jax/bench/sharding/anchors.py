@@ -70,7 +70,7 @@ class Anchor:
     source: str
     differs: str = ""  # from the published run, beside what the module says
     mesh: MeshConfig = MeshConfig()
-    keep: str = ""  # what the backward pass keeps, where none of nn.REMAT_POLICIES says it: a name of KEEP
+    keep: str = ""  # what the backward pass keeps where none of nn.REMAT_POLICIES says it, a name of KEEP
     flags: str = ""
 
 
@@ -203,7 +203,7 @@ ANCHORS = (
         length=8192,
         seconds=12.20,
         source=f"{IRONWOOD}: 64 chips, bf16",
-        keep="narrow products",
+        keep="narrow products and attention",
     ),
 )
 
@@ -252,7 +252,7 @@ def text_loss(config: Config, image_first: int, keep: str = "", mlp: int = 0) ->
     from blip3o_jax.ar.cross_entropy import cross_entropy
 
     if keep:  # a process compiles one anchor
-        nn.REMAT_POLICIES[config.model.ar.remat] = _narrow_products(mlp, on_host=keep.endswith("host"))
+        nn.REMAT_POLICIES[config.model.ar.remat] = _kept(keep, mlp)
 
     def loss(model: Any, batch: dict[str, Any], keys_B: Any) -> tuple[Any, dict[str, Any]]:
         hidden_BLD = model.hidden(batch["tokens"], batch["positions"], batch["segment_ids"])
@@ -271,23 +271,29 @@ def text_loss(config: Config, image_first: int, keep: str = "", mlp: int = 0) ->
     return loss
 
 
-KEEP = ("narrow products", "narrow products on the host")
+# What the backward pass keeps: MaxText lists products by name; here the shape of a layer's kernel says which it is. Those of
+# attention's projections are narrow; those that have the MLP's width on either side are computed again.
+KEEP = ("narrow products", "narrow products and attention", "narrow products on the host")
 
 
-def _narrow_products(mlp: int, *, on_host: bool) -> Callable[..., Any]:
-    """A policy: what attention's projections make is kept, what has the MLP's width on either side is computed again. MaxText
-    lists such products by name; here the shape of a layer's kernel says which it is."""
+def _kept(keep: str, mlp: int) -> Callable[..., Any]:
+    """A policy for jax.checkpoint, by its name in KEEP."""
     import jax
 
-    keep = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-    if on_host:
-        keep = jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host")
+    from blip3o_jax import nn
 
-    def policy(primitive: Any, *inputs: Any, **params: Any) -> Any:
+    policies = jax.checkpoint_policies
+    products = policies.dots_with_no_batch_dims_saveable
+    if keep.endswith("on the host"):
+        products = policies.offload_dot_with_no_batch_dims("device", "pinned_host")
+
+    def narrow(primitive: Any, *inputs: Any, **params: Any) -> Any:
         wide = primitive.name == "dot_general" and mlp in inputs[1].shape
-        return jax.checkpoint_policies.nothing_saveable(primitive) if wide else keep(primitive, *inputs, **params)
+        return policies.nothing_saveable(primitive) if wide else products(primitive, *inputs, **params)
 
-    return policy
+    if keep.endswith("attention"):
+        return policies.save_from_both_policies(narrow, policies.save_only_these_names(nn.ATTENTION))
+    return narrow
 
 
 def task_of(anchor: Anchor, hlo: pathlib.Path | None = None) -> Task:
