@@ -44,7 +44,7 @@ def whole(program: Program, weights: Any, logits: Logits | None = None) -> list[
     stacks = {
         _dims(leaf.shape): "/".join(str(getattr(key, "key", key)) for key in path)
         for path, leaf in jax.tree_util.tree_leaves_with_path(weights)
-        if len(_dims(leaf.shape)) > 2 and leaf.sharding.shard_shape(leaf.shape) != leaf.shape
+        if len(leaf.shape) - leaf.shape.count(1) > 2 and leaf.sharding.shard_shape(leaf.shape) != leaf.shape
     }
     found = {}
     for op, shape in _results(program):
@@ -56,8 +56,8 @@ def whole(program: Program, weights: Any, logits: Logits | None = None) -> list[
 
 
 def _dims(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """In no order, since layouts are the compiler's, and without those of one."""
-    return tuple(sorted(n for n in shape if n != 1))
+    """In no order, since layouts are the compiler's. Those of one count: what a layer keeps of a single row is no weight."""
+    return tuple(sorted(shape))
 
 
 def _results(program: Program) -> list[tuple[hlo.Op, Shape]]:

@@ -43,6 +43,13 @@ def test_layers_are_gathered_one_by_one(at, hoisted):
     assert found == (["all layers of ar/up are gathered at once: f32[3, 32, 32]"] if hoisted else [])
 
 
+def test_what_layers_keep_of_a_row_is_no_weight(at):
+    """One row of as many tokens as the weights are wide."""
+    stack = jax.ShapeDtypeStruct((LAYERS, WIDTH, WIDTH), jnp.float32, sharding=at(None, "fsdp"))
+    kept = jax.ShapeDtypeStruct((LAYERS, 1, WIDTH, WIDTH), jnp.float32, sharding=at())
+    assert whole(program(lambda x: x + 1, kept), {"up": stack}) == []
+
+
 @pytest.mark.parametrize("blocks", [1, 4])
 def test_logits_are_taken_in_blocks(at, blocks):
     hidden = jax.ShapeDtypeStruct((16, WIDTH), jnp.float32, sharding=at())
