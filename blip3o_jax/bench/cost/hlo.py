@@ -240,7 +240,8 @@ def _value(text: str, at: int) -> str:
 def trip_count(program: Program, computation: Computation, loop: Op) -> int | None:
     """How often a while loop turns: as XLA notes it, or from the bound that its condition compares with; None if neither says.
 
-    Loops that JAX makes count up by one; the bound is a constant of the condition or of the loop's first values.
+    Loops that JAX makes count up by one, the compiler's own (products in windows) also by two; the bound is a constant of the
+    condition or of the loop's first values.
     """
     if found := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes):
         return int(found[1])
@@ -249,9 +250,22 @@ def trip_count(program: Program, computation: Computation, loop: Op) -> int | No
     compared = _comparison(program, condition, values)
     if compared is None:
         return None
-    direction, start, bound = compared
-    turns = {"LT": bound - start, "LE": bound - start + 1, "NE": bound - start, "GT": start - bound, "GE": start - bound + 1}
-    return max(0, turns[direction]) if direction in turns else None
+    direction, start, bound, counter = compared
+    way = {"LT": bound - start, "LE": bound - start + 1, "NE": bound - start, "GT": start - bound, "GE": start - bound + 1}
+    stride = _stride(program, program.computations[loop.called("body")[0]], counter)
+    return max(0, -(-way[direction] // stride)) if direction in way else None
+
+
+def _stride(program: Program, body: Computation, counter: int) -> int:
+    """By how much a turn moves the counter; 1 where the body does not show it."""
+    if body.root.opcode != "tuple":
+        return 1
+    moved, of = body.by_name[body.root.operands[counter]], body
+    if moved.opcode == "fusion":
+        of = program.computations[moved.called("calls")[0]]
+        moved = of.root
+    steps = [_constant(program, of, of.by_name[name]) for name in moved.operands] if moved.opcode in ("add", "subtract") else []
+    return next((abs(step) for step in steps if step), 1)
 
 
 def _first_values(computation: Computation, loop: Op) -> Sequence[Op | None]:
@@ -270,28 +284,29 @@ def _constant(program: Program, computation: Computation, op: Op | None) -> int 
     return int(op.argument.strip("{} "))
 
 
-def _comparison(program: Program, condition: Computation, values: Sequence[int | None]) -> tuple[str, int, int] | None:
-    """(direction, first value of the counter, bound) of the condition's root, which may be a fusion of it."""
+def _comparison(program: Program, condition: Computation, values: Sequence[int | None]) -> tuple[str, int, int, int] | None:
+    """(direction, first value of the counter, bound, which of the loop's values the counter is) of the condition's root, which
+    may be a fusion of it."""
     root, known = condition.root, {}
     for op in condition.ops:
         if op.opcode == "constant":
-            known[op.name] = ("bound", _constant(program, condition, op))
+            known[op.name] = ("bound", _constant(program, condition, op), -1)
         elif op.opcode == "get-tuple-element":
             index = int(op.attribute("index"))
-            known[op.name] = ("first", values[index] if index < len(values) else None)
+            known[op.name] = ("first", values[index] if index < len(values) else None, index)
         elif op.opcode in ("copy", "bitcast") and op.operands[0] in known:
             known[op.name] = known[op.operands[0]]
     if root.opcode == "fusion":
         inner = program.computations[root.called("calls")[0]]
         given = {p.name: known.get(name) for p, name in zip(inner.parameters(), root.operands, strict=True)}
-        constants = {op.name: ("bound", _constant(program, inner, op)) for op in inner.ops if op.opcode == "constant"}
+        constants = {op.name: ("bound", _constant(program, inner, op), -1) for op in inner.ops if op.opcode == "constant"}
         root, known = inner.root, given | constants
     if root.opcode != "compare":
         return None
     left, right = (known.get(name) for name in root.operands)
     if not left or not right or left[1] is None or right[1] is None or left[0] == "bound":
         return None
-    return root.attribute("direction"), left[1], right[1]
+    return root.attribute("direction"), left[1], right[1], left[2]
 
 
 # --- devices

@@ -76,6 +76,14 @@ def test_a_loop_turns_from_its_first_value_to_its_bound(bound, third, turns):
     assert hlo.trip_count(program, main, main.by_name["while.27"]) == turns
 
 
+def test_a_loop_that_counts_by_two_turns_half_as_often():
+    """As those in which the compiler multiplies by shards that come round the ring both ways: 7 counts, from 2 to 9."""
+    text = LOOP.replace("BOUND", PASSED).replace("THIRD", "%constant.52")
+    program = hlo.parse(text.replace("%constant.55 = s32[]{:T(128)} constant(1)", "%constant.55 = s32[]{:T(128)} constant(2)"))
+    main = program.computations[program.entry]
+    assert hlo.trip_count(program, main, main.by_name["while.27"]) == 4
+
+
 SCATTER = """HloModule jit_f, is_scheduled=true, num_partitions=64
 
 %add.clone (x: bf16[], y: bf16[]) -> bf16[] {
