@@ -5,6 +5,7 @@
     everything else     bytes / HBM rate
     collectives         network.py
     loops               their body's cost times their turns
+    conditionals        each branch as often as its loop takes it (branches.py), or the dearest
 
 Text order is the schedule's. Clocks run beside each other: the core's, the interconnect's, that of copies between HBM and the
 core's memory, and those of copies to the host and from it. An operation in a start/done pair runs on its own clock from its
@@ -17,6 +18,7 @@ import dataclasses
 import re
 
 from blip3o_jax.bench.cost import hlo
+from blip3o_jax.bench.cost.branches import shares as branch_shares
 from blip3o_jax.bench.cost.hlo import Computation, Op, Program
 from blip3o_jax.bench.cost.hlo_bytes import operation_bytes
 from blip3o_jax.bench.cost.hlo_flops import MATRIX, matrix_flops
@@ -103,7 +105,7 @@ class Cost:
         """Of the predicted time, what went to operations of no known class."""
         return sum(u.seconds for u in self.unknown.values()) / (self.total_seconds or 1)
 
-    def add(self, other: "Cost", times: int = 1) -> None:
+    def add(self, other: "Cost", times: float = 1) -> None:
         self.hbm_bytes += other.hbm_bytes * times
         for mine, theirs in ((self.flops, other.flops), (self.seconds, other.seconds), (self.part_seconds, other.part_seconds)):
             for key, value in theirs.items():
@@ -211,7 +213,11 @@ class _Schedule:
         elif opcode == "conditional":
             branches = op.called("true_computation", "false_computation", "branch_computations")
             costs = [self.walk.computation(self.walk.named(name)) for name in branches]
-            self._add(max(costs, key=lambda cost: cost.total_seconds))
+            shares = branch_shares(self.walk.program, self.of, op)
+            if shares is None:
+                self._add(max(costs, key=lambda cost: cost.total_seconds))
+            for cost, share in zip(costs, shares or (), strict=False):
+                self._add(cost, share)
         elif opcode == "call":
             self._add(self.walk.computation(self.walk.named(op.called("to_apply")[0])))
         elif self._is_collective(op):
@@ -262,7 +268,7 @@ class _Schedule:
         self.cost.seconds[limiter] += seconds
         self.cost.part_seconds[part] += seconds
 
-    def _add(self, cost: Cost, times: int = 1) -> None:
+    def _add(self, cost: Cost, times: float = 1) -> None:
         self.cost.add(cost, times)
         self.now += cost.total_seconds * times
 

@@ -339,6 +339,77 @@ def test_a_program_of_the_tpu_compiler():
     assert found["unknown"] == 0
 
 
+BRANCHES = """HloModule m, is_scheduled=true
+
+%before () -> pred[4] {
+  %count = s32[4]{0} iota(), iota_dimension=0
+  %three = s32[]{:T(128)} constant(3)
+  %threes = s32[4]{0} broadcast(%three), dimensions={}
+  ROOT %lt = pred[4]{0} compare(%count, %threes), direction=LT
+}
+
+%pass (t: (f32[64,32], f32[32,32])) -> f32[64,32] {
+  %t = (f32[64,32]{1,0}, f32[32,32]{1,0}) parameter(0)
+  ROOT %x = f32[64,32]{1,0} get-tuple-element(%t), index=0
+}
+
+%layer (t: (f32[64,32], f32[32,32])) -> f32[64,32] {
+  %t = (f32[64,32]{1,0}, f32[32,32]{1,0}) parameter(0)
+  %x = f32[64,32]{1,0} get-tuple-element(%t), index=0
+  %w = f32[32,32]{1,0} get-tuple-element(%t), index=1
+  ROOT %y = f32[64,32]{1,0} dot(%x, %w), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+%body (p: (s32[], f32[64,32], f32[32,32], pred[4])) -> (s32[], f32[64,32], f32[32,32], pred[4]) {
+  %p = (s32[]{:T(128)}, f32[64,32]{1,0}, f32[32,32]{1,0}, pred[4]{0}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%p), index=0
+  %x = f32[64,32]{1,0} get-tuple-element(%p), index=1
+  %w = f32[32,32]{1,0} get-tuple-element(%p), index=2
+  %run = pred[4]{0} get-tuple-element(%p), index=3
+  %one = s32[]{:T(128)} constant(1)
+  %next = s32[]{:T(128)} add(%i, %one)
+  %here = pred[1]{0} dynamic-slice(%run, %i), dynamic_slice_sizes={1}
+  %number = s32[1]{0} convert(%here)
+  %which = s32[]{:T(128)} bitcast(%number)
+  %t = (f32[64,32]{1,0}, f32[32,32]{1,0}) tuple(%x, %w)
+  %y = f32[64,32]{1,0} conditional(%which, %t, %t), branch_computations={%pass, %layer}
+  ROOT %r = (s32[]{:T(128)}, f32[64,32]{1,0}, f32[32,32]{1,0}, pred[4]{0}) tuple(%next, %y, %w, %run)
+}
+
+%condition (p: (s32[], f32[64,32], f32[32,32], pred[4])) -> pred[] {
+  %p = (s32[]{:T(128)}, f32[64,32]{1,0}, f32[32,32]{1,0}, pred[4]{0}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%p), index=0
+  %four = s32[]{:T(128)} constant(4)
+  ROOT %lt = pred[]{:T(512)} compare(%i, %four), direction=LT
+}
+
+ENTRY %main (x: f32[64,32], w: f32[32,32], given: pred[4]) -> f32[64,32] {
+  %x = f32[64,32]{1,0} parameter(0)
+  %w = f32[32,32]{1,0} parameter(1)
+  %given = pred[4]{0} parameter(2)
+  %zero = s32[]{:T(128)} constant(0)
+  %run = RUN
+  %t = (s32[]{:T(128)}, f32[64,32]{1,0}, f32[32,32]{1,0}, pred[4]{0}) tuple(%zero, %x, %w, %run)
+  %loop = (s32[]{:T(128)}, f32[64,32]{1,0}, f32[32,32]{1,0}, pred[4]{0}) while(%t), condition=%condition, body=%body
+  ROOT %y = f32[64,32]{1,0} get-tuple-element(%loop), index=1
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("run", "turns"),
+    [
+        ("pred[4]{0} fusion(), kind=kLoop, calls=%before", 3),
+        ("pred[4]{0} constant({0, 1, 1, 0})", 2),
+        ("pred[4]{0} copy(%given)", 4),
+    ],
+    ids=["counted", "listed", "not known: the dearest"],
+)
+def test_a_branch_counts_as_often_as_its_loop_takes_it(run, turns):
+    found = walk.program_cost(BRANCHES.replace("RUN", run), ONE)
+    assert found.total_flops == pytest.approx(turns * 2 * 64 * 32 * 32) and not found.unknown
+
+
 OFFLOADED = """HloModule m, is_scheduled=true
 
 ENTRY %main (stack: bf16[4,8192,1024], x: bf16[1,8192,1024], i: s32[]) -> (bf16[4,8192,1024], bf16[1,8192,1024]) {
