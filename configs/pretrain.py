@@ -20,8 +20,9 @@ Where the sources differ or are silent:
     frozen encoders  tokenizer and autoencoder hold bfloat16 weights, since nothing updates them. The DiT keeps float32:
                      its caption layers are trained. They run at every step, unless `--config.data.cache_dir=DIR` lets them
                      run once for each image; over several epochs that is a fifth of the work saved.
-    recomputation    the reference recomputes every layer in the backward pass. Here products and attention are kept (5 GB for
-                     an example of 2048 tokens); where memory is short, --config.model.ar.remat=full and model.dit.remat=full.
+    recomputation    the reference recomputes every layer in the backward pass. Here products are kept and, on TPUs, attention
+                     (5 GB for an example of 2048 tokens); where memory is short, --config.model.ar.remat=full and
+                     --config.model.dit.remat=full.
 """
 
 from blip3o_jax import config

@@ -87,7 +87,7 @@ SETTINGS = (
             "LIBTPU_INIT_ARGS",
             f"--xla_tpu_scoped_vmem_limit_kib={kib}",
             f"larger tiles of matrix products: three quarters of a core's {kib // 768} MiB of VMEM instead of 16; by the "
-            "compiler's estimate the products of this model's train step on v5p take a sixth less",
+            "compiler's estimate the products of this model's train step on v5p take a sixth less (others: not tried)",
             f"{MAXTEXT}, DENSE_VMEM_LIMIT_FLAG, used there for v6e; the estimate is of `blip3o bench sharding`",
         )
         for chips, kib in ((("v5e", "v6e"), 98304), (("v5p", "tpu7x"), 49152))

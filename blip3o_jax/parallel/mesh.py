@@ -23,7 +23,7 @@ def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device] | None = None) -> j
     Raises ConfigError when the sizes do not multiply to the number of devices, with the sizes that would do.
     """
     if devices is None and cfg.cpu_devices:
-        _split_cpu(cfg.cpu_devices)
+        split_cpu(cfg.cpu_devices)
     devices = list(jax.devices() if devices is None else devices)
     sizes = [getattr(cfg, axis) for axis in AXES]
     if sizes.count(-1) > 1 or any(s == 0 or s < -1 for s in sizes):
@@ -64,12 +64,19 @@ def _over_slices(slices: int, sizes: list[int], devices: list[jax.Device]) -> np
     return mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
 
 
-def _split_cpu(count: int) -> None:
+def cpu_environment(count: int) -> dict[str, str]:
+    """Environment of a process that splits the CPU into `count` devices, to be set before JAX starts its backend."""
     # A device that waits for the others in a collective holds a thread of XLA's, and it may wait in several at once. With more
     # devices than cores there is one thread for each: the last device to come has been seen to find none, and all to wait for
     # ever. NPROC is what XLA takes for the number of cores when it makes its threads.
-    if count > (os.cpu_count() or 1):
-        os.environ.setdefault("NPROC", str(THREADS_PER_CPU_DEVICE * count))
+    many = count > (os.cpu_count() or 1)
+    return {"JAX_NUM_CPU_DEVICES": str(count)} | ({"NPROC": str(THREADS_PER_CPU_DEVICE * count)} if many else {})
+
+
+def split_cpu(count: int) -> None:
+    """Makes `count` devices of the CPU, unless this process has devices already."""
+    if threads := cpu_environment(count).get("NPROC"):
+        os.environ.setdefault("NPROC", threads)
     # An earlier run in this process may have settled it.
     with contextlib.suppress(RuntimeError):
         jax.config.update("jax_num_cpu_devices", count)

@@ -77,5 +77,5 @@ def test_more_cpu_devices_than_cores_have_threads_to_wait_in(monkeypatch, cores,
     monkeypatch.delenv("NPROC")
     monkeypatch.setattr(os, "cpu_count", lambda: cores)
     monkeypatch.setattr(jax.config, "update", lambda *_: None)
-    meshes._split_cpu(4)
+    meshes.split_cpu(4)
     assert os.environ.get("NPROC") == want

@@ -18,6 +18,7 @@ from blip3o_jax.bench.peer.worker import Arrays, Prepared, Task
 from blip3o_jax.blip3o import Blip3o, draw_noise
 from blip3o_jax.config import Config, DataConfig, LossConfig, MeshConfig, OptimizerConfig, UserError
 from blip3o_jax.dit import sampler
+from blip3o_jax.parallel.mesh import split_cpu
 from blip3o_jax.parallel.rules import Strategy
 from blip3o_jax.pipeline import PARTS, Pipeline
 from blip3o_jax.text.tokenizers import load_tokenizer
@@ -34,7 +35,7 @@ CHECKED_STEPS = 3  # the first moves nothing, at a learning rate of 0; the third
 class Side:
     def __init__(self, task: Task):
         if task.device == "cpu":
-            jax.config.update("jax_num_cpu_devices", task.jax_devices)
+            split_cpu(task.jax_devices)
         try:
             devices = jax.devices()
         except (RuntimeError, AssertionError) as error:  # the latter where jaxlib has no plugin for CUDA

@@ -9,9 +9,12 @@ import math
 from typing import Any
 
 import jax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from blip3o_jax.bench.cost import hlo
 from blip3o_jax.bench.cost.hlo import Program, Shape
+
+GATHERED = ("data", "fsdp")  # mesh axes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,18 +44,28 @@ def whole(program: Program, weights: Any, logits: Logits | None = None) -> list[
 
     `weights`: ShapeDtypeStructs with shardings, as the program is given them. A matrix by itself may be gathered.
     """
-    stacks = {
-        _dims(leaf.shape): "/".join(str(getattr(key, "key", key)) for key in path)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(weights)
-        if len(leaf.shape) - leaf.shape.count(1) > 2 and leaf.sharding.shard_shape(leaf.shape) != leaf.shape
-    }
+    stacks: dict[tuple[int, ...], list[str]] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(weights):
+        gathered = _gathered(leaf)
+        if len(leaf.shape) - leaf.shape.count(1) > 2 and leaf.sharding.shard_shape(leaf.shape) != gathered:
+            stacks.setdefault(_dims(gathered), []).append("/".join(str(getattr(key, "key", key)) for key in path))
     found = {}
     for op, shape in _results(program):
-        if name := stacks.get(_dims(shape.dims)):
-            found[f"all layers of {name} are gathered at once: {shape.dtype}{list(shape.dims)}"] = None
+        if names := stacks.get(_dims(shape.dims)):
+            found[f"all layers of {' or '.join(names)} are gathered at once: {shape.dtype}{list(shape.dims)}"] = None
         if logits and logits.are(shape):
             found[f"the logits of all {logits.positions} positions are held at once by {op.op_name or op.opcode}"] = None
     return list(found)
+
+
+def _gathered(leaf: Any) -> tuple[int, ...]:
+    """The shape on a device once a strategy has gathered it for the products: over the axes that the batch lies over too. What
+    is cut over others, such as heads, stays cut."""
+    spec = [
+        tuple(axis for axis in ((entry,) if isinstance(entry, str) else entry or ()) if axis not in GATHERED)
+        for entry in leaf.sharding.spec
+    ]
+    return NamedSharding(leaf.sharding.mesh, PartitionSpec(*spec)).shard_shape(leaf.shape)
 
 
 def _dims(shape: tuple[int, ...]) -> tuple[int, ...]:

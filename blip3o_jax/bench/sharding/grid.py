@@ -9,6 +9,7 @@ import dataclasses
 import datetime
 import itertools
 import json
+import math
 import pathlib
 import re
 import sys
@@ -76,6 +77,16 @@ def bench(
         options.step != "rollout" or config.stage == "joint",
         f"--step=rollout draws images, as stage 'joint' learns to: the config's stage is {config.stage!r}",
     )
+    from blip3o_jax.parallel import rules
+
+    for name in options.strategies:
+        check_choice("--strategy", name, rules.STRATEGIES)
+        alone = name.removeprefix("hybrid").removeprefix("_") or "fsdp"
+        check(
+            options.slices > 1 or not name.startswith("hybrid"),
+            f"--strategy={name} is for several slices: add --slices=2, or use {alone}",
+        )
+    check("strategy" not in options.chosen, "--config.mesh.strategy is not read here: use --strategy")
     places: list[topology.Topology | Present] = [topology.parse(text, options.slices) for text in options.topologies]
     if options.measure:
         places = [measure.find(config.mesh)]
@@ -162,8 +173,9 @@ def mesh_for(config: Config, strategy: str, where: topology.Topology | Present, 
     if "fsdp" not in chosen and "data" in chosen and config.mesh.data == -1:
         free["fsdp"] = 1
     mesh = dataclasses.replace(config.mesh, strategy=strategy, **free)
-    most = _most_shards(config)
-    if mesh.fsdp == -1 and "data" not in chosen and most and where.devices // where.slices > most * mesh.sequence * mesh.tensor:
+    rest = mesh.slices * mesh.sequence * mesh.tensor
+    most = math.gcd(_most_shards(config), where.devices // rest) if rest > 0 else 0
+    if mesh.fsdp == -1 and not {"data", "fsdp"} & chosen and 1 < most < where.devices // rest:
         mesh = dataclasses.replace(mesh, fsdp=most, data=-1)
     return mesh
 

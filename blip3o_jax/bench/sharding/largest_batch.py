@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from blip3o_jax.bench.sharding.compiled_step import FITS, Row, Task
+from blip3o_jax.bench.sharding.compiled_step import FITS, TOO_LARGE, Row, Task
 
 # The kinds of memory that do not grow with the batch.
 FIXED = ("parameters", "frozen", "optimizer", "averages", "weights", "program")
@@ -52,7 +52,8 @@ def largest(task: Task, compile_row: Callable[[Task], Row], tell: Callable[[str]
         search.learn(guess, row, size)
         if row["status"] == FITS or not best:
             best = row
-        if search.done or len(tried) == MOST:
+        # What ends otherwise than by the compiler's verdict, such as this machine's memory, says nothing of the batch.
+        if search.done or len(tried) == MOST or row["status"] not in (FITS, TOO_LARGE):
             return best | {"tried": tried}
         guess = search.guess()
 

@@ -40,7 +40,9 @@ class Present:
 
 def environment(mesh: MeshConfig) -> Mapping[str, str]:
     """Of a process that runs on the devices that are there."""
-    return {"JAX_NUM_CPU_DEVICES": str(mesh.cpu_devices)} if mesh.cpu_devices else {}
+    from blip3o_jax.parallel.mesh import cpu_environment
+
+    return cpu_environment(mesh.cpu_devices) if mesh.cpu_devices else {}
 
 
 def find(mesh: MeshConfig) -> Present:

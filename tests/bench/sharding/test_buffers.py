@@ -19,7 +19,8 @@ LAYERS, WIDTH = 3, 32
 
 @pytest.fixture(scope="module")
 def at():
-    mesh = jax.make_mesh((4,), ("fsdp",), devices=jax.devices()[:4], axis_types=(jax.sharding.AxisType.Auto,))
+    auto = (jax.sharding.AxisType.Auto,) * 2
+    mesh = jax.make_mesh((2, 2), ("fsdp", "tensor"), devices=jax.devices()[:4], axis_types=auto)
     return lambda *spec: NamedSharding(mesh, PartitionSpec(*spec))
 
 
@@ -28,19 +29,26 @@ def program(f, *args):
 
 
 @pytest.mark.parametrize("hoisted", [False, True])
-def test_layers_are_gathered_one_by_one(at, hoisted):
-    """A loop that is given its weights whole has gathered all of them before."""
-    stack = jax.ShapeDtypeStruct((LAYERS, WIDTH, WIDTH), jnp.float32, sharding=at(None, "fsdp"))
+@pytest.mark.parametrize(("tensor", "held"), [(None, 24), ("tensor", 12)])
+def test_layers_are_gathered_one_by_one(at, hoisted, tensor, held):
+    """A loop that is given its weights whole has gathered all of them before; what lies over `tensor` stays there."""
+    stack = jax.ShapeDtypeStruct((LAYERS, WIDTH, 24), jnp.float32, sharding=at(None, "fsdp", tensor))
     x = jax.ShapeDtypeStruct((8, WIDTH), jnp.float32, sharding=at("fsdp"))
+    pin = jax.lax.with_sharding_constraint
 
     def layer(x, w):
-        return jax.lax.with_sharding_constraint(jnp.tanh(x @ jax.lax.with_sharding_constraint(w, at())), at("fsdp")), None
+        y = pin(jnp.tanh(x @ pin(w, at(None, tensor))), at("fsdp", tensor))
+        return pin(jnp.pad(y, ((0, 0), (0, WIDTH - 24))), at("fsdp")), None
 
     def f(w, x):
-        return jax.lax.scan(layer, x, jax.lax.with_sharding_constraint(w, at()) if hoisted else w)[0]
+        return jax.lax.scan(layer, x, pin(w, at(None, None, tensor)) if hoisted else w)[0]
 
-    found = whole(program(f, {"ar": {"up": stack}}["ar"]["up"], x), {"ar": {"up": stack}})
-    assert found == (["all layers of ar/up are gathered at once: f32[3, 32, 32]"] if hoisted else [])
+    found = whole(program(f, stack, x), {"ar": {"up": stack}})
+    if not hoisted:
+        assert found == []
+    else:
+        assert found and all(line.startswith("all layers of ar/up are gathered at once: f32") for line in found)
+        assert any(str(held) in line for line in found)
 
 
 def test_what_layers_keep_of_a_row_is_no_weight(at):

@@ -9,6 +9,7 @@ from blip3o_jax.bench.sharding import apart, compiled_step, grid, topology
 from blip3o_jax.bench.sharding.measure import Present
 from blip3o_jax.config import MeshConfig, UserError
 from blip3o_jax.parallel.chips import CHIPS
+from blip3o_jax.parallel.mesh import cpu_environment
 from tests import tiny
 
 CONFIG = tiny.run_config()
@@ -53,4 +54,4 @@ def test_the_process_gets_the_flags_of_what_it_compiles_for(monkeypatch):
     here = dataclasses.replace(CONFIG, mesh=MeshConfig(cpu_devices=8))
     compiled_step.compile_apart(compiled_step.Task(here, Present(CHIPS["H100"], 8)))
     assert seen[0]["LIBTPU_INIT_ARGS"].endswith(" --xla_one=1") and seen[0]["JAX_PLATFORMS"] == "cpu"
-    assert seen[1] == {"JAX_NUM_CPU_DEVICES": "8"}, "as the user runs it"
+    assert seen[1] == cpu_environment(8), "as the user runs it"

@@ -191,6 +191,8 @@ def test_no_shard_is_narrower_than_a_tile():
     assert sizes("fsdp_tp", config, where) == [-1, 16, 1, 2]
     assert sizes("fsdp", config, topology.parse("v5p:2x2x2")) == [1, -1, 1, 1], "eight chips have room"
     assert sizes("fsdp", config, where, fsdp=64) == [1, 64, 1, 1], "what the user says"
+    assert sizes("fsdp", config, where, fsdp=-1) == [1, -1, 1, 1], "also when it is all of them"
+    assert sizes("fsdp_tp", config, topology.parse("v5p:4x4x5")) == [-1, 8, 1, 2], "16 into 40 does not go"
     assert sizes("fsdp", config_file.load("configs/pretrain.py:0.6b"), where) == [-1, 8, 1, 1]
 
 
@@ -212,6 +214,9 @@ def test_batch_per_chip():
         (["--topology=v5e:2x2", "--step=sample"], "--step='sample' is not one of train, rollout"),
         (["--topology=v5e:2x2", "--config.mesh.tensr=2"], "did you mean mesh.tensor"),
         (["--topology=v5e:2x2", "--measure"], "--measure runs on the devices that are here: leave --topology out"),
+        (["--topology=v5e:2x2", "--strategy=nonsense"], "--strategy='nonsense' is not one of dp, fsdp"),
+        (["--topology=v5e:2x2", "--strategy=hybrid_dp"], "for several slices: add --slices=2, or use dp"),
+        (["--topology=v5e:2x2", "--config.mesh.strategy=dp"], "--config.mesh.strategy is not read here: use --strategy"),
         (["--measure", "--slices=2"], "--slices=2"),
         (["--measure", "--batch_per_chip=max"], "--batch_per_chip=max asks a TPU compiler"),
         (["--measure", "--step=rollout", "--config.stage=tokenizer"], "the config's stage is 'tokenizer'"),

@@ -86,3 +86,16 @@ def test_batches_are_multiples_of_what_divides_over_the_mesh():
 def test_a_rollout_grows_in_prompts():
     row = largest_batch.largest(task("rollout"), compiler(8, 1.3, step="sampling"), lambda text: None)
     assert row["batch_per_chip"] == 5
+
+
+def test_a_compile_that_died_says_nothing_of_the_batch():
+    """The largest that the compiler let pass stays the answer, and what happened stands beside it."""
+
+    def compile_row(task):
+        if task.config.data.batch_size > WHERE.chips:
+            return {"status": FAILED, "error": "the compiling process ended with status -9"}
+        return {"status": FITS, "memory": {"parameters": GIB, "temporaries": GIB, "total": 2 * GIB, "capacity": 16 * GIB}}
+
+    row = largest_batch.largest(task(), compile_row, lambda text: None)
+    assert (row["status"], row["batch_per_chip"]) == (FITS, 1)
+    assert [t["status"] for t in row["tried"]] == [FITS, FAILED]
