@@ -111,10 +111,12 @@ def _sharding(args: argparse.Namespace) -> None:
     )
     names = ("config", "topology", "slices", "strategy", "step", "batch_per_chip", "measure", "out")
     flags = [f"--{name}={getattr(args, name)}" for name in names if getattr(args, name)]
-    flags += [f"--config.{key}={value}" for key, value in args.overrides]
+    flags += ["--keep_hlo"] * args.keep_hlo + [f"--config.{key}={value}" for key, value in args.overrides]
     command = shlex.join(["blip3o", "bench", "sharding", *flags])
     config = config_file.load(args.config, args.overrides)
-    grid.print_report(grid.bench(config, args.out, options, command))
+    report = grid.bench(config, args.out, options, command)
+    grid.print_report(report)
+    grid.check_any(report)
 
 
 def _add_anchors(kinds: Any, command: Callable) -> None:

@@ -21,9 +21,9 @@ from rich.console import Console
 from rich.table import Table
 
 from blip3o_jax.bench.sharding import largest_batch, measure, page, table, topology
-from blip3o_jax.bench.sharding.compiled_step import FITS, STEPS, Row, Task, compile_apart
+from blip3o_jax.bench.sharding.compiled_step import FITS, STEPS, TOO_LARGE, Row, Task, compile_apart
 from blip3o_jax.bench.sharding.measure import Present
-from blip3o_jax.config import Config, MeshConfig, check, check_choice
+from blip3o_jax.config import Config, MeshConfig, UserError, check, check_choice
 from blip3o_jax.text.vocabulary import NUM_SCALES
 
 STRATEGIES = ("fsdp", "fsdp_tp", "fsdp_sp", "dp")
@@ -253,6 +253,12 @@ def _line(row: Row) -> str:
         f"{text}  {row['memory']['total'] / GIB:.1f} GiB  predicted {table.seconds(row['step_s'])} s a {NAMES[row['step']]}"
         f"{measured}, MFU {row.get('measured', row)['mfu']:.1%}, limited by {row['limiter']}"
     )
+
+
+def check_any(report: dict[str, Any]) -> None:
+    """UserError where not one row came to a verdict."""
+    if not any(row["status"] in (FITS, TOO_LARGE) for row in report["rows"]):
+        raise UserError(f"bench sharding: nothing could be compiled; the first row says: {report['rows'][0]['error']}")
 
 
 def print_report(report: dict[str, Any]) -> None:

@@ -230,6 +230,13 @@ def test_what_cannot_be_ends_in_one_line(flags, says, tmp_path, capfd):
     assert says in error and error.startswith("blip3o: error: ") and "\n" not in error
 
 
+def test_a_grid_in_which_nothing_was_compiled_is_an_error():
+    rows = [{"status": REFUSED, "error": "does not divide"}, {"status": REFUSED, "error": "nor this"}]
+    with pytest.raises(UserError, match="nothing could be compiled; the first row says: does not divide"):
+        grid.check_any({"rows": rows})
+    grid.check_any({"rows": [*rows, {"status": TOO_LARGE}]})
+
+
 @pytest.mark.parametrize(
     ("flag", "says"),
     [
