@@ -27,8 +27,8 @@ __all__ = ["FAILED", "FITS", "REFUSED", "STEPS", "TOO_LARGE", "Row", "Task", "co
 class Task:
     """`config` with the mesh and the global batch that are meant; `step` of STEPS; `hlo`: where to keep the program's text;
     `measure`: how many times to run it. With `replicas`, parameters that do not divide over all chips are kept several times
-    over: mesh.data is doubled until they do. `loss` stands in for `stages.make_loss`; `flags` are the compiler's, beside those
-    of the launchers."""
+    over: mesh.data is doubled until they do. `loss` stands in for `stages.make_loss`; `flags` are the compiler's, in place
+    of the launchers'."""
 
     config: Config
     topology: topology.Topology | Present
@@ -46,7 +46,7 @@ def compile_apart(task: Task) -> Row:
         environment = dict(measure.environment(task.config.mesh))
     else:
         environment = topology.settings(task.topology.chip)
-        environment["LIBTPU_INIT_ARGS"] += f" {task.flags}"
+        environment["LIBTPU_INIT_ARGS"] = task.flags or environment["LIBTPU_INIT_ARGS"]
     return apart.run(functools.partial(compiled, task), environment)
 
 
