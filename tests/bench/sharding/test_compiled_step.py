@@ -50,8 +50,11 @@ def test_what_the_compiler_says_of_too_little_memory(message, used, capacity):
 def test_the_process_gets_the_flags_of_what_it_compiles_for(monkeypatch):
     seen = []
     monkeypatch.setattr(apart, "run", lambda work, environment: seen.append(environment) or {})
-    compiled_step.compile_apart(compiled_step.Task(CONFIG, topology.parse("v5e:2x2"), flags="--xla_one=1"))
+    where = topology.parse("v5e:2x2")
+    compiled_step.compile_apart(compiled_step.Task(CONFIG, where, flags="--xla_one=1"))
+    compiled_step.compile_apart(compiled_step.Task(CONFIG, where))
     here = dataclasses.replace(CONFIG, mesh=MeshConfig(cpu_devices=8))
     compiled_step.compile_apart(compiled_step.Task(here, Present(CHIPS["H100"], 8)))
-    assert seen[0]["LIBTPU_INIT_ARGS"].endswith(" --xla_one=1") and seen[0]["JAX_PLATFORMS"] == "cpu"
-    assert seen[1] == cpu_environment(8), "as the user runs it"
+    assert seen[0]["LIBTPU_INIT_ARGS"] == "--xla_one=1" and seen[0]["JAX_PLATFORMS"] == "cpu"
+    assert seen[1] == topology.settings(where.chip), "the launchers', where the task has none"
+    assert seen[2] == cpu_environment(8), "as the user runs it"
