@@ -1,7 +1,8 @@
 """What a compiled program costs, and how long it should take: a walk over its scheduled HLO.
 
-    matrix operations   max(FLOPs / peak, bytes / HBM rate, the compiler's estimated cycles / clock)
-    kernels             the same, with cycles counted in the compiler's bundles (kernels.py)
+    matrix operations   max(FLOPs / peak, bytes / HBM rate, cycles / clock): those of the compiler's schedule (bundles.py), or
+                        its estimate before that
+    kernels             the same, with cycles counted in such schedules once (kernels.py)
     everything else     bytes / HBM rate
     collectives         network.py
     loops               their body's cost times their turns
@@ -16,9 +17,11 @@ and reported by name.
 import collections
 import dataclasses
 import re
+from collections.abc import Mapping
 
 from blip3o_jax.bench.cost import hlo
 from blip3o_jax.bench.cost.branches import shares as branch_shares
+from blip3o_jax.bench.cost.bundles import Schedules
 from blip3o_jax.bench.cost.hlo import Computation, Op, Program
 from blip3o_jax.bench.cost.hlo_bytes import operation_bytes
 from blip3o_jax.bench.cost.hlo_flops import MATRIX, matrix_flops
@@ -116,10 +119,10 @@ class Cost:
                     setattr(mine[key], field.name, getattr(mine[key], field.name) + getattr(value, field.name) * times)
 
 
-def program_cost(program: Program | str, network: Network) -> Cost:
-    """Of a compiled program, or of one whose HLO's text is given."""
+def program_cost(program: Program | str, network: Network, bundles: Mapping[str, int] | None = None) -> Cost:
+    """Of a compiled program, or of one whose HLO's text is given; `bundles` of its operations as bundles.py reads them."""
     program = hlo.parse(program) if isinstance(program, str) else program
-    return _Walk(program, network).computation(program.computations[program.entry])
+    return _Walk(program, network, bundles or {}).computation(program.computations[program.entry])
 
 
 def scope(op_name: str) -> tuple[str, str]:
@@ -137,8 +140,9 @@ def _target(op: Op) -> str:
 
 
 class _Walk:
-    def __init__(self, program: Program, network: Network):
+    def __init__(self, program: Program, network: Network, bundles: Mapping[str, int]):
         self.program, self.network, self.chip = program, network, network.chip
+        self.schedules = Schedules(program, bundles, network.chip.cores)
         self.costs: dict[str, Cost] = {}
 
     def computation(self, computation: Computation) -> Cost:
@@ -240,7 +244,7 @@ class _Schedule:
         size = operation_bytes(self.walk.program, self.of, op)
         flops = self.walk.flops(self.of, op)
         known = bool(flops) or op.opcode in MEMORY or op.opcode == "fusion"
-        cycles = op.estimated_cycles if flops else 0
+        cycles = (self.walk.schedules.cycles(op) or op.estimated_cycles) if flops else 0
         if op.opcode == "custom-call":
             kernel = kernel_work(self.of, op, chip)
             known = kernel is not None or _target(op) in MEMORY_CALLS

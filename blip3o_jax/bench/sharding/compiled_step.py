@@ -8,10 +8,12 @@ import functools
 import pathlib
 import re
 import resource
+import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
 
+from blip3o_jax.bench.cost import bundles
 from blip3o_jax.bench.sharding import apart, measure, topology
 from blip3o_jax.bench.sharding.apart import FAILED, REFUSED
 from blip3o_jax.bench.sharding.measure import Present
@@ -43,15 +45,17 @@ class Task:
 def compile_apart(task: Task) -> Row:
     """`compiled` in a process of its own; a process that is killed becomes a row that says so."""
     if isinstance(task.topology, Present):
-        environment = dict(measure.environment(task.config.mesh))
-    else:
-        environment = topology.settings(task.topology.chip)
-        environment["LIBTPU_INIT_ARGS"] = task.flags or environment["LIBTPU_INIT_ARGS"]
-    return apart.run(functools.partial(compiled, task), environment)
+        return apart.run(functools.partial(compiled, task), dict(measure.environment(task.config.mesh)))
+    environment = topology.settings(task.topology.chip)
+    flags = task.flags or environment["LIBTPU_INIT_ARGS"]
+    with tempfile.TemporaryDirectory(prefix="blip3o-schedules-") as schedules:
+        environment["LIBTPU_INIT_ARGS"] = f"{flags} {bundles.flags(pathlib.Path(schedules))}"
+        return apart.run(functools.partial(compiled, task, pathlib.Path(schedules)), environment)
 
 
-def compiled(task: Task) -> Row:
-    """Compiles, then counts. Bytes and FLOPs are of one device, seconds predicted, but for those under "measured"."""
+def compiled(task: Task, schedules: pathlib.Path | None = None) -> Row:
+    """Compiles, then counts. Bytes and FLOPs are of one device, seconds predicted, but for those under "measured". `schedules`:
+    where the compiler has been told to write them (bench/cost/bundles.py)."""
     import jax
 
     from blip3o_jax.bench.cost import hlo, walk
@@ -82,7 +86,7 @@ def compiled(task: Task) -> Row:
     network = Network.of(chip, dict(mesh.shape), list(mesh.devices.flat))
     parsed = hlo.parse(text)
     row |= {"largest": buffers.largest(parsed), "whole": buffers.whole(parsed, work.weights, work.logits)}
-    row |= predicted(walk.program_cost(parsed, network))
+    row |= predicted(walk.program_cost(parsed, network, bundles.read(schedules) if schedules else None))
 
     row["useful_flops"] = work.useful_flops()
     row["compiler_flops"] = (program.cost_analysis() or {}).get("flops")
