@@ -13,6 +13,8 @@ from collections.abc import Mapping
 
 from blip3o_jax.bench.cost.hlo import Op, Program
 
+END = 500_000  # bytes; a bundle takes a line or some, and a loop begins after a few dozen
+
 
 def flags(directory: pathlib.Path) -> str:
     """For LIBTPU_INIT_ARGS: write the schedules, and nothing else, into `directory`."""
@@ -25,16 +27,23 @@ def read(directory: pathlib.Path) -> dict[str, int]:
     found = {}
     for path in directory.glob("*-final_bundles.txt"):
         name = re.fullmatch(r"\d+-(.+)-\d+-final_bundles", path.stem)
-        if name and (bundles := _turn(path.read_text(encoding="utf-8", errors="replace"))):
+        if name and (bundles := _turn(*_ends(path))):
             found[name[1]] = bundles
     return found
 
 
-def _turn(text: str) -> int:
+def _ends(path: pathlib.Path) -> tuple[str, str]:
+    """The beginning and the end of a text of up to tens of megabytes."""
+    with path.open("rb") as file:
+        head = file.read(END)
+        file.seek(max(0, path.stat().st_size - END))
+        return head.decode("utf-8", "replace"), file.read().decode("utf-8", "replace")
+
+
+def _turn(head: str, tail: str) -> int:
     """From the loop's first bundle to the last of all: what comes before it is run once, and what comes after is a few."""
-    body = re.search(r"^ *(0x[0-9a-f]+|0) +LB", text, flags=re.M)
-    # A bundle is a line or some; the last of them is near the end.
-    addresses = re.findall(r"^ *(0x[0-9a-f]+) ", text[-200_000:], flags=re.M)
+    body = re.search(r"^ *(0x[0-9a-f]+|0) +LB", head, flags=re.M)
+    addresses = re.findall(r"^ *(0x[0-9a-f]+) ", tail, flags=re.M)
     return int(addresses[-1], 16) - int(body[1], 16) + 1 if body and addresses else 0
 
 

@@ -30,7 +30,7 @@ class Task:
     """`config` with the mesh and the global batch that are meant; `step` of STEPS; `hlo`: where to keep the program's text;
     `measure`: how many times to run it. With `replicas`, parameters that do not divide over all chips are kept several times
     over: mesh.data is doubled until they do. `loss` stands in for `stages.make_loss`; `flags` are the compiler's, in place
-    of the launchers'."""
+    of the launchers'. Without `schedules` the compiler does not write them, and its estimates stand in for them."""
 
     config: Config
     topology: topology.Topology | Present
@@ -40,6 +40,7 @@ class Task:
     replicas: bool = False
     loss: Callable[[Config, int], Any] | None = None
     flags: str = ""
+    schedules: bool = True
 
 
 def compile_apart(task: Task) -> Row:
@@ -47,7 +48,9 @@ def compile_apart(task: Task) -> Row:
     if isinstance(task.topology, Present):
         return apart.run(functools.partial(compiled, task), dict(measure.environment(task.config.mesh)))
     environment = topology.settings(task.topology.chip)
-    flags = task.flags or environment["LIBTPU_INIT_ARGS"]
+    environment["LIBTPU_INIT_ARGS"] = flags = task.flags or environment["LIBTPU_INIT_ARGS"]
+    if not task.schedules:
+        return apart.run(functools.partial(compiled, task), environment)
     with tempfile.TemporaryDirectory(prefix="blip3o-schedules-") as schedules:
         environment["LIBTPU_INIT_ARGS"] = f"{flags} {bundles.flags(pathlib.Path(schedules))}"
         return apart.run(functools.partial(compiled, task, pathlib.Path(schedules)), environment)

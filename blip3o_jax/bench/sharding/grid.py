@@ -45,6 +45,7 @@ class Options:
     measure: int = 0
     chosen: frozenset[str] = frozenset()
     keep_hlo: bool = False
+    schedules: bool = True  # see Task
 
     def __post_init__(self) -> None:
         check_choice("--step", self.step, STEPS)
@@ -145,6 +146,7 @@ def make_task(config: Config, where: topology.Topology | Present, strategy: str,
         step=options.step,
         measure=options.measure,
         replicas=mesh.fsdp == -1 and not chosen,
+        schedules=options.schedules,
     )
     if options.batch_per_chip:
         return largest_batch.with_batch(task, options.batch_per_chip * where.chips)

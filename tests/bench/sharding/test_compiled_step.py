@@ -53,6 +53,7 @@ def test_the_process_gets_the_flags_of_what_it_compiles_for(monkeypatch):
     where = topology.parse("v5e:2x2")
     compiled_step.compile_apart(compiled_step.Task(CONFIG, where, flags="--xla_one=1"))
     compiled_step.compile_apart(compiled_step.Task(CONFIG, where))
+    compiled_step.compile_apart(compiled_step.Task(CONFIG, where, schedules=False))
     here = dataclasses.replace(CONFIG, mesh=MeshConfig(cpu_devices=8))
     compiled_step.compile_apart(compiled_step.Task(here, Present(CHIPS["H100"], 8)))
     recommended = topology.settings(where.chip)
@@ -60,4 +61,5 @@ def test_the_process_gets_the_flags_of_what_it_compiles_for(monkeypatch):
     flags = [environment["LIBTPU_INIT_ARGS"].split(of_schedules)[0] for environment in seen[:2]]
     assert flags == ["--xla_one=1", recommended["LIBTPU_INIT_ARGS"]], "the launchers', where the task has none"
     assert all(of_schedules in e["LIBTPU_INIT_ARGS"] and e["JAX_PLATFORMS"] == "cpu" for e in seen[:2])
-    assert seen[2] == cpu_environment(8), "as the user runs it"
+    assert seen[2] == recommended, "no schedules asked for"
+    assert seen[3] == cpu_environment(8), "as the user runs it"
