@@ -33,7 +33,7 @@ PARTS = ("tokenizer", "text_tower", "ar", "connector", "dit", "vae", "patch_read
 
 class Blip3o(nnx.Module):
     """The parts named in `parts`, as attributes of those names; each is initialised from its own key, so that a part's
-    initial weights do not depend on which others are there."""
+    initial weights do not depend on which others are there, nor on whether it has low-rank factors (nn.Linear)."""
 
     def __init__(self, cfg: ModelConfig, parts: Iterable[str], *, seed: int):
         plain = dataclasses.replace(cfg.connector, positions=False)
@@ -56,7 +56,8 @@ class Blip3o(nnx.Module):
         }
         self.cfg = cfg
         for name in parts:
-            setattr(self, name, make[name](nnx.Rngs(jax.random.fold_in(jax.random.key(seed), PARTS.index(name)))))
+            key = jax.random.fold_in(jax.random.key(seed), PARTS.index(name))
+            setattr(self, name, make[name](nnx.Rngs(key, lora=jax.random.fold_in(key, 0))))
 
     def codes(self, pixels_BHWC: jax.Array) -> jax.Array:
         """uint8 pixels at the tokenizer's size -> codebook indices [B, N]."""

@@ -37,6 +37,37 @@ REMAT = ("none", "full", "dots", "offload")
 
 
 @dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters (arXiv 2106.09685) beside the kernels of a part's stacked layers: y = x W + alpha / rank (x A) B,
+    A [in, rank] drawn, B [rank, out] zero at first. They are float32 whatever the kernels are; `trainable=('.*/lora_.*',)`
+    trains nothing else. `blip3o convert export` writes the sums."""
+
+    rank: int = 0  # 0: none
+    alpha: float = 32.0
+    targets: tuple[str, ...] = ()  # names of the linear layers that have them
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank if self.rank else 0.0
+
+    def of(self, name: str) -> "LoraConfig | None":
+        """What the linear layer of this name has, or None."""
+        return self if self.rank and name in self.targets else None
+
+    def check(self, part: str, names: tuple[str, ...]) -> None:
+        """ConfigError unless `names`, the layers that can have them, hold all targets."""
+        check(self.rank >= 0, f"{part}.lora.rank={self.rank} must be 0 (off) or more")
+        check(math.isfinite(self.alpha), f"{part}.lora.alpha={self.alpha} must be a finite number")
+        check(bool(self.targets) or not self.rank, f"{part}.lora.targets is empty: name some of {', '.join(names)}, or rank 0")
+        for name in self.targets:
+            check_choice(f"{part}.lora.targets", name, names)
+
+
+QWEN3_LINEAR = ("q", "k", "v", "o", "gate", "up", "down")
+SANA_LINEAR = ("q", "k", "v", "o", "expand", "contract")  # of both attentions, and of the feed-forward around its convolution
+
+
+@dataclasses.dataclass(frozen=True)
 class Qwen3Config:
     """Fields of `transformers.Qwen3Config`. `vocab_size` counts the rows in use; the rows stored are padded up to a multiple
     of `vocab_multiple` so that the table shards evenly (`Vocabulary` in text/ owns the ids)."""
@@ -62,8 +93,10 @@ class Qwen3Config:
     remat: str = "full"
     unroll: bool = False  # lay the layer loop out: faster on CPUs, slower to compile
     attention: str = "auto"  # over whole rows: by the platform ("auto"), or "xla", "splash" (TPU), "cudnn" (GPU)
+    lora: LoraConfig = LoraConfig(targets=QWEN3_LINEAR)
 
     def __post_init__(self) -> None:
+        self.lora.check("ar", QWEN3_LINEAR)
         check_choice("ar.remat", self.remat, REMAT)
         check_choice("ar.attention", self.attention, ("auto", "xla", "splash", "cudnn"))
         check(
@@ -206,12 +239,14 @@ class SanaConfig:
     param_dtype: str = "float32"
     remat: str = "full"
     unroll: bool = False  # lay the layer loop out: faster on CPUs, slower to compile
+    lora: LoraConfig = LoraConfig(targets=SANA_LINEAR)
 
     @property
     def hidden_size(self) -> int:
         return self.num_attention_heads * self.attention_head_dim
 
     def __post_init__(self) -> None:
+        self.lora.check("dit", SANA_LINEAR)
         check_choice("dit.remat", self.remat, REMAT)
         check(
             self.num_cross_attention_heads * self.cross_attention_head_dim == self.cross_attention_dim,
@@ -472,6 +507,91 @@ class SamplingConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class RewardConfig:
+    """One term of the weighted sum of rewards. `name`: one of rl/rewards/ or "python:MODULE.FUNCTION"; `options`, {option:
+    value}, are the reward's own. `clip`: bounds that its score is clipped to before it is weighed."""
+
+    name: str = ""
+    weight: float = 1.0
+    clip: tuple[float, float] | None = None
+    options: tuple[tuple[str, str], ...] = ()
+
+    def __post_init__(self) -> None:
+        check(
+            math.isfinite(self.weight) and self.weight != 0, f"rl.rewards: weight={self.weight} of {self.name} must be finite"
+        )
+        check(not self.clip or self.clip[0] < self.clip[1], f"rl.rewards: clip={self.clip} of {self.name} must be (low, high)")
+
+
+@dataclasses.dataclass(frozen=True)
+class FlowPolicyConfig:
+    """Flow-GRPO (arXiv 2505.05470): the sampler of the diffusion head as a policy."""
+
+    steps: int = 10  # of the stochastic sampler in a rollout
+    trained: int = 4  # of these, drawn at random for each rollout, are kept and trained on
+    noise: float = 0.7  # the stochastic sampler's a; 0 would be the Euler sampler, which has no probabilities
+    clip: float = 1e-3  # of the ratio, on both sides: a step's log-probability is a mean over the latents
+    kl: float = 0.01  # weight of the KL divergence to the policy that the run starts from
+
+    def __post_init__(self) -> None:
+        check(self.steps > 1, f"rl.flow.steps={self.steps} must be 2 or more")
+        check(
+            0 < self.trained < self.steps,
+            f"rl.flow.trained={self.trained} must lie between 1 and {self.steps - 1}: the last of rl.flow.steps has no noise",
+        )
+        check(self.noise > 0, f"rl.flow.noise={self.noise} must be positive")
+        check(self.clip > 0, f"rl.flow.clip={self.clip} must be positive")
+        check(self.kl >= 0, f"rl.flow.kl={self.kl} must be 0 (off) or more")
+
+
+@dataclasses.dataclass(frozen=True)
+class RlConfig:
+    """Online reinforcement learning (`blip3o rl`) from the checkpoint that `checkpoint.init_from` names. Defaults are the
+    published recipe's (arXiv 2510.15857)."""
+
+    policy: str = "ar"  # "ar": GRPO on the image tokens; "flow": Flow-GRPO on the diffusion head; "both"
+    prompts_file: str = ""  # JSON lines {"prompt" or "caption": ..., and what the rewards read}, or plain text, one a line
+    prompts: int = 8  # prompts of a rollout
+    group: int = 16  # images of each, which are compared with each other
+    # How image tokens and latents are drawn in a rollout; `rollout.batch_size` images at once.
+    rollout: SamplingConfig = SamplingConfig(top_k=0, top_p=1.0)
+    updates: int = 1  # optimizer steps on a rollout
+    advantage: str = "std"  # reward - mean of the group, over its deviation ("std") or not ("mean", as in Dr. GRPO)
+    advantage_epsilon: float = 1e-4
+    # Sum of the token losses over: all tokens ("bnpo"), each row's own and then rows ("grpo"), a constant ("dr_grpo").
+    normalise: str = "bnpo"
+    ratio: str = "token"  # or "sequence": one ratio an image, the geometric mean over its tokens (GSPO)
+    clip: tuple[float, float] = (0.2, 0.2)  # of the ratio, downwards and upwards; DAPO clips higher upwards
+    kl: float = 0.001  # weight of the KL divergence to the policy that the run starts from; 0 keeps no second policy
+    refill: int = 0  # DAPO: up to so many further rollouts to put other prompts in the place of groups without a difference
+    logits_chunk: int = 128  # image tokens a row whose logits are held at once
+    max_ratio_gap: float = 0.0  # |ratio - 1| before the first update above which the run stops; 0 only warns
+    rewards: tuple[RewardConfig, ...] = ()
+    workers: int = 0  # reward processes of each host; 0: as many as it has cores
+    timeout: float = 60.0  # seconds that a worker may take for one image
+    retries: int = 1  # of an image whose reward failed
+    max_failed: float = 0.1  # share of a rollout's images without a reward above which the run stops
+    stale: bool = False  # train on the rollout before, while rewards of this one are computed
+    samples_every: int = 10  # rollouts between two pictures of the best and worst samples
+    flow: FlowPolicyConfig = FlowPolicyConfig()
+
+    def __post_init__(self) -> None:
+        check_choice("rl.policy", self.policy, ("ar", "flow", "both"))
+        check_choice("rl.advantage", self.advantage, ("std", "mean"))
+        check_choice("rl.normalise", self.normalise, ("bnpo", "grpo", "dr_grpo"))
+        check_choice("rl.ratio", self.ratio, ("token", "sequence"))
+        for name in ("prompts", "updates", "logits_chunk", "samples_every"):
+            check(getattr(self, name) > 0, f"rl.{name}={getattr(self, name)} must be positive")
+        check(self.group > 1, f"rl.group={self.group} must be 2 or more: an image is compared with others of its prompt")
+        for name in ("kl", "refill", "max_ratio_gap", "workers", "retries"):
+            check(getattr(self, name) >= 0, f"rl.{name}={getattr(self, name)} must be 0 or more")
+        check(min(self.clip) > 0 and self.clip[0] < 1, f"rl.clip={self.clip} must be (downwards, upwards), as in (0.2, 0.2)")
+        check(self.timeout > 0, f"rl.timeout={self.timeout} is a number of seconds")
+        check(0 <= self.max_failed <= 1, f"rl.max_failed={self.max_failed} is a share of the images: 0 to 1")
+        check(self.rollout.temperature > 0, "rl.rollout.temperature=0 leaves nothing to compare: images of a group must differ")
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     """A run: one stage on one model, data mixture and mesh."""
 
@@ -492,6 +612,7 @@ class Config:
     mesh: MeshConfig = MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     sampling: SamplingConfig = SamplingConfig()
+    rl: RlConfig = RlConfig()
 
     def __post_init__(self) -> None:
         check_choice("stage", self.stage, STAGES)

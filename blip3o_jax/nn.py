@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from blip3o_jax.config import LoraConfig
 from blip3o_jax.convolution import conv2d, upsampled_conv2d
 
 # A resolver answers, for (part, logical names, shape), with a sharding or None for "leave it to the compiler".
@@ -95,16 +96,25 @@ ones = jax.nn.initializers.ones
 
 
 def param(
-    rngs: nnx.Rngs, shape: Sequence[int], axes: Sequence[str | None], init: Callable, dtype: Any = jnp.float32
+    rngs: nnx.Rngs,
+    shape: Sequence[int],
+    axes: Sequence[str | None],
+    init: Callable,
+    dtype: Any = jnp.float32,
+    stream: str = "params",
 ) -> nnx.Param:
-    """A parameter with one logical axis name (or None) per dimension, kept as `Param.axes`."""
+    """A parameter with one logical axis name (or None) per dimension, kept as `Param.axes`; drawn from `stream` of `rngs`."""
     if len(shape) != len(axes):
         raise ValueError(f"param: shape {tuple(shape)} has {len(shape)} dimensions, axes {tuple(axes)} name {len(axes)}")
-    return nnx.Param(init(rngs.params(), tuple(shape), jnp.dtype(dtype)), axes=tuple(axes))
+    return nnx.Param(init(rngs[stream](), tuple(shape), jnp.dtype(dtype)), axes=tuple(axes))
 
 
 class Linear(nnx.Module):
-    """y = x @ kernel + bias over the last dimension; `torch.nn.Linear` with the kernel transposed to [in, out]."""
+    """y = x @ kernel + bias over the last dimension; `torch.nn.Linear` with the kernel transposed to [in, out].
+
+    With `lora` (LoraConfig), y += alpha / rank (x @ lora_a) @ lora_b. The factors come from a stream of their own, so that
+    the other parameters are drawn as they would be without.
+    """
 
     def __init__(
         self,
@@ -117,13 +127,21 @@ class Linear(nnx.Module):
         dtype: Any = jnp.float32,
         param_dtype: Any = jnp.float32,
         init: Callable | None = None,
+        lora: LoraConfig | None = None,
     ):
         self.kernel = param(rngs, (d_in, d_out), axes, init or fan_in(), param_dtype)
         self.bias = param(rngs, (d_out,), (axes[1],), zeros, param_dtype) if bias else None
+        self.lora_a = param(rngs, (d_in, lora.rank), (axes[0], None), fan_in(), stream="lora") if lora else None
+        self.lora_b = param(rngs, (lora.rank, d_out), (None, axes[1]), zeros, stream="lora") if lora else None
+        self.lora_scale = lora.scale if lora else 0.0
         self.dtype = jnp.dtype(dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = _matmul(x.astype(self.dtype), self.kernel[...].astype(self.dtype))
+        x = x.astype(self.dtype)
+        y = _matmul(x, self.kernel[...].astype(self.dtype))
+        if self.lora_a is not None:
+            low = _matmul(x, self.lora_a[...].astype(self.dtype)) * self.lora_scale
+            y += _matmul(low, self.lora_b[...].astype(self.dtype))
         return y if self.bias is None else y + self.bias[...].astype(self.dtype)
 
 

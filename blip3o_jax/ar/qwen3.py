@@ -21,10 +21,10 @@ class Attention(nnx.Module):
     def __init__(self, cfg: Qwen3Config, *, rngs: nnx.Rngs):
         d, heads, kv_heads = cfg.hidden_size, cfg.num_attention_heads, cfg.num_key_value_heads
         self.head_dim = cfg.head_dim
-        self.q = _linear(cfg, d, heads * cfg.head_dim, ("embed", "heads"), rngs)
-        self.k = _linear(cfg, d, kv_heads * cfg.head_dim, ("embed", "kv_heads"), rngs)
-        self.v = _linear(cfg, d, kv_heads * cfg.head_dim, ("embed", "kv_heads"), rngs)
-        self.o = _linear(cfg, heads * cfg.head_dim, d, ("heads", "embed"), rngs)
+        self.q = _linear(cfg, d, heads * cfg.head_dim, ("embed", "heads"), rngs, "q")
+        self.k = _linear(cfg, d, kv_heads * cfg.head_dim, ("embed", "kv_heads"), rngs, "k")
+        self.v = _linear(cfg, d, kv_heads * cfg.head_dim, ("embed", "kv_heads"), rngs, "v")
+        self.o = _linear(cfg, heads * cfg.head_dim, d, ("heads", "embed"), rngs, "o")
         self.q_norm = _norm(cfg, cfg.head_dim, rngs)
         self.k_norm = _norm(cfg, cfg.head_dim, rngs)
 
@@ -47,9 +47,9 @@ class Mlp(nnx.Module):
 
     def __init__(self, cfg: Qwen3Config, *, rngs: nnx.Rngs):
         d, f = cfg.hidden_size, cfg.intermediate_size
-        self.gate = _linear(cfg, d, f, ("embed", "mlp"), rngs)
-        self.up = _linear(cfg, d, f, ("embed", "mlp"), rngs)
-        self.down = _linear(cfg, f, d, ("mlp", "embed"), rngs)
+        self.gate = _linear(cfg, d, f, ("embed", "mlp"), rngs, "gate")
+        self.up = _linear(cfg, d, f, ("embed", "mlp"), rngs, "up")
+        self.down = _linear(cfg, f, d, ("mlp", "embed"), rngs, "down")
 
     def __call__(self, x_BLD: jax.Array) -> jax.Array:
         h_BLF = jax.nn.silu(self.gate(x_BLD)) * self.up(x_BLD)
@@ -86,7 +86,7 @@ class Qwen3(nnx.Module):
         self.embedding = nn.param(rngs, (rows, d), ("vocab", "embed"), nn.normal(cfg.embedding_deviation), cfg.param_dtype)
         self.layers = nn.stack(lambda rngs: Layer(cfg, rngs=rngs), cfg.num_hidden_layers, rngs)
         self.norm = _norm(cfg, d, rngs)
-        self.lm_head = None if cfg.tie_word_embeddings else _linear(cfg, d, rows, ("embed", "vocab"), rngs)
+        self.lm_head = None if cfg.tie_word_embeddings else _linear(cfg, d, rows, ("embed", "vocab"), rngs, "lm_head")
 
     def embed(self, tokens_BL: jax.Array) -> jax.Array:
         """Ids -> embeddings [B, L, D] in the compute dtype."""
@@ -187,9 +187,9 @@ def grow_table(table_VD: jax.Array, used: int, rows: int) -> jax.Array:
     return jnp.concatenate([kept_VD, jnp.broadcast_to(mean_D, (rows - used, table_VD.shape[1]))])
 
 
-def _linear(cfg: Qwen3Config, d_in: int, d_out: int, axes: tuple[str, str], rngs: nnx.Rngs) -> nn.Linear:
-    init = nn.normal(cfg.initializer_range)
-    return nn.Linear(d_in, d_out, axes, rngs=rngs, bias=False, dtype=cfg.dtype, param_dtype=cfg.param_dtype, init=init)
+def _linear(cfg: Qwen3Config, d_in: int, d_out: int, axes: tuple[str, str], rngs: nnx.Rngs, name: str) -> nn.Linear:
+    own = {"init": nn.normal(cfg.initializer_range), "lora": cfg.lora.of(name)}
+    return nn.Linear(d_in, d_out, axes, rngs=rngs, bias=False, dtype=cfg.dtype, param_dtype=cfg.param_dtype, **own)
 
 
 def _norm(cfg: Qwen3Config, dim: int, rngs: nnx.Rngs) -> nn.RMSNorm:

@@ -20,6 +20,7 @@ from blip3o_jax.config import Config, TextConfig, UserError
 from blip3o_jax.convert.directory import check_space, whole_directory
 from blip3o_jax.convert.mapping import Group, groups
 from blip3o_jax.convert.memory import PeakMemory
+from blip3o_jax.convert.merged import MergedWeights
 from blip3o_jax.convert.progress import Progress
 from blip3o_jax.convert.record import Record, read_record
 from blip3o_jax.convert.source import EMBEDDINGS, HEAD, SECTION
@@ -28,9 +29,10 @@ from blip3o_jax.convert.ta_tok_args import args_of, overrides_of
 from blip3o_jax.convert.tables import PREFIXES, Shape
 from blip3o_jax.convert.tensor_files import ShardedWriter, Tensor, cast
 from blip3o_jax.convert.text_files import write_text_files
+from blip3o_jax.lora import base_config
 from blip3o_jax.text.tokenizers import load_tokenizer
 from blip3o_jax.text.vocabulary import NUM_SCALES, Vocabulary
-from blip3o_jax.train.checkpoint import Weights, find, read_config, write_json
+from blip3o_jax.train.checkpoint import find, read_config, write_json
 
 READ_AT_ONCE = 2**27  # bytes
 STOCK_PARTS = ("ar", "dit", "vae", "ta_tok")
@@ -64,13 +66,16 @@ def export_weights(
 ) -> Summary:
     """Writes the directory `out`, complete or not at all: the BLIP3o-NEXT layout, or the stock directories of `parts`.
 
-    `dtype` "" keeps the checkpoint's. UserError where the checkpoint lacks a part, or averages that `ema` asks for.
+    `dtype` "" keeps the checkpoint's. Low-rank factors are merged (merged.py), and the sums rounded to the dtype written.
+    UserError where the checkpoint lacks a part, or averages that `ema` asks for.
     """
     began = time.monotonic()
     root, step = find(source)
     config = read_config(root)
+    weights = MergedWeights(root, step, config.model, ema=ema)
+    config = dataclasses.replace(config, model=base_config(config.model))
     record, unread = read_record(root)
-    exporter = _Exporter(config, root, Weights(root, step, ema=ema), record, unread, dtype, max_shard_bytes)
+    exporter = _Exporter(config, root, weights, record, unread, dtype, max_shard_bytes)
     exporter.check(parts)
     check_space(out, exporter.size_of(parts))
     with whole_directory(out, overwrite=overwrite, sources=(root,)) as directory, PeakMemory() as memory:
@@ -89,7 +94,7 @@ class _Exporter:
         self,
         config: Config,
         root: pathlib.Path,
-        weights: Weights,
+        weights: MergedWeights,
         record: Record | None,
         unread: dict[str, Tensor],
         dtype: str,
@@ -215,6 +220,8 @@ class _Exporter:
         writer.close()
         self.size += size
         self.count += len(places)
+        merged = [part for part in self.weights.merged_parts if any(plan.part == part for plan in planned)]
+        self.notes += [f"low-rank factors of {part} were merged into its weights" for part in merged]
 
     def _read(self, planned: Sequence["_Planned"]) -> Iterator[tuple["_Planned", dict[str, Any]]]:
         """Each with its parameters: small ones read several at a time, since every reading has its price; large stacks opened,

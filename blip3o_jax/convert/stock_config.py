@@ -14,7 +14,7 @@ from blip3o_jax.config import DcAeConfig, FlowConfig, ModelConfig, Qwen3Config, 
 from blip3o_jax.vae.dc_ae import check_config as check_dc_ae
 
 # What this package adds to the fields of the stock classes.
-OWN_FIELDS = frozenset({"dtype", "param_dtype", "remat", "unroll", "attention", "vocab_multiple", "embedding_range"})
+OWN_FIELDS = frozenset({"dtype", "param_dtype", "remat", "unroll", "attention", "vocab_multiple", "embedding_range", "lora"})
 REQUIRED = object()
 
 

@@ -3,6 +3,9 @@
 Weights are read group by group (mapping.py) and compared bit by bit in the checkpoint's dtype. PyTorch's outputs come from the
 stock classes, filled from the files under the files' own names (compare.py): a fault in the tables shows there, even where it
 is the same in both directions and all weights agree.
+
+A checkpoint with low-rank factors is compared with the files that an export merges them into: by what the merge comes to in the
+files' dtype, and by the outputs of the network that keeps them apart.
 """
 
 import dataclasses
@@ -17,12 +20,14 @@ import numpy as np
 from blip3o_jax import config as config_lib
 from blip3o_jax.config import Config, ModelConfig, UserError
 from blip3o_jax.convert.mapping import Group, groups
+from blip3o_jax.convert.merged import MergedWeights
 from blip3o_jax.convert.progress import Progress
 from blip3o_jax.convert.report import Difference, PartReport, Report
 from blip3o_jax.convert.source import Source, open_source
 from blip3o_jax.convert.stock_config import OWN_FIELDS
 from blip3o_jax.convert.tables import PREFIXES
-from blip3o_jax.train.checkpoint import Weights, find, read_config
+from blip3o_jax.lora import base_config
+from blip3o_jax.train.checkpoint import find, read_config
 
 JOINT = ("ar", "connector", "dit")  # what the joint losses on codes and latents take
 
@@ -49,7 +54,9 @@ def verify(
     initialise = tuple(initialise)
     source = open_source(torch_dir, diffusion=diffusion, ta_tok=ta_tok, ta_tok_config=ta_tok_config, initialise=initialise)
     root, step = find(checkpoint)
-    config, weights = read_config(root), Weights(root, step, ema=ema)
+    config = read_config(root)
+    weights = MergedWeights(root, step, config.model, ema=ema)
+    merged = dataclasses.replace(config, model=base_config(config.model))
     given = [part for part in PREFIXES if source.tensors.get(part)]
     for name in parts:
         config_lib.check_choice("--parts", name, given)
@@ -59,17 +66,17 @@ def verify(
             f"{root} holds no part {', '.join(missing)}, only {', '.join(weights.parts)}: name those to compare with --parts"
         )
     for part in chosen:
-        _check_same_tensors(part, source, config, torch_dir, root)
+        _check_same_tensors(part, source, merged, torch_dir, root)
 
     progress = Progress("verify", sum(t.nbytes for part in chosen for t in source.tensors[part].values()))
     sides = compare.Sides(source, checkpoint, config, ema)
     reports = []
     for part in chosen:
-        differing = _compare_weights(part, source, config.model, weights, progress)
+        differing = _compare_weights(part, source, merged.model, weights, progress)
         _say(f"{part}  outputs")
         outputs = sides.compare((part,), compare.runs(part, source, seed))
         reports.append(PartReport(part, len(source.tensors[part]), differing, outputs))
-    notes = _notes(source, config, chosen)
+    notes = _notes(source, merged, chosen)
     if skipped := _no_joint(chosen, initialise):
         notes.append(f"joint losses were not compared: {skipped}")
     else:
@@ -106,17 +113,18 @@ def _check_same_tensors(part: str, source: Source, config: Config, torch_dir: pa
 
 
 def _compare_weights(
-    part: str, source: Source, cfg: ModelConfig, weights: Weights, progress: Progress
+    part: str, source: Source, cfg: ModelConfig, weights: MergedWeights, progress: Progress
 ) -> tuple[Difference, ...]:
-    """The tensors of a part that are not equal bit by bit, in the wider of both dtypes."""
+    """The tensors of a part that are not equal bit by bit, in the wider of both dtypes; sums in that of the files."""
     differing = []
     for group in groups(part, cfg):
         arrays = weights.read(part, group.shapes)
         for layer, (key, shape) in enumerate(group.tensors.items()):
             tensor = source.tensors[part][key]
             got = group.to_torch({p: a[layer] if group.rule.stacked else a for p, a in arrays.items()}, shape)
-            wider = jax.numpy.promote_types(got.dtype, tensor.dtype)
-            got, want = got.astype(wider), tensor.read().astype(wider)
+            merged = any(weights.is_merged(part, path) for path in group.shapes)
+            dtype = tensor.dtype if merged else jax.numpy.promote_types(got.dtype, tensor.dtype)
+            got, want = got.astype(dtype), tensor.read().astype(dtype)
             rows = _shared_rows(group, source)
             if not _same_bits(got[:rows], want[:rows]):
                 differing.append(Difference(tensor.key, _greatest(got[:rows], want[:rows])))

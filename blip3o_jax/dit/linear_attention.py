@@ -36,10 +36,10 @@ class LinearAttention(nnx.Module):
     def __init__(self, cfg: SanaConfig, *, rngs: nnx.Rngs):
         d, types = cfg.hidden_size, {"dtype": cfg.dtype, "param_dtype": cfg.param_dtype}
         self.head_dim = cfg.attention_head_dim
-        self.q = nn.Linear(d, d, ("embed", "heads"), rngs=rngs, bias=False, **types)
-        self.k = nn.Linear(d, d, ("embed", "heads"), rngs=rngs, bias=False, **types)
-        self.v = nn.Linear(d, d, ("embed", "heads"), rngs=rngs, bias=False, **types)
-        self.o = nn.Linear(d, d, ("heads", "embed"), rngs=rngs, **types)
+        self.q = nn.Linear(d, d, ("embed", "heads"), rngs=rngs, lora=cfg.lora.of("q"), bias=False, **types)
+        self.k = nn.Linear(d, d, ("embed", "heads"), rngs=rngs, lora=cfg.lora.of("k"), bias=False, **types)
+        self.v = nn.Linear(d, d, ("embed", "heads"), rngs=rngs, lora=cfg.lora.of("v"), bias=False, **types)
+        self.o = nn.Linear(d, d, ("heads", "embed"), rngs=rngs, lora=cfg.lora.of("o"), **types)
         self.q_norm = across_heads_norm(cfg, rngs)
         self.k_norm = across_heads_norm(cfg, rngs)
 

@@ -42,10 +42,10 @@ class CrossAttention(nnx.Module):
     def __init__(self, cfg: SanaConfig, *, rngs: nnx.Rngs):
         d, types = cfg.hidden_size, {"dtype": cfg.dtype, "param_dtype": cfg.param_dtype}
         self.head_dim = cfg.cross_attention_head_dim
-        self.q = nn.Linear(d, d, ("embed", "heads"), rngs=rngs, **types)
-        self.k = nn.Linear(d, d, ("embed", "heads"), rngs=rngs, **types)
-        self.v = nn.Linear(d, d, ("embed", "heads"), rngs=rngs, **types)
-        self.o = nn.Linear(d, d, ("heads", "embed"), rngs=rngs, **types)
+        self.q = nn.Linear(d, d, ("embed", "heads"), rngs=rngs, lora=cfg.lora.of("q"), **types)
+        self.k = nn.Linear(d, d, ("embed", "heads"), rngs=rngs, lora=cfg.lora.of("k"), **types)
+        self.v = nn.Linear(d, d, ("embed", "heads"), rngs=rngs, lora=cfg.lora.of("v"), **types)
+        self.o = nn.Linear(d, d, ("heads", "embed"), rngs=rngs, lora=cfg.lora.of("o"), **types)
         self.q_norm = across_heads_norm(cfg, rngs)
         self.k_norm = across_heads_norm(cfg, rngs)
 
@@ -77,9 +77,9 @@ class MixFfn(nnx.Module):
     def __init__(self, cfg: SanaConfig, *, rngs: nnx.Rngs):
         d, f = cfg.hidden_size, int(cfg.mlp_ratio * cfg.hidden_size)
         types = {"dtype": cfg.dtype, "param_dtype": cfg.param_dtype}
-        self.expand = nn.Linear(d, 2 * f, ("embed", "mlp"), rngs=rngs, **types)
+        self.expand = nn.Linear(d, 2 * f, ("embed", "mlp"), rngs=rngs, lora=cfg.lora.of("expand"), **types)
         self.depthwise = nn.DepthwiseConv(2 * f, 3, rngs=rngs, axis="mlp", **types)
-        self.contract = nn.Linear(f, d, ("mlp", "embed"), rngs=rngs, bias=False, **types)
+        self.contract = nn.Linear(f, d, ("mlp", "embed"), rngs=rngs, lora=cfg.lora.of("contract"), bias=False, **types)
 
     def __call__(self, x_BND: jax.Array, grid: tuple[int, int]) -> jax.Array:
         batch, tokens, _ = x_BND.shape

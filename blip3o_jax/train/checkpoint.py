@@ -25,9 +25,10 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from blip3o_jax import config as config_lib
 from blip3o_jax.config import Config, UserError
+from blip3o_jax.lora import FACTORS
 from blip3o_jax.parallel.rules import Strategy
 from blip3o_jax.text.tokenizers import TextTokenizer
-from blip3o_jax.train.state import StatePlan, TrainState, plan_state
+from blip3o_jax.train.state import StatePlan, TrainState, merge_trees, plan_state
 
 
 class Checkpoints:
@@ -185,8 +186,9 @@ class Weights:
         self.parts = tuple(dict.fromkeys(part for part, _ in self._leaves))
 
     def dtype(self, part: str) -> np.dtype:
-        """Of the part's parameters, which are all alike."""
-        return np.dtype(next(leaf.dtype for (name, _), (_, leaf) in self._leaves.items() if name == part))
+        """Of the part's parameters, which are all alike but for low-rank factors."""
+        leaves = ((path, leaf) for (name, path), (_, leaf) in self._leaves.items() if name == part)
+        return np.dtype(next(leaf.dtype for path, leaf in leaves if not path.endswith(FACTORS)))
 
     def read(self, part: str, paths: Iterable[str]) -> dict[str, np.ndarray]:
         """{path: whole array} of some of a part's parameters. KeyError for one that is not there."""
@@ -210,13 +212,6 @@ def _flat_metadata(tree: Any, keys: tuple[str, ...] = ()) -> Iterator[tuple[tupl
         return
     for key, child in children:
         yield from _flat_metadata(child, (*keys, str(key)))
-
-
-def merge_trees(a: Any, b: Any) -> Any:
-    """Union of two nested dicts without a common leaf."""
-    if not isinstance(a, dict):
-        return a
-    return a | {k: merge_trees(a[k], v) if k in a else v for k, v in b.items()}
 
 
 def write_weights(directory: pathlib.Path, config: Config, tokenizer: TextTokenizer, weights: dict[str, Any]) -> None:

@@ -100,21 +100,19 @@ def create_state(
 ) -> TrainState:
     """Initial state, each array made in its own shards: no device ever holds a full replica it should not.
 
-    `given` parts, {part: {"params": ..., "frozen": ...}} as in the plan, are not drawn but taken as they are.
+    `given` parts, {part: {"params": ..., "frozen": ...}} as in the plan, are not drawn but taken as they are; what they lack
+    is drawn as it would be without them.
     Where `checkpoint.image_rows` is "codes", `image_first`, the vocabulary id of code 0, is needed, and the AR's image rows
     are set from the codes even if the AR is given.
     """
     if config.checkpoint.image_rows == "codes" and image_first is None:
         raise ValueError("create_state: checkpoint.image_rows='codes' needs image_first, the vocabulary id of code 0")
-    given = given or {}
-    own = lambda tree: {group: {part: v for part, v in tree[group].items() if part not in given} for group in WEIGHTS}
+    taken = {group: {part: tree[group] for part, tree in (given or {}).items() if group in tree} for group in WEIGHTS}
+    own = lambda tree: {group: without(tree[group], taken[group]) for group in WEIGHTS}
     # Runs once, so on CPUs, whose compiler takes its time over random numbers, it is not worth optimising.
     options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else {}
     draw = jax.jit(lambda: own(_weights(config)), out_shardings=own(plan.shardings), compiler_options=options)
-    weights = draw()
-    for part, groups in given.items():
-        for group, tree in groups.items():
-            weights[group][part] = tree
+    weights = merge_trees(draw(), taken)
     if config.checkpoint.image_rows == "codes":
         ar = lambda tree: {group: tree[group]["ar"] for group in WEIGHTS if "ar" in tree[group]}
 
@@ -129,3 +127,21 @@ def create_state(
     rest_at = {name: at for name, at in plan.shardings.items() if name not in WEIGHTS}
     rest = jax.jit(lambda params: _rest(config, plan.optimizer, params), out_shardings=rest_at, compiler_options=options)
     return weights | rest(weights["params"])
+
+
+def merge_trees(a: Any, b: Any) -> Any:
+    """Union of two nested dicts without a common leaf."""
+    if not isinstance(a, dict):
+        return a
+    return a | {k: merge_trees(a[k], v) if k in a else v for k, v in b.items()}
+
+
+def without(a: Any, b: Any) -> Any:
+    """The leaves of a nested dict `a` whose places `b` has none for."""
+    rest = {}
+    for key, value in a.items():
+        if key not in b:
+            rest[key] = value
+        elif isinstance(value, dict) and (inner := without(value, b[key])):
+            rest[key] = inner
+    return rest

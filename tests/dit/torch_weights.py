@@ -6,7 +6,7 @@ import torch
 from blip3o_jax import config
 
 # What this package adds to the fields of the diffusers class.
-OWN_FIELDS = {"dtype", "param_dtype", "remat", "unroll"}
+OWN_FIELDS = {"dtype", "param_dtype", "remat", "unroll", "lora"}
 
 
 def torch_model(cfg: config.SanaConfig, seed: int = 0) -> diffusers.SanaTransformer2DModel:
