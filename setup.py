@@ -38,7 +38,7 @@ setup(
         "cuda": ["jax[cuda13]>=0.10,<0.12"],
         # protobuf: the version that sentencepiece's own description of its models is compiled for.
         "convert": ["torch>=2.6", "transformers>=5.0,<6", "diffusers>=0.36,<0.43", "safetensors>=0.5", "protobuf>=7.36"],
-        "rl": ["rapidocr>=3.4", "onnxruntime>=1.20"],
+        "rl": ["rapidocr>=3.10,<4", "onnxruntime>=1.20"],
         "test": [
             "pytest>=8.3",
             "ruff>=0.15",
@@ -50,6 +50,8 @@ setup(
             "diffusers>=0.36,<0.43",
             "safetensors>=0.5",
             "protobuf>=7.36",
+            "rapidocr>=3.10,<4",
+            "onnxruntime>=1.20",
         ],
     },
     entry_points={"console_scripts": ["blip3o=blip3o_jax.cli:main"]},

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from blip3o_jax.data.shapes import held_out_prompts, render, sample, score
+from blip3o_jax.data import shapes
+from blip3o_jax.data.shapes import render, sample, score
 
 Prompt = dict[str, Any]
 
@@ -26,7 +27,7 @@ class Judged:
 
 def prompts(count: int, seed: int = 0) -> list[Prompt]:
     """`count` held-out prompts, the categories in turn: {"caption", "category", ...}."""
-    return held_out_prompts(count, seed)
+    return shapes.prompts("test", count, seed)
 
 
 def judge(images_BHWC: np.ndarray, asked: Sequence[Prompt]) -> Judged:

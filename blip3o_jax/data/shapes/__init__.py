@@ -4,9 +4,9 @@
 (a TFDS data set); `detect` (pixels -> objects) -> `scorer` (objects against a prompt).
 """
 
-from blip3o_jax.data.shapes.captions import describe, held_out_prompts
+from blip3o_jax.data.shapes.captions import describe, prompts
 from blip3o_jax.data.shapes.draw import render
 from blip3o_jax.data.shapes.scene import sample
 from blip3o_jax.data.shapes.scorer import Verdict, score
 
-__all__ = ["Verdict", "describe", "held_out_prompts", "render", "sample", "score"]
+__all__ = ["Verdict", "describe", "prompts", "render", "sample", "score"]

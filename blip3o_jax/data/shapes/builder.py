@@ -1,7 +1,8 @@
 """The shapes data set on disk: a TFDS builder that writes ArrayRecord files, without TensorFlow and without a download.
 
     OUT/shapes/<image_size>px_<train>_<validation>_<test>_seed<seed>/<version>/shapes-train.array_record-00000-of-00001, ...
-    OUT/shapes/.../prompts_test.jsonl        one held-out prompt per line: {"key", "caption", **metadata}
+    OUT/shapes/.../prompts_train.jsonl       one prompt per line: {"key", "caption", **metadata}
+    OUT/shapes/.../prompts_test.jsonl        those that are held out
 
 Features: image (PNG), caption, key, category, metadata (JSON, see `captions`).
 """
@@ -23,11 +24,11 @@ import tensorflow_datasets as tfds
 from absl import logging
 
 from blip3o_jax.config import check
-from blip3o_jax.data.shapes.captions import describe, held_out_prompts
+from blip3o_jax.data.shapes.captions import describe, prompts
 from blip3o_jax.data.shapes.draw import render
 from blip3o_jax.data.shapes.scene import sample
 
-PROMPTS = "prompts_test.jsonl"
+PROMPTS = "prompts_{split}.jsonl"
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -110,8 +111,9 @@ def prepare(
         builder = Shapes(data_dir=os.fspath(out), config=config, file_format="array_record")
     directory = pathlib.Path(builder.data_path)
     total = num_train + num_validation + num_test
-    if (directory / PROMPTS).is_file():
+    if (directory / PROMPTS.format(split="test")).is_file():
         _say(f"{total} scenes are in {directory} already")
+        _write_prompts(directory, "train", num_train, seed)  # which earlier versions of this module did not write
         return directory
     _say(f"drawing {total} scenes of {image_size} x {image_size} pixels")
     start = time.perf_counter()
@@ -119,7 +121,8 @@ def prepare(
     with _quiet(), tempfile.TemporaryDirectory() as downloads:
         settings = tfds.download.DownloadConfig(compute_stats="skip")
         builder.download_and_prepare(download_dir=downloads, download_config=settings)
-    _write_prompts(directory / PROMPTS, num_test, seed)
+    _write_prompts(directory, "train", num_train, seed)
+    _write_prompts(directory, "test", num_test, seed)  # last: where this file is, the data set is complete
     seconds = time.perf_counter() - start
     _say(f"wrote {directory} in {seconds:.1f} s ({total / seconds:.0f} scenes/s)")
     return directory
@@ -142,9 +145,11 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(verbosity)
 
 
-def _write_prompts(path: pathlib.Path, count: int, seed: int) -> None:
-    """Written last and under another name first: where the file is, the data set is complete."""
-    partial = path.with_suffix(".partial")
-    lines = [json.dumps(prompt) + "\n" for prompt in held_out_prompts(count, seed)]
-    partial.write_text("".join(lines), encoding="utf-8")
-    partial.replace(path)
+def _write_prompts(directory: pathlib.Path, split: str, count: int, seed: int) -> None:
+    """Whole or not at all, and not again."""
+    path = directory / PROMPTS.format(split=split)
+    if not path.is_file():
+        partial = path.with_suffix(".partial")
+        lines = [json.dumps(prompt) + "\n" for prompt in prompts(split, count, seed)]
+        partial.write_text("".join(lines), encoding="utf-8")
+        partial.replace(path)

@@ -137,11 +137,12 @@ def _name(asked: Metadata) -> str:
     return " ".join(part for part in (asked["size"], asked["colour"], asked["shape"]) if part)
 
 
-def held_out_prompts(n: int, seed: int = 0) -> list[Metadata]:
-    """The first `n` prompts of the test split, the seven categories in turn: {key, caption, **metadata}."""
-    prompts = []
+def prompts(split: str, n: int, seed: int = 0) -> list[Metadata]:
+    """The first `n` prompts of a split, the seven categories in turn: {key, caption, **metadata}. Those of "test" ask for what
+    is held out from the others."""
+    found = []
     for index in range(n):
-        scene = sample(seed, index, "test")
+        scene = sample(seed, index, split)
         caption, metadata = describe(scene)
-        prompts.append({"key": scene.key, "caption": caption, **metadata})
-    return prompts
+        found.append({"key": scene.key, "caption": caption, **metadata})
+    return found

@@ -5,6 +5,10 @@
 - A relation must hold between the two asked objects, by GenEval's margins (`scene.relations`).
 - Extra objects are allowed otherwise, but an image that is mostly a mess (unrecognised blobs) is wrong.
 - A word must be read exactly, upper or lower case.
+
+An image that is wrong may be nearly right: `Verdict.met` is the share of what is asked that holds, for who wants to tell better
+from worse. Of an object these are its shape, and its colour and size where they are asked and the shape is right; a relation; a
+letter in its place. A mess is one more thing that does not hold, and so is each object too many where counting is exact.
 """
 
 import dataclasses
@@ -21,10 +25,11 @@ MESS = 0.4  # share of the area of all blobs' boxes that may lie in unrecognised
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """`reason` is one short sentence in plain English; `detected` what was found, as dicts with shape, colour, size, centre
-    and box (shares of the image's side)."""
+    """`met` is 1 where the image is correct, else a share below 1; `reason` one short sentence in plain English; `detected`
+    what was found, as dicts with shape, colour, size, centre and box (shares of the image's side)."""
 
     correct: bool
+    met: float
     reason: str
     detected: tuple[Metadata, ...]
 
@@ -42,9 +47,12 @@ def satisfies(scene: Scene, metadata: Metadata) -> bool:
 def judge(found: Detection, metadata: Metadata) -> Verdict:
     detected = tuple(_as_dict(thing) for thing in found.things)
     if not found.has_paper:
-        return Verdict(False, "no light background to tell objects from", detected)
-    problem = _wrong_word(found, metadata) if metadata["word"] else _wrong_objects(found.things, metadata)
-    return Verdict(problem is None, problem or "as asked", detected)
+        return Verdict(False, 0.0, "no light background to tell objects from", detected)
+    if metadata["word"]:
+        problem, met = _wrong_word(found, metadata), _letters_met(found, metadata)
+    else:
+        problem, met = _wrong_objects(found.things, metadata), _objects_met(found.things, metadata)
+    return Verdict(problem is None, met, problem or "as asked", detected)
 
 
 def _wrong_word(found: Detection, metadata: Metadata) -> str | None:
@@ -56,11 +64,15 @@ def _wrong_word(found: Detection, metadata: Metadata) -> str | None:
     return None
 
 
+def _letters_met(found: Detection, metadata: Metadata) -> float:
+    asked, read = metadata["word"].upper(), found.word.text.upper() if found.word else ""
+    return sum(a == b for a, b in zip(asked, read, strict=False)) / max(len(asked), len(read))
+
+
 def _wrong_objects(things: tuple[Thing, ...], metadata: Metadata) -> str | None:
     if not things:
         return f"asked {_names(metadata)}, found nothing"
-    unclear = sum(thing.side**2 for thing in things if thing.shape is None)
-    if unclear > MESS * sum(thing.side**2 for thing in things):
+    if _is_mess(things):
         return f"asked {_names(metadata)}, found {_listing(things)}"
     matches = [[thing for thing in things if _answers(thing, asked)] for asked in metadata["objects"]]
     for asked, matching in zip(metadata["objects"], matches, strict=True):
@@ -77,12 +89,46 @@ def _wrong_objects(things: tuple[Thing, ...], metadata: Metadata) -> str | None:
     return f"asked {_names(metadata)}, found {_listing(things)}"
 
 
+def _objects_met(things: tuple[Thing, ...], metadata: Metadata) -> float:
+    asked = metadata["objects"]
+    if metadata["category"] == "counting":
+        (every,) = asked
+        held = sorted((_held(thing, every) for thing in things), reverse=True)[: every["count"]]
+        answering = sum(_answers(thing, every) for thing in things)
+        surplus = max(answering - every["count"], 0) + sum(thing.shape is None for thing in things)
+        return sum(held) / (len(_asked_facts(every)) * (every["count"] + surplus))
+    # Every way of taking the objects asked for as objects found, or as missing.
+    choices = [[None, *(thing for thing in things if thing.shape == one["shape"])] for one in asked]
+    best = 0
+    for chosen in itertools.product(*choices):
+        there = [id(thing) for thing in chosen if thing is not None]
+        if len(set(there)) == len(there):
+            related = metadata["relation"] and None not in chosen and metadata["relation"] in relations(*chosen[:2])
+            best = max(best, sum(map(_held, chosen, asked)) + bool(related))
+    facts = sum(len(_asked_facts(one)) for one in asked) + bool(metadata["relation"])
+    return best / (facts + _is_mess(things))
+
+
+def _is_mess(things: tuple[Thing, ...]) -> bool:
+    unclear = sum(thing.side**2 for thing in things if thing.shape is None)
+    return unclear > MESS * sum(thing.side**2 for thing in things)
+
+
+def _asked_facts(asked: Metadata) -> list[str]:
+    return ["shape", *(name for name in ("colour", "size") if asked.get(name))]
+
+
+def _facts(thing: Thing, asked: Metadata) -> list[bool]:
+    return [getattr(thing, name) == asked[name] for name in _asked_facts(asked)]
+
+
 def _answers(thing: Thing, asked: Metadata) -> bool:
-    return (
-        thing.shape == asked["shape"]
-        and asked["colour"] in (None, thing.colour)
-        and ("size" not in asked or asked["size"] in (None, thing.size))
-    )
+    return all(_facts(thing, asked))
+
+
+def _held(thing: Thing | None, asked: Metadata) -> int:
+    """Facts that hold: none where the shape is another, since then they are facts of another object."""
+    return sum(_facts(thing, asked)) if thing and thing.shape == asked["shape"] else 0
 
 
 def _names(metadata: Metadata) -> str:

@@ -36,9 +36,18 @@ def test_every_split_holds_its_scenes(directory: pathlib.Path) -> None:
     assert "tensorflow" not in sys.modules
 
 
-def test_prompts_lie_beside_the_data(directory: pathlib.Path) -> None:
-    lines = (directory / builder.PROMPTS).read_text(encoding="utf-8").splitlines()
-    assert [json.loads(line) for line in lines] == captions.held_out_prompts(14, seed=1)
+@pytest.mark.parametrize(("split", "size"), [("train", 60), ("test", 14)])
+def test_prompts_lie_beside_the_data(directory: pathlib.Path, split: str, size: int) -> None:
+    lines = (directory / f"prompts_{split}.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line) for line in lines] == captions.prompts(split, size, seed=1)
+
+
+def test_prompts_are_added_to_a_data_set_without_them(directory: pathlib.Path) -> None:
+    path = directory / "prompts_train.jsonl"
+    before = path.read_text(encoding="utf-8")
+    path.unlink()
+    builder.prepare(directory.parents[2], **SIZES, image_size=64, seed=1)
+    assert path.read_text(encoding="utf-8") == before
 
 
 def test_same_arguments_reuse_and_others_do_not(directory: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,8 @@
 import collections
 import json
 
+import pytest
+
 from blip3o_jax.data.shapes import captions, scene, scorer, vocabulary
 
 
@@ -37,10 +39,11 @@ def test_converse_relations_name_the_objects_the_other_way_round() -> None:
     assert min(asked[relation] for relation in vocabulary.RELATIONS) >= 25
 
 
-def test_held_out_prompts_are_balanced_and_those_of_the_test_split() -> None:
-    prompts = captions.held_out_prompts(70, seed=2)
+@pytest.mark.parametrize("split", scene.SPLITS)
+def test_prompts_are_balanced_and_those_of_their_split(split: str) -> None:
+    prompts = captions.prompts(split, 70, seed=2)
     assert set(collections.Counter(prompt["category"] for prompt in prompts).values()) == {10}
     for index, prompt in enumerate(prompts):
-        caption, metadata = captions.describe(scene.sample(2, index, "test"))
+        caption, metadata = captions.describe(scene.sample(2, index, split))
         assert prompt["caption"] == caption and metadata.items() <= prompt.items()
-    assert prompts == captions.held_out_prompts(70, seed=2) != captions.held_out_prompts(70, seed=3)
+    assert prompts == captions.prompts(split, 70, seed=2) != captions.prompts(split, 70, seed=3)

@@ -1,5 +1,6 @@
 """The scorer's accuracy, measured: on what it must accept, on what it must reject, and on images that are not clean."""
 
+import collections
 import random
 from collections.abc import Callable
 
@@ -172,6 +173,60 @@ def test_rules(things: tuple, prompt: captions.Metadata, reason: str | None) -> 
     verdict = scorer.judge(Detection(things, None, has_paper=True), prompt)
     assert verdict.correct == (reason is None)
     assert (reason or "as asked") in verdict.reason
+
+
+SMALL_RED = _asked("circle", "red", "small")
+
+
+@pytest.mark.parametrize(
+    ("things", "prompt", "met"),
+    [
+        ((), _prompt("single", SMALL_RED), 0),
+        ((RED,), _prompt("single", SMALL_RED), 1),
+        ((RED,), _prompt("single", _asked("circle", "blue", "small")), 2 / 3),
+        ((RED,), _prompt("single", _asked("circle", "blue", "large")), 1 / 3),
+        ((RED,), _prompt("single", _asked("star", "red", "small")), 0),  # its colour is the colour of another object
+        ((RED, BLOB, BLOB), _prompt("single", SMALL_RED), 3 / 4),  # a mess
+        ((RED, BLUE), _prompt("two", _asked("circle"), _asked("square")), 1),
+        ((RED,), _prompt("two", _asked("circle"), _asked("square")), 1 / 2),
+        ((RED,), _prompt("attribution", _asked("circle", "red"), _asked("circle", "red")), 1 / 2),  # one answers once
+        ((RED, BLUE), _prompt("attribution", _asked("circle", "blue"), _asked("square", "blue")), 3 / 4),
+        ((RED, BLUE), _prompt("position", _asked("circle"), _asked("square"), relation="left of"), 1),
+        ((RED, BLUE), _prompt("position", _asked("circle"), _asked("square"), relation="above"), 2 / 3),
+        ((RED,), _prompt("position", _asked("circle"), _asked("square"), relation="left of"), 1 / 3),
+        ((RED, RED), _prompt("counting", _asked("circle", count=2)), 1),
+        ((RED, RED), _prompt("counting", _asked("circle", count=3)), 2 / 3),
+        ((RED, RED, RED), _prompt("counting", _asked("circle", count=2)), 2 / 3),
+        ((RED, RED, BLOB), _prompt("counting", _asked("circle", count=2)), 2 / 3),
+        ((RED, RED), _prompt("counting", _asked("circle", "blue", count=2)), 1 / 2),
+        ((BLUE, BLUE), _prompt("counting", _asked("circle", count=2)), 0),
+    ],
+)
+def test_the_share_that_is_met(things: tuple, prompt: captions.Metadata, met: float) -> None:
+    verdict = scorer.judge(Detection(things, None, has_paper=True), prompt)
+    assert verdict.met == pytest.approx(met, rel=1e-12)
+    assert verdict.correct == (met == 1)
+
+
+@pytest.mark.parametrize(("read", "met"), [("CAT", 1), ("COT", 2 / 3), ("CATS", 3 / 4), ("AT", 0), ("cat", 1), (None, 0)])
+def test_letters_are_met_in_their_places(read: str | None, met: float) -> None:
+    found = Detection((), scene.Word(read, 0.5, 0.5) if read else None, has_paper=True)
+    assert scorer.judge(found, _prompt("text", word="CAT")).met == pytest.approx(met, rel=1e-12)
+
+
+def test_all_is_met_exactly_where_the_image_is_right(held_out: list, detections: list[Detection]) -> None:
+    """Each image with its own prompt, and with two others of its category."""
+    shares = collections.Counter()
+    for i, found in enumerate(detections):
+        for step in (0, 7, 70):
+            verdict = scorer.judge(found, held_out[(i + step) % COUNT][1])
+            assert 0 <= verdict.met <= 1 and (verdict.met == 1) == verdict.correct
+            shares[verdict.met] += 1
+    assert shares[0] and shares[1] and len(shares) > 6
+
+
+def test_without_a_background_nothing_is_met() -> None:
+    assert scorer.judge(Detection((), None, has_paper=False), _prompt("text", word="CAT")).met == 0
 
 
 def test_words_are_compared_exactly_but_for_case() -> None:

@@ -1,0 +1,1 @@
+"""Online reinforcement learning: rollouts, rewards on the host, and policy losses for the loop of train/."""

@@ -1,0 +1,30 @@
+"""Options of rewards, which a config or a command line gives as text, to values; or a UserError that names the option."""
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+from blip3o_jax.config import UserError
+
+Number = TypeVar("Number", int, float)
+
+
+def choice(reward: str, option: str, text: str, choices: Sequence[str]) -> str:
+    if text not in choices:
+        raise UserError(f"reward {reward}: {option}={text!r} is not one of {', '.join(choices)}")
+    return text
+
+
+def flag(reward: str, option: str, text: str) -> bool:
+    return choice(reward, option, text.lower(), ("true", "false")) == "true"
+
+
+def number(reward: str, option: str, text: str, kind: type[Number], lowest: Number, highest: Number) -> Number:
+    """`text` as an int or a float in lowest .. highest."""
+    try:
+        value = kind(text)
+    except ValueError:
+        value = None
+    if value is None or not lowest <= value <= highest:
+        names = {int: "a whole number", float: "a number"}
+        raise UserError(f"reward {reward}: {option}={text!r} must be {names[kind]} in {lowest} .. {highest}")
+    return value

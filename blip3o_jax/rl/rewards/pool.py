@@ -1,0 +1,214 @@
+"""Rewards in processes of their own: images go in chunks to whichever process is free, while the run goes on.
+
+What a scorer can do wrong stays in its process:
+
+    raises, returns NaN or the wrong number of scores    a reason in place of those images' scores (`weighted`)
+    takes longer than `timeout` an image                 its process is killed and another one started
+    ends its process                                     another one is started
+    cannot be made                                       `result` and `check` raise why
+
+What failed in a chunk is judged again image by image, each up to `retries` times; once at least where the whole chunk failed,
+since one of them may have been the cause. Then it has failed. After BREAKER chunks in a row of which every image failed, what
+waits is given up untried, until the next `submit`.
+
+Shape suffixes: B images, H height, W width, C colour channels; n of a chunk.
+"""
+
+import collections
+import dataclasses
+import functools
+import os
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
+
+import numpy as np
+
+from blip3o_jax.config import RewardConfig, UserError
+from blip3o_jax.rl.rewards import worker
+from blip3o_jax.rl.rewards.processes import Future, ProcessEnded, Processes
+from blip3o_jax.rl.rewards.weighted import Outcome, failed, labels
+
+CHUNK = 4  # images: few, so that processes end together and a hung image holds up few others
+BREAKER = 4
+START_TIMEOUT = 300.0  # seconds that a process may take to make its rewards
+REASONS_SHOWN = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Judged:
+    """`total_B` float32 [B]: the weighted sum, 0 (meaningless) where `failed_B`. `parts`: float32 [B] by name, NaN where there
+    is none. `reasons`: number of images by why they failed. `seconds`: of an image in its process (`median`, `max`), of chunks
+    until a process had time for them (`queue`, a mean), and from submission to the last score (`total`)."""
+
+    total_B: np.ndarray
+    failed_B: np.ndarray
+    parts: dict[str, np.ndarray]
+    reasons: dict[str, int]
+    seconds: dict[str, float]
+
+    @property
+    def failed_share(self) -> float:
+        return float(self.failed_B.mean())
+
+
+def check_failed(judged: Judged, max_failed: float) -> None:
+    """Raises UserError, with the commonest reasons, where a larger share of the images than `max_failed` has no score."""
+    if judged.failed_share > max_failed:
+        shown = collections.Counter(judged.reasons).most_common(REASONS_SHOWN)
+        raise UserError(
+            f"{judged.failed_B.sum()} of {len(judged.failed_B)} images have no reward, a larger share than rl.max_failed="
+            f"{max_failed:g}: {'; '.join(f'{count} x {reason}' for reason, count in shown)}"
+        )
+
+
+class RewardPool:
+    """`workers` processes (0: one a core), started at once, that each make the `rewards`. `timeout`: seconds an image."""
+
+    def __init__(
+        self,
+        rewards: tuple[RewardConfig, ...],
+        *,
+        workers: int = 0,
+        timeout: float = 60.0,
+        retries: int = 1,
+        start_timeout: float = START_TIMEOUT,
+    ):
+        self._timeout, self._retries = timeout, retries
+        self._names = ", ".join(labels(rewards))
+        self._processes = Processes(
+            worker.start,
+            (rewards,),
+            workers=workers or os.cpu_count() or 1,
+            start_timeout=start_timeout,
+            what=f"reward {self._names}",
+        )
+        self._lock = threading.RLock()  # guards this one and what is pending
+        self._failures = 0  # chunks in a row of which every image failed
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the processes, whatever they do."""
+        self._processes.close()
+
+    def check(self, prompts: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
+        """Waits until a process has its rewards and has checked every (prompt, metadata). Raises UserError for rewards that
+        cannot be made and for the first prompt that one of them cannot judge."""
+        self._processes.call(worker.check, lambda: (list(prompts),)).result()
+
+    def submit(self, images_BHWC: np.ndarray, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> "Pending":
+        """Starts judging uint8 images [B, H, W, 3], which must stay as they are until `result` has returned."""
+        pending = Pending(np.asarray(images_BHWC), prompts, metadata)
+        self._failures = 0
+        for start in range(0, len(images_BHWC), CHUNK):
+            self._judge(pending, range(start, min(start + CHUNK, len(images_BHWC))), None)
+        return pending
+
+    def _judge(self, pending: "Pending", rows: Sequence[int], tries: int | None) -> None:
+        """`tries`: how often an image that fails is tried after that; None for the first time."""
+        future = self._processes.call(worker.judge, lambda: pending.arguments(rows), self._timeout * len(rows))
+        answered = functools.partial(self._judged, pending, rows, tries, time.monotonic())
+        future.add_done_callback(answered)
+
+    def _judged(self, pending: "Pending", rows: Sequence[int], tries: int | None, began: float, future: Future) -> None:
+        """Called with each answer: in the thread of the processes, or in the submitting one for an answer that was faster."""
+        with self._lock:
+            self._record(pending, rows, tries, began, future)
+
+    def _record(self, pending: "Pending", rows: Sequence[int], tries: int | None, began: float, future: Future) -> None:
+        if future.cancelled():
+            pending.record(rows, failed(len(rows), f"given up: {BREAKER} chunks in a row failed"), final=True)
+            return
+        match error := future.exception():
+            case None:
+                outcome, seconds = future.result()
+                pending.record_seconds(seconds / len(rows), time.monotonic() - began - seconds)
+            case TimeoutError():
+                outcome = failed(len(rows), f"{self._names}: took longer than {self._timeout:g} s an image")
+            case ProcessEnded(args=(code,)):
+                outcome = failed(len(rows), f"{self._names}: ended its process (exit code {code})")
+            case _:  # no reward has answered: they cannot be made, or not be sent this
+                pending.stop(error)
+                return
+        wrong = [row for row, reason in zip(rows, outcome.reasons, strict=True) if reason]
+        whole = len(wrong) == len(rows)
+        self._failures = 0 if not whole else self._failures + (tries is None)
+        given_up = self._failures >= BREAKER
+        if tries is None:
+            tries = max(1, self._retries) if whole and len(rows) > 1 else self._retries
+        pending.record(rows, outcome, final=given_up or not tries)
+        if given_up:
+            self._processes.drop()
+        elif tries:
+            for row in wrong:
+                self._judge(pending, [row], tries - 1)
+
+
+class Pending:
+    """Scores under way."""
+
+    def __init__(self, images_BHWC: np.ndarray, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]):
+        if not len(images_BHWC) == len(prompts) == len(metadata):
+            raise ValueError(f"{len(images_BHWC)} images, {len(prompts)} prompts, {len(metadata)} metadata")
+        self._images_BHWC, self._prompts, self._metadata = images_BHWC, prompts, metadata
+        self._error: BaseException | None = None
+        self._finished = threading.Event()
+        count = len(images_BHWC)
+        self._total_B = np.zeros(count, np.float32)
+        self._reasons: list[str | None] = [None] * count
+        self._parts: dict[str, np.ndarray] = {}
+        self._latencies: list[float] = []
+        self._queue: list[float] = []
+        self._left, self._began, self._seconds = count, time.monotonic(), 0.0
+        if not count:
+            self._finished.set()
+
+    def done(self) -> bool:
+        return self._finished.is_set()
+
+    def result(self) -> Judged:
+        """Waits for the last score. Raises UserError where processes cannot start or cannot make their rewards."""
+        self._finished.wait()
+        if self._error is not None:
+            raise self._error
+        seconds = {
+            "median": float(np.median(self._latencies)) if self._latencies else 0.0,
+            "max": max(self._latencies, default=0.0),
+            "queue": float(np.mean(self._queue)) if self._queue else 0.0,
+            "total": self._seconds,
+        }
+        failed_B = np.array([reason is not None for reason in self._reasons])
+        return Judged(self._total_B, failed_B, self._parts, dict(collections.Counter(filter(None, self._reasons))), seconds)
+
+    def arguments(self, rows: Sequence[int]) -> tuple[np.ndarray, list[str], list[Mapping[str, Any]]]:
+        """What `worker.judge` takes, of some images."""
+        some = slice(rows[0], rows[-1] + 1)  # neighbours, so that nothing is copied
+        return self._images_BHWC[some], list(self._prompts[some]), list(self._metadata[some])
+
+    def record(self, rows: Sequence[int], outcome: Outcome, *, final: bool) -> None:
+        """Keeps the scores there are; the reasons of the others where those are not tried again."""
+        for name, values in outcome.parts.items():
+            self._parts.setdefault(name, np.full(len(self._total_B), np.nan, np.float32))[list(rows)] = values
+        for row, total, reason in zip(rows, outcome.total_B, outcome.reasons, strict=True):
+            if reason is None:
+                self._total_B[row] = total
+            elif final:
+                self._reasons[row] = reason
+            self._left -= reason is None or final
+        if self._left == 0:
+            self._seconds = time.monotonic() - self._began
+            self._finished.set()
+
+    def record_seconds(self, image: float, queue: float) -> None:
+        self._latencies.append(image)
+        self._queue.append(queue)
+
+    def stop(self, error: BaseException) -> None:
+        self._error = error
+        self._finished.set()

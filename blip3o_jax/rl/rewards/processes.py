@@ -1,0 +1,260 @@
+"""Calls of functions in spawned processes, each with a time limit, for a run of days.
+
+    waiting calls --> the first process that is free --> its answer | TimeoutError | ProcessEnded
+
+Every process has a pipe of its own and one call at a time. So it is known whose call a process that ended had, and nothing that
+others use is left locked, however it ended. concurrent.futures gives its whole pool up there, and cannot end a call that hangs;
+pools whose processes share a queue lose a call, or lock, where one is killed at the wrong moment.
+"""
+
+import atexit
+import collections
+import concurrent.futures
+import contextlib
+import dataclasses
+import functools
+import math
+import multiprocessing
+import os
+import pickle
+import signal
+import threading
+import time
+from collections.abc import Callable
+from multiprocessing import connection
+from typing import Any
+
+from blip3o_jax.config import UserError
+
+MOST_DEATHS = 3  # processes in a row that may end while they start
+ENDING = 5.0  # seconds that a process may take to end after its pipe has; then it is killed, and its exit code lost
+
+Future = concurrent.futures.Future
+
+
+class ProcessEnded(Exception):
+    """The process of a call ended before it answered. `args`: its exit code, negative for a signal."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Call:
+    future: Future
+    function: Callable[..., Any]
+    arguments: Callable[[], tuple[Any, ...]]
+    timeout: float
+
+    def settle(self, result: Any = None, error: BaseException | None = None) -> None:
+        if error is None:
+            self.future.set_result(result)
+        else:
+            self.future.set_exception(error)
+
+
+@dataclasses.dataclass(eq=False)
+class _Worker:
+    process: multiprocessing.process.BaseProcess
+    pipe: connection.Connection
+    deadline: float  # of its start, then of its call
+    ready: bool = False
+    call: _Call | None = None
+
+
+class Processes:
+    """`workers` processes, started at once, which run `initializer(*initargs)` first, in up to `start_timeout` seconds. `what`
+    they do, for messages. One thread serves them all, and runs the callbacks of the futures."""
+
+    def __init__(
+        self, initializer: Callable[..., None], initargs: tuple[Any, ...], *, workers: int, start_timeout: float, what: str
+    ):
+        self._context = multiprocessing.get_context("spawn")
+        self._initialise = functools.partial(initializer, *initargs)
+        self._start_timeout, self._what = start_timeout, what
+        self._lock = threading.RLock()  # guards these three; the rest belongs to the thread
+        self._waiting: collections.deque[_Call] = collections.deque()
+        self._error: BaseException | None = None  # why no more calls are taken
+        self._woken = False
+        self._bell, self._button = self._context.Pipe(duplex=False)
+        self._deaths = 0
+        self._workers = [self._started() for _ in range(workers)]
+        self._thread = threading.Thread(target=self._serve, name="processes", daemon=True)
+        self._thread.start()
+        atexit.register(self.close)
+
+    def call(self, function: Callable[..., Any], arguments: Callable[[], tuple[Any, ...]], timeout: float = math.inf) -> Future:
+        """The future of `function(*arguments())` in one of the processes; `arguments` is called when one is free. Its exception
+        is the function's own, TimeoutError after `timeout` seconds there, ProcessEnded, or UserError where processes do not
+        start. It always comes to an end."""
+        call = _Call(Future(), function, arguments, timeout)
+        with self._lock:
+            if self._error is None:
+                self._waiting.append(call)
+                self._wake()
+                return call.future
+        call.settle(error=self._error)
+        return call.future
+
+    def drop(self) -> None:
+        """Cancels the calls that no process has yet."""
+        with self._lock:
+            calls = list(self._waiting)
+            self._waiting.clear()
+        for call in calls:
+            call.future.cancel()
+
+    def close(self) -> None:
+        """Ends the processes, whatever they do; calls that are not done raise RuntimeError."""
+        with self._lock:
+            self._error = self._error or RuntimeError(f"the processes of {self._what} are closed")
+            self._wake()
+        self._thread.join()
+        atexit.unregister(self.close)
+
+    def _wake(self) -> None:
+        if not self._woken:
+            self._woken = True
+            self._button.send_bytes(b"!")
+
+    def _started(self) -> _Worker:
+        ours, theirs = self._context.Pipe()
+        process = self._context.Process(target=_work, args=(theirs, self._initialise), daemon=True)
+        process.start()
+        theirs.close()  # so that the pipe ends with the process
+        return _Worker(process, ours, time.monotonic() + self._start_timeout)
+
+    def _serve(self) -> None:
+        try:
+            while self._error is None:
+                self._hand_out()
+                patience = min(worker.deadline for worker in self._workers) - time.monotonic()
+                pipes = {worker.pipe: worker for worker in self._workers}
+                ready = connection.wait([self._bell, *pipes], None if patience == math.inf else max(patience, 0.0))
+                for pipe in ready:
+                    if pipe is self._bell:
+                        with self._lock:
+                            self._bell.recv_bytes()
+                            self._woken = False
+                    else:
+                        self._hear(pipes[pipe])
+                for worker in list(self._workers):
+                    if time.monotonic() > worker.deadline:
+                        self._end_late(worker)
+        except BaseException as e:  # not to leave anyone waiting
+            self._error = e
+            raise
+        finally:
+            self._give_up()
+
+    def _hand_out(self) -> None:
+        for worker in list(self._workers):
+            while worker.ready and worker.call is None:
+                with self._lock:
+                    if not self._waiting:
+                        return
+                    call = self._waiting.popleft()
+                worker.call, worker.deadline = call, time.monotonic() + call.timeout
+                try:
+                    _send(worker.pipe, (call.function, call.arguments()))
+                except OSError:
+                    self._bury(worker)
+                    break
+                except Exception as e:  # what cannot be sent is the caller's mistake
+                    worker.call, worker.deadline = None, math.inf
+                    call.settle(error=e)
+
+    def _hear(self, worker: _Worker) -> None:
+        try:
+            result, error = _receive(worker.pipe)
+        except (EOFError, OSError):
+            self._bury(worker)
+            return
+        except Exception as e:  # an answer that cannot be read
+            result, error = None, e
+        call, worker.call, worker.deadline = worker.call, None, math.inf
+        if call is None:
+            worker.ready, self._deaths = True, 0
+        else:
+            call.settle(result, error)
+
+    def _end_late(self, worker: _Worker) -> None:
+        if not worker.ready:
+            self._stop(f"no process of {self._what} has started within {self._start_timeout:g} s: does it hang?")
+            return
+        call, worker.call = worker.call, None
+        worker.process.kill()
+        self._bury(worker)
+        call.settle(error=TimeoutError())
+
+    def _bury(self, worker: _Worker) -> None:
+        """Another process takes the place of one that has ended or is about to."""
+        worker.process.join(ENDING)
+        _kill(worker)
+        self._workers.remove(worker)
+        self._deaths += not worker.ready
+        if self._deaths < MOST_DEATHS:
+            self._workers.append(self._started())
+        else:
+            self._stop(f"the processes of {self._what} end while they start: try it alone, outside of a run")
+        if worker.call is not None:
+            worker.call.settle(error=ProcessEnded(worker.process.exitcode))
+
+    def _stop(self, message: str) -> None:
+        with self._lock:
+            self._error = self._error or UserError(message)
+
+    def _give_up(self) -> None:
+        for worker in self._workers:
+            _kill(worker)
+        with self._lock:
+            calls = [*(worker.call for worker in self._workers if worker.call), *self._waiting]
+            self._waiting.clear()
+        for call in calls:
+            call.settle(error=self._error)
+
+
+def _send(pipe: connection.Connection, value: Any) -> None:
+    """Arrays go as they lie in memory: pickled, large images cost more than the pipe does."""
+    buffers: list[pickle.PickleBuffer] = []
+    data = pickle.dumps(value, protocol=5, buffer_callback=buffers.append)
+    raw = [buffer.raw() for buffer in buffers]
+    pipe.send((data, [piece.nbytes for piece in raw]))
+    for piece in raw:
+        pipe.send_bytes(piece)
+
+
+def _receive(pipe: connection.Connection) -> Any:
+    data, sizes = pipe.recv()
+    buffers = [bytearray(size) for size in sizes]
+    for buffer in buffers:
+        pipe.recv_bytes_into(buffer)
+    return pickle.loads(data, buffers=buffers)
+
+
+def _kill(worker: _Worker) -> None:
+    worker.process.kill()
+    worker.process.join()
+    worker.pipe.close()
+
+
+def _work(pipe: connection.Connection, initialise: Callable[[], None]) -> None:
+    """A process: answers (result, error) until its pipe ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    initialise()
+    answer = None, None
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            try:
+                _send(pipe, answer)
+            except Exception as e:
+                _send(pipe, (None, RuntimeError(f"the answer cannot be sent: {type(e).__name__}: {e}")))
+            function, arguments = _receive(pipe)
+            try:
+                answer = function(*arguments), None
+            except BaseException as e:
+                answer = None, e
+
+
+def _end_with_parent() -> None:
+    """The parent may be killed while a call hangs here."""
+    multiprocessing.parent_process().join()
+    os._exit(1)

@@ -1,0 +1,66 @@
+"""What runs in a process of the reward pool. Imports nothing at the top that makes threads: `start` first says how many.
+
+The rewards are made once a process. Where that fails, the process stays, and every task raises why.
+"""
+
+import os
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from blip3o_jax.config import RewardConfig, UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from blip3o_jax.rl.rewards.weighted import Outcome, WeightedRewards
+
+# The pool has as many processes as it may use cores; threads of their own would only take turns. JAX must leave the
+# accelerator to the run: NPROC is what XLA takes for the number of cores.
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "NPROC": "1",
+    "JAX_NUM_CPU_DEVICES": "1",
+    "JAX_PLATFORMS": "cpu",
+    "ORT_DISABLE_TELEMETRY": "1",
+}
+
+_made: "WeightedRewards | Exception"
+
+
+def start(configs: tuple[RewardConfig, ...]) -> None:
+    """Run first in each process."""
+    global _made
+    os.environ.update(ENVIRONMENT)
+    try:
+        import cv2
+
+        from blip3o_jax.rl.rewards.weighted import WeightedRewards
+
+        cv2.setNumThreads(1)
+        _made = WeightedRewards(configs)
+    except UserError as e:
+        _made = e
+    except Exception:
+        _made = RuntimeError(f"a reward cannot be made:\n{traceback.format_exc()}")
+
+
+def judge(images_BHWC: "np.ndarray", prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> tuple["Outcome", float]:
+    """What the rewards say, and the seconds they took."""
+    rewards, began = _rewards(), time.monotonic()
+    return rewards(images_BHWC, prompts, metadata), time.monotonic() - began
+
+
+def check(prompts: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
+    """Raises UserError for the first prompt that a reward cannot judge."""
+    for text, metadata in prompts:
+        _rewards().check(text, metadata)
+
+
+def _rewards() -> "WeightedRewards":
+    if isinstance(_made, Exception):
+        raise _made
+    return _made

@@ -1,0 +1,45 @@
+import numpy as np
+import pytest
+
+from blip3o_jax.config import ConfigError, RewardConfig
+from blip3o_jax.rl.rewards import registry
+
+USER = "python:tests.rl.rewards.scorers."
+IMAGES = np.full((2, 4, 4, 3), 51, np.uint8)
+
+
+def test_a_reward_is_made_with_its_options():
+    reward = registry.make(RewardConfig("shapes", options=(("correct_weight", "0.25"),)))
+    assert reward.correct_weight == 0.25
+
+
+def test_a_users_function_is_a_reward():
+    reward = registry.make(RewardConfig(USER + "brightness", options=(("scale", "2"),)))
+    scores = reward(IMAGES, ["", ""], [{}, {}])
+    np.testing.assert_allclose(scores.total_B, [0.4, 0.4], rtol=1e-6)
+    assert scores.total_B.dtype == np.float32 and scores.parts == {}
+    reward.check("anything", {})
+    assert registry.make(RewardConfig(USER + "obedient"))(IMAGES, ["a", "bc"], [{}, {}]).parts["length"].tolist() == [1, 2]
+    registry.make(RewardConfig(USER + "any_options", options=(("whatever", "1"),)))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("shape", {}, "unknown reward 'shape': did you mean shapes?"),
+        ("xyz", {}, "unknown reward 'xyz': there is ocr, geneval, shapes, clip, siglip, http, python:MODULE.FUNCTION"),
+        ("", {}, "unknown reward ''"),
+        ("shapes", {"correct_wieght": "1"}, "reward shapes has no option 'correct_wieght': did you mean correct_weight?"),
+        ("python:brightness", {}, "must be python:MODULE.FUNCTION"),
+        ("python:no.such.module.f", {}, "module no.such.module cannot be imported (No module named 'no')"),
+        (USER + "dark", {}, "module tests.rl.rewards.scorers has no function dark"),
+        (USER + "not_callable", {}, "has no function not_callable"),
+        (USER + "with_threshold", {}, "with_threshold needs its option threshold"),
+        (USER + "brightness", {"scal": "1"}, "brightness has no option 'scal': did you mean scale?"),
+        (USER + "brightness", {"prompts": "1"}, "brightness has no option 'prompts'"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(name, options, message):
+    with pytest.raises(ConfigError) as e:
+        registry.make(RewardConfig(name, options=tuple(options.items())))
+    assert message in str(e.value) and "\n" not in str(e.value)
