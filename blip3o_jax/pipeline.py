@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 
 from blip3o_jax import nn
-from blip3o_jax.ar.sampling import generate_image_tokens
+from blip3o_jax.ar.sampling import Drawn, generate_image_tokens
 from blip3o_jax.blip3o import Blip3o
 from blip3o_jax.config import Config, MeshConfig, ModelConfig, SamplingConfig, UserError, check
 from blip3o_jax.data.sequence import text_to_image_prompt
@@ -144,38 +144,61 @@ def make_sample(
         model: Blip3o = nnx.merge(graphdef, params)
         with nn.sharding_resolver(strategy.resolver):
             tokens_BL = nn.constrain(tokens_BL, "batch", None)
-            keys_B = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(indices_B)
-            token_keys_B, noise_keys_B = jax.vmap(jax.random.split, out_axes=1)(keys_B)
-            with nn.part("ar"):
-                ids_BN, hidden_BTD, _ = generate_image_tokens(
-                    model.ar,
-                    tokens_BL,
-                    lengths_B,
-                    token_keys_B,
-                    num_tokens=cfg.tokenizer.num_tokens,
-                    image_ids=image_ids,
-                    temperature=settings.temperature,
-                    top_k=settings.top_k,
-                    top_p=settings.top_p,
-                    guidance=settings.token_guidance,
-                )
-            size = cfg.latent_size
-            shape = (size, size, cfg.vae.latent_channels)
-            noise_BHWC = jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(noise_keys_B)
+            token_keys_B, noise_keys_B = row_keys(seed, indices_B)
+            drawn = draw_tokens(model, tokens_BL, lengths_B, token_keys_B, settings, image_ids)
+            noise_BHWC = draw_noise(cfg, noise_keys_B)
             with nn.part("dit"):
                 z_BHWC = sampler.sample(
                     model.dit,
-                    model.condition(hidden_BTD),
+                    model.condition(drawn.hidden_BTD),
                     model.null_condition(len(indices_B)),
                     noise_BHWC,
                     steps=settings.steps,
                     guidance=settings.guidance,
                     flow=cfg.flow,
                 )
-            return to_uint8(model.pixels(z_BHWC)), codes_from_image_ids(ids_BN, image_ids[0])
+            return to_uint8(model.pixels(z_BHWC)), codes_from_image_ids(drawn.ids_BN, image_ids[0])
 
     # Unused parameters stay arguments, since they lie in the device's memory all the same.
     return jax.jit(sample, static_argnames="settings", keep_unused=True)
+
+
+def row_keys(seed: jax.Array, indices_B: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Keys of each row's image tokens and of its noise, folded from (seed, index)."""
+    keys_B = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(indices_B)
+    return tuple(jax.vmap(jax.random.split, out_axes=1)(keys_B))
+
+
+def draw_tokens(
+    model: Blip3o,
+    tokens_PL: jax.Array,
+    lengths_P: jax.Array,
+    keys_B: jax.Array,
+    settings: SamplingConfig,
+    image_ids: tuple[int, int],
+    **more: Any,
+) -> Drawn:
+    """`generate_image_tokens` as `settings` say; `more` are further arguments of it."""
+    with nn.part("ar"):
+        return generate_image_tokens(
+            model.ar,
+            tokens_PL,
+            lengths_P,
+            keys_B,
+            num_tokens=model.cfg.tokenizer.num_tokens,
+            image_ids=image_ids,
+            temperature=settings.temperature,
+            top_k=settings.top_k,
+            top_p=settings.top_p,
+            guidance=settings.token_guidance,
+            **more,
+        )
+
+
+def draw_noise(cfg: ModelConfig, keys_B: jax.Array) -> jax.Array:
+    """What the denoising starts from, float32 [B, H, W, C]."""
+    shape = (cfg.latent_size, cfg.latent_size, cfg.vae.latent_channels)
+    return jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(keys_B)
 
 
 def to_uint8(x: jax.Array) -> jax.Array:

@@ -14,6 +14,7 @@ transposed at every token.
 Y layers, B batch, L tokens of the chunk, S slots, G key/value heads, K head size.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -59,6 +60,17 @@ def reserve(cache: Cache, segment_ids_BL: jax.Array) -> tuple[Cache, jax.Array]:
         end=cache.end + segment_ids_BL.shape[1],
     )
     return cache, positions_BL
+
+
+def repeat(cache: Cache, rows: Callable[[jax.Array], jax.Array]) -> Cache:
+    """The cache with `rows`, a function of arrays that lead with the batch, made of every such array."""
+    per_layer = lambda k: tuple(map(rows, k)) if isinstance(k, tuple) else jax.vmap(rows)(k)
+    return cache._replace(
+        k_YBGSK=per_layer(cache.k_YBGSK),
+        v_YBGSK=per_layer(cache.v_YBGSK),
+        segment_ids_BS=rows(cache.segment_ids_BS),
+        lengths_B=rows(cache.lengths_B),
+    )
 
 
 def write(

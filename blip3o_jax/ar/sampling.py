@@ -8,8 +8,11 @@ the prompt and u given the image tokens alone (arXiv 2306.17806):
 An id is drawn by the Gumbel-max rule with noise that belongs to (row key, token index, image id). So a row's ids depend on its
 own prompt and key only, and rounding that swaps two almost equal candidates' ranks does not change what is drawn.
 
-B batch, L prompt length (padded), N image tokens, D width, V image ids, C candidates kept by top-k.
+B batch, L prompt length (padded), N image tokens, D width, V image ids, C candidates kept by top-k; P prompts of G images each
+where a prompt is read once for several images, B = P G.
 """
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,10 +23,21 @@ from blip3o_jax.ar import cache
 from blip3o_jax.ar.qwen3 import Qwen3, project
 
 
+class Drawn(NamedTuple):
+    """`hidden_BTD` [B, N + 1, D]: the final-norm states at the scale tag and at each image token, the condition of the
+    diffusion head. `logprobs_BN` are those of the truncated distribution that was drawn from (0 at temperature 0), float32.
+    `kept_BNX`, where asked for: which classes that distribution held, one bit each (`jnp.packbits`), or None for all."""
+
+    ids_BN: jax.Array
+    hidden_BTD: jax.Array
+    logprobs_BN: jax.Array
+    kept_BNX: jax.Array | None = None
+
+
 def generate_image_tokens(
     model: Qwen3,
-    tokens_BL: jax.Array,
-    lengths_B: jax.Array,
+    tokens_PL: jax.Array,
+    lengths_P: jax.Array,
     keys_B: jax.Array,
     *,
     num_tokens: int,
@@ -32,66 +46,94 @@ def generate_image_tokens(
     top_k: int = 0,
     top_p: float = 1.0,
     guidance: float = 1.0,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Draw `num_tokens` image tokens after each prompt -> (ids [B, N] int32, hidden [B, N + 1, D], logprobs [B, N] float32).
+    group: int = 1,
+    keep_classes: bool = False,
+) -> Drawn:
+    """Draw `num_tokens` image tokens after each prompt.
 
-    `tokens_BL` are prompts padded on the right; row b's last token, at lengths_B[b] - 1, opens the image (its scale tag).
-    `image_ids` is (first, last + 1); no other id can be drawn. `keys_B` are typed PRNG keys, one a row. Temperature 0 takes
-    the most likely id; top_k 0, top_p 1 and guidance 1 switch these off. `hidden` are the final-norm states at the scale tag
-    and at each image token: the condition of the diffusion head. `logprobs` are those of the truncated distribution
-    that was drawn from (0 at temperature 0). Meant to be called under `jax.jit`, keyword arguments static.
+    `tokens_PL` are prompts padded on the right; a prompt's last token, at lengths_P - 1, opens the image (its scale tag).
+    `image_ids` is (first, last + 1); no other id can be drawn. `keys_B` are typed PRNG keys, one an image: rows p G to
+    p G + G - 1 are prompt p's `group` G, which share its reading. Temperature 0 takes the most likely id; top_k 0, top_p 1 and
+    guidance 1 switch these off. Meant to be called under `jax.jit`, keyword arguments static.
     """
     _check(model, num_tokens, image_ids, temperature, top_k, top_p)
     model = _in_compute_dtype(model)
-    # With guidance B counts two branches a row from here on, which lie next to each other, so that both are on its device.
-    L, branches = tokens_BL.shape[1], 1 if guidance == 1.0 else 2
+    # With guidance P and B count two branches a row from here on, which lie next to each other, so that both are on its device.
+    L, branches = tokens_PL.shape[1], 1 if guidance == 1.0 else 2
     twin = lambda x: jnp.repeat(x, branches, axis=0)
-    index_L, last_B1 = jnp.arange(L), lengths_B[:, None] - 1
-    segments_BL = (index_L <= last_B1).astype(jnp.int32)
-    if branches == 2:
-        alone_BL = (index_L == last_B1).astype(jnp.int32)
-        segments_BL = jnp.stack([segments_BL, alone_BL], axis=1).reshape(-1, L)
-    tokens_BL, lengths_B = twin(tokens_BL), twin(lengths_B)
-    past = cache.empty(model.cfg, len(tokens_BL), L + num_tokens)
+    segments_PL = branch_segments(lengths_P, L, branches)
+    tokens_PL, lengths_P = twin(tokens_PL), twin(lengths_P)
+    past = cache.empty(model.cfg, len(tokens_PL), L + num_tokens)
     layers = nn.unstack(model.layers) if model.cfg.unroll else None
     with jax.named_scope("prefill"):
-        hidden_BLD, past = model.extend(model.embed(tokens_BL), segments_BL, past, layers)
+        hidden_PLD, past = model.extend(model.embed(tokens_PL), segments_PL, past, layers)
     # Outside the loop: XLA does not always hoist the slice, and a slice of a large table costs more than the rest of a step.
     head_DV = model.head(image_ids)
-    scale_BD = jnp.take_along_axis(hidden_BLD, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
+    scale_PD = jnp.take_along_axis(hidden_PLD, (lengths_P - 1)[:, None, None], axis=1)[:, 0]
+    scale_BD, past = _for_each(scale_PD, group, branches), cache.repeat(past, lambda x: _for_each(x, group, branches))
 
     def step(carry: tuple[jax.Array, cache.Cache], index: jax.Array) -> tuple[tuple, tuple]:
         hidden_BD, past = carry
         keys = jax.vmap(jax.random.fold_in, (0, None))(keys_B, index)
-        logits_BV = project(hidden_BD, head_DV)
-        if branches == 2:
-            given_BV, alone_BV = jnp.unstack(logits_BV.reshape(-1, 2, logits_BV.shape[-1]), axis=1)
-            logits_BV = alone_BV + guidance * (given_BV - alone_BV)
-        choice_B, logprob_B = draw(logits_BV, keys, temperature=temperature, top_k=top_k, top_p=top_p)
+        logits_BV = guided(project(hidden_BD, head_DV), guidance)
+        choice_B, logprob_B, kept_BV = draw(logits_BV, keys, temperature=temperature, top_k=top_k, top_p=top_p)
         ids_B = image_ids[0] + choice_B
         next_B1 = twin(ids_B[:, None])
         hidden_B1D, past = model.extend(model.embed(next_B1), jnp.ones_like(next_B1), past, layers)
-        return (hidden_B1D[:, 0], past), (ids_B, hidden_B1D[::branches, 0], logprob_B)
+        kept_BX = jnp.packbits(kept_BV, axis=-1) if keep_classes and kept_BV is not None else None
+        return (hidden_B1D[:, 0], past), (ids_B, hidden_B1D[::branches, 0], logprob_B, kept_BX)
 
     with jax.named_scope("decode"):
-        _, (ids_NB, hidden_NBD, logprobs_NB) = jax.lax.scan(step, (scale_BD, past), jnp.arange(num_tokens))
+        _, (ids_NB, hidden_NBD, logprobs_NB, kept_NBX) = jax.lax.scan(step, (scale_BD, past), jnp.arange(num_tokens))
     hidden_BND = jnp.concatenate([scale_BD[::branches, None], hidden_NBD.swapaxes(0, 1)], axis=1)
-    return ids_NB.T, hidden_BND, logprobs_NB.T
+    kept_BNX = None if kept_NBX is None else kept_NBX.swapaxes(0, 1)
+    return Drawn(ids_NB.T, hidden_BND, logprobs_NB.T, kept_BNX)
+
+
+def branch_segments(lengths_P: jax.Array, length: int, branches: int) -> jax.Array:
+    """Segment ids of prompts padded to `length`: int32 [P, L], or [2 P, L] with every second row the branch that sees the scale
+    tag alone."""
+    index_L, last_P1 = jnp.arange(length), lengths_P[:, None] - 1
+    given_PL = (index_L <= last_P1).astype(jnp.int32)
+    if branches == 1:
+        return given_PL
+    alone_PL = (index_L == last_P1).astype(jnp.int32)
+    return jnp.stack([given_PL, alone_PL], axis=1).reshape(-1, length)
+
+
+def guided(logits: jax.Array, guidance: float) -> jax.Array:
+    """[2 B, ..., V] of both branches, next to each other -> [B, ..., V]; as it is where guidance 1 has no second one."""
+    if guidance == 1.0:
+        return logits
+    given, alone = jnp.unstack(logits.reshape(-1, 2, *logits.shape[1:]), axis=1)
+    return alone + guidance * (given - alone)
+
+
+def _for_each(x: jax.Array, group: int, branches: int) -> jax.Array:
+    """Rows of prompts -> of their images, branches side by side."""
+    if group == 1:
+        return x
+    return jnp.repeat(x.reshape(-1, branches, *x.shape[1:]), group, axis=0).reshape(-1, *x.shape[1:])
 
 
 def draw(
     logits_BV: jax.Array, keys_B: jax.Array, *, temperature: float, top_k: int, top_p: float
-) -> tuple[jax.Array, jax.Array]:
-    """One draw a row -> (class [B] int32, its log-probability [B] under the distribution drawn from)."""
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """One draw a row -> (class [B] int32, its log-probability [B] under the distribution drawn from, the classes [B, V] that
+    this held or None for all)."""
     B, V = logits_BV.shape
     if temperature == 0:
-        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32), jnp.zeros(B, jnp.float32)
+        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32), jnp.zeros(B, jnp.float32), None
     classes_BC, logprobs_BC = truncate(logits_BV, temperature=temperature, top_k=top_k, top_p=top_p)
     noise_BV = jax.vmap(lambda key: jax.random.gumbel(key, (V,), jnp.float32))(keys_B)
     noise_BC = jnp.take_along_axis(noise_BV, classes_BC, axis=-1)
     winner_B1 = jnp.argmax(logprobs_BC + noise_BC, axis=-1, keepdims=True)
     pick = lambda x_BC: jnp.take_along_axis(x_BC, winner_B1, axis=-1)[:, 0]
-    return pick(classes_BC), pick(logprobs_BC)
+    if (top_k or V) >= V and top_p == 1.0:
+        return pick(classes_BC), pick(logprobs_BC), None
+    rows_B1 = jnp.arange(B)[:, None]
+    kept_BV = jnp.zeros((B, V), bool).at[rows_B1, classes_BC].set(logprobs_BC > -jnp.inf)
+    return pick(classes_BC), pick(logprobs_BC), kept_BV
 
 
 def truncate(logits_BV: jax.Array, *, temperature: float, top_k: int, top_p: float) -> tuple[jax.Array, jax.Array]:

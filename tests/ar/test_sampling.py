@@ -39,7 +39,7 @@ def model() -> Qwen3:
     return Qwen3(CFG, rngs=nnx.Rngs(0))
 
 
-@functools.partial(nnx.jit, static_argnames=("temperature", "top_k", "top_p", "guidance"))
+@functools.partial(nnx.jit, static_argnames=("temperature", "top_k", "top_p", "guidance", "group", "keep_classes"))
 def generate(model, tokens_BL, lengths_B, keys_B, **settings):
     return sampling.generate_image_tokens(model, tokens_BL, lengths_B, keys_B, num_tokens=N, image_ids=IMAGE_IDS, **settings)
 
@@ -83,7 +83,8 @@ def expected_logprobs(logits_V: np.ndarray, temperature: float, top_k: int, top_
 def test_a_mixed_batch_equals_the_prompt_alone_and_the_full_forward(model, name):
     settings = SETTINGS[name]
     tokens, lengths = prompts()
-    ids, hidden, logprobs = (np.asarray(x) for x in generate(model, tokens, lengths, keys(), **settings))
+    drawn = generate(model, tokens, lengths, keys(), **settings)
+    ids, hidden, logprobs = (np.asarray(x) for x in (drawn.ids_BN, drawn.hidden_BTD, drawn.logprobs_BN))
     assert ids.shape == (2, N) and hidden.shape == (2, N + 1, CFG.hidden_size) and logprobs.shape == (2, N)
     assert ids.min() >= IMAGE_IDS[0] and ids.max() < IMAGE_IDS[1]
     for b, n in enumerate(LENGTHS):
@@ -107,7 +108,7 @@ def test_guidance_leans_away_from_the_tokens_without_their_prompt(model):
     and the ids so far; the hidden states are the former's."""
     settings, (tokens, lengths) = SETTINGS["truncated"], prompts()
     guided = generate(model, tokens, lengths, keys(), guidance=3.0, **settings)
-    ids, hidden, logprobs = (np.asarray(x) for x in guided)
+    ids, hidden, logprobs = (np.asarray(x) for x in (guided.ids_BN, guided.hidden_BTD, guided.logprobs_BN))
     for b, n in enumerate(LENGTHS):
         row_hidden, with_prompt = (np.asarray(x)[n - 1 :] for x in full(model, np.concatenate([tokens[b, :n], ids[b]])))
         _, alone = full(model, np.concatenate([tokens[b, n - 1 : n], ids[b]]))
@@ -120,10 +121,35 @@ def test_guidance_leans_away_from_the_tokens_without_their_prompt(model):
     assert np.array_equal(unguided[0], generate(model, tokens, lengths, keys(), **settings)[0])
 
 
+@pytest.mark.parametrize("unroll", [False, True], ids=["scanned", "laid out"])
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_images_of_a_prompt_share_its_reading(guidance, unroll):
+    """Three images each of two prompts, as if every image had read its own."""
+    model = Qwen3(dataclasses.replace(CFG, unroll=unroll), rngs=nnx.Rngs(0))
+    settings, (tokens, lengths) = SETTINGS["truncated"] | {"guidance": guidance}, prompts()
+    shared = generate(model, tokens, lengths, keys(6), group=3, **settings)
+    alone = generate(model, np.repeat(tokens, 3, axis=0), np.repeat(lengths, 3), keys(6), **settings)
+    assert np.array_equal(shared.ids_BN, alone.ids_BN) and len(np.unique(shared.ids_BN, axis=0)) == 6
+    assert relative_error(shared.hidden_BTD, alone.hidden_BTD) < 1e-6
+    assert np.allclose(shared.logprobs_BN, alone.logprobs_BN, atol=1e-5)
+
+
+def test_the_classes_that_could_be_drawn(model):
+    """Of the first image token, against the definition; and none are kept where none are left out."""
+    settings, (tokens, lengths) = SETTINGS["truncated"], prompts()
+    drawn = generate(model, tokens, lengths, keys(), keep_classes=True, **settings)
+    for b, n in enumerate(LENGTHS):
+        _, logits = full(model, tokens[b, :n])
+        want = np.isfinite(expected_logprobs(np.asarray(logits)[-1], **settings))
+        got = np.unpackbits(np.asarray(drawn.kept_BNX[b, 0]), count=len(want)).astype(bool)
+        assert np.array_equal(got, want) and want.sum() < 12
+    assert generate(model, tokens, lengths, keys(), keep_classes=True, **SETTINGS["full"]).kept_BNX is None
+
+
 def test_ids_depend_on_the_key_and_differ_between_rows_of_one_prompt(model):
     tokens, _ = prompts()
     same = np.repeat(tokens[:1], 2, axis=0)
-    ids, _, _ = generate(model, same, np.full(2, LENGTHS[0]), keys(), **SETTINGS["full"])
+    ids = generate(model, same, np.full(2, LENGTHS[0]), keys(), **SETTINGS["full"]).ids_BN
     assert not np.array_equal(ids[0], ids[1])
     # Fresh noise at every token: no row is one id throughout.
     assert all(len(set(row)) > 2 for row in np.asarray(ids).tolist())
@@ -153,7 +179,7 @@ def test_truncation_of_a_distribution_worked_out_by_hand():
 def test_draws_follow_the_distribution_and_report_its_log_probability():
     logits = jnp.log(jnp.array([0.1, 0.4, 0.2, 0.3]))
     draw = functools.partial(sampling.draw, temperature=1.0, top_k=3, top_p=0.75)
-    choice, logprob = draw(jnp.tile(logits, (4000, 1)), keys(4000))
+    choice, logprob, _ = draw(jnp.tile(logits, (4000, 1)), keys(4000))
     shares = np.bincount(choice, minlength=4) / 4000
     assert shares[0] == shares[2] == 0
     assert abs(shares[1] - 4 / 7) < 0.03  # four standard deviations
@@ -163,7 +189,7 @@ def test_draws_follow_the_distribution_and_report_its_log_probability():
 def test_a_swap_of_two_almost_equal_candidates_does_not_change_the_draw():
     logits = jax.random.normal(jax.random.key(0), (64, 30))
     draw = functools.partial(sampling.draw, temperature=1.0, top_k=20, top_p=0.95)
-    choice, _ = draw(logits, keys(64))
+    choice, _, _ = draw(logits, keys(64))
     # Equal logits in pairs, nudged one way and then the other: ranks swap all over, the draw must not.
     paired = jnp.repeat(logits[:, ::2], 2, axis=1)
     nudge = jnp.tile(jnp.array([1e-6, 0.0]), 15)

@@ -13,14 +13,13 @@ import numpy as np
 from flax import nnx
 
 from blip3o_jax import nn
-from blip3o_jax.ar.sampling import generate_image_tokens
 from blip3o_jax.bench.peer.worker import Arrays, Prepared, Task
 from blip3o_jax.blip3o import Blip3o, draw_noise
 from blip3o_jax.config import Config, DataConfig, LossConfig, MeshConfig, OptimizerConfig, UserError
 from blip3o_jax.dit import sampler
 from blip3o_jax.parallel.mesh import split_cpu
 from blip3o_jax.parallel.rules import Strategy
-from blip3o_jax.pipeline import PARTS, Pipeline
+from blip3o_jax.pipeline import PARTS, Pipeline, draw_tokens
 from blip3o_jax.text.tokenizers import load_tokenizer
 from blip3o_jax.text.vocabulary import Vocabulary
 from blip3o_jax.train.checkpoint import find, read_config, restore_parts
@@ -148,24 +147,12 @@ class Side:
         return lambda: compiled(pipeline._params, *placed), count_flops(traced, pipeline._params, *placed), pipeline
 
     def _ar_decode(self, inputs: Arrays) -> Prepared:
-        settings, cfg = self.task.settings, self.config.model
-        first = self.task.image_first
+        settings, first = self.task.settings, self.task.image_first
+        image_ids = first, first + self.config.model.tokenizer.codebook_size
         keys_B = jax.random.split(jax.random.key(0), len(inputs["prompts"]))
 
         def run(model: Blip3o, tokens_BL: jax.Array, lengths_B: jax.Array, keys_B: jax.Array) -> Any:
-            with nn.part("ar"):
-                return generate_image_tokens(
-                    model.ar,
-                    tokens_BL,
-                    lengths_B,
-                    keys_B,
-                    num_tokens=cfg.tokenizer.num_tokens,
-                    image_ids=(first, first + cfg.tokenizer.codebook_size),
-                    temperature=settings.temperature,
-                    top_k=settings.top_k,
-                    top_p=settings.top_p,
-                    guidance=settings.token_guidance,
-                )
+            return draw_tokens(model, tokens_BL, lengths_B, keys_B, settings, image_ids)
 
         call, flops, pipeline = self._jitted(("ar",), run, inputs["prompts"], inputs["lengths"], keys_B)
         return self._prepared(call, cost={"flops": flops, "bytes": self._decode_bytes(pipeline, inputs)})
