@@ -1,4 +1,4 @@
-"""The training loop, one for every stage: a straight line from configuration to checkpoints.
+"""The training loop, one for every stage and method: a straight line from configuration to checkpoints.
 
 `train` prepares (data first, so that its errors come before any compile), then for each step: dispatch, fetch the next
 batch while the devices work, and only then read the metrics of the step before. With several hosts each runs this same line:
@@ -11,30 +11,26 @@ import functools
 import pathlib
 import resource
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
-from blip3o_jax import config as config_lib
-from blip3o_jax.config import Config, MeshConfig, UserError
-from blip3o_jax.data.examples import ExampleBuilder
-from blip3o_jax.data.loader import DevicePrefetch, Loader, host_rows
-from blip3o_jax.data.record import Source
-from blip3o_jax.data.sources import open_mixture
+from blip3o_jax.config import Config, UserError
 from blip3o_jax.parallel.distributed import host, host_0_first, say
 from blip3o_jax.parallel.preemption import Preempted, StopRequest
 from blip3o_jax.parallel.rules import Strategy
 from blip3o_jax.parallel.watchdog import Watchdog
-from blip3o_jax.train.checkpoint import Checkpoints, read_config, restore_parts
-from blip3o_jax.train.encode import encoded_source, weights_fingerprint
-from blip3o_jax.train.flops import peak_flops, useful_flops
+from blip3o_jax.text.vocabulary import Vocabulary
+from blip3o_jax.train.checkpoint import Checkpoints
+from blip3o_jax.train.flops import peak_flops
 from blip3o_jax.train.metrics import MetricLog, SilentLog
-from blip3o_jax.train.stages import STAGES, make_loss, make_preview
-from blip3o_jax.train.state import WEIGHTS, StatePlan, TrainState, create_state, plan_state
-from blip3o_jax.train.step import make_step, row_keys
-from blip3o_jax.train.vocabulary import with_vocabulary
+from blip3o_jax.train.start import restore_or_create
+from blip3o_jax.train.state import StatePlan, TrainState, plan_state
+from blip3o_jax.train.step import row_keys
+
+Batch = dict[str, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +43,75 @@ class Summary:
     seconds: float
 
 
-def train(config: Config, workdir: str | pathlib.Path) -> Summary:
+class Feed(Protocol):
+    """Where batches come from."""
+
+    wait_seconds: float  # that the last `next` kept the devices waiting
+
+    def next(self, state: TrainState) -> Batch:
+        """The next batch on the devices; `state` is that after the step before, which may still be under way."""
+        ...
+
+    def position(self) -> Any:
+        """Of the stream behind the last batch, as JSON can hold it; None where a run cannot go on from there."""
+        ...
+
+    def metrics(self) -> dict[str, float]:
+        """What the host knows of the last batch."""
+        ...
+
+    def check(self, step: int, values: dict[str, float]) -> None:
+        """Looks at a finished step's metrics; raises UserError to stop the run."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Begun(NamedTuple):
+    """What a method brings to the loop: batches, a step (state, batch) -> (state, metrics), a preview (stages.make_preview) and
+    the FLOPs of a step on a batch, where they are counted."""
+
+    feed: Feed
+    step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
+    draw: Callable[..., jax.Array] | None = None
+    flops: Callable[[Batch], float] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """A run before its first step; `start`: steps done."""
+
+    config: Config
+    workdir: pathlib.Path
+    plan: StatePlan
+    strategy: Strategy
+    vocabulary: Vocabulary | None
+    image_first: int
+    log: MetricLog | SilentLog
+    start: int
+
+
+class Method(Protocol):
+    """How a run learns; its methods are called in this order."""
+
+    def open(self, config: Config) -> None:
+        """Looks at the data, so that what is wrong with them is said before anything is compiled."""
+        ...
+
+    def vocabulary(self, config: Config, workdir: pathlib.Path) -> tuple[Config, Vocabulary | None]:
+        """See `with_vocabulary`."""
+        ...
+
+    def begin(self, setup: Setup, state: TrainState, position: Any) -> Begun:
+        """`position`: what `Feed.position` gave when the run was saved, or None."""
+        ...
+
+    def close(self) -> None:
+        """Called in any case, whatever was called before."""
+        ...
+
+
+def train(config: Config, workdir: str | pathlib.Path, method: Method) -> Summary:
     """Trains `config.steps` steps, from the last checkpoint under `workdir` where there is one.
 
     Raises Preempted when SIGTERM stopped it before the last step, which then is saved.
@@ -56,36 +120,28 @@ def train(config: Config, workdir: str | pathlib.Path) -> Summary:
     workdir = pathlib.Path(workdir).absolute()
     strategy = Strategy.of(config.mesh)
     strategy.check_batch(config.data.batch_size, config.optimizer.accumulate)
-    sources = open_mixture(config.data)
     with contextlib.ExitStack() as until_done:
+        until_done.callback(method.close)
+        method.open(config)
         stop = until_done.enter_context(StopRequest())
         watch = until_done.enter_context(Watchdog(config.watchdog))
         watch.enter("vocabulary" if host() == 0 else "barrier", 0)
         with host_0_first("vocabulary"):
-            config, vocabulary = with_vocabulary(config, sources, workdir)
+            config, vocabulary = method.vocabulary(config, workdir)
 
         watch.enter("restore", 0)
         plan = plan_state(config, strategy)
         checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint.keep)
         until_done.callback(checkpoints.close)
         image_first = vocabulary.image_first if vocabulary else 0
-        state, position, start = _restore_or_create(config, plan, strategy, checkpoints, image_first)
+        state, position, start = restore_or_create(config, plan, strategy, checkpoints, image_first)
         checkpoints.describe(config, vocabulary.tokenizer if vocabulary else None)
-        if config.stage == "joint" and config.data.cache_dir:
-            sources = _encode_sources(config, plan, strategy, state, sources)
-        builder = ExampleBuilder(STAGES[config.stage].fields, config.model, config.data, vocabulary)
-        rows = host_rows(strategy.batch_sharding(), config.data.batch_size)
-        loader = Loader(sources, builder, config.data, config.seed, rows=rows)
-        if position is not None:
-            loader.restore(position)
         log = MetricLog(workdir, start, config.steps, config.stage) if host() == 0 else SilentLog()
         until_done.callback(log.close)
-        batches = DevicePrefetch(loader, strategy.batch_sharding())
-        until_done.callback(batches.close)
-        step_fn = make_step(config, plan, strategy, make_loss(config, image_first))
-        draw = make_preview(config, image_first)
-        run = _Run(config, plan, strategy, checkpoints, batches, log, step_fn, draw, stop, watch)
-        metrics = run.steps(state, start)
+        setup = Setup(config, workdir, plan, strategy, vocabulary, image_first, log, start)
+        begun = method.begin(setup, state, position)
+        until_done.callback(begun.feed.close)
+        metrics = _Run(setup, begun, checkpoints, stop, watch).steps(state)
     return Summary(workdir / "checkpoints", config.steps, metrics, time.monotonic() - began)
 
 
@@ -93,39 +149,39 @@ def train(config: Config, workdir: str | pathlib.Path) -> Summary:
 class _Run:
     """The loop proper, with what it needs at every step."""
 
-    config: Config
-    plan: StatePlan
-    strategy: Strategy
+    setup: Setup
+    begun: Begun
     checkpoints: Checkpoints
-    batches: DevicePrefetch
-    log: MetricLog | SilentLog
-    step_fn: Any
-    draw: Any  # see make_preview
     stop: StopRequest
     watch: Watchdog
 
-    def steps(self, state: TrainState, start: int) -> dict[str, float]:
+    @property
+    def config(self) -> Config:
+        return self.setup.config
+
+    def steps(self, state: TrainState) -> dict[str, float]:
         """Runs steps start + 1 .. config.steps; returns the last step's metrics."""
-        if start >= self.config.steps:
-            say(f"{self.config.stage}: step {start} of {self.config.steps} is done already")
+        config, start = self.config, self.setup.start
+        if start >= config.steps:
+            say(f"{config.stage}: step {start} of {config.steps} is done already")
             return {}
-        config, values, previous = self.config, {}, None
+        values, previous, stopped = {}, None, False
         meter = _Meter(config)
-        batch, position = self.fetch(meter, start + 1)
-        if peak_flops(jax.devices()[0]) is not None:
-            meter.flops = useful_flops(self.config, self.strategy, batch)
+        batch, position, known = self.fetch(state, meter, start + 1)
+        if self.begun.flops is not None:
+            meter.flops = self.begun.flops(batch)
         for step in range(start + 1, config.steps + 1):
             self.watch.enter("compile" if step == start + 1 else "step", step)
             with jax.transfer_guard("disallow"), jax.profiler.StepTraceAnnotation("train", step_num=step):
-                state, metrics = self.step_fn(state, batch)
-            done_position = position
+                state, metrics = self.begun.step(state, batch)
+            done_position, done_known = position, known
             if step < config.steps:
-                batch, position = self.fetch(meter, step + 1)
+                batch, position, known = self.fetch(state, meter, step + 1)
             if previous is not None:
                 values = self.record(*previous, meter)
-            previous = (step, metrics)
-            stopped = self.stop.due(step)
-            if stopped or step == config.steps or step % config.checkpoint.every == 0:
+            previous = (step, metrics, done_known)
+            stopped |= self.stop.due(step)
+            if done_position is not None and (stopped or step == config.steps or step % config.checkpoint.every == 0):
                 values = self.record(*previous, meter)
                 previous = None
                 self.watch.enter("save", step)
@@ -135,17 +191,18 @@ class _Run:
                 self.preview(step, state, batch)
         return values
 
-    def fetch(self, meter: "_Meter", step: int) -> tuple[dict[str, jax.Array], Any]:
-        """The next batch on the devices, and the position of the stream behind it."""
+    def fetch(self, state: TrainState, meter: "_Meter", step: int) -> tuple[Batch, Any, dict[str, float]]:
+        """The next batch, the position of the stream behind it, and what is known of it."""
         self.watch.enter("data", step)
-        batch = next(self.batches)
-        meter.waited += self.batches.wait_seconds
-        return batch, self.batches.state()
+        feed = self.begun.feed
+        batch = feed.next(state)
+        meter.waited += feed.wait_seconds
+        return batch, feed.position(), feed.metrics()
 
-    def record(self, step: int, metrics: dict[str, jax.Array], meter: "_Meter") -> dict[str, float]:
+    def record(self, step: int, metrics: dict[str, jax.Array], known: dict[str, float], meter: "_Meter") -> dict[str, float]:
         """Waits for the step's metrics; writes them every `log_every` steps; stops a run that no longer is finite."""
         self.watch.enter("step", step)
-        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        values = known | {name: float(value) for name, value in jax.device_get(metrics).items()}
         meter.losses.append(values["loss"])
         meter.steps += 1
         if values["bad_steps"] >= self.config.max_nonfinite:
@@ -154,23 +211,25 @@ class _Run:
                 f"step {step}; they were not applied, and the last good checkpoint is intact: resume with a lower "
                 "optimizer.learning_rate or optimizer.clip_norm"
             )
+        self.begun.feed.check(step, values)
         if step == 1 or step % self.config.log_every == 0 or step == self.config.steps:
             values |= meter.read()
-            self.log.write(step, values)
+            self.setup.log.write(step, values)
         return values
 
     def preview(self, step: int, state: TrainState, batch: dict[str, jax.Array]) -> None:
         """Draws a few rows of `batch` into TensorBoard, where all of them are on this host."""
-        if self.draw is None or jax.process_count() > 1:
+        if self.begun.draw is None or jax.process_count() > 1:
             return
         rows = jax.tree.map(lambda x: x[: self.config.preview], batch)
         keys_B = row_keys(self.config.seed, state["step"], next(iter(rows.values())).shape[0])
         images_BHWC = self._drawn(state["params"], state["frozen"], rows, keys_B)
-        self.log.images(step, "preview", np.asarray(jax.numpy.round(images_BHWC * 255)).astype(np.uint8))
+        self.setup.log.images(step, "preview", np.asarray(jax.numpy.round(images_BHWC * 255)).astype(np.uint8))
 
     @functools.cached_property
     def _drawn(self) -> Any:
-        return jax.jit(lambda params, frozen, batch, keys_B: self.draw(self.plan.model(params, frozen), batch, keys_B))
+        draw, plan = self.begun.draw, self.setup.plan
+        return jax.jit(lambda params, frozen, batch, keys_B: draw(plan.model(params, frozen), batch, keys_B))
 
 
 class _Meter:
@@ -210,83 +269,3 @@ class _Meter:
             values["device_memory_gib"] = stats.get("peak_bytes_in_use", 0) / 2**30
         self._reset()
         return values
-
-
-def _restore_or_create(
-    config: Config, plan: StatePlan, strategy: Strategy, checkpoints: Checkpoints, image_first: int
-) -> tuple[TrainState, Any, int]:
-    """(state, position of the data stream or None, steps done)."""
-    latest = checkpoints.latest()
-    if latest is not None:
-        state, position = checkpoints.restore(latest, plan)
-        changed = "; ".join(changed_settings(read_config(checkpoints.directory), config))
-        say(f"{config.stage}: resuming at step {latest} of {checkpoints.directory}" + (f" with {changed}" if changed else ""))
-        return state, position, latest
-    given = {}
-    for path in dict.fromkeys(path for _, path in config.checkpoint.init_from):
-        parts = tuple(part for part, other in config.checkpoint.init_from if other == path)
-        restored = restore_parts(path, strategy, parts)
-        given |= {part: _fitted(plan, part, restored[part], path) for part in parts}
-    return create_state(config, plan, given, image_first), None, 0
-
-
-def _fitted(plan: StatePlan, part: str, values: Any, path: str) -> dict[str, Any]:
-    """The arrays of one part as the plan wants them: by group, in its own dtypes and shardings. They must cover the part."""
-    wanted = {
-        jax.tree_util.keystr(keys): group
-        for group in WEIGHTS
-        for keys, _ in jax.tree_util.tree_leaves_with_path(plan.abstract[group].get(part, {}))
-    }
-    found = {jax.tree_util.keystr(keys): leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(values)}
-    if missing := sorted(set(wanted) ^ set(found)):
-        raise UserError(f"checkpoint.init_from: part {part} of {path} and of this model differ, first in {missing[0]}")
-
-    def put(keys: Any, target: jax.ShapeDtypeStruct) -> jax.Array:
-        value = found[jax.tree_util.keystr(keys)]
-        if value.shape != target.shape:
-            raise UserError(
-                f"checkpoint.init_from: {part}{jax.tree_util.keystr(keys)} of {path} has shape {value.shape}, this model's "
-                f"{target.shape}: give the run the configuration of that checkpoint"
-            )
-        return jax.device_put(value.astype(target.dtype), target.sharding)
-
-    return {
-        group: jax.tree_util.tree_map_with_path(put, plan.abstract[group][part])
-        for group in WEIGHTS
-        if part in plan.abstract[group]
-    }
-
-
-def _encode_sources(
-    config: Config, plan: StatePlan, strategy: Strategy, state: TrainState, sources: list[tuple[Source, float]]
-) -> list[tuple[Source, float]]:
-    """The sources with the frozen encoders' outputs from the cache, filled first where it is not."""
-    if trained := {"tokenizer", "vae"} & set(state["params"]):
-        raise UserError(
-            f"data.cache_dir keeps the outputs of frozen encoders, but {', '.join(sorted(trained))} is trained: "
-            "empty data.cache_dir, or leave them out of `trainable`"
-        )
-
-    encoders = {part: state["frozen"][part] for part in ("tokenizer", "vae")}
-    if jax.process_count() > 1:  # hosts fill different parts, each by itself, on its own devices
-        strategy = Strategy.of(MeshConfig(data=-1, fsdp=1, strategy="dp"), jax.local_devices())
-        encoders = jax.device_put(multihost_utils.process_allgather(encoders, tiled=True), strategy.replicated())
-    rows, shards = strategy.batch_sharding(), strategy.batch_shards
-
-    @jax.jit
-    def encode(encoders: Any, pixels: jax.Array, tokenizer_pixels: jax.Array) -> tuple[jax.Array, jax.Array]:
-        # The other parts' parameters are zeros that no operation reads: XLA drops them.
-        nothing = {group: jax.tree.map(lambda x: jax.numpy.zeros(x.shape, x.dtype), plan.abstract[group]) for group in WEIGHTS}
-        model = plan.model(nothing["params"], nothing["frozen"] | encoders)
-        pixels, tokenizer_pixels = (jax.lax.with_sharding_constraint(x, rows) for x in (pixels, tokenizer_pixels))
-        return model.codes(tokenizer_pixels), model.latents(pixels)
-
-    fingerprint = weights_fingerprint(encoders)
-    run = functools.partial(encode, encoders)
-    return [(encoded_source(source, run, fingerprint, config, shards=shards), weight) for source, weight in sources]
-
-
-def changed_settings(old: Config, new: Config) -> list[str]:
-    """["optimizer.learning_rate: 1e-4 -> 5e-5", ...]"""
-    before, after = (config_lib.flat(config_lib.to_dict(config)) for config in (old, new))
-    return [f"{key}: {before.get(key)} -> {after[key]}" for key in after if before.get(key) != after[key]]

@@ -5,7 +5,8 @@ import pathlib
 
 from blip3o_jax.config import Config, UserError
 from blip3o_jax.train.checkpoint import write_json
-from blip3o_jax.train.loop import Summary, train
+from blip3o_jax.train.loop import Summary
+from blip3o_jax.train.supervised import train
 
 
 def run(recipe: dict[str, Config], workdir: str | pathlib.Path) -> dict[str, Summary]:

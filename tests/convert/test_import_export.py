@@ -19,7 +19,7 @@ from blip3o_jax.convert.importer import import_weights, read_into
 from blip3o_jax.convert.mapping import flat
 from blip3o_jax.convert.source import open_source
 from blip3o_jax.text.vocabulary import Vocabulary
-from blip3o_jax.train import checkpoint, loop
+from blip3o_jax.train import checkpoint, supervised
 from blip3o_jax.train.state import WEIGHTS
 from tests import tiny
 from tests.convert import published
@@ -378,9 +378,9 @@ def trained(plain, tmp_path_factory):
     settings = dataclasses.replace(settings, model=model)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
         stop_after(patch, 2)
-        patch.setattr(loop.Checkpoints, "save", once(loop.Checkpoints.save))
-        loop.train(settings, workdir)
-    loop.train(settings, workdir)
+        patch.setattr(checkpoint.Checkpoints, "save", once(checkpoint.Checkpoints.save))
+        supervised.train(settings, workdir)
+    supervised.train(settings, workdir)
     return workdir
 
 

@@ -20,7 +20,7 @@ from blip3o_jax import config as config_lib
 from blip3o_jax.config import UserError
 from blip3o_jax.parallel import distributed
 from blip3o_jax.parallel.distributed import Launch
-from blip3o_jax.train import checkpoint, loop
+from blip3o_jax.train import checkpoint, supervised
 from blip3o_jax.train.metrics import read_rows
 from tests import conftest, tiny
 from tests.tiny import quick_compile  # noqa: F401
@@ -62,13 +62,13 @@ class Job:
 
     count = itertools.count()
 
-    def __init__(self, directory, workdir, cfg, hosts, devices, *arguments):
+    def __init__(self, directory, workdir, cfg, hosts, devices, *arguments, command="train"):
         self.workdir, self.log = workdir, directory / f"log{next(self.count)}"
         script = [ROOT / "launch" / "local.sh", "-n", hosts, "-d", devices, "-c", "none", *arguments, "--"]
-        command = [*script, "train", f"--config={config_file(directory, cfg)}", f"--workdir={workdir}"]
+        script += [command, f"--config={config_file(directory, cfg)}", f"--workdir={workdir}"]
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                list(map(str, command)), stdout=log, stderr=log, env=os.environ | ENVIRONMENT, cwd=ROOT, start_new_session=True
+                list(map(str, script)), stdout=log, stderr=log, env=os.environ | ENVIRONMENT, cwd=ROOT, start_new_session=True
             )
 
     def text(self):
@@ -122,7 +122,7 @@ def losses(workdir):
 def whole(tmp_path_factory, quick_compile):  # noqa: F811
     """Losses of an uninterrupted run on eight devices of one process, every parameter on each of them."""
     workdir = tmp_path_factory.mktemp("whole")
-    loop.train(settings(mesh={"data": -1, "fsdp": 1, "strategy": "dp"}), workdir)
+    supervised.train(settings(mesh={"data": -1, "fsdp": 1, "strategy": "dp"}), workdir)
     return losses(workdir)
 
 
@@ -173,7 +173,7 @@ def test_two_hosts_train_a_vocabulary_and_fill_an_encoder_cache_once(job, tmp_pa
     pair = job(tmp_path, tmp_path / "pair", cfg, 2, 1)
     assert pair.wait() == 0, pair.text()
     assert len(list((tmp_path / "cache").rglob("codes-*.npy"))) == 1
-    loop.train(tiny.run_config(tiny.data(), steps=3, preview=0), tmp_path / "alone")
+    supervised.train(tiny.run_config(tiny.data(), steps=3, preview=0), tmp_path / "alone")
     # Latents from the cache are another program's than the step's: a few units in the last place (tests/train/test_loop.py).
     assert losses(tmp_path / "pair") == pytest.approx(losses(tmp_path / "alone"), rel=ROUNDING)
 

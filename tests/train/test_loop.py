@@ -17,8 +17,9 @@ from blip3o_jax import config as config_lib
 from blip3o_jax.config import UserError
 from blip3o_jax.parallel import chips
 from blip3o_jax.parallel.preemption import Preempted
-from blip3o_jax.train import checkpoint, encode, loop, recipe
+from blip3o_jax.train import checkpoint, encode, loop, recipe, start, supervised
 from blip3o_jax.train.metrics import MetricLog, read_rows
+from blip3o_jax.train.state import plan_state
 from tests import tiny
 from tests.tiny import quick_compile  # noqa: F401
 
@@ -45,7 +46,7 @@ def rows(workdir):
 def restored(workdir, step=None):
     """The whole state of a checkpoint, on one device."""
     root, latest = checkpoint.find(workdir)
-    plan = loop.plan_state(checkpoint.read_config(root), tiny.strategy())
+    plan = plan_state(checkpoint.read_config(root), tiny.strategy())
     checkpoints = checkpoint.Checkpoints(root, 100)
     state, _ = checkpoints.restore(step or latest, plan)
     checkpoints.close()
@@ -77,7 +78,7 @@ def stop_after(monkeypatch, step):
 def whole(tmp_path_factory, quick_compile):  # noqa: F811
     """An uninterrupted run."""
     workdir = tmp_path_factory.mktemp("whole")
-    return workdir, loop.train(joint(), workdir)
+    return workdir, supervised.train(joint(), workdir)
 
 
 def test_a_run_writes_what_the_issue_of_it_can_be_judged_by(whole):
@@ -117,7 +118,7 @@ def test_a_checkpoint_is_complete(whole):
 def test_a_finished_run_is_not_run_again(whole, capsys):
     workdir, _ = whole
     before = (workdir / "metrics.jsonl").read_text()
-    summary = loop.train(joint(), workdir)
+    summary = supervised.train(joint(), workdir)
     assert "step 6 of 6 is done already" in capsys.readouterr().err
     assert (workdir / "metrics.jsonl").read_text() == before and summary.metrics == {}
 
@@ -127,9 +128,9 @@ def test_resumed_is_uninterrupted(whole, tmp_path, monkeypatch, stop):
     """Stopped at step 3, it goes on from the checkpoint of step 2: the same rows and the same state, bit for bit."""
     with monkeypatch.context() as patch, pytest.raises(Stopped):
         stop_after(patch, stop)
-        loop.train(joint(), tmp_path)
+        supervised.train(joint(), tmp_path)
     assert [row["step"] for row in rows(tmp_path)] == list(range(1, stop + 1))
-    loop.train(joint(), tmp_path)
+    supervised.train(joint(), tmp_path)
     assert rows(tmp_path) == rows(whole[0])
     check_same(restored(tmp_path), restored(whole[0]))
 
@@ -139,20 +140,20 @@ def test_resumed_with_muon_is_uninterrupted(tmp_path, monkeypatch):
     muon = dataclasses.replace(tokenizer(), optimizer=dataclasses.replace(tokenizer().optimizer, name="muon"))
     with monkeypatch.context() as patch, pytest.raises(Stopped):
         stop_after(patch, 3)
-        loop.train(muon, tmp_path / "twice")
+        supervised.train(muon, tmp_path / "twice")
     for name in ("once", "twice"):
-        loop.train(muon, tmp_path / name)
+        supervised.train(muon, tmp_path / name)
     check_same(restored(tmp_path / "twice"), restored(tmp_path / "once"))
 
 
 def test_resumed_with_other_settings_says_which(whole, tmp_path, capsys):
     before = (whole[0] / "checkpoints" / "config.json").read_text()
-    loop.train(joint(log_every=2), whole[0])
+    supervised.train(joint(log_every=2), whole[0])
     assert "resuming at step 6" in (err := capsys.readouterr().err) and "with log_every: 1 -> 2" in err
     with pytest.raises(UserError, match="does not fit this configuration") as error:
-        loop.train(joint(optimizer={"ema_decay": 0.0}), whole[0])
+        supervised.train(joint(optimizer={"ema_decay": 0.0}), whole[0])
     assert "\n" not in str(error.value)
-    loop.train(joint(), whole[0])
+    supervised.train(joint(), whole[0])
     assert (whole[0] / "checkpoints" / "config.json").read_text() == before
 
 
@@ -162,11 +163,11 @@ sys.path.insert(0, {root!r})
 from tests import conftest
 import jax
 from blip3o_jax import config as config_lib
-from blip3o_jax.train import loop
+from blip3o_jax.train import supervised
 import json, pathlib
 jax.config.update("jax_disable_most_optimizations", True)
 if __name__ == "__main__":
-    loop.train(config_lib.from_dict(json.loads(pathlib.Path({config!r}).read_text())), {workdir!r})
+    supervised.train(config_lib.from_dict(json.loads(pathlib.Path({config!r}).read_text())), {workdir!r})
 """
 
 
@@ -181,10 +182,10 @@ def test_sigterm_saves_the_step_it_meets_and_the_run_goes_on_from_there(whole, t
 
     with monkeypatch.context() as patch, pytest.raises(Preempted, match="joint: stopped by SIGTERM, step 3 of 6 is saved"):
         patch.setattr(MetricLog, "write", writing)
-        loop.train(joint(), tmp_path)
+        supervised.train(joint(), tmp_path)
     assert signal.getsignal(signal.SIGTERM) is before
     assert checkpoint.find(tmp_path)[1] == 3
-    loop.train(joint(), tmp_path)
+    supervised.train(joint(), tmp_path)
     assert rows(tmp_path) == rows(whole[0])
     check_same(restored(tmp_path), restored(whole[0]))
 
@@ -205,7 +206,7 @@ def test_killed_and_run_again_is_uninterrupted(whole, tmp_path):
         os.kill(run.pid, signal.SIGKILL)
         run.wait()
     assert 3 <= len(read_rows(workdir / "metrics.jsonl")) < STEPS
-    loop.train(joint(), workdir)
+    supervised.train(joint(), workdir)
     assert rows(workdir) == rows(whole[0])
     check_same(restored(workdir), restored(whole[0]))
 
@@ -255,7 +256,7 @@ def test_cached_encoders_give_the_same_losses_and_run_once(whole, tmp_path, monk
     """Codes from disk are the online run's, so that the first cross entropy is the same bit for bit. Latents are float32 and
     come from another program than the step's: they and what is trained on them agree to a few units in the last place."""
     cached = joint(data={"cache_dir": str(tmp_path / "cache")})
-    loop.train(cached, tmp_path / "first")
+    supervised.train(cached, tmp_path / "first")
     got, want = rows(tmp_path / "first"), rows(whole[0])
     assert "part 1/1" in capsys.readouterr().err
     assert got[0]["ce"] == want[0]["ce"]
@@ -266,16 +267,16 @@ def test_cached_encoders_give_the_same_losses_and_run_once(whole, tmp_path, monk
     monkeypatch.setattr(encode, "_write_part", lambda *_: pytest.fail("encoded again"))
     with monkeypatch.context() as patch, pytest.raises(Stopped):
         stop_after(patch, 2)
-        loop.train(cached, tmp_path / "second")
+        supervised.train(cached, tmp_path / "second")
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*.npy")} == written
     assert rows(tmp_path / "second") == got[:2]
 
 
 def test_the_cache_is_for_frozen_encoders(tmp_path):
     cfg = joint(data={"cache_dir": str(tmp_path / "cache")}, trainable=("ar/.*", "vae/decoder/.*"))
-    plan = loop.plan_state(cfg, tiny.strategy())
+    plan = plan_state(cfg, tiny.strategy())
     with pytest.raises(UserError, match=r"keeps the outputs of frozen encoders, but vae is trained"):
-        loop._encode_sources(cfg, plan, tiny.strategy(), plan.abstract, [])
+        supervised._encode_sources(cfg, plan, tiny.strategy(), plan.abstract, [])
 
 
 def test_unreadable_records_are_counted(tmp_path, monkeypatch):
@@ -284,7 +285,7 @@ def test_unreadable_records_are_counted(tmp_path, monkeypatch):
     data = {"path": str(tmp_path / "images"), "max_bad_share": 0.5}
     with pytest.raises(Stopped):
         stop_after(monkeypatch, 3)
-        loop.train(tokenizer(data=data), tmp_path / "run")
+        supervised.train(tokenizer(data=data), tmp_path / "run")
     counts = [row["bad_records"] for row in read_rows(tmp_path / "run" / "metrics.jsonl")]
     assert counts == sorted(counts) and counts[-1] >= 1  # 16 records, 24 examples: met at least once
 
@@ -295,7 +296,7 @@ def test_a_run_that_is_not_finite_stops_and_leaves_its_checkpoint(tmp_path):
     with pytest.raises(
         UserError, match=r"tokenizer: loss or gradient was not finite in 2 steps in a row, up to step 4"
     ) as error:
-        loop.train(cfg, tmp_path)
+        supervised.train(cfg, tmp_path)
     assert "\n" not in str(error.value)
     assert [row["skipped_steps"] for row in read_rows(tmp_path / "metrics.jsonl")] == [0, 0, 1]
     state = restored(tmp_path)
@@ -317,7 +318,7 @@ def test_mfu_is_reported_where_the_peak_is_known(whole, tmp_path, monkeypatch):
     monkeypatch.setitem(chips.BY_KIND, jax.devices()[0].device_kind, slow)
     with monkeypatch.context() as patch, pytest.raises(Stopped):
         stop_after(patch, 2)
-        loop.train(joint(), tmp_path)
+        supervised.train(joint(), tmp_path)
     row = read_rows(tmp_path / "metrics.jsonl")[1]
     # Three times the decoder's two FLOPs for each token and weight, and what the other parts cost.
     per_step = row["mfu"] * 8e12 * 8 / row["examples_per_s"]
@@ -350,10 +351,10 @@ def test_parts_of_another_model_are_refused(whole, tmp_path):
         ),
     ):
         cfg = joint(checkpoint=init_from, **changes)
-        plan = loop.plan_state(cfg, tiny.strategy())
+        plan = plan_state(cfg, tiny.strategy())
         with pytest.raises(UserError, match=f"checkpoint.init_from: {message}") as error:
             for part, path in cfg.checkpoint.init_from:
-                loop._fitted(plan, part, checkpoint.restore_parts(path, tiny.strategy(), (part,))[part], path)
+                start.fitted(plan, part, checkpoint.restore_parts(path, tiny.strategy(), (part,))[part], path)
         assert "\n" not in str(error.value)
 
 
@@ -373,6 +374,6 @@ def test_errors_come_before_anything_is_compiled(tmp_path, monkeypatch):
         ({"mesh": {"strategy": "fdsp"}}, "mesh.strategy='fdsp' is not one of"),
     ):
         with pytest.raises(UserError, match=message) as error:
-            loop.train(joint(**changes), tmp_path / "run")
+            supervised.train(joint(**changes), tmp_path / "run")
         assert "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()

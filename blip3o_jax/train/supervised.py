@@ -1,0 +1,116 @@
+"""Training on data: what the loop needs to be told of it."""
+
+import dataclasses
+import functools
+import pathlib
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+
+from blip3o_jax.config import Config, MeshConfig, UserError
+from blip3o_jax.data.examples import ExampleBuilder
+from blip3o_jax.data.loader import DevicePrefetch, Loader, host_rows
+from blip3o_jax.data.record import Source
+from blip3o_jax.data.sources import open_mixture
+from blip3o_jax.parallel.rules import Strategy
+from blip3o_jax.text.vocabulary import Vocabulary
+from blip3o_jax.train import loop
+from blip3o_jax.train.encode import encoded_source, weights_fingerprint
+from blip3o_jax.train.flops import peak_flops, useful_flops
+from blip3o_jax.train.loop import Batch, Begun, Setup, Summary
+from blip3o_jax.train.stages import STAGES, make_loss, make_preview
+from blip3o_jax.train.state import WEIGHTS, StatePlan, TrainState
+from blip3o_jax.train.step import make_step
+from blip3o_jax.train.vocabulary import with_vocabulary
+
+
+def train(config: Config, workdir: str | pathlib.Path) -> Summary:
+    """See `loop.train`."""
+    return loop.train(config, workdir, Supervised())
+
+
+class Supervised:
+    """`loop.Method` of the stages of train/stages.py: batches from the data mixture, one step on each."""
+
+    def open(self, config: Config) -> None:
+        self._sources = open_mixture(config.data)
+
+    def vocabulary(self, config: Config, workdir: pathlib.Path) -> tuple[Config, Vocabulary | None]:
+        return with_vocabulary(config, self._sources, workdir)
+
+    def begin(self, setup: Setup, state: TrainState, position: Any) -> Begun:
+        config, strategy, sources = setup.config, setup.strategy, self._sources
+        if config.stage == "joint" and config.data.cache_dir:
+            sources = _encode_sources(config, setup.plan, strategy, state, sources)
+        builder = ExampleBuilder(STAGES[config.stage].fields, config.model, config.data, setup.vocabulary)
+        rows = host_rows(strategy.batch_sharding(), config.data.batch_size)
+        loader = Loader(sources, builder, config.data, config.seed, rows=rows)
+        if position is not None:
+            loader.restore(position)
+        loss = make_loss(config, setup.image_first)
+        return Begun(
+            _Batches(DevicePrefetch(loader, strategy.batch_sharding())),
+            make_step(config, setup.plan, strategy, loss),
+            draw=make_preview(config, setup.image_first),
+            flops=functools.partial(useful_flops, config, strategy) if peak_flops(jax.devices()[0]) is not None else None,
+        )
+
+    def close(self) -> None:
+        pass
+
+
+@dataclasses.dataclass
+class _Batches:
+    """`loop.Feed` of batches that are read ahead: they do not depend on the state."""
+
+    prefetch: DevicePrefetch
+
+    def next(self, state: TrainState) -> Batch:
+        del state
+        return next(self.prefetch)
+
+    def position(self) -> Any:
+        return self.prefetch.state()
+
+    @property
+    def wait_seconds(self) -> float:
+        return self.prefetch.wait_seconds
+
+    def metrics(self) -> dict[str, float]:
+        return {}
+
+    def check(self, step: int, values: dict[str, float]) -> None:
+        pass
+
+    def close(self) -> None:
+        self.prefetch.close()
+
+
+def _encode_sources(
+    config: Config, plan: StatePlan, strategy: Strategy, state: TrainState, sources: list[tuple[Source, float]]
+) -> list[tuple[Source, float]]:
+    """The sources with the frozen encoders' outputs from the cache, filled first where it is not."""
+    if trained := {"tokenizer", "vae"} & set(state["params"]):
+        raise UserError(
+            f"data.cache_dir keeps the outputs of frozen encoders, but {', '.join(sorted(trained))} is trained: "
+            "empty data.cache_dir, or leave them out of `trainable`"
+        )
+
+    encoders = {part: state["frozen"][part] for part in ("tokenizer", "vae")}
+    if jax.process_count() > 1:  # hosts fill different parts, each by itself, on its own devices
+        strategy = Strategy.of(MeshConfig(data=-1, fsdp=1, strategy="dp"), jax.local_devices())
+        encoders = jax.device_put(multihost_utils.process_allgather(encoders, tiled=True), strategy.replicated())
+    rows, shards = strategy.batch_sharding(), strategy.batch_shards
+
+    @jax.jit
+    def encode(encoders: Any, pixels: jax.Array, tokenizer_pixels: jax.Array) -> tuple[jax.Array, jax.Array]:
+        # The other parts' parameters are zeros that no operation reads: XLA drops them.
+        nothing = {group: jax.tree.map(lambda x: jax.numpy.zeros(x.shape, x.dtype), plan.abstract[group]) for group in WEIGHTS}
+        model = plan.model(nothing["params"], nothing["frozen"] | encoders)
+        pixels, tokenizer_pixels = (jax.lax.with_sharding_constraint(x, rows) for x in (pixels, tokenizer_pixels))
+        return model.codes(tokenizer_pixels), model.latents(pixels)
+
+    fingerprint = weights_fingerprint(encoders)
+    run = functools.partial(encode, encoders)
+    return [(encoded_source(source, run, fingerprint, config, shards=shards), weight) for source, weight in sources]

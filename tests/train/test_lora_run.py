@@ -1,0 +1,139 @@
+"""A run with low-rank factors: what it starts from, what it trains, and what may be started from it."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from blip3o_jax import lora
+from blip3o_jax.blip3o import Blip3o
+from blip3o_jax.config import UserError
+from blip3o_jax.train import checkpoint
+from blip3o_jax.train.stages import make_loss
+from blip3o_jax.train.start import fitted, restore_or_create
+from blip3o_jax.train.state import merge_trees, plan_state, without
+from blip3o_jax.train.step import make_step
+from tests import tiny
+from tests.convert.test_verify import drawn
+from tests.tiny import quick_compile  # noqa: F401
+from tests.train.states import leaves, moments
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+PARTS = ("tokenizer", "ar", "connector", "dit", "vae")
+FACTORS = {"ar": {"lora": {"rank": 2}}, "dit": {"lora": {"rank": 3, "targets": ("q", "expand")}}}
+
+
+def weights(state):
+    """{path: array} of all parts."""
+    return dict(leaves(merge_trees(state["params"], state["frozen"])))
+
+
+def is_factor(path):
+    return path.endswith(tuple(f"['{name}']" for name in lora.FACTORS))
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory, quick_compile):  # noqa: F811
+    """A checkpoint of all parts without factors."""
+    workdir = tmp_path_factory.mktemp("start")
+    checkpoint.write_weights(workdir / "checkpoints", *drawn(tiny.run_config(tiny.data()), workdir))
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def settings(start):
+    """Of a run from there that trains factors alone."""
+    model = checkpoint.read_config(checkpoint.find(start)[0]).model
+    cfg = tiny.run_config(
+        tiny.data(),
+        steps=3,
+        trainable=(".*/lora_.*",),
+        checkpoint={"init_from": tuple((part, str(start)) for part in PARTS)},
+    )
+    return dataclasses.replace(cfg, model=tiny._replaced(model, FACTORS))
+
+
+@pytest.fixture(scope="module")
+def begun(settings, tmp_path_factory):
+    """The state that it begins with."""
+    return begin(settings, tmp_path_factory.mktemp("begun"))
+
+
+def begin(cfg, place):
+    checkpoints = checkpoint.Checkpoints(place, 1)
+    state, _, step = restore_or_create(cfg, plan_state(cfg, tiny.strategy()), tiny.strategy(), checkpoints, 0)
+    checkpoints.close()
+    assert step == 0
+    return state
+
+
+def test_a_checkpoint_without_factors_is_taken_whole_and_factors_are_drawn(settings, start, begun):
+    """As in a model that is all new."""
+    given = dict(leaves(checkpoint.restore_parts(start, tiny.strategy(), PARTS)))
+
+    @jax.jit
+    def factors():
+        model = Blip3o(settings.model, lora.PARTS, seed=settings.seed)
+        return {path: x for path, x in leaves(nnx.to_pure_dict(nnx.state(model))) if is_factor(path)}
+
+    new, got = factors(), weights(begun)
+    assert len(new) == 2 * (7 + 3) and not any(np.any(x) for path, x in new.items() if "lora_b" in path)
+    assert got.keys() == new.keys() | given.keys()
+    for path, leaf in got.items():
+        np.testing.assert_array_equal(leaf, (new if is_factor(path) else given)[path], err_msg=path)
+
+
+def test_factors_alone_are_trained_and_have_optimizer_state(settings, begun, tmp_path):
+    plan, image_first = plan_state(settings, tiny.strategy()), tiny.prepared()[1]
+    step = make_step(settings, plan, tiny.strategy(), make_loss(settings, image_first))
+    state = begun
+    for _ in range(settings.steps):  # in the first the rate is 0, in the second B moves, and then A
+        state, _ = step(state, tiny.cached_batch(settings, tiny.prepared()[2]))
+    checkpoints = checkpoint.Checkpoints(tmp_path / "checkpoints", 1)
+    checkpoints.describe(settings, None)
+    checkpoints.save(settings.steps, state, {"next_example": 0}, 1.0)
+    checkpoints.close()
+    before, trained = weights(begun), {path for path, _ in leaves(state["params"])}
+    assert trained == {path for path in before if is_factor(path)}
+    for path, leaf in weights(state).items():
+        assert np.array_equal(leaf, before[path]) != (path in trained), path
+    for moment in moments(state):
+        assert {path for path, _ in leaves(moment)} == trained
+    # Who goes on from here has the same factors, or none.
+    again = tuple((part, str(tmp_path)) for part in PARTS)
+    further = dataclasses.replace(settings, checkpoint=dataclasses.replace(settings.checkpoint, init_from=again))
+    for path, leaf in weights(begin(further, tmp_path / "again")).items():
+        np.testing.assert_array_equal(leaf, weights(state)[path], err_msg=path)
+    for changes, part in (
+        ({"ar": {"lora": {"rank": 0}}}, "ar"),
+        ({"ar": {"lora": {"alpha": 1.0}}}, "ar"),
+        ({"dit": {"lora": {"targets": ("q",)}}}, "dit"),
+    ):
+        other = dataclasses.replace(further, model=tiny._replaced(further.model, changes))
+        with pytest.raises(UserError, match=f"part {part} of {tmp_path} .* set model.{part}.lora as .* or merge .*export") as e:
+            begin(other, tmp_path / "other")
+        assert "\n" not in str(e.value)
+
+
+def test_nothing_but_factors_may_be_missing(settings, begun):
+    plan = plan_state(settings, tiny.strategy())
+    ar = merge_trees(begun["params"]["ar"], begun["frozen"]["ar"])
+    del ar["layers"]["attention"]["q"]["lora_a"]
+    with pytest.raises(UserError, match=r"part ar of x and of this model differ, first in .*\['q'\]\['lora_a'\]"):
+        fitted(plan, "ar", ar, "x")
+    ar = lora.without_factors(ar)
+    fitted(plan, "ar", ar, "x")
+    del ar["norm"]
+    with pytest.raises(UserError, match=r"part ar of x and of this model differ, first in \['norm'\]\['scale'\]"):
+        fitted(plan, "ar", ar, "x")
+
+
+def test_without():
+    """Branches of which nothing is left are not left."""
+    a = {"x": {"y": 1, "z": 2}, "u": {"v": 3}, "w": 4}
+    assert without(a, {"x": {"y": 9}, "u": {"v": 9}}) == {"x": {"z": 2}, "w": 4}
+    assert without(a, {}) == a and without(a, {"x": {}}) == a and without(a, a) == {}
+    assert merge_trees(without(a, {"x": {"y": 1}}), {"x": {"y": 1}}) == a
