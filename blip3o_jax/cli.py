@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from blip3o_jax import __version__, cli_bench, cli_convert
+from blip3o_jax import __version__, cli_bench, cli_convert, cli_rl
 from blip3o_jax.config import UserError
 
 # What the file system says about a path the user named.
@@ -94,6 +94,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for add in (_add_data, _add_train, _add_sample, _add_evaluate, _add_params, _add_demo):
         add(commands)
+    cli_rl.add(commands, _command, _add_hosts, _rl, _directory)
     cli_convert.add(commands, _command)
     cli_bench.add(commands, _command)
     return parser
@@ -146,6 +147,10 @@ def _add_train(commands: Any) -> None:
     _add_config(parser)
     parser.add_argument("--workdir", type=_directory, metavar="DIR", help="for checkpoints, metrics (runs/NAME of the config)")
     parser.add_argument("--compile_cache", type=Path, metavar="DIR", help="keeps compiled programs for the next start")
+    _add_hosts(parser)
+
+
+def _add_hosts(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("many hosts", "one process each; docs/pods.md tells how to launch them")
     group.add_argument(
         "--distributed",
@@ -236,18 +241,44 @@ def _shapes(args: argparse.Namespace) -> None:
 
 
 def _train(args: argparse.Namespace) -> int:
-    from blip3o_jax import config, config_file
-    from blip3o_jax.parallel import distributed
+    from blip3o_jax import config_file
 
     stages = config_file.load_recipe(args.config, args.overrides)
+
+    def run(workdir: Path) -> None:
+        from blip3o_jax.train import recipe
+
+        recipe.run(stages, workdir)
+
+    return _on_all_hosts(args, stages, run)
+
+
+def _rl(args: argparse.Namespace) -> int:
+    from blip3o_jax import config_file
+
+    if not args.config:
+        raise UserError("rl: --config names no file: --config=configs/rl.py:ocr:CHECKPOINT, or rl serve-rewards")
+    config = config_file.load(args.config, args.overrides)
+
+    def run(workdir: Path) -> None:
+        from blip3o_jax.rl import method
+
+        method.run(config, workdir)
+
+    return _on_all_hosts(args, {"": config}, run)
+
+
+def _on_all_hosts(args: argparse.Namespace, stages: dict[str, Any], run: Callable[[Path], None]) -> int:
+    """`run`, with the working directory, on every host of the job, once they agree on what it is."""
+    from blip3o_jax import config
+    from blip3o_jax.parallel import distributed
+
     workdir = args.workdir or _default_workdir(args.config)
     launch = distributed.Launch(args.distributed, args.coordinator, args.num_processes, args.process_id)
 
     def job() -> None:
-        from blip3o_jax.train import recipe
-
         distributed.agree({name: config.to_dict(stage) for name, stage in stages.items()}, workdir.absolute())
-        recipe.run(stages, workdir)
+        run(workdir)
 
     distributed.keep_programs(args.compile_cache)
     return distributed.run(launch, job, lambda error: _report(error, args))

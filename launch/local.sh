@@ -32,7 +32,7 @@ for number in "$processes" "$devices" "$restarts"; do
     [[ $number =~ ^[0-9]+$ ]] || { echo "local.sh: '$number' is not a whole number" >&2; exit 2; }
 done
 [ "$processes" -gt 0 ] || { echo "local.sh: -n must be 1 or more" >&2; exit 2; }
-[ "${1:-}" = train ] || { echo "local.sh: give the command after --: train --config=... --workdir=..." >&2; exit 2; }
+[[ ${1:-} =~ ^(train|rl)$ ]] || { echo "local.sh: give the command after --: train (or rl) --config=... --workdir=..." >&2; exit 2; }
 
 python=${PYTHON:-python3}
 if [ "$devices" -gt 0 ]; then

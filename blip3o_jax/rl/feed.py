@@ -1,0 +1,234 @@
+"""Rollouts as the batches of the training loop: draw images, have them judged on the host, compare them, hand them over.
+
+    policy now --> draw (devices) --> rewards (processes of the host) --> advantages --> batch, for `rl.updates` steps
+
+A rollout is drawn in pieces. All are sent to the devices at once, so that rewards of one are computed while the next is drawn.
+With `rl.stale` the rewards of a rollout are awaited only after the next one was drawn: the devices never wait for them, and
+each step trains on images that the policy before it has drawn.
+
+Everything follows from (seed, number of the rollout): nothing of a rollout is kept but its number.
+"""
+
+import dataclasses
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from blip3o_jax.config import UserError
+from blip3o_jax.data.loader import global_batch, host_rows
+from blip3o_jax.data.sequence import text_to_image_prompt
+from blip3o_jax.parallel.distributed import say
+from blip3o_jax.rl import judged, rollout
+from blip3o_jax.rl.advantages import choose_groups
+from blip3o_jax.rl.judged import Verdicts
+from blip3o_jax.rl.log import RolloutLog, best_and_worst
+from blip3o_jax.rl.prompts import Prompt, prompt_indices
+from blip3o_jax.rl.rewards.pool import Pending, RewardPool, check_failed
+from blip3o_jax.train.loop import Batch, Setup
+from blip3o_jax.train.state import TrainState
+
+LENGTH_BUCKET = 32  # prompts are padded to a multiple of so many tokens
+
+
+@dataclasses.dataclass
+class _Drawn:
+    """A rollout whose images are being judged. `images`: this host's, of `rows`; `pending`, a handle for each piece."""
+
+    number: int
+    prompts: list[Prompt]
+    rows: list[int]
+    images: np.ndarray
+    record: rollout.Record
+    pending: list[Pending]
+    seconds: float
+
+
+class Rollouts:
+    """`loop.Feed` of reinforcement learning. `reference`: parameters of the policy that the run started from, or None."""
+
+    def __init__(
+        self,
+        setup: Setup,
+        prompts: list[Prompt],
+        pool: RewardPool,
+        reference: Any,
+        position: dict[str, Any],
+        log: RolloutLog,
+    ):
+        self._setup, self._prompts, self._pool, self._log = setup, prompts, pool, log
+        self._rl = setup.config.rl
+        self._reference, self._identity = reference, position["reference"]
+        self._next, self._step, self._uses = position["rollout"], setup.start, 0
+        image_ids = setup.vocabulary.image_first, setup.vocabulary.image_last
+        self._draw_images = rollout.make_draw(setup.config, setup.plan, setup.strategy, image_ids)
+        self._add_reference = rollout.make_reference(setup.config, setup.plan, setup.strategy, image_ids)
+        self._sharding = setup.strategy.batch_sharding()
+        self._join = jax.jit(lambda rows, *x: jnp.concatenate(x)[rows], out_shardings=self._sharding)
+        self._length = self._prompt_length()
+        self._ahead: _Drawn | None = None  # with rl.stale
+        self._batch: Batch = {}
+        self._metrics: dict[str, float] = {}
+        self._warned = False
+        self.wait_seconds = 0.0
+
+    def next(self, state: TrainState) -> Batch:
+        began, self._step = time.monotonic(), self._step + 1
+        if self._uses == 0:
+            self._batch = self._collect(state)
+        self._uses = (self._uses + 1) % self._rl.updates
+        self.wait_seconds = time.monotonic() - began
+        return dict(self._batch)
+
+    def position(self) -> dict[str, Any] | None:
+        """None between two updates on one rollout: the policy that drew it is gone."""
+        if self._uses:
+            return None
+        undone = self._ahead is not None  # drawn but not trained on: drawn again by a run that goes on from here
+        return {"rollout": self._next - undone, "reference": self._identity}
+
+    def metrics(self) -> dict[str, float]:
+        return self._metrics
+
+    def check(self, step: int, values: dict[str, float]) -> None:
+        """Before the first update on a rollout the policy is the one that drew it: all ratios should be 1."""
+        gap = values.get("ratio_gap_max")
+        if gap is None or self._rl.stale or (step - 1) % self._rl.updates:
+            return
+        bound = self._rl.max_ratio_gap
+        if bound and gap > bound:
+            raise UserError(
+                f"rl: step {step}: drawing and scoring disagree by |ratio - 1| = {gap:.2g}, more than "
+                f"rl.max_ratio_gap={bound:g}: raise it to what rounding is worth in ar.dtype (docs/rl.md), or use float32"
+            )
+        if gap > 0.1 and not self._warned:
+            self._warned = True
+            say(f"rl: step {step}: drawing and scoring disagree by |ratio - 1| = {gap:.2g}; docs/rl.md says what is usual")
+
+    def close(self) -> None:
+        self._log.close()
+
+    def _collect(self, state: TrainState) -> Batch:
+        if self._rl.stale:
+            drawn = self._ahead or self._draw(state)
+            self._ahead = self._draw(state)
+        else:
+            drawn = self._draw(state)
+        found, verdicts = [drawn], [self._judged(drawn)]
+        spread = judged.advantages(verdicts[0], self._rl)
+        for _ in range(self._rl.refill):
+            if not spread.degenerate_P[choose_groups(spread.degenerate_P, self._rl.prompts)].any():
+                break
+            found.append(self._draw(state))
+            verdicts.append(self._judged(found[-1]))
+            spread = judged.advantages(judged.joined(verdicts), self._rl)
+        return self._assembled(found, judged.joined(verdicts), spread.degenerate_P)
+
+    def _draw(self, state: TrainState) -> _Drawn:
+        """Draws rollout number `_next`; its images are submitted to the rewards."""
+        began, rl, number = time.monotonic(), self._rl, self._next
+        self._next += 1
+        chosen = [self._prompts[i] for i in prompt_indices(len(self._prompts), number, rl.prompts, self._setup.config.seed)]
+        pieces = rollout.chunks(rl)
+        size, per = rl.prompts * rl.group // pieces, rl.prompts // pieces
+        rows = host_rows(self._sharding, size)
+        running = [self._piece(state, chosen[i * per : (i + 1) * per], number, i) for i in range(pieces)]
+        images, pending = [], []
+        for i, (pixels, _) in enumerate(running):
+            images.append(_local(pixels, rows))
+            mine = [chosen[i * per + row // rl.group] for row in rows]
+            pending.append(self._pool.submit(images[-1], [p.text for p in mine], [p.metadata for p in mine]))
+        record = jax.tree.map(lambda *x: self._concatenated(x), *(record for _, record in running))
+        if rollout.has_reference(rl):
+            record |= self._add_reference(self._reference, state["frozen"], record)
+        all_rows = [i * size + row for i in range(pieces) for row in rows]
+        return _Drawn(number, chosen, all_rows, np.concatenate(images), record, pending, time.monotonic() - began)
+
+    def _piece(self, state: TrainState, prompts: list[Prompt], number: int, piece: int) -> tuple[jax.Array, rollout.Record]:
+        setup, rl = self._setup, self._rl
+        tokens_PL = np.zeros((len(prompts), self._length), np.int32)
+        lengths_P = np.zeros(len(prompts), np.int32)
+        for row, prompt in enumerate(prompts):
+            ids = self._ids(prompt)
+            tokens_PL[row, : len(ids)], lengths_P[row] = ids, len(ids)
+        count = len(prompts) * rl.group
+        first = number * rl.prompts * rl.group + piece * count
+        indices_B = np.arange(first, first + count).astype(np.uint32)
+        seed, rollout_number = np.uint32(setup.config.seed), np.uint32(number)
+        return self._draw_images(state["params"], state["frozen"], tokens_PL, lengths_P, indices_B, seed, rollout_number)
+
+    def _judged(self, drawn: _Drawn) -> Verdicts:
+        """Waits for the rewards."""
+        began = time.monotonic()
+        results = [pending.result() for pending in drawn.pending]
+        mine = judged.joined([Verdicts(r.total_B, r.failed_B, r.parts) for r in results])
+        verdicts = judged.gathered(mine, drawn.rows, self._rl.prompts * self._rl.group)
+        waited = time.monotonic() - began
+        for result in results:
+            check_failed(result, self._rl.max_failed)
+        prompts = [drawn.prompts[row // self._rl.group] for row in drawn.rows]
+        first = drawn.number * self._rl.prompts * self._rl.group
+        self._log.write(drawn.number, drawn.rows, first, prompts, drawn.images, mine)
+        found = judged.advantages(verdicts, self._rl)
+        self._metrics = judged.reward_metrics(verdicts, found, drawn.prompts, self._rl.group) | {
+            "seconds/draw": drawn.seconds,
+            "seconds/reward_wait": waited,
+            "reward/latency": float(np.median([r.seconds["median"] for r in results])),
+            "reward/queue": float(np.mean([r.seconds["queue"] for r in results])),
+        }
+        if drawn.number % self._rl.samples_every == 0:
+            grid = best_and_worst(drawn.images, [prompt.text for prompt in prompts], mine.total_B)
+            self._setup.log.images(self._step, "best and worst", grid)
+        return verdicts
+
+    def _assembled(self, found: list[_Drawn], verdicts: Verdicts, degenerate_Q: np.ndarray) -> Batch:
+        """The batch of the groups chosen from what was drawn."""
+        rl = self._rl
+        groups = choose_groups(degenerate_Q, rl.prompts)
+        rows = (groups[:, None] * rl.group + np.arange(rl.group)).ravel()
+        record = found[0].record
+        if len(found) > 1:
+            record = jax.tree.map(lambda *x: self._join(rows, *x), *(drawn.record for drawn in found))
+            verdicts = verdicts.take(rows)
+            self._metrics["reward/drawn"] = float(len(found))
+        kept_B = ~verdicts.failed_B
+        host = {
+            "advantage": judged.advantages(verdicts, rl).advantage_PG.ravel(),
+            "kept": kept_B.astype(np.float32),
+            "kept_share": np.full(len(kept_B), kept_B.mean(), np.float32),
+            "bad_records": verdicts.failed_B.astype(np.int32),
+        }
+        mine = host_rows(self._sharding, len(kept_B))
+        return record | global_batch({name: x[mine] for name, x in host.items()}, self._sharding, mine, len(kept_B))
+
+    def _concatenated(self, pieces: tuple[jax.Array, ...]) -> jax.Array:
+        return pieces[0] if len(pieces) == 1 else self._join(np.arange(sum(map(len, pieces))), *pieces)
+
+    def _ids(self, prompt: Prompt) -> list[int]:
+        model = self._setup.config.model
+        return text_to_image_prompt(self._setup.vocabulary, model.template, prompt.text, model.tokenizer.pool_scale)
+
+    def _prompt_length(self) -> int:
+        """Of all prompts the longest, so that one program serves them all. UserError for one that does not fit in a row."""
+        config = self._setup.config
+        most = config.data.max_length - config.model.tokenizer.num_tokens
+        longest = max(self._prompts, key=lambda prompt: len(self._ids(prompt)))
+        length = len(self._ids(longest))
+        if length > most:
+            raise UserError(
+                f"rl.prompts_file: prompt {longest.text[:60]!r} has {length} tokens; data.max_length={config.data.max_length} "
+                f"leaves {most} beside the image's: shorten it, or raise data.max_length"
+            )
+        return min(-(-length // LENGTH_BUCKET) * LENGTH_BUCKET, most)
+
+
+def _local(images: jax.Array, rows: list[int]) -> np.ndarray:
+    """Rows of a global array that this host's devices hold."""
+    held: dict[int, np.ndarray] = {}
+    for shard in images.addressable_shards:
+        start, _, _ = shard.index[0].indices(len(images))
+        if start not in held:
+            held |= {start + i: row for i, row in enumerate(np.asarray(shard.data))}
+    return np.stack([held[row] for row in rows])

@@ -1,0 +1,76 @@
+"""What a run of reinforcement learning leaves to look at: a line an image in rollouts.jsonl, pictures of the best and worst.
+
+    {"rollout": 3, "row": 17, "index": 209, "seed": 0, "prompt": ..., "metadata": {...}, "total": 0.5 or null, "parts": {...},
+     "image": its SHA-256}
+
+`index` and `seed` are what the image was drawn from, `total` null where its reward failed. Each host writes of the images that
+it has judged: the first to rollouts.jsonl, host N to rollouts-N.jsonl.
+"""
+
+import hashlib
+import json
+import math
+import pathlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from blip3o_jax.rl.judged import Verdicts
+from blip3o_jax.rl.prompts import Prompt
+from blip3o_jax.samples import labelled_grid
+
+SHOWN = 6  # images of each kind in a picture
+
+
+class RolloutLog:
+    """Lines of rollouts from `start` on are dropped on opening: a run that goes on writes them again."""
+
+    def __init__(self, directory: pathlib.Path, host: int, start: int, seed: int):
+        self.path = directory / ("rollouts.jsonl" if host == 0 else f"rollouts-{host}.jsonl")
+        self._seed = seed
+        kept = [line for line in read_lines(self.path) if line["rollout"] < start]
+        directory.mkdir(parents=True, exist_ok=True)
+        self._file = self.path.open("w", encoding="utf-8")
+        self._file.writelines(json.dumps(line) + "\n" for line in kept)
+
+    def write(
+        self, rollout: int, rows: Sequence[int], first: int, prompts: Sequence[Prompt], images: np.ndarray, verdicts: Verdicts
+    ) -> None:
+        """Of one rollout's images; `rows` among its images, of which `first` is the index of row 0; the rest is one a row."""
+        for i, (row, prompt, image) in enumerate(zip(rows, prompts, images, strict=True)):
+            parts = {name: float(x[i]) for name, x in verdicts.parts.items() if math.isfinite(x[i])}
+            line = {
+                "rollout": rollout,
+                "row": row,
+                "index": first + row,
+                "seed": self._seed,
+                "prompt": prompt.text,
+                "metadata": prompt.metadata,
+                "total": None if verdicts.failed_B[i] else float(verdicts.total_B[i]),
+                "parts": parts,
+                "image": hashlib.sha256(np.ascontiguousarray(image).tobytes()).hexdigest(),
+            }
+            self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_lines(path: pathlib.Path) -> list[dict]:
+    """Of a rollouts.jsonl; a last line cut short by a kill is left out."""
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+def best_and_worst(images: np.ndarray, prompts: Sequence[str], rewards: np.ndarray) -> np.ndarray:
+    """The images of the highest rewards, then those of the lowest, under their prompts: uint8 [1, H, W, 3]."""
+    order = np.argsort(-rewards, kind="stable")
+    chosen = [*order[:SHOWN], *order[SHOWN:][-SHOWN:]]
+    labels = [f"{rewards[i]:.2f} {prompts[i]}" for i in chosen]
+    return np.asarray(labelled_grid(images[chosen], labels))[None]

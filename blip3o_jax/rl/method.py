@@ -1,0 +1,126 @@
+"""`blip3o rl`: what the training loop needs to be told of reinforcement learning, and its settings resolved."""
+
+import dataclasses
+import hashlib
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from blip3o_jax import lora
+from blip3o_jax.config import Config, ConfigError, UserError, check
+from blip3o_jax.parallel.distributed import host
+from blip3o_jax.rl import rollout
+from blip3o_jax.rl.feed import Rollouts
+from blip3o_jax.rl.log import RolloutLog
+from blip3o_jax.rl.loss import make_loss
+from blip3o_jax.rl.prompts import read_prompts
+from blip3o_jax.rl.rewards.pool import RewardPool
+from blip3o_jax.text.vocabulary import Vocabulary
+from blip3o_jax.train import loop
+from blip3o_jax.train.loop import Begun, Setup, Summary
+from blip3o_jax.train.start import given_parts
+from blip3o_jax.train.state import TrainState, merge_trees
+from blip3o_jax.train.step import make_step
+from blip3o_jax.train.vocabulary import with_vocabulary
+
+# The parts that a policy's loss has a gradient for, and what of them is trained where the configuration does not say.
+LEARNS = {"ar": {"ar"}, "flow": {"connector", "dit"}, "both": {"ar", "connector", "dit"}}
+TRAINABLE = {"ar": ("ar/.*",), "flow": ("dit/.*",), "both": ("ar/.*", "dit/.*")}
+
+
+def run(config: Config, workdir: str | pathlib.Path) -> Summary:
+    """Trains `config.steps` updates under `workdir`, from its last checkpoint where there is one. See `loop.train`."""
+    return loop.train(resolved(config), workdir, ReinforcementLearning())
+
+
+def resolved(config: Config) -> Config:
+    """The configuration with what follows from `rl`: the batch is a rollout. ConfigError for what cannot work."""
+    rl = config.rl
+    check(config.stage == "joint", f"stage={config.stage!r}: reinforcement learning is for a model of stage 'joint'")
+    check(bool(rl.rewards), "rl.rewards is empty: name at least one reward")
+    check(bool(rl.prompts_file), "rl.prompts_file is empty: name a file of prompts")
+    check(
+        bool(config.checkpoint.init_from), "checkpoint.init_from is empty: reinforcement learning starts from a trained model"
+    )
+    for name, value in (("steps", config.steps), ("checkpoint.every", config.checkpoint.every)):
+        check(
+            value % rl.updates == 0,
+            f"{name}={value} must be a multiple of rl.updates={rl.updates}: a run can only go on between two rollouts",
+        )
+    return dataclasses.replace(
+        config,
+        trainable=config.trainable or TRAINABLE[rl.policy],
+        data=dataclasses.replace(config.data, batch_size=rl.prompts * rl.group),
+    )
+
+
+class ReinforcementLearning:
+    """`loop.Method`: batches are rollouts, judged by rewards."""
+
+    def __init__(self) -> None:
+        self._pool: RewardPool | None = None
+
+    def open(self, config: Config) -> None:
+        rl = config.rl
+        self._prompts = read_prompts(rl.prompts_file)
+        self._pool = RewardPool(rl.rewards, workers=rl.workers, timeout=rl.timeout, retries=rl.retries)
+        self._pool.check([(prompt.text, prompt.metadata) for prompt in self._prompts])
+
+    def close(self) -> None:
+        if self._pool is not None:
+            self._pool.close()
+
+    def vocabulary(self, config: Config, workdir: pathlib.Path) -> tuple[Config, Vocabulary | None]:
+        return with_vocabulary(config, [], workdir)
+
+    def begin(self, setup: Setup, state: TrainState, position: Any) -> Begun:
+        config = setup.config
+        setup.strategy.check_batch(config.data.batch_size // rollout.chunks(config.rl))
+        if idle := set(setup.plan.abstract["params"]) - LEARNS[config.rl.policy]:
+            raise ConfigError(
+                f"trainable={config.trainable} names {', '.join(sorted(idle))}, which rl.policy={config.rl.policy!r} leaves "
+                "alone"
+            )
+        reference, identity = None, ""
+        if rollout.has_reference(config.rl):
+            reference = _reference(setup, state, fresh=position is None)
+            identity = fingerprint(reference)
+        position = position or {"rollout": 0, "reference": identity}
+        if position["reference"] != identity:
+            raise UserError(
+                "checkpoint.init_from holds other weights than when this run started, and it is the policy that rl.kl holds on "
+                "to: bring them back, or start in another --workdir"
+            )
+        log = RolloutLog(setup.workdir, host(), position["rollout"], config.seed)
+        feed = Rollouts(setup, self._prompts, self._pool, reference, position, log)
+        image_ids = setup.vocabulary.image_first, setup.vocabulary.image_last
+        return Begun(feed, make_step(config, setup.plan, setup.strategy, make_loss(config, image_ids)))
+
+
+def _reference(setup: Setup, state: TrainState, *, fresh: bool) -> Any:
+    """The trainable parameters that the run started from: a copy of its own, for the step overwrites the state. A run that goes
+    on reads them again from where it started; low-rank factors that were drawn then are switched off."""
+    if fresh:
+        return jax.jit(lambda params: jax.tree.map(jnp.copy, params), out_shardings=setup.plan.shardings["params"])(
+            state["params"]
+        )
+    given = given_parts(setup.config, setup.plan, setup.strategy)
+    given = {part: groups["params"] for part, groups in given.items() if "params" in groups}
+    return merge_trees(given, lora.without_lora(state["params"]))
+
+
+def fingerprint(params: Any) -> str:
+    """Of parameters, the same on any mesh: of the name, the shape and a sum of the bits of each array."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        digest.update(f"{jax.tree_util.keystr(path)} {leaf.shape} {int(_bits(leaf))}\n".encode())
+    return digest.hexdigest()
+
+
+@jax.jit
+def _bits(x: jax.Array) -> jax.Array:
+    """Sum of an array's words, each times an odd number made of it, modulo 2^32: in any order the same."""
+    words = jax.lax.bitcast_convert_type(x, {2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]).astype(jnp.uint32)
+    return jnp.sum(words * (words >> 7 | 1), dtype=jnp.uint32)

@@ -1,0 +1,75 @@
+"""Log-probabilities of image tokens that were drawn, under the policy as it is now: what sampling computes token by token, in
+one pass over whole rows.
+
+    row        p p p . . I_1 .. I_N        p prompt, its last the scale tag; . padding; I image tokens
+    hidden     at the tag predicts I_1, at I_j predicts I_(j+1)
+
+The distribution is the one drawn from: over image ids alone, at the temperature and guidance of the rollout, and over the
+classes that its top-k and top-p kept then, whatever they would keep now. Otherwise the ratio to the old policy would be 0 or
+infinite for a token that has crossed a bound.
+
+B images, L prompt length (padded), N image tokens, D width, V image ids, X bytes of V bits.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from blip3o_jax import nn
+from blip3o_jax.ar.qwen3 import Qwen3, project
+from blip3o_jax.ar.sampling import branch_segments, guided
+from blip3o_jax.config import SamplingConfig
+
+
+def score_image_tokens(
+    model: Qwen3,
+    tokens_BL: jax.Array,
+    lengths_B: jax.Array,
+    ids_BN: jax.Array,
+    kept_BNX: jax.Array | None,
+    settings: SamplingConfig,
+    *,
+    image_ids: tuple[int, int],
+    chunk: int,
+) -> tuple[jax.Array, jax.Array]:
+    """(log-probabilities, entropies of the distributions), float32 [B, N]. Prompts, ids and classes as `generate_image_tokens`
+    has and gives them. `chunk` image tokens a row have their logits in memory at once; the backward pass computes them
+    again."""
+    hidden_BND = _predicting(model, tokens_BL, lengths_B, ids_BN, 1 if settings.token_guidance == 1.0 else 2)
+    head_DV = nn.constrain(model.head(image_ids).astype(hidden_BND.dtype), None, "act_vocab")
+    first, N = image_ids[0], ids_BN.shape[1]
+    blocks = -(-N // chunk)
+    chunk = -(-N // blocks)
+
+    def cut(x: jax.Array, filler: int = 0) -> jax.Array:
+        x = jnp.pad(x, ((0, 0), (0, blocks * chunk - N)) + ((0, 0),) * (x.ndim - 2), constant_values=filler)
+        return jnp.moveaxis(x.reshape(len(x), blocks, chunk, *x.shape[2:]), 1, 0)
+
+    def block(_: None, inputs: tuple) -> tuple[None, tuple[jax.Array, jax.Array]]:
+        hidden_BCD, choice_BC, kept_BCX = inputs
+        logits_BCV = nn.constrain(project(hidden_BCD, head_DV), "batch", None, "act_vocab")
+        logits_BCV = guided(logits_BCV, settings.token_guidance) / settings.temperature
+        if kept_BCX is not None:
+            kept_BCV = jnp.unpackbits(kept_BCX, axis=-1, count=logits_BCV.shape[-1]).astype(bool)
+            logits_BCV = jnp.where(kept_BCV, logits_BCV, -jnp.inf)
+        logprobs_BCV = jax.nn.log_softmax(logits_BCV)
+        picked_BC = jnp.take_along_axis(logprobs_BCV, choice_BC[..., None], axis=-1)[..., 0]
+        finite_BCV = jnp.where(jnp.isneginf(logprobs_BCV), 0.0, logprobs_BCV)
+        return None, (picked_BC, -jnp.sum(jnp.exp(logprobs_BCV) * finite_BCV, axis=-1))
+
+    with jax.named_scope("score"):
+        inputs = cut(hidden_BND), cut(ids_BN - first), None if kept_BNX is None else cut(kept_BNX, 255)
+        _, found = jax.lax.scan(block if blocks == 1 else jax.checkpoint(block), None, inputs)
+    return tuple(jnp.moveaxis(x, 0, 1).reshape(len(ids_BN), -1)[:, :N] for x in found)
+
+
+def _predicting(model: Qwen3, tokens_BL: jax.Array, lengths_B: jax.Array, ids_BN: jax.Array, branches: int) -> jax.Array:
+    """Hidden states that predict the image tokens [B, N, D]; [2 B, N, D] with two branches, next to each other."""
+    L, N = tokens_BL.shape[1], ids_BN.shape[1]
+    segments_BL = branch_segments(lengths_B, L, branches)
+    twin = lambda x: jnp.repeat(x, branches, axis=0)
+    row_BR = twin(jnp.concatenate([tokens_BL, ids_BN.astype(tokens_BL.dtype)], axis=1))
+    segments_BR = jnp.pad(segments_BL, ((0, 0), (0, N)), constant_values=1)
+    positions_BR = jnp.maximum(jnp.cumsum(segments_BR, axis=1) - 1, 0)
+    hidden_BRD = model(model.embed(row_BR), positions_BR, segments_BR)
+    tag_B1D = jnp.take_along_axis(hidden_BRD, (twin(lengths_B) - 1)[:, None, None], axis=1)
+    return jnp.concatenate([tag_B1D, hidden_BRD[:, L : L + N - 1]], axis=1)

@@ -1,0 +1,47 @@
+"""configs/rl.py takes a checkpoint as it is, and a recipe."""
+
+import pathlib
+
+import pytest
+
+from blip3o_jax import config_file
+from blip3o_jax.config import ConfigError, UserError
+from blip3o_jax.rl import method
+from blip3o_jax.train import checkpoint
+from tests.rl import runs
+from tests.tiny import quick_compile  # noqa: F401  (a fixture)
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+FILE = str(pathlib.Path(__file__).parents[2] / "configs/rl.py")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "policy", "reward"),
+    [
+        ("ocr", "ar", "ocr"),
+        ("geneval", "ar", "geneval"),
+        ("flow", "flow", "geneval"),
+        ("hybrid", "both", "geneval"),
+        ("shapes", "ar", "shapes"),
+    ],
+)
+def test_recipes_start_at_all_parts_of_the_checkpoint(recipe, policy, reward):
+    found = config_file.load(f"{FILE}:{recipe}:{runs.started_from()}", {"rl.prompts_file": "prompts.jsonl"})
+    given = checkpoint.read_config(runs.started_from() / "checkpoints")
+    assert (found.rl.policy, [r.name for r in found.rl.rewards]) == (policy, [reward])
+    assert found.model.tokenizer == given.model.tokenizer and found.data.max_length == given.data.max_length
+    assert [part for part, _ in found.checkpoint.init_from] == list(runs.PARTS)
+    resolved = method.resolved(found)
+    assert resolved.trainable == method.TRAINABLE[policy] and resolved.data.batch_size == 128
+    assert (found.rl.kl, found.rl.clip, found.optimizer.learning_rate) == (0.001, (0.2, 0.2), 1e-6)
+    assert (found.rl.rollout.temperature, found.rl.rollout.top_k, found.rl.rollout.top_p) == (1.0, 0, 1.0)
+
+
+def test_no_such_recipe():
+    with pytest.raises(ConfigError, match="recipe='ocrr' is not one of ocr, geneval"):
+        config_file.load(f"{FILE}:ocrr:{runs.started_from()}")
+
+
+def test_no_checkpoint(tmp_path):
+    with pytest.raises(UserError, match="is not a checkpoint"):
+        config_file.load(f"{FILE}:ocr:{tmp_path}")

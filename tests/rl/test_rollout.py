@@ -1,0 +1,30 @@
+"""How a rollout is cut."""
+
+import dataclasses
+
+import pytest
+
+from blip3o_jax.config import RlConfig, SamplingConfig
+from blip3o_jax.rl.rollout import chunks, has_reference, shared_reading
+
+
+@pytest.mark.parametrize(
+    ("group", "prompts", "shards", "want"),
+    [(16, 8, 8, 16), (16, 8, 1, 16), (16, 2, 8, 4), (16, 1, 16, 1), (6, 1, 4, 1), (6, 2, 4, 3)],
+)
+def test_as_many_images_share_a_reading_as_leave_every_device_one(group, prompts, shards, want):
+    assert shared_reading(group, prompts, shards) == want
+
+
+@pytest.mark.parametrize(
+    ("prompts", "group", "at_once", "want"), [(8, 16, 128, 1), (8, 16, 64, 2), (8, 16, 8, 8), (6, 4, 16, 2)]
+)
+def test_pieces_are_whole_groups_and_equally_many(prompts, group, at_once, want):
+    rollout = SamplingConfig(top_k=0, top_p=1.0, batch_size=at_once)
+    assert chunks(RlConfig(prompts=prompts, group=group, rollout=rollout)) == want
+
+
+def test_a_second_policy_is_kept_where_a_divergence_is_weighed():
+    cfg = RlConfig(policy="ar", kl=0.0)
+    assert not has_reference(cfg) and has_reference(dataclasses.replace(cfg, kl=0.1))
+    assert has_reference(dataclasses.replace(cfg, policy="flow")) and has_reference(dataclasses.replace(cfg, policy="both"))

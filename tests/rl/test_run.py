@@ -1,0 +1,209 @@
+"""Whole runs, tiny: updates are the same on any mesh, and whatever stops a run."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from blip3o_jax import config
+from blip3o_jax.config import ConfigError, UserError
+from blip3o_jax.parallel.rules import Strategy
+from blip3o_jax.rl import method
+from blip3o_jax.rl.feed import Rollouts
+from blip3o_jax.rl.log import read_lines
+from blip3o_jax.train import checkpoint, loop
+from blip3o_jax.train.metrics import read_rows
+from blip3o_jax.train.state import plan_state
+from tests import tiny
+from tests.conftest import relative_error
+from tests.rl import runs
+from tests.tiny import quick_compile  # noqa: F401  (a fixture)
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+# What depends on the clock or on how much has been compiled.
+CLOCKS = ("seconds", "latency", "queue", "_per_s", "wait", "memory")
+EIGHT = {"data": 2, "fsdp": 2, "tensor": 2, "strategy": "fsdp_tp"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_device():
+    """Runs that ask for one device get one of the eight."""
+    whole = Strategy.of
+
+    def of(mesh, devices=None):
+        count = mesh.data * mesh.fsdp * mesh.tensor
+        return whole(mesh, devices or jax.devices()[:count])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Strategy, "of", of)
+        yield
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Policy -> the workdir of its run of four updates."""
+    found = {}
+    for policy in ("ar", "both"):
+        found[policy] = tmp_path_factory.mktemp(policy)
+        method.run(runs.run_config(policy, checkpoint=saved(1)), found[policy])
+    return found
+
+
+def saved(every):
+    return dataclasses.replace(runs.run_config().checkpoint, every=every, keep=9)
+
+
+def numbers(workdir):
+    return [
+        {name: value for name, value in row.items() if not any(clock in name for clock in CLOCKS)}
+        for row in read_rows(workdir / "metrics.jsonl")
+    ]
+
+
+def weights(workdir):
+    root, step = checkpoint.find(workdir)
+    plan = plan_state(checkpoint.read_config(root), tiny.strategy())
+    checkpoints = checkpoint.Checkpoints(root, 9)
+    state, _ = checkpoints.restore(step, plan)
+    checkpoints.close()
+    return state["params"]
+
+
+def test_the_policy_that_drew_is_the_one_that_is_scored(whole):
+    """Before an update all ratios are 1, to what float32 leaves of log-probabilities of 3 nats: a few units of 2.4e-7."""
+    for row in numbers(whole["ar"]) + numbers(whole["both"]):
+        assert row["ratio_gap"] < 1e-6 and row["ratio_gap_max"] < 1e-5
+    assert all(row["flow/ratio_gap_max"] < 1e-6 for row in numbers(whole["both"]))
+    assert all(row["grad_norm/dit"] > 0 and row["grad_norm/ar"] > 0 for row in numbers(whole["both"]))
+
+
+def test_the_first_kl_is_zero_and_then_grows(whole):
+    first, *_, last = numbers(whole["both"])
+    assert abs(first["kl"]) < 1e-10 and abs(first["flow/kl"]) < 1e-10
+    assert last["kl"] > 1e-4 and last["flow/kl"] > 1e-6
+
+
+def test_eight_devices_do_the_same(whole, tmp_path):
+    """Sampled ids are equal, so rewards are; parameters after four updates to 1e-5."""
+    method.run(runs.run_config("both", mesh=EIGHT), tmp_path)
+    got, want = weights(tmp_path), weights(whole["both"])
+    for (path, a), b in zip(jax.tree.leaves_with_path(got), jax.tree.leaves(want), strict=True):
+        assert relative_error(a, b) < 1e-5, jax.tree_util.keystr(path)
+    for mine, theirs in zip(numbers(tmp_path), numbers(whole["both"]), strict=True):
+        assert mine["reward/mean"] == pytest.approx(theirs["reward/mean"], abs=1e-5)
+    hashes = [[line["image"] for line in read_lines(d / "rollouts.jsonl")] for d in (tmp_path, whole["both"])]
+    assert np.mean([a == b for a, b in zip(*hashes, strict=True)]) > 0.5, "images differ by more than a rounding here and there"
+
+
+@pytest.mark.parametrize("phase", ["draw", "reward", "update", "save"])
+def test_a_run_stopped_anywhere_goes_on_as_if_it_had_not_been(whole, tmp_path, monkeypatch, phase):
+    """An exception in place of a kill: nothing of the loop's own is done after it."""
+    where = {
+        "draw": (Rollouts, "_piece"),
+        "reward": (Rollouts, "_judged"),
+        "update": (loop._Run, "record"),
+        "save": (checkpoint.Checkpoints, "save"),
+    }[phase]
+    with monkeypatch.context() as patch:
+        calls, whole_call = [], getattr(*where)
+
+        def call(*args, **kwargs):
+            calls.append(1)
+            if len(calls) == 3:
+                raise KeyboardInterrupt
+            return whole_call(*args, **kwargs)
+
+        patch.setattr(*where, call)
+        with pytest.raises(KeyboardInterrupt):
+            method.run(runs.run_config("ar", checkpoint=saved(1)), tmp_path)
+    method.run(runs.run_config("ar", checkpoint=saved(1)), tmp_path)
+    assert numbers(tmp_path) == numbers(whole["ar"])
+    assert read_lines(tmp_path / "rollouts.jsonl") == read_lines(whole["ar"] / "rollouts.jsonl")
+
+
+def test_several_updates_on_a_rollout(tmp_path):
+    """The third is off the policy that drew (the first has learning rate 0); a run is saved between rollouts alone."""
+    method.run(runs.run_config("ar", steps=6, updates=3, checkpoint=saved(3)), tmp_path)
+    rows = numbers(tmp_path)
+    assert rows[0]["ratio_gap_max"] < 1e-5 < rows[2]["ratio_gap"] and rows[3]["ratio_gap_max"] < 1e-5 < rows[5]["ratio_gap"]
+    assert rows[0]["reward/mean"] == rows[2]["reward/mean"] != rows[3]["reward/mean"]
+    assert [line["rollout"] for line in read_lines(tmp_path / "rollouts.jsonl")] == [0] * 8 + [1] * 8
+
+
+def test_stale_rewards_are_of_the_rollout_before(whole, tmp_path):
+    """Its first rollout is the same; then it trains on what was drawn before the last update."""
+    method.run(runs.run_config("ar", stale=True), tmp_path)
+    got, want = numbers(tmp_path), numbers(whole["ar"])
+    assert got[0]["reward/part/redness"] == want[0]["reward/part/redness"] and got[0]["ratio_gap_max"] < 1e-5
+    assert got[2]["ratio_gap"] > 1e-5
+
+
+def test_truncated_sampling_is_replayed(tmp_path):
+    rollout = dataclasses.replace(runs.run_config().rl.rollout, top_k=9, top_p=0.8, temperature=0.7, token_guidance=1.5)
+    method.run(runs.run_config("ar", rollout=rollout, group=2, steps=2), tmp_path)
+    for row in numbers(tmp_path):
+        assert row["ratio_gap_max"] < 1e-5 and np.isfinite(row["kl"]) and row["grad_norm"] > 0
+
+
+def test_the_log_says_what_each_image_was_drawn_from(whole):
+    lines = read_lines(whole["ar"] / "rollouts.jsonl")
+    assert [line["row"] for line in lines] == list(range(8)) * 4
+    assert [line["index"] for line in lines] == list(range(32))
+    for line in lines:
+        assert line["prompt"] in runs.PROMPTS and line["metadata"]["prompt"] == line["prompt"]
+        assert line["parts"] == {"redness": pytest.approx(line["total"])} and len(line["image"]) == 64
+    first = [line["prompt"] for line in lines[:8]]
+    assert first[:4] == [first[0]] * 4 and first[4:] == [first[4]] * 4 and first[0] != first[4]
+
+
+def test_the_reference_is_a_copy_of_what_is_trained_alone():
+    """And the optimizer has no state of anything frozen."""
+    cfg = method.resolved(runs.run_config("ar"))
+    plan = plan_state(cfg, tiny.strategy())
+    assert set(plan.abstract["params"]) == {"ar"}
+    trained = {leaf.shape for leaf in jax.tree.leaves(plan.abstract["params"])} | {()}
+    assert {leaf.shape for leaf in jax.tree.leaves(plan.abstract["opt"])} <= trained
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rewards": ()}, "rl.rewards is empty"),
+        ({"prompts_file": ""}, "rl.prompts_file is empty"),
+        ({"updates": 3}, "steps=4 must be a multiple of rl.updates=3"),
+        ({"stage": "tokenizer"}, "reinforcement learning is for a model of stage 'joint'"),
+        ({"checkpoint": config.CheckpointConfig()}, "checkpoint.init_from is empty"),
+    ],
+)
+def test_settings_that_cannot_work(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        method.resolved(runs.run_config(**changes))
+
+
+def test_nothing_is_trained_that_has_no_gradient(tmp_path):
+    with pytest.raises(ConfigError, match=r"names dit, which rl\.policy='ar' leaves alone"):
+        method.run(runs.run_config("ar", trainable=("ar/.*", "dit/.*")), tmp_path)
+
+
+def test_a_prompt_that_does_not_fit(tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(json.dumps({"prompt": "a red cat " * 40}) + "\n")
+    with pytest.raises(UserError, match=r"data.max_length=72 leaves 68 beside the image"):
+        method.run(runs.run_config("ar", prompts_file=str(prompts)), tmp_path / "run")
+
+
+def test_a_gap_between_drawing_and_scoring_can_stop_the_run(tmp_path):
+    with pytest.raises(UserError, match=r"step 1: drawing and scoring disagree by .* more than rl.max_ratio_gap=1e-12"):
+        method.run(runs.run_config("ar", max_ratio_gap=1e-12), tmp_path)
+
+
+def test_another_start_is_refused(whole, tmp_path):
+    """The reference that a run goes on with must be the one it began with."""
+    cfg = runs.run_config("ar", steps=1, checkpoint=saved(1))
+    method.run(cfg, tmp_path)
+    other = tuple((part, str(whole["ar"] if part == "ar" else path)) for part, path in cfg.checkpoint.init_from)
+    cfg = dataclasses.replace(cfg, steps=2, checkpoint=dataclasses.replace(cfg.checkpoint, init_from=other))
+    with pytest.raises(UserError, match="holds other weights than when this run started"):
+        method.run(cfg, tmp_path)
