@@ -43,7 +43,7 @@ class MetricLog:
         self._file.flush()
         for name, value in values.items():
             self._events.add_scalar(name, value, step)
-        shown = ("loss", "ce", "flow", "accuracy", "psnr", "usage", "grad_norm", "examples_per_s", "mfu")
+        shown = ("reward/mean", "loss", "ce", "flow", "accuracy", "psnr", "usage", "kl", "grad_norm", "examples_per_s", "mfu")
         numbers = "  ".join(f"{k} {values[k]:.4g}" for k in shown if k in values)
         if self._progress is not None:
             self._progress.update(self._task, completed=step, numbers=numbers)

@@ -140,11 +140,12 @@ def test_stale_rewards_are_of_the_rollout_before(whole, tmp_path):
     assert got[2]["ratio_gap"] > 1e-5
 
 
-def test_truncated_sampling_is_replayed(tmp_path):
+def test_truncated_sampling_is_replayed(tmp_path, capsys):
     rollout = dataclasses.replace(runs.run_config().rl.rollout, top_k=9, top_p=0.8, temperature=0.7, token_guidance=1.5)
     method.run(runs.run_config("ar", rollout=rollout, group=2, steps=2), tmp_path)
     for row in numbers(tmp_path):
         assert row["ratio_gap_max"] < 1e-5 and np.isfinite(row["kl"]) and row["grad_norm"] > 0
+    assert "step 2/2  reward/mean " in capsys.readouterr().err, "what a run is watched by comes first"
 
 
 def test_the_log_says_what_each_image_was_drawn_from(whole):
