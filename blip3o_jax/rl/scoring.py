@@ -40,8 +40,8 @@ def score_image_tokens(
     blocks = -(-N // chunk)
     chunk = -(-N // blocks)
 
-    def cut(x: jax.Array, filler: int = 0) -> jax.Array:
-        x = jnp.pad(x, ((0, 0), (0, blocks * chunk - N)) + ((0, 0),) * (x.ndim - 2), constant_values=filler)
+    def cut(x: jax.Array) -> jax.Array:
+        x = jnp.pad(x, ((0, 0), (0, blocks * chunk - N)) + ((0, 0),) * (x.ndim - 2))
         return jnp.moveaxis(x.reshape(len(x), blocks, chunk, *x.shape[2:]), 1, 0)
 
     def block(_: None, inputs: tuple) -> tuple[None, tuple[jax.Array, jax.Array]]:
@@ -57,7 +57,7 @@ def score_image_tokens(
         return None, (picked_BC, -jnp.sum(jnp.exp(logprobs_BCV) * finite_BCV, axis=-1))
 
     with jax.named_scope("score"):
-        inputs = cut(hidden_BND), cut(ids_BN - first), None if kept_BNX is None else cut(kept_BNX, 255)
+        inputs = cut(hidden_BND), cut(ids_BN - first), None if kept_BNX is None else cut(kept_BNX)
         _, found = jax.lax.scan(block if blocks == 1 else jax.checkpoint(block), None, inputs)
     return tuple(jnp.moveaxis(x, 0, 1).reshape(len(ids_BN), -1)[:, :N] for x in found)
 
