@@ -586,6 +586,9 @@ class RlConfig:
         for name in ("kl", "refill", "max_ratio_gap", "workers", "retries"):
             check(getattr(self, name) >= 0, f"rl.{name}={getattr(self, name)} must be 0 or more")
         check(min(self.clip) > 0 and self.clip[0] < 1, f"rl.clip={self.clip} must be (downwards, upwards), as in (0.2, 0.2)")
+        check(
+            not (self.refill and self.stale), "rl.refill looks at rewards before the next rollout, rl.stale after: turn one off"
+        )
         check(self.timeout > 0, f"rl.timeout={self.timeout} is a number of seconds")
         check(0 <= self.max_failed <= 1, f"rl.max_failed={self.max_failed} is a share of the images: 0 to 1")
         check(self.rollout.temperature > 0, "rl.rollout.temperature=0 leaves nothing to compare: images of a group must differ")

@@ -56,6 +56,7 @@ def test_round_trips(value):
             "checkpoint.image_rows='codes' belongs to stage 'joint'; stage 'tokenizer' has no AR",
         ),
         ({"data": {"batch_size": 6}, "optimizer": {"accumulate": 4}}, "must be a multiple of optimizer.accumulate=4"),
+        ({"rl": {"refill": 1, "stale": True}}, "rl.refill looks at rewards before the next rollout, rl.stale after"),
     ],
 )
 def test_a_bad_value_is_one_line_that_names_its_field(values, message):

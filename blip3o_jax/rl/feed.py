@@ -9,6 +9,7 @@ each step trains on images that the policy before it has drawn.
 Everything follows from (seed, number of the rollout): nothing of a rollout is kept but its number.
 """
 
+import collections
 import dataclasses
 import time
 from typing import Any
@@ -21,16 +22,15 @@ from blip3o_jax.config import UserError
 from blip3o_jax.data.loader import global_batch, host_rows
 from blip3o_jax.data.sequence import text_to_image_prompt
 from blip3o_jax.parallel.distributed import say
+from blip3o_jax.pipeline import LENGTH_BUCKET
 from blip3o_jax.rl import judged, rollout
 from blip3o_jax.rl.advantages import choose_groups
 from blip3o_jax.rl.judged import Verdicts
 from blip3o_jax.rl.log import RolloutLog, best_and_worst
 from blip3o_jax.rl.prompts import Prompt, prompt_indices
-from blip3o_jax.rl.rewards.pool import Pending, RewardPool, check_failed
+from blip3o_jax.rl.rewards.pool import Judged, Pending, RewardPool, check_failed
 from blip3o_jax.train.loop import Batch, Setup
 from blip3o_jax.train.state import TrainState
-
-LENGTH_BUCKET = 32  # prompts are padded to a multiple of so many tokens
 
 
 @dataclasses.dataclass
@@ -166,8 +166,9 @@ class Rollouts:
         mine = judged.joined([Verdicts(r.total_B, r.failed_B, r.parts) for r in results])
         verdicts = judged.gathered(mine, drawn.rows, self._rl.prompts * self._rl.group)
         waited = time.monotonic() - began
-        for result in results:
-            check_failed(result, self._rl.max_failed)
+        # Of the whole rollout, so that all hosts stop; each tells the reasons that it has seen.
+        reasons = sum((collections.Counter(r.reasons) for r in results), collections.Counter())
+        check_failed(Judged(verdicts.total_B, verdicts.failed_B, {}, dict(reasons), {}), self._rl.max_failed)
         prompts = [drawn.prompts[row // self._rl.group] for row in drawn.rows]
         first = drawn.number * self._rl.prompts * self._rl.group
         self._log.write(drawn.number, drawn.rows, first, prompts, drawn.images, mine)
@@ -179,8 +180,10 @@ class Rollouts:
             "reward/queue": float(np.mean([r.seconds["queue"] for r in results])),
         }
         if drawn.number % self._rl.samples_every == 0:
-            grid = best_and_worst(drawn.images, [prompt.text for prompt in prompts], mine.total_B)
-            self._setup.log.images(self._step, "best and worst", grid)
+            kept = np.flatnonzero(~mine.failed_B)
+            if len(kept):
+                grid = best_and_worst(drawn.images[kept], [prompts[i].text for i in kept], mine.total_B[kept])
+                self._setup.log.images(self._step, "best and worst", grid)
         return verdicts
 
     def _assembled(self, found: list[_Drawn], verdicts: Verdicts, degenerate_Q: np.ndarray) -> Batch:

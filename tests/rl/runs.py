@@ -22,6 +22,11 @@ def redness(images_BHWC, prompts, metadata):
     return (images_BHWC[..., 0].astype(np.float64) - images_BHWC[..., 1]).mean(axis=(1, 2)) / 255
 
 
+def redness_but_of_pink(images_BHWC, prompts, metadata):
+    """No score for one of the prompts."""
+    return np.where([prompt == "pink" for prompt in prompts], np.nan, redness(images_BHWC, prompts, metadata))
+
+
 @functools.cache
 def started_from() -> pathlib.Path:
     """The workdir of a joint run, written once a test session."""

@@ -200,6 +200,18 @@ def test_a_gap_between_drawing_and_scoring_can_stop_the_run(tmp_path):
         method.run(runs.run_config("ar", max_ratio_gap=1e-12), tmp_path)
 
 
+def test_images_without_a_reward_are_left_out_or_stop_the_run(tmp_path):
+    """Each prompt is in one of two rollouts: in one of them half of the images have no score."""
+    failing = (config.RewardConfig(name="python:tests.rl.runs.redness_but_of_pink"),)
+    method.run(runs.run_config("ar", rewards=failing, retries=0, max_failed=0.5), tmp_path / "run")
+    rows = numbers(tmp_path / "run")
+    assert sorted(row["reward/failed"] for row in rows) == [0, 0, 0.5, 0.5]
+    assert rows[-1]["bad_records"] == 8 and rows[-1]["skipped_steps"] == 0
+    assert [line["total"] is None for line in read_lines(tmp_path / "run" / "rollouts.jsonl")].count(True) == 8
+    with pytest.raises(UserError, match=r"4 of 8 images have no reward, .* rl\.max_failed=0\.4: 4 x .*its score is nan"):
+        method.run(runs.run_config("ar", rewards=failing, retries=0, max_failed=0.4), tmp_path / "strict")
+
+
 def test_another_start_is_refused(whole, tmp_path):
     """The reference that a run goes on with must be the one it began with."""
     cfg = runs.run_config("ar", steps=1, checkpoint=saved(1))
