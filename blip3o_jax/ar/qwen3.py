@@ -6,6 +6,9 @@ The tables hold `cfg.padded_vocab_size` rows, a multiple that shards evenly; row
 B batch, L tokens, S cache slots, D width, H query heads, G key/value heads, K head size, F width of the MLP, V vocabulary.
 """
 
+import functools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -117,6 +120,48 @@ class Qwen3(nnx.Module):
 
         x_BLD, _ = nn.scan(self.layers, step, x_BLD, remat=self.cfg.remat, unroll=self.cfg.unroll)
         return self.norm(x_BLD)
+
+    def after_prompts(
+        self, x_PLD: jax.Array, segment_ids_PL: jax.Array, x_BND: jax.Array, each: Callable[[jax.Array], jax.Array]
+    ) -> tuple[jax.Array, jax.Array]:
+        """Prompts, and N tokens after them in each of B rows -> hidden states [P, L, D] and [B, N, D].
+
+        Equal to `__call__` over B whole rows, prompt and tokens, but every prompt is read once. `each` repeats arrays that lead
+        with P for the rows that go on from them. Segment 0 marks padding in the prompts.
+        """
+        prompt_rotation, rotation = self._rotations(segment_ids_PL, x_BND.shape[:2], each)
+        own_BN = jnp.ones(x_BND.shape[:2], jnp.int32)
+        key_segments_BS = jnp.concatenate([each(segment_ids_PL), own_BN], axis=1)
+        attend = functools.partial(attention.attend, implementation=self.cfg.attention)
+
+        def step(layer: Layer, carry: tuple[jax.Array, jax.Array], _: None) -> tuple[tuple[jax.Array, jax.Array], None]:
+            x_PLD, x_BND = carry
+            q_PLHK, k_PLGK, v_PLGK = layer.before(x_PLD, prompt_rotation)
+            q_BNHK, k_BNGK, v_BNGK = layer.before(x_BND, rotation)
+            with jax.named_scope("attention"):
+                o_PLHK = attend(q_PLHK, k_PLGK, v_PLGK, query_segments_BL=segment_ids_PL, key_segments_BS=segment_ids_PL)
+                o_BNHK = attend(
+                    q_BNHK,
+                    jnp.concatenate([each(k_PLGK), k_BNGK], axis=1),
+                    jnp.concatenate([each(v_PLGK), v_BNGK], axis=1),
+                    query_segments_BL=own_BN,
+                    key_segments_BS=key_segments_BS,
+                    query_start=segment_ids_PL.shape[1],
+                )
+            return (layer.after(x_PLD, o_PLHK), layer.after(x_BND, o_BNHK)), None
+
+        hidden, _ = nn.scan(self.layers, step, (x_PLD, x_BND), remat=self.cfg.remat, unroll=self.cfg.unroll)
+        return self.norm(hidden[0]), self.norm(hidden[1])
+
+    def _rotations(
+        self, segment_ids_PL: jax.Array, rows: tuple[int, int], each: Callable[[jax.Array], jax.Array]
+    ) -> tuple[attention.Rotation, attention.Rotation]:
+        """Of the prompts' tokens, and of those after them."""
+        real_PL = (segment_ids_PL != 0).astype(jnp.int32)
+        prompt_PL = jnp.maximum(jnp.cumsum(real_PL, axis=1) - 1, 0)
+        after_BN = each(real_PL.sum(axis=1))[:, None] + jnp.arange(rows[1])
+        turn = lambda positions: attention.rotation(positions, self.cfg.head_dim, self.cfg.rope_theta)
+        return turn(prompt_PL), turn(after_BN)
 
     def extend(
         self, x_BLD: jax.Array, segment_ids_BL: jax.Array, past: cache.Cache, layers: list[Layer] | None = None

@@ -70,7 +70,7 @@ def generate_image_tokens(
     # Outside the loop: XLA does not always hoist the slice, and a slice of a large table costs more than the rest of a step.
     head_DV = model.head(image_ids)
     scale_PD = jnp.take_along_axis(hidden_PLD, (lengths_P - 1)[:, None, None], axis=1)[:, 0]
-    scale_BD, past = _for_each(scale_PD, group, branches), cache.repeat(past, lambda x: _for_each(x, group, branches))
+    scale_BD, past = for_each(scale_PD, group, branches), cache.repeat(past, lambda x: for_each(x, group, branches))
 
     def step(carry: tuple[jax.Array, cache.Cache], index: jax.Array) -> tuple[tuple, tuple]:
         hidden_BD, past = carry
@@ -109,7 +109,7 @@ def guided(logits: jax.Array, guidance: float) -> jax.Array:
     return alone + guidance * (given - alone)
 
 
-def _for_each(x: jax.Array, group: int, branches: int) -> jax.Array:
+def for_each(x: jax.Array, group: int, branches: int) -> jax.Array:
     """Rows of prompts -> of their images, branches side by side."""
     if group == 1:
         return x

@@ -27,10 +27,14 @@ def splash(
     key_segments_BL: jax.Array,
     query_start: jax.Array | int,
 ) -> jax.Array:
-    """`attention.attend` for whole rows. ValueError for queries that begin behind the first key."""
-    length, scale = q_BLHK.shape[1], q_BLHK.shape[-1] ** -0.5
-    if not (isinstance(query_start, int) and query_start == 0 and k_BLGK.shape[1] == length):
+    """`attention.attend` for the queries of whole rows, or of their ends. ValueError for a cache that goes on behind them."""
+    length, scale = k_BLGK.shape[1], q_BLHK.shape[-1] ** -0.5
+    if not isinstance(query_start, int) or query_start + q_BLHK.shape[1] != length:
         raise ValueError("splash attention is for whole rows: take attention 'xla' on a cache")
+    if query_start:  # the mask's blocks are those of whole rows: in front, queries of nothing
+        front = lambda x: jnp.pad(x, ((0, 0), (query_start, 0), *((0, 0),) * (x.ndim - 2)))
+        o_BLHK = splash(front(q_BLHK), k_BLGK, v_BLGK, front(query_segments_BL), key_segments_BL, 0)
+        return o_BLHK[:, query_start:]
     rows_at, length_at, heads_at, _ = _at("batch", "length", "act_heads", None, shape=q_BLHK.shape)
     kv_heads_at = _at("act_kv_heads", shape=k_BLGK.shape[2:3])[0]
     mesh, head_shards, length_shards = nn.mesh(), nn.shards("act_heads"), nn.shards("length")

@@ -70,6 +70,26 @@ def test_splash_is_plain_attention(name, monkeypatch):
     assert np.all(np.asarray(wanted()[0])[inputs()[-1] == 0] == 0)
 
 
+@pytest.mark.parametrize("name", MESHES)
+def test_splash_of_the_ends_of_rows(name, monkeypatch):
+    """As after a prompt that is read once for several rows."""
+    monkeypatch.setitem(attention.PLATFORMS, "splash", ("tpu", "cpu"))
+    start, mesh = 72, MESHES[name]
+    strategy = mesh and tiny.strategy(*mesh, sequence=2 if mesh[0] == "fsdp_sp" else 1)
+
+    def ends(implementation):
+        def attend(q, k, v, segments_BL):
+            of = {"query_segments_BL": segments_BL[:, start:], "key_segments_BS": segments_BL, "query_start": start}
+            return attention.attend(q[:, start:], k, v, **of, implementation=implementation)
+
+        return attend
+
+    found = value_and_gradients(ends("splash"), strategy), value_and_gradients(ends("xla"))
+    for what, got, want in zip(("output", "q", "k", "v"), *found, strict=True):
+        assert relative_error(got, want) < 1e-5, what
+    assert relative_error(found[0][0], wanted()[0][:, start:]) < 1e-5
+
+
 def test_the_gpu_form_is_plain_attention():
     def gpu(q, k, v, segments_BL):
         o_BLHK = attention.dot_product(q, k, v, segments_BL, segments_BL, 0, implementation="xla")
