@@ -1,4 +1,4 @@
-"""`blip3o bench peer|conversion|sharding|anchors`: parses and calls, nothing else."""
+"""`blip3o bench peer|conversion|sharding|anchors|rl`: parses and calls, nothing else."""
 
 import argparse
 import re
@@ -18,6 +18,7 @@ def add(commands: Any, command: Callable) -> None:
     _add_conversion(kinds, command)
     _add_sharding(kinds, command)
     _add_anchors(kinds, command)
+    _add_rl(kinds, command)
 
 
 def _add_peer(kinds: Any, command: Callable) -> None:
@@ -147,6 +148,30 @@ def _anchors(args: argparse.Namespace) -> None:
     flags = [f"--out={args.out}"] + [f"--only={args.only}"] * bool(args.only) + ["--keep_hlo"] * args.keep_hlo
     command = shlex.join(["blip3o", "bench", "anchors", *flags])
     anchors.print_report(anchors.bench(args.out, _names(args.only), command, keep_hlo=args.keep_hlo))
+
+
+def _add_rl(kinds: Any, command: Callable) -> None:
+    parser = command(
+        kinds,
+        "rl",
+        _rl,
+        "a step of reinforcement learning by phase, beside the same step as the published code does it",
+        "Starts from checkpoint.init_from of the config, and runs on the devices of its mesh. Both ways draw the same images, "
+        "in turns, and must learn the same from them; writes rl.json.",
+    )
+    parser.add_argument("--config", required=True, metavar="FILE.py[:ARG]", help="as configs/rl.py")
+    parser.add_argument("--rounds", type=int, default=7, metavar="N", help="steps of each way (%(default)s)")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the report is written")
+
+
+def _rl(args: argparse.Namespace) -> None:
+    from blip3o_jax import config_file
+    from blip3o_jax.bench import rl_step
+
+    config = config_file.load(args.config, args.overrides)
+    flags = [f"--config={args.config}", *(f"--config.{key}={value}" for key, value in args.overrides)]
+    command = shlex.join(["blip3o", "bench", "rl", *flags, f"--rounds={args.rounds}", f"--out={args.out}"])
+    rl_step.print_report(rl_step.bench(config, args.out, rounds=args.rounds, command=command))
 
 
 def _batch(text: str) -> int | str:

@@ -573,6 +573,7 @@ class RlConfig:
     max_failed: float = 0.1  # share of a rollout's images without a reward above which the run stops
     stale: bool = False  # train on the rollout before, while rewards of this one are computed
     samples_every: int = 10  # rollouts between two pictures of the best and worst samples
+    keep_images: bool = False  # every image as a PNG file under the workdir, which `blip3o rl rescore` can judge again
     flow: FlowPolicyConfig = FlowPolicyConfig()
 
     def __post_init__(self) -> None:
@@ -636,6 +637,11 @@ class Config:
             not (self.loss.caption_dropout and self.model.template.supervise_prompt),
             "loss.caption_dropout hides prompts that model.template.supervise_prompt trains on: turn one of them off",
         )
+
+    @property
+    def title(self) -> str:
+        """What messages call the run."""
+        return "rl" if self.rl.rewards else self.stage
 
 
 def to_dict(value: Any) -> Any:

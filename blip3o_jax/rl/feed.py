@@ -20,14 +20,12 @@ import numpy as np
 
 from blip3o_jax.config import UserError
 from blip3o_jax.data.loader import global_batch, host_rows
-from blip3o_jax.data.sequence import text_to_image_prompt
 from blip3o_jax.parallel.distributed import say
-from blip3o_jax.pipeline import LENGTH_BUCKET
 from blip3o_jax.rl import judged, rollout
 from blip3o_jax.rl.advantages import choose_groups
 from blip3o_jax.rl.judged import Verdicts
 from blip3o_jax.rl.log import RolloutLog, best_and_worst
-from blip3o_jax.rl.prompts import Prompt, prompt_indices
+from blip3o_jax.rl.prompts import Prompt, PromptRows, prompt_indices
 from blip3o_jax.rl.rewards.pool import Judged, Pending, RewardPool, check_failed
 from blip3o_jax.train.loop import Batch, Setup
 from blip3o_jax.train.state import TrainState
@@ -67,11 +65,12 @@ class Rollouts:
         self._add_reference = rollout.make_reference(setup.config, setup.plan, setup.strategy, image_ids)
         self._sharding = setup.strategy.batch_sharding()
         self._join = jax.jit(lambda rows, *x: jnp.concatenate(x)[rows], out_shardings=self._sharding)
-        self._length = self._prompt_length()
+        self._rows = PromptRows(prompts, setup.config, setup.vocabulary)
         self._ahead: _Drawn | None = None  # with rl.stale
         self._batch: Batch = {}
         self._metrics: dict[str, float] = {}
         self._warned = False
+        self._since = time.monotonic()  # what was handed over last was handed over
         self.wait_seconds = 0.0
 
     def next(self, state: TrainState) -> Batch:
@@ -111,6 +110,14 @@ class Rollouts:
         self._log.close()
 
     def _collect(self, state: TrainState) -> Batch:
+        jax.block_until_ready(state["step"])
+        updating = time.monotonic() - self._since
+        batch = self._rollout(state)
+        self._since = time.monotonic()
+        self._metrics |= _shares(updating, self._metrics["seconds/draw"], self._metrics["seconds/reward_wait"])
+        return batch
+
+    def _rollout(self, state: TrainState) -> Batch:
         if self._rl.stale:
             drawn = self._ahead or self._draw(state)
             self._ahead = self._draw(state)
@@ -148,11 +155,7 @@ class Rollouts:
 
     def _piece(self, state: TrainState, prompts: list[Prompt], number: int, piece: int) -> tuple[jax.Array, rollout.Record]:
         setup, rl = self._setup, self._rl
-        tokens_PL = np.zeros((len(prompts), self._length), np.int32)
-        lengths_P = np.zeros(len(prompts), np.int32)
-        for row, prompt in enumerate(prompts):
-            ids = self._ids(prompt)
-            tokens_PL[row, : len(ids)], lengths_P[row] = ids, len(ids)
+        tokens_PL, lengths_P = self._rows.of(prompts)
         count = len(prompts) * rl.group
         first = number * rl.prompts * rl.group + piece * count
         indices_B = np.arange(first, first + count).astype(np.uint32)
@@ -209,22 +212,12 @@ class Rollouts:
     def _concatenated(self, pieces: tuple[jax.Array, ...]) -> jax.Array:
         return pieces[0] if len(pieces) == 1 else self._join(np.arange(sum(map(len, pieces))), *pieces)
 
-    def _ids(self, prompt: Prompt) -> list[int]:
-        model = self._setup.config.model
-        return text_to_image_prompt(self._setup.vocabulary, model.template, prompt.text, model.tokenizer.pool_scale)
 
-    def _prompt_length(self) -> int:
-        """Of all prompts the longest, so that one program serves them all. UserError for one that does not fit in a row."""
-        config = self._setup.config
-        most = config.data.max_length - config.model.tokenizer.num_tokens
-        longest = max(self._prompts, key=lambda prompt: len(self._ids(prompt)))
-        length = len(self._ids(longest))
-        if length > most:
-            raise UserError(
-                f"rl.prompts_file: prompt {longest.text[:60]!r} has {length} tokens; data.max_length={config.data.max_length} "
-                f"leaves {most} beside the image's: shorten it, or raise data.max_length"
-            )
-        return min(-(-length // LENGTH_BUCKET) * LENGTH_BUCKET, most)
+def _shares(update: float, draw: float, reward: float) -> dict[str, float]:
+    """Of the time of a step: of the updates on the rollout before, of drawing, of waiting for rewards."""
+    seconds = {"update": update, "draw": draw, "reward_wait": reward}
+    total = max(sum(seconds.values()), 1e-9)
+    return {"seconds/update": update} | {f"share/{name}": value / total for name, value in seconds.items()}
 
 
 def _local(images: jax.Array, rows: list[int]) -> np.ndarray:

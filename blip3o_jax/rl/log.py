@@ -4,7 +4,8 @@
      "image": its SHA-256}
 
 `index` and `seed` are what the image was drawn from, `total` null where its reward failed. Each host writes of the images that
-it has judged: the first to rollouts.jsonl, host N to rollouts-N.jsonl.
+it has judged: the first to rollouts.jsonl, host N to rollouts-N.jsonl. With `rl.keep_images` the images lie beside it, in
+rollouts/ROLLOUT/ROW.png.
 """
 
 import hashlib
@@ -14,10 +15,12 @@ import pathlib
 from collections.abc import Sequence
 
 import numpy as np
+from PIL import Image
 
 from blip3o_jax.rl.judged import Verdicts
 from blip3o_jax.rl.prompts import Prompt
 from blip3o_jax.samples import labelled_grid
+from blip3o_jax.train.metrics import read_rows
 
 SHOWN = 6  # images of each kind in a picture
 
@@ -25,10 +28,10 @@ SHOWN = 6  # images of each kind in a picture
 class RolloutLog:
     """Lines of rollouts from `start` on are dropped on opening: a run that goes on writes them again."""
 
-    def __init__(self, directory: pathlib.Path, host: int, start: int, seed: int):
+    def __init__(self, directory: pathlib.Path, host: int, start: int, seed: int, *, keep_images: bool = False):
         self.path = directory / ("rollouts.jsonl" if host == 0 else f"rollouts-{host}.jsonl")
-        self._seed = seed
-        kept = [line for line in read_lines(self.path) if line["rollout"] < start]
+        self._directory, self._seed, self._keep_images = directory, seed, keep_images
+        kept = [line for line in read_rows(self.path) if line["rollout"] < start]
         directory.mkdir(parents=True, exist_ok=True)
         self._file = self.path.open("w", encoding="utf-8")
         self._file.writelines(json.dumps(line) + "\n" for line in kept)
@@ -48,8 +51,12 @@ class RolloutLog:
                 "metadata": prompt.metadata,
                 "total": None if verdicts.failed_B[i] else float(verdicts.total_B[i]),
                 "parts": parts,
-                "image": hashlib.sha256(np.ascontiguousarray(image).tobytes()).hexdigest(),
+                "image": image_hash(image),
             }
+            if self._keep_images:
+                path = image_path(self._directory, rollout, row)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(image).save(path)
             self._file.write(json.dumps(line) + "\n")
         self._file.flush()
 
@@ -57,15 +64,12 @@ class RolloutLog:
         self._file.close()
 
 
-def read_lines(path: pathlib.Path) -> list[dict]:
-    """Of a rollouts.jsonl; a last line cut short by a kill is left out."""
-    lines = []
-    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
-    return lines
+def image_hash(image_HWC: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(image_HWC).tobytes()).hexdigest()
+
+
+def image_path(directory: pathlib.Path, rollout: int, row: int) -> pathlib.Path:
+    return directory / "rollouts" / f"{rollout:06d}" / f"{row:05d}.png"
 
 
 def best_and_worst(images: np.ndarray, prompts: Sequence[str], rewards: np.ndarray) -> np.ndarray:

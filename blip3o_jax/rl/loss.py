@@ -10,21 +10,23 @@ import jax.numpy as jnp
 from blip3o_jax.blip3o import Blip3o
 from blip3o_jax.config import Config
 from blip3o_jax.rl import flow_grpo, grpo
-from blip3o_jax.rl.rollout import Record, flow_means, token_logprobs, trains_flow, trains_tokens
+from blip3o_jax.rl.rollout import Record, flow_means, shared_reading, token_logprobs, trains_flow, trains_tokens
 from blip3o_jax.train.stages import Loss
 
 
-def make_loss(config: Config, image_ids: tuple[int, int]) -> Loss:
+def make_loss(config: Config, image_ids: tuple[int, int], shards: int) -> Loss:
     """The loss of a record (rollout.py) that has besides, for each row: `advantage`, `kept` (1 with a reward, else 0) and
-    `kept_share`, that of the whole batch. Metrics of the denoising steps are called flow/..."""
-    rl = config.rl
+    `kept_share`, that of the whole batch. `shards`: of the batch. Metrics of the denoising steps are called flow/..."""
+    rl, pieces = config.rl, config.optimizer.accumulate
+    # A micro-batch takes every so many rows: of a group a part, or none of some.
+    share = shared_reading(rl.group // pieces, rl.prompts, shards) if rl.group % pieces == 0 else 1
 
     def loss(model: Blip3o, record: Record, keys_B: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         del keys_B  # nothing is drawn
         judged = record["advantage"], record["kept"] > 0, record["kept_share"]
         total, metrics = jnp.zeros((), jnp.float32), {}
         if trains_tokens(rl):
-            logprobs_BN, entropy_BN = token_logprobs(model, record, rl, image_ids)
+            logprobs_BN, entropy_BN = token_logprobs(model, record, rl, image_ids, share)
             value, metrics = grpo.policy_loss(
                 logprobs_BN, record["logprobs"], record.get("reference_logprobs"), *judged, cfg=rl
             )

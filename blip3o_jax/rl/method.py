@@ -93,10 +93,11 @@ class ReinforcementLearning:
                 "checkpoint.init_from holds other weights than when this run started, and it is the policy that rl.kl holds on "
                 "to: bring them back, or start in another --workdir"
             )
-        log = RolloutLog(setup.workdir, host(), position["rollout"], config.seed)
+        log = RolloutLog(setup.workdir, host(), position["rollout"], config.seed, keep_images=config.rl.keep_images)
         feed = Rollouts(setup, self._prompts, self._pool, reference, position, log)
         image_ids = setup.vocabulary.image_first, setup.vocabulary.image_last
-        return Begun(feed, make_step(config, setup.plan, setup.strategy, make_loss(config, image_ids)))
+        loss = make_loss(config, image_ids, setup.strategy.batch_shards)
+        return Begun(feed, make_step(config, setup.plan, setup.strategy, loss))
 
 
 def _reference(setup: Setup, state: TrainState, *, fresh: bool) -> Any:

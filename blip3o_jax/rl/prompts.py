@@ -1,4 +1,4 @@
-"""The prompts of a run: read from a file, and drawn in an order that depends on nothing but the seed.
+"""The prompts of a run: read from a file, drawn in an order that depends on nothing but the seed, and made rows of tokens.
 
 A file holds JSON lines with "prompt" or "caption" and whatever the rewards read, as the shapes data set's prompts_*.jsonl and
 GenEval's evaluation_metadata.jsonl do, or plain text, one prompt a line. Empty lines are skipped.
@@ -11,7 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from blip3o_jax.config import UserError
+from blip3o_jax.config import Config, UserError
+from blip3o_jax.data.sequence import text_to_image_prompt
+from blip3o_jax.pipeline import LENGTH_BUCKET
+from blip3o_jax.text.vocabulary import Vocabulary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,3 +59,32 @@ def prompt_indices(count: int, rollout: int, prompts_per_rollout: int, seed: int
     epochs, places = np.divmod(positions, count)
     orders = {epoch: np.random.default_rng((seed, epoch)).permutation(count) for epoch in np.unique(epochs).tolist()}
     return np.array([orders[epoch][place] for epoch, place in zip(epochs.tolist(), places.tolist(), strict=True)])
+
+
+class PromptRows:
+    """Prompts as rows of tokens, of all `prompts` the longest, so that one program serves them all. UserError for one that does
+    not fit in a row beside its image."""
+
+    def __init__(self, prompts: list[Prompt], config: Config, vocabulary: Vocabulary):
+        self._config, self._vocabulary = config, vocabulary
+        most = config.data.max_length - config.model.tokenizer.num_tokens
+        longest = max(prompts, key=lambda prompt: len(self._ids(prompt)))
+        length = len(self._ids(longest))
+        if length > most:
+            raise UserError(
+                f"rl.prompts_file: prompt {longest.text[:60]!r} has {length} tokens; data.max_length={config.data.max_length} "
+                f"leaves {most} beside the image's: shorten it, or raise data.max_length"
+            )
+        self.length = min(-(-length // LENGTH_BUCKET) * LENGTH_BUCKET, most)
+
+    def of(self, prompts: list[Prompt]) -> tuple[np.ndarray, np.ndarray]:
+        """(tokens [P, L], padded on the right, lengths [P]), int32."""
+        tokens_PL, lengths_P = np.zeros((len(prompts), self.length), np.int32), np.zeros(len(prompts), np.int32)
+        for row, prompt in enumerate(prompts):
+            ids = self._ids(prompt)
+            tokens_PL[row, : len(ids)], lengths_P[row] = ids, len(ids)
+        return tokens_PL, lengths_P
+
+    def _ids(self, prompt: Prompt) -> list[int]:
+        model = self._config.model
+        return text_to_image_prompt(self._vocabulary, model.template, prompt.text, model.tokenizer.pool_scale)

@@ -115,12 +115,13 @@ def make_reference(
 ) -> Callable[[Any, Any, Record], Record]:
     """(reference's parameters, frozen, record) -> what the record lacks of the reference's."""
     rl = config.rl
+    share = shared_reading(rl.group, rl.prompts, strategy.batch_shards)
 
     def reference(params: Any, frozen: Any, record: Record) -> Record:
         model, found = plan.model(params, frozen), {}
         with nn.sharding_resolver(strategy.resolver):
             if trains_tokens(rl) and rl.kl:
-                found["reference_logprobs"], _ = token_logprobs(model, record, rl, image_ids)
+                found["reference_logprobs"], _ = token_logprobs(model, record, rl, image_ids, share)
             if trains_flow(rl) and rl.flow.kl:
                 found["reference_mean"], _ = flow_means(model, record, rl)
         return found
@@ -128,8 +129,11 @@ def make_reference(
     return jax.jit(reference, out_shardings=strategy.batch_sharding())
 
 
-def token_logprobs(model: Blip3o, record: Record, rl: RlConfig, image_ids: tuple[int, int]) -> tuple[jax.Array, jax.Array]:
-    """Log-probabilities of the record's image tokens and entropies, float32 [B, N]."""
+def token_logprobs(
+    model: Blip3o, record: Record, rl: RlConfig, image_ids: tuple[int, int], share: int
+) -> tuple[jax.Array, jax.Array]:
+    """Log-probabilities of the record's image tokens and entropies, float32 [B, N]. `share` rows have one reading of their
+    prompt."""
     with nn.part("ar"):
         return score_image_tokens(
             model.ar,
@@ -140,6 +144,7 @@ def token_logprobs(model: Blip3o, record: Record, rl: RlConfig, image_ids: tuple
             rl.rollout,
             image_ids=image_ids,
             chunk=rl.logits_chunk,
+            group=share,
         )
 
 

@@ -2,6 +2,7 @@
 one pass over whole rows.
 
     row        p p p . . I_1 .. I_N        p prompt, its last the scale tag; . padding; I image tokens
+               p p p . . J_1 .. J_N        of one prompt, which is read once for them all
     hidden     at the tag predicts I_1, at I_j predicts I_(j+1)
 
 The distribution is the one drawn from: over image ids alone, at the temperature and guidance of the rollout, and over the
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 
 from blip3o_jax import nn
 from blip3o_jax.ar.qwen3 import Qwen3, project
-from blip3o_jax.ar.sampling import branch_segments, guided
+from blip3o_jax.ar.sampling import branch_segments, for_each, guided
 from blip3o_jax.config import SamplingConfig
 
 
@@ -30,11 +31,12 @@ def score_image_tokens(
     *,
     image_ids: tuple[int, int],
     chunk: int,
+    group: int = 1,
 ) -> tuple[jax.Array, jax.Array]:
     """(log-probabilities, entropies of the distributions), float32 [B, N]. Prompts, ids and classes as `generate_image_tokens`
-    has and gives them. `chunk` image tokens a row have their logits in memory at once; the backward pass computes them
-    again."""
-    hidden_BND = _predicting(model, tokens_BL, lengths_B, ids_BN, 1 if settings.token_guidance == 1.0 else 2)
+    has and gives them; `group` rows one after the other have the same prompt. `chunk` image tokens a row have their logits in
+    memory at once; the backward pass computes them again."""
+    hidden_BND = reread(model, tokens_BL, lengths_B, ids_BN, 1 if settings.token_guidance == 1.0 else 2, group)[:, :-1]
     head_DV = nn.constrain(model.head(image_ids).astype(hidden_BND.dtype), None, "act_vocab")
     first, N = image_ids[0], ids_BN.shape[1]
     blocks = -(-N // chunk)
@@ -62,14 +64,19 @@ def score_image_tokens(
     return tuple(jnp.moveaxis(x, 0, 1).reshape(len(ids_BN), -1)[:, :N] for x in found)
 
 
-def _predicting(model: Qwen3, tokens_BL: jax.Array, lengths_B: jax.Array, ids_BN: jax.Array, branches: int) -> jax.Array:
-    """Hidden states that predict the image tokens [B, N, D]; [2 B, N, D] with two branches, next to each other."""
-    L, N = tokens_BL.shape[1], ids_BN.shape[1]
-    segments_BL = branch_segments(lengths_B, L, branches)
+def reread(
+    model: Qwen3, tokens_BL: jax.Array, lengths_B: jax.Array, ids_BN: jax.Array, branches: int, group: int = 1
+) -> jax.Array:
+    """Hidden states at the scale tag and at every image token [B, N + 1, D]: all but the last predict the next one. With two
+    branches [2 B, N + 1, D], next to each other."""
+    first = lambda x: x.reshape(-1, group, *x.shape[1:])[:, 0]
+    tokens_PL, lengths_P = first(tokens_BL), first(lengths_B)
     twin = lambda x: jnp.repeat(x, branches, axis=0)
-    row_BR = twin(jnp.concatenate([tokens_BL, ids_BN.astype(tokens_BL.dtype)], axis=1))
-    segments_BR = jnp.pad(segments_BL, ((0, 0), (0, N)), constant_values=1)
-    positions_BR = jnp.maximum(jnp.cumsum(segments_BR, axis=1) - 1, 0)
-    hidden_BRD = model(model.embed(row_BR), positions_BR, segments_BR)
-    tag_B1D = jnp.take_along_axis(hidden_BRD, (twin(lengths_B) - 1)[:, None, None], axis=1)
-    return jnp.concatenate([tag_B1D, hidden_BRD[:, L : L + N - 1]], axis=1)
+    hidden_PLD, hidden_BND = model.after_prompts(
+        model.embed(twin(tokens_PL)),
+        branch_segments(lengths_P, tokens_PL.shape[1], branches),
+        model.embed(twin(ids_BN)),
+        lambda x: for_each(x, group, branches),
+    )
+    tag_P1D = jnp.take_along_axis(hidden_PLD, (twin(lengths_P) - 1)[:, None, None], axis=1)
+    return jnp.concatenate([for_each(tag_P1D, group, branches), hidden_BND], axis=1)

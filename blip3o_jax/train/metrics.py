@@ -73,8 +73,8 @@ class SilentLog:
     def close(self) -> None: ...
 
 
-def read_rows(path: pathlib.Path) -> list[dict[str, float]]:
-    """Rows of a metrics.jsonl; a last line cut short by a kill is left out."""
+def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
+    """Of a file of JSON lines that a run writes, none where it is not there; a last line cut short by a kill is left out."""
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:

@@ -3,8 +3,9 @@
 import numpy as np
 
 from blip3o_jax.rl.judged import Verdicts
-from blip3o_jax.rl.log import RolloutLog, best_and_worst, read_lines
+from blip3o_jax.rl.log import RolloutLog, best_and_worst
 from blip3o_jax.rl.prompts import Prompt
+from blip3o_jax.train.metrics import read_rows
 
 
 def write(log, rollout):
@@ -18,7 +19,7 @@ def test_lines_and_where_a_run_goes_on(tmp_path):
     for rollout in range(3):
         write(log, rollout)
     log.close()
-    lines = read_lines(tmp_path / "rollouts.jsonl")
+    lines = read_rows(tmp_path / "rollouts.jsonl")
     assert [line["rollout"] for line in lines] == [0, 0, 1, 1, 2, 2]
     first, second = lines[2:4]
     assert (first["row"], first["index"], first["seed"], first["prompt"]) == (3, 103, 7, "a")
@@ -31,7 +32,7 @@ def test_lines_and_where_a_run_goes_on(tmp_path):
     again = RolloutLog(tmp_path, 0, 2, seed=7)
     write(again, 2)
     again.close()
-    assert read_lines(tmp_path / "rollouts.jsonl") == lines
+    assert read_rows(tmp_path / "rollouts.jsonl") == lines
 
 
 def test_each_host_has_a_file_of_its_own(tmp_path):

@@ -12,7 +12,6 @@ from blip3o_jax.config import ConfigError, UserError
 from blip3o_jax.parallel.rules import Strategy
 from blip3o_jax.rl import method
 from blip3o_jax.rl.feed import Rollouts
-from blip3o_jax.rl.log import read_lines
 from blip3o_jax.train import checkpoint, loop
 from blip3o_jax.train.metrics import read_rows
 from blip3o_jax.train.state import plan_state
@@ -23,7 +22,7 @@ from tests.tiny import quick_compile  # noqa: F401  (a fixture)
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 # What depends on the clock or on how much has been compiled.
-CLOCKS = ("seconds", "latency", "queue", "_per_s", "wait", "memory")
+CLOCKS = ("seconds", "share/", "latency", "queue", "_per_s", "wait", "memory")
 EIGHT = {"data": 2, "fsdp": 2, "tensor": 2, "strategy": "fsdp_tp"}
 
 
@@ -93,7 +92,7 @@ def test_eight_devices_do_the_same(whole, tmp_path):
         assert relative_error(a, b) < 1e-5, jax.tree_util.keystr(path)
     for mine, theirs in zip(numbers(tmp_path), numbers(whole["both"]), strict=True):
         assert mine["reward/mean"] == pytest.approx(theirs["reward/mean"], abs=1e-5)
-    hashes = [[line["image"] for line in read_lines(d / "rollouts.jsonl")] for d in (tmp_path, whole["both"])]
+    hashes = [[line["image"] for line in read_rows(d / "rollouts.jsonl")] for d in (tmp_path, whole["both"])]
     assert np.mean([a == b for a, b in zip(*hashes, strict=True)]) > 0.5, "images differ by more than a rounding here and there"
 
 
@@ -120,7 +119,7 @@ def test_a_run_stopped_anywhere_goes_on_as_if_it_had_not_been(whole, tmp_path, m
             method.run(runs.run_config("ar", checkpoint=saved(1)), tmp_path)
     method.run(runs.run_config("ar", checkpoint=saved(1)), tmp_path)
     assert numbers(tmp_path) == numbers(whole["ar"])
-    assert read_lines(tmp_path / "rollouts.jsonl") == read_lines(whole["ar"] / "rollouts.jsonl")
+    assert read_rows(tmp_path / "rollouts.jsonl") == read_rows(whole["ar"] / "rollouts.jsonl")
 
 
 def test_several_updates_on_a_rollout(tmp_path):
@@ -129,7 +128,7 @@ def test_several_updates_on_a_rollout(tmp_path):
     rows = numbers(tmp_path)
     assert rows[0]["ratio_gap_max"] < 1e-5 < rows[2]["ratio_gap"] and rows[3]["ratio_gap_max"] < 1e-5 < rows[5]["ratio_gap"]
     assert rows[0]["reward/mean"] == rows[2]["reward/mean"] != rows[3]["reward/mean"]
-    assert [line["rollout"] for line in read_lines(tmp_path / "rollouts.jsonl")] == [0] * 8 + [1] * 8
+    assert [line["rollout"] for line in read_rows(tmp_path / "rollouts.jsonl")] == [0] * 8 + [1] * 8
 
 
 def test_stale_rewards_are_of_the_rollout_before(whole, tmp_path):
@@ -149,7 +148,7 @@ def test_truncated_sampling_is_replayed(tmp_path, capsys):
 
 
 def test_the_log_says_what_each_image_was_drawn_from(whole):
-    lines = read_lines(whole["ar"] / "rollouts.jsonl")
+    lines = read_rows(whole["ar"] / "rollouts.jsonl")
     assert [line["row"] for line in lines] == list(range(8)) * 4
     assert [line["index"] for line in lines] == list(range(32))
     for line in lines:
@@ -207,7 +206,7 @@ def test_images_without_a_reward_are_left_out_or_stop_the_run(tmp_path):
     rows = numbers(tmp_path / "run")
     assert sorted(row["reward/failed"] for row in rows) == [0, 0, 0.5, 0.5]
     assert rows[-1]["bad_records"] == 8 and rows[-1]["skipped_steps"] == 0
-    assert [line["total"] is None for line in read_lines(tmp_path / "run" / "rollouts.jsonl")].count(True) == 8
+    assert [line["total"] is None for line in read_rows(tmp_path / "run" / "rollouts.jsonl")].count(True) == 8
     with pytest.raises(UserError, match=r"4 of 8 images have no reward, .* rl\.max_failed=0\.4: 4 x .*its score is nan"):
         method.run(runs.run_config("ar", rewards=failing, retries=0, max_failed=0.4), tmp_path / "strict")
 

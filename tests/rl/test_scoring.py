@@ -14,6 +14,7 @@ from blip3o_jax.ar.qwen3 import Qwen3
 from blip3o_jax.config import SamplingConfig
 from blip3o_jax.rl.scoring import score_image_tokens
 from tests.ar.test_sampling import CFG, IMAGE_IDS, LENGTHS, N, keys, prompts
+from tests.conftest import relative_error
 
 SETTINGS = {
     "full": SamplingConfig(temperature=1.0, top_k=0, top_p=1.0),
@@ -58,6 +59,29 @@ def test_scoring_is_what_sampling_said(model, name, chunk):
     logprobs, entropy = score(model, tokens, lengths, found.ids_BN, found.kept_BNX, settings, chunk)
     np.testing.assert_allclose(logprobs, found.logprobs_BN, atol=2e-5 if name == "guided" else 5e-6)
     assert logprobs.shape == entropy.shape == (len(LENGTHS), N)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_prompt_that_is_read_once_for_its_images_is_the_same(model, name):
+    """Log-probabilities, and their gradients: sums of float32 in another order."""
+    settings, (tokens, lengths) = SETTINGS[name], (jnp.repeat(x, 2, axis=0) for x in prompts())
+    found = drawn(model, tokens, lengths, jax.random.split(jax.random.key(3), len(tokens)), settings)
+    assert (found.ids_BN[0] != found.ids_BN[1]).any()
+
+    @nnx.jit(static_argnames=("group",))
+    def scored(model, group):
+        def total(model):
+            given = tokens, lengths, found.ids_BN, found.kept_BNX, settings
+            logprobs_BN, _ = score_image_tokens(model, *given, image_ids=IMAGE_IDS, chunk=N, group=group)
+            return jnp.sum(logprobs_BN * jnp.cos(jnp.arange(N))), logprobs_BN
+
+        return nnx.value_and_grad(total, has_aux=True)(model)
+
+    (_, want), want_grads = scored(model, 1)
+    (_, got), got_grads = scored(model, 2)
+    np.testing.assert_allclose(got, want, atol=2e-5 if name == "guided" else 5e-6)
+    for a, b in zip(jax.tree.leaves(got_grads), jax.tree.leaves(want_grads), strict=True):
+        assert relative_error(a, b) < 1e-5
 
 
 def test_entropy_by_its_definition(model):

@@ -1,0 +1,312 @@
+"""`bench rl`: what one step of reinforcement learning costs, by phase, beside the same step done as the published code does it.
+
+                         here                                       as published
+    draw                 a prompt is read once for its group        every image reads its prompt
+                         condition: hidden states kept from drawing condition: a second pass over prompt and image
+    reference, update    a prompt is read once for its group        every image reads its prompt
+                         logits of image ids alone, in pieces       logits of the whole vocabulary, of all tokens at once
+
+Both ways draw with the same keys, from the distribution over image ids, with the same loop of single tokens, denoising steps
+and autoencoder, get their rewards from the same processes, and take the same optimizer step; so they see the same images, and
+learn the same. The published code's own loop computes the whole vocabulary's logits for every token besides, and the
+connector at every denoising step: it is spared both here.
+
+The ways take turns, each on its own copy of the state.
+"""
+
+import dataclasses
+import json
+import pathlib
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from blip3o_jax import nn
+from blip3o_jax.ar.qwen3 import project
+from blip3o_jax.ar.sampling import guided
+from blip3o_jax.bench.peer.report import machine
+from blip3o_jax.blip3o import Blip3o
+from blip3o_jax.config import Config, RlConfig, UserError
+from blip3o_jax.data.loader import global_batch
+from blip3o_jax.dit import sampler
+from blip3o_jax.parallel.rules import Strategy
+from blip3o_jax.pipeline import draw_noise, draw_tokens, row_keys, to_uint8
+from blip3o_jax.rl import grpo, judged, method, rollout
+from blip3o_jax.rl.judged import Verdicts
+from blip3o_jax.rl.loss import make_loss
+from blip3o_jax.rl.prompts import PromptRows, prompt_indices, read_prompts
+from blip3o_jax.rl.rewards.pool import RewardPool
+from blip3o_jax.rl.rollout import Record
+from blip3o_jax.rl.scoring import reread
+from blip3o_jax.train.stages import Loss
+from blip3o_jax.train.start import given_parts
+from blip3o_jax.train.state import StatePlan, TrainState, create_state, plan_state
+from blip3o_jax.train.step import make_step
+from blip3o_jax.train.vocabulary import with_vocabulary
+
+PHASES = ("draw", "reward", "reference", "update")
+WAYS = ("here", "as published")
+
+
+@dataclasses.dataclass
+class _Way:
+    """One way of doing a step, with its state. `draw` takes a row of tokens for each prompt, or for each image."""
+
+    draw: Callable[..., tuple[jax.Array, Record]]
+    reference: Callable[[Any, Any, Record], Record]
+    step: Callable[[TrainState, Record], tuple[TrainState, dict[str, jax.Array]]]
+    state: TrainState
+    rows_of_a_prompt: int
+    seconds: dict[str, list[float]] = dataclasses.field(default_factory=lambda: {phase: [] for phase in PHASES})
+
+
+def bench(config: Config, out: pathlib.Path, *, rounds: int, command: str) -> dict[str, Any]:
+    """Times `rounds` rollouts and updates of both ways and writes `out`/rl.json. UserError for what cannot be compared."""
+    config = method.resolved(config)
+    rl = config.rl
+    if rl.policy != "ar" or not rl.kl or rl.rollout.top_k or rl.rollout.top_p < 1:
+        raise UserError("bench rl compares rl.policy=ar with rl.kl above 0, top_k=0 and top_p=1, as published: set them")
+    prompts = read_prompts(rl.prompts_file)
+    strategy = Strategy.of(config.mesh)
+    with tempfile.TemporaryDirectory() as directory:
+        config, vocabulary = with_vocabulary(config, [], pathlib.Path(directory))
+    plan = plan_state(config, strategy)
+    start = lambda: create_state(config, plan, given_parts(config, plan, strategy), vocabulary.image_first)
+    ids, whole = (vocabulary.image_first, vocabulary.image_last), config.model.ar.vocab_size
+    copied = jax.jit(lambda x: jax.tree.map(jnp.copy, x), out_shardings=plan.shardings["params"])
+    ways = {
+        "here": _Way(
+            rollout.make_draw(config, plan, strategy, ids),
+            rollout.make_reference(config, plan, strategy, ids),
+            make_step(config, plan, strategy, make_loss(config, ids, strategy.batch_shards)),
+            start(),
+            1,
+        ),
+        "as published": _Way(
+            _published_draw(config, plan, strategy, ids),
+            _published_reference(config, plan, strategy, ids, whole),
+            make_step(config, plan, strategy, _published_loss(config, ids, whole)),
+            start(),
+            rl.group,
+        ),
+    }
+    reference = copied(ways["here"].state["params"])
+    rows, first = PromptRows(prompts, config, vocabulary), {}
+    pool = RewardPool(rl.rewards, workers=rl.workers, timeout=rl.timeout, retries=rl.retries)
+    try:
+        for number in range(rounds + 1):
+            chosen = [prompts[i] for i in prompt_indices(len(prompts), number, rl.prompts, config.seed)]
+            for name in WAYS if number % 2 else WAYS[::-1]:
+                found = _round(config, strategy, ways[name], reference, rows.of(chosen), chosen, pool, number)
+                if number == 0:  # compiles, and both start from the same state
+                    first[name] = found
+                    ways[name].seconds = {phase: [] for phase in PHASES}
+    finally:
+        pool.close()
+    report = {
+        "command": command,
+        "machine": machine(),
+        "versions": {"jax": jax.__version__},
+        "devices": len(jax.devices()),
+        "images": rl.prompts * rl.group,
+        "group": rl.group,
+        "prompt_tokens": rows.length,
+        "image_tokens": config.model.tokenizer.num_tokens,
+        "vocabulary": {"all": whole, "image": ids[1] - ids[0]},
+        "denoising_steps": rl.rollout.steps,
+        "seconds": {name: way.seconds for name, way in ways.items()},
+        "pixels": _pixels_seconds(config, plan, strategy, ways["here"].state, rl.prompts * rl.group, rounds),
+        "equal": _compared(first["here"], first["as published"]),
+    }
+    report["medians"] = {name: {phase: float(np.median(x)) for phase, x in way.seconds.items()} for name, way in ways.items()}
+    totals = {name: np.sum([way.seconds[phase] for phase in PHASES], axis=0) for name, way in ways.items()}
+    report["step"] = {name: float(np.median(total)) for name, total in totals.items()}
+    ratios = totals["as published"] / totals["here"]
+    report["ratio"] = {"median": float(np.median(ratios)), "least": float(ratios.min()), "most": float(ratios.max())}
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "rl.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    return report
+
+
+def print_report(report: dict[str, Any]) -> None:
+    table = Table(title=f"A step on {report['images']} images: median seconds")
+    for column in ("phase", *WAYS, "ratio"):
+        table.add_column(column, justify="left" if column == "phase" else "right")
+    rows = {phase: [report["medians"][way][phase] for way in WAYS] for phase in PHASES}
+    for phase, (here, published) in (rows | {"step": [report["step"][way] for way in WAYS]}).items():
+        table.add_row(phase, f"{here:.3f}", f"{published:.3f}", f"{published / here:.2f}")
+    Console().print(table)
+    ratio, equal = report["ratio"], report["equal"]
+    print(f"of drawing, {report['pixels']:.3f} s are denoising and autoencoder, the same in both")
+    print(f"a step here is {ratio['median']:.2f} x as fast ({ratio['least']:.2f} to {ratio['most']:.2f} over the rounds)")
+    print("first step: " + ", ".join(f"{name} {value:.2g}" for name, value in equal.items()))
+
+
+def _round(
+    config: Config,
+    strategy: Strategy,
+    way: _Way,
+    reference: Any,
+    rows: tuple[np.ndarray, np.ndarray],
+    chosen: list[Any],
+    pool: RewardPool,
+    number: int,
+) -> dict[str, np.ndarray]:
+    """One step of one way; returns what the other must agree with."""
+    rl, state = config.rl, way.state
+    count = rl.prompts * rl.group
+    tokens, lengths = (np.repeat(x, way.rows_of_a_prompt, axis=0) for x in rows)
+    indices_B = np.arange(number * count, (number + 1) * count).astype(np.uint32)
+    marks = [time.monotonic()]
+    pixels, record = jax.block_until_ready(
+        way.draw(state["params"], state["frozen"], tokens, lengths, indices_B, np.uint32(config.seed), np.uint32(number))
+    )
+    marks.append(time.monotonic())
+    each = [prompt for prompt in chosen for _ in range(rl.group)]
+    images = np.asarray(pixels)
+    result = pool.submit(images, [p.text for p in each], [p.metadata for p in each]).result()
+    verdicts = Verdicts(result.total_B, result.failed_B, result.parts)
+    marks.append(time.monotonic())
+    record |= jax.block_until_ready(way.reference(reference, state["frozen"], record))
+    marks.append(time.monotonic())
+    kept_B = ~verdicts.failed_B
+    host = {
+        "advantage": judged.advantages(verdicts, rl).advantage_PG.ravel(),
+        "kept": kept_B.astype(np.float32),
+        "kept_share": np.full(count, kept_B.mean(), np.float32),
+        "bad_records": verdicts.failed_B.astype(np.int32),
+    }
+    batch = record | global_batch(host, strategy.batch_sharding(), list(range(count)), count)
+    way.state, metrics = jax.block_until_ready(way.step(state, batch))
+    marks.append(time.monotonic())
+    for phase, seconds in zip(PHASES, np.diff(marks), strict=True):
+        way.seconds[phase].append(float(seconds))
+    return {
+        "images": images,
+        "ids": np.asarray(record["image_ids"]),
+        "reward": result.total_B,
+        "reference": np.asarray(record["reference_logprobs"]),
+        "loss": np.asarray(metrics["loss"]),
+        "grad_norm": np.asarray(metrics["grad_norm"]),
+    }
+
+
+def _compared(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> dict[str, float]:
+    """Shares of tokens and pixels that are the same, and the greatest differences of the rest."""
+    gap = lambda name: float(np.max(np.abs(a[name].astype(np.float64) - b[name])))
+    return {
+        "tokens equal": float(np.mean(a["ids"] == b["ids"])),
+        "pixels equal": float(np.mean(a["images"] == b["images"])),
+        "reward gap": gap("reward"),
+        "reference gap": gap("reference"),
+        "loss gap": gap("loss"),
+        "relative gradient gap": gap("grad_norm") / float(a["grad_norm"]),
+    }
+
+
+def _published_draw(config: Config, plan: StatePlan, strategy: Strategy, image_ids: tuple[int, int]) -> Callable[..., Any]:
+    """As `rollout.make_draw`, but for a row of tokens for each image."""
+    rl, cfg = config.rl, config.model
+
+    def draw(
+        params: Any,
+        frozen: Any,
+        tokens_BL: jax.Array,
+        lengths_B: jax.Array,
+        indices_B: jax.Array,
+        seed: jax.Array,
+        number: jax.Array,
+    ) -> tuple[jax.Array, Record]:
+        del number
+        model = plan.model(params, frozen)
+        with nn.sharding_resolver(strategy.resolver):
+            tokens_BL = nn.constrain(tokens_BL, "batch", None)
+            token_keys_B, noise_keys_B = row_keys(seed, indices_B)
+            drawn = draw_tokens(model, tokens_BL, lengths_B, token_keys_B, rl.rollout, image_ids)
+            hidden_BTD = reread(model.ar, tokens_BL, lengths_B, drawn.ids_BN, 1)
+            z_BHWC = _denoised(model, config, hidden_BTD, draw_noise(cfg, noise_keys_B))
+            record = {
+                "tokens": tokens_BL,
+                "lengths": lengths_B,
+                "image_ids": drawn.ids_BN,
+                "logprobs": drawn.logprobs_BN,
+            }
+            return to_uint8(model.pixels(z_BHWC)), record
+
+    return jax.jit(draw, out_shardings=strategy.batch_sharding())
+
+
+def _denoised(model: Blip3o, config: Config, hidden_BTD: jax.Array, noise_BHWC: jax.Array) -> jax.Array:
+    settings = config.rl.rollout
+    with nn.part("dit"):
+        velocity = rollout.guided(model, hidden_BTD, settings.guidance)
+        return sampler.euler(velocity, noise_BHWC, steps=settings.steps, flow=config.model.flow)
+
+
+def _published_reference(
+    config: Config, plan: StatePlan, strategy: Strategy, image_ids: tuple[int, int], vocabulary: int
+) -> Callable[[Any, Any, Record], Record]:
+    def reference(params: Any, frozen: Any, record: Record) -> Record:
+        with nn.sharding_resolver(strategy.resolver):
+            logprobs_BN, _ = _published_logprobs(plan.model(params, frozen), record, config.rl, image_ids, vocabulary)
+        return {"reference_logprobs": logprobs_BN}
+
+    return jax.jit(reference, out_shardings=strategy.batch_sharding())
+
+
+def _published_loss(config: Config, image_ids: tuple[int, int], vocabulary: int) -> Loss:
+    """As `rl.loss.make_loss` for image tokens."""
+
+    def loss(model: Blip3o, record: Record, keys_B: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        del keys_B
+        kept = record["kept"] > 0, record["kept_share"]
+        logprobs_BN, entropy_BN = _published_logprobs(model, record, config.rl, image_ids, vocabulary)
+        value, metrics = grpo.policy_loss(
+            logprobs_BN, record["logprobs"], record["reference_logprobs"], record["advantage"], *kept, cfg=config.rl
+        )
+        return value, metrics | {"entropy": grpo.kept_mean(jax.lax.stop_gradient(entropy_BN), *kept)}
+
+    return loss
+
+
+def _published_logprobs(
+    model: Blip3o, record: Record, rl: RlConfig, image_ids: tuple[int, int], vocabulary: int
+) -> tuple[jax.Array, jax.Array]:
+    """Log-probabilities of the image tokens and entropies [B, N], from logits over the whole vocabulary, of which all but image
+    ids are masked, at all image tokens and the one after them."""
+    settings = rl.rollout
+    branches = 1 if settings.token_guidance == 1.0 else 2
+    hidden_BTD = reread(model.ar, record["tokens"], record["lengths"], record["image_ids"], branches)
+    logits_BTV = guided(project(hidden_BTD, model.ar.head((0, vocabulary))), settings.token_guidance) / settings.temperature
+    index_V = jnp.arange(vocabulary)
+    is_image_V = (index_V >= image_ids[0]) & (index_V < image_ids[1])
+    logprobs_BNV = jax.nn.log_softmax(jnp.where(is_image_V, logits_BTV, -jnp.inf)[:, :-1])
+    picked_BN = jnp.take_along_axis(logprobs_BNV, record["image_ids"][..., None], axis=-1)[..., 0]
+    entropy_BN = -jnp.sum(jnp.where(is_image_V, jnp.exp(logprobs_BNV) * jnp.where(is_image_V, logprobs_BNV, 0), 0), axis=-1)
+    return picked_BN, entropy_BN
+
+
+def _pixels_seconds(config: Config, plan: StatePlan, strategy: Strategy, state: TrainState, images: int, rounds: int) -> float:
+    """Median seconds from hidden states to pixels, which both ways take."""
+
+    def pixels(params: Any, frozen: Any, hidden_BTD: jax.Array, noise_BHWC: jax.Array) -> jax.Array:
+        model = plan.model(params, frozen)
+        with nn.sharding_resolver(strategy.resolver):
+            return to_uint8(model.pixels(_denoised(model, config, hidden_BTD, noise_BHWC)))
+
+    cfg, at = config.model, strategy.batch_sharding()
+    hidden = jax.device_put(np.ones((images, cfg.tokenizer.num_tokens + 1, cfg.ar.hidden_size), cfg.ar.dtype), at)
+    noise = jax.device_put(np.ones((images, cfg.latent_size, cfg.latent_size, cfg.vae.latent_channels), np.float32), at)
+    program, seconds = jax.jit(pixels, out_shardings=at), []
+    for _ in range(rounds + 1):
+        began = time.monotonic()
+        jax.block_until_ready(program(state["params"], state["frozen"], hidden, noise))
+        seconds.append(time.monotonic() - began)
+    return float(np.median(seconds[1:]))
