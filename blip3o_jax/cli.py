@@ -193,10 +193,13 @@ def _add_evaluate(commands: Any) -> None:
         "evaluate",
         _evaluate,
         "score a checkpoint on held-out prompts",
-        "Writes scores.json, per category and overall, and the images that were judged.",
+        "Writes scores.json, per category and overall, and the images that were judged. shapes has held-out prompts of its "
+        "own; any reward of docs/rl.md (ocr, geneval,detector=transformers,path=DIR) is a suite for a file of prompts.",
     )
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="a working directory or checkpoint")
-    parser.add_argument("--suite", required=True, choices=("shapes",), help="the benchmark")
+    parser.add_argument("--suite", required=True, metavar="NAME[,OPTION=VALUE]", help="shapes, or a reward and its options")
+    parser.add_argument("--prompts_file", type=Path, metavar="FILE", help="for a reward: as rl.prompts_file")
+    parser.add_argument("--images_per_prompt", type=_positive, default=1, metavar="N", help="for a reward (%(default)s)")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where scores and images are written")
     parser.add_argument("--num_prompts", type=_positive, default=300, metavar="N", help="held-out prompts (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
@@ -301,6 +304,8 @@ def _evaluate(args: argparse.Namespace) -> None:
         args.out,
         num_prompts=args.num_prompts,
         seed=args.seed,
+        prompts_file=args.prompts_file,
+        images_per_prompt=args.images_per_prompt,
         batch_size=args.batch_size,
     )
 

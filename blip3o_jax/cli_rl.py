@@ -1,11 +1,9 @@
-"""`blip3o rl`: reinforcement learning, and a server of rewards for runs elsewhere."""
+"""`blip3o rl`: reinforcement learning, a server of rewards for runs elsewhere, and rewards for a run that is over."""
 
 import argparse
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-from blip3o_jax.config import RewardConfig
 
 
 def add(commands: Any, command: Callable, add_hosts: Callable[[Any], None], run: Callable, directory: Callable) -> None:
@@ -23,18 +21,17 @@ def add(commands: Any, command: Callable, add_hosts: Callable[[Any], None], run:
     parser.add_argument("--workdir", type=directory, metavar="DIR", help="for checkpoints, metrics (runs/NAME of the config)")
     parser.add_argument("--compile_cache", type=Path, metavar="DIR", help="keeps compiled programs for the next start")
     add_hosts(parser)
-    servers = parser.add_subparsers(title="in place of a run", metavar="")
+    others = parser.add_subparsers(title="in place of a run", metavar="")
+    _add_rescore(others, command, directory)
     server = command(
-        servers,
+        others,
         "serve-rewards",
         _serve,
         "score images for runs elsewhere, over HTTP",
         "Takes JSON with PNG images on /score; /health and /metrics tell how it fares. A run reaches it by the reward http.",
         again="run the same command again to serve on",
     )
-    server.add_argument(
-        "--reward", action="append", required=True, metavar="NAME", help="as in rl.rewards; repeat it for a sum"
-    )
+    _add_reward(server)
     server.add_argument("--host", default="127.0.0.1", help="where it listens (%(default)s); others need a token")
     server.add_argument("--port", type=int, default=8000, help="(%(default)s)")
     server.add_argument("--token_env", default="", metavar="NAME", help="environment variable that holds the token")
@@ -42,9 +39,37 @@ def add(commands: Any, command: Callable, add_hosts: Callable[[Any], None], run:
     server.add_argument("--batch", type=int, default=16, metavar="N", help="images scored at once (%(default)s)")
 
 
+def _add_rescore(others: Any, command: Callable, directory: Callable) -> None:
+    parser = command(
+        others,
+        "rescore",
+        _rescore,
+        "judge the images of a finished run again",
+        "Of a run with rl.keep_images: by the same rewards or by others. Writes rescored.jsonl and prints both means.",
+    )
+    parser.add_argument("--run", type=directory, required=True, metavar="DIR", help="the working directory of the run")
+    _add_reward(parser)
+    parser.add_argument("--out", type=Path, metavar="FILE", help="(rescored.jsonl in the run's directory)")
+
+
+def _add_reward(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--reward", action="append", required=True, metavar="NAME[,OPTION=VALUE]", help="as in rl.rewards; repeat it for a sum"
+    )
+
+
+def _rescore(args: argparse.Namespace) -> None:
+    from blip3o_jax.rl.rescore import print_table, rescore
+    from blip3o_jax.rl.rewards.registry import parsed
+
+    out = args.out or args.run / "rescored.jsonl"
+    print_table(rescore(args.run, tuple(parsed(text) for text in args.reward), out), out)
+
+
 def _serve(args: argparse.Namespace) -> None:
+    from blip3o_jax.rl.rewards.registry import parsed
     from blip3o_jax.rl.rewards.server import serve
     from blip3o_jax.rl.rewards.weighted import WeightedRewards
 
-    reward = WeightedRewards(tuple(RewardConfig(name=name) for name in args.reward))
+    reward = WeightedRewards(tuple(parsed(text) for text in args.reward))
     serve(reward, args.host, args.port, token_env=args.token_env, max_body_mb=args.max_body_mb, batch=args.batch)

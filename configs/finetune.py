@@ -16,30 +16,16 @@ bfloat16; frozen ones (tokenizer, autoencoder) as they are. Export with --dtype=
 import dataclasses
 
 from blip3o_jax import config
-from blip3o_jax.train import checkpoint
-
-PARTS = ("tokenizer", "ar", "connector", "dit", "vae")
+from blip3o_jax.train.start import continued
 
 
 def get_config(path: str) -> config.Config:
-    root, step = checkpoint.find(path)
-    given = checkpoint.read_config(root)
-    model, wide = given.model, {"param_dtype": "float32"}
-    extra = {"latent_connector": model.editing.latents, "feature_connector": model.editing.features}
-    parts = PARTS + tuple(name for name, there in extra.items() if there)
-    return config.Config(
-        stage="joint",
+    given = continued(path, trained=("ar", "connector", "dit"))
+    return dataclasses.replace(
+        given,
         steps=7_000,
         log_every=50,
-        model=dataclasses.replace(
-            model,
-            text=dataclasses.replace(model.text, path=str(root / "text"), train_size=0),
-            ar=dataclasses.replace(model.ar, **wide),
-            connector=dataclasses.replace(model.connector, **wide),
-            dit=dataclasses.replace(model.dit, **wide),
-        ),
-        data=config.DataConfig(batch_size=128, max_length=given.data.max_length, workers=16),
+        data=dataclasses.replace(given.data, batch_size=128, workers=16),
         optimizer=config.OptimizerConfig(learning_rate=5e-5, end_learning_rate=1e-5),
-        sampling=given.sampling,
-        checkpoint=config.CheckpointConfig(every=500, init_from=tuple((part, str(root / str(step))) for part in parts)),
+        checkpoint=dataclasses.replace(given.checkpoint, every=500),
     )

@@ -16,9 +16,9 @@ The rewards ocr and geneval want the extra [rl], or a directory with a detector:
 import dataclasses
 
 from blip3o_jax import config
-from blip3o_jax.train import checkpoint
+from blip3o_jax.demo.recipe import reinforcement
+from blip3o_jax.train.start import continued
 
-PARTS = ("tokenizer", "ar", "connector", "dit", "vae")
 GENEVAL = config.RewardConfig(
     name="geneval", options=(("detector", "transformers"), ("path", "detector"), ("colour_path", "clip"))
 )
@@ -27,30 +27,22 @@ RECIPES = {
     "geneval": config.RlConfig(rewards=(GENEVAL,)),
     "flow": config.RlConfig(policy="flow", rewards=(GENEVAL,)),
     "hybrid": config.RlConfig(policy="both", rewards=(GENEVAL,)),
-    "shapes": config.RlConfig(rewards=(config.RewardConfig(name="shapes"),)),
 }
 
 
 def get_config(argument: str) -> config.Config:
     recipe, _, path = argument.partition(":")
-    config.check_choice("recipe", recipe, RECIPES)
-    root, step = checkpoint.find(path)
-    given = checkpoint.read_config(root)
-    model = given.model
-    # Steps of 1e-6 vanish in bfloat16.
-    wide = {part: dataclasses.replace(getattr(model, part), param_dtype="float32") for part in ("ar", "dit")}
-    text = dataclasses.replace(model.text, path=str(root / "text"), train_size=0)
+    config.check_choice("recipe", recipe, (*RECIPES, "shapes"))
+    if recipe == "shapes":
+        return reinforcement(path, "")
+    given = continued(path, trained=("ar", "dit"))
     sampling = dataclasses.replace(given.sampling, temperature=1.0, top_k=0, top_p=1.0, token_guidance=1.0, batch_size=64)
-    return config.Config(
-        stage="joint",
+    return dataclasses.replace(
+        given,
         steps=1000,
         log_every=1,
         preview=0,
-        model=dataclasses.replace(model, text=text, **wide),
-        data=config.DataConfig(max_length=given.data.max_length),
         optimizer=config.OptimizerConfig(learning_rate=1e-6, end_learning_rate=0.0, weight_decay=0.0),
-        mesh=dataclasses.replace(given.mesh, data=-1, fsdp=1, strategy="dp") if recipe == "shapes" else config.MeshConfig(),
-        checkpoint=config.CheckpointConfig(every=50, init_from=tuple((part, str(root / str(step))) for part in PARTS)),
-        sampling=given.sampling,
+        checkpoint=dataclasses.replace(given.checkpoint, every=50),
         rl=dataclasses.replace(RECIPES[recipe], rollout=sampling),
     )

@@ -1,10 +1,12 @@
 """The smallest run that has every part: what the tests of training, data flow and composition share."""
 
+import atexit
 import dataclasses
 import functools
 import io
 import json
 import pathlib
+import shutil
 import tempfile
 from collections.abc import Iterator
 from typing import Any
@@ -154,7 +156,14 @@ def write_data(directory: pathlib.Path, captions: tuple[str, ...] = CAPTIONS) ->
 @functools.cache
 def data() -> pathlib.Path:
     """The folder, written once a test session."""
-    return write_data(pathlib.Path(tempfile.mkdtemp(prefix="blip3o-tiny-")) / "images")
+    return write_data(scratch() / "images")
+
+
+def scratch() -> pathlib.Path:
+    """A directory for this test session."""
+    path = tempfile.mkdtemp(prefix="blip3o-tiny-")
+    atexit.register(shutil.rmtree, path, ignore_errors=True)
+    return pathlib.Path(path)
 
 
 @functools.cache

@@ -7,8 +7,10 @@ of the DiT trained, and what makes up for starting from random weights (docs/tra
 import dataclasses
 import math
 import os
+import pathlib
 
 from blip3o_jax import config
+from blip3o_jax.train.start import continued
 
 IMAGE_SIZE = 48
 
@@ -105,13 +107,17 @@ def cpu_devices() -> int:
     return 2 ** min(3, int(math.log2(os.cpu_count() or 1)))
 
 
+def mesh() -> config.MeshConfig:
+    return config.MeshConfig(data=-1, fsdp=1, strategy="dp", cpu_devices=cpu_devices())
+
+
 def recipe(data_dir: str, cache_dir: str, *, fast: bool = False) -> dict[str, config.Config]:
     """Stage name -> configuration. `fast` takes every step of the way with too few steps to learn much; its layers are
     scanned, which takes less time to compile."""
     base = config.Config(
         model=model(unroll=not fast),
         data=config.DataConfig(path=data_dir, workers=0, prefetch=4, max_length=40),
-        mesh=config.MeshConfig(data=-1, fsdp=1, strategy="dp", cpu_devices=cpu_devices()),
+        mesh=mesh(),
         log_every=20,
         preview=0,
         sampling=config.SamplingConfig(
@@ -161,3 +167,29 @@ def recipe(data_dir: str, cache_dir: str, *, fast: bool = False) -> dict[str, co
             init_from=(("tokenizer", "tokenizer"), ("vae", "autoencoder")),
         ),
     }
+
+
+def reinforcement(checkpoint: str | pathlib.Path, prompts_file: str, *, fast: bool = False) -> config.Config:
+    """What follows the recipe: GRPO on the image tokens with the scorer as reward. Images are drawn as for a user, but at
+    temperature 1, so that those of a prompt differ more (docs/results/rl-cpu.md has what else was tried)."""
+    given = continued(checkpoint, trained=("ar",))
+    steps = 2 if fast else 150
+    return dataclasses.replace(
+        given,
+        steps=steps,
+        log_every=1,
+        preview=0,
+        optimizer=config.OptimizerConfig(
+            learning_rate=1.5e-4, end_learning_rate=1e-5, warmup_share=0.05, b2=0.99, ema_decay=0.95
+        ),
+        mesh=mesh(),
+        checkpoint=dataclasses.replace(given.checkpoint, every=steps, keep=1),
+        rl=config.RlConfig(
+            prompts_file=prompts_file,
+            prompts=2 if fast else 16,
+            group=16,
+            rollout=dataclasses.replace(given.sampling, temperature=1.0, batch_size=256),
+            advantage="mean",
+            rewards=(config.RewardConfig(name="shapes"),),
+        ),
+    )

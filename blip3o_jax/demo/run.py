@@ -1,5 +1,6 @@
 """`blip3o demo`: prepares the data, trains the recipe, samples held-out prompts, scores them and writes the report."""
 
+import collections
 import contextlib
 import importlib.metadata
 import pathlib
@@ -20,8 +21,9 @@ from blip3o_jax import pipeline as pipelines
 from blip3o_jax.config import Config
 from blip3o_jax.data import images
 from blip3o_jax.data.shapes import builder
-from blip3o_jax.demo.recipe import IMAGE_SIZE, recipe
-from blip3o_jax.evaluation import report, runner
+from blip3o_jax.demo.recipe import IMAGE_SIZE, recipe, reinforcement
+from blip3o_jax.evaluation import report, runner, shapes
+from blip3o_jax.rl import method
 from blip3o_jax.train import recipe as recipes
 from blip3o_jax.train.metrics import read_rows
 
@@ -30,12 +32,14 @@ CURVES = {
     "contrastive": ("loss", "image_to_text"),
     "tokenizer": ("reconstruction", "usage", "perplexity"),
     "joint": ("ce", "flow", "accuracy", "grad_norm"),
+    "rl": ("reward/part/correct", "reward/mean", "kl", "entropy"),
 }
 NOTES = {
     "autoencoder": "DC-AE: pixels to latents and back; L1 and image gradients.",
     "contrastive": "SigLIP: the vision encoder learns which caption belongs to which image.",
     "tokenizer": "TA-Tok: the frozen encoder's features through a SimVQ codebook and back.",
     "joint": "Cross entropy of the image tokens and flow matching of the latents, trained together.",
+    "rl": "GRPO on the image tokens: the share of right images in each rollout, as drawn, is reward/part/correct.",
 }
 
 
@@ -60,24 +64,25 @@ def _run(workdir: pathlib.Path, fast: bool) -> dict[str, Any]:
     stages = recipe(str(data_dir), str(workdir / "cache"), fast=fast)
     summaries = recipes.run(stages, workdir / "train")
     clock.seconds |= {name: summary.seconds for name, summary in summaries.items()}
-    with clock("sample and score"):
-        pipeline = pipelines.load(workdir / "train")
-        evaluation = runner.evaluate_pipeline(pipeline, "shapes", num_prompts=num_prompts)
-        runner.write(evaluation, workdir / "evaluation")
+    before = _evaluated(workdir, "train", num_prompts, clock)
+    stages["rl"] = reinforcement(workdir / "train", str(data_dir / builder.PROMPTS.format(split="train")), fast=fast)
+    clock.seconds["rl"] = method.run(stages["rl"], workdir / "rl").seconds
+    after = _evaluated(workdir, "rl", num_prompts, clock)
     with clock("report"):
         path = workdir / "report.html"
-        report.write_report(_results(pipeline, evaluation, workdir, stages, clock), path)
+        report.write_report(_results(workdir, before, after, stages, clock), path)
     seconds = sum(clock.seconds.values())
-    scores = evaluation.scores()
+    scores = after.scores()
     print(f"report: {path}", file=sys.stderr)
     return {
         "shapes_overall": round(scores["overall"], 4),
+        "before_rl": round(before.scores()["overall"], 4),
         "seconds": round(seconds, 1),
         "report": str(path),
         "prompts": num_prompts,
         "categories": {name: round(share, 4) for name, share in scores["categories"].items()},
-        "real_images": round(evaluation.real.overall, 4),
-        "random_images": round(evaluation.random.overall, 4),
+        "real_images": round(after.baselines["real_images"].overall, 4),
+        "random_images": round(after.baselines["random_images"].overall, 4),
         "peak_memory_gib": round(_peak_memory(), 2),
     }
 
@@ -112,46 +117,68 @@ def _peak_memory() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
+def _evaluated(workdir: pathlib.Path, name: str, num_prompts: int, clock: _Clock) -> runner.Evaluation:
+    """Of the model in `workdir`/`name`, written under `workdir`/evaluation/`name`."""
+    with clock(f"sample and score {name}"):
+        evaluation = runner.evaluate_pipeline(pipelines.load(workdir / name), num_prompts=num_prompts)
+        runner.write(evaluation, workdir / "evaluation" / name)
+    return evaluation
+
+
 def _results(
-    pipeline: pipelines.Pipeline,
-    evaluation: runner.Evaluation,
     workdir: pathlib.Path,
+    before: runner.Evaluation,
+    after: runner.Evaluation,
     stages: dict[str, Config],
     clock: _Clock,
 ) -> report.Results:
-    ours, real, random = evaluation.ours, evaluation.real, evaluation.random
-    counts = {name: sum(p["category"] == name for p in evaluation.prompts) for name in ours.categories}
-    originals = runner.SUITES["shapes"].real_images(8, IMAGE_SIZE)
+    pipeline = pipelines.load(workdir / "rl")
+    originals = shapes.real_images(8, IMAGE_SIZE)
     tokenizer_size = pipeline.config.model.tokenizer.encoder.image_size
     codes = pipeline.codes(np.stack([images.crop_and_resize(x, tokenizer_size) for x in originals]))
     grid = pipeline.config.model.tokenizer.grid
     parameters = sum(row["parameters"] for row in model_table.count_parameters(pipeline.config).values())
+    overall, categories = _scores(after)
     return report.Results(
         title="BLIP3o-NEXT in JAX: the demo",
         subtitle="Every part trained from random weights on drawn scenes, then asked for combinations it has never seen.",
-        overall=report.Score("overall", len(evaluation.prompts), ours.overall, random.overall, real.overall),
-        categories=[
-            report.Score(n, counts[n], ours.categories[n], random.categories[n], real.categories[n]) for n in ours.categories
-        ],
-        samples=[
-            report.Sample(p["caption"], p["category"], image, correct, reason)
-            for p, image, correct, reason in zip(evaluation.prompts, evaluation.images, ours.correct, ours.reasons, strict=True)
-        ],
-        stages=[report.Stage(name, _curves(workdir / "train" / name, CURVES[name]), NOTES[name]) for name in stages],
+        overall=overall,
+        categories=categories,
+        samples=_samples(after),
+        before=report.Before(*_scores(before), _samples(before)),
+        stages=[report.Stage(name, _curves(_directory(workdir, name), CURVES[name]), NOTES[name]) for name in stages],
         reconstructions=[report.Reconstruction(*pair) for pair in zip(originals, pipeline.reconstruct(originals), strict=True)],
         token_maps=[
             report.TokenMap(image, ids.reshape(grid, grid), prompt["caption"])
-            for image, ids, prompt in zip(originals, codes, evaluation.prompts, strict=False)
+            for image, ids, prompt in zip(originals, codes, after.prompts, strict=False)
         ]
         + [
             report.TokenMap(image, ids.reshape(grid, grid), "sampled: " + prompt["caption"])
-            for image, ids, prompt in zip(evaluation.images[:8], evaluation.codes, evaluation.prompts, strict=False)
+            for image, ids, prompt in zip(after.images[:8], after.codes, after.prompts, strict=False)
         ],
         seconds=clock.seconds,
         facts={"parameters": f"{parameters / 1e6:.1f} M", "peak memory": f"{_peak_memory():.1f} GiB"},
         configuration={name: config_lib.to_dict(stage) for name, stage in stages.items()},
         versions=_versions(),
     )
+
+
+def _scores(evaluation: runner.Evaluation) -> tuple[report.Score, list[report.Score]]:
+    """Overall, and of each category."""
+    ours, real, random = evaluation.ours, *(evaluation.baselines[name] for name in ("real_images", "random_images"))
+    counts = collections.Counter(p["category"] for p in evaluation.prompts)
+    return report.Score("overall", len(evaluation.prompts), ours.overall, random.overall, real.overall), [
+        report.Score(n, counts[n], ours.categories[n], random.categories[n], real.categories[n]) for n in ours.categories
+    ]
+
+
+def _samples(evaluation: runner.Evaluation) -> list[report.Sample]:
+    judged = zip(evaluation.prompts, evaluation.images, evaluation.ours.correct, evaluation.ours.reasons, strict=True)
+    return [report.Sample(p["caption"], p["category"], image, correct, reason) for p, image, correct, reason in judged]
+
+
+def _directory(workdir: pathlib.Path, stage: str) -> pathlib.Path:
+    return workdir / stage if stage == "rl" else workdir / "train" / stage
 
 
 def _curves(directory: pathlib.Path, names: tuple[str, ...]) -> list[report.Curve]:

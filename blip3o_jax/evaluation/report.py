@@ -21,6 +21,8 @@ from PIL import Image
 
 from blip3o_jax.evaluation import report_charts as charts
 
+CHANGED = 30  # prompts shown before and after, of those whose verdict changed
+
 
 @dataclasses.dataclass(frozen=True)
 class Score:
@@ -72,6 +74,15 @@ class TokenMap:
 
 
 @dataclasses.dataclass(frozen=True)
+class Before:
+    """The same model before its last stage: its scores and its samples for the same prompts, in the order of `Results`."""
+
+    overall: Score
+    categories: Sequence[Score]
+    samples: Sequence[Sample]
+
+
+@dataclasses.dataclass(frozen=True)
 class Results:
     """The page says of `samples` that their prompts, and of `reconstructions` that their images, were held out of training."""
 
@@ -80,6 +91,7 @@ class Results:
     overall: Score
     categories: Sequence[Score]
     samples: Sequence[Sample]
+    before: Before
     stages: Sequence[Stage]
     reconstructions: Sequence[Reconstruction]
     token_maps: Sequence[TokenMap]
@@ -92,6 +104,7 @@ class Results:
 def write_report(results: Results, out_html: pathlib.Path) -> None:
     """Write `out_html`, and beside it the same name with .json."""
     out_html = pathlib.Path(out_html)
+    changed = [pair for pair in zip(results.before.samples, results.samples, strict=True) if pair[0].correct != pair[1].correct]
     template = string.Template(pathlib.Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
     page = template.substitute(
         title=_text(results.title),
@@ -100,6 +113,9 @@ def write_report(results: Results, out_html: pathlib.Path) -> None:
         scoreboard=_scoreboard(results),
         filters=_filters(results.samples),
         samples="".join(map(_sample, _take_turns(results.samples))),
+        changes=_changes(results),
+        changed="".join(itertools.starmap(_changed, changed[:CHANGED])),
+        changed_counts=_changed_counts(changed),
         stages="".join(map(_stage, results.stages)),
         reconstructions="".join(map(_reconstruction, results.reconstructions)),
         token_maps="".join(map(_token_map, results.token_maps)),
@@ -229,6 +245,36 @@ def _sample(sample: Sample) -> str:
         f"{_img(sample.image_HWC, sample.prompt)}<figcaption>"
         f'<span class="verdict {verdict}">{mark} {verdict}</span><span class="category">{_text(_words(sample.category))}</span>'
         f'<span class="prompt">{_text(sample.prompt)}</span>{reason}</figcaption></figure>'
+    )
+
+
+def _changes(results: Results) -> str:
+    """Rows of the table before and after."""
+    rows = []
+    pairs = zip((*results.before.categories, results.before.overall), (*results.categories, results.overall), strict=True)
+    for before, after in pairs:
+        total, change = ' class="total"' if after is results.overall else "", 100 * (after.ours - before.ours)
+        rows.append(
+            f'<tr{total}><th scope="row">{_text(_words(after.name))}</th><td class="bar"><span class="track">'
+            f'<b style="width:{100 * after.ours:.2f}%"></b><i style="left:{100 * before.ours:.2f}%"></i></span></td>'
+            f"<td>{_percent(before.ours)}</td><td><strong>{_percent(after.ours)}</strong></td><td>{change:+.1f}</td></tr>"
+        )
+    return "".join(rows)
+
+
+def _changed_counts(changed: Sequence[tuple[Sample, Sample]]) -> str:
+    better = sum(after.correct for _, after in changed)
+    shown = f"the first {CHANGED} of them" if len(changed) > CHANGED else "all of them"
+    return f"{better} prompts became right and {len(changed) - better} wrong; {shown}, before and after:"
+
+
+def _changed(before: Sample, after: Sample) -> str:
+    verdict, words = ("right", "now right") if after.correct else ("wrong", "now wrong")
+    reason = f"before: {before.reason}" if after.correct else f"after: {after.reason}"
+    return (
+        f'<figure class="pair"><div>{_img(before.image_HWC, "before: " + before.prompt)}'
+        f'{_img(after.image_HWC, "after: " + after.prompt)}</div><figcaption><span class="verdict {verdict}">{words}</span> '
+        f'<span class="prompt">{_text(after.prompt)}</span><span class="reason">{_text(reason)}</span></figcaption></figure>'
     )
 
 

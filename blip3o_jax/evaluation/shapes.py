@@ -1,28 +1,13 @@
-"""The `shapes` suite: held-out prompts of the embedded data set, judged from pixels by its exact scorer.
+"""The `shapes` suite: held-out prompts of the embedded data set, judged from pixels by its exact scorer. The categories come
+in turn, so that they weigh the same."""
 
-Overall is the mean over the categories, as GenEval has it; with categories in turn the prompts are balanced anyway.
-"""
-
-import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from blip3o_jax.data import shapes
 from blip3o_jax.data.shapes import render, sample, score
-
-Prompt = dict[str, Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class Judged:
-    """Shares of right images per category and over all, and for each image whether it is right and why (not)."""
-
-    overall: float
-    categories: dict[str, float]
-    correct: list[bool]
-    reasons: list[str]
+from blip3o_jax.evaluation.judged import Judged, Prompt, tally
 
 
 def prompts(count: int, seed: int = 0) -> list[Prompt]:
@@ -33,13 +18,16 @@ def prompts(count: int, seed: int = 0) -> list[Prompt]:
 def judge(images_BHWC: np.ndarray, asked: Sequence[Prompt]) -> Judged:
     """uint8 images [B, S, S, 3] against their prompts."""
     verdicts = [score(image, prompt) for image, prompt in zip(images_BHWC, asked, strict=True)]
-    names = dict.fromkeys(prompt["category"] for prompt in asked)
-    categories = {
-        name: float(np.mean([v.correct for v, prompt in zip(verdicts, asked, strict=True) if prompt["category"] == name]))
-        for name in names
+    return tally([v.correct for v in verdicts], [v.reason for v in verdicts], asked)
+
+
+def baselines(images_BHWC: np.ndarray, asked: Sequence[Prompt], seed: int = 0) -> dict[str, Judged]:
+    """What the scorer says of real images, and of unrelated ones, at the size of these."""
+    count, size = images_BHWC.shape[:2]
+    return {
+        "real_images": judge(real_images(count, size, seed), asked),
+        "random_images": judge(random_images(count, size, seed), asked),
     }
-    overall = float(np.mean(list(categories.values())))
-    return Judged(overall, categories, [v.correct for v in verdicts], [v.reason for v in verdicts])
 
 
 def real_images(count: int, image_size: int, seed: int = 0) -> np.ndarray:

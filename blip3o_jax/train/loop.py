@@ -136,7 +136,7 @@ def train(config: Config, workdir: str | pathlib.Path, method: Method) -> Summar
         image_first = vocabulary.image_first if vocabulary else 0
         state, position, start = restore_or_create(config, plan, strategy, checkpoints, image_first)
         checkpoints.describe(config, vocabulary.tokenizer if vocabulary else None)
-        log = MetricLog(workdir, start, config.steps, config.stage) if host() == 0 else SilentLog()
+        log = MetricLog(workdir, start, config.steps, config.title) if host() == 0 else SilentLog()
         until_done.callback(log.close)
         setup = Setup(config, workdir, plan, strategy, vocabulary, image_first, log, start)
         begun = method.begin(setup, state, position)
@@ -163,7 +163,7 @@ class _Run:
         """Runs steps start + 1 .. config.steps; returns the last step's metrics."""
         config, start = self.config, self.setup.start
         if start >= config.steps:
-            say(f"{config.stage}: step {start} of {config.steps} is done already")
+            say(f"{config.title}: step {start} of {config.steps} is done already")
             return {}
         values, previous, stopped = {}, None, False
         meter = _Meter(config)
@@ -187,7 +187,7 @@ class _Run:
                 self.watch.enter("save", step)
                 self.checkpoints.save(step, state, done_position, meter.mean_loss())
                 if stopped and step < config.steps:
-                    raise Preempted(f"{config.stage}: stopped by SIGTERM, step {step} of {config.steps} is saved")
+                    raise Preempted(f"{config.title}: stopped by SIGTERM, step {step} of {config.steps} is saved")
                 self.preview(step, state, batch)
         return values
 
@@ -207,7 +207,7 @@ class _Run:
         meter.steps += 1
         if values["bad_steps"] >= self.config.max_nonfinite:
             raise UserError(
-                f"{self.config.stage}: loss or gradient was not finite in {self.config.max_nonfinite} steps in a row, up to "
+                f"{self.config.title}: loss or gradient was not finite in {self.config.max_nonfinite} steps in a row, up to "
                 f"step {step}; they were not applied, and the last good checkpoint is intact: resume with a lower "
                 "optimizer.learning_rate or optimizer.clip_norm"
             )

@@ -1,16 +1,39 @@
 """What a run begins with: its last checkpoint, or parts of others and the rest drawn."""
 
+import dataclasses
+import pathlib
 from typing import Any
 
 import jax
 
 from blip3o_jax import config as config_lib
 from blip3o_jax import lora
-from blip3o_jax.config import Config, UserError
+from blip3o_jax.config import CheckpointConfig, Config, DataConfig, UserError
 from blip3o_jax.parallel.distributed import say
 from blip3o_jax.parallel.rules import Strategy
 from blip3o_jax.train.checkpoint import Checkpoints, find, read_config, restore_parts
 from blip3o_jax.train.state import WEIGHTS, StatePlan, TrainState, create_state
+
+PARTS = ("tokenizer", "ar", "connector", "dit", "vae")  # of a whole model
+
+
+def continued(path: str | pathlib.Path, trained: tuple[str, ...]) -> Config:
+    """The configuration to build on for a run of stage joint that starts from a checkpoint: all its parts, its text tokenizer,
+    length of rows and sampling, as they are. Parameters of the parts `trained` are kept in float32, whatever they were saved
+    in: small steps vanish in bfloat16. UserError for what is no checkpoint."""
+    root, step = find(path)
+    given = read_config(root)
+    editing = {"latent_connector": given.model.editing.latents, "feature_connector": given.model.editing.features}
+    parts = PARTS + tuple(name for name, there in editing.items() if there)
+    changes = {part: dataclasses.replace(getattr(given.model, part), param_dtype="float32") for part in trained}
+    text = dataclasses.replace(given.model.text, path=str(root / "text"), train_size=0)
+    return Config(
+        stage="joint",
+        model=dataclasses.replace(given.model, text=text, **changes),
+        data=DataConfig(max_length=given.data.max_length),
+        sampling=given.sampling,
+        checkpoint=CheckpointConfig(init_from=tuple((part, str(root / str(step))) for part in parts)),
+    )
 
 
 def restore_or_create(
@@ -21,7 +44,7 @@ def restore_or_create(
     if latest is not None:
         state, position = checkpoints.restore(latest, plan)
         changed = "; ".join(changed_settings(read_config(checkpoints.directory), config))
-        say(f"{config.stage}: resuming at step {latest} of {checkpoints.directory}" + (f" with {changed}" if changed else ""))
+        say(f"{config.title}: resuming at step {latest} of {checkpoints.directory}" + (f" with {changed}" if changed else ""))
         return state, position, latest
     return create_state(config, plan, given_parts(config, plan, strategy), image_first), None, 0
 

@@ -1,11 +1,13 @@
 """configs/rl.py takes a checkpoint as it is, and a recipe."""
 
+import dataclasses
 import pathlib
 
 import pytest
 
 from blip3o_jax import config_file
 from blip3o_jax.config import ConfigError, UserError
+from blip3o_jax.demo import recipe as demo
 from blip3o_jax.rl import method
 from blip3o_jax.train import checkpoint
 from tests.rl import runs
@@ -22,7 +24,6 @@ FILE = str(pathlib.Path(__file__).parents[2] / "configs/rl.py")
         ("geneval", "ar", "geneval"),
         ("flow", "flow", "geneval"),
         ("hybrid", "both", "geneval"),
-        ("shapes", "ar", "shapes"),
     ],
 )
 def test_recipes_start_at_all_parts_of_the_checkpoint(recipe, policy, reward):
@@ -35,6 +36,15 @@ def test_recipes_start_at_all_parts_of_the_checkpoint(recipe, policy, reward):
     assert resolved.trainable == method.TRAINABLE[policy] and resolved.data.batch_size == 128
     assert (found.rl.kl, found.rl.clip, found.optimizer.learning_rate) == (0.001, (0.2, 0.2), 1e-6)
     assert (found.rl.rollout.temperature, found.rl.rollout.top_k, found.rl.rollout.top_p) == (1.0, 0, 1.0)
+
+
+def test_shapes_is_the_demos_last_stage():
+    found = config_file.load(f"{FILE}:shapes:{runs.started_from()}", {"rl.prompts_file": "prompts.jsonl"})
+    assert found == demo.reinforcement(runs.started_from(), "prompts.jsonl")
+    given = checkpoint.read_config(runs.started_from() / "checkpoints")
+    assert [reward.name for reward in found.rl.rewards] == ["shapes"]
+    assert found.rl.rollout == dataclasses.replace(given.sampling, temperature=1.0, batch_size=found.rl.rollout.batch_size)
+    assert [part for part, _ in found.checkpoint.init_from] == list(runs.PARTS)
 
 
 def test_no_such_recipe():

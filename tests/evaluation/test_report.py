@@ -33,6 +33,11 @@ def results(rng: np.random.Generator) -> report.Results:
         overall=report.Score("overall", 4, 0.5, 0.01, 0.995),
         categories=[report.Score("single", 2, 0.5, 0.0, 1.0), report.Score("two_objects", 2, 0.5, 0.02, 0.99)],
         samples=samples,
+        before=report.Before(
+            report.Score("overall", 4, 0.25, 0.01, 0.995),
+            [report.Score("single", 2, 0.75, 0.0, 1.0), report.Score("two_objects", 2, 0.5, 0.02, 0.99)],
+            [dataclasses.replace(s, correct=i == 0, image_HWC=image()) for i, s in enumerate(samples)],
+        ),
         stages=[report.Stage("autoencoder", curves, note="L1 & gradients")],
         reconstructions=[report.Reconstruction(image(), image())],
         token_maps=[report.TokenMap(image(), rng.integers(0, 50, (2, 3)), NASTY)],
@@ -90,10 +95,26 @@ def test_every_section_is_drawn(page):
     assert page.open == []
     assert len(page.named("figure", "sample")) == 4
     assert len(page.named("figure", "chart")) == 3 and len(page.named("svg")) == 2
-    assert len(page.named("figure", "pair")) == 2
+    assert len(page.named("figure", "pair")) == 2 + 3
     text = " ".join(page.words)
     for words in ("50.0 %", "1.0 %", "99.5 %", "1 h 01 min", "3.2 s", "two objects", "no values", "model.ar.hidden_size"):
         assert words in text, words
+
+
+def test_what_changed_is_told_both_ways(page):
+    text = " ".join(page.words)
+    assert "2 prompts became right and 1 wrong; all of them, before and after:" in text
+    assert [words for words in page.words if words.startswith("now ")] == ["now wrong", "now right", "now right"]
+    for words in ("75.0 %", "-25.0", "+0.0", "25.0 %", "+25.0"):
+        assert words in text, words
+
+
+def test_of_many_changes_the_first_are_shown(tmp_path, rng, monkeypatch):
+    monkeypatch.setattr(report, "CHANGED", 2)
+    report.write_report(results(rng), tmp_path / "report.html")
+    page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert len(page.named("figure", "pair")) == 2 + 2
+    assert "2 prompts became right and 1 wrong; the first 2 of them, before and after:" in " ".join(page.words)
 
 
 def test_nothing_outside_the_file_is_asked_for(written, page):

@@ -29,12 +29,12 @@ class Oracle:
 
 def test_evaluation_judges_what_was_asked():
     oracle = Oracle()
-    result = runner.evaluate_pipeline(oracle, "shapes", num_prompts=COUNT, seed=2, steps=7, batch_size=None)
+    result = runner.evaluate_pipeline(oracle, num_prompts=COUNT, seed=2, steps=7, batch_size=None)
     ((prompts, keywords),) = oracle.calls
     assert prompts == [p["caption"] for p in shapes.prompts(COUNT, 2)]
     assert keywords == {"seed": 2, "progress": True, "steps": 7, "batch_size": None}
     assert result.ours.correct == [i % 5 != 0 for i in range(COUNT)]
-    assert result.real.overall == 1.0 and result.random.overall < 0.3
+    assert result.baselines["real_images"].overall == 1.0 and result.baselines["random_images"].overall < 0.3
 
 
 def test_files(tmp_path, monkeypatch, capsys):
@@ -56,7 +56,15 @@ def test_files(tmp_path, monkeypatch, capsys):
     assert f"shapes: {scores['overall']:.3f} of {COUNT} held-out prompts" in capsys.readouterr().err
 
 
-def test_an_unknown_suite_is_refused_before_anything_is_loaded(tmp_path):
-    with pytest.raises(UserError, match="suite='geneval' is not one of shapes"):
-        runner.evaluate(tmp_path / "nowhere", "geneval", tmp_path / "out", num_prompts=1, seed=0)
+@pytest.mark.parametrize(
+    ("suite", "prompts_file", "message"),
+    [
+        ("gen_eval", None, "suite='gen_eval' is not one of shapes, ocr, geneval"),
+        ("geneval,detector=shapes", None, "suite geneval has no prompts of its own: name a file"),
+        ("ocr,scoring", "prompts.txt", "'scoring' is no option: write NAME,OPTION=VALUE"),
+    ],
+)
+def test_an_unknown_suite_is_refused_before_anything_is_loaded(tmp_path, suite, prompts_file, message):
+    with pytest.raises(UserError, match=message):
+        runner.evaluate(tmp_path / "nowhere", suite, tmp_path / "out", num_prompts=1, seed=0, prompts_file=prompts_file)
     assert not (tmp_path / "out").exists()

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import json
 import pathlib
-import tempfile
 from typing import Any
 
 import numpy as np
@@ -30,7 +29,7 @@ def redness_but_of_pink(images_BHWC, prompts, metadata):
 @functools.cache
 def started_from() -> pathlib.Path:
     """The workdir of a joint run, written once a test session."""
-    workdir = pathlib.Path(tempfile.mkdtemp(prefix="blip3o-rl-"))
+    workdir = tiny.scratch()
     tiny.write_checkpoint(workdir)
     lines = [json.dumps({"prompt": prompt, "category": prompt.split()[0]}) for prompt in PROMPTS]
     (workdir / "prompts.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")

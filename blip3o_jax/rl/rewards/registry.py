@@ -31,6 +31,15 @@ REWARDS = {
 USER = "python:"
 
 
+def parsed(text: str) -> RewardConfig:
+    """A reward as a command line names it, its options after commas: "geneval,detector=transformers,path=DIR"."""
+    name, *options = text.split(",")
+    pairs = tuple(tuple(option.split("=", 1)) for option in options)
+    if wrong := [option for option, pair in zip(options, pairs, strict=True) if len(pair) != 2]:
+        raise ConfigError(f"reward {text!r}: {wrong[0]!r} is no option: write NAME,OPTION=VALUE,...")
+    return RewardConfig(name=name, options=pairs)
+
+
 def make(config: RewardConfig) -> Reward:
     """The reward that `config` names, with its options. ConfigError for a name or an option that there is not."""
     options = dict(config.options)

@@ -43,3 +43,12 @@ def test_mistakes_are_told_in_one_line(name, options, message):
     with pytest.raises(ConfigError) as e:
         registry.make(RewardConfig(name, options=tuple(options.items())))
     assert message in str(e.value) and "\n" not in str(e.value)
+
+
+def test_a_reward_of_the_command_line():
+    assert registry.parsed("ocr") == RewardConfig("ocr")
+    assert registry.parsed("python:a.b.c,scale=2") == RewardConfig("python:a.b.c", options=(("scale", "2"),))
+    path = "geneval,detector=transformers,path=/d=1"
+    assert registry.parsed(path).options == (("detector", "transformers"), ("path", "/d=1"))
+    with pytest.raises(ConfigError, match="'detector' is no option: write NAME,OPTION=VALUE"):
+        registry.parsed("geneval,detector")

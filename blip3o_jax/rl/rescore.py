@@ -1,0 +1,83 @@
+"""`blip3o rl rescore`: the images that a run has drawn and kept, judged again, by the same rewards or by others.
+
+Whoever changes a reward sees what it would have said of a whole run, without drawing anything; a total that has risen under
+one reward and not under another tells that the policy has learnt the reward, not the task.
+"""
+
+import json
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+from blip3o_jax.config import RewardConfig, UserError
+from blip3o_jax.rl.log import image_hash, image_path
+from blip3o_jax.rl.rewards.pool import RewardPool
+from blip3o_jax.train.metrics import read_rows
+
+ROWS = 10  # stretches of a run in the table
+
+
+def rescore(workdir: pathlib.Path, rewards: tuple[RewardConfig, ...], out: pathlib.Path, *, workers: int = 0) -> list[dict]:
+    """Judges all images under `workdir` and writes their lines to `out` with {"rescored": {"total", "parts"}}; total null where
+    a reward has failed. UserError where an image is missing, or is not the one that the run had judged."""
+    lines = sorted(
+        (line for path in workdir.glob("rollouts*.jsonl") for line in read_rows(path)),
+        key=lambda line: (line["rollout"], line["row"]),
+    )
+    if not lines:
+        raise UserError(f"{workdir} holds no rollouts.jsonl with lines: name the --workdir of a run of blip3o rl")
+    _image(workdir, lines[0])
+    done = []
+    with RewardPool(rewards, workers=workers) as pool, out.open("w", encoding="utf-8") as file:
+        pool.check([(line["prompt"], line["metadata"]) for line in lines])
+        for group in _rollouts(lines):
+            images = np.stack([_image(workdir, line) for line in group])
+            found = pool.submit(images, [line["prompt"] for line in group], [line["metadata"] for line in group]).result()
+            for i, line in enumerate(group):
+                parts = {name: float(x[i]) for name, x in found.parts.items() if np.isfinite(x[i])}
+                total = None if found.failed_B[i] else float(found.total_B[i])
+                done.append(line | {"rescored": {"total": total, "parts": parts}})
+                file.write(json.dumps(done[-1]) + "\n")
+    return done
+
+
+def print_table(lines: list[dict[str, Any]], out: pathlib.Path) -> None:
+    """Means of both scores along the run, and how far they agree on single images."""
+    both = [line for line in lines if line["total"] is not None and line["rescored"]["total"] is not None]
+    if not both:
+        print(f"none of {len(lines)} images has both scores, {out}")
+        return
+    table = Table("rollouts", "images", "logged", "rescored", title=f"mean of the rewards, {out}")
+    numbers = np.array([line["rollout"] for line in both], int)
+    logged, again = (np.array(x, float) for x in zip(*[(x["total"], x["rescored"]["total"]) for x in both], strict=True))
+    for stretch in np.array_split(np.unique(numbers), min(ROWS, len(np.unique(numbers)))):
+        chosen = np.isin(numbers, stretch)
+        means = (f"{x[chosen].mean():.4f}" for x in (logged, again))
+        table.add_row(f"{stretch[0]} to {stretch[-1]}", str(chosen.sum()), *means)
+    Console().print(table)
+    varies = len(both) > 1 and logged.std() > 0 and again.std() > 0
+    agreement = f"correlation {np.corrcoef(logged, again)[0, 1]:.3f}" if varies else "no correlation: one of them never varies"
+    print(f"{agreement}; {len(lines) - len(both)} of {len(lines)} images without one of the scores")
+
+
+def _rollouts(lines: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    numbers = np.array([line["rollout"] for line in lines])
+    starts = np.flatnonzero(np.diff(numbers)) + 1
+    for first, last in zip([0, *starts], [*starts, len(lines)], strict=True):
+        yield lines[first:last]
+
+
+def _image(workdir: pathlib.Path, line: dict[str, Any]) -> np.ndarray:
+    path = image_path(workdir, line["rollout"], line["row"])
+    try:
+        image = np.asarray(Image.open(path).convert("RGB"))
+    except OSError as e:
+        raise UserError(f"{path} cannot be read ({e}): a run keeps its images with --config.rl.keep_images=true") from e
+    if image_hash(image) != line["image"]:
+        raise UserError(f"{path} is not the image that rollouts.jsonl tells of: its SHA-256 differs")
+    return image

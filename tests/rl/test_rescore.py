@@ -1,0 +1,77 @@
+"""A run's images are judged again."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from blip3o_jax.config import RewardConfig, UserError
+from blip3o_jax.rl.judged import Verdicts
+from blip3o_jax.rl.log import RolloutLog, image_path
+from blip3o_jax.rl.prompts import Prompt
+from blip3o_jax.rl.rescore import print_table, rescore
+from blip3o_jax.train.metrics import read_rows
+
+RED = (RewardConfig(name="python:tests.rl.runs.redness"),)
+
+
+@pytest.fixture
+def run(tmp_path, rng):
+    """A workdir with two rollouts of three images, of which two hosts have judged two and one, one of them in vain."""
+    images = rng.integers(0, 256, (2, 3, 8, 8, 3), dtype=np.uint8)
+    for host, rows in ((0, [0, 2]), (1, [1])):
+        log = RolloutLog(tmp_path, host, 0, 0, keep_images=True)
+        for rollout in range(2):
+            total = np.array([rollout + row / 10 for row in rows], np.float32)
+            failed = np.array([rollout == 1 and row == 1 for row in rows])
+            prompts = [Prompt("a red cat", {"prompt": "a red cat"})] * len(rows)
+            log.write(rollout, rows, 3 * rollout, prompts, images[rollout][rows], Verdicts(total, failed, {}))
+        log.close()
+    return tmp_path, images.reshape(6, 8, 8, 3).astype(float)
+
+
+def test_every_image_is_judged_in_its_order(run, capsys):
+    workdir, images = run
+    lines = rescore(workdir, RED, workdir / "out.jsonl", workers=1)
+    assert lines == read_rows(workdir / "out.jsonl")
+    assert [(line["rollout"], line["row"]) for line in lines] == [(i, j) for i in range(2) for j in range(3)]
+    want = (images[..., 0] - images[..., 1]).mean(axis=(1, 2)) / 255
+    np.testing.assert_allclose([line["rescored"]["total"] for line in lines], want, rtol=1e-6)
+    assert lines[2]["total"] == pytest.approx(0.2) and lines[4]["total"] is None
+    print_table(lines, workdir / "out.jsonl")
+    out = capsys.readouterr().out
+    assert "1 of 6 images without one of the scores" in out and "correlation" in out
+    assert f"{np.mean([line['rescored']['total'] for line in lines[:3]]):.4f}" in out
+    print_table(lines[4:5], workdir / "out.jsonl")
+    assert "none of 1 images has both scores" in capsys.readouterr().out
+
+
+def test_what_a_reward_cannot_judge_has_no_total(run):
+    workdir, _ = run
+    for path in workdir.glob("rollouts*.jsonl"):
+        path.write_text(path.read_text().replace("a red cat", "pink"))
+    reward = dataclasses.replace(RED[0], name="python:tests.rl.runs.redness_but_of_pink")
+    assert {line["rescored"]["total"] for line in rescore(workdir, (reward,), workdir / "out.jsonl", workers=1)} == {None}
+
+
+def test_images_that_are_not_there_or_others(run):
+    workdir, _ = run
+    path = image_path(workdir, 1, 2)
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(path)
+    with pytest.raises(UserError, match=r"00002.png is not the image that rollouts.jsonl tells of"):
+        rescore(workdir, RED, workdir / "out.jsonl", workers=1)
+    image_path(workdir, 0, 0).unlink()
+    with pytest.raises(UserError, match=r"00000.png cannot be read .* --config.rl.keep_images=true"):
+        rescore(workdir, RED, workdir / "out.jsonl", workers=1)
+    with pytest.raises(UserError, match=r"holds no rollouts.jsonl with lines"):
+        rescore(workdir / "rollouts", RED, workdir / "out.jsonl", workers=1)
+
+
+def test_images_are_kept_only_where_asked(tmp_path, rng):
+    log = RolloutLog(tmp_path, 0, 0, 0)
+    image = rng.integers(0, 256, (1, 8, 8, 3), dtype=np.uint8)
+    log.write(0, [0], 0, [Prompt("a")], image, Verdicts(np.zeros(1, np.float32), np.zeros(1, bool), {}))
+    log.close()
+    assert not (tmp_path / "rollouts").exists() and len(json.loads((tmp_path / "rollouts.jsonl").read_text())["image"]) == 64
