@@ -32,14 +32,14 @@ CURVES = {
     "contrastive": ("loss", "image_to_text"),
     "tokenizer": ("reconstruction", "usage", "perplexity"),
     "joint": ("ce", "flow", "accuracy", "grad_norm"),
-    "rl": ("reward/part/correct", "reward/mean", "kl", "entropy"),
+    "rl": ("reward/part/shapes/correct", "reward/mean", "kl", "entropy"),
 }
 NOTES = {
     "autoencoder": "DC-AE: pixels to latents and back; L1 and image gradients.",
     "contrastive": "SigLIP: the vision encoder learns which caption belongs to which image.",
     "tokenizer": "TA-Tok: the frozen encoder's features through a SimVQ codebook and back.",
     "joint": "Cross entropy of the image tokens and flow matching of the latents, trained together.",
-    "rl": "GRPO on the image tokens: the share of right images in each rollout, as drawn, is reward/part/correct.",
+    "rl": "GRPO on the image tokens: the share of right images in each rollout is reward/part/shapes/correct.",
 }
 
 
