@@ -144,7 +144,7 @@ def test_truncated_sampling_is_replayed(tmp_path, capsys):
     method.run(runs.run_config("ar", rollout=rollout, group=2, steps=2), tmp_path)
     for row in numbers(tmp_path):
         assert row["ratio_gap_max"] < 1e-5 and np.isfinite(row["kl"]) and row["grad_norm"] > 0
-    assert "step 2/2  reward/mean " in capsys.readouterr().err, "what a run is watched by comes first"
+    assert "rl  step 2/2  reward/mean " in capsys.readouterr().err, "what a run is watched by comes first"
 
 
 def test_the_log_says_what_each_image_was_drawn_from(whole):
