@@ -592,7 +592,10 @@ class RlConfig:
         )
         check(self.timeout > 0, f"rl.timeout={self.timeout} is a number of seconds")
         check(0 <= self.max_failed <= 1, f"rl.max_failed={self.max_failed} is a share of the images: 0 to 1")
-        check(self.rollout.temperature > 0, "rl.rollout.temperature=0 leaves nothing to compare: images of a group must differ")
+        check(
+            self.policy == "flow" or self.rollout.temperature > 0,
+            f"rl.rollout.temperature=0 leaves rl.policy={self.policy} nothing to compare: tokens of a group must differ",
+        )
 
 
 @dataclasses.dataclass(frozen=True)

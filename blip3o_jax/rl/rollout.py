@@ -18,6 +18,7 @@ Record of a rollout, B = P G images: arrays that lead with B, in the order of th
 P prompts, G images of each, L prompt length, N image tokens, K denoising steps that are trained on.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -59,7 +60,11 @@ def make_draw(
     config: Config, plan: StatePlan, strategy: Strategy, image_ids: tuple[int, int]
 ) -> Callable[..., tuple[jax.Array, Record]]:
     """(params, frozen, tokens_PL, lengths_P, indices_B, seed, rollout) -> (uint8 images [B, H, W, 3], record), compiled for
-    each shape. Rows are drawn from keys of (seed, their index); the denoising steps trained on from (seed, rollout)."""
+    each shape. Rows are drawn from keys of (seed, their index); the denoising steps trained on from (seed, rollout).
+
+    With policy "flow" the images of a group share their image tokens, drawn once, so that what tells their rewards apart is
+    what learns from them. Their start noise is their own.
+    """
     rl, cfg = config.rl, config.model
     settings, group = rl.rollout, rl.group
 
@@ -78,15 +83,18 @@ def make_draw(
         with nn.sharding_resolver(strategy.resolver):
             tokens_RL = nn.constrain(tokens_RL, "batch", None)
             token_keys_B, noise_keys_B = row_keys(seed, indices_B)
-            drawn = draw_tokens(
-                model, tokens_RL, lengths_R, token_keys_B, settings, image_ids, group=share, keep_classes=trains_tokens(rl)
-            )
             record = {"tokens": jnp.repeat(tokens_RL, share, axis=0), "lengths": jnp.repeat(lengths_R, share, axis=0)}
+            draw_ids = functools.partial(draw_tokens, model, tokens_RL, lengths_R, settings=settings, image_ids=image_ids)
             if trains_tokens(rl):
+                drawn = draw_ids(keys_B=token_keys_B, group=share, keep_classes=True)
+                hidden_BTD = drawn.hidden_BTD
                 record |= {"image_ids": drawn.ids_BN, "logprobs": drawn.logprobs_BN}
                 record |= {} if drawn.kept_BNX is None else {"classes": drawn.kept_BNX}
+            else:  # a group has the image tokens of its first row: its images differ by what is trained alone
+                drawn = draw_ids(keys_B=jnp.repeat(token_keys_B[::group], group // share, axis=0))
+                hidden_BTD = jnp.repeat(drawn.hidden_BTD, share, axis=0)
             noise_BHWC = draw_noise(cfg, noise_keys_B)
-            velocity = guided(model, drawn.hidden_BTD, settings.guidance)
+            velocity = guided(model, hidden_BTD, settings.guidance)
             with nn.part("dit"):
                 if trains_flow(rl):
                     steps_key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 2**32 - 1), rollout)
@@ -100,7 +108,7 @@ def make_draw(
                         noise=rl.flow.noise,
                         flow=cfg.flow,
                     )
-                    record |= {"hidden": drawn.hidden_BTD, "x": kept.x_BKHWC, "x_next": kept.next_BKHWC}
+                    record |= {"hidden": hidden_BTD, "x": kept.x_BKHWC, "x_next": kept.next_BKHWC}
                     record["step"] = jnp.broadcast_to(kept.step_K, kept.logprob_BK.shape)
                     record["flow_logprobs"] = kept.logprob_BK
                 else:

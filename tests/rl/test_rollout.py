@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from blip3o_jax.config import RlConfig, SamplingConfig
+from blip3o_jax.config import ConfigError, RlConfig, SamplingConfig
 from blip3o_jax.rl.rollout import chunks, has_reference, shared_reading
 
 
@@ -22,6 +22,14 @@ def test_as_many_images_share_a_reading_as_leave_every_device_one(group, prompts
 def test_pieces_are_whole_groups_and_equally_many(prompts, group, at_once, want):
     rollout = SamplingConfig(top_k=0, top_p=1.0, batch_size=at_once)
     assert chunks(RlConfig(prompts=prompts, group=group, rollout=rollout)) == want
+
+
+def test_temperature_0_is_for_policies_that_draw_no_tokens():
+    greedy = SamplingConfig(temperature=0.0, top_k=0, top_p=1.0)
+    assert RlConfig(policy="flow", rollout=greedy).rollout.temperature == 0
+    for policy in ("ar", "both"):
+        with pytest.raises(ConfigError, match=f"rl.rollout.temperature=0 leaves rl.policy={policy} nothing to compare"):
+            RlConfig(policy=policy, rollout=greedy)
 
 
 def test_a_second_policy_is_kept_where_a_divergence_is_weighed():

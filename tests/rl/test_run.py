@@ -10,7 +10,7 @@ import pytest
 from blip3o_jax import config
 from blip3o_jax.config import ConfigError, UserError
 from blip3o_jax.parallel.rules import Strategy
-from blip3o_jax.rl import method
+from blip3o_jax.rl import method, rollout
 from blip3o_jax.rl.feed import Rollouts
 from blip3o_jax.train import checkpoint, loop
 from blip3o_jax.train.metrics import read_rows
@@ -140,11 +140,36 @@ def test_stale_rewards_are_of_the_rollout_before(whole, tmp_path):
 
 
 def test_truncated_sampling_is_replayed(tmp_path, capsys):
-    rollout = dataclasses.replace(runs.run_config().rl.rollout, top_k=9, top_p=0.8, temperature=0.7, token_guidance=1.5)
-    method.run(runs.run_config("ar", rollout=rollout, group=2, steps=2), tmp_path)
+    truncated = dataclasses.replace(runs.run_config().rl.rollout, top_k=9, top_p=0.8, temperature=0.7, token_guidance=1.5)
+    method.run(runs.run_config("ar", rollout=truncated, group=2, steps=2), tmp_path)
     for row in numbers(tmp_path):
         assert row["ratio_gap_max"] < 1e-5 and np.isfinite(row["kl"]) and row["grad_norm"] > 0
     assert "rl  step 2/2  reward/mean " in capsys.readouterr().err, "what a run is watched by comes first"
+
+
+@pytest.mark.parametrize("mesh", [None, {"data": 8, "fsdp": 1, "strategy": "dp"}])
+def test_flow_compares_images_of_the_same_tokens(tmp_path, monkeypatch, mesh):
+    """And from different start noise. On eight devices a prompt is read for each image."""
+    records, make = [], rollout.make_draw
+
+    def kept(*args):
+        draw = make(*args)
+
+        def call(*inputs):
+            images, record = draw(*inputs)
+            records.append(jax.tree.map(np.asarray, record))
+            return images, record
+
+        return call
+
+    monkeypatch.setattr(rollout, "make_draw", kept)
+    method.run(runs.run_config("flow", mesh=mesh, steps=2), tmp_path)
+    assert len(records) == 2 and "image_ids" not in records[0]
+    for record in records:
+        hidden_PGTD = record["hidden"].reshape(2, 4, *record["hidden"].shape[1:])
+        assert (hidden_PGTD == hidden_PGTD[:, :1]).all() and (hidden_PGTD[0, 0] != hidden_PGTD[1, 0]).any()
+        assert len(np.unique(record["x"], axis=0)) == 8
+    assert all(row["flow/ratio_gap_max"] < 1e-6 and row["grad_norm/dit"] > 0 for row in numbers(tmp_path))
 
 
 def test_the_log_says_what_each_image_was_drawn_from(whole):
