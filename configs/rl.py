@@ -4,7 +4,8 @@ Command:
     blip3o rl --config=configs/rl.py:ocr:published --workdir=runs/ocr --config.rl.prompts_file=prompts.jsonl
     The argument is the recipe and the checkpoint (imported by `blip3o convert import`, or trained here), whose model and text
     tokenizer are taken as they are. Recipes: ocr and geneval (GRPO on the image tokens, diffusion head frozen), flow
-    (Flow-GRPO on the diffusion head, GenEval), hybrid (both, with the advantages of the same images), shapes (the demo's data).
+    (Flow-GRPO on the diffusion head, GenEval), hybrid (both, with the advantages of the same images); of the demo's model
+    shapes (its last stage) and words (few words, both policies, the reward ocr; docs/results/rl-cpu.md).
 Hardware: ocr, geneval: the published recipe's batch is 8 prompts x 16 images a device on 8 devices of 80 GB; here
     rl.prompts x rl.group images over the whole mesh, 64 chips of v5p for 1.7B (`--config.mesh.*`).
 Duration: 1000 updates are the published recipe's order of size.
@@ -32,9 +33,10 @@ RECIPES = {
 
 def get_config(argument: str) -> config.Config:
     recipe, _, path = argument.partition(":")
-    config.check_choice("recipe", recipe, (*RECIPES, "shapes"))
-    if recipe == "shapes":
-        return reinforcement(path, "")
+    config.check_choice("recipe", recipe, (*RECIPES, "shapes", "words"))
+    if recipe in ("shapes", "words"):
+        demo = reinforcement(path, "")
+        return demo if recipe == "shapes" else words(demo)
     given = continued(path, trained=("ar", "dit"))
     sampling = dataclasses.replace(given.sampling, temperature=1.0, top_k=0, top_p=1.0, token_guidance=1.0, batch_size=64)
     return dataclasses.replace(
@@ -46,3 +48,10 @@ def get_config(argument: str) -> config.Config:
         checkpoint=dataclasses.replace(given.checkpoint, every=50),
         rl=dataclasses.replace(RECIPES[recipe], rollout=sampling),
     )
+
+
+def words(demo: config.Config) -> config.Config:
+    """What reads right depends on how the diffusion head draws letters as much as on the tokens, so both learn."""
+    flow = dataclasses.replace(demo.rl.flow, kl=0.0)
+    rl = dataclasses.replace(demo.rl, policy="both", prompts=8, rewards=(config.RewardConfig(name="ocr"),), flow=flow)
+    return dataclasses.replace(demo, steps=80, checkpoint=dataclasses.replace(demo.checkpoint, every=80), rl=rl)

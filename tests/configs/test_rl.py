@@ -43,8 +43,21 @@ def test_shapes_is_the_demos_last_stage():
     assert found == demo.reinforcement(runs.started_from(), "prompts.jsonl")
     given = checkpoint.read_config(runs.started_from() / "checkpoints")
     assert [reward.name for reward in found.rl.rewards] == ["shapes"]
-    assert found.rl.rollout == dataclasses.replace(given.sampling, temperature=1.0, batch_size=found.rl.rollout.batch_size)
+    changed = {"temperature": 1.0, "steps": 10, "batch_size": found.rl.rollout.batch_size}
+    assert found.rl.rollout == dataclasses.replace(given.sampling, **changed)
     assert [part for part, _ in found.checkpoint.init_from] == list(runs.PARTS)
+
+
+def test_words_are_learned_by_both_policies():
+    overrides = {"rl.prompts_file": "prompts.jsonl"}
+    shapes, found = (config_file.load(f"{FILE}:{recipe}:{runs.started_from()}", overrides) for recipe in ("shapes", "words"))
+    assert (found.rl.policy, [reward.name for reward in found.rl.rewards], found.steps) == ("both", ["ocr"], 80)
+    assert (found.rl.rollout, found.optimizer, found.checkpoint.init_from) == (
+        shapes.rl.rollout,
+        shapes.optimizer,
+        shapes.checkpoint.init_from,
+    )
+    assert method.resolved(found).trainable == method.TRAINABLE["both"]
 
 
 def test_no_such_recipe():
