@@ -5,10 +5,10 @@ die() { echo "$(basename "$0"): $*" >&2; exit 2; }
 
 usage() { sed -n '2,/^set -/{/^set -/d;s/^# \{0,1\}//;p}' "$0"; exit 0; }
 
-# parse "NAMES" "$@": sets a variable for each --name=value and (to 1) --name, and "extra" to what follows --.
+# parse "NAMES" "SWITCHES" "$@": sets a variable for each --name=value and (to 1) --switch, and "extra" to what follows --.
 parse() {
-    local _names=" $1 " _name _argument
-    shift
+    local _names=" $1 " _switches=" $2 " _name _argument
+    shift 2
     extra=()
     while [ $# -gt 0 ]; do
         _argument=$1
@@ -16,15 +16,16 @@ parse() {
         case $_argument in
             --) extra=("$@"); return ;;
             -h | --help) usage ;;
-            --*=*) ;;
-            --*) _argument+="=1" ;;
+            --*) ;;
             *) die "unknown argument $_argument (see --help)" ;;
         esac
         _name=${_argument%%=*} _name=${_name#--}
-        case $_names in
-            *" $_name "*) printf -v "$_name" '%s' "${_argument#*=}" ;;
+        case $_names:$_switches in
+            *" $_name "*:*) [[ $_argument == *=* ]] || die "--$_name needs a value: --$_name=... (see --help)" ;;
+            *:*" $_name "*) [[ $_argument != *=* ]] || die "--$_name takes no value: give it, or leave it out" ;;
             *) die "unknown argument --$_name (see --help)" ;;
         esac
+        if [[ $_argument == *=* ]]; then printf -v "$_name" '%s' "${_argument#*=}"; else printf -v "$_name" 1; fi
     done
 }
 
@@ -33,13 +34,24 @@ need() {
     for _name in "$@"; do [ -n "${!_name:-}" ] || die "--$_name=... is missing (see --help)"; done
 }
 
+# whole LEAST NAME...: dies unless each is a whole number, of LEAST or more.
+whole() {
+    local _least=$1 _name
+    shift
+    for _name in "$@"; do
+        [[ ${!_name} =~ ^(0|[1-9][0-9]{0,5})$ ]] && [ "${!_name}" -ge "$_least" ] ||
+            die "--$_name=${!_name} is not a whole number of $_least or more"
+    done
+}
+
 # v5p:8x8x8 -> chip=v5p shape=8x8x8 chips=512 hosts=128; every machine of a slice of more than one has four chips.
 read_topology() {
-    [[ $topology =~ ^(v4|v5e|v5p|v6e|tpu7x):([0-9]+(x[0-9]+)+)$ ]] ||
-        die "--topology=$topology is not CHIP:AxB or CHIP:AxBxC, CHIP one of v4, v5e, v5p, v6e, tpu7x"
+    [[ $topology =~ ^(v5e|v6e):([1-9][0-9]{0,3}x[1-9][0-9]{0,3})$ ]] ||
+        [[ $topology =~ ^(v4|v5p|tpu7x):([1-9][0-9]{0,3}x[1-9][0-9]{0,3}x[1-9][0-9]{0,3})$ ]] ||
+        die "--topology=$topology is not CHIP:AxB of v5e, v6e, or CHIP:AxBxC of v4, v5p, tpu7x"
     chip=${BASH_REMATCH[1]} shape=${BASH_REMATCH[2]} chips=$((${BASH_REMATCH[2]//x/*}))
     chips_per_host=$((chips < 4 ? chips : 4))
-    [ $chips_per_host -gt 0 ] && [ $((chips % chips_per_host)) -eq 0 ] || die "--topology=$topology: $chips chips, not a multiple of 4"
+    [ $((chips % chips_per_host)) -eq 0 ] || die "--topology=$topology: $chips chips, not a multiple of 4"
     hosts=$((chips / chips_per_host))
 }
 

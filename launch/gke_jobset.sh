@@ -21,8 +21,10 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 name="" image="" topology="" slices=1 config="" workdir="" service_account=default restarts=100 spot="" reservation="" dry_run=""
-parse "name image topology slices config workdir service_account restarts spot reservation dry_run" "$@"
+parse "name image topology slices config workdir service_account restarts reservation" "spot dry_run" "$@"
 need name image topology config workdir
+whole 1 slices
+whole 0 restarts
 read_topology
 read_workdir
 [ -n "$bucket" ] || die "--workdir=$workdir: pods share a bucket, give gs://BUCKET/DIRECTORY"

@@ -14,25 +14,28 @@
 # saved, this script ends as well, with their status. PYTHON names the interpreter (python3).
 set -euo pipefail
 
+# shellcheck source=launch/common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 processes=1 devices=1 restarts=100 chip="" dry_run=""
 while [ $# -gt 0 ]; do
     case $1 in
+        -n | -d | -r | -c) [ $# -gt 1 ] || die "$1 needs a value (see --help)" ;;&
         -n) processes=$2; shift 2 ;;
         -d) devices=$2; shift 2 ;;
         -r) restarts=$2; shift 2 ;;
         -c) chip=$2; shift 2 ;;
         --dry_run) dry_run=1; shift ;;
         --) shift; break ;;
-        -h | --help) sed -n '2,/^set -/{s/^# \{0,1\}//;/^set -/d;p}' "$0"; exit 0 ;;
-        *) echo "local.sh: unknown argument $1 (see $0 --help)" >&2; exit 2 ;;
+        -h | --help) usage ;;
+        *) die "unknown argument $1 (see --help)" ;;
     esac
 done
 for number in "$processes" "$devices" "$restarts"; do
-    [[ $number =~ ^[0-9]+$ ]] || { echo "local.sh: '$number' is not a whole number" >&2; exit 2; }
+    [[ $number =~ ^(0|[1-9][0-9]{0,5})$ ]] || die "'$number' is not a whole number"
 done
-[ "$processes" -gt 0 ] || { echo "local.sh: -n must be 1 or more" >&2; exit 2; }
-[[ ${1:-} =~ ^(train|rl)$ ]] || { echo "local.sh: give the command after --: train (or rl) --config=... --workdir=..." >&2; exit 2; }
+[ "$processes" -gt 0 ] || die "-n must be 1 or more"
+[[ ${1:-} =~ ^(train|rl)$ ]] || die "give the command after --: train (or rl) --config=... --workdir=..."
 
 python=${PYTHON:-python3}
 if [ "$devices" -gt 0 ]; then
@@ -42,7 +45,8 @@ if [ "$devices" -gt 0 ]; then
     chip=${chip:-cpu}
 fi
 if [ -n "$chip" ] && [ "$chip" != none ]; then
-    eval "$("$python" "$here/../blip3o_jax/parallel/flags.py" "$chip")"
+    settings=$("$python" "$here/../blip3o_jax/parallel/flags.py" "$chip") # on a line of its own: its failure ends the script
+    eval "$settings"
 fi
 
 job=("$@")

@@ -18,8 +18,9 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 nodes=1 gpus=8 chip=h100 name=blip3o config="" workdir="" activate="" partition="" account="" qos="" time="" dry_run=""
-parse "nodes gpus chip name config workdir activate partition account qos time dry_run" "$@"
+parse "nodes gpus chip name config workdir activate partition account qos time" "dry_run" "$@"
 need config workdir
+whole 1 nodes gpus
 [[ $workdir != *://* ]] || die "--workdir=$workdir: give the path of a file system that all nodes see"
 python3 "$root/blip3o_jax/parallel/flags.py" "$chip" > /dev/null
 printf -v train ' %q' blip3o train "--config=$config" "--workdir=$workdir" --distributed=slurm "${extra[@]}"

@@ -24,8 +24,10 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 name="" zone="" project="" topology="" slices=1 config="" workdir="" runtime="" spot="" reserved="" valid_until="" restarts=20 keep="" dry_run=""
-parse "name zone project topology slices config workdir runtime spot reserved valid_until restarts keep dry_run" "$@"
+parse "name zone project topology slices config workdir runtime valid_until restarts" "spot reserved keep dry_run" "$@"
 need name zone topology config workdir
+whole 1 slices
+whole 0 restarts
 read_topology
 read_workdir
 [ "$chip" != tpu7x ] || die "tpu7x is given out through GKE alone: use gke_jobset.sh"
