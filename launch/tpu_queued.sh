@@ -13,7 +13,8 @@
 #   -- ...                 further arguments of `blip3o train`
 #
 # What it costs: TPUs are billed by the chip-hour from ACTIVE until they are deleted, idle or not. This script deletes them
-# when the job ends, whatever its status, unless --keep is given (to look around; delete by hand).
+# when the job ends, whatever its status, and when it ends itself (Ctrl-C), unless --keep is given (to look around; delete by
+# hand).
 #   --spot                 the cheapest, and taken away at any time; the job goes on from its last checkpoint
 #   --reserved             from your reservation, which is paid for in any case
 #   neither                on demand: the dearest, never taken away
@@ -75,25 +76,28 @@ on_all() { # COMMAND on all machines of all slices at once; the first failure co
     return "$status"
 }
 state() { gcloud compute tpus queued-resources describe "$name" "${where[@]}" --format='value(state.state)' 2>/dev/null || echo GONE; }
-delete() { tpu queued-resources delete "$name" --force --quiet; }
+asked="" # whether there is a request, with or without machines yet, that is to be deleted
+delete() {
+    asked=""
+    tpu queued-resources delete "$name" --force --quiet
+}
 
 archive=$(mktemp -d)
-trap 'rm -rf "$archive"' EXIT
+# Also when a signal or a mistake ends this script: what runs on costs.
+trap 'rm -rf "$archive"; [ -z "$asked" ] || delete || echo "tpu_queued.sh: $name is not deleted and goes on costing" >&2' EXIT
 run tar czf "$archive/blip3o.tgz" -C "$root" --exclude=__pycache__ setup.py README.md blip3o_jax configs launch
 
 for ((attempt = 0; attempt <= restarts; attempt++)); do
     tpu queued-resources create "$name" "${create[@]}"
+    [ -n "$keep" ] || asked=1
     if [ -z "$dry_run" ]; then
-        until [[ $(state) =~ ^(ACTIVE|FAILED|SUSPENDED|GONE)$ ]]; do sleep 30; done
-        [ "$(state)" = ACTIVE ] || { delete || true; die "the request ended as $(state) before it became active"; }
+        until now=$(state) && [[ $now =~ ^(ACTIVE|FAILED|SUSPENDED|GONE)$ ]]; do sleep 30; done
+        [ "$now" = ACTIVE ] || { asked=1; die "the request ended as $now before it became active"; }
     fi
     for node in "${nodes[@]}"; do tpu tpu-vm scp "$archive/blip3o.tgz" "$node:" --worker=all; done
     status=0
     { on_all "$setup" && on_all "$job"; } || status=$?
-    if [ -n "$dry_run" ]; then
-        [ -n "$keep" ] || delete
-        exit 0
-    fi
+    [ -z "$dry_run" ] || exit 0
     now=$(state)
     [ -n "$keep" ] && [ "$now" = ACTIVE ] || delete
     [ "$now" != ACTIVE ] || exit "$status"

@@ -5,8 +5,10 @@ import os
 import pathlib
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -56,6 +58,41 @@ def test_queued_resources_are_asked_for_used_and_given_back():
     assert "gcsfuse --implicit-dirs bucket /gcs" in commands[-3][-2]
     assert commands[-1][1:] == shlex.split("gcloud compute tpus queued-resources delete mine --force --quiet --zone=us-east5-a")
     assert "delete" not in printed(*QUEUED, "--keep")
+
+
+def cloud(directory, state, job):
+    """(environment, log) of a `gcloud` that notes what it is asked for: its requests are in `state`, its machines run `job`."""
+    log, program = directory / "asked", directory / "gcloud"
+    program.write_text(
+        f'#!/bin/sh\necho "$*" >> {shlex.quote(str(log))}\n'
+        f'case "$*" in *describe*) echo {state} ;; *"blip3o train"*) {job} ;; esac\n'
+    )
+    program.chmod(0o755)
+    return os.environ | {"PATH": f"{directory}:{os.environ['PATH']}"}, log
+
+
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_machines_are_given_back_when_the_launcher_is_stopped(tmp_path, number, keep):
+    environment, log = cloud(tmp_path, "ACTIVE", "exec sleep 10")
+    command = ["bash", str(LAUNCH / QUEUED[0]), *QUEUED[1:], *["--keep"] * keep]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, start_new_session=True) as launcher:
+        while not (log.exists() and "blip3o train" in log.read_text()):
+            assert launcher.poll() is None
+            time.sleep(0.02)
+        launcher.send_signal(number)
+        assert launcher.wait(timeout=30) != 0
+        asked = log.read_text().splitlines()
+        os.killpg(launcher.pid, signal.SIGKILL)
+    assert any("queued-resources delete mine" in line for line in asked) is not keep
+
+
+@pytest.mark.parametrize(("state", "status", "told"), [("ACTIVE", 3, ""), ("FAILED", 2, "the request ended as FAILED before")])
+def test_a_request_is_deleted_once_and_its_end_is_told(tmp_path, state, status, told):
+    environment, log = cloud(tmp_path, state, "exit 3")
+    done = subprocess.run(["bash", str(LAUNCH / QUEUED[0]), *QUEUED[1:]], env=environment, capture_output=True, text=True)
+    assert done.returncode == status and told in done.stderr
+    assert log.read_text().count("queued-resources delete mine") == 1
 
 
 def test_several_slices_are_nodes_of_one_request():
