@@ -3,7 +3,7 @@
 import contextlib
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -20,7 +20,8 @@ def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device] | None = None) -> j
     last. With `cfg.slices` the data axis goes over the slices first: what crosses the network between them is the sum of the
     gradients and nothing else.
 
-    Raises ConfigError when the sizes do not multiply to the number of devices, with the sizes that would do.
+    Raises ConfigError when the sizes do not multiply to the number of devices, with the sizes that would do; when `cfg.slices`
+    is not what the devices lie in; when JAX cannot lay the mesh onto the chips' torus.
     """
     if devices is None and cfg.cpu_devices:
         split_cpu(cfg.cpu_devices)
@@ -39,9 +40,20 @@ def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device] | None = None) -> j
     auto = (jax.sharding.AxisType.Auto,) * len(AXES)
     if cfg.slices != 1:
         return jax.sharding.Mesh(_over_slices(cfg.slices, sizes, devices), AXES, axis_types=auto)
-    # Several axes may share one of the torus: without, fsdp=16 would not fit into 8 x 8 x 8 chips.
-    placed = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
-    return jax.sharding.Mesh(placed, AXES, axis_types=auto)
+    there = {getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"}
+    if len(there) > 1:
+        raise ConfigError(f"mesh.slices=1, but the devices lie in {len(there)}: set mesh.slices and mesh.data to that")
+    return jax.sharding.Mesh(_on_torus(mesh_utils.create_device_mesh, sizes, devices=devices), AXES, axis_types=auto)
+
+
+def _on_torus(place: Callable[..., np.ndarray], *sizes: list[int], devices: list[jax.Device]) -> np.ndarray:
+    """`place` is of `mesh_utils`, `sizes` what it asks for; the first of them are those on the torus of a slice."""
+    try:
+        # Several axes may share one of the torus: without, fsdp=16 would not fit into 8 x 8 x 8 chips.
+        return place(*sizes, devices, allow_split_physical_axes=True)
+    except (AssertionError, ValueError) as error:
+        named = " x ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes[0], strict=True) if size > 1)
+        raise ConfigError(f"mesh {named} cannot be laid onto the torus of a slice, choose other sizes: {error}") from error
 
 
 def _named(cfg: MeshConfig, between: str) -> str:
@@ -61,7 +73,7 @@ def _over_slices(slices: int, sizes: list[int], devices: list[jax.Device]) -> np
     if len(there) != slices:
         raise ConfigError(f"mesh.slices={slices}, but the devices lie in {len(there)}: set mesh.slices to that")
     within, across = [sizes[0] // slices, *sizes[1:]], [slices, *[1] * (len(sizes) - 1)]
-    return mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
+    return _on_torus(mesh_utils.create_hybrid_device_mesh, within, across, devices=devices)
 
 
 def cpu_environment(count: int) -> dict[str, str]:

@@ -1,3 +1,4 @@
+import dataclasses
 import os
 import re
 
@@ -62,13 +63,34 @@ def test_slices_that_cannot_be(sizes, message):
         make_mesh(MeshConfig(**sizes))
 
 
-def test_real_slices_are_asked_how_many_they_are():
-    class Device:
-        def __init__(self, index):
-            self.slice_index = index // 4
+@dataclasses.dataclass
+class Chip:
+    """What JAX says of a TPU chip."""
 
+    coords: tuple[int, ...]
+    slice_index: int = 0
+    core_on_chip: int = 0
+    process_index: int = 0
+    platform: str = "tpu"
+    device_kind: str = "TPU v5p"
+
+
+def test_real_slices_are_asked_how_many_they_are():
+    chips = [Chip((x, 0, 0), number) for number in range(2) for x in range(4)]
     with pytest.raises(ConfigError, match=r"mesh\.slices=4, but the devices lie in 2: set mesh\.slices to that"):
-        make_mesh(MeshConfig(data=4, slices=4), [Device(i) for i in range(8)])
+        make_mesh(MeshConfig(data=4, slices=4), chips)
+    with pytest.raises(ConfigError, match=r"mesh\.slices=1, but the devices lie in 2: set mesh\.slices and mesh\.data to that"):
+        make_mesh(MeshConfig(), chips)
+
+
+@pytest.mark.parametrize("slices", [1, 2])
+def test_a_mesh_that_does_not_go_onto_the_torus(slices):
+    """JAX finds no place for it, in one slice or in each of two, and says so by an error of its own."""
+    chips = [Chip(at, number) for number in range(slices) for at in np.ndindex(4, 4, 5)]
+    message = "mesh fsdp=8 x tensor=10 cannot be laid onto the torus of a slice, choose other sizes"
+    with pytest.raises(ConfigError, match=message) as error:
+        make_mesh(MeshConfig(data=slices, fsdp=8, tensor=10, slices=slices), chips)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(("cores", "want"), [(2, "32"), (4, None)])

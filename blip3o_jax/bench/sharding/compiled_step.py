@@ -122,8 +122,8 @@ def planned(task: Task) -> Any:
     while True:
         try:
             return make(dataclasses.replace(task.config, mesh=mesh), Strategy.of(mesh, devices), task.loss)
-        except (ConfigError, NotImplementedError) as error:  # the latter: JAX cannot lay the mesh onto the torus
-            first = first or ConfigError(" ".join(str(error).split()))
+        except ConfigError as error:
+            first = first or error
             mesh = dataclasses.replace(mesh, data=2 * mesh.data)
             if not task.replicas or len(devices) % mesh.data:
                 raise first from None
