@@ -220,8 +220,9 @@ class _Schedule:
             shares = branch_shares(self.walk.program, self.of, op)
             if shares is None:
                 self._add(max(costs, key=lambda cost: cost.total_seconds))
-            for cost, share in zip(costs, shares or (), strict=False):
-                self._add(cost, share)
+            else:
+                for cost, share in zip(costs, shares, strict=True):
+                    self._add(cost, share)
         elif opcode == "call":
             self._add(self.walk.computation(self.walk.named(op.called("to_apply")[0])))
         elif self._is_collective(op):
@@ -261,10 +262,10 @@ class _Schedule:
         self.cost.hbm_bytes += size
         self._spend("compute" if working > moving else "HBM", max(working, moving), part)
         if not known:
-            self._note(op, size, max(working, moving))
+            self._note(f"{op.opcode} {_target(op)}".strip(), size, max(working, moving))
 
-    def _note(self, op: Op, size: float, seconds: float) -> None:
-        entry = self.cost.unknown[f"{op.opcode} {_target(op)}".strip()]
+    def _note(self, name: str, size: float, seconds: float) -> None:
+        entry = self.cost.unknown[name]
         entry.count, entry.size, entry.seconds = entry.count + 1, entry.size + size, entry.seconds + seconds
 
     def _spend(self, limiter: str, seconds: float, part: str) -> None:
@@ -278,9 +279,11 @@ class _Schedule:
 
     def _loop(self, op: Op) -> None:
         turns = hlo.trip_count(self.walk.program, self.of, op)
-        if turns is None:
-            self.cost.unknown["loop of unknown length, counted once"].count += 1
-        self._add(self.walk.computation(self.walk.named(op.called("body")[0])), 1 if turns is None else turns)
+        body = self.walk.computation(self.walk.named(op.called("body")[0]))
+        if turns is None:  # its time is not known at all: that of one turn, less what the body notes itself
+            turns, seconds = 1, body.total_seconds * (1 - body.unknown_share)
+            self._note("loop of unknown length, counted once", body.hbm_bytes, seconds)
+        self._add(body, turns)
 
     # --- collectives and copies
 

@@ -106,6 +106,19 @@ def test_a_loop_counts_as_often_as_it_turns():
     assert lowered.cost_analysis()["flops"] < count_flops(f, *args) / 5, "XLA counts the body once"
 
 
+def test_a_loop_of_unknown_length_is_a_share_of_the_time_that_is_not_known():
+    """It holds all there is to do, and in it a second one that must not count twice."""
+
+    def fn(n, x, w):
+        inner = lambda x: jax.lax.while_loop(lambda c: c[0] < n, lambda c: (c[0] + 1, c[1] @ w), (0, x))[1]
+        return jax.lax.while_loop(lambda c: c[0] < n, lambda c: (c[0] + 1, inner(c[1] @ w)), (0, x))[1]
+
+    found = walk.program_cost(jax.jit(fn).lower(4, zeros(64, 32), zeros(32, 32)).as_text(dialect="hlo"), ONE)
+    assert found.total_flops == 2 * 2 * 64 * 32 * 32
+    assert found.unknown["loop of unknown length, counted once"].count == 2
+    assert 0.99 < found.unknown_share <= 1 + 1e-9
+
+
 @pytest.mark.parametrize(
     ("op_name", "want"),
     [
