@@ -19,14 +19,17 @@ GATHERED = ("data", "fsdp")  # mesh axes
 
 @dataclasses.dataclass(frozen=True)
 class Logits:
-    """Of all labelled positions of a device: so many, each with `vocabulary` columns. The head is [`width`, `vocabulary`]."""
+    """Of all labelled positions of a device: so many, each with `columns` of the `vocabulary`, or with all of it. The head is
+    [`width`, `columns`]."""
 
     positions: int
+    columns: int
     vocabulary: int
     width: int
 
     def are(self, shape: Shape) -> bool:
-        rows = shape.size // self.vocabulary if self.vocabulary in shape.dims else 0
+        columns = next((n for n in (self.columns, self.vocabulary) if n in shape.dims), 0)
+        rows = shape.size // columns if columns else 0
         return rows >= self.positions and rows != self.width
 
 
@@ -44,11 +47,13 @@ def whole(program: Program, weights: Any, logits: Logits | None = None) -> list[
 
     `weights`: ShapeDtypeStructs with shardings, as the program is given them. A matrix by itself may be gathered.
     """
+    leaves = jax.tree_util.tree_leaves_with_path(weights)
+    given = {_dims(leaf.sharding.shard_shape(leaf.shape)) for _, leaf in leaves}  # no sign of anything
     stacks: dict[tuple[int, ...], list[str]] = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(weights):
-        gathered = _gathered(leaf)
-        if len(leaf.shape) - leaf.shape.count(1) > 2 and leaf.sharding.shard_shape(leaf.shape) != gathered:
-            stacks.setdefault(_dims(gathered), []).append("/".join(str(getattr(key, "key", key)) for key in path))
+    for path, leaf in leaves:
+        if len(leaf.shape) - leaf.shape.count(1) > 2:
+            for dims in {_dims(_gathered(leaf)), _dims(leaf.shape)} - given:
+                stacks.setdefault(dims, []).append("/".join(str(getattr(key, "key", key)) for key in path))
     found = {}
     for op, shape in _results(program):
         if names := stacks.get(_dims(shape.dims)):

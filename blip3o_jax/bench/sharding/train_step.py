@@ -57,7 +57,7 @@ class TrainStep:
         vocabulary, rows = model.ar.padded_vocab_size, self.rows // self.strategy.batch_shards
         columns = self.strategy.sharding("ar", ("act_vocab",), (vocabulary,)).shard_shape((vocabulary,))[0]
         positions = rows // self.config.optimizer.accumulate * (most // self.strategy.mesh.shape["sequence"])
-        return Logits(positions, columns, model.ar.hidden_size)
+        return Logits(positions, columns, vocabulary, model.ar.hidden_size)
 
     def useful_flops(self) -> int:
         return useful_flops(self.config, self.strategy, self.batch, self._loss)

@@ -51,6 +51,19 @@ def test_layers_are_gathered_one_by_one(at, hoisted, tensor, held):
         assert any(str(held) in line for line in found)
 
 
+def test_what_lies_over_tensor_is_not_gathered_either(at):
+    """Neither layers nor logits: their columns of one device, and all of them."""
+    stack = jax.ShapeDtypeStruct((LAYERS, WIDTH, 24), jnp.float32, sharding=at(None, None, "tensor"))
+    made = program(jax.jit(lambda w: w * 2, out_shardings=at()), stack)
+    assert [line for line in whole(made, {"up": stack}) if "all layers of up are gathered at once" in line]
+    x = jax.ShapeDtypeStruct((16, 96), jnp.float32, sharding=at(None, "tensor"))
+    logits = Logits(positions=16, columns=48, vocabulary=96, width=WIDTH)
+    for where, held in ((at(None, "tensor"), "f32[16,48]"), (at(), "f32[16,96]")):
+        made = program(jax.jit(lambda x: x * 2, out_shardings=where), x)
+        assert largest(made)[0]["array"] == held and whole(made, {}, logits)
+    assert whole(program(lambda x: x[:8] * 2, x), {}, dataclasses.replace(logits, positions=17)) == []
+
+
 def test_what_layers_keep_of_a_row_is_no_weight(at):
     """One row of as many tokens as the weights are wide."""
     stack = jax.ShapeDtypeStruct((LAYERS, WIDTH, WIDTH), jnp.float32, sharding=at(None, "fsdp"))
@@ -67,7 +80,7 @@ def test_logits_are_taken_in_blocks(at, blocks):
         block = lambda total, h: (total + jax.nn.logsumexp(h @ head, axis=-1).sum(), None)
         return jax.lax.scan(block, 0.0, hidden.reshape(blocks, 16 // blocks, WIDTH), unroll=blocks == 1)[0]
 
-    found = whole(program(f, hidden, head), {}, Logits(positions=16, vocabulary=96, width=WIDTH))
+    found = whole(program(f, hidden, head), {}, Logits(positions=16, columns=96, vocabulary=96, width=WIDTH))
     assert bool(found) == (blocks == 1) and all("logits of all 16 positions" in line for line in found)
 
 
@@ -85,7 +98,7 @@ def test_logits_of_a_train_step():
     strategy = Strategy.of(mesh, jax.devices()[:4])
     blocks = dataclasses.replace(config, loss=dataclasses.replace(config.loss, ce_chunk=2))
     logits = TrainStep(blocks, strategy).logits
-    assert logits.vocabulary == config.model.ar.padded_vocab_size // 2
+    assert logits.vocabulary == 2 * logits.columns == config.model.ar.padded_vocab_size
     assert logits.positions % 4 == 0 and logits.positions >= 4 * config.model.tokenizer.num_tokens
     everything = dataclasses.replace(config, loss=dataclasses.replace(config.loss, ce_chunk=config.data.max_length))
     assert TrainStep(everything, strategy).logits is None
