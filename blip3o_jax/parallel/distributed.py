@@ -86,8 +86,13 @@ def start(launch: Launch) -> None:
     except (RuntimeError, ValueError, KeyError) as error:
         how = launch.coordinator if method == "flags" else f"--distributed={method}"
         raise UserError(f"the hosts did not find each other through {how}: {str(error).splitlines()[0]}") from error
-    if host() > 0:
-        logging.basicConfig(level=logging.WARNING, format=f"host {host()}: %(message)s")
+
+
+def _log_to_stderr() -> None:
+    """Warnings of all hosts, others than host 0 with their number; what this package chose (a kernel, for one) from host 0."""
+    logging.basicConfig(level=logging.WARNING, format=f"host {host()}: %(message)s" if host() else "%(message)s")
+    if host() == 0:
+        logging.getLogger(__package__.partition(".")[0]).setLevel(logging.INFO)
 
 
 def keep_programs(directory: pathlib.Path | None) -> None:
@@ -101,6 +106,7 @@ def run(launch: Launch, job: Callable[[], object], report: Callable[[BaseExcepti
     """Joins, runs `job` and leaves; returns the exit status. `report` prints an error a user can cause in one line and
     returns its status, None for a bug."""
     start(launch)
+    _log_to_stderr()
     try:
         job()
         status = 0

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import logging
 import os
 import pathlib
 import re
@@ -18,6 +19,7 @@ import pytest
 
 from blip3o_jax import cli
 from blip3o_jax import config as config_lib
+from blip3o_jax.ar import attention
 from blip3o_jax.config import MeshConfig, UserError
 from blip3o_jax.parallel import distributed
 from blip3o_jax.parallel.distributed import Launch
@@ -314,6 +316,17 @@ def test_how_hosts_are_found(monkeypatch):
     monkeypatch.setenv("SLURM_PROCID", "1")
     assert Launch("auto").resolved() == "slurm"
     assert Launch("off").resolved() == "off"
+
+
+def test_the_kernel_that_was_chosen_is_in_the_log(caplog):
+    package = logging.getLogger("blip3o_jax")
+    level = package.level
+    attention.chosen.cache_clear()
+    try:
+        distributed.run(Launch("off"), lambda: attention.chosen("cpu", "float32", whole_rows=True), lambda error: None)
+    finally:
+        package.setLevel(level)
+    assert caplog.messages == ["attention over whole rows in float32 on cpu: xla"]
 
 
 def test_alone_there_is_nobody_to_wait_for(tmp_path):
