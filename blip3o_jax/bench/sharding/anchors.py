@@ -24,7 +24,8 @@ from rich.console import Console
 from rich.table import Table
 
 from blip3o_jax.bench.sharding import topology
-from blip3o_jax.bench.sharding.compiled_step import FITS, Row, Task, compile_apart
+from blip3o_jax.bench.sharding.apart import Row
+from blip3o_jax.bench.sharding.compiled_step import FITS, Task, compile_apart
 from blip3o_jax.bench.sharding.grid import versions
 from blip3o_jax.config import (
     Config,

@@ -15,14 +15,12 @@ from typing import Any
 
 from blip3o_jax.bench.cost import bundles
 from blip3o_jax.bench.sharding import apart, measure, topology
-from blip3o_jax.bench.sharding.apart import FAILED, REFUSED
+from blip3o_jax.bench.sharding.apart import Row
 from blip3o_jax.bench.sharding.measure import Present
 from blip3o_jax.config import Config, ConfigError
 
-Row = dict[str, Any]
 STEPS = ("train", "rollout")
 FITS, TOO_LARGE = "fits", "does not fit"
-__all__ = ["FAILED", "FITS", "REFUSED", "STEPS", "TOO_LARGE", "Row", "Task", "compile_apart", "compiled"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,14 +21,15 @@ from rich.console import Console
 from rich.table import Table
 
 from blip3o_jax.bench.sharding import largest_batch, measure, page, table, topology
-from blip3o_jax.bench.sharding.compiled_step import FITS, STEPS, TOO_LARGE, Row, Task, compile_apart
+from blip3o_jax.bench.sharding.apart import Row
+from blip3o_jax.bench.sharding.compiled_step import FITS, STEPS, TOO_LARGE, Task, compile_apart
 from blip3o_jax.bench.sharding.measure import Present
+from blip3o_jax.bench.sharding.table import GIB
 from blip3o_jax.config import Config, MeshConfig, UserError, check, check_choice
 from blip3o_jax.text.vocabulary import NUM_SCALES
 
 STRATEGIES = ("fsdp", "fsdp_tp", "fsdp_sp", "dp")
 NAMES = {"train": "step", "rollout": "rollout"}
-GIB = 2**30
 
 
 @dataclasses.dataclass(frozen=True)

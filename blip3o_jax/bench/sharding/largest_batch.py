@@ -15,7 +15,9 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from blip3o_jax.bench.sharding.compiled_step import FITS, TOO_LARGE, Row, Task
+from blip3o_jax.bench.sharding.apart import Row
+from blip3o_jax.bench.sharding.compiled_step import FITS, TOO_LARGE, Task
+from blip3o_jax.bench.sharding.table import GIB
 
 # The kinds of memory that do not grow with the batch.
 FIXED = ("parameters", "frozen", "optimizer", "averages", "weights", "program")
@@ -60,7 +62,7 @@ def largest(task: Task, compile_row: Callable[[Task], Row], tell: Callable[[str]
 
 def verdict(tried: dict[str, Any]) -> str:
     """Of one batch: "8 a chip does not fit (20.1 GiB)"."""
-    why = f" ({tried['bytes'] / 2**30:.1f} GiB)" if "bytes" in tried else f": {tried['error']}"
+    why = f" ({tried['bytes'] / GIB:.1f} GiB)" if "bytes" in tried else f": {tried['error']}"
     return f"{tried['batch_per_chip']:g} a chip {tried['status']}{why}"
 
 

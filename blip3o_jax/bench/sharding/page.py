@@ -6,13 +6,13 @@ import string
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from blip3o_jax.bench.cost.walk import LIMITERS
 from blip3o_jax.bench.sharding import table
+from blip3o_jax.bench.sharding.apart import Row
 from blip3o_jax.bench.sharding.largest_batch import verdict
+from blip3o_jax.bench.sharding.table import GIB
 
-Row = dict[str, Any]
 MEASURED = {"median": "median_s", "fastest": "fastest_s", "slowest": "slowest_s"}
-LIMITERS = ("compute", "HBM", "ICI", "DCN", "host")
-GIB = 2**30
 # Units of the drawings; the page scales them to the width there is.
 WIDTH, LABEL, BAR = 900, 270, 22
 PLOT_WIDTH, PLOT_HEIGHT, MARGIN = 900, 420, 74

@@ -4,7 +4,8 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-Row = dict[str, Any]
+from blip3o_jax.bench.sharding.apart import Row
+
 GIB = 2**30
 # The parts of a rollout, by the scopes of their operations; what is left is the connector and the drawing of noise.
 ROLLOUT_PARTS = ("prefill", "decode", "dit", "vae")
