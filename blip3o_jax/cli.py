@@ -174,7 +174,7 @@ def _add_sample(commands: Any) -> None:
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="a working directory or checkpoint")
     prompts = parser.add_mutually_exclusive_group(required=True)
     prompts.add_argument("--prompt", action="append", metavar="TEXT", help="what to draw; repeat it for more images")
-    prompts.add_argument("--prompts_file", type=Path, metavar="FILE", help="UTF-8 text, one prompt a line")
+    prompts.add_argument("--prompts_file", type=Path, metavar="FILE", help="one prompt a line, or JSON lines")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the images are written")
     parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
     group = parser.add_argument_group("sampling", "each defaults to what the checkpoint's config says")
@@ -288,7 +288,9 @@ def _on_all_hosts(args: argparse.Namespace, stages: dict[str, Any], run: Callabl
 
 
 def _sample(args: argparse.Namespace) -> None:
-    prompts = args.prompt or _read_prompts(args.prompts_file)
+    from blip3o_jax.data.prompts import read_prompts
+
+    prompts = args.prompt or [prompt.text for prompt in read_prompts(args.prompts_file)]
     overrides = {name: getattr(args, name) for name in _SAMPLING if getattr(args, name) is not None}
     from blip3o_jax import pipeline
 
@@ -328,17 +330,6 @@ def _default_workdir(config: str) -> Path:
     path, _, argument = config.partition(".py:")
     names = (Path(path).name.removesuffix(".py"), Path(argument.replace(":", "-")).name)
     return Path("runs") / "-".join(name for name in names if name)
-
-
-def _read_prompts(path: Path) -> list[str]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise UserError(f"{path} holds no prompt: write one a line")
-    return prompts
 
 
 def _directory(text: str) -> Path:

@@ -149,7 +149,9 @@ def test_prompts_file(tmp_path, stub, capsys):
     argv = ["sample", "--checkpoint=c", "--out=o", f"--prompts_file={path}"]
     path.write_text("a café\n\n  two dogs \n", encoding="utf-8")
     assert cli.main(argv) == 0
-    assert calls[0][0][1] == ["a café", "two dogs"]
+    path.write_text('{"prompt": "a cat", "tag": "single"}\n', encoding="utf-8")
+    assert cli.main(argv) == 0
+    assert [call[0][1] for call in calls] == [["a café", "two dogs"], ["a cat"]]
     path.write_bytes(b"caf\xe9\n")
     assert cli.main(argv) == 2
     path.write_text("\n")
@@ -161,7 +163,7 @@ def test_prompts_file(tmp_path, stub, capsys):
         f"blip3o: error: {path} holds no prompt: write one a line",
         f"blip3o: error: {path}: No such file or directory",
     ]
-    assert len(calls) == 1
+    assert len(calls) == 2
 
 
 def test_the_other_commands_call_one_function(tmp_path, stub, capsys):

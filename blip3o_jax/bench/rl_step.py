@@ -35,13 +35,14 @@ from blip3o_jax.bench.peer.report import machine
 from blip3o_jax.blip3o import Blip3o
 from blip3o_jax.config import Config, RlConfig, UserError
 from blip3o_jax.data.loader import global_batch
+from blip3o_jax.data.prompts import read_prompts
 from blip3o_jax.dit import sampler
 from blip3o_jax.parallel.rules import Strategy
 from blip3o_jax.pipeline import draw_noise, draw_tokens, row_keys, to_uint8
 from blip3o_jax.rl import grpo, judged, method, rollout
 from blip3o_jax.rl.judged import Verdicts
 from blip3o_jax.rl.loss import make_loss
-from blip3o_jax.rl.prompts import PromptRows, prompt_indices, read_prompts
+from blip3o_jax.rl.prompts import PromptRows, prompt_indices
 from blip3o_jax.rl.rewards.pool import RewardPool
 from blip3o_jax.rl.rollout import Record
 from blip3o_jax.rl.scoring import reread

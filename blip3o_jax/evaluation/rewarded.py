@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from blip3o_jax.config import RewardConfig, UserError
+from blip3o_jax.data.prompts import read_prompts
 from blip3o_jax.evaluation.judged import Judged, Prompt, tally
-from blip3o_jax.rl.prompts import read_prompts
 from blip3o_jax.rl.rewards.pool import RewardPool
 
 CORRECT = 0.5

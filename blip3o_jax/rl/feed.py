@@ -20,12 +20,13 @@ import numpy as np
 
 from blip3o_jax.config import UserError
 from blip3o_jax.data.loader import global_batch, host_rows
+from blip3o_jax.data.prompts import Prompt
 from blip3o_jax.parallel.distributed import say
 from blip3o_jax.rl import judged, rollout
 from blip3o_jax.rl.advantages import choose_groups
 from blip3o_jax.rl.judged import Verdicts
 from blip3o_jax.rl.log import RolloutLog, best_and_worst
-from blip3o_jax.rl.prompts import Prompt, PromptRows, prompt_indices
+from blip3o_jax.rl.prompts import PromptRows, prompt_indices
 from blip3o_jax.rl.rewards.pool import Judged, Pending, RewardPool, check_failed
 from blip3o_jax.train.loop import Batch, Setup
 from blip3o_jax.train.state import TrainState

@@ -13,8 +13,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from blip3o_jax.config import RlConfig
+from blip3o_jax.data.prompts import Prompt
 from blip3o_jax.rl.advantages import Advantages, group_advantages
-from blip3o_jax.rl.prompts import Prompt
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,8 +17,8 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
+from blip3o_jax.data.prompts import Prompt
 from blip3o_jax.rl.judged import Verdicts
-from blip3o_jax.rl.prompts import Prompt
 from blip3o_jax.samples import labelled_grid
 from blip3o_jax.train.metrics import read_rows
 

@@ -10,12 +10,12 @@ import jax.numpy as jnp
 
 from blip3o_jax import lora
 from blip3o_jax.config import Config, ConfigError, UserError, check
+from blip3o_jax.data.prompts import read_prompts
 from blip3o_jax.parallel.distributed import host
 from blip3o_jax.rl import rollout
 from blip3o_jax.rl.feed import Rollouts
 from blip3o_jax.rl.log import RolloutLog
 from blip3o_jax.rl.loss import make_loss
-from blip3o_jax.rl.prompts import read_prompts
 from blip3o_jax.rl.rewards.pool import RewardPool
 from blip3o_jax.text.vocabulary import Vocabulary
 from blip3o_jax.train import loop

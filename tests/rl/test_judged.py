@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from blip3o_jax.config import RlConfig
+from blip3o_jax.data.prompts import Prompt
 from blip3o_jax.rl.judged import Verdicts, advantages, joined, reward_metrics
-from blip3o_jax.rl.prompts import Prompt
 
 F32 = np.float32
 

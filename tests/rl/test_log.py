@@ -2,9 +2,9 @@
 
 import numpy as np
 
+from blip3o_jax.data.prompts import Prompt
 from blip3o_jax.rl.judged import Verdicts
 from blip3o_jax.rl.log import RolloutLog, best_and_worst
-from blip3o_jax.rl.prompts import Prompt
 from blip3o_jax.train.metrics import read_rows
 
 

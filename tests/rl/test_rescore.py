@@ -8,9 +8,9 @@ import pytest
 from PIL import Image
 
 from blip3o_jax.config import RewardConfig, UserError
+from blip3o_jax.data.prompts import Prompt
 from blip3o_jax.rl.judged import Verdicts
 from blip3o_jax.rl.log import RolloutLog, image_path
-from blip3o_jax.rl.prompts import Prompt
 from blip3o_jax.rl.rescore import print_table, rescore
 from blip3o_jax.train.metrics import read_rows
 
