@@ -565,7 +565,7 @@ class RlConfig:
     kl: float = 0.001  # weight of the KL divergence to the policy that the run starts from; 0 keeps no second policy
     refill: int = 0  # DAPO: up to so many further rollouts to put other prompts in the place of groups without a difference
     logits_chunk: int = 128  # image tokens a row whose logits are held at once
-    max_ratio_gap: float = 0.0  # |ratio - 1| before the first update above which the run stops; 0 only warns
+    max_ratio_gap: float = 0.0  # largest |ratio - 1| before the first update above which the run stops; 0 only warns
     rewards: tuple[RewardConfig, ...] = ()
     workers: int = 0  # reward processes of each host; 0: as many as it has cores
     timeout: float = 60.0  # seconds that a worker may take for one image

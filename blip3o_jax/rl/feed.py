@@ -18,14 +18,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from blip3o_jax.config import UserError
 from blip3o_jax.data.loader import global_batch, host_rows
 from blip3o_jax.data.prompts import Prompt
-from blip3o_jax.parallel.distributed import say
 from blip3o_jax.rl import judged, rollout
 from blip3o_jax.rl.advantages import choose_groups
 from blip3o_jax.rl.judged import Verdicts
 from blip3o_jax.rl.log import RolloutLog, best_and_worst
+from blip3o_jax.rl.monitor import RatioMonitor
 from blip3o_jax.rl.prompts import PromptRows, prompt_indices
 from blip3o_jax.rl.rewards.pool import Judged, Pending, RewardPool, check_failed
 from blip3o_jax.train.loop import Batch, Setup
@@ -70,7 +69,7 @@ class Rollouts:
         self._ahead: _Drawn | None = None  # with rl.stale
         self._batch: Batch = {}
         self._metrics: dict[str, float] = {}
-        self._warned = False
+        self._monitor = RatioMonitor(setup.config)
         self._since = time.monotonic()  # what was handed over last was handed over
         self.wait_seconds = 0.0
 
@@ -93,19 +92,7 @@ class Rollouts:
         return self._metrics
 
     def check(self, step: int, values: dict[str, float]) -> None:
-        """Before the first update on a rollout the policy is the one that drew it: all ratios should be 1."""
-        gap = values.get("ratio_gap_max")
-        if gap is None or self._rl.stale or (step - 1) % self._rl.updates:
-            return
-        bound = self._rl.max_ratio_gap
-        if bound and gap > bound:
-            raise UserError(
-                f"rl: step {step}: drawing and scoring disagree by |ratio - 1| = {gap:.2g}, more than "
-                f"rl.max_ratio_gap={bound:g}: raise it to what rounding is worth in ar.dtype (docs/rl.md), or use float32"
-            )
-        if gap > 0.1 and not self._warned:
-            self._warned = True
-            say(f"rl: step {step}: drawing and scoring disagree by |ratio - 1| = {gap:.2g}; docs/rl.md says what is usual")
+        self._monitor.check(step, values)
 
     def close(self) -> None:
         self._log.close()
