@@ -36,6 +36,18 @@ def without_lora(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(off, params)
 
 
+def without_idle_lora(params: Any) -> Any:
+    """Parameters in a nested dict with A zero wherever B is, so that those of equal networks are equal: while B is zero,
+    it makes no difference what was drawn for A and what training has made of it."""
+    if not isinstance(params, dict):
+        return params
+    params = {name: without_idle_lora(child) for name, child in params.items()}
+    if FACTORS[0] in params:
+        a, b = (params[name] for name in FACTORS)
+        params[FACTORS[0]] = jnp.where(jnp.any(b != 0), a, 0)
+    return params
+
+
 def merged(params: dict[str, Any], cfg: ModelConfig) -> dict[str, Any]:
     """{part: nested dict of parameters} of the model `cfg` as those of `base_config(cfg)`, kernels in the dtype they had."""
     with jax.default_matmul_precision("highest"):

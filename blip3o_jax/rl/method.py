@@ -86,9 +86,16 @@ class ReinforcementLearning:
         reference, identity = None, ""
         if rollout.has_reference(config.rl):
             reference = _reference(setup, state, fresh=position is None)
-            identity = fingerprint(reference)
+            identity = fingerprint(lora.without_idle_lora(reference))
         position = position or {"rollout": 0, "reference": identity}
-        if position["reference"] != identity:
+        if setup.start % config.rl.updates:
+            raise ConfigError(
+                f"rl.updates={config.rl.updates} does not divide the {setup.start} steps that {setup.workdir} has done: a "
+                "rollout would end between two checkpoints; keep the value that the run began with"
+            )
+        # A run may have begun without a reference, and be continued with one or the other way round.
+        position = position | {"reference": position["reference"] or identity}
+        if identity not in ("", position["reference"]):
             raise UserError(
                 "checkpoint.init_from holds other weights than when this run started, and it is the policy that rl.kl holds on "
                 "to: bring them back, or start in another --workdir"

@@ -192,6 +192,36 @@ def test_the_reference_is_a_copy_of_what_is_trained_alone():
     assert {leaf.shape for leaf in jax.tree.leaves(plan.abstract["opt"])} <= trained
 
 
+def test_low_rank_factors_go_on_from_a_checkpoint(tmp_path, monkeypatch):
+    """Held to the policy without them, whatever training has made of those that were drawn. Stopped at the save of step 4:
+    B has moved by step 2, so A by step 3."""
+    cfg = runs.run_config("ar", trainable=("ar/.*/lora_.*",), checkpoint=saved(1))
+    ar = dataclasses.replace(cfg.model.ar, lora=dataclasses.replace(cfg.model.ar.lora, rank=2))
+    cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, ar=ar))
+    whole_save = checkpoint.Checkpoints.save
+
+    def save(self, step, *rest):
+        if step == 4:
+            raise KeyboardInterrupt
+        whole_save(self, step, *rest)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(checkpoint.Checkpoints, "save", save)
+        method.run(cfg, tmp_path)
+    before = numbers(tmp_path)
+    method.run(cfg, tmp_path)
+    assert len(before) == 4 and numbers(tmp_path) == before and before[-1]["kl"] > 0
+
+
+def test_settings_that_change_between_two_starts(tmp_path):
+    """A reference may come later. Rollouts may not end between two checkpoints."""
+    method.run(runs.run_config("ar", steps=1, kl=0.0, checkpoint=saved(1)), tmp_path)
+    method.run(runs.run_config("ar", steps=2, kl=0.1, checkpoint=saved(1)), tmp_path)
+    assert ["kl" in row for row in numbers(tmp_path)] == [False, True]
+    with pytest.raises(ConfigError, match=r"rl\.updates=3 does not divide the 2 steps that .* has done"):
+        method.run(runs.run_config("ar", steps=6, updates=3, checkpoint=saved(3)), tmp_path)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
