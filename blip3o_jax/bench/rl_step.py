@@ -177,14 +177,7 @@ def _round(
     marks.append(time.monotonic())
     record |= jax.block_until_ready(way.reference(reference, state["frozen"], record))
     marks.append(time.monotonic())
-    kept_B = ~verdicts.failed_B
-    host = {
-        "advantage": judged.advantages(verdicts, rl).advantage_PG.ravel(),
-        "kept": kept_B.astype(np.float32),
-        "kept_share": np.full(count, kept_B.mean(), np.float32),
-        "bad_records": verdicts.failed_B.astype(np.int32),
-    }
-    batch = record | global_batch(host, strategy.batch_sharding(), list(range(count)), count)
+    batch = record | global_batch(judged.columns(verdicts, rl), strategy.batch_sharding(), list(range(count)), count)
     way.state, metrics = jax.block_until_ready(way.step(state, batch))
     marks.append(time.monotonic())
     for phase, seconds in zip(PHASES, np.diff(marks), strict=True):

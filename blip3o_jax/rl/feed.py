@@ -21,19 +21,20 @@ import numpy as np
 from blip3o_jax.data.loader import global_batch, host_rows
 from blip3o_jax.data.prompts import Prompt
 from blip3o_jax.rl import judged, rollout
-from blip3o_jax.rl.advantages import choose_groups
+from blip3o_jax.rl.advantages import Advantages, choose_groups
 from blip3o_jax.rl.judged import Verdicts
 from blip3o_jax.rl.log import RolloutLog, best_and_worst
 from blip3o_jax.rl.monitor import RatioMonitor
 from blip3o_jax.rl.prompts import PromptRows, prompt_indices
-from blip3o_jax.rl.rewards.pool import Judged, Pending, RewardPool, check_failed
+from blip3o_jax.rl.rewards.pool import Pending, RewardPool, check_failed
 from blip3o_jax.train.loop import Batch, Setup
 from blip3o_jax.train.state import TrainState
 
 
 @dataclasses.dataclass
 class _Drawn:
-    """A rollout whose images are being judged. `images`: this host's, of `rows`; `pending`, a handle for each piece."""
+    """A rollout whose images are being judged. `images`: this host's, of `rows`; `pending`, a handle for each piece. `seconds`:
+    of drawing; once it is judged, `waited`: seconds for its rewards, and their `timings` (`Judged.seconds`)."""
 
     number: int
     prompts: list[Prompt]
@@ -42,6 +43,8 @@ class _Drawn:
     record: rollout.Record
     pending: list[Pending]
     seconds: float
+    waited: float = 0.0
+    timings: list[dict[str, float]] = dataclasses.field(default_factory=list)
 
 
 class Rollouts:
@@ -119,6 +122,7 @@ class Rollouts:
             found.append(self._draw(state))
             verdicts.append(self._judged(found[-1]))
             spread = judged.advantages(judged.joined(verdicts), self._rl)
+        self._metrics = self._measured(found, judged.joined(verdicts), spread)
         return self._assembled(found, judged.joined(verdicts), spread.degenerate_P)
 
     def _draw(self, state: TrainState) -> _Drawn:
@@ -156,26 +160,30 @@ class Rollouts:
         results = [pending.result() for pending in drawn.pending]
         mine = judged.joined([Verdicts(r.total_B, r.failed_B, r.parts) for r in results])
         verdicts = judged.gathered(mine, drawn.rows, self._rl.prompts * self._rl.group)
-        waited = time.monotonic() - began
+        drawn.waited, drawn.timings = time.monotonic() - began, [r.seconds for r in results]
         # Of the whole rollout, so that all hosts stop; each tells the reasons that it has seen.
         reasons = sum((collections.Counter(r.reasons) for r in results), collections.Counter())
-        check_failed(Judged(verdicts.total_B, verdicts.failed_B, {}, dict(reasons), {}), self._rl.max_failed)
+        check_failed(verdicts.failed_B, reasons, self._rl.max_failed)
         prompts = [drawn.prompts[row // self._rl.group] for row in drawn.rows]
         first = drawn.number * self._rl.prompts * self._rl.group
         self._log.write(drawn.number, drawn.rows, first, prompts, drawn.images, mine)
-        found = judged.advantages(verdicts, self._rl)
-        self._metrics = judged.reward_metrics(verdicts, found, drawn.prompts, self._rl.group) | {
-            "seconds/draw": drawn.seconds,
-            "seconds/reward_wait": waited,
-            "reward/latency": float(np.median([r.seconds["median"] for r in results])),
-            "reward/queue": float(np.mean([r.seconds["queue"] for r in results])),
-        }
         if drawn.number % self._rl.samples_every == 0:
             kept = np.flatnonzero(~mine.failed_B)
             if len(kept):
                 grid = best_and_worst(drawn.images[kept], [prompts[i].text for i in kept], mine.total_B[kept])
                 self._setup.log.images(self._step, "best and worst", grid)
         return verdicts
+
+    def _measured(self, found: list[_Drawn], verdicts: Verdicts, spread: Advantages) -> dict[str, float]:
+        """Metrics of all that was drawn for a batch, what is refilled and what has its place included."""
+        prompts, timings = ([x for drawn in found for x in getattr(drawn, name)] for name in ("prompts", "timings"))
+        values = judged.reward_metrics(verdicts, spread, prompts, self._rl.group) | {
+            "seconds/draw": sum(drawn.seconds for drawn in found),
+            "seconds/reward_wait": sum(drawn.waited for drawn in found),
+            "reward/latency": float(np.median([seconds["median"] for seconds in timings])),
+            "reward/queue": float(np.mean([seconds["queue"] for seconds in timings])),
+        }
+        return values | ({"reward/drawn": float(len(found))} if self._rl.refill else {})
 
     def _assembled(self, found: list[_Drawn], verdicts: Verdicts, degenerate_Q: np.ndarray) -> Batch:
         """The batch of the groups chosen from what was drawn."""
@@ -186,16 +194,9 @@ class Rollouts:
         if len(found) > 1:
             record = jax.tree.map(lambda *x: self._join(rows, *x), *(drawn.record for drawn in found))
             verdicts = verdicts.take(rows)
-            self._metrics["reward/drawn"] = float(len(found))
-        kept_B = ~verdicts.failed_B
-        host = {
-            "advantage": judged.advantages(verdicts, rl).advantage_PG.ravel(),
-            "kept": kept_B.astype(np.float32),
-            "kept_share": np.full(len(kept_B), kept_B.mean(), np.float32),
-            "bad_records": verdicts.failed_B.astype(np.int32),
-        }
-        mine = host_rows(self._sharding, len(kept_B))
-        return record | global_batch({name: x[mine] for name, x in host.items()}, self._sharding, mine, len(kept_B))
+        told, count = judged.columns(verdicts, rl), len(verdicts.total_B)
+        mine = host_rows(self._sharding, count)
+        return record | global_batch({name: x[mine] for name, x in told.items()}, self._sharding, mine, count)
 
     def _concatenated(self, pieces: tuple[jax.Array, ...]) -> jax.Array:
         return pieces[0] if len(pieces) == 1 else self._join(np.arange(sum(map(len, pieces))), *pieces)

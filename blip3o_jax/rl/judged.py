@@ -70,9 +70,22 @@ def advantages(verdicts: Verdicts, cfg: RlConfig) -> Advantages:
     )
 
 
+def columns(verdicts: Verdicts, cfg: RlConfig) -> dict[str, np.ndarray]:
+    """What the loss is told of each image [B]: `advantage`, `kept` (1 with a reward, else 0), `kept_share`, that of the whole
+    batch in every row; and for the loop's count `bad_records`."""
+    kept_B = ~verdicts.failed_B
+    return {
+        "advantage": advantages(verdicts, cfg).advantage_PG.ravel(),
+        "kept": kept_B.astype(np.float32),
+        "kept_share": np.full(len(kept_B), kept_B.mean(), np.float32),
+        "bad_records": verdicts.failed_B.astype(np.int32),
+    }
+
+
 def reward_metrics(verdicts: Verdicts, found: Advantages, prompts: Sequence[Prompt], group: int) -> dict[str, float]:
     """Mean, deviation and maximum of the rewards, of all and by category of prompt; means of their parts; and of the groups the
-    share without a difference and the mean deviation. `prompts`: one a group."""
+    share without a difference and the mean deviation. `prompts`: one a group. Images without a reward count in none of them,
+    nor do parts that are not finite."""
     kept_B = ~verdicts.failed_B
     values = {"reward/failed": float(verdicts.failed_B.mean()), "reward/degenerate": float(found.degenerate_P.mean())}
     if not kept_B.any():
@@ -85,8 +98,9 @@ def reward_metrics(verdicts: Verdicts, found: Advantages, prompts: Sequence[Prom
         "reward/group_std": float(np.nanmean(found.std_P)) if np.isfinite(found.std_P).any() else 0.0,
     }
     for name, part_B in verdicts.parts.items():
-        if np.isfinite(part_B).any():
-            values[f"reward/part/{name}"] = float(np.nanmean(part_B))
+        told_B = kept_B & np.isfinite(part_B)
+        if told_B.any():
+            values[f"reward/part/{name}"] = float(part_B[told_B].mean())
     category_B = np.repeat([prompt.category for prompt in prompts], group)
     for category in sorted(set(category_B) - {""}):
         chosen_B = kept_B & (category_B == category)

@@ -26,6 +26,11 @@ def redness_but_of_pink(images_BHWC, prompts, metadata):
     return np.where([prompt == "pink" for prompt in prompts], np.nan, redness(images_BHWC, prompts, metadata))
 
 
+def redness_of_two(images_BHWC, prompts, metadata):
+    """The same for all images of half of the prompts."""
+    return np.where([prompt in PROMPTS[:2] for prompt in prompts], redness(images_BHWC, prompts, metadata), 0)
+
+
 @functools.cache
 def started_from() -> pathlib.Path:
     """The workdir of a joint run, written once a test session."""

@@ -266,6 +266,24 @@ def test_images_without_a_reward_are_left_out_or_stop_the_run(tmp_path):
         method.run(runs.run_config("ar", rewards=failing, retries=0, max_failed=0.4), tmp_path / "strict")
 
 
+def test_groups_without_a_difference_are_refilled(tmp_path):
+    """Half of the prompts make such groups: of an epoch of two rollouts two groups are left, which is a batch. Metrics are
+    of all that was drawn."""
+    reward = (config.RewardConfig(name="python:tests.rl.runs.redness_of_two"),)
+    method.run(runs.run_config("ar", rewards=reward, refill=2, steps=3), tmp_path)
+    rows, lines = numbers(tmp_path), read_rows(tmp_path / "rollouts.jsonl")
+    assert max(row["reward/drawn"] for row in rows) > 1 and rows[-1]["grad_norm"] > 0
+    first = 0
+    for row in rows:
+        after = first + int(row["reward/drawn"])
+        mine = [line for line in lines if first <= line["rollout"] < after]
+        flat = [line["prompt"] not in runs.PROMPTS[:2] for line in mine]
+        assert row["reward/mean"] == pytest.approx(np.mean([line["total"] for line in mine]), rel=1e-5)
+        assert row["reward/degenerate"] == np.mean(flat) and flat.count(False) >= 8, "two groups of four that differ"
+        first = after
+    assert len(lines) == 8 * first
+
+
 def test_another_start_is_refused(whole, tmp_path):
     """The reference that a run goes on with must be the one it began with."""
     cfg = runs.run_config("ar", steps=1, checkpoint=saved(1))

@@ -48,17 +48,13 @@ class Judged:
     reasons: dict[str, int]
     seconds: dict[str, float]
 
-    @property
-    def failed_share(self) -> float:
-        return float(self.failed_B.mean())
 
-
-def check_failed(judged: Judged, max_failed: float) -> None:
+def check_failed(failed_B: np.ndarray, reasons: Mapping[str, int], max_failed: float) -> None:
     """Raises UserError, with the commonest reasons, where a larger share of the images than `max_failed` has no score."""
-    if judged.failed_share > max_failed:
-        shown = collections.Counter(judged.reasons).most_common(REASONS_SHOWN)
+    if failed_B.mean() > max_failed:
+        shown = collections.Counter(reasons).most_common(REASONS_SHOWN)
         raise UserError(
-            f"{judged.failed_B.sum()} of {len(judged.failed_B)} images have no reward, a larger share than rl.max_failed="
+            f"{failed_B.sum()} of {len(failed_B)} images have no reward, a larger share than rl.max_failed="
             f"{max_failed:g}: {'; '.join(f'{count} x {reason}' for reason, count in shown)}"
         )
 

@@ -41,7 +41,7 @@ def assert_others_are_judged(judged: Judged, *failed: int) -> None:
     wanted[list(failed)] = 0
     np.testing.assert_array_equal(judged.failed_B, [i in failed for i in range(count)])
     np.testing.assert_allclose(judged.total_B, wanted, rtol=1e-6)  # one rounding to float32
-    assert judged.failed_share == len(failed) / count and sum(judged.reasons.values()) == len(failed)
+    assert judged.failed_B.mean() == len(failed) / count and sum(judged.reasons.values()) == len(failed)
 
 
 def test_scores_come_back_in_order_whoever_judged_them(pool):
@@ -108,10 +108,10 @@ def test_a_scorer_that_only_fails_is_given_up(pool, tmp_path):
 
 def test_a_share_of_failures_stops_the_run():
     reasons = {"a: b": 1, "c: d": 2}
-    judged = Judged(np.zeros(10), np.arange(10) < 3, {}, reasons, {})
-    check_failed(judged, 0.3)
+    failed_B = np.arange(10) < 3
+    check_failed(failed_B, reasons, 0.3)
     with pytest.raises(UserError) as e:
-        check_failed(judged, 0.29)
+        check_failed(failed_B, reasons, 0.29)
     assert str(e.value) == ("3 of 10 images have no reward, a larger share than rl.max_failed=0.29: 2 x c: d; 1 x a: b")
 
 
