@@ -5,6 +5,7 @@ import json
 
 import jax
 import numpy as np
+import optax
 import pytest
 
 from blip3o_jax import config
@@ -183,13 +184,29 @@ def test_the_log_says_what_each_image_was_drawn_from(whole):
     assert first[:4] == [first[0]] * 4 and first[4:] == [first[4]] * 4 and first[0] != first[4]
 
 
-def test_the_reference_is_a_copy_of_what_is_trained_alone():
-    """And the optimizer has no state of anything frozen."""
-    cfg = method.resolved(runs.run_config("ar"))
-    plan = plan_state(cfg, tiny.strategy())
-    assert set(plan.abstract["params"]) == {"ar"}
-    trained = {leaf.shape for leaf in jax.tree.leaves(plan.abstract["params"])} | {()}
-    assert {leaf.shape for leaf in jax.tree.leaves(plan.abstract["opt"])} <= trained
+@pytest.mark.parametrize(("policy", "parts"), [("ar", {"ar"}), ("flow", {"dit"}), ("both", {"ar", "dit"})])
+def test_the_optimizer_has_no_state_of_anything_frozen(policy, parts):
+    """Both moments of it have the leaves of what is trained, and there is no other array."""
+    plan = plan_state(method.resolved(runs.run_config(policy)), tiny.strategy())
+    shapes = lambda tree: [(jax.tree_util.keystr(path), leaf.shape) for path, leaf in jax.tree.leaves_with_path(tree)]
+    trained, opt = plan.abstract["params"], plan.abstract["opt"]
+    assert set(trained) == parts
+    assert all(shapes(optax.tree.get(opt, name)) == shapes(trained) for name in ("mu", "nu"))
+    assert sum(leaf.ndim > 0 for leaf in jax.tree.leaves(opt)) == 2 * sum(leaf.ndim > 0 for leaf in jax.tree.leaves(trained))
+
+
+def test_the_reference_is_a_copy_of_what_is_trained_alone(tmp_path, monkeypatch):
+    """Of the AR, with the diffusion head and everything else left out."""
+    held = {}
+
+    def begin(self, setup, prompts, pool, reference, *unused):
+        held.update(reference=reference, frozen=setup.plan.abstract["frozen"])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Rollouts, "__init__", begin)
+    with pytest.raises(KeyboardInterrupt):
+        method.run(runs.run_config("ar"), tmp_path)
+    assert set(held["reference"]) == {"ar"} and {"dit", "vae", "tokenizer"} <= set(held["frozen"])
 
 
 def test_low_rank_factors_go_on_from_a_checkpoint(tmp_path, monkeypatch):
