@@ -518,7 +518,8 @@ class RewardConfig:
 
     def __post_init__(self) -> None:
         check(
-            math.isfinite(self.weight) and self.weight != 0, f"rl.rewards: weight={self.weight} of {self.name} must be finite"
+            math.isfinite(self.weight) and self.weight != 0,
+            f"rl.rewards: weight={self.weight} of {self.name} must be finite and not 0",
         )
         check(not self.clip or self.clip[0] < self.clip[1], f"rl.rewards: clip={self.clip} of {self.name} must be (low, high)")
 

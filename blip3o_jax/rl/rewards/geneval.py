@@ -75,8 +75,10 @@ class Geneval:
     max_objects: int = 16
 
     def check(self, prompt: str, metadata: Mapping[str, Any]) -> None:
-        del prompt
-        check_metadata(metadata, self.detector.classes, self.detector.colours)
+        try:
+            check_metadata(metadata, self.detector.classes, self.detector.colours)
+        except UserError as error:
+            raise UserError(f"{error} (prompt {prompt[:80]!r})") from None
 
     def __call__(self, images_BHWC: np.ndarray, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Scores:
         del prompts

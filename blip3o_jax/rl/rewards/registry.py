@@ -32,12 +32,19 @@ USER = "python:"
 
 
 def parsed(text: str) -> RewardConfig:
-    """A reward as a command line names it, its options after commas: "geneval,detector=transformers,path=DIR"."""
-    name, *options = text.split(",")
-    pairs = tuple(tuple(option.split("=", 1)) for option in options)
-    if wrong := [option for option, pair in zip(options, pairs, strict=True) if len(pair) != 2]:
-        raise ConfigError(f"reward {text!r}: {wrong[0]!r} is no option: write NAME,OPTION=VALUE,...")
-    return RewardConfig(name=name, options=pairs)
+    """A reward as a command line names it, its options after commas: "geneval,detector=transformers,path=DIR". A piece without
+    "=" goes on with the value before it: "http,urls=http://a:8000,http://b:8000"."""
+    name, *pieces = text.split(",")
+    pairs: list[tuple[str, str]] = []
+    for piece in pieces:
+        option, equals, value = piece.partition("=")
+        if equals:
+            pairs.append((option, value))
+        elif pairs:
+            pairs[-1] = (pairs[-1][0], f"{pairs[-1][1]},{piece}")
+        else:
+            raise ConfigError(f"reward {text!r}: {piece!r} is no option: write NAME,OPTION=VALUE,...")
+    return RewardConfig(name=name, options=tuple(pairs))
 
 
 def make(config: RewardConfig) -> Reward:
@@ -46,6 +53,7 @@ def make(config: RewardConfig) -> Reward:
     if config.name.startswith(USER):
         function = _user_function(config.name)
         _check_options(config.name, options, _parameters(function)[3:])
+        _check_call(config.name, function, options)
         return UserReward(config.name, functools.partial(function, **options))
     if config.name not in REWARDS:
         raise ConfigError(f"unknown reward {config.name!r}: {_nearest(config.name, [*REWARDS, USER + 'MODULE.FUNCTION'])}")
@@ -75,9 +83,19 @@ def _user_function(name: str) -> Callable[..., Any]:
         function = getattr(importlib.import_module(module), attribute, None)
     except ImportError as e:
         raise ConfigError(f"reward {name!r}: module {module} cannot be imported ({e}); is its folder in PYTHONPATH?") from e
+    except Exception as e:  # of the user's own code
+        line = " ".join(str(e).split())
+        raise ConfigError(f"reward {name!r}: module {module} fails when it is imported: {type(e).__name__}: {line}") from e
     if not callable(function):
         raise ConfigError(f"reward {name!r}: module {module} has no function {attribute}")
     return function
+
+
+def _check_call(name: str, function: Callable[..., Any], options: Mapping[str, str]) -> None:
+    try:
+        inspect.signature(function).bind([], [], [], **options)
+    except TypeError as e:
+        raise ConfigError(f"reward {name} cannot be called with (images, prompts, metadata): {e}") from e
 
 
 def _check_options(name: str, options: Mapping[str, str], parameters: Sequence[inspect.Parameter]) -> None:
@@ -92,7 +110,10 @@ def _check_options(name: str, options: Mapping[str, str], parameters: Sequence[i
 
 
 def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
-    return list(inspect.signature(function).parameters.values())
+    try:
+        return list(inspect.signature(function).parameters.values())
+    except ValueError as e:  # some that are written in C
+        raise ConfigError(f"reward: {e}; wrap it in a function of (images, prompts, metadata)") from e
 
 
 def _nearest(wrong: str, known: Sequence[str]) -> str:

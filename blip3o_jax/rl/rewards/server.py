@@ -32,7 +32,7 @@ from blip3o_jax.rl.rewards.reward import Scores
 from blip3o_jax.rl.rewards.server_metrics import Metrics
 from blip3o_jax.rl.rewards.wire import Refused
 
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
+LOOPBACK = ("127.0.0.1", "localhost")
 HEADERS = 1 << 17  # bytes before a body
 BODY_COPIES = 4  # of a body at the same time: as it came, as text, as JSON's values, as files
 SPARE = 32  # connections beside the waiting ones: /health, /metrics, and what is refused
@@ -94,8 +94,9 @@ class RewardServer:
     ):
         try:
             self._server = _Server((host, port), reward, token, limits)
-        except OSError as error:
-            raise UserError(f"serve-rewards: cannot listen on {host}:{port}: {error.strerror or error}") from error
+        except (OSError, OverflowError) as error:  # the latter of a port beyond 65535
+            why = getattr(error, "strerror", None) or error
+            raise UserError(f"serve-rewards: cannot listen on {host}:{port}: {why}") from error
         self.url = f"http://{host}:{self._server.server_address[1]}"
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.1}, daemon=True)
 

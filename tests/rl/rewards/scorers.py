@@ -61,6 +61,10 @@ def with_threshold(images_BHWC, prompts, metadata, threshold):
     return brightness(images_BHWC, prompts, metadata) > float(threshold)
 
 
+def of_images_alone(images_BHWC):
+    return brightness(images_BHWC, None, None)
+
+
 def light(images_BHWC, prompts, metadata):
     """1 where nothing heavy is imported and nothing makes threads."""
     del images_BHWC, prompts, metadata

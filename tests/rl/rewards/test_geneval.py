@@ -116,5 +116,5 @@ def test_options_are_judged(options, message):
 
 
 def test_a_class_that_the_detector_does_not_know_is_refused_when_it_is_loaded():
-    with pytest.raises(UserError, match="knows no class 'dog'"):
+    with pytest.raises(UserError, match=r"knows no class 'dog' \(prompt 'a dog'\)"):
         geneval.create().check("a dog", {"tag": "single_object", "include": [{"class": "dog", "count": 1}]})

@@ -37,6 +37,17 @@ def test_a_users_function_is_a_reward():
         (USER + "with_threshold", {}, "with_threshold needs its option threshold"),
         (USER + "brightness", {"scal": "1"}, "brightness has no option 'scal': did you mean scale?"),
         (USER + "brightness", {"prompts": "1"}, "brightness has no option 'prompts'"),
+        (
+            USER + "of_images_alone",
+            {},
+            "of_images_alone cannot be called with (images, prompts, metadata): too many positional",
+        ),
+        (
+            "python:tests.rl.rewards.fails_when_imported.score",
+            {},
+            "fails when it is imported: ZeroDivisionError: division by zero",
+        ),
+        ("python:builtins.max", {}, "no signature found for builtin"),
     ],
 )
 def test_mistakes_are_told_in_one_line(name, options, message):
@@ -50,5 +61,7 @@ def test_a_reward_of_the_command_line():
     assert registry.parsed("python:a.b.c,scale=2") == RewardConfig("python:a.b.c", options=(("scale", "2"),))
     path = "geneval,detector=transformers,path=/d=1"
     assert registry.parsed(path).options == (("detector", "transformers"), ("path", "/d=1"))
+    servers = "http,urls=http://a:8000,http://b:8000,batch=2"
+    assert registry.parsed(servers).options == (("urls", "http://a:8000,http://b:8000"), ("batch", "2"))
     with pytest.raises(ConfigError, match="'detector' is no option: write NAME,OPTION=VALUE"):
         registry.parsed("geneval,detector")

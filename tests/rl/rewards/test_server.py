@@ -331,5 +331,7 @@ def test_serve_refuses_what_cannot_work(red, monkeypatch):
         serve(red, batch=0)
     with pytest.raises(UserError, match="may take more than max_memory"):
         serve(red, max_body_mb=100, max_memory_mb=200)
+    with pytest.raises(UserError, match=r"cannot listen on 127.0.0.1:70000: .*port must be 0-65535"):
+        serve(red, port=70000)
     with RewardServer(red) as server, pytest.raises(UserError, match=r"cannot listen on 127.0.0.1:\d+"):
         serve(red, port=int(server.url.rsplit(":", 1)[1]))

@@ -1,0 +1,3 @@
+"""A reward whose module has a mistake. Not a test."""
+
+score = 1 / 0
