@@ -31,7 +31,7 @@ def add(commands: Any, command: Callable, add_hosts: Callable[[Any], None], run:
         "Takes JSON with PNG images on /score; /health and /metrics tell how it fares. A run reaches it by the reward http.",
         again="run the same command again to serve on",
     )
-    _add_reward(server)
+    _add_reward(server, "as in rl.rewards; repeat it for a sum", required=True)
     server.add_argument("--host", default="127.0.0.1", help="where it listens (%(default)s); others need a token")
     server.add_argument("--port", type=int, default=8000, help="(%(default)s)")
     server.add_argument("--token_env", default="", metavar="NAME", help="environment variable that holds the token")
@@ -48,22 +48,21 @@ def _add_rescore(others: Any, command: Callable, directory: Callable) -> None:
         "Of a run with rl.keep_images: by the same rewards or by others. Writes rescored.jsonl and prints both means.",
     )
     parser.add_argument("--run", type=directory, required=True, metavar="DIR", help="the working directory of the run")
-    _add_reward(parser)
+    _add_reward(parser, "in place of the run's own; repeat it for a sum", required=False)
     parser.add_argument("--out", type=Path, metavar="FILE", help="(rescored.jsonl in the run's directory)")
 
 
-def _add_reward(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--reward", action="append", required=True, metavar="NAME[,OPTION=VALUE]", help="as in rl.rewards; repeat it for a sum"
-    )
+def _add_reward(parser: argparse.ArgumentParser, help: str, *, required: bool) -> None:
+    parser.add_argument("--reward", action="append", default=[], required=required, metavar="NAME[,OPTION=VALUE]", help=help)
 
 
 def _rescore(args: argparse.Namespace) -> None:
-    from blip3o_jax.rl.rescore import print_table, rescore
+    from blip3o_jax.rl.rescore import print_table, rescore, rewards_of
     from blip3o_jax.rl.rewards.registry import parsed
 
     out = args.out or args.run / "rescored.jsonl"
-    print_table(rescore(args.run, tuple(parsed(text) for text in args.reward), out), out)
+    rewards = tuple(parsed(text) for text in args.reward) or rewards_of(args.run)
+    print_table(rescore(args.run, rewards, out), out)
 
 
 def _serve(args: argparse.Namespace) -> None:

@@ -3,6 +3,19 @@
 import pytest
 
 from blip3o_jax import cli
+from blip3o_jax.config import RewardConfig
+
+
+def test_images_are_judged_again_by_the_runs_own_rewards_or_by_those_named(monkeypatch, tmp_path):
+    seen = []
+    own = (RewardConfig("shapes", weight=0.5),)
+    monkeypatch.setattr("blip3o_jax.rl.rescore.rewards_of", lambda run: own)
+    monkeypatch.setattr("blip3o_jax.rl.rescore.rescore", lambda run, rewards, out: seen.append((rewards, out)))
+    monkeypatch.setattr("blip3o_jax.rl.rescore.print_table", lambda lines, out: None)
+    assert cli.main(["rl", "rescore", f"--run={tmp_path}"]) == 0
+    assert cli.main(["rl", "rescore", f"--run={tmp_path}", "--reward=shapes", "--reward=ocr", "--out=o"]) == 0
+    assert seen[0] == (own, tmp_path / "rescored.jsonl")
+    assert ([reward.name for reward in seen[1][0]], str(seen[1][1])) == (["shapes", "ocr"], "o")
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from rich.table import Table
 from blip3o_jax.config import RewardConfig, UserError
 from blip3o_jax.rl.log import image_hash, image_path
 from blip3o_jax.rl.rewards.pool import RewardPool
+from blip3o_jax.train.checkpoint import find, read_config
 from blip3o_jax.train.metrics import read_rows
 
 ROWS = 10  # stretches of a run in the table
@@ -33,17 +34,24 @@ def rescore(workdir: pathlib.Path, rewards: tuple[RewardConfig, ...], out: pathl
         raise UserError(f"{workdir} holds no rollouts.jsonl with lines: name the --workdir of a run of blip3o rl")
     _image(workdir, lines[0])
     done = []
-    with RewardPool(rewards, workers=workers) as pool, out.open("w", encoding="utf-8") as file:
+    with RewardPool(rewards, workers=workers) as pool:
         pool.check([(line["prompt"], line["metadata"]) for line in lines])
-        for group in _rollouts(lines):
-            images = np.stack([_image(workdir, line) for line in group])
-            found = pool.submit(images, [line["prompt"] for line in group], [line["metadata"] for line in group]).result()
-            for i, line in enumerate(group):
-                parts = {name: float(x[i]) for name, x in found.parts.items() if np.isfinite(x[i])}
-                total = None if found.failed_B[i] else float(found.total_B[i])
-                done.append(line | {"rescored": {"total": total, "parts": parts}})
-                file.write(json.dumps(done[-1]) + "\n")
+        with out.open("w", encoding="utf-8") as file:
+            for group in _rollouts(lines):
+                images = np.stack([_image(workdir, line) for line in group])
+                found = pool.submit(images, [line["prompt"] for line in group], [line["metadata"] for line in group]).result()
+                for i, line in enumerate(group):
+                    parts = {name: float(x[i]) for name, x in found.parts.items() if np.isfinite(x[i])}
+                    total = None if found.failed_B[i] else float(found.total_B[i])
+                    done.append(line | {"rescored": {"total": total, "parts": parts}})
+                    file.write(json.dumps(done[-1]) + "\n")
     return done
+
+
+def rewards_of(workdir: pathlib.Path) -> tuple[RewardConfig, ...]:
+    """The rewards, weights and clips among them, that a run was made with. UserError where it has no checkpoint."""
+    root, _ = find(workdir)
+    return read_config(root).rl.rewards
 
 
 def print_table(lines: list[dict[str, Any]], out: pathlib.Path) -> None:
