@@ -33,8 +33,10 @@ class RolloutLog:
         self._directory, self._seed, self._keep_images = directory, seed, keep_images
         kept = [line for line in read_rows(self.path) if line["rollout"] < start]
         directory.mkdir(parents=True, exist_ok=True)
-        self._file = self.path.open("w", encoding="utf-8")
-        self._file.writelines(json.dumps(line) + "\n" for line in kept)
+        whole = self.path.with_suffix(".part")  # a kill while it is written leaves the old file
+        whole.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        whole.replace(self.path)
+        self._file = self.path.open("a", encoding="utf-8")
 
     def write(
         self, rollout: int, rows: Sequence[int], first: int, prompts: Sequence[Prompt], images: np.ndarray, verdicts: Verdicts

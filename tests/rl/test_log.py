@@ -1,6 +1,9 @@
 """Lines of rollouts, and the picture of the best and worst."""
 
+import pathlib
+
 import numpy as np
+import pytest
 
 from blip3o_jax.data.prompts import Prompt
 from blip3o_jax.rl.judged import Verdicts
@@ -33,6 +36,21 @@ def test_lines_and_where_a_run_goes_on(tmp_path):
     write(again, 2)
     again.close()
     assert read_rows(tmp_path / "rollouts.jsonl") == lines
+
+
+def test_a_kill_while_the_log_is_opened_loses_no_line(tmp_path, monkeypatch):
+    log = RolloutLog(tmp_path, 0, 0, seed=7)
+    write(log, 0)
+    log.close()
+    before = read_rows(log.path)
+
+    def killed(*unused):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pathlib.Path, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        RolloutLog(tmp_path, 0, 1, seed=7)
+    assert read_rows(log.path) == before
 
 
 def test_each_host_has_a_file_of_its_own(tmp_path):
