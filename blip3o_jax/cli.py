@@ -201,7 +201,7 @@ def _add_evaluate(commands: Any) -> None:
     parser.add_argument("--prompts_file", type=Path, metavar="FILE", help="for a reward: as rl.prompts_file")
     parser.add_argument("--images_per_prompt", type=_positive, default=1, metavar="N", help="for a reward (%(default)s)")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where scores and images are written")
-    parser.add_argument("--num_prompts", type=_positive, default=300, metavar="N", help="held-out prompts (%(default)s)")
+    parser.add_argument("--num_prompts", type=_positive, metavar="N", help="the first of them (shapes: 300; of a file all)")
     parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
     parser.add_argument("--batch_size", type=_positive, metavar="N", help="prompts drawn at once (the checkpoint's config)")
 

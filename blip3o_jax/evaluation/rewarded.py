@@ -13,7 +13,7 @@ import numpy as np
 from blip3o_jax.config import RewardConfig, UserError
 from blip3o_jax.data.prompts import read_prompts
 from blip3o_jax.evaluation.judged import Judged, Prompt, tally
-from blip3o_jax.rl.rewards.pool import RewardPool
+from blip3o_jax.rl.rewards.pool import REASONS_SHOWN, RewardPool
 
 CORRECT = 0.5
 VERDICTS = ("correct", "exact")
@@ -27,8 +27,8 @@ class Rewarded:
     prompts_file: pathlib.Path
     images_per_prompt: int = 1
 
-    def prompts(self, count: int, seed: int = 0) -> list[Prompt]:
-        """The file's first `count`, or all; UserError for those that the reward cannot judge, before anything is drawn."""
+    def prompts(self, count: int | None, seed: int = 0) -> list[Prompt]:
+        """The file's first `count`, or all (None); UserError for one that the reward cannot judge, before anything is drawn."""
         del seed  # the file's order is the benchmark's
         found = read_prompts(self.prompts_file)[:count]
         with RewardPool((self.reward,), workers=1) as pool:
@@ -43,7 +43,8 @@ class Rewarded:
         with RewardPool((self.reward,)) as pool:
             found = pool.submit(images_BHWC, [p["caption"] for p in asked], [p["metadata"] for p in asked]).result()
         if found.failed_B.all():
-            raise UserError(f"none of {len(asked)} images could be judged: {'; '.join(found.reasons)}")
+            reasons = "; ".join(list(found.reasons)[:REASONS_SHOWN])
+            raise UserError(f"none of {len(asked)} images could be judged: {reasons}")
         parts = {name.rpartition("/")[2]: part_B for name, part_B in found.parts.items() if "/" in name}
         named = next((parts[name] for name in VERDICTS if name in parts), found.total_B)
         correct_B = ~found.failed_B & (named >= CORRECT)

@@ -21,7 +21,9 @@ from blip3o_jax.train.checkpoint import write_json
 class Suite(Protocol):
     """Prompts, and a judge of uint8 images [B, H, W, 3] that are in their order."""
 
-    def prompts(self, count: int, seed: int) -> list[Prompt]: ...
+    def prompts(self, count: int | None, seed: int) -> list[Prompt]:
+        """`count` of them; None: as many as the suite has or commonly takes."""
+        ...
 
     def judge(self, images_BHWC: np.ndarray, asked: Sequence[Prompt]) -> Judged: ...
 
@@ -34,11 +36,13 @@ def find_suite(name: str, prompts_file: str | pathlib.Path | None = None, images
     """ "shapes", which has prompts of its own, or a reward with its options, "ocr,scoring=reference", for those of a file."""
     reward = name.partition(",")[0]
     if name == "shapes" and prompts_file is None:
+        if images_per_prompt != 1:
+            raise UserError(f"suite shapes draws one image a prompt, not {images_per_prompt}: take more --num_prompts")
         return shapes
     if not reward.startswith("python:"):
         check_choice("suite", reward, tuple(dict.fromkeys(("shapes", *REWARDS))))
     if prompts_file is None:
-        raise UserError(f"suite {reward} has no prompts of its own: name a file of them (--prompts_file)")
+        raise UserError(f"suite {name} judges the prompts of a file: name one (--prompts_file)")
     return Rewarded(parsed(name), pathlib.Path(prompts_file), images_per_prompt)
 
 
@@ -63,7 +67,7 @@ def evaluate(
     suite: str,
     out: str | pathlib.Path,
     *,
-    num_prompts: int,
+    num_prompts: int | None,
     seed: int,
     prompts_file: str | pathlib.Path | None = None,
     images_per_prompt: int = 1,
@@ -81,7 +85,7 @@ def evaluate(
 
 
 def evaluate_pipeline(
-    pipeline: pipelines.Pipeline, suite: Suite = shapes, *, num_prompts: int, seed: int = 0, **sampling: Any
+    pipeline: pipelines.Pipeline, suite: Suite = shapes, *, num_prompts: int | None, seed: int = 0, **sampling: Any
 ) -> Evaluation:
     """As `evaluate`, for a pipeline already in memory; writes nothing. `sampling` are fields of SamplingConfig."""
     asked = suite.prompts(num_prompts, seed)

@@ -9,10 +9,12 @@ from blip3o_jax.data import shapes
 from blip3o_jax.data.shapes import render, sample, score
 from blip3o_jax.evaluation.judged import Judged, Prompt, tally
 
+COUNT = 300  # prompts, where none is named
 
-def prompts(count: int, seed: int = 0) -> list[Prompt]:
-    """`count` held-out prompts, the categories in turn: {"caption", "category", ...}."""
-    return shapes.prompts("test", count, seed)
+
+def prompts(count: int | None, seed: int = 0) -> list[Prompt]:
+    """`count` held-out prompts (None: COUNT), the categories in turn: {"caption", "category", ...}."""
+    return shapes.prompts("test", count or COUNT, seed)
 
 
 def judge(images_BHWC: np.ndarray, asked: Sequence[Prompt]) -> Judged:

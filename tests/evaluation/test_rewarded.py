@@ -38,6 +38,7 @@ def test_the_shapes_reward_says_what_the_shapes_suite_says(tmp_path):
 def test_every_prompt_has_as_many_images_as_asked_for(tmp_path):
     file = written(tmp_path, [{"prompt": "a"}, {"prompt": "b", "tag": "counting"}, {"prompt": "c"}])
     suite = find_suite("python:tests.evaluation.test_rewarded.brightness", file, 2)
+    assert len(suite.prompts(None, 0)) == 6, "the whole file"
     prompts = suite.prompts(2, 0)
     assert [(p["caption"], p["category"]) for p in prompts] == [("a", "all")] * 2 + [("b", "counting")] * 2
     images = np.stack([np.full((8, 8, 3), value, np.uint8) for value in (255, 0, 255, 255)])

@@ -60,7 +60,7 @@ def test_files(tmp_path, monkeypatch, capsys):
     ("suite", "prompts_file", "message"),
     [
         ("gen_eval", None, "suite='gen_eval' is not one of shapes, ocr, geneval"),
-        ("geneval,detector=shapes", None, "suite geneval has no prompts of its own: name a file"),
+        ("geneval,detector=shapes", None, "suite geneval,detector=shapes judges the prompts of a file: name one"),
         ("ocr,scoring", "prompts.txt", "'scoring' is no option: write NAME,OPTION=VALUE"),
     ],
 )
@@ -68,3 +68,9 @@ def test_an_unknown_suite_is_refused_before_anything_is_loaded(tmp_path, suite, 
     with pytest.raises(UserError, match=message):
         runner.evaluate(tmp_path / "nowhere", suite, tmp_path / "out", num_prompts=1, seed=0, prompts_file=prompts_file)
     assert not (tmp_path / "out").exists()
+
+
+def test_shapes_has_one_image_a_prompt_and_a_number_of_prompts_of_its_own():
+    with pytest.raises(UserError, match="suite shapes draws one image a prompt, not 4"):
+        runner.find_suite("shapes", None, 4)
+    assert len(shapes.prompts(None)) == shapes.COUNT
