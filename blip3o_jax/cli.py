@@ -326,9 +326,10 @@ def _demo(args: argparse.Namespace) -> None:
 
 
 def _default_workdir(config: str) -> Path:
-    """runs/pretrain-1.7b for configs/pretrain.py:1.7b, runs/finetune-mine for configs/finetune.py:checkpoints/mine."""
+    """runs/pretrain-1.7b for configs/pretrain.py:1.7b, runs/finetune-mine for configs/finetune.py:checkpoints/mine,
+    runs/rl-ocr-mine for configs/rl.py:ocr:checkpoints/mine."""
     path, _, argument = config.partition(".py:")
-    names = (Path(path).name.removesuffix(".py"), Path(argument.replace(":", "-")).name)
+    names = (Path(path).name.removesuffix(".py"), *(Path(piece).name for piece in argument.split(":")))
     return Path("runs") / "-".join(name for name in names if name)
 
 

@@ -34,6 +34,7 @@ RECIPES = {
 def get_config(argument: str) -> config.Config:
     recipe, _, path = argument.partition(":")
     config.check_choice("recipe", recipe, (*RECIPES, "shapes", "words"))
+    config.check(bool(path), f"configs/rl.py:{recipe} names no checkpoint to start from: configs/rl.py:{recipe}:CHECKPOINT")
     if recipe in ("shapes", "words"):
         demo = reinforcement(path, "")
         return demo if recipe == "shapes" else words(demo)

@@ -130,8 +130,10 @@ def test_train_passes_the_overridden_config(tmp_path, stub):
 def test_a_run_is_named_after_its_config(tmp_path, stub):
     calls = stub("train.recipe", "run")
     (tmp_path / "c.py").write_text("from blip3o_jax.config import Config\n\ndef get_config(x=''):\n    return Config()\n")
-    assert cli.main(["train", f"--config={tmp_path}/c.py"]) == cli.main(["train", f"--config={tmp_path}/c.py:1.7b"]) == 0
-    assert [str(args[1]) for args, _ in calls] == ["runs/c", "runs/c-1.7b"]
+    for argument in ("", ":1.7b", ":some/where", ":ocr:some/where", ":geneval:some/where"):
+        assert cli.main(["train", f"--config={tmp_path}/c.py{argument}"]) == 0
+    names = ["c", "c-1.7b", "c-where", "c-ocr-where", "c-geneval-where"]
+    assert [str(args[1]) for args, _ in calls] == [f"runs/{name}" for name in names]
 
 
 def test_sample_passes_only_the_settings_given(tmp_path, stub):

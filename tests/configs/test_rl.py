@@ -66,5 +66,8 @@ def test_no_such_recipe():
 
 
 def test_no_checkpoint(tmp_path):
+    for argument in ("ocr", "shapes:"):
+        with pytest.raises(ConfigError, match=r"names no checkpoint to start from: configs/rl.py:\w+:CHECKPOINT"):
+            config_file.load(f"{FILE}:{argument}")
     with pytest.raises(UserError, match="is not a checkpoint"):
         config_file.load(f"{FILE}:ocr:{tmp_path}")
