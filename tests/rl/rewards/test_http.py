@@ -5,15 +5,20 @@ import contextlib
 import http.server
 import json
 import os
+import pathlib
 import socket
+import subprocess
+import sys
 import threading
+import urllib.request
 
 import numpy as np
 import pytest
 
-from blip3o_jax.config import UserError
+from blip3o_jax.config import RewardConfig, UserError
 from blip3o_jax.rl.rewards import http as http_reward
 from blip3o_jax.rl.rewards.http import HttpReward, Unreachable
+from blip3o_jax.rl.rewards.pool import RewardPool
 from blip3o_jax.rl.rewards.reward import Reward, Scores
 from blip3o_jax.rl.rewards.server import Limits, RewardServer
 
@@ -262,3 +267,46 @@ def test_options_are_judged(options, message):
     assert "NO_TOKEN_HERE" not in os.environ
     with pytest.raises(UserError, match=message):
         http_reward.create(**options)
+
+
+ROOT = pathlib.Path(__file__).parents[3]
+
+
+@contextlib.contextmanager
+def served(count: int):
+    """[(process, url), ...] of reward servers as they are run."""
+    command = [sys.executable, "-m", "blip3o_jax", "rl", "serve-rewards", "--port=0"]
+    command.append("--reward=python:tests.rl.rewards.scorers.brightness")
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    processes = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(count)]
+    try:
+        yield [(process, process.stdout.readline().split()[-1]) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+
+
+def scored_by(url: str) -> int:
+    """Images that a server has scored, by its own count."""
+    with urllib.request.urlopen(url + "/metrics", timeout=20) as answer:
+        lines = dict(line.rsplit(" ", 1) for line in answer.read().decode().splitlines() if not line.startswith("#"))
+    return int(lines["blip3o_reward_images_total"])
+
+
+@pytest.mark.slow
+def test_servers_share_a_pools_images_and_one_that_is_killed_is_done_without():
+    """Real processes on both sides."""
+    with served(3) as servers:
+        urls = [url for _, url in servers]
+        reward = RewardConfig("http", options=(("urls", ",".join(urls)), ("batch", "1"), ("timeout", "10")))
+        with RewardPool((reward,), workers=2) as pool:
+            for round_ in range(3):
+                judged = pool.submit(images(24), ["a"] * 24, [{}] * 24).result()
+                assert judged.reasons == {}
+                np.testing.assert_allclose(judged.total_B, np.arange(24) / 255, rtol=1e-6)
+                if round_ == 0:
+                    assert min(map(scored_by, urls)) >= 4 and sum(map(scored_by, urls)) == 24
+                    servers[0][0].kill()
+                    servers[0][0].wait()
+        assert min(map(scored_by, urls[1:])) >= 12 and sum(map(scored_by, urls[1:])) >= 48
