@@ -1,0 +1,65 @@
+"""The demo's report draws what its stages write."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from blip3o_jax.config import RewardConfig, RlConfig
+from blip3o_jax.data.prompts import Prompt
+from blip3o_jax.demo.recipe import recipe, reinforcement
+from blip3o_jax.demo.run import CURVES, NOTES
+from blip3o_jax.evaluation import shapes
+from blip3o_jax.rl import judged
+from blip3o_jax.rl.judged import Verdicts
+from blip3o_jax.rl.loss import make_loss as make_rl_loss
+from blip3o_jax.rl.rewards.weighted import WeightedRewards
+from blip3o_jax.train.stages import make_loss
+from blip3o_jax.train.state import plan_state
+from blip3o_jax.train.step import make_step
+from tests import tiny
+
+STAGES = tuple(recipe("data", "cache"))
+
+
+def names(cfg, loss, batch) -> set[str]:
+    """Of the metrics of a step, which is only traced."""
+    plan = plan_state(cfg, tiny.strategy())
+    _, metrics = jax.eval_shape(make_step(cfg, plan, tiny.strategy(), loss), plan.abstract, batch)
+    return set(metrics)
+
+
+def test_every_stage_has_curves_and_a_note():
+    assert set(CURVES) == set(NOTES) == {*STAGES, "rl"}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_curves_of_a_stage_are_metrics_of_its_step(stage):
+    cfg, image_first, batch = tiny.prepared(stage)
+    assert set(CURVES[stage]) <= names(cfg, make_loss(cfg, image_first), batch)
+
+
+def test_curves_of_reinforcement_learning_are_metrics_of_its_rewards_and_step():
+    cfg, image_first, _ = tiny.prepared("joint")
+    ids, N = (image_first, image_first + cfg.model.tokenizer.codebook_size), cfg.model.tokenizer.num_tokens
+    rewards = (RewardConfig(name="shapes"),)
+    cfg = dataclasses.replace(cfg, trainable=("ar/.*",), rl=RlConfig(prompts=4, group=2, rewards=rewards))
+    record = {"tokens": np.ones((8, 6), np.int32), "lengths": np.full(8, 5, np.int32)}
+    record |= {"image_ids": np.full((8, N), image_first, np.int32)}
+    record |= {name: np.zeros((8, N), np.float32) for name in ("logprobs", "reference_logprobs")}
+    record |= {name: np.ones(8, np.float32) for name in ("advantage", "kept", "kept_share")}
+    found = names(cfg, make_rl_loss(cfg, ids, 1), record | {"bad_records": np.zeros(8, np.int32)})
+
+    asked = shapes.prompts(2)
+    outcome = WeightedRewards(rewards)(shapes.real_images(2, 64), [p["caption"] for p in asked], asked)
+    verdicts = Verdicts(outcome.total_B, np.zeros(2, bool), outcome.parts)
+    prompts = [Prompt(asked[0]["caption"], asked[0], asked[0]["category"])]
+    found |= set(judged.reward_metrics(verdicts, judged.advantages(verdicts, RlConfig(group=2)), prompts, 2))
+    assert set(CURVES["rl"]) <= found
+
+
+def test_the_demo_trains_with_the_reward_that_its_curves_are_of(monkeypatch):
+    monkeypatch.setattr("blip3o_jax.demo.recipe.continued", lambda path, trained: tiny.run_config())
+    (reward,) = reinforcement("", "").rl.rewards
+    assert f"reward/part/{reward.name}/correct" in CURVES["rl"]
