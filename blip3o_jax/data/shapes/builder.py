@@ -112,10 +112,10 @@ def prepare(
     directory = pathlib.Path(builder.data_path)
     total = num_train + num_validation + num_test
     if (directory / PROMPTS.format(split="test")).is_file():
-        _say(f"{total} scenes are in {directory} already")
+        say(f"{total} scenes are in {directory} already")
         _write_prompts(directory, "train", num_train, seed)  # which earlier versions of this module did not write
         return directory
-    _say(f"drawing {total} scenes of {image_size} x {image_size} pixels")
+    say(f"drawing {total} scenes of {image_size} x {image_size} pixels")
     start = time.perf_counter()
     # TFDS wants a directory for downloads, though there are none.
     with _quiet(), tempfile.TemporaryDirectory() as downloads:
@@ -124,11 +124,11 @@ def prepare(
     _write_prompts(directory, "train", num_train, seed)
     _write_prompts(directory, "test", num_test, seed)  # last: where this file is, the data set is complete
     seconds = time.perf_counter() - start
-    _say(f"wrote {directory} in {seconds:.1f} s ({total / seconds:.0f} scenes/s)")
+    say(f"wrote {directory} in {seconds:.1f} s ({total / seconds:.0f} scenes/s)")
     return directory
 
 
-def _say(line: str) -> None:
+def say(line: str) -> None:
     print(f"shapes: {line}", file=sys.stderr, flush=True)
 
 

@@ -1,0 +1,29 @@
+"""Names of the places where an object can stand: "top left", "centre", "bottom"."""
+
+from blip3o_jax.data.shapes.scene import SPOTS, Thing
+
+_COLUMNS, _ROWS = ("left", "centre", "right"), ("top", "centre", "bottom")
+
+
+def name(x: float, y: float) -> str:
+    """Of the third of the image, each way, that the point (shares of the side) lies in."""
+    column, row = (names[min(int(share * 3), 2)] for names, share in ((_COLUMNS, x), (_ROWS, y)))
+    if "centre" in (column, row):
+        return column if row == "centre" else row
+    return f"{row} {column}"
+
+
+def named(size: str) -> dict[str, tuple[float, float]]:
+    """Place -> centre, of all that an object of this size can have; a large one stands between the middles of the thirds."""
+    spots = SPOTS[size]
+    return {_name_of(size, x, y): (x, y) for y in spots for x in spots}
+
+
+def of(thing: Thing) -> str:
+    return _name_of(thing.size, thing.x, thing.y)
+
+
+def _name_of(size: str | None, x: float, y: float) -> str:
+    if size == "large":  # two spots each way, at a third and two thirds
+        return f"{'top' if y < 0.5 else 'bottom'} {'left' if x < 0.5 else 'right'}"
+    return name(x, y)
