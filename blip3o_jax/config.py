@@ -209,11 +209,24 @@ class ConnectorConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EditingConfig:
-    """Connectors of published editing checkpoints that the model has beside the one above, with its layers and settings.
-    They are kept in training and converted, and not yet read by the loss or in sampling."""
+    """Images in: how reference images reach the model (BLIP3o-NEXT, arXiv 2510.15857, section 4). With `references` 0 rows are
+    text to image alone, and connectors that are there are kept and converted, but not read."""
 
-    latents: bool = False  # `latent_connector`: the reference image's latents to condition tokens
-    features: bool = False  # `feature_connector`: its SigLIP2 features to embeddings in the row
+    references: int = 0  # places for reference images in every row, taken or not
+    # What stands for an image in the user's turn: its tokens, or with `features` its SigLIP2 features through
+    # `feature_connector`.
+    features: bool = False
+    # Conditioning routes of the diffusion head, each by itself or both: latents through `latent_connector` after the condition
+    # tokens, and latents beside the noisy ones along the width.
+    latents: bool = False
+    beside: bool = False
+    # The latents beside the noise stand in the null condition as well, as published. False drops them there, for
+    # `sampling.reference_guidance`.
+    null_beside: bool = True
+
+    def __post_init__(self) -> None:
+        check(self.references >= 0, f"model.editing.references={self.references} must be 0 or more")
+        check(not self.beside or self.references > 0, "model.editing.beside=True needs model.editing.references of 1 or more")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -316,10 +329,15 @@ class TextConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TemplateConfig:
-    """The chat template. `{caption}` stands in `generate`; an empty `system` leaves the system turn out."""
+    """The chat template: what the user says for each task. `<image>` stands where the reference images are shown; an empty
+    `system` leaves the system turn out."""
 
     system: str = "You are a helpful assistant."
     generate: str = "Please generate image based on the following caption: {caption}"
+    edit: str = "Please edit this image according to the following instruction: {instruction}.\n<image>"
+    edit_several: str = "Please edit these {count} images according to the following instruction: {instruction}.\n<image>"
+    reconstruct: str = "<image>\nPlease reconstruct the given image."
+    understand: str = "<image>\n{question}"
     # The reference also trains on the prompt's own tokens; kept as an option for comparison.
     supervise_prompt: bool = False
 
@@ -338,8 +356,14 @@ class ModelConfig:
     vae: DcAeConfig = DcAeConfig()
     # Side of the square target image in pixels; the latent grid is image_size / vae.spatial_compression.
     image_size: int = 1024
+    # (height, width) in pixels of the images that are drawn and shown, each cut to the nearest shape; the square alone where
+    # there are none.
+    buckets: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
+        for bucket in self.buckets:
+            self.check_size(tuple(bucket), "model.buckets")
+        check(len(set(self.buckets)) == len(self.buckets), f"model.buckets={self.buckets} names a size twice")
         check(
             self.image_size % self.vae.spatial_compression == 0,
             f"model.image_size={self.image_size} must be a multiple of the autoencoder's {self.vae.spatial_compression}",
@@ -353,20 +377,40 @@ class ModelConfig:
     def latent_size(self) -> int:
         return self.image_size // self.vae.spatial_compression
 
+    @property
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        """(height, width) of every image."""
+        return self.buckets or ((self.image_size, self.image_size),)
+
+    def nearest_size(self, height: int, width: int) -> tuple[int, int]:
+        """The one of `sizes` whose shape is nearest to an image's, by the ratio of their ratios."""
+        return min(self.sizes, key=lambda size: abs(math.log(size[0] * width / (size[1] * height))))
+
+    def check_size(self, size: tuple[int, int], name: str) -> None:
+        """ConfigError unless latents and patches cut it evenly."""
+        unit = self.vae.spatial_compression * self.dit.patch_size
+        fits = len(size) == 2 and all(side > 0 and side % unit == 0 for side in size)
+        check(
+            fits, f"{name}={size} must be (height, width), both multiples of {unit}: the autoencoder's factor times the patch"
+        )
+
 
 @dataclasses.dataclass(frozen=True)
 class SourceConfig:
     """One data set. `format`: tfds (ArrayRecord directory), webdataset (tar file, glob or directory), parquet, folder
-    (images + captions.jsonl), or auto (told from the path)."""
+    (images + captions.jsonl), or auto (told from the path). `task` "reconstruct" has captioned images shown, and drawn again
+    from their tokens; otherwise a record says what it is for."""
 
     path: str = ""
     format: str = "auto"
     weight: float = 1.0
     split: str = "train"
+    task: str = ""
 
     def __post_init__(self) -> None:
         check_choice("data.sources.format", self.format, ("auto", "tfds", "webdataset", "parquet", "folder"))
         check(self.weight > 0, f"data.sources.weight={self.weight} must be positive")
+        check_choice("data.sources.task", self.task, ("", "reconstruct"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -378,6 +422,7 @@ class DataConfig:
     sources: tuple[SourceConfig, ...] = ()
     batch_size: int = 512  # global, in examples
     max_length: int = 1152  # tokens of one row, prompt and image together
+    pack: int = 1  # examples that share a row, one after the other: short ones leave room for long ones
     crop: str = "shared"  # "shared": one centre crop for tokenizer and autoencoder; "reference": tokenizer squashed
     workers: int = 8  # decoding processes per host; 0 decodes in threads of the training process
     prefetch: int = 2  # batches each worker keeps ready
@@ -388,6 +433,10 @@ class DataConfig:
     def __post_init__(self) -> None:
         check_choice("data.crop", self.crop, ("shared", "reference"))
         check(self.batch_size > 0, f"data.batch_size={self.batch_size} must be positive")
+        check(
+            self.pack > 0 and self.batch_size % self.pack == 0,
+            f"data.batch_size={self.batch_size} must be a multiple of data.pack={self.pack}, a positive number",
+        )
         check(self.workers >= 0, f"data.workers={self.workers} must be 0 or more")
 
     @property
@@ -430,6 +479,8 @@ class LossConfig:
     # Share of rows whose image tokens see no caption, for `sampling.token_guidance`. Where it equals condition_dropout these
     # are the same rows.
     caption_dropout: float = 0.0
+    # Share of rows whose hidden states are zeroed while their references stay, for `sampling.reference_guidance`.
+    instruction_dropout: float = 0.0
     flow_draws: int = 1  # noises and noise levels drawn for each example: more of them for one pass of the AR
     # "exact" takes the hidden states of <S0>, I_1 .. I_n; "last" the reference's last n + 1 positions of the row.
     condition_span: str = "exact"
@@ -445,6 +496,11 @@ class LossConfig:
     code_entropy: float = 0.1  # tokenizer: weight of the usage-entropy term that keeps codes alive
 
     def __post_init__(self) -> None:
+        check(
+            0 <= self.instruction_dropout <= 1 - min(1, self.condition_dropout),
+            f"loss.instruction_dropout={self.instruction_dropout} is a share of the rows beside "
+            f"loss.condition_dropout={self.condition_dropout}: 0 to 1 together",
+        )
         check(self.flow_draws > 0, f"loss.flow_draws={self.flow_draws} must be positive")
         check_choice("loss.condition_span", self.condition_span, ("exact", "last"))
 
@@ -488,6 +544,9 @@ class SamplingConfig:
     top_p: float = 0.95  # probability mass kept at each position; 1 keeps all
     steps: int = 30  # Euler steps of the diffusion head
     guidance: float = 2.0  # classifier-free, of the velocity; 1 leaves the unconditional branch out
+    # Towards the reference images: v = v_null + g_r (v_references - v_null) + g (v - v_references); 0 has the guidance above
+    # for both. A model learns the branch of the references alone by loss.instruction_dropout.
+    reference_guidance: float = 0.0
     # Classifier-free guidance of the image tokens; 1 leaves the branch without a caption out, which only means something to
     # a model trained with loss.caption_dropout.
     token_guidance: float = 1.0
@@ -500,9 +559,9 @@ class SamplingConfig:
         check(self.top_k >= 0, f"sampling.top_k={self.top_k} must be 0 (off) or more")
         check(0 < self.top_p <= 1, f"sampling.top_p={self.top_p} must lie in (0, 1]; 1 switches it off")
         check(self.steps > 0, f"sampling.steps={self.steps} must be positive")
-        for name in ("guidance", "token_guidance"):
+        for name, off in (("guidance", 1), ("token_guidance", 1), ("reference_guidance", 0)):
             value = getattr(self, name)
-            check(math.isfinite(value), f"sampling.{name}={value} must be a finite number; 1 switches it off")
+            check(math.isfinite(value), f"sampling.{name}={value} must be a finite number; {off} switches it off")
         check(self.batch_size > 0, f"sampling.batch_size={self.batch_size} must be positive")
 
 
@@ -637,6 +696,10 @@ class Config:
         for name in ("condition_dropout", "caption_dropout"):
             share = getattr(self.loss, name)
             check(0 <= share <= 1, f"loss.{name}={share} is a share of the rows: it must lie between 0 and 1")
+        check(
+            self.data.pack == 1 or (self.stage == "joint" and self.loss.condition_span == "exact"),
+            f"data.pack={self.data.pack} is for stage 'joint' with loss.condition_span='exact': 1 has a row for each example",
+        )
         check(
             not (self.loss.caption_dropout and self.model.template.supervise_prompt),
             "loss.caption_dropout hides prompts that model.template.supervise_prompt trains on: turn one of them off",

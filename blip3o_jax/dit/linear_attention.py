@@ -14,8 +14,11 @@ from blip3o_jax import nn
 from blip3o_jax.config import SanaConfig
 
 
-def relu_linear_attention(q_BNHK: jax.Array, k_BNHK: jax.Array, v_BNHK: jax.Array, *, eps: float = 1e-15) -> jax.Array:
-    """The second form above -> [B, N, H, K] in the dtype of `v`; diffusers' `SanaLinearAttnProcessor2_0`.
+def relu_linear_attention(
+    q_BNHK: jax.Array, k_BNHK: jax.Array, v_BNHK: jax.Array, mask_BN: jax.Array | None = None, *, eps: float = 1e-15
+) -> jax.Array:
+    """The second form above -> [B, N, H, K] in the dtype of `v`; diffusers' `SanaLinearAttnProcessor2_0`. Of the tokens m only
+    those that `mask_BN` has set count; all where it is None.
 
     diffusers appends a row of ones to v so that one product gives numerator and denominator; summing k beside it is the
     same without copying v, and keeps the head size a power of two.
@@ -24,6 +27,8 @@ def relu_linear_attention(q_BNHK: jax.Array, k_BNHK: jax.Array, v_BNHK: jax.Arra
     # to bfloat16 unless told not to; at K x K a head, exact products cost next to nothing beside the projections.
     exact, f32 = jax.lax.Precision.HIGHEST, jnp.float32
     q_BNHK, k_BNHK = jax.nn.relu(q_BNHK).astype(f32), jax.nn.relu(k_BNHK).astype(f32)
+    if mask_BN is not None:
+        k_BNHK = jnp.where(mask_BN[..., None, None], k_BNHK, 0)
     state_BHKV = jnp.einsum("BNHK,BNHV->BHKV", k_BNHK, v_BNHK.astype(f32), precision=exact)
     numerator_BNHV = jnp.einsum("BNHK,BHKV->BNHV", q_BNHK, state_BHKV, precision=exact)
     denominator_BNH = jnp.einsum("BNHK,BHK->BNH", q_BNHK, jnp.sum(k_BNHK, axis=1), precision=exact)
@@ -43,12 +48,12 @@ class LinearAttention(nnx.Module):
         self.q_norm = across_heads_norm(cfg, rngs)
         self.k_norm = across_heads_norm(cfg, rngs)
 
-    def __call__(self, x_BND: jax.Array) -> jax.Array:
+    def __call__(self, x_BND: jax.Array, mask_BN: jax.Array | None = None) -> jax.Array:
         q_BNHK, k_BNHK, v_BNHK = (
             nn.constrain(y.reshape(*y.shape[:2], -1, self.head_dim), "batch", "latent_tokens", "act_heads", None)
             for y in (normalised(self.q_norm, self.q(x_BND)), normalised(self.k_norm, self.k(x_BND)), self.v(x_BND))
         )
-        return self.o(relu_linear_attention(q_BNHK, k_BNHK, v_BNHK).reshape(x_BND.shape))
+        return self.o(relu_linear_attention(q_BNHK, k_BNHK, v_BNHK, mask_BN).reshape(x_BND.shape))
 
 
 def across_heads_norm(cfg: SanaConfig, rngs: nnx.Rngs) -> nn.RMSNorm | None:

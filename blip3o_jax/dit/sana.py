@@ -5,8 +5,12 @@ latents or the timestep, so that a sampler computes them once; `velocity` is the
 embedding: the zero padding of the depthwise convolutions tells them where they are, which takes long to learn from nothing.
 With `interpolation_scale` they carry sine-cosine positions. Any H x W will do either way.
 
-B batch, H W latent height and width, C channels, P patch side, N = H W / P^2 latent tokens, T condition tokens, D width,
-A attention heads, K head size, F width of the feed-forward, Y layers (stacked).
+Latents of reference images can stand to the right of the noisy ones (`Beside`; BLIP3o-NEXT, arXiv 2510.15857, "noise-space
+injection"). The network then runs on the wider map, and only the velocity of the noisy part is returned. A place without a
+reference is as if the map ended before it: no token attends to it, and convolutions see zeros there.
+
+B batch, H W latent height and width, R places for references, C channels, P patch side, N = H W (1 + R) / P^2 latent tokens,
+T condition tokens, D width, A attention heads, K head size, F width of the feed-forward, Y layers (stacked).
 """
 
 from typing import NamedTuple
@@ -34,6 +38,21 @@ class Context(NamedTuple):
     k_YBTAK: jax.Array
     v_YBTAK: jax.Array
     mask_BT: jax.Array | None  # True where there is a token; None: everywhere
+
+
+class Beside(NamedTuple):
+    """Latents of reference images, of the size of the noisy ones."""
+
+    z_BRHWC: jax.Array
+    mask_BR: jax.Array  # True where there is one; those of a row come first
+
+
+class Condition(NamedTuple):
+    """What a velocity is conditioned on: tokens for cross-attention, and reference latents beside the noisy ones."""
+
+    tokens_BTC: jax.Array
+    mask_BT: jax.Array | None = None  # True where there is a token; None: everywhere
+    beside: Beside | None = None
 
 
 class CrossAttention(nnx.Module):
@@ -81,9 +100,11 @@ class MixFfn(nnx.Module):
         self.depthwise = nn.DepthwiseConv(2 * f, 3, rngs=rngs, axis="mlp", **types)
         self.contract = nn.Linear(f, d, ("mlp", "embed"), rngs=rngs, lora=cfg.lora.of("contract"), bias=False, **types)
 
-    def __call__(self, x_BND: jax.Array, grid: tuple[int, int]) -> jax.Array:
+    def __call__(self, x_BND: jax.Array, grid: tuple[int, int], mask_BN: jax.Array | None = None) -> jax.Array:
         batch, tokens, _ = x_BND.shape
         h_BNF = nn.constrain(jax.nn.silu(self.expand(x_BND)), "batch", "latent_tokens", "act_mlp")
+        if mask_BN is not None:
+            h_BNF = jnp.where(mask_BN[..., None], h_BNF, 0)
         h_BNF = self.depthwise(h_BNF.reshape(batch, *grid, -1)).reshape(batch, tokens, -1)
         value_BNF, gate_BNF = jnp.split(h_BNF, 2, axis=-1)
         return self.contract(nn.constrain(value_BNF * jax.nn.silu(gate_BNF), "batch", "latent_tokens", "act_mlp"))
@@ -105,15 +126,17 @@ class Block(nnx.Module):
         key_value: tuple[jax.Array, jax.Array],
         mask_BT: jax.Array | None,
         grid: tuple[int, int],
+        mask_BN: jax.Array | None = None,
     ) -> jax.Array:
+        """`mask_BT` is of the condition, `mask_BN` of the latent tokens."""
         table_6D = self.scale_shift_table[...].astype(x_BND.dtype)
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(table_6D + modulation_B6D, 6, axis=1)  # [B, 1, D] each
         with jax.named_scope("self_attention"):
-            x_BND = _stream(x_BND + gate1 * self.self_attention(_modulated(x_BND, shift1, scale1)))
+            x_BND = _stream(x_BND + gate1 * self.self_attention(_modulated(x_BND, shift1, scale1), mask_BN))
         with jax.named_scope("cross_attention"):
             x_BND = _stream(x_BND + self.cross_attention(x_BND, *key_value, mask_BT))
         with jax.named_scope("ffn"):
-            return _stream(x_BND + gate2 * self.ffn(_modulated(x_BND, shift2, scale2), grid))
+            return _stream(x_BND + gate2 * self.ffn(_modulated(x_BND, shift2, scale2), grid, mask_BN))
 
 
 class TimeEmbedding(nnx.Module):
@@ -167,10 +190,11 @@ class SanaTransformer(nnx.Module):
         timestep_B: jax.Array,
         condition_BTC: jax.Array,
         condition_mask_BT: jax.Array | None = None,
+        beside: Beside | None = None,
     ) -> jax.Array:
         """Velocity [B, H, W, C] in the compute dtype. `timestep_B` is float, 1000 sigma, in [0, 1000]. The mask is True where
         there is a condition token; every row needs at least one."""
-        return self.velocity(z_BHWC, timestep_B, self.prepare(condition_BTC, condition_mask_BT))
+        return self.velocity(z_BHWC, timestep_B, self.prepare(condition_BTC, condition_mask_BT), beside)
 
     def prepare(self, condition_BTC: jax.Array, mask_BT: jax.Array | None = None) -> Context:
         """All that depends on the condition alone."""
@@ -186,28 +210,36 @@ class SanaTransformer(nnx.Module):
             )
         return Context(k_YBTAK, v_YBTAK, mask_BT)
 
-    def velocity(self, z_BHWC: jax.Array, timestep_B: jax.Array, context: Context) -> jax.Array:
+    def velocity(self, z_BHWC: jax.Array, timestep_B: jax.Array, context: Context, beside: Beside | None = None) -> jax.Array:
         """Velocity [B, H, W, C] for a prepared condition. ValueError when the patches do not cut H x W evenly."""
         height, width = z_BHWC.shape[1:3]
         patch = self.cfg.patch_size
         if height % patch or width % patch:
             raise ValueError(f"latents of {height} x {width} are not a multiple of dit.patch_size={patch} on both sides")
-        grid = (height // patch, width // patch)
+        own = (height // patch, width // patch)
+        count = 0 if beside is None else beside.z_BRHWC.shape[1]
+        grid = (own[0], own[1] * (1 + count))
+        mask_BN = None
+        if beside is not None:
+            z_BHWC = _side_by_side(jnp.concatenate([z_BHWC[:, None], beside.z_BRHWC.astype(z_BHWC.dtype)], axis=1))
+            mask_BN = _token_mask(beside.mask_BR, own)
         with jax.named_scope("embed"):
             x_BND = self.patch_embed(z_BHWC).reshape(z_BHWC.shape[0], grid[0] * grid[1], -1)
             if self.cfg.interpolation_scale is not None:
-                x_BND += positions(self.cfg, grid).astype(x_BND.dtype)
+                x_BND += positions(self.cfg, own, 1 + count).astype(x_BND.dtype)
             embedding_BD, modulation_B6D = self.time_embed(timestep_B)
 
         def step(block: Block, x_BND: jax.Array, key_value: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
-            return block(x_BND, modulation_B6D, key_value, context.mask_BT, grid), None
+            return block(x_BND, modulation_B6D, key_value, context.mask_BT, grid, mask_BN), None
 
         keys_values = (context.k_YBTAK, context.v_YBTAK)
         x_BND, _ = nn.scan(self.blocks, step, _stream(x_BND), keys_values, remat=self.cfg.remat, unroll=self.cfg.unroll)
         with jax.named_scope("output"):
+            if beside is not None:
+                x_BND = _stream(x_BND.reshape(len(x_BND), *grid, -1)[:, :, : own[1]].reshape(len(x_BND), own[0] * own[1], -1))
             table_2D = self.scale_shift_table[...].astype(x_BND.dtype)
             shift_B1D, scale_B1D = jnp.split(table_2D + embedding_BD[:, None], 2, axis=1)
-            return _unpatched(self.proj_out(_modulated(x_BND, shift_B1D, scale_B1D)), grid, patch)
+            return _unpatched(self.proj_out(_modulated(x_BND, shift_B1D, scale_B1D)), own, patch)
 
 
 def sinusoid(timestep_B: jax.Array) -> jax.Array:
@@ -220,16 +252,34 @@ def sinusoid(timestep_B: jax.Array) -> jax.Array:
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
-def positions(cfg: SanaConfig, grid: tuple[int, int]) -> np.ndarray:
+def positions(cfg: SanaConfig, grid: tuple[int, int], maps: int = 1) -> np.ndarray:
     """[rows columns, D], float32: sines and cosines of the column, then of the row (`diffusers.PatchEmbed`, "sincos"). Both
-    count from 0 to `sample_size / patch_size` over the whole side, whatever the grid, divided by `interpolation_scale`."""
+    count from 0 to `sample_size / patch_size` over the whole side, whatever the grid, divided by `interpolation_scale`. Of
+    `maps` side by side the columns of each go on where those of the one before end, [rows maps columns, D]."""
     base, quarter = cfg.sample_size // cfg.patch_size, cfg.hidden_size // 4
     frequencies = 10000.0 ** -(np.arange(quarter) / quarter)
     # Positions are float32, their angles float64, as diffusers has them.
-    counts = [np.arange(n, dtype=np.float32) / np.float32(n / base) / np.float32(cfg.interpolation_scale) for n in grid]
+    counts = [np.arange(n) for n in (grid[0], maps * grid[1])]
+    counts = [
+        c.astype(np.float32) / np.float32(n / base) / np.float32(cfg.interpolation_scale)
+        for c, n in zip(counts, grid, strict=True)
+    ]
     row, column = np.meshgrid(*counts, indexing="ij")
     angles = [p.reshape(-1, 1) * frequencies for p in (column, row)]
     return np.concatenate([f(a) for a in angles for f in (np.sin, np.cos)], axis=1).astype(np.float32)
+
+
+def _side_by_side(z_BMHWC: jax.Array) -> jax.Array:
+    """Maps [B, M, H, W, C] -> one map [B, H, M W, C]."""
+    batch, maps, height, width, channels = z_BMHWC.shape
+    return z_BMHWC.transpose(0, 2, 1, 3, 4).reshape(batch, height, maps * width, channels)
+
+
+def _token_mask(mask_BR: jax.Array, grid: tuple[int, int]) -> jax.Array:
+    """Which tokens of the wide map there are, [B, N]: all of the noisy part, of a reference where the row has it."""
+    mask_BM = jnp.pad(mask_BR.astype(bool), ((0, 0), (1, 0)), constant_values=True)
+    mask_BX = jnp.repeat(mask_BM, grid[1], axis=1)
+    return jnp.tile(mask_BX, (1, grid[0]))
 
 
 def _modulated(x_BND: jax.Array, shift_B1D: jax.Array, scale_B1D: jax.Array) -> jax.Array:

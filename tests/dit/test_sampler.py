@@ -8,6 +8,7 @@ import torch
 
 from blip3o_jax.config import FlowConfig
 from blip3o_jax.dit import sampler
+from blip3o_jax.dit.sana import Condition
 from tests import stock_weights
 from tests.conftest import relative_error
 from tests.dit import test_sana, torch_weights
@@ -37,7 +38,11 @@ def torch_sample(model, condition, null, noise, guidance: float, cfg: FlowConfig
 
 
 def run(dit, condition, null, noise, guidance: float, cfg: FlowConfig) -> jax.Array:
-    sample = jax.jit(lambda *arrays: sampler.sample(dit, *arrays, steps=STEPS, guidance=guidance, flow=cfg))
+    @jax.jit
+    def sample(condition, null, noise):
+        branches = sampler.Guidance(Condition(condition), Condition(null), guidance)
+        return sampler.sample(dit, branches, noise, steps=STEPS, flow=cfg)
+
     return sample(condition, null, noise)
 
 
@@ -66,9 +71,31 @@ def test_null_condition_of_as_many_rows_and_tokens(pair, rng):
     assert relative_error(run(dit, condition, null, noise, 2.5, FlowConfig()), want) < 1e-5
 
 
-def test_guidance_of_one_leaves_the_null_branch_out(pair, rng):
+def test_without_a_null_condition_there_is_no_guidance(pair, rng):
     torch_model, dit = pair
     condition, null, noise = draw(rng)
     want = torch_sample(torch_model, condition, null, noise, 1.0, FlowConfig())
-    got = run(dit, condition, np.full_like(null, np.nan), noise, 1.0, FlowConfig())
-    assert relative_error(got, want) < 1e-5
+    alone = jax.jit(lambda c, n: sampler.sample(dit, sampler.Guidance(Condition(c)), n, steps=STEPS, flow=FlowConfig()))
+    assert relative_error(alone(condition, noise), want) < 1e-5
+
+
+def test_two_guidances_are_a_sum_of_three_velocities(pair, rng):
+    """InstructPix2Pix (arXiv 2211.09800), equation 3, by the stock model; equal scales are one guidance."""
+    torch_model, dit = pair
+    condition, null, noise = draw(rng)
+    middle = rng.normal(size=condition.shape).astype(np.float32)
+    timestep = np.asarray([800.0, 300.0], np.float32)
+
+    def stock(tokens):
+        z = torch.tensor(noise).permute(0, 3, 1, 2)
+        with torch.no_grad():
+            v = torch_model(z, encoder_hidden_states=torch.tensor(tokens), timestep=torch.tensor(timestep), return_dict=False)
+        return v[0].permute(0, 2, 3, 1).numpy()
+
+    def ours(scale, reference_scale):
+        branches = sampler.Guidance(*map(Condition, (condition, null)), scale, Condition(middle), reference_scale)
+        return jax.jit(lambda z, t: sampler.guided_velocity(dit, branches)(z, t))(noise, timestep)
+
+    full, nothing, shown = stock(condition), stock(null), stock(middle)
+    assert relative_error(ours(3.0, 1.5), nothing + 1.5 * (shown - nothing) + 3.0 * (full - shown)) < 1e-5
+    assert relative_error(ours(3.0, 3.0), nothing + 3.0 * (full - nothing)) < 1e-5

@@ -8,7 +8,7 @@ import torch
 from flax import nnx
 
 from blip3o_jax import config
-from blip3o_jax.dit.sana import SanaTransformer
+from blip3o_jax.dit.sana import Beside, SanaTransformer, positions
 from tests import stock_weights
 from tests.conftest import relative_error
 from tests.dit import torch_weights
@@ -194,3 +194,46 @@ def test_patches_that_do_not_fit_are_an_error():
 
     with pytest.raises(ValueError, match=r"latents of 6 x 5 .*dit\.patch_size=2"):
         jax.eval_shape(run, jnp.zeros((1, 6, 5, 5)))
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_references_beside_the_noise_match_diffusers_on_the_wide_map(name, rng):
+    """The stock class on maps put together by hand, cut by hand."""
+    cfg = VARIANTS[name]
+    if cfg.interpolation_scale is not None:
+        pytest.skip("the stock class counts positions over the whole wide map")
+    torch_model = torch_weights.torch_model(cfg)
+    model = stock_weights.jax_model(torch_model, cfg)
+    x, references_BRHWC = inputs(rng, cfg), rng.normal(size=(B, 2, H, W, cfg.in_channels)).astype(np.float32)
+    wide = x | {"z_BHWC": np.concatenate([x["z_BHWC"], *references_BRHWC.swapaxes(0, 1)], axis=2)}
+    want = run_torch(torch_model, wide)[0].detach()[:, :, :W]
+    beside = Beside(references_BRHWC, np.ones((B, 2), bool))
+    got = jax.jit(lambda beside: model(**x, beside=beside))(beside)
+    assert relative_error(got, want) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["qk_norm", "patch2", "positions"])
+def test_a_place_without_a_reference_is_not_there(name, rng):
+    """Rows with one, none and two references in one batch: each as it is alone on a map of its own width."""
+    cfg = VARIANTS[name]
+    model = stock_weights.jax_model(torch_weights.torch_model(cfg), cfg)
+    x = {
+        "z_BHWC": rng.normal(size=(3, H, W, cfg.in_channels)).astype(np.float32),
+        "timestep_B": np.asarray([731.5, 4.0, 300.0], np.float32),
+        "condition_BTC": rng.normal(size=(3, T, cfg.caption_channels)).astype(np.float32),
+    }
+    references_BRHWC = rng.normal(size=(3, 2, H, W, cfg.in_channels)).astype(np.float32)
+    run = jax.jit(lambda x, beside: model(**x, beside=beside))
+    together = run(x, Beside(references_BRHWC, np.array([[True, False], [False, False], [True, True]])))
+    for row, count in enumerate((1, 0, 2)):
+        one = {name: value[row : row + 1] for name, value in x.items()}
+        beside = Beside(references_BRHWC[row : row + 1, :count], np.ones((1, count), bool)) if count else None
+        # Sums over more terms, all of the added ones zero: rounding only.
+        assert relative_error(together[row], run(one, beside)[0]) < 2e-6, count
+
+
+def test_references_with_positions_do_not_move_those_of_the_noise():
+    cfg = VARIANTS["positions"]
+    wide = positions(cfg, (H, W), 3).reshape(H, 3, W, -1)
+    np.testing.assert_array_equal(wide[:, 0].reshape(H * W, -1), positions(cfg, (H, W)))
+    assert len(np.unique(wide.reshape(H * 3 * W, -1), axis=0)) == H * 3 * W

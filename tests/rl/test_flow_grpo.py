@@ -16,6 +16,7 @@ import scipy.stats
 from blip3o_jax.config import FlowConfig, FlowPolicyConfig
 from blip3o_jax.dit import flow as flow_matching
 from blip3o_jax.dit import sampler
+from blip3o_jax.dit.sana import Condition
 from blip3o_jax.rl import flow_grpo
 
 FLOW = FlowConfig(shift=1.0)
@@ -78,8 +79,9 @@ def test_without_noise_the_sampler_is_the_ode_sampler(shift, rng):
     flow = FlowConfig(shift=shift)
     assert (flow_matching.sampling_sigmas(6, flow)[0] < 1) == (shift != 1)
     noise, keys = start(rng)
-    dit = types.SimpleNamespace(prepare=lambda condition: None, velocity=lambda x, t, _: velocity(x, t))
-    ode = jax.jit(lambda n: sampler.sample(dit, None, None, n, steps=6, guidance=1.0, flow=flow))
+    dit = types.SimpleNamespace(prepare=lambda *condition: None, velocity=lambda x, t, *_: velocity(x, t))
+    alone = sampler.Guidance(Condition(jnp.zeros((1, 1, 1))))
+    ode = jax.jit(lambda n: sampler.sample(dit, alone, n, steps=6, flow=flow))
     got, _ = sample(noise, keys, [1, 3], noise=0.0, flow=flow)
     np.testing.assert_allclose(got, ode(noise), **CLOSE)
     near, _ = sample(noise, keys, [0, 1, 2, 3, 4], noise=1e-3, flow=flow)
