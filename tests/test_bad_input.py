@@ -124,7 +124,7 @@ def test_a_caption_that_is_not_utf8(place):
     write_tar(place / "latin.tar", _005_txt=b"caf\xe9")
     train = ("train", "--config=config.py", "--workdir=latin", "--config.data.path=latin.tar", "--config.data.batch_size=8")
     done = blip3o(place, *train)
-    refused(done, "cannot be read", "latin.tar: 005: the caption is not UTF-8 (byte 3)")
+    refused(done, "cannot be read", "latin.tar: 005: the text is not UTF-8 (byte 3)")
 
 
 def test_a_prompt_longer_than_the_sequence(place):

@@ -43,7 +43,14 @@ def model() -> config.ModelConfig:
     return config.ModelConfig(
         image_size=16,
         text=config.TextConfig(kind="sentencepiece", train_size=320),
-        template=config.TemplateConfig(system="", generate="{caption}"),
+        template=config.TemplateConfig(
+            system="",
+            generate="{caption}",
+            edit="{instruction}<image>",
+            edit_several="{instruction}<image>",
+            reconstruct="<image>",
+            understand="<image>{question}",
+        ),
         tokenizer=config.TaTokConfig(
             encoder=config.SiglipVisionConfig(
                 hidden_size=16,
@@ -167,9 +174,12 @@ def scratch() -> pathlib.Path:
 
 
 @functools.cache
-def prepared(stage: str = "joint", supervise_prompt: bool = False) -> tuple[config.Config, int, dict[str, np.ndarray]]:
+def prepared(
+    stage: str = "joint", supervise_prompt: bool = False, references: int = 0
+) -> tuple[config.Config, int, dict[str, np.ndarray]]:
     """(configuration with its vocabulary, id of code 0, one batch of 8 rows) of a stage."""
-    cfg = run_config(data(), stage=stage, model={"template": {"supervise_prompt": supervise_prompt}})
+    model = {"template": {"supervise_prompt": supervise_prompt}, "editing": {"references": references}}
+    cfg = run_config(data(), stage=stage, model=model)
     sources = open_mixture(cfg.data)
     cfg, vocabulary = with_vocabulary(cfg, sources, data().parent)
     loader = Loader(sources, ExampleBuilder(STAGES[stage].fields, cfg.model, cfg.data, vocabulary), cfg.data, cfg.seed)
@@ -222,13 +232,14 @@ def quick_compile() -> Iterator[None]:
     jax.config.update("jax_disable_most_optimizations", before)
 
 
-def write_checkpoint(workdir: pathlib.Path) -> None:
-    """What a joint run over `data()` leaves in its `workdir` after 6 steps, with weights that were not trained.
+def write_checkpoint(workdir: pathlib.Path, **changes: object) -> None:
+    """What a joint run over `data()` leaves in its `workdir` after 6 steps, with weights that were not trained. `changes` as of
+    `run_config`.
 
     They are drawn anew: initial weights say too little, since the AR's logits are all alike and the DiT's last layer is
     near zero. Rows hold prompts of up to 68 tokens.
     """
-    cfg = run_config(data(), data={"max_length": 72})
+    cfg = run_config(data(), data={"max_length": 72}, **changes)
     cfg, vocabulary = with_vocabulary(cfg, open_mixture(cfg.data), workdir)
     state = create_state(cfg, plan_state(cfg, strategy()))
     rng = np.random.default_rng(1)

@@ -6,6 +6,9 @@ Directory of one (source, encoders) pair, named by a hash of all that the values
     latents-00012.npy    float32 [records, H, W, C]
     unreadable-00012.json  {"index": "reason"}          records that could not be decoded
 
+With places for R reference images both arrays are [records, 1 + R, ...], the image to be drawn first; what is not there is
+zeros.
+
 A part is written under another name and renamed when whole, so that writing resumes where it stopped and several hosts
 share the work. `train/encode.py` writes these; float32 keeps a cached step equal to one that encodes inside.
 """
@@ -27,10 +30,10 @@ PART = 4096  # records
 
 @dataclasses.dataclass(frozen=True)
 class EncodedRecord(Record):
-    """A record with codebook indices [N] and scaled latents [H, W, C] of its image."""
+    """A record with what an example has in place of its views: `codes` [N] and scaled `latents` [H, W, C] of its image, and
+    `reference_codes` [R, N], `reference_latents` [R, H, W, C] where there are places for reference images."""
 
-    codes: np.ndarray
-    latents: np.ndarray
+    outputs: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
 def directory_name(source: Source, settings: dict[str, Any]) -> str:
@@ -44,7 +47,7 @@ class EncodedSource(Source):
 
     def __init__(self, source: Source, directory: pathlib.Path):
         super().__init__(source.name, source.files)
-        self.source, self.directory = source, directory
+        self.source, self.directory, self.shape = source, directory, source.shape
 
     def __len__(self) -> int:
         return len(self.source)
@@ -55,7 +58,11 @@ class EncodedSource(Source):
         if str(index) in unreadable:
             raise BadRecord(record.shard, record.key, unreadable[str(index)])
         row = index % PART
-        return EncodedRecord(**vars(record), codes=np.array(codes[row]), latents=np.array(latents[row]))
+        codes, latents = np.array(codes[row]), np.array(latents[row])
+        outputs = {"codes": codes, "latents": latents}
+        if codes.ndim == 2:
+            outputs = {"codes": codes[0], "latents": latents[0], "reference_codes": codes[1:], "reference_latents": latents[1:]}
+        return EncodedRecord(**vars(record), outputs=outputs)
 
 
 @functools.lru_cache(maxsize=64)

@@ -2,15 +2,19 @@
 
 | field            | arrays                                                                                              |
 | ---------------- | --------------------------------------------------------------------------------------------------- |
-| pixels           | `pixels` uint8 [S, S, 3], the autoencoder's view                                                      |
+| pixels           | `pixels` uint8 [P, Q, 3], the autoencoder's view: of `model.sizes` the nearest shape                  |
 | tokenizer_pixels | `tokenizer_pixels` uint8 [T, T, 3], the vision tokenizer's view                                       |
 | caption          | `text_ids` int32 [L], `text_mask` bool [L]                                                            |
 | row              | `tokens`, `loss_mask`, `segment_ids`, `positions` [L] and `image_span` [] (data/sequence.py)          |
 
 A record that comes with the frozen encoders' outputs yields `codes` and `latents` in place of both views.
+
+With R = `model.editing.references` places for reference images, rows of every task mix in a batch: the row has `target` [],
+`reference_span` and `reference_mask` [R] besides, and each view has its `reference_*` [R, ...]. What is not there is zeros.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -18,11 +22,12 @@ import numpy as np
 from blip3o_jax.config import DataConfig, ModelConfig
 from blip3o_jax.data import images, sequence
 from blip3o_jax.data.encoded import EncodedRecord
-from blip3o_jax.data.record import Record
+from blip3o_jax.data.record import BadRecord, Record
 from blip3o_jax.text.vocabulary import Vocabulary
 
 FIELDS = ("pixels", "tokenizer_pixels", "caption", "row")
 _VIEWS = {"pixels", "tokenizer_pixels"}
+Views = tuple[np.ndarray, np.ndarray]  # of one image: the autoencoder's and the vision tokenizer's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,26 +42,60 @@ class ExampleBuilder:
     def __call__(self, record: Record) -> dict[str, np.ndarray]:
         example: dict[str, Any] = {}
         if _VIEWS & set(self.fields):
-            if isinstance(record, EncodedRecord):
-                example |= {"codes": record.codes, "latents": record.latents}
-            else:
-                example |= self._views(record)
+            example |= record.outputs if isinstance(record, EncodedRecord) else self._seen(record)
         if "caption" in self.fields:
             example |= sequence.caption_row(self.vocabulary, record.caption, self.data.max_length, record.key)
         if "row" in self.fields:
-            tokenizer = self.model.tokenizer
-            example |= sequence.text_to_image_row(
+            example |= self._row(record)
+        return example | ({"_key": np.array(record.key)} if self.data.pack > 1 else {})
+
+    def join(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """`data.pack` examples -> one row with all of them."""
+        keys = [str(example["_key"]) for example in examples]
+        arrays = [{name: x for name, x in example.items() if name != "_key"} for example in examples]
+        return sequence.pack_rows(arrays, keys, self.data.max_length)
+
+    def _row(self, record: Record) -> dict[str, np.ndarray]:
+        tokenizer, places = self.model.tokenizer, self.model.editing.references
+        lengths = {"max_length": self.data.max_length, "pool_scale": tokenizer.pool_scale, "key": record.key}
+        if places:
+            return sequence.task_row(
                 self.vocabulary,
                 self.model.template,
+                record.task,
                 record.caption,
-                image=tokenizer.num_tokens,
-                max_length=self.data.max_length,
-                pool_scale=tokenizer.pool_scale,
-                key=record.key,
+                record.answer,
+                references=len(record.references),
+                places=places,
+                num_image_tokens=tokenizer.num_tokens,
+                **lengths,
             )
-        return example
+        if record.task != "t2i":
+            raise BadRecord(record.shard, record.key, f"task {record.task} shows images: set model.editing.references")
+        return sequence.text_to_image_row(
+            self.vocabulary, self.model.template, record.caption, image=tokenizer.num_tokens, **lengths
+        )
 
-    def _views(self, record: Record) -> dict[str, np.ndarray]:
-        image = images.decode(record.image)
-        views = images.views(image, self.model.image_size, self.model.tokenizer.encoder.image_size, self.data.crop)
-        return {name: view for name, view in zip(("pixels", "tokenizer_pixels"), views, strict=True) if name in self.fields}
+    def images_of(self, record: Record) -> list[tuple[int, Views]]:
+        """Both views of a record's images with their places: 0 is the image to be drawn, those shown follow. All have the
+        shape that is nearest to the first's."""
+        found = [(0, record.image)] if record.task != "understand" else []
+        found += enumerate(record.references[: self.model.editing.references], 1)
+        pixels = [images.decode(data) for _, data in found]
+        size = self.model.nearest_size(*pixels[0].shape[:2])
+        return [(place, self._views(image, size)) for (place, _), image in zip(found, pixels, strict=True)]
+
+    def _seen(self, record: Record) -> dict[str, np.ndarray]:
+        """The views of the image to be drawn and, where rows have places for them, of those shown."""
+        found = dict(self.images_of(record))
+        blank = tuple(np.zeros_like(view) for view in next(iter(found.values())))
+        views = [found.get(place, blank) for place in range(1 + self.model.editing.references)]
+        named = {"pixels": [view for view, _ in views], "tokenizer_pixels": [view for _, view in views]}
+        named = {name: column for name, column in named.items() if name in self.fields}
+        shown = {
+            f"reference_{name}": np.stack(column[1:]) for name, column in named.items() if "row" in self.fields and column[1:]
+        }
+        return {name: column[0] for name, column in named.items()} | shown
+
+    def _views(self, image_HWC: np.ndarray, size: tuple[int, int]) -> Views:
+        return images.views(image_HWC, size, self.model.tokenizer.encoder.image_size, self.data.crop)

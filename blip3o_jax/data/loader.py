@@ -89,11 +89,12 @@ class Loader(Iterator[Batch]):
 
     Args:
       sources: with their weights, as `sources.open_mixture` gives them. Every stretch of examples keeps to the weights
-        (to a hundredth of the smallest).
+        (to a hundredth of the smallest). Those of another `shape` come in batches of their own.
       transform: a record -> the arrays of one row. `BadRecord` skips the record; any other exception ends the run.
         It must pickle, and each host must give rows of the same shapes.
-      data: batch_size, workers, prefetch, shuffle and max_bad_share are used. With 0 workers, threads do the work.
+      data: batch_size, pack, workers, prefetch, shuffle and max_bad_share are used. With 0 workers, threads do the work.
       rows: which rows of a global batch this host reads (`host_rows`); all by default.
+      join: the arrays of `data.pack` examples that follow each other -> those of a row; needed above 1. It must pickle.
     """
 
     def __init__(
@@ -104,9 +105,11 @@ class Loader(Iterator[Batch]):
         seed: int,
         *,
         rows: Sequence[int] | None = None,
+        join: Callable[[Sequence[dict[str, Any]]], dict[str, Any]] | None = None,
     ) -> None:
         self._sources, self._transform, self._data, self._seed = list(sources), transform, data, seed
-        self.batch_size, self.rows = data.batch_size, tuple(range(data.batch_size) if rows is None else rows)
+        self.batch_rows, self._join = data.batch_size // data.pack, join
+        self.rows = tuple(range(self.batch_rows) if rows is None else rows)
         self._next_example = 0
         self._batches: Any = None
         self._records = sum(len(source) for source, _ in self._sources)
@@ -159,14 +162,26 @@ class Loader(Iterator[Batch]):
     def _order(self) -> dict[str, Any]:
         """What decides which example comes when."""
         sources = [[len(source), weight] for source, weight in self._sources]
-        return {"seed": self._seed, "shuffle": self._data.shuffle, "sources": sources}
+        order = {"seed": self._seed, "shuffle": self._data.shuffle, "sources": sources}
+        return order | ({"batch_size": self._data.batch_size} if len(self._shapes()) > 1 else {})
+
+    def _shapes(self) -> list[list[int]]:
+        """Numbers of the sources whose images have the same shape."""
+        groups: dict[Any, list[int]] = {}
+        for number, (source, _) in enumerate(self._sources):
+            groups.setdefault(source.shape, []).append(number)
+        return list(groups.values())
 
     def _dataset(self) -> Any:
         import grain
 
-        places = _HostRows(self._places(), self._next_example, self.batch_size, self.rows)
+        pack = self._data.pack
+        places = _HostRows(self._places(), self._next_example, self._data.batch_size, self.rows, pack)
         reader = _Reader(tuple(source for source, _ in self._sources), self._transform)
-        batches = grain.MapDataset.source(places).map(reader).batch(len(self.rows), drop_remainder=True)
+        rows = grain.MapDataset.source(places).map(reader)
+        if pack > 1:
+            rows = rows.batch(pack, drop_remainder=True, batch_fn=self._join)
+        batches = rows.batch(len(self.rows), drop_remainder=True)
         workers = self._data.workers
         # The unit of prefetching is a batch. In a worker process one thread is enough: the processes are the parallelism.
         depth = max(1, self._data.prefetch)
@@ -184,20 +199,30 @@ class Loader(Iterator[Batch]):
 
         # One seed a source, far apart: Grain shuffles epoch e with seed + e.
         seeds = np.random.SeedSequence(self._seed).generate_state(len(self._sources))
-        parts = []
-        for number, (source, _) in enumerate(self._sources):
-            part = grain.MapDataset.range(len(source))
+
+        def endless(number: int) -> Any:
+            part = grain.MapDataset.range(len(self._sources[number][0]))
             if self._data.shuffle:
                 part = part.shuffle(seed=int(seeds[number]))
-            parts.append(part.repeat(None, reseed_each_epoch=self._data.shuffle).map(functools.partial(_place, number)))
-        return grain.MapDataset.mix(parts, [w for _, w in self._sources]) if len(parts) > 1 else parts[0]
+            return part.repeat(None, reseed_each_epoch=self._data.shuffle).map(functools.partial(_place, number))
+
+        def mixed(numbers: list[int]) -> Any:
+            parts = [endless(number) for number in numbers]
+            return grain.MapDataset.mix(parts, [self._sources[n][1] for n in numbers]) if len(parts) > 1 else parts[0]
+
+        groups = self._shapes()
+        if len(groups) == 1:
+            return mixed(groups[0])
+        counts = [grain.MapDataset.range(sys.maxsize // 2**20).map(functools.partial(_place, g)) for g in range(len(groups))]
+        turns = grain.MapDataset.mix(counts, [sum(self._sources[n][1] for n in numbers) for numbers in groups])
+        return _InTurns(turns, tuple(map(mixed, groups)), self._data.batch_size)
 
     def _judge(self, bad_records_B: np.ndarray, skipped_B: np.ndarray) -> None:
         """Logs what was skipped and stops the run above the share allowed."""
         bad = int(bad_records_B.sum())
-        self._seen += len(bad_records_B) + bad
+        self._seen += bad_records_B.size + bad
         self._bad += bad
-        for which in skipped_B if bad else ():
+        for which in skipped_B.ravel() if bad else ():
             for shard, key, reason in json.loads(which):
                 self._last_skipped = f"{shard}: {key}: {reason}"
                 if (shard, key) not in self._logged:
@@ -218,20 +243,37 @@ def _place(source: int, index: int) -> tuple[int, int]:
 
 
 @dataclasses.dataclass(frozen=True)
+class _InTurns:
+    """Places by example number: each batch takes the next ones of one group, and `turns` says of which."""
+
+    turns: Any  # batch -> (group, how many batches it has had)
+    groups: tuple[Any, ...]
+    batch_size: int
+
+    def __getitem__(self, example: int) -> tuple[int, int]:
+        batch, row = divmod(example, self.batch_size)
+        group, before = self.turns[batch]
+        return self.groups[group][before * self.batch_size + row]
+
+
+@dataclasses.dataclass(frozen=True)
 class _HostRows:
-    """Of an endless sequence cut into batches from `start` on: some rows of each batch, one batch after the other."""
+    """Of an endless sequence cut into batches from `start` on: some rows of each batch, of `pack` examples each, one batch
+    after the other."""
 
     places: Any
     start: int
     batch_size: int
     rows: tuple[int, ...]
+    pack: int = 1
 
     def __len__(self) -> int:
         return sys.maxsize
 
     def __getitem__(self, index: int) -> tuple[int, int]:
-        batch, row = divmod(index, len(self.rows))
-        return self.places[self.start + batch * self.batch_size + self.rows[row]]
+        row, example = divmod(index, self.pack)
+        batch, row = divmod(row, len(self.rows))
+        return self.places[self.start + batch * self.batch_size + self.rows[row] * self.pack + example]
 
 
 def _mark_flags_parsed() -> None:
@@ -254,25 +296,25 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def host_rows(sharding: Any, batch_size: int) -> list[int]:
+def host_rows(sharding: Any, batch_rows: int) -> list[int]:
     """Rows of a global batch that `sharding` (a `jax.sharding.Sharding` over the batch axis) puts on this host's devices. On a
     torus they need not lie side by side, and hosts that share a row (along mesh axes `tensor`, `sequence`) read it each."""
-    spans = sharding.addressable_devices_indices_map((batch_size,)).values()
-    return sorted({row for (span,) in spans for row in range(*span.indices(batch_size))})
+    spans = sharding.addressable_devices_indices_map((batch_rows,)).values()
+    return sorted({row for (span,) in spans for row in range(*span.indices(batch_rows))})
 
 
-def global_batch(host_batch: Batch, sharding: Any, rows: Sequence[int], batch_size: int) -> Batch:
-    """`rows` of a batch, this host's -> arrays [batch_size, ...] over all hosts, placed by `sharding`."""
+def global_batch(host_batch: Batch, sharding: Any, rows: Sequence[int], batch_rows: int) -> Batch:
+    """`rows` of a batch, this host's -> arrays [batch_rows, ...] over all hosts, placed by `sharding`."""
     import jax
 
     first = {row: position for position, row in enumerate(rows)}
 
     def globally(values: np.ndarray) -> Any:
         def shard(index: tuple[slice, ...]) -> np.ndarray:
-            start, stop, _ = index[0].indices(batch_size)
+            start, stop, _ = index[0].indices(batch_rows)
             return values[first[start] : first[start] + stop - start]
 
-        return jax.make_array_from_callback((batch_size, *values.shape[1:]), sharding, shard)
+        return jax.make_array_from_callback((batch_rows, *values.shape[1:]), sharding, shard)
 
     return {name: globally(values) for name, values in host_batch.items()}
 
@@ -296,7 +338,7 @@ class DevicePrefetch(Iterator[Batch]):
         while not self._stop.is_set():
             try:
                 loader = self._loader
-                item = (global_batch(next(loader), self._sharding, loader.rows, loader.batch_size), loader.state())
+                item = (global_batch(next(loader), self._sharding, loader.rows, loader.batch_rows), loader.state())
             except Exception as error:  # raised again where the batch is awaited
                 item = (error, None)
                 self._stop.set()

@@ -1,5 +1,13 @@
-"""What every source of captioned images is made of: the record, the record that cannot be used, random access to both, and how
-their text is read."""
+"""What every source of images and text is made of: the record, the record that cannot be used, random access to both, and how
+their text is read.
+
+Every format has the same fields, whether they are keys of JSON, columns, features or members of a tar file:
+
+    task           t2i, edit, reconstruct or understand; where it is missing, a question or an instruction says which
+    caption, text  what the image shows                       instruction  what is to be done to the input images
+    question       about the input images                     answer       in words, to a question
+    image          the image that is to be drawn              input_image  one shown, input_images several
+"""
 
 import abc
 import dataclasses
@@ -7,12 +15,15 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 from blip3o_jax.config import UserError
+from blip3o_jax.data.template import TASKS
 
 CAPTION_FIELDS = ("caption", "text")
+TEXT_FIELDS = ("instruction", "question", *CAPTION_FIELDS)
+INPUT_FIELDS = ("input_image", "input_images")
 
 
 class BadRecord(UserError):
@@ -28,14 +39,28 @@ class BadRecord(UserError):
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    image: bytes  # encoded: JPEG, PNG or WebP
-    caption: str
+    image: bytes  # encoded: JPEG, PNG or WebP; empty where the answer is text
+    caption: str  # or instruction, or question
     key: str  # names the example within its shard
     shard: str  # the file it was read from
+    task: str = "t2i"
+    references: tuple[bytes, ...] = ()  # encoded images that are shown
+    answer: str = ""  # to a question
+
+
+class Words(NamedTuple):
+    """What a record says."""
+
+    task: str
+    text: str
+    answer: str
 
 
 class Source(abc.ABC):
-    """A data set of captioned images. `name` is the path it was opened from."""
+    """A data set of images and text. `name` is the path it was opened from; `shape` is (height, width) where all of its images
+    are cut to one of several."""
+
+    shape: tuple[int, int] | None = None
 
     def __init__(self, name: str, files: Iterable[str]) -> None:
         self.name = name
@@ -67,21 +92,53 @@ def decode_text(value: bytes | str | None, shard: str, key: str) -> str:
         try:
             return value.decode("utf-8").strip()
         except UnicodeDecodeError as error:
-            raise BadRecord(shard, key, f"the caption is not UTF-8 (byte {error.start})") from None
+            raise BadRecord(shard, key, f"the text is not UTF-8 (byte {error.start})") from None
     if not isinstance(value, str):
         raise BadRecord(shard, key, f"no caption; expected text in {' or '.join(CAPTION_FIELDS)}")
     return value.strip()
 
 
-def parse_json(raw: bytes, shard: str, key: str) -> tuple[dict[str, Any], str]:
-    """A JSON object and the caption in it."""
+def parse_json(raw: bytes, shard: str, key: str) -> tuple[dict[str, Any], Words]:
+    """A JSON object and what is said in it."""
     try:
         fields = json.loads(decode_text(raw, shard, key))
     except json.JSONDecodeError as error:
         raise BadRecord(shard, key, f"broken JSON: {error}") from None
     if not isinstance(fields, dict):
         raise BadRecord(shard, key, "the JSON is not an object")
-    return fields, decode_text(next((fields[f] for f in CAPTION_FIELDS if f in fields), None), shard, key)
+    return fields, words(fields, shard, key)
+
+
+def words(fields: Mapping[str, Any], shard: str, key: str) -> Words:
+    """Task, text and answer by the fields above."""
+    given = [name for name in TEXT_FIELDS if fields.get(name) is not None]
+    task = fields.get("task") or {"instruction": "edit", "question": "understand"}.get(given[0] if given else "", "t2i")
+    task = decode_text(task, shard, key)
+    if task not in TASKS:
+        raise BadRecord(shard, key, f"task {task!r} is not one of {', '.join(TASKS)}")
+    if task == "reconstruct":
+        return Words(task, "", "")
+    named = {"edit": "instruction", "understand": "question"}.get(task)
+    text = decode_text(fields[named] if named in given else fields[given[0]] if given else None, shard, key)
+    if named and not text:
+        raise BadRecord(shard, key, f"the {named} is empty")
+    answer = decode_text(fields.get("answer") or "", shard, key)
+    if task == "understand" and not answer:
+        raise BadRecord(shard, key, "no answer to the question")
+    return Words(task, text, answer)
+
+
+def make_record(said: Words, image: bytes | None, inputs: Iterable[bytes], key: str, shard: str) -> Record:
+    """A record with the images that its task needs; BadRecord where one is missing."""
+    inputs = tuple(inputs)
+    if said.task == "reconstruct":  # one image for both will do
+        inputs = inputs or (() if image is None else (image,))
+        image = inputs[0] if image is None and inputs else image
+    if said.task != "t2i" and not inputs:
+        raise BadRecord(shard, key, f"no input image; task {said.task} needs one in {' or '.join(INPUT_FIELDS)}")
+    if said.task != "understand" and image is None:
+        raise BadRecord(shard, key, "no image; expected the one to be drawn")
+    return Record(b"" if said.task == "understand" else image, said.text, key, shard, said.task, inputs, said.answer)
 
 
 def read_spans(path: str, spans: list[tuple[int, int]]) -> list[bytes]:

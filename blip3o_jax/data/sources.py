@@ -16,6 +16,7 @@ import os
 import pathlib
 import re
 import threading
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -24,13 +25,17 @@ from blip3o_jax import config
 from blip3o_jax.config import UserError
 from blip3o_jax.data.record import (
     CAPTION_FIELDS,
+    INPUT_FIELDS,
+    TEXT_FIELDS,
     BadRecord,
     Record,
     Source,
-    decode_text,
+    Words,
     fingerprint_of,
+    make_record,
     parse_json,
     read_spans,
+    words,
 )
 from blip3o_jax.data.tar import TarSource
 
@@ -64,7 +69,27 @@ def open_source(cfg: config.SourceConfig) -> Source:
         source = ParquetSource(path, _members(path, files, ".parquet"))
     if not len(source):
         raise UserError(f"{path}: the data set is empty; give one with at least one captioned image")
-    return source
+    return Redrawn(source) if cfg.task == "reconstruct" else source
+
+
+class Redrawn(Source):
+    """The images of `source`, each to be drawn again as it is shown; what they are captioned is not said."""
+
+    def __init__(self, source: Source) -> None:
+        super().__init__(source.name, source.files)
+        self._source = source
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> Record:
+        record = self._source[index]
+        shown = (record.image or record.references[0],)
+        return make_record(Words("reconstruct", "", ""), shown[0], shown, record.key, record.shard)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        return f"{self._source.fingerprint}-reconstruct"
 
 
 def _expand(path: str) -> list[str]:
@@ -116,7 +141,8 @@ def _members(path: str, files: list[str], suffix: str) -> list[str]:
 
 
 class FolderSource(Source):
-    """A directory of images and a captions.jsonl: one object a line, `file_name` or `image` beside `caption` or `text`."""
+    """A directory of images and a captions.jsonl: one object a line with the fields of data/record.py, images by their paths
+    (`file_name` or `output_image` will do for `image`)."""
 
     def __init__(self, path: str) -> None:
         candidates = [os.path.join(path, name) for name in CAPTION_FILES] if os.path.isdir(path) else [path]
@@ -136,15 +162,19 @@ class FolderSource(Source):
     def __getitem__(self, index: int) -> Record:
         number, start, size = self._spans[index]
         [raw] = read_spans(self._lines_file, [(start, size)])
-        fields, caption = parse_json(raw, self._lines_file, f"line {number + 1}")
-        name = fields.get("file_name", fields.get("image"))
-        if not isinstance(name, str):
-            raise BadRecord(self._lines_file, f"line {number + 1}", "no image; expected its path in file_name or image")
+        key = f"line {number + 1}"
+        fields, said = parse_json(raw, self._lines_file, key)
+        name, inputs = _image_paths(fields)
+        if not all(isinstance(path, str) for path in (*inputs, name or "")):
+            raise BadRecord(self._lines_file, key, "images are given by their paths")
+        key = name or (inputs[0] if inputs else key)
+        return make_record(said, self._read(name) if name else None, map(self._read, inputs), key, self._lines_file)
+
+    def _read(self, name: str) -> bytes:
         try:
-            image = pathlib.Path(self._root, name).read_bytes()
+            return pathlib.Path(self._root, name).read_bytes()
         except OSError as error:
             raise BadRecord(self._lines_file, name, f"the image cannot be read: {error.strerror}") from None
-        return Record(image, caption, name, self._lines_file)
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -153,15 +183,26 @@ class FolderSource(Source):
             number, start, size = self._spans[index]
             [raw] = read_spans(self._lines_file, [(start, size)])
             try:
-                fields, _ = parse_json(raw, "", str(number))
-                images.append(os.path.join(self._root, str(fields.get("file_name", fields.get("image")))))
+                name, inputs = _image_paths(parse_json(raw, "", str(number))[0])
             except BadRecord:
                 continue  # the line counts through captions.jsonl's own size and time
+            images += [os.path.join(self._root, str(path)) for path in (name, *inputs) if path]
         return fingerprint_of("FolderSource", [*self.files, *(image for image in images if os.path.exists(image))])
 
 
+def _image_paths(fields: dict[str, Any]) -> tuple[Any, list[Any]]:
+    """The image to be drawn, or None, and those shown."""
+    name = next((fields[n] for n in ("file_name", "image", "output_image") if fields.get(n)), None)
+    return name, _several(fields)
+
+
+def _several(fields: Mapping[str, Any]) -> list[Any]:
+    given = next((fields[name] for name in INPUT_FIELDS if fields.get(name)), [])
+    return list(given) if isinstance(given, list | tuple) else [given]
+
+
 class ParquetSource(Source):
-    """Parquet files with a column `image` (binary, or Hugging Face's struct{bytes, path}) and one `caption` or `text`.
+    """Parquet files with the columns of data/record.py; images are binary, or Hugging Face's struct{bytes, path}.
 
     A record costs its whole row group unless that group was read lately: shuffled training wants groups of few rows.
     """
@@ -172,7 +213,7 @@ class ParquetSource(Source):
 
         super().__init__(path, files)
         self._groups: list[tuple[int, int]] = []  # (file, row group)
-        self._columns: list[tuple[str, str]] = []  # of each file: (caption, key or "")
+        self._columns: list[tuple[list[str], str]] = []  # of each file: (fields, key or "")
         rows = []
         for index, file in enumerate(self.files):
             try:
@@ -180,10 +221,8 @@ class ParquetSource(Source):
             except (pyarrow.ArrowException, OSError) as error:
                 raise UserError(f"{file}: not a readable parquet file ({str(error).splitlines()[0]})") from None
             names = metadata.schema.to_arrow_schema().names
-            caption = next((name for name in CAPTION_FIELDS if name in names), None)
-            if "image" not in names or caption is None:
-                raise UserError(f"{file}: needs the columns image and {' or '.join(CAPTION_FIELDS)}; it has {', '.join(names)}")
-            self._columns.append((caption, next((name for name in ("key", "id", "__key__") if name in names), "")))
+            fields = _known_fields(names, file, "columns")
+            self._columns.append((fields, next((name for name in ("key", "id", "__key__") if name in names), "")))
             self._groups += [(index, group) for group in range(metadata.num_row_groups)]
             rows += [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
         self._ends = np.cumsum(rows).tolist()
@@ -206,7 +245,8 @@ class ParquetSource(Source):
         with self._lock:
             if group not in self._tables:
                 file, row_group = self._groups[group]
-                columns = ["image", *filter(None, self._columns[file])]
+                fields, key = self._columns[file]
+                columns = [*fields, key] if key else fields
                 with pyarrow.parquet.ParquetFile(self.files[file]) as parquet:
                     self._tables[group] = parquet.read_row_group(row_group, columns=columns, use_threads=False)
                 while len(self._tables) > ROW_GROUPS_KEPT:
@@ -218,17 +258,33 @@ class ParquetSource(Source):
         group = bisect.bisect_right(self._ends, index)
         row = index - (self._ends[group - 1] if group else 0)
         table, file = self._table(group), self._groups[group][0]
-        shard, (caption_column, key_column) = self.files[file], self._columns[file]
+        shard, (names, key_column) = self.files[file], self._columns[file]
         key = str(table[key_column][row].as_py()) if key_column else f"row {index}"
-        image = table["image"][row].as_py()
-        image = image.get("bytes") if isinstance(image, dict) else image
-        if not isinstance(image, bytes):
-            raise BadRecord(shard, key, "no image; expected encoded bytes in the column image")
         try:
-            caption = table[caption_column][row].as_py()
+            fields = {name: table[name][row].as_py() for name in names}
         except UnicodeDecodeError as error:
-            raise BadRecord(shard, key, f"the caption is not UTF-8 (byte {error.start})") from None
-        return Record(image, decode_text(caption, shard, key), key, shard)
+            raise BadRecord(shard, key, f"the text is not UTF-8 (byte {error.start})") from None
+        images = [_encoded(x, shard, key) for x in _several(fields)]
+        image = fields.get("image")
+        return make_record(
+            words(fields, shard, key), None if image is None else _encoded(image, shard, key), images, key, shard
+        )
+
+
+def _known_fields(names: Iterable[str], where: str, kind: str) -> list[str]:
+    """Those of `names` that a record is made of."""
+    names = list(names)
+    known = [name for name in ("task", "image", *INPUT_FIELDS, *TEXT_FIELDS, "answer") if name in names]
+    if not {"image", *INPUT_FIELDS} & set(known) or not {"task", *TEXT_FIELDS} & set(known):
+        raise UserError(f"{where}: needs the {kind} image and {' or '.join(CAPTION_FIELDS)}; it has {', '.join(names)}")
+    return known
+
+
+def _encoded(image: Any, shard: str, key: str) -> bytes:
+    image = image.get("bytes") if isinstance(image, dict) else image
+    if not isinstance(image, bytes):
+        raise BadRecord(shard, key, "no image; expected encoded bytes in the column image")
+    return image
 
 
 def _tfds_directories(path: pathlib.Path) -> list[pathlib.Path]:
@@ -238,7 +294,7 @@ def _tfds_directories(path: pathlib.Path) -> list[pathlib.Path]:
 
 
 class TfdsSource(Source):
-    """A data set that a TFDS builder wrote in ArrayRecord format: features `image`, `caption` or `text`, and maybe `key`."""
+    """A data set that a TFDS builder wrote in ArrayRecord format: the features of data/record.py, and maybe `key`."""
 
     def __init__(self, path: str, split: str) -> None:
         directories = _tfds_directories(pathlib.Path(path))
@@ -263,16 +319,14 @@ class TfdsSource(Source):
 
         builder = tfds.builder_from_directory(self._directory)
         try:
-            return builder.as_data_source(self._split, decoders={"image": tfds.decode.SkipDecoding()})
+            images = [name for name in ("image", *INPUT_FIELDS) if name in builder.info.features]
+            return builder.as_data_source(self._split, decoders={name: tfds.decode.SkipDecoding() for name in images})
         except (ValueError, NotImplementedError) as error:
             reason = str(error).partition("\n")[0]
             raise UserError(f"{self._directory}: cannot read data.split={self._split!r}: {reason}") from None
 
     def _check_features(self, features: Any) -> None:
-        self._caption = next((name for name in CAPTION_FIELDS if name in features), None)
-        if "image" not in features or self._caption is None:
-            names = ", ".join(features)
-            raise UserError(f"{self._directory}: needs the features image and {' or '.join(CAPTION_FIELDS)}; it has {names}")
+        self._fields = _known_fields(features, self._directory, "features")
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_reader"}
@@ -285,4 +339,6 @@ class TfdsSource(Source):
         shard = self.files[bisect.bisect_right(self._ends, index)]
         key = fields.get("key", str(index))
         key = key.decode(errors="replace") if isinstance(key, bytes) else str(key)
-        return Record(fields["image"], decode_text(fields[self._caption], shard, key), key, shard)
+        fields = {name: fields[name] for name in self._fields}
+        images = [image for image in _several(fields) if image]
+        return make_record(words(fields, shard, key), fields.get("image"), images, key, shard)

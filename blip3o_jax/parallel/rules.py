@@ -117,13 +117,14 @@ class Strategy:
         """Sharding of every array of a batch: the leading dimension over the data axes."""
         return NamedSharding(self.mesh, PartitionSpec(_BATCH["batch"]))
 
-    def check_batch(self, batch_size: int, accumulate: int = 1) -> None:
-        """Raises ConfigError unless every micro-batch divides over the mesh."""
-        if batch_size % (self.batch_shards * accumulate):
+    def check_batch(self, batch_size: int, accumulate: int = 1, pack: int = 1) -> None:
+        """Raises ConfigError unless every micro-batch, in rows of `pack` examples, divides over the mesh."""
+        if batch_size % (self.batch_shards * accumulate * pack):
+            rows = "" if pack == 1 else f" x {pack} examples a row"
             raise ConfigError(
                 f"data.batch_size={batch_size} does not divide over {self.batch_shards} batch shards "
-                f"(mesh data={self.mesh.shape['data']} x fsdp={self.mesh.shape['fsdp']}) x {accumulate} micro-batches: "
-                f"use a multiple of {self.batch_shards * accumulate}"
+                f"(mesh data={self.mesh.shape['data']} x fsdp={self.mesh.shape['fsdp']}) x {accumulate} micro-batches{rows}: "
+                f"use a multiple of {self.batch_shards * accumulate * pack}"
             )
 
     def parameter_shardings(self, variables: Any) -> dict[str, Any]:

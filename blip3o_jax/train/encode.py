@@ -14,7 +14,7 @@ import numpy as np
 from blip3o_jax import config as config_lib
 from blip3o_jax.config import Config
 from blip3o_jax.data.encoded import PART, EncodedSource, directory_name
-from blip3o_jax.data.examples import ExampleBuilder
+from blip3o_jax.data.examples import ExampleBuilder, Views
 from blip3o_jax.data.record import BadRecord, Source
 from blip3o_jax.parallel.distributed import barrier, say
 
@@ -38,11 +38,13 @@ def encoded_source(source: Source, encode: Encode, fingerprint: str, config: Con
     batch = -(-BATCH // shards) * shards
     settings = {
         "weights": fingerprint,
-        "image_size": config.model.image_size,
+        "image_size": config.model.image_size if source.shape is None else source.shape,
         "crop": config.data.crop,
         "tokenizer": config_lib.to_dict(config.model.tokenizer),
         "vae": config_lib.to_dict(config.model.vae),
     }
+    if places := config.model.editing.references:
+        settings["references"] = places
     directory = pathlib.Path(config.data.cache_dir) / directory_name(source, settings)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "settings.json").write_text(json.dumps({"source": source.name, **settings}, indent=1), encoding="utf-8")
@@ -67,31 +69,51 @@ def _write_part(
     indices = range(part * PART, min(len(source), (part + 1) * PART))
     unreadable: dict[str, str] = {}
 
-    def views(index: int) -> tuple[np.ndarray, np.ndarray] | None:
+    def images_of(index: int) -> list[tuple[int, Views]]:
         try:
-            example = builder(source[index])
+            return builder.images_of(source[index])
         except BadRecord as e:
             unreadable[str(index)] = e.reason
-            return None
-        return example["pixels"], example["tokenizer_pixels"]
+            return []
 
-    sizes = builder.model.image_size, builder.model.tokenizer.encoder.image_size
-    blank = tuple(np.zeros((size, size, 3), np.uint8) for size in sizes)
-    outputs: list[tuple[np.ndarray, np.ndarray]] = []
+    side = builder.model.tokenizer.encoder.image_size
+    sizes = source.shape or builder.model.sizes[0], (side, side)
+    blank = tuple(np.zeros((*size, 3), np.uint8) for size in sizes)
+    places = builder.model.editing.references + 1
+    outputs: tuple[np.ndarray, ...] = ()
+    waiting: list[tuple[int, int, Views]] = []  # (record of the part, place, views)
+
+    def encode_some() -> None:
+        """A batch of images, whichever records they are of: places without one cost nothing. Always a whole batch, so that
+        `encode` is compiled once."""
+        nonlocal outputs
+        chosen = waiting[:batch]
+        del waiting[:batch]
+        rows = [views for _, _, views in chosen] + [blank] * (batch - len(chosen))
+        found = jax.device_get(encode(*(np.stack(column) for column in zip(*rows, strict=True))))
+        if not outputs:
+            outputs = tuple(
+                np.zeros((len(indices), places, *x.shape[1:]), dtype)
+                for x, dtype in zip(found, (np.int32, np.float32), strict=True)
+            )
+        for output, values in zip(outputs, found, strict=True):
+            for (record, place, _), value in zip(chosen, values, strict=False):
+                output[record, place] = value
+
     with concurrent.futures.ThreadPoolExecutor() as pool:
         for start in range(0, len(indices), batch):
-            rows = list(pool.map(views, indices[start : start + batch]))
-            # Always a whole batch, so that `encode` is compiled once. How many unreadable records are too many is for the
-            # loader to say.
-            rows = [row or blank for row in rows] + [blank] * (batch - len(rows))
-            pixels, tokenizer_pixels = (np.stack(column) for column in zip(*rows, strict=True))
-            codes, latents = jax.device_get(encode(pixels, tokenizer_pixels))
-            count = min(batch, len(indices) - start)
-            outputs.append((codes[:count].astype(np.int32), latents[:count].astype(np.float32)))
+            for record, found in enumerate(pool.map(images_of, indices[start : start + batch]), start):
+                waiting += [(record, place, views) for place, views in found]
+            while len(waiting) >= batch:
+                encode_some()
+        # With no readable record at all, one batch says which shapes the arrays have. How many unreadable ones are too many
+        # is for the loader to say.
+        while waiting or not outputs:
+            encode_some()
 
-    for name, column in zip(("codes", "latents"), zip(*outputs, strict=True), strict=True):
+    for name, values in zip(("codes", "latents"), outputs, strict=True):
         temporary = directory / f"{name}-{part:05d}.writing.npy"
-        np.save(temporary, np.concatenate(column))
+        np.save(temporary, values if places > 1 else values[:, 0])
         temporary.replace(directory / f"{name}-{part:05d}.npy")
     # Last: its presence says that the part is whole.
     temporary = directory / f"unreadable-{part:05d}.writing"

@@ -8,6 +8,7 @@ every array is a global one, and what there is one of (metrics, messages, files 
 import contextlib
 import dataclasses
 import functools
+import math
 import pathlib
 import resource
 import time
@@ -119,7 +120,7 @@ def train(config: Config, workdir: str | pathlib.Path, method: Method) -> Summar
     began = time.monotonic()
     workdir = pathlib.Path(workdir).absolute()
     strategy = Strategy.of(config.mesh)
-    strategy.check_batch(config.data.batch_size, config.optimizer.accumulate)
+    strategy.check_batch(config.data.batch_size, config.optimizer.accumulate, config.data.pack)
     with contextlib.ExitStack() as until_done:
         until_done.callback(method.close)
         method.open(config)
@@ -222,7 +223,8 @@ class _Run:
         if self.begun.draw is None or jax.process_count() > 1:
             return
         rows = jax.tree.map(lambda x: x[: self.config.preview], batch)
-        keys_B = row_keys(self.config.seed, state["step"], next(iter(rows.values())).shape[0])
+        leading = rows["bad_records"].shape
+        keys_B = row_keys(self.config.seed, state["step"], math.prod(leading)).reshape(leading)
         images_BHWC = self._drawn(state["params"], state["frozen"], rows, keys_B)
         self.setup.log.images(step, "preview", np.asarray(jax.numpy.round(images_BHWC * 255)).astype(np.uint8))
 

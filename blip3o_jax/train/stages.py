@@ -58,9 +58,19 @@ def stage_parts(config: Config) -> tuple[str, ...]:
     return STAGES[config.stage].parts + tuple(name for name, there in extra.items() if there and config.stage == "joint")
 
 
+def stage_trainable(config: Config) -> tuple[str, ...]:
+    """The default filter of a stage: with places for reference images also what reads these, and the layers of the DiT that see
+    them beside the noise (BLIP3o-NEXT, arXiv 2510.15857, section 4)."""
+    editing, patterns = config.model.editing, STAGES[config.stage].trainable
+    if config.stage != "joint" or not editing.references:
+        return patterns
+    beside = ("dit/patch_embed/.*", "dit/proj_out/.*") if editing.beside else ()
+    return patterns + tuple(f"{part}/.*" for part in stage_parts(config) if part.endswith("_connector")) + beside
+
+
 def trainable_filter(config: Config) -> Callable[[str], bool]:
     """Whether the parameter of a path name ("ar/layers/...") is trained."""
-    patterns = config.trainable or STAGES[config.stage].trainable
+    patterns = config.trainable or stage_trainable(config)
     try:
         compiled = [re.compile(p) for p in patterns]
     except re.error as e:

@@ -62,16 +62,18 @@ def make_step(config: Config, plan: StatePlan, strategy: Strategy, loss: Loss) -
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         batch = dict(batch)
         skipped_B = batch.pop("bad_records")
-        rows = skipped_B.shape[0]
+        examples, leading = skipped_B.size, skipped_B.shape  # [B], or [rows, examples of each] where rows are packed
         if "loss_mask" in batch:
-            labels = jnp.sum(batch["loss_mask"][:, 1:].astype(jnp.float32)) / rows
-            batch = batch | {"label_count": jnp.broadcast_to(labels, (rows,))}
+            labels = jnp.sum(batch["loss_mask"][:, 1:].astype(jnp.float32)) / examples
+            batch["label_count"] = jnp.broadcast_to(labels, leading)
+        if "target" in batch:  # a batch of questions alone draws no image
+            batch["target_count"] = jnp.broadcast_to(jnp.maximum(jnp.sum(batch["target"]), 1) / examples, leading)
         with nn.sharding_resolver(strategy.resolver):
             grads, metrics = _mean_gradients(
                 lambda p, b, k: loss_fn(p, state["frozen"], b, k),
                 state["params"],
                 batch,
-                row_keys(config.seed, state["step"], rows),
+                row_keys(config.seed, state["step"], examples).reshape(leading),
                 config.optimizer.accumulate,
             )
         with jax.named_scope("optimizer"):

@@ -9,6 +9,7 @@ import jax
 from jax.experimental import multihost_utils
 
 from blip3o_jax.config import Config, MeshConfig, UserError
+from blip3o_jax.data.buckets import by_shape
 from blip3o_jax.data.examples import ExampleBuilder
 from blip3o_jax.data.loader import DevicePrefetch, Loader, host_rows
 from blip3o_jax.data.record import Source
@@ -41,11 +42,13 @@ class Supervised:
 
     def begin(self, setup: Setup, state: TrainState, position: Any) -> Begun:
         config, strategy, sources = setup.config, setup.strategy, self._sources
+        if config.model.buckets and "pixels" in STAGES[config.stage].fields:
+            sources = [source for group in by_shape(sources, config.model) for source in group]
         if config.stage == "joint" and config.data.cache_dir:
             sources = _encode_sources(config, setup.plan, strategy, state, sources)
         builder = ExampleBuilder(STAGES[config.stage].fields, config.model, config.data, setup.vocabulary)
-        rows = host_rows(strategy.batch_sharding(), config.data.batch_size)
-        loader = Loader(sources, builder, config.data, config.seed, rows=rows)
+        rows = host_rows(strategy.batch_sharding(), config.data.batch_size // config.data.pack)
+        loader = Loader(sources, builder, config.data, config.seed, rows=rows, join=builder.join)
         if position is not None:
             loader.restore(position)
         loss = make_loss(config, setup.image_first)

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from blip3o_jax.data.images import crop_and_resize, decode, views
+from blip3o_jax.config import UserError
+from blip3o_jax.data.images import crop_and_resize, decode, load, views
 from blip3o_jax.data.record import BadRecord
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
@@ -143,3 +144,28 @@ def test_resizing_is_antialiased() -> None:
     stripes[:, ::2] = 255
     small = crop_and_resize(stripes, 16)  # four pixels to one: without antialiasing, stripes of aliases
     np.testing.assert_allclose(small[2:-2, 2:-2].astype(int), 127, atol=2)
+
+
+def test_a_file_that_a_user_names_is_one_picture_or_one_line(tmp_path) -> None:
+    path = tmp_path / "photo"
+    path.write_bytes(encode(Image.fromarray(quadrants())))
+    np.testing.assert_array_equal(load(path), quadrants())
+    frames = [Image.new("RGB", (16, 16), colour) for colour in (RED, BLUE)]
+    whole = encode(Image.fromarray(quadrants()), "JPEG")
+    for data, line in {
+        b"": "the image cannot be read: it has no known image format",
+        b"words": "the image cannot be read: it has no known image format",
+        whole[: len(whole) // 2]: "the image cannot be ",
+        encode(Image.new("RGB", (1, 1))): "1 x 1 pixels are no picture: give one of 8 x 8 or more",
+        encode(
+            frames[0], "GIF", save_all=True, append_images=frames[1:]
+        ): "an animation of 2 frames: save the one that is meant",
+        encode(Image.new("1", (20000, 20000))): "the image is too large: scale it down to 80 megapixels or less",
+        encode(Image.new("1", (10000, 8001))): "the image is too large: scale it down to 80 megapixels or less",
+    }.items():
+        path.write_bytes(data)
+        with pytest.raises(UserError) as error:
+            load(path)
+        assert str(error.value).startswith(f"{path}: ") and line in str(error.value) and "\n" not in str(error.value)
+    with pytest.raises(UserError, match=r"none: the image cannot be read: No such file"):
+        load(tmp_path / "none")

@@ -14,9 +14,13 @@ from blip3o_jax.data.sequence import (
     caption_row,
     condition_positions,
     hide_prompts,
+    insert_features,
     insert_image_ids,
+    insert_references,
     most_labels,
+    pack_rows,
     take_span,
+    task_row,
     text_to_image_prompt,
     text_to_image_row,
 )
@@ -176,3 +180,115 @@ def test_caption_row(vocab):
     assert caption_row(vocab, "", 4)["text_mask"].tolist() == [True, False, False, False]
     with pytest.raises(RowTooLong, match="'k'"):
         caption_row(vocab, CAPTION, 5, "k")
+
+
+def tasks_row(vocab, task, text, answer="", *, references=1, places=2, max_length=200, **changes):
+    lengths = {"references": references, "places": places, "num_image_tokens": 2, "max_length": max_length}
+    return task_row(vocab, dataclasses.replace(TEMPLATE, **changes), task, text, answer, key="k", **lengths)
+
+
+SHOWN = "<|vision_start|><I0><I0><|vision_end|>"
+OPENING, DRAWN = "<|im_end|>\n<|im_start|>assistant\n", "<im_start><S0><I0><I0><im_end><|im_end|>\n"
+
+
+@pytest.mark.parametrize(
+    ("task", "text", "references", "user", "answer"),
+    [
+        (
+            "edit",
+            "make it red",
+            1,
+            f"Please edit this image according to the following instruction: make it red.\n{SHOWN}",
+            DRAWN,
+        ),
+        (
+            "edit",
+            "put <image> 2 into 1",
+            2,
+            "Please edit these 2 images according to the following instruction: put <image> 2 into 1.\n" + SHOWN * 2,
+            DRAWN,
+        ),
+        ("reconstruct", "", 1, f"{SHOWN}\nPlease reconstruct the given image.", DRAWN),
+        ("understand", "how many?", 1, f"{SHOWN}\nhow many?", "two<|im_end|>\n"),
+        ("t2i", "a cat", 0, "Please generate image based on the following caption: a cat", DRAWN),
+    ],
+)
+def test_rows_of_every_task(vocab, task, text, references, user, answer):
+    row = tasks_row(vocab, task, text, "two", references=references, system="")
+    length = int(row["segment_ids"].sum())
+    assert vocab.decode(row["tokens"][:length]) == f"<|im_start|>user\n{user}{OPENING}{answer}"
+    supervised = row["tokens"][row["loss_mask"] > 0]
+    assert vocab.decode(supervised) == answer.removeprefix("<im_start><S0>"), "what the user shows and says has no labels"
+    assert row["target"] == (task != "understand") and row["reference_mask"].tolist() == [r < references for r in range(2)]
+    start = vocab.tokenizer.special("<|vision_start|>")
+    for r in range(2):
+        assert row["reference_span"][r] == 0 if r >= references else row["tokens"][row["reference_span"][r]] == start
+    if task != "understand":
+        assert row["tokens"][row["image_span"]] == vocab.scale(1)
+    if task == "t2i":
+        plain = text_to_image_row(vocab, dataclasses.replace(TEMPLATE, system=""), text, 2, 200)
+        for name, value in plain.items():
+            np.testing.assert_array_equal(row[name], value)
+
+
+def test_images_are_put_where_they_are_shown(vocab):
+    rows = [tasks_row(vocab, "edit", "x", references=n) for n in (1, 2)] + [tasks_row(vocab, "t2i", "x", references=0)]
+    tokens_BL, span_BR, mask_BR = (np.stack([row[n] for row in rows]) for n in ("tokens", "reference_span", "reference_mask"))
+    ids_BRN = vocab.image_ids_from_codes(np.arange(12).reshape(3, 2, 2) % 4)
+    filled_BL = jax.jit(insert_references)(tokens_BL, span_BR, ids_BRN, mask_BR)
+    embedded_BLD = jnp.zeros((*tokens_BL.shape, 1))
+    features_BLD = jax.jit(insert_features)(embedded_BLD, span_BR, np.ones((3, 2, 2, 1)), mask_BR)
+    for b, count in enumerate((1, 2, 0)):
+        want, marked = tokens_BL[b].copy(), np.zeros(len(tokens_BL[b]))
+        for r in range(count):
+            at = span_BR[b, r] + 1
+            want[at : at + 2], marked[at : at + 2] = ids_BRN[b, r], 1
+        np.testing.assert_array_equal(filled_BL[b], want)
+        np.testing.assert_array_equal(features_BLD[b, :, 0], marked)
+
+
+def test_rows_of_tasks_that_cannot_be(vocab):
+    for task, text, answer, references, message in [
+        ("edit", "x", "", 3, r"example 'k' has 3 reference images, a row has places for 2"),
+        ("edit", "x", "", 0, r"task edit needs an image"),
+        ("edit", "  ", "", 1, r"the instruction is empty"),
+        ("understand", "", "two", 1, r"the question is empty"),
+        ("understand", "x", " ", 1, r"example 'k' has no answer"),
+        (
+            "understand",
+            "x",
+            "two cubes left of a sphere " * 9,
+            1,
+            r"'k' has an answer of \d+ tokens, at most 10 are trained on",
+        ),
+        ("paint", "x", "", 1, r"task='paint'"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            tasks_row(vocab, task, text, answer, references=references, max_length=900)
+    with pytest.raises(RowTooLong, match=r"example 'k' needs \d+ tokens"):
+        tasks_row(vocab, "edit", "x", max_length=40)
+    with pytest.raises(ConfigError, match=r"model.template.edit='{instruction}' must have <image> once"):
+        tasks_row(vocab, "edit", "x", edit="{instruction}")
+
+
+def test_examples_follow_each_other_in_a_row(vocab):
+    """With their own positions and segments; spans move with them, those of nothing stay 0."""
+    rows = [
+        tasks_row(vocab, "edit", "x"),
+        tasks_row(vocab, "understand", "how many?", "two"),
+        tasks_row(vocab, "t2i", "a cat", references=0),
+    ]
+    lengths = [int(row["segment_ids"].sum()) for row in rows]
+    packed = pack_rows(rows, ["a", "b", "c"], sum(lengths) + 5)
+    for number, (row, start, length) in enumerate(zip(rows, np.cumsum([0, *lengths]), lengths, strict=False)):
+        own = slice(start, start + length)
+        assert packed["segment_ids"][own].tolist() == [number + 1] * length
+        for name in ("tokens", "loss_mask", "positions"):
+            np.testing.assert_array_equal(packed[name][own], row[name][:length])
+        assert packed["image_span"][number] == (row["image_span"] + start if row["target"] else 0)
+        want = [span + start if there else 0 for span, there in zip(row["reference_span"], row["reference_mask"], strict=True)]
+        assert packed["reference_span"][number].tolist() == want
+    assert not packed["segment_ids"][sum(lengths) :].any() and packed["target"].tolist() == [1, 0, 1]
+    assert packed["loss_mask"].sum() <= most_labels(TEMPLATE, 2, 3)
+    with pytest.raises(RowTooLong, match=rf"example 'a \+ b \+ c' needs {sum(lengths)} tokens, a row has {sum(lengths) - 1}"):
+        pack_rows(rows, ["a", "b", "c"], sum(lengths) - 1)

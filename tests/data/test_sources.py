@@ -1,5 +1,6 @@
 """Each format read back record by record; each kind of damage named in one line."""
 
+import dataclasses
 import io
 import json
 import pathlib
@@ -129,7 +130,7 @@ def test_incomplete_examples_are_bad_records(tmp_path: pathlib.Path) -> None:
     members = [*pair(0), ("a/only.png", IMAGES[1]), ("words.txt", b"x"), ("odd.png", IMAGES[1]), ("odd.txt", b"\xff\xfe")]
     source = opened(write_tar(tmp_path / "a.tar", members))
     assert [source[0].key, len(source)] == ["0000", 4]
-    for index, expected in [(1, "a/only: no caption"), (2, "words: no image"), (3, "odd: the caption is not UTF-8")]:
+    for index, expected in [(1, "a/only: no caption"), (2, "words: no image"), (3, "odd: the text is not UTF-8")]:
         with pytest.raises(BadRecord, match=f"a.tar: {expected}") as caught:
             source[index]
         assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
@@ -150,7 +151,7 @@ def test_folder(tmp_path: pathlib.Path) -> None:
 def test_folder_bad_lines(tmp_path: pathlib.Path) -> None:
     lines = [
         (b'{"image": "0.png", "caption": "fine"}', ""),
-        (b'{"image": "0.png", "caption": "\xff"}', "line 3: the caption is not UTF-8"),
+        (b'{"image": "0.png", "caption": "\xff"}', "line 3: the text is not UTF-8"),
         (b'{"image": "0.png"}', "line 5: no caption"),
         (b'{"caption": "c"}', "line 7: no image"),
         (b'{"image": "gone.png", "caption": "c"}', "gone.png: the image cannot be read: No such file"),
@@ -178,7 +179,7 @@ def test_parquet_bad_files_and_records(tmp_path: pathlib.Path) -> None:
     words = pa.StringArray.from_buffers(2, pa.py_buffer(np.array([0, 2, 3], np.int32)), pa.py_buffer(b"\xff\xfeb"))
     pq.write_table(pa.table({"image": [IMAGES[0], None], "text": words, "key": ["k0", "k1"]}), tmp_path / "a.parquet")
     source = opened(tmp_path / "a.parquet")
-    with pytest.raises(BadRecord, match=r"a.parquet: k0: the caption is not UTF-8"):
+    with pytest.raises(BadRecord, match=r"a.parquet: k0: the text is not UTF-8"):
         source[0]
     with pytest.raises(BadRecord, match=r"a.parquet: k1: no image"):
         source[1]
@@ -219,7 +220,7 @@ def test_tfds(tmp_path: pathlib.Path) -> None:
     test = opened(tmp_path / "tiny", split="test")
     assert test.fingerprint != source.fingerprint
     assert len(opened(tmp_path, split="train[:2]")) == 2
-    with pytest.raises(BadRecord, match=r"k0: the caption is not UTF-8"):
+    with pytest.raises(BadRecord, match=r"k0: the text is not UTF-8"):
         [test[i] for i in range(2)]
     with pytest.raises(
         ValueError, match=r"cannot read data.split='val': Unknown split 'val'. Should be one of \['train', 'test'\]"
@@ -251,3 +252,85 @@ def test_mixture(tmp_path: pathlib.Path) -> None:
     assert [(s.name, w) for s, w in open_mixture(data)] == [(str(folder), 1.0), (str(shard), 3.0)]
     with pytest.raises(ValueError, match=r"data.path is empty"):
         open_mixture(DataConfig())
+
+
+# What every format says of the same five things, with images by their number.
+THINGS = [
+    {"caption": "a cat", "image": 0},
+    {"instruction": "make it red", "image": 1, "input_image": 0},
+    {"instruction": "put them together", "image": 2, "input_images": [0, 1]},
+    {"task": "reconstruct", "input_image": 3},
+    {"question": "how many?", "answer": "two", "input_image": 4},
+]
+
+
+def things(at: str) -> list[Record]:
+    """As records of the shard `at`, their keys left out."""
+    return [
+        Record(IMAGES[0], "a cat", "", at),
+        Record(IMAGES[1], "make it red", "", at, "edit", (IMAGES[0],)),
+        Record(IMAGES[2], "put them together", "", at, "edit", (IMAGES[0], IMAGES[1])),
+        Record(IMAGES[3], "", "", at, "reconstruct", (IMAGES[3],)),
+        Record(b"", "how many?", "", at, "understand", (IMAGES[4],), "two"),
+    ]
+
+
+def without_key(source: Source) -> list[Record]:
+    return [dataclasses.replace(source[i], key="") for i in range(len(source))]
+
+
+def test_every_task_from_json_lines(tmp_path: pathlib.Path) -> None:
+    name = lambda n: [f"{i}.png" for i in n] if isinstance(n, list) else f"{n}.png"
+    lines = [{key: name(value) if "image" in key else value for key, value in thing.items()} for thing in THINGS]
+    lines[1]["output_image"] = lines[1].pop("image")
+    source = opened(write_folder(tmp_path / "d", [json.dumps(line).encode() for line in lines]))
+    assert without_key(source) == things(str(tmp_path / "d" / "metadata.jsonl"))
+    before = source.fingerprint
+    (tmp_path / "d" / "4.png").write_bytes(IMAGES[0])
+    assert opened(tmp_path / "d").fingerprint != before, "an image that is only shown counts as well"
+
+
+def test_every_task_from_a_tar(tmp_path: pathlib.Path) -> None:
+    members = [("0.png", IMAGES[0]), ("0.txt", b"a cat"), ("1.png", IMAGES[1]), ("1.input.png", IMAGES[0])]
+    members += [("1.txt", b"make it red"), ("2.input1.png", IMAGES[1]), ("2.input0.png", IMAGES[0]), ("2.png", IMAGES[2])]
+    members += [
+        ("2.json", b'{"instruction": "put them together"}'),
+        ("3.png", IMAGES[3]),
+        ("3.json", b'{"task": "reconstruct"}'),
+    ]
+    members += [("4.input.png", IMAGES[4]), ("4.json", b'{"question": "how many?", "answer": "two"}')]
+    path = write_tar(tmp_path / "a.tar", members)
+    assert without_key(opened(path)) == things(str(path))
+
+
+def test_every_task_from_parquet(tmp_path: pathlib.Path) -> None:
+    images = lambda n: [IMAGES[i] for i in n] if isinstance(n, list) else n if n is None else IMAGES[n]
+    column = lambda name: [thing.get(name) for thing in THINGS]
+    columns = {name: column(name) for name in ("task", "caption", "instruction", "question", "answer")}
+    shown = [
+        images(x) if isinstance(x, list) else [images(x)] if x is not None else None
+        for x in (thing.get("input_images", thing.get("input_image")) for thing in THINGS)
+    ]
+    columns |= {"image": [images(x) for x in column("image")], "input_images": shown}
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table(columns), path)
+    assert without_key(opened(path)) == things(str(path))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ({"instruction": "", "image": "1.png", "input_image": "0.png"}, "the instruction is empty"),
+        ({"instruction": "x", "image": "1.png"}, "no input image; task edit needs one in input_image or input_images"),
+        ({"instruction": "x", "input_image": "0.png"}, "no image; expected the one to be drawn"),
+        ({"question": "x", "input_image": "0.png"}, "no answer to the question"),
+        ({"task": "paint", "caption": "x", "image": "0.png"}, "task 'paint' is not one of t2i, edit, reconstruct, understand"),
+        ({"task": "reconstruct"}, "no input image"),
+        ({"caption": "x", "image": 3}, "images are given by their paths"),
+        ({"instruction": "x", "image": "1.png", "input_image": "9.png"}, "the image cannot be read: No such file"),
+    ],
+)
+def test_what_a_task_lacks_makes_a_bad_record(tmp_path: pathlib.Path, line: dict, message: str) -> None:
+    source = opened(write_folder(tmp_path / "d", [json.dumps(line).encode()]))
+    with pytest.raises(BadRecord, match=re.escape(message)):
+        source[0]

@@ -8,7 +8,7 @@ import pytest
 
 from blip3o_jax.data import encoded
 from blip3o_jax.data.examples import ExampleBuilder
-from blip3o_jax.data.record import BadRecord
+from blip3o_jax.data.record import BadRecord, Record
 from blip3o_jax.data.sources import open_mixture
 from blip3o_jax.train import encode
 from tests import tiny
@@ -76,7 +76,7 @@ def test_the_batch_divides_over_the_devices(folder, tmp_path):
         return np.zeros((6, 4), int), np.zeros((6, 4, 4, 4))
 
     cached, _, _ = opened(folder, tmp_path, encoders, shards=3)
-    assert shapes == [6] * 4 and len(cached) == 16 and cached[15].codes.shape == (4,)
+    assert shapes == [6] * 4 and len(cached) == 16 and cached[15].outputs["codes"].shape == (4,)
 
 
 def test_stopped_and_run_again_it_goes_on_with_the_next_part(folder, tmp_path):
@@ -85,7 +85,7 @@ def test_stopped_and_run_again_it_goes_on_with_the_next_part(folder, tmp_path):
     rest = Encoders()
     cached, _, _ = opened(folder, tmp_path, rest)
     assert rest.calls == 2
-    assert [len(cached[i].codes) for i in range(16)] == [4] * 16
+    assert [len(cached[i].outputs["codes"]) for i in range(16)] == [4] * 16
     again = Encoders()
     opened(folder, tmp_path, again)
     assert again.calls == 0
@@ -118,7 +118,7 @@ def test_unreadable_records_are_known_by_their_reason(folder, tmp_path, bad):
                 cached[i]
             assert error.value.key == source[i].key and error.value.shard
         else:
-            assert cached[i].codes.shape == (4,)
+            assert cached[i].outputs["codes"].shape == (4,)
 
 
 def test_the_fingerprint_is_of_every_weight():
@@ -137,3 +137,41 @@ def test_a_source_is_named_by_its_files_wherever_they_lie(folder, tmp_path):
     folder.rename(tmp_path / "moved")
     ((moved, _),) = open_mixture(dataclasses.replace(cfg.data, path=str(tmp_path / "moved")))
     assert encoded.directory_name(moved, {"weights": "a"}) == name
+
+
+def test_images_that_are_shown_are_encoded_with_those_that_are_drawn(tmp_path):
+    """Rows of every task, in three batches of images for one of records; places without an image are zeros."""
+    folder = tiny.write_data(tmp_path / "images")
+    lines = [
+        {"caption": "a", "image": "000.png"},
+        {"instruction": "b", "image": "001.png", "input_image": "002.png"},
+        {"instruction": "c", "image": "003.png", "input_images": ["004.png", "005.png"]},
+        {"question": "d", "answer": "e", "input_image": "006.png"},
+        {"task": "reconstruct", "input_image": "007.png"},
+        {"caption": "f", "image": "none.png"},
+    ]
+    (folder / "captions.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    cfg = tiny.run_config(folder, data={"cache_dir": str(tmp_path / "cache")}, model={"editing": {"references": 2}})
+    ((source, _),) = open_mixture(cfg.data)
+    encoders = Encoders()
+    cached = encode.encoded_source(source, encoders, "weights", cfg)
+    assert encoders.calls == 3, "nine images in batches of four"
+    mean = lambda name: views(tiny_record(folder, name))["pixels"].astype(np.float64).mean()
+    views = ExampleBuilder(("pixels",), cfg.model, cfg.data)
+    drawn = ["000.png", "001.png", "003.png", None, "007.png"]
+    shown = [(), ("002.png",), ("004.png", "005.png"), ("006.png",), ("007.png",)]
+    for i in range(5):
+        outputs = cached[i].outputs
+        assert outputs["reference_codes"].shape == (2, 4) and outputs["reference_latents"].shape == (2, 4, 4, 4)
+        for name, codes_N, latents in [
+            (drawn[i], outputs["codes"], outputs["latents"]),
+            *zip((*shown[i], None, None), outputs["reference_codes"], outputs["reference_latents"], strict=False),
+        ]:
+            want = mean(name) if name else 0.0
+            assert codes_N.tolist() == [int(want)] * 4 and np.all(latents == np.float32(want / 3))
+    with pytest.raises(BadRecord, match=r"none.png: the image cannot be read"):
+        cached[5]
+
+
+def tiny_record(folder, name):
+    return Record((folder / name).read_bytes(), "", name, "")

@@ -1,0 +1,84 @@
+"""Sources cut by the shape of their images, so that every batch has one: `model.buckets`.
+
+The shape of a record is that of the image to be drawn, or of the first one shown, taken from its header. All headers are read
+once, by threads, and which record is of which shape is kept in the user's cache directory.
+"""
+
+import concurrent.futures
+import functools
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Sequence
+
+import numpy as np
+
+from blip3o_jax.config import ModelConfig, UserError
+from blip3o_jax.data import images
+from blip3o_jax.data.record import BadRecord, Record, Source
+from blip3o_jax.data.tar import cache_directory
+
+AT_ONCE = 1024  # records between two lines of progress
+
+
+class Bucket(Source):
+    """The records of `source` at `indices`, whose images are cut to `shape`."""
+
+    def __init__(self, source: Source, indices: np.ndarray, shape: tuple[int, int]) -> None:
+        super().__init__(source.name, source.files)
+        self._source, self._indices, self.shape = source, indices, shape
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: int) -> Record:
+        return self._source[int(self._indices[index])]
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        return f"{self._source.fingerprint}-{'x'.join(map(str, self.shape))}"
+
+
+def by_shape(sources: Sequence[tuple[Source, float]], model: ModelConfig) -> list[list[tuple[Source, float]]]:
+    """For each of `model.sizes` that there are images of, its sources with their weights: shares of the whole mixture."""
+    total = sum(weight for _, weight in sources)
+    groups: list[list[tuple[Source, float]]] = [[] for _ in model.sizes]
+    for source, weight in sources:
+        shapes_N = _shapes(source, model)
+        for number, (size, group) in enumerate(zip(model.sizes, groups, strict=True)):
+            indices = np.flatnonzero(shapes_N == number)
+            if len(indices):
+                group.append((Bucket(source, indices, size), weight / total * len(indices) / len(source)))
+    return [group for group in groups if group]
+
+
+def _shapes(source: Source, model: ModelConfig) -> np.ndarray:
+    """Which of `model.sizes` each record has, uint8; the first where it cannot be read, which is for the loader to say."""
+    if len(model.sizes) > 255:
+        raise UserError(f"model.buckets has {len(model.sizes)} sizes: 255 are the most")
+    name = hashlib.sha256(json.dumps([source.fingerprint, model.sizes]).encode()).hexdigest()[:16]
+    file = cache_directory() / f"shapes-{name}.npy"
+    if file.exists():
+        return np.load(file)
+
+    def shape(index: int) -> int:
+        try:
+            record = source[index]
+            size = model.nearest_size(*images.shape_of(record.image or record.references[0]))
+            return model.sizes.index(size)
+        except BadRecord:
+            return 0
+
+    found, began = [], time.monotonic()
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        for start in range(0, len(source), AT_ONCE):
+            found += pool.map(shape, range(start, min(len(source), start + AT_ONCE)))
+            if len(found) < len(source):
+                left = (time.monotonic() - began) / len(found) * (len(source) - len(found))
+                print(f"shapes of {source.name}: {len(found)}/{len(source)}, ETA {left:.0f} s", file=sys.stderr)
+    shapes_N = np.array(found, np.uint8)
+    partial = file.with_suffix(".partial.npy")
+    np.save(partial, shapes_N)
+    partial.replace(file)
+    return shapes_N

@@ -1,0 +1,82 @@
+"""What the user says and what the assistant answers, for each task: the published chat template.
+
+    task         user's turn, `template.*`        the assistant answers with
+    t2i          generate, {caption}              an image
+    edit         edit, {instruction}              an image; edit_several where there are several references
+    reconstruct  reconstruct                      an image
+    understand   understand, {question}           text
+
+`<image>` in a template becomes, for each reference image, <|vision_start|>, n places and <|vision_end|>. What the user fills
+in is text, whatever tags it spells.
+"""
+
+from typing import NamedTuple
+
+from blip3o_jax.config import TemplateConfig, UserError, check, check_choice
+from blip3o_jax.text.tokenizers import VISION_END, VISION_START
+from blip3o_jax.text.vocabulary import Vocabulary
+
+TASKS = ("t2i", "edit", "reconstruct", "understand")
+IMAGE = "<image>"
+
+
+class Prompt(NamedTuple):
+    """All ids up to where the answer begins, and for each reference image the index of its opening tag; the n places after
+    it hold <I0>."""
+
+    ids: list[int]
+    references: list[int]
+
+
+def make_prompt(
+    vocab: Vocabulary,
+    template: TemplateConfig,
+    task: str,
+    text: str,
+    *,
+    references: int = 0,
+    num_image_tokens: int = 0,
+    pool_scale: int = 1,
+) -> Prompt:
+    """`text` is the caption, instruction or question; `references` images are shown. Where the answer is an image the prompt
+    ends with its scale token. UserError for a text or a number of images that the task cannot have."""
+    before, after = _filled(template, task, text, references)
+    system = _turn(vocab, "system", template.system) if template.system else []
+    if task == "t2i":
+        user, places = _turn(vocab, "user", before), []
+    else:
+        start, end = vocab.tokenizer.special(VISION_START), vocab.tokenizer.special(VISION_END)
+        image = [start, *[vocab.image_first] * num_image_tokens, end]
+        head = [vocab.start_of_turn, *vocab.encode(f"user\n{before}")]
+        user = [*head, *image * references, *vocab.encode(after), vocab.end_of_turn, *vocab.encode("\n")]
+        places = [len(system) + len(head) + i * len(image) for i in range(references)]
+    opening = [vocab.start_of_turn, *vocab.encode("assistant\n")]
+    if task != "understand":
+        opening += [vocab.image_start, vocab.scale(pool_scale)]
+    return Prompt([*system, *user, *opening], places)
+
+
+def _filled(template: TemplateConfig, task: str, text: str, references: int) -> tuple[str, str]:
+    """The template of a task with `text` in it: what stands before the images and after them."""
+    check_choice("task", task, TASKS)
+    field, place = {
+        "t2i": ("generate", "{caption}"),
+        "edit": ("edit" if references == 1 else "edit_several", "{instruction}"),
+        "reconstruct": ("reconstruct", ""),
+        "understand": ("understand", "{question}"),
+    }[task]
+    said = getattr(template, field)
+    check(not place or place in said, f"model.template.{field}={said!r} has no place for the text: write {place} into it")
+    if task == "t2i":
+        return said.replace(place, text), ""
+    if not references:
+        raise UserError(f"task {task} needs an image: give at least one")
+    if place and not text.strip():
+        raise UserError(f"task {task} needs words: the {place.strip('{}')} is empty")
+    check(said.count(IMAGE) == 1, f"model.template.{field}={said!r} must have {IMAGE} once, where the images are shown")
+    before, after = (half.replace("{count}", str(references)) for half in said.split(IMAGE))
+    return (before.replace(place, text), after.replace(place, text)) if place else (before, after)
+
+
+def _turn(vocab: Vocabulary, role: str, text: str) -> list[int]:
+    return [vocab.start_of_turn, *vocab.encode(f"{role}\n{text}"), vocab.end_of_turn, *vocab.encode("\n")]
