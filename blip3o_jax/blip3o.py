@@ -4,7 +4,11 @@
     caption ----------------------┴-> ar -> hidden states of <S0>, I_1 .. I_n -> connector -> condition ┴-> dit -> velocity
                                       └-> logits -> cross entropy                                     flow-matching loss <-┘
 
-Legend: B batch, L row length, N image tokens, D width, H W C image or latent, T condition tokens (N + 1).
+Reference images enter three ways, each by `model.editing`: their codes (or features) in the row, their latents as further
+condition tokens, and beside the noisy latents of the DiT.
+
+Legend: B batch, L row length, N image tokens, D width, H W C image or latent, T condition tokens (N + 1), R places for
+reference images.
 """
 
 import dataclasses
@@ -18,17 +22,29 @@ from flax import nnx
 from blip3o_jax import nn
 from blip3o_jax.ar.cross_entropy import cross_entropy
 from blip3o_jax.ar.qwen3 import Qwen3
-from blip3o_jax.config import LossConfig, ModelConfig
+from blip3o_jax.config import LossConfig, ModelConfig, SamplingConfig
 from blip3o_jax.connector import Connector
-from blip3o_jax.data.sequence import hide_prompts, insert_image_ids, most_labels, take_span
+from blip3o_jax.data.sequence import (
+    by_example,
+    hide_prompts,
+    insert_features,
+    insert_references,
+    most_labels,
+    take_span,
+)
 from blip3o_jax.dit import flow
-from blip3o_jax.dit.sana import SanaTransformer
+from blip3o_jax.dit.sampler import Guidance
+from blip3o_jax.dit.sana import Beside, Condition, SanaTransformer
 from blip3o_jax.image_tokens.contrastive import PatchReadout, TextTower
 from blip3o_jax.image_tokens.ta_tok import TaTok
 from blip3o_jax.text.vocabulary import image_ids_from_codes
 from blip3o_jax.vae.dc_ae import DcAe
 
 PARTS = ("tokenizer", "text_tower", "ar", "connector", "dit", "vae", "patch_readout", "latent_connector", "feature_connector")
+
+
+# Of images in a row: pooled features [B, R, N, width], the index of each image's opening tag [B, R], which there are [B, R].
+Features = tuple[jax.Array, jax.Array, jax.Array]
 
 
 class Blip3o(nnx.Module):
@@ -64,6 +80,11 @@ class Blip3o(nnx.Module):
         with nn.part("tokenizer"):
             return self.tokenizer.encode(scale_pixels(pixels_BHWC))
 
+    def features(self, pixels_BHWC: jax.Array) -> jax.Array:
+        """uint8 pixels at the tokenizer's size -> pooled SigLIP2 features [B, N, D]."""
+        with nn.part("tokenizer"):
+            return self.tokenizer.features(scale_pixels(pixels_BHWC))
+
     def latents(self, pixels_BHWC: jax.Array) -> jax.Array:
         """uint8 pixels at the target size -> scaled latents, float32."""
         with nn.part("vae"):
@@ -97,25 +118,83 @@ class Blip3o(nnx.Module):
             head = self.ar.lm_head.kernel
             head[...] = head[...].at[:, rows].set(projected(keys[1], ar.initializer_range).T.astype(head.dtype))
 
-    def hidden(self, tokens_BL: jax.Array, positions_BL: jax.Array, segment_ids_BL: jax.Array) -> jax.Array:
+    def hidden(
+        self, tokens_BL: jax.Array, positions_BL: jax.Array, segment_ids_BL: jax.Array, features: Features | None = None
+    ) -> jax.Array:
+        embedded_BLD = self.embed(tokens_BL, features)
         with nn.part("ar"):
-            return self.ar(self.ar.embed(tokens_BL), positions_BL, segment_ids_BL)
+            return self.ar(embedded_BLD, positions_BL, segment_ids_BL)
 
-    def condition(self, hidden_BTD: jax.Array, keep_B: jax.Array | None = None) -> jax.Array:
-        """Hidden states -> condition tokens of the DiT; rows that are not kept get the null condition."""
+    def embed(self, tokens_BL: jax.Array, features: Features | None = None) -> jax.Array:
+        """Embeddings [B, L, D] of rows, with SigLIP2 features in the places of images where they stand for these."""
+        with nn.part("ar"):
+            embedded_BLD = self.ar.embed(tokens_BL)
+        if features is None:
+            return embedded_BLD
+        features_BRND, span_BR, there_BR = features
+        B, R, N, width = features_BRND.shape
         with nn.part("connector"):
-            return self.connector(hidden_BTD, keep_B)
+            features_BXD = self.feature_connector(features_BRND.reshape(B, R * N, width))
+        return insert_features(embedded_BLD, span_BR, features_BXD.reshape(B, R, N, -1), there_BR)
 
-    def null_condition(self, rows: int) -> jax.Array:
-        """What the connector makes of zeros, [rows, 1, C]: the unconditional branch. One token stands for all n + 1, since
-        cross-attention over equal tokens does not depend on their number; a row for each of the batch, as rows are spread
-        over the devices."""
-        zeros = jnp.zeros((rows, 1, self.cfg.ar.hidden_size), jnp.float32)
-        return self.condition(zeros, jnp.zeros(rows, bool))
+    def condition(
+        self,
+        hidden_BTD: jax.Array,
+        keep_B: jax.Array | None = None,
+        references: "References | None" = None,
+        keep_references_B: jax.Array | None = None,
+    ) -> Condition:
+        """Hidden states and reference images -> what the DiT is conditioned on.
 
-    def velocity(self, z_BHWC: jax.Array, timestep_B: jax.Array, condition_BTC: jax.Array) -> jax.Array:
+        Hidden states that are not kept become zeros before the connector. References that are not kept leave zeros as their
+        condition tokens; the latents beside the noise stay, or go where `editing.null_beside` is false.
+        """
+        editing, beside, mask_BT = self.cfg.editing, None, None
+        with nn.part("connector"):
+            tokens_BTC = self.connector(hidden_BTD, keep_B)
+            if references is not None and editing.latents:
+                z_BRHWC = references.latents_BRHWC
+                more_BXC = self.latent_connector(z_BRHWC.reshape(len(z_BRHWC), -1, z_BRHWC.shape[-1]))
+                if keep_references_B is not None:
+                    more_BXC = jnp.where(keep_references_B[:, None, None], more_BXC, 0)
+                there_BX = jnp.repeat(references.mask_BR, z_BRHWC.shape[2] * z_BRHWC.shape[3], axis=1)
+                mask_BT = jnp.concatenate([jnp.ones(tokens_BTC.shape[:2], bool), there_BX], axis=1)
+                tokens_BTC = jnp.concatenate([tokens_BTC, more_BXC], axis=1)
+        if references is not None and editing.beside:
+            mask_BR = references.mask_BR
+            if keep_references_B is not None and not editing.null_beside:
+                mask_BR &= keep_references_B[:, None]
+            beside = Beside(references.latents_BRHWC, mask_BR)
+        return Condition(tokens_BTC, mask_BT, beside)
+
+    def guidance(self, hidden_BTD: jax.Array, settings: SamplingConfig, references: "References | None" = None) -> Guidance:
+        """The branches of sampling: the null condition and that of the references alone are what training drops to."""
+        scale, towards = settings.guidance, settings.reference_guidance or settings.guidance
+        given = self.condition(hidden_BTD, None, references)
+        if scale == towards == 1.0:
+            return Guidance(given)
+        rows = len(hidden_BTD)
+        none_B, all_B = jnp.zeros(rows, bool), jnp.ones(rows, bool)
+        # One token stands for all T where they are equal, since attention over them does not depend on their number.
+        count = 1 if given.mask_BT is None else hidden_BTD.shape[1]
+        zeros_BTD = jnp.zeros((rows, count, self.cfg.ar.hidden_size), jnp.float32)
+        null = self.condition(zeros_BTD, none_B, references, none_B)
+        if references is None or scale == towards:
+            return Guidance(given, null, scale)
+        return Guidance(given, null, scale, self.condition(zeros_BTD, none_B, references, all_B), towards)
+
+    def velocity(self, z_BHWC: jax.Array, timestep_B: jax.Array, condition: Condition) -> jax.Array:
         with nn.part("dit"):
-            return self.dit(z_BHWC, timestep_B, condition_BTC)
+            return self.dit(z_BHWC, timestep_B, *condition)
+
+
+class References(NamedTuple):
+    """The reference images of a batch, in R places a row."""
+
+    mask_BR: jax.Array  # bool
+    codes_BRN: jax.Array
+    features_BRND: jax.Array | None  # with `editing.features`
+    latents_BRHWC: jax.Array | None  # scaled, where a conditioning route reads them
 
 
 def scale_pixels(pixels: jax.Array) -> jax.Array:
@@ -134,16 +213,44 @@ def targets(model: Blip3o, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.
         )
 
 
-def draw_noise(keys_B: jax.Array, shape: tuple[int, ...], cfg: ModelConfig, loss: LossConfig) -> tuple[jax.Array, ...]:
-    """Per row, from its own key: noises [B, draws, *shape], sigmas [B, draws] and whether caption and condition are kept [B];
-    the same at any batch split."""
+def references(model: Blip3o, batch: dict[str, jax.Array]) -> References | None:
+    """The batch's, cached or by the frozen encoders; None where its rows have no places for them."""
+    if "reference_mask" not in batch:
+        return None
+    mask_BR, editing = batch["reference_mask"] > 0, model.cfg.editing
+    if "reference_codes" in batch:
+        latents_BRHWC = batch["reference_latents"].astype(jnp.float32)
+        return References(mask_BR, batch["reference_codes"], batch.get("reference_features"), latents_BRHWC)
 
-    def row(key: jax.Array) -> tuple[jax.Array, ...]:
+    def each(encode: Callable[[jax.Array], jax.Array], pixels_BRHWC: jax.Array) -> jax.Array:
+        y = encode(pixels_BRHWC.reshape(-1, *pixels_BRHWC.shape[2:]))
+        return jax.lax.stop_gradient(y.reshape(*mask_BR.shape, *y.shape[1:]))
+
+    with jax.named_scope("encode"):
+        seen_BRHWC = batch["reference_tokenizer_pixels"]
+        features_BRND = each(model.features, seen_BRHWC) if editing.features else None
+        read = editing.latents or editing.beside
+        latents_BRHWC = each(model.latents, batch["reference_pixels"]) if read else None
+        return References(mask_BR, each(model.codes, seen_BRHWC), features_BRND, latents_BRHWC)
+
+
+class Drawn(NamedTuple):
+    """What a training row draws from its own key, the same at any batch split."""
+
+    noise: jax.Array  # [B, draws, H, W, C]
+    sigma: jax.Array  # [B, draws]
+    captioned_B: jax.Array  # whether the image tokens see the prompt
+    keep_B: jax.Array  # whether the hidden states are kept
+    keep_references_B: jax.Array
+
+
+def draw_noise(keys_B: jax.Array, shape: tuple[int, ...], cfg: ModelConfig, loss: LossConfig) -> Drawn:
+    def row(key: jax.Array) -> Drawn:
         noise_key, sigma_key, drop_key = jax.random.split(key, 3)
         noise = jax.random.normal(noise_key, (loss.flow_draws, *shape), jnp.float32)
         sigma = flow.sample_train_sigma(sigma_key, loss.flow_draws, cfg.flow)
-        chance = jax.random.uniform(drop_key)
-        return noise, sigma, chance >= loss.caption_dropout, chance >= loss.condition_dropout
+        chance, both = jax.random.uniform(drop_key), loss.condition_dropout
+        return Drawn(noise, sigma, chance >= loss.caption_dropout, chance >= both + loss.instruction_dropout, chance >= both)
 
     return jax.vmap(row)(keys_B)
 
@@ -154,8 +261,10 @@ def joint_loss(
     """Cross entropy of the next token plus flow matching through the connector (BLIP3o-NEXT, arXiv 2510.15857, sec. 3).
 
     `image_first` is the vocabulary id of code 0. `batch["label_count"]` is the mean number of labels a row over the whole
-    batch, so that the mean of micro-batch losses is the loss of the batch. Metrics are means over the rows given.
+    batch, and `batch["target_count"]`, where rows differ in it, that of images to draw, so that the mean of micro-batch
+    losses is the loss of the batch. Metrics are means over the rows given.
     """
+    batch, keys_B = by_example(batch), keys_B.reshape(-1)
     out, cfg = _joint_forward(model, batch, keys_B, loss, image_first), model.cfg
     with nn.part("ar"):
         ce_sum, right = cross_entropy(
@@ -165,11 +274,15 @@ def joint_loss(
             batch["loss_mask"][:, 1:],
             vocab_size=cfg.ar.vocab_size,
             chunk=loss.ce_chunk,
-            most=most_labels(cfg.template, cfg.tokenizer.num_tokens),
+            most=most_labels(cfg.template, cfg.tokenizer.num_tokens, len(keys_B) // len(out.tokens_BL)),
         )
     labels = jnp.sum(batch["label_count"])
     ce = ce_sum / labels
-    fm = jnp.mean(flow.flow_loss(out.velocity_BHWC, out.z_BHWC, out.noise_BHWC))
+    fm_B = flow.flow_loss(out.velocity_BHWC, out.z_BHWC, out.noise_BHWC)
+    if "target" in batch:
+        fm = jnp.sum(fm_B.reshape(-1, loss.flow_draws).mean(axis=1) * batch["target"]) / jnp.sum(batch["target_count"])
+    else:
+        fm = jnp.mean(fm_B)
     return loss.ce * ce + loss.flow * fm, {"ce": ce, "flow": fm, "accuracy": right / labels}
 
 
@@ -177,7 +290,7 @@ def joint_preview(
     model: Blip3o, batch: dict[str, jax.Array], keys_B: jax.Array, *, loss: LossConfig, image_first: int
 ) -> jax.Array:
     """[B, H, 2 W, 3] in [0, 1]: each target as the autoencoder has it, and what one velocity from a noisy one points to."""
-    out = _joint_forward(model, batch, keys_B, dataclasses.replace(loss, flow_draws=1), image_first)
+    out = _joint_forward(model, by_example(batch), keys_B.reshape(-1), dataclasses.replace(loss, flow_draws=1), image_first)
     guess_BHWC = out.x_BHWC - out.sigma_B[:, None, None, None] * out.velocity_BHWC.astype(jnp.float32)
     return jnp.concatenate([model.pixels(out.z_BHWC), model.pixels(guess_BHWC)], axis=2)
 
@@ -196,17 +309,31 @@ class _Joint(NamedTuple):
 
 def _joint_forward(model: Blip3o, batch: dict[str, jax.Array], keys_B: jax.Array, loss: LossConfig, image_first: int) -> _Joint:
     codes_BN, z_BHWC = targets(model, batch)
-    tokens_BL = insert_image_ids(batch["tokens"], batch["image_span"], image_ids_from_codes(codes_BN, image_first))
-    noises, sigmas, captioned_B, keep_B = draw_noise(keys_B, z_BHWC.shape[1:], model.cfg, loss)
-    segment_ids_BL = hide_prompts(batch["segment_ids"], batch["image_span"], ~captioned_B)
-    hidden_BLD = model.hidden(tokens_BL, batch["positions"], segment_ids_BL)
-    span_BTD = take_span(hidden_BLD, batch["image_span"], codes_BN.shape[1], loss.condition_span)
-    condition_BTC = model.condition(span_BTD, keep_B)
+    shown, span_B, target_B = references(model, batch), batch["image_span"], batch.get("target")
+    # Everything that is put into a row's tokens, whichever of its examples it is of.
+    rows = len(batch["tokens"])
+    of_row = lambda x: None if x is None else x.reshape(rows, -1)
+    ids_of_row = lambda codes: image_ids_from_codes(codes, image_first).reshape(rows, -1, codes.shape[-1])
+    tokens_BL = insert_references(batch["tokens"], of_row(span_B), ids_of_row(codes_BN), of_row(target_B))
+    places_BR = of_row(batch.get("reference_span"))
+    if shown is not None:
+        tokens_BL = insert_references(tokens_BL, places_BR, ids_of_row(shown.codes_BRN), of_row(shown.mask_BR))
+    drawn = draw_noise(keys_B, z_BHWC.shape[1:], model.cfg, loss)
+    # An example that answers in words has nothing to say without its question.
+    hidden_B = ~drawn.captioned_B if target_B is None else ~drawn.captioned_B & (target_B > 0)
+    segment_ids_BL = hide_prompts(batch["segment_ids"], span_B, hidden_B)
+    features_BRND = None
+    if shown is not None and shown.features_BRND is not None:
+        features_BRND = shown.features_BRND.reshape(rows, -1, *shown.features_BRND.shape[2:])
+    in_row = None if features_BRND is None else (features_BRND, places_BR, of_row(shown.mask_BR))
+    hidden_BLD = model.hidden(tokens_BL, batch["positions"], segment_ids_BL, in_row)
+    span_BTD = take_span(hidden_BLD, span_B, codes_BN.shape[1], loss.condition_span)
+    condition = model.condition(span_BTD, drawn.keep_B, shown, drawn.keep_references_B)
     # The draws of an example share its condition, and so one pass of the AR (as in MAR, arXiv 2406.11838).
-    z_BHWC, condition_BTC = (jnp.repeat(x, loss.flow_draws, axis=0) for x in (z_BHWC, condition_BTC))
-    noise_BHWC, sigma_B = noises.reshape(z_BHWC.shape), sigmas.reshape(-1)
+    z_BHWC, condition = jax.tree.map(lambda x: jnp.repeat(x, loss.flow_draws, axis=0), (z_BHWC, condition))
+    noise_BHWC, sigma_B = drawn.noise.reshape(z_BHWC.shape), drawn.sigma.reshape(-1)
     x_BHWC = flow.noisy(z_BHWC, noise_BHWC, sigma_B)
-    velocity_BHWC = model.velocity(x_BHWC, sigma_B * model.cfg.flow.num_train_timesteps, condition_BTC)
+    velocity_BHWC = model.velocity(x_BHWC, sigma_B * model.cfg.flow.num_train_timesteps, condition)
     return _Joint(tokens_BL, hidden_BLD, z_BHWC, noise_BHWC, sigma_B, x_BHWC, velocity_BHWC)
 
 

@@ -19,7 +19,7 @@ from blip3o_jax.config import UserError
 
 # What the file system says about a path the user named.
 _PATH_ERRORS = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
-_SAMPLING = ("steps", "guidance", "token_guidance", "temperature", "top_k", "top_p", "batch_size")
+_SAMPLING = ("steps", "guidance", "reference_guidance", "token_guidance", "temperature", "top_k", "top_p", "batch_size")
 
 _EXAMPLES = """\
 examples:
@@ -27,6 +27,7 @@ examples:
   blip3o data shapes --out=data/shapes                    draw the embedded data set
   blip3o train --config=configs/overfit.py --workdir=runs/mine --config.data.path=photos.tar
   blip3o sample --checkpoint=runs/mine --prompt="a red circle" --out=samples
+  blip3o edit --checkpoint=runs/mine --image=photo.png --instruction="make the sky green" --out=edited
   blip3o evaluate --checkpoint=runs/mine --suite=shapes --out=scores
   blip3o params --config=configs/pretrain.py:1.7b         how large each part is
   blip3o convert import --source=BLIP3o-NEXT --diffusion=SANA --out=checkpoint
@@ -92,7 +93,17 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="blip3o", description="BLIP3o-NEXT: train it, sample from it, measure it.", epilog=_EXAMPLES)
     parser.add_argument("--version", action="version", version=f"blip3o_jax {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in (_add_data, _add_train, _add_sample, _add_evaluate, _add_params, _add_demo):
+    for add in (
+        _add_data,
+        _add_train,
+        _add_sample,
+        _add_edit,
+        _add_reconstruct,
+        _add_ask,
+        _add_evaluate,
+        _add_params,
+        _add_demo,
+    ):
         add(commands)
     cli_rl.add(commands, _command, _add_hosts, _rl, _directory)
     cli_convert.add(commands, _command)
@@ -122,6 +133,8 @@ def _add_data(commands: Any) -> None:
     parser.add_argument("--num_train", type=_positive, default=20000, metavar="N", help="training scenes (%(default)s)")
     parser.add_argument("--num_validation", type=_positive, default=500, metavar="N", help="validation scenes (%(default)s)")
     parser.add_argument("--num_test", type=_positive, default=2000, metavar="N", help="held-out scenes (%(default)s)")
+    parser.add_argument("--num_edits", type=_count, default=0, metavar="N", help="training edits, in a tar file (%(default)s)")
+    parser.add_argument("--num_questions", type=_count, default=0, metavar="N", help="training questions (%(default)s)")
     parser.add_argument("--image_size", type=_positive, default=64, metavar="PIXELS", help="side of an image (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="the same seed draws the same scenes (%(default)s)")
 
@@ -175,16 +188,67 @@ def _add_sample(commands: Any) -> None:
     prompts = parser.add_mutually_exclusive_group(required=True)
     prompts.add_argument("--prompt", action="append", metavar="TEXT", help="what to draw; repeat it for more images")
     prompts.add_argument("--prompts_file", type=Path, metavar="FILE", help="one prompt a line, or JSON lines")
+    _add_drawing(parser)
+
+
+def _add_drawing(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the images are written")
+    parser.add_argument("--size", type=_size, metavar="HxW", help="pixels (nearest to the image given, of the model's sizes)")
     parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
     group = parser.add_argument_group("sampling", "each defaults to what the checkpoint's config says")
     group.add_argument("--steps", type=_positive, metavar="N", help="denoising steps")
     group.add_argument("--guidance", type=float, metavar="SCALE", help="classifier-free guidance; 1 turns it off")
+    group.add_argument("--reference_guidance", type=float, metavar="SCALE", help="that towards the images given; 0: the same")
     group.add_argument("--token_guidance", type=float, metavar="SCALE", help="the same, of the image tokens")
     group.add_argument("--temperature", type=float, metavar="T", help="of the image tokens")
     group.add_argument("--top_k", type=int, metavar="K", help="image tokens kept at each position")
     group.add_argument("--top_p", type=float, metavar="P", help="probability mass kept at each position")
-    group.add_argument("--batch_size", type=_positive, metavar="N", help="prompts drawn at once")
+    group.add_argument("--batch_size", type=_positive, metavar="N", help="images drawn at once")
+
+
+def _add_edit(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "edit",
+        _edit,
+        "change an image as an instruction says",
+        "For a checkpoint that was trained to be shown images (model.editing).",
+    )
+    parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="a working directory or checkpoint")
+    parser.add_argument(
+        "--image", type=Path, action="append", required=True, help="what is edited; repeat it for several at once"
+    )
+    parser.add_argument("--instruction", required=True, metavar="TEXT", help="what is to be done")
+    _add_drawing(parser)
+
+
+def _add_reconstruct(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "reconstruct",
+        _reconstruct,
+        "draw images again from their tokens",
+        "Shows what the model keeps of an image that it is shown.",
+    )
+    parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="a working directory or checkpoint")
+    parser.add_argument("--image", type=Path, action="append", required=True, help="repeat it for more images")
+    _add_drawing(parser)
+
+
+def _add_ask(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "ask",
+        _ask,
+        "answer a question about an image",
+        "Prints the answer. For a checkpoint that was trained to be shown images (model.editing).",
+    )
+    parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="a working directory or checkpoint")
+    parser.add_argument("--image", type=Path, action="append", required=True, help="repeat it for a question about several")
+    parser.add_argument("--question", required=True, metavar="TEXT")
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest words (%(default)s)")
+    parser.add_argument("--most", type=_positive, default=64, metavar="N", help="tokens of an answer (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
 
 
 def _add_evaluate(commands: Any) -> None:
@@ -193,15 +257,20 @@ def _add_evaluate(commands: Any) -> None:
         "evaluate",
         _evaluate,
         "score a checkpoint on held-out prompts",
-        "Writes scores.json, per category and overall, and the images that were judged. shapes has held-out prompts of its "
-        "own; any reward of docs/rl.md (ocr, geneval,detector=transformers,path=DIR) is a suite for a file of prompts.",
+        "Writes scores.json, per category and overall, and the images that were judged. shapes, shapes_edit, shapes_qa and "
+        "reconstruct have held-out prompts of their own; any reward of docs/rl.md (ocr, "
+        "geneval,detector=transformers,path=DIR) is a suite for a file of prompts.",
     )
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="a working directory or checkpoint")
-    parser.add_argument("--suite", required=True, metavar="NAME[,OPTION=VALUE]", help="shapes, or a reward and its options")
+    parser.add_argument(
+        "--suite", required=True, metavar="NAME[,OPTION=VALUE]", help="a suite of its own, or a reward and its options"
+    )
     parser.add_argument("--prompts_file", type=Path, metavar="FILE", help="for a reward: as rl.prompts_file")
     parser.add_argument("--images_per_prompt", type=_positive, default=1, metavar="N", help="for a reward (%(default)s)")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where scores and images are written")
-    parser.add_argument("--num_prompts", type=_positive, metavar="N", help="the first of them (shapes: 300; of a file all)")
+    parser.add_argument(
+        "--num_prompts", type=_positive, metavar="N", help="the first of them (of a suite's own 300, of a file all)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
     parser.add_argument("--batch_size", type=_positive, metavar="N", help="prompts drawn at once (the checkpoint's config)")
 
@@ -233,7 +302,7 @@ def _add_demo(commands: Any) -> None:
 def _shapes(args: argparse.Namespace) -> None:
     from blip3o_jax.data.shapes import builder
 
-    builder.prepare(
+    directory = builder.prepare(
         args.out,
         num_train=args.num_train,
         num_validation=args.num_validation,
@@ -241,6 +310,11 @@ def _shapes(args: argparse.Namespace) -> None:
         image_size=args.image_size,
         seed=args.seed,
     )
+    if args.num_edits or args.num_questions:
+        from blip3o_jax.data.shapes import tasks
+
+        counts = {"num_edits": args.num_edits, "num_questions": args.num_questions}
+        tasks.prepare(directory, **counts, image_size=args.image_size, seed=args.seed)
 
 
 def _train(args: argparse.Namespace) -> int:
@@ -291,10 +365,37 @@ def _sample(args: argparse.Namespace) -> None:
     from blip3o_jax.data.prompts import read_prompts
 
     prompts = args.prompt or [prompt.text for prompt in read_prompts(args.prompts_file)]
+    _draw(args, [("t2i", prompt, ()) for prompt in prompts])
+
+
+def _edit(args: argparse.Namespace) -> None:
+    _draw(args, [("edit", args.instruction, tuple(args.image))])
+
+
+def _reconstruct(args: argparse.Namespace) -> None:
+    _draw(args, [("reconstruct", "", (path,)) for path in args.image])
+
+
+def _draw(args: argparse.Namespace, requests: list[tuple[str, str, tuple[Path, ...]]]) -> None:
+    """(task, text, images) each."""
+    from blip3o_jax.data import images
+
+    given = [(task, text, tuple(map(images.load, paths)), args.size) for task, text, paths in requests]
     overrides = {name: getattr(args, name) for name in _SAMPLING if getattr(args, name) is not None}
     from blip3o_jax import pipeline
 
-    pipeline.sample_to_directory(args.checkpoint, prompts, args.out, seed=args.seed, overrides=overrides)
+    pipeline.draw_to_directory(args.checkpoint, given, args.out, seed=args.seed, overrides=overrides)
+
+
+def _ask(args: argparse.Namespace) -> None:
+    from blip3o_jax.data import images
+
+    shown = [images.load(path) for path in args.image]
+    from blip3o_jax import pipeline
+
+    model = pipeline.load(args.checkpoint)
+    settings = {"temperature": args.temperature, "most": args.most, "seed": args.seed, "batch_size": 1}
+    print(*model.ask([shown], [args.question], **settings))
 
 
 def _evaluate(args: argparse.Namespace) -> None:
@@ -347,6 +448,18 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
     return value
+
+
+def _size(text: str) -> tuple[int, int]:
+    try:
+        height, width = map(int, text.split("x"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not HEIGHTxWIDTH in pixels, as in 768x1152") from None
+    return height, width
+
+
+def _count(text: str) -> int:
+    return 0 if text == "0" else _positive(text)
 
 
 def _one_line(error: Exception) -> str:

@@ -149,11 +149,21 @@ def test_rows_lose_caption_and_condition_together():
     cfg, _, _, _, _, _ = setup()
     keys_B = row_keys(0, jnp.int32(1), 400)
     loss = dataclasses.replace(cfg.loss, caption_dropout=0.25, condition_dropout=0.25)
-    _, _, captioned_B, kept_B = blip3o.draw_noise(keys_B, (2, 2, 1), cfg.model, loss)
-    np.testing.assert_array_equal(captioned_B, kept_B)
-    assert 0.7 < np.mean(kept_B) < 0.8  # 0.75 with a deviation of 0.022
-    _, _, captioned_B, kept_B = blip3o.draw_noise(keys_B, (2, 2, 1), cfg.model, dataclasses.replace(loss, caption_dropout=0.0))
-    assert np.all(captioned_B) and not np.all(kept_B)
+    drawn = blip3o.draw_noise(keys_B, (2, 2, 1), cfg.model, loss)
+    np.testing.assert_array_equal(drawn.captioned_B, drawn.keep_B)
+    np.testing.assert_array_equal(drawn.keep_references_B, drawn.keep_B)
+    assert 0.7 < np.mean(drawn.keep_B) < 0.8  # 0.75 with a deviation of 0.022
+    drawn = blip3o.draw_noise(keys_B, (2, 2, 1), cfg.model, dataclasses.replace(loss, caption_dropout=0.0))
+    assert np.all(drawn.captioned_B) and not np.all(drawn.keep_B)
+
+
+def test_references_stay_where_the_instruction_alone_is_dropped():
+    cfg, _, _, _, _, _ = setup()
+    keys_B = row_keys(0, jnp.int32(1), 400)
+    loss = dataclasses.replace(cfg.loss, condition_dropout=0.25, instruction_dropout=0.5)
+    drawn = blip3o.draw_noise(keys_B, (2, 2, 1), cfg.model, loss)
+    assert not np.any(drawn.keep_B & ~drawn.keep_references_B)
+    assert 0.2 < np.mean(drawn.keep_B) < 0.3 and 0.7 < np.mean(drawn.keep_references_B) < 0.8
 
 
 def test_the_reference_takes_the_last_positions_of_the_row():

@@ -3,6 +3,7 @@ import sys
 import types
 
 import pytest
+from PIL import Image
 
 import blip3o_jax
 from blip3o_jax import cli
@@ -13,6 +14,9 @@ COMMANDS = (
     "data shapes",
     "train",
     "sample",
+    "edit",
+    "reconstruct",
+    "ask",
     "evaluate",
     "params",
     "demo",
@@ -137,23 +141,52 @@ def test_a_run_is_named_after_its_config(tmp_path, stub):
 
 
 def test_sample_passes_only_the_settings_given(tmp_path, stub):
-    calls = stub("pipeline", "sample_to_directory")
+    calls = stub("pipeline", "draw_to_directory")
     argv = ["sample", "--checkpoint=c", f"--out={tmp_path}", "--prompt=a", "--prompt=b", "--top_k=5", "--guidance=0"]
     assert cli.main(argv) == 0
-    (_, prompts, _), keywords = calls[0]
-    assert prompts == ["a", "b"]
+    (_, requests, _), keywords = calls[0]
+    assert requests == [("t2i", "a", (), None), ("t2i", "b", (), None)]
     assert keywords == {"seed": 0, "overrides": {"guidance": 0.0, "top_k": 5}}
 
 
+def test_images_are_shown_as_they_are_given(tmp_path, stub, capsys):
+    calls = stub("pipeline", "draw_to_directory")
+    paths = [tmp_path / f"{i}.png" for i in range(2)]
+    for i, path in enumerate(paths):
+        Image.new("RGB", (12, 8 + i), (i, 0, 0)).save(path)
+    shown = [f"--image={path}" for path in paths]
+    assert (
+        cli.main(
+            [
+                "edit",
+                "--checkpoint=c",
+                "--out=o",
+                *shown,
+                "--instruction=make it red",
+                "--size=16x24",
+                "--reference_guidance=1.5",
+            ]
+        )
+        == 0
+    )
+    assert cli.main(["reconstruct", "--checkpoint=c", "--out=o", *shown, "--seed=3"]) == 0
+    ((task, text, images, size),), keywords = calls[0][0][1], calls[0][1]
+    assert (task, text, [x.shape for x in images], size) == ("edit", "make it red", [(8, 12, 3), (9, 12, 3)], (16, 24))
+    assert keywords == {"seed": 0, "overrides": {"reference_guidance": 1.5}}
+    assert [(task, image[0, 0, 0]) for task, _, (image,), _ in calls[1][0][1]] == [("reconstruct", 0), ("reconstruct", 1)]
+    assert cli.main(["edit", "--checkpoint=c", "--out=o", "--image=none.png", "--instruction=x"]) == 2
+    assert capsys.readouterr().err == "blip3o: error: none.png: the image cannot be read: No such file or directory\n"
+
+
 def test_prompts_file(tmp_path, stub, capsys):
-    calls = stub("pipeline", "sample_to_directory")
+    calls = stub("pipeline", "draw_to_directory")
     path = tmp_path / "prompts.txt"
     argv = ["sample", "--checkpoint=c", "--out=o", f"--prompts_file={path}"]
     path.write_text("a café\n\n  two dogs \n", encoding="utf-8")
     assert cli.main(argv) == 0
     path.write_text('{"prompt": "a cat", "tag": "single"}\n', encoding="utf-8")
     assert cli.main(argv) == 0
-    assert [call[0][1] for call in calls] == [["a café", "two dogs"], ["a cat"]]
+    assert [[text for _, text, _, _ in call[0][1]] for call in calls] == [["a café", "two dogs"], ["a cat"]]
     path.write_bytes(b"caf\xe9\n")
     assert cli.main(argv) == 2
     path.write_text("\n")

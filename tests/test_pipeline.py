@@ -2,6 +2,8 @@ import dataclasses
 import json
 import shutil
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -115,7 +117,7 @@ def test_eight_devices_give_the_same(checkpoint, unrounded_on_one, alone, name):
     [
         ([], {}, "no prompt given"),
         (["a cat", "cat " * 90], {}, "prompt 'cat cat cat "),
-        (["a cat"], {"stepps": 3}, "unknown sampling setting stepps: it takes batch_size, guidance, steps"),
+        (["a cat"], {"stepps": 3}, "unknown sampling setting stepps: it takes batch_size, guidance, reference_guidance, steps"),
         (["a cat"], {"top_p": 2.0}, "sampling.top_p=2.0"),
         (["a cat"], {"top_p": 0.0}, "sampling.top_p=0.0"),
         (["a cat"], {"temperature": -0.5}, "sampling.temperature=-0.5"),
@@ -137,7 +139,9 @@ def test_what_cannot_be_drawn_is_one_line(on_one, prompts, settings, words):
 def test_files_of_a_run(checkpoint, on_one, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(pipelines, "load", lambda path: on_one if path == checkpoint else None)
     overrides = SETTINGS | {"batch_size": 2}
-    paths = pipelines.sample_to_directory(checkpoint, PROMPTS, tmp_path / "out", seed=3, overrides=overrides)
+    paths = pipelines.draw_to_directory(
+        checkpoint, [("t2i", p, ()) for p in PROMPTS], tmp_path / "out", seed=3, overrides=overrides
+    )
     assert [p.name for p in paths] == [f"{i:05d}.png" for i in range(5)]
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [*(p.name for p in paths), "grid.png", "prompts.jsonl"]
     drawn = on_one.generate(PROMPTS, seed=3, **overrides)
@@ -148,7 +152,9 @@ def test_files_of_a_run(checkpoint, on_one, monkeypatch, tmp_path, capsys):
     assert "5/5 images" in capsys.readouterr().err
 
     with pytest.raises(UserError, match="tokens long; with 4 image tokens that is more than the model's 72"):
-        pipelines.sample_to_directory(checkpoint, ["a cat", "cat " * 90], tmp_path / "none", seed=0, overrides={})
+        pipelines.draw_to_directory(
+            checkpoint, [("t2i", p, ()) for p in ("a cat", "cat " * 90)], tmp_path / "none", seed=0, overrides={}
+        )
     assert not (tmp_path / "none").exists()
 
 
@@ -183,3 +189,90 @@ def test_another_stages_checkpoint_cannot_be_sampled_from(tmp_path, checkpoint):
     (tmp_path / "config.json").write_text(json.dumps(config | {"stage": "autoencoder"}))
     with pytest.raises(UserError, match="was written by stage 'autoencoder'; sampling needs a checkpoint of stage 'joint'"):
         blip3o_jax.load(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def seeing(tmp_path_factory):
+    """The pipeline of a model with two places for images, on one device."""
+    root = tmp_path_factory.mktemp("seeing")
+    tiny.write_checkpoint(root, model={"editing": {"references": 2, "latents": True, "beside": True}})
+    single = tiny.strategy()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipelines.Strategy, "of", lambda cfg: single)
+        return blip3o_jax.load(root)
+
+
+def photos():
+    return list(np.random.default_rng(5).integers(0, 256, (3, 20, 24, 3), np.uint8))
+
+
+def test_tasks_mix_and_each_is_what_it_is_alone(seeing):
+    a, b, c = photos()
+    requests = [
+        pipelines.Request("edit", "red", (a,)),
+        pipelines.Request("t2i", "a red cat"),
+        pipelines.Request("edit", "both", (a, b)),
+        pipelines.Request("reconstruct", "", (c,)),
+        pipelines.Request("edit", "red", (b,)),
+    ]
+    settings = SETTINGS | {"token_guidance": 1.0, "reference_guidance": 1.2}
+    together = seeing.draw(requests, seed=3, batch_size=2, **settings)
+    assert len({image.tobytes() for image in together.images}) == 5
+    for i, request in enumerate(requests):
+        alone = seeing.draw([request], seed=3, first_index=i, batch_size=1, **settings)
+        check_same(alone, together.codes[i : i + 1], together.images[i : i + 1])
+    edited = seeing.edit([a, [a, b]], ["red", "both"], seed=3, **settings)
+    check_same(seeing.draw([requests[0]], seed=3, batch_size=1, **settings), edited.codes[:1], edited.images[:1])
+    redrawn = seeing.redraw([c], seed=3, first_index=3, **settings)
+    check_same(redrawn, together.codes[3:4], together.images[3:4])
+    assert edited.prompts == ["red", "both"]
+
+
+def test_answers_are_the_likeliest_words_till_the_end_of_the_turn(seeing):
+    """Against the likeliest token after a pass over the whole row, token by token, for three questions of one batch."""
+    shown, questions, most = photos(), ["a red", "small", "what is it"], 6
+    answers = seeing.ask(shown, questions, most=most, batch_size=4)
+    vocabulary = seeing.vocabulary
+
+    @jax.jit
+    def next_token(params, tokens_BL, length):
+        model = seeing._model(params)
+        row_BL = jnp.arange(tokens_BL.shape[1])[None]
+        hidden_BLD = model.hidden(tokens_BL, row_BL, (row_BL < length).astype(jnp.int32))
+        return jnp.argmax(model.ar.logits(hidden_BLD)[0, length - 1, : vocabulary.image_start])
+
+    for image, question, answer in zip(shown, questions, answers, strict=True):
+        request = pipelines.Request("understand", question, (image,))
+        prompt = seeing._prompt(request, most)
+        views = seeing._views(request, prompt, (16, 16))
+        codes_N = seeing.codes(views["reference_tokenizer_pixels"][:1])[0]
+        row = np.zeros((1, 72), np.int32)
+        row[0, : len(prompt.ids)] = prompt.ids
+        at = prompt.references[0] + 1
+        row[0, at : at + 4] = vocabulary.image_ids_from_codes(codes_N)
+        ids = []
+        while len(ids) < most:
+            token = int(next_token(seeing._params, row, len(prompt.ids) + len(ids)))
+            if token == vocabulary.end_of_turn:
+                break
+            row[0, len(prompt.ids) + len(ids)] = token
+            ids.append(token)
+        assert answer == vocabulary.decode(ids).strip()
+    assert len(set(answers)) > 1, "the images and questions say nothing"
+    drawn = [seeing.ask(shown[:1], questions[:1], most=most, temperature=2.0, seed=seed)[0] for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_what_cannot_be_shown_is_one_line(seeing, on_one):
+    photo = photos()[0]
+    for model, call, message in [
+        (seeing, lambda m: m.edit([[photo] * 3], ["x"]), "3 images given, but the model shows at most 2 in a row"),
+        (on_one, lambda m: m.edit([photo], ["x"]), "1 images given, but the model was not trained to be shown any"),
+        (seeing, lambda m: m.edit([photo], [" "]), "the instruction is empty"),
+        (seeing, lambda m: m.ask([photo], [""]), "the question is empty"),
+        (seeing, lambda m: m.ask([photo], ["x " * 80]), "tokens long; with 64 tokens that is more than the model's 72"),
+        (seeing, lambda m: m.edit([()], ["x"]), "task edit needs an image"),
+    ]:
+        with pytest.raises(UserError) as error:
+            call(model)
+        assert message in str(error.value) and "\n" not in str(error.value)

@@ -1,4 +1,4 @@
-"""Drawing image tokens: one pass over the prompts, then one compiled loop of single-token steps on the cache.
+"""Drawing image tokens, and text: one pass over the prompts, then one compiled loop of single-token steps on the cache.
 
 From logits l over the image ids alone, at temperature t; with guidance g they are l = u + g (c - u), of the logits c given
 the prompt and u given the image tokens alone (arXiv 2306.17806):
@@ -12,7 +12,7 @@ B batch, L prompt length (padded), N image tokens, D width, V image ids, C candi
 where a prompt is read once for several images, B = P G.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -48,13 +48,15 @@ def generate_image_tokens(
     guidance: float = 1.0,
     group: int = 1,
     keep_classes: bool = False,
+    embedded_PLD: jax.Array | None = None,
 ) -> Drawn:
     """Draw `num_tokens` image tokens after each prompt.
 
     `tokens_PL` are prompts padded on the right; a prompt's last token, at lengths_P - 1, opens the image (its scale tag).
-    `image_ids` is (first, last + 1); no other id can be drawn. `keys_B` are typed PRNG keys, one an image: rows p G to
-    p G + G - 1 are prompt p's `group` G, which share its reading. Temperature 0 takes the most likely id; top_k 0, top_p 1 and
-    guidance 1 switch these off. Meant to be called under `jax.jit`, keyword arguments static.
+    `embedded_PLD` stands for their embeddings where these are not all tokens'. `image_ids` is (first, last + 1); no other id
+    can be drawn. `keys_B` are typed PRNG keys, one an image: rows p G to p G + G - 1 are prompt p's `group` G, which share its
+    reading. Temperature 0 takes the most likely id; top_k 0, top_p 1 and guidance 1 switch these off. Meant to be called under
+    `jax.jit`, keyword arguments static.
     """
     _check(model, num_tokens, image_ids, temperature, top_k, top_p)
     model = _in_compute_dtype(model)
@@ -62,14 +64,10 @@ def generate_image_tokens(
     L, branches = tokens_PL.shape[1], 1 if guidance == 1.0 else 2
     twin = lambda x: jnp.repeat(x, branches, axis=0)
     segments_PL = branch_segments(lengths_P, L, branches)
-    tokens_PL, lengths_P = twin(tokens_PL), twin(lengths_P)
-    past = cache.empty(model.cfg, len(tokens_PL), L + num_tokens)
-    layers = nn.unstack(model.layers) if model.cfg.unroll else None
-    with jax.named_scope("prefill"):
-        hidden_PLD, past = model.extend(model.embed(tokens_PL), segments_PL, past, layers)
+    embedded_PLD = twin(model.embed(tokens_PL) if embedded_PLD is None else embedded_PLD)
+    scale_PD, past, layers = _read(model, embedded_PLD, segments_PL, twin(lengths_P), L + num_tokens)
     # Outside the loop: XLA does not always hoist the slice, and a slice of a large table costs more than the rest of a step.
     head_DV = model.head(image_ids)
-    scale_PD = jnp.take_along_axis(hidden_PLD, (lengths_P - 1)[:, None, None], axis=1)[:, 0]
     scale_BD, past = for_each(scale_PD, group, branches), cache.repeat(past, lambda x: for_each(x, group, branches))
 
     def step(carry: tuple[jax.Array, cache.Cache], index: jax.Array) -> tuple[tuple, tuple]:
@@ -88,6 +86,67 @@ def generate_image_tokens(
     hidden_BND = jnp.concatenate([scale_BD[::branches, None], hidden_NBD.swapaxes(0, 1)], axis=1)
     kept_BNX = None if kept_NBX is None else kept_NBX.swapaxes(0, 1)
     return Drawn(ids_NB.T, hidden_BND, logprobs_NB.T, kept_BNX)
+
+
+class Written(NamedTuple):
+    """`ids_BN` [B, N], and of each row how many there are, the stop token not counted; what comes after means nothing."""
+
+    ids_BN: jax.Array
+    count_B: jax.Array
+
+
+def generate_text(
+    model: Qwen3,
+    tokens_BL: jax.Array,
+    lengths_B: jax.Array,
+    keys_B: jax.Array,
+    *,
+    most: int,
+    text_ids: tuple[int, int],
+    stop: int,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    embedded_BLD: jax.Array | None = None,
+) -> Written:
+    """Up to `most` text tokens after each prompt, till all rows have written `stop`. `text_ids` is (first, last + 1), with
+    `stop` among them; other arguments as of `generate_image_tokens`."""
+    _check(model, most, text_ids, temperature, top_k, top_p)
+    model = _in_compute_dtype(model)
+    B, L = tokens_BL.shape
+    embedded_BLD = model.embed(tokens_BL) if embedded_BLD is None else embedded_BLD
+    hidden_BD, past, layers = _read(model, embedded_BLD, branch_segments(lengths_B, L, 1), lengths_B, L + most)
+    head_DV = model.head(text_ids)
+
+    def going(carry: tuple[Any, ...]) -> jax.Array:
+        index, _, _, _, open_B, _ = carry
+        return (index < most) & jnp.any(open_B)
+
+    def step(carry: tuple[Any, ...]) -> tuple[Any, ...]:
+        index, hidden_BD, past, ids_BN, open_B, count_B = carry
+        keys = jax.vmap(jax.random.fold_in, (0, None))(keys_B, index)
+        choice_B, _, _ = draw(project(hidden_BD, head_DV), keys, temperature=temperature, top_k=top_k, top_p=top_p)
+        next_B = text_ids[0] + choice_B
+        open_B &= next_B != stop
+        hidden_B1D, past = model.extend(model.embed(next_B[:, None]), jnp.ones((B, 1), jnp.int32), past, layers)
+        return index + 1, hidden_B1D[:, 0], past, ids_BN.at[:, index].set(next_B), open_B, count_B + open_B
+
+    with jax.named_scope("decode"):
+        ids_BN, count_B = jnp.zeros((B, most), jnp.int32), jnp.zeros(B, jnp.int32)
+        carry = (jnp.int32(0), hidden_BD, past, ids_BN, jnp.ones(B, bool), count_B)
+        *_, ids_BN, _, count_B = jax.lax.while_loop(going, step, carry)
+    return Written(ids_BN, count_B)
+
+
+def _read(
+    model: Qwen3, embedded_PLD: jax.Array, segments_PL: jax.Array, lengths_P: jax.Array, capacity: int
+) -> tuple[jax.Array, cache.Cache, Any]:
+    """The prompts' last hidden states [P, D], what is kept of them, and the layers as the loop after takes them."""
+    past = cache.empty(model.cfg, len(embedded_PLD), capacity)
+    layers = nn.unstack(model.layers) if model.cfg.unroll else None
+    with jax.named_scope("prefill"):
+        hidden_PLD, past = model.extend(embedded_PLD, segments_PL, past, layers)
+    return jnp.take_along_axis(hidden_PLD, (lengths_P - 1)[:, None, None], axis=1)[:, 0], past, layers
 
 
 def branch_segments(lengths_P: jax.Array, length: int, branches: int) -> jax.Array:

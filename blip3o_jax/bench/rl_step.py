@@ -240,7 +240,7 @@ def _published_draw(config: Config, plan: StatePlan, strategy: Strategy, image_i
 def _denoised(model: Blip3o, config: Config, hidden_BTD: jax.Array, noise_BHWC: jax.Array) -> jax.Array:
     settings = config.rl.rollout
     with nn.part("dit"):
-        velocity = rollout.guided(model, hidden_BTD, settings.guidance)
+        velocity = rollout.guided(model, hidden_BTD, settings)
         return sampler.euler(velocity, noise_BHWC, steps=settings.steps, flow=config.model.flow)
 
 

@@ -251,8 +251,8 @@ def joint_run(source: Source, seed: int) -> Run:
     keys_B = jax.random.split(jax.random.key(seed), 2)
     inputs = _joint_batch(cfg, image_first, rng)
     shape = inputs["latents"].shape[1:]
-    noises, sigmas, _, keep_B = jax.jit(blip3o.draw_noise, static_argnums=(1, 2, 3))(keys_B, shape, cfg, loss)
-    draws = {"noise": noises.reshape(-1, *shape), "sigma": sigmas.reshape(-1), "keep": keep_B}
+    drawn = jax.jit(blip3o.draw_noise, static_argnums=(1, 2, 3))(keys_B, shape, cfg, loss)
+    draws = {"noise": drawn.noise.reshape(-1, *shape), "sigma": drawn.sigma.reshape(-1), "keep": drawn.keep_B}
 
     def in_torch(model: torch_model.Blip3o, x: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         ce, flow = model.joint_loss(

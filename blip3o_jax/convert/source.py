@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from blip3o_jax import config as config_lib
-from blip3o_jax.config import Config, DataConfig, EditingConfig, MeshConfig, ModelConfig, SamplingConfig, UserError
+from blip3o_jax.config import Config, DataConfig, MeshConfig, ModelConfig, SamplingConfig, UserError
 from blip3o_jax.convert import stock_config
 from blip3o_jax.convert.mapping import Group, groups
 from blip3o_jax.convert.record import Record
@@ -218,7 +218,10 @@ def _model_config(files: _Files, ta_tok_config: pathlib.Path | None, initialise:
             replaced[part] = dataclasses.replace(new, **own)
     replaced["tokenizer"] = read_ta_tok(model.tokenizer, files.ta_tok, ta_tok_config)
     there = lambda part: any(key.startswith(PREFIXES[part]) for key in files.tensors) or part in initialise
-    replaced["editing"] = EditingConfig(latents=there("latent_connector"), features=there("feature_connector"))
+    editing = {"latents": there("latent_connector"), "features": there("feature_connector")}
+    if "model" not in files.section and any(editing.values()):
+        editing["references"] = 1  # published editing models are shown one image
+    replaced["editing"] = dataclasses.replace(model.editing, **editing)
     dit, vae = replaced.get("dit", model.dit), replaced.get("vae", model.vae)
     if "model" not in files.section:
         replaced["image_size"] = dit.sample_size * vae.spatial_compression

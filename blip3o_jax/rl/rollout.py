@@ -28,7 +28,7 @@ import jax.numpy as jnp
 
 from blip3o_jax import nn
 from blip3o_jax.blip3o import Blip3o
-from blip3o_jax.config import Config, RlConfig
+from blip3o_jax.config import Config, RlConfig, SamplingConfig
 from blip3o_jax.dit import sampler
 from blip3o_jax.parallel.rules import Strategy
 from blip3o_jax.pipeline import draw_noise, draw_tokens, row_keys, to_uint8
@@ -94,7 +94,7 @@ def make_draw(
                 drawn = draw_ids(keys_B=jnp.repeat(token_keys_B[::group], group // share, axis=0))
                 hidden_BTD = jnp.repeat(drawn.hidden_BTD, share, axis=0)
             noise_BHWC = draw_noise(cfg, noise_keys_B)
-            velocity = guided(model, hidden_BTD, settings.guidance)
+            velocity = guided(model, hidden_BTD, settings)
             with nn.part("dit"):
                 if trains_flow(rl):
                     steps_key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 2**32 - 1), rollout)
@@ -159,7 +159,7 @@ def token_logprobs(
 def flow_means(model: Blip3o, record: Record, rl: RlConfig) -> tuple[jax.Array, jax.Array]:
     """Means [B, K, H, W, C] and deviations [B, K] of the record's denoising steps."""
     flow = model.cfg.flow
-    velocity = guided(model, record["hidden"], rl.rollout.guidance)
+    velocity = guided(model, record["hidden"], rl.rollout)
     sigma_BK, next_BK = flow_grpo.step_sigmas(record["step"], steps=rl.flow.steps, flow=flow)
 
     def one(_: None, inputs: tuple[jax.Array, ...]) -> tuple[None, tuple[jax.Array, jax.Array]]:
@@ -173,11 +173,11 @@ def flow_means(model: Blip3o, record: Record, rl: RlConfig) -> tuple[jax.Array, 
     return jax.tree.map(lambda x: x.swapaxes(0, 1), found)
 
 
-def guided(model: Blip3o, hidden_BTD: jax.Array, guidance: float) -> Callable[[jax.Array, jax.Array], jax.Array]:
-    """The velocity that the sampler goes by, with classifier-free guidance."""
-    condition_BTC, null_BTC = model.condition(hidden_BTD), model.null_condition(len(hidden_BTD))
+def guided(model: Blip3o, hidden_BTD: jax.Array, settings: SamplingConfig) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """The velocity that the sampler goes by."""
+    guidance = model.guidance(hidden_BTD, settings)
     with nn.part("dit"):
-        return sampler.guided_velocity(model.dit, condition_BTC, null_BTC, guidance)
+        return sampler.guided_velocity(model.dit, guidance)
 
 
 def chunks(cfg: RlConfig) -> int:

@@ -19,12 +19,12 @@ from blip3o_jax.config import Config, DataConfig, LossConfig, MeshConfig, Optimi
 from blip3o_jax.dit import sampler
 from blip3o_jax.parallel.mesh import split_cpu
 from blip3o_jax.parallel.rules import Strategy
-from blip3o_jax.pipeline import PARTS, Pipeline, draw_tokens
+from blip3o_jax.pipeline import Pipeline, draw_tokens
 from blip3o_jax.text.tokenizers import load_tokenizer
 from blip3o_jax.text.vocabulary import Vocabulary
 from blip3o_jax.train.checkpoint import find, read_config, restore_parts
 from blip3o_jax.train.flops import count_flops, useful_flops
-from blip3o_jax.train.stages import make_loss
+from blip3o_jax.train.stages import STAGES, make_loss
 from blip3o_jax.train.state import WEIGHTS, create_state, plan_state
 from blip3o_jax.train.step import make_step, row_keys
 
@@ -89,10 +89,10 @@ class Side:
             loss=LossConfig(),
         )
         plan = plan_state(config, self.strategy)
-        read = restore_parts(self.task.directory, self.strategy, PARTS)
+        read = restore_parts(self.task.directory, self.strategy, STAGES["joint"].parts)
         given = {
             part: {group: _like(plan.abstract[group][part], read[part]) for group in WEIGHTS if part in plan.abstract[group]}
-            for part in PARTS
+            for part in STAGES["joint"].parts
         }
         del read
         state = create_state(config, plan, given)
@@ -123,8 +123,8 @@ class Side:
         draws = jax.jit(
             lambda: [draw_noise(row_keys(config.seed, step, rows), shape, model, config.loss) for step in range(CHECKED_STEPS)]
         )()
-        noise, sigma, _, keep = (np.stack(x) for x in zip(*jax.device_get(draws), strict=True))
-        return {"noise": noise[:, :, 0], "sigma": sigma[:, :, 0], "keep": keep}
+        drawn = jax.tree.map(lambda *steps: np.stack(steps), *jax.device_get(draws))
+        return {"noise": drawn.noise[:, :, 0], "sigma": drawn.sigma[:, :, 0], "keep": drawn.keep_B}
 
     def _pipeline(self, *parts: str) -> Pipeline:
         dtype = "bfloat16" if self.half else "float32"
@@ -172,17 +172,9 @@ class Side:
         settings, flow = self.task.settings, self.config.model.flow
 
         def run(model: Blip3o, hidden_BTD: jax.Array, noise_BHWC: jax.Array) -> jax.Array:
-            null_B1C = model.null_condition(len(hidden_BTD))
+            guidance = model.guidance(hidden_BTD, settings)
             with nn.part("dit"):
-                return sampler.sample(
-                    model.dit,
-                    model.condition(hidden_BTD),
-                    null_B1C,
-                    noise_BHWC,
-                    steps=settings.steps,
-                    guidance=settings.guidance,
-                    flow=flow,
-                )
+                return sampler.sample(model.dit, guidance, noise_BHWC, steps=settings.steps, flow=flow)
 
         return self._compared("latents", ("connector", "dit"), run, inputs["hidden"], inputs["start"])
 
@@ -200,7 +192,7 @@ class Side:
         return self._prepared(call, lambda x: {output: np.asarray(x)}, cost={"flops": flops})
 
     def _text_to_image(self, inputs: Arrays) -> Prepared:
-        pipeline, seeds = self._pipeline(*PARTS[1:]), iter(range(2**32))
+        pipeline, seeds = self._pipeline("ar", "connector", "dit", "vae"), iter(range(2**32))
         captions = [str(caption) for caption in inputs["captions"]]
         return self._prepared(lambda: pipeline.generate(captions, seed=next(seeds)).images)
 

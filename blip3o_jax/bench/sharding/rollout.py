@@ -45,7 +45,7 @@ class Rollout:
         # The last ids in use: which they are makes no difference.
         last = config.model.ar.vocab_size - config.model.ar.spare_rows
         image_ids = last - config.model.tokenizer.codebook_size, last
-        self._sample = make_sample(self.model, self._graphdef, strategy, image_ids)
+        self._sample = make_sample(self._graphdef, strategy, image_ids)
 
     def _build(self) -> Blip3o:
         return Blip3o(self.model, PARTS, seed=self.config.seed)

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from blip3o_jax.bench.sharding.buffers import Logits
-from blip3o_jax.config import Config
+from blip3o_jax.config import Config, check
 from blip3o_jax.data.sequence import most_labels
 from blip3o_jax.parallel.rules import Strategy
 from blip3o_jax.train.flops import useful_flops
@@ -26,6 +26,7 @@ class TrainStep:
 
     def __init__(self, config: Config, strategy: Strategy, loss: Callable[[Config, int], Loss] | None = None):
         strategy.check_batch(config.data.batch_size, config.optimizer.accumulate)
+        check(config.data.pack == 1, f"data.pack={config.data.pack}: the bench has rows of one example, which can be full")
         self.config, self.strategy, self.rows = config, strategy, config.data.batch_size
         self.plan, self._loss = plan_state(config, strategy), loss or make_loss
         at = strategy.batch_sharding()
@@ -86,16 +87,26 @@ def batch_shapes(config: Config) -> Shapes:
         | {"loss_mask": ((rows, length), "float32"), "image_span": ((rows,), "int32")},
     }
     if config.stage == "joint" and config.data.cache_dir:
-        cached = {"codes": ((rows, model.tokenizer.num_tokens), "int32"), "latents": (latents, "float32")}
-        return views["row"] | cached | {"bad_records": ((rows,), "int32")}
-    return {name: value for field in fields for name, value in views[field].items()} | {"bad_records": ((rows,), "int32")}
+        seen = {"codes": ((rows, model.tokenizer.num_tokens), "int32"), "latents": (latents, "float32")}
+    else:
+        seen = {
+            name: value for field in fields if field in ("pixels", "tokenizer_pixels") for name, value in views[field].items()
+        }
+    shapes = seen | {name: value for field in fields if field in ("caption", "row") for name, value in views[field].items()}
+    if config.stage == "joint" and (places := model.editing.references):
+        shapes |= {f"reference_{name}": ((rows, places, *shape[1:]), dtype) for name, (shape, dtype) in seen.items()}
+        shapes |= {"reference_span": ((rows, places), "int32"), "reference_mask": ((rows, places), "float32")}
+        shapes |= {"target": ((rows,), "float32")}
+    return shapes | {"bad_records": ((rows,), "int32")}
 
 
 def synthetic_batch(config: Config, seed: int = 0) -> dict[str, np.ndarray]:
-    """A batch of those shapes: rows that are full, whose image comes last and alone is learned; all else is random."""
+    """A batch of those shapes: rows that are full, with all the reference images they have places for, whose image comes last
+    and alone is learned; all else is random."""
     rng, model, length = np.random.default_rng(seed), config.model, config.data.max_length
     first = max(0, length - model.tokenizer.num_tokens - 1)  # the scale token's place
     most = {"tokens": model.ar.vocab_size, "text_ids": model.ar.vocab_size, "codes": model.tokenizer.codebook_size}
+    most["reference_codes"] = most["codes"]
     index_L = np.arange(length)
     known = {
         "segment_ids": 1,
@@ -104,6 +115,9 @@ def synthetic_batch(config: Config, seed: int = 0) -> dict[str, np.ndarray]:
         "image_span": first,
         "text_mask": True,
         "bad_records": 0,
+        "target": 1,
+        "reference_mask": 1,
+        "reference_span": np.arange(model.editing.references) * (model.tokenizer.num_tokens + 2),
     }
 
     def array(name: str, shape: tuple[int, ...], dtype: str) -> np.ndarray:

@@ -10,9 +10,11 @@ from tests import tiny
 from tests.tiny import quick_compile  # noqa: F401  (a fixture)
 
 
-@pytest.mark.parametrize("stage", ["joint", "autoencoder", "contrastive", "tokenizer"])
-def test_shapes_are_those_of_a_real_batch(stage):
-    cfg, _, batch = tiny.prepared(stage)
+@pytest.mark.parametrize(
+    ("stage", "references"), [("joint", 0), ("joint", 2), ("autoencoder", 0), ("contrastive", 0), ("tokenizer", 0)]
+)
+def test_shapes_are_those_of_a_real_batch(stage, references):
+    cfg, _, batch = tiny.prepared(stage, references=references)
     want = {name: (x.shape, str(x.dtype)) for name, x in batch.items()}
     assert train_step.batch_shapes(cfg) == want
     made = train_step.synthetic_batch(cfg)

@@ -1,0 +1,36 @@
+"""Image editing, reconstruction, understanding and text to image in one mixture, from an instruction-tuned checkpoint.
+
+Command:
+    blip3o train --config=configs/edit.py:runs/instruct --workdir=runs/edit \\
+        --config.data.sources="[{'path': 'edits/*.tar', 'weight': 4}, {'path': 'questions.jsonl'}, {'path': 'captions/*.tar'}]"
+    blip3o edit --checkpoint=runs/edit --image=photo.png --instruction="make the sky green" --out=edited
+    The argument is the checkpoint; its model, vocabulary and text tokenizer are taken as they are, and reference images get
+    both conditioning routes, the published recipe's best. docs/data.md tells what the records of each task hold.
+Hardware: as configs/instruct.py, with latents of twice the width in the DiT (`--config.mesh.*`).
+Duration: 7000 steps at batch 128 are the order of size of the published tuning.
+Expected: depends on the data. Sizes of 1.7B have not been run here.
+
+Rows of 2048 tokens hold an instruction and one reference image of 729 tokens beside the image to be drawn. More references:
+`--config.model.editing.references=2 --config.data.max_length=3072`.
+"""
+
+import dataclasses
+
+from blip3o_jax import config
+from blip3o_jax.train.start import continued
+
+
+def get_config(path: str) -> config.Config:
+    given = continued(path, trained=("ar", "connector", "dit"))
+    editing = dataclasses.replace(
+        given.model.editing, references=max(1, given.model.editing.references), latents=True, beside=True
+    )
+    return dataclasses.replace(
+        given,
+        steps=7_000,
+        log_every=50,
+        model=dataclasses.replace(given.model, editing=editing),
+        data=dataclasses.replace(given.data, batch_size=128, workers=16, max_length=max(2048, given.data.max_length)),
+        optimizer=config.OptimizerConfig(learning_rate=5e-5, end_learning_rate=1e-5),
+        checkpoint=dataclasses.replace(given.checkpoint, every=500),
+    )

@@ -1,0 +1,25 @@
+"""configs/edit.py takes a checkpoint as it is and adds both conditioning routes."""
+
+import pathlib
+
+import pytest
+
+from blip3o_jax import config_file
+from blip3o_jax.train import checkpoint
+from blip3o_jax.train.stages import stage_parts, stage_trainable
+from tests.rl import runs
+from tests.tiny import quick_compile  # noqa: F401  (a fixture)
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+FILE = str(pathlib.Path(__file__).parents[2] / "configs/edit.py")
+
+
+def test_both_routes_beside_all_parts_of_the_checkpoint():
+    found = config_file.load(f"{FILE}:{runs.started_from()}", {"model.editing.references": "2"})
+    given = checkpoint.read_config(runs.started_from() / "checkpoints")
+    editing = found.model.editing
+    assert (editing.references, editing.latents, editing.beside, editing.features) == (2, True, True, False)
+    assert found.model.tokenizer == given.model.tokenizer and found.data.max_length == 2048
+    assert [part for part, _ in found.checkpoint.init_from] == list(runs.PARTS), "the new connector is drawn"
+    assert stage_parts(found) == (*runs.PARTS, "latent_connector")
+    assert {"latent_connector/.*", "dit/patch_embed/.*", "dit/proj_out/.*"} < set(stage_trainable(found))
