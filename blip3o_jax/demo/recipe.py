@@ -8,6 +8,7 @@ import dataclasses
 import math
 import os
 import pathlib
+from collections.abc import Mapping
 
 from blip3o_jax import config
 from blip3o_jax.train.start import continued
@@ -15,14 +16,23 @@ from blip3o_jax.train.start import continued
 IMAGE_SIZE = 48
 
 
-def model(image_size: int = IMAGE_SIZE, *, unroll: bool = True) -> config.ModelConfig:
-    """At 48 px: 6 x 6 latents of 16 channels; 3 x 3 image tokens out of 512 codes. A code sees 16 x 16 pixels."""
+def model(image_size: int = IMAGE_SIZE, *, unroll: bool = True, shown: bool = False) -> config.ModelConfig:
+    """At 48 px: 6 x 6 latents of 16 channels; 3 x 3 image tokens out of 512 codes. A code sees 16 x 16 pixels. `shown`: rows
+    have a place for an image."""
     cpu = {"dtype": "float32", "unroll": unroll}  # float32 and unrolled layers are faster on CPUs
     f32 = {"dtype": "float32"}
     return config.ModelConfig(
         image_size=image_size,
         text=config.TextConfig(kind="sentencepiece", train_size=480),
-        template=config.TemplateConfig(system="", generate="{caption}"),
+        template=config.TemplateConfig(
+            system="",
+            generate="{caption}",
+            edit="{instruction}<image>",
+            reconstruct="<image>",
+            understand="{question}<image>",
+        ),
+        # Beside the noise a reference keeps every pixel that is not to change; its nine tokens could not.
+        editing=config.EditingConfig(references=int(shown), beside=shown),
         tokenizer=config.TaTokConfig(
             encoder=config.SiglipVisionConfig(
                 hidden_size=128,
@@ -111,11 +121,22 @@ def mesh() -> config.MeshConfig:
     return config.MeshConfig(data=-1, fsdp=1, strategy="dp", cpu_devices=cpu_devices())
 
 
-def recipe(data_dir: str, cache_dir: str, *, fast: bool = False) -> dict[str, config.Config]:
-    """Stage name -> configuration. `fast` takes every step of the way with too few steps to learn much; its layers are
-    scanned, which takes less time to compile."""
+def mixture(data_dir: str, tasks: Mapping[str, str | pathlib.Path]) -> tuple[config.SourceConfig, ...]:
+    """What the joint stage learns from. Questions take the longest to learn, since an answer of a word or two is all that a row
+    has to learn from."""
+    edits, questions = (str(tasks[name]) for name in ("edits", "questions"))
+    weights = ((data_dir, 0.42, ""), (edits, 0.2, ""), (questions, 0.33, ""), (data_dir, 0.05, "reconstruct"))
+    return tuple(config.SourceConfig(path=path, weight=weight, task=task) for path, weight, task in weights)
+
+
+def recipe(
+    data_dir: str, cache_dir: str, tasks: Mapping[str, str | pathlib.Path] | None = None, *, fast: bool = False
+) -> dict[str, config.Config]:
+    """Stage name -> configuration. `tasks` are the files of `data.shapes.tasks`; without them the joint stage learns text to
+    image alone. `fast` takes every step of the way with too few steps to learn much; its layers are scanned, which takes less
+    time to compile."""
     base = config.Config(
-        model=model(unroll=not fast),
+        model=model(unroll=not fast, shown=bool(tasks)),
         data=config.DataConfig(path=data_dir, workers=0, prefetch=4, max_length=40),
         mesh=mesh(),
         log_every=20,
@@ -156,13 +177,14 @@ def recipe(data_dir: str, cache_dir: str, *, fast: bool = False) -> dict[str, co
         ),
         "joint": stage(
             "joint",
-            450,
+            950 if tasks else 450,
             64,
             8e-3,
-            data={"cache_dir": cache_dir},
+            data={"cache_dir": cache_dir}
+            | ({"path": "", "sources": mixture(data_dir, tasks), "max_length": 56} if tasks else {}),
             trainable=("ar/.*", "connector/.*", "dit/.*"),
             optimizer={"name": "muon", "ema_decay": 0.98},
-            loss=config.LossConfig(ce_chunk=40, caption_dropout=0.1, flow_draws=2),
+            loss=config.LossConfig(ce_chunk=56 if tasks else 40, caption_dropout=0.1, flow_draws=2),
             image_rows="codes",
             init_from=(("tokenizer", "tokenizer"), ("vae", "autoencoder")),
         ),

@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import importlib.metadata
+import itertools
 import pathlib
 import platform
 import resource
@@ -20,7 +21,7 @@ from blip3o_jax import model_table
 from blip3o_jax import pipeline as pipelines
 from blip3o_jax.config import Config
 from blip3o_jax.data import images
-from blip3o_jax.data.shapes import builder
+from blip3o_jax.data.shapes import builder, tasks
 from blip3o_jax.demo.recipe import IMAGE_SIZE, recipe, reinforcement
 from blip3o_jax.evaluation import report, runner, shapes
 from blip3o_jax.rl import method
@@ -41,6 +42,17 @@ NOTES = {
     "joint": "Cross entropy of the image tokens and flow matching of the latents, trained together.",
     "rl": "GRPO on the image tokens: the share of right images in each rollout is reward/part/shapes/correct.",
 }
+# Suite -> (baseline, its name in words, what the report says of it), of what is done with images.
+IMAGES_IN = {
+    "shapes_edit": ("input_unchanged", "input unchanged", "Right where the edit was done and all else is as it was, to 22 dB."),
+    "shapes_qa": ("most_frequent_answer", "most frequent answer", "Right where the answer is the same words."),
+    "reconstruct": (
+        "images_of_other_prompts",
+        "another scene",
+        "Drawn again from its nine tokens; right where the scorer finds what the scene's caption asks for.",
+    ),
+}
+EXAMPLES = 28  # of each suite of images in
 
 
 def run(workdir: str | pathlib.Path, *, fast: bool = False) -> dict[str, Any]:
@@ -61,22 +73,27 @@ def _run(workdir: pathlib.Path, fast: bool) -> dict[str, Any]:
             image_size=IMAGE_SIZE,
             seed=0,
         )
-    stages = recipe(str(data_dir), str(workdir / "cache"), fast=fast)
+        counts = {"num_edits": 70, "num_questions": 40} if fast else {"num_edits": 8_000, "num_questions": 12_000}
+        files = tasks.prepare(data_dir, **counts, image_size=IMAGE_SIZE)
+    stages = recipe(str(data_dir), str(workdir / "cache"), files, fast=fast)
     summaries = recipes.run(stages, workdir / "train")
     clock.seconds |= {name: summary.seconds for name, summary in summaries.items()}
     before = _evaluated(workdir, "train", num_prompts, clock)
     stages["rl"] = reinforcement(workdir / "train", str(data_dir / builder.PROMPTS.format(split="train")), fast=fast)
     clock.seconds["rl"] = method.run(stages["rl"], workdir / "rl").seconds
     after = _evaluated(workdir, "rl", num_prompts, clock)
+    with clock("edit, answer and score"):
+        shown = _shown(workdir, num_prompts)
     with clock("report"):
         path = workdir / "report.html"
-        report.write_report(_results(workdir, before, after, stages, clock), path)
+        report.write_report(_results(workdir, before, after, shown, stages, clock), path)
     seconds = sum(clock.seconds.values())
     scores = after.scores()
     print(f"report: {path}", file=sys.stderr)
     return {
         "shapes_overall": round(scores["overall"], 4),
         "before_rl": round(before.scores()["overall"], 4),
+        **{name: round(evaluation.ours.overall, 4) for name, evaluation in shown.items()},
         "seconds": round(seconds, 1),
         "report": str(path),
         "prompts": num_prompts,
@@ -125,10 +142,20 @@ def _evaluated(workdir: pathlib.Path, name: str, num_prompts: int, clock: _Clock
     return evaluation
 
 
+def _shown(workdir: pathlib.Path, num_prompts: int) -> dict[str, runner.Evaluation]:
+    """What the joint stage's model does with images, by suite; written as the others."""
+    pipeline, found = pipelines.load(workdir / "train"), {}
+    for name in IMAGES_IN:
+        found[name] = runner.evaluate_pipeline(pipeline, runner.OWN[name], num_prompts=num_prompts)
+        runner.write(found[name], workdir / "evaluation" / name)
+    return found
+
+
 def _results(
     workdir: pathlib.Path,
     before: runner.Evaluation,
     after: runner.Evaluation,
+    shown: dict[str, runner.Evaluation],
     stages: dict[str, Config],
     clock: _Clock,
 ) -> report.Results:
@@ -146,8 +173,9 @@ def _results(
         categories=categories,
         samples=_samples(after),
         before=report.Before(*_scores(before), _samples(before)),
+        images_in=[_images_in(name, evaluation) for name, evaluation in shown.items()],
         stages=[report.Stage(name, _curves(_directory(workdir, name), CURVES[name]), NOTES[name]) for name in stages],
-        reconstructions=[report.Reconstruction(*pair) for pair in zip(originals, pipeline.reconstruct(originals), strict=True)],
+        reconstructions=[report.Reconstruction(*pair) for pair in zip(originals, pipeline.autoencode(originals), strict=True)],
         token_maps=[
             report.TokenMap(image, ids.reshape(grid, grid), prompt["caption"])
             for image, ids, prompt in zip(originals, codes, after.prompts, strict=False)
@@ -175,6 +203,22 @@ def _scores(evaluation: runner.Evaluation) -> tuple[report.Score, list[report.Sc
 def _samples(evaluation: runner.Evaluation) -> list[report.Sample]:
     judged = zip(evaluation.prompts, evaluation.images, evaluation.ours.correct, evaluation.ours.reasons, strict=True)
     return [report.Sample(p["caption"], p["category"], image, correct, reason) for p, image, correct, reason in judged]
+
+
+def _images_in(name: str, evaluation: runner.Evaluation) -> report.ImagesIn:
+    baseline, words, note = IMAGES_IN[name]
+    ours, other = evaluation.ours, evaluation.baselines[baseline]
+    counts = collections.Counter(p["category"] for p in evaluation.prompts)
+    scores = [(category, counts[category], share, other.categories[category]) for category, share in ours.categories.items()]
+    made = itertools.repeat(None) if evaluation.images is None else evaluation.images
+    rows = zip(evaluation.requests, made, evaluation.said or itertools.repeat(""), ours.correct, ours.reasons, strict=False)
+    return report.ImagesIn(
+        name,
+        note,
+        words,
+        [*scores, ("overall", len(evaluation.prompts), ours.overall, other.overall)],
+        [report.Shown(request.images[0], request.text, *row) for request, *row in itertools.islice(rows, EXAMPLES)],
+    )
 
 
 def _directory(workdir: pathlib.Path, stage: str) -> pathlib.Path:

@@ -83,6 +83,29 @@ class Before:
 
 
 @dataclasses.dataclass(frozen=True)
+class Shown:
+    """What was made of an image: another one, or words."""
+
+    image_HWC: np.ndarray
+    asked: str
+    made_HWC: np.ndarray | None
+    said: str
+    correct: bool
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class ImagesIn:
+    """A suite of what is done with images that are shown: shares of the model and of who does nothing, and examples."""
+
+    name: str
+    note: str
+    baseline: str  # in words
+    scores: Sequence[tuple[str, int, float, float]]  # category, how many, model's share, baseline's; overall comes last
+    examples: Sequence[Shown]
+
+
+@dataclasses.dataclass(frozen=True)
 class Results:
     """The page says of `samples` that their prompts, and of `reconstructions` that their images, were held out of training."""
 
@@ -92,6 +115,7 @@ class Results:
     categories: Sequence[Score]
     samples: Sequence[Sample]
     before: Before
+    images_in: Sequence[ImagesIn]
     stages: Sequence[Stage]
     reconstructions: Sequence[Reconstruction]
     token_maps: Sequence[TokenMap]
@@ -116,6 +140,7 @@ def write_report(results: Results, out_html: pathlib.Path) -> None:
         changes=_changes(results),
         changed="".join(itertools.starmap(_changed, changed[:CHANGED])),
         changed_counts=_changed_counts(changed),
+        images_in="".join(map(_images_in, results.images_in)),
         stages="".join(map(_stage, results.stages)),
         reconstructions="".join(map(_reconstruction, results.reconstructions)),
         token_maps="".join(map(_token_map, results.token_maps)),
@@ -275,6 +300,36 @@ def _changed(before: Sample, after: Sample) -> str:
         f'<figure class="pair"><div>{_img(before.image_HWC, "before: " + before.prompt)}'
         f'{_img(after.image_HWC, "after: " + after.prompt)}</div><figcaption><span class="verdict {verdict}">{words}</span> '
         f'<span class="prompt">{_text(after.prompt)}</span><span class="reason">{_text(reason)}</span></figcaption></figure>'
+    )
+
+
+def _images_in(suite: ImagesIn) -> str:
+    rows = []
+    for i, (name, count, ours, baseline) in enumerate(suite.scores, 1):
+        total = ' class="total"' if i == len(suite.scores) else ""
+        rows.append(
+            f'<tr{total}><th scope="row">{_text(_words(name))}</th><td class="bar"><span class="track">'
+            f'<b style="width:{100 * ours:.2f}%"></b><i class="random" style="left:{100 * baseline:.2f}%"></i></span></td>'
+            f"<td><strong>{_percent(ours)}</strong></td><td>{_percent(baseline)}</td><td>{count:,}</td></tr>"
+        )
+    names = ("ours", suite.baseline, "asked")
+    head = '<th scope="col">Category</th><th class="bar"></th>' + "".join(f'<th scope="col">{_text(n)}</th>' for n in names)
+    return (
+        f'<h3>{_text(_words(suite.name))}</h3><p class="note">{_text(suite.note)}</p>'
+        f'<div class="card"><div class="scroll"><table><thead><tr>{head}</tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table></div></div>"
+        f'<div class="pairs shown">{"".join(map(_shown, suite.examples))}</div>'
+    )
+
+
+def _shown(shown: Shown) -> str:
+    verdict, mark = ("right", "✓") if shown.correct else ("wrong", "✗")
+    made = "" if shown.made_HWC is None else _img(shown.made_HWC, "made of it: " + shown.asked)
+    said = f"<strong>{_text(shown.said)}</strong>" if shown.said else ""
+    return (
+        f'<figure class="pair"><div>{_img(shown.image_HWC, "shown: " + shown.asked)}{made}</div><figcaption>'
+        f'<span class="verdict {verdict}">{mark} {verdict}</span> <span class="prompt">{_text(shown.asked)} {said}</span>'
+        f'<span class="reason">{_text(shown.reason)}</span></figcaption></figure>'
     )
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from blip3o_jax.config import RewardConfig, UserError
 from blip3o_jax.data.prompts import read_prompts
 from blip3o_jax.evaluation.judged import Judged, Prompt, tally
+from blip3o_jax.pipeline import Request
 from blip3o_jax.rl.rewards.pool import REASONS_SHOWN, RewardPool
 
 CORRECT = 0.5
@@ -38,6 +39,10 @@ class Rewarded:
             for prompt in found
             for _ in range(self.images_per_prompt)
         ]
+
+    def requests(self, asked: Sequence[Prompt], image_size: int) -> list[Request]:
+        del image_size  # nothing is shown
+        return [Request("t2i", prompt["caption"]) for prompt in asked]
 
     def judge(self, images_BHWC: np.ndarray, asked: Sequence[Prompt]) -> Judged:
         with RewardPool((self.reward,)) as pool:

@@ -1,4 +1,4 @@
-"""Samples a suite's prompts from a checkpoint, judges the images, writes scores.json and the pictures."""
+"""Has a checkpoint do what a suite asks, judges the images or answers, writes scores.json and the pictures."""
 
 import dataclasses
 import pathlib
@@ -11,36 +11,45 @@ import numpy as np
 from blip3o_jax import pipeline as pipelines
 from blip3o_jax.config import UserError, check_choice
 from blip3o_jax.evaluation import shapes
+from blip3o_jax.evaluation.images_in import Reconstruct, ShapesEdit, ShapesQa
 from blip3o_jax.evaluation.judged import Judged, Prompt
 from blip3o_jax.evaluation.rewarded import Rewarded
+from blip3o_jax.pipeline import Request
 from blip3o_jax.rl.rewards.registry import REWARDS, parsed
 from blip3o_jax.samples import write_images
 from blip3o_jax.train.checkpoint import write_json
 
+ANSWER = 16  # tokens that an answer of the embedded data set may have
+
 
 class Suite(Protocol):
-    """Prompts, and a judge of uint8 images [B, H, W, 3] that are in their order."""
+    """Prompts, what they ask of a model, and a judge of its answers in their order: uint8 images [B, H, W, 3], or texts."""
 
     def prompts(self, count: int | None, seed: int) -> list[Prompt]:
         """`count` of them; None: as many as the suite has or commonly takes."""
         ...
 
-    def judge(self, images_BHWC: np.ndarray, asked: Sequence[Prompt]) -> Judged: ...
+    def requests(self, asked: Sequence[Prompt], image_size: int) -> list[Request]: ...
 
-    def baselines(self, images_BHWC: np.ndarray, asked: Sequence[Prompt], seed: int) -> dict[str, Judged]:
-        """Verdicts on other images for the same prompts, by which the model's are to be read."""
+    def judge(self, answers: Any, asked: Sequence[Prompt]) -> Judged: ...
+
+    def baselines(self, answers: Any, asked: Sequence[Prompt], seed: int) -> dict[str, Judged]:
+        """Verdicts on other answers to the same prompts, by which the model's are to be read."""
         ...
 
 
+OWN = {"shapes": shapes, "shapes_edit": ShapesEdit(), "shapes_qa": ShapesQa(), "reconstruct": Reconstruct()}
+
+
 def find_suite(name: str, prompts_file: str | pathlib.Path | None = None, images_per_prompt: int = 1) -> Suite:
-    """ "shapes", which has prompts of its own, or a reward with its options, "ocr,scoring=reference", for those of a file."""
+    """One of OWN, which has prompts of its own, or a reward with its options, "ocr,scoring=reference", for those of a file."""
     reward = name.partition(",")[0]
-    if name == "shapes" and prompts_file is None:
+    if name in OWN and prompts_file is None:
         if images_per_prompt != 1:
-            raise UserError(f"suite shapes draws one image a prompt, not {images_per_prompt}: take more --num_prompts")
-        return shapes
+            raise UserError(f"suite {name} draws one image a prompt, not {images_per_prompt}: take more --num_prompts")
+        return OWN[name]
     if not reward.startswith("python:"):
-        check_choice("suite", reward, tuple(dict.fromkeys(("shapes", *REWARDS))))
+        check_choice("suite", reward, tuple(dict.fromkeys((*OWN, *REWARDS))))
     if prompts_file is None:
         raise UserError(f"suite {name} judges the prompts of a file: name one (--prompts_file)")
     return Rewarded(parsed(name), pathlib.Path(prompts_file), images_per_prompt)
@@ -48,11 +57,13 @@ def find_suite(name: str, prompts_file: str | pathlib.Path | None = None, images
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """The model's verdicts beside those on other images, and the pictures and codes they were read from."""
+    """The model's verdicts beside those on other answers, and what they were read from: pictures and codes, or texts."""
 
     prompts: list[Prompt]
-    images: np.ndarray
-    codes: np.ndarray
+    requests: list[Request]
+    images: np.ndarray | None
+    codes: np.ndarray | None
+    said: list[str] | None
     ours: Judged
     baselines: dict[str, Judged]
 
@@ -89,14 +100,29 @@ def evaluate_pipeline(
 ) -> Evaluation:
     """As `evaluate`, for a pipeline already in memory; writes nothing. `sampling` are fields of SamplingConfig."""
     asked = suite.prompts(num_prompts, seed)
-    drawn = pipeline.generate([p["caption"] for p in asked], seed=seed, progress=True, **sampling)
-    ours, others = suite.judge(drawn.images, asked), suite.baselines(drawn.images, asked, seed)
-    return Evaluation(asked, drawn.images, drawn.codes, ours, others)
+    requests, images, codes, said = suite.requests(asked, pipeline.config.model.image_size), None, None, None
+    if requests[0].task == "understand":
+        shown, texts = [request.images for request in requests], [request.text for request in requests]
+        said = pipeline.ask(shown, texts, most=ANSWER, seed=seed, **sampling)
+    else:
+        drawn = pipeline.draw(requests, seed=seed, progress=True, **sampling)
+        images, codes = drawn.images, drawn.codes
+    answers = images if said is None else said
+    ours, others = suite.judge(answers, asked), suite.baselines(answers, asked, seed)
+    return Evaluation(asked, requests, images, codes, said, ours, others)
 
 
 def write(result: Evaluation, out: pathlib.Path) -> None:
-    """scores.json, verdicts.json (one entry a prompt) and images/."""
-    write_images(result.images, [p["caption"] for p in result.prompts], out / "images")
+    """scores.json, verdicts.json (one entry a prompt) and images/: what was drawn, what was shown beside it."""
+    captions = [p["caption"] for p in result.prompts]
+    shown = [request.images[0] for request in result.requests if request.images]
+    if result.said is not None:
+        write_images(np.stack(shown), [f"{q} {a}" for q, a in zip(captions, result.said, strict=True)], out / "images")
+    elif shown:
+        pairs = [np.concatenate(pair, axis=1) for pair in zip(shown, result.images, strict=True)]
+        write_images(np.stack(pairs), captions, out / "images")
+    else:
+        write_images(result.images, captions, out / "images")
     write_json(out / "scores.json", result.scores())
     verdicts = zip(result.prompts, result.ours.correct, result.ours.reasons, strict=True)
     write_json(

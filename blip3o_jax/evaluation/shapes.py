@@ -8,6 +8,7 @@ import numpy as np
 from blip3o_jax.data import shapes
 from blip3o_jax.data.shapes import render, sample, score
 from blip3o_jax.evaluation.judged import Judged, Prompt, tally
+from blip3o_jax.pipeline import Request
 
 COUNT = 300  # prompts, where none is named
 
@@ -15,6 +16,11 @@ COUNT = 300  # prompts, where none is named
 def prompts(count: int | None, seed: int = 0) -> list[Prompt]:
     """`count` held-out prompts (None: COUNT), the categories in turn: {"caption", "category", ...}."""
     return shapes.prompts("test", count or COUNT, seed)
+
+
+def requests(asked: Sequence[Prompt], image_size: int) -> list[Request]:
+    del image_size  # nothing is shown
+    return [Request("t2i", prompt["caption"]) for prompt in asked]
 
 
 def judge(images_BHWC: np.ndarray, asked: Sequence[Prompt]) -> Judged:

@@ -4,7 +4,8 @@ from blip3o_jax import config
 from blip3o_jax.demo import recipe as demo
 from blip3o_jax.train.stages import STAGES
 
-FULL, FAST = (demo.recipe("data", "cache", fast=fast) for fast in (False, True))
+TASKS = {"edits": "edits.tar", "questions": "questions.tar"}
+FULL, FAST = (demo.recipe("data", "cache", TASKS, fast=fast) for fast in (False, True))
 
 
 @pytest.mark.parametrize("recipe", (FULL, FAST))
@@ -41,9 +42,22 @@ def test_a_row_holds_prompt_and_image():
         assert stage.data.max_length >= 2 * stage.model.tokenizer.num_tokens
 
 
+def test_the_joint_stage_learns_every_task():
+    sources = FULL["joint"].data.sources
+    assert [(s.path, s.task) for s in sources] == [
+        ("data", ""),
+        ("edits.tar", ""),
+        ("questions.tar", ""),
+        ("data", "reconstruct"),
+    ]
+    assert sum(s.weight for s in sources) == pytest.approx(1) and not FULL["joint"].data.path
+    alone = demo.recipe("data", "cache")["joint"]
+    assert (alone.data.path, alone.data.sources, alone.model.editing.references) == ("data", (), 0)
+
+
 def test_fast_is_the_same_with_fewer_steps_and_its_layers_scanned():
     assert demo.model(unroll=False) != demo.model()
     for name in FULL:
         assert FAST[name].steps < FULL[name].steps / 10
         assert (FAST[name].loss, FAST[name].data) == (FULL[name].loss, FULL[name].data)
-        assert (FAST[name].model, FULL[name].model) == (demo.model(unroll=False), demo.model())
+        assert (FAST[name].model, FULL[name].model) == (demo.model(unroll=False, shown=True), demo.model(shown=True))

@@ -38,6 +38,22 @@ def results(rng: np.random.Generator) -> report.Results:
             [report.Score("single", 2, 0.75, 0.0, 1.0), report.Score("two_objects", 2, 0.5, 0.02, 0.99)],
             [dataclasses.replace(s, correct=i == 0, image_HWC=image()) for i, s in enumerate(samples)],
         ),
+        images_in=[
+            report.ImagesIn(
+                "shapes_edit",
+                "edits & more",
+                "input unchanged",
+                [("recolour", 3, 0.625, 0.125), ("overall", 3, 0.625, 0.125)],
+                [report.Shown(image(), NASTY, image(), "", True, "as asked")],
+            ),
+            report.ImagesIn(
+                "shapes_qa",
+                "",
+                "most frequent",
+                [("overall", 1, 0.0, 1.0)],
+                [report.Shown(image(), "who?", None, NASTY, False, "")],
+            ),
+        ],
         stages=[report.Stage("autoencoder", curves, note="L1 & gradients")],
         reconstructions=[report.Reconstruction(image(), image())],
         token_maps=[report.TokenMap(image(), rng.integers(0, 50, (2, 3)), NASTY)],
@@ -95,9 +111,23 @@ def test_every_section_is_drawn(page):
     assert page.open == []
     assert len(page.named("figure", "sample")) == 4
     assert len(page.named("figure", "chart")) == 3 and len(page.named("svg")) == 2
-    assert len(page.named("figure", "pair")) == 2 + 3
+    assert len(page.named("figure", "pair")) == 2 + 2 + 3
     text = " ".join(page.words)
-    for words in ("50.0 %", "1.0 %", "99.5 %", "1 h 01 min", "3.2 s", "two objects", "no values", "model.ar.hidden_size"):
+    for words in (
+        "50.0 %",
+        "1.0 %",
+        "99.5 %",
+        "1 h 01 min",
+        "3.2 s",
+        "two objects",
+        "no values",
+        "model.ar.hidden_size",
+        "62.5 %",
+        "12.5 %",
+        "input unchanged",
+        "shapes edit",
+        "who?",
+    ):
         assert words in text, words
 
 
@@ -113,7 +143,7 @@ def test_of_many_changes_the_first_are_shown(tmp_path, rng, monkeypatch):
     monkeypatch.setattr(report, "CHANGED", 2)
     report.write_report(results(rng), tmp_path / "report.html")
     page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
-    assert len(page.named("figure", "pair")) == 2 + 2
+    assert len(page.named("figure", "pair")) == 2 + 2 + 2
     assert "2 prompts became right and 1 wrong; the first 2 of them, before and after:" in " ".join(page.words)
 
 
@@ -127,7 +157,7 @@ def test_nothing_outside_the_file_is_asked_for(written, page):
 
 def test_prompts_are_text_and_never_markup(page):
     assert len(page.named("script")) == 1
-    assert page.words.count(NASTY) == 3  # title, heading, token map
+    assert page.words.count(NASTY) == 4  # title, heading, token map, what was said
     assert f"{NASTY} 0" in page.words and page.named("img")[0]["alt"] == f"{NASTY} 0"
 
 

@@ -20,18 +20,18 @@ class Oracle:
     def __init__(self):
         self.calls = []
 
-    def generate(self, prompts, **keywords):
-        self.calls.append((prompts, keywords))
-        images_BHWC = shapes.real_images(len(prompts), 64, keywords["seed"])
+    def draw(self, requests, **keywords):
+        self.calls.append((requests, keywords))
+        images_BHWC = shapes.real_images(len(requests), 64, keywords["seed"])
         images_BHWC[::5] = 255
-        return pipelines.Generated(list(prompts), images_BHWC, np.zeros((len(prompts), 4), np.int32))
+        return pipelines.Generated([r.text for r in requests], images_BHWC, np.zeros((len(requests), 4), np.int32))
 
 
 def test_evaluation_judges_what_was_asked():
     oracle = Oracle()
     result = runner.evaluate_pipeline(oracle, num_prompts=COUNT, seed=2, steps=7, batch_size=None)
-    ((prompts, keywords),) = oracle.calls
-    assert prompts == [p["caption"] for p in shapes.prompts(COUNT, 2)]
+    ((requests, keywords),) = oracle.calls
+    assert requests == [pipelines.Request("t2i", p["caption"]) for p in shapes.prompts(COUNT, 2)]
     assert keywords == {"seed": 2, "progress": True, "steps": 7, "batch_size": None}
     assert result.ours.correct == [i % 5 != 0 for i in range(COUNT)]
     assert result.baselines["real_images"].overall == 1.0 and result.baselines["random_images"].overall < 0.3
@@ -59,7 +59,7 @@ def test_files(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("suite", "prompts_file", "message"),
     [
-        ("gen_eval", None, "suite='gen_eval' is not one of shapes, ocr, geneval"),
+        ("gen_eval", None, "suite='gen_eval' is not one of shapes, shapes_edit, shapes_qa, reconstruct, ocr, geneval"),
         ("geneval,detector=shapes", None, "suite geneval,detector=shapes judges the prompts of a file: name one"),
         ("ocr,scoring", "prompts.txt", "'scoring' is no option: write NAME,OPTION=VALUE"),
     ],

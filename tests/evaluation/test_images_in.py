@@ -1,0 +1,89 @@
+"""Suites of what is done with images: by oracles, and by those who do nothing."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from blip3o_jax import config
+from blip3o_jax.data.shapes import edits, questions, render
+from blip3o_jax.evaluation import images_in, runner
+from blip3o_jax.pipeline import Generated
+
+SIZE = 48
+
+
+class Oracle:
+    """Does what it is asked, by the key that it is not told."""
+
+    def __init__(self):
+        self.config = config.Config(
+            model=config.ModelConfig(
+                image_size=SIZE,
+                vae=config.DcAeConfig(
+                    encoder_block_types=("ResBlock", "ResBlock"),
+                    decoder_block_types=("ResBlock", "ResBlock"),
+                    encoder_block_out_channels=(8, 8),
+                    decoder_block_out_channels=(8, 8),
+                    encoder_layers_per_block=(1, 1),
+                    decoder_layers_per_block=(1, 1),
+                    encoder_qkv_multiscales=((), ()),
+                    decoder_qkv_multiscales=((), ()),
+                ),
+            )
+        )
+
+    def draw(self, requests, *, seed, progress, **settings):
+        assert (progress, settings) == (True, {"steps": 7})
+        if requests[0].task == "reconstruct":
+            drawn = [request.images[0] for request in requests]
+        else:
+            drawn = [render(edits.sample_edit(seed, i, "test").after, SIZE) for i in range(len(requests))]
+        return Generated([r.text for r in requests], np.stack(drawn), np.zeros((len(requests), 4), np.int32))
+
+    def ask(self, images, texts, *, most, seed, **settings):
+        assert most == runner.ANSWER
+        asked = [questions.sample_question(seed, i, "test") for i in range(len(texts))]
+        assert [q.question for q in asked] == texts and all(
+            (q_images[0] == render(q.scene, SIZE)).all() for q_images, q in zip(images, asked, strict=True)
+        )
+        return [q.answer.upper() for q in asked]
+
+
+@pytest.mark.parametrize(
+    ("suite", "baselines"),
+    [
+        ("shapes_edit", {"real_images": 1.0, "input_unchanged": 0.0}),
+        ("shapes_qa", {"most_frequent_answer": None}),
+        ("reconstruct", {"real_images": 1.0, "images_of_other_prompts": None}),
+    ],
+)
+def test_who_does_as_asked_is_right(tmp_path, suite, baselines):
+    count = 28
+    result = runner.evaluate_pipeline(Oracle(), runner.find_suite(suite), num_prompts=count, seed=2, steps=7)
+    scores = result.scores()
+    assert scores["overall"] == 1.0 and set(scores["categories"].values()) == {1.0}
+    assert scores["baselines"].keys() == baselines.keys()
+    for name, value in baselines.items():
+        found = scores["baselines"][name]["overall"]
+        assert found == value if value is not None else found < 0.6
+    if suite != "shapes_qa":
+        assert scores["score"] == 60
+    runner.write(result, tmp_path)
+    assert json.loads((tmp_path / "scores.json").read_text()) == scores
+    assert len(json.loads((tmp_path / "verdicts.json").read_text())) == count
+    picture = np.array(Image.open(tmp_path / "images" / "00003.png"))
+    assert picture.shape == (SIZE, SIZE if suite == "shapes_qa" else 2 * SIZE, 3)
+
+
+def test_similarity():
+    """By hand where it can be told: equal pictures, a constant shift, noise."""
+    rng = np.random.default_rng(0)
+    a = rng.integers(60, 190, (32, 32, 3), np.uint8)
+    assert images_in.psnr(a, a) == 60 and images_in.ssim(a, a) == pytest.approx(1)
+    assert images_in.psnr(a, a + np.uint8(20)) == pytest.approx(20 * np.log10(255 / 20))
+    flat = np.full((32, 32, 3), 100, np.uint8)
+    means = (2 * 100 * 120 + 6.5025) / (100**2 + 120**2 + 6.5025)
+    assert images_in.ssim(flat, flat + np.uint8(20)) == pytest.approx(means, rel=1e-6)
+    assert images_in.ssim(a, a[::-1]) < 0.2
