@@ -14,31 +14,24 @@ import functools
 import pathlib
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from blip3o_jax import nn
-from blip3o_jax.ar.sampling import Drawn, Written, generate_image_tokens, generate_text
-from blip3o_jax.blip3o import Blip3o, References, references
-from blip3o_jax.config import Config, MeshConfig, ModelConfig, SamplingConfig, UserError, check
+from blip3o_jax.blip3o import Blip3o
+from blip3o_jax.config import Config, MeshConfig, SamplingConfig, UserError, check
 from blip3o_jax.data import images
-from blip3o_jax.data.sequence import insert_references
 from blip3o_jax.data.template import Prompt, make_prompt
-from blip3o_jax.dit import sampler
+from blip3o_jax.drawing import LENGTH_BUCKET, make_sample, make_write, to_uint8
 from blip3o_jax.parallel.rules import Strategy
 from blip3o_jax.samples import write_images
 from blip3o_jax.text.tokenizers import load_tokenizer
-from blip3o_jax.text.vocabulary import Vocabulary, codes_from_image_ids, image_ids_from_codes
+from blip3o_jax.text.vocabulary import Vocabulary
 from blip3o_jax.train import checkpoint as checkpoints
 from blip3o_jax.train.stages import stage_parts
-
-# Prompts are padded to a multiple of this many tokens, so that few lengths are compiled.
-LENGTH_BUCKET = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -245,151 +238,9 @@ class Pipeline:
         return self._model(params).codes(pixels_BHWC)
 
 
-def make_sample(graphdef: Any, strategy: Strategy, image_ids: tuple[int, int]) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """The compiled program that draws a batch: (params, tokens_BL, lengths_B, indices_B, seed, settings, shown, size), settings
-    and size static, -> (uint8 images [B, H, W, 3], codes [B, N]). `image_ids` is (first, last + 1); `shown` are the
-    reference_* arrays of a batch whose rows have places for images, or None; `size` is (height, width), None the model's first.
-    """
-
-    def sample(
-        params: Any,
-        tokens_BL: jax.Array,
-        lengths_B: jax.Array,
-        indices_B: jax.Array,
-        seed: jax.Array,
-        settings: SamplingConfig,
-        shown: dict[str, jax.Array] | None = None,
-        size: tuple[int, int] | None = None,
-    ) -> tuple[jax.Array, jax.Array]:
-        model: Blip3o = nnx.merge(graphdef, params)
-        with nn.sharding_resolver(strategy.resolver):
-            tokens_BL = nn.constrain(tokens_BL, "batch", None)
-            x_BHWC, ids_BN = draw_images(
-                model, tokens_BL, lengths_B, row_keys(seed, indices_B), settings, image_ids, shown, size
-            )
-            return to_uint8(x_BHWC), codes_from_image_ids(ids_BN, image_ids[0])
-
-    # Unused parameters stay arguments, since they lie in the device's memory all the same.
-    return jax.jit(sample, static_argnames=("settings", "size"), keep_unused=True)
-
-
-def draw_images(
-    model: Blip3o,
-    tokens_BL: jax.Array,
-    lengths_B: jax.Array,
-    keys: tuple[jax.Array, jax.Array],
-    settings: SamplingConfig,
-    image_ids: tuple[int, int],
-    shown: dict[str, jax.Array] | None,
-    size: tuple[int, int] | None = None,
-) -> tuple[jax.Array, jax.Array]:
-    """Prompts -> images [B, H, W, 3] in [0, 1], float32, and the ids of their tokens [B, N]. `keys` as of `row_keys`, other
-    arguments as of `make_sample`'s program."""
-    token_keys_B, noise_keys_B = keys
-    tokens_BL, embedded_BLD, seen = _with_images(model, tokens_BL, shown, image_ids[0])
-    drawn = draw_tokens(model, tokens_BL, lengths_B, token_keys_B, settings, image_ids, embedded_PLD=embedded_BLD)
-    noise_BHWC, guidance = draw_noise(model.cfg, noise_keys_B, size), model.guidance(drawn.hidden_BTD, settings, seen)
-    with nn.part("dit"):
-        z_BHWC = sampler.sample(model.dit, guidance, noise_BHWC, steps=settings.steps, flow=model.cfg.flow)
-    return model.pixels(z_BHWC), drawn.ids_BN
-
-
-def make_write(graphdef: Any, strategy: Strategy, vocabulary: Vocabulary) -> Callable[..., Written]:
-    """The compiled program that answers in words; arguments as of `make_sample`'s, and `most` tokens, static."""
-    stop, text_ids, image_first = vocabulary.end_of_turn, (0, vocabulary.image_start), vocabulary.image_first
-
-    def write(
-        params: Any,
-        tokens_BL: jax.Array,
-        lengths_B: jax.Array,
-        indices_B: jax.Array,
-        seed: jax.Array,
-        settings: SamplingConfig,
-        shown: dict[str, jax.Array],
-        most: int,
-    ) -> Written:
-        model: Blip3o = nnx.merge(graphdef, params)
-        with nn.sharding_resolver(strategy.resolver):
-            tokens_BL = nn.constrain(tokens_BL, "batch", None)
-            keys_B, _ = row_keys(seed, indices_B)
-            tokens_BL, embedded_BLD, _ = _with_images(model, tokens_BL, shown, image_first)
-            with nn.part("ar"):
-                return generate_text(
-                    model.ar,
-                    tokens_BL,
-                    lengths_B,
-                    keys_B,
-                    most=most,
-                    text_ids=text_ids,
-                    stop=stop,
-                    temperature=settings.temperature,
-                    top_k=min(settings.top_k, text_ids[1]),
-                    top_p=settings.top_p,
-                    embedded_BLD=embedded_BLD,
-                )
-
-    return jax.jit(write, static_argnames=("settings", "most"), keep_unused=True)
-
-
-def _with_images(
-    model: Blip3o, tokens_BL: jax.Array, shown: dict[str, jax.Array] | None, image_first: int
-) -> tuple[jax.Array, jax.Array | None, References | None]:
-    """Prompts with their images in them: tokens, embeddings where these are not the tokens', and the images as encoded."""
-    if shown is None:
-        return tokens_BL, None, None
-    seen, span_BR = references(model, shown), shown["reference_span"]
-    tokens_BL = insert_references(tokens_BL, span_BR, image_ids_from_codes(seen.codes_BRN, image_first), seen.mask_BR)
-    if seen.features_BRND is None:
-        return tokens_BL, None, seen
-    return tokens_BL, model.embed(tokens_BL, (seen.features_BRND, span_BR, seen.mask_BR)), seen
-
-
 def _several(shown: Any) -> tuple[np.ndarray, ...]:
     """One image, or a sequence of them."""
     return (shown,) if isinstance(shown, np.ndarray) and shown.ndim == 3 else tuple(shown)
-
-
-def row_keys(seed: jax.Array, indices_B: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Keys of each row's image tokens and of its noise, folded from (seed, index)."""
-    keys_B = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(indices_B)
-    return tuple(jax.vmap(jax.random.split, out_axes=1)(keys_B))
-
-
-def draw_tokens(
-    model: Blip3o,
-    tokens_PL: jax.Array,
-    lengths_P: jax.Array,
-    keys_B: jax.Array,
-    settings: SamplingConfig,
-    image_ids: tuple[int, int],
-    **more: Any,
-) -> Drawn:
-    """`generate_image_tokens` as `settings` say; `more` are further arguments of it."""
-    with nn.part("ar"):
-        return generate_image_tokens(
-            model.ar,
-            tokens_PL,
-            lengths_P,
-            keys_B,
-            num_tokens=model.cfg.tokenizer.num_tokens,
-            image_ids=image_ids,
-            temperature=settings.temperature,
-            top_k=settings.top_k,
-            top_p=settings.top_p,
-            guidance=settings.token_guidance,
-            **more,
-        )
-
-
-def draw_noise(cfg: ModelConfig, keys_B: jax.Array, size: tuple[int, int] | None = None) -> jax.Array:
-    """What the denoising of images of `size` starts from, float32 [B, H, W, C]."""
-    shape = (*(side // cfg.vae.spatial_compression for side in size or cfg.sizes[0]), cfg.vae.latent_channels)
-    return jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(keys_B)
-
-
-def to_uint8(x: jax.Array) -> jax.Array:
-    """[0, 1] -> uint8, rounded."""
-    return jnp.round(x * 255).astype(jnp.uint8)
 
 
 def load(path: str | pathlib.Path, mesh: MeshConfig | None = None) -> Pipeline:

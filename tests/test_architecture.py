@@ -15,7 +15,7 @@ LAYERS = (
     ("blip3o",),
     ("parallel",),
     ("train",),
-    ("model_table", "samples", "pipeline"),
+    ("model_table", "samples", "drawing", "pipeline"),
     ("rl",),
     ("evaluation",),
     ("demo",),

@@ -37,8 +37,8 @@ from blip3o_jax.config import Config, RlConfig, UserError
 from blip3o_jax.data.loader import global_batch
 from blip3o_jax.data.prompts import read_prompts
 from blip3o_jax.dit import sampler
+from blip3o_jax.drawing import draw_noise, draw_tokens, row_keys, to_uint8
 from blip3o_jax.parallel.rules import Strategy
-from blip3o_jax.pipeline import draw_noise, draw_tokens, row_keys, to_uint8
 from blip3o_jax.rl import grpo, judged, method, rollout
 from blip3o_jax.rl.judged import Verdicts
 from blip3o_jax.rl.loss import make_loss

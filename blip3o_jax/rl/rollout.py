@@ -30,8 +30,8 @@ from blip3o_jax import nn
 from blip3o_jax.blip3o import Blip3o
 from blip3o_jax.config import Config, RlConfig, SamplingConfig
 from blip3o_jax.dit import sampler
+from blip3o_jax.drawing import draw_noise, draw_tokens, row_keys, to_uint8
 from blip3o_jax.parallel.rules import Strategy
-from blip3o_jax.pipeline import draw_noise, draw_tokens, row_keys, to_uint8
 from blip3o_jax.rl import flow_grpo
 from blip3o_jax.rl.scoring import score_image_tokens
 from blip3o_jax.train.state import StatePlan

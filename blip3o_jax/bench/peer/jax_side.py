@@ -17,9 +17,10 @@ from blip3o_jax.bench.peer.worker import Arrays, Prepared, Task
 from blip3o_jax.blip3o import Blip3o, draw_noise
 from blip3o_jax.config import Config, DataConfig, LossConfig, MeshConfig, OptimizerConfig, UserError
 from blip3o_jax.dit import sampler
+from blip3o_jax.drawing import draw_tokens
 from blip3o_jax.parallel.mesh import split_cpu
 from blip3o_jax.parallel.rules import Strategy
-from blip3o_jax.pipeline import Pipeline, draw_tokens
+from blip3o_jax.pipeline import Pipeline
 from blip3o_jax.text.tokenizers import load_tokenizer
 from blip3o_jax.text.vocabulary import Vocabulary
 from blip3o_jax.train.checkpoint import find, read_config, restore_parts

@@ -1,6 +1,6 @@
 """A rollout, text to image for a batch of prompts, as a program that can be compiled from shapes and run on random weights.
 
-It is the program of pipeline.py: one pass over the prompts, a loop over the image tokens, the denoising steps with guidance,
+It is the program of drawing.py: one pass over the prompts, a loop over the image tokens, the denoising steps with guidance,
 the autoencoder's decoder. Weights are kept in what each part computes in, as a rollout that trains nothing would keep them.
 """
 
@@ -17,8 +17,8 @@ from flax import nnx
 from blip3o_jax.bench.sharding.train_step import shard_bytes
 from blip3o_jax.blip3o import Blip3o
 from blip3o_jax.config import Config, ConfigError, ModelConfig
+from blip3o_jax.drawing import LENGTH_BUCKET, make_sample
 from blip3o_jax.parallel.rules import Strategy
-from blip3o_jax.pipeline import LENGTH_BUCKET, make_sample
 from blip3o_jax.train.flops import count_flops
 
 PARTS = ("ar", "connector", "dit", "vae")

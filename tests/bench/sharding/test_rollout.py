@@ -5,7 +5,7 @@ import importlib.util
 
 import pytest
 
-from blip3o_jax import pipeline
+from blip3o_jax import drawing
 from blip3o_jax.bench.sharding import compiled_step, grid, rollout, topology
 from blip3o_jax.config import ConfigError
 from tests import tiny
@@ -60,7 +60,7 @@ def test_weights_are_kept_in_what_is_computed_in():
 def test_the_program_is_that_of_the_pipeline(monkeypatch):
     """With the arrays that the pipeline hands over, lengths, seed and all, in the same order."""
     seen = []
-    monkeypatch.setattr(rollout, "make_sample", lambda *args: seen.append(args) or pipeline.make_sample(*args))
+    monkeypatch.setattr(rollout, "make_sample", lambda *args: seen.append(args) or drawing.make_sample(*args))
     text = work().lower().as_text()
     cfg, _, strategy, image_ids = seen[0]
     assert cfg == rollout.in_compute_dtype(CONFIG.model) and strategy.name == "dp"
