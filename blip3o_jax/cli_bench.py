@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from blip3o_jax.config import UserError
+
 _NUMBERS = ("rounds", "batch_size", "threads", "jax_devices")
 
 
@@ -145,9 +147,12 @@ def _add_anchors(kinds: Any, command: Callable) -> None:
 def _anchors(args: argparse.Namespace) -> None:
     from blip3o_jax.bench.sharding import anchors
 
+    only = _names(args.only)
+    if args.only and not only:
+        raise UserError(f"bench anchors: --only={args.only} names no anchor: leave it out for all of them")
     flags = [f"--out={args.out}"] + [f"--only={args.only}"] * bool(args.only) + ["--keep_hlo"] * args.keep_hlo
     command = shlex.join(["blip3o", "bench", "anchors", *flags])
-    anchors.print_report(anchors.bench(args.out, _names(args.only), command, keep_hlo=args.keep_hlo))
+    anchors.print_report(anchors.bench(args.out, only, command, keep_hlo=args.keep_hlo))
 
 
 def _add_rl(kinds: Any, command: Callable) -> None:

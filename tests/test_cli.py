@@ -244,3 +244,8 @@ def test_an_interrupt_says_how_to_resume(tmp_path, stub, capsys):
     (tmp_path / "c.py").write_text(CONFIG)
     assert cli.main(["train", f"--config={tmp_path}/c.py", "--workdir=w"]) == 130
     assert "resumes from the last checkpoint" in capsys.readouterr().err
+
+
+def test_a_list_of_anchors_names_some(capsys):
+    assert cli.main(["bench", "anchors", "--out=o", "--only=,"]) == 2
+    assert "--only=, names no anchor: leave it out for all of them" in capsys.readouterr().err

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,6 +17,9 @@ from blip3o_jax.config import UserError
 
 Row = dict[str, Any]
 REFUSED, FAILED = "refused", "failed"
+
+
+SAY_EVERY = 60.0  # seconds
 
 
 def run(work: Callable[[], Row], environment: Mapping[str, str], name: str = "compiling") -> Row:
@@ -31,7 +35,7 @@ def run(work: Callable[[], Row], environment: Mapping[str, str], name: str = "co
             command = [sys.executable, "-m", "blip3o_jax.bench.sharding.apart", str(given), str(found)]
             process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=log, stderr=log)
             try:
-                status = process.wait()
+                status = _wait(process, name)
             finally:
                 process.kill()
                 process.wait()
@@ -42,6 +46,16 @@ def run(work: Callable[[], Row], environment: Mapping[str, str], name: str = "co
         last = ([line for line in lines if re.match(r"F\d{4} ", line)] or lines or ["it said nothing"])[-1:]
         killed = "; where that is -9 memory ran out on this machine" if status < 0 else ""
         return {"status": FAILED, "error": f"the {name} process ended with status {status}{killed}: {last[0][:300]}"}
+
+
+def _wait(process: subprocess.Popen[bytes], name: str) -> int:
+    """Its exit status; a line each SAY_EVERY seconds tells that it is still at work."""
+    began = time.monotonic()
+    while True:
+        try:
+            return process.wait(timeout=SAY_EVERY)
+        except subprocess.TimeoutExpired:
+            print(f"{name}: {time.monotonic() - began:.0f} s so far", file=sys.stderr, flush=True)
 
 
 def _end_with_parent() -> None:

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import re
 import signal
 import sys
 
@@ -51,3 +52,10 @@ def test_what_comes_back(work, row, monkeypatch):
 def test_a_bug_is_told_with_its_type():
     row = apart.run(functools.partial(int, "x"), {})
     assert row["status"] == FAILED and row["error"].startswith("ValueError: invalid literal")
+
+
+def test_a_line_tells_now_and_then_that_it_is_still_at_work(monkeypatch, capsys):
+    monkeypatch.setattr(apart, "SAY_EVERY", 0.05)
+    assert apart.run(functools.partial(dict, status="done"), {}, "compiling v5p") == {"status": "done"}
+    lines = capsys.readouterr().err.splitlines()
+    assert lines and all(re.fullmatch(r"compiling v5p: \d+ s so far", line) for line in lines)
