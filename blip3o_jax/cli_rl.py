@@ -47,7 +47,10 @@ def _add_rescore(others: Any, command: Callable, directory: Callable) -> None:
         "judge the images of a finished run again",
         "Of a run with rl.keep_images: by the same rewards or by others. Writes rescored.jsonl and prints both means.",
     )
-    parser.add_argument("--run", type=directory, required=True, metavar="DIR", help="the working directory of the run")
+    # `args.run` is the command itself.
+    parser.add_argument(
+        "--run", dest="judged", type=directory, required=True, metavar="DIR", help="the run's working directory"
+    )
     _add_reward(parser, "in place of the run's own; repeat it for a sum", required=False)
     parser.add_argument("--out", type=Path, metavar="FILE", help="(rescored.jsonl in the run's directory)")
 
@@ -60,9 +63,9 @@ def _rescore(args: argparse.Namespace) -> None:
     from blip3o_jax.rl.rescore import print_table, rescore, rewards_of
     from blip3o_jax.rl.rewards.registry import parsed
 
-    out = args.out or args.run / "rescored.jsonl"
-    rewards = tuple(parsed(text) for text in args.reward) or rewards_of(args.run)
-    print_table(rescore(args.run, rewards, out), out)
+    out = args.out or args.judged / "rescored.jsonl"
+    rewards = tuple(parsed(text) for text in args.reward) or rewards_of(args.judged)
+    print_table(rescore(args.judged, rewards, out), out)
 
 
 def _serve(args: argparse.Namespace) -> None:
