@@ -25,18 +25,20 @@ def write_images(images: Sequence[np.ndarray], prompts: Sequence[str], out: path
 
 
 def labelled_grid(images: Sequence[np.ndarray], prompts: Sequence[str], cell: int = 192) -> Image.Image:
-    """All images in a near-square grid, each as large as its cell allows, over its prompt (three lines at most)."""
+    """All images in a grid with about as many rows as columns, each as large as its cell allows, over its prompt (three lines
+    at most)."""
     count = len(images)
     columns = math.ceil(math.sqrt(count))
     font = ImageFont.load_default(size=12)
     label, gap = 3 * 15, 8
-    width, height = columns * (cell + gap) + gap, math.ceil(count / columns) * (cell + label + gap) + gap
+    sizes = [[max(1, round(cell * side / max(image.shape[:2]))) for side in image.shape[:2]] for image in images]
+    high = max(height for height, _ in sizes)
+    width, height = columns * (cell + gap) + gap, math.ceil(count / columns) * (high + label + gap) + gap
     grid = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(grid)
-    for i, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
-        x, y = gap + i % columns * (cell + gap), gap + i // columns * (cell + label + gap)
-        height, width = (max(1, round(cell * side / max(image.shape[:2]))) for side in image.shape[:2])
-        grid.paste(Image.fromarray(image).resize((width, height), Image.Resampling.LANCZOS), (x, y))
+    for i, (image, (tall, wide), prompt) in enumerate(zip(images, sizes, prompts, strict=True)):
+        x, y = gap + i % columns * (cell + gap), gap + i // columns * (high + label + gap)
+        grid.paste(Image.fromarray(image).resize((wide, tall), Image.Resampling.LANCZOS), (x, y))
         lines = textwrap.wrap(prompt, width=cell // 7, max_lines=3, placeholder=" ...")
-        draw.text((x, y + cell + 2), "\n".join(lines), fill="black", font=font, spacing=2)
+        draw.text((x, y + high + 2), "\n".join(lines), fill="black", font=font, spacing=2)
     return grid

@@ -46,7 +46,7 @@ def score_edit(input_HWC: np.ndarray, output_HWC: np.ndarray, metadata: Metadata
     psnr = preservation(input_HWC, output_HWC, metadata)
     problem = _problem(output_HWC, metadata)
     if problem is None and psnr < KEPT:
-        return EditVerdict(True, psnr, f"the rest changed: {psnr:.1f} dB")
+        return EditVerdict(True, psnr, "the rest changed")
     return EditVerdict(problem is None, psnr, problem or "as asked")
 
 
