@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from blip3o_jax import config, lora, model_table, nn
 from blip3o_jax.blip3o import Blip3o, path_name
+from blip3o_jax.dit.sana import Condition
 from tests import tiny
 from tests.conftest import relative_error
 from tests.tiny import quick_compile  # noqa: F401
@@ -73,7 +74,7 @@ def outputs(cfg, strategy=None):
             hidden_BLD = model.hidden(tokens_BL, positions_BL, segments_BL)
             with nn.part("ar"):
                 logits_BLV = model.ar.logits(hidden_BLD)
-            return hidden_BLD, logits_BLV, model.velocity(z_BHWC, timestep_B, condition_BTC)
+            return hidden_BLD, logits_BLV, model.velocity(z_BHWC, timestep_B, Condition(condition_BTC))
 
     def loss(params):
         found = run(params)

@@ -30,6 +30,7 @@ from blip3o_jax.convert import torch_model
 from blip3o_jax.convert.report import TOLERANCE, Output, relative_error
 from blip3o_jax.convert.source import EMBEDDINGS, HEAD, Source
 from blip3o_jax.convert.tables import PREFIXES
+from blip3o_jax.dit.sana import Condition
 from blip3o_jax.parallel.rules import Strategy
 from blip3o_jax.text.vocabulary import Vocabulary
 from blip3o_jax.train.checkpoint import restore_parts
@@ -218,8 +219,11 @@ def _dit_run(cfg: ModelConfig, rng: np.random.Generator) -> Run:
         "timestep": np.array([187.4375, 62.8125], np.float32),
         "condition": _normal(rng, 2, cfg.tokenizer.num_tokens + 1, cfg.dit.caption_channels),
     }
-    both = lambda model, x: {"velocity": model.velocity(x["z"], x["timestep"], x["condition"])}
-    return Run(inputs, both, both)
+    return Run(
+        inputs,
+        lambda model, x: {"velocity": model.velocity(x["z"], x["timestep"], x["condition"])},
+        lambda model, x: {"velocity": model.velocity(x["z"], x["timestep"], Condition(x["condition"]))},
+    )
 
 
 def _vae_runs(cfg: ModelConfig, rng: np.random.Generator) -> list[Run]:
