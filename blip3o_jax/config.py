@@ -411,6 +411,7 @@ class SourceConfig:
         check_choice("data.sources.format", self.format, ("auto", "tfds", "webdataset", "parquet", "folder"))
         check(self.weight > 0, f"data.sources.weight={self.weight} must be positive")
         check_choice("data.sources.task", self.task, ("", "reconstruct"))
+        check_choice("data.sources.task", self.task, ("", "reconstruct"))
 
 
 @dataclasses.dataclass(frozen=True)

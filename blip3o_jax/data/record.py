@@ -47,6 +47,11 @@ class Record:
     references: tuple[bytes, ...] = ()  # encoded images that are shown
     answer: str = ""  # to a question
 
+    @property
+    def first_image(self) -> bytes:
+        """The image to be drawn, or the first shown where the answer is text: all of a record have its shape."""
+        return self.references[0] if self.task == "understand" else self.image
+
 
 class Words(NamedTuple):
     """What a record says."""
@@ -112,16 +117,18 @@ def parse_json(raw: bytes, shard: str, key: str) -> tuple[dict[str, Any], Words]
 def words(fields: Mapping[str, Any], shard: str, key: str) -> Words:
     """Task, text and answer by the fields above."""
     given = [name for name in TEXT_FIELDS if fields.get(name) is not None]
+    given = [name for name in given if fields[name]] or given  # TFDS has no missing values: what is not there is empty
     task = fields.get("task") or {"instruction": "edit", "question": "understand"}.get(given[0] if given else "", "t2i")
     task = decode_text(task, shard, key)
     if task not in TASKS:
         raise BadRecord(shard, key, f"task {task!r} is not one of {', '.join(TASKS)}")
     if task == "reconstruct":
         return Words(task, "", "")
-    named = {"edit": "instruction", "understand": "question"}.get(task)
-    text = decode_text(fields[named] if named in given else fields[given[0]] if given else None, shard, key)
-    if named and not text:
-        raise BadRecord(shard, key, f"the {named} is empty")
+    own = {"edit": ("instruction",), "understand": ("question",)}.get(task, CAPTION_FIELDS)
+    name = next((name for name in (*own, *given) if name in given), None)
+    text = decode_text(fields[name] if name else None, shard, key)
+    if task != "t2i" and not text:
+        raise BadRecord(shard, key, f"the {own[0]} is empty")
     answer = decode_text(fields.get("answer") or "", shard, key)
     if task == "understand" and not answer:
         raise BadRecord(shard, key, "no answer to the question")
@@ -131,6 +138,8 @@ def words(fields: Mapping[str, Any], shard: str, key: str) -> Words:
 def make_record(said: Words, image: bytes | None, inputs: Iterable[bytes], key: str, shard: str) -> Record:
     """A record with the images that its task needs; BadRecord where one is missing."""
     inputs = tuple(inputs)
+    if said.task == "t2i" and inputs:
+        raise BadRecord(shard, key, "input images beside a caption: say in an instruction or a question what they are for")
     if said.task == "reconstruct":  # one image for both will do
         inputs = inputs or (() if image is None else (image,))
         image = inputs[0] if image is None and inputs else image

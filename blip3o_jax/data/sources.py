@@ -84,8 +84,8 @@ class Redrawn(Source):
 
     def __getitem__(self, index: int) -> Record:
         record = self._source[index]
-        shown = (record.image or record.references[0],)
-        return make_record(Words("reconstruct", "", ""), shown[0], shown, record.key, record.shard)
+        image = record.first_image
+        return make_record(Words("reconstruct", "", ""), image, (image,), record.key, record.shard)
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -197,8 +197,12 @@ def _image_paths(fields: dict[str, Any]) -> tuple[Any, list[Any]]:
 
 
 def _several(fields: Mapping[str, Any]) -> list[Any]:
-    given = next((fields[name] for name in INPUT_FIELDS if fields.get(name)), [])
-    return list(given) if isinstance(given, list | tuple) else [given]
+    """The images shown. Empty ones are none: TFDS has no missing values, and gives several as an array."""
+    for given in map(fields.get, INPUT_FIELDS):
+        images = [] if given is None else list(given) if isinstance(given, list | tuple | np.ndarray) else [given]
+        if any(images):
+            return images
+    return []
 
 
 class ParquetSource(Source):
@@ -320,7 +324,9 @@ class TfdsSource(Source):
         builder = tfds.builder_from_directory(self._directory)
         try:
             images = [name for name in ("image", *INPUT_FIELDS) if name in builder.info.features]
-            return builder.as_data_source(self._split, decoders={name: tfds.decode.SkipDecoding() for name in images})
+            as_stored = tfds.decode.SkipDecoding()
+            as_stored.decode_batch_example_np = as_stored.decode_example_np  # of sequences, which TFDS leaves out
+            return builder.as_data_source(self._split, decoders=dict.fromkeys(images, as_stored))
         except (ValueError, NotImplementedError) as error:
             reason = str(error).partition("\n")[0]
             raise UserError(f"{self._directory}: cannot read data.split={self._split!r}: {reason}") from None
@@ -340,5 +346,4 @@ class TfdsSource(Source):
         key = fields.get("key", str(index))
         key = key.decode(errors="replace") if isinstance(key, bytes) else str(key)
         fields = {name: fields[name] for name in self._fields}
-        images = [image for image in _several(fields) if image]
-        return make_record(words(fields, shard, key), fields.get("image"), images, key, shard)
+        return make_record(words(fields, shard, key), fields.get("image") or None, _several(fields), key, shard)

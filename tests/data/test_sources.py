@@ -317,9 +317,64 @@ def test_every_task_from_parquet(tmp_path: pathlib.Path) -> None:
     assert without_key(opened(path)) == things(str(path))
 
 
+def test_every_task_from_tfds(tmp_path: pathlib.Path) -> None:
+    """Whose records have all features: what a task does not need is empty."""
+    import tensorflow_datasets as tfds
+
+    words = ("task", "caption", "instruction", "question", "answer")
+
+    class Mixed(tfds.core.GeneratorBasedBuilder):
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self) -> tfds.core.DatasetInfo:
+            image, text = tfds.features.Image(shape=(None, None, 3)), tfds.features.Text()
+            features = {"image": image, "input_images": tfds.features.Sequence(image)} | dict.fromkeys(words, text)
+            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+        def _split_generators(self, manager: object) -> dict:
+            return {"train": self._generate_examples()}
+
+        def _generate_examples(self) -> object:
+            for i, thing in enumerate(THINGS):
+                shown = thing.get("input_images", thing.get("input_image", []))
+                shown = [io.BytesIO(IMAGES[n]) for n in (shown if isinstance(shown, list) else [shown])]
+                drawn = io.BytesIO(IMAGES[thing.get("image", 3)])  # TFDS wants one
+                yield i, {"image": drawn, "input_images": shown} | {name: thing.get(name, "") for name in words}
+
+    Mixed.__module__ = "mixed"  # as Tiny above
+    Mixed(data_dir=str(tmp_path), file_format="array_record").download_and_prepare()
+    source = opened(tmp_path / "mixed")
+    found = {record.caption: record for record in without_key(source)}
+    assert found == {record.caption: record for record in things(source.files[0])}
+
+
+def test_which_words_a_task_takes(tmp_path: pathlib.Path) -> None:
+    shown = {"image": "1.png", "input_image": "0.png"}
+    lines = [
+        {"task": "t2i", "instruction": "make it red", "caption": "a red cat", "image": "1.png"},
+        {"instruction": "make it red", "caption": "a red cat", **shown},
+        {"task": "edit", "caption": "make it red", **shown},
+        {"instruction": "", "caption": "a red cat", "image": "1.png"},
+    ]
+    source = opened(write_folder(tmp_path / "d", [json.dumps(line).encode() for line in lines]))
+    said = [(record.task, record.caption) for record in without_key(source)]
+    assert said == [("t2i", "a red cat"), ("edit", "make it red"), ("edit", "make it red"), ("t2i", "a red cat")]
+
+
+def test_an_image_of_zero_bytes_is_drawn_again_as_it_is(tmp_path: pathlib.Path) -> None:
+    """What is wrong with it is for the decoder to say."""
+    folder = write_folder(tmp_path / "d")
+    (folder / "0.png").write_bytes(b"")
+    record = opened(folder, task="reconstruct")[0]
+    assert (record.task, record.image, record.references) == ("reconstruct", b"", (b"",))
+    with pytest.raises(ValueError, match=r"data.sources.task='edit' is not one of , reconstruct"):
+        SourceConfig(str(folder), task="edit")
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
+        ({"caption": "x", "image": "1.png", "input_image": "0.png"}, "input images beside a caption"),
         ({"instruction": "", "image": "1.png", "input_image": "0.png"}, "the instruction is empty"),
         ({"instruction": "x", "image": "1.png"}, "no input image; task edit needs one in input_image or input_images"),
         ({"instruction": "x", "input_image": "0.png"}, "no image; expected the one to be drawn"),
