@@ -8,7 +8,9 @@ import concurrent.futures
 import functools
 import hashlib
 import json
+import os
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 
@@ -37,7 +39,8 @@ class Bucket(Source):
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        return f"{self._source.fingerprint}-{'x'.join(map(str, self.shape))}"
+        which = hashlib.sha256(self._indices.astype("<i8").tobytes()).hexdigest()[:16]  # other sizes leave it others
+        return f"{self._source.fingerprint}-{'x'.join(map(str, self.shape))}-{which}"
 
 
 def by_shape(sources: Sequence[tuple[Source, float]], model: ModelConfig) -> list[list[tuple[Source, float]]]:
@@ -64,9 +67,7 @@ def _shapes(source: Source, model: ModelConfig) -> np.ndarray:
 
     def shape(index: int) -> int:
         try:
-            record = source[index]
-            size = model.nearest_size(*images.shape_of(record.image or record.references[0]))
-            return model.sizes.index(size)
+            return model.sizes.index(model.nearest_size(*images.shape_of(source[index].first_image)))
         except BadRecord:
             return 0
 
@@ -78,7 +79,7 @@ def _shapes(source: Source, model: ModelConfig) -> np.ndarray:
                 left = (time.monotonic() - began) / len(found) * (len(source) - len(found))
                 print(f"shapes of {source.name}: {len(found)}/{len(source)}, ETA {left:.0f} s", file=sys.stderr)
     shapes_N = np.array(found, np.uint8)
-    partial = file.with_suffix(".partial.npy")
-    np.save(partial, shapes_N)
-    partial.replace(file)
+    with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".npy", delete=False) as partial:  # hosts may share the directory
+        np.save(partial, shapes_N)
+    os.replace(partial.name, file)
     return shapes_N

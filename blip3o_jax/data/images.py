@@ -101,12 +101,18 @@ def shape_of(data: bytes) -> tuple[int, int]:
     """(height, width) of an encoded image as `decode` would have it, from its header alone; BadRecord where it has none."""
     try:
         with Image.open(io.BytesIO(data)) as image:
-            turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
-            width, height = image.size[::-1] if turned else image.size
+            width, height = image.size[::-1] if _lies_on_its_side(image) else image.size
             return height, width
     except Exception as error:
         reason = str(error) or type(error).__name__
         raise BadRecord("", "", f"the image cannot be decoded: {reason}" if data else "the image has zero bytes") from None
+
+
+def _lies_on_its_side(image: Image.Image) -> bool:
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+    except Exception:  # as in `_upright`
+        return False
 
 
 def crop_and_resize(

@@ -94,6 +94,9 @@ def test_the_shape_is_that_of_the_upright_image():
     exif[0x0112] = 6
     data = png(20, 30, exif=exif)
     assert images.shape_of(data) == images.decode(data).shape[:2] == (30, 20) and images.shape_of(png(20, 30)) == (20, 30)
+    exif[0x0112] = 9  # which there is not
+    data = png(20, 30, exif=exif)
+    assert images.shape_of(data) == images.decode(data).shape[:2] == (20, 30)
     for broken in (b"", b"no image"):
         with pytest.raises(BadRecord, match=r"the image (has zero bytes|cannot be decoded)"):
             images.shape_of(broken)
@@ -138,6 +141,28 @@ def test_which_record_has_which_shape_is_looked_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(images, "shape_of", lambda data: pytest.fail("a header was read again"))
     again = by_shape(open_mixture(cfg.data), cfg.model)
     assert [[len(s) for s, _ in group] for group in again] == [[len(s) for s, _ in group] for group in first]
+
+
+def test_an_image_of_zero_bytes_is_of_the_first_shape(tmp_path):
+    """That it cannot be read is for the loader to say."""
+    folder = write(tmp_path / "d", SHAPES)
+    (folder / "0.png").write_bytes(b"")
+    (folder / "2.png").write_bytes(b"")
+    cfg = run_config(folder)
+    (wide,), (high,) = by_shape(open_mixture(cfg.data), cfg.model)
+    assert (len(wide[0]), len(high[0])) == (13, 11)
+
+
+def test_what_is_cached_of_a_shape_is_of_the_same_records(tmp_path):
+    """A further size takes some of the records of another: the rest is not what it was."""
+    cfg = run_config(write(tmp_path / "d", SHAPES))
+    names = []
+    for buckets in ((WIDE, HIGH), (HIGH, WIDE), (WIDE, HIGH, (16, 16)), (WIDE, HIGH, (36, 56))):
+        groups = by_shape(open_mixture(cfg.data), dataclasses.replace(cfg.model, buckets=buckets))
+        ((source, _),) = next(group for group in groups if group[0][0].shape == WIDE)
+        names.append((source.fingerprint, len(source)))
+    assert names[0] == names[1] == names[2], "the same records, whatever other sizes there are"
+    assert names[3][1] < names[0][1] and names[3][0] != names[0][0]
 
 
 @pytest.mark.usefixtures("quick_compile")
