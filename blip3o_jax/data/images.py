@@ -59,6 +59,8 @@ def load(path: str | os.PathLike[str]) -> np.ndarray:
     try:
         with Image.open(io.BytesIO(data)) as image:  # reads the header alone
             (width, height), frames = image.size, getattr(image, "n_frames", 1)
+            if image.format == "MPO":  # a phone's JPEG, with a preview or a depth map after it
+                frames = 1
     except Image.DecompressionBombError:
         raise UserError(f"{path}: {_TOO_MANY}") from None
     except Exception as error:

@@ -150,6 +150,8 @@ def test_a_file_that_a_user_names_is_one_picture_or_one_line(tmp_path) -> None:
     path = tmp_path / "photo"
     path.write_bytes(encode(Image.fromarray(quadrants())))
     np.testing.assert_array_equal(load(path), quadrants())
+    path.write_bytes(encode(Image.fromarray(quadrants()), "MPO", save_all=True, append_images=[Image.new("RGB", (8, 8))]))
+    assert load(path).shape == quadrants().shape, "a JPEG with a preview after it"
     frames = [Image.new("RGB", (16, 16), colour) for colour in (RED, BLUE)]
     whole = encode(Image.fromarray(quadrants()), "JPEG")
     for data, line in {
