@@ -702,6 +702,12 @@ class Config:
             f"data.pack={self.data.pack} is for stage 'joint' with loss.condition_span='exact': 1 has a row for each example",
         )
         check(
+            not (
+                self.stage == "joint" and self.data.cache_dir and self.model.editing.references and self.model.editing.features
+            ),
+            "data.cache_dir keeps no features, which model.editing.features reads: empty data.cache_dir",
+        )
+        check(
             not (self.loss.caption_dropout and self.model.template.supervise_prompt),
             "loss.caption_dropout hides prompts that model.template.supervise_prompt trains on: turn one of them off",
         )

@@ -56,6 +56,10 @@ def test_round_trips(value):
             "checkpoint.image_rows='codes' belongs to stage 'joint'; stage 'tokenizer' has no AR",
         ),
         ({"data": {"batch_size": 6}, "optimizer": {"accumulate": 4}}, "must be a multiple of optimizer.accumulate=4"),
+        (
+            {"data": {"cache_dir": "cache"}, "model": {"editing": {"references": 1, "features": True}}},
+            "data.cache_dir keeps no features, which model.editing.features reads",
+        ),
         ({"rl": {"refill": 1, "stale": True}}, "rl.refill looks at rewards before the next rollout, rl.stale after"),
     ],
 )
