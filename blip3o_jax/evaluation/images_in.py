@@ -27,7 +27,8 @@ class ShapesEdit:
 
     def requests(self, asked: Sequence[Prompt], image_size: int) -> list[Request]:
         inputs = self._pictures(asked, image_size, "before")
-        return [Request("edit", p["caption"], (image,)) for p, image in zip(asked, inputs, strict=True)]
+        size = (image_size, image_size)
+        return [Request("edit", p["caption"], (image,), size) for p, image in zip(asked, inputs, strict=True)]
 
     def judge(self, images_BHWC: np.ndarray, asked: Sequence[Prompt]) -> Judged:
         """`score` is the mean PSNR of what was to stay."""
@@ -70,7 +71,8 @@ class Reconstruct:
         return shapes.prompts("test", count or COUNT, seed)
 
     def requests(self, asked: Sequence[Prompt], image_size: int) -> list[Request]:
-        return [Request("reconstruct", "", (image,)) for image in self._originals(asked, image_size)]
+        size = (image_size, image_size)
+        return [Request("reconstruct", "", (image,), size) for image in self._originals(asked, image_size)]
 
     def judge(self, images_BHWC: np.ndarray, asked: Sequence[Prompt]) -> Judged:
         """`score` is the mean PSNR."""

@@ -19,8 +19,7 @@ def prompts(count: int | None, seed: int = 0) -> list[Prompt]:
 
 
 def requests(asked: Sequence[Prompt], image_size: int) -> list[Request]:
-    del image_size  # nothing is shown
-    return [Request("t2i", prompt["caption"]) for prompt in asked]
+    return [Request("t2i", prompt["caption"], size=(image_size, image_size)) for prompt in asked]
 
 
 def judge(images_BHWC: np.ndarray, asked: Sequence[Prompt]) -> Judged:
