@@ -122,7 +122,10 @@ def task_row(
     tokens = _image_answer(vocab, num_image_tokens, key) if drawn else _text_answer(vocab, answer, num_image_tokens, key)
     spans_R = np.zeros(places, np.int32)
     spans_R[:references] = prompt.references
-    return _laid_out(vocab, template, prompt.ids, tokens, max_length, key) | {
+    row = _laid_out(vocab, template, prompt.ids, tokens, max_length, key)
+    for opening in prompt.references:  # not even where prompts are trained on
+        row["loss_mask"][opening + 1 : opening + 1 + num_image_tokens] = 0
+    return row | {
         "image_span": np.int32(len(prompt.ids) - 1 if drawn else 0),
         "target": np.float32(drawn),
         "reference_span": spans_R,

@@ -68,6 +68,7 @@ def _filled(template: TemplateConfig, task: str, text: str, references: int) -> 
     said = getattr(template, field)
     check(not place or place in said, f"model.template.{field}={said!r} has no place for the text: write {place} into it")
     if task == "t2i":
+        check(not references, "task t2i shows no image: give an instruction or a question with it")
         return said.replace(place, text), ""
     if not references:
         raise UserError(f"task {task} needs an image: give at least one")

@@ -231,6 +231,14 @@ def test_rows_of_every_task(vocab, task, text, references, user, answer):
             np.testing.assert_array_equal(row[name], value)
 
 
+def test_images_that_are_shown_have_no_labels_where_prompts_have(vocab):
+    row = tasks_row(vocab, "edit", "put 2 into 1", references=2, supervise_prompt=True)
+    tokens, length = row["tokens"], int(row["segment_ids"].sum())
+    shown = [opening + 1 + i for opening in row["reference_span"] for i in range(2)]
+    assert set(tokens[shown].tolist()) == {vocab.image_first}
+    assert np.flatnonzero(row["loss_mask"]).tolist() == sorted(set(range(1, length)) - set(shown))
+
+
 def test_images_are_put_where_they_are_shown(vocab):
     rows = [tasks_row(vocab, "edit", "x", references=n) for n in (1, 2)] + [tasks_row(vocab, "t2i", "x", references=0)]
     tokens_BL, span_BR, mask_BR = (np.stack([row[n] for row in rows]) for n in ("tokens", "reference_span", "reference_mask"))
@@ -261,6 +269,7 @@ def test_rows_of_tasks_that_cannot_be(vocab):
             1,
             r"'k' has an answer of \d+ tokens, at most 10 are trained on",
         ),
+        ("t2i", "x", "", 1, r"task t2i shows no image"),
         ("paint", "x", "", 1, r"task='paint'"),
     ]:
         with pytest.raises(UserError, match=message):
