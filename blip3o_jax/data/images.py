@@ -11,6 +11,7 @@ Legend: H, W height and width of the image; P, Q those of the autoencoder's view
 import io
 import os
 import pathlib
+import warnings
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
@@ -57,11 +58,13 @@ def load(path: str | os.PathLike[str]) -> np.ndarray:
     except OSError as error:
         raise UserError(f"{path}: the image cannot be read: {error.strerror}") from None
     try:
-        with Image.open(io.BytesIO(data)) as image:  # reads the header alone
+        with warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning):
+            opened = Image.open(io.BytesIO(data))
+        with opened as image:  # the header alone is read
             (width, height), frames = image.size, getattr(image, "n_frames", 1)
             if image.format == "MPO":  # a phone's JPEG, with a preview or a depth map after it
                 frames = 1
-    except Image.DecompressionBombError:
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise UserError(f"{path}: {_TOO_MANY}") from None
     except Exception as error:
         reason = "it has no known image format" if isinstance(error, UnidentifiedImageError) else error

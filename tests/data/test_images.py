@@ -146,7 +146,7 @@ def test_resizing_is_antialiased() -> None:
     np.testing.assert_allclose(small[2:-2, 2:-2].astype(int), 127, atol=2)
 
 
-def test_a_file_that_a_user_names_is_one_picture_or_one_line(tmp_path) -> None:
+def test_a_file_that_a_user_names_is_one_picture_or_one_line(tmp_path, recwarn) -> None:
     path = tmp_path / "photo"
     path.write_bytes(encode(Image.fromarray(quadrants())))
     np.testing.assert_array_equal(load(path), quadrants())
@@ -163,6 +163,7 @@ def test_a_file_that_a_user_names_is_one_picture_or_one_line(tmp_path) -> None:
             frames[0], "GIF", save_all=True, append_images=frames[1:]
         ): "an animation of 2 frames: save the one that is meant",
         encode(Image.new("1", (20000, 20000))): "the image is too large: scale it down to 80 megapixels or less",
+        encode(Image.new("1", (10000, 9000))): "the image is too large: scale it down to 80 megapixels or less",
         encode(Image.new("1", (10000, 8001))): "the image is too large: scale it down to 80 megapixels or less",
     }.items():
         path.write_bytes(data)
@@ -171,3 +172,4 @@ def test_a_file_that_a_user_names_is_one_picture_or_one_line(tmp_path) -> None:
         assert str(error.value).startswith(f"{path}: ") and line in str(error.value) and "\n" not in str(error.value)
     with pytest.raises(UserError, match=r"none: the image cannot be read: No such file"):
         load(tmp_path / "none")
+    assert not recwarn.list, "one line, and no warning of Pillow's beside it"
