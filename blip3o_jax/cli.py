@@ -247,7 +247,7 @@ def _add_ask(commands: Any) -> None:
     parser.add_argument("--image", type=Path, action="append", required=True, help="repeat it for a question about several")
     parser.add_argument("--question", required=True, metavar="TEXT")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest words (%(default)s)")
-    parser.add_argument("--most", type=_positive, default=64, metavar="N", help="tokens of an answer (%(default)s)")
+    parser.add_argument("--most", type=_positive, default=64, metavar="N", help="tokens of an answer, or fewer (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
 
 

@@ -92,6 +92,7 @@ class Pipeline:
         Image i depends on (seed, first_index + i, requests[i]) and the settings alone, not on the batch it was made in.
         Raises UserError for no request, an unknown setting, or one that does not fit the model's rows.
         """
+        check(all(request.task != "understand" for request in requests), "task understand is answered in words: use ask")
         settings, began, done = self.settings(**overrides), time.monotonic(), 0
         drawn: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         for batch, rows, size in self._batches(requests, seed, first_index, settings, self.config.model.tokenizer.num_tokens):
@@ -119,14 +120,15 @@ class Pipeline:
         temperature: float = 0.0,
         **overrides: Any,
     ) -> list[str]:
-        """The answer to each question, of at most `most` tokens, the likeliest or drawn at a temperature. `images` as of
-        `edit`; an answer depends on what an image of `draw` does."""
+        """The answer to each question, of at most `most` tokens and what its row has room for, the likeliest or drawn at a
+        temperature. `images` as of `edit`; an answer depends on what an image of `draw` does."""
         settings = self.settings(temperature=temperature, **overrides)
         pairs = zip(images, questions, strict=True)
         requests = [Request("understand", text, _several(shown)) for shown, text in pairs]
         answers: dict[int, str] = {}
-        for batch, rows, _ in self._batches(requests, seed, first_index, settings, most):
+        for batch, rows, _ in self._batches(requests, seed, first_index, settings, 1):
             ids_BN, count_B = map(np.asarray, self._write(self._params, **batch, settings=settings, most=most))
+            count_B = np.minimum(count_B, self.config.data.max_length - batch["lengths_B"])
             answers |= {i: self.vocabulary.decode(ids[:n]).strip() for i, ids, n in zip(rows, ids_BN, count_B, strict=False)}
         return [answers[i] for i in range(len(requests))]
 
@@ -174,6 +176,8 @@ class Pipeline:
         if len(request.images) > places:
             have = f"shows at most {places} in a row" if places else "was not trained to be shown any"
             raise UserError(f"{len(request.images)} images given, but the model {have}")
+        for image in request.images:
+            _check_image(image)
         tokenizer = model.tokenizer
         prompt = make_prompt(
             self.vocabulary,
@@ -185,7 +189,7 @@ class Pipeline:
             pool_scale=tokenizer.pool_scale,
         )
         if len(prompt.ids) + room > limit:
-            kind = "image tokens" if room == tokenizer.num_tokens else "tokens"
+            kind = "token of an answer" if request.task == "understand" else "image tokens"
             raise UserError(
                 f"prompt {request.text[:60]!r}... is {len(prompt.ids)} tokens long; with {room} {kind} that is more than the "
                 f"model's {limit}: shorten it"
@@ -238,9 +242,16 @@ class Pipeline:
         return self._model(params).codes(pixels_BHWC)
 
 
-def _several(shown: Any) -> tuple[np.ndarray, ...]:
+def _several(shown: Any) -> tuple[Any, ...]:
     """One image, or a sequence of them."""
-    return (shown,) if isinstance(shown, np.ndarray) and shown.ndim == 3 else tuple(shown)
+    return tuple(shown) if isinstance(shown, list | tuple) or getattr(shown, "ndim", 3) == 4 else (shown,)
+
+
+def _check_image(image: Any) -> None:
+    is_array = isinstance(image, np.ndarray)
+    found = f"{image.dtype} {list(image.shape)}" if is_array else type(image).__name__
+    fits = is_array and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3 and image.size > 0
+    check(fits, f"an image must be a uint8 array [H, W, 3], not {found}: blip3o_jax.data.images.load reads one from a file")
 
 
 def load(path: str | pathlib.Path, mesh: MeshConfig | None = None) -> Pipeline:

@@ -263,6 +263,18 @@ def test_answers_are_the_likeliest_words_till_the_end_of_the_turn(seeing):
     assert drawn[0] == drawn[1] != drawn[2]
 
 
+def test_an_answer_ends_where_its_row_does(seeing, monkeypatch):
+    """Of a model that never ends its turn."""
+    endless = lambda params, tokens_BL, most, **_: (np.zeros((len(tokens_BL), most), int), np.full(len(tokens_BL), most))
+    monkeypatch.setattr(seeing, "_write", endless)
+    monkeypatch.setattr(type(seeing.vocabulary), "decode", lambda self, ids: str(len(ids)))
+    shown, questions = photos()[:2], ["what is it", "what"]
+    lengths = [len(seeing._prompt(pipelines.Request("understand", q, (shown[0],)), 1).ids) for q in questions]
+    assert lengths[0] > lengths[1] > 72 - 64
+    assert seeing.ask(shown, questions) == [str(72 - length) for length in lengths]
+    assert seeing.ask(shown, questions, most=3) == ["3", "3"]
+
+
 def test_what_cannot_be_shown_is_one_line(seeing, on_one):
     photo = photos()[0]
     for model, call, message in [
@@ -270,8 +282,13 @@ def test_what_cannot_be_shown_is_one_line(seeing, on_one):
         (on_one, lambda m: m.edit([photo], ["x"]), "1 images given, but the model was not trained to be shown any"),
         (seeing, lambda m: m.edit([photo], [" "]), "the instruction is empty"),
         (seeing, lambda m: m.ask([photo], [""]), "the question is empty"),
-        (seeing, lambda m: m.ask([photo], ["x " * 80]), "tokens long; with 64 tokens that is more than the model's 72"),
+        (seeing, lambda m: m.ask([photo], ["x " * 80]), "with 1 token of an answer that is more than the model's 72"),
         (seeing, lambda m: m.edit([()], ["x"]), "task edit needs an image"),
+        (seeing, lambda m: m.edit(["photo.png"], ["x"]), "must be a uint8 array [H, W, 3], not str: "),
+        (seeing, lambda m: m.ask([photo[..., 0]], ["x"]), "must be a uint8 array [H, W, 3], not uint8 [20, 24]: "),
+        (seeing, lambda m: m.redraw([photo / 255]), "must be a uint8 array [H, W, 3], not float64 [20, 24, 3]: "),
+        (seeing, lambda m: m.draw([pipelines.Request("t2i", "x", (photo,))]), "task t2i shows no image"),
+        (seeing, lambda m: m.draw([pipelines.Request("understand", "x", (photo,))]), "answered in words: use ask"),
     ]:
         with pytest.raises(UserError) as error:
             call(model)
