@@ -1,5 +1,6 @@
 """The launchers as text: what they would do, their shell, the manifest. (tests/parallel runs launch/local.sh.)"""
 
+import functools
 import json
 import os
 import pathlib
@@ -76,7 +77,10 @@ def cloud(directory, state, job):
 def test_machines_are_given_back_when_the_launcher_is_stopped(tmp_path, number, keep):
     environment, log = cloud(tmp_path, "ACTIVE", "exec sleep 10")
     command = ["bash", str(LAUNCH / QUEUED[0]), *QUEUED[1:], *["--keep"] * keep]
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, start_new_session=True) as launcher:
+    # A shell that runs the tests in the background has them ignore SIGINT, and a script cannot undo what it inherits.
+    heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    own = {"stdout": subprocess.PIPE, "start_new_session": True, "preexec_fn": heard}
+    with subprocess.Popen(command, env=environment, **own) as launcher:
         while not (log.exists() and "blip3o train" in log.read_text()):
             assert launcher.poll() is None
             time.sleep(0.02)

@@ -61,9 +61,10 @@ def test_the_program_is_that_of_the_pipeline(monkeypatch):
     """With the arrays that the pipeline hands over, lengths, seed and all, in the same order."""
     seen = []
     monkeypatch.setattr(rollout, "make_sample", lambda *args: seen.append(args) or drawing.make_sample(*args))
-    text = work().lower().as_text()
-    cfg, _, strategy, image_ids = seen[0]
-    assert cfg == rollout.in_compute_dtype(CONFIG.model) and strategy.name == "dp"
+    made = work()
+    text = made.lower().as_text()
+    _, strategy, image_ids = seen[0]
+    assert made.model == rollout.in_compute_dtype(CONFIG.model) and strategy.name == "dp"
     assert image_ids == (CONFIG.model.ar.vocab_size - 32, CONFIG.model.ar.vocab_size)
     assert "tensor<8x16x16x3xui8>" in text and "tensor<8x4xi32>" in text, "images and codes"
 
