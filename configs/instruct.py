@@ -7,7 +7,8 @@ Command:
         --config.checkpoint.init_from="[('ar', 'runs/pretrain'), ('connector', 'runs/pretrain'), \\
             ('dit', 'runs/pretrain'), ('vae', 'runs/pretrain'), ('tokenizer', 'runs/pretrain')]"
     The argument is the size of the AR, 0.6b or 1.7b (the default). The recipe's data are BLIP3o-60k and
-    ShareGPT-4o-Image; both have to be brought along.
+    ShareGPT-4o-Image; both have to be brought along. With 1.7b:understand rows have a place for an image, so that questions
+    about images can be among the sources (docs/images_in.md).
 Hardware: as for pretrain.py. Published: not stated for this stage.
 Duration: unknown; 7,000 steps of 128 examples are 1/192 of the examples of pretraining.
 Expected: the nearest published figure is where the GenEval reinforcement learning set out: 0.821 (it ended at 0.902).
@@ -19,12 +20,16 @@ import pathlib
 from blip3o_jax import config, config_file
 
 
-def get_config(size: str = "1.7b") -> config.Config:
+def get_config(argument: str = "1.7b") -> config.Config:
+    size, _, more = argument.partition(":")
+    config.check_choice("tasks", more, ("", "understand"))
     pretrain = config_file.load(f"{pathlib.Path(__file__).with_name('pretrain.py')}:{size}")
+    editing = dataclasses.replace(pretrain.model.editing, references=1 if more else 0)
     return dataclasses.replace(
         pretrain,
         steps=7_000,
         log_every=10,
+        model=dataclasses.replace(pretrain.model, editing=editing),
         data=dataclasses.replace(pretrain.data, batch_size=128),
         optimizer=dataclasses.replace(pretrain.optimizer, learning_rate=5e-5),
         checkpoint=config.CheckpointConfig(every=500, keep=3),

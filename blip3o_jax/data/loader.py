@@ -161,7 +161,8 @@ class Loader(Iterator[Batch]):
 
     def _order(self) -> dict[str, Any]:
         """What decides which example comes when."""
-        sources = [[len(source), weight] for source, weight in self._sources]
+        shape = lambda source: [] if source.shape is None else [list(source.shape)]
+        sources = [[len(source), weight, *shape(source)] for source, weight in self._sources]
         order = {"seed": self._seed, "shuffle": self._data.shuffle, "sources": sources}
         return order | ({"batch_size": self._data.batch_size} if len(self._shapes()) > 1 else {})
 

@@ -79,7 +79,7 @@ class Reconstruct:
         originals = self._originals(asked, images_BHWC.shape[1])
         verdicts = [shapes.score(image, p) for image, p in zip(images_BHWC, asked, strict=True)]
         pairs = list(zip(originals, images_BHWC, strict=True))
-        found = [(psnr(*pair), ssim(*pair)) for pair in pairs]
+        found = [(edit_scorer.psnr(*pair), ssim(*pair)) for pair in pairs]
         told = [f"{db:.1f} dB, SSIM {similar:.3f}, {v.reason}" for (db, similar), v in zip(found, verdicts, strict=True)]
         return tally([v.correct for v in verdicts], told, asked, np.array([db for db, _ in found]))
 
@@ -92,11 +92,6 @@ class Reconstruct:
 
     def _originals(self, asked: Sequence[Prompt], image_size: int) -> np.ndarray:
         return np.stack([render(shapes.sample(*_place(p["key"])), image_size) for p in asked])
-
-
-def psnr(a_HWC: np.ndarray, b_HWC: np.ndarray) -> float:
-    """Of uint8 images, in dB; at most 60."""
-    return float(min(60.0, -10 * np.log10(max(np.mean((a_HWC.astype(np.float64) - b_HWC) ** 2) / 255**2, 1e-6))))
 
 
 def ssim(a_HWC: np.ndarray, b_HWC: np.ndarray) -> float:

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from blip3o_jax import config
-from blip3o_jax.data.shapes import edits, questions, render
+from blip3o_jax.data.shapes import edit_scorer, edits, questions, render
 from blip3o_jax.evaluation import images_in, runner
 from blip3o_jax.pipeline import Generated
 
@@ -81,8 +81,8 @@ def test_similarity():
     """By hand where it can be told: equal pictures, a constant shift, noise."""
     rng = np.random.default_rng(0)
     a = rng.integers(60, 190, (32, 32, 3), np.uint8)
-    assert images_in.psnr(a, a) == 60 and images_in.ssim(a, a) == pytest.approx(1)
-    assert images_in.psnr(a, a + np.uint8(20)) == pytest.approx(20 * np.log10(255 / 20))
+    assert edit_scorer.psnr(a, a) == 60 and images_in.ssim(a, a) == pytest.approx(1)
+    assert edit_scorer.psnr(a, a + np.uint8(20)) == pytest.approx(20 * np.log10(255 / 20))
     flat = np.full((32, 32, 3), 100, np.uint8)
     means = (2 * 100 * 120 + 6.5025) / (100**2 + 120**2 + 6.5025)
     assert images_in.ssim(flat, flat + np.uint8(20)) == pytest.approx(means, rel=1e-6)
