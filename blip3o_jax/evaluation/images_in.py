@@ -31,11 +31,11 @@ class ShapesEdit:
         return [Request("edit", p["caption"], (image,), size) for p, image in zip(asked, inputs, strict=True)]
 
     def judge(self, images_BHWC: np.ndarray, asked: Sequence[Prompt]) -> Judged:
-        """`score` is the mean PSNR of what was to stay."""
+        """`psnr` is that of what was to stay."""
         inputs = self._pictures(asked, images_BHWC.shape[1], "before")
         verdicts = [edit_scorer.score_edit(*pair, p) for *pair, p in zip(inputs, images_BHWC, asked, strict=True)]
-        psnr = np.array([v.psnr for v in verdicts])
-        return tally([v.correct for v in verdicts], [f"{v.reason} ({v.psnr:.1f} dB)" for v in verdicts], asked, psnr)
+        told = [f"{v.reason} ({v.psnr:.1f} dB)" for v in verdicts]
+        return tally([v.correct for v in verdicts], told, asked, psnr=[v.psnr for v in verdicts])
 
     def baselines(self, images_BHWC: np.ndarray, asked: Sequence[Prompt], seed: int = 0) -> dict[str, Judged]:
         size = images_BHWC.shape[1]
@@ -75,13 +75,13 @@ class Reconstruct:
         return [Request("reconstruct", "", (image,), size) for image in self._originals(asked, image_size)]
 
     def judge(self, images_BHWC: np.ndarray, asked: Sequence[Prompt]) -> Judged:
-        """`score` is the mean PSNR."""
         originals = self._originals(asked, images_BHWC.shape[1])
         verdicts = [shapes.score(image, p) for image, p in zip(images_BHWC, asked, strict=True)]
         pairs = list(zip(originals, images_BHWC, strict=True))
         found = [(edit_scorer.psnr(*pair), ssim(*pair)) for pair in pairs]
         told = [f"{db:.1f} dB, SSIM {similar:.3f}, {v.reason}" for (db, similar), v in zip(found, verdicts, strict=True)]
-        return tally([v.correct for v in verdicts], told, asked, np.array([db for db, _ in found]))
+        psnrs, ssims = zip(*found, strict=True)
+        return tally([v.correct for v in verdicts], told, asked, psnr=psnrs, ssim=ssims)
 
     def baselines(self, images_BHWC: np.ndarray, asked: Sequence[Prompt], seed: int = 0) -> dict[str, Judged]:
         originals = self._originals(asked, images_BHWC.shape[1])

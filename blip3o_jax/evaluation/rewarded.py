@@ -57,7 +57,7 @@ class Rewarded:
             "not judged" if failed else ", ".join(f"{name} {part_B[i]:.3g}" for name, part_B in parts.items())
             for i, failed in enumerate(found.failed_B)
         ]
-        return tally(correct_B.tolist(), told, asked, np.where(found.failed_B, 0, found.total_B))
+        return tally(correct_B.tolist(), told, asked, score=np.where(found.failed_B, 0, found.total_B))
 
     def baselines(self, images_BHWC: np.ndarray, asked: Sequence[Prompt], seed: int = 0) -> dict[str, Judged]:
         """The same images, each for another prompt."""
