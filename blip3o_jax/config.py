@@ -497,11 +497,6 @@ class LossConfig:
     code_entropy: float = 0.1  # tokenizer: weight of the usage-entropy term that keeps codes alive
 
     def __post_init__(self) -> None:
-        check(
-            0 <= self.instruction_dropout <= 1 - min(1, self.condition_dropout),
-            f"loss.instruction_dropout={self.instruction_dropout} is a share of the rows beside "
-            f"loss.condition_dropout={self.condition_dropout}: 0 to 1 together",
-        )
         check(self.flow_draws > 0, f"loss.flow_draws={self.flow_draws} must be positive")
         check_choice("loss.condition_span", self.condition_span, ("exact", "last"))
 
@@ -697,6 +692,11 @@ class Config:
         for name in ("condition_dropout", "caption_dropout"):
             share = getattr(self.loss, name)
             check(0 <= share <= 1, f"loss.{name}={share} is a share of the rows: it must lie between 0 and 1")
+        alone, both = self.loss.instruction_dropout, self.loss.condition_dropout
+        check(
+            0 <= alone <= 1 - both,
+            f"loss.instruction_dropout={alone} is a share of the rows beside loss.condition_dropout={both}: 0 to 1 together",
+        )
         check(
             self.data.pack == 1 or (self.stage == "joint" and self.loss.condition_span == "exact"),
             f"data.pack={self.data.pack} is for stage 'joint' with loss.condition_span='exact': 1 has a row for each example",
