@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 import blip3o_jax
+from blip3o_jax import drawing
 from blip3o_jax import pipeline as pipelines
 from blip3o_jax.config import MeshConfig, UserError
 from tests import tiny
@@ -87,7 +88,7 @@ def unrounded(checkpoint, mesh=None):
     """What a batch of all prompts comes to, the images as float32; on one device without a mesh."""
     single = tiny.strategy()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipelines, "to_uint8", lambda x: x)
+        patch.setattr(drawing, "to_uint8", lambda x: x)
         if mesh is None:
             patch.setattr(pipelines.Strategy, "of", lambda cfg: single)
         return blip3o_jax.load(checkpoint, mesh).generate(PROMPTS, seed=3, batch_size=8, **SETTINGS)
