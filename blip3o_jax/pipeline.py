@@ -175,7 +175,7 @@ class Pipeline:
         model, limit, places = self.config.model, self.config.data.max_length, self.config.model.editing.references
         if len(request.images) > places:
             have = f"shows at most {places} in a row" if places else "was not trained to be shown any"
-            raise UserError(f"{len(request.images)} images given, but the model {have}")
+            raise UserError(f"images given: {len(request.images)}, but the model {have}")
         for image in request.images:
             _check_image(image)
         tokenizer = model.tokenizer

@@ -279,8 +279,8 @@ def test_an_answer_ends_where_its_row_does(seeing, monkeypatch):
 def test_what_cannot_be_shown_is_one_line(seeing, on_one):
     photo = photos()[0]
     for model, call, message in [
-        (seeing, lambda m: m.edit([[photo] * 3], ["x"]), "3 images given, but the model shows at most 2 in a row"),
-        (on_one, lambda m: m.edit([photo], ["x"]), "1 images given, but the model was not trained to be shown any"),
+        (seeing, lambda m: m.edit([[photo] * 3], ["x"]), "images given: 3, but the model shows at most 2 in a row"),
+        (on_one, lambda m: m.edit([photo], ["x"]), "images given: 1, but the model was not trained to be shown any"),
         (seeing, lambda m: m.edit([photo], [" "]), "the instruction is empty"),
         (seeing, lambda m: m.ask([photo], [""]), "the question is empty"),
         (seeing, lambda m: m.ask([photo], ["x " * 80]), "with 1 token of an answer that is more than the model's 72"),

@@ -39,11 +39,17 @@ def continued(path: str | pathlib.Path, trained: tuple[str, ...]) -> Config:
 def restore_or_create(
     config: Config, plan: StatePlan, strategy: Strategy, checkpoints: Checkpoints, image_first: int
 ) -> tuple[TrainState, Any, int]:
-    """(state, position of the data stream or None, steps done)."""
+    """(state, position of the data stream or None, steps done). UserError where the checkpoints are of another stage."""
     latest = checkpoints.latest()
     if latest is not None:
+        before = read_config(checkpoints.directory)
+        if before.title != config.title:
+            raise UserError(
+                f"{checkpoints.directory} is of a run of {before.title!r} and cannot go on as one of {config.title!r}: start "
+                "in another --workdir, from it by checkpoint.init_from"
+            )
         state, position = checkpoints.restore(latest, plan)
-        changed = "; ".join(changed_settings(read_config(checkpoints.directory), config))
+        changed = "; ".join(changed_settings(before, config))
         say(f"{config.title}: resuming at step {latest} of {checkpoints.directory}" + (f" with {changed}" if changed else ""))
         return state, position, latest
     return create_state(config, plan, given_parts(config, plan, strategy), image_first), None, 0

@@ -157,6 +157,13 @@ def test_resumed_with_other_settings_says_which(whole, tmp_path, capsys):
     assert (whole[0] / "checkpoints" / "config.json").read_text() == before
 
 
+def test_checkpoints_of_another_stage_are_left_alone(whole):
+    """Reinforcement learning is of stage joint too, and its state fits."""
+    rewarded = joint(rl={"rewards": [{"name": "shapes"}], "prompts_file": "prompts.jsonl"})
+    with pytest.raises(UserError, match="checkpoints is of a run of 'joint' and cannot go on as one of 'rl'"):
+        start.restore_or_create(rewarded, None, None, checkpoint.Checkpoints(whole[0] / "checkpoints", 2), 0)
+
+
 SCRIPT = """
 import sys
 sys.path.insert(0, {root!r})
