@@ -92,9 +92,12 @@ class Qwen3(nnx.Module):
         self.lm_head = None if cfg.tie_word_embeddings else _linear(cfg, d, rows, ("embed", "vocab"), rngs, "lm_head")
 
     def embed(self, tokens_BL: jax.Array) -> jax.Array:
-        """Ids -> embeddings [B, L, D] in the compute dtype."""
+        """Ids -> embeddings [B, L, D] in the compute dtype. Each device looks up the columns that it holds for the rows of all
+        that share the table, then the rows are handed out; so neither the table nor its gradient is ever whole."""
         with jax.named_scope("embed"):
+            tokens_BL = nn.constrain(tokens_BL, "lookup_batch", "length")
             x_BLD = self.embedding[...][tokens_BL].astype(self.cfg.dtype)
+            x_BLD = nn.constrain(x_BLD, "lookup_batch", "length", "embed")
             return nn.constrain(x_BLD, "batch", "length", "act_embed")
 
     def __call__(self, x_BLD: jax.Array, positions_BL: jax.Array, segment_ids_BL: jax.Array) -> jax.Array:

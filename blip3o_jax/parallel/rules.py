@@ -28,8 +28,8 @@ from blip3o_jax.parallel.mesh import make_mesh
 
 Table = dict[str, tuple[str, ...]]
 
-_BATCH: Table = {"batch": ("data", "fsdp")}
-_FSDP: Table = _BATCH | {"embed": ("fsdp",)}
+_BATCH: Table = {"batch": ("data", "fsdp"), "lookup_batch": ("data", "fsdp")}
+_FSDP: Table = _BATCH | {"embed": ("fsdp",), "lookup_batch": ("data",)}
 _FSDP_TP: Table = _FSDP | {
     name: ("tensor",) for name in ("vocab", "heads", "kv_heads", "mlp", "act_vocab", "act_heads", "act_kv_heads", "act_mlp")
 }

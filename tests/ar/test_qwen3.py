@@ -8,9 +8,11 @@ import torch
 import transformers
 from flax import nnx
 
-from blip3o_jax import config
+from blip3o_jax import config, nn
 from blip3o_jax.ar import qwen3
-from tests import stock_weights
+from blip3o_jax.bench.cost import hlo
+from blip3o_jax.bench.sharding.buffers import whole
+from tests import stock_weights, tiny
 from tests.ar import torch_weights
 from tests.conftest import relative_error
 
@@ -158,6 +160,33 @@ def test_every_parameter_names_its_axes():
         "norm/scale": ("norm",),
         "lm_head/kernel": ("embed", "vocab"),
     }
+
+
+@pytest.mark.parametrize("mesh", [("fsdp", 2, 4), ("fsdp_tp", 2, 2, 2), ("fsdp_sp", 2, 2)])
+def test_no_device_holds_the_whole_table_or_its_gradient(mesh):
+    """Of many more tokens than it has rows, where gathering it would be the shorter way. The gradient is the sum over all."""
+    strategy = tiny.strategy(*mesh, sequence=2 if mesh[0] == "fsdp_sp" else 1)
+    cfg = dataclasses.replace(CFG, hidden_size=48)
+    rng = np.random.default_rng(0)
+    table_VD = rng.normal(size=(cfg.padded_vocab_size, 48)).astype(np.float32)
+    ids_BL = rng.integers(0, cfg.vocab_size, (64, 64)).astype(np.int32)
+    weights_BLD = rng.normal(size=(64, 64, 48)).astype(np.float32)
+
+    def loss(table_VD, ids_BL):
+        model = qwen3.Qwen3(cfg, rngs=nnx.Rngs(0))
+        model.embedding[...] = table_VD
+        with nn.sharding_resolver(strategy.resolver), nn.part("ar"):
+            return jnp.sum(model.embed(ids_BL) * weights_BLD)
+
+    at = strategy.sharding("ar", ("vocab", "embed"), table_VD.shape)
+    shardings = at, strategy.batch_sharding()
+    compiled = jax.jit(jax.grad(loss), in_shardings=shardings, out_shardings=at).lower(table_VD, ids_BL).compile()
+    table = jax.ShapeDtypeStruct(table_VD.shape, table_VD.dtype, sharding=at)
+    assert whole(hlo.parse(compiled.as_text()), {"ar": {"embedding": table}}) == []
+    want_VD = np.zeros_like(table_VD)
+    np.add.at(want_VD, ids_BL, weights_BLD)
+    placed = [jax.device_put(x, sharding) for x, sharding in zip((table_VD, ids_BL), shardings, strict=True)]
+    assert relative_error(compiled(*placed), want_VD) < 1e-6
 
 
 def test_initial_values():

@@ -1,7 +1,8 @@
 """What a compiled program holds at once: its largest arrays, and among all of them those that sharding is there to prevent.
 
 Looked for in every operation's result, on the device as the program has it: the layers of a part gathered together, where each
-should be gathered when its turn comes, and the logits of all labelled positions, where cross entropy takes them in blocks.
+should be gathered when its turn comes; the table of embeddings or its gradient, where each device should keep to its columns;
+and the logits of all labelled positions, where cross entropy takes them in blocks.
 """
 
 import dataclasses
@@ -42,22 +43,29 @@ def largest(program: Program, count: int = 5) -> list[dict[str, Any]]:
     return sorted(found.values(), key=lambda row: -row["bytes"])[:count]
 
 
-def whole(program: Program, weights: Any, logits: Logits | None = None) -> list[str]:
+def whole(program: Program, weights: Any, logits: Logits | None = None, products: str = "bfloat16") -> list[str]:
     """What the program should not hold and does, one line each; empty when all is well.
 
-    `weights`: ShapeDtypeStructs with shardings, as the program is given them. A matrix by itself may be gathered.
+    `weights`: ShapeDtypeStructs with shardings, as the program is given them. A matrix by itself may be gathered, and a table
+    that is the head too, in the dtype of `products`.
     """
     leaves = jax.tree_util.tree_leaves_with_path(weights)
     given = {_dims(leaf.sharding.shard_shape(leaf.shape)) for _, leaf in leaves}  # no sign of anything
     stacks: dict[tuple[int, ...], list[str]] = {}
+    tables: dict[tuple[int, ...], str] = {}
     for path, leaf in leaves:
-        if len(leaf.shape) - leaf.shape.count(1) > 2:
-            for dims in {_dims(_gathered(leaf)), _dims(leaf.shape)} - given:
-                stacks.setdefault(dims, []).append("/".join(str(getattr(key, "key", key)) for key in path))
+        name = "/".join(str(getattr(key, "key", key)) for key in path)
+        for dims in {_dims(_gathered(leaf)), _dims(leaf.shape)} - given:
+            if len(leaf.shape) - leaf.shape.count(1) > 2:
+                stacks.setdefault(dims, []).append(name)
+            elif name.endswith("/embedding"):
+                tables[dims] = name
     found = {}
     for op, shape in _results(program):
         if names := stacks.get(_dims(shape.dims)):
             found[f"all layers of {' or '.join(names)} are gathered at once: {shape.dtype}{list(shape.dims)}"] = None
+        if shape.dtype == "f32" and products != "float32" and (table := tables.get(_dims(shape.dims))):
+            found[f"{table} or its gradient is held whole by {op.op_name or op.opcode}: f32{list(shape.dims)}"] = None
         if logits and logits.are(shape):
             found[f"the logits of all {logits.positions} positions are held at once by {op.op_name or op.opcode}"] = None
     return list(found)

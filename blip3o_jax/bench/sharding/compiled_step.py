@@ -86,7 +86,8 @@ def compiled(task: Task, schedules: pathlib.Path | None = None) -> Row:
         task.hlo.write_text(text, encoding="utf-8")
     network = Network.of(chip, dict(mesh.shape), list(mesh.devices.flat))
     parsed = hlo.parse(text)
-    row |= {"largest": buffers.largest(parsed), "whole": buffers.whole(parsed, work.weights, work.logits)}
+    whole = buffers.whole(parsed, work.weights, work.logits, work.config.model.ar.dtype)
+    row |= {"largest": buffers.largest(parsed), "whole": whole}
     row |= predicted(walk.program_cost(parsed, network, bundles.read(schedules) if schedules else None))
 
     row["useful_flops"] = work.useful_flops()

@@ -64,6 +64,26 @@ def test_what_lies_over_tensor_is_not_gathered_either(at):
     assert whole(program(lambda x: x[:8] * 2, x), {}, dataclasses.replace(logits, positions=17)) == []
 
 
+@pytest.mark.parametrize("by_columns", [True, False])
+def test_a_table_is_looked_up_where_its_columns_lie(at, by_columns):
+    """Not gathered, neither it nor its gradient. As the head of a model it may be, in the dtype of the products."""
+    table = jax.ShapeDtypeStruct((40, WIDTH), jnp.float32, sharding=at(None, "fsdp"))
+    rows = at(("tensor", "fsdp"))
+    ids = jax.ShapeDtypeStruct((8,), jnp.int32, sharding=rows)
+    pin = jax.lax.with_sharding_constraint
+
+    def f(table, ids):
+        looked_up = pin(table[pin(ids, at("tensor"))], at("tensor", "fsdp")) if by_columns else pin(table, at())[ids]
+        x = pin(looked_up, rows)
+        return jnp.sum(jnp.tanh(x) * jnp.arange(8.0)[:, None])
+
+    gradient = program(jax.jit(jax.grad(f), out_shardings=at(None, "fsdp")), table, ids)
+    found = whole(gradient, {"ar": {"embedding": table}})
+    assert bool(found) != by_columns, found
+    assert all(line.startswith("ar/embedding or its gradient is held whole by") and "[40, 32]" in line for line in found)
+    assert whole(gradient, {"ar": {"embedding": table}}, products="float32") == []
+
+
 def test_what_layers_keep_of_a_row_is_no_weight(at):
     """One row of as many tokens as the weights are wide."""
     stack = jax.ShapeDtypeStruct((LAYERS, WIDTH, WIDTH), jnp.float32, sharding=at(None, "fsdp"))
