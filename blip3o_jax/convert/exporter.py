@@ -204,14 +204,11 @@ class _Exporter:
         try:
             progress = Progress("write", size)
             for plan, arrays in self._read(planned):
-                for layer, (name, shape) in enumerate(plan.shapes.items()):
-                    pieces = {path: np.asarray(a[layer]) if plan.group.rule.stacked else a for path, a in arrays.items()}
-                    tensor = cast(name, plan.group.to_torch(pieces, shape), plan.dtypes[name])
-                    writer.write(name, tensor)
-                    if tied and name == EMBEDDINGS:
-                        writer.write(HEAD, tensor)
+                for name, first, tensor in _converted(plan, arrays):
+                    for place in (name, HEAD) if tied and name == EMBEDDINGS else (name,):
+                        writer.write_rows(place, tensor, first) if plan.by_rows else writer.write(place, tensor)
                     progress.advance(plan.part, tensor.nbytes)
-                del arrays, pieces, tensor
+                del arrays, tensor
             for name, tensor in constants.items():
                 writer.write(name, tensor.read())
         except BaseException:
@@ -224,8 +221,8 @@ class _Exporter:
         self.notes += [f"low-rank factors of {part} were merged into its weights" for part in merged]
 
     def _read(self, planned: Sequence["_Planned"]) -> Iterator[tuple["_Planned", dict[str, Any]]]:
-        """Each with its parameters: small ones read several at a time, since every reading has its price; large stacks opened,
-        so that the whole and its layers are not in memory twice."""
+        """Each with its parameters: small ones read several at a time, since every reading has its price; large stacks and
+        tables opened, so that the whole and its pieces are not in memory twice."""
         waiting: list[_Planned] = []
         for i, plan in enumerate(planned):
             waiting.append(plan)
@@ -234,7 +231,7 @@ class _Exporter:
             if following is not None and following.part == plan.part and sum(p.size for p in together) <= READ_AT_ONCE:
                 continue
             paths = [path for p in waiting for path in p.group.shapes]
-            if plan.group.rule.stacked and plan.size > READ_AT_ONCE:
+            if plan.by_rows or (plan.group.rule.stacked and plan.size > READ_AT_ONCE):
                 arrays = {path: self.weights.open(plan.part, path) for path in paths}
             else:
                 arrays = self.weights.read(plan.part, paths)
@@ -303,6 +300,24 @@ class _Planned:
     def size(self) -> int:
         """Bytes of the tensors."""
         return sum(math.prod(shape) * self.dtypes[name].itemsize for name, shape in self.shapes.items())
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether it is a table too large to be converted at once."""
+        return self.size > READ_AT_ONCE and self.group.rule.by_rows
+
+
+def _converted(plan: _Planned, arrays: dict[str, Any]) -> Iterator[tuple[str, int, np.ndarray]]:
+    """(name, first row, rows) of tensors as they are written: whole, or large tables a few rows at a time."""
+    for layer, (name, shape) in enumerate(plan.shapes.items()):
+        if plan.by_rows:
+            (table,) = arrays.values()
+            step = max(1, shape[0] * READ_AT_ONCE // plan.size)
+            for first in range(0, shape[0], step):
+                yield name, first, cast(name, np.asarray(table[first : min(first + step, shape[0])]), plan.dtypes[name])
+        else:
+            pieces = {path: np.asarray(a[layer]) if plan.group.rule.stacked else a for path, a in arrays.items()}
+            yield name, 0, cast(name, plan.group.to_torch(pieces, shape), plan.dtypes[name])
 
 
 def _constant(name: str, value: float) -> Tensor:

@@ -64,6 +64,11 @@ class Rule:
     def stacked(self) -> bool:
         return "{i}" in self.torch
 
+    @property
+    def by_rows(self) -> bool:
+        """Whether rows of the tensor are rows of one parameter, so that it can be converted a few at a time."""
+        return self.layout == "same" and len(self.paths) == 1 and not self.stacked
+
     def key(self, layer: int) -> str:
         """The tensor's name for a layer here."""
         return self.torch.replace("{i}", str(layer + self.first))

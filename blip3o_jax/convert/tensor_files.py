@@ -288,6 +288,17 @@ class ShardedWriter:
         _write(handle, memoryview(contiguous(array).reshape(-1).view(np.uint8)), offset)
         self._missing.discard(key)
 
+    def write_rows(self, key: str, rows: np.ndarray, first: int) -> None:
+        """Of a tensor those from number `first` on. They come in order: the last completes the tensor."""
+        handle, offset, shape, dtype = self._places[key]
+        end = first + len(rows)
+        if rows.shape[1:] != shape[1:] or rows.dtype != dtype or end > shape[0]:
+            raise ValueError(f"{key}: {rows.dtype} {rows.shape} given from row {first} on, {dtype} {shape} announced")
+        offset += first * math.prod(shape[1:]) * dtype.itemsize
+        _write(handle, memoryview(contiguous(rows).reshape(-1).view(np.uint8)), offset)
+        if end == shape[0]:
+            self._missing.discard(key)
+
     def close(self) -> None:
         """Raises ValueError where a tensor was announced and never written."""
         for handle in self._handles:

@@ -105,6 +105,24 @@ def test_shards_and_their_index(tmp_path):
     same({key: tensor.read() for key, tensor in read_weights(tmp_path).items()}, tensors)
 
 
+def test_a_tensor_is_written_row_by_row(tmp_path, rng):
+    table = rng.normal(size=(7, 3)).astype(np.float32)
+    other = np.arange(5, dtype=np.int8)
+    writer = ShardedWriter(tmp_path, "model", {"t": (table.shape, table.dtype), "o": (other.shape, other.dtype)}, 10**9)
+    writer.write("o", other)
+    writer.write_rows("t", table[:3], 0)
+    for bad, first in ((table[:3], 5), (table[:3, :2], 3), (table[:3].astype(np.float64), 3)):
+        with pytest.raises(ValueError, match=f"given from row {first} on"):
+            writer.write_rows("t", bad, first)
+    with pytest.raises(ValueError, match=r"never written: \['t'\]"):
+        writer.close()
+    writer = ShardedWriter(tmp_path / "again", "model", {"t": (table.shape, table.dtype)}, 10**9)
+    for first in (0, 3, 6):
+        writer.write_rows("t", table[first : first + 3], first)
+    writer.close()
+    same({key: tensor.read() for key, tensor in read_weights(tmp_path / "again").items()}, {"t": table})
+
+
 def test_the_files_have_their_size_at_once(tmp_path):
     writer = ShardedWriter(tmp_path, "model", {"a": ((1000,), np.dtype(np.float32)), "b": ((), np.dtype(np.int8))}, 10**9)
     size = (tmp_path / "model.safetensors").stat().st_size
