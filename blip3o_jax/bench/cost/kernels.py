@@ -6,7 +6,8 @@ bundle, one a cycle, and a block of scores is straight code. `_BUNDLES` are coun
 
     LIBTPU_INIT_ARGS="--xla_jf_dump_to=DIR --xla_jf_dump_llo_text=true"
 
-as DIR/*splash*final_bundles.txt: jax's kernel, causal with segments, blocks of 512 x 512, the backward pass in one kernel.
+as DIR/*splash*final_bundles.txt: jax's kernel, causal with segments, blocks of 512 x 512, the backward pass in one kernel, four
+rows a device.
 """
 
 import dataclasses
@@ -52,18 +53,18 @@ class Bundles:
 
 # (chip, head size, kernel). A device of two cores spreads the heads over them.
 _BUNDLES = {
-    ("v5e", 128, "fwd"): Bundles(1199, 831, 65),
-    ("v5e", 128, "dkv"): Bundles(2511, 423, 84),
-    ("v5e", 256, "fwd"): Bundles(2208, 1017, 73),
-    ("v5e", 256, "dkv"): Bundles(4845, 745, 82),
-    ("v5p", 128, "fwd"): Bundles(1171, 937, 198),
-    ("v5p", 128, "dkv"): Bundles(2447, 536, 198),
-    ("v5p", 256, "fwd"): Bundles(2169, 1165, 204),
-    ("v5p", 256, "dkv"): Bundles(4840, 910, 202),
-    ("v6e", 128, "fwd"): Bundles(945, 501, 90),
-    ("v6e", 128, "dkv"): Bundles(1633, 262, 119),
-    ("tpu7x", 128, "fwd"): Bundles(941, 363, 93),
-    ("tpu7x", 128, "dkv"): Bundles(1600, 207, 134),
+    ("v5e", 128, "fwd"): Bundles(1218, 772, 90),
+    ("v5e", 128, "dkv"): Bundles(2514, 437, 81),
+    ("v5e", 256, "fwd"): Bundles(2190, 926, 89),
+    ("v5e", 256, "dkv"): Bundles(4844, 1048, 203),
+    ("v5p", 128, "fwd"): Bundles(1209, 789, 198),
+    ("v5p", 128, "dkv"): Bundles(2397, 576, 242),
+    ("v5p", 256, "fwd"): Bundles(2216, 1059, 217),
+    ("v5p", 256, "dkv"): Bundles(4593, 997, 250),
+    ("v6e", 128, "fwd"): Bundles(945, 422, 119),
+    ("v6e", 128, "dkv"): Bundles(1617, 276, 102),
+    ("tpu7x", 128, "fwd"): Bundles(940, 562, 179),
+    ("tpu7x", 128, "dkv"): Bundles(1573, 449, 198),
 }
 
 
