@@ -28,6 +28,7 @@ from blip3o_jax.parallel.mesh import make_mesh
 
 Table = dict[str, tuple[str, ...]]
 
+# `lookup_batch`: rows that share one table of embeddings, each device looking up the columns of it that it holds.
 _BATCH: Table = {"batch": ("data", "fsdp"), "lookup_batch": ("data", "fsdp")}
 _FSDP: Table = _BATCH | {"embed": ("fsdp",), "lookup_batch": ("data",)}
 _FSDP_TP: Table = _FSDP | {
