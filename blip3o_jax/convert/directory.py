@@ -50,7 +50,8 @@ def whole_directory(
 
 def check_space(out: pathlib.Path, needed: int) -> None:
     """UserError where the file system of `out` has less than `needed` bytes left."""
-    there = next(p for p in pathlib.Path(os.path.realpath(out)).parents if p.exists())
+    real = pathlib.Path(os.path.realpath(out))
+    there = next((p for p in real.parents if p.exists()), real)  # of / itself, which has none above
     free = shutil.disk_usage(there).free
     if free < needed:
         raise UserError(

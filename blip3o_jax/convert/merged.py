@@ -6,21 +6,36 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
-import tensorstore as ts
 
-from blip3o_jax.config import ModelConfig
+from blip3o_jax.config import ModelConfig, UserError
+from blip3o_jax.convert.mapping import parameter_shapes
+from blip3o_jax.convert.tables import PREFIXES
 from blip3o_jax.lora import FACTORS, PARTS, merged_kernel
-from blip3o_jax.train.checkpoint import Weights
+from blip3o_jax.train.checkpoint import Stored, Weights
 
 
 class MergedWeights(Weights):
     """Low-rank factors are not among these; kernels that have them are read as float32 sums, which the reader rounds to what it
-    stores. Everything else, and all of a checkpoint without factors, is as it was written."""
+    stores. Everything else, and all of a checkpoint without factors, is as it was written.
+
+    UserError where what is stored is not what `model` has, so that no layer is left out."""
 
     def __init__(self, root: pathlib.Path, step: int, model: ModelConfig, *, ema: bool = False):
         super().__init__(root, step, ema=ema)
+        for part in [part for part in self.parts if part in PREFIXES]:
+            self._check(part, parameter_shapes(part, model), root)
         self._scales = {part: getattr(model, part).lora.scale for part in PARTS}
         self.merged_parts = tuple(part for part in PARTS if any(self.is_merged(part, path) for _, path in self._leaves))
+
+    def _check(self, part: str, wanted: dict[str, tuple[int, ...]], root: pathlib.Path) -> None:
+        stored = self.shapes(part)
+        for path in [*wanted, *stored]:
+            if stored.get(path) != wanted.get(path):
+                kept, asked = (f"{list(s[path])}" if path in s else "nothing" for s in (stored, wanted))
+                raise UserError(
+                    f"{root}: {part}/{path} is stored as {kept}, but config.json there makes it {asked}: put back the one that "
+                    "was written with the weights"
+                )
 
     def is_merged(self, part: str, path: str) -> bool:
         return path.endswith("/kernel") and (part, _factor(path, FACTORS[0])) in self._leaves
@@ -42,13 +57,13 @@ class MergedWeights(Weights):
 class _Sums:
     """W + scale A B of a stack of layers, one at a time."""
 
-    kernel: ts.TensorStore
-    a: ts.TensorStore
-    b: ts.TensorStore
+    kernel: Stored
+    a: Stored
+    b: Stored
     scale: float
 
     def __getitem__(self, layer: int) -> np.ndarray:
-        return merged_kernel(*(np.asarray(x[layer]) for x in (self.kernel, self.a, self.b)), self.scale)
+        return merged_kernel(*(x[layer] for x in (self.kernel, self.a, self.b)), self.scale)
 
     def read(self) -> np.ndarray:
         """All of them."""

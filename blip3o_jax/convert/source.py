@@ -79,8 +79,9 @@ def open_source(
     for name in initialise:
         config_lib.check_choice("--initialise", name, INITIALISABLE)
     files = _Files.read(source, diffusion, ta_tok)
+    files.ta_tok_config = ta_tok_config
     tokenizer = _text_tokenizer(source)
-    model = _model_config(files, ta_tok_config, initialise)
+    model = _model_config(files, initialise)
     vocabulary = Vocabulary(tokenizer, model.tokenizer.codebook_size)
     model = _with_vocabulary(model, vocabulary, files, initialise)
     record, parts, unread = _sort_out(files, model)
@@ -119,12 +120,13 @@ class _Files:
     ta_tok: dict[str, Any]  # args of the TA-Tok file
     notes: list[str]
     own_tokenizer: bool = False  # TA-Tok is in its own file
+    ta_tok_config: pathlib.Path | None = None
 
     @classmethod
     def read(cls, source: pathlib.Path, diffusion: pathlib.Path | None, ta_tok: pathlib.Path | None) -> "_Files":
         file = source / "config.json"
         if not file.is_file():
-            raise UserError(f"{source} holds no config.json: --source takes a BLIP3o-NEXT or Qwen3 directory")
+            raise UserError(f"{source} holds no config.json: give a BLIP3o-NEXT or Qwen3 directory")
         values = read_json(file)
         section = values.get(SECTION, {})
         config_lib.check(isinstance(section, dict), f"{file}: {SECTION} must be a group of fields")
@@ -199,7 +201,7 @@ def _text_tokenizer(source: pathlib.Path) -> TextTokenizer:
     return load_tokenizer(config_lib.TextConfig(kind=kind, path=str(source)))
 
 
-def _model_config(files: _Files, ta_tok_config: pathlib.Path | None, initialise: tuple[str, ...]) -> ModelConfig:
+def _model_config(files: _Files, initialise: tuple[str, ...]) -> ModelConfig:
     """Every part's sizes and options, from the most specific file that has them."""
     where = str(files.config_file)
     model = config_lib.from_dict(files.section.get("model", {}), ModelConfig, f"{where}: {SECTION}.model")
@@ -216,7 +218,7 @@ def _model_config(files: _Files, ta_tok_config: pathlib.Path | None, initialise:
             new = read(values, str(file))
             own = {n: getattr(getattr(model, part), n) for n in ("dtype", "remat", "unroll") if hasattr(new, n)}
             replaced[part] = dataclasses.replace(new, **own)
-    replaced["tokenizer"] = read_ta_tok(model.tokenizer, files.ta_tok, ta_tok_config)
+    replaced["tokenizer"] = read_ta_tok(model.tokenizer, files.ta_tok, files.ta_tok_config)
     there = lambda part: any(key.startswith(PREFIXES[part]) for key in files.tensors) or part in initialise
     editing = {"latents": there("latent_connector"), "features": there("feature_connector")}
     if "model" not in files.section and any(editing.values()):
@@ -228,7 +230,11 @@ def _model_config(files: _Files, ta_tok_config: pathlib.Path | None, initialise:
     text = dataclasses.replace(model.text, kind="bpe", path="text", train_size=0)
     if (files.config_file.parent / SENTENCEPIECE_FILE).is_file():
         text = dataclasses.replace(text, kind="sentencepiece")
-    return dataclasses.replace(model, text=text, **replaced)
+    try:
+        return dataclasses.replace(model, text=text, **replaced)
+    except config_lib.ConfigError as error:  # parts that do not go together
+        read = [files.config_file, *(found[0] for found in (files.transformer, files.vae) if found is not None)]
+        raise UserError(f"{', '.join(map(str, read))}: {error}") from error
 
 
 def _with_vocabulary(model: ModelConfig, vocabulary: Vocabulary, files: _Files, initialise: tuple[str, ...]) -> ModelConfig:
@@ -310,7 +316,10 @@ def _check_part(part: str, model: ModelConfig, given: dict[str, Tensor], files: 
         raise UserError(f"{files.config_file.parent} holds no tensors of part {part} ({PREFIXES[part]}*): {advice}")
     if part in initialise:
         raise UserError(f"--initialise={part}, but {next(iter(given.values())).file} holds its tensors: leave one of them out")
-    shapes = {key: (shape, group) for group in groups(part, model) for key, shape in group.tensors.items()}
+    try:
+        shapes = {key: (shape, group) for group in groups(part, model) for key, shape in group.tensors.items()}
+    except config_lib.ConfigError as error:  # sizes that no network can have
+        raise UserError(f"{_sizes(part, files)}: {error}") from error
     if missing := [key for key in shapes if key not in given]:
         raise UserError(
             f"{next(iter(given.values())).file.parent}: {PREFIXES[part]}{missing[0]} is missing ({len(missing)} tensors of "
@@ -339,9 +348,11 @@ def _check_tensor(part: str, tensor: Tensor, shape: tuple[int, ...], group: Grou
 
 def _sizes(part: str, files: _Files) -> str:
     """Where the sizes of a part were read."""
-    stock = {"dit": files.transformer, "vae": files.vae}.get(part)
-    if stock is not None:
-        return str(stock[0])
+    if part == "tokenizer" and files.ta_tok_config is not None:
+        return f"{files.ta_tok_config} (over the published so400m tokenizer)"
+    stock = {"vae": files.vae, "latent_connector": files.vae}.get(part, files.transformer)
+    if stock is not None and part not in ("ar", "tokenizer"):
+        return str(stock[0]) if part in ("dit", "vae") else f"{files.config_file} with {stock[0]}"
     if part == "ar" or files.section:
         return str(files.config_file)
     if part == "tokenizer":

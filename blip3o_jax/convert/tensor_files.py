@@ -85,7 +85,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as JSON ({error}): copy it again") from error
     if not isinstance(value, dict):
         raise UserError(f"{path} holds no JSON object: copy it again")
@@ -102,6 +102,8 @@ def load_torch(path: pathlib.Path) -> Any:
         import torch
     except ImportError as error:
         raise UserError(f"{path} is a PyTorch file: install PyTorch to read it (pip install 'blip3o_jax[convert]')") from error
+    if not path.is_file():
+        raise UserError(f"{path} does not exist")
     # The only subclass of dict that torch fills in this mode, and with attributes beside its items.
     stand_ins = [(collections.OrderedDict, "easydict.EasyDict")]
     try:
@@ -174,7 +176,7 @@ def _read_safetensors(path: pathlib.Path) -> dict[str, Tensor]:
             header = json.loads(file.read(length))
             header.pop("__metadata__", None)
             places = {key: _place(v["dtype"], v["shape"], *v["data_offsets"]) for key, v in header.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"{path} has a damaged safetensors header ({error}): copy it again") from error
     start, end = 8 + length, 0
     for key, (dtype, shape, first, last) in sorted(places.items(), key=lambda item: item[1][2:]):

@@ -50,6 +50,7 @@ def verify(
     `diffusion`, `ta_tok`, `ta_tok_config` and `initialise` as the import was given them: what was initialised there is not in
     the files and is left out. UserError where the two sides do not have the same tensors, or PyTorch is not installed.
     """
+    config_lib.check(seed >= 0, f"--seed={seed} must be 0 or more")
     compare = _comparison()
     initialise = tuple(initialise)
     source = open_source(torch_dir, diffusion=diffusion, ta_tok=ta_tok, ta_tok_config=ta_tok_config, initialise=initialise)

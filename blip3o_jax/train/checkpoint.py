@@ -10,6 +10,7 @@ writing keeps its last finished step.
 """
 
 import contextlib
+import dataclasses
 import json
 import pathlib
 from collections.abc import Iterable, Iterator
@@ -137,8 +138,14 @@ def find(path: str | pathlib.Path) -> tuple[pathlib.Path, int]:
 
 
 def read_config(root: pathlib.Path) -> Config:
-    """The configuration a checkpoint directory was written with."""
-    return config_lib.from_dict(json.loads((root / "config.json").read_text(encoding="utf-8")))
+    """The configuration a checkpoint directory was written with. UserError for a file that holds none."""
+    file = root / "config.json"
+    try:
+        return config_lib.from_dict(json.loads(file.read_text(encoding="utf-8")))
+    except config_lib.ConfigError as error:
+        raise config_lib.ConfigError(f"{file}: {error}") from error
+    except ValueError as error:
+        raise UserError(f"{file} cannot be read as JSON ({error}): copy the checkpoint again") from error
 
 
 def restore_parts(path: str | pathlib.Path, strategy: Strategy, parts: tuple[str, ...] = (), *, ema: bool = True) -> Any:
@@ -166,15 +173,48 @@ def restore_parts(path: str | pathlib.Path, strategy: Strategy, parts: tuple[str
     return merge_trees(restored.get(trained, {}), restored.get("frozen", {}))
 
 
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """One parameter in a checkpoint's files, to read in slices: with what they are cut from kept while this is, for the next
+    ones. `name` is for errors."""
+
+    name: str
+    array: ts.TensorStore
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.array.shape
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        with _whole(self.name):
+            return self.array[index].read().result()
+
+    def read(self) -> np.ndarray:
+        """All of it."""
+        return self[...]
+
+
+@contextlib.contextmanager
+def _whole(name: str) -> Iterator[None]:
+    """UserError for what the libraries raise where files are cut off, altered or gone."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        reason = str(error).strip().splitlines()[0].partition(" [")[0]
+        raise UserError(f"{name} cannot be read ({reason}): copy the checkpoint again, or take another step") from error
+
+
 class Weights:
     """The parameters of one step as arrays of this host, read from the files when they are asked for and not before.
 
-    `parts`: the parts there are; `ema` takes averaged parameters in place of those they are averages of.
+    `parts`: the parts there are; `ema` takes averaged parameters in place of those they are averages of. UserError for files
+    that are damaged.
     """
 
     def __init__(self, root: pathlib.Path, step: int, *, ema: bool = False):
         self._path = (root / str(step) / "state").absolute()
-        tree = ocp.PyTreeCheckpointHandler().metadata(epath.Path(self._path)).tree
+        with _whole(str(self._path)):
+            tree = ocp.PyTreeCheckpointHandler().metadata(epath.Path(self._path)).tree
         if ema and not tree.get("ema"):
             raise UserError(f"{root} holds no averaged weights: it was trained with optimizer.ema_decay=0; leave out --ema")
         # (part, path within it) -> (group, shape and dtype)
@@ -190,18 +230,29 @@ class Weights:
         leaves = ((path, leaf) for (name, path), (_, leaf) in self._leaves.items() if name == part)
         return np.dtype(next(leaf.dtype for path, leaf in leaves if not path.endswith(FACTORS)))
 
+    def shapes(self, part: str) -> dict[str, tuple[int, ...]]:
+        """{path: shape} of all of a part's parameters, low-rank factors among them."""
+        return {path: tuple(leaf.shape) for (name, path), (_, leaf) in self._leaves.items() if name == part}
+
     def read(self, part: str, paths: Iterable[str]) -> dict[str, np.ndarray]:
         """{path: whole array} of some of a part's parameters. KeyError for one that is not there."""
-        reading = {path: self.open(part, path).read() for path in paths}
-        return {path: future.result() for path, future in reading.items()}
+        opened = {path: self.open(part, path) for path in paths}
+        reading = {path: (stored.name, stored.array.read()) for path, stored in opened.items()}
+        arrays = {}
+        for path, (name, future) in reading.items():
+            with _whole(name):
+                arrays[path] = future.result()
+        return arrays
 
-    def open(self, part: str, path: str) -> ts.TensorStore:
-        """One parameter, to read in slices: with what they are cut from kept while this is, for the next ones."""
+    def open(self, part: str, path: str) -> Stored:
         group, _ = self._leaves[part, path]
         files = {"driver": "file", "path": f"{self._path}/"}
         store = {"driver": "ocdbt", "base": files, "path": ".".join((group, part, *path.split("/")))}
         context = ts.Context({"cache_pool": {"total_bytes_limit": 2**62}})
-        return ts.open({"driver": "zarr", "kvstore": store}, context=context, open=True, read=True).result()
+        name = f"{self._path}: {part}/{path}"
+        with _whole(name):
+            array = ts.open({"driver": "zarr", "kvstore": store}, context=context, open=True, read=True).result()
+        return Stored(name, array)
 
 
 def _flat_metadata(tree: Any, keys: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:

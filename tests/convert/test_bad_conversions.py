@@ -215,9 +215,24 @@ def test_the_files_beside_the_source(copy, tmp_path):
     published.write_json(sizes, {"bottleneck_dim": "8"})
     refused(copy, str(sizes), "bottleneck_dim='8' must be of type int", ta_tok_config=sizes)
     published.write_json(sizes, {"codebook_size": published.CODES})
-    refused(copy, TOWER, "the published so400m tokenizer (--ta_tok_config=FILE.json states another)", ta_tok_config=sizes)
+    refused(copy, TOWER, f"{sizes} (over the published so400m tokenizer) asks for", ta_tok_config=sizes)
     published.write_json(sizes, {})
     refused(copy, "text tokenizer's files hold only some of the image tokens", ta_tok_config=sizes)
+    stated = json.loads(copy.arguments["ta_tok_config"].read_text())
+    for changes, words in (
+        ({"patch_size": 5}, ("patch_embedding.weight has shape", f"but {sizes} (over ")),
+        (
+            {"num_attention_heads": 3},
+            (f"{sizes} (over the published so400m tokenizer): hidden_size=", "must be a multiple of num_attention_heads=3"),
+        ),
+    ):
+        published.write_json(sizes, stated | {"encoder": stated["encoder"] | changes})
+        refused(copy, *words, ta_tok_config=sizes)
+    sana = copy_of(copy.arguments["diffusion"], tmp_path / "caption", caption_channels=3)
+    refused(copy, "connector.0.weight has shape", f"config.json with {sana / 'transformer' / 'config.json'}", diffusion=sana)
+    sana = copy_of(copy.arguments["diffusion"], tmp_path / "channels", in_channels=3)
+    refused(copy, f"{sana / 'vae' / 'config.json'}: model.dit.in_channels=3 must equal", diffusion=sana)
+    refused(copy, "/nowhere.pth does not exist", ta_tok=tmp_path / "nowhere.pth")
     file = tmp_path / "ta_tok.pth"
     file.write_bytes(b"PK\x03\x04 cut off")
     refused(copy, f"{file} cannot be read as a PyTorch file", ta_tok=file)
@@ -235,6 +250,10 @@ def test_the_files_beside_the_source(copy, tmp_path):
     published.write_json(tmp_path / "own" / "args.json", {"pool": 3})
     for place in (tmp_path / "own", tmp_path / "own" / "ta_tok.safetensors"):
         refused(copy, "TA-Tok args: pool=3 is not known here", ta_tok=place)
+    args = {"bottleneck": {"args": {"regularizer": {"args": {"codebook_size": published.CODES}}}}}
+    published.write_json(tmp_path / "own" / "args.json", args)
+    words = (TOWER, "the published so400m tokenizer (--ta_tok_config=FILE.json states another)")
+    refused(copy, *words, ta_tok=tmp_path / "own", ta_tok_config=None)
 
 
 def copy_of(sana, place, **changes):
@@ -413,10 +432,56 @@ def test_a_checkpoint_that_is_none_or_not_whole(imported, tmp_path):
     not_written(convert, tmp_path / "out", "pictures does not exist")
     (tmp_path / "pictures").mkdir()
     not_written(convert, tmp_path / "out", "pictures is not a checkpoint: it holds no config.json")
-    shutil.copytree(imported[1], tmp_path / "damaged")
-    for file in (tmp_path / "damaged" / "0" / "state").rglob("*"):
-        if file.is_file() and file.parent.name == "d":
-            file.write_bytes(np.random.default_rng(0).bytes(file.stat().st_size))
-    with pytest.raises(Exception):  # noqa: B017 that it is no silent export is all that is asked
-        export_weights(tmp_path / "damaged", tmp_path / "out")
-    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
+
+
+AGAIN = ("0/state", " cannot be read (", "copy the checkpoint again, or take another step")
+
+
+def overwritten(file):
+    file.write_bytes(np.random.default_rng(0).bytes(file.stat().st_size))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "spoil", "words"),
+    [
+        ("0/state/**/d/*", overwritten, AGAIN),
+        ("0/state/ocdbt.process_0/d/*", lambda file: os.truncate(file, file.stat().st_size // 2), AGAIN),
+        ("0/state/manifest.ocdbt", pathlib.Path.unlink, AGAIN),
+        ("0/state/_METADATA", pathlib.Path.unlink, AGAIN),
+        ("0/state/_METADATA", lambda file: file.write_text("{"), AGAIN),
+        ("config.json", lambda file: file.write_text("{"), ("config.json cannot be read as JSON", "copy the checkpoint again")),
+        ("config.json", lambda file: file.write_text("[]"), ("config.json: config must be a group of fields",)),
+    ],
+)
+def test_a_checkpoint_that_is_damaged(imported, tmp_path, pattern, spoil, words):
+    root = shutil.copytree(imported[1], tmp_path / "checkpoint")
+    files = list(root.glob(pattern))
+    assert files
+    for file in files:
+        spoil(file)
+    not_written(lambda out: export_weights(root, out), tmp_path / "out", str(root), *words)
+
+
+@pytest.mark.parametrize(
+    ("changes", "parameter"),
+    [
+        ({"num_hidden_layers": 1}, "ar/layers/"),
+        ({"num_hidden_layers": 9}, "ar/layers/"),
+        ({"intermediate_size": 7}, "ar/layers/mlp/"),
+        ({"tie_word_embeddings": False}, "ar/lm_head/kernel is stored as nothing"),
+        ({"lora": {"rank": 2, "alpha": 1.0, "targets": ["q"]}}, "ar/layers/attention/q/lora_a is stored as nothing"),
+    ],
+)
+def test_a_checkpoint_beside_another_config_json(imported, tmp_path, changes, parameter):
+    """Above all no layer is left out."""
+    root = shutil.copytree(imported[1], tmp_path / "checkpoint")
+    values = json.loads((root / "config.json").read_text())
+    values["model"]["ar"] |= changes
+    published.write_json(root / "config.json", values)
+    words = (f"{root}: {parameter}", "but config.json there makes it", "put back the one that was written with the weights")
+    not_written(lambda out: export_weights(root, out), tmp_path / "out", *words)
+
+
+def test_the_root_of_all_is_no_target(imported):
+    with pytest.raises(UserError, match=r"^/ overlaps .*, which is read"):
+        export_weights(imported[1], pathlib.Path("/"), overwrite=True)

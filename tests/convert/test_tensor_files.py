@@ -167,6 +167,7 @@ def entry(shape=(2,), offsets=(0, 8), dtype="F32"):
         (header(entry())[:40], r"is cut off in its header \(40 bytes\)"),
         (b"\xff" * 64, "no safetensors file"),
         (header(b"{"), "damaged safetensors header"),
+        (header(b"[" * 100_000), "damaged safetensors header"),
         (header(b"\xff\xfe"), "damaged safetensors header"),
         (header([1]), "damaged safetensors header"),
         (header({"a": {"dtype": "F32", "shape": [2]}}), r"damaged safetensors header \('data_offsets'\)"),

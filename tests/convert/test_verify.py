@@ -227,10 +227,10 @@ def test_the_demo_is_exported_and_is_the_same_model(tmp_path):
 
 
 def test_a_checkpoint_of_another_model(directories, tmp_path):
-    other = shutil.copytree(directories[1], tmp_path / "other")
-    config = json.loads((other / "config.json").read_text())
-    config["model"]["dit"]["num_layers"] = 3
-    (other / "config.json").write_text(json.dumps(config))
+    cfg = tiny.run_config(tiny.data())
+    cfg = dataclasses.replace(cfg, model=tiny._replaced(cfg.model, {"dit": {"num_layers": 3}}))
+    other = tmp_path / "other"
+    checkpoint.write_weights(other, *drawn(cfg, tmp_path / "text"))
     with pytest.raises(UserError, match=r"model.sana.transformer_blocks.2.\S+: .* has none, .* has it as \[6, 32\]: one"):
         verify.verify(directories[0], other)
 
@@ -238,6 +238,11 @@ def test_a_checkpoint_of_another_model(directories, tmp_path):
 def test_averaged_weights_that_are_not_there(directories):
     with pytest.raises(UserError, match="holds no averaged weights"):
         verify.verify(*directories, ema=True)
+
+
+def test_a_seed_below_zero(directories):
+    with pytest.raises(UserError, match=r"^--seed=-1 must be 0 or more$"):
+        verify.verify(*directories, seed=-1)
 
 
 def test_without_pytorch(directories, monkeypatch):
