@@ -314,9 +314,11 @@ def _converted(plan: _Planned, arrays: dict[str, Any]) -> Iterator[tuple[str, in
             (table,) = arrays.values()
             step = max(1, shape[0] * READ_AT_ONCE // plan.size)
             for first in range(0, shape[0], step):
-                yield name, first, cast(name, np.asarray(table[first : min(first + step, shape[0])]), plan.dtypes[name])
+                some = slice(first, min(first + step, shape[0]))
+                rows = table[:, some].T if plan.group.rule.transposed else table[some]
+                yield name, first, cast(name, rows, plan.dtypes[name])
         else:
-            pieces = {path: np.asarray(a[layer]) if plan.group.rule.stacked else a for path, a in arrays.items()}
+            pieces = {path: a[layer] if plan.group.rule.stacked else a for path, a in arrays.items()}
             yield name, 0, cast(name, plan.group.to_torch(pieces, shape), plan.dtypes[name])
 
 

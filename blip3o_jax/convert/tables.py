@@ -66,8 +66,13 @@ class Rule:
 
     @property
     def by_rows(self) -> bool:
-        """Whether rows of the tensor are rows of one parameter, so that it can be converted a few at a time."""
-        return self.layout == "same" and len(self.paths) == 1 and not self.stacked
+        """Whether rows of the tensor are rows of one parameter, or columns (`transposed`), so that it can be converted a few at
+        a time."""
+        return self.layout in ("same", "linear") and len(self.paths) == 1 and not self.stacked
+
+    @property
+    def transposed(self) -> bool:
+        return self.layout == "linear"
 
     def key(self, layer: int) -> str:
         """The tensor's name for a layer here."""

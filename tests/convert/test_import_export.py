@@ -391,6 +391,27 @@ def once(save):
     return lambda self, step, *args: save(self, step, *args) if step == 1 else None
 
 
+@pytest.mark.parametrize("limit", [0, 3000])
+def test_no_large_table_is_in_memory_twice(plain, tmp_path, monkeypatch, limit):
+    """The embedding and a head of its own are written some rows at a time, the last time fewer, and none of the padding."""
+    written = {}
+    write = exporter.ShardedWriter.write_rows
+
+    def watch(writer, key, rows, first):
+        written.setdefault(key, []).append(rows)
+        write(writer, key, rows, first)
+
+    monkeypatch.setattr(exporter, "READ_AT_ONCE", limit)
+    monkeypatch.setattr(exporter.ShardedWriter, "write_rows", watch)
+    made, _, root = plain
+    export_weights(root, tmp_path / "out")
+    check_equal(published.read(tmp_path / "out"), made.tensors)
+    for key in (EMBEDDINGS, HEAD):
+        assert sum(map(len, written[key])) == len(made.tensors[key])
+        assert max(rows.nbytes for rows in written[key]) <= max(limit, written[key][0][0].nbytes)
+        assert len(set(map(len, written[key]))) == (2 if limit else 1)
+
+
 def test_training_from_an_import_leaves_the_frozen_parts_as_they_were(plain, trained, tmp_path):
     made, _, _ = plain
     assert checkpoint.find(trained)[1] == 2
