@@ -283,20 +283,30 @@ def test_every_flag_has_a_reason_and_a_source():
     for setting in flags.SETTINGS:
         assert setting.chips and set(setting.chips) <= set(flags.CHIPS)
         assert setting.reason and setting.source.startswith(("https://", "measured: "))
-    assert all(value in flags.explain() for value in ("MALLOC_ARENA_MAX", "LIBTPU_INIT_ARGS", flags.MAXTEXT))
+    assert all(value in flags.explain() for value in ("ynn_fusion_type", "LIBTPU_INIT_ARGS", flags.MAXTEXT))
     # Each chip has some; TPU flags stay out of XLA_FLAGS, which jaxlib reads.
     for chip in flags.CHIPS:
         assert flags.exports(chip)
         assert not any("tpu" in s.value and s.variable == "XLA_FLAGS" for s in flags.SETTINGS)
 
 
-def test_what_is_set_already_wins():
-    script = f'eval "$({sys.executable} blip3o_jax/parallel/flags.py cpu)"; env'
-    given = {"PATH": os.environ["PATH"], "XLA_FLAGS": "--xla_mine=1", "MALLOC_ARENA_MAX": "4"}
-    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, env=given, cwd=ROOT, check=True)
+@pytest.mark.parametrize(
+    "given", [{}, {"XLA_FLAGS": "--xla_mine=1", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5"}], ids=["empty", "set"]
+)
+@pytest.mark.parametrize("chip", ["cpu", "h100"])
+def test_what_is_set_already_wins(chip, given):
+    """In a shell and from Python: another variable stays, and of flags the last one counts."""
+    script = f'eval "$({sys.executable} blip3o_jax/parallel/flags.py {chip})"; env'
+    env = {"PATH": os.environ["PATH"]} | given
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, env=env, cwd=ROOT, check=True)
     values = dict(line.partition("=")[::2] for line in done.stdout.splitlines())
-    assert values["XLA_FLAGS"] == "--xla_cpu_experimental_ynn_fusion_type= --xla_mine=1"
-    assert (values["MALLOC_ARENA_MAX"], values["MALLOC_MMAP_MAX_"]) == ("4", "0")
+    want = {
+        "cpu": {"XLA_FLAGS": "--xla_cpu_experimental_ynn_fusion_type="},
+        "h100": {"XLA_FLAGS": "--xla_gpu_enable_latency_hiding_scheduler=true", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.9"},
+    }[chip]
+    if given:
+        want = {name: f"{value} --xla_mine=1" if name == "XLA_FLAGS" else given[name] for name, value in want.items()}
+    assert {name: values[name].strip() for name in want} == flags.environment(chip, given) == want
 
 
 def test_the_image_holds_what_it_runs():

@@ -144,7 +144,7 @@ def _conditions(report: Mapping[str, Any]) -> list[str]:
     versions = {name: v for side in sides.values() for name, v in side["versions"].items()}
     kinds = sorted({side["device_kind"] for side in sides.values()})
     precision = "float32" if options["device"] == "cpu" else "bfloat16"
-    sampling = report["sampling"]
+    sampling, environment = report["sampling"], sides["jax"]["environment"]
     parts = ", ".join(f"{part} {count / 1e6:.1f} M" for part, count in report["model"].items())
     return [
         f"{report['date']}; {machine['cpu']}, {machine['cores']} cores, device {', '.join(kinds)}; load before: "
@@ -155,8 +155,9 @@ def _conditions(report: Mapping[str, Any]) -> list[str]:
         f"parameters: {parts}",
         f"sampling: top-k {sampling['top_k']}, top-p {sampling['top_p']}, {sampling['steps']} denoising steps, guidance "
         f"{sampling['guidance']}",
-        "times are medians of one repetition without compiling, +- half of what lies between the quartiles; a ratio is JAX's "
-        "time over PyTorch's, below 1 JAX is faster",
+        *(["environment of all sides: " + " ".join(f"{n}={v}" for n, v in environment.items())] if environment else []),
+        "times are medians of one repetition, not the first of a turn, without compiling, +- half of what lies between the "
+        "quartiles; a ratio is JAX's time over PyTorch's, below 1 JAX is faster",
         "train_step takes cached codes and latents, train_step_online encodes too; ar_decode is all image tokens of a batch, "
         "dit_step one step of the sampling loop",
         "difference: of what both compute from the same inputs, relative (for token ids the share that differs); train steps: "

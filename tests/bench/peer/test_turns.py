@@ -1,6 +1,7 @@
 """The whole command on the tiny model, and what it refuses. How fast anything is, is not asked here."""
 
 import json
+import os
 import re
 import shutil
 import sys
@@ -12,6 +13,7 @@ from blip3o_jax import cli
 from blip3o_jax.bench.peer import report as peer_report
 from blip3o_jax.bench.peer import turns
 from blip3o_jax.convert.exporter import export_weights
+from blip3o_jax.parallel.flags import environment
 from tests import tiny
 from tests.conftest import CACHE
 
@@ -46,6 +48,7 @@ def test_report(weights, tmp_path, monkeypatch, capfd, items):
     assert [item["item"] for item in report["items"]] == list(items)
     assert set(report["sides"]) == {"jax", "torch"}
     assert {"jax", "torch", "transformers", "diffusers"} == {n for s in report["sides"].values() for n in s["versions"]}
+    assert all(side["environment"] == environment("cpu", os.environ) for side in report["sides"].values())
     assert report["sides"]["torch"]["threads"] == report["options"]["threads"] == 1
     assert report["command"].startswith("blip3o bench peer --torch=") and report["date"].startswith("20")
     for item in report["items"]:
