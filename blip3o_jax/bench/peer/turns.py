@@ -2,9 +2,9 @@
 
 Each side is a process of its own (worker.py) with as many threads. They take turns: every round asks each side for one
 stretch of the item while the others sleep, in an order that is turned around from round to round, so that a machine that slows
-down slows all of them. Compiling and the first calls are not part of it and are reported by themselves, nor is the first call
-of a stretch. What both sides should compute alike is compared before anything is timed. On a CPU all sides have the environment
-that parallel/flags.py recommends, but for what is set already.
+down slows all of them. Compiling and the first calls are not part of it and are reported by themselves. The first call of a
+stretch is run and not counted. What both sides should compute alike is compared before anything is timed. On a CPU all sides
+have the environment that parallel/flags.py recommends, but for what is set already.
 
     train_step          one optimizer step of the joint stage on cached codes and latents
     train_step_online   the same with the frozen encoders in it

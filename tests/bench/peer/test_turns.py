@@ -11,7 +11,8 @@ import pytest
 
 from blip3o_jax import cli
 from blip3o_jax.bench.peer import report as peer_report
-from blip3o_jax.bench.peer import turns
+from blip3o_jax.bench.peer import turns, worker
+from blip3o_jax.config import SamplingConfig
 from blip3o_jax.convert.exporter import export_weights
 from blip3o_jax.parallel.flags import environment
 from tests import tiny
@@ -137,3 +138,15 @@ def test_shares_of_limits():
     assert judged["sides"]["jax"]["share_of_limit"] == pytest.approx({"arithmetic": 0.5, "memory": 0.25})
     assert judged["sides"]["jax"]["rate"] == 5.0
     assert judged["sides"]["torch"]["share_of_limit"] is None
+
+
+def test_the_first_call_of_a_turn_is_not_counted(tmp_path, monkeypatch):
+    calls = []
+    prepared = worker.Prepared(lambda: calls.append(len(calls)) or len(calls))
+    side = type("Side", (), {"__init__": lambda self, task: None, "build": lambda self, item, inputs: prepared})
+    runner = worker._Runner(side, worker.Task("jax", tmp_path, "cpu", 1, 1, 1, SamplingConfig(), 0))
+    runner.start("tokenizer", {})
+    before = len(calls)
+    clock = iter(range(100))
+    monkeypatch.setattr(worker.time, "perf_counter", lambda: float(next(clock)) + 10 * len(calls))
+    assert runner.repeat(3) == [11.0, 11.0, 11.0] and len(calls) == before + 4
