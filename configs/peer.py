@@ -7,8 +7,8 @@ Command:
     blip3o convert import --source=runs/peer/hf --out=runs/peer/jax
     blip3o bench peer --torch=runs/peer/hf --jax=runs/peer/jax --out=runs/peer/report
 Hardware: two CPU cores, no accelerator.
-Duration: two minutes for the weights, which one step leaves all but random, and eight for the comparison with --eager_only; with
-    compiled PyTorch longer.
+Duration: two minutes for the weights, which one step leaves all but random, and eight for the comparison with --eager_only;
+    with compiled PyTorch longer.
 Expected: the ratios in docs/results/peer-cpu.md.
 """
 
