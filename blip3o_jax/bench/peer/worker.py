@@ -151,13 +151,12 @@ class _Runner:
     """What the parent can ask for."""
 
     def __init__(self, side: Callable[[Task], Any], task: Task):
-        self._side, self._device = side(task), task.device
+        self._side = side(task)
         self._base = resident_bytes()
         self._item: Prepared | None = None
 
     def about(self) -> dict[str, Any]:
-        names = environment("cpu", {}) if self._device == "cpu" else ()
-        return self._side.about() | {"environment": {name: os.environ[name] for name in names}}
+        return self._side.about() | {"environment": {name: os.environ[name] for name in ("XLA_FLAGS",) if name in os.environ}}
 
     def start(self, item: str, inputs: Arrays) -> dict[str, Any]:
         """Builds an item and runs it until it is warm. Seconds of the first call are those of compiling, mostly."""
