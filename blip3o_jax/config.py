@@ -406,6 +406,7 @@ class SourceConfig:
     weight: float = 1.0
     split: str = "train"
     task: str = ""
+    images: str = ""  # format folder: the directory that images are named from; "": that of captions.jsonl
 
     def __post_init__(self) -> None:
         check_choice("data.sources.format", self.format, ("auto", "tfds", "webdataset", "parquet", "folder"))
@@ -416,10 +417,11 @@ class SourceConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    # A single source can be given as `path` (and `format`, `split`); a mixture as `sources`.
+    # A single source can be given as `path` (and `format`, `split`, `images`); a mixture as `sources`.
     path: str = ""
     format: str = "auto"
     split: str = "train"
+    images: str = ""
     sources: tuple[SourceConfig, ...] = ()
     batch_size: int = 512  # global, in examples
     max_length: int = 1152  # tokens of one row, prompt and image together
@@ -442,7 +444,7 @@ class DataConfig:
 
     @property
     def all_sources(self) -> tuple[SourceConfig, ...]:
-        single = (SourceConfig(self.path, self.format, 1.0, self.split),) if self.path else ()
+        single = (SourceConfig(self.path, self.format, 1.0, self.split, images=self.images),) if self.path else ()
         return single + self.sources
 
 

@@ -49,6 +49,10 @@ class EncodedSource(Source):
         super().__init__(source.name, source.files)
         self.source, self.directory, self.shape = source, directory, source.shape
 
+    @property
+    def fingerprint(self) -> str:
+        return self.source.fingerprint
+
     def __len__(self) -> int:
         return len(self.source)
 
