@@ -33,6 +33,7 @@ import hashlib
 import json
 import os
 import pathlib
+import shlex
 import sys
 import threading
 import time
@@ -190,7 +191,7 @@ class Progress:
 
     EVERY = 5.0  # seconds
 
-    def __init__(self, name: str, shards: int, total: int, *, quiet: bool = False, hint: bool = True) -> None:
+    def __init__(self, name: str, shards: int, total: int, *, quiet: bool, hint: str) -> None:
         self.name, self.total, self.quiet = name, total, quiet
         self.stopped = threading.Event()
         self._lock = threading.Lock()
@@ -200,7 +201,7 @@ class Progress:
         if total > LARGE and hint:
             self._say(
                 f"{name}: no index yet: {_size(total)} are read once now; before a long run on accelerators, "
-                f"`blip3o data index {name}` does that on any machine"
+                f"`{hint}` does that on any machine"
             )
 
     def add(self, count: int) -> None:
@@ -237,6 +238,16 @@ def _size(count: float) -> str:
     return f"{count / 1024**power:.1f} {'KMGT'[power - 1]}iB"
 
 
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """An index file as it was when the set was opened. It is mapped when a record of it is read: each mapping holds a file
+    descriptor, and a set may have thousands of shards."""
+
+    path: pathlib.Path
+    records: int
+    header: dict[str, Any]
+
+
 class SetIndex:
     """The indexes of a set's shards behind one numbering of its records. It pickles: a worker process maps the same files.
 
@@ -247,19 +258,17 @@ class SetIndex:
       extra: by shard, `Built.extra`.
     """
 
-    def __init__(
-        self, name: str, kind: str, found: Sequence[tuple[pathlib.Path, ShardIndex]], ranges: Sequence[tuple[int, int]] = ()
-    ) -> None:
-        self.name = name
-        self._files = [(str(path), index.header["digest"]) for path, index in found]
-        self.extra = [index.header["extra"] for _, index in found]
-        whole = [(0, len(index)) for _, index in found]
+    def __init__(self, command: str, kind: str, found: Sequence[Found], ranges: Sequence[tuple[int, int]] = ()) -> None:
+        self._command = command  # that indexes the set
+        self._files = [(str(each.path), each.header["digest"]) for each in found]
+        self.extra = [each.header["extra"] for each in found]
+        whole = [(0, each.records) for each in found]
         self._ranges = list(ranges) or whole
         self.ends = np.cumsum([take for _, take in self._ranges]).tolist()
         self.unused, self.incomplete = Counts(), Counts()
-        for _, index in found:
-            for name in ("unused", "incomplete"):
-                getattr(self, name).merge(Counts({r: tuple(c) for r, c in index.header[name].items()}))
+        for each in found:
+            self.unused.merge(Counts({r: tuple(c) for r, c in each.header["unused"].items()}))
+            self.incomplete.merge(Counts({r: tuple(c) for r, c in each.header["incomplete"].items()}))
         digests = [digest for _, digest in self._files]
         part = [list(pair) for pair in self._ranges] if self._ranges != whole else []  # of a split such as train[:10]
         self.digest = hashlib.sha256(json.dumps([kind, digests, *part]).encode()).hexdigest()
@@ -285,7 +294,7 @@ class SetIndex:
             reason = "its bytes are not those that were indexed"
         else:
             return
-        raise ChangedRecord(shard, key, f"{reason}; if the change is meant, `blip3o data index {self.name}` indexes it anew")
+        raise ChangedRecord(shard, key, f"{reason}; if the change is meant, `{self._command}` indexes it anew")
 
 
 class IndexedSource(Source):
@@ -334,6 +343,7 @@ def open_set(
     ranges: Sequence[tuple[int, int]] = (),
     hosts: Hosts = Hosts(),
     anew: str = "",
+    options: str = "",
 ) -> SetIndex:
     """Return the index of a set; make it first, or the part of it that is missing or out of date.
 
@@ -342,34 +352,50 @@ def open_set(
       ranges: (first record, records) of each shard; all of them by default.
       hosts: each reads some of the shards that have no index; they see each other's work where they share the directory.
       anew: which shards are read though they have an index: CHANGED are those whose time of change is another.
+      options: of `blip3o data index`, beside the name.
 
     Raises:
       UserError: a shard cannot be part of a set, or its index can be written nowhere.
     """
+    command = " ".join(filter(None, ("blip3o data index", shlex.quote(name), options)))
     found, reasons = _find_all(shards, form, anew)
-    _tell_reasons(name, reasons, hosts)
-    if doubtful := [] if anew else _touched(shards, form, found):
+    if reasons and hosts.number == 0:
+        more = f" (and {len(reasons) - 1} more shards)" if len(reasons) > 1 else ""
+        print(f"{name}: indexing anew: {reasons[0]}{more}", file=sys.stderr, flush=True)
+    before = list(found)
+    if touched := [] if anew else _touched(shards, form, found):
         anew = CHANGED
-        for number in doubtful:
+        for number in touched:
             found[number] = None
+
+    def build(numbers: Iterable[int]) -> None:
+        missing = [number for number in numbers if found[number] is None]
+        total = sum(form.size(shards[number]) for number in missing)
+        progress = Progress(name, len(missing), total, quiet=hosts.number > 0, hint="" if anew else command)
+        _build_all(shards, missing, form, found, anew, progress)
+
     if hosts.count > 1:
-        mine = [i for i in range(len(shards)) if i % hosts.count == hosts.number and found[i] is None]
-        with contextlib.suppress(UserError):  # every host meets it below
-            _build_all(name, shards, mine, form, found, anew=anew, quiet=hosts.number > 0)
+        with contextlib.suppress(UserError, OSError):  # every host meets it below
+            build(range(hosts.number, len(shards), hosts.count))
         hosts.wait()
-    missing = [i for i in range(len(shards)) if found[i] is None]
-    _build_all(name, shards, missing, form, found, anew=anew, quiet=hosts.number > 0)
-    return SetIndex(name, form.kind, found, ranges)
+    build(range(len(shards)))
+    changed = [shards[i] for i in touched if found[i].header["digest"] != before[i].header["digest"]]
+    if changed and hosts.number == 0:
+        print(f"{name}: indexed anew: {', '.join(changed)} changed without another size", file=sys.stderr, flush=True)
+    for shard, each, (skip, take) in zip(shards, found, ranges, strict=False):
+        if skip + take > each.records:
+            raise UserError(f"{shard}: holds {each.records} records, {skip + take} are wanted: fetch it again")
+    return SetIndex(command, form.kind, found, ranges)
 
 
-def _find_all(shards: Sequence[str], form: Format, anew: str) -> tuple[list[tuple[pathlib.Path, ShardIndex] | None], list[str]]:
+def _find_all(shards: Sequence[str], form: Format, anew: str) -> tuple[list[Found | None], list[str]]:
     """Return the indexes that are there and right, and why others are not."""
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
         both = list(pool.map(lambda shard: _find(shard, form, anew), shards))
     return [index for index, _ in both], [reason for _, reason in both if reason]
 
 
-def _find(shard: str, form: Format, anew: str = "") -> tuple[tuple[pathlib.Path, ShardIndex] | None, str]:
+def _find(shard: str, form: Format, anew: str = "") -> tuple[Found | None, str]:
     reason = ""
     for path in () if anew == ALL else _places(shard, form):
         try:
@@ -385,7 +411,7 @@ def _find(shard: str, form: Format, anew: str = "") -> tuple[tuple[pathlib.Path,
         if not changed and anew == CHANGED and not (form.one_file and header["mtime_ns"] == os.stat(shard).st_mtime_ns):
             changed = "its time of change is another" if form.one_file else "files beside it may have changed"
         if not changed:
-            return (path, index), ""
+            return Found(path, len(index), header), ""
         reason = f"{shard}: {changed}"
     return None, reason
 
@@ -395,7 +421,7 @@ def _touched(shards: Sequence[str], form: Format, found: Sequence[Any]) -> list[
     if not form.one_file:
         return []
     stats = [os.stat(shard) for shard in shards]
-    numbers = [i for i, index in enumerate(found) if index and index[1].header["mtime_ns"] != stats[i].st_mtime_ns]
+    numbers = [i for i, index in enumerate(found) if index and index.header["mtime_ns"] != stats[i].st_mtime_ns]
     return numbers if sum(stats[i].st_size for i in numbers) <= SMALL else []
 
 
@@ -428,13 +454,9 @@ def _places(shard: str, form: Format) -> Iterator[pathlib.Path]:
 
 
 def _build_all(
-    name: str, shards: Sequence[str], missing: Sequence[int], form: Format, found: list[Any], *, anew: str, quiet: bool
+    shards: Sequence[str], missing: Sequence[int], form: Format, found: list[Any], anew: str, progress: Progress
 ) -> None:
     """Index the shards numbered `missing` and put what comes out into `found`."""
-    if not missing:
-        return
-    total = sum(form.size(shards[i]) for i in missing)
-    progress = Progress(name, len(missing), total, quiet=quiet, hint=not anew)
 
     def build(number: int) -> None:
         # Another host or run may have made it since.
@@ -452,9 +474,13 @@ def _build_all(
             raise
 
 
-def _build(shard: str, form: Format, progress: Progress) -> tuple[pathlib.Path, ShardIndex]:
-    state, mtime = form.state(shard), os.stat(shard).st_mtime_ns  # before its bytes: a change meanwhile is seen next time
-    built = form.build(shard, progress)
+def _build(shard: str, form: Format, progress: Progress) -> Found:
+    try:
+        # Before its bytes: a change meanwhile is seen next time.
+        state, mtime = form.state(shard), os.stat(shard).st_mtime_ns
+        built = form.build(shard, progress)
+    except OSError as error:
+        raise UserError(f"{shard}: cannot be read: {error.strerror or error}") from None
     header = {
         "version": VERSION,
         "kind": form.kind,
@@ -470,13 +496,7 @@ def _build(shard: str, form: Format, progress: Progress) -> tuple[pathlib.Path, 
     for path in _places(shard, form):
         try:
             write_whole(path, data)
-            return path, ShardIndex(*reversed(unpack(path)))
+            return Found(path, len(built.arrays["crc"]), json.loads(json.dumps(header)))
         except OSError as error:
             errors.append(f"{path.parent}: {error.strerror}")
     raise UserError(f"{shard}: its index can be written nowhere ({'; '.join(errors)}): make room or set XDG_CACHE_HOME")
-
-
-def _tell_reasons(name: str, reasons: Sequence[str], hosts: Hosts) -> None:
-    if reasons and hosts.number == 0:
-        more = f" (and {len(reasons) - 1} more shards)" if len(reasons) > 1 else ""
-        print(f"{name}: indexing anew: {reasons[0]}{more}", file=sys.stderr, flush=True)

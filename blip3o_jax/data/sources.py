@@ -19,6 +19,7 @@ import json
 import os
 import pathlib
 import re
+import shlex
 import stat
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -29,7 +30,7 @@ import numpy as np
 from blip3o_jax import config
 from blip3o_jax.config import UserError
 from blip3o_jax.data import index as index_lib
-from blip3o_jax.data.checked_file import crc32c
+from blip3o_jax.data.checked_file import DamagedFile, crc32c
 from blip3o_jax.data.index import Built, Counts, Hosts, IndexedSource, Progress, ShardIndex
 from blip3o_jax.data.record import (
     CAPTION_FIELDS,
@@ -175,7 +176,8 @@ class FolderSource(IndexedSource):
             size=functools.partial(_folder_size, self._images),
             one_file=False,
         )
-        found = index_lib.open_set(path, [self._lines_file], form, hosts=hosts, anew=anew)
+        options = f"--images={shlex.quote(images)}" if images else ""
+        found = index_lib.open_set(path, [self._lines_file], form, hosts=hosts, anew=anew, options=options)
         super().__init__(path, [self._lines_file], found)
 
     def __getitem__(self, index: int) -> Record:
@@ -230,9 +232,20 @@ class _ImageFiles:
         except (BadRecord, OSError):
             return -1
 
-    def sizes(self, names: Iterable[str]) -> list[int]:
+    def sizes(self, names: Sequence[str], before: Sequence[int] = ()) -> list[int]:
+        """Return the sizes of images. Of those that had one `before` a single call to the file system is enough: whether the
+        path leads out of the root is looked at when it is read."""
+
+        def size(name: str, known: int) -> int:
+            if known < 0:
+                return self.size(name)
+            try:
+                return os.stat(os.path.join(self.root, name)).st_size
+            except (OSError, ValueError):
+                return -1
+
         with concurrent.futures.ThreadPoolExecutor(index_lib.THREADS) as pool:
-            return list(pool.map(self.size, names))
+            return list(pool.map(size, names, before or [-1] * len(names)))
 
     def _unreadable(self, name: str, error: Exception) -> BadRecord:
         reason = getattr(error, "strerror", None) or error
@@ -307,11 +320,15 @@ def _folder_changed(images: _ImageFiles, path: str, found: ShardIndex) -> str:
     if _captions_state(path) != found.header["state"]:
         return "it is not as it was indexed"
     arrays = found.arrays
+    lines = arrays["lines"]
+    if lines.shape != (len(found), 3) or lines.min(initial=0) < 0 or lines.max(initial=0) > os.path.getsize(path):
+        raise DamagedFile("it points outside of the captions")
     starts = [0, *arrays["path_ends"][:-1].tolist()]
     raw = arrays["paths"].tobytes()
     ends = arrays["path_ends"].tolist()
     names = [raw[a:b].decode("utf-8", "surrogatepass") for a, b in zip(starts, ends, strict=False)]
-    before, now = arrays["path_sizes"].tolist(), images.sizes(names)
+    before = arrays["path_sizes"].tolist()
+    now = images.sizes(names, before)
     changed = [number for number, size in enumerate(now) if size != before[number]]
     if not changed:
         return ""
@@ -439,6 +456,14 @@ def _index_parquet(path: str, progress: Progress) -> Built:
     return Built(arrays | index_lib.joined_keys([]), {"fields": fields, "key": key, "groups": groups}, incomplete=incomplete)
 
 
+def _parquet_changed(path: str, found: ShardIndex) -> str:
+    """See `index.Format.changed`."""
+    extra = found.header["extra"]
+    if sum(extra["groups"]) != len(found) or not all(isinstance(name, str) for name in (extra["key"], *extra["fields"])):
+        raise DamagedFile("it does not fit a parquet file")
+    return index_lib.same_state(path, found)
+
+
 def _row_bytes(table: Any, names: Sequence[str], row: int) -> Iterator[bytes]:
     """Yield what a row says in a form that does not depend on how the file stores it: for each column its name, kind, number of
     bytes or elements, and content. Of a struct the field `bytes` alone is used."""
@@ -472,6 +497,7 @@ def _value_bytes(value: Any) -> Iterator[bytes]:
 PARQUET = index_lib.Format(
     "parquet",
     _index_parquet,
+    _parquet_changed,
     threads=4,  # each holds a row group
     extra=frozenset({"fields", "key", "groups"}),
 )
@@ -514,7 +540,8 @@ class TfdsSource(IndexedSource):
             self._check_features(reader.dataset_info.features)
         files = [os.fspath(shard.filename) for shard in shards]
         ranges = [(shard.skip, shard.take) for shard in shards]
-        found = index_lib.open_set(path, files, ARRAY_RECORD, ranges=ranges, hosts=hosts, anew=anew)
+        options = "" if split == "train" else f"--split={shlex.quote(split)}"
+        found = index_lib.open_set(path, files, ARRAY_RECORD, ranges=ranges, hosts=hosts, anew=anew, options=options)
         super().__init__(path, files, found)
 
     @property

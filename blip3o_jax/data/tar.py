@@ -14,7 +14,7 @@ import numpy as np
 
 from blip3o_jax.config import UserError
 from blip3o_jax.data import index
-from blip3o_jax.data.checked_file import crc32c
+from blip3o_jax.data.checked_file import DamagedFile, crc32c
 from blip3o_jax.data.record import (
     BadRecord,
     Record,
@@ -249,15 +249,16 @@ def _tar_members(shard: str) -> tuple[list[tarfile.TarInfo], int | None, int]:
 
 
 def _changed(path: str, found: index.ShardIndex) -> str:
-    """See `index.Format.changed`; parts that lie outside the file are damage."""
-    reason = index.same_state(path, found)
+    """See `index.Format.changed`."""
+    if reason := index.same_state(path, found):
+        return reason
     offsets, sizes = found.arrays["offsets"], found.arrays["sizes"]
     inside = offsets.shape == sizes.shape and offsets.shape[1:] >= (INPUTS,)
     total = os.path.getsize(path)
     inside = inside and max(offsets.max(initial=0), sizes.max(initial=0)) <= total
-    if not reason and not (inside and (offsets + sizes <= total).all()):
-        reason = "its index points outside of it"
-    return reason
+    if not (inside and (offsets + sizes <= total).all()):
+        raise DamagedFile("it points outside of the shard")
+    return ""
 
 
 FORMAT = index.Format("tar", _index_tar, _changed, extra=frozenset({"broken"}))
