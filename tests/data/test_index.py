@@ -5,6 +5,7 @@ import os
 import pathlib
 import shutil
 import threading
+import time
 
 import numpy as np
 import pyarrow as pa
@@ -251,6 +252,7 @@ def built(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def counted(shard: str, *args):
         names.append(pathlib.Path(shard).name)
+        time.sleep(0.05)  # so that others would begin it too
         return build(shard, *args)
 
     monkeypatch.setattr(index, "_build", counted)
