@@ -406,7 +406,7 @@ class SourceConfig:
     weight: float = 1.0
     split: str = "train"
     task: str = ""
-    images: str = ""  # format folder: the directory that images are named from; "": that of captions.jsonl
+    images: str = ""  # format folder: where images lie, and are named from, beside the directory of captions.jsonl
 
     def __post_init__(self) -> None:
         check_choice("data.sources.format", self.format, ("auto", "tfds", "webdataset", "parquet", "folder"))

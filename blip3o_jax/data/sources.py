@@ -154,7 +154,7 @@ class FolderSource(IndexedSource):
     """A directory of images and a captions.jsonl: one object a line with the fields of data/record.py, images by their paths
     (`file_name` or `output_image` will do for `image`).
 
-    Paths are relative to `images`, by default the directory of captions.jsonl, and must not lead out of it: not by `..`, by an
+    Paths are relative to the directory of captions.jsonl, or to `images`, and must not lead out of both: not by `..`, by an
     absolute path or by a symbolic link. Otherwise whoever wrote the captions chooses which files of this machine are read.
     """
 
@@ -166,7 +166,8 @@ class FolderSource(IndexedSource):
         images = os.path.expanduser(images)
         if images and not os.path.isdir(images):
             raise UserError(f"data.images={images} is not a directory: give the one that holds the images of {path}")
-        self._images = _ImageFiles(self._lines_file, images or os.path.dirname(self._lines_file))
+        own = os.path.dirname(self._lines_file)
+        self._images = _ImageFiles(self._lines_file, (images, own) if images else (own,))
         form = index_lib.Format(
             "folder",
             functools.partial(_index_folder, self._images),
@@ -197,22 +198,27 @@ class FolderSource(IndexedSource):
 
 @dataclasses.dataclass(frozen=True)
 class _ImageFiles:
-    """The images that the lines of a captions file name, below `root`."""
+    """The images that the lines of a captions file name, below one of the directories `roots`."""
 
     captions: str
-    root: str
+    roots: tuple[str, ...]
+
+    def path(self, name: str) -> str:
+        """Return the path of an image below the first of the roots that has it. ValueError: a NUL, a lone surrogate."""
+        paths = [os.path.join(root, name) for root in self.roots]
+        return next((path for path in paths[:-1] if os.path.lexists(path)), paths[-1])
 
     def find(self, name: str) -> str:
-        """Return the path of an image; BadRecord where it leads out of the root or to no plain file."""
+        """Return the path of an image, symbolic links resolved; BadRecord where it leads out or to no plain file."""
         try:
-            root, path = os.path.realpath(self.root), os.path.realpath(os.path.join(self.root, name))
-            inside = os.path.commonpath([root, path]) == root
+            path = os.path.realpath(self.path(name))
+            inside = any(os.path.commonpath([root, path]) == root for root in map(os.path.realpath, self.roots))
             plain = stat.S_ISREG(os.stat(path).st_mode) if inside else True  # a pipe would be waited for
-        except (OSError, ValueError) as error:  # ValueError: a NUL, a lone surrogate
+        except (OSError, ValueError) as error:
             raise self._unreadable(name, error) from None
         if not inside:
             reason = "the path leads out of the data set"
-            hint = "set data.images, or images of the source, to the directory that holds the images"
+            hint = "set data.images, or images of the source, to a directory that holds it"
             raise BadRecord(self.captions, name, f"{reason}, to {path}: {hint}")
         if not plain:
             raise BadRecord(self.captions, name, "the image cannot be read: it is no plain file")
@@ -234,13 +240,13 @@ class _ImageFiles:
 
     def sizes(self, names: Sequence[str], before: Sequence[int] = ()) -> list[int]:
         """Return the sizes of images. Of those that had one `before` a single call to the file system is enough: whether the
-        path leads out of the root is looked at when it is read."""
+        path leads out of the roots is looked at when it is read."""
 
         def size(name: str, known: int) -> int:
             if known < 0:
                 return self.size(name)
             try:
-                return os.stat(os.path.join(self.root, name)).st_size
+                return os.stat(self.path(name)).st_size
             except (OSError, ValueError):
                 return -1
 
