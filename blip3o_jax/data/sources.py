@@ -558,7 +558,11 @@ class TfdsSource(IndexedSource):
     def _reader(self) -> Any:
         import tensorflow_datasets as tfds
 
-        builder = tfds.builder_from_directory(self._directory)
+        try:
+            builder = tfds.builder_from_directory(self._directory)
+        except Exception as error:  # whatever its JSON files hold
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            raise UserError(f"{self._directory}: no data set that TFDS can read: {reason}") from None
         try:
             images = [name for name in ("image", *INPUT_FIELDS) if name in builder.info.features]
             as_stored = tfds.decode.SkipDecoding()
@@ -588,32 +592,45 @@ class TfdsSource(IndexedSource):
 
 def _index_array_record(path: str, progress: Progress) -> Built:
     """Return the index of an ArrayRecord file: of each record its bytes as they are stored."""
-    from array_record.python import array_record_module
-
-    reader = array_record_module.ArrayRecordReader(path, "readahead_buffer_size:0,max_parallelism:0")
+    reader = _array_reader(path)
+    count = reader.num_records()
     sizes, sums, incomplete = [], [], Counts()
-    try:
-        for start in range(0, reader.num_records(), 256):
-            for data in _array_records(reader, start, min(start + 256, reader.num_records())):
-                if data is None:
-                    incomplete.add("unreadable", f"record {len(sizes)} first in {path}")
-                sizes.append(-1 if data is None else len(data))
-                sums.append(0 if data is None else crc32c([data]))
-                progress.add(len(data or b""))
-    finally:
-        reader.close()
+    for start in range(0, count, 256):
+        stop = min(start + 256, count)
+        try:
+            records = reader.read(start, stop)
+        except Exception:  # a damaged chunk; the reader is of no use any more
+            records = [_array_record(path, row) for row in range(start, stop)]
+            reader = _array_reader(path)
+        for data in records:
+            if data is None:
+                incomplete.add("unreadable", f"record {len(sizes)} first in {path}")
+            sizes.append(-1 if data is None else len(data))
+            sums.append(0 if data is None else crc32c([data]))
+            progress.add(len(data or b""))
     arrays = {"crc": np.array(sums, np.uint32), "sizes": np.array(sizes, np.int64).reshape(-1, 1)}
     return Built(arrays | index_lib.joined_keys([]), incomplete=incomplete)
 
 
-def _array_records(reader: Any, start: int, stop: int) -> list[bytes | None]:
-    """Return records, None for those that cannot be read."""
+def _array_reader(path: str) -> Any:
+    from array_record.python import array_record_module
+
+    options = "readahead_buffer_size:0,max_parallelism:0"
     try:
-        return reader.read(start, stop)
-    except Exception:  # what the library raises for a damaged chunk is not documented
-        if stop - start == 1:
-            return [None]
-        return [record for row in range(start, stop) for record in _array_records(reader, row, row + 1)]
+        reader = array_record_module.ArrayRecordReader(path, options)
+        reader.num_records()
+    except Exception as error:  # what the library raises is not documented
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{path}: not a readable ArrayRecord file: {reason}") from None
+    return reader
+
+
+def _array_record(path: str, row: int) -> bytes | None:
+    """Return one record, None where it cannot be read."""
+    try:
+        return _array_reader(path).read([row])[0]
+    except Exception:
+        return None
 
 
 ARRAY_RECORD = index_lib.Format("array_record", _index_array_record)
