@@ -12,12 +12,11 @@ import pathlib
 import re
 import sys
 import traceback
-import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from blip3o_jax import config
+from blip3o_jax import config, fields
 
 Overrides = Mapping[str, str] | Iterable[tuple[str, str]]
 
@@ -101,56 +100,52 @@ def _override(values: Any, key: str, text: str) -> None:
     *groups, name = key.split(".")
     for part in groups:
         hint = _hint(cls, part, path)
-        path = f"{path}.{part}" if path else part
-        if not _is_group(hint):
+        path = fields.join(path, part)
+        if not fields.is_group(hint):
             raise config.UserError(f"config key {key}: {path} is a single value, it has no fields")
         cls, group = hint, group[part]
     hint = _hint(cls, name, path)
-    if _is_group(hint):
-        fields = ", ".join(typing.get_type_hints(hint))
-        raise config.UserError(f"config key {key} is a group; set one of its fields: {fields}")
+    if fields.is_group(hint):
+        names = ", ".join(fields.field_types(hint))
+        raise config.UserError(f"config key {key} is a group; set one of its fields: {names}")
     # A field may hold None by default and take text (`qk_norm`); from_dict judges the types, not ConfigDict.
     with group.ignore_type():
         group[name] = _parse(text, hint, key)
 
 
-def _is_group(hint: Any) -> bool:
-    return hint.__class__ is type and hasattr(hint, "__dataclass_fields__")
-
-
 def _hint(cls: Any, name: str, path: str) -> Any:
-    hints = typing.get_type_hints(cls)
+    hints = fields.field_types(cls)
     if name not in hints:
         config.from_dict({name: None}, cls, path)  # raises, with the nearest valid key
     return hints[name]
 
 
 def _parse(text: str, hint: Any, key: str) -> Any:
-    if typing.get_origin(hint) is types.UnionType:
-        if text.lower() == "none":
-            return None
-        hint = next(a for a in typing.get_args(hint) if a is not types.NoneType)
-    if hint is str:
+    """Return `text` as a value of the field's kind; whether the field takes it, `config.from_dict` says."""
+    kind, _, optional = fields.unwrapped(hint)
+    if optional and text.lower() == "none":
+        return None
+    if kind is str or typing.get_origin(kind) is typing.Literal:
         return text
     try:
-        if hint is bool:
+        if kind is bool:
             return _BOOLEANS[text.lower()]
-        if hint in (int, float):
-            return hint(text)
+        if kind in (int, float):
+            return kind(text)
         value = ast.literal_eval(text)
-    except (KeyError, ValueError, SyntaxError):
-        raise config.ConfigError(f"{key}={text!r} must be {_wanted(hint)}") from None
+    except (KeyError, ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
+        raise config.ConfigError(f"{key}={fields.shown(text)} must be {_wanted(kind)}") from None
     return tuple(value) if isinstance(value, list) else value
 
 
-def _wanted(hint: Any) -> str:
-    if hint is bool:
+def _wanted(kind: Any) -> str:
+    if kind is bool:
         return "true or false"
-    if hint in (int, float):
-        return f"of type {hint.__name__}"
-    inner = typing.get_args(hint)[0]
-    if hasattr(inner, "__dataclass_fields__"):
-        fields = ", ".join(typing.get_type_hints(inner))
-        return f"a list of groups such as \"[{{'path': 'a.tar'}}]\" (fields: {fields})"
-    example = {str: "('a', 'b')", int: "(16, 32)"}.get(inner, "((5,), ())")
+    if kind in (int, float):
+        return f"of type {kind.__name__}"
+    inner, _, _ = fields.unwrapped(typing.get_args(kind)[0])
+    if fields.is_group(inner):
+        names = ", ".join(fields.field_types(inner))
+        return f"a list of groups such as \"[{{'path': 'a.tar'}}]\" (fields: {names})"
+    example = {str: "('a', 'b')", int: "(16, 32)", float: "(0.2, 0.3)"}.get(inner, "((5,), ())")
     return f'a list such as "{example}"'
