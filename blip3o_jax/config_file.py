@@ -4,7 +4,6 @@ A config file is Python with one function, `get_config()` or `get_config(arg)`, 
 named `Config`s to run one after the other.
 """
 
-import ast
 import difflib
 import importlib.util
 import inspect
@@ -12,7 +11,6 @@ import pathlib
 import re
 import sys
 import traceback
-import typing
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -21,7 +19,6 @@ from blip3o_jax import config, fields
 Overrides = Mapping[str, str] | Iterable[tuple[str, str]]
 
 _PATH_AND_ARG = re.compile(r"(?P<path>.*\.py)(?::(?P<arg>.*))?")
-_BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
 
 def load(path_with_arg: str, overrides: Overrides = ()) -> config.Config:
@@ -110,7 +107,7 @@ def _override(values: Any, key: str, text: str) -> None:
         raise config.UserError(f"config key {key} is a group; set one of its fields: {names}")
     # A field may hold None by default and take text (`qk_norm`); from_dict judges the types, not ConfigDict.
     with group.ignore_type():
-        group[name] = _parse(text, hint, key)
+        group[name] = fields.parse(text, hint, key)
 
 
 def _hint(cls: Any, name: str, path: str) -> Any:
@@ -118,34 +115,3 @@ def _hint(cls: Any, name: str, path: str) -> Any:
     if name not in hints:
         config.from_dict({name: None}, cls, path)  # raises, with the nearest valid key
     return hints[name]
-
-
-def _parse(text: str, hint: Any, key: str) -> Any:
-    """Return `text` as a value of the field's kind; whether the field takes it, `config.from_dict` says."""
-    kind, _, optional = fields.unwrapped(hint)
-    if optional and text.lower() == "none":
-        return None
-    if kind is str or typing.get_origin(kind) is typing.Literal:
-        return text
-    try:
-        if kind is bool:
-            return _BOOLEANS[text.lower()]
-        if kind in (int, float):
-            return kind(text)
-        value = ast.literal_eval(text)
-    except (KeyError, ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
-        raise config.ConfigError(f"{key}={fields.shown(text)} must be {_wanted(kind)}") from None
-    return tuple(value) if isinstance(value, list) else value
-
-
-def _wanted(kind: Any) -> str:
-    if kind is bool:
-        return "true or false"
-    if kind in (int, float):
-        return f"of type {kind.__name__}"
-    inner, _, _ = fields.unwrapped(typing.get_args(kind)[0])
-    if fields.is_group(inner):
-        names = ", ".join(fields.field_types(inner))
-        return f"a list of groups such as \"[{{'path': 'a.tar'}}]\" (fields: {names})"
-    example = {str: "('a', 'b')", int: "(16, 32)", float: "(0.2, 0.3)"}.get(inner, "((5,), ())")
-    return f'a list such as "{example}"'

@@ -11,6 +11,7 @@ as an integer becomes the float a field declares, a list becomes its tuple; noth
 fields at once is checked by the group's own `__post_init__`, after `super().__post_init__()`.
 """
 
+import ast
 import dataclasses
 import difflib
 import functools
@@ -24,6 +25,7 @@ from typing import Annotated, Any, Protocol
 INT32 = 2**31 - 1
 UINT32 = 2**32 - 1
 _SHOWN = 80  # characters of a value in a message
+_BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
 
 class UserError(ValueError):
@@ -272,3 +274,38 @@ def _tuple(value: Any, args: tuple[Any, ...], path: str) -> tuple[Any, ...]:
     converted = tuple(convert(v, k, f"{path}[{i}]") for i, (v, k) in enumerate(zip(value, kinds, strict=True)))
     same = isinstance(value, tuple) and all(a is b for a, b in zip(value, converted, strict=True))
     return value if same else converted
+
+
+def parse(text: str, hint: Any, key: str) -> Any:
+    """Return `text`, from a command line, as a value of the kind that the annotation `hint` declares.
+
+    Tuples are written as Python literals. Raises ConfigError that names `key` for text that is no such value; whether it lies
+    within the annotation's bounds, `convert` says.
+    """
+    kind, _, optional = unwrapped(hint)
+    if optional and text.lower() == "none":
+        return None
+    if kind is str or typing.get_origin(kind) is typing.Literal:
+        return text
+    try:
+        if kind is bool:
+            return _BOOLEANS[text.lower()]
+        if kind in (int, float):
+            return kind(text)
+        value = ast.literal_eval(text)
+    except (KeyError, ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
+        raise ConfigError(f"{key}={shown(text)} must be {_wanted(kind)}") from None
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _wanted(kind: Any) -> str:
+    if kind is bool:
+        return "true or false"
+    if kind in (int, float):
+        return f"of type {kind.__name__}"
+    inner, _, _ = unwrapped(typing.get_args(kind)[0])
+    if is_group(inner):
+        names = ", ".join(field_types(inner))
+        return f"a list of groups such as \"[{{'path': 'a.tar'}}]\" (fields: {names})"
+    example = {str: "('a', 'b')", int: "(16, 32)", float: "(0.2, 0.3)"}.get(inner, "((5,), ())")
+    return f'a list such as "{example}"'
