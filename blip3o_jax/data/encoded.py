@@ -155,16 +155,21 @@ def open_part(directory: pathlib.Path, number: int) -> Part:
     """Open a part, reading none of its values. Raises DamagedPart, naming the file, where it is not what was written; the part
     is then set aside."""
     file = part_file(directory, number)
+    reading, arrays = file, {}
     try:
         described = checksums.read_json(file)
-        arrays = {name: np.load(_array_file(file, name), mmap_mode="r") for name in DTYPES}
-        sums = {name: described[name]["crc32c"] for name in DTYPES}
-        part = Part(file, described["unreadable"], arrays, sums)
-    except (checksums.DamagedFile, OSError, ValueError, KeyError, TypeError, EOFError) as error:
-        reason = " ".join(str(error).split())
-        Part(file, {}, {}, {}).refuse(f"{file.name} cannot be used ({reason})")
-    for name, dtype in DTYPES.items():
-        found, shape = arrays[name], tuple(described[name]["shape"])
-        if (found.dtype, found.shape) != (dtype, shape) or len(sums[name]) != len(found):
-            part.refuse(f"{_array_file(file, name).name} is {found.dtype} {found.shape}, not {dtype} {shape}")
+        for name in DTYPES:
+            reading = _array_file(file, name)
+            arrays[name] = np.load(reading, mmap_mode="r")
+        reading = file
+        part = Part(file, described["unreadable"], arrays, {name: described[name]["crc32c"] for name in DTYPES})
+        shapes = {name: tuple(described[name]["shape"]) for name in DTYPES}
+    except Exception as error:  # the parser of NumPy's headers raises whatever it comes upon
+        if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+            raise  # the machine's, not the file's
+        reason = " ".join(str(error).split()).removeprefix(f"{reading} ")
+        Part(file, {}, {}, {}).refuse(f"{reading.name} cannot be used ({reason})")
+    for name, array in arrays.items():
+        if (array.dtype, array.shape) != (DTYPES[name], shapes[name]) or len(part.sums[name]) != len(array):
+            part.refuse(f"{_array_file(file, name).name} is {array.dtype} {array.shape}, not {DTYPES[name]} {shapes[name]}")
     return part

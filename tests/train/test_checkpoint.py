@@ -192,7 +192,7 @@ def test_a_flipped_bit_in_each_file_of_a_step_is_found(root, capsys):
 
 @pytest.mark.slow
 def test_no_flipped_bit_of_a_checkpoint_changes_a_number_silently(tmp_path, capsys):
-    """400 of them, over all bytes of the checkpoint of a joint run."""
+    """500 of them, over all bytes of the checkpoint of a joint run."""
     tiny.write_checkpoint(tmp_path)
     root = tmp_path / "checkpoints"
     shutil.copytree(root / "6", root / "4")
@@ -201,7 +201,7 @@ def test_no_flipped_bit_of_a_checkpoint_changes_a_number_silently(tmp_path, caps
     files = [path for path in sorted(root.rglob("*")) if path.is_file()]
     sizes = [path.stat().st_size for path in files]
     rng, outcomes = random.Random(0), {}
-    for i in range(400):
+    for i in range(500):
         # Half of them over the bytes, half over the files: most bytes are those of a few.
         (file,) = rng.choices(files, sizes if i % 2 else None)
         outcome = check_flip(root, plan, wanted, capsys, file, rng.randrange(8 * file.stat().st_size))
