@@ -165,6 +165,24 @@ def _add_data(commands: Any) -> None:
         "--image_size", type=arguments.whole(32, 4096), default=64, metavar="PIXELS", help="side of an image (%(default)s)"
     )
     parser.add_argument("--seed", type=_SEED, default=0, help="the same seed draws the same scenes (%(default)s)")
+    _add_index(sets)
+
+
+def _add_index(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "index",
+        _index,
+        "read a data set once and keep checksums of its records",
+        "Done by itself when a run opens a set for the first time; a large one is better indexed before. Reads the shards "
+        "that have no index, and those whose size or time of change is another; prints what the set holds.",
+        again="the same command goes on with the shards that have no index yet",
+    )
+    parser.add_argument("path", type=arguments.text, metavar="PATH", help="as data.path")
+    parser.add_argument("--format", type=arguments.text, default="auto", metavar="NAME", help="as data.format (%(default)s)")
+    parser.add_argument("--split", type=arguments.text, default="train", metavar="NAME", help="as data.split (%(default)s)")
+    parser.add_argument("--images", type=arguments.text, default="", metavar="DIR", help="as data.images")
+    parser.add_argument("--all", action="store_true", help="read every shard again")
 
 
 def _add_config(parser: argparse.ArgumentParser) -> None:
@@ -403,6 +421,20 @@ def _shapes(args: argparse.Namespace) -> None:
 
         counts = {"num_edits": args.num_edits, "num_questions": args.num_questions}
         tasks.prepare(directory, **counts, image_size=args.image_size, seed=args.seed)
+
+
+def _index(args: argparse.Namespace) -> None:
+    from blip3o_jax.config import SourceConfig
+    from blip3o_jax.data.index import ALL, CHANGED
+    from blip3o_jax.data.sources import open_source
+
+    cfg = SourceConfig(args.path, args.format, split=args.split, images=args.images)
+    source = open_source(cfg, anew=ALL if args.all else CHANGED)
+    for note in source.notes:
+        print(note)
+    print(f"{source.name}: {len(source)} records, digest {source.fingerprint}")
+    if not args.all:
+        print("shards of the same size and time of change were not read again; --all reads them")
 
 
 def _train(args: argparse.Namespace) -> int:

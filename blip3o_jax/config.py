@@ -531,14 +531,17 @@ class SourceConfig(ConfigGroup, path="data.sources"):
     weight: Positive = 1.0
     split: Path = "train"
     task: Literal["", "reconstruct"] = ""
+    # Format folder: the directory that images are named from; "": that of captions.jsonl.
+    images: Path = ""
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig(ConfigGroup, path="data"):
-    # A single source can be given as `path` (and `format`, `split`); a mixture as `sources`.
+    # A single source can be given as `path` (and `format`, `split`, `images`); a mixture as `sources`.
     path: Path = ""
     format: DataFormat = "auto"
     split: Path = "train"
+    images: Path = ""
     sources: tuple[SourceConfig, ...] = ()
     batch_size: BatchSize = 512  # global, in examples
     # Tokens of one row, prompt and image together.
@@ -565,7 +568,7 @@ class DataConfig(ConfigGroup, path="data"):
 
     @property
     def all_sources(self) -> tuple[SourceConfig, ...]:
-        single = (SourceConfig(self.path, self.format, 1.0, self.split),) if self.path else ()
+        single = (SourceConfig(self.path, self.format, 1.0, self.split, images=self.images),) if self.path else ()
         return single + self.sources
 
 

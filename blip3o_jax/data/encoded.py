@@ -69,6 +69,10 @@ class EncodedSource(Source):
         self.source, self.directory, self.shape = source, directory, source.shape
         self._codebook_size = codebook_size
 
+    @property
+    def fingerprint(self) -> str:
+        return self.source.fingerprint
+
     def __len__(self) -> int:
         return len(self.source)
 
