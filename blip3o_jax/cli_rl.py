@@ -2,12 +2,13 @@
 
 import argparse
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+from blip3o_jax import arguments
 
-def add(commands: Any, command: Callable, add_hosts: Callable[[Any], None], run: Callable, directory: Callable) -> None:
-    """`run` runs the command proper, `add_hosts` adds the flags of many hosts, `directory` reads a working directory."""
+
+def add(commands: Any, command: Callable, add_hosts: Callable[[Any], None], run: Callable) -> None:
+    """`run` runs the command proper, `add_hosts` adds the flags of many hosts."""
     parser = command(
         commands,
         "rl",
@@ -17,12 +18,18 @@ def add(commands: Any, command: Callable, add_hosts: Callable[[Any], None], run:
         "the working directory.",
         again="the same command resumes from the last checkpoint in its --workdir",
     )
-    parser.add_argument("--config", metavar="FILE.py[:ARG]", help="as configs/rl.py")
-    parser.add_argument("--workdir", type=directory, metavar="DIR", help="for checkpoints, metrics (runs/NAME of the config)")
-    parser.add_argument("--compile_cache", type=Path, metavar="DIR", help="keeps compiled programs for the next start")
+    parser.add_argument("--config", type=arguments.config_path, metavar="FILE.py[:ARG]", help="as configs/rl.py")
+    parser.add_argument(
+        "--workdir", type=arguments.path, metavar="DIR", help="for checkpoints, metrics (runs/NAME of the config)"
+    )
+    parser.add_argument(
+        "--compile_cache", type=arguments.path, metavar="DIR", help="keeps compiled programs for the next start"
+    )
     add_hosts(parser)
+    # They do nothing before the name of a sub-command.
+    flags = [action for action in parser._actions if action.dest != "help"]
     others = parser.add_subparsers(title="in place of a run", metavar="")
-    _add_rescore(others, command, directory)
+    _add_rescore(others, command, flags)
     server = command(
         others,
         "serve-rewards",
@@ -31,15 +38,24 @@ def add(commands: Any, command: Callable, add_hosts: Callable[[Any], None], run:
         "Takes JSON with PNG images on /score; /health and /metrics tell how it fares. A run reaches it by the reward http.",
         again="run the same command again to serve on",
     )
+    server.set_defaults(flags_of_a_run=flags)
     _add_reward(server, "as in rl.rewards; repeat it for a sum", required=True)
-    server.add_argument("--host", default="127.0.0.1", help="where it listens (%(default)s); others need a token")
-    server.add_argument("--port", type=int, default=8000, help="(%(default)s)")
-    server.add_argument("--token_env", default="", metavar="NAME", help="environment variable that holds the token")
-    server.add_argument("--max_body_mb", type=int, default=64, metavar="N", help="of a request (%(default)s)")
-    server.add_argument("--batch", type=int, default=16, metavar="N", help="images scored at once (%(default)s)")
+    server.add_argument(
+        "--host", type=arguments.text, default="127.0.0.1", help="where it listens (%(default)s); others need a token"
+    )
+    server.add_argument("--port", type=arguments.whole(0, 2**16 - 1), default=8000, help="(%(default)s)")
+    server.add_argument(
+        "--token_env", type=arguments.text, default="", metavar="NAME", help="environment variable that holds the token"
+    )
+    server.add_argument(
+        "--max_body_mb", type=arguments.whole(1, 4096), default=64, metavar="N", help="of a request (%(default)s)"
+    )
+    server.add_argument(
+        "--batch", type=arguments.whole(1, 4096), default=16, metavar="N", help="images scored at once (%(default)s)"
+    )
 
 
-def _add_rescore(others: Any, command: Callable, directory: Callable) -> None:
+def _add_rescore(others: Any, command: Callable, flags: list[argparse.Action]) -> None:
     parser = command(
         others,
         "rescore",
@@ -47,16 +63,25 @@ def _add_rescore(others: Any, command: Callable, directory: Callable) -> None:
         "judge the images of a finished run again",
         "Of a run with rl.keep_images: by the same rewards or by others. Writes rescored.jsonl and prints both means.",
     )
+    parser.set_defaults(flags_of_a_run=flags)
     # `args.run` is the command itself.
     parser.add_argument(
-        "--run", dest="judged", type=directory, required=True, metavar="DIR", help="the run's working directory"
+        "--run", dest="judged", type=arguments.path, required=True, metavar="DIR", help="the run's working directory"
     )
     _add_reward(parser, "in place of the run's own; repeat it for a sum", required=False)
-    parser.add_argument("--out", type=Path, metavar="FILE", help="(rescored.jsonl in the run's directory)")
+    parser.add_argument("--out", type=arguments.path, metavar="FILE", help="(rescored.jsonl in the run's directory)")
 
 
 def _add_reward(parser: argparse.ArgumentParser, help: str, *, required: bool) -> None:
-    parser.add_argument("--reward", action="append", default=[], required=required, metavar="NAME[,OPTION=VALUE]", help=help)
+    parser.add_argument(
+        "--reward",
+        type=arguments.text,
+        action="append",
+        default=[],
+        required=required,
+        metavar="NAME[,OPTION=VALUE]",
+        help=help,
+    )
 
 
 def _rescore(args: argparse.Namespace) -> None:

@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import functools
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -23,15 +24,16 @@ from blip3o_jax.train import loop
 from blip3o_jax.train.encode import encoded_source, weights_fingerprint
 from blip3o_jax.train.flops import peak_flops, useful_flops
 from blip3o_jax.train.loop import Batch, Begun, Setup, Summary
+from blip3o_jax.train.metrics import MetricLog, SilentLog
 from blip3o_jax.train.stages import STAGES, make_loss, make_preview
 from blip3o_jax.train.state import WEIGHTS, StatePlan, TrainState
 from blip3o_jax.train.step import make_step
 from blip3o_jax.train.vocabulary import with_vocabulary
 
 
-def train(config: Config, workdir: str | pathlib.Path) -> Summary:
+def train(config: Config, workdir: str | pathlib.Path, *, on_begin: Callable[[], None] | None = None) -> Summary:
     """See `loop.train`."""
-    return loop.train(config, workdir, Supervised())
+    return loop.train(config, workdir, Supervised(), on_begin=on_begin)
 
 
 class Supervised:
@@ -51,11 +53,14 @@ class Supervised:
         config, strategy, sources = setup.config, setup.strategy, self._sources
         if config.model.buckets and "pixels" in STAGES[config.stage].fields:
             sources = [source for group in by_shape(sources, config.model) for source in group]
-        if config.stage == "joint" and config.data.cache_dir:
-            sources = _encode_sources(config, setup.plan, strategy, state, sources)
         builder = ExampleBuilder(STAGES[config.stage].fields, config.model, config.data, setup.vocabulary)
         rows = host_rows(strategy.batch_sharding(), config.data.batch_size // config.data.pack)
-        loader = Loader(sources, builder, config.data, config.seed, rows=rows, join=builder.join)
+        loader_of = lambda sources: Loader(sources, builder, config.data, config.seed, rows=rows, join=builder.join)
+        if position is not None:
+            loader_of(sources).restore(position)  # before hours of encoding for a run that cannot go on
+        if config.stage == "joint" and config.data.cache_dir:
+            sources = _encode_sources(config, setup.plan, strategy, state, sources)
+        loader = loader_of(sources)
         if position is not None:
             loader.restore(position)
         loss = make_loss(config, setup.image_first)
@@ -92,6 +97,9 @@ class _Batches:
         return self.known
 
     def check(self, step: int, values: dict[str, float]) -> None:
+        pass
+
+    def start(self, log: MetricLog | SilentLog) -> None:
         pass
 
     def close(self) -> None:

@@ -357,7 +357,7 @@ def test_an_image_of_zero_bytes_is_drawn_again_as_it_is(tmp_path: pathlib.Path) 
     (folder / "0.png").write_bytes(b"")
     record = opened(folder, task="reconstruct")[0]
     assert (record.task, record.image, record.references) == ("reconstruct", b"", (b"",))
-    with pytest.raises(ValueError, match=r"data.sources.task='edit' is not one of , reconstruct"):
+    with pytest.raises(ValueError, match=r"data.sources.task='edit' is not one of '', reconstruct"):
         SourceConfig(str(folder), task="edit")
 
 
