@@ -25,7 +25,7 @@ _DTYPES = ("<i8", "<u4", "|u1")  # a file may come from anywhere: no objects
 _PREFIX = len(MAGIC) + 8
 
 
-class DamagedFile(ValueError):
+class DamagedArrays(ValueError):
     """A file that `pack` did not make, or that has changed since."""
 
 
@@ -59,27 +59,27 @@ def unpack(
     out.
 
     Raises:
-      DamagedFile: it is another kind of file, or a part of it has changed.
+      DamagedArrays: it is another kind of file, or a part of it has changed.
       OSError: it is not there or cannot be read.
     """
     if os.path.getsize(path) < _PREFIX:
-        raise DamagedFile("it is cut short")
+        raise DamagedArrays("it is cut short")
     raw = np.memmap(path, np.uint8, mode="r")
     if raw[: len(MAGIC)].tobytes() != MAGIC:
-        raise DamagedFile("it is of another version")
+        raise DamagedArrays("it is of another version")
     stored, length = (int(n) for n in raw[len(MAGIC) : _PREFIX].view("<u4"))
     if check and google_crc32c.value(raw[len(MAGIC) + 4 :]) != stored:
-        raise DamagedFile("its checksum does not match")
+        raise DamagedArrays("its checksum does not match")
     try:
         header = json.loads(raw[_PREFIX : _PREFIX + length].tobytes())
         body, arrays = raw[_PREFIX + length :], {}
         for name, (kind, shape, start) in header.pop("arrays").items():
             if kind not in _DTYPES:
-                raise DamagedFile(f"an array of {kind}")
+                raise DamagedArrays(f"an array of {kind}")
             size = np.dtype(kind).itemsize * int(np.prod(shape))
             arrays[name] = body[start : start + size].view(kind).reshape(shape)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise DamagedFile(f"its layout makes no sense ({error})") from None
+        raise DamagedArrays(f"its layout makes no sense ({error})") from None
     return header, arrays
 
 

@@ -47,7 +47,7 @@ import numpy as np
 
 from blip3o_jax.config import UserError
 from blip3o_jax.data.checked_file import (
-    DamagedFile,
+    DamagedArrays,
     cache_directory,
     crc32c,
     pack,
@@ -366,7 +366,7 @@ def _mapped(path: str, digest: str) -> ShardIndex:
         if header["digest"] == digest:
             return ShardIndex(arrays, header)
         reason = "it was written anew"
-    except (OSError, DamagedFile) as error:
+    except (OSError, DamagedArrays) as error:
         reason = getattr(error, "strerror", None) or str(error)
     raise UserError(f"{path}: the index changed while in use ({reason}): start the command again")
 
@@ -490,7 +490,7 @@ def _touched(shards: Sequence[str], form: Format, found: Sequence[Any]) -> list[
 
 
 def _check_layout(index: ShardIndex, form: Format) -> None:
-    """Raise DamagedFile unless the arrays fit each other: the file may come from anywhere."""
+    """Raise DamagedArrays unless the arrays fit each other: the file may come from anywhere."""
     arrays, header = index.arrays, index.header
     try:
         count, (rows, _) = len(arrays["crc"]), arrays["sizes"].shape
@@ -503,7 +503,7 @@ def _check_layout(index: ShardIndex, form: Format) -> None:
     except (KeyError, ValueError, TypeError, AttributeError):
         fits = False
     if not fits:
-        raise DamagedFile("it is of another version, or its parts do not fit each other")
+        raise DamagedArrays("it is of another version, or its parts do not fit each other")
 
 
 def _places(shard: str, form: Format) -> Iterator[pathlib.Path]:

@@ -30,7 +30,7 @@ import numpy as np
 from blip3o_jax import config
 from blip3o_jax.config import UserError
 from blip3o_jax.data import index as index_lib
-from blip3o_jax.data.checked_file import DamagedFile, crc32c
+from blip3o_jax.data.checked_file import DamagedArrays, crc32c
 from blip3o_jax.data.index import Built, Counts, Hosts, IndexedSource, Progress, ShardIndex
 from blip3o_jax.data.record import (
     CAPTION_FIELDS,
@@ -328,7 +328,7 @@ def _folder_changed(images: _ImageFiles, path: str, found: ShardIndex) -> str:
     arrays = found.arrays
     lines = arrays["lines"]
     if lines.shape != (len(found), 3) or lines.min(initial=0) < 0 or lines.max(initial=0) > os.path.getsize(path):
-        raise DamagedFile("it points outside of the captions")
+        raise DamagedArrays("it points outside of the captions")
     starts = [0, *arrays["path_ends"][:-1].tolist()]
     raw = arrays["paths"].tobytes()
     ends = arrays["path_ends"].tolist()
@@ -466,7 +466,7 @@ def _parquet_changed(path: str, found: ShardIndex) -> str:
     """See `index.Format.changed`."""
     extra = found.header["extra"]
     if sum(extra["groups"]) != len(found) or not all(isinstance(name, str) for name in (extra["key"], *extra["fields"])):
-        raise DamagedFile("it does not fit a parquet file")
+        raise DamagedArrays("it does not fit a parquet file")
     return index_lib.same_state(path, found)
 
 

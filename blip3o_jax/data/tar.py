@@ -15,7 +15,7 @@ import numpy as np
 
 from blip3o_jax.config import UserError
 from blip3o_jax.data import index
-from blip3o_jax.data.checked_file import DamagedFile, crc32c
+from blip3o_jax.data.checked_file import DamagedArrays, crc32c
 from blip3o_jax.data.record import (
     BadRecord,
     Record,
@@ -283,7 +283,7 @@ def _changed(path: str, found: index.ShardIndex) -> str:
     total = os.path.getsize(path)
     inside = inside and max(offsets.max(initial=0), sizes.max(initial=0)) <= total
     if not (inside and (offsets + sizes <= total).all()):
-        raise DamagedFile("it points outside of the shard")
+        raise DamagedArrays("it points outside of the shard")
     return ""
 
 

@@ -19,7 +19,7 @@ from blip3o_jax.config import DataConfig, SourceConfig, UserError
 from blip3o_jax.data import encoded, index, sources
 from blip3o_jax.data import tar as tar_lib
 from blip3o_jax.data.buckets import by_shape
-from blip3o_jax.data.checked_file import DamagedFile, pack, unpack
+from blip3o_jax.data.checked_file import DamagedArrays, pack, unpack
 from blip3o_jax.data.loader import Loader
 from blip3o_jax.data.record import BadRecord, ChangedRecord, Source
 from tests import tiny
@@ -227,7 +227,7 @@ def test_an_index_that_is_damaged_anywhere_is_made_anew(tmp_path: pathlib.Path, 
     whole = file.read_bytes()
     for place in range(0, len(whole), 37):
         file.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
-        with pytest.raises(DamagedFile):
+        with pytest.raises(DamagedArrays):
             unpack(file)
     for cut in (0, 10, len(whole) - 1):
         file.write_bytes(whole[:cut])
