@@ -429,6 +429,10 @@ class DataConfig:
     prefetch: int = 2  # batches each worker keeps ready
     shuffle: bool = True
     max_bad_share: float = 0.01  # of the records seen; above it the run stops
+    # What becomes of a record whose text leaves no room for its image in the row: "skip" (counted), "truncate" (the text is
+    # cut, never the image's tokens) or "error" (the run ends).
+    too_long: str = "skip"
+    max_pixels: int = 80_000_000  # of an image, told from its header; a larger one is a record that cannot be read
     cache_dir: str = ""  # where ids and latents of the frozen encoders are kept; "" encodes inside the step
 
     def __post_init__(self) -> None:
@@ -439,6 +443,8 @@ class DataConfig:
             f"data.batch_size={self.batch_size} must be a multiple of data.pack={self.pack}, a positive number",
         )
         check(self.workers >= 0, f"data.workers={self.workers} must be 0 or more")
+        check_choice("data.too_long", self.too_long, ("skip", "truncate", "error"))
+        check(self.max_pixels > 0, f"data.max_pixels={self.max_pixels} must be positive")
 
     @property
     def all_sources(self) -> tuple[SourceConfig, ...]:

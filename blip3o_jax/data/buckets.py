@@ -18,7 +18,7 @@ import numpy as np
 
 from blip3o_jax.config import ModelConfig, UserError
 from blip3o_jax.data import images
-from blip3o_jax.data.record import BadRecord, Record, Source
+from blip3o_jax.data.record import BadRecord, Record, Source, read_record
 from blip3o_jax.data.tar import cache_directory
 
 AT_ONCE = 1024  # records between two lines of progress
@@ -67,7 +67,8 @@ def _shapes(source: Source, model: ModelConfig) -> np.ndarray:
 
     def shape(index: int) -> int:
         try:
-            return model.sizes.index(model.nearest_size(*images.shape_of(source[index].first_image)))
+            height, width = read_record(source, index, lambda record: images.shape_of(record.first_image))
+            return model.sizes.index(model.nearest_size(height, width))
         except BadRecord:
             return 0
 

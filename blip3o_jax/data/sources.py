@@ -173,8 +173,9 @@ class FolderSource(Source):
     def _read(self, name: str) -> bytes:
         try:
             return pathlib.Path(self._root, name).read_bytes()
-        except OSError as error:
-            raise BadRecord(self._lines_file, name, f"the image cannot be read: {error.strerror}") from None
+        except (OSError, ValueError) as error:  # ValueError: a name with NUL or half a character
+            reason = error.strerror if isinstance(error, OSError) else "no file can have this name"
+            raise BadRecord(self._lines_file, name, f"the image cannot be read: {reason}") from None
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -244,25 +245,33 @@ class ParquetSource(Source):
         return self._ends[-1] if self._ends else 0
 
     def _table(self, group: int) -> Any:
-        import pyarrow.parquet
-
+        """The columns of a row group, or the reason why it cannot be read: that is kept as well, since all of its rows ask."""
         with self._lock:
             if group not in self._tables:
-                file, row_group = self._groups[group]
-                fields, key = self._columns[file]
-                columns = [*fields, key] if key else fields
-                with pyarrow.parquet.ParquetFile(self.files[file]) as parquet:
-                    self._tables[group] = parquet.read_row_group(row_group, columns=columns, use_threads=False)
+                self._tables[group] = self._read_group(*self._groups[group])
                 while len(self._tables) > ROW_GROUPS_KEPT:
                     self._tables.popitem(last=False)
             self._tables.move_to_end(group)
             return self._tables[group]
+
+    def _read_group(self, file: int, row_group: int) -> Any:
+        import pyarrow.parquet
+
+        fields, key = self._columns[file]
+        columns = [*fields, key] if key else fields
+        try:
+            with pyarrow.parquet.ParquetFile(self.files[file]) as parquet:
+                return parquet.read_row_group(row_group, columns=columns, use_threads=False)
+        except (pyarrow.ArrowException, OSError) as error:
+            return f"the row group cannot be read: {(str(error).splitlines() or [''])[0]}"
 
     def __getitem__(self, index: int) -> Record:
         group = bisect.bisect_right(self._ends, index)
         row = index - (self._ends[group - 1] if group else 0)
         table, file = self._table(group), self._groups[group][0]
         shard, (names, key_column) = self.files[file], self._columns[file]
+        if isinstance(table, str):
+            raise BadRecord(shard, f"row {index}", table)
         key = str(table[key_column][row].as_py()) if key_column else f"row {index}"
         try:
             fields = {name: table[name][row].as_py() for name in names}
@@ -341,8 +350,12 @@ class TfdsSource(Source):
         return self._ends[-1] if self._ends else 0
 
     def __getitem__(self, index: int) -> Record:
-        fields = self._reader[index]
         shard = self.files[bisect.bisect_right(self._ends, index)]
+        try:
+            fields = self._reader[index]
+        except Exception as error:  # ArrayRecord's and protobuf's own, of damaged bytes
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            raise BadRecord(shard, str(index), f"the record cannot be read: {reason}") from error
         key = fields.get("key", str(index))
         key = key.decode(errors="replace") if isinstance(key, bytes) else str(key)
         fields = {name: fields[name] for name in self._fields}

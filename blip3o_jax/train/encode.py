@@ -15,7 +15,7 @@ from blip3o_jax import config as config_lib
 from blip3o_jax.config import Config
 from blip3o_jax.data.encoded import PART, EncodedSource, directory_name
 from blip3o_jax.data.examples import ExampleBuilder, Views
-from blip3o_jax.data.record import BadRecord, Source
+from blip3o_jax.data.record import BadRecord, Source, read_record
 from blip3o_jax.parallel.distributed import barrier, say
 
 # (pixels, tokenizer_pixels) uint8 [B, ...] -> (codes [B, N], latents [B, H, W, C])
@@ -71,7 +71,7 @@ def _write_part(
 
     def images_of(index: int) -> list[tuple[int, Views]]:
         try:
-            return builder.images_of(source[index])
+            return read_record(source, index, builder.images_of)
         except BadRecord as e:
             unreadable[str(index)] = e.reason
             return []

@@ -81,7 +81,8 @@ class _Batches:
         return self.prefetch.wait_seconds
 
     def metrics(self) -> dict[str, float]:
-        return {}
+        skipped = self.prefetch.state()["skipped"]
+        return {f"skipped/{kind.replace(' ', '_')}": count for kind, count in skipped.items()}
 
     def check(self, step: int, values: dict[str, float]) -> None:
         pass

@@ -6,7 +6,7 @@ import pathlib
 from collections.abc import Iterator, Sequence
 
 from blip3o_jax.config import Config
-from blip3o_jax.data.record import BadRecord, Source
+from blip3o_jax.data.record import BadRecord, Source, read_record
 from blip3o_jax.text.tokenizers import SENTENCEPIECE_FILE, load_tokenizer, train_sentencepiece
 from blip3o_jax.text.vocabulary import Vocabulary
 from blip3o_jax.train.stages import STAGES
@@ -39,6 +39,6 @@ def _captions(sources: Sequence[tuple[Source, float]]) -> Iterator[str]:
     for source, _ in sources:
         for index in itertools.islice(range(len(source)), MAX_CAPTIONS):
             try:
-                yield source[index].caption
+                yield read_record(source, index, lambda record: record.caption)
             except BadRecord:
                 continue  # counted when the loader meets it
