@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import tokenizers as hf
 
-from blip3o_jax.config import ConfigError, TemplateConfig, UserError
+from blip3o_jax.config import ConfigError, DataConfig, ModelConfig, TaTokConfig, TemplateConfig, UserError
 from blip3o_jax.data import sequence
+from blip3o_jax.data.examples import ExampleBuilder
+from blip3o_jax.data.record import Record
 from blip3o_jax.data.sequence import (
     RowTooLong,
     caption_row,
@@ -333,3 +335,30 @@ def test_examples_follow_each_other_in_a_row(vocab):
     assert sequence.shared_length(rows, sum(lengths)) == sum(lengths)
     longest = sequence.shared_length(rows, sum(lengths) - 9)
     assert sum(min(length, longest) for length in lengths) in range(sum(lengths) - 9 - 2, sum(lengths) - 9 + 1)
+
+
+def test_of_packed_examples_the_long_ones_are_cut_or_named(vocab):
+    model = ModelConfig(tokenizer=TaTokConfig(pool_scale=3), template=TEMPLATE)
+    records = [Record(b"", caption, key, "a.tar") for key, caption in (("a", "x"), ("b", "a cat " * 30))]
+
+    def built(max_length, too_long):
+        data = DataConfig(batch_size=2, pack=2, max_length=max_length, too_long=too_long)
+        builder = ExampleBuilder(("row",), model, data, vocab)
+        return builder, [builder(record) for record in records]
+
+    builder, whole = built(900, "skip")
+    short, long = (int(row["segment_ids"].sum()) for row in whole)
+    with pytest.raises(RowTooLong, match=r"'a \+ b'") as error:
+        ExampleBuilder(("row",), model, DataConfig(batch_size=2, pack=2, max_length=short + long - 20), vocab).join(
+            whole, records
+        )
+    assert error.value.which == 1
+    builder, rows = built(short + long - 20, "truncate")
+    joined = builder.join(rows, records)
+    segments = joined["segment_ids"]
+    assert (segments == 1).sum() == short and long - 40 < (segments == 2).sum() <= long - 20
+    assert joined["loss_mask"].sum() == sum(row["loss_mask"].sum() for row in whole)
+    builder, rows = built(2 * short - 20, "truncate")  # not even without a text
+    with pytest.raises(RowTooLong) as error:
+        builder.join(whole, records)
+    assert error.value.which == 1
