@@ -429,10 +429,11 @@ class DataConfig:
     prefetch: int = 2  # batches each worker keeps ready
     shuffle: bool = True
     max_bad_share: float = 0.01  # of the records seen; above it the run stops
-    # What becomes of a record whose text leaves no room for its image in the row: "skip" (counted), "truncate" (the text is
-    # cut, never the image's tokens) or "error" (the run ends).
+    # What becomes of a record whose text leaves no room for its image in the row: "skip" (counted),
+    # "truncate" (the text is cut, never the image's tokens) or "error" (the run ends).
     too_long: str = "skip"
-    max_pixels: int = 80_000_000  # of an image, told from its header; a larger one is a record that cannot be read
+    # Of an image, counted from its header; a record with a larger one cannot be read.
+    max_pixels: int = 80_000_000
     cache_dir: str = ""  # where ids and latents of the frozen encoders are kept; "" encodes inside the step
 
     def __post_init__(self) -> None:

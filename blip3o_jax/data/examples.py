@@ -52,8 +52,9 @@ class ExampleBuilder:
         return example
 
     def join(self, examples: Sequence[dict[str, np.ndarray]], records: Sequence[Record]) -> dict[str, np.ndarray]:
-        """`data.pack` examples and what they were made of -> one row with all of them. RowTooLong where they do not fit; with
-        data.too_long="truncate" the longest ones are made again, of less text."""
+        """`data.pack` examples and what they were made of -> one row with all of them. RowTooLong
+        where they do not fit; with data.too_long="truncate" the longest ones are made again, of
+        less text."""
         keys = [record.key for record in records]
         try:
             return sequence.pack_rows(examples, keys, self.data.max_length)

@@ -2,10 +2,10 @@
 
     bytes -> decode -> image_HWC -> one centre crop -> pixels_PQC, tokenizer_pixels_TTC      (uint8, RGB)
 
-`open_image` is the only place of the package where Pillow meets an encoded image: of a few formats, by
-their first bytes, so that no other decoder is ever started (Pillow's own choice has one for EPS, which
-runs Ghostscript). Pixels are counted from the header. A PNG goes in without its colour profile and notes,
-which change no pixel, and which Pillow refuses from 1 MiB on.
+`open_image` is the only place of the package where Pillow meets an encoded image: of a few formats,
+by their first bytes, so that no other decoder is ever started (Pillow's own choice has one for EPS,
+which runs Ghostscript). Pixels are counted from the header. A PNG goes in without its colour
+profile and notes, which change no pixel, and which Pillow refuses from 1 MiB on.
 
 Both views come from one crop, so that image tokens and latents describe the same region; the tokenizer's is squashed to a
 square where the crop is none. crop="reference" keeps the published way, where the tokenizer sees the whole image squashed.
@@ -36,7 +36,8 @@ from blip3o_jax.data.record import BadRecord
 
 SMALLEST = 8  # side of an image that a user names
 MOST_PIXELS = DataConfig.max_pixels
-# The first bytes of a file and the class of Pillow that reads it. What a phone writes as MPO is a JPEG with others after it.
+# The first bytes of a file and the class of Pillow that reads it. What a phone writes as MPO is a
+# JPEG with others after it.
 _FORMATS = (
     (b"\xff\xd8\xff", JpegImagePlugin.JpegImageFile),
     (b"\x89PNG\r\n\x1a\n", PngImagePlugin.PngImageFile),
@@ -47,7 +48,8 @@ _FORMATS = (
     (b"MM\0*", TiffImagePlugin.TiffImageFile),
 )
 _KNOWN = "JPEG, PNG, WebP, GIF, BMP or TIFF"
-# Chunks of a PNG that say nothing of its pixels. Of the texts only those that may hold an orientation are kept, and small.
+# Chunks of a PNG that say nothing of its pixels. Of the texts only those that may hold an
+# orientation are kept, and small.
 _NOTES = (b"tEXt", b"zTXt", b"iTXt")
 _PROFILE = b"iCCP"
 _ORIENTATION_TEXTS = (b"XML:com.adobe.xmp", b"Raw profile type exif")
@@ -69,7 +71,8 @@ def open_image(data: bytes, max_pixels: int | None = None) -> Image.Image:
     """Return the image with its header read and no pixel decoded; to be closed by the caller.
 
     Raises:
-      BadRecord: zero bytes, no header of a format of `_FORMATS`, or more than `max_pixels` pixels (None: any number).
+      BadRecord: zero bytes, no header of a format of `_FORMATS`, or more than `max_pixels` pixels
+        (None: any number).
     """
     if not data:
         raise BadRecord("", "", "the image has zero bytes")
@@ -79,7 +82,8 @@ def open_image(data: bytes, max_pixels: int | None = None) -> Image.Image:
     if size := _webp_size(data):  # its decoder allocates the pixels when it is opened
         _check_size(size, max_pixels)
     try:
-        image = reader(io.BytesIO(_without_notes(data) if reader is PngImagePlugin.PngImageFile else data))
+        png = reader is PngImagePlugin.PngImageFile
+        image = reader(io.BytesIO(_without_notes(data) if png else data))
     except Exception as error:  # decoders raise every kind of exception on broken bytes
         raise _undecodable(error) from None
     try:
@@ -93,9 +97,9 @@ def open_image(data: bytes, max_pixels: int | None = None) -> Image.Image:
 def _check_size(size: tuple[int, int], max_pixels: int | None) -> None:
     width, height = size
     if max_pixels is not None and width * height > max_pixels:
-        raise BadRecord(
-            "", "", f"the image is too large: {width} x {height} pixels, more than {max_pixels / 1e6:g} million: scale it down"
-        )
+        most = f"{max_pixels / 1e6:g} million"
+        reason = f"the image is too large: {width} x {height} pixels, more than {most}: scale it down"
+        raise BadRecord("", "", reason)
 
 
 def _undecodable(error: Exception) -> BadRecord:
@@ -104,7 +108,8 @@ def _undecodable(error: Exception) -> BadRecord:
 
 
 def _webp_size(data: bytes) -> tuple[int, int] | None:
-    """(width, height) of a WebP file's canvas from the header of its first chunk; None for any other file."""
+    """(width, height) of a WebP file's canvas from the header of its first chunk; None for any
+    other file."""
     chunk = data[12:16] if data.startswith(b"RIFF") and len(data) >= 30 else b""
     if chunk == b"VP8X":
         return 1 + int.from_bytes(data[24:27], "little"), 1 + int.from_bytes(data[27:30], "little")
@@ -123,8 +128,9 @@ def _without_notes(data: bytes) -> bytes:
     while position + 12 <= len(data):
         length, kind = struct.unpack_from(">I4s", data, position)
         end = position + 12 + length
-        note = kind in _NOTES and (length > _MOST_TEXT or not _may_orient(kind, data[position + 8 : end - 4]))
-        if note or kind == _PROFILE:
+        note = kind in _NOTES
+        useful = note and length <= _MOST_TEXT and _may_orient(kind, data[position + 8 : end - 4])
+        if kind == _PROFILE or (note and not useful):
             kept.append(data[start:position])
             start = end
         position = end
@@ -134,7 +140,8 @@ def _without_notes(data: bytes) -> bytes:
 
 
 def _may_orient(kind: bytes, chunk: bytes) -> bool:
-    """Whether a text chunk is one that Pillow takes an orientation from, whole and small when it is decompressed."""
+    """Whether a text chunk is one that Pillow takes an orientation from, whole and small when it is
+    decompressed."""
     keyword, _, rest = chunk.partition(b"\0")
     if keyword not in _ORIENTATION_TEXTS:
         return False
@@ -152,7 +159,8 @@ def _may_orient(kind: bytes, chunk: bytes) -> bool:
         inflater.decompress(packed, _MOST_TEXT)
     except zlib.error:
         return False
-    return rest[:1] == b"\0" and not inflater.unconsumed_tail  # the one method of compression that there is
+    # 0 is the one method of compression that there is.
+    return rest[:1] == b"\0" and not inflater.unconsumed_tail
 
 
 def decode(data: bytes, at_least: int = 0, max_pixels: int = MOST_PIXELS) -> np.ndarray:
@@ -165,7 +173,8 @@ def decode(data: bytes, at_least: int = 0, max_pixels: int = MOST_PIXELS) -> np.
       max_pixels: the most that are decoded.
 
     Raises:
-      BadRecord: zero bytes, broken or truncated data, an unknown format or pixel format, too many pixels.
+      BadRecord: zero bytes, broken or truncated data, an unknown format or pixel format, too many
+        pixels.
     """
     with open_image(data, max_pixels) as image:
         try:
@@ -230,7 +239,8 @@ def shape_of(data: bytes) -> tuple[int, int]:
     with open_image(data) as image:
         width, height = image.size
         # A TIFF's size is that of the image turned upright already.
-        on_its_side = not isinstance(image, TiffImagePlugin.TiffImageFile) and _orientation(image) in (5, 6, 7, 8)
+        turned = isinstance(image, TiffImagePlugin.TiffImageFile)
+        on_its_side = not turned and _orientation(image) in (5, 6, 7, 8)
         return (width, height) if on_its_side else (height, width)
 
 

@@ -7,9 +7,9 @@ global batch k is example kG + r, for G = data.batch_size. A host reads the rows
 wherever the mesh has these, so the global array is the same on any number of hosts and any mesh, and the position is one
 number, valid for all of them.
 
-A record that cannot be used (`BadRecord`: whatever exception it raises) has its row filled by the next usable record of its
-source: a filter would make the position depend on what was filtered. The row carries how many were skipped for it, and which,
-out of the worker process.
+A record that cannot be used (`BadRecord`: whatever exception it raises) has its row filled by the
+next usable record of its source: a filter would make the position depend on what was filtered. The
+row carries how many were skipped for it, and which, out of the worker process.
 """
 
 import dataclasses
@@ -39,11 +39,14 @@ Row = dict[str, np.ndarray]
 Transform = Callable[[Record], Row]
 Join = Callable[[Sequence[Row], Sequence[Record]], Row]
 
-# As many unusable records end the search for a usable one: the next NEAR of the source, then some from all over it, since a
-# damaged file spoils all records that lie in it. With nine records of ten unusable, one search in 10^5 fails.
+# As many unusable records end the search for a usable one: the next NEAR of the source, then some
+# from all over it, since a damaged file spoils all records that lie in it. With nine records of ten
+# unusable, one search in 10^5 fails.
 MAX_SKIPPED, NEAR = 128, 16
-FIRST_OF_SHARD = 8  # records of one shard, all of them skipped for the same kind of reason, that are worth a warning
-LOGGED_TOO_LONG = 10  # too long records that are logged by name; captions of some data sets are long by the thousand
+# Records of one shard, all of them skipped for the same kind of reason, that are worth a warning.
+FIRST_OF_SHARD = 8
+# Too long records that are logged by name; captions of some data sets are long by the thousand.
+LOGGED_TOO_LONG = 10
 # What a row tells about the records skipped for it: JSON in ASCII, at most this many bytes.
 _REPORT_BYTES = 4096
 _log = logging.getLogger(__name__)
@@ -55,7 +58,8 @@ class BadRecordLimit(UserError):
 
 @dataclasses.dataclass(frozen=True)
 class _Reader:
-    """`data.pack` places (source, index) -> one row: the transform's arrays, joined where there are several, and
+    """`data.pack` places (source, index) -> one row: the transform's arrays, joined where there are
+    several, and
 
     bad_records  int32 [] or [E]  records skipped for each example because they cannot be read
     _shards      int64 [] or [E]  CRC-32 of the name of the shard that each example was read from
@@ -77,14 +81,18 @@ class _Reader:
                 break
             except RowTooLong as error:  # of examples that would share the row, the longest gives way
                 record = records[error.which]
-                searches[error.which].skip(BadRecord(record.shard, record.key, f"shares a row that {error.reason}", TOO_LONG))
+                reason = f"shares a row that {error.reason}"
+                searches[error.which].skip(BadRecord(record.shard, record.key, reason, TOO_LONG))
                 found[error.which] = searches[error.which].next()
         skipped = [record for search in searches for record in search.skipped]
         bad = [sum(record.kind != TOO_LONG for record in search.skipped) for search in searches]
         shards = [zlib.crc32(_shard_name(record.shard).encode()) for record in records]
         one = (lambda values: values[0]) if len(places) == 1 else (lambda values: values)
-        counts = {"bad_records": np.array(one(bad), np.int32), "_shards": np.array(one(shards), np.int64)}
-        return row | counts | {"_skipped": _pack(skipped)}
+        return row | {
+            "bad_records": np.array(one(bad), np.int32),
+            "_shards": np.array(one(shards), np.int64),
+            "_skipped": _pack(skipped),
+        }
 
 
 class _Search:
@@ -104,7 +112,7 @@ class _Search:
             index = self._index()
             self._tried += 1
             try:
-                return read_record(self._source, index, lambda record: (self._reader.transform(record), record))
+                return read_record(self._source, index, self._made)
             except BadRecord as error:
                 self.skip(error)
         last = _described(self.skipped[-1])
@@ -112,6 +120,9 @@ class _Search:
             f"{self._source.name}: {limit} records in a row cannot be used, the last {last}; "
             + ("raise data.max_length" if self.skipped[-1].kind == TOO_LONG else "repair the data set")
         )
+
+    def _made(self, record: Record) -> tuple[Row, Record]:
+        return self._reader.transform(record), record
 
     def _index(self) -> int:
         size = len(self._source)
@@ -133,8 +144,8 @@ def _described(record: BadRecord) -> str:
 
 
 def _pack(skipped: list[BadRecord]) -> np.ndarray:
-    """JSON of how many were skipped for each kind of reason, and of the last ones (shard, key, reason, kind), in a fixed number
-    of bytes so that rows stack and cross processes."""
+    """JSON of how many were skipped for each kind of reason, and of the last ones (shard, key,
+    reason, kind), in a fixed number of bytes so that rows stack and cross processes."""
     if not skipped:
         return np.array(b"", f"S{_REPORT_BYTES}")
     counts = Counter(one_line(record.kind, 60) for record in skipped)
@@ -154,20 +165,21 @@ def _shard_name(shard: str) -> str:
 class Loader(Iterator[Batch]):
     """Endless batches: dicts of arrays [B, ...] with this host's B = len(rows) examples.
 
-    Every batch has the transform's fields, the same in each row, and `bad_records` int32 [B] ([B, E] where E examples share a
-    row): how many records were skipped to fill the row, the too long ones not counted. Each skipped record is logged once with
-    shard, key and reason, of those that are too long the first few; `skipped` counts all by the kind of reason.
+    Every batch has the transform's fields, the same in each row, and `bad_records` int32 [B] ([B,
+    E] where E examples share a row): how many records were skipped to fill the row, the too long
+    ones not counted. Each skipped record is logged once with shard, key and reason, of those that
+    are too long the first few; `skipped` counts all by the kind of reason.
 
     Args:
       sources: with their weights, as `sources.open_mixture` gives them. Every stretch of examples keeps to the weights
         (to a hundredth of the smallest). Those of another `shape` come in batches of their own.
-      transform: a record -> the arrays of one row. Any exception but ConfigError skips the record. It must pickle, and each
-        host must give rows of the same shapes.
-      data: batch_size, pack, workers, prefetch, shuffle, too_long and max_bad_share are used. With 0 workers, threads do the
-        work.
+      transform: a record -> the arrays of one row. Any exception but ConfigError skips the record.
+        It must pickle, and each host must give rows of the same shapes.
+      data: batch_size, pack, workers, prefetch, shuffle, too_long and max_bad_share are used. With
+        0 workers, threads do the work.
       rows: which rows of a global batch this host reads (`host_rows`); all by default.
-      join: the arrays and records of `data.pack` examples that follow each other -> those of a row, or RowTooLong; needed
-        above 1. It must pickle.
+      join: the arrays and records of `data.pack` examples that follow each other -> those of a row,
+        or RowTooLong; needed above 1. It must pickle.
     """
 
     def __init__(
@@ -211,8 +223,8 @@ class Loader(Iterator[Batch]):
         return batch
 
     def state(self) -> dict[str, Any]:
-        """The position after the last batch handed out, the same on every host but for "skipped", which counts what this one
-        skipped; fit for JSON."""
+        """The position after the last batch handed out, the same on every host but for "skipped",
+        which counts what this one skipped; fit for JSON."""
         return {"next_example": self._next_example, "order": self._order(), "skipped": dict(self.skipped)}
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -318,8 +330,10 @@ class Loader(Iterator[Batch]):
             )
 
     def _enough(self, share: float) -> bool:
-        """Whether a share of the records is more than chance: 10 would be of it, or the whole data set was seen."""
-        return self._seen >= (min(self._records, max(100, math.ceil(10 / share))) if share > 0 else 0)
+        """Whether a share of the records is more than chance: 10 would be of it, or the whole data
+        set was seen."""
+        enough = min(self._records, max(100, math.ceil(10 / share))) if share > 0 else 0
+        return self._seen >= enough
 
     def _log_skipped(self, shard: str, key: str, reason: str, kind: str) -> None:
         if kind != TOO_LONG:
@@ -341,7 +355,8 @@ class Loader(Iterator[Batch]):
             )
 
     def _warn_of_too_long(self, count: int) -> None:
-        """Say once that more than the share of bad records allowed is too long: it does not end the run."""
+        """Say once that more than the share of bad records allowed is too long: it does not end the
+        run."""
         share = self._data.max_bad_share
         if not self._warned and self._enough(share) and count > share * self._seen:
             self._warned = True

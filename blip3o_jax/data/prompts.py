@@ -7,13 +7,15 @@
 | CSV, TSV   | .csv, .tsv; or a first line of column names, one of them | the column prompt or caption    |
 | plain text | everything else                                          | a line                          |
 
-JSON is one array, over as many lines as it likes, or one value a line. What else an object or a row holds
-is metadata for a scorer, as in the shapes data set's prompts_*.jsonl, GenEval's evaluation_metadata.jsonl
-and PartiPrompts.tsv. Names of keys and columns may be in capitals. Empty lines are skipped.
+JSON is one array, over as many lines as it likes, or one value a line. What else an object or a row
+holds is metadata for a scorer, as in the shapes data set's prompts_*.jsonl, GenEval's
+evaluation_metadata.jsonl and PartiPrompts.tsv. Names of keys and columns may be in capitals. Empty
+lines are skipped.
 
-A text may begin with a brace or a bracket: without one of the suffixes above a file is JSON where its
-first line is valid JSON, or opens a string or a bracket right after its first, as no prompt does. What is
-JSON or a table by these rules and is broken is refused with its line, and never drawn as text.
+A text may begin with a brace or a bracket: without one of the suffixes above a file is JSON where
+its first line is valid JSON, or opens a string or a bracket right after its first, as no prompt
+does. What is JSON or a table by these rules and is broken is refused with its line, and never drawn
+as text.
 """
 
 import csv
@@ -36,7 +38,8 @@ _COLUMN_NAME = re.compile(r"[\w .-]{1,40}")
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """`metadata`: its whole object or row, for the rewards. `category`: "category" or "tag" of that, or ""."""
+    """`metadata`: its whole object or row, for the rewards. `category`: "category" or "tag" of
+    that, or ""."""
 
     text: str
     metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -101,12 +104,13 @@ def _json_lines(text: str, path: pathlib.Path) -> Iterator[tuple[Any, str]]:
             where = f"{path}:{number}"
             value, end = _decoded(line, len(line) - len(line.lstrip()), where)
             if line[end:].strip():
-                raise UserError(f"{where} is no JSON: extra data in column {end + 1}; write one value a line")
+                raise UserError(f"{where} is no JSON: extra data in column {end + 1}; write one a line")
             yield value, where
 
 
 def _json_array(text: str, path: pathlib.Path) -> Iterator[tuple[Any, str]]:
-    """The values of one array, each with the line it begins in, so that what is wrong has a place."""
+    """The values of one array, each with the line it begins in, so that what is wrong has a
+    place."""
     space = re.compile(r"\s*")
     position = space.match(text, text.index("[") + 1).end()
     ended = text.startswith("]", position)
@@ -124,7 +128,7 @@ def _json_array(text: str, path: pathlib.Path) -> Iterator[tuple[Any, str]]:
     position = space.match(text, position + 1).end()
     if text[position:]:
         here = f"{path}:{text.count(chr(10), 0, position) + 1}"
-        raise UserError(f"{here} is no JSON: something follows the array; write one array, or one object a line")
+        raise UserError(f"{here} is no JSON: something follows the array; write all into one array")
 
 
 def _decoded(text: str, position: int, where: str) -> tuple[Any, int]:
@@ -132,8 +136,9 @@ def _decoded(text: str, position: int, where: str) -> tuple[Any, int]:
     try:
         return json.JSONDecoder().raw_decode(text, position)
     except json.JSONDecodeError as e:
-        place = where.rpartition(":")[0] + f":{int(where.rpartition(':')[2]) + text.count(chr(10), position, e.pos)}"
-        raise UserError(f"{place} is no JSON: {e.msg}") from e
+        file, _, first = where.rpartition(":")
+        line = int(first) + text.count("\n", position, e.pos)
+        raise UserError(f"{file}:{line} is no JSON: {e.msg}; write one array, or one object a line") from e
     except ValueError as e:  # a number of more digits than int takes
         raise UserError(f"{where} is no JSON: {str(e).partition(';')[0]}") from e
     except RecursionError as e:
@@ -141,7 +146,8 @@ def _decoded(text: str, position: int, where: str) -> tuple[Any, int]:
 
 
 def _delimiter(first: str) -> str:
-    """Return what separates the columns where the first line names them, one of them that of the prompts; else ""."""
+    """Return what separates the columns where the first line names them, one of them that of the
+    prompts; else ""."""
     for delimiter in ("\t", ","):
         names = [name.strip() for name in first.split(delimiter)]
         named = {name.casefold() for name in names} & set(TEXT_NAMES)
@@ -167,7 +173,8 @@ def _table(text: str, delimiter: str, path: pathlib.Path) -> Iterator[tuple[dict
     (header, first), *rows = rows
     names = [name.strip() for name in header]
     if not {name.casefold() for name in names} & set(TEXT_NAMES):
-        raise UserError(f"{path}:{first} names no column prompt or caption; it has {', '.join(map(repr, names))}")
+        found = ", ".join(map(repr, names))
+        raise UserError(f"{path}:{first} names no column prompt or caption; it has {found}")
     if len({name.casefold() for name in names}) < len(names):
         raise UserError(f"{path}:{first} names a column twice: {', '.join(map(repr, names))}")
     for values, line in rows:
@@ -177,7 +184,8 @@ def _table(text: str, delimiter: str, path: pathlib.Path) -> Iterator[tuple[dict
 
 
 def _rows(text: str, delimiter: str, quoting: bool) -> list[tuple[list[str], int]]:
-    """Return the rows that are not empty, each with its last line; csv.Error(reason, line) for what is no table."""
+    """Return the rows that are not empty, each with its last line; csv.Error(reason, line) for what
+    is no table."""
     style = csv.QUOTE_MINIMAL if quoting else csv.QUOTE_NONE
     lines = (line + "\n" for line in text.split("\n"))
     reader = csv.reader(lines, delimiter=delimiter, quoting=style, strict=True)

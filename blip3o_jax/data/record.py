@@ -39,13 +39,16 @@ T = TypeVar("T")
 TOO_LONG = "too long"  # the kind of a record whose text does not fit in its row
 _PACKAGE = pathlib.Path(__file__).parent.parent
 _LIBRARIES = tuple(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib"))
-_VARIABLE = re.compile(r"\s\d|[:;(\[{'\"\\]")  # where the part of a reason begins that differs from record to record
+# Where the part of a reason begins that differs from record to record.
+_VARIABLE = re.compile(r"\s\d|[:;(\[{'\"\\]")
 
 
 class BadRecord(UserError):
-    """One record that cannot be used. `shard` and `key` say which; empty where only the bytes are known.
+    """One record that cannot be used. `shard` and `key` say which; empty where only the bytes are
+    known.
 
-    `kind`: what reasons of the same cause have in common; by default the reason up to its first number, quote or colon.
+    `kind`: what reasons of the same cause have in common; by default the reason up to its first
+    number, quote or colon.
     """
 
     def __init__(self, shard: str, key: str, reason: str, kind: str = "") -> None:
@@ -61,9 +64,11 @@ class BadRecord(UserError):
 
 
 class RowTooLong(UserError):
-    """Text that does not fit in its row. `data.too_long` says what becomes of the record; its image tokens are never cut.
+    """Text that does not fit in its row. `data.too_long` says what becomes of the record; its image
+    tokens are never cut.
 
-    reason: what is too long. cure: what to do. which: the longest, where several examples share the row.
+    reason: what is too long. cure: what to do. which: the longest, where several examples share the
+    row.
     """
 
     def __init__(
@@ -137,9 +142,10 @@ class Source(abc.ABC):
 def read_record(source: Source, index: int, use: Callable[[Record], T]) -> T:
     """Return `use(source[index])`: the one place where records are read.
 
-    Raises BadRecord, with shard, key and reason, whatever exception reading or using this one record raises. An exception
-    that nobody foresaw is named by its type and the line of the package that met it, so that a bug can be told from bad data.
-    A setting that cannot work (ConfigError) is not the record's fault, and is raised as it is.
+    Raises BadRecord, with shard, key and reason, whatever exception reading or using this one
+    record raises. An exception that nobody foresaw is named by its type and the line of the package
+    that met it, so that a bug can be told from bad data. A setting that cannot work (ConfigError)
+    is not the record's fault, and is raised as it is.
     """
     record = None
     try:
@@ -154,7 +160,7 @@ def read_record(source: Source, index: int, use: Callable[[Record], T]) -> T:
         elif isinstance(error, RowTooLong):
             reason, kind = error.reason, TOO_LONG
         elif isinstance(error, UserError):
-            reason = str(error)
+            reason, kind = str(error), "no row can be made of it"
         else:
             kind = type(error).__name__
             message = str(error).partition("\n")[0]
@@ -175,8 +181,10 @@ def _place(error: Exception) -> str:
 
 
 def one_line(text: str, most: int = 150) -> str:
-    """Return `text` with all that cannot be printed escaped, lone surrogates among them, cut to `most` characters."""
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[: most + 1])
+    """Return `text` with all that cannot be printed escaped, lone surrogates among them, cut to
+    `most` characters."""
+    escaped = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[: most + 1])
+    shown = "".join(escaped)
     return shown if len(shown) <= most else shown[: most - 3] + "..."
 
 
@@ -189,7 +197,8 @@ def fingerprint_of(kind: str, files: Iterable[str]) -> str:
 
 
 def decode_text(value: bytes | str | None, shard: str, key: str) -> str:
-    """Return a text without its byte-order mark and outer blanks; BadRecord for what UTF-8 cannot hold or is no text."""
+    """Return a text without its byte-order mark and outer blanks; BadRecord for what UTF-8 cannot
+    hold or is no text."""
     if isinstance(value, bytes):
         try:
             value = value.decode("utf-8")
@@ -227,7 +236,8 @@ def words(fields: Mapping[str, Any], shard: str, key: str) -> Words:
     fields = {name: _first(fields.get(name)) for name in ("task", *TEXT_FIELDS, "answer")}
     given = [name for name in TEXT_FIELDS if fields[name] is not None]
     given = [name for name in given if fields[name]] or given  # TFDS has no missing values: what is not there is empty
-    task = fields["task"] or {"instruction": "edit", "question": "understand"}.get(given[0] if given else "", "t2i")
+    told = {"instruction": "edit", "question": "understand"}.get(given[0] if given else "", "t2i")
+    task = fields["task"] or told
     task = decode_text(task, shard, key)
     if task not in TASKS:
         raise BadRecord(shard, key, f"task {one_line(task)!r} is not one of {', '.join(TASKS)}")
@@ -245,7 +255,8 @@ def words(fields: Mapping[str, Any], shard: str, key: str) -> Words:
 
 
 def _first(value: Any) -> Any:
-    """Return of several texts (a list, or TFDS's array) the first that is not empty: the same in every epoch."""
+    """Return of several texts (a list, or TFDS's array) the first that is not empty: the same in
+    every epoch."""
     if not isinstance(value, list | tuple | np.ndarray):
         return value
     texts = list(value)

@@ -97,9 +97,10 @@ def task_row(
         reference_span   int32 [R]: the opening tag of each reference image, its N tokens follow; 0 where there is none
         reference_mask   float32 [R]: 1 where there is a reference; those come first
 
-    of R = `places`. `text` is the caption, instruction or question, `answer` the text that answers a question. Raises
-    RowTooLong, for an answer of more labels than an image has as well, and UserError for more references than places. With
-    `truncate`, text and answer are cut to what fits.
+    of R = `places`. `text` is the caption, instruction or question, `answer` the text that answers
+    a question. Raises RowTooLong, for an answer of more labels than an image has as well, and
+    UserError for more references than places. With `truncate`, text and answer are cut to what
+    fits.
     """
     if references > places:
         raise UserError(
@@ -168,7 +169,8 @@ def _fitted(make: Callable[[str], Prompt], text: str, most: int, truncate: bool)
 
 
 def _longest(text: str, fits: Callable[[str], bool]) -> str:
-    """Return the longest beginning of `text` that fits, without blanks at its end; "" where not one character does."""
+    """Return the longest beginning of `text` that fits, without blanks at its end; "" where not one
+    character does."""
     fitting, too_long = 0, len(text) + 1
     while too_long - fitting > 1:
         middle = (fitting + too_long) // 2
@@ -200,7 +202,8 @@ def _laid_out(
 
 
 def shared_length(rows: Sequence[dict[str, np.ndarray]], max_length: int) -> int:
-    """Return how long examples may be so that all of them fit in one row: the shorter ones leave their room to the others."""
+    """Return how long examples may be so that all of them fit in one row: the shorter ones leave
+    their room to the others."""
     lengths = sorted(_lengths(rows))
     left = max_length
     for number, length in enumerate(lengths):
@@ -247,8 +250,8 @@ def caption_row(
 ) -> dict[str, np.ndarray]:
     """A caption alone, for the contrastive stage: the end-of-turn token closes it, so that an empty one is not an empty row.
 
-    Returns text_ids_L int32 and text_mask_L bool under the keys "text_ids" and "text_mask". Raises RowTooLong, unless it is to
-    `truncate` the caption.
+    Returns text_ids_L int32 and text_mask_L bool under the keys "text_ids" and "text_mask". Raises
+    RowTooLong, unless it is to `truncate` the caption.
     """
     ids = [*vocab.encode(caption), vocab.end_of_turn]
     if truncate and len(ids) > max_length:

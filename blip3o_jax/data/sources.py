@@ -245,7 +245,8 @@ class ParquetSource(Source):
         return self._ends[-1] if self._ends else 0
 
     def _table(self, group: int) -> Any:
-        """The columns of a row group, or the reason why it cannot be read: that is kept as well, since all of its rows ask."""
+        """The columns of a row group, or the reason why it cannot be read: that is kept as well,
+        since all of its rows ask."""
         with self._lock:
             if group not in self._tables:
                 self._tables[group] = self._read_group(*self._groups[group])

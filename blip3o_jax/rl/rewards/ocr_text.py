@@ -1,5 +1,5 @@
-"""One form for the text that is asked for and the text that was read, so that only what can be seen and
-recognised makes a difference.
+"""One form for the text that is asked for and the text that was read, so that only what can be seen
+and recognised makes a difference.
 
     case, spaces, invisible characters      left out of the comparison
     forms of one character                  Unicode's NFKC: full-width letters, ligatures, fractions, superscripts
@@ -7,8 +7,9 @@ recognised makes a difference.
     accents                                 kept where the recogniser knows the letter with them, else left out
     pictures and rare signs                 left out, on both sides: what is kept is letters, digits and `_SIGNS`
 
-The recogniser's own list of characters (PP-OCR's, 18,708 of them) has Latin letters up to U+02AF, Greek
-without accents, Chinese and Japanese. What these have no sign for cannot be read, whatever is drawn.
+The recogniser's own list of characters (PP-OCR's, 18,708 of them) has Latin letters up to U+02AF,
+Greek without accents, Chinese and Japanese. What these have no sign for cannot be read, whatever is
+drawn.
 """
 
 # ruff: noqa: RUF001  # characters of one look are what this file is about
@@ -52,7 +53,8 @@ _SCRIPTS = ("LATIN", "GREEK", "CJK", "HIRAGANA", "KATAKANA", "IDEOGRAPHIC")
 
 def normalise(text: str) -> str:
     """Return the form of `text` that is compared; "" where nothing of it can be."""
-    # The table first: NFKC would make "o" of the sign of degrees, and a blank and an accent of the acute.
+    # The table first: NFKC would make "o" of the sign of degrees, and a blank and an accent of the
+    # acute.
     text = unicodedata.normalize("NFKC", text.translate(_TABLE))
     text = unicodedata.normalize("NFKC", text.casefold()).translate(_TABLE)
     text = "".join(map(_without_accent, text))
