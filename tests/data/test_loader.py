@@ -134,6 +134,12 @@ def test_too_many_bad_records_stop_the_run() -> None:
             next(small)
     with pytest.raises(BadRecordLimit):
         next(make([(Numbers("a", 10_000, bad=(3,)), 1.0)], shuffle=False, max_bad_share=0.0))
+    # Neighbours that are skipped for each other count once: an eighth of these is damaged.
+    damaged = make([(Numbers("a", 32, bad=(20, 21, 22, 23)), 1.0)], max_bad_share=0.13)
+    for _ in range(12):
+        next(damaged)
+    with pytest.raises(BadRecordLimit, match=r"4 of 32 records \(12\.5%\)"):
+        take(make([(Numbers("a", 32, bad=(20, 21, 22, 23)), 1.0)], max_bad_share=0.12), 4)
 
 
 def test_a_source_with_nothing_readable_stops_at_once() -> None:
