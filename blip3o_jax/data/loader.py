@@ -352,6 +352,8 @@ class Loader(Iterator[Batch]):
             self._suspects.pop(shard, None)
             return
         found = self._suspects.setdefault(shard, {})
+        if key in found or len(found) == FIRST_OF_SHARD:
+            return
         found[key] = kind
         if len(found) == FIRST_OF_SHARD and len(set(found.values())) == 1:
             _log.warning(
