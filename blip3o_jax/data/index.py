@@ -46,6 +46,7 @@ from typing import Any
 import numpy as np
 
 from blip3o_jax.config import UserError
+from blip3o_jax.data import record as record_lib
 from blip3o_jax.data.checked_file import (
     DamagedArrays,
     cache_directory,
@@ -54,7 +55,7 @@ from blip3o_jax.data.checked_file import (
     unpack,
     write_whole,
 )
-from blip3o_jax.data.record import ChangedRecord, Source
+from blip3o_jax.data.record import BadRecord, Source
 
 VERSION = 1  # raised whenever an array or the digest changes its meaning
 IDENTITY = ("keys", "key_ends", "sizes", "crc")
@@ -314,7 +315,7 @@ class SetIndex:
         return _mapped(*self._files[number])
 
     def check(self, shard: str, number: int, row: int, parts: Iterable[bytes], key: str) -> None:
-        """Raise ChangedRecord unless the bytes of a record are those that were indexed."""
+        """Raise BadRecord of kind CHANGED unless the bytes of a record are those that were indexed."""
         arrays = self.shard(number).arrays
         if (arrays["sizes"][row] < 0).all():
             reason = "it could not be read when the set was indexed, now it can"
@@ -323,7 +324,7 @@ class SetIndex:
         else:
             return
         hint = f"if the change is meant, `{self._command}` indexes it anew"
-        raise ChangedRecord(shard, key, f"{reason}; {hint}")
+        raise BadRecord(shard, key, f"{reason}; {hint}", record_lib.CHANGED)
 
 
 class IndexedSource(Source):

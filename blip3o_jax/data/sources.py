@@ -254,7 +254,9 @@ class _ImageFiles:
             return list(pool.map(size, names, before or [-1] * len(names)))
 
     def _unreadable(self, name: str, error: Exception) -> BadRecord:
-        reason = getattr(error, "strerror", None) or error
+        reason = "no file can have this name"  # one with NUL or half a character
+        if isinstance(error, OSError):
+            reason = error.strerror
         return BadRecord(self.captions, name, f"the image cannot be read: {reason}")
 
 
@@ -396,25 +398,34 @@ class ParquetSource(IndexedSource):
         self._tables: collections.OrderedDict[int, Any] = collections.OrderedDict()
 
     def _table(self, group: int) -> Any:
-        import pyarrow.parquet
-
+        """The columns of a row group, or the reason why it cannot be read: that is kept as well,
+        since all of its rows ask."""
         with self._lock:
             if group not in self._tables:
-                file, row_group = self._groups[group]
-                fields, key = self._columns[file]
-                columns = [*fields, key] if key else fields
-                with pyarrow.parquet.ParquetFile(self.files[file]) as parquet:
-                    self._tables[group] = parquet.read_row_group(row_group, columns=columns, use_threads=False)
+                self._tables[group] = self._read_group(*self._groups[group])
                 while len(self._tables) > ROW_GROUPS_KEPT:
                     self._tables.popitem(last=False)
             self._tables.move_to_end(group)
             return self._tables[group]
+
+    def _read_group(self, file: int, row_group: int) -> Any:
+        import pyarrow.parquet
+
+        fields, key = self._columns[file]
+        columns = [*fields, key] if key else fields
+        try:
+            with pyarrow.parquet.ParquetFile(self.files[file]) as parquet:
+                return parquet.read_row_group(row_group, columns=columns, use_threads=False)
+        except (pyarrow.ArrowException, OSError) as error:
+            return f"the row group cannot be read: {(str(error).splitlines() or [''])[0]}"
 
     def __getitem__(self, index: int) -> Record:
         group = bisect.bisect_right(self._ends, index)
         row = index - (self._ends[group - 1] if group else 0)
         table, file = self._table(group), self._groups[group][0]
         shard, (names, key_column) = self.files[file], self._columns[file]
+        if isinstance(table, str):
+            raise BadRecord(shard, f"row {index}", table)
         key = str(table[key_column][row].as_py()) if key_column else f"row {index}"
         try:
             fields = {name: table[name][row].as_py() for name in names}
@@ -579,15 +590,27 @@ class TfdsSource(IndexedSource):
         return {name: value for name, value in self.__dict__.items() if name != "_reader"}
 
     def __getitem__(self, index: int) -> Record:
-        raw = self._reader.data_source[index]
         number, row = self._index.place(index)
         shard = self.files[number]
+        try:
+            raw = self._reader.data_source[index]
+        except Exception as error:  # ArrayRecord's own, of damaged bytes
+            raise _unreadable(shard, index, error) from error
         self._index.check(shard, number, row, [raw], str(index))
-        fields = self._reader.dataset_info.features.deserialize_example_np(raw, decoders=self._reader.decoders)
+        features, decoders = self._reader.dataset_info.features, self._reader.decoders
+        try:
+            fields = features.deserialize_example_np(raw, decoders=decoders)
+        except Exception as error:  # protobuf's own
+            raise _unreadable(shard, index, error) from error
         key = fields.get("key", str(index))
         key = key.decode(errors="replace") if isinstance(key, bytes) else str(key)
         fields = {name: fields[name] for name in self._fields}
         return make_record(words(fields, shard, key), fields.get("image") or None, _several(fields), key, shard)
+
+
+def _unreadable(shard: str, index: int, error: Exception) -> BadRecord:
+    reason = str(error).partition("\n")[0] or type(error).__name__
+    return BadRecord(shard, str(index), f"the record cannot be read: {reason}")
 
 
 def _index_array_record(path: str, progress: Progress) -> Built:

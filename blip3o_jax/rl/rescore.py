@@ -10,11 +10,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
 from blip3o_jax.config import RewardConfig, UserError
+from blip3o_jax.data.images import decode
+from blip3o_jax.data.record import BadRecord
 from blip3o_jax.rl.log import image_hash, image_path
 from blip3o_jax.rl.rewards.pool import RewardPool
 from blip3o_jax.train.checkpoint import find, read_config
@@ -83,8 +84,8 @@ def _rollouts(lines: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
 def _image(workdir: pathlib.Path, line: dict[str, Any]) -> np.ndarray:
     path = image_path(workdir, line["rollout"], line["row"])
     try:
-        image = np.asarray(Image.open(path).convert("RGB"))
-    except OSError as e:
+        image = decode(path.read_bytes())
+    except (OSError, BadRecord) as e:
         raise UserError(f"{path} cannot be read ({e}): a run keeps its images with --config.rl.keep_images=true") from e
     if image_hash(image) != line["image"]:
         raise UserError(f"{path} is not the image that rollouts.jsonl tells of: its SHA-256 differs")
