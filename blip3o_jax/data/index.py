@@ -422,11 +422,9 @@ def open_set(
     digest = lambda each: each.header["digest"]
     changed = [shards[i] for i in touched if digest(found[i]) != digest(before[i])]
     if changed and hosts.number == 0:
-        print(
-            f"{name}: indexed anew: {', '.join(changed)} changed without another size",
-            file=sys.stderr,
-            flush=True,
-        )
+        more = f" and {len(changed) - 1} more" if changed[1:] else ""
+        line = f"{name}: indexed anew: {changed[0]}{more} changed without another size"
+        print(line, file=sys.stderr, flush=True)
     for shard, each, (skip, take) in zip(shards, found, ranges, strict=False):
         if skip + take > each.records:
             wanted = f"{skip + take} are wanted: fetch it again"

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import hashlib
+import json
 import pathlib
 from typing import Any
 
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 
 from blip3o_jax import lora
 from blip3o_jax.config import Config, ConfigError, UserError, check
-from blip3o_jax.data.prompts import read_prompts
+from blip3o_jax.data.prompts import Prompt, read_prompts
 from blip3o_jax.parallel.distributed import host
 from blip3o_jax.rl import rollout
 from blip3o_jax.rl.feed import Rollouts
@@ -88,7 +89,14 @@ class ReinforcementLearning:
         if rollout.has_reference(config.rl):
             reference = _reference(setup, state, fresh=position is None)
             identity = fingerprint(lora.without_idle_lora(reference))
-        position = position or {"rollout": 0, "reference": identity}
+        prompts = _digest(self._prompts)
+        position = position or {"rollout": 0, "reference": identity, "prompts": prompts}
+        if position.get("prompts") != prompts:
+            raise UserError(
+                f"rl.prompts_file={config.rl.prompts_file} holds other prompts, or in another order, than when this "
+                "run started: some would be repeated and others left out; bring them back, or start in another "
+                "--workdir"
+            )
         if setup.start % config.rl.updates:
             raise ConfigError(
                 f"rl.updates={config.rl.updates} does not divide the {setup.start} steps that {setup.workdir} has done: a "
@@ -108,6 +116,12 @@ class ReinforcementLearning:
         image_ids = setup.vocabulary.image_first, setup.vocabulary.image_last
         loss = make_loss(config, image_ids, setup.strategy.batch_shards)
         return Begun(feed, make_step(config, setup.plan, setup.strategy, loss))
+
+
+def _digest(prompts: list[Prompt]) -> str:
+    """Return a digest of prompts and of what rewards read of them, in their order."""
+    content = [[prompt.text, prompt.metadata] for prompt in prompts]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _reference(setup: Setup, state: TrainState, *, fresh: bool) -> Any:
