@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from blip3o_jax import checksums
 from blip3o_jax.config import UserError
 from blip3o_jax.convert import exporter, importer, mapping, report, source, verify
 from blip3o_jax.data.sources import open_mixture
@@ -171,7 +172,7 @@ def test_a_fault_in_the_table_itself_shows_in_the_outputs(trained, directories, 
 
 def test_only_the_parts_that_are_named_and_settings_that_differ(directories, tmp_path):
     other = shutil.copytree(directories[1], tmp_path / "other")
-    config = json.loads((other / "config.json").read_text())
+    config = checksums.read_json(other / "config.json")
     config["model"]["connector"]["rms_norm_eps"] = 0.1
     (other / "config.json").write_text(json.dumps(config))
     found = verify.verify(directories[0], other, parts=["connector"])
