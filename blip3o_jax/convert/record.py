@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from blip3o_jax.config import UserError
-from blip3o_jax.convert.tensor_files import ShardedWriter, Tensor, read_json, read_weights
+from blip3o_jax.convert.tensor_files import ShardedWriter, Tensor, read_file, read_json
 
 RECORD_FILE = "conversion.json"
 UNREAD = "unread"
@@ -70,4 +70,4 @@ def read_record(directory: pathlib.Path) -> tuple[Record | None, dict[str, Tenso
             f"{file} is damaged, or of another version of blip3o_jax ({error}): import the weights again"
         ) from error
     unread = directory / f"{UNREAD}.safetensors"
-    return record, read_weights(unread) if unread.is_file() else {}
+    return record, read_file(unread) if unread.is_file() else {}

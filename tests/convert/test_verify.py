@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from blip3o_jax.config import UserError
-from blip3o_jax.convert import exporter, importer, mapping, report, source, verify
+from blip3o_jax.convert import exporter, importer, mapping, report, source, verify, weight_files
 from blip3o_jax.data.sources import open_mixture
 from blip3o_jax.demo.recipe import recipe
 from blip3o_jax.train import checkpoint
@@ -169,6 +169,20 @@ def test_a_fault_in_the_table_itself_shows_in_the_outputs(trained, directories, 
     assert {output.first_layer for output in found.outputs} == {"model.layers.0"}
 
 
+def test_a_fault_in_the_reader_itself_shows_in_the_weights(directories, tmp_path, monkeypatch):
+    """Imported from stale shards, which PyTorch does not read beside a single file."""
+    stale = shutil.copytree(directories[0], tmp_path / "torch")
+    tensors = load_file(stale / "model.safetensors")
+    connector = {name: 2 * x for name, x in tensors.items() if "diffusion_connector" in name}
+    save_file(tensors | connector, stale / "shard.safetensors", {"format": "pt"})
+    places = {"metadata": {}, "weight_map": dict.fromkeys(tensors, "shard.safetensors")}
+    (stale / "model.safetensors.index.json").write_text(json.dumps(places))
+    monkeypatch.setitem(weight_files.ORDER, "transformers", weight_files.ORDER["transformers"][::-1])
+    importer.import_weights(source.open_source(stale), tmp_path / "jax")
+    found = verify.verify(stale, tmp_path / "jax", parts=["connector"])
+    assert {d.tensor for d in found.parts[0].differing} == set(connector)
+
+
 def test_only_the_parts_that_are_named_and_settings_that_differ(directories, tmp_path):
     other = shutil.copytree(directories[1], tmp_path / "other")
     config = json.loads((other / "config.json").read_text())
@@ -247,7 +261,7 @@ def test_a_seed_below_zero(directories):
 
 def test_without_pytorch(directories, monkeypatch):
     package = importlib.import_module("blip3o_jax.convert")
-    for name in ("compare", "torch_model"):
+    for name in ("compare", "torch_files", "torch_model"):
         monkeypatch.delitem(sys.modules, f"{package.__name__}.{name}", raising=False)
         monkeypatch.delattr(package, name, raising=False)
     monkeypatch.setitem(sys.modules, "torch", None)
