@@ -89,7 +89,7 @@ def verify(
         del model  # before the other side is read
         outputs = compare.compare(checkpoint, config, ema, (part,), runs, wanted)
         reports.append(PartReport(part, len(source.tensors[part]), differing, outputs))
-    notes = _notes(source, merged, chosen)
+    notes = [*source.notes, *_notes(source, merged, chosen)]
     if skipped := _no_joint(chosen, initialise):
         notes.append(f"joint losses were not compared: {skipped}")
     else:

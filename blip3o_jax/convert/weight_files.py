@@ -97,8 +97,11 @@ def read_weights(path: pathlib.Path, library: str = "transformers", variant: str
         return read_file(path), WeightFile(path, "", ())
     if not path.is_dir():
         raise UserError(f"{path} does not exist: give a directory with config.json and weights")
-    if (found := find_weights(path, library, variant)) is not None:
-        return _read_index(found.file) if found.is_index else read_file(found.file), found
+    if (found := find_weights(path, library, variant)) is not None and found.is_index:
+        tensors = _read_index(found.file)
+        return tensors, dataclasses.replace(found, notes=(*found.notes, *_unplaced(found.file, tensors)))
+    if found is not None:
+        return read_file(found.file), found
     raise UserError(_no_weights(path))
 
 
@@ -149,6 +152,15 @@ def _no_weights(directory: pathlib.Path) -> str:
         return f"{directory} holds {shards[0]} ({len(shards)} shards in all), but no index of them: copy the .index.json too"
     wanted = "model.safetensors, its index.json, diffusion_pytorch_model.*, .bin, or variants of these"
     return f"{directory} holds no weights: looked for {wanted}"
+
+
+def _unplaced(index: pathlib.Path, tensors: dict[str, Tensor]) -> list[str]:
+    """A note of the shards that are named like those of an index and are none of them: an earlier save left them."""
+    read = {tensor.file.name for tensor in tensors.values()}
+    stem, suffix = index.name.split(".")[:2]
+    own = re.compile(rf"{stem}-\d+-of-\d+\.{suffix}")
+    others = [file.name for file in sorted(index.parent.iterdir()) if own.fullmatch(file.name) and file.name not in read]
+    return [f"{index} places nothing in {others[0]} ({len(others)} in all), which is not read"] if others else []
 
 
 def _read_index(index: pathlib.Path) -> dict[str, Tensor]:

@@ -214,7 +214,6 @@ def test_weights_are_compared_in_the_wider_dtype(trained, directories, tmp_path)
     run = tmp_path / "half"
     for torch_dir, root, notes in (
         (directories[0], run, ("connector.param_dtype is float32 in the files and bfloat16 in the checkpoint",)),
-        (tmp_path / "torch", directories[1], ("connector.param_dtype is bfloat16 in the files and float32 in the checkpoint",)),
         (tmp_path / "torch", run, ()),
     ):
         found = verify.verify(torch_dir, root, parts=["connector"])
@@ -235,9 +234,11 @@ def test_the_demo_is_exported_and_is_the_same_model(tmp_path):
     weights = drawn(cfg, tmp_path / "text", lambda leaf: 0.5 * max(leaf.shape[-2:][0], 16) ** -0.5)
     checkpoint.write_weights(tmp_path / "run", *weights)
     exporter.export_weights(tmp_path / "run", tmp_path / "torch")
-    found = verify.verify(tmp_path / "torch", tmp_path / "run")
+    found = verify.verify(
+        tmp_path / "torch", tmp_path / "run", parts=("ar", "connector", "dit")
+    )  # others are as the tiny one's
     assert found.ok and found.notes == (), found
-    assert [p.part for p in found.parts if p.outputs] == list(OUTPUTS)
+    assert [p.part for p in found.parts if p.outputs] == ["ar", "connector", "dit", "joint"]
 
 
 def test_a_checkpoint_of_another_model(directories, tmp_path):

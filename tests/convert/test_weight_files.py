@@ -186,6 +186,17 @@ def test_weights_that_were_not_fetched(tmp_path):
     refused(tmp_path, f"{index} is a Git LFS pointer")
 
 
+def test_shards_that_the_index_does_not_name(tmp_path):
+    """Are not read, as in PyTorch, which is said; those of a variant are its own index's."""
+    published.save(tmp_path, "model", {"a": torch.ones(1), "b": torch.ones(1)}, 2)
+    assert read_weights(tmp_path)[1].notes == ()
+    published.save(tmp_path, "model-00003-of-00003", {"c": torch.ones(1)})
+    published.save(tmp_path, "model.fp16-00001-of-00001", {"c": torch.ones(1)})
+    tensors, found = read_weights(tmp_path)
+    assert set(tensors) == {"a", "b"}
+    assert found.notes == (f"{found.file} places nothing in model-00003-of-00003.safetensors (1 in all), which is not read",)
+
+
 def test_an_adapter_is_no_model(tmp_path):
     """PyTorch would read the weights of the model that it names."""
     (tmp_path / "adapter_config.json").write_text("{}")
