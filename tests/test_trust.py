@@ -1,5 +1,5 @@
-"""A run's directory that somebody sends: whatever it says, no command imports a module, reads a variable of
-the environment or a file elsewhere, or connects to anything because of it."""
+"""A run's directory that somebody sends: whatever it says, no command imports a module, reads a
+variable of the environment or a file elsewhere, or connects to anything because of it."""
 
 import ast
 import dataclasses
@@ -31,7 +31,8 @@ VARIABLE = "BLIP3O_TEST_SECRET"
 
 
 class Watch:
-    """What a command has done that its directory alone must not make it do. `armed` while it runs: audit hooks stay."""
+    """What a command has done that its directory alone must not make it do. `armed` while it runs:
+    audit hooks stay."""
 
     def __init__(self):
         self.armed, self.elsewhere, self.seen = False, "", []
@@ -72,7 +73,8 @@ def restored_once():
 
 @pytest.fixture(scope="module")
 def elsewhere(tmp_path_factory):
-    """What the directory names and must not reach: a module that leaves a mark, prompts, data, a tokenizer, another run."""
+    """What the directory names and must not reach: a module that leaves a mark, prompts, data, a
+    tokenizer, another run."""
     place = tmp_path_factory.mktemp("elsewhere")
     (place / "hostile_module.py").write_text(f"open({str(place / 'imported')!r}, 'w')\ndef score(*_): return [1.0]\n")
     (place / "prompts.jsonl").write_text('{"prompt": "secret"}\n')
@@ -109,13 +111,21 @@ def hostile(elsewhere, server):
 
 @pytest.fixture
 def received(elsewhere, server, watch, tmp_path, monkeypatch, rng):
-    """A run of reinforcement learning with its checkpoint and its images, every field of config.json hostile that can be."""
+    """A run of reinforcement learning with its checkpoint and its images, every field of
+    config.json hostile that can be."""
     run = tmp_path / "received"
     shutil.copytree(started_from(), run)
     rewrite(run / "checkpoints" / "config.json", hostile(elsewhere, server))
     log = RolloutLog(run, 0, 0, 0, keep_images=True)
     images = rng.integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
-    log.write(0, [0, 1], 0, [Prompt("a red cat", {})] * 2, images, Verdicts(np.ones(2, np.float32), np.zeros(2, bool), {}))
+    log.write(
+        0,
+        [0, 1],
+        0,
+        [Prompt("a red cat", {})] * 2,
+        images,
+        Verdicts(np.ones(2, np.float32), np.zeros(2, bool), {}),
+    )
     log.close()
     monkeypatch.syspath_prepend(str(elsewhere))
     monkeypatch.setenv(VARIABLE, "secret")
@@ -152,7 +162,11 @@ def test_rescore_asks_for_the_rewards_to_be_named(received, capsys):
 
 def drawn(self, requests, **_):
     """Images at once, where a model would be compiled."""
-    return Generated([r.text for r in requests], np.zeros((len(requests), 64, 64, 3), np.uint8), np.zeros((len(requests), 4)))
+    return Generated(
+        [r.text for r in requests],
+        np.zeros((len(requests), 64, 64, 3), np.uint8),
+        np.zeros((len(requests), 4)),
+    )
 
 
 @pytest.mark.parametrize(
@@ -196,7 +210,8 @@ def test_a_recipe_leads_nowhere_else(received, elsewhere, name, capsys):
 
 
 def test_no_file_is_unpickled():
-    """Processes of this package talk to each other by pickles. Files hold none, and PyTorch's are read as weights alone."""
+    """Processes of this package talk to each other by pickles. Files hold none, and PyTorch's are
+    read as weights alone."""
     package = pathlib.Path(cli.__file__).parent
     own = {"rl/rewards/processes.py", "bench/sharding/apart.py"}
     for file in package.rglob("*.py"):

@@ -17,9 +17,10 @@ SECTION = "blip3o_jax"  # of config.json: what the published keys have no place 
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where some of the tensors lie. `path`: the directory or file that was given, `weights` what of it is read (None: its
-    config.json alone), `prefix` what the layout puts before the names there, `library` the one whose layout it is, or "".
-    `plain`: {name in the file: name without wrappers}."""
+    """Where some of the tensors lie. `path`: the directory or file that was given, `weights` what
+    of it is read (None: its config.json alone), `prefix` what the layout puts before the names
+    there, `library` the one whose layout it is, or "". `plain`: {name in the file: name without
+    wrappers}."""
 
     path: pathlib.Path
     weights: WeightFile | None
@@ -52,7 +53,11 @@ class Files:
 
     @classmethod
     def read(
-        cls, source: pathlib.Path, diffusion: pathlib.Path | None, ta_tok: pathlib.Path | None, variant: str = ""
+        cls,
+        source: pathlib.Path,
+        diffusion: pathlib.Path | None,
+        ta_tok: pathlib.Path | None,
+        variant: str = "",
     ) -> "Files":
         file = source / "config.json"
         if not file.is_file():
@@ -76,9 +81,14 @@ class Files:
             raise UserError(f"--variant={self.variant}: {source} and what is given beside it have no weights of that variant")
 
     def _read_diffusion(self, directory: pathlib.Path) -> None:
-        """transformer/ (or dit/, as exported here), vae/ and scheduler/, as far as they are there."""
+        """transformer/ (or dit/, as exported here), vae/ and scheduler/, as far as they are
+        there."""
         found = False
-        for name, prefix in (("transformer", PREFIXES["dit"]), ("vae", PREFIXES["vae"]), ("scheduler", "")):
+        for name, prefix in (
+            ("transformer", PREFIXES["dit"]),
+            ("vae", PREFIXES["vae"]),
+            ("scheduler", ""),
+        ):
             folder = directory / name
             if name == "transformer" and not folder.is_dir():
                 folder = directory / "dit"
@@ -98,11 +108,14 @@ class Files:
             )
 
     def _read_ta_tok(self, path: pathlib.Path) -> None:
-        """A TA-Tok file, {"model": {"args": ..., "sd": ...}}, or a safetensors file with its args.json; or a directory that
-        holds one of them, as an export writes it."""
+        """A TA-Tok file, {"model": {"args": ..., "sd": ...}}, or a safetensors file with its
+        args.json; or a directory that holds one of them, as an export writes it."""
         file, prefix = path, PREFIXES["tokenizer"]
         if path.is_dir():
-            file = next((path / f"ta_tok{s}" for s in (".pth", ".safetensors") if (path / f"ta_tok{s}").is_file()), path)
+            file = next(
+                (path / f"ta_tok{s}" for s in (".pth", ".safetensors") if (path / f"ta_tok{s}").is_file()),
+                path,
+            )
         if file.is_dir() or file.suffix == ".safetensors":
             args = file.with_name("args.json")
             self.ta_tok = read_json(args) if args.is_file() else {}
@@ -112,7 +125,14 @@ class Files:
         self.ta_tok = dict(model["args"])
         self._add(prefix, file, "", torch_tensors(model["sd"], file), WeightFile(file, "", ()))
 
-    def _add(self, prefix: str, path: pathlib.Path, library: str, tensors: Mapping[str, Tensor], weights: WeightFile) -> None:
+    def _add(
+        self,
+        prefix: str,
+        path: pathlib.Path,
+        library: str,
+        tensors: Mapping[str, Tensor],
+        weights: WeightFile,
+    ) -> None:
         """What is read later wins, which is said, as is what wrappers left in the names."""
         plain = plain_names(tensors, () if prefix else tuple(filter(None, PREFIXES.values())), str(weights.file))
         place = Place(path, weights, prefix, library, plain)
@@ -133,19 +153,22 @@ class Files:
         self.tensors |= named
 
     def behind_prefix(self, name: str) -> str:
-        """What to do where the files have `name`, of a tensor or a part, behind a prefix that is not known here, or ""."""
+        """What to do where the files have `name`, of a tensor or a part, behind a prefix that is
+        not known here, or ""."""
         found = next((key for key in self.tensors if f".{name}" in key), "") if name else ""
         prefix = found.partition(f".{name}")[0]
         return f"the files have it as {found}: save the weights without the prefix {prefix}." if found else ""
 
     def not_read(self) -> str:
-        """What may explain tensors that are missing: other files that hold weights, "; ..." or ""."""
+        """What may explain tensors that are missing: other files that hold weights, "; ..." or
+        ""."""
         notes = [note for place in self.places if place.weights is not None for note in place.weights.notes]
         return "".join(f"; {note}" for note in notes)
 
 
 def read_ta_tok_file(file: pathlib.Path) -> dict[str, Any]:
-    """Return {"args": group, "sd": {name: torch tensor}} of a TA-Tok file of PyTorch. UserError for any other file."""
+    """Return {"args": group, "sd": {name: torch tensor}} of a TA-Tok file of PyTorch. UserError for
+    any other file."""
     contents = load_torch(file)
     model = contents.get("model", contents) if isinstance(contents, Mapping) else None
     if not isinstance(model, Mapping) or not isinstance(model.get("sd"), Mapping):

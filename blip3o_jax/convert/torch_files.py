@@ -1,8 +1,10 @@
-"""The stock PyTorch modules of a source, filled by PyTorch's own loaders: `from_pretrained` where a directory is one that a
-stock class saves, else the files that transformers finds, through `safetensors` and `torch.load`.
+"""The stock PyTorch modules of a source, filled by PyTorch's own loaders: `from_pretrained` where a
+directory is one that a stock class saves, else the files that transformers finds, through
+`safetensors` and `torch.load`.
 
-Nothing of tensor_files.py and weight_files.py reads a weight here, so that a fault in those shows in a comparison. Modules are
-made from the files' own config.json where there is one. Needs the extra [convert].
+Nothing of tensor_files.py and weight_files.py reads a weight here, so that a fault in those shows
+in a comparison. Modules are made from the files' own config.json where there is one. Needs the
+extra [convert].
 """
 
 import contextlib
@@ -27,8 +29,8 @@ STOCK = {"dit": diffusers.SanaTransformer2DModel, "vae": diffusers.AutoencoderDC
 
 
 def load_torch(source: Source, parts: Sequence[str]) -> torch_model.Blip3o:
-    """Return the stock modules of `parts` with the weights of the files, in float32. UserError where the libraries do not load
-    them, or load other tensors than the class has."""
+    """Return the stock modules of `parts` with the weights of the files, in float32. UserError
+    where the libraries do not load them, or load other tensors than the class has."""
     cfg = source.config.model
     rows = source.tensors["ar"][EMBEDDINGS].shape[0] if "ar" in parts else cfg.ar.vocab_size
     cfg = dataclasses.replace(cfg, ar=dataclasses.replace(cfg.ar, vocab_size=rows, spare_rows=0))
@@ -68,7 +70,8 @@ def _from_transformers(place: Place) -> tuple[torch.nn.Module, set[str]]:
 
 
 def _from_diffusers(part: str, place: Place) -> tuple[torch.nn.Module, set[str]]:
-    """A part and the names it still lacks: all, of a directory that holds its configuration alone."""
+    """A part and the names it still lacks: all, of a directory that holds its configuration
+    alone."""
     cls = STOCK[part]
     if place.weights is None:
         module = cls.from_config(cls.load_config(place.path, local_files_only=True))
@@ -78,11 +81,15 @@ def _from_diffusers(part: str, place: Place) -> tuple[torch.nn.Module, set[str]]
             f"{place.weights.file}: diffusers does not load names such as {next(iter(place.plain))}: save the module that is "
             "wrapped, to compare with it"
         )
-    return _from_pretrained(place, lambda **options: cls.from_pretrained(place.path, torch_dtype=torch.float32, **options))
+    return _from_pretrained(
+        place,
+        lambda **options: cls.from_pretrained(place.path, torch_dtype=torch.float32, **options),
+    )
 
 
 def _from_pretrained(place: Place, load: Callable[..., tuple[Any, dict[str, Any]]]) -> tuple[torch.nn.Module, set[str]]:
-    """The module that a stock class loads and the names that its files lack. A tied head that is missing is tied there."""
+    """The module that a stock class loads and the names that its files lack. A tied head that is
+    missing is tied there."""
     try:
         module, info = load(variant=place.weights.variant or None, local_files_only=True, output_loading_info=True)
     except Exception as error:  # the libraries raise OSError, ValueError, RuntimeError, KeyError, SafetensorError, ...
@@ -93,7 +100,8 @@ def _from_pretrained(place: Place, load: Callable[..., tuple[Any, dict[str, Any]
 
 
 def _state(part: str, place: Place, source: Source) -> Mapping[str, torch.Tensor]:
-    """The tensors of a part by the stock module's names, out of files that hold those of others too."""
+    """The tensors of a part by the stock module's names, out of files that hold those of others
+    too."""
     prefix = PREFIXES[part].removeprefix(place.prefix)
     others = tuple(other for other in PREFIXES.values() if other and other != PREFIXES[part] and not place.prefix)
     unread = {key.removeprefix(place.prefix) for key in source.unread}
@@ -142,7 +150,8 @@ def _files(place: Place) -> list[pathlib.Path]:
 
 
 def _fill(module: torch.nn.Module, state: Mapping[str, torch.Tensor], place: Place, *, tied: bool) -> set[str]:
-    """Load `state` into a module and return the names it had. UserError for one that the module does not know."""
+    """Load `state` into a module and return the names it had. UserError for one that the module
+    does not know."""
     state = dict(state) | ({HEAD: state[EMBEDDINGS]} if tied and EMBEDDINGS in state else {})
     try:
         found = module.load_state_dict(state, strict=False)
@@ -155,7 +164,8 @@ def _fill(module: torch.nn.Module, state: Mapping[str, torch.Tensor], place: Pla
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the libraries' warnings, of tensors that other parts own and of old keys, and their progress bars."""
+    """Without the libraries' warnings, of tensors that other parts own and of old keys, and their
+    progress bars."""
     loggers = (transformers.utils.logging, diffusers.utils.logging)
     levels = [logger.get_verbosity() for logger in loggers]
     bars = [logger.is_progress_bar_enabled() for logger in loggers]

@@ -1,14 +1,18 @@
-"""Which files of a directory are its weights: those that transformers or diffusers would read, and no others.
+"""Which files of a directory are its weights: those that transformers or diffusers would read, and
+no others.
 
-A directory may hold its weights more than once: in one file and in shards with an index ({"weight_map": {tensor: file}}), as
-safetensors and as PyTorch's own files, and in variants (fp16, bf16, non_ema). Of one variant the libraries read
+A directory may hold its weights more than once: in one file and in shards with an index
+({"weight_map": {tensor: file}}), as safetensors and as PyTorch's own files, and in variants (fp16,
+bf16, non_ema). Of one variant the libraries read
 
-    transformers    model.safetensors, model.safetensors.index.json, pytorch_model.bin, pytorch_model.bin.index.json
-    diffusers       diffusion_pytorch_model.safetensors.index.json, diffusion_pytorch_model.safetensors, ....bin
+    transformers    model.safetensors, model.safetensors.index.json,
+                    pytorch_model.bin, pytorch_model.bin.index.json
+    diffusers       diffusion_pytorch_model.safetensors.index.json,
+                    diffusion_pytorch_model.safetensors, diffusion_pytorch_model.bin
 
-the first of these that is there (transformers' `_get_resolved_checkpoint_files` and diffusers' `ModelMixin.from_pretrained`,
-which disagree on whether an index comes before the single file). So does this module. Files that neither library would find
-are taken where there is nothing else.
+the first of these that is there (transformers' `_get_resolved_checkpoint_files` and diffusers'
+`ModelMixin.from_pretrained`, which disagree on whether an index comes before the single file). So
+does this module. Files that neither library would find are taken where there is nothing else.
 """
 
 import dataclasses
@@ -34,8 +38,9 @@ ORDER = {
 }
 _STEMS = ("model", "diffusion_pytorch_model", "pytorch_model")
 _ANY = tuple((stem, suffix, index) for stem in _STEMS for suffix in ("safetensors", "bin") for index in (True, False))
-# NAME.fp16.safetensors; NAME.safetensors.index.fp16.json, before that NAME.safetensors.fp16.index.json in diffusers, and
-# NAME.fp16.safetensors.index.json in some repositories.
+# NAME.fp16.safetensors; NAME.safetensors.index.fp16.json, before that
+# NAME.safetensors.fp16.index.json in diffusers, and NAME.fp16.safetensors.index.json in some
+# repositories. Of several for one variant the first form is taken: it sorts last.
 _NAME = re.compile(
     rf"(?P<stem>{'|'.join(_STEMS)})(\.(?P<a>\w+))??\.(?P<suffix>safetensors|bin)"
     r"(?P<index>(\.(?P<b>\w+))??\.index(\.(?P<c>\w+))??\.json)?"
@@ -45,8 +50,8 @@ _SHARD = re.compile(rf"({'|'.join(_STEMS)}).*-\d+-of-\d+.*\.(safetensors|bin)")
 
 @dataclasses.dataclass(frozen=True)
 class WeightFile:
-    """The file of a directory's weights, or the index of several; `variant` "" for the default one. `notes`: a line for each
-    other file that holds weights and is not read."""
+    """The file of a directory's weights, or the index of several; `variant` "" for the default one.
+    `notes`: a line for each other file that holds weights and is not read."""
 
     file: pathlib.Path
     variant: str
@@ -60,12 +65,16 @@ class WeightFile:
 def find_weights(directory: pathlib.Path, library: str = "transformers", variant: str = "") -> WeightFile | None:
     """Return the weights that `library` would read of a directory, or None where there are none.
 
-    `variant`: the one to take where the directory has it; else the default one, or the only one there is. UserError where
-    there are several variants to choose from and no default.
+    `variant`: the one to take where the directory has it; else the default one, or the only one
+    there is. UserError where there are several variants to choose from and no default.
     """
     check_no_adapter(directory)
     if library == "transformers" and (named := _named_by_config(directory)) is not None:
-        return WeightFile(named, "", (f"{named} is read, which config.json beside it names under transformers_weights",))
+        return WeightFile(
+            named,
+            "",
+            (f"{named} is read, which config.json beside it names under transformers_weights",),
+        )
     found = _candidates(directory)
     if not found:
         return None
@@ -89,7 +98,8 @@ def find_weights(directory: pathlib.Path, library: str = "transformers", variant
 
 
 def read_weights(path: pathlib.Path, library: str = "transformers", variant: str = "") -> tuple[dict[str, Tensor], WeightFile]:
-    """Return ({name: tensor}, where they lie) of a file, or of a directory by `find_weights`. Headers alone are read.
+    """Return ({name: tensor}, where they lie) of a file, or of a directory by `find_weights`.
+    Headers alone are read.
 
     UserError, naming file and tensor, for what is missing, cut off or not as its index says.
     """
@@ -106,7 +116,8 @@ def read_weights(path: pathlib.Path, library: str = "transformers", variant: str
 
 
 def check_no_adapter(directory: pathlib.Path) -> None:
-    """Refuse a directory whose weights PyTorch would read elsewhere: from the base model that an adapter of PEFT names."""
+    """Refuse a directory whose weights PyTorch would read elsewhere: from the base model that an
+    adapter of PEFT names."""
     file = directory / "adapter_config.json"
     if file.exists():
         raise UserError(
@@ -131,7 +142,8 @@ def _named_by_config(directory: pathlib.Path) -> pathlib.Path | None:
 
 
 def _candidates(directory: pathlib.Path) -> dict[tuple[str, tuple[str, str, bool]], pathlib.Path]:
-    """Return {(variant, (stem, suffix, has an index)): file} of all files that are named like weights."""
+    """Return {(variant, (stem, suffix, has an index)): file} of all files that are named like
+    weights."""
     found = {}
     for file in sorted(directory.iterdir()):
         match = _NAME.fullmatch(file.name)
@@ -155,7 +167,8 @@ def _no_weights(directory: pathlib.Path) -> str:
 
 
 def _unplaced(index: pathlib.Path, tensors: dict[str, Tensor]) -> list[str]:
-    """A note of the shards that are named like those of an index and are none of them: an earlier save left them."""
+    """A note of the shards that are named like those of an index and are none of them: an earlier
+    save left them."""
     read = {tensor.file.name for tensor in tensors.values()}
     stem, suffix = index.name.split(".")[:2]
     own = re.compile(rf"{stem}-\d+-of-\d+\.{suffix}")

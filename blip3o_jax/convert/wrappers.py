@@ -1,7 +1,8 @@
 """Names of tensors without what wrapped the module when it was saved.
 
-`torch.compile` puts `_orig_mod.` before the names of what it wraps, FSDP and activation checkpointing names of their own, data
-parallelism `module.`, PEFT `base_model.model.`; of the whole model or of a part of it, one within another.
+`torch.compile` puts `_orig_mod.` before the names of what it wraps, FSDP and activation
+checkpointing names of their own, data parallelism `module.`, PEFT `base_model.model.`; of the whole
+model or of a part of it, one within another.
 """
 
 from collections.abc import Iterable, Sequence
@@ -12,13 +13,22 @@ from blip3o_jax.config import UserError
 ANYWHERE = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 # These are common words: removed where every name, or every name of a part, begins with them.
 LEADING = ("module.", "base_model.model.")
-_UNMERGED = (".lora_A.", ".lora_B.", ".lora_embedding_A", ".base_layer.", ".lora_magnitude_vector", ".modules_to_save.")
+_UNMERGED = (
+    ".lora_A.",
+    ".lora_B.",
+    ".lora_embedding_A",
+    ".base_layer.",
+    ".lora_magnitude_vector",
+    ".modules_to_save.",
+)
 
 
 def plain_names(names: Iterable[str], prefixes: Sequence[str] = (), where: str = "") -> dict[str, str]:
-    """Return {name: the name without wrappers}, in order. `prefixes`: of parts that may be wrapped by themselves.
+    """Return {name: the name without wrappers}, in order. `prefixes`: of parts that may be wrapped
+    by themselves.
 
-    UserError, which begins with `where`, for low-rank factors beside their kernels, and for two names that become one.
+    UserError, which begins with `where`, for low-rank factors beside their kernels, and for two
+    names that become one.
     """
     names = list(names)
     if unmerged := next((name for name in names if any(mark in f".{name}" for mark in _UNMERGED)), None):

@@ -1,4 +1,5 @@
-"""PyTorch's side of a comparison is what PyTorch's loaders make of the files, whatever this package reads there."""
+"""PyTorch's side of a comparison is what PyTorch's loaders make of the files, whatever this package
+reads there."""
 
 import dataclasses
 import json
@@ -17,7 +18,14 @@ from tests.convert import published
 from tests.convert.published import HEAD, PREFIXES, Options, check_equal
 
 OPTIONS = [
-    Options(31, shards=3, latent_connector=True, feature_connector=True, noise_connector=True, mixed=True),
+    Options(
+        31,
+        shards=3,
+        latent_connector=True,
+        feature_connector=True,
+        noise_connector=True,
+        mixed=True,
+    ),
     Options(32, tied=False, flat_decoder=True, nested_encoder=True, spare_rows=2),
 ]
 
@@ -61,17 +69,29 @@ def test_a_whole_directory(made, monkeypatch):
 
 
 def test_torch_files_and_wrappers(made, tmp_path):
-    """torch.save's files; names of a model that was compiled, and of one that was trained on many devices."""
-    shutil.copytree(made.directory, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.safetensors*"))
+    """torch.save's files; names of a model that was compiled, and of one that was trained on many
+    devices."""
+    shutil.copytree(
+        made.directory,
+        tmp_path,
+        dirs_exist_ok=True,
+        ignore=shutil.ignore_patterns("*.safetensors*"),
+    )
     for wrap in ("", "module._orig_mod."):
-        published.save(tmp_path, "pytorch_model", {wrap + k: x for k, x in made.tensors.items()}, torch_files=True)
+        published.save(
+            tmp_path,
+            "pytorch_model",
+            {wrap + k: x for k, x in made.tensors.items()},
+            torch_files=True,
+        )
         source = open_source(tmp_path, **made.arguments)
         loaded(source, made)
         assert any("is read as model." in note for note in source.notes) == bool(wrap)
 
 
 def test_the_directories_of_the_parts(made, tmp_path):
-    """A part's own directory by its stock class, over which the whole directory's tensors are laid; TA-Tok by torch.load."""
+    """A part's own directory by its stock class, over which the whole directory's tensors are laid;
+    TA-Tok by torch.load."""
     options = Options(99, shards=2, qk_norm=made.model.dit.qk_norm is not None)
     other = published.write_diffusion(tmp_path / "sana", made.model, options)
     caption = PREFIXES["dit"] + "caption_projection."
@@ -104,7 +124,10 @@ def test_what_pytorch_does_not_load(made, tmp_path):
     with pytest.raises(UserError, match=r"PyTorch finds no model\.sana\.proj_out\.bias there"):
         load_torch(source, ["dit"])
     (tmp_path / "model" / "model.safetensors").unlink()
-    for part, words in (("ar", "PyTorch's loader refuses it"), ("dit", "transformers finds no weights")):
+    for part, words in (
+        ("ar", "PyTorch's loader refuses it"),
+        ("dit", "transformers finds no weights"),
+    ):
         with pytest.raises(UserError, match=words) as error:
             load_torch(source, [part])
         assert "\n" not in str(error.value)
@@ -127,7 +150,8 @@ def test_a_stale_index_beside_the_file(made, tmp_path):
 
 
 def test_variants_of_the_diffusers_directory(made, tmp_path):
-    """As the bfloat16 SANA is published: of one part default shards and a bf16 file, of the other that alone."""
+    """As the bfloat16 SANA is published: of one part default shards and a bf16 file, of the other
+    that alone."""
     sana = tmp_path / "sana"
     published.write_diffusion(sana, made.model, None)
     parts = {}
@@ -153,9 +177,17 @@ def test_variants_of_the_diffusers_directory(made, tmp_path):
 
 
 def test_a_prefix_that_is_not_known(made, tmp_path):
-    shutil.copytree(made.directory, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.safetensors*"))
+    shutil.copytree(
+        made.directory,
+        tmp_path,
+        dirs_exist_ok=True,
+        ignore=shutil.ignore_patterns("*.safetensors*"),
+    )
     published.save(tmp_path, "model", {f"ema.net.{k}": x for k, x in made.tensors.items()})
-    with pytest.raises(UserError, match=r"the files have it as ema\.net\.model\.\S+: save .* without the prefix ema\.net\.$"):
+    with pytest.raises(
+        UserError,
+        match=r"the files have it as ema\.net\.model\.\S+: save .* without the prefix ema\.net\.$",
+    ):
         open_source(tmp_path, **made.arguments)
     (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "x/y"}))
     with pytest.raises(UserError, match="merge it first"):

@@ -41,7 +41,8 @@ def name_of(kind, variant):
 
 
 def write_all(directory, library, variants=("",)):
-    """Every file that the library may read, each with another value of one tensor: {(kind, variant): value}."""
+    """Every file that the library may read, each with another value of one tensor: {(kind,
+    variant): value}."""
     _, make, key = LIBRARIES[library]
     torch.manual_seed(0)
     module = make()
@@ -73,7 +74,8 @@ def value_there(directory, library, variant=""):
 
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_the_file_that_the_library_reads_is_read(tmp_path, library, recwarn):
-    """For every set of files in which a model may lie, single, in shards, by PyTorch or safetensors."""
+    """For every set of files in which a model may lie, single, in shards, by PyTorch or
+    safetensors."""
     key = LIBRARIES[library][2]
     values = write_all(tmp_path, library)
     for count in range(1, len(values) + 1):
@@ -90,7 +92,8 @@ def test_the_file_that_the_library_reads_is_read(tmp_path, library, recwarn):
 
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_variants(tmp_path, library, recwarn):
-    """The default one unless another is asked for; one that is there alone is read, which is said."""
+    """The default one unless another is asked for; one that is there alone is read, which is
+    said."""
     key = LIBRARIES[library][2]
     values = write_all(tmp_path, library, ("", "bf16"))
     for variant in ("", "bf16"):
@@ -172,10 +175,17 @@ def test_weights_that_were_not_fetched(tmp_path):
         refused(tmp_path, f"pytorch_model.bin {words}")
         (tmp_path / "pytorch_model.bin").unlink()
     single.symlink_to("../.git/annex/objects/gone")
-    refused(tmp_path, f"{single} is a link to ../.git/annex/objects/gone, which is not there", "git annex get")
+    refused(
+        tmp_path,
+        f"{single} is a link to ../.git/annex/objects/gone, which is not there",
+        "git annex get",
+    )
     single.unlink()
     shard.write_text(lfs)
-    refused(tmp_path, f"holds {shard.name} (1 shards in all), but no index of them: copy the .index.json too")
+    refused(
+        tmp_path,
+        f"holds {shard.name} (1 shards in all), but no index of them: copy the .index.json too",
+    )
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"w": shard.name}}))
     refused(tmp_path, f"{shard} is a Git LFS pointer")

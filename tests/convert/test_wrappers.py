@@ -42,7 +42,10 @@ def test_what_only_some_begin_with_is_no_wrapper():
 
 def test_what_cannot_be_unwrapped():
     for names, words in (
-        (["base_model.model.q.lora_A.default.weight"], "FILE holds an adapter that is not merged .*lora_A.*: merge it first"),
+        (
+            ["base_model.model.q.lora_A.default.weight"],
+            "FILE holds an adapter that is not merged .*lora_A.*: merge it first",
+        ),
         (["base_model.model.q.base_layer.weight"], "merge it first"),
         (["a._orig_mod.b", "a.b"], "FILE holds a._orig_mod.b and a.b, which are one tensor"),
     ):

@@ -1,8 +1,9 @@
 """Which rewards may run because a run's directory names them, and which its user has to name.
 
-A directory that somebody sends is data: its config.json can name any module to import, any server to send the images to, any
-environment variable to read a token from and any file to read weights from. The built-in rewards that read nothing beside what
-they judge run by its word; all others only by the command line's.
+A directory that somebody sends is data: its config.json can name any module to import, any server
+to send the images to, any environment variable to read a token from and any file to read weights
+from. The built-in rewards that read nothing beside what they judge run by its word; all others only
+by the command line's.
 """
 
 import shlex
@@ -11,7 +12,8 @@ from collections.abc import Sequence
 from blip3o_jax.config import ConfigError, RewardConfig, UserError
 from blip3o_jax.rl.rewards.registry import parsed
 
-# Name -> options that name no file, address, variable or module. One that is not listed here is not trusted.
+# Name -> options that name no file, address, variable or module. One that is not listed here is not
+# trusted.
 LOCAL = {
     "shapes": {"correct_weight"},
     "ocr": {"scoring", "min_side", "border", "detect", "min_confidence"},
@@ -28,7 +30,8 @@ def is_local(config: RewardConfig) -> bool:
 
 
 def check_trusted(rewards: Sequence[RewardConfig], where: str) -> None:
-    """Refuse rewards of a run's own config.json, `where`, that are not local: one line with the flags that name them all."""
+    """Refuse rewards of a run's own config.json, `where`, that are not local: one line with the
+    flags that name them all."""
     foreign = [config for config in rewards if not is_local(config)]
     if not foreign:
         return
@@ -45,7 +48,8 @@ def check_trusted(rewards: Sequence[RewardConfig], where: str) -> None:
 
 
 def _argument(config: RewardConfig) -> str | None:
-    """What `registry.parsed` reads as `config`, or None where there is no such text, or none that a terminal shows as it is."""
+    """What `registry.parsed` reads as `config`, or None where there is no such text, or none that a
+    terminal shows as it is."""
     pieces = [config.name, *(f"{option}={value}" for option, value in config.options)]
     pieces += [f"weight={config.weight!r}"] if config.weight != 1 else []
     pieces += ["clip={!r}:{!r}".format(*config.clip)] if config.clip else []

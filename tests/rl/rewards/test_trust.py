@@ -17,7 +17,11 @@ LOCAL_ONES = (
 )
 FOREIGN = (
     RewardConfig("python:os.system"),
-    RewardConfig("http", weight=-0.25, options=(("urls", "http://a:8000,http://b:8000"), ("token_env", "HOME"))),
+    RewardConfig(
+        "http",
+        weight=-0.25,
+        options=(("urls", "http://a:8000,http://b:8000"), ("token_env", "HOME")),
+    ),
     RewardConfig("geneval", options=(("detector", "transformers"), ("path", "/d"), ("colour_path", "/c d"))),
     RewardConfig("geneval", options=(("path", "/d"),)),
     RewardConfig("clip", clip=(-0.5, 0.75), options=(("path", "run"),)),
@@ -46,7 +50,10 @@ def test_every_option_is_decided():
 def test_the_others_have_to_be_named(reward):
     """By flags that make the very same rewards, weights and clips among them."""
     assert not is_local(reward)
-    with pytest.raises(UserError, match=r"^DIR/config.json asks for the reward .*: a run's directory does not decide") as error:
+    with pytest.raises(
+        UserError,
+        match=r"^DIR/config.json asks for the reward .*: a run's directory does not decide",
+    ) as error:
         check_trusted((*LOCAL_ONES, reward), "DIR/config.json")
     flags = shlex.split(str(error.value).partition("repeat the command with ")[2])
     assert tuple(parsed(flag.removeprefix("--reward=")) for flag in flags) == (*LOCAL_ONES, reward)
