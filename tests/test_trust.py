@@ -22,6 +22,7 @@ from blip3o_jax.data.prompts import Prompt
 from blip3o_jax.pipeline import Generated, Pipeline
 from blip3o_jax.rl.judged import Verdicts
 from blip3o_jax.rl.log import RolloutLog
+from blip3o_jax.rl.rescore import rewards_of
 from blip3o_jax.train import checkpoint, start
 from blip3o_jax.train.state import plan_state
 from tests import tiny
@@ -158,6 +159,13 @@ def test_rescore_asks_for_the_rewards_to_be_named(received, capsys):
     assert line.count("\n") == 1 and "asks for the reward python:hostile_module.score" in line
     assert "--reward=python:hostile_module.score --reward=http,urls=http://127.0.0.1" in line
     assert not (received / "rescored.jsonl").exists()
+
+
+def test_local_rewards_are_taken_from_it(received):
+    rewards = (RewardConfig("shapes", weight=0.5), RewardConfig("ocr", clip=(0.0, 1.0)))
+    values = [dataclasses.asdict(reward) for reward in rewards]
+    rewrite(received / "checkpoints" / "config.json", {"rl.rewards": values})
+    assert rewards_of(received) == rewards
 
 
 def drawn(self, requests, **_):
