@@ -42,6 +42,12 @@ def _add_source(parser: argparse.ArgumentParser, flag: str) -> None:
         "select_layer, l2_normalized",
     )
     parser.add_argument(
+        "--variant",
+        default="",
+        metavar="NAME",
+        help="weights to take where a directory has several: bf16 for model.bf16.safetensors (the ones without a name)",
+    )
+    parser.add_argument(
         "--initialise",
         type=arguments.names,
         default=(),
@@ -119,6 +125,7 @@ def _import(args: argparse.Namespace) -> None:
         ta_tok=args.ta_tok,
         ta_tok_config=args.ta_tok_config,
         initialise=args.initialise,
+        variant=args.variant,
         dtype=args.dtype,
     )
     _print_notes(source.notes)
@@ -164,6 +171,7 @@ def _verify(args: argparse.Namespace) -> int:
         ta_tok=args.ta_tok,
         ta_tok_config=args.ta_tok_config,
         initialise=args.initialise,
+        variant=args.variant,
         ema=args.ema,
         parts=args.parts,
         seed=args.seed,

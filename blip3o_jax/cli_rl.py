@@ -61,7 +61,8 @@ def _add_rescore(others: Any, command: Callable, flags: list[argparse.Action]) -
         "rescore",
         _rescore,
         "judge the images of a finished run again",
-        "Of a run with rl.keep_images: by the same rewards or by others. Writes rescored.jsonl and prints both means.",
+        "Of a run with rl.keep_images: by the same rewards or by others. Rewards that may run code, read files or connect "
+        "elsewhere have to be named here, whatever the run's config.json says. Writes rescored.jsonl and prints both means.",
     )
     parser.set_defaults(flags_of_a_run=flags)
     # `args.run` is the command itself.

@@ -54,7 +54,10 @@ def find_suite(name: str, prompts_file: str | pathlib.Path | None = None, images
         check_choice("suite", reward, tuple(dict.fromkeys((*OWN, *REWARDS))))
     if prompts_file is None:
         raise UserError(f"suite {name} judges the prompts of a file: name one (--prompts_file)")
-    return Rewarded(parsed(name), pathlib.Path(prompts_file), images_per_prompt)
+    found = parsed(name)
+    if (found.weight, found.clip) != (1.0, None):
+        raise UserError(f"suite {name} is one reward and no sum: leave out weight and clip")
+    return Rewarded(found, pathlib.Path(prompts_file), images_per_prompt)
 
 
 @dataclasses.dataclass(frozen=True)

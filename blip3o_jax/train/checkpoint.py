@@ -200,7 +200,7 @@ def find(path: str | pathlib.Path) -> tuple[pathlib.Path, int]:
     if not path.exists():
         raise UserError(f"checkpoint {path} does not exist")
     if (path / RECIPE).is_file():
-        path /= checksums.read_json(path / RECIPE)["stages"][-1]
+        path /= _last_stage(checksums.read_json(path / RECIPE), path)
     for root in (path / "checkpoints", path, path.parent):
         if (root / "config.json").is_file():
             named = root == path.parent
@@ -211,6 +211,15 @@ def find(path: str | pathlib.Path) -> tuple[pathlib.Path, int]:
         f"{path} is not a checkpoint: it holds no config.json with finished steps beside it; give the --workdir of a run, "
         "its checkpoints directory, or one step in that"
     )
+
+
+def _last_stage(recipe: Any, where: pathlib.Path) -> str:
+    """The directory of a recipe's last stage, by its name alone: a file that came with a directory leads nowhere else."""
+    stages = recipe.get("stages") if isinstance(recipe, dict) else None
+    name = stages[-1] if isinstance(stages, list) and stages else None
+    if not isinstance(name, str) or name in ("", ".", "..") or pathlib.PurePath(name).name != name:
+        raise UserError(f"{where}/recipe.json names no stage in that directory: give the directory of one")
+    return name
 
 
 def read_config(root: pathlib.Path) -> Config:
