@@ -35,8 +35,19 @@ def add(commands: Any, command: Callable, add_hosts: Callable[[Any], None], run:
     server.add_argument("--host", default="127.0.0.1", help="where it listens (%(default)s); others need a token")
     server.add_argument("--port", type=int, default=8000, help="(%(default)s)")
     server.add_argument("--token_env", default="", metavar="NAME", help="environment variable that holds the token")
-    server.add_argument("--max_body_mb", type=int, default=64, metavar="N", help="of a request (%(default)s)")
-    server.add_argument("--batch", type=int, default=16, metavar="N", help="images scored at once (%(default)s)")
+    server.add_argument("--metrics_port", type=int, metavar="N", help="for /metrics, without the token (--port, with it)")
+    server.add_argument("--metrics_host", default="127.0.0.1", help="with --metrics_port (%(default)s)")
+    group = server.add_argument_group("limits")
+    group.add_argument("--batch", type=int, default=16, metavar="N", help="images scored at once (%(default)s)")
+    group.add_argument("--scorers", type=int, default=1, metavar="N", help="processes that score (%(default)s)")
+    group.add_argument(
+        "--score_timeout", type=float, default=120, metavar="SECONDS", help="for a batch; then its process ends (%(default)g)"
+    )
+    group.add_argument("--max_body_mb", type=int, default=64, metavar="N", help="MiB of a request (%(default)s)")
+    group.add_argument("--max_pixels", type=int, default=1 << 25, metavar="N", help="of a request (%(default)s)")
+    group.add_argument(
+        "--max_memory_mb", type=int, default=4096, metavar="N", help="MiB in all, without the rewards' models (%(default)s)"
+    )
 
 
 def _add_rescore(others: Any, command: Callable, directory: Callable) -> None:
@@ -69,9 +80,28 @@ def _rescore(args: argparse.Namespace) -> None:
 
 
 def _serve(args: argparse.Namespace) -> None:
+    from blip3o_jax.config import UserError
     from blip3o_jax.rl.rewards.registry import parsed
-    from blip3o_jax.rl.rewards.server import serve
-    from blip3o_jax.rl.rewards.weighted import WeightedRewards
 
-    reward = WeightedRewards(tuple(parsed(text) for text in args.reward))
-    serve(reward, args.host, args.port, token_env=args.token_env, max_body_mb=args.max_body_mb, batch=args.batch)
+    try:
+        from blip3o_jax.rl.rewards.server import Limits, serve
+    except ModuleNotFoundError as error:
+        raise UserError(f"serve-rewards needs {error.name}: pip install 'blip3o_jax[serve]'") from error
+
+    limits = Limits(
+        batch=args.batch,
+        scorers=args.scorers,
+        score_seconds=args.score_timeout,
+        max_body=args.max_body_mb << 20,
+        max_pixels=args.max_pixels,
+        max_memory=args.max_memory_mb << 20,
+    )
+    serve(
+        tuple(parsed(text) for text in args.reward),
+        args.host,
+        args.port,
+        token_env=args.token_env,
+        metrics_host=args.metrics_host,
+        metrics_port=args.metrics_port,
+        limits=limits,
+    )
