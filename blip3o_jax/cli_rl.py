@@ -39,7 +39,7 @@ def add(commands: Any, command: Callable, add_hosts: Callable[[Any], None], run:
     server.add_argument("--metrics_host", default="127.0.0.1", help="with --metrics_port (%(default)s)")
     group = server.add_argument_group("limits")
     group.add_argument("--batch", type=int, default=16, metavar="N", help="images scored at once (%(default)s)")
-    group.add_argument("--scorers", type=int, default=1, metavar="N", help="processes that score (%(default)s)")
+    group.add_argument("--scorers", type=int, default=2, metavar="N", help="processes that score (%(default)s)")
     group.add_argument(
         "--score_timeout", type=float, default=120, metavar="SECONDS", help="for a batch; then its process ends (%(default)g)"
     )

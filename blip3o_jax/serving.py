@@ -59,12 +59,15 @@ class Refused(Exception):
     """A request that gets `status` and one line in place of what it asks for. 429 and 503 invite the client back."""
 
     def __init__(self, status: int, line: str, headers: Mapping[str, str] | None = None):
-        super().__init__(line)
+        super().__init__(status, line, headers)  # what it is made of again in another process
         self.status = status
         self.line = " ".join(line.split())
         self.headers = dict(headers or {})
         if status in (429, 503):
             self.headers.setdefault("Retry-After", "1")
+
+    def __str__(self) -> str:
+        return self.line
 
 
 class MemoryBudget:
@@ -159,7 +162,12 @@ class Service:
         self._requests, self._seconds = _request_metrics(registry, prefix)
         self._app = Starlette(
             routes=list(routes),
-            exception_handlers={HTTPException: _not_routed, Refused: _refused, Exception: _failed},
+            exception_handlers={
+                HTTPException: _not_routed,
+                Refused: _refused,
+                ClientDisconnect: _gone,
+                Exception: _failed,
+            },
         )
         self._app.router.redirect_slashes = False
         self._socket = _bound(what, host, port)
@@ -210,12 +218,12 @@ class Service:
                 await _refusal(refusal)(scope, answer.receive, answer.send)
             else:
                 await self._app(scope, answer.receive, answer.send)
-        except (ClientDisconnect, _ClientStuck):
+        except _ClientStuck:
             pass
         except Exception:
             logging.exception("a request failed")
         finally:
-            self._requests.labels(answer.status or "gone").inc()
+            self._requests.labels(answer.status or 499).inc()
             self._seconds.observe(time.monotonic() - began)
 
 
@@ -437,7 +445,7 @@ def _request_metrics(registry: prometheus_client.CollectorRegistry | None, prefi
     registry = registry or prometheus_client.CollectorRegistry()
     requests = prometheus_client.Counter(
         f"{prefix}_requests",
-        "requests by status; gone: the client left first",
+        "requests by status; 499: the client left first",
         ["status"],
         registry=registry,
     )
@@ -454,6 +462,11 @@ def _refusal(refused: Refused) -> Response:
 async def _refused(request: Request, error: Exception) -> Response:
     assert isinstance(error, Refused)
     return _refusal(error)
+
+
+async def _gone(request: Request, error: Exception) -> Response:
+    """Return what nobody reads, for the metrics (nginx's status for a client that has left)."""
+    return Response(status_code=499)
 
 
 async def _failed(request: Request, error: Exception) -> Response:

@@ -1,13 +1,15 @@
-"""Scores the images of concurrent requests together, in as many calls at once as there are scorers. For one event loop.
+"""Scores the images of concurrent requests together, in as many calls at once as there are scorers.
 
-Small requests go first, so that those of many clients do not wait for a few large ones; after SMALL_IN_A_ROW calls of small
-ones a large one has its turn, and of several scorers one is always left to the small ones.
+Small requests go first, so that those of many clients do not wait for a few large ones. Large ones
+have their turn when no small one waits, or small ones have had as much time as the large one before
+took; and of several scorers one is always left to small ones. For one event loop.
 """
 
 import asyncio
 import collections
 import dataclasses
 import itertools
+import time
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
@@ -20,7 +22,6 @@ from blip3o_jax.rl.rewards.scorer import Verdict
 from blip3o_jax.rl.rewards.scorers import Scorers
 from blip3o_jax.serving import Refused
 
-SMALL_IN_A_ROW = 4
 LOOKED_AT = 1024  # images that are compared with the first, to find others of its size
 
 
@@ -69,7 +70,7 @@ class Batcher:
         self._small: list[Job] = []
         self._large: list[Job] = []
         self._running: dict[asyncio.Task, _Batch] = {}
-        self._small_in_a_row = 0
+        self._small_seconds = 0.0  # that large requests have to wait for small ones
 
     def waiting(self) -> int:
         """Return the number of requests of which no image, or not every one, is being scored."""
@@ -103,13 +104,9 @@ class Batcher:
     def _next(self) -> _Batch | None:
         running = sum(batch.large for batch in self._running.values())
         large = bool(self._large) and running < max(1, self._scorers.count - 1)
-        if self._small and not (large and self._small_in_a_row >= SMALL_IN_A_ROW):
-            self._small_in_a_row += 1
+        if self._small and not (large and self._small_seconds <= 0):
             return _Batch(self._taken(self._small), large=False)
-        if large:
-            self._small_in_a_row = 0
-            return _Batch(self._taken(self._large), large=True)
-        return None
+        return _Batch(self._taken(self._large), large=True) if large else None
 
     def _taken(self, lane: list[Job]) -> list[tuple[Job, int]]:
         """Take images of one size from the first requests of a lane. Requests of which none is left leave it; the first one
@@ -136,6 +133,7 @@ class Batcher:
     async def _run(self, batch: _Batch) -> None:
         items = batch.items
         images = [job.images[index] for job, index in items]
+        began = time.monotonic()
         try:
             verdicts, seconds = await self._scorers.score(
                 [image.file for image in images],
@@ -163,6 +161,9 @@ class Batcher:
             if any(verdict.status == 200 for verdict in verdicts):
                 self._on_batch(sum(verdict.status == 200 for verdict in verdicts), seconds)
             self._record(batch, verdicts)
+        finally:
+            taken = time.monotonic() - began
+            self._small_seconds = taken if batch.large else self._small_seconds - taken
 
     def _record(self, batch: _Batch, verdicts: Sequence[Verdict]) -> None:
         failed = []

@@ -8,15 +8,14 @@
 Images are decoded and judged in processes of their own (`scorers`), which are replaced when they hang or die. This process
 holds files at the most, so what a request takes is known when its body is announced. The sum, with every limit at its highest:
 
-    max_memory = (1 + scorers) PROCESS_BYTES                                    without the rewards' own models
+    max_memory = (2 + scorers) PROCESS_BYTES                         without the rewards' own models
                + max_connections CONNECTION_BYTES
-               + PARSE_BYTES max_body + VALUE_BYTES MAX_VALUES                  one large body is parsed at a time
+               + PARSE_BYTES max_body + VALUE_BYTES MAX_VALUES       one large body is parsed at a time
                + scorers (max_body + DECODED_BYTES max_pixels)
                + room for the requests at hand, each as long as its body
 """
 
 import asyncio
-import concurrent.futures
 import dataclasses
 import signal
 from collections.abc import Sequence
@@ -31,7 +30,7 @@ from blip3o_jax.config import RewardConfig, UserError
 from blip3o_jax.rl.rewards import png, requests, server_metrics, wire
 from blip3o_jax.rl.rewards.batcher import Batcher, Job
 from blip3o_jax.rl.rewards.reward import Scores
-from blip3o_jax.rl.rewards.scorers import ScorerProcesses, Scorers
+from blip3o_jax.rl.rewards.scorers import Parser, ScorerProcesses, Scorers
 from blip3o_jax.serving import Background, ConnectionLimits, MemoryBudget, Refused, Service
 
 WHAT = "serve-rewards"
@@ -47,7 +46,7 @@ class Limits:
     request's body to its scores."""
 
     batch: int = 16
-    scorers: int = 1
+    scorers: int = 2
     max_body: int = 64 << 20
     max_pixels: int = 1 << 25
     max_waiting: int = 128
@@ -71,7 +70,7 @@ class Limits:
     @property
     def room(self) -> int:
         """Bytes for requests at hand."""
-        processes = (1 + self.scorers) * PROCESS_BYTES
+        processes = (2 + self.scorers) * PROCESS_BYTES
         connections = self.connections.max_connections * serving.CONNECTION_BYTES
         parsing = requests.PARSE_BYTES * self.max_body + requests.VALUE_BYTES * requests.MAX_VALUES
         scoring = self.scorers * (self.max_body + png.DECODED_BYTES * self.max_pixels)
@@ -147,7 +146,7 @@ class RewardServer:
             on_batch=scored,
         )
         self._registry.register(server_metrics.State(self._batcher, self._scorers, self._budget))
-        self._parsers = [concurrent.futures.ThreadPoolExecutor(1, f"parse-{size}") for size in ("small", "large")]
+        self._parser = Parser(limits.max_pixels, small=SMALL_BODY)
         self._at_hand = 0
 
     @property
@@ -169,8 +168,7 @@ class RewardServer:
 
     def __exit__(self, *_: object) -> None:
         self._scorers.close()
-        for parser in self._parsers:
-            parser.shutdown(wait=False, cancel_futures=True)
+        self._parser.close()
         self._close_services()
 
     def in_background(self) -> Background:
@@ -206,10 +204,7 @@ class RewardServer:
     async def _scores(self, body: bytearray) -> Scores:
         try:
             async with asyncio.timeout(self._limits.request_seconds):
-                parser = self._parsers[len(body) > SMALL_BODY]
-                loop = asyncio.get_running_loop()
-                found = await loop.run_in_executor(parser, requests.parse_request, body, self._limits.max_pixels)
-                body.clear()  # what is held from here on are the files, which are shorter
+                found = await self._parser.parse(body)
                 return await self._batcher.score(Job(found.images, found.prompts, found.metadata))
         except TimeoutError:
             raise Refused(503, f"no scores within {self._limits.request_seconds:g} s: try again later") from None

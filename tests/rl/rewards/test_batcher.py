@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from blip3o_jax.config import UserError
-from blip3o_jax.rl.rewards.batcher import SMALL_IN_A_ROW, Batcher, Job
+from blip3o_jax.rl.rewards import batcher
+from blip3o_jax.rl.rewards.batcher import Batcher, Job
 from blip3o_jax.rl.rewards.processes import ProcessEnded
 from blip3o_jax.rl.rewards.scorer import Verdict
 from blip3o_jax.serving import Refused
@@ -52,14 +53,14 @@ def together(*jobs_of, count=1, **limits):
 
     async def run():
         held = Held(count)
-        batcher = Batcher(held, **{"batch": 16, "pixels": 1 << 20, "file_bytes": 1 << 20} | limits)
-        tasks = [asyncio.create_task(batcher.score(job(0))) for _ in range(count)]
+        queue = Batcher(held, **{"batch": 16, "pixels": 1 << 20, "file_bytes": 1 << 20} | limits)
+        tasks = [asyncio.create_task(queue.score(job(0))) for _ in range(count)]
         await asyncio.sleep(0)
-        tasks += [asyncio.create_task(batcher.score(make())) for make in jobs_of]
+        tasks += [asyncio.create_task(queue.score(make())) for make in jobs_of]
         await asyncio.sleep(0)
         held.release.set()
         results = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 20)
-        assert not batcher.waiting() and not batcher._running
+        assert not queue.waiting() and not queue._running
         return results[count:], held.calls[count:]
 
     return asyncio.run(run())
@@ -120,10 +121,13 @@ def test_parts_that_differ_within_a_request_are_an_error():
     )
 
 
-def test_small_requests_go_first_but_not_for_ever():
-    small = [lambda: job(10)] * (SMALL_IN_A_ROW + 2)
-    _, calls = together(lambda: job(0, size=99, prompt="large"), *small, batch=1, pixels=200)
-    assert calls.index("large") == SMALL_IN_A_ROW - 1  # the first call was a small one too
+def test_small_requests_go_first_until_they_had_as_much_time_as_a_large_one(monkeypatch):
+    clock = iter(range(100))  # every call takes a second, a large one three
+    monkeypatch.setattr(batcher, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
+    large = lambda: job(0, size=99, prompt="large")
+    _, calls = together(large, large, *[lambda: job(10)] * 3, batch=1, pixels=200)
+    assert calls == ["large", 1, "large", 1, 1]
+    assert together(*[large] * 2, batch=1, pixels=200)[1] == ["large"] * 2
 
 
 def test_one_of_several_scorers_is_left_to_small_requests():
@@ -134,10 +138,10 @@ def test_one_of_several_scorers_is_left_to_small_requests():
 def test_who_does_not_wait_any_longer_is_not_scored():
     async def run():
         held = Held()
-        batcher = Batcher(held, batch=16, pixels=1 << 20, file_bytes=1 << 20)
-        first = asyncio.create_task(batcher.score(job(0)))
+        queue = Batcher(held, batch=16, pixels=1 << 20, file_bytes=1 << 20)
+        first = asyncio.create_task(queue.score(job(0)))
         with pytest.raises(TimeoutError):
-            await asyncio.wait_for(batcher.score(job(1)), 0.01)
+            await asyncio.wait_for(queue.score(job(1)), 0.01)
         held.release.set()
         await first
         return held.calls

@@ -202,7 +202,7 @@ def obedient(do: str | None = None) -> dict:
 
 def test_scorers_that_hang_or_die_are_replaced():
     reward = RewardConfig("python:tests.rl.rewards.scorers.obedient")
-    with RewardServer([reward], limits=Limits(score_seconds=0.3)) as server, server.in_background():
+    with RewardServer([reward], limits=Limits(scorers=1, score_seconds=0.3)) as server, server.in_background():
         url = server.url
 
         def health() -> str:
@@ -236,7 +236,7 @@ def test_serve_refuses_what_cannot_work(monkeypatch):
             Limits(**wrong)
     with pytest.raises(
         UserError,
-        match=r"max_memory=1024 MiB is too little for 1 scorers, .*: these need 1\d\d\d MiB",
+        match=r"max_memory=1024 MiB is too little for 2 scorers, .*: these need 2\d\d\d MiB",
     ):
         Limits(max_memory=1 << 30)
     with pytest.raises(UserError, match=r"metrics: cannot listen on 127.0.0.1:70000: "):
