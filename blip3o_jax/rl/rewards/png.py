@@ -99,27 +99,42 @@ def _chunk(file: memoryview, position: int) -> tuple[bytes, memoryview, int]:
     return kind, file[start:end], end + 4
 
 
-def _header(content: memoryview) -> tuple[int, int, int, bytes]:
-    """Return height, width, colour type and the chunk's content."""
+@dataclasses.dataclass(frozen=True)
+class _Header:
+    """IHDR. `rows`: bytes of all rows before they are compressed, but for interlacing."""
+
+    height: int
+    width: int
+    palette: bool
+    rows: int
+    content: bytes
+
+
+def _header(content: memoryview) -> _Header:
     if len(content) != 13:
         raise BadPng("has a wrong IHDR chunk")
-    width, height, depth, colour, compression, filtering, interlace = struct.unpack(">IIBBBBB", content)
-    if depth not in _COLOURS.get(colour, (0, ()))[1] or compression or filtering or interlace > 1:
+    fields = struct.unpack(">IIBBBBB", content)
+    width, height, depth, colour, compression, filtering, interlace = fields
+    channels, depths = _COLOURS.get(colour, (0, ()))
+    if depth not in depths or compression or filtering or interlace > 1:
         raise BadPng("has a wrong IHDR chunk")
     if not (0 < width <= MAX_SIDE and 0 < height <= MAX_SIDE):
         raise BadPng(f"has {width} x {height} pixels: a side must have 1 to {MAX_SIDE}")
-    return height, width, colour, bytes(content)
+    rows = height * (1 + (width * channels * depth + 7) // 8)
+    return _Header(height, width, colour == _PALETTE, rows, bytes(content))
 
 
-def _rebuilt(header: tuple[int, int, int, bytes], palette: bytes, data: list[memoryview]) -> Png:
-    height, width, colour, content = header
-    if colour == _PALETTE and not palette:
+def _rebuilt(header: _Header, palette: bytes, data: list[memoryview]) -> Png:
+    if header.palette and not palette:
         raise BadPng("has no PLTE chunk")
-    pieces = [_SIGNATURE, *_written(b"IHDR", [content])]
-    if colour == _PALETTE:
+    # Interlacing at most doubles small images; what no encoder writes only costs time on its way.
+    if sum(map(len, data)) > 2 * header.rows + 1024:
+        raise BadPng("has more data than its pixels take")
+    pieces = [_SIGNATURE, *_written(b"IHDR", [header.content])]
+    if header.palette:
         pieces += _written(b"PLTE", [palette])
     pieces += [*_written(b"IDAT", data), *_written(b"IEND", [])]
-    return Png(height, width, np.frombuffer(b"".join(pieces), np.uint8))
+    return Png(header.height, header.width, np.frombuffer(b"".join(pieces), np.uint8))
 
 
 def _written(kind: bytes, contents: list) -> list:

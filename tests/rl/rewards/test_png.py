@@ -98,6 +98,7 @@ def test_metadata_and_animations_never_reach_the_decoder():
             "wrong PLTE",
         ),
         (SIGNATURE + header() + END, "no IDAT"),
+        (SIGNATURE + header() + chunk(b"IDAT", DATA + bytes(1100)) + END, "more data than its pixels"),
         (
             SIGNATURE + header() + chunk(b"IDAT") + chunk(b"tEXt") + chunk(b"IDAT", DATA) + END,
             "do not follow",
