@@ -1,9 +1,12 @@
-"""HTTP services that a stranger may reach: Starlette's routes on uvicorn, within limits. Knows nothing of what is served.
+"""HTTP services that a stranger may reach: Starlette's routes on uvicorn, within limits. Knows
+nothing of what is served.
 
-    connections    bounded; the idlest makes room for a new one, and none may idle for long, before, within or after a request
+    connections    bounded; the idlest makes room for a new one, and none may idle for long, before,
+                   within or after a request
     token          compared in constant time, and before anything of the body is read
-    bodies         need a Content-Length, are refused by it, have a deadline, and are reserved in a memory budget
-    errors         {"error": one line}; what the code raises by mistake is logged, and answered with 500
+    bodies         need a Content-Length, are refused by it, have a deadline, and are reserved in a
+                   memory budget
+    errors         {"error": one line}; what the code raises by mistake is logged, answered with 500
     ending         SIGTERM and Ctrl-C let requests at hand be answered first
 
 An app is a list of `starlette.routing.Route`; its handlers raise `Refused`.
@@ -41,10 +44,11 @@ BUSY = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nContent-Length: 0
 
 @dataclasses.dataclass(frozen=True)
 class ConnectionLimits:
-    """Bounds of connections; all times in seconds. `header_seconds`: from a connection, or from the answer before, to the end
-    of a request's headers. `idle_seconds`, `body_seconds`: between two pieces of a body, and for all of it. `answer_seconds`:
-    for a client to take its answer. `linger_seconds`: for which a client that is refused while it sends may go on, so that it
-    gets to read why. `grace_seconds`: for requests at hand when the service ends."""
+    """Bounds of connections; all times in seconds. `header_seconds`: from a connection, or from the
+    answer before, to the end of a request's headers. `idle_seconds`, `body_seconds`: between two
+    pieces of a body, and for all of it. `answer_seconds`: for a client to take its answer.
+    `linger_seconds`: for which a client that is refused while it sends may go on, so that it gets
+    to read why. `grace_seconds`: for requests at hand when the service ends."""
 
     max_connections: int = 512
     header_seconds: float = 10.0
@@ -56,7 +60,8 @@ class ConnectionLimits:
 
 
 class Refused(Exception):
-    """A request that gets `status` and one line in place of what it asks for. 429 and 503 invite the client back."""
+    """A request that gets `status` and one line in place of what it asks for. 429 and 503 invite
+    the client back."""
 
     def __init__(self, status: int, line: str, headers: Mapping[str, str] | None = None):
         super().__init__(status, line, headers)  # what it is made of again in another process
@@ -71,8 +76,8 @@ class Refused(Exception):
 
 
 class MemoryBudget:
-    """Bytes that requests at hand may take together. Requests of more than `small` bytes leave an eighth of it to others. For
-    one event loop."""
+    """Bytes that requests at hand may take together. Requests of more than `small` bytes leave an
+    eighth of it to others. For one event loop."""
 
     def __init__(self, size: int, small: int = 1 << 20):
         self.size = size
@@ -105,8 +110,8 @@ def content_length(request: Request, largest: int) -> int:
 
 
 async def read_body(request: Request, limits: ConnectionLimits) -> bytearray:
-    """Return the body, however it comes. Raises Refused (408) for one that comes too slowly, ClientDisconnect for one that
-    ends early."""
+    """Return the body, however it comes. Raises Refused (408) for one that comes too slowly,
+    ClientDisconnect for one that ends early."""
     body = bytearray()
     pieces = aiter(request.stream())
     try:
@@ -121,7 +126,8 @@ async def read_body(request: Request, limits: ConnectionLimits) -> bytearray:
 
 
 async def unless_disconnected(request: Request, work: Awaitable[Any]) -> Any:
-    """Return the result of `work`, which is cancelled once the client has gone. The body must have been read."""
+    """Return the result of `work`, which is cancelled once the client has gone. The body must have
+    been read."""
     task = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_disconnected(request))
     try:
@@ -140,8 +146,9 @@ async def _disconnected(request: Request) -> None:
 
 
 class Service:
-    """Routes at an address that is taken at once. `open_paths` need no token. `registry` gets the service's own metrics,
-    under `prefix`. UserError, naming `what`, where the address is not free or open to others without a token."""
+    """Routes at an address that is taken at once. `open_paths` need no token. `registry` gets the
+    service's own metrics, under `prefix`. UserError, naming `what`, where the address is not free
+    or open to others without a token."""
 
     def __init__(
         self,
@@ -232,8 +239,8 @@ class _ClientStuck(Exception):
 
 
 class _Answer:
-    """Both directions of one request. A refusal that leaves a body unread ends the connection, but lingers: closing at once
-    would reset it, and the client might never see the answer."""
+    """Both directions of one request. A refusal that leaves a body unread ends the connection, but
+    lingers: closing at once would reset it, and the client might never see the answer."""
 
     def __init__(self, scope: Mapping[str, Any], receive: Callable, send: Callable, limits: ConnectionLimits):
         self._receive = receive
@@ -278,7 +285,8 @@ class _Answer:
 
 
 class _Connection(H11Protocol):
-    """uvicorn's connection, with a deadline whenever it carries no request, and never more than so many of them."""
+    """uvicorn's connection, with a deadline whenever it carries no request, and never more than so
+    many of them."""
 
     def __init__(self, *args: Any, limits: ConnectionLimits, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -293,8 +301,8 @@ class _Connection(H11Protocol):
             self._make_room()
 
     def _make_room(self) -> None:
-        """Cut off the connection that has been without a request for longest, else the one that has sent a body for longest;
-        this one where all are at work."""
+        """Cut off the connection that has been without a request for longest, else the one that has
+        sent a body for longest; this one where all are at work."""
         others = [connection for connection in self.connections if connection is not self]
         idle = [connection for connection in others if connection._idle()]
         sending = [connection for connection in others if not connection._idle() and connection.cycle.more_body]
@@ -365,8 +373,8 @@ def metrics_route(registry: prometheus_client.CollectorRegistry) -> Route:
 
 
 def run_until_signal(services: Sequence[Service], ready: Callable[[], None]) -> signal.Signals:
-    """Serve in this thread, the main one, until SIGTERM or Ctrl-C; return which. A second signal ends it at once. `ready` is
-    called once connections are taken."""
+    """Serve in this thread, the main one, until SIGTERM or Ctrl-C; return which. A second signal
+    ends it at once. `ready` is called once connections are taken."""
     return asyncio.run(_run_until_signal(services, ready))
 
 

@@ -27,7 +27,8 @@ LOOKED_AT = 1024  # images that are compared with the first, to find others of i
 
 @dataclasses.dataclass(eq=False)
 class Job:
-    """One request: images, beside their prompts and metadata (JSON). `alone`: not to be scored with others."""
+    """One request: images, beside their prompts and metadata (JSON). `alone`: not to be scored with
+    others."""
 
     images: Sequence[Png]
     prompts: Sequence[str]
@@ -50,8 +51,9 @@ class _Batch:
 
 
 class Batcher:
-    """`batch`: images of a call at the most; `pixels` and `file_bytes` bound it too, but for an image that is larger alone. A
-    request of more than `pixels` is a large one. `on_batch(images, seconds)` hears of every call that gave scores."""
+    """`batch`: images of a call at the most; `pixels` and `file_bytes` bound it too, but for an
+    image that is larger alone. A request of more than `pixels` is a large one. `on_batch(images,
+    seconds)` hears of every call that gave scores."""
 
     def __init__(
         self,
@@ -77,8 +79,9 @@ class Batcher:
         return len(self._small) + len(self._large)
 
     async def score(self, job: Job) -> Scores:
-        """Return the scores of a request, which is forgotten when the caller is cancelled. Raises Refused: as the verdict on
-        its first image that has none; 503 where scorers do not start, 504 where one took too long."""
+        """Return the scores of a request, which is forgotten when the caller is cancelled. Raises
+        Refused: as the verdict on its first image that has none; 503 where scorers do not start,
+        504 where one took too long."""
         (self._large if job.pixels > self._pixels else self._small).append(job)
         self._hand_out()
         try:
@@ -109,8 +112,9 @@ class Batcher:
         return _Batch(self._taken(self._large), large=True) if large else None
 
     def _taken(self, lane: list[Job]) -> list[tuple[Job, int]]:
-        """Take images of one size from the first requests of a lane. Requests of which none is left leave it; the first one
-        goes behind the others, so that one of many images does not hold up the rest."""
+        """Take images of one size from the first requests of a lane. Requests of which none is left
+        leave it; the first one goes behind the others, so that one of many images does not hold up
+        the rest."""
         first = lane[0]
         size = _size(first.images[first.waiting[0]])
         jobs = [first] if first.alone else [job for job in lane if not job.alone]
@@ -179,7 +183,8 @@ class Batcher:
                 _settle(job)
 
     def _split(self, batch: _Batch, items: Sequence[tuple[Job, int]]) -> bool:
-        """Have each request scored again on its own where several were together, since one may have spoiled it for all."""
+        """Have each request scored again on its own where several were together, since one may have
+        spoiled it for all."""
         if len(_jobs(batch.items)) == 1:
             return False
         lane = self._large if batch.large else self._small

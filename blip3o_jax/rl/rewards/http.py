@@ -1,13 +1,16 @@
-"""A reward that is computed elsewhere: the client of `blip3o rl serve-rewards` (`server`; bodies in `wire`).
+"""A reward that is computed elsewhere: the client of `blip3o rl serve-rewards` (`server`; bodies in
+`wire`).
 
-Requests go to the servers in turn. One that cannot be reached, does not answer in time or fails (5xx, a redirect, an answer
-that is none) is left out for a while, twice as long each time, and the request goes to the next; one that is busy (429, 503)
-is asked again once all have been asked. A request that a server refuses (other 4xx) would be refused by the others too: that
-is a UserError with the server's line.
+Requests go to the servers in turn. One that cannot be reached, does not answer in time or fails
+(5xx, a redirect, an answer that is none) is left out for a while, twice as long each time, and the
+request goes to the next; one that is busy (429, 503) is asked again once all have been asked. A
+request that a server refuses (other 4xx) would be refused by the others too: that is a UserError
+with the server's line.
 
-Whatever a server does, a request ends after `timeout` seconds with scores, Unreachable or UserError, in one line. The standard
-library's HTTP client is used, under a deadline of our own (`_Deadline`): its timeouts, like those of httpx, are of a single
-read, and neither starts as fast in the processes of the pool.
+Whatever a server does, a request ends after `timeout` seconds with scores, Unreachable or
+UserError, in one line. The standard library's HTTP client is used, under a deadline of our own
+(`_Deadline`): its timeouts, like those of httpx, are of a single read, and neither starts as fast
+in the processes of the pool.
 
 Shape suffixes: B images, H height, W width, C colour channels.
 """
@@ -55,9 +58,10 @@ class _Busy(Exception):
 
 
 def create(urls: str, token: str = "", token_env: str = "", timeout: str = TIMEOUT, batch: str = "16") -> "HttpReward":
-    """The registry's factory. `urls`: "http://a:8000,http://b:8000". `token_env`: name of the environment variable that holds
-    the token, which then stands in no config and no log; `token` is the token itself. `timeout`: seconds for a request's
-    scores, all tries at all servers together. `batch`: images of a request."""
+    """The registry's factory. `urls`: "http://a:8000,http://b:8000". `token_env`: name of the
+    environment variable that holds the token, which then stands in no config and no log; `token` is
+    the token itself. `timeout`: seconds for a request's scores, all tries at all servers together.
+    `batch`: images of a request."""
     if token and token_env:
         raise UserError("reward http: token and token_env exclude each other: leave one of them out")
     wire.check_token("reward http: token", token)
@@ -70,7 +74,8 @@ def create(urls: str, token: str = "", token_env: str = "", timeout: str = TIMEO
 
 
 def check_timeout(reward: RewardConfig, seconds: float) -> None:
-    """Raise UserError unless the reward http gives up before the `seconds` after which the pool ends its process."""
+    """Raise UserError unless the reward http gives up before the `seconds` after which the pool
+    ends its process."""
     if reward.name == "http":
         timeout = number("http", "timeout", dict(reward.options).get("timeout", TIMEOUT), float, 0.001, 86400)
         if timeout >= seconds:
@@ -105,8 +110,9 @@ class HttpReward(Reward):
         self._threads = concurrent.futures.ThreadPoolExecutor(len(self._urls))
 
     def check(self, prompt: str, metadata: Mapping[str, Any]) -> None:
-        """Raise UserError for a request that cannot be written, and the first time where no server is there or one does not
-        take the token. What the reward itself makes of a prompt is for the server to say."""
+        """Raise UserError for a request that cannot be written, and the first time where no server
+        is there or one does not take the token. What the reward itself makes of a prompt is for the
+        server to say."""
         if not self._tried:
             self._try_servers()
             self._tried = True
@@ -122,7 +128,8 @@ class HttpReward(Reward):
             raise UserError(f"reward http: no server answers: {'; '.join(reasons)}")
 
     def _try_server(self, url: str) -> str | None:
-        """Return why a server cannot be asked now. UserError for a wrong token, and for what is no reward server."""
+        """Return why a server cannot be asked now. UserError for a wrong token, and for what is no
+        reward server."""
         try:
             status, answer, _ = _exchange(url, "GET", "/info", None, self._token, min(TRY_SECONDS, self._timeout), 1 << 16)
         except FAILURES as error:
@@ -137,7 +144,8 @@ class HttpReward(Reward):
         raise UserError(f"reward http: {url} is no reward server (status {status}): is the URL right?")
 
     def __call__(self, images_BHWC: np.ndarray, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Scores:
-        """As many requests at once as there are servers. Raises UserError (a server refused) or Unreachable."""
+        """As many requests at once as there are servers. Raises UserError (a server refused) or
+        Unreachable."""
         chunks = [slice(start, start + self._batch) for start in range(0, len(prompts), self._batch)]
         found = list(self._threads.map(lambda c: self._score(images_BHWC[c], prompts[c], metadata[c]), chunks))
         names = {tuple(sorted(scores.parts)) for scores in found}
@@ -180,7 +188,8 @@ class HttpReward(Reward):
         raise AssertionError
 
     def _order(self) -> list[str]:
-        """In turn those that are not left out; then the others, since any answer is better than none."""
+        """In turn those that are not left out; then the others, since any answer is better than
+        none."""
         with self._lock:
             turn, now = next(self._turn) % len(self._urls), time.monotonic()
         urls = self._urls[turn:] + self._urls[:turn]
@@ -193,7 +202,8 @@ class HttpReward(Reward):
             self._out_until[url] = time.monotonic() + seconds
 
     def _ask(self, url: str, body: bytes, count: int, seconds: float) -> Scores:
-        """Return one server's scores. Raises one of FAILURES where it failed, _Busy, or UserError where it refused."""
+        """Return one server's scores. Raises one of FAILURES where it failed, _Busy, or UserError
+        where it refused."""
         largest = wire.largest_answer(count)
         status, answer, retry_after = _exchange(url, "POST", "/score", body, self._token, seconds, largest)
         if status == 200:
@@ -215,7 +225,8 @@ FAILURES = (OSError, http.client.HTTPException, ValueError, RecursionError, Over
 
 
 class _Deadline:
-    """Ends a connection after so many seconds, however its bytes come: a timeout of a socket begins anew with each read."""
+    """Ends a connection after so many seconds, however its bytes come: a timeout of a socket begins
+    anew with each read."""
 
     def __init__(self, seconds: float):
         self.seconds = seconds
@@ -271,8 +282,8 @@ def _deadline(seconds: float) -> Iterator[_Deadline]:
 def _exchange(
     url: str, method: str, path: str, body: bytes | None, token: str, seconds: float, largest: int
 ) -> tuple[int, bytes, str]:
-    """Return status, body and Retry-After of the answer, which has `seconds` from the connection to its end and `largest`
-    bytes. Raises one of FAILURES."""
+    """Return status, body and Retry-After of the answer, which has `seconds` from the connection to
+    its end and `largest` bytes. Raises one of FAILURES."""
     parts = urllib.parse.urlsplit(url)
     kinds = {"http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}
     with _deadline(seconds) as deadline:
@@ -318,7 +329,8 @@ def _connected(address: tuple[str, int], deadline: _Deadline) -> socket.socket:
 
 
 def _wait(retry_after: str) -> float:
-    """Return seconds until a busy server is asked again: what it says, within bounds, 1 where it says none."""
+    """Return seconds until a busy server is asked again: what it says, within bounds, 1 where it
+    says none."""
     text = retry_after.strip()
     if not text.isdigit() or not text.isascii():
         return 1.0

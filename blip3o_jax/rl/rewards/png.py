@@ -1,8 +1,10 @@
-"""PNG files of strangers: what one will take once it is decoded, known from a strict parse; and decoding within that.
+"""PNG files of strangers: what one will take once it is decoded, known from a strict parse; and
+decoding within that.
 
-A decoder believes whatever header it meets last, inflates text and colour profiles, and follows animations. So the file is
-parsed here first, without decoding (PNG specification, third edition, sections 5 and 11): exactly one IHDR in front, every CRC
-right, IDAT chunks in one run, IEND at the very end. The decoder is given a file rebuilt of IHDR, PLTE and IDAT alone.
+A decoder believes whatever header it meets last, inflates text and colour profiles, and follows
+animations. So the file is parsed here first, without decoding (PNG specification, third edition,
+sections 5 and 11): exactly one IHDR in front, every CRC right, IDAT chunks in one run, IEND at the
+very end. The decoder is given a file rebuilt of IHDR, PLTE and IDAT alone.
 
 Shape suffixes: H height, W width, C colour channels.
 """
@@ -146,8 +148,8 @@ def _written(kind: bytes, contents: list) -> list:
 
 
 def decode_into(file: np.ndarray, out_HWC: np.ndarray) -> None:
-    """Decode a file of `parse` into uint8 RGB [H, W, 3] of its size. Transparency is left out, of 16 bits the upper 8 are
-    taken. Raises BadPng. Beside `out_HWC` it takes 4 bytes a pixel."""
+    """Decode a file of `parse` into uint8 RGB [H, W, 3] of its size. Transparency is left out, of
+    16 bits the upper 8 are taken. Raises BadPng. Beside `out_HWC` it takes 4 bytes a pixel."""
     from PIL import Image
 
     try:

@@ -23,7 +23,8 @@ MAX_IMAGES = 1024  # of a request
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What is to be scored. `metadata`: JSON texts, since objects take many times as much while they wait."""
+    """What is to be scored. `metadata`: JSON texts, since objects take many times as much while
+    they wait."""
 
     prompts: list[str]
     metadata: list[bytes]
@@ -41,8 +42,8 @@ def parse_array(body: np.ndarray, max_pixels: int) -> Request:
 
 
 def parse_request(body: bytes | bytearray, max_pixels: int) -> Request:
-    """Return what is to be scored, its images parsed but not decoded. Refused with 400 (no JSON, no sound PNG), 413 (too many
-    values, images or pixels) or 422 (wrong fields)."""
+    """Return what is to be scored, its images parsed but not decoded. Refused with 400 (no JSON, no
+    sound PNG), 413 (too many values, images or pixels) or 422 (wrong fields)."""
     if sum(map(body.count, (b",", b"[", b"{"))) > MAX_VALUES:
         raise Refused(413, f"the body holds more than {MAX_VALUES} values: send fewer images at once")
     fields = _fields(body)

@@ -1,5 +1,5 @@
-"""What runs in a scorer process of the reward server: decoding images and judging them. Imports little at the top, so that a
-process starts fast.
+"""What runs in a scorer process of the reward server: decoding images and judging them. Imports
+little at the top, so that a process starts fast.
 
 Shape suffixes: B images, H height, W width, C colour channels.
 """
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """One image's score, if `status` is 200, else `reason` in one line: 400 a broken image, 422 a prompt that the reward
-    cannot judge, 500 a reward that failed."""
+    """One image's score, if `status` is 200, else `reason` in one line: 400 a broken image, 422 a
+    prompt that the reward cannot judge, 500 a reward that failed."""
 
     status: int
     reason: str = ""
@@ -33,7 +33,8 @@ class Verdict:
 
 
 def start(rewards: tuple[RewardConfig, ...], threads: int) -> None:
-    """Make the rewards, with `threads` threads in whatever library asks the environment. Run first in each process."""
+    """Make the rewards, with `threads` threads in whatever library asks the environment. Run first
+    in each process."""
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ.setdefault(name, str(threads))
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
@@ -49,8 +50,8 @@ def score(
     prompts: Sequence[str],
     metadata: Sequence[bytes],
 ) -> tuple[list[Verdict], float]:
-    """Judge files of `png.parse`, all of `size` (height, width), beside their prompts and metadata (JSON). Return a verdict
-    each and the seconds that the rewards took."""
+    """Judge files of `png.parse`, all of `size` (height, width), beside their prompts and metadata
+    (JSON). Return a verdict each and the seconds that the rewards took."""
     rows = [(text, json.loads(fields)) for text, fields in zip(prompts, metadata, strict=True)]
     return judge(worker.rewards(), files, size, rows)
 

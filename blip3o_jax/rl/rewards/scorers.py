@@ -1,5 +1,5 @@
-"""The reward server's processes: one that hangs or dies is replaced, and so are all where none starts
-any more.
+"""The reward server's processes: one that hangs or dies is replaced, and so are all where none
+starts any more.
 
     scorers    decode images and judge them
     parser     parses large bodies: the JSON parser would hold up every thread of the server
@@ -45,16 +45,16 @@ class Scorers(Protocol):
         prompts: Sequence[str],
         metadata: Sequence[bytes],
     ) -> tuple[list[scorer.Verdict], float]:
-        """As `scorer.score`. Raises TimeoutError or ProcessEnded, of a process that has been replaced, and UserError where
-        none starts."""
+        """As `scorer.score`. Raises TimeoutError or ProcessEnded, of a process that has been
+        replaced, and UserError where none starts."""
         ...
 
     def close(self) -> None: ...
 
 
 class Renewed:
-    """Processes of the rewards' pool for a server that runs for days: where they end while they start,
-    they are given up for a while only. `ends`: how many were replaced, by reason."""
+    """Processes of the rewards' pool for a server that runs for days: where they end while they
+    start, they are given up for a while only. `ends`: how many were replaced, by reason."""
 
     def __init__(self, start: Callable[[], Processes], *, pause: float = PAUSE):
         self.ends = {"timeout": 0, "ended": 0, "not started": 0}
@@ -99,8 +99,8 @@ class Renewed:
 
 
 class ScorerProcesses:
-    """`count` processes that each make the `rewards`. A call that takes longer than `timeout` seconds
-    is ended, with its process. UserError where the rewards cannot be made."""
+    """`count` processes that each make the `rewards`. A call that takes longer than `timeout`
+    seconds is ended, with its process. UserError where the rewards cannot be made."""
 
     def __init__(
         self,

@@ -1,12 +1,14 @@
-"""`blip3o rl serve-rewards`: a reward behind HTTP, for rollouts on other machines (the reward `http` is its client).
+"""`blip3o rl serve-rewards`: a reward behind HTTP, for rollouts on other machines (the reward
+`http` is its client).
 
     POST /score     images to scores (`wire`)
     GET  /info      what is served, and within which limits; needs the token, so that a client can try it
     GET  /health    {"status": "ok" | "degraded" | "unavailable"}, with 503 for the last; needs no token
     GET  /metrics   Prometheus' text format, unless it has its own port
 
-Images are decoded and judged in processes of their own (`scorers`), which are replaced when they hang or die. This process
-holds files at the most, so what a request takes is known when its body is announced. The sum, with every limit at its highest:
+Images are decoded and judged in processes of their own (`scorers`), which are replaced when they
+hang or die. This process holds files at the most, so what a request takes is known when its body is
+announced. The sum, with every limit at its highest:
 
     max_memory = (2 + scorers) PROCESS_BYTES                         without the rewards' own models
                + max_connections CONNECTION_BYTES
@@ -41,9 +43,9 @@ REQUEST_BYTES = 1 << 16  # of a request beside its body
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """`max_pixels`: of all images of a request. `max_waiting`: requests with all of their body. `max_memory`: bytes of all
-    processes together, as above. `score_seconds`: of a call of the reward, on up to `batch` images. `request_seconds`: from a
-    request's body to its scores."""
+    """`max_pixels`: of all images of a request. `max_waiting`: requests with all of their body.
+    `max_memory`: bytes of all processes together, as above. `score_seconds`: of a call of the
+    reward, on up to `batch` images. `request_seconds`: from a request's body to its scores."""
 
     batch: int = 16
     scorers: int = 2
@@ -87,9 +89,9 @@ def serve(
     metrics_port: int | None = None,
     limits: Limits = Limits(),
 ) -> None:
-    """Serve `rewards` until SIGTERM or Ctrl-C (then KeyboardInterrupt). `token_env`: name of the environment variable that
-    holds the token; without one only this machine is served. UserError for rewards that cannot be made, a missing token, or
-    an address that is not free."""
+    """Serve `rewards` until SIGTERM or Ctrl-C (then KeyboardInterrupt). `token_env`: name of the
+    environment variable that holds the token; without one only this machine is served. UserError
+    for rewards that cannot be made, a missing token, or an address that is not free."""
     token = wire.read_token(token_env) if token_env else ""
     if not token and host not in serving.LOOPBACK:
         raise UserError(f"{WHAT}: --host={host} is open to other machines: name a variable with a token by --token_env")
@@ -102,8 +104,9 @@ def serve(
 
 
 class RewardServer:
-    """The services of a reward, and its scorers, from `with` to its end. `port=0` takes a free one; `url` tells which.
-    `metrics`: (host, port) of metrics apart. `scorers` are made of the rewards where there are none given."""
+    """The services of a reward, and its scorers, from `with` to its end. `port=0` takes a free one;
+    `url` tells which. `metrics`: (host, port) of metrics apart. `scorers` are made of the rewards
+    where there are none given."""
 
     def __init__(
         self,
