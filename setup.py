@@ -23,6 +23,7 @@ setup(
         "grain>=0.2.18,<0.3",
         "tensorflow-datasets>=4.9.10,<4.10",
         "array-record>=0.8.3,<0.9",
+        "google-crc32c>=1.5",  # checksums of data, caches and checkpoints
         "sentencepiece>=0.2.1,<0.3",
         "tokenizers>=0.22,<0.24",
         "ml-collections>=1.1,<2",
@@ -32,6 +33,7 @@ setup(
         "pyarrow>=19",
         "rich>=14",
         "numpy>=2.0",
+        "google-crc32c>=1.5",  # checksums of data and checkpoints
     ],
     extras_require={
         "tpu": ["jax[tpu]>=0.10,<0.12"],

@@ -14,12 +14,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from blip3o_jax import __version__, cli_bench, cli_convert, cli_rl
-from blip3o_jax.config import UserError
+from blip3o_jax import __version__, arguments, cli_bench, cli_convert, cli_rl
+from blip3o_jax.config import SamplingConfig, UserError
+from blip3o_jax.fields import INT32, UINT32, shown
 
 # What the file system says about a path the user named.
 _PATH_ERRORS = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 _SAMPLING = ("steps", "guidance", "reference_guidance", "token_guidance", "temperature", "top_k", "top_p", "batch_size")
+
+_SEED = arguments.whole(0, UINT32)
+_RECORDS = arguments.whole(1, 10**8)
 
 _EXAMPLES = """\
 examples:
@@ -43,7 +47,7 @@ class _Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"blip3o: error: {message} (see {self.prog} --help)\n")
+        self.exit(2, f"blip3o: error: {' '.join(message.split())} (see {self.prog} --help)\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -75,17 +79,26 @@ def _report(error: BaseException, args: argparse.Namespace) -> int | None:
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Arguments of one command: `run` is what to call with them, `overrides` the (field, text) of each --config.field=text."""
     parser = build_parser()
-    args, unknown = parser.parse_known_args(argv)
-    takes_config = hasattr(args, "config")
-    args.overrides = []
-    for flag in unknown:
-        key, equals, value = flag.removeprefix("--config.").partition("=")
-        if not (takes_config and flag.startswith("--config.")):
-            parser.error(f"unrecognized argument: {flag}")
-        if not equals:
-            parser.error(f"--config.{key} needs a value: --config.{key}=VALUE")
-        args.overrides.append((key, value))
+    # argparse never sees them: where a command has sub-commands it takes an unknown --x="a b" for one.
+    overrides = [flag for flag in argv if flag.startswith("--config.")]
+    args, unknown = parser.parse_known_args([flag for flag in argv if not flag.startswith("--config.")])
+    if bare := [flag for flag in overrides if "=" not in flag]:
+        parser.error(f"{_quoted(bare[0])} needs a value: {_quoted(bare[0])}=VALUE")
+    if unknown:
+        parser.error(f"unrecognized argument: {_quoted(unknown[0])}")
+    for flag in args.flags_of_a_run:
+        if getattr(args, flag.dest) != flag.default:
+            parser.error(f"{flag.option_strings[0]} is for a run of rl and does nothing here: leave it out")
+    if overrides and (args.flags_of_a_run or not hasattr(args, "config")):
+        parser.error(f"unrecognized argument: {_quoted(overrides[0])}")
+    pairs = (flag.removeprefix("--config.").partition("=") for flag in overrides)
+    args.overrides = [(key, value) for key, _, value in pairs]
     return args
+
+
+def _quoted(flag: str) -> str:
+    """Return the flag on one line, without quotes around it."""
+    return shown(flag)[1:-1]
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -105,7 +118,7 @@ def build_parser() -> argparse.ArgumentParser:
         _add_demo,
     ):
         add(commands)
-    cli_rl.add(commands, _command, _add_hosts, _rl, _directory)
+    cli_rl.add(commands, _command, _add_hosts, _rl)
     cli_convert.add(commands, _command)
     cli_bench.add(commands, _command)
     return parser
@@ -115,7 +128,12 @@ def _command(commands: Any, name: str, run: Callable, help: str, description: st
     description = textwrap.fill(f"{help[0].upper()}{help[1:]}. {description}", 100)
     parser = commands.add_parser(name, help=help, description=description)
     parser.set_defaults(run=run, after_interrupt=again or "run the same command again to start over")
+    parser.set_defaults(flags_of_a_run=())
     return parser
+
+
+def _sampling(name: str) -> arguments.Argument:
+    return arguments.field(SamplingConfig, name)
 
 
 def _add_data(commands: Any) -> None:
@@ -129,18 +147,52 @@ def _add_data(commands: Any) -> None:
         "Scenes of coloured shapes with captions, written as ArrayRecord files. The test split holds combinations that the "
         "training split never shows.",
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the data set is written")
-    parser.add_argument("--num_train", type=_positive, default=20000, metavar="N", help="training scenes (%(default)s)")
-    parser.add_argument("--num_validation", type=_positive, default=500, metavar="N", help="validation scenes (%(default)s)")
-    parser.add_argument("--num_test", type=_positive, default=2000, metavar="N", help="held-out scenes (%(default)s)")
-    parser.add_argument("--num_edits", type=_count, default=0, metavar="N", help="training edits, in a tar file (%(default)s)")
-    parser.add_argument("--num_questions", type=_count, default=0, metavar="N", help="training questions (%(default)s)")
-    parser.add_argument("--image_size", type=_positive, default=64, metavar="PIXELS", help="side of an image (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="the same seed draws the same scenes (%(default)s)")
+    parser.add_argument("--out", type=arguments.path, required=True, metavar="DIR", help="where the data set is written")
+    parser.add_argument("--num_train", type=_RECORDS, default=20000, metavar="N", help="training scenes (%(default)s)")
+    parser.add_argument("--num_validation", type=_RECORDS, default=500, metavar="N", help="validation scenes (%(default)s)")
+    parser.add_argument("--num_test", type=_RECORDS, default=2000, metavar="N", help="held-out scenes (%(default)s)")
+    parser.add_argument(
+        "--num_edits",
+        type=arguments.whole(0, 10**8),
+        default=0,
+        metavar="N",
+        help="training edits, in a tar file (%(default)s)",
+    )
+    parser.add_argument(
+        "--num_questions", type=arguments.whole(0, 10**8), default=0, metavar="N", help="training questions (%(default)s)"
+    )
+    parser.add_argument(
+        "--image_size", type=arguments.whole(32, 4096), default=64, metavar="PIXELS", help="side of an image (%(default)s)"
+    )
+    parser.add_argument("--seed", type=_SEED, default=0, help="the same seed draws the same scenes (%(default)s)")
+    _add_index(sets)
+
+
+def _add_index(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "index",
+        _index,
+        "read a data set once and keep checksums of its records",
+        "Done by itself when a run opens a set for the first time; a large one is better indexed before. Reads the shards "
+        "that have no index, and those whose size or time of change is another; prints what the set holds.",
+        again="the same command goes on with the shards that have no index yet",
+    )
+    parser.add_argument("path", type=arguments.text, metavar="PATH", help="as data.path")
+    parser.add_argument("--format", type=arguments.text, default="auto", metavar="NAME", help="as data.format (%(default)s)")
+    parser.add_argument("--split", type=arguments.text, default="train", metavar="NAME", help="as data.split (%(default)s)")
+    parser.add_argument("--images", type=arguments.text, default="", metavar="DIR", help="as data.images")
+    parser.add_argument("--all", action="store_true", help="read every shard again")
 
 
 def _add_config(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", required=True, metavar="FILE.py[:ARG]", help="a file under configs/, and its argument")
+    parser.add_argument(
+        "--config",
+        type=arguments.config_path,
+        required=True,
+        metavar="FILE.py[:ARG]",
+        help="a file under configs/, and its argument",
+    )
     parser.epilog = (
         "any field of the config can be set, and a later flag wins:\n"
         "  --config.optimizer.learning_rate=1e-4  --config.data.path=photos.tar\n"
@@ -158,8 +210,12 @@ def _add_train(commands: Any) -> None:
         again="the same command resumes from the last checkpoint in its --workdir",
     )
     _add_config(parser)
-    parser.add_argument("--workdir", type=_directory, metavar="DIR", help="for checkpoints, metrics (runs/NAME of the config)")
-    parser.add_argument("--compile_cache", type=Path, metavar="DIR", help="keeps compiled programs for the next start")
+    parser.add_argument(
+        "--workdir", type=arguments.path, metavar="DIR", help="for checkpoints, metrics (runs/NAME of the config)"
+    )
+    parser.add_argument(
+        "--compile_cache", type=arguments.path, metavar="DIR", help="keeps compiled programs for the next start"
+    )
     _add_hosts(parser)
 
 
@@ -171,9 +227,15 @@ def _add_hosts(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="how hosts find each other: by a TPU slice's metadata, Slurm's variables, or what there is of these (%(default)s)",
     )
-    group.add_argument("--coordinator", metavar="HOST:PORT", help="where host 0 listens, in place of --distributed")
-    group.add_argument("--num_processes", type=_positive, metavar="N", help="with --coordinator: how many hosts")
-    group.add_argument("--process_id", type=int, metavar="I", help="with --coordinator: which of them this is, from 0")
+    group.add_argument(
+        "--coordinator", type=arguments.address, metavar="HOST:PORT", help="where host 0 listens, in place of --distributed"
+    )
+    group.add_argument(
+        "--num_processes", type=arguments.whole(1, 2**20), metavar="N", help="with --coordinator: how many hosts"
+    )
+    group.add_argument(
+        "--process_id", type=arguments.whole(0, 2**20), metavar="I", help="with --coordinator: which of them this is, from 0"
+    )
 
 
 def _add_sample(commands: Any) -> None:
@@ -184,26 +246,41 @@ def _add_sample(commands: Any) -> None:
         "draw images for prompts",
         "Writes one PNG a prompt and a labelled grid. The same prompt and seed give the same image at any batch size.",
     )
-    parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="a working directory or checkpoint")
+    parser.add_argument(
+        "--checkpoint", type=arguments.path, required=True, metavar="DIR", help="a working directory or checkpoint"
+    )
     prompts = parser.add_mutually_exclusive_group(required=True)
-    prompts.add_argument("--prompt", action="append", metavar="TEXT", help="what to draw; repeat it for more images")
-    prompts.add_argument("--prompts_file", type=Path, metavar="FILE", help="one prompt a line, or JSON lines")
+    prompts.add_argument(
+        "--prompt", type=arguments.text, action="append", metavar="TEXT", help="what to draw; repeat it for more images"
+    )
+    prompts.add_argument("--prompts_file", type=arguments.path, metavar="FILE", help="one prompt a line, or JSON lines")
     _add_drawing(parser)
 
 
 def _add_drawing(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the images are written")
-    parser.add_argument("--size", type=_size, metavar="HxW", help="pixels (nearest to the image given, of the model's sizes)")
-    parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
+    parser.add_argument("--out", type=arguments.path, required=True, metavar="DIR", help="where the images are written")
+    parser.add_argument(
+        "--size", type=arguments.size, metavar="HxW", help="pixels (nearest to the image given, of the model's sizes)"
+    )
+    parser.add_argument("--seed", type=_SEED, default=0, help="(%(default)s)")
     group = parser.add_argument_group("sampling", "each defaults to what the checkpoint's config says")
-    group.add_argument("--steps", type=_positive, metavar="N", help="denoising steps")
-    group.add_argument("--guidance", type=float, metavar="SCALE", help="classifier-free guidance; 1 turns it off")
-    group.add_argument("--reference_guidance", type=float, metavar="SCALE", help="that towards the images given; 0: the same")
-    group.add_argument("--token_guidance", type=float, metavar="SCALE", help="the same, of the image tokens")
-    group.add_argument("--temperature", type=float, metavar="T", help="of the image tokens")
-    group.add_argument("--top_k", type=int, metavar="K", help="image tokens kept at each position")
-    group.add_argument("--top_p", type=float, metavar="P", help="probability mass kept at each position")
-    group.add_argument("--batch_size", type=_positive, metavar="N", help="images drawn at once")
+    group.add_argument("--steps", type=_sampling("steps"), metavar="N", help="denoising steps")
+    group.add_argument(
+        "--guidance", type=_sampling("guidance"), metavar="SCALE", help="classifier-free guidance; 1 turns it off"
+    )
+    group.add_argument(
+        "--reference_guidance",
+        type=_sampling("reference_guidance"),
+        metavar="SCALE",
+        help="that towards the images given; 0: the same",
+    )
+    group.add_argument(
+        "--token_guidance", type=_sampling("token_guidance"), metavar="SCALE", help="the same, of the image tokens"
+    )
+    group.add_argument("--temperature", type=_sampling("temperature"), metavar="T", help="of the image tokens")
+    group.add_argument("--top_k", type=_sampling("top_k"), metavar="K", help="image tokens kept at each position")
+    group.add_argument("--top_p", type=_sampling("top_p"), metavar="P", help="probability mass kept at each position")
+    group.add_argument("--batch_size", type=_sampling("batch_size"), metavar="N", help="images drawn at once")
 
 
 def _add_edit(commands: Any) -> None:
@@ -214,11 +291,13 @@ def _add_edit(commands: Any) -> None:
         "change an image as an instruction says",
         "For a checkpoint that was trained to be shown images (model.editing).",
     )
-    parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="a working directory or checkpoint")
     parser.add_argument(
-        "--image", type=Path, action="append", required=True, help="what is edited; repeat it for several at once"
+        "--checkpoint", type=arguments.path, required=True, metavar="DIR", help="a working directory or checkpoint"
     )
-    parser.add_argument("--instruction", required=True, metavar="TEXT", help="what is to be done")
+    parser.add_argument(
+        "--image", type=arguments.path, action="append", required=True, help="what is edited; repeat it for several at once"
+    )
+    parser.add_argument("--instruction", type=arguments.text, required=True, metavar="TEXT", help="what is to be done")
     _add_drawing(parser)
 
 
@@ -230,8 +309,10 @@ def _add_reconstruct(commands: Any) -> None:
         "draw images again from their tokens",
         "Shows what the model keeps of an image that it is shown.",
     )
-    parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="a working directory or checkpoint")
-    parser.add_argument("--image", type=Path, action="append", required=True, help="repeat it for more images")
+    parser.add_argument(
+        "--checkpoint", type=arguments.path, required=True, metavar="DIR", help="a working directory or checkpoint"
+    )
+    parser.add_argument("--image", type=arguments.path, action="append", required=True, help="repeat it for more images")
     _add_drawing(parser)
 
 
@@ -243,12 +324,24 @@ def _add_ask(commands: Any) -> None:
         "answer a question about an image",
         "Prints the answer. For a checkpoint that was trained to be shown images (model.editing).",
     )
-    parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="a working directory or checkpoint")
-    parser.add_argument("--image", type=Path, action="append", required=True, help="repeat it for a question about several")
-    parser.add_argument("--question", required=True, metavar="TEXT")
-    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest words (%(default)s)")
-    parser.add_argument("--most", type=_positive, default=64, metavar="N", help="tokens of an answer, or fewer (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
+    parser.add_argument(
+        "--checkpoint", type=arguments.path, required=True, metavar="DIR", help="a working directory or checkpoint"
+    )
+    parser.add_argument(
+        "--image", type=arguments.path, action="append", required=True, help="repeat it for a question about several"
+    )
+    parser.add_argument("--question", type=arguments.text, required=True, metavar="TEXT")
+    parser.add_argument(
+        "--temperature",
+        type=_sampling("temperature"),
+        default=0.0,
+        metavar="T",
+        help="0 takes the likeliest words (%(default)s)",
+    )
+    parser.add_argument(
+        "--most", type=arguments.whole(1, 2**20), default=64, metavar="N", help="tokens of an answer, or fewer (%(default)s)"
+    )
+    parser.add_argument("--seed", type=_SEED, default=0, help="(%(default)s)")
 
 
 def _add_evaluate(commands: Any) -> None:
@@ -261,18 +354,31 @@ def _add_evaluate(commands: Any) -> None:
         "reconstruct have held-out prompts of their own; any reward of docs/rl.md (ocr, "
         "geneval,detector=transformers,path=DIR) is a suite for a file of prompts.",
     )
-    parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="a working directory or checkpoint")
     parser.add_argument(
-        "--suite", required=True, metavar="NAME[,OPTION=VALUE]", help="a suite of its own, or a reward and its options"
+        "--checkpoint", type=arguments.path, required=True, metavar="DIR", help="a working directory or checkpoint"
     )
-    parser.add_argument("--prompts_file", type=Path, metavar="FILE", help="for a reward: as rl.prompts_file")
-    parser.add_argument("--images_per_prompt", type=_positive, default=1, metavar="N", help="for a reward (%(default)s)")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where scores and images are written")
     parser.add_argument(
-        "--num_prompts", type=_positive, metavar="N", help="the first of them (of a suite's own 300, of a file all)"
+        "--suite",
+        type=arguments.text,
+        required=True,
+        metavar="NAME[,OPTION=VALUE]",
+        help="a suite of its own, or a reward and its options",
     )
-    parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
-    parser.add_argument("--batch_size", type=_positive, metavar="N", help="prompts drawn at once (the checkpoint's config)")
+    parser.add_argument("--prompts_file", type=arguments.path, metavar="FILE", help="for a reward: as rl.prompts_file")
+    parser.add_argument(
+        "--images_per_prompt", type=arguments.whole(1, 2**16), default=1, metavar="N", help="for a reward (%(default)s)"
+    )
+    parser.add_argument("--out", type=arguments.path, required=True, metavar="DIR", help="where scores and images are written")
+    parser.add_argument(
+        "--num_prompts",
+        type=arguments.whole(1, INT32),
+        metavar="N",
+        help="the first of them (of a suite's own 300, of a file all)",
+    )
+    parser.add_argument("--seed", type=_SEED, default=0, help="(%(default)s)")
+    parser.add_argument(
+        "--batch_size", type=_sampling("batch_size"), metavar="N", help="prompts drawn at once (the checkpoint's config)"
+    )
 
 
 def _add_params(commands: Any) -> None:
@@ -295,7 +401,7 @@ def _add_demo(commands: Any) -> None:
         "Makes its own data and needs no accelerator. Its last line is one JSON object with the score, the seconds it took "
         "and the path of the report.",
     )
-    parser.add_argument("--workdir", type=Path, default=Path("runs/demo"), metavar="DIR", help="(%(default)s)")
+    parser.add_argument("--workdir", type=arguments.path, default=Path("runs/demo"), metavar="DIR", help="(%(default)s)")
     parser.add_argument("--fast", action="store_true", help="a smoke run: every step of the way, too short to learn much")
 
 
@@ -315,6 +421,20 @@ def _shapes(args: argparse.Namespace) -> None:
 
         counts = {"num_edits": args.num_edits, "num_questions": args.num_questions}
         tasks.prepare(directory, **counts, image_size=args.image_size, seed=args.seed)
+
+
+def _index(args: argparse.Namespace) -> None:
+    from blip3o_jax.config import SourceConfig
+    from blip3o_jax.data.index import ALL, CHANGED
+    from blip3o_jax.data.sources import open_source
+
+    cfg = SourceConfig(args.path, args.format, split=args.split, images=args.images)
+    source = open_source(cfg, anew=ALL if args.all else CHANGED)
+    for note in source.notes:
+        print(note)
+    print(f"{source.name}: {len(source)} records, digest {source.fingerprint}")
+    if not args.all:
+        print("shards of the same size and time of change were not read again; --all reads them")
 
 
 def _train(args: argparse.Namespace) -> int:
@@ -432,34 +552,6 @@ def _default_workdir(config: str) -> Path:
     path, _, argument = config.partition(".py:")
     names = (Path(path).name.removesuffix(".py"), *(Path(piece).name for piece in argument.split(":")))
     return Path("runs") / "-".join(name for name in names if name)
-
-
-def _directory(text: str) -> Path:
-    if "://" in text:
-        raise argparse.ArgumentTypeError(f"{text!r} is no directory: mount the bucket, as docs/pods.md says, and give the path")
-    return Path(text)
-
-
-def _positive(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
-    return value
-
-
-def _size(text: str) -> tuple[int, int]:
-    try:
-        height, width = map(int, text.split("x"))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not HEIGHTxWIDTH in pixels, as in 768x1152") from None
-    return height, width
-
-
-def _count(text: str) -> int:
-    return 0 if text == "0" else _positive(text)
 
 
 def _one_line(error: Exception) -> str:

@@ -1,13 +1,12 @@
 """`blip3o bench peer|conversion|sharding|anchors|rl`: parses and calls, nothing else."""
 
 import argparse
-import re
 import shlex
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-from blip3o_jax.config import UserError
+from blip3o_jax import arguments
+from blip3o_jax.config import MeshConfig, SamplingConfig, UserError
 
 _NUMBERS = ("rounds", "batch_size", "threads", "jax_devices")
 
@@ -32,16 +31,34 @@ def _add_peer(kinds: Any, command: Callable) -> None:
         "Needs PyTorch (the extra [convert]). Compares what both compute, then times train step, decoding, denoising, "
         "autoencoder, tokenizer and text to image; writes peer.json and peer.md. float32 on a CPU, bfloat16 on a GPU.",
     )
-    parser.add_argument("--torch", type=Path, required=True, metavar="HF_DIR", help="the PyTorch files (convert export)")
-    parser.add_argument("--jax", type=Path, required=True, metavar="CKPT", help="a working directory or checkpoint")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the report is written")
-    parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu", help="(%(default)s)")
-    parser.add_argument("--items", default="", metavar="NAMES", help="some of the items only, with commas between (all)")
-    parser.add_argument("--rounds", type=int, default=7, metavar="N", help="turns of each side (%(default)s)")
-    parser.add_argument("--batch_size", type=int, default=4, metavar="N", help="examples, prompts, images (%(default)s)")
-    parser.add_argument("--threads", type=int, default=2, metavar="N", help="of each side, on a CPU (%(default)s)")
     parser.add_argument(
-        "--jax_devices", type=int, default=1, metavar="N", help="JAX's mesh.cpu_devices, on a CPU (%(default)s)"
+        "--torch", type=arguments.path, required=True, metavar="HF_DIR", help="the PyTorch files (convert export)"
+    )
+    parser.add_argument("--jax", type=arguments.path, required=True, metavar="CKPT", help="a working directory or checkpoint")
+    parser.add_argument("--out", type=arguments.path, required=True, metavar="DIR", help="where the report is written")
+    parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu", help="(%(default)s)")
+    parser.add_argument(
+        "--items", type=arguments.text, default="", metavar="NAMES", help="some of the items only, with commas between (all)"
+    )
+    parser.add_argument(
+        "--rounds", type=arguments.whole(1, 10**6), default=7, metavar="N", help="turns of each side (%(default)s)"
+    )
+    parser.add_argument(
+        "--batch_size",
+        type=arguments.field(SamplingConfig, "batch_size"),
+        default=4,
+        metavar="N",
+        help="examples, prompts, images (%(default)s)",
+    )
+    parser.add_argument(
+        "--threads", type=arguments.whole(1, 1024), default=2, metavar="N", help="of each side, on a CPU (%(default)s)"
+    )
+    parser.add_argument(
+        "--jax_devices",
+        type=arguments.whole(1, 1024),
+        default=1,
+        metavar="N",
+        help="JAX's mesh.cpu_devices, on a CPU (%(default)s)",
     )
     parser.add_argument("--eager_only", action="store_true", help="leave compiled PyTorch out")
 
@@ -55,8 +72,16 @@ def _add_conversion(kinds: Any, command: Callable) -> None:
         "Writes random weights of the config's sizes in the published layout, imports and exports them, compares the bits, and "
         "reads and writes the same files with the safetensors library (the extra [convert]). Needs four times their room.",
     )
-    parser.add_argument("--config", required=True, metavar="FILE.py[:ARG]", help="a file under configs/, and its argument")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="for conversion.json, and the weights meanwhile")
+    parser.add_argument(
+        "--config",
+        type=arguments.config_path,
+        required=True,
+        metavar="FILE.py[:ARG]",
+        help="a file under configs/, and its argument",
+    )
+    parser.add_argument(
+        "--out", type=arguments.path, required=True, metavar="DIR", help="for conversion.json, and the weights meanwhile"
+    )
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16", help="(%(default)s)")
 
 
@@ -72,11 +97,29 @@ def _add_sharding(kinds: Any, command: Callable) -> None:
         "side by side. Mesh sizes are chosen for each strategy unless --config.mesh.* sets them; --config.data.cache_dir=X "
         "leaves the encoders out.",
     )
-    parser.add_argument("--config", required=True, metavar="FILE.py[:ARG]", help="a file under configs/, and its argument")
-    parser.add_argument("--topology", default="", metavar="LIST", help="chips along each axis: v5p:8x8x8,v6e:16x16")
-    parser.add_argument("--slices", type=int, default=1, metavar="N", help="of that topology each (%(default)s)")
-    parser.add_argument("--strategy", default="", metavar="LIST", help="with commas between (fsdp,fsdp_tp,fsdp_sp,dp)")
-    parser.add_argument("--step", default="train", metavar="train|rollout", help="what is compiled (%(default)s)")
+    parser.add_argument(
+        "--config",
+        type=arguments.config_path,
+        required=True,
+        metavar="FILE.py[:ARG]",
+        help="a file under configs/, and its argument",
+    )
+    parser.add_argument(
+        "--topology", type=arguments.text, default="", metavar="LIST", help="chips along each axis: v5p:8x8x8,v6e:16x16"
+    )
+    parser.add_argument(
+        "--slices",
+        type=arguments.field(MeshConfig, "slices"),
+        default=1,
+        metavar="N",
+        help="of that topology each (%(default)s)",
+    )
+    parser.add_argument(
+        "--strategy", type=arguments.text, default="", metavar="LIST", help="with commas between (fsdp,fsdp_tp,fsdp_sp,dp)"
+    )
+    parser.add_argument(
+        "--step", type=arguments.text, default="train", metavar="train|rollout", help="what is compiled (%(default)s)"
+    )
     parser.add_argument(
         "--batch_per_chip",
         type=_batch,
@@ -86,14 +129,14 @@ def _add_sharding(kinds: Any, command: Callable) -> None:
     )
     parser.add_argument(
         "--measure",
-        type=_steps,
+        type=arguments.whole(1, 10**6),
         nargs="?",
         const=10,
         default=0,
         metavar="N",
         help="in place of --topology: run N steps (10) on the devices that are here, or --config.mesh.cpu_devices",
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the report is written")
+    parser.add_argument("--out", type=arguments.path, required=True, metavar="DIR", help="where the report is written")
     parser.add_argument("--keep_hlo", action="store_true", help="write each compiled program's text there too")
     parser.add_argument(
         "--no_schedules",
@@ -108,8 +151,8 @@ def _sharding(args: argparse.Namespace) -> None:
     from blip3o_jax.bench.sharding import grid
 
     options = grid.Options(
-        topologies=_names(args.topology),
-        strategies=_names(args.strategy) or grid.STRATEGIES,
+        topologies=arguments.names(args.topology),
+        strategies=arguments.names(args.strategy) or grid.STRATEGIES,
         slices=args.slices,
         batch_per_chip=None if args.batch_per_chip == "max" else args.batch_per_chip,
         largest_batch=args.batch_per_chip == "max",
@@ -139,15 +182,17 @@ def _add_anchors(kinds: Any, command: Callable) -> None:
         "Needs libtpu (the extra [tpu]). Compiles language models of published sizes for the chips that others have timed them "
         "on, and sets the predicted time beside theirs; writes anchors.json.",
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the report is written")
-    parser.add_argument("--only", default="", metavar="LIST", help="names of anchors, with commas between (all)")
+    parser.add_argument("--out", type=arguments.path, required=True, metavar="DIR", help="where the report is written")
+    parser.add_argument(
+        "--only", type=arguments.text, default="", metavar="LIST", help="names of anchors, with commas between (all)"
+    )
     parser.add_argument("--keep_hlo", action="store_true", help="write each compiled program's text there too")
 
 
 def _anchors(args: argparse.Namespace) -> None:
     from blip3o_jax.bench.sharding import anchors
 
-    only = _names(args.only)
+    only = arguments.names(args.only)
     if args.only and not only:
         raise UserError(f"bench anchors: --only={args.only} names no anchor: leave it out for all of them")
     flags = [f"--out={args.out}"] + [f"--only={args.only}"] * bool(args.only) + ["--keep_hlo"] * args.keep_hlo
@@ -164,9 +209,11 @@ def _add_rl(kinds: Any, command: Callable) -> None:
         "Starts from checkpoint.init_from of the config, and runs on the devices of its mesh. Both ways draw the same images, "
         "in turns, and must learn the same from them; writes rl.json.",
     )
-    parser.add_argument("--config", required=True, metavar="FILE.py[:ARG]", help="as configs/rl.py")
-    parser.add_argument("--rounds", type=int, default=7, metavar="N", help="steps of each way (%(default)s)")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the report is written")
+    parser.add_argument("--config", type=arguments.config_path, required=True, metavar="FILE.py[:ARG]", help="as configs/rl.py")
+    parser.add_argument(
+        "--rounds", type=arguments.whole(1, 10**6), default=7, metavar="N", help="steps of each way (%(default)s)"
+    )
+    parser.add_argument("--out", type=arguments.path, required=True, metavar="DIR", help="where the report is written")
 
 
 def _rl(args: argparse.Namespace) -> None:
@@ -180,19 +227,12 @@ def _rl(args: argparse.Namespace) -> None:
 
 
 def _batch(text: str) -> int | str:
-    if text == "max" or re.fullmatch(r"0*[1-9]\d*", text):
-        return text if text == "max" else int(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is neither a positive whole number nor max")
-
-
-def _steps(text: str) -> int:
-    if re.fullmatch(r"0*[1-9]\d*", text):
-        return int(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number of steps")
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(",") if name.strip())
+    if text == "max":
+        return text
+    try:
+        return arguments.field(SamplingConfig, "batch_size")(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{error}, nor max") from None
 
 
 def _conversion(args: argparse.Namespace) -> None:
@@ -213,7 +253,7 @@ def _peer(args: argparse.Namespace) -> None:
         batch_size=args.batch_size,
         threads=args.threads,
         jax_devices=args.jax_devices,
-        items=tuple(name.strip() for name in args.items.split(",") if name.strip()) or turns.ITEMS,
+        items=arguments.names(args.items) or turns.ITEMS,
         compiled=not args.eager_only,
     )
     report = turns.bench(args.torch, args.jax, args.out, options, _command_line(args))

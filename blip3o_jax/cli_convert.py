@@ -3,10 +3,11 @@
 import argparse
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+from blip3o_jax import arguments, fields
 from blip3o_jax.config import MeshConfig, UserError, from_dict
+from blip3o_jax.fields import UINT32
 
 DTYPES = ("float32", "bfloat16", "float16")
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -26,21 +27,23 @@ def add(commands: Any, command: Callable) -> None:
 
 
 def _add_source(parser: argparse.ArgumentParser, flag: str) -> None:
-    parser.add_argument(flag, type=Path, required=True, metavar="HF_DIR", help="a BLIP3o-NEXT directory, or a stock Qwen3 one")
     parser.add_argument(
-        "--diffusion", type=Path, metavar="DIR", help="a SANA diffusers directory: transformer/, vae/, scheduler/"
+        flag, type=arguments.path, required=True, metavar="HF_DIR", help="a BLIP3o-NEXT directory, or a stock Qwen3 one"
     )
-    parser.add_argument("--ta_tok", type=Path, metavar="FILE", help="the vision tokenizer's own file (ta_tok.pth)")
+    parser.add_argument(
+        "--diffusion", type=arguments.path, metavar="DIR", help="a SANA diffusers directory: transformer/, vae/, scheduler/"
+    )
+    parser.add_argument("--ta_tok", type=arguments.path, metavar="FILE", help="the vision tokenizer's own file (ta_tok.pth)")
     parser.add_argument(
         "--ta_tok_config",
-        type=Path,
+        type=arguments.path,
         metavar="FILE.json",
         help="sizes of another vision tokenizer than the published: encoder, decoder, bottleneck_dim, codebook_size, "
         "select_layer, l2_normalized",
     )
     parser.add_argument(
         "--initialise",
-        type=_names,
+        type=arguments.names,
         default=(),
         metavar="NAMES",
         help="what the files lack and is to be made: connector, image_embeddings, latent_connector, feature_connector",
@@ -57,7 +60,7 @@ def _add_import(ways: Any, command: Callable) -> None:
         "or cast unless a flag says so.",
     )
     _add_source(parser, "--source")
-    parser.add_argument("--out", type=Path, required=True, metavar="CKPT", help="the checkpoint directory to write")
+    parser.add_argument("--out", type=arguments.path, required=True, metavar="CKPT", help="the checkpoint directory to write")
     parser.add_argument("--dtype", choices=DTYPES, default="", help="of the parameters (that of the files)")
     parser.add_argument(
         "--mesh",
@@ -76,10 +79,12 @@ def _add_export(ways: Any, command: Callable) -> None:
         "a checkpoint to PyTorch files",
         "Writes the published BLIP3o-NEXT layout, or with --parts the directories that the stock classes load.",
     )
-    parser.add_argument("--source", type=Path, required=True, metavar="CKPT", help="a working directory or checkpoint")
-    parser.add_argument("--out", type=Path, required=True, metavar="HF_DIR", help="the directory to write")
     parser.add_argument(
-        "--parts", type=_names, default=(), metavar="NAMES", help="some of ar, dit, vae, ta_tok, as stock directories"
+        "--source", type=arguments.path, required=True, metavar="CKPT", help="a working directory or checkpoint"
+    )
+    parser.add_argument("--out", type=arguments.path, required=True, metavar="HF_DIR", help="the directory to write")
+    parser.add_argument(
+        "--parts", type=arguments.names, default=(), metavar="NAMES", help="some of ar, dit, vae, ta_tok, as stock directories"
     )
     parser.add_argument("--dtype", choices=DTYPES, default="", help="of the tensors (that of the checkpoint)")
     parser.add_argument("--max_shard_size", type=_size, default=5 * 10**9, metavar="SIZE", help="of one file (5GB)")
@@ -97,11 +102,11 @@ def _add_verify(ways: Any, command: Callable) -> None:
         "they differ, naming the tensor and the first layer.",
     )
     _add_source(parser, "--torch")
-    parser.add_argument("--jax", type=Path, required=True, metavar="CKPT", help="a working directory or checkpoint")
-    parser.add_argument("--out", type=Path, metavar="FILE.json", help="the numbers, as JSON")
-    parser.add_argument("--parts", type=_names, default=(), metavar="NAMES", help="some of the parts only (all)")
+    parser.add_argument("--jax", type=arguments.path, required=True, metavar="CKPT", help="a working directory or checkpoint")
+    parser.add_argument("--out", type=arguments.path, metavar="FILE.json", help="the numbers, as JSON")
+    parser.add_argument("--parts", type=arguments.names, default=(), metavar="NAMES", help="some of the parts only (all)")
     parser.add_argument("--ema", action="store_true", help="compare the averaged weights")
-    parser.add_argument("--seed", type=int, default=0, help="of the inputs (%(default)s)")
+    parser.add_argument("--seed", type=arguments.whole(0, UINT32), default=0, help="of the inputs (%(default)s)")
 
 
 def _import(args: argparse.Namespace) -> None:
@@ -178,10 +183,6 @@ def _bytes(count: float) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
 
 
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(",") if name.strip())
-
-
 def _size(text: str) -> int:
     """Bytes of 5GB, 500MB, 2GiB."""
     number = text.upper().rstrip("BKMGTI")
@@ -190,18 +191,19 @@ def _size(text: str) -> int:
         size = int(float(number) * _UNITS[unit])
     except (ValueError, KeyError, OverflowError):
         size = 0
-    if size < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size, such as 5GB, 500MB or 2GiB")
+    if not 1 <= size < 2**60:
+        raise argparse.ArgumentTypeError(f"{fields.shown(text)} is no size, such as 5GB, 500MB or 2GiB")
     return size
 
 
 def _mesh(text: str) -> MeshConfig:
     """data=1,fsdp=8,strategy=fsdp as MeshConfig."""
     values: dict[str, Any] = {}
-    for item in _names(text):
-        name, _, value = item.partition("=")
-        values[name] = int(value) if value.lstrip("-").isdigit() else value
+    types = fields.field_types(MeshConfig)
     try:
+        for item in arguments.names(text):
+            name, _, value = item.partition("=")
+            values[name] = fields.parse(value, types[name], f"--mesh.{name}") if name in types else value
         return from_dict(values, MeshConfig, "--mesh")
     except UserError as error:
         raise argparse.ArgumentTypeError(str(error)) from error

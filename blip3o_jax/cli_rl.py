@@ -2,12 +2,14 @@
 
 import argparse
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from blip3o_jax import arguments
+from blip3o_jax.fields import Bounds
 
 
-def add(commands: Any, command: Callable, add_hosts: Callable[[Any], None], run: Callable, directory: Callable) -> None:
-    """`run` runs the command proper, `add_hosts` adds the flags of many hosts, `directory` reads a working directory."""
+def add(commands: Any, command: Callable, add_hosts: Callable[[Any], None], run: Callable) -> None:
+    """`run` runs the command proper, `add_hosts` adds the flags of many hosts."""
     parser = command(
         commands,
         "rl",
@@ -17,12 +19,18 @@ def add(commands: Any, command: Callable, add_hosts: Callable[[Any], None], run:
         "the working directory.",
         again="the same command resumes from the last checkpoint in its --workdir",
     )
-    parser.add_argument("--config", metavar="FILE.py[:ARG]", help="as configs/rl.py")
-    parser.add_argument("--workdir", type=directory, metavar="DIR", help="for checkpoints, metrics (runs/NAME of the config)")
-    parser.add_argument("--compile_cache", type=Path, metavar="DIR", help="keeps compiled programs for the next start")
+    parser.add_argument("--config", type=arguments.config_path, metavar="FILE.py[:ARG]", help="as configs/rl.py")
+    parser.add_argument(
+        "--workdir", type=arguments.path, metavar="DIR", help="for checkpoints, metrics (runs/NAME of the config)"
+    )
+    parser.add_argument(
+        "--compile_cache", type=arguments.path, metavar="DIR", help="keeps compiled programs for the next start"
+    )
     add_hosts(parser)
+    # They do nothing before the name of a sub-command.
+    flags = [action for action in parser._actions if action.dest != "help"]
     others = parser.add_subparsers(title="in place of a run", metavar="")
-    _add_rescore(others, command, directory)
+    _add_rescore(others, command, flags)
     server = command(
         others,
         "serve-rewards",
@@ -31,26 +39,41 @@ def add(commands: Any, command: Callable, add_hosts: Callable[[Any], None], run:
         "Takes JSON with PNG images on /score; /health and /metrics tell how it fares. A run reaches it by the reward http.",
         again="run the same command again to serve on",
     )
+    server.set_defaults(flags_of_a_run=flags)
     _add_reward(server, "as in rl.rewards; repeat it for a sum", required=True)
-    server.add_argument("--host", default="127.0.0.1", help="where it listens (%(default)s); others need a token")
-    server.add_argument("--port", type=int, default=8000, help="(%(default)s)")
-    server.add_argument("--token_env", default="", metavar="NAME", help="environment variable that holds the token")
-    server.add_argument("--metrics_port", type=int, metavar="N", help="for /metrics, without the token (--port, with it)")
-    server.add_argument("--metrics_host", default="127.0.0.1", help="with --metrics_port (%(default)s)")
-    group = server.add_argument_group("limits")
-    group.add_argument("--batch", type=int, default=16, metavar="N", help="images scored at once (%(default)s)")
-    group.add_argument("--scorers", type=int, default=2, metavar="N", help="processes that score (%(default)s)")
-    group.add_argument(
-        "--score_timeout", type=float, default=120, metavar="SECONDS", help="for a batch; then its process ends (%(default)g)"
+    server.add_argument(
+        "--host", type=arguments.text, default="127.0.0.1", help="where it listens (%(default)s); others need a token"
     )
-    group.add_argument("--max_body_mb", type=int, default=64, metavar="N", help="MiB of a request (%(default)s)")
-    group.add_argument("--max_pixels", type=int, default=1 << 25, metavar="N", help="of a request (%(default)s)")
+    port = arguments.whole(0, 2**16 - 1)
+    server.add_argument("--port", type=port, default=8000, help="(%(default)s)")
+    server.add_argument(
+        "--token_env", type=arguments.text, default="", metavar="NAME", help="environment variable that holds the token"
+    )
+    server.add_argument("--metrics_port", type=port, metavar="N", help="for /metrics, without the token (--port, with it)")
+    server.add_argument("--metrics_host", type=arguments.text, default="127.0.0.1", help="with --metrics_port (%(default)s)")
+    _add_limits(server.add_argument_group("limits"))
+
+
+def _add_limits(group: Any) -> None:
+    """Add the limits of a reward server; the defaults are those of `rewards.server.Limits`."""
+    for flag, kind, default, help in (
+        ("--batch", arguments.whole(1, 4096), 16, "images scored at once"),
+        ("--scorers", arguments.whole(1, 256), 2, "processes that score"),
+        ("--max_body_mb", arguments.whole(1, 4096), 64, "MiB of a request"),
+        ("--max_pixels", arguments.whole(1, 1 << 31), 1 << 25, "of all images of a request"),
+        ("--max_memory_mb", arguments.whole(1, 1 << 20), 4096, "MiB in all, without the rewards' models"),
+    ):
+        group.add_argument(flag, type=kind, default=default, metavar="N", help=f"{help} (%(default)s)")
     group.add_argument(
-        "--max_memory_mb", type=int, default=4096, metavar="N", help="MiB in all, without the rewards' models (%(default)s)"
+        "--score_timeout",
+        type=arguments.number(Annotated[float, Bounds(0.001, 86400)]),
+        default=120.0,
+        metavar="SECONDS",
+        help="for a batch; then its process ends (%(default)g)",
     )
 
 
-def _add_rescore(others: Any, command: Callable, directory: Callable) -> None:
+def _add_rescore(others: Any, command: Callable, flags: list[argparse.Action]) -> None:
     parser = command(
         others,
         "rescore",
@@ -58,16 +81,25 @@ def _add_rescore(others: Any, command: Callable, directory: Callable) -> None:
         "judge the images of a finished run again",
         "Of a run with rl.keep_images: by the same rewards or by others. Writes rescored.jsonl and prints both means.",
     )
+    parser.set_defaults(flags_of_a_run=flags)
     # `args.run` is the command itself.
     parser.add_argument(
-        "--run", dest="judged", type=directory, required=True, metavar="DIR", help="the run's working directory"
+        "--run", dest="judged", type=arguments.path, required=True, metavar="DIR", help="the run's working directory"
     )
     _add_reward(parser, "in place of the run's own; repeat it for a sum", required=False)
-    parser.add_argument("--out", type=Path, metavar="FILE", help="(rescored.jsonl in the run's directory)")
+    parser.add_argument("--out", type=arguments.path, metavar="FILE", help="(rescored.jsonl in the run's directory)")
 
 
 def _add_reward(parser: argparse.ArgumentParser, help: str, *, required: bool) -> None:
-    parser.add_argument("--reward", action="append", default=[], required=required, metavar="NAME[,OPTION=VALUE]", help=help)
+    parser.add_argument(
+        "--reward",
+        type=arguments.text,
+        action="append",
+        default=[],
+        required=required,
+        metavar="NAME[,OPTION=VALUE]",
+        help=help,
+    )
 
 
 def _rescore(args: argparse.Namespace) -> None:

@@ -4,7 +4,6 @@ A config file is Python with one function, `get_config()` or `get_config(arg)`, 
 named `Config`s to run one after the other.
 """
 
-import ast
 import difflib
 import importlib.util
 import inspect
@@ -12,17 +11,14 @@ import pathlib
 import re
 import sys
 import traceback
-import types
-import typing
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from blip3o_jax import config
+from blip3o_jax import config, fields
 
 Overrides = Mapping[str, str] | Iterable[tuple[str, str]]
 
 _PATH_AND_ARG = re.compile(r"(?P<path>.*\.py)(?::(?P<arg>.*))?")
-_BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
 
 def load(path_with_arg: str, overrides: Overrides = ()) -> config.Config:
@@ -101,56 +97,21 @@ def _override(values: Any, key: str, text: str) -> None:
     *groups, name = key.split(".")
     for part in groups:
         hint = _hint(cls, part, path)
-        path = f"{path}.{part}" if path else part
-        if not _is_group(hint):
+        path = fields.join(path, part)
+        if not fields.is_group(hint):
             raise config.UserError(f"config key {key}: {path} is a single value, it has no fields")
         cls, group = hint, group[part]
     hint = _hint(cls, name, path)
-    if _is_group(hint):
-        fields = ", ".join(typing.get_type_hints(hint))
-        raise config.UserError(f"config key {key} is a group; set one of its fields: {fields}")
+    if fields.is_group(hint):
+        names = ", ".join(fields.field_types(hint))
+        raise config.UserError(f"config key {key} is a group; set one of its fields: {names}")
     # A field may hold None by default and take text (`qk_norm`); from_dict judges the types, not ConfigDict.
     with group.ignore_type():
-        group[name] = _parse(text, hint, key)
-
-
-def _is_group(hint: Any) -> bool:
-    return hint.__class__ is type and hasattr(hint, "__dataclass_fields__")
+        group[name] = fields.parse(text, hint, key)
 
 
 def _hint(cls: Any, name: str, path: str) -> Any:
-    hints = typing.get_type_hints(cls)
+    hints = fields.field_types(cls)
     if name not in hints:
         config.from_dict({name: None}, cls, path)  # raises, with the nearest valid key
     return hints[name]
-
-
-def _parse(text: str, hint: Any, key: str) -> Any:
-    if typing.get_origin(hint) is types.UnionType:
-        if text.lower() == "none":
-            return None
-        hint = next(a for a in typing.get_args(hint) if a is not types.NoneType)
-    if hint is str:
-        return text
-    try:
-        if hint is bool:
-            return _BOOLEANS[text.lower()]
-        if hint in (int, float):
-            return hint(text)
-        value = ast.literal_eval(text)
-    except (KeyError, ValueError, SyntaxError):
-        raise config.ConfigError(f"{key}={text!r} must be {_wanted(hint)}") from None
-    return tuple(value) if isinstance(value, list) else value
-
-
-def _wanted(hint: Any) -> str:
-    if hint is bool:
-        return "true or false"
-    if hint in (int, float):
-        return f"of type {hint.__name__}"
-    inner = typing.get_args(hint)[0]
-    if hasattr(inner, "__dataclass_fields__"):
-        fields = ", ".join(typing.get_type_hints(inner))
-        return f"a list of groups such as \"[{{'path': 'a.tar'}}]\" (fields: {fields})"
-    example = {str: "('a', 'b')", int: "(16, 32)"}.get(inner, "((5,), ())")
-    return f'a list such as "{example}"'

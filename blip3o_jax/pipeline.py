@@ -268,7 +268,7 @@ def load(path: str | pathlib.Path, mesh: MeshConfig | None = None) -> Pipeline:
     parts = stage_parts(config)
     params = checkpoints.restore_parts(path, strategy, parts)
     graphdef, _ = nnx.split(nnx.eval_shape(lambda: Blip3o(config.model, parts, seed=0)))
-    text = dataclasses.replace(config.model.text, path=str(root / "text"))
+    text = checkpoints.stored_text(root, config.model.text)
     vocabulary = Vocabulary(load_tokenizer(text), config.model.tokenizer.codebook_size)
     return Pipeline(config, graphdef, params, vocabulary, strategy)
 

@@ -8,7 +8,7 @@ import pytest
 
 PACKAGE = pathlib.Path(__file__).parent.parent / "blip3o_jax"
 LAYERS = (
-    ("config", "convolution", "nn", "lora", "serving"),
+    ("fields", "config", "checksums", "convolution", "nn", "lora", "serving"),
     ("text",),
     ("data",),
     ("ar", "image_tokens", "dit", "vae", "connector"),
@@ -21,7 +21,7 @@ LAYERS = (
     ("demo",),
     ("convert",),
     ("bench",),
-    ("config_file", "cli_bench", "cli_convert", "cli_rl", "cli"),
+    ("arguments", "config_file", "cli_bench", "cli_convert", "cli_rl", "cli"),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # The package's own face: `blip3o_jax.load` and `python -m blip3o_jax`.

@@ -106,13 +106,16 @@ def test_a_batch_that_does_not_divide_over_the_mesh(place):
 
 def test_an_image_of_zero_bytes_is_skipped_and_counted_up_to_the_share_allowed(place):
     """One of 8. The run that allows it goes through; the next, which does not, leaves that run's checkpoint as it was."""
-    write_tar(place / "empty.tar", _002_png=b"")
+    write_tar(place / "empty.tar", _002_png=b"", _003_cls=b"1")
     train = ("train", "--config=config.py", "--workdir=run", "--config.data.path=empty.tar")
     done = blip3o(place, *train, "--config.data.max_bad_share=0.5", "--config.steps=3")
     assert done.returncode == 0, done.stderr
     assert "skipped empty.tar: 002: the image has zero bytes" in done.stderr
     rows = [json.loads(line) for line in (place / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3] and rows[-1]["bad_records"] >= 1
+    assert "empty.tar: 1 members not used: 1 of unknown suffix (003.cls first in empty.tar)" in done.stderr
+    counted = {name: value for name, value in rows[-1].items() if name.startswith("data/")}
+    assert counted == {"data/unused_members": 1, "data/unused_members/unknown_suffix": 1, "data/incomplete_records": 1}
 
     before = snapshot(place / "run" / "checkpoints" / "3")
     words = ("records (", "cannot be read, more than data.max_bad_share=1.0%", "empty.tar: 002: the image has zero bytes")

@@ -23,7 +23,7 @@ def test_images_are_judged_again_by_the_runs_own_rewards_or_by_those_named(monke
     [
         (["rl"], "rl: --config names no file"),
         (["rl", "--config=nowhere.py"], "nowhere.py"),
-        (["rl", "serve-rewards", "--reward=ocrr"], "did you mean ocr?"),
+        (["rl", "serve-rewards", "--reward=shapes", "--max_memory_mb=9"], "is too little for 2 scorers"),
         (["rl", "serve-rewards", "--reward=shapes", "--host=0.0.0.0"], "token"),
     ],
 )
@@ -31,6 +31,25 @@ def test_mistakes(arguments, words, capsys):
     assert cli.main(arguments) == 2
     told = capsys.readouterr().err.strip()
     assert words in told and "\n" not in told
+
+
+def test_overrides_with_spaces_reach_the_config(monkeypatch, tmp_path):
+    """argparse, left alone, takes an unknown --x="a b" for the name of a sub-command."""
+    seen = []
+    monkeypatch.setattr("blip3o_jax.rl.method.run", lambda config, workdir: seen.append(config.rl.prompts_file))
+    (tmp_path / "c.py").write_text("from blip3o_jax.config import Config\n\ndef get_config():\n    return Config()\n")
+    flags = [f"--config={tmp_path}/c.py", f"--workdir={tmp_path}/w", "--config.rl.prompts_file=my prompts.txt"]
+    assert cli.main(["rl", *flags]) == 0 and seen == ["my prompts.txt"]
+
+
+@pytest.mark.parametrize("flag", ["--config=c.py", "--workdir=w", "--distributed=off"])
+def test_flags_of_a_run_are_none_of_its_sub_commands(flag, capsys):
+    with pytest.raises(SystemExit) as exit:
+        cli.main(["rl", flag, "rescore", "--run=w"])
+    assert exit.value.code == 2 and f"{flag.partition('=')[0]} is for a run of rl" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["rl", "rescore", "--run=w", "--config.steps=3"])
+    assert "unrecognized argument: --config.steps=3" in capsys.readouterr().err
 
 
 def test_a_server_has_the_rewards_and_limits_that_are_named(monkeypatch):

@@ -1,10 +1,13 @@
 import dataclasses
 import json
+import math
 import pathlib
+import typing
 
 import pytest
 
-from blip3o_jax import config, config_file
+from blip3o_jax import blip3o, config, config_file, fields
+from blip3o_jax.parallel import rules
 
 CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
 
@@ -43,7 +46,7 @@ def test_round_trips(value):
         ({"model": {"image_size": 1000}}, "model.image_size=1000 must be a multiple of the autoencoder's 32"),
         (
             {"loss": {"caption_dropout": 10.0}},
-            "loss.caption_dropout=10.0 is a share of the rows: it must lie between 0 and 1",
+            "loss.caption_dropout=10.0 must lie between 0 and 1",
         ),
         (
             {"loss": {"caption_dropout": 0.1}, "model": {"template": {"supervise_prompt": True}}},
@@ -102,22 +105,122 @@ def test_an_unknown_size_names_those_there_are():
         config_file.load(f"{CONFIGS}/pretrain.py:7b")
 
 
-@pytest.mark.parametrize(
-    ("field", "values"),
-    [
-        ("temperature", (-0.1, float("nan"), float("inf"))),
-        ("top_k", (-1,)),
-        ("top_p", (0.0, 2.0, -1.0, float("nan"))),
-        ("steps", (0, -3)),
-        ("guidance", (float("inf"), float("nan"))),
-        ("token_guidance", (float("inf"), float("nan"))),
-        ("batch_size", (0,)),
-    ],
+NAN, INF = float("nan"), float("inf")
+# Of every kind: not a number, beyond every bound, of another type, empty, hostile text, wrong depth.
+ODD = (
+    *(NAN, INF, -INF, -1, -1.5, 0, 0.0, 1e-300, 1e300, 10**9, 10**30, 10**5000, True, None, 1j),
+    *("", "x", "nan", "\0", "a\0b", "\ud800", "(", "../..", b"", b"x"),
+    *((), [], {}, set(), object, (NAN,), (-1,), ("",), (None,), ((),), ((-1, 0),), ("(",), ({},), ({"a": 1},), [[["x"]]]),
 )
-def test_sampling_settings_that_cannot_work_are_refused_by_name(field, values):
-    for value in values:
-        with pytest.raises(config.ConfigError, match=f"sampling.{field}="):
-            config.from_dict({"sampling": {field: value}})
+
+
+def leaves(cls=config.Config, path=""):
+    """(dotted path of the group, group, field, annotation) of every field that is no group, those of lists of groups too."""
+    for name, hint in fields.field_types(cls).items():
+        kind, _, _ = fields.unwrapped(hint)
+        inner = fields.unwrapped(typing.get_args(kind)[0])[0] if typing.get_origin(kind) is tuple else None
+        if fields.is_group(kind):
+            yield from leaves(kind, fields.join(path, name))
+        else:
+            yield path, cls, name, hint
+        if fields.is_group(inner):
+            yield from leaves(inner, f"{fields.join(path, name)}[0]")
+
+
+LEAVES = tuple(leaves())
+
+
+def nested(path, value):
+    """{"a": [{"b": value}]} of "a[0].b"."""
+    for part in reversed(path.split(".")):
+        name, bracket, _ = part.partition("[")
+        value = {name: [value] if bracket else value}
+    return value
+
+
+def at(value, path):
+    for part in path.split("."):
+        name, bracket, _ = part.partition("[")
+        value = getattr(value, name)
+        value = value[0] if bracket else value
+    return value
+
+
+def bare(hint):
+    """Kinds in an annotation that say nothing of what is allowed."""
+    kind, constraints, _ = fields.unwrapped(hint)
+    if kind in (int, float, str):
+        return [] if constraints else [kind]
+    return [
+        found
+        for inner in typing.get_args(kind)
+        if inner is not ... and typing.get_origin(kind) is tuple
+        for found in bare(inner)
+    ]
+
+
+def in_python(given):
+    cls, name, value = given
+    return cls(**{name: value})
+
+
+def assert_sane(value):
+    """What no setting may be, whatever its annotation says."""
+    if isinstance(value, tuple):
+        for inner in value:
+            assert_sane(inner)
+    elif isinstance(value, float):
+        assert math.isfinite(value) and abs(value) <= 1e12
+    elif isinstance(value, int):
+        assert abs(value) < 2**32
+    elif isinstance(value, str):
+        assert "\0" not in value
+    else:
+        assert value is None or dataclasses.is_dataclass(value)
+
+
+def test_every_field_says_what_it_may_hold():
+    assert len(LEAVES) > 180
+    unbounded = [fields.join(path, name) for path, _, name, hint in LEAVES if bare(hint)]
+    assert not unbounded, "give these a type with bounds (fields.py): " + ", ".join(unbounded)
+
+
+@pytest.mark.parametrize("place", sorted({path for path, *_ in LEAVES}))
+def test_an_odd_value_of_any_field_is_refused_by_name_or_is_within_bounds(place):
+    """From a dictionary, as the command line and a checkpoint give it, and in Python, as a config file does."""
+    for path, cls, name, hint in LEAVES:
+        if path != place:
+            continue
+        where, refused = fields.join(path, name), 0
+        for value in ODD:
+            for construct, given in ((config.from_dict, nested(where, value)), (in_python, (cls, name, value))):
+                try:
+                    got = construct(given)
+                except config.ConfigError as error:
+                    assert name in str(error) and "\n" not in str(error) and len(str(error)) < 400, str(error)
+                    refused += 1
+                else:
+                    got = at(got, where) if isinstance(got, config.Config) and cls is not config.Config else getattr(got, name)
+                    assert_sane(got)
+                    fields.convert(got, hint, where)
+        assert refused >= len(ODD), f"{where} takes nearly everything"
+
+
+def test_a_value_given_in_python_is_named_in_full():
+    assert {cls: path for path, cls, *_ in LEAVES if cls.group_path not in (path.removesuffix("[0]"), path.split(".")[-1])} == {
+        config.SamplingConfig: "rl.rollout"
+    }
+    with pytest.raises(config.ConfigError, match=r"^optimizer\.learning_rate=nan must lie between 0 and 100$"):
+        config.OptimizerConfig(learning_rate=NAN)
+    with pytest.raises(
+        config.ConfigError, match=r"^rl\.rollout\.top_p=0\.0 must lie between 0 \(excluded\) and 1; 1 switches it off$"
+    ):
+        config.from_dict({"rl": {"rollout": {"top_p": 0}}})
+
+
+def test_names_of_strategies_and_parts_are_those_that_there_are():
+    assert set(typing.get_args(config.StrategyName)) == set(rules.STRATEGIES)
+    assert set(typing.get_args(config.Part)) == set(blip3o.PARTS)
 
 
 def test_the_edges_of_sampling_settings_are_accepted():

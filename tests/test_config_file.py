@@ -36,8 +36,8 @@ def test_overrides_take_the_type_of_their_field(write):
             "data.path": "12",
             "data.shuffle": "false",
             "model.dit.qk_norm": "none",
-            "model.vae.encoder_block_out_channels": "(16, 32)",
-            "model.vae.decoder_qkv_multiscales": "[(), [5]]",
+            "model.vae.encoder_block_out_channels": "(128, 256, 512, 512, 1024, 2048)",
+            "model.vae.decoder_qkv_multiscales": "[(), (), (), [5], [3], [5]]",
             "trainable": "('ar/.*',)",
             "checkpoint.init_from": "[('ar', 'runs/ar')]",
             "data.sources": "[{'path': 'b.tar', 'weight': 2}]",
@@ -45,8 +45,8 @@ def test_overrides_take_the_type_of_their_field(write):
     )
     assert got.steps == 12 and got.optimizer.learning_rate == 1.0 and isinstance(got.optimizer.learning_rate, float)
     assert got.data.path == "12" and got.data.shuffle is False and got.model.dit.qk_norm is None
-    assert got.model.vae.encoder_block_out_channels == (16, 32)
-    assert got.model.vae.decoder_qkv_multiscales == ((), (5,))
+    assert got.model.vae.encoder_block_out_channels == (128, 256, 512, 512, 1024, 2048)
+    assert got.model.vae.decoder_qkv_multiscales == ((), (), (), (5,), (3,), (5,))
     assert got.trainable == ("ar/.*",) and got.checkpoint.init_from == (("ar", "runs/ar"),)
     assert got.data.sources == (config.SourceConfig(path="b.tar", weight=2.0),)
 
@@ -106,7 +106,18 @@ def test_a_recipe_is_overridden_as_a_whole_or_by_name(write):
         ({"data.sources": "[{'paht': 'b'}]"}, "unknown config key data.sources[0].paht: did you mean data.sources[0].path?"),
         ({"data": "x"}, "config key data is a group; set one of its fields: path, format"),
         ({"steps.x": "1"}, "config key steps.x: steps is a single value"),
-        ({"steps": "-1"}, "steps=-1 must be positive"),
+        ({"steps": "-1"}, "steps=-1 must lie between 1 and"),
+        ({"steps": "9" * 5000}, "steps='9999"),
+        ({"seed": "4294967296"}, "seed=4294967296 must lie between 0 and 4,294,967,295"),
+        ({"optimizer.learning_rate": "nan"}, "optimizer.learning_rate=nan must lie between 0 and 100"),
+        ({"rl.rollout.top_p": "0"}, "rl.rollout.top_p=0.0 must lie between 0 (excluded) and 1; 1 switches it off"),
+        ({"data.path": "a\0b"}, "data.path='a\\x00b' must be a path: it contains a NUL character"),
+        ({"trainable": "('(',)"}, "trainable[0]='(' must be a regular expression: missing ), unterminated subpattern"),
+        ({"trainable": "(" * 5000}, "trainable='((((("),
+        ({"data.sources": "[{1: 2}]"}, "unknown config key data.sources[0].1: it takes path, format"),
+        ({"model.ar.dtype": "int8"}, "model.ar.dtype='int8' is not one of float32, bfloat16, float16"),
+        ({"mesh.data": "0"}, "mesh sizes data=0, fsdp=-1"),
+        ({"mesh.data": "-1"}, "mesh sizes data=-1, fsdp=-1"),
     ],
 )
 def test_a_bad_override_is_one_line_that_names_the_field(write, overrides, message):

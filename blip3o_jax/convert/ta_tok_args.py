@@ -3,7 +3,6 @@
 The args are those of the published class: {"bottleneck": {"name", "args": {..., "regularizer": {"name", "args"}}}, ...}.
 """
 
-import dataclasses
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -62,15 +61,19 @@ def read_ta_tok(base: TaTokConfig, args: Mapping[str, Any], override: pathlib.Pa
             raise UserError(f"TA-Tok args: {path}={value!r} is not supported: it must be {_FIXED[path][0]!r}")
         if path not in _FIXED and path not in _FIELDS and path not in _IGNORED:
             raise UserError(f"TA-Tok args: {path}={value!r} is not known here, and may change what the tokenizer computes")
-    cfg = _overridden(base, {f: flat[p] for p, f in _FIELDS.items() if flat.get(p) is not None}, "TA-Tok args")
-    where = "TA-Tok args"
+    where, merged = "TA-Tok args", config_lib.to_dict(base)
+    _merge(merged, {f: flat[p] for p, f in _FIELDS.items() if flat.get(p) is not None}, where)
     if override is not None:
-        given, where = read_json(override), str(override)
+        given = read_json(override)
         for key in given:
             config_lib.check(key in OVERRIDES, f"{override}: unknown key {key}; it takes {', '.join(OVERRIDES)}")
-        cfg = _overridden(cfg, _flat(given), where)
-    _check(cfg, where)
-    return cfg
+        _merge(merged, _flat(given), str(override))
+        where = f"{where} and {override}"
+    # Both at once: a size in the file may only go with another in the args.
+    try:
+        return config_lib.from_dict(merged, TaTokConfig)
+    except config_lib.ConfigError as error:
+        raise config_lib.ConfigError(f"{where}: {error}") from None
 
 
 def args_of(cfg: TaTokConfig) -> dict[str, Any]:
@@ -101,28 +104,12 @@ def _flat(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:
     return flat
 
 
-def _overridden(base: TaTokConfig, values: Mapping[str, Any], where: str) -> TaTokConfig:
-    """`base` with the fields at some paths replaced."""
-    merged = config_lib.to_dict(base)
+def _merge(fields: dict[str, Any], values: Mapping[str, Any], where: str) -> None:
+    """Replace the fields at some dotted paths."""
     for path, value in values.items():
         *above, name = path.split(".")
-        place = merged
+        place = fields
         for key in above:
             place = place.get(key)
             config_lib.check(isinstance(place, dict), f"{where}: {key} is no group of fields")
         place[name] = value
-    return config_lib.from_dict(merged, TaTokConfig, where)
-
-
-def _check(cfg: TaTokConfig, where: str) -> None:
-    layers = cfg.encoder.num_hidden_layers
-    sizes = [
-        *dataclasses.astuple(cfg.encoder)[:6],
-        *dataclasses.astuple(cfg.decoder)[:5],
-        cfg.bottleneck_dim,
-        cfg.codebook_size,
-    ]
-    config_lib.check(all(size > 0 for size in sizes), f"{where}: sizes of the vision tokenizer must be positive")
-    config_lib.check(
-        -layers - 1 <= cfg.select_layer < 0, f"{where}: select_layer={cfg.select_layer} must lie in -{layers + 1} .. -1"
-    )

@@ -142,13 +142,10 @@ class Loader(Iterator[Batch]):
         Raises:
           UserError: the state belongs to another mixture, seed or order.
         """
-        order = self._order()
-        changed = [name for name in order if order[name] != state["order"].get(name)]
-        if changed:
-            was, now = ({name: o.get(name) for name in changed} for o in (state["order"], order))
+        if changed := _changes(state["order"], self._order()):
             raise UserError(
-                f"the data changed since the checkpoint ({was} became {now}): resuming would repeat and leave out examples; "
-                "restore these settings, or start in a new directory with checkpoint.init_from"
+                f"the data changed since the checkpoint: {changed}: resuming would repeat and leave out examples; restore "
+                "what was there, or start in a new directory with checkpoint.init_from"
             )
         self.close()
         self._next_example = state["next_example"]
@@ -161,8 +158,16 @@ class Loader(Iterator[Batch]):
 
     def _order(self) -> dict[str, Any]:
         """What decides which example comes when."""
-        shape = lambda source: [] if source.shape is None else [list(source.shape)]
-        sources = [[len(source), weight, *shape(source)] for source, weight in self._sources]
+        sources = [
+            {
+                "name": source.name,  # for messages: a copy elsewhere is the same data
+                "digest": source.fingerprint,
+                "records": len(source),
+                "weight": weight,
+                "shape": source.shape and list(source.shape),
+            }
+            for source, weight in self._sources
+        ]
         order = {"seed": self._seed, "shuffle": self._data.shuffle, "sources": sources}
         return order | ({"batch_size": self._data.batch_size} if len(self._shapes()) > 1 else {})
 
@@ -237,6 +242,34 @@ class Loader(Iterator[Batch]):
                 f"{self._bad} of {self._seen} records ({self._bad / self._seen:.1%}) cannot be read, more than "
                 f"data.max_bad_share={allowed:.1%}, the last {self._last_skipped}; repair the data set or raise that share"
             )
+
+
+def _changes(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """Return what makes the order of examples another than that of a checkpoint; "" where it is the same."""
+    found = [
+        f"{name} was {before.get(name)}, now it is {now.get(name)}"
+        for name in sorted(before.keys() | now.keys())
+        if name != "sources" and before.get(name) != now.get(name)
+    ]
+    old, new = before["sources"], now["sources"]
+    digests = [[source["digest"] for source in sources] for sources in (old, new)]
+    if len(old) != len(new):
+        found.append(f"there were {len(old)} sources, now there are {len(new)}")
+    elif sorted(digests[0]) == sorted(digests[1]) and digests[0] != digests[1]:
+        listed = [", ".join(source["name"] for source in sources) for sources in (old, new)]
+        found.append(f"the sources are in another order ({listed[0]} became {listed[1]})")
+    else:
+        found += filter(None, map(_source_change, old, new))
+    return "; ".join(found)
+
+
+def _source_change(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """Return how a source differs from that in the same place of the mixture before."""
+    found = [f"its {name} was {old[name]}, now it is {new[name]}" for name in ("weight", "shape") if old[name] != new[name]]
+    if old["digest"] != new["digest"]:
+        was = "" if old["name"] == new["name"] else f" ({old['name']} then)"
+        found.insert(0, f"its content is another{was}, {old['records']} records then, {new['records']} now")
+    return f"source {new['name']}: {', '.join(found)}" if found else ""
 
 
 def _place(source: int, index: int) -> tuple[int, int]:

@@ -11,10 +11,9 @@ Every format has the same fields, whether they are keys of JSON, columns, featur
 
 import abc
 import dataclasses
-import functools
-import hashlib
 import json
 import os
+import types
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -35,6 +34,10 @@ class BadRecord(UserError):
 
     def __str__(self) -> str:
         return f"{self.shard}: {self.key}: {self.reason}" if self.shard else self.reason
+
+
+class ChangedRecord(BadRecord):
+    """A record whose bytes are not those that were indexed: it may be as it was again."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,9 +66,16 @@ class Words(NamedTuple):
 
 class Source(abc.ABC):
     """A data set of images and text. `name` is the path it was opened from; `shape` is (height, width) where all of its images
-    are cut to one of several."""
+    are cut to one of several.
+
+    What was found when it was opened: `unused`, how many things that no record uses, by reason; `incomplete`, how many records
+    lack something; `notes`, a line on each of both.
+    """
 
     shape: tuple[int, int] | None = None
+    unused: Mapping[str, int] = types.MappingProxyType({})
+    incomplete: int = 0
+    notes: tuple[str, ...] = ()
 
     def __init__(self, name: str, files: Iterable[str]) -> None:
         self.name = name
@@ -78,18 +88,10 @@ class Source(abc.ABC):
     def __getitem__(self, index: int) -> Record:
         """Raises `BadRecord` if this one record cannot be used."""
 
-    @functools.cached_property
+    @property
+    @abc.abstractmethod
     def fingerprint(self) -> str:
-        """Changes when the files do (names, sizes, times of change), whatever directory they lie in."""
-        return fingerprint_of(type(self).__name__, self.files)
-
-
-def fingerprint_of(kind: str, files: Iterable[str]) -> str:
-    digest = hashlib.sha256(kind.encode())
-    for file in files:
-        stat = os.stat(file)
-        digest.update(f"\0{os.path.basename(file)}\0{stat.st_size}\0{stat.st_mtime_ns}".encode())
-    return digest.hexdigest()[:16]
+        """Digest of the content (data/index.py), whatever its files are called and wherever they lie."""
 
 
 def decode_text(value: bytes | str | None, shard: str, key: str) -> str:

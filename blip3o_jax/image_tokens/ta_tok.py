@@ -59,8 +59,6 @@ class Decoder(nnx.Module):
         loop = {"remat": cfg.encoder.remat, "unroll": cfg.encoder.unroll}
         shape = EncoderShape.of(cfg.decoder, dtype=cfg.dtype, param_dtype=cfg.param_dtype, **loop)
         side = math.isqrt(cfg.decoder.num_patches)
-        if side**2 != cfg.decoder.num_patches:
-            raise config.ConfigError(f"tokenizer.decoder.num_patches={cfg.decoder.num_patches} must be a square number")
         self.patch_embedding = nn.Linear(cfg.bottleneck_dim, d, (None, "embed"), rngs=rngs, **shape.dtypes)
         self.position_embedding = nn.param(rngs, (side**2, d), (None, "embed"), nn.normal(d**-0.5), cfg.param_dtype)
         self.encoder = Encoder(shape, rngs=rngs)

@@ -27,8 +27,6 @@ def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device] | None = None) -> j
         split_cpu(cfg.cpu_devices)
     devices = list(jax.devices() if devices is None else devices)
     sizes = [getattr(cfg, axis) for axis in AXES]
-    if sizes.count(-1) > 1 or any(s == 0 or s < -1 for s in sizes):
-        raise ConfigError(f"mesh sizes {_named(cfg, ', ')}: positive, and -1 at most once")
     known = math.prod(s for s in sizes if s > 0)
     if -1 in sizes:
         sizes[sizes.index(-1)] = len(devices) // known

@@ -1,64 +1,170 @@
-"""Checkpoint directories: complete, asynchronous, resumable on another mesh.
+"""Checkpoint directories: complete, asynchronous, resumable on another mesh, every byte with a checksum.
 
-    DIR/config.json          the resolved configuration of the run that wrote it
-    DIR/text/                the text tokenizer's files
-    DIR/<step>/state         parameters, optimizer, EMA, counters (Orbax)
-    DIR/<step>/meta          {"data": seed and position of the data stream, "loss": ...} (JSON)
+    DIR/config.json           the resolved configuration of the run that wrote it, with its CRC32C
+    DIR/text/                 the text tokenizer's files and a manifest of them
+    DIR/<step>/state          parameters, optimizer, EMA, counters (Orbax)
+    DIR/<step>/meta           {"data": seed and position of the data stream, "loss": ...} (JSON)
+    DIR/<step>/manifest.json  size and CRC32C of every other file of the step
+    DIR/<step>.damaged        a step that a resumed run found damaged and set aside
 
-The last `keep` checkpoints stay, and the best by training loss. A directory that another process was killed in while
-writing keeps its last finished step.
+The last `keep` checkpoints stay, and the best by training loss. A step is finished when its directory has its final name and
+holds a manifest; it is intact when all files are those of the manifest. Resuming, sampling, exporting and `init_from` all go
+by that. Whoever reads a step reads its files twice, once for the checksums, the second time mostly from memory.
 """
 
 import contextlib
 import dataclasses
 import json
 import pathlib
+import shutil
+import tempfile
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 from absl import logging
 from etils import epath
+from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from blip3o_jax import checksums
 from blip3o_jax import config as config_lib
-from blip3o_jax.config import Config, UserError
+from blip3o_jax.checksums import MANIFEST, DamagedFile
+from blip3o_jax.config import Config, TextConfig, UserError
 from blip3o_jax.lora import FACTORS
+from blip3o_jax.parallel.distributed import host_0_first, say
 from blip3o_jax.parallel.rules import Strategy
 from blip3o_jax.text.tokenizers import TextTokenizer
 from blip3o_jax.train.state import StatePlan, TrainState, merge_trees, plan_state
 
 
+class _CheckedStep(ocp.path.atomicity.AtomicRenameTemporaryPath):
+    """Orbax's way of finishing a step, by a rename on host 0 when all hosts have written, in two renames: with all of Orbax's
+    own files in place and before the last name, the manifest is written. Host 0 reads the step once for that, in the
+    background. A kill in between leaves a temporary name, which is removed when the run goes on. Orbax takes this class for the
+    items inside a step too; those have no manifest of their own."""
+
+    @classmethod
+    def from_final(cls, final_path: epath.Path, **options: Any) -> "_CheckedStep":
+        if not final_path.name.isdigit():
+            return super().from_final(final_path, **options)
+        between = final_path.parent / (final_path.name + ocp.path.atomicity.TMP_DIR_SUFFIX)
+        return super().from_final(between, **options)
+
+    def get_final(self) -> epath.Path:
+        between = super().get_final()
+        return between.parent / between.name.removesuffix(ocp.path.atomicity.TMP_DIR_SUFFIX)
+
+    async def finalize(self) -> None:
+        await super().finalize()
+        between = pathlib.Path(super().get_final())
+        if between != pathlib.Path(self.get_final()):
+            checksums.write_manifest(between)
+            between.rename(self.get_final())
+
+
+RECIPE = "recipe.json"  # of a workdir whose stages each have a run below it
+
+
 class Checkpoints:
-    """The checkpoints of one run under `directory`: the last `keep` and the best."""
+    """The checkpoints of one run under `directory`: the last `keep` and the best. Changes nothing on disk before `open`."""
 
     def __init__(self, directory: pathlib.Path, keep: int):
+        self.directory, self._keep = directory.absolute(), keep
+        self._damaged: dict[int, str] = {}  # step -> what is wrong with it
+        self._manager: ocp.CheckpointManager | None = None
         _write_small_arrays_whole()
-        self.directory = directory.absolute()
-        self.directory.mkdir(parents=True, exist_ok=True)
-        policies = [preservation_policy.LatestN(keep)]
-        policies.append(preservation_policy.BestN(get_metric_fn=lambda m: m["loss"], reverse=True, n=1))
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=preservation_policy.AnyPreservationPolicy(policies), cleanup_tmp_directories=True
-        )
-        self._manager = ocp.CheckpointManager(self.directory, options=options, item_names=("state", "meta"))
 
-    def describe(self, config: Config, tokenizer: TextTokenizer | None) -> None:
-        """Writes what it takes to read the checkpoints; after `restore`, so that a run that does not fit changes nothing."""
-        if jax.process_index() == 0:
-            if tokenizer is not None:
-                tokenizer.save(self.directory / "text")
-            write_json(self.directory / "config.json", config_lib.to_dict(config))
+    def steps(self) -> list[int]:
+        """Return the steps there are, ascending, be they intact or not."""
+        return _steps(self.directory)
 
-    def latest(self) -> int | None:
-        return self._manager.latest_step()
+    def newest_intact(self, *, shared: bool = False) -> int | None:
+        """Return the newest step whose files are all intact, None where there is no step; say which newer ones are damaged.
+        UserError where all are. `shared`: all hosts call this and share the reading."""
+        for step in reversed(_steps(self.directory)):
+            self._damaged[step] = _damage(self.directory / str(step), shared=shared)
+            if not self._damaged[step]:
+                del self._damaged[step]
+                for newer, reason in self._damaged.items():
+                    say(f"{self.directory}/{newer} is damaged ({reason}): going on from {step}")
+                return step
+        if self._damaged:
+            newest, reason = next(iter(self._damaged.items()))
+            raise UserError(
+                f"{self.directory}/{newest} is damaged ({reason}), and no other step is intact: copy the checkpoint again, "
+                "or start in another --workdir"
+            )
+        return None
+
+    def check_tokenizer(self, tokenizer: TextTokenizer | None) -> None:
+        """UserError where the run has begun with another text tokenizer: captions would become other tokens."""
+        directory = self.directory / "text"
+        if tokenizer is None or not directory.is_dir():
+            return
+        with tempfile.TemporaryDirectory() as place:
+            write_tokenizer(pathlib.Path(place) / "text", tokenizer)
+            mine = checksums.listed(pathlib.Path(place) / "text")
+        try:
+            stored = checksums.listed(directory)
+        except DamagedFile:  # then the files themselves have to be those
+            stored = {name: checksums.of_file(directory / name) for name in mine if (directory / name).is_file()}
+        if mine != stored:
+            raise UserError(
+                f"the text tokenizer (model.text.path) is another than the one in {directory}, which this run began with: put "
+                "that one back, or start in another --workdir"
+            )
+
+    def open(self, config: Config, tokenizer: TextTokenizer | None) -> None:
+        """Get ready for writing: set damaged steps aside, write what it takes to read the checkpoints, remove what a kill
+        left unfinished. Called by all hosts, when nothing about the run can be refused any more."""
+        with host_0_first("checkpoints"):
+            if jax.process_index() == 0:
+                self.directory.mkdir(parents=True, exist_ok=True)
+                for step in _steps(self.directory):
+                    if step in self._damaged or not (self.directory / str(step) / MANIFEST).is_file():
+                        _set_aside(self.directory / str(step))
+                self._write_tokenizer(tokenizer)
+                checksums.write_json(self.directory / "config.json", config_lib.to_dict(config))
+        self._opened()
+
+    def _write_tokenizer(self, tokenizer: TextTokenizer | None) -> None:
+        directory = self.directory / "text"
+        if tokenizer is None or (directory.is_dir() and not checksums.find_damage(directory)):
+            return
+        if directory.exists():
+            _set_aside(directory)
+        write_tokenizer(directory, tokenizer)
+
+    def _opened(self) -> ocp.CheckpointManager:
+        if self._manager is None:
+            policies = [preservation_policy.LatestN(self._keep)]
+            policies.append(preservation_policy.BestN(get_metric_fn=lambda m: m["loss"], reverse=True, n=1))
+            options = ocp.CheckpointManagerOptions(
+                preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
+                cleanup_tmp_directories=True,
+                temporary_path_class=_CheckedStep,
+            )
+            self._manager = ocp.CheckpointManager(self.directory, options=options, item_names=("state", "meta"))
+        return self._manager
+
+    def last_saved(self) -> int | None:
+        """Return the last step saved or being saved; None before `open` and the first `save`."""
+        return self._manager.latest_step() if self._manager is not None else None
 
     def save(self, step: int, state: TrainState, data_position: Any, loss: float) -> None:
-        """Starts writing in the background; the arrays are copied off the devices before this returns."""
-        self._manager.save(
+        """Start writing in the background; the arrays are copied off the devices before this returns. UserError for a state
+        that is not finite: nothing could be resumed from it."""
+        if names := _not_finite(state):
+            raise UserError(
+                f"step {step} is not saved: {len(names)} arrays of its state are not finite, first {names[0]}; the last step "
+                f"saved is {self.last_saved()}: run again with a lower optimizer.learning_rate"
+            )
+        self._opened().save(
             step,
             args=ocp.args.Composite(
                 state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave({"data": data_position, "loss": loss})
@@ -67,22 +173,83 @@ class Checkpoints:
         )
 
     def restore(self, step: int, plan: StatePlan) -> tuple[TrainState, Any]:
-        """State in the plan's shardings, and the position of the data stream."""
-        items = ocp.args.Composite(state=ocp.args.StandardRestore(plan.abstract), meta=ocp.args.JsonRestore())
+        """Return the state in the plan's shardings, and the position of the data stream, of a step that is intact."""
+        directory = self.directory / str(step)
         try:
-            restored = self._manager.restore(step, args=items)
+            with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+                state = checkpointer.restore(directory / "state", args=ocp.args.StandardRestore(plan.abstract))
         except ValueError as e:
             reason = str(e).strip().splitlines()[0]
             raise UserError(
-                f"{self.directory}/{step} does not fit this configuration ({reason}); use the config.json beside it, "
-                "or another --workdir"
+                f"{directory} does not fit this configuration ({reason}); use the config.json beside it, or another --workdir"
             ) from e
-        return restored["state"], restored["meta"]["data"]
+        return state, json.loads((directory / "meta" / "metadata").read_text(encoding="utf-8"))["data"]
 
     def close(self) -> None:
-        """Waits for writes under way."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        """Wait for writes under way."""
+        if self._manager is not None:
+            self._manager.wait_until_finished()
+            self._manager.close()
+
+
+def _steps(directory: pathlib.Path) -> list[int]:
+    """Return the steps that have their final name, ascending, be they intact or not."""
+    if not directory.is_dir():
+        return []
+    return sorted(int(p.name) for p in directory.iterdir() if p.name.isascii() and p.name.isdigit() and p.is_dir())
+
+
+def _damage(directory: pathlib.Path, *, shared: bool = False) -> str:
+    """Return what is wrong with a step, "" if it is intact. `shared`: all hosts call this; each reads a share of the files and
+    all learn what one has found."""
+    if not shared or jax.process_count() == 1:
+        return checksums.find_damage(directory)
+    found = checksums.find_damage(directory, jax.process_index(), jax.process_count())
+    packed = np.zeros(512, np.uint8)
+    text = found.encode()[: len(packed)]
+    packed[: len(text)] = np.frombuffer(text, np.uint8)
+    reasons = (row.tobytes().rstrip(b"\0").decode(errors="replace") for row in multihost_utils.process_allgather(packed))
+    return next(filter(None, reasons), "")
+
+
+def check_intact(root: pathlib.Path, step: int, *, shared: bool = False) -> None:
+    """UserError where a step is damaged, naming the newest intact one: which weights are shown is for the user to say.
+    `shared` as of `Checkpoints.newest_intact`."""
+    reason = _damage(root / str(step), shared=shared)
+    if not reason:
+        return
+    others = (other for other in reversed(_steps(root)) if other != step)
+    intact = next((other for other in others if not _damage(root / str(other), shared=shared)), None)
+    advice = "no other step is intact" if intact is None else f"{root}/{intact} is the newest step that is intact: name it"
+    raise UserError(f"{root}/{step} is damaged ({reason}): copy the checkpoint again; {advice}")
+
+
+def _set_aside(directory: pathlib.Path) -> None:
+    """Rename a damaged directory to one that nothing reads, for somebody to look at."""
+    number, aside = 1, directory.with_name(f"{directory.name}.damaged")
+    while aside.exists():
+        number, aside = number + 1, directory.with_name(f"{directory.name}.damaged-{number}")
+    directory.rename(aside)
+    say(f"{directory} is set aside as {aside.name}")
+
+
+@jax.jit
+def _finite(leaves: list[jax.Array]) -> jax.Array:
+    return jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves])
+
+
+def _not_finite(state: TrainState) -> list[str]:
+    """Return the names of the arrays of the trained part of a state that are not finite."""
+    trained = {group: state[group] for group in ("params", "opt", "ema") if group in state}
+    named = [
+        (jax.tree_util.keystr(keys, simple=True, separator="/"), leaf)
+        for keys, leaf in jax.tree_util.tree_leaves_with_path(trained)
+        if jnp.issubdtype(leaf.dtype, jnp.inexact)
+    ]
+    if not named:
+        return []
+    finite = jax.device_get(_finite([leaf for _, leaf in named]))
+    return [name for (name, _), fine in zip(named, finite, strict=True) if not fine]
 
 
 def _write_small_arrays_whole() -> None:
@@ -106,7 +273,7 @@ def _quiet() -> Iterator[None]:
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
-    """Whole or not at all."""
+    """Write a JSON file that others read, whole or not at all."""
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
     temporary.replace(path)
@@ -121,14 +288,12 @@ def find(path: str | pathlib.Path) -> tuple[pathlib.Path, int]:
     path = pathlib.Path(path).absolute()
     if not path.exists():
         raise UserError(f"checkpoint {path} does not exist")
-    if (path / "recipe.json").is_file():
-        path /= json.loads((path / "recipe.json").read_text(encoding="utf-8"))["stages"][-1]
+    if (path / RECIPE).is_file():
+        path /= checksums.read_json(path / RECIPE)["stages"][-1]
     for root in (path / "checkpoints", path, path.parent):
         if (root / "config.json").is_file():
-            if root == path.parent:
-                steps = [int(path.name)] if path.name.isdigit() and (path / "state").is_dir() else []
-            else:
-                steps = [int(p.name) for p in root.iterdir() if p.name.isdigit() and (p / "state").is_dir()]
+            named = root == path.parent
+            steps = [step for step in _steps(root) if not named or path.name == str(step)]
             if steps:
                 return root, max(steps)
     raise UserError(
@@ -138,19 +303,33 @@ def find(path: str | pathlib.Path) -> tuple[pathlib.Path, int]:
 
 
 def read_config(root: pathlib.Path) -> Config:
-    """The configuration a checkpoint directory was written with. UserError for a file that holds none."""
+    """Return the configuration a checkpoint directory was written with. UserError for a file that holds none."""
     file = root / "config.json"
     try:
-        return config_lib.from_dict(json.loads(file.read_text(encoding="utf-8")))
+        return config_lib.from_dict(checksums.read_json(file, edited=True))
     except config_lib.ConfigError as error:
         raise config_lib.ConfigError(f"{file}: {error}") from error
-    except ValueError as error:
-        raise UserError(f"{file} cannot be read as JSON ({error}): copy the checkpoint again") from error
+
+
+def stored_text(root: pathlib.Path, text: TextConfig) -> TextConfig:
+    """Return `text` with the tokenizer that a checkpoint directory holds for its path. UserError where that is damaged."""
+    if reason := checksums.find_damage(root / "text"):
+        raise UserError(f"{root}/text is damaged ({reason}): copy the checkpoint's text tokenizer again")
+    return dataclasses.replace(text, path=str(root / "text"), train_size=0)
+
+
+def write_tokenizer(directory: pathlib.Path, tokenizer: TextTokenizer) -> None:
+    """Write a text tokenizer's files and a manifest of them to the new directory `directory`, whole or not at all."""
+    partial = directory.with_name(f".{directory.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    tokenizer.save(partial)
+    checksums.write_manifest(partial)
+    partial.rename(directory)
 
 
 def restore_parts(path: str | pathlib.Path, strategy: Strategy, parts: tuple[str, ...] = (), *, ema: bool = True) -> Any:
     """Parameters of `parts` (all by default) as {part: nested dict} on the strategy's mesh, the averaged ones where the run
-    kept them and `ema` is set; no optimizer state is read."""
+    kept them and `ema` is set; no optimizer state is restored. UserError for a step that is damaged, wherever it is."""
     root, step = find(path)
     config = read_config(root)
     abstract = plan_state(config, strategy).abstract
@@ -163,6 +342,7 @@ def restore_parts(path: str | pathlib.Path, strategy: Strategy, parts: tuple[str
         for group in (trained, "frozen")
         if (chosen := {name: tree for name, tree in abstract[group].items() if not parts or name in parts})
     }
+    check_intact(root, step, shared=strategy.mesh.is_multi_process)
     with ocp.PyTreeCheckpointer() as checkpointer:
         restored = checkpointer.restore(
             root / str(step) / "state",
@@ -212,6 +392,7 @@ class Weights:
     """
 
     def __init__(self, root: pathlib.Path, step: int, *, ema: bool = False):
+        check_intact(root, step)
         self._path = (root / str(step) / "state").absolute()
         with _whole(str(self._path)):
             tree = ocp.PyTreeCheckpointHandler().metadata(epath.Path(self._path)).tree
@@ -272,11 +453,11 @@ def write_weights(directory: pathlib.Path, config: Config, tokenizer: TextTokeni
     largest = max(shard.data.nbytes for leaf in jax.tree.leaves(weights) for shard in leaf.addressable_shards)
     # Weights hardly compress; trying to would take most of the time.
     handler = ocp.PyTreeCheckpointHandler(save_concurrent_gb=largest // 10**9 + 1, use_compression=False)
-    options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
+    options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False, temporary_path_class=_CheckedStep)
     handlers = {"state": handler, "meta": ocp.JsonCheckpointHandler()}
     with ocp.CheckpointManager(directory, options=options, item_handlers=handlers) as manager, _quiet():
         items = ocp.args.Composite(state=ocp.args.PyTreeSave(weights), meta=ocp.args.JsonSave({"data": None, "loss": None}))
         manager.save(0, args=items)
     if jax.process_index() == 0:
-        tokenizer.save(directory / "text")
-        write_json(directory / "config.json", config_lib.to_dict(config))
+        write_tokenizer(directory / "text", tokenizer)
+        checksums.write_json(directory / "config.json", config_lib.to_dict(config))

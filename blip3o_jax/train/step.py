@@ -1,6 +1,6 @@
 """The train step of every stage: (state, batch) -> (state, metrics), pure, compiled once.
 
-A step whose loss or gradient is not finite changes nothing but its own counters.
+A step whose loss, gradient or result is not finite changes nothing but its own counters.
 """
 
 from collections.abc import Callable
@@ -51,6 +51,16 @@ def _mean_gradients(
     return jax.lax.scan(add, zeros, micro_batches)[0]
 
 
+def _all_finite(params: Any) -> jax.Array:
+    """Whether the parameters after an update are finite: a learning rate or a step size can spoil what a finite gradient gives.
+
+    That decides for the optimizer's moments and for the averages too, without reading them: from finite ones and a gradient
+    whose norm is finite (so that no element exceeds 2e19, whose square is finite) decaying sums stay finite, and an average
+    of finite parameters is finite. `Checkpoints.save` looks at all of them again.
+    """
+    return jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(params)]).all()
+
+
 def make_step(config: Config, plan: StatePlan, strategy: Strategy, loss: Loss) -> Callable[..., tuple[TrainState, Metrics]]:
     """The compiled step. Metrics: the stage's own, loss, gradient norm in all and per part, learning rate, counters."""
     schedule = learning_rate(config.optimizer, config.steps)
@@ -79,9 +89,9 @@ def make_step(config: Config, plan: StatePlan, strategy: Strategy, loss: Loss) -
         with jax.named_scope("optimizer"):
             norms = {f"grad_norm/{part}": optax.tree.norm(g) for part, g in grads.items()}
             norm = jnp.sqrt(sum(n**2 for n in norms.values()))
-            finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
             updates, opt = plan.optimizer.update(grads, state["opt"], state["params"])
             params = optax.apply_updates(state["params"], updates)
+            finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm) & _all_finite(params)
             decay = config.optimizer.ema_decay
             ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state["ema"], params) if decay else {}
             keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)

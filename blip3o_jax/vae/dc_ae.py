@@ -12,7 +12,7 @@ import jax
 from flax import nnx
 
 from blip3o_jax import nn
-from blip3o_jax.config import DcAeConfig, check, check_choice
+from blip3o_jax.config import DcAeConfig
 from blip3o_jax.vae import blocks
 from blip3o_jax.vae.blocks import NORM_EPS, DownBlock, UpBlock
 
@@ -88,8 +88,6 @@ class DcAe(nnx.Module):
     """`diffusers.AutoencoderDC`."""
 
     def __init__(self, cfg: DcAeConfig, *, rngs: nnx.Rngs):
-        """Raises ConfigError for what the library class does not allow, or this one does not do."""
-        check_config(cfg)
         self.encoder = Encoder(cfg, rngs=rngs)
         self.decoder = Decoder(cfg, rngs=rngs)
         self.cfg = cfg
@@ -112,46 +110,3 @@ class DcAe(nnx.Module):
     def decode(self, z_BHWC: jax.Array) -> jax.Array:
         """Raw latents [B, H, W, latent_channels] -> images [B, f H, f W, 3], about in [-1, 1] and not clipped."""
         return self.decoder(z_BHWC)
-
-
-def check_config(cfg: DcAeConfig) -> None:
-    """Raises ConfigError that names the field for settings no autoencoder can be built from."""
-    check_choice("vae.downsample_block_type", cfg.downsample_block_type, ("Conv", "pixel_unshuffle"))
-    check_choice("vae.upsample_block_type", cfg.upsample_block_type, ("interpolate", "pixel_shuffle"))
-    check_choice("vae.decoder_norm_types", cfg.decoder_norm_types, ("rms_norm",))
-    check_choice("vae.decoder_act_fns", cfg.decoder_act_fns, ("silu",))
-    stages = len(cfg.encoder_block_out_channels)
-    check(stages >= 2, f"vae.encoder_block_out_channels={cfg.encoder_block_out_channels} must name 2 stages or more")
-    for side in ("encoder", "decoder"):
-        names = ("block_types", "block_out_channels", "layers_per_block", "qkv_multiscales")
-        kinds, channels, layers, scales = (getattr(cfg, f"{side}_{name}") for name in names)
-        for name, values in zip(names, (kinds, channels, layers, scales), strict=True):
-            check(len(values) == stages, f"vae.{side}_{name} has {len(values)} entries, one for each of {stages} stages needed")
-        check(
-            all(layers[1:-1]),
-            f"vae.{side}_layers_per_block={layers}: only the first and the last stage may be empty",
-        )
-        for i, kind in enumerate(kinds):
-            check_choice(f"vae.{side}_block_types[{i}]", kind, ("ResBlock", "EfficientViTBlock"))
-            check(all(size % 2 for size in scales[i]), f"vae.{side}_qkv_multiscales[{i}]={scales[i]} must be odd kernel sizes")
-            if kind == "EfficientViTBlock":
-                least, field = cfg.attention_head_dim, f"vae.{side}_block_out_channels[{i}]"
-                check(channels[i] >= least, f"{field}={channels[i]} must be at least vae.attention_head_dim={least}")
-        _check_channels(cfg, side, channels, layers)
-
-
-def _check_channels(cfg: DcAeConfig, side: str, channels: tuple[int, ...], layers: tuple[int, ...]) -> None:
-    """The shortcuts average or repeat whole runs of channels."""
-    field = f"vae.{side}_block_out_channels={channels}"
-    first = 0 if layers[0] else 1
-    for fine, coarse in zip(channels[first:], channels[first + 1 :], strict=False):
-        check(4 * fine % coarse == 0, f"{field}: 4 x {fine} must be a multiple of the next stage's {coarse}")
-    check(
-        channels[-1] % cfg.latent_channels == 0,
-        f"{field}: the last must be a multiple of vae.latent_channels={cfg.latent_channels}",
-    )
-    if side == "encoder" and cfg.downsample_block_type == "pixel_unshuffle":
-        check(
-            all(c % 4 == 0 for c in channels[1:]),
-            f"{field}: with pixel_unshuffle every stage after the first needs multiples of 4",
-        )

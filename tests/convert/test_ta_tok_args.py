@@ -114,12 +114,12 @@ def test_the_size_of_the_images():
         ("patch_norm", "layer", "patch_norm='layer' is not known here"),
         ("bottleneck", None, "bottleneck=None is not known here"),
         ("input_size", "384", "must be of type int"),
-        ("input_size", 0, "sizes of the vision tokenizer must be positive"),
-        ("bottleneck.args.bottleneck_dim", -8, "sizes of the vision tokenizer must be positive"),
-        ("decoder_depth", 0, "sizes of the vision tokenizer must be positive"),
-        ("pool_scale", 4, "pool_scale=4 must be 1, 2 or 3"),
-        ("select_layer_id", -29, "select_layer=-29 must lie in -28 .. -1"),
-        ("select_layer_id", 3, "select_layer=3 counts from the end"),
+        ("input_size", 0, "encoder.image_size=0 must lie between 1 and"),
+        ("bottleneck.args.bottleneck_dim", -8, "bottleneck_dim=-8 must lie between 1 and"),
+        ("decoder_depth", 0, "decoder.num_hidden_layers=0 must lie between 1 and"),
+        ("pool_scale", 4, "pool_scale=4 must lie between 1 and 3"),
+        ("select_layer_id", -29, "select_layer=-29 must be -28 or more"),
+        ("select_layer_id", 3, "select_layer=3 must lie between -1,025 and -1; it counts from the end"),
     ],
 )
 def test_args_that_are_refused(path, value, message):
@@ -146,10 +146,10 @@ def test_the_file_goes_over_the_args(tmp_path):
         ({"bottleneck_dim": {"size": 8}}, "bottleneck_dim is no group of fields"),
         ({"encoder": 8}, "encoder"),
         ({"bottleneck_dim": "8"}, "bottleneck_dim='8' must be of type int"),
-        ({"encoder": {"num_hidden_layers": 3}, "select_layer": -5}, "select_layer=-5 must lie in -4 .. -1"),
-        ({"encoder": {"patch_size": 0}}, "sizes of the vision tokenizer must be positive"),
-        ({"encoder": {"num_attention_heads": 0}}, "sizes of the vision tokenizer must be positive"),
-        ({"decoder": {"num_patches": 0}}, "sizes of the vision tokenizer must be positive"),
+        ({"encoder": {"num_hidden_layers": 3}, "select_layer": -5}, "select_layer=-5 must be -4 or more"),
+        ({"encoder": {"patch_size": 0}}, "encoder.patch_size=0 must lie between 1 and"),
+        ({"encoder": {"num_attention_heads": 0}}, "encoder.num_attention_heads=0 must lie between 1 and"),
+        ({"decoder": {"num_patches": 0}}, "decoder.num_patches=0 must lie between 1 and"),
     ],
 )
 def test_a_file_that_is_refused(tmp_path, override, message):

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import time
 
 import jax
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from blip3o_jax.config import DataConfig
+from blip3o_jax.config import DataConfig, UserError
 from blip3o_jax.data.loader import BadRecordLimit, DevicePrefetch, Loader, global_batch, host_rows
 from blip3o_jax.data.record import BadRecord, Record, Source
 
@@ -20,6 +21,10 @@ class Numbers(Source):
     def __init__(self, name: str, size: int, bad: tuple[int, ...] = ()) -> None:
         super().__init__(name, [])
         self.size, self.bad = size, frozenset(bad)
+
+    @property
+    def fingerprint(self) -> str:
+        return f"{self.name}-{self.size}"
 
     def __len__(self) -> int:
         return self.size
@@ -94,12 +99,20 @@ def test_weights_are_honoured() -> None:
     assert shards[:40].count("b") == 10
 
 
-def test_restore_refuses_another_mixture() -> None:
+def test_restore_refuses_another_mixture_and_says_what_changed() -> None:
     state = make().state()
-    with pytest.raises(ValueError, match=r"data changed since the checkpoint .*'seed': 7.*'seed': 8"):
-        make(seed=8).restore(state)
-    with pytest.raises(ValueError, match="sources"):
-        make([(Numbers("a", 51), 3.0), (Numbers("b", 30), 1.0)]).restore(state)
+    a, b = (Numbers("a", 50), 3.0), (Numbers("b", 30), 1.0)
+    for sources, change in (
+        ([(Numbers("a", 51), 3.0), b], "source a: its content is another, 50 records then, 51 now: resuming"),
+        ([(Numbers("a2", 50), 3.0), b], "source a2: its content is another (a then), 50 records then, 50 now: resuming"),
+        ([(Numbers("a", 50), 2.0), b], "source a: its weight was 3.0, now it is 2.0: resuming"),
+        ([b, a], "the sources are in another order (a, b became b, a): resuming"),
+        ([a], "there were 2 sources, now there are 1: resuming"),
+    ):
+        with pytest.raises(UserError, match=re.escape(f"the data changed since the checkpoint: {change}")):
+            make(sources).restore(state)
+    with pytest.raises(UserError, match=r"checkpoint: seed was 7, now it is 8; source b"):
+        make([a, (Numbers("b", 9), 1.0)], seed=8).restore(state)
 
 
 def test_bad_records_are_filled_by_the_next_readable_counted_and_logged_once(caplog: pytest.LogCaptureFixture) -> None:

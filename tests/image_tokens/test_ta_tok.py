@@ -190,12 +190,10 @@ def test_user_errors(pair, x_BHWC):
         model.encode(x_BHWC, 4)
     with pytest.raises(ValueError, match="8 image tokens are not a square grid"):
         model.decode(jnp.zeros((1, 8), jnp.int32))
-    bad = dataclasses.replace(CFG, decoder=dataclasses.replace(CFG.decoder, num_patches=15))
     with pytest.raises(config.ConfigError, match="num_patches=15 must be a square"):
-        TaTok(bad, rngs=nnx.Rngs(0))
-    bad = dataclasses.replace(CFG, decoder=dataclasses.replace(CFG.decoder, num_attention_heads=5))
-    with pytest.raises(config.ConfigError, match="hidden_size=36 must be a multiple of num_attention_heads=5"):
-        TaTok(bad, rngs=nnx.Rngs(0))
+        dataclasses.replace(CFG.decoder, num_patches=15)
+    with pytest.raises(config.ConfigError, match=r"hidden_size=36 must be a multiple of .*num_attention_heads=5"):
+        dataclasses.replace(CFG.decoder, num_attention_heads=5)
 
 
 def test_full_size_parameter_counts():

@@ -289,7 +289,7 @@ def test_the_code_version_is_of_the_source_files(tmp_path, monkeypatch):
         (["--coordinator=h:1"], "go together: --num_processes and --process_id not given"),
         (["--process_id=0", "--num_processes=2"], "go together: --coordinator not given"),
         (["--coordinator=h:1", "--num_processes=2", "--process_id=2"], "--process_id=2 must lie in 0 .. 1"),
-        (["--coordinator=h", "--num_processes=2", "--process_id=0"], "--coordinator=h names no port: give it as HOST:PORT"),
+        (["--coordinator=h", "--num_processes=2", "--process_id=0"], "'h' names no port: give it as HOST:PORT"),
         (["--coordinator=h:1", "--num_processes=2", "--process_id=0", "--distributed=slurm"], "exclude each other"),
         (["--distributed=slurm"], "did not find each other through --distributed=slurm"),
         (["--workdir=gs://bucket/run"], "is no directory: mount the bucket"),

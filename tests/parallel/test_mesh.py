@@ -32,9 +32,9 @@ def test_one_device():
         ((3, 1, 1), "mesh data=3 x fsdp=1 x tensor=1 does not cover 8 devices"),
         ((3, -1, 1), "mesh data=3 x fsdp=-1 x tensor=1 does not cover 8 devices"),
         ((16, -1, 1), "does not cover 8 devices"),
-        ((-1, -1, 1), "-1 at most once"),
-        ((0, -1, 1), "mesh sizes data=0, fsdp=-1, tensor=1: positive"),
-        ((-2, 1, 1), "mesh sizes data=-2"),
+        ((-1, -1, 1), "mesh sizes data=-1, fsdp=-1, sequence=1, tensor=1: .* at most once"),
+        ((0, -1, 1), "mesh sizes data=0, fsdp=-1, sequence=1, tensor=1: positive"),
+        ((-2, 1, 1), "mesh.data=-2 must lie between -1 and"),
     ],
 )
 def test_sizes_that_cannot_be(sizes, message):
@@ -54,7 +54,7 @@ def test_sequence_and_slices():
     ("sizes", "message"),
     [
         ({"data": 1, "slices": 2}, "mesh.slices=2: data=1 lies over the slices, so it must be a multiple of their number"),
-        ({"data": 2, "slices": 0}, "mesh.slices=0: data=2 lies over the slices"),
+        ({"data": 2, "slices": 0}, "mesh.slices=0 must lie between 1 and"),
         ({"sequence": 3}, "mesh data=1 x fsdp=-1 x sequence=3 x tensor=1 does not cover 8 devices"),
     ],
 )

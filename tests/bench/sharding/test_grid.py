@@ -241,10 +241,10 @@ def test_a_grid_in_which_nothing_was_compiled_is_an_error():
 @pytest.mark.parametrize(
     ("flag", "says"),
     [
-        ("--batch_per_chip=0", "'0' is neither a positive whole number nor max"),
-        ("--batch_per_chip=-1", "'-1' is neither"),
-        ("--batch_per_chip=many", "'many' is neither"),
-        ("--measure=0", "'0' is not a positive whole number of steps"),
+        ("--batch_per_chip=0", "'0' must lie between 1 and 16,777,216, nor max"),
+        ("--batch_per_chip=-1", "'-1' must lie between 1 and"),
+        ("--batch_per_chip=many", "'many' is not a whole number, nor max"),
+        ("--measure=0", "'0' must lie between 1 and"),
     ],
 )
 def test_what_is_no_number_ends_in_one_line(flag, says, tmp_path, capfd):
