@@ -75,8 +75,8 @@ def test_requests_that_wait_are_scored_together_up_to_the_batch():
 
 
 def test_a_request_larger_than_the_batch_is_split_and_lets_others_pass():
-    (large, small), calls = together(lambda: job(10, 9), lambda: job(90, 2), batch=4)
-    assert calls == [4, 4, 3]  # the second call has both of the small one
+    (large, small), calls = together(lambda: job(10, 9), lambda: job(90, 2, size=12), batch=4)
+    assert calls == [4, 2, 4, 1]
     np.testing.assert_array_equal(large.total_B, np.arange(10, 19))
     np.testing.assert_array_equal(small.total_B, [90, 91])
 

@@ -266,7 +266,6 @@ def test_a_refusal_does_not_go_to_the_next_server(answering):
         [b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n-1\r\n"],
         [b"HTTP/1.1 200 OK\r\n" + b"A: b\r\n" * 1000 + b"\r\n"],
         [b"HTTP/1.1 200 OK\r\nA: " + b"b" * 100_000 + b"\r\n\r\n"],
-        [b"HTTP/1.1 200 OK\r\n\r\n" + b" " * (1 << 20)],
     ],
 )
 def test_whatever_is_sent_is_a_failure_of_one_line(pieces):
@@ -283,6 +282,12 @@ DRIPS = (
     (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", b"1"),
     (b"", b"HTTP/1.1 100 Continue\r\n\r\n" * 100),
 )
+
+
+def test_an_answer_without_end_is_read_no_further_than_scores_may_go():
+    longer = pytest.raises(Unreachable, match="the answer is longer than")
+    with sending(b"HTTP/1.1 200 OK\r\n\r\n", for_ever=b" " * 65536) as url, longer:
+        score(HttpReward([url], timeout=20))
 
 
 def test_an_answer_that_drips_is_cut_off():
