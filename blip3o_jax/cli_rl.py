@@ -41,12 +41,10 @@ def add(commands: Any, command: Callable, add_hosts: Callable[[Any], None], run:
     server.set_defaults(flags_of_a_run=flags)
     _add_reward(server, "as in rl.rewards; repeat it for a sum", required=True)
     server.add_argument(
-        "--host", type=arguments.text, default="127.0.0.1", help="where it listens (%(default)s); others need a token"
+        "--host", type=arguments.word, default="127.0.0.1", help="where it listens (%(default)s); others need a token"
     )
     server.add_argument("--port", type=arguments.whole(0, 2**16 - 1), default=8000, help="(%(default)s)")
-    server.add_argument(
-        "--token_env", type=arguments.text, default="", metavar="NAME", help="environment variable that holds the token"
-    )
+    server.add_argument("--token_env", type=arguments.word, metavar="NAME", help="environment variable that holds the token")
     server.add_argument(
         "--max_body_mb", type=arguments.whole(1, 4096), default=64, metavar="N", help="of a request (%(default)s)"
     )
@@ -75,7 +73,7 @@ def _add_rescore(others: Any, command: Callable, flags: list[argparse.Action]) -
 def _add_reward(parser: argparse.ArgumentParser, help: str, *, required: bool) -> None:
     parser.add_argument(
         "--reward",
-        type=arguments.text,
+        type=arguments.word,
         action="append",
         default=[],
         required=required,
@@ -99,4 +97,4 @@ def _serve(args: argparse.Namespace) -> None:
     from blip3o_jax.rl.rewards.weighted import WeightedRewards
 
     reward = WeightedRewards(tuple(parsed(text) for text in args.reward))
-    serve(reward, args.host, args.port, token_env=args.token_env, max_body_mb=args.max_body_mb, batch=args.batch)
+    serve(reward, args.host, args.port, token_env=args.token_env or "", max_body_mb=args.max_body_mb, batch=args.batch)
