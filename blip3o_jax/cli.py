@@ -196,7 +196,7 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
         "any field of the config can be set, and a later flag wins:\n"
         "  --config.optimizer.learning_rate=1e-4  --config.data.path=photos.tar\n"
-        '  --config.model.vae.encoder_block_out_channels="(16, 32)"'
+        "  --config.trainable=\"('ar/.*', 'connector/.*')\""
     )
 
 
@@ -359,7 +359,7 @@ def _add_evaluate(commands: Any) -> None:
     )
     parser.add_argument(
         "--suite",
-        type=arguments.text,
+        type=arguments.word,
         required=True,
         metavar="NAME[,OPTION=VALUE]",
         help="a suite of its own, or a reward and its options",

@@ -42,15 +42,15 @@ def add(commands: Any, command: Callable, add_hosts: Callable[[Any], None], run:
     server.set_defaults(flags_of_a_run=flags)
     _add_reward(server, "as in rl.rewards; repeat it for a sum", required=True)
     server.add_argument(
-        "--host", type=arguments.text, default="127.0.0.1", help="where it listens (%(default)s); others need a token"
+        "--host", type=arguments.word, default="127.0.0.1", help="where it listens (%(default)s); others need a token"
     )
     port = arguments.whole(0, 2**16 - 1)
     server.add_argument("--port", type=port, default=8000, help="(%(default)s)")
     server.add_argument(
-        "--token_env", type=arguments.text, default="", metavar="NAME", help="environment variable that holds the token"
+        "--token_env", type=arguments.word, metavar="NAME", help="environment variable that holds the token"
     )
     server.add_argument("--metrics_port", type=port, metavar="N", help="for /metrics, without the token (--port, with it)")
-    server.add_argument("--metrics_host", type=arguments.text, default="127.0.0.1", help="with --metrics_port (%(default)s)")
+    server.add_argument("--metrics_host", type=arguments.word, default="127.0.0.1", help="with --metrics_port (%(default)s)")
     _add_limits(server.add_argument_group("limits"))
 
 
@@ -94,7 +94,7 @@ def _add_rescore(others: Any, command: Callable, flags: list[argparse.Action]) -
 def _add_reward(parser: argparse.ArgumentParser, help: str, *, required: bool) -> None:
     parser.add_argument(
         "--reward",
-        type=arguments.text,
+        type=arguments.word,
         action="append",
         default=[],
         required=required,
@@ -133,7 +133,7 @@ def _serve(args: argparse.Namespace) -> None:
         tuple(parsed(text) for text in args.reward),
         args.host,
         args.port,
-        token_env=args.token_env,
+        token_env=args.token_env or "",
         metrics_host=args.metrics_host,
         metrics_port=args.metrics_port,
         limits=limits,
