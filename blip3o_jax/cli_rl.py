@@ -46,9 +46,7 @@ def add(commands: Any, command: Callable, add_hosts: Callable[[Any], None], run:
     )
     port = arguments.whole(0, 2**16 - 1)
     server.add_argument("--port", type=port, default=8000, help="(%(default)s)")
-    server.add_argument(
-        "--token_env", type=arguments.word, metavar="NAME", help="environment variable that holds the token"
-    )
+    server.add_argument("--token_env", type=arguments.word, metavar="NAME", help="environment variable that holds the token")
     server.add_argument("--metrics_port", type=port, metavar="N", help="for /metrics, without the token (--port, with it)")
     server.add_argument("--metrics_host", type=arguments.word, default="127.0.0.1", help="with --metrics_port (%(default)s)")
     _add_limits(server.add_argument_group("limits"))
