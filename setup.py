@@ -54,5 +54,5 @@ setup(
             "onnxruntime>=1.20",
         ],
     },
-    entry_points={"console_scripts": ["blip3o=blip3o_jax.cli:main"]},
+    entry_points={"console_scripts": ["blip3o=blip3o_jax.__main__:run"]},
 )

@@ -17,7 +17,6 @@ import os
 import pathlib
 import sys
 import time
-import traceback
 import uuid
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -25,8 +24,9 @@ from typing import Any
 import jax
 
 from blip3o_jax import config as config_lib
+from blip3o_jax import exits
 from blip3o_jax.config import UserError
-from blip3o_jax.parallel.preemption import EXIT_PREEMPTED, Preempted
+from blip3o_jax.parallel.preemption import Preempted
 
 METHODS = ("auto", "off", "tpu", "slurm")
 # What decides which numbers come out, beside the source files: hosts must have the same.
@@ -93,6 +93,18 @@ def _log_to_stderr() -> None:
     logging.basicConfig(level=logging.WARNING, format=f"host {host()}: %(message)s" if host() else "%(message)s")
     if host() == 0:
         logging.getLogger(__package__.partition(".")[0]).setLevel(logging.INFO)
+    logging.getLogger("absl").addFilter(_without_traceback)
+
+
+# What Orbax logs, traceback and all, of errors in its threads, which `Checkpoints.check` and `close` raise.
+_RAISED_AGAIN = ("_SignalingThread.run() raised", "in background save thread", "Save Finalize thread")
+
+
+def _without_traceback(record: logging.LogRecord) -> bool:
+    if record.exc_info:
+        record.exc_info = None
+        return not any(words in record.getMessage() for words in _RAISED_AGAIN)
+    return True
 
 
 def keep_programs(directory: pathlib.Path | None) -> None:
@@ -102,9 +114,9 @@ def keep_programs(directory: pathlib.Path | None) -> None:
         jax.config.update("jax_compilation_cache_dir", str(directory.absolute()))
 
 
-def run(launch: Launch, job: Callable[[], object], report: Callable[[BaseException], int | None]) -> int:
-    """Joins, runs `job` and leaves; returns the exit status. `report` prints an error a user can cause in one line and
-    returns its status, None for a bug."""
+def run(launch: Launch, job: Callable[[], object]) -> int:
+    """Joins, runs `job` and leaves; returns the exit status. What goes wrong on one of several hosts ends its process here, and
+    the others learn of it (peers.py)."""
     start(launch)
     _log_to_stderr()
     try:
@@ -112,32 +124,20 @@ def run(launch: Launch, job: Callable[[], object], report: Callable[[BaseExcepti
         status = 0
     except Preempted as stopped:
         say(f"{stopped}; the same command goes on from there")
-        status = EXIT_PREEMPTED
+        status = exits.PREEMPTED
     except Disagreement as error:  # known to all hosts, so told once
         if host() == 0:
-            report(error)
-        status = 2
+            exits.process.report(error)
+        status = exits.USER_ERROR
     except BaseException as error:
         if hosts() == 1:
             raise
-        _leave(error, report)
+        exits.process.end(error)
     if hosts() > 1:
         barrier("end")
         atexit.unregister(jax.distributed.shutdown)
         jax.distributed.shutdown()
     return status
-
-
-def _leave(error: BaseException, report: Callable[[BaseException], int | None]) -> None:
-    """Ends this process at once. Left to itself it would wait at exit for hosts that wait for it in a collective."""
-    print(f"host {host()}: ", end="", file=sys.stderr, flush=True)
-    status = report(error)
-    if status is None:
-        traceback.print_exception(error)
-        status = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
 
 
 def _runtime() -> Any:

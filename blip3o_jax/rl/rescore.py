@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from blip3o_jax.config import RewardConfig, UserError
-from blip3o_jax.rl.log import image_hash, image_path
+from blip3o_jax.rl.log import KEYS, image_hash, image_path
 from blip3o_jax.rl.rewards.pool import RewardPool
 from blip3o_jax.train.checkpoint import find, read_config
 from blip3o_jax.train.metrics import read_rows
@@ -27,7 +27,7 @@ def rescore(workdir: pathlib.Path, rewards: tuple[RewardConfig, ...], out: pathl
     """Judges all images under `workdir` and writes their lines to `out` with {"rescored": {"total", "parts"}}; total null where
     a reward has failed. UserError where an image is missing, or is not the one that the run had judged."""
     lines = sorted(
-        (line for path in workdir.glob("rollouts*.jsonl") for line in read_rows(path)),
+        (line for path in workdir.glob("rollouts*.jsonl") for line in read_rows(path, *KEYS)),
         key=lambda line: (line["rollout"], line["row"]),
     )
     if not lines:

@@ -25,6 +25,7 @@ from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from blip3o_jax import config as config_lib
+from blip3o_jax import files
 from blip3o_jax.config import Config, UserError
 from blip3o_jax.lora import FACTORS
 from blip3o_jax.parallel.rules import Strategy
@@ -58,13 +59,11 @@ class Checkpoints:
 
     def save(self, step: int, state: TrainState, data_position: Any, loss: float) -> None:
         """Starts writing in the background; the arrays are copied off the devices before this returns."""
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave({"data": data_position, "loss": loss})
-            ),
-            metrics={"loss": loss},
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave({"data": data_position, "loss": loss})
         )
+        with files.writing(self.directory):
+            self._manager.save(step, args=items, metrics={"loss": loss})
 
     def restore(self, step: int, plan: StatePlan) -> tuple[TrainState, Any]:
         """State in the plan's shardings, and the position of the data stream."""
@@ -79,10 +78,18 @@ class Checkpoints:
             ) from e
         return restored["state"], restored["meta"]["data"]
 
+    def check(self) -> None:
+        """Raises what a save in the background has failed with, which else the next save would."""
+        with files.writing(self.directory):
+            self._manager.check_for_errors()
+
     def close(self) -> None:
         """Waits for writes under way."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        with files.writing(self.directory):
+            try:
+                self._manager.wait_until_finished()
+            finally:
+                self._manager.close()
 
 
 def _write_small_arrays_whole() -> None:

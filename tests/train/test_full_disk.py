@@ -1,0 +1,103 @@
+"""A disk that fills up during a run: one line within seconds, and then the run goes on as if nothing had been."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from blip3o_jax.train import checkpoint
+from blip3o_jax.train.metrics import read_rows
+from tests import conftest, tiny
+
+ROOT = pathlib.Path(__file__).parent.parent.parent
+SIZE = 1400  # KiB of the file system; a run takes about 730
+POINTS = (0, 4, 8, 12, 16, 24, 40, 80, 140, 200, 260, 320, 360, 400, 440, 500, 560, 620, 660, 700)  # KiB left to a run
+CONFIG = """
+from tests import tiny
+
+def get_config():
+    groups = {"checkpoint": {"every": 2, "keep": 2}, "watchdog": 0.0, "data": {"shuffle": True}}
+    return tiny.run_config(IMAGES, stage="tokenizer", steps=6, preview=2, **groups)
+"""
+TIMES = ("examples_per_s", "data_wait", "host_memory_gib")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A directory with config.py, and `disk`, a file system of its own."""
+    path = tmp_path_factory.mktemp("full_disk")
+    images = tiny.write_data(path / "images")
+    (path / "config.py").write_text(CONFIG.replace("IMAGES", repr(str(images))))
+    (path / "disk").mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={SIZE}k", "none", str(path / "disk")]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a file system takes root")
+    yield path
+    subprocess.run(["umount", "-l", str(path / "disk")], check=True)
+
+
+def train(place, workdir):
+    """(status, stderr, seconds)"""
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "XDG_CACHE_HOME": str(place / "cache"),
+        "JAX_PLATFORMS": "cpu",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "JAX_COMPILATION_CACHE_DIR": str(conftest.CACHE),
+    }
+    command = [sys.executable, "-m", "blip3o_jax", "train", f"--config={place / 'config.py'}", f"--workdir={workdir}"]
+    began = time.monotonic()
+    done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=120)
+    return done.returncode, done.stderr, time.monotonic() - began
+
+
+def outcome(workdir):
+    """Metrics but for times, and the bytes of all weights."""
+    rows = [{k: v for k, v in row.items() if k not in TIMES} for row in read_rows(workdir / "metrics.jsonl", "step")]
+    root, step = checkpoint.find(workdir)
+    weights = checkpoint.Weights(root, step)
+    found = {part: weights.read(part, weights.shapes(part)) for part in weights.parts}
+    return step, rows, found
+
+
+@pytest.fixture(scope="module")
+def whole(place):
+    """An undisturbed run, and how long it takes."""
+    train(place, place / "first")  # compiles
+    status, err, seconds = train(place, place / "whole")
+    assert status == 0, err
+    return outcome(place / "whole"), seconds
+
+
+def same(got, want):
+    assert got[:2] == want[:2]
+    for part, arrays in want[2].items():
+        assert got[2][part].keys() == arrays.keys()
+        for path, array in arrays.items():
+            np.testing.assert_array_equal(got[2][part][path], array, err_msg=f"{part}/{path}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("left", POINTS)
+def test_a_full_disk_ends_the_run_in_one_line_and_it_resumes_bit_for_bit(place, whole, left):
+    want, undisturbed = whole
+    disk = place / "disk"
+    ballast, workdir = disk / "ballast", disk / "run"
+    subprocess.run(["rm", "-rf", str(workdir)], check=True)
+    ballast.write_bytes(bytes(1024 * (SIZE - left - 4)))
+    status, err, seconds = train(place, workdir)
+    lines = [line for line in err.splitlines() if not line.startswith(("tokenizer  step", "skipped"))]
+    assert status == 2 and len(lines) == 1, err
+    assert lines[0].startswith(f"blip3o: error: {workdir}"), err
+    assert lines[0].endswith("No space left on device: free some; the same command resumes from the last checkpoint in its --workdir")
+    assert seconds < undisturbed + 30
+    print(json.dumps({"left": left, "seconds": round(seconds, 1), "steps": err.count("  step "), "line": lines[0][15:110]}))
+    ballast.unlink()
+    status, err, _ = train(place, workdir)
+    assert status == 0, err
+    same(outcome(workdir), want)
