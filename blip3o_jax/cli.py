@@ -50,6 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(sys.argv[1:] if argv is None else argv)
     exits.process.report = lambda error: _report(error, args)
     exits.process.again = args.after_interrupt
+    if args.run in (_train, _rl):
+        exits.listen_for_stop(f"stopped by SIGTERM, with nothing to save yet; {args.after_interrupt}")
     try:
         _check_out(args)
         return args.run(args) or 0
@@ -63,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _report(error: BaseException, args: argparse.Namespace) -> int | None:
     """Tells a user's error, a signal or a lost host in one line and returns the exit status; None for a bug."""
     if isinstance(error, KeyboardInterrupt):
-        exits.process.print_line(f"\nblip3o: interrupted; {args.after_interrupt}")
+        exits.process.print_line(f"blip3o: interrupted; {args.after_interrupt}")
         return exits.INTERRUPTED
     if exits.is_broken_pipe(error):
         return exits.BROKEN_PIPE
@@ -383,8 +385,6 @@ def _on_all_hosts(args: argparse.Namespace, stages: dict[str, Any], run: Callabl
         with files.writing(workdir):
             run(workdir)
 
-    if launch.resolved() == "off":
-        exits.listen_for_stop("stopped by SIGTERM before the first step; the same command starts it again")
     distributed.keep_programs(args.compile_cache)
     return distributed.run(launch, job)
 

@@ -8,6 +8,7 @@ A thread reads the signals beside the main thread, which cannot while it compile
 here, so that `install` comes before everything else; without it (as a library, in tests) signals are left as they are.
 """
 
+import _thread
 import contextlib
 import multiprocessing
 import os
@@ -50,15 +51,19 @@ class _Process:
         self.report: Report = _traceback
         self.again = "run the same command again"
         self.prefix = ""  # of the line that tells the end, such as "host 1: "
+        self.cause: Callable[[BaseException], BaseException] = lambda error: error  # what an error is really due to
         self.farewell: Callable[[int, str], None] = lambda status, line: None
         self.saving = False  # SIGTERM was noted: the run saves its step and ends
-        self.stop_line = ""  # while set, SIGTERM ends the process at once with this line: there is nothing to save
+        self.stoppable = False  # a run listens for SIGTERM
+        self.stop_line = ""  # while set, signals end the process at once, SIGTERM with this line: there is nothing to save
         self.done = False  # the command is over, with success
         self._lock = threading.RLock()
         self._error: BaseException | None = None  # why it closes
         self._told = False
         self._line = ""
         self._interrupts = 0
+        self._own = 0  # SIGINTs of ours that are still to be heard
+        self._granted = False  # whether the next one is raised
 
     def install(self) -> None:
         self.installed = True
@@ -71,8 +76,12 @@ class _Process:
         threading.Thread(target=self._listen, args=(read,), name="signals", daemon=True).start()
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
-        """In the main thread. The thread that listens does what is left."""
-        if not (self.saving or self._told or self.done):
+        """In the main thread: raises what the other thread has decided on. Python runs handlers in the order of the signals'
+        numbers, not of their coming, so that SIGTERM before Ctrl-C is seen there alone."""
+        if self._granted and not self._told:
+            self._granted = False
+            if _importing(frame):  # libraries crash where one is thrown while they load
+                self.end(KeyboardInterrupt())
             raise KeyboardInterrupt
 
     def _listen(self, read: int) -> None:
@@ -80,20 +89,31 @@ class _Process:
             for number in os.read(read, 64):
                 if number == signal.SIGINT:
                     self._heard()
-                elif number in (signal.SIGTERM, signal.SIGHUP) and self.stop_line:
-                    self.end(Stopped(self.stop_line))
+                elif number in (signal.SIGTERM, signal.SIGHUP):
+                    if self.stop_line:
+                        self.end(Stopped(self.stop_line))
+                    self.saving = self.saving or self.stoppable
 
     def _heard(self) -> None:
         """Ctrl-C."""
+        if self._own:
+            self._own -= 1
+            return
         self._interrupts += 1
         if self.done:
             self.leave(0)
-        if self._error is not None or self._interrupts > 1:
+        if self._error is not None or self._interrupts > 1 or self.stop_line:
             self.end(self._error or KeyboardInterrupt())
         elif self.saving:
             _print("blip3o: the step in work is being saved, as SIGTERM asked; Ctrl-C again ends at once, without")
         else:
+            self._raise_in_main()
             self._deadline(KeyboardInterrupt(), PATIENCE)
+
+    def _raise_in_main(self) -> None:
+        self._own += 1
+        self._granted = True
+        _thread.interrupt_main()
 
     def closing(self, error: BaseException) -> None:
         """The process is about to close because of `error`: that now takes CLOSING seconds at most."""
@@ -118,6 +138,7 @@ class _Process:
         return self.report(error)
 
     def end(self, error: BaseException) -> None:
+        error = self.cause(error)
         status = self.tell(error)
         self.leave(_traceback(error) if status is None else status)
 
@@ -137,13 +158,26 @@ class _Process:
 
     def print_line(self, line: str) -> None:
         self._line = line
-        _print(f"{self.prefix}{line}")
+        echoed = "\n" if self._interrupts and sys.stderr.isatty() else ""  # the terminal's ^C
+        _print(f"{echoed}{self.prefix}{line}")
 
     def _unraisable(self, unraisable: Any) -> None:
-        """Leaves out what remains of coroutines whose event loop has gone: Orbax drops some where a save fails, which is told."""
+        """Leaves out what remains of coroutines whose event loop has gone: Orbax drops some where a save fails, which is told.
+        Raises once more a Ctrl-C that came in a destructor or in a callback of the garbage collector, where it has no effect."""
+        if isinstance(unraisable.exc_value, KeyboardInterrupt):
+            self._raise_in_main()
+            return
         closed = isinstance(unraisable.exc_value, RuntimeError) and "loop is closed" in str(unraisable.exc_value)
         if not (closed or self._told or self._error is not None):
             sys.__unraisablehook__(unraisable)
+
+
+def _importing(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
 
 
 class Ended(Exception):
@@ -210,7 +244,7 @@ def run(main: Callable[[], int]) -> None:
     except SystemExit as error:
         status = error.code if isinstance(error.code, int) else BUG
     except KeyboardInterrupt:  # before the command line was read
-        process.print_line(f"\nblip3o: interrupted; {process.again}")
+        process.print_line(f"blip3o: interrupted; {process.again}")
         status = INTERRUPTED
     except BaseException as error:
         status = BROKEN_PIPE if is_broken_pipe(error) else _traceback(error)

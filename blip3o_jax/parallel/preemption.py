@@ -36,17 +36,18 @@ class StopRequest:
             for number in _SIGNALS:
                 if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
                     self._before[number] = signal.signal(number, self._note) or signal.SIG_DFL
+            exits.process.stoppable = True
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None) -> None:
-        exits.process.saving = False
+        exits.process.saving = exits.process.stoppable = False
         if not self._noted:
             exits.process.stop_line = self._line
             for number, before in self._before.items():
                 signal.signal(number, before)
 
     def _note(self, number: int, frame: Any) -> None:
-        self._noted = exits.process.saving = True
+        self._noted = True
         for each in self._before:
             signal.signal(each, signal.SIG_DFL)
 

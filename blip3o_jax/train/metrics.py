@@ -53,7 +53,9 @@ class MetricLog:
         else:
             rate = (step - self._start) / max(1e-9, time.monotonic() - self._began)
             left = (self._total - step) / max(1e-9, rate)
-            print(f"{self._title}  step {step}/{self._total}  {numbers}  ETA {left:.0f} s", file=sys.stderr, flush=True)
+            # In one piece, so that Ctrl-C does not come before the end of the line.
+            sys.stderr.write(f"{self._title}  step {step}/{self._total}  {numbers}  ETA {left:.0f} s\n")
+            sys.stderr.flush()
 
     def images(self, step: int, name: str, images_BHWC: np.ndarray) -> None:
         """uint8 images, side by side in TensorBoard."""

@@ -15,8 +15,8 @@ from blip3o_jax.train.metrics import read_rows
 from tests import conftest, tiny
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
-SIZE = 1400  # KiB of the file system; a run takes about 730
-POINTS = (0, 4, 8, 12, 16, 24, 40, 80, 140, 200, 260, 320, 360, 400, 440, 500, 560, 620, 660, 700)  # KiB left to a run
+SIZE = 4096  # KiB of the file system; a run takes 1100 to 1200 while it saves its third checkpoint
+POINTS = (0, 4, 8, 16, 32, 64, 120, 200, 280, 340, 380, 420, 480, 560, 640, 700, 760, 840, 920, 1000)  # KiB left to a run
 CONFIG = """
 from tests import tiny
 
