@@ -70,9 +70,9 @@ class _Process:
         sys.unraisablehook = self._unraisable
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell may have it ignored
             signal.signal(signal.SIGINT, self._interrupt)
-        read, write = os.pipe()
-        os.set_blocking(write, False)
-        signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+        read, self._wake = os.pipe()
+        os.set_blocking(self._wake, False)
+        signal.set_wakeup_fd(self._wake, warn_on_full_buffer=False)
         threading.Thread(target=self._listen, args=(read,), name="signals", daemon=True).start()
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
@@ -93,6 +93,9 @@ class _Process:
                     if self.stop_line:
                         self.end(Stopped(self.stop_line))
                     self.saving = self.saving or self.stoppable
+                elif number == 0:
+                    time.sleep(0.05)
+                    self._raise_in_main()
 
     def _heard(self) -> None:
         """Ctrl-C."""
@@ -165,7 +168,7 @@ class _Process:
         """Leaves out what remains of coroutines whose event loop has gone: Orbax drops some where a save fails, which is told.
         Raises once more a Ctrl-C that came in a destructor or in a callback of the garbage collector, where it has no effect."""
         if isinstance(unraisable.exc_value, KeyboardInterrupt):
-            self._raise_in_main()
+            os.write(self._wake, b"\0")  # the other thread raises it, once this is over
             return
         closed = isinstance(unraisable.exc_value, RuntimeError) and "loop is closed" in str(unraisable.exc_value)
         if not (closed or self._told or self._error is not None):
