@@ -1,11 +1,12 @@
 """How a process of this package ends: with one status and one line, in bounded time. docs/pods.md has the table of statuses.
 
     error --> closing, CLOSING seconds at most --> its line --> leave(status)
-    SIGINT --> KeyboardInterrupt in the main thread, or, where that does not get through, its line after PATIENCE seconds
+    SIGINT --> KeyboardInterrupt in the main thread, or after PATIENCE seconds its line and the end
     SIGINT again, or while a failed run is closing --> ends at once
 
-A thread reads the signals beside the main thread, which cannot while it compiles or waits for a device. Nothing heavy is imported
-here, so that `install` comes before everything else; without it (as a library, in tests) signals are left as they are.
+A thread reads the signals beside the main thread, which cannot while it compiles or waits for a
+device. Nothing heavy is imported here, so that `install` comes before everything else; without it
+(as a library, in tests) signals are left as they are.
 """
 
 import _thread
@@ -76,8 +77,11 @@ class _Process:
         threading.Thread(target=self._listen, args=(read,), name="signals", daemon=True).start()
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
-        """In the main thread: raises what the other thread has decided on. Python runs handlers in the order of the signals'
-        numbers, not of their coming, so that SIGTERM before Ctrl-C is seen there alone."""
+        """Raises, in the main thread, what the other thread has decided on.
+
+        Python runs handlers in the order of the signals' numbers, not of their coming, so that only
+        the other thread sees that SIGTERM came before Ctrl-C.
+        """
         if self._granted and not self._told:
             self._granted = False
             if _importing(frame):  # libraries crash where one is thrown while they load
@@ -165,8 +169,12 @@ class _Process:
         _print(f"{echoed}{self.prefix}{line}")
 
     def _unraisable(self, unraisable: Any) -> None:
-        """Leaves out what remains of coroutines whose event loop has gone: Orbax drops some where a save fails, which is told.
-        Raises once more a Ctrl-C that came in a destructor or in a callback of the garbage collector, where it has no effect."""
+        """Called with exceptions that nobody can catch.
+
+        A Ctrl-C that came in a destructor or in a callback of the garbage collector is raised once
+        more. What remains of coroutines whose event loop is closed is left out: Orbax drops some
+        where a save fails, which is told.
+        """
         if isinstance(unraisable.exc_value, KeyboardInterrupt):
             os.write(self._wake, b"\0")  # the other thread raises it, once this is over
             return

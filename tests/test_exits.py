@@ -10,17 +10,46 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 START = """
-import contextlib, gc, os, signal, sys, threading, time
+import contextlib, os, signal, sys, threading, time
+from signal import SIGINT, SIGTERM
 from blip3o_jax import exits
+
 exits.PATIENCE = exits.CLOSING = exits.SHUTDOWN = 0.5
 exits.install()
-exits.process.report = lambda error: print("told", type(error).__name__, file=sys.stderr) or (130 if isinstance(error, KeyboardInterrupt) else 75 if isinstance(error, exits.Stopped) else 2)
-send = lambda *numbers: [os.kill(os.getpid(), number) for number in numbers]
+statuses = {"KeyboardInterrupt": 130, "Stopped": 75}
+
+def report(error):
+    name = type(error).__name__
+    print("told", name, file=sys.stderr)
+    return statuses.get(name, 2)
+
+exits.process.report = report
+
+def send(*numbers, then=9):
+    for number in numbers:
+        os.kill(os.getpid(), number)
+    time.sleep(then)
+
+def stoppable():
+    signal.signal(SIGTERM, lambda number, frame: None)
+    exits.process.stoppable = True
+
+def closing(close, error=None):
+    with contextlib.ExitStack() as stack:
+        stack.push(exits.pushed(close))
+        if error:
+            raise error
+
+class Deaf:
+    def __del__(self):
+        send(SIGINT, then=0.2)
+
 def main():
     try:
         return work() or 0
     except BaseException as error:
         return exits.process.tell(error)
+
 def work():
 """
 
@@ -40,50 +69,61 @@ def end(body):
     return done.returncode, done.stderr
 
 
-INT, TERM = "signal.SIGINT", "signal.SIGTERM"
-IN_C = "time.sleep(9)"
+SUPPRESSED = """
+for i in range(99):
+    with contextlib.suppress(BaseException):
+        send(*[SIGINT] * (i == 0), then=0.1)
+"""
+TWICE = """
+try:
+    send(SIGINT)
+finally:
+    send(SIGINT)
+"""
+INTERRUPTED = (130, "told KeyboardInterrupt\n")
+FAILED = (2, "told ValueError\n")
+SAVING = "blip3o: the step in work is being saved, as SIGTERM asked; Ctrl-C again ends at once, without\n"
+THREAD = "threading.Thread(target=time.sleep, args=(9,)).start()"
 
 
 @pytest.mark.parametrize(
-    ("body", "status", "told"),
+    ("body", "ends"),
     [
-        ("return 0", 0, ""),
-        (f"send({INT}); {IN_C}", 130, "told KeyboardInterrupt\n"),
-        # In code that lets nothing through, such as a library's.
-        (f"for _ in range(99):\n    with contextlib.suppress(BaseException):\n        send({INT}) if not _ else None; time.sleep(0.1)", 130, "told KeyboardInterrupt\n"),
-        # In a destructor Python itself swallows it.
-        (f"class A:\n    def __del__(self): send({INT}); time.sleep(0.2)\nA(); {IN_C}", 130, "told KeyboardInterrupt\n"),
-        (f"try:\n    send({INT}); {IN_C}\nfinally:\n    send({INT}); time.sleep(9)", 130, "told KeyboardInterrupt\n"),
-        # SIGTERM before there is anything to save, and Ctrl-C then.
-        (f"exits.listen_for_stop('stopped'); send({TERM}); {IN_C}", 75, "told Stopped\n"),
-        (f"exits.listen_for_stop('stopped'); send({INT}); {IN_C}", 130, "told KeyboardInterrupt\n"),
-        # SIGTERM's save is not lost to a Ctrl-C, but to two.
-        (f"signal.signal({TERM}, lambda *_: None); exits.process.stoppable = True; send({TERM}, {INT}); time.sleep(0.3)", 0, "blip3o: the step in work is being saved, as SIGTERM asked; Ctrl-C again ends at once, without\n"),
-        (f"signal.signal({TERM}, lambda *_: None); exits.process.stoppable = True; send({TERM}, {INT}, {INT}); time.sleep(9)", 130, "told KeyboardInterrupt\n"),
-        # Closing that hangs, closing that fails, and threads that go on.
-        ("with contextlib.ExitStack() as stack:\n    stack.push(exits.pushed(lambda: time.sleep(9)))\n    raise ValueError", 2, "told ValueError\n"),
-        ("with contextlib.ExitStack() as stack:\n    stack.push(exits.pushed(lambda: 1 / 0))\n    raise ValueError", 2, "told ValueError\n"),
-        ("with contextlib.ExitStack() as stack:\n    stack.push(exits.pushed(lambda: 1 / 0))", 2, "told ZeroDivisionError\n"),
-        (f"with contextlib.ExitStack() as stack:\n    stack.push(exits.pushed(lambda: (send({INT}), time.sleep(9))))\n    raise ValueError", 2, "told ValueError\n"),
-        ("threading.Thread(target=time.sleep, args=(9,)).start(); raise ValueError", 2, "told ValueError\n"),
-        ("threading.Thread(target=time.sleep, args=(9,)).start()", 0, ""),
+        ("return 0", (0, "")),
+        ("send(SIGINT)", INTERRUPTED),
+        (SUPPRESSED, INTERRUPTED),  # in code that lets nothing through
+        ("Deaf(); time.sleep(9)", INTERRUPTED),  # in a destructor, where Python swallows it
+        (TWICE, INTERRUPTED),
+        # Before there is anything to save.
+        ("exits.listen_for_stop('x'); send(SIGTERM)", (75, "told Stopped\n")),
+        ("exits.listen_for_stop('x'); send(SIGINT)", INTERRUPTED),
+        # SIGTERM's save is not lost to a Ctrl-C after it, but to two.
+        ("stoppable(); send(SIGTERM, SIGINT, then=0.3)", (0, SAVING)),
+        ("stoppable(); send(SIGTERM, SIGINT, SIGINT)", (130, SAVING + "told KeyboardInterrupt\n")),
+        # Closing that hangs, that fails, that is interrupted; threads that go on.
+        ("closing(lambda: time.sleep(9), ValueError)", FAILED),
+        ("closing(lambda: 1 / 0, ValueError)", FAILED),
+        ("closing(lambda: 1 / 0)", (2, "told ZeroDivisionError\n")),
+        ("closing(lambda: send(SIGINT), ValueError)", FAILED),
+        (f"{THREAD}; raise ValueError", FAILED),
+        (THREAD, (0, "")),
     ],
 )
-def test_one_status_and_one_line(body, status, told):
-    found, err = end(body)
-    if status == 130 and "being saved" in err:
-        err = "".join(err.splitlines(keepends=True)[1:])
-    assert (found, err) == (status, told)
+def test_one_status_and_one_line(body, ends):
+    assert end(body) == ends
 
 
 def test_processes_of_ours_end_with_it(tmp_path):
     """One that ignores SIGTERM, as a scorer that hangs does."""
     pid = tmp_path / "pid"
-    body = (
-        "import multiprocessing\n"
-        f"child = multiprocessing.get_context('fork').Process(target=lambda: (signal.signal({TERM}, signal.SIG_IGN), time.sleep(60)))\n"
-        f"child.start(); open({str(pid)!r}, 'w').write(str(child.pid)); raise ValueError"
-    )
+    body = f"""
+import multiprocessing
+hang = lambda: (signal.signal(SIGTERM, signal.SIG_IGN), time.sleep(60))
+child = multiprocessing.get_context("fork").Process(target=hang)
+child.start()
+open({str(pid)!r}, "w").write(str(child.pid))
+raise ValueError
+"""
     assert end(body)[0] == 2
     with pytest.raises(ProcessLookupError):
         for _ in range(100):

@@ -10,7 +10,8 @@ from blip3o_jax import files
 from blip3o_jax.config import UserError
 
 TENSORSTORE = (
-    'RESOURCE_EXHAUSTED: Error writing local file "/run/2.tmp/state/_sharding": Failed writing: "/run/2.tmp/state/_sharding.__lock": '
+    'RESOURCE_EXHAUSTED: Error writing local file "/run/2.tmp/state/_sharding": '
+    'Failed writing: "/run/2.tmp/state/_sharding.__lock": '
     "Failed to write 70498 bytes to file 9: No space left on device [os_error_code='28'] [source locations='x.cc:1']"
 )
 
@@ -34,8 +35,14 @@ def raised(error, *, cause=None, context=None):
         (OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG), "x"), "x: File name too long: choose a shorter one"),
         (ValueError(TENSORSTORE), "/run/2.tmp/state/_sharding: No space left on device: free some"),
         (RuntimeError("could not write to './x': No space left on device"), "No space left on device: free some"),
-        (raised(RuntimeError("save failed"), cause=raised(ValueError("x"), context=full("/a"))), "/a: No space left on device: free some"),
-        (ExceptionGroup("several", [ValueError("x"), ValueError(TENSORSTORE)]), "/run/2.tmp/state/_sharding: No space left on device: free some"),
+        (
+            raised(RuntimeError("save failed"), cause=raised(ValueError("x"), context=full("/a"))),
+            "/a: No space left on device: free some",
+        ),
+        (
+            ExceptionGroup("several", [ValueError("x"), ValueError(TENSORSTORE)]),
+            "/run/2.tmp/state/_sharding: No space left on device: free some",
+        ),
     ],
 )
 def test_the_systems_errors_are_found_and_told(error, line):
@@ -57,7 +64,11 @@ def test_a_bug_is_none_of_them(error):
 
 
 def test_an_open_files_errors_get_its_name():
-    with pytest.raises(OSError, match="No space left") as error, files.writing(pathlib.Path("rows")), open("/dev/full", "w") as out:
+    with (
+        pytest.raises(OSError, match="No space left") as error,
+        files.writing(pathlib.Path("rows")),
+        open("/dev/full", "w") as out,
+    ):
         out.write("x")
     assert error.value.filename == "rows"
 

@@ -143,8 +143,11 @@ class Peers:
 
 @contextlib.contextmanager
 def without_stack_trace() -> Iterator[None]:
-    """`jax.distributed.initialize` within it makes a client that aborts in two lines where it would log a stack trace: a callback
-    of ours is never called, since the bindings of JAX 0.10 cannot convert its argument, but it takes the place of the default."""
+    """Have `jax.distributed.initialize` make a client that aborts in two lines, without a stack trace.
+
+    A callback of ours takes the place of the default, which logs one. It is never called: the
+    bindings of JAX 0.10 cannot convert its argument, and abort.
+    """
     from jax._src import distributed
 
     module = distributed._jax

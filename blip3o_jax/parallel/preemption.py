@@ -20,10 +20,11 @@ class Preempted(exits.Stopped):
 class StopRequest:
     """Whether this job was asked to stop (`with StopRequest() as stop: ... stop.due(step)`).
 
-    With several hosts the preemption service of `jax.distributed` holds SIGTERM on each of them; the step it picks is at least
-    one ahead of where any host is. A process by itself has a signal handler here, for SIGHUP too unless it is ignored: the first
-    signal is noted, a second one ends the process as if nobody had listened. Before the first step there is nothing to save:
-    there the `blip3o` command ends at once (exits.py).
+    With several hosts the preemption service of `jax.distributed` holds SIGTERM on each of them; the
+    step it picks is at least one ahead of where any host is. A process by itself has a signal handler
+    here, for SIGHUP too unless it is ignored: the first signal is noted, a second one ends the process
+    as if nobody had listened. Before the first step there is nothing to save: there the `blip3o`
+    command ends at once (exits.py).
     """
 
     def __init__(self) -> None:

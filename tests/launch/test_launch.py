@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import pathlib
+import re
 import shlex
 import shutil
 import signal
@@ -55,7 +56,8 @@ def test_queued_resources_are_asked_for_used_and_given_back():
     assert asked[7:] == [*wanted, "--valid-until-duration=6h", "--zone=us-east5-a"]
     ran = commands[-2][-2]
     train = "blip3o train --config=configs/pretrain.py:1.7b --workdir=/gcs/runs/mine --distributed=tpu"
-    assert f"{train} --config.data.path=/gcs/captions/\\*.tar; status=$?; case $status in 75|137) ;; *) exit $status ;; esac; done" in ran
+    again = "status=$?; case $status in 75|137) ;; *) exit $status ;; esac; done"
+    assert f"{train} --config.data.path=/gcs/captions/\\*.tar; {again}" in ran
     assert 'eval "$(python3 blip3o_jax/parallel/flags.py v5p)"' in ran
     assert "gcsfuse --implicit-dirs bucket /gcs" in commands[-3][-2]
     assert commands[-1][1:] == shlex.split("gcloud compute tpus queued-resources delete mine --force --quiet --zone=us-east5-a")
@@ -119,7 +121,7 @@ def test_slurm_requeues_what_has_saved():
 
 
 def local(tmp_path, *statuses, restarts=3):
-    """local.sh with hosts that end with `statuses`, the last of which they keep to; (its status, how often each was started)."""
+    """(status of local.sh, how often each host was started) for hosts that end with `statuses`, then with the last of them."""
     program, count = tmp_path / "python", tmp_path / "count"
     program.write_text(
         "#!/bin/bash\n[[ $2 != import* ]] || { echo 1234; exit; }\n"
@@ -153,8 +155,8 @@ def test_local_restarts_on_what_the_docs_say(tmp_path, statuses, status, starts)
 
 
 def test_the_documented_statuses_are_those_of_the_launchers():
-    rows = [line.split("|")[1:4] for line in (ROOT / "docs" / "pods.md").read_text().splitlines() if line.startswith("| ")]
-    said = {status.strip() for status, _, restart in filter(lambda row: len(row) == 3, rows) if restart.strip().startswith("yes")}
+    page = (ROOT / "docs" / "pods.md").read_text()
+    said = set(re.findall(r"^\| (\S+) \| .* \| yes.* \|$", page, re.MULTILINE))
     common = (LAUNCH / "common.sh").read_text()
     assert f'RESTARTED="{" ".join(sorted(said, key=int))}"' in common and said == {str(exits.PREEMPTED), str(exits.LOST_PEER)}
 

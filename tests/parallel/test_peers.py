@@ -7,6 +7,8 @@ import pytest
 from blip3o_jax.parallel import peers
 from blip3o_jax.parallel.peers import LostHost, Peers
 
+AGAIN = "the same command goes on from the last checkpoint"
+
 
 class Store:
     """The key-value store of jax.distributed."""
@@ -63,7 +65,8 @@ def test_a_host_that_ends_tells_the_others(hosts):
         if len(ended) == 2:
             break
         threading.Event().wait(0.01)
-    assert [str(error) for error in ended] == ["host 1 ended with status 2 in data at step 12; the same command goes on from the last checkpoint"] * 2
+    said = f"host 1 ended with status 2 in data at step 12; {AGAIN}"
+    assert [str(error) for error in ended] == [said] * 2
     assert {error.status for error in ended} == {2}
     assert made[0].lost() in ended
 
@@ -76,7 +79,7 @@ def test_a_host_that_was_killed_is_the_one_whose_sign_stands_still(hosts):
     made[2]._over.set()
     threading.Event().wait(0.05)
     error = made[0].lost()
-    assert (str(error), error.status) == ("host 2 was lost in step at step 7; the same command goes on from the last checkpoint", 137)
+    assert (str(error), error.status) == (f"host 2 was lost in step at step 7; {AGAIN}", 137)
     assert not ended
 
 
@@ -89,4 +92,4 @@ def test_host_0_keeps_the_store_and_is_lost_with_it(hosts):
 
 
 def test_a_lost_host_whose_place_is_unknown():
-    assert str(LostHost(3, "", 137)) == "host 3 was lost; the same command goes on from the last checkpoint"
+    assert str(LostHost(3, "", 137)) == f"host 3 was lost; {AGAIN}"

@@ -24,6 +24,7 @@ def get_config():
     groups = {"checkpoint": {"every": 2, "keep": 2}, "watchdog": 0.0, "data": {"shuffle": True}}
     return tiny.run_config(IMAGES, stage="tokenizer", steps=6, preview=2, **groups)
 """
+AGAIN = "the same command resumes from the last checkpoint in its --workdir"
 TIMES = ("examples_per_s", "data_wait", "host_memory_gib")
 
 
@@ -94,7 +95,7 @@ def test_a_full_disk_ends_the_run_in_one_line_and_it_resumes_bit_for_bit(place, 
     lines = [line for line in err.splitlines() if not line.startswith(("tokenizer  step", "skipped"))]
     assert status == 2 and len(lines) == 1, err
     assert lines[0].startswith(f"blip3o: error: {workdir}"), err
-    assert lines[0].endswith("No space left on device: free some; the same command resumes from the last checkpoint in its --workdir")
+    assert lines[0].endswith(f"No space left on device: free some; {AGAIN}")
     assert seconds < undisturbed + 30
     print(json.dumps({"left": left, "seconds": round(seconds, 1), "steps": err.count("  step "), "line": lines[0][15:110]}))
     ballast.unlink()
