@@ -219,7 +219,7 @@ def _add_sample(commands: Any) -> None:
 
 
 def _add_drawing(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the images are written")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="for the images, in place of an earlier run's")
     parser.add_argument("--size", type=_size, metavar="HxW", help="pixels (nearest to the image given, of the model's sizes)")
     parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
     group = parser.add_argument_group("sampling", "each defaults to what the checkpoint's config says")

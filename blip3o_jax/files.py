@@ -75,14 +75,17 @@ def _trouble(error: BaseException) -> OSError | None:
 
 @contextlib.contextmanager
 def writing(path: pathlib.Path) -> Iterator[None]:
-    """Name `path` in the system's errors that have no path of their own: those of writing to an open file have none."""
+    """Raise what the system says as OSError, also from behind another exception, and with `path` where it names no path: errors
+    of writing to an open file have none."""
     try:
         yield
+    except UserError:  # has said it
+        raise
     except Exception as error:
         found = error if isinstance(error, OSError) and error.errno is not None else system_error(error)
-        if found is None or found.filename is not None:
+        if found is None or (found is error and found.filename is not None):
             raise
-        raise OSError(found.errno, os.strerror(found.errno), str(path)) from error
+        raise OSError(found.errno, os.strerror(found.errno), found.filename or str(path)) from error
 
 
 def replace_text(path: pathlib.Path, text: str) -> None:

@@ -73,6 +73,11 @@ def test_an_open_files_errors_get_its_name():
     assert error.value.filename == "rows"
 
 
+def test_an_error_that_has_a_line_keeps_it():
+    with pytest.raises(UserError, match=r"^copy it again$"), files.writing(pathlib.Path("rows")):
+        raise UserError("copy it again") from full()
+
+
 def test_a_file_is_replaced_whole(tmp_path, monkeypatch):
     path = tmp_path / "deep" / "file"
     files.replace_text(path, "one")

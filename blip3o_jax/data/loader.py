@@ -36,6 +36,8 @@ Transform = Callable[[Record], dict[str, np.ndarray]]
 
 # A run of unreadable records as long as this ends the search for a readable one.
 MAX_SKIPPED = 1000
+# Seconds that a thread may take to end.
+ENDING = 10.0
 # What a row tells about the records skipped for it: JSON, at most this many bytes.
 _REPORT_BYTES = 4096
 _log = logging.getLogger(__name__)
@@ -359,9 +361,13 @@ class DevicePrefetch(Iterator[Batch]):
         return self._state
 
     def close(self) -> None:
-        """Ends the thread and the loader's workers; batches made ahead are dropped."""
+        """Ends the thread and the loader's workers; batches made ahead are dropped.
+
+        A thread that hangs in a read is left behind after ENDING seconds: it is a daemon.
+        """
         self._stop.set()
-        while self._thread.is_alive():
+        end = time.monotonic() + ENDING
+        while self._thread.is_alive() and time.monotonic() < end:
             while not self._queue.empty():  # the thread may be waiting for room
                 self._queue.get_nowait()
             self._thread.join(timeout=0.05)

@@ -14,6 +14,7 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
+from blip3o_jax import files
 from blip3o_jax.config import RewardConfig, UserError
 from blip3o_jax.rl.log import KEYS, image_hash, image_path
 from blip3o_jax.rl.rewards.pool import RewardPool
@@ -36,7 +37,8 @@ def rescore(workdir: pathlib.Path, rewards: tuple[RewardConfig, ...], out: pathl
     done = []
     with RewardPool(rewards, workers=workers) as pool:
         pool.check([(line["prompt"], line["metadata"]) for line in lines])
-        with out.open("w", encoding="utf-8") as file:
+        partial = out.with_name(f".{out.name}.partial")  # an earlier file stays until this one is whole
+        with files.writing(partial), partial.open("w", encoding="utf-8") as file:
             for group in _rollouts(lines):
                 images = np.stack([_image(workdir, line) for line in group])
                 found = pool.submit(images, [line["prompt"] for line in group], [line["metadata"] for line in group]).result()
@@ -45,6 +47,7 @@ def rescore(workdir: pathlib.Path, rewards: tuple[RewardConfig, ...], out: pathl
                     total = None if found.failed_B[i] else float(found.total_B[i])
                     done.append(line | {"rescored": {"total": total, "parts": parts}})
                     file.write(json.dumps(done[-1]) + "\n")
+    partial.replace(out)
     return done
 
 

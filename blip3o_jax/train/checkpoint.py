@@ -79,9 +79,10 @@ class Checkpoints:
         return restored["state"], restored["meta"]["data"]
 
     def check(self) -> None:
-        """Raises what a save in the background has failed with, which else the next save would."""
+        """Raises what a save in the background has failed with, which else the next save would. Waits for none."""
         with files.writing(self.directory):
-            self._manager.check_for_errors()
+            if not self._manager.is_saving_in_progress():  # nothing to wait for but an error
+                self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Waits for writes under way."""

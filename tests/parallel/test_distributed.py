@@ -130,8 +130,8 @@ def whole(tmp_path_factory, quick_compile):  # noqa: F811
 
 
 def test_two_hosts_one_of_them_killed_go_on_as_one(whole, job, tmp_path):
-    """2 x 4 devices, fsdp; host 1 hangs, which the watchdog tells, and is killed, which host 0 does; then 1 x 8 devices, dp, from
-    the checkpoint."""
+    """2 x 4 devices, fsdp; host 1 hangs, which the watchdog tells, and is killed, which host 0 does; then 1 x 8 devices, dp,
+    from the checkpoint."""
     workdir = tmp_path / "run"
     pair = job(tmp_path, workdir, settings(), 2, 4, "-r", 0)
     pair.until_step(EVERY + 1)

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import resource
 import subprocess
 import sys
 import time
@@ -102,3 +103,21 @@ def test_a_full_disk_ends_the_run_in_one_line_and_it_resumes_bit_for_bit(place, 
     status, err, _ = train(place, workdir)
     assert status == 0, err
     same(outcome(workdir), want)
+
+
+def test_a_save_that_fails_is_told_at_the_next_step(tmp_path):
+    """Files of this process may hold 20 kB, which makes writing fail as a full disk does."""
+    checkpoints = checkpoint.Checkpoints(tmp_path / "checkpoints", keep=2)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as error:
+            checkpoints.save(1, {"w": np.random.default_rng(0).normal(size=10**5)}, {"next_example": 1}, 0.5)
+            for _ in range(1000):
+                checkpoints.check()
+                time.sleep(0.01)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert str(error.value.filename).startswith(str(tmp_path / "checkpoints"))
+    checkpoints.close()
+    assert checkpoint.Checkpoints(tmp_path / "checkpoints", keep=2).latest() is None
