@@ -110,6 +110,7 @@ def _add_verify(ways: Any, command: Callable) -> None:
     _add_source(parser, "--torch")
     parser.add_argument("--jax", type=arguments.path, required=True, metavar="CKPT", help="a working directory or checkpoint")
     parser.add_argument("--out", type=arguments.path, metavar="FILE.json", help="the numbers, as JSON")
+    parser.set_defaults(out_is_file=True)
     parser.add_argument("--parts", type=arguments.names, default=(), metavar="NAMES", help="some of the parts only (all)")
     parser.add_argument("--ema", action="store_true", help="compare the averaged weights")
     parser.add_argument("--seed", type=arguments.whole(0, UINT32), default=0, help="of the inputs (%(default)s)")
@@ -162,8 +163,6 @@ def _verify(args: argparse.Namespace) -> int:
     from blip3o_jax.convert.verify import verify
     from blip3o_jax.train.checkpoint import write_json
 
-    if args.out and (args.out.is_dir() or not args.out.absolute().parent.is_dir()):
-        raise UserError(f"--out={args.out} must be a file in a directory that is there")
     report = verify(
         args.torch,
         args.jax,

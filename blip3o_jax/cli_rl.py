@@ -87,6 +87,7 @@ def _add_rescore(others: Any, command: Callable, flags: list[argparse.Action]) -
     )
     _add_reward(parser, "in place of the run's own; repeat it for a sum", required=False)
     parser.add_argument("--out", type=arguments.path, metavar="FILE", help="(rescored.jsonl in the run's directory)")
+    parser.set_defaults(out_is_file=True)
 
 
 def _add_reward(parser: argparse.ArgumentParser, help: str, *, required: bool) -> None:

@@ -18,6 +18,7 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
+from blip3o_jax import files
 from blip3o_jax.config import RewardConfig, UserError
 from blip3o_jax.rl.log import image_hash, image_path
 from blip3o_jax.rl.rewards.pool import RewardPool
@@ -42,7 +43,7 @@ def rescore(workdir: pathlib.Path, rewards: tuple[RewardConfig, ...], out: pathl
     done = []
     with RewardPool(rewards, workers=workers) as pool:
         pool.check([(line["prompt"], line["metadata"]) for line in lines])
-        with _replaced(out) as file:
+        with files.writing(out), _replaced(out) as file:
             for group in _rollouts(lines):
                 images = _images(workdir, group)
                 found = pool.submit(images, [line["prompt"] for line in group], [line["metadata"] for line in group]).result()

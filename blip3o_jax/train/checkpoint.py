@@ -27,7 +27,7 @@ from absl import logging
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from blip3o_jax import checksums
+from blip3o_jax import checksums, files
 from blip3o_jax import config as config_lib
 from blip3o_jax.checksums import MANIFEST, DamagedFile
 from blip3o_jax.config import Config, TextConfig, UserError
@@ -135,13 +135,11 @@ class Checkpoints:
                 f"step {step} is not saved: {len(names)} arrays of its state are not finite, first {names[0]}; the last step "
                 f"saved is {self.last_saved()}: run again with a lower optimizer.learning_rate"
             )
-        self._opened().save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave({"data": data_position, "loss": loss})
-            ),
-            metrics={"loss": loss},
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave({"data": data_position, "loss": loss})
         )
+        with files.writing(self.directory):
+            self._opened().save(step, args=items, metrics={"loss": loss})
 
     def restore(self, step: int, plan: StatePlan) -> tuple[TrainState, Any]:
         """Return the state in the plan's shardings, and the position of the data stream, of a step that is intact."""
@@ -156,11 +154,21 @@ class Checkpoints:
             ) from e
         return state, json.loads((directory / "meta" / "metadata").read_text(encoding="utf-8"))["data"]
 
+    def check(self) -> None:
+        """Raises what a save in the background has failed with, which else the next save would. Waits for none."""
+        with files.writing(self.directory):
+            if self._manager is not None and not self._manager.is_saving_in_progress():  # nothing to wait for but an error
+                self._manager.wait_until_finished()
+
     def close(self) -> None:
         """Wait for writes under way."""
-        if self._manager is not None:
-            self._manager.wait_until_finished()
-            self._manager.close()
+        if self._manager is None:
+            return
+        with files.writing(self.directory):
+            try:
+                self._manager.wait_until_finished()
+            finally:
+                self._manager.close()
 
 
 def _write_small_arrays_whole() -> None:
