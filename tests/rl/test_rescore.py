@@ -14,7 +14,7 @@ from blip3o_jax.rl.log import RolloutLog, image_hash, image_path
 from blip3o_jax.rl.rescore import print_table, rescore
 from blip3o_jax.train.metrics import read_rows
 
-RED = (RewardConfig(name="python:tests.rl.runs.redness"),)
+RED = (RewardConfig(name="python:tests.rl.redness.redness"),)
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def test_what_a_reward_cannot_judge_has_no_total(run):
     workdir, _ = run
     for path in workdir.glob("rollouts*.jsonl"):
         path.write_text(path.read_text().replace("a red cat", "pink"))
-    reward = dataclasses.replace(RED[0], name="python:tests.rl.runs.redness_but_of_pink")
+    reward = dataclasses.replace(RED[0], name="python:tests.rl.redness.redness_but_of_pink")
     assert {line["rescored"]["total"] for line in rescore(workdir, (reward,), workdir / "out.jsonl", workers=1)} == {None}
 
 
