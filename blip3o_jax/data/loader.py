@@ -39,6 +39,8 @@ Row = dict[str, np.ndarray]
 Transform = Callable[[Record], Row]
 Join = Callable[[Sequence[Row], Sequence[Record]], Row]
 
+# Seconds that a thread may take to end.
+ENDING = 10.0
 # As many unusable records end the search for a usable one: the next NEAR of the source, then some
 # from all over it, since a damaged file spoils all records that lie in it. With nine records of ten
 # unusable, one search in 10^5 fails.
@@ -529,9 +531,13 @@ class DevicePrefetch(Iterator[Batch]):
         return self._state
 
     def close(self) -> None:
-        """Ends the thread and the loader's workers; batches made ahead are dropped."""
+        """Ends the thread and the loader's workers; batches made ahead are dropped.
+
+        A thread that hangs in a read is left behind after ENDING seconds: it is a daemon.
+        """
         self._stop.set()
-        while self._thread.is_alive():
+        end = time.monotonic() + ENDING
+        while self._thread.is_alive() and time.monotonic() < end:
             while not self._queue.empty():  # the thread may be waiting for room
                 self._queue.get_nowait()
             self._thread.join(timeout=0.05)
