@@ -227,7 +227,8 @@ class Progress:
             )
 
     def add(self, count: int) -> None:
-        """Count bytes; raise _Stopped where the work is of no use any more."""
+        """Count bytes; raise _Stopped where the work is of no use any more. To be called with 0 now
+        and then where much is done between two reads."""
         if self.stopped.is_set():
             raise _Stopped
         with self._lock:
@@ -244,10 +245,10 @@ class Progress:
             return
         self._next = now + self.EVERY
         rate = self._done / (now - self._began)
-        left = max(0, self.total - self._done) / max(rate, 1)
+        left = f"{max(0, self.total - self._done) / rate:.0f} s" if rate else "unknown yet"
         self._say(
             f"indexing {self.name}: {self._shards}/{self._of} shards, {_size(self._done)} of "
-            f"{_size(self.total)}, {_size(rate)}/s, ETA {left:.0f} s"
+            f"{_size(self.total)}, {_size(rate)}/s, ETA {left}"
         )
 
     def _say(self, line: str) -> None:
