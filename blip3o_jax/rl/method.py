@@ -89,14 +89,8 @@ class ReinforcementLearning:
         if rollout.has_reference(config.rl):
             reference = _reference(setup, state, fresh=position is None)
             identity = fingerprint(lora.without_idle_lora(reference))
-        prompts = _digest(self._prompts)
-        position = position or {"rollout": 0, "reference": identity, "prompts": prompts}
-        if position.get("prompts") != prompts:
-            raise UserError(
-                f"rl.prompts_file={config.rl.prompts_file} holds other prompts, or in another order, than when this "
-                "run started: some would be repeated and others left out; bring them back, or start in another "
-                "--workdir"
-            )
+        position = position or {"rollout": 0, "reference": identity}
+        position = with_prompts(position, self._prompts, config.rl.prompts_file)
         if setup.start % config.rl.updates:
             raise ConfigError(
                 f"rl.updates={config.rl.updates} does not divide the {setup.start} steps that {setup.workdir} has done: a "
@@ -118,10 +112,18 @@ class ReinforcementLearning:
         return Begun(feed, make_step(config, setup.plan, setup.strategy, loss))
 
 
-def _digest(prompts: list[Prompt]) -> str:
-    """Return a digest of prompts and of what rewards read of them, in their order."""
+def with_prompts(position: dict[str, Any], prompts: list[Prompt], path: str) -> dict[str, Any]:
+    """Return the position with a digest of the prompts and of what rewards read of them, in their
+    order. UserError where it has that of others."""
     content = [[prompt.text, prompt.metadata] for prompt in prompts]
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    if position["rollout"] and position.get("prompts") != digest:
+        raise UserError(
+            f"rl.prompts_file={path} holds other prompts, or in another order, than when this run "
+            "started: some would be repeated and others left out; bring them back, or start in "
+            "another --workdir"
+        )
+    return position | {"prompts": digest}
 
 
 def _reference(setup: Setup, state: TrainState, *, fresh: bool) -> Any:
