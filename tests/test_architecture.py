@@ -8,7 +8,7 @@ import pytest
 
 PACKAGE = pathlib.Path(__file__).parent.parent / "blip3o_jax"
 LAYERS = (
-    ("fields", "config", "checksums", "convolution", "nn", "lora", "serving"),
+    ("fields", "config", "checksums", "convolution", "nn", "lora", "connections", "serving"),
     ("text",),
     ("data",),
     ("ar", "image_tokens", "dit", "vae", "connector"),
