@@ -62,5 +62,5 @@ setup(
             "psutil>=6",
         ],
     },
-    entry_points={"console_scripts": ["blip3o=blip3o_jax.cli:main"]},
+    entry_points={"console_scripts": ["blip3o=blip3o_jax.__main__:run"]},
 )

@@ -42,15 +42,13 @@ def add(commands: Any, command: Callable, add_hosts: Callable[[Any], None], run:
     server.set_defaults(flags_of_a_run=flags)
     _add_reward(server, "as in rl.rewards; repeat it for a sum", required=True)
     server.add_argument(
-        "--host", type=arguments.text, default="127.0.0.1", help="where it listens (%(default)s); others need a token"
+        "--host", type=arguments.word, default="127.0.0.1", help="where it listens (%(default)s); others need a token"
     )
     port = arguments.whole(0, 2**16 - 1)
     server.add_argument("--port", type=port, default=8000, help="(%(default)s)")
-    server.add_argument(
-        "--token_env", type=arguments.text, default="", metavar="NAME", help="environment variable that holds the token"
-    )
+    server.add_argument("--token_env", type=arguments.word, metavar="NAME", help="environment variable that holds the token")
     server.add_argument("--metrics_port", type=port, metavar="N", help="for /metrics, without the token (--port, with it)")
-    server.add_argument("--metrics_host", type=arguments.text, default="127.0.0.1", help="with --metrics_port (%(default)s)")
+    server.add_argument("--metrics_host", type=arguments.word, default="127.0.0.1", help="with --metrics_port (%(default)s)")
     _add_limits(server.add_argument_group("limits"))
 
 
@@ -79,7 +77,8 @@ def _add_rescore(others: Any, command: Callable, flags: list[argparse.Action]) -
         "rescore",
         _rescore,
         "judge the images of a finished run again",
-        "Of a run with rl.keep_images: by the same rewards or by others. Writes rescored.jsonl and prints both means.",
+        "Of a run with rl.keep_images: by the same rewards or by others. Rewards that may run code, read files or connect "
+        "elsewhere have to be named here, whatever the run's config.json says. Writes rescored.jsonl and prints both means.",
     )
     parser.set_defaults(flags_of_a_run=flags)
     # `args.run` is the command itself.
@@ -88,12 +87,13 @@ def _add_rescore(others: Any, command: Callable, flags: list[argparse.Action]) -
     )
     _add_reward(parser, "in place of the run's own; repeat it for a sum", required=False)
     parser.add_argument("--out", type=arguments.path, metavar="FILE", help="(rescored.jsonl in the run's directory)")
+    parser.set_defaults(out_is_file=True)
 
 
 def _add_reward(parser: argparse.ArgumentParser, help: str, *, required: bool) -> None:
     parser.add_argument(
         "--reward",
-        type=arguments.text,
+        type=arguments.word,
         action="append",
         default=[],
         required=required,
@@ -132,7 +132,7 @@ def _serve(args: argparse.Namespace) -> None:
         tuple(parsed(text) for text in args.reward),
         args.host,
         args.port,
-        token_env=args.token_env,
+        token_env=args.token_env or "",
         metrics_host=args.metrics_host,
         metrics_port=args.metrics_port,
         limits=limits,

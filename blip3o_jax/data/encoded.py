@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from blip3o_jax import checksums
-from blip3o_jax.config import UserError
+from blip3o_jax.config import ConfigError
 from blip3o_jax.data.record import BadRecord, Record, Source
 
 VERSION = 2  # raised whenever the same images and weights would give other values, or another layout of files
@@ -36,8 +36,9 @@ PART = 4096  # records
 DTYPES = {"codes": np.dtype("<i4"), "latents": np.dtype("<f4")}
 
 
-class DamagedPart(UserError):
-    """A part that is not what was written; it is set aside. `reason`: file and what is wrong with it."""
+class DamagedPart(ConfigError):
+    """A part that is not what was written; it is set aside. `reason`: file and what is wrong with it. Not the fault of the
+    record that was to be read, which therefore is not skipped for it."""
 
     def __init__(self, reason: str):
         super().__init__(f"{reason}: the cache's part is encoded again when the run is started again")

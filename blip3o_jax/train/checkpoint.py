@@ -7,9 +7,7 @@
     DIR/<step>/manifest.json  size and CRC32C of every other file of the step
     DIR/<step>.damaged        a step that a resumed run found damaged and set aside
 
-The last `keep` checkpoints stay, and the best by training loss. A step is finished when its directory has its final name and
-holds a manifest; it is intact when all files are those of the manifest. Resuming, sampling, exporting and `init_from` all go
-by that. Whoever reads a step reads its files twice, once for the checksums, the second time mostly from memory.
+The last `keep` checkpoints stay, and the best by training loss. Which steps count is told in steps.py.
 """
 
 import contextlib
@@ -22,16 +20,14 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 from absl import logging
 from etils import epath
-from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from blip3o_jax import checksums
+from blip3o_jax import checksums, files
 from blip3o_jax import config as config_lib
 from blip3o_jax.checksums import MANIFEST, DamagedFile
 from blip3o_jax.config import Config, TextConfig, UserError
@@ -39,33 +35,8 @@ from blip3o_jax.lora import FACTORS
 from blip3o_jax.parallel.distributed import host_0_first, say
 from blip3o_jax.parallel.rules import Strategy
 from blip3o_jax.text.tokenizers import TextTokenizer
-from blip3o_jax.train.state import StatePlan, TrainState, merge_trees, plan_state
-
-
-class _CheckedStep(ocp.path.atomicity.AtomicRenameTemporaryPath):
-    """Orbax's way of finishing a step, by a rename on host 0 when all hosts have written, in two renames: with all of Orbax's
-    own files in place and before the last name, the manifest is written. Host 0 reads the step once for that, in the
-    background. A kill in between leaves a temporary name, which is removed when the run goes on. Orbax takes this class for the
-    items inside a step too; those have no manifest of their own."""
-
-    @classmethod
-    def from_final(cls, final_path: epath.Path, **options: Any) -> "_CheckedStep":
-        if not final_path.name.isdigit():
-            return super().from_final(final_path, **options)
-        between = final_path.parent / (final_path.name + ocp.path.atomicity.TMP_DIR_SUFFIX)
-        return super().from_final(between, **options)
-
-    def get_final(self) -> epath.Path:
-        between = super().get_final()
-        return between.parent / between.name.removesuffix(ocp.path.atomicity.TMP_DIR_SUFFIX)
-
-    async def finalize(self) -> None:
-        await super().finalize()
-        between = pathlib.Path(super().get_final())
-        if between != pathlib.Path(self.get_final()):
-            checksums.write_manifest(between)
-            between.rename(self.get_final())
-
+from blip3o_jax.train.state import StatePlan, TrainState, merge_trees, not_finite, plan_state
+from blip3o_jax.train.steps import CheckedStep, all_steps, check_intact, damage, set_aside
 
 RECIPE = "recipe.json"  # of a workdir whose stages each have a run below it
 
@@ -81,13 +52,13 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Return the steps there are, ascending, be they intact or not."""
-        return _steps(self.directory)
+        return all_steps(self.directory)
 
     def newest_intact(self, *, shared: bool = False) -> int | None:
         """Return the newest step whose files are all intact, None where there is no step; say which newer ones are damaged.
         UserError where all are. `shared`: all hosts call this and share the reading."""
-        for step in reversed(_steps(self.directory)):
-            self._damaged[step] = _damage(self.directory / str(step), shared=shared)
+        for step in reversed(all_steps(self.directory)):
+            self._damaged[step] = damage(self.directory / str(step), shared=shared)
             if not self._damaged[step]:
                 del self._damaged[step]
                 for newer, reason in self._damaged.items():
@@ -125,9 +96,9 @@ class Checkpoints:
         with host_0_first("checkpoints"):
             if jax.process_index() == 0:
                 self.directory.mkdir(parents=True, exist_ok=True)
-                for step in _steps(self.directory):
+                for step in all_steps(self.directory):
                     if step in self._damaged or not (self.directory / str(step) / MANIFEST).is_file():
-                        _set_aside(self.directory / str(step))
+                        set_aside(self.directory / str(step))
                 self._write_tokenizer(tokenizer)
                 checksums.write_json(self.directory / "config.json", config_lib.to_dict(config))
         self._opened()
@@ -137,7 +108,7 @@ class Checkpoints:
         if tokenizer is None or (directory.is_dir() and not checksums.find_damage(directory)):
             return
         if directory.exists():
-            _set_aside(directory)
+            set_aside(directory)
         write_tokenizer(directory, tokenizer)
 
     def _opened(self) -> ocp.CheckpointManager:
@@ -147,7 +118,7 @@ class Checkpoints:
             options = ocp.CheckpointManagerOptions(
                 preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
                 cleanup_tmp_directories=True,
-                temporary_path_class=_CheckedStep,
+                temporary_path_class=CheckedStep,
             )
             self._manager = ocp.CheckpointManager(self.directory, options=options, item_names=("state", "meta"))
         return self._manager
@@ -159,18 +130,16 @@ class Checkpoints:
     def save(self, step: int, state: TrainState, data_position: Any, loss: float) -> None:
         """Start writing in the background; the arrays are copied off the devices before this returns. UserError for a state
         that is not finite: nothing could be resumed from it."""
-        if names := _not_finite(state):
+        if names := not_finite(state):
             raise UserError(
                 f"step {step} is not saved: {len(names)} arrays of its state are not finite, first {names[0]}; the last step "
                 f"saved is {self.last_saved()}: run again with a lower optimizer.learning_rate"
             )
-        self._opened().save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave({"data": data_position, "loss": loss})
-            ),
-            metrics={"loss": loss},
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave({"data": data_position, "loss": loss})
         )
+        with files.writing(self.directory):
+            self._opened().save(step, args=items, metrics={"loss": loss})
 
     def restore(self, step: int, plan: StatePlan) -> tuple[TrainState, Any]:
         """Return the state in the plan's shardings, and the position of the data stream, of a step that is intact."""
@@ -185,71 +154,21 @@ class Checkpoints:
             ) from e
         return state, json.loads((directory / "meta" / "metadata").read_text(encoding="utf-8"))["data"]
 
+    def check(self) -> None:
+        """Raises what a save in the background has failed with, which else the next save would. Waits for none."""
+        with files.writing(self.directory):
+            if self._manager is not None and not self._manager.is_saving_in_progress():  # nothing to wait for but an error
+                self._manager.wait_until_finished()
+
     def close(self) -> None:
         """Wait for writes under way."""
-        if self._manager is not None:
-            self._manager.wait_until_finished()
-            self._manager.close()
-
-
-def _steps(directory: pathlib.Path) -> list[int]:
-    """Return the steps that have their final name, ascending, be they intact or not."""
-    if not directory.is_dir():
-        return []
-    return sorted(int(p.name) for p in directory.iterdir() if p.name.isascii() and p.name.isdigit() and p.is_dir())
-
-
-def _damage(directory: pathlib.Path, *, shared: bool = False) -> str:
-    """Return what is wrong with a step, "" if it is intact. `shared`: all hosts call this; each reads a share of the files and
-    all learn what one has found."""
-    if not shared or jax.process_count() == 1:
-        return checksums.find_damage(directory)
-    found = checksums.find_damage(directory, jax.process_index(), jax.process_count())
-    packed = np.zeros(512, np.uint8)
-    text = found.encode()[: len(packed)]
-    packed[: len(text)] = np.frombuffer(text, np.uint8)
-    reasons = (row.tobytes().rstrip(b"\0").decode(errors="replace") for row in multihost_utils.process_allgather(packed))
-    return next(filter(None, reasons), "")
-
-
-def check_intact(root: pathlib.Path, step: int, *, shared: bool = False) -> None:
-    """UserError where a step is damaged, naming the newest intact one: which weights are shown is for the user to say.
-    `shared` as of `Checkpoints.newest_intact`."""
-    reason = _damage(root / str(step), shared=shared)
-    if not reason:
-        return
-    others = (other for other in reversed(_steps(root)) if other != step)
-    intact = next((other for other in others if not _damage(root / str(other), shared=shared)), None)
-    advice = "no other step is intact" if intact is None else f"{root}/{intact} is the newest step that is intact: name it"
-    raise UserError(f"{root}/{step} is damaged ({reason}): copy the checkpoint again; {advice}")
-
-
-def _set_aside(directory: pathlib.Path) -> None:
-    """Rename a damaged directory to one that nothing reads, for somebody to look at."""
-    number, aside = 1, directory.with_name(f"{directory.name}.damaged")
-    while aside.exists():
-        number, aside = number + 1, directory.with_name(f"{directory.name}.damaged-{number}")
-    directory.rename(aside)
-    say(f"{directory} is set aside as {aside.name}")
-
-
-@jax.jit
-def _finite(leaves: list[jax.Array]) -> jax.Array:
-    return jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves])
-
-
-def _not_finite(state: TrainState) -> list[str]:
-    """Return the names of the arrays of the trained part of a state that are not finite."""
-    trained = {group: state[group] for group in ("params", "opt", "ema") if group in state}
-    named = [
-        (jax.tree_util.keystr(keys, simple=True, separator="/"), leaf)
-        for keys, leaf in jax.tree_util.tree_leaves_with_path(trained)
-        if jnp.issubdtype(leaf.dtype, jnp.inexact)
-    ]
-    if not named:
-        return []
-    finite = jax.device_get(_finite([leaf for _, leaf in named]))
-    return [name for (name, _), fine in zip(named, finite, strict=True) if not fine]
+        if self._manager is None:
+            return
+        with files.writing(self.directory):
+            try:
+                self._manager.wait_until_finished()
+            finally:
+                self._manager.close()
 
 
 def _write_small_arrays_whole() -> None:
@@ -289,17 +208,26 @@ def find(path: str | pathlib.Path) -> tuple[pathlib.Path, int]:
     if not path.exists():
         raise UserError(f"checkpoint {path} does not exist")
     if (path / RECIPE).is_file():
-        path /= checksums.read_json(path / RECIPE)["stages"][-1]
+        path /= _last_stage(checksums.read_json(path / RECIPE), path)
     for root in (path / "checkpoints", path, path.parent):
         if (root / "config.json").is_file():
             named = root == path.parent
-            steps = [step for step in _steps(root) if not named or path.name == str(step)]
+            steps = [step for step in all_steps(root) if not named or path.name == str(step)]
             if steps:
                 return root, max(steps)
     raise UserError(
         f"{path} is not a checkpoint: it holds no config.json with finished steps beside it; give the --workdir of a run, "
         "its checkpoints directory, or one step in that"
     )
+
+
+def _last_stage(recipe: Any, where: pathlib.Path) -> str:
+    """The directory of a recipe's last stage, by its name alone: a file that came with a directory leads nowhere else."""
+    stages = recipe.get("stages") if isinstance(recipe, dict) else None
+    name = stages[-1] if isinstance(stages, list) and stages else None
+    if not isinstance(name, str) or name in ("", ".", "..") or pathlib.PurePath(name).name != name:
+        raise UserError(f"{where}/recipe.json names no stage in that directory: give the directory of one")
+    return name
 
 
 def read_config(root: pathlib.Path) -> Config:
@@ -453,7 +381,7 @@ def write_weights(directory: pathlib.Path, config: Config, tokenizer: TextTokeni
     largest = max(shard.data.nbytes for leaf in jax.tree.leaves(weights) for shard in leaf.addressable_shards)
     # Weights hardly compress; trying to would take most of the time.
     handler = ocp.PyTreeCheckpointHandler(save_concurrent_gb=largest // 10**9 + 1, use_compression=False)
-    options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False, temporary_path_class=_CheckedStep)
+    options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False, temporary_path_class=CheckedStep)
     handlers = {"state": handler, "meta": ocp.JsonCheckpointHandler()}
     with ocp.CheckpointManager(directory, options=options, item_handlers=handlers) as manager, _quiet():
         items = ocp.args.Composite(state=ocp.args.PyTreeSave(weights), meta=ocp.args.JsonSave({"data": None, "loss": None}))

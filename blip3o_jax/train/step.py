@@ -51,14 +51,15 @@ def _mean_gradients(
     return jax.lax.scan(add, zeros, micro_batches)[0]
 
 
-def _all_finite(params: Any) -> jax.Array:
-    """Whether the parameters after an update are finite: a learning rate or a step size can spoil what a finite gradient gives.
+def _finite_result(norm: jax.Array, params: Any, ema: Any) -> jax.Array:
+    """Whether all that a step leads to is finite: a learning rate can spoil what a finite gradient gives.
 
-    That decides for the optimizer's moments and for the averages too, without reading them: from finite ones and a gradient
-    whose norm is finite (so that no element exceeds 2e19, whose square is finite) decaying sums stay finite, and an average
-    of finite parameters is finite. `Checkpoints.save` looks at all of them again.
+    The optimizer's moments need not be read for that. They are decaying sums of the gradient and of its square: where
+    4 |g|^2 is finite, so are the square of each element and what is added to it, in whatever order the compiler adds.
+    `Checkpoints.save` looks at them all the same.
     """
-    return jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(params)]).all()
+    leaves = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves((params, ema))]
+    return jnp.stack([jnp.isfinite(4 * norm**2), *leaves]).all()
 
 
 def make_step(config: Config, plan: StatePlan, strategy: Strategy, loss: Loss) -> Callable[..., tuple[TrainState, Metrics]]:
@@ -91,9 +92,9 @@ def make_step(config: Config, plan: StatePlan, strategy: Strategy, loss: Loss) -
             norm = jnp.sqrt(sum(n**2 for n in norms.values()))
             updates, opt = plan.optimizer.update(grads, state["opt"], state["params"])
             params = optax.apply_updates(state["params"], updates)
-            finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm) & _all_finite(params)
             decay = config.optimizer.ema_decay
             ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state["ema"], params) if decay else {}
+            finite = jnp.isfinite(metrics["loss"]) & _finite_result(norm, params, ema)
             keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
         counters = {
             "bad_steps": jnp.where(finite, 0, state["bad_steps"] + 1),

@@ -46,11 +46,12 @@ class Owner:
 
     @classmethod
     def read(cls, path: pathlib.Path) -> "Owner | None":
-        """Return the owner that a lock names, without names where it is being written; None where there is no lock."""
+        """Return the owner that a lock names, an unknown one where it names none (it is being written, or a kill cut that
+        short); None where there is no lock."""
         try:
             seen = path.stat().st_mtime
-            values = json.loads(path.read_bytes())
-            return cls(**values, seen=seen)
+            owner = cls(**json.loads(path.read_bytes()), seen=seen)
+            return owner if isinstance(owner.pid, int) and 0 < owner.pid < 2**31 else cls(seen=seen)
         except FileNotFoundError:
             return None
         except (ValueError, TypeError):

@@ -10,7 +10,7 @@ import pytest
 
 from blip3o_jax.config import UserError
 from blip3o_jax.text.tokenizers import load_tokenizer, train_sentencepiece
-from blip3o_jax.train import checkpoint
+from blip3o_jax.train import checkpoint, steps
 from blip3o_jax.train.checkpoint import Checkpoints
 from blip3o_jax.train.state import plan_state
 from tests import tiny
@@ -75,7 +75,7 @@ def test_a_damaged_step(root, capsys, case):
         UserError,
         match=rf"checkpoints/{step} is damaged \({reason}\): .*checkpoints/{intact} is the newest step that is intact",
     ) as error:
-        checkpoint.check_intact(found, newest)
+        steps.check_intact(found, newest)
     assert "\n" not in str(error.value)
 
     before = tree(root)
@@ -100,7 +100,7 @@ def test_no_step_is_intact(root):
         Checkpoints(root, keep=2).newest_intact()
     assert "\n" not in str(error.value)
     with pytest.raises(UserError, match="no other step is intact"):
-        checkpoint.check_intact(root, 4)
+        steps.check_intact(root, 4)
 
 
 def test_what_a_kill_left_is_removed_when_the_run_goes_on(root):

@@ -67,10 +67,11 @@ def two_steps():
     return run([setup()[2]] * 2)
 
 
-OVERFLOWS = {  # of params 2e38 with a gradient of -2, one update further
+OVERFLOWS = {  # of parameters 1.5e38 with a gradient of -2, one update further
     "a learning rate that is no number": optax.sgd(math.nan),
     "a sum that overflows": optax.sgd(1e38),
     "an update that overflows": optax.sgd(3e38),
+    "an average that overflows": optax.sgd(3e37),  # where it is computed as half of a sum
     "fits": optax.sgd(1e37),
 }
 
@@ -84,7 +85,7 @@ def test_an_update_that_is_not_finite_is_not_applied(case):
     plan = types.SimpleNamespace(optimizer=optimizer, shardings=strategy.replicated(), model=model)
     loss = lambda a, batch, keys_B: (-2.0 * jnp.sum(a - jax.lax.stop_gradient(a)), {})
     step = make_step(cfg, plan, strategy, loss)
-    params = {"part": {"a": jnp.full(3, 2e38)}}
+    params = {"part": {"a": jnp.full(3, 1.5e38)}}
     counters = {name: jnp.zeros((), jnp.int32) for name in COUNTERS}
     state = {"params": params, "frozen": {}, "opt": optimizer.init(params), "ema": params} | counters
     after, metrics = step(state, {"bad_records": jnp.zeros(2, jnp.int32)})

@@ -240,7 +240,7 @@ def _receive(pipe: connection.Connection) -> Any:
 
 def _kill(worker: _Worker) -> None:
     worker.process.kill()
-    worker.process.join()
+    worker.process.join(ENDING)  # longer only where the kernel waits for a disk
     worker.pipe.close()
 
 
