@@ -23,6 +23,7 @@ setup(
         "grain>=0.2.18,<0.3",
         "tensorflow-datasets>=4.9.10,<4.10",
         "array-record>=0.8.3,<0.9",
+        "google-crc32c>=1.5",  # checksums of data, caches and checkpoints
         "sentencepiece>=0.2.1,<0.3",
         "tokenizers>=0.22,<0.24",
         "ml-collections>=1.1,<2",
@@ -32,6 +33,7 @@ setup(
         "pyarrow>=19",
         "rich>=14",
         "numpy>=2.0",
+        "google-crc32c>=1.5",  # checksums of data and checkpoints
     ],
     extras_require={
         "tpu": ["jax[tpu]>=0.10,<0.12"],
@@ -39,6 +41,8 @@ setup(
         # protobuf: the version that sentencepiece's own description of its models is compiled for.
         "convert": ["torch>=2.6", "transformers>=5.0,<6", "diffusers>=0.36,<0.43", "safetensors>=0.5", "protobuf>=7.36"],
         "rl": ["rapidocr>=3.10,<4", "onnxruntime>=1.20"],
+        # uvicorn: its connection is subclassed (serving.py).
+        "serve": ["starlette>=1,<2", "uvicorn>=0.54,<1", "prometheus-client>=0.22,<1"],
         "test": [
             "pytest>=8.3",
             "ruff>=0.15",
@@ -52,7 +56,11 @@ setup(
             "protobuf>=7.36",
             "rapidocr>=3.10,<4",
             "onnxruntime>=1.20",
+            "starlette>=1,<2",
+            "uvicorn>=0.54,<1",
+            "prometheus-client>=0.22,<1",
+            "psutil>=6",
         ],
     },
-    entry_points={"console_scripts": ["blip3o=blip3o_jax.cli:main"]},
+    entry_points={"console_scripts": ["blip3o=blip3o_jax.__main__:run"]},
 )

@@ -203,7 +203,7 @@ def test_prompts_file(tmp_path, stub, capsys):
     path.unlink()
     assert cli.main(argv) == 2
     assert capsys.readouterr().err.splitlines() == [
-        f"blip3o: error: {path} is not UTF-8 text: invalid continuation byte at byte 3",
+        f"blip3o: error: {path}:1 is not UTF-8 text: invalid continuation byte at byte 3",
         f"blip3o: error: {path} holds no prompt: write one a line",
         f"blip3o: error: {path}: No such file or directory",
     ]

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 import blip3o_jax
-from blip3o_jax import drawing
+from blip3o_jax import checksums, drawing
 from blip3o_jax import pipeline as pipelines
 from blip3o_jax.config import MeshConfig, UserError
 from tests import tiny
@@ -29,8 +29,8 @@ def checkpoint(tmp_path_factory):
     tiny.write_checkpoint(root / "written")
     shutil.move(root / "written", root / "moved")
     config = root / "moved" / "checkpoints" / "config.json"
-    values = json.loads(config.read_text())
-    config.write_text(json.dumps(values | {"data": values["data"] | {"path": str(root / "deleted")}}))
+    values = checksums.read_json(config)
+    checksums.write_json(config, values | {"data": values["data"] | {"path": str(root / "deleted")}})
     return root / "moved"
 
 
@@ -185,7 +185,7 @@ def test_what_is_no_checkpoint(tmp_path, checkpoint):
 
 
 def test_another_stages_checkpoint_cannot_be_sampled_from(tmp_path, checkpoint):
-    config = json.loads((checkpoint / "checkpoints" / "config.json").read_text())
+    config = checksums.read_json(checkpoint / "checkpoints" / "config.json")
     (tmp_path / "3" / "state").mkdir(parents=True)
     (tmp_path / "config.json").write_text(json.dumps(config | {"stage": "autoencoder"}))
     with pytest.raises(UserError, match="was written by stage 'autoencoder'; sampling needs a checkpoint of stage 'joint'"):

@@ -247,6 +247,6 @@ def write_checkpoint(workdir: pathlib.Path, **changes: object) -> None:
         lambda x: jax.device_put(np.asarray(x) + rng.normal(0, 0.3, x.shape).astype(x.dtype), x.sharding), state["params"]
     )
     checkpoints = Checkpoints(workdir / "checkpoints", keep=1)
-    checkpoints.describe(cfg, vocabulary.tokenizer)
+    checkpoints.open(cfg, vocabulary.tokenizer)
     checkpoints.save(6, state, {"next_example": 0}, 1.0)
     checkpoints.close()

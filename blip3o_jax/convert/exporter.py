@@ -32,7 +32,7 @@ from blip3o_jax.convert.text_files import write_text_files
 from blip3o_jax.lora import base_config
 from blip3o_jax.text.tokenizers import load_tokenizer
 from blip3o_jax.text.vocabulary import NUM_SCALES, Vocabulary
-from blip3o_jax.train.checkpoint import find, read_config, write_json
+from blip3o_jax.train.checkpoint import find, read_config, stored_text, write_json
 
 READ_AT_ONCE = 2**27  # bytes
 STOCK_PARTS = ("ar", "dit", "vae", "ta_tok")
@@ -240,7 +240,7 @@ class _Exporter:
             waiting = []
 
     def _vocabulary(self) -> Vocabulary:
-        text = TextConfig(kind=self.model.text.kind, path=str(self.root / "text"))
+        text = stored_text(self.root, TextConfig(kind=self.model.text.kind))
         return Vocabulary(load_tokenizer(text), self.model.tokenizer.codebook_size)
 
     def _write_text(self, directory: pathlib.Path, vocabulary: Vocabulary) -> None:

@@ -5,13 +5,13 @@ unread.safetensors    tensors that nothing here reads
 """
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from blip3o_jax import checksums
 from blip3o_jax.config import UserError
-from blip3o_jax.convert.tensor_files import ShardedWriter, Tensor, read_json, read_weights
+from blip3o_jax.convert.tensor_files import ShardedWriter, Tensor, read_file
 
 RECORD_FILE = "conversion.json"
 UNREAD = "unread"
@@ -47,14 +47,15 @@ class Record:
 
 
 def write_record(directory: pathlib.Path, record: Record, unread: Mapping[str, Tensor]) -> None:
-    values = dataclasses.asdict(record)
-    (directory / RECORD_FILE).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    kept = directory / f"{UNREAD}.safetensors"
     if unread:
         places = {name: (tensor.shape, tensor.dtype) for name, tensor in unread.items()}
         writer = ShardedWriter(directory, UNREAD, places, max_shard_bytes=2**62)
         for name, tensor in unread.items():
             writer.write(name, tensor.read())
         writer.close()
+    values = dataclasses.asdict(record) | {UNREAD: checksums.of_file(kept) if unread else None}
+    checksums.write_json(directory / RECORD_FILE, values)
 
 
 def read_record(directory: pathlib.Path) -> tuple[Record | None, dict[str, Tensor]]:
@@ -62,12 +63,17 @@ def read_record(directory: pathlib.Path) -> tuple[Record | None, dict[str, Tenso
     file = directory / RECORD_FILE
     if not file.is_file():
         return None, {}
-    values = read_json(file)
+    values = checksums.read_json(file)
     try:
+        stored = values.pop(UNREAD)
         record = Record(**values | {"dtypes": tuple(map(tuple, values["dtypes"]))})
     except (KeyError, TypeError) as error:
         raise UserError(
             f"{file} is damaged, or of another version of blip3o_jax ({error}): import the weights again"
         ) from error
+    if stored is None:
+        return record, {}
     unread = directory / f"{UNREAD}.safetensors"
-    return record, read_weights(unread) if unread.is_file() else {}
+    if not unread.is_file() or list(checksums.of_file(unread)) != stored:
+        raise UserError(f"{unread} is missing or damaged (its CRC32C is another): copy it, or import the weights again")
+    return record, read_file(unread)

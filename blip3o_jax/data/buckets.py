@@ -5,12 +5,11 @@ once, by threads, and which record is of which shape is kept in the user's cache
 """
 
 import concurrent.futures
+import contextlib
 import functools
 import hashlib
 import json
-import os
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 
@@ -18,8 +17,8 @@ import numpy as np
 
 from blip3o_jax.config import ModelConfig, UserError
 from blip3o_jax.data import images
-from blip3o_jax.data.record import BadRecord, Record, Source
-from blip3o_jax.data.tar import cache_directory
+from blip3o_jax.data.checked_file import DamagedArrays, cache_directory, pack, unpack, write_whole
+from blip3o_jax.data.record import CHANGED, BadRecord, Record, Source, read_record
 
 AT_ONCE = 1024  # records between two lines of progress
 
@@ -61,14 +60,21 @@ def _shapes(source: Source, model: ModelConfig) -> np.ndarray:
     if len(model.sizes) > 255:
         raise UserError(f"model.buckets has {len(model.sizes)} sizes: 255 are the most")
     name = hashlib.sha256(json.dumps([source.fingerprint, model.sizes]).encode()).hexdigest()[:16]
-    file = cache_directory() / f"shapes-{name}.npy"
-    if file.exists():
-        return np.load(file)
+    file = cache_directory() / f"shapes-{name}"
+    with contextlib.suppress(OSError, DamagedArrays):  # it is made anew
+        shapes_N = unpack(file)[1]["shapes"]
+        if len(shapes_N) == len(source):
+            return shapes_N
 
-    def shape(index: int) -> int:
+    changed: list[int] = []
+
+    def shape(number: int) -> int:
         try:
-            return model.sizes.index(model.nearest_size(*images.shape_of(source[index].first_image)))
-        except BadRecord:
+            height, width = read_record(source, number, lambda record: images.shape_of(record.first_image))
+            return model.sizes.index(model.nearest_size(height, width))
+        except BadRecord as error:
+            if error.kind == CHANGED:
+                changed.append(number)
             return 0
 
     found, began = [], time.monotonic()
@@ -79,7 +85,6 @@ def _shapes(source: Source, model: ModelConfig) -> np.ndarray:
                 left = (time.monotonic() - began) / len(found) * (len(source) - len(found))
                 print(f"shapes of {source.name}: {len(found)}/{len(source)}, ETA {left:.0f} s", file=sys.stderr)
     shapes_N = np.array(found, np.uint8)
-    with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".npy", delete=False) as partial:  # hosts may share the directory
-        np.save(partial, shapes_N)
-    os.replace(partial.name, file)
+    if not changed:  # what was read is what the file's name says
+        write_whole(file, pack({}, {"shapes": shapes_N}))
     return shapes_N

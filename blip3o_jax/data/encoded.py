@@ -4,15 +4,20 @@ Directory of one (source, encoders) pair, named by a hash of all that the values
 
     codes-00012.npy      int32   [records, N]           of records 12 * PART .. of the source
     latents-00012.npy    float32 [records, H, W, C]
-    unreadable-00012.json  {"index": "reason"}          records that could not be decoded
+    part-00012.json      {"unreadable": {"index": "reason"},                 records that could not be decoded
+                          "codes": {"shape": [...], "crc32c": [...]}, "latents": ...}       a checksum a record
 
 With places for R reference images both arrays are [records, 1 + R, ...], the image to be drawn first; what is not there is
 zeros.
 
 A part is written under another name and renamed when whole, so that writing resumes where it stopped and several hosts
 share the work. `train/encode.py` writes these; float32 keeps a cached step equal to one that encodes inside.
+
+Nobody can read a cache of many gigabytes at every start, so the arrays' sizes are checked then, and a record's checksum when
+it is read. A damaged part is set aside: its json is renamed to part-00012.json.damaged, and the next start encodes it again.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -22,10 +27,25 @@ from typing import Any
 
 import numpy as np
 
+from blip3o_jax import checksums
+from blip3o_jax.config import ConfigError
 from blip3o_jax.data.record import BadRecord, Record, Source
 
-VERSION = 1  # of the values: raised whenever the same images and weights would give others
+VERSION = 2  # raised whenever the same images and weights would give other values, or another layout of files
 PART = 4096  # records
+DTYPES = {"codes": np.dtype("<i4"), "latents": np.dtype("<f4")}
+
+
+class DamagedPart(ConfigError):
+    """A part that is not what was written; it is set aside. `reason`: file and what is wrong with it. Not the fault of the
+    record that was to be read, which therefore is not skipped for it."""
+
+    def __init__(self, reason: str):
+        super().__init__(f"{reason}: the cache's part is encoded again when the run is started again")
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return DamagedPart, (self.reason,)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,30 +63,118 @@ def directory_name(source: Source, settings: dict[str, Any]) -> str:
 
 
 class EncodedSource(Source):
-    """`source` with the encoder outputs kept in `directory`."""
+    """`source` with the encoder outputs kept in `directory`; codes lie in [0, `codebook_size`)."""
 
-    def __init__(self, source: Source, directory: pathlib.Path):
+    def __init__(self, source: Source, directory: pathlib.Path, codebook_size: int):
         super().__init__(source.name, source.files)
         self.source, self.directory, self.shape = source, directory, source.shape
+        self._codebook_size = codebook_size
+
+    @property
+    def fingerprint(self) -> str:
+        return self.source.fingerprint
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, index: int) -> EncodedRecord:
+        """Raises DamagedPart where what is stored is not what was written, or is no output of encoders."""
         record = self.source[index]
-        codes, latents, unreadable = _part(self.directory, index // PART)
-        if str(index) in unreadable:
-            raise BadRecord(record.shard, record.key, unreadable[str(index)])
-        row = index % PART
-        codes, latents = np.array(codes[row]), np.array(latents[row])
+        number, row = divmod(index, PART)
+        part = open_part(self.directory, number)
+        if str(index) in part.unreadable:
+            raise BadRecord(record.shard, record.key, part.unreadable[str(index)])
+        codes, latents = (part.read(name, row) for name in DTYPES)
+        if reason := not_outputs(codes, latents, self._codebook_size):
+            part.refuse(f"{part.file.name}: record {row} has {reason}")
         outputs = {"codes": codes, "latents": latents}
         if codes.ndim == 2:
             outputs = {"codes": codes[0], "latents": latents[0], "reference_codes": codes[1:], "reference_latents": latents[1:]}
         return EncodedRecord(**vars(record), outputs=outputs)
 
 
+def not_outputs(codes: np.ndarray, latents: np.ndarray, codebook_size: int) -> str:
+    """Return what shows that these are no encoders' outputs, "" where nothing does."""
+    if codes.min(initial=0) < 0 or codes.max(initial=0) >= codebook_size:
+        return f"codes from {codes.min()} to {codes.max()} where there are {codebook_size}"
+    if not np.all(np.isfinite(latents)):
+        return "latents that are not finite"
+    return ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One part, its arrays mapped into memory. `sums`: the CRC32C of each record, by the array's name."""
+
+    file: pathlib.Path
+    unreadable: dict[str, str]
+    arrays: dict[str, np.ndarray]
+    sums: dict[str, list[int]]
+
+    def read(self, name: str, row: int) -> np.ndarray:
+        """Return a copy of one record's values. Raises DamagedPart."""
+        values = np.array(self.arrays[name][row])
+        if checksums.crc32c(values.tobytes()) != self.sums[name][row]:
+            self.refuse(f"{_array_file(self.file, name).name} is damaged (another CRC32C in record {row})")
+        return values
+
+    def refuse(self, reason: str) -> None:
+        """Set the part aside and raise DamagedPart."""
+        set_aside(self.file)
+        open_part.cache_clear()
+        raise DamagedPart(f"{self.file.parent}/{reason}")
+
+
+def part_file(directory: pathlib.Path, number: int) -> pathlib.Path:
+    """Return the file whose presence says that a part is whole."""
+    return directory / f"part-{number:05d}.json"
+
+
+def set_aside(file: pathlib.Path) -> None:
+    """Rename a part's json, so that the part is encoded again; several processes may find the same damage."""
+    with contextlib.suppress(FileNotFoundError):
+        file.replace(file.with_suffix(".json.damaged"))
+
+
+def _array_file(file: pathlib.Path, name: str) -> pathlib.Path:
+    return file.with_name(file.name.replace("part", name).replace(".json", ".npy"))
+
+
+def write_part(directory: pathlib.Path, number: int, arrays: dict[str, np.ndarray], unreadable: dict[str, str]) -> None:
+    """Write a part's arrays [records, ...], by name, and last the json that says that it is whole."""
+    file = part_file(directory, number)
+    described = {}
+    for name, values in arrays.items():
+        values = np.ascontiguousarray(values, DTYPES[name])
+        final = _array_file(file, name)
+        temporary = final.with_suffix(".writing.npy")
+        np.save(temporary, values)
+        temporary.replace(final)
+        described[name] = {"shape": values.shape, "crc32c": [checksums.crc32c(row.tobytes()) for row in values]}
+    checksums.write_json(file, {"unreadable": unreadable} | described)
+    open_part.cache_clear()
+
+
 @functools.lru_cache(maxsize=64)
-def _part(directory: pathlib.Path, number: int) -> tuple[np.ndarray, np.ndarray, dict[str, str]]:
-    codes, latents = (np.load(directory / f"{name}-{number:05d}.npy", mmap_mode="r") for name in ("codes", "latents"))
-    unreadable = json.loads((directory / f"unreadable-{number:05d}.json").read_text(encoding="utf-8"))
-    return codes, latents, unreadable
+def open_part(directory: pathlib.Path, number: int) -> Part:
+    """Open a part, reading none of its values. Raises DamagedPart, naming the file, where it is not what was written; the part
+    is then set aside."""
+    file = part_file(directory, number)
+    reading, arrays = file, {}
+    try:
+        described = checksums.read_json(file)
+        for name in DTYPES:
+            reading = _array_file(file, name)
+            arrays[name] = np.load(reading, mmap_mode="r")
+        reading = file
+        part = Part(file, described["unreadable"], arrays, {name: described[name]["crc32c"] for name in DTYPES})
+        shapes = {name: tuple(described[name]["shape"]) for name in DTYPES}
+    except Exception as error:  # the parser of NumPy's headers raises whatever it comes upon
+        if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+            raise  # the machine's, not the file's
+        reason = " ".join(str(error).split()).removeprefix(f"{reading} ")
+        Part(file, {}, {}, {}).refuse(f"{reading.name} cannot be used ({reason})")
+    for name, array in arrays.items():
+        if (array.dtype, array.shape) != (DTYPES[name], shapes[name]) or len(part.sums[name]) != len(array):
+            part.refuse(f"{_array_file(file, name).name} is {array.dtype} {array.shape}, not {DTYPES[name]} {shapes[name]}")
+    return part

@@ -9,20 +9,29 @@ what is wrong with one record (no caption, text that is not UTF-8) is a `BadReco
 
 import bisect
 import collections
+import concurrent.futures
+import dataclasses
 import functools
 import glob
+import hashlib
 import itertools
+import json
 import os
 import pathlib
 import re
+import shlex
+import stat
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from blip3o_jax import config
 from blip3o_jax.config import UserError
+from blip3o_jax.data import index as index_lib
+from blip3o_jax.data.checked_file import DamagedArrays, crc32c
+from blip3o_jax.data.index import Built, Counts, Hosts, IndexedSource, Progress, ShardIndex
 from blip3o_jax.data.record import (
     CAPTION_FIELDS,
     INPUT_FIELDS,
@@ -31,7 +40,6 @@ from blip3o_jax.data.record import (
     Record,
     Source,
     Words,
-    fingerprint_of,
     make_record,
     parse_json,
     read_spans,
@@ -43,15 +51,16 @@ CAPTION_FILES = ("captions.jsonl", "metadata.jsonl")
 ROW_GROUPS_KEPT = 4
 
 
-def open_mixture(data: config.DataConfig) -> list[tuple[Source, float]]:
-    """The sources of a run with their weights."""
+def open_mixture(data: config.DataConfig, hosts: Hosts = Hosts()) -> list[tuple[Source, float]]:
+    """Return the sources of a run with their weights; `hosts`: those that open it at once."""
     if not data.all_sources:
         raise config.ConfigError("data.path is empty: set --config.data.path to a data set, or data.sources to a mixture")
-    return [(open_source(source), source.weight) for source in data.all_sources]
+    return [(open_source(source, hosts), source.weight) for source in data.all_sources]
 
 
-def open_source(cfg: config.SourceConfig) -> Source:
-    """Opens `cfg.path`: a file, a directory, a glob, or a brace pattern such as `shards/{00000..00031}.tar`.
+def open_source(cfg: config.SourceConfig, hosts: Hosts = Hosts(), *, anew: str = "") -> Source:
+    """Open `cfg.path`: a file, a directory, a glob, or a brace pattern such as `shards/{00000..00031}.tar`. Its index is made
+    where there is none; `anew` as of `index.open_set`.
 
     Raises:
       ValueError: nothing there, an unknown format, an empty or damaged data set; one line that names it.
@@ -60,13 +69,13 @@ def open_source(cfg: config.SourceConfig) -> Source:
     files = _expand(path)
     kind = _detect(path, files) if cfg.format == "auto" else cfg.format
     if kind == "tfds":
-        source: Source = TfdsSource(path, cfg.split)
+        source: Source = TfdsSource(path, cfg.split, hosts, anew)
     elif kind == "folder":
-        source = FolderSource(path)
+        source = FolderSource(path, cfg.images, hosts, anew)
     elif kind == "webdataset":
-        source = TarSource(path, _members(path, files, ".tar"))
+        source = TarSource(path, _members(path, files, ".tar"), hosts, anew)
     else:
-        source = ParquetSource(path, _members(path, files, ".parquet"))
+        source = ParquetSource(path, _members(path, files, ".parquet"), hosts, anew)
     if not len(source):
         raise UserError(f"{path}: the data set is empty; give one with at least one captioned image")
     return Redrawn(source) if cfg.task == "reconstruct" else source
@@ -78,6 +87,7 @@ class Redrawn(Source):
     def __init__(self, source: Source) -> None:
         super().__init__(source.name, source.files)
         self._source = source
+        self.unused, self.incomplete, self.notes = source.unused, source.incomplete, source.notes
 
     def __len__(self) -> int:
         return len(self._source)
@@ -87,7 +97,7 @@ class Redrawn(Source):
         image = record.first_image
         return make_record(Words("reconstruct", "", ""), image, (image,), record.key, record.shard)
 
-    @functools.cached_property
+    @property
     def fingerprint(self) -> str:
         return f"{self._source.fingerprint}-reconstruct"
 
@@ -140,54 +150,210 @@ def _members(path: str, files: list[str], suffix: str) -> list[str]:
     return files
 
 
-class FolderSource(Source):
+class FolderSource(IndexedSource):
     """A directory of images and a captions.jsonl: one object a line with the fields of data/record.py, images by their paths
-    (`file_name` or `output_image` will do for `image`)."""
+    (`file_name` or `output_image` will do for `image`).
 
-    def __init__(self, path: str) -> None:
+    Paths are relative to the directory of captions.jsonl, or to `images`, and must not lead out of both: not by `..`, by an
+    absolute path or by a symbolic link. Otherwise whoever wrote the captions chooses which files of this machine are read.
+    """
+
+    def __init__(self, path: str, images: str = "", hosts: Hosts = Hosts(), anew: str = "") -> None:
         candidates = [os.path.join(path, name) for name in CAPTION_FILES] if os.path.isdir(path) else [path]
         self._lines_file = next((c for c in candidates if os.path.isfile(c)), "")
         if not self._lines_file:
             raise UserError(f"{path}: there is no {' or '.join(CAPTION_FILES)} in it")
-        super().__init__(path, [self._lines_file])
-        self._root = os.path.dirname(self._lines_file)
-        with open(self._lines_file, "rb") as file:
-            lines = [len(line) if line.strip() else -len(line) for line in file]
-        starts = np.cumsum([0, *np.abs(lines)])
-        self._spans = [(n, int(starts[n]), size) for n, size in enumerate(lines) if size > 0]
-
-    def __len__(self) -> int:
-        return len(self._spans)
+        images = os.path.expanduser(images)
+        if images and not os.path.isdir(images):
+            raise UserError(f"data.images={images} is not a directory: give the one that holds the images of {path}")
+        own = os.path.dirname(self._lines_file)
+        self._images = _ImageFiles(self._lines_file, (images, own) if images else (own,))
+        form = index_lib.Format(
+            "folder",
+            functools.partial(_index_folder, self._images),
+            functools.partial(_folder_changed, self._images),
+            _captions_state,
+            variant=os.path.abspath(images) if images else "",
+            size=functools.partial(_folder_size, self._images),
+            one_file=False,
+        )
+        options = f"--images={shlex.quote(images)}" if images else ""
+        found = index_lib.open_set(path, [self._lines_file], form, hosts=hosts, anew=anew, options=options)
+        super().__init__(path, [self._lines_file], found)
 
     def __getitem__(self, index: int) -> Record:
-        number, start, size = self._spans[index]
+        number, start, size = self._index.shard(0).arrays["lines"][index].tolist()
         [raw] = read_spans(self._lines_file, [(start, size)])
-        key = f"line {number + 1}"
+        key = f"line {number}"
         fields, said = parse_json(raw, self._lines_file, key)
         name, inputs = _image_paths(fields)
         if not all(isinstance(path, str) for path in (*inputs, name or "")):
             raise BadRecord(self._lines_file, key, "images are given by their paths")
-        key = name or (inputs[0] if inputs else key)
-        return make_record(said, self._read(name) if name else None, map(self._read, inputs), key, self._lines_file)
+        paths = [path for path in (name, *inputs) if path]
+        key = paths[0] if paths else key
+        images = [self._images.read(path) for path in paths]
+        self._index.check(self._lines_file, 0, index, (raw.strip(), *images), key)
+        return make_record(said, images.pop(0) if name else None, images, key, self._lines_file)
 
-    def _read(self, name: str) -> bytes:
+
+@dataclasses.dataclass(frozen=True)
+class _ImageFiles:
+    """The images that the lines of a captions file name, below one of the directories `roots`."""
+
+    captions: str
+    roots: tuple[str, ...]
+
+    def path(self, name: str) -> str:
+        """Return the path of an image below the first of the roots that has it. ValueError: a NUL, a lone surrogate."""
+        paths = [os.path.join(root, name) for root in self.roots]
+        return next((path for path in paths[:-1] if os.path.lexists(path)), paths[-1])
+
+    def find(self, name: str) -> str:
+        """Return the path of an image, symbolic links resolved; BadRecord where it leads out or to no plain file."""
         try:
-            return pathlib.Path(self._root, name).read_bytes()
-        except OSError as error:
-            raise BadRecord(self._lines_file, name, f"the image cannot be read: {error.strerror}") from None
+            path = os.path.realpath(self.path(name))
+            inside = any(os.path.commonpath([root, path]) == root for root in map(os.path.realpath, self.roots))
+            plain = stat.S_ISREG(os.stat(path).st_mode) if inside else True  # a pipe would be waited for
+        except (OSError, ValueError) as error:
+            raise self._unreadable(name, error) from None
+        if not inside:
+            reason = "the path leads out of the data set"
+            hint = "set data.images, or images of the source, to a directory that holds it"
+            raise BadRecord(self.captions, name, f"{reason}, to {path}: {hint}")
+        if not plain:
+            raise BadRecord(self.captions, name, "the image cannot be read: it is no plain file")
+        return path
 
-    @functools.cached_property
-    def fingerprint(self) -> str:
-        images = []
-        for index in range(len(self)):
-            number, start, size = self._spans[index]
-            [raw] = read_spans(self._lines_file, [(start, size)])
+    def read(self, name: str) -> bytes:
+        path = self.find(name)
+        try:
+            return pathlib.Path(path).read_bytes()
+        except OSError as error:
+            raise self._unreadable(name, error) from None
+
+    def size(self, name: str) -> int:
+        """Return the bytes of an image, -1 where it cannot be read."""
+        try:
+            return os.path.getsize(self.find(name))
+        except (BadRecord, OSError):
+            return -1
+
+    def sizes(self, names: Sequence[str], before: Sequence[int] = ()) -> list[int]:
+        """Return the sizes of images. Of those that had one `before` a single call to the file system is enough: whether the
+        path leads out of the roots is looked at when it is read."""
+
+        def size(name: str, known: int) -> int:
+            if known < 0:
+                return self.size(name)
             try:
-                name, inputs = _image_paths(parse_json(raw, "", str(number))[0])
+                return os.stat(self.path(name)).st_size
+            except (OSError, ValueError):
+                return -1
+
+        with concurrent.futures.ThreadPoolExecutor(index_lib.THREADS) as pool:
+            return list(pool.map(size, names, before or [-1] * len(names)))
+
+    def _unreadable(self, name: str, error: Exception) -> BadRecord:
+        reason = "no file can have this name"  # one with NUL or half a character
+        if isinstance(error, OSError):
+            reason = error.strerror
+        return BadRecord(self.captions, name, f"the image cannot be read: {reason}")
+
+
+def _captions_state(path: str) -> dict[str, Any]:
+    """Return what says that a captions file is the same: it is read at every opening."""
+    with open(path, "rb") as file:
+        return {"sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _captions(path: str) -> Iterator[tuple[int, int, bytes]]:
+    """Yield number, from 1, and offset of each line that is not blank, and its bytes."""
+    start = 0
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield number, start, line
+            start += len(line)
+
+
+def _paths_of(line: bytes) -> list[str]:
+    """Return the images that a line names, as far as it can be read: what is wrong with it is said when the record is."""
+    try:
+        name, inputs = _image_paths(json.loads(line))
+    except (ValueError, AttributeError, TypeError, RecursionError):
+        return []
+    return [path for path in (name, *inputs) if isinstance(path, str) and path]
+
+
+def _index_folder(images: _ImageFiles, path: str, progress: Progress) -> Built:
+    lines, names, row_sizes, sums, incomplete = [], {}, [], [], Counts()
+
+    def row(found: tuple[int, int, bytes]) -> tuple[int, int, dict[str, int]]:
+        """(CRC32C, size or -1 where an image cannot be read, sizes of the images)"""
+        line, sizes = found[2].strip(), {}
+        value = crc32c([line])
+        for name in _paths_of(line):
+            try:
+                data = images.read(name)
             except BadRecord:
-                continue  # the line counts through captions.jsonl's own size and time
-            images += [os.path.join(self._root, str(path)) for path in (name, *inputs) if path]
-        return fingerprint_of("FolderSource", [*self.files, *(image for image in images if os.path.exists(image))])
+                sizes[name] = -1
+                continue
+            progress.add(len(data))
+            sizes[name], value = len(data), crc32c([data], value)
+        size = -1 if -1 in sizes.values() else len(line) + sum(sizes.values())
+        return value, size, sizes
+
+    with concurrent.futures.ThreadPoolExecutor(index_lib.THREADS) as pool:
+        for some in _batched(_captions(path), 1024):
+            for (number, start, line), (value, size, sizes) in zip(some, pool.map(row, some), strict=True):
+                lines.append((number, start, len(line)))
+                sums.append(value)
+                row_sizes.append(size)
+                names |= sizes
+                if size < 0:
+                    incomplete.add("unreadable", f"line {number} first in {path}")
+    raw = [name.encode("utf-8", "surrogatepass") for name in names]
+    arrays = {
+        "crc": np.array(sums, np.uint32),
+        "sizes": np.array(row_sizes, np.int64).reshape(-1, 1),
+        "lines": np.array(lines, np.int64).reshape(-1, 3),
+        "paths": np.frombuffer(b"".join(raw), np.uint8),
+        "path_ends": np.cumsum([len(name) for name in raw], dtype=np.int64),
+        "path_sizes": np.array(list(names.values()), np.int64),
+    }
+    return Built(arrays | index_lib.joined_keys([]), incomplete=incomplete)
+
+
+def _folder_changed(images: _ImageFiles, path: str, found: ShardIndex) -> str:
+    if _captions_state(path) != found.header["state"]:
+        return "it is not as it was indexed"
+    arrays = found.arrays
+    lines = arrays["lines"]
+    if lines.shape != (len(found), 3) or lines.min(initial=0) < 0 or lines.max(initial=0) > os.path.getsize(path):
+        raise DamagedArrays("it points outside of the captions")
+    starts = [0, *arrays["path_ends"][:-1].tolist()]
+    raw = arrays["paths"].tobytes()
+    ends = arrays["path_ends"].tolist()
+    names = [raw[a:b].decode("utf-8", "surrogatepass") for a, b in zip(starts, ends, strict=False)]
+    before = arrays["path_sizes"].tolist()
+    now = images.sizes(names, before)
+    changed = [number for number, size in enumerate(now) if size != before[number]]
+    if not changed:
+        return ""
+    first = changed[0]
+    others = f", as of {len(changed) - 1} others" if changed[1:] else ""
+    return f"the size of {names[first]} was {before[first]}, now it is {now[first]}{others} (-1: it cannot be read)"
+
+
+def _folder_size(images: _ImageFiles, path: str) -> int:
+    names = [name for _, _, line in _captions(path) for name in _paths_of(line)]
+    return sum(size for size in images.sizes(names) if size > 0)
+
+
+def _batched(values: Iterable[Any], count: int) -> Iterator[list[Any]]:
+    values = iter(values)
+    while some := list(itertools.islice(values, count)):
+        yield some
 
 
 def _image_paths(fields: dict[str, Any]) -> tuple[Any, list[Any]]:
@@ -205,30 +371,21 @@ def _several(fields: Mapping[str, Any]) -> list[Any]:
     return []
 
 
-class ParquetSource(Source):
+class ParquetSource(IndexedSource):
     """Parquet files with the columns of data/record.py; images are binary, or Hugging Face's struct{bytes, path}.
 
     A record costs its whole row group unless that group was read lately: shuffled training wants groups of few rows.
     """
 
-    def __init__(self, path: str, files: list[str]) -> None:
-        import pyarrow
-        import pyarrow.parquet
-
-        super().__init__(path, files)
+    def __init__(self, path: str, files: list[str], hosts: Hosts = Hosts(), anew: str = "") -> None:
+        super().__init__(path, files, index_lib.open_set(path, files, PARQUET, hosts=hosts, anew=anew))
         self._groups: list[tuple[int, int]] = []  # (file, row group)
         self._columns: list[tuple[list[str], str]] = []  # of each file: (fields, key or "")
         rows = []
-        for index, file in enumerate(self.files):
-            try:
-                metadata = pyarrow.parquet.read_metadata(file)
-            except (pyarrow.ArrowException, OSError) as error:
-                raise UserError(f"{file}: not a readable parquet file ({str(error).splitlines()[0]})") from None
-            names = metadata.schema.to_arrow_schema().names
-            fields = _known_fields(names, file, "columns")
-            self._columns.append((fields, next((name for name in ("key", "id", "__key__") if name in names), "")))
-            self._groups += [(index, group) for group in range(metadata.num_row_groups)]
-            rows += [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+        for number, extra in enumerate(self._index.extra):
+            self._columns.append((extra["fields"], extra["key"]))
+            self._groups += [(number, group) for group in range(len(extra["groups"]))]
+            rows += extra["groups"]
         self._ends = np.cumsum(rows).tolist()
         self.__setstate__(self.__dict__)
 
@@ -240,39 +397,127 @@ class ParquetSource(Source):
         self._lock = threading.Lock()
         self._tables: collections.OrderedDict[int, Any] = collections.OrderedDict()
 
-    def __len__(self) -> int:
-        return self._ends[-1] if self._ends else 0
-
     def _table(self, group: int) -> Any:
-        import pyarrow.parquet
-
+        """The columns of a row group, or the reason why it cannot be read: that is kept as well,
+        since all of its rows ask."""
         with self._lock:
             if group not in self._tables:
-                file, row_group = self._groups[group]
-                fields, key = self._columns[file]
-                columns = [*fields, key] if key else fields
-                with pyarrow.parquet.ParquetFile(self.files[file]) as parquet:
-                    self._tables[group] = parquet.read_row_group(row_group, columns=columns, use_threads=False)
+                self._tables[group] = self._read_group(*self._groups[group])
                 while len(self._tables) > ROW_GROUPS_KEPT:
                     self._tables.popitem(last=False)
             self._tables.move_to_end(group)
             return self._tables[group]
+
+    def _read_group(self, file: int, row_group: int) -> Any:
+        import pyarrow.parquet
+
+        fields, key = self._columns[file]
+        columns = [*fields, key] if key else fields
+        try:
+            with pyarrow.parquet.ParquetFile(self.files[file]) as parquet:
+                return parquet.read_row_group(row_group, columns=columns, use_threads=False)
+        except (pyarrow.ArrowException, OSError) as error:
+            return f"the row group cannot be read: {(str(error).splitlines() or [''])[0]}"
 
     def __getitem__(self, index: int) -> Record:
         group = bisect.bisect_right(self._ends, index)
         row = index - (self._ends[group - 1] if group else 0)
         table, file = self._table(group), self._groups[group][0]
         shard, (names, key_column) = self.files[file], self._columns[file]
+        if isinstance(table, str):
+            raise BadRecord(shard, f"row {index}", table)
         key = str(table[key_column][row].as_py()) if key_column else f"row {index}"
         try:
             fields = {name: table[name][row].as_py() for name in names}
         except UnicodeDecodeError as error:
             raise BadRecord(shard, key, f"the text is not UTF-8 (byte {error.start})") from None
+        columns = [*names, key_column] if key_column else names
+        self._index.check(shard, *self._index.place(index), _row_bytes(table, columns, row), key)
         images = [_encoded(x, shard, key) for x in _several(fields)]
         image = fields.get("image")
         return make_record(
             words(fields, shard, key), None if image is None else _encoded(image, shard, key), images, key, shard
         )
+
+
+def _index_parquet(path: str, progress: Progress) -> Built:
+    """Return the index of a file: of each row the canonical bytes of the columns that a record is made of."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{path}: not a readable parquet file ({str(error).splitlines()[0]})") from None
+    sizes, sums, groups, incomplete = [], [], [], Counts()
+    with file as parquet:
+        names = parquet.schema_arrow.names
+        fields = _known_fields(names, path, "columns")
+        key = next((name for name in ("key", "id", "__key__") if name in names), "")
+        columns = [*fields, key] if key else fields
+        for group in range(parquet.num_row_groups):
+            groups.append(parquet.metadata.row_group(group).num_rows)
+            try:
+                table = parquet.read_row_group(group, columns=columns, use_threads=False)
+                rows = [list(_row_bytes(table, columns, row)) for row in range(groups[-1])]
+            except (pyarrow.ArrowException, OSError) as error:
+                if isinstance(error, OSError) and error.errno:  # the disk, not the page
+                    raise
+                rows = [[]] * groups[-1]  # each of them is a bad record when it is read
+                incomplete.add("unreadable", f"row group {group} first in {path}", groups[-1])
+            for parts in rows:
+                sizes.append(sum(map(len, parts)) if parts else -1)
+                sums.append(crc32c(parts))
+            progress.add(parquet.metadata.row_group(group).total_byte_size)
+    arrays = {"crc": np.array(sums, np.uint32), "sizes": np.array(sizes, np.int64).reshape(-1, 1)}
+    return Built(arrays | index_lib.joined_keys([]), {"fields": fields, "key": key, "groups": groups}, incomplete=incomplete)
+
+
+def _parquet_changed(path: str, found: ShardIndex) -> str:
+    """See `index.Format.changed`."""
+    extra = found.header["extra"]
+    if sum(extra["groups"]) != len(found) or not all(isinstance(name, str) for name in (extra["key"], *extra["fields"])):
+        raise DamagedArrays("it does not fit a parquet file")
+    return index_lib.same_state(path, found)
+
+
+def _row_bytes(table: Any, names: Sequence[str], row: int) -> Iterator[bytes]:
+    """Yield what a row says in a form that does not depend on how the file stores it: for each column its name, kind, number of
+    bytes or elements, and content. Of a struct the field `bytes` alone is used."""
+    for name in names:
+        yield f"{name}\0".encode()
+        yield from _value_bytes(table[name][row])
+
+
+def _value_bytes(value: Any) -> Iterator[bytes]:
+    import pyarrow
+
+    kind = value.type
+    if not value.is_valid:
+        yield b"none"
+    elif isinstance(value, pyarrow.BinaryScalar):  # text too; it need not be UTF-8
+        data = value.as_buffer()
+        yield b"bytes %d " % data.size
+        yield data.to_pybytes()
+    elif pyarrow.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+        yield from _value_bytes(value["bytes"])
+    elif isinstance(value, pyarrow.ListScalar):
+        yield b"list %d " % len(value)
+        for each in value.values:
+            yield from _value_bytes(each)
+    elif isinstance(value, pyarrow.DictionaryScalar):
+        yield from _value_bytes(value.value)
+    else:
+        yield f"{value.as_py()!r} ".encode(errors="backslashreplace")
+
+
+PARQUET = index_lib.Format(
+    "parquet",
+    _index_parquet,
+    _parquet_changed,
+    threads=4,  # each holds a row group
+    extra=frozenset({"fields", "key", "groups"}),
+)
 
 
 def _known_fields(names: Iterable[str], where: str, kind: str) -> list[str]:
@@ -297,10 +542,10 @@ def _tfds_directories(path: pathlib.Path) -> list[pathlib.Path]:
     return [directory for directory in found if not directory.name.startswith("incomplete.")]  # of a run that was killed
 
 
-class TfdsSource(Source):
+class TfdsSource(IndexedSource):
     """A data set that a TFDS builder wrote in ArrayRecord format: the features of data/record.py, and maybe `key`."""
 
-    def __init__(self, path: str, split: str) -> None:
+    def __init__(self, path: str, split: str, hosts: Hosts = Hosts(), anew: str = "") -> None:
         directories = _tfds_directories(pathlib.Path(path))
         if len(directories) != 1:
             found = "none" if not directories else ", ".join(map(str, directories))
@@ -308,10 +553,13 @@ class TfdsSource(Source):
         self._directory, self._split = str(directories[0]), split
         reader = self._reader
         shards = list(self._info.file_instructions)
-        self._ends = np.cumsum([shard.take for shard in shards]).tolist()
-        super().__init__(path, [os.fspath(shard.filename) for shard in shards])
         if len(reader):
             self._check_features(reader.dataset_info.features)
+        files = [os.fspath(shard.filename) for shard in shards]
+        ranges = [(shard.skip, shard.take) for shard in shards]
+        options = "" if split == "train" else f"--split={shlex.quote(split)}"
+        found = index_lib.open_set(path, files, ARRAY_RECORD, ranges=ranges, hosts=hosts, anew=anew, options=options)
+        super().__init__(path, files, found)
 
     @property
     def _info(self) -> Any:
@@ -321,7 +569,11 @@ class TfdsSource(Source):
     def _reader(self) -> Any:
         import tensorflow_datasets as tfds
 
-        builder = tfds.builder_from_directory(self._directory)
+        try:
+            builder = tfds.builder_from_directory(self._directory)
+        except Exception as error:  # whatever its JSON files hold
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            raise UserError(f"{self._directory}: no data set that TFDS can read: {reason}") from None
         try:
             images = [name for name in ("image", *INPUT_FIELDS) if name in builder.info.features]
             as_stored = tfds.decode.SkipDecoding()
@@ -337,13 +589,71 @@ class TfdsSource(Source):
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_reader"}
 
-    def __len__(self) -> int:
-        return self._ends[-1] if self._ends else 0
-
     def __getitem__(self, index: int) -> Record:
-        fields = self._reader[index]
-        shard = self.files[bisect.bisect_right(self._ends, index)]
+        number, row = self._index.place(index)
+        shard = self.files[number]
+        try:
+            raw = self._reader.data_source[index]
+        except Exception as error:  # ArrayRecord's own, of damaged bytes
+            raise _unreadable(shard, index, error) from error
+        self._index.check(shard, number, row, [raw], str(index))
+        features, decoders = self._reader.dataset_info.features, self._reader.decoders
+        try:
+            fields = features.deserialize_example_np(raw, decoders=decoders)
+        except Exception as error:  # protobuf's own
+            raise _unreadable(shard, index, error) from error
         key = fields.get("key", str(index))
         key = key.decode(errors="replace") if isinstance(key, bytes) else str(key)
         fields = {name: fields[name] for name in self._fields}
         return make_record(words(fields, shard, key), fields.get("image") or None, _several(fields), key, shard)
+
+
+def _unreadable(shard: str, index: int, error: Exception) -> BadRecord:
+    reason = str(error).partition("\n")[0] or type(error).__name__
+    return BadRecord(shard, str(index), f"the record cannot be read: {reason}")
+
+
+def _index_array_record(path: str, progress: Progress) -> Built:
+    """Return the index of an ArrayRecord file: of each record its bytes as they are stored."""
+    reader = _array_reader(path)
+    count = reader.num_records()
+    sizes, sums, incomplete = [], [], Counts()
+    for start in range(0, count, 256):
+        stop = min(start + 256, count)
+        try:
+            records = reader.read(start, stop)
+        except Exception:  # a damaged chunk; the reader is of no use any more
+            records = [_array_record(path, row) for row in range(start, stop)]
+            reader = _array_reader(path)
+        for data in records:
+            if data is None:
+                incomplete.add("unreadable", f"record {len(sizes)} first in {path}")
+            sizes.append(-1 if data is None else len(data))
+            sums.append(0 if data is None else crc32c([data]))
+            progress.add(len(data or b""))
+    arrays = {"crc": np.array(sums, np.uint32), "sizes": np.array(sizes, np.int64).reshape(-1, 1)}
+    return Built(arrays | index_lib.joined_keys([]), incomplete=incomplete)
+
+
+def _array_reader(path: str) -> Any:
+    from array_record.python import array_record_module
+
+    options = "readahead_buffer_size:0,max_parallelism:0"
+    try:
+        reader = array_record_module.ArrayRecordReader(path, options)
+        reader.num_records()
+    except Exception as error:  # what the library raises is not documented
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{path}: not a readable ArrayRecord file: {reason}") from None
+    return reader
+
+
+def _array_record(path: str, row: int) -> bytes | None:
+    """Return one record, None where it cannot be read."""
+    try:
+        return _array_reader(path).read([row])[0]
+    except Exception:
+        return None
+
+
+ARRAY_RECORD = index_lib.Format("array_record", _index_array_record)

@@ -1,139 +1,290 @@
-"""webdataset shards: random access into plain .tar files through an index of offsets."""
+"""webdataset shards: random access into plain .tar files through an index of offsets.
 
-import concurrent.futures
-import functools
-import itertools
+A member belongs to the record whose key is its path up to the first dot of the base name; what
+follows that dot, in lower case, says what it is (webdataset's rule). Members that no record uses
+are counted by reason.
+"""
+
 import os
-import pathlib
+import posixpath
 import re
 import tarfile
-import tempfile
-from typing import Any
+from collections.abc import Iterator
 
 import numpy as np
 
 from blip3o_jax.config import UserError
-from blip3o_jax.data.record import BadRecord, Record, Source, make_record, parse_json, read_spans, words
+from blip3o_jax.data import index
+from blip3o_jax.data.checked_file import DamagedArrays, crc32c
+from blip3o_jax.data.record import (
+    BadRecord,
+    Record,
+    make_record,
+    parse_json,
+    read_spans,
+    words,
+)
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 INPUT_SUFFIX = re.compile(rf"input(\d*)\.(?:{'|'.join(IMAGE_SUFFIXES)})")
+# Columns of `sizes` and `offsets`; input images are all from the last on.
+TEXT, JSON, IMAGE, INPUTS = range(4)
+READ_AT_ONCE = 8 * 2**20  # bytes
+# As a name of metrics, and as said when the set is opened.
+UNUSED = {
+    "unknown_suffix": "of unknown suffix",
+    "no_key": "whose names have no key before a dot",
+    "json_beside_txt": ".json beside a .txt",
+    "second_image": "second images of a key",
+    "link": "hard or symbolic links to no member of the shard",
+    "sparse": "sparse",
+    "directory": "directories",
+    "special": "devices or pipes",
+    "after_end": "shards with bytes after the end-of-archive mark",
+}
 
 
-class TarSource(Source):
-    """webdataset shards: members `key.jpg` (.jpeg, .png, .webp) with `key.txt` or `key.json` beside them, and `key.input.jpg`
-    or `key.input0.jpg`, `key.input1.jpg` ... where images are shown. JSON has the fields of data/record.py; a text beside
-    input images is an instruction.
+Span = tuple[int, int]  # offset, size
+NOTHING: Span = (-1, -1)
 
-    An index of offsets, made once from the headers and kept as one .npy file in the user's cache directory, is mapped into
-    memory by every process: worker processes of a data set with millions of examples share it.
+
+class TarSource(index.IndexedSource):
+    """webdataset shards: members `key.jpg` (.jpeg, .png, .webp) with `key.txt` or `key.json` beside
+    them, and `key.input.jpg` or `key.input0.jpg`, `key.input1.jpg` ... where images are shown. JSON
+    has the fields of data/record.py; a text beside input images is an instruction.
     """
 
-    def __init__(self, path: str, shards: list[str]) -> None:
-        super().__init__(path, shards)
-        self._index_file = cache_directory() / f"tar-index-2-{self.fingerprint}.npy"
-        if not self._index_file.exists():
-            with concurrent.futures.ThreadPoolExecutor(16) as pool:  # headers lie apart: the wait is for the disk
-                rows = list(itertools.chain(*pool.map(_index_tar, range(len(shards)), shards)))
-            if not any(map(_complete, rows)):
-                raise UserError(
-                    f"{path}: no example has both an image (.{', .'.join(IMAGE_SUFFIXES)}) and a caption (.txt, .json)"
-                )
-            width, most = max(len(row[-1]) for row in rows), max(1, *(len(row[3]) for row in rows))
-            rows = [(*row[:3], [*row[3], *[(-1, 0)] * (most - len(row[3]))], *row[4:]) for row in rows]
-            spans = [("image", "i8", 2), ("text", "i8", 2), ("inputs", "i8", (most, 2))]
-            index = np.array(rows, [("shard", "i4"), *spans, ("is_json", "?"), ("key", f"S{width}")])
-            with tempfile.NamedTemporaryFile(dir=self._index_file.parent, suffix=".npy", delete=False) as file:
-                np.save(file, index)
-            os.replace(file.name, self._index_file)
-
-    @functools.cached_property
-    def _index(self) -> np.ndarray:
-        return np.load(self._index_file, mmap_mode="r")
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_index"}
-
-    def __len__(self) -> int:
-        return len(self._index)
+    def __init__(
+        self,
+        path: str,
+        shards: list[str],
+        hosts: index.Hosts = index.Hosts(),
+        anew: str = "",
+    ) -> None:
+        found = index.open_set(path, shards, FORMAT, hosts=hosts, anew=anew)
+        super().__init__(path, shards, found, UNUSED)
+        if len(self._index) == sum(extra["broken"] for extra in self._index.extra):
+            suffixes = ", .".join(IMAGE_SUFFIXES)
+            raise UserError(
+                f"{path}: no example has both an image (.{suffixes}) and a caption (.txt, .json)",
+            )
 
     def __getitem__(self, index: int) -> Record:
-        row = self._index[index]
-        shard, key = self.files[row["shard"]], row["key"].decode()
-        if row["text"][0] < 0:
+        number, row = self._index.place(index)
+        shard, arrays = self.files[number], self._index.shard(number).arrays
+        key = self._index.shard(number).key(row)
+        offsets, sizes = arrays["offsets"][row].tolist(), arrays["sizes"][row].tolist()
+        parts = read_spans(shard, list(zip(offsets, sizes, strict=True)))
+        self._index.check(shard, number, row, parts, key)
+        if offsets[TEXT] < 0 and offsets[JSON] < 0:
             raise BadRecord(shard, key, f"no caption; expected {key}.txt or {key}.json")
-        spans = [(int(start), int(size)) for start, size in (row["text"], row["image"], *row["inputs"])]
-        text, image, *inputs = read_spans(shard, spans)
-        inputs = [data for data, (start, _) in zip(inputs, spans[2:], strict=True) if start >= 0]
-        if row["is_json"]:
-            said = parse_json(text, shard, key)[1]
+        shown = zip(parts[INPUTS:], offsets[INPUTS:], strict=True)
+        inputs = [data for data, start in shown if start >= 0]
+        if offsets[TEXT] < 0:
+            said = parse_json(parts[JSON], shard, key)[1]
         else:
-            said = words({"instruction" if inputs else "caption": text}, shard, key)
-        if said.task == "t2i" and spans[1][0] < 0:
+            said = words({"instruction" if inputs else "caption": parts[TEXT]}, shard, key)
+        if said.task == "t2i" and offsets[IMAGE] < 0:
             raise BadRecord(shard, key, f"no image; expected {key}.{'/'.join(IMAGE_SUFFIXES)}")
-        return make_record(said, image if spans[1][0] >= 0 else None, inputs, key, shard)
+        return make_record(said, parts[IMAGE] if offsets[IMAGE] >= 0 else None, inputs, key, shard)
 
 
-def cache_directory() -> pathlib.Path:
-    """Where indexes of data sets are kept."""
-    directory = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache", "blip3o_jax")
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError:  # a read-only home, as in some containers
-        directory = pathlib.Path(tempfile.gettempdir(), "blip3o_jax")
-        directory.mkdir(parents=True, exist_ok=True)
-    return directory
+class _Shard:
+    """What the headers of a shard say: its records in the order of the file, and what is not
+    used."""
 
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.unused = index.Counts()
+        self.records: dict[bytes, dict[str, Span]] = {}
+        self._files: dict[str, Span] = {}  # what a hard link may lead to
+        members, damaged_at, end = _tar_members(path)
+        for member in members:
+            self._add(member)
+        if damaged_at is not None:
+            raise UserError(
+                f"{path}: cut off or damaged at byte {damaged_at} (last good key: "
+                f"{self._last_good()}); fetch it again or leave it out"
+            )
+        self._look_after_end(end)
 
-def _index_tar(shard_index: int, shard: str) -> list[tuple]:
-    """(shard, image, text, input images, text is JSON, key) of every example, in the order of the file; members are (offset,
-    size), (-1, 0) where there is none."""
-    examples: dict[str, dict[str, tuple[int, int]]] = {}
-    members, damaged_at = _tar_members(shard)
-    for member in members:
-        directory, _, name = member.name.rpartition("/")
-        stem, _, suffix = name.partition(".")
-        if member.isfile() and stem:
-            key = f"{directory}/{stem}" if directory else stem
-            examples.setdefault(key, {})[suffix.lower()] = (member.offset_data, member.size)
-    rows = []
-    for key, parts in examples.items():
-        image = next((parts[suffix] for suffix in IMAGE_SUFFIXES if suffix in parts), (-1, 0))
-        caption = next((parts[suffix] for suffix in ("txt", "json") if suffix in parts), (-1, 0))
-        inputs = sorted((int(m[1] or 0), parts[suffix]) for suffix in parts if (m := INPUT_SUFFIX.fullmatch(suffix)))
-        rows.append((shard_index, image, caption, [span for _, span in inputs], "txt" not in parts, key.encode()))
-    if damaged_at is not None:
-        last = next((row[-1].decode() for row in reversed(rows) if _complete(row)), "none")
+    def _skip(self, reason: str, name: str) -> None:
+        self.unused.add(reason, f"{index.printable(_raw(name))} first in {self.path}")
+
+    def _add(self, member: tarfile.TarInfo) -> None:
+        if member.isdir():
+            return self._skip("directory", member.name)
+        span = (member.offset_data, member.size)
+        if member.issym() or member.islnk():
+            span = self._files.get(_plain(member.linkname), NOTHING) if member.islnk() else NOTHING
+        if span == NOTHING:
+            return self._skip("link", member.name)
+        if not (member.isreg() or member.islnk()):
+            return self._skip("special", member.name)
+        if member.issparse():  # stored without its holes: its bytes are not there in one piece
+            return self._skip("sparse", member.name)
+        self._files[_plain(member.name)] = span
+        directory, _, base = member.name.rpartition("/")
+        stem, dot, suffix = base.partition(".")
+        if not stem or not dot:
+            return self._skip("no_key", member.name)
+        record = self.records.setdefault(_raw(f"{directory}/{stem}" if directory else stem), {})
+        if suffix.lower() in record:
+            name = index.printable(_raw(member.name))
+            raise UserError(
+                f"{self.path}: two members are called {name}: which picture belongs to which "
+                "caption cannot be told; write the exports to a shard each, or number them on"
+            )
+        record[suffix.lower()] = span
+        return None
+
+    def _last_good(self) -> str:
+        for key in reversed(self.records):
+            suffixes = self.records[key].keys()
+            shown = any(map(INPUT_SUFFIX.fullmatch, suffixes))
+            if suffixes & {"txt", "json"} and (shown or suffixes & {*IMAGE_SUFFIXES}):
+                return index.printable(key)
+        return "none"
+
+    def _look_after_end(self, end: int) -> None:
+        """Refuse another archive after the end of this one; count other bytes. `end`: of the first
+        block of zeros."""
+        with open(self.path, "rb") as file:
+            file.seek(end)
+            while data := file.read(READ_AT_ONCE):
+                if rest := data.lstrip(tarfile.NUL):
+                    start = (end + len(data) - len(rest)) // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE
+                    break
+                end += len(data)
+            else:
+                return
+            file.seek(start)
+            block = file.read(tarfile.BLOCKSIZE)
+        try:
+            tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+        except (tarfile.TarError, ValueError):
+            self.unused.add("after_end", f"byte {start} first in {self.path}")
+            return
         raise UserError(
-            f"{shard}: cut off or damaged at byte {damaged_at} (last good key: {last}); fetch it again or leave it out"
+            f"{self.path}: another archive begins at byte {start}, after the end-of-archive mark "
+            "(`cat a.tar b.tar` makes such a file): its records would be lost; give every archive "
+            "as a shard, or join them with `tar --concatenate`"
         )
-    return rows
+
+    def rows(self) -> Iterator[tuple[bytes, list[Span]]]:
+        """Yield key and parts (TEXT, JSON, IMAGE, INPUTS ...) of every record; count members that
+        are none of these."""
+        for key, members in self.records.items():
+            parts = dict(members)
+            inputs = sorted((int(m[1] or 0), s) for s in parts if (m := INPUT_SUFFIX.fullmatch(s)))
+            spans = [parts.pop("txt", NOTHING), parts.pop("json", NOTHING), NOTHING]
+            for suffix in IMAGE_SUFFIXES:
+                if suffix in parts and spans[IMAGE] == NOTHING:
+                    spans[IMAGE] = parts.pop(suffix)
+            spans += [parts.pop(suffix) for _, suffix in inputs]
+            name = index.printable(key)
+            for suffix in parts:
+                reason = "second_image" if suffix in IMAGE_SUFFIXES else "unknown_suffix"
+                self._skip(reason, f"{name}.{suffix}")
+            if all(span == NOTHING for span in spans):
+                continue
+            if spans[TEXT] != NOTHING and spans[JSON] != NOTHING:
+                spans[JSON] = NOTHING
+                self._skip("json_beside_txt", f"{name}.json")
+            yield key, spans
 
 
-def _complete(row: tuple) -> bool:
-    _, image, text, inputs, *_ = row
-    return text[0] >= 0 and (image[0] >= 0 or bool(inputs))
+def _raw(name: str) -> bytes:
+    """Return the bytes of a member's name, whatever their encoding is."""
+    return name.encode("utf-8", "surrogateescape")
 
 
-def _tar_members(shard: str) -> tuple[list[tarfile.TarInfo], int | None]:
-    """The members that are there in full, and the byte from which the file is cut off or damaged (None: it is sound).
+def _plain(name: str) -> str:
+    return posixpath.normpath(name)
 
-    A shard without the closing block of zeros counts as cut off: half a shard may end exactly between two members.
+
+def _index_tar(path: str, progress: index.Progress) -> index.Built:
+    """Return the index of a shard, every record's bytes read once."""
+    shard, incomplete, keys, rows, broken = _Shard(path), index.Counts(), [], [], 0
+    for key, spans in shard.rows():
+        keys.append(key)
+        rows.append(spans)
+        if reason := _lacks(spans):
+            broken += reason != "empty_image"
+            incomplete.add(reason, f"{index.printable(key)} first in {path}")
+    width = max([INPUTS, *map(len, rows)])
+    even = [[*row, *[NOTHING] * (width - len(row))] for row in rows]
+    spans = np.array(even, np.int64).reshape(len(rows), width, 2)
+    with open(path, "rb", buffering=0) as file:
+        sums = [crc32c(_pieces(file.fileno(), row, progress)) for row in rows]
+    arrays = {"crc": np.array(sums, np.uint32), "sizes": spans[..., 1], "offsets": spans[..., 0]}
+    arrays |= index.joined_keys(keys)
+    return index.Built(arrays, {"broken": broken}, shard.unused, incomplete)
+
+
+def _lacks(spans: list[Span]) -> str:
+    """Return what a record lacks, a name of index.INCOMPLETE; "" where nothing."""
+    if spans[TEXT] == NOTHING and spans[JSON] == NOTHING:
+        return "no_caption"
+    if spans[IMAGE] == NOTHING and len(spans) == INPUTS:
+        return "no_image"
+    return "empty_image" if any(size == 0 for _, size in spans[IMAGE:]) else ""
+
+
+def _pieces(file: int, spans: list[Span], progress: index.Progress) -> Iterator[bytes]:
+    for offset, size in spans:
+        for start in range(offset, offset + max(size, 0), READ_AT_ONCE):
+            data = os.pread(file, min(READ_AT_ONCE, offset + size - start), start)
+            progress.add(len(data))
+            yield data
+
+
+def _tar_members(shard: str) -> tuple[list[tarfile.TarInfo], int | None, int]:
+    """Return the members that are there in full; the byte from which the file is cut off or damaged
+    (None: it is sound); where the headers end.
+
+    A shard without the closing block of zeros counts as cut off: half a shard may end exactly
+    between two members.
     """
     total, members = os.path.getsize(shard), []
     try:
-        with tarfile.open(shard, "r:") as archive:
+        with tarfile.open(shard, "r:", encoding="utf-8", errors="surrogateescape") as archive:
             while True:
                 end = archive.offset
                 try:
                     member = archive.next()
-                except tarfile.TarError:
-                    return members, end
+                except (
+                    tarfile.TarError,
+                    ValueError,
+                    OverflowError,
+                    MemoryError,
+                ):  # all that odd headers raise
+                    return members, end, end
                 if member is None:
                     break
-                if member.offset_data + member.size > total:
-                    return members, member.offset
+                stored = member.size if member.isreg() and not member.issparse() else 0
+                if member.offset_data + stored > total:
+                    return members, member.offset, end
                 members.append(member)
             end = archive.offset
     except tarfile.TarError as error:
-        raise UserError(f"{shard}: not a tar file ({error}); shards must be plain .tar, not compressed") from None
-    return members, None if read_spans(shard, [(end, tarfile.BLOCKSIZE)]) == [tarfile.NUL * tarfile.BLOCKSIZE] else end
+        hint = "shards must be plain .tar, not compressed"
+        raise UserError(f"{shard}: not a tar file ({error}); {hint}") from None
+    closed = read_spans(shard, [(end, tarfile.BLOCKSIZE)]) == [tarfile.NUL * tarfile.BLOCKSIZE]
+    return members, None if closed else end, end
+
+
+def _changed(path: str, found: index.ShardIndex) -> str:
+    """See `index.Format.changed`."""
+    if reason := index.same_state(path, found):
+        return reason
+    offsets, sizes = found.arrays["offsets"], found.arrays["sizes"]
+    inside = offsets.shape == sizes.shape and offsets.shape[1:] >= (INPUTS,)
+    total = os.path.getsize(path)
+    inside = inside and max(offsets.max(initial=0), sizes.max(initial=0)) <= total
+    if not (inside and (offsets + sizes <= total).all()):
+        raise DamagedArrays("it points outside of the shard")
+    return ""
+
+
+FORMAT = index.Format("tar", _index_tar, _changed, extra=frozenset({"broken"}))

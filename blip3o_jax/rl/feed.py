@@ -12,6 +12,7 @@ Everything follows from (seed, number of the rollout): nothing of a rollout is k
 import collections
 import dataclasses
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -28,6 +29,7 @@ from blip3o_jax.rl.monitor import RatioMonitor
 from blip3o_jax.rl.prompts import PromptRows, prompt_indices
 from blip3o_jax.rl.rewards.pool import Pending, RewardPool, check_failed
 from blip3o_jax.train.loop import Batch, Setup
+from blip3o_jax.train.metrics import MetricLog, SilentLog
 from blip3o_jax.train.state import TrainState
 
 
@@ -48,7 +50,8 @@ class _Drawn:
 
 
 class Rollouts:
-    """`loop.Feed` of reinforcement learning. `reference`: parameters of the policy that the run started from, or None."""
+    """`loop.Feed` of reinforcement learning. `reference`: parameters of the policy that the run started from, or None;
+    `open_log` drops the lines of rollouts that are drawn again."""
 
     def __init__(
         self,
@@ -57,9 +60,10 @@ class Rollouts:
         pool: RewardPool,
         reference: Any,
         position: dict[str, Any],
-        log: RolloutLog,
+        open_log: Callable[[], RolloutLog],
     ):
-        self._setup, self._prompts, self._pool, self._log = setup, prompts, pool, log
+        self._setup, self._prompts, self._pool = setup, prompts, pool
+        self._open_log, self._log = open_log, None
         self._rl = setup.config.rl
         self._reference, self._identity = reference, position["reference"]
         self._next, self._step, self._uses = position["rollout"], setup.start, 0
@@ -97,8 +101,12 @@ class Rollouts:
     def check(self, step: int, values: dict[str, float]) -> None:
         self._monitor.check(step, values)
 
+    def start(self, log: MetricLog | SilentLog) -> None:
+        self._metric_log, self._log = log, self._open_log()
+
     def close(self) -> None:
-        self._log.close()
+        if self._log is not None:
+            self._log.close()
 
     def _collect(self, state: TrainState) -> Batch:
         jax.block_until_ready(state["step"])
@@ -171,7 +179,7 @@ class Rollouts:
             kept = np.flatnonzero(~mine.failed_B)
             if len(kept):
                 grid = best_and_worst(drawn.images[kept], [prompts[i].text for i in kept], mine.total_B[kept])
-                self._setup.log.images(self._step, "best and worst", grid)
+                self._metric_log.images(self._step, "best and worst", grid)
         return verdicts
 
     def _measured(self, found: list[_Drawn], verdicts: Verdicts, spread: Advantages) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """`blip3o rl`: what the training loop needs to be told of reinforcement learning, and its settings resolved."""
 
 import dataclasses
+import functools
 import hashlib
 import pathlib
 from typing import Any
@@ -100,8 +101,10 @@ class ReinforcementLearning:
                 "checkpoint.init_from holds other weights than when this run started, and it is the policy that rl.kl holds on "
                 "to: bring them back, or start in another --workdir"
             )
-        log = RolloutLog(setup.workdir, host(), position["rollout"], config.seed, keep_images=config.rl.keep_images)
-        feed = Rollouts(setup, self._prompts, self._pool, reference, position, log)
+        open_log = functools.partial(
+            RolloutLog, setup.workdir, host(), position["rollout"], config.seed, keep_images=config.rl.keep_images
+        )
+        feed = Rollouts(setup, self._prompts, self._pool, reference, position, open_log)
         image_ids = setup.vocabulary.image_first, setup.vocabulary.image_last
         loss = make_loss(config, image_ids, setup.strategy.batch_shards)
         return Begun(feed, make_step(config, setup.plan, setup.strategy, loss))

@@ -1,18 +1,21 @@
-"""Checkpoint directories: complete, asynchronous, resumable on another mesh.
+"""Checkpoint directories: complete, asynchronous, resumable on another mesh, every byte with a checksum.
 
-    DIR/config.json          the resolved configuration of the run that wrote it
-    DIR/text/                the text tokenizer's files
-    DIR/<step>/state         parameters, optimizer, EMA, counters (Orbax)
-    DIR/<step>/meta          {"data": seed and position of the data stream, "loss": ...} (JSON)
+    DIR/config.json           the resolved configuration of the run that wrote it, with its CRC32C
+    DIR/text/                 the text tokenizer's files and a manifest of them
+    DIR/<step>/state          parameters, optimizer, EMA, counters (Orbax)
+    DIR/<step>/meta           {"data": seed and position of the data stream, "loss": ...} (JSON)
+    DIR/<step>/manifest.json  size and CRC32C of every other file of the step
+    DIR/<step>.damaged        a step that a resumed run found damaged and set aside
 
-The last `keep` checkpoints stay, and the best by training loss. A directory that another process was killed in while
-writing keeps its last finished step.
+The last `keep` checkpoints stay, and the best by training loss. Which steps count is told in steps.py.
 """
 
 import contextlib
 import dataclasses
 import json
 import pathlib
+import shutil
+import tempfile
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -24,65 +27,148 @@ from absl import logging
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from blip3o_jax import checksums, files
 from blip3o_jax import config as config_lib
-from blip3o_jax.config import Config, UserError
+from blip3o_jax.checksums import MANIFEST, DamagedFile
+from blip3o_jax.config import Config, TextConfig, UserError
 from blip3o_jax.lora import FACTORS
+from blip3o_jax.parallel.distributed import host_0_first, say
 from blip3o_jax.parallel.rules import Strategy
 from blip3o_jax.text.tokenizers import TextTokenizer
-from blip3o_jax.train.state import StatePlan, TrainState, merge_trees, plan_state
+from blip3o_jax.train.state import StatePlan, TrainState, merge_trees, not_finite, plan_state
+from blip3o_jax.train.steps import CheckedStep, all_steps, check_intact, damage, set_aside
+
+RECIPE = "recipe.json"  # of a workdir whose stages each have a run below it
 
 
 class Checkpoints:
-    """The checkpoints of one run under `directory`: the last `keep` and the best."""
+    """The checkpoints of one run under `directory`: the last `keep` and the best. Changes nothing on disk before `open`."""
 
     def __init__(self, directory: pathlib.Path, keep: int):
+        self.directory, self._keep = directory.absolute(), keep
+        self._damaged: dict[int, str] = {}  # step -> what is wrong with it
+        self._manager: ocp.CheckpointManager | None = None
         _write_small_arrays_whole()
-        self.directory = directory.absolute()
-        self.directory.mkdir(parents=True, exist_ok=True)
-        policies = [preservation_policy.LatestN(keep)]
-        policies.append(preservation_policy.BestN(get_metric_fn=lambda m: m["loss"], reverse=True, n=1))
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=preservation_policy.AnyPreservationPolicy(policies), cleanup_tmp_directories=True
-        )
-        self._manager = ocp.CheckpointManager(self.directory, options=options, item_names=("state", "meta"))
 
-    def describe(self, config: Config, tokenizer: TextTokenizer | None) -> None:
-        """Writes what it takes to read the checkpoints; after `restore`, so that a run that does not fit changes nothing."""
-        if jax.process_index() == 0:
-            if tokenizer is not None:
-                tokenizer.save(self.directory / "text")
-            write_json(self.directory / "config.json", config_lib.to_dict(config))
+    def steps(self) -> list[int]:
+        """Return the steps there are, ascending, be they intact or not."""
+        return all_steps(self.directory)
 
-    def latest(self) -> int | None:
-        return self._manager.latest_step()
+    def newest_intact(self, *, shared: bool = False) -> int | None:
+        """Return the newest step whose files are all intact, None where there is no step; say which newer ones are damaged.
+        UserError where all are. `shared`: all hosts call this and share the reading."""
+        for step in reversed(all_steps(self.directory)):
+            self._damaged[step] = damage(self.directory / str(step), shared=shared)
+            if not self._damaged[step]:
+                del self._damaged[step]
+                for newer, reason in self._damaged.items():
+                    say(f"{self.directory}/{newer} is damaged ({reason}): going on from {step}")
+                return step
+        if self._damaged:
+            newest, reason = next(iter(self._damaged.items()))
+            raise UserError(
+                f"{self.directory}/{newest} is damaged ({reason}), and no other step is intact: copy the checkpoint again, "
+                "or start in another --workdir"
+            )
+        return None
+
+    def check_tokenizer(self, tokenizer: TextTokenizer | None) -> None:
+        """UserError where the run has begun with another text tokenizer: captions would become other tokens."""
+        directory = self.directory / "text"
+        if tokenizer is None or not directory.is_dir():
+            return
+        with tempfile.TemporaryDirectory() as place:
+            write_tokenizer(pathlib.Path(place) / "text", tokenizer)
+            mine = checksums.listed(pathlib.Path(place) / "text")
+        try:
+            stored = checksums.listed(directory)
+        except DamagedFile:  # then the files themselves have to be those
+            stored = {name: checksums.of_file(directory / name) for name in mine if (directory / name).is_file()}
+        if mine != stored:
+            raise UserError(
+                f"the text tokenizer (model.text.path) is another than the one in {directory}, which this run began with: put "
+                "that one back, or start in another --workdir"
+            )
+
+    def open(self, config: Config, tokenizer: TextTokenizer | None) -> None:
+        """Get ready for writing: set damaged steps aside, write what it takes to read the checkpoints, remove what a kill
+        left unfinished. Called by all hosts, when nothing about the run can be refused any more."""
+        with host_0_first("checkpoints"):
+            if jax.process_index() == 0:
+                self.directory.mkdir(parents=True, exist_ok=True)
+                for step in all_steps(self.directory):
+                    if step in self._damaged or not (self.directory / str(step) / MANIFEST).is_file():
+                        set_aside(self.directory / str(step))
+                self._write_tokenizer(tokenizer)
+                checksums.write_json(self.directory / "config.json", config_lib.to_dict(config))
+        self._opened()
+
+    def _write_tokenizer(self, tokenizer: TextTokenizer | None) -> None:
+        directory = self.directory / "text"
+        if tokenizer is None or (directory.is_dir() and not checksums.find_damage(directory)):
+            return
+        if directory.exists():
+            set_aside(directory)
+        write_tokenizer(directory, tokenizer)
+
+    def _opened(self) -> ocp.CheckpointManager:
+        if self._manager is None:
+            policies = [preservation_policy.LatestN(self._keep)]
+            policies.append(preservation_policy.BestN(get_metric_fn=lambda m: m["loss"], reverse=True, n=1))
+            options = ocp.CheckpointManagerOptions(
+                preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
+                cleanup_tmp_directories=True,
+                temporary_path_class=CheckedStep,
+            )
+            self._manager = ocp.CheckpointManager(self.directory, options=options, item_names=("state", "meta"))
+        return self._manager
+
+    def last_saved(self) -> int | None:
+        """Return the last step saved or being saved; None before `open` and the first `save`."""
+        return self._manager.latest_step() if self._manager is not None else None
 
     def save(self, step: int, state: TrainState, data_position: Any, loss: float) -> None:
-        """Starts writing in the background; the arrays are copied off the devices before this returns."""
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave({"data": data_position, "loss": loss})
-            ),
-            metrics={"loss": loss},
+        """Start writing in the background; the arrays are copied off the devices before this returns. UserError for a state
+        that is not finite: nothing could be resumed from it."""
+        if names := not_finite(state):
+            raise UserError(
+                f"step {step} is not saved: {len(names)} arrays of its state are not finite, first {names[0]}; the last step "
+                f"saved is {self.last_saved()}: run again with a lower optimizer.learning_rate"
+            )
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave({"data": data_position, "loss": loss})
         )
+        with files.writing(self.directory):
+            self._opened().save(step, args=items, metrics={"loss": loss})
 
     def restore(self, step: int, plan: StatePlan) -> tuple[TrainState, Any]:
-        """State in the plan's shardings, and the position of the data stream."""
-        items = ocp.args.Composite(state=ocp.args.StandardRestore(plan.abstract), meta=ocp.args.JsonRestore())
+        """Return the state in the plan's shardings, and the position of the data stream, of a step that is intact."""
+        directory = self.directory / str(step)
         try:
-            restored = self._manager.restore(step, args=items)
+            with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+                state = checkpointer.restore(directory / "state", args=ocp.args.StandardRestore(plan.abstract))
         except ValueError as e:
             reason = str(e).strip().splitlines()[0]
             raise UserError(
-                f"{self.directory}/{step} does not fit this configuration ({reason}); use the config.json beside it, "
-                "or another --workdir"
+                f"{directory} does not fit this configuration ({reason}); use the config.json beside it, or another --workdir"
             ) from e
-        return restored["state"], restored["meta"]["data"]
+        return state, json.loads((directory / "meta" / "metadata").read_text(encoding="utf-8"))["data"]
+
+    def check(self) -> None:
+        """Raises what a save in the background has failed with, which else the next save would. Waits for none."""
+        with files.writing(self.directory):
+            if self._manager is not None and not self._manager.is_saving_in_progress():  # nothing to wait for but an error
+                self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits for writes under way."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        """Wait for writes under way."""
+        if self._manager is None:
+            return
+        with files.writing(self.directory):
+            try:
+                self._manager.wait_until_finished()
+            finally:
+                self._manager.close()
 
 
 def _write_small_arrays_whole() -> None:
@@ -106,7 +192,7 @@ def _quiet() -> Iterator[None]:
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
-    """Whole or not at all."""
+    """Write a JSON file that others read, whole or not at all."""
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
     temporary.replace(path)
@@ -121,14 +207,12 @@ def find(path: str | pathlib.Path) -> tuple[pathlib.Path, int]:
     path = pathlib.Path(path).absolute()
     if not path.exists():
         raise UserError(f"checkpoint {path} does not exist")
-    if (path / "recipe.json").is_file():
-        path /= json.loads((path / "recipe.json").read_text(encoding="utf-8"))["stages"][-1]
+    if (path / RECIPE).is_file():
+        path /= _last_stage(checksums.read_json(path / RECIPE), path)
     for root in (path / "checkpoints", path, path.parent):
         if (root / "config.json").is_file():
-            if root == path.parent:
-                steps = [int(path.name)] if path.name.isdigit() and (path / "state").is_dir() else []
-            else:
-                steps = [int(p.name) for p in root.iterdir() if p.name.isdigit() and (p / "state").is_dir()]
+            named = root == path.parent
+            steps = [step for step in all_steps(root) if not named or path.name == str(step)]
             if steps:
                 return root, max(steps)
     raise UserError(
@@ -137,20 +221,43 @@ def find(path: str | pathlib.Path) -> tuple[pathlib.Path, int]:
     )
 
 
+def _last_stage(recipe: Any, where: pathlib.Path) -> str:
+    """The directory of a recipe's last stage, by its name alone: a file that came with a directory leads nowhere else."""
+    stages = recipe.get("stages") if isinstance(recipe, dict) else None
+    name = stages[-1] if isinstance(stages, list) and stages else None
+    if not isinstance(name, str) or name in ("", ".", "..") or pathlib.PurePath(name).name != name:
+        raise UserError(f"{where}/recipe.json names no stage in that directory: give the directory of one")
+    return name
+
+
 def read_config(root: pathlib.Path) -> Config:
-    """The configuration a checkpoint directory was written with. UserError for a file that holds none."""
+    """Return the configuration a checkpoint directory was written with. UserError for a file that holds none."""
     file = root / "config.json"
     try:
-        return config_lib.from_dict(json.loads(file.read_text(encoding="utf-8")))
+        return config_lib.from_dict(checksums.read_json(file, edited=True))
     except config_lib.ConfigError as error:
         raise config_lib.ConfigError(f"{file}: {error}") from error
-    except ValueError as error:
-        raise UserError(f"{file} cannot be read as JSON ({error}): copy the checkpoint again") from error
+
+
+def stored_text(root: pathlib.Path, text: TextConfig) -> TextConfig:
+    """Return `text` with the tokenizer that a checkpoint directory holds for its path. UserError where that is damaged."""
+    if reason := checksums.find_damage(root / "text"):
+        raise UserError(f"{root}/text is damaged ({reason}): copy the checkpoint's text tokenizer again")
+    return dataclasses.replace(text, path=str(root / "text"), train_size=0)
+
+
+def write_tokenizer(directory: pathlib.Path, tokenizer: TextTokenizer) -> None:
+    """Write a text tokenizer's files and a manifest of them to the new directory `directory`, whole or not at all."""
+    partial = directory.with_name(f".{directory.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    tokenizer.save(partial)
+    checksums.write_manifest(partial)
+    partial.rename(directory)
 
 
 def restore_parts(path: str | pathlib.Path, strategy: Strategy, parts: tuple[str, ...] = (), *, ema: bool = True) -> Any:
     """Parameters of `parts` (all by default) as {part: nested dict} on the strategy's mesh, the averaged ones where the run
-    kept them and `ema` is set; no optimizer state is read."""
+    kept them and `ema` is set; no optimizer state is restored. UserError for a step that is damaged, wherever it is."""
     root, step = find(path)
     config = read_config(root)
     abstract = plan_state(config, strategy).abstract
@@ -163,6 +270,7 @@ def restore_parts(path: str | pathlib.Path, strategy: Strategy, parts: tuple[str
         for group in (trained, "frozen")
         if (chosen := {name: tree for name, tree in abstract[group].items() if not parts or name in parts})
     }
+    check_intact(root, step, shared=strategy.mesh.is_multi_process)
     with ocp.PyTreeCheckpointer() as checkpointer:
         restored = checkpointer.restore(
             root / str(step) / "state",
@@ -212,6 +320,7 @@ class Weights:
     """
 
     def __init__(self, root: pathlib.Path, step: int, *, ema: bool = False):
+        check_intact(root, step)
         self._path = (root / str(step) / "state").absolute()
         with _whole(str(self._path)):
             tree = ocp.PyTreeCheckpointHandler().metadata(epath.Path(self._path)).tree
@@ -272,11 +381,11 @@ def write_weights(directory: pathlib.Path, config: Config, tokenizer: TextTokeni
     largest = max(shard.data.nbytes for leaf in jax.tree.leaves(weights) for shard in leaf.addressable_shards)
     # Weights hardly compress; trying to would take most of the time.
     handler = ocp.PyTreeCheckpointHandler(save_concurrent_gb=largest // 10**9 + 1, use_compression=False)
-    options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
+    options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False, temporary_path_class=CheckedStep)
     handlers = {"state": handler, "meta": ocp.JsonCheckpointHandler()}
     with ocp.CheckpointManager(directory, options=options, item_handlers=handlers) as manager, _quiet():
         items = ocp.args.Composite(state=ocp.args.PyTreeSave(weights), meta=ocp.args.JsonSave({"data": None, "loss": None}))
         manager.save(0, args=items)
     if jax.process_index() == 0:
-        tokenizer.save(directory / "text")
-        write_json(directory / "config.json", config_lib.to_dict(config))
+        write_tokenizer(directory / "text", tokenizer)
+        checksums.write_json(directory / "config.json", config_lib.to_dict(config))

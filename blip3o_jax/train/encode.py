@@ -4,6 +4,7 @@ import concurrent.futures
 import hashlib
 import json
 import pathlib
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -13,9 +14,10 @@ import numpy as np
 
 from blip3o_jax import config as config_lib
 from blip3o_jax.config import Config
-from blip3o_jax.data.encoded import PART, EncodedSource, directory_name
+from blip3o_jax.data import encoded
+from blip3o_jax.data.encoded import DTYPES, PART, DamagedPart, EncodedSource, directory_name
 from blip3o_jax.data.examples import ExampleBuilder, Views
-from blip3o_jax.data.record import BadRecord, Source
+from blip3o_jax.data.record import BadRecord, Source, read_record
 from blip3o_jax.parallel.distributed import barrier, say
 
 # (pixels, tokenizer_pixels) uint8 [B, ...] -> (codes [B, N], latents [B, H, W, C])
@@ -33,8 +35,8 @@ def weights_fingerprint(frozen: Any) -> str:
 
 
 def encoded_source(source: Source, encode: Encode, fingerprint: str, config: Config, *, shards: int = 1) -> EncodedSource:
-    """`source` with its encoder outputs under `config.data.cache_dir`; what is not there yet is computed first, in batches
-    of BATCH images or the next multiple of `shards`."""
+    """`source` with its encoder outputs under `config.data.cache_dir`; what is not there yet, or is damaged, is computed first,
+    in batches of BATCH images or the next multiple of `shards`."""
     batch = -(-BATCH // shards) * shards
     settings = {
         "weights": fingerprint,
@@ -47,12 +49,13 @@ def encoded_source(source: Source, encode: Encode, fingerprint: str, config: Con
         settings["references"] = places
     directory = pathlib.Path(config.data.cache_dir) / directory_name(source, settings)
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "settings.json").write_text(json.dumps({"source": source.name, **settings}, indent=1), encoding="utf-8")
+    if jax.process_index() == 0:  # for people; nothing reads it
+        (directory / "settings.json").write_text(json.dumps({"source": source.name, **settings}, indent=1), encoding="utf-8")
 
     builder = ExampleBuilder(("pixels", "tokenizer_pixels"), config.model, config.data)
     parts = -(-len(source) // PART)
     mine = range(jax.process_index(), parts, jax.process_count())
-    todo = [part for part in mine if not (directory / f"unreadable-{part:05d}.json").exists()]
+    todo = [part for part in mine if not _whole(directory, part)]
     began = time.monotonic()
     for done, part in enumerate(todo, 1):
         _write_part(source, encode, builder, directory, part, batch)
@@ -60,7 +63,19 @@ def encoded_source(source: Source, encode: Encode, fingerprint: str, config: Con
         left = seconds / done * (len(todo) - done)
         say(f"encode {source.name}: part {done}/{len(todo)} in {seconds:.0f} s, ETA {left:.0f} s")
     barrier(f"encoded {directory.name}", seconds=86400.0)
-    return EncodedSource(source, directory)
+    return EncodedSource(source, directory, config.model.tokenizer.codebook_size)
+
+
+def _whole(directory: pathlib.Path, part: int) -> bool:
+    """Whether a part is there and can be opened; one that is damaged is named."""
+    if not encoded.part_file(directory, part).exists():
+        return False
+    try:
+        encoded.open_part(directory, part)
+    except DamagedPart as error:
+        print(f"{error.reason}: encoding part {part} again", file=sys.stderr, flush=True)
+        return False
+    return True
 
 
 def _write_part(
@@ -71,7 +86,7 @@ def _write_part(
 
     def images_of(index: int) -> list[tuple[int, Views]]:
         try:
-            return builder.images_of(source[index])
+            return read_record(source, index, builder.images_of)
         except BadRecord as e:
             unreadable[str(index)] = e.reason
             return []
@@ -111,11 +126,8 @@ def _write_part(
         while waiting or not outputs:
             encode_some()
 
-    for name, values in zip(("codes", "latents"), outputs, strict=True):
-        temporary = directory / f"{name}-{part:05d}.writing.npy"
-        np.save(temporary, values if places > 1 else values[:, 0])
-        temporary.replace(directory / f"{name}-{part:05d}.npy")
-    # Last: its presence says that the part is whole.
-    temporary = directory / f"unreadable-{part:05d}.writing"
-    temporary.write_text(json.dumps(unreadable), encoding="utf-8")
-    temporary.replace(directory / f"unreadable-{part:05d}.json")
+    arrays = {name: values if places > 1 else values[:, 0] for name, values in zip(DTYPES, outputs, strict=True)}
+    for row, (codes, latents) in enumerate(zip(*arrays.values(), strict=True)):
+        if reason := encoded.not_outputs(codes, latents, builder.model.tokenizer.codebook_size):
+            unreadable.setdefault(str(indices[row]), f"the encoders give {reason}")
+    encoded.write_part(directory, part, arrays, unreadable)

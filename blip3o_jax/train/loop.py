@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import numpy as np
 
+from blip3o_jax import exits
 from blip3o_jax.config import Config, UserError
 from blip3o_jax.parallel.distributed import host, host_0_first, say
 from blip3o_jax.parallel.preemption import Preempted, StopRequest
@@ -31,6 +32,7 @@ from blip3o_jax.train.metrics import MetricLog, SilentLog
 from blip3o_jax.train.start import restore_or_create
 from blip3o_jax.train.state import StatePlan, TrainState, plan_state
 from blip3o_jax.train.step import row_keys
+from blip3o_jax.train.workdir import WorkdirLock
 
 Batch = dict[str, jax.Array]
 
@@ -66,6 +68,10 @@ class Feed(Protocol):
         """Looks at a finished step's metrics; raises UserError to stop the run."""
         ...
 
+    def start(self, log: MetricLog | SilentLog) -> None:
+        """Opens what it writes, and takes the run's log; called once, when the run can no longer be refused."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -89,7 +95,6 @@ class Setup:
     strategy: Strategy
     vocabulary: Vocabulary | None
     image_first: int
-    log: MetricLog | SilentLog
     start: int
 
 
@@ -105,7 +110,8 @@ class Method(Protocol):
         ...
 
     def begin(self, setup: Setup, state: TrainState, position: Any) -> Begun:
-        """`position`: what `Feed.position` gave when the run was saved, or None."""
+        """`position`: what `Feed.position` gave when the run was saved, or None. Writes nothing under the working directory:
+        the run may still be refused here."""
         ...
 
     def close(self) -> None:
@@ -113,9 +119,12 @@ class Method(Protocol):
         ...
 
 
-def train(config: Config, workdir: str | pathlib.Path, method: Method) -> Summary:
+def train(
+    config: Config, workdir: str | pathlib.Path, method: Method, *, on_begin: Callable[[], None] | None = None
+) -> Summary:
     """Trains `config.steps` steps, from the last checkpoint under `workdir` where there is one.
 
+    Nothing under `workdir` is changed before everything has been judged that can refuse the run; then `on_begin` is called.
     Raises Preempted when SIGTERM stopped it before the last step, which then is saved.
     """
     began = time.monotonic()
@@ -123,10 +132,12 @@ def train(config: Config, workdir: str | pathlib.Path, method: Method) -> Summar
     strategy = Strategy.of(config.mesh)
     strategy.check_batch(config.data.batch_size, config.optimizer.accumulate, config.data.pack)
     with contextlib.ExitStack() as until_done:
-        until_done.callback(method.close)
+        until_done.push(exits.pushed(method.close))
         method.open(config)
         stop = until_done.enter_context(StopRequest())
         watch = until_done.enter_context(Watchdog(config.watchdog))
+        watch.enter("lock" if host() == 0 else "barrier", 0)
+        lock = until_done.enter_context(WorkdirLock(workdir))
         watch.enter("vocabulary" if host() == 0 else "barrier", 0)
         with host_0_first("vocabulary"):
             config, vocabulary = method.vocabulary(config, workdir)
@@ -135,16 +146,23 @@ def train(config: Config, workdir: str | pathlib.Path, method: Method) -> Summar
         plan = plan_state(config, strategy)
         check_memory(config, plan, strategy)
         checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint.keep)
-        until_done.callback(checkpoints.close)
+        until_done.push(exits.pushed(checkpoints.close))
         image_first = vocabulary.image_first if vocabulary else 0
+        tokenizer = vocabulary.tokenizer if vocabulary else None
+        checkpoints.check_tokenizer(tokenizer)
         state, position, start = restore_or_create(config, plan, strategy, checkpoints, image_first)
-        checkpoints.describe(config, vocabulary.tokenizer if vocabulary else None)
-        log = MetricLog(workdir, start, config.steps, config.title) if host() == 0 else SilentLog()
-        until_done.callback(log.close)
-        setup = Setup(config, workdir, plan, strategy, vocabulary, image_first, log, start)
+        setup = Setup(config, workdir, plan, strategy, vocabulary, image_first, start)
         begun = method.begin(setup, state, position)
-        until_done.callback(begun.feed.close)
-        metrics = _Run(setup, begun, checkpoints, stop, watch).steps(state)
+        until_done.push(exits.pushed(begun.feed.close))
+
+        lock.begun = True
+        if on_begin is not None:
+            on_begin()
+        checkpoints.open(config, tokenizer)
+        log = MetricLog(workdir, start, config.steps, config.title) if host() == 0 else SilentLog()
+        until_done.push(exits.pushed(log.close))
+        begun.feed.start(log)
+        metrics = _Run(setup, begun, checkpoints, lock, log, stop, watch).steps(state)
     return Summary(workdir / "checkpoints", config.steps, metrics, time.monotonic() - began)
 
 
@@ -155,6 +173,8 @@ class _Run:
     setup: Setup
     begun: Begun
     checkpoints: Checkpoints
+    lock: WorkdirLock
+    log: MetricLog | SilentLog
     stop: StopRequest
     watch: Watchdog
 
@@ -188,6 +208,8 @@ class _Run:
                 values = self.record(*previous, meter)
                 previous = None
                 self.watch.enter("save", step)
+                self.lock.check()
+                self.log.sync()
                 self.checkpoints.save(step, state, done_position, meter.mean_loss())
                 if stopped and step < config.steps:
                     raise Preempted(f"{config.title}: stopped by SIGTERM, step {step} of {config.steps} is saved")
@@ -205,20 +227,25 @@ class _Run:
     def record(self, step: int, metrics: dict[str, jax.Array], known: dict[str, float], meter: "_Meter") -> dict[str, float]:
         """Waits for the step's metrics; writes them every `log_every` steps; stops a run that no longer is finite."""
         self.watch.enter("step", step)
+        self.checkpoints.check()
         values = known | {name: float(value) for name, value in jax.device_get(metrics).items()}
         meter.losses.append(values["loss"])
         meter.steps += 1
         if values["bad_steps"] >= self.config.max_nonfinite:
             raise UserError(
-                f"{self.config.title}: loss or gradient was not finite in {self.config.max_nonfinite} steps in a row, up to "
-                f"step {step}; they were not applied, and the last good checkpoint is intact: resume with a lower "
-                "optimizer.learning_rate or optimizer.clip_norm"
+                f"{self.config.title}: loss, gradient or the parameters after it were not finite in "
+                f"{self.config.max_nonfinite} steps in a row, up to step {step}; none of these was applied, and "
+                f"{self._saved()}: run again with a lower optimizer.learning_rate or optimizer.clip_norm"
             )
         self.begun.feed.check(step, values)
         if step == 1 or step % self.config.log_every == 0 or step == self.config.steps:
             values |= meter.read()
-            self.setup.log.write(step, values)
+            self.log.write(step, values)
         return values
+
+    def _saved(self) -> str:
+        step = self.checkpoints.last_saved()
+        return "no step is saved yet" if step is None else f"the last step saved is {step}"
 
     def preview(self, step: int, state: TrainState, batch: dict[str, jax.Array]) -> None:
         """Draws a few rows of `batch` into TensorBoard, where all of them are on this host."""
@@ -228,7 +255,7 @@ class _Run:
         leading = rows["bad_records"].shape
         keys_B = row_keys(self.config.seed, state["step"], math.prod(leading)).reshape(leading)
         images_BHWC = self._drawn(state["params"], state["frozen"], rows, keys_B)
-        self.setup.log.images(step, "preview", np.asarray(jax.numpy.round(images_BHWC * 255)).astype(np.uint8))
+        self.log.images(step, "preview", np.asarray(jax.numpy.round(images_BHWC * 255)).astype(np.uint8))
 
     @functools.cached_property
     def _drawn(self) -> Any:

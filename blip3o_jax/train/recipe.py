@@ -1,12 +1,16 @@
 """Runs a recipe: named stages one after the other, each in `workdir`/NAME, the last of which holds the whole model."""
 
 import dataclasses
+import functools
 import pathlib
 
+from blip3o_jax import checksums
 from blip3o_jax.config import Config, UserError
-from blip3o_jax.train.checkpoint import write_json
+from blip3o_jax.parallel.distributed import host
+from blip3o_jax.train.checkpoint import RECIPE
 from blip3o_jax.train.loop import Summary
 from blip3o_jax.train.supervised import train
+from blip3o_jax.train.workdir import WorkdirLock
 
 
 def run(recipe: dict[str, Config], workdir: str | pathlib.Path) -> dict[str, Summary]:
@@ -20,10 +24,21 @@ def run(recipe: dict[str, Config], workdir: str | pathlib.Path) -> dict[str, Sum
         for part, source in config.checkpoint.init_from:
             if source not in names[:position] and not pathlib.Path(source).exists():
                 raise UserError(f"checkpoint.init_from: {part} comes from {source}, which is no directory and no earlier stage")
-    if names != [""]:
-        workdir.mkdir(parents=True, exist_ok=True)
-        write_json(workdir / "recipe.json", {"stages": names})
-    return {name: train(_resolved(config, names, workdir), workdir / name) for name, config in recipe.items()}
+    if names == [""]:
+        return {"": train(recipe[""], workdir)}
+    summaries = {}
+    with WorkdirLock(workdir) as lock:
+        for name, config in recipe.items():
+            begin = functools.partial(_begin, workdir, names, lock)
+            summaries[name] = train(_resolved(config, names, workdir), workdir / name, on_begin=begin)
+    return summaries
+
+
+def _begin(workdir: pathlib.Path, names: list[str], lock: WorkdirLock) -> None:
+    """Name the stages in recipe.json, once the first of them cannot be refused any more."""
+    lock.begun = True
+    if host() == 0:
+        checksums.write_json(workdir / RECIPE, {"stages": names})
 
 
 def _resolved(config: Config, names: list[str], workdir: pathlib.Path) -> Config:

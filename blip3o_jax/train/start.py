@@ -11,7 +11,7 @@ from blip3o_jax import lora
 from blip3o_jax.config import CheckpointConfig, Config, DataConfig, UserError
 from blip3o_jax.parallel.distributed import say
 from blip3o_jax.parallel.rules import Strategy
-from blip3o_jax.train.checkpoint import Checkpoints, find, read_config, restore_parts
+from blip3o_jax.train.checkpoint import Checkpoints, find, read_config, restore_parts, stored_text
 from blip3o_jax.train.state import WEIGHTS, StatePlan, TrainState, create_state
 
 PARTS = ("tokenizer", "ar", "connector", "dit", "vae")  # of a whole model
@@ -23,10 +23,10 @@ def continued(path: str | pathlib.Path, trained: tuple[str, ...]) -> Config:
     in: small steps vanish in bfloat16. UserError for what is no checkpoint."""
     root, step = find(path)
     given = read_config(root)
+    text = stored_text(root, given.model.text)
     editing = {"latent_connector": given.model.editing.latents, "feature_connector": given.model.editing.features}
     parts = PARTS + tuple(name for name, there in editing.items() if there)
     changes = {part: dataclasses.replace(getattr(given.model, part), param_dtype="float32") for part in trained}
-    text = dataclasses.replace(given.model.text, path=str(root / "text"), train_size=0)
     return Config(
         stage="joint",
         model=dataclasses.replace(given.model, text=text, **changes),
@@ -39,20 +39,25 @@ def continued(path: str | pathlib.Path, trained: tuple[str, ...]) -> Config:
 def restore_or_create(
     config: Config, plan: StatePlan, strategy: Strategy, checkpoints: Checkpoints, image_first: int
 ) -> tuple[TrainState, Any, int]:
-    """(state, position of the data stream or None, steps done). UserError where the checkpoints are of another stage."""
-    latest = checkpoints.latest()
+    """(state, position of the data stream or None, steps done), from the newest checkpoint that is intact. UserError where the
+    checkpoints are of another stage, or none is intact."""
+    before = _written_by(checkpoints.directory)
+    if before is not None and before.title != config.title and checkpoints.steps():
+        raise UserError(
+            f"{checkpoints.directory} is of a run of {before.title!r} and cannot go on as one of {config.title!r}: start "
+            "in another --workdir, from it by checkpoint.init_from"
+        )
+    latest = checkpoints.newest_intact(shared=True)
     if latest is not None:
-        before = read_config(checkpoints.directory)
-        if before.title != config.title:
-            raise UserError(
-                f"{checkpoints.directory} is of a run of {before.title!r} and cannot go on as one of {config.title!r}: start "
-                "in another --workdir, from it by checkpoint.init_from"
-            )
         state, position = checkpoints.restore(latest, plan)
-        changed = "; ".join(changed_settings(before, config))
+        changed = "; ".join(changed_settings(before, config)) if before else "a config.json, which was missing"
         say(f"{config.title}: resuming at step {latest} of {checkpoints.directory}" + (f" with {changed}" if changed else ""))
         return state, position, latest
     return create_state(config, plan, given_parts(config, plan, strategy), image_first), None, 0
+
+
+def _written_by(directory: pathlib.Path) -> Config | None:
+    return read_config(directory) if (directory / "config.json").exists() else None
 
 
 def given_parts(config: Config, plan: StatePlan, strategy: Strategy) -> dict[str, Any]:

@@ -11,7 +11,8 @@ bad_records    int32, records skipped because they could not be read
 """
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -145,3 +146,26 @@ def without(a: Any, b: Any) -> Any:
         elif isinstance(value, dict) and (inner := without(value, b[key])):
             rest[key] = inner
     return rest
+
+
+@functools.cache
+def _finite(where: Any) -> Callable[[list[Any]], jax.Array]:
+    """Return a compiled function: arrays -> whether each is finite, as one array with the sharding `where`."""
+    return jax.jit(lambda leaves: jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]), out_shardings=where)
+
+
+def not_finite(state: TrainState) -> list[str]:
+    """Return the names of the arrays of the trained part of a state that are not finite."""
+    trained = {group: state[group] for group in ("params", "opt", "ema") if group in state}
+    named = [
+        (jax.tree_util.keystr(keys, simple=True, separator="/"), leaf)
+        for keys, leaf in jax.tree_util.tree_leaves_with_path(trained)
+        if jnp.issubdtype(leaf.dtype, jnp.inexact)
+    ]
+    if not named:
+        return []
+    at = getattr(named[0][1], "sharding", None)
+    # On every device, so that each of several hosts can read it.
+    everywhere = jax.NamedSharding(at.mesh, jax.P()) if isinstance(at, jax.NamedSharding) else None
+    finite = jax.device_get(_finite(everywhere)([leaf for _, leaf in named]))
+    return [name for (name, _), fine in zip(named, finite, strict=True) if not fine]

@@ -1,6 +1,6 @@
 """The train step of every stage: (state, batch) -> (state, metrics), pure, compiled once.
 
-A step whose loss or gradient is not finite changes nothing but its own counters.
+A step whose loss, gradient or result is not finite changes nothing but its own counters.
 """
 
 from collections.abc import Callable
@@ -51,6 +51,17 @@ def _mean_gradients(
     return jax.lax.scan(add, zeros, micro_batches)[0]
 
 
+def _finite_result(norm: jax.Array, params: Any, ema: Any) -> jax.Array:
+    """Whether all that a step leads to is finite: a learning rate can spoil what a finite gradient gives.
+
+    The optimizer's moments need not be read for that. They are decaying sums of the gradient and of its square: where
+    4 |g|^2 is finite, so are the square of each element and what is added to it, in whatever order the compiler adds.
+    `Checkpoints.save` looks at them all the same.
+    """
+    leaves = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves((params, ema))]
+    return jnp.stack([jnp.isfinite(4 * norm**2), *leaves]).all()
+
+
 def make_step(config: Config, plan: StatePlan, strategy: Strategy, loss: Loss) -> Callable[..., tuple[TrainState, Metrics]]:
     """The compiled step. Metrics: the stage's own, loss, gradient norm in all and per part, learning rate, counters."""
     schedule = learning_rate(config.optimizer, config.steps)
@@ -79,11 +90,11 @@ def make_step(config: Config, plan: StatePlan, strategy: Strategy, loss: Loss) -
         with jax.named_scope("optimizer"):
             norms = {f"grad_norm/{part}": optax.tree.norm(g) for part, g in grads.items()}
             norm = jnp.sqrt(sum(n**2 for n in norms.values()))
-            finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
             updates, opt = plan.optimizer.update(grads, state["opt"], state["params"])
             params = optax.apply_updates(state["params"], updates)
             decay = config.optimizer.ema_decay
             ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state["ema"], params) if decay else {}
+            finite = jnp.isfinite(metrics["loss"]) & _finite_result(norm, params, ema)
             keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
         counters = {
             "bad_steps": jnp.where(finite, 0, state["bad_steps"] + 1),

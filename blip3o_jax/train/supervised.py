@@ -1,8 +1,10 @@
 """Training on data: what the loop needs to be told of it."""
 
+import collections
 import dataclasses
 import functools
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,31 +13,38 @@ from jax.experimental import multihost_utils
 from blip3o_jax.config import Config, MeshConfig, UserError
 from blip3o_jax.data.buckets import by_shape
 from blip3o_jax.data.examples import ExampleBuilder
+from blip3o_jax.data.index import Hosts
 from blip3o_jax.data.loader import DevicePrefetch, Loader, host_rows
 from blip3o_jax.data.record import Source
 from blip3o_jax.data.sources import open_mixture
+from blip3o_jax.parallel import distributed
 from blip3o_jax.parallel.rules import Strategy
 from blip3o_jax.text.vocabulary import Vocabulary
 from blip3o_jax.train import loop
 from blip3o_jax.train.encode import encoded_source, weights_fingerprint
 from blip3o_jax.train.flops import peak_flops, useful_flops
 from blip3o_jax.train.loop import Batch, Begun, Setup, Summary
+from blip3o_jax.train.metrics import MetricLog, SilentLog
 from blip3o_jax.train.stages import STAGES, make_loss, make_preview
 from blip3o_jax.train.state import WEIGHTS, StatePlan, TrainState
 from blip3o_jax.train.step import make_step
 from blip3o_jax.train.vocabulary import with_vocabulary
 
 
-def train(config: Config, workdir: str | pathlib.Path) -> Summary:
+def train(config: Config, workdir: str | pathlib.Path, *, on_begin: Callable[[], None] | None = None) -> Summary:
     """See `loop.train`."""
-    return loop.train(config, workdir, Supervised())
+    return loop.train(config, workdir, Supervised(), on_begin=on_begin)
 
 
 class Supervised:
     """`loop.Method` of the stages of train/stages.py: batches from the data mixture, one step on each."""
 
     def open(self, config: Config) -> None:
-        self._sources = open_mixture(config.data)
+        hosts = Hosts(distributed.host(), distributed.hosts(), lambda: distributed.barrier("index", seconds=86400.0))
+        self._sources = open_mixture(config.data, hosts)
+        for source, _ in self._sources:
+            for note in source.notes:
+                distributed.say(note)
 
     def vocabulary(self, config: Config, workdir: pathlib.Path) -> tuple[Config, Vocabulary | None]:
         return with_vocabulary(config, self._sources, workdir)
@@ -44,16 +53,19 @@ class Supervised:
         config, strategy, sources = setup.config, setup.strategy, self._sources
         if config.model.buckets and "pixels" in STAGES[config.stage].fields:
             sources = [source for group in by_shape(sources, config.model) for source in group]
-        if config.stage == "joint" and config.data.cache_dir:
-            sources = _encode_sources(config, setup.plan, strategy, state, sources)
         builder = ExampleBuilder(STAGES[config.stage].fields, config.model, config.data, setup.vocabulary)
         rows = host_rows(strategy.batch_sharding(), config.data.batch_size // config.data.pack)
-        loader = Loader(sources, builder, config.data, config.seed, rows=rows, join=builder.join)
+        loader_of = lambda sources: Loader(sources, builder, config.data, config.seed, rows=rows, join=builder.join)
+        if position is not None:
+            loader_of(sources).restore(position)  # before hours of encoding for a run that cannot go on
+        if config.stage == "joint" and config.data.cache_dir:
+            sources = _encode_sources(config, setup.plan, strategy, state, sources)
+        loader = loader_of(sources)
         if position is not None:
             loader.restore(position)
         loss = make_loss(config, setup.image_first)
         return Begun(
-            _Batches(DevicePrefetch(loader, strategy.batch_sharding())),
+            _Batches(DevicePrefetch(loader, strategy.batch_sharding()), _unused([source for source, _ in self._sources])),
             make_step(config, setup.plan, strategy, loss),
             draw=make_preview(config, setup.image_first),
             flops=functools.partial(useful_flops, config, strategy) if peak_flops(jax.devices()[0]) is not None else None,
@@ -68,6 +80,7 @@ class _Batches:
     """`loop.Feed` of batches that are read ahead: they do not depend on the state."""
 
     prefetch: DevicePrefetch
+    known: dict[str, float]  # of the data sets, the same at every step
 
     def next(self, state: TrainState) -> Batch:
         del state
@@ -81,13 +94,28 @@ class _Batches:
         return self.prefetch.wait_seconds
 
     def metrics(self) -> dict[str, float]:
-        return {}
+        skipped = self.prefetch.state()["skipped"]
+        counts = {f"skipped/{kind.replace(' ', '_')}": count for kind, count in skipped.items()}
+        return self.known | counts
 
     def check(self, step: int, values: dict[str, float]) -> None:
         pass
 
+    def start(self, log: MetricLog | SilentLog) -> None:
+        pass
+
     def close(self) -> None:
         self.prefetch.close()
+
+
+def _unused(sources: list[Source]) -> dict[str, float]:
+    """Return what the data sets hold beside whole records, as metrics."""
+    reasons: collections.Counter[str] = collections.Counter()
+    for source in sources:
+        reasons.update(source.unused)
+    values = {"data/unused_members": sum(reasons.values()), "data/incomplete_records": sum(s.incomplete for s in sources)}
+    values |= {f"data/unused_members/{reason}": count for reason, count in reasons.items()}
+    return {name: float(value) for name, value in values.items()}
 
 
 def _encode_sources(

@@ -95,7 +95,7 @@ AUTOENCODERS = {
 }
 
 
-def model(options: Options, vocab_size: int = 0) -> ModelConfig:
+def model(options: Options, vocab_size: int = 1) -> ModelConfig:
     """Sizes drawn for the seed; widths of the parts differ, depths are 1 to 3."""
     rng = np.random.default_rng(options.seed)
     draw = lambda *choices: choices[rng.integers(len(choices))]

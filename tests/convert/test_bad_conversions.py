@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from blip3o_jax import checksums
 from blip3o_jax.config import UserError
 from blip3o_jax.convert import directory as directory_module
 from blip3o_jax.convert import importer
@@ -434,7 +435,7 @@ def test_a_checkpoint_that_is_none_or_not_whole(imported, tmp_path):
     not_written(convert, tmp_path / "out", "pictures is not a checkpoint: it holds no config.json")
 
 
-AGAIN = ("0/state", " cannot be read (", "copy the checkpoint again, or take another step")
+AGAIN = ("0 is damaged (state/", "): copy the checkpoint again; no other step is intact")
 
 
 def overwritten(file):
@@ -449,8 +450,8 @@ def overwritten(file):
         ("0/state/manifest.ocdbt", pathlib.Path.unlink, AGAIN),
         ("0/state/_METADATA", pathlib.Path.unlink, AGAIN),
         ("0/state/_METADATA", lambda file: file.write_text("{"), AGAIN),
-        ("config.json", lambda file: file.write_text("{"), ("config.json cannot be read as JSON", "copy the checkpoint again")),
-        ("config.json", lambda file: file.write_text("[]"), ("config.json: config must be a group of fields",)),
+        ("config.json", lambda file: file.write_text("{"), ("config.json cannot be read as JSON", "put back a copy")),
+        ("config.json", lambda file: file.write_text("[]"), ("config.json is no JSON object",)),
     ],
 )
 def test_a_checkpoint_that_is_damaged(imported, tmp_path, pattern, spoil, words):
@@ -475,7 +476,7 @@ def test_a_checkpoint_that_is_damaged(imported, tmp_path, pattern, spoil, words)
 def test_a_checkpoint_beside_another_config_json(imported, tmp_path, changes, parameter):
     """Above all no layer is left out."""
     root = shutil.copytree(imported[1], tmp_path / "checkpoint")
-    values = json.loads((root / "config.json").read_text())
+    values = checksums.read_json(root / "config.json")
     values["model"]["ar"] |= changes
     published.write_json(root / "config.json", values)
     words = (f"{root}: {parameter}", "but config.json there makes it", "put back the one that was written with the weights")

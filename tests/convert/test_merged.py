@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from blip3o_jax import lora
+from blip3o_jax import checksums, lora
 from blip3o_jax import pipeline as pipelines
 from blip3o_jax.config import LoraConfig, to_dict
 from blip3o_jax.convert import exporter, mapping, verify
@@ -100,9 +100,9 @@ def test_verified(trained, exported, tmp_path):
     assert found.ok and found.notes == ("joint losses were not compared: they need connector too",), found
     assert all(part.outputs for part in found.parts)
     other = shutil.copytree(place / "run", tmp_path / "run")
-    values = json.loads((other / "config.json").read_text())
+    values = checksums.read_json(other / "config.json")
     values["model"]["ar"]["lora"]["alpha"] = 2.01
-    (other / "config.json").write_text(json.dumps(values))
+    checksums.write_json(other / "config.json", values)
     (ar,) = verify.verify(exported[0], other, parts=["ar"]).parts
     assert len(ar.differing) == SUMS["ar"] and not any(output.ok for output in ar.outputs)
 

@@ -2,18 +2,25 @@
 
 import dataclasses
 import json
+import os
+import pathlib
+import random
+import re
 
 import numpy as np
 import pytest
 
 from blip3o_jax.data import encoded
+from blip3o_jax.data.encoded import DamagedPart
 from blip3o_jax.data.examples import ExampleBuilder
 from blip3o_jax.data.record import BadRecord, Record
 from blip3o_jax.data.sources import open_mixture
 from blip3o_jax.train import encode
 from tests import tiny
+from tests.test_checksums import flip
 
 BATCH, PART = 4, 8
+CODES = {"codebook_size": 256}  # the stand-in's are means of pixels
 
 
 @pytest.fixture(autouse=True)
@@ -22,7 +29,7 @@ def small(monkeypatch):
     monkeypatch.setattr(encode, "BATCH", BATCH)
     for module in (encode, encoded):
         monkeypatch.setattr(module, "PART", PART)
-    encoded._part.cache_clear()
+    encoded.open_part.cache_clear()
 
 
 @pytest.fixture
@@ -46,7 +53,7 @@ class Encoders:
 
 
 def opened(folder, tmp_path, encoders, fingerprint="weights", shards=1, **changes):
-    cfg = tiny.run_config(folder, data={"cache_dir": str(tmp_path / "cache")} | changes)
+    cfg = tiny.run_config(folder, data={"cache_dir": str(tmp_path / "cache")} | changes, model={"tokenizer": CODES})
     ((source, _),) = open_mixture(cfg.data)
     return encode.encoded_source(source, encoders, fingerprint, cfg, shards=shards), source, cfg
 
@@ -90,6 +97,122 @@ def test_stopped_and_run_again_it_goes_on_with_the_next_part(folder, tmp_path):
     opened(folder, tmp_path, again)
     assert again.calls == 0
     assert not list((tmp_path / "cache").rglob("*writing*"))
+
+
+def parts(tmp_path, name):
+    return sorted((tmp_path / "cache").rglob(f"{name}-*"))
+
+
+def all_records(cached):
+    """Read anew, as another process would."""
+    encoded.open_part.cache_clear()
+    return [cached[i].outputs for i in range(len(cached))]
+
+
+def check_equal(got, want):
+    for a, b in zip(got, want, strict=True):
+        for name in ("codes", "latents"):
+            np.testing.assert_array_equal(a[name], b[name])
+
+
+SPOILED = {
+    "a flipped bit in a record": (0, "codes", lambda file: flip(file, 8 * 128 + 8), "codes-00000.npy is damaged"),
+    "a flipped bit in the shape": (0, "latents", lambda file: flip_text(file, b"(8, 4"), "latents-00000.npy cannot be used"),
+    "a file cut short": (
+        4,
+        "latents",
+        lambda file: os.truncate(file, file.stat().st_size - 4),
+        "latents-00001.npy cannot be used",
+    ),
+    "a flipped bit in the json": (4, "part", lambda file: flip(file, 100), "part-00001.json cannot be used"),
+    "a missing array": (4, "codes", pathlib.Path.unlink, "codes-00001.npy cannot be used"),
+}
+
+
+def flip_text(file, text):
+    """The 8 of the first dimension becomes a 9."""
+    flip(file, 8 * (file.read_bytes().index(text) + 1))
+
+
+@pytest.mark.parametrize("case", SPOILED)
+def test_a_damaged_part_is_named_and_encoded_again(folder, tmp_path, capsys, case):
+    calls, name, spoil, message = SPOILED[case]
+    cached, *_ = opened(folder, tmp_path, Encoders())
+    want = all_records(cached)
+    spoil(parts(tmp_path, name)[calls > 0])
+    with pytest.raises(DamagedPart, match=message) as error:
+        all_records(cached)
+    assert "\n" not in str(error.value) and "is encoded again when the run is started again" in str(error.value)
+    again = Encoders()
+    cached, _, _ = opened(folder, tmp_path, again)
+    assert again.calls == 2, "one of two parts"
+    check_equal(all_records(cached), want)
+
+
+def test_a_part_that_cannot_be_opened_is_encoded_again_at_once(folder, tmp_path, capsys):
+    cached, _, _ = opened(folder, tmp_path, Encoders())
+    want = all_records(cached)
+    flip(parts(tmp_path, "part")[1], 100)
+    encoded.open_part.cache_clear()
+    again = Encoders()
+    cached, _, _ = opened(folder, tmp_path, again)
+    assert again.calls == 2
+    assert re.search(r"part-00001.json cannot be used \(.*\): encoding part 1 again", capsys.readouterr().err)
+    check_equal(all_records(cached), want)
+
+
+NO_OUTPUTS = [(0, 256, "codes from"), (0, -1, "codes from -1"), (1, np.nan, "not finite")]
+
+
+@pytest.mark.parametrize(("output", "value", "reason"), NO_OUTPUTS)
+def test_what_is_no_output_of_encoders_is_refused(folder, tmp_path, output, value, reason):
+    """When it is written, by record; and when it is read, should a cache hold it all the same."""
+
+    def encoders(pixels, tokenizer_pixels):
+        outputs = tuple(np.array(x) for x in Encoders()(pixels, tokenizer_pixels))
+        outputs[output][1, 1] = value
+        return outputs
+
+    cached, source, _ = opened(folder, tmp_path, encoders)
+    assert len(cached[0].outputs["codes"]) == 4
+    with pytest.raises(BadRecord, match=f"the encoders give .*{reason}") as error:
+        cached[1]
+    assert error.value.key == source[1].key
+    arrays = {"codes": np.zeros((8, 4), int), "latents": np.zeros((8, 4, 4, 4))}
+    arrays[("codes", "latents")[output]][2] = value
+    encoded.write_part(cached.directory, 0, arrays, {})
+    with pytest.raises(DamagedPart, match=f"part-00000.json: record 2 has .*{reason}"):
+        all_records(cached)
+
+
+def check_flip(cached, want, file, bit):
+    """One flipped bit: an error of a line that names the file, or the same values."""
+    part = file.name.removesuffix(".npy").removesuffix(".json")[-5:]
+    described = encoded.part_file(cached.directory, int(part)) if part.isdigit() else None
+    flip(file, bit)
+    try:
+        check_equal(all_records(cached), want)
+        return "the same"
+    except DamagedPart as error:
+        assert "\n" not in str(error) and part in str(error), (file, bit, error)
+        described.with_suffix(".json.damaged").rename(described)
+        return "refused"
+    finally:
+        flip(file, bit)
+
+
+@pytest.mark.parametrize("flips", [10, pytest.param(500, marks=pytest.mark.slow)])
+def test_no_flipped_bit_of_a_cache_changes_a_number_silently(folder, tmp_path, flips):
+    """Half of them anywhere, half anywhere in a random file. Alignment of the arrays' headers is no value."""
+    cached, _, _ = opened(folder, tmp_path, Encoders())
+    want, rng = all_records(cached), random.Random(0)
+    files = [path for path in sorted((tmp_path / "cache").rglob("*")) if path.is_file()]
+    outcomes = set()
+    for i in range(flips):
+        (file,) = rng.choices(files, [path.stat().st_size for path in files] if i % 2 else None)
+        outcomes.add((file.name[:4], check_flip(cached, want, file, rng.randrange(8 * file.stat().st_size))))
+    assert {("code", "refused"), ("late", "refused"), ("part", "refused")} <= outcomes or flips < 50
+    assert ("part", "the same") not in outcomes and any(outcome == "refused" for _, outcome in outcomes)
 
 
 def test_other_weights_settings_or_files_are_other_directories(folder, tmp_path):
@@ -151,7 +274,8 @@ def test_images_that_are_shown_are_encoded_with_those_that_are_drawn(tmp_path):
         {"caption": "f", "image": "none.png"},
     ]
     (folder / "captions.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    cfg = tiny.run_config(folder, data={"cache_dir": str(tmp_path / "cache")}, model={"editing": {"references": 2}})
+    model = {"tokenizer": CODES, "editing": {"references": 2}}
+    cfg = tiny.run_config(folder, data={"cache_dir": str(tmp_path / "cache")}, model=model)
     ((source, _),) = open_mixture(cfg.data)
     encoders = Encoders()
     cached = encode.encoded_source(source, encoders, "weights", cfg)

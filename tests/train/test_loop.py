@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,10 +18,13 @@ from blip3o_jax import config as config_lib
 from blip3o_jax.config import UserError
 from blip3o_jax.parallel import chips
 from blip3o_jax.parallel.preemption import Preempted
+from blip3o_jax.text.tokenizers import train_sentencepiece
 from blip3o_jax.train import checkpoint, encode, loop, recipe, start, supervised
 from blip3o_jax.train.metrics import MetricLog, read_rows
 from blip3o_jax.train.state import plan_state
+from blip3o_jax.train.workdir import WorkdirLock
 from tests import tiny
+from tests.test_checksums import flip
 from tests.tiny import quick_compile  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -123,16 +127,20 @@ def test_a_finished_run_is_not_run_again(whole, capsys):
     assert (workdir / "metrics.jsonl").read_text() == before and summary.metrics == {}
 
 
-@pytest.mark.parametrize("stop", [3])
-def test_resumed_is_uninterrupted(whole, tmp_path, monkeypatch, stop):
-    """Stopped at step 3, it goes on from the checkpoint of step 2: the same rows and the same state, bit for bit."""
+def test_resumed_is_uninterrupted(whole, tmp_path, monkeypatch, capsys):
+    """Stopped at step 5 with a bit of the checkpoint of step 4 flipped, it goes on from that of step 2: the same rows and the
+    same state, bit for bit."""
     with monkeypatch.context() as patch, pytest.raises(Stopped):
-        stop_after(patch, stop)
+        stop_after(patch, 5)
         supervised.train(joint(), tmp_path)
-    assert [row["step"] for row in rows(tmp_path)] == list(range(1, stop + 1))
+    assert [row["step"] for row in rows(tmp_path)] == list(range(1, 6))
+    root = tmp_path / "checkpoints"
+    flip(max((root / "4" / "state").rglob("d/*"), key=lambda path: path.stat().st_size), 1000)
     supervised.train(joint(), tmp_path)
+    assert "checkpoints/4 is damaged (state/" in (told := capsys.readouterr().err) and "going on from 2" in told
     assert rows(tmp_path) == rows(whole[0])
     check_same(restored(tmp_path), restored(whole[0]))
+    assert (root / "4.damaged").is_dir() and not (tmp_path / "lock.json").exists()
 
 
 def test_resumed_with_muon_is_uninterrupted(tmp_path, monkeypatch):
@@ -150,18 +158,57 @@ def test_resumed_with_other_settings_says_which(whole, tmp_path, capsys):
     before = (whole[0] / "checkpoints" / "config.json").read_text()
     supervised.train(joint(log_every=2), whole[0])
     assert "resuming at step 6" in (err := capsys.readouterr().err) and "with log_every: 1 -> 2" in err
-    with pytest.raises(UserError, match="does not fit this configuration") as error:
-        supervised.train(joint(optimizer={"ema_decay": 0.0}), whole[0])
-    assert "\n" not in str(error.value)
     supervised.train(joint(), whole[0])
     assert (whole[0] / "checkpoints" / "config.json").read_text() == before
 
 
-def test_checkpoints_of_another_stage_are_left_alone(whole):
-    """Reinforcement learning is of stage joint too, and its state fits."""
-    rewarded = joint(rl={"rewards": [{"name": "shapes"}], "prompts_file": "prompts.jsonl"})
-    with pytest.raises(UserError, match="checkpoints is of a run of 'joint' and cannot go on as one of 'rl'"):
-        start.restore_or_create(rewarded, None, None, checkpoint.Checkpoints(whole[0] / "checkpoints", 2), 0)
+def tree(workdir):
+    return {str(path): path.is_file() and path.read_bytes() for path in sorted(workdir.rglob("*"))}
+
+
+def test_a_start_that_is_refused_changes_nothing(whole, tmp_path):
+    """Not what a kill left unfinished either, nor a damaged step. Reinforcement learning is of stage joint too, and its state
+    fits."""
+    workdir = shutil.copytree(whole[0], tmp_path / "run")
+    (workdir / "checkpoints" / "7.orbax-checkpoint-tmp").mkdir()
+    (workdir / "checkpoints" / "8").mkdir()
+    with (workdir / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 7}\n')
+    other = train_sentencepiece(tiny.CAPTIONS, tmp_path / "other.model", 300)
+    shutil.copy(workdir / "text" / "tokenizer.model", tmp_path / "tokenizer.model")
+    before = tree(workdir)
+    for changes, message in (
+        (
+            {"rl": {"rewards": [{"name": "shapes"}], "prompts_file": "p"}},
+            "a run of 'joint' and cannot go on as one of 'rl'",
+        ),
+        ({"optimizer": {"ema_decay": 0.0}}, "does not fit this configuration"),
+        ({"seed": 5}, "the data changed since the checkpoint"),
+        ({"mesh": {"data": 3}}, "does not cover 8 devices"),
+    ):
+        with pytest.raises(UserError, match=message) as error:
+            supervised.train(joint(**changes), workdir)
+        assert "\n" not in str(error.value) and tree(workdir) == before, changes
+    with WorkdirLock(workdir):
+        held = tree(workdir)
+        with pytest.raises(UserError, match=f"in use by another run .*pid {os.getpid()}"):
+            supervised.train(joint(), workdir)
+        assert tree(workdir) == held
+    (workdir / "text" / "tokenizer.model").write_bytes(other.proto)
+    before = tree(workdir)
+    with pytest.raises(UserError, match=r"the text tokenizer .* is another than the one in"):
+        supervised.train(joint(), workdir)
+    assert tree(workdir) == before
+    shutil.copy(tmp_path / "tokenizer.model", workdir / "text")
+    supervised.train(joint(), workdir)  # done already
+    assert (workdir / "checkpoints" / "8.damaged").is_dir() and len(read_rows(workdir / "metrics.jsonl")) == STEPS
+
+
+def test_a_start_that_is_refused_leaves_no_directory(tmp_path):
+    """The vocabulary is trained by then."""
+    with pytest.raises(UserError, match="none does not exist"):
+        supervised.train(joint(checkpoint={"init_from": (("ar", str(tmp_path / "none")),)}), tmp_path / "runs" / "a")
+    assert not list(tmp_path.iterdir())
 
 
 SCRIPT = """
@@ -301,10 +348,11 @@ def test_a_run_that_is_not_finite_stops_and_leaves_its_checkpoint(tmp_path):
     """With a rate of 1e30 step 3 is the first that is not finite (the warm-up starts from 0); two of those are too many."""
     cfg = tokenizer(optimizer={"learning_rate": 1e30, "clip_norm": 0.0}, max_nonfinite=2)
     with pytest.raises(
-        UserError, match=r"tokenizer: loss or gradient was not finite in 2 steps in a row, up to step 4"
+        UserError,
+        match=r"tokenizer: loss, gradient or the parameters after it were not finite in 2 steps in a row, up to step 4",
     ) as error:
         supervised.train(cfg, tmp_path)
-    assert "\n" not in str(error.value)
+    assert "\n" not in str(error.value) and "none of these was applied, and the last step saved is 2: " in str(error.value)
     assert [row["skipped_steps"] for row in read_rows(tmp_path / "metrics.jsonl")] == [0, 0, 1]
     state = restored(tmp_path)
     assert int(state["step"]) == 2

@@ -93,7 +93,7 @@ def test_factors_alone_are_trained_and_have_optimizer_state(settings, begun, tmp
     for _ in range(settings.steps):  # in the first the rate is 0, in the second B moves, and then A
         state, _ = step(state, tiny.cached_batch(settings, tiny.prepared()[2]))
     checkpoints = checkpoint.Checkpoints(tmp_path / "checkpoints", 1)
-    checkpoints.describe(settings, None)
+    checkpoints.open(settings, None)
     checkpoints.save(settings.steps, state, {"next_example": 0}, 1.0)
     checkpoints.close()
     before, trained = weights(begun), {path for path, _ in leaves(state["params"])}

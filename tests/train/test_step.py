@@ -3,6 +3,8 @@ test_strategies.py."""
 
 import dataclasses
 import functools
+import math
+import types
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +15,7 @@ import pytest
 from blip3o_jax import config as config_lib
 from blip3o_jax.train.optimizer import learning_rate
 from blip3o_jax.train.stages import STAGES, make_loss, trainable_filter
-from blip3o_jax.train.state import create_state, plan_state
+from blip3o_jax.train.state import COUNTERS, create_state, plan_state
 from blip3o_jax.train.step import make_step
 from tests import tiny
 from tests.tiny import quick_compile  # noqa: F401
@@ -63,6 +65,36 @@ def run(batches, accumulate=1):
 @functools.cache
 def two_steps():
     return run([setup()[2]] * 2)
+
+
+OVERFLOWS = {  # of parameters 1.5e38 with a gradient of -2, one update further
+    "a learning rate that is no number": optax.sgd(math.nan),
+    "a sum that overflows": optax.sgd(1e38),
+    "an update that overflows": optax.sgd(3e38),
+    "an average that overflows": optax.sgd(3e37),  # where it is computed as half of a sum
+    "fits": optax.sgd(1e37),
+}
+
+
+@pytest.mark.parametrize("case", OVERFLOWS)
+def test_an_update_that_is_not_finite_is_not_applied(case):
+    """Although loss and gradient are. A learning rate that is no number is refused elsewhere, so a plan is made with it."""
+    cfg, strategy = tiny.run_config(optimizer={"ema_decay": 0.5}), tiny.strategy()
+    optimizer = optax.chain(optax.trace(0.9), OVERFLOWS[case])
+    model = lambda params, frozen: params["part"]["a"]
+    plan = types.SimpleNamespace(optimizer=optimizer, shardings=strategy.replicated(), model=model)
+    loss = lambda a, batch, keys_B: (-2.0 * jnp.sum(a - jax.lax.stop_gradient(a)), {})
+    step = make_step(cfg, plan, strategy, loss)
+    params = {"part": {"a": jnp.full(3, 1.5e38)}}
+    counters = {name: jnp.zeros((), jnp.int32) for name in COUNTERS}
+    state = {"params": params, "frozen": {}, "opt": optimizer.init(params), "ema": params} | counters
+    after, metrics = step(state, {"bad_records": jnp.zeros(2, jnp.int32)})
+    fits = case == "fits"
+    assert int(metrics["skipped_steps"]) == int(metrics["bad_steps"]) == (not fits)
+    for group in ("params", "opt", "ema"):
+        assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(after[group]))
+        same = all(np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (after[group], state[group])), strict=True))
+        assert same != fits, group
 
 
 def test_sharded_muon_is_single_device():

@@ -23,7 +23,7 @@ from blip3o_jax.parallel.rules import Strategy
 from blip3o_jax.pipeline import Pipeline
 from blip3o_jax.text.tokenizers import load_tokenizer
 from blip3o_jax.text.vocabulary import Vocabulary
-from blip3o_jax.train.checkpoint import find, read_config, restore_parts
+from blip3o_jax.train.checkpoint import find, read_config, restore_parts, stored_text
 from blip3o_jax.train.flops import count_flops, useful_flops
 from blip3o_jax.train.stages import STAGES, make_loss
 from blip3o_jax.train.state import WEIGHTS, create_state, plan_state
@@ -132,7 +132,7 @@ class Side:
         config = dataclasses.replace(self.config, model=in_dtype(self.config.model, dtype, dtype), sampling=self.task.settings)
         graphdef, _ = nnx.split(nnx.eval_shape(lambda: Blip3o(config.model, parts, seed=0)))
         params = jax.tree.map(lambda x: x.astype(dtype), restore_parts(self.task.directory, self.strategy, parts))
-        text = dataclasses.replace(config.model.text, path=str(self.root / "text"))
+        text = stored_text(self.root, config.model.text)
         vocabulary = Vocabulary(load_tokenizer(text), config.model.tokenizer.codebook_size)
         return Pipeline(config, graphdef, params, vocabulary, self.strategy)
 

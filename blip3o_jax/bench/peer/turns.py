@@ -30,7 +30,7 @@ from blip3o_jax.convert.stock_config import OWN_FIELDS
 from blip3o_jax.data.sequence import text_to_image_prompt, text_to_image_row
 from blip3o_jax.text.tokenizers import load_tokenizer
 from blip3o_jax.text.vocabulary import Vocabulary
-from blip3o_jax.train.checkpoint import find, read_config
+from blip3o_jax.train.checkpoint import find, read_config, stored_text
 
 ITEMS = (
     "train_step",
@@ -87,7 +87,7 @@ def bench(
     config = read_config(root)
     _check_same_model(source.config.model, config.model, torch_dir, root)
     vocabulary = Vocabulary(
-        load_tokenizer(dataclasses.replace(config.model.text, path=str(root / "text"))),
+        load_tokenizer(stored_text(root, config.model.text)),
         source.config.model.tokenizer.codebook_size,
     )
     settings = dataclasses.replace(config.sampling, batch_size=options.batch_size)

@@ -3,8 +3,6 @@
 Shape suffixes: B images, H height, W width, C colour channels, L tokens, D width of the embedding.
 """
 
-import dataclasses
-
 import jax
 import numpy as np
 from flax import nnx
@@ -32,7 +30,7 @@ class ContrastiveEncoder:
         strategy = Strategy.of(MeshConfig(data=1, fsdp=1, strategy="dp"), jax.local_devices()[:1])
         self._params = checkpoints.restore_parts(path, strategy, PARTS)
         self._graphdef, _ = nnx.split(nnx.eval_shape(lambda: Blip3o(config.model, PARTS, seed=0)))
-        text = dataclasses.replace(config.model.text, path=str(root / "text"))
+        text = checkpoints.stored_text(root, config.model.text)
         self._vocabulary = Vocabulary(load_tokenizer(text), config.model.tokenizer.codebook_size)
         self._size, self._length, self._batch = config.model.tokenizer.encoder.image_size, config.data.max_length, batch
         self._embed_images, self._embed_text = jax.jit(self._pooled), jax.jit(self._tower)

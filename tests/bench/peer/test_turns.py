@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from blip3o_jax import cli
+from blip3o_jax import checksums, cli
 from blip3o_jax.bench.peer import report as peer_report
 from blip3o_jax.bench.peer import turns, worker
 from blip3o_jax.config import SamplingConfig
@@ -100,9 +100,9 @@ def test_directories_of_different_models(weights, tmp_path, capsys):
     other = tmp_path / "other"
     shutil.copytree(weights[1], other)
     file = other / "checkpoints" / "config.json"
-    config = json.loads(file.read_text())
+    config = checksums.read_json(file)
     config["model"]["flow"]["shift"] = 3.0
-    file.write_text(json.dumps(config))
+    checksums.write_json(file, config)
     assert run((weights[0], other), tmp_path / "out") == 2
     error = capsys.readouterr().err
     assert re.fullmatch(r"blip3o: error: model.flow.shift is 1.0 in \S+hf and 3.0 in \S+: they do not hold .*\n", error), error

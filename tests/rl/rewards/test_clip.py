@@ -94,7 +94,7 @@ def contrastive(tmp_path_factory):
     cfg, vocabulary = with_vocabulary(cfg, open_mixture(cfg.data), workdir)
     state = create_state(cfg, plan_state(cfg, tiny.strategy()))
     checkpoints = Checkpoints(workdir / "checkpoints", keep=1)
-    checkpoints.describe(cfg, vocabulary.tokenizer)
+    checkpoints.open(cfg, vocabulary.tokenizer)
     checkpoints.save(6, state, {"next_example": 0}, 1.0)
     checkpoints.close()
     return workdir, cfg, vocabulary

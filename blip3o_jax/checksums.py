@@ -1,0 +1,153 @@
+"""CRC32C of what is written, so that damage is found when it is read: JSON files that carry their own, and directories with a
+manifest.
+
+    {..., "crc32c": "8a9136aa"}                                         a JSON object, its checksum beside its other keys
+    DIR/manifest.json  {"files": {"a/b": [bytes, CRC32C], ...}, ...}     every other file below DIR
+
+Orbax and TensorStore offer less: OCDBT has checksums of its B-tree nodes and zarr3's `crc32c` codec is set by Orbax for the
+index of a shard only, so that a flipped bit in an array's bytes comes out as another number.
+"""
+
+import concurrent.futures
+import json
+import os
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import google_crc32c
+
+from blip3o_jax.config import UserError
+
+MANIFEST = "manifest.json"
+KEY = "crc32c"
+_CHUNK = 2**24  # bytes read at once
+_THREADS = 8  # reading waits for the disk, and CRC32C runs at several GB/s
+# Directories found intact by this process, by the sizes and times of their files: an export and its verification, or the parts
+# of one checkpoint, would each read all of it again.
+_intact: set[tuple[Any, ...]] = set()
+
+
+class DamagedFile(UserError):
+    """A file that is not what was written."""
+
+
+def write_json(path: pathlib.Path, value: dict[str, Any]) -> None:
+    """Write an object with its checksum, whole or not at all."""
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_text(json.dumps(value | {KEY: _of_json(value)}, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def read_json(path: pathlib.Path, *, edited: bool = False) -> dict[str, Any]:
+    """Read what `write_json` wrote, without the checksum. `edited`: one without a checksum is taken as it is, for files that
+    people edit. Raises DamagedFile."""
+    try:
+        value = json.loads(path.read_bytes())
+    except ValueError as error:  # of UTF-8 too
+        reason = " ".join(str(error).split())
+        raise DamagedFile(f"{path} cannot be read as JSON ({reason}): put back a copy of it") from error
+    if not isinstance(value, dict):
+        raise DamagedFile(f"{path} is no JSON object: put back a copy of it")
+    found = value.pop(KEY, None)
+    if found is None and edited:
+        return value
+    if found != _of_json(value):
+        hint = f"; if you have edited it, take out its {KEY!r}" if edited else ""
+        raise DamagedFile(f"{path} is damaged (its CRC32C is another): put back a copy of it{hint}")
+    return value
+
+
+def _of_json(value: dict[str, Any]) -> str:
+    """Return the checksum of the values, however they are laid out in the file."""
+    return f"{crc32c(json.dumps(value, sort_keys=True).encode()):08x}"
+
+
+def crc32c(data: bytes) -> int:
+    """Return the CRC32C (Castagnoli) of `data`."""
+    return google_crc32c.value(data)
+
+
+def file_crc32c(path: pathlib.Path) -> int:
+    """Return the CRC32C of a file's bytes."""
+    crc = 0
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            crc = google_crc32c.extend(crc, chunk)
+    return crc
+
+
+def write_manifest(directory: pathlib.Path) -> None:
+    """Write `directory`/manifest.json, of all files that are there now."""
+    names = sorted(_names(directory))
+    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+        files = dict(zip(names, pool.map(lambda name: of_file(directory / name), names), strict=True))
+    write_json(directory / MANIFEST, {"files": files})
+
+
+def listed(directory: pathlib.Path) -> dict[str, tuple[int, int]]:
+    """Return {name: (bytes, CRC32C)} of the files that a directory's manifest names. Raises DamagedFile."""
+    file = directory / MANIFEST
+    try:
+        files = read_json(file)["files"]
+        return {str(name): (int(size), int(crc)) for name, (size, crc) in files.items()}
+    except OSError as error:
+        missing = isinstance(error, FileNotFoundError | NotADirectoryError)
+        raise DamagedFile(f"{file} {'is missing' if missing else error.strerror}") from error
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DamagedFile(f"{file} lists no files") from error
+
+
+def of_file(path: pathlib.Path) -> tuple[int, int]:
+    """Return (bytes, CRC32C) of a file."""
+    return path.stat().st_size, file_crc32c(path)
+
+
+def _names(directory: pathlib.Path) -> Iterator[str]:
+    for place, _, files in os.walk(directory):
+        for file in files:
+            name = (pathlib.Path(place) / file).relative_to(directory).as_posix()
+            if name != MANIFEST:
+                yield name
+
+
+def find_damage(directory: pathlib.Path, share: int = 0, shares: int = 1) -> str:
+    """Compare the files of `directory` with its manifest; return what is wrong with the first that differs, "" if none does.
+    Files that the manifest does not name are not looked at. Every one of several hosts takes one of `shares`."""
+    try:
+        files = listed(directory)
+    except DamagedFile as error:
+        return str(error).removeprefix(f"{directory}/").partition(":")[0]
+    mine = dict(sorted(files.items())[share::shares])
+    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+        found = list(pool.map(lambda item: _stat(directory / item[0]), mine.items()))
+    signature = (directory, share, shares, tuple(zip(mine.items(), found, strict=True)))
+    if signature in _intact:
+        return ""
+    for (name, (size, _)), state in zip(mine.items(), found, strict=True):
+        if state is None:
+            return f"{name} is missing"
+        if state[0] != size:
+            return f"{name} has {state[0]} bytes, not {size}"
+    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+        for reason in pool.map(lambda item: _differs(directory, item[0], item[1][1]), mine.items()):
+            if reason:
+                return reason
+    _intact.add(signature)
+    return ""
+
+
+def _stat(path: pathlib.Path) -> tuple[int, int, int] | None:
+    try:
+        state = path.stat()
+    except OSError:
+        return None
+    return state.st_size, state.st_mtime_ns, state.st_ino
+
+
+def _differs(directory: pathlib.Path, name: str, crc: int) -> str:
+    try:
+        found = file_crc32c(directory / name)
+    except OSError as error:
+        return f"{name}: {error.strerror}"
+    return "" if found == crc else f"{name} has CRC32C {found:08x}, not {crc:08x}"

@@ -1,0 +1,112 @@
+"""Files of arrays with a checksum over all their bytes, and where such files are kept.
+
+Little-endian:
+
+    MAGIC, CRC32C of all that follows (u4), length of the header (u4), the header (JSON), arrays
+"""
+
+import contextlib
+import functools
+import json
+import os
+import pathlib
+import tempfile
+import uuid
+from collections.abc import Iterable
+from typing import Any
+
+import google_crc32c
+import numpy as np
+
+from blip3o_jax.config import UserError
+
+MAGIC = b"blip3o arrays 1\n"  # with the version of the layout
+_DTYPES = ("<i8", "<u4", "|u1")  # a file may come from anywhere: no objects
+_PREFIX = len(MAGIC) + 8
+
+
+class DamagedArrays(ValueError):
+    """A file that `pack` did not make, or that has changed since."""
+
+
+def crc32c(parts: Iterable[bytes], before: int = 0) -> int:
+    """Return the CRC32C of `parts` one after the other, behind bytes that have `before`."""
+    return functools.reduce(google_crc32c.extend, parts, before)
+
+
+def pack(header: dict[str, Any], arrays: dict[str, np.ndarray]) -> bytes:
+    """Return the bytes of a file with a header that JSON can hold, and arrays of int64, uint32 or
+    uint8."""
+    layout, start, pieces = {}, 0, []
+    for name, array in arrays.items():
+        kind = {"i": "<i8", "u": "|u1" if array.dtype.itemsize == 1 else "<u4"}[array.dtype.kind]
+        raw = np.ascontiguousarray(array, kind).tobytes()
+        layout[name] = (kind, array.shape, start)
+        pieces.append(raw + bytes(-len(raw) % 8))
+        start += len(pieces[-1])
+    text = json.dumps(header | {"arrays": layout}).encode()
+    text += b" " * (-(_PREFIX + len(text)) % 8)  # so that the arrays are aligned
+    body = b"".join((len(text).to_bytes(4, "little"), text, *pieces))
+    return MAGIC + google_crc32c.value(body).to_bytes(4, "little") + body
+
+
+def unpack(
+    path: str | os.PathLike[str],
+    *,
+    check: bool = True,
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Map a file that `pack` made; return its header and arrays. `check=False` leaves its checksum
+    out.
+
+    Raises:
+      DamagedArrays: it is another kind of file, or a part of it has changed.
+      OSError: it is not there or cannot be read.
+    """
+    if os.path.getsize(path) < _PREFIX:
+        raise DamagedArrays("it is cut short")
+    raw = np.memmap(path, np.uint8, mode="r")
+    if raw[: len(MAGIC)].tobytes() != MAGIC:
+        raise DamagedArrays("it is of another version")
+    stored, length = (int(n) for n in raw[len(MAGIC) : _PREFIX].view("<u4"))
+    if check and google_crc32c.value(raw[len(MAGIC) + 4 :]) != stored:
+        raise DamagedArrays("its checksum does not match")
+    try:
+        header = json.loads(raw[_PREFIX : _PREFIX + length].tobytes())
+        body, arrays = raw[_PREFIX + length :], {}
+        for name, (kind, shape, start) in header.pop("arrays").items():
+            if kind not in _DTYPES:
+                raise DamagedArrays(f"an array of {kind}")
+            size = np.dtype(kind).itemsize * int(np.prod(shape))
+            arrays[name] = body[start : start + size].view(kind).reshape(shape)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise DamagedArrays(f"its layout makes no sense ({error})") from None
+    return header, arrays
+
+
+def write_whole(path: pathlib.Path, data: bytes) -> None:
+    """Write `data` under another name, then rename: a reader, or another host, sees all of it or
+    nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name[:100]}.{uuid.uuid4().hex}.partial")
+    try:
+        partial.write_bytes(data)
+        partial.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise
+
+
+def cache_directory() -> pathlib.Path:
+    """Return the user's directory for what can be made again; it is there and can be written to."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    mine = pathlib.Path(home, "blip3o_jax")
+    # For a read-only home, as in some containers. Others can write to the directory it lies in.
+    fallback = pathlib.Path(tempfile.gettempdir(), f"blip3o_jax-{os.getuid()}")
+    for directory in (mine, fallback):
+        with contextlib.suppress(OSError):
+            directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+            owned = directory is mine or directory.stat().st_uid == os.getuid()
+            if owned and os.access(directory, os.W_OK | os.X_OK):
+                return directory
+    raise UserError("no cache directory can be made: set XDG_CACHE_HOME to one with room")

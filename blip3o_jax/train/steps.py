@@ -1,0 +1,85 @@
+"""Steps of a checkpoint directory on disk: how one is finished, and whether it is intact.
+
+A step is finished when its directory has its final name and holds a manifest; it is intact when all files are those of the
+manifest. Resuming, sampling, exporting and `init_from` all go by that. Whoever reads a step reads its files twice, once for the
+checksums, the second time mostly from memory.
+"""
+
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from jax.experimental import multihost_utils
+
+from blip3o_jax import checksums
+from blip3o_jax.config import UserError
+from blip3o_jax.parallel.distributed import say
+
+
+class CheckedStep(ocp.path.atomicity.AtomicRenameTemporaryPath):
+    """Orbax's way of finishing a step, by a rename on host 0 when all hosts have written, in two renames: with all of Orbax's
+    own files in place and before the last name, the manifest is written. Host 0 reads the step once for that, in the
+    background. A kill in between leaves a temporary name, which is removed when the run goes on. Orbax takes this class for the
+    items inside a step too; those have no manifest of their own."""
+
+    @classmethod
+    def from_final(cls, final_path: epath.Path, **options: Any) -> "CheckedStep":
+        if not final_path.name.isdigit():
+            return super().from_final(final_path, **options)
+        between = final_path.parent / (final_path.name + ocp.path.atomicity.TMP_DIR_SUFFIX)
+        return super().from_final(between, **options)
+
+    def get_final(self) -> epath.Path:
+        between = super().get_final()
+        return between.parent / between.name.removesuffix(ocp.path.atomicity.TMP_DIR_SUFFIX)
+
+    async def finalize(self) -> None:
+        await super().finalize()
+        between = pathlib.Path(super().get_final())
+        if between != pathlib.Path(self.get_final()):
+            checksums.write_manifest(between)
+            between.rename(self.get_final())
+
+
+def all_steps(directory: pathlib.Path) -> list[int]:
+    """Return the steps that have their final name, ascending, be they intact or not."""
+    if not directory.is_dir():
+        return []
+    return sorted(int(p.name) for p in directory.iterdir() if p.name.isascii() and p.name.isdigit() and p.is_dir())
+
+
+def damage(directory: pathlib.Path, *, shared: bool = False) -> str:
+    """Return what is wrong with a step, "" if it is intact. `shared`: all hosts call this; each reads a share of the files and
+    all learn what one has found."""
+    if not shared or jax.process_count() == 1:
+        return checksums.find_damage(directory)
+    found = checksums.find_damage(directory, jax.process_index(), jax.process_count())
+    packed = np.zeros(512, np.uint8)
+    text = found.encode()[: len(packed)]
+    packed[: len(text)] = np.frombuffer(text, np.uint8)
+    reasons = (row.tobytes().rstrip(b"\0").decode(errors="replace") for row in multihost_utils.process_allgather(packed))
+    return next(filter(None, reasons), "")
+
+
+def check_intact(root: pathlib.Path, step: int, *, shared: bool = False) -> None:
+    """UserError where a step is damaged, naming the newest intact one: which weights are shown is for the user to say.
+    `shared` as of `Checkpoints.newest_intact`."""
+    reason = damage(root / str(step), shared=shared)
+    if not reason:
+        return
+    others = (other for other in reversed(all_steps(root)) if other != step)
+    intact = next((other for other in others if not damage(root / str(other), shared=shared)), None)
+    advice = "no other step is intact" if intact is None else f"{root}/{intact} is the newest step that is intact: name it"
+    raise UserError(f"{root}/{step} is damaged ({reason}): copy the checkpoint again; {advice}")
+
+
+def set_aside(directory: pathlib.Path) -> None:
+    """Rename a damaged directory to one that nothing reads, for somebody to look at."""
+    number, aside = 1, directory.with_name(f"{directory.name}.damaged")
+    while aside.exists():
+        number, aside = number + 1, directory.with_name(f"{directory.name}.damaged-{number}")
+    directory.rename(aside)
+    say(f"{directory} is set aside as {aside.name}")

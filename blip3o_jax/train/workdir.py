@@ -1,0 +1,213 @@
+"""A run's working directory: one run at a time, and none that is refused leaves anything in it.
+
+WORKDIR/lock.json names the process that writes there: host, pid and since when. Its modification time, renewed every PERIOD
+seconds, is its sign of life. A second run is refused. The lock of a process that is gone is taken over: on the same machine
+at once, on another after BOUND seconds without a sign of life, for a preempted job begins elsewhere within seconds. The lock
+needs exclusive creation and renaming alone, so that it holds on network file systems.
+"""
+
+import contextlib
+import dataclasses
+import datetime
+import json
+import os
+import pathlib
+import shutil
+import socket
+import threading
+import time
+import uuid
+
+from blip3o_jax.config import UserError
+from blip3o_jax.parallel.distributed import host, host_0_first, say
+
+LOCK = "lock.json"
+PERIOD = 10.0  # seconds between signs of life
+BOUND = 60.0  # seconds without one after which a process on another machine counts as gone
+
+
+@dataclasses.dataclass(frozen=True)
+class Owner:
+    """The process that holds a lock. `process_start` in clock ticks after the boot, None where the system does not tell;
+    `machine`: the boot and the namespace in which the pid counts. All but `seen` is what the file holds."""
+
+    host: str = "an unknown host"
+    pid: int = 0
+    process_start: int | None = None
+    machine: str = ""
+    since: str = ""
+    token: str = ""
+    seen: float = 0.0  # the file's modification time
+
+    @classmethod
+    def this_process(cls, token: str) -> "Owner":
+        since = datetime.datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
+        return cls(socket.gethostname(), os.getpid(), _process_start(os.getpid()), _machine(), since, token)
+
+    @classmethod
+    def read(cls, path: pathlib.Path) -> "Owner | None":
+        """Return the owner that a lock names, an unknown one where it names none (it is being written, or a kill cut that
+        short); None where there is no lock."""
+        try:
+            seen = path.stat().st_mtime
+            owner = cls(**json.loads(path.read_bytes()), seen=seen)
+            return owner if isinstance(owner.pid, int) and 0 < owner.pid < 2**31 else cls(seen=seen)
+        except FileNotFoundError:
+            return None
+        except (ValueError, TypeError):
+            return cls(seen=seen)
+
+    def __str__(self) -> str:
+        return f"host {self.host}, pid {self.pid}, since {self.since}"
+
+    def here(self) -> bool:
+        """Its pid is one that this process can ask about."""
+        return bool(self.machine) and (self.host, self.machine) == (socket.gethostname(), _machine())
+
+    def runs(self) -> bool:
+        """For one that is `here`: its process is there, and is not another with the same pid."""
+        try:
+            os.kill(self.pid, 0)
+        except ProcessLookupError:
+            return False
+        except OSError:  # of another user, whose /proc may be hidden
+            return _process_start(self.pid) in (None, self.process_start)
+        return _process_start(self.pid) == self.process_start
+
+
+def _machine() -> str:
+    parts = []
+    with contextlib.suppress(OSError):
+        parts.append(pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+        parts.append(os.readlink("/proc/self/ns/pid"))
+    return " ".join(parts) or socket.gethostname()
+
+
+def _process_start(pid: int) -> int | None:
+    """Return when a process began, by /proc; None where that does not tell, or for one that has ended."""
+    try:
+        fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else int(fields[19])
+
+
+class WorkdirLock:
+    """`with WorkdirLock(workdir) as lock:` holds the directory; of a job of many hosts, host 0 does.
+
+    UserError where another run holds it, or where it cannot be written to. Without `begun` set, the end removes what a start
+    that was refused has made: the directory itself and a trained text tokenizer.
+    """
+
+    def __init__(self, workdir: pathlib.Path) -> None:
+        self.begun = False
+        self._workdir, self._path = workdir, workdir / LOCK
+        self._token = uuid.uuid4().hex
+        self._made: list[pathlib.Path] = []  # directories, outermost first
+        self._had_text = True
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._renew, name="workdir-lock", daemon=True)
+
+    def __enter__(self) -> "WorkdirLock":
+        with host_0_first("lock"):
+            if host() == 0:
+                try:
+                    self._take()
+                except BaseException as error:
+                    self._leave()
+                    if not isinstance(error, OSError):
+                        raise
+                    reason = error.strerror or str(error)
+                    raise UserError(f"--workdir={self._workdir} cannot be written to ({reason}): choose another") from error
+                self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if host() == 0:
+            self._end.set()
+            self._thread.join()
+            self._leave()
+
+    def check(self) -> None:
+        """UserError where another run has taken the lock, for want of a sign of life: this one may not write any more."""
+        if host() == 0 and not self._mine():
+            owner = Owner.read(self._path)
+            now = f"now is that of {owner}" if owner else "is gone"
+            raise UserError(f"{self._path} was this run's and {now}: two runs must not write to one --workdir; this one ends")
+
+    def _take(self) -> None:
+        missing = [path for path in (self._workdir, *self._workdir.parents) if not path.exists()]
+        for path in reversed(missing):
+            path.mkdir(exist_ok=True)
+            self._made.append(path)
+        while not self._created():
+            owner = Owner.read(self._path)
+            if owner is not None and self._lives(owner):
+                raise UserError(
+                    f"--workdir={self._workdir} is in use by another run ({owner}): wait for its end, stop it, or "
+                    "choose another"
+                )
+            if owner is not None:
+                self._remove(owner)
+        self._had_text = (self._workdir / "text").exists()
+
+    def _created(self) -> bool:
+        values = dataclasses.asdict(Owner.this_process(self._token))
+        del values["seen"]
+        try:
+            descriptor = os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+        except FileExistsError:
+            return False
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(json.dumps(values) + "\n")
+        return True
+
+    def _lives(self, owner: Owner) -> bool:
+        """Of the owner's process; waits for a sign of life where nothing else can tell, BOUND seconds at most."""
+        if owner.here():
+            return owner.runs()
+        end, told = time.monotonic() + BOUND, False
+        while (left := min(owner.seen + BOUND - time.time(), end - time.monotonic())) > 0:
+            if not told:
+                say(f"{self._workdir} is locked by {owner}: waiting up to {left:.0f} s for a sign of life")
+                told = True
+            time.sleep(min(left, 1.0))
+            now = Owner.read(self._path)
+            if now is None:
+                return False
+            if (now.token, now.seen) != (owner.token, owner.seen):
+                return True
+        return False
+
+    def _remove(self, owner: Owner) -> None:
+        """Remove a dead owner's lock, unless somebody else has: of several who try, the renaming succeeds for one."""
+        aside = self._path.with_name(f"{LOCK}.{self._token}")
+        try:
+            self._path.rename(aside)
+        except FileNotFoundError:
+            return
+        taken = Owner.read(aside)
+        if taken is not None and taken.token != owner.token and not self._path.exists():
+            aside.rename(self._path)  # of one who was faster and lives
+            return
+        aside.unlink()
+        say(f"{self._workdir}: took over the lock of {owner}, which is gone")
+
+    def _renew(self) -> None:
+        while not self._end.wait(PERIOD):
+            with contextlib.suppress(OSError):  # shows in `check`, or in what else is written
+                if self._mine():
+                    os.utime(self._path)
+
+    def _mine(self) -> bool:
+        owner = Owner.read(self._path)
+        return owner is not None and owner.token == self._token
+
+    def _leave(self) -> None:
+        with contextlib.suppress(OSError):
+            if self._mine():
+                self._path.unlink()
+            if not self.begun and not self._had_text:
+                shutil.rmtree(self._workdir / "text", ignore_errors=True)
+            for path in reversed(self._made):
+                path.rmdir()  # fails where a run has left something

@@ -1,0 +1,341 @@
+"""Identity of data sets: by content, kept by copies, lost by changes, whatever names, sizes and
+times say."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+import threading
+import time
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from blip3o_jax import cli
+from blip3o_jax.config import DataConfig, SourceConfig, UserError
+from blip3o_jax.data import encoded, index, sources
+from blip3o_jax.data import tar as tar_lib
+from blip3o_jax.data.buckets import by_shape
+from blip3o_jax.data.checked_file import DamagedArrays, pack, unpack
+from blip3o_jax.data.loader import Loader
+from blip3o_jax.data.record import BadRecord, Source
+from tests import tiny
+from tests.data.test_buckets import HIGH, WIDE, png
+from tests.data.test_tar import write as write_tar
+
+TIME = (10**9, 10**9)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def picture(value: int, height: int = 20, width: int = 30) -> bytes:
+    """All of one size, whatever they show."""
+    data = png(height, width, value)
+    return data + bytes(200 - len(data))
+
+
+def folder(path: pathlib.Path, value: int = 0) -> pathlib.Path:
+    path.mkdir()
+    lines = []
+    for i in range(3):
+        (path / f"{i}.png").write_bytes(picture(40 + i + value))
+        lines.append(json.dumps({"image": f"{i}.png", "caption": f"caption {i}"}))
+    (path / "captions.jsonl").write_text("\n".join(lines))
+    return path
+
+
+def tar(path: pathlib.Path, value: int = 0, shards: int = 1) -> pathlib.Path:
+    path.mkdir()
+    for n in range(shards):
+        images = [(f"{n}-{i}.png", picture(40 + i + value)) for i in range(3)]
+        captions = [(f"{n}-{i}.txt", f"caption {i}".encode()) for i in range(3)]
+        write_tar(path / f"{n}.tar", *images, *captions)
+    return path
+
+
+def parquet(path: pathlib.Path, value: int = 0) -> pathlib.Path:
+    path.mkdir()
+    images = [picture(40 + i + value) for i in range(3)]
+    table = pa.table({"image": images, "caption": [f"caption {i}" for i in range(3)]})
+    pq.write_table(table, path / "a.parquet", row_group_size=2, compression="none", use_dictionary=False)
+    return path
+
+
+def array_record(path: pathlib.Path, value: int = 0) -> pathlib.Path:
+    import tensorflow_datasets as tfds
+
+    class Tiny(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self) -> tfds.core.DatasetInfo:
+            features = {
+                "image": tfds.features.Image(shape=(None, None, 3)),
+                "caption": tfds.features.Text(),
+            }
+            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+        def _split_generators(self, dl_manager: object) -> dict:
+            return {"train": self._generate_examples()}
+
+        def _generate_examples(self):
+            for i in range(3):
+                yield i, {"image": picture(40 + i + value), "caption": f"caption {i}"}
+
+    Tiny.__module__ = "tiny"
+    Tiny(data_dir=str(path), file_format="array_record").download_and_prepare()
+    return path
+
+
+FORMATS = [folder, tar, parquet, array_record]
+
+
+def opened(path: pathlib.Path, **options: object) -> Source:
+    return sources.open_source(SourceConfig(str(path)), **options)
+
+
+def files(path: pathlib.Path) -> list[pathlib.Path]:
+    return sorted(p for p in path.rglob("*") if p.is_file() and index.DIRECTORY not in p.parts)
+
+
+@pytest.mark.parametrize("write", FORMATS)
+def test_a_copy_is_the_same_data_with_its_index_or_without(tmp_path: pathlib.Path, write, monkeypatch) -> None:
+    source = opened(write(tmp_path / "a"))
+    shutil.copytree(tmp_path / "a", tmp_path / "bare", ignore=shutil.ignore_patterns(index.DIRECTORY))
+    shutil.copytree(tmp_path / "a", tmp_path / "whole")
+    monkeypatch.setattr(index, "SMALL", 0)
+    for copy in ("bare", "whole"):
+        for file in files(tmp_path / copy):
+            os.utime(file, TIME)
+    assert opened(tmp_path / "bare").fingerprint == source.fingerprint
+    monkeypatch.setattr(index, "_build", lambda *args: pytest.fail("the data was read again"))
+    copy = opened(tmp_path / "whole")
+    assert copy.fingerprint == source.fingerprint and copy[2].caption == "caption 2"
+    state = Loader([(source, 1.0)], dict, DataConfig(), 0).state()
+    Loader([(copy, 1.0)], dict, DataConfig(), 0).restore(json.loads(json.dumps(state)))
+
+
+@pytest.mark.parametrize("write", FORMATS)
+def test_equal_names_sizes_and_times_are_not_the_same_data(tmp_path: pathlib.Path, write) -> None:
+    """They shared the encoders' cache and the file of shapes."""
+    both = []
+    for n, value in enumerate((0, 100)):
+        path = write(tmp_path / "ab"[n], value)
+        for file in files(path):
+            os.utime(file, TIME)
+        both.append(path)
+    shards = [[(p.name, p.stat().st_size) for p in files(path) if p.suffix != ".json"] for path in both]
+    assert shards[0] == shards[1], "the test is about such sets"
+    first, second = map(opened, both)
+    assert first.fingerprint != second.fingerprint
+    assert encoded.directory_name(first, {}) != encoded.directory_name(second, {})
+    with pytest.raises(UserError, match=r"b: its content is another \(.*/a then\), 3 records then, 3 now"):
+        Loader([(second, 1.0)], dict, DataConfig(), 0).restore(Loader([(first, 1.0)], dict, DataConfig(), 0).state())
+
+
+def replace(path: pathlib.Path, old: bytes, new: bytes) -> None:
+    """In the one file that has it; without another size."""
+    for file in files(path):
+        if old in (data := file.read_bytes()):
+            file.write_bytes(data.replace(old, new))
+            return
+    raise AssertionError(f"{old} is nowhere")
+
+
+@pytest.mark.parametrize("write", [tar, parquet, folder])
+def test_a_record_that_changed_is_bad_until_the_set_is_indexed_anew(tmp_path: pathlib.Path, write, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(index, "SMALL", 0)
+    path = write(tmp_path / "a")
+    before = opened(path)
+    if write is folder:  # whose captions are read at opening
+        replace(path, picture(41), picture(141))
+    else:
+        replace(path, b"caption 1", b"caption 7")
+    source = opened(path)
+    assert source.fingerprint == before.fingerprint and source[0].caption == "caption 0"
+    with pytest.raises(
+        BadRecord,
+        match=rf"not those that were indexed; .* `blip3o data index {path}` indexes it anew",
+    ):
+        source[1]
+    capsys.readouterr()
+    assert cli.main(["data", "index", str(path)]) == 0
+    after = opened(path)
+    assert f"3 records, digest {after.fingerprint}" in capsys.readouterr().out
+    assert after.fingerprint != before.fingerprint and after[1].caption == f"caption {1 if write is folder else 7}"
+
+
+def test_a_change_of_size_or_of_captions_is_seen_at_opening(tmp_path: pathlib.Path, capsys) -> None:
+    path = tar(tmp_path / "a")
+    first = opened(path).fingerprint
+    replace(path, b"caption 1", b"caption 7")  # of a small shard the time of change tells it
+    second = opened(path).fingerprint
+    assert f"{path}: indexed anew: {path}/0.tar changed without another size" in capsys.readouterr().err
+    write_tar(path / "0.tar", ("x.png", bytes(10**5)), ("x.txt", b"x"))
+    assert len({first, second, opened(path).fingerprint}) == 3
+    assert f"{path}: indexing anew: {path}/0.tar: its size was" in capsys.readouterr().err
+    path = folder(tmp_path / "b")
+    seen = {opened(path).fingerprint}
+    replace(path, b"caption 1", b"caption 7")
+    seen.add(opened(path).fingerprint)
+    assert "captions.jsonl: it is not as it was indexed" in capsys.readouterr().err
+    (path / "1.png").unlink()
+    lacking = opened(path)
+    seen.add(lacking.fingerprint)
+    assert "the size of 1.png was" in capsys.readouterr().err and lacking.incomplete == 1
+    with pytest.raises(BadRecord, match=r"1.png: the image cannot be read: No such file"):
+        lacking[1]
+    (path / "1.png").write_bytes(picture(41))
+    with pytest.raises(BadRecord, match=r"1.png: it could not be read when the set was indexed, now it can"):
+        lacking[1]
+    assert opened(path)[1].caption == "caption 7" and len(seen) == 3
+    assert opened(path, anew=index.ALL).fingerprint not in (first, lacking.fingerprint)
+
+
+def test_shapes_and_buckets_are_told_apart_by_content(tmp_path: pathlib.Path, cache: pathlib.Path) -> None:
+    """One set is wide where the other is high: the file of shapes of the first is none for the
+    second."""
+    config = tiny.run_config(model={"buckets": (WIDE, HIGH)})
+    found = []
+    for name, shape in (("a", (20, 30)), ("b", (30, 20))):
+        path = tmp_path / name
+        path.mkdir()
+        (path / "0.png").write_bytes(picture(40, *shape))
+        (path / "captions.jsonl").write_text('{"image": "0.png", "caption": "c"}')
+        for file in files(path):
+            os.utime(file, TIME)
+        found += by_shape([(opened(path), 1.0)], config.model)
+    assert [source.shape for ((source, _),) in found] == [WIDE, HIGH]
+    assert found[0][0][0].fingerprint != found[1][0][0].fingerprint
+    for file in cache.rglob("shapes-*"):  # damage is no shape
+        data = bytearray(file.read_bytes())
+        data[-8] ^= 1
+        file.write_bytes(data)
+    assert by_shape([(opened(tmp_path / "a"), 1.0)], config.model)[0][0][0].shape == WIDE
+
+
+def test_an_index_that_is_damaged_anywhere_is_made_anew(tmp_path: pathlib.Path, capsys) -> None:
+    path = tar(tmp_path / "a")
+    digest = opened(path).fingerprint
+    [file] = (path / index.DIRECTORY).iterdir()
+    whole = file.read_bytes()
+    for place in range(0, len(whole), 37):
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+        with pytest.raises(DamagedArrays):
+            unpack(file)
+    for cut in (0, 10, len(whole) - 1):
+        file.write_bytes(whole[:cut])
+        assert opened(path).fingerprint == digest
+        assert f"{file}: the index cannot be used" in capsys.readouterr().err and file.read_bytes() == whole
+    # Whole, but of other data: a shard copied over, or somebody's idea of a joke.
+    header, arrays = unpack(file)
+    for name, value in (("offsets", 2**62), ("sizes", 2**62)):
+        file.unlink()  # what is mapped stays as it is
+        file.write_bytes(pack(header, arrays | {name: np.full_like(arrays[name], value)}))
+        assert opened(path)[0].caption == "caption 0" and "indexing anew" in capsys.readouterr().err
+
+
+def test_a_directory_that_cannot_be_written_to_has_its_index_in_the_users_cache(tmp_path: pathlib.Path, cache) -> None:
+    path = tar(tmp_path / "a")
+    (path / index.DIRECTORY).write_text("no directory")
+    digest = opened(path).fingerprint
+    [file] = (cache / "blip3o_jax" / "index").iterdir()
+    before = file.stat().st_mtime_ns
+    assert opened(path).fingerprint == digest and file.stat().st_mtime_ns == before
+    file.unlink()
+    file.parent.rmdir()
+    file.parent.write_text("no directory")
+    with pytest.raises(
+        UserError,
+        match=r"0.tar: its index can be written nowhere \(.*make room or set XDG_CACHE_HOME",
+    ):
+        opened(path)
+
+
+@pytest.fixture
+def built(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The shards that were read, in their order."""
+    names, build = [], index._build
+
+    def counted(shard: str, *args):
+        names.append(pathlib.Path(shard).name)
+        time.sleep(0.1 * (int(names[-1][0]) % 2))  # longer than the other host takes for its own
+        return build(shard, *args)
+
+    monkeypatch.setattr(index, "_build", counted)
+    return names
+
+
+def test_what_was_indexed_before_a_stop_is_not_read_again(
+    tmp_path: pathlib.Path,
+    built: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tar_lib, "FORMAT", dataclasses.replace(tar_lib.FORMAT, threads=1))
+    path = tar(tmp_path / "a", shards=4)
+    whole = (path / "2.tar").read_bytes()
+    (path / "2.tar").write_bytes(whole[:5000])
+    with pytest.raises(UserError, match=r"2.tar: cut off"):
+        opened(path)
+    (path / "2.tar").write_bytes(whole)
+    built.clear()
+    assert len(opened(path)) == 12 and built == ["2.tar", "3.tar"]
+    assert not list(path.rglob("*.partial"))
+
+
+def test_hosts_share_the_work(tmp_path: pathlib.Path, built: list[str]) -> None:
+    path = tar(tmp_path / "a", shards=5)
+    barrier, digests = threading.Barrier(2), {}
+
+    def host(number: int) -> None:
+        digests[number] = opened(path, hosts=index.Hosts(number, 2, barrier.wait)).fingerprint
+
+    threads = [threading.Thread(target=host, args=(n,)) for n in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(built) == [f"{n}.tar" for n in range(5)]
+    assert digests[0] == digests[1] == opened(path).fingerprint
+
+
+def test_paths_stay_inside_the_set(tmp_path: pathlib.Path) -> None:
+    path = folder(tmp_path / "a")
+    (tmp_path / "secret.png").write_bytes(png(20, 30))
+    (path / "out.png").symlink_to(tmp_path / "secret.png")
+    (path / "in.png").symlink_to("0.png")
+    os.mkfifo(path / "pipe.png")
+    names = [
+        "in.png",
+        "../a/0.png",
+        "../secret.png",
+        str(tmp_path / "secret.png"),
+        "out.png",
+        "pipe.png",
+        "a\0b",
+        "\ud800",
+    ]
+    lines = [json.dumps({"image": name, "caption": "c"}) for name in names]
+    (path / "captions.jsonl").write_text("\n".join(lines))
+    source = opened(path)
+    assert [source[n].image for n in range(2)] == [picture(40)] * 2
+    for n in range(2, 5):
+        with pytest.raises(BadRecord, match=r"leads out of the data set, to .*secret.png: set data.images") as caught:
+            source[n]
+        assert caught.value.key == names[n]
+    for n in range(5, 8):
+        with pytest.raises(BadRecord, match="the image cannot be read"):
+            source[n]
+    elsewhere = sources.open_source(SourceConfig(str(path), images=str(tmp_path)))
+    images = [elsewhere[n].image for n in (0, 2, 3, 4)]
+    assert images == [picture(40), *[png(20, 30)] * 3], "paths may lead into data.images, and are looked for there first"
+    (tmp_path / "in.png").write_bytes(png(20, 30, 7))
+    assert sources.open_source(SourceConfig(str(path), images=str(tmp_path)))[0].image == png(20, 30, 7)
+    with pytest.raises(UserError, match=r"data.images=nowhere is not a directory"):
+        sources.open_source(SourceConfig(str(path), images="nowhere"))

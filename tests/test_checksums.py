@@ -1,0 +1,78 @@
+"""Damage is found whatever it is, and named."""
+
+import json
+import re
+
+import pytest
+
+from blip3o_jax import checksums
+from blip3o_jax.checksums import DamagedFile
+
+
+def flip(file, bit):
+    data = bytearray(file.read_bytes())
+    data[bit // 8] ^= 1 << bit % 8
+    file.write_bytes(data)
+
+
+def test_crc32c_is_castagnolis():
+    """The check value of RFC 3720, and a file as its bytes."""
+    assert checksums.crc32c(b"123456789") == 0xE3069283
+
+
+def test_no_bit_of_a_json_file_flips_unseen(tmp_path):
+    """But for those that are no value: a blank, the case of an exponent's e."""
+    file, value = tmp_path / "a.json", {"rate": 1e-05, "names": ["a", None]}
+    checksums.write_json(file, value)
+    text = file.read_text()
+    for bit in range(0, 8 * len(text), 3):
+        flip(file, bit)
+        try:
+            assert checksums.read_json(file) == value
+        except DamagedFile as error:
+            assert str(error).startswith(f"{file} ") and "\n" not in str(error)
+        file.write_text(text)
+
+
+def test_a_file_that_people_edit(tmp_path):
+    file = tmp_path / "config.json"
+    checksums.write_json(file, {"a": 1})
+    values = json.loads(file.read_text()) | {"a": 2}
+    file.write_text(json.dumps(values))
+    with pytest.raises(DamagedFile, match="if you have edited it, take out its 'crc32c'"):
+        checksums.read_json(file, edited=True)
+    del values["crc32c"]
+    file.write_text(json.dumps(values))
+    assert checksums.read_json(file, edited=True) == {"a": 2}
+    with pytest.raises(DamagedFile, match="is damaged"):
+        checksums.read_json(file)
+
+
+def truncate(file):
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+@pytest.mark.parametrize(
+    ("name", "spoil", "reason"),
+    [
+        ("a/one", lambda file: flip(file, 3), r"a/one has CRC32C \w{8}, not \w{8}"),
+        ("a/one", truncate, "a/one has 2 bytes, not 3"),
+        ("two", lambda file: file.unlink(), "two is missing"),
+        ("manifest.json", lambda file: file.unlink(), "manifest.json is missing"),
+        ("manifest.json", lambda file: file.write_text("{}"), r"manifest.json is damaged .*"),
+        ("manifest.json", lambda file: checksums.write_json(file, {}), "manifest.json lists no files"),
+    ],
+)
+def test_a_manifest_finds_what_is_wrong(tmp_path, name, spoil, reason):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "one").write_bytes(b"one")
+    (tmp_path / "two").write_bytes(b"")
+    checksums.write_manifest(tmp_path)
+    assert checksums.find_damage(tmp_path) == ""
+    spoil(tmp_path / name)
+    shares = [checksums.find_damage(tmp_path, share, 2) for share in range(2)]
+    found = [text for text in shares if text]
+    # Of several hosts the one whose share it is finds it; without a manifest all do.
+    assert len(found) == (2 if name == "manifest.json" else 1)
+    assert re.fullmatch(reason, found[0]), found
+    assert checksums.find_damage(tmp_path) == found[0]
