@@ -19,7 +19,8 @@ from starlette.routing import Route
 
 from blip3o_jax import serving
 from blip3o_jax.config import UserError
-from blip3o_jax.serving import Background, ConnectionLimits, MemoryBudget, Refused, Service
+from blip3o_jax.connections import BUSY, ConnectionLimits
+from blip3o_jax.serving import Background, MemoryBudget, Refused, Service
 
 LIMITS = ConnectionLimits(
     max_connections=8,
@@ -248,7 +249,7 @@ def test_where_all_are_at_work_a_new_one_is_told_to_come_back(service, registry)
             stack.enter_context(connected(service)).sendall(request)
         until(lambda: service.connections == LIMITS.max_connections)
         until(lambda: len(service._server.server_state.tasks) == LIMITS.max_connections)
-        assert raw(service, request) == serving.BUSY
+        assert raw(service, request) == BUSY
     until(lambda: service.connections == 0)  # who leaves is not worked for
     until(lambda: not service._server.server_state.tasks)
     left = registry.get_sample_value("t_requests_total", {"status": "499"})
