@@ -207,6 +207,10 @@ class Service:
                 await self._app(scope, answer.receive, answer.send)
         except _ClientStuck:
             pass
+        except asyncio.CancelledError:  # the time for requests at hand is over
+            if answer.status is None:
+                ending = Refused(503, "the service is ending: try again later")
+                await _refusal(ending)(scope, answer.receive, answer.send)
         except Exception:
             logging.exception("a request failed")
         finally:
