@@ -52,7 +52,13 @@ def _by_group(config: Config, model: Blip3o) -> TrainState:
     return {"params": nnx.to_pure_dict(params), "frozen": nnx.to_pure_dict(frozen)}
 
 
-def _draw_part(config: Config, plan: StatePlan, part: str, taken: TrainState, options: dict[str, Any]) -> TrainState:
+def _draw_part(
+    config: Config,
+    plan: StatePlan,
+    part: str,
+    taken: TrainState,
+    options: dict[str, Any],
+) -> TrainState:
     """Return the initial weights of `part` without those in `taken`, each array made in its own shards."""
 
     def own(tree: TrainState) -> TrainState:
@@ -121,8 +127,8 @@ def create_state(
     # Runs once, so on CPUs, whose compiler takes its time over random numbers, it is not worth optimising.
     options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else {}
     weights = taken
-    # A program for each part: XLA's CPU compiler takes time that grows with the square of the number of
-    # random arrays, and from the compile cache a part is had by every run that has it.
+    # A program for each part: XLA's CPU compiler takes time that grows with the square of the number
+    # of random arrays, and the compile cache gives a part to every run that has it.
     for part in stage_parts(config):
         weights = merge_trees(weights, _draw_part(config, plan, part, taken, options))
     if config.checkpoint.image_rows == "codes":
