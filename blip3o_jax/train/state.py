@@ -12,7 +12,7 @@ bad_records    int32, records skipped because they could not be read
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -44,8 +44,8 @@ class StatePlan:
         return nnx.merge(self.graphdef, params, frozen)
 
 
-def _build(config: Config) -> Blip3o:
-    return Blip3o(config.model, stage_parts(config), seed=config.seed)
+def _build(config: Config, parts: Iterable[str] | None = None) -> Blip3o:
+    return Blip3o(config.model, parts or stage_parts(config), seed=config.seed)
 
 
 def _by_group(config: Config, model: Blip3o) -> TrainState:
@@ -53,8 +53,24 @@ def _by_group(config: Config, model: Blip3o) -> TrainState:
     return {"params": nnx.to_pure_dict(params), "frozen": nnx.to_pure_dict(frozen)}
 
 
-def _weights(config: Config) -> TrainState:
-    return _by_group(config, _build(config))
+def _draw_part(
+    config: Config,
+    plan: StatePlan,
+    part: str,
+    taken: TrainState,
+    options: dict[str, Any],
+) -> TrainState:
+    """Return the initial weights of `part` without those in `taken`, each array made in its own shards."""
+
+    def own(tree: TrainState) -> TrainState:
+        parts = {group: {part: tree[group][part]} if part in tree[group] else {} for group in WEIGHTS}
+        return {group: without(parts[group], taken[group]) for group in WEIGHTS}
+
+    at = own(plan.shardings)
+    if not jax.tree.leaves(at):
+        return at
+    draw = lambda: own(_by_group(config, _build(config, (part,))))
+    return jax.jit(draw, out_shardings=at, compiler_options=options)()
 
 
 def _rest(config: Config, optimizer: optax.GradientTransformation, params: Any) -> TrainState:
@@ -109,11 +125,13 @@ def create_state(
     if config.checkpoint.image_rows == "codes" and image_first is None:
         raise ValueError("create_state: checkpoint.image_rows='codes' needs image_first, the vocabulary id of code 0")
     taken = {group: {part: tree[group] for part, tree in (given or {}).items() if group in tree} for group in WEIGHTS}
-    own = lambda tree: {group: without(tree[group], taken[group]) for group in WEIGHTS}
     # Runs once, so on CPUs, whose compiler takes its time over random numbers, it is not worth optimising.
     options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else {}
-    draw = jax.jit(lambda: own(_weights(config)), out_shardings=own(plan.shardings), compiler_options=options)
-    weights = merge_trees(draw(), taken)
+    weights = taken
+    # A program for each part: XLA's CPU compiler takes time that grows with the square of the number
+    # of random arrays, and the compile cache gives a part to every run that has it.
+    for part in stage_parts(config):
+        weights = merge_trees(weights, _draw_part(config, plan, part, taken, options))
     if config.checkpoint.image_rows == "codes":
         ar = lambda tree: {group: tree[group]["ar"] for group in WEIGHTS if "ar" in tree[group]}
 
