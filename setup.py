@@ -41,6 +41,8 @@ setup(
         # protobuf: the version that sentencepiece's own description of its models is compiled for.
         "convert": ["torch>=2.6", "transformers>=5.0,<6", "diffusers>=0.36,<0.43", "safetensors>=0.5", "protobuf>=7.36"],
         "rl": ["rapidocr>=3.10,<4", "onnxruntime>=1.20"],
+        # uvicorn: its connection is subclassed (serving.py).
+        "serve": ["starlette>=1,<2", "uvicorn>=0.54,<1", "prometheus-client>=0.22,<1"],
         "test": [
             "pytest>=8.3",
             "ruff>=0.15",
@@ -54,7 +56,11 @@ setup(
             "protobuf>=7.36",
             "rapidocr>=3.10,<4",
             "onnxruntime>=1.20",
+            "starlette>=1,<2",
+            "uvicorn>=0.54,<1",
+            "prometheus-client>=0.22,<1",
+            "psutil>=6",
         ],
     },
-    entry_points={"console_scripts": ["blip3o=blip3o_jax.cli:main"]},
+    entry_points={"console_scripts": ["blip3o=blip3o_jax.__main__:run"]},
 )

@@ -1,8 +1,19 @@
-"""`python -m blip3o_jax`: the same as the `blip3o` command."""
+"""The `blip3o` command, also as `python -m blip3o_jax`."""
 
-import sys
+from blip3o_jax import exits
 
-from blip3o_jax.cli import main
+
+def run() -> None:
+    """Runs the command and ends the process, in one line for whatever a user can cause, Ctrl-C at any moment among it."""
+    exits.install()
+
+    def main() -> int:
+        from blip3o_jax import cli
+
+        return cli.main()
+
+    exits.run(main)
+
 
 if __name__ == "__main__":  # worker processes import this module; only the parent runs the command
-    sys.exit(main())
+    run()

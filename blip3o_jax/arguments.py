@@ -43,6 +43,13 @@ def text(value: str) -> str:
     return _accepted(value, fields.Text, value)
 
 
+def word(value: str) -> str:
+    """Return text that is not empty: a name, a host."""
+    if not value.strip():
+        raise argparse.ArgumentTypeError("it is empty")
+    return text(value)
+
+
 def path(value: str) -> Path:
     """Return a path of this machine's file system.
 
@@ -64,8 +71,11 @@ def config_path(value: str) -> str:
 
 
 def names(value: str) -> tuple[str, ...]:
-    """Return the names of a list with commas between."""
-    return tuple(name.strip() for name in text(value).split(",") if name.strip())
+    """Return the names of a list with commas between; one at least."""
+    found = tuple(name.strip() for name in text(value).split(",") if name.strip())
+    if not found:
+        raise argparse.ArgumentTypeError(f"{fields.shown(value)} names nothing: leave the flag out for all")
+    return found
 
 
 def address(value: str) -> str:

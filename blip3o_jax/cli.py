@@ -14,12 +14,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from blip3o_jax import __version__, arguments, cli_bench, cli_convert, cli_rl
+from blip3o_jax import __version__, arguments, cli_bench, cli_convert, cli_rl, exits, files
 from blip3o_jax.config import SamplingConfig, UserError
 from blip3o_jax.fields import INT32, UINT32, shown
 
-# What the file system says about a path the user named.
-_PATH_ERRORS = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 _SAMPLING = ("steps", "guidance", "reference_guidance", "token_guidance", "temperature", "top_k", "top_p", "batch_size")
 
 _SEED = arguments.whole(0, UINT32)
@@ -52,28 +50,57 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the process's exit status: 0, 1 (a comparison failed), 2 (a user's error), 75 (stopped by
-    SIGTERM after saving; run it again), 130 (Ctrl-C)."""
+    SIGTERM; run it again), 130 (Ctrl-C), 137 (another host was lost; run it again), 141 (nobody reads the output)."""
     args = parse(sys.argv[1:] if argv is None else argv)
+    exits.process.report = lambda error: _report(error, args)
+    exits.process.again = args.after_interrupt
+    if args.run in (_train, _rl):
+        exits.listen_for_stop(f"stopped by SIGTERM, with nothing to save yet; {args.after_interrupt}")
     try:
+        _check_out(args)
         return args.run(args) or 0
     except BaseException as error:
-        status = _report(error, args)
+        status = exits.process.tell(error)
         if status is None:
             raise
         return status
 
 
 def _report(error: BaseException, args: argparse.Namespace) -> int | None:
-    """Tells a user's error or Ctrl-C in one line and returns the exit status; None for anything else."""
+    """Tells a user's error, a signal or a lost host in one line and returns the exit status; None for a bug."""
     if isinstance(error, KeyboardInterrupt):
-        print(f"\nblip3o: interrupted; {args.after_interrupt}", file=sys.stderr)
-        return 130
-    if not isinstance(error, (UserError, *_PATH_ERRORS)):
+        exits.process.print_line(f"blip3o: interrupted; {args.after_interrupt}")
+        return exits.INTERRUPTED
+    if exits.is_broken_pipe(error):
+        return exits.BROKEN_PIPE
+    if isinstance(error, exits.Ended):
+        exits.process.print_line(f"blip3o: {_one_line(error)}")
+        return error.status
+    line = _line(error, args)
+    if line is None:
         return None
     if os.environ.get("BLIP3O_TRACEBACK") == "1":
         traceback.print_exception(error)
-    print(f"blip3o: error: {_one_line(error)}", file=sys.stderr)
-    return 2
+    exits.process.print_line(f"blip3o: error: {line}")
+    return exits.USER_ERROR
+
+
+def _line(error: BaseException, args: argparse.Namespace) -> str | None:
+    """What is wrong and what to do, where a user can cause it."""
+    if isinstance(error, UserError):
+        return _one_line(error)
+    found = files.system_error(error)
+    if found is None:
+        return None
+    if found.filename is None and getattr(args, "out", None):
+        found.filename = str(args.out)
+    return files.describe(found) + (f"; {args.after_interrupt}" if found.errno in files.TROUBLE else "")
+
+
+def _check_out(args: argparse.Namespace) -> None:
+    """Where output goes is looked at before anything is computed."""
+    if getattr(args, "out", None) is not None:
+        (files.check_out_file if args.out_is_file else files.check_out_directory)(args.out)
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -128,7 +155,7 @@ def _command(commands: Any, name: str, run: Callable, help: str, description: st
     description = textwrap.fill(f"{help[0].upper()}{help[1:]}. {description}", 100)
     parser = commands.add_parser(name, help=help, description=description)
     parser.set_defaults(run=run, after_interrupt=again or "run the same command again to start over")
-    parser.set_defaults(flags_of_a_run=())
+    parser.set_defaults(flags_of_a_run=(), out_is_file=False)
     return parser
 
 
@@ -196,7 +223,7 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
         "any field of the config can be set, and a later flag wins:\n"
         "  --config.optimizer.learning_rate=1e-4  --config.data.path=photos.tar\n"
-        '  --config.model.vae.encoder_block_out_channels="(16, 32)"'
+        "  --config.trainable=\"('ar/.*', 'connector/.*')\""
     )
 
 
@@ -258,7 +285,9 @@ def _add_sample(commands: Any) -> None:
 
 
 def _add_drawing(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", type=arguments.path, required=True, metavar="DIR", help="where the images are written")
+    parser.add_argument(
+        "--out", type=arguments.path, required=True, metavar="DIR", help="for the images, in place of an earlier run's"
+    )
     parser.add_argument(
         "--size", type=arguments.size, metavar="HxW", help="pixels (nearest to the image given, of the model's sizes)"
     )
@@ -359,7 +388,7 @@ def _add_evaluate(commands: Any) -> None:
     )
     parser.add_argument(
         "--suite",
-        type=arguments.text,
+        type=arguments.word,
         required=True,
         metavar="NAME[,OPTION=VALUE]",
         help="a suite of its own, or a reward and its options",
@@ -475,10 +504,11 @@ def _on_all_hosts(args: argparse.Namespace, stages: dict[str, Any], run: Callabl
 
     def job() -> None:
         distributed.agree({name: config.to_dict(stage) for name, stage in stages.items()}, workdir.absolute())
-        run(workdir)
+        with files.writing(workdir):
+            run(workdir)
 
     distributed.keep_programs(args.compile_cache)
-    return distributed.run(launch, job, lambda error: _report(error, args))
+    return distributed.run(launch, job)
 
 
 def _sample(args: argparse.Namespace) -> None:
@@ -554,7 +584,5 @@ def _default_workdir(config: str) -> Path:
     return Path("runs") / "-".join(name for name in names if name)
 
 
-def _one_line(error: Exception) -> str:
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
+def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from blip3o_jax import arguments
-from blip3o_jax.config import MeshConfig, SamplingConfig, UserError
+from blip3o_jax.config import MeshConfig, SamplingConfig
 
 _NUMBERS = ("rounds", "batch_size", "threads", "jax_devices")
 
@@ -38,7 +38,7 @@ def _add_peer(kinds: Any, command: Callable) -> None:
     parser.add_argument("--out", type=arguments.path, required=True, metavar="DIR", help="where the report is written")
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu", help="(%(default)s)")
     parser.add_argument(
-        "--items", type=arguments.text, default="", metavar="NAMES", help="some of the items only, with commas between (all)"
+        "--items", type=arguments.names, default=(), metavar="NAMES", help="some of the items only, with commas between (all)"
     )
     parser.add_argument(
         "--rounds", type=arguments.whole(1, 10**6), default=7, metavar="N", help="turns of each side (%(default)s)"
@@ -105,7 +105,7 @@ def _add_sharding(kinds: Any, command: Callable) -> None:
         help="a file under configs/, and its argument",
     )
     parser.add_argument(
-        "--topology", type=arguments.text, default="", metavar="LIST", help="chips along each axis: v5p:8x8x8,v6e:16x16"
+        "--topology", type=arguments.names, default=(), metavar="LIST", help="chips along each axis: v5p:8x8x8,v6e:16x16"
     )
     parser.add_argument(
         "--slices",
@@ -115,7 +115,7 @@ def _add_sharding(kinds: Any, command: Callable) -> None:
         help="of that topology each (%(default)s)",
     )
     parser.add_argument(
-        "--strategy", type=arguments.text, default="", metavar="LIST", help="with commas between (fsdp,fsdp_tp,fsdp_sp,dp)"
+        "--strategy", type=arguments.names, default=(), metavar="LIST", help="with commas between (fsdp,fsdp_tp,fsdp_sp,dp)"
     )
     parser.add_argument(
         "--step", type=arguments.text, default="train", metavar="train|rollout", help="what is compiled (%(default)s)"
@@ -151,8 +151,8 @@ def _sharding(args: argparse.Namespace) -> None:
     from blip3o_jax.bench.sharding import grid
 
     options = grid.Options(
-        topologies=arguments.names(args.topology),
-        strategies=arguments.names(args.strategy) or grid.STRATEGIES,
+        topologies=args.topology,
+        strategies=args.strategy or grid.STRATEGIES,
         slices=args.slices,
         batch_per_chip=None if args.batch_per_chip == "max" else args.batch_per_chip,
         largest_batch=args.batch_per_chip == "max",
@@ -163,7 +163,7 @@ def _sharding(args: argparse.Namespace) -> None:
         schedules=not args.no_schedules,
     )
     names = ("config", "topology", "slices", "strategy", "step", "batch_per_chip", "measure", "out")
-    flags = [f"--{name}={getattr(args, name)}" for name in names if getattr(args, name)]
+    flags = [f"--{name}={_written(getattr(args, name))}" for name in names if getattr(args, name)]
     flags += ["--keep_hlo"] * args.keep_hlo + ["--no_schedules"] * args.no_schedules
     flags += [f"--config.{key}={value}" for key, value in args.overrides]
     command = shlex.join(["blip3o", "bench", "sharding", *flags])
@@ -184,7 +184,7 @@ def _add_anchors(kinds: Any, command: Callable) -> None:
     )
     parser.add_argument("--out", type=arguments.path, required=True, metavar="DIR", help="where the report is written")
     parser.add_argument(
-        "--only", type=arguments.text, default="", metavar="LIST", help="names of anchors, with commas between (all)"
+        "--only", type=arguments.names, default=(), metavar="LIST", help="names of anchors, with commas between (all)"
     )
     parser.add_argument("--keep_hlo", action="store_true", help="write each compiled program's text there too")
 
@@ -192,12 +192,9 @@ def _add_anchors(kinds: Any, command: Callable) -> None:
 def _anchors(args: argparse.Namespace) -> None:
     from blip3o_jax.bench.sharding import anchors
 
-    only = arguments.names(args.only)
-    if args.only and not only:
-        raise UserError(f"bench anchors: --only={args.only} names no anchor: leave it out for all of them")
-    flags = [f"--out={args.out}"] + [f"--only={args.only}"] * bool(args.only) + ["--keep_hlo"] * args.keep_hlo
+    flags = [f"--out={args.out}"] + [f"--only={_written(args.only)}"] * bool(args.only) + ["--keep_hlo"] * args.keep_hlo
     command = shlex.join(["blip3o", "bench", "anchors", *flags])
-    anchors.print_report(anchors.bench(args.out, only, command, keep_hlo=args.keep_hlo))
+    anchors.print_report(anchors.bench(args.out, args.only, command, keep_hlo=args.keep_hlo))
 
 
 def _add_rl(kinds: Any, command: Callable) -> None:
@@ -224,6 +221,11 @@ def _rl(args: argparse.Namespace) -> None:
     flags = [f"--config={args.config}", *(f"--config.{key}={value}" for key, value in args.overrides)]
     command = shlex.join(["blip3o", "bench", "rl", *flags, f"--rounds={args.rounds}", f"--out={args.out}"])
     rl_step.print_report(rl_step.bench(config, args.out, rounds=args.rounds, command=command))
+
+
+def _written(value: Any) -> str:
+    """Return a flag's value as a command line has it."""
+    return ",".join(value) if isinstance(value, tuple) else str(value)
 
 
 def _batch(text: str) -> int | str:
@@ -253,7 +255,7 @@ def _peer(args: argparse.Namespace) -> None:
         batch_size=args.batch_size,
         threads=args.threads,
         jax_devices=args.jax_devices,
-        items=arguments.names(args.items) or turns.ITEMS,
+        items=args.items or turns.ITEMS,
         compiled=not args.eager_only,
     )
     report = turns.bench(args.torch, args.jax, args.out, options, _command_line(args))
@@ -263,5 +265,5 @@ def _peer(args: argparse.Namespace) -> None:
 def _command_line(args: argparse.Namespace) -> str:
     """What to type for the same again."""
     flags = [f"--{name}={getattr(args, name)}" for name in ("torch", "jax", "out", "device", *_NUMBERS)]
-    flags += [f"--items={args.items}"] * bool(args.items) + ["--eager_only"] * args.eager_only
+    flags += [f"--items={_written(args.items)}"] * bool(args.items) + ["--eager_only"] * args.eager_only
     return shlex.join(["blip3o", "bench", "peer", *flags])

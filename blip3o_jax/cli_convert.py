@@ -42,6 +42,12 @@ def _add_source(parser: argparse.ArgumentParser, flag: str) -> None:
         "select_layer, l2_normalized",
     )
     parser.add_argument(
+        "--variant",
+        default="",
+        metavar="NAME",
+        help="weights to take where a directory has several: bf16 for model.bf16.safetensors (the ones without a name)",
+    )
+    parser.add_argument(
         "--initialise",
         type=arguments.names,
         default=(),
@@ -104,6 +110,7 @@ def _add_verify(ways: Any, command: Callable) -> None:
     _add_source(parser, "--torch")
     parser.add_argument("--jax", type=arguments.path, required=True, metavar="CKPT", help="a working directory or checkpoint")
     parser.add_argument("--out", type=arguments.path, metavar="FILE.json", help="the numbers, as JSON")
+    parser.set_defaults(out_is_file=True)
     parser.add_argument("--parts", type=arguments.names, default=(), metavar="NAMES", help="some of the parts only (all)")
     parser.add_argument("--ema", action="store_true", help="compare the averaged weights")
     parser.add_argument("--seed", type=arguments.whole(0, UINT32), default=0, help="of the inputs (%(default)s)")
@@ -119,6 +126,7 @@ def _import(args: argparse.Namespace) -> None:
         ta_tok=args.ta_tok,
         ta_tok_config=args.ta_tok_config,
         initialise=args.initialise,
+        variant=args.variant,
         dtype=args.dtype,
     )
     _print_notes(source.notes)
@@ -155,8 +163,6 @@ def _verify(args: argparse.Namespace) -> int:
     from blip3o_jax.convert.verify import verify
     from blip3o_jax.train.checkpoint import write_json
 
-    if args.out and (args.out.is_dir() or not args.out.absolute().parent.is_dir()):
-        raise UserError(f"--out={args.out} must be a file in a directory that is there")
     report = verify(
         args.torch,
         args.jax,
@@ -164,6 +170,7 @@ def _verify(args: argparse.Namespace) -> int:
         ta_tok=args.ta_tok,
         ta_tok_config=args.ta_tok_config,
         initialise=args.initialise,
+        variant=args.variant,
         ema=args.ema,
         parts=args.parts,
         seed=args.seed,

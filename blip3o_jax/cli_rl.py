@@ -2,9 +2,10 @@
 
 import argparse
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 from blip3o_jax import arguments
+from blip3o_jax.fields import Bounds
 
 
 def add(commands: Any, command: Callable, add_hosts: Callable[[Any], None], run: Callable) -> None:
@@ -41,17 +42,32 @@ def add(commands: Any, command: Callable, add_hosts: Callable[[Any], None], run:
     server.set_defaults(flags_of_a_run=flags)
     _add_reward(server, "as in rl.rewards; repeat it for a sum", required=True)
     server.add_argument(
-        "--host", type=arguments.text, default="127.0.0.1", help="where it listens (%(default)s); others need a token"
+        "--host", type=arguments.word, default="127.0.0.1", help="where it listens (%(default)s); others need a token"
     )
-    server.add_argument("--port", type=arguments.whole(0, 2**16 - 1), default=8000, help="(%(default)s)")
-    server.add_argument(
-        "--token_env", type=arguments.text, default="", metavar="NAME", help="environment variable that holds the token"
-    )
-    server.add_argument(
-        "--max_body_mb", type=arguments.whole(1, 4096), default=64, metavar="N", help="of a request (%(default)s)"
-    )
-    server.add_argument(
-        "--batch", type=arguments.whole(1, 4096), default=16, metavar="N", help="images scored at once (%(default)s)"
+    port = arguments.whole(0, 2**16 - 1)
+    server.add_argument("--port", type=port, default=8000, help="(%(default)s)")
+    server.add_argument("--token_env", type=arguments.word, metavar="NAME", help="environment variable that holds the token")
+    server.add_argument("--metrics_port", type=port, metavar="N", help="for /metrics, without the token (--port, with it)")
+    server.add_argument("--metrics_host", type=arguments.word, default="127.0.0.1", help="with --metrics_port (%(default)s)")
+    _add_limits(server.add_argument_group("limits"))
+
+
+def _add_limits(group: Any) -> None:
+    """Add the limits of a reward server; the defaults are those of `rewards.server.Limits`."""
+    for flag, kind, default, help in (
+        ("--batch", arguments.whole(1, 4096), 16, "images scored at once"),
+        ("--scorers", arguments.whole(1, 256), 2, "processes that score"),
+        ("--max_body_mb", arguments.whole(1, 4096), 64, "MiB of a request"),
+        ("--max_pixels", arguments.whole(1, 1 << 31), 1 << 25, "of all images of a request"),
+        ("--max_memory_mb", arguments.whole(1, 1 << 20), 4096, "MiB in all, without the rewards' models"),
+    ):
+        group.add_argument(flag, type=kind, default=default, metavar="N", help=f"{help} (%(default)s)")
+    group.add_argument(
+        "--score_timeout",
+        type=arguments.number(Annotated[float, Bounds(0.001, 86400)]),
+        default=120.0,
+        metavar="SECONDS",
+        help="for a batch; then its process ends (%(default)g)",
     )
 
 
@@ -61,7 +77,8 @@ def _add_rescore(others: Any, command: Callable, flags: list[argparse.Action]) -
         "rescore",
         _rescore,
         "judge the images of a finished run again",
-        "Of a run with rl.keep_images: by the same rewards or by others. Writes rescored.jsonl and prints both means.",
+        "Of a run with rl.keep_images: by the same rewards or by others. Rewards that may run code, read files or connect "
+        "elsewhere have to be named here, whatever the run's config.json says. Writes rescored.jsonl and prints both means.",
     )
     parser.set_defaults(flags_of_a_run=flags)
     # `args.run` is the command itself.
@@ -70,12 +87,13 @@ def _add_rescore(others: Any, command: Callable, flags: list[argparse.Action]) -
     )
     _add_reward(parser, "in place of the run's own; repeat it for a sum", required=False)
     parser.add_argument("--out", type=arguments.path, metavar="FILE", help="(rescored.jsonl in the run's directory)")
+    parser.set_defaults(out_is_file=True)
 
 
 def _add_reward(parser: argparse.ArgumentParser, help: str, *, required: bool) -> None:
     parser.add_argument(
         "--reward",
-        type=arguments.text,
+        type=arguments.word,
         action="append",
         default=[],
         required=required,
@@ -94,9 +112,28 @@ def _rescore(args: argparse.Namespace) -> None:
 
 
 def _serve(args: argparse.Namespace) -> None:
+    from blip3o_jax.config import UserError
     from blip3o_jax.rl.rewards.registry import parsed
-    from blip3o_jax.rl.rewards.server import serve
-    from blip3o_jax.rl.rewards.weighted import WeightedRewards
 
-    reward = WeightedRewards(tuple(parsed(text) for text in args.reward))
-    serve(reward, args.host, args.port, token_env=args.token_env, max_body_mb=args.max_body_mb, batch=args.batch)
+    try:
+        from blip3o_jax.rl.rewards.server import Limits, serve
+    except ModuleNotFoundError as error:
+        raise UserError(f"serve-rewards needs {error.name}: pip install 'blip3o_jax[serve]'") from error
+
+    limits = Limits(
+        batch=args.batch,
+        scorers=args.scorers,
+        score_seconds=args.score_timeout,
+        max_body=args.max_body_mb << 20,
+        max_pixels=args.max_pixels,
+        max_memory=args.max_memory_mb << 20,
+    )
+    serve(
+        tuple(parsed(text) for text in args.reward),
+        args.host,
+        args.port,
+        token_env=args.token_env or "",
+        metrics_host=args.metrics_host,
+        metrics_port=args.metrics_port,
+        limits=limits,
+    )

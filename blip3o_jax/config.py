@@ -531,7 +531,7 @@ class SourceConfig(ConfigGroup, path="data.sources"):
     weight: Positive = 1.0
     split: Path = "train"
     task: Literal["", "reconstruct"] = ""
-    # Format folder: the directory that images are named from; "": that of captions.jsonl.
+    # Format folder: where images lie, and are named from, beside the directory of captions.jsonl.
     images: Path = ""
 
 
@@ -556,6 +556,11 @@ class DataConfig(ConfigGroup, path="data"):
     prefetch: Annotated[int, Bounds(1, 1024)] = 2  # batches each worker keeps ready
     shuffle: bool = True
     max_bad_share: Fraction = 0.01  # of the records seen; above it the run stops
+    # What becomes of a record whose text leaves no room for its image in the row: "skip" (counted),
+    # "truncate" (the text is cut, never the image's tokens) or "error" (the run ends).
+    too_long: Literal["skip", "truncate", "error"] = "skip"
+    # Of an image, counted from its header; a record with a larger one cannot be read.
+    max_pixels: Annotated[int, Bounds(1, 2**31)] = 80_000_000
     # Where ids and latents of the frozen encoders are kept; "" encodes inside the step.
     cache_dir: Path = ""
 

@@ -42,8 +42,9 @@ def load_recipe(path_with_arg: str, overrides: Overrides = ()) -> dict[str, conf
     pairs = overrides.items() if isinstance(overrides, Mapping) else overrides
     for key, text in pairs:
         name, _, rest = key.partition(".")
-        for values in [recipe[name]] if rest and name in recipe else recipe.values():
-            _override(values, rest if rest and name in recipe else key, text)
+        of_one = bool(name and rest) and name in recipe
+        for values in [recipe[name]] if of_one else recipe.values():
+            _override(values, rest if of_one else key, text)
     return {name: config.from_dict(values) for name, values in recipe.items()}
 
 
@@ -59,6 +60,11 @@ def _call(path: pathlib.Path, arg: str | None) -> dict[str, config.Config]:
     recipe = {"": result} if isinstance(result, config.Config) else result
     if not (isinstance(recipe, dict) and recipe and all(isinstance(c, config.Config) for c in recipe.values())):
         raise config.UserError(f"{path}: get_config() must return a blip3o_jax.config.Config, not {type(result).__name__}")
+    for name in recipe if isinstance(result, dict) else ():
+        # Each stage has the directory of its name.
+        plain = isinstance(name, str) and re.fullmatch(r"[\w-]+(\.[\w-]+)*", name)
+        if not plain:
+            raise config.UserError(f"{path}: a stage of a recipe is named by letters and digits, not {fields.shown(name)}")
     return recipe
 
 
@@ -81,13 +87,14 @@ def _run_user_code(path: pathlib.Path, call: Callable[[], Any]) -> Any:
     """`call()`, with whatever goes wrong in the file told as one line with its place in it."""
     try:
         return call()
-    except config.UserError:
-        raise
     except SyntaxError as error:
         raise config.UserError(f"{error.filename}:{error.lineno}: {type(error).__name__}: {error.msg}") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if pathlib.Path(f.filename) == path]
         place = f"{path}:{lines[-1]}" if lines else str(path)
+        if isinstance(error, config.UserError):
+            kind = config.ConfigError if isinstance(error, config.ConfigError) else config.UserError
+            raise kind(f"{place}: {error}") from error
         raise config.UserError(f"{place}: {type(error).__name__}: {error}") from error
 
 

@@ -16,6 +16,7 @@ import dataclasses
 import difflib
 import functools
 import math
+import os
 import re
 import types
 import typing
@@ -24,6 +25,8 @@ from typing import Annotated, Any, Protocol
 
 INT32 = 2**31 - 1
 UINT32 = 2**32 - 1
+_NAME_MAX = 255
+_PATH_MAX = 4096
 _SHOWN = 80  # characters of a value in a message
 _BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
@@ -102,10 +105,18 @@ class Length:
 
 @dataclasses.dataclass(frozen=True)
 class PathText:
-    """Text that the file system takes as a path: no NUL. Bytes that are not UTF-8 are allowed (surrogate escapes)."""
+    """Text that Linux takes as a path. Bytes that are not UTF-8 are allowed (surrogate escapes)."""
 
     def refusal(self, value: str) -> str:
-        return "must be a path: it contains a NUL character" if "\0" in value else ""
+        if "\0" in value:
+            return "must be a path: it contains a NUL character"
+        try:
+            name = max((os.fsencode(name) for name in value.split("/")), key=len)
+        except UnicodeEncodeError:
+            return "must be a path: it contains a lone surrogate"
+        if len(name) > _NAME_MAX or len(value) >= _PATH_MAX:
+            return f"must be a path: at most {_PATH_MAX - 1} bytes, and {_NAME_MAX} in one name"
+        return ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,7 +231,7 @@ def from_dict(values: Any, cls: Any, path: str = "") -> Any:
     hints = field_types(cls)
     for key in values:
         if key not in hints:
-            name = str(key)
+            name = key if isinstance(key, str) and key.isprintable() else shown(key)
             near = difflib.get_close_matches(name, hints, n=1, cutoff=0.5)
             hint = f"did you mean {join(path, near[0])}?" if near else f"it takes {', '.join(hints)}"
             raise ConfigError(f"unknown config key {join(path, name)}: {hint}")

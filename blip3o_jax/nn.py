@@ -106,7 +106,19 @@ def param(
     """A parameter with one logical axis name (or None) per dimension, kept as `Param.axes`; drawn from `stream` of `rngs`."""
     if len(shape) != len(axes):
         raise ValueError(f"param: shape {tuple(shape)} has {len(shape)} dimensions, axes {tuple(axes)} name {len(axes)}")
-    return nnx.Param(init(rngs[stream](), tuple(shape), jnp.dtype(dtype)), axes=tuple(axes))
+    return nnx.Param(init(_next_key(rngs[stream]), tuple(shape), jnp.dtype(dtype)), axes=tuple(axes))
+
+
+def _next_key(stream: nnx.RngStream) -> jax.Array:
+    """Return the key that calling `stream` would return, and count it.
+
+    The call itself does `count[...] += 1`, for which Flax asks the traced count for its sharding.
+    JAX answers with an error, dropped by Flax, whose message walks through all that has been traced
+    so far: tracing a model's parameters would take time that grows with the square of their number.
+    """
+    key = jax.random.fold_in(stream.key[...], stream.count[...])
+    stream.count.set_value(stream.count[...] + 1)
+    return key
 
 
 class Linear(nnx.Module):

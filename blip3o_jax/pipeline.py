@@ -27,7 +27,7 @@ from blip3o_jax.data import images
 from blip3o_jax.data.template import Prompt, make_prompt
 from blip3o_jax.drawing import LENGTH_BUCKET, make_sample, make_write, to_uint8
 from blip3o_jax.parallel.rules import Strategy
-from blip3o_jax.samples import write_images
+from blip3o_jax.samples import check_images_out, write_images
 from blip3o_jax.text.tokenizers import load_tokenizer
 from blip3o_jax.text.vocabulary import Vocabulary
 from blip3o_jax.train import checkpoint as checkpoints
@@ -283,5 +283,6 @@ def draw_to_directory(
 ) -> list[pathlib.Path]:
     """Writes 00000.png, ... , a labelled grid.png and prompts.jsonl under `out`; returns the images' paths. `requests` are the
     fields of `Request`."""
+    check_images_out(pathlib.Path(out))
     generated = load(checkpoint).draw([Request(*fields) for fields in requests], seed=seed, progress=True, **overrides)
     return write_images(generated.images, generated.prompts, pathlib.Path(out))

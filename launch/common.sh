@@ -1,6 +1,10 @@
 # Read by the launchers beside it: arguments, topologies, working directories. Not to be run.
 # shellcheck shell=bash disable=SC2034,SC2154
 
+# Statuses after which the same command goes on (docs/pods.md): saved and stopped; killed, or another host was lost.
+RESTARTED="75 137"
+restarts_on() { [[ " $RESTARTED " == *" $1 "* ]]; }
+
 die() { echo "$(basename "$0"): $*" >&2; exit 2; }
 
 usage() { sed -n '2,/^set -/{/^set -/d;s/^# \{0,1\}//;p}' "$0"; exit 0; }

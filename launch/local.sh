@@ -5,13 +5,14 @@
 #
 #   -n N         processes (1)
 #   -d D         CPU devices of each (1); 0 leaves the devices to JAX (one process on a machine with accelerators)
-#   -r R         restarts after exit status 75 at the most (100): all hosts have saved and ask to be run again
+#   -r R         restarts at the most (100): after status 75 (all hosts have saved) and 137 (one was killed)
 #   -c CHIP      take CHIP's settings from blip3o_jax/parallel/flags.py (cpu; none with -d 0); "none" for none
 #   --dry_run    print the commands instead
 #
-# Every line of output begins with its host's number. When one process ends without success, the others, which wait for it
-# in a collective, are killed, and its status is this script's. SIGTERM and SIGINT go to all processes; once they have
-# saved, this script ends as well, with their status. PYTHON names the interpreter (python3).
+# Every line of output begins with its host's number. When one process ends without success, the others learn of it and end
+# as well; those that do not are killed after 30 s (120 s where it has saved). The first status that is no reason to restart is
+# this script's, else that of the first to end. SIGTERM and SIGINT let all processes save and end, and this script with their
+# status; a second one ends them at once. PYTHON names the interpreter (python3).
 set -euo pipefail
 
 # shellcheck source=launch/common.sh
@@ -70,12 +71,19 @@ fi
 
 stopping=""
 pids=()
-stop() {
-    stopping=1
-    echo "local.sh: passing the signal on" >&2
-    kill -TERM "${pids[@]}" 2>/dev/null || true
+stop() { # NAME of the signal
+    if [ -z "$stopping" ]; then
+        echo "local.sh: passing the signal on" >&2
+        kill -TERM "${pids[@]}" 2>/dev/null || true
+    elif [ "$stopping$1" = TERMINT ]; then
+        echo "local.sh: the hosts save, as SIGTERM asked; once more ends them at once" >&2
+    else
+        kill -KILL "${pids[@]}" 2>/dev/null || true
+    fi
+    stopping+=$1
 }
-trap stop TERM INT
+trap 'stop TERM' TERM
+trap 'stop INT' INT
 
 run_once() { # starts all hosts and waits for them; sets status
     port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
@@ -87,7 +95,7 @@ run_once() { # starts all hosts and waits for them; sets status
         echo "local.sh: host $host is process $!" >&2
     done
     status=0
-    local left=("${pids[@]}") still ended code pid host
+    local left=("${pids[@]}") still ended code pid host patience late=""
     while [ ${#left[@]} -gt 0 ]; do
         ended="" code=0
         wait -n -p ended "${left[@]}" || code=$?
@@ -98,21 +106,24 @@ run_once() { # starts all hosts and waits for them; sets status
         for host in "${!pids[@]}"; do
             [ "${pids[host]}" != "$ended" ] || [ "$code" -eq 0 ] || echo "local.sh: host $host ended with status $code" >&2
         done
-        if [ "$code" -ne 0 ] && { [ "$status" -eq 0 ] || [ "$status" -eq 75 ]; }; then
-            status=$code
-            if [ "$code" -ne 75 ] && [ ${#left[@]} -gt 0 ]; then
-                # A moment for those that end by themselves, and for their last words.
-                (sleep 3; kill -KILL "${left[@]}" 2>/dev/null) &
+        if [ "$code" -ne 0 ]; then
+            if [ -z "$late" ] && [ ${#left[@]} -gt 0 ]; then
+                # Time for those that end by themselves, and for their last words.
+                if [ "$code" -eq 75 ]; then patience=120; else patience=30; fi
+                (sleep "$patience" & trap 'kill $!' TERM; wait; kill -KILL "${left[@]}" 2>/dev/null) &
+                late=$!
             fi
+            if [ "$status" -eq 0 ] || { restarts_on "$status" && ! restarts_on "$code"; }; then status=$code; fi
         fi
     done
+    [ -z "$late" ] || kill "$late" 2>/dev/null || true
 }
 
 for ((attempt = 0; ; attempt++)); do
     run_once
-    if [ "$status" -ne 75 ] || [ -n "$stopping" ] || [ "$attempt" -ge "$restarts" ]; then
+    if ! restarts_on "$status" || [ -n "$stopping" ] || [ "$attempt" -ge "$restarts" ]; then
         sleep 0.2 # for the last lines to come through
         exit "$status"
     fi
-    echo "local.sh: saved and stopped, restart $((attempt + 1)) of at most $restarts" >&2
+    echo "local.sh: ended with status $status, restart $((attempt + 1)) of at most $restarts" >&2
 done

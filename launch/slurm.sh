@@ -11,7 +11,8 @@
 #
 # What it costs is what --partition, --time and --qos of your site say; a partition whose jobs may be preempted is usually the
 # cheapest. Two minutes before the end of --time and on preemption all processes get SIGTERM, save the same step and end with
-# status 75; the script then puts the job back into the queue, and it goes on from there. A machine that dies is requeued too.
+# status 75; the script then puts the job back into the queue, and it goes on from there. So it does after status 137: a process
+# was killed, and the others have ended for it. Where a machine dies Slurm itself does.
 set -euo pipefail
 
 # shellcheck source=launch/common.sh
@@ -43,9 +44,10 @@ script+="cd $(printf %q "$root")
 ${activate:+source $(printf %q "$activate")
 }eval \"\$(python3 blip3o_jax/parallel/flags.py $chip)\"
 status=0
-srun --kill-on-bad-exit=1 --label$train || status=\$?
-# All processes have saved and ask to be run again.
-[ \"\$status\" -ne 75 ] || scontrol requeue \"\$SLURM_JOB_ID\"
+# srun gives the largest status of all. Processes end by themselves when another one does, with its status; --wait is for those
+# that do not.
+srun --wait=120 --label$train || status=\$?
+case \$status in ${RESTARTED// /|}) scontrol requeue \"\$SLURM_JOB_ID\" ;; esac
 exit \"\$status\""
 
 if [ -n "$dry_run" ]; then

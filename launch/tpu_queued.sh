@@ -50,7 +50,7 @@ else
 fi
 create+=(${spot:+--spot} ${reserved:+--reserved} ${valid_until:+"--valid-until-duration=$valid_until"})
 
-# On each machine. 75: all hosts have saved and want to be run again (docs/pods.md).
+# On each machine. After 75 all hosts have saved, after 137 one was lost: all of them start again (docs/pods.md).
 printf -v train ' %q' blip3o train "--config=$config" "--workdir=$directory" --distributed=tpu "${extra[@]}"
 setup="set -e; mkdir -p blip3o; tar xzf blip3o.tgz -C blip3o; cd blip3o"
 # The images' own Python is older than 3.11.
@@ -62,7 +62,7 @@ if [ -n "$bucket" ]; then
     setup+="; sudo install -d -o \"\$USER\" /gcs; mountpoint -q /gcs || gcsfuse --implicit-dirs $bucket /gcs"
 fi
 job="cd blip3o; export PATH=~/venv/bin:\$PATH; eval \"\$(python3 blip3o_jax/parallel/flags.py $chip)\"; "
-job+="while :; do$train; status=\$?; [ \$status -eq 75 ] || exit \$status; done"
+job+="while :; do$train; status=\$?; case \$status in ${RESTARTED// /|}) ;; *) exit \$status ;; esac; done"
 
 tpu() { run gcloud compute tpus "$@" "${where[@]}"; }
 on_all() { # COMMAND on all machines of all slices at once; the first failure counts

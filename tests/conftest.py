@@ -1,10 +1,15 @@
-"""Eight CPU devices for every test, and one compile cache shared by them all."""
+"""Eight CPU devices for every test, programs that compile fast, and one compile cache shared by them all."""
 
 import os
 import pathlib
+from collections.abc import Iterator
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("NPROC", "64")  # as parallel/mesh.py has it for eight devices
+# Compiling takes most of the suite's time, running the tiny programs next to none. The compiler's
+# newer generator of fused loops takes twice as long as the one that this flag brings back. Processes
+# that tests start inherit it.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false".strip()
 
 import jax
 import numpy as np
@@ -14,8 +19,9 @@ CACHE = pathlib.Path(__file__).parent.parent / ".jax_cache"
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 jax.config.update("jax_default_matmul_precision", "highest")
+jax.config.update("jax_disable_most_optimizations", True)
 
 
 def relative_error(got, want) -> float:
@@ -28,3 +34,11 @@ def relative_error(got, want) -> float:
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(0)
+
+
+@pytest.fixture
+def optimizations() -> Iterator[None]:
+    """Let XLA optimise as it does for users: for tests that look at the program it makes."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)

@@ -8,7 +8,10 @@ import pytest
 
 PACKAGE = pathlib.Path(__file__).parent.parent / "blip3o_jax"
 LAYERS = (
-    ("fields", "config", "checksums", "convolution", "nn", "lora"),
+    ("exits",),
+    ("fields", "config", "convolution", "nn", "lora", "serving"),
+    ("files",),
+    ("checksums",),
     ("text",),
     ("data",),
     ("ar", "image_tokens", "dit", "vae", "connector"),
@@ -27,7 +30,7 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # The package's own face: `blip3o_jax.load` and `python -m blip3o_jax`.
 FACE = ("__init__", "__main__")
 # The networks may not know each other; what joins them is blip3o.py.
-NETWORKS = LAYERS[3]
+NETWORKS = next(names for names in LAYERS if "dit" in names)
 
 
 def imports(path: pathlib.Path) -> set[str]:

@@ -8,7 +8,10 @@ import subprocess
 import sys
 import tarfile
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from PIL import Image, PngImagePlugin
 
 from tests import tiny
 
@@ -104,30 +107,70 @@ def test_a_batch_that_does_not_divide_over_the_mesh(place):
     assert len(refused(done, "data.batch_size=6 does not divide over 8 batch shards", "use a multiple of 8")) == 1
 
 
-def test_an_image_of_zero_bytes_is_skipped_and_counted_up_to_the_share_allowed(place):
-    """One of 8. The run that allows it goes through; the next, which does not, leaves that run's checkpoint as it was."""
-    write_tar(place / "empty.tar", _002_png=b"", _003_cls=b"1")
-    train = ("train", "--config=config.py", "--workdir=run", "--config.data.path=empty.tar")
-    done = blip3o(place, *train, "--config.data.max_bad_share=0.5", "--config.steps=3")
-    assert done.returncode == 0, done.stderr
-    assert "skipped empty.tar: 002: the image has zero bytes" in done.stderr
+def write_odd_records(path):
+    """A folder of 24 captioned images and a parquet file of 8; what is wrong with them: key -> reason."""
+    (path / "odd").mkdir()
+    captions = [*tiny.CAPTIONS, *tiny.CAPTIONS, *tiny.CAPTIONS][:24]
+    lines = [{"file_name": f"{i}.png", "caption": caption} for i, caption in enumerate(captions)]
+    for i, data in enumerate(tiny.images(24)):
+        (path / "odd" / f"{i}.png").write_bytes(data)
+    notes = PngImagePlugin.PngInfo()
+    notes.add_itxt("XML:com.adobe.xmp", "x" * ((1 << 20) + 9), zip=True)
+    Image.new("RGB", (20, 20)).save(path / "odd" / "0.png", pnginfo=notes, icc_profile=bytes((1 << 20) + 9))
+    (path / "odd" / "1.png").write_bytes(b"")
+    Image.new("RGB", (20, 20)).save(path / "odd" / "2.png", "EPS")
+    Image.new("1", (10_000, 8_001)).save(path / "odd" / "3.png")
+    lines[4]["caption"] = "a birthday cake \ud83c"
+    lines[5]["file_name"] = "\0.png"
+    raw = [json.dumps(line).encode() for line in lines]
+    raw[0] = b"\xef\xbb\xbf" + raw[0]
+    raw[6] = raw[6].replace(b'"caption"', b'"n": ' + b"1" * 5000 + b', "caption"')
+    raw[7] = raw[7].replace(b'"caption"', b'"n": ' + b"[" * 100_000 + b', "caption"')
+    raw[8] = b'{"file_name": "8.png", "caption": "caf\xe9"}'
+    (path / "odd" / "captions.jsonl").write_bytes(b"\r\n".join(raw))
+
+    table = pa.table({"image": tiny.images(8), "text": [["", caption] for caption in tiny.CAPTIONS[:8]]})
+    pq.write_table(table, path / "odd.parquet", row_group_size=4)
+    column = pq.read_metadata(path / "odd.parquet").row_group(1).column(0)
+    data = bytearray((path / "odd.parquet").read_bytes())
+    start = column.dictionary_page_offset or column.data_page_offset
+    data[start : start + 32] = bytes(32)
+    (path / "odd.parquet").write_bytes(data)
+    return {
+        "1.png": "the image has zero bytes",
+        "2.png": "the image cannot be decoded: it is no JPEG, PNG, WebP, GIF, BMP or TIFF file",
+        "3.png": "the image is too large: 10000 x 8001 pixels",
+        "line 5": "the text has half a character ('\\ud83c' at 16)",
+        "\\x00.png": "the image cannot be read: no file can have this name",
+        "line 7": "broken JSON: Exceeds the limit",
+        "line 8": "broken JSON: ",
+        "line 9": "the text is not UTF-8 (byte 38)",
+        "row 5": "the row group cannot be read: ",
+    }
+
+
+def test_odd_records_are_skipped_and_counted_up_to_the_share_allowed(place):
+    """The run that allows them goes through; the next, which does not, leaves its checkpoint as it was."""
+    odd = write_odd_records(place)
+    sources = "[{'path': 'odd'}, {'path': 'odd.parquet'}]"
+    train = ("train", "--config=config.py", "--workdir=run", f"--config.data.sources={sources}")
+    done = blip3o(place, *train, "--config.data.max_bad_share=0.9", "--config.steps=12")
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    for key, reason in odd.items():
+        assert f": {key}: {reason}" in done.stderr
+    assert "odd/captions.jsonl: 0.png" not in done.stderr, "metadata of any size"
     rows = [json.loads(line) for line in (place / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [1, 2, 3] and rows[-1]["bad_records"] >= 1
-    assert "empty.tar: 1 members not used: 1 of unknown suffix (003.cls first in empty.tar)" in done.stderr
-    counted = {name: value for name, value in rows[-1].items() if name.startswith("data/")}
-    assert counted == {"data/unused_members": 1, "data/unused_members/unknown_suffix": 1, "data/incomplete_records": 1}
+    assert rows[-1]["data/unused_members"] == 0 and rows[-1]["data/incomplete_records"] == 5
+    assert "odd.parquet: 4 of 8 records incomplete: 4 that cannot be read" in done.stderr
+    counts = {name: count for name, count in rows[-1].items() if name.startswith("skipped/")}
+    assert [row["step"] for row in rows] == list(range(1, 13))
+    assert rows[-1]["bad_records"] == sum(counts.values()) >= len(odd)
+    assert counts["skipped/the_row_group_cannot_be_read"] >= 4
 
-    before = snapshot(place / "run" / "checkpoints" / "3")
-    words = ("records (", "cannot be read, more than data.max_bad_share=1.0%", "empty.tar: 002: the image has zero bytes")
-    refused(blip3o(place, *train, "--config.steps=9", "--config.seed=0"), *words)
-    assert snapshot(place / "run" / "checkpoints" / "3") == before
-
-
-def test_a_caption_that_is_not_utf8(place):
-    write_tar(place / "latin.tar", _005_txt=b"caf\xe9")
-    train = ("train", "--config=config.py", "--workdir=latin", "--config.data.path=latin.tar", "--config.data.batch_size=8")
-    done = blip3o(place, *train)
-    refused(done, "cannot be read", "latin.tar: 005: the text is not UTF-8 (byte 3)")
+    before = snapshot(place / "run" / "checkpoints" / "12")
+    words = ("records (", "cannot be read, more than data.max_bad_share=1.0%", "odd")
+    refused(blip3o(place, *train, "--config.steps=40", "--config.seed=0"), *words)
+    assert snapshot(place / "run" / "checkpoints" / "12") == before
 
 
 def test_a_prompt_longer_than_the_sequence(place):

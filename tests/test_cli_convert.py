@@ -98,9 +98,11 @@ def test_import(stub, capsys):  # noqa: F811
     done = summary(parameters=8e8, staying=8e8, largest=5e6, read_seconds=1.0, allowed=4e9)
     calls = stub("convert.importer", "import_weights", done)
     flags = ["--diffusion=d", "--ta_tok=t.pth", "--ta_tok_config=t.json", "--initialise=connector,image_embeddings"]
+    flags.append("--variant=bf16")
     assert cli.main([*IMPORT, *flags, "--dtype=bfloat16", "--mesh=data=1,fsdp=8,strategy=fsdp", "--overwrite"]) == 0
     ((source,), given) = sources[0]
     assert (str(source), given.pop("initialise"), given.pop("dtype")) == ("s", ("connector", "image_embeddings"), "bfloat16")
+    assert given.pop("variant") == "bf16"
     assert {name: str(path) for name, path in given.items()} == {"diffusion": "d", "ta_tok": "t.pth", "ta_tok_config": "t.json"}
     ((given_source, out, mesh), settings) = calls[0]
     assert given_source is opened and (str(out), settings) == ("o", {"overwrite": True})

@@ -23,7 +23,7 @@ def test_images_are_judged_again_by_the_runs_own_rewards_or_by_those_named(monke
     [
         (["rl"], "rl: --config names no file"),
         (["rl", "--config=nowhere.py"], "nowhere.py"),
-        (["rl", "serve-rewards", "--reward=ocrr"], "did you mean ocr?"),
+        (["rl", "serve-rewards", "--reward=shapes", "--max_memory_mb=9"], "is too little for 2 scorers"),
         (["rl", "serve-rewards", "--reward=shapes", "--host=0.0.0.0"], "token"),
     ],
 )
@@ -52,8 +52,13 @@ def test_flags_of_a_run_are_none_of_its_sub_commands(flag, capsys):
     assert "unrecognized argument: --config.steps=3" in capsys.readouterr().err
 
 
-def test_a_server_has_the_rewards_that_are_named(monkeypatch):
-    seen = {}
-    monkeypatch.setattr("blip3o_jax.rl.rewards.server.serve", lambda reward, *where, **limits: seen.update(limits, at=where))
-    assert cli.main(["rl", "serve-rewards", "--reward=shapes", "--port=9", "--batch=3"]) == 0
-    assert seen == {"at": ("127.0.0.1", 9), "token_env": "", "max_body_mb": 64, "batch": 3}
+def test_a_server_has_the_rewards_and_limits_that_are_named(monkeypatch):
+    seen = []
+    monkeypatch.setattr("blip3o_jax.rl.rewards.server.serve", lambda *where, **options: seen.append((where, options)))
+    arguments = ["--reward=shapes", "--port=9", "--batch=3", "--score_timeout=7", "--max_body_mb=2", "--metrics_port=10"]
+    assert cli.main(["rl", "serve-rewards", *arguments]) == 0
+    ((rewards, host, port), options) = seen[0]
+    assert ([reward.name for reward in rewards], host, port) == (["shapes"], "127.0.0.1", 9)
+    limits = options.pop("limits")
+    assert (limits.batch, limits.score_seconds, limits.max_body, limits.max_memory) == (3, 7, 2 << 20, 4 << 30)
+    assert options == {"token_env": "", "metrics_host": "127.0.0.1", "metrics_port": 10}

@@ -1,8 +1,11 @@
 import json
+import pathlib
 
 import numpy as np
+import pytest
 from PIL import Image
 
+from blip3o_jax.config import UserError
 from blip3o_jax.samples import labelled_grid, write_images
 
 
@@ -22,6 +25,48 @@ def test_files(tmp_path):
         {"file_name": path.name, "prompt": prompt} for path, prompt in zip(paths, prompts, strict=True)
     ]
     assert (tmp_path / "deep" / "out" / "grid.png").exists()
+
+
+def kept(out):
+    return sorted(path.name for path in out.iterdir())
+
+
+def test_fewer_images_take_the_place_of_more(tmp_path):
+    write_images(solid((1, 1, 1), (2, 2, 2), (3, 3, 3)), ["a", "b", "c"], tmp_path / "out")
+    write_images(solid((9, 9, 9)), ["d"], tmp_path / "out")
+    assert kept(tmp_path / "out") == ["00000.png", "grid.png", "prompts.jsonl"]
+    assert np.array(Image.open(tmp_path / "out" / "00000.png"))[0, 0, 0] == 9
+
+
+@pytest.mark.parametrize("moment", range(4))
+def test_a_kill_leaves_the_old_images_or_the_new_but_never_both(tmp_path, monkeypatch, moment):
+    out, count = tmp_path / "out", iter(range(99))
+    write_images(solid((1, 1, 1), (1, 1, 1)), ["a", "b"], out)
+
+    def until(method):
+        def called(*arguments):
+            if next(count) == moment:
+                raise KeyboardInterrupt
+            return method(*arguments)
+
+        return called
+
+    monkeypatch.setattr(pathlib.Path, "replace", until(pathlib.Path.replace))
+    with pytest.raises(KeyboardInterrupt):
+        write_images(solid((9, 9, 9), (9, 9, 9)), ["c", "d"], out)
+    colours = {np.array(Image.open(path))[0, 0, 0] for path in out.glob("0*.png")}
+    assert colours <= {1} or colours <= {9}
+    monkeypatch.undo()
+    write_images(solid((5, 5, 5)), ["e"], out)
+    assert kept(out) == ["00000.png", "grid.png", "prompts.jsonl"]
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "00000.png", "images"])
+def test_what_is_of_no_earlier_run_is_left_alone(tmp_path, name):
+    (tmp_path / name).mkdir() if name == "images" else (tmp_path / name).touch()
+    with pytest.raises(UserError, match=f"{tmp_path} holds {name}, which is none of the images of an earlier run"):
+        write_images(solid((9, 9, 9)), ["a"], tmp_path)
+    assert kept(tmp_path) == [name]
 
 
 def test_grid_places_each_image_over_its_label():

@@ -22,7 +22,7 @@ from blip3o_jax.bench.random_model import write_random_model
 from blip3o_jax.config import ModelConfig, UserError
 from blip3o_jax.convert.directory import check_space
 from blip3o_jax.convert.memory import PeakMemory
-from blip3o_jax.convert.tensor_files import read_weights
+from blip3o_jax.convert.weight_files import read_weights
 from blip3o_jax.train.checkpoint import write_json
 
 
@@ -129,7 +129,7 @@ def _plain_copy(source: pathlib.Path, out: pathlib.Path) -> dict[str, float]:
 
 def _equal(source: pathlib.Path, exported: pathlib.Path) -> int:
     """The number of tensors, all of them equal; RuntimeError for one that is not."""
-    ours, theirs = read_weights(exported), read_weights(source)
+    (ours, _), (theirs, _) = read_weights(exported), read_weights(source)
     extra = {name for name in ours if ".scale_layer." in name}
     if set(ours) - extra != set(theirs):
         raise RuntimeError(f"other tensors than in the source: {sorted(set(ours) ^ set(theirs))[:3]}")

@@ -1,7 +1,7 @@
 """Parts computed twice, in PyTorch and here, in float32 from the same seeded inputs; and the first layer where they part.
 
-Needs the extra [convert]. PyTorch's modules are the stock classes (torch_model.py), filled from the files under the names that
-the files give them. They run first and are let go of before this package's are read, so that one side is in memory at a time.
+Needs the extra [convert]. PyTorch's modules are the stock classes, filled by PyTorch's own loaders (torch_files.py). They run
+first and are let go of before this package's are read, so that one side is in memory at a time.
 
 Inputs and outputs are numpy arrays, images and latents as [B, H, W, C].
 Legend: B batch, L row length, N image tokens, T condition tokens, D width, C channels, H W image or latent.
@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import torch
 from flax import nnx
@@ -28,7 +27,7 @@ from blip3o_jax.blip3o import Blip3o
 from blip3o_jax.config import Config, LossConfig, MeshConfig, ModelConfig
 from blip3o_jax.convert import torch_model
 from blip3o_jax.convert.report import TOLERANCE, Output, relative_error
-from blip3o_jax.convert.source import EMBEDDINGS, HEAD, Source
+from blip3o_jax.convert.source import Source
 from blip3o_jax.convert.tables import PREFIXES
 from blip3o_jax.dit.sana import Condition
 from blip3o_jax.parallel.rules import Strategy
@@ -70,52 +69,18 @@ class TorchResult(NamedTuple):
     layers: list[tuple[str, np.ndarray]]  # full names, in the order they ran
 
 
-@dataclasses.dataclass(frozen=True)
-class Sides:
-    """The files, and the checkpoint at `path` with its configuration."""
-
-    source: Source
-    path: pathlib.Path
-    config: Config
-    ema: bool
-
-    def compare(self, parts: Sequence[str], runs: Sequence[Run]) -> tuple[Output, ...]:
-        """What the runs over models of `parts` come to."""
-        model = load_torch(self.source, parts)
-        wanted = [_run_torch(run, model) for run in runs]
-        del model
-        gc.collect()
-        graphdef, params = load_jax(self.path, self.config, parts, ema=self.ema)
-        with jax.default_matmul_precision("highest"):
-            return tuple(
-                output
-                for run, want in zip(runs, wanted, strict=True)
-                for output in _compare(run, want, functools.partial(nnx.merge, graphdef), params)
-            )
-
-
-def load_torch(source: Source, parts: Sequence[str]) -> torch_model.Blip3o:
-    """The stock modules with the tensors of the files. RuntimeError where their names are not those of the classes."""
-    cfg = source.config.model
-    modules = {}
-    for part in parts:
-        tensors = source.tensors[part]
-        state = {key: _as_torch(tensor.read()) for key, tensor in tensors.items()}
-        if part == "ar":
-            rows = tensors[EMBEDDINGS].shape[0]
-            cfg = dataclasses.replace(cfg, ar=dataclasses.replace(cfg.ar, vocab_size=rows, spare_rows=0))
-            if cfg.ar.tie_word_embeddings:
-                state[HEAD] = state[EMBEDDINGS]
-        modules[part] = torch_model.part(part, cfg)
-        modules[part].load_state_dict(state, strict=True)
-    return torch_model.Blip3o(cfg, modules)
-
-
-def _as_torch(array: np.ndarray) -> torch.Tensor:
-    # PyTorch does not know NumPy's bfloat16, so its bits travel as integers.
-    if array.dtype == ml_dtypes.bfloat16:
-        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(array)
+def compare(
+    path: pathlib.Path, config: Config, ema: bool, parts: Sequence[str], runs: Sequence[Run], wanted: Sequence[TorchResult]
+) -> tuple[Output, ...]:
+    """Return what the runs over models of `parts` come to: of the checkpoint at `path`, beside what PyTorch's model gave."""
+    gc.collect()  # PyTorch's model, which the caller has let go of
+    graphdef, params = load_jax(path, config, parts, ema=ema)
+    with jax.default_matmul_precision("highest"):
+        return tuple(
+            output
+            for run, want in zip(runs, wanted, strict=True)
+            for output in _compare(run, want, functools.partial(nnx.merge, graphdef), params)
+        )
 
 
 def load_jax(path: pathlib.Path, config: Config, parts: Sequence[str], *, ema: bool) -> tuple[Any, Any]:
@@ -305,7 +270,7 @@ def _normal(rng: np.random.Generator, *shape: int) -> np.ndarray:
     return rng.standard_normal(shape, np.float32)
 
 
-def _run_torch(run: Run, model: torch_model.Blip3o) -> TorchResult:
+def run_torch(run: Run, model: torch_model.Blip3o) -> TorchResult:
     inputs = {name: _channels(torch.tensor(x), 3) for name, x in run.inputs.items()}
     inputs = {name: x.long() if x.dtype == torch.int32 else x for name, x in inputs.items()}
     with torch.no_grad(), _layers_of(model) as layers:

@@ -11,7 +11,7 @@ from typing import Any
 
 from blip3o_jax import checksums
 from blip3o_jax.config import UserError
-from blip3o_jax.convert.tensor_files import ShardedWriter, Tensor, read_weights
+from blip3o_jax.convert.tensor_files import ShardedWriter, Tensor, read_file
 
 RECORD_FILE = "conversion.json"
 UNREAD = "unread"
@@ -76,4 +76,4 @@ def read_record(directory: pathlib.Path) -> tuple[Record | None, dict[str, Tenso
     unread = directory / f"{UNREAD}.safetensors"
     if not unread.is_file() or list(checksums.of_file(unread)) != stored:
         raise UserError(f"{unread} is missing or damaged (its CRC32C is another): copy it, or import the weights again")
-    return record, read_weights(unread)
+    return record, read_file(unread)

@@ -9,11 +9,13 @@ Names as the published files have them, where they have several:
     decoder.vision_model.x, decoder.x         the TA-Tok decoder, as saved with transformers before 5 and since
     encoder.x, encoder.vision_model.x         its encoder
     lm_head.weight                            also of a tied model; then it must equal the embeddings
+
+and those that a wrapper left before them (wrappers.py), which are told in a note.
 """
 
 import dataclasses
 import pathlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import jax.numpy as jnp
@@ -24,14 +26,14 @@ from blip3o_jax.config import Config, DataConfig, MeshConfig, ModelConfig, Sampl
 from blip3o_jax.convert import stock_config
 from blip3o_jax.convert.mapping import Group, groups
 from blip3o_jax.convert.record import Record
+from blip3o_jax.convert.source_files import SECTION, Files, Place
 from blip3o_jax.convert.ta_tok_args import read_ta_tok
 from blip3o_jax.convert.tables import PREFIXES
-from blip3o_jax.convert.tensor_files import Tensor, find_weights, load_torch, read_json, read_weights, torch_tensors
+from blip3o_jax.convert.tensor_files import Tensor, read_json
 from blip3o_jax.text.tokenizers import BPE_FILE, SENTENCEPIECE_FILE, TextTokenizer, load_tokenizer
 from blip3o_jax.text.vocabulary import Vocabulary
 
 INITIALISABLE = ("connector", "image_embeddings", "latent_connector", "feature_connector")
-SECTION = "blip3o_jax"  # of config.json: what the published keys have no place for
 HEAD = "lm_head.weight"
 EMBEDDINGS = "model.embed_tokens.weight"
 # Tensors that no computation here reads, kept as they are: name or beginning of names, by part.
@@ -49,7 +51,7 @@ UNREAD = {
 @dataclasses.dataclass(frozen=True)
 class Source:
     """`tensors`: part -> name in the table -> tensor, complete and of the right shapes. `unread`: full name -> tensor.
-    `initialise`: what of INITIALISABLE is to be made here."""
+    `initialise`: what of INITIALISABLE is to be made here. `places`: in the order in which they are read, a later one wins."""
 
     config: Config
     tokenizer: TextTokenizer
@@ -59,6 +61,7 @@ class Source:
     record: Record
     initialise: tuple[str, ...]
     notes: tuple[str, ...]
+    places: tuple[Place, ...]
 
 
 def open_source(
@@ -69,16 +72,19 @@ def open_source(
     ta_tok_config: pathlib.Path | None = None,
     initialise: Iterable[str] = (),
     dtype: str = "",
+    variant: str = "",
 ) -> Source:
     """Reads headers and configurations, and judges whether they make one whole model.
 
-    `dtype` is the one parameters are to have here; "" keeps that of the files (the widest of a part, where a part has several,
-    which holds the others exactly). UserError, one line that names file and tensor, for whatever does not fit.
+    `variant`: the weights to take where a directory has several ("bf16", "fp16", "non_ema"); "" is the
+    default one. `dtype` is the one parameters are to have here; "" keeps that of the files (the widest of
+    a part, where a part has several, which holds the others exactly). UserError, one line that names file
+    and tensor, for whatever does not fit.
     """
     initialise = tuple(initialise)
     for name in initialise:
         config_lib.check_choice("--initialise", name, INITIALISABLE)
-    files = _Files.read(source, diffusion, ta_tok)
+    files = Files.read(source, diffusion, ta_tok, variant)
     files.ta_tok_config = ta_tok_config
     tokenizer = _text_tokenizer(source)
     model = _model_config(files, initialise)
@@ -103,92 +109,17 @@ def open_source(
     record = dataclasses.replace(
         record, dtypes=dtypes, config=files.values, generation=read_json(generation) if generation.is_file() else {}
     )
-    return Source(config, tokenizer, vocabulary.image_start, parts, unread, record, initialise, tuple(files.notes))
-
-
-@dataclasses.dataclass
-class _Files:
-    """The files of a source, unjudged. `tensors`: full name -> tensor."""
-
-    config_file: pathlib.Path
-    values: dict[str, Any]  # config.json of the source
-    section: dict[str, Any]
-    tensors: dict[str, Tensor]
-    transformer: tuple[pathlib.Path, dict[str, Any]] | None  # config.json of each, where there is one
-    vae: tuple[pathlib.Path, dict[str, Any]] | None
-    scheduler: tuple[pathlib.Path, dict[str, Any]] | None
-    ta_tok: dict[str, Any]  # args of the TA-Tok file
-    notes: list[str]
-    own_tokenizer: bool = False  # TA-Tok is in its own file
-    ta_tok_config: pathlib.Path | None = None
-
-    @classmethod
-    def read(cls, source: pathlib.Path, diffusion: pathlib.Path | None, ta_tok: pathlib.Path | None) -> "_Files":
-        file = source / "config.json"
-        if not file.is_file():
-            raise UserError(f"{source} holds no config.json: give a BLIP3o-NEXT or Qwen3 directory")
-        values = read_json(file)
-        section = values.get(SECTION, {})
-        config_lib.check(isinstance(section, dict), f"{file}: {SECTION} must be a group of fields")
-        files = cls(file, values, section, {}, None, None, None, {}, [])
-        if diffusion is not None:
-            files._read_diffusion(diffusion)
-        if ta_tok is not None:
-            files.own_tokenizer = True
-            files._add(PREFIXES["tokenizer"], files._read_ta_tok(ta_tok))
-        files._add("", read_weights(source))
-        return files
-
-    def _read_diffusion(self, directory: pathlib.Path) -> None:
-        """transformer/ (or dit/, as exported here), vae/ and scheduler/, as far as they are there."""
-        found = False
-        for name, prefix in (("transformer", PREFIXES["dit"]), ("vae", PREFIXES["vae"]), ("scheduler", "")):
-            folder = directory / name
-            if name == "transformer" and not folder.is_dir():
-                folder = directory / "dit"
-            file = folder / ("scheduler_config.json" if name == "scheduler" else "config.json")
-            if not folder.is_dir():
-                continue
-            found = True
-            setattr(self, name, (file, read_json(file)))
-            if prefix and find_weights(folder) is not None:
-                self._add(prefix, read_weights(folder))
-            elif prefix:
-                self.notes.append(f"{folder} holds no weights: only its sizes are read")
-        if not found:
-            raise UserError(
-                f"{directory} holds none of transformer/, vae/, scheduler/: --diffusion takes a diffusers directory"
-            )
-
-    def _read_ta_tok(self, file: pathlib.Path) -> dict[str, Tensor]:
-        """The tensors of a TA-Tok file, {"model": {"args": ..., "sd": ...}}, or of a safetensors file with its args.json; or of
-        a directory that holds one of them, as an export writes it."""
-        if file.is_dir():
-            file = next((file / f"ta_tok{s}" for s in (".pth", ".safetensors") if (file / f"ta_tok{s}").is_file()), file)
-        if file.is_dir() or file.suffix == ".safetensors":
-            args = file.with_name("args.json")
-            self.ta_tok = read_json(args) if args.is_file() else {}
-            return read_weights(file)
-        contents = load_torch(file)
-        model = contents.get("model", contents) if isinstance(contents, Mapping) else None
-        if not isinstance(model, Mapping) or not isinstance(model.get("sd"), Mapping):
-            raise UserError(f"{file} is not a TA-Tok file: it has no model.sd; see docs/conversion.md")
-        args = model.get("args") or {}
-        if not isinstance(args, Mapping) or not all(isinstance(key, str) for key in model["sd"]):
-            raise UserError(f"{file} is not a TA-Tok file: model.args and model.sd must be groups with names")
-        self.ta_tok = dict(args)
-        return torch_tensors(model["sd"], file)
-
-    def _add(self, prefix: str, tensors: Mapping[str, Tensor]) -> None:
-        """What is read later wins, which is said."""
-        named = {prefix + key: dataclasses.replace(tensor, key=prefix + key) for key, tensor in tensors.items()}
-        if both := set(named) & set(self.tensors):
-            first = min(both)
-            self.notes.append(
-                f"{len(both)} tensors, such as {first}, are in {self.tensors[first].file.name} and in {named[first].file}: "
-                "the latter are taken"
-            )
-        self.tensors |= named
+    return Source(
+        config,
+        tokenizer,
+        vocabulary.image_start,
+        parts,
+        unread,
+        record,
+        initialise,
+        tuple(files.notes),
+        tuple(files.places),
+    )
 
 
 def _text_tokenizer(source: pathlib.Path) -> TextTokenizer:
@@ -201,7 +132,7 @@ def _text_tokenizer(source: pathlib.Path) -> TextTokenizer:
     return load_tokenizer(config_lib.TextConfig(kind=kind, path=str(source)))
 
 
-def _model_config(files: _Files, initialise: tuple[str, ...]) -> ModelConfig:
+def _model_config(files: Files, initialise: tuple[str, ...]) -> ModelConfig:
     """Every part's sizes and options, from the most specific file that has them."""
     where = str(files.config_file)
     model = config_lib.from_dict(files.section.get("model", {}), ModelConfig, f"{where}: {SECTION}.model")
@@ -237,7 +168,7 @@ def _model_config(files: _Files, initialise: tuple[str, ...]) -> ModelConfig:
         raise UserError(f"{', '.join(map(str, read))}: {error}") from error
 
 
-def _with_vocabulary(model: ModelConfig, vocabulary: Vocabulary, files: _Files, initialise: tuple[str, ...]) -> ModelConfig:
+def _with_vocabulary(model: ModelConfig, vocabulary: Vocabulary, files: Files, initialise: tuple[str, ...]) -> ModelConfig:
     """The model with as many rows as its tables are to have here, checked against the ids that config.json states."""
     stated = {
         "image_start_tag_id": vocabulary.image_start,
@@ -267,7 +198,7 @@ def _with_vocabulary(model: ModelConfig, vocabulary: Vocabulary, files: _Files, 
     return dataclasses.replace(model, ar=dataclasses.replace(model.ar, vocab_size=rows, spare_rows=rows - vocabulary.size))
 
 
-def _sort_out(files: _Files, model: ModelConfig) -> tuple[Record, dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+def _sort_out(files: Files, model: ModelConfig) -> tuple[Record, dict[str, dict[str, Tensor]], dict[str, Tensor]]:
     """(spelling, tensors by part and name in the table, tensors that nothing reads by full name)."""
     wanted = ["tokenizer", "ar", "connector", "dit", "vae"]
     wanted += ["latent_connector"] * model.editing.latents + ["feature_connector"] * model.editing.features
@@ -305,7 +236,7 @@ def _check_scale(key: str, tensor: Tensor) -> None:
         )
 
 
-def _check_part(part: str, model: ModelConfig, given: dict[str, Tensor], files: _Files, initialise: tuple[str, ...]) -> None:
+def _check_part(part: str, model: ModelConfig, given: dict[str, Tensor], files: Files, initialise: tuple[str, ...]) -> None:
     """Exactly the tensors of the part's table, in its shapes."""
     if not given:
         if part in initialise:
@@ -313,7 +244,10 @@ def _check_part(part: str, model: ModelConfig, given: dict[str, Tensor], files: 
         diffusers = "--diffusion=DIR with weights"
         advice = {"dit": diffusers, "vae": diffusers, "tokenizer": "--ta_tok=FILE"}.get(part)
         advice = f"give {advice}" if advice else f"use --initialise={part} to make new ones"
-        raise UserError(f"{files.config_file.parent} holds no tensors of part {part} ({PREFIXES[part]}*): {advice}")
+        raise UserError(
+            f"{files.config_file.parent} holds no tensors of part {part} ({PREFIXES[part]}*): "
+            f"{files.behind_prefix(PREFIXES[part]) or advice}{files.not_read()}"
+        )
     if part in initialise:
         raise UserError(f"--initialise={part}, but {next(iter(given.values())).file} holds its tensors: leave one of them out")
     try:
@@ -321,9 +255,10 @@ def _check_part(part: str, model: ModelConfig, given: dict[str, Tensor], files: 
     except config_lib.ConfigError as error:  # sizes that no network can have
         raise UserError(f"{_sizes(part, files)}: {error}") from error
     if missing := [key for key in shapes if key not in given]:
+        behind = files.behind_prefix(PREFIXES[part] + missing[0])
         raise UserError(
             f"{next(iter(given.values())).file.parent}: {PREFIXES[part]}{missing[0]} is missing ({len(missing)} tensors of "
-            f"{part} in all), which {_sizes(part, files)} asks for"
+            f"{part} in all), which {_sizes(part, files)} asks for{'; ' * bool(behind)}{behind}{files.not_read()}"
         )
     if extra := [tensor for key, tensor in given.items() if key not in shapes]:
         raise UserError(
@@ -334,7 +269,7 @@ def _check_part(part: str, model: ModelConfig, given: dict[str, Tensor], files: 
         _check_tensor(part, given[key], shape, group, files, grown="image_embeddings" in initialise)
 
 
-def _check_tensor(part: str, tensor: Tensor, shape: tuple[int, ...], group: Group, files: _Files, *, grown: bool) -> None:
+def _check_tensor(part: str, tensor: Tensor, shape: tuple[int, ...], group: Group, files: Files, *, grown: bool) -> None:
     wanted = shape
     if grown and group.rule.vocabulary:
         wanted = (files.values["vocab_size"], *shape[1:])
@@ -346,7 +281,7 @@ def _check_tensor(part: str, tensor: Tensor, shape: tuple[int, ...], group: Grou
         raise UserError(f"{tensor.file}: {tensor.key} has dtype {tensor.dtype}, not one of floating point")
 
 
-def _sizes(part: str, files: _Files) -> str:
+def _sizes(part: str, files: Files) -> str:
     """Where the sizes of a part were read."""
     if part == "tokenizer" and files.ta_tok_config is not None:
         return f"{files.ta_tok_config} (over the published so400m tokenizer)"
@@ -390,7 +325,7 @@ def _with_dtypes(
     return model, tuple(narrower)
 
 
-def _check_tied_head(files: _Files, model: ModelConfig) -> None:
+def _check_tied_head(files: Files, model: ModelConfig) -> None:
     head = files.tensors.get(HEAD)
     if head is None or not model.ar.tie_word_embeddings:
         return

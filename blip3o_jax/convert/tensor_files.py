@@ -2,8 +2,8 @@
 
 safetensors (https://huggingface.co/docs/safetensors): 8 bytes, the length of a JSON header; the header, which gives each
 tensor's dtype, shape and place; the tensors. Read and written by offset here, and not through the library of that name, which
-maps or holds whole files: with pread and pwrite no more than one tensor is in memory. Several files have an index
-({"weight_map": {tensor: file}}) beside them. PyTorch's own files are read through `torch.load(weights_only=True)`.
+maps or holds whole files: with pread and pwrite no more than one tensor is in memory. PyTorch's own files are read through
+`torch.load(weights_only=True)`. Which files a directory's weights are is told by weight_files.py.
 """
 
 import collections
@@ -38,8 +38,6 @@ DTYPES = {
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_HEADER = 100_000_000  # bytes, the format's own limit
 _MAX_READ = 2**30  # bytes in one system call
-# What a directory of weights calls them, in the order they are looked for.
-STEMS = ("model", "diffusion_pytorch_model", "pytorch_model")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,30 +55,39 @@ class Tensor:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def read_weights(path: pathlib.Path) -> dict[str, Tensor]:
-    """{name: tensor} of a file, or of a directory with one file or an index and its shards. Nothing is read but headers.
-
-    UserError, naming file and tensor, for what is missing, cut off or not as its index says.
-    """
-    if path.is_file():
-        return _read_file(path)
-    if not path.is_dir():
-        raise UserError(f"{path} does not exist: give a directory with config.json and weights")
-    if (file := find_weights(path)) is not None:
-        return _read_index(file) if file.suffix == ".json" else _read_file(file)
-    raise UserError(
-        f"{path} holds no weights: looked for model.safetensors, its index.json, diffusion_pytorch_model.* and .bin"
-    )
+def read_file(path: pathlib.Path) -> dict[str, Tensor]:
+    """Return {name: tensor} of one file, of which headers alone are read. UserError, naming file and tensor, for a file that is
+    damaged, or stands for one that was not fetched."""
+    check_fetched(path)
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    values = load_torch(path)
+    if not isinstance(values, Mapping):
+        raise UserError(f"{path} holds no state dict but a {type(values).__name__}")
+    return torch_tensors(values, path)
 
 
-def find_weights(directory: pathlib.Path) -> pathlib.Path | None:
-    """The file of a directory's weights, or the index of several."""
-    names = (f"{stem}{suffix}{kind}" for stem in STEMS for suffix in (".safetensors", ".bin") for kind in (".index.json", ""))
-    return next((directory / name for name in names if (directory / name).is_file()), None)
+def check_fetched(path: pathlib.Path) -> None:
+    """Refuse a file that only names the contents it stands for, as a clone without Git LFS or git-annex has it."""
+    if path.is_symlink() and not path.exists():
+        raise UserError(
+            f"{path} is a link to {os.readlink(path)}, which is not there: fetch what it links to (git annex get, for a clone "
+            "that git-annex made), or copy the file itself"
+        )
+    try:
+        with path.open("rb") as file:
+            start = file.read(64)
+    except OSError:
+        return  # whoever opens it says so
+    if start.startswith(b"version https://git-lfs"):
+        raise UserError(f"{path} is a Git LFS pointer and not the file itself: run git lfs pull where it was cloned")
+    if start.startswith(b"/annex/objects/"):
+        raise UserError(f"{path} is a git-annex pointer and not the file itself: run git annex get where it was cloned")
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
     """A JSON object; UserError for anything else."""
+    check_fetched(path)
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -104,6 +111,7 @@ def load_torch(path: pathlib.Path) -> Any:
         raise UserError(f"{path} is a PyTorch file: install PyTorch to read it (pip install 'blip3o_jax[convert]')") from error
     if not path.is_file():
         raise UserError(f"{path} does not exist")
+    check_fetched(path)
     # The only subclass of dict that torch fills in this mode, and with attributes beside its items.
     stand_ins = [(collections.OrderedDict, "easydict.EasyDict")]
     try:
@@ -134,36 +142,6 @@ def torch_tensors(values: Mapping[str, Any], path: pathlib.Path) -> dict[str, Te
         return Tensor(key, tuple(value.shape), dtype, path, bits)
 
     return {key: tensor(key, value) for key, value in values.items()}
-
-
-def _read_file(path: pathlib.Path) -> dict[str, Tensor]:
-    if path.suffix == ".safetensors":
-        return _read_safetensors(path)
-    values = load_torch(path)
-    if not isinstance(values, Mapping):
-        raise UserError(f"{path} holds no state dict but a {type(values).__name__}")
-    return torch_tensors(values, path)
-
-
-def _read_index(index: pathlib.Path) -> dict[str, Tensor]:
-    places = read_json(index).get("weight_map")
-    if not isinstance(places, dict) or not places:
-        raise UserError(f"{index} has no weight_map: copy it again")
-    tensors: dict[str, Tensor] = {}
-    for name in sorted(set(map(str, places.values()))):
-        shard = index.parent / name
-        if pathlib.PurePath(name).name != name:
-            raise UserError(f"{index} places tensors in {name!r}: shards lie beside their index, by name alone")
-        named = [key for key, file in places.items() if str(file) == name]
-        if not shard.is_file():
-            raise UserError(f"{shard} is missing: {index.name} places {len(named)} tensors there, such as {named[0]}")
-        found = _read_file(shard)
-        if missing := sorted(set(named) - set(found)):
-            raise UserError(f"{shard} lacks {missing[0]} ({len(missing)} in all), which {index.name} places there")
-        if extra := sorted(set(found) - set(named)):
-            raise UserError(f"{shard} holds {extra[0]} ({len(extra)} in all), which {index.name} does not place there")
-        tensors |= found
-    return tensors
 
 
 def _read_safetensors(path: pathlib.Path) -> dict[str, Tensor]:

@@ -1,8 +1,9 @@
 """A checkpoint against the PyTorch files it was made from, or that were made from it: every weight, then what the two compute.
 
-Weights are read group by group (mapping.py) and compared bit by bit in the checkpoint's dtype. PyTorch's outputs come from the
-stock classes, filled from the files under the files' own names (compare.py): a fault in the tables shows there, even where it
-is the same in both directions and all weights agree.
+PyTorch's side is the stock classes, filled by PyTorch's own loaders under the files' own names
+(torch_files.py): a fault in how this package reads files shows in the weights. Weights of the checkpoint
+are read group by group (mapping.py) and compared bit by bit. Outputs are compared too (compare.py): a fault
+in the tables shows there, even where it is the same in both directions and all weights agree.
 
 A checkpoint with low-rank factors is compared with the files that an export merges them into: by what the merge comes to in the
 files' dtype, and by the outputs of the network that keeps them apart.
@@ -14,7 +15,6 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from blip3o_jax import config as config_lib
@@ -43,17 +43,26 @@ def verify(
     ema: bool = False,
     parts: Sequence[str] = (),
     seed: int = 0,
+    variant: str = "",
 ) -> Report:
     """Compares the parts that are named (all by default), one at a time, and with AR, connector and DiT among them the joint
     losses too.
 
-    `diffusion`, `ta_tok`, `ta_tok_config` and `initialise` as the import was given them: what was initialised there is not in
-    the files and is left out. UserError where the two sides do not have the same tensors, or PyTorch is not installed.
+    `diffusion`, `ta_tok`, `ta_tok_config`, `initialise` and `variant` as the import was given them: what was
+    initialised there is not in the files and is left out. UserError where the two sides do not have the same
+    tensors, or PyTorch is not installed.
     """
     config_lib.check(seed >= 0, f"--seed={seed} must be 0 or more")
-    compare = _comparison()
+    compare, torch_files = _comparison()
     initialise = tuple(initialise)
-    source = open_source(torch_dir, diffusion=diffusion, ta_tok=ta_tok, ta_tok_config=ta_tok_config, initialise=initialise)
+    source = open_source(
+        torch_dir,
+        diffusion=diffusion,
+        ta_tok=ta_tok,
+        ta_tok_config=ta_tok_config,
+        initialise=initialise,
+        variant=variant,
+    )
     root, step = find(checkpoint)
     config = read_config(root)
     weights = MergedWeights(root, step, config.model, ema=ema)
@@ -70,31 +79,36 @@ def verify(
         _check_same_tensors(part, source, merged, torch_dir, root)
 
     progress = Progress("verify", sum(t.nbytes for part in chosen for t in source.tensors[part].values()))
-    sides = compare.Sides(source, checkpoint, config, ema)
     reports = []
     for part in chosen:
-        differing = _compare_weights(part, source, merged.model, weights, progress)
+        model = torch_files.load_torch(source, (part,))
+        differing = _compare_weights(part, source, merged.model, weights, getattr(model, part), progress)
         _say(f"{part}  outputs")
-        outputs = sides.compare((part,), compare.runs(part, source, seed))
+        runs = compare.runs(part, source, seed)
+        wanted = [compare.run_torch(run, model) for run in runs]
+        del model  # before the other side is read
+        outputs = compare.compare(checkpoint, config, ema, (part,), runs, wanted)
         reports.append(PartReport(part, len(source.tensors[part]), differing, outputs))
-    notes = _notes(source, merged, chosen)
+    notes = [*source.notes, *_notes(source, merged, chosen)]
     if skipped := _no_joint(chosen, initialise):
         notes.append(f"joint losses were not compared: {skipped}")
     else:
         _say("joint  losses")
-        reports.append(PartReport("joint", 0, (), sides.compare(JOINT, [compare.joint_run(source, seed)])))
+        run = compare.joint_run(source, seed)
+        wanted = [compare.run_torch(run, torch_files.load_torch(source, JOINT))]
+        reports.append(PartReport("joint", 0, (), compare.compare(checkpoint, config, ema, JOINT, [run], wanted)))
     return Report(str(torch_dir), str(checkpoint), seed, tuple(reports), tuple(notes))
 
 
-def _comparison() -> Any:
-    """The module that needs PyTorch."""
+def _comparison() -> tuple[Any, Any]:
+    """The modules that need PyTorch."""
     try:
-        from blip3o_jax.convert import compare
+        from blip3o_jax.convert import compare, torch_files
     except ImportError as error:
         raise UserError(
             f"convert verify runs the PyTorch model, but {error.name} is not installed: pip install 'blip3o_jax[convert]'"
         ) from error
-    return compare
+    return compare, torch_files
 
 
 def _say(line: str) -> None:
@@ -114,18 +128,20 @@ def _check_same_tensors(part: str, source: Source, config: Config, torch_dir: pa
 
 
 def _compare_weights(
-    part: str, source: Source, cfg: ModelConfig, weights: MergedWeights, progress: Progress
+    part: str, source: Source, cfg: ModelConfig, weights: MergedWeights, module: Any, progress: Progress
 ) -> tuple[Difference, ...]:
-    """The tensors of a part that are not equal bit by bit, in the wider of both dtypes; sums in that of the files."""
+    """Return the tensors of a part that are not equal bit by bit to PyTorch's `module`: in float32, which holds the values of
+    both exactly; sums rounded to the dtype of the files first."""
     differing = []
+    state = module.state_dict()
     for group in groups(part, cfg):
         arrays = weights.read(part, group.shapes)
         for layer, (key, shape) in enumerate(group.tensors.items()):
             tensor = source.tensors[part][key]
             got = group.to_torch({p: a[layer] if group.rule.stacked else a for p, a in arrays.items()}, shape)
-            merged = any(weights.is_merged(part, path) for path in group.shapes)
-            dtype = tensor.dtype if merged else jax.numpy.promote_types(got.dtype, tensor.dtype)
-            got, want = got.astype(dtype), tensor.read().astype(dtype)
+            if any(weights.is_merged(part, path) for path in group.shapes):
+                got = got.astype(tensor.dtype)
+            got, want = got.astype(np.float32), state[key].numpy()
             rows = _shared_rows(group, source)
             if not _same_bits(got[:rows], want[:rows]):
                 differing.append(Difference(tensor.key, _greatest(got[:rows], want[:rows])))

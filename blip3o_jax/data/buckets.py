@@ -17,8 +17,8 @@ import numpy as np
 
 from blip3o_jax.config import ModelConfig, UserError
 from blip3o_jax.data import images
-from blip3o_jax.data.checked_file import DamagedFile, cache_directory, pack, unpack, write_whole
-from blip3o_jax.data.record import BadRecord, ChangedRecord, Record, Source
+from blip3o_jax.data.checked_file import DamagedArrays, cache_directory, pack, unpack, write_whole
+from blip3o_jax.data.record import CHANGED, BadRecord, Record, Source, read_record
 
 AT_ONCE = 1024  # records between two lines of progress
 
@@ -61,7 +61,7 @@ def _shapes(source: Source, model: ModelConfig) -> np.ndarray:
         raise UserError(f"model.buckets has {len(model.sizes)} sizes: 255 are the most")
     name = hashlib.sha256(json.dumps([source.fingerprint, model.sizes]).encode()).hexdigest()[:16]
     file = cache_directory() / f"shapes-{name}"
-    with contextlib.suppress(OSError, DamagedFile):  # it is made anew
+    with contextlib.suppress(OSError, DamagedArrays):  # it is made anew
         shapes_N = unpack(file)[1]["shapes"]
         if len(shapes_N) == len(source):
             return shapes_N
@@ -70,11 +70,11 @@ def _shapes(source: Source, model: ModelConfig) -> np.ndarray:
 
     def shape(number: int) -> int:
         try:
-            return model.sizes.index(model.nearest_size(*images.shape_of(source[number].first_image)))
-        except ChangedRecord:
-            changed.append(number)
-            return 0
-        except BadRecord:
+            height, width = read_record(source, number, lambda record: images.shape_of(record.first_image))
+            return model.sizes.index(model.nearest_size(height, width))
+        except BadRecord as error:
+            if error.kind == CHANGED:
+                changed.append(number)
             return 0
 
     found, began = [], time.monotonic()

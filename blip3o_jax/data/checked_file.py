@@ -25,7 +25,7 @@ _DTYPES = ("<i8", "<u4", "|u1")  # a file may come from anywhere: no objects
 _PREFIX = len(MAGIC) + 8
 
 
-class DamagedFile(ValueError):
+class DamagedArrays(ValueError):
     """A file that `pack` did not make, or that has changed since."""
 
 
@@ -35,7 +35,8 @@ def crc32c(parts: Iterable[bytes], before: int = 0) -> int:
 
 
 def pack(header: dict[str, Any], arrays: dict[str, np.ndarray]) -> bytes:
-    """Return the bytes of a file with a header that JSON can hold, and arrays of int64, uint32 or uint8."""
+    """Return the bytes of a file with a header that JSON can hold, and arrays of int64, uint32 or
+    uint8."""
     layout, start, pieces = {}, 0, []
     for name, array in arrays.items():
         kind = {"i": "<i8", "u": "|u1" if array.dtype.itemsize == 1 else "<u4"}[array.dtype.kind]
@@ -49,36 +50,42 @@ def pack(header: dict[str, Any], arrays: dict[str, np.ndarray]) -> bytes:
     return MAGIC + google_crc32c.value(body).to_bytes(4, "little") + body
 
 
-def unpack(path: str | os.PathLike[str], *, check: bool = True) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Map a file that `pack` made; return its header and arrays. `check=False` leaves its checksum out.
+def unpack(
+    path: str | os.PathLike[str],
+    *,
+    check: bool = True,
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Map a file that `pack` made; return its header and arrays. `check=False` leaves its checksum
+    out.
 
     Raises:
-      DamagedFile: it is another kind of file, or a part of it has changed.
+      DamagedArrays: it is another kind of file, or a part of it has changed.
       OSError: it is not there or cannot be read.
     """
     if os.path.getsize(path) < _PREFIX:
-        raise DamagedFile("it is cut short")
+        raise DamagedArrays("it is cut short")
     raw = np.memmap(path, np.uint8, mode="r")
     if raw[: len(MAGIC)].tobytes() != MAGIC:
-        raise DamagedFile("it is of another version")
-    stored, length = (int.from_bytes(raw[i : i + 4].tobytes(), "little") for i in (len(MAGIC), len(MAGIC) + 4))
+        raise DamagedArrays("it is of another version")
+    stored, length = (int(n) for n in raw[len(MAGIC) : _PREFIX].view("<u4"))
     if check and google_crc32c.value(raw[len(MAGIC) + 4 :]) != stored:
-        raise DamagedFile("its checksum does not match")
+        raise DamagedArrays("its checksum does not match")
     try:
         header = json.loads(raw[_PREFIX : _PREFIX + length].tobytes())
         body, arrays = raw[_PREFIX + length :], {}
         for name, (kind, shape, start) in header.pop("arrays").items():
             if kind not in _DTYPES:
-                raise DamagedFile(f"an array of {kind}")
+                raise DamagedArrays(f"an array of {kind}")
             size = np.dtype(kind).itemsize * int(np.prod(shape))
             arrays[name] = body[start : start + size].view(kind).reshape(shape)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise DamagedFile(f"its layout makes no sense ({error})") from None
+        raise DamagedArrays(f"its layout makes no sense ({error})") from None
     return header, arrays
 
 
 def write_whole(path: pathlib.Path, data: bytes) -> None:
-    """Write `data` under another name, then rename: a reader, or another host, sees all of it or nothing."""
+    """Write `data` under another name, then rename: a reader, or another host, sees all of it or
+    nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name[:100]}.{uuid.uuid4().hex}.partial")
     try:
@@ -94,7 +101,7 @@ def cache_directory() -> pathlib.Path:
     """Return the user's directory for what can be made again; it is there and can be written to."""
     home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     mine = pathlib.Path(home, "blip3o_jax")
-    # For a read-only home, as in some containers. Others can write to the directory that it lies in.
+    # For a read-only home, as in some containers. Others can write to the directory it lies in.
     fallback = pathlib.Path(tempfile.gettempdir(), f"blip3o_jax-{os.getuid()}")
     for directory in (mine, fallback):
         with contextlib.suppress(OSError):
@@ -102,4 +109,4 @@ def cache_directory() -> pathlib.Path:
             owned = directory is mine or directory.stat().st_uid == os.getuid()
             if owned and os.access(directory, os.W_OK | os.X_OK):
                 return directory
-    raise UserError("no directory for what is cached can be made: set XDG_CACHE_HOME to one that can be written to")
+    raise UserError("no cache directory can be made: set XDG_CACHE_HOME to one with room")

@@ -22,7 +22,7 @@ import numpy as np
 from blip3o_jax.config import DataConfig, ModelConfig
 from blip3o_jax.data import images, sequence
 from blip3o_jax.data.encoded import EncodedRecord
-from blip3o_jax.data.record import BadRecord, Record
+from blip3o_jax.data.record import BadRecord, Record, RowTooLong
 from blip3o_jax.text.vocabulary import Vocabulary
 
 FIELDS = ("pixels", "tokenizer_pixels", "caption", "row")
@@ -44,20 +44,41 @@ class ExampleBuilder:
         if _VIEWS & set(self.fields):
             example |= record.outputs if isinstance(record, EncodedRecord) else self._seen(record)
         if "caption" in self.fields:
-            example |= sequence.caption_row(self.vocabulary, record.caption, self.data.max_length, record.key)
+            example |= sequence.caption_row(
+                self.vocabulary, record.caption, self.data.max_length, record.key, self.data.too_long == "truncate"
+            )
         if "row" in self.fields:
-            example |= self._row(record)
-        return example | ({"_key": np.array(record.key)} if self.data.pack > 1 else {})
+            example |= self._row(record, self.data.max_length)
+        return example
 
-    def join(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """`data.pack` examples -> one row with all of them."""
-        keys = [str(example["_key"]) for example in examples]
-        arrays = [{name: x for name, x in example.items() if name != "_key"} for example in examples]
-        return sequence.pack_rows(arrays, keys, self.data.max_length)
+    def join(self, examples: Sequence[dict[str, np.ndarray]], records: Sequence[Record]) -> dict[str, np.ndarray]:
+        """`data.pack` examples and what they were made of -> one row with all of them. RowTooLong
+        where they do not fit; with data.too_long="truncate" the longest ones are made again, of
+        less text."""
+        keys = [record.key for record in records]
+        try:
+            return sequence.pack_rows(examples, keys, self.data.max_length)
+        except RowTooLong as error:
+            if self.data.too_long != "truncate":
+                raise
+            length = sequence.shared_length(examples, self.data.max_length)
+            try:
+                examples = [
+                    example | self._row(record, length) if np.count_nonzero(example["segment_ids"]) > length else example
+                    for example, record in zip(examples, records, strict=True)
+                ]
+            except RowTooLong:  # without any text it still is
+                raise error from None
+            return sequence.pack_rows(examples, keys, self.data.max_length)
 
-    def _row(self, record: Record) -> dict[str, np.ndarray]:
+    def _row(self, record: Record, max_length: int) -> dict[str, np.ndarray]:
         tokenizer, places = self.model.tokenizer, self.model.editing.references
-        lengths = {"max_length": self.data.max_length, "pool_scale": tokenizer.pool_scale, "key": record.key}
+        lengths = {
+            "max_length": max_length,
+            "pool_scale": tokenizer.pool_scale,
+            "key": record.key,
+            "truncate": self.data.too_long == "truncate",
+        }
         if places:
             return sequence.task_row(
                 self.vocabulary,
@@ -81,7 +102,7 @@ class ExampleBuilder:
         shape that is nearest to the first's."""
         found = [(0, record.image)] if record.task != "understand" else []
         found += enumerate(record.references[: self.model.editing.references], 1)
-        pixels = [images.decode(data) for _, data in found]
+        pixels = [images.decode(data, max_pixels=self.data.max_pixels) for _, data in found]
         size = self.model.nearest_size(*pixels[0].shape[:2])
         return [(place, self._views(image, size)) for (place, _), image in zip(found, pixels, strict=True)]
 

@@ -2,6 +2,11 @@
 
     bytes -> decode -> image_HWC -> one centre crop -> pixels_PQC, tokenizer_pixels_TTC      (uint8, RGB)
 
+`open_image` is the only place of the package where Pillow meets an encoded image: of a few formats,
+by their first bytes, so that no other decoder is ever started (Pillow's own choice has one for EPS,
+which runs Ghostscript). Pixels are counted from the header. A PNG goes in without its colour
+profile and notes, which change no pixel, and which Pillow refuses from 1 MiB on.
+
 Both views come from one crop, so that image tokens and latents describe the same region; the tokenizer's is squashed to a
 square where the crop is none. crop="reference" keeps the published way, where the tokenizer sees the whole image squashed.
 
@@ -11,43 +16,176 @@ Legend: H, W height and width of the image; P, Q those of the autoencoder's view
 import io
 import os
 import pathlib
-import warnings
+import struct
+import zlib
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import (
+    BmpImagePlugin,
+    ExifTags,
+    GifImagePlugin,
+    Image,
+    JpegImagePlugin,
+    PngImagePlugin,
+    TiffImagePlugin,
+    WebPImagePlugin,
+)
 
-from blip3o_jax.config import UserError
+from blip3o_jax.config import DataConfig, UserError
 from blip3o_jax.data.record import BadRecord
 
-SMALLEST, MOST_PIXELS = 8, 80_000_000  # of an image that a user names
-_TOO_MANY = f"the image is too large: scale it down to {MOST_PIXELS // 10**6} megapixels or less"
+SMALLEST = 8  # side of an image that a user names
+MOST_PIXELS = DataConfig.max_pixels
+# The first bytes of a file and the class of Pillow that reads it. What a phone writes as MPO is a
+# JPEG with others after it.
+_FORMATS = (
+    (b"\xff\xd8\xff", JpegImagePlugin.JpegImageFile),
+    (b"\x89PNG\r\n\x1a\n", PngImagePlugin.PngImageFile),
+    (b"RIFF", WebPImagePlugin.WebPImageFile),
+    (b"GIF8", GifImagePlugin.GifImageFile),
+    (b"BM", BmpImagePlugin.BmpImageFile),
+    (b"II*\0", TiffImagePlugin.TiffImageFile),
+    (b"MM\0*", TiffImagePlugin.TiffImageFile),
+)
+_KNOWN = "JPEG, PNG, WebP, GIF, BMP or TIFF"
+# Chunks of a PNG that say nothing of its pixels. Of the texts only those that may hold an
+# orientation are kept, and small.
+_NOTES = (b"tEXt", b"zTXt", b"iTXt")
+_PROFILE = b"iCCP"
+_ORIENTATION_TEXTS = (b"XML:com.adobe.xmp", b"Raw profile type exif")
+_MOST_TEXT = 1 << 16  # bytes, decompressed
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 _SIXTEEN_BITS = ("I;16", "I;16B", "I;16L", "I;16N", "I")
 _EIGHT_BITS = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV")
 
 
-def decode(data: bytes, at_least: int = 0) -> np.ndarray:
-    """Encoded image -> uint8 [H, W, 3]: upright by its EXIF orientation, in RGB, transparency laid over white.
-
-    Args:
-      data: JPEG, PNG, WebP or whatever else Pillow reads; the first frame of an animation.
-      at_least: if given, a JPEG may come out smaller than it is by 2, 4 or 8, both sides staying at or above this many
-        pixels: the inverse DCT then computes only the pixels that are kept.
+def open_image(data: bytes, max_pixels: int | None = None) -> Image.Image:
+    """Return the image with its header read and no pixel decoded; to be closed by the caller.
 
     Raises:
-      BadRecord: zero bytes, broken or truncated data, an unknown pixel format.
+      BadRecord: zero bytes, no header of a format of `_FORMATS`, or more than `max_pixels` pixels
+        (None: any number).
     """
     if not data:
         raise BadRecord("", "", "the image has zero bytes")
+    reader = next((reader for start, reader in _FORMATS if data.startswith(start)), None)
+    if reader is None or (data.startswith(b"RIFF") and data[8:12] != b"WEBP"):
+        raise BadRecord("", "", f"the image cannot be decoded: it is no {_KNOWN} file")
+    if size := _webp_size(data):  # its decoder allocates the pixels when it is opened
+        _check_size(size, max_pixels)
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        png = reader is PngImagePlugin.PngImageFile
+        image = reader(io.BytesIO(_without_notes(data) if png else data))
+    except Exception as error:  # decoders raise every kind of exception on broken bytes
+        raise _undecodable(error) from None
+    try:
+        _check_size(image.size, max_pixels)
+    except BadRecord:
+        image.close()
+        raise
+    return image
+
+
+def _check_size(size: tuple[int, int], max_pixels: int | None) -> None:
+    width, height = size
+    if max_pixels is not None and width * height > max_pixels:
+        most = f"{max_pixels / 1e6:g} million"
+        reason = f"the image is too large: {width} x {height} pixels, more than {most}: scale it down"
+        raise BadRecord("", "", reason)
+
+
+def _undecodable(error: Exception) -> BadRecord:
+    reason = str(error).partition("\n")[0] or type(error).__name__
+    return BadRecord("", "", f"the image cannot be decoded: {reason}")
+
+
+def _webp_size(data: bytes) -> tuple[int, int] | None:
+    """(width, height) of a WebP file's canvas from the header of its first chunk; None for any
+    other file."""
+    chunk = data[12:16] if data.startswith(b"RIFF") and len(data) >= 30 else b""
+    if chunk == b"VP8X":
+        return 1 + int.from_bytes(data[24:27], "little"), 1 + int.from_bytes(data[27:30], "little")
+    if chunk == b"VP8L":
+        bits = int.from_bytes(data[21:25], "little")
+        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+    if chunk == b"VP8 ":
+        return tuple(side & 0x3FFF for side in struct.unpack("<HH", data[26:30]))
+    return None
+
+
+def _without_notes(data: bytes) -> bytes:
+    """A PNG without its colour profile and all texts that are of no use here."""
+    kept = []
+    start = position = 8  # after the signature; what lies between `start` and `position` is to be kept
+    while position + 12 <= len(data):
+        length, kind = struct.unpack_from(">I4s", data, position)
+        end = position + 12 + length
+        note = kind in _NOTES
+        useful = note and length <= _MOST_TEXT and _may_orient(kind, data[position + 8 : end - 4])
+        if kind == _PROFILE or (note and not useful):
+            kept.append(data[start:position])
+            start = end
+        position = end
+        if kind == b"IEND":
+            break
+    return b"".join((data[:8], *kept, data[start:])) if kept else data
+
+
+def _may_orient(kind: bytes, chunk: bytes) -> bool:
+    """Whether a text chunk is one that Pillow takes an orientation from, whole and small when it is
+    decompressed."""
+    keyword, _, rest = chunk.partition(b"\0")
+    if keyword not in _ORIENTATION_TEXTS:
+        return False
+    if kind == b"tEXt":
+        return True
+    if kind == b"iTXt":
+        compressed, rest = rest[:1] != b"\0", rest[1:]
+        packed = rest[1:].split(b"\0", 2)[-1]  # after language and keyword
+        if not compressed:
+            return True
+    else:
+        packed = rest[1:]
+    inflater = zlib.decompressobj()
+    try:
+        inflater.decompress(packed, _MOST_TEXT)
+    except zlib.error:
+        return False
+    # 0 is the one method of compression that there is.
+    return rest[:1] == b"\0" and not inflater.unconsumed_tail
+
+
+def decode(data: bytes, at_least: int = 0, max_pixels: int = MOST_PIXELS) -> np.ndarray:
+    """Encoded image -> uint8 [H, W, 3]: upright by its EXIF orientation, in RGB, transparency laid over white.
+
+    Args:
+      data: JPEG, PNG, WebP, GIF, BMP or TIFF; the first frame of an animation.
+      at_least: if given, a JPEG may come out smaller than it is by 2, 4 or 8, both sides staying at or above this many
+        pixels: the inverse DCT then computes only the pixels that are kept.
+      max_pixels: the most that are decoded.
+
+    Raises:
+      BadRecord: zero bytes, broken or truncated data, an unknown format or pixel format, too many
+        pixels.
+    """
+    with open_image(data, max_pixels) as image:
+        try:
             if at_least:
                 image.draft(None, (at_least, at_least))
             image.load()
             return np.array(_to_rgb(_upright(image)))
-    except (BadRecord, MemoryError):
-        raise
-    except Exception as error:  # decoders raise every kind of exception on broken bytes
-        raise BadRecord("", "", f"the image cannot be decoded: {str(error) or type(error).__name__}") from None
+        except BadRecord:
+            raise
+        except Exception as error:
+            raise _undecodable(error) from None
 
 
 def load(path: str | os.PathLike[str]) -> np.ndarray:
@@ -58,34 +196,28 @@ def load(path: str | os.PathLike[str]) -> np.ndarray:
     except OSError as error:
         raise UserError(f"{path}: the image cannot be read: {error.strerror}") from None
     try:
-        with warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning):
-            opened = Image.open(io.BytesIO(data))
-        with opened as image:  # the header alone is read
-            (width, height), frames = image.size, getattr(image, "n_frames", 1)
-            if image.format == "MPO":  # a phone's JPEG, with a preview or a depth map after it
-                frames = 1
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise UserError(f"{path}: {_TOO_MANY}") from None
-    except Exception as error:
-        reason = "it has no known image format" if isinstance(error, UnidentifiedImageError) else error
-        raise UserError(f"{path}: the image cannot be read: {reason}") from None
-    if frames > 1:
-        raise UserError(f"{path}: an animation of {frames} frames: save the one that is meant")
-    if min(width, height) < SMALLEST:
-        raise UserError(f"{path}: {width} x {height} pixels are no picture: give one of {SMALLEST} x {SMALLEST} or more")
-    if width * height > MOST_PIXELS:
-        raise UserError(f"{path}: {_TOO_MANY}")
-    try:
+        with open_image(data, MOST_PIXELS) as image:
+            width, height = image.size
+            frames = getattr(image, "n_frames", 1)
+        if frames > 1:
+            raise UserError(f"{path}: an animation of {frames} frames: save the one that is meant")
+        if min(width, height) < SMALLEST:
+            raise UserError(f"{path}: {width} x {height} pixels are no picture: give one of {SMALLEST} x {SMALLEST} or more")
         return decode(data)
     except BadRecord as error:
         raise UserError(f"{path}: {error.reason}") from None
 
 
 def _upright(image: Image.Image) -> Image.Image:
+    turn = _TURNS.get(_orientation(image))
+    return image if turn is None else image.transpose(turn)
+
+
+def _orientation(image: Image.Image) -> int:
     try:
-        return ImageOps.exif_transpose(image)
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:  # broken EXIF data says nothing about the pixels: the image stands as it is stored
-        return image
+        return 1
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -104,20 +236,12 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 def shape_of(data: bytes) -> tuple[int, int]:
     """(height, width) of an encoded image as `decode` would have it, from its header alone; BadRecord where it has none."""
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            width, height = image.size[::-1] if _lies_on_its_side(image) else image.size
-            return height, width
-    except Exception as error:
-        reason = str(error) or type(error).__name__
-        raise BadRecord("", "", f"the image cannot be decoded: {reason}" if data else "the image has zero bytes") from None
-
-
-def _lies_on_its_side(image: Image.Image) -> bool:
-    try:
-        return image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
-    except Exception:  # as in `_upright`
-        return False
+    with open_image(data) as image:
+        width, height = image.size
+        # A TIFF's size is that of the image turned upright already.
+        turned = isinstance(image, TiffImagePlugin.TiffImageFile)
+        on_its_side = not turned and _orientation(image) in (5, 6, 7, 8)
+        return (width, height) if on_its_side else (height, width)
 
 
 def crop_and_resize(

@@ -1,15 +1,18 @@
-"""Identity of data sets: one index file a shard, with a checksum of each record and a digest of all of them.
+"""Identity of data sets: one index file a shard, with a checksum of each record and a digest of all
+of them.
 
-A shard is a file of records: a tar, a parquet or ArrayRecord file, the captions.jsonl of a folder. Indexing
-reads every byte of its records once. After that, opening a set compares the sizes of its shards and reads
-their indexes; the checksum of a record is compared each time the record is read. Of small shards the times of
-change are compared too, and what differs is read again: tar rounds sizes to 10 KiB, so that they tell little.
+A shard is a file of records: a tar, a parquet or ArrayRecord file, the captions.jsonl of a folder.
+Indexing reads every byte of its records once. After that, opening a set compares the sizes of its
+shards and reads their indexes; the checksum of a record is compared each time the record is read.
+Of small shards the times of change are compared too, and what differs is read again: tar rounds
+sizes to 10 KiB, so that they tell little.
 
     DIRECTORY OF THE SHARD/.blip3o_index/NAME.index      or, where nothing can be written there,
     USER'S CACHE/blip3o_jax/index/HASH-NAME.index        HASH of the shard's absolute path
 
-The index lies beside the data so that a copy of the data takes it along, and in one hidden directory so that
-listings and globs of the data stay as they are. File names, directories and times are no part of the identity.
+The index lies beside the data so that a copy of the data takes it along, and in one hidden
+directory so that listings and globs of the data stay as they are. File names, directories and times
+are no part of the identity.
 
 An index file has the layout of data/checked_file.py, with these arrays:
 
@@ -43,8 +46,16 @@ from typing import Any
 import numpy as np
 
 from blip3o_jax.config import UserError
-from blip3o_jax.data.checked_file import DamagedFile, cache_directory, crc32c, pack, unpack, write_whole
-from blip3o_jax.data.record import ChangedRecord, Source
+from blip3o_jax.data import record as record_lib
+from blip3o_jax.data.checked_file import (
+    DamagedArrays,
+    cache_directory,
+    crc32c,
+    pack,
+    unpack,
+    write_whole,
+)
+from blip3o_jax.data.record import BadRecord, Source
 
 VERSION = 1  # raised whenever an array or the digest changes its meaning
 IDENTITY = ("keys", "key_ends", "sizes", "crc")
@@ -57,7 +68,8 @@ INCOMPLETE = {  # as a name of metrics, and as said when the set is opened
 }
 THREADS = 16  # records lie apart: the wait is for the disk
 CHANGED, ALL = "changed", "all"  # which shards are indexed anew, beside those that must be
-SMALL = 256 * 2**20  # bytes that are read at opening where times of change are not those of indexing
+# Bytes that are read at opening where times of change are not those of indexing.
+SMALL = 256 * 2**20
 LARGE = 20 * 2**30  # bytes; to index more than that is better done before a run
 
 
@@ -66,6 +78,10 @@ class Counts:
     """What was found by reason: how often, and where first."""
 
     found: dict[str, tuple[int, str]] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def from_json(cls, found: dict[str, list[Any]]) -> "Counts":
+        return cls({reason: (int(count), str(first)) for reason, (count, first) in found.items()})
 
     def add(self, reason: str, where: str, count: int = 1) -> None:
         before, first = self.found.get(reason, (0, where))
@@ -81,14 +97,15 @@ class Counts:
 
     def listed(self, names: Mapping[str, str]) -> str:
         """Return each reason by its name with its count and where it was met first."""
-        return ", ".join(
-            f"{count} {names.get(reason, reason)} ({first})" for reason, (count, first) in sorted(self.found.items())
-        )
+        found = sorted(self.found.items())
+        each = (f"{count} {names.get(name, name)} ({first})" for name, (count, first) in found)
+        return ", ".join(each)
 
 
 @dataclasses.dataclass
 class Built:
-    """What indexing finds in a shard. `arrays` as in the table above, `extra` is what else its format wants to know."""
+    """What indexing finds in a shard. `arrays` as in the table above, `extra` is what else its
+    format wants to know."""
 
     arrays: dict[str, np.ndarray]
     extra: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -105,7 +122,7 @@ def joined_keys(keys: Sequence[bytes]) -> dict[str, np.ndarray]:
 def printable(raw: bytes) -> str:
     """Return a file name as text for messages and JSON."""
     text = raw.decode("utf-8", "backslashreplace")
-    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +136,8 @@ class ShardIndex:
         return len(self.arrays["crc"])
 
     def key(self, row: int) -> str:
-        """Return the name of a record, fit for a line of text; bytes that are no UTF-8 are written as \\xNN."""
+        """Return the name of a record, fit for a line of text; bytes that are no UTF-8 are written
+        as \\xNN."""
         ends = self.arrays["key_ends"]
         if not len(ends):
             return ""
@@ -136,7 +154,8 @@ class ShardIndex:
 
 
 def file_state(path: str) -> dict[str, Any]:
-    """Return what opening compares of a shard's file. All shards are files today: an object store's etag would go here."""
+    """Return what opening compares of a shard's file. All shards are files today: an object store's
+    etag would go here."""
     return {"size": os.stat(path).st_size}
 
 
@@ -152,8 +171,10 @@ class Format:
 
     Args:
       kind: of shard; part of the set's digest.
-      build: reads all of a shard; calls `Progress.add` with the bytes that it has read. UserError refuses the shard.
-      changed: why an index is not of the shard as it is now, "" where it is; opening a set asks it for every shard.
+      build: reads all of a shard; calls `Progress.add` with the bytes that it has read. UserError
+        refuses the shard.
+      changed: why an index is not of the shard as it is now, "" where it is; opening a set asks it
+        for every shard.
       state: what `changed` compares with.
       variant: what else decides what the index says.
       threads: shards that are read at once.
@@ -175,7 +196,8 @@ class Format:
 
 @dataclasses.dataclass(frozen=True)
 class Hosts:
-    """This host of those that open the same set at once; `wait` returns when all of them have called it."""
+    """This host of those that open the same set at once; `wait` returns when all of them have
+    called it."""
 
     number: int = 0
     count: int = 1
@@ -200,8 +222,8 @@ class Progress:
         self._next = self._began + self.EVERY
         if total > LARGE and hint:
             self._say(
-                f"{name}: no index yet: {_size(total)} are read once now; before a long run on accelerators, "
-                f"`{hint}` does that on any machine"
+                f"{name}: no index yet: {_size(total)} are read once now; before a long run on "
+                f"accelerators, `{hint}` does that on any machine"
             )
 
     def add(self, count: int) -> None:
@@ -224,8 +246,8 @@ class Progress:
         rate = self._done / (now - self._began)
         left = max(0, self.total - self._done) / max(rate, 1)
         self._say(
-            f"indexing {self.name}: {self._shards}/{self._of} shards, {_size(self._done)} of {_size(self.total)}, "
-            f"{_size(rate)}/s, ETA {left:.0f} s"
+            f"indexing {self.name}: {self._shards}/{self._of} shards, {_size(self._done)} of "
+            f"{_size(self.total)}, {_size(rate)}/s, ETA {left:.0f} s"
         )
 
     def _say(self, line: str) -> None:
@@ -240,8 +262,8 @@ def _size(count: float) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """An index file as it was when the set was opened. It is mapped when a record of it is read: each mapping holds a file
-    descriptor, and a set may have thousands of shards."""
+    """An index file as it was when the set was opened. It is mapped when a record of it is read:
+    each mapping holds a file descriptor, and a set may have thousands of shards."""
 
     path: pathlib.Path
     records: int
@@ -249,7 +271,8 @@ class Found:
 
 
 class SetIndex:
-    """The indexes of a set's shards behind one numbering of its records. It pickles: a worker process maps the same files.
+    """The indexes of a set's shards behind one numbering of its records. It pickles: a worker
+    process maps the same files.
 
     Attributes:
       digest: of the content of the set, 64 hexadecimal digits.
@@ -258,7 +281,13 @@ class SetIndex:
       extra: by shard, `Built.extra`.
     """
 
-    def __init__(self, command: str, kind: str, found: Sequence[Found], ranges: Sequence[tuple[int, int]] = ()) -> None:
+    def __init__(
+        self,
+        command: str,
+        kind: str,
+        found: Sequence[Found],
+        ranges: Sequence[tuple[int, int]] = (),
+    ) -> None:
         self._command = command  # that indexes the set
         self._files = [(str(each.path), each.header["digest"]) for each in found]
         self.extra = [each.header["extra"] for each in found]
@@ -267,10 +296,10 @@ class SetIndex:
         self.ends = np.cumsum([take for _, take in self._ranges]).tolist()
         self.unused, self.incomplete = Counts(), Counts()
         for each in found:
-            self.unused.merge(Counts({r: tuple(c) for r, c in each.header["unused"].items()}))
-            self.incomplete.merge(Counts({r: tuple(c) for r, c in each.header["incomplete"].items()}))
+            self.unused.merge(Counts.from_json(each.header["unused"]))
+            self.incomplete.merge(Counts.from_json(each.header["incomplete"]))
         digests = [digest for _, digest in self._files]
-        part = [list(pair) for pair in self._ranges] if self._ranges != whole else []  # of a split such as train[:10]
+        part = self._ranges if self._ranges != whole else []  # of a split such as train[:10]
         self.digest = hashlib.sha256(json.dumps([kind, digests, *part]).encode()).hexdigest()
 
     def __len__(self) -> int:
@@ -286,7 +315,7 @@ class SetIndex:
         return _mapped(*self._files[number])
 
     def check(self, shard: str, number: int, row: int, parts: Iterable[bytes], key: str) -> None:
-        """Raise ChangedRecord unless the bytes of a record are those that were indexed."""
+        """Raise BadRecord of kind CHANGED unless the bytes of a record are those that were indexed."""
         arrays = self.shard(number).arrays
         if (arrays["sizes"][row] < 0).all():
             reason = "it could not be read when the set was indexed, now it can"
@@ -294,13 +323,21 @@ class SetIndex:
             reason = "its bytes are not those that were indexed"
         else:
             return
-        raise ChangedRecord(shard, key, f"{reason}; if the change is meant, `{self._command}` indexes it anew")
+        hint = f"if the change is meant, `{self._command}` indexes it anew"
+        raise BadRecord(shard, key, f"{reason}; {hint}", record_lib.CHANGED)
 
 
 class IndexedSource(Source):
-    """A source of shards with their index. `unused`: what is said of the reasons why something is not used."""
+    """A source of shards with their index. `unused`: what is said of the reasons why something is
+    not used."""
 
-    def __init__(self, name: str, shards: Iterable[str], found: SetIndex, unused: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        shards: Iterable[str],
+        found: SetIndex,
+        unused: Mapping[str, str] | None = None,
+    ) -> None:
         super().__init__(name, shards)
         self._index = found
         self.unused = {reason: count for reason, (count, _) in found.unused.found.items()}
@@ -330,9 +367,9 @@ def _mapped(path: str, digest: str) -> ShardIndex:
         if header["digest"] == digest:
             return ShardIndex(arrays, header)
         reason = "it was written anew"
-    except (OSError, DamagedFile) as error:
+    except (OSError, DamagedArrays) as error:
         reason = getattr(error, "strerror", None) or str(error)
-    raise UserError(f"{path}: the index changed while it is in use ({reason}): start the command again")
+    raise UserError(f"{path}: the index changed while in use ({reason}): start the command again")
 
 
 def open_set(
@@ -350,8 +387,10 @@ def open_set(
     Args:
       name: of the set, the path that the user gave.
       ranges: (first record, records) of each shard; all of them by default.
-      hosts: each reads some of the shards that have no index; they see each other's work where they share the directory.
-      anew: which shards are read though they have an index: CHANGED are those whose time of change is another.
+      hosts: each reads some of the shards that have no index; they see each other's work where they
+        share the directory.
+      anew: which shards are read though they have an index: CHANGED are those whose time of change
+        is another.
       options: of `blip3o data index`, beside the name.
 
     Raises:
@@ -371,7 +410,8 @@ def open_set(
     def build(numbers: Iterable[int]) -> None:
         missing = [number for number in numbers if found[number] is None]
         total = sum(form.size(shards[number]) for number in missing)
-        progress = Progress(name, len(missing), total, quiet=hosts.number > 0, hint="" if anew else command)
+        quiet, hint = hosts.number > 0, "" if anew else command
+        progress = Progress(name, len(missing), total, quiet=quiet, hint=hint)
         _build_all(shards, missing, form, found, anew, progress)
 
     if hosts.count > 1:
@@ -379,16 +419,26 @@ def open_set(
             build(range(hosts.number, len(shards), hosts.count))
         hosts.wait()
     build(range(len(shards)))
-    changed = [shards[i] for i in touched if found[i].header["digest"] != before[i].header["digest"]]
+    digest = lambda each: each.header["digest"]
+    changed = [shards[i] for i in touched if digest(found[i]) != digest(before[i])]
     if changed and hosts.number == 0:
-        print(f"{name}: indexed anew: {', '.join(changed)} changed without another size", file=sys.stderr, flush=True)
+        print(
+            f"{name}: indexed anew: {', '.join(changed)} changed without another size",
+            file=sys.stderr,
+            flush=True,
+        )
     for shard, each, (skip, take) in zip(shards, found, ranges, strict=False):
         if skip + take > each.records:
-            raise UserError(f"{shard}: holds {each.records} records, {skip + take} are wanted: fetch it again")
+            wanted = f"{skip + take} are wanted: fetch it again"
+            raise UserError(f"{shard}: holds {each.records} records, {wanted}")
     return SetIndex(command, form.kind, found, ranges)
 
 
-def _find_all(shards: Sequence[str], form: Format, anew: str) -> tuple[list[Found | None], list[str]]:
+def _find_all(
+    shards: Sequence[str],
+    form: Format,
+    anew: str,
+) -> tuple[list[Found | None], list[str]]:
     """Return the indexes that are there and right, and why others are not."""
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
         both = list(pool.map(lambda shard: _find(shard, form, anew), shards))
@@ -405,11 +455,21 @@ def _find(shard: str, form: Format, anew: str = "") -> tuple[Found | None, str]:
             changed = form.changed(shard, index)
         except FileNotFoundError:
             continue
-        except (OSError, ValueError, KeyError, TypeError, IndexError) as error:  # an index may come from anywhere
-            reason = f"{path}: the index cannot be used ({getattr(error, 'strerror', None) or error})"
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+            TypeError,
+            IndexError,
+        ) as error:  # an index may come from anywhere
+            why = getattr(error, "strerror", None) or error
+            reason = f"{path}: the index cannot be used ({why})"
             continue
-        if not changed and anew == CHANGED and not (form.one_file and header["mtime_ns"] == os.stat(shard).st_mtime_ns):
-            changed = "its time of change is another" if form.one_file else "files beside it may have changed"
+        if not changed and anew == CHANGED:
+            if not form.one_file:
+                changed = "files beside it may have changed"
+            elif header["mtime_ns"] != os.stat(shard).st_mtime_ns:
+                changed = "its time of change is another"
         if not changed:
             return Found(path, len(index), header), ""
         reason = f"{shard}: {changed}"
@@ -417,16 +477,21 @@ def _find(shard: str, form: Format, anew: str = "") -> tuple[Found | None, str]:
 
 
 def _touched(shards: Sequence[str], form: Format, found: Sequence[Any]) -> list[int]:
-    """Return the shards whose time of change is not that of indexing, unless they are too large to be read at opening."""
+    """Return the shards whose time of change is not that of indexing, unless they are too large to
+    be read at opening."""
     if not form.one_file:
         return []
     stats = [os.stat(shard) for shard in shards]
-    numbers = [i for i, index in enumerate(found) if index and index.header["mtime_ns"] != stats[i].st_mtime_ns]
+    numbers = [
+        number
+        for number, (index, now) in enumerate(zip(found, stats, strict=True))
+        if index and index.header["mtime_ns"] != now.st_mtime_ns
+    ]
     return numbers if sum(stats[i].st_size for i in numbers) <= SMALL else []
 
 
 def _check_layout(index: ShardIndex, form: Format) -> None:
-    """Raise DamagedFile unless the arrays fit each other: the file may come from anywhere."""
+    """Raise DamagedArrays unless the arrays fit each other: the file may come from anywhere."""
     arrays, header = index.arrays, index.header
     try:
         count, (rows, _) = len(arrays["crc"]), arrays["sizes"].shape
@@ -439,7 +504,7 @@ def _check_layout(index: ShardIndex, form: Format) -> None:
     except (KeyError, ValueError, TypeError, AttributeError):
         fits = False
     if not fits:
-        raise DamagedFile("it is of another version, or its parts do not fit each other")
+        raise DamagedArrays("it is of another version, or its parts do not fit each other")
 
 
 def _places(shard: str, form: Format) -> Iterator[pathlib.Path]:
@@ -450,17 +515,24 @@ def _places(shard: str, form: Format) -> Iterator[pathlib.Path]:
     if len(os.fsencode(name)) > 200:  # with the ending of a partial file it must stay below 255
         name = f"{hashlib.sha256(os.fsencode(name)).hexdigest()[:32]}.index"
     yield pathlib.Path(os.path.dirname(path), DIRECTORY, name)
-    yield cache_directory() / "index" / f"{hashlib.sha256(os.fsencode(path)).hexdigest()[:16]}-{name}"
+    place = hashlib.sha256(os.fsencode(path)).hexdigest()[:16]
+    yield cache_directory() / "index" / f"{place}-{name}"
 
 
 def _build_all(
-    shards: Sequence[str], missing: Sequence[int], form: Format, found: list[Any], anew: str, progress: Progress
+    shards: Sequence[str],
+    missing: Sequence[int],
+    form: Format,
+    found: list[Any],
+    anew: str,
+    progress: Progress,
 ) -> None:
     """Index the shards numbered `missing` and put what comes out into `found`."""
 
     def build(number: int) -> None:
         # Another host or run may have made it since.
-        found[number] = _find(shards[number], form, anew)[0] or _build(shards[number], form, progress)
+        shard = shards[number]
+        found[number] = _find(shard, form, anew)[0] or _build(shard, form, progress)
         progress.end_shard()
 
     with concurrent.futures.ThreadPoolExecutor(form.threads) as pool:
@@ -499,4 +571,6 @@ def _build(shard: str, form: Format, progress: Progress) -> Found:
             return Found(path, len(built.arrays["crc"]), json.loads(json.dumps(header)))
         except OSError as error:
             errors.append(f"{path.parent}: {error.strerror}")
-    raise UserError(f"{shard}: its index can be written nowhere ({'; '.join(errors)}): make room or set XDG_CACHE_HOME")
+    tried = "; ".join(errors)
+    hint = "make room or set XDG_CACHE_HOME"
+    raise UserError(f"{shard}: its index can be written nowhere ({tried}): {hint}")

@@ -7,8 +7,9 @@ global batch k is example kG + r, for G = data.batch_size. A host reads the rows
 wherever the mesh has these, so the global array is the same on any number of hosts and any mesh, and the position is one
 number, valid for all of them.
 
-A record that cannot be read (`BadRecord`) has its row filled by the next readable record of its source: a filter would make
-the position depend on what was filtered. The row carries how many were skipped for it, and which, out of the worker process.
+A record that cannot be used (`BadRecord`: whatever exception it raises) has its row filled by the
+next usable record of its source: a filter would make the position depend on what was filtered. The
+row carries how many were skipped for it, and which, out of the worker process.
 """
 
 import dataclasses
@@ -23,78 +24,164 @@ import signal
 import sys
 import threading
 import time
+import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from blip3o_jax.config import DataConfig, UserError
-from blip3o_jax.data.record import BadRecord, Record, Source
+from blip3o_jax.data.record import TOO_LONG, BadRecord, Record, RowTooLong, Source, one_line, read_record
 
 Batch = dict[str, Any]
-Transform = Callable[[Record], dict[str, np.ndarray]]
+Row = dict[str, np.ndarray]
+Transform = Callable[[Record], Row]
+Join = Callable[[Sequence[Row], Sequence[Record]], Row]
 
-# A run of unreadable records as long as this ends the search for a readable one.
-MAX_SKIPPED = 1000
-# What a row tells about the records skipped for it: JSON, at most this many bytes.
+# Seconds that a thread may take to end.
+ENDING = 10.0
+# As many unusable records end the search for a usable one: the next NEAR of the source, then some
+# from all over it, since a damaged file spoils all records that lie in it. With nine records of ten
+# unusable, one search in 10^5 fails.
+MAX_SKIPPED, NEAR = 128, 16
+# Records of one shard, all of them skipped for the same kind of reason, that are worth a warning.
+FIRST_OF_SHARD = 8
+# Too long records that are logged by name; captions of some data sets are long by the thousand.
+LOGGED_TOO_LONG = 10
+# What a row tells about the records skipped for it: JSON in ASCII, at most this many bytes.
 _REPORT_BYTES = 4096
 _log = logging.getLogger(__name__)
 
 
 class BadRecordLimit(UserError):
-    """More records than data.max_bad_share allows could not be read."""
+    """More records than data.max_bad_share allows could not be used."""
 
 
 @dataclasses.dataclass(frozen=True)
 class _Reader:
-    """(source, index) -> one row: the transform's arrays, `bad_records` and a report on the records skipped."""
+    """`data.pack` places (source, index) -> one row: the transform's arrays, joined where there are
+    several, and
+
+    bad_records  int32 [] or [E]  records skipped for each example because they cannot be read
+    _shards      int64 [] or [E]  CRC-32 of the name of the shard that each example was read from
+    _skipped     bytes            a report on the records skipped, the too long ones among them
+    """
 
     sources: tuple[Source, ...]
     transform: Transform
+    join: Join | None
+    too_long: str
 
-    def __call__(self, place: tuple[int, int]) -> dict[str, Any]:
-        source, start = self.sources[place[0]], place[1]
-        skipped: list[tuple[str, str, str]] = []
-        limit = min(len(source), MAX_SKIPPED)
-        while len(skipped) < limit:
-            index = (start + len(skipped)) % len(source)
-            record = None
+    def __call__(self, places: Sequence[tuple[int, int]]) -> dict[str, Any]:
+        searches = [_Search(self, self.sources[source], index) for source, index in places]
+        found = [search.next() for search in searches]
+        while True:
             try:
-                record = source[index]
-                row = self.transform(record)
-            except BadRecord as error:  # what decoding raises knows neither shard nor key
-                shard, key = (record.shard, record.key) if record else (error.shard, error.key)
-                skipped.append((shard or source.name, key or str(index), error.reason))
-            else:
-                return row | {"bad_records": np.int32(len(skipped)), "_skipped": _pack(skipped)}
-        shard, key, reason = skipped[-1]
+                [*rows], [*records] = zip(*found, strict=True)
+                row = rows[0] if self.join is None or len(places) == 1 else self.join(rows, records)
+                break
+            except RowTooLong as error:  # of examples that would share the row, the longest gives way
+                record = records[error.which]
+                reason = f"shares a row that {error.reason}"
+                searches[error.which].skip(BadRecord(record.shard, record.key, reason, TOO_LONG))
+                found[error.which] = searches[error.which].next()
+        skipped = [record for search in searches for record in search.skipped]
+        bad = [sum(record.kind != TOO_LONG for record in search.skipped) for search in searches]
+        shards = [zlib.crc32(_shard_name(record.shard).encode()) for record in records]
+        one = (lambda values: values[0]) if len(places) == 1 else (lambda values: values)
+        return row | {
+            "bad_records": np.array(one(bad), np.int32),
+            "_shards": np.array(one(shards), np.int64),
+            "_skipped": _pack(skipped),
+        }
+
+
+class _Search:
+    """The usable records of a source from `start` on, and those skipped on the way."""
+
+    def __init__(self, reader: _Reader, source: Source, start: int) -> None:
+        self._reader = reader
+        self._source = source
+        self._start = start
+        self._tried = 0
+        self.skipped: list[BadRecord] = []
+
+    def next(self) -> tuple[Row, Record]:
+        """The next record and its row. BadRecordLimit where none is to be found."""
+        limit = min(len(self._source), MAX_SKIPPED)
+        while self._tried < limit:
+            index = self._index()
+            self._tried += 1
+            try:
+                return read_record(self._source, index, self._made)
+            except BadRecord as error:
+                self.skip(error)
+        last = _described(self.skipped[-1])
         raise BadRecordLimit(
-            f"{source.name}: {limit} records in a row cannot be read, the last {shard}: {key}: {reason}; repair the data set"
+            f"{self._source.name}: {limit} records in a row cannot be used, the last {last}; "
+            + ("raise data.max_length" if self.skipped[-1].kind == TOO_LONG else "repair the data set")
         )
 
+    def _made(self, record: Record) -> tuple[Row, Record]:
+        return self._reader.transform(record), record
 
-def _pack(skipped: list[tuple[str, str, str]]) -> np.ndarray:
-    """JSON of the last records skipped, in a fixed number of bytes so that rows stack and cross processes."""
-    report = [(shard[-150:], key[-150:], reason[:150]) for shard, key, reason in skipped]
-    while len(text := json.dumps(report, ensure_ascii=False).encode(errors="replace")) > _REPORT_BYTES:
-        report.pop(0)
+    def _index(self) -> int:
+        size = len(self._source)
+        if self._tried < NEAR or size <= MAX_SKIPPED:
+            return (self._start + self._tried) % size
+        # Steps of the golden section leave no stretch of the source out for long.
+        return (self._start + (self._tried - NEAR + 1) * round(0.618 * size)) % size
+
+    def skip(self, record: BadRecord) -> None:
+        if record.kind == TOO_LONG and self._reader.too_long == "error":
+            raise UserError(
+                f"{_described(record)}: shorten its text, raise data.max_length, or set data.too_long to skip or truncate"
+            )
+        self.skipped.append(record)
+
+
+def _described(record: BadRecord) -> str:
+    return f"{one_line(record.shard)}: {one_line(record.key)}: {one_line(record.reason, 300)}"
+
+
+def _pack(skipped: list[BadRecord]) -> np.ndarray:
+    """JSON of how many were skipped for each kind of reason, and of the last ones (shard, key,
+    reason, kind), in a fixed number of bytes so that rows stack and cross processes."""
+    if not skipped:
+        return np.array(b"", f"S{_REPORT_BYTES}")
+    counts = Counter(one_line(record.kind, 60) for record in skipped)
+    if len(counts) > 20:
+        counts = Counter({"several": sum(counts.values())})
+    names = [(_shard_name(r.shard), one_line(r.key[-150:]), one_line(r.reason), one_line(r.kind, 60)) for r in skipped]
+    while len(text := json.dumps([counts, names]).encode("ascii")) > _REPORT_BYTES:
+        # What is printed in one character may take twelve bytes here.
+        names = names[1:] or [tuple(part[: len(part) // 2] for part in names[0])]
     return np.array(text, f"S{_REPORT_BYTES}")
+
+
+def _shard_name(shard: str) -> str:
+    return one_line(shard[-150:])
 
 
 class Loader(Iterator[Batch]):
     """Endless batches: dicts of arrays [B, ...] with this host's B = len(rows) examples.
 
-    Every batch has the transform's fields, the same in each row, and `bad_records` int32 [B]: how many records were skipped to
-    fill the row. Each skipped record is logged once with shard, key and reason.
+    Every batch has the transform's fields, the same in each row, and `bad_records` int32 [B] ([B,
+    E] where E examples share a row): how many records were skipped to fill the row, the too long
+    ones not counted. Each skipped record is logged once with shard, key and reason, of those that
+    are too long the first few; `skipped` counts all by the kind of reason.
 
     Args:
       sources: with their weights, as `sources.open_mixture` gives them. Every stretch of examples keeps to the weights
         (to a hundredth of the smallest). Those of another `shape` come in batches of their own.
-      transform: a record -> the arrays of one row. `BadRecord` skips the record; any other exception ends the run.
+      transform: a record -> the arrays of one row. Any exception but ConfigError skips the record.
         It must pickle, and each host must give rows of the same shapes.
-      data: batch_size, pack, workers, prefetch, shuffle and max_bad_share are used. With 0 workers, threads do the work.
+      data: batch_size, pack, workers, prefetch, shuffle, too_long and max_bad_share are used. With
+        0 workers, threads do the work.
       rows: which rows of a global batch this host reads (`host_rows`); all by default.
-      join: the arrays of `data.pack` examples that follow each other -> those of a row; needed above 1. It must pickle.
+      join: the arrays and records of `data.pack` examples that follow each other -> those of a row,
+        or RowTooLong; needed above 1. It must pickle.
     """
 
     def __init__(
@@ -105,7 +192,7 @@ class Loader(Iterator[Batch]):
         seed: int,
         *,
         rows: Sequence[int] | None = None,
-        join: Callable[[Sequence[dict[str, Any]]], dict[str, Any]] | None = None,
+        join: Join | None = None,
     ) -> None:
         self._sources, self._transform, self._data, self._seed = list(sources), transform, data, seed
         self.batch_rows, self._join = data.batch_size // data.pack, join
@@ -113,8 +200,13 @@ class Loader(Iterator[Batch]):
         self._next_example = 0
         self._batches: Any = None
         self._records = sum(len(source) for source, _ in self._sources)
-        self._seen = self._bad = 0
+        self.skipped: Counter[str] = Counter()  # of this host's rows, by kind of reason
+        self._seen = self._bad = self._too_long = 0
         self._logged: set[tuple[str, str]] = set()
+        self._logged_too_long = 0
+        self._warned = False  # of the share that is too long
+        self._sound: set[int] = set()  # shards (CRC-32 of their names) of which a record was used
+        self._suspects: dict[str, dict[str, str]] = {}  # other shards: key -> kind of reason
         self._last_skipped = ""
         self.wait_seconds = 0.0  # how long the last batch was waited for
 
@@ -128,13 +220,14 @@ class Loader(Iterator[Batch]):
             self.close()
             raise
         self._next_example += self._data.batch_size
-        self._judge(batch["bad_records"], batch.pop("_skipped"))
+        self._judge(batch["bad_records"], batch.pop("_shards"), batch.pop("_skipped"))
         self.wait_seconds = time.perf_counter() - began
         return batch
 
     def state(self) -> dict[str, Any]:
-        """The position after the last batch handed out, the same on every host; fit for JSON."""
-        return {"next_example": self._next_example, "order": self._order()}
+        """The position after the last batch handed out, the same on every host but for "skipped",
+        which counts what this one skipped; fit for JSON."""
+        return {"next_example": self._next_example, "order": self._order(), "skipped": dict(self.skipped)}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continues where `state` was taken, on any number of hosts and workers, and with any batch size.
@@ -149,6 +242,7 @@ class Loader(Iterator[Batch]):
             )
         self.close()
         self._next_example = state["next_example"]
+        self.skipped = Counter(state["skipped"])
 
     def close(self) -> None:
         """Ends worker processes and threads. Iterating again starts them anew, at the same position."""
@@ -183,10 +277,8 @@ class Loader(Iterator[Batch]):
 
         pack = self._data.pack
         places = _HostRows(self._places(), self._next_example, self._data.batch_size, self.rows, pack)
-        reader = _Reader(tuple(source for source, _ in self._sources), self._transform)
-        rows = grain.MapDataset.source(places).map(reader)
-        if pack > 1:
-            rows = rows.batch(pack, drop_remainder=True, batch_fn=self._join)
+        reader = _Reader(tuple(source for source, _ in self._sources), self._transform, self._join, self._data.too_long)
+        rows = grain.MapDataset.source(places).batch(pack, drop_remainder=True, batch_fn=tuple).map(reader)
         batches = rows.batch(len(self.rows), drop_remainder=True)
         workers = self._data.workers
         # The unit of prefetching is a batch. In a worker process one thread is enough: the processes are the parallelism.
@@ -223,24 +315,71 @@ class Loader(Iterator[Batch]):
         turns = grain.MapDataset.mix(counts, [sum(self._sources[n][1] for n in numbers) for numbers in groups])
         return _InTurns(turns, tuple(map(mixed, groups)), self._data.batch_size)
 
-    def _judge(self, bad_records_B: np.ndarray, skipped_B: np.ndarray) -> None:
-        """Logs what was skipped and stops the run above the share allowed."""
-        bad = int(bad_records_B.sum())
-        self._seen += bad_records_B.size + bad
-        self._bad += bad
-        for which in skipped_B.ravel() if bad else ():
-            for shard, key, reason in json.loads(which):
-                self._last_skipped = f"{shard}: {key}: {reason}"
-                if (shard, key) not in self._logged:
-                    self._logged.add((shard, key))
-                    _log.warning("skipped %s", self._last_skipped)
+    def _judge(self, bad_records_B: np.ndarray, shards_B: np.ndarray, reports_B: np.ndarray) -> None:
+        """Count and log what was skipped; stop the run above the share allowed.
+
+        The share is that of the examples whose own record cannot be read. What is skipped in the
+        search for another says little of the set: where four neighbours are damaged, ten are
+        skipped in an epoch.
+        """
+        self._seen += bad_records_B.size
+        self._bad += int(np.count_nonzero(bad_records_B))
+        self._sound.update(shards_B.ravel().tolist())
+        reports_B = reports_B.ravel()
+        for report in reports_B[reports_B != b""]:
+            counts, records = json.loads(report)
+            self.skipped.update(counts)
+            self._too_long += counts.get(TOO_LONG, 0)
+            for shard, key, reason, kind in records:
+                self._log_skipped(shard, key, reason, kind)
+        self._warn_of_too_long()
         allowed = self._data.max_bad_share
-        # Judged once a share is more than chance (10 bad records would be allowed) or the whole data set was seen.
-        enough = min(self._records, max(100, math.ceil(10 / allowed))) if allowed > 0 else 0
-        if self._seen >= enough and self._bad > allowed * self._seen:
+        if self._enough(allowed) and self._bad > allowed * self._seen:
             raise BadRecordLimit(
                 f"{self._bad} of {self._seen} records ({self._bad / self._seen:.1%}) cannot be read, more than "
                 f"data.max_bad_share={allowed:.1%}, the last {self._last_skipped}; repair the data set or raise that share"
+            )
+
+    def _enough(self, share: float) -> bool:
+        """Whether a share of the records is more than chance: 10 would be of it, or the whole data
+        set was seen."""
+        enough = min(self._records, max(100, math.ceil(10 / share))) if share > 0 else 0
+        return self._seen >= enough
+
+    def _log_skipped(self, shard: str, key: str, reason: str, kind: str) -> None:
+        if kind != TOO_LONG:
+            self._last_skipped = f"{shard}: {key}: {reason}"
+        elif self._logged_too_long == LOGGED_TOO_LONG:
+            return
+        if (shard, key) not in self._logged:
+            self._logged.add((shard, key))
+            self._logged_too_long += kind == TOO_LONG
+            _log.warning("skipped %s: %s: %s", shard, key, reason)
+        if zlib.crc32(shard.encode()) in self._sound:
+            self._suspects.pop(shard, None)
+            return
+        found = self._suspects.setdefault(shard, {})
+        if key in found or len(found) == FIRST_OF_SHARD:
+            return
+        found[key] = kind
+        if len(found) == FIRST_OF_SHARD and len(set(found.values())) == 1:
+            _log.warning(
+                "each of the first %d records read of %s was skipped: %s: look at that file", len(found), shard, reason
+            )
+
+    def _warn_of_too_long(self) -> None:
+        """Say once that more than the share of bad records allowed is too long: it does not end the
+        run."""
+        share = self._data.max_bad_share
+        seen = self._seen + self._too_long
+        if not self._warned and self._enough(share) and self._too_long > share * seen:
+            self._warned = True
+            _log.warning(
+                "%d of %d records (%.1f%%) are longer than a row and were skipped, as data.too_long says: raise "
+                "data.max_length, or set data.too_long=truncate; further ones are counted only",
+                self._too_long,
+                seen,
+                100 * self._too_long / seen,
             )
 
 
@@ -392,9 +531,13 @@ class DevicePrefetch(Iterator[Batch]):
         return self._state
 
     def close(self) -> None:
-        """Ends the thread and the loader's workers; batches made ahead are dropped."""
+        """Ends the thread and the loader's workers; batches made ahead are dropped.
+
+        A thread that hangs in a read is left behind after ENDING seconds: it is a daemon.
+        """
         self._stop.set()
-        while self._thread.is_alive():
+        end = time.monotonic() + ENDING
+        while self._thread.is_alive() and time.monotonic() < end:
             while not self._queue.empty():  # the thread may be waiting for room
                 self._queue.get_nowait()
             self._thread.join(timeout=0.05)

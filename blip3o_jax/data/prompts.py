@@ -1,20 +1,45 @@
 """Files of prompts, for sampling, evaluation and reinforcement learning.
 
-A file holds JSON lines with "prompt" or "caption" and whatever a scorer reads, as the shapes data set's prompts_*.jsonl and
-GenEval's evaluation_metadata.jsonl do, or plain text, one prompt a line. Empty lines are skipped.
+| kind       | told by                                                  | a prompt is                     |
+| ---------- | -------------------------------------------------------- | ------------------------------- |
+| JSON       | .json, .jsonl, .ndjson; or how the first line begins     | a string, or "prompt" or        |
+|            |                                                          | "caption" of an object          |
+| CSV, TSV   | .csv, .tsv; or a first line of column names, one of them | the column prompt or caption    |
+| plain text | everything else                                          | a line                          |
+
+JSON is one array, over as many lines as it likes, or one value a line. What else an object or a row
+holds is metadata for a scorer, as in the shapes data set's prompts_*.jsonl, GenEval's
+evaluation_metadata.jsonl and PartiPrompts.tsv. Names of keys and columns may be in capitals. Empty
+lines are skipped.
+
+A text may begin with a brace or a bracket: without one of the suffixes above a file is JSON where
+its first line is valid JSON, or opens a string or a bracket right after its first, as no prompt
+does. What is JSON or a table by these rules and is broken is refused with its line, and never drawn
+as text.
 """
 
+import csv
 import dataclasses
 import json
 import pathlib
+import re
+from collections.abc import Iterator
 from typing import Any
 
 from blip3o_jax.config import UserError
 
+TEXT_NAMES = ("prompt", "caption")
+CATEGORY_NAMES = ("category", "tag")
+_JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
+_TABLE_SUFFIXES = {".csv": ",", ".tsv": "\t"}
+_OPENS_JSON = re.compile(r'(\[\s*(["{\[\]]|$)|\{\s*("|\}|$))')
+_COLUMN_NAME = re.compile(r"[\w .-]{1,40}")
+
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """`metadata`: its whole line, for the rewards. `category`: "category" or "tag" of that, or ""."""
+    """`metadata`: its whole object or row, for the rewards. `category`: "category" or "tag" of
+    that, or ""."""
 
     text: str
     metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -22,29 +47,164 @@ class Prompt:
 
 
 def read_prompts(path: str | pathlib.Path) -> list[Prompt]:
-    """All prompts of a file, as JSON lines where its first line is one. UserError, with file and line, for what is none."""
+    """Return all prompts of a file. UserError, with file and line, for what is none."""
     path = pathlib.Path(path)
-    try:
-        text = path.read_text(encoding="utf-8-sig")  # a mark of byte order would hide the first line's brace
-    except UnicodeDecodeError as e:
-        raise UserError(f"{path} is not UTF-8 text: {e.reason} at byte {e.start}") from e
-    except OSError as e:
-        raise UserError(f"{path}: {e.strerror}") from e
-    # Not splitlines: JSON's texts may hold U+2028 and its like as they are.
-    numbered = [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-    if not numbered:
+    text = _read_text(path)
+    first = next((line.strip() for line in text.split("\n") if line.strip()), "")
+    if not first:
         raise UserError(f"{path} holds no prompt: write one a line")
-    if not numbered[0][1].startswith("{"):
-        return [Prompt(line) for _, line in numbered]
-    return [_parsed(line, f"{path}:{number}") for number, line in numbered]
+    kind = path.suffix.lower()
+    if kind in _JSON_SUFFIXES or (kind not in _TABLE_SUFFIXES and _begins_json(first)):
+        values = _json_array(text, path) if first.startswith("[") else _json_lines(text, path)
+        prompts = [_prompt(value, where) for value, where in values]
+    elif delimiter := _TABLE_SUFFIXES.get(kind) or _delimiter(first):
+        prompts = [_prompt(row, where) for row, where in _table(text, delimiter, path)]
+    else:
+        # Not splitlines: a text may hold U+2028 and its like.
+        lines = [line.strip() for line in text.split("\n")]
+        prompts = [Prompt(line) for line in lines if line]
+    if not prompts:
+        raise UserError(f"{path} holds no prompt: it is an empty list or table")
+    return prompts
 
 
-def _parsed(line: str, where: str) -> Prompt:
+def _read_text(path: pathlib.Path) -> str:
+    """Return what the file says, without its byte-order mark, lines ended by "\\n"."""
     try:
-        metadata = json.loads(line)
-    except ValueError as e:
-        raise UserError(f"{where} is no JSON: {e}") from e
-    text = (metadata.get("prompt") or metadata.get("caption")) if isinstance(metadata, dict) else None
-    if not isinstance(text, str) or not text.strip():
-        raise UserError(f'{where} has no text under "prompt" or "caption"')
-    return Prompt(text.strip(), metadata, str(metadata.get("category") or metadata.get("tag") or ""))
+        data = path.read_bytes()
+    except (OSError, ValueError) as e:  # ValueError: a path with NUL
+        raise UserError(f"{path}: {getattr(e, 'strerror', None) or e}") from e
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise UserError(f"{path} is UTF-16 text: save it as UTF-8")
+    if b"\0" in data:
+        line = data.count(b"\n", 0, data.index(b"\0")) + 1
+        raise UserError(f"{path}:{line} holds a NUL byte: that is no text file")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        line = data.count(b"\n", 0, e.start) + 1
+        raise UserError(f"{path}:{line} is not UTF-8 text: {e.reason} at byte {e.start}") from e
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _begins_json(line: str) -> bool:
+    """Whether the first line of a file without a suffix for it is JSON nevertheless."""
+    if not line.startswith(("{", "[")):
+        return False
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return _OPENS_JSON.match(line) is not None
+    return True
+
+
+def _json_lines(text: str, path: pathlib.Path) -> Iterator[tuple[Any, str]]:
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            where = f"{path}:{number}"
+            value, end = _decoded(line, len(line) - len(line.lstrip()), where)
+            if line[end:].strip():
+                raise UserError(f"{where} is no JSON: extra data in column {end + 1}; write one a line")
+            yield value, where
+
+
+def _json_array(text: str, path: pathlib.Path) -> Iterator[tuple[Any, str]]:
+    """The values of one array, each with the line it begins in, so that what is wrong has a
+    place."""
+    space = re.compile(r"\s*")
+    position = space.match(text, text.index("[") + 1).end()
+    ended = text.startswith("]", position)
+    while not ended:
+        where = f"{path}:{text.count(chr(10), 0, position) + 1}"
+        value, position = _decoded(text, position, where)
+        yield value, where
+        position = space.match(text, position).end()
+        here = f"{path}:{text.count(chr(10), 0, position) + 1}"
+        ended = text.startswith("]", position)
+        if not ended and not text.startswith(",", position):
+            raise UserError(f'{here} is no JSON: expected "," or "]" after a value of the array')
+        if not ended:
+            position = space.match(text, position + 1).end()
+    position = space.match(text, position + 1).end()
+    if text[position:]:
+        here = f"{path}:{text.count(chr(10), 0, position) + 1}"
+        raise UserError(f"{here} is no JSON: something follows the array; write all into one array")
+
+
+def _decoded(text: str, position: int, where: str) -> tuple[Any, int]:
+    """Return the JSON value that begins at `position`, and where it ends."""
+    try:
+        return json.JSONDecoder().raw_decode(text, position)
+    except json.JSONDecodeError as e:
+        file, _, first = where.rpartition(":")
+        line = int(first) + text.count("\n", position, e.pos)
+        raise UserError(f"{file}:{line} is no JSON: {e.msg}; write one array, or one object a line") from e
+    except ValueError as e:  # a number of more digits than int takes
+        raise UserError(f"{where} is no JSON: {str(e).partition(';')[0]}") from e
+    except RecursionError as e:
+        raise UserError(f"{where} is no JSON: too many brackets within each other") from e
+
+
+def _delimiter(first: str) -> str:
+    """Return what separates the columns where the first line names them, one of them that of the
+    prompts; else ""."""
+    for delimiter in ("\t", ","):
+        names = [name.strip() for name in first.split(delimiter)]
+        named = {name.casefold() for name in names} & set(TEXT_NAMES)
+        if len(names) > 1 and named and all(map(_COLUMN_NAME.fullmatch, names)):
+            return delimiter
+    return ""
+
+
+def _table(text: str, delimiter: str, path: pathlib.Path) -> Iterator[tuple[dict[str, str], str]]:
+    """The rows of a table as dicts by the names of its first line, each with its last line."""
+    try:
+        rows = _rows(text, delimiter, quoting=True)
+        quotes_are_text = False
+    except csv.Error as e:
+        if delimiter != "\t":
+            raise UserError(f"{path}:{e.args[1]} is no CSV: {e.args[0]}") from e
+        quotes_are_text = True
+    if quotes_are_text:  # as in PartiPrompts.tsv, where a prompt may begin with a quoted word
+        try:
+            rows = _rows(text, delimiter, quoting=False)
+        except csv.Error as e:
+            raise UserError(f"{path}:{e.args[1]} is no TSV: {e.args[0]}") from e
+    (header, first), *rows = rows
+    names = [name.strip() for name in header]
+    if not {name.casefold() for name in names} & set(TEXT_NAMES):
+        found = ", ".join(map(repr, names))
+        raise UserError(f"{path}:{first} names no column prompt or caption; it has {found}")
+    if len({name.casefold() for name in names}) < len(names):
+        raise UserError(f"{path}:{first} names a column twice: {', '.join(map(repr, names))}")
+    for values, line in rows:
+        if len(values) != len(names):
+            raise UserError(f"{path}:{line} has {len(values)} columns, the first line {len(names)}")
+        yield dict(zip(names, values, strict=True)), f"{path}:{line}"
+
+
+def _rows(text: str, delimiter: str, quoting: bool) -> list[tuple[list[str], int]]:
+    """Return the rows that are not empty, each with its last line; csv.Error(reason, line) for what
+    is no table."""
+    style = csv.QUOTE_MINIMAL if quoting else csv.QUOTE_NONE
+    lines = (line + "\n" for line in text.split("\n"))
+    reader = csv.reader(lines, delimiter=delimiter, quoting=style, strict=True)
+    try:
+        return [(row, reader.line_num) for row in reader if any(value.strip() for value in row)]
+    except csv.Error as e:
+        raise csv.Error(str(e), reader.line_num) from e
+
+
+def _prompt(value: Any, where: str) -> Prompt:
+    """Return the prompt of a string, an object or a row."""
+    metadata = value if isinstance(value, dict) else {}
+    named = {str(name).casefold(): content for name, content in metadata.items()}
+    found = value if isinstance(value, str) else next((named[n] for n in TEXT_NAMES if named.get(n)), None)
+    if not isinstance(found, str) or not found.strip():
+        raise UserError(f'{where} has no text under "prompt" or "caption", and is no text itself')
+    try:
+        found.encode("utf-8")
+    except UnicodeEncodeError as e:
+        raise UserError(f"{where} has half a character in its text: {found[e.start]!a} at {e.start}") from e
+    category = next((named[n] for n in CATEGORY_NAMES if named.get(n)), "")
+    return Prompt(found.strip(), metadata, str(category))

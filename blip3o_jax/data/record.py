@@ -7,17 +7,25 @@ Every format has the same fields, whether they are keys of JSON, columns, featur
     caption, text  what the image shows                       instruction  what is to be done to the input images
     question       about the input images                     answer       in words, to a question
     image          the image that is to be drawn              input_image  one shown, input_images several
+
+Of a list of texts the first that is not empty is taken. A byte-order mark is no text.
 """
 
 import abc
 import dataclasses
 import json
 import os
+import pathlib
+import re
+import sysconfig
+import traceback
 import types
-from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple, TypeVar
 
-from blip3o_jax.config import UserError
+import numpy as np
+
+from blip3o_jax.config import ConfigError, UserError
 from blip3o_jax.data.template import TASKS
 
 CAPTION_FIELDS = ("caption", "text")
@@ -25,19 +33,64 @@ TEXT_FIELDS = ("instruction", "question", *CAPTION_FIELDS)
 INPUT_FIELDS = ("input_image", "input_images")
 
 
-class BadRecord(UserError):
-    """One record that cannot be used. `shard` and `key` say which; empty where only the bytes are known."""
+T = TypeVar("T")
 
-    def __init__(self, shard: str, key: str, reason: str) -> None:
-        super().__init__(shard, key, reason)  # all three, so that it survives the pickling between processes
-        self.shard, self.key, self.reason = shard, key, reason
+# Kinds of bad records: the text does not fit in its row; the bytes are not those that were indexed.
+TOO_LONG = "too long"
+CHANGED = "changed since it was indexed"
+_PACKAGE = pathlib.Path(__file__).parent.parent
+_LIBRARIES = tuple(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib"))
+# Where the part of a reason begins that differs from record to record.
+_VARIABLE = re.compile(r"\s\d|[:;(\[{'\"\\]")
+
+
+class BadRecord(UserError):
+    """One record that cannot be used. `shard` and `key` say which; empty where only the bytes are
+    known.
+
+    `kind`: what reasons of the same cause have in common; by default the reason up to its first
+    number, quote or colon.
+    """
+
+    def __init__(self, shard: str, key: str, reason: str, kind: str = "") -> None:
+        kind = kind or _VARIABLE.split(reason, maxsplit=1)[0].strip() or "unreadable"
+        super().__init__(shard, key, reason, kind)  # all, so that it survives the pickling between processes
+        self.shard = shard
+        self.key = key
+        self.reason = reason
+        self.kind = kind
 
     def __str__(self) -> str:
         return f"{self.shard}: {self.key}: {self.reason}" if self.shard else self.reason
 
 
-class ChangedRecord(BadRecord):
-    """A record whose bytes are not those that were indexed: it may be as it was again."""
+class RowTooLong(UserError):
+    """Text that does not fit in its row. `data.too_long` says what becomes of the record; its image
+    tokens are never cut.
+
+    reason: what is too long. cure: what to do. which: the longest, where several examples share the
+    row.
+    """
+
+    def __init__(
+        self,
+        key: str,
+        length: int,
+        max_length: int,
+        reason: str = "needs {length} tokens, a row has {max_length}",
+        cure: str = "shorten its caption or raise data.max_length",
+        which: int = 0,
+    ) -> None:
+        super().__init__(key, length, max_length, reason, cure, which)  # it travels from the data workers
+        self.key = key
+        self.length = length
+        self.max_length = max_length
+        self.reason = reason.format(length=length, max_length=max_length)
+        self.cure = cure
+        self.which = which
+
+    def __str__(self) -> str:
+        return f"example {self.key!r} {self.reason}: {self.cure}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,15 +147,71 @@ class Source(abc.ABC):
         """Digest of the content (data/index.py), whatever its files are called and wherever they lie."""
 
 
+def read_record(source: Source, index: int, use: Callable[[Record], T]) -> T:
+    """Return `use(source[index])`: the one place where records are read.
+
+    Raises BadRecord, with shard, key and reason, whatever exception reading or using this one
+    record raises. An exception that nobody foresaw is named by its type and the line of the package
+    that met it, so that a bug can be told from bad data. A setting that cannot work (ConfigError)
+    is not the record's fault, and is raised as it is.
+    """
+    record = None
+    try:
+        record = source[index]
+        return use(record)
+    except ConfigError:
+        raise
+    except Exception as error:
+        shard, key, kind = "", "", ""
+        if isinstance(error, BadRecord):
+            shard, key, reason, kind = error.args
+        elif isinstance(error, RowTooLong):
+            reason, kind = error.reason, TOO_LONG
+        elif isinstance(error, UserError):
+            reason, kind = str(error), "no row can be made of it"
+        else:
+            kind = type(error).__name__
+            message = str(error).partition("\n")[0]
+            reason = f"{kind} at {_place(error)}" + (f": {message}" if message else "")
+        if record is not None:  # what decoding raises knows neither shard nor key
+            shard, key = record.shard, record.key
+        raise BadRecord(shard or source.name, key or str(index), reason, kind) from error
+
+
+def _place(error: Exception) -> str:
+    """Return file and line of the innermost frame that is no library's."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if pathlib.Path(frame.filename).is_relative_to(_PACKAGE)]
+    other = [frame for frame in frames if not frame.filename.startswith(_LIBRARIES)]
+    frame = next(frame for frame in reversed(frames) if frame in own or frame in other)
+    path = pathlib.Path(frame.filename)
+    return f"{path.relative_to(_PACKAGE.parent) if frame in own else path.name}:{frame.lineno}"
+
+
+def one_line(text: str, most: int = 150) -> str:
+    """Return `text` with all that cannot be printed escaped, lone surrogates among them, cut to
+    `most` characters."""
+    escaped = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[: most + 1])
+    shown = "".join(escaped)
+    return shown if len(shown) <= most else shown[: most - 3] + "..."
+
+
 def decode_text(value: bytes | str | None, shard: str, key: str) -> str:
+    """Return a text without its byte-order mark and outer blanks; BadRecord for what UTF-8 cannot
+    hold or is no text."""
     if isinstance(value, bytes):
         try:
-            return value.decode("utf-8").strip()
+            value = value.decode("utf-8")
         except UnicodeDecodeError as error:
             raise BadRecord(shard, key, f"the text is not UTF-8 (byte {error.start})") from None
     if not isinstance(value, str):
         raise BadRecord(shard, key, f"no caption; expected text in {' or '.join(CAPTION_FIELDS)}")
-    return value.strip()
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:  # as JSON's \ud83c gives it, where an emoji was cut in two
+        half = ascii(value[error.start])
+        raise BadRecord(shard, key, f"the text has half a character ({half} at {error.start})") from None
+    return value.removeprefix("\ufeff").strip()
 
 
 def parse_json(raw: bytes, shard: str, key: str) -> tuple[dict[str, Any], Words]:
@@ -111,6 +220,12 @@ def parse_json(raw: bytes, shard: str, key: str) -> tuple[dict[str, Any], Words]
         fields = json.loads(decode_text(raw, shard, key))
     except json.JSONDecodeError as error:
         raise BadRecord(shard, key, f"broken JSON: {error}") from None
+    except ValueError as error:  # a number of more digits than int takes
+        if isinstance(error, BadRecord):
+            raise
+        raise BadRecord(shard, key, f"broken JSON: {str(error).partition(';')[0]}") from None
+    except RecursionError:
+        raise BadRecord(shard, key, "broken JSON: too many brackets within each other") from None
     if not isinstance(fields, dict):
         raise BadRecord(shard, key, "the JSON is not an object")
     return fields, words(fields, shard, key)
@@ -118,12 +233,14 @@ def parse_json(raw: bytes, shard: str, key: str) -> tuple[dict[str, Any], Words]
 
 def words(fields: Mapping[str, Any], shard: str, key: str) -> Words:
     """Task, text and answer by the fields above."""
-    given = [name for name in TEXT_FIELDS if fields.get(name) is not None]
+    fields = {name: _first(fields.get(name)) for name in ("task", *TEXT_FIELDS, "answer")}
+    given = [name for name in TEXT_FIELDS if fields[name] is not None]
     given = [name for name in given if fields[name]] or given  # TFDS has no missing values: what is not there is empty
-    task = fields.get("task") or {"instruction": "edit", "question": "understand"}.get(given[0] if given else "", "t2i")
+    told = {"instruction": "edit", "question": "understand"}.get(given[0] if given else "", "t2i")
+    task = fields["task"] or told
     task = decode_text(task, shard, key)
     if task not in TASKS:
-        raise BadRecord(shard, key, f"task {task!r} is not one of {', '.join(TASKS)}")
+        raise BadRecord(shard, key, f"task {one_line(task)!r} is not one of {', '.join(TASKS)}")
     if task == "reconstruct":
         return Words(task, "", "")
     own = {"edit": ("instruction",), "understand": ("question",)}.get(task, CAPTION_FIELDS)
@@ -131,10 +248,19 @@ def words(fields: Mapping[str, Any], shard: str, key: str) -> Words:
     text = decode_text(fields[name] if name else None, shard, key)
     if task != "t2i" and not text:
         raise BadRecord(shard, key, f"the {own[0]} is empty")
-    answer = decode_text(fields.get("answer") or "", shard, key)
+    answer = decode_text(fields["answer"] or "", shard, key)
     if task == "understand" and not answer:
         raise BadRecord(shard, key, "no answer to the question")
     return Words(task, text, answer)
+
+
+def _first(value: Any) -> Any:
+    """Return of several texts (a list, or TFDS's array) the first that is not empty: the same in
+    every epoch."""
+    if not isinstance(value, list | tuple | np.ndarray):
+        return value
+    texts = list(value)
+    return next((text for text in texts if text), texts[0] if texts else None)
 
 
 def make_record(said: Words, image: bytes | None, inputs: Iterable[bytes], key: str, shard: str) -> Record:

@@ -23,30 +23,16 @@ all others with rows and examples until `by_example` makes one dimension of thes
 Legend: B examples of a batch, or its rows; L row length, D width, N image tokens, E examples of a row.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from blip3o_jax.config import TemplateConfig, UserError, check, check_choice
-from blip3o_jax.data.template import make_prompt
+from blip3o_jax.data.record import RowTooLong
+from blip3o_jax.data.template import Prompt, make_prompt
 from blip3o_jax.text.vocabulary import Vocabulary
-
-
-class RowTooLong(UserError):
-    """An example that does not fit in its row. It is refused and never cut: a cut row would lose its image."""
-
-    def __init__(self, key: str, length: int, max_length: int):
-        super().__init__(
-            f"example {key!r} needs {length} tokens, a row has {max_length}: shorten its caption or raise data.max_length"
-        )
-        self.key, self.length, self.max_length = key, length, max_length
-
-    def __reduce__(self) -> tuple[Any, ...]:  # it travels from the data workers
-        return RowTooLong, (self.key, self.length, self.max_length)
-
 
 LONGEST_TAIL = 8  # tokens after an image's; three for most tokenizers, more where a line break is several
 
@@ -72,18 +58,21 @@ def text_to_image_row(
     max_length: int,
     pool_scale: int = 1,
     key: str = "",
+    truncate: bool = False,
 ) -> dict[str, np.ndarray]:
     """One training row.
 
     image: the codebook indices [N] of the image, or only N: then <I0> holds the places for `insert_image_ids`. key: what
-    errors call the example.
+    errors call the example. truncate: cut the caption to what fits.
 
     Returns tokens_L int32, loss_mask_L float32, segment_ids_L int32, positions_L int32 and image_span (int32, no
     dimensions) under the keys "tokens", "loss_mask", "segment_ids", "positions" and "image_span".
     Raises RowTooLong, and UserError for codes outside the codebook.
     """
-    prompt = text_to_image_prompt(vocab, template, caption, pool_scale)
-    row = _laid_out(vocab, template, prompt, _image_answer(vocab, image, key), max_length, key)
+    answer = _image_answer(vocab, image, key)
+    make = lambda text: make_prompt(vocab, template, "t2i", text, pool_scale=pool_scale)
+    prompt = _fitted(make, caption, max_length - len(answer), truncate).ids
+    row = _laid_out(vocab, template, prompt, answer, max_length, key)
     return row | {"image_span": np.int32(len(prompt) - 1)}
 
 
@@ -100,6 +89,7 @@ def task_row(
     max_length: int,
     pool_scale: int = 1,
     key: str = "",
+    truncate: bool = False,
 ) -> dict[str, np.ndarray]:
     """One training row of any task, for a batch that mixes them: what `text_to_image_row` returns, and
 
@@ -107,19 +97,27 @@ def task_row(
         reference_span   int32 [R]: the opening tag of each reference image, its N tokens follow; 0 where there is none
         reference_mask   float32 [R]: 1 where there is a reference; those come first
 
-    of R = `places`. `text` is the caption, instruction or question, `answer` the text that answers a question. Raises
-    RowTooLong, and UserError for more references than places and for an answer of more labels than an image has.
+    of R = `places`. `text` is the caption, instruction or question, `answer` the text that answers
+    a question. Raises RowTooLong, for an answer of more labels than an image has as well, and
+    UserError for more references than places. With `truncate`, text and answer are cut to what
+    fits.
     """
     if references > places:
         raise UserError(
             f"example {key!r} has {references} reference images, a row has places for {places}: "
             "leave some out or raise model.editing.references"
         )
-    prompt = make_prompt(
-        vocab, template, task, text, references=references, num_image_tokens=num_image_tokens, pool_scale=pool_scale
-    )
     drawn = task != "understand"
-    tokens = _image_answer(vocab, num_image_tokens, key) if drawn else _text_answer(vocab, answer, num_image_tokens, key)
+    if drawn:
+        tokens = _image_answer(vocab, num_image_tokens, key)
+    else:
+        tokens = _text_answer(vocab, answer, num_image_tokens, key, truncate)
+
+    def make(text: str) -> Prompt:
+        shown = {"references": references, "num_image_tokens": num_image_tokens, "pool_scale": pool_scale}
+        return make_prompt(vocab, template, task, text, **shown)
+
+    prompt = _fitted(make, text, max_length - len(tokens), truncate)
     spans_R = np.zeros(places, np.int32)
     spans_R[:references] = prompt.references
     row = _laid_out(vocab, template, prompt.ids, tokens, max_length, key)
@@ -147,14 +145,40 @@ def _image_answer(vocab: Vocabulary, image: np.ndarray | int, key: str) -> list[
     return [*vocab.image_ids_from_codes(codes_N), *tail]
 
 
-def _text_answer(vocab: Vocabulary, answer: str, num_image_tokens: int, key: str) -> list[int]:
+def _text_answer(vocab: Vocabulary, answer: str, num_image_tokens: int, key: str, truncate: bool) -> list[int]:
     if not answer.strip():
         raise UserError(f"example {key!r} has no answer: a question needs one to learn from")
     ids = [*vocab.encode(answer), vocab.end_of_turn, *vocab.encode("\n")]
     most = num_image_tokens + LONGEST_TAIL
-    if len(ids) > most:
-        raise UserError(f"example {key!r} has an answer of {len(ids)} tokens, at most {most} are trained on: shorten it")
-    return ids
+    if len(ids) <= most:
+        return ids
+    if not truncate:
+        reason = "has an answer of {length} tokens, at most {max_length} are trained on"
+        raise RowTooLong(key, len(ids), most, reason, "shorten it")
+    # Without the end of the turn: the model is not to learn to stop in the middle of a sentence.
+    return vocab.encode(_longest(answer.strip(), lambda text: len(vocab.encode(text)) <= most))
+
+
+def _fitted(make: Callable[[str], Prompt], text: str, most: int, truncate: bool) -> Prompt:
+    """Return `make(text)`; with `truncate`, of as much of the text as makes at most `most` ids."""
+    prompt = make(text)
+    if not truncate or len(prompt.ids) <= most or not text.strip():
+        return prompt
+    kept = _longest(text.strip(), lambda text: len(make(text).ids) <= most)
+    return make(kept) if kept else prompt  # a row too short for images and template alone is refused as it is
+
+
+def _longest(text: str, fits: Callable[[str], bool]) -> str:
+    """Return the longest beginning of `text` that fits, without blanks at its end; "" where not one
+    character does."""
+    fitting, too_long = 0, len(text) + 1
+    while too_long - fitting > 1:
+        middle = (fitting + too_long) // 2
+        if fits(text[:middle].rstrip()):
+            fitting = middle
+        else:
+            too_long = middle
+    return text[:fitting].rstrip()
 
 
 def _laid_out(
@@ -177,12 +201,29 @@ def _laid_out(
     }
 
 
+def shared_length(rows: Sequence[dict[str, np.ndarray]], max_length: int) -> int:
+    """Return how long examples may be so that all of them fit in one row: the shorter ones leave
+    their room to the others."""
+    lengths = sorted(_lengths(rows))
+    left = max_length
+    for number, length in enumerate(lengths):
+        share = left // (len(lengths) - number)
+        if length > share:
+            return share
+        left -= length
+    return max_length
+
+
+def _lengths(rows: Sequence[dict[str, np.ndarray]]) -> list[int]:
+    return [int(np.count_nonzero(row["segment_ids"])) for row in rows]
+
+
 def pack_rows(rows: Sequence[dict[str, np.ndarray]], keys: Sequence[str], max_length: int) -> dict[str, np.ndarray]:
     """E examples in one row of `max_length`, in their order; what is not of ROW_FIELDS is stacked [E, ...]. RowTooLong, with
-    the keys, where they do not fit."""
-    lengths = [int(np.count_nonzero(row["segment_ids"])) for row in rows]
+    the keys and which is the longest, where they do not fit."""
+    lengths = _lengths(rows)
     if sum(lengths) > max_length:
-        raise RowTooLong(" + ".join(keys), sum(lengths), max_length)
+        raise RowTooLong(" + ".join(keys), sum(lengths), max_length, which=int(np.argmax(lengths)))
     starts = np.cumsum([0, *lengths[:-1]])
     packed = {name: np.zeros(max_length, rows[0][name].dtype) for name in ROW_FIELDS}
     for number, (row, start, length) in enumerate(zip(rows, starts, lengths, strict=True), 1):
@@ -204,12 +245,18 @@ def by_example(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
     return {name: x if name in ROW_FIELDS else x.reshape(-1, *x.shape[2:]) for name, x in batch.items()}
 
 
-def caption_row(vocab: Vocabulary, caption: str, max_length: int, key: str = "") -> dict[str, np.ndarray]:
+def caption_row(
+    vocab: Vocabulary, caption: str, max_length: int, key: str = "", truncate: bool = False
+) -> dict[str, np.ndarray]:
     """A caption alone, for the contrastive stage: the end-of-turn token closes it, so that an empty one is not an empty row.
 
-    Returns text_ids_L int32 and text_mask_L bool under the keys "text_ids" and "text_mask". Raises RowTooLong.
+    Returns text_ids_L int32 and text_mask_L bool under the keys "text_ids" and "text_mask". Raises
+    RowTooLong, unless it is to `truncate` the caption.
     """
     ids = [*vocab.encode(caption), vocab.end_of_turn]
+    if truncate and len(ids) > max_length:
+        kept = _longest(caption, lambda text: len(vocab.encode(text)) < max_length)
+        ids = [*vocab.encode(kept), vocab.end_of_turn]
     if len(ids) > max_length:
         raise RowTooLong(key, len(ids), max_length)
     text_ids_L = np.full(max_length, vocab.pad_id, np.int32)

@@ -30,7 +30,7 @@ import numpy as np
 from blip3o_jax import config
 from blip3o_jax.config import UserError
 from blip3o_jax.data import index as index_lib
-from blip3o_jax.data.checked_file import DamagedFile, crc32c
+from blip3o_jax.data.checked_file import DamagedArrays, crc32c
 from blip3o_jax.data.index import Built, Counts, Hosts, IndexedSource, Progress, ShardIndex
 from blip3o_jax.data.record import (
     CAPTION_FIELDS,
@@ -154,7 +154,7 @@ class FolderSource(IndexedSource):
     """A directory of images and a captions.jsonl: one object a line with the fields of data/record.py, images by their paths
     (`file_name` or `output_image` will do for `image`).
 
-    Paths are relative to `images`, by default the directory of captions.jsonl, and must not lead out of it: not by `..`, by an
+    Paths are relative to the directory of captions.jsonl, or to `images`, and must not lead out of both: not by `..`, by an
     absolute path or by a symbolic link. Otherwise whoever wrote the captions chooses which files of this machine are read.
     """
 
@@ -166,7 +166,8 @@ class FolderSource(IndexedSource):
         images = os.path.expanduser(images)
         if images and not os.path.isdir(images):
             raise UserError(f"data.images={images} is not a directory: give the one that holds the images of {path}")
-        self._images = _ImageFiles(self._lines_file, images or os.path.dirname(self._lines_file))
+        own = os.path.dirname(self._lines_file)
+        self._images = _ImageFiles(self._lines_file, (images, own) if images else (own,))
         form = index_lib.Format(
             "folder",
             functools.partial(_index_folder, self._images),
@@ -197,22 +198,27 @@ class FolderSource(IndexedSource):
 
 @dataclasses.dataclass(frozen=True)
 class _ImageFiles:
-    """The images that the lines of a captions file name, below `root`."""
+    """The images that the lines of a captions file name, below one of the directories `roots`."""
 
     captions: str
-    root: str
+    roots: tuple[str, ...]
+
+    def path(self, name: str) -> str:
+        """Return the path of an image below the first of the roots that has it. ValueError: a NUL, a lone surrogate."""
+        paths = [os.path.join(root, name) for root in self.roots]
+        return next((path for path in paths[:-1] if os.path.lexists(path)), paths[-1])
 
     def find(self, name: str) -> str:
-        """Return the path of an image; BadRecord where it leads out of the root or to no plain file."""
+        """Return the path of an image, symbolic links resolved; BadRecord where it leads out or to no plain file."""
         try:
-            root, path = os.path.realpath(self.root), os.path.realpath(os.path.join(self.root, name))
-            inside = os.path.commonpath([root, path]) == root
+            path = os.path.realpath(self.path(name))
+            inside = any(os.path.commonpath([root, path]) == root for root in map(os.path.realpath, self.roots))
             plain = stat.S_ISREG(os.stat(path).st_mode) if inside else True  # a pipe would be waited for
-        except (OSError, ValueError) as error:  # ValueError: a NUL, a lone surrogate
+        except (OSError, ValueError) as error:
             raise self._unreadable(name, error) from None
         if not inside:
             reason = "the path leads out of the data set"
-            hint = "set data.images, or images of the source, to the directory that holds the images"
+            hint = "set data.images, or images of the source, to a directory that holds it"
             raise BadRecord(self.captions, name, f"{reason}, to {path}: {hint}")
         if not plain:
             raise BadRecord(self.captions, name, "the image cannot be read: it is no plain file")
@@ -234,13 +240,13 @@ class _ImageFiles:
 
     def sizes(self, names: Sequence[str], before: Sequence[int] = ()) -> list[int]:
         """Return the sizes of images. Of those that had one `before` a single call to the file system is enough: whether the
-        path leads out of the root is looked at when it is read."""
+        path leads out of the roots is looked at when it is read."""
 
         def size(name: str, known: int) -> int:
             if known < 0:
                 return self.size(name)
             try:
-                return os.stat(os.path.join(self.root, name)).st_size
+                return os.stat(self.path(name)).st_size
             except (OSError, ValueError):
                 return -1
 
@@ -248,7 +254,9 @@ class _ImageFiles:
             return list(pool.map(size, names, before or [-1] * len(names)))
 
     def _unreadable(self, name: str, error: Exception) -> BadRecord:
-        reason = getattr(error, "strerror", None) or error
+        reason = "no file can have this name"  # one with NUL or half a character
+        if isinstance(error, OSError):
+            reason = error.strerror
         return BadRecord(self.captions, name, f"the image cannot be read: {reason}")
 
 
@@ -322,7 +330,7 @@ def _folder_changed(images: _ImageFiles, path: str, found: ShardIndex) -> str:
     arrays = found.arrays
     lines = arrays["lines"]
     if lines.shape != (len(found), 3) or lines.min(initial=0) < 0 or lines.max(initial=0) > os.path.getsize(path):
-        raise DamagedFile("it points outside of the captions")
+        raise DamagedArrays("it points outside of the captions")
     starts = [0, *arrays["path_ends"][:-1].tolist()]
     raw = arrays["paths"].tobytes()
     ends = arrays["path_ends"].tolist()
@@ -390,25 +398,34 @@ class ParquetSource(IndexedSource):
         self._tables: collections.OrderedDict[int, Any] = collections.OrderedDict()
 
     def _table(self, group: int) -> Any:
-        import pyarrow.parquet
-
+        """The columns of a row group, or the reason why it cannot be read: that is kept as well,
+        since all of its rows ask."""
         with self._lock:
             if group not in self._tables:
-                file, row_group = self._groups[group]
-                fields, key = self._columns[file]
-                columns = [*fields, key] if key else fields
-                with pyarrow.parquet.ParquetFile(self.files[file]) as parquet:
-                    self._tables[group] = parquet.read_row_group(row_group, columns=columns, use_threads=False)
+                self._tables[group] = self._read_group(*self._groups[group])
                 while len(self._tables) > ROW_GROUPS_KEPT:
                     self._tables.popitem(last=False)
             self._tables.move_to_end(group)
             return self._tables[group]
+
+    def _read_group(self, file: int, row_group: int) -> Any:
+        import pyarrow.parquet
+
+        fields, key = self._columns[file]
+        columns = [*fields, key] if key else fields
+        try:
+            with pyarrow.parquet.ParquetFile(self.files[file]) as parquet:
+                return parquet.read_row_group(row_group, columns=columns, use_threads=False)
+        except (pyarrow.ArrowException, OSError) as error:
+            return f"the row group cannot be read: {(str(error).splitlines() or [''])[0]}"
 
     def __getitem__(self, index: int) -> Record:
         group = bisect.bisect_right(self._ends, index)
         row = index - (self._ends[group - 1] if group else 0)
         table, file = self._table(group), self._groups[group][0]
         shard, (names, key_column) = self.files[file], self._columns[file]
+        if isinstance(table, str):
+            raise BadRecord(shard, f"row {index}", table)
         key = str(table[key_column][row].as_py()) if key_column else f"row {index}"
         try:
             fields = {name: table[name][row].as_py() for name in names}
@@ -460,7 +477,7 @@ def _parquet_changed(path: str, found: ShardIndex) -> str:
     """See `index.Format.changed`."""
     extra = found.header["extra"]
     if sum(extra["groups"]) != len(found) or not all(isinstance(name, str) for name in (extra["key"], *extra["fields"])):
-        raise DamagedFile("it does not fit a parquet file")
+        raise DamagedArrays("it does not fit a parquet file")
     return index_lib.same_state(path, found)
 
 
@@ -552,7 +569,11 @@ class TfdsSource(IndexedSource):
     def _reader(self) -> Any:
         import tensorflow_datasets as tfds
 
-        builder = tfds.builder_from_directory(self._directory)
+        try:
+            builder = tfds.builder_from_directory(self._directory)
+        except Exception as error:  # whatever its JSON files hold
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            raise UserError(f"{self._directory}: no data set that TFDS can read: {reason}") from None
         try:
             images = [name for name in ("image", *INPUT_FIELDS) if name in builder.info.features]
             as_stored = tfds.decode.SkipDecoding()
@@ -569,45 +590,70 @@ class TfdsSource(IndexedSource):
         return {name: value for name, value in self.__dict__.items() if name != "_reader"}
 
     def __getitem__(self, index: int) -> Record:
-        raw = self._reader.data_source[index]
         number, row = self._index.place(index)
         shard = self.files[number]
+        try:
+            raw = self._reader.data_source[index]
+        except Exception as error:  # ArrayRecord's own, of damaged bytes
+            raise _unreadable(shard, index, error) from error
         self._index.check(shard, number, row, [raw], str(index))
-        fields = self._reader.dataset_info.features.deserialize_example_np(raw, decoders=self._reader.decoders)
+        features, decoders = self._reader.dataset_info.features, self._reader.decoders
+        try:
+            fields = features.deserialize_example_np(raw, decoders=decoders)
+        except Exception as error:  # protobuf's own
+            raise _unreadable(shard, index, error) from error
         key = fields.get("key", str(index))
         key = key.decode(errors="replace") if isinstance(key, bytes) else str(key)
         fields = {name: fields[name] for name in self._fields}
         return make_record(words(fields, shard, key), fields.get("image") or None, _several(fields), key, shard)
 
 
+def _unreadable(shard: str, index: int, error: Exception) -> BadRecord:
+    reason = str(error).partition("\n")[0] or type(error).__name__
+    return BadRecord(shard, str(index), f"the record cannot be read: {reason}")
+
+
 def _index_array_record(path: str, progress: Progress) -> Built:
     """Return the index of an ArrayRecord file: of each record its bytes as they are stored."""
-    from array_record.python import array_record_module
-
-    reader = array_record_module.ArrayRecordReader(path, "readahead_buffer_size:0,max_parallelism:0")
+    reader = _array_reader(path)
+    count = reader.num_records()
     sizes, sums, incomplete = [], [], Counts()
-    try:
-        for start in range(0, reader.num_records(), 256):
-            for data in _array_records(reader, start, min(start + 256, reader.num_records())):
-                if data is None:
-                    incomplete.add("unreadable", f"record {len(sizes)} first in {path}")
-                sizes.append(-1 if data is None else len(data))
-                sums.append(0 if data is None else crc32c([data]))
-                progress.add(len(data or b""))
-    finally:
-        reader.close()
+    for start in range(0, count, 256):
+        stop = min(start + 256, count)
+        try:
+            records = reader.read(start, stop)
+        except Exception:  # a damaged chunk; the reader is of no use any more
+            records = [_array_record(path, row) for row in range(start, stop)]
+            reader = _array_reader(path)
+        for data in records:
+            if data is None:
+                incomplete.add("unreadable", f"record {len(sizes)} first in {path}")
+            sizes.append(-1 if data is None else len(data))
+            sums.append(0 if data is None else crc32c([data]))
+            progress.add(len(data or b""))
     arrays = {"crc": np.array(sums, np.uint32), "sizes": np.array(sizes, np.int64).reshape(-1, 1)}
     return Built(arrays | index_lib.joined_keys([]), incomplete=incomplete)
 
 
-def _array_records(reader: Any, start: int, stop: int) -> list[bytes | None]:
-    """Return records, None for those that cannot be read."""
+def _array_reader(path: str) -> Any:
+    from array_record.python import array_record_module
+
+    options = "readahead_buffer_size:0,max_parallelism:0"
     try:
-        return reader.read(start, stop)
-    except Exception:  # what the library raises for a damaged chunk is not documented
-        if stop - start == 1:
-            return [None]
-        return [record for row in range(start, stop) for record in _array_records(reader, row, row + 1)]
+        reader = array_record_module.ArrayRecordReader(path, options)
+        reader.num_records()
+    except Exception as error:  # what the library raises is not documented
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{path}: not a readable ArrayRecord file: {reason}") from None
+    return reader
+
+
+def _array_record(path: str, row: int) -> bytes | None:
+    """Return one record, None where it cannot be read."""
+    try:
+        return _array_reader(path).read([row])[0]
+    except Exception:
+        return None
 
 
 ARRAY_RECORD = index_lib.Format("array_record", _index_array_record)

@@ -1,7 +1,8 @@
 """webdataset shards: random access into plain .tar files through an index of offsets.
 
-A member belongs to the record whose key is its path up to the first dot of the base name; what follows that
-dot, in lower case, says what it is (webdataset's rule). Members that no record uses are counted by reason.
+A member belongs to the record whose key is its path up to the first dot of the base name; what
+follows that dot, in lower case, says what it is (webdataset's rule). Members that no record uses
+are counted by reason.
 """
 
 import os
@@ -14,7 +15,7 @@ import numpy as np
 
 from blip3o_jax.config import UserError
 from blip3o_jax.data import index
-from blip3o_jax.data.checked_file import DamagedFile, crc32c
+from blip3o_jax.data.checked_file import DamagedArrays, crc32c
 from blip3o_jax.data.record import (
     BadRecord,
     Record,
@@ -26,7 +27,8 @@ from blip3o_jax.data.record import (
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 INPUT_SUFFIX = re.compile(rf"input(\d*)\.(?:{'|'.join(IMAGE_SUFFIXES)})")
-TEXT, JSON, IMAGE, INPUTS = range(4)  # columns of `sizes` and `offsets`; input images are all from the last on
+# Columns of `sizes` and `offsets`; input images are all from the last on.
+TEXT, JSON, IMAGE, INPUTS = range(4)
 READ_AT_ONCE = 8 * 2**20  # bytes
 # As a name of metrics, and as said when the set is opened.
 UNUSED = {
@@ -47,15 +49,25 @@ NOTHING: Span = (-1, -1)
 
 
 class TarSource(index.IndexedSource):
-    """webdataset shards: members `key.jpg` (.jpeg, .png, .webp) with `key.txt` or `key.json` beside them, and `key.input.jpg`
-    or `key.input0.jpg`, `key.input1.jpg` ... where images are shown. JSON has the fields of data/record.py; a text beside
-    input images is an instruction.
+    """webdataset shards: members `key.jpg` (.jpeg, .png, .webp) with `key.txt` or `key.json` beside
+    them, and `key.input.jpg` or `key.input0.jpg`, `key.input1.jpg` ... where images are shown. JSON
+    has the fields of data/record.py; a text beside input images is an instruction.
     """
 
-    def __init__(self, path: str, shards: list[str], hosts: index.Hosts = index.Hosts(), anew: str = "") -> None:
-        super().__init__(path, shards, index.open_set(path, shards, FORMAT, hosts=hosts, anew=anew), UNUSED)
+    def __init__(
+        self,
+        path: str,
+        shards: list[str],
+        hosts: index.Hosts = index.Hosts(),
+        anew: str = "",
+    ) -> None:
+        found = index.open_set(path, shards, FORMAT, hosts=hosts, anew=anew)
+        super().__init__(path, shards, found, UNUSED)
         if len(self._index) == sum(extra["broken"] for extra in self._index.extra):
-            raise UserError(f"{path}: no example has both an image (.{', .'.join(IMAGE_SUFFIXES)}) and a caption (.txt, .json)")
+            suffixes = ", .".join(IMAGE_SUFFIXES)
+            raise UserError(
+                f"{path}: no example has both an image (.{suffixes}) and a caption (.txt, .json)",
+            )
 
     def __getitem__(self, index: int) -> Record:
         number, row = self._index.place(index)
@@ -66,7 +78,8 @@ class TarSource(index.IndexedSource):
         self._index.check(shard, number, row, parts, key)
         if offsets[TEXT] < 0 and offsets[JSON] < 0:
             raise BadRecord(shard, key, f"no caption; expected {key}.txt or {key}.json")
-        inputs = [data for data, start in zip(parts[INPUTS:], offsets[INPUTS:], strict=True) if start >= 0]
+        shown = zip(parts[INPUTS:], offsets[INPUTS:], strict=True)
+        inputs = [data for data, start in shown if start >= 0]
         if offsets[TEXT] < 0:
             said = parse_json(parts[JSON], shard, key)[1]
         else:
@@ -77,7 +90,8 @@ class TarSource(index.IndexedSource):
 
 
 class _Shard:
-    """What the headers of a shard say: its records in the order of the file, and what is not used."""
+    """What the headers of a shard say: its records in the order of the file, and what is not
+    used."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -89,8 +103,8 @@ class _Shard:
             self._add(member)
         if damaged_at is not None:
             raise UserError(
-                f"{path}: cut off or damaged at byte {damaged_at} (last good key: {self._last_good()}); "
-                "fetch it again or leave it out"
+                f"{path}: cut off or damaged at byte {damaged_at} (last good key: "
+                f"{self._last_good()}); fetch it again or leave it out"
             )
         self._look_after_end(end)
 
@@ -107,7 +121,7 @@ class _Shard:
             return self._skip("link", member.name)
         if not (member.isreg() or member.islnk()):
             return self._skip("special", member.name)
-        if member.issparse():  # stored without its holes: the bytes of the file are not there in one piece
+        if member.issparse():  # stored without its holes: its bytes are not there in one piece
             return self._skip("sparse", member.name)
         self._files[_plain(member.name)] = span
         directory, _, base = member.name.rpartition("/")
@@ -118,21 +132,23 @@ class _Shard:
         if suffix.lower() in record:
             name = index.printable(_raw(member.name))
             raise UserError(
-                f"{self.path}: two members are called {name}: which picture belongs to which caption cannot be told; "
-                "write the exports to a shard each, or number them on"
+                f"{self.path}: two members are called {name}: which picture belongs to which "
+                "caption cannot be told; write the exports to a shard each, or number them on"
             )
         record[suffix.lower()] = span
         return None
 
     def _last_good(self) -> str:
-        images = {*IMAGE_SUFFIXES}
-        whole = lambda parts: (
-            parts.keys() & {"txt", "json"} and (parts.keys() & images or any(map(INPUT_SUFFIX.fullmatch, parts)))
-        )
-        return next((index.printable(key) for key in reversed(self.records) if whole(self.records[key])), "none")
+        for key in reversed(self.records):
+            suffixes = self.records[key].keys()
+            shown = any(map(INPUT_SUFFIX.fullmatch, suffixes))
+            if suffixes & {"txt", "json"} and (shown or suffixes & {*IMAGE_SUFFIXES}):
+                return index.printable(key)
+        return "none"
 
     def _look_after_end(self, end: int) -> None:
-        """Refuse another archive after the end of this one; count other bytes. `end`: of the first block of zeros."""
+        """Refuse another archive after the end of this one; count other bytes. `end`: of the first
+        block of zeros."""
         with open(self.path, "rb") as file:
             file.seek(end)
             while data := file.read(READ_AT_ONCE):
@@ -150,12 +166,14 @@ class _Shard:
             self.unused.add("after_end", f"byte {start} first in {self.path}")
             return
         raise UserError(
-            f"{self.path}: another archive begins at byte {start}, after the end-of-archive mark (`cat a.tar b.tar` makes "
-            "such a file): its records would be lost; give every archive as a shard, or join them with `tar --concatenate`"
+            f"{self.path}: another archive begins at byte {start}, after the end-of-archive mark "
+            "(`cat a.tar b.tar` makes such a file): its records would be lost; give every archive "
+            "as a shard, or join them with `tar --concatenate`"
         )
 
     def rows(self) -> Iterator[tuple[bytes, list[Span]]]:
-        """Yield key and parts (TEXT, JSON, IMAGE, INPUTS ...) of every record; count members that are none of these."""
+        """Yield key and parts (TEXT, JSON, IMAGE, INPUTS ...) of every record; count members that
+        are none of these."""
         for key, members in self.records.items():
             parts = dict(members)
             inputs = sorted((int(m[1] or 0), s) for s in parts if (m := INPUT_SUFFIX.fullmatch(s)))
@@ -195,7 +213,8 @@ def _index_tar(path: str, progress: index.Progress) -> index.Built:
             broken += reason != "empty_image"
             incomplete.add(reason, f"{index.printable(key)} first in {path}")
     width = max([INPUTS, *map(len, rows)])
-    spans = np.array([[*row, *[NOTHING] * (width - len(row))] for row in rows], np.int64).reshape(len(rows), width, 2)
+    even = [[*row, *[NOTHING] * (width - len(row))] for row in rows]
+    spans = np.array(even, np.int64).reshape(len(rows), width, 2)
     with open(path, "rb", buffering=0) as file:
         sums = [crc32c(_pieces(file.fileno(), row, progress)) for row in rows]
     arrays = {"crc": np.array(sums, np.uint32), "sizes": spans[..., 1], "offsets": spans[..., 0]}
@@ -221,10 +240,11 @@ def _pieces(file: int, spans: list[Span], progress: index.Progress) -> Iterator[
 
 
 def _tar_members(shard: str) -> tuple[list[tarfile.TarInfo], int | None, int]:
-    """Return the members that are there in full; the byte from which the file is cut off or damaged (None: it is sound); where
-    the headers end.
+    """Return the members that are there in full; the byte from which the file is cut off or damaged
+    (None: it is sound); where the headers end.
 
-    A shard without the closing block of zeros counts as cut off: half a shard may end exactly between two members.
+    A shard without the closing block of zeros counts as cut off: half a shard may end exactly
+    between two members.
     """
     total, members = os.path.getsize(shard), []
     try:
@@ -233,7 +253,12 @@ def _tar_members(shard: str) -> tuple[list[tarfile.TarInfo], int | None, int]:
                 end = archive.offset
                 try:
                     member = archive.next()
-                except (tarfile.TarError, ValueError, OverflowError, MemoryError):  # all that odd headers raise
+                except (
+                    tarfile.TarError,
+                    ValueError,
+                    OverflowError,
+                    MemoryError,
+                ):  # all that odd headers raise
                     return members, end, end
                 if member is None:
                     break
@@ -243,7 +268,8 @@ def _tar_members(shard: str) -> tuple[list[tarfile.TarInfo], int | None, int]:
                 members.append(member)
             end = archive.offset
     except tarfile.TarError as error:
-        raise UserError(f"{shard}: not a tar file ({error}); shards must be plain .tar, not compressed") from None
+        hint = "shards must be plain .tar, not compressed"
+        raise UserError(f"{shard}: not a tar file ({error}); {hint}") from None
     closed = read_spans(shard, [(end, tarfile.BLOCKSIZE)]) == [tarfile.NUL * tarfile.BLOCKSIZE]
     return members, None if closed else end, end
 
@@ -257,7 +283,7 @@ def _changed(path: str, found: index.ShardIndex) -> str:
     total = os.path.getsize(path)
     inside = inside and max(offsets.max(initial=0), sizes.max(initial=0)) <= total
     if not (inside and (offsets + sizes <= total).all()):
-        raise DamagedFile("it points outside of the shard")
+        raise DamagedArrays("it points outside of the shard")
     return ""
 
 

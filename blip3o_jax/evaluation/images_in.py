@@ -17,7 +17,7 @@ import numpy as np
 from blip3o_jax.data import shapes
 from blip3o_jax.data.shapes import edit_scorer, edits, questions, render
 from blip3o_jax.evaluation.judged import Judged, Prompt, tally
-from blip3o_jax.evaluation.shapes import COUNT
+from blip3o_jax.evaluation.shapes import COUNT, check_size
 from blip3o_jax.pipeline import Request
 
 
@@ -26,6 +26,7 @@ class ShapesEdit:
         return edits.prompts("test", count or COUNT, seed)
 
     def requests(self, asked: Sequence[Prompt], image_size: int) -> list[Request]:
+        check_size("shapes_edit", image_size)
         inputs = self._pictures(asked, image_size, "before")
         size = (image_size, image_size)
         return [Request("edit", p["caption"], (image,), size) for p, image in zip(asked, inputs, strict=True)]
@@ -71,6 +72,7 @@ class Reconstruct:
         return shapes.prompts("test", count or COUNT, seed)
 
     def requests(self, asked: Sequence[Prompt], image_size: int) -> list[Request]:
+        check_size("reconstruct", image_size)
         size = (image_size, image_size)
         return [Request("reconstruct", "", (image,), size) for image in self._originals(asked, image_size)]
 

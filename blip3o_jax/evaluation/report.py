@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from blip3o_jax import files
 from blip3o_jax.evaluation import report_charts as charts
 
 CHANGED = 30  # prompts shown before and after, of those whose verdict changed
@@ -148,9 +149,8 @@ def write_report(results: Results, out_html: pathlib.Path) -> None:
         configuration="".join(_settings(name, value) for name, value in results.configuration.items()),
         versions=_table(results.versions.items()),
     )
-    out_html.parent.mkdir(parents=True, exist_ok=True)
-    out_html.write_text(page, encoding="utf-8")
-    out_html.with_suffix(".json").write_text(json.dumps(to_json(results), indent=1, allow_nan=False), encoding="utf-8")
+    files.replace_text(out_html, page)
+    files.replace_text(out_html.with_suffix(".json"), json.dumps(to_json(results), indent=1, allow_nan=False))
 
 
 def to_json(value: Any) -> Any:

@@ -16,7 +16,7 @@ from blip3o_jax.evaluation.judged import Judged, Prompt
 from blip3o_jax.evaluation.rewarded import Rewarded
 from blip3o_jax.pipeline import Request
 from blip3o_jax.rl.rewards.registry import REWARDS, parsed
-from blip3o_jax.samples import write_images
+from blip3o_jax.samples import check_images_out, write_images
 from blip3o_jax.train.checkpoint import write_json
 
 ANSWER = 16  # tokens that an answer of the embedded data set may have
@@ -54,7 +54,10 @@ def find_suite(name: str, prompts_file: str | pathlib.Path | None = None, images
         check_choice("suite", reward, tuple(dict.fromkeys((*OWN, *REWARDS))))
     if prompts_file is None:
         raise UserError(f"suite {name} judges the prompts of a file: name one (--prompts_file)")
-    return Rewarded(parsed(name), pathlib.Path(prompts_file), images_per_prompt)
+    found = parsed(name)
+    if (found.weight, found.clip) != (1.0, None):
+        raise UserError(f"suite {name} is one reward and no sum: leave out weight and clip")
+    return Rewarded(found, pathlib.Path(prompts_file), images_per_prompt)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +91,7 @@ def evaluate(
 ) -> Evaluation:
     """Evaluates a checkpoint on `suite` and writes scores.json, verdicts.json and the images under `out`."""
     bench = find_suite(suite, prompts_file, images_per_prompt)
+    check_images_out(pathlib.Path(out) / "images")
     pipeline = pipelines.load(checkpoint)
     result = evaluate_pipeline(pipeline, bench, num_prompts=num_prompts, seed=seed, **sampling)
     write(result, pathlib.Path(out))
@@ -115,7 +119,12 @@ def evaluate_pipeline(
 
 
 def write(result: Evaluation, out: pathlib.Path) -> None:
-    """scores.json, verdicts.json (one entry a prompt) and images/: what was drawn, what was shown beside it."""
+    """scores.json, verdicts.json (one entry a prompt) and images/: what was drawn, what was shown beside it.
+
+    Those of an earlier evaluation go first, so that scores.json, which comes last, is of what lies beside it.
+    """
+    for name in ("scores.json", "verdicts.json"):
+        (out / name).unlink(missing_ok=True)
     captions = [p["caption"] for p in result.prompts]
     shown = [request.images[0] for request in result.requests if request.images]
     if result.said is not None:
@@ -125,9 +134,9 @@ def write(result: Evaluation, out: pathlib.Path) -> None:
         write_images(np.stack(pairs), captions, out / "images")
     else:
         write_images(result.images, captions, out / "images")
-    write_json(out / "scores.json", result.scores())
     verdicts = zip(result.prompts, result.ours.correct, result.ours.reasons, strict=True)
     write_json(
         out / "verdicts.json",
         [{"caption": p["caption"], "category": p["category"], "correct": c, "reason": r} for p, c, r in verdicts],
     )
+    write_json(out / "scores.json", result.scores())

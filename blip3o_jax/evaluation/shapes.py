@@ -5,11 +5,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from blip3o_jax.config import UserError
 from blip3o_jax.data import shapes
 from blip3o_jax.data.shapes import render, sample, score
 from blip3o_jax.evaluation.judged import Judged, Prompt, tally
 from blip3o_jax.pipeline import Request
 
+SMALLEST = 32  # pixels along a side (data/shapes/detect.py)
 COUNT = 300  # prompts, where none is named
 
 
@@ -18,7 +20,16 @@ def prompts(count: int | None, seed: int = 0) -> list[Prompt]:
     return shapes.prompts("test", count or COUNT, seed)
 
 
+def check_size(suite: str, image_size: int) -> None:
+    """UserError for images that the scorer cannot tell apart."""
+    if image_size < SMALLEST:
+        raise UserError(
+            f"suite {suite} judges images of {SMALLEST} pixels or more: the checkpoint's model.image_size is {image_size}"
+        )
+
+
 def requests(asked: Sequence[Prompt], image_size: int) -> list[Request]:
+    check_size("shapes", image_size)
     return [Request("t2i", prompt["caption"], size=(image_size, image_size)) for prompt in asked]
 
 

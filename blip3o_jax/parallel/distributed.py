@@ -17,7 +17,6 @@ import os
 import pathlib
 import sys
 import time
-import traceback
 import uuid
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -25,14 +24,17 @@ from typing import Any
 import jax
 
 from blip3o_jax import config as config_lib
+from blip3o_jax import exits, files
 from blip3o_jax.config import UserError
-from blip3o_jax.parallel.preemption import EXIT_PREEMPTED, Preempted
+from blip3o_jax.parallel import peers as peers_lib
+from blip3o_jax.parallel.preemption import Preempted
 
 METHODS = ("auto", "off", "tpu", "slurm")
 # What decides which numbers come out, beside the source files: hosts must have the same.
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
 _PREFIX = "blip3o"  # of all keys and barriers
 _uses: collections.Counter[str] = collections.Counter()
+_peers: list[peers_lib.Peers] = []  # one, in a job of several hosts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,18 +76,29 @@ def start(launch: Launch) -> None:
     if method == "off":
         return
     jax.config.update("jax_cpu_collectives_implementation", "gloo")  # what CPU devices of several hosts talk through
+    settings: dict[str, Any] = {"heartbeat_timeout_seconds": peers_lib.HEARTBEAT}
+    if method == "flags":
+        settings |= {"coordinator_address": launch.coordinator, "num_processes": launch.num_processes}
+        settings |= {"process_id": launch.process_id, "cluster_detection_method": "deactivate"}
+    elif method == "slurm":
+        settings |= {"cluster_detection_method": "slurm"}  # else metadata of the TPU machine
     try:
-        if method == "flags":
-            jax.distributed.initialize(
-                launch.coordinator, launch.num_processes, launch.process_id, cluster_detection_method="deactivate"
-            )
-        elif method == "slurm":
-            jax.distributed.initialize(cluster_detection_method="slurm")
-        else:  # metadata of the TPU machine
-            jax.distributed.initialize()
+        with peers_lib.without_stack_trace():
+            jax.distributed.initialize(**settings)
     except (RuntimeError, ValueError, KeyError) as error:
         how = launch.coordinator if method == "flags" else f"--distributed={method}"
         raise UserError(f"the hosts did not find each other through {how}: {str(error).splitlines()[0]}") from error
+    if hosts() > 1:
+        _peers.append(peers_lib.Peers(_runtime().client, host(), hosts()))
+        _peers[0].start()
+        exits.process.prefix = f"host {host()}: "
+        exits.process.cause, exits.process.farewell = _cause, _peers[0].farewell
+
+
+def enter(phase: str, step: int) -> None:
+    """This host is in `phase` of `step`, which the others tell if it is lost there."""
+    for peers in _peers:
+        peers.phase, peers.step = phase, step
 
 
 def _log_to_stderr() -> None:
@@ -93,6 +106,18 @@ def _log_to_stderr() -> None:
     logging.basicConfig(level=logging.WARNING, format=f"host {host()}: %(message)s" if host() else "%(message)s")
     if host() == 0:
         logging.getLogger(__package__.partition(".")[0]).setLevel(logging.INFO)
+    logging.getLogger("absl").addFilter(_without_traceback)
+
+
+# What Orbax logs, traceback and all, of errors in its threads, which `Checkpoints.check` and `close` raise.
+_RAISED_AGAIN = ("_SignalingThread.run() raised", "in background save thread", "Save Finalize thread")
+
+
+def _without_traceback(record: logging.LogRecord) -> bool:
+    if record.exc_info:
+        record.exc_info = None
+        return not any(words in record.getMessage() for words in _RAISED_AGAIN)
+    return True
 
 
 def keep_programs(directory: pathlib.Path | None) -> None:
@@ -102,9 +127,9 @@ def keep_programs(directory: pathlib.Path | None) -> None:
         jax.config.update("jax_compilation_cache_dir", str(directory.absolute()))
 
 
-def run(launch: Launch, job: Callable[[], object], report: Callable[[BaseException], int | None]) -> int:
-    """Joins, runs `job` and leaves; returns the exit status. `report` prints an error a user can cause in one line and
-    returns its status, None for a bug."""
+def run(launch: Launch, job: Callable[[], object]) -> int:
+    """Joins, runs `job` and leaves; returns the exit status. What goes wrong on one of several hosts ends its process here, and
+    the others learn of it (peers.py)."""
     start(launch)
     _log_to_stderr()
     try:
@@ -112,32 +137,32 @@ def run(launch: Launch, job: Callable[[], object], report: Callable[[BaseExcepti
         status = 0
     except Preempted as stopped:
         say(f"{stopped}; the same command goes on from there")
-        status = EXIT_PREEMPTED
+        status = exits.PREEMPTED
     except Disagreement as error:  # known to all hosts, so told once
         if host() == 0:
-            report(error)
-        status = 2
+            exits.process.prefix = ""
+            exits.process.report(error)
+        status = exits.USER_ERROR
     except BaseException as error:
         if hosts() == 1:
             raise
-        _leave(error, report)
+        exits.process.end(error)
     if hosts() > 1:
-        barrier("end")
+        try:
+            barrier("end", 300.0)
+        except RuntimeError as error:
+            exits.process.end(error)
+        _peers[0].over()
         atexit.unregister(jax.distributed.shutdown)
         jax.distributed.shutdown()
+        _peers.clear()
     return status
 
 
-def _leave(error: BaseException, report: Callable[[BaseException], int | None]) -> None:
-    """Ends this process at once. Left to itself it would wait at exit for hosts that wait for it in a collective."""
-    print(f"host {host()}: ", end="", file=sys.stderr, flush=True)
-    status = report(error)
-    if status is None:
-        traceback.print_exception(error)
-        status = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+def _cause(error: BaseException) -> BaseException:
+    """A host that is lost makes collectives and barriers of the others fail, in errors that do not say so."""
+    ours = isinstance(error, (UserError, KeyboardInterrupt, exits.Ended)) or files.system_error(error) is not None
+    return error if ours else _peers[0].lost() or error
 
 
 def _runtime() -> Any:
@@ -191,14 +216,14 @@ def all_published(directory: str) -> dict[str, str]:
 
 
 def barrier(name: str, seconds: float = 3600.0) -> None:
-    """Waits until all hosts are here. Raises UserError after `seconds`."""
+    """Waits until all hosts are here. Raises RuntimeError after `seconds`, and where one of them is lost."""
     if hosts() == 1:
         return
     _uses[name] += 1
     try:
         _runtime().client.wait_at_barrier(f"{_PREFIX}/{name}/{_uses[name]}", int(1000 * seconds))
     except RuntimeError as error:
-        raise UserError(f"barrier {name!r}: not all hosts came within {seconds:.0f} s: {str(error).splitlines()[0]}") from error
+        raise RuntimeError(f"barrier {name!r}: not all hosts came within {seconds:.0f} s") from error
 
 
 @contextlib.contextmanager

@@ -51,6 +51,7 @@ class Watchdog:
     def enter(self, phase: str, step: int) -> None:
         """The calling host now is in `phase` of `step`: that is progress."""
         self._phase, self._step, self._since = phase, step, time.time()
+        distributed.enter(phase, step)
 
     def _watch(self) -> None:
         told_at, told_since = self._seconds, self._since

@@ -9,7 +9,6 @@ rollouts/ROLLOUT/ROW.png.
 """
 
 import hashlib
-import json
 import math
 import pathlib
 from collections.abc import Sequence
@@ -17,11 +16,13 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
+from blip3o_jax import files
 from blip3o_jax.data.prompts import Prompt
 from blip3o_jax.rl.judged import Verdicts
 from blip3o_jax.samples import labelled_grid
-from blip3o_jax.train.metrics import read_rows
+from blip3o_jax.train.metrics import JsonLines
 
+KEYS = ("rollout", "row")  # of a line
 SHOWN = 6  # images of each kind in a picture
 
 
@@ -29,19 +30,19 @@ class RolloutLog:
     """Lines of rollouts from `start` on are dropped on opening: a run that goes on writes them again."""
 
     def __init__(self, directory: pathlib.Path, host: int, start: int, seed: int, *, keep_images: bool = False):
-        self.path = directory / ("rollouts.jsonl" if host == 0 else f"rollouts-{host}.jsonl")
+        path = directory / ("rollouts.jsonl" if host == 0 else f"rollouts-{host}.jsonl")
         self._directory, self._seed, self._keep_images = directory, seed, keep_images
-        kept = [line for line in read_rows(self.path) if line["rollout"] < start]
-        directory.mkdir(parents=True, exist_ok=True)
-        whole = self.path.with_suffix(".part")  # a kill while it is written leaves the old file
-        whole.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        whole.replace(self.path)
-        self._file = self.path.open("a", encoding="utf-8")
+        self._lines = JsonLines(path, KEYS, lambda line: line["rollout"] < start)
+
+    @property
+    def path(self) -> pathlib.Path:
+        return self._lines.path
 
     def write(
         self, rollout: int, rows: Sequence[int], first: int, prompts: Sequence[Prompt], images: np.ndarray, verdicts: Verdicts
     ) -> None:
         """Of one rollout's images; `rows` among its images, of which `first` is the index of row 0; the rest is one a row."""
+        lines = []
         for i, (row, prompt, image) in enumerate(zip(rows, prompts, images, strict=True)):
             parts = {name: float(x[i]) for name, x in verdicts.parts.items() if math.isfinite(x[i])}
             line = {
@@ -58,12 +59,13 @@ class RolloutLog:
             if self._keep_images:
                 path = image_path(self._directory, rollout, row)
                 path.parent.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(image).save(path)
-            self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+                with files.writing(path):
+                    Image.fromarray(image).save(path)
+            lines.append(line)
+        self._lines.write(*lines)
 
     def close(self) -> None:
-        self._file.close()
+        self._lines.close()
 
 
 def image_hash(image_HWC: np.ndarray) -> str:

@@ -1,24 +1,29 @@
 """`blip3o rl rescore`: the images that a run has drawn and kept, judged again, by the same rewards or by others.
 
+A run's directory may come from elsewhere: of the rewards that its config.json names none but the local ones run
+(rewards/trust.py), and nothing that its lines say is taken for a path.
+
 Whoever changes a reward sees what it would have said of a whole run, without drawing anything; a total that has risen under
 one reward and not under another tells that the policy has learnt the reward, not the task.
 """
 
+import contextlib
 import json
 import pathlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
+from blip3o_jax import files
 from blip3o_jax.config import RewardConfig, UserError
 from blip3o_jax.rl.log import image_hash, image_path
 from blip3o_jax.rl.rewards.pool import RewardPool
+from blip3o_jax.rl.rewards.trust import check_trusted
 from blip3o_jax.train.checkpoint import find, read_config
-from blip3o_jax.train.metrics import read_rows
 
 ROWS = 10  # stretches of a run in the table
 
@@ -27,18 +32,20 @@ def rescore(workdir: pathlib.Path, rewards: tuple[RewardConfig, ...], out: pathl
     """Judges all images under `workdir` and writes their lines to `out` with {"rescored": {"total", "parts"}}; total null where
     a reward has failed. UserError where an image is missing, or is not the one that the run had judged."""
     lines = sorted(
-        (line for path in workdir.glob("rollouts*.jsonl") for line in read_rows(path)),
+        (line for path in sorted(workdir.glob("rollouts*.jsonl")) for line in _lines(path)),
         key=lambda line: (line["rollout"], line["row"]),
     )
     if not lines:
         raise UserError(f"{workdir} holds no rollouts.jsonl with lines: name the --workdir of a run of blip3o rl")
     _image(workdir, lines[0])
+    if out.is_dir():
+        raise UserError(f"--out={out} is a directory: name a file")
     done = []
     with RewardPool(rewards, workers=workers) as pool:
         pool.check([(line["prompt"], line["metadata"]) for line in lines])
-        with out.open("w", encoding="utf-8") as file:
+        with files.writing(out), _replaced(out) as file:
             for group in _rollouts(lines):
-                images = np.stack([_image(workdir, line) for line in group])
+                images = _images(workdir, group)
                 found = pool.submit(images, [line["prompt"] for line in group], [line["metadata"] for line in group]).result()
                 for i, line in enumerate(group):
                     parts = {name: float(x[i]) for name, x in found.parts.items() if np.isfinite(x[i])}
@@ -48,10 +55,27 @@ def rescore(workdir: pathlib.Path, rewards: tuple[RewardConfig, ...], out: pathl
     return done
 
 
+@contextlib.contextmanager
+def _replaced(out: pathlib.Path) -> Iterator[TextIO]:
+    """A new file that takes the place of `out` when it is whole. Not `out` itself: in a directory from elsewhere that may be a
+    link to any file of the user's."""
+    partial = out.with_name(f".{out.name}.partial")
+    partial.unlink(missing_ok=True)
+    try:
+        with partial.open("x", encoding="utf-8") as file:
+            yield file
+        partial.replace(out)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def rewards_of(workdir: pathlib.Path) -> tuple[RewardConfig, ...]:
-    """The rewards, weights and clips among them, that a run was made with. UserError where it has no checkpoint."""
+    """Return the rewards, weights and clips among them, that a run was made with. UserError where it has no checkpoint, or
+    where they may do more than look at the images: those its user has to name."""
     root, _ = find(workdir)
-    return read_config(root).rl.rewards
+    rewards = read_config(root).rl.rewards
+    check_trusted(rewards, f"{root}/config.json")
+    return rewards
 
 
 def print_table(lines: list[dict[str, Any]], out: pathlib.Path) -> None:
@@ -80,11 +104,47 @@ def _rollouts(lines: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
         yield lines[first:last]
 
 
+def _lines(path: pathlib.Path) -> Iterator[dict[str, Any]]:
+    """The lines of a rollouts.jsonl, but for a last one that a kill has cut short. UserError, with the line's number, for any
+    other that the log does not write."""
+    text = path.read_text(encoding="utf-8", errors="replace")
+    for number, line in enumerate(text.splitlines(keepends=True), 1):
+        try:
+            found = json.loads(line)
+        except (ValueError, RecursionError):
+            found = None
+        if found is None and not line.endswith("\n"):
+            return
+        if not _is_line(found):
+            raise UserError(f"{path}:{number} is no line of a rollout: copy the file again, or take the line out")
+        yield found
+
+
+def _is_line(found: Any) -> bool:
+    if not isinstance(found, dict):
+        return False
+    counts = all(type(found.get(name)) is int and 0 <= found[name] < 2**63 for name in ("rollout", "row"))
+    texts = all(isinstance(found.get(name), str) for name in ("prompt", "image"))
+    total = found.get("total", "")
+    judged = total is None or (type(total) in (int, float) and np.isfinite(float(total)))
+    return counts and texts and judged and isinstance(found.get("metadata"), dict)
+
+
+def _images(workdir: pathlib.Path, group: list[dict[str, Any]]) -> np.ndarray:
+    """uint8 [B, H, W, 3] of one rollout."""
+    images = [_image(workdir, line) for line in group]
+    if len({image.shape for image in images}) > 1:
+        directory = image_path(workdir, group[0]["rollout"], 0).parent
+        raise UserError(f"{directory} holds images of several sizes: those of one rollout have one size")
+    return np.stack(images)
+
+
 def _image(workdir: pathlib.Path, line: dict[str, Any]) -> np.ndarray:
     path = image_path(workdir, line["rollout"], line["row"])
     try:
-        image = np.asarray(Image.open(path).convert("RGB"))
-    except OSError as e:
+        # As the log writes them: no other decoder is started on a file from elsewhere.
+        image = np.asarray(Image.open(path, formats=["PNG"]).convert("RGB"))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
         raise UserError(f"{path} cannot be read ({e}): a run keeps its images with --config.rl.keep_images=true") from e
     if image_hash(image) != line["image"]:
         raise UserError(f"{path} is not the image that rollouts.jsonl tells of: its SHA-256 differs")

@@ -27,7 +27,7 @@ from absl import logging
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from blip3o_jax import checksums
+from blip3o_jax import checksums, files
 from blip3o_jax import config as config_lib
 from blip3o_jax.checksums import MANIFEST, DamagedFile
 from blip3o_jax.config import Config, TextConfig, UserError
@@ -135,13 +135,11 @@ class Checkpoints:
                 f"step {step} is not saved: {len(names)} arrays of its state are not finite, first {names[0]}; the last step "
                 f"saved is {self.last_saved()}: run again with a lower optimizer.learning_rate"
             )
-        self._opened().save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave({"data": data_position, "loss": loss})
-            ),
-            metrics={"loss": loss},
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave({"data": data_position, "loss": loss})
         )
+        with files.writing(self.directory):
+            self._opened().save(step, args=items, metrics={"loss": loss})
 
     def restore(self, step: int, plan: StatePlan) -> tuple[TrainState, Any]:
         """Return the state in the plan's shardings, and the position of the data stream, of a step that is intact."""
@@ -156,11 +154,21 @@ class Checkpoints:
             ) from e
         return state, json.loads((directory / "meta" / "metadata").read_text(encoding="utf-8"))["data"]
 
+    def check(self) -> None:
+        """Raises what a save in the background has failed with, which else the next save would. Waits for none."""
+        with files.writing(self.directory):
+            if self._manager is not None and not self._manager.is_saving_in_progress():  # nothing to wait for but an error
+                self._manager.wait_until_finished()
+
     def close(self) -> None:
         """Wait for writes under way."""
-        if self._manager is not None:
-            self._manager.wait_until_finished()
-            self._manager.close()
+        if self._manager is None:
+            return
+        with files.writing(self.directory):
+            try:
+                self._manager.wait_until_finished()
+            finally:
+                self._manager.close()
 
 
 def _write_small_arrays_whole() -> None:
@@ -200,7 +208,7 @@ def find(path: str | pathlib.Path) -> tuple[pathlib.Path, int]:
     if not path.exists():
         raise UserError(f"checkpoint {path} does not exist")
     if (path / RECIPE).is_file():
-        path /= checksums.read_json(path / RECIPE)["stages"][-1]
+        path /= _last_stage(checksums.read_json(path / RECIPE), path)
     for root in (path / "checkpoints", path, path.parent):
         if (root / "config.json").is_file():
             named = root == path.parent
@@ -211,6 +219,15 @@ def find(path: str | pathlib.Path) -> tuple[pathlib.Path, int]:
         f"{path} is not a checkpoint: it holds no config.json with finished steps beside it; give the --workdir of a run, "
         "its checkpoints directory, or one step in that"
     )
+
+
+def _last_stage(recipe: Any, where: pathlib.Path) -> str:
+    """The directory of a recipe's last stage, by its name alone: a file that came with a directory leads nowhere else."""
+    stages = recipe.get("stages") if isinstance(recipe, dict) else None
+    name = stages[-1] if isinstance(stages, list) and stages else None
+    if not isinstance(name, str) or name in ("", ".", "..") or pathlib.PurePath(name).name != name:
+        raise UserError(f"{where}/recipe.json names no stage in that directory: give the directory of one")
+    return name
 
 
 def read_config(root: pathlib.Path) -> Config:

@@ -17,7 +17,7 @@ from blip3o_jax.config import Config
 from blip3o_jax.data import encoded
 from blip3o_jax.data.encoded import DTYPES, PART, DamagedPart, EncodedSource, directory_name
 from blip3o_jax.data.examples import ExampleBuilder, Views
-from blip3o_jax.data.record import BadRecord, Source
+from blip3o_jax.data.record import BadRecord, Source, read_record
 from blip3o_jax.parallel.distributed import barrier, say
 
 # (pixels, tokenizer_pixels) uint8 [B, ...] -> (codes [B, N], latents [B, H, W, C])
@@ -86,7 +86,7 @@ def _write_part(
 
     def images_of(index: int) -> list[tuple[int, Views]]:
         try:
-            return builder.images_of(source[index])
+            return read_record(source, index, builder.images_of)
         except BadRecord as e:
             unreadable[str(index)] = e.reason
             return []

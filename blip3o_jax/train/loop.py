@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import numpy as np
 
+from blip3o_jax import exits
 from blip3o_jax.config import Config, UserError
 from blip3o_jax.parallel.distributed import host, host_0_first, say
 from blip3o_jax.parallel.preemption import Preempted, StopRequest
@@ -130,7 +131,7 @@ def train(
     strategy = Strategy.of(config.mesh)
     strategy.check_batch(config.data.batch_size, config.optimizer.accumulate, config.data.pack)
     with contextlib.ExitStack() as until_done:
-        until_done.callback(method.close)
+        until_done.push(exits.pushed(method.close))
         method.open(config)
         stop = until_done.enter_context(StopRequest())
         watch = until_done.enter_context(Watchdog(config.watchdog))
@@ -143,21 +144,21 @@ def train(
         watch.enter("restore", 0)
         plan = plan_state(config, strategy)
         checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint.keep)
-        until_done.callback(checkpoints.close)
+        until_done.push(exits.pushed(checkpoints.close))
         image_first = vocabulary.image_first if vocabulary else 0
         tokenizer = vocabulary.tokenizer if vocabulary else None
         checkpoints.check_tokenizer(tokenizer)
         state, position, start = restore_or_create(config, plan, strategy, checkpoints, image_first)
         setup = Setup(config, workdir, plan, strategy, vocabulary, image_first, start)
         begun = method.begin(setup, state, position)
-        until_done.callback(begun.feed.close)
+        until_done.push(exits.pushed(begun.feed.close))
 
         lock.begun = True
         if on_begin is not None:
             on_begin()
         checkpoints.open(config, tokenizer)
         log = MetricLog(workdir, start, config.steps, config.title) if host() == 0 else SilentLog()
-        until_done.callback(log.close)
+        until_done.push(exits.pushed(log.close))
         begun.feed.start(log)
         metrics = _Run(setup, begun, checkpoints, lock, log, stop, watch).steps(state)
     return Summary(workdir / "checkpoints", config.steps, metrics, time.monotonic() - began)
@@ -206,6 +207,7 @@ class _Run:
                 previous = None
                 self.watch.enter("save", step)
                 self.lock.check()
+                self.log.sync()
                 self.checkpoints.save(step, state, done_position, meter.mean_loss())
                 if stopped and step < config.steps:
                     raise Preempted(f"{config.title}: stopped by SIGTERM, step {step} of {config.steps} is saved")
@@ -223,6 +225,7 @@ class _Run:
     def record(self, step: int, metrics: dict[str, jax.Array], known: dict[str, float], meter: "_Meter") -> dict[str, float]:
         """Waits for the step's metrics; writes them every `log_every` steps; stops a run that no longer is finite."""
         self.watch.enter("step", step)
+        self.checkpoints.check()
         values = known | {name: float(value) for name, value in jax.device_get(metrics).items()}
         meter.losses.append(values["loss"])
         meter.steps += 1

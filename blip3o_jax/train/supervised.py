@@ -94,7 +94,9 @@ class _Batches:
         return self.prefetch.wait_seconds
 
     def metrics(self) -> dict[str, float]:
-        return self.known
+        skipped = self.prefetch.state()["skipped"]
+        counts = {f"skipped/{kind.replace(' ', '_')}": count for kind, count in skipped.items()}
+        return self.known | counts
 
     def check(self, step: int, values: dict[str, float]) -> None:
         pass

@@ -5,8 +5,8 @@ import itertools
 import pathlib
 from collections.abc import Iterator, Sequence
 
-from blip3o_jax.config import Config
-from blip3o_jax.data.record import BadRecord, Source
+from blip3o_jax.config import Config, UserError
+from blip3o_jax.data.record import BadRecord, Source, read_record
 from blip3o_jax.text.tokenizers import SENTENCEPIECE_FILE, load_tokenizer, train_sentencepiece
 from blip3o_jax.text.vocabulary import Vocabulary
 from blip3o_jax.train.stages import STAGES
@@ -36,9 +36,16 @@ def with_vocabulary(
 
 
 def _captions(sources: Sequence[tuple[Source, float]]) -> Iterator[str]:
+    """The captions of the records that can be read. UserError where there is none, with the last reason."""
+    read, last = 0, None
     for source, _ in sources:
         for index in itertools.islice(range(len(source)), MAX_CAPTIONS):
             try:
-                yield source[index].caption
-            except BadRecord:
-                continue  # counted when the loader meets it
+                caption = read_record(source, index, lambda record: record.caption)
+            except BadRecord as error:
+                last = error  # counted when the loader meets it
+                continue
+            read += 1
+            yield caption
+    if last is not None and not read:
+        raise UserError(f"cannot train a text tokenizer: no caption can be read, the last {last}")

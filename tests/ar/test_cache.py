@@ -68,6 +68,7 @@ def test_a_prompt_given_in_two_chunks_equals_one(model, rng):
     assert relative_error(np.concatenate([first, second], axis=1), full(model, tokens)) < 1e-5
 
 
+@pytest.mark.usefixtures("optimizations")
 def test_the_compiled_loop_updates_the_cache_in_place(model):
     """The temporaries of a compiled decode loop do not hold a second copy of the cache."""
     cfg = dataclasses.replace(model.cfg, num_hidden_layers=8)

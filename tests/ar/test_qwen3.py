@@ -162,6 +162,7 @@ def test_every_parameter_names_its_axes():
     }
 
 
+@pytest.mark.usefixtures("optimizations")
 @pytest.mark.parametrize("mesh", [("fsdp", 2, 4), ("fsdp_tp", 2, 2, 2), ("fsdp_sp", 2, 2)])
 def test_no_device_holds_the_whole_table_or_its_gradient(mesh):
     """Of many more tokens than it has rows, where gathering it would be the shorter way. The gradient is the sum over all."""

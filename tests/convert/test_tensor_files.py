@@ -13,8 +13,13 @@ import safetensors.torch
 import torch
 
 from blip3o_jax.config import UserError
-from blip3o_jax.convert import tensor_files
-from blip3o_jax.convert.tensor_files import NAMES, ShardedWriter, cast, load_torch, read_json, read_weights
+from blip3o_jax.convert import tensor_files, weight_files
+from blip3o_jax.convert.tensor_files import NAMES, ShardedWriter, cast, load_torch, read_json
+
+
+def read_weights(path):
+    return weight_files.read_weights(path)[0]
+
 
 SHAPES = ((3, 5), (), (2, 0, 4), (6,), (1, 1, 9))
 
@@ -217,9 +222,9 @@ def test_an_index_that_does_not_agree_with_its_shards(tmp_path):
         index.write_text(json.dumps(good | {"weight_map": places}))
         with pytest.raises(UserError, match=message):
             read_weights(tmp_path)
-    write(tmp_path / "two", {"a": np.ones(1), "b": np.ones(1)})
-    (tmp_path / "two" / index.name).write_text(json.dumps({"weight_map": {"a": "model.safetensors"}}))
-    with pytest.raises(UserError, match=r"model.safetensors holds b \(1 in all\), which .* does not place there"):
+    write(tmp_path / "two", {"a": np.ones(1), "b": np.ones(1)}, stem="shard")
+    (tmp_path / "two" / index.name).write_text(json.dumps({"weight_map": {"a": "shard.safetensors"}}))
+    with pytest.raises(UserError, match=r"shard.safetensors holds b \(1 in all\), which .* does not place there"):
         read_weights(tmp_path / "two")
     index.write_text("{")
     with pytest.raises(UserError, match=r"index.json cannot be read as JSON"):

@@ -71,7 +71,7 @@ def test_the_nearest_shape(height, width, want):
 
 
 @pytest.mark.parametrize(
-    ("buckets", "message"), [(((16, 22),), "both multiples of 4"), (((16,),), "must be"), ((WIDE, WIDE), "twice")]
+    ("buckets", "message"), [(((16, 22),), "both multiples of 4"), (((16,),), "must hold 2 values"), ((WIDE, WIDE), "twice")]
 )
 def test_sizes_that_cannot_be(buckets, message):
     with pytest.raises(ConfigError, match=message):

@@ -4,10 +4,10 @@ import io
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from blip3o_jax.config import UserError
-from blip3o_jax.data.images import crop_and_resize, decode, load, views
+from blip3o_jax.data.images import crop_and_resize, decode, load, shape_of, views
 from blip3o_jax.data.record import BadRecord
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
@@ -87,7 +87,7 @@ def test_broken_bytes_are_bad_records_with_a_reason() -> None:
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
     with pytest.raises(BadRecord, match=r"^the image has zero bytes$"):
         decode(b"")
-    with pytest.raises(BadRecord, match=r"cannot be decoded: cannot identify"):
+    with pytest.raises(BadRecord, match=r"cannot be decoded: it is no JPEG, PNG"):
         decode(b"this is no image")
     for kind in ("JPEG", "PNG", "WEBP"):
         data = encode(Image.fromarray(noise), kind)
@@ -146,6 +146,63 @@ def test_resizing_is_antialiased() -> None:
     np.testing.assert_allclose(small[2:-2, 2:-2].astype(int), 127, atol=2)
 
 
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF"])
+def test_metadata_of_any_size_is_no_reason_to_refuse_an_image(kind: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    exif[0x9286] = b"x" * 60_000  # a comment; JPEG's segment holds 64 KiB
+    options = {"icc_profile": bytes((1 << 20) + 9), "exif": exif, "lossless": True}
+    if kind == "PNG":
+        options["pnginfo"] = notes = PngImagePlugin.PngInfo()
+        notes.add_itxt("XML:com.adobe.xmp", "x" * ((1 << 20) + 9), zip=True)
+        notes.add_text("Comment", "y" * (1 << 21), zip=True)
+        notes.add_text("Author", "z" * (1 << 21))
+        for _ in range(80):  # more than Pillow takes of all texts together
+            notes.add_text("Bomb", "\0" * ((1 << 20) - 1), zip=True)
+    data = encode(Image.fromarray(quadrants()), kind, **options)
+    assert decode(data).shape == (48, 32, 3) == (*shape_of(data), 3), "and it is turned as its EXIF says"
+
+
+def test_a_png_turned_by_its_xmp_stays_so() -> None:
+    xmp = 'tiff:Orientation="6"'
+    for zipped in (False, True):
+        notes = PngImagePlugin.PngInfo()
+        notes.add_itxt("XML:com.adobe.xmp", xmp, zip=zipped)
+        assert decode(encode(Image.fromarray(quadrants()), pnginfo=notes)).shape == (48, 32, 3)
+
+
+@pytest.mark.parametrize("kind", ["EPS", "PDF", "PPM", "ICO", "PCX", "TGA", "SGI", "ICNS", "JPEG2000"])
+def test_no_other_decoder_is_started(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An EPS named .png runs Ghostscript where Pillow may choose."""
+    data = encode(Image.new("RGB", (64, 64)), kind)
+    monkeypatch.setattr(Image, "open", lambda *args, **kwargs: pytest.fail("Pillow chooses the decoder"))
+    with pytest.raises(BadRecord, match=r"^the image cannot be decoded: it is no JPEG, PNG, WebP, GIF, BMP or TIFF file$"):
+        decode(data)
+    with pytest.raises(BadRecord, match="it is no JPEG"):
+        shape_of(data)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
+def test_pixels_are_counted_before_they_are_decoded(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = encode(Image.fromarray(quadrants(100, 120)), kind)
+    assert decode(data, max_pixels=12_000).shape == (100, 120, 3)
+    monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
+    with pytest.raises(BadRecord, match=r"^the image is too large: 120 x 100 pixels, more than 0\.011999 million"):
+        decode(data, max_pixels=11_999)
+
+
+@pytest.mark.parametrize("lossless", [False, True])
+def test_a_webp_says_its_size_before_its_decoder_allocates(lossless: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from PIL import WebPImagePlugin
+
+    monkeypatch.setattr(WebPImagePlugin.WebPImageFile, "_open", lambda self: pytest.fail("opened"))
+    plain = encode(Image.new("RGB", (120, 100)), "WEBP", lossless=lossless)
+    extended = encode(Image.new("RGBA", (120, 100), (0, 0, 0, 9)), "WEBP", lossless=lossless, icc_profile=b"x")
+    for data in (plain, extended):
+        with pytest.raises(BadRecord, match="120 x 100 pixels"):
+            decode(data, max_pixels=11_999)
+
+
 def test_a_file_that_a_user_names_is_one_picture_or_one_line(tmp_path, recwarn) -> None:
     path = tmp_path / "photo"
     path.write_bytes(encode(Image.fromarray(quadrants())))
@@ -155,16 +212,22 @@ def test_a_file_that_a_user_names_is_one_picture_or_one_line(tmp_path, recwarn) 
     frames = [Image.new("RGB", (16, 16), colour) for colour in (RED, BLUE)]
     whole = encode(Image.fromarray(quadrants()), "JPEG")
     for data, line in {
-        b"": "the image cannot be read: it has no known image format",
-        b"words": "the image cannot be read: it has no known image format",
+        b"": "the image has zero bytes",
+        b"words": "the image cannot be decoded: it is no JPEG, PNG, WebP, GIF, BMP or TIFF file",
         whole[: len(whole) // 2]: "the image cannot be ",
         encode(Image.new("RGB", (1, 1))): "1 x 1 pixels are no picture: give one of 8 x 8 or more",
         encode(
             frames[0], "GIF", save_all=True, append_images=frames[1:]
         ): "an animation of 2 frames: save the one that is meant",
-        encode(Image.new("1", (20000, 20000))): "the image is too large: scale it down to 80 megapixels or less",
-        encode(Image.new("1", (10000, 9000))): "the image is too large: scale it down to 80 megapixels or less",
-        encode(Image.new("1", (10000, 8001))): "the image is too large: scale it down to 80 megapixels or less",
+        encode(
+            Image.new("1", (20000, 20000))
+        ): "the image is too large: 20000 x 20000 pixels, more than 80 million: scale it down",
+        encode(
+            Image.new("1", (10000, 9000))
+        ): "the image is too large: 10000 x 9000 pixels, more than 80 million: scale it down",
+        encode(
+            Image.new("1", (10000, 8001))
+        ): "the image is too large: 10000 x 8001 pixels, more than 80 million: scale it down",
     }.items():
         path.write_bytes(data)
         with pytest.raises(UserError) as error:

@@ -1,5 +1,6 @@
 """The order of examples depends on the seed alone; bad records are skipped, counted and limited."""
 
+import json
 import logging
 import os
 import re
@@ -10,9 +11,10 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from blip3o_jax.config import DataConfig, UserError
+from blip3o_jax.config import ConfigError, DataConfig, UserError
+from blip3o_jax.data import loader as loading
 from blip3o_jax.data.loader import BadRecordLimit, DevicePrefetch, Loader, global_batch, host_rows
-from blip3o_jax.data.record import BadRecord, Record, Source
+from blip3o_jax.data.record import BadRecord, Record, RowTooLong, Source
 
 
 class Numbers(Source):
@@ -35,25 +37,21 @@ class Numbers(Source):
         return Record(bytes([index % 256]), str(index), f"k{index}", f"{self.name}.tar")
 
 
-class TooLong(ValueError):
-    pass
-
-
 def to_row(record: Record) -> dict[str, np.ndarray]:
     if (record.shard, record.key) == ("c.tar", "k3"):
         raise BadRecord("", "", "the image has zero bytes")  # as images.decode does: it knows neither shard nor key
     if (record.shard, record.key) == ("c.tar", "k6"):
-        raise TooLong(f"example {record.key!r} needs 9 tokens")
+        raise RowTooLong(record.key, 9, 8)
     return {"number": np.int64(record.caption), "shard": np.int64(ord(record.shard[0])), "pid": np.int64(os.getpid())}
 
 
-def make(sources=None, *, seed=7, hosts=(0, 1), rows=None, **data) -> Loader:
+def make(sources=None, *, seed=7, hosts=(0, 1), rows=None, transform=to_row, join=None, **data) -> Loader:
     data = {"batch_size": 8, "workers": 0, "max_bad_share": 1.0} | data
     sources = [(Numbers("a", 50), 3.0), (Numbers("b", 30), 1.0)] if sources is None else sources
     settings = DataConfig(**data)
     share = settings.batch_size // hosts[1]
     rows = rows or range(hosts[0] * share, (hosts[0] + 1) * share)
-    return Loader(sources, to_row, settings, seed, rows=rows)
+    return Loader(sources, transform, settings, seed, rows=rows, join=join)
 
 
 def take(loader: Loader, steps: int) -> list[tuple[int, int]]:
@@ -71,7 +69,7 @@ def test_order_is_that_of_the_seed_on_any_number_of_hosts_and_workers_and_after_
     assert os.getpid() not in pids
 
     state = hosts[1].state()
-    assert state == {"next_example": 32, "order": whole.state()["order"]}
+    assert state == {"next_example": 32, "order": whole.state()["order"], "skipped": {}}
     for host in hosts:
         host.close()
     for count in (1, 4):  # resumed in the middle of an epoch, on other numbers of hosts
@@ -149,20 +147,155 @@ def test_too_many_bad_records_stop_the_run() -> None:
             next(small)
     with pytest.raises(BadRecordLimit):
         next(make([(Numbers("a", 10_000, bad=(3,)), 1.0)], shuffle=False, max_bad_share=0.0))
+    # Neighbours that are skipped for each other count once: an eighth of these is damaged.
+    damaged = make([(Numbers("a", 32, bad=(20, 21, 22, 23)), 1.0)], max_bad_share=0.13)
+    for _ in range(12):
+        next(damaged)
+    with pytest.raises(BadRecordLimit, match=r"4 of 32 records \(12\.5%\)"):
+        take(make([(Numbers("a", 32, bad=(20, 21, 22, 23)), 1.0)], max_bad_share=0.12), 4)
 
 
 def test_a_source_with_nothing_readable_stops_at_once() -> None:
-    with pytest.raises(BadRecordLimit, match=r"b: 5 records in a row cannot be read, the last b.tar: k"):
+    with pytest.raises(BadRecordLimit, match=r"b: 5 records in a row cannot be used, the last b.tar: k"):
         next(make([(Numbers("a", 50), 1.0), (Numbers("b", 5, bad=tuple(range(5))), 1.0)]))
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_row_that_does_not_fit_is_refused_with_its_key(workers: int) -> None:
-    loader = make([(Numbers("c", 8), 1.0)], shuffle=False, workers=workers)
-    with pytest.raises(TooLong) as caught:
+def too_long_at(record: Record) -> dict[str, np.ndarray]:
+    number = int(record.caption)
+    if number % 4 == 1:
+        raise RowTooLong(record.key, number, 0)
+    return {"number": np.int64(number)}
+
+
+def test_a_row_that_is_too_long_is_skipped_and_counted_and_never_ends_the_run(caplog) -> None:
+    """A quarter of the records, where none may be bad. The count goes on after a resume."""
+    loader = make([(Numbers("a", 400), 1.0)], transform=too_long_at, shuffle=False, max_bad_share=0.0)
+    first = next(loader)
+    assert first["number"].tolist() == [0, 2, 2, 3, 4, 6, 6, 7] and not first["bad_records"].any()
+    assert caplog.messages[0] == "skipped a.tar: k1: needs 1 tokens, a row has 0"
+    assert loader.state()["skipped"] == {"too long": 2}
+    for _ in range(20):
         next(loader)
-    assert str(caught.value) == "example 'k6' needs 9 tokens"
     loader.close()
+    assert sum("skipped a.tar: k" in message for message in caplog.messages) == loading.LOGGED_TOO_LONG
+    assert sum("are longer than a row and were skipped" in message for message in caplog.messages) == 1
+    again = make([(Numbers("a", 400), 1.0)], transform=too_long_at, shuffle=False)
+    again.restore(loader.state())
+    next(again)
+    assert again.state()["skipped"] == {"too long": 44}
+
+
+def test_a_row_that_is_too_long_ends_the_run_where_that_is_asked_for() -> None:
+    with pytest.raises(UserError, match=r"^c\.tar: k6: needs 9 tokens, a row has 8: .*data\.too_long"):
+        next(make([(Numbers("c", 8), 1.0)], shuffle=False, too_long="error"))
+    with pytest.raises(BadRecordLimit, match=r"8 records in a row cannot be used, .*needs 0 tokens.*; raise data.max_length"):
+        next(make([(Numbers("a", 8), 1.0)], shuffle=False, transform=never_fits))
+
+
+def never_fits(record: Record) -> dict[str, np.ndarray]:
+    raise RowTooLong(record.key, 0, 0)
+
+
+def joined(rows, records):
+    lengths = [int(row["number"]) % 10 for row in rows]
+    if sum(lengths) > 9:
+        raise RowTooLong("+".join(record.key for record in records), sum(lengths), 9, which=int(np.argmax(lengths)))
+    return {"number": np.stack([row["number"] for row in rows])}
+
+
+def test_of_examples_that_do_not_fit_in_one_row_the_longest_gives_way(caplog) -> None:
+    settings = {"shuffle": False, "pack": 2, "transform": to_row, "join": joined, "rows": range(4)}
+    batch = next(make([(Numbers("a", 20), 1.0)], **settings))
+    assert batch["number"].tolist() == [[0, 1], [2, 3], [4, 5], [6, 10]]  # 7, 8 and 9 are too long
+    assert batch["bad_records"].shape == (4, 2) and not batch["bad_records"].any()
+    assert "skipped a.tar: k7: shares a row that needs 13 tokens, a row has 9" in caplog.messages
+    with pytest.raises(UserError, match=r"a\.tar: k7: shares a row that needs 13 tokens, a row has 9: shorten"):
+        next(make([(Numbers("a", 20), 1.0)], too_long="error", **settings))
+
+
+class Raising(Source):
+    """Records of two shards; whatever `errors` has for an index is raised when it is read."""
+
+    fingerprint = "raising"
+
+    def __init__(self, size: int, errors: dict[int, BaseException]) -> None:
+        super().__init__("set", [])
+        self.size, self.errors = size, errors
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> Record:
+        if index in self.errors:
+            raise self.errors[index]
+        return Record(b"", str(index), f"\udc80k{index}\0", f"{index % 2}.tar")
+
+
+def number(record: Record) -> dict[str, np.ndarray]:
+    if record.caption == "5":
+        raise KeyError("pixels")
+    return {"number": np.int64(record.caption)}
+
+
+def test_whatever_one_record_raises_is_skipped_with_its_place(caplog) -> None:
+    """In a worker process: reports cross it."""
+    errors = [
+        UnicodeEncodeError("utf-8", "\ud83c", 0, 1, "surrogates not allowed"),
+        RecursionError("too deep"),
+        ValueError("\ud83c" * 5000),
+        MemoryError(),
+    ]
+    source = Raising(8, dict(enumerate(errors)))
+    loader = make([(source, 1.0)], shuffle=False, transform=number, workers=1)
+    assert next(loader)["number"].tolist() == [4, 4, 4, 4, 4, 6, 6, 7]
+    loader.close()
+    said = "\n".join(caplog.messages)
+    said.encode()
+    for part in ("set: 0: UnicodeEncodeError at test_loader.py:", "set: 1: RecursionError", "set: 3: MemoryError at"):
+        assert part in said
+    assert f"skipped 1.tar: \\udc80k5\\x00: KeyError at test_loader.py:{number.__code__.co_firstlineno + 2}: 'pixels'" in said
+    counts = loader.state()["skipped"]
+    assert counts["MemoryError"] == 4 and counts["KeyError"] == 1 and sum(counts.values()) == 4 + 3 + 2 + 1 + 1
+
+
+def test_what_is_no_fault_of_a_record_ends_the_run() -> None:
+    for error in (ConfigError("model.template.generate has no place for the text"), KeyboardInterrupt()):
+        with pytest.raises(type(error)):
+            loading._Search(loading._Reader((), to_row, None, "skip"), Raising(3, {0: error}), 0).next()
+
+
+def test_a_transform_that_fails_on_all_records_ends_the_run_with_its_place() -> None:
+    def broken(record: Record) -> dict[str, np.ndarray]:
+        return {"number": record.no_such_field}
+
+    with pytest.raises(BadRecordLimit, match=r"128 records in a row .* AttributeError at test_loader\.py:\d+: 'Record' object"):
+        next(make([(Numbers("a", 10_000), 1.0)], transform=broken))
+
+
+def test_a_damaged_stretch_of_a_large_set_does_not_end_the_search() -> None:
+    source = Numbers("a", 20_000, bad=tuple(range(5_000)))
+    got = next(make([(source, 1.0)], shuffle=False))
+    assert (got["number"] >= 5_000).all() and (got["bad_records"] <= loading.NEAR + 2).all()
+
+
+def test_a_shard_of_which_nothing_can_be_read_is_named_at_once(caplog) -> None:
+    source = Raising(64, {index: BadRecord("1.tar", str(index), f"cannot be read: {index}") for index in range(1, 64, 2)})
+    loader = make([(source, 1.0)], shuffle=False, transform=lambda record: {"number": np.int64(record.caption)})
+    next(loader)
+    said = "each of the first 8 records read of 1.tar was skipped: cannot be read: 15: look at that file"
+    assert said not in caplog.messages
+    next(loader)
+    assert caplog.messages.count(said) == 1
+    next(loader)
+    assert sum("each of the first" in message for message in caplog.messages) == 1
+
+
+def test_a_report_survives_any_name_and_reason() -> None:
+    for text in ("\ud83c", "\0", '"\n\\', "\U0001f382" * 4000, "\x1b[2J", ""):
+        report = loading._pack([BadRecord(text, text, text)] * 3)
+        counts, names = json.loads(report.item())
+        assert report.dtype == "S4096" and sum(counts.values()) == 3 and names
+        assert all(part.isprintable() for name in names for part in name)
 
 
 class Hosted(jax.sharding.Sharding):

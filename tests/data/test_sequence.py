@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import tokenizers as hf
 
-from blip3o_jax.config import ConfigError, TemplateConfig, UserError
+from blip3o_jax.config import ConfigError, DataConfig, ModelConfig, TaTokConfig, TemplateConfig, UserError
 from blip3o_jax.data import sequence
+from blip3o_jax.data.examples import ExampleBuilder
+from blip3o_jax.data.record import Record
 from blip3o_jax.data.sequence import (
     RowTooLong,
     caption_row,
@@ -180,11 +182,47 @@ def test_caption_row(vocab):
     assert caption_row(vocab, "", 4)["text_mask"].tolist() == [True, False, False, False]
     with pytest.raises(RowTooLong, match="'k'"):
         caption_row(vocab, CAPTION, 5, "k")
+    cut = caption_row(vocab, CAPTION, 5, "k", truncate=True)
+    assert cut["text_mask"].sum() <= 5
+    kept = vocab.decode(cut["text_ids"][cut["text_mask"]]).removesuffix("<|im_end|>")
+    assert kept and CAPTION.startswith(kept)
 
 
-def tasks_row(vocab, task, text, answer="", *, references=1, places=2, max_length=200, **changes):
+def test_a_text_is_cut_to_what_fits_and_the_image_is_not(vocab):
+    whole = text_to_image_row(vocab, TEMPLATE, CAPTION, CODES, 300)
+    length = int(whole["segment_ids"].sum())
+    kept = []
+    for shorter in range(1, 7):
+        row = text_to_image_row(vocab, TEMPLATE, CAPTION, CODES, length - shorter, truncate=True)
+        text = vocab.decode(row["tokens"][row["segment_ids"] > 0])
+        assert text.endswith(ROW[len(PROMPT) :]), "the answer is whole, with its loss"
+        assert row["loss_mask"].sum() == whole["loss_mask"].sum()
+        kept.append(text.partition("caption: ")[2].partition("<|im_end|>")[0])
+        assert CAPTION.startswith(kept[-1])
+    assert len(kept[0]) > len(kept[-1]) > 0
+    np.testing.assert_array_equal(
+        text_to_image_row(vocab, TEMPLATE, CAPTION, CODES, 300, truncate=True)["tokens"], whole["tokens"]
+    )
+    with pytest.raises(RowTooLong):  # no text is short enough
+        text_to_image_row(vocab, TEMPLATE, CAPTION, CODES, 20, truncate=True)
+
+
+def test_questions_instructions_and_answers_are_cut_as_well(vocab):
+    for task, text, answer in (("edit", CAPTION, ""), ("understand", CAPTION, "two")):
+        length = int(tasks_row(vocab, task, text, answer)["segment_ids"].sum())
+        row = tasks_row(vocab, task, text, answer, max_length=length - 3, truncate=True)
+        assert row["segment_ids"].sum() <= length - 3
+        assert row["reference_mask"].sum() == 1
+    with pytest.raises(RowTooLong, match=r"'k' has an answer of \d+ tokens, at most 10 are trained on: shorten it"):
+        tasks_row(vocab, "understand", "x", "two cubes " * 20, max_length=900)
+    row = tasks_row(vocab, "understand", "x", "two cubes " * 20, max_length=900, truncate=True)
+    label = vocab.decode(row["tokens"][row["loss_mask"] > 0])
+    assert 0 < row["loss_mask"].sum() <= 10 and "two cubes ".startswith(label[:10]) and "<|im_end|>" not in label
+
+
+def tasks_row(vocab, task, text, answer="", *, references=1, places=2, max_length=200, truncate=False, **changes):
     lengths = {"references": references, "places": places, "num_image_tokens": 2, "max_length": max_length}
-    return task_row(vocab, dataclasses.replace(TEMPLATE, **changes), task, text, answer, key="k", **lengths)
+    return task_row(vocab, dataclasses.replace(TEMPLATE, **changes), task, text, answer, key="k", truncate=truncate, **lengths)
 
 
 SHOWN = "<|vision_start|><I0><I0><|vision_end|>"
@@ -262,13 +300,6 @@ def test_rows_of_tasks_that_cannot_be(vocab):
         ("edit", "  ", "", 1, r"the instruction is empty"),
         ("understand", "", "two", 1, r"the question is empty"),
         ("understand", "x", " ", 1, r"example 'k' has no answer"),
-        (
-            "understand",
-            "x",
-            "two cubes left of a sphere " * 9,
-            1,
-            r"'k' has an answer of \d+ tokens, at most 10 are trained on",
-        ),
         ("t2i", "x", "", 1, r"task t2i shows no image"),
         ("paint", "x", "", 1, r"task='paint'"),
     ]:
@@ -301,3 +332,33 @@ def test_examples_follow_each_other_in_a_row(vocab):
     assert packed["loss_mask"].sum() <= most_labels(TEMPLATE, 2, 3)
     with pytest.raises(RowTooLong, match=rf"example 'a \+ b \+ c' needs {sum(lengths)} tokens, a row has {sum(lengths) - 1}"):
         pack_rows(rows, ["a", "b", "c"], sum(lengths) - 1)
+    assert sequence.shared_length(rows, sum(lengths)) == sum(lengths)
+    longest = sequence.shared_length(rows, sum(lengths) - 9)
+    assert sum(min(length, longest) for length in lengths) in range(sum(lengths) - 9 - 2, sum(lengths) - 9 + 1)
+
+
+def test_of_packed_examples_the_long_ones_are_cut_or_named(vocab):
+    model = ModelConfig(tokenizer=TaTokConfig(pool_scale=3), template=TEMPLATE)
+    records = [Record(b"", caption, key, "a.tar") for key, caption in (("a", "x"), ("b", "a cat " * 30))]
+
+    def built(max_length, too_long):
+        data = DataConfig(batch_size=2, pack=2, max_length=max_length, too_long=too_long)
+        builder = ExampleBuilder(("row",), model, data, vocab)
+        return builder, [builder(record) for record in records]
+
+    builder, whole = built(900, "skip")
+    short, long = (int(row["segment_ids"].sum()) for row in whole)
+    with pytest.raises(RowTooLong, match=r"'a \+ b'") as error:
+        ExampleBuilder(("row",), model, DataConfig(batch_size=2, pack=2, max_length=short + long - 20), vocab).join(
+            whole, records
+        )
+    assert error.value.which == 1
+    builder, rows = built(short + long - 20, "truncate")
+    joined = builder.join(rows, records)
+    segments = joined["segment_ids"]
+    assert (segments == 1).sum() == short and long - 40 < (segments == 2).sum() <= long - 20
+    assert joined["loss_mask"].sum() == sum(row["loss_mask"].sum() for row in whole)
+    builder, rows = built(2 * short - 20, "truncate")  # not even without a text
+    with pytest.raises(RowTooLong) as error:
+        builder.join(whole, records)
+    assert error.value.which == 1

@@ -379,3 +379,67 @@ def test_what_a_task_lacks_makes_a_bad_record(tmp_path: pathlib.Path, line: dict
     source = opened(write_folder(tmp_path / "d", [json.dumps(line).encode()]))
     with pytest.raises(BadRecord, match=re.escape(message)):
         source[0]
+
+
+def folder_of(path: pathlib.Path, *lines: bytes) -> Source:
+    return opened(write_folder(path, list(lines)))
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (rb'{"file_name": "0.png", "text": "a cake \ud83c"}', r"the text has half a character \('\\ud83c' at 7\)"),
+        (b'{"file_name": "0.png", "text": "a", "n": ' + b"1" * 5000 + b"}", "broken JSON: Exceeds the limit"),
+        (b'{"file_name": "0.png", "text": ' + b"[" * 100_000 + b"}", "broken JSON: "),
+        (rb'{"file_name": "0.png\u0000", "text": "a"}', "the image cannot be read: no file can have this name"),
+        (rb'{"file_name": "\ud83c.png", "text": "a"}', "the image cannot be read: no file can have this name"),
+        (b'{"file_name": "' + b"a" * 5000 + b'.png", "text": "a"}', "the image cannot be read: File name too long"),
+        (b'{"file_name": "0.png", "text": [1, 2]}', "no caption; expected text"),
+        (b'{"file_name": "0.png", "text": []}', "no caption; expected text"),
+        (b'{"file_name": "0.png", "text": {"en": "a"}}', "no caption; expected text"),
+    ],
+)
+def test_one_odd_line_is_one_bad_record(tmp_path: pathlib.Path, line: bytes, reason: str) -> None:
+    source = folder_of(tmp_path / "set", line, b'{"file_name": "1.png", "text": "fine"}')
+    with pytest.raises(BadRecord, match=reason) as error:
+        source[0]
+    assert str(error.value).startswith(f"{tmp_path}/set/metadata.jsonl: ")
+    assert source[1].caption == "fine"
+
+
+def test_byte_order_marks_are_no_text(tmp_path: pathlib.Path) -> None:
+    mark = "\ufeff".encode()
+    folder = folder_of(tmp_path / "set", mark + b'{"file_name": "0.png", "text": "first"}\r')
+    assert folder[0].caption == "first"
+    members = [("0.png", IMAGES[0]), ("0.txt", mark + b" a cat\r\n"), ("1.png", IMAGES[1])]
+    tar = opened(write_tar(tmp_path / "a.tar", [*members, ("1.json", mark + b'{"caption": "a dog"}')]))
+    assert [tar[i].caption for i in range(2)] == ["a cat", "a dog"]
+    pq.write_table(pa.table({"image": IMAGES[:1], "text": ["\ufeffa cow"]}), tmp_path / "a.parquet")
+    assert opened(tmp_path / "a.parquet")[0].caption == "a cow"
+
+
+def test_of_a_list_of_captions_the_first_is_taken(tmp_path: pathlib.Path) -> None:
+    lists = [["", "a cat", "one cat"], ["a dog"], [], None]
+    pq.write_table(pa.table({"image": IMAGES[:4], "caption": lists}), tmp_path / "a.parquet")
+    source = opened(tmp_path / "a.parquet")
+    assert [source[0].caption, source[1].caption] == ["a cat", "a dog"]
+    for index in (2, 3):
+        with pytest.raises(BadRecord, match="no caption"):
+            source[index]
+    line = b'{"input_image": "0.png", "question": ["how many?", "what?"], "answer": ["two", "cats"]}'
+    assert folder_of(tmp_path / "set", line)[0].answer == "two"
+
+
+def test_a_damaged_row_group_costs_its_own_records(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_parquet(tmp_path / "a.parquet")  # groups of 2, 2 and 1 rows
+    column = pq.read_metadata(path).row_group(1).column(0)
+    start = column.dictionary_page_offset or column.data_page_offset
+    data = bytearray(path.read_bytes())
+    data[start : start + 16] = bytes(16)
+    path.write_bytes(data)
+    source = opened(path)
+    assert [source[i].caption for i in (0, 1, 4)] == [CAPTIONS[i] for i in (0, 1, 4)]
+    for index in (2, 3):
+        with pytest.raises(BadRecord, match=rf"^{path}: row {index}: the row group cannot be read: .+"):
+            source[index]
+        monkeypatch.setattr(pq, "ParquetFile", lambda file: pytest.fail("a damaged group is read again for each row"))

@@ -41,7 +41,10 @@ def pair(key: str) -> list[tuple[str, bytes]]:
 @pytest.mark.parametrize("second", ["b.png", "b.PNG", "b.txt", "b.cls"])
 def test_two_members_of_one_name_are_refused(tmp_path: pathlib.Path, second: str) -> None:
     path = write(tmp_path / "a.tar", *pair("a"), *pair("b"), ("b.cls", b"1"), (second, b"of another export"))
-    with pytest.raises(UserError, match=rf"^{re.escape(str(path))}: two members are called {second}: .* a shard each"):
+    with pytest.raises(
+        UserError,
+        match=rf"^{re.escape(str(path))}: two members are called {second}: .* a shard each",
+    ):
         opened(path)
 
 
@@ -117,4 +120,7 @@ def test_an_archive_behind_the_end_of_another_is_refused(tmp_path: pathlib.Path)
 def test_members_of_a_record_need_not_be_neighbours(tmp_path: pathlib.Path) -> None:
     (a_png, a_txt), (b_png, b_txt) = pair("a"), pair("b")
     source = opened(write(tmp_path / "a.tar", a_png, b_png, b_txt, a_txt))
-    assert [(source[n].key, source[n].caption) for n in range(2)] == [("a", "caption a"), ("b", "caption b")]
+    assert [(source[n].key, source[n].caption) for n in range(2)] == [
+        ("a", "caption a"),
+        ("b", "caption b"),
+    ]

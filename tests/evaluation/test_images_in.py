@@ -21,7 +21,10 @@ class Oracle:
         self.config = config.Config(
             model=config.ModelConfig(
                 image_size=SIZE,
+                dit=config.SanaConfig(in_channels=4, out_channels=4),
                 vae=config.DcAeConfig(
+                    latent_channels=4,
+                    attention_head_dim=8,
                     encoder_block_types=("ResBlock", "ResBlock"),
                     decoder_block_types=("ResBlock", "ResBlock"),
                     encoder_block_out_channels=(8, 8),

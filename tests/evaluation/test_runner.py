@@ -62,6 +62,7 @@ def test_files(tmp_path, monkeypatch, capsys):
         ("gen_eval", None, "suite='gen_eval' is not one of shapes, shapes_edit, shapes_qa, reconstruct, ocr, geneval"),
         ("geneval,detector=shapes", None, "suite geneval,detector=shapes judges the prompts of a file: name one"),
         ("ocr,scoring", "prompts.txt", "'scoring' is no option: write NAME,OPTION=VALUE"),
+        ("ocr,weight=0.5", "prompts.txt", "suite ocr,weight=0.5 is one reward and no sum: leave out weight and clip"),
     ],
 )
 def test_an_unknown_suite_is_refused_before_anything_is_loaded(tmp_path, suite, prompts_file, message):

@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import pathlib
+import re
 import shlex
 import shutil
 import signal
@@ -13,6 +14,7 @@ import time
 
 import pytest
 
+from blip3o_jax import exits
 from blip3o_jax.parallel import flags
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
@@ -54,7 +56,8 @@ def test_queued_resources_are_asked_for_used_and_given_back():
     assert asked[7:] == [*wanted, "--valid-until-duration=6h", "--zone=us-east5-a"]
     ran = commands[-2][-2]
     train = "blip3o train --config=configs/pretrain.py:1.7b --workdir=/gcs/runs/mine --distributed=tpu"
-    assert f"{train} --config.data.path=/gcs/captions/\\*.tar; status=$?; [ $status -eq 75 ] || exit $status" in ran
+    again = "status=$?; case $status in 75|137) ;; *) exit $status ;; esac; done"
+    assert f"{train} --config.data.path=/gcs/captions/\\*.tar; {again}" in ran
     assert 'eval "$(python3 blip3o_jax/parallel/flags.py v5p)"' in ran
     assert "gcsfuse --implicit-dirs bucket /gcs" in commands[-3][-2]
     assert commands[-1][1:] == shlex.split("gcloud compute tpus queued-resources delete mine --force --quiet --zone=us-east5-a")
@@ -111,10 +114,51 @@ def test_slurm_requeues_what_has_saved():
     assert script.startswith("#!/usr/bin/env bash\n#SBATCH --job-name=blip3o\n#SBATCH --nodes=4\n#SBATCH --ntasks-per-node=8\n")
     for line in ("#SBATCH --partition=gpu", "#SBATCH --time=04:00:00", "#SBATCH --requeue", "#SBATCH --signal=TERM@120"):
         assert f"{line}\n" in script
-    assert "srun --kill-on-bad-exit=1 --label blip3o train --config=configs/pretrain.py:1.7b" in script
+    assert "srun --wait=120 --label blip3o train --config=configs/pretrain.py:1.7b" in script
     assert "--distributed=slurm --config.mesh.strategy=fsdp || status=$?" in script
-    assert '[ "$status" -ne 75 ] || scontrol requeue "$SLURM_JOB_ID"' in script
+    assert 'case $status in 75|137) scontrol requeue "$SLURM_JOB_ID" ;; esac' in script
     assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
+
+
+def local(tmp_path, *statuses, restarts=3):
+    """(status of local.sh, how often each host was started) for hosts that end with `statuses`, then with the last of them."""
+    program, count = tmp_path / "python", tmp_path / "count"
+    program.write_text(
+        "#!/bin/bash\n[[ $2 != import* ]] || { echo 1234; exit; }\n"
+        f"host=${{*: -1}}; host=${{host#--process_id=}}; echo x >> {count}$host; n=$(wc -l < {count}$host)\n"
+        f"table=({' '.join(','.join(map(str, each)) for each in statuses)})\n"
+        'IFS=, read -ra mine <<< "${table[host]}"; exit "${mine[n <= ${#mine[@]} ? n - 1 : ${#mine[@]} - 1]}"\n'
+    )
+    program.chmod(0o755)
+    command = ["bash", str(LAUNCH / "local.sh"), "-n", str(len(statuses)), "-d", "0", "-r", str(restarts), "--", "train"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHON": str(program)}, timeout=60)
+    return done.returncode, [len((tmp_path / f"count{host}").read_text().split()) for host in range(len(statuses))]
+
+
+@pytest.mark.parametrize(
+    ("statuses", "status", "starts"),
+    [
+        ([[75, 0], [75, 0]], 0, 2),  # saved and stopped
+        ([[137, 0], [137, 0]], 0, 2),  # one was killed, the other lost it
+        ([[137, 75, 0], [75, 137, 0]], 0, 3),
+        ([[137], [137]], 137, 4),  # as often as -r says
+        ([[2], [137]], 2, 1),  # a user's error, whoever of them is first
+        ([[137], [2]], 2, 1),
+        ([[1], [137]], 1, 1),
+        ([[134], [75]], 134, 1),
+        ([[130], [130]], 130, 1),
+        ([[143], [143]], 143, 1),
+    ],
+)
+def test_local_restarts_on_what_the_docs_say(tmp_path, statuses, status, starts):
+    assert local(tmp_path, *statuses) == (status, [starts] * 2)
+
+
+def test_the_documented_statuses_are_those_of_the_launchers():
+    page = (ROOT / "docs" / "pods.md").read_text()
+    said = set(re.findall(r"^\| (\S+) \| .* \| yes.* \|$", page, re.MULTILINE))
+    common = (LAUNCH / "common.sh").read_text()
+    assert f'RESTARTED="{" ".join(sorted(said, key=int))}"' in common and said == {str(exits.PREEMPTED), str(exits.LOST_PEER)}
 
 
 # The fields that the manifest may use, as the APIs have them (JobSet v1alpha2, batch/v1, core/v1): a type, a choice of values,
@@ -212,9 +256,9 @@ def test_the_manifest_is_a_jobset():
     ]
     assert "flags.py v5p" in container["command"][2]
     assert pod["volumes"][0]["csi"]["volumeAttributes"]["bucketName"] == "bucket"
-    # A user's error (status 2) ends the JobSet, all else restarts it.
+    # Saved, killed, another host lost: these restart the JobSet, and so does a machine that is gone. Any other status ends it.
     (rule,) = job["podFailurePolicy"]["rules"]
-    assert rule["onExitCodes"] == {"containerName": container["name"], "operator": "In", "values": [2]}
+    assert rule["onExitCodes"] == {"containerName": container["name"], "operator": "NotIn", "values": [75, 137]}
 
 
 def test_a_small_slice_is_one_machine():

@@ -130,9 +130,10 @@ def whole(tmp_path_factory, quick_compile):  # noqa: F811
 
 
 def test_two_hosts_one_of_them_killed_go_on_as_one(whole, job, tmp_path):
-    """2 x 4 devices, fsdp; host 1 hangs, which the watchdog tells, and is killed; 1 x 8 devices, dp, from the checkpoint."""
+    """2 x 4 devices, fsdp; host 1 hangs, which the watchdog tells, and is killed, which host 0 does; then 1 x 8 devices, dp,
+    from the checkpoint."""
     workdir = tmp_path / "run"
-    pair = job(tmp_path, workdir, settings(), 2, 4)
+    pair = job(tmp_path, workdir, settings(), 2, 4, "-r", 0)
     pair.until_step(EVERY + 1)
     os.kill(pair.pid(1), signal.SIGSTOP)
     told = r"\[0\] watchdog: no progress for \d+ s: host 1 is silent since \w+ at step \d+; host 0 in "
@@ -140,10 +141,14 @@ def test_two_hosts_one_of_them_killed_go_on_as_one(whole, job, tmp_path):
     assert "[1] watchdog" not in pair.text()
     os.kill(pair.pid(1), signal.SIGKILL)
     assert pair.wait() == 128 + signal.SIGKILL
-    assert "local.sh: host 1 ended with status 137" in pair.text()
+    for host in range(2):
+        assert f"local.sh: host {host} ended with status 137" in pair.text()
+    assert re.search(r"\[0\] host 0: blip3o: host 1 was lost in \w+ at step \d+; the same command goes on", pair.text())
+    assert "Traceback" not in pair.text()
     stopped_at = len(losses(workdir))
     assert stopped_at < STEPS
-    assert "host 1" not in re.sub(r"local\.sh: .*|\[0\] watchdog: .*", "", pair.text())  # host 0 speaks for all
+    others = r"local\.sh: .*|\[0\] (watchdog|host 0): .*"
+    assert "host 1" not in re.sub(others, "", pair.text())  # host 0 speaks for all
 
     alone = job(tmp_path, workdir, settings(mesh={"data": -1, "fsdp": 1, "strategy": "dp"}), 1, 8)
     assert alone.wait() == 0, alone.text()
@@ -226,20 +231,15 @@ def test_hosts_that_disagree_are_refused_with_one_line(tmp_path):
     assert not list((tmp_path / "run").iterdir())
 
 
-def test_an_error_on_one_host_ends_it_at_once(tmp_path):
-    """Images that host 1 does not see. Host 0 waits for it until a launcher ends that; host 1 must not wait for host 0."""
+def test_an_error_on_one_host_ends_all_with_its_status(tmp_path):
+    """Images that host 1 does not see. Host 0, which waits for it in a collective, hears of it."""
     tiny.write_data(tmp_path / "zero" / "images")
     (tmp_path / "one").mkdir()
     flags = [f"--workdir={tmp_path / 'run'}", "--config.data.path=images"]
-    zero, one = two_hosts(tmp_path, flags, flags, cwd=(tmp_path / "zero", tmp_path / "one"))
-    try:
-        said = one.communicate(timeout=60)[1]
-        assert (one.returncode, zero.poll()) == (2, None)
-        assert re.fullmatch(r"host 1: blip3o: error: .*images.*: no such file or directory.*\n", said)
-    finally:
-        for each in (zero, one):
-            each.kill()
-            each.communicate()
+    zero, one = said_by(two_hosts(tmp_path, flags, flags, cwd=(tmp_path / "zero", tmp_path / "one")))
+    assert zero[1] == one[1] == 2
+    assert re.fullmatch(r"host 1: blip3o: error: .*images.*: no such file or directory.*\n", one[0])
+    assert "host 0: blip3o: host 1 ended with status 2 in start at step 0; the same command goes on" in zero[0]
 
 
 @pytest.mark.slow

@@ -6,29 +6,12 @@ import json
 import pathlib
 from typing import Any
 
-import numpy as np
-
 from blip3o_jax import config
 from blip3o_jax.train import checkpoint
 from tests import tiny
+from tests.rl.redness import PROMPTS
 
 PARTS = ("tokenizer", "ar", "connector", "dit", "vae")
-PROMPTS = ("a red cat", "a small blue tall tree", "a big green boat", "pink")
-
-
-def redness(images_BHWC, prompts, metadata):
-    """How much more red than green an image is, in [-1, 1]."""
-    return (images_BHWC[..., 0].astype(np.float64) - images_BHWC[..., 1]).mean(axis=(1, 2)) / 255
-
-
-def redness_but_of_pink(images_BHWC, prompts, metadata):
-    """No score for one of the prompts."""
-    return np.where([prompt == "pink" for prompt in prompts], np.nan, redness(images_BHWC, prompts, metadata))
-
-
-def redness_of_two(images_BHWC, prompts, metadata):
-    """The same for all images of half of the prompts."""
-    return np.where([prompt in PROMPTS[:2] for prompt in prompts], redness(images_BHWC, prompts, metadata), 0)
 
 
 @functools.cache
@@ -52,7 +35,7 @@ def run_config(policy: str = "ar", *, mesh: dict[str, Any] | None = None, **chan
         prompts=2,
         group=4,
         rollout=config.SamplingConfig(top_k=0, top_p=1.0, steps=3, guidance=1.5, batch_size=8),
-        rewards=(config.RewardConfig(name="python:tests.rl.runs.redness"),),
+        rewards=(config.RewardConfig(name="python:tests.rl.redness.redness"),),
         workers=1,
         flow=config.FlowPolicyConfig(steps=4, trained=2, noise=0.7),
     )

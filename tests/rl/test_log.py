@@ -49,7 +49,7 @@ def test_a_kill_while_the_log_is_opened_loses_no_line(tmp_path, monkeypatch):
 
     monkeypatch.setattr(pathlib.Path, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
-        RolloutLog(tmp_path, 0, 1, seed=7)
+        RolloutLog(tmp_path, 0, 0, seed=7)
     assert read_rows(log.path) == before
 
 

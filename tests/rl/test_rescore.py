@@ -10,11 +10,11 @@ from PIL import Image
 from blip3o_jax.config import RewardConfig, UserError
 from blip3o_jax.data.prompts import Prompt
 from blip3o_jax.rl.judged import Verdicts
-from blip3o_jax.rl.log import RolloutLog, image_path
+from blip3o_jax.rl.log import RolloutLog, image_hash, image_path
 from blip3o_jax.rl.rescore import print_table, rescore
 from blip3o_jax.train.metrics import read_rows
 
-RED = (RewardConfig(name="python:tests.rl.runs.redness"),)
+RED = (RewardConfig(name="python:tests.rl.redness.redness"),)
 
 
 @pytest.fixture
@@ -34,7 +34,11 @@ def run(tmp_path, rng):
 
 def test_every_image_is_judged_in_its_order(run, capsys):
     workdir, images = run
+    mine = workdir / "mine.txt"
+    mine.write_text("mine")
+    (workdir / "out.jsonl").symlink_to(mine)  # as a directory from elsewhere may have it
     lines = rescore(workdir, RED, workdir / "out.jsonl", workers=1)
+    assert mine.read_text() == "mine"
     assert lines == read_rows(workdir / "out.jsonl")
     assert [(line["rollout"], line["row"]) for line in lines] == [(i, j) for i in range(2) for j in range(3)]
     want = (images[..., 0] - images[..., 1]).mean(axis=(1, 2)) / 255
@@ -52,7 +56,7 @@ def test_what_a_reward_cannot_judge_has_no_total(run):
     workdir, _ = run
     for path in workdir.glob("rollouts*.jsonl"):
         path.write_text(path.read_text().replace("a red cat", "pink"))
-    reward = dataclasses.replace(RED[0], name="python:tests.rl.runs.redness_but_of_pink")
+    reward = dataclasses.replace(RED[0], name="python:tests.rl.redness.redness_but_of_pink")
     assert {line["rescored"]["total"] for line in rescore(workdir, (reward,), workdir / "out.jsonl", workers=1)} == {None}
 
 
@@ -67,6 +71,52 @@ def test_images_that_are_not_there_or_others(run):
         rescore(workdir, RED, workdir / "out.jsonl", workers=1)
     with pytest.raises(UserError, match=r"holds no rollouts.jsonl with lines"):
         rescore(workdir / "rollouts", RED, workdir / "out.jsonl", workers=1)
+
+
+LINE = {"rollout": 0, "row": 0, "prompt": "a", "metadata": {}, "total": 1.0, "image": "0" * 64}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rollout": "../../etc"},
+        {"row": -1},
+        {"row": 1.5},
+        {"rollout": True},
+        {"rollout": 10**30},
+        {"prompt": None},
+        {"metadata": []},
+        {"total": "1"},
+        {"total": float("nan")},
+        {"image": 3},
+        "[1]",
+        "{",
+        '{"rollout": ' + "1" * 5000 + "}",
+        "[" * 100_000,
+    ],
+    ids=lambda change: str(change)[:30],
+)
+def test_lines_that_no_log_writes(tmp_path, change):
+    """One line that names file and line, and no path is made of what it says."""
+    log = tmp_path / "rollouts.jsonl"
+    log.write_text(json.dumps(LINE | change) + "\n" if isinstance(change, dict) else f"{json.dumps(LINE)}\n{change}\n")
+    number = 1 if isinstance(change, dict) else 2
+    with pytest.raises(UserError, match=rf"rollouts.jsonl:{number} is no line of a rollout: copy") as error:
+        rescore(tmp_path, RED, tmp_path / "out.jsonl")
+    assert "\n" not in str(error.value)
+
+
+def test_images_that_are_no_png_of_a_rollout(tmp_path):
+    log, image = tmp_path / "rollouts.jsonl", image_path(tmp_path, 0, 0)
+    log.write_text(json.dumps(LINE) + "\n" + json.dumps(LINE)[:20])  # a kill cut the last line short
+    image.parent.mkdir(parents=True)
+    Image.new("RGB", (4, 4)).save(image, format="TIFF")
+    with pytest.raises(UserError, match=r"00000.png cannot be read"):
+        rescore(tmp_path, RED, tmp_path / "out.jsonl")
+    with pytest.raises(UserError, match=r"--out=.* is a directory: name a file"):
+        Image.new("RGB", (4, 4)).save(image)
+        log.write_text(json.dumps(LINE | {"image": image_hash(np.zeros((4, 4, 3), np.uint8))}) + "\n")
+        rescore(tmp_path, RED, tmp_path)
 
 
 def test_images_are_kept_only_where_asked(tmp_path, rng):

@@ -273,7 +273,7 @@ def test_a_gap_between_drawing_and_scoring_can_stop_the_run(tmp_path):
 
 def test_images_without_a_reward_are_left_out_or_stop_the_run(tmp_path):
     """Each prompt is in one of two rollouts: in one of them half of the images have no score."""
-    failing = (config.RewardConfig(name="python:tests.rl.runs.redness_but_of_pink"),)
+    failing = (config.RewardConfig(name="python:tests.rl.redness.redness_but_of_pink"),)
     method.run(runs.run_config("ar", rewards=failing, retries=0, max_failed=0.5), tmp_path / "run")
     rows = numbers(tmp_path / "run")
     assert sorted(row["reward/failed"] for row in rows) == [0, 0, 0.5, 0.5]
@@ -286,7 +286,7 @@ def test_images_without_a_reward_are_left_out_or_stop_the_run(tmp_path):
 def test_groups_without_a_difference_are_refilled(tmp_path):
     """Half of the prompts make such groups: of an epoch of two rollouts two groups are left, which is a batch. Metrics are
     of all that was drawn."""
-    reward = (config.RewardConfig(name="python:tests.rl.runs.redness_of_two"),)
+    reward = (config.RewardConfig(name="python:tests.rl.redness.redness_of_two"),)
     method.run(runs.run_config("ar", rewards=reward, refill=2, steps=3), tmp_path)
     rows, lines = numbers(tmp_path), read_rows(tmp_path / "rollouts.jsonl")
     assert max(row["reward/drawn"] for row in rows) > 1 and rows[-1]["grad_norm"] > 0

@@ -14,8 +14,8 @@ import torch
 
 from blip3o_jax.bench.peer.worker import Arrays, Prepared, Task
 from blip3o_jax.config import OptimizerConfig, UserError
-from blip3o_jax.convert.compare import load_torch
 from blip3o_jax.convert.source import open_source
+from blip3o_jax.convert.torch_files import load_torch
 from blip3o_jax.convert.torch_model import PARTS, Blip3o
 
 

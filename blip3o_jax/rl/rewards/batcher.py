@@ -1,122 +1,229 @@
-"""Scores the images of concurrent requests together, on one thread.
+"""Scores the images of concurrent requests together, in as many calls at once as there are scorers.
 
-Shape suffixes: B images of a batch, N images of all requests at hand, H height, W width, C colour channels.
+Small requests go first, so that those of many clients do not wait for a few large ones. Large ones
+have their turn when no small one waits, or small ones have had as much time as the large one before
+took; and of several scorers one is always left to small ones. For one event loop.
 """
 
-import concurrent.futures
+import asyncio
+import collections
 import dataclasses
-import logging
-import queue
-import threading
+import itertools
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
+from blip3o_jax.config import UserError
+from blip3o_jax.rl.rewards.png import Png
+from blip3o_jax.rl.rewards.processes import ProcessEnded
 from blip3o_jax.rl.rewards.reward import Scores
+from blip3o_jax.rl.rewards.scorer import Verdict
+from blip3o_jax.rl.rewards.scorers import Scorers
+from blip3o_jax.serving import Refused
 
-_TOTAL = ""  # beside the names of the parts
+LOOKED_AT = 1024  # images that are compared with the first, to find others of its size
+
+
+@dataclasses.dataclass(eq=False)
+class Job:
+    """One request: images, beside their prompts and metadata (JSON). `alone`: not to be scored with
+    others."""
+
+    images: Sequence[Png]
+    prompts: Sequence[str]
+    metadata: Sequence[bytes]
+    alone: bool = False
+
+    def __post_init__(self) -> None:
+        self.pixels = sum(image.pixels for image in self.images)
+        self.waiting = collections.deque(range(len(self.images)))
+        self.verdicts: list[Verdict | None] = [None] * len(self.images)
+        self.done = asyncio.get_running_loop().create_future()
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
-    """One request: images [H, W, C] that may differ in size."""
+class _Batch:
+    """What is scored in one call: (job, index of its image), all images of one size."""
 
-    images: Sequence[np.ndarray]
-    prompts: Sequence[str]
-    metadata: Sequence[Mapping[str, Any]]
-    done: concurrent.futures.Future = dataclasses.field(default_factory=concurrent.futures.Future)
+    items: list[tuple[Job, int]]
+    large: bool
 
 
 class Batcher:
-    """While one batch is scored, requests gather for the next: up to `batch` images of one size in a call of the reward, which
-    returns `Scores`, or an `Outcome` of weighted rewards, whose reasons are failures. Who calls `score` bounds how many wait.
-    `on_batch(images, seconds)` is told of every call that gave scores."""
+    """`batch`: images of a call at the most; `pixels` and `file_bytes` bound it too, but for an
+    image that is larger alone. A request of more than `pixels` is a large one. `on_batch(images,
+    seconds)` hears of every call that gave scores."""
 
-    def __init__(self, reward: Callable[..., Scores], batch: int, on_batch: Callable[[int, float], None]):
-        self._reward, self._batch, self._on_batch = reward, batch, on_batch
-        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="scorer", daemon=True)
-        self._thread.start()
-
-    def score(self, job: Job, seconds: float) -> Scores:
-        """Waits for the scores. Raises what the reward raised, or TimeoutError."""
-        self._jobs.put(job)
-        try:
-            return job.done.result(timeout=seconds)
-        finally:
-            job.done.cancel()
+    def __init__(
+        self,
+        scorers: Scorers,
+        *,
+        batch: int,
+        pixels: int,
+        file_bytes: int,
+        on_batch: Callable[[int, float], None] = lambda images, seconds: None,
+    ):
+        self._scorers = scorers
+        self._batch = batch
+        self._pixels = pixels
+        self._file_bytes = file_bytes
+        self._on_batch = on_batch
+        self._small: list[Job] = []
+        self._large: list[Job] = []
+        self._running: dict[asyncio.Task, _Batch] = {}
+        self._small_seconds = 0.0  # that large requests have to wait for small ones
 
     def waiting(self) -> int:
-        return self._jobs.qsize()
+        """Return the number of requests of which no image, or not every one, is being scored."""
+        return len(self._small) + len(self._large)
 
-    def close(self) -> None:
-        self._jobs.put(None)
-        self._thread.join()
-
-    def _run(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            jobs = [job]
-            while sum(len(job.images) for job in jobs) < self._batch and not self._jobs.empty():
-                if (job := self._jobs.get()) is None:
-                    self._jobs.put(None)
-                    break
-                jobs.append(job)
-            self._answer([job for job in jobs if job.done.set_running_or_notify_cancel()])
-
-    def _answer(self, jobs: Sequence[Job]) -> None:
-        if not jobs:
-            return
+    async def score(self, job: Job) -> Scores:
+        """Return the scores of a request, which is forgotten when the caller is cancelled. Raises
+        Refused: as the verdict on its first image that has none; 503 where scorers do not start,
+        504 where one took too long."""
+        (self._large if job.pixels > self._pixels else self._small).append(job)
+        self._hand_out()
         try:
-            scores = self._score(jobs)
+            return await job.done
+        finally:
+            self._forget(job)
+
+    def _forget(self, job: Job) -> None:
+        for lane in (self._small, self._large):
+            if job in lane:
+                lane.remove(job)
+
+    def _hand_out(self) -> None:
+        while len(self._running) < self._scorers.count and (batch := self._next()):
+            task = asyncio.get_running_loop().create_task(self._run(batch))
+            self._running[task] = batch
+            task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task) -> None:
+        del self._running[task]
+        self._hand_out()
+
+    def _next(self) -> _Batch | None:
+        running = sum(batch.large for batch in self._running.values())
+        large = bool(self._large) and running < max(1, self._scorers.count - 1)
+        if self._small and not (large and self._small_seconds <= 0):
+            return _Batch(self._taken(self._small), large=False)
+        return _Batch(self._taken(self._large), large=True) if large else None
+
+    def _taken(self, lane: list[Job]) -> list[tuple[Job, int]]:
+        """Take images of one size from the first requests of a lane. Requests of which none is left
+        leave it; the first one goes behind the others, so that one of many images does not hold up
+        the rest."""
+        first = lane[0]
+        size = _size(first.images[first.waiting[0]])
+        jobs = [first] if first.alone else [job for job in lane if not job.alone]
+        items: list[tuple[Job, int]] = []
+        pixels = file_bytes = 0
+        candidates = ((job, index) for job in jobs for index in job.waiting)
+        for job, index in list(itertools.islice(candidates, LOOKED_AT)):
+            image = job.images[index]
+            if _size(image) != size:
+                continue
+            pixels += image.pixels
+            file_bytes += image.file.nbytes
+            if items and (pixels > self._pixels or file_bytes > self._file_bytes or len(items) == self._batch):
+                break
+            items.append((job, index))
+            job.waiting.remove(index)
+        lane[:] = [job for job in (*lane[1:], first) if job.waiting]
+        return items
+
+    async def _run(self, batch: _Batch) -> None:
+        items = batch.items
+        images = [job.images[index] for job, index in items]
+        began = time.monotonic()
+        try:
+            verdicts, seconds = await self._scorers.score(
+                [image.file for image in images],
+                _size(images[0]),
+                [job.prompts[index] for job, index in items],
+                [job.metadata[index] for job, index in items],
+            )
+        except TimeoutError:
+            _refuse_all(
+                items,
+                Refused(
+                    504,
+                    "the reward took too long; its process was ended and another one is started",
+                ),
+            )
+        except ProcessEnded as error:
+            line = f"the reward ended its process (exit code {error.args[0]}); another one is started"
+            if not self._split(batch, items):
+                _refuse_all(items, Refused(500, line))
+        except UserError as error:
+            _refuse_all(items, Refused(503, str(error), {"Retry-After": "10"}))
         except Exception as error:
-            if len(jobs) > 1:  # one of them spoils it for all: each on its own
-                for job in jobs:
-                    self._answer([job])
-                return
-            logging.exception("the reward failed")
-            jobs[0].done.set_exception(error)
+            _refuse_all(items, Refused(500, f"scoring failed: {type(error).__name__}: {error}"[:300]))
+        else:
+            if any(verdict.status == 200 for verdict in verdicts):
+                self._on_batch(sum(verdict.status == 200 for verdict in verdicts), seconds)
+            self._record(batch, verdicts)
+        finally:
+            taken = time.monotonic() - began
+            self._small_seconds = taken if batch.large else self._small_seconds - taken
+
+    def _record(self, batch: _Batch, verdicts: Sequence[Verdict]) -> None:
+        failed = []
+        for (job, index), verdict in zip(batch.items, verdicts, strict=True):
+            if verdict.status == 500:
+                failed.append((job, index))
+            job.verdicts[index] = verdict
+        if failed and self._split(batch, failed):
+            for job, index in failed:
+                job.verdicts[index] = None
+        for job in _jobs(batch.items):
+            if not job.done.done() and None not in job.verdicts:
+                _settle(job)
+
+    def _split(self, batch: _Batch, items: Sequence[tuple[Job, int]]) -> bool:
+        """Have each request scored again on its own where several were together, since one may have
+        spoiled it for all."""
+        if len(_jobs(batch.items)) == 1:
+            return False
+        lane = self._large if batch.large else self._small
+        for job, index in items:
+            job.alone = True
+            job.waiting.append(index)
+        back = [job for job in _jobs(items) if not job.done.done() and job not in lane]
+        lane[:0] = back
+        return True
+
+
+def _size(image: Png) -> tuple[int, int]:
+    return image.height, image.width
+
+
+def _jobs(items: Iterable[tuple[Job, int]]) -> list[Job]:
+    return list(dict.fromkeys(job for job, _ in items))
+
+
+def _refuse_all(items: Iterable[tuple[Job, int]], refused: Refused) -> None:
+    for job in _jobs(items):
+        if not job.done.done():
+            job.done.set_exception(refused)
+
+
+def _settle(job: Job) -> None:
+    """Answer a request whose images all have a verdict."""
+    for index, verdict in enumerate(job.verdicts):
+        if verdict.status != 200:
+            image = f" (images[{index}])" if len(job.images) > 1 else ""
+            job.done.set_exception(Refused(verdict.status, verdict.reason + image))
             return
-        start = 0
-        for job in jobs:
-            here = slice(start, start := start + len(job.images))
-            job.done.set_result(Scores(scores.total_B[here], {name: part[here] for name, part in scores.parts.items()}))
-
-    def _score(self, jobs: Sequence[Job]) -> Scores:
-        images, prompts, metadata = (
-            [value for job in jobs for value in getattr(job, name)] for name in ("images", "prompts", "metadata")
-        )
-        by_size: dict[tuple[int, ...], list[int]] = {}
-        for index, image_HWC in enumerate(images):
-            by_size.setdefault(image_HWC.shape, []).append(index)
-        parts: dict[str, np.ndarray] = {}
-        for same in by_size.values():
-            for first in range(0, len(same), self._batch):
-                indices = same[first : first + self._batch]
-                values = self._call(*([column[i] for i in indices] for column in (images, prompts, metadata)))
-                if parts and set(parts) != set(values):
-                    raise ValueError(f"the reward has parts {_names(values)} for some images and {_names(parts)} for others")
-                for name, values_B in values.items():
-                    parts.setdefault(name, np.zeros(len(images), np.float32))[indices] = values_B
-        return Scores(parts.pop(_TOTAL), parts)
-
-    def _call(
-        self, images: Sequence[np.ndarray], prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
-    ) -> dict[str, np.ndarray]:
-        """One call of the reward: its parts, and the total under `_TOTAL`."""
-        start = time.monotonic()
-        scores = self._reward(np.stack(images), prompts, metadata)
-        if failure := next((reason for reason in getattr(scores, "reasons", ()) if reason), None):
-            raise ValueError(failure)
-        with np.errstate(over="ignore"):  # becomes infinite, and an error below
-            values = {name: np.asarray(v, np.float32) for name, v in ((_TOTAL, scores.total_B), *scores.parts.items())}
-        for name, values_B in values.items():
-            if np.shape(values_B) != (len(images),) or not np.isfinite(values_B).all():
-                raise ValueError(f"{name or 'total'} of {len(images)} images is not {len(images)} finite numbers")
-        self._on_batch(len(images), time.monotonic() - start)
-        return values
-
-
-def _names(parts: Mapping[str, np.ndarray]) -> str:
-    return ", ".join(sorted(set(parts) - {_TOTAL})) or "none"
+    names = {tuple(sorted(verdict.parts)) for verdict in job.verdicts}
+    if len(names) > 1:
+        different = " and ".join(sorted(", ".join(some) or "none" for some in names))
+        job.done.set_exception(Refused(500, f"the reward failed: it has parts {different} for images of one request"))
+        return
+    total_B = np.array([verdict.total for verdict in job.verdicts], np.float32)
+    parts = {
+        name: np.array([verdict.parts[name] for verdict in job.verdicts], np.float32) for name in sorted(job.verdicts[0].parts)
+    }
+    job.done.set_result(Scores(total_B, parts))

@@ -77,9 +77,11 @@ class TransformersEncoder:
 
         transformers.utils.logging.disable_progress_bar()
         try:
-            self._model = transformers.AutoModel.from_pretrained(path, local_files_only=True).eval()
-            self._tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
-            self._processor = transformers.AutoImageProcessor.from_pretrained(path, local_files_only=True)
+            # Without the second, transformers asks on the terminal whether to run code of the directory.
+            local = {"local_files_only": True, "trust_remote_code": False}
+            self._model = transformers.AutoModel.from_pretrained(path, **local).eval()
+            self._tokenizer = transformers.AutoTokenizer.from_pretrained(path, **local)
+            self._processor = transformers.AutoImageProcessor.from_pretrained(path, **local)
         except (OSError, ValueError) as e:
             raise UserError(f"reward clip: {path} cannot be read: {' '.join(str(e).split())[:200]}") from e
         if not hasattr(self._model, "get_text_features"):

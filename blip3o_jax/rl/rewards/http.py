@@ -1,36 +1,54 @@
-"""A reward that is computed elsewhere: the client of `blip3o rl serve-rewards` (`server`; bodies in `wire`).
+"""A reward that is computed elsewhere: the client of `blip3o rl serve-rewards` (`server`; bodies in
+`wire`).
 
-Requests go to the servers in turn. One that cannot be reached, does not answer in time or fails (5xx) is left out for a while,
-twice as long each time, and the request goes to the next; one that is busy (503) is asked again once all have been asked. A
-request that a server refuses (4xx) would be refused by the others too: that is a UserError with the server's line.
+Requests go to the servers in turn. One that cannot be reached, does not answer in time or fails
+(5xx, a redirect, an answer that is none) is left out for a while, twice as long each time, and the
+request goes to the next; one that is busy (429, 503) is asked again once all have been asked. A
+request that a server refuses (other 4xx) would be refused by the others too: that is a UserError
+with the server's line.
+
+Whatever a server does, a request ends after `timeout` seconds with scores, Unreachable or
+UserError, in one line. The standard library's HTTP client is used, under a deadline of our own
+(`_Deadline`): its timeouts, like those of httpx, are of a single read, and neither starts as fast
+in the processes of the pool.
 
 Shape suffixes: B images, H height, W width, C colour channels.
 """
 
 import concurrent.futures
+import contextlib
 import http.client
 import itertools
 import json
+import socket
 import threading
 import time
 import urllib.parse
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from blip3o_jax.config import UserError
+from blip3o_jax.config import RewardConfig, UserError
 from blip3o_jax.rl.rewards import wire
 from blip3o_jax.rl.rewards.options import number
 from blip3o_jax.rl.rewards.reward import Reward, Scores
 
 PROBE = 5.0  # seconds for which a server is left out after a failure
 LONGEST_PROBE = 120.0
-MAX_ANSWER = 16 << 20  # bytes
+SHORTEST_WAIT = 0.2  # seconds until a busy server is asked again, whatever it says
+LONGEST_WAIT = 30.0
+TIMEOUT = "45"  # less than rl.timeout, after which the pool ends this process
+TRY_SECONDS = 10.0  # for which a server is tried before a run starts
+LINE = 300  # characters of a server's reason
 
 
 class Unreachable(Exception):
     """No server gave scores: one line that says why, server by server."""
+
+
+class _BadAnswer(Exception):
+    """A server's answer is none: one line that says why."""
 
 
 class _Busy(Exception):
@@ -39,27 +57,42 @@ class _Busy(Exception):
         self.seconds = seconds
 
 
-def create(urls: str, token: str = "", token_env: str = "", timeout: str = "60", batch: str = "16") -> "HttpReward":
-    """The registry's factory. `urls`: "http://a:8000,http://b:8000". `token_env`: name of the environment variable that holds
-    the token, which then stands in no config and no log; `token` is the token itself. `timeout`: seconds for an answer.
+def create(urls: str, token: str = "", token_env: str = "", timeout: str = TIMEOUT, batch: str = "16") -> "HttpReward":
+    """The registry's factory. `urls`: "http://a:8000,http://b:8000". `token_env`: name of the
+    environment variable that holds the token, which then stands in no config and no log; `token` is
+    the token itself. `timeout`: seconds for a request's scores, all tries at all servers together.
     `batch`: images of a request."""
     if token and token_env:
         raise UserError("reward http: token and token_env exclude each other: leave one of them out")
+    wire.check_token("reward http: token", token)
     return HttpReward(
         tuple(_base(url.strip()) for url in urls.split(",")),
         wire.read_token(token_env) if token_env else token,
         number("http", "timeout", timeout, float, 0.001, 86400),
-        number("http", "batch", batch, int, 1, 4096),
+        number("http", "batch", batch, int, 1, 1024),
     )
 
 
+def check_timeout(reward: RewardConfig, seconds: float) -> None:
+    """Raise UserError unless the reward http gives up before the `seconds` after which the pool
+    ends its process."""
+    if reward.name == "http":
+        timeout = number("http", "timeout", dict(reward.options).get("timeout", TIMEOUT), float, 0.001, 86400)
+        if timeout >= seconds:
+            raise UserError(
+                f"reward http: timeout={timeout:g} must be less than rl.timeout={seconds:g}, which ends the process that waits"
+            )
+
+
 def _base(url: str) -> str:
-    parts = urllib.parse.urlsplit(url)
     try:
+        parts = urllib.parse.urlsplit(url)
         good = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port is None or parts.port > 0)
-    except ValueError:  # the port is no number
+        parts.hostname and parts.hostname.encode("idna")
+    except (ValueError, UnicodeError):  # the port is no number, the host no name
         good = False
-    if not good or parts.query or parts.fragment:
+    plain = url.isascii() and url.isprintable() and " " not in url
+    if not good or not plain or parts.query or parts.fragment or parts.username is not None:
         raise UserError(f"reward http: urls: {url!r} is not like http://HOST:PORT (several are separated by commas)")
     return url.rstrip("/")
 
@@ -73,17 +106,46 @@ class HttpReward(Reward):
         self._lock = threading.Lock()
         self._failures = dict.fromkeys(self._urls, 0)  # in a row
         self._out_until = dict.fromkeys(self._urls, 0.0)
+        self._tried = False
         self._threads = concurrent.futures.ThreadPoolExecutor(len(self._urls))
 
     def check(self, prompt: str, metadata: Mapping[str, Any]) -> None:
-        """That the request can be written; what the reward itself makes of it is for the server to say."""
+        """Raise UserError for a request that cannot be written, and the first time where no server
+        is there or one does not take the token. What the reward itself makes of a prompt is for the
+        server to say."""
+        if not self._tried:
+            self._try_servers()
+            self._tried = True
         try:
             json.dumps(dict(metadata), allow_nan=False)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             raise UserError(f"reward http: JSON cannot hold the metadata of prompt {prompt[:80]!r}: {error}") from None
 
+    def _try_servers(self) -> None:
+        """One that cannot be reached is left out, as long as there is another."""
+        reasons = list(self._threads.map(self._try_server, self._urls))
+        if all(reasons):
+            raise UserError(f"reward http: no server answers: {'; '.join(reasons)}")
+
+    def _try_server(self, url: str) -> str | None:
+        """Return why a server cannot be asked now. UserError for a wrong token, and for what is no
+        reward server."""
+        try:
+            status, answer, _ = _exchange(url, "GET", "/info", None, self._token, min(TRY_SECONDS, self._timeout), 1 << 16)
+        except FAILURES as error:
+            return f"{url}: {_described(error)}"
+        if status == 401:
+            raise UserError(f"reward http: {url} does not take the token: {_error_line(answer)}; set token_env")
+        if status >= 500:
+            return f"{url}: status {status}: {_error_line(answer)}"
+        with contextlib.suppress(ValueError, RecursionError):
+            if status == 200 and "rewards" in json.loads(answer.decode("utf-8")):
+                return None
+        raise UserError(f"reward http: {url} is no reward server (status {status}): is the URL right?")
+
     def __call__(self, images_BHWC: np.ndarray, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Scores:
-        """As many requests at once as there are servers. Raises UserError (a server refused) or Unreachable."""
+        """As many requests at once as there are servers. Raises UserError (a server refused) or
+        Unreachable."""
         chunks = [slice(start, start + self._batch) for start in range(0, len(prompts), self._batch)]
         found = list(self._threads.map(lambda c: self._score(images_BHWC[c], prompts[c], metadata[c]), chunks))
         names = {tuple(sorted(scores.parts)) for scores in found}
@@ -95,30 +157,39 @@ class HttpReward(Reward):
     def _score(self, images_BHWC: np.ndarray, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Scores:
         body = wire.encode_request(images_BHWC, prompts, metadata)
         end = time.monotonic() + self._timeout
-        while True:
+        for attempt in itertools.count():
             reasons, wait = [], None
-            for url in self._order():
+            urls = self._order()
+            for index, url in enumerate(urls):
                 if wait is not None and self._out_until[url] > time.monotonic():
                     break  # rather wait for a busy one than for one that is left out
+                # One that hangs leaves time for those after it.
+                seconds = (end - time.monotonic()) / (len(urls) - index)
+                if seconds <= 0:
+                    break
                 try:
-                    scores = self._ask(url, body, len(prompts))
-                except UserError:
+                    scores = self._ask(url, body, len(prompts), seconds)
+                except UserError:  # a ValueError too, but a refusal and no failure
                     raise
                 except _Busy as busy:
                     wait = min(busy.seconds, wait or busy.seconds)
                     reasons.append(f"{url} is busy")
-                except (OSError, http.client.HTTPException, ValueError) as error:
+                except FAILURES as error:
                     self._failed(url)
-                    reasons.append(f"{url}: {type(error).__name__}: {error}")
+                    reasons.append(f"{url}: {_described(error)}")
                 else:
                     self._failures[url] = 0
                     return scores
-            if wait is None or time.monotonic() + wait > end:
+            # A server that is always busy is asked less and less often.
+            pause = None if wait is None else max(wait, min(SHORTEST_WAIT * 2**attempt, PROBE))
+            if pause is None or time.monotonic() + pause >= end:
                 raise Unreachable("reward http: no server gave scores: " + "; ".join(reasons))
-            time.sleep(wait)
+            time.sleep(pause)
+        raise AssertionError
 
     def _order(self) -> list[str]:
-        """In turn those that are not left out; then the others, since any answer is better than none."""
+        """In turn those that are not left out; then the others, since any answer is better than
+        none."""
         with self._lock:
             turn, now = next(self._turn) % len(self._urls), time.monotonic()
         urls = self._urls[turn:] + self._urls[:turn]
@@ -130,42 +201,154 @@ class HttpReward(Reward):
             self._failures[url] += 1
             self._out_until[url] = time.monotonic() + seconds
 
-    def _ask(self, url: str, body: bytes, count: int) -> Scores:
-        """One server's scores. OSError, HTTPException or ValueError where it failed, _Busy, or UserError where it refused."""
-        status, answer, retry_after = self._post(url, body)
+    def _ask(self, url: str, body: bytes, count: int, seconds: float) -> Scores:
+        """Return one server's scores. Raises one of FAILURES where it failed, _Busy, or UserError
+        where it refused."""
+        largest = wire.largest_answer(count)
+        status, answer, retry_after = _exchange(url, "POST", "/score", body, self._token, seconds, largest)
         if status == 200:
             return wire.decode_scores(answer, count)
         line = _error_line(answer)
-        if status == 503:
-            raise _Busy(float(retry_after) if retry_after.isdigit() else 1.0)
+        if status in (429, 503):
+            raise _Busy(_wait(retry_after))
+        if status == 408:
+            raise _BadAnswer(f"status 408: {line}")
         if 400 <= status < 500:
             raise UserError(f"reward http: {url} refused with {status}: {line}")
-        raise http.client.HTTPException(f"status {status}: {line}")
+        if 300 <= status < 400:
+            raise _BadAnswer(f"status {status}: redirects are not followed")
+        raise _BadAnswer(f"status {status}: {line}")
 
-    def _post(self, url: str, body: bytes) -> tuple[int, bytes, str]:
-        """Status, body and Retry-After of the answer."""
-        parts = urllib.parse.urlsplit(url)
-        kinds = {"http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}
-        connection = kinds[parts.scheme](parts.hostname, parts.port, timeout=self._timeout)
-        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self._token}"} if self._token else {})
+
+# All that http.client, ssl, sockets and an answer that is none raise.
+FAILURES = (OSError, http.client.HTTPException, ValueError, RecursionError, OverflowError, _BadAnswer)
+
+
+class _Deadline:
+    """Ends a connection after so many seconds, however its bytes come: a timeout of a socket begins
+    anew with each read."""
+
+    def __init__(self, seconds: float):
+        self.seconds = seconds
+        self.passed = False
+        self._end = time.monotonic() + seconds
+        self._lock = threading.Lock()
+        self._guard: socket.socket | None = None
+        self._timer = threading.Timer(seconds, self._expire)
+        self._timer.daemon = True
+        self._timer.start()
+
+    def left(self) -> float:
+        return max(self._end - time.monotonic(), 1e-3)
+
+    def watch(self, connection: socket.socket) -> None:
+        """Watch a connected socket, through a duplicate: TLS puts another object in its place."""
+        with self._lock:
+            self._guard = connection.dup()
+            passed = self.passed
+        if passed:
+            raise TimeoutError
+
+    def _expire(self) -> None:
+        with self._lock:
+            self.passed = True
+            if self._guard is not None:
+                with contextlib.suppress(OSError):
+                    self._guard.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        self._timer.cancel()
+        with self._lock:
+            if self._guard is not None:
+                self._guard.close()
+                self._guard = None
+
+
+@contextlib.contextmanager
+def _deadline(seconds: float) -> Iterator[_Deadline]:
+    """Raises TimeoutError for whatever went wrong after the deadline had passed."""
+    deadline = _Deadline(seconds)
+    try:
+        yield deadline
+    except FAILURES:
+        if not deadline.passed:
+            raise
+    finally:
+        deadline.close()
+    if deadline.passed:
+        raise TimeoutError(f"no complete answer within {seconds:.3g} s")
+
+
+def _exchange(
+    url: str, method: str, path: str, body: bytes | None, token: str, seconds: float, largest: int
+) -> tuple[int, bytes, str]:
+    """Return status, body and Retry-After of the answer, which has `seconds` from the connection to
+    its end and `largest` bytes. Raises one of FAILURES."""
+    parts = urllib.parse.urlsplit(url)
+    kinds = {"http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}
+    with _deadline(seconds) as deadline:
+        connection = kinds[parts.scheme](parts.hostname, parts.port, timeout=deadline.left())
+
+        # Called before TLS is begun.
+        connection._create_connection = lambda address, *unused: _connected(address, deadline)
+        headers = {"Accept-Encoding": "identity"}
+        if body is not None:
+            headers["Content-Type"] = "application/json"
+        if token:
+            headers["Authorization"] = f"Bearer {token}"
         try:
             try:
-                connection.request("POST", f"{parts.path}/score", body, headers)
+                connection.request(method, f"{parts.path}{path}", body, headers)
             except (BrokenPipeError, ConnectionResetError):
                 if connection.sock is None:
                     raise
                 # It may have refused by the headers alone, and its answer lie ready.
             response = connection.getresponse()
-            answer = response.read(MAX_ANSWER + 1)
-            if len(answer) > MAX_ANSWER:
-                raise ValueError(f"the answer is longer than {MAX_ANSWER} bytes")
+            answer = response.read(largest + 1)
+            if len(answer) > largest:
+                raise _BadAnswer(f"the answer is longer than {largest} bytes")
             return response.status, answer, response.headers.get("Retry-After", "")
         finally:
             connection.close()
 
 
+def _connected(address: tuple[str, int], deadline: _Deadline) -> socket.socket:
+    """Return a connection to the first of a host's addresses that takes one."""
+    host, port = address
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    for index, (*_, numeric) in enumerate(found):
+        try:
+            connected = socket.create_connection(numeric[:2], deadline.left())
+        except OSError:
+            if deadline.passed or index == len(found) - 1:
+                raise
+        else:
+            deadline.watch(connected)
+            return connected
+    raise OSError(f"{host} has no address")
+
+
+def _wait(retry_after: str) -> float:
+    """Return seconds until a busy server is asked again: what it says, within bounds, 1 where it
+    says none."""
+    text = retry_after.strip()
+    if not text.isdigit() or not text.isascii():
+        return 1.0
+    return min(max(float(text[:10]), SHORTEST_WAIT), LONGEST_WAIT)
+
+
 def _error_line(answer: bytes) -> str:
     try:
-        return str(json.loads(answer)["error"])[:300]
-    except (ValueError, TypeError, KeyError):
+        return _clean(json.loads(answer.decode("utf-8"))["error"])
+    except (ValueError, TypeError, KeyError, RecursionError):
         return "no reason given"
+
+
+def _described(error: BaseException) -> str:
+    return _clean(error if isinstance(error, (_BadAnswer, TimeoutError)) else f"{type(error).__name__}: {error}")
+
+
+def _clean(text: Any) -> str:
+    """Return a stranger's text as one line that a terminal can be shown."""
+    line = " ".join(str(text)[: 2 * LINE].split())
+    return "".join(character if character.isprintable() else "?" for character in line)[:LINE]

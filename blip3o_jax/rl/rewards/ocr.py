@@ -11,9 +11,12 @@ stands between double quotes.
 Where this is not the published reward:
 1. Of several quoted spans the published one takes the first. Here `reference` is the mean over the spans; `strict` compares
    all of them, one after the other in whichever order suits best, with all that was read.
-2. `strict` reads line by line from the top and each line from the left, whatever order the recogniser gives; case, spaces and
-   forms of the same character (full-width letters, ligatures: Unicode's NFKC) make no difference.
-3. Small images are enlarged and get a border, since the detector misses letters at the very edge.
+2. `strict` reads line by line from the top and each line from the left, whatever order the
+recogniser gives. 3. Both compare texts in the form of ocr_text.py, where characters that the
+recogniser cannot tell apart
+   are equal; the published one folds case and leaves blanks out, so that a curly apostrophe costs
+   an edit.
+4. Small images are enlarged and get a border, since the detector misses letters at the very edge.
 
 Shape suffixes: B images, H height, W width, C colour channels.
 """
@@ -22,8 +25,6 @@ import dataclasses
 import importlib.util
 import itertools
 import os
-import re
-import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -31,6 +32,7 @@ import cv2
 import numpy as np
 
 from blip3o_jax.config import UserError
+from blip3o_jax.rl.rewards.ocr_text import normalise, unreadable
 from blip3o_jax.rl.rewards.options import choice, flag, number
 from blip3o_jax.rl.rewards.reward import Scores
 
@@ -103,8 +105,8 @@ class Ocr:
 
 
 def quoted(prompt: str) -> tuple[str, ...]:
-    """The texts between double quotes, straight or typographic. UserError where there is none, an empty one, or a quote
-    that is not closed."""
+    """The texts between double quotes, straight or typographic. UserError where there is none, an
+    empty one, a quote that is not closed, or letters that cannot be read."""
     outside_and_inside = prompt.translate(QUOTES).split('"')
     spans = tuple(outside_and_inside[1::2])
     shown = repr(prompt if len(prompt) <= 80 else prompt[:77] + "...")
@@ -113,13 +115,16 @@ def quoted(prompt: str) -> tuple[str, ...]:
     if len(outside_and_inside) % 2 == 0:
         raise UserError(f"reward ocr: prompt {shown} opens a double quote that it does not close: close it or take it out")
     if not all(normalise(span) for span in spans):
-        raise UserError(f"reward ocr: prompt {shown} has empty quotes: write the text to be drawn into them")
+        raise UserError(
+            f"reward ocr: prompt {shown} has empty quotes, or signs in them that nobody reads: "
+            "write the text to be drawn into them"
+        )
+    if letters := unreadable("".join(spans)):
+        raise UserError(
+            f"reward ocr: prompt {shown} quotes {letters[:20]!r}, which the recogniser has no characters for: "
+            "it reads Latin, Greek, Chinese and Japanese"
+        )
     return spans
-
-
-def normalise(text: str) -> str:
-    """Case, spaces and compatibility forms make no difference."""
-    return re.sub(r"\s", "", unicodedata.normalize("NFKC", text).casefold())
 
 
 def strict(lines: Sequence[Line], spans: Sequence[str]) -> Comparison:
@@ -134,8 +139,8 @@ def strict(lines: Sequence[Line], spans: Sequence[str]) -> Comparison:
 
 def reference(lines: Sequence[Line], spans: Sequence[str]) -> Comparison:
     """The published scoring, in the recogniser's own order of lines."""
-    read = "".join(line.text for line in lines).lower().replace(" ", "")
-    targets = [span.lower().replace(" ", "") for span in spans]
+    read = normalise("".join(line.text for line in lines))
+    targets = [normalise(span) for span in spans]
     distances = [0 if target in read else min(levenshtein(read, target), len(target)) for target in targets]
     score = sum(1 - d / len(target) for d, target in zip(distances, targets, strict=True)) / len(targets)
     return Comparison(score, sum(distances), not any(distances))

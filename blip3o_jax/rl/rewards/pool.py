@@ -26,7 +26,7 @@ from typing import Any, Self
 import numpy as np
 
 from blip3o_jax.config import RewardConfig, UserError
-from blip3o_jax.rl.rewards import worker
+from blip3o_jax.rl.rewards import http, worker
 from blip3o_jax.rl.rewards.processes import Future, ProcessEnded, Processes
 from blip3o_jax.rl.rewards.weighted import Outcome, failed, labels
 
@@ -71,6 +71,8 @@ class RewardPool:
         retries: int = 1,
         start_timeout: float = START_TIMEOUT,
     ):
+        for reward in rewards:
+            http.check_timeout(reward, timeout)
         self._timeout, self._retries = timeout, retries
         self._names = ", ".join(labels(rewards))
         self._processes = Processes(

@@ -101,6 +101,15 @@ class Processes:
         for call in calls:
             call.future.cancel()
 
+    def ready(self) -> int:
+        """Return how many processes have started and take calls, those with a call included."""
+        return 0 if self._error is not None else sum(worker.ready for worker in list(self._workers))
+
+    @property
+    def error(self) -> BaseException | None:
+        """Why no more calls are taken, or None."""
+        return self._error
+
     def close(self) -> None:
         """Ends the processes, whatever they do; calls that are not done raise RuntimeError."""
         with self._lock:
@@ -231,7 +240,7 @@ def _receive(pipe: connection.Connection) -> Any:
 
 def _kill(worker: _Worker) -> None:
     worker.process.kill()
-    worker.process.join()
+    worker.process.join(ENDING)  # longer only where the kernel waits for a disk
     worker.pipe.close()
 
 

@@ -8,6 +8,7 @@ import difflib
 import functools
 import importlib
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -33,7 +34,8 @@ USER = "python:"
 
 def parsed(text: str) -> RewardConfig:
     """A reward as a command line names it, its options after commas: "geneval,detector=transformers,path=DIR". A piece without
-    "=" goes on with the value before it: "http,urls=http://a:8000,http://b:8000"."""
+    "=" goes on with the value before it: "http,urls=http://a:8000,http://b:8000". `weight=0.5` and `clip=0:1` are those of the
+    term in the sum. ConfigError for what is none of these."""
     name, *pieces = text.split(",")
     pairs: list[tuple[str, str]] = []
     for piece in pieces:
@@ -44,7 +46,23 @@ def parsed(text: str) -> RewardConfig:
             pairs[-1] = (pairs[-1][0], f"{pairs[-1][1]},{piece}")
         else:
             raise ConfigError(f"reward {text!r}: {piece!r} is no option: write NAME,OPTION=VALUE,...")
-    return RewardConfig(name=name, options=tuple(pairs))
+    term = {
+        "weight": _numbers(text, pairs, "weight", 1, (1.0,))[0],
+        "clip": _numbers(text, pairs, "clip", 2, None),
+    }
+    return RewardConfig(name=name, options=tuple(pair for pair in pairs if pair[0] not in term), **term)
+
+
+def _numbers(text: str, pairs: list[tuple[str, str]], field: str, count: int, default: Any) -> Any:
+    """`count` numbers, "0:1", of a field of the term, or the default. ConfigError for other text."""
+    found = [value for option, value in pairs if option == field]
+    try:
+        numbers = tuple(float(number) for number in found[-1].split(":")) if found else default
+    except ValueError:
+        numbers = ()
+    if found and (len(numbers) != count or not all(map(math.isfinite, numbers))):
+        raise ConfigError(f"reward {text!r}: {field}={found[-1]!r} must be {'LOW:HIGH' if count == 2 else 'a number'}")
+    return numbers
 
 
 def make(config: RewardConfig) -> Reward:

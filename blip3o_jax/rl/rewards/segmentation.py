@@ -128,4 +128,6 @@ def _load(path: str, *classes: str) -> tuple[Any, ...]:
 
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
-    return tuple(getattr(transformers, name).from_pretrained(path, local_files_only=True) for name in classes)
+    # Without the second, transformers asks on the terminal whether to run code of the directory.
+    local = {"local_files_only": True, "trust_remote_code": False}
+    return tuple(getattr(transformers, name).from_pretrained(path, **local) for name in classes)

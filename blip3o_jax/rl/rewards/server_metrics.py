@@ -1,42 +1,49 @@
-"""What a reward server counts, in Prometheus' text format."""
+"""What a reward server counts, beside what every service counts (`serving`)."""
 
-import collections
-import threading
+import prometheus_client
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
-_PREFIX = "blip3o_reward_"
+from blip3o_jax.rl.rewards.batcher import Batcher
+from blip3o_jax.rl.rewards.scorers import Scorers
+from blip3o_jax.serving import MemoryBudget
+
+PREFIX = "blip3o_reward"
 
 
-class Metrics:
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._requests: dict[int, int] = collections.defaultdict(int)
-        self._request_seconds = self._scoring_seconds = 0.0
-        self._images = self._batches = 0
+class Scored:
+    """Counts what was scored: `Batcher.on_batch`."""
 
-    def answered(self, status: int, seconds: float) -> None:
-        with self._lock:
-            self._requests[status] += 1
-            self._request_seconds += seconds
+    def __init__(self, registry: prometheus_client.CollectorRegistry):
+        self._images = prometheus_client.Counter(f"{PREFIX}_images", "images scored", registry=registry)
+        self._seconds = prometheus_client.Histogram(
+            f"{PREFIX}_batch_seconds", "in the reward, a batch of images", registry=registry
+        )
 
-    def scored(self, images: int, seconds: float) -> None:
-        with self._lock:
-            self._images += images
-            self._batches += 1
-            self._scoring_seconds += seconds
+    def __call__(self, images: int, seconds: float) -> None:
+        self._images.inc(images)
+        self._seconds.observe(seconds)
 
-    def text(self, waiting: int) -> str:
-        """Every metric; `waiting` is the length of the queue now."""
-        with self._lock:
-            requests = dict(sorted(self._requests.items()))
-            values = (
-                ("request_seconds_total", "counter", "from accepting requests to answering them", self._request_seconds),
-                ("images_total", "counter", "images scored", self._images),
-                ("batches_total", "counter", "calls of the reward", self._batches),
-                ("scoring_seconds_total", "counter", "in the reward", self._scoring_seconds),
-                ("waiting", "gauge", "requests that wait for the reward", waiting),
-            )
-        lines = [f"# HELP {_PREFIX}requests_total requests by status", f"# TYPE {_PREFIX}requests_total counter"]
-        lines += [f'{_PREFIX}requests_total{{status="{status}"}} {n}' for status, n in requests.items()]
-        for name, kind, help, value in values:
-            lines += [f"# HELP {_PREFIX}{name} {help}", f"# TYPE {_PREFIX}{name} {kind}", f"{_PREFIX}{name} {value}"]
-        return "\n".join(lines) + "\n"
+
+class State:
+    """A collector of how it stands, asked when metrics are read."""
+
+    def __init__(self, batcher: Batcher, scorers: Scorers, budget: MemoryBudget):
+        self._batcher = batcher
+        self._scorers = scorers
+        self._budget = budget
+
+    def collect(self) -> list:
+        gauges = {
+            "waiting": ("requests that wait for a scorer", self._batcher.waiting()),
+            "scorers": ("scorer processes that there should be", self._scorers.count),
+            "scorers_ready": ("scorer processes that take images", self._scorers.ready()),
+            "reserved_bytes": ("memory that requests at hand may take", self._budget.reserved),
+        }
+        ends = CounterMetricFamily(
+            f"{PREFIX}_scorer_ends",
+            "scorer processes that were replaced, by reason",
+            labels=["reason"],
+        )
+        for reason, count in self._scorers.ends.items():
+            ends.add_metric([reason], count)
+        return [GaugeMetricFamily(f"{PREFIX}_{name}", help, value) for name, (help, value) in gauges.items()] + [ends]

@@ -33,14 +33,19 @@ _made: "WeightedRewards | Exception"
 
 def start(configs: tuple[RewardConfig, ...]) -> None:
     """Run first in each process."""
-    global _made
     os.environ.update(ENVIRONMENT)
+    make(configs, threads=1)
+
+
+def make(configs: tuple[RewardConfig, ...], threads: int) -> None:
+    """Make the rewards of this process. OpenCV gets `threads`."""
+    global _made
     try:
         import cv2
 
         from blip3o_jax.rl.rewards.weighted import WeightedRewards
 
-        cv2.setNumThreads(1)
+        cv2.setNumThreads(threads)
         _made = WeightedRewards(configs)
     except UserError as e:
         _made = e
@@ -50,17 +55,19 @@ def start(configs: tuple[RewardConfig, ...]) -> None:
 
 def judge(images_BHWC: "np.ndarray", prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> tuple["Outcome", float]:
     """What the rewards say, and the seconds they took."""
-    rewards, began = _rewards(), time.monotonic()
-    return rewards(images_BHWC, prompts, metadata), time.monotonic() - began
+    made, began = rewards(), time.monotonic()
+    return made(images_BHWC, prompts, metadata), time.monotonic() - began
 
 
 def check(prompts: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
-    """Raises UserError for the first prompt that a reward cannot judge."""
+    """Raises UserError for rewards that could not be made, and for the first prompt that one of them cannot judge."""
+    made = rewards()
     for text, metadata in prompts:
-        _rewards().check(text, metadata)
+        made.check(text, metadata)
 
 
-def _rewards() -> "WeightedRewards":
+def rewards() -> "WeightedRewards":
+    """Return the rewards of this process. Raises why they could not be made."""
     if isinstance(_made, Exception):
         raise _made
     return _made

@@ -1,136 +1,149 @@
 """Requests scored together get what they would get alone."""
 
-import threading
+import asyncio
 import types
 
 import numpy as np
 import pytest
 
+from blip3o_jax.config import UserError
+from blip3o_jax.rl.rewards import batcher
 from blip3o_jax.rl.rewards.batcher import Batcher, Job
-from blip3o_jax.rl.rewards.reward import Scores
-
-
-def red(images_BHWC, prompts, metadata):
-    """The mean red of each image; part `asked` from the metadata. A prompt "spoil" makes it fail."""
-    if "spoil" in prompts:
-        raise RuntimeError("spoiled")
-    total_B = images_BHWC[..., 0].mean(axis=(1, 2), dtype=np.float32)
-    return Scores(total_B, {"asked": np.array([m["asked"] for m in metadata], np.float32)})
+from blip3o_jax.rl.rewards.processes import ProcessEnded
+from blip3o_jax.rl.rewards.scorer import Verdict
+from blip3o_jax.serving import Refused
 
 
 def job(value: int, count: int = 1, size: int = 8, prompt: str = "red") -> Job:
-    images = [np.full((size, size, 3), value + i, np.uint8) for i in range(count)]
-    return Job(images, [prompt] * count, [{"asked": value}] * count)
+    """Images whose scores are value, value + 1, ..."""
+    images = [types.SimpleNamespace(height=size, width=size, pixels=size * size, file=np.zeros(10, np.uint8))] * count
+    return Job(images, [prompt] * count, [b"%d" % (value + index) for index in range(count)])
 
 
 class Held:
-    """Holds back the first call of a reward until `release`, and notes how many images each call had."""
+    """Scorers that answer the first call after `release`, and note how many images each call had."""
 
-    def __init__(self, reward=red):
-        self.reward, self.calls, self.release, self.called = reward, [], threading.Event(), threading.Event()
+    def __init__(self, count=1):
+        self.count, self.calls, self.release = count, [], asyncio.Event()
 
-    def __call__(self, images_BHWC, prompts, metadata):
+    async def score(self, files, size, prompts, metadata):
         self.calls.append(len(prompts))
-        self.called.set()
-        assert self.release.wait(30)
-        return self.reward(images_BHWC, prompts, metadata)
+        await self.release.wait()
+        values = list(map(int, metadata))
+        match next((prompt for prompt in prompts if prompt != "red"), None):
+            case "spoil":
+                return [Verdict(500, "spoiled")] * len(values), 0.0
+            case "die":
+                raise ProcessEnded(-9)
+            case "hang":
+                raise TimeoutError
+            case "unstarted":
+                raise UserError("no process starts")
+            case "large":
+                self.calls[-1] = "large"
+        refuse = [prompt == "refuse" for prompt in prompts]
+        return [
+            Verdict(422, "cannot") if no else Verdict(200, "", value, {f"of{size[0]}": value, "v": value})
+            for value, no in zip(values, refuse, strict=True)
+        ], 0.5
 
 
-def together(reward, jobs: list[Job], batch: int = 16):
-    """Scores of jobs that all wait while another is scored, and the calls of the reward after that one."""
-    held = Held(reward)
-    batcher = Batcher(held, batch, lambda images, seconds: None)
-    results: list = [None] * len(jobs)
+def together(*jobs_of, count=1, **limits):
+    """What becomes of requests that all wait while another is scored, and the calls after that one."""
 
-    def ask(index: int) -> None:
-        try:
-            results[index] = batcher.score(jobs[index], 30)
-        except Exception as error:
-            results[index] = error
+    async def run():
+        held = Held(count)
+        queue = Batcher(held, **{"batch": 16, "pixels": 1 << 20, "file_bytes": 1 << 20} | limits)
+        tasks = [asyncio.create_task(queue.score(job(0))) for _ in range(count)]
+        await asyncio.sleep(0)
+        tasks += [asyncio.create_task(queue.score(make())) for make in jobs_of]
+        await asyncio.sleep(0)
+        held.release.set()
+        results = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 20)
+        assert not queue.waiting() and not queue._running
+        return results[count:], held.calls[count:]
 
-    first = threading.Thread(target=batcher.score, args=(job(0), 30))
-    first.start()
-    assert held.called.wait(30)
-    threads = [threading.Thread(target=ask, args=(index,)) for index in range(len(jobs))]
-    for index, thread in enumerate(threads):
-        thread.start()
-        while batcher.waiting() <= index:  # in this order
-            pass
-    held.release.set()
-    for thread in (first, *threads):
-        thread.join(30)
-    batcher.close()
-    return results, held.calls[1:]
+    return asyncio.run(run())
 
 
 def test_requests_that_wait_are_scored_together_up_to_the_batch():
-    jobs = [job(10, 2), job(20, 3), job(30, 1), job(40, 5)]
-    results, calls = together(red, jobs, batch=6)
+    results, calls = together(lambda: job(10, 2), lambda: job(20, 3), lambda: job(30, 1), lambda: job(40, 5), batch=6)
     assert calls == [6, 5]
-    for asked, scores in zip(jobs, results, strict=True):
-        np.testing.assert_array_equal(scores.total_B, [image[0, 0, 0] for image in asked.images])
-        np.testing.assert_array_equal(scores.parts["asked"], [m["asked"] for m in asked.metadata])
+    for scores, (value, count) in zip(results, ((10, 2), (20, 3), (30, 1), (40, 5)), strict=True):
+        np.testing.assert_array_equal(scores.total_B, np.arange(value, value + count))
+        np.testing.assert_array_equal(scores.parts["v"], np.arange(value, value + count))
 
 
-def test_a_request_larger_than_the_batch_is_split_and_sizes_do_not_mix():
-    mixed = job(10, 5)
-    mixed = Job([*mixed.images, *job(90, 1, size=12).images, *job(70, 1).images], ["red"] * 7, [{"asked": i} for i in range(7)])
-    (scores,), calls = together(red, [mixed], batch=4)
-    assert calls == [4, 2, 1]
-    np.testing.assert_array_equal(scores.total_B, [10, 11, 12, 13, 14, 90, 70])
-    np.testing.assert_array_equal(scores.parts["asked"], range(7))
+def test_a_request_larger_than_the_batch_is_split_and_lets_others_pass():
+    (large, small), calls = together(lambda: job(10, 9), lambda: job(90, 2, size=12), batch=4)
+    assert calls == [4, 2, 4, 1]
+    np.testing.assert_array_equal(large.total_B, np.arange(10, 19))
+    np.testing.assert_array_equal(small.total_B, [90, 91])
 
 
-def test_one_request_does_not_spoil_the_others():
-    (good, bad, other), calls = together(red, [job(10), job(20, prompt="spoil"), job(30)])
-    assert good.total_B == 10 and other.total_B == 30
-    assert isinstance(bad, RuntimeError)
-    assert calls == [3, 1, 1, 1]
+def test_sizes_do_not_mix_and_pixels_and_bytes_bound_a_call():
+    jobs = [lambda: job(10, 2), lambda: job(20, 1, size=12), lambda: job(30, 1)]
+    assert together(*jobs)[1] == [3, 1]
+    assert together(*jobs, pixels=150)[1] == [2, 1, 1]
+    assert together(*jobs, file_bytes=20)[1] == [2, 1, 1]
+    assert together(lambda: job(10, size=99), pixels=150)[1] == [1]  # one is always taken
 
 
 @pytest.mark.parametrize(
-    "values, parts, message",
+    ("prompt", "status", "line", "calls"),
     [
-        ([np.nan], {}, "total of 1 images is not 1 finite numbers"),
-        ([1e39], {}, "total of 1 images is not 1 finite numbers"),
-        ([1, 2], {}, "total of 1 images is not 1 finite numbers"),
-        ([1], {"p": np.array([np.inf])}, "p of 1 images is not 1 finite numbers"),
+        ("spoil", 500, "spoiled", [3, 1, 1, 1]),
+        ("die", 500, "exit code -9", [3, 1, 1, 1]),
+        ("refuse", 422, "cannot", [3]),
     ],
 )
-def test_what_is_no_score_is_an_error(values, parts, message):
-    ((error,), _) = together(
-        lambda *asked: Scores(np.array(values), parts) if asked[1] == ["it"] else red(*asked), [job(1, prompt="it")]
-    )
-    assert isinstance(error, ValueError) and message in str(error)
+def test_one_request_does_not_spoil_the_others(prompt, status, line, calls):
+    (good, bad, other), called = together(lambda: job(10), lambda: job(20, prompt=prompt), lambda: job(30))
+    assert good.total_B == 10 and other.total_B == 30 and called == calls
+    assert isinstance(bad, Refused) and bad.status == status and line in bad.line
 
 
-def test_the_reason_of_a_weighted_reward_is_the_error():
-    def reward(images_BHWC, prompts, metadata):
-        reasons = ["ocr: cannot read" if prompt == "it" else None for prompt in prompts]
-        return types.SimpleNamespace(total_B=np.zeros(len(prompts)), parts={}, reasons=reasons)
-
-    ((good, error), _) = together(reward, [job(1), job(1, prompt="it")])
-    assert good.total_B == 0 and isinstance(error, ValueError) and str(error) == "ocr: cannot read"
+@pytest.mark.parametrize(("prompt", "status"), [("hang", 504), ("unstarted", 503)])
+def test_what_is_nobodys_fault_is_not_tried_again(prompt, status):
+    results, calls = together(lambda: job(10), lambda: job(20, prompt=prompt))
+    assert [refused.status for refused in results] == [status] * 2 and calls == [2]
 
 
 def test_parts_that_differ_within_a_request_are_an_error():
-    def reward(images_BHWC, prompts, metadata):
-        return Scores(np.zeros(len(prompts), np.float32), {f"size{images_BHWC.shape[1]}": np.zeros(len(prompts), np.float32)})
+    def mixed():
+        both = [job(1), job(2, size=12)]
+        return Job([j.images[0] for j in both], ["red"] * 2, [b"1", b"2"])
 
-    mixed = Job([*job(1).images, *job(1, size=12).images], ["red"] * 2, [{}] * 2)
-    ((error,), _) = together(reward, [mixed])
-    assert isinstance(error, ValueError) and "has parts size12 for some images and size8 for others" in str(error)
+    ((error,), _) = together(mixed)
+    assert (error.status, error.line) == (
+        500,
+        "the reward failed: it has parts of12, v and of8, v for images of one request",
+    )
+
+
+def test_small_requests_go_first_until_they_had_as_much_time_as_a_large_one(monkeypatch):
+    clock = iter(range(100))  # every call takes a second, a large one three
+    monkeypatch.setattr(batcher, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
+    large = lambda: job(0, size=99, prompt="large")
+    _, calls = together(large, large, *[lambda: job(10)] * 3, batch=1, pixels=200)
+    assert calls == ["large", 1, "large", 1, 1]
+    assert together(*[large] * 2, batch=1, pixels=200)[1] == ["large"] * 2
+
+
+def test_one_of_several_scorers_is_left_to_small_requests():
+    _, calls = together(*[lambda: job(0, size=99, prompt="large")] * 2, lambda: job(1), count=2, pixels=200)
+    assert calls.index(1) < 2
 
 
 def test_who_does_not_wait_any_longer_is_not_scored():
-    held = Held()
-    batcher = Batcher(held, 16, lambda images, seconds: None)
-    first = threading.Thread(target=batcher.score, args=(job(0), 30))
-    first.start()
-    assert held.called.wait(30)
-    with pytest.raises(TimeoutError):
-        batcher.score(job(1), 0.01)
-    held.release.set()
-    first.join(30)
-    batcher.close()
-    assert held.calls == [1]
+    async def run():
+        held = Held()
+        queue = Batcher(held, batch=16, pixels=1 << 20, file_bytes=1 << 20)
+        first = asyncio.create_task(queue.score(job(0)))
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(queue.score(job(1)), 0.01)
+        held.release.set()
+        await first
+        return held.calls
+
+    assert asyncio.run(run()) == [1]

@@ -1,6 +1,7 @@
 """The client against servers of its own kind, and against ones that lie, fail or are not there."""
 
 import collections
+import concurrent.futures
 import contextlib
 import http.server
 import json
@@ -10,7 +11,9 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import urllib.request
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -19,24 +22,9 @@ from blip3o_jax.config import RewardConfig, UserError
 from blip3o_jax.rl.rewards import http as http_reward
 from blip3o_jax.rl.rewards.http import HttpReward, Unreachable
 from blip3o_jax.rl.rewards.pool import RewardPool
-from blip3o_jax.rl.rewards.reward import Reward, Scores
+from blip3o_jax.rl.rewards.reward import Scores
 from blip3o_jax.rl.rewards.server import Limits, RewardServer
-
-
-class Red(Reward):
-    def __init__(self):
-        self.images = 0
-
-    def check(self, prompt, metadata):
-        if prompt == "refuse":
-            raise UserError("cannot judge this")
-
-    def __call__(self, images_BHWC, prompts, metadata):
-        self.images += len(prompts)
-        if "fail" in prompts:
-            raise RuntimeError("out of paint")
-        third_B = np.array([m["x"] / 3 for m in metadata], np.float32)
-        return Scores(images_BHWC[..., 0].mean(axis=(1, 2), dtype=np.float32), {"third": third_B})
+from tests.rl.rewards.in_process import InProcess, Red
 
 
 def images(count: int) -> np.ndarray:
@@ -50,31 +38,96 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def answering(status: int, body: bytes, headers=None):
-    """(url, how often it was asked) of a server that always answers the same."""
-    asked = collections.Counter()
+def serving(reward, **options):
+    with RewardServer((), scorers=InProcess(reward), **options) as server, server.in_background():
+        yield server.url
 
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_POST(self):
-            asked["times"] += 1
-            self.rfile.read(int(self.headers["Content-Length"]))
-            self.send_response(status)
-            for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
-                self.send_header(name, value)
-            self.end_headers()
-            self.wfile.write(body)
 
-        def log_message(self, *unused):
-            pass
+@pytest.fixture(scope="module")
+def good():
+    with serving(Red()) as url:
+        yield url
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+
+@pytest.fixture(scope="module")
+def guarded():
+    with serving(Red(), token="secret", limits=Limits(max_body=3000)) as url:
+        yield url
+
+
+class Stub(http.server.BaseHTTPRequestHandler):
+    """Answers a path /NAME/... as `answers` says under NAME: (status, body, headers). Counts how often it was asked."""
+
+    answers: ClassVar[dict] = {}
+    asked: ClassVar[collections.Counter] = collections.Counter()
+
+    def do_POST(self):
+        name = self.path.split("/")[1]
+        self.asked[name] += 1
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        status, body, headers = self.answers[name]
+        self.send_response(status)
+        for header, value in {"Content-Length": str(len(body)), **headers}.items():
+            self.send_header(header, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    do_GET = do_POST
+
+    def log_message(self, *unused):
+        pass
+
+
+@pytest.fixture(scope="module")
+def stubs():
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Stub) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
         thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def answering(stubs):
+    """Makes a server that always answers the same: (url, function that tells how often it was asked)."""
+
+    def make(status: int, body: bytes, headers=None):
+        name = str(len(Stub.answers))
+        Stub.answers[name] = status, body, headers or {}
+        return f"{stubs}/{name}", lambda: Stub.asked[name]
+
+    return make
+
+
+@contextlib.contextmanager
+def sending(*pieces: bytes, pause: float = 0.0, for_ever: bytes = b""):
+    """The url of a server that reads a request's headers, then sends these bytes whatever they are, then some for ever."""
+    over = threading.Event()
+
+    def send() -> None:
+        with contextlib.suppress(OSError):
+            connection, _ = listener.accept()
+            with connection:
+                while b"\r\n\r\n" not in connection.recv(65536):
+                    pass
+                for piece in pieces:
+                    connection.sendall(piece)
+                while for_ever and not over.wait(pause):
+                    connection.sendall(for_ever)
+                if not for_ever:
+                    connection.shutdown(socket.SHUT_WR)
+                over.wait(20)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=send)
+        thread.start()
         try:
-            yield f"http://127.0.0.1:{server.server_port}", asked
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
         finally:
-            server.shutdown()
-            thread.join()
+            over.set()
+            listener.close()
+            thread.join(20)
 
 
 def score(reward: HttpReward, count: int = 1, prompt: str = "red") -> Scores:
@@ -84,12 +137,12 @@ def score(reward: HttpReward, count: int = 1, prompt: str = "red") -> Scores:
 def test_scores_come_back_exactly_and_in_order(monkeypatch):
     monkeypatch.setenv("REWARD_TOKEN", "secret")
     reds = Red(), Red()
-    with RewardServer(reds[0], token="secret") as a, RewardServer(reds[1], token="secret") as b:
-        reward = http_reward.create(urls=f"{a.url}, {b.url}/", token_env="REWARD_TOKEN", batch="4")
+    with serving(reds[0], token="secret") as a, serving(reds[1], token="secret") as b:
+        reward = http_reward.create(urls=f"{a}, {b}/", token_env="REWARD_TOKEN", batch="4")
         scores = score(reward, 22)
-    assert scores.total_B.dtype == scores.parts["third"].dtype == np.float32
+    assert scores.total_B.dtype == scores.parts["red/third"].dtype == np.float32
     np.testing.assert_array_equal(scores.total_B, np.arange(22))
-    np.testing.assert_array_equal(scores.parts["third"], (np.arange(22) / 3).astype(np.float32))
+    np.testing.assert_array_equal(scores.parts["red/third"], (np.arange(22) / 3).astype(np.float32))
     assert sorted(red.images for red in reds) == [10, 12]  # six requests, in turn
 
 
@@ -115,15 +168,15 @@ def clock(monkeypatch):
 
 def test_a_dead_server_is_routed_around_and_asked_again_later(clock):
     red, port = Red(), free_port()
-    with RewardServer(red) as alive:
+    with serving(red) as alive:
         dead = f"http://127.0.0.1:{port}"
-        reward = HttpReward([dead, alive.url], probe=5.0)
+        reward = HttpReward([dead, alive], probe=5.0)
         for count in range(1, 5):
             np.testing.assert_array_equal(score(reward).total_B, [0])
             assert red.images == count
         assert reward._failures[dead] == 1  # left out after its first failure
         back = Red()
-        with RewardServer(back, port=port):
+        with serving(back, port=port):
             for now, images in ((4.9, 0), (5.1, 2)):
                 clock.now = now
                 for _ in range(4):
@@ -153,97 +206,202 @@ def test_a_server_that_fails_is_left_out_for_longer_each_time(clock):
         b'{"total": [true], "parts": {}}',
         b'{"total": [1], "parts": {"p": []}}',
         b'{"total": [1]}',
+        b'{"total": [1], "parts": {"a\\nb": [1]}}',
+        b'{"total": [1], "parts": {"' + b"p" * 101 + b'": [1]}}',
+        json.dumps({"total": [1], "parts": {str(i): [1] for i in range(65)}}).encode(),
+        b"[" * 10_000,
         b"[]",
         b"<html>",
+        b" " * (1 << 20),
         b"\xff",
     ],
 )
-def test_an_answer_that_is_no_score_is_never_one(body):
-    with answering(200, body) as (url, _):
-        with pytest.raises(Unreachable, match="no server gave scores"):
-            score(HttpReward([url]))
-        with RewardServer(Red()) as good:  # and another server is asked
-            np.testing.assert_array_equal(score(HttpReward([url, good.url])).total_B, [0])
+def test_an_answer_that_is_no_score_is_never_one(body, answering, good):
+    url, _ = answering(200, body)
+    with pytest.raises(Unreachable, match="no server gave scores"):
+        score(HttpReward([url]))
+    np.testing.assert_array_equal(score(HttpReward([url, good])).total_B, [0])  # and another server is asked
 
 
-def test_a_failure_goes_to_the_next_server_and_a_refusal_does_not():
-    with answering(500, b'{"error": "broken"}') as (failing, _), RewardServer(Red()) as good:
-        np.testing.assert_array_equal(score(HttpReward([failing, good.url])).total_B, [0])
-        with pytest.raises(Unreachable, match="status 500: broken"):
-            score(HttpReward([failing]))
-    refusal, red = b'{"error": "no such thing"}', Red()
-    with answering(422, refusal) as (refusing, asked), RewardServer(red) as good:
-        with pytest.raises(UserError, match=f"{refusing} refused with 422: no such thing"):
-            score(HttpReward([refusing, good.url]))
-        assert asked["times"] == 1 and red.images == 0
+@pytest.mark.parametrize(
+    ("status", "body", "headers", "line"),
+    [
+        (500, b'{"error": "broken\\n\\u001b[2J"}', {}, "status 500: broken ?[2J"),
+        (500, b'{"error": ' + b"[" * 10_000, {}, "status 500: no reason given"),
+        (500, b"\xff", {}, "status 500: no reason given"),
+        (302, b"", {"Location": "http://127.0.0.1:1/"}, "status 302: redirects are not followed"),
+        (307, b"", {"Location": "/"}, "status 307: redirects are not followed"),
+        (408, b"", {}, "status 408: no reason given"),
+        (200, b"\x1f\x8b" + bytes(100), {"Content-Encoding": "gzip"}, "UnicodeDecodeError"),
+    ],
+)
+def test_a_failure_goes_to_the_next_server(status, body, headers, line, answering, good):
+    failing, asked = answering(status, body, headers)
+    with pytest.raises(Unreachable) as unreachable:
+        score(HttpReward([failing]))
+    assert str(unreachable.value).startswith(f"reward http: no server gave scores: {failing}: {line}")
+    np.testing.assert_array_equal(score(HttpReward([failing, good])).total_B, [0])
+    assert asked() == 2
 
 
-def test_refusals_of_the_real_server_name_their_reason():
-    with RewardServer(Red(), token="secret", limits=Limits(max_body=3000)) as server:
-        with pytest.raises(UserError, match="refused with 401"):
-            score(HttpReward([server.url], token="wrong"))
-        with pytest.raises(UserError, match="refused with 422: cannot judge this"):
-            score(HttpReward([server.url], token="secret"), prompt="refuse")
-        with pytest.raises(UserError, match="refused with 413: the body is longer than 3000 bytes"):
-            score(HttpReward([server.url], token="secret", batch=200), 200)
-        with pytest.raises(Unreachable, match="the reward failed: RuntimeError: out of paint"):
-            score(HttpReward([server.url], token="secret"), prompt="fail")
+def test_a_refusal_does_not_go_to_the_next_server(answering):
+    refusing, asked = answering(422, b'{"error": "no such thing"}')
+    other, asked_other = answering(500, b"")
+    with pytest.raises(UserError, match=f"{refusing} refused with 422: no such thing"):
+        score(HttpReward([refusing, other]))
+    assert (asked(), asked_other()) == (1, 0)
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        [],
+        [b"\0\xff\r\n\r\n"],
+        [b"HTTP/1.1 abc\r\n\r\n"],
+        [b"HTTP/1.1 200 OK\r\nContent-Length: \xb2\r\n\r\n"],
+        [b"HTTP/1.1 200 OK\r\nContent-Length: -5\r\n\r\n{}"],
+        [b"HTTP/1.1 200 OK\r\nContent-Length: 1" + b"0" * 5000 + b"\r\n\r\n{}"],
+        [b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n{}"],
+        [b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nxyz\r\n"],
+        [b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n-1\r\n"],
+        [b"HTTP/1.1 200 OK\r\n" + b"A: b\r\n" * 1000 + b"\r\n"],
+        [b"HTTP/1.1 200 OK\r\nA: " + b"b" * 100_000 + b"\r\n\r\n"],
+    ],
+)
+def test_whatever_is_sent_is_a_failure_of_one_line(pieces):
+    with sending(*pieces) as url, pytest.raises(Unreachable) as unreachable:
+        score(HttpReward([url], timeout=10))
+    assert "\n" not in str(unreachable.value)
+
+
+DRIPS = (
+    # What is sent first, and then for ever: a byte at a time keeps a socket's timeout from expiring.
+    (b"", b"1"),
+    (b"HTTP/1.1 200 OK\r\nA: ", b"1"),
+    (b"HTTP/1.1 200 OK\r\nContent-Length: 50000\r\n\r\n", b"1"),
+    (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", b"1"),
+    (b"", b"HTTP/1.1 100 Continue\r\n\r\n" * 100),
+)
+
+
+def test_an_answer_without_end_is_read_no_further_than_scores_may_go():
+    longer = pytest.raises(Unreachable, match="the answer is longer than")
+    with sending(b"HTTP/1.1 200 OK\r\n\r\n", for_ever=b" " * 65536) as url, longer:
+        score(HttpReward([url], timeout=20))
+
+
+def test_an_answer_that_drips_is_cut_off():
+    def outcome(drip: tuple[bytes, bytes]) -> str:
+        first, for_ever = drip
+        with sending(first, pause=0.02, for_ever=for_ever) as url:
+            with pytest.raises(Unreachable) as unreachable:
+                score(HttpReward([url], timeout=0.3))
+            return str(unreachable.value)
+
+    began = time.monotonic()
+    with concurrent.futures.ThreadPoolExecutor(len(DRIPS)) as pool:
+        for line in pool.map(outcome, DRIPS):
+            assert "no complete answer within 0.3 s" in line
+    assert time.monotonic() - began < 5
+
+
+def test_refusals_of_the_real_server_name_their_reason(guarded):
+    with pytest.raises(UserError, match="refused with 401"):
+        score(HttpReward([guarded], token="wrong"))
+    with pytest.raises(UserError, match="refused with 422: cannot judge this"):
+        score(HttpReward([guarded], token="secret"), prompt="refuse")
+    with pytest.raises(UserError, match="refused with 413: the body is longer than 3000 bytes"):
+        score(HttpReward([guarded], token="secret", batch=200), 200)
+    with pytest.raises(Unreachable, match="the reward failed: red: RuntimeError: out of paint"):
+        score(HttpReward([guarded], token="secret"), prompt="fail")
 
 
 def test_a_body_refused_while_it_is_sent_is_a_refusal_too():
-    """Eight megabytes do not fit into the socket's buffers; the server answers by the headers and resets the connection."""
-    noise = np.random.default_rng(0).integers(0, 256, (8, 512, 512, 3), dtype=np.uint8)
-    answer = b'{"error": "much too long"}'
+    """Sixteen megabytes do not fit into the socket's buffers; the server answers by the headers."""
+    answer = b"HTTP/1.1 413 No\r\nContent-Length: 2\r\n\r\nno"
 
     def refuse() -> None:
         connection, _ = listener.accept()
         with connection:
             while b"\r\n\r\n" not in connection.recv(65536):
                 pass
-            connection.sendall(b"HTTP/1.1 413 No\r\nContent-Length: %d\r\n\r\n%s" % (len(answer), answer))
+            connection.sendall(answer)
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
         server = threading.Thread(target=refuse)
         server.start()
-        with pytest.raises(UserError, match="refused with 413: much too long"):
-            HttpReward([f"http://127.0.0.1:{listener.getsockname()[1]}"])(noise, [""] * 8, [{}] * 8)
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        exchange = http_reward._exchange(url, "POST", "/score", bytes(1 << 24), "", 20.0, 100)
+        assert exchange[:2] == (413, b"no")
         server.join()
 
 
-def test_a_busy_server_is_waited_for(clock):
-    with answering(503, b'{"error": "busy"}', {"Retry-After": "7"}) as (busy, asked):
-        with pytest.raises(Unreachable, match="is busy"):
-            score(HttpReward([busy], timeout=20))
-        assert asked["times"] == 3 and clock.now == 14  # a third wait would end after the timeout
-        with RewardServer(Red()) as good:
-            np.testing.assert_array_equal(score(HttpReward([busy, good.url])).total_B, [0])
-        assert clock.now == 14
+def test_a_busy_server_is_waited_for(clock, answering, good):
+    busy, asked = answering(503, b'{"error": "busy"}', {"Retry-After": "7"})
+    with pytest.raises(Unreachable, match="is busy"):
+        score(HttpReward([busy], timeout=20))
+    assert asked() == 3 and clock.now == 14  # a third wait would end after the timeout
+    np.testing.assert_array_equal(score(HttpReward([busy, good])).total_B, [0])
+    assert clock.now == 14
 
 
-def test_a_busy_server_is_waited_for_rather_than_one_that_is_left_out(clock):
-    with answering(503, b"", {"Retry-After": "7"}) as (busy, _), answering(500, b"") as (failing, asked):
-        with pytest.raises(Unreachable):
-            score(HttpReward([failing, busy], timeout=20, probe=100))
-        assert asked["times"] == 1
+@pytest.mark.parametrize("said", ["0", "-1", "1000000000", "9" * 500, "\xb2", "nan", "Wed, 21 Oct 2099 07:28:00 GMT", ""])
+@pytest.mark.parametrize("status", [429, 503])
+def test_how_often_a_busy_server_is_asked_is_bounded_whatever_it_says(clock, answering, said, status):
+    busy, asked = answering(status, b"", {"Retry-After": said})
+    with pytest.raises(Unreachable, match="is busy"):
+        score(HttpReward([busy], timeout=60))
+    assert clock.now <= 60 and 1 < asked() < 25
 
 
-def test_a_server_that_hangs_is_given_up():
-    with socket.create_server(("127.0.0.1", 0)) as silent, RewardServer(Red()) as good:
+def test_a_busy_server_is_waited_for_rather_than_one_that_is_left_out(clock, answering):
+    busy, _ = answering(503, b"", {"Retry-After": "7"})
+    failing, asked = answering(500, b"")
+    with pytest.raises(Unreachable):
+        score(HttpReward([failing, busy], timeout=20, probe=100))
+    assert asked() == 1
+
+
+def test_a_server_that_hangs_leaves_time_for_the_next(good):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
         hanging = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        reward = HttpReward([hanging, good.url], timeout=1.5)
+        reward = HttpReward([hanging, good], timeout=0.8)
         np.testing.assert_array_equal(score(reward).total_B, [0])
-        assert reward._failures == {hanging: 1, good.url: 0}
+        assert reward._failures == {hanging: 1, good: 0}
 
 
-def test_servers_with_different_rewards_are_an_error():
-    first = json.dumps({"total": [1], "parts": {"a": [1]}}).encode()
-    second = json.dumps({"total": [1], "parts": {}}).encode()
-    with answering(200, first) as (one, _), answering(200, second) as (other, _), pytest.raises(UserError, match="same reward"):
+def test_servers_with_different_rewards_are_an_error(answering):
+    one, _ = answering(200, json.dumps({"total": [1], "parts": {"a": [1]}}).encode())
+    other, _ = answering(200, json.dumps({"total": [1], "parts": {}}).encode())
+    with pytest.raises(UserError, match="same reward"):
         score(HttpReward([one, other], batch=1), 2)
 
 
-def test_metadata_that_json_cannot_hold_is_refused_when_it_is_loaded():
-    reward = HttpReward(["http://a:1"])
+def test_a_wrong_token_or_url_is_told_before_a_run_starts(answering, good, guarded):
+    dead = f"http://127.0.0.1:{free_port()}"
+    elsewhere, _ = answering(200, b"<html>")
+    broken, _ = answering(500, b'{"error": "broken"}')
+    for urls, token, line in (
+        ([guarded], "wrong", "does not take the token: .*; set token_env"),
+        ([good, guarded], "", "does not take the token"),
+        ([dead], "", f"no server answers: {dead}: ConnectionRefusedError"),
+        ([broken], "", "no server answers: .*: status 500: broken"),
+        ([elsewhere], "", r"is no reward server \(status 200\)"),
+        ([good + "/more"], "", r"is no reward server \(status 404\)"),
+    ):
+        with pytest.raises(UserError, match=line):
+            HttpReward(urls, token).check("red", {})
+    HttpReward([dead, guarded], "secret").check("red", {})  # one that is down is done without
+
+
+def test_the_pool_refuses_a_timeout_that_it_would_not_wait_for():
+    reward = RewardConfig("http", options=(("urls", "http://a:1"), ("timeout", "60")))
+    with pytest.raises(UserError, match=r"reward http: timeout=60 must be less than rl\.timeout=60"):
+        RewardPool((reward,), timeout=60)
+
+
+def test_metadata_that_json_cannot_hold_is_refused_when_it_is_loaded(good):
+    reward = HttpReward([good])
     reward.check("red", {"x": [1, None]})
     for bad in ({"x": {1, 2}}, {"x": float("nan")}):
         with pytest.raises(UserError, match="JSON cannot hold the metadata of prompt 'red'"):
@@ -257,6 +415,12 @@ def test_metadata_that_json_cannot_hold_is_refused_when_it_is_loaded():
         ({"urls": "http://a:1,b:2"}, "'b:2' is not like"),
         ({"urls": "ftp://a"}, "'ftp://a' is not like"),
         ({"urls": "http://a:port"}, "'http://a:port' is not like"),
+        ({"urls": "http://a b"}, "'http://a b' is not like"),
+        ({"urls": "http://\u00fc"}, "is not like"),
+        ({"urls": "http://" + "a" * 70}, "is not like"),
+        ({"urls": "http://me:secret@a"}, "is not like"),
+        ({"urls": "http://[::1"}, "is not like"),
+        ({"urls": "http://a", "token": "\u00e9\n"}, "a token is made of"),
         ({"urls": "http://a", "token": "x", "token_env": "Y"}, "exclude each other"),
         ({"urls": "http://a", "token_env": "NO_TOKEN_HERE"}, "token_env=NO_TOKEN_HERE"),
         ({"urls": "http://a", "batch": "0"}, "batch='0' must be a whole number"),
@@ -291,7 +455,7 @@ def scored_by(url: str) -> int:
     """Images that a server has scored, by its own count."""
     with urllib.request.urlopen(url + "/metrics", timeout=20) as answer:
         lines = dict(line.rsplit(" ", 1) for line in answer.read().decode().splitlines() if not line.startswith("#"))
-    return int(lines["blip3o_reward_images_total"])
+    return int(float(lines["blip3o_reward_images_total"]))
 
 
 @pytest.mark.slow

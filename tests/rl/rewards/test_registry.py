@@ -63,5 +63,15 @@ def test_a_reward_of_the_command_line():
     assert registry.parsed(path).options == (("detector", "transformers"), ("path", "/d=1"))
     servers = "http,urls=http://a:8000,http://b:8000,batch=2"
     assert registry.parsed(servers).options == (("urls", "http://a:8000,http://b:8000"), ("batch", "2"))
+    found = registry.parsed("clip,weight=-0.5,path=/d,clip=-1:0.5")
+    assert found == RewardConfig("clip", -0.5, (-1.0, 0.5), (("path", "/d"),))
+    for text, words in (
+        ("ocr,weight=much", "weight='much' must be a number"),
+        ("ocr,weight=nan", "weight='nan' must be a number"),
+        ("ocr,clip=1", "clip='1' must be LOW:HIGH"),
+        ("ocr,clip=1:0", "must be \\(low, high\\)"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            registry.parsed(text)
     with pytest.raises(ConfigError, match="'detector' is no option: write NAME,OPTION=VALUE"):
         registry.parsed("geneval,detector")

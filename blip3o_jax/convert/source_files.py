@@ -1,0 +1,179 @@
+"""The files that a source of weights is made of: read as far as their headers, and not judged."""
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from blip3o_jax import config as config_lib
+from blip3o_jax.config import UserError
+from blip3o_jax.convert.tables import PREFIXES
+from blip3o_jax.convert.tensor_files import Tensor, load_torch, read_json, torch_tensors
+from blip3o_jax.convert.weight_files import WeightFile, find_weights, read_weights
+from blip3o_jax.convert.wrappers import plain_names
+
+SECTION = "blip3o_jax"  # of config.json: what the published keys have no place for
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where some of the tensors lie. `path`: the directory or file that was given, `weights` what
+    of it is read (None: its config.json alone), `prefix` what the layout puts before the names
+    there, `library` the one whose layout it is, or "". `plain`: {name in the file: name without
+    wrappers}."""
+
+    path: pathlib.Path
+    weights: WeightFile | None
+    prefix: str
+    library: str
+    plain: dict[str, str]
+
+    @property
+    def is_wrapped(self) -> bool:
+        return any(name != short for name, short in self.plain.items())
+
+
+@dataclasses.dataclass
+class Files:
+    """The files of a source, unjudged. `tensors`: full name -> tensor."""
+
+    config_file: pathlib.Path
+    values: dict[str, Any]  # config.json of the source
+    section: dict[str, Any]
+    tensors: dict[str, Tensor]
+    transformer: tuple[pathlib.Path, dict[str, Any]] | None  # config.json of each, where there is one
+    vae: tuple[pathlib.Path, dict[str, Any]] | None
+    scheduler: tuple[pathlib.Path, dict[str, Any]] | None
+    ta_tok: dict[str, Any]  # args of the TA-Tok file
+    notes: list[str]
+    variant: str = ""
+    places: list[Place] = dataclasses.field(default_factory=list)
+    own_tokenizer: bool = False  # TA-Tok is in its own file
+    ta_tok_config: pathlib.Path | None = None
+
+    @classmethod
+    def read(
+        cls,
+        source: pathlib.Path,
+        diffusion: pathlib.Path | None,
+        ta_tok: pathlib.Path | None,
+        variant: str = "",
+    ) -> "Files":
+        file = source / "config.json"
+        if not file.is_file():
+            raise UserError(f"{source} holds no config.json: give a BLIP3o-NEXT or Qwen3 directory")
+        values = read_json(file)
+        section = values.get(SECTION, {})
+        config_lib.check(isinstance(section, dict), f"{file}: {SECTION} must be a group of fields")
+        files = cls(file, values, section, {}, None, None, None, {}, [], variant)
+        if diffusion is not None:
+            files._read_diffusion(diffusion)
+        if ta_tok is not None:
+            files.own_tokenizer = True
+            files._read_ta_tok(ta_tok)
+        files._add("", source, "transformers", *read_weights(source, "transformers", variant))
+        files._check_variant(source)
+        return files
+
+    def _check_variant(self, source: pathlib.Path) -> None:
+        found = [place.weights.variant for place in self.places if place.weights is not None]
+        if self.variant and self.variant not in found:
+            raise UserError(f"--variant={self.variant}: {source} and what is given beside it have no weights of that variant")
+
+    def _read_diffusion(self, directory: pathlib.Path) -> None:
+        """transformer/ (or dit/, as exported here), vae/ and scheduler/, as far as they are
+        there."""
+        found = False
+        for name, prefix in (
+            ("transformer", PREFIXES["dit"]),
+            ("vae", PREFIXES["vae"]),
+            ("scheduler", ""),
+        ):
+            folder = directory / name
+            if name == "transformer" and not folder.is_dir():
+                folder = directory / "dit"
+            file = folder / ("scheduler_config.json" if name == "scheduler" else "config.json")
+            if not folder.is_dir():
+                continue
+            found = True
+            setattr(self, name, (file, read_json(file)))
+            if prefix and find_weights(folder, "diffusers", self.variant) is not None:
+                self._add(prefix, folder, "diffusers", *read_weights(folder, "diffusers", self.variant))
+            elif prefix:
+                self.places.append(Place(folder, None, prefix, "diffusers", {}))
+                self.notes.append(f"{folder} holds no weights: only its sizes are read")
+        if not found:
+            raise UserError(
+                f"{directory} holds none of transformer/, vae/, scheduler/: --diffusion takes a diffusers directory"
+            )
+
+    def _read_ta_tok(self, path: pathlib.Path) -> None:
+        """A TA-Tok file, {"model": {"args": ..., "sd": ...}}, or a safetensors file with its
+        args.json; or a directory that holds one of them, as an export writes it."""
+        file, prefix = path, PREFIXES["tokenizer"]
+        if path.is_dir():
+            file = next(
+                (path / f"ta_tok{s}" for s in (".pth", ".safetensors") if (path / f"ta_tok{s}").is_file()),
+                path,
+            )
+        if file.is_dir() or file.suffix == ".safetensors":
+            args = file.with_name("args.json")
+            self.ta_tok = read_json(args) if args.is_file() else {}
+            self._add(prefix, file, "", *read_weights(file))
+            return
+        model = read_ta_tok_file(file)
+        self.ta_tok = dict(model["args"])
+        self._add(prefix, file, "", torch_tensors(model["sd"], file), WeightFile(file, "", ()))
+
+    def _add(
+        self,
+        prefix: str,
+        path: pathlib.Path,
+        library: str,
+        tensors: Mapping[str, Tensor],
+        weights: WeightFile,
+    ) -> None:
+        """What is read later wins, which is said, as is what wrappers left in the names."""
+        plain = plain_names(tensors, () if prefix else tuple(filter(None, PREFIXES.values())), str(weights.file))
+        place = Place(path, weights, prefix, library, plain)
+        self.places.append(place)
+        self.notes += weights.notes
+        if place.is_wrapped:
+            name = next(name for name, short in plain.items() if name != short)
+            self.notes.append(
+                f"{weights.file}: {name} is read as {plain[name]}, without what wrapped the module that was saved"
+            )
+        named = {prefix + plain[key]: dataclasses.replace(tensor, key=prefix + plain[key]) for key, tensor in tensors.items()}
+        if both := set(named) & set(self.tensors):
+            first = min(both)
+            self.notes.append(
+                f"{len(both)} tensors, such as {first}, are in {self.tensors[first].file.name} and in {named[first].file}: "
+                "the latter are taken"
+            )
+        self.tensors |= named
+
+    def behind_prefix(self, name: str) -> str:
+        """What to do where the files have `name`, of a tensor or a part, behind a prefix that is
+        not known here, or ""."""
+        found = next((key for key in self.tensors if f".{name}" in key), "") if name else ""
+        prefix = found.partition(f".{name}")[0]
+        return f"the files have it as {found}: save the weights without the prefix {prefix}." if found else ""
+
+    def not_read(self) -> str:
+        """What may explain tensors that are missing: other files that hold weights, "; ..." or
+        ""."""
+        notes = [note for place in self.places if place.weights is not None for note in place.weights.notes]
+        return "".join(f"; {note}" for note in notes)
+
+
+def read_ta_tok_file(file: pathlib.Path) -> dict[str, Any]:
+    """Return {"args": group, "sd": {name: torch tensor}} of a TA-Tok file of PyTorch. UserError for
+    any other file."""
+    contents = load_torch(file)
+    model = contents.get("model", contents) if isinstance(contents, Mapping) else None
+    if not isinstance(model, Mapping) or not isinstance(model.get("sd"), Mapping):
+        raise UserError(f"{file} is not a TA-Tok file: it has no model.sd; see docs/conversion.md")
+    args = model.get("args") or {}
+    if not isinstance(args, Mapping) or not all(isinstance(key, str) for key in model["sd"]):
+        raise UserError(f"{file} is not a TA-Tok file: model.args and model.sd must be groups with names")
+    return {"args": args, "sd": model["sd"]}

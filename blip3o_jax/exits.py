@@ -1,0 +1,275 @@
+"""How a process of this package ends: with one status and one line, in bounded time. docs/pods.md has the table of statuses.
+
+    error --> closing, CLOSING seconds at most --> its line --> leave(status)
+    SIGINT --> KeyboardInterrupt in the main thread, or after PATIENCE seconds its line and the end
+    SIGINT again, or while a failed run is closing --> ends at once
+
+A thread reads the signals beside the main thread, which cannot while it compiles or waits for a
+device. Nothing heavy is imported here, so that `install` comes before everything else; without it
+(as a library, in tests) signals are left as they are.
+"""
+
+import _thread
+import contextlib
+import multiprocessing
+import os
+import select
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+BUG = 1
+USER_ERROR = 2
+PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: "temporary failure, the user is invited to retry"
+INTERRUPTED = 128 + signal.SIGINT
+LOST_PEER = 128 + signal.SIGKILL  # a host that was killed takes the others along, with its status
+BROKEN_PIPE = 128 + signal.SIGPIPE
+
+CLOSING = 20.0  # seconds that closing may take after an error
+PATIENCE = 10.0  # seconds until Ctrl-C has reached the main thread and it has closed
+FAREWELL = 2.0  # seconds for the last words to the other hosts
+SHUTDOWN = 20.0  # seconds that the interpreter may take to end after success
+
+Report = Callable[[BaseException], int | None]
+
+
+def _traceback(error: BaseException) -> int:
+    with contextlib.suppress(OSError, ValueError):
+        traceback.print_exception(error)
+    return BUG
+
+
+class _Process:
+    """State of the one process; `installed` says whether its end is ours to arrange."""
+
+    def __init__(self) -> None:
+        self.installed = False
+        self.report: Report = _traceback
+        self.again = "run the same command again"
+        self.prefix = ""  # of the line that tells the end, such as "host 1: "
+        self.cause: Callable[[BaseException], BaseException] = lambda error: error  # what an error is really due to
+        self.farewell: Callable[[int, str], None] = lambda status, line: None
+        self.saving = False  # SIGTERM was noted: the run saves its step and ends
+        self.stoppable = False  # a run listens for SIGTERM
+        self.stop_line = ""  # while set, signals end the process at once, SIGTERM with this line: there is nothing to save
+        self.done = False  # the command is over, with success
+        self._lock = threading.RLock()
+        self._error: BaseException | None = None  # why it closes
+        self._told = False
+        self._line = ""
+        self._interrupts = 0
+        self._own = 0  # SIGINTs of ours that are still to be heard
+        self._granted = False  # whether the next one is raised
+
+    def install(self) -> None:
+        self.installed = True
+        sys.unraisablehook = self._unraisable
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell may have it ignored
+            signal.signal(signal.SIGINT, self._interrupt)
+        read, self._wake = os.pipe()
+        os.set_blocking(self._wake, False)
+        signal.set_wakeup_fd(self._wake, warn_on_full_buffer=False)
+        threading.Thread(target=self._listen, args=(read,), name="signals", daemon=True).start()
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        """Raises, in the main thread, what the other thread has decided on.
+
+        Python runs handlers in the order of the signals' numbers, not of their coming, so that only
+        the other thread sees that SIGTERM came before Ctrl-C.
+        """
+        if self._granted and not self._told:
+            self._granted = False
+            if _importing(frame):  # libraries crash where one is thrown while they load
+                self.end(KeyboardInterrupt())
+            raise KeyboardInterrupt
+
+    def _listen(self, read: int) -> None:
+        while True:
+            for number in os.read(read, 64):
+                if number == signal.SIGINT:
+                    self._heard()
+                elif number in (signal.SIGTERM, signal.SIGHUP):
+                    if self.stop_line:
+                        self.end(Stopped(self.stop_line))
+                    self.saving = self.saving or self.stoppable
+                elif number == 0:
+                    time.sleep(0.05)
+                    self._raise_in_main()
+
+    def _heard(self) -> None:
+        """Ctrl-C."""
+        if self._own:
+            self._own -= 1
+            return
+        self._interrupts += 1
+        if self.done:
+            self.leave(0)
+        if self._error is not None or self._interrupts > 1 or self.stop_line:
+            self.end(self._error or KeyboardInterrupt())
+        elif self.saving:
+            _print("blip3o: the step in work is being saved, as SIGTERM asked; Ctrl-C again ends at once, without")
+        else:
+            self._raise_in_main()
+            self._deadline(KeyboardInterrupt(), PATIENCE)
+
+    def _raise_in_main(self) -> None:
+        self._own += 1
+        self._granted = True
+        _thread.interrupt_main()
+
+    def closing(self, error: BaseException) -> None:
+        """The process is about to close because of `error`: that now takes CLOSING seconds at most."""
+        with self._lock:
+            if self.installed and self._error is None and not self._told:
+                self._error = error
+                self._deadline(error, CLOSING)
+
+    def _deadline(self, error: BaseException, seconds: float) -> None:
+        def end() -> None:
+            time.sleep(seconds)
+            self.end(error)
+
+        threading.Thread(target=end, name="deadline", daemon=True).start()
+
+    def tell(self, error: BaseException) -> int | None:
+        """Reports the error that ends the process, unless another thread is at it, which then ends the process."""
+        with self._lock:
+            told, self._told = self._told, self.installed
+        if told:
+            threading.Event().wait()
+        return self.report(error)
+
+    def end(self, error: BaseException) -> None:
+        error = self.cause(error)
+        status = self.tell(error)
+        self.leave(_traceback(error) if status is None else status)
+
+    def leave(self, status: int) -> None:
+        """Ends the process, and those it has started, whatever its threads are busy with."""
+        self._told = True
+        goodbye = threading.Thread(target=self.farewell, args=(status, self._line), daemon=True)
+        goodbye.start()
+        goodbye.join(FAREWELL)
+        with contextlib.suppress(Exception):
+            for child in multiprocessing.active_children():
+                child.kill()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(status)
+
+    def print_line(self, line: str) -> None:
+        self._line = line
+        echoed = "\n" if self._interrupts and sys.stderr.isatty() else ""  # the terminal's ^C
+        _print(f"{echoed}{self.prefix}{line}")
+
+    def _unraisable(self, unraisable: Any) -> None:
+        """Called with exceptions that nobody can catch.
+
+        A Ctrl-C that came in a destructor or in a callback of the garbage collector is raised once
+        more. What remains of coroutines whose event loop is closed is left out: Orbax drops some
+        where a save fails, which is told.
+        """
+        if isinstance(unraisable.exc_value, KeyboardInterrupt):
+            os.write(self._wake, b"\0")  # the other thread raises it, once this is over
+            return
+        closed = isinstance(unraisable.exc_value, RuntimeError) and "loop is closed" in str(unraisable.exc_value)
+        if not (closed or self._told or self._error is not None):
+            sys.__unraisablehook__(unraisable)
+
+
+def _importing(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
+
+
+class Ended(Exception):
+    """What ends a run that is nobody's mistake, in one line, with a status of its own."""
+
+    status = LOST_PEER
+
+
+class Stopped(Ended):
+    """SIGTERM met a run that has nothing to save, or has saved it."""
+
+    status = PREEMPTED
+
+
+process = _Process()
+
+
+def install() -> None:
+    """Takes over SIGINT, and what is told of the end; called once by the command, before anything heavy is imported."""
+    process.install()
+
+
+def listen_for_stop(line: str) -> None:
+    """From here on SIGTERM and SIGHUP end the process at once with `line` and status 75, until a run has something to save."""
+    if process.installed:
+        process.stop_line = line
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is signal.SIG_DFL:
+                signal.signal(number, lambda number, frame: None)
+
+
+def pushed(close: Callable[[], object]) -> Callable[[Any, BaseException | None, Any], None]:
+    """For `ExitStack.push`: `close()`, bounded where the block has failed, and then without an error of its own."""
+
+    def exit(kind: Any, error: BaseException | None, where: Any) -> None:
+        if error is not None and not isinstance(error, Stopped):
+            process.closing(error)
+        try:
+            close()
+        except BaseException as later:
+            if error is None:
+                raise
+            error.add_note(f"while closing: {type(later).__name__}: {later}")
+
+    return exit
+
+
+def is_broken_pipe(error: BaseException) -> bool:
+    """Whether nobody reads this process's output any more, as after `| head`."""
+    if not isinstance(error, BrokenPipeError):
+        return False
+    poll = select.poll()
+    for stream in (1, 2):
+        poll.register(stream, 0)  # POLLERR is always told
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def run(main: Callable[[], int]) -> None:
+    """Runs a command and ends the process with its status."""
+    try:
+        status = main()
+        sys.stdout.flush()
+        process.done = status == 0
+    except SystemExit as error:
+        status = error.code if isinstance(error.code, int) else BUG
+    except KeyboardInterrupt:  # before the command line was read
+        process.print_line(f"blip3o: interrupted; {process.again}")
+        status = INTERRUPTED
+    except BaseException as error:
+        status = BROKEN_PIPE if is_broken_pipe(error) else _traceback(error)
+    if status:
+        process.leave(status)
+    # Threads of libraries are not waited for without end.
+    threading.Thread(target=_leave_late, name="shutdown", daemon=True).start()
+
+
+def _leave_late() -> None:
+    time.sleep(SHUTDOWN)
+    process.leave(0)
+
+
+def _print(text: str) -> None:
+    with contextlib.suppress(OSError, ValueError):
+        print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,142 @@
+"""The file system's errors in one line, files that are replaced whole, and checks of where output goes."""
+
+import contextlib
+import errno
+import os
+import pathlib
+import re
+from collections.abc import Iterator
+
+from blip3o_jax.config import UserError
+
+# What the system says about the disk rather than about a path, and what to do about it. These are a user's errors wherever they
+# come up, also below or behind another exception; of the rest only those that name a path.
+TROUBLE = {
+    errno.ENOSPC: "free some",
+    errno.EDQUOT: "free some, or ask for more",
+    errno.EFBIG: "raise the limit on the size of files (ulimit -f), or take another file system",
+    errno.EROFS: "mount it for writing, or choose another place",
+    errno.EIO: "the disk or the connection to it fails: see the system's log",
+    errno.ESTALE: "mount the network's file system again",
+    errno.EMFILE: "raise the limit (ulimit -n)",
+    errno.ENFILE: "close other programs, or raise the system's limit",
+    errno.ENAMETOOLONG: "choose a shorter one",
+}
+_BY_TEXT = {os.strerror(number): number for number in TROUBLE}
+# TensorStore hands the system's errors on as text, which Orbax wraps in exceptions of its own.
+_CODE = re.compile(r"os_error_code='(\d+)'")
+_PATH = re.compile(r"""["'](/[^"']+)["']""")
+
+
+def system_error(error: BaseException) -> OSError | None:
+    """Return the file system's error that `error` is, or that it was raised from or while handling; None for another kind.
+
+    An error that names a path counts where it is `error` itself: behind another exception it may have been expected, such as a
+    file that need not exist. A disk that is full, broken or read-only counts wherever it is found.
+    """
+    if isinstance(error, OSError) and (error.filename is not None or error.errno in TROUBLE):
+        return error
+    return next(filter(None, map(_trouble, _chain(error))), None)
+
+
+def describe(error: OSError) -> str:
+    """Return "PATH: what is wrong, and what to do"."""
+    said = error.strerror or str(error)
+    if advice := TROUBLE.get(error.errno or 0):
+        said += f": {advice}"
+    return said if error.filename is None else f"{os.fsdecode(error.filename)}: {said}"
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """Yield `error` and all exceptions behind it and in groups, each once."""
+    waiting, seen = [error], set()
+    while waiting:
+        current = waiting.pop(0)
+        if id(current) in seen:
+            continue
+        seen.add(id(current))
+        yield current
+        waiting += [e for e in (current.__cause__, current.__context__) if e is not None]
+        waiting += current.exceptions if isinstance(current, BaseExceptionGroup) else ()
+
+
+def _trouble(error: BaseException) -> OSError | None:
+    if isinstance(error, OSError) and error.errno in TROUBLE:
+        return error
+    text = str(error)
+    code = _CODE.search(text)
+    number = int(code[1]) if code else next((n for said, n in _BY_TEXT.items() if said in text), None)
+    if number not in TROUBLE:
+        return None
+    # The innermost path comes last; a lock beside the file says less than the file.
+    paths = _PATH.findall(text)
+    return OSError(number, os.strerror(number), paths[-1].removesuffix(".__lock") if paths else None)
+
+
+@contextlib.contextmanager
+def writing(path: pathlib.Path) -> Iterator[None]:
+    """Raise what the system says as OSError, also from behind another exception, and with `path` where it names no path: errors
+    of writing to an open file have none."""
+    try:
+        yield
+    except UserError:  # has said it
+        raise
+    except Exception as error:
+        found = error if isinstance(error, OSError) and error.errno is not None else system_error(error)
+        if found is None or (found is error and found.filename is not None):
+            raise
+        raise OSError(found.errno, os.strerror(found.errno), found.filename or str(path)) from error
+
+
+def replace_text(path: pathlib.Path, text: str) -> None:
+    """Write `text` in place of the file, on disk when this returns; a kill, or an OSError, leaves the old file whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    with writing(path):
+        try:
+            with partial.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+
+
+def check_out_directory(out: pathlib.Path, flag: str = "--out") -> None:
+    """Raise UserError unless `out` is a directory, or can become one, that files can be written to. Changes nothing."""
+    with _refused(out, flag):
+        if os.path.lexists(out) and not out.is_dir():
+            raise UserError(f"{flag}={out} is there already and is no directory: choose another")
+        _check_writable(out, flag)
+
+
+def check_out_file(out: pathlib.Path, flag: str = "--out") -> None:
+    """Raise UserError unless `out` is a file, or can become one, in a directory that is there. Changes nothing."""
+    with _refused(out, flag):
+        if out.is_dir() or not out.absolute().parent.is_dir():
+            raise UserError(f"{flag}={out} must be a file in a directory that is there")
+        _check_writable(out if out.exists() else out.absolute().parent, flag)
+
+
+@contextlib.contextmanager
+def _refused(out: pathlib.Path, flag: str) -> Iterator[None]:
+    if "\0" in str(out):
+        raise UserError(f"{flag}={str(out)!r} is no path: it holds a NUL")
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{flag}={out}: {describe(OSError(error.errno, error.strerror))}") from error
+
+
+def _check_writable(out: pathlib.Path, flag: str) -> None:
+    """Look at `out`, or where it is not there at the nearest directory above it."""
+    there = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+    if there != out.absolute() and not there.is_dir():
+        raise UserError(f"{flag}={out}: {there} is no directory: choose another")
+    mode = os.W_OK | os.X_OK if there.is_dir() else os.W_OK
+    if not os.access(there, mode):
+        readonly = os.statvfs(there).f_flag & os.ST_RDONLY
+        reason = "lies on a read-only file system" if readonly else "is not writable for this user"
+        raise UserError(f"{flag}={out}: {there} {reason}: choose another")

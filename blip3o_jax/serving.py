@@ -1,0 +1,490 @@
+"""HTTP services that a stranger may reach: Starlette's routes on uvicorn, within limits. Knows
+nothing of what is served.
+
+    connections    bounded; the idlest makes room for a new one, and none may idle for long, before,
+                   within or after a request
+    token          compared in constant time, and before anything of the body is read
+    bodies         need a Content-Length, are refused by it, have a deadline, and are reserved in a
+                   memory budget
+    errors         {"error": one line}; what the code raises by mistake is logged, answered with 500
+    ending         SIGTERM and Ctrl-C let requests at hand be answered first
+
+An app is a list of `starlette.routing.Route`; its handlers raise `Refused`.
+"""
+
+import asyncio
+import contextlib
+import dataclasses
+import functools
+import hmac
+import logging
+import signal
+import socket
+import threading
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import prometheus_client
+import uvicorn
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import BaseRoute, Route
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from blip3o_jax.config import UserError
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+MAX_HEADERS = 1 << 16  # bytes before a body
+CONNECTION_BYTES = 1 << 19  # that a connection's buffers may take
+BUSY = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+
+
+@dataclasses.dataclass(frozen=True)
+class ConnectionLimits:
+    """Bounds of connections; all times in seconds. `header_seconds`: from a connection, or from the
+    answer before, to the end of a request's headers. `idle_seconds`, `body_seconds`: between two
+    pieces of a body, and for all of it. `answer_seconds`: for a client to take its answer.
+    `linger_seconds`: for which a client that is refused while it sends may go on, so that it gets
+    to read why. `grace_seconds`: for requests at hand when the service ends."""
+
+    max_connections: int = 512
+    header_seconds: float = 10.0
+    idle_seconds: float = 5.0
+    body_seconds: float = 60.0
+    answer_seconds: float = 10.0
+    linger_seconds: float = 1.0
+    grace_seconds: float = 10.0
+
+
+class Refused(Exception):
+    """A request that gets `status` and one line in place of what it asks for. 429 and 503 invite
+    the client back."""
+
+    def __init__(self, status: int, line: str, headers: Mapping[str, str] | None = None):
+        super().__init__(status, line, headers)  # what it is made of again in another process
+        self.status = status
+        self.line = " ".join(line.split())
+        self.headers = dict(headers or {})
+        if status in (429, 503):
+            self.headers.setdefault("Retry-After", "1")
+
+    def __str__(self) -> str:
+        return self.line
+
+
+class MemoryBudget:
+    """Bytes that requests at hand may take together. Requests of more than `small` bytes leave an
+    eighth of it to others. For one event loop."""
+
+    def __init__(self, size: int, small: int = 1 << 20):
+        self.size = size
+        self.reserved = 0
+        self._small = small
+
+    @contextlib.contextmanager
+    def reserve(self, size: int) -> Iterator[None]:
+        """Hold `size` bytes. Raises Refused (503) where there is no room."""
+        limit = self.size if size <= self._small else self.size - self.size // 8
+        if self.reserved + size > limit:
+            raise Refused(503, "the requests at hand take all the memory there is: try again later")
+        self.reserved += size
+        try:
+            yield
+        finally:
+            self.reserved -= size
+
+
+def content_length(request: Request, largest: int) -> int:
+    """Return the length of a body that may be read. Raises Refused with 400, 411 or 413."""
+    length = request.headers.get("content-length")
+    if length is None or "transfer-encoding" in request.headers:
+        raise Refused(411, "send the body in one piece, with its Content-Length")
+    if not (length.isascii() and length.isdigit()):
+        raise Refused(400, "Content-Length is not a number")
+    if len(length) > 15 or int(length) > largest:
+        raise Refused(413, f"the body is longer than {largest} bytes")
+    return int(length)
+
+
+async def read_body(request: Request, limits: ConnectionLimits) -> bytearray:
+    """Return the body, however it comes. Raises Refused (408) for one that comes too slowly,
+    ClientDisconnect for one that ends early."""
+    body = bytearray()
+    pieces = aiter(request.stream())
+    try:
+        async with asyncio.timeout(limits.body_seconds):
+            while True:
+                async with asyncio.timeout(limits.idle_seconds):
+                    body += await anext(pieces)
+    except StopAsyncIteration:
+        return body
+    except TimeoutError:
+        raise Refused(408, f"the body did not come within {limits.body_seconds:g} s, or stopped coming") from None
+
+
+async def unless_disconnected(request: Request, work: Awaitable[Any]) -> Any:
+    """Return the result of `work`, which is cancelled once the client has gone. The body must have
+    been read."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnect
+        return task.result()
+    finally:
+        task.cancel()
+        gone.cancel()
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+class Service:
+    """Routes at an address that is taken at once. `open_paths` need no token. `registry` gets the
+    service's own metrics, under `prefix`. UserError, naming `what`, where the address is not free
+    or open to others without a token."""
+
+    def __init__(
+        self,
+        what: str,
+        routes: Sequence[BaseRoute],
+        *,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        token: str = "",
+        open_paths: Sequence[str] = (),
+        limits: ConnectionLimits = ConnectionLimits(),
+        registry: prometheus_client.CollectorRegistry | None = None,
+        prefix: str = "http",
+    ):
+        self._limits = limits
+        self._token = token
+        self._open_paths = tuple(open_paths)
+        self._requests, self._seconds = _request_metrics(registry, prefix)
+        self._app = Starlette(
+            routes=list(routes),
+            exception_handlers={
+                HTTPException: _not_routed,
+                Refused: _refused,
+                ClientDisconnect: _gone,
+                Exception: _failed,
+            },
+        )
+        self._app.router.redirect_slashes = False
+        self._socket = _bound(what, host, port)
+        name = f"[{host}]" if ":" in host else host
+        self.url = f"http://{name}:{self._socket.getsockname()[1]}"
+        self._server = uvicorn.Server(
+            uvicorn.Config(
+                self._serve_request,
+                http=functools.partial(_Connection, limits=limits),
+                interface="asgi3",
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                log_level="error",  # a stranger's mistakes are no news
+                access_log=False,
+                server_header=False,
+                proxy_headers=False,
+                timeout_keep_alive=max(1, int(limits.header_seconds)),
+                timeout_graceful_shutdown=max(1, int(limits.grace_seconds)),
+                h11_max_incomplete_event_size=MAX_HEADERS,
+            )
+        )
+
+    @property
+    def connections(self) -> int:
+        return len(self._server.server_state.connections)
+
+    async def serve(self) -> None:
+        """Serve until `stop`."""
+        # Not Server.serve: signals belong to who runs the services.
+        await self._server._serve([self._socket])
+
+    def stop(self) -> None:
+        """Answer what is at hand, then end `serve`. Asked twice, end at once."""
+        self._server.force_exit = self._server.should_exit
+        self._server.should_exit = True
+
+    def close(self) -> None:
+        self._socket.close()
+
+    async def _serve_request(self, scope: dict[str, Any], receive: Callable, send: Callable) -> None:
+        answer = _Answer(scope, receive, send, self._limits)
+        began = time.monotonic()
+        try:
+            if self._token and scope["path"] not in self._open_paths and not _has_token(scope, self._token):
+                line = "the header 'Authorization: Bearer TOKEN' is missing or wrong"
+                refusal = Refused(401, line, {"WWW-Authenticate": "Bearer"})
+                await _refusal(refusal)(scope, answer.receive, answer.send)
+            else:
+                await self._app(scope, answer.receive, answer.send)
+        except _ClientStuck:
+            pass
+        except Exception:
+            logging.exception("a request failed")
+        finally:
+            self._requests.labels(answer.status or 499).inc()
+            self._seconds.observe(time.monotonic() - began)
+
+
+class _ClientStuck(Exception):
+    """A client does not take its answer."""
+
+
+class _Answer:
+    """Both directions of one request. A refusal that leaves a body unread ends the connection, but
+    lingers: closing at once would reset it, and the client might never see the answer."""
+
+    def __init__(self, scope: Mapping[str, Any], receive: Callable, send: Callable, limits: ConnectionLimits):
+        self._receive = receive
+        self._send = send
+        self._limits = limits
+        names = {name for name, _ in scope["headers"]}
+        self._unread = bool(names & {b"content-length", b"transfer-encoding"})
+        self._closing = False
+        self.status: int | None = None
+
+    async def receive(self) -> dict[str, Any]:
+        message = await self._receive()
+        if message["type"] != "http.request" or not message.get("more_body", False):
+            self._unread = False
+        return message
+
+    async def send(self, message: dict[str, Any]) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            self._closing = self._unread and self.status >= 400
+            if self._closing:
+                message = message | {"headers": [*message.get("headers", ()), (b"connection", b"close")]}
+        elif self._closing and not message.get("more_body", False):
+            await self._bounded(message | {"more_body": True})
+            if self.status != 408:  # it had its time
+                await self._linger()
+            message = {"type": "http.response.body", "body": b"", "more_body": False}
+        await self._bounded(message)
+
+    async def _bounded(self, message: dict[str, Any]) -> None:
+        try:
+            async with asyncio.timeout(self._limits.answer_seconds):
+                await self._send(message)
+        except TimeoutError:
+            raise _ClientStuck from None
+
+    async def _linger(self) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._limits.linger_seconds):
+                while self._unread:
+                    await self.receive()
+
+
+class _Connection(H11Protocol):
+    """uvicorn's connection, with a deadline whenever it carries no request, and never more than so
+    many of them."""
+
+    def __init__(self, *args: Any, limits: ConnectionLimits, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._limits = limits
+        self._timer: asyncio.TimerHandle | None = None
+        self._since = time.monotonic()  # of its state
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        super().connection_made(transport)
+        self._wait_for(self._limits.header_seconds)
+        if len(self.connections) > self._limits.max_connections:
+            self._make_room()
+
+    def _make_room(self) -> None:
+        """Cut off the connection that has been without a request for longest, else the one that has
+        sent a body for longest; this one where all are at work."""
+        others = [connection for connection in self.connections if connection is not self]
+        idle = [connection for connection in others if connection._idle()]
+        sending = [connection for connection in others if not connection._idle() and connection.cycle.more_body]
+        if candidates := idle or sending:
+            min(candidates, key=lambda connection: connection._since)._abort()
+        else:
+            self.transport.write(BUSY)
+            self._abort_soon()
+
+    def _idle(self) -> bool:
+        return self.cycle is None or self.cycle.response_complete
+
+    def data_received(self, data: bytes) -> None:
+        try:
+            super().data_received(data)
+        except Exception:  # uvicorn stumbles over some of what is no HTTP
+            logging.debug("a connection broke", exc_info=True)
+            self._abort()
+            return
+        if not self._idle():
+            self._stop_timer()
+
+    def on_response_complete(self) -> None:
+        self._wait_for(self._limits.header_seconds)
+        super().on_response_complete()
+        if not self._idle():  # the next request had come already
+            self._stop_timer()
+
+    def shutdown(self) -> None:
+        try:
+            super().shutdown()
+        except Exception:  # of a connection that is broken already
+            self._abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_timer()
+        super().connection_lost(exc)
+
+    def _wait_for(self, seconds: float) -> None:
+        self._stop_timer()
+        self._since = time.monotonic()
+        self._timer = self.loop.call_later(seconds, self._abort)
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+            self._since = time.monotonic()
+
+    def _abort(self) -> None:
+        self.connections.discard(self)  # counts no more; the transport is lost a moment later
+        self.transport.abort()
+
+    def _abort_soon(self) -> None:
+        self.connections.discard(self)
+        self.transport.close()
+        self._wait_for(1.0)
+
+
+def metrics_route(registry: prometheus_client.CollectorRegistry) -> Route:
+    """Return GET /metrics in Prometheus' text format."""
+
+    async def metrics(request: Request) -> Response:
+        text = prometheus_client.generate_latest(registry)
+        return Response(text, headers={"Content-Type": prometheus_client.CONTENT_TYPE_LATEST})
+
+    return Route("/metrics", metrics, methods=["GET"])
+
+
+def run_until_signal(services: Sequence[Service], ready: Callable[[], None]) -> signal.Signals:
+    """Serve in this thread, the main one, until SIGTERM or Ctrl-C; return which. A second signal
+    ends it at once. `ready` is called once connections are taken."""
+    return asyncio.run(_run_until_signal(services, ready))
+
+
+async def _run_until_signal(services: Sequence[Service], ready: Callable[[], None]) -> signal.Signals:
+    caught: list[signal.Signals] = []
+
+    def stop(number: signal.Signals) -> None:
+        caught.append(number)
+        for service in services:
+            service.stop()
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop, number)
+    async with _serving(services) as tasks:
+        ready()
+        await asyncio.gather(*tasks)
+    return caught[0]
+
+
+@contextlib.asynccontextmanager
+async def _serving(services: Sequence[Service]) -> AsyncIterator[list[asyncio.Task]]:
+    tasks = [asyncio.create_task(service.serve()) for service in services]
+    while not all(service._server.started for service in services):
+        await asyncio.sleep(0.01)
+    yield tasks
+
+
+class Background:
+    """Services in a thread of this process, from `with` to its end."""
+
+    def __init__(self, services: Sequence[Service]):
+        self._services = services
+        self._started = threading.Event()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._run()), name="http", daemon=True)
+
+    def __enter__(self) -> "Background":
+        self._thread.start()
+        self._started.wait()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for service in self._services:
+            service.stop()
+        self._thread.join()
+
+    async def _run(self) -> None:
+        async with _serving(self._services) as tasks:
+            self._started.set()
+            await asyncio.gather(*tasks)
+
+
+def _has_token(scope: Mapping[str, Any], token: str) -> bool:
+    sent = [value for name, value in scope["headers"] if name == b"authorization"]
+    return len(sent) == 1 and hmac.compare_digest(sent[0], f"Bearer {token}".encode())
+
+
+def _bound(what: str, host: str, port: int) -> socket.socket:
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind((host, port))
+            listener.listen(1024)
+        except BaseException:
+            listener.close()
+            raise
+        return listener
+    except (OSError, OverflowError, UnicodeError) as error:  # OverflowError: a port beyond 65535
+        why = getattr(error, "strerror", None) or error
+        raise UserError(f"{what}: cannot listen on {host}:{port}: {why}") from error
+
+
+def _request_metrics(registry: prometheus_client.CollectorRegistry | None, prefix: str) -> tuple[Any, Any]:
+    registry = registry or prometheus_client.CollectorRegistry()
+    requests = prometheus_client.Counter(
+        f"{prefix}_requests",
+        "requests by status; 499: the client left first",
+        ["status"],
+        registry=registry,
+    )
+    seconds = prometheus_client.Histogram(
+        f"{prefix}_request_seconds", "from a request's headers to its answer", registry=registry
+    )
+    return requests, seconds
+
+
+def _refusal(refused: Refused) -> Response:
+    return JSONResponse({"error": refused.line}, refused.status, refused.headers)
+
+
+async def _refused(request: Request, error: Exception) -> Response:
+    assert isinstance(error, Refused)
+    return _refusal(error)
+
+
+async def _gone(request: Request, error: Exception) -> Response:
+    """Return what nobody reads, for the metrics (nginx's status for a client that has left)."""
+    return Response(status_code=499)
+
+
+async def _failed(request: Request, error: Exception) -> Response:
+    """Answer what is our mistake; Starlette raises `error` again, for the log."""
+    return _refusal(Refused(500, "the server failed; its log says why"))
+
+
+async def _not_routed(request: Request, error: Exception) -> Response:
+    """Answer what Starlette's router refuses."""
+    assert isinstance(error, HTTPException)
+    path = request.url.path[:80]
+    lines = {404: f"there is no {path}", 405: f"{path} does not take {request.method[:20]}"}
+    return _refusal(Refused(error.status_code, lines.get(error.status_code, error.detail), error.headers))

@@ -1,0 +1,95 @@
+"""Which host is lost, and what the others end with. (test_distributed.py has it with real processes.)"""
+
+import threading
+
+import pytest
+
+from blip3o_jax.parallel import peers
+from blip3o_jax.parallel.peers import LostHost, Peers
+
+AGAIN = "the same command goes on from the last checkpoint"
+
+
+class Store:
+    """The key-value store of jax.distributed."""
+
+    def __init__(self):
+        self.values, self.changed, self.gone = {}, threading.Condition(), False
+
+    def key_value_set(self, key, value, allow_overwrite=False):
+        with self.changed:
+            if self.gone or (key in self.values and not allow_overwrite):
+                raise RuntimeError("ALREADY_EXISTS")
+            self.values[key] = value
+            self.changed.notify_all()
+
+    def key_value_try_get(self, key):
+        if self.gone or key not in self.values:
+            raise RuntimeError("NOT_FOUND")
+        return self.values[key]
+
+    def key_value_dir_get(self, directory):
+        if self.gone:
+            raise RuntimeError("UNAVAILABLE")
+        return [(key, value) for key, value in self.values.items() if key.startswith(directory)]
+
+    def blocking_key_value_get(self, key, milliseconds):
+        with self.changed:
+            if not self.changed.wait_for(lambda: key in self.values, 5.0):
+                raise RuntimeError("UNAVAILABLE")
+            return self.values[key]
+
+
+@pytest.fixture
+def hosts(monkeypatch):
+    """Three hosts and their store; what `exits.process.end` is given."""
+    ended = []
+    for name, value in {"PERIOD": 0.02, "STILL": 0.1, "GRACE": 0.05}.items():
+        monkeypatch.setattr(peers, name, value)
+    monkeypatch.setattr(Peers, "_catch_abort", lambda self: None)
+    monkeypatch.setattr(peers.exits.process, "end", ended.append)
+    store = Store()
+    made = [Peers(store, host, 3) for host in range(3)]
+    for each in made:
+        each.start()
+    yield made, store, ended
+    for each in made:
+        each.over()
+
+
+def test_a_host_that_ends_tells_the_others(hosts):
+    made, _, ended = hosts
+    made[1].phase, made[1].step = "data", 12
+    made[1].farewell(2, "blip3o: error: photos.tar is cut short")
+    for _ in range(200):
+        if len(ended) == 2:
+            break
+        threading.Event().wait(0.01)
+    said = f"host 1 ended with status 2 in data at step 12; {AGAIN}"
+    assert [str(error) for error in ended] == [said] * 2
+    assert {error.status for error in ended} == {2}
+    assert made[0].lost() in ended
+
+
+def test_a_host_that_was_killed_is_the_one_whose_sign_stands_still(hosts):
+    made, _, ended = hosts
+    assert made[0].lost() is None
+    made[2].phase, made[2].step = "step", 7
+    threading.Event().wait(0.1)
+    made[2]._over.set()
+    threading.Event().wait(0.05)
+    error = made[0].lost()
+    assert (str(error), error.status) == (f"host 2 was lost in step at step 7; {AGAIN}", 137)
+    assert not ended
+
+
+def test_host_0_keeps_the_store_and_is_lost_with_it(hosts):
+    made, store, _ = hosts
+    made[0].phase, made[0].step = "save", 9
+    threading.Event().wait(0.2)
+    store.gone = True
+    assert str(made[1].lost()).startswith("host 0 was lost in save at step 9;")
+
+
+def test_a_lost_host_whose_place_is_unknown():
+    assert str(LostHost(3, "", 137)) == f"host 3 was lost; {AGAIN}"
