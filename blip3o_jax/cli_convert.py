@@ -43,6 +43,7 @@ def _add_source(parser: argparse.ArgumentParser, flag: str) -> None:
     )
     parser.add_argument(
         "--variant",
+        type=arguments.text,
         default="",
         metavar="NAME",
         help="weights to take where a directory has several: bf16 for model.bf16.safetensors (the ones without a name)",

@@ -27,6 +27,7 @@ def get_config():
 # What every command needs beside the flag that is wrong. Paths are those of `write_files`.
 BASE = {
     "data shapes": ("--out=new",),
+    "data index": ("data",),
     "train": ("--config=config.py", "--workdir=new"),
     "sample": ("--checkpoint=joint", "--prompt=a cat", "--out=new"),
     "edit": ("--checkpoint=joint", "--image=good.png", "--instruction=x", "--out=new"),
@@ -316,6 +317,7 @@ LISTS = {
 }
 
 
+DATA_SETS = (*ABSENT, "text.txt", "empty", "garbage", "folder", "good.png")
 INSTEAD = {"--prompts_file": ("--prompt", "--suite")}  # flags of the base that exclude a flag
 
 
@@ -323,6 +325,8 @@ def of_files() -> Iterator[Bad]:
     """A path names what a command cannot use; a name stands for nothing."""
     for name, parser in commands():
         base, words = BASE.get(name, ()), tuple(name.split())
+        for value in DATA_SETS if name == "data index" else ():
+            yield Bad("files", (*words, value), ("path", value[:20]))
         for action in flags(parser):
             flag = action.option_strings[0]
             kind = KINDS.get(action.dest)

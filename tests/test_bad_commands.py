@@ -75,7 +75,7 @@ def listing(directory):
         str(path.relative_to(directory)): (path.lstat().st_size, path.lstat().st_mtime_ns)
         for path in directory.rglob("*")
         if path.is_symlink() or path.is_file()
-        if "cache" not in path.relative_to(directory).parts[0] and "__pycache__" not in path.parts
+        if path.relative_to(directory).parts[0] != "cache" and not {"__pycache__", ".blip3o_index"} & set(path.parts)
     }
 
 

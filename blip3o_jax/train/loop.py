@@ -27,6 +27,7 @@ from blip3o_jax.parallel.watchdog import Watchdog
 from blip3o_jax.text.vocabulary import Vocabulary
 from blip3o_jax.train.checkpoint import Checkpoints
 from blip3o_jax.train.flops import peak_flops
+from blip3o_jax.train.memory import check_memory
 from blip3o_jax.train.metrics import MetricLog, SilentLog
 from blip3o_jax.train.start import restore_or_create
 from blip3o_jax.train.state import StatePlan, TrainState, plan_state
@@ -143,6 +144,7 @@ def train(
 
         watch.enter("restore", 0)
         plan = plan_state(config, strategy)
+        check_memory(config, plan, strategy)
         checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint.keep)
         until_done.push(exits.pushed(checkpoints.close))
         image_first = vocabulary.image_first if vocabulary else 0

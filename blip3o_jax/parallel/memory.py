@@ -1,0 +1,61 @@
+"""How much memory a device has, and a refusal of what can never fit into it.
+
+Compilers and allocators end a process that asks for a thousand times too much, without a word about which setting asked. What
+is counted here are lower bounds: a run that passes may still be too large for its activations, and the compiler says so.
+"""
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Sequence
+
+import jax
+
+from blip3o_jax.config import ConfigError
+from blip3o_jax.parallel.chips import chip_of
+
+_CGROUP = pathlib.Path("/sys/fs/cgroup/memory.max")
+
+
+@dataclasses.dataclass(frozen=True)
+class Need:
+    """Bytes that one device holds at once for what `setting` says, and what to do where that is too much."""
+
+    setting: str
+    bytes: float
+    remedy: str
+
+
+def host_bytes() -> int:
+    """Return the memory of this host, or of the control group that this process is confined to."""
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        limit = _CGROUP.read_text().strip()
+    except OSError:
+        return total
+    return min(total, int(limit)) if limit.isdigit() else total
+
+
+def device_bytes(devices: Sequence[jax.Device]) -> float | None:
+    """Return the memory of one of `devices`, those of this host; None where nothing is known. CPU devices share the host's."""
+    if devices[0].platform == "cpu":
+        return host_bytes() / len(devices)
+    limit = (devices[0].memory_stats() or {}).get("bytes_limit")
+    chip = chip_of(devices[0].device_kind)
+    return limit or (chip.hbm_bytes if chip else None)
+
+
+def check_fits(needs: Sequence[Need], room: float | None) -> None:
+    """Raise ConfigError that names the largest of `needs` unless all of them together fit into `room` bytes."""
+    total = sum(need.bytes for need in needs)
+    if room is None or total <= room:
+        return
+    largest = max(needs, key=lambda need: need.bytes)
+    raise ConfigError(
+        f"{largest.setting} takes at least {_gib(largest.bytes)} of memory on each device, which has {_gib(room)} "
+        f"({_gib(total)} with the rest): {largest.remedy}"
+    )
+
+
+def _gib(count: float) -> str:
+    return f"{count / 2**30:,.1f} GiB"

@@ -1,0 +1,127 @@
+"""Refuses a training run whose state or batch can never fit, before anything is allocated or compiled.
+
+Counted on each device: parameters, gradients, optimizer and averages, exactly as the plan lays them out; and of the batch what
+no schedule avoids, the examples' pixels and tokens, the inputs of every layer that the backward pass keeps, and scores where
+attention writes them out.
+"""
+
+import collections
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+
+from blip3o_jax import fields, nn
+from blip3o_jax.blip3o import PARTS
+from blip3o_jax.config import Config
+from blip3o_jax.parallel.memory import Need, check_fits, device_bytes
+from blip3o_jax.parallel.rules import Strategy
+from blip3o_jax.train.stages import STAGES
+from blip3o_jax.train.state import StatePlan
+
+_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def check_memory(config: Config, plan: StatePlan, strategy: Strategy) -> None:
+    """Raise ConfigError that names the setting which is too large for the devices of `strategy`."""
+    devices = strategy.mesh.local_devices
+    check_fits([*state_needs(config, plan), *batch_needs(config, plan, strategy)], device_bytes(devices))
+
+
+def state_needs(config: Config, plan: StatePlan) -> list[Need]:
+    """Return a need for each part of the model."""
+    counts: collections.Counter[str] = collections.Counter()
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(plan.abstract):
+        names = [getattr(key, "key", None) for key in keys]
+        part = next((name for name in names if name in PARTS), None)
+        if part is None:
+            continue
+        shard = math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        # The gradients of all that is trained exist at once: they are clipped by their common norm.
+        counts[part] += shard * (2 if names[0] == "params" else 1)
+    remedy = "make it smaller, or lay it over more devices (mesh.fsdp)"
+    return [Need(_outstanding(config, part), count, remedy) for part, count in counts.items()]
+
+
+def _outstanding(config: Config, part: str) -> str:
+    """Return the setting of a part that is furthest above its default: what somebody has set too high."""
+    group = getattr(config.model, part, None)
+    if group is None:
+        return f"part {part} of the model"
+    found = [(value / max(1, default), name, value) for name, value, default in _sizes(group, type(group)(), f"model.{part}")]
+    ratio, name, value = max(found, default=(0, "", 0))
+    return f"{name}={value}" if ratio > 1 else f"model.{part}"
+
+
+def _sizes(group: Any, default: Any, path: str) -> Iterator[tuple[str, int, int]]:
+    """(name, value, default) of the whole numbers of a group and of those in it."""
+    for name in fields.field_types(type(group)):
+        value, usual = getattr(group, name), getattr(default, name)
+        if isinstance(value, int) and not isinstance(value, bool):
+            yield fields.join(path, name), value, usual
+        elif isinstance(value, tuple) and value and all(type(v) is int for v in value):
+            yield fields.join(path, name), max(value), max(usual)
+        elif fields.is_group(type(value)):
+            yield from _sizes(value, usual, fields.join(path, name))
+
+
+def batch_needs(config: Config, plan: StatePlan, strategy: Strategy) -> list[Need]:
+    """Return the need of the batch: named after its size, or after what makes a single example too large."""
+    shards = strategy.batch_shards
+    batch = config.data.batch_size / shards
+    micro = batch / config.optimizer.accumulate
+    given, kept = example_bytes(config, plan, strategy)
+    each = given + sum(kept.values())
+    room = device_bytes(strategy.mesh.local_devices)
+    if room is not None and each > room:
+        setting = max(kept, key=kept.__getitem__)
+        return [Need(setting, max(1, micro) * each, "make it smaller")]
+    fits = "" if room is None else f"at most {max(1, int(room / each)) * shards} fit without the model, "
+    setting = f"data.batch_size={config.data.batch_size}"
+    # The contrastive loss looks at every pair of an image and a caption.
+    pairs = 4.0 * micro * micro * shards if config.stage == "contrastive" else 0.0
+    need = batch * given + micro * (each - given) + pairs
+    return [Need(setting, need, f"{fits}or raise optimizer.accumulate")]
+
+
+def example_bytes(config: Config, plan: StatePlan, strategy: Strategy) -> tuple[float, dict[str, float]]:
+    """Return (bytes of an example's arrays, {setting: bytes that its training step keeps}) on the device that has it."""
+    model, names, trained = config.model, STAGES[config.stage].fields, set(plan.abstract["params"])
+    pixels, seen, length = model.image_size**2 * 3, model.tokenizer.encoder.image_size**2 * 3, config.data.max_length
+    cached = config.stage == "joint" and bool(config.data.cache_dir)
+    given = 0.0 if cached else pixels * ("pixels" in names) + seen * ("tokenizer_pixels" in names)
+    kept: dict[str, float] = {}
+    if "pixels" in names and not cached:
+        kept[f"model.image_size={model.image_size}"] = 4.0 * pixels
+    if "tokenizer_pixels" in names and not cached:
+        encoder = model.tokenizer.encoder
+        layers = encoder.num_hidden_layers if {"tokenizer"} & trained and config.stage == "contrastive" else 1
+        patches = encoder.grid**2
+        scores = 4.0 * encoder.num_attention_heads * patches**2
+        setting = f"model.tokenizer.encoder.image_size={encoder.image_size}"
+        kept[setting] = _layers(encoder, patches, layers) + scores
+    if config.stage == "joint":
+        rows, among = 1 / config.data.pack, strategy.mesh.shape["sequence"]
+        given += 16.0 * length * rows
+        layers = model.ar.num_hidden_layers if "ar" in trained and model.ar.remat != "offload" else 1
+        row = _layers(model.ar, length, layers)
+        if _scores_are_written(config):
+            row += 4.0 * model.ar.num_attention_heads * length**2 / strategy.mesh.shape["tensor"]
+        kept[f"data.max_length={length}"] = row * rows / among
+        tokens = (model.latent_size // model.dit.patch_size) ** 2 * config.loss.flow_draws
+        layers = model.dit.num_layers if model.dit.remat != "offload" else 1
+        drawn = _layers(model.dit, tokens, layers) / among
+        noisy = config.loss.flow_draws if config.loss.flow_draws > 16 else 0
+        kept[f"loss.flow_draws={noisy}" if noisy else f"model.image_size={model.image_size} (latents)"] = drawn
+    return given, kept
+
+
+def _layers(network: Any, tokens: int, layers: int) -> float:
+    return float(tokens * network.hidden_size * _BYTES[network.dtype] * layers)
+
+
+def _scores_are_written(config: Config) -> bool:
+    """Whether attention over rows is plain products."""
+    platform, wanted = nn.platform(), config.model.ar.attention
+    return wanted == "xla" or (wanted == "auto" and platform == "cpu")
