@@ -51,15 +51,14 @@ def _mean_gradients(
     return jax.lax.scan(add, zeros, micro_batches)[0]
 
 
-def _finite_result(norm: jax.Array, params: Any, ema: Any) -> jax.Array:
+def _all_finite(*trees: Any) -> jax.Array:
     """Whether all that a step leads to is finite: a learning rate can spoil what a finite gradient gives.
 
-    The optimizer's moments need not be read for that. They are decaying sums of the gradient and of its square: where
-    4 |g|^2 is finite, so are the square of each element and what is added to it, in whatever order the compiler adds.
-    `Checkpoints.save` looks at them all the same.
+    Compiled for four v5p chips with AdamW and fsdp, this costs one all-reduce of booleans, six times the bytes of a chip's
+    parameters in memory traffic and half of them in memory; leaving out the moments saves none of it.
     """
-    leaves = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves((params, ema))]
-    return jnp.stack([jnp.isfinite(4 * norm**2), *leaves]).all()
+    leaves = [leaf for leaf in jax.tree.leaves(trees) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    return jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]).all()
 
 
 def make_step(config: Config, plan: StatePlan, strategy: Strategy, loss: Loss) -> Callable[..., tuple[TrainState, Metrics]]:
@@ -94,7 +93,7 @@ def make_step(config: Config, plan: StatePlan, strategy: Strategy, loss: Loss) -
             params = optax.apply_updates(state["params"], updates)
             decay = config.optimizer.ema_decay
             ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state["ema"], params) if decay else {}
-            finite = jnp.isfinite(metrics["loss"]) & _finite_result(norm, params, ema)
+            finite = jnp.isfinite(metrics["loss"]) & _all_finite(norm, params, opt, ema)
             keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
         counters = {
             "bad_steps": jnp.where(finite, 0, state["bad_steps"] + 1),

@@ -13,7 +13,7 @@ import pytest
 from blip3o_jax.data import encoded
 from blip3o_jax.data.encoded import DamagedPart
 from blip3o_jax.data.examples import ExampleBuilder
-from blip3o_jax.data.record import BadRecord, Record
+from blip3o_jax.data.record import BadRecord, Record, read_record
 from blip3o_jax.data.sources import open_mixture
 from blip3o_jax.train import encode
 from tests import tiny
@@ -140,8 +140,10 @@ def test_a_damaged_part_is_named_and_encoded_again(folder, tmp_path, capsys, cas
     cached, *_ = opened(folder, tmp_path, Encoders())
     want = all_records(cached)
     spoil(parts(tmp_path, name)[calls > 0])
+    encoded.open_part.cache_clear()
     with pytest.raises(DamagedPart, match=message) as error:
-        all_records(cached)
+        for i in range(16):  # as the loader does: it is not the record's fault, which is not skipped for it
+            read_record(cached, i, lambda record: record)
     assert "\n" not in str(error.value) and "is encoded again when the run is started again" in str(error.value)
     again = Encoders()
     cached, _, _ = opened(folder, tmp_path, again)
