@@ -9,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 
 import prometheus_client
@@ -19,7 +18,8 @@ from starlette.routing import Route
 
 from blip3o_jax import serving
 from blip3o_jax.config import UserError
-from blip3o_jax.serving import Background, ConnectionLimits, MemoryBudget, Refused, Service
+from blip3o_jax.connections import BUSY, ConnectionLimits
+from blip3o_jax.serving import Background, MemoryBudget, Refused, Service
 
 LIMITS = ConnectionLimits(
     max_connections=8,
@@ -248,7 +248,7 @@ def test_where_all_are_at_work_a_new_one_is_told_to_come_back(service, registry)
             stack.enter_context(connected(service)).sendall(request)
         until(lambda: service.connections == LIMITS.max_connections)
         until(lambda: len(service._server.server_state.tasks) == LIMITS.max_connections)
-        assert raw(service, request) == serving.BUSY
+        assert raw(service, request) == BUSY
     until(lambda: service.connections == 0)  # who leaves is not worked for
     until(lambda: not service._server.server_state.tasks)
     left = registry.get_sample_value("t_requests_total", {"status": "499"})
@@ -294,26 +294,32 @@ async def slow(request):
     await asyncio.sleep(0.3)
     return JSONResponse("done")
 
-service = serving.Service("test", [Route("/slow", slow)])
+async def hang(request):
+    await asyncio.sleep(60)
+
+routes = [Route("/slow", slow), Route("/hang", hang)]
+service = serving.Service("test", routes, limits=serving.ConnectionLimits(grace_seconds=1))
 print("stopped by", serving.run_until_signal([service], lambda: print(service.url, flush=True)).name)
 """
 
 
 def test_a_signal_lets_requests_be_answered():
-    number = signal.SIGINT
-    process = subprocess.Popen([sys.executable, "-c", SCRIPT], stdout=subprocess.PIPE, text=True, env=dict(os.environ))
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen([sys.executable, "-c", SCRIPT], text=True, env=dict(os.environ), **pipes)
     try:
-        url = process.stdout.readline().strip()
-        answers = []
-        with socket.create_connection(("127.0.0.1", int(url.rsplit(":", 1)[1])), timeout=20) as connection:
-            connection.sendall(b"GET /slow HTTP/1.1\r\nHost: a\r\n\r\n")
-            reader = threading.Thread(target=lambda: answers.append(rest(connection)))
-            reader.start()
+        address = ("127.0.0.1", int(process.stdout.readline().rsplit(":", 1)[1]))
+        with concurrent.futures.ThreadPoolExecutor(2) as pool, contextlib.ExitStack() as stack:
+            answers = []
+            for path in (b"/hang", b"/slow"):
+                connection = stack.enter_context(socket.create_connection(address, timeout=20))
+                connection.sendall(b"GET " + path + b" HTTP/1.1\r\nHost: a\r\n\r\n")
+                answers.append(pool.submit(rest, connection))
             assert process.stdout.readline() == "asked\n"
-            process.send_signal(number)
-            reader.join(20)
-        assert answers[0].endswith(b'"done"')
-        assert process.wait(20) == 0 and process.stdout.read() == f"stopped by {number.name}\n"
+            process.send_signal(signal.SIGINT)
+            hung, slow = (answer.result(20) for answer in answers)
+        assert slow.endswith(b'"done"') and b" 503 " in hung and b"the service is ending" in hung
+        out, err = process.communicate(timeout=20)
+        assert process.returncode == 0 and out == "stopped by SIGINT\n" and "Traceback" not in err
     finally:
         process.kill()
         process.wait()

@@ -227,7 +227,8 @@ class Progress:
             )
 
     def add(self, count: int) -> None:
-        """Count bytes; raise _Stopped where the work is of no use any more."""
+        """Count bytes; raise _Stopped where the work is of no use any more. To be called with 0 now
+        and then where much is done between two reads."""
         if self.stopped.is_set():
             raise _Stopped
         with self._lock:
@@ -244,10 +245,10 @@ class Progress:
             return
         self._next = now + self.EVERY
         rate = self._done / (now - self._began)
-        left = max(0, self.total - self._done) / max(rate, 1)
+        left = f"{max(0, self.total - self._done) / rate:.0f} s" if rate else "unknown yet"
         self._say(
             f"indexing {self.name}: {self._shards}/{self._of} shards, {_size(self._done)} of "
-            f"{_size(self.total)}, {_size(rate)}/s, ETA {left:.0f} s"
+            f"{_size(self.total)}, {_size(rate)}/s, ETA {left}"
         )
 
     def _say(self, line: str) -> None:
@@ -422,11 +423,9 @@ def open_set(
     digest = lambda each: each.header["digest"]
     changed = [shards[i] for i in touched if digest(found[i]) != digest(before[i])]
     if changed and hosts.number == 0:
-        print(
-            f"{name}: indexed anew: {', '.join(changed)} changed without another size",
-            file=sys.stderr,
-            flush=True,
-        )
+        more = f" and {len(changed) - 1} more" if changed[1:] else ""
+        line = f"{name}: indexed anew: {changed[0]}{more} changed without another size"
+        print(line, file=sys.stderr, flush=True)
     for shard, each, (skip, take) in zip(shards, found, ranges, strict=False):
         if skip + take > each.records:
             wanted = f"{skip + take} are wanted: fetch it again"

@@ -26,142 +26,24 @@ import threading
 import time
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from blip3o_jax.config import DataConfig, UserError
-from blip3o_jax.data.record import TOO_LONG, BadRecord, Record, RowTooLong, Source, one_line, read_record
+from blip3o_jax.data.reader import BadRecordLimit, Join, Reader, Transform
+from blip3o_jax.data.record import TOO_LONG, Source
 
 Batch = dict[str, Any]
-Row = dict[str, np.ndarray]
-Transform = Callable[[Record], Row]
-Join = Callable[[Sequence[Row], Sequence[Record]], Row]
 
 # Seconds that a thread may take to end.
 ENDING = 10.0
-# As many unusable records end the search for a usable one: the next NEAR of the source, then some
-# from all over it, since a damaged file spoils all records that lie in it. With nine records of ten
-# unusable, one search in 10^5 fails.
-MAX_SKIPPED, NEAR = 128, 16
 # Records of one shard, all of them skipped for the same kind of reason, that are worth a warning.
 FIRST_OF_SHARD = 8
 # Too long records that are logged by name; captions of some data sets are long by the thousand.
 LOGGED_TOO_LONG = 10
-# What a row tells about the records skipped for it: JSON in ASCII, at most this many bytes.
-_REPORT_BYTES = 4096
 _log = logging.getLogger(__name__)
-
-
-class BadRecordLimit(UserError):
-    """More records than data.max_bad_share allows could not be used."""
-
-
-@dataclasses.dataclass(frozen=True)
-class _Reader:
-    """`data.pack` places (source, index) -> one row: the transform's arrays, joined where there are
-    several, and
-
-    bad_records  int32 [] or [E]  records skipped for each example because they cannot be read
-    _shards      int64 [] or [E]  CRC-32 of the name of the shard that each example was read from
-    _skipped     bytes            a report on the records skipped, the too long ones among them
-    """
-
-    sources: tuple[Source, ...]
-    transform: Transform
-    join: Join | None
-    too_long: str
-
-    def __call__(self, places: Sequence[tuple[int, int]]) -> dict[str, Any]:
-        searches = [_Search(self, self.sources[source], index) for source, index in places]
-        found = [search.next() for search in searches]
-        while True:
-            try:
-                [*rows], [*records] = zip(*found, strict=True)
-                row = rows[0] if self.join is None or len(places) == 1 else self.join(rows, records)
-                break
-            except RowTooLong as error:  # of examples that would share the row, the longest gives way
-                record = records[error.which]
-                reason = f"shares a row that {error.reason}"
-                searches[error.which].skip(BadRecord(record.shard, record.key, reason, TOO_LONG))
-                found[error.which] = searches[error.which].next()
-        skipped = [record for search in searches for record in search.skipped]
-        bad = [sum(record.kind != TOO_LONG for record in search.skipped) for search in searches]
-        shards = [zlib.crc32(_shard_name(record.shard).encode()) for record in records]
-        one = (lambda values: values[0]) if len(places) == 1 else (lambda values: values)
-        return row | {
-            "bad_records": np.array(one(bad), np.int32),
-            "_shards": np.array(one(shards), np.int64),
-            "_skipped": _pack(skipped),
-        }
-
-
-class _Search:
-    """The usable records of a source from `start` on, and those skipped on the way."""
-
-    def __init__(self, reader: _Reader, source: Source, start: int) -> None:
-        self._reader = reader
-        self._source = source
-        self._start = start
-        self._tried = 0
-        self.skipped: list[BadRecord] = []
-
-    def next(self) -> tuple[Row, Record]:
-        """The next record and its row. BadRecordLimit where none is to be found."""
-        limit = min(len(self._source), MAX_SKIPPED)
-        while self._tried < limit:
-            index = self._index()
-            self._tried += 1
-            try:
-                return read_record(self._source, index, self._made)
-            except BadRecord as error:
-                self.skip(error)
-        last = _described(self.skipped[-1])
-        raise BadRecordLimit(
-            f"{self._source.name}: {limit} records in a row cannot be used, the last {last}; "
-            + ("raise data.max_length" if self.skipped[-1].kind == TOO_LONG else "repair the data set")
-        )
-
-    def _made(self, record: Record) -> tuple[Row, Record]:
-        return self._reader.transform(record), record
-
-    def _index(self) -> int:
-        size = len(self._source)
-        if self._tried < NEAR or size <= MAX_SKIPPED:
-            return (self._start + self._tried) % size
-        # Steps of the golden section leave no stretch of the source out for long.
-        return (self._start + (self._tried - NEAR + 1) * round(0.618 * size)) % size
-
-    def skip(self, record: BadRecord) -> None:
-        if record.kind == TOO_LONG and self._reader.too_long == "error":
-            raise UserError(
-                f"{_described(record)}: shorten its text, raise data.max_length, or set data.too_long to skip or truncate"
-            )
-        self.skipped.append(record)
-
-
-def _described(record: BadRecord) -> str:
-    return f"{one_line(record.shard)}: {one_line(record.key)}: {one_line(record.reason, 300)}"
-
-
-def _pack(skipped: list[BadRecord]) -> np.ndarray:
-    """JSON of how many were skipped for each kind of reason, and of the last ones (shard, key,
-    reason, kind), in a fixed number of bytes so that rows stack and cross processes."""
-    if not skipped:
-        return np.array(b"", f"S{_REPORT_BYTES}")
-    counts = Counter(one_line(record.kind, 60) for record in skipped)
-    if len(counts) > 20:
-        counts = Counter({"several": sum(counts.values())})
-    names = [(_shard_name(r.shard), one_line(r.key[-150:]), one_line(r.reason), one_line(r.kind, 60)) for r in skipped]
-    while len(text := json.dumps([counts, names]).encode("ascii")) > _REPORT_BYTES:
-        # What is printed in one character may take twelve bytes here.
-        names = names[1:] or [tuple(part[: len(part) // 2] for part in names[0])]
-    return np.array(text, f"S{_REPORT_BYTES}")
-
-
-def _shard_name(shard: str) -> str:
-    return one_line(shard[-150:])
 
 
 class Loader(Iterator[Batch]):
@@ -277,7 +159,7 @@ class Loader(Iterator[Batch]):
 
         pack = self._data.pack
         places = _HostRows(self._places(), self._next_example, self._data.batch_size, self.rows, pack)
-        reader = _Reader(tuple(source for source, _ in self._sources), self._transform, self._join, self._data.too_long)
+        reader = Reader(tuple(source for source, _ in self._sources), self._transform, self._join, self._data.too_long)
         rows = grain.MapDataset.source(places).batch(pack, drop_remainder=True, batch_fn=tuple).map(reader)
         batches = rows.batch(len(self.rows), drop_remainder=True)
         workers = self._data.workers

@@ -93,12 +93,12 @@ class _Shard:
     """What the headers of a shard say: its records in the order of the file, and what is not
     used."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, progress: index.Progress) -> None:
         self.path = path
         self.unused = index.Counts()
         self.records: dict[bytes, dict[str, Span]] = {}
         self._files: dict[str, Span] = {}  # what a hard link may lead to
-        members, damaged_at, end = _tar_members(path)
+        members, damaged_at, end = _tar_members(path, progress)
         for member in members:
             self._add(member)
         if damaged_at is not None:
@@ -205,7 +205,8 @@ def _plain(name: str) -> str:
 
 def _index_tar(path: str, progress: index.Progress) -> index.Built:
     """Return the index of a shard, every record's bytes read once."""
-    shard, incomplete, keys, rows, broken = _Shard(path), index.Counts(), [], [], 0
+    shard = _Shard(path, progress)
+    incomplete, keys, rows, broken = index.Counts(), [], [], 0
     for key, spans in shard.rows():
         keys.append(key)
         rows.append(spans)
@@ -239,7 +240,7 @@ def _pieces(file: int, spans: list[Span], progress: index.Progress) -> Iterator[
             yield data
 
 
-def _tar_members(shard: str) -> tuple[list[tarfile.TarInfo], int | None, int]:
+def _tar_members(shard: str, progress: index.Progress) -> tuple[list[tarfile.TarInfo], int | None, int]:
     """Return the members that are there in full; the byte from which the file is cut off or damaged
     (None: it is sound); where the headers end.
 
@@ -266,6 +267,7 @@ def _tar_members(shard: str) -> tuple[list[tarfile.TarInfo], int | None, int]:
                 if member.offset_data + stored > total:
                     return members, member.offset, end
                 members.append(member)
+                progress.add(0)
             end = archive.offset
     except tarfile.TarError as error:
         hint = "shards must be plain .tar, not compressed"

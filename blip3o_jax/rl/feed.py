@@ -65,7 +65,8 @@ class Rollouts:
         self._setup, self._prompts, self._pool = setup, prompts, pool
         self._open_log, self._log = open_log, None
         self._rl = setup.config.rl
-        self._reference, self._identity = reference, position["reference"]
+        self._reference = reference
+        self._identity = {name: position[name] for name in ("reference", "prompts")}
         self._next, self._step, self._uses = position["rollout"], setup.start, 0
         image_ids = setup.vocabulary.image_first, setup.vocabulary.image_last
         self._draw_images = rollout.make_draw(setup.config, setup.plan, setup.strategy, image_ids)
@@ -93,7 +94,7 @@ class Rollouts:
         if self._uses:
             return None
         undone = self._ahead is not None  # drawn but not trained on: drawn again by a run that goes on from here
-        return {"rollout": self._next - undone, "reference": self._identity}
+        return {"rollout": self._next - undone} | self._identity
 
     def metrics(self) -> dict[str, float]:
         return self._metrics

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import hashlib
+import json
 import pathlib
 from typing import Any
 
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 
 from blip3o_jax import lora
 from blip3o_jax.config import Config, ConfigError, UserError, check
-from blip3o_jax.data.prompts import read_prompts
+from blip3o_jax.data.prompts import Prompt, read_prompts
 from blip3o_jax.parallel.distributed import host
 from blip3o_jax.rl import rollout
 from blip3o_jax.rl.feed import Rollouts
@@ -89,6 +90,7 @@ class ReinforcementLearning:
             reference = _reference(setup, state, fresh=position is None)
             identity = fingerprint(lora.without_idle_lora(reference))
         position = position or {"rollout": 0, "reference": identity}
+        position = with_prompts(position, self._prompts, config.rl.prompts_file)
         if setup.start % config.rl.updates:
             raise ConfigError(
                 f"rl.updates={config.rl.updates} does not divide the {setup.start} steps that {setup.workdir} has done: a "
@@ -108,6 +110,20 @@ class ReinforcementLearning:
         image_ids = setup.vocabulary.image_first, setup.vocabulary.image_last
         loss = make_loss(config, image_ids, setup.strategy.batch_shards)
         return Begun(feed, make_step(config, setup.plan, setup.strategy, loss))
+
+
+def with_prompts(position: dict[str, Any], prompts: list[Prompt], path: str) -> dict[str, Any]:
+    """Return the position with a digest of the prompts and of what rewards read of them, in their
+    order. UserError where it has that of others."""
+    content = [[prompt.text, prompt.metadata] for prompt in prompts]
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    if position["rollout"] and position.get("prompts") != digest:
+        raise UserError(
+            f"rl.prompts_file={path} holds other prompts, or in another order, than when this run "
+            "started: some would be repeated and others left out; bring them back, or start in "
+            "another --workdir"
+        )
+    return position | {"prompts": digest}
 
 
 def _reference(setup: Setup, state: TrainState, *, fresh: bool) -> Any:

@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from blip3o_jax.config import ConfigError, DataConfig, UserError
 from blip3o_jax.data import loader as loading
+from blip3o_jax.data import reader
 from blip3o_jax.data.loader import BadRecordLimit, DevicePrefetch, Loader, global_batch, host_rows
 from blip3o_jax.data.record import BadRecord, Record, RowTooLong, Source
 
@@ -261,7 +262,7 @@ def test_whatever_one_record_raises_is_skipped_with_its_place(caplog) -> None:
 def test_what_is_no_fault_of_a_record_ends_the_run() -> None:
     for error in (ConfigError("model.template.generate has no place for the text"), KeyboardInterrupt()):
         with pytest.raises(type(error)):
-            loading._Search(loading._Reader((), to_row, None, "skip"), Raising(3, {0: error}), 0).next()
+            reader._Search(reader.Reader((), to_row, None, "skip"), Raising(3, {0: error}), 0).next()
 
 
 def test_a_transform_that_fails_on_all_records_ends_the_run_with_its_place() -> None:
@@ -275,7 +276,7 @@ def test_a_transform_that_fails_on_all_records_ends_the_run_with_its_place() -> 
 def test_a_damaged_stretch_of_a_large_set_does_not_end_the_search() -> None:
     source = Numbers("a", 20_000, bad=tuple(range(5_000)))
     got = next(make([(source, 1.0)], shuffle=False))
-    assert (got["number"] >= 5_000).all() and (got["bad_records"] <= loading.NEAR + 2).all()
+    assert (got["number"] >= 5_000).all() and (got["bad_records"] <= reader.NEAR + 2).all()
 
 
 def test_a_shard_of_which_nothing_can_be_read_is_named_at_once(caplog) -> None:
@@ -292,7 +293,7 @@ def test_a_shard_of_which_nothing_can_be_read_is_named_at_once(caplog) -> None:
 
 def test_a_report_survives_any_name_and_reason() -> None:
     for text in ("\ud83c", "\0", '"\n\\', "\U0001f382" * 4000, "\x1b[2J", ""):
-        report = loading._pack([BadRecord(text, text, text)] * 3)
+        report = reader.pack_report([BadRecord(text, text, text)] * 3)
         counts, names = json.loads(report.item())
         assert report.dtype == "S4096" and sum(counts.values()) == 3 and names
         assert all(part.isprintable() for name in names for part in name)

@@ -1,7 +1,11 @@
 """The order in which a run draws its prompts."""
 
 import numpy as np
+import pytest
 
+from blip3o_jax.config import UserError
+from blip3o_jax.data.prompts import Prompt
+from blip3o_jax.rl.method import with_prompts
 from blip3o_jax.rl.prompts import prompt_indices
 
 
@@ -24,3 +28,13 @@ def test_a_rollouts_prompts_depend_on_seed_and_position_alone():
 def test_a_rollout_may_be_larger_than_the_file():
     assert np.bincount(prompt_indices(3, 1, 7, seed=0)).sum() == 7
     assert sorted(prompt_indices(3, 0, 6, seed=0).tolist()) == [0, 0, 1, 1, 2, 2]
+
+
+def test_a_run_goes_on_with_the_prompts_it_began_with():
+    prompts = [Prompt("red", {"category": "colours"}), Prompt("blue")]
+    begun = with_prompts({"rollout": 0}, prompts, "file") | {"rollout": 3}
+    assert with_prompts(begun, list(prompts), "a copy") == begun
+    other = Prompt("red", {"category": "counts"})  # as a reward reads it
+    for changed in (prompts[::-1], prompts[:1], [other, prompts[1]]):
+        with pytest.raises(UserError, match=r"rl.prompts_file=other.jsonl holds other prompts"):
+            with_prompts(begun, changed, "other.jsonl")

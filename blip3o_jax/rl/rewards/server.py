@@ -29,11 +29,12 @@ from starlette.routing import Route
 
 from blip3o_jax import serving
 from blip3o_jax.config import RewardConfig, UserError
+from blip3o_jax.connections import CONNECTION_BYTES, ConnectionLimits
 from blip3o_jax.rl.rewards import png, requests, server_metrics, wire
 from blip3o_jax.rl.rewards.batcher import Batcher, Job
 from blip3o_jax.rl.rewards.reward import Scores
 from blip3o_jax.rl.rewards.scorers import Parser, ScorerProcesses, Scorers
-from blip3o_jax.serving import Background, ConnectionLimits, MemoryBudget, Refused, Service
+from blip3o_jax.serving import Background, MemoryBudget, Refused, Service
 
 WHAT = "serve-rewards"
 PROCESS_BYTES = 256 << 20  # of a process with its libraries, beside what is counted
@@ -73,7 +74,7 @@ class Limits:
     def room(self) -> int:
         """Bytes for requests at hand."""
         processes = (2 + self.scorers) * PROCESS_BYTES
-        connections = self.connections.max_connections * serving.CONNECTION_BYTES
+        connections = self.connections.max_connections * CONNECTION_BYTES
         parsing = requests.PARSE_BYTES * self.max_body + requests.VALUE_BYTES * requests.MAX_VALUES
         scoring = self.scorers * (self.max_body + png.DECODED_BYTES * self.max_pixels)
         return self.max_memory - processes - connections - parsing - scoring

@@ -1,7 +1,9 @@
 """What a reward server is sent is judged before anything is decoded."""
 
 import json
+import pickle
 
+import numpy as np
 import pytest
 
 from blip3o_jax.rl.rewards import requests
@@ -52,3 +54,11 @@ def test_what_is_taken():
     found = requests.parse_request(bytearray(changed(prompts=["\U0001f600"], metadata=[{"x": [1, "\udc00"]}])), 64)
     assert found.prompts == ["\U0001f600"] and json.loads(found.metadata[0]) == {"x": [1, "\udc00"]}
     assert [(image.height, image.width) for image in found.images] == [(8, 8)]
+
+
+def test_both_outcomes_come_back_from_a_process():
+    found = requests.parse_array(np.frombuffer(changed(), np.uint8), 64)
+    there = pickle.loads(pickle.dumps(found))
+    np.testing.assert_array_equal(there.images[0].file, found.images[0].file)
+    refused = pickle.loads(pickle.dumps(Refused(503, "a\nline")))
+    assert (refused.status, refused.line, refused.headers) == (503, "a line", {"Retry-After": "1"})

@@ -155,10 +155,14 @@ def test_requests_beyond_the_limit_are_told_to_come_back():
 
 def test_requests_that_would_take_too_much_memory_are_told_to_come_back():
     red = Red()
-    limits = Limits(max_body=4 << 20)
-    limits = Limits(max_body=4 << 20, max_memory=limits.max_memory - limits.room + (9 << 20))  # room for two, less an eighth
-    large = json.dumps(body(png(), prompts=["wait"])).encode().ljust(4_100_000)
-    with serving(red, limits) as (url, _, _), concurrent.futures.ThreadPoolExecutor(1) as pool:
+    limits = Limits(max_body=500_000)
+    room = 700_000  # for one
+    limits = Limits(max_body=500_000, max_memory=limits.max_memory - limits.room + room)
+    large = json.dumps(body(png(), prompts=["wait"])).encode().ljust(450_000)
+    with (
+        serving(red, limits) as (url, _, _),
+        concurrent.futures.ThreadPoolExecutor(1) as pool,
+    ):
         waiting = pool.submit(ask, url, large)
         assert red.waiting.acquire(timeout=10)
         assert ask(url, large)[0] == 503

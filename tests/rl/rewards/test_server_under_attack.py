@@ -93,6 +93,7 @@ def test_others_are_served_and_memory_stays_below_its_limit(server):
         assert status in statuses[name] <= {status, 0, 408, 503}
     assert json.loads(read(url + "/health"))["status"] == "ok"
     metrics = read(url + "/metrics")
+    assert 'status="500"' not in metrics  # of nonsense neither
     assert "blip3o_reward_waiting 0.0" in metrics and "reserved_bytes 0.0" in metrics
     process.terminate()
     assert process.wait(30) == 0
