@@ -82,6 +82,8 @@ def batch_needs(config: Config, plan: StatePlan, strategy: Strategy) -> list[Nee
     # The contrastive loss looks at every pair of an image and a caption.
     pairs = 4.0 * micro * micro * shards if config.stage == "contrastive" else 0.0
     need = batch * given + micro * (each - given) + pairs
+    if pairs:
+        fits = "make it smaller, "
     return [Need(setting, need, f"{fits}or raise optimizer.accumulate")]
 
 
