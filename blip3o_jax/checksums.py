@@ -9,15 +9,17 @@ index of a shard only, so that a flipped bit in an array's bytes comes out as an
 """
 
 import concurrent.futures
+import functools
 import json
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import google_crc32c
 
 from blip3o_jax.config import UserError
+from blip3o_jax.files import replace_text
 
 MANIFEST = "manifest.json"
 KEY = "crc32c"
@@ -34,9 +36,7 @@ class DamagedFile(UserError):
 
 def write_json(path: pathlib.Path, value: dict[str, Any]) -> None:
     """Write an object with its checksum, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(json.dumps(value | {KEY: _of_json(value)}, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    replace_text(path, json.dumps(value | {KEY: _of_json(value)}, indent=1) + "\n")
 
 
 def read_json(path: pathlib.Path, *, edited: bool = False) -> dict[str, Any]:
@@ -60,12 +60,12 @@ def read_json(path: pathlib.Path, *, edited: bool = False) -> dict[str, Any]:
 
 def _of_json(value: dict[str, Any]) -> str:
     """Return the checksum of the values, however they are laid out in the file."""
-    return f"{crc32c(json.dumps(value, sort_keys=True).encode()):08x}"
+    return f"{crc32c([json.dumps(value, sort_keys=True).encode()]):08x}"
 
 
-def crc32c(data: bytes) -> int:
-    """Return the CRC32C (Castagnoli) of `data`."""
-    return google_crc32c.value(data)
+def crc32c(parts: Iterable[bytes], before: int = 0) -> int:
+    """Return the CRC32C (Castagnoli) of `parts` one after the other, behind bytes that have `before`."""
+    return functools.reduce(google_crc32c.extend, parts, before)
 
 
 def file_crc32c(path: pathlib.Path) -> int:

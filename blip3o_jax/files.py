@@ -5,7 +5,9 @@ import errno
 import os
 import pathlib
 import re
+import uuid
 from collections.abc import Iterator
+from typing import IO, Any
 
 from blip3o_jax.config import UserError
 
@@ -88,20 +90,39 @@ def writing(path: pathlib.Path) -> Iterator[None]:
         raise OSError(found.errno, os.strerror(found.errno), found.filename or str(path)) from error
 
 
-def replace_text(path: pathlib.Path, text: str) -> None:
-    """Write `text` in place of the file, on disk when this returns; a kill, or an OSError, leaves the old file whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
+@contextlib.contextmanager
+def replacing(path: pathlib.Path, mode: str = "w", *, shared: bool = False) -> Iterator[IO[Any]]:
+    """Open a file that takes the place of `path`, on disk, when the block ends; a kill or an exception leaves the old one.
+
+    `mode` is "w" for UTF-8 text or "wb" for bytes. `shared`: several hosts may write the same file at once. It is never `path`
+    itself that is opened: in a directory from elsewhere that may be a link to any file of the user's.
+    """
+    unique = f".{uuid.uuid4().hex}" if shared else ""
+    partial = path.with_name(f".{path.name[:100]}{unique}.partial")
     with writing(path):
         try:
-            with partial.open("w", encoding="utf-8") as file:
-                file.write(text)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial.unlink(missing_ok=True)
+            with partial.open(mode.replace("w", "x"), encoding=None if "b" in mode else "utf-8") as file:
+                yield file
                 file.flush()
                 os.fsync(file.fileno())
             partial.replace(path)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
+        finally:
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
+
+
+def replace_text(path: pathlib.Path, text: str) -> None:
+    """Write `text` in place of the file; see `replacing`."""
+    with replacing(path) as file:
+        file.write(text)
+
+
+def replace_bytes(path: pathlib.Path, data: bytes, *, shared: bool = False) -> None:
+    """Write `data` in place of the file; see `replacing`."""
+    with replacing(path, "wb", shared=shared) as file:
+        file.write(data)
 
 
 def check_out_directory(out: pathlib.Path, flag: str = "--out") -> None:

@@ -15,9 +15,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from blip3o_jax import files
 from blip3o_jax.config import ModelConfig, UserError
 from blip3o_jax.data import images
-from blip3o_jax.data.checked_file import DamagedArrays, cache_directory, pack, unpack, write_whole
+from blip3o_jax.data.checked_file import DamagedArrays, cache_directory, pack, unpack
 from blip3o_jax.data.record import CHANGED, BadRecord, Record, Source, read_record
 
 AT_ONCE = 1024  # records between two lines of progress
@@ -86,5 +87,5 @@ def _shapes(source: Source, model: ModelConfig) -> np.ndarray:
                 print(f"shapes of {source.name}: {len(found)}/{len(source)}, ETA {left:.0f} s", file=sys.stderr)
     shapes_N = np.array(found, np.uint8)
     if not changed:  # what was read is what the file's name says
-        write_whole(file, pack({}, {"shapes": shapes_N}))
+        files.replace_bytes(file, pack({}, {"shapes": shapes_N}), shared=True)
     return shapes_N

@@ -6,13 +6,10 @@ Little-endian:
 """
 
 import contextlib
-import functools
 import json
 import os
 import pathlib
 import tempfile
-import uuid
-from collections.abc import Iterable
 from typing import Any
 
 import google_crc32c
@@ -27,11 +24,6 @@ _PREFIX = len(MAGIC) + 8
 
 class DamagedArrays(ValueError):
     """A file that `pack` did not make, or that has changed since."""
-
-
-def crc32c(parts: Iterable[bytes], before: int = 0) -> int:
-    """Return the CRC32C of `parts` one after the other, behind bytes that have `before`."""
-    return functools.reduce(google_crc32c.extend, parts, before)
 
 
 def pack(header: dict[str, Any], arrays: dict[str, np.ndarray]) -> bytes:
@@ -81,20 +73,6 @@ def unpack(
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise DamagedArrays(f"its layout makes no sense ({error})") from None
     return header, arrays
-
-
-def write_whole(path: pathlib.Path, data: bytes) -> None:
-    """Write `data` under another name, then rename: a reader, or another host, sees all of it or
-    nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name[:100]}.{uuid.uuid4().hex}.partial")
-    try:
-        partial.write_bytes(data)
-        partial.replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise
 
 
 def cache_directory() -> pathlib.Path:

@@ -114,7 +114,7 @@ class Part:
     def read(self, name: str, row: int) -> np.ndarray:
         """Return a copy of one record's values. Raises DamagedPart."""
         values = np.array(self.arrays[name][row])
-        if checksums.crc32c(values.tobytes()) != self.sums[name][row]:
+        if checksums.crc32c([values.tobytes()]) != self.sums[name][row]:
             self.refuse(f"{_array_file(self.file, name).name} is damaged (another CRC32C in record {row})")
         return values
 
@@ -150,7 +150,7 @@ def write_part(directory: pathlib.Path, number: int, arrays: dict[str, np.ndarra
         temporary = final.with_suffix(".writing.npy")
         np.save(temporary, values)
         temporary.replace(final)
-        described[name] = {"shape": values.shape, "crc32c": [checksums.crc32c(row.tobytes()) for row in values]}
+        described[name] = {"shape": values.shape, "crc32c": [checksums.crc32c([row.tobytes()]) for row in values]}
     checksums.write_json(file, {"unreadable": unreadable} | described)
     open_part.cache_clear()
 

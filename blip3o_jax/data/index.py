@@ -45,15 +45,15 @@ from typing import Any
 
 import numpy as np
 
+from blip3o_jax import files
+from blip3o_jax.checksums import crc32c
 from blip3o_jax.config import UserError
 from blip3o_jax.data import record as record_lib
 from blip3o_jax.data.checked_file import (
     DamagedArrays,
     cache_directory,
-    crc32c,
     pack,
     unpack,
-    write_whole,
 )
 from blip3o_jax.data.record import BadRecord, Source
 
@@ -566,7 +566,7 @@ def _build(shard: str, form: Format, progress: Progress) -> Found:
     data, errors = pack(header, built.arrays), []
     for path in _places(shard, form):
         try:
-            write_whole(path, data)
+            files.replace_bytes(path, data, shared=True)
             return Found(path, len(built.arrays["crc"]), json.loads(json.dumps(header)))
         except OSError as error:
             errors.append(f"{path.parent}: {error.strerror}")

@@ -28,9 +28,10 @@ from typing import Any
 import numpy as np
 
 from blip3o_jax import config
+from blip3o_jax.checksums import crc32c
 from blip3o_jax.config import UserError
 from blip3o_jax.data import index as index_lib
-from blip3o_jax.data.checked_file import DamagedArrays, crc32c
+from blip3o_jax.data.checked_file import DamagedArrays
 from blip3o_jax.data.index import Built, Counts, Hosts, IndexedSource, Progress, ShardIndex
 from blip3o_jax.data.record import (
     CAPTION_FIELDS,

@@ -13,9 +13,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from blip3o_jax.checksums import crc32c
 from blip3o_jax.config import UserError
 from blip3o_jax.data import index
-from blip3o_jax.data.checked_file import DamagedArrays, crc32c
+from blip3o_jax.data.checked_file import DamagedArrays
 from blip3o_jax.data.record import (
     BadRecord,
     Record,

@@ -7,11 +7,10 @@ Whoever changes a reward sees what it would have said of a whole run, without dr
 one reward and not under another tells that the policy has learnt the reward, not the task.
 """
 
-import contextlib
 import json
 import pathlib
 from collections.abc import Iterator
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -43,7 +42,7 @@ def rescore(workdir: pathlib.Path, rewards: tuple[RewardConfig, ...], out: pathl
     done = []
     with RewardPool(rewards, workers=workers) as pool:
         pool.check([(line["prompt"], line["metadata"]) for line in lines])
-        with files.writing(out), _replaced(out) as file:
+        with files.replacing(out) as file:
             for group in _rollouts(lines):
                 images = _images(workdir, group)
                 found = pool.submit(images, [line["prompt"] for line in group], [line["metadata"] for line in group]).result()
@@ -53,20 +52,6 @@ def rescore(workdir: pathlib.Path, rewards: tuple[RewardConfig, ...], out: pathl
                     done.append(line | {"rescored": {"total": total, "parts": parts}})
                     file.write(json.dumps(done[-1]) + "\n")
     return done
-
-
-@contextlib.contextmanager
-def _replaced(out: pathlib.Path) -> Iterator[TextIO]:
-    """A new file that takes the place of `out` when it is whole. Not `out` itself: in a directory from elsewhere that may be a
-    link to any file of the user's."""
-    partial = out.with_name(f".{out.name}.partial")
-    partial.unlink(missing_ok=True)
-    try:
-        with partial.open("x", encoding="utf-8") as file:
-            yield file
-        partial.replace(out)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def rewards_of(workdir: pathlib.Path) -> tuple[RewardConfig, ...]:

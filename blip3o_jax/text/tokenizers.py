@@ -15,6 +15,7 @@ import pathlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from blip3o_jax import files
 from blip3o_jax.config import ConfigError, TemplateConfig, TextConfig, UserError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -99,7 +100,7 @@ class SentencePieceTokenizer(TextTokenizer):
         return self._model.decode(ids)
 
     def save(self, directory: str | pathlib.Path) -> None:
-        _write(pathlib.Path(directory) / SENTENCEPIECE_FILE, self.proto)
+        files.replace_bytes(pathlib.Path(directory) / SENTENCEPIECE_FILE, self.proto)
 
 
 class BpeTokenizer(TextTokenizer):
@@ -143,7 +144,7 @@ class BpeTokenizer(TextTokenizer):
         return json.loads(self._bpe.to_str()) | {"added_tokens": self._added}
 
     def save(self, directory: str | pathlib.Path) -> None:
-        _write(pathlib.Path(directory) / BPE_FILE, json.dumps(self.contents(), ensure_ascii=False).encode())
+        files.replace_bytes(pathlib.Path(directory) / BPE_FILE, json.dumps(self.contents(), ensure_ascii=False).encode())
 
 
 def load_tokenizer(cfg: TextConfig, base_dir: str | pathlib.Path | None = None) -> TextTokenizer:
@@ -198,7 +199,7 @@ def train_sentencepiece(
         )
     except RuntimeError as error:
         raise UserError(f"cannot train a text tokenizer of {vocab_size} pieces: {error}") from error
-    _write(pathlib.Path(path), proto.getvalue())
+    files.replace_bytes(pathlib.Path(path), proto.getvalue())
     return SentencePieceTokenizer(proto.getvalue())
 
 
@@ -259,11 +260,3 @@ def _read_json(file: pathlib.Path) -> Any:
         return json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ConfigError(f"{file}: not JSON ({error}); is model.text.kind right, and the file whole?") from error
-
-
-def _write(file: pathlib.Path, contents: bytes) -> None:
-    """All of it or nothing: a resumed run writes over the files of a checkpoint."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_bytes(contents)
-    partial.replace(file)

@@ -23,6 +23,7 @@ import cv2
 import tensorflow_datasets as tfds
 from absl import logging
 
+from blip3o_jax import files
 from blip3o_jax.config import check
 from blip3o_jax.data.shapes.captions import describe, prompts
 from blip3o_jax.data.shapes.draw import render
@@ -149,7 +150,5 @@ def _write_prompts(directory: pathlib.Path, split: str, count: int, seed: int) -
     """Whole or not at all, and not again."""
     path = directory / PROMPTS.format(split=split)
     if not path.is_file():
-        partial = path.with_suffix(".partial")
         lines = [json.dumps(prompt) + "\n" for prompt in prompts(split, count, seed)]
-        partial.write_text("".join(lines), encoding="utf-8")
-        partial.replace(path)
+        files.replace_text(path, "".join(lines))

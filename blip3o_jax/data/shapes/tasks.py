@@ -10,6 +10,7 @@ import pathlib
 import tarfile
 from collections.abc import Iterator
 
+from blip3o_jax import files
 from blip3o_jax.data.shapes import edits, questions
 from blip3o_jax.data.shapes.builder import encode_png, say
 from blip3o_jax.data.shapes.draw import render
@@ -29,13 +30,11 @@ def prepare(
             continue
         paths[name] = path = directory / f"{name}_train_{count}.tar"
         if not path.exists():
-            partial = path.with_suffix(".partial")
-            with tarfile.open(partial, "w") as archive:
+            with files.replacing(path, "wb") as file, tarfile.open(fileobj=file, mode="w") as archive:
                 for member, data in members(count, image_size, seed):
                     info = tarfile.TarInfo(member)
                     info.size = len(data)
                     archive.addfile(info, io.BytesIO(data))
-            partial.replace(path)
             say(f"wrote {path}")
     return paths
 
