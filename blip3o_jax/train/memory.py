@@ -25,8 +25,11 @@ _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 def check_memory(config: Config, plan: StatePlan, strategy: Strategy) -> None:
     """Raise ConfigError that names the setting which is too large for the devices of `strategy`."""
-    devices = strategy.mesh.local_devices
-    check_fits([*state_needs(config, plan), *batch_needs(config, plan, strategy)], device_bytes(devices))
+    needs = state_needs(config, plan)
+    # A rollout's arrays are others than an example's, and its policy may leave whole networks out of the gradient.
+    if not config.rl.rewards:
+        needs += batch_needs(config, plan, strategy)
+    check_fits(needs, device_bytes(strategy.mesh.local_devices))
 
 
 def state_needs(config: Config, plan: StatePlan) -> list[Need]:

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-from blip3o_jax.config import Config, MeshConfig, UserError
+from blip3o_jax.config import Config, MeshConfig, UserError, check
 from blip3o_jax.data.buckets import by_shape
 from blip3o_jax.data.examples import ExampleBuilder
 from blip3o_jax.data.index import Hosts
@@ -40,6 +40,7 @@ class Supervised:
     """`loop.Method` of the stages of train/stages.py: batches from the data mixture, one step on each."""
 
     def open(self, config: Config) -> None:
+        check(not config.rl.rewards, "rl.rewards is for blip3o rl: leave it empty, or run that command")
         hosts = Hosts(distributed.host(), distributed.hosts(), lambda: distributed.barrier("index", seconds=86400.0))
         self._sources = open_mixture(config.data, hosts)
         for source, _ in self._sources:
