@@ -20,6 +20,18 @@ from blip3o_jax.image_tokens.siglip2 import SiglipVision
 from blip3o_jax.image_tokens.ta_tok import TaTok
 from blip3o_jax.vae.dc_ae import DcAe
 
+
+def _autoencoder_of(channels: int) -> config.DcAeConfig:
+    """Return an autoencoder with latents of so many channels: its widths have to be multiples of them."""
+    widths = (channels,) * 6
+    return config.DcAeConfig(
+        latent_channels=channels,
+        attention_head_dim=channels,
+        encoder_block_out_channels=widths,
+        decoder_block_out_channels=widths,
+    )
+
+
 # configuration -> (part, class here, the model it is in)
 MODULES: dict[type, tuple[str, type, Callable[..., ModelConfig]]] = {
     config.Qwen3Config: ("ar", Qwen3, lambda cfg: ModelConfig(ar=cfg)),
@@ -27,7 +39,7 @@ MODULES: dict[type, tuple[str, type, Callable[..., ModelConfig]]] = {
     config.SanaConfig: (
         "dit",
         SanaTransformer,
-        lambda cfg: ModelConfig(dit=cfg, vae=config.DcAeConfig(latent_channels=cfg.in_channels)),
+        lambda cfg: ModelConfig(dit=cfg, vae=_autoencoder_of(cfg.in_channels)),
     ),
     config.DcAeConfig: (
         "vae",

@@ -36,7 +36,7 @@ def joint(span, draws=1):
     """(weights, dropout, weight of the cross entropy) -> loss, metrics, gradients."""
     cfg, image_first, plan, _, batch, keys_B = setup()
 
-    @jax.jit
+    @functools.partial(jax.jit, static_argnums=(1, 2))
     def fn(weights, dropout, ce):
         def loss(params):
             settings = dataclasses.replace(cfg.loss, condition_span=span, condition_dropout=dropout, ce=ce, flow_draws=draws)
@@ -124,7 +124,7 @@ def test_rows_without_their_caption_are_rows_that_open_with_the_scale_token():
     which start at position 0: rotary positions are relative."""
     cfg, image_first, plan, weights, batch, keys_B = setup()
 
-    @jax.jit
+    @functools.partial(jax.jit, static_argnums=1)
     def loss(batch, dropout):
         settings = dataclasses.replace(cfg.loss, condition_dropout=0.0, caption_dropout=dropout)
         model = plan.model(*weights)

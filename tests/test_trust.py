@@ -19,6 +19,7 @@ from blip3o_jax import checksums, cli
 from blip3o_jax.config import RewardConfig
 from blip3o_jax.convert import exporter
 from blip3o_jax.data.prompts import Prompt
+from blip3o_jax.evaluation import shapes
 from blip3o_jax.pipeline import Generated, Pipeline
 from blip3o_jax.rl.judged import Verdicts
 from blip3o_jax.rl.log import RolloutLog
@@ -193,6 +194,7 @@ def drawn(self, requests, **_):
 def test_commands_that_read_a_checkpoint(received, tmp_path, monkeypatch, command):
     monkeypatch.setattr(Pipeline, "draw", drawn)
     monkeypatch.setattr(Pipeline, "ask", lambda self, shown, texts, **_: texts)
+    monkeypatch.setattr(shapes, "SMALLEST", 16)  # the model's images are smaller than the scorer takes
     monkeypatch.setattr(exporter, "check_space", lambda out, needed: None)
     image = next(received.glob("rollouts/*/*.png"))
     flag = "--source" if command[0] == "convert" else "--checkpoint"

@@ -167,8 +167,7 @@ def tree(workdir):
 
 
 def test_a_start_that_is_refused_changes_nothing(whole, tmp_path):
-    """Not what a kill left unfinished either, nor a damaged step. Reinforcement learning is of stage joint too, and its state
-    fits."""
+    """Not what a kill left unfinished either, nor a damaged step."""
     workdir = shutil.copytree(whole[0], tmp_path / "run")
     (workdir / "checkpoints" / "7.orbax-checkpoint-tmp").mkdir()
     (workdir / "checkpoints" / "8").mkdir()
@@ -180,8 +179,9 @@ def test_a_start_that_is_refused_changes_nothing(whole, tmp_path):
     for changes, message in (
         (
             {"rl": {"rewards": [{"name": "shapes"}], "prompts_file": "p"}},
-            "a run of 'joint' and cannot go on as one of 'rl'",
+            "rl.rewards is for blip3o rl",
         ),
+        ({"stage": "tokenizer"}, "a run of 'joint' and cannot go on as one of 'tokenizer'"),
         ({"optimizer": {"ema_decay": 0.0}}, "does not fit this configuration"),
         ({"seed": 5}, "the data changed since the checkpoint"),
         ({"mesh": {"data": 3}}, "does not cover 8 devices"),
@@ -345,8 +345,10 @@ def test_unreadable_records_are_counted(tmp_path, monkeypatch):
 
 
 def test_a_run_that_is_not_finite_stops_and_leaves_its_checkpoint(tmp_path):
-    """With a rate of 1e30 step 3 is the first that is not finite (the warm-up starts from 0); two of those are too many."""
-    cfg = tokenizer(optimizer={"learning_rate": 1e30, "clip_norm": 0.0}, max_nonfinite=2)
+    """With a rate of 1e30 step 3 is the first that is not finite (the warm-up starts from 0); two of those are too many. It is
+    put past the bounds of settings."""
+    cfg = tokenizer(optimizer={"clip_norm": 0.0}, max_nonfinite=2)
+    object.__setattr__(cfg.optimizer, "learning_rate", 1e30)
     with pytest.raises(
         UserError,
         match=r"tokenizer: loss, gradient or the parameters after it were not finite in 2 steps in a row, up to step 4",

@@ -189,7 +189,7 @@ def test_the_published_freezing():
 
 
 def test_a_part_that_is_none_has_no_strategy():
-    with pytest.raises(config_lib.ConfigError, match=r"mesh\.parts: part='dti'"):
+    with pytest.raises(config_lib.ConfigError, match=r"mesh\.parts\[0\]\[0\]='dti' is not one of"):
         plan_state(setup()[0], tiny.strategy("fsdp", fsdp=2, parts=(("dti", "dp"),)))
 
 
@@ -199,7 +199,7 @@ def test_all_can_be_trained_by_one_field():
     assert set(plan_state(cfg, tiny.strategy()).abstract["frozen"]) == {"tokenizer", "vae"}
     with pytest.raises(config_lib.ConfigError, match=r"trainable=\('art/\.\*',\) matches no parameter of stage 'joint'"):
         plan_state(dataclasses.replace(cfg, trainable=("art/.*",)), tiny.strategy())
-    with pytest.raises(config_lib.ConfigError, match="holds a bad regular expression"):
+    with pytest.raises(config_lib.ConfigError, match=r"trainable\[0\]='ar/\(' must be a regular expression"):
         trainable_filter(dataclasses.replace(cfg, trainable=("ar/(",)))
 
 
