@@ -6,6 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
@@ -151,7 +152,8 @@ def test_merged_is_the_same_model_without_factors(drawn, alone):
 
 
 def test_sharded_is_the_same(alone):
-    """Over eight devices, factors cut as the kernels are; outputs and gradients to float32's rounding."""
+    """Over eight devices, factors cut as the kernels are; outputs and gradients to float32's rounding. Terms of a gradient may
+    cancel, so that rounding is relative to the norm of its part's gradients."""
     params, want, gradient = alone
     strategy = tiny.strategy(**tiny.MESHES["fsdp_tp"])
     variables = nnx.state(nnx.eval_shape(lambda: Blip3o(CFG, PARTS, seed=0)))
@@ -161,8 +163,9 @@ def test_sharded_is_the_same(alone):
     (_, got), cut = outputs(CFG, strategy)(placed)
     for a, b in zip(got, want, strict=True):
         assert relative_error(a, b) < 1e-5
+    norms = {part: optax.tree.norm(tree) for part, tree in gradient.items()}
     for (path, a), b in zip(jax.tree.leaves_with_path(cut), jax.tree.leaves(gradient), strict=True):
-        assert relative_error(a, b) < 1e-5, path
+        assert np.linalg.norm(np.asarray(a) - np.asarray(b)) < 1e-5 * norms[path[0].key], path
 
 
 def test_parameters_are_counted():

@@ -19,7 +19,7 @@ from blip3o_jax.config import UserError
 from blip3o_jax.parallel import chips
 from blip3o_jax.parallel.preemption import Preempted
 from blip3o_jax.text.tokenizers import train_sentencepiece
-from blip3o_jax.train import checkpoint, encode, loop, recipe, start, supervised
+from blip3o_jax.train import checkpoint, encode, loop, optimizer, recipe, start, supervised
 from blip3o_jax.train.metrics import MetricLog, read_rows
 from blip3o_jax.train.state import plan_state
 from blip3o_jax.train.workdir import WorkdirLock
@@ -344,11 +344,12 @@ def test_unreadable_records_are_counted(tmp_path, monkeypatch):
     assert counts == sorted(counts) and counts[-1] >= 1  # 16 records, 24 examples: met at least once
 
 
-def test_a_run_that_is_not_finite_stops_and_leaves_its_checkpoint(tmp_path):
-    """With a rate of 1e30 step 3 is the first that is not finite (the warm-up starts from 0); two of those are too many. It is
-    put past the bounds of settings."""
+def test_a_run_that_is_not_finite_stops_and_leaves_its_checkpoint(tmp_path, monkeypatch):
+    """With a rate of 1e30, past what settings may be, step 3 is the first that is not finite (the warm-up
+    starts from 0); two of those are too many."""
     cfg = tokenizer(optimizer={"clip_norm": 0.0}, max_nonfinite=2)
-    object.__setattr__(cfg.optimizer, "learning_rate", 1e30)
+    schedule = optimizer.learning_rate
+    monkeypatch.setattr(optimizer, "learning_rate", lambda cfg, steps: lambda step: 1e33 * schedule(cfg, steps)(step))
     with pytest.raises(
         UserError,
         match=r"tokenizer: loss, gradient or the parameters after it were not finite in 2 steps in a row, up to step 4",

@@ -211,7 +211,6 @@ def test_batch_per_chip():
     [
         ([], "--topology names no topology: --topology=v5p:4x4x4, or --measure"),
         (["--topology=v5p:4x4"], "v5p has 3 axes"),
-        (["--topology=,"], "',' names nothing: leave the flag out for all"),
         (["--topology=v5e:2x2", "--step=sample"], "--step='sample' is not one of train, rollout"),
         (["--topology=v5e:2x2", "--config.mesh.tensr=2"], "did you mean mesh.tensor"),
         (["--topology=v5e:2x2", "--measure"], "--measure runs on the devices that are here: leave --topology out"),
