@@ -77,14 +77,14 @@ def _trouble(error: BaseException) -> OSError | None:
 
 @contextlib.contextmanager
 def writing(path: pathlib.Path) -> Iterator[None]:
-    """Raise what the system says as OSError, also from behind another exception, and with `path` where it names no path: errors
-    of writing to an open file have none."""
+    """Raise what the system says of the disk as OSError, also from behind another exception, and with `path` where it names no
+    path: errors of writing to an open file have none. Other errors without a path, such as those of a connection, stay."""
     try:
         yield
     except UserError:  # has said it
         raise
     except Exception as error:
-        found = error if isinstance(error, OSError) and error.errno is not None else system_error(error)
+        found = system_error(error)
         if found is None or (found is error and found.filename is not None):
             raise
         raise OSError(found.errno, os.strerror(found.errno), found.filename or str(path)) from error
