@@ -45,7 +45,7 @@ def read_json(path: pathlib.Path, *, edited: bool = False) -> dict[str, Any]:
     people edit. Raises DamagedFile."""
     try:
         value = json.loads(path.read_bytes())
-    except ValueError as error:  # of UTF-8 too
+    except (ValueError, RecursionError) as error:  # of UTF-8 too
         reason = " ".join(str(error).split())
         raise DamagedFile(f"{path} cannot be read as JSON ({reason}): put back a copy of it") from error
     if not isinstance(value, dict):

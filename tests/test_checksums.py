@@ -49,6 +49,12 @@ def test_a_file_that_people_edit(tmp_path):
         checksums.read_json(file)
 
 
+def test_nesting_that_python_does_not_follow(tmp_path):
+    (tmp_path / "a.json").write_text("[" * 10**5)
+    with pytest.raises(DamagedFile, match="cannot be read as JSON"):
+        checksums.read_json(tmp_path / "a.json")
+
+
 def truncate(file):
     file.write_bytes(file.read_bytes()[:-1])
 

@@ -54,7 +54,7 @@ class Owner:
             return owner if isinstance(owner.pid, int) and 0 < owner.pid < 2**31 else cls(seen=seen)
         except FileNotFoundError:
             return None
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, RecursionError):
             return cls(seen=seen)
 
     def __str__(self) -> str:

@@ -82,7 +82,7 @@ def test_a_run_on_another_machine_is_waited_for(tmp_path, bound, capsys, there):
         pass
 
 
-@pytest.mark.parametrize("text", ["", "[1]", '{"pid": "1"}', '{"pid": 0}', '{"pids": 1}'])
+@pytest.mark.parametrize("text", ["", "[1]", '{"pid": "1"}', '{"pid": 0}', '{"pids": 1}', "[" * 10**5], ids=len)
 def test_a_lock_that_names_nobody(tmp_path, bound, capsys, text):
     """A kill may have come while it was written."""
     (tmp_path / LOCK).write_text(text)
