@@ -5,6 +5,7 @@ import os
 import subprocess
 import threading
 import time
+import types
 
 import pytest
 
@@ -27,6 +28,9 @@ def write(directory, **changes):
 
 @pytest.fixture
 def bound(monkeypatch):
+    """The clock here is an hour ahead of the file server's."""
+    clocks = types.SimpleNamespace(time=lambda: time.time() + 3600, monotonic=time.monotonic, sleep=time.sleep)
+    monkeypatch.setattr(workdirs, "time", clocks)
     monkeypatch.setattr(workdirs, "BOUND", 0.6)
 
 
