@@ -51,9 +51,7 @@ class _Process:
         self.installed = False
         self.report: Report = _traceback
         self.again = "run the same command again"
-        self.prefix = ""  # of the line that tells the end, such as "host 1: "
-        self.cause: Callable[[BaseException], BaseException] = lambda error: error  # what an error is really due to
-        self.farewell: Callable[[int, str], None] = lambda status, line: None
+        self.alone()
         self.saving = False  # SIGTERM was noted: the run saves its step and ends
         self.stoppable = False  # a run listens for SIGTERM
         self.stop_line = ""  # while set, signals end the process at once, SIGTERM with this line: there is nothing to save
@@ -65,6 +63,12 @@ class _Process:
         self._interrupts = 0
         self._own = 0  # SIGINTs of ours that are still to be heard
         self._granted = False  # whether the next one is raised
+
+    def alone(self) -> None:
+        """Know of no other hosts, as before a job of several is joined and after it is left."""
+        self.prefix = ""  # of the line that tells the end, such as "host 1: "
+        self.cause: Callable[[BaseException], BaseException] = lambda error: error  # what an error is really due to
+        self.farewell: Callable[[int, str], None] = lambda status, line: None
 
     def install(self) -> None:
         self.installed = True

@@ -156,13 +156,14 @@ def run(launch: Launch, job: Callable[[], object]) -> int:
         atexit.unregister(jax.distributed.shutdown)
         jax.distributed.shutdown()
         _peers.clear()
+        exits.process.alone()
     return status
 
 
 def _cause(error: BaseException) -> BaseException:
     """A host that is lost makes collectives and barriers of the others fail, in errors that do not say so."""
     ours = isinstance(error, (UserError, KeyboardInterrupt, exits.Ended)) or files.system_error(error) is not None
-    return error if ours else _peers[0].lost() or error
+    return error if ours or not _peers else _peers[0].lost() or error
 
 
 def _runtime() -> Any:

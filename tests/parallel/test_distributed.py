@@ -13,11 +13,12 @@ import socket
 import subprocess
 import sys
 import time
+import types
 
 import jax
 import pytest
 
-from blip3o_jax import cli
+from blip3o_jax import cli, exits
 from blip3o_jax import config as config_lib
 from blip3o_jax.ar import attention
 from blip3o_jax.config import MeshConfig, UserError
@@ -327,6 +328,24 @@ def test_the_kernel_that_was_chosen_is_in_the_log(caplog):
     finally:
         package.setLevel(level)
     assert caplog.messages == ["attention over whole rows in float32 on cpu: xla"]
+
+
+def test_a_job_that_is_left_is_not_asked_about_errors(monkeypatch):
+    """Such as one after the run, or status 75: the client of `jax.distributed` is shut down."""
+    left = types.SimpleNamespace(over=lambda: None, lost=lambda: pytest.fail("asked"), farewell=lambda *_: pytest.fail("told"))
+
+    def start(launch):
+        distributed._peers.append(left)
+        exits.process.prefix, exits.process.cause, exits.process.farewell = "host 0: ", distributed._cause, left.farewell
+
+    monkeypatch.setattr(exits, "process", exits._Process())
+    for name, value in {"start": start, "hosts": lambda: 2, "barrier": lambda *_: None}.items():
+        monkeypatch.setattr(distributed, name, value)
+    monkeypatch.setattr(jax.distributed, "shutdown", lambda: None)
+    assert distributed.run(Launch(), lambda: None) == 0
+    error = RuntimeError("later")
+    assert exits.process.cause(error) is distributed._cause(error) is error
+    assert exits.process.prefix == "" and exits.process.farewell is not left.farewell
 
 
 def test_alone_there_is_nobody_to_wait_for(tmp_path):
