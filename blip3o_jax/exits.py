@@ -54,6 +54,7 @@ class _Process:
         self.alone()
         self.saving = False  # SIGTERM was noted: the run saves its step and ends
         self.stoppable = False  # a run listens for SIGTERM
+        self.pass_on: Callable[[], None] | None = None  # SIGTERM, to the service that decides where all hosts stop
         self.stop_line = ""  # while set, signals end the process at once, SIGTERM with this line: there is nothing to save
         self.done = False  # the command is over, with success
         self._lock = threading.RLock()
@@ -97,6 +98,9 @@ class _Process:
             for number in os.read(read, 64):
                 if number == signal.SIGINT:
                     self._heard()
+                elif number == signal.SIGTERM and self.pass_on is not None:
+                    self.saving = True
+                    self.pass_on()
                 elif number in (signal.SIGTERM, signal.SIGHUP):
                     if self.stop_line:
                         self.end(Stopped(self.stop_line))
@@ -113,7 +117,8 @@ class _Process:
         self._interrupts += 1
         if self.done:
             self.leave(0)
-        if self._error is not None or self._interrupts > 1 or self.stop_line:
+        nothing_to_save = self.stop_line and not self.saving
+        if self._error is not None or self._interrupts > 1 or nothing_to_save:
             self.end(self._error or KeyboardInterrupt())
         elif self.saving:
             _print("blip3o: the step in work is being saved, as SIGTERM asked; Ctrl-C again ends at once, without")

@@ -34,6 +34,10 @@ def stoppable():
     signal.signal(SIGTERM, lambda number, frame: None)
     exits.process.stoppable = True
 
+def passed_on():  # as on one of several hosts, before its first step
+    exits.listen_for_stop("x")
+    exits.process.pass_on = lambda: print("passed on", file=sys.stderr)
+
 def closing(close, error=None):
     with contextlib.ExitStack() as stack:
         stack.push(exits.pushed(close))
@@ -100,6 +104,9 @@ THREAD = "threading.Thread(target=time.sleep, args=(9,)).start()"
         # SIGTERM's save is not lost to a Ctrl-C after it, but to two.
         ("stoppable(); send(SIGTERM, SIGINT, then=0.3)", (0, SAVING)),
         ("stoppable(); send(SIGTERM, SIGINT, SIGINT)", (130, SAVING + "told KeyboardInterrupt\n")),
+        ("passed_on(); send(SIGTERM, SIGINT, then=0.3)", (0, "passed on\n" + SAVING)),
+        ("passed_on(); send(SIGTERM, SIGINT, SIGINT)", (130, "passed on\n" + SAVING + "told KeyboardInterrupt\n")),
+        ("passed_on(); send(SIGINT)", INTERRUPTED),
         # Closing that hangs, that fails, that is interrupted; threads that go on.
         ("closing(lambda: time.sleep(9), ValueError)", FAILED),
         ("closing(lambda: 1 / 0, ValueError)", FAILED),

@@ -218,6 +218,23 @@ def said_by(processes):
     return [(p.communicate(timeout=120)[1], p.returncode) for p in processes]
 
 
+@pytest.mark.slow
+def test_ctrl_c_after_sigterm_does_not_lose_the_save_of_several_hosts(tmp_path):
+    """Both on host 1, one right after the other."""
+    flags = [f"--workdir={tmp_path / 'run'}", "--config.steps=2000", "--config.checkpoint.every=10000"]
+    hosts = two_hosts(tmp_path, flags, flags)
+    while len(read_rows(tmp_path / "run" / "metrics.jsonl")) < 2:
+        assert hosts[1].poll() is None
+        time.sleep(0.05)
+    hosts[1].send_signal(signal.SIGTERM)
+    hosts[1].send_signal(signal.SIGINT)
+    zero, one = said_by(hosts)
+    assert zero[1] == one[1] == exits.PREEMPTED, (zero, one)
+    assert "being saved, as SIGTERM asked" in one[0]
+    step = int(re.search(r"stopped by SIGTERM, step (\d+) of 2000 is saved", zero[0])[1])
+    assert checkpoint.find(tmp_path / "run")[1] == step
+
+
 def test_hosts_that_disagree_are_refused_with_one_line(tmp_path):
     workdir = f"--workdir={tmp_path / 'run'}"
     said = said_by(two_hosts(tmp_path, [workdir], [workdir, "--config.seed=3", "--config.optimizer.b1=0.5"]))
