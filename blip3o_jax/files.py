@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import json
 import os
 import pathlib
 import re
@@ -117,6 +118,11 @@ def replace_text(path: pathlib.Path, text: str) -> None:
     """Write `text` in place of the file; see `replacing`."""
     with replacing(path) as file:
         file.write(text)
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+    """Write `value` as a JSON file in place of the file; see `replacing`."""
+    replace_text(path, json.dumps(value, indent=1) + "\n")
 
 
 def replace_bytes(path: pathlib.Path, data: bytes, *, shared: bool = False) -> None:

@@ -191,13 +191,6 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(verbosity)
 
 
-def write_json(path: pathlib.Path, value: Any) -> None:
-    """Write a JSON file that others read, whole or not at all."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
-
-
 def find(path: str | pathlib.Path) -> tuple[pathlib.Path, int]:
     """(checkpoint directory, step) of a run's workdir (of a recipe, its last stage's), its `checkpoints` directory, or one
     step in it.
