@@ -26,6 +26,7 @@ import jax
 from blip3o_jax import config as config_lib
 from blip3o_jax import exits, files
 from blip3o_jax.config import UserError
+from blip3o_jax.fields import first_line
 from blip3o_jax.parallel import peers as peers_lib
 from blip3o_jax.parallel.preemption import Preempted
 
@@ -87,7 +88,7 @@ def start(launch: Launch) -> None:
             jax.distributed.initialize(**settings)
     except (RuntimeError, ValueError, KeyError) as error:
         how = launch.coordinator if method == "flags" else f"--distributed={method}"
-        raise UserError(f"the hosts did not find each other through {how}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"the hosts did not find each other through {how}: {first_line(error)}") from error
     if hosts() > 1:
         _peers.append(peers_lib.Peers(_runtime().client, host(), hosts()))
         _peers[0].start()
@@ -207,7 +208,7 @@ def published(key: str, seconds: float) -> str:
     try:
         return _runtime().client.blocking_key_value_get(f"{_PREFIX}/{key}", int(1000 * seconds))
     except RuntimeError as error:
-        raise TimeoutError(str(error).splitlines()[0]) from error
+        raise TimeoutError(first_line(error)) from error
 
 
 def all_published(directory: str) -> dict[str, str]:
