@@ -131,6 +131,26 @@ def replace_bytes(path: pathlib.Path, data: bytes, *, shared: bool = False) -> N
         file.write(data)
 
 
+def make_directories(path: pathlib.Path) -> list[pathlib.Path]:
+    """Make a directory and those above it that are missing; return those made, outermost first. An OSError leaves none."""
+    made: list[pathlib.Path] = []
+    try:
+        for missing in reversed([each for each in (path, *path.parents) if not each.exists()]):
+            missing.mkdir(exist_ok=True)
+            made.append(missing)
+    except OSError:
+        remove_empty(made)
+        raise
+    return made
+
+
+def remove_empty(made: list[pathlib.Path]) -> None:
+    """Remove what `make_directories` has made, as far as nothing lies in it."""
+    with contextlib.suppress(OSError):
+        for path in reversed(made):
+            path.rmdir()
+
+
 def check_out_directory(out: pathlib.Path, flag: str = "--out") -> None:
     """Raise UserError unless `out` is a directory, or can become one, that files can be written to. Changes nothing."""
     with _refused(out, flag):

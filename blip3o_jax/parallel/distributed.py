@@ -258,20 +258,29 @@ def agree(config: dict[str, Any], workdir: pathlib.Path, seconds: float = 300.0)
         if host() > 0:
             publish(f"agree/{host()}", _complaint(mine, json.loads(published("agree/0", seconds)), host()))
         else:
-            workdir.mkdir(parents=True, exist_ok=True)
-            token = workdir / f".host-0-{uuid.uuid4().hex}"
-            token.touch()
-            try:
-                publish("agree/0", json.dumps(mine | {"token": token.name}))
+            with _token(workdir) as token:
+                publish("agree/0", json.dumps(mine | {"token": token}))
                 complaints = [published(f"agree/{other}", seconds) for other in range(1, hosts())]
-            finally:
-                token.unlink()
             publish("agree/verdict", "; ".join(filter(None, complaints)))
         verdict = published("agree/verdict", seconds)
     except TimeoutError as error:
         raise UserError(f"not all of the {hosts()} hosts answered within {seconds:.0f} s: {error}") from error
     if verdict:
         raise Disagreement(f"the hosts disagree, nothing was run: {verdict}")
+
+
+@contextlib.contextmanager
+def _token(workdir: pathlib.Path) -> Iterator[str]:
+    """Yield the name of a file in `workdir` that is there for the block; nothing stays of it, nor of directories it took, since
+    the run may still be refused."""
+    made = files.make_directories(workdir)
+    token = workdir / f".host-0-{uuid.uuid4().hex}"
+    try:
+        token.touch()
+        yield token.name
+    finally:
+        token.unlink(missing_ok=True)
+        files.remove_empty(made)
 
 
 def _complaint(mine: dict[str, Any], zero: dict[str, Any], me: int, patience: float = 20.0) -> str:

@@ -18,6 +18,7 @@ import threading
 import time
 import uuid
 
+from blip3o_jax import files
 from blip3o_jax.config import UserError
 from blip3o_jax.parallel.distributed import host, host_0_first, say
 
@@ -136,10 +137,7 @@ class WorkdirLock:
             raise UserError(f"{self._path} was this run's and {now}: two runs must not write to one --workdir; this one ends")
 
     def _take(self) -> None:
-        missing = [path for path in (self._workdir, *self._workdir.parents) if not path.exists()]
-        for path in reversed(missing):
-            path.mkdir(exist_ok=True)
-            self._made.append(path)
+        self._made = files.make_directories(self._workdir)
         while not self._created():
             owner = Owner.read(self._path)
             if owner is not None and self._lives(owner):
@@ -219,5 +217,4 @@ class WorkdirLock:
                 self._path.unlink()
             if not self.begun and not self._had_text:
                 shutil.rmtree(self._workdir / "text", ignore_errors=True)
-            for path in reversed(self._made):
-                path.rmdir()  # fails where a run has left something
+            files.remove_empty(self._made)
