@@ -30,7 +30,9 @@ INTERRUPTED = 128 + signal.SIGINT
 LOST_PEER = 128 + signal.SIGKILL  # a host that was killed takes the others along, with its status
 BROKEN_PIPE = 128 + signal.SIGPIPE
 
-CLOSING = 20.0  # seconds that closing may take after an error
+# With several hosts an error ends the process after CLOSING, what `peers.lost` takes (2 ANSWER + STILL, 15 s) and FAREWELL: 29
+# seconds at most, within the 30 s that a Spot machine is given.
+CLOSING = 12.0  # seconds that closing may take after an error
 PATIENCE = 10.0  # seconds until Ctrl-C has reached the main thread and it has closed
 FAREWELL = 2.0  # seconds for the last words to the other hosts
 SHUTDOWN = 20.0  # seconds that the interpreter may take to end after success
