@@ -260,11 +260,12 @@ def is_broken_pipe(error: BaseException) -> bool:
 def run(main: Callable[[], int]) -> None:
     """Runs a command and ends the process with its status."""
     try:
-        status = main()
+        try:
+            status = main()
+        except SystemExit as error:  # of argparse, after --help among others
+            status = error.code if isinstance(error.code, int) else BUG
         sys.stdout.flush()
         process.done = status == 0
-    except SystemExit as error:
-        status = error.code if isinstance(error.code, int) else BUG
     except KeyboardInterrupt:  # before the command line was read
         process.print_line(f"blip3o: interrupted; {process.again}")
         status = INTERRUPTED
