@@ -69,7 +69,7 @@ class Peers:
             time.sleep(1.0 if self._host == 0 else 0.0)  # they hear of it through this process
 
     def lost(self) -> LostHost | None:
-        """Which host it is that cannot be reached any more; looks for STILL seconds, and asks twice. None: they are all there."""
+        """Which host it is that cannot be reached any more; looks for STILL seconds, asking twice. None: all are there."""
         if (before := self._signs()) is None:
             return self._ended or self._gone(0, self._zero)
         if self._news.wait(STILL):
