@@ -15,13 +15,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from blip3o_jax import cli
-from blip3o_jax.config import DataConfig, SourceConfig, UserError
+from blip3o_jax.config import ConfigError, DataConfig, SourceConfig, UserError
 from blip3o_jax.data import encoded, index, sources
 from blip3o_jax.data import tar as tar_lib
 from blip3o_jax.data.buckets import by_shape
 from blip3o_jax.data.checked_file import DamagedArrays, pack, unpack
 from blip3o_jax.data.loader import Loader
-from blip3o_jax.data.record import BadRecord, Source
+from blip3o_jax.data.record import BadRecord, Source, read_record
 from tests import tiny
 from tests.data.test_buckets import HIGH, WIDE, png
 from tests.data.test_tar import write as write_tar
@@ -239,6 +239,13 @@ def test_an_index_that_is_damaged_anywhere_is_made_anew(tmp_path: pathlib.Path, 
         file.unlink()  # what is mapped stays as it is
         file.write_bytes(pack(header, arrays | {name: np.full_like(arrays[name], value)}))
         assert opened(path)[0].caption == "caption 0" and "indexing anew" in capsys.readouterr().err
+
+
+def test_an_index_that_changes_in_use_ends_the_run_and_skips_no_record(tmp_path: pathlib.Path) -> None:
+    source = opened(tar(tmp_path / "a"))
+    next((tmp_path / "a").rglob("*.index")).unlink()
+    with pytest.raises(ConfigError, match="the index changed while in use .*: start the command again"):
+        read_record(source, 0, lambda record: record)
 
 
 def test_a_directory_that_cannot_be_written_to_has_its_index_in_the_users_cache(tmp_path: pathlib.Path, cache) -> None:
