@@ -553,7 +553,10 @@ def _build(shard: str, form: Format, progress: Progress) -> Found:
         state, mtime = form.state(shard), os.stat(shard).st_mtime_ns
         built = form.build(shard, progress)
     except OSError as error:
-        raise UserError(f"{shard}: cannot be read: {error.strerror or error}") from None
+        said = error.strerror or error
+        if error.filename not in (None, shard):  # a file beside it
+            said = files.describe(error)
+        raise UserError(f"{shard}: cannot be read: {said}") from None
     header = {
         "version": VERSION,
         "kind": form.kind,

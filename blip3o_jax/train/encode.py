@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from blip3o_jax import config as config_lib
+from blip3o_jax import files
 from blip3o_jax.config import Config, ConfigError
 from blip3o_jax.data import encoded
 from blip3o_jax.data.encoded import DTYPES, PART, DamagedPart, EncodedSource, directory_name
@@ -88,6 +89,7 @@ def _write_part(
         try:
             return read_record(source, index, builder.images_of)
         except BadRecord as error:
+            files.raise_trouble(error)
             if error.kind == CHANGED:  # its part would be kept under the name of other bytes
                 raise ConfigError(str(error)) from error
             unreadable[str(index)] = error.reason
