@@ -294,7 +294,7 @@ def test_trouble_of_the_machine_ends_the_sorting_by_shape(tmp_path: pathlib.Path
 def test_an_index_that_changes_in_use_ends_the_run_and_skips_no_record(tmp_path: pathlib.Path) -> None:
     source = opened(tar(tmp_path / "a"))
     next((tmp_path / "a").rglob("*.index")).unlink()
-    with pytest.raises(ConfigError, match="the index changed while in use .*: start the command again"):
+    with pytest.raises(ConfigError, match=r"the index changed while in use .*: start the command again"):
         read_record(source, 0, lambda record: record)
 
 
