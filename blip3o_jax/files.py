@@ -42,6 +42,20 @@ def system_error(error: BaseException) -> OSError | None:
     return next(filter(None, map(_trouble, _chain(error))), None)
 
 
+def raise_trouble(error: BaseException) -> None:
+    """Raise the system's error of TROUBLE that is behind `error`, if one is: what could not be read
+    because of the machine must not be kept as damaged. A name that is too long is the data's.
+
+    The text of a UserError is not searched, since it may quote any name; what it was raised from is.
+    """
+    for each in _chain(error):
+        number = getattr(each, "errno", None)
+        other = isinstance(each, UserError) or (number is not None and number not in TROUBLE)
+        found = None if other else _trouble(each)
+        if found is not None and found.errno != errno.ENAMETOOLONG:
+            raise found
+
+
 def describe(error: OSError) -> str:
     """Return "PATH: what is wrong, and what to do"."""
     said = error.strerror or str(error)

@@ -63,6 +63,16 @@ def test_a_bug_is_none_of_them(error):
     assert files.system_error(error) is None
 
 
+def test_trouble_is_raised_from_behind_and_never_from_quoted_text():
+    with pytest.raises(OSError, match="No space"):
+        files.raise_trouble(raised(UserError("x"), context=full("/a")))
+    quoted = UserError(f"{os.strerror(errno.EIO)}.png")
+    long = OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG), "x")
+    missing = FileNotFoundError(2, "No such file", f"{os.strerror(errno.EIO)}.png")
+    for error in (quoted, long, missing):
+        files.raise_trouble(error)
+
+
 def test_an_open_files_errors_get_its_name():
     with (
         pytest.raises(OSError, match="No space left") as error,

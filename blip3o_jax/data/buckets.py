@@ -57,7 +57,8 @@ def by_shape(sources: Sequence[tuple[Source, float]], model: ModelConfig) -> lis
 
 
 def _shapes(source: Source, model: ModelConfig) -> np.ndarray:
-    """Which of `model.sizes` each record has, uint8; the first where it cannot be read, which is for the loader to say."""
+    """Which of `model.sizes` each record has, uint8; the first where it cannot be read, which is for the loader to
+    say. OSError where that is because of the machine."""
     if len(model.sizes) > 255:
         raise UserError(f"model.buckets has {len(model.sizes)} sizes: 255 are the most")
     name = hashlib.sha256(json.dumps([source.fingerprint, model.sizes]).encode()).hexdigest()[:16]
@@ -74,6 +75,7 @@ def _shapes(source: Source, model: ModelConfig) -> np.ndarray:
             height, width = read_record(source, number, lambda record: images.shape_of(record.first_image))
             return model.sizes.index(model.nearest_size(height, width))
         except BadRecord as error:
+            files.raise_trouble(error)
             if error.kind == CHANGED:
                 changed.append(number)
             return 0

@@ -47,7 +47,7 @@ import numpy as np
 
 from blip3o_jax import files
 from blip3o_jax.checksums import crc32c
-from blip3o_jax.config import UserError
+from blip3o_jax.config import ConfigError, UserError
 from blip3o_jax.data import record as record_lib
 from blip3o_jax.data.checked_file import (
     DamagedArrays,
@@ -363,14 +363,16 @@ class IndexedSource(Source):
 
 @functools.lru_cache(maxsize=256)  # each mapping holds a file descriptor
 def _mapped(path: str, digest: str) -> ShardIndex:
+    """Map an index file. Raises ConfigError where it is not the one of opening: that is not the
+    fault of the record to be read, which therefore is not skipped for it."""
     try:
         header, arrays = unpack(path, check=False)  # which was looked at when the set was opened
-        if header["digest"] == digest:
+        if header.get("digest") == digest:
             return ShardIndex(arrays, header)
         reason = "it was written anew"
     except (OSError, DamagedArrays) as error:
         reason = getattr(error, "strerror", None) or str(error)
-    raise UserError(f"{path}: the index changed while in use ({reason}): start the command again")
+    raise ConfigError(f"{path}: the index changed while in use ({reason}): start the command again")
 
 
 def open_set(
@@ -551,7 +553,10 @@ def _build(shard: str, form: Format, progress: Progress) -> Found:
         state, mtime = form.state(shard), os.stat(shard).st_mtime_ns
         built = form.build(shard, progress)
     except OSError as error:
-        raise UserError(f"{shard}: cannot be read: {error.strerror or error}") from None
+        said = error.strerror or error
+        if error.filename not in (None, shard):  # a file beside it
+            said = files.describe(error)
+        raise UserError(f"{shard}: cannot be read: {said}") from None
     header = {
         "version": VERSION,
         "kind": form.kind,

@@ -4,7 +4,9 @@ place (source, index) -> record -> transform -> row        BadRecord: the next o
 """
 
 import dataclasses
+import itertools
 import json
+import math
 import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -103,8 +105,11 @@ class _Search:
         size = len(self._source)
         if self._tried < NEAR or size <= MAX_SKIPPED:
             return (self._start + self._tried) % size
-        # Steps of the golden section leave no stretch of the source out for long.
-        return (self._start + (self._tried - NEAR + 1) * round(0.618 * size)) % size
+        # Steps of the golden section leave no stretch of the source out for long. Coprime with
+        # the size, they come to no record twice before they have come to all.
+        near = round(0.618 * size)
+        step = next(step for step in itertools.count(near) if math.gcd(step, size) == 1)
+        return (self._start + (self._tried - NEAR + 1) * step) % size
 
     def skip(self, record: BadRecord) -> None:
         if record.kind == TOO_LONG and self._reader.too_long == "error":

@@ -47,6 +47,7 @@ from blip3o_jax.data.record import (
     words,
 )
 from blip3o_jax.data.tar import TarSource
+from blip3o_jax.files import raise_trouble
 
 CAPTION_FILES = ("captions.jsonl", "metadata.jsonl")
 ROW_GROUPS_KEPT = 4
@@ -296,7 +297,8 @@ def _index_folder(images: _ImageFiles, path: str, progress: Progress) -> Built:
         for name in _paths_of(line):
             try:
                 data = images.read(name)
-            except BadRecord:
+            except BadRecord as error:
+                raise_trouble(error)
                 sizes[name] = -1
                 continue
             progress.add(len(data))
@@ -418,6 +420,7 @@ class ParquetSource(IndexedSource):
             with pyarrow.parquet.ParquetFile(self.files[file]) as parquet:
                 return parquet.read_row_group(row_group, columns=columns, use_threads=False)
         except (pyarrow.ArrowException, OSError) as error:
+            raise_trouble(error)  # which may be over when the next of its rows asks
             return f"the row group cannot be read: {(str(error).splitlines() or [''])[0]}"
 
     def __getitem__(self, index: int) -> Record:
@@ -462,7 +465,8 @@ def _index_parquet(path: str, progress: Progress) -> Built:
                 table = parquet.read_row_group(group, columns=columns, use_threads=False)
                 rows = [list(_row_bytes(table, columns, row)) for row in range(groups[-1])]
             except (pyarrow.ArrowException, OSError) as error:
-                if isinstance(error, OSError) and error.errno:  # the disk, not the page
+                raise_trouble(error)
+                if isinstance(error, OSError) and error.errno:  # not the page, in any other way
                     raise
                 rows = [[]] * groups[-1]  # each of them is a bad record when it is read
                 incomplete.add("unreadable", f"row group {group} first in {path}", groups[-1])
@@ -623,7 +627,8 @@ def _index_array_record(path: str, progress: Progress) -> Built:
         stop = min(start + 256, count)
         try:
             records = reader.read(start, stop)
-        except Exception:  # a damaged chunk; the reader is of no use any more
+        except Exception as error:  # a damaged chunk; the reader is of no use any more
+            raise_trouble(error)
             records = [_array_record(path, row) for row in range(start, stop)]
             reader = _array_reader(path)
         for data in records:
@@ -653,7 +658,8 @@ def _array_record(path: str, row: int) -> bytes | None:
     """Return one record, None where it cannot be read."""
     try:
         return _array_reader(path).read([row])[0]
-    except Exception:
+    except Exception as error:
+        raise_trouble(error)
         return None
 
 

@@ -13,11 +13,12 @@ import jax
 import numpy as np
 
 from blip3o_jax import config as config_lib
-from blip3o_jax.config import Config
+from blip3o_jax import files
+from blip3o_jax.config import Config, ConfigError
 from blip3o_jax.data import encoded
 from blip3o_jax.data.encoded import DTYPES, PART, DamagedPart, EncodedSource, directory_name
 from blip3o_jax.data.examples import ExampleBuilder, Views
-from blip3o_jax.data.record import BadRecord, Source, read_record
+from blip3o_jax.data.record import CHANGED, BadRecord, Source, read_record
 from blip3o_jax.parallel.distributed import barrier, say
 
 # (pixels, tokenizer_pixels) uint8 [B, ...] -> (codes [B, N], latents [B, H, W, C])
@@ -87,8 +88,11 @@ def _write_part(
     def images_of(index: int) -> list[tuple[int, Views]]:
         try:
             return read_record(source, index, builder.images_of)
-        except BadRecord as e:
-            unreadable[str(index)] = e.reason
+        except BadRecord as error:
+            files.raise_trouble(error)
+            if error.kind == CHANGED:  # its part would be kept under the name of other bytes
+                raise ConfigError(str(error)) from error
+            unreadable[str(index)] = error.reason
             return []
 
     side = builder.model.tokenizer.encoder.image_size

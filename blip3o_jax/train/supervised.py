@@ -64,13 +64,14 @@ class Supervised:
         loader = loader_of(sources)
         if position is not None:
             loader.restore(position)
-        loss = make_loss(config, setup.image_first)
-        return Begun(
-            _Batches(DevicePrefetch(loader, strategy.batch_sharding()), _unused([source for source, _ in self._sources])),
-            make_step(config, setup.plan, strategy, loss),
-            draw=make_preview(config, setup.image_first),
-            flops=functools.partial(useful_flops, config, strategy) if peak_flops(jax.devices()[0]) is not None else None,
-        )
+        step = make_step(config, setup.plan, strategy, make_loss(config, setup.image_first))
+        draw = make_preview(config, setup.image_first)
+        measured = peak_flops(jax.devices()[0]) is not None
+        flops = functools.partial(useful_flops, config, strategy) if measured else None
+        known = _unused([source for source, _ in self._sources])
+        # Last, since it starts a thread and the workers, which an exception above would leave.
+        batches = _Batches(DevicePrefetch(loader, strategy.batch_sharding()), known)
+        return Begun(batches, step, draw=draw, flops=flops)
 
     def close(self) -> None:
         pass

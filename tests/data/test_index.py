@@ -2,6 +2,7 @@
 times say."""
 
 import dataclasses
+import errno
 import json
 import os
 import pathlib
@@ -15,13 +16,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from blip3o_jax import cli
-from blip3o_jax.config import DataConfig, SourceConfig, UserError
+from blip3o_jax.config import ConfigError, DataConfig, SourceConfig, UserError
 from blip3o_jax.data import encoded, index, sources
 from blip3o_jax.data import tar as tar_lib
 from blip3o_jax.data.buckets import by_shape
 from blip3o_jax.data.checked_file import DamagedArrays, pack, unpack
 from blip3o_jax.data.loader import Loader
-from blip3o_jax.data.record import BadRecord, Source
+from blip3o_jax.data.record import BadRecord, Source, read_record
 from tests import tiny
 from tests.data.test_buckets import HIGH, WIDE, png
 from tests.data.test_tar import write as write_tar
@@ -239,6 +240,62 @@ def test_an_index_that_is_damaged_anywhere_is_made_anew(tmp_path: pathlib.Path, 
         file.unlink()  # what is mapped stays as it is
         file.write_bytes(pack(header, arrays | {name: np.full_like(arrays[name], value)}))
         assert opened(path)[0].caption == "caption 0" and "indexing anew" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("write", [folder, parquet, array_record])
+def test_trouble_of_the_machine_while_indexing_is_not_kept_as_damage(tmp_path: pathlib.Path, write, monkeypatch) -> None:
+    path = write(tmp_path / "a")
+    fails(monkeypatch, write)
+    with pytest.raises(UserError, match=r"cannot be read: .*Input/output error"):
+        opened(path)
+    monkeypatch.undo()
+    assert opened(path).incomplete == 0
+
+
+def fails(monkeypatch: pytest.MonkeyPatch, write) -> None:
+    """The disk fails while records are read, as the readers of each format tell it."""
+    from array_record.python import array_record_module
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    class Reader:
+        def __init__(self, *args: object) -> None: ...
+
+        def num_records(self) -> int:
+            return 3
+
+        def read(self, *args: object) -> None:
+            raise RuntimeError("UNKNOWN: Input/output error")
+
+    if write is folder:
+        monkeypatch.setattr(pathlib.Path, "read_bytes", fail)
+    elif write is parquet:
+        monkeypatch.setattr(pq.ParquetFile, "read_row_group", fail)
+    else:
+        monkeypatch.setattr(array_record_module, "ArrayRecordReader", Reader)
+
+
+def test_trouble_of_the_machine_ends_the_sorting_by_shape(tmp_path: pathlib.Path, monkeypatch) -> None:
+    source = opened(folder(tmp_path / "a"))
+    model = dataclasses.replace(tiny.model(), buckets=(WIDE, HIGH))
+    read = pathlib.Path.read_bytes
+
+    def fail(path: pathlib.Path) -> bytes:
+        if path.name == "1.png":
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), str(path))
+        return read(path)
+
+    monkeypatch.setattr(pathlib.Path, "read_bytes", fail)
+    with pytest.raises(OSError, match="Too many open files"):
+        by_shape([(source, 1.0)], model)
+
+
+def test_an_index_that_changes_in_use_ends_the_run_and_skips_no_record(tmp_path: pathlib.Path) -> None:
+    source = opened(tar(tmp_path / "a"))
+    next((tmp_path / "a").rglob("*.index")).unlink()
+    with pytest.raises(ConfigError, match=r"the index changed while in use .*: start the command again"):
+        read_record(source, 0, lambda record: record)
 
 
 def test_a_directory_that_cannot_be_written_to_has_its_index_in_the_users_cache(tmp_path: pathlib.Path, cache) -> None:

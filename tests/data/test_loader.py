@@ -279,6 +279,13 @@ def test_a_damaged_stretch_of_a_large_set_does_not_end_the_search() -> None:
     assert (got["number"] >= 5_000).all() and (got["bad_records"] <= reader.NEAR + 2).all()
 
 
+def test_the_search_comes_to_no_record_twice() -> None:
+    """Of 170, steps of round(0.618 * 170) = 105 from 0 come to multiples of 5 alone."""
+    bad = (*range(16), *range(0, 170, 5))
+    loader = make([(Numbers("a", 170, bad=bad), 1.0)], shuffle=False)
+    assert next(loader)["number"][0] not in bad
+
+
 def test_a_shard_of_which_nothing_can_be_read_is_named_at_once(caplog) -> None:
     source = Raising(64, {index: BadRecord("1.tar", str(index), f"cannot be read: {index}") for index in range(1, 64, 2)})
     loader = make([(source, 1.0)], shuffle=False, transform=lambda record: {"number": np.int64(record.caption)})

@@ -1,6 +1,7 @@
 """The encoders' cache with a stand-in for the encoders: what is stored, named, resumed and left out."""
 
 import dataclasses
+import errno
 import json
 import os
 import pathlib
@@ -10,6 +11,7 @@ import re
 import numpy as np
 import pytest
 
+from blip3o_jax.config import ConfigError
 from blip3o_jax.data import encoded
 from blip3o_jax.data.encoded import DamagedPart
 from blip3o_jax.data.examples import ExampleBuilder
@@ -244,6 +246,39 @@ def test_unreadable_records_are_known_by_their_reason(folder, tmp_path, bad):
             assert error.value.key == source[i].key and error.value.shard
         else:
             assert cached[i].outputs["codes"].shape == (4,)
+
+
+def test_a_record_that_changed_since_it_was_indexed_ends_the_encoding(folder, tmp_path):
+    data = (folder / "002.png").read_bytes()
+    make = encode.encoded_source
+
+    def changed(source, *args, **kwargs):
+        (folder / "002.png").write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+        return make(source, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encode, "encoded_source", changed)
+        with pytest.raises(ConfigError, match=r"002.png: its bytes are not those .* `blip3o data index"):
+            opened(folder, tmp_path, Encoders())
+    assert not parts(tmp_path, "part")
+
+
+def test_trouble_of_the_machine_ends_the_encoding(folder, tmp_path, monkeypatch):
+    read, make = pathlib.Path.read_bytes, encode.encoded_source
+
+    def fails(path):
+        if path.name == "002.png":
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+        return read(path)
+
+    def failing(*args, **kwargs):  # once the set is open
+        monkeypatch.setattr(pathlib.Path, "read_bytes", fails)
+        return make(*args, **kwargs)
+
+    monkeypatch.setattr(encode, "encoded_source", failing)
+    with pytest.raises(OSError, match=r"Stale file handle: .*002.png"):
+        opened(folder, tmp_path, Encoders())
+    assert not parts(tmp_path, "part")
 
 
 def test_the_fingerprint_is_of_every_weight():

@@ -44,6 +44,17 @@ def tokenizer(**changes):
     return tiny.run_config(tiny.data(), stage="tokenizer", steps=STEPS, **{"checkpoint": {"every": 2}} | changes)
 
 
+def test_nothing_is_read_ahead_before_the_step_is_made(monkeypatch):
+    config, strategy = tokenizer(), tiny.strategy()
+    method = supervised.Supervised()
+    method.open(config)
+    monkeypatch.setattr(supervised, "make_step", lambda *args: 1 / 0)
+    monkeypatch.setattr(supervised, "DevicePrefetch", lambda *args: pytest.fail("reading began"))
+    setup = types.SimpleNamespace(config=config, strategy=strategy, vocabulary=None, plan=None, image_first=None)
+    with pytest.raises(ZeroDivisionError):
+        method.begin(setup, {}, None)
+
+
 def rows(workdir):
     return [{name: row[name] for name in EXACT} for row in read_rows(workdir / "metrics.jsonl")]
 
