@@ -234,9 +234,10 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def shape_of(data: bytes) -> tuple[int, int]:
-    """(height, width) of an encoded image as `decode` would have it, from its header alone; BadRecord where it has none."""
-    with open_image(data) as image:
+def shape_of(data: bytes, max_pixels: int = MOST_PIXELS) -> tuple[int, int]:
+    """(height, width) of an encoded image as `decode` would have it, from its header alone; BadRecord where it has none,
+    or more than `max_pixels` pixels: WebP's decoder allocates them all when it is opened."""
+    with open_image(data, max_pixels) as image:
         width, height = image.size
         # A TIFF's size is that of the image turned upright already.
         turned = isinstance(image, TiffImagePlugin.TiffImageFile)
