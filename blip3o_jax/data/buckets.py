@@ -43,12 +43,17 @@ class Bucket(Source):
         return f"{self._source.fingerprint}-{'x'.join(map(str, self.shape))}-{which}"
 
 
-def by_shape(sources: Sequence[tuple[Source, float]], model: ModelConfig) -> list[list[tuple[Source, float]]]:
-    """For each of `model.sizes` that there are images of, its sources with their weights: shares of the whole mixture."""
+def by_shape(
+    sources: Sequence[tuple[Source, float]],
+    model: ModelConfig,
+    max_pixels: int = images.MOST_PIXELS,
+) -> list[list[tuple[Source, float]]]:
+    """For each of `model.sizes` that there are images of, its sources with their weights: shares of the whole mixture.
+    Images of more than `max_pixels` pixels count as unreadable."""
     total = sum(weight for _, weight in sources)
     groups: list[list[tuple[Source, float]]] = [[] for _ in model.sizes]
     for source, weight in sources:
-        shapes_N = _shapes(source, model)
+        shapes_N = _shapes(source, model, max_pixels)
         for number, (size, group) in enumerate(zip(model.sizes, groups, strict=True)):
             indices = np.flatnonzero(shapes_N == number)
             if len(indices):
@@ -56,12 +61,13 @@ def by_shape(sources: Sequence[tuple[Source, float]], model: ModelConfig) -> lis
     return [group for group in groups if group]
 
 
-def _shapes(source: Source, model: ModelConfig) -> np.ndarray:
+def _shapes(source: Source, model: ModelConfig, max_pixels: int) -> np.ndarray:
     """Which of `model.sizes` each record has, uint8; the first where it cannot be read, which is for the loader to
     say. OSError where that is because of the machine."""
     if len(model.sizes) > 255:
         raise UserError(f"model.buckets has {len(model.sizes)} sizes: 255 are the most")
-    name = hashlib.sha256(json.dumps([source.fingerprint, model.sizes]).encode()).hexdigest()[:16]
+    asked = [source.fingerprint, model.sizes, max_pixels]
+    name = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
     file = cache_directory() / f"shapes-{name}"
     with contextlib.suppress(OSError, DamagedArrays):  # it is made anew
         shapes_N = unpack(file)[1]["shapes"]
@@ -70,10 +76,12 @@ def _shapes(source: Source, model: ModelConfig) -> np.ndarray:
 
     changed: list[int] = []
 
+    def shape_of(record: Record) -> tuple[int, int]:
+        return images.shape_of(record.first_image, max_pixels)
+
     def shape(number: int) -> int:
         try:
-            height, width = read_record(source, number, lambda record: images.shape_of(record.first_image))
-            return model.sizes.index(model.nearest_size(height, width))
+            return model.sizes.index(model.nearest_size(*read_record(source, number, shape_of)))
         except BadRecord as error:
             files.raise_trouble(error)
             if error.kind == CHANGED:

@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from blip3o_jax import checksums
+from blip3o_jax import checksums, files
 from blip3o_jax.config import ConfigError
 from blip3o_jax.data.record import BadRecord, Record, Source
 
@@ -147,9 +147,10 @@ def write_part(directory: pathlib.Path, number: int, arrays: dict[str, np.ndarra
     for name, values in arrays.items():
         values = np.ascontiguousarray(values, DTYPES[name])
         final = _array_file(file, name)
-        temporary = final.with_suffix(".writing.npy")
-        np.save(temporary, values)
-        temporary.replace(final)
+        header = np.lib.format.header_data_from_array_1_0(values)
+        with files.replacing(final, "wb") as out:  # np.save would not say why a write fails
+            np.lib.format.write_array_header_1_0(out, header)
+            out.write(values.data)
         described[name] = {"shape": values.shape, "crc32c": [checksums.crc32c([row.tobytes()]) for row in values]}
     checksums.write_json(file, {"unreadable": unreadable} | described)
     open_part.cache_clear()

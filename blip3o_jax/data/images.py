@@ -2,10 +2,11 @@
 
     bytes -> decode -> image_HWC -> one centre crop -> pixels_PQC, tokenizer_pixels_TTC      (uint8, RGB)
 
-`open_image` is the only place of the package where Pillow meets an encoded image: of a few formats,
-by their first bytes, so that no other decoder is ever started (Pillow's own choice has one for EPS,
-which runs Ghostscript). Pixels are counted from the header. A PNG goes in without its colour
-profile and notes, which change no pixel, and which Pillow refuses from 1 MiB on.
+`open_image`, and for strangers' files rl/rewards/png.py, are the only places of the package where
+Pillow meets an encoded image: of a few formats, by their first bytes, so that no other decoder is
+ever started (Pillow's own choice has one for EPS, which runs Ghostscript). Pixels are counted from
+the header. A PNG goes in without its colour profile and notes, which change no pixel, and which
+Pillow refuses from 1 MiB on.
 
 Both views come from one crop, so that image tokens and latents describe the same region; the tokenizer's is squashed to a
 square where the crop is none. crop="reference" keeps the published way, where the tokenizer sees the whole image squashed.
@@ -18,6 +19,7 @@ import os
 import pathlib
 import struct
 import zlib
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import (
@@ -67,18 +69,24 @@ _SIXTEEN_BITS = ("I;16", "I;16B", "I;16L", "I;16N", "I")
 _EIGHT_BITS = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV")
 
 
-def open_image(data: bytes, max_pixels: int | None = None) -> Image.Image:
+def open_image(
+    data: bytes,
+    max_pixels: int | None = None,
+    formats: Sequence[str] | None = None,
+) -> Image.Image:
     """Return the image with its header read and no pixel decoded; to be closed by the caller.
 
     Raises:
-      BadRecord: zero bytes, no header of a format of `_FORMATS`, or more than `max_pixels` pixels
-        (None: any number).
+      BadRecord: zero bytes, no header of a format of `_FORMATS` or not one of `formats`, Pillow's
+        names (None: any of them), or more than `max_pixels` pixels (None: any number).
     """
     if not data:
         raise BadRecord("", "", "the image has zero bytes")
     reader = next((reader for start, reader in _FORMATS if data.startswith(start)), None)
     if reader is None or (data.startswith(b"RIFF") and data[8:12] != b"WEBP"):
         raise BadRecord("", "", f"the image cannot be decoded: it is no {_KNOWN} file")
+    if formats is not None and reader.format not in formats:
+        raise BadRecord("", "", f"the image cannot be decoded: it is no {' or '.join(formats)} file")
     if size := _webp_size(data):  # its decoder allocates the pixels when it is opened
         _check_size(size, max_pixels)
     try:
@@ -163,7 +171,12 @@ def _may_orient(kind: bytes, chunk: bytes) -> bool:
     return rest[:1] == b"\0" and not inflater.unconsumed_tail
 
 
-def decode(data: bytes, at_least: int = 0, max_pixels: int = MOST_PIXELS) -> np.ndarray:
+def decode(
+    data: bytes,
+    at_least: int = 0,
+    max_pixels: int = MOST_PIXELS,
+    formats: Sequence[str] | None = None,
+) -> np.ndarray:
     """Encoded image -> uint8 [H, W, 3]: upright by its EXIF orientation, in RGB, transparency laid over white.
 
     Args:
@@ -171,12 +184,13 @@ def decode(data: bytes, at_least: int = 0, max_pixels: int = MOST_PIXELS) -> np.
       at_least: if given, a JPEG may come out smaller than it is by 2, 4 or 8, both sides staying at or above this many
         pixels: the inverse DCT then computes only the pixels that are kept.
       max_pixels: the most that are decoded.
+      formats: Pillow's names of those that are decoded, all of the above by default.
 
     Raises:
       BadRecord: zero bytes, broken or truncated data, an unknown format or pixel format, too many
         pixels.
     """
-    with open_image(data, max_pixels) as image:
+    with open_image(data, max_pixels, formats) as image:
         try:
             if at_least:
                 image.draft(None, (at_least, at_least))
@@ -234,9 +248,10 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def shape_of(data: bytes) -> tuple[int, int]:
-    """(height, width) of an encoded image as `decode` would have it, from its header alone; BadRecord where it has none."""
-    with open_image(data) as image:
+def shape_of(data: bytes, max_pixels: int = MOST_PIXELS) -> tuple[int, int]:
+    """(height, width) of an encoded image as `decode` would have it, from its header alone; BadRecord where it has none,
+    or more than `max_pixels` pixels: WebP's decoder allocates them all when it is opened."""
+    with open_image(data, max_pixels) as image:
         width, height = image.size
         # A TIFF's size is that of the image turned upright already.
         turned = isinstance(image, TiffImagePlugin.TiffImageFile)

@@ -13,12 +13,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
 from blip3o_jax import files
 from blip3o_jax.config import RewardConfig, UserError
+from blip3o_jax.data import images
+from blip3o_jax.data.record import BadRecord
 from blip3o_jax.rl.log import image_hash, image_path
 from blip3o_jax.rl.rewards.pool import RewardPool
 from blip3o_jax.rl.rewards.trust import check_trusted
@@ -44,8 +45,8 @@ def rescore(workdir: pathlib.Path, rewards: tuple[RewardConfig, ...], out: pathl
         pool.check([(line["prompt"], line["metadata"]) for line in lines])
         with files.replacing(out) as file:
             for group in _rollouts(lines):
-                images = _images(workdir, group)
-                found = pool.submit(images, [line["prompt"] for line in group], [line["metadata"] for line in group]).result()
+                drawn = _images(workdir, group)
+                found = pool.submit(drawn, [line["prompt"] for line in group], [line["metadata"] for line in group]).result()
                 for i, line in enumerate(group):
                     parts = {name: float(x[i]) for name, x in found.parts.items() if np.isfinite(x[i])}
                     total = None if found.failed_B[i] else float(found.total_B[i])
@@ -117,19 +118,19 @@ def _is_line(found: Any) -> bool:
 
 def _images(workdir: pathlib.Path, group: list[dict[str, Any]]) -> np.ndarray:
     """uint8 [B, H, W, 3] of one rollout."""
-    images = [_image(workdir, line) for line in group]
-    if len({image.shape for image in images}) > 1:
+    drawn = [_image(workdir, line) for line in group]
+    if len({image.shape for image in drawn}) > 1:
         directory = image_path(workdir, group[0]["rollout"], 0).parent
         raise UserError(f"{directory} holds images of several sizes: those of one rollout have one size")
-    return np.stack(images)
+    return np.stack(drawn)
 
 
 def _image(workdir: pathlib.Path, line: dict[str, Any]) -> np.ndarray:
     path = image_path(workdir, line["rollout"], line["row"])
     try:
         # As the log writes them: no other decoder is started on a file from elsewhere.
-        image = np.asarray(Image.open(path, formats=["PNG"]).convert("RGB"))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
+        image = images.decode(path.read_bytes(), formats=("PNG",))
+    except (OSError, BadRecord) as e:
         raise UserError(f"{path} cannot be read ({e}): a run keeps its images with --config.rl.keep_images=true") from e
     if image_hash(image) != line["image"]:
         raise UserError(f"{path} is not the image that rollouts.jsonl tells of: its SHA-256 differs")

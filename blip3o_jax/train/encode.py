@@ -51,7 +51,8 @@ def encoded_source(source: Source, encode: Encode, fingerprint: str, config: Con
     directory = pathlib.Path(config.data.cache_dir) / directory_name(source, settings)
     directory.mkdir(parents=True, exist_ok=True)
     if jax.process_index() == 0:  # for people; nothing reads it
-        (directory / "settings.json").write_text(json.dumps({"source": source.name, **settings}, indent=1), encoding="utf-8")
+        text = json.dumps({"source": source.name, **settings}, indent=1)
+        files.replace_text(directory / "settings.json", text)
 
     builder = ExampleBuilder(("pixels", "tokenizer_pixels"), config.model, config.data)
     parts = -(-len(source) // PART)

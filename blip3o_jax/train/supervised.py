@@ -53,7 +53,8 @@ class Supervised:
     def begin(self, setup: Setup, state: TrainState, position: Any) -> Begun:
         config, strategy, sources = setup.config, setup.strategy, self._sources
         if config.model.buckets and "pixels" in STAGES[config.stage].fields:
-            sources = [source for group in by_shape(sources, config.model) for source in group]
+            groups = by_shape(sources, config.model, config.data.max_pixels)
+            sources = [source for group in groups for source in group]
         builder = ExampleBuilder(STAGES[config.stage].fields, config.model, config.data, setup.vocabulary)
         rows = host_rows(strategy.batch_sharding(), config.data.batch_size // config.data.pack)
         loader_of = lambda sources: Loader(sources, builder, config.data, config.seed, rows=rows, join=builder.join)

@@ -201,6 +201,11 @@ def test_a_webp_says_its_size_before_its_decoder_allocates(lossless: bool, monke
     for data in (plain, extended):
         with pytest.raises(BadRecord, match="120 x 100 pixels"):
             decode(data, max_pixels=11_999)
+        with pytest.raises(BadRecord, match="120 x 100 pixels"):
+            shape_of(data, max_pixels=11_999)
+    claim = b"RIFF\x16\0\0\0WEBPVP8X" + bytes([10, 0, 0, 0, 0, 0, 0, 0, *(16382).to_bytes(3, "little") * 2])
+    with pytest.raises(BadRecord, match="16383 x 16383 pixels"):
+        shape_of(claim)
 
 
 def test_a_file_that_a_user_names_is_one_picture_or_one_line(tmp_path, recwarn) -> None:

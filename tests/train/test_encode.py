@@ -7,6 +7,7 @@ import os
 import pathlib
 import random
 import re
+import resource
 
 import numpy as np
 import pytest
@@ -98,7 +99,7 @@ def test_stopped_and_run_again_it_goes_on_with_the_next_part(folder, tmp_path):
     again = Encoders()
     opened(folder, tmp_path, again)
     assert again.calls == 0
-    assert not list((tmp_path / "cache").rglob("*writing*"))
+    assert not list((tmp_path / "cache").rglob("*.partial"))
 
 
 def parts(tmp_path, name):
@@ -279,6 +280,18 @@ def test_trouble_of_the_machine_ends_the_encoding(folder, tmp_path, monkeypatch)
     with pytest.raises(OSError, match=r"Stale file handle: .*002.png"):
         opened(folder, tmp_path, Encoders())
     assert not parts(tmp_path, "part")
+
+
+def test_an_array_that_cannot_be_written_is_named_and_leaves_nothing(tmp_path):
+    arrays = {"codes": np.zeros((8, 4), int), "latents": np.zeros((8, 4, 4, 64))}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"File too large: .*latents-00000.npy"):
+            encoded.write_part(tmp_path, 0, arrays, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in tmp_path.iterdir()] == ["codes-00000.npy"]
 
 
 def test_the_fingerprint_is_of_every_weight():

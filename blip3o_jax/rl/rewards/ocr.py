@@ -12,10 +12,10 @@ Where this is not the published reward:
 1. Of several quoted spans the published one takes the first. Here `reference` is the mean over the spans; `strict` compares
    all of them, one after the other in whichever order suits best, with all that was read.
 2. `strict` reads line by line from the top and each line from the left, whatever order the
-recogniser gives. 3. Both compare texts in the form of ocr_text.py, where characters that the
-recogniser cannot tell apart
-   are equal; the published one folds case and leaves blanks out, so that a curly apostrophe costs
-   an edit.
+   recogniser gives.
+3. Both compare texts in the form of ocr_text.py, where characters that the recogniser cannot tell
+   apart are equal; the published one folds case and leaves blanks out, so that a curly apostrophe
+   costs an edit.
 4. Small images are enlarged and get a border, since the detector misses letters at the very edge.
 
 Shape suffixes: B images, H height, W width, C colour channels.
