@@ -260,10 +260,15 @@ def _tar_members(shard: str, progress: index.Progress) -> tuple[list[tarfile.Tar
                     ValueError,
                     OverflowError,
                     MemoryError,
+                    RecursionError,  # thousands of extended headers before one member
                 ):  # all that odd headers raise
                     return members, end, end
                 if member is None:
                     break
+                # A negative size leads back (CVE-2025-8194), and the headers would be read for ever.
+                # The first is read when the archive is opened.
+                if member.size < 0 or (members and archive.offset <= end):
+                    return members, member.offset, end
                 stored = member.size if member.isreg() and not member.issparse() else 0
                 if member.offset_data + stored > total:
                     return members, member.offset, end
