@@ -112,23 +112,31 @@ def _json_array(text: str, path: pathlib.Path) -> Iterator[tuple[Any, str]]:
     """The values of one array, each with the line it begins in, so that what is wrong has a
     place."""
     space = re.compile(r"\s*")
+    counted, line = 0, 1  # lines up to a position: counted once, as a file may have millions
+
+    def where(position: int) -> str:
+        nonlocal counted, line
+        line += text.count("\n", counted, position)
+        counted = position
+        return f"{path}:{line}"
+
     position = space.match(text, text.index("[") + 1).end()
     ended = text.startswith("]", position)
     while not ended:
-        where = f"{path}:{text.count(chr(10), 0, position) + 1}"
-        value, position = _decoded(text, position, where)
-        yield value, where
+        here = where(position)
+        value, position = _decoded(text, position, here)
+        yield value, here
         position = space.match(text, position).end()
-        here = f"{path}:{text.count(chr(10), 0, position) + 1}"
         ended = text.startswith("]", position)
         if not ended and not text.startswith(",", position):
-            raise UserError(f'{here} is no JSON: expected "," or "]" after a value of the array')
+            reason = 'expected "," or "]" after a value of the array'
+            raise UserError(f"{where(position)} is no JSON: {reason}")
         if not ended:
             position = space.match(text, position + 1).end()
     position = space.match(text, position + 1).end()
     if text[position:]:
-        here = f"{path}:{text.count(chr(10), 0, position) + 1}"
-        raise UserError(f"{here} is no JSON: something follows the array; write all into one array")
+        reason = "something follows the array; write all into one array"
+        raise UserError(f"{where(position)} is no JSON: {reason}")
 
 
 def _decoded(text: str, position: int, where: str) -> tuple[Any, int]:

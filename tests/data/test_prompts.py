@@ -5,6 +5,7 @@ import json
 import pytest
 
 from blip3o_jax.config import UserError
+from blip3o_jax.data import prompts
 from blip3o_jax.data.prompts import Prompt, read_prompts
 from blip3o_jax.data.shapes import prompts as shapes_prompts
 
@@ -148,3 +149,17 @@ def test_a_text_may_begin_as_json_does(tmp_path):
 def test_a_file_that_is_not_there(tmp_path):
     with pytest.raises(UserError, match=r"nothing\.jsonl: No such file"):
         read_prompts(tmp_path / "nothing.jsonl")
+
+
+def test_a_long_array_is_read_in_linear_time(tmp_path, monkeypatch):
+    counted = []
+
+    class Text(str):
+        def count(self, what, start, end):
+            counted.append(end - start)
+            return super().count(what, start, end)
+
+    text = json.dumps(["a"] * 1000, indent=1)
+    monkeypatch.setattr(prompts, "_read_text", lambda path: Text(text))
+    assert len(read_prompts(tmp_path / "p.json")) == 1000
+    assert sum(counted) <= len(text)
