@@ -5,6 +5,7 @@ import errno
 import os
 import pathlib
 import re
+import stat
 import uuid
 from collections.abc import Iterator
 from typing import IO, Any
@@ -123,6 +124,16 @@ def replace_bytes(path: pathlib.Path, data: bytes, *, shared: bool = False) -> N
     """Write `data` in place of the file; see `replacing`."""
     with replacing(path, "wb", shared=shared) as file:
         file.write(data)
+
+
+def check_regular(path: str | os.PathLike[str]) -> None:
+    """Raise UserError unless `path` is a regular file: a pipe or a device would be waited for, and
+    may never end. OSError where it is a directory, or there is nothing."""
+    mode = os.stat(path).st_mode
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
+    if not stat.S_ISREG(mode):
+        raise UserError(f"{path} is a pipe or a device: write what it gives to a regular file first")
 
 
 def check_out_directory(out: pathlib.Path, flag: str = "--out") -> None:

@@ -31,6 +31,7 @@ from PIL import (
     WebPImagePlugin,
 )
 
+from blip3o_jax import files
 from blip3o_jax.config import DataConfig, UserError
 from blip3o_jax.data.record import BadRecord
 
@@ -192,6 +193,7 @@ def load(path: str | os.PathLike[str]) -> np.ndarray:
     """An image file that a user names -> uint8 [H, W, 3], as `decode`; UserError, one line with the path, for what no picture
     can be taken from: no file, broken data, an animation, sides below 8 pixels, more than 80 megapixels."""
     try:
+        files.check_regular(path)
         data = pathlib.Path(path).read_bytes()
     except OSError as error:
         raise UserError(f"{path}: the image cannot be read: {error.strerror}") from None

@@ -10,7 +10,7 @@
 JSON is one array, over as many lines as it likes, or one value a line. What else an object or a row
 holds is metadata for a scorer, as in the shapes data set's prompts_*.jsonl, GenEval's
 evaluation_metadata.jsonl and PartiPrompts.tsv. Names of keys and columns may be in capitals. Empty
-lines are skipped.
+lines are skipped. The file must be a regular one, no pipe.
 
 A text may begin with a brace or a bracket: without one of the suffixes above a file is JSON where
 its first line is valid JSON, or opens a string or a bracket right after its first, as no prompt
@@ -26,6 +26,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from blip3o_jax import files
 from blip3o_jax.config import UserError
 
 TEXT_NAMES = ("prompt", "caption")
@@ -71,7 +72,10 @@ def read_prompts(path: str | pathlib.Path) -> list[Prompt]:
 def _read_text(path: pathlib.Path) -> str:
     """Return what the file says, without its byte-order mark, lines ended by "\\n"."""
     try:
+        files.check_regular(path)
         data = path.read_bytes()
+    except UserError:
+        raise
     except (OSError, ValueError) as e:  # ValueError: a path with NUL
         raise UserError(f"{path}: {getattr(e, 'strerror', None) or e}") from e
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):

@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from blip3o_jax import config
+from blip3o_jax import config, files
 from blip3o_jax.checksums import crc32c
 from blip3o_jax.config import UserError
 from blip3o_jax.data import index as index_lib
@@ -148,7 +148,22 @@ def _members(path: str, files: list[str], suffix: str) -> list[str]:
     files = list(found)
     if not files:
         raise UserError(f"{path}: the data set is empty; there is no *{suffix} file in it")
+    _check_shards(files)
     return files
+
+
+def _check_shards(paths: Iterable[str]) -> None:
+    """Raise UserError where one of the shards is no regular file."""
+
+    def check(path: str) -> None:
+        try:
+            files.check_regular(path)
+        except OSError as error:
+            raise UserError(f"{path}: the shard cannot be read: {error.strerror}") from None
+
+    with concurrent.futures.ThreadPoolExecutor(index_lib.THREADS) as pool:
+        for _ in pool.map(check, paths):
+            pass
 
 
 class FolderSource(IndexedSource):

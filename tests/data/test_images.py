@@ -1,6 +1,7 @@
 """Every kind of image ends as upright RGB, and both views show the same region."""
 
 import io
+import os
 
 import numpy as np
 import pytest
@@ -235,4 +236,7 @@ def test_a_file_that_a_user_names_is_one_picture_or_one_line(tmp_path, recwarn) 
         assert str(error.value).startswith(f"{path}: ") and line in str(error.value) and "\n" not in str(error.value)
     with pytest.raises(UserError, match=r"none: the image cannot be read: No such file"):
         load(tmp_path / "none")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="pipe is a pipe or a device"):
+        load(tmp_path / "pipe")
     assert not recwarn.list, "one line, and no warning of Pillow's beside it"

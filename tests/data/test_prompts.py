@@ -1,6 +1,7 @@
 """Files of prompts, and what is wrong with them."""
 
 import json
+import os
 
 import pytest
 
@@ -149,6 +150,9 @@ def test_a_text_may_begin_as_json_does(tmp_path):
 def test_a_file_that_is_not_there(tmp_path):
     with pytest.raises(UserError, match=r"nothing\.jsonl: No such file"):
         read_prompts(tmp_path / "nothing.jsonl")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="pipe is a pipe or a device"):
+        read_prompts(tmp_path / "pipe")
 
 
 def test_a_long_array_is_read_in_linear_time(tmp_path, monkeypatch):

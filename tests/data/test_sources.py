@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import os
 import pathlib
 import pickle
 import re
@@ -231,6 +232,20 @@ def test_what_cannot_be_a_data_set(tmp_path: pathlib.Path) -> None:
         with pytest.raises(ValueError, match=expected) as caught:
             opened(path)
         assert "\n" not in str(caught.value)
+    (tmp_path / "shards/b.tar").mkdir(parents=True)
+    os.mkfifo(tmp_path / "shards/a.tar")
+    os.mkfifo(tmp_path / "a.parquet")
+    (tmp_path / "a.tar").symlink_to("a.tar")
+    for path, expected in [
+        ("shards", "shards/a.tar is a pipe or a device"),
+        ("a.parquet", "a.parquet is a pipe or a device"),
+        ("a.tar", "no such file"),
+    ]:
+        with pytest.raises(ValueError, match=re.escape(expected)):
+            opened(tmp_path / path)
+    (tmp_path / "shards/a.tar").unlink()
+    with pytest.raises(ValueError, match=r"shards/b.tar: the shard cannot be read: Is a directory"):
+        opened(tmp_path / "shards")
     for kind in ("tfds", "webdataset", "parquet", "folder"):
         with pytest.raises(ValueError, match=re.escape(str(tmp_path))):
             opened(tmp_path, format=kind)
