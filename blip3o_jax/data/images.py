@@ -200,7 +200,7 @@ def load(path: str | os.PathLike[str]) -> np.ndarray:
     try:
         with open_image(data, MOST_PIXELS) as image:
             width, height = image.size
-            frames = getattr(image, "n_frames", 1)
+            frames = _frames(image)
         if frames > 1:
             raise UserError(f"{path}: an animation of {frames} frames: save the one that is meant")
         if min(width, height) < SMALLEST:
@@ -208,6 +208,14 @@ def load(path: str | os.PathLike[str]) -> np.ndarray:
         return decode(data)
     except BadRecord as error:
         raise UserError(f"{path}: {error.reason}") from None
+
+
+def _frames(image: Image.Image) -> int:
+    """Return the frames of an animation, 1 of a picture; BadRecord where a damaged one has no end."""
+    try:
+        return getattr(image, "n_frames", 1)
+    except Exception as error:  # the headers of all frames are read: as in `open_image`
+        raise _undecodable(error) from None
 
 
 def _upright(image: Image.Image) -> Image.Image:
