@@ -50,6 +50,7 @@ from blip3o_jax.data.tar import TarSource
 
 CAPTION_FILES = ("captions.jsonl", "metadata.jsonl")
 ROW_GROUPS_KEPT = 4
+MOST_FILES = 10**6  # that a pattern stands for
 
 
 def open_mixture(data: config.DataConfig, hosts: Hosts = Hosts()) -> list[tuple[Source, float]]:
@@ -107,10 +108,7 @@ def _expand(path: str) -> list[str]:
     """The paths a pattern stands for, all of them there."""
     parts = re.split(r"\{(\d+)\.\.(\d+)\}", path)
     if len(parts) > 1:
-        spans = [
-            [f"{i:0{len(low)}d}" for i in range(int(low), int(high) + 1)]
-            for low, high in zip(parts[1::3], parts[2::3], strict=True)
-        ]
+        spans = _spans(path, list(zip(parts[1::3], parts[2::3], strict=True)))
         files = [
             "".join(itertools.chain(*zip(parts[::3], (*numbers, ""), strict=True))) for numbers in itertools.product(*spans)
         ]
@@ -122,6 +120,20 @@ def _expand(path: str) -> list[str]:
         if not os.path.exists(file):
             raise UserError(f"{file}: no such file or directory; check data.path (a mounted bucket works, a URL does not)")
     return files
+
+
+def _spans(path: str, ends: Sequence[tuple[str, str]]) -> list[list[str]]:
+    """Return the numbers of each range of a pattern as they are written; `ends`: its first and last."""
+    count = 1
+    for low, high in ends:
+        if int(high) < int(low):
+            hint = f"write {{{high}..{low}}}"
+            raise UserError(f"{path}: the range {{{low}..{high}}} is empty: {hint}")
+        count *= int(high) - int(low) + 1
+    if count > MOST_FILES:
+        hint = "name the shards that are there"
+        raise UserError(f"{path}: stands for more than {MOST_FILES} files: {hint}")
+    return [[f"{i:0{len(low)}d}" for i in range(int(low), int(high) + 1)] for low, high in ends]
 
 
 def _detect(path: str, files: list[str]) -> str:

@@ -228,6 +228,9 @@ def test_what_cannot_be_a_data_set(tmp_path: pathlib.Path) -> None:
         (tmp_path / "notes.md", "notes.md: unknown format"),
         (tmp_path, "unknown format; expected dataset_info.json"),
         (tmp_path / "empty.jsonl", "empty.jsonl: the data set is empty"),
+        (tmp_path / "{0..99999999999}.tar", "stands for more than 1000000 files"),
+        (tmp_path / "{1..9999}{1..9999}.tar", "stands for more than 1000000 files"),
+        (tmp_path / "{5..1}.tar", r"the range \{5..1\} is empty: write \{1..5\}"),
     ]:
         with pytest.raises(ValueError, match=expected) as caught:
             opened(path)
