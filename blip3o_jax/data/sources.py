@@ -31,6 +31,7 @@ from blip3o_jax import config, files
 from blip3o_jax.checksums import crc32c
 from blip3o_jax.config import UserError
 from blip3o_jax.data import index as index_lib
+from blip3o_jax.data import tfds_checks
 from blip3o_jax.data.checked_file import DamagedArrays
 from blip3o_jax.data.index import Built, Counts, Hosts, IndexedSource, Progress, ShardIndex
 from blip3o_jax.data.record import (
@@ -597,19 +598,31 @@ class TfdsSource(IndexedSource):
     def _reader(self) -> Any:
         import tensorflow_datasets as tfds
 
+        tfds_checks.check_description(self._directory)
         try:
             builder = tfds.builder_from_directory(self._directory)
         except Exception as error:  # whatever its JSON files hold
             reason = str(error).partition("\n")[0] or type(error).__name__
             raise UserError(f"{self._directory}: no data set that TFDS can read: {reason}") from None
         try:
+            shards = [os.fspath(s.filename) for s in builder.info.splits[self._split].file_instructions]
+        except Exception as error:  # of a template's fields, or a split that there is not
+            raise self._no_split(error) from None
+        if not shards:
+            raise UserError(f"{self._directory}: data.split={self._split!r} holds no record")
+        tfds_checks.check_inside(self._directory, shards)
+        _check_shards(shards)
+        try:
             images = [name for name in ("image", *INPUT_FIELDS) if name in builder.info.features]
             as_stored = tfds.decode.SkipDecoding()
             as_stored.decode_batch_example_np = as_stored.decode_example_np  # of sequences, which TFDS leaves out
             return builder.as_data_source(self._split, decoders=dict.fromkeys(images, as_stored))
         except (ValueError, NotImplementedError) as error:
-            reason = str(error).partition("\n")[0]
-            raise UserError(f"{self._directory}: cannot read data.split={self._split!r}: {reason}") from None
+            raise self._no_split(error) from None
+
+    def _no_split(self, error: Exception) -> UserError:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        return UserError(f"{self._directory}: cannot read data.split={self._split!r}: {reason}")
 
     def _check_features(self, features: Any) -> None:
         self._fields = _known_fields(features, self._directory, "features")

@@ -7,6 +7,7 @@ import os
 import pathlib
 import pickle
 import re
+import sys
 import tarfile
 
 import numpy as np
@@ -217,6 +218,30 @@ def test_tfds(tmp_path: pathlib.Path) -> None:
         ValueError, match=r"cannot read data.split='val': Unknown split 'val'. Should be one of \['train', 'test'\]"
     ):
         opened(tmp_path, split="val")
+    with pytest.raises(ValueError, match=r"data.split='train\[50%:1%\]' holds no record"):
+        opened(tmp_path, split="train[50%:1%]")
+    directory = pathlib.Path(source[0].shard).parent
+    _check_hostile_tfds(directory, pathlib.Path(source[0].shard))
+
+
+def _check_hostile_tfds(directory: pathlib.Path, shard: pathlib.Path) -> None:
+    """What a set of TFDS from elsewhere may say and hold."""
+
+    def refused(name: str, old: str, new: str, message: str) -> None:
+        whole = (directory / name).read_text()
+        assert old in whole
+        (directory / name).write_text(whole.replace(old, new))
+        with pytest.raises(ValueError, match=message):
+            opened(directory)
+        (directory / name).write_text(whole)
+
+    inner = "tensorflow_datasets.core.features.text_feature.Text"
+    refused("features.json", inner, "this.X", r"features.json: the class this.X is not one of")
+    assert "this" not in sys.modules
+    template = "{DATASET}-{SPLIT}"
+    for outside in ("../../", str(directory.parent / "a")):
+        refused("dataset_info.json", template, outside, "leads out of the data set, to ")
+    refused("dataset_info.json", template, "other", "other.*: the shard cannot be read: No such file")
 
 
 def test_what_cannot_be_a_data_set(tmp_path: pathlib.Path) -> None:
