@@ -280,6 +280,7 @@ class SetIndex:
       ends: where the records of each shard end.
       unused, incomplete: what the shards hold beside whole records.
       extra: by shard, `Built.extra`.
+      records: by shard, all that its file holds.
     """
 
     def __init__(
@@ -292,6 +293,7 @@ class SetIndex:
         self._command = command  # that indexes the set
         self._files = [(str(each.path), each.header["digest"]) for each in found]
         self.extra = [each.header["extra"] for each in found]
+        self.records = [each.records for each in found]
         whole = [(0, each.records) for each in found]
         self._ranges = list(ranges) or whole
         self.ends = np.cumsum([take for _, take in self._ranges]).tolist()

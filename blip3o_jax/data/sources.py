@@ -588,7 +588,12 @@ class TfdsSource(IndexedSource):
         ranges = [(shard.skip, shard.take) for shard in shards]
         options = "" if split == "train" else f"--split={shlex.quote(split)}"
         found = index_lib.open_set(path, files, ARRAY_RECORD, ranges=ranges, hosts=hosts, anew=anew, options=options)
-        super().__init__(path, files, found)
+        if "[" not in split:  # a part of a split leaves records out on purpose
+            for file, records, (skip, take) in zip(files, found.records, ranges, strict=True):
+                if more := records - skip - take:
+                    found.unused.add("undeclared", f"first in {file}", more)
+        said = {"undeclared": "records beyond those that dataset_info.json counts"}
+        super().__init__(path, files, found, said)
 
     @property
     def _info(self) -> Any:

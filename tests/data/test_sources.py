@@ -241,6 +241,13 @@ def _check_hostile_tfds(directory: pathlib.Path, shard: pathlib.Path) -> None:
     template = "{DATASET}-{SPLIT}"
     for outside in ("../../", str(directory.parent / "a")):
         refused("dataset_info.json", template, outside, "leads out of the data set, to ")
+    info = directory / "dataset_info.json"
+    whole = info.read_text()
+    info.write_text(whole.replace(f'"{COUNT}"', f'"{COUNT - 2}"'))
+    short = opened(directory)
+    assert (len(short), short.unused) == (COUNT - 2, {"undeclared": 2})
+    assert opened(directory, split="train[:1]").unused == {}
+    info.write_text(whole)
     refused("dataset_info.json", template, "other", "other.*: the shard cannot be read: No such file")
 
 
