@@ -57,7 +57,7 @@ from blip3o_jax.data.checked_file import (
 )
 from blip3o_jax.data.record import BadRecord, Source
 
-VERSION = 1  # raised whenever an array or the digest changes its meaning
+VERSION = 2  # raised whenever an array or the digest changes its meaning
 IDENTITY = ("keys", "key_ends", "sizes", "crc")
 DIRECTORY = ".blip3o_index"
 INCOMPLETE = {  # as a name of metrics, and as said when the set is opened

@@ -51,6 +51,8 @@ from blip3o_jax.data.tar import TarSource
 
 CAPTION_FILES = ("captions.jsonl", "metadata.jsonl")
 ROW_GROUPS_KEPT = 4
+KEY_COLUMNS = ("key", "id", "__key__")
+FIELDS = ("task", "image", *INPUT_FIELDS, *TEXT_FIELDS, "answer")
 MOST_FILES = 10**6  # that a pattern stands for
 
 
@@ -445,8 +447,8 @@ class ParquetSource(IndexedSource):
         try:
             with pyarrow.parquet.ParquetFile(self.files[file]) as parquet:
                 return parquet.read_row_group(row_group, columns=columns, use_threads=False)
-        except (pyarrow.ArrowException, OSError) as error:
-            return f"the row group cannot be read: {(str(error).splitlines() or [''])[0]}"
+        except (pyarrow.ArrowException, OSError, ValueError) as error:
+            return f"the row group cannot be read: {_reason(error)}"
 
     def __getitem__(self, index: int) -> Record:
         group = bisect.bisect_right(self._ends, index)
@@ -455,13 +457,16 @@ class ParquetSource(IndexedSource):
         shard, (names, key_column) = self.files[file], self._columns[file]
         if isinstance(table, str):
             raise BadRecord(shard, f"row {index}", table)
-        key = str(table[key_column][row].as_py()) if key_column else f"row {index}"
+        key = _shown_key(table[key_column][row]) if key_column else f"row {index}"
         try:
             fields = {name: table[name][row].as_py() for name in names}
+            columns = [*names, key_column] if key_column else names
+            parts = list(_row_bytes(table, columns, row))
         except UnicodeDecodeError as error:
             raise BadRecord(shard, key, f"the text is not UTF-8 (byte {error.start})") from None
-        columns = [*names, key_column] if key_column else names
-        self._index.check(shard, *self._index.place(index), _row_bytes(table, columns, row), key)
+        except Exception as error:  # as many as there are types of values
+            raise BadRecord(shard, key, f"the row cannot be read: {_reason(error)}") from None
+        self._index.check(shard, *self._index.place(index), parts, key)
         images = [_encoded(x, shard, key) for x in _several(fields)]
         image = fields.get("image")
         return make_record(
@@ -476,24 +481,28 @@ def _index_parquet(path: str, progress: Progress) -> Built:
 
     try:
         file = pyarrow.parquet.ParquetFile(path)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{path}: not a readable parquet file ({str(error).splitlines()[0]})") from None
+        names = file.schema_arrow.names
+    except (pyarrow.ArrowException, OSError, ValueError) as error:  # ValueError: no UTF-8
+        raise UserError(f"{path}: not a readable parquet file ({_reason(error)})") from None
     sizes, sums, groups, incomplete = [], [], [], Counts()
     with file as parquet:
-        names = parquet.schema_arrow.names
         fields = _known_fields(names, path, "columns")
-        key = next((name for name in ("key", "id", "__key__") if name in names), "")
+        key = next((name for name in KEY_COLUMNS if name in names), "")
         columns = [*fields, key] if key else fields
         for group in range(parquet.num_row_groups):
             groups.append(parquet.metadata.row_group(group).num_rows)
             try:
                 table = parquet.read_row_group(group, columns=columns, use_threads=False)
-                rows = [list(_row_bytes(table, columns, row)) for row in range(groups[-1])]
-            except (pyarrow.ArrowException, OSError) as error:
+                rows = [_readable_bytes(table, columns, row) for row in range(groups[-1])]
+            except (pyarrow.ArrowException, OSError, ValueError) as error:
                 if isinstance(error, OSError) and error.errno:  # the disk, not the page
                     raise
                 rows = [[]] * groups[-1]  # each of them is a bad record when it is read
                 incomplete.add("unreadable", f"row group {group} first in {path}", groups[-1])
+            else:
+                for row, parts in enumerate(rows, sum(groups[:-1])):
+                    if not parts:
+                        incomplete.add("unreadable", f"row {row} first in {path}")
             for parts in rows:
                 sizes.append(sum(map(len, parts)) if parts else -1)
                 sums.append(crc32c(parts))
@@ -518,6 +527,33 @@ def _row_bytes(table: Any, names: Sequence[str], row: int) -> Iterator[bytes]:
         yield from _value_bytes(table[name][row])
 
 
+def _readable_bytes(table: Any, names: Sequence[str], row: int) -> list[bytes]:
+    """Return the bytes of a row, none where it cannot be read."""
+    try:
+        return list(_row_bytes(table, names, row))
+    except Exception:  # as many as there are types of values
+        return []
+
+
+def _reason(error: Exception) -> str:
+    return str(error).partition("\n")[0] or type(error).__name__
+
+
+def _shown_key(value: Any) -> str:
+    """Return the name of a row, also of one that Python cannot hold."""
+    import pyarrow
+
+    try:
+        return str(value.as_py())
+    except Exception:  # a date after the year 9999, text that is not UTF-8
+        if isinstance(value, pyarrow.BinaryScalar):
+            return index_lib.printable(value.as_buffer().to_pybytes())
+    try:
+        return index_lib.printable(b"".join(_value_bytes(value)).strip())
+    except Exception:
+        return "a key that cannot be shown"
+
+
 def _value_bytes(value: Any) -> Iterator[bytes]:
     import pyarrow
 
@@ -530,6 +566,13 @@ def _value_bytes(value: Any) -> Iterator[bytes]:
         yield data.to_pybytes()
     elif pyarrow.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
         yield from _value_bytes(value["bytes"])
+    elif pyarrow.types.is_struct(kind):
+        yield b"struct %d " % len(value)
+        for number, field in enumerate(kind):
+            yield f"{field.name}\0".encode()
+            yield from _value_bytes(value[number])
+    elif pyarrow.types.is_temporal(kind) and hasattr(value, "value"):  # Python holds fewer
+        yield f"{kind} {value.value} ".encode()
     elif isinstance(value, pyarrow.ListScalar):
         yield b"list %d " % len(value)
         for each in value.values:
@@ -552,7 +595,11 @@ PARQUET = index_lib.Format(
 def _known_fields(names: Iterable[str], where: str, kind: str) -> list[str]:
     """Those of `names` that a record is made of."""
     names = list(names)
-    known = [name for name in ("task", "image", *INPUT_FIELDS, *TEXT_FIELDS, "answer") if name in names]
+    twice = [name for name in (*KEY_COLUMNS, *FIELDS) if names.count(name) > 1]
+    if twice:
+        hint = "rename or drop the one that is not meant"
+        raise UserError(f"{where}: the name {twice[0]} is there twice among the {kind}: {hint}")
+    known = [name for name in FIELDS if name in names]
     if not {"image", *INPUT_FIELDS} & set(known) or not {"task", *TEXT_FIELDS} & set(known):
         raise UserError(f"{where}: needs the {kind} image and {' or '.join(CAPTION_FIELDS)}; it has {', '.join(names)}")
     return known

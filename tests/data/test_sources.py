@@ -181,6 +181,40 @@ def test_parquet_bad_files_and_records(tmp_path: pathlib.Path) -> None:
     (tmp_path / "c.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-50])
     with pytest.raises(ValueError, match=r"c.parquet: not a readable parquet file"):
         opened(tmp_path / "c.parquet")
+    twice = pa.Table.from_arrays([pa.array(IMAGES), *[pa.array(CAPTIONS)] * 2], ["image", "text", "text"])
+    pq.write_table(twice, tmp_path / "d.parquet")
+    with pytest.raises(ValueError, match=r"d.parquet: the name text is there twice among the columns"):
+        opened(tmp_path / "d.parquet")
+    pq.write_table(pa.table({"image": IMAGES, "text": CAPTIONS, "zzzz": CAPTIONS}), tmp_path / "e.parquet")
+    footer = (tmp_path / "e.parquet").read_bytes().replace(b"zzzz", b"\xff\xff\xff\xff")
+    (tmp_path / "e.parquet").write_bytes(footer)
+    with pytest.raises(ValueError, match=r"e.parquet: not a readable parquet file"):
+        opened(tmp_path / "e.parquet")
+
+
+def not_utf8() -> pa.Array:
+    return pa.array([b"\xff"] * COUNT).view(pa.string())
+
+
+@pytest.mark.parametrize(
+    ("ids", "key"),
+    [
+        (pa.array([1234567891] * COUNT, pa.timestamp("ns")), "234567891"),
+        (pa.array([5001] * COUNT, pa.time64("ns")), "5001"),
+        (pa.array([2**62] * COUNT, pa.duration("us")), "53375995 days"),
+        (pa.array([2**30] * COUNT, pa.date32()), str(2**30)),
+        (not_utf8(), r"\xff"),
+        (pa.StructArray.from_arrays([not_utf8()], ["q"]), r"\xff"),
+    ],
+)
+def test_parquet_values_that_python_cannot_hold(tmp_path: pathlib.Path, ids: pa.Array, key: str) -> None:
+    pq.write_table(pa.table({"image": IMAGES, "text": CAPTIONS, "id": ids}), tmp_path / "a.parquet")
+    source = opened(tmp_path / "a.parquet")
+    assert (source[1].caption, source.incomplete) == (CAPTIONS[1], 0)
+    assert key in source[1].key
+    pq.write_table(pa.table({"image": IMAGES, "caption": ids, "key": CAPTIONS}), tmp_path / "b.parquet")
+    with pytest.raises(BadRecord, match=re.escape(f"b.parquet: {CAPTIONS[0]}: ")):
+        opened(tmp_path / "b.parquet")[0]
 
 
 def test_tfds(tmp_path: pathlib.Path) -> None:
