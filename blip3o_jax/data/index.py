@@ -81,7 +81,15 @@ class Counts:
 
     @classmethod
     def from_json(cls, found: dict[str, list[Any]]) -> "Counts":
-        return cls({reason: (int(count), str(first)) for reason, (count, first) in found.items()})
+        """Return what the header of an index holds. ValueError, TypeError or AttributeError for
+        what is no counts: it may come from anywhere."""
+        counts = {}
+        for reason, (count, first) in found.items():
+            if int(count) < 0:
+                raise ValueError(f"{count} {reason}")
+            name = printable(str(first).encode("utf-8", "surrogatepass"))
+            counts[printable(reason.encode("utf-8", "surrogatepass"))] = (int(count), name)
+        return cls(counts)
 
     def add(self, reason: str, where: str, count: int = 1) -> None:
         before, first = self.found.get(reason, (0, where))
@@ -502,7 +510,9 @@ def _check_layout(index: ShardIndex, form: Format) -> None:
         fits = fits and header["variant"] == form.variant and header["digest"] == index.digest()
         fits = fits and header.keys() >= {"state", "unused", "incomplete", "mtime_ns"}
         fits = fits and header["extra"].keys() >= form.extra
-    except (KeyError, ValueError, TypeError, AttributeError):
+        for name in ("unused", "incomplete"):
+            Counts.from_json(header[name])
+    except (KeyError, ValueError, TypeError, AttributeError, OverflowError):
         fits = False
     if not fits:
         raise DamagedArrays("it is of another version, or its parts do not fit each other")

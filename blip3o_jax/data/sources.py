@@ -514,7 +514,9 @@ def _index_parquet(path: str, progress: Progress) -> Built:
 def _parquet_changed(path: str, found: ShardIndex) -> str:
     """See `index.Format.changed`."""
     extra = found.header["extra"]
-    if sum(extra["groups"]) != len(found) or not all(isinstance(name, str) for name in (extra["key"], *extra["fields"])):
+    groups = extra["groups"]
+    fits = all(isinstance(rows, int) and rows >= 0 for rows in groups) and sum(groups) == len(found)
+    if not (fits and {*extra["fields"]} <= {*FIELDS} and extra["key"] in ("", *KEY_COLUMNS)):
         raise DamagedArrays("it does not fit a parquet file")
     return index_lib.same_state(path, found)
 

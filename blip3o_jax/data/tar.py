@@ -290,6 +290,8 @@ def _changed(path: str, found: index.ShardIndex) -> str:
     inside = offsets.shape == sizes.shape and offsets.shape[1:] >= (INPUTS,)
     total = os.path.getsize(path)
     inside = inside and max(offsets.max(initial=0), sizes.max(initial=0)) <= total
+    broken = found.header["extra"]["broken"]
+    inside = inside and isinstance(broken, int) and 0 <= broken <= len(found)
     if not (inside and (offsets + sizes <= total).all()):
         raise DamagedArrays("it points outside of the shard")
     return ""
