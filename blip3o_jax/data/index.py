@@ -56,6 +56,7 @@ from blip3o_jax.data.checked_file import (
     unpack,
 )
 from blip3o_jax.data.record import BadRecord, Source
+from blip3o_jax.fields import escaped
 
 VERSION = 2  # raised whenever an array or the digest changes its meaning
 IDENTITY = ("keys", "key_ends", "sizes", "crc")
@@ -82,13 +83,12 @@ class Counts:
     @classmethod
     def from_json(cls, found: dict[str, list[Any]]) -> "Counts":
         """Return what the header of an index holds. ValueError, TypeError or AttributeError for
-        what is no counts: it may come from anywhere."""
+        what is none: it may come from anywhere."""
         counts = {}
         for reason, (count, first) in found.items():
             if int(count) < 0:
                 raise ValueError(f"{count} {reason}")
-            name = printable(str(first).encode("utf-8", "surrogatepass"))
-            counts[printable(reason.encode("utf-8", "surrogatepass"))] = (int(count), name)
+            counts[escaped(reason)] = (int(count), escaped(str(first)))
         return cls(counts)
 
     def add(self, reason: str, where: str, count: int = 1) -> None:
@@ -129,8 +129,7 @@ def joined_keys(keys: Sequence[bytes]) -> dict[str, np.ndarray]:
 
 def printable(raw: bytes) -> str:
     """Return a file name as text for messages and JSON."""
-    text = raw.decode("utf-8", "backslashreplace")
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+    return escaped(raw.decode("utf-8", "backslashreplace"))
 
 
 @dataclasses.dataclass(frozen=True)

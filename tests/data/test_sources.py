@@ -192,6 +192,14 @@ def test_parquet_bad_files_and_records(tmp_path: pathlib.Path) -> None:
         opened(tmp_path / "e.parquet")
 
 
+def test_names_from_data_are_escaped_in_messages(tmp_path: pathlib.Path) -> None:
+    table = {"image": IMAGES[:1], "text": pa.nulls(1), "id": ["a\nb\x1b[31m"]}
+    pq.write_table(pa.table(table), tmp_path / "a.parquet")
+    with pytest.raises(BadRecord) as error:
+        opened(tmp_path / "a.parquet")[0]
+    assert str(error.value).startswith(rf"{tmp_path}/a.parquet: a\nb\x1b[31m: no caption")
+
+
 def not_utf8() -> pa.Array:
     return pa.array([b"\xff"] * COUNT).view(pa.string())
 
