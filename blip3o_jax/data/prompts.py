@@ -58,8 +58,16 @@ def read_prompts(path: str | pathlib.Path) -> list[Prompt]:
     if kind in _JSON_SUFFIXES or (kind not in _TABLE_SUFFIXES and _begins_json(first)):
         values = _json_array(text, path) if first.startswith("[") else _json_lines(text, path)
         prompts = [_prompt(value, where) for value, where in values]
-    elif delimiter := _TABLE_SUFFIXES.get(kind) or _delimiter(first):
+    elif delimiter := _TABLE_SUFFIXES.get(kind):
         prompts = [_prompt(row, where) for row, where in _table(text, delimiter, path)]
+    elif delimiter := _delimiter(first):
+        hint = "the first line was read as names of columns: if it is a prompt, put another first"
+        try:
+            prompts = [_prompt(row, where) for row, where in _table(text, delimiter, path)]
+        except UserError as e:
+            raise UserError(f"{e}; {hint}") from e
+        if not prompts:
+            raise UserError(f"{path} holds no prompt below its names of columns; {hint}")
     else:
         # Not splitlines: a text may hold U+2028 and its like.
         lines = [line.strip() for line in text.split("\n")]

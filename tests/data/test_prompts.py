@@ -127,6 +127,8 @@ def test_a_table_with_commas(tmp_path):
         ("p.csv", "prompt\n" + "a" * 200_000, "p.csv:2 is no CSV: field larger than field limit"),
         ("p.csv", "prompt,tag\n", "holds no prompt"),
         ("p.tsv", "Prompt\tNote\na cat\n", "p.tsv:2 has 1 columns, the first line 2"),
+        ("p.txt", "prompt, a red cat\na dog\n", "the first line 2; the first line was read as names"),
+        ("p.txt", "prompt, a red cat\n", "holds no prompt below its names of columns; the first"),
         ("p.txt", '{"prompt": "a"}\na dog\n', "p.txt:2 is no JSON: Expecting value"),
         ("p.txt", '{"prompt": \n', "p.txt:1 is no JSON"),
         ("p.txt", '[\n "a"\n "b"]', "p.txt:3 is no JSON"),
