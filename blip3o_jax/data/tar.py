@@ -30,6 +30,8 @@ IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 INPUT_SUFFIX = re.compile(rf"input(\d*)\.(?:{'|'.join(IMAGE_SUFFIXES)})")
 # Columns of `sizes` and `offsets`; input images are all from the last on.
 TEXT, JSON, IMAGE, INPUTS = range(4)
+# All that odd headers raise; RecursionError: thousands of extended ones before one member.
+_ODD_HEADERS = (tarfile.TarError, ValueError, OverflowError, MemoryError, RecursionError)
 READ_AT_ONCE = 8 * 2**20  # bytes
 # As a name of metrics, and as said when the set is opened.
 UNUSED = {
@@ -255,13 +257,7 @@ def _tar_members(shard: str, progress: index.Progress) -> tuple[list[tarfile.Tar
                 end = archive.offset
                 try:
                     member = archive.next()
-                except (
-                    tarfile.TarError,
-                    ValueError,
-                    OverflowError,
-                    MemoryError,
-                    RecursionError,  # thousands of extended headers before one member
-                ):  # all that odd headers raise
+                except _ODD_HEADERS:
                     return members, end, end
                 if member is None:
                     break
@@ -277,6 +273,9 @@ def _tar_members(shard: str, progress: index.Progress) -> tuple[list[tarfile.Tar
             end = archive.offset
     except tarfile.TarError as error:
         hint = "shards must be plain .tar, not compressed"
+        raise UserError(f"{shard}: not a tar file ({error}); {hint}") from None
+    except _ODD_HEADERS as error:
+        hint = "the headers before its first member make no sense"
         raise UserError(f"{shard}: not a tar file ({error}); {hint}") from None
     closed = read_spans(shard, [(end, tarfile.BLOCKSIZE)]) == [tarfile.NUL * tarfile.BLOCKSIZE]
     return members, None if closed else end, end

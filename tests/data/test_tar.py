@@ -141,3 +141,6 @@ def test_headers_that_lead_back_or_never_end_are_refused(tmp_path: pathlib.Path)
         (tmp_path / name).write_bytes(data)
         with pytest.raises(UserError, match=rf"{name}: cut off or damaged at byte {at} "):
             opened(tmp_path / name)
+    (tmp_path / "first.tar").write_bytes(chain)
+    with pytest.raises(UserError, match=r"first.tar: not a tar file .*; the headers before its first"):
+        opened(tmp_path / "first.tar")
