@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 from blip3o_jax import __version__, arguments, cli_bench, cli_convert, cli_rl, exits, files
 from blip3o_jax.config import SamplingConfig, UserError
-from blip3o_jax.fields import INT32, UINT32, shown
+from blip3o_jax.fields import INT32, UINT32, escaped, shown
 
 _SAMPLING = ("steps", "guidance", "reference_guidance", "token_guidance", "temperature", "top_k", "top_p", "batch_size")
 
@@ -94,7 +94,7 @@ def _line(error: BaseException, args: argparse.Namespace) -> str | None:
         return None
     if found.filename is None and getattr(args, "out", None):
         found.filename = str(args.out)
-    return files.describe(found) + (f"; {args.after_interrupt}" if found.errno in files.TROUBLE else "")
+    return escaped(files.describe(found)) + (f"; {args.after_interrupt}" if found.errno in files.TROUBLE else "")
 
 
 def _check_out(args: argparse.Namespace) -> None:
@@ -585,4 +585,4 @@ def _default_workdir(config: str) -> Path:
 
 
 def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
+    return escaped(" ".join(str(error).split()))

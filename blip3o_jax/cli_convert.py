@@ -7,7 +7,7 @@ from typing import Any
 
 from blip3o_jax import arguments, fields, files
 from blip3o_jax.config import MeshConfig, UserError, from_dict
-from blip3o_jax.fields import UINT32
+from blip3o_jax.fields import UINT32, escaped
 
 DTYPES = ("float32", "bfloat16", "float16")
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -183,7 +183,7 @@ def _verify(args: argparse.Namespace) -> int:
 
 def _print_notes(notes: tuple[str, ...]) -> None:
     for note in notes:
-        print(f"note: {note}", file=sys.stderr)
+        print(f"note: {escaped(note)}", file=sys.stderr)
 
 
 def _bytes(count: float) -> str:

@@ -52,6 +52,12 @@ def check_choice(field: str, value: str, choices: Iterable[str]) -> None:
     check(value in choices, f"{field}={shown(value)} is not one of {', '.join(map(str, choices))}")
 
 
+def escaped(text: str) -> str:
+    """Return `text` with all that cannot be printed escaped, lone surrogates among them: a name
+    from elsewhere may hold a line's end or a terminal's commands."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def shown(value: Any) -> str:
     """Return `repr(value)` on one line, cut where it is long."""
     try:

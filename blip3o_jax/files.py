@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import re
+import stat
 import uuid
 from collections.abc import Iterator
 from typing import IO, Any
@@ -163,6 +164,16 @@ def remove_empty(made: list[pathlib.Path]) -> None:
     with contextlib.suppress(OSError):
         for path in reversed(made):
             path.rmdir()
+
+
+def check_regular(path: str | os.PathLike[str]) -> None:
+    """Raise UserError unless `path` is a regular file: a pipe or a device would be waited for, and
+    may never end. OSError where it is a directory, or there is nothing."""
+    mode = os.stat(path).st_mode
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
+    if not stat.S_ISREG(mode):
+        raise UserError(f"{path} is a pipe or a device: write what it gives to a regular file first")
 
 
 def check_out_directory(out: pathlib.Path, flag: str = "--out") -> None:

@@ -228,6 +228,7 @@ def test_the_other_commands_call_one_function(tmp_path, stub, capsys):
     ("error", "line"),
     [
         (UserError("a.tar is cut short\n  at byte 12"), "blip3o: error: a.tar is cut short at byte 12"),
+        (UserError("a\x1b[31m.tar is cut short"), r"blip3o: error: a\x1b[31m.tar is cut short"),
         (NotADirectoryError(20, "Not a directory", "x/y"), "blip3o: error: x/y: Not a directory"),
     ],
 )

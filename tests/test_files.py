@@ -16,6 +16,14 @@ TENSORSTORE = (
 )
 
 
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.tar")
+    with pytest.raises(UserError, match=r"a.tar is a pipe or a device: write what it gives to a reg"):
+        files.check_regular(tmp_path / "a.tar")
+    with pytest.raises(IsADirectoryError):
+        files.check_regular(tmp_path)
+
+
 def full(path=None):
     return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
 

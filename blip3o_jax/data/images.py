@@ -33,6 +33,7 @@ from PIL import (
     WebPImagePlugin,
 )
 
+from blip3o_jax import files
 from blip3o_jax.config import DataConfig, UserError
 from blip3o_jax.data.record import BadRecord
 
@@ -206,13 +207,14 @@ def load(path: str | os.PathLike[str]) -> np.ndarray:
     """An image file that a user names -> uint8 [H, W, 3], as `decode`; UserError, one line with the path, for what no picture
     can be taken from: no file, broken data, an animation, sides below 8 pixels, more than 80 megapixels."""
     try:
+        files.check_regular(path)
         data = pathlib.Path(path).read_bytes()
     except OSError as error:
         raise UserError(f"{path}: the image cannot be read: {error.strerror}") from None
     try:
         with open_image(data, MOST_PIXELS) as image:
             width, height = image.size
-            frames = getattr(image, "n_frames", 1)
+            frames = _frames(image)
         if frames > 1:
             raise UserError(f"{path}: an animation of {frames} frames: save the one that is meant")
         if min(width, height) < SMALLEST:
@@ -220,6 +222,14 @@ def load(path: str | os.PathLike[str]) -> np.ndarray:
         return decode(data)
     except BadRecord as error:
         raise UserError(f"{path}: {error.reason}") from None
+
+
+def _frames(image: Image.Image) -> int:
+    """Return the frames of an animation, 1 of a picture; BadRecord where a damaged one has no end."""
+    try:
+        return getattr(image, "n_frames", 1)
+    except Exception as error:  # the headers of all frames are read: as in `open_image`
+        raise _undecodable(error) from None
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -56,8 +56,9 @@ from blip3o_jax.data.checked_file import (
     unpack,
 )
 from blip3o_jax.data.record import BadRecord, Source
+from blip3o_jax.fields import escaped
 
-VERSION = 1  # raised whenever an array or the digest changes its meaning
+VERSION = 2  # raised whenever an array or the digest changes its meaning
 IDENTITY = ("keys", "key_ends", "sizes", "crc")
 DIRECTORY = ".blip3o_index"
 INCOMPLETE = {  # as a name of metrics, and as said when the set is opened
@@ -81,7 +82,14 @@ class Counts:
 
     @classmethod
     def from_json(cls, found: dict[str, list[Any]]) -> "Counts":
-        return cls({reason: (int(count), str(first)) for reason, (count, first) in found.items()})
+        """Return what the header of an index holds. ValueError, TypeError or AttributeError for
+        what is none: it may come from anywhere."""
+        counts = {}
+        for reason, (count, first) in found.items():
+            if int(count) < 0:
+                raise ValueError(f"{count} {reason}")
+            counts[escaped(reason)] = (int(count), escaped(str(first)))
+        return cls(counts)
 
     def add(self, reason: str, where: str, count: int = 1) -> None:
         before, first = self.found.get(reason, (0, where))
@@ -121,8 +129,7 @@ def joined_keys(keys: Sequence[bytes]) -> dict[str, np.ndarray]:
 
 def printable(raw: bytes) -> str:
     """Return a file name as text for messages and JSON."""
-    text = raw.decode("utf-8", "backslashreplace")
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+    return escaped(raw.decode("utf-8", "backslashreplace"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -280,6 +287,7 @@ class SetIndex:
       ends: where the records of each shard end.
       unused, incomplete: what the shards hold beside whole records.
       extra: by shard, `Built.extra`.
+      records: by shard, all that its file holds.
     """
 
     def __init__(
@@ -292,6 +300,7 @@ class SetIndex:
         self._command = command  # that indexes the set
         self._files = [(str(each.path), each.header["digest"]) for each in found]
         self.extra = [each.header["extra"] for each in found]
+        self.records = [each.records for each in found]
         whole = [(0, each.records) for each in found]
         self._ranges = list(ranges) or whole
         self.ends = np.cumsum([take for _, take in self._ranges]).tolist()
@@ -502,7 +511,9 @@ def _check_layout(index: ShardIndex, form: Format) -> None:
         fits = fits and header["variant"] == form.variant and header["digest"] == index.digest()
         fits = fits and header.keys() >= {"state", "unused", "incomplete", "mtime_ns"}
         fits = fits and header["extra"].keys() >= form.extra
-    except (KeyError, ValueError, TypeError, AttributeError):
+        for name in ("unused", "incomplete"):
+            Counts.from_json(header[name])
+    except (KeyError, ValueError, TypeError, AttributeError, OverflowError):
         fits = False
     if not fits:
         raise DamagedArrays("it is of another version, or its parts do not fit each other")

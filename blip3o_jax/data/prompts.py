@@ -10,7 +10,7 @@
 JSON is one array, over as many lines as it likes, or one value a line. What else an object or a row
 holds is metadata for a scorer, as in the shapes data set's prompts_*.jsonl, GenEval's
 evaluation_metadata.jsonl and PartiPrompts.tsv. Names of keys and columns may be in capitals. Empty
-lines are skipped.
+lines are skipped. The file must be a regular one, no pipe.
 
 A text may begin with a brace or a bracket: without one of the suffixes above a file is JSON where
 its first line is valid JSON, or opens a string or a bracket right after its first, as no prompt
@@ -26,6 +26,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from blip3o_jax import files
 from blip3o_jax.config import UserError
 
 TEXT_NAMES = ("prompt", "caption")
@@ -57,8 +58,16 @@ def read_prompts(path: str | pathlib.Path) -> list[Prompt]:
     if kind in _JSON_SUFFIXES or (kind not in _TABLE_SUFFIXES and _begins_json(first)):
         values = _json_array(text, path) if first.startswith("[") else _json_lines(text, path)
         prompts = [_prompt(value, where) for value, where in values]
-    elif delimiter := _TABLE_SUFFIXES.get(kind) or _delimiter(first):
+    elif delimiter := _TABLE_SUFFIXES.get(kind):
         prompts = [_prompt(row, where) for row, where in _table(text, delimiter, path)]
+    elif delimiter := _delimiter(first):
+        hint = "the first line was read as names of columns: if it is a prompt, put another first"
+        try:
+            prompts = [_prompt(row, where) for row, where in _table(text, delimiter, path)]
+        except UserError as e:
+            raise UserError(f"{e}; {hint}") from e
+        if not prompts:
+            raise UserError(f"{path} holds no prompt below its names of columns; {hint}")
     else:
         # Not splitlines: a text may hold U+2028 and its like.
         lines = [line.strip() for line in text.split("\n")]
@@ -71,7 +80,10 @@ def read_prompts(path: str | pathlib.Path) -> list[Prompt]:
 def _read_text(path: pathlib.Path) -> str:
     """Return what the file says, without its byte-order mark, lines ended by "\\n"."""
     try:
+        files.check_regular(path)
         data = path.read_bytes()
+    except UserError:
+        raise
     except (OSError, ValueError) as e:  # ValueError: a path with NUL
         raise UserError(f"{path}: {getattr(e, 'strerror', None) or e}") from e
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
@@ -112,23 +124,31 @@ def _json_array(text: str, path: pathlib.Path) -> Iterator[tuple[Any, str]]:
     """The values of one array, each with the line it begins in, so that what is wrong has a
     place."""
     space = re.compile(r"\s*")
+    counted, line = 0, 1  # lines up to a position: counted once, as a file may have millions
+
+    def where(position: int) -> str:
+        nonlocal counted, line
+        line += text.count("\n", counted, position)
+        counted = position
+        return f"{path}:{line}"
+
     position = space.match(text, text.index("[") + 1).end()
     ended = text.startswith("]", position)
     while not ended:
-        where = f"{path}:{text.count(chr(10), 0, position) + 1}"
-        value, position = _decoded(text, position, where)
-        yield value, where
+        here = where(position)
+        value, position = _decoded(text, position, here)
+        yield value, here
         position = space.match(text, position).end()
-        here = f"{path}:{text.count(chr(10), 0, position) + 1}"
         ended = text.startswith("]", position)
         if not ended and not text.startswith(",", position):
-            raise UserError(f'{here} is no JSON: expected "," or "]" after a value of the array')
+            reason = 'expected "," or "]" after a value of the array'
+            raise UserError(f"{where(position)} is no JSON: {reason}")
         if not ended:
             position = space.match(text, position + 1).end()
     position = space.match(text, position + 1).end()
     if text[position:]:
-        here = f"{path}:{text.count(chr(10), 0, position) + 1}"
-        raise UserError(f"{here} is no JSON: something follows the array; write all into one array")
+        reason = "something follows the array; write all into one array"
+        raise UserError(f"{where(position)} is no JSON: {reason}")
 
 
 def _decoded(text: str, position: int, where: str) -> tuple[Any, int]:

@@ -27,6 +27,7 @@ import numpy as np
 
 from blip3o_jax.config import ConfigError, UserError
 from blip3o_jax.data.template import TASKS
+from blip3o_jax.fields import escaped
 
 CAPTION_FIELDS = ("caption", "text")
 TEXT_FIELDS = ("instruction", "question", *CAPTION_FIELDS)
@@ -61,7 +62,8 @@ class BadRecord(UserError):
         self.kind = kind
 
     def __str__(self) -> str:
-        return f"{self.shard}: {self.key}: {self.reason}" if self.shard else self.reason
+        said = f"{self.shard}: {self.key}: {self.reason}" if self.shard else self.reason
+        return escaped(said)
 
 
 class RowTooLong(UserError):
@@ -191,8 +193,7 @@ def _place(error: Exception) -> str:
 def one_line(text: str, most: int = 150) -> str:
     """Return `text` with all that cannot be printed escaped, lone surrogates among them, cut to
     `most` characters."""
-    escaped = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[: most + 1])
-    shown = "".join(escaped)
+    shown = escaped(text[: most + 1])
     return shown if len(shown) <= most else shown[: most - 3] + "..."
 
 

@@ -27,10 +27,11 @@ from typing import Any
 
 import numpy as np
 
-from blip3o_jax import config
+from blip3o_jax import config, files
 from blip3o_jax.checksums import crc32c
 from blip3o_jax.config import UserError
 from blip3o_jax.data import index as index_lib
+from blip3o_jax.data import tfds_checks
 from blip3o_jax.data.checked_file import DamagedArrays
 from blip3o_jax.data.index import Built, Counts, Hosts, IndexedSource, Progress, ShardIndex
 from blip3o_jax.data.record import (
@@ -51,6 +52,9 @@ from blip3o_jax.files import raise_trouble
 
 CAPTION_FILES = ("captions.jsonl", "metadata.jsonl")
 ROW_GROUPS_KEPT = 4
+KEY_COLUMNS = ("key", "id", "__key__")
+FIELDS = ("task", "image", *INPUT_FIELDS, *TEXT_FIELDS, "answer")
+MOST_FILES = 10**6  # that a pattern stands for
 
 
 def open_mixture(data: config.DataConfig, hosts: Hosts = Hosts()) -> list[tuple[Source, float]]:
@@ -108,10 +112,7 @@ def _expand(path: str) -> list[str]:
     """The paths a pattern stands for, all of them there."""
     parts = re.split(r"\{(\d+)\.\.(\d+)\}", path)
     if len(parts) > 1:
-        spans = [
-            [f"{i:0{len(low)}d}" for i in range(int(low), int(high) + 1)]
-            for low, high in zip(parts[1::3], parts[2::3], strict=True)
-        ]
+        spans = _spans(path, list(zip(parts[1::3], parts[2::3], strict=True)))
         files = [
             "".join(itertools.chain(*zip(parts[::3], (*numbers, ""), strict=True))) for numbers in itertools.product(*spans)
         ]
@@ -123,6 +124,20 @@ def _expand(path: str) -> list[str]:
         if not os.path.exists(file):
             raise UserError(f"{file}: no such file or directory; check data.path (a mounted bucket works, a URL does not)")
     return files
+
+
+def _spans(path: str, ends: Sequence[tuple[str, str]]) -> list[list[str]]:
+    """Return the numbers of each range of a pattern as they are written; `ends`: its first and last."""
+    count = 1
+    for low, high in ends:
+        if int(high) < int(low):
+            hint = f"write {{{high}..{low}}}"
+            raise UserError(f"{path}: the range {{{low}..{high}}} is empty: {hint}")
+        count *= int(high) - int(low) + 1
+    if count > MOST_FILES:
+        hint = "name the shards that are there"
+        raise UserError(f"{path}: stands for more than {MOST_FILES} files: {hint}")
+    return [[f"{i:0{len(low)}d}" for i in range(int(low), int(high) + 1)] for low, high in ends]
 
 
 def _detect(path: str, files: list[str]) -> str:
@@ -149,7 +164,22 @@ def _members(path: str, files: list[str], suffix: str) -> list[str]:
     files = list(found)
     if not files:
         raise UserError(f"{path}: the data set is empty; there is no *{suffix} file in it")
+    _check_shards(files)
     return files
+
+
+def _check_shards(paths: Iterable[str]) -> None:
+    """Raise UserError where one of the shards is no regular file."""
+
+    def check(path: str) -> None:
+        try:
+            files.check_regular(path)
+        except OSError as error:
+            raise UserError(f"{path}: the shard cannot be read: {error.strerror}") from None
+
+    with concurrent.futures.ThreadPoolExecutor(index_lib.THREADS) as pool:
+        for _ in pool.map(check, paths):
+            pass
 
 
 class FolderSource(IndexedSource):
@@ -419,9 +449,9 @@ class ParquetSource(IndexedSource):
         try:
             with pyarrow.parquet.ParquetFile(self.files[file]) as parquet:
                 return parquet.read_row_group(row_group, columns=columns, use_threads=False)
-        except (pyarrow.ArrowException, OSError) as error:
+        except (pyarrow.ArrowException, OSError, ValueError) as error:
             raise_trouble(error)  # which may be over when the next of its rows asks
-            return f"the row group cannot be read: {(str(error).splitlines() or [''])[0]}"
+            return f"the row group cannot be read: {_reason(error)}"
 
     def __getitem__(self, index: int) -> Record:
         group = bisect.bisect_right(self._ends, index)
@@ -430,13 +460,16 @@ class ParquetSource(IndexedSource):
         shard, (names, key_column) = self.files[file], self._columns[file]
         if isinstance(table, str):
             raise BadRecord(shard, f"row {index}", table)
-        key = str(table[key_column][row].as_py()) if key_column else f"row {index}"
+        key = _shown_key(table[key_column][row]) if key_column else f"row {index}"
         try:
             fields = {name: table[name][row].as_py() for name in names}
+            columns = [*names, key_column] if key_column else names
+            parts = list(_row_bytes(table, columns, row))
         except UnicodeDecodeError as error:
             raise BadRecord(shard, key, f"the text is not UTF-8 (byte {error.start})") from None
-        columns = [*names, key_column] if key_column else names
-        self._index.check(shard, *self._index.place(index), _row_bytes(table, columns, row), key)
+        except Exception as error:  # as many as there are types of values
+            raise BadRecord(shard, key, f"the row cannot be read: {_reason(error)}") from None
+        self._index.check(shard, *self._index.place(index), parts, key)
         images = [_encoded(x, shard, key) for x in _several(fields)]
         image = fields.get("image")
         return make_record(
@@ -451,25 +484,29 @@ def _index_parquet(path: str, progress: Progress) -> Built:
 
     try:
         file = pyarrow.parquet.ParquetFile(path)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{path}: not a readable parquet file ({str(error).splitlines()[0]})") from None
+        names = file.schema_arrow.names
+    except (pyarrow.ArrowException, OSError, ValueError) as error:  # ValueError: no UTF-8
+        raise UserError(f"{path}: not a readable parquet file ({_reason(error)})") from None
     sizes, sums, groups, incomplete = [], [], [], Counts()
     with file as parquet:
-        names = parquet.schema_arrow.names
         fields = _known_fields(names, path, "columns")
-        key = next((name for name in ("key", "id", "__key__") if name in names), "")
+        key = next((name for name in KEY_COLUMNS if name in names), "")
         columns = [*fields, key] if key else fields
         for group in range(parquet.num_row_groups):
             groups.append(parquet.metadata.row_group(group).num_rows)
             try:
                 table = parquet.read_row_group(group, columns=columns, use_threads=False)
-                rows = [list(_row_bytes(table, columns, row)) for row in range(groups[-1])]
-            except (pyarrow.ArrowException, OSError) as error:
+                rows = [_readable_bytes(table, columns, row) for row in range(groups[-1])]
+            except (pyarrow.ArrowException, OSError, ValueError) as error:
                 raise_trouble(error)
                 if isinstance(error, OSError) and error.errno:  # not the page, in any other way
                     raise
                 rows = [[]] * groups[-1]  # each of them is a bad record when it is read
                 incomplete.add("unreadable", f"row group {group} first in {path}", groups[-1])
+            else:
+                for row, parts in enumerate(rows, sum(groups[:-1])):
+                    if not parts:
+                        incomplete.add("unreadable", f"row {row} first in {path}")
             for parts in rows:
                 sizes.append(sum(map(len, parts)) if parts else -1)
                 sums.append(crc32c(parts))
@@ -481,7 +518,9 @@ def _index_parquet(path: str, progress: Progress) -> Built:
 def _parquet_changed(path: str, found: ShardIndex) -> str:
     """See `index.Format.changed`."""
     extra = found.header["extra"]
-    if sum(extra["groups"]) != len(found) or not all(isinstance(name, str) for name in (extra["key"], *extra["fields"])):
+    groups = extra["groups"]
+    fits = all(isinstance(rows, int) and rows >= 0 for rows in groups) and sum(groups) == len(found)
+    if not (fits and {*extra["fields"]} <= {*FIELDS} and extra["key"] in ("", *KEY_COLUMNS)):
         raise DamagedArrays("it does not fit a parquet file")
     return index_lib.same_state(path, found)
 
@@ -492,6 +531,33 @@ def _row_bytes(table: Any, names: Sequence[str], row: int) -> Iterator[bytes]:
     for name in names:
         yield f"{name}\0".encode()
         yield from _value_bytes(table[name][row])
+
+
+def _readable_bytes(table: Any, names: Sequence[str], row: int) -> list[bytes]:
+    """Return the bytes of a row, none where it cannot be read."""
+    try:
+        return list(_row_bytes(table, names, row))
+    except Exception:  # as many as there are types of values
+        return []
+
+
+def _reason(error: Exception) -> str:
+    return str(error).partition("\n")[0] or type(error).__name__
+
+
+def _shown_key(value: Any) -> str:
+    """Return the name of a row, also of one that Python cannot hold."""
+    import pyarrow
+
+    try:
+        return str(value.as_py())
+    except Exception:  # a date after the year 9999, text that is not UTF-8
+        if isinstance(value, pyarrow.BinaryScalar):
+            return index_lib.printable(value.as_buffer().to_pybytes())
+    try:
+        return index_lib.printable(b"".join(_value_bytes(value)).strip())
+    except Exception:
+        return "a key that cannot be shown"
 
 
 def _value_bytes(value: Any) -> Iterator[bytes]:
@@ -506,6 +572,13 @@ def _value_bytes(value: Any) -> Iterator[bytes]:
         yield data.to_pybytes()
     elif pyarrow.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
         yield from _value_bytes(value["bytes"])
+    elif pyarrow.types.is_struct(kind):
+        yield b"struct %d " % len(value)
+        for number, field in enumerate(kind):
+            yield f"{field.name}\0".encode()
+            yield from _value_bytes(value[number])
+    elif pyarrow.types.is_temporal(kind) and hasattr(value, "value"):  # Python holds fewer
+        yield f"{kind} {value.value} ".encode()
     elif isinstance(value, pyarrow.ListScalar):
         yield b"list %d " % len(value)
         for each in value.values:
@@ -528,7 +601,11 @@ PARQUET = index_lib.Format(
 def _known_fields(names: Iterable[str], where: str, kind: str) -> list[str]:
     """Those of `names` that a record is made of."""
     names = list(names)
-    known = [name for name in ("task", "image", *INPUT_FIELDS, *TEXT_FIELDS, "answer") if name in names]
+    twice = [name for name in (*KEY_COLUMNS, *FIELDS) if names.count(name) > 1]
+    if twice:
+        hint = "rename or drop the one that is not meant"
+        raise UserError(f"{where}: the name {twice[0]} is there twice among the {kind}: {hint}")
+    known = [name for name in FIELDS if name in names]
     if not {"image", *INPUT_FIELDS} & set(known) or not {"task", *TEXT_FIELDS} & set(known):
         raise UserError(f"{where}: needs the {kind} image and {' or '.join(CAPTION_FIELDS)}; it has {', '.join(names)}")
     return known
@@ -564,7 +641,12 @@ class TfdsSource(IndexedSource):
         ranges = [(shard.skip, shard.take) for shard in shards]
         options = "" if split == "train" else f"--split={shlex.quote(split)}"
         found = index_lib.open_set(path, files, ARRAY_RECORD, ranges=ranges, hosts=hosts, anew=anew, options=options)
-        super().__init__(path, files, found)
+        if "[" not in split:  # a part of a split leaves records out on purpose
+            for file, records, (skip, take) in zip(files, found.records, ranges, strict=True):
+                if more := records - skip - take:
+                    found.unused.add("undeclared", f"first in {file}", more)
+        said = {"undeclared": "records beyond those that dataset_info.json counts"}
+        super().__init__(path, files, found, said)
 
     @property
     def _info(self) -> Any:
@@ -574,19 +656,31 @@ class TfdsSource(IndexedSource):
     def _reader(self) -> Any:
         import tensorflow_datasets as tfds
 
+        tfds_checks.check_description(self._directory)
         try:
             builder = tfds.builder_from_directory(self._directory)
         except Exception as error:  # whatever its JSON files hold
             reason = str(error).partition("\n")[0] or type(error).__name__
             raise UserError(f"{self._directory}: no data set that TFDS can read: {reason}") from None
         try:
+            shards = [os.fspath(s.filename) for s in builder.info.splits[self._split].file_instructions]
+        except Exception as error:  # of a template's fields, or a split that there is not
+            raise self._no_split(error) from None
+        if not shards:
+            raise UserError(f"{self._directory}: data.split={self._split!r} holds no record")
+        tfds_checks.check_inside(self._directory, shards)
+        _check_shards(shards)
+        try:
             images = [name for name in ("image", *INPUT_FIELDS) if name in builder.info.features]
             as_stored = tfds.decode.SkipDecoding()
             as_stored.decode_batch_example_np = as_stored.decode_example_np  # of sequences, which TFDS leaves out
             return builder.as_data_source(self._split, decoders=dict.fromkeys(images, as_stored))
         except (ValueError, NotImplementedError) as error:
-            reason = str(error).partition("\n")[0]
-            raise UserError(f"{self._directory}: cannot read data.split={self._split!r}: {reason}") from None
+            raise self._no_split(error) from None
+
+    def _no_split(self, error: Exception) -> UserError:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        return UserError(f"{self._directory}: cannot read data.split={self._split!r}: {reason}")
 
     def _check_features(self, features: Any) -> None:
         self._fields = _known_fields(features, self._directory, "features")

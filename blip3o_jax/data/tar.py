@@ -30,6 +30,8 @@ IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 INPUT_SUFFIX = re.compile(rf"input(\d*)\.(?:{'|'.join(IMAGE_SUFFIXES)})")
 # Columns of `sizes` and `offsets`; input images are all from the last on.
 TEXT, JSON, IMAGE, INPUTS = range(4)
+# All that odd headers raise; RecursionError: thousands of extended ones before one member.
+_ODD_HEADERS = (tarfile.TarError, ValueError, OverflowError, MemoryError, RecursionError)
 READ_AT_ONCE = 8 * 2**20  # bytes
 # As a name of metrics, and as said when the set is opened.
 UNUSED = {
@@ -255,15 +257,14 @@ def _tar_members(shard: str, progress: index.Progress) -> tuple[list[tarfile.Tar
                 end = archive.offset
                 try:
                     member = archive.next()
-                except (
-                    tarfile.TarError,
-                    ValueError,
-                    OverflowError,
-                    MemoryError,
-                ):  # all that odd headers raise
+                except _ODD_HEADERS:
                     return members, end, end
                 if member is None:
                     break
+                # A negative size leads back (CVE-2025-8194), and the headers would be read for ever.
+                # The first is read when the archive is opened.
+                if member.size < 0 or (members and archive.offset <= end):
+                    return members, member.offset, end
                 stored = member.size if member.isreg() and not member.issparse() else 0
                 if member.offset_data + stored > total:
                     return members, member.offset, end
@@ -272,6 +273,9 @@ def _tar_members(shard: str, progress: index.Progress) -> tuple[list[tarfile.Tar
             end = archive.offset
     except tarfile.TarError as error:
         hint = "shards must be plain .tar, not compressed"
+        raise UserError(f"{shard}: not a tar file ({error}); {hint}") from None
+    except _ODD_HEADERS as error:
+        hint = "the headers before its first member make no sense"
         raise UserError(f"{shard}: not a tar file ({error}); {hint}") from None
     closed = read_spans(shard, [(end, tarfile.BLOCKSIZE)]) == [tarfile.NUL * tarfile.BLOCKSIZE]
     return members, None if closed else end, end
@@ -285,6 +289,8 @@ def _changed(path: str, found: index.ShardIndex) -> str:
     inside = offsets.shape == sizes.shape and offsets.shape[1:] >= (INPUTS,)
     total = os.path.getsize(path)
     inside = inside and max(offsets.max(initial=0), sizes.max(initial=0)) <= total
+    broken = found.header["extra"]["broken"]
+    inside = inside and isinstance(broken, int) and 0 <= broken <= len(found)
     if not (inside and (offsets + sizes <= total).all()):
         raise DamagedArrays("it points outside of the shard")
     return ""

@@ -1,6 +1,7 @@
 """Every kind of image ends as upright RGB, and both views show the same region."""
 
 import io
+import os
 
 import numpy as np
 import pytest
@@ -238,6 +239,13 @@ def test_a_file_that_a_user_names_is_one_picture_or_one_line(tmp_path, recwarn) 
         with pytest.raises(UserError) as error:
             load(path)
         assert str(error.value).startswith(f"{path}: ") and line in str(error.value) and "\n" not in str(error.value)
+    animation = encode(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    path.write_bytes(animation[: len(animation) * 6 // 10])  # within the header of the second
+    with pytest.raises(UserError, match=r"photo: the image cannot be decoded: .+"):
+        load(path)
     with pytest.raises(UserError, match=r"none: the image cannot be read: No such file"):
         load(tmp_path / "none")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="pipe is a pipe or a device"):
+        load(tmp_path / "pipe")
     assert not recwarn.list, "one line, and no warning of Pillow's beside it"

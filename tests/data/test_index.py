@@ -240,6 +240,17 @@ def test_an_index_that_is_damaged_anywhere_is_made_anew(tmp_path: pathlib.Path, 
         file.unlink()  # what is mapped stays as it is
         file.write_bytes(pack(header, arrays | {name: np.full_like(arrays[name], value)}))
         assert opened(path)[0].caption == "caption 0" and "indexing anew" in capsys.readouterr().err
+    for odd in (
+        {"unused": [1]},
+        {"incomplete": "x"},
+        {"incomplete": {"no_image": [-5, "b"]}},
+        {"unused": {"link": ["a", "b"]}},
+        {"extra": {"broken": "x"}},
+    ):
+        file.unlink()
+        file.write_bytes(pack(header | odd, arrays))
+        assert opened(path).incomplete == 0, odd
+        assert "the index cannot be used" in capsys.readouterr().err, odd
 
 
 @pytest.mark.parametrize("write", [folder, parquet, array_record])

@@ -1,10 +1,12 @@
 """Files of prompts, and what is wrong with them."""
 
 import json
+import os
 
 import pytest
 
 from blip3o_jax.config import UserError
+from blip3o_jax.data import prompts
 from blip3o_jax.data.prompts import Prompt, read_prompts
 from blip3o_jax.data.shapes import prompts as shapes_prompts
 
@@ -125,6 +127,8 @@ def test_a_table_with_commas(tmp_path):
         ("p.csv", "prompt\n" + "a" * 200_000, "p.csv:2 is no CSV: field larger than field limit"),
         ("p.csv", "prompt,tag\n", "holds no prompt"),
         ("p.tsv", "Prompt\tNote\na cat\n", "p.tsv:2 has 1 columns, the first line 2"),
+        ("p.txt", "prompt, a red cat\na dog\n", "the first line 2; the first line was read as names"),
+        ("p.txt", "prompt, a red cat\n", "holds no prompt below its names of columns; the first"),
         ("p.txt", '{"prompt": "a"}\na dog\n', "p.txt:2 is no JSON: Expecting value"),
         ("p.txt", '{"prompt": \n', "p.txt:1 is no JSON"),
         ("p.txt", '[\n "a"\n "b"]', "p.txt:3 is no JSON"),
@@ -148,3 +152,20 @@ def test_a_text_may_begin_as_json_does(tmp_path):
 def test_a_file_that_is_not_there(tmp_path):
     with pytest.raises(UserError, match=r"nothing\.jsonl: No such file"):
         read_prompts(tmp_path / "nothing.jsonl")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="pipe is a pipe or a device"):
+        read_prompts(tmp_path / "pipe")
+
+
+def test_a_long_array_is_read_in_linear_time(tmp_path, monkeypatch):
+    counted = []
+
+    class Text(str):
+        def count(self, what, start, end):
+            counted.append(end - start)
+            return super().count(what, start, end)
+
+    text = json.dumps(["a"] * 1000, indent=1)
+    monkeypatch.setattr(prompts, "_read_text", lambda path: Text(text))
+    assert len(read_prompts(tmp_path / "p.json")) == 1000
+    assert sum(counted) <= len(text)

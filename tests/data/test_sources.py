@@ -3,9 +3,11 @@
 import dataclasses
 import io
 import json
+import os
 import pathlib
 import pickle
 import re
+import sys
 import tarfile
 
 import numpy as np
@@ -179,6 +181,48 @@ def test_parquet_bad_files_and_records(tmp_path: pathlib.Path) -> None:
     (tmp_path / "c.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-50])
     with pytest.raises(ValueError, match=r"c.parquet: not a readable parquet file"):
         opened(tmp_path / "c.parquet")
+    twice = pa.Table.from_arrays([pa.array(IMAGES), *[pa.array(CAPTIONS)] * 2], ["image", "text", "text"])
+    pq.write_table(twice, tmp_path / "d.parquet")
+    with pytest.raises(ValueError, match=r"d.parquet: the name text is there twice among the columns"):
+        opened(tmp_path / "d.parquet")
+    pq.write_table(pa.table({"image": IMAGES, "text": CAPTIONS, "zzzz": CAPTIONS}), tmp_path / "e.parquet")
+    footer = (tmp_path / "e.parquet").read_bytes().replace(b"zzzz", b"\xff\xff\xff\xff")
+    (tmp_path / "e.parquet").write_bytes(footer)
+    with pytest.raises(ValueError, match=r"e.parquet: not a readable parquet file"):
+        opened(tmp_path / "e.parquet")
+
+
+def test_names_from_data_are_escaped_in_messages(tmp_path: pathlib.Path) -> None:
+    table = {"image": IMAGES[:1], "text": pa.nulls(1), "id": ["a\nb\x1b[31m"]}
+    pq.write_table(pa.table(table), tmp_path / "a.parquet")
+    with pytest.raises(BadRecord) as error:
+        opened(tmp_path / "a.parquet")[0]
+    assert str(error.value).startswith(rf"{tmp_path}/a.parquet: a\nb\x1b[31m: no caption")
+
+
+def not_utf8() -> pa.Array:
+    return pa.array([b"\xff"] * COUNT).view(pa.string())
+
+
+@pytest.mark.parametrize(
+    ("ids", "key"),
+    [
+        (pa.array([1234567891] * COUNT, pa.timestamp("ns")), "234567891"),
+        (pa.array([5001] * COUNT, pa.time64("ns")), "5001"),
+        (pa.array([2**62] * COUNT, pa.duration("us")), "53375995 days"),
+        (pa.array([2**30] * COUNT, pa.date32()), str(2**30)),
+        (not_utf8(), r"\xff"),
+        (pa.StructArray.from_arrays([not_utf8()], ["q"]), r"\xff"),
+    ],
+)
+def test_parquet_values_that_python_cannot_hold(tmp_path: pathlib.Path, ids: pa.Array, key: str) -> None:
+    pq.write_table(pa.table({"image": IMAGES, "text": CAPTIONS, "id": ids}), tmp_path / "a.parquet")
+    source = opened(tmp_path / "a.parquet")
+    assert (source[1].caption, source.incomplete) == (CAPTIONS[1], 0)
+    assert key in source[1].key
+    pq.write_table(pa.table({"image": IMAGES, "caption": ids, "key": CAPTIONS}), tmp_path / "b.parquet")
+    with pytest.raises(BadRecord, match=re.escape(f"b.parquet: {CAPTIONS[0]}: ")):
+        opened(tmp_path / "b.parquet")[0]
 
 
 def test_tfds(tmp_path: pathlib.Path) -> None:
@@ -216,6 +260,37 @@ def test_tfds(tmp_path: pathlib.Path) -> None:
         ValueError, match=r"cannot read data.split='val': Unknown split 'val'. Should be one of \['train', 'test'\]"
     ):
         opened(tmp_path, split="val")
+    with pytest.raises(ValueError, match=r"data.split='train\[50%:1%\]' holds no record"):
+        opened(tmp_path, split="train[50%:1%]")
+    directory = pathlib.Path(source[0].shard).parent
+    _check_hostile_tfds(directory, pathlib.Path(source[0].shard))
+
+
+def _check_hostile_tfds(directory: pathlib.Path, shard: pathlib.Path) -> None:
+    """What a set of TFDS from elsewhere may say and hold."""
+
+    def refused(name: str, old: str, new: str, message: str) -> None:
+        whole = (directory / name).read_text()
+        assert old in whole
+        (directory / name).write_text(whole.replace(old, new))
+        with pytest.raises(ValueError, match=message):
+            opened(directory)
+        (directory / name).write_text(whole)
+
+    inner = "tensorflow_datasets.core.features.text_feature.Text"
+    refused("features.json", inner, "this.X", r"features.json: the class this.X is not one of")
+    assert "this" not in sys.modules
+    template = "{DATASET}-{SPLIT}"
+    for outside in ("../../", str(directory.parent / "a")):
+        refused("dataset_info.json", template, outside, "leads out of the data set, to ")
+    info = directory / "dataset_info.json"
+    whole = info.read_text()
+    info.write_text(whole.replace(f'"{COUNT}"', f'"{COUNT - 2}"'))
+    short = opened(directory)
+    assert (len(short), short.unused) == (COUNT - 2, {"undeclared": 2})
+    assert opened(directory, split="train[:1]").unused == {}
+    info.write_text(whole)
+    refused("dataset_info.json", template, "other", "other.*: the shard cannot be read: No such file")
 
 
 def test_what_cannot_be_a_data_set(tmp_path: pathlib.Path) -> None:
@@ -227,10 +302,27 @@ def test_what_cannot_be_a_data_set(tmp_path: pathlib.Path) -> None:
         (tmp_path / "notes.md", "notes.md: unknown format"),
         (tmp_path, "unknown format; expected dataset_info.json"),
         (tmp_path / "empty.jsonl", "empty.jsonl: the data set is empty"),
+        (tmp_path / "{0..99999999999}.tar", "stands for more than 1000000 files"),
+        (tmp_path / "{1..9999}{1..9999}.tar", "stands for more than 1000000 files"),
+        (tmp_path / "{5..1}.tar", r"the range \{5..1\} is empty: write \{1..5\}"),
     ]:
         with pytest.raises(ValueError, match=expected) as caught:
             opened(path)
         assert "\n" not in str(caught.value)
+    (tmp_path / "shards/b.tar").mkdir(parents=True)
+    os.mkfifo(tmp_path / "shards/a.tar")
+    os.mkfifo(tmp_path / "a.parquet")
+    (tmp_path / "a.tar").symlink_to("a.tar")
+    for path, expected in [
+        ("shards", "shards/a.tar is a pipe or a device"),
+        ("a.parquet", "a.parquet is a pipe or a device"),
+        ("a.tar", "no such file"),
+    ]:
+        with pytest.raises(ValueError, match=re.escape(expected)):
+            opened(tmp_path / path)
+    (tmp_path / "shards/a.tar").unlink()
+    with pytest.raises(ValueError, match=r"shards/b.tar: the shard cannot be read: Is a directory"):
+        opened(tmp_path / "shards")
     for kind in ("tfds", "webdataset", "parquet", "folder"):
         with pytest.raises(ValueError, match=re.escape(str(tmp_path))):
             opened(tmp_path, format=kind)

@@ -124,3 +124,23 @@ def test_members_of_a_record_need_not_be_neighbours(tmp_path: pathlib.Path) -> N
         ("a", "caption a"),
         ("b", "caption b"),
     ]
+
+
+def test_headers_that_lead_back_or_never_end_are_refused(tmp_path: pathlib.Path) -> None:
+    raw = write(tmp_path / "a.tar", *pair("a"), *pair("b")).read_bytes()
+    last = raw.index(b"b.txt")
+    header = bytearray(raw[last : last + tarfile.BLOCKSIZE])
+    header[124:136] = (256**12 - tarfile.BLOCKSIZE).to_bytes(12, "big")
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    back = raw[:last] + header + raw[last + tarfile.BLOCKSIZE :]
+    info = tarfile.TarInfo("x")
+    info.type, info.size = tarfile.GNUTYPE_LONGNAME, 2
+    chain = (info.tobuf(tarfile.GNU_FORMAT) + b"a" + bytes(tarfile.BLOCKSIZE - 1)) * 3000
+    for name, data, at in [("back.tar", back, last), ("chain.tar", raw[:last] + chain, last)]:
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(UserError, match=rf"{name}: cut off or damaged at byte {at} "):
+            opened(tmp_path / name)
+    (tmp_path / "first.tar").write_bytes(chain)
+    with pytest.raises(UserError, match=r"first.tar: not a tar file .*; the headers before its first"):
+        opened(tmp_path / "first.tar")
