@@ -33,7 +33,6 @@ setup(
         "pyarrow>=19",
         "rich>=14",
         "numpy>=2.0",
-        "google-crc32c>=1.5",  # checksums of data and checkpoints
     ],
     extras_require={
         "tpu": ["jax[tpu]>=0.10,<0.12"],

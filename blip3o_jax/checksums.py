@@ -13,6 +13,7 @@ import functools
 import json
 import os
 import pathlib
+import stat
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -44,7 +45,7 @@ def read_json(path: pathlib.Path, *, edited: bool = False) -> dict[str, Any]:
     people edit. Raises DamagedFile."""
     try:
         value = json.loads(path.read_bytes())
-    except ValueError as error:  # of UTF-8 too
+    except (ValueError, RecursionError) as error:  # of UTF-8 too
         reason = " ".join(str(error).split())
         raise DamagedFile(f"{path} cannot be read as JSON ({reason}): put back a copy of it") from error
     if not isinstance(value, dict):
@@ -90,12 +91,19 @@ def listed(directory: pathlib.Path) -> dict[str, tuple[int, int]]:
     file = directory / MANIFEST
     try:
         files = read_json(file)["files"]
-        return {str(name): (int(size), int(crc)) for name, (size, crc) in files.items()}
+        listed = {str(name): (int(size), int(crc)) for name, (size, crc) in files.items()}
+    except DamagedFile:
+        raise
     except OSError as error:
         missing = isinstance(error, FileNotFoundError | NotADirectoryError)
         raise DamagedFile(f"{file} {'is missing' if missing else error.strerror}") from error
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise DamagedFile(f"{file} lists no files") from error
+    for name in listed:
+        # Who sent the directory could have any other file of this machine read.
+        if pathlib.PurePosixPath(name).is_absolute() or ".." in name.split("/") or "\0" in name:
+            raise DamagedFile(f"{file} names {name!r}, which is not below it: put back a copy of it")
+    return listed
 
 
 def of_file(path: pathlib.Path) -> tuple[int, int]:
@@ -126,7 +134,7 @@ def find_damage(directory: pathlib.Path, share: int = 0, shares: int = 1) -> str
         return ""
     for (name, (size, _)), state in zip(mine.items(), found, strict=True):
         if state is None:
-            return f"{name} is missing"
+            return f"{name} is {'no regular file' if os.path.lexists(directory / name) else 'missing'}"
         if state[0] != size:
             return f"{name} has {state[0]} bytes, not {size}"
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
@@ -138,9 +146,13 @@ def find_damage(directory: pathlib.Path, share: int = 0, shares: int = 1) -> str
 
 
 def _stat(path: pathlib.Path) -> tuple[int, int, int] | None:
+    """Return (bytes, time of change, inode) of a regular file, None for anything else: reading a FIFO or a device need not
+    end."""
     try:
         state = path.stat()
     except OSError:
+        return None
+    if not stat.S_ISREG(state.st_mode):
         return None
     return state.st_size, state.st_mtime_ns, state.st_ino
 

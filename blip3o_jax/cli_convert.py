@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from blip3o_jax import arguments, fields
+from blip3o_jax import arguments, fields, files
 from blip3o_jax.config import MeshConfig, UserError, from_dict
 from blip3o_jax.fields import UINT32
 
@@ -162,7 +162,6 @@ def _export(args: argparse.Namespace) -> None:
 def _verify(args: argparse.Namespace) -> int:
     from blip3o_jax.convert.report import print_report
     from blip3o_jax.convert.verify import verify
-    from blip3o_jax.train.checkpoint import write_json
 
     report = verify(
         args.torch,
@@ -178,7 +177,7 @@ def _verify(args: argparse.Namespace) -> int:
     )
     print_report(report)
     if args.out:
-        write_json(args.out, report.to_dict())
+        files.write_json(args.out, report.to_dict())
     return 0 if report.ok else 1
 
 

@@ -30,7 +30,9 @@ INTERRUPTED = 128 + signal.SIGINT
 LOST_PEER = 128 + signal.SIGKILL  # a host that was killed takes the others along, with its status
 BROKEN_PIPE = 128 + signal.SIGPIPE
 
-CLOSING = 20.0  # seconds that closing may take after an error
+# With several hosts an error ends the process after CLOSING, what `peers.lost` takes (2 ANSWER + STILL, 15 s) and FAREWELL: 29
+# seconds at most, within the 30 s that a Spot machine is given.
+CLOSING = 12.0  # seconds that closing may take after an error
 PATIENCE = 10.0  # seconds until Ctrl-C has reached the main thread and it has closed
 FAREWELL = 2.0  # seconds for the last words to the other hosts
 SHUTDOWN = 20.0  # seconds that the interpreter may take to end after success
@@ -51,11 +53,10 @@ class _Process:
         self.installed = False
         self.report: Report = _traceback
         self.again = "run the same command again"
-        self.prefix = ""  # of the line that tells the end, such as "host 1: "
-        self.cause: Callable[[BaseException], BaseException] = lambda error: error  # what an error is really due to
-        self.farewell: Callable[[int, str], None] = lambda status, line: None
+        self.alone()
         self.saving = False  # SIGTERM was noted: the run saves its step and ends
         self.stoppable = False  # a run listens for SIGTERM
+        self.pass_on: Callable[[], None] | None = None  # SIGTERM, to the service that decides where all hosts stop
         self.stop_line = ""  # while set, signals end the process at once, SIGTERM with this line: there is nothing to save
         self.done = False  # the command is over, with success
         self._lock = threading.RLock()
@@ -65,6 +66,12 @@ class _Process:
         self._interrupts = 0
         self._own = 0  # SIGINTs of ours that are still to be heard
         self._granted = False  # whether the next one is raised
+
+    def alone(self) -> None:
+        """Know of no other hosts, as before a job of several is joined and after it is left."""
+        self.prefix = ""  # of the line that tells the end, such as "host 1: "
+        self.cause: Callable[[BaseException], BaseException] = lambda error: error  # what an error is really due to
+        self.farewell: Callable[[int, str], None] = lambda status, line: None
 
     def install(self) -> None:
         self.installed = True
@@ -93,6 +100,9 @@ class _Process:
             for number in os.read(read, 64):
                 if number == signal.SIGINT:
                     self._heard()
+                elif number == signal.SIGTERM and self.pass_on is not None:
+                    self.saving = True
+                    self.pass_on()
                 elif number in (signal.SIGTERM, signal.SIGHUP):
                     if self.stop_line:
                         self.end(Stopped(self.stop_line))
@@ -109,7 +119,8 @@ class _Process:
         self._interrupts += 1
         if self.done:
             self.leave(0)
-        if self._error is not None or self._interrupts > 1 or self.stop_line:
+        nothing_to_save = self.stop_line and not self.saving
+        if self._error is not None or self._interrupts > 1 or nothing_to_save:
             self.end(self._error or KeyboardInterrupt())
         elif self.saving:
             _print("blip3o: the step in work is being saved, as SIGTERM asked; Ctrl-C again ends at once, without")
@@ -249,11 +260,12 @@ def is_broken_pipe(error: BaseException) -> bool:
 def run(main: Callable[[], int]) -> None:
     """Runs a command and ends the process with its status."""
     try:
-        status = main()
+        try:
+            status = main()
+        except SystemExit as error:  # of argparse, after --help among others
+            status = error.code if isinstance(error.code, int) else BUG
         sys.stdout.flush()
         process.done = status == 0
-    except SystemExit as error:
-        status = error.code if isinstance(error.code, int) else BUG
     except KeyboardInterrupt:  # before the command line was read
         process.print_line(f"blip3o: interrupted; {process.again}")
         status = INTERRUPTED

@@ -61,6 +61,11 @@ def shown(value: Any) -> str:
     return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an exception's message, the exception's name where it has no message."""
+    return next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)
+
+
 class Constraint(Protocol):
     """What an annotation asks of a value beyond its type."""
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import json
 import os
 import pathlib
 import re
@@ -77,14 +78,14 @@ def _trouble(error: BaseException) -> OSError | None:
 
 @contextlib.contextmanager
 def writing(path: pathlib.Path) -> Iterator[None]:
-    """Raise what the system says as OSError, also from behind another exception, and with `path` where it names no path: errors
-    of writing to an open file have none."""
+    """Raise what the system says of the disk as OSError, also from behind another exception, and with `path` where it names no
+    path: errors of writing to an open file have none. Other errors without a path, such as those of a connection, stay."""
     try:
         yield
     except UserError:  # has said it
         raise
     except Exception as error:
-        found = error if isinstance(error, OSError) and error.errno is not None else system_error(error)
+        found = system_error(error)
         if found is None or (found is error and found.filename is not None):
             raise
         raise OSError(found.errno, os.strerror(found.errno), found.filename or str(path)) from error
@@ -119,10 +120,35 @@ def replace_text(path: pathlib.Path, text: str) -> None:
         file.write(text)
 
 
+def write_json(path: pathlib.Path, value: Any) -> None:
+    """Write `value` as a JSON file in place of the file; see `replacing`."""
+    replace_text(path, json.dumps(value, indent=1) + "\n")
+
+
 def replace_bytes(path: pathlib.Path, data: bytes, *, shared: bool = False) -> None:
     """Write `data` in place of the file; see `replacing`."""
     with replacing(path, "wb", shared=shared) as file:
         file.write(data)
+
+
+def make_directories(path: pathlib.Path) -> list[pathlib.Path]:
+    """Make a directory and those above it that are missing; return those made, outermost first. An OSError leaves none."""
+    made: list[pathlib.Path] = []
+    try:
+        for missing in reversed([each for each in (path, *path.parents) if not each.exists()]):
+            missing.mkdir(exist_ok=True)
+            made.append(missing)
+    except OSError:
+        remove_empty(made)
+        raise
+    return made
+
+
+def remove_empty(made: list[pathlib.Path]) -> None:
+    """Remove what `make_directories` has made, as far as nothing lies in it."""
+    with contextlib.suppress(OSError):
+        for path in reversed(made):
+            path.rmdir()
 
 
 def check_out_directory(out: pathlib.Path, flag: str = "--out") -> None:

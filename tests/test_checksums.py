@@ -1,6 +1,7 @@
 """Damage is found whatever it is, and named."""
 
 import json
+import os
 import re
 
 import pytest
@@ -48,8 +49,23 @@ def test_a_file_that_people_edit(tmp_path):
         checksums.read_json(file)
 
 
+def test_nesting_that_python_does_not_follow(tmp_path):
+    (tmp_path / "a.json").write_text("[" * 10**5)
+    with pytest.raises(DamagedFile, match="cannot be read as JSON"):
+        checksums.read_json(tmp_path / "a.json")
+
+
 def truncate(file):
     file.write_bytes(file.read_bytes()[:-1])
+
+
+def pipe(file):
+    file.unlink()
+    os.mkfifo(file)
+
+
+def naming(name, size=0):
+    return lambda file: checksums.write_json(file, {"files": {name: [size, 0]}})
 
 
 @pytest.mark.parametrize(
@@ -61,6 +77,11 @@ def truncate(file):
         ("manifest.json", lambda file: file.unlink(), "manifest.json is missing"),
         ("manifest.json", lambda file: file.write_text("{}"), r"manifest.json is damaged .*"),
         ("manifest.json", lambda file: checksums.write_json(file, {}), "manifest.json lists no files"),
+        ("manifest.json", naming("two", "x"), "manifest.json lists no files"),
+        ("manifest.json", naming("/dev/null"), "manifest.json names '/dev/null', which is not below it"),
+        ("manifest.json", naming("a/../../x"), r"manifest.json names 'a/\.\./\.\./x', which is not below it"),
+        ("manifest.json", naming("x\0"), r"manifest.json names 'x\\x00', which is not below it"),
+        ("two", pipe, "two is no regular file"),
     ],
 )
 def test_a_manifest_finds_what_is_wrong(tmp_path, name, spoil, reason):

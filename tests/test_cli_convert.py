@@ -1,6 +1,7 @@
 """`blip3o convert` and `blip3o bench conversion`: what their flags become, and what is refused before anything is read."""
 
 import argparse
+import json
 import sys
 import types
 
@@ -116,16 +117,18 @@ def test_import(stub, capsys):  # noqa: F811
 def test_verify(tmp_path, stub, ok, status):  # noqa: F811
     report = types.SimpleNamespace(ok=ok, to_dict=lambda: {"ok": ok})
     compared = stub("convert.verify", "verify", report)
-    printed, written = stub("convert.report", "print_report"), stub("train.checkpoint", "write_json")
+    printed = stub("convert.report", "print_report")
+    (tmp_path / "r.tmp").write_text("a file of the user's")
     assert cli.main([*VERIFY, "--parts=ar", "--seed=4", f"--out={tmp_path}/r.json"]) == status
     assert compared[0][1]["parts"] == ("ar",) and compared[0][1]["seed"] == 4 and compared[0][1]["ema"] is False
-    assert printed[0][0] == (report,) and written[0][0] == (tmp_path / "r.json", {"ok": ok})
+    assert printed[0][0] == (report,) and json.loads((tmp_path / "r.json").read_text()) == {"ok": ok}
+    assert (tmp_path / "r.tmp").read_text() == "a file of the user's"
 
 
 @pytest.mark.parametrize("place", ["", "nowhere/r.json", "file/r.json"])
 def test_verify_looks_at_out_before_it_compares_for_an_hour(tmp_path, stub, place, capsys):  # noqa: F811
     compared = stub("convert.verify", "verify", raises=UserError("compared"))
-    stub("convert.report", "print_report"), stub("train.checkpoint", "write_json")
+    stub("convert.report", "print_report")
     (tmp_path / "file").write_text("")
     assert cli.main([*VERIFY, f"--out={tmp_path / place}"]) == 2
     assert capsys.readouterr().err == f"blip3o: error: --out={tmp_path / place} must be a file in a directory that is there\n"

@@ -225,3 +225,8 @@ def test_names_of_strategies_and_parts_are_those_that_there_are():
 
 def test_the_edges_of_sampling_settings_are_accepted():
     config.SamplingConfig(temperature=0.0, top_k=0, top_p=1.0, steps=1, guidance=0.0, batch_size=1)
+
+
+@pytest.mark.parametrize(("message", "line"), [("", "ValueError"), ("\n x\ny", "x"), (" \n", "ValueError")])
+def test_the_first_line_of_any_exception(message, line):
+    assert fields.first_line(ValueError(message)) == line

@@ -73,6 +73,12 @@ def test_an_open_files_errors_get_its_name():
     assert error.value.filename == "rows"
 
 
+def test_an_error_that_is_not_of_a_file_gets_no_name():
+    with pytest.raises(ConnectionRefusedError) as error, files.writing(pathlib.Path("rows")):
+        raise ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused")
+    assert error.value.filename is None
+
+
 def test_an_error_that_has_a_line_keeps_it():
     with pytest.raises(UserError, match=r"^copy it again$"), files.writing(pathlib.Path("rows")):
         raise UserError("copy it again") from full()

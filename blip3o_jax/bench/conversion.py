@@ -23,7 +23,7 @@ from blip3o_jax.config import ModelConfig, UserError
 from blip3o_jax.convert.directory import check_space
 from blip3o_jax.convert.memory import PeakMemory
 from blip3o_jax.convert.weight_files import read_weights
-from blip3o_jax.train.checkpoint import write_json
+from blip3o_jax.files import write_json
 
 
 def run(model: ModelConfig, out: pathlib.Path, *, dtype: str = "bfloat16") -> dict[str, Any]:

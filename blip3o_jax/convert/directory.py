@@ -1,16 +1,15 @@
 """A directory that comes into being whole or not at all."""
 
 import contextlib
-import errno
 import json
 import os
 import pathlib
-import re
 import shutil
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
 
+from blip3o_jax import files
 from blip3o_jax.config import UserError
 
 # In every directory made here: the names written. What holds others as well is not replaced.
@@ -40,9 +39,9 @@ def whole_directory(
         _check_free(out, overwrite)  # it may have come meanwhile
         _replace(out, partial)
     except Exception as error:
-        if (refusal := _refusal(error)) is None:
+        if isinstance(error, UserError) or (found := files.system_error(error)) is None:
             raise
-        raise UserError(_reason(refusal, out)) from error
+        raise UserError(f"{out} was not written: {files.describe(found)}") from error
     finally:
         if partial is not None:
             _remove(partial)
@@ -101,18 +100,3 @@ def _replace(out: pathlib.Path, partial: pathlib.Path) -> None:
         old.rename(out)
         raise
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _refusal(error: Exception) -> OSError | None:
-    """The system's error behind an exception: Orbax hands it on as text."""
-    if isinstance(error, OSError):
-        return error
-    code = re.search(r"os_error_code='(\d+)'", str(error))
-    return OSError(int(code[1]), os.strerror(int(code[1]))) if code else None
-
-
-def _reason(error: OSError, out: pathlib.Path) -> str:
-    place = error.filename or out
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return f"{out} was not written: {os.strerror(error.errno)}; free some space, or move --out"
-    return f"{place}: {error.strerror or error}; nothing was written to {out}"

@@ -29,10 +29,11 @@ from blip3o_jax.convert.ta_tok_args import args_of, overrides_of
 from blip3o_jax.convert.tables import PREFIXES, Shape
 from blip3o_jax.convert.tensor_files import ShardedWriter, Tensor, cast
 from blip3o_jax.convert.text_files import write_text_files
+from blip3o_jax.files import write_json
 from blip3o_jax.lora import base_config
 from blip3o_jax.text.tokenizers import load_tokenizer
 from blip3o_jax.text.vocabulary import NUM_SCALES, Vocabulary
-from blip3o_jax.train.checkpoint import find, read_config, stored_text, write_json
+from blip3o_jax.train.checkpoint import find, read_config, stored_text
 
 READ_AT_ONCE = 2**27  # bytes
 STOCK_PARTS = ("ar", "dit", "vae", "ta_tok")

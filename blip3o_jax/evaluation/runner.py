@@ -14,10 +14,10 @@ from blip3o_jax.evaluation import shapes
 from blip3o_jax.evaluation.images_in import Reconstruct, ShapesEdit, ShapesQa
 from blip3o_jax.evaluation.judged import Judged, Prompt
 from blip3o_jax.evaluation.rewarded import Rewarded
+from blip3o_jax.files import write_json
 from blip3o_jax.pipeline import Request
 from blip3o_jax.rl.rewards.registry import REWARDS, parsed
 from blip3o_jax.samples import check_images_out, write_images
-from blip3o_jax.train.checkpoint import write_json
 
 ANSWER = 16  # tokens that an answer of the embedded data set may have
 

@@ -26,6 +26,7 @@ import jax
 from blip3o_jax import config as config_lib
 from blip3o_jax import exits, files
 from blip3o_jax.config import UserError
+from blip3o_jax.fields import first_line
 from blip3o_jax.parallel import peers as peers_lib
 from blip3o_jax.parallel.preemption import Preempted
 
@@ -87,7 +88,7 @@ def start(launch: Launch) -> None:
             jax.distributed.initialize(**settings)
     except (RuntimeError, ValueError, KeyError) as error:
         how = launch.coordinator if method == "flags" else f"--distributed={method}"
-        raise UserError(f"the hosts did not find each other through {how}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"the hosts did not find each other through {how}: {first_line(error)}") from error
     if hosts() > 1:
         _peers.append(peers_lib.Peers(_runtime().client, host(), hosts()))
         _peers[0].start()
@@ -156,13 +157,14 @@ def run(launch: Launch, job: Callable[[], object]) -> int:
         atexit.unregister(jax.distributed.shutdown)
         jax.distributed.shutdown()
         _peers.clear()
+        exits.process.alone()
     return status
 
 
 def _cause(error: BaseException) -> BaseException:
     """A host that is lost makes collectives and barriers of the others fail, in errors that do not say so."""
     ours = isinstance(error, (UserError, KeyboardInterrupt, exits.Ended)) or files.system_error(error) is not None
-    return error if ours else _peers[0].lost() or error
+    return error if ours or not _peers else _peers[0].lost() or error
 
 
 def _runtime() -> Any:
@@ -206,7 +208,7 @@ def published(key: str, seconds: float) -> str:
     try:
         return _runtime().client.blocking_key_value_get(f"{_PREFIX}/{key}", int(1000 * seconds))
     except RuntimeError as error:
-        raise TimeoutError(str(error).splitlines()[0]) from error
+        raise TimeoutError(first_line(error)) from error
 
 
 def all_published(directory: str) -> dict[str, str]:
@@ -256,20 +258,29 @@ def agree(config: dict[str, Any], workdir: pathlib.Path, seconds: float = 300.0)
         if host() > 0:
             publish(f"agree/{host()}", _complaint(mine, json.loads(published("agree/0", seconds)), host()))
         else:
-            workdir.mkdir(parents=True, exist_ok=True)
-            token = workdir / f".host-0-{uuid.uuid4().hex}"
-            token.touch()
-            try:
-                publish("agree/0", json.dumps(mine | {"token": token.name}))
+            with _token(workdir) as token:
+                publish("agree/0", json.dumps(mine | {"token": token}))
                 complaints = [published(f"agree/{other}", seconds) for other in range(1, hosts())]
-            finally:
-                token.unlink()
             publish("agree/verdict", "; ".join(filter(None, complaints)))
         verdict = published("agree/verdict", seconds)
     except TimeoutError as error:
         raise UserError(f"not all of the {hosts()} hosts answered within {seconds:.0f} s: {error}") from error
     if verdict:
         raise Disagreement(f"the hosts disagree, nothing was run: {verdict}")
+
+
+@contextlib.contextmanager
+def _token(workdir: pathlib.Path) -> Iterator[str]:
+    """Yield the name of a file in `workdir` that is there for the block; nothing stays of it, nor of directories it took, since
+    the run may still be refused."""
+    made = files.make_directories(workdir)
+    token = workdir / f".host-0-{uuid.uuid4().hex}"
+    try:
+        token.touch()
+        yield token.name
+    finally:
+        token.unlink(missing_ok=True)
+        files.remove_empty(made)
 
 
 def _complaint(mine: dict[str, Any], zero: dict[str, Any], me: int, patience: float = 20.0) -> str:

@@ -21,6 +21,7 @@ from blip3o_jax import exits
 
 PERIOD = 3.0  # seconds between a host's signs of life
 STILL = 3 * PERIOD  # a host whose sign has not changed for so long is lost
+ANSWER = 3.0  # seconds for host 0 to answer what the others' signs are
 GRACE = 5.0  # seconds for a host to end of its own accord
 HEARTBEAT = 60  # seconds; the heart of jax.distributed beats in a thread that neither a compile nor Python holds up
 _ENDED, _ALIVE = "blip3o/ended", "blip3o/alive"
@@ -68,7 +69,7 @@ class Peers:
             time.sleep(1.0 if self._host == 0 else 0.0)  # they hear of it through this process
 
     def lost(self) -> LostHost | None:
-        """Which host it is that cannot be reached any more; looks for STILL seconds. None: they are all there."""
+        """Which host it is that cannot be reached any more; looks for STILL seconds, asking twice. None: all are there."""
         if (before := self._signs()) is None:
             return self._ended or self._gone(0, self._zero)
         if self._news.wait(STILL):
@@ -102,7 +103,7 @@ class Peers:
 
         asking = threading.Thread(target=ask, daemon=True)
         asking.start()
-        asking.join(GRACE)
+        asking.join(ANSWER)
         return {int(key.rpartition("/")[2]): json.loads(value) for key, value in found[0]} if found else None
 
     def _listen(self) -> None:

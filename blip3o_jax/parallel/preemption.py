@@ -1,5 +1,6 @@
 """SIGTERM: all hosts save the same step and exit with status 75 (exits.PREEMPTED)."""
 
+import ctypes
 import signal
 import threading
 from types import TracebackType
@@ -11,6 +12,17 @@ from jax.experimental import multihost_utils
 from blip3o_jax import exits
 
 _SIGNALS = (signal.SIGTERM, signal.SIGHUP)
+_LIBC = ctypes.CDLL(None)
+_LIBC.signal.argtypes = [ctypes.c_int, ctypes.c_void_p]
+_LIBC.signal.restype = ctypes.c_void_p
+_NO_HANDLER = (None, 1)  # SIG_DFL and SIG_IGN, as ctypes reads them
+
+
+def _handler_address(number: int) -> int | None:
+    """Return the address of the C function that handles a signal."""
+    action = (ctypes.c_void_p * 32)()  # more than a struct sigaction, which begins with it
+    _LIBC.sigaction(ctypes.c_int(number), None, action)
+    return action[0]
 
 
 class Preempted(exits.Stopped):
@@ -20,20 +32,27 @@ class Preempted(exits.Stopped):
 class StopRequest:
     """Whether this job was asked to stop (`with StopRequest() as stop: ... stop.due(step)`).
 
-    With several hosts the preemption service of `jax.distributed` holds SIGTERM on each of them; the
-    step it picks is at least one ahead of where any host is. A process by itself has a signal handler
-    here, for SIGHUP too unless it is ignored: the first signal is noted, a second one ends the process
-    as if nobody had listened. Before the first step there is nothing to save: there the `blip3o`
-    command ends at once (exits.py).
+    With several hosts the preemption service of `jax.distributed` decides; the step it picks is at
+    least one ahead of where any host is. SIGTERM reaches it through the thread that reads the signals
+    (exits.py), which so knows that a step is to be saved when Ctrl-C follows.
+
+    A process by itself has a signal handler here, for SIGHUP too unless it is ignored: the first
+    signal is noted, a second one ends the process as if nobody had listened. Before the first step
+    there is nothing to save: there the `blip3o` command ends at once (exits.py).
     """
 
     def __init__(self) -> None:
         self._noted = False
         self._before: dict[signal.Signals, Any] = {}
         self._line = exits.process.stop_line
+        self._service: int | None = None  # address of the preemption service's handler of SIGTERM
 
     def __enter__(self) -> "StopRequest":
-        if not jax.distributed.is_initialized() and threading.current_thread() is threading.main_thread():
+        if threading.current_thread() is not threading.main_thread():
+            return self
+        if jax.distributed.is_initialized():
+            self._intercept()
+        else:
             for number in _SIGNALS:
                 if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
                     self._before[number] = signal.signal(number, self._note) or signal.SIG_DFL
@@ -42,10 +61,32 @@ class StopRequest:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None) -> None:
         exits.process.saving = exits.process.stoppable = False
+        exits.process.pass_on = None
+        if self._service is not None:
+            _LIBC.signal(signal.SIGTERM, self._service)
         if not self._noted:
             exits.process.stop_line = self._line
             for number, before in self._before.items():
                 signal.signal(number, before)
+
+    def _intercept(self) -> None:
+        """Have Python handle SIGTERM again, in place of the preemption service, and pass it on to that.
+
+        The service's own handler, which `jax.distributed` has installed over Python's, only sets a
+        flag that a thread looks at, so that it can be called from any thread.
+        """
+        if not exits.process.installed:  # nobody would pass it on
+            return
+        service = _handler_address(signal.SIGTERM)
+        if service in _NO_HANDLER:
+            return
+        before = signal.signal(signal.SIGTERM, lambda number, frame: None)
+        if service == _handler_address(signal.SIGTERM):  # Python's own: jax_enable_preemption_service is off
+            signal.signal(signal.SIGTERM, before)
+            return
+        self._service = service
+        handle = ctypes.CFUNCTYPE(None, ctypes.c_int)(service)
+        exits.process.pass_on = lambda: handle(signal.SIGTERM)
 
     def _note(self, number: int, frame: Any) -> None:
         self._noted = True

@@ -105,6 +105,9 @@ class Rollouts:
     def start(self, log: MetricLog | SilentLog) -> None:
         self._metric_log, self._log = log, self._open_log()
 
+    def sync(self) -> None:
+        self._log.sync()
+
     def close(self) -> None:
         if self._log is not None:
             self._log.close()

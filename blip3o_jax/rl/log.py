@@ -64,6 +64,10 @@ class RolloutLog:
             lines.append(line)
         self._lines.write(*lines)
 
+    def sync(self) -> None:
+        """Everything so far is on disk when this returns: a run that goes on from a step writes no rollout before it again."""
+        self._lines.sync()
+
     def close(self) -> None:
         self._lines.close()
 

@@ -31,6 +31,7 @@ from blip3o_jax import checksums, files
 from blip3o_jax import config as config_lib
 from blip3o_jax.checksums import MANIFEST, DamagedFile
 from blip3o_jax.config import Config, TextConfig, UserError
+from blip3o_jax.fields import first_line
 from blip3o_jax.lora import FACTORS
 from blip3o_jax.parallel.distributed import host_0_first, say
 from blip3o_jax.parallel.rules import Strategy
@@ -148,7 +149,7 @@ class Checkpoints:
             with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
                 state = checkpointer.restore(directory / "state", args=ocp.args.StandardRestore(plan.abstract))
         except ValueError as e:
-            reason = str(e).strip().splitlines()[0]
+            reason = first_line(e)
             raise UserError(
                 f"{directory} does not fit this configuration ({reason}); use the config.json beside it, or another --workdir"
             ) from e
@@ -189,13 +190,6 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(verbosity)
-
-
-def write_json(path: pathlib.Path, value: Any) -> None:
-    """Write a JSON file that others read, whole or not at all."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
 
 
 def find(path: str | pathlib.Path) -> tuple[pathlib.Path, int]:
@@ -308,7 +302,7 @@ def _whole(name: str) -> Iterator[None]:
     try:
         yield
     except (ValueError, FileNotFoundError) as error:
-        reason = str(error).strip().splitlines()[0].partition(" [")[0]
+        reason = first_line(error).partition(" [")[0]
         raise UserError(f"{name} cannot be read ({reason}): copy the checkpoint again, or take another step") from error
 
 

@@ -72,6 +72,10 @@ class Feed(Protocol):
         """Opens what it writes, and takes the run's log; called once, when the run can no longer be refused."""
         ...
 
+    def sync(self) -> None:
+        """Everything it has written is on disk when this returns; called before a step is saved."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -210,6 +214,7 @@ class _Run:
                 self.watch.enter("save", step)
                 self.lock.check()
                 self.log.sync()
+                self.begun.feed.sync()
                 self.checkpoints.save(step, state, done_position, meter.mean_loss())
                 if stopped and step < config.steps:
                     raise Preempted(f"{config.title}: stopped by SIGTERM, step {step} of {config.steps} is saved")

@@ -105,6 +105,9 @@ class _Batches:
     def start(self, log: MetricLog | SilentLog) -> None:
         pass
 
+    def sync(self) -> None:
+        pass
+
     def close(self) -> None:
         self.prefetch.close()
 

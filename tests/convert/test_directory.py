@@ -2,10 +2,12 @@ import errno
 import json
 import os
 import pathlib
+import re
 import shutil
 
 import pytest
 
+from blip3o_jax import files
 from blip3o_jax.config import UserError
 from blip3o_jax.convert.directory import MANIFEST, check_space, whole_directory
 
@@ -218,8 +220,8 @@ def test_a_place_that_cannot_be_written(tmp_path, place):
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
 def test_a_disk_that_is_full(tmp_path, code):
-    message = rf"out was not written: {os.strerror(code)}; free some space, or move --out"
-    with pytest.raises(UserError, match=message), whole_directory(tmp_path / "out", overwrite=False) as directory:
+    message = f"out was not written: {os.strerror(code)}: {files.TROUBLE[code]}"
+    with pytest.raises(UserError, match=re.escape(message)), whole_directory(tmp_path / "out", overwrite=False) as directory:
         fill(directory)
         raise OSError(code, os.strerror(code))
     assert listing(tmp_path) == {}

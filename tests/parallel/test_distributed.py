@@ -13,11 +13,12 @@ import socket
 import subprocess
 import sys
 import time
+import types
 
 import jax
 import pytest
 
-from blip3o_jax import cli
+from blip3o_jax import cli, exits
 from blip3o_jax import config as config_lib
 from blip3o_jax.ar import attention
 from blip3o_jax.config import MeshConfig, UserError
@@ -217,6 +218,23 @@ def said_by(processes):
     return [(p.communicate(timeout=120)[1], p.returncode) for p in processes]
 
 
+@pytest.mark.slow
+def test_ctrl_c_after_sigterm_does_not_lose_the_save_of_several_hosts(tmp_path):
+    """Both on host 1, one right after the other."""
+    flags = [f"--workdir={tmp_path / 'run'}", "--config.steps=2000", "--config.checkpoint.every=10000"]
+    hosts = two_hosts(tmp_path, flags, flags)
+    while len(read_rows(tmp_path / "run" / "metrics.jsonl")) < 2:
+        assert hosts[1].poll() is None
+        time.sleep(0.05)
+    hosts[1].send_signal(signal.SIGTERM)
+    hosts[1].send_signal(signal.SIGINT)
+    zero, one = said_by(hosts)
+    assert zero[1] == one[1] == exits.PREEMPTED, (zero, one)
+    assert "being saved, as SIGTERM asked" in one[0]
+    step = int(re.search(r"stopped by SIGTERM, step (\d+) of 2000 is saved", zero[0])[1])
+    assert checkpoint.find(tmp_path / "run")[1] == step
+
+
 def test_hosts_that_disagree_are_refused_with_one_line(tmp_path):
     workdir = f"--workdir={tmp_path / 'run'}"
     said = said_by(two_hosts(tmp_path, [workdir], [workdir, "--config.seed=3", "--config.optimizer.b1=0.5"]))
@@ -228,7 +246,7 @@ def test_hosts_that_disagree_are_refused_with_one_line(tmp_path):
         ),
         ("", 2),
     ]
-    assert not list((tmp_path / "run").iterdir())
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_error_on_one_host_ends_all_with_its_status(tmp_path):
@@ -323,10 +341,28 @@ def test_the_kernel_that_was_chosen_is_in_the_log(caplog):
     level = package.level
     attention.chosen.cache_clear()
     try:
-        distributed.run(Launch("off"), lambda: attention.chosen("cpu", "float32", whole_rows=True), lambda error: None)
+        distributed.run(Launch("off"), lambda: attention.chosen("cpu", "float32", whole_rows=True))
     finally:
         package.setLevel(level)
     assert caplog.messages == ["attention over whole rows in float32 on cpu: xla"]
+
+
+def test_a_job_that_is_left_is_not_asked_about_errors(monkeypatch):
+    """Such as one after the run, or status 75: the client of `jax.distributed` is shut down."""
+    left = types.SimpleNamespace(over=lambda: None, lost=lambda: pytest.fail("asked"), farewell=lambda *_: pytest.fail("told"))
+
+    def start(launch):
+        distributed._peers.append(left)
+        exits.process.prefix, exits.process.cause, exits.process.farewell = "host 0: ", distributed._cause, left.farewell
+
+    monkeypatch.setattr(exits, "process", exits._Process())
+    for name, value in {"start": start, "hosts": lambda: 2, "barrier": lambda *_: None}.items():
+        monkeypatch.setattr(distributed, name, value)
+    monkeypatch.setattr(jax.distributed, "shutdown", lambda: None)
+    assert distributed.run(Launch(), lambda: None) == 0
+    error = RuntimeError("later")
+    assert exits.process.cause(error) is distributed._cause(error) is error
+    assert exits.process.prefix == "" and exits.process.farewell is not left.farewell
 
 
 def test_alone_there_is_nobody_to_wait_for(tmp_path):

@@ -4,6 +4,7 @@ import threading
 
 import pytest
 
+from blip3o_jax import exits
 from blip3o_jax.parallel import peers
 from blip3o_jax.parallel.peers import LostHost, Peers
 
@@ -55,6 +56,10 @@ def hosts(monkeypatch):
     yield made, store, ended
     for each in made:
         each.over()
+
+
+def test_an_error_ends_a_host_within_half_a_minute():
+    assert exits.CLOSING + 2 * peers.ANSWER + peers.STILL + exits.FAREWELL < 30
 
 
 def test_a_host_that_ends_tells_the_others(hosts):

@@ -1,5 +1,6 @@
 """Lines of rollouts, and the picture of the best and worst."""
 
+import os
 import pathlib
 
 import numpy as np
@@ -66,3 +67,14 @@ def test_the_best_come_first():
     assert grid.dtype == np.uint8 and grid.shape[2] == 3
     cells = [int(grid[8 + 96 + row * 245, 8 + 96 + column * 200, 0]) for row in range(3) for column in range(4)]
     assert cells == [190, 180, 170, 160, 150, 140, 50, 40, 30, 20, 10, 0]
+
+
+def test_sync_brings_the_lines_to_disk(tmp_path, monkeypatch):
+    synced = []
+    log = RolloutLog(tmp_path, 0, 0, seed=7)
+    monkeypatch.setattr(os, "fsync", synced.append)
+    write(log, 0)
+    assert not synced
+    log.sync()
+    log.close()
+    assert len(synced) == 1

@@ -120,4 +120,4 @@ def test_a_save_that_fails_is_told_at_the_next_step(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert str(error.value.filename).startswith(str(tmp_path / "checkpoints"))
     checkpoints.close()
-    assert checkpoint.Checkpoints(tmp_path / "checkpoints", keep=2).latest() is None
+    assert checkpoint.Checkpoints(tmp_path / "checkpoints", keep=2).newest_intact() is None

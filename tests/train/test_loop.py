@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import jax
 import numpy as np
@@ -434,3 +435,25 @@ def test_errors_come_before_anything_is_compiled(tmp_path, monkeypatch):
             supervised.train(joint(**changes), tmp_path / "run")
         assert "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_everything_is_on_disk_before_a_step_is_saved():
+    """Rows and lines of a step that is saved are not written again by a run that goes on from it."""
+    called = []
+    note = lambda name, result=None: lambda *_: called.append(name) or result
+    cfg = tiny.run_config(tiny.data(), steps=1, preview=0)
+    feed = types.SimpleNamespace(
+        next=lambda state: {}, position=lambda: {}, metrics=dict, check=note("check"), sync=note("feed"), wait_seconds=0.0
+    )
+    metrics = {"loss": np.float32(1), "bad_steps": 0}
+    run = loop._Run(
+        types.SimpleNamespace(config=cfg, start=0),
+        loop.Begun(feed, lambda state, batch: (state, metrics)),
+        types.SimpleNamespace(check=lambda: None, save=note("save")),
+        types.SimpleNamespace(check=lambda: None),
+        types.SimpleNamespace(write=note("write"), sync=note("log")),
+        types.SimpleNamespace(due=lambda step: False),
+        types.SimpleNamespace(enter=lambda *_: None),
+    )
+    run.steps({})
+    assert called == ["check", "write", "log", "feed", "save"]

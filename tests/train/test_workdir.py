@@ -5,6 +5,7 @@ import os
 import subprocess
 import threading
 import time
+import types
 
 import pytest
 
@@ -27,6 +28,9 @@ def write(directory, **changes):
 
 @pytest.fixture
 def bound(monkeypatch):
+    """The clock here is an hour ahead of the file server's."""
+    clocks = types.SimpleNamespace(time=lambda: time.time() + 3600, monotonic=time.monotonic, sleep=time.sleep)
+    monkeypatch.setattr(workdirs, "time", clocks)
     monkeypatch.setattr(workdirs, "BOUND", 0.6)
 
 
@@ -82,7 +86,7 @@ def test_a_run_on_another_machine_is_waited_for(tmp_path, bound, capsys, there):
         pass
 
 
-@pytest.mark.parametrize("text", ["", "[1]", '{"pid": "1"}', '{"pid": 0}', '{"pids": 1}'])
+@pytest.mark.parametrize("text", ["", "[1]", '{"pid": "1"}', '{"pid": 0}', '{"pids": 1}', "[" * 10**5], ids=len)
 def test_a_lock_that_names_nobody(tmp_path, bound, capsys, text):
     """A kill may have come while it was written."""
     (tmp_path / LOCK).write_text(text)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from blip3o_jax.config import ConfigError, UserError
+from blip3o_jax.fields import first_line
 from blip3o_jax.parallel import flags
 from blip3o_jax.parallel.chips import CHIPS, Chip
 
@@ -98,7 +99,7 @@ def make_devices(topology: Topology) -> Sequence[Any]:
     try:
         devices = topologies.get_topology_desc(platform="tpu", topology_name=name, **several).devices
     except Exception as error:  # whatever type it has, it is about the name that was asked for
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         raise UserError(f"--topology={name}: the TPU compiler knows no such topology ({reason})") from error
     if len(devices) != topology.devices:
         raise UserError(f"--topology={name}: {len(devices)} devices, not the {topology.devices} that its sizes come to")

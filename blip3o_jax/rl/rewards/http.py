@@ -315,7 +315,7 @@ def _exchange(
 def _connected(address: tuple[str, int], deadline: _Deadline) -> socket.socket:
     """Return a connection to the first of a host's addresses that takes one."""
     host, port = address
-    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    found = _addresses(host, port, deadline)
     for index, (*_, numeric) in enumerate(found):
         try:
             connected = socket.create_connection(numeric[:2], deadline.left())
@@ -326,6 +326,24 @@ def _connected(address: tuple[str, int], deadline: _Deadline) -> socket.socket:
             deadline.watch(connected)
             return connected
     raise OSError(f"{host} has no address")
+
+
+def _addresses(host: str, port: int, deadline: _Deadline) -> list[Any]:
+    """Return what `socket.getaddrinfo` does. It has no timeout of its own: a name server that does not answer holds it up for
+    as long as the system's resolver is patient."""
+    found: concurrent.futures.Future[list[Any]] = concurrent.futures.Future()
+
+    def ask() -> None:
+        try:
+            found.set_result(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+        except BaseException as error:
+            found.set_exception(error)
+
+    threading.Thread(target=ask, name="resolver", daemon=True).start()
+    try:
+        return found.result(deadline.left())
+    except TimeoutError:
+        raise TimeoutError(f"the address of {host} was not found within {deadline.seconds:.3g} s") from None
 
 
 def _wait(retry_after: str) -> float:

@@ -13,8 +13,9 @@ from blip3o_jax.blip3o import Blip3o, scale_pixels
 from blip3o_jax.config import UserError, to_dict
 from blip3o_jax.data.sequence import caption_row
 from blip3o_jax.data.sources import open_mixture
+from blip3o_jax.files import write_json
 from blip3o_jax.rl.rewards import clip
-from blip3o_jax.train.checkpoint import Checkpoints, write_json
+from blip3o_jax.train.checkpoint import Checkpoints
 from blip3o_jax.train.state import create_state, plan_state
 from blip3o_jax.train.vocabulary import with_vocabulary
 from tests import tiny

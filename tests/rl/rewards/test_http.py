@@ -474,3 +474,13 @@ def test_servers_share_a_pools_images_and_one_that_is_killed_is_done_without():
                     servers[0][0].kill()
                     servers[0][0].wait()
         assert min(map(scored_by, urls[1:])) >= 12 and sum(map(scored_by, urls[1:])) >= 48
+
+
+def test_a_name_server_that_does_not_answer_is_not_waited_for(monkeypatch):
+    asked = threading.Event()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: asked.wait(10))
+    began = time.monotonic()
+    with pytest.raises(TimeoutError, match=r"within 0\.2 s"):
+        http_reward._exchange("http://scores.example:1", "GET", "/health", None, "", 0.2, 100)
+    asked.set()
+    assert time.monotonic() - began < 5
