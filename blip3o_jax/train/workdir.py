@@ -14,6 +14,7 @@ import os
 import pathlib
 import shutil
 import socket
+import stat
 import threading
 import time
 import uuid
@@ -25,6 +26,7 @@ from blip3o_jax.parallel.distributed import host, host_0_first, say
 LOCK = "lock.json"
 PERIOD = 10.0  # seconds between signs of life
 BOUND = 60.0  # seconds without one after which a process on another machine counts as gone
+ATTEMPTS = 10  # at a lock that others take and leave between two looks at it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +52,10 @@ class Owner:
         """Return the owner that a lock names, an unknown one where it names none (it is being written, or a kill cut that
         short); None where there is no lock."""
         try:
-            seen = path.stat().st_mtime
+            state = path.stat()
+            seen = state.st_mtime
+            if not stat.S_ISREG(state.st_mode):  # reading a pipe need not end
+                return cls(seen=seen)
             owner = cls(**json.loads(path.read_bytes()), seen=seen)
             return owner if isinstance(owner.pid, int) and 0 < owner.pid < 2**31 else cls(seen=seen)
         except FileNotFoundError:
@@ -138,7 +143,10 @@ class WorkdirLock:
 
     def _take(self) -> None:
         self._made = files.make_directories(self._workdir)
-        while not self._created():
+        for _ in range(ATTEMPTS):
+            if self._created():
+                break
+            self._check_plain()
             owner = Owner.read(self._path)
             if owner is not None and self._lives(owner):
                 raise UserError(
@@ -147,7 +155,20 @@ class WorkdirLock:
                 )
             if owner is not None:
                 self._remove(owner)
+        else:
+            raise UserError(
+                f"{self._path} comes and goes: other runs start in this --workdir now; run again, or choose another"
+            )
         self._had_text = (self._workdir / "text").exists()
+
+    def _check_plain(self) -> None:
+        """UserError where what has the lock's name is no regular file, such as a link that leads nowhere: it cannot be
+        created, and may not be there to read either."""
+        with contextlib.suppress(FileNotFoundError):
+            if not stat.S_ISREG(self._path.lstat().st_mode):
+                raise UserError(
+                    f"{self._path} is no regular file, as the lock of a run is: remove it, or choose another --workdir"
+                )
 
     def _created(self) -> bool:
         values = dataclasses.asdict(Owner.this_process(self._token))
