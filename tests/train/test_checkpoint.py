@@ -93,6 +93,19 @@ def test_a_damaged_step(root, capsys, case):
     assert checkpoint.find(root) == (root, 8) and Checkpoints(root, keep=2).newest_intact() == 8
 
 
+def test_directories_that_are_no_steps(root):
+    """Neither read nor in the way, though Python takes their names for numbers."""
+    names = ("007", "+9", " 9", "\u0669", "9_0")
+    for name in names:
+        (root / name).mkdir()
+    checkpoints = Checkpoints(root, keep=2)
+    assert checkpoints.steps() == [2, 4] and checkpoints.newest_intact() == 4
+    checkpoints.open(tiny.run_config(), None)
+    checkpoints.save(6, STATE, {"next_example": 6}, 1.0)
+    checkpoints.close()
+    assert checkpoint.find(root) == (root, 6) and all((root / name).is_dir() for name in names)
+
+
 def test_no_step_is_intact(root):
     for step in ("2", "4"):
         (root / step / "meta" / "metadata").unlink()
