@@ -43,6 +43,8 @@ def write_json(path: pathlib.Path, value: dict[str, Any]) -> None:
 def read_json(path: pathlib.Path, *, edited: bool = False) -> dict[str, Any]:
     """Read what `write_json` wrote, without the checksum. `edited`: one without a checksum is taken as it is, for files that
     people edit. Raises DamagedFile."""
+    if path.exists() and not path.is_file():  # reading a pipe need not end
+        raise DamagedFile(f"{path} is no regular file: put back a copy of it")
     try:
         value = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:  # of UTF-8 too
@@ -90,20 +92,27 @@ def listed(directory: pathlib.Path) -> dict[str, tuple[int, int]]:
     """Return {name: (bytes, CRC32C)} of the files that a directory's manifest names. Raises DamagedFile."""
     file = directory / MANIFEST
     try:
-        files = read_json(file)["files"]
-        listed = {str(name): (int(size), int(crc)) for name, (size, crc) in files.items()}
-    except DamagedFile:
-        raise
+        files = read_json(file).get("files")
     except OSError as error:
         missing = isinstance(error, FileNotFoundError | NotADirectoryError)
         raise DamagedFile(f"{file} {'is missing' if missing else error.strerror}") from error
-    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
-        raise DamagedFile(f"{file} lists no files") from error
-    for name in listed:
+    if not isinstance(files, dict):
+        raise DamagedFile(f"{file} lists no files")
+    for name, value in files.items():
+        if not _is_size_and_crc(value):
+            raise DamagedFile(f"{file} has no size and CRC32C of {name!r}: put back a copy of it")
         # Who sent the directory could have any other file of this machine read.
         if pathlib.PurePosixPath(name).is_absolute() or ".." in name.split("/") or "\0" in name:
             raise DamagedFile(f"{file} names {name!r}, which is not below it: put back a copy of it")
-    return listed
+        if not name.isprintable():  # a surrogate is no file's name, an escape would reach the terminal
+            raise DamagedFile(f"{file} names {name!r}, which is no file's name: put back a copy of it")
+    return {name: (size, crc) for name, (size, crc) in files.items()}
+
+
+def _is_size_and_crc(value: Any) -> bool:
+    if not (isinstance(value, list) and len(value) == 2 and all(type(number) is int for number in value)):
+        return False
+    return 0 <= value[0] < 2**63 and 0 <= value[1] < 2**32
 
 
 def of_file(path: pathlib.Path) -> tuple[int, int]:
