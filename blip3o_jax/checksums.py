@@ -14,7 +14,7 @@ import json
 import os
 import pathlib
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import google_crc32c
@@ -120,21 +120,29 @@ def of_file(path: pathlib.Path) -> tuple[int, int]:
     return path.stat().st_size, file_crc32c(path)
 
 
-def _names(directory: pathlib.Path) -> Iterator[str]:
-    for place, _, files in os.walk(directory):
-        for file in files:
-            name = (pathlib.Path(place) / file).relative_to(directory).as_posix()
-            if name != MANIFEST:
-                yield name
+def _names(directory: pathlib.Path) -> set[str]:
+    """Return the names of all files below a directory, but for its manifest."""
+    paths = (pathlib.Path(place) / file for place, _, files in os.walk(directory) for file in files)
+    return {path.relative_to(directory).as_posix() for path in paths} - {MANIFEST}
 
 
-def find_damage(directory: pathlib.Path, share: int = 0, shares: int = 1) -> str:
+def find_damage(directory: pathlib.Path, share: int = 0, shares: int = 1, required: Iterable[str] = ()) -> str:
     """Compare the files of `directory` with its manifest; return what is wrong with the first that differs, "" if none does.
-    Files that the manifest does not name are not looked at. Every one of several hosts takes one of `shares`."""
+
+    `required`: names that the manifest has to list. Files that it does not list are damage too, but for hidden ones, which
+    systems leave behind and nothing here reads. Every one of several hosts takes one of `shares`; the first looks for files
+    that are not listed.
+    """
     try:
         files = listed(directory)
     except DamagedFile as error:
         return str(error).removeprefix(f"{directory}/").partition(":")[0]
+    for name in required:
+        if name not in files:
+            return f"{MANIFEST} does not list {name}"
+    unlisted = sorted(name for name in _names(directory) - files.keys() if "/." not in f"/{name}") if share == 0 else []
+    if unlisted:
+        return f"{ascii(unlisted[0])[1:-1]} is not listed in {MANIFEST}"
     mine = dict(sorted(files.items())[share::shares])
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
         found = list(pool.map(lambda item: _stat(directory / item[0]), mine.items()))

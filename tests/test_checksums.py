@@ -95,6 +95,7 @@ def listing(value):
         ("manifest.json", naming("a/../../x"), r"manifest.json names 'a/\.\./\.\./x', which is not below it"),
         ("manifest.json", naming("x\0"), r"manifest.json names 'x\\x00', which is not below it"),
         ("two", pipe, "two is no regular file"),
+        ("a/x\n", lambda file: file.write_text(""), r"a/x\\n is not listed in manifest.json"),
     ],
 )
 def test_a_manifest_finds_what_is_wrong(tmp_path, name, spoil, reason):
@@ -102,7 +103,9 @@ def test_a_manifest_finds_what_is_wrong(tmp_path, name, spoil, reason):
     (tmp_path / "a" / "one").write_bytes(b"one")
     (tmp_path / "two").write_bytes(b"")
     checksums.write_manifest(tmp_path)
-    assert checksums.find_damage(tmp_path) == ""
+    (tmp_path / "a" / ".nfs0001").touch()
+    assert checksums.find_damage(tmp_path, required=["a/one"]) == ""
+    assert checksums.find_damage(tmp_path, required=["three"]) == "manifest.json does not list three"
     spoil(tmp_path / name)
     shares = [checksums.find_damage(tmp_path, share, 2) for share in range(2)]
     found = [text for text in shares if text]

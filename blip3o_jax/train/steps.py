@@ -20,6 +20,7 @@ from blip3o_jax.config import UserError
 from blip3o_jax.parallel.distributed import say
 
 _STEP = re.compile("0|[1-9][0-9]{0,17}")  # as Orbax reads them too
+_REQUIRED = ("state/manifest.ocdbt", "state/_METADATA", "meta/metadata")  # without one of them nothing can be read
 
 
 class CheckedStep(ocp.path.atomicity.AtomicRenameTemporaryPath):
@@ -58,8 +59,8 @@ def damage(directory: pathlib.Path, *, shared: bool = False) -> str:
     """Return what is wrong with a step, "" if it is intact. `shared`: all hosts call this; each reads a share of the files and
     all learn what one has found."""
     if not shared or jax.process_count() == 1:
-        return checksums.find_damage(directory)
-    found = checksums.find_damage(directory, jax.process_index(), jax.process_count())
+        return checksums.find_damage(directory, required=_REQUIRED)
+    found = checksums.find_damage(directory, jax.process_index(), jax.process_count(), _REQUIRED)
     packed = np.zeros(512, np.uint8)
     text = found.encode()[: len(packed)]
     packed[: len(text)] = np.frombuffer(text, np.uint8)

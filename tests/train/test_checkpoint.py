@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 
+from blip3o_jax import checksums
 from blip3o_jax.config import UserError
 from blip3o_jax.text.tokenizers import load_tokenizer, train_sentencepiece
 from blip3o_jax.train import checkpoint, steps
@@ -55,10 +56,16 @@ def no_data(root):
         file.unlink()
 
 
+def listing_nothing(step):
+    checksums.write_json(step / "manifest.json", {"files": {}})
+
+
 BROKEN = {
     "an empty directory": (lambda root: (root / "6").mkdir(), "6", "manifest.json is missing"),
     "no meta": (lambda root: shutil.rmtree(root / "4" / "meta"), "4", "meta/commit_success.txt is missing"),
     "no arrays": (no_data, "4", r"state/d/\w+ is missing"),
+    "nothing listed": (lambda root: listing_nothing(root / "4"), "4", "manifest.json does not list state/manifest.ocdbt"),
+    "a file too many": (lambda root: (root / "4" / "state" / "x").touch(), "4", "state/x is not listed in manifest.json"),
     "a flipped bit": (lambda root: flip(data_file(root / "4"), 1000), "4", r"state/\S+ has CRC32C \w{8}, not \w{8}"),
 }
 
