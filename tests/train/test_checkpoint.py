@@ -113,6 +113,19 @@ def test_directories_that_are_no_steps(root):
     assert checkpoint.find(root) == (root, 6) and all((root / name).is_dir() for name in names)
 
 
+@pytest.mark.parametrize("text", ["{}", "[1]", "[" * 10**5, "junk"], ids=len)
+@pytest.mark.parametrize("file", ["state/_METADATA", "meta/metadata"])
+def test_a_file_replaced_before_the_manifest_was_written(root, file, text):
+    (root / "4" / file).write_text(text)
+    checksums.write_manifest(root / "4")
+    with pytest.raises(UserError, match=r"checkpoints/4 cannot be read \(.*\): copy the checkpoint") as error:
+        Checkpoints(root, keep=2).restore(4, abstract())
+    assert "\n" not in str(error.value)
+    if file == "state/_METADATA":
+        with pytest.raises(UserError, match=r"checkpoints/4/state cannot be read \(.*\): copy the checkpoint"):
+            checkpoint.Weights(root, 4)
+
+
 def test_no_step_is_intact(root):
     for step in ("2", "4"):
         (root / step / "meta" / "metadata").unlink()
