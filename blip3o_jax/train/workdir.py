@@ -26,6 +26,8 @@ from blip3o_jax.parallel.distributed import host, host_0_first, say
 LOCK = "lock.json"
 PERIOD = 10.0  # seconds between signs of life
 BOUND = 60.0  # seconds without one after which a process on another machine counts as gone
+FILES = ("recipe.json", "checkpoints/config.json")  # that runs write below it, besides *.jsonl
+DIRECTORIES = ("checkpoints", "tensorboard", "text")
 ATTEMPTS = 10  # at a lock that others take and leave between two looks at it
 
 
@@ -98,6 +100,16 @@ def _process_start(pid: int) -> int | None:
     return None if fields[0] in "ZX" else int(fields[19])
 
 
+def _check_kinds(workdir: pathlib.Path) -> None:
+    """UserError where a directory lies in a file's place or the other way round: the run would fail where it writes there."""
+    for path in (*map(workdir.joinpath, FILES), *sorted(workdir.glob("*.jsonl"))):
+        if os.path.lexists(path) and not path.is_file():
+            raise UserError(f"{path} is no regular file, but the run writes one: move it away, or choose another --workdir")
+    for path in map(workdir.joinpath, DIRECTORIES):
+        if os.path.lexists(path) and not path.is_dir():
+            raise UserError(f"{path} is no directory, but the run makes one: move it away, or choose another --workdir")
+
+
 class WorkdirLock:
     """`with WorkdirLock(workdir) as lock:` holds the directory; of a job of many hosts, host 0 does.
 
@@ -143,6 +155,7 @@ class WorkdirLock:
 
     def _take(self) -> None:
         self._made = files.make_directories(self._workdir)
+        _check_kinds(self._workdir)
         for _ in range(ATTEMPTS):
             if self._created():
                 break
