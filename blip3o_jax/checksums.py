@@ -14,7 +14,7 @@ import json
 import os
 import pathlib
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import google_crc32c
@@ -43,6 +43,8 @@ def write_json(path: pathlib.Path, value: dict[str, Any]) -> None:
 def read_json(path: pathlib.Path, *, edited: bool = False) -> dict[str, Any]:
     """Read what `write_json` wrote, without the checksum. `edited`: one without a checksum is taken as it is, for files that
     people edit. Raises DamagedFile."""
+    if path.exists() and not path.is_file():  # reading a pipe need not end
+        raise DamagedFile(f"{path} is no regular file: put back a copy of it")
     try:
         value = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:  # of UTF-8 too
@@ -90,20 +92,27 @@ def listed(directory: pathlib.Path) -> dict[str, tuple[int, int]]:
     """Return {name: (bytes, CRC32C)} of the files that a directory's manifest names. Raises DamagedFile."""
     file = directory / MANIFEST
     try:
-        files = read_json(file)["files"]
-        listed = {str(name): (int(size), int(crc)) for name, (size, crc) in files.items()}
-    except DamagedFile:
-        raise
+        files = read_json(file).get("files")
     except OSError as error:
         missing = isinstance(error, FileNotFoundError | NotADirectoryError)
         raise DamagedFile(f"{file} {'is missing' if missing else error.strerror}") from error
-    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
-        raise DamagedFile(f"{file} lists no files") from error
-    for name in listed:
+    if not isinstance(files, dict):
+        raise DamagedFile(f"{file} lists no files")
+    for name, value in files.items():
+        if not _is_size_and_crc(value):
+            raise DamagedFile(f"{file} has no size and CRC32C of {name!r}: put back a copy of it")
         # Who sent the directory could have any other file of this machine read.
         if pathlib.PurePosixPath(name).is_absolute() or ".." in name.split("/") or "\0" in name:
             raise DamagedFile(f"{file} names {name!r}, which is not below it: put back a copy of it")
-    return listed
+        if not name.isprintable():  # a surrogate is no file's name, an escape would reach the terminal
+            raise DamagedFile(f"{file} names {name!r}, which is no file's name: put back a copy of it")
+    return {name: (size, crc) for name, (size, crc) in files.items()}
+
+
+def _is_size_and_crc(value: Any) -> bool:
+    if not (isinstance(value, list) and len(value) == 2 and all(type(number) is int for number in value)):
+        return False
+    return 0 <= value[0] < 2**63 and 0 <= value[1] < 2**32
 
 
 def of_file(path: pathlib.Path) -> tuple[int, int]:
@@ -111,21 +120,29 @@ def of_file(path: pathlib.Path) -> tuple[int, int]:
     return path.stat().st_size, file_crc32c(path)
 
 
-def _names(directory: pathlib.Path) -> Iterator[str]:
-    for place, _, files in os.walk(directory):
-        for file in files:
-            name = (pathlib.Path(place) / file).relative_to(directory).as_posix()
-            if name != MANIFEST:
-                yield name
+def _names(directory: pathlib.Path) -> set[str]:
+    """Return the names of all files below a directory, but for its manifest."""
+    paths = (pathlib.Path(place) / file for place, _, files in os.walk(directory) for file in files)
+    return {path.relative_to(directory).as_posix() for path in paths} - {MANIFEST}
 
 
-def find_damage(directory: pathlib.Path, share: int = 0, shares: int = 1) -> str:
+def find_damage(directory: pathlib.Path, share: int = 0, shares: int = 1, required: Iterable[str] = ()) -> str:
     """Compare the files of `directory` with its manifest; return what is wrong with the first that differs, "" if none does.
-    Files that the manifest does not name are not looked at. Every one of several hosts takes one of `shares`."""
+
+    `required`: names that the manifest has to list. Files that it does not list are damage too, but for hidden ones, which
+    systems leave behind and nothing here reads. Every one of several hosts takes one of `shares`; the first looks for files
+    that are not listed.
+    """
     try:
         files = listed(directory)
     except DamagedFile as error:
         return str(error).removeprefix(f"{directory}/").partition(":")[0]
+    for name in required:
+        if name not in files:
+            return f"{MANIFEST} does not list {name}"
+    unlisted = sorted(name for name in _names(directory) - files.keys() if "/." not in f"/{name}") if share == 0 else []
+    if unlisted:
+        return f"{ascii(unlisted[0])[1:-1]} is not listed in {MANIFEST}"
     mine = dict(sorted(files.items())[share::shares])
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
         found = list(pool.map(lambda item: _stat(directory / item[0]), mine.items()))

@@ -89,6 +89,8 @@ def _line(error: BaseException, args: argparse.Namespace) -> str | None:
     """What is wrong and what to do, where a user can cause it."""
     if isinstance(error, UserError):
         return _one_line(error)
+    if line := exits.stdout_line(error):
+        return line
     found = files.system_error(error)
     if found is None:
         return None

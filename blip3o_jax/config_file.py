@@ -50,8 +50,8 @@ def load_recipe(path_with_arg: str, overrides: Overrides = ()) -> dict[str, conf
 
 def _call(path: pathlib.Path, arg: str | None) -> dict[str, config.Config]:
     get_config = _get_config(path)
-    parameters = inspect.signature(get_config).parameters.values()
-    required = [p.name for p in parameters if p.default is inspect.Parameter.empty]
+    parameters = _positional(path, get_config)
+    required = [p.name for p in parameters if p.default is p.empty and p.kind is not p.VAR_POSITIONAL]
     if arg is None and required:
         raise config.UserError(f"{path} needs an argument, its {required[0]!r}: --config={path}:{required[0].upper()}")
     if arg is not None and not parameters:
@@ -68,7 +68,18 @@ def _call(path: pathlib.Path, arg: str | None) -> dict[str, config.Config]:
     return recipe
 
 
+def _positional(path: pathlib.Path, get_config: Callable[..., Any]) -> list[inspect.Parameter]:
+    """Return the parameters that take the argument of --config."""
+    try:
+        parameters = inspect.signature(get_config).parameters.values()
+    except (ValueError, TypeError) as error:  # as of `min`
+        raise config.UserError(f"{path}: get_config is no function of the file: write def get_config(): ...") from error
+    return [p for p in parameters if p.kind not in (p.KEYWORD_ONLY, p.VAR_KEYWORD)]
+
+
 def _get_config(path: pathlib.Path) -> Callable[..., Any]:
+    if path.exists() and not path.is_file():
+        raise config.UserError(f"--config={path} is no regular file: name a Python file")
     if not path.is_file():
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.py")], n=1, cutoff=0.5)
         hint = f"; did you mean {path.parent / near[0]}?" if near else ""
@@ -88,14 +99,18 @@ def _run_user_code(path: pathlib.Path, call: Callable[[], Any]) -> Any:
     try:
         return call()
     except SyntaxError as error:
-        raise config.UserError(f"{error.filename}:{error.lineno}: {type(error).__name__}: {error.msg}") from error
-    except (Exception, SystemExit) as error:
+        place = f"{error.filename or path}:{error.lineno}" if error.lineno else error.filename or path
+        raise config.UserError(f"{place}: {type(error).__name__}: {error.msg}") from error
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # SystemExit and GeneratorExit would end the command without a word
         lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if pathlib.Path(f.filename) == path]
         place = f"{path}:{lines[-1]}" if lines else str(path)
         if isinstance(error, config.UserError):
             kind = config.ConfigError if isinstance(error, config.ConfigError) else config.UserError
             raise kind(f"{place}: {error}") from error
-        raise config.UserError(f"{place}: {type(error).__name__}: {error}") from error
+        said = f": {error}" if str(error) else ""
+        raise config.UserError(f"{place}: {type(error).__name__}{said}") from error
 
 
 def _override(values: Any, key: str, text: str) -> None:

@@ -11,6 +11,7 @@ device. Nothing heavy is imported here, so that `install` comes before everythin
 
 import _thread
 import contextlib
+import io
 import multiprocessing
 import os
 import select
@@ -19,7 +20,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -75,6 +76,7 @@ class _Process:
 
     def install(self) -> None:
         self.installed = True
+        _open_streams()
         sys.unraisablehook = self._unraisable
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell may have it ignored
             signal.signal(signal.SIGINT, self._interrupt)
@@ -169,7 +171,7 @@ class _Process:
         with contextlib.suppress(Exception):
             for child in multiprocessing.active_children():
                 child.kill()
-        for stream in (sys.stdout, sys.stderr):
+        for stream in filter(None, (sys.stdout, sys.stderr)):
             with contextlib.suppress(OSError, ValueError):
                 stream.flush()
         os._exit(status)
@@ -212,6 +214,61 @@ class Stopped(Ended):
     """SIGTERM met a run that has nothing to save, or has saved it."""
 
     status = PREEMPTED
+
+
+class _Stdout(io.TextIOWrapper):
+    """The standard output, whose errors say that it is: the system's name no file. One that a writer has passed over, as
+    argparse does, is raised again by `flush`."""
+
+    failed: OSError | None = None
+
+    def write(self, text: str) -> int:
+        with self._naming():
+            return super().write(text)
+
+    def flush(self) -> None:
+        with self._naming():
+            super().flush()
+        if self.failed is not None:
+            raise self.failed
+
+    @contextlib.contextmanager
+    def _naming(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self.failed = OSError(error.errno, error.strerror, "stdout")
+            raise self.failed from error
+
+
+def _open_streams() -> None:
+    """Have all three standard streams open, on /dev/null where the parent has closed them (`>&-`): Python has None for such a
+    stream, and the next file opened would get its number and what libraries print."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            null = os.open(os.devnull, os.O_RDWR)
+            if null != number:
+                os.dup2(null, number)
+                os.close(null)
+            os.set_inheritable(number, True)
+        if getattr(sys, name) is None:
+            stream = open(number, "w" if number else "r", encoding="utf-8", closefd=False)  # noqa: SIM115
+            setattr(sys, name, stream)
+            setattr(sys, f"__{name}__", stream)
+    old = sys.stdout
+    if type(old) is io.TextIOWrapper:
+        encoding, errors = old.encoding, old.errors
+        options = {"line_buffering": old.line_buffering, "write_through": old.write_through}
+        sys.stdout = sys.__stdout__ = _Stdout(old.detach(), encoding, errors, **options)
+
+
+def stdout_line(error: BaseException) -> str | None:
+    """Return the line for an error of writing to the standard output, None for another."""
+    if isinstance(error, OSError) and error.filename == "stdout":
+        return f"stdout cannot be written to ({error.strerror}): send the output elsewhere"
+    return None
 
 
 process = _Process()
@@ -270,11 +327,19 @@ def run(main: Callable[[], int]) -> None:
         process.print_line(f"blip3o: interrupted; {process.again}")
         status = INTERRUPTED
     except BaseException as error:
-        status = BROKEN_PIPE if is_broken_pipe(error) else _traceback(error)
+        status = BROKEN_PIPE if is_broken_pipe(error) else _unwritten(error)
     if status:
         process.leave(status)
     # Threads of libraries are not waited for without end.
     threading.Thread(target=_leave_late, name="shutdown", daemon=True).start()
+
+
+def _unwritten(error: BaseException) -> int:
+    line = stdout_line(error)
+    if line is None:
+        return _traceback(error)
+    process.print_line(f"blip3o: error: {line}")
+    return USER_ERROR
 
 
 def _leave_late() -> None:

@@ -136,6 +136,10 @@ def test_a_bad_override_is_one_line_that_names_the_field(write, overrides, messa
         ("CONFIG = 3\n", "x.py defines no function get_config()"),
         ("def get_config():\n    return {}\n", "x.py: get_config() must return a blip3o_jax.config.Config, not dict"),
         ("def get_config(size):\n    return size\n", "needs an argument, its 'size'"),
+        ("get_config = min\n", "x.py: get_config is no function of the file: write def get_config(): ..."),
+        ("raise GeneratorExit\n", "x.py:1: GeneratorExit"),
+        ("\nclass Own(BaseException): ...\nraise Own('x')\n", "x.py:3: Own: x"),
+        ("a = '\0'\n", "x.py: SyntaxError: source code string cannot contain null bytes"),
     ],
 )
 def test_a_broken_file_is_one_line_that_names_it(write, text, message):
@@ -144,6 +148,17 @@ def test_a_broken_file_is_one_line_that_names_it(write, text, message):
         config_file.load(path)
     assert message in str(error.value) and path in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_function_of_any_arguments(write):
+    path = write("from blip3o_jax.config import Config\ndef get_config(*a, **k):\n    return Config(steps=int(*a or '3'))")
+    assert [config_file.load(path).steps, config_file.load(path + ":5").steps] == [3, 5]
+
+
+def test_a_directory_is_no_config_file(tmp_path):
+    (tmp_path / "x.py").mkdir()
+    with pytest.raises(config.UserError, match=r"x.py is no regular file: name a Python file$"):
+        config_file.load(str(tmp_path / "x.py"))
 
 
 def test_an_argument_where_none_is_taken(write):

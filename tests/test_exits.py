@@ -148,3 +148,20 @@ def test_nobody_reads_the_output(work):
     )
     process.stdout.close()
     assert (process.stderr.read(), process.wait(20)) == ("", 141)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "line"),
+    [
+        ("--version >&-", 0, ""),
+        ("--version <&- >&- 2>&-", 0, ""),
+        ("params --config=nowhere.py 2>&-", 2, ""),
+        ("--version >/dev/full", 2, "blip3o: error: stdout cannot be written to (No space left on device): send"),
+    ],
+)
+def test_standard_streams_that_take_nothing(arguments, status, line, tmp_path):
+    command = f"{sys.executable} -m blip3o_jax {arguments}"
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(["sh", "-c", command], env=env, capture_output=True, text=True, timeout=30, cwd=tmp_path)
+    assert (done.returncode, done.stderr[: len(line) or None]) == (status, line)
+    assert done.stderr.count("\n") == bool(line)

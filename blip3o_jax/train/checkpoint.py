@@ -145,15 +145,18 @@ class Checkpoints:
     def restore(self, step: int, plan: StatePlan) -> tuple[TrainState, Any]:
         """Return the state in the plan's shardings, and the position of the data stream, of a step that is intact."""
         directory = self.directory / str(step)
-        try:
-            with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
-                state = checkpointer.restore(directory / "state", args=ocp.args.StandardRestore(plan.abstract))
-        except ValueError as e:
-            reason = first_line(e)
-            raise UserError(
-                f"{directory} does not fit this configuration ({reason}); use the config.json beside it, or another --workdir"
-            ) from e
-        return state, json.loads((directory / "meta" / "metadata").read_text(encoding="utf-8"))["data"]
+        with _whole(str(directory)):
+            try:
+                with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+                    state = checkpointer.restore(directory / "state", args=ocp.args.StandardRestore(plan.abstract))
+            except json.JSONDecodeError:  # a ValueError, of the checkpoint's own files
+                raise
+            except ValueError as e:
+                raise UserError(
+                    f"{directory} does not fit this configuration ({first_line(e)}); use the config.json beside it, or another "
+                    "--workdir"
+                ) from e
+            return state, json.loads((directory / "meta" / "metadata").read_text(encoding="utf-8"))["data"]
 
     def check(self) -> None:
         """Raises what a save in the background has failed with, which else the next save would. Waits for none."""
@@ -265,7 +268,7 @@ def restore_parts(path: str | pathlib.Path, strategy: Strategy, parts: tuple[str
         if (chosen := {name: tree for name, tree in abstract[group].items() if not parts or name in parts})
     }
     check_intact(root, step, shared=strategy.mesh.is_multi_process)
-    with ocp.PyTreeCheckpointer() as checkpointer:
+    with _whole(str(root / str(step))), ocp.PyTreeCheckpointer() as checkpointer:
         restored = checkpointer.restore(
             root / str(step) / "state",
             args=ocp.args.PyTreeRestore(
@@ -298,12 +301,22 @@ class Stored:
 
 @contextlib.contextmanager
 def _whole(name: str) -> Iterator[None]:
-    """UserError for what the libraries raise where files are cut off, altered or gone."""
+    """UserError for what the libraries raise where files are cut off, altered or gone, which may be any exception. What the
+    system or a device says, such as that memory is exhausted, stays what it is."""
     try:
         yield
-    except (ValueError, FileNotFoundError) as error:
-        reason = first_line(error).partition(" [")[0]
-        raise UserError(f"{name} cannot be read ({reason}): copy the checkpoint again, or take another step") from error
+    except FileNotFoundError as error:
+        raise _unreadable(name, first_line(error)) from error
+    except (UserError, OSError, MemoryError, jax.errors.JaxRuntimeError):
+        raise
+    except ValueError as error:
+        raise _unreadable(name, first_line(error)) from error
+    except Exception as error:
+        raise _unreadable(name, f"{type(error).__name__}: {first_line(error)}") from error
+
+
+def _unreadable(name: str, reason: str) -> UserError:
+    return UserError(f"{name} cannot be read ({reason.partition(' [')[0]}): copy the checkpoint again, or take another step")
 
 
 class Weights:
@@ -318,14 +331,14 @@ class Weights:
         self._path = (root / str(step) / "state").absolute()
         with _whole(str(self._path)):
             tree = ocp.PyTreeCheckpointHandler().metadata(epath.Path(self._path)).tree
-        if ema and not tree.get("ema"):
-            raise UserError(f"{root} holds no averaged weights: it was trained with optimizer.ema_decay=0; leave out --ema")
-        # (part, path within it) -> (group, shape and dtype)
-        self._leaves = {
-            (keys[0], "/".join(keys[1:])): (group, leaf)
-            for group in ("frozen", "ema" if ema else "params")
-            for keys, leaf in _flat_metadata(tree.get(group) or {})
-        }
+            if ema and not tree.get("ema"):
+                raise UserError(f"{root} holds no averaged weights: it was trained with optimizer.ema_decay=0; leave out --ema")
+            # (part, path within it) -> (group, shape and dtype)
+            self._leaves = {
+                (keys[0], "/".join(keys[1:])): (group, leaf)
+                for group in ("frozen", "ema" if ema else "params")
+                for keys, leaf in _flat_metadata(tree.get(group) or {})
+            }
         self.parts = tuple(dict.fromkeys(part for part, _ in self._leaves))
 
     def dtype(self, part: str) -> np.dtype:

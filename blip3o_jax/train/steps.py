@@ -6,6 +6,7 @@ checksums, the second time mostly from memory.
 """
 
 import pathlib
+import re
 from typing import Any
 
 import jax
@@ -17,6 +18,9 @@ from jax.experimental import multihost_utils
 from blip3o_jax import checksums
 from blip3o_jax.config import UserError
 from blip3o_jax.parallel.distributed import say
+
+_STEP = re.compile("0|[1-9][0-9]{0,17}")  # as Orbax reads them too
+_REQUIRED = ("state/manifest.ocdbt", "state/_METADATA", "meta/metadata")  # without one of them nothing can be read
 
 
 class CheckedStep(ocp.path.atomicity.AtomicRenameTemporaryPath):
@@ -45,18 +49,18 @@ class CheckedStep(ocp.path.atomicity.AtomicRenameTemporaryPath):
 
 
 def all_steps(directory: pathlib.Path) -> list[int]:
-    """Return the steps that have their final name, ascending, be they intact or not."""
+    """Return the steps that have their final name, ascending, be they intact or not. Names such as "007" are no step's."""
     if not directory.is_dir():
         return []
-    return sorted(int(p.name) for p in directory.iterdir() if p.name.isascii() and p.name.isdigit() and p.is_dir())
+    return sorted(int(p.name) for p in directory.iterdir() if _STEP.fullmatch(p.name) and p.is_dir())
 
 
 def damage(directory: pathlib.Path, *, shared: bool = False) -> str:
     """Return what is wrong with a step, "" if it is intact. `shared`: all hosts call this; each reads a share of the files and
     all learn what one has found."""
     if not shared or jax.process_count() == 1:
-        return checksums.find_damage(directory)
-    found = checksums.find_damage(directory, jax.process_index(), jax.process_count())
+        return checksums.find_damage(directory, required=_REQUIRED)
+    found = checksums.find_damage(directory, jax.process_index(), jax.process_count(), _REQUIRED)
     packed = np.zeros(512, np.uint8)
     text = found.encode()[: len(packed)]
     packed[: len(text)] = np.frombuffer(text, np.uint8)

@@ -14,6 +14,7 @@ import os
 import pathlib
 import shutil
 import socket
+import stat
 import threading
 import time
 import uuid
@@ -25,6 +26,9 @@ from blip3o_jax.parallel.distributed import host, host_0_first, say
 LOCK = "lock.json"
 PERIOD = 10.0  # seconds between signs of life
 BOUND = 60.0  # seconds without one after which a process on another machine counts as gone
+FILES = ("recipe.json", "checkpoints/config.json")  # that runs write below it, besides *.jsonl
+DIRECTORIES = ("checkpoints", "tensorboard", "text")
+ATTEMPTS = 10  # at a lock that others take and leave between two looks at it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +54,10 @@ class Owner:
         """Return the owner that a lock names, an unknown one where it names none (it is being written, or a kill cut that
         short); None where there is no lock."""
         try:
-            seen = path.stat().st_mtime
+            state = path.stat()
+            seen = state.st_mtime
+            if not stat.S_ISREG(state.st_mode):  # reading a pipe need not end
+                return cls(seen=seen)
             owner = cls(**json.loads(path.read_bytes()), seen=seen)
             return owner if isinstance(owner.pid, int) and 0 < owner.pid < 2**31 else cls(seen=seen)
         except FileNotFoundError:
@@ -91,6 +98,16 @@ def _process_start(pid: int) -> int | None:
     except OSError:
         return None
     return None if fields[0] in "ZX" else int(fields[19])
+
+
+def _check_kinds(workdir: pathlib.Path) -> None:
+    """UserError where a directory lies in a file's place or the other way round: the run would fail where it writes there."""
+    for path in (*map(workdir.joinpath, FILES), *sorted(workdir.glob("*.jsonl"))):
+        if os.path.lexists(path) and not path.is_file():
+            raise UserError(f"{path} is no regular file, but the run writes one: move it away, or choose another --workdir")
+    for path in map(workdir.joinpath, DIRECTORIES):
+        if os.path.lexists(path) and not path.is_dir():
+            raise UserError(f"{path} is no directory, but the run makes one: move it away, or choose another --workdir")
 
 
 class WorkdirLock:
@@ -138,7 +155,11 @@ class WorkdirLock:
 
     def _take(self) -> None:
         self._made = files.make_directories(self._workdir)
-        while not self._created():
+        _check_kinds(self._workdir)
+        for _ in range(ATTEMPTS):
+            if self._created():
+                break
+            self._check_plain()
             owner = Owner.read(self._path)
             if owner is not None and self._lives(owner):
                 raise UserError(
@@ -147,7 +168,20 @@ class WorkdirLock:
                 )
             if owner is not None:
                 self._remove(owner)
+        else:
+            raise UserError(
+                f"{self._path} comes and goes: other runs start in this --workdir now; run again, or choose another"
+            )
         self._had_text = (self._workdir / "text").exists()
+
+    def _check_plain(self) -> None:
+        """UserError where what has the lock's name is no regular file, such as a link that leads nowhere: it cannot be
+        created, and may not be there to read either."""
+        with contextlib.suppress(FileNotFoundError):
+            if not stat.S_ISREG(self._path.lstat().st_mode):
+                raise UserError(
+                    f"{self._path} is no regular file, as the lock of a run is: remove it, or choose another --workdir"
+                )
 
     def _created(self) -> bool:
         values = dataclasses.asdict(Owner.this_process(self._token))

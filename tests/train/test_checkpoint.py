@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 
+from blip3o_jax import checksums
 from blip3o_jax.config import UserError
 from blip3o_jax.text.tokenizers import load_tokenizer, train_sentencepiece
 from blip3o_jax.train import checkpoint, steps
@@ -55,10 +56,16 @@ def no_data(root):
         file.unlink()
 
 
+def listing_nothing(step):
+    checksums.write_json(step / "manifest.json", {"files": {}})
+
+
 BROKEN = {
     "an empty directory": (lambda root: (root / "6").mkdir(), "6", "manifest.json is missing"),
     "no meta": (lambda root: shutil.rmtree(root / "4" / "meta"), "4", "meta/commit_success.txt is missing"),
     "no arrays": (no_data, "4", r"state/d/\w+ is missing"),
+    "nothing listed": (lambda root: listing_nothing(root / "4"), "4", "manifest.json does not list state/manifest.ocdbt"),
+    "a file too many": (lambda root: (root / "4" / "state" / "x").touch(), "4", "state/x is not listed in manifest.json"),
     "a flipped bit": (lambda root: flip(data_file(root / "4"), 1000), "4", r"state/\S+ has CRC32C \w{8}, not \w{8}"),
 }
 
@@ -91,6 +98,32 @@ def test_a_damaged_step(root, capsys, case):
     assert f"checkpoints/{step} is damaged (" in (told := capsys.readouterr().err) and f"going on from {intact}" in told
     assert (root / f"{step}.damaged").is_dir()
     assert checkpoint.find(root) == (root, 8) and Checkpoints(root, keep=2).newest_intact() == 8
+
+
+def test_directories_that_are_no_steps(root):
+    """Neither read nor in the way, though Python takes their names for numbers."""
+    names = ("007", "+9", " 9", "\u0669", "9_0")
+    for name in names:
+        (root / name).mkdir()
+    checkpoints = Checkpoints(root, keep=2)
+    assert checkpoints.steps() == [2, 4] and checkpoints.newest_intact() == 4
+    checkpoints.open(tiny.run_config(), None)
+    checkpoints.save(6, STATE, {"next_example": 6}, 1.0)
+    checkpoints.close()
+    assert checkpoint.find(root) == (root, 6) and all((root / name).is_dir() for name in names)
+
+
+@pytest.mark.parametrize("text", ["{}", "[1]", "[" * 10**5, "junk"], ids=len)
+@pytest.mark.parametrize("file", ["state/_METADATA", "meta/metadata"])
+def test_a_file_replaced_before_the_manifest_was_written(root, file, text):
+    (root / "4" / file).write_text(text)
+    checksums.write_manifest(root / "4")
+    with pytest.raises(UserError, match=r"checkpoints/4 cannot be read \(.*\): copy the checkpoint") as error:
+        Checkpoints(root, keep=2).restore(4, abstract())
+    assert "\n" not in str(error.value)
+    if file == "state/_METADATA":
+        with pytest.raises(UserError, match=r"checkpoints/4/state cannot be read \(.*\): copy the checkpoint"):
+            checkpoint.Weights(root, 4)
 
 
 def test_no_step_is_intact(root):

@@ -120,3 +120,34 @@ def test_a_directory_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"--workdir=\S+file/run cannot be written to \(Not a directory\)"):
         WorkdirLock(tmp_path / "file" / "run").__enter__()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda path: path.mkdir(), lambda path: path.symlink_to("nowhere"), lambda path: os.mkfifo(path)],
+    ids=["directory", "link to nothing", "pipe"],
+)
+def test_a_lock_that_is_no_file(tmp_path, make):
+    make(tmp_path / LOCK)
+    with pytest.raises(UserError, match=r"^\S+/lock\.json is no regular file, as the lock of a run is: remove it"):
+        WorkdirLock(tmp_path).__enter__()
+    assert left(tmp_path) == [LOCK]
+
+
+def test_a_lock_that_comes_and_goes(tmp_path, monkeypatch):
+    monkeypatch.setattr(WorkdirLock, "_created", lambda self: False)
+    with pytest.raises(UserError, match=r"lock\.json comes and goes"):
+        WorkdirLock(tmp_path).__enter__()
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "recipe.json", "checkpoints/config.json", "tensorboard", "checkpoints"])
+def test_something_else_in_a_files_place(tmp_path, name):
+    """Refused before anything is written."""
+    if directory := "json" not in name:
+        (tmp_path / name).write_text("mine")
+    else:
+        (tmp_path / name).mkdir(parents=True)
+    kind = "directory" if directory else "regular file"
+    with pytest.raises(UserError, match=rf"/{name} is no {kind}, but the run \w+ one: move it away") as error:
+        WorkdirLock(tmp_path).__enter__()
+    assert "\n" not in str(error.value) and left(tmp_path) == [name.partition("/")[0]]
