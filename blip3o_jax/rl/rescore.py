@@ -24,6 +24,7 @@ from blip3o_jax.rl.log import image_hash, image_path
 from blip3o_jax.rl.rewards.pool import RewardPool
 from blip3o_jax.rl.rewards.trust import check_trusted
 from blip3o_jax.train.checkpoint import find, read_config
+from blip3o_jax.train.metrics import parse_rows
 
 ROWS = 10  # stretches of a run in the table
 
@@ -90,25 +91,17 @@ def _rollouts(lines: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
         yield lines[first:last]
 
 
-def _lines(path: pathlib.Path) -> Iterator[dict[str, Any]]:
-    """The lines of a rollouts.jsonl, but for a last one that a kill has cut short. UserError, with the line's number, for any
-    other that the log does not write."""
-    text = path.read_text(encoding="utf-8", errors="replace")
-    for number, line in enumerate(text.splitlines(keepends=True), 1):
-        try:
-            found = json.loads(line)
-        except (ValueError, RecursionError):
-            found = None
-        if found is None and not line.endswith("\n"):
-            return
-        if not _is_line(found):
-            raise UserError(f"{path}:{number} is no line of a rollout: copy the file again, or take the line out")
-        yield found
+def _lines(path: pathlib.Path) -> list[dict[str, Any]]:
+    """Return the lines of a rollouts.jsonl, but for a last one that a kill has cut short. UserError, with the line's number,
+    for any other that the log does not write."""
+    rows, broken = parse_rows(path)
+    wrong = [*broken, *(number for number, row in rows.items() if not _is_line(row))]
+    if wrong:
+        raise UserError(f"{path}:{min(wrong)} is no line of a rollout: copy the file again, or take the line out")
+    return list(rows.values())
 
 
-def _is_line(found: Any) -> bool:
-    if not isinstance(found, dict):
-        return False
+def _is_line(found: dict[str, Any]) -> bool:
     counts = all(type(found.get(name)) is int and 0 <= found[name] < 2**63 for name in ("rollout", "row"))
     texts = all(isinstance(found.get(name), str) for name in ("prompt", "image"))
     total = found.get("total", "")

@@ -138,8 +138,8 @@ class JsonLines:
 
     def __init__(self, path: pathlib.Path, keys: tuple[str, ...], keep: Callable[[dict[str, Any]], bool]):
         self.path = path
-        rows, broken = _parsed(path, keys)
-        by_key = {tuple(row[key] for key in keys): row for row in rows}
+        rows, broken = parse_rows(path, *keys)
+        by_key = {tuple(row[key] for key in keys): row for row in rows.values()}
         text = "".join(json.dumps(row) + "\n" for row in by_key.values() if keep(row))
         before = path.read_bytes() if path.exists() else b""
         if broken:
@@ -172,15 +172,16 @@ def read_rows(path: pathlib.Path, *keys: str) -> list[dict[str, Any]]:
     Rows have `keys`, as whole numbers. A last line cut short by a kill is left out, since a run that goes on writes it again;
     other lines that are no such row are left out with a warning that says which.
     """
-    rows, broken = _parsed(path, keys)
+    rows, broken = parse_rows(path, *keys)
     if broken:
         _log.warning("%s: left out %s", path, _told(broken))
-    return rows
+    return list(rows.values())
 
 
-def _parsed(path: pathlib.Path, keys: tuple[str, ...]) -> tuple[list[dict[str, Any]], dict[int, str]]:
-    """(rows, {number of a line: what is wrong with it})."""
-    rows, broken = [], {}
+def parse_rows(path: pathlib.Path, *keys: str) -> tuple[dict[int, dict[str, Any]], dict[int, str]]:
+    """Return ({number of a line: row}, {number of a line: what is wrong with it}), from 1, of a file
+    of JSON lines, as `read_rows` does. Blank lines and a last one cut short are in neither."""
+    rows, broken = {}, {}
     data = path.read_bytes() if path.exists() else b""
     lines = data.split(b"\n")
     for number, line in enumerate(lines, 1):
@@ -193,7 +194,7 @@ def _parsed(path: pathlib.Path, keys: tuple[str, ...]) -> tuple[list[dict[str, A
         if not isinstance(row, dict) or any(type(row.get(key)) is not int for key in keys):
             broken[number] = f"no object with {' and '.join(keys)}" if keys else "no object"
             continue
-        rows.append(row)
+        rows[number] = row
     return rows, broken
 
 

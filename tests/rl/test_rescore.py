@@ -106,6 +106,13 @@ def test_lines_that_no_log_writes(tmp_path, change):
     assert "\n" not in str(error.value)
 
 
+def test_a_line_ends_at_a_newline_alone(tmp_path):
+    line = json.dumps(LINE | {"prompt": "a\u2028b\x85c"}, ensure_ascii=False)
+    (tmp_path / "rollouts.jsonl").write_text(line + "\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"00000.png cannot be read"):
+        rescore(tmp_path, RED, tmp_path / "out.jsonl")
+
+
 def test_images_that_are_no_png_of_a_rollout(tmp_path):
     log, image = tmp_path / "rollouts.jsonl", image_path(tmp_path, 0, 0)
     log.write_text(json.dumps(LINE) + "\n" + json.dumps(LINE)[:20])  # a kill cut the last line short
