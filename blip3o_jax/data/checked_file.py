@@ -70,7 +70,7 @@ def unpack(
                 raise DamagedArrays(f"an array of {kind}")
             size = np.dtype(kind).itemsize * int(np.prod(shape))
             arrays[name] = body[start : start + size].view(kind).reshape(shape)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise DamagedArrays(f"its layout makes no sense ({error})") from None
     return header, arrays
 

@@ -258,5 +258,5 @@ def _check_file(file: pathlib.Path, advice: str) -> None:
 def _read_json(file: pathlib.Path) -> Any:
     try:
         return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{file}: not JSON ({error}); is model.text.kind right, and the file whole?") from error

@@ -11,13 +11,13 @@ Shape suffixes: B images, H height, W width, C colour channels, D width of the e
 
 import functools
 import importlib.util
-import json
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
+from blip3o_jax import checksums
 from blip3o_jax.config import UserError
 from blip3o_jax.rl.rewards.options import number
 from blip3o_jax.rl.rewards.reward import Reward, Scores
@@ -41,7 +41,7 @@ def create(path: str = "", batch: str = "4") -> "Clip":
     if not path:
         raise UserError("reward clip: set its option path to a contrastive run or to a transformers directory")
     config = pathlib.Path(path) / "config.json"
-    if config.is_file() and "model_type" in json.loads(config.read_text(encoding="utf-8")):
+    if config.is_file() and "model_type" in checksums.read_json(config, edited=True):
         return Clip(TransformersEncoder(path), size)
     from blip3o_jax.rl.rewards.contrastive import ContrastiveEncoder
 

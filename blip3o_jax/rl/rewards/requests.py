@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from blip3o_jax.fields import first_line
 from blip3o_jax.rl.rewards import png
 from blip3o_jax.rl.rewards.png import Png
 from blip3o_jax.serving import Refused
@@ -73,7 +74,7 @@ def _fields(body: bytes | bytearray) -> dict[str, list]:
     try:
         fields = json.loads(body.decode("utf-8"), parse_constant=refuse_constant)
     except (ValueError, RecursionError) as error:
-        raise Refused(400, f"the body is not JSON: {str(error).splitlines()[0]}") from None
+        raise Refused(400, f"the body is not JSON: {first_line(error)}") from None
     kinds = {"prompts": str, "metadata": dict, "images": str}
     if not isinstance(fields, dict) or set(fields) != set(kinds):
         raise Refused(422, f"the body must be an object with {', '.join(kinds)} and nothing else")

@@ -8,13 +8,13 @@ Shape suffixes: H height, W width, C colour channels, N objects, K colours, D em
 """
 
 import importlib.util
-import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from blip3o_jax import checksums
 from blip3o_jax.config import UserError
 from blip3o_jax.rl.rewards.geneval_rules import COLOURS, Found
 
@@ -119,7 +119,7 @@ def _config(option: str, path: str) -> dict[str, Any]:
     file = pathlib.Path(path) / "config.json"
     if not path or not file.is_file():
         raise UserError(f"reward geneval: {option}={path!r} must be a local directory with a model's config.json and weights")
-    return json.loads(file.read_text(encoding="utf-8"))
+    return checksums.read_json(file, edited=True)
 
 
 def _load(path: str, *classes: str) -> tuple[Any, ...]:
