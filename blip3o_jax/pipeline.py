@@ -142,11 +142,12 @@ class Pipeline:
             raise UserError("no prompt given: pass at least one")
         prompts = [self._prompt(request, room) for request in requests]
         length = -(-max(len(prompt.ids) for prompt in prompts) // LENGTH_BUCKET) * LENGTH_BUCKET
-        shown, most = any(request.images for request in requests), settings.batch_size
+        shown = any(request.images for request in requests)
         sizes: dict[tuple[int, int], list[int]] = {}
         for i, request in enumerate(requests):
             sizes.setdefault(self._size(request), []).append(i)
         for size, chosen in sizes.items():
+            most = _rows(len(chosen), settings.batch_size, self.strategy.batch_shards)
             for start in range(0, len(chosen), most):
                 rows = chosen[start : start + most]
                 padded = rows + rows[-1:] * (most - len(rows))
@@ -240,6 +241,12 @@ class Pipeline:
     @functools.partial(jax.jit, static_argnums=0)
     def _codes(self, params: Any, pixels_BHWC: jax.Array) -> jax.Array:
         return self._model(params).codes(pixels_BHWC)
+
+
+def _rows(requests: int, most: int, shards: int) -> int:
+    """Return how many rows a batch has for so many requests, padding included: `most`, and for fewer requests a power of two
+    on every one of `shards`, so that few programs are compiled."""
+    return min(most, shards * 2 ** (-(-requests // shards) - 1).bit_length())
 
 
 def _several(shown: Any) -> tuple[Any, ...]:

@@ -76,6 +76,11 @@ def test_a_prompt_does_not_depend_on_the_others(on_one, alone):
     assert np.abs(drawn.images[1].astype(int) - images_BHWC[1]).max() <= 1
 
 
+def test_no_more_rows_are_drawn_than_there_are_prompts(on_one, alone):
+    check_same(on_one.generate(PROMPTS[:2], seed=3, batch_size=2**24, **SETTINGS), *(array[:2] for array in alone))
+    assert [pipelines._rows(n, 48, 8) for n in (1, 8, 9, 17, 33, 48, 99)] == [8, 8, 16, 32, 48, 48, 48]
+
+
 def test_seed_and_index_choose_the_image(on_one, alone):
     codes_BN, images_BHWC = alone
     other_seed = on_one.generate(PROMPTS[:1], seed=4, batch_size=1, **SETTINGS)
