@@ -175,6 +175,7 @@ def _check_shards(paths: Iterable[str]) -> None:
         try:
             files.check_regular(path)
         except OSError as error:
+            raise_trouble(error)
             raise UserError(f"{path}: the shard cannot be read: {error.strerror}") from None
 
     with concurrent.futures.ThreadPoolExecutor(index_lib.THREADS) as pool:
@@ -537,6 +538,8 @@ def _readable_bytes(table: Any, names: Sequence[str], row: int) -> list[bytes]:
     """Return the bytes of a row, none where it cannot be read."""
     try:
         return list(_row_bytes(table, names, row))
+    except MemoryError:
+        raise
     except Exception:  # as many as there are types of values
         return []
 
