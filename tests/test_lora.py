@@ -6,7 +6,6 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
@@ -152,8 +151,8 @@ def test_merged_is_the_same_model_without_factors(drawn, alone):
 
 
 def test_sharded_is_the_same(alone):
-    """Over eight devices, factors cut as the kernels are; outputs and gradients to float32's rounding. Terms of a gradient may
-    cancel, so that rounding is relative to the norm of its part's gradients."""
+    """Over eight devices, factors cut as the kernels are; outputs and gradients to float32's rounding. The terms of one leaf's
+    gradient cancel: 1.1e-5 and 1.24e-5 were seen, by the compiler's settings."""
     params, want, gradient = alone
     strategy = tiny.strategy(**tiny.MESHES["fsdp_tp"])
     variables = nnx.state(nnx.eval_shape(lambda: Blip3o(CFG, PARTS, seed=0)))
@@ -163,9 +162,9 @@ def test_sharded_is_the_same(alone):
     (_, got), cut = outputs(CFG, strategy)(placed)
     for a, b in zip(got, want, strict=True):
         assert relative_error(a, b) < 1e-5
-    norms = {part: optax.tree.norm(tree) for part, tree in gradient.items()}
     for (path, a), b in zip(jax.tree.leaves_with_path(cut), jax.tree.leaves(gradient), strict=True):
-        assert np.linalg.norm(np.asarray(a) - np.asarray(b)) < 1e-5 * norms[path[0].key], path
+        cancels = path_name(key.key for key in path).startswith("dit/blocks/self_attention/q/kernel")
+        assert relative_error(a, b) < (2e-5 if cancels else 1e-5), path
 
 
 def test_parameters_are_counted():
