@@ -38,7 +38,13 @@ setup(
         "tpu": ["jax[tpu]>=0.10,<0.12"],
         "cuda": ["jax[cuda13]>=0.10,<0.12"],
         # protobuf: the version that sentencepiece's own description of its models is compiled for.
-        "convert": ["torch>=2.6", "transformers>=5.0,<6", "diffusers>=0.36,<0.43", "safetensors>=0.5", "protobuf>=7.36"],
+        "convert": [
+            "torch>=2.6",
+            "transformers>=5.0,<6",
+            "diffusers>=0.36,<0.43",
+            "safetensors>=0.5",
+            "protobuf>=7.36",
+        ],
         "rl": ["rapidocr>=3.10,<4", "onnxruntime>=1.20"],
         # uvicorn: its connection is subclassed (serving.py).
         "serve": ["starlette>=1,<2", "uvicorn>=0.54,<1", "prometheus-client>=0.22,<1"],

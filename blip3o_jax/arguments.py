@@ -22,7 +22,9 @@ def number(hint: Any) -> Argument:
         try:
             value = kind(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{fields.shown(text)} is not {_NAMES[kind]}") from None
+            raise argparse.ArgumentTypeError(
+                f"{fields.shown(text)} is not {_NAMES[kind]}"
+            ) from None
         return _accepted(value, hint, text)
 
     return read
@@ -74,7 +76,9 @@ def names(value: str) -> tuple[str, ...]:
     """Return the names of a list with commas between; one at least."""
     found = tuple(name.strip() for name in text(value).split(",") if name.strip())
     if not found:
-        raise argparse.ArgumentTypeError(f"{fields.shown(value)} names nothing: leave the flag out for all")
+        raise argparse.ArgumentTypeError(
+            f"{fields.shown(value)} names nothing: leave the flag out for all"
+        )
     return found
 
 
@@ -83,9 +87,13 @@ def address(value: str) -> str:
     host, _, port = _accepted(value, fields.Text, value).rpartition(":")
     if not (port.isascii() and port.isdigit()):
         # `distributed.Launch` names the flag in the same words.
-        raise argparse.ArgumentTypeError(f"{fields.shown(value)} names no port: give it as HOST:PORT")
+        raise argparse.ArgumentTypeError(
+            f"{fields.shown(value)} names no port: give it as HOST:PORT"
+        )
     if not host or len(port) > 5 or not 0 < int(port) < 2**16:
-        raise argparse.ArgumentTypeError(f"{fields.shown(value)} is not HOST:PORT with a port in 1 .. 65535")
+        raise argparse.ArgumentTypeError(
+            f"{fields.shown(value)} is not HOST:PORT with a port in 1 .. 65535"
+        )
     return value
 
 
@@ -93,7 +101,9 @@ def size(value: str) -> tuple[int, int]:
     """Return (height, width) of HEIGHTxWIDTH."""
     sides = value.split("x")
     if len(sides) != 2 or not all(side.isascii() and side.isdigit() for side in sides):
-        raise argparse.ArgumentTypeError(f"{fields.shown(value)} is not HEIGHTxWIDTH in pixels, as in 768x1152")
+        raise argparse.ArgumentTypeError(
+            f"{fields.shown(value)} is not HEIGHTxWIDTH in pixels, as in 768x1152"
+        )
     side = number(fields.Side)
     return side(sides[0]), side(sides[1])
 

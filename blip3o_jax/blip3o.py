@@ -40,7 +40,17 @@ from blip3o_jax.image_tokens.ta_tok import TaTok
 from blip3o_jax.text.vocabulary import image_ids_from_codes
 from blip3o_jax.vae.dc_ae import DcAe
 
-PARTS = ("tokenizer", "text_tower", "ar", "connector", "dit", "vae", "patch_readout", "latent_connector", "feature_connector")
+PARTS = (
+    "tokenizer",
+    "text_tower",
+    "ar",
+    "connector",
+    "dit",
+    "vae",
+    "patch_readout",
+    "latent_connector",
+    "feature_connector",
+)
 
 
 # Of images in a row: pooled features [B, R, N, width], the index of each image's opening tag [B, R], which there are [B, R].
@@ -60,7 +70,9 @@ class Blip3o(nnx.Module):
             ),
             "patch_readout": lambda rngs: PatchReadout(cfg.tokenizer.encoder, rngs=rngs),
             "ar": lambda rngs: Qwen3(cfg.ar, rngs=rngs),
-            "connector": lambda rngs: Connector(cfg.connector, cfg.ar.hidden_size, cfg.dit.caption_channels, rngs=rngs),
+            "connector": lambda rngs: Connector(
+                cfg.connector, cfg.ar.hidden_size, cfg.dit.caption_channels, rngs=rngs
+            ),
             "dit": lambda rngs: SanaTransformer(cfg.dit, rngs=rngs),
             "vae": lambda rngs: DcAe(cfg.vae, rngs=rngs),
             "latent_connector": lambda rngs: Connector(
@@ -88,7 +100,10 @@ class Blip3o(nnx.Module):
     def latents(self, pixels_BHWC: jax.Array) -> jax.Array:
         """uint8 pixels at the target size -> scaled latents, float32."""
         with nn.part("vae"):
-            return self.vae.encode(scale_pixels(pixels_BHWC)).astype(jnp.float32) * self.cfg.vae.scaling_factor
+            return (
+                self.vae.encode(scale_pixels(pixels_BHWC)).astype(jnp.float32)
+                * self.cfg.vae.scaling_factor
+            )
 
     def pixels(self, z_BHWC: jax.Array) -> jax.Array:
         """Scaled latents -> float32 image in [0, 1]."""
@@ -110,16 +125,30 @@ class Blip3o(nnx.Module):
         keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), len(PARTS)))
 
         def projected(key: jax.Array, deviation: float) -> jax.Array:
-            return deviation * codes_KD @ jax.random.normal(key, (codes_KD.shape[1], ar.hidden_size), jnp.float32)
+            return (
+                deviation
+                * codes_KD
+                @ jax.random.normal(key, (codes_KD.shape[1], ar.hidden_size), jnp.float32)
+            )
 
         table = self.ar.embedding
-        table[...] = table[...].at[rows].set(projected(keys[0], ar.embedding_deviation).astype(table.dtype))
+        table[...] = (
+            table[...].at[rows].set(projected(keys[0], ar.embedding_deviation).astype(table.dtype))
+        )
         if self.ar.lm_head is not None:
             head = self.ar.lm_head.kernel
-            head[...] = head[...].at[:, rows].set(projected(keys[1], ar.initializer_range).T.astype(head.dtype))
+            head[...] = (
+                head[...]
+                .at[:, rows]
+                .set(projected(keys[1], ar.initializer_range).T.astype(head.dtype))
+            )
 
     def hidden(
-        self, tokens_BL: jax.Array, positions_BL: jax.Array, segment_ids_BL: jax.Array, features: Features | None = None
+        self,
+        tokens_BL: jax.Array,
+        positions_BL: jax.Array,
+        segment_ids_BL: jax.Array,
+        features: Features | None = None,
     ) -> jax.Array:
         embedded_BLD = self.embed(tokens_BL, features)
         with nn.part("ar"):
@@ -154,10 +183,14 @@ class Blip3o(nnx.Module):
             tokens_BTC = self.connector(hidden_BTD, keep_B)
             if references is not None and editing.latents:
                 z_BRHWC = references.latents_BRHWC
-                more_BXC = self.latent_connector(z_BRHWC.reshape(len(z_BRHWC), -1, z_BRHWC.shape[-1]))
+                more_BXC = self.latent_connector(
+                    z_BRHWC.reshape(len(z_BRHWC), -1, z_BRHWC.shape[-1])
+                )
                 if keep_references_B is not None:
                     more_BXC = jnp.where(keep_references_B[:, None, None], more_BXC, 0)
-                there_BX = jnp.repeat(references.mask_BR, z_BRHWC.shape[2] * z_BRHWC.shape[3], axis=1)
+                there_BX = jnp.repeat(
+                    references.mask_BR, z_BRHWC.shape[2] * z_BRHWC.shape[3], axis=1
+                )
                 mask_BT = jnp.concatenate([jnp.ones(tokens_BTC.shape[:2], bool), there_BX], axis=1)
                 tokens_BTC = jnp.concatenate([tokens_BTC, more_BXC], axis=1)
         if references is not None and editing.beside:
@@ -167,7 +200,12 @@ class Blip3o(nnx.Module):
             beside = Beside(references.latents_BRHWC, mask_BR)
         return Condition(tokens_BTC, mask_BT, beside)
 
-    def guidance(self, hidden_BTD: jax.Array, settings: SamplingConfig, references: "References | None" = None) -> Guidance:
+    def guidance(
+        self,
+        hidden_BTD: jax.Array,
+        settings: SamplingConfig,
+        references: "References | None" = None,
+    ) -> Guidance:
         """The branches of sampling: the null condition and that of the references alone are what training drops to."""
         scale, towards = settings.guidance, settings.reference_guidance or settings.guidance
         given = self.condition(hidden_BTD, None, references)
@@ -181,7 +219,9 @@ class Blip3o(nnx.Module):
         null = self.condition(zeros_BTD, none_B, references, none_B)
         if references is None or scale == towards:
             return Guidance(given, null, scale)
-        return Guidance(given, null, scale, self.condition(zeros_BTD, none_B, references, all_B), towards)
+        return Guidance(
+            given, null, scale, self.condition(zeros_BTD, none_B, references, all_B), towards
+        )
 
     def velocity(self, z_BHWC: jax.Array, timestep_B: jax.Array, condition: Condition) -> jax.Array:
         with nn.part("dit"):
@@ -220,7 +260,9 @@ def references(model: Blip3o, batch: dict[str, jax.Array]) -> References | None:
     mask_BR, editing = batch["reference_mask"] > 0, model.cfg.editing
     if "reference_codes" in batch:
         latents_BRHWC = batch["reference_latents"].astype(jnp.float32)
-        return References(mask_BR, batch["reference_codes"], batch.get("reference_features"), latents_BRHWC)
+        return References(
+            mask_BR, batch["reference_codes"], batch.get("reference_features"), latents_BRHWC
+        )
 
     def each(encode: Callable[[jax.Array], jax.Array], pixels_BRHWC: jax.Array) -> jax.Array:
         y = encode(pixels_BRHWC.reshape(-1, *pixels_BRHWC.shape[2:]))
@@ -244,19 +286,32 @@ class Drawn(NamedTuple):
     keep_references_B: jax.Array
 
 
-def draw_noise(keys_B: jax.Array, shape: tuple[int, ...], cfg: ModelConfig, loss: LossConfig) -> Drawn:
+def draw_noise(
+    keys_B: jax.Array, shape: tuple[int, ...], cfg: ModelConfig, loss: LossConfig
+) -> Drawn:
     def row(key: jax.Array) -> Drawn:
         noise_key, sigma_key, drop_key = jax.random.split(key, 3)
         noise = jax.random.normal(noise_key, (loss.flow_draws, *shape), jnp.float32)
         sigma = flow.sample_train_sigma(sigma_key, loss.flow_draws, cfg.flow)
         chance, both = jax.random.uniform(drop_key), loss.condition_dropout
-        return Drawn(noise, sigma, chance >= loss.caption_dropout, chance >= both + loss.instruction_dropout, chance >= both)
+        return Drawn(
+            noise,
+            sigma,
+            chance >= loss.caption_dropout,
+            chance >= both + loss.instruction_dropout,
+            chance >= both,
+        )
 
     return jax.vmap(row)(keys_B)
 
 
 def joint_loss(
-    model: Blip3o, batch: dict[str, jax.Array], keys_B: jax.Array, *, loss: LossConfig, image_first: int
+    model: Blip3o,
+    batch: dict[str, jax.Array],
+    keys_B: jax.Array,
+    *,
+    loss: LossConfig,
+    image_first: int,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Cross entropy of the next token plus flow matching through the connector (BLIP3o-NEXT, arXiv 2510.15857, sec. 3).
 
@@ -274,24 +329,41 @@ def joint_loss(
             batch["loss_mask"][:, 1:],
             vocab_size=cfg.ar.vocab_size,
             chunk=loss.ce_chunk,
-            most=most_labels(cfg.template, cfg.tokenizer.num_tokens, len(keys_B) // len(out.tokens_BL)),
+            most=most_labels(
+                cfg.template, cfg.tokenizer.num_tokens, len(keys_B) // len(out.tokens_BL)
+            ),
         )
     labels = jnp.sum(batch["label_count"])
     ce = ce_sum / labels
     fm_B = flow.flow_loss(out.velocity_BHWC, out.z_BHWC, out.noise_BHWC)
     if "target" in batch:
-        fm = jnp.sum(fm_B.reshape(-1, loss.flow_draws).mean(axis=1) * batch["target"]) / jnp.sum(batch["target_count"])
+        fm = jnp.sum(fm_B.reshape(-1, loss.flow_draws).mean(axis=1) * batch["target"]) / jnp.sum(
+            batch["target_count"]
+        )
     else:
         fm = jnp.mean(fm_B)
     return loss.ce * ce + loss.flow * fm, {"ce": ce, "flow": fm, "accuracy": right / labels}
 
 
 def joint_preview(
-    model: Blip3o, batch: dict[str, jax.Array], keys_B: jax.Array, *, loss: LossConfig, image_first: int
+    model: Blip3o,
+    batch: dict[str, jax.Array],
+    keys_B: jax.Array,
+    *,
+    loss: LossConfig,
+    image_first: int,
 ) -> jax.Array:
     """[B, H, 2 W, 3] in [0, 1]: each target as the autoencoder has it, and what one velocity from a noisy one points to."""
-    out = _joint_forward(model, by_example(batch), keys_B.reshape(-1), dataclasses.replace(loss, flow_draws=1), image_first)
-    guess_BHWC = out.x_BHWC - out.sigma_B[:, None, None, None] * out.velocity_BHWC.astype(jnp.float32)
+    out = _joint_forward(
+        model,
+        by_example(batch),
+        keys_B.reshape(-1),
+        dataclasses.replace(loss, flow_draws=1),
+        image_first,
+    )
+    guess_BHWC = out.x_BHWC - out.sigma_B[:, None, None, None] * out.velocity_BHWC.astype(
+        jnp.float32
+    )
     return jnp.concatenate([model.pixels(out.z_BHWC), model.pixels(guess_BHWC)], axis=2)
 
 
@@ -307,17 +379,29 @@ class _Joint(NamedTuple):
     velocity_BHWC: jax.Array
 
 
-def _joint_forward(model: Blip3o, batch: dict[str, jax.Array], keys_B: jax.Array, loss: LossConfig, image_first: int) -> _Joint:
+def _joint_forward(
+    model: Blip3o,
+    batch: dict[str, jax.Array],
+    keys_B: jax.Array,
+    loss: LossConfig,
+    image_first: int,
+) -> _Joint:
     codes_BN, z_BHWC = targets(model, batch)
     shown, span_B, target_B = references(model, batch), batch["image_span"], batch.get("target")
     # Everything that is put into a row's tokens, whichever of its examples it is of.
     rows = len(batch["tokens"])
     of_row = lambda x: None if x is None else x.reshape(rows, -1)
-    ids_of_row = lambda codes: image_ids_from_codes(codes, image_first).reshape(rows, -1, codes.shape[-1])
-    tokens_BL = insert_references(batch["tokens"], of_row(span_B), ids_of_row(codes_BN), of_row(target_B))
+    ids_of_row = lambda codes: image_ids_from_codes(codes, image_first).reshape(
+        rows, -1, codes.shape[-1]
+    )
+    tokens_BL = insert_references(
+        batch["tokens"], of_row(span_B), ids_of_row(codes_BN), of_row(target_B)
+    )
     places_BR = of_row(batch.get("reference_span"))
     if shown is not None:
-        tokens_BL = insert_references(tokens_BL, places_BR, ids_of_row(shown.codes_BRN), of_row(shown.mask_BR))
+        tokens_BL = insert_references(
+            tokens_BL, places_BR, ids_of_row(shown.codes_BRN), of_row(shown.mask_BR)
+        )
     drawn = draw_noise(keys_B, z_BHWC.shape[1:], model.cfg, loss)
     # An example that answers in words has nothing to say without its question.
     hidden_B = ~drawn.captioned_B if target_B is None else ~drawn.captioned_B & (target_B > 0)
@@ -330,7 +414,9 @@ def _joint_forward(model: Blip3o, batch: dict[str, jax.Array], keys_B: jax.Array
     span_BTD = take_span(hidden_BLD, span_B, codes_BN.shape[1], loss.condition_span)
     condition = model.condition(span_BTD, drawn.keep_B, shown, drawn.keep_references_B)
     # The draws of an example share its condition, and so one pass of the AR (as in MAR, arXiv 2406.11838).
-    z_BHWC, condition = jax.tree.map(lambda x: jnp.repeat(x, loss.flow_draws, axis=0), (z_BHWC, condition))
+    z_BHWC, condition = jax.tree.map(
+        lambda x: jnp.repeat(x, loss.flow_draws, axis=0), (z_BHWC, condition)
+    )
     noise_BHWC, sigma_B = drawn.noise.reshape(z_BHWC.shape), drawn.sigma.reshape(-1)
     x_BHWC = flow.noisy(z_BHWC, noise_BHWC, sigma_B)
     velocity_BHWC = model.velocity(x_BHWC, sigma_B * model.cfg.flow.num_train_timesteps, condition)

@@ -49,7 +49,9 @@ def read_json(path: pathlib.Path, *, edited: bool = False) -> dict[str, Any]:
         value = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:  # of UTF-8 too
         reason = " ".join(str(error).split())
-        raise DamagedFile(f"{path} cannot be read as JSON ({reason}): put back a copy of it") from error
+        raise DamagedFile(
+            f"{path} cannot be read as JSON ({reason}): put back a copy of it"
+        ) from error
     if not isinstance(value, dict):
         raise DamagedFile(f"{path} is no JSON object: put back a copy of it")
     found = value.pop(KEY, None)
@@ -84,7 +86,9 @@ def write_manifest(directory: pathlib.Path) -> None:
     """Write `directory`/manifest.json, of all files that are there now."""
     names = sorted(_names(directory))
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-        files = dict(zip(names, pool.map(lambda name: of_file(directory / name), names), strict=True))
+        files = dict(
+            zip(names, pool.map(lambda name: of_file(directory / name), names), strict=True)
+        )
     write_json(directory / MANIFEST, {"files": files})
 
 
@@ -103,14 +107,22 @@ def listed(directory: pathlib.Path) -> dict[str, tuple[int, int]]:
             raise DamagedFile(f"{file} has no size and CRC32C of {name!r}: put back a copy of it")
         # Who sent the directory could have any other file of this machine read.
         if pathlib.PurePosixPath(name).is_absolute() or ".." in name.split("/") or "\0" in name:
-            raise DamagedFile(f"{file} names {name!r}, which is not below it: put back a copy of it")
-        if not name.isprintable():  # a surrogate is no file's name, an escape would reach the terminal
-            raise DamagedFile(f"{file} names {name!r}, which is no file's name: put back a copy of it")
+            raise DamagedFile(
+                f"{file} names {name!r}, which is not below it: put back a copy of it"
+            )
+        if (
+            not name.isprintable()
+        ):  # a surrogate is no file's name, an escape would reach the terminal
+            raise DamagedFile(
+                f"{file} names {name!r}, which is no file's name: put back a copy of it"
+            )
     return {name: (size, crc) for name, (size, crc) in files.items()}
 
 
 def _is_size_and_crc(value: Any) -> bool:
-    if not (isinstance(value, list) and len(value) == 2 and all(type(number) is int for number in value)):
+    if not (
+        isinstance(value, list) and len(value) == 2 and all(type(number) is int for number in value)
+    ):
         return False
     return 0 <= value[0] < 2**63 and 0 <= value[1] < 2**32
 
@@ -126,7 +138,9 @@ def _names(directory: pathlib.Path) -> set[str]:
     return {path.relative_to(directory).as_posix() for path in paths} - {MANIFEST}
 
 
-def find_damage(directory: pathlib.Path, share: int = 0, shares: int = 1, required: Iterable[str] = ()) -> str:
+def find_damage(
+    directory: pathlib.Path, share: int = 0, shares: int = 1, required: Iterable[str] = ()
+) -> str:
     """Compare the files of `directory` with its manifest; return what is wrong with the first that differs, "" if none does.
 
     `required`: names that the manifest has to list. Files that it does not list are damage too, but for hidden ones, which
@@ -140,7 +154,11 @@ def find_damage(directory: pathlib.Path, share: int = 0, shares: int = 1, requir
     for name in required:
         if name not in files:
             return f"{MANIFEST} does not list {name}"
-    unlisted = sorted(name for name in _names(directory) - files.keys() if "/." not in f"/{name}") if share == 0 else []
+    unlisted = (
+        sorted(name for name in _names(directory) - files.keys() if "/." not in f"/{name}")
+        if share == 0
+        else []
+    )
     if unlisted:
         return f"{ascii(unlisted[0])[1:-1]} is not listed in {MANIFEST}"
     mine = dict(sorted(files.items())[share::shares])
@@ -151,7 +169,9 @@ def find_damage(directory: pathlib.Path, share: int = 0, shares: int = 1, requir
         return ""
     for (name, (size, _)), state in zip(mine.items(), found, strict=True):
         if state is None:
-            return f"{name} is {'no regular file' if os.path.lexists(directory / name) else 'missing'}"
+            return (
+                f"{name} is {'no regular file' if os.path.lexists(directory / name) else 'missing'}"
+            )
         if state[0] != size:
             return f"{name} has {state[0]} bytes, not {size}"
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:

@@ -18,7 +18,16 @@ from blip3o_jax import __version__, arguments, cli_bench, cli_convert, cli_rl, e
 from blip3o_jax.config import SamplingConfig, UserError
 from blip3o_jax.fields import INT32, UINT32, escaped, shown
 
-_SAMPLING = ("steps", "guidance", "reference_guidance", "token_guidance", "temperature", "top_k", "top_p", "batch_size")
+_SAMPLING = (
+    "steps",
+    "guidance",
+    "reference_guidance",
+    "token_guidance",
+    "temperature",
+    "top_k",
+    "top_p",
+    "batch_size",
+)
 
 _SEED = arguments.whole(0, UINT32)
 _RECORDS = arguments.whole(1, 10**8)
@@ -42,7 +51,9 @@ class _Parser(argparse.ArgumentParser):
     """Refuses bad arguments with one line, where argparse would print the usage too."""
 
     def __init__(self, **kwargs: Any):
-        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+        super().__init__(
+            allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs
+        )
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"blip3o: error: {' '.join(message.split())} (see {self.prog} --help)\n")
@@ -55,7 +66,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     exits.process.report = lambda error: _report(error, args)
     exits.process.again = args.after_interrupt
     if args.run in (_train, _rl):
-        exits.listen_for_stop(f"stopped by SIGTERM, with nothing to save yet; {args.after_interrupt}")
+        exits.listen_for_stop(
+            f"stopped by SIGTERM, with nothing to save yet; {args.after_interrupt}"
+        )
     try:
         _check_out(args)
         return args.run(args) or 0
@@ -96,7 +109,9 @@ def _line(error: BaseException, args: argparse.Namespace) -> str | None:
         return None
     if found.filename is None and getattr(args, "out", None):
         found.filename = str(args.out)
-    return escaped(files.describe(found)) + (f"; {args.after_interrupt}" if found.errno in files.TROUBLE else "")
+    return escaped(files.describe(found)) + (
+        f"; {args.after_interrupt}" if found.errno in files.TROUBLE else ""
+    )
 
 
 def _check_out(args: argparse.Namespace) -> None:
@@ -110,14 +125,18 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = build_parser()
     # argparse never sees them: where a command has sub-commands it takes an unknown --x="a b" for one.
     overrides = [flag for flag in argv if flag.startswith("--config.")]
-    args, unknown = parser.parse_known_args([flag for flag in argv if not flag.startswith("--config.")])
+    args, unknown = parser.parse_known_args(
+        [flag for flag in argv if not flag.startswith("--config.")]
+    )
     if bare := [flag for flag in overrides if "=" not in flag]:
         parser.error(f"{_quoted(bare[0])} needs a value: {_quoted(bare[0])}=VALUE")
     if unknown:
         parser.error(f"unrecognized argument: {_quoted(unknown[0])}")
     for flag in args.flags_of_a_run:
         if getattr(args, flag.dest) != flag.default:
-            parser.error(f"{flag.option_strings[0]} is for a run of rl and does nothing here: leave it out")
+            parser.error(
+                f"{flag.option_strings[0]} is for a run of rl and does nothing here: leave it out"
+            )
     if overrides and (args.flags_of_a_run or not hasattr(args, "config")):
         parser.error(f"unrecognized argument: {_quoted(overrides[0])}")
     pairs = (flag.removeprefix("--config.").partition("=") for flag in overrides)
@@ -132,7 +151,11 @@ def _quoted(flag: str) -> str:
 
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line; builds without importing jax."""
-    parser = _Parser(prog="blip3o", description="BLIP3o-NEXT: train it, sample from it, measure it.", epilog=_EXAMPLES)
+    parser = _Parser(
+        prog="blip3o",
+        description="BLIP3o-NEXT: train it, sample from it, measure it.",
+        epilog=_EXAMPLES,
+    )
     parser.add_argument("--version", action="version", version=f"blip3o_jax {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for add in (
@@ -153,10 +176,14 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _command(commands: Any, name: str, run: Callable, help: str, description: str = "", again: str = "") -> _Parser:
+def _command(
+    commands: Any, name: str, run: Callable, help: str, description: str = "", again: str = ""
+) -> _Parser:
     description = textwrap.fill(f"{help[0].upper()}{help[1:]}. {description}", 100)
     parser = commands.add_parser(name, help=help, description=description)
-    parser.set_defaults(run=run, after_interrupt=again or "run the same command again to start over")
+    parser.set_defaults(
+        run=run, after_interrupt=again or "run the same command again to start over"
+    )
     parser.set_defaults(flags_of_a_run=(), out_is_file=False)
     return parser
 
@@ -176,10 +203,30 @@ def _add_data(commands: Any) -> None:
         "Scenes of coloured shapes with captions, written as ArrayRecord files. The test split holds combinations that the "
         "training split never shows.",
     )
-    parser.add_argument("--out", type=arguments.path, required=True, metavar="DIR", help="where the data set is written")
-    parser.add_argument("--num_train", type=_RECORDS, default=20000, metavar="N", help="training scenes (%(default)s)")
-    parser.add_argument("--num_validation", type=_RECORDS, default=500, metavar="N", help="validation scenes (%(default)s)")
-    parser.add_argument("--num_test", type=_RECORDS, default=2000, metavar="N", help="held-out scenes (%(default)s)")
+    parser.add_argument(
+        "--out",
+        type=arguments.path,
+        required=True,
+        metavar="DIR",
+        help="where the data set is written",
+    )
+    parser.add_argument(
+        "--num_train",
+        type=_RECORDS,
+        default=20000,
+        metavar="N",
+        help="training scenes (%(default)s)",
+    )
+    parser.add_argument(
+        "--num_validation",
+        type=_RECORDS,
+        default=500,
+        metavar="N",
+        help="validation scenes (%(default)s)",
+    )
+    parser.add_argument(
+        "--num_test", type=_RECORDS, default=2000, metavar="N", help="held-out scenes (%(default)s)"
+    )
     parser.add_argument(
         "--num_edits",
         type=arguments.whole(0, 10**8),
@@ -188,12 +235,22 @@ def _add_data(commands: Any) -> None:
         help="training edits, in a tar file (%(default)s)",
     )
     parser.add_argument(
-        "--num_questions", type=arguments.whole(0, 10**8), default=0, metavar="N", help="training questions (%(default)s)"
+        "--num_questions",
+        type=arguments.whole(0, 10**8),
+        default=0,
+        metavar="N",
+        help="training questions (%(default)s)",
     )
     parser.add_argument(
-        "--image_size", type=arguments.whole(32, 4096), default=64, metavar="PIXELS", help="side of an image (%(default)s)"
+        "--image_size",
+        type=arguments.whole(32, 4096),
+        default=64,
+        metavar="PIXELS",
+        help="side of an image (%(default)s)",
     )
-    parser.add_argument("--seed", type=_SEED, default=0, help="the same seed draws the same scenes (%(default)s)")
+    parser.add_argument(
+        "--seed", type=_SEED, default=0, help="the same seed draws the same scenes (%(default)s)"
+    )
     _add_index(sets)
 
 
@@ -208,9 +265,23 @@ def _add_index(commands: Any) -> None:
         again="the same command goes on with the shards that have no index yet",
     )
     parser.add_argument("path", type=arguments.text, metavar="PATH", help="as data.path")
-    parser.add_argument("--format", type=arguments.text, default="auto", metavar="NAME", help="as data.format (%(default)s)")
-    parser.add_argument("--split", type=arguments.text, default="train", metavar="NAME", help="as data.split (%(default)s)")
-    parser.add_argument("--images", type=arguments.text, default="", metavar="DIR", help="as data.images")
+    parser.add_argument(
+        "--format",
+        type=arguments.text,
+        default="auto",
+        metavar="NAME",
+        help="as data.format (%(default)s)",
+    )
+    parser.add_argument(
+        "--split",
+        type=arguments.text,
+        default="train",
+        metavar="NAME",
+        help="as data.split (%(default)s)",
+    )
+    parser.add_argument(
+        "--images", type=arguments.text, default="", metavar="DIR", help="as data.images"
+    )
     parser.add_argument("--all", action="store_true", help="read every shard again")
 
 
@@ -240,16 +311,24 @@ def _add_train(commands: Any) -> None:
     )
     _add_config(parser)
     parser.add_argument(
-        "--workdir", type=arguments.path, metavar="DIR", help="for checkpoints, metrics (runs/NAME of the config)"
+        "--workdir",
+        type=arguments.path,
+        metavar="DIR",
+        help="for checkpoints, metrics (runs/NAME of the config)",
     )
     parser.add_argument(
-        "--compile_cache", type=arguments.path, metavar="DIR", help="keeps compiled programs for the next start"
+        "--compile_cache",
+        type=arguments.path,
+        metavar="DIR",
+        help="keeps compiled programs for the next start",
     )
     _add_hosts(parser)
 
 
 def _add_hosts(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("many hosts", "one process each; docs/pods.md tells how to launch them")
+    group = parser.add_argument_group(
+        "many hosts", "one process each; docs/pods.md tells how to launch them"
+    )
     group.add_argument(
         "--distributed",
         choices=("auto", "off", "tpu", "slurm"),
@@ -257,13 +336,22 @@ def _add_hosts(parser: argparse.ArgumentParser) -> None:
         help="how hosts find each other: by a TPU slice's metadata, Slurm's variables, or what there is of these (%(default)s)",
     )
     group.add_argument(
-        "--coordinator", type=arguments.address, metavar="HOST:PORT", help="where host 0 listens, in place of --distributed"
+        "--coordinator",
+        type=arguments.address,
+        metavar="HOST:PORT",
+        help="where host 0 listens, in place of --distributed",
     )
     group.add_argument(
-        "--num_processes", type=arguments.whole(1, 2**20), metavar="N", help="with --coordinator: how many hosts"
+        "--num_processes",
+        type=arguments.whole(1, 2**20),
+        metavar="N",
+        help="with --coordinator: how many hosts",
     )
     group.add_argument(
-        "--process_id", type=arguments.whole(0, 2**20), metavar="I", help="with --coordinator: which of them this is, from 0"
+        "--process_id",
+        type=arguments.whole(0, 2**20),
+        metavar="I",
+        help="with --coordinator: which of them this is, from 0",
     )
 
 
@@ -276,28 +364,53 @@ def _add_sample(commands: Any) -> None:
         "Writes one PNG a prompt and a labelled grid. The same prompt and seed give the same image at any batch size.",
     )
     parser.add_argument(
-        "--checkpoint", type=arguments.path, required=True, metavar="DIR", help="a working directory or checkpoint"
+        "--checkpoint",
+        type=arguments.path,
+        required=True,
+        metavar="DIR",
+        help="a working directory or checkpoint",
     )
     prompts = parser.add_mutually_exclusive_group(required=True)
     prompts.add_argument(
-        "--prompt", type=arguments.text, action="append", metavar="TEXT", help="what to draw; repeat it for more images"
+        "--prompt",
+        type=arguments.text,
+        action="append",
+        metavar="TEXT",
+        help="what to draw; repeat it for more images",
     )
-    prompts.add_argument("--prompts_file", type=arguments.path, metavar="FILE", help="one prompt a line, or JSON lines")
+    prompts.add_argument(
+        "--prompts_file",
+        type=arguments.path,
+        metavar="FILE",
+        help="one prompt a line, or JSON lines",
+    )
     _add_drawing(parser)
 
 
 def _add_drawing(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--out", type=arguments.path, required=True, metavar="DIR", help="for the images, in place of an earlier run's"
+        "--out",
+        type=arguments.path,
+        required=True,
+        metavar="DIR",
+        help="for the images, in place of an earlier run's",
     )
     parser.add_argument(
-        "--size", type=arguments.size, metavar="HxW", help="pixels (nearest to the image given, of the model's sizes)"
+        "--size",
+        type=arguments.size,
+        metavar="HxW",
+        help="pixels (nearest to the image given, of the model's sizes)",
     )
     parser.add_argument("--seed", type=_SEED, default=0, help="(%(default)s)")
-    group = parser.add_argument_group("sampling", "each defaults to what the checkpoint's config says")
+    group = parser.add_argument_group(
+        "sampling", "each defaults to what the checkpoint's config says"
+    )
     group.add_argument("--steps", type=_sampling("steps"), metavar="N", help="denoising steps")
     group.add_argument(
-        "--guidance", type=_sampling("guidance"), metavar="SCALE", help="classifier-free guidance; 1 turns it off"
+        "--guidance",
+        type=_sampling("guidance"),
+        metavar="SCALE",
+        help="classifier-free guidance; 1 turns it off",
     )
     group.add_argument(
         "--reference_guidance",
@@ -306,12 +419,26 @@ def _add_drawing(parser: argparse.ArgumentParser) -> None:
         help="that towards the images given; 0: the same",
     )
     group.add_argument(
-        "--token_guidance", type=_sampling("token_guidance"), metavar="SCALE", help="the same, of the image tokens"
+        "--token_guidance",
+        type=_sampling("token_guidance"),
+        metavar="SCALE",
+        help="the same, of the image tokens",
     )
-    group.add_argument("--temperature", type=_sampling("temperature"), metavar="T", help="of the image tokens")
-    group.add_argument("--top_k", type=_sampling("top_k"), metavar="K", help="image tokens kept at each position")
-    group.add_argument("--top_p", type=_sampling("top_p"), metavar="P", help="probability mass kept at each position")
-    group.add_argument("--batch_size", type=_sampling("batch_size"), metavar="N", help="images drawn at once")
+    group.add_argument(
+        "--temperature", type=_sampling("temperature"), metavar="T", help="of the image tokens"
+    )
+    group.add_argument(
+        "--top_k", type=_sampling("top_k"), metavar="K", help="image tokens kept at each position"
+    )
+    group.add_argument(
+        "--top_p",
+        type=_sampling("top_p"),
+        metavar="P",
+        help="probability mass kept at each position",
+    )
+    group.add_argument(
+        "--batch_size", type=_sampling("batch_size"), metavar="N", help="images drawn at once"
+    )
 
 
 def _add_edit(commands: Any) -> None:
@@ -323,12 +450,26 @@ def _add_edit(commands: Any) -> None:
         "For a checkpoint that was trained to be shown images (model.editing).",
     )
     parser.add_argument(
-        "--checkpoint", type=arguments.path, required=True, metavar="DIR", help="a working directory or checkpoint"
+        "--checkpoint",
+        type=arguments.path,
+        required=True,
+        metavar="DIR",
+        help="a working directory or checkpoint",
     )
     parser.add_argument(
-        "--image", type=arguments.path, action="append", required=True, help="what is edited; repeat it for several at once"
+        "--image",
+        type=arguments.path,
+        action="append",
+        required=True,
+        help="what is edited; repeat it for several at once",
     )
-    parser.add_argument("--instruction", type=arguments.text, required=True, metavar="TEXT", help="what is to be done")
+    parser.add_argument(
+        "--instruction",
+        type=arguments.text,
+        required=True,
+        metavar="TEXT",
+        help="what is to be done",
+    )
     _add_drawing(parser)
 
 
@@ -341,9 +482,19 @@ def _add_reconstruct(commands: Any) -> None:
         "Shows what the model keeps of an image that it is shown.",
     )
     parser.add_argument(
-        "--checkpoint", type=arguments.path, required=True, metavar="DIR", help="a working directory or checkpoint"
+        "--checkpoint",
+        type=arguments.path,
+        required=True,
+        metavar="DIR",
+        help="a working directory or checkpoint",
     )
-    parser.add_argument("--image", type=arguments.path, action="append", required=True, help="repeat it for more images")
+    parser.add_argument(
+        "--image",
+        type=arguments.path,
+        action="append",
+        required=True,
+        help="repeat it for more images",
+    )
     _add_drawing(parser)
 
 
@@ -356,10 +507,18 @@ def _add_ask(commands: Any) -> None:
         "Prints the answer. For a checkpoint that was trained to be shown images (model.editing).",
     )
     parser.add_argument(
-        "--checkpoint", type=arguments.path, required=True, metavar="DIR", help="a working directory or checkpoint"
+        "--checkpoint",
+        type=arguments.path,
+        required=True,
+        metavar="DIR",
+        help="a working directory or checkpoint",
     )
     parser.add_argument(
-        "--image", type=arguments.path, action="append", required=True, help="repeat it for a question about several"
+        "--image",
+        type=arguments.path,
+        action="append",
+        required=True,
+        help="repeat it for a question about several",
     )
     parser.add_argument("--question", type=arguments.text, required=True, metavar="TEXT")
     parser.add_argument(
@@ -370,7 +529,11 @@ def _add_ask(commands: Any) -> None:
         help="0 takes the likeliest words (%(default)s)",
     )
     parser.add_argument(
-        "--most", type=arguments.whole(1, 2**20), default=64, metavar="N", help="tokens of an answer, or fewer (%(default)s)"
+        "--most",
+        type=arguments.whole(1, 2**20),
+        default=64,
+        metavar="N",
+        help="tokens of an answer, or fewer (%(default)s)",
     )
     parser.add_argument("--seed", type=_SEED, default=0, help="(%(default)s)")
 
@@ -386,7 +549,11 @@ def _add_evaluate(commands: Any) -> None:
         "geneval,detector=transformers,path=DIR) is a suite for a file of prompts.",
     )
     parser.add_argument(
-        "--checkpoint", type=arguments.path, required=True, metavar="DIR", help="a working directory or checkpoint"
+        "--checkpoint",
+        type=arguments.path,
+        required=True,
+        metavar="DIR",
+        help="a working directory or checkpoint",
     )
     parser.add_argument(
         "--suite",
@@ -395,11 +562,26 @@ def _add_evaluate(commands: Any) -> None:
         metavar="NAME[,OPTION=VALUE]",
         help="a suite of its own, or a reward and its options",
     )
-    parser.add_argument("--prompts_file", type=arguments.path, metavar="FILE", help="for a reward: as rl.prompts_file")
     parser.add_argument(
-        "--images_per_prompt", type=arguments.whole(1, 2**16), default=1, metavar="N", help="for a reward (%(default)s)"
+        "--prompts_file",
+        type=arguments.path,
+        metavar="FILE",
+        help="for a reward: as rl.prompts_file",
     )
-    parser.add_argument("--out", type=arguments.path, required=True, metavar="DIR", help="where scores and images are written")
+    parser.add_argument(
+        "--images_per_prompt",
+        type=arguments.whole(1, 2**16),
+        default=1,
+        metavar="N",
+        help="for a reward (%(default)s)",
+    )
+    parser.add_argument(
+        "--out",
+        type=arguments.path,
+        required=True,
+        metavar="DIR",
+        help="where scores and images are written",
+    )
     parser.add_argument(
         "--num_prompts",
         type=arguments.whole(1, INT32),
@@ -408,7 +590,10 @@ def _add_evaluate(commands: Any) -> None:
     )
     parser.add_argument("--seed", type=_SEED, default=0, help="(%(default)s)")
     parser.add_argument(
-        "--batch_size", type=_sampling("batch_size"), metavar="N", help="prompts drawn at once (the checkpoint's config)"
+        "--batch_size",
+        type=_sampling("batch_size"),
+        metavar="N",
+        help="prompts drawn at once (the checkpoint's config)",
     )
 
 
@@ -432,8 +617,18 @@ def _add_demo(commands: Any) -> None:
         "Makes its own data and needs no accelerator. Its last line is one JSON object with the score, the seconds it took "
         "and the path of the report.",
     )
-    parser.add_argument("--workdir", type=arguments.path, default=Path("runs/demo"), metavar="DIR", help="(%(default)s)")
-    parser.add_argument("--fast", action="store_true", help="a smoke run: every step of the way, too short to learn much")
+    parser.add_argument(
+        "--workdir",
+        type=arguments.path,
+        default=Path("runs/demo"),
+        metavar="DIR",
+        help="(%(default)s)",
+    )
+    parser.add_argument(
+        "--fast",
+        action="store_true",
+        help="a smoke run: every step of the way, too short to learn much",
+    )
 
 
 def _shapes(args: argparse.Namespace) -> None:
@@ -485,7 +680,9 @@ def _rl(args: argparse.Namespace) -> int:
     from blip3o_jax import config_file
 
     if not args.config:
-        raise UserError("rl: --config names no file: --config=configs/rl.py:ocr:CHECKPOINT, or rl serve-rewards")
+        raise UserError(
+            "rl: --config names no file: --config=configs/rl.py:ocr:CHECKPOINT, or rl serve-rewards"
+        )
     config = config_file.load(args.config, args.overrides)
 
     def run(workdir: Path) -> None:
@@ -496,16 +693,22 @@ def _rl(args: argparse.Namespace) -> int:
     return _on_all_hosts(args, {"": config}, run)
 
 
-def _on_all_hosts(args: argparse.Namespace, stages: dict[str, Any], run: Callable[[Path], None]) -> int:
+def _on_all_hosts(
+    args: argparse.Namespace, stages: dict[str, Any], run: Callable[[Path], None]
+) -> int:
     """`run`, with the working directory, on every host of the job, once they agree on what it is."""
     from blip3o_jax import config
     from blip3o_jax.parallel import distributed
 
     workdir = args.workdir or _default_workdir(args.config)
-    launch = distributed.Launch(args.distributed, args.coordinator, args.num_processes, args.process_id)
+    launch = distributed.Launch(
+        args.distributed, args.coordinator, args.num_processes, args.process_id
+    )
 
     def job() -> None:
-        distributed.agree({name: config.to_dict(stage) for name, stage in stages.items()}, workdir.absolute())
+        distributed.agree(
+            {name: config.to_dict(stage) for name, stage in stages.items()}, workdir.absolute()
+        )
         with files.writing(workdir):
             run(workdir)
 
@@ -532,11 +735,15 @@ def _draw(args: argparse.Namespace, requests: list[tuple[str, str, tuple[Path, .
     """(task, text, images) each."""
     from blip3o_jax.data import images
 
-    given = [(task, text, tuple(map(images.load, paths)), args.size) for task, text, paths in requests]
+    given = [
+        (task, text, tuple(map(images.load, paths)), args.size) for task, text, paths in requests
+    ]
     overrides = {name: getattr(args, name) for name in _SAMPLING if getattr(args, name) is not None}
     from blip3o_jax import pipeline
 
-    pipeline.draw_to_directory(args.checkpoint, given, args.out, seed=args.seed, overrides=overrides)
+    pipeline.draw_to_directory(
+        args.checkpoint, given, args.out, seed=args.seed, overrides=overrides
+    )
 
 
 def _ask(args: argparse.Namespace) -> None:
@@ -546,7 +753,12 @@ def _ask(args: argparse.Namespace) -> None:
     from blip3o_jax import pipeline
 
     model = pipeline.load(args.checkpoint)
-    settings = {"temperature": args.temperature, "most": args.most, "seed": args.seed, "batch_size": 1}
+    settings = {
+        "temperature": args.temperature,
+        "most": args.most,
+        "seed": args.seed,
+        "batch_size": 1,
+    }
     print(*model.ask([shown], [args.question], **settings))
 
 
@@ -582,7 +794,10 @@ def _default_workdir(config: str) -> Path:
     """runs/pretrain-1.7b for configs/pretrain.py:1.7b, runs/finetune-mine for configs/finetune.py:checkpoints/mine,
     runs/rl-ocr-mine for configs/rl.py:ocr:checkpoints/mine."""
     path, _, argument = config.partition(".py:")
-    names = (Path(path).name.removesuffix(".py"), *(Path(piece).name for piece in argument.split(":")))
+    names = (
+        Path(path).name.removesuffix(".py"),
+        *(Path(piece).name for piece in argument.split(":")),
+    )
     return Path("runs") / "-".join(name for name in names if name)
 
 

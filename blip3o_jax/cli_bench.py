@@ -13,7 +13,9 @@ _NUMBERS = ("rounds", "batch_size", "threads", "jax_devices")
 
 def add(commands: Any, command: Callable) -> None:
     """Adds `bench` to the command line; `command` makes a sub-command (cli.py)."""
-    bench = commands.add_parser("bench", help="measure speed and memory", description="Measure speed and memory.")
+    bench = commands.add_parser(
+        "bench", help="measure speed and memory", description="Measure speed and memory."
+    )
     kinds = bench.add_subparsers(title="benchmarks", metavar="NAME", required=True)
     _add_peer(kinds, command)
     _add_conversion(kinds, command)
@@ -32,16 +34,40 @@ def _add_peer(kinds: Any, command: Callable) -> None:
         "autoencoder, tokenizer and text to image; writes peer.json and peer.md. float32 on a CPU, bfloat16 on a GPU.",
     )
     parser.add_argument(
-        "--torch", type=arguments.path, required=True, metavar="HF_DIR", help="the PyTorch files (convert export)"
+        "--torch",
+        type=arguments.path,
+        required=True,
+        metavar="HF_DIR",
+        help="the PyTorch files (convert export)",
     )
-    parser.add_argument("--jax", type=arguments.path, required=True, metavar="CKPT", help="a working directory or checkpoint")
-    parser.add_argument("--out", type=arguments.path, required=True, metavar="DIR", help="where the report is written")
+    parser.add_argument(
+        "--jax",
+        type=arguments.path,
+        required=True,
+        metavar="CKPT",
+        help="a working directory or checkpoint",
+    )
+    parser.add_argument(
+        "--out",
+        type=arguments.path,
+        required=True,
+        metavar="DIR",
+        help="where the report is written",
+    )
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu", help="(%(default)s)")
     parser.add_argument(
-        "--items", type=arguments.names, default=(), metavar="NAMES", help="some of the items only, with commas between (all)"
+        "--items",
+        type=arguments.names,
+        default=(),
+        metavar="NAMES",
+        help="some of the items only, with commas between (all)",
     )
     parser.add_argument(
-        "--rounds", type=arguments.whole(1, 10**6), default=7, metavar="N", help="turns of each side (%(default)s)"
+        "--rounds",
+        type=arguments.whole(1, 10**6),
+        default=7,
+        metavar="N",
+        help="turns of each side (%(default)s)",
     )
     parser.add_argument(
         "--batch_size",
@@ -51,7 +77,11 @@ def _add_peer(kinds: Any, command: Callable) -> None:
         help="examples, prompts, images (%(default)s)",
     )
     parser.add_argument(
-        "--threads", type=arguments.whole(1, 1024), default=2, metavar="N", help="of each side, on a CPU (%(default)s)"
+        "--threads",
+        type=arguments.whole(1, 1024),
+        default=2,
+        metavar="N",
+        help="of each side, on a CPU (%(default)s)",
     )
     parser.add_argument(
         "--jax_devices",
@@ -80,9 +110,18 @@ def _add_conversion(kinds: Any, command: Callable) -> None:
         help="a file under configs/, and its argument",
     )
     parser.add_argument(
-        "--out", type=arguments.path, required=True, metavar="DIR", help="for conversion.json, and the weights meanwhile"
+        "--out",
+        type=arguments.path,
+        required=True,
+        metavar="DIR",
+        help="for conversion.json, and the weights meanwhile",
     )
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16", help="(%(default)s)")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="bfloat16",
+        help="(%(default)s)",
+    )
 
 
 def _add_sharding(kinds: Any, command: Callable) -> None:
@@ -105,7 +144,11 @@ def _add_sharding(kinds: Any, command: Callable) -> None:
         help="a file under configs/, and its argument",
     )
     parser.add_argument(
-        "--topology", type=arguments.names, default=(), metavar="LIST", help="chips along each axis: v5p:8x8x8,v6e:16x16"
+        "--topology",
+        type=arguments.names,
+        default=(),
+        metavar="LIST",
+        help="chips along each axis: v5p:8x8x8,v6e:16x16",
     )
     parser.add_argument(
         "--slices",
@@ -115,10 +158,18 @@ def _add_sharding(kinds: Any, command: Callable) -> None:
         help="of that topology each (%(default)s)",
     )
     parser.add_argument(
-        "--strategy", type=arguments.names, default=(), metavar="LIST", help="with commas between (fsdp,fsdp_tp,fsdp_sp,dp)"
+        "--strategy",
+        type=arguments.names,
+        default=(),
+        metavar="LIST",
+        help="with commas between (fsdp,fsdp_tp,fsdp_sp,dp)",
     )
     parser.add_argument(
-        "--step", type=arguments.text, default="train", metavar="train|rollout", help="what is compiled (%(default)s)"
+        "--step",
+        type=arguments.text,
+        default="train",
+        metavar="train|rollout",
+        help="what is compiled (%(default)s)",
     )
     parser.add_argument(
         "--batch_per_chip",
@@ -136,8 +187,16 @@ def _add_sharding(kinds: Any, command: Callable) -> None:
         metavar="N",
         help="in place of --topology: run N steps (10) on the devices that are here, or --config.mesh.cpu_devices",
     )
-    parser.add_argument("--out", type=arguments.path, required=True, metavar="DIR", help="where the report is written")
-    parser.add_argument("--keep_hlo", action="store_true", help="write each compiled program's text there too")
+    parser.add_argument(
+        "--out",
+        type=arguments.path,
+        required=True,
+        metavar="DIR",
+        help="where the report is written",
+    )
+    parser.add_argument(
+        "--keep_hlo", action="store_true", help="write each compiled program's text there too"
+    )
     parser.add_argument(
         "--no_schedules",
         action="store_true",
@@ -158,7 +217,11 @@ def _sharding(args: argparse.Namespace) -> None:
         largest_batch=args.batch_per_chip == "max",
         step=args.step,
         measure=args.measure,
-        chosen=frozenset(key.split("mesh.", 1)[1] for key, _ in args.overrides if key.startswith("mesh.") or ".mesh." in key),
+        chosen=frozenset(
+            key.split("mesh.", 1)[1]
+            for key, _ in args.overrides
+            if key.startswith("mesh.") or ".mesh." in key
+        ),
         keep_hlo=args.keep_hlo,
         schedules=not args.no_schedules,
     )
@@ -182,17 +245,33 @@ def _add_anchors(kinds: Any, command: Callable) -> None:
         "Needs libtpu (the extra [tpu]). Compiles language models of published sizes for the chips that others have timed them "
         "on, and sets the predicted time beside theirs; writes anchors.json.",
     )
-    parser.add_argument("--out", type=arguments.path, required=True, metavar="DIR", help="where the report is written")
     parser.add_argument(
-        "--only", type=arguments.names, default=(), metavar="LIST", help="names of anchors, with commas between (all)"
+        "--out",
+        type=arguments.path,
+        required=True,
+        metavar="DIR",
+        help="where the report is written",
     )
-    parser.add_argument("--keep_hlo", action="store_true", help="write each compiled program's text there too")
+    parser.add_argument(
+        "--only",
+        type=arguments.names,
+        default=(),
+        metavar="LIST",
+        help="names of anchors, with commas between (all)",
+    )
+    parser.add_argument(
+        "--keep_hlo", action="store_true", help="write each compiled program's text there too"
+    )
 
 
 def _anchors(args: argparse.Namespace) -> None:
     from blip3o_jax.bench.sharding import anchors
 
-    flags = [f"--out={args.out}"] + [f"--only={_written(args.only)}"] * bool(args.only) + ["--keep_hlo"] * args.keep_hlo
+    flags = (
+        [f"--out={args.out}"]
+        + [f"--only={_written(args.only)}"] * bool(args.only)
+        + ["--keep_hlo"] * args.keep_hlo
+    )
     command = shlex.join(["blip3o", "bench", "anchors", *flags])
     anchors.print_report(anchors.bench(args.out, args.only, command, keep_hlo=args.keep_hlo))
 
@@ -206,11 +285,27 @@ def _add_rl(kinds: Any, command: Callable) -> None:
         "Starts from checkpoint.init_from of the config, and runs on the devices of its mesh. Both ways draw the same images, "
         "in turns, and must learn the same from them; writes rl.json.",
     )
-    parser.add_argument("--config", type=arguments.config_path, required=True, metavar="FILE.py[:ARG]", help="as configs/rl.py")
     parser.add_argument(
-        "--rounds", type=arguments.whole(1, 10**6), default=7, metavar="N", help="steps of each way (%(default)s)"
+        "--config",
+        type=arguments.config_path,
+        required=True,
+        metavar="FILE.py[:ARG]",
+        help="as configs/rl.py",
     )
-    parser.add_argument("--out", type=arguments.path, required=True, metavar="DIR", help="where the report is written")
+    parser.add_argument(
+        "--rounds",
+        type=arguments.whole(1, 10**6),
+        default=7,
+        metavar="N",
+        help="steps of each way (%(default)s)",
+    )
+    parser.add_argument(
+        "--out",
+        type=arguments.path,
+        required=True,
+        metavar="DIR",
+        help="where the report is written",
+    )
 
 
 def _rl(args: argparse.Namespace) -> None:
@@ -218,8 +313,13 @@ def _rl(args: argparse.Namespace) -> None:
     from blip3o_jax.bench import rl_step
 
     config = config_file.load(args.config, args.overrides)
-    flags = [f"--config={args.config}", *(f"--config.{key}={value}" for key, value in args.overrides)]
-    command = shlex.join(["blip3o", "bench", "rl", *flags, f"--rounds={args.rounds}", f"--out={args.out}"])
+    flags = [
+        f"--config={args.config}",
+        *(f"--config.{key}={value}" for key, value in args.overrides),
+    ]
+    command = shlex.join(
+        ["blip3o", "bench", "rl", *flags, f"--rounds={args.rounds}", f"--out={args.out}"]
+    )
     rl_step.print_report(rl_step.bench(config, args.out, rounds=args.rounds, command=command))
 
 
@@ -264,6 +364,10 @@ def _peer(args: argparse.Namespace) -> None:
 
 def _command_line(args: argparse.Namespace) -> str:
     """What to type for the same again."""
-    flags = [f"--{name}={getattr(args, name)}" for name in ("torch", "jax", "out", "device", *_NUMBERS)]
-    flags += [f"--items={_written(args.items)}"] * bool(args.items) + ["--eager_only"] * args.eager_only
+    flags = [
+        f"--{name}={getattr(args, name)}" for name in ("torch", "jax", "out", "device", *_NUMBERS)
+    ]
+    flags += [f"--items={_written(args.items)}"] * bool(args.items) + [
+        "--eager_only"
+    ] * args.eager_only
     return shlex.join(["blip3o", "bench", "peer", *flags])

@@ -10,7 +10,17 @@ from blip3o_jax.config import MeshConfig, UserError, from_dict
 from blip3o_jax.fields import UINT32, escaped
 
 DTYPES = ("float32", "bfloat16", "float16")
-_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+_UNITS = {
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+    "TIB": 2**40,
+}
 
 
 def add(commands: Any, command: Callable) -> None:
@@ -28,12 +38,24 @@ def add(commands: Any, command: Callable) -> None:
 
 def _add_source(parser: argparse.ArgumentParser, flag: str) -> None:
     parser.add_argument(
-        flag, type=arguments.path, required=True, metavar="HF_DIR", help="a BLIP3o-NEXT directory, or a stock Qwen3 one"
+        flag,
+        type=arguments.path,
+        required=True,
+        metavar="HF_DIR",
+        help="a BLIP3o-NEXT directory, or a stock Qwen3 one",
     )
     parser.add_argument(
-        "--diffusion", type=arguments.path, metavar="DIR", help="a SANA diffusers directory: transformer/, vae/, scheduler/"
+        "--diffusion",
+        type=arguments.path,
+        metavar="DIR",
+        help="a SANA diffusers directory: transformer/, vae/, scheduler/",
     )
-    parser.add_argument("--ta_tok", type=arguments.path, metavar="FILE", help="the vision tokenizer's own file (ta_tok.pth)")
+    parser.add_argument(
+        "--ta_tok",
+        type=arguments.path,
+        metavar="FILE",
+        help="the vision tokenizer's own file (ta_tok.pth)",
+    )
     parser.add_argument(
         "--ta_tok_config",
         type=arguments.path,
@@ -67,15 +89,25 @@ def _add_import(ways: Any, command: Callable) -> None:
         "or cast unless a flag says so.",
     )
     _add_source(parser, "--source")
-    parser.add_argument("--out", type=arguments.path, required=True, metavar="CKPT", help="the checkpoint directory to write")
-    parser.add_argument("--dtype", choices=DTYPES, default="", help="of the parameters (that of the files)")
+    parser.add_argument(
+        "--out",
+        type=arguments.path,
+        required=True,
+        metavar="CKPT",
+        help="the checkpoint directory to write",
+    )
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="", help="of the parameters (that of the files)"
+    )
     parser.add_argument(
         "--mesh",
         type=_mesh,
         metavar="SIZES",
         help="where the arrays are to lie, as data=1,fsdp=8,strategy=fsdp (one copy a device)",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace an earlier output at --out")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace an earlier output at --out"
+    )
 
 
 def _add_export(ways: Any, command: Callable) -> None:
@@ -87,16 +119,34 @@ def _add_export(ways: Any, command: Callable) -> None:
         "Writes the published BLIP3o-NEXT layout, or with --parts the directories that the stock classes load.",
     )
     parser.add_argument(
-        "--source", type=arguments.path, required=True, metavar="CKPT", help="a working directory or checkpoint"
+        "--source",
+        type=arguments.path,
+        required=True,
+        metavar="CKPT",
+        help="a working directory or checkpoint",
     )
-    parser.add_argument("--out", type=arguments.path, required=True, metavar="HF_DIR", help="the directory to write")
     parser.add_argument(
-        "--parts", type=arguments.names, default=(), metavar="NAMES", help="some of ar, dit, vae, ta_tok, as stock directories"
+        "--out", type=arguments.path, required=True, metavar="HF_DIR", help="the directory to write"
     )
-    parser.add_argument("--dtype", choices=DTYPES, default="", help="of the tensors (that of the checkpoint)")
-    parser.add_argument("--max_shard_size", type=_size, default=5 * 10**9, metavar="SIZE", help="of one file (5GB)")
-    parser.add_argument("--ema", action="store_true", help="the averaged weights in place of the last ones")
-    parser.add_argument("--overwrite", action="store_true", help="replace an earlier output at --out")
+    parser.add_argument(
+        "--parts",
+        type=arguments.names,
+        default=(),
+        metavar="NAMES",
+        help="some of ar, dit, vae, ta_tok, as stock directories",
+    )
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="", help="of the tensors (that of the checkpoint)"
+    )
+    parser.add_argument(
+        "--max_shard_size", type=_size, default=5 * 10**9, metavar="SIZE", help="of one file (5GB)"
+    )
+    parser.add_argument(
+        "--ema", action="store_true", help="the averaged weights in place of the last ones"
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace an earlier output at --out"
+    )
 
 
 def _add_verify(ways: Any, command: Callable) -> None:
@@ -109,12 +159,28 @@ def _add_verify(ways: Any, command: Callable) -> None:
         "they differ, naming the tensor and the first layer.",
     )
     _add_source(parser, "--torch")
-    parser.add_argument("--jax", type=arguments.path, required=True, metavar="CKPT", help="a working directory or checkpoint")
-    parser.add_argument("--out", type=arguments.path, metavar="FILE.json", help="the numbers, as JSON")
+    parser.add_argument(
+        "--jax",
+        type=arguments.path,
+        required=True,
+        metavar="CKPT",
+        help="a working directory or checkpoint",
+    )
+    parser.add_argument(
+        "--out", type=arguments.path, metavar="FILE.json", help="the numbers, as JSON"
+    )
     parser.set_defaults(out_is_file=True)
-    parser.add_argument("--parts", type=arguments.names, default=(), metavar="NAMES", help="some of the parts only (all)")
+    parser.add_argument(
+        "--parts",
+        type=arguments.names,
+        default=(),
+        metavar="NAMES",
+        help="some of the parts only (all)",
+    )
     parser.add_argument("--ema", action="store_true", help="compare the averaged weights")
-    parser.add_argument("--seed", type=arguments.whole(0, UINT32), default=0, help="of the inputs (%(default)s)")
+    parser.add_argument(
+        "--seed", type=arguments.whole(0, UINT32), default=0, help="of the inputs (%(default)s)"
+    )
 
 
 def _import(args: argparse.Namespace) -> None:
@@ -199,7 +265,9 @@ def _size(text: str) -> int:
     except (ValueError, KeyError, OverflowError):
         size = 0
     if not 1 <= size < 2**60:
-        raise argparse.ArgumentTypeError(f"{fields.shown(text)} is no size, such as 5GB, 500MB or 2GiB")
+        raise argparse.ArgumentTypeError(
+            f"{fields.shown(text)} is no size, such as 5GB, 500MB or 2GiB"
+        )
     return size
 
 
@@ -210,7 +278,9 @@ def _mesh(text: str) -> MeshConfig:
     try:
         for item in arguments.names(text):
             name, _, value = item.partition("=")
-            values[name] = fields.parse(value, types[name], f"--mesh.{name}") if name in types else value
+            values[name] = (
+                fields.parse(value, types[name], f"--mesh.{name}") if name in types else value
+            )
         return from_dict(values, MeshConfig, "--mesh")
     except UserError as error:
         raise argparse.ArgumentTypeError(str(error)) from error

@@ -19,12 +19,20 @@ def add(commands: Any, command: Callable, add_hosts: Callable[[Any], None], run:
         "the working directory.",
         again="the same command resumes from the last checkpoint in its --workdir",
     )
-    parser.add_argument("--config", type=arguments.config_path, metavar="FILE.py[:ARG]", help="as configs/rl.py")
     parser.add_argument(
-        "--workdir", type=arguments.path, metavar="DIR", help="for checkpoints, metrics (runs/NAME of the config)"
+        "--config", type=arguments.config_path, metavar="FILE.py[:ARG]", help="as configs/rl.py"
     )
     parser.add_argument(
-        "--compile_cache", type=arguments.path, metavar="DIR", help="keeps compiled programs for the next start"
+        "--workdir",
+        type=arguments.path,
+        metavar="DIR",
+        help="for checkpoints, metrics (runs/NAME of the config)",
+    )
+    parser.add_argument(
+        "--compile_cache",
+        type=arguments.path,
+        metavar="DIR",
+        help="keeps compiled programs for the next start",
     )
     add_hosts(parser)
     # They do nothing before the name of a sub-command.
@@ -42,13 +50,31 @@ def add(commands: Any, command: Callable, add_hosts: Callable[[Any], None], run:
     server.set_defaults(flags_of_a_run=flags)
     _add_reward(server, "as in rl.rewards; repeat it for a sum", required=True)
     server.add_argument(
-        "--host", type=arguments.word, default="127.0.0.1", help="where it listens (%(default)s); others need a token"
+        "--host",
+        type=arguments.word,
+        default="127.0.0.1",
+        help="where it listens (%(default)s); others need a token",
     )
     port = arguments.whole(0, 2**16 - 1)
     server.add_argument("--port", type=port, default=8000, help="(%(default)s)")
-    server.add_argument("--token_env", type=arguments.word, metavar="NAME", help="environment variable that holds the token")
-    server.add_argument("--metrics_port", type=port, metavar="N", help="for /metrics, without the token (--port, with it)")
-    server.add_argument("--metrics_host", type=arguments.word, default="127.0.0.1", help="with --metrics_port (%(default)s)")
+    server.add_argument(
+        "--token_env",
+        type=arguments.word,
+        metavar="NAME",
+        help="environment variable that holds the token",
+    )
+    server.add_argument(
+        "--metrics_port",
+        type=port,
+        metavar="N",
+        help="for /metrics, without the token (--port, with it)",
+    )
+    server.add_argument(
+        "--metrics_host",
+        type=arguments.word,
+        default="127.0.0.1",
+        help="with --metrics_port (%(default)s)",
+    )
     _add_limits(server.add_argument_group("limits"))
 
 
@@ -59,9 +85,16 @@ def _add_limits(group: Any) -> None:
         ("--scorers", arguments.whole(1, 256), 2, "processes that score"),
         ("--max_body_mb", arguments.whole(1, 4096), 64, "MiB of a request"),
         ("--max_pixels", arguments.whole(1, 1 << 31), 1 << 25, "of all images of a request"),
-        ("--max_memory_mb", arguments.whole(1, 1 << 20), 4096, "MiB in all, without the rewards' models"),
+        (
+            "--max_memory_mb",
+            arguments.whole(1, 1 << 20),
+            4096,
+            "MiB in all, without the rewards' models",
+        ),
     ):
-        group.add_argument(flag, type=kind, default=default, metavar="N", help=f"{help} (%(default)s)")
+        group.add_argument(
+            flag, type=kind, default=default, metavar="N", help=f"{help} (%(default)s)"
+        )
     group.add_argument(
         "--score_timeout",
         type=arguments.number(Annotated[float, Bounds(0.001, 86400)]),
@@ -83,10 +116,17 @@ def _add_rescore(others: Any, command: Callable, flags: list[argparse.Action]) -
     parser.set_defaults(flags_of_a_run=flags)
     # `args.run` is the command itself.
     parser.add_argument(
-        "--run", dest="judged", type=arguments.path, required=True, metavar="DIR", help="the run's working directory"
+        "--run",
+        dest="judged",
+        type=arguments.path,
+        required=True,
+        metavar="DIR",
+        help="the run's working directory",
     )
     _add_reward(parser, "in place of the run's own; repeat it for a sum", required=False)
-    parser.add_argument("--out", type=arguments.path, metavar="FILE", help="(rescored.jsonl in the run's directory)")
+    parser.add_argument(
+        "--out", type=arguments.path, metavar="FILE", help="(rescored.jsonl in the run's directory)"
+    )
     parser.set_defaults(out_is_file=True)
 
 
@@ -118,7 +158,9 @@ def _serve(args: argparse.Namespace) -> None:
     try:
         from blip3o_jax.rl.rewards.server import Limits, serve
     except ModuleNotFoundError as error:
-        raise UserError(f"serve-rewards needs {error.name}: pip install 'blip3o_jax[serve]'") from error
+        raise UserError(
+            f"serve-rewards needs {error.name}: pip install 'blip3o_jax[serve]'"
+        ) from error
 
     limits = Limits(
         batch=args.batch,

@@ -43,7 +43,15 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 Remat = Literal["none", "full", "dots", "offload"]
 REMAT: tuple[str, ...] = typing.get_args(Remat)
 Part = Literal[
-    "tokenizer", "text_tower", "ar", "connector", "dit", "vae", "patch_readout", "latent_connector", "feature_connector"
+    "tokenizer",
+    "text_tower",
+    "ar",
+    "connector",
+    "dit",
+    "vae",
+    "patch_readout",
+    "latent_connector",
+    "feature_connector",
 ]
 PerStage = Length(2, 12)  # resolutions of an autoencoder, one entry of a tuple each
 TableRows = Annotated[int, Bounds(1, 2**24)]  # of a vocabulary, of a codebook
@@ -55,7 +63,15 @@ BatchSize = Annotated[int, Bounds(1, 2**24)]
 LearningRate = Annotated[float, Bounds(0, 100)]
 MeshSize = Annotated[int, Bounds(-1, 2**20, note="-1 takes what is left")]
 StrategyName = Literal[
-    "dp", "fsdp", "fsdp_tp", "fsdp_sp", "hybrid", "hybrid_dp", "hybrid_fsdp", "hybrid_fsdp_tp", "hybrid_fsdp_sp"
+    "dp",
+    "fsdp",
+    "fsdp_tp",
+    "fsdp_sp",
+    "hybrid",
+    "hybrid_dp",
+    "hybrid_fsdp",
+    "hybrid_fsdp_tp",
+    "hybrid_fsdp_sp",
 ]
 ClipDown = Annotated[float, Bounds(1e-6, 1, open_high=True)]
 Seconds = Annotated[float, Bounds(1e-3, 1e7)]
@@ -82,13 +98,23 @@ class LoraConfig(ConfigGroup, path="lora"):
 
     def check(self, part: str, names: tuple[str, ...]) -> None:
         """ConfigError unless `names`, the layers that can have them, hold all targets."""
-        check(bool(self.targets) or not self.rank, f"{part}.lora.targets is empty: name some of {', '.join(names)}, or rank 0")
+        check(
+            bool(self.targets) or not self.rank,
+            f"{part}.lora.targets is empty: name some of {', '.join(names)}, or rank 0",
+        )
         for name in self.targets:
             check_choice(f"{part}.lora.targets", name, names)
 
 
 QWEN3_LINEAR = ("q", "k", "v", "o", "gate", "up", "down")
-SANA_LINEAR = ("q", "k", "v", "o", "expand", "contract")  # of both attentions, and of the feed-forward around its convolution
+SANA_LINEAR = (
+    "q",
+    "k",
+    "v",
+    "o",
+    "expand",
+    "contract",
+)  # of both attentions, and of the feed-forward around its convolution
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +160,9 @@ class Qwen3Config(ConfigGroup, path="model.ar"):
             f"ar.num_attention_heads={self.num_attention_heads} must be a multiple of "
             f"ar.num_key_value_heads={self.num_key_value_heads}",
         )
-        check(self.head_dim % 2 == 0, f"ar.head_dim={self.head_dim} must be even (rotary embedding)")
+        check(
+            self.head_dim % 2 == 0, f"ar.head_dim={self.head_dim} must be even (rotary embedding)"
+        )
 
     @property
     def embedding_deviation(self) -> float:
@@ -292,7 +320,10 @@ class EditingConfig(ConfigGroup, path="model.editing"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(not self.beside or self.references > 0, "model.editing.beside=True needs model.editing.references of 1 or more")
+        check(
+            not self.beside or self.references > 0,
+            "model.editing.beside=True needs model.editing.references of 1 or more",
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -329,10 +360,14 @@ class SanaConfig(ConfigGroup, path="model.dit"):
         super().__post_init__()
         self.lora.check("dit", SANA_LINEAR)
         check(
-            self.num_cross_attention_heads * self.cross_attention_head_dim == self.cross_attention_dim,
+            self.num_cross_attention_heads * self.cross_attention_head_dim
+            == self.cross_attention_dim,
             "dit.cross_attention_dim must equal num_cross_attention_heads * cross_attention_head_dim",
         )
-        check(self.cross_attention_dim == self.hidden_size, "dit.cross_attention_dim must equal the hidden size")
+        check(
+            self.cross_attention_dim == self.hidden_size,
+            "dit.cross_attention_dim must equal the hidden size",
+        )
         check(
             int(self.mlp_ratio * self.hidden_size) >= 1,
             f"dit.mlp_ratio={self.mlp_ratio} leaves the feed-forward no channel at hidden size {self.hidden_size}",
@@ -346,14 +381,46 @@ class DcAeConfig(ConfigGroup, path="model.vae"):
     in_channels: Width = 3
     latent_channels: Width = 32
     attention_head_dim: Width = 32
-    encoder_block_types: Annotated[tuple[VaeBlock, ...], PerStage] = ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3
-    decoder_block_types: Annotated[tuple[VaeBlock, ...], PerStage] = ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3
-    encoder_block_out_channels: Annotated[tuple[Width, ...], PerStage] = (128, 256, 512, 512, 1024, 1024)
-    decoder_block_out_channels: Annotated[tuple[Width, ...], PerStage] = (128, 256, 512, 512, 1024, 1024)
+    encoder_block_types: Annotated[tuple[VaeBlock, ...], PerStage] = ("ResBlock",) * 3 + (
+        "EfficientViTBlock",
+    ) * 3
+    decoder_block_types: Annotated[tuple[VaeBlock, ...], PerStage] = ("ResBlock",) * 3 + (
+        "EfficientViTBlock",
+    ) * 3
+    encoder_block_out_channels: Annotated[tuple[Width, ...], PerStage] = (
+        128,
+        256,
+        512,
+        512,
+        1024,
+        1024,
+    )
+    decoder_block_out_channels: Annotated[tuple[Width, ...], PerStage] = (
+        128,
+        256,
+        512,
+        512,
+        1024,
+        1024,
+    )
     encoder_layers_per_block: Annotated[tuple[VaeLayers, ...], PerStage] = (2, 2, 2, 3, 3, 3)
     decoder_layers_per_block: Annotated[tuple[VaeLayers, ...], PerStage] = (3, 3, 3, 3, 3, 3)
-    encoder_qkv_multiscales: Annotated[tuple[VaeScales, ...], PerStage] = ((), (), (), (5,), (5,), (5,))
-    decoder_qkv_multiscales: Annotated[tuple[VaeScales, ...], PerStage] = ((), (), (), (5,), (5,), (5,))
+    encoder_qkv_multiscales: Annotated[tuple[VaeScales, ...], PerStage] = (
+        (),
+        (),
+        (),
+        (5,),
+        (5,),
+        (5,),
+    )
+    decoder_qkv_multiscales: Annotated[tuple[VaeScales, ...], PerStage] = (
+        (),
+        (),
+        (),
+        (5,),
+        (5,),
+        (5,),
+    )
     upsample_block_type: Literal["interpolate", "pixel_shuffle"] = "interpolate"
     downsample_block_type: Literal["Conv", "pixel_unshuffle"] = "Conv"
     decoder_norm_types: Literal["rms_norm"] = "rms_norm"
@@ -407,7 +474,10 @@ class DcAeConfig(ConfigGroup, path="model.vae"):
         field = f"vae.{side}_block_out_channels={channels}"
         first = 0 if getattr(self, f"{side}_layers_per_block")[0] else 1
         for fine, coarse in zip(channels[first:], channels[first + 1 :], strict=False):
-            check(4 * fine % coarse == 0, f"{field}: 4 x {fine} must be a multiple of the next stage's {coarse}")
+            check(
+                4 * fine % coarse == 0,
+                f"{field}: 4 x {fine} must be a multiple of the next stage's {coarse}",
+            )
         check(
             channels[-1] % self.latent_channels == 0,
             f"{field}: the last must be a multiple of vae.latent_channels={self.latent_channels}",
@@ -458,7 +528,9 @@ class TemplateConfig(ConfigGroup, path="model.template"):
 
     system: Text = "You are a helpful assistant."
     generate: Text = "Please generate image based on the following caption: {caption}"
-    edit: Text = "Please edit this image according to the following instruction: {instruction}.\n<image>"
+    edit: Text = (
+        "Please edit this image according to the following instruction: {instruction}.\n<image>"
+    )
     edit_several: Text = "Please edit these {count} images according to the following instruction: {instruction}.\n<image>"
     reconstruct: Text = "<image>\nPlease reconstruct the given image."
     understand: Text = "<image>\n{question}"
@@ -488,7 +560,10 @@ class ModelConfig(ConfigGroup, path="model"):
         super().__post_init__()
         for bucket in self.buckets:
             self.check_size(tuple(bucket), "model.buckets")
-        check(len(set(self.buckets)) == len(self.buckets), f"model.buckets={self.buckets} names a size twice")
+        check(
+            len(set(self.buckets)) == len(self.buckets),
+            f"model.buckets={self.buckets} names a size twice",
+        )
         check(
             self.image_size % self.vae.spatial_compression == 0,
             f"model.image_size={self.image_size} must be a multiple of the autoencoder's {self.vae.spatial_compression}",
@@ -516,7 +591,8 @@ class ModelConfig(ConfigGroup, path="model"):
         unit = self.vae.spatial_compression * self.dit.patch_size
         fits = len(size) == 2 and all(side > 0 and side % unit == 0 for side in size)
         check(
-            fits, f"{name}={size} must be (height, width), both multiples of {unit}: the autoencoder's factor times the patch"
+            fits,
+            f"{name}={size} must be (height, width), both multiples of {unit}: the autoencoder's factor times the patch",
         )
 
 
@@ -573,7 +649,11 @@ class DataConfig(ConfigGroup, path="data"):
 
     @property
     def all_sources(self) -> tuple[SourceConfig, ...]:
-        single = (SourceConfig(self.path, self.format, 1.0, self.split, images=self.images),) if self.path else ()
+        single = (
+            (SourceConfig(self.path, self.format, 1.0, self.split, images=self.images),)
+            if self.path
+            else ()
+        )
         return single + self.sources
 
 
@@ -700,7 +780,10 @@ class RewardConfig(ConfigGroup, path="rl.rewards"):
     def __post_init__(self) -> None:
         super().__post_init__()
         check(self.weight != 0, f"rl.rewards: weight={self.weight} of {self.name} must not be 0")
-        check(not self.clip or self.clip[0] < self.clip[1], f"rl.rewards: clip={self.clip} of {self.name} must be (low, high)")
+        check(
+            not self.clip or self.clip[0] < self.clip[1],
+            f"rl.rewards: clip={self.clip} of {self.name} must be (low, high)",
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -735,7 +818,9 @@ class RlConfig(ConfigGroup, path="rl"):
     prompts_file: Path = ""
     prompts: Annotated[int, Bounds(1, 2**20)] = 8  # prompts of a rollout
     # Images of each, which are compared with each other.
-    group: Annotated[int, Bounds(2, 2**14, note="an image is compared with others of its prompt")] = 16
+    group: Annotated[
+        int, Bounds(2, 2**14, note="an image is compared with others of its prompt")
+    ] = 16
     # How image tokens and latents are drawn in a rollout; `rollout.batch_size` images at once.
     rollout: SamplingConfig = SamplingConfig(top_k=0, top_p=1.0)
     updates: Annotated[int, Bounds(1, 1024)] = 1  # optimizer steps on a rollout
@@ -772,7 +857,8 @@ class RlConfig(ConfigGroup, path="rl"):
     def __post_init__(self) -> None:
         super().__post_init__()
         check(
-            not (self.refill and self.stale), "rl.refill looks at rewards before the next rollout, rl.stale after: turn one off"
+            not (self.refill and self.stale),
+            "rl.refill looks at rewards before the next rollout, rl.stale after: turn one off",
         )
         check(
             self.policy == "flow" or self.rollout.temperature > 0,
@@ -828,7 +914,10 @@ class Config(ConfigGroup):
         )
         check(
             not (
-                self.stage == "joint" and self.data.cache_dir and self.model.editing.references and self.model.editing.features
+                self.stage == "joint"
+                and self.data.cache_dir
+                and self.model.editing.references
+                and self.model.editing.features
             ),
             "data.cache_dir keeps no features, which model.editing.features reads: empty data.cache_dir",
         )
@@ -855,7 +944,11 @@ def to_dict(value: Any) -> Any:
 def flat(value: Any, path: str = "") -> dict[str, Any]:
     """Nested dicts as {"a.b": value}."""
     if isinstance(value, dict):
-        return {k: v for key, child in value.items() for k, v in flat(child, f"{path}.{key}" if path else str(key)).items()}
+        return {
+            k: v
+            for key, child in value.items()
+            for k, v in flat(child, f"{path}.{key}" if path else str(key)).items()
+        }
     return {path: value}
 
 
@@ -865,7 +958,9 @@ def to_config_dict(config: Config) -> Any:
 
     def convert(value: Any) -> Any:
         if dataclasses.is_dataclass(value):
-            return ml_collections.ConfigDict({f.name: convert(getattr(value, f.name)) for f in dataclasses.fields(value)})
+            return ml_collections.ConfigDict(
+                {f.name: convert(getattr(value, f.name)) for f in dataclasses.fields(value)}
+            )
         if isinstance(value, tuple):
             return tuple(to_dict(v) if dataclasses.is_dataclass(v) else v for v in value)
         return value

@@ -37,8 +37,13 @@ def load_recipe(path_with_arg: str, overrides: Overrides = ()) -> dict[str, conf
     """
     match = _PATH_AND_ARG.fullmatch(path_with_arg)
     if not match:
-        raise config.UserError(f"--config={path_with_arg} must name a Python file: configs/NAME.py or configs/NAME.py:ARG")
-    recipe = {name: config.to_config_dict(c) for name, c in _call(pathlib.Path(match["path"]), match["arg"]).items()}
+        raise config.UserError(
+            f"--config={path_with_arg} must name a Python file: configs/NAME.py or configs/NAME.py:ARG"
+        )
+    recipe = {
+        name: config.to_config_dict(c)
+        for name, c in _call(pathlib.Path(match["path"]), match["arg"]).items()
+    }
     pairs = overrides.items() if isinstance(overrides, Mapping) else overrides
     for key, text in pairs:
         name, _, rest = key.partition(".")
@@ -51,20 +56,32 @@ def load_recipe(path_with_arg: str, overrides: Overrides = ()) -> dict[str, conf
 def _call(path: pathlib.Path, arg: str | None) -> dict[str, config.Config]:
     get_config = _get_config(path)
     parameters = _positional(path, get_config)
-    required = [p.name for p in parameters if p.default is p.empty and p.kind is not p.VAR_POSITIONAL]
+    required = [
+        p.name for p in parameters if p.default is p.empty and p.kind is not p.VAR_POSITIONAL
+    ]
     if arg is None and required:
-        raise config.UserError(f"{path} needs an argument, its {required[0]!r}: --config={path}:{required[0].upper()}")
+        raise config.UserError(
+            f"{path} needs an argument, its {required[0]!r}: --config={path}:{required[0].upper()}"
+        )
     if arg is not None and not parameters:
         raise config.UserError(f"{path} takes no argument: use --config={path} without :{arg}")
     result = _run_user_code(path, lambda: get_config() if arg is None else get_config(arg))
     recipe = {"": result} if isinstance(result, config.Config) else result
-    if not (isinstance(recipe, dict) and recipe and all(isinstance(c, config.Config) for c in recipe.values())):
-        raise config.UserError(f"{path}: get_config() must return a blip3o_jax.config.Config, not {type(result).__name__}")
+    if not (
+        isinstance(recipe, dict)
+        and recipe
+        and all(isinstance(c, config.Config) for c in recipe.values())
+    ):
+        raise config.UserError(
+            f"{path}: get_config() must return a blip3o_jax.config.Config, not {type(result).__name__}"
+        )
     for name in recipe if isinstance(result, dict) else ():
         # Each stage has the directory of its name.
         plain = isinstance(name, str) and re.fullmatch(r"[\w-]+(\.[\w-]+)*", name)
         if not plain:
-            raise config.UserError(f"{path}: a stage of a recipe is named by letters and digits, not {fields.shown(name)}")
+            raise config.UserError(
+                f"{path}: a stage of a recipe is named by letters and digits, not {fields.shown(name)}"
+            )
     return recipe
 
 
@@ -73,7 +90,9 @@ def _positional(path: pathlib.Path, get_config: Callable[..., Any]) -> list[insp
     try:
         parameters = inspect.signature(get_config).parameters.values()
     except (ValueError, TypeError) as error:  # as of `min`
-        raise config.UserError(f"{path}: get_config is no function of the file: write def get_config(): ...") from error
+        raise config.UserError(
+            f"{path}: get_config is no function of the file: write def get_config(): ..."
+        ) from error
     return [p for p in parameters if p.kind not in (p.KEYWORD_ONLY, p.VAR_KEYWORD)]
 
 
@@ -81,7 +100,9 @@ def _get_config(path: pathlib.Path) -> Callable[..., Any]:
     if path.exists() and not path.is_file():
         raise config.UserError(f"--config={path} is no regular file: name a Python file")
     if not path.is_file():
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.py")], n=1, cutoff=0.5)
+        near = difflib.get_close_matches(
+            path.name, [p.name for p in path.parent.glob("*.py")], n=1, cutoff=0.5
+        )
         hint = f"; did you mean {path.parent / near[0]}?" if near else ""
         raise config.UserError(f"config file {path} does not exist{hint}")
     spec = importlib.util.spec_from_file_location(f"blip3o_config_{path.stem}", path)
@@ -90,7 +111,9 @@ def _get_config(path: pathlib.Path) -> Callable[..., Any]:
     sys.modules[spec.name] = module
     _run_user_code(path, lambda: spec.loader.exec_module(module))
     if not callable(getattr(module, "get_config", None)):
-        raise config.UserError(f"{path} defines no function get_config(); it must return a blip3o_jax.config.Config")
+        raise config.UserError(
+            f"{path} defines no function get_config(); it must return a blip3o_jax.config.Config"
+        )
     return module.get_config
 
 
@@ -99,12 +122,20 @@ def _run_user_code(path: pathlib.Path, call: Callable[[], Any]) -> Any:
     try:
         return call()
     except SyntaxError as error:
-        place = f"{error.filename or path}:{error.lineno}" if error.lineno else error.filename or path
+        place = (
+            f"{error.filename or path}:{error.lineno}" if error.lineno else error.filename or path
+        )
         raise config.UserError(f"{place}: {type(error).__name__}: {error.msg}") from error
     except KeyboardInterrupt:
         raise
-    except BaseException as error:  # SystemExit and GeneratorExit would end the command without a word
-        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if pathlib.Path(f.filename) == path]
+    except (
+        BaseException
+    ) as error:  # SystemExit and GeneratorExit would end the command without a word
+        lines = [
+            f.lineno
+            for f in traceback.extract_tb(error.__traceback__)
+            if pathlib.Path(f.filename) == path
+        ]
         place = f"{path}:{lines[-1]}" if lines else str(path)
         if isinstance(error, config.UserError):
             kind = config.ConfigError if isinstance(error, config.ConfigError) else config.UserError

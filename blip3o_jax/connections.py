@@ -50,7 +50,11 @@ class Connection(H11Protocol):
         sent a body for longest; this one where all are at work."""
         others = [connection for connection in self.connections if connection is not self]
         idle = [connection for connection in others if connection._idle()]
-        sending = [connection for connection in others if not connection._idle() and connection.cycle.more_body]
+        sending = [
+            connection
+            for connection in others
+            if not connection._idle() and connection.cycle.more_body
+        ]
         if candidates := idle or sending:
             min(candidates, key=lambda connection: connection._since)._abort()
         else:

@@ -15,7 +15,15 @@ from blip3o_jax import config, nn
 
 
 class Connector(nnx.Module):
-    def __init__(self, cfg: config.ConnectorConfig, d_in: int, d_out: int, *, rngs: nnx.Rngs, axis: str | None = "embed"):
+    def __init__(
+        self,
+        cfg: config.ConnectorConfig,
+        d_in: int,
+        d_out: int,
+        *,
+        rngs: nnx.Rngs,
+        axis: str | None = "embed",
+    ):
         """`axis`: the logical name of d_in."""
         dtypes = {"dtype": cfg.dtype, "param_dtype": cfg.param_dtype}
         self.linear1 = nn.Linear(d_in, d_out, (axis, "mlp"), rngs=rngs, **dtypes)

@@ -18,7 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 
 
-def conv2d(x_BHWC: jax.Array, kernel: jax.Array, *, stride: int = 1, padding: int = 0, groups: int = 1) -> jax.Array:
+def conv2d(
+    x_BHWC: jax.Array, kernel: jax.Array, *, stride: int = 1, padding: int = 0, groups: int = 1
+) -> jax.Array:
     """`torch.nn.functional.conv2d` with `kernel` [kh, kw, in / groups, out] and `padding` pixels on every side."""
     side, _, c_in, c_out = kernel.shape
     if (side, stride, padding) == (1, 1, 0):
@@ -48,7 +50,9 @@ def upsampled_conv2d(x_BHWC: jax.Array, kernel: jax.Array) -> jax.Array:
         return jnp.stack([jnp.stack([k0, k0 + k1]), jnp.stack([k1 + k2, k2])])
 
     rows = folded(kernel.astype(jnp.float32))  # [row's tap, row's phase, 3, I, O]
-    both = folded(jnp.moveaxis(rows, 2, 0))  # [column's tap, column's phase, row's tap, row's phase, I, O]
+    both = folded(
+        jnp.moveaxis(rows, 2, 0)
+    )  # [column's tap, column's phase, row's tap, row's phase, I, O]
     both = both.transpose(2, 0, 4, 3, 1, 5).reshape(2, 2, c_in, 4 * c_out).astype(kernel.dtype)
     y_BHWX = conv2d(x_BHWC, both, padding=1).reshape(batch, height + 1, width + 1, 2, 2, c_out)
     phases = [[y_BHWX[:, p : p + height, q : q + width, p, q] for q in range(2)] for p in range(2)]
@@ -56,7 +60,9 @@ def upsampled_conv2d(x_BHWC: jax.Array, kernel: jax.Array) -> jax.Array:
     return y.reshape(batch, 2 * height, 2 * width, c_out)
 
 
-def _native(x_BHWC: jax.Array, kernel: jax.Array, stride: int, padding: int, groups: int) -> jax.Array:
+def _native(
+    x_BHWC: jax.Array, kernel: jax.Array, stride: int, padding: int, groups: int
+) -> jax.Array:
     return jax.lax.conv_general_dilated(
         x_BHWC,
         kernel,
@@ -72,7 +78,9 @@ def _pointwise(x_BHWC: jax.Array, kernel_IO: jax.Array, groups: int) -> jax.Arra
         return x_BHWC @ kernel_IO
     c_in, c_out = kernel_IO.shape
     x_BHWGI = x_BHWC.reshape(*x_BHWC.shape[:3], groups, c_in)
-    y_BHWGO = jnp.einsum("bhwgi,igo->bhwgo", x_BHWGI, kernel_IO.reshape(c_in, groups, c_out // groups))
+    y_BHWGO = jnp.einsum(
+        "bhwgi,igo->bhwgo", x_BHWGI, kernel_IO.reshape(c_in, groups, c_out // groups)
+    )
     return y_BHWGO.reshape(*x_BHWC.shape[:3], c_out)
 
 
@@ -83,19 +91,31 @@ def _dense(x_BHWC: jax.Array, kernel: jax.Array, padding: int) -> jax.Array:
     return _native(x_BHWC, kernel, 1, padding, 1)
 
 
-def _dense_fwd(x_BHWC: jax.Array, kernel: jax.Array, padding: int) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+def _dense_fwd(
+    x_BHWC: jax.Array, kernel: jax.Array, padding: int
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     return _dense(x_BHWC, kernel, padding), (x_BHWC, kernel)
 
 
-def _dense_bwd(padding: int, saved: tuple[jax.Array, jax.Array], dy_BHWC: jax.Array) -> tuple[jax.Array, jax.Array]:
-    def native(x_BHWC: jax.Array, kernel: jax.Array, dy_BHWC: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _dense_bwd(
+    padding: int, saved: tuple[jax.Array, jax.Array], dy_BHWC: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    def native(
+        x_BHWC: jax.Array, kernel: jax.Array, dy_BHWC: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
         return jax.vjp(lambda x, k: _native(x, k, 1, padding, 1), x_BHWC, kernel)[1](dy_BHWC)
 
-    def fast_form(x_BHWC: jax.Array, kernel: jax.Array, dy_BHWC: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def fast_form(
+        x_BHWC: jax.Array, kernel: jax.Array, dy_BHWC: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
         # The input's gradient: the transposed, reversed kernel over dy. The kernel's: dy as a kernel of H x W over x, with
         # the batch in the place of the channels in.
-        dx_BHWC = _native(dy_BHWC, kernel[::-1, ::-1].transpose(0, 1, 3, 2), 1, kernel.shape[0] - 1 - padding, 1)
-        dkernel_IhwO = _native(x_BHWC.transpose(3, 1, 2, 0), dy_BHWC.transpose(1, 2, 0, 3), 1, padding, 1)
+        dx_BHWC = _native(
+            dy_BHWC, kernel[::-1, ::-1].transpose(0, 1, 3, 2), 1, kernel.shape[0] - 1 - padding, 1
+        )
+        dkernel_IhwO = _native(
+            x_BHWC.transpose(3, 1, 2, 0), dy_BHWC.transpose(1, 2, 0, 3), 1, padding, 1
+        )
         return dx_BHWC, dkernel_IhwO.transpose(1, 2, 0, 3)
 
     return jax.lax.platform_dependent(*saved, dy_BHWC, cpu=fast_form, default=native)
@@ -107,7 +127,9 @@ _dense.defvjp(_dense_fwd, _dense_bwd)
 # Reducing over all pixels once per tap, as the gradient of the shifted products does, is slow on CPUs.
 @jax.custom_vjp
 def _depthwise(x_BHWC: jax.Array, kernel: jax.Array) -> jax.Array:
-    return jax.lax.platform_dependent(x_BHWC, kernel, cpu=_depthwise_shifted, tpu=_depthwise_shifted, default=_depthwise_native)
+    return jax.lax.platform_dependent(
+        x_BHWC, kernel, cpu=_depthwise_shifted, tpu=_depthwise_shifted, default=_depthwise_native
+    )
 
 
 def _depthwise_native(x_BHWC: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -124,25 +146,38 @@ def _windows(x_BHWC: jax.Array, side: int) -> Iterator[tuple[int, int, jax.Array
 
 def _depthwise_shifted(x_BHWC: jax.Array, kernel: jax.Array) -> jax.Array:
     taps = kernel.astype(jnp.float32)
-    y_BHWC = sum(window_BHWC * taps[i, j, 0] for i, j, window_BHWC in _windows(x_BHWC, kernel.shape[0]))
+    y_BHWC = sum(
+        window_BHWC * taps[i, j, 0] for i, j, window_BHWC in _windows(x_BHWC, kernel.shape[0])
+    )
     return y_BHWC.astype(x_BHWC.dtype)
 
 
-def _depthwise_gradients_native(x_BHWC: jax.Array, kernel: jax.Array, dy_BHWC: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _depthwise_gradients_native(
+    x_BHWC: jax.Array, kernel: jax.Array, dy_BHWC: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     return jax.vjp(_depthwise_native, x_BHWC, kernel)[1](dy_BHWC)
 
 
-def _depthwise_gradients_reduced(x_BHWC: jax.Array, kernel: jax.Array, dy_BHWC: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _depthwise_gradients_reduced(
+    x_BHWC: jax.Array, kernel: jax.Array, dy_BHWC: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     side, dy_f32_BHWC = kernel.shape[0], dy_BHWC.astype(jnp.float32)
-    taps = [jnp.sum(window_BHWC * dy_f32_BHWC, axis=(0, 1, 2)) for _, _, window_BHWC in _windows(x_BHWC, side)]
+    taps = [
+        jnp.sum(window_BHWC * dy_f32_BHWC, axis=(0, 1, 2))
+        for _, _, window_BHWC in _windows(x_BHWC, side)
+    ]
     dkernel = jnp.stack(taps).reshape(kernel.shape)
     return _depthwise_shifted(dy_BHWC, kernel[::-1, ::-1]), dkernel.astype(kernel.dtype)
 
 
-def _depthwise_gradients_by_pixel(x_BHWC: jax.Array, kernel: jax.Array, dy_BHWC: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _depthwise_gradients_by_pixel(
+    x_BHWC: jax.Array, kernel: jax.Array, dy_BHWC: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     batch, height, width, channels = x_BHWC.shape
     side = kernel.shape[0]
-    padded_BHWC = jnp.pad(x_BHWC.astype(jnp.float32), ((0, 0), (side // 2,) * 2, (side // 2,) * 2, (0, 0)))
+    padded_BHWC = jnp.pad(
+        x_BHWC.astype(jnp.float32), ((0, 0), (side // 2,) * 2, (side // 2,) * 2, (0, 0))
+    )
     dy_f32_BHWC = dy_BHWC.astype(jnp.float32)
 
     def add_pixel(t: jax.Array, total: jax.Array) -> jax.Array:
@@ -150,18 +185,24 @@ def _depthwise_gradients_by_pixel(x_BHWC: jax.Array, kernel: jax.Array, dy_BHWC:
         # that this works sharded over either.
         h, w = t // width, t % width
         window = jax.lax.dynamic_slice(padded_BHWC, (0, h, w, 0), (batch, side, side, channels))
-        return total + window * jax.lax.dynamic_slice(dy_f32_BHWC, (0, h, w, 0), (batch, 1, 1, channels))
+        return total + window * jax.lax.dynamic_slice(
+            dy_f32_BHWC, (0, h, w, 0), (batch, 1, 1, channels)
+        )
 
     start = jnp.zeros((batch, side, side, channels), jnp.float32)
     dkernel = jax.lax.fori_loop(0, height * width, add_pixel, start).sum(0)[:, :, None]
     return _depthwise_shifted(dy_BHWC, kernel[::-1, ::-1]), dkernel.astype(kernel.dtype)
 
 
-def _depthwise_fwd(x_BHWC: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+def _depthwise_fwd(
+    x_BHWC: jax.Array, kernel: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     return _depthwise(x_BHWC, kernel), (x_BHWC, kernel)
 
 
-def _depthwise_bwd(saved: tuple[jax.Array, jax.Array], dy_BHWC: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _depthwise_bwd(
+    saved: tuple[jax.Array, jax.Array], dy_BHWC: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     return jax.lax.platform_dependent(
         *saved,
         dy_BHWC,

@@ -24,7 +24,9 @@ from blip3o_jax.text.vocabulary import Vocabulary, codes_from_image_ids, image_i
 LENGTH_BUCKET = 32
 
 
-def make_sample(graphdef: Any, strategy: Strategy, image_ids: tuple[int, int]) -> Callable[..., tuple[jax.Array, jax.Array]]:
+def make_sample(
+    graphdef: Any, strategy: Strategy, image_ids: tuple[int, int]
+) -> Callable[..., tuple[jax.Array, jax.Array]]:
     """The compiled program that draws a batch: (params, tokens_BL, lengths_B, indices_B, seed, settings, shown, size), settings
     and size static, -> (uint8 images [B, H, W, 3], codes [B, N]). `image_ids` is (first, last + 1); `shown` are the
     reference_* arrays of a batch whose rows have places for images, or None; `size` is (height, width), None the model's first.
@@ -44,7 +46,14 @@ def make_sample(graphdef: Any, strategy: Strategy, image_ids: tuple[int, int]) -
         with nn.sharding_resolver(strategy.resolver):
             tokens_BL = nn.constrain(tokens_BL, "batch", None)
             x_BHWC, ids_BN = draw_images(
-                model, tokens_BL, lengths_B, row_keys(seed, indices_B), settings, image_ids, shown, size
+                model,
+                tokens_BL,
+                lengths_B,
+                row_keys(seed, indices_B),
+                settings,
+                image_ids,
+                shown,
+                size,
             )
             return to_uint8(x_BHWC), codes_from_image_ids(ids_BN, image_ids[0])
 
@@ -66,16 +75,27 @@ def draw_images(
     arguments as of `make_sample`'s program."""
     token_keys_B, noise_keys_B = keys
     tokens_BL, embedded_BLD, seen = _with_images(model, tokens_BL, shown, image_ids[0])
-    drawn = draw_tokens(model, tokens_BL, lengths_B, token_keys_B, settings, image_ids, embedded_PLD=embedded_BLD)
-    noise_BHWC, guidance = draw_noise(model.cfg, noise_keys_B, size), model.guidance(drawn.hidden_BTD, settings, seen)
+    drawn = draw_tokens(
+        model, tokens_BL, lengths_B, token_keys_B, settings, image_ids, embedded_PLD=embedded_BLD
+    )
+    noise_BHWC, guidance = (
+        draw_noise(model.cfg, noise_keys_B, size),
+        model.guidance(drawn.hidden_BTD, settings, seen),
+    )
     with nn.part("dit"):
-        z_BHWC = sampler.sample(model.dit, guidance, noise_BHWC, steps=settings.steps, flow=model.cfg.flow)
+        z_BHWC = sampler.sample(
+            model.dit, guidance, noise_BHWC, steps=settings.steps, flow=model.cfg.flow
+        )
     return model.pixels(z_BHWC), drawn.ids_BN
 
 
 def make_write(graphdef: Any, strategy: Strategy, vocabulary: Vocabulary) -> Callable[..., Written]:
     """The compiled program that answers in words; arguments as of `make_sample`'s, and `most` tokens, static."""
-    stop, text_ids, image_first = vocabulary.end_of_turn, (0, vocabulary.image_start), vocabulary.image_first
+    stop, text_ids, image_first = (
+        vocabulary.end_of_turn,
+        (0, vocabulary.image_start),
+        vocabulary.image_first,
+    )
 
     def write(
         params: Any,
@@ -117,7 +137,9 @@ def _with_images(
     if shown is None:
         return tokens_BL, None, None
     seen, span_BR = references(model, shown), shown["reference_span"]
-    tokens_BL = insert_references(tokens_BL, span_BR, image_ids_from_codes(seen.codes_BRN, image_first), seen.mask_BR)
+    tokens_BL = insert_references(
+        tokens_BL, span_BR, image_ids_from_codes(seen.codes_BRN, image_first), seen.mask_BR
+    )
     if seen.features_BRND is None:
         return tokens_BL, None, seen
     return tokens_BL, model.embed(tokens_BL, (seen.features_BRND, span_BR, seen.mask_BR)), seen
@@ -155,9 +177,14 @@ def draw_tokens(
         )
 
 
-def draw_noise(cfg: ModelConfig, keys_B: jax.Array, size: tuple[int, int] | None = None) -> jax.Array:
+def draw_noise(
+    cfg: ModelConfig, keys_B: jax.Array, size: tuple[int, int] | None = None
+) -> jax.Array:
     """What the denoising of images of `size` starts from, float32 [B, H, W, C]."""
-    shape = (*(side // cfg.vae.spatial_compression for side in size or cfg.sizes[0]), cfg.vae.latent_channels)
+    shape = (
+        *(side // cfg.vae.spatial_compression for side in size or cfg.sizes[0]),
+        cfg.vae.latent_channels,
+    )
     return jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(keys_B)
 
 

@@ -57,7 +57,9 @@ class _Process:
         self.alone()
         self.saving = False  # SIGTERM was noted: the run saves its step and ends
         self.stoppable = False  # a run listens for SIGTERM
-        self.pass_on: Callable[[], None] | None = None  # SIGTERM, to the service that decides where all hosts stop
+        self.pass_on: Callable[[], None] | None = (
+            None  # SIGTERM, to the service that decides where all hosts stop
+        )
         self.stop_line = ""  # while set, signals end the process at once, SIGTERM with this line: there is nothing to save
         self.done = False  # the command is over, with success
         self._lock = threading.RLock()
@@ -71,14 +73,18 @@ class _Process:
     def alone(self) -> None:
         """Know of no other hosts, as before a job of several is joined and after it is left."""
         self.prefix = ""  # of the line that tells the end, such as "host 1: "
-        self.cause: Callable[[BaseException], BaseException] = lambda error: error  # what an error is really due to
+        self.cause: Callable[[BaseException], BaseException] = lambda error: (
+            error
+        )  # what an error is really due to
         self.farewell: Callable[[int, str], None] = lambda status, line: None
 
     def install(self) -> None:
         self.installed = True
         _open_streams()
         sys.unraisablehook = self._unraisable
-        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell may have it ignored
+        if (
+            signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        ):  # a shell may have it ignored
             signal.signal(signal.SIGINT, self._interrupt)
         read, self._wake = os.pipe()
         os.set_blocking(self._wake, False)
@@ -125,7 +131,9 @@ class _Process:
         if self._error is not None or self._interrupts > 1 or nothing_to_save:
             self.end(self._error or KeyboardInterrupt())
         elif self.saving:
-            _print("blip3o: the step in work is being saved, as SIGTERM asked; Ctrl-C again ends at once, without")
+            _print(
+                "blip3o: the step in work is being saved, as SIGTERM asked; Ctrl-C again ends at once, without"
+            )
         else:
             self._raise_in_main()
             self._deadline(KeyboardInterrupt(), PATIENCE)
@@ -191,7 +199,9 @@ class _Process:
         if isinstance(unraisable.exc_value, KeyboardInterrupt):
             os.write(self._wake, b"\0")  # the other thread raises it, once this is over
             return
-        closed = isinstance(unraisable.exc_value, RuntimeError) and "loop is closed" in str(unraisable.exc_value)
+        closed = isinstance(unraisable.exc_value, RuntimeError) and "loop is closed" in str(
+            unraisable.exc_value
+        )
         if not (closed or self._told or self._error is not None):
             sys.__unraisablehook__(unraisable)
 

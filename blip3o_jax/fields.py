@@ -169,7 +169,9 @@ Width = Annotated[int, Bounds(1, 2**17)]
 Depth = Annotated[int, Bounds(1, 1024)]
 Heads = Annotated[int, Bounds(1, 1024)]
 Side = Annotated[int, Bounds(1, 2**14)]  # pixels, patches
-Epsilon = Annotated[float, Bounds(1e-30, 1)]  # a smaller one vanishes in float32, where 0 / 0 is left
+Epsilon = Annotated[
+    float, Bounds(1e-30, 1)
+]  # a smaller one vanishes in float32, where 0 / 0 is left
 Fraction = Annotated[float, Bounds(0, 1)]
 Decay = Annotated[float, Bounds(0, 1, open_high=True)]
 NonNegative = Annotated[float, Bounds(0, 1e6)]
@@ -238,15 +240,22 @@ def from_dict(values: Any, cls: Any, path: str = "") -> Any:
     """
     if hasattr(values, "to_dict"):
         values = values.to_dict()
-    check(isinstance(values, dict), f"{path or 'config'} must be a group of fields, not {shown(values)}")
+    check(
+        isinstance(values, dict),
+        f"{path or 'config'} must be a group of fields, not {shown(values)}",
+    )
     hints = field_types(cls)
     for key in values:
         if key not in hints:
             name = key if isinstance(key, str) and key.isprintable() else shown(key)
             near = difflib.get_close_matches(name, hints, n=1, cutoff=0.5)
-            hint = f"did you mean {join(path, near[0])}?" if near else f"it takes {', '.join(hints)}"
+            hint = (
+                f"did you mean {join(path, near[0])}?" if near else f"it takes {', '.join(hints)}"
+            )
             raise ConfigError(f"unknown config key {join(path, name)}: {hint}")
-    return cls(**{key: convert(value, hints[key], join(path, key)) for key, value in values.items()})
+    return cls(
+        **{key: convert(value, hints[key], join(path, key)) for key, value in values.items()}
+    )
 
 
 def convert(value: Any, hint: Any, path: str) -> Any:
@@ -267,7 +276,10 @@ def _typed(value: Any, kind: Any, path: str) -> Any:
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin is typing.Literal:
         # An unhashable or unequal type compares unequal; True is no 1.
-        check(any(type(value) is type(a) and value == a for a in args), f"{path}={shown(value)} is not one of {choices(kind)}")
+        check(
+            any(type(value) is type(a) and value == a for a in args),
+            f"{path}={shown(value)} is not one of {choices(kind)}",
+        )
         return value
     if origin is tuple:
         return _tuple(value, args, path)
@@ -293,7 +305,9 @@ def _tuple(value: Any, args: tuple[Any, ...], path: str) -> tuple[Any, ...]:
     else:
         check(len(value) == len(args), f"{path}={shown(value)} must hold {len(args)} values")
         kinds = args
-    converted = tuple(convert(v, k, f"{path}[{i}]") for i, (v, k) in enumerate(zip(value, kinds, strict=True)))
+    converted = tuple(
+        convert(v, k, f"{path}[{i}]") for i, (v, k) in enumerate(zip(value, kinds, strict=True))
+    )
     same = isinstance(value, tuple) and all(a is b for a, b in zip(value, converted, strict=True))
     return value if same else converted
 

@@ -83,12 +83,16 @@ def _trouble(error: BaseException) -> OSError | None:
         return error
     text = str(error)
     code = _CODE.search(text)
-    number = int(code[1]) if code else next((n for said, n in _BY_TEXT.items() if said in text), None)
+    number = (
+        int(code[1]) if code else next((n for said, n in _BY_TEXT.items() if said in text), None)
+    )
     if number not in TROUBLE:
         return None
     # The innermost path comes last; a lock beside the file says less than the file.
     paths = _PATH.findall(text)
-    return OSError(number, os.strerror(number), paths[-1].removesuffix(".__lock") if paths else None)
+    return OSError(
+        number, os.strerror(number), paths[-1].removesuffix(".__lock") if paths else None
+    )
 
 
 @contextlib.contextmanager
@@ -119,7 +123,9 @@ def replacing(path: pathlib.Path, mode: str = "w", *, shared: bool = False) -> I
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             partial.unlink(missing_ok=True)
-            with partial.open(mode.replace("w", "x"), encoding=None if "b" in mode else "utf-8") as file:
+            with partial.open(
+                mode.replace("w", "x"), encoding=None if "b" in mode else "utf-8"
+            ) as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
@@ -173,7 +179,9 @@ def check_regular(path: str | os.PathLike[str]) -> None:
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
     if not stat.S_ISREG(mode):
-        raise UserError(f"{path} is a pipe or a device: write what it gives to a regular file first")
+        raise UserError(
+            f"{path} is a pipe or a device: write what it gives to a regular file first"
+        )
 
 
 def check_out_directory(out: pathlib.Path, flag: str = "--out") -> None:
@@ -199,7 +207,9 @@ def _refused(out: pathlib.Path, flag: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"{flag}={out}: {describe(OSError(error.errno, error.strerror))}") from error
+        raise UserError(
+            f"{flag}={out}: {describe(OSError(error.errno, error.strerror))}"
+        ) from error
 
 
 def _check_writable(out: pathlib.Path, flag: str) -> None:

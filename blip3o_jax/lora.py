@@ -51,7 +51,10 @@ def without_idle_lora(params: Any) -> Any:
 def merged(params: dict[str, Any], cfg: ModelConfig) -> dict[str, Any]:
     """{part: nested dict of parameters} of the model `cfg` as those of `base_config(cfg)`, kernels in the dtype they had."""
     with jax.default_matmul_precision("highest"):
-        return {name: _merged(tree, getattr(cfg, name).lora.scale) if name in PARTS else tree for name, tree in params.items()}
+        return {
+            name: _merged(tree, getattr(cfg, name).lora.scale) if name in PARTS else tree
+            for name, tree in params.items()
+        }
 
 
 def _merged(tree: Any, scale: float) -> Any:

@@ -23,9 +23,13 @@ from blip3o_jax.config import LoraConfig
 from blip3o_jax.convolution import conv2d, upsampled_conv2d
 
 # A resolver answers, for (part, logical names, shape), with a sharding or None for "leave it to the compiler".
-Resolver = Callable[[str, tuple[str | None, ...], tuple[int, ...]], jax.sharding.NamedSharding | None]
+Resolver = Callable[
+    [str, tuple[str | None, ...], tuple[int, ...]], jax.sharding.NamedSharding | None
+]
 
-_resolver: contextvars.ContextVar[Resolver | None] = contextvars.ContextVar("resolver", default=None)
+_resolver: contextvars.ContextVar[Resolver | None] = contextvars.ContextVar(
+    "resolver", default=None
+)
 _part: contextvars.ContextVar[str] = contextvars.ContextVar("part", default="")
 
 
@@ -53,7 +57,9 @@ def part(name: str) -> Iterator[None]:
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Pin activation `x` to its place: one logical name (or None) per dimension. A no-op when no strategy is active."""
     if len(axes) != x.ndim:
-        raise ValueError(f"constrain: {len(axes)} axis names {axes} for an array of shape {x.shape}")
+        raise ValueError(
+            f"constrain: {len(axes)} axis names {axes} for an array of shape {x.shape}"
+        )
     at = sharding(*axes, shape=x.shape)
     return x if at is None else jax.lax.with_sharding_constraint(x, at)
 
@@ -79,7 +85,9 @@ def shards(axis: str) -> int:
     """Pieces that a logical axis of the part being traced is cut into."""
     at = sharding(axis, shape=(0,))  # 0 divides over anything
     names = () if at is None or not at.spec or at.spec[0] is None else at.spec[0]
-    return math.prod(at.mesh.shape[name] for name in ((names,) if isinstance(names, str) else names))
+    return math.prod(
+        at.mesh.shape[name] for name in ((names,) if isinstance(names, str) else names)
+    )
 
 
 def normal(stddev: float) -> Callable:
@@ -105,8 +113,12 @@ def param(
 ) -> nnx.Param:
     """A parameter with one logical axis name (or None) per dimension, kept as `Param.axes`; drawn from `stream` of `rngs`."""
     if len(shape) != len(axes):
-        raise ValueError(f"param: shape {tuple(shape)} has {len(shape)} dimensions, axes {tuple(axes)} name {len(axes)}")
-    return nnx.Param(init(_next_key(rngs[stream]), tuple(shape), jnp.dtype(dtype)), axes=tuple(axes))
+        raise ValueError(
+            f"param: shape {tuple(shape)} has {len(shape)} dimensions, axes {tuple(axes)} name {len(axes)}"
+        )
+    return nnx.Param(
+        init(_next_key(rngs[stream]), tuple(shape), jnp.dtype(dtype)), axes=tuple(axes)
+    )
 
 
 def _next_key(stream: nnx.RngStream) -> jax.Array:
@@ -143,8 +155,14 @@ class Linear(nnx.Module):
     ):
         self.kernel = param(rngs, (d_in, d_out), axes, init or fan_in(), param_dtype)
         self.bias = param(rngs, (d_out,), (axes[1],), zeros, param_dtype) if bias else None
-        self.lora_a = param(rngs, (d_in, lora.rank), (axes[0], None), fan_in(), stream="lora") if lora else None
-        self.lora_b = param(rngs, (lora.rank, d_out), (None, axes[1]), zeros, stream="lora") if lora else None
+        self.lora_a = (
+            param(rngs, (d_in, lora.rank), (axes[0], None), fan_in(), stream="lora")
+            if lora
+            else None
+        )
+        self.lora_b = (
+            param(rngs, (lora.rank, d_out), (None, axes[1]), zeros, stream="lora") if lora else None
+        )
         self.lora_scale = lora.scale if lora else 0.0
         self.dtype = jnp.dtype(dtype)
 
@@ -165,12 +183,16 @@ def _matmul(x: jax.Array, kernel_IO: jax.Array) -> jax.Array:
     return x @ kernel_IO
 
 
-def _matmul_fwd(x: Any, kernel_IO: Any) -> tuple[jax.Array, tuple[jax.Array | None, jax.Array | None]]:
+def _matmul_fwd(
+    x: Any, kernel_IO: Any
+) -> tuple[jax.Array, tuple[jax.Array | None, jax.Array | None]]:
     saved = x.value if kernel_IO.perturbed else None, kernel_IO.value if x.perturbed else None
     return x.value @ kernel_IO.value, saved
 
 
-def _matmul_bwd(saved: tuple[jax.Array | None, jax.Array | None], dy: jax.Array) -> tuple[jax.Array | None, jax.Array | None]:
+def _matmul_bwd(
+    saved: tuple[jax.Array | None, jax.Array | None], dy: jax.Array
+) -> tuple[jax.Array | None, jax.Array | None]:
     x, kernel_IO = saved
     dx = None if kernel_IO is None else dy @ kernel_IO.T
     return dx, None if x is None else jnp.einsum("...i,...o->io", x, dy)
@@ -209,7 +231,13 @@ class Conv(nnx.Module):
 
     def __call__(self, x_BHWC: jax.Array) -> jax.Array:
         kernel = self.kernel[...].astype(self.dtype)
-        y_BHWC = conv2d(x_BHWC.astype(self.dtype), kernel, stride=self.stride, padding=self.padding, groups=self.groups)
+        y_BHWC = conv2d(
+            x_BHWC.astype(self.dtype),
+            kernel,
+            stride=self.stride,
+            padding=self.padding,
+            groups=self.groups,
+        )
         return y_BHWC if self.bias is None else y_BHWC + self.bias[...].astype(self.dtype)
 
     def upsampled(self, x_BHWC: jax.Array) -> jax.Array:
@@ -238,7 +266,9 @@ class DepthwiseConv(nnx.Module):
         init: Callable | None = None,
     ):
         if kernel_size % 2 == 0:
-            raise ValueError(f"DepthwiseConv: kernel_size={kernel_size} must be odd, so that the size stays the same")
+            raise ValueError(
+                f"DepthwiseConv: kernel_size={kernel_size} must be odd, so that the size stays the same"
+            )
         shape = (kernel_size, kernel_size, 1, channels)
         self.kernel = param(rngs, shape, (None, None, None, axis), init or fan_in(), param_dtype)
         self.bias = param(rngs, (channels,), (axis,), zeros, param_dtype) if bias else None
@@ -272,7 +302,9 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x_f32 = x.astype(jnp.float32)
-        y = (x_f32 * jax.lax.rsqrt(jnp.mean(x_f32**2, axis=-1, keepdims=True) + self.eps)).astype(x.dtype)
+        y = (x_f32 * jax.lax.rsqrt(jnp.mean(x_f32**2, axis=-1, keepdims=True) + self.eps)).astype(
+            x.dtype
+        )
         y = y * self.scale[...].astype(x.dtype)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
@@ -294,7 +326,9 @@ class LayerNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return standardise(x, self.eps) * self.scale[...].astype(x.dtype) + self.bias[...].astype(x.dtype)
+        return standardise(x, self.eps) * self.scale[...].astype(x.dtype) + self.bias[...].astype(
+            x.dtype
+        )
 
 
 def stack(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -> nnx.Module:
@@ -338,7 +372,9 @@ REMAT_POLICIES: dict[str, Callable | None] = {
 }
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["carry"], meta_fields=["part", "name", "index"])
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["carry"], meta_fields=["part", "name", "index"]
+)
 @dataclasses.dataclass(frozen=True)
 class LayerCarry:
     """What one layer of a stack handed to the next: the part being traced, the layer's class, its index in the stack."""
@@ -349,7 +385,9 @@ class LayerCarry:
     carry: Any
 
 
-_records: contextvars.ContextVar[list[LayerCarry] | None] = contextvars.ContextVar("records", default=None)
+_records: contextvars.ContextVar[list[LayerCarry] | None] = contextvars.ContextVar(
+    "records", default=None
+)
 
 
 @contextlib.contextmanager
@@ -408,4 +446,7 @@ def scan(
 def sinusoids(length: int, dim: int) -> jax.Array:
     """Positions [L, D] of "Attention is all you need" (arXiv 1706.03762, section 3.5), sines then cosines."""
     angles = np.arange(length)[:, None] / 10000 ** (np.arange(dim // 2) / (dim // 2))
-    return jnp.asarray(np.pad(np.concatenate([np.sin(angles), np.cos(angles)], axis=1), ((0, 0), (0, dim % 2))), jnp.float32)
+    return jnp.asarray(
+        np.pad(np.concatenate([np.sin(angles), np.cos(angles)], axis=1), ((0, 0), (0, dim % 2))),
+        jnp.float32,
+    )

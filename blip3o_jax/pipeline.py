@@ -59,7 +59,9 @@ class Generated:
 class Pipeline:
     """A trained model on a mesh, ready to sample. `params` is {part: nested dict of arrays}."""
 
-    def __init__(self, config: Config, graphdef: Any, params: Any, vocabulary: Vocabulary, strategy: Strategy):
+    def __init__(
+        self, config: Config, graphdef: Any, params: Any, vocabulary: Vocabulary, strategy: Strategy
+    ):
         self.config, self.vocabulary, self.strategy = config, vocabulary, strategy
         self._graphdef, self._params = graphdef, params
         image_ids = vocabulary.image_first, vocabulary.image_last
@@ -67,11 +69,19 @@ class Pipeline:
         self._write = make_write(graphdef, strategy, vocabulary)
 
     def generate(
-        self, prompts: Sequence[str], *, seed: int = 0, progress: bool = False, first_index: int = 0, **overrides: Any
+        self,
+        prompts: Sequence[str],
+        *,
+        seed: int = 0,
+        progress: bool = False,
+        first_index: int = 0,
+        **overrides: Any,
     ) -> Generated:
         """One image a prompt; see `draw`."""
         requests = [Request("t2i", prompt) for prompt in prompts]
-        return self.draw(requests, seed=seed, progress=progress, first_index=first_index, **overrides)
+        return self.draw(
+            requests, seed=seed, progress=progress, first_index=first_index, **overrides
+        )
 
     def edit(self, images: Sequence[Any], instructions: Sequence[str], **more: Any) -> Generated:
         """One image an instruction. `images` holds for each the image it is about, or a sequence of several; `more` as of
@@ -84,7 +94,13 @@ class Pipeline:
         return self.draw([Request("reconstruct", "", (image,)) for image in images], **more)
 
     def draw(
-        self, requests: Sequence[Request], *, seed: int = 0, progress: bool = False, first_index: int = 0, **overrides: Any
+        self,
+        requests: Sequence[Request],
+        *,
+        seed: int = 0,
+        progress: bool = False,
+        first_index: int = 0,
+        **overrides: Any,
     ) -> Generated:
         """One image a request, of any tasks that an image answers. `overrides` are fields of SamplingConfig (steps, guidance,
         temperature, top_k, ...).
@@ -92,12 +108,25 @@ class Pipeline:
         Image i depends on (seed, first_index + i, requests[i]) and the settings alone, not on the batch it was made in.
         Raises UserError for no request, an unknown setting, or one that does not fit the model's rows.
         """
-        check(all(request.task != "understand" for request in requests), "task understand is answered in words: use ask")
+        check(
+            all(request.task != "understand" for request in requests),
+            "task understand is answered in words: use ask",
+        )
         settings, began, done = self.settings(**overrides), time.monotonic(), 0
         drawn: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-        for batch, rows, size in self._batches(requests, seed, first_index, settings, self.config.model.tokenizer.num_tokens):
-            pixels_BHWC, codes_BN = self._sample(self._params, **batch, settings=settings, size=size)
-            drawn |= dict(zip(rows, zip(np.asarray(pixels_BHWC), np.asarray(codes_BN), strict=True), strict=False))
+        for batch, rows, size in self._batches(
+            requests, seed, first_index, settings, self.config.model.tokenizer.num_tokens
+        ):
+            pixels_BHWC, codes_BN = self._sample(
+                self._params, **batch, settings=settings, size=size
+            )
+            drawn |= dict(
+                zip(
+                    rows,
+                    zip(np.asarray(pixels_BHWC), np.asarray(codes_BN), strict=True),
+                    strict=False,
+                )
+            )
             done += len(rows)
             if progress:
                 seconds = time.monotonic() - began
@@ -107,7 +136,9 @@ class Pipeline:
         images = [drawn[i][0] for i in range(len(requests))]
         alike = len({image.shape for image in images}) == 1
         codes_BN = np.stack([drawn[i][1] for i in range(len(requests))])
-        return Generated([request.text for request in requests], np.stack(images) if alike else images, codes_BN)
+        return Generated(
+            [request.text for request in requests], np.stack(images) if alike else images, codes_BN
+        )
 
     def ask(
         self,
@@ -127,13 +158,23 @@ class Pipeline:
         requests = [Request("understand", text, _several(shown)) for shown, text in pairs]
         answers: dict[int, str] = {}
         for batch, rows, _ in self._batches(requests, seed, first_index, settings, 1):
-            ids_BN, count_B = map(np.asarray, self._write(self._params, **batch, settings=settings, most=most))
+            ids_BN, count_B = map(
+                np.asarray, self._write(self._params, **batch, settings=settings, most=most)
+            )
             count_B = np.minimum(count_B, self.config.data.max_length - batch["lengths_B"])
-            answers |= {i: self.vocabulary.decode(ids[:n]).strip() for i, ids, n in zip(rows, ids_BN, count_B, strict=False)}
+            answers |= {
+                i: self.vocabulary.decode(ids[:n]).strip()
+                for i, ids, n in zip(rows, ids_BN, count_B, strict=False)
+            }
         return [answers[i] for i in range(len(requests))]
 
     def _batches(
-        self, requests: Sequence[Request], seed: int, first_index: int, settings: SamplingConfig, room: int
+        self,
+        requests: Sequence[Request],
+        seed: int,
+        first_index: int,
+        settings: SamplingConfig,
+        room: int,
     ) -> Iterator[tuple[dict[str, Any], list[int], tuple[int, int]]]:
         """(what a compiled program takes, which requests its first rows are, their size): requests of one size share batches.
         Prompts leave `room` tokens in a row."""
@@ -162,7 +203,9 @@ class Pipeline:
                 }
                 if shown:
                     views = [self._views(requests[i], prompts[i], size) for i in padded]
-                    batch["shown"] = {name: np.stack([view[name] for view in views]) for name in views[0]}
+                    batch["shown"] = {
+                        name: np.stack([view[name] for view in views]) for name in views[0]
+                    }
                 yield batch, rows, size
 
     def _size(self, request: Request) -> tuple[int, int]:
@@ -170,12 +213,20 @@ class Pipeline:
         if request.size is not None:
             model.check_size(request.size, "size")
             return request.size
-        return model.nearest_size(*request.images[0].shape[:2]) if request.images else model.sizes[0]
+        return (
+            model.nearest_size(*request.images[0].shape[:2]) if request.images else model.sizes[0]
+        )
 
     def _prompt(self, request: Request, room: int) -> Prompt:
-        model, limit, places = self.config.model, self.config.data.max_length, self.config.model.editing.references
+        model, limit, places = (
+            self.config.model,
+            self.config.data.max_length,
+            self.config.model.editing.references,
+        )
         if len(request.images) > places:
-            have = f"shows at most {places} in a row" if places else "was not trained to be shown any"
+            have = (
+                f"shows at most {places} in a row" if places else "was not trained to be shown any"
+            )
             raise UserError(f"images given: {len(request.images)}, but the model {have}")
         for image in request.images:
             _check_image(image)
@@ -197,9 +248,14 @@ class Pipeline:
             )
         return prompt
 
-    def _views(self, request: Request, prompt: Prompt, size: tuple[int, int]) -> dict[str, np.ndarray]:
+    def _views(
+        self, request: Request, prompt: Prompt, size: tuple[int, int]
+    ) -> dict[str, np.ndarray]:
         """What the batch has of a request's images, as in training (data/examples.py)."""
-        places, side = self.config.model.editing.references, self.config.model.tokenizer.encoder.image_size
+        places, side = (
+            self.config.model.editing.references,
+            self.config.model.tokenizer.encoder.image_size,
+        )
         blank = tuple(np.zeros((*shape, 3), np.uint8) for shape in (size, (side, side)))
         views = [images.views(image, size, side, self.config.data.crop) for image in request.images]
         views += [blank] * (places - len(views))
@@ -216,8 +272,12 @@ class Pipeline:
         """The checkpoint's sampling settings with `overrides` (None leaves one as it is)."""
         known = {f.name for f in dataclasses.fields(SamplingConfig)}
         if unknown := set(overrides) - known:
-            raise UserError(f"unknown sampling setting {', '.join(sorted(unknown))}: it takes {', '.join(sorted(known))}")
-        settings = dataclasses.replace(self.config.sampling, **{k: v for k, v in overrides.items() if v is not None})
+            raise UserError(
+                f"unknown sampling setting {', '.join(sorted(unknown))}: it takes {', '.join(sorted(known))}"
+            )
+        settings = dataclasses.replace(
+            self.config.sampling, **{k: v for k, v in overrides.items() if v is not None}
+        )
         shards = self.strategy.batch_shards
         # Padded up, since every device needs a row; rows past the last prompt are dropped.
         return dataclasses.replace(settings, batch_size=-(-settings.batch_size // shards) * shards)
@@ -251,14 +311,27 @@ def _rows(requests: int, most: int, shards: int) -> int:
 
 def _several(shown: Any) -> tuple[Any, ...]:
     """One image, or a sequence of them."""
-    return tuple(shown) if isinstance(shown, list | tuple) or getattr(shown, "ndim", 3) == 4 else (shown,)
+    return (
+        tuple(shown)
+        if isinstance(shown, list | tuple) or getattr(shown, "ndim", 3) == 4
+        else (shown,)
+    )
 
 
 def _check_image(image: Any) -> None:
     is_array = isinstance(image, np.ndarray)
     found = f"{image.dtype} {list(image.shape)}" if is_array else type(image).__name__
-    fits = is_array and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3 and image.size > 0
-    check(fits, f"an image must be a uint8 array [H, W, 3], not {found}: blip3o_jax.data.images.load reads one from a file")
+    fits = (
+        is_array
+        and image.dtype == np.uint8
+        and image.ndim == 3
+        and image.shape[2] == 3
+        and image.size > 0
+    )
+    check(
+        fits,
+        f"an image must be a uint8 array [H, W, 3], not {found}: blip3o_jax.data.images.load reads one from a file",
+    )
 
 
 def load(path: str | pathlib.Path, mesh: MeshConfig | None = None) -> Pipeline:
@@ -269,7 +342,9 @@ def load(path: str | pathlib.Path, mesh: MeshConfig | None = None) -> Pipeline:
     root, _ = checkpoints.find(path)
     config = checkpoints.read_config(root)
     if config.stage != "joint":
-        raise UserError(f"{root} was written by stage {config.stage!r}; sampling needs a checkpoint of stage 'joint'")
+        raise UserError(
+            f"{root} was written by stage {config.stage!r}; sampling needs a checkpoint of stage 'joint'"
+        )
     mesh = mesh or MeshConfig(data=-1, fsdp=1, strategy="dp")
     strategy = Strategy.of(mesh)
     parts = stage_parts(config)
@@ -291,5 +366,7 @@ def draw_to_directory(
     """Writes 00000.png, ... , a labelled grid.png and prompts.jsonl under `out`; returns the images' paths. `requests` are the
     fields of `Request`."""
     check_images_out(pathlib.Path(out))
-    generated = load(checkpoint).draw([Request(*fields) for fields in requests], seed=seed, progress=True, **overrides)
+    generated = load(checkpoint).draw(
+        [Request(*fields) for fields in requests], seed=seed, progress=True, **overrides
+    )
     return write_images(generated.images, generated.prompts, pathlib.Path(out))

@@ -19,7 +19,9 @@ _NEW = ".new"
 _NAME = re.compile(r"\d{5,}\.png")
 
 
-def write_images(images: Sequence[np.ndarray], prompts: Sequence[str], out: pathlib.Path) -> list[pathlib.Path]:
+def write_images(
+    images: Sequence[np.ndarray], prompts: Sequence[str], out: pathlib.Path
+) -> list[pathlib.Path]:
     """uint8 images [H, W, 3] of any sizes -> out/00000.png, ..., out/grid.png, out/prompts.jsonl; returns the paths of the
     single images.
 
@@ -36,7 +38,10 @@ def write_images(images: Sequence[np.ndarray], prompts: Sequence[str], out: path
             _save(Image.fromarray(image), new / name)
         _save(labelled_grid(images, prompts), new / "grid.png")
         pairs = zip(names, prompts, strict=True)
-        lines = [json.dumps({"file_name": name, "prompt": prompt}, ensure_ascii=False) + "\n" for name, prompt in pairs]
+        lines = [
+            json.dumps({"file_name": name, "prompt": prompt}, ensure_ascii=False) + "\n"
+            for name, prompt in pairs
+        ]
         files.replace_text(new / _LIST, "".join(lines))
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
@@ -69,16 +74,24 @@ def _save(image: Image.Image, path: pathlib.Path) -> None:
         image.save(path)
 
 
-def labelled_grid(images: Sequence[np.ndarray], prompts: Sequence[str], cell: int = 192) -> Image.Image:
+def labelled_grid(
+    images: Sequence[np.ndarray], prompts: Sequence[str], cell: int = 192
+) -> Image.Image:
     """All images in a grid with about as many rows as columns, each as large as its cell allows, over its prompt (three lines
     at most)."""
     count = len(images)
     columns = math.ceil(math.sqrt(count))
     font = ImageFont.load_default(size=12)
     label, gap = 3 * 15, 8
-    sizes = [[max(1, round(cell * side / max(image.shape[:2]))) for side in image.shape[:2]] for image in images]
+    sizes = [
+        [max(1, round(cell * side / max(image.shape[:2]))) for side in image.shape[:2]]
+        for image in images
+    ]
     high = max(height for height, _ in sizes)
-    width, height = columns * (cell + gap) + gap, math.ceil(count / columns) * (high + label + gap) + gap
+    width, height = (
+        columns * (cell + gap) + gap,
+        math.ceil(count / columns) * (high + label + gap) + gap,
+    )
     grid = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(grid)
     for i, (image, (tall, wide), prompt) in enumerate(zip(images, sizes, prompts, strict=True)):

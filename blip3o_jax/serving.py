@@ -102,7 +102,9 @@ async def read_body(request: Request, limits: ConnectionLimits) -> bytearray:
     except StopAsyncIteration:
         return body
     except TimeoutError:
-        raise Refused(408, f"the body did not come within {limits.body_seconds:g} s, or stopped coming") from None
+        raise Refused(
+            408, f"the body did not come within {limits.body_seconds:g} s, or stopped coming"
+        ) from None
 
 
 async def unless_disconnected(request: Request, work: Awaitable[Any]) -> Any:
@@ -195,11 +197,17 @@ class Service:
     def close(self) -> None:
         self._socket.close()
 
-    async def _serve_request(self, scope: dict[str, Any], receive: Callable, send: Callable) -> None:
+    async def _serve_request(
+        self, scope: dict[str, Any], receive: Callable, send: Callable
+    ) -> None:
         answer = _Answer(scope, receive, send, self._limits)
         began = time.monotonic()
         try:
-            if self._token and scope["path"] not in self._open_paths and not _has_token(scope, self._token):
+            if (
+                self._token
+                and scope["path"] not in self._open_paths
+                and not _has_token(scope, self._token)
+            ):
                 line = "the header 'Authorization: Bearer TOKEN' is missing or wrong"
                 refusal = Refused(401, line, {"WWW-Authenticate": "Bearer"})
                 await _refusal(refusal)(scope, answer.receive, answer.send)
@@ -226,7 +234,9 @@ class _Answer:
     """Both directions of one request. A refusal that leaves a body unread ends the connection, but
     lingers: closing at once would reset it, and the client might never see the answer."""
 
-    def __init__(self, scope: Mapping[str, Any], receive: Callable, send: Callable, limits: ConnectionLimits):
+    def __init__(
+        self, scope: Mapping[str, Any], receive: Callable, send: Callable, limits: ConnectionLimits
+    ):
         self._receive = receive
         self._send = send
         self._limits = limits
@@ -246,7 +256,9 @@ class _Answer:
             self.status = message["status"]
             self._closing = self._unread and self.status >= 400
             if self._closing:
-                message = message | {"headers": [*message.get("headers", ()), (b"connection", b"close")]}
+                message = message | {
+                    "headers": [*message.get("headers", ()), (b"connection", b"close")]
+                }
         elif self._closing and not message.get("more_body", False):
             await self._bounded(message | {"more_body": True})
             if self.status != 408:  # it had its time
@@ -284,7 +296,9 @@ def run_until_signal(services: Sequence[Service], ready: Callable[[], None]) -> 
     return asyncio.run(_run_until_signal(services, ready))
 
 
-async def _run_until_signal(services: Sequence[Service], ready: Callable[[], None]) -> signal.Signals:
+async def _run_until_signal(
+    services: Sequence[Service], ready: Callable[[], None]
+) -> signal.Signals:
     caught: list[signal.Signals] = []
 
     def stop(number: signal.Signals) -> None:
@@ -315,7 +329,9 @@ class Background:
     def __init__(self, services: Sequence[Service]):
         self._services = services
         self._started = threading.Event()
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._run()), name="http", daemon=True)
+        self._thread = threading.Thread(
+            target=lambda: asyncio.run(self._run()), name="http", daemon=True
+        )
 
     def __enter__(self) -> "Background":
         self._thread.start()
@@ -355,7 +371,9 @@ def _bound(what: str, host: str, port: int) -> socket.socket:
         raise UserError(f"{what}: cannot listen on {host}:{port}: {why}") from error
 
 
-def _request_metrics(registry: prometheus_client.CollectorRegistry | None, prefix: str) -> tuple[Any, Any]:
+def _request_metrics(
+    registry: prometheus_client.CollectorRegistry | None, prefix: str
+) -> tuple[Any, Any]:
     registry = registry or prometheus_client.CollectorRegistry()
     requests = prometheus_client.Counter(
         f"{prefix}_requests",
@@ -393,4 +411,6 @@ async def _not_routed(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     path = request.url.path[:80]
     lines = {404: f"there is no {path}", 405: f"{path} does not take {request.method[:20]}"}
-    return _refusal(Refused(error.status_code, lines.get(error.status_code, error.detail), error.headers))
+    return _refusal(
+        Refused(error.status_code, lines.get(error.status_code, error.detail), error.headers)
+    )

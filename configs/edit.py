@@ -23,14 +23,19 @@ from blip3o_jax.train.start import continued
 def get_config(path: str) -> config.Config:
     given = continued(path, trained=("ar", "connector", "dit"))
     editing = dataclasses.replace(
-        given.model.editing, references=max(1, given.model.editing.references), latents=True, beside=True
+        given.model.editing,
+        references=max(1, given.model.editing.references),
+        latents=True,
+        beside=True,
     )
     return dataclasses.replace(
         given,
         steps=7_000,
         log_every=50,
         model=dataclasses.replace(given.model, editing=editing),
-        data=dataclasses.replace(given.data, batch_size=128, workers=16, max_length=max(2048, given.data.max_length)),
+        data=dataclasses.replace(
+            given.data, batch_size=128, workers=16, max_length=max(2048, given.data.max_length)
+        ),
         optimizer=config.OptimizerConfig(learning_rate=5e-5, end_learning_rate=1e-5),
         checkpoint=dataclasses.replace(given.checkpoint, every=500),
     )

@@ -24,7 +24,9 @@ def get_config() -> dict[str, config.Config]:
         mesh=config.MeshConfig(data=-1, fsdp=1, strategy="dp", cpu_devices=demo.cpu_devices()),
         log_every=50,
         # What was learned by heart is wanted back: the likeliest tokens, and the condition as it is.
-        sampling=config.SamplingConfig(temperature=0.0, top_k=0, top_p=1.0, steps=20, guidance=1.0, batch_size=16),
+        sampling=config.SamplingConfig(
+            temperature=0.0, top_k=0, top_p=1.0, steps=20, guidance=1.0, batch_size=16
+        ),
     )
 
     def stage(name: str, steps: int, rate: float, **changes: object) -> config.Config:
@@ -32,13 +34,19 @@ def get_config() -> dict[str, config.Config]:
             base,
             stage=name,
             steps=steps,
-            optimizer=config.OptimizerConfig(learning_rate=rate, end_learning_rate=rate / 50, warmup_share=0.05, b2=0.99),
-            checkpoint=config.CheckpointConfig(every=200, keep=1, init_from=changes.pop("init_from", ())),
+            optimizer=config.OptimizerConfig(
+                learning_rate=rate, end_learning_rate=rate / 50, warmup_share=0.05, b2=0.99
+            ),
+            checkpoint=config.CheckpointConfig(
+                every=200, keep=1, init_from=changes.pop("init_from", ())
+            ),
             **changes,
         )
 
     return {
-        "autoencoder": stage("autoencoder", 500, 3e-3, loss=config.LossConfig(latent_scale=0.01, latent_noise=0.05)),
+        "autoencoder": stage(
+            "autoencoder", 500, 3e-3, loss=config.LossConfig(latent_scale=0.01, latent_noise=0.05)
+        ),
         "contrastive": stage("contrastive", 60, 1e-3, loss=config.LossConfig(dense=3.0)),
         "tokenizer": stage("tokenizer", 100, 1e-3, init_from=(("tokenizer", "contrastive"),)),
         "joint": stage(

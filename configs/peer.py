@@ -33,7 +33,11 @@ def get_config() -> config.Config:
                 **CPU,
             ),
             decoder=config.TaTokDecoderConfig(
-                hidden_size=256, intermediate_size=704, num_hidden_layers=2, num_attention_heads=4, num_patches=100
+                hidden_size=256,
+                intermediate_size=704,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_patches=100,
             ),
             bottleneck_dim=128,
             codebook_size=4096,

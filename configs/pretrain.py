@@ -41,7 +41,9 @@ def get_config(size: str = "1.7b") -> config.Config:
         log_every=50,
         model=config.ModelConfig(
             ar=AR[size],
-            tokenizer=config.TaTokConfig(encoder=config.SiglipVisionConfig(param_dtype="bfloat16"), param_dtype="bfloat16"),
+            tokenizer=config.TaTokConfig(
+                encoder=config.SiglipVisionConfig(param_dtype="bfloat16"), param_dtype="bfloat16"
+            ),
             dit=config.SanaConfig(remat="dots"),
             vae=config.DcAeConfig(param_dtype="bfloat16"),
         ),

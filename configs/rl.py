@@ -21,7 +21,8 @@ from blip3o_jax.demo.recipe import reinforcement
 from blip3o_jax.train.start import continued
 
 GENEVAL = config.RewardConfig(
-    name="geneval", options=(("detector", "transformers"), ("path", "detector"), ("colour_path", "clip"))
+    name="geneval",
+    options=(("detector", "transformers"), ("path", "detector"), ("colour_path", "clip")),
 )
 RECIPES = {
     "ocr": config.RlConfig(rewards=(config.RewardConfig(name="ocr"),)),
@@ -34,18 +35,25 @@ RECIPES = {
 def get_config(argument: str) -> config.Config:
     recipe, _, path = argument.partition(":")
     config.check_choice("recipe", recipe, (*RECIPES, "shapes", "words"))
-    config.check(bool(path), f"configs/rl.py:{recipe} names no checkpoint to start from: configs/rl.py:{recipe}:CHECKPOINT")
+    config.check(
+        bool(path),
+        f"configs/rl.py:{recipe} names no checkpoint to start from: configs/rl.py:{recipe}:CHECKPOINT",
+    )
     if recipe in ("shapes", "words"):
         demo = reinforcement(path, "")
         return demo if recipe == "shapes" else words(demo)
     given = continued(path, trained=("ar", "dit"))
-    sampling = dataclasses.replace(given.sampling, temperature=1.0, top_k=0, top_p=1.0, token_guidance=1.0, batch_size=64)
+    sampling = dataclasses.replace(
+        given.sampling, temperature=1.0, top_k=0, top_p=1.0, token_guidance=1.0, batch_size=64
+    )
     return dataclasses.replace(
         given,
         steps=1000,
         log_every=1,
         preview=0,
-        optimizer=config.OptimizerConfig(learning_rate=1e-6, end_learning_rate=0.0, weight_decay=0.0),
+        optimizer=config.OptimizerConfig(
+            learning_rate=1e-6, end_learning_rate=0.0, weight_decay=0.0
+        ),
         checkpoint=dataclasses.replace(given.checkpoint, every=50),
         rl=dataclasses.replace(RECIPES[recipe], rollout=sampling),
     )
@@ -54,5 +62,9 @@ def get_config(argument: str) -> config.Config:
 def words(demo: config.Config) -> config.Config:
     """What reads right depends on how the diffusion head draws letters as much as on the tokens, so both learn."""
     flow = dataclasses.replace(demo.rl.flow, kl=0.0)
-    rl = dataclasses.replace(demo.rl, policy="both", prompts=8, rewards=(config.RewardConfig(name="ocr"),), flow=flow)
-    return dataclasses.replace(demo, steps=80, checkpoint=dataclasses.replace(demo.checkpoint, every=80), rl=rl)
+    rl = dataclasses.replace(
+        demo.rl, policy="both", prompts=8, rewards=(config.RewardConfig(name="ocr"),), flow=flow
+    )
+    return dataclasses.replace(
+        demo, steps=80, checkpoint=dataclasses.replace(demo.checkpoint, every=80), rl=rl
+    )

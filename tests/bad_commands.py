@@ -74,7 +74,9 @@ class Bad:
 def commands() -> Iterator[tuple[str, argparse.ArgumentParser]]:
     """(name, parser) of each command that runs something."""
 
-    def walk(name: str, parser: argparse.ArgumentParser) -> Iterator[tuple[str, argparse.ArgumentParser]]:
+    def walk(
+        name: str, parser: argparse.ArgumentParser
+    ) -> Iterator[tuple[str, argparse.ArgumentParser]]:
         if parser.get_default("run"):
             yield name.strip(), parser
         for action in parser._actions:
@@ -119,15 +121,49 @@ def bad_values(action: argparse.Action) -> list[str]:
     described = getattr(action.type, "__qualname__", "")
     if "number" in described or "_batch" in described:
         signed = "guidance" in action.dest
-        return ["", "x", "nan", "1e999", "\0", "0x10", "1 2", HUGE, "--1", *([] if signed else ["-1", "-9"])]
+        return [
+            "",
+            "x",
+            "nan",
+            "1e999",
+            "\0",
+            "0x10",
+            "1 2",
+            HUGE,
+            "--1",
+            *([] if signed else ["-1", "-9"]),
+        ]
     if described == "path":
         return ["", " ", "\0", "a\0b", "gs://bucket/x"]
     if described == "size":
-        return ["", "x", "32", "32x", "x32", "0x32", "-32x32", "32x32x32", "32.5x32", "99999x32", f"{HUGE}x32", "\0"]
+        return [
+            "",
+            "x",
+            "32",
+            "32x",
+            "x32",
+            "0x32",
+            "-32x32",
+            "32x32x32",
+            "32.5x32",
+            "99999x32",
+            f"{HUGE}x32",
+            "\0",
+        ]
     if described == "_size":  # of a file
         return ["", "x", "-1", "0", "5XB", "1e999GB", "nan", "\0"]
     if described == "_mesh":
-        return ["fdsp=8", "fsdp=x", "fsdp=0", "fsdp=-2", "data=-1,fsdp=-1", f"fsdp={HUGE}", "strategy=x", "fsdp", "\0"]
+        return [
+            "fdsp=8",
+            "fsdp=x",
+            "fsdp=0",
+            "fsdp=-2",
+            "data=-1,fsdp=-1",
+            f"fsdp={HUGE}",
+            "strategy=x",
+            "fsdp",
+            "\0",
+        ]
     if described == "address":
         return ["", "h", "h:", ":1", "h:0", "h:99999", "h:-1", "h:x", f"h:{HUGE}", "h\0:1"]
     if described == "word":
@@ -145,8 +181,24 @@ def of_settings() -> Iterator[Bad]:
             argv = (*name.split(), *BASE[name], f"--config.{path}={text}")
             yield Bad("settings", argv, (path.rpartition(".")[2],))
         yield Bad("settings", ("params", *BASE["params"], f"--config.{path}x=1"), (path,))
-    for path in ("", ".", "..", "model", "model.", ".steps", "steps.x", "data.sources[0].path", "joint.steps", "a\0b", "\n"):
-        yield Bad("settings", ("params", *BASE["params"], f"--config.{path}=1"), ("config", "model", "steps"))
+    for path in (
+        "",
+        ".",
+        "..",
+        "model",
+        "model.",
+        ".steps",
+        "steps.x",
+        "data.sources[0].path",
+        "joint.steps",
+        "a\0b",
+        "\n",
+    ):
+        yield Bad(
+            "settings",
+            ("params", *BASE["params"], f"--config.{path}=1"),
+            ("config", "model", "steps"),
+        )
 
 
 def leaves(cls: type, path: str) -> Iterator[tuple[str, typing.Any]]:
@@ -164,13 +216,26 @@ def bad_texts(hint: typing.Any) -> list[str]:
         inner = typing.get_args(kind)[0]
         wrong = {float: "(nan,)", int: "(1.5,)", str: "('\\x00',)"}
         element = wrong.get(fields.unwrapped(inner)[0], "(3,)")
-        return ["", "x", "(", "3", "(" * 500, "{1: 2}", "(None,)", element, "\0", "__import__('os').getcwd()"]
+        return [
+            "",
+            "x",
+            "(",
+            "3",
+            "(" * 500,
+            "{1: 2}",
+            "(None,)",
+            element,
+            "\0",
+            "__import__('os').getcwd()",
+        ]
     if kind is bool:
         return ["", "maybe", "2", "\0"]
     if kind is str or typing.get_origin(kind) is typing.Literal:
         return ["\0", "a\0b"] if kind is str else ["nonsense", "\0", "\n"]
     bounds = [c for c in constraints if isinstance(c, fields.Bounds)]
-    beyond = [str(kind(b.low) - kind(1)) for b in bounds] + [str(kind(b.high) + kind(1)) for b in bounds]
+    beyond = [str(kind(b.low) - kind(1)) for b in bounds] + [
+        str(kind(b.high) + kind(1)) for b in bounds
+    ]
     if kind is float:
         beyond = ["-1e30", "1e30"]
     return ["", "x", "nan", "inf", "-inf", HUGE, "\0", "1,5", *beyond]
@@ -225,13 +290,23 @@ def write_files(place: pathlib.Path) -> None:
     (place / "cut.png").write_bytes(tiny.images(1)[0][:60])
     (place / "loop").symlink_to("loop")
     (place / "dangling").symlink_to("nowhere")
-    for name in ("empty", "garbage", "list.json", "number.json", "deep.json", "digits.json", "unknown.json"):
+    for name in (
+        "empty",
+        "garbage",
+        "list.json",
+        "number.json",
+        "deep.json",
+        "digits.json",
+        "unknown.json",
+    ):
         for kind in ("checkpoint", "hf"):
             directory = place / f"{kind}_{name.partition('.')[0]}"
             directory.mkdir()
             (directory / "config.json").write_bytes(FILES[name] or b"")
     (place / "checkpoint_defaults").mkdir()
-    (place / "checkpoint_defaults" / "config.json").write_text(json.dumps(config.to_dict(config.Config())))
+    (place / "checkpoint_defaults" / "config.json").write_text(
+        json.dumps(config.to_dict(config.Config()))
+    )
 
 
 ABSENT = ("nowhere", "dangling", "loop", "text.txt/under", LONG)
@@ -240,7 +315,10 @@ BAD_PATHS = {
         *ABSENT,
         "text.txt",
         "folder",
-        *(f"checkpoint_{n}" for n in ("empty", "garbage", "list", "number", "deep", "digits", "unknown", "defaults")),
+        *(
+            f"checkpoint_{n}"
+            for n in ("empty", "garbage", "list", "number", "deep", "digits", "unknown", "defaults")
+        ),
     ),
     "hf": (
         *ABSENT,
@@ -335,9 +413,20 @@ def of_files() -> Iterator[Bad]:
             if action.dest == "out":
                 kind = "out file" if name in ("convert verify", "rl rescore") else "out"
             for value in (*BAD_PATHS.get(kind, ()), *LISTS.get(action.dest, ())):
-                others = tuple(given for given in base if given.partition("=")[0] not in (flag, *INSTEAD.get(flag, ())))
-                others += ("--suite=ocr",) if name == "evaluate" and flag == "--prompts_file" else ()
-                told = (flag, action.dest, value.partition(".py")[0][:20], *([ENDS[name]] if name in ENDS else ()))
+                others = tuple(
+                    given
+                    for given in base
+                    if given.partition("=")[0] not in (flag, *INSTEAD.get(flag, ()))
+                )
+                others += (
+                    ("--suite=ocr",) if name == "evaluate" and flag == "--prompts_file" else ()
+                )
+                told = (
+                    flag,
+                    action.dest,
+                    value.partition(".py")[0][:20],
+                    *([ENDS[name]] if name in ENDS else ()),
+                )
                 yield Bad("files", (*words, *others, f"{flag}={value}"), told)
 
 

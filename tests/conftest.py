@@ -9,7 +9,9 @@ os.environ.setdefault("NPROC", "64")  # as parallel/mesh.py has it for eight dev
 # Compiling takes most of the suite's time, running the tiny programs next to none. The compiler's
 # newer generator of fused loops takes twice as long as the one that this flag brings back. Processes
 # that tests start inherit it.
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false".strip()
+os.environ["XLA_FLAGS"] = (
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false".strip()
+)
 
 import jax
 import numpy as np

@@ -45,7 +45,9 @@ MODULES: dict[type, tuple[str, type, Callable[..., ModelConfig]]] = {
         "vae",
         DcAe,
         lambda cfg: ModelConfig(
-            vae=cfg, dit=config.SanaConfig(in_channels=cfg.latent_channels), image_size=cfg.spatial_compression
+            vae=cfg,
+            dit=config.SanaConfig(in_channels=cfg.latent_channels),
+            image_size=cfg.spatial_compression,
         ),
     ),
 }
@@ -63,13 +65,21 @@ def convert(named: Mapping[str, torch.Tensor], cfg: object) -> dict[str, np.ndar
     return mapping.to_jax(part, whole(cfg), {key: x.detach().numpy() for key, x in named.items()})
 
 
-def _convert_encoder(named: Mapping[str, torch.Tensor], cfg: config.SiglipVisionConfig) -> dict[str, np.ndarray]:
+def _convert_encoder(
+    named: Mapping[str, torch.Tensor], cfg: config.SiglipVisionConfig
+) -> dict[str, np.ndarray]:
     """The vision tokenizer's encoder alone, within a tokenizer of zeros."""
     tokenizer = config.TaTokConfig(encoder=cfg, bottleneck_dim=1, codebook_size=1)
     rest = mapping.tensor_shapes("tokenizer", ModelConfig(tokenizer=tokenizer))
-    zeros = {key: torch.zeros(shape) for key, shape in rest.items() if not key.startswith("encoder.")}
+    zeros = {
+        key: torch.zeros(shape) for key, shape in rest.items() if not key.startswith("encoder.")
+    }
     arrays = convert(zeros | {f"encoder.{key}": x for key, x in named.items()}, tokenizer)
-    return {path.removeprefix("encoder/"): x for path, x in arrays.items() if path.startswith("encoder/")}
+    return {
+        path.removeprefix("encoder/"): x
+        for path, x in arrays.items()
+        if path.startswith("encoder/")
+    }
 
 
 def jax_model(module: torch.nn.Module, cfg: object) -> nnx.Module:
@@ -78,7 +88,9 @@ def jax_model(module: torch.nn.Module, cfg: object) -> nnx.Module:
     model = nnx.eval_shape(lambda: cls(cfg, rngs=nnx.Rngs(0)))
     arrays = convert(module.state_dict(), cfg)
     state = nnx.state(model)
-    assert {path: array.shape for path, array in arrays.items()} == {path: x.shape for path, x in flat(state).items()}
+    assert {path: array.shape for path, array in arrays.items()} == {
+        path: x.shape for path, x in flat(state).items()
+    }
     for path, variable in nnx.to_flat_state(state):
         variable.set_value(jnp.asarray(arrays["/".join(map(str, path))]))
     nnx.update(model, state)
@@ -87,7 +99,10 @@ def jax_model(module: torch.nn.Module, cfg: object) -> nnx.Module:
 
 def gradients(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     """torch name -> gradient of the last backward pass, zeros where none arrived."""
-    return {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in module.named_parameters()}
+    return {
+        name: torch.zeros_like(p) if p.grad is None else p.grad
+        for name, p in module.named_parameters()
+    }
 
 
 def flat(tree: object) -> dict[str, jax.Array]:

@@ -42,16 +42,24 @@ def imports(path: pathlib.Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("blip3o_jax."):
             found.add(node.module.split(".")[1])
         elif isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("blip3o_jax.")}
+            found |= {
+                alias.name.split(".")[1]
+                for alias in node.names
+                if alias.name.startswith("blip3o_jax.")
+            }
     return found - {"__version__"}
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
+@pytest.mark.parametrize(
+    "path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE))
+)
 def test_nothing_imports_what_stands_above_it(path):
     name = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
     if name in FACE:
         return
-    assert name in LEVEL, f"{name} has no place among the layers: give it one here and in docs/architecture.md"
+    assert name in LEVEL, (
+        f"{name} has no place among the layers: give it one here and in docs/architecture.md"
+    )
     above = {other for other in imports(path) if LEVEL[other] > LEVEL[name]}
     assert not above, f"{name} imports {', '.join(sorted(above))}"
     if name in NETWORKS:

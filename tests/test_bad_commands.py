@@ -42,7 +42,10 @@ def line_of(case):
 
 def assert_names_it(case, line):
     assert line is not None, f"accepted: {case}"
-    assert line.startswith("blip3o: error: ") and line.count("\n") == 1 and len(line) < 700, (case, line)
+    assert line.startswith("blip3o: error: ") and line.count("\n") == 1 and len(line) < 700, (
+        case,
+        line,
+    )
     assert any(word in line for word in case.words), (case, line)
 
 
@@ -75,7 +78,8 @@ def listing(directory):
         str(path.relative_to(directory)): (path.lstat().st_size, path.lstat().st_mtime_ns)
         for path in directory.rglob("*")
         if path.is_symlink() or path.is_file()
-        if path.relative_to(directory).parts[0] != "cache" and not {"__pycache__", ".blip3o_index"} & set(path.parts)
+        if path.relative_to(directory).parts[0] != "cache"
+        and not {"__pycache__", ".blip3o_index"} & set(path.parts)
     }
 
 
@@ -128,7 +132,9 @@ def test_a_thousand_bad_commands_end_in_one_line(finished, monkeypatch, capfd):
             faults.append((case.argv, status, err[-500:]))
         after = listing(finished)
         if after != before:
-            changed = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
+            changed = sorted(
+                name for name in before.keys() | after.keys() if before.get(name) != after.get(name)
+            )
             faults.append((case.argv, "changed", changed[:5]))
             before = after
     assert not faults, f"{len(faults)} faults, first {faults[:5]}"

@@ -39,7 +39,9 @@ def write_tar(path, count=8, **changes):
     for i, (image, caption) in enumerate(zip(tiny.images(count), tiny.CAPTIONS, strict=False)):
         files |= {f"{i:03d}.png": image, f"{i:03d}.txt": caption.encode()}
     with tarfile.open(path, "w") as archive:
-        for name, data in (files | {name[1:].replace("_", "."): data for name, data in changes.items()}).items():
+        for name, data in (
+            files | {name[1:].replace("_", "."): data for name, data in changes.items()}
+        ).items():
             member = tarfile.TarInfo(name)
             member.size = len(data)
             archive.addfile(member, io.BytesIO(data))
@@ -47,9 +49,13 @@ def write_tar(path, count=8, **changes):
 
 
 def blip3o(place, *arguments, **environment):
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(place / "cache")} | environment
+    environment = (
+        os.environ | {"PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(place / "cache")} | environment
+    )
     command = [sys.executable, "-m", "blip3o_jax", *map(str, arguments)]
-    return subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        command, cwd=place, env=environment, capture_output=True, text=True, timeout=300
+    )
 
 
 def snapshot(directory):
@@ -89,7 +95,13 @@ def test_a_tar_cut_in_half(place):
     (place / "cut.tar").write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
     before = snapshot(place / "joint")
     assert (
-        len(refused(blip3o(place, *TRAIN, "--config.data.path=cut.tar"), "cut.tar: cut off or damaged at byte", "key: 005"))
+        len(
+            refused(
+                blip3o(place, *TRAIN, "--config.data.path=cut.tar"),
+                "cut.tar: cut off or damaged at byte",
+                "key: 005",
+            )
+        )
         == 1
     )
     assert snapshot(place / "joint") == before
@@ -104,7 +116,14 @@ def test_a_batch_that_does_not_divide_over_the_mesh(place):
         "--config.data.batch_size=6",
         XLA_FLAGS="--xla_force_host_platform_device_count=8",
     )
-    assert len(refused(done, "data.batch_size=6 does not divide over 8 batch shards", "use a multiple of 8")) == 1
+    assert (
+        len(
+            refused(
+                done, "data.batch_size=6 does not divide over 8 batch shards", "use a multiple of 8"
+            )
+        )
+        == 1
+    )
 
 
 def write_odd_records(path):
@@ -116,7 +135,9 @@ def write_odd_records(path):
         (path / "odd" / f"{i}.png").write_bytes(data)
     notes = PngImagePlugin.PngInfo()
     notes.add_itxt("XML:com.adobe.xmp", "x" * ((1 << 20) + 9), zip=True)
-    Image.new("RGB", (20, 20)).save(path / "odd" / "0.png", pnginfo=notes, icc_profile=bytes((1 << 20) + 9))
+    Image.new("RGB", (20, 20)).save(
+        path / "odd" / "0.png", pnginfo=notes, icc_profile=bytes((1 << 20) + 9)
+    )
     (path / "odd" / "1.png").write_bytes(b"")
     Image.new("RGB", (20, 20)).save(path / "odd" / "2.png", "EPS")
     Image.new("1", (10_000, 8_001)).save(path / "odd" / "3.png")
@@ -129,7 +150,9 @@ def write_odd_records(path):
     raw[8] = b'{"file_name": "8.png", "caption": "caf\xe9"}'
     (path / "odd" / "captions.jsonl").write_bytes(b"\r\n".join(raw))
 
-    table = pa.table({"image": tiny.images(8), "text": [["", caption] for caption in tiny.CAPTIONS[:8]]})
+    table = pa.table(
+        {"image": tiny.images(8), "text": [["", caption] for caption in tiny.CAPTIONS[:8]]}
+    )
     pq.write_table(table, path / "odd.parquet", row_group_size=4)
     column = pq.read_metadata(path / "odd.parquet").row_group(1).column(0)
     data = bytearray((path / "odd.parquet").read_bytes())
@@ -175,7 +198,14 @@ def test_odd_records_are_skipped_and_counted_up_to_the_share_allowed(place):
 
 def test_a_prompt_longer_than_the_sequence(place):
     before = snapshot(place / "joint")
-    done = blip3o(place, "sample", "--checkpoint=joint", "--out=out", "--prompt=a cat", f"--prompt={'cat ' * 90}")
+    done = blip3o(
+        place,
+        "sample",
+        "--checkpoint=joint",
+        "--out=out",
+        "--prompt=a cat",
+        f"--prompt={'cat ' * 90}",
+    )
     assert len(refused(done, "prompt 'cat cat cat", "is more than the model's 72: shorten it")) == 1
     assert not (place / "out").exists() and snapshot(place / "joint") == before
 

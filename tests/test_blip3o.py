@@ -28,7 +28,14 @@ def setup():
     batch["label_count"] = np.full(8, batch["loss_mask"][:, 1:].sum() / 8, np.float32)
     plan = plan_state(cfg, tiny.strategy())
     state = create_state(cfg, plan)
-    return cfg, image_first, plan, (state["params"], state["frozen"]), batch, row_keys(0, jnp.int32(0), 8)
+    return (
+        cfg,
+        image_first,
+        plan,
+        (state["params"], state["frozen"]),
+        batch,
+        row_keys(0, jnp.int32(0), 8),
+    )
 
 
 @functools.cache
@@ -39,8 +46,16 @@ def joint(span, draws=1):
     @functools.partial(jax.jit, static_argnums=(1, 2))
     def fn(weights, dropout, ce):
         def loss(params):
-            settings = dataclasses.replace(cfg.loss, condition_span=span, condition_dropout=dropout, ce=ce, flow_draws=draws)
-            return blip3o.joint_loss(plan.model(params, weights[1]), batch, keys_B, loss=settings, image_first=image_first)
+            settings = dataclasses.replace(
+                cfg.loss, condition_span=span, condition_dropout=dropout, ce=ce, flow_draws=draws
+            )
+            return blip3o.joint_loss(
+                plan.model(params, weights[1]),
+                batch,
+                keys_B,
+                loss=settings,
+                image_first=image_first,
+            )
 
         (value, metrics), gradients = jax.value_and_grad(loss, has_aux=True)(weights[0])
         return value, metrics, gradients
@@ -57,7 +72,9 @@ def row_parts():
     @jax.jit
     def hidden(weights, tokens_L, segment_ids_L):
         model = plan.model(*weights)
-        hidden_BLD = model.ar(model.ar.embed(tokens_L[None]), jnp.arange(length)[None], segment_ids_L[None])
+        hidden_BLD = model.ar(
+            model.ar.embed(tokens_L[None]), jnp.arange(length)[None], segment_ids_L[None]
+        )
         return hidden_BLD[0], model.ar.logits(hidden_BLD)[0]
 
     @jax.jit
@@ -79,10 +96,16 @@ def expected(span, keep, draws=1):
         tokens_L[start : start + 4] = batch["codes"][b] + image_first
         # The exact span as if all of the row were real: what comes after a token cannot matter to it.
         segment_ids_L = batch["segment_ids"][b] if span == "last" else np.ones_like(tokens_L)
-        hidden_LD, logits_LV = (np.asarray(x, np.float64) for x in hidden(weights, tokens_L, segment_ids_L))
+        hidden_LD, logits_LV = (
+            np.asarray(x, np.float64) for x in hidden(weights, tokens_L, segment_ids_L)
+        )
         for at in np.flatnonzero(batch["loss_mask"][b]):
             logits_V = logits_LV[at - 1][: cfg.model.ar.vocab_size]
-            nll += np.log(np.exp(logits_V - logits_V.max()).sum()) + logits_V.max() - logits_V[tokens_L[at]]
+            nll += (
+                np.log(np.exp(logits_V - logits_V.max()).sum())
+                + logits_V.max()
+                - logits_V[tokens_L[at]]
+            )
             labels += 1
         span_TD = hidden_LD[start - 1 : start + 4] if span == "exact" else hidden_LD[-5:]
         noise_key, sigma_key, _ = jax.random.split(keys_B[b], 3)
@@ -92,7 +115,9 @@ def expected(span, keep, draws=1):
         for noise_HWC, uniform in zip(noises, jax.random.uniform(sigma_key, (draws,)), strict=True):
             sigma = 1 - np.floor(1000 * float(uniform)) / 1000
             x_HWC = (1 - sigma) * z_HWC + sigma * noise_HWC
-            got_HWC = velocity(weights, jnp.float32(x_HWC), jnp.float32(sigma), jnp.float32(span_TD))
+            got_HWC = velocity(
+                weights, jnp.float32(x_HWC), jnp.float32(sigma), jnp.float32(span_TD)
+            )
             flow.append(np.mean((np.asarray(got_HWC) - (noise_HWC - z_HWC)) ** 2))
     return nll / labels, np.mean(flow)
 
@@ -102,7 +127,9 @@ def test_joint_loss_is_that_of_its_parts_row_by_row(dropout):
     """float32 against float32 in other shapes: 1e-5."""
     _, _, _, weights, _, keys_B = setup()
     keep = [float(jax.random.uniform(jax.random.split(key, 3)[2])) >= dropout for key in keys_B]
-    assert sum(keep) == {0.0: 8, 1.0: 0}.get(dropout, sum(keep)) and (dropout != 0.5 or 0 < sum(keep) < 8)
+    assert sum(keep) == {0.0: 8, 1.0: 0}.get(dropout, sum(keep)) and (
+        dropout != 0.5 or 0 < sum(keep) < 8
+    )
     ce, flow = expected("exact", keep)
     loss, metrics, _ = joint("exact")(weights, dropout, 0.25)
     assert relative_error(metrics["ce"], ce) < 1e-5
@@ -139,7 +166,10 @@ def test_rows_without_their_caption_are_rows_that_open_with_the_scale_token():
             row[: len(of) - start] = of[start:]
     bare["image_span"] = np.zeros_like(batch["image_span"])
     got, want, captioned = loss(answers, 1.0), loss(bare, 0.0), loss(answers, 0.0)
-    for name, seen in (("ce", 1e-4), ("flow", 2e-5)):  # a DiT that was never trained hardly looks at its condition
+    for name, seen in (
+        ("ce", 1e-4),
+        ("flow", 2e-5),
+    ):  # a DiT that was never trained hardly looks at its condition
         assert relative_error(got[name], want[name]) < seen / 4
         assert relative_error(got[name], captioned[name]) > seen
 
@@ -153,7 +183,9 @@ def test_rows_lose_caption_and_condition_together():
     np.testing.assert_array_equal(drawn.captioned_B, drawn.keep_B)
     np.testing.assert_array_equal(drawn.keep_references_B, drawn.keep_B)
     assert 0.7 < np.mean(drawn.keep_B) < 0.8  # 0.75 with a deviation of 0.022
-    drawn = blip3o.draw_noise(keys_B, (2, 2, 1), cfg.model, dataclasses.replace(loss, caption_dropout=0.0))
+    drawn = blip3o.draw_noise(
+        keys_B, (2, 2, 1), cfg.model, dataclasses.replace(loss, caption_dropout=0.0)
+    )
     assert np.all(drawn.captioned_B) and not np.all(drawn.keep_B)
 
 
@@ -169,7 +201,9 @@ def test_references_stay_where_the_instruction_alone_is_dropped():
 def test_the_reference_takes_the_last_positions_of_the_row():
     """The published weights' window holds end tags and padding; the cross entropy knows nothing of it."""
     _, _, _, weights, batch, _ = setup()
-    assert not batch["segment_ids"][:, -1].any()  # every row ends in padding, so the two windows differ
+    assert not batch["segment_ids"][
+        :, -1
+    ].any()  # every row ends in padding, so the two windows differ
     _, exact, _ = joint("exact")(weights, 0.0, 1.0)
     _, last, _ = joint("last")(weights, 0.0, 1.0)
     assert relative_error(last["flow"], expected("last", [True] * 8)[1]) < 1e-5
@@ -186,7 +220,9 @@ def test_the_flow_loss_reaches_the_decoder_through_the_frozen_dit():
     for path, gradient in jax.tree.leaves_with_path(with_condition["ar"]["layers"]):
         assert all(np.any(layer) for layer in gradient), jax.tree_util.keystr(path)
     assert not any(np.any(g) for g in jax.tree.leaves(without["ar"]))
-    assert np.any(without["connector"]["linear2"]["bias"]) and not np.any(without["connector"]["linear1"]["kernel"])
+    assert np.any(without["connector"]["linear2"]["bias"]) and not np.any(
+        without["connector"]["linear1"]["kernel"]
+    )
 
 
 def test_parts_do_not_depend_on_which_others_there_are():
@@ -201,7 +237,9 @@ def test_parts_do_not_depend_on_which_others_there_are():
 
 def test_image_rows_start_at_projections_of_their_codes():
     cfg = tiny.model()
-    ar = dataclasses.replace(cfg.ar, hidden_size=1024, embedding_range=0.5, vocab_size=360, tie_word_embeddings=False)
+    ar = dataclasses.replace(
+        cfg.ar, hidden_size=1024, embedding_range=0.5, vocab_size=360, tie_word_embeddings=False
+    )
     cfg = dataclasses.replace(cfg, ar=ar)
     model = blip3o.Blip3o(cfg, ("tokenizer", "ar"), seed=0)
     before = [np.array(x) for x in (model.ar.embedding[...], model.ar.head().T)]
@@ -216,7 +254,9 @@ def test_image_rows_start_at_projections_of_their_codes():
         assert np.std(table[rows]) == pytest.approx(deviation, rel=0.1)
         # Distances among 32 rows survive a projection onto 1024 dimensions to within a few times sqrt(1 / 1024).
         want = distances(codes)
-        np.testing.assert_allclose(distances(table[rows] / deviation) / np.sqrt(1024), want, atol=0.15 * want.max())
+        np.testing.assert_allclose(
+            distances(table[rows] / deviation) / np.sqrt(1024), want, atol=0.15 * want.max()
+        )
     assert abs(np.corrcoef(tables[0][320:352].ravel(), tables[1][320:352].ravel())[0, 1]) < 0.1
 
 
@@ -235,7 +275,10 @@ def test_other_stages_learn_one_batch(stage):
     cfg = dataclasses.replace(cfg, steps=100, optimizer=optimizer, loss=loss)
     strategy = tiny.strategy()
     plan = plan_state(cfg, strategy)
-    state, step = create_state(cfg, plan), make_step(cfg, plan, strategy, make_loss(cfg, image_first))
+    state, step = (
+        create_state(cfg, plan),
+        make_step(cfg, plan, strategy, make_loss(cfg, image_first)),
+    )
     assert {str(path[0].key) for path, _ in jax.tree.leaves_with_path(state["params"])} == {
         pattern.split("/")[0] for pattern in STAGES[stage].trainable
     }

@@ -80,19 +80,47 @@ def listing(value):
         ("two", lambda file: file.unlink(), "two is missing"),
         ("manifest.json", lambda file: file.unlink(), "manifest.json is missing"),
         ("manifest.json", lambda file: file.write_text("{}"), r"manifest.json is damaged .*"),
-        ("manifest.json", lambda file: checksums.write_json(file, {}), "manifest.json lists no files"),
-        ("manifest.json", lambda file: checksums.write_json(file, {"files": [1]}), "manifest.json lists no files"),
+        (
+            "manifest.json",
+            lambda file: checksums.write_json(file, {}),
+            "manifest.json lists no files",
+        ),
+        (
+            "manifest.json",
+            lambda file: checksums.write_json(file, {"files": [1]}),
+            "manifest.json lists no files",
+        ),
         ("manifest.json", naming("two", "x"), "manifest.json has no size and CRC32C of 'two'"),
         ("manifest.json", naming("two", "1"), "manifest.json has no size and CRC32C of 'two'"),
         ("manifest.json", naming("two", -1), "manifest.json has no size and CRC32C of 'two'"),
-        ("manifest.json", naming("two", float("inf")), "manifest.json has no size and CRC32C of 'two'"),
+        (
+            "manifest.json",
+            naming("two", float("inf")),
+            "manifest.json has no size and CRC32C of 'two'",
+        ),
         ("manifest.json", listing("xy"), "manifest.json has no size and CRC32C of 'two'"),
         ("manifest.json", listing([1]), "manifest.json has no size and CRC32C of 'two'"),
-        ("manifest.json", naming("a\ud800"), r"manifest.json names 'a\\ud800', which is no file's name"),
-        ("manifest.json", naming("a\n\x1b[1m"), r"manifest.json names 'a\\n\\x1b\[1m', which is no file's name"),
+        (
+            "manifest.json",
+            naming("a\ud800"),
+            r"manifest.json names 'a\\ud800', which is no file's name",
+        ),
+        (
+            "manifest.json",
+            naming("a\n\x1b[1m"),
+            r"manifest.json names 'a\\n\\x1b\[1m', which is no file's name",
+        ),
         ("manifest.json", pipe, "manifest.json is no regular file"),
-        ("manifest.json", naming("/dev/null"), "manifest.json names '/dev/null', which is not below it"),
-        ("manifest.json", naming("a/../../x"), r"manifest.json names 'a/\.\./\.\./x', which is not below it"),
+        (
+            "manifest.json",
+            naming("/dev/null"),
+            "manifest.json names '/dev/null', which is not below it",
+        ),
+        (
+            "manifest.json",
+            naming("a/../../x"),
+            r"manifest.json names 'a/\.\./\.\./x', which is not below it",
+        ),
         ("manifest.json", naming("x\0"), r"manifest.json names 'x\\x00', which is not below it"),
         ("two", pipe, "two is no regular file"),
         ("a/x\n", lambda file: file.write_text(""), r"a/x\\n is not listed in manifest.json"),
@@ -105,7 +133,9 @@ def test_a_manifest_finds_what_is_wrong(tmp_path, name, spoil, reason):
     checksums.write_manifest(tmp_path)
     (tmp_path / "a" / ".nfs0001").touch()
     assert checksums.find_damage(tmp_path, required=["a/one"]) == ""
-    assert checksums.find_damage(tmp_path, required=["three"]) == "manifest.json does not list three"
+    assert (
+        checksums.find_damage(tmp_path, required=["three"]) == "manifest.json does not list three"
+    )
     spoil(tmp_path / name)
     shares = [checksums.find_damage(tmp_path, share, 2) for share in range(2)]
     found = [text for text in shares if text]

@@ -94,7 +94,9 @@ print("HEAVY", sorted(heavy))
 
 
 def test_python_dash_m_is_the_same_command():
-    done = subprocess.run([sys.executable, "-m", "blip3o_jax", "nothing"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "blip3o_jax", "nothing"], capture_output=True, text=True
+    )
     assert done.returncode == 2
     assert done.stderr.startswith("blip3o: error: ") and done.stderr.count("\n") == 1
 
@@ -105,21 +107,54 @@ def test_python_dash_m_is_the_same_command():
         ([], "COMMAND"),
         (["paint"], "invalid choice: 'paint'"),
         (["train", "--workdir=w"], "--config"),
-        (["train", "--config=c.py", "--workdir=w", "--learning_rate=1"], "unrecognized argument: --learning_rate=1"),
-        (["train", "--config=c.py", "--workdir=w", "--config.steps"], "--config.steps needs a value: --config.steps=VALUE"),
+        (
+            ["train", "--config=c.py", "--workdir=w", "--learning_rate=1"],
+            "unrecognized argument: --learning_rate=1",
+        ),
+        (
+            ["train", "--config=c.py", "--workdir=w", "--config.steps"],
+            "--config.steps needs a value: --config.steps=VALUE",
+        ),
         (["train", "--conf=c.py", "--workdir=w"], "--config"),
         (["sample", "--checkpoint=c", "--out=o"], "--prompt --prompts_file"),
-        (["sample", "--checkpoint=c", "--out=o", "--prompt=a", "--config.x=1"], "unrecognized argument: --config.x=1"),
-        (["train", "--config=c.py", "--config.steps", "3"], "--config.steps needs a value: --config.steps=VALUE"),
+        (
+            ["sample", "--checkpoint=c", "--out=o", "--prompt=a", "--config.x=1"],
+            "unrecognized argument: --config.x=1",
+        ),
+        (
+            ["train", "--config=c.py", "--config.steps", "3"],
+            "--config.steps needs a value: --config.steps=VALUE",
+        ),
         (["train", "--config=c.py", "--workdir="], "argument --workdir: the path is empty"),
-        (["train", "--config=c.py", "--workdir=a\0b"], "'a\\x00b' must be a path: it contains a NUL character"),
+        (
+            ["train", "--config=c.py", "--workdir=a\0b"],
+            "'a\\x00b' must be a path: it contains a NUL character",
+        ),
         (["train", "--config=c.py", "--work\ndir=x"], "unrecognized argument: --work\\ndir=x"),
-        (["sample", "--checkpoint=c", "--out=gs://bucket/x", "--prompt=a"], "is no directory: mount the bucket"),
-        (["sample", "--checkpoint=c", "--out=o", "--prompt=a", "--size=99999x8"], "'99999' must lie between 1 and 16,384"),
-        (["sample", "--checkpoint=c", "--out=o", "--prompt=a", "--seed=-1"], "'-1' must lie between 0 and 4,294,967,295"),
-        (["sample", "--checkpoint=c", "--out=o", "--prompt=a", "--seed=" + "9" * 5000], "is not a whole number"),
-        (["sample", "--checkpoint=c", "--out=o", "--prompt=a", "--guidance=nan"], "'nan' must lie between -1,000 and 1,000"),
-        (["sample", "--checkpoint=c", "--out=o", "--prompt=a", "--steps=0"], "'0' must lie between 1 and 10,000"),
+        (
+            ["sample", "--checkpoint=c", "--out=gs://bucket/x", "--prompt=a"],
+            "is no directory: mount the bucket",
+        ),
+        (
+            ["sample", "--checkpoint=c", "--out=o", "--prompt=a", "--size=99999x8"],
+            "'99999' must lie between 1 and 16,384",
+        ),
+        (
+            ["sample", "--checkpoint=c", "--out=o", "--prompt=a", "--seed=-1"],
+            "'-1' must lie between 0 and 4,294,967,295",
+        ),
+        (
+            ["sample", "--checkpoint=c", "--out=o", "--prompt=a", "--seed=" + "9" * 5000],
+            "is not a whole number",
+        ),
+        (
+            ["sample", "--checkpoint=c", "--out=o", "--prompt=a", "--guidance=nan"],
+            "'nan' must lie between -1,000 and 1,000",
+        ),
+        (
+            ["sample", "--checkpoint=c", "--out=o", "--prompt=a", "--steps=0"],
+            "'0' must lie between 1 and 10,000",
+        ),
         (["evaluate", "--checkpoint=c", "--out=o"], "--suite"),
     ],
 )
@@ -142,7 +177,9 @@ def test_train_passes_the_overridden_config(tmp_path, stub):
 
 def test_a_run_is_named_after_its_config(tmp_path, stub):
     calls = stub("train.recipe", "run")
-    (tmp_path / "c.py").write_text("from blip3o_jax.config import Config\n\ndef get_config(x=''):\n    return Config()\n")
+    (tmp_path / "c.py").write_text(
+        "from blip3o_jax.config import Config\n\ndef get_config(x=''):\n    return Config()\n"
+    )
     for argument in ("", ":1.7b", ":some/where", ":ocr:some/where", ":geneval:some/where"):
         assert cli.main(["train", f"--config={tmp_path}/c.py{argument}"]) == 0
     names = ["c", "c-1.7b", "c-where", "c-ocr-where", "c-geneval-where"]
@@ -151,7 +188,15 @@ def test_a_run_is_named_after_its_config(tmp_path, stub):
 
 def test_sample_passes_only_the_settings_given(tmp_path, stub):
     calls = stub("pipeline", "draw_to_directory")
-    argv = ["sample", "--checkpoint=c", f"--out={tmp_path}", "--prompt=a", "--prompt=b", "--top_k=5", "--guidance=0"]
+    argv = [
+        "sample",
+        "--checkpoint=c",
+        f"--out={tmp_path}",
+        "--prompt=a",
+        "--prompt=b",
+        "--top_k=5",
+        "--guidance=0",
+    ]
     assert cli.main(argv) == 0
     (_, requests, _), keywords = calls[0]
     assert requests == [("t2i", "a", (), None), ("t2i", "b", (), None)]
@@ -180,11 +225,24 @@ def test_images_are_shown_as_they_are_given(tmp_path, stub, capsys):
     )
     assert cli.main(["reconstruct", "--checkpoint=c", "--out=o", *shown, "--seed=3"]) == 0
     ((task, text, images, size),), keywords = calls[0][0][1], calls[0][1]
-    assert (task, text, [x.shape for x in images], size) == ("edit", "make it red", [(8, 12, 3), (9, 12, 3)], (16, 24))
+    assert (task, text, [x.shape for x in images], size) == (
+        "edit",
+        "make it red",
+        [(8, 12, 3), (9, 12, 3)],
+        (16, 24),
+    )
     assert keywords == {"seed": 0, "overrides": {"reference_guidance": 1.5}}
-    assert [(task, image[0, 0, 0]) for task, _, (image,), _ in calls[1][0][1]] == [("reconstruct", 0), ("reconstruct", 1)]
-    assert cli.main(["edit", "--checkpoint=c", "--out=o", "--image=none.png", "--instruction=x"]) == 2
-    assert capsys.readouterr().err == "blip3o: error: none.png: the image cannot be read: No such file or directory\n"
+    assert [(task, image[0, 0, 0]) for task, _, (image,), _ in calls[1][0][1]] == [
+        ("reconstruct", 0),
+        ("reconstruct", 1),
+    ]
+    assert (
+        cli.main(["edit", "--checkpoint=c", "--out=o", "--image=none.png", "--instruction=x"]) == 2
+    )
+    assert (
+        capsys.readouterr().err
+        == "blip3o: error: none.png: the image cannot be read: No such file or directory\n"
+    )
 
 
 def test_prompts_file(tmp_path, stub, capsys):
@@ -195,7 +253,10 @@ def test_prompts_file(tmp_path, stub, capsys):
     assert cli.main(argv) == 0
     path.write_text('{"prompt": "a cat", "tag": "single"}\n', encoding="utf-8")
     assert cli.main(argv) == 0
-    assert [[text for _, text, _, _ in call[0][1]] for call in calls] == [["a café", "two dogs"], ["a cat"]]
+    assert [[text for _, text, _, _ in call[0][1]] for call in calls] == [
+        ["a café", "two dogs"],
+        ["a cat"],
+    ]
     path.write_bytes(b"caf\xe9\n")
     assert cli.main(argv) == 2
     path.write_text("\n")
@@ -213,11 +274,21 @@ def test_prompts_file(tmp_path, stub, capsys):
 def test_the_other_commands_call_one_function(tmp_path, stub, capsys):
     (tmp_path / "c.py").write_text(CONFIG)
     data, runner = stub("data.shapes.builder", "prepare"), stub("evaluation.runner", "evaluate")
-    table, demo = stub("model_table", "print_table"), stub("demo.run", "run", result={"seconds": 1.5})
+    table, demo = (
+        stub("model_table", "print_table"),
+        stub("demo.run", "run", result={"seconds": 1.5}),
+    )
     assert cli.main(["data", "shapes", "--out=d", "--num_test=9"]) == 0
-    assert cli.main(["evaluate", "--checkpoint=c", "--suite=shapes", "--out=o", "--num_prompts=7"]) == 0
+    assert (
+        cli.main(["evaluate", "--checkpoint=c", "--suite=shapes", "--out=o", "--num_prompts=7"])
+        == 0
+    )
     assert cli.main(["params", f"--config={tmp_path}/c.py", "--config.steps=2"]) == 0
-    assert data[0][1]["num_test"] == 9 and runner[0][1]["num_prompts"] == 7 and table[0][0][0].steps == 2
+    assert (
+        data[0][1]["num_test"] == 9
+        and runner[0][1]["num_prompts"] == 7
+        and table[0][0][0].steps == 2
+    )
     capsys.readouterr()
     assert cli.main(["demo", "--fast"]) == 0
     assert demo[0][1] == {"fast": True}
@@ -227,7 +298,10 @@ def test_the_other_commands_call_one_function(tmp_path, stub, capsys):
 @pytest.mark.parametrize(
     ("error", "line"),
     [
-        (UserError("a.tar is cut short\n  at byte 12"), "blip3o: error: a.tar is cut short at byte 12"),
+        (
+            UserError("a.tar is cut short\n  at byte 12"),
+            "blip3o: error: a.tar is cut short at byte 12",
+        ),
         (UserError("a\x1b[31m.tar is cut short"), r"blip3o: error: a\x1b[31m.tar is cut short"),
         (NotADirectoryError(20, "Not a directory", "x/y"), "blip3o: error: x/y: Not a directory"),
     ],
@@ -259,4 +333,6 @@ def test_an_interrupt_says_how_to_resume(tmp_path, stub, capsys):
 def test_a_list_of_anchors_names_some(capsys):
     with pytest.raises(SystemExit):
         cli.main(["bench", "anchors", "--out=o", "--only=,"])
-    assert "argument --only: ',' names nothing: leave the flag out for all" in capsys.readouterr().err
+    assert (
+        "argument --only: ',' names nothing: leave the flag out for all" in capsys.readouterr().err
+    )

@@ -39,11 +39,23 @@ def test_round_trips(value):
         ({"loss": {"zzz": 1}}, "unknown config key loss.zzz: it takes ce, flow"),
         ({"steps": 1.5}, "steps=1.5 must be of type int"),
         ({"steps": True}, "steps=True must be of type int"),
-        ({"optimizer": {"learning_rate": "1e-4"}}, "optimizer.learning_rate='1e-4' must be of type float"),
+        (
+            {"optimizer": {"learning_rate": "1e-4"}},
+            "optimizer.learning_rate='1e-4' must be of type float",
+        ),
         ({"data": 3}, "data must be a group of fields, not 3"),
-        ({"checkpoint": {"init_from": [["ar"]]}}, "checkpoint.init_from[0]=['ar'] must hold 2 values"),
-        ({"stage": "jiont"}, "stage='jiont' is not one of autoencoder, contrastive, tokenizer, joint"),
-        ({"model": {"image_size": 1000}}, "model.image_size=1000 must be a multiple of the autoencoder's 32"),
+        (
+            {"checkpoint": {"init_from": [["ar"]]}},
+            "checkpoint.init_from[0]=['ar'] must hold 2 values",
+        ),
+        (
+            {"stage": "jiont"},
+            "stage='jiont' is not one of autoencoder, contrastive, tokenizer, joint",
+        ),
+        (
+            {"model": {"image_size": 1000}},
+            "model.image_size=1000 must be a multiple of the autoencoder's 32",
+        ),
         (
             {"loss": {"caption_dropout": 10.0}},
             "loss.caption_dropout=10.0 must lie between 0 and 1",
@@ -53,17 +65,29 @@ def test_round_trips(value):
             "loss.caption_dropout hides prompts that model.template.supervise_prompt trains on",
         ),
         ({"optimizer": {"name": "moun"}}, "optimizer.name='moun' is not one of adamw, muon"),
-        ({"checkpoint": {"image_rows": "code"}}, "checkpoint.image_rows='code' is not one of drawn, codes"),
+        (
+            {"checkpoint": {"image_rows": "code"}},
+            "checkpoint.image_rows='code' is not one of drawn, codes",
+        ),
         (
             {"stage": "tokenizer", "checkpoint": {"image_rows": "codes"}},
             "checkpoint.image_rows='codes' belongs to stage 'joint'; stage 'tokenizer' has no AR",
         ),
-        ({"data": {"batch_size": 6}, "optimizer": {"accumulate": 4}}, "must be a multiple of optimizer.accumulate=4"),
         (
-            {"data": {"cache_dir": "cache"}, "model": {"editing": {"references": 1, "features": True}}},
+            {"data": {"batch_size": 6}, "optimizer": {"accumulate": 4}},
+            "must be a multiple of optimizer.accumulate=4",
+        ),
+        (
+            {
+                "data": {"cache_dir": "cache"},
+                "model": {"editing": {"references": 1, "features": True}},
+            },
             "data.cache_dir keeps no features, which model.editing.features reads",
         ),
-        ({"rl": {"refill": 1, "stale": True}}, "rl.refill looks at rewards before the next rollout, rl.stale after"),
+        (
+            {"rl": {"refill": 1, "stale": True}},
+            "rl.refill looks at rewards before the next rollout, rl.stale after",
+        ),
     ],
 )
 def test_a_bad_value_is_one_line_that_names_its_field(values, message):
@@ -83,7 +107,9 @@ def test_published_grids():
     sides = [dataclasses.replace(tokenizer, pool_scale=scale).grid for scale in (1, 2, 3)]
     assert sides == [27, 13, 9] and tokenizer.num_tokens == 729
     assert config.ModelConfig().latent_size == 32
-    assert config.Qwen3Config().padded_vocab_size == 217600  # 425 x 512, the first multiple above 217210
+    assert (
+        config.Qwen3Config().padded_vocab_size == 217600
+    )  # 425 x 512, the first multiple above 217210
 
 
 @pytest.mark.parametrize(("size", "width", "mlp"), [("0.6b", 1024, 3072), ("1.7b", 2048, 6144)])
@@ -91,11 +117,17 @@ def test_published_recipes(size, width, mlp):
     pretrain = config_file.load(f"{CONFIGS}/pretrain.py:{size}")
     instruct = config_file.load(f"{CONFIGS}/instruct.py:{size}")
     for recipe, steps, batch in ((pretrain, 336_000, 512), (instruct, 7_000, 128)):
-        assert (recipe.steps, recipe.data.batch_size, recipe.data.max_length) == (steps, batch, 2048)
+        assert (recipe.steps, recipe.data.batch_size, recipe.data.max_length) == (
+            steps,
+            batch,
+            2048,
+        )
         assert (recipe.optimizer.learning_rate, recipe.optimizer.end_learning_rate) == (5e-5, 1e-5)
         assert (recipe.optimizer.warmup_share, recipe.optimizer.weight_decay) == (0.01, 0.0)
         assert (recipe.model.ar.hidden_size, recipe.model.ar.intermediate_size) == (width, mlp)
-        assert recipe.model.tokenizer.encoder.param_dtype == recipe.model.vae.param_dtype == "bfloat16"
+        assert (
+            recipe.model.tokenizer.encoder.param_dtype == recipe.model.vae.param_dtype == "bfloat16"
+        )
         # The prompt, its template and 729 image tokens with their tags must leave room for a long caption.
         assert recipe.data.max_length - recipe.model.tokenizer.num_tokens > 1000
 
@@ -110,7 +142,23 @@ NAN, INF = float("nan"), float("inf")
 ODD = (
     *(NAN, INF, -INF, -1, -1.5, 0, 0.0, 1e-300, 1e300, 10**9, 10**30, 10**5000, True, None, 1j),
     *("", "x", "nan", "\0", "a\0b", "\ud800", "(", "../..", b"", b"x"),
-    *((), [], {}, set(), object, (NAN,), (-1,), ("",), (None,), ((),), ((-1, 0),), ("(",), ({},), ({"a": 1},), [[["x"]]]),
+    *(
+        (),
+        [],
+        {},
+        set(),
+        object,
+        (NAN,),
+        (-1,),
+        ("",),
+        (None,),
+        ((),),
+        ((-1, 0),),
+        ("(",),
+        ({},),
+        ({"a": 1},),
+        [[["x"]]],
+    ),
 )
 
 
@@ -118,7 +166,11 @@ def leaves(cls=config.Config, path=""):
     """(dotted path of the group, group, field, annotation) of every field that is no group, those of lists of groups too."""
     for name, hint in fields.field_types(cls).items():
         kind, _, _ = fields.unwrapped(hint)
-        inner = fields.unwrapped(typing.get_args(kind)[0])[0] if typing.get_origin(kind) is tuple else None
+        inner = (
+            fields.unwrapped(typing.get_args(kind)[0])[0]
+            if typing.get_origin(kind) is tuple
+            else None
+        )
         if fields.is_group(kind):
             yield from leaves(kind, fields.join(path, name))
         else:
@@ -193,27 +245,41 @@ def test_an_odd_value_of_any_field_is_refused_by_name_or_is_within_bounds(place)
             continue
         where, refused = fields.join(path, name), 0
         for value in ODD:
-            for construct, given in ((config.from_dict, nested(where, value)), (in_python, (cls, name, value))):
+            for construct, given in (
+                (config.from_dict, nested(where, value)),
+                (in_python, (cls, name, value)),
+            ):
                 try:
                     got = construct(given)
                 except config.ConfigError as error:
-                    assert name in str(error) and "\n" not in str(error) and len(str(error)) < 400, str(error)
+                    assert (
+                        name in str(error) and "\n" not in str(error) and len(str(error)) < 400
+                    ), str(error)
                     refused += 1
                 else:
-                    got = at(got, where) if isinstance(got, config.Config) and cls is not config.Config else getattr(got, name)
+                    got = (
+                        at(got, where)
+                        if isinstance(got, config.Config) and cls is not config.Config
+                        else getattr(got, name)
+                    )
                     assert_sane(got)
                     fields.convert(got, hint, where)
         assert refused >= len(ODD), f"{where} takes nearly everything"
 
 
 def test_a_value_given_in_python_is_named_in_full():
-    assert {cls: path for path, cls, *_ in LEAVES if cls.group_path not in (path.removesuffix("[0]"), path.split(".")[-1])} == {
-        config.SamplingConfig: "rl.rollout"
-    }
-    with pytest.raises(config.ConfigError, match=r"^optimizer\.learning_rate=nan must lie between 0 and 100$"):
+    assert {
+        cls: path
+        for path, cls, *_ in LEAVES
+        if cls.group_path not in (path.removesuffix("[0]"), path.split(".")[-1])
+    } == {config.SamplingConfig: "rl.rollout"}
+    with pytest.raises(
+        config.ConfigError, match=r"^optimizer\.learning_rate=nan must lie between 0 and 100$"
+    ):
         config.OptimizerConfig(learning_rate=NAN)
     with pytest.raises(
-        config.ConfigError, match=r"^rl\.rollout\.top_p=0\.0 must lie between 0 \(excluded\) and 1; 1 switches it off$"
+        config.ConfigError,
+        match=r"^rl\.rollout\.top_p=0\.0 must lie between 0 \(excluded\) and 1; 1 switches it off$",
     ):
         config.from_dict({"rl": {"rollout": {"top_p": 0}}})
 
@@ -227,6 +293,8 @@ def test_the_edges_of_sampling_settings_are_accepted():
     config.SamplingConfig(temperature=0.0, top_k=0, top_p=1.0, steps=1, guidance=0.0, batch_size=1)
 
 
-@pytest.mark.parametrize(("message", "line"), [("", "ValueError"), ("\n x\ny", "x"), (" \n", "ValueError")])
+@pytest.mark.parametrize(
+    ("message", "line"), [("", "ValueError"), ("\n x\ny", "x"), (" \n", "ValueError")]
+)
 def test_the_first_line_of_any_exception(message, line):
     assert fields.first_line(ValueError(message)) == line

@@ -23,7 +23,11 @@ def write(tmp_path):
 
 
 def test_without_overrides_the_files_own_config(write):
-    want = config.Config(steps=7, optimizer=config.OptimizerConfig(learning_rate=1e-3), data=config.DataConfig(path="a.tar"))
+    want = config.Config(
+        steps=7,
+        optimizer=config.OptimizerConfig(learning_rate=1e-3),
+        data=config.DataConfig(path="a.tar"),
+    )
     assert config_file.load(write(SMALL)) == want
 
 
@@ -43,7 +47,11 @@ def test_overrides_take_the_type_of_their_field(write):
             "data.sources": "[{'path': 'b.tar', 'weight': 2}]",
         },
     )
-    assert got.steps == 12 and got.optimizer.learning_rate == 1.0 and isinstance(got.optimizer.learning_rate, float)
+    assert (
+        got.steps == 12
+        and got.optimizer.learning_rate == 1.0
+        and isinstance(got.optimizer.learning_rate, float)
+    )
     assert got.data.path == "12" and got.data.shuffle is False and got.model.dit.qk_norm is None
     assert got.model.vae.encoder_block_out_channels == (128, 256, 512, 512, 1024, 2048)
     assert got.model.vae.decoder_qkv_multiscales == ((), (), (), (5,), (3,), (5,))
@@ -52,7 +60,10 @@ def test_overrides_take_the_type_of_their_field(write):
 
 
 def test_a_field_that_is_none_takes_text(write):
-    first = config_file.load(write(SMALL), [("model.dit.qk_norm", "none"), ("model.dit.qk_norm", "rms_norm_across_heads")])
+    first = config_file.load(
+        write(SMALL),
+        [("model.dit.qk_norm", "none"), ("model.dit.qk_norm", "rms_norm_across_heads")],
+    )
     assert first.model.dit.qk_norm == "rms_norm_across_heads"
 
 
@@ -93,29 +104,53 @@ def test_a_recipe_is_overridden_as_a_whole_or_by_name(write):
     ("overrides", "message"),
     [
         ({"optimiser.learning_rate": "1"}, "unknown config key optimiser: did you mean optimizer?"),
-        ({"optimizer.learning_rat": "1"}, "unknown config key optimizer.learning_rat: did you mean optimizer.learning_rate?"),
+        (
+            {"optimizer.learning_rat": "1"},
+            "unknown config key optimizer.learning_rat: did you mean optimizer.learning_rate?",
+        ),
         ({"steps": "many"}, "steps='many' must be of type int"),
         ({"steps": "1.5"}, "steps='1.5' must be of type int"),
         ({"data.shuffle": "maybe"}, "data.shuffle='maybe' must be true or false"),
         ({"trainable": "ar/.*"}, "trainable='ar/.*' must be a list such as \"('a', 'b')\""),
-        ({"model.vae.encoder_layers_per_block": "3"}, "model.vae.encoder_layers_per_block=3 must be a list"),
+        (
+            {"model.vae.encoder_layers_per_block": "3"},
+            "model.vae.encoder_layers_per_block=3 must be a list",
+        ),
         (
             {"model.vae.encoder_layers_per_block": "(1, 'a')"},
             "model.vae.encoder_layers_per_block[1]='a' must be of type int",
         ),
-        ({"data.sources": "[{'paht': 'b'}]"}, "unknown config key data.sources[0].paht: did you mean data.sources[0].path?"),
+        (
+            {"data.sources": "[{'paht': 'b'}]"},
+            "unknown config key data.sources[0].paht: did you mean data.sources[0].path?",
+        ),
         ({"data": "x"}, "config key data is a group; set one of its fields: path, format"),
         ({"steps.x": "1"}, "config key steps.x: steps is a single value"),
         ({"steps": "-1"}, "steps=-1 must lie between 1 and"),
         ({"steps": "9" * 5000}, "steps='9999"),
         ({"seed": "4294967296"}, "seed=4294967296 must lie between 0 and 4,294,967,295"),
-        ({"optimizer.learning_rate": "nan"}, "optimizer.learning_rate=nan must lie between 0 and 100"),
-        ({"rl.rollout.top_p": "0"}, "rl.rollout.top_p=0.0 must lie between 0 (excluded) and 1; 1 switches it off"),
+        (
+            {"optimizer.learning_rate": "nan"},
+            "optimizer.learning_rate=nan must lie between 0 and 100",
+        ),
+        (
+            {"rl.rollout.top_p": "0"},
+            "rl.rollout.top_p=0.0 must lie between 0 (excluded) and 1; 1 switches it off",
+        ),
         ({"data.path": "a\0b"}, "data.path='a\\x00b' must be a path: it contains a NUL character"),
-        ({"trainable": "('(',)"}, "trainable[0]='(' must be a regular expression: missing ), unterminated subpattern"),
+        (
+            {"trainable": "('(',)"},
+            "trainable[0]='(' must be a regular expression: missing ), unterminated subpattern",
+        ),
         ({"trainable": "(" * 5000}, "trainable='((((("),
-        ({"data.sources": "[{1: 2}]"}, "unknown config key data.sources[0].1: it takes path, format"),
-        ({"model.ar.dtype": "int8"}, "model.ar.dtype='int8' is not one of float32, bfloat16, float16"),
+        (
+            {"data.sources": "[{1: 2}]"},
+            "unknown config key data.sources[0].1: it takes path, format",
+        ),
+        (
+            {"model.ar.dtype": "int8"},
+            "model.ar.dtype='int8' is not one of float32, bfloat16, float16",
+        ),
         ({"mesh.data": "0"}, "mesh sizes data=0, fsdp=-1"),
         ({"mesh.data": "-1"}, "mesh sizes data=-1, fsdp=-1"),
     ],
@@ -131,12 +166,24 @@ def test_a_bad_override_is_one_line_that_names_the_field(write, overrides, messa
     ("text", "message"),
     [
         ("def get_config(:\n", "x.py:1: SyntaxError"),
-        ("import blip3o_jax.absent\n", "x.py:1: ModuleNotFoundError: No module named 'blip3o_jax.absent'"),
-        ("def get_config():\n    return undefined\n", "x.py:2: NameError: name 'undefined' is not defined"),
+        (
+            "import blip3o_jax.absent\n",
+            "x.py:1: ModuleNotFoundError: No module named 'blip3o_jax.absent'",
+        ),
+        (
+            "def get_config():\n    return undefined\n",
+            "x.py:2: NameError: name 'undefined' is not defined",
+        ),
         ("CONFIG = 3\n", "x.py defines no function get_config()"),
-        ("def get_config():\n    return {}\n", "x.py: get_config() must return a blip3o_jax.config.Config, not dict"),
+        (
+            "def get_config():\n    return {}\n",
+            "x.py: get_config() must return a blip3o_jax.config.Config, not dict",
+        ),
         ("def get_config(size):\n    return size\n", "needs an argument, its 'size'"),
-        ("get_config = min\n", "x.py: get_config is no function of the file: write def get_config(): ..."),
+        (
+            "get_config = min\n",
+            "x.py: get_config is no function of the file: write def get_config(): ...",
+        ),
         ("raise GeneratorExit\n", "x.py:1: GeneratorExit"),
         ("\nclass Own(BaseException): ...\nraise Own('x')\n", "x.py:3: Own: x"),
         ("a = '\0'\n", "x.py: SyntaxError: source code string cannot contain null bytes"),
@@ -151,7 +198,9 @@ def test_a_broken_file_is_one_line_that_names_it(write, text, message):
 
 
 def test_a_function_of_any_arguments(write):
-    path = write("from blip3o_jax.config import Config\ndef get_config(*a, **k):\n    return Config(steps=int(*a or '3'))")
+    path = write(
+        "from blip3o_jax.config import Config\ndef get_config(*a, **k):\n    return Config(steps=int(*a or '3'))"
+    )
     assert [config_file.load(path).steps, config_file.load(path + ":5").steps] == [3, 5]
 
 
@@ -168,7 +217,9 @@ def test_an_argument_where_none_is_taken(write):
 
 def test_a_missing_file_names_the_nearest(write):
     path = write(SMALL, "pretrain.py")
-    with pytest.raises(config.UserError, match=r"pretran.py does not exist; did you mean .*pretrain.py\?"):
+    with pytest.raises(
+        config.UserError, match=r"pretran.py does not exist; did you mean .*pretrain.py\?"
+    ):
         config_file.load(path.replace("pretrain", "pretran"))
     with pytest.raises(config.UserError, match="must name a Python file"):
         config_file.load("pretrain")

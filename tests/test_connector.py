@@ -90,6 +90,11 @@ def test_the_channels_of_latents_are_not_sharded():
     cfg = tiny.run_config(model={"editing": config.EditingConfig(latents=True, features=True)})
     plan = plan_state(cfg, tiny.strategy("fsdp", 1, 8))
     parts = plan.abstract["params"] | plan.abstract["frozen"]
-    kernels = {name: parts[f"{name}_connector"]["linear1"]["kernel"] for name in ("latent", "feature")}
-    assert kernels["latent"].shape == (4, 16) and kernels["latent"].sharding.shard_shape((4, 16))[0] == 4
+    kernels = {
+        name: parts[f"{name}_connector"]["linear1"]["kernel"] for name in ("latent", "feature")
+    }
+    assert (
+        kernels["latent"].shape == (4, 16)
+        and kernels["latent"].sharding.shard_shape((4, 16))[0] == 4
+    )
     assert not kernels["feature"].sharding.is_fully_replicated

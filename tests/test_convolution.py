@@ -30,7 +30,10 @@ def native(x, kernel, stride=1, padding=0, groups=1):
         ((3, 3, 6, 4), {"padding": 1}),
         ((3, 3, 6, 4), {}),
         ((3, 3, 6, 4), {"stride": 2, "padding": 1}),
-        ((3, 3, 1, 12), {"groups": 6, "padding": 1}),  # two outputs a channel: not the depthwise form
+        (
+            (3, 3, 1, 12),
+            {"groups": 6, "padding": 1},
+        ),  # two outputs a channel: not the depthwise form
     ],
 )
 def test_forms_equal_native(rng, kernel_shape, settings):
@@ -47,7 +50,9 @@ def test_forms_equal_native(rng, kernel_shape, settings):
 def test_upsampled_equals_upsampling_first(rng):
     """Value and both gradients, on a map that is not square; taps added up before they are multiplied, hence 1e-6."""
     x, kernel = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((2, 5, 7, 6), (3, 3, 6, 4)))
-    want, want_vjp = jax.vjp(lambda x, k: native(jnp.repeat(jnp.repeat(x, 2, 1), 2, 2), k, padding=1), x, kernel)
+    want, want_vjp = jax.vjp(
+        lambda x, k: native(jnp.repeat(jnp.repeat(x, 2, 1), 2, 2), k, padding=1), x, kernel
+    )
     got, got_vjp = jax.vjp(upsampled_conv2d, x, kernel)
     assert relative_error(got, want) < 1e-6
     dy = jnp.asarray(rng.normal(size=want.shape), jnp.float32)
@@ -57,8 +62,15 @@ def test_upsampled_equals_upsampling_first(rng):
 
 def test_depthwise_accumulates_in_float32(rng):
     """With bfloat16 in and out the sums over taps and pixels stay in float32: one rounding at the end, 2^-8 at most."""
-    x, kernel, dy = (jnp.asarray(rng.normal(size=s), jnp.bfloat16) for s in ((2, 12, 12, 4), (3, 3, 1, 4), (2, 12, 12, 4)))
-    want, want_vjp = jax.vjp(lambda x, k: native(x, k, padding=1, groups=4), x.astype(jnp.float32), kernel.astype(jnp.float32))
+    x, kernel, dy = (
+        jnp.asarray(rng.normal(size=s), jnp.bfloat16)
+        for s in ((2, 12, 12, 4), (3, 3, 1, 4), (2, 12, 12, 4))
+    )
+    want, want_vjp = jax.vjp(
+        lambda x, k: native(x, k, padding=1, groups=4),
+        x.astype(jnp.float32),
+        kernel.astype(jnp.float32),
+    )
     got, got_vjp = jax.vjp(lambda x, k: conv2d(x, k, padding=1, groups=4), x, kernel)
     pairs = [(got, want), *zip(got_vjp(dy), want_vjp(dy.astype(jnp.float32)), strict=True)]
     for value, reference in pairs:
@@ -66,10 +78,16 @@ def test_depthwise_accumulates_in_float32(rng):
         np.testing.assert_allclose(np.asarray(value, np.float32), reference, rtol=2**-8, atol=1e-6)
 
 
-@pytest.mark.parametrize("gradients", [convolution._depthwise_gradients_reduced, convolution._depthwise_gradients_by_pixel])
+@pytest.mark.parametrize(
+    "gradients",
+    [convolution._depthwise_gradients_reduced, convolution._depthwise_gradients_by_pixel],
+)
 def test_gradients_of_every_platform(rng, gradients):
     """Those of the TPU's form too, which a CPU does not take by itself; sums in another order, hence 1e-6."""
-    x, kernel, dy = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((2, 5, 7, 6), (3, 3, 1, 6), (2, 5, 7, 6)))
+    x, kernel, dy = (
+        jnp.asarray(rng.normal(size=s), jnp.float32)
+        for s in ((2, 5, 7, 6), (3, 3, 1, 6), (2, 5, 7, 6))
+    )
     want = jax.vjp(functools.partial(native, padding=1, groups=6), x, kernel)[1](dy)
     for got_gradient, want_gradient in zip(gradients(x, kernel, dy), want, strict=True):
         assert relative_error(got_gradient, want_gradient) < 1e-6
@@ -77,10 +95,16 @@ def test_gradients_of_every_platform(rng, gradients):
 
 def convolutions(kernel_shape, settings, platform):
     """The `dim_labels` of the convolutions of forward and backward, as lowered for `platform`."""
-    x, kernel = jax.ShapeDtypeStruct((1, 4, 4, 2), jnp.float32), jax.ShapeDtypeStruct(kernel_shape, jnp.float32)
+    x, kernel = (
+        jax.ShapeDtypeStruct((1, 4, 4, 2), jnp.float32),
+        jax.ShapeDtypeStruct(kernel_shape, jnp.float32),
+    )
     loss = lambda x, kernel: (conv2d(x, kernel, padding=1, **settings) ** 2).sum()
     traced = jax.jit(jax.value_and_grad(loss, (0, 1))).trace(x, kernel)
-    return re.findall(r"dim_numbers = (\[.*?\])x(\[.*?\])->(\[.*?\]),", traced.lower(lowering_platforms=(platform,)).as_text())
+    return re.findall(
+        r"dim_numbers = (\[.*?\])x(\[.*?\])->(\[.*?\]),",
+        traced.lower(lowering_platforms=(platform,)).as_text(),
+    )
 
 
 def test_platform_is_settled_when_lowering():

@@ -105,7 +105,10 @@ THREAD = "threading.Thread(target=time.sleep, args=(9,)).start()"
         ("stoppable(); send(SIGTERM, SIGINT, then=0.3)", (0, SAVING)),
         ("stoppable(); send(SIGTERM, SIGINT, SIGINT)", (130, SAVING + "told KeyboardInterrupt\n")),
         ("passed_on(); send(SIGTERM, SIGINT, then=0.3)", (0, "passed on\n" + SAVING)),
-        ("passed_on(); send(SIGTERM, SIGINT, SIGINT)", (130, "passed on\n" + SAVING + "told KeyboardInterrupt\n")),
+        (
+            "passed_on(); send(SIGTERM, SIGINT, SIGINT)",
+            (130, "passed on\n" + SAVING + "told KeyboardInterrupt\n"),
+        ),
         ("passed_on(); send(SIGINT)", INTERRUPTED),
         # Closing that hangs, that fails, that is interrupted; threads that go on.
         ("closing(lambda: time.sleep(9), ValueError)", FAILED),
@@ -138,13 +141,19 @@ raise ValueError
             subprocess.run(["sleep", "0.02"], check=True)
 
 
-@pytest.mark.parametrize("work", ["print('x' * 10**6) or 0", "print('x') or 0", "print('x') or sys.exit(0)"])
+@pytest.mark.parametrize(
+    "work", ["print('x' * 10**6) or 0", "print('x') or 0", "print('x') or sys.exit(0)"]
+)
 def test_nobody_reads_the_output(work):
     """More than a pipe holds, and so little that it is written at the end; argparse ends --help through SystemExit."""
     script = f"import sys; from blip3o_jax import exits; exits.install(); exits.run(lambda: {work})"
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""}
     process = subprocess.Popen(
-        [sys.executable, "-c", script], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", script],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     process.stdout.close()
     assert (process.stderr.read(), process.wait(20)) == ("", 141)
@@ -156,12 +165,18 @@ def test_nobody_reads_the_output(work):
         ("--version >&-", 0, ""),
         ("--version <&- >&- 2>&-", 0, ""),
         ("params --config=nowhere.py 2>&-", 2, ""),
-        ("--version >/dev/full", 2, "blip3o: error: stdout cannot be written to (No space left on device): send"),
+        (
+            "--version >/dev/full",
+            2,
+            "blip3o: error: stdout cannot be written to (No space left on device): send",
+        ),
     ],
 )
 def test_standard_streams_that_take_nothing(arguments, status, line, tmp_path):
     command = f"{sys.executable} -m blip3o_jax {arguments}"
     env = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(["sh", "-c", command], env=env, capture_output=True, text=True, timeout=30, cwd=tmp_path)
+    done = subprocess.run(
+        ["sh", "-c", command], env=env, capture_output=True, text=True, timeout=30, cwd=tmp_path
+    )
     assert (done.returncode, done.stderr[: len(line) or None]) == (status, line)
     assert done.stderr.count("\n") == bool(line)

@@ -18,7 +18,9 @@ TENSORSTORE = (
 
 def test_a_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "a.tar")
-    with pytest.raises(UserError, match=r"a.tar is a pipe or a device: write what it gives to a reg"):
+    with pytest.raises(
+        UserError, match=r"a.tar is a pipe or a device: write what it gives to a reg"
+    ):
         files.check_regular(tmp_path / "a.tar")
     with pytest.raises(IsADirectoryError):
         files.check_regular(tmp_path)
@@ -39,10 +41,19 @@ def raised(error, *, cause=None, context=None):
         (full("/a/b"), "/a/b: No space left on device: free some"),
         (full(), "No space left on device: free some"),
         (PermissionError(13, "Permission denied", "x"), "x: Permission denied"),
-        (OSError(errno.ELOOP, os.strerror(errno.ELOOP), b"x"), "x: Too many levels of symbolic links"),
-        (OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG), "x"), "x: File name too long: choose a shorter one"),
+        (
+            OSError(errno.ELOOP, os.strerror(errno.ELOOP), b"x"),
+            "x: Too many levels of symbolic links",
+        ),
+        (
+            OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG), "x"),
+            "x: File name too long: choose a shorter one",
+        ),
         (ValueError(TENSORSTORE), "/run/2.tmp/state/_sharding: No space left on device: free some"),
-        (RuntimeError("could not write to './x': No space left on device"), "No space left on device: free some"),
+        (
+            RuntimeError("could not write to './x': No space left on device"),
+            "No space left on device: free some",
+        ),
         (
             raised(RuntimeError("save failed"), cause=raised(ValueError("x"), context=full("/a"))),
             "/a: No space left on device: free some",
@@ -61,7 +72,9 @@ def test_the_systems_errors_are_found_and_told(error, line):
     "error",
     [
         RuntimeError("shapes do not match"),
-        raised(RuntimeError("a bug"), context=FileNotFoundError(2, "No such file", "cache")),  # that was expected
+        raised(
+            RuntimeError("a bug"), context=FileNotFoundError(2, "No such file", "cache")
+        ),  # that was expected
         OSError("cannot identify image file"),
         ConnectionResetError(104, "Connection reset by peer"),
         ValueError("NOT_FOUND: Error reading local file [os_error_code='2']"),
@@ -114,7 +127,11 @@ def test_a_file_is_replaced_whole(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OSError, match="No space left") as error:
         files.replace_text(path, "three")
-    assert error.value.filename == str(path) and path.read_text() == "two" and list(path.parent.iterdir()) == [path]
+    assert (
+        error.value.filename == str(path)
+        and path.read_text() == "two"
+        and list(path.parent.iterdir()) == [path]
+    )
 
 
 @pytest.mark.parametrize(
@@ -141,7 +158,10 @@ def test_where_output_cannot_go(tmp_path, check, out, words):
 def test_a_directory_that_may_not_be_written_to(tmp_path, monkeypatch):
     """Root may write everywhere, so the system's answer is stood in for."""
     monkeypatch.setattr(os, "access", lambda path, mode: False)
-    with pytest.raises(UserError, match=f"^--out={tmp_path}/a/b: {tmp_path} is not writable for this user: choose another$"):
+    with pytest.raises(
+        UserError,
+        match=f"^--out={tmp_path}/a/b: {tmp_path} is not writable for this user: choose another$",
+    ):
         files.check_out_directory(tmp_path / "a" / "b")
 
 

@@ -36,14 +36,22 @@ ROUTES = {
     "features": config.EditingConfig(references=2, features=True, latents=True, beside=True),
 }
 IMAGE_FIRST, N, ROWS, R, LENGTH = 45, 4, 5, 2, 32
-SHOWN = (0, 1, 2, 1, 1)  # reference images of each row: t2i, edit, edit of two, reconstruct, understand
+SHOWN = (
+    0,
+    1,
+    2,
+    1,
+    1,
+)  # reference images of each row: t2i, edit, edit of two, reconstruct, understand
 DRAWN = (1, 1, 1, 1, 0)
 LOSS = config.LossConfig(ce_chunk=8, condition_dropout=0.4, instruction_dropout=0.2, flow_draws=2)
 
 
 def model_config(route):
     cfg = tiny.model()
-    return dataclasses.replace(cfg, ar=dataclasses.replace(cfg.ar, vocab_size=IMAGE_FIRST + 32), editing=ROUTES[route])
+    return dataclasses.replace(
+        cfg, ar=dataclasses.replace(cfg.ar, vocab_size=IMAGE_FIRST + 32), editing=ROUTES[route]
+    )
 
 
 @functools.cache
@@ -68,7 +76,9 @@ def models(route):
 
 @functools.cache
 def weights(route, part, module):
-    named = {key: x.detach().numpy() for key, x in module.state_dict().items() if key != "lm_head.weight"}
+    named = {
+        key: x.detach().numpy() for key, x in module.state_dict().items() if key != "lm_head.weight"
+    }
     return mapping.to_jax(part, model_config(route), named)
 
 
@@ -79,7 +89,10 @@ def batch(route):
     side, channels = cfg.latent_size, cfg.vae.latent_channels
     tokens_BL = rng.integers(0, 40, (ROWS, LENGTH)).astype(np.int32)
     reference_span_BR, image_span_B = np.zeros((ROWS, R), np.int32), np.zeros(ROWS, np.int32)
-    loss_mask_BL, segments_BL = np.zeros((ROWS, LENGTH), np.float32), np.zeros((ROWS, LENGTH), np.int32)
+    loss_mask_BL, segments_BL = (
+        np.zeros((ROWS, LENGTH), np.float32),
+        np.zeros((ROWS, LENGTH), np.int32),
+    )
     for b in range(ROWS):
         at = 3 + b
         for r in range(SHOWN[b]):
@@ -105,15 +118,21 @@ def batch(route):
         views = {
             "tokenizer_pixels": rng.integers(0, 256, (ROWS, pixels, pixels, 3), np.uint8),
             "pixels": rng.integers(0, 256, (ROWS, cfg.image_size, cfg.image_size, 3), np.uint8),
-            "reference_tokenizer_pixels": rng.integers(0, 256, (ROWS, R, pixels, pixels, 3), np.uint8),
-            "reference_pixels": rng.integers(0, 256, (ROWS, R, cfg.image_size, cfg.image_size, 3), np.uint8),
+            "reference_tokenizer_pixels": rng.integers(
+                0, 256, (ROWS, R, pixels, pixels, 3), np.uint8
+            ),
+            "reference_pixels": rng.integers(
+                0, 256, (ROWS, R, cfg.image_size, cfg.image_size, 3), np.uint8
+            ),
         }
     else:
         views = {
             "codes": rng.integers(0, 32, (ROWS, N)).astype(np.int32),
             "latents": rng.normal(size=(ROWS, side, side, channels)).astype(np.float32),
             "reference_codes": rng.integers(0, 32, (ROWS, R, N)).astype(np.int32),
-            "reference_latents": rng.normal(size=(ROWS, R, side, side, channels)).astype(np.float32),
+            "reference_latents": rng.normal(size=(ROWS, R, side, side, channels)).astype(
+                np.float32
+            ),
         }
     return made | views
 
@@ -127,9 +146,17 @@ def encoded(route, model, b):
     x = batch(route)
     if "codes" in x:
         to = lambda z: torch.tensor(z).movedim(-1, -3)
-        return x["codes"][b], to(x["latents"][b]), x["reference_codes"][b], to(x["reference_latents"][b]), None
+        return (
+            x["codes"][b],
+            to(x["latents"][b]),
+            x["reference_codes"][b],
+            to(x["reference_latents"][b]),
+            None,
+        )
     scaled = lambda y: torch.tensor(y).float().movedim(-1, -3) / 127.5 - 1
-    seen = scaled(np.concatenate([x["tokenizer_pixels"][b][None], x["reference_tokenizer_pixels"][b]]))
+    seen = scaled(
+        np.concatenate([x["tokenizer_pixels"][b][None], x["reference_tokenizer_pixels"][b]])
+    )
     z = model.latents(scaled(np.concatenate([x["pixels"][b][None], x["reference_pixels"][b]])))
     codes = model.codes(seen).numpy()
     return codes[0], z[0], codes[1:], z[1:], model.tokenizer.features(seen[1:])
@@ -167,13 +194,18 @@ def row_loss(route, model, b, drawn):
     if cfg.editing.features:
         for r in range(SHOWN[b]):
             at = int(x["reference_span"][b, r]) + 1
-            embedded = torch.cat([embedded[:at], model.feature_connector(features[r][None])[0], embedded[at + N :]])
+            embedded = torch.cat(
+                [embedded[:at], model.feature_connector(features[r][None])[0], embedded[at + N :]]
+            )
     hidden_LD = model.ar.model(inputs_embeds=embedded[None]).last_hidden_state[0]
     labels = np.flatnonzero(x["loss_mask"][b])
     ce = F.cross_entropy(model.ar.lm_head(hidden_LD[labels - 1]), tokens[labels], reduction="sum")
     flow = torch.zeros(())
     for draw in range(LOSS.flow_draws) if DRAWN[b] else ():
-        noise_CHW, sigma = torch.tensor(drawn.noise[b, draw]).movedim(-1, 0), float(drawn.sigma[b, draw])
+        noise_CHW, sigma = (
+            torch.tensor(drawn.noise[b, draw]).movedim(-1, 0),
+            float(drawn.sigma[b, draw]),
+        )
         keep, keep_shown = bool(drawn.keep_B[b]), bool(drawn.keep_references_B[b])
         given = condition(model, hidden_LD[span : span + N + 1], shown_RCHW, keep, keep_shown)
         beside = shown_RCHW if keep_shown or cfg.editing.null_beside else shown_RCHW[:0]
@@ -192,11 +224,21 @@ def test_joint_loss_and_gradients_are_the_stock_classes_row_by_row(route):
         model = nnx.merge(graphdef, trained, frozen)
         return blip3o.joint_loss(model, x, keys(), loss=LOSS, image_first=IMAGE_FIRST)
 
-    (_, metrics), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(trained, frozen, batch(route))
-    shape = (reference.cfg.latent_size, reference.cfg.latent_size, reference.cfg.vae.latent_channels)
+    (_, metrics), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(
+        trained, frozen, batch(route)
+    )
+    shape = (
+        reference.cfg.latent_size,
+        reference.cfg.latent_size,
+        reference.cfg.vae.latent_channels,
+    )
     drawn = jax.tree.map(np.asarray, blip3o.draw_noise(keys(), shape, reference.cfg, LOSS))
-    kinds = list(zip(drawn.keep_B[1:4].tolist(), drawn.keep_references_B[1:4].tolist(), strict=True))
-    assert len(set(kinds)) == 3, "of the rows with references one keeps all, one its references, one nothing"
+    kinds = list(
+        zip(drawn.keep_B[1:4].tolist(), drawn.keep_references_B[1:4].tolist(), strict=True)
+    )
+    assert len(set(kinds)) == 3, (
+        "of the rows with references one keeps all, one its references, one nothing"
+    )
     reference.zero_grad()
     rows = [row_loss(route, reference, b, drawn) for b in range(ROWS)]
     ce = sum(ce for ce, _ in rows) / batch(route)["loss_mask"].sum()
@@ -207,9 +249,17 @@ def test_joint_loss_and_gradients_are_the_stock_classes_row_by_row(route):
 
     got = stock_weights.flat(gradients)
     for part in {path.split("/")[0] for path in got}:
-        named = {name: x.numpy() for name, x in stock_weights.gradients(getattr(reference, part)).items()}
-        want = mapping.to_jax(part, reference.cfg, {k: x for k, x in named.items() if k != "lm_head.weight"})
-        mine = {path.removeprefix(f"{part}/"): x for path, x in got.items() if path.startswith(f"{part}/")}
+        named = {
+            name: x.numpy() for name, x in stock_weights.gradients(getattr(reference, part)).items()
+        }
+        want = mapping.to_jax(
+            part, reference.cfg, {k: x for k, x in named.items() if k != "lm_head.weight"}
+        )
+        mine = {
+            path.removeprefix(f"{part}/"): x
+            for path, x in got.items()
+            if path.startswith(f"{part}/")
+        }
         assert mine and mine.keys() <= want.keys()
         whole = np.sqrt(sum(np.sum(want[path] ** 2) for path in mine))
         for path, gradient in mine.items():
@@ -218,7 +268,9 @@ def test_joint_loss_and_gradients_are_the_stock_classes_row_by_row(route):
 
 SETTINGS = {
     "one": config.SamplingConfig(temperature=0.0, top_k=0, top_p=1.0, steps=3, guidance=2.0),
-    "two": config.SamplingConfig(temperature=0.0, top_k=0, top_p=1.0, steps=3, guidance=2.0, reference_guidance=1.3),
+    "two": config.SamplingConfig(
+        temperature=0.0, top_k=0, top_p=1.0, steps=3, guidance=2.0, reference_guidance=1.3
+    ),
 }
 
 
@@ -226,11 +278,17 @@ def sampled_row(route, model, b, noise_CHW, settings):
     """(image [3, H, W], ids) of the prompt of row b: every token from a pass over all before it."""
     x, cfg = batch("features"), model.cfg
     scaled = lambda y: torch.tensor(y).float().movedim(-1, -3) / 127.5 - 1
-    seen, z_RCHW = scaled(x["reference_tokenizer_pixels"][b, : SHOWN[b]]), torch.zeros((0, *noise_CHW.shape))
+    seen, z_RCHW = (
+        scaled(x["reference_tokenizer_pixels"][b, : SHOWN[b]]),
+        torch.zeros((0, *noise_CHW.shape)),
+    )
     tokens = torch.tensor(x["tokens"][b, : x["image_span"][b] + 1]).long()
     embedded = None
     if SHOWN[b]:
-        z_RCHW, codes = model.latents(scaled(x["reference_pixels"][b, : SHOWN[b]])), model.codes(seen)
+        z_RCHW, codes = (
+            model.latents(scaled(x["reference_pixels"][b, : SHOWN[b]])),
+            model.codes(seen),
+        )
         for r in range(SHOWN[b]):
             at = int(x["reference_span"][b, r]) + 1
             tokens[at : at + N] = codes[r] + IMAGE_FIRST
@@ -246,13 +304,21 @@ def sampled_row(route, model, b, noise_CHW, settings):
         ids.append(int(model.ar.lm_head(hidden_LD[-1])[IMAGE_FIRST:].argmax()) + IMAGE_FIRST)
         embedded = torch.cat([embedded, model.ar.model.embed_tokens(torch.tensor(ids[-1:]))])
     span_TD = model.ar.model(inputs_embeds=embedded[None]).last_hidden_state[0, -N - 1 :]
-    branches = {(keep, shown): condition(model, span_TD, z_RCHW, keep, shown) for keep in (False, True) for shown in (0, 1)}
+    branches = {
+        (keep, shown): condition(model, span_TD, z_RCHW, keep, shown)
+        for keep in (False, True)
+        for shown in (0, 1)
+    }
     euler = torch_model.scheduler(cfg.flow)
     euler.set_timesteps(sigmas=np.linspace(1, 1 / settings.steps, settings.steps))
     x_CHW = noise_CHW
     for timestep in euler.timesteps:
         at = lambda branch, timestep=timestep, x=x_CHW: velocity(
-            model, x, float(timestep), branches[branch], z_RCHW if branch[1] or cfg.editing.null_beside else z_RCHW[:0]
+            model,
+            x,
+            float(timestep),
+            branches[branch],
+            z_RCHW if branch[1] or cfg.editing.null_beside else z_RCHW[:0],
         )
         v, null, towards = at((1, 1)), at((0, 0)), settings.reference_guidance or settings.guidance
         shown = at((0, 1))
@@ -261,7 +327,10 @@ def sampled_row(route, model, b, noise_CHW, settings):
     return model.pixels(x_CHW[None])[0], ids
 
 
-@pytest.mark.parametrize(("route", "guidance"), [("latents", "one"), ("beside", "two"), ("both", "two"), ("features", "one")])
+@pytest.mark.parametrize(
+    ("route", "guidance"),
+    [("latents", "one"), ("beside", "two"), ("both", "two"), ("features", "one")],
+)
 def test_a_sampled_image_is_the_stock_classes_row_by_row(route, guidance):
     reference, graphdef, trained, frozen = models(route)
     settings, rows, x = SETTINGS[guidance], [0, 1, 2, 3], batch("features")
@@ -273,13 +342,21 @@ def test_a_sampled_image_is_the_stock_classes_row_by_row(route, guidance):
     def sample(trained, frozen, shown):
         model = nnx.merge(graphdef, trained, frozen)
         ids = IMAGE_FIRST, IMAGE_FIRST + 32
-        drawn = drawing.draw_images(model, tokens_BL, x["image_span"][rows] + 1, keys_B, settings, ids, shown)
+        drawn = drawing.draw_images(
+            model, tokens_BL, x["image_span"][rows] + 1, keys_B, settings, ids, shown
+        )
         return *drawn, drawing.draw_noise(model.cfg, keys_B[1])
 
     images_BHWC, ids_BN, noise_BHWC = sample(trained, frozen, shown)
     with torch.no_grad():
         for b in rows:
-            want_CHW, ids = sampled_row(route, reference, b, torch.tensor(np.asarray(noise_BHWC[b])).movedim(-1, 0), settings)
+            want_CHW, ids = sampled_row(
+                route,
+                reference,
+                b,
+                torch.tensor(np.asarray(noise_BHWC[b])).movedim(-1, 0),
+                settings,
+            )
             assert ids_BN[b].tolist() == ids
             # In [0, 1], where a scale that reaches outside is cut off; three steps of guidance and a decoder in float32.
             assert relative_error(images_BHWC[b], want_CHW.movedim(0, -1)) < 1e-5
@@ -298,7 +375,12 @@ def only(x, b):
 
 
 @pytest.mark.parametrize(
-    "mesh", [{"data": 1}, {"name": "fsdp_tp", "data": 2, "fsdp": 2, "tensor": 2}, {"name": "fsdp_sp", "fsdp": 4, "sequence": 2}]
+    "mesh",
+    [
+        {"data": 1},
+        {"name": "fsdp_tp", "data": 2, "fsdp": 2, "tensor": 2},
+        {"name": "fsdp_sp", "fsdp": 4, "sequence": 2},
+    ],
 )
 def test_a_row_among_all_tasks_has_the_loss_that_it_has_alone(mesh):
     """Alone it has places for its own images only, and a text-to-image row none."""
@@ -321,14 +403,21 @@ def test_a_row_among_all_tasks_has_the_loss_that_it_has_alone(mesh):
     for b in range(ROWS):
         count = SHOWN[b]
         one = {name: value[b : b + 1] for name, value in only(mixed, b).items()}
-        one["label_count"], one["target_count"] = one["loss_mask"].sum(axis=1), np.ones(1, np.float32)
+        one["label_count"], one["target_count"] = (
+            one["loss_mask"].sum(axis=1),
+            np.ones(1, np.float32),
+        )
         for name in [name for name in one if name.startswith("reference")]:
             one[name] = one[name][:, :count]
         if not count:
             one = {name: value for name, value in one.items() if not name.startswith("reference")}
         want = alone(trained, frozen, one, keys_B[b : b + 1])
-        got = together(trained, frozen, jax.device_put(only(mixed, b), at), jax.device_put(keys_B, at))
-        assert relative_error(got[0], want[0]) < 1e-6 and (relative_error(got[1], want[1]) < 1e-6 if DRAWN[b] else got[1] == 0)
+        got = together(
+            trained, frozen, jax.device_put(only(mixed, b), at), jax.device_put(keys_B, at)
+        )
+        assert relative_error(got[0], want[0]) < 1e-6 and (
+            relative_error(got[1], want[1]) < 1e-6 if DRAWN[b] else got[1] == 0
+        )
 
 
 @pytest.mark.parametrize("route", ["both", "features"])
@@ -336,7 +425,9 @@ def test_packed_rows_are_rows_of_their_own(route):
     """Two examples a row: the losses of rows of one, and their gradients, with prompts hidden as well."""
     _, graphdef, trained, frozen = models(route)
     order = [0, 1, 4, 2, 3, 1]
-    apart = {name: value[order] for name, value in batch(route).items() if not name.endswith("_count")}
+    apart = {
+        name: value[order] for name, value in batch(route).items() if not name.endswith("_count")
+    }
     single = [{name: value[b] for name, value in apart.items()} for b in range(6)]
     pairs = [pack_rows(single[b : b + 2], ["a", "b"], 48) for b in (0, 2, 4)]
     packed = {name: np.stack([row[name] for row in pairs]) for name in pairs[0]}
@@ -347,7 +438,10 @@ def test_packed_rows_are_rows_of_their_own(route):
 
     @jax.jit
     def loss(trained, frozen, x, keys_B):
-        x = x | {"label_count": x["loss_mask"].sum() / 6 * jnp.ones(6), "target_count": x["target"].sum() / 6 * jnp.ones(6)}
+        x = x | {
+            "label_count": x["loss_mask"].sum() / 6 * jnp.ones(6),
+            "target_count": x["target"].sum() / 6 * jnp.ones(6),
+        }
         if keys_B.ndim == 2:
             x = x | {name: x[name].reshape(3, 2) for name in ("label_count", "target_count")}
         model = nnx.merge(graphdef, trained, frozen)
@@ -377,16 +471,28 @@ def test_a_run_on_all_tasks_is_the_same_from_the_cache_and_packed(tmp_path):
     mixed = [line | kinds[i % 5] for i, line in enumerate(lines)]
     (folder / "captions.jsonl").write_text("\n".join(map(json.dumps, mixed)))
     losses = []
-    for number, data in enumerate(({}, {"cache_dir": str(tmp_path / "cache")}, {"pack": 2, "max_length": 64})):
+    for number, data in enumerate(
+        ({}, {"cache_dir": str(tmp_path / "cache")}, {"pack": 2, "max_length": 64})
+    ):
         cfg = tiny.run_config(
-            folder, model={"editing": dataclasses.asdict(ROUTES["both"])}, data={"batch_size": 16} | data, steps=3
+            folder,
+            model={"editing": dataclasses.asdict(ROUTES["both"])},
+            data={"batch_size": 16} | data,
+            steps=3,
         )
         workdir = tmp_path / str(number)
         supervised.train(cfg, workdir)
         losses.append([(row["ce"], row["flow"]) for row in read_rows(workdir / "metrics.jsonl")])
     online, *others = losses
-    assert np.isfinite(online).all() and all(relative_error(found, online) < 1e-5 for found in others)
+    assert np.isfinite(online).all() and all(
+        relative_error(found, online) < 1e-5 for found in others
+    )
     root, _ = checkpoint.find(workdir)
     plan = plan_state(checkpoint.read_config(root), tiny.strategy())
     assert set(plan.abstract["params"]) == {"ar", "connector", "dit", "latent_connector"}
-    assert set(plan.abstract["params"]["dit"]) == {"caption_projection", "caption_norm", "patch_embed", "proj_out"}
+    assert set(plan.abstract["params"]["dit"]) == {
+        "caption_projection",
+        "caption_norm",
+        "patch_embed",
+        "proj_out",
+    }

@@ -24,7 +24,10 @@ BASE = dataclasses.replace(tiny.model(), ar=dataclasses.replace(tiny.model().ar,
 
 
 def with_lora(cfg, ar, dit):
-    parts = {name: dataclasses.replace(getattr(cfg, name), lora=own) for name, own in (("ar", ar), ("dit", dit))}
+    parts = {
+        name: dataclasses.replace(getattr(cfg, name), lora=own)
+        for name, own in (("ar", ar), ("dit", dit))
+    }
     return dataclasses.replace(cfg, **parts)
 
 
@@ -66,7 +69,10 @@ def outputs(cfg, strategy=None):
     tokens_BL = rng.integers(0, 64, (8, 6), np.int32)
     positions_BL, segments_BL = np.broadcast_to(np.arange(6), (8, 6)), np.ones((8, 6), np.int32)
     z_BHWC = rng.normal(size=(8, 4, 4, 4)).astype(np.float32)
-    condition_BTC, timestep_B = rng.normal(size=(8, 3, 16)).astype(np.float32), np.linspace(1, 900, 8, dtype=np.float32)
+    condition_BTC, timestep_B = (
+        rng.normal(size=(8, 3, 16)).astype(np.float32),
+        np.linspace(1, 900, 8, dtype=np.float32),
+    )
 
     def run(params):
         model = nnx.merge(graphdef, params)
@@ -74,7 +80,11 @@ def outputs(cfg, strategy=None):
             hidden_BLD = model.hidden(tokens_BL, positions_BL, segments_BL)
             with nn.part("ar"):
                 logits_BLV = model.ar.logits(hidden_BLD)
-            return hidden_BLD, logits_BLV, model.velocity(z_BHWC, timestep_B, Condition(condition_BTC))
+            return (
+                hidden_BLD,
+                logits_BLV,
+                model.velocity(z_BHWC, timestep_B, Condition(condition_BTC)),
+            )
 
     def loss(params):
         found = run(params)
@@ -93,19 +103,34 @@ def alone(drawn):
 
 
 def test_a_linear_layer_adds_the_scaled_product_of_its_factors(rng):
-    layer = nn.Linear(5, 4, ("embed", "mlp"), rngs=nnx.Rngs(0), lora=config.LoraConfig(rank=2, alpha=3.0, targets=("q",)))
+    layer = nn.Linear(
+        5,
+        4,
+        ("embed", "mlp"),
+        rngs=nnx.Rngs(0),
+        lora=config.LoraConfig(rank=2, alpha=3.0, targets=("q",)),
+    )
     assert layer.lora_a.axes == ("embed", None) and layer.lora_b.axes == (None, "mlp")
     assert not np.any(layer.lora_b[...]) and np.all(layer.lora_a[...])
     layer.lora_b[...] = jnp.asarray(rng.normal(size=(2, 4)), jnp.float32)
     layer.bias[...] = jnp.asarray(rng.normal(size=4), jnp.float32)
     x = rng.normal(size=(3, 5)).astype(np.float32)
-    kernel, a, b, bias = (np.asarray(p[...], np.float64) for p in (layer.kernel, layer.lora_a, layer.lora_b, layer.bias))
+    kernel, a, b, bias = (
+        np.asarray(p[...], np.float64)
+        for p in (layer.kernel, layer.lora_a, layer.lora_b, layer.bias)
+    )
     assert relative_error(layer(x), x @ kernel + 1.5 * x @ a @ b + bias) < 1e-6
 
 
 def test_factors_are_float32_beside_a_kernel_that_is_not():
-    layer = nn.Linear(4, 4, (None, None), rngs=nnx.Rngs(0), param_dtype="bfloat16", lora=CFG.ar.lora)
-    assert (layer.kernel.dtype, layer.lora_a.dtype, layer.lora_b.dtype) == (jnp.bfloat16, jnp.float32, jnp.float32)
+    layer = nn.Linear(
+        4, 4, (None, None), rngs=nnx.Rngs(0), param_dtype="bfloat16", lora=CFG.ar.lora
+    )
+    assert (layer.kernel.dtype, layer.lora_a.dtype, layer.lora_b.dtype) == (
+        jnp.bfloat16,
+        jnp.float32,
+        jnp.float32,
+    )
 
 
 def test_factors_are_where_the_targets_say_and_the_rest_is_drawn_as_without(drawn):
@@ -138,16 +163,24 @@ def test_new_factors_and_zeroed_ones_leave_the_model_bit_for_bit(drawn, alone):
 def test_merged_is_the_same_model_without_factors(drawn, alone):
     params, want, _ = alone
     merged = lora.merged(params, CFG)
-    base_shapes, shapes = (jax.tree.map(lambda x: (x.shape, x.dtype), tree) for tree in (drawn[0], merged))
+    base_shapes, shapes = (
+        jax.tree.map(lambda x: (x.shape, x.dtype), tree) for tree in (drawn[0], merged)
+    )
     assert shapes == base_shapes and lora.base_config(CFG).ar.lora.rank == 0
     (_, got), _ = outputs(BASE)(merged)
     for a, b in zip(got, want, strict=True):
         assert relative_error(a, b) < 1e-5
-    q = {name: np.asarray(x, np.float64) for name, x in params["ar"]["layers"]["attention"]["q"].items()}
+    q = {
+        name: np.asarray(x, np.float64)
+        for name, x in params["ar"]["layers"]["attention"]["q"].items()
+    }
     sums = q["kernel"] + 2.0 * np.einsum("yir,yro->yio", q["lora_a"], q["lora_b"])
     assert relative_error(merged["ar"]["layers"]["attention"]["q"]["kernel"], sums) < 1e-6
     narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params["ar"])
-    assert lora.merged({"ar": narrow}, CFG)["ar"]["layers"]["attention"]["q"]["kernel"].dtype == jnp.bfloat16
+    assert (
+        lora.merged({"ar": narrow}, CFG)["ar"]["layers"]["attention"]["q"]["kernel"].dtype
+        == jnp.bfloat16
+    )
 
 
 def test_sharded_is_the_same(alone):
@@ -158,12 +191,17 @@ def test_sharded_is_the_same(alone):
     variables = nnx.state(nnx.eval_shape(lambda: Blip3o(CFG, PARTS, seed=0)))
     placed = jax.device_put(params, strategy.parameter_shardings(variables))
     q = placed["ar"]["layers"]["attention"]["q"]
-    assert [q[name].sharding.spec for name in lora.FACTORS] == [P(None, "fsdp", None), P(None, None, "tensor")]
+    assert [q[name].sharding.spec for name in lora.FACTORS] == [
+        P(None, "fsdp", None),
+        P(None, None, "tensor"),
+    ]
     (_, got), cut = outputs(CFG, strategy)(placed)
     for a, b in zip(got, want, strict=True):
         assert relative_error(a, b) < 1e-5
     for (path, a), b in zip(jax.tree.leaves_with_path(cut), jax.tree.leaves(gradient), strict=True):
-        cancels = path_name(key.key for key in path).startswith("dit/blocks/self_attention/q/kernel")
+        cancels = path_name(key.key for key in path).startswith(
+            "dit/blocks/self_attention/q/kernel"
+        )
         assert relative_error(a, b) < (2e-5 if cancels else 1e-5), path
 
 
@@ -173,21 +211,38 @@ def test_parameters_are_counted():
     d, f, kv = 32, 64, 16
     assert counts["ar"]["trainable"] == 2 * 3 * ((d + d) + (d + kv) + (d + d) + (f + d))
     assert counts["dit"]["trainable"] == 2 * 2 * (8 * 2 * d + (d + 2 * f) + (f + d))
-    assert sum(row["trainable"] for row in counts.values()) == counts["ar"]["trainable"] + counts["dit"]["trainable"]
+    assert (
+        sum(row["trainable"] for row in counts.values())
+        == counts["ar"]["trainable"] + counts["dit"]["trainable"]
+    )
 
 
 def test_settings():
     """A configuration from before there were any has none."""
-    assert config.from_dict({"hidden_size": 64}, config.Qwen3Config).lora == config.LoraConfig(targets=config.QWEN3_LINEAR)
+    assert config.from_dict({"hidden_size": 64}, config.Qwen3Config).lora == config.LoraConfig(
+        targets=config.QWEN3_LINEAR
+    )
     assert config.from_dict(config.to_dict(CFG), config.ModelConfig) == CFG
     overridden = config.to_config_dict(config.Config())
     overridden.model.dit.lora.rank = 8
     dit = config.from_dict(overridden).model.dit
-    assert dit.lora.of("expand").scale == 4.0 and dit.lora.of("proj_out") is None and config.SanaConfig().lora.of("q") is None
+    assert (
+        dit.lora.of("expand").scale == 4.0
+        and dit.lora.of("proj_out") is None
+        and config.SanaConfig().lora.of("q") is None
+    )
     for cls, values, message in (
         (config.Qwen3Config, {"rank": -1}, "lora.rank=-1 must lie between 0"),
-        (config.Qwen3Config, {"rank": 1, "targets": ("query",)}, "ar.lora.targets='query' is not one of q, k, v, o, gate"),
-        (config.SanaConfig, {"rank": 1, "targets": ()}, "dit.lora.targets is empty: name some of q, k, v, o, expand"),
+        (
+            config.Qwen3Config,
+            {"rank": 1, "targets": ("query",)},
+            "ar.lora.targets='query' is not one of q, k, v, o, gate",
+        ),
+        (
+            config.SanaConfig,
+            {"rank": 1, "targets": ()},
+            "dit.lora.targets is empty: name some of q, k, v, o, expand",
+        ),
         (config.SanaConfig, {"alpha": float("nan")}, "lora.alpha=nan must lie between"),
     ):
         with pytest.raises(config.ConfigError, match=message):

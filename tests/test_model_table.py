@@ -35,7 +35,12 @@ def stock() -> dict[str, int]:
         tie_word_embeddings=True,
     )
     siglip = transformers.SiglipVisionConfig(
-        hidden_size=1152, intermediate_size=4304, num_hidden_layers=27, num_attention_heads=16, image_size=384, patch_size=14
+        hidden_size=1152,
+        intermediate_size=4304,
+        num_hidden_layers=27,
+        num_attention_heads=16,
+        image_size=384,
+        patch_size=14,
     )
     decoder = transformers.Siglip2VisionConfig(
         hidden_size=1152,
@@ -80,7 +85,10 @@ def test_the_published_sizes(stock):
     assert {part: row["parameters"] for part, row in counts.items()} == stock
     # 217600 rows are stored for 217210 ids; the head is tied, so that they are there once.
     assert counts["ar"]["padding"] == (217600 - 217210) * 2048
-    assert counts["ar"]["trainable"] == stock["ar"] and counts["connector"]["trainable"] == stock["connector"]
+    assert (
+        counts["ar"]["trainable"] == stock["ar"]
+        and counts["connector"]["trainable"] == stock["connector"]
+    )
     assert counts["tokenizer"]["trainable"] == counts["vae"]["trainable"] == 0
     # Of the DiT only the caption projection and its norm.
     assert counts["dit"]["trainable"] == linear(2304, 2240) + linear(2240, 2240) + 2240

@@ -73,7 +73,9 @@ def test_remat_and_unroll_change_no_gradient_and_remat_keeps_less(layers, inputs
     graphdef, state = nnx.split(layers)
 
     def loss(state, remat, unroll):
-        return jnp.sum(nn.scan(nnx.merge(graphdef, state), step, *inputs, remat=remat, unroll=unroll)[0] ** 2)
+        return jnp.sum(
+            nn.scan(nnx.merge(graphdef, state), step, *inputs, remat=remat, unroll=unroll)[0] ** 2
+        )
 
     def kept(remat):
         pull = jax.eval_shape(lambda s: jax.vjp(lambda s: loss(s, remat, unroll), s)[1], state)
@@ -115,7 +117,13 @@ def test_recorded_layers_are_those_of_the_scan(layers, inputs, remat):
         stacked = nnx.merge(graphdef, state)
         with nn.part("ar"):
             out_BD, sums = nn.scan(stacked, step, x_BD, xs, remat=remat, unroll=False)
-        _, shapes = nn.scan(stacked, lambda layer, carry, _: (carry, layer.norm.scale[...]), None, remat=remat, unroll=False)
+        _, shapes = nn.scan(
+            stacked,
+            lambda layer, carry, _: (carry, layer.norm.scale[...]),
+            None,
+            remat=remat,
+            unroll=False,
+        )
         return out_BD, sums, shapes
 
     @jax.jit
@@ -127,7 +135,9 @@ def test_recorded_layers_are_those_of_the_scan(layers, inputs, remat):
     got, records = recorded(state, inputs[0])
     for a, b in zip(got, plain, strict=True):
         assert a.shape == b.shape and relative_error(a, b) < 1e-6
-    assert [(r.part, r.name, r.index) for r in records] == [(part, "Layer", i) for part in ("ar", "") for i in range(LAYERS)]
+    assert [(r.part, r.name, r.index) for r in records] == [
+        (part, "Layer", i) for part in ("ar", "") for i in range(LAYERS)
+    ]
     x_BD = inputs[0]
     for i, record in enumerate(records[:LAYERS]):
         x_BD = step(unstacked(layers, i), x_BD, xs[i])[0]
@@ -151,7 +161,9 @@ def test_layers_are_recorded_in_the_context_alone(layers, inputs):
 
 
 def test_constrain_counts_names_and_is_nothing_without_a_strategy(inputs):
-    with pytest.raises(ValueError, match=r"constrain: 1 axis names \('batch',\) for an array of shape \(2, 8\)"):
+    with pytest.raises(
+        ValueError, match=r"constrain: 1 axis names \('batch',\) for an array of shape \(2, 8\)"
+    ):
         nn.constrain(inputs[0], "batch")
     assert nn.constrain(inputs[0], "batch", None) is inputs[0]
 
@@ -167,12 +179,18 @@ def test_constrain_places_activations_by_the_part_being_traced(inputs):
 
         return jax.jit(fn)(inputs[0]).sharding
 
-    assert place("ar").is_equivalent_to(NamedSharding(strategy.mesh, PartitionSpec("fsdp", "tensor")), 2)
-    assert place("vae").is_equivalent_to(NamedSharding(strategy.mesh, PartitionSpec("fsdp", None)), 2)
+    assert place("ar").is_equivalent_to(
+        NamedSharding(strategy.mesh, PartitionSpec("fsdp", "tensor")), 2
+    )
+    assert place("vae").is_equivalent_to(
+        NamedSharding(strategy.mesh, PartitionSpec("fsdp", None)), 2
+    )
 
 
 def test_param_needs_a_name_for_every_dimension():
-    with pytest.raises(ValueError, match=r"param: shape \(2, 3\) has 2 dimensions, axes \('embed',\) name 1"):
+    with pytest.raises(
+        ValueError, match=r"param: shape \(2, 3\) has 2 dimensions, axes \('embed',\) name 1"
+    ):
         nn.param(nnx.Rngs(0), (2, 3), ("embed",), nn.zeros)
 
 

@@ -18,8 +18,21 @@ from tests.tiny import quick_compile  # noqa: F401  (a fixture)
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 # Of three lengths; the last one makes the batch's rows longer than a prompt alone would.
-PROMPTS = ["a red cat", "a small blue tall tree", "a big green boat", "pink", "a small red cat and a big blue boat " * 2]
-SETTINGS = {"temperature": 1.0, "top_k": 20, "top_p": 0.9, "steps": 3, "guidance": 1.5, "token_guidance": 1.5}
+PROMPTS = [
+    "a red cat",
+    "a small blue tall tree",
+    "a big green boat",
+    "pink",
+    "a small red cat and a big blue boat " * 2,
+]
+SETTINGS = {
+    "temperature": 1.0,
+    "top_k": 20,
+    "top_p": 0.9,
+    "steps": 3,
+    "guidance": 1.5,
+    "token_guidance": 1.5,
+}
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +43,9 @@ def checkpoint(tmp_path_factory):
     shutil.move(root / "written", root / "moved")
     config = root / "moved" / "checkpoints" / "config.json"
     values = checksums.read_json(config)
-    checksums.write_json(config, values | {"data": values["data"] | {"path": str(root / "deleted")}})
+    checksums.write_json(
+        config, values | {"data": values["data"] | {"path": str(root / "deleted")}}
+    )
     return root / "moved"
 
 
@@ -46,7 +61,10 @@ def on_one(checkpoint):
 @pytest.fixture(scope="module")
 def alone(on_one):
     """Codes and images of every prompt, each drawn by itself."""
-    drawn = [on_one.generate([p], seed=3, first_index=i, batch_size=1, **SETTINGS) for i, p in enumerate(PROMPTS)]
+    drawn = [
+        on_one.generate([p], seed=3, first_index=i, batch_size=1, **SETTINGS)
+        for i, p in enumerate(PROMPTS)
+    ]
     return np.concatenate([d.codes for d in drawn]), np.concatenate([d.images for d in drawn])
 
 
@@ -77,8 +95,19 @@ def test_a_prompt_does_not_depend_on_the_others(on_one, alone):
 
 
 def test_no_more_rows_are_drawn_than_there_are_prompts(on_one, alone):
-    check_same(on_one.generate(PROMPTS[:2], seed=3, batch_size=2**24, **SETTINGS), *(array[:2] for array in alone))
-    assert [pipelines._rows(n, 48, 8) for n in (1, 8, 9, 17, 33, 48, 99)] == [8, 8, 16, 32, 48, 48, 48]
+    check_same(
+        on_one.generate(PROMPTS[:2], seed=3, batch_size=2**24, **SETTINGS),
+        *(array[:2] for array in alone),
+    )
+    assert [pipelines._rows(n, 48, 8) for n in (1, 8, 9, 17, 33, 48, 99)] == [
+        8,
+        8,
+        16,
+        32,
+        48,
+        48,
+        48,
+    ]
 
 
 def test_seed_and_index_choose_the_image(on_one, alone):
@@ -106,7 +135,10 @@ def unrounded_on_one(checkpoint):
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=() if name in ("fsdp_tp", "hybrid_fsdp_sp") else pytest.mark.slow) for name in tiny.MESHES],
+    [
+        pytest.param(name, marks=() if name in ("fsdp_tp", "hybrid_fsdp_sp") else pytest.mark.slow)
+        for name in tiny.MESHES
+    ],
 )
 def test_eight_devices_give_the_same(checkpoint, unrounded_on_one, alone, name):
     """float32 sums in another order, through four tokens, three steps of the DiT and the decoder: 1e-5 of the images."""
@@ -123,7 +155,11 @@ def test_eight_devices_give_the_same(checkpoint, unrounded_on_one, alone, name):
     [
         ([], {}, "no prompt given"),
         (["a cat", "cat " * 90], {}, "prompt 'cat cat cat "),
-        (["a cat"], {"stepps": 3}, "unknown sampling setting stepps: it takes batch_size, guidance, reference_guidance, steps"),
+        (
+            ["a cat"],
+            {"stepps": 3},
+            "unknown sampling setting stepps: it takes batch_size, guidance, reference_guidance, steps",
+        ),
         (["a cat"], {"top_p": 2.0}, "sampling.top_p=2.0"),
         (["a cat"], {"top_p": 0.0}, "sampling.top_p=0.0"),
         (["a cat"], {"temperature": -0.5}, "sampling.temperature=-0.5"),
@@ -149,17 +185,30 @@ def test_files_of_a_run(checkpoint, on_one, monkeypatch, tmp_path, capsys):
         checkpoint, [("t2i", p, ()) for p in PROMPTS], tmp_path / "out", seed=3, overrides=overrides
     )
     assert [p.name for p in paths] == [f"{i:05d}.png" for i in range(5)]
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [*(p.name for p in paths), "grid.png", "prompts.jsonl"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        *(p.name for p in paths),
+        "grid.png",
+        "prompts.jsonl",
+    ]
     drawn = on_one.generate(PROMPTS, seed=3, **overrides)
     for path, image_HWC in zip(paths, drawn.images, strict=True):
         np.testing.assert_array_equal(np.array(Image.open(path)), image_HWC)
-    lines = [json.loads(line) for line in (tmp_path / "out" / "prompts.jsonl").read_text("utf-8").splitlines()]
+    lines = [
+        json.loads(line)
+        for line in (tmp_path / "out" / "prompts.jsonl").read_text("utf-8").splitlines()
+    ]
     assert [line["prompt"] for line in lines] == PROMPTS
     assert "5/5 images" in capsys.readouterr().err
 
-    with pytest.raises(UserError, match="tokens long; with 4 image tokens that is more than the model's 72"):
+    with pytest.raises(
+        UserError, match="tokens long; with 4 image tokens that is more than the model's 72"
+    ):
         pipelines.draw_to_directory(
-            checkpoint, [("t2i", p, ()) for p in ("a cat", "cat " * 90)], tmp_path / "none", seed=0, overrides={}
+            checkpoint,
+            [("t2i", p, ()) for p in ("a cat", "cat " * 90)],
+            tmp_path / "none",
+            seed=0,
+            overrides={},
         )
     assert not (tmp_path / "none").exists()
 
@@ -193,7 +242,10 @@ def test_another_stages_checkpoint_cannot_be_sampled_from(tmp_path, checkpoint):
     config = checksums.read_json(checkpoint / "checkpoints" / "config.json")
     (tmp_path / "3" / "state").mkdir(parents=True)
     (tmp_path / "config.json").write_text(json.dumps(config | {"stage": "autoencoder"}))
-    with pytest.raises(UserError, match="was written by stage 'autoencoder'; sampling needs a checkpoint of stage 'joint'"):
+    with pytest.raises(
+        UserError,
+        match="was written by stage 'autoencoder'; sampling needs a checkpoint of stage 'joint'",
+    ):
         blip3o_jax.load(tmp_path)
 
 
@@ -201,7 +253,9 @@ def test_another_stages_checkpoint_cannot_be_sampled_from(tmp_path, checkpoint):
 def seeing(tmp_path_factory):
     """The pipeline of a model with two places for images, on one device."""
     root = tmp_path_factory.mktemp("seeing")
-    tiny.write_checkpoint(root, model={"editing": {"references": 2, "latents": True, "beside": True}})
+    tiny.write_checkpoint(
+        root, model={"editing": {"references": 2, "latents": True, "beside": True}}
+    )
     single = tiny.strategy()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipelines.Strategy, "of", lambda cfg: single)
@@ -228,7 +282,11 @@ def test_tasks_mix_and_each_is_what_it_is_alone(seeing):
         alone = seeing.draw([request], seed=3, first_index=i, batch_size=1, **settings)
         check_same(alone, together.codes[i : i + 1], together.images[i : i + 1])
     edited = seeing.edit([a, [a, b]], ["red", "both"], seed=3, **settings)
-    check_same(seeing.draw([requests[0]], seed=3, batch_size=1, **settings), edited.codes[:1], edited.images[:1])
+    check_same(
+        seeing.draw([requests[0]], seed=3, batch_size=1, **settings),
+        edited.codes[:1],
+        edited.images[:1],
+    )
     redrawn = seeing.redraw([c], seed=3, first_index=3, **settings)
     check_same(redrawn, together.codes[3:4], together.images[3:4])
     assert edited.prompts == ["red", "both"]
@@ -265,17 +323,26 @@ def test_answers_are_the_likeliest_words_till_the_end_of_the_turn(seeing):
             ids.append(token)
         assert answer == vocabulary.decode(ids).strip()
     assert len(set(answers)) > 1, "the images and questions say nothing"
-    drawn = [seeing.ask(shown[:1], questions[:1], most=most, temperature=2.0, seed=seed)[0] for seed in (0, 0, 1)]
+    drawn = [
+        seeing.ask(shown[:1], questions[:1], most=most, temperature=2.0, seed=seed)[0]
+        for seed in (0, 0, 1)
+    ]
     assert drawn[0] == drawn[1] != drawn[2]
 
 
 def test_an_answer_ends_where_its_row_does(seeing, monkeypatch):
     """Of a model that never ends its turn."""
-    endless = lambda params, tokens_BL, most, **_: (np.zeros((len(tokens_BL), most), int), np.full(len(tokens_BL), most))
+    endless = lambda params, tokens_BL, most, **_: (
+        np.zeros((len(tokens_BL), most), int),
+        np.full(len(tokens_BL), most),
+    )
     monkeypatch.setattr(seeing, "_write", endless)
     monkeypatch.setattr(type(seeing.vocabulary), "decode", lambda self, ids: str(len(ids)))
     shown, questions = photos()[:2], ["what is it", "what"]
-    lengths = [len(seeing._prompt(pipelines.Request("understand", q, (shown[0],)), 1).ids) for q in questions]
+    lengths = [
+        len(seeing._prompt(pipelines.Request("understand", q, (shown[0],)), 1).ids)
+        for q in questions
+    ]
     assert lengths[0] > lengths[1] > 72 - 64
     assert seeing.ask(shown, questions) == [str(72 - length) for length in lengths]
     assert seeing.ask(shown, questions, most=3) == ["3", "3"]
@@ -284,17 +351,49 @@ def test_an_answer_ends_where_its_row_does(seeing, monkeypatch):
 def test_what_cannot_be_shown_is_one_line(seeing, on_one):
     photo = photos()[0]
     for model, call, message in [
-        (seeing, lambda m: m.edit([[photo] * 3], ["x"]), "images given: 3, but the model shows at most 2 in a row"),
-        (on_one, lambda m: m.edit([photo], ["x"]), "images given: 1, but the model was not trained to be shown any"),
+        (
+            seeing,
+            lambda m: m.edit([[photo] * 3], ["x"]),
+            "images given: 3, but the model shows at most 2 in a row",
+        ),
+        (
+            on_one,
+            lambda m: m.edit([photo], ["x"]),
+            "images given: 1, but the model was not trained to be shown any",
+        ),
         (seeing, lambda m: m.edit([photo], [" "]), "the instruction is empty"),
         (seeing, lambda m: m.ask([photo], [""]), "the question is empty"),
-        (seeing, lambda m: m.ask([photo], ["x " * 80]), "with 1 token of an answer that is more than the model's 72"),
+        (
+            seeing,
+            lambda m: m.ask([photo], ["x " * 80]),
+            "with 1 token of an answer that is more than the model's 72",
+        ),
         (seeing, lambda m: m.edit([()], ["x"]), "task edit needs an image"),
-        (seeing, lambda m: m.edit(["photo.png"], ["x"]), "must be a uint8 array [H, W, 3], not str: "),
-        (seeing, lambda m: m.ask([photo[..., 0]], ["x"]), "must be a uint8 array [H, W, 3], not uint8 [20, 24]: "),
-        (seeing, lambda m: m.redraw([photo / 255]), "must be a uint8 array [H, W, 3], not float64 [20, 24, 3]: "),
-        (seeing, lambda m: m.draw([pipelines.Request("t2i", "x", (photo,))]), "task t2i shows no image"),
-        (seeing, lambda m: m.draw([pipelines.Request("understand", "x", (photo,))]), "answered in words: use ask"),
+        (
+            seeing,
+            lambda m: m.edit(["photo.png"], ["x"]),
+            "must be a uint8 array [H, W, 3], not str: ",
+        ),
+        (
+            seeing,
+            lambda m: m.ask([photo[..., 0]], ["x"]),
+            "must be a uint8 array [H, W, 3], not uint8 [20, 24]: ",
+        ),
+        (
+            seeing,
+            lambda m: m.redraw([photo / 255]),
+            "must be a uint8 array [H, W, 3], not float64 [20, 24, 3]: ",
+        ),
+        (
+            seeing,
+            lambda m: m.draw([pipelines.Request("t2i", "x", (photo,))]),
+            "task t2i shows no image",
+        ),
+        (
+            seeing,
+            lambda m: m.draw([pipelines.Request("understand", "x", (photo,))]),
+            "answered in words: use ask",
+        ),
     ]:
         with pytest.raises(UserError) as error:
             call(model)

@@ -22,7 +22,8 @@ def test_files(tmp_path):
         np.testing.assert_array_equal(np.array(Image.open(path)), image_HWC)
     lines = (tmp_path / "deep" / "out" / "prompts.jsonl").read_text("utf-8").splitlines()
     assert [json.loads(line) for line in lines] == [
-        {"file_name": path.name, "prompt": prompt} for path, prompt in zip(paths, prompts, strict=True)
+        {"file_name": path.name, "prompt": prompt}
+        for path, prompt in zip(paths, prompts, strict=True)
     ]
     assert (tmp_path / "deep" / "out" / "grid.png").exists()
 
@@ -64,7 +65,9 @@ def test_a_kill_leaves_the_old_images_or_the_new_but_never_both(tmp_path, monkey
 @pytest.mark.parametrize("name", ["notes.txt", "00000.png", "images"])
 def test_what_is_of_no_earlier_run_is_left_alone(tmp_path, name):
     (tmp_path / name).mkdir() if name == "images" else (tmp_path / name).touch()
-    with pytest.raises(UserError, match=f"{tmp_path} holds {name}, which is none of the images of an earlier run"):
+    with pytest.raises(
+        UserError, match=f"{tmp_path} holds {name}, which is none of the images of an earlier run"
+    ):
         write_images(solid((9, 9, 9)), ["a"], tmp_path)
     assert kept(tmp_path) == [name]
 
@@ -72,7 +75,9 @@ def test_what_is_of_no_earlier_run_is_left_alone(tmp_path, name):
 def test_grid_places_each_image_over_its_label():
     """Five images: rows of three, in reading order; under each a label, and white where there is none."""
     colours = [(200, 0, 0), (0, 200, 0), (0, 0, 200), (200, 200, 0), (0, 200, 200)]
-    grid = np.array(labelled_grid(solid(*colours), ["one", "two", "three", "four", "five"], cell=64))
+    grid = np.array(
+        labelled_grid(solid(*colours), ["one", "two", "three", "four", "five"], cell=64)
+    )
     cell, label, gap = 64, 45, 8
     assert grid.shape == (2 * (cell + label + gap) + gap, 3 * (cell + gap) + gap, 3)
     for i, colour in enumerate(colours):
@@ -85,4 +90,6 @@ def test_grid_places_each_image_over_its_label():
 def test_one_image_and_a_label_too_long():
     grid = np.array(labelled_grid(solid((9, 9, 9)), ["a very long prompt " * 40]))
     assert grid.shape == (192 + 45 + 16, 192 + 16, 3)
-    assert (grid[:, -8:] == 255).all() and (grid[-8:] == 255).all(), "the label runs out of its cell"
+    assert (grid[:, -8:] == 255).all() and (grid[-8:] == 255).all(), (
+        "the label runs out of its cell"
+    )

@@ -108,22 +108,37 @@ def rest(connection: socket.socket) -> bytes:
 
 
 def post(headers: bytes, body: bytes = b"", path: bytes = b"/count") -> bytes:
-    return b"POST " + path + b" HTTP/1.1\r\nHost: a\r\nConnection: close\r\n" + headers + b"\r\n" + body
+    return (
+        b"POST "
+        + path
+        + b" HTTP/1.1\r\nHost: a\r\nConnection: close\r\n"
+        + headers
+        + b"\r\n"
+        + body
+    )
 
 
 def test_a_body_is_taken(service):
     assert raw(service, post(TOKEN + b"Content-Length: 3\r\n", b"abc")).endswith(b"\r\n\r\n3")
 
 
-@pytest.mark.parametrize("token", [b"", b"Authorization: Bearer secre\r\n", TOKEN * 2, b"Authorization: Bearer \xe9\r\n"])
+@pytest.mark.parametrize(
+    "token", [b"", b"Authorization: Bearer secre\r\n", TOKEN * 2, b"Authorization: Bearer \xe9\r\n"]
+)
 def test_the_token_is_judged_before_the_body_comes(service, token):
     answer = told(service, post(token + b"Content-Length: 9000\r\n"))
-    assert answer.startswith(b"HTTP/1.1 401 ") and b"www-authenticate: Bearer" in answer and b"missing or wrong" in answer
+    assert (
+        answer.startswith(b"HTTP/1.1 401 ")
+        and b"www-authenticate: Bearer" in answer
+        and b"missing or wrong" in answer
+    )
 
 
 def test_who_is_refused_while_sending_gets_to_read_why(service):
     """Eight megabytes do not fit into the socket's buffers: closing at once would reset the connection."""
-    assert b"missing or wrong" in raw(service, post(b"Content-Length: 8000000\r\n", bytes(8_000_000)))
+    assert b"missing or wrong" in raw(
+        service, post(b"Content-Length: 8000000\r\n", bytes(8_000_000))
+    )
 
 
 @pytest.mark.parametrize(
@@ -259,7 +274,12 @@ def test_requests_are_counted_and_metrics_need_the_token(service, registry):
     before = registry.get_sample_value("t_requests_total", {"status": "200"}) or 0
     raw(service, b"GET /open HTTP/1.0\r\n\r\n")
     get = b"GET /metrics HTTP/1.1\r\nHost: a\r\nConnection: close\r\n"
-    until(lambda: f't_requests_total{{status="200"}} {before + 1:.1f}\n'.encode() in raw(service, get + TOKEN + b"\r\n"))
+    until(
+        lambda: (
+            f't_requests_total{{status="200"}} {before + 1:.1f}\n'.encode()
+            in raw(service, get + TOKEN + b"\r\n")
+        )
+    )
     assert raw(service, get + b"\r\n").startswith(b"HTTP/1.1 401 ")
 
 
@@ -305,7 +325,9 @@ print("stopped by", serving.run_until_signal([service], lambda: print(service.ur
 
 def test_a_signal_lets_requests_be_answered():
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    process = subprocess.Popen([sys.executable, "-c", SCRIPT], text=True, env=dict(os.environ), **pipes)
+    process = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT], text=True, env=dict(os.environ), **pipes
+    )
     try:
         address = ("127.0.0.1", int(process.stdout.readline().rsplit(":", 1)[1]))
         with concurrent.futures.ThreadPoolExecutor(2) as pool, contextlib.ExitStack() as stack:

@@ -43,7 +43,9 @@ class Watch:
     def hook(self, event, args):
         if not self.armed:
             return
-        reads = event in ("open", "os.listdir", "os.scandir") and f"{self.elsewhere}/" in f"{args[0]}/"
+        reads = (
+            event in ("open", "os.listdir", "os.scandir") and f"{self.elsewhere}/" in f"{args[0]}/"
+        )
         # Import looks through all of sys.path for any module.
         reads = reads and (event, str(args[0])) != ("os.listdir", self.elsewhere)
         imports = event == "import" and args[0].startswith("hostile_module")
@@ -78,7 +80,9 @@ def elsewhere(tmp_path_factory):
     """What the directory names and must not reach: a module that leaves a mark, prompts, data, a
     tokenizer, another run."""
     place = tmp_path_factory.mktemp("elsewhere")
-    (place / "hostile_module.py").write_text(f"open({str(place / 'imported')!r}, 'w')\ndef score(*_): return [1.0]\n")
+    (place / "hostile_module.py").write_text(
+        f"open({str(place / 'imported')!r}, 'w')\ndef score(*_): return [1.0]\n"
+    )
     (place / "prompts.jsonl").write_text('{"prompt": "secret"}\n')
     shutil.copytree(started_from(), place / "run")
     return place
@@ -133,7 +137,9 @@ def received(elsewhere, server, watch, tmp_path, monkeypatch, rng):
     monkeypatch.setenv(VARIABLE, "secret")
     read = []
     original = os._Environ.__getitem__
-    monkeypatch.setattr(os._Environ, "__getitem__", lambda self, key: read.append(key) or original(self, key))
+    monkeypatch.setattr(
+        os._Environ, "__getitem__", lambda self, key: read.append(key) or original(self, key)
+    )
     watch.seen.clear()
     watch.elsewhere, watch.armed = str(elsewhere), True
     yield run
@@ -194,21 +200,33 @@ def drawn(self, requests, **_):
 def test_commands_that_read_a_checkpoint(received, tmp_path, monkeypatch, command):
     monkeypatch.setattr(Pipeline, "draw", drawn)
     monkeypatch.setattr(Pipeline, "ask", lambda self, shown, texts, **_: texts)
-    monkeypatch.setattr(shapes, "SMALLEST", 16)  # the model's images are smaller than the scorer takes
+    monkeypatch.setattr(
+        shapes, "SMALLEST", 16
+    )  # the model's images are smaller than the scorer takes
     monkeypatch.setattr(exporter, "check_space", lambda out, needed: None)
     image = next(received.glob("rollouts/*/*.png"))
     flag = "--source" if command[0] == "convert" else "--checkpoint"
-    arguments = [text.replace("OUT", str(tmp_path / "out")).replace("IMAGE", str(image)) for text in command]
+    arguments = [
+        text.replace("OUT", str(tmp_path / "out")).replace("IMAGE", str(image)) for text in command
+    ]
     assert cli.main([*arguments, f"{flag}={received}"]) == 0
 
 
 def test_a_run_that_starts_from_it(received):
     """`blip3o rl` and `train`: the model, and nothing else of what its config.json says."""
     config = start.continued(received, trained=("ar",))
-    assert config.rl.rewards == () and config.rl.prompts_file == "" and config.data.path == config.data.cache_dir == ""
-    assert {path for _, path in config.checkpoint.init_from} == {str(received / "checkpoints" / "6")}
+    assert (
+        config.rl.rewards == ()
+        and config.rl.prompts_file == ""
+        and config.data.path == config.data.cache_dir == ""
+    )
+    assert {path for _, path in config.checkpoint.init_from} == {
+        str(received / "checkpoints" / "6")
+    }
     assert config.model.text.path == str(received / "checkpoints" / "text")
-    given = start.given_parts(config, checkpoint.plan_state(config, tiny.strategy()), tiny.strategy())
+    given = start.given_parts(
+        config, checkpoint.plan_state(config, tiny.strategy()), tiny.strategy()
+    )
     assert jax.tree.leaves(given["ar"])
 
 
@@ -216,7 +234,9 @@ def test_a_run_that_starts_from_it(received):
 def test_a_recipe_leads_nowhere_else(received, elsewhere, name, capsys):
     value = str(elsewhere / "run") if name == "ELSEWHERE/run" else name
     checksums.write_json(received / "recipe.json", {"stages": [value]})
-    assert cli.main(["sample", f"--checkpoint={received}", "--prompt=a", f"--out={received}/out"]) == 2
+    assert (
+        cli.main(["sample", f"--checkpoint={received}", "--prompt=a", f"--out={received}/out"]) == 2
+    )
     assert "recipe.json names no stage in that directory" in capsys.readouterr().err
 
 
@@ -226,9 +246,18 @@ def test_no_file_is_unpickled():
     package = pathlib.Path(cli.__file__).parent
     own = {"rl/rewards/processes.py", "bench/sharding/apart.py"}
     for file in package.rglob("*.py"):
-        for call in (node for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)):
-            options = {keyword.arg: getattr(keyword.value, "value", None) for keyword in call.keywords}
+        for call in (
+            node
+            for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+            if isinstance(node, ast.Call)
+        ):
+            options = {
+                keyword.arg: getattr(keyword.value, "value", None) for keyword in call.keywords
+            }
             called = ast.unparse(call.func)
             assert not options.get("allow_pickle"), file
             assert called != "torch.load" or options["weights_only"] is True, file
-            assert called not in ("pickle.load", "pickle.loads") or str(file.relative_to(package)) in own, file
+            assert (
+                called not in ("pickle.load", "pickle.loads")
+                or str(file.relative_to(package)) in own
+            ), file

@@ -62,7 +62,11 @@ def model() -> config.ModelConfig:
                 **F32,
             ),
             decoder=config.TaTokDecoderConfig(
-                hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_patches=4
+                hidden_size=16,
+                intermediate_size=32,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                num_patches=4,
             ),
             bottleneck_dim=8,
             codebook_size=32,
@@ -178,17 +182,27 @@ def prepared(
     stage: str = "joint", supervise_prompt: bool = False, references: int = 0
 ) -> tuple[config.Config, int, dict[str, np.ndarray]]:
     """(configuration with its vocabulary, id of code 0, one batch of 8 rows) of a stage."""
-    model = {"template": {"supervise_prompt": supervise_prompt}, "editing": {"references": references}}
+    model = {
+        "template": {"supervise_prompt": supervise_prompt},
+        "editing": {"references": references},
+    }
     cfg = run_config(data(), stage=stage, model=model)
     sources = open_mixture(cfg.data)
     cfg, vocabulary = with_vocabulary(cfg, sources, data().parent)
-    loader = Loader(sources, ExampleBuilder(STAGES[stage].fields, cfg.model, cfg.data, vocabulary), cfg.data, cfg.seed)
+    loader = Loader(
+        sources,
+        ExampleBuilder(STAGES[stage].fields, cfg.model, cfg.data, vocabulary),
+        cfg.data,
+        cfg.seed,
+    )
     batch = next(loader)
     loader.close()
     return cfg, vocabulary.image_first if vocabulary else 0, batch
 
 
-def strategy(name: str = "dp", data: int = 1, fsdp: int = 1, tensor: int = 1, **mesh: Any) -> Strategy:
+def strategy(
+    name: str = "dp", data: int = 1, fsdp: int = 1, tensor: int = 1, **mesh: Any
+) -> Strategy:
     """A strategy on as many devices as the sizes come to."""
     cfg = config.MeshConfig(data=data, fsdp=fsdp, tensor=tensor, strategy=name, **mesh)
     return Strategy.of(cfg, jax.devices()[: data * fsdp * tensor * cfg.sequence])
@@ -212,13 +226,19 @@ MESHES: dict[str, dict[str, Any]] = {
 }
 
 
-def cached_batch(cfg: config.Config, batch: dict[str, np.ndarray], seed: int = 0) -> dict[str, np.ndarray]:
+def cached_batch(
+    cfg: config.Config, batch: dict[str, np.ndarray], seed: int = 0
+) -> dict[str, np.ndarray]:
     """A joint batch as it comes from the encoders' cache, with made-up codes and latents: no encoder runs in the step."""
     rng = np.random.default_rng(seed)
     rows, side = len(batch["tokens"]), cfg.model.latent_size
     views = {
-        "codes": rng.integers(0, cfg.model.tokenizer.codebook_size, (rows, cfg.model.tokenizer.num_tokens), np.int32),
-        "latents": rng.normal(size=(rows, side, side, cfg.model.vae.latent_channels)).astype(np.float32),
+        "codes": rng.integers(
+            0, cfg.model.tokenizer.codebook_size, (rows, cfg.model.tokenizer.num_tokens), np.int32
+        ),
+        "latents": rng.normal(size=(rows, side, side, cfg.model.vae.latent_channels)).astype(
+            np.float32
+        ),
     }
     return {name: x for name, x in batch.items() if "pixels" not in name} | views
 
@@ -244,7 +264,10 @@ def write_checkpoint(workdir: pathlib.Path, **changes: object) -> None:
     state = create_state(cfg, plan_state(cfg, strategy()))
     rng = np.random.default_rng(1)
     state["params"] = jax.tree.map(
-        lambda x: jax.device_put(np.asarray(x) + rng.normal(0, 0.3, x.shape).astype(x.dtype), x.sharding), state["params"]
+        lambda x: jax.device_put(
+            np.asarray(x) + rng.normal(0, 0.3, x.shape).astype(x.dtype), x.sharding
+        ),
+        state["params"],
     )
     checkpoints = Checkpoints(workdir / "checkpoints", keep=1)
     checkpoints.open(cfg, vocabulary.tokenizer)

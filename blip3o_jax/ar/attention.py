@@ -32,7 +32,9 @@ def rotate(x_BLHK: jax.Array, rotation: Rotation) -> jax.Array:
     """Rotate the pairs (x_i, x_{i + K/2}) of every head (the rotate-half convention), in float32."""
     cos, sin = (a[:, :, None, :] for a in rotation)
     first, second = jnp.split(x_BLHK.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BLHK.dtype)
+    return jnp.concatenate(
+        [first * cos - second * sin, second * cos + first * sin], axis=-1
+    ).astype(x_BLHK.dtype)
 
 
 def attend(
@@ -53,9 +55,13 @@ def attend(
     ConfigError for a kernel of another platform.
     """
     if implementation == "auto":
-        implementation = chosen(nn.platform(), v_BSGK.dtype.name, whole_rows=isinstance(query_start, int))
+        implementation = chosen(
+            nn.platform(), v_BSGK.dtype.name, whole_rows=isinstance(query_start, int)
+        )
     if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"attention implementation {implementation!r} is not one of {', '.join(IMPLEMENTATIONS)}")
+        raise ValueError(
+            f"attention implementation {implementation!r} is not one of {', '.join(IMPLEMENTATIONS)}"
+        )
     if nn.platform() not in PLATFORMS.get(implementation, (nn.platform(),)):
         raise ConfigError(
             f"ar.attention={implementation!r} is a kernel of {PLATFORMS[implementation][0].upper()}s and this runs on a "
@@ -63,11 +69,15 @@ def attend(
         )
     keys_at = "batch", "keys", "act_kv_heads", None
     k_BSGK, v_BSGK = nn.constrain(k_BSGK, *keys_at), nn.constrain(v_BSGK, *keys_at)
-    o_BLHK = IMPLEMENTATIONS[implementation](q_BLHK, k_BSGK, v_BSGK, query_segments_BL, key_segments_BS, query_start)
+    o_BLHK = IMPLEMENTATIONS[implementation](
+        q_BLHK, k_BSGK, v_BSGK, query_segments_BL, key_segments_BS, query_start
+    )
     return jnp.where(query_segments_BL[:, :, None, None] != 0, o_BLHK, 0)
 
 
-def visible(query_segments_BL: jax.Array, key_segments_BS: jax.Array, query_start: jax.Array | int) -> jax.Array:
+def visible(
+    query_segments_BL: jax.Array, key_segments_BS: jax.Array, query_start: jax.Array | int
+) -> jax.Array:
     """Boolean [B, L, S]. For one row with query_start 0, segments 1 1 2 0 give
 
     1 0 0 0
@@ -93,7 +103,10 @@ def _xla(
     G = k_BSGK.shape[2]
     # Heads before tokens in all factors, as a batched product has them: otherwise XLA turns products around on CPUs.
     q_BGRLK = q_BLHK.reshape(B, L, G, H // G, K).transpose(0, 2, 3, 1, 4)
-    scores = jnp.einsum("BGRLK,BSGK->BGRLS", q_BGRLK, k_BSGK, preferred_element_type=jnp.float32) * K**-0.5
+    scores = (
+        jnp.einsum("BGRLK,BSGK->BGRLS", q_BGRLK, k_BSGK, preferred_element_type=jnp.float32)
+        * K**-0.5
+    )
     mask_BLS = visible(query_segments_BL, key_segments_BS, query_start)
     # Finite, not -inf: a padding query sees nothing, and a softmax over nothing but -inf would be NaN, also in its gradient.
     scores = jnp.where(mask_BLS[:, None, None], scores, jnp.finfo(jnp.float32).min)
@@ -114,7 +127,9 @@ def dot_product(
 ) -> jax.Array:
     """`jax.nn.dot_product_attention`: cuDNN's flash attention, or its own plain products ("xla"), which tests compare."""
     mask_BLS = visible(query_segments_BL, key_segments_BS, query_start)
-    return jax.nn.dot_product_attention(q_BLHK, k_BSGK, v_BSGK, mask=mask_BLS[:, None], implementation=implementation)
+    return jax.nn.dot_product_attention(
+        q_BLHK, k_BSGK, v_BSGK, mask=mask_BLS[:, None], implementation=implementation
+    )
 
 
 IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
@@ -137,5 +152,7 @@ def chosen(platform: str, dtype: str, *, whole_rows: bool) -> str:
     elif whole_rows and platform in PLATFORMS["cudnn"] and dtype in ("bfloat16", "float16"):
         name = "cudnn"
     rows = "whole rows" if whole_rows else "a cache"
-    logging.getLogger(__name__).info("attention over %s in %s on %s: %s", rows, dtype, platform, name)
+    logging.getLogger(__name__).info(
+        "attention over %s in %s on %s: %s", rows, dtype, platform, name
+    )
     return name

@@ -37,7 +37,10 @@ class Cache(NamedTuple):
 
 def empty(cfg: Qwen3Config, batch: int, capacity: int) -> Cache:
     """A cache of `capacity` slots a row, in the compute dtype."""
-    shape, axes = (batch, cfg.num_key_value_heads, capacity, cfg.head_dim), ("batch", "act_kv_heads", None, None)
+    shape, axes = (
+        (batch, cfg.num_key_value_heads, capacity, cfg.head_dim),
+        ("batch", "act_kv_heads", None, None),
+    )
     if cfg.unroll:
         zeros = (nn.constrain(jnp.zeros(shape, cfg.dtype), *axes),) * cfg.num_hidden_layers
     else:
@@ -53,7 +56,9 @@ def reserve(cache: Cache, segment_ids_BL: jax.Array) -> tuple[Cache, jax.Array]:
     """
     real_BL = (segment_ids_BL != 0).astype(jnp.int32)
     positions_BL = cache.lengths_B[:, None] + jnp.cumsum(real_BL, axis=1) - 1
-    segment_ids_BS = jax.lax.dynamic_update_slice(cache.segment_ids_BS, segment_ids_BL.astype(jnp.int32), (0, cache.end))
+    segment_ids_BS = jax.lax.dynamic_update_slice(
+        cache.segment_ids_BS, segment_ids_BL.astype(jnp.int32), (0, cache.end)
+    )
     cache = cache._replace(
         segment_ids_BS=segment_ids_BS,
         lengths_B=cache.lengths_B + real_BL.sum(axis=1),
@@ -80,8 +85,12 @@ def write(
     layer's already."""
     new_BGLK = new_BLGK.swapaxes(1, 2).astype(cached_YBGSK.dtype)
     if layer is None:
-        cached_YBGSK = cached_BGSK = jax.lax.dynamic_update_slice(cached_YBGSK, new_BGLK, (0, 0, slot, 0))
+        cached_YBGSK = cached_BGSK = jax.lax.dynamic_update_slice(
+            cached_YBGSK, new_BGLK, (0, 0, slot, 0)
+        )
     else:
-        cached_YBGSK = jax.lax.dynamic_update_slice(cached_YBGSK, new_BGLK[None], (layer, 0, 0, slot, 0))
+        cached_YBGSK = jax.lax.dynamic_update_slice(
+            cached_YBGSK, new_BGLK[None], (layer, 0, 0, slot, 0)
+        )
         cached_BGSK = jax.lax.dynamic_index_in_dim(cached_YBGSK, layer, keepdims=False)
     return cached_YBGSK, cached_BGSK.swapaxes(1, 2)

@@ -45,16 +45,24 @@ def cross_entropy(
         x = jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2))
         return jnp.moveaxis(x.reshape(B, blocks, chunk, *x.shape[2:]), 1, 0)
 
-    def block(hidden_BCD: jax.Array, labels_BC: jax.Array, mask_BC: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logits_BCV = jnp.einsum("bcd,dv->bcv", hidden_BCD, head_DV, preferred_element_type=jnp.float32)
+    def block(
+        hidden_BCD: jax.Array, labels_BC: jax.Array, mask_BC: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        logits_BCV = jnp.einsum(
+            "bcd,dv->bcv", hidden_BCD, head_DV, preferred_element_type=jnp.float32
+        )
         logits_BCV = nn.constrain(logits_BCV, "batch", "length", "act_vocab")
         logits_BCV = jnp.where(jnp.arange(head_DV.shape[1]) < vocab_size, logits_BCV, -jnp.inf)
         right_BC = jnp.argmax(logits_BCV, axis=-1) == labels_BC
         at_label_BC = jnp.take_along_axis(logits_BCV, labels_BC[..., None], axis=-1)[..., 0]
         loss_BC = jax.nn.logsumexp(logits_BCV, axis=-1) - at_label_BC
-        return jnp.sum(jnp.where(mask_BC, loss_BC, 0.0)), jnp.sum(jnp.where(mask_BC, right_BC, False).astype(jnp.float32))
+        return jnp.sum(jnp.where(mask_BC, loss_BC, 0.0)), jnp.sum(
+            jnp.where(mask_BC, right_BC, False).astype(jnp.float32)
+        )
 
-    def body(totals: tuple[jax.Array, jax.Array], inputs: tuple[jax.Array, ...]) -> tuple[tuple[jax.Array, jax.Array], None]:
+    def body(
+        totals: tuple[jax.Array, jax.Array], inputs: tuple[jax.Array, ...]
+    ) -> tuple[tuple[jax.Array, jax.Array], None]:
         loss, right = (block if blocks == 1 else jax.checkpoint(block))(*inputs)
         return (totals[0] + loss, totals[1] + right), None
 
@@ -63,6 +71,8 @@ def cross_entropy(
         inputs = hidden_BLD, labels_BL, mask_BL
         if M < L:
             labelled_first_BM = jnp.argsort(~mask_BL, axis=1, stable=True)[:, :M]
-            take = jax.vmap(lambda x, index: x.at[index].get(mode="promise_in_bounds", unique_indices=True))
+            take = jax.vmap(
+                lambda x, index: x.at[index].get(mode="promise_in_bounds", unique_indices=True)
+            )
             inputs = [take(x, labelled_first_BM) for x in inputs]
         return jax.lax.scan(body, start, tuple(map(cut, inputs)))[0]

@@ -31,7 +31,9 @@ class Attention(nnx.Module):
         self.q_norm = _norm(cfg, cfg.head_dim, rngs)
         self.k_norm = _norm(cfg, cfg.head_dim, rngs)
 
-    def heads(self, x_BLD: jax.Array, rotation: attention.Rotation) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def heads(
+        self, x_BLD: jax.Array, rotation: attention.Rotation
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """q [B, L, H, K], k and v [B, L, G, K]; the norm is over each head, before the rotation."""
         split = lambda y: y.reshape(*y.shape[:-1], -1, self.head_dim)
         q_BLHK = attention.rotate(self.q_norm(split(self.q(x_BLD))), rotation)
@@ -68,15 +70,21 @@ class Layer(nnx.Module):
         self.mlp_norm = _norm(cfg, cfg.hidden_size, rngs)
         self.mlp = Mlp(cfg, rngs=rngs)
 
-    def before(self, x_BLD: jax.Array, rotation: attention.Rotation) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def before(
+        self, x_BLD: jax.Array, rotation: attention.Rotation
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         with jax.named_scope("attention"):
             return self.attention.heads(self.attention_norm(x_BLD), rotation)
 
     def after(self, x_BLD: jax.Array, o_BLHK: jax.Array) -> jax.Array:
         with jax.named_scope("attention"):
-            x_BLD = nn.constrain(x_BLD + self.attention.join(o_BLHK), "batch", "length", "act_embed")
+            x_BLD = nn.constrain(
+                x_BLD + self.attention.join(o_BLHK), "batch", "length", "act_embed"
+            )
         with jax.named_scope("mlp"):
-            return nn.constrain(x_BLD + self.mlp(self.mlp_norm(x_BLD)), "batch", "length", "act_embed")
+            return nn.constrain(
+                x_BLD + self.mlp(self.mlp_norm(x_BLD)), "batch", "length", "act_embed"
+            )
 
 
 class Qwen3(nnx.Module):
@@ -86,10 +94,16 @@ class Qwen3(nnx.Module):
     def __init__(self, cfg: Qwen3Config, *, rngs: nnx.Rngs):
         self.cfg = cfg
         rows, d = cfg.padded_vocab_size, cfg.hidden_size
-        self.embedding = nn.param(rngs, (rows, d), ("vocab", "embed"), nn.normal(cfg.embedding_deviation), cfg.param_dtype)
+        self.embedding = nn.param(
+            rngs, (rows, d), ("vocab", "embed"), nn.normal(cfg.embedding_deviation), cfg.param_dtype
+        )
         self.layers = nn.stack(lambda rngs: Layer(cfg, rngs=rngs), cfg.num_hidden_layers, rngs)
         self.norm = _norm(cfg, d, rngs)
-        self.lm_head = None if cfg.tie_word_embeddings else _linear(cfg, d, rows, ("embed", "vocab"), rngs, "lm_head")
+        self.lm_head = (
+            None
+            if cfg.tie_word_embeddings
+            else _linear(cfg, d, rows, ("embed", "vocab"), rngs, "lm_head")
+        )
 
     def embed(self, tokens_BL: jax.Array) -> jax.Array:
         """Ids -> embeddings [B, L, D] in the compute dtype. Each device looks up the columns that it holds for the rows of all
@@ -100,7 +114,9 @@ class Qwen3(nnx.Module):
             x_BLD = nn.constrain(x_BLD, "lookup_batch", "length", "embed")
             return nn.constrain(x_BLD, "batch", "length", "act_embed")
 
-    def __call__(self, x_BLD: jax.Array, positions_BL: jax.Array, segment_ids_BL: jax.Array) -> jax.Array:
+    def __call__(
+        self, x_BLD: jax.Array, positions_BL: jax.Array, segment_ids_BL: jax.Array
+    ) -> jax.Array:
         """Embeddings -> hidden states [B, L, D] after the final norm (`last_hidden_state` of `Qwen3Model`).
 
         Tokens see earlier tokens of their own segment; segment 0 is padding, whose hidden states mean nothing. `positions_BL`
@@ -125,7 +141,11 @@ class Qwen3(nnx.Module):
         return self.norm(x_BLD)
 
     def after_prompts(
-        self, x_PLD: jax.Array, segment_ids_PL: jax.Array, x_BND: jax.Array, each: Callable[[jax.Array], jax.Array]
+        self,
+        x_PLD: jax.Array,
+        segment_ids_PL: jax.Array,
+        x_BND: jax.Array,
+        each: Callable[[jax.Array], jax.Array],
     ) -> tuple[jax.Array, jax.Array]:
         """Prompts, and N tokens after them in each of B rows -> hidden states [P, L, D] and [B, N, D].
 
@@ -137,12 +157,20 @@ class Qwen3(nnx.Module):
         key_segments_BS = jnp.concatenate([each(segment_ids_PL), own_BN], axis=1)
         attend = functools.partial(attention.attend, implementation=self.cfg.attention)
 
-        def step(layer: Layer, carry: tuple[jax.Array, jax.Array], _: None) -> tuple[tuple[jax.Array, jax.Array], None]:
+        def step(
+            layer: Layer, carry: tuple[jax.Array, jax.Array], _: None
+        ) -> tuple[tuple[jax.Array, jax.Array], None]:
             x_PLD, x_BND = carry
             q_PLHK, k_PLGK, v_PLGK = layer.before(x_PLD, prompt_rotation)
             q_BNHK, k_BNGK, v_BNGK = layer.before(x_BND, rotation)
             with jax.named_scope("attention"):
-                o_PLHK = attend(q_PLHK, k_PLGK, v_PLGK, query_segments_BL=segment_ids_PL, key_segments_BS=segment_ids_PL)
+                o_PLHK = attend(
+                    q_PLHK,
+                    k_PLGK,
+                    v_PLGK,
+                    query_segments_BL=segment_ids_PL,
+                    key_segments_BS=segment_ids_PL,
+                )
                 o_BNHK = attend(
                     q_BNHK,
                     jnp.concatenate([each(k_PLGK), k_BNGK], axis=1),
@@ -153,21 +181,32 @@ class Qwen3(nnx.Module):
                 )
             return (layer.after(x_PLD, o_PLHK), layer.after(x_BND, o_BNHK)), None
 
-        hidden, _ = nn.scan(self.layers, step, (x_PLD, x_BND), remat=self.cfg.remat, unroll=self.cfg.unroll)
+        hidden, _ = nn.scan(
+            self.layers, step, (x_PLD, x_BND), remat=self.cfg.remat, unroll=self.cfg.unroll
+        )
         return self.norm(hidden[0]), self.norm(hidden[1])
 
     def _rotations(
-        self, segment_ids_PL: jax.Array, rows: tuple[int, int], each: Callable[[jax.Array], jax.Array]
+        self,
+        segment_ids_PL: jax.Array,
+        rows: tuple[int, int],
+        each: Callable[[jax.Array], jax.Array],
     ) -> tuple[attention.Rotation, attention.Rotation]:
         """Of the prompts' tokens, and of those after them."""
         real_PL = (segment_ids_PL != 0).astype(jnp.int32)
         prompt_PL = jnp.maximum(jnp.cumsum(real_PL, axis=1) - 1, 0)
         after_BN = each(real_PL.sum(axis=1))[:, None] + jnp.arange(rows[1])
-        turn = lambda positions: attention.rotation(positions, self.cfg.head_dim, self.cfg.rope_theta)
+        turn = lambda positions: attention.rotation(
+            positions, self.cfg.head_dim, self.cfg.rope_theta
+        )
         return turn(prompt_PL), turn(after_BN)
 
     def extend(
-        self, x_BLD: jax.Array, segment_ids_BL: jax.Array, past: cache.Cache, layers: list[Layer] | None = None
+        self,
+        x_BLD: jax.Array,
+        segment_ids_BL: jax.Array,
+        past: cache.Cache,
+        layers: list[Layer] | None = None,
     ) -> tuple[jax.Array, cache.Cache]:
         """The next L tokens of every row (a whole prompt, or one token) -> (hidden states [B, L, D], grown cache).
 
@@ -195,20 +234,31 @@ class Qwen3(nnx.Module):
 
         if self.cfg.unroll:
             ks, vs = [], []
-            for layer, *cached in zip(layers or nn.unstack(self.layers), past.k_YBGSK, past.v_YBGSK, strict=True):
+            for layer, *cached in zip(
+                layers or nn.unstack(self.layers), past.k_YBGSK, past.v_YBGSK, strict=True
+            ):
                 (x_BLD, k_BGSK, v_BGSK), _ = step(layer, (x_BLD, *cached), None)
                 ks.append(k_BGSK)
                 vs.append(v_BGSK)
             k_YBGSK, v_YBGSK = tuple(ks), tuple(vs)
         else:
-            carry, indices = (x_BLD, past.k_YBGSK, past.v_YBGSK), jnp.arange(self.cfg.num_hidden_layers)
-            (x_BLD, k_YBGSK, v_YBGSK), _ = nn.scan(self.layers, step, carry, indices, remat="none", unroll=False)
+            carry, indices = (
+                (x_BLD, past.k_YBGSK, past.v_YBGSK),
+                jnp.arange(self.cfg.num_hidden_layers),
+            )
+            (x_BLD, k_YBGSK, v_YBGSK), _ = nn.scan(
+                self.layers, step, carry, indices, remat="none", unroll=False
+            )
         return self.norm(x_BLD), present._replace(k_YBGSK=k_YBGSK, v_YBGSK=v_YBGSK)
 
     def head(self, rows: tuple[int, int] | None = None) -> jax.Array:
         """The output projection [D, V] as stored, padded rows' columns included, or its columns rows[0] .. rows[1] - 1."""
         first, last = rows or (0, self.cfg.padded_vocab_size)
-        return self.embedding[first:last].T if self.lm_head is None else self.lm_head.kernel[:, first:last]
+        return (
+            self.embedding[first:last].T
+            if self.lm_head is None
+            else self.lm_head.kernel[:, first:last]
+        )
 
     def logits(self, hidden_BLD: jax.Array, rows: tuple[int, int] | None = None) -> jax.Array:
         """float32 logits [..., V] of all stored rows, -inf at the padded ones; or of ids rows[0] .. rows[1] - 1 only."""
@@ -229,15 +279,28 @@ def grow_table(table_VD: jax.Array, used: int, rows: int) -> jax.Array:
     """A table of `rows` rows whose first `used` are kept; every further one is their mean, so that a new token starts out
     neither more nor less likely than a typical one. For an lm_head kernel, pass and take the transpose."""
     if not 0 < used <= min(rows, table_VD.shape[0]):
-        raise ValueError(f"grow_table: used={used} must lie in 1 .. {min(rows, table_VD.shape[0])}, the rows of both tables")
+        raise ValueError(
+            f"grow_table: used={used} must lie in 1 .. {min(rows, table_VD.shape[0])}, the rows of both tables"
+        )
     kept_VD = table_VD[:used]
     mean_D = kept_VD.astype(jnp.float32).mean(axis=0).astype(table_VD.dtype)
     return jnp.concatenate([kept_VD, jnp.broadcast_to(mean_D, (rows - used, table_VD.shape[1]))])
 
 
-def _linear(cfg: Qwen3Config, d_in: int, d_out: int, axes: tuple[str, str], rngs: nnx.Rngs, name: str) -> nn.Linear:
+def _linear(
+    cfg: Qwen3Config, d_in: int, d_out: int, axes: tuple[str, str], rngs: nnx.Rngs, name: str
+) -> nn.Linear:
     own = {"init": nn.normal(cfg.initializer_range), "lora": cfg.lora.of(name)}
-    return nn.Linear(d_in, d_out, axes, rngs=rngs, bias=False, dtype=cfg.dtype, param_dtype=cfg.param_dtype, **own)
+    return nn.Linear(
+        d_in,
+        d_out,
+        axes,
+        rngs=rngs,
+        bias=False,
+        dtype=cfg.dtype,
+        param_dtype=cfg.param_dtype,
+        **own,
+    )
 
 
 def _norm(cfg: Qwen3Config, dim: int, rngs: nnx.Rngs) -> nn.RMSNorm:

@@ -65,16 +65,23 @@ def generate_image_tokens(
     twin = lambda x: jnp.repeat(x, branches, axis=0)
     segments_PL = branch_segments(lengths_P, L, branches)
     embedded_PLD = twin(model.embed(tokens_PL) if embedded_PLD is None else embedded_PLD)
-    scale_PD, past, layers = _read(model, embedded_PLD, segments_PL, twin(lengths_P), L + num_tokens)
+    scale_PD, past, layers = _read(
+        model, embedded_PLD, segments_PL, twin(lengths_P), L + num_tokens
+    )
     # Outside the loop: XLA does not always hoist the slice, and a slice of a large table costs more than the rest of a step.
     head_DV = model.head(image_ids)
-    scale_BD, past = for_each(scale_PD, group, branches), cache.repeat(past, lambda x: for_each(x, group, branches))
+    scale_BD, past = (
+        for_each(scale_PD, group, branches),
+        cache.repeat(past, lambda x: for_each(x, group, branches)),
+    )
 
     def step(carry: tuple[jax.Array, cache.Cache], index: jax.Array) -> tuple[tuple, tuple]:
         hidden_BD, past = carry
         keys = jax.vmap(jax.random.fold_in, (0, None))(keys_B, index)
         logits_BV = guided(project(hidden_BD, head_DV), guidance)
-        choice_B, logprob_B, kept_BV = draw(logits_BV, keys, temperature=temperature, top_k=top_k, top_p=top_p)
+        choice_B, logprob_B, kept_BV = draw(
+            logits_BV, keys, temperature=temperature, top_k=top_k, top_p=top_p
+        )
         ids_B = image_ids[0] + choice_B
         next_B1 = twin(ids_B[:, None])
         hidden_B1D, past = model.extend(model.embed(next_B1), jnp.ones_like(next_B1), past, layers)
@@ -82,7 +89,9 @@ def generate_image_tokens(
         return (hidden_B1D[:, 0], past), (ids_B, hidden_B1D[::branches, 0], logprob_B, kept_BX)
 
     with jax.named_scope("decode"):
-        _, (ids_NB, hidden_NBD, logprobs_NB, kept_NBX) = jax.lax.scan(step, (scale_BD, past), jnp.arange(num_tokens))
+        _, (ids_NB, hidden_NBD, logprobs_NB, kept_NBX) = jax.lax.scan(
+            step, (scale_BD, past), jnp.arange(num_tokens)
+        )
     hidden_BND = jnp.concatenate([scale_BD[::branches, None], hidden_NBD.swapaxes(0, 1)], axis=1)
     kept_BNX = None if kept_NBX is None else kept_NBX.swapaxes(0, 1)
     return Drawn(ids_NB.T, hidden_BND, logprobs_NB.T, kept_BNX)
@@ -115,7 +124,9 @@ def generate_text(
     model = _in_compute_dtype(model)
     B, L = tokens_BL.shape
     embedded_BLD = model.embed(tokens_BL) if embedded_BLD is None else embedded_BLD
-    hidden_BD, past, layers = _read(model, embedded_BLD, branch_segments(lengths_B, L, 1), lengths_B, L + most)
+    hidden_BD, past, layers = _read(
+        model, embedded_BLD, branch_segments(lengths_B, L, 1), lengths_B, L + most
+    )
     head_DV = model.head(text_ids)
 
     def going(carry: tuple[Any, ...]) -> jax.Array:
@@ -125,11 +136,22 @@ def generate_text(
     def step(carry: tuple[Any, ...]) -> tuple[Any, ...]:
         index, hidden_BD, past, ids_BN, open_B, count_B = carry
         keys = jax.vmap(jax.random.fold_in, (0, None))(keys_B, index)
-        choice_B, _, _ = draw(project(hidden_BD, head_DV), keys, temperature=temperature, top_k=top_k, top_p=top_p)
+        choice_B, _, _ = draw(
+            project(hidden_BD, head_DV), keys, temperature=temperature, top_k=top_k, top_p=top_p
+        )
         next_B = text_ids[0] + choice_B
         open_B &= next_B != stop
-        hidden_B1D, past = model.extend(model.embed(next_B[:, None]), jnp.ones((B, 1), jnp.int32), past, layers)
-        return index + 1, hidden_B1D[:, 0], past, ids_BN.at[:, index].set(next_B), open_B, count_B + open_B
+        hidden_B1D, past = model.extend(
+            model.embed(next_B[:, None]), jnp.ones((B, 1), jnp.int32), past, layers
+        )
+        return (
+            index + 1,
+            hidden_B1D[:, 0],
+            past,
+            ids_BN.at[:, index].set(next_B),
+            open_B,
+            count_B + open_B,
+        )
 
     with jax.named_scope("decode"):
         ids_BN, count_B = jnp.zeros((B, most), jnp.int32), jnp.zeros(B, jnp.int32)
@@ -139,14 +161,22 @@ def generate_text(
 
 
 def _read(
-    model: Qwen3, embedded_PLD: jax.Array, segments_PL: jax.Array, lengths_P: jax.Array, capacity: int
+    model: Qwen3,
+    embedded_PLD: jax.Array,
+    segments_PL: jax.Array,
+    lengths_P: jax.Array,
+    capacity: int,
 ) -> tuple[jax.Array, cache.Cache, Any]:
     """The prompts' last hidden states [P, D], what is kept of them, and the layers as the loop after takes them."""
     past = cache.empty(model.cfg, len(embedded_PLD), capacity)
     layers = nn.unstack(model.layers) if model.cfg.unroll else None
     with jax.named_scope("prefill"):
         hidden_PLD, past = model.extend(embedded_PLD, segments_PL, past, layers)
-    return jnp.take_along_axis(hidden_PLD, (lengths_P - 1)[:, None, None], axis=1)[:, 0], past, layers
+    return (
+        jnp.take_along_axis(hidden_PLD, (lengths_P - 1)[:, None, None], axis=1)[:, 0],
+        past,
+        layers,
+    )
 
 
 def branch_segments(lengths_P: jax.Array, length: int, branches: int) -> jax.Array:
@@ -172,7 +202,9 @@ def for_each(x: jax.Array, group: int, branches: int) -> jax.Array:
     """Rows of prompts -> of their images, branches side by side."""
     if group == 1:
         return x
-    return jnp.repeat(x.reshape(-1, branches, *x.shape[1:]), group, axis=0).reshape(-1, *x.shape[1:])
+    return jnp.repeat(x.reshape(-1, branches, *x.shape[1:]), group, axis=0).reshape(
+        -1, *x.shape[1:]
+    )
 
 
 def draw(
@@ -195,7 +227,9 @@ def draw(
     return pick(classes_BC), pick(logprobs_BC), kept_BV
 
 
-def truncate(logits_BV: jax.Array, *, temperature: float, top_k: int, top_p: float) -> tuple[jax.Array, jax.Array]:
+def truncate(
+    logits_BV: jax.Array, *, temperature: float, top_k: int, top_p: float
+) -> tuple[jax.Array, jax.Array]:
     """The distribution drawn from -> (classes [B, C] int32, log-probabilities [B, C] float32, -inf outside top-p).
 
     C is top_k, or V when top-k is off. Sorted by falling probability when either truncation is on. Of classes tied at the
@@ -205,7 +239,9 @@ def truncate(logits_BV: jax.Array, *, temperature: float, top_k: int, top_p: flo
     logits_BV = logits_BV.astype(jnp.float32) / temperature
     top_k = min(top_k or V, V)
     if top_k == V and top_p == 1.0:
-        return jnp.broadcast_to(jnp.arange(V, dtype=jnp.int32), (B, V)), jax.nn.log_softmax(logits_BV)
+        return jnp.broadcast_to(jnp.arange(V, dtype=jnp.int32), (B, V)), jax.nn.log_softmax(
+            logits_BV
+        )
     # The k largest first: the sort that top-p needs is then over k values, not over the whole codebook.
     logits_BC, classes_BC = jax.lax.top_k(logits_BV, top_k)
     if top_p < 1.0:
@@ -217,7 +253,14 @@ def truncate(logits_BV: jax.Array, *, temperature: float, top_k: int, top_p: flo
     return classes_BC, jax.nn.log_softmax(logits_BC)
 
 
-def _check(model: Qwen3, num_tokens: int, image_ids: tuple[int, int], temperature: float, top_k: int, top_p: float) -> None:
+def _check(
+    model: Qwen3,
+    num_tokens: int,
+    image_ids: tuple[int, int],
+    temperature: float,
+    top_k: int,
+    top_p: float,
+) -> None:
     first, last = image_ids
     problems = {
         f"num_tokens={num_tokens} must be positive": num_tokens < 1,

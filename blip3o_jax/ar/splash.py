@@ -43,7 +43,13 @@ def splash(
     by_head = lambda x: widen(x).transpose(0, 2, 1, 3)
     # The kernel does not scale scores. In bfloat16 this rounds q once more, unless 1 / sqrt(K) is a power of two.
     q_BHLK = by_head(q_BLHK * jnp.asarray(scale, q_BLHK.dtype))
-    inputs = q_BHLK, by_head(k_BLGK), by_head(v_BLGK), widen(query_segments_BL), widen(key_segments_BL)
+    inputs = (
+        q_BHLK,
+        by_head(k_BLGK),
+        by_head(v_BLGK),
+        widen(query_segments_BL),
+        widen(key_segments_BL),
+    )
 
     interpreted = nn.platform() != "tpu"
     kernel = _kernel(q_BHLK.shape[1], length + pad, head_shards, length_shards, interpreted)
@@ -54,18 +60,37 @@ def splash(
         kernel_at = kernel.manual_sharding_spec(NamedSharding(mesh, at(heads_at, length_at)))
         keys_at = at(rows_at, kv_heads_at, None, None)
         queries_at = at(rows_at, heads_at, length_at, None)
-        in_specs = (kernel_at, queries_at, keys_at, keys_at, at(rows_at, length_at), at(rows_at, None))
+        in_specs = (
+            kernel_at,
+            queries_at,
+            keys_at,
+            keys_at,
+            at(rows_at, length_at),
+            at(rows_at, None),
+        )
         # The kernel's outputs do not say over which axes they are equal, which is what would be checked.
-        run = jax.shard_map(_rows, mesh=mesh, in_specs=in_specs, out_specs=queries_at, check_vma=False)
+        run = jax.shard_map(
+            _rows, mesh=mesh, in_specs=in_specs, out_specs=queries_at, check_vma=False
+        )
         o_BHLK = run(kernel, *inputs)
     return o_BHLK.transpose(0, 2, 1, 3)[:, :length]
 
 
-def _rows(kernel: kernels.SplashAttentionKernel, q: jax.Array, k: jax.Array, v: jax.Array, *segments: jax.Array) -> jax.Array:
-    return jax.vmap(lambda q, k, v, *ids: kernel(q, k, v, segment_ids=kernels.SegmentIds(*ids)))(q, k, v, *segments)
+def _rows(
+    kernel: kernels.SplashAttentionKernel,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *segments: jax.Array,
+) -> jax.Array:
+    return jax.vmap(lambda q, k, v, *ids: kernel(q, k, v, segment_ids=kernels.SegmentIds(*ids)))(
+        q, k, v, *segments
+    )
 
 
-def _kernel(heads: int, length: int, head_shards: int, length_shards: int, interpret: bool) -> kernels.SplashAttentionKernel:
+def _kernel(
+    heads: int, length: int, head_shards: int, length_shards: int, interpret: bool
+) -> kernels.SplashAttentionKernel:
     tiles = length // length_shards // LANES
     block = LANES * max(n for n in range(1, LARGEST_BLOCK // LANES + 1) if tiles % n == 0)
     sizes = kernels.BlockSizes(

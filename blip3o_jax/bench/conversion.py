@@ -32,7 +32,9 @@ def run(model: ModelConfig, out: pathlib.Path, *, dtype: str = "bfloat16") -> di
     try:
         import safetensors  # noqa: F401
     except ImportError as error:
-        raise UserError("bench conversion compares with the safetensors library: pip install 'blip3o_jax[convert]'") from error
+        raise UserError(
+            "bench conversion compares with the safetensors library: pip install 'blip3o_jax[convert]'"
+        ) from error
     rows: dict[str, dict[str, float]] = {}
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="weights-", dir=out) as work:
@@ -79,7 +81,9 @@ def print_table(report: dict[str, Any]) -> None:
     for name, row in report["rows"].items():
         allowed = f"{row['allowed'] / 1e9:.2f}" if "allowed" in row else ""
         rate = row["bytes"] / 1e9 / row["seconds"]
-        table.add_row(name, f"{row['seconds']:.1f}", f"{rate:.2f}", f"{row['peak'] / 1e9:.2f}", allowed)
+        table.add_row(
+            name, f"{row['seconds']:.1f}", f"{rate:.2f}", f"{row['peak'] / 1e9:.2f}", allowed
+        )
     Console().print(table)
     print(f"{report['tensors_equal']} tensors, the same bits in source and export")
 
@@ -112,7 +116,9 @@ def _plain_read(source: pathlib.Path) -> dict[str, float]:
     with PeakMemory() as memory:
         for file in sorted(source.glob("*.safetensors")):
             for tensor in library.load_file(file).values():
-                tensor.reshape(-1).view(np.uint8)[::2048].sum()  # every page, in case they are only mapped
+                tensor.reshape(-1).view(np.uint8)[
+                    ::2048
+                ].sum()  # every page, in case they are only mapped
     return {"seconds": time.monotonic() - began, "peak": memory.peak}
 
 
@@ -132,9 +138,15 @@ def _equal(source: pathlib.Path, exported: pathlib.Path) -> int:
     (ours, _), (theirs, _) = read_weights(exported), read_weights(source)
     extra = {name for name in ours if ".scale_layer." in name}
     if set(ours) - extra != set(theirs):
-        raise RuntimeError(f"other tensors than in the source: {sorted(set(ours) ^ set(theirs))[:3]}")
+        raise RuntimeError(
+            f"other tensors than in the source: {sorted(set(ours) ^ set(theirs))[:3]}"
+        )
     for name, tensor in theirs.items():
         a, b = tensor.read(), ours[name].read()
-        if a.dtype != b.dtype or a.shape != b.shape or not np.array_equal(a.view(np.uint8), b.view(np.uint8)):
+        if (
+            a.dtype != b.dtype
+            or a.shape != b.shape
+            or not np.array_equal(a.view(np.uint8), b.view(np.uint8))
+        ):
             raise RuntimeError(f"{name} was changed on its way")
     return len(theirs)

@@ -22,12 +22,19 @@ _POOL = 2**24  # random values, which tensors take their own from in turn
 
 
 def write_random_model(
-    directory: pathlib.Path, model: ModelConfig, *, dtype: str = "bfloat16", seed: int = 0, max_shard_bytes: int = 5 * 10**9
+    directory: pathlib.Path,
+    model: ModelConfig,
+    *,
+    dtype: str = "bfloat16",
+    seed: int = 0,
+    max_shard_bytes: int = 5 * 10**9,
 ) -> None:
     """Weights of deviation 0.02, the files of a tokenizer whose text ids fill what the vocabulary has beside images, and
     all sizes in config.json."""
     places: dict[str, tuple[Shape, np.dtype]] = {
-        PREFIXES[part] + key: (shape, np.dtype(dtype)) for part in PARTS for key, shape in tensor_shapes(part, model).items()
+        PREFIXES[part] + key: (shape, np.dtype(dtype))
+        for part in PARTS
+        for key, shape in tensor_shapes(part, model).items()
     }
     sizes = {name: int(np.prod(shape)) for name, (shape, _) in places.items()}
     pool = (np.random.default_rng(seed).standard_normal(_POOL, np.float32) * 0.02).astype(dtype)
@@ -35,13 +42,23 @@ def write_random_model(
     progress = Progress("write", sum(sizes.values()) * pool.itemsize)
     for number, (name, (shape, _)) in enumerate(places.items()):
         first = 7919 * number % max(1, _POOL - sizes[name])
-        values = np.resize(pool, sizes[name]) if sizes[name] > _POOL else pool[first : first + sizes[name]]
+        values = (
+            np.resize(pool, sizes[name])
+            if sizes[name] > _POOL
+            else pool[first : first + sizes[name]]
+        )
         writer.write(name, values.reshape(shape))
         progress.advance(name, values.nbytes)
     writer.close()
-    text_ids = model.ar.vocab_size - model.ar.spare_rows - model.tokenizer.codebook_size - 2 - NUM_SCALES
+    text_ids = (
+        model.ar.vocab_size - model.ar.spare_rows - model.tokenizer.codebook_size - 2 - NUM_SCALES
+    )
     (directory / BPE_FILE).write_text(json.dumps(_bpe(text_ids)), encoding="utf-8")
-    values = stock_config("ar", model) | {"model_type": "blip3o_qwen", "dtype": dtype, SECTION: {"model": to_dict(model)}}
+    values = stock_config("ar", model) | {
+        "model_type": "blip3o_qwen",
+        "dtype": dtype,
+        SECTION: {"model": to_dict(model)},
+    }
     (directory / "config.json").write_text(json.dumps(values, indent=1), encoding="utf-8")
 
 
@@ -51,13 +68,29 @@ def _bpe(size: int) -> dict:
 
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     specials = (END_OF_TEXT, *CHAT_TAGS)
-    filler = [f"{string.ascii_letters[i % 52]}{i}" for i in range(size - len(letters) - len(specials))]
+    filler = [
+        f"{string.ascii_letters[i % 52]}{i}" for i in range(size - len(letters) - len(specials))
+    ]
     vocabulary = {token: i for i, token in enumerate([*letters, *filler])}
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": True}
+    flags = {
+        "single_word": False,
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": False,
+        "special": True,
+    }
+    byte_level = {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": False,
+        "use_regex": True,
+    }
     return {
         "version": "1.0",
-        "added_tokens": [{"id": len(vocabulary) + i, "content": token} | flags for i, token in enumerate(specials)],
+        "added_tokens": [
+            {"id": len(vocabulary) + i, "content": token} | flags
+            for i, token in enumerate(specials)
+        ],
         "normalizer": None,
         "pre_tokenizer": byte_level,
         "post_processor": None,

@@ -65,7 +65,9 @@ class _Way:
     step: Callable[[TrainState, Record], tuple[TrainState, dict[str, jax.Array]]]
     state: TrainState
     rows_of_a_prompt: int
-    seconds: dict[str, list[float]] = dataclasses.field(default_factory=lambda: {phase: [] for phase in PHASES})
+    seconds: dict[str, list[float]] = dataclasses.field(
+        default_factory=lambda: {phase: [] for phase in PHASES}
+    )
 
 
 def bench(config: Config, out: pathlib.Path, *, rounds: int, command: str) -> dict[str, Any]:
@@ -73,13 +75,17 @@ def bench(config: Config, out: pathlib.Path, *, rounds: int, command: str) -> di
     config = method.resolved(config)
     rl = config.rl
     if rl.policy != "ar" or not rl.kl or rl.rollout.top_k or rl.rollout.top_p < 1:
-        raise UserError("bench rl compares rl.policy=ar with rl.kl above 0, top_k=0 and top_p=1, as published: set them")
+        raise UserError(
+            "bench rl compares rl.policy=ar with rl.kl above 0, top_k=0 and top_p=1, as published: set them"
+        )
     prompts = read_prompts(rl.prompts_file)
     strategy = Strategy.of(config.mesh)
     with tempfile.TemporaryDirectory() as directory:
         config, vocabulary = with_vocabulary(config, [], pathlib.Path(directory))
     plan = plan_state(config, strategy)
-    start = lambda: create_state(config, plan, given_parts(config, plan, strategy), vocabulary.image_first)
+    start = lambda: create_state(
+        config, plan, given_parts(config, plan, strategy), vocabulary.image_first
+    )
     ids, whole = (vocabulary.image_first, vocabulary.image_last), config.model.ar.vocab_size
     copied = jax.jit(lambda x: jax.tree.map(jnp.copy, x), out_shardings=plan.shardings["params"])
     ways = {
@@ -103,9 +109,13 @@ def bench(config: Config, out: pathlib.Path, *, rounds: int, command: str) -> di
     pool = RewardPool(rl.rewards, workers=rl.workers, timeout=rl.timeout, retries=rl.retries)
     try:
         for number in range(rounds + 1):
-            chosen = [prompts[i] for i in prompt_indices(len(prompts), number, rl.prompts, config.seed)]
+            chosen = [
+                prompts[i] for i in prompt_indices(len(prompts), number, rl.prompts, config.seed)
+            ]
             for name in WAYS if number % 2 else WAYS[::-1]:
-                found = _round(config, strategy, ways[name], reference, rows.of(chosen), chosen, pool, number)
+                found = _round(
+                    config, strategy, ways[name], reference, rows.of(chosen), chosen, pool, number
+                )
                 if number == 0:  # compiles, and both start from the same state
                     first[name] = found
                     ways[name].seconds = {phase: [] for phase in PHASES}
@@ -123,14 +133,25 @@ def bench(config: Config, out: pathlib.Path, *, rounds: int, command: str) -> di
         "vocabulary": {"all": whole, "image": ids[1] - ids[0]},
         "denoising_steps": rl.rollout.steps,
         "seconds": {name: way.seconds for name, way in ways.items()},
-        "pixels": _pixels_seconds(config, plan, strategy, ways["here"].state, rl.prompts * rl.group, rounds),
+        "pixels": _pixels_seconds(
+            config, plan, strategy, ways["here"].state, rl.prompts * rl.group, rounds
+        ),
         "equal": _compared(first["here"], first["as published"]),
     }
-    report["medians"] = {name: {phase: float(np.median(x)) for phase, x in way.seconds.items()} for name, way in ways.items()}
-    totals = {name: np.sum([way.seconds[phase] for phase in PHASES], axis=0) for name, way in ways.items()}
+    report["medians"] = {
+        name: {phase: float(np.median(x)) for phase, x in way.seconds.items()}
+        for name, way in ways.items()
+    }
+    totals = {
+        name: np.sum([way.seconds[phase] for phase in PHASES], axis=0) for name, way in ways.items()
+    }
     report["step"] = {name: float(np.median(total)) for name, total in totals.items()}
     ratios = totals["as published"] / totals["here"]
-    report["ratio"] = {"median": float(np.median(ratios)), "least": float(ratios.min()), "most": float(ratios.max())}
+    report["ratio"] = {
+        "median": float(np.median(ratios)),
+        "least": float(ratios.min()),
+        "most": float(ratios.max()),
+    }
     out.mkdir(parents=True, exist_ok=True)
     (out / "rl.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return report
@@ -141,12 +162,16 @@ def print_report(report: dict[str, Any]) -> None:
     for column in ("phase", *WAYS, "ratio"):
         table.add_column(column, justify="left" if column == "phase" else "right")
     rows = {phase: [report["medians"][way][phase] for way in WAYS] for phase in PHASES}
-    for phase, (here, published) in (rows | {"step": [report["step"][way] for way in WAYS]}).items():
+    for phase, (here, published) in (
+        rows | {"step": [report["step"][way] for way in WAYS]}
+    ).items():
         table.add_row(phase, f"{here:.3f}", f"{published:.3f}", f"{published / here:.2f}")
     Console().print(table)
     ratio, equal = report["ratio"], report["equal"]
     print(f"of drawing, {report['pixels']:.3f} s are denoising and autoencoder, the same in both")
-    print(f"a step here is {ratio['median']:.2f} x as fast ({ratio['least']:.2f} to {ratio['most']:.2f} over the rounds)")
+    print(
+        f"a step here is {ratio['median']:.2f} x as fast ({ratio['least']:.2f} to {ratio['most']:.2f} over the rounds)"
+    )
     print("first step: " + ", ".join(f"{name} {value:.2g}" for name, value in equal.items()))
 
 
@@ -167,7 +192,15 @@ def _round(
     indices_B = np.arange(number * count, (number + 1) * count).astype(np.uint32)
     marks = [time.monotonic()]
     pixels, record = jax.block_until_ready(
-        way.draw(state["params"], state["frozen"], tokens, lengths, indices_B, np.uint32(config.seed), np.uint32(number))
+        way.draw(
+            state["params"],
+            state["frozen"],
+            tokens,
+            lengths,
+            indices_B,
+            np.uint32(config.seed),
+            np.uint32(number),
+        )
     )
     marks.append(time.monotonic())
     each = [prompt for prompt in chosen for _ in range(rl.group)]
@@ -177,7 +210,9 @@ def _round(
     marks.append(time.monotonic())
     record |= jax.block_until_ready(way.reference(reference, state["frozen"], record))
     marks.append(time.monotonic())
-    batch = record | global_batch(judged.columns(verdicts, rl), strategy.batch_sharding(), list(range(count)), count)
+    batch = record | global_batch(
+        judged.columns(verdicts, rl), strategy.batch_sharding(), list(range(count)), count
+    )
     way.state, metrics = jax.block_until_ready(way.step(state, batch))
     marks.append(time.monotonic())
     for phase, seconds in zip(PHASES, np.diff(marks), strict=True):
@@ -205,7 +240,9 @@ def _compared(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> dict[str, f
     }
 
 
-def _published_draw(config: Config, plan: StatePlan, strategy: Strategy, image_ids: tuple[int, int]) -> Callable[..., Any]:
+def _published_draw(
+    config: Config, plan: StatePlan, strategy: Strategy, image_ids: tuple[int, int]
+) -> Callable[..., Any]:
     """As `rollout.make_draw`, but for a row of tokens for each image."""
     rl, cfg = config.rl, config.model
 
@@ -237,7 +274,9 @@ def _published_draw(config: Config, plan: StatePlan, strategy: Strategy, image_i
     return jax.jit(draw, out_shardings=strategy.batch_sharding())
 
 
-def _denoised(model: Blip3o, config: Config, hidden_BTD: jax.Array, noise_BHWC: jax.Array) -> jax.Array:
+def _denoised(
+    model: Blip3o, config: Config, hidden_BTD: jax.Array, noise_BHWC: jax.Array
+) -> jax.Array:
     settings = config.rl.rollout
     with nn.part("dit"):
         velocity = rollout.guided(model, hidden_BTD, settings)
@@ -249,7 +288,9 @@ def _published_reference(
 ) -> Callable[[Any, Any, Record], Record]:
     def reference(params: Any, frozen: Any, record: Record) -> Record:
         with nn.sharding_resolver(strategy.resolver):
-            logprobs_BN, _ = _published_logprobs(plan.model(params, frozen), record, config.rl, image_ids, vocabulary)
+            logprobs_BN, _ = _published_logprobs(
+                plan.model(params, frozen), record, config.rl, image_ids, vocabulary
+            )
         return {"reference_logprobs": logprobs_BN}
 
     return jax.jit(reference, out_shardings=strategy.batch_sharding())
@@ -258,14 +299,25 @@ def _published_reference(
 def _published_loss(config: Config, image_ids: tuple[int, int], vocabulary: int) -> Loss:
     """As `rl.loss.make_loss` for image tokens."""
 
-    def loss(model: Blip3o, record: Record, keys_B: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def loss(
+        model: Blip3o, record: Record, keys_B: jax.Array
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
         del keys_B
         kept = record["kept"] > 0, record["kept_share"]
-        logprobs_BN, entropy_BN = _published_logprobs(model, record, config.rl, image_ids, vocabulary)
-        value, metrics = grpo.policy_loss(
-            logprobs_BN, record["logprobs"], record["reference_logprobs"], record["advantage"], *kept, cfg=config.rl
+        logprobs_BN, entropy_BN = _published_logprobs(
+            model, record, config.rl, image_ids, vocabulary
         )
-        return value, metrics | {"entropy": grpo.kept_mean(jax.lax.stop_gradient(entropy_BN), *kept)}
+        value, metrics = grpo.policy_loss(
+            logprobs_BN,
+            record["logprobs"],
+            record["reference_logprobs"],
+            record["advantage"],
+            *kept,
+            cfg=config.rl,
+        )
+        return value, metrics | {
+            "entropy": grpo.kept_mean(jax.lax.stop_gradient(entropy_BN), *kept)
+        }
 
     return loss
 
@@ -277,17 +329,27 @@ def _published_logprobs(
     ids are masked, at all image tokens and the one after them."""
     settings = rl.rollout
     branches = 1 if settings.token_guidance == 1.0 else 2
-    hidden_BTD = reread(model.ar, record["tokens"], record["lengths"], record["image_ids"], branches)
-    logits_BTV = guided(project(hidden_BTD, model.ar.head((0, vocabulary))), settings.token_guidance) / settings.temperature
+    hidden_BTD = reread(
+        model.ar, record["tokens"], record["lengths"], record["image_ids"], branches
+    )
+    logits_BTV = (
+        guided(project(hidden_BTD, model.ar.head((0, vocabulary))), settings.token_guidance)
+        / settings.temperature
+    )
     index_V = jnp.arange(vocabulary)
     is_image_V = (index_V >= image_ids[0]) & (index_V < image_ids[1])
     logprobs_BNV = jax.nn.log_softmax(jnp.where(is_image_V, logits_BTV, -jnp.inf)[:, :-1])
     picked_BN = jnp.take_along_axis(logprobs_BNV, record["image_ids"][..., None], axis=-1)[..., 0]
-    entropy_BN = -jnp.sum(jnp.where(is_image_V, jnp.exp(logprobs_BNV) * jnp.where(is_image_V, logprobs_BNV, 0), 0), axis=-1)
+    entropy_BN = -jnp.sum(
+        jnp.where(is_image_V, jnp.exp(logprobs_BNV) * jnp.where(is_image_V, logprobs_BNV, 0), 0),
+        axis=-1,
+    )
     return picked_BN, entropy_BN
 
 
-def _pixels_seconds(config: Config, plan: StatePlan, strategy: Strategy, state: TrainState, images: int, rounds: int) -> float:
+def _pixels_seconds(
+    config: Config, plan: StatePlan, strategy: Strategy, state: TrainState, images: int, rounds: int
+) -> float:
     """Median seconds from hidden states to pixels, which both ways take."""
 
     def pixels(params: Any, frozen: Any, hidden_BTD: jax.Array, noise_BHWC: jax.Array) -> jax.Array:
@@ -296,8 +358,12 @@ def _pixels_seconds(config: Config, plan: StatePlan, strategy: Strategy, state: 
             return to_uint8(model.pixels(_denoised(model, config, hidden_BTD, noise_BHWC)))
 
     cfg, at = config.model, strategy.batch_sharding()
-    hidden = jax.device_put(np.ones((images, cfg.tokenizer.num_tokens + 1, cfg.ar.hidden_size), cfg.ar.dtype), at)
-    noise = jax.device_put(np.ones((images, cfg.latent_size, cfg.latent_size, cfg.vae.latent_channels), np.float32), at)
+    hidden = jax.device_put(
+        np.ones((images, cfg.tokenizer.num_tokens + 1, cfg.ar.hidden_size), cfg.ar.dtype), at
+    )
+    noise = jax.device_put(
+        np.ones((images, cfg.latent_size, cfg.latent_size, cfg.vae.latent_channels), np.float32), at
+    )
     program, seconds = jax.jit(pixels, out_shardings=at), []
     for _ in range(rounds + 1):
         began = time.monotonic()

@@ -70,7 +70,12 @@ class TorchResult(NamedTuple):
 
 
 def compare(
-    path: pathlib.Path, config: Config, ema: bool, parts: Sequence[str], runs: Sequence[Run], wanted: Sequence[TorchResult]
+    path: pathlib.Path,
+    config: Config,
+    ema: bool,
+    parts: Sequence[str],
+    runs: Sequence[Run],
+    wanted: Sequence[TorchResult],
 ) -> tuple[Output, ...]:
     """Return what the runs over models of `parts` come to: of the checkpoint at `path`, beside what PyTorch's model gave."""
     gc.collect()  # PyTorch's model, which the caller has let go of
@@ -83,7 +88,9 @@ def compare(
         )
 
 
-def load_jax(path: pathlib.Path, config: Config, parts: Sequence[str], *, ema: bool) -> tuple[Any, Any]:
+def load_jax(
+    path: pathlib.Path, config: Config, parts: Sequence[str], *, ema: bool
+) -> tuple[Any, Any]:
     """(graphdef, parameters) of a model of `parts` on one device, computing in float32 with parameters cast to it."""
     strategy = Strategy.of(MeshConfig(fsdp=1, strategy="dp"), jax.devices()[:1])
     params = restore_parts(path, strategy, tuple(parts), ema=ema)
@@ -124,7 +131,11 @@ def runs(part: str, source: Source, seed: int) -> list[Run]:
 
 def known_ids(source: Source) -> int:
     """How many ids have rows on both sides: all, unless the import made those of the image tokens."""
-    return source.text_rows if "image_embeddings" in source.initialise else source.config.model.ar.vocab_size
+    return (
+        source.text_rows
+        if "image_embeddings" in source.initialise
+        else source.config.model.ar.vocab_size
+    )
 
 
 def _ar_run(cfg: ModelConfig, ids: int, rng: np.random.Generator) -> Run:
@@ -152,7 +163,10 @@ def _connector_run(part: str, cfg: ModelConfig, rng: np.random.Generator) -> Run
     """Two rows, one of them not kept."""
     width = {"connector": cfg.ar.hidden_size, "latent_connector": cfg.vae.latent_channels}
     d_in = width.get(part, cfg.tokenizer.encoder.hidden_size)
-    inputs = {"x": _normal(rng, 2, cfg.tokenizer.num_tokens + 1, d_in), "keep": np.array([True, False])}
+    inputs = {
+        "x": _normal(rng, 2, cfg.tokenizer.num_tokens + 1, d_in),
+        "keep": np.array([True, False]),
+    }
     both = lambda model, x: {"condition": getattr(model, part)(x["x"], x["keep"])}
     return Run(inputs, both, both)
 
@@ -187,7 +201,9 @@ def _dit_run(cfg: ModelConfig, rng: np.random.Generator) -> Run:
     return Run(
         inputs,
         lambda model, x: {"velocity": model.velocity(x["z"], x["timestep"], x["condition"])},
-        lambda model, x: {"velocity": model.velocity(x["z"], x["timestep"], Condition(x["condition"]))},
+        lambda model, x: {
+            "velocity": model.velocity(x["z"], x["timestep"], Condition(x["condition"]))
+        },
     )
 
 
@@ -197,7 +213,9 @@ def _vae_runs(cfg: ModelConfig, rng: np.random.Generator) -> list[Run]:
 
     def encode(width: int) -> Run:
         name = f"encode to 2 x {width}"
-        images = {"images": rng.uniform(-1, 1, (1, 2 * factor, width * factor, 3)).astype(np.float32)}
+        images = {
+            "images": rng.uniform(-1, 1, (1, 2 * factor, width * factor, 3)).astype(np.float32)
+        }
         return Run(
             images,
             lambda model, x: {name: model.vae.encode(x["images"]).latent},
@@ -221,7 +239,11 @@ def joint_run(source: Source, seed: int) -> Run:
     inputs = _joint_batch(cfg, image_first, rng)
     shape = inputs["latents"].shape[1:]
     drawn = jax.jit(blip3o.draw_noise, static_argnums=(1, 2, 3))(keys_B, shape, cfg, loss)
-    draws = {"noise": drawn.noise.reshape(-1, *shape), "sigma": drawn.sigma.reshape(-1), "keep": drawn.keep_B}
+    draws = {
+        "noise": drawn.noise.reshape(-1, *shape),
+        "sigma": drawn.sigma.reshape(-1),
+        "keep": drawn.keep_B,
+    }
 
     def in_torch(model: torch_model.Blip3o, x: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         ce, flow = model.joint_loss(
@@ -320,7 +342,10 @@ def _compare(run: Run, want: TorchResult, merge: Callable[[Any], Any], params: A
     if all(output.ok for output in found):
         return found
     layer, error = _first_apart(run, want.layers, merge, params)
-    return [o if o.ok else dataclasses.replace(o, first_layer=layer, first_layer_error=error) for o in found]
+    return [
+        o if o.ok else dataclasses.replace(o, first_layer=layer, first_layer_error=error)
+        for o in found
+    ]
 
 
 def _first_apart(
@@ -335,7 +360,9 @@ def _first_apart(
         return [record for record in records if record.carry is not None]
 
     records = carries(params, run.inputs)
-    for ours, theirs in zip(_stacks(records, [("", r.index) for r in records]), _torch_stacks(layers), strict=True):
+    for ours, theirs in zip(
+        _stacks(records, [("", r.index) for r in records]), _torch_stacks(layers), strict=True
+    ):
         # Layers past the one that a tokenizer reads its features from are run here without effect, and not there.
         for record, (name, wanted) in zip(ours, theirs, strict=False):
             error = relative_error(run.real(np.asarray(record.carry)), run.real(wanted))

@@ -31,7 +31,9 @@ def whole_directory(
     partial = None
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        partial = pathlib.Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
+        partial = pathlib.Path(
+            tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent)
+        )
         partial.chmod(0o755)
         yield partial
         names = sorted(path.name for path in partial.iterdir())
@@ -69,14 +71,24 @@ def _check_free(out: pathlib.Path, overwrite: bool) -> None:
     if not os.path.lexists(out):
         return
     if not overwrite:
-        raise UserError(f"{out} exists already: choose another --out, or pass --overwrite to replace it")
+        raise UserError(
+            f"{out} exists already: choose another --out, or pass --overwrite to replace it"
+        )
     try:
         there = {path.name for path in out.iterdir()}
-        known = set(json.loads((out / MANIFEST).read_text(encoding="utf-8"))["written"]) | {MANIFEST} if there else set()
+        known = (
+            set(json.loads((out / MANIFEST).read_text(encoding="utf-8"))["written"]) | {MANIFEST}
+            if there
+            else set()
+        )
     except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{out} was not written by blip3o convert, so it is not overwritten: choose another --out") from None
+        raise UserError(
+            f"{out} was not written by blip3o convert, so it is not overwritten: choose another --out"
+        ) from None
     if extra := sorted(there - known):
-        raise UserError(f"{out} holds {extra[0]}, which is of no earlier output, so it is not overwritten: move it elsewhere")
+        raise UserError(
+            f"{out} holds {extra[0]}, which is of no earlier output, so it is not overwritten: move it elsewhere"
+        )
 
 
 def _remove(directory: pathlib.Path) -> None:

@@ -79,15 +79,22 @@ def export_weights(
     exporter = _Exporter(config, root, weights, record, unread, dtype, max_shard_bytes)
     exporter.check(parts)
     check_space(out, exporter.size_of(parts))
-    with whole_directory(out, overwrite=overwrite, sources=(root,)) as directory, PeakMemory() as memory:
+    with (
+        whole_directory(out, overwrite=overwrite, sources=(root,)) as directory,
+        PeakMemory() as memory,
+    ):
         if parts:
             for name in parts:
                 exporter.stock(name, directory / name)
             # What the directories beside it are of.
-            write_json(directory / "config.json", {SECTION: {"version": __version__, "parts": list(parts)}})
+            write_json(
+                directory / "config.json", {SECTION: {"version": __version__, "parts": list(parts)}}
+            )
         else:
             exporter.whole(directory)
-    return Summary(exporter.size, exporter.count, memory.peak, time.monotonic() - began, tuple(exporter.notes))
+    return Summary(
+        exporter.size, exporter.count, memory.peak, time.monotonic() - began, tuple(exporter.notes)
+    )
 
 
 class _Exporter:
@@ -111,7 +118,9 @@ class _Exporter:
 
     def size_of(self, parts: Sequence[str]) -> int:
         """Bytes of the parameters to write, within a few."""
-        chosen = [PART_OF.get(p, p) for p in parts] or [p for p in PREFIXES if p in self.weights.parts]
+        chosen = [PART_OF.get(p, p) for p in parts] or [
+            p for p in PREFIXES if p in self.weights.parts
+        ]
         return sum(plan.size for part in chosen for plan in self._tensors(part, ""))
 
     def check(self, parts: Sequence[str]) -> None:
@@ -119,7 +128,13 @@ class _Exporter:
         for name in parts:
             config_lib.check_choice("--parts", name, STOCK_PARTS)
             config_lib.check(parts.count(name) == 1, f"--parts names {name} twice")
-        wanted = [PART_OF.get(p, p) for p in parts] or ["tokenizer", "ar", "connector", "dit", "vae"]
+        wanted = [PART_OF.get(p, p) for p in parts] or [
+            "tokenizer",
+            "ar",
+            "connector",
+            "dit",
+            "vae",
+        ]
         if missing := [part for part in wanted if part not in self.weights.parts]:
             raise UserError(
                 f"{self.root} holds no part {', '.join(missing)}, only {', '.join(self.weights.parts)}: name those to export "
@@ -130,7 +145,12 @@ class _Exporter:
         """The BLIP3o-NEXT layout."""
         parts = [part for part in PREFIXES if part in self.weights.parts]
         tensors = [t for part in parts for t in self._tensors(part, PREFIXES[part])]
-        self._write(directory, "model", tensors, self._constants(PREFIXES["tokenizer"], SCALE_LAYER, self.unread))
+        self._write(
+            directory,
+            "model",
+            tensors,
+            self._constants(PREFIXES["tokenizer"], SCALE_LAYER, self.unread),
+        )
         vocabulary = self._vocabulary()
         write_json(directory / "config.json", self._config_json(vocabulary))
         self._write_text(directory, vocabulary)
@@ -158,10 +178,16 @@ class _Exporter:
     def _ta_tok(self, directory: pathlib.Path) -> None:
         """{"model": {"args", "sd"}} as TA-Tok is published, where torch is there to write it; else safetensors."""
         cfg = self.model.tokenizer
-        own = {k: v for k, v in self.unread.items() if k.startswith(PREFIXES["tokenizer"]) and "scale_layer" not in k}
+        own = {
+            k: v
+            for k, v in self.unread.items()
+            if k.startswith(PREFIXES["tokenizer"]) and "scale_layer" not in k
+        }
         own = {k.removeprefix(PREFIXES["tokenizer"]): v for k, v in own.items()}
         constants = self._constants("", TA_TOK_SCALE_LAYER, own)
-        self._write(directory, "ta_tok", self._tensors("tokenizer", ""), constants, max_shard_bytes=2**62)
+        self._write(
+            directory, "ta_tok", self._tensors("tokenizer", ""), constants, max_shard_bytes=2**62
+        )
         args = args_of(cfg)
         write_json(directory / "ta_tok_config.json", overrides_of(cfg))
         write_json(directory / "args.json", args)
@@ -175,15 +201,22 @@ class _Exporter:
             names = {key: prefix + self.record.spelling(part, key) for key in group.tensors}
             full = {key: PREFIXES[part] + self.record.spelling(part, key) for key in group.tensors}
             shapes = {names[key]: shape for key, shape in group.tensors.items()}
-            own = {names[key]: np.dtype(self.dtype or self._own_dtypes.get(full[key], stored)) for key in group.tensors}
+            own = {
+                names[key]: np.dtype(self.dtype or self._own_dtypes.get(full[key], stored))
+                for key in group.tensors
+            }
             planned.append(_Planned(part, group, shapes, own))
         return planned
 
-    def _constants(self, prefix: str, values: dict[str, float], unread: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _constants(
+        self, prefix: str, values: dict[str, float], unread: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
         """Tensors that nothing here reads: those of the import, and `values` where they are not among them."""
         if self.whole_source and prefix:
             return unread
-        return unread | {prefix + key: _constant(prefix + key, value) for key, value in values.items()}
+        return unread | {
+            prefix + key: _constant(prefix + key, value) for key, value in values.items()
+        }
 
     def _write(
         self,
@@ -194,7 +227,9 @@ class _Exporter:
         max_shard_bytes: int = 0,
     ) -> None:
         places: dict[str, tuple[Shape, np.dtype]] = {
-            name: (shape, plan.dtypes[name]) for plan in planned for name, shape in plan.shapes.items()
+            name: (shape, plan.dtypes[name])
+            for plan in planned
+            for name, shape in plan.shapes.items()
         }
         tied = self.record.tied_head and EMBEDDINGS in places
         if tied:
@@ -207,7 +242,9 @@ class _Exporter:
             for plan, arrays in self._read(planned):
                 for name, first, tensor in _converted(plan, arrays):
                     for place in (name, HEAD) if tied and name == EMBEDDINGS else (name,):
-                        writer.write_rows(place, tensor, first) if plan.by_rows else writer.write(place, tensor)
+                        writer.write_rows(place, tensor, first) if plan.by_rows else writer.write(
+                            place, tensor
+                        )
                     progress.advance(plan.part, tensor.nbytes)
                 del arrays, tensor
             for name, tensor in constants.items():
@@ -218,8 +255,12 @@ class _Exporter:
         writer.close()
         self.size += size
         self.count += len(places)
-        merged = [part for part in self.weights.merged_parts if any(plan.part == part for plan in planned)]
-        self.notes += [f"low-rank factors of {part} were merged into its weights" for part in merged]
+        merged = [
+            part for part in self.weights.merged_parts if any(plan.part == part for plan in planned)
+        ]
+        self.notes += [
+            f"low-rank factors of {part} were merged into its weights" for part in merged
+        ]
 
     def _read(self, planned: Sequence["_Planned"]) -> Iterator[tuple["_Planned", dict[str, Any]]]:
         """Each with its parameters: small ones read several at a time, since every reading has its price; large stacks and
@@ -229,7 +270,11 @@ class _Exporter:
             waiting.append(plan)
             following = planned[i + 1] if i + 1 < len(planned) else None
             together = [*waiting, following] if following is not None else waiting
-            if following is not None and following.part == plan.part and sum(p.size for p in together) <= READ_AT_ONCE:
+            if (
+                following is not None
+                and following.part == plan.part
+                and sum(p.size for p in together) <= READ_AT_ONCE
+            ):
                 continue
             paths = [path for p in waiting for path in p.group.shapes]
             if plan.by_rows or (plan.group.rule.stacked and plan.size > READ_AT_ONCE):
@@ -245,7 +290,9 @@ class _Exporter:
         return Vocabulary(load_tokenizer(text), self.model.tokenizer.codebook_size)
 
     def _write_text(self, directory: pathlib.Path, vocabulary: Vocabulary) -> None:
-        self.notes += write_text_files(vocabulary, directory, image_tokens=True, template=self.model.template)
+        self.notes += write_text_files(
+            vocabulary, directory, image_tokens=True, template=self.model.template
+        )
         sampling = self.config.sampling
         generation = {name: getattr(sampling, name) for name in ("temperature", "top_k", "top_p")}
         generation |= {"do_sample": sampling.temperature > 0, **_special_ids(vocabulary)}
@@ -277,13 +324,21 @@ class _Exporter:
             "num_image_tokens": vocabulary.codebook_size,
         }
         key = "torch_dtype" if "torch_dtype" in source else "dtype"
-        if self.dtype or not self.record.dtypes:  # else each tensor gets its own back, and what the source said of them holds
+        if (
+            self.dtype or not self.record.dtypes
+        ):  # else each tensor gets its own back, and what the source said of them holds
             stated[key] = self.dtype or self.model.ar.param_dtype
         if not str(source.get("model_type")).startswith("blip3o"):
             stated |= {"architectures": ["blip3oQwenForCausalLM"], "model_type": "blip3o_qwen"}
         # The tokenizer lies beside config.json, wherever it was read.
-        model = dataclasses.replace(self.model, text=dataclasses.replace(self.model.text, path="text", train_size=0))
-        own = {"version": __version__, "model": config_lib.to_dict(model), "max_length": self.config.data.max_length}
+        model = dataclasses.replace(
+            self.model, text=dataclasses.replace(self.model.text, path="text", train_size=0)
+        )
+        own = {
+            "version": __version__,
+            "model": config_lib.to_dict(model),
+            "max_length": self.config.data.max_length,
+        }
         own["sampling"] = config_lib.to_dict(self.config.sampling)
         return defaults | source | stated | {SECTION: own}
 
@@ -300,7 +355,9 @@ class _Planned:
     @property
     def size(self) -> int:
         """Bytes of the tensors."""
-        return sum(math.prod(shape) * self.dtypes[name].itemsize for name, shape in self.shapes.items())
+        return sum(
+            math.prod(shape) * self.dtypes[name].itemsize for name, shape in self.shapes.items()
+        )
 
     @property
     def by_rows(self) -> bool:
@@ -319,13 +376,17 @@ def _converted(plan: _Planned, arrays: dict[str, Any]) -> Iterator[tuple[str, in
                 rows = table[:, some].T if plan.group.rule.transposed else table[some]
                 yield name, first, cast(name, rows, plan.dtypes[name])
         else:
-            pieces = {path: a[layer] if plan.group.rule.stacked else a for path, a in arrays.items()}
+            pieces = {
+                path: a[layer] if plan.group.rule.stacked else a for path, a in arrays.items()
+            }
             yield name, 0, cast(name, plan.group.to_torch(pieces, shape), plan.dtypes[name])
 
 
 def _constant(name: str, value: float) -> Tensor:
     shape = (1, 3, 1, 1)
-    return Tensor(name, shape, np.dtype(np.float32), pathlib.Path(), lambda: np.full(shape, value, np.float32))
+    return Tensor(
+        name, shape, np.dtype(np.float32), pathlib.Path(), lambda: np.full(shape, value, np.float32)
+    )
 
 
 def _special_ids(vocabulary: Vocabulary) -> dict[str, int]:
@@ -339,7 +400,9 @@ def _to_torch_file(directory: pathlib.Path, args: dict[str, Any], notes: list[st
         import torch
         from safetensors.torch import load_file
     except ImportError:
-        notes.append(f"ta_tok is {file.name} with args.json; with PyTorch installed it would be the published ta_tok.pth")
+        notes.append(
+            f"ta_tok is {file.name} with args.json; with PyTorch installed it would be the published ta_tok.pth"
+        )
         return
     torch.save({"model": {"args": args, "sd": load_file(file)}}, directory / "ta_tok.pth")
     file.unlink()

@@ -54,24 +54,44 @@ class Summary:
         return self.staying + self.largest * 5 // 4 + 2**30
 
 
-def import_weights(source: Source, out: pathlib.Path, mesh: MeshConfig | None = None, *, overwrite: bool = False) -> Summary:
+def import_weights(
+    source: Source, out: pathlib.Path, mesh: MeshConfig | None = None, *, overwrite: bool = False
+) -> Summary:
     """Writes the checkpoint directory `out`, complete or not at all. `mesh` as in `blip3o_jax.load`."""
     began = time.monotonic()
     mesh = mesh or MeshConfig(data=-1, fsdp=1, strategy="dp")
     strategy = Strategy.of(mesh)
     config = dataclasses.replace(source.config, mesh=mesh)
     plan = plan_state(config, strategy)
-    size = sum(leaf.size * leaf.dtype.itemsize for group in WEIGHTS for leaf in jax.tree.leaves(plan.abstract[group]))
+    size = sum(
+        leaf.size * leaf.dtype.itemsize
+        for group in WEIGHTS
+        for leaf in jax.tree.leaves(plan.abstract[group])
+    )
     if jax.process_count() > 1:
-        raise UserError("import runs in one process: what it writes is read onto any mesh, of any number of hosts")
+        raise UserError(
+            "import runs in one process: what it writes is read onto any mesh, of any number of hosts"
+        )
     check_space(out, size)
-    read = {tensor.file for tensors in (*source.tensors.values(), source.unread) for tensor in tensors.values()}
-    with whole_directory(out, overwrite=overwrite, sources=read) as directory, PeakMemory() as memory:
+    read = {
+        tensor.file
+        for tensors in (*source.tensors.values(), source.unread)
+        for tensor in tensors.values()
+    }
+    with (
+        whole_directory(out, overwrite=overwrite, sources=read) as directory,
+        PeakMemory() as memory,
+    ):
         weights = read_into(plan, source, config)
         read_seconds = time.monotonic() - began
         write_weights(directory, config, source.tokenizer, weights)
         write_record(directory, source.record, source.unread)
-        shards = [s for leaf in jax.tree.leaves(weights) for s in leaf.addressable_shards if s.device.platform == "cpu"]
+        shards = [
+            s
+            for leaf in jax.tree.leaves(weights)
+            for s in leaf.addressable_shards
+            if s.device.platform == "cpu"
+        ]
         staying = sum(s.data.nbytes for s in shards)
         del weights, shards
     largest = max(t.nbytes for tensors in source.tensors.values() for t in tensors.values())
@@ -80,10 +100,16 @@ def import_weights(source: Source, out: pathlib.Path, mesh: MeshConfig | None = 
 
 def read_into(plan: StatePlan, source: Source, config: Config) -> dict[str, Any]:
     """The source's parameters in the plan's groups, shardings and dtypes."""
-    progress = Progress("read", sum(t.nbytes for tensors in source.tensors.values() for t in tensors.values()))
+    progress = Progress(
+        "read", sum(t.nbytes for tensors in source.tensors.values() for t in tensors.values())
+    )
     weights: dict[str, Any] = {group: {} for group in WEIGHTS}
     for part in dict.fromkeys(name for group in WEIGHTS for name in plan.abstract[group]):
-        targets = {path: leaf for group in WEIGHTS for path, leaf in flat(plan.abstract[group].get(part, {})).items()}
+        targets = {
+            path: leaf
+            for group in WEIGHTS
+            for path, leaf in flat(plan.abstract[group].get(part, {})).items()
+        }
         if tensors := source.tensors.get(part):
             arrays = _read_part(part, config, tensors, targets, progress)
             if part == "ar" and "image_embeddings" in source.initialise:
@@ -93,7 +119,9 @@ def read_into(plan: StatePlan, source: Source, config: Config) -> dict[str, Any]
         for group in WEIGHTS:
             if part in plan.abstract[group]:
                 paths = flat(plan.abstract[group][part])
-                weights[group][part] = nnx.traversals.unflatten_mapping({tuple(p.split("/")): arrays[p] for p in paths})
+                weights[group][part] = nnx.traversals.unflatten_mapping(
+                    {tuple(p.split("/")): arrays[p] for p in paths}
+                )
     return weights
 
 
@@ -108,7 +136,9 @@ def _read_part(
     for group in groups(part, config.model):
         shards = {path: _Shards(targets[path]) for path in group.shapes}
         keys = list(group.tensors)
-        for layer, (key, tensor) in enumerate(zip(keys, _prefetched([tensors[key] for key in keys]), strict=True)):
+        for layer, (key, tensor) in enumerate(
+            zip(keys, _prefetched([tensors[key] for key in keys]), strict=True)
+        ):
             tensor = cast(tensors[key].key, tensor, shards[group.rule.paths[0]].target.dtype)
             for path, piece in group.to_jax(tensor):
                 shards[path].fill(layer if group.rule.stacked else None, piece)
@@ -137,7 +167,9 @@ class _Shards:
         for device, index in target.sharding.addressable_devices_indices_map(target.shape).items():
             spans = tuple(s.indices(n)[:2] for s, n in zip(index, target.shape, strict=True))
             self.devices.setdefault(spans, []).append(device)
-        self.buffers = {spans: _aligned(tuple(b - a for a, b in spans), target.dtype) for spans in self.devices}
+        self.buffers = {
+            spans: _aligned(tuple(b - a for a, b in spans), target.dtype) for spans in self.devices
+        }
 
     def fill(self, layer: int | None, piece: np.ndarray) -> None:
         """Copies what belongs here of one layer's piece (None: of the whole parameter)."""
@@ -147,14 +179,22 @@ class _Shards:
                 if not first <= layer < last:
                     continue
                 buffer = buffer[layer - first]
-            part = piece[tuple(slice(a, min(b, n)) for (a, b), n in zip(spans, piece.shape, strict=True))]
+            part = piece[
+                tuple(slice(a, min(b, n)) for (a, b), n in zip(spans, piece.shape, strict=True))
+            ]
             if part.shape != buffer.shape:  # the vocabulary is padded here
                 buffer[...] = 0
             copy(buffer[tuple(slice(n) for n in part.shape)], part)
 
     def array(self) -> jax.Array:
-        pieces = [jax.device_put(self.buffers[spans], d) for spans, devices in self.devices.items() for d in devices]
-        return jax.make_array_from_single_device_arrays(self.target.shape, self.target.sharding, pieces)
+        pieces = [
+            jax.device_put(self.buffers[spans], d)
+            for spans, devices in self.devices.items()
+            for d in devices
+        ]
+        return jax.make_array_from_single_device_arrays(
+            self.target.shape, self.target.sharding, pieces
+        )
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -165,7 +205,9 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return memory[start : start + size].view(dtype).reshape(shape)
 
 
-def _grown(arrays: dict[str, jax.Array], targets: Mapping[str, jax.ShapeDtypeStruct], source: Source) -> dict[str, jax.Array]:
+def _grown(
+    arrays: dict[str, jax.Array], targets: Mapping[str, jax.ShapeDtypeStruct], source: Source
+) -> dict[str, jax.Array]:
     """The vocabulary tables with the rows of new tokens at the mean of the text tokenizer's own (the published way); rows
     that stood for no token are among those that are replaced."""
     ar = source.config.model.ar
@@ -179,11 +221,15 @@ def _grown(arrays: dict[str, jax.Array], targets: Mapping[str, jax.ShapeDtypeStr
             grown = jnp.pad(grown, ((0, ar.padded_vocab_size - ar.vocab_size), (0, 0)))
             return grown.T if transposed else grown
 
-        arrays[path] = jax.jit(grow, out_shardings=targets[path].sharding, donate_argnums=0)(arrays[path])
+        arrays[path] = jax.jit(grow, out_shardings=targets[path].sharding, donate_argnums=0)(
+            arrays[path]
+        )
     return arrays
 
 
-def _drawn(part: str, config: Config, targets: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+def _drawn(
+    part: str, config: Config, targets: Mapping[str, jax.ShapeDtypeStruct]
+) -> dict[str, jax.Array]:
     """A part with its initial weights."""
 
     def make() -> dict[str, jax.Array]:

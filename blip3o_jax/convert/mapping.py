@@ -28,7 +28,9 @@ class Group:
         """(path, the piece of that parameter that one tensor holds), a view where it can be. Rows of the vocabulary that are
         padding here are missing at the end."""
         layout = LAYOUTS[self.rule.layout]
-        for path, piece in zip(self.rule.paths, np.split(tensor, len(self.rule.paths)), strict=True):
+        for path, piece in zip(
+            self.rule.paths, np.split(tensor, len(self.rule.paths)), strict=True
+        ):
             yield path, layout.to_jax(piece)
 
     def to_torch(self, pieces: Mapping[str, np.ndarray], shape: Shape) -> np.ndarray:
@@ -50,9 +52,14 @@ def groups(part: str, cfg: ModelConfig) -> tuple[Group, ...]:
             raise AssertionError(f"the table of {part} names {again} twice")
         taken |= set(own)
         count = next(iter(own.values()))[0] if rule.stacked else 1
-        first, *rest = (LAYOUTS[rule.layout].torch_shape(shape[1:] if rule.stacked else shape) for shape in own.values())
+        first, *rest = (
+            LAYOUTS[rule.layout].torch_shape(shape[1:] if rule.stacked else shape)
+            for shape in own.values()
+        )
         rows = cfg.ar.vocab_size if rule.vocabulary else first[0] + sum(s[0] for s in rest)
-        found.append(Group(rule, own, {rule.key(layer): (rows, *first[1:]) for layer in range(count)}))
+        found.append(
+            Group(rule, own, {rule.key(layer): (rows, *first[1:]) for layer in range(count)})
+        )
     if missing := sorted(set(shapes) - taken):
         raise AssertionError(f"the table of {part} does not name {missing}")
     return tuple(found)
@@ -83,16 +90,23 @@ def to_jax(part: str, cfg: ModelConfig, tensors: Mapping[str, np.ndarray]) -> di
     return arrays
 
 
-def to_torch(part: str, cfg: ModelConfig, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def to_torch(
+    part: str, cfg: ModelConfig, arrays: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
     """{path: array} of a part as {tensor name: tensor}: the inverse of `to_jax`."""
     tensors = {}
     for group in groups(part, cfg):
         for layer, (key, shape) in enumerate(group.tensors.items()):
             pieces = {path: np.asarray(arrays[path]) for path in group.shapes}
-            tensors[key] = group.to_torch({p: a[layer] if group.rule.stacked else a for p, a in pieces.items()}, shape)
+            tensors[key] = group.to_torch(
+                {p: a[layer] if group.rule.stacked else a for p, a in pieces.items()}, shape
+            )
     return tensors
 
 
 def flat(tree: object) -> dict[str, jax.Array]:
     """A nested dict of arrays as {path: array}."""
-    return {"/".join(str(k.key) for k in keys): leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    return {
+        "/".join(str(k.key) for k in keys): leaf
+        for keys, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }

@@ -25,13 +25,17 @@ class MergedWeights(Weights):
         for part in [part for part in self.parts if part in PREFIXES]:
             self._check(part, parameter_shapes(part, model), root)
         self._scales = {part: getattr(model, part).lora.scale for part in PARTS}
-        self.merged_parts = tuple(part for part in PARTS if any(self.is_merged(part, path) for _, path in self._leaves))
+        self.merged_parts = tuple(
+            part for part in PARTS if any(self.is_merged(part, path) for _, path in self._leaves)
+        )
 
     def _check(self, part: str, wanted: dict[str, tuple[int, ...]], root: pathlib.Path) -> None:
         stored = self.shapes(part)
         for path in [*wanted, *stored]:
             if stored.get(path) != wanted.get(path):
-                kept, asked = (f"{list(s[path])}" if path in s else "nothing" for s in (stored, wanted))
+                kept, asked = (
+                    f"{list(s[path])}" if path in s else "nothing" for s in (stored, wanted)
+                )
                 raise UserError(
                     f"{root}: {part}/{path} is stored as {kept}, but config.json there makes it {asked}: put back the one that "
                     "was written with the weights"
@@ -43,7 +47,9 @@ class MergedWeights(Weights):
     def read(self, part: str, paths: Iterable[str]) -> dict[str, np.ndarray]:
         paths = list(paths)
         arrays = super().read(part, [path for path in paths if not self.is_merged(part, path)])
-        return arrays | {path: self.open(part, path).read() for path in paths if self.is_merged(part, path)}
+        return arrays | {
+            path: self.open(part, path).read() for path in paths if self.is_merged(part, path)
+        }
 
     def open(self, part: str, path: str) -> Any:
         """As for any parameter; a stack of sums takes the number of a layer alone."""

@@ -25,14 +25,22 @@ class Record:
     flat_decoder: bool = False  # decoder.x instead of decoder.vision_model.x
     nested_encoder: bool = False  # encoder.vision_model.x instead of encoder.x
     own_tokenizer: bool = False  # TA-Tok came in its own file, whose scale_layer is another
-    dtypes: tuple[tuple[str, str], ...] = ()  # tensors stored wider here than there: (full name, their dtype)
+    dtypes: tuple[
+        tuple[str, str], ...
+    ] = ()  # tensors stored wider here than there: (full name, their dtype)
     config: dict[str, Any] = dataclasses.field(default_factory=dict)  # the source's config.json
-    generation: dict[str, Any] = dataclasses.field(default_factory=dict)  # its generation_config.json
+    generation: dict[str, Any] = dataclasses.field(
+        default_factory=dict
+    )  # its generation_config.json
 
     def spelling(self, part: str, key: str) -> str:
         """The name in the file of what the table calls `key`."""
         if part == "tokenizer" and self.flat_decoder:
-            key = key.replace("decoder.vision_model.", "decoder.", 1) if key.startswith("decoder.") else key
+            key = (
+                key.replace("decoder.vision_model.", "decoder.", 1)
+                if key.startswith("decoder.")
+                else key
+            )
         if part == "tokenizer" and self.nested_encoder and key.startswith("encoder."):
             key = "encoder.vision_model." + key.removeprefix("encoder.")
         return key
@@ -75,5 +83,7 @@ def read_record(directory: pathlib.Path) -> tuple[Record | None, dict[str, Tenso
         return record, {}
     unread = directory / f"{UNREAD}.safetensors"
     if not unread.is_file() or list(checksums.of_file(unread)) != stored:
-        raise UserError(f"{unread} is missing or damaged (its CRC32C is another): copy it, or import the weights again")
+        raise UserError(
+            f"{unread} is missing or damaged (its CRC32C is another): copy it, or import the weights again"
+        )
     return record, read_file(unread)

@@ -74,7 +74,9 @@ class Report:
         for part in self.parts:
             outputs = [dataclasses.asdict(output) | {"ok": output.ok} for output in part.outputs]
             parts.append(dataclasses.asdict(part) | {"outputs": outputs, "ok": part.ok})
-        return _finite(dataclasses.asdict(self) | {"ok": self.ok, "tolerance": TOLERANCE, "parts": parts})
+        return _finite(
+            dataclasses.asdict(self) | {"ok": self.ok, "tolerance": TOLERANCE, "parts": parts}
+        )
 
 
 def relative_error(got: np.ndarray, want: np.ndarray) -> float:
@@ -92,13 +94,19 @@ def print_report(report: Report) -> None:
     for part in report.parts:
         table = Table(title=part.part, title_justify="left")
         for name, width in (("compared", 24), ("difference", 18), ("verdict", 8)):
-            table.add_column(name, min_width=width, justify="left" if name == "compared" else "right")
+            table.add_column(
+                name, min_width=width, justify="left" if name == "compared" else "right"
+            )
         if part.tensors:
             worst = max((d.error for d in part.differing), default=0.0)
             found = f"greatest {worst:.1e}" if part.differing else "bitwise equal"
             table.add_row(f"{part.tensors} tensors", found, _verdict(not part.differing))
         for output in part.outputs:
-            found = f"{100 * output.agreement:.2f} % agree" if output.error is None else f"{output.error:.1e}"
+            found = (
+                f"{100 * output.agreement:.2f} % agree"
+                if output.error is None
+                else f"{output.error:.1e}"
+            )
             table.add_row(output.name, found, _verdict(output.ok))
         console.print(table)
     say = lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -109,12 +117,16 @@ def print_report(report: Report) -> None:
             say(f"{part.part}: {len(part.differing)} tensors differ in all")
         for output in part.outputs:
             if not output.ok and output.first_layer:
-                say(f"{part.part}: {output.name} part at {output.first_layer}, by {output.first_layer_error:.1e}")
+                say(
+                    f"{part.part}: {output.name} part at {output.first_layer}, by {output.first_layer_error:.1e}"
+                )
             elif not output.ok:
                 say(f"{part.part}: {output.name} part outside the stacked layers")
     for note in report.notes:
         say(f"note: {note}")
-    say(f"{report.checkpoint} is {'the same model as' if report.ok else 'NOT the same model as'} {report.torch}")
+    say(
+        f"{report.checkpoint} is {'the same model as' if report.ok else 'NOT the same model as'} {report.torch}"
+    )
 
 
 def _verdict(ok: bool) -> str:

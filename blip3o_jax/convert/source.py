@@ -100,14 +100,21 @@ def open_source(
         stage="joint",
         model=model,
         data=config_lib.from_dict(
-            {"max_length": section.get("max_length", 2048)}, DataConfig, f"{files.config_file}: {SECTION}"
+            {"max_length": section.get("max_length", 2048)},
+            DataConfig,
+            f"{files.config_file}: {SECTION}",
         ),
-        sampling=config_lib.from_dict(section.get("sampling", {}), SamplingConfig, f"{files.config_file}: {SECTION}.sampling"),
+        sampling=config_lib.from_dict(
+            section.get("sampling", {}), SamplingConfig, f"{files.config_file}: {SECTION}.sampling"
+        ),
         mesh=MeshConfig(data=-1, fsdp=1, strategy="dp"),
     )
     generation = source / "generation_config.json"
     record = dataclasses.replace(
-        record, dtypes=dtypes, config=files.values, generation=read_json(generation) if generation.is_file() else {}
+        record,
+        dtypes=dtypes,
+        config=files.values,
+        generation=read_json(generation) if generation.is_file() else {},
     )
     return Source(
         config,
@@ -135,7 +142,9 @@ def _text_tokenizer(source: pathlib.Path) -> TextTokenizer:
 def _model_config(files: Files, initialise: tuple[str, ...]) -> ModelConfig:
     """Every part's sizes and options, from the most specific file that has them."""
     where = str(files.config_file)
-    model = config_lib.from_dict(files.section.get("model", {}), ModelConfig, f"{where}: {SECTION}.model")
+    model = config_lib.from_dict(
+        files.section.get("model", {}), ModelConfig, f"{where}: {SECTION}.model"
+    )
     ar = stock_config.read_qwen3(files.values, where)
     published = {name: getattr(ar, name) for name in (*stock_config.QWEN3.fields, "rope_theta")}
     replaced: dict[str, Any] = {"ar": dataclasses.replace(model.ar, **published, spare_rows=0)}
@@ -147,10 +156,16 @@ def _model_config(files: Files, initialise: tuple[str, ...]) -> ModelConfig:
         if (found := getattr(files, name)) is not None:
             file, values = found
             new = read(values, str(file))
-            own = {n: getattr(getattr(model, part), n) for n in ("dtype", "remat", "unroll") if hasattr(new, n)}
+            own = {
+                n: getattr(getattr(model, part), n)
+                for n in ("dtype", "remat", "unroll")
+                if hasattr(new, n)
+            }
             replaced[part] = dataclasses.replace(new, **own)
     replaced["tokenizer"] = read_ta_tok(model.tokenizer, files.ta_tok, files.ta_tok_config)
-    there = lambda part: any(key.startswith(PREFIXES[part]) for key in files.tensors) or part in initialise
+    there = lambda part: (
+        any(key.startswith(PREFIXES[part]) for key in files.tensors) or part in initialise
+    )
     editing = {"latents": there("latent_connector"), "features": there("feature_connector")}
     if "model" not in files.section and any(editing.values()):
         editing["references"] = 1  # published editing models are shown one image
@@ -164,11 +179,16 @@ def _model_config(files: Files, initialise: tuple[str, ...]) -> ModelConfig:
     try:
         return dataclasses.replace(model, text=text, **replaced)
     except config_lib.ConfigError as error:  # parts that do not go together
-        read = [files.config_file, *(found[0] for found in (files.transformer, files.vae) if found is not None)]
+        read = [
+            files.config_file,
+            *(found[0] for found in (files.transformer, files.vae) if found is not None),
+        ]
         raise UserError(f"{', '.join(map(str, read))}: {error}") from error
 
 
-def _with_vocabulary(model: ModelConfig, vocabulary: Vocabulary, files: Files, initialise: tuple[str, ...]) -> ModelConfig:
+def _with_vocabulary(
+    model: ModelConfig, vocabulary: Vocabulary, files: Files, initialise: tuple[str, ...]
+) -> ModelConfig:
     """The model with as many rows as its tables are to have here, checked against the ids that config.json states."""
     stated = {
         "image_start_tag_id": vocabulary.image_start,
@@ -195,24 +215,37 @@ def _with_vocabulary(model: ModelConfig, vocabulary: Vocabulary, files: Files, i
             f"{files.config_file}: vocab_size={rows}, but text tokenizer and image tokens have {vocabulary.size} ids; "
             "--initialise=image_embeddings adds the missing rows at the mean of the others"
         )
-    return dataclasses.replace(model, ar=dataclasses.replace(model.ar, vocab_size=rows, spare_rows=rows - vocabulary.size))
+    return dataclasses.replace(
+        model, ar=dataclasses.replace(model.ar, vocab_size=rows, spare_rows=rows - vocabulary.size)
+    )
 
 
-def _sort_out(files: Files, model: ModelConfig) -> tuple[Record, dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+def _sort_out(
+    files: Files, model: ModelConfig
+) -> tuple[Record, dict[str, dict[str, Tensor]], dict[str, Tensor]]:
     """(spelling, tensors by part and name in the table, tensors that nothing reads by full name)."""
     wanted = ["tokenizer", "ar", "connector", "dit", "vae"]
-    wanted += ["latent_connector"] * model.editing.latents + ["feature_connector"] * model.editing.features
-    tower = [key.removeprefix(PREFIXES["tokenizer"]) for key in files.tensors if key.startswith(PREFIXES["tokenizer"])]
+    wanted += ["latent_connector"] * model.editing.latents + [
+        "feature_connector"
+    ] * model.editing.features
+    tower = [
+        key.removeprefix(PREFIXES["tokenizer"])
+        for key in files.tensors
+        if key.startswith(PREFIXES["tokenizer"])
+    ]
     decoder = [key for key in tower if key.startswith("decoder.")]
     record = Record(
         tied_head=model.ar.tie_word_embeddings and HEAD in files.tensors,
-        flat_decoder=bool(decoder) and not any(key.startswith("decoder.vision_model.") for key in decoder),
+        flat_decoder=bool(decoder)
+        and not any(key.startswith("decoder.vision_model.") for key in decoder),
         nested_encoder=any(key.startswith("encoder.vision_model.") for key in tower),
         own_tokenizer=files.own_tokenizer,
     )
     parts: dict[str, dict[str, Tensor]] = {part: {} for part in wanted}
     unread: dict[str, Tensor] = {}
-    prefixes = sorted(((prefix, part) for part, prefix in PREFIXES.items()), key=lambda p: -len(p[0]))
+    prefixes = sorted(
+        ((prefix, part) for part, prefix in PREFIXES.items()), key=lambda p: -len(p[0])
+    )
     for name, tensor in files.tensors.items():
         prefix, part = next((prefix, part) for prefix, part in prefixes if name.startswith(prefix))
         key = record.table_key(part, name.removeprefix(prefix))
@@ -236,7 +269,13 @@ def _check_scale(key: str, tensor: Tensor) -> None:
         )
 
 
-def _check_part(part: str, model: ModelConfig, given: dict[str, Tensor], files: Files, initialise: tuple[str, ...]) -> None:
+def _check_part(
+    part: str,
+    model: ModelConfig,
+    given: dict[str, Tensor],
+    files: Files,
+    initialise: tuple[str, ...],
+) -> None:
     """Exactly the tensors of the part's table, in its shapes."""
     if not given:
         if part in initialise:
@@ -249,9 +288,15 @@ def _check_part(part: str, model: ModelConfig, given: dict[str, Tensor], files: 
             f"{files.behind_prefix(PREFIXES[part]) or advice}{files.not_read()}"
         )
     if part in initialise:
-        raise UserError(f"--initialise={part}, but {next(iter(given.values())).file} holds its tensors: leave one of them out")
+        raise UserError(
+            f"--initialise={part}, but {next(iter(given.values())).file} holds its tensors: leave one of them out"
+        )
     try:
-        shapes = {key: (shape, group) for group in groups(part, model) for key, shape in group.tensors.items()}
+        shapes = {
+            key: (shape, group)
+            for group in groups(part, model)
+            for key, shape in group.tensors.items()
+        }
     except config_lib.ConfigError as error:  # sizes that no network can have
         raise UserError(f"{_sizes(part, files)}: {error}") from error
     if missing := [key for key in shapes if key not in given]:
@@ -269,7 +314,9 @@ def _check_part(part: str, model: ModelConfig, given: dict[str, Tensor], files: 
         _check_tensor(part, given[key], shape, group, files, grown="image_embeddings" in initialise)
 
 
-def _check_tensor(part: str, tensor: Tensor, shape: tuple[int, ...], group: Group, files: Files, *, grown: bool) -> None:
+def _check_tensor(
+    part: str, tensor: Tensor, shape: tuple[int, ...], group: Group, files: Files, *, grown: bool
+) -> None:
     wanted = shape
     if grown and group.rule.vocabulary:
         wanted = (files.values["vocab_size"], *shape[1:])
@@ -278,7 +325,9 @@ def _check_tensor(part: str, tensor: Tensor, shape: tuple[int, ...], group: Grou
             f"{tensor.file}: {tensor.key} has shape {list(tensor.shape)}, but {_sizes(part, files)} makes it {list(wanted)}"
         )
     if not jnp.issubdtype(tensor.dtype, jnp.floating):
-        raise UserError(f"{tensor.file}: {tensor.key} has dtype {tensor.dtype}, not one of floating point")
+        raise UserError(
+            f"{tensor.file}: {tensor.key} has dtype {tensor.dtype}, not one of floating point"
+        )
 
 
 def _sizes(part: str, files: Files) -> str:
@@ -299,20 +348,29 @@ def _with_dtypes(
     model: ModelConfig, parts: dict[str, dict[str, Tensor]], dtype: str
 ) -> tuple[ModelConfig, tuple[tuple[str, str], ...]]:
     """The model with each part's parameter dtype, and what tensors are narrower than that in the files."""
-    wide = next((t for given in parts.values() for t in given.values() if t.dtype == np.float64), None)
+    wide = next(
+        (t for given in parts.values() for t in given.values() if t.dtype == np.float64), None
+    )
     if wide is not None and not dtype:
         raise UserError(
             f"{wide.file}: {wide.key} has dtype float64, and parameters here have 32 bits at most: --dtype=float32 rounds it"
         )
     own = lambda names: [t.dtype for name in names for t in parts.get(name, {}).values()]
-    widest = lambda *names: dtype or str(jnp.result_type(*own(names))) if own(names) else dtype or "float32"
-    tokenizer, connector = widest("tokenizer"), widest("connector", "latent_connector", "feature_connector")
+    widest = lambda *names: (
+        dtype or str(jnp.result_type(*own(names))) if own(names) else dtype or "float32"
+    )
+    tokenizer, connector = (
+        widest("tokenizer"),
+        widest("connector", "latent_connector", "feature_connector"),
+    )
     replace = dataclasses.replace
     model = replace(
         model,
         ar=replace(model.ar, param_dtype=widest("ar")),
         tokenizer=replace(
-            model.tokenizer, param_dtype=tokenizer, encoder=replace(model.tokenizer.encoder, param_dtype=tokenizer)
+            model.tokenizer,
+            param_dtype=tokenizer,
+            encoder=replace(model.tokenizer.encoder, param_dtype=tokenizer),
         ),
         connector=replace(model.connector, param_dtype=connector),
         dit=replace(model.dit, param_dtype=widest("dit")),
@@ -321,7 +379,12 @@ def _with_dtypes(
     if dtype:
         return model, ()
     stored = {part: np.dtype(getattr(model, part, model.connector).param_dtype) for part in parts}
-    narrower = [(t.key, str(t.dtype)) for part, given in parts.items() for t in given.values() if t.dtype != stored[part]]
+    narrower = [
+        (t.key, str(t.dtype))
+        for part, given in parts.items()
+        for t in given.values()
+        if t.dtype != stored[part]
+    ]
     return model, tuple(narrower)
 
 

@@ -41,7 +41,9 @@ class Files:
     values: dict[str, Any]  # config.json of the source
     section: dict[str, Any]
     tensors: dict[str, Tensor]
-    transformer: tuple[pathlib.Path, dict[str, Any]] | None  # config.json of each, where there is one
+    transformer: (
+        tuple[pathlib.Path, dict[str, Any]] | None
+    )  # config.json of each, where there is one
     vae: tuple[pathlib.Path, dict[str, Any]] | None
     scheduler: tuple[pathlib.Path, dict[str, Any]] | None
     ta_tok: dict[str, Any]  # args of the TA-Tok file
@@ -78,7 +80,9 @@ class Files:
     def _check_variant(self, source: pathlib.Path) -> None:
         found = [place.weights.variant for place in self.places if place.weights is not None]
         if self.variant and self.variant not in found:
-            raise UserError(f"--variant={self.variant}: {source} and what is given beside it have no weights of that variant")
+            raise UserError(
+                f"--variant={self.variant}: {source} and what is given beside it have no weights of that variant"
+            )
 
     def _read_diffusion(self, directory: pathlib.Path) -> None:
         """transformer/ (or dit/, as exported here), vae/ and scheduler/, as far as they are
@@ -98,7 +102,9 @@ class Files:
             found = True
             setattr(self, name, (file, read_json(file)))
             if prefix and find_weights(folder, "diffusers", self.variant) is not None:
-                self._add(prefix, folder, "diffusers", *read_weights(folder, "diffusers", self.variant))
+                self._add(
+                    prefix, folder, "diffusers", *read_weights(folder, "diffusers", self.variant)
+                )
             elif prefix:
                 self.places.append(Place(folder, None, prefix, "diffusers", {}))
                 self.notes.append(f"{folder} holds no weights: only its sizes are read")
@@ -113,7 +119,11 @@ class Files:
         file, prefix = path, PREFIXES["tokenizer"]
         if path.is_dir():
             file = next(
-                (path / f"ta_tok{s}" for s in (".pth", ".safetensors") if (path / f"ta_tok{s}").is_file()),
+                (
+                    path / f"ta_tok{s}"
+                    for s in (".pth", ".safetensors")
+                    if (path / f"ta_tok{s}").is_file()
+                ),
                 path,
             )
         if file.is_dir() or file.suffix == ".safetensors":
@@ -134,7 +144,9 @@ class Files:
         weights: WeightFile,
     ) -> None:
         """What is read later wins, which is said, as is what wrappers left in the names."""
-        plain = plain_names(tensors, () if prefix else tuple(filter(None, PREFIXES.values())), str(weights.file))
+        plain = plain_names(
+            tensors, () if prefix else tuple(filter(None, PREFIXES.values())), str(weights.file)
+        )
         place = Place(path, weights, prefix, library, plain)
         self.places.append(place)
         self.notes += weights.notes
@@ -143,7 +155,10 @@ class Files:
             self.notes.append(
                 f"{weights.file}: {name} is read as {plain[name]}, without what wrapped the module that was saved"
             )
-        named = {prefix + plain[key]: dataclasses.replace(tensor, key=prefix + plain[key]) for key, tensor in tensors.items()}
+        named = {
+            prefix + plain[key]: dataclasses.replace(tensor, key=prefix + plain[key])
+            for key, tensor in tensors.items()
+        }
         if both := set(named) & set(self.tensors):
             first = min(both)
             self.notes.append(
@@ -157,12 +172,21 @@ class Files:
         not known here, or ""."""
         found = next((key for key in self.tensors if f".{name}" in key), "") if name else ""
         prefix = found.partition(f".{name}")[0]
-        return f"the files have it as {found}: save the weights without the prefix {prefix}." if found else ""
+        return (
+            f"the files have it as {found}: save the weights without the prefix {prefix}."
+            if found
+            else ""
+        )
 
     def not_read(self) -> str:
         """What may explain tensors that are missing: other files that hold weights, "; ..." or
         ""."""
-        notes = [note for place in self.places if place.weights is not None for note in place.weights.notes]
+        notes = [
+            note
+            for place in self.places
+            if place.weights is not None
+            for note in place.weights.notes
+        ]
         return "".join(f"; {note}" for note in notes)
 
 
@@ -175,5 +199,7 @@ def read_ta_tok_file(file: pathlib.Path) -> dict[str, Any]:
         raise UserError(f"{file} is not a TA-Tok file: it has no model.sd; see docs/conversion.md")
     args = model.get("args") or {}
     if not isinstance(args, Mapping) or not all(isinstance(key, str) for key in model["sd"]):
-        raise UserError(f"{file} is not a TA-Tok file: model.args and model.sd must be groups with names")
+        raise UserError(
+            f"{file} is not a TA-Tok file: model.args and model.sd must be groups with names"
+        )
     return {"args": args, "sd": model["sd"]}

@@ -10,10 +10,28 @@ import math
 from typing import Any, NoReturn
 
 from blip3o_jax import config
-from blip3o_jax.config import DcAeConfig, FlowConfig, ModelConfig, Qwen3Config, SanaConfig, UserError
+from blip3o_jax.config import (
+    DcAeConfig,
+    FlowConfig,
+    ModelConfig,
+    Qwen3Config,
+    SanaConfig,
+    UserError,
+)
 
 # What this package adds to the fields of the stock classes.
-OWN_FIELDS = frozenset({"dtype", "param_dtype", "remat", "unroll", "attention", "vocab_multiple", "embedding_range", "lora"})
+OWN_FIELDS = frozenset(
+    {
+        "dtype",
+        "param_dtype",
+        "remat",
+        "unroll",
+        "attention",
+        "vocab_multiple",
+        "embedding_range",
+        "lora",
+    }
+)
 REQUIRED = object()
 
 
@@ -22,7 +40,9 @@ class Layout:
     """How the config.json of one stock class is read into `cls`."""
 
     cls: type
-    fields: dict[str, Any]  # name -> what the stock class takes where the key is missing, or REQUIRED
+    fields: dict[
+        str, Any
+    ]  # name -> what the stock class takes where the key is missing, or REQUIRED
     fixed: dict[str, tuple[Any, ...]]
     ignored: frozenset[str]
 
@@ -98,7 +118,11 @@ SANA = Layout(
 )
 DC_AE = Layout(
     DcAeConfig,
-    fields={name: REQUIRED for name in (field.name for field in dataclasses.fields(DcAeConfig)) if name not in OWN_FIELDS},
+    fields={
+        name: REQUIRED
+        for name in (field.name for field in dataclasses.fields(DcAeConfig))
+        if name not in OWN_FIELDS
+    },
     fixed={
         "_class_name": ("AutoencoderDC",),
         "encoder_out_shortcut": (True,),
@@ -123,7 +147,9 @@ SCHEDULER = Layout(
         "stochastic_sampling": (False,),
     },
     # All of these are read with use_dynamic_shifting only.
-    ignored=frozenset({"base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len", "time_shift_type"}),
+    ignored=frozenset(
+        {"base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len", "time_shift_type"}
+    ),
 )
 
 
@@ -140,7 +166,15 @@ def stock_config(name: str, cfg: ModelConfig) -> dict[str, Any]:
             **_taken(QWEN3, cfg.ar),
             "rope_theta": cfg.ar.rope_theta,
             "rope_parameters": {"rope_type": "default", "rope_theta": cfg.ar.rope_theta},
-            **{key: QWEN3.fixed[key][0] for key in ("hidden_act", "attention_bias", "attention_dropout", "use_sliding_window")},
+            **{
+                key: QWEN3.fixed[key][0]
+                for key in (
+                    "hidden_act",
+                    "attention_bias",
+                    "attention_dropout",
+                    "use_sliding_window",
+                )
+            },
             "sliding_window": None,
             "max_window_layers": cfg.ar.num_hidden_layers,
             "layer_types": ["full_attention"] * cfg.ar.num_hidden_layers,
@@ -150,7 +184,9 @@ def stock_config(name: str, cfg: ModelConfig) -> dict[str, Any]:
     if name == "scheduler":
         return {"_class_name": "FlowMatchEulerDiscreteScheduler", **_taken(SCHEDULER, cfg.flow)}
     if name not in ("dit", "vae"):
-        raise ValueError(f"no stock class has a config.json for part {name!r}: use ar, dit, vae or scheduler")
+        raise ValueError(
+            f"no stock class has a config.json for part {name!r}: use ar, dit, vae or scheduler"
+        )
     layout, part = (SANA, cfg.dit) if name == "dit" else (DC_AE, cfg.vae)
     return {key: values[0] for key, values in layout.fixed.items()} | _taken(layout, part)
 
@@ -160,8 +196,12 @@ def read_qwen3(values: dict[str, Any], where: str) -> Qwen3Config:
     errors; as in all readers here, what cannot be used raises UserError."""
     _check_object(values, where)
     kinds = values.get("layer_types")
-    if kinds is not None and (not isinstance(kinds, list | tuple) or any(kind != "full_attention" for kind in kinds)):
-        raise UserError(f"{where}: layer_types={kinds!r} is not supported: only a list of 'full_attention' can be converted")
+    if kinds is not None and (
+        not isinstance(kinds, list | tuple) or any(kind != "full_attention" for kind in kinds)
+    ):
+        raise UserError(
+            f"{where}: layer_types={kinds!r} is not supported: only a list of 'full_attention' can be converted"
+        )
     computed: dict[str, Any] = {"rope_theta": _rope_theta(values, where)}
     if values.get("num_key_value_heads", REQUIRED) is None:
         computed["num_key_value_heads"] = values.get("num_attention_heads")
@@ -187,7 +227,9 @@ def read_dc_ae(values: dict[str, Any], where: str) -> DcAeConfig:
         value = values.get(key)
         if isinstance(value, list | tuple):
             if len(set(map(str, value))) != 1:
-                raise UserError(f"{where}: {key}={value!r} differs between stages: only one value for all can be converted")
+                raise UserError(
+                    f"{where}: {key}={value!r} differs between stages: only one value for all can be converted"
+                )
             computed[key] = value[0]
     return _read(DC_AE, values, where, computed)
 
@@ -215,7 +257,9 @@ def _rope_theta(values: dict[str, Any], where: str) -> Any:
             if name in ("rope_type", "type"):
                 known = value in ("default", None)
             else:
-                known = name == "rope_theta" or (name == "partial_rotary_factor" and value in (None, 1.0))
+                known = name == "rope_theta" or (
+                    name == "partial_rotary_factor" and value in (None, 1.0)
+                )
             if not known:
                 raise UserError(
                     f"{where}: {key}.{name}={value!r} is not supported: only plain rotary positions (rope_type 'default') can "
@@ -223,7 +267,9 @@ def _rope_theta(values: dict[str, Any], where: str) -> Any:
                 )
     theta = inner.get("rope_theta", values.get("rope_theta"))
     if theta is None:
-        raise UserError(f"{where}: lacks rope_theta (or rope_parameters.rope_theta): add the base the model was trained with")
+        raise UserError(
+            f"{where}: lacks rope_theta (or rope_parameters.rope_theta): add the base the model was trained with"
+        )
     return theta
 
 
@@ -232,9 +278,13 @@ def _read(layout: Layout, values: dict[str, Any], where: str, computed: dict[str
     for key, allowed in layout.fixed.items():
         if values.get(key, allowed[0]) not in allowed:
             _refuse(where, key, values[key], allowed)
-    missing = [key for key, default in layout.fields.items() if default is REQUIRED and key not in values]
+    missing = [
+        key for key, default in layout.fields.items() if default is REQUIRED and key not in values
+    ]
     if missing:
-        raise UserError(f"{where}: lacks {', '.join(missing)}: take the file that was published or saved with the weights")
+        raise UserError(
+            f"{where}: lacks {', '.join(missing)}: take the file that was published or saved with the weights"
+        )
     taken = {key: values.get(key, default) for key, default in layout.fields.items()} | computed
     for key, value in taken.items():
         _check_numbers(where, key, value)
@@ -257,9 +307,13 @@ def _check_numbers(where: str, key: str, value: Any) -> None:
     elif isinstance(value, int | float) and not isinstance(value, bool):
         zero = key.endswith("layers_per_block") or key == "initializer_range"
         if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
-            raise UserError(f"{where}: {key}={value!r} must be a finite number {'of 0 or more' if zero else 'above 0'}")
+            raise UserError(
+                f"{where}: {key}={value!r} must be a finite number {'of 0 or more' if zero else 'above 0'}"
+            )
 
 
 def _refuse(where: str, key: str, value: Any, allowed: tuple[Any, ...]) -> NoReturn:
     options = " or ".join(repr(v) for v in allowed)
-    raise UserError(f"{where}: {key}={value!r} is not supported: only a model with {key}={options} can be converted")
+    raise UserError(
+        f"{where}: {key}={value!r} is not supported: only a model with {key}={options} can be converted"
+    )

@@ -11,7 +11,14 @@ from blip3o_jax import config as config_lib
 from blip3o_jax.config import TaTokConfig, UserError
 from blip3o_jax.convert.tensor_files import read_json
 
-OVERRIDES = ("encoder", "decoder", "bottleneck_dim", "codebook_size", "select_layer", "l2_normalized")
+OVERRIDES = (
+    "encoder",
+    "decoder",
+    "bottleneck_dim",
+    "codebook_size",
+    "select_layer",
+    "l2_normalized",
+)
 # Path in the args -> field here.
 _FIELDS = {
     "bottleneck.args.bottleneck_dim": "bottleneck_dim",
@@ -53,20 +60,28 @@ _IGNORED = {
 }
 
 
-def read_ta_tok(base: TaTokConfig, args: Mapping[str, Any], override: pathlib.Path | None) -> TaTokConfig:
+def read_ta_tok(
+    base: TaTokConfig, args: Mapping[str, Any], override: pathlib.Path | None
+) -> TaTokConfig:
     """`args` over `base`, and the JSON file `override` (--ta_tok_config) over both. UserError for what is not known here."""
     flat = _flat(args)
     for path, value in flat.items():
         if path in _FIXED and value not in _FIXED[path]:
-            raise UserError(f"TA-Tok args: {path}={value!r} is not supported: it must be {_FIXED[path][0]!r}")
+            raise UserError(
+                f"TA-Tok args: {path}={value!r} is not supported: it must be {_FIXED[path][0]!r}"
+            )
         if path not in _FIXED and path not in _FIELDS and path not in _IGNORED:
-            raise UserError(f"TA-Tok args: {path}={value!r} is not known here, and may change what the tokenizer computes")
+            raise UserError(
+                f"TA-Tok args: {path}={value!r} is not known here, and may change what the tokenizer computes"
+            )
     where, merged = "TA-Tok args", config_lib.to_dict(base)
     _merge(merged, {f: flat[p] for p, f in _FIELDS.items() if flat.get(p) is not None}, where)
     if override is not None:
         given = read_json(override)
         for key in given:
-            config_lib.check(key in OVERRIDES, f"{override}: unknown key {key}; it takes {', '.join(OVERRIDES)}")
+            config_lib.check(
+                key in OVERRIDES, f"{override}: unknown key {key}; it takes {', '.join(OVERRIDES)}"
+            )
         _merge(merged, _flat(given), str(override))
         where = f"{where} and {override}"
     # Both at once: a size in the file may only go with another in the args.
@@ -100,7 +115,11 @@ def _flat(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:
     """{"a.b": value} of nested groups."""
     flat = {}
     for key, value in values.items():
-        flat |= _flat(value, f"{above}{key}.") if isinstance(value, Mapping) else {f"{above}{key}": value}
+        flat |= (
+            _flat(value, f"{above}{key}.")
+            if isinstance(value, Mapping)
+            else {f"{above}{key}": value}
+        )
     return flat
 
 

@@ -35,9 +35,15 @@ LAYOUTS = {
     # [out, in] and [in, out]
     "linear": Layout(lambda w: w.T, lambda w: w.T, lambda s: s[::-1]),
     # [out, in, height, width] and [height, width, in, out]
-    "conv": Layout(lambda w: w.transpose(2, 3, 1, 0), lambda w: w.transpose(3, 2, 0, 1), lambda s: (s[3], s[2], s[0], s[1])),
+    "conv": Layout(
+        lambda w: w.transpose(2, 3, 1, 0),
+        lambda w: w.transpose(3, 2, 0, 1),
+        lambda s: (s[3], s[2], s[0], s[1]),
+    ),
     # [out, in, 1, 1] and [in, out]
-    "conv1x1": Layout(lambda w: w[:, :, 0, 0].T, lambda w: w.T[:, :, None, None], lambda s: (s[1], s[0], 1, 1)),
+    "conv1x1": Layout(
+        lambda w: w[:, :, 0, 0].T, lambda w: w.T[:, :, None, None], lambda s: (s[1], s[0], 1, 1)
+    ),
     # [out, 3, patch, patch] and [patch * patch * 3, out]
     "patch": Layout(
         lambda w: w.transpose(2, 3, 1, 0).reshape(-1, w.shape[0]),
@@ -96,7 +102,9 @@ def rules(part: str, cfg: ModelConfig) -> list[Rule]:
     return _TABLES[part](cfg)
 
 
-def _linear(torch: str, path: str, layout: str = "linear", *, bias: bool = True, first: int = 0) -> list[Rule]:
+def _linear(
+    torch: str, path: str, layout: str = "linear", *, bias: bool = True, first: int = 0
+) -> list[Rule]:
     """Weight, and bias where there is one."""
     weight = Rule(f"{torch}.weight", (f"{path}/kernel",), layout, first)
     return [weight, Rule(f"{torch}.bias", (f"{path}/bias",), first=first)] if bias else [weight]
@@ -109,7 +117,9 @@ def _norm(torch: str, path: str, *, bias: bool = False, first: int = 0) -> list[
 
 def _prefixed(torch: str, path: str, table: list[Rule], *, first: int = 0) -> list[Rule]:
     return [
-        dataclasses.replace(rule, torch=torch + rule.torch, paths=tuple(path + p for p in rule.paths), first=first)
+        dataclasses.replace(
+            rule, torch=torch + rule.torch, paths=tuple(path + p for p in rule.paths), first=first
+        )
         for rule in table
     ]
 
@@ -123,8 +133,16 @@ def _qwen3(cfg: ModelConfig) -> list[Rule]:
         *_norm(f"{layer}post_attention_layernorm", f"{here}mlp_norm"),
         *_norm(f"{layer}self_attn.q_norm", f"{here}attention/q_norm"),
         *_norm(f"{layer}self_attn.k_norm", f"{here}attention/k_norm"),
-        *(r for n in "qkvo" for r in _linear(f"{layer}self_attn.{n}_proj", f"{here}attention/{n}", bias=False)),
-        *(r for n in ("gate", "up", "down") for r in _linear(f"{layer}mlp.{n}_proj", f"{here}mlp/{n}", bias=False)),
+        *(
+            r
+            for n in "qkvo"
+            for r in _linear(f"{layer}self_attn.{n}_proj", f"{here}attention/{n}", bias=False)
+        ),
+        *(
+            r
+            for n in ("gate", "up", "down")
+            for r in _linear(f"{layer}mlp.{n}_proj", f"{here}mlp/{n}", bias=False)
+        ),
         *_norm("model.norm", "norm"),
     ]
     if not cfg.ar.tie_word_embeddings:
@@ -144,7 +162,11 @@ def _vision_model(patch_layout: str) -> list[Rule]:
         *_linear("embeddings.patch_embedding", "patch_embedding", patch_layout),
         Rule("embeddings.position_embedding.weight", ("position_embedding",)),
         *_norm(f"{layer}layer_norm1", f"{here}norm1", bias=True),
-        *(r for torch, path in attention for r in _linear(f"{layer}self_attn.{torch}", f"{here}attention/{path}")),
+        *(
+            r
+            for torch, path in attention
+            for r in _linear(f"{layer}self_attn.{torch}", f"{here}attention/{path}")
+        ),
         *_norm(f"{layer}layer_norm2", f"{here}norm2", bias=True),
         *_linear(f"{layer}mlp.fc1", f"{here}mlp/up"),
         *_linear(f"{layer}mlp.fc2", f"{here}mlp/down"),
@@ -193,9 +215,14 @@ def _sana(cfg: ModelConfig) -> list[Rule]:
         *_linear("proj_out", "proj_out"),
         Rule("transformer_blocks.{i}.scale_shift_table", ("blocks/scale_shift_table",)),
     ]
-    for torch, path, bias in (("attn1", "self_attention", False), ("attn2", "cross_attention", True)):
+    for torch, path, bias in (
+        ("attn1", "self_attention", False),
+        ("attn2", "cross_attention", True),
+    ):
         torch, path = f"transformer_blocks.{{i}}.{torch}", f"blocks/{path}"
-        table += [rule for n in "qkv" for rule in _linear(f"{torch}.to_{n}", f"{path}/{n}", bias=bias)]
+        table += [
+            rule for n in "qkv" for rule in _linear(f"{torch}.to_{n}", f"{path}/{n}", bias=bias)
+        ]
         table += _linear(f"{torch}.to_out.0", f"{path}/o")
         if cfg.dit.qk_norm:
             table += [rule for n in "qk" for rule in _norm(f"{torch}.norm_{n}", f"{path}/{n}_norm")]
@@ -213,10 +240,17 @@ _RES_BLOCK = [
 
 
 def _efficient_vit_block(scales: int) -> list[Rule]:
-    table = [rule for n in "qkv" for rule in _linear(f"attn.to_{n}", f"attention/to_{n}", bias=False)]
+    table = [
+        rule for n in "qkv" for rule in _linear(f"attn.to_{n}", f"attention/to_{n}", bias=False)
+    ]
     for s in range(scales):
         for name in ("proj_in", "proj_out"):
-            table += _linear(f"attn.to_qkv_multiscale.{s}.{name}", f"attention/scales/{s}/{name}", "conv", bias=False)
+            table += _linear(
+                f"attn.to_qkv_multiscale.{s}.{name}",
+                f"attention/scales/{s}/{name}",
+                "conv",
+                bias=False,
+            )
     return [
         *table,
         *_linear("attn.to_out", "attention/to_out", bias=False),
@@ -233,16 +267,27 @@ def _dc_ae(cfg: ModelConfig) -> list[Rule]:
     before them in the decoder."""
     vae = cfg.vae
     # An outermost stage without blocks makes the convolution a whole down or up block.
-    inner = {side: "" if getattr(vae, f"{side}_layers_per_block")[0] else "conv" for side in ("encoder", "decoder")}
+    inner = {
+        side: "" if getattr(vae, f"{side}_layers_per_block")[0] else "conv"
+        for side in ("encoder", "decoder")
+    }
     join = lambda name, last, sign: f"{name}{sign}{last}" if last else name
     return [
-        *_linear(join("encoder.conv_in", inner["encoder"], "."), join("encoder/conv_in", inner["encoder"], "/"), "conv"),
+        *_linear(
+            join("encoder.conv_in", inner["encoder"], "."),
+            join("encoder/conv_in", inner["encoder"], "/"),
+            "conv",
+        ),
         *_stages(vae, "encoder", "down_blocks"),
         *_linear("encoder.conv_out", "encoder/conv_out", "conv"),
         *_linear("decoder.conv_in", "decoder/conv_in", "conv"),
         *_stages(vae, "decoder", "up_blocks"),
         *_norm("decoder.norm_out", "decoder/norm_out", bias=True),
-        *_linear(join("decoder.conv_out", inner["decoder"], "."), join("decoder/conv_out", inner["decoder"], "/"), "conv"),
+        *_linear(
+            join("decoder.conv_out", inner["decoder"], "."),
+            join("decoder/conv_out", inner["decoder"], "/"),
+            "conv",
+        ),
     ]
 
 
@@ -255,10 +300,14 @@ def _stages(vae: DcAeConfig, side: str, torch: str) -> list[Rule]:
         resampled = stage < len(layers) - 1
         at, here = f"{side}.{torch}.{stage}.", f"{side}/stages/{stage}/"
         if resampled:
-            table += _linear(f"{at}{count if side == 'encoder' else 0}.conv", f"{here}resample/conv", "conv")
+            table += _linear(
+                f"{at}{count if side == 'encoder' else 0}.conv", f"{here}resample/conv", "conv"
+            )
         scales = len(getattr(vae, f"{side}_qkv_multiscales")[stage])
         block = _RES_BLOCK if kind == "ResBlock" else _efficient_vit_block(scales)
-        table += _prefixed(f"{at}{{i}}.", f"{here}blocks/", block, first=int(resampled and side == "decoder"))
+        table += _prefixed(
+            f"{at}{{i}}.", f"{here}blocks/", block, first=int(resampled and side == "decoder")
+        )
     return table
 
 

@@ -80,9 +80,13 @@ def check_fetched(path: pathlib.Path) -> None:
     except OSError:
         return  # whoever opens it says so
     if start.startswith(b"version https://git-lfs"):
-        raise UserError(f"{path} is a Git LFS pointer and not the file itself: run git lfs pull where it was cloned")
+        raise UserError(
+            f"{path} is a Git LFS pointer and not the file itself: run git lfs pull where it was cloned"
+        )
     if start.startswith(b"/annex/objects/"):
-        raise UserError(f"{path} is a git-annex pointer and not the file itself: run git annex get where it was cloned")
+        raise UserError(
+            f"{path} is a git-annex pointer and not the file itself: run git annex get where it was cloned"
+        )
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
@@ -108,7 +112,9 @@ def load_torch(path: pathlib.Path) -> Any:
     try:
         import torch
     except ImportError as error:
-        raise UserError(f"{path} is a PyTorch file: install PyTorch to read it (pip install 'blip3o_jax[convert]')") from error
+        raise UserError(
+            f"{path} is a PyTorch file: install PyTorch to read it (pip install 'blip3o_jax[convert]')"
+        ) from error
     if not path.is_file():
         raise UserError(f"{path} does not exist")
     check_fetched(path)
@@ -116,12 +122,20 @@ def load_torch(path: pathlib.Path) -> Any:
     stand_ins = [(collections.OrderedDict, "easydict.EasyDict")]
     try:
         with torch.serialization.safe_globals(stand_ins):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            return torch.load(
+                path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+            )
     except Exception as error:  # torch raises whatever its unpickler and zip reader do
         # torch's own message advises loading it with code in it run.
         unknown = re.search(r"GLOBAL ([\w.]+)", str(error))
-        reason = f"it holds a {unknown[1]}, which is not of plain weights" if unknown else type(error).__name__
-        raise UserError(f"{path} cannot be read as a PyTorch file of weights ({reason}): copy it again") from error
+        reason = (
+            f"it holds a {unknown[1]}, which is not of plain weights"
+            if unknown
+            else type(error).__name__
+        )
+        raise UserError(
+            f"{path} cannot be read as a PyTorch file of weights ({reason}): copy it again"
+        ) from error
 
 
 def torch_tensors(values: Mapping[str, Any], path: pathlib.Path) -> dict[str, Tensor]:
@@ -135,10 +149,20 @@ def torch_tensors(values: Mapping[str, Any], path: pathlib.Path) -> dict[str, Te
         # NumPy has no bfloat16 of its own, so its bits travel as integers.
         half = value.dtype == torch.bfloat16
         try:
-            dtype = np.dtype(ml_dtypes.bfloat16) if half else torch.empty(0, dtype=value.dtype).numpy().dtype
+            dtype = (
+                np.dtype(ml_dtypes.bfloat16)
+                if half
+                else torch.empty(0, dtype=value.dtype).numpy().dtype
+            )
         except TypeError:
-            raise UserError(f"{path}: {key} has dtype {value.dtype}, which is not one of {', '.join(DTYPES)}") from None
-        bits = (lambda: value.contiguous().view(torch.int16).numpy().view(dtype)) if half else (lambda: value.numpy())
+            raise UserError(
+                f"{path}: {key} has dtype {value.dtype}, which is not one of {', '.join(DTYPES)}"
+            ) from None
+        bits = (
+            (lambda: value.contiguous().view(torch.int16).numpy().view(dtype))
+            if half
+            else (lambda: value.numpy())
+        )
         return Tensor(key, tuple(value.shape), dtype, path, bits)
 
     return {key: tensor(key, value) for key, value in values.items()}
@@ -149,38 +173,56 @@ def _read_safetensors(path: pathlib.Path) -> dict[str, Tensor]:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, MAX_HEADER):
-            raise UserError(f"{path} is no safetensors file, or is cut off in its header ({size} bytes): copy it again")
+            raise UserError(
+                f"{path} is no safetensors file, or is cut off in its header ({size} bytes): copy it again"
+            )
         try:
             header = json.loads(file.read(length))
             header.pop("__metadata__", None)
-            places = {key: _place(v["dtype"], v["shape"], *v["data_offsets"]) for key, v in header.items()}
+            places = {
+                key: _place(v["dtype"], v["shape"], *v["data_offsets"]) for key, v in header.items()
+            }
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise UserError(f"{path} has a damaged safetensors header ({error}): copy it again") from error
+            raise UserError(
+                f"{path} has a damaged safetensors header ({error}): copy it again"
+            ) from error
     start, end = 8 + length, 0
     for key, (dtype, shape, first, last) in sorted(places.items(), key=lambda item: item[1][2:]):
         if dtype is None:
-            raise UserError(f"{path}: {key} has dtype {header[key]['dtype']}, which is not one of {', '.join(DTYPES)}")
+            raise UserError(
+                f"{path}: {key} has dtype {header[key]['dtype']}, which is not one of {', '.join(DTYPES)}"
+            )
         if first != end or last - first != math.prod(shape) * dtype.itemsize:
-            raise UserError(f"{path}: the place of {key} does not agree with its shape {shape}: copy the file again")
+            raise UserError(
+                f"{path}: the place of {key} does not agree with its shape {shape}: copy the file again"
+            )
         end = last
         if start + end > size:
-            raise UserError(f"{path} is cut off: {key} ends at byte {start + end}, the file at {size}: copy it again")
+            raise UserError(
+                f"{path} is cut off: {key} ends at byte {start + end}, the file at {size}: copy it again"
+            )
     if start + end != size:
-        raise UserError(f"{path} has {size - start - end} bytes after its last tensor: copy it again")
+        raise UserError(
+            f"{path} has {size - start - end} bytes after its last tensor: copy it again"
+        )
     return {
         key: Tensor(key, shape, dtype, path, _reader(path, key, shape, dtype, start + first))
         for key, (dtype, shape, first, _) in places.items()
     }
 
 
-def _place(dtype: str, shape: list[int], first: int, last: int) -> tuple[np.dtype | None, tuple[int, ...], int, int]:
+def _place(
+    dtype: str, shape: list[int], first: int, last: int
+) -> tuple[np.dtype | None, tuple[int, ...], int, int]:
     """One entry of a header; ValueError or TypeError for anything else."""
     if not all(type(n) is int and n >= 0 for n in (*shape, first, last)):
         raise ValueError(f"shape {shape}, data_offsets {[first, last]}")
     return DTYPES.get(dtype), tuple(shape), first, last
 
 
-def _reader(path: pathlib.Path, key: str, shape: tuple[int, ...], dtype: np.dtype, offset: int) -> Callable[[], np.ndarray]:
+def _reader(
+    path: pathlib.Path, key: str, shape: tuple[int, ...], dtype: np.dtype, offset: int
+) -> Callable[[], np.ndarray]:
     def read() -> np.ndarray:
         array = np.empty(math.prod(shape), dtype)
         view = memoryview(array.view(np.uint8))
@@ -205,9 +247,13 @@ def cast(name: str, values: np.ndarray, dtype: np.dtype) -> np.ndarray:
         return values
     with np.errstate(over="ignore"):
         rounded = values.astype(dtype)
-    if ml_dtypes.finfo(values.dtype).max > ml_dtypes.finfo(dtype).max and np.any(np.isinf(rounded) & np.isfinite(values)):
+    if ml_dtypes.finfo(values.dtype).max > ml_dtypes.finfo(dtype).max and np.any(
+        np.isinf(rounded) & np.isfinite(values)
+    ):
         largest = np.abs(values[np.isfinite(values)]).max()
-        raise UserError(f"{name} holds {largest:.6g}, too large for {dtype}: choose a wider --dtype")
+        raise UserError(
+            f"{name} holds {largest:.6g}, too large for {dtype}: choose a wider --dtype"
+        )
     return rounded
 
 
@@ -227,7 +273,10 @@ class ShardedWriter:
         self._handles: list[int] = []
         self._places: dict[str, tuple[int, int, tuple[int, ...], np.dtype]] = {}
         directory.mkdir(parents=True, exist_ok=True)
-        sizes = {key: math.prod(shape) * np.dtype(dtype).itemsize for key, (shape, dtype) in tensors.items()}
+        sizes = {
+            key: math.prod(shape) * np.dtype(dtype).itemsize
+            for key, (shape, dtype) in tensors.items()
+        }
         shards = _cut(sizes, max_shard_bytes)
         names = [f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
         names = names if len(shards) > 1 else [f"{stem}.safetensors"]
@@ -240,17 +289,28 @@ class ShardedWriter:
             raise
         if len(shards) > 1:
             places = {key: name for name, keys in zip(names, shards, strict=True) for key in keys}
-            index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(places.items()))}
-            (directory / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+            index = {
+                "metadata": {"total_size": sum(sizes.values())},
+                "weight_map": dict(sorted(places.items())),
+            }
+            (directory / f"{stem}.safetensors.index.json").write_text(
+                json.dumps(index, indent=2) + "\n", encoding="utf-8"
+            )
 
-    def _create(self, file: pathlib.Path, tensors: dict[str, tuple[Sequence[int], np.dtype]]) -> None:
+    def _create(
+        self, file: pathlib.Path, tensors: dict[str, tuple[Sequence[int], np.dtype]]
+    ) -> None:
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         end = 0
         # Wide dtypes first: every tensor is then aligned to its items.
         ordered = sorted(tensors.items(), key=lambda item: -np.dtype(item[1][1]).itemsize)
         for key, (shape, dtype) in ordered:
             first, end = end, end + math.prod(shape) * np.dtype(dtype).itemsize
-            header[key] = {"dtype": NAMES[np.dtype(dtype)], "shape": list(shape), "data_offsets": [first, end]}
+            header[key] = {
+                "dtype": NAMES[np.dtype(dtype)],
+                "shape": list(shape),
+                "data_offsets": [first, end],
+            }
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         handle = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
@@ -273,7 +333,9 @@ class ShardedWriter:
         handle, offset, shape, dtype = self._places[key]
         end = first + len(rows)
         if rows.shape[1:] != shape[1:] or rows.dtype != dtype or end > shape[0]:
-            raise ValueError(f"{key}: {rows.dtype} {rows.shape} given from row {first} on, {dtype} {shape} announced")
+            raise ValueError(
+                f"{key}: {rows.dtype} {rows.shape} given from row {first} on, {dtype} {shape} announced"
+            )
         offset += first * math.prod(shape[1:]) * dtype.itemsize
         _write(handle, memoryview(contiguous(rows).reshape(-1).view(np.uint8)), offset)
         if end == shape[0]:

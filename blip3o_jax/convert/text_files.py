@@ -36,7 +36,11 @@ SPACE = "\u2581"  # how SentencePiece writes a blank
 
 
 def write_text_files(
-    vocabulary: Vocabulary, directory: pathlib.Path, *, image_tokens: bool, template: TemplateConfig | None = None
+    vocabulary: Vocabulary,
+    directory: pathlib.Path,
+    *,
+    image_tokens: bool,
+    template: TemplateConfig | None = None,
 ) -> list[str]:
     """Write the files into `directory` and return notes, a line each, for whoever exports.
 
@@ -63,7 +67,9 @@ def write_text_files(
                 f"{BPE_FILE} was not written, since Hugging Face's tokenizers would not read the same ({why}): use "
                 f"{SENTENCEPIECE_FILE} with the sentencepiece library, and no AutoTokenizer"
             ]
-        notes = [f"Hugging Face's tokenizers read other ids from {BPE_FILE} than blip3o_jax does: {why}"]
+        notes = [
+            f"Hugging Face's tokenizers read other ids from {BPE_FILE} than blip3o_jax does: {why}"
+        ]
     else:
         notes = [
             f"a text that spells a special token ({END_OF_TURN}) gives its id in Hugging Face's tokenizers, and the ids of its "
@@ -74,16 +80,28 @@ def write_text_files(
     return notes
 
 
-def _write_config(directory: pathlib.Path, added: list[dict[str, Any]], template: TemplateConfig | None) -> None:
+def _write_config(
+    directory: pathlib.Path, added: list[dict[str, Any]], template: TemplateConfig | None
+) -> None:
     ends = {"eos_token": END_OF_TURN, "pad_token": END_OF_TEXT}
-    others = [token["content"] for token in added if token["special"] and token["content"] not in ends.values()]
+    others = [
+        token["content"]
+        for token in added
+        if token["special"] and token["content"] not in ends.values()
+    ]
     special = ends | {"additional_special_tokens": others}
     # Not Qwen2TokenizerFast: that builds its own normaliser and splitting into words, this takes the file's.
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **special}
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        **special,
+    }
     if template:
         settings["chat_template"] = _chat_template(template)
     for name, values in (("tokenizer_config.json", settings), ("special_tokens_map.json", special)):
-        (directory / name).write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        (directory / name).write_text(
+            json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
 
 
 def _added_token(name: str, token_id: int, *, special: bool) -> dict[str, Any]:
@@ -95,15 +113,21 @@ def _image_tokens(vocabulary: Vocabulary) -> list[dict[str, Any]]:
     """Those that the tokenizer itself lacks: all or none."""
     if IMAGE_START in vocabulary.tokenizer.specials:
         return []
-    names = {i: vocabulary.decode([i]) for i in range(vocabulary.image_start, vocabulary.image_last)}
-    return [_added_token(name, i, special=name in (IMAGE_START, IMAGE_END)) for i, name in names.items()]
+    names = {
+        i: vocabulary.decode([i]) for i in range(vocabulary.image_start, vocabulary.image_last)
+    }
+    return [
+        _added_token(name, i, special=name in (IMAGE_START, IMAGE_END)) for i, name in names.items()
+    ]
 
 
 def _sentencepiece_contents(tokenizer: SentencePieceTokenizer) -> tuple[dict[str, Any], list[str]]:
     """(tokenizer.json's contents, why there can be none)."""
     try:
         from sentencepiece import sentencepiece_model_pb2
-    except Exception as error:  # with a protobuf older than sentencepiece's this is an error of protobuf's own
+    except (
+        Exception
+    ) as error:  # with a protobuf older than sentencepiece's this is an error of protobuf's own
         return {}, [f"the model cannot be looked into without a newer protobuf: {error}"]
     import tokenizers as hf
 
@@ -121,10 +145,18 @@ def _sentencepiece_contents(tokenizer: SentencePieceTokenizer) -> tuple[dict[str
         if piece[:cut] in normal and piece[cut:] in normal
     ]
     unknown = next((piece.piece for piece in model.pieces if piece.type == kinds.UNKNOWN), None)
-    bpe = hf.models.BPE(vocab, merges, unk_token=unknown, fuse_unk=True, byte_fallback=model.trainer_spec.byte_fallback)
+    bpe = hf.models.BPE(
+        vocab,
+        merges,
+        unk_token=unknown,
+        fuse_unk=True,
+        byte_fallback=model.trainer_spec.byte_fallback,
+    )
     built = hf.Tokenizer(bpe)
     built.normalizer = hf.normalizers.Replace(" ", SPACE)
-    built.decoder = hf.decoders.Sequence([hf.decoders.Replace(SPACE, " "), hf.decoders.ByteFallback(), hf.decoders.Fuse()])
+    built.decoder = hf.decoders.Sequence(
+        [hf.decoders.Replace(SPACE, " "), hf.decoders.ByteFallback(), hf.decoders.Fuse()]
+    )
     added = [_added_token(name, i, special=True) for name, i in tokenizer.specials.items()]
     return json.loads(built.to_str()) | {"added_tokens": added}, []
 
@@ -135,7 +167,9 @@ def _beyond_bpe(model: Any) -> list[str]:
     problems = []
     if trainer.model_type != trainer.BPE:
         # Unigram too: which of two cuts wins hangs on the rounding of sums of scores.
-        problems.append(f"it is of type {trainer.ModelType.Name(trainer.model_type).lower()}, not bpe")
+        problems.append(
+            f"it is of type {trainer.ModelType.Name(trainer.model_type).lower()}, not bpe"
+        )
     if normalizer.precompiled_charsmap:
         problems.append(f"it normalises characters (rule {normalizer.name or 'unnamed'})")
     if model.denormalizer_spec.precompiled_charsmap:
@@ -149,7 +183,9 @@ def _beyond_bpe(model: Any) -> list[str]:
         problems.append("it keeps blanks as they are (escape_whitespaces)")
     for kind in (kinds.USER_DEFINED, kinds.UNUSED):
         if pieces := [piece.piece for piece in model.pieces if piece.type == kind]:
-            problems.append(f"it has {len(pieces)} {kinds.Type.Name(kind).lower()} pieces, {pieces[0]!r} first")
+            problems.append(
+                f"it has {len(pieces)} {kinds.Type.Name(kind).lower()} pieces, {pieces[0]!r} first"
+            )
     return problems
 
 
@@ -158,15 +194,23 @@ def _differences(tokenizer: TextTokenizer, contents: dict[str, Any]) -> list[str
     import tokenizers as hf
 
     built = hf.Tokenizer.from_str(json.dumps(contents))
-    for token in contents["added_tokens"]:  # the library numbers them itself, in order, and does not look at "id"
+    for token in contents[
+        "added_tokens"
+    ]:  # the library numbers them itself, in order, and does not look at "id"
         if (found := built.token_to_id(token["content"])) != token["id"]:
             return [f"{token['content']} has id {token['id']} here and {found} there"]
     pieces = []
     if isinstance(tokenizer, SentencePieceTokenizer):
         hidden = set(tokenizer.specials.values())
-        pieces = [name.replace(SPACE, " ") for name, i in contents["model"]["vocab"].items() if i not in hidden]
+        pieces = [
+            name.replace(SPACE, " ")
+            for name, i in contents["model"]["vocab"].items()
+            if i not in hidden
+        ]
     texts = [*_test_texts(pieces), *pieces]
-    for text, encoding in zip(texts, built.encode_batch(texts, add_special_tokens=False), strict=True):
+    for text, encoding in zip(
+        texts, built.encode_batch(texts, add_special_tokens=False), strict=True
+    ):
         ids = tokenizer.encode(text)
         if encoding.ids != ids:
             return [f"{text!r} has ids {ids} here and {encoding.ids} there"]
@@ -179,15 +223,30 @@ def _test_texts(pieces: list[str]) -> list[str]:
     """A few hundred texts, the same each time: characters and words in random order, and random `pieces` after another."""
     draw = random.Random(0)
     template = TemplateConfig()
-    words = [*f"{template.system} {template.generate} system user assistant".split(), "It's", "OPEN 24", "1234.5", "(x)"]
+    words = [
+        *f"{template.system} {template.generate} system user assistant".split(),
+        "It's",
+        "OPEN 24",
+        "1234.5",
+        "(x)",
+    ]
     blanks = [" ", "  ", "\n", "\n\n", "\t", "\r\n", "\u00a0", "\u3000", SPACE]
     characters = [*"aaabcdeorstzABZ0123456789.,:;!?'\"-_/\\#@&*+=()[]{}~`^$%\0\x7f"]
     foreign = [
         *"\u00e9\u0301\u00df\u00f1\u0416\u05d0\u0915\u093f\u65e5\u672c\u8a9e\ud55c\U0001f600\u200d\ufb01\ufffd\ufeff\ufe0f"
     ]
-    alphabets = (words + blanks, characters + blanks, characters + foreign + blanks, words + foreign + blanks * 3)
+    alphabets = (
+        words + blanks,
+        characters + blanks,
+        characters + foreign + blanks,
+        words + foreign + blanks * 3,
+    )
     texts = ["", " ", "  two  blanks ", "<0x41><0x0A> <unk> a < b", "aaaaaaa", "".join(foreign)]
-    texts += ["".join(draw.choices(alphabet, k=draw.randint(1, 24))) for alphabet in alphabets for _ in range(100)]
+    texts += [
+        "".join(draw.choices(alphabet, k=draw.randint(1, 24)))
+        for alphabet in alphabets
+        for _ in range(100)
+    ]
     if pieces:
         texts += ["".join(draw.choices(pieces, k=draw.randint(2, 8))) for _ in range(400)]
     return texts
@@ -199,7 +258,9 @@ def _chat_template(template: TemplateConfig) -> str:
     def quoted(text: str) -> str:
         return json.dumps(text, ensure_ascii=False)
 
-    system = quoted(f"{START_OF_TURN}system\n{template.system}{END_OF_TURN}\n" if template.system else "")
+    system = quoted(
+        f"{START_OF_TURN}system\n{template.system}{END_OF_TURN}\n" if template.system else ""
+    )
     opening = quoted(f"{START_OF_TURN}assistant\n{IMAGE_START}<S0>")
     return (
         f"{{% if messages[0]['role'] != 'system' %}}{{{{ {system} }}}}{{% endif %}}"

@@ -54,7 +54,9 @@ def _load_part(part: str, cfg: ModelConfig, source: Source) -> torch.nn.Module:
                 tied = part == "ar" and cfg.ar.tie_word_embeddings
                 missing -= _fill(module, _state(part, place, source), place, tied=tied)
     if module is None or missing:
-        raise UserError(f"{source.places[-1].path}: PyTorch finds no {PREFIXES[part]}{min(missing, default='*')} there")
+        raise UserError(
+            f"{source.places[-1].path}: PyTorch finds no {PREFIXES[part]}{min(missing, default='*')} there"
+        )
     return module.float().eval()
 
 
@@ -87,13 +89,19 @@ def _from_diffusers(part: str, place: Place) -> tuple[torch.nn.Module, set[str]]
     )
 
 
-def _from_pretrained(place: Place, load: Callable[..., tuple[Any, dict[str, Any]]]) -> tuple[torch.nn.Module, set[str]]:
+def _from_pretrained(
+    place: Place, load: Callable[..., tuple[Any, dict[str, Any]]]
+) -> tuple[torch.nn.Module, set[str]]:
     """The module that a stock class loads and the names that its files lack. A tied head that is
     missing is tied there."""
     try:
-        module, info = load(variant=place.weights.variant or None, local_files_only=True, output_loading_info=True)
+        module, info = load(
+            variant=place.weights.variant or None, local_files_only=True, output_loading_info=True
+        )
     except Exception as error:  # the libraries raise OSError, ValueError, RuntimeError, KeyError, SafetensorError, ...
-        raise UserError(f"{place.path}: PyTorch's loader refuses it: {_first_line(error)}") from error
+        raise UserError(
+            f"{place.path}: PyTorch's loader refuses it: {_first_line(error)}"
+        ) from error
     if mismatched := [*info["mismatched_keys"], *info.get("error_msgs", ())]:
         raise UserError(f"{place.path}: PyTorch's loader refuses {_first_line(mismatched[0])}")
     return module, set(info["missing_keys"])
@@ -103,12 +111,20 @@ def _state(part: str, place: Place, source: Source) -> Mapping[str, torch.Tensor
     """The tensors of a part by the stock module's names, out of files that hold those of others
     too."""
     prefix = PREFIXES[part].removeprefix(place.prefix)
-    others = tuple(other for other in PREFIXES.values() if other and other != PREFIXES[part] and not place.prefix)
+    others = tuple(
+        other
+        for other in PREFIXES.values()
+        if other and other != PREFIXES[part] and not place.prefix
+    )
     unread = {key.removeprefix(place.prefix) for key in source.unread}
     state = {}
     for name, read in _tensors(place):
         short = place.plain.get(name, name)
-        if short.startswith(prefix) and short not in unread and not (part == "ar" and short.startswith(others)):
+        if (
+            short.startswith(prefix)
+            and short not in unread
+            and not (part == "ar" and short.startswith(others))
+        ):
             state[source.record.table_key(part, short.removeprefix(prefix))] = read()
     return state
 
@@ -118,7 +134,11 @@ def _tensors(place: Place) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
     for file in _files(place):
         if file.suffix != ".safetensors":
             is_ta_tok = place.prefix == PREFIXES["tokenizer"] and place.library == ""
-            state = read_ta_tok_file(file)["sd"] if is_ta_tok else torch.load(file, map_location="cpu", weights_only=True)
+            state = (
+                read_ta_tok_file(file)["sd"]
+                if is_ta_tok
+                else torch.load(file, map_location="cpu", weights_only=True)
+            )
             yield from ((name, lambda tensor=tensor: tensor) for name, tensor in state.items())
             continue
         with safetensors.safe_open(file, "pt") as opened:
@@ -145,11 +165,15 @@ def _files(place: Place) -> list[pathlib.Path]:
             transformers_explicit_filename=getattr(named, "transformers_weights", None),
         )
     except (OSError, ValueError) as error:
-        raise UserError(f"{place.path}: transformers finds no weights: {_first_line(error)}") from error
+        raise UserError(
+            f"{place.path}: transformers finds no weights: {_first_line(error)}"
+        ) from error
     return [pathlib.Path(file) for file in files]
 
 
-def _fill(module: torch.nn.Module, state: Mapping[str, torch.Tensor], place: Place, *, tied: bool) -> set[str]:
+def _fill(
+    module: torch.nn.Module, state: Mapping[str, torch.Tensor], place: Place, *, tied: bool
+) -> set[str]:
     """Load `state` into a module and return the names it had. UserError for one that the module
     does not know."""
     state = dict(state) | ({HEAD: state[EMBEDDINGS]} if tied and EMBEDDINGS in state else {})

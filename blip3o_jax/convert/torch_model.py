@@ -17,7 +17,14 @@ import torch
 import torch.nn.functional as F
 import transformers
 
-from blip3o_jax.config import ConnectorConfig, FlowConfig, ModelConfig, SamplingConfig, SiglipVisionConfig, TaTokConfig
+from blip3o_jax.config import (
+    ConnectorConfig,
+    FlowConfig,
+    ModelConfig,
+    SamplingConfig,
+    SiglipVisionConfig,
+    TaTokConfig,
+)
 from blip3o_jax.convert.stock_config import OWN_FIELDS, stock_config
 
 PARTS = ("tokenizer", "ar", "connector", "dit", "vae")
@@ -46,13 +53,20 @@ class TaTok(torch.nn.Module):
         self.encoder = _unnested(transformers.SiglipVisionModel(siglip_config(cfg.encoder)))
         self.encode_task_layer = torch.nn.Sequential(linear(d, d), tanh)
         self.bottleneck = torch.nn.Module()
-        self.bottleneck.in_linear, self.bottleneck.out_linear = linear(d, d_code), linear(d_code, d_code)
+        self.bottleneck.in_linear, self.bottleneck.out_linear = (
+            linear(d, d_code),
+            linear(d_code, d_code),
+        )
         self.bottleneck.regularizer = torch.nn.Module()
         self.bottleneck.regularizer.embedding = torch.nn.Embedding(cfg.codebook_size, d_code)
         self.bottleneck.regularizer.embedding_proj = linear(d_code, d_code)
         self.decoder = torch.nn.Module()
-        self.decoder.vision_model = _unnested(transformers.Siglip2VisionModel(ta_tok_decoder_config(cfg)))
-        self.decode_task_layer = torch.nn.Sequential(linear(d_decoder, d_decoder), tanh, linear(d_decoder, d))
+        self.decoder.vision_model = _unnested(
+            transformers.Siglip2VisionModel(ta_tok_decoder_config(cfg))
+        )
+        self.decode_task_layer = torch.nn.Sequential(
+            linear(d_decoder, d_decoder), tanh, linear(d_decoder, d)
+        )
         self.cfg = cfg
 
     @property
@@ -108,7 +122,13 @@ class TaTok(torch.nn.Module):
         """The codes in use [K, D], float32."""
         codebook = self.bottleneck.regularizer
         projection = codebook.embedding_proj
-        return self._normalise(F.linear(codebook.embedding.weight.float(), projection.weight.float(), projection.bias.float()))
+        return self._normalise(
+            F.linear(
+                codebook.embedding.weight.float(),
+                projection.weight.float(),
+                projection.bias.float(),
+            )
+        )
 
     def _to_codes(self, features_BND: torch.Tensor) -> torch.Tensor:
         z_BND = self.bottleneck.in_linear(self.encode_task_layer(features_BND.to(self.dtype)))
@@ -129,7 +149,12 @@ class Connector(torch.nn.Sequential):
     def __init__(self, cfg: ConnectorConfig, d_in: int, d_out: int):
         norm = torch.nn.RMSNorm(d_out, eps=cfg.rms_norm_eps)
         torch.nn.init.constant_(norm.weight, cfg.norm_init)
-        super().__init__(torch.nn.Linear(d_in, d_out), torch.nn.GELU(approximate="tanh"), torch.nn.Linear(d_out, d_out), norm)
+        super().__init__(
+            torch.nn.Linear(d_in, d_out),
+            torch.nn.GELU(approximate="tanh"),
+            torch.nn.Linear(d_out, d_out),
+            norm,
+        )
         self.positions = cfg.positions
 
     def forward(self, hidden_BTD: torch.Tensor, keep_B: torch.Tensor | None = None) -> torch.Tensor:
@@ -154,11 +179,15 @@ def siglip_config(cfg: SiglipVisionConfig) -> transformers.SiglipVisionConfig:
 
 
 def ta_tok_decoder_config(cfg: TaTokConfig) -> transformers.Siglip2VisionConfig:
-    return transformers.Siglip2VisionConfig(patch_size=1, num_channels=cfg.bottleneck_dim, **_stock_fields(cfg.decoder))
+    return transformers.Siglip2VisionConfig(
+        patch_size=1, num_channels=cfg.bottleneck_dim, **_stock_fields(cfg.decoder)
+    )
 
 
 def _stock_fields(cfg: Any) -> dict[str, Any]:
-    return {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg) if f.name not in OWN_FIELDS}
+    return {
+        f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg) if f.name not in OWN_FIELDS
+    }
 
 
 def _unnested(model: torch.nn.Module) -> torch.nn.Module:
@@ -167,7 +196,11 @@ def _unnested(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def part(
-    name: str, cfg: ModelConfig, *, device: torch.device | str | None = None, attn_implementation: str = "sdpa"
+    name: str,
+    cfg: ModelConfig,
+    *,
+    device: torch.device | str | None = None,
+    attn_implementation: str = "sdpa",
 ) -> torch.nn.Module:
     """One part with the sizes of `cfg`, freshly initialised, in float32 and eval mode, on `device` (the CPU by default).
 
@@ -178,7 +211,9 @@ def part(
     plain = dataclasses.replace(c, positions=False)
 
     def ar() -> torch.nn.Module:
-        fields = transformers.Qwen3Config.from_dict(stock_config("ar", cfg), attn_implementation=attn_implementation)
+        fields = transformers.Qwen3Config.from_dict(
+            stock_config("ar", cfg), attn_implementation=attn_implementation
+        )
         return transformers.Qwen3ForCausalLM(fields)
 
     make = {
@@ -197,7 +232,9 @@ def part(
 
 
 def scheduler(cfg: FlowConfig) -> diffusers.FlowMatchEulerDiscreteScheduler:
-    return diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=cfg.num_train_timesteps, shift=cfg.shift)
+    return diffusers.FlowMatchEulerDiscreteScheduler(
+        num_train_timesteps=cfg.num_train_timesteps, shift=cfg.shift
+    )
 
 
 class Blip3o(torch.nn.Module):
@@ -217,12 +254,17 @@ class Blip3o(torch.nn.Module):
     def latents(self, x_BCHW: torch.Tensor) -> torch.Tensor:
         """Images in [-1, 1] at the target size -> scaled latents, float32."""
         with torch.no_grad():
-            return self.vae.encode(x_BCHW.to(self.vae.dtype)).latent.float() * self.cfg.vae.scaling_factor
+            return (
+                self.vae.encode(x_BCHW.to(self.vae.dtype)).latent.float()
+                * self.cfg.vae.scaling_factor
+            )
 
     def pixels(self, z_BCHW: torch.Tensor) -> torch.Tensor:
         """Scaled latents -> images in [0, 1], float32."""
         with torch.no_grad():
-            x_BCHW = self.vae.decode((z_BCHW / self.cfg.vae.scaling_factor).to(self.vae.dtype)).sample
+            x_BCHW = self.vae.decode(
+                (z_BCHW / self.cfg.vae.scaling_factor).to(self.vae.dtype)
+            ).sample
         return (x_BCHW.float() / 2 + 0.5).clamp(0, 1)
 
     def hidden(
@@ -234,17 +276,25 @@ class Blip3o(torch.nn.Module):
         """Hidden states [B, L, D] after the final norm. Tokens see earlier ones of their own segment; 0 is padding. Rows of one
         example padded on the right need neither positions nor segments: nothing before the padding sees it."""
         mask = None if segment_ids_BL is None else attention_mask(segment_ids_BL, self.ar.dtype)
-        out = self.ar.model(input_ids=tokens_BL, attention_mask=mask, position_ids=positions_BL, use_cache=False)
+        out = self.ar.model(
+            input_ids=tokens_BL, attention_mask=mask, position_ids=positions_BL, use_cache=False
+        )
         return out.last_hidden_state
 
-    def condition(self, hidden_BTD: torch.Tensor, keep_B: torch.Tensor | None = None) -> torch.Tensor:
+    def condition(
+        self, hidden_BTD: torch.Tensor, keep_B: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Hidden states -> condition tokens; rows that are not kept get the null condition."""
         return self.connector(hidden_BTD.to(self.connector[0].weight.dtype), keep_B)
 
-    def velocity(self, z_BCHW: torch.Tensor, timestep_B: torch.Tensor, condition_BTC: torch.Tensor) -> torch.Tensor:
+    def velocity(
+        self, z_BCHW: torch.Tensor, timestep_B: torch.Tensor, condition_BTC: torch.Tensor
+    ) -> torch.Tensor:
         """Velocity [B, C, H, W], float32. `timestep_B` is float, 1000 sigma."""
         dtype = self.dit.dtype
-        return self.dit(z_BCHW.to(dtype), condition_BTC.to(dtype), timestep=timestep_B.float()).sample.float()
+        return self.dit(
+            z_BCHW.to(dtype), condition_BTC.to(dtype), timestep=timestep_B.float()
+        ).sample.float()
 
     def joint_loss(
         self,
@@ -266,7 +316,9 @@ class Blip3o(torch.nn.Module):
         `span_B` is the index of each row's scale token, `image_first` the id of code 0; `codes` and `latents` make the targets
         from images. Noise and sigma hold B rows, or a multiple for several draws an example, those of one example in a row.
         """
-        index_BT = span_B.long()[:, None] + torch.arange(codes_BN.shape[1] + 1, device=span_B.device)
+        index_BT = span_B.long()[:, None] + torch.arange(
+            codes_BN.shape[1] + 1, device=span_B.device
+        )
         tokens_BL = tokens_BL.long().scatter(1, index_BT[:, 1:], codes_BN.long() + image_first)
         hidden_BLD = self.hidden(tokens_BL, positions_BL, segment_ids_BL)
         # Logits of labelled tokens only: those of all would not change the mean, and do not fit at the published vocabulary.
@@ -277,15 +329,25 @@ class Blip3o(torch.nn.Module):
         span_BTD = hidden_BLD.gather(1, index_BT[..., None].expand(-1, -1, hidden_BLD.shape[-1]))
         draws = len(noise_BCHW) // len(latents_BCHW)
         condition_BTC = self.condition(span_BTD, keep_B).repeat_interleave(draws, dim=0)
-        z_BCHW, noise_BCHW = latents_BCHW.float().repeat_interleave(draws, dim=0), noise_BCHW.float()
+        z_BCHW, noise_BCHW = (
+            latents_BCHW.float().repeat_interleave(draws, dim=0),
+            noise_BCHW.float(),
+        )
         sigma = sigma_B.float()[:, None, None, None]
         x_BCHW = (1 - sigma) * z_BCHW + sigma * noise_BCHW
-        velocity_BCHW = self.velocity(x_BCHW, sigma_B.float() * self.cfg.flow.num_train_timesteps, condition_BTC)
+        velocity_BCHW = self.velocity(
+            x_BCHW, sigma_B.float() * self.cfg.flow.num_train_timesteps, condition_BTC
+        )
         return cross_entropy, F.mse_loss(velocity_BCHW, noise_BCHW - z_BCHW)
 
     @torch.no_grad()
     def generate_image_tokens(
-        self, tokens_BL: torch.Tensor, lengths_B: torch.Tensor, *, image_first: int, settings: SamplingConfig
+        self,
+        tokens_BL: torch.Tensor,
+        lengths_B: torch.Tensor,
+        *,
+        image_first: int,
+        settings: SamplingConfig,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Prompts padded on the right -> (ids of the image tokens [B, N], hidden states of the scale token and of them
         [B, N + 1, D]).
@@ -293,10 +355,17 @@ class Blip3o(torch.nn.Module):
         As the reference does it: `generate` on prompts padded on the left, here restricted to image ids, then a second pass
         over everything for the hidden states, here with its attention mask. Draws from torch's global generator.
         """
-        count, image_ids = self.cfg.tokenizer.num_tokens, (image_first, image_first + self.cfg.tokenizer.codebook_size)
+        count, image_ids = (
+            self.cfg.tokenizer.num_tokens,
+            (image_first, image_first + self.cfg.tokenizer.codebook_size),
+        )
         prompts_BL, mask_BL = left_padded(tokens_BL.long(), lengths_B)
         greedy = settings.temperature == 0
-        draw = {"temperature": settings.temperature, "top_k": settings.top_k, "top_p": settings.top_p}
+        draw = {
+            "temperature": settings.temperature,
+            "top_k": settings.top_k,
+            "top_p": settings.top_p,
+        }
         out_BL = self.ar.generate(
             prompts_BL,
             attention_mask=mask_BL,
@@ -315,7 +384,13 @@ class Blip3o(torch.nn.Module):
 
     @torch.no_grad()
     def sample_latents(
-        self, condition_BTC: torch.Tensor, null_BTC: torch.Tensor, noise_BCHW: torch.Tensor, *, steps: int, guidance: float
+        self,
+        condition_BTC: torch.Tensor,
+        null_BTC: torch.Tensor,
+        noise_BCHW: torch.Tensor,
+        *,
+        steps: int,
+        guidance: float,
     ) -> torch.Tensor:
         """Scaled latents [B, C, H, W], float32: Euler steps of the stock scheduler, guidance over the batch [null, condition]
         (1 leaves the null half out)."""
@@ -347,13 +422,23 @@ class Blip3o(torch.nn.Module):
         global generator."""
         settings = settings or SamplingConfig()
         torch.manual_seed(seed)
-        _, hidden_BTD = self.generate_image_tokens(tokens_BL, lengths_B, image_first=image_first, settings=settings)
+        _, hidden_BTD = self.generate_image_tokens(
+            tokens_BL, lengths_B, image_first=image_first, settings=settings
+        )
         condition_BTC = self.condition(hidden_BTD)
-        null_BTC = self.condition(torch.zeros_like(hidden_BTD), torch.zeros_like(lengths_B, dtype=torch.bool))
+        null_BTC = self.condition(
+            torch.zeros_like(hidden_BTD), torch.zeros_like(lengths_B, dtype=torch.bool)
+        )
         size, channels = self.cfg.latent_size, self.cfg.vae.latent_channels
         noise_BCHW = torch.randn(len(tokens_BL), channels, size, size, device=tokens_BL.device)
         return self.pixels(
-            self.sample_latents(condition_BTC, null_BTC, noise_BCHW, steps=settings.steps, guidance=settings.guidance)
+            self.sample_latents(
+                condition_BTC,
+                null_BTC,
+                noise_BCHW,
+                steps=settings.steps,
+                guidance=settings.guidance,
+            )
         )
 
 
@@ -369,10 +454,14 @@ class OnlyImageIds(transformers.LogitsProcessor):
         return out_BV
 
 
-def left_padded(tokens_BL: torch.Tensor, lengths_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def left_padded(
+    tokens_BL: torch.Tensor, lengths_B: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows padded on the right -> rows padded on the left, as long as the longest, and their mask (1: a token)."""
     longest = int(lengths_B.max())
-    index_BL = torch.arange(longest, device=tokens_BL.device) - (longest - lengths_B.long())[:, None]
+    index_BL = (
+        torch.arange(longest, device=tokens_BL.device) - (longest - lengths_B.long())[:, None]
+    )
     mask_BL = (index_BL >= 0).long()
     return tokens_BL.gather(1, index_BL.clamp_min(0)) * mask_BL, mask_BL
 
@@ -385,6 +474,6 @@ def attention_mask(segment_ids_BL: torch.Tensor, dtype: torch.dtype) -> torch.Te
     same_BLL = segment_ids_BL[:, :, None] == segment_ids_BL[:, None, :]
     causal_LL = torch.ones(length, length, dtype=torch.bool, device=segment_ids_BL.device).tril()
     seen_BLL = same_BLL & causal_LL & (segment_ids_BL != 0)[:, None, :]
-    return torch.zeros(seen_BLL.shape, dtype=dtype, device=seen_BLL.device).masked_fill(~seen_BLL, torch.finfo(dtype).min)[
-        :, None
-    ]
+    return torch.zeros(seen_BLL.shape, dtype=dtype, device=seen_BLL.device).masked_fill(
+        ~seen_BLL, torch.finfo(dtype).min
+    )[:, None]

@@ -12,12 +12,19 @@ def copy(target: np.ndarray, values: np.ndarray) -> None:
     if target.dtype != values.dtype:
         raise ValueError(f"copy: {values.dtype} into {target.dtype}: cast first")
     target, values = (x.view(_BITS[x.dtype.itemsize]) for x in (target, values))
-    if values.ndim == 2 and values.T.flags.c_contiguous and target.flags.c_contiguous and min(values.shape) > 1:
+    if (
+        values.ndim == 2
+        and values.T.flags.c_contiguous
+        and target.flags.c_contiguous
+        and min(values.shape) > 1
+    ):
         cv2.transpose(values.T, dst=target)
     elif values.ndim == 4 and values.transpose(3, 2, 0, 1).flags.c_contiguous:
         # A convolution's kernel, outputs first there and last here: as a matrix, then without touching the last axis.
         *window, c_in, c_out = values.shape
-        rows = cv2.transpose(values.transpose(3, 2, 0, 1).reshape(c_out, -1)).reshape(c_in, *window, c_out)
+        rows = cv2.transpose(values.transpose(3, 2, 0, 1).reshape(c_out, -1)).reshape(
+            c_in, *window, c_out
+        )
         np.copyto(target, np.moveaxis(rows, 0, -2))
     else:
         np.copyto(target, values)

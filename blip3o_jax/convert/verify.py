@@ -78,11 +78,15 @@ def verify(
     for part in chosen:
         _check_same_tensors(part, source, merged, torch_dir, root)
 
-    progress = Progress("verify", sum(t.nbytes for part in chosen for t in source.tensors[part].values()))
+    progress = Progress(
+        "verify", sum(t.nbytes for part in chosen for t in source.tensors[part].values())
+    )
     reports = []
     for part in chosen:
         model = torch_files.load_torch(source, (part,))
-        differing = _compare_weights(part, source, merged.model, weights, getattr(model, part), progress)
+        differing = _compare_weights(
+            part, source, merged.model, weights, getattr(model, part), progress
+        )
         _say(f"{part}  outputs")
         runs = compare.runs(part, source, seed)
         wanted = [compare.run_torch(run, model) for run in runs]
@@ -96,7 +100,11 @@ def verify(
         _say("joint  losses")
         run = compare.joint_run(source, seed)
         wanted = [compare.run_torch(run, torch_files.load_torch(source, JOINT))]
-        reports.append(PartReport("joint", 0, (), compare.compare(checkpoint, config, ema, JOINT, [run], wanted)))
+        reports.append(
+            PartReport(
+                "joint", 0, (), compare.compare(checkpoint, config, ema, JOINT, [run], wanted)
+            )
+        )
     return Report(str(torch_dir), str(checkpoint), seed, tuple(reports), tuple(notes))
 
 
@@ -115,20 +123,35 @@ def _say(line: str) -> None:
     print(f"verify  {line}", file=sys.stderr)
 
 
-def _check_same_tensors(part: str, source: Source, config: Config, torch_dir: pathlib.Path, root: pathlib.Path) -> None:
+def _check_same_tensors(
+    part: str, source: Source, config: Config, torch_dir: pathlib.Path, root: pathlib.Path
+) -> None:
     """UserError unless both sides have tensors of the same names and shapes."""
-    theirs = {key: shape for group in groups(part, source.config.model) for key, shape in group.tensors.items()}
-    ours = {key: shape for group in groups(part, config.model) for key, shape in group.tensors.items()}
+    theirs = {
+        key: shape
+        for group in groups(part, source.config.model)
+        for key, shape in group.tensors.items()
+    }
+    ours = {
+        key: shape for group in groups(part, config.model) for key, shape in group.tensors.items()
+    }
     for key in [*theirs, *ours]:
         if theirs.get(key) != ours.get(key):
-            sizes = [f"has it as {list(s[key])}" if key in s else "has none" for s in (theirs, ours)]
+            sizes = [
+                f"has it as {list(s[key])}" if key in s else "has none" for s in (theirs, ours)
+            ]
             raise UserError(
                 f"{PREFIXES[part]}{key}: {torch_dir} {sizes[0]}, {root} {sizes[1]}: one cannot have been made from the other"
             )
 
 
 def _compare_weights(
-    part: str, source: Source, cfg: ModelConfig, weights: MergedWeights, module: Any, progress: Progress
+    part: str,
+    source: Source,
+    cfg: ModelConfig,
+    weights: MergedWeights,
+    module: Any,
+    progress: Progress,
 ) -> tuple[Difference, ...]:
     """Return the tensors of a part that are not equal bit by bit to PyTorch's `module`: in float32, which holds the values of
     both exactly; sums rounded to the dtype of the files first."""
@@ -138,7 +161,9 @@ def _compare_weights(
         arrays = weights.read(part, group.shapes)
         for layer, (key, shape) in enumerate(group.tensors.items()):
             tensor = source.tensors[part][key]
-            got = group.to_torch({p: a[layer] if group.rule.stacked else a for p, a in arrays.items()}, shape)
+            got = group.to_torch(
+                {p: a[layer] if group.rule.stacked else a for p, a in arrays.items()}, shape
+            )
             if any(weights.is_merged(part, path) for path in group.shapes):
                 got = got.astype(tensor.dtype)
             got, want = got.astype(np.float32), state[key].numpy()
@@ -151,7 +176,11 @@ def _compare_weights(
 
 def _shared_rows(group: Group, source: Source) -> int | None:
     """Where the import made rows of the vocabulary, those before them; else all (None)."""
-    return source.text_rows if group.rule.vocabulary and "image_embeddings" in source.initialise else None
+    return (
+        source.text_rows
+        if group.rule.vocabulary and "image_embeddings" in source.initialise
+        else None
+    )
 
 
 def _same_bits(a: np.ndarray, b: np.ndarray) -> bool:
@@ -167,7 +196,10 @@ def _greatest(got: np.ndarray, want: np.ndarray) -> float:
 
 def _notes(source: Source, config: Config, chosen: Sequence[str]) -> list[str]:
     """Settings of the parts that differ between the files and the checkpoint's configuration."""
-    notes = [f"{name} was initialised by the import and is not in the files: not compared" for name in source.initialise]
+    notes = [
+        f"{name} was initialised by the import and is not in the files: not compared"
+        for name in source.initialise
+    ]
     for part in [part for part in (*chosen, "flow") if hasattr(config.model, part)]:
         theirs, ours = (getattr(model, part) for model in (source.config.model, config.model))
         notes += _changed(theirs, ours, part)

@@ -37,7 +37,12 @@ ORDER = {
     ),
 }
 _STEMS = ("model", "diffusion_pytorch_model", "pytorch_model")
-_ANY = tuple((stem, suffix, index) for stem in _STEMS for suffix in ("safetensors", "bin") for index in (True, False))
+_ANY = tuple(
+    (stem, suffix, index)
+    for stem in _STEMS
+    for suffix in ("safetensors", "bin")
+    for index in (True, False)
+)
 # NAME.fp16.safetensors; NAME.safetensors.index.fp16.json, before that
 # NAME.safetensors.fp16.index.json in diffusers, and NAME.fp16.safetensors.index.json in some
 # repositories. Of several for one variant the first form is taken: it sorts last.
@@ -62,7 +67,9 @@ class WeightFile:
         return self.file.suffix == ".json"
 
 
-def find_weights(directory: pathlib.Path, library: str = "transformers", variant: str = "") -> WeightFile | None:
+def find_weights(
+    directory: pathlib.Path, library: str = "transformers", variant: str = ""
+) -> WeightFile | None:
     """Return the weights that `library` would read of a directory, or None where there are none.
 
     `variant`: the one to take where the directory has it; else the default one, or the only one
@@ -82,22 +89,31 @@ def find_weights(directory: pathlib.Path, library: str = "transformers", variant
     variants = sorted({name for name, _ in found})
     chosen = next((name for name in (variant, "") if name in variants), variants[0])
     if chosen not in (variant, "") and len(variants) > 1:
-        raise UserError(f"{directory} has its weights in the variants {', '.join(variants)} only: choose by --variant={chosen}")
+        raise UserError(
+            f"{directory} has its weights in the variants {', '.join(variants)} only: choose by --variant={chosen}"
+        )
     kind = next(kind for kind in order if (chosen, kind) in found)
     file = found[chosen, kind]
     notes = []
     if chosen != variant:
         missing = f"there is no {variant or 'default'} variant"
-        notes.append(f"{file} is read: {missing} in {directory}" + (f", {chosen} is the only one" if chosen else ""))
+        notes.append(
+            f"{file} is read: {missing} in {directory}"
+            + (f", {chosen} is the only one" if chosen else "")
+        )
     for (name, _), other in found.items():
         if name == chosen and other != file:
-            notes.append(f"{file} is read, as {library} does; {other.name} beside it is not: delete what is out of date")
+            notes.append(
+                f"{file} is read, as {library} does; {other.name} beside it is not: delete what is out of date"
+            )
         elif name and not chosen:
             notes.append(f"{file} is read; --variant={name} reads {other.name}")
     return WeightFile(file, chosen, tuple(notes))
 
 
-def read_weights(path: pathlib.Path, library: str = "transformers", variant: str = "") -> tuple[dict[str, Tensor], WeightFile]:
+def read_weights(
+    path: pathlib.Path, library: str = "transformers", variant: str = ""
+) -> tuple[dict[str, Tensor], WeightFile]:
     """Return ({name: tensor}, where they lie) of a file, or of a directory by `find_weights`.
     Headers alone are read.
 
@@ -109,7 +125,9 @@ def read_weights(path: pathlib.Path, library: str = "transformers", variant: str
         raise UserError(f"{path} does not exist: give a directory with config.json and weights")
     if (found := find_weights(path, library, variant)) is not None and found.is_index:
         tensors = _read_index(found.file)
-        return tensors, dataclasses.replace(found, notes=(*found.notes, *_unplaced(found.file, tensors)))
+        return tensors, dataclasses.replace(
+            found, notes=(*found.notes, *_unplaced(found.file, tensors))
+        )
     if found is not None:
         return read_file(found.file), found
     raise UserError(_no_weights(path))
@@ -134,10 +152,14 @@ def _named_by_config(directory: pathlib.Path) -> pathlib.Path | None:
         return None
     plain = isinstance(name, str) and pathlib.PurePath(name).name == name
     if not plain or not name.endswith((".safetensors", ".safetensors.index.json")):
-        raise UserError(f"{config}: transformers_weights={name!r} must name a safetensors file or index beside it")
+        raise UserError(
+            f"{config}: transformers_weights={name!r} must name a safetensors file or index beside it"
+        )
     check_fetched(directory / name)
     if not (directory / name).is_file():
-        raise UserError(f"{directory / name} is missing, which {config} names under transformers_weights")
+        raise UserError(
+            f"{directory / name} is missing, which {config} names under transformers_weights"
+        )
     return directory / name
 
 
@@ -162,7 +184,9 @@ def _no_weights(directory: pathlib.Path) -> str:
             check_fetched(directory / name)  # a link to nothing
     if shards := [name for name in names if _SHARD.fullmatch(name)]:
         return f"{directory} holds {shards[0]} ({len(shards)} shards in all), but no index of them: copy the .index.json too"
-    wanted = "model.safetensors, its index.json, diffusion_pytorch_model.*, .bin, or variants of these"
+    wanted = (
+        "model.safetensors, its index.json, diffusion_pytorch_model.*, .bin, or variants of these"
+    )
     return f"{directory} holds no weights: looked for {wanted}"
 
 
@@ -172,8 +196,16 @@ def _unplaced(index: pathlib.Path, tensors: dict[str, Tensor]) -> list[str]:
     read = {tensor.file.name for tensor in tensors.values()}
     stem, suffix = index.name.split(".")[:2]
     own = re.compile(rf"{stem}-\d+-of-\d+\.{suffix}")
-    others = [file.name for file in sorted(index.parent.iterdir()) if own.fullmatch(file.name) and file.name not in read]
-    return [f"{index} places nothing in {others[0]} ({len(others)} in all), which is not read"] if others else []
+    others = [
+        file.name
+        for file in sorted(index.parent.iterdir())
+        if own.fullmatch(file.name) and file.name not in read
+    ]
+    return (
+        [f"{index} places nothing in {others[0]} ({len(others)} in all), which is not read"]
+        if others
+        else []
+    )
 
 
 def _read_index(index: pathlib.Path) -> dict[str, Tensor]:
@@ -184,15 +216,23 @@ def _read_index(index: pathlib.Path) -> dict[str, Tensor]:
     for name in sorted(set(map(str, places.values()))):
         shard = index.parent / name
         if pathlib.PurePath(name).name != name:
-            raise UserError(f"{index} places tensors in {name!r}: shards lie beside their index, by name alone")
+            raise UserError(
+                f"{index} places tensors in {name!r}: shards lie beside their index, by name alone"
+            )
         named = [key for key, file in places.items() if str(file) == name]
         check_fetched(shard)
         if not shard.is_file():
-            raise UserError(f"{shard} is missing: {index.name} places {len(named)} tensors there, such as {named[0]}")
+            raise UserError(
+                f"{shard} is missing: {index.name} places {len(named)} tensors there, such as {named[0]}"
+            )
         found = read_file(shard)
         if missing := sorted(set(named) - set(found)):
-            raise UserError(f"{shard} lacks {missing[0]} ({len(missing)} in all), which {index.name} places there")
+            raise UserError(
+                f"{shard} lacks {missing[0]} ({len(missing)} in all), which {index.name} places there"
+            )
         if extra := sorted(set(found) - set(named)):
-            raise UserError(f"{shard} holds {extra[0]} ({len(extra)} in all), which {index.name} does not place there")
+            raise UserError(
+                f"{shard} holds {extra[0]} ({len(extra)} in all), which {index.name} does not place there"
+            )
         tensors |= found
     return tensors

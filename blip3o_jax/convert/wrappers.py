@@ -23,7 +23,9 @@ _UNMERGED = (
 )
 
 
-def plain_names(names: Iterable[str], prefixes: Sequence[str] = (), where: str = "") -> dict[str, str]:
+def plain_names(
+    names: Iterable[str], prefixes: Sequence[str] = (), where: str = ""
+) -> dict[str, str]:
     """Return {name: the name without wrappers}, in order. `prefixes`: of parts that may be wrapped
     by themselves.
 
@@ -31,25 +33,38 @@ def plain_names(names: Iterable[str], prefixes: Sequence[str] = (), where: str =
     names that become one.
     """
     names = list(names)
-    if unmerged := next((name for name in names if any(mark in f".{name}" for mark in _UNMERGED)), None):
+    if unmerged := next(
+        (name for name in names if any(mark in f".{name}" for mark in _UNMERGED)), None
+    ):
         raise UserError(
             f"{where} holds an adapter that is not merged ({unmerged}): merge it first (peft: "
             "merge_and_unload, save_pretrained)"
         )
-    plain = {name: ".".join(piece for piece in name.split(".") if piece not in ANYWHERE) for name in names}
+    plain = {
+        name: ".".join(piece for piece in name.split(".") if piece not in ANYWHERE)
+        for name in names
+    }
     for part in ("", *sorted(prefixes, key=len, reverse=True)):
         plain = _without_leading(plain, part)
     seen: dict[str, str] = {}
     for name, short in plain.items():
         if short in seen:
-            raise UserError(f"{where} holds {seen[short]} and {name}, which are one tensor: save the model once, unwrapped")
+            raise UserError(
+                f"{where} holds {seen[short]} and {name}, which are one tensor: save the model once, unwrapped"
+            )
         seen[short] = name
     return plain
 
 
 def _without_leading(plain: dict[str, str], part: str) -> dict[str, str]:
     """Remove from the names of a part what all of them begin with, as often as that is so."""
-    own = {name: short.removeprefix(part) for name, short in plain.items() if short.startswith(part)}
-    while own and (lead := next((x for x in LEADING if all(short.startswith(x) for short in own.values())), None)):
+    own = {
+        name: short.removeprefix(part) for name, short in plain.items() if short.startswith(part)
+    }
+    while own and (
+        lead := next(
+            (x for x in LEADING if all(short.startswith(x) for short in own.values())), None
+        )
+    ):
         own = {name: short.removeprefix(lead) for name, short in own.items()}
     return plain | {name: part + short for name, short in own.items()}

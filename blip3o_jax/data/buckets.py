@@ -39,7 +39,9 @@ class Bucket(Source):
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        which = hashlib.sha256(self._indices.astype("<i8").tobytes()).hexdigest()[:16]  # other sizes leave it others
+        which = hashlib.sha256(self._indices.astype("<i8").tobytes()).hexdigest()[
+            :16
+        ]  # other sizes leave it others
         return f"{self._source.fingerprint}-{'x'.join(map(str, self.shape))}-{which}"
 
 
@@ -57,7 +59,9 @@ def by_shape(
         for number, (size, group) in enumerate(zip(model.sizes, groups, strict=True)):
             indices = np.flatnonzero(shapes_N == number)
             if len(indices):
-                group.append((Bucket(source, indices, size), weight / total * len(indices) / len(source)))
+                group.append(
+                    (Bucket(source, indices, size), weight / total * len(indices) / len(source))
+                )
     return [group for group in groups if group]
 
 
@@ -94,7 +98,10 @@ def _shapes(source: Source, model: ModelConfig, max_pixels: int) -> np.ndarray:
             found += pool.map(shape, range(start, min(len(source), start + AT_ONCE)))
             if len(found) < len(source):
                 left = (time.monotonic() - began) / len(found) * (len(source) - len(found))
-                print(f"shapes of {source.name}: {len(found)}/{len(source)}, ETA {left:.0f} s", file=sys.stderr)
+                print(
+                    f"shapes of {source.name}: {len(found)}/{len(source)}, ETA {left:.0f} s",
+                    file=sys.stderr,
+                )
     shapes_N = np.array(found, np.uint8)
     if not changed:  # what was read is what the file's name says
         files.replace_bytes(file, pack({}, {"shapes": shapes_N}), shared=True)

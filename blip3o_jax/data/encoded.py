@@ -41,7 +41,9 @@ class DamagedPart(ConfigError):
     record that was to be read, which therefore is not skipped for it."""
 
     def __init__(self, reason: str):
-        super().__init__(f"{reason}: the cache's part is encoded again when the run is started again")
+        super().__init__(
+            f"{reason}: the cache's part is encoded again when the run is started again"
+        )
         self.reason = reason
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -58,7 +60,9 @@ class EncodedRecord(Record):
 
 def directory_name(source: Source, settings: dict[str, Any]) -> str:
     """Hash of the source's content and of `settings`: crop and sizes, encoder configuration and weights."""
-    content = json.dumps({"version": VERSION, "source": source.fingerprint, **settings}, sort_keys=True)
+    content = json.dumps(
+        {"version": VERSION, "source": source.fingerprint, **settings}, sort_keys=True
+    )
     return f"v{VERSION}-{hashlib.sha256(content.encode()).hexdigest()[:20]}"
 
 
@@ -89,7 +93,12 @@ class EncodedSource(Source):
             part.refuse(f"{part.file.name}: record {row} has {reason}")
         outputs = {"codes": codes, "latents": latents}
         if codes.ndim == 2:
-            outputs = {"codes": codes[0], "latents": latents[0], "reference_codes": codes[1:], "reference_latents": latents[1:]}
+            outputs = {
+                "codes": codes[0],
+                "latents": latents[0],
+                "reference_codes": codes[1:],
+                "reference_latents": latents[1:],
+            }
         return EncodedRecord(**vars(record), outputs=outputs)
 
 
@@ -115,7 +124,9 @@ class Part:
         """Return a copy of one record's values. Raises DamagedPart."""
         values = np.array(self.arrays[name][row])
         if checksums.crc32c([values.tobytes()]) != self.sums[name][row]:
-            self.refuse(f"{_array_file(self.file, name).name} is damaged (another CRC32C in record {row})")
+            self.refuse(
+                f"{_array_file(self.file, name).name} is damaged (another CRC32C in record {row})"
+            )
         return values
 
     def refuse(self, reason: str) -> None:
@@ -140,7 +151,9 @@ def _array_file(file: pathlib.Path, name: str) -> pathlib.Path:
     return file.with_name(file.name.replace("part", name).replace(".json", ".npy"))
 
 
-def write_part(directory: pathlib.Path, number: int, arrays: dict[str, np.ndarray], unreadable: dict[str, str]) -> None:
+def write_part(
+    directory: pathlib.Path, number: int, arrays: dict[str, np.ndarray], unreadable: dict[str, str]
+) -> None:
     """Write a part's arrays [records, ...], by name, and last the json that says that it is whole."""
     file = part_file(directory, number)
     described = {}
@@ -151,7 +164,10 @@ def write_part(directory: pathlib.Path, number: int, arrays: dict[str, np.ndarra
         with files.replacing(final, "wb") as out:  # np.save would not say why a write fails
             np.lib.format.write_array_header_1_0(out, header)
             out.write(values.data)
-        described[name] = {"shape": values.shape, "crc32c": [checksums.crc32c([row.tobytes()]) for row in values]}
+        described[name] = {
+            "shape": values.shape,
+            "crc32c": [checksums.crc32c([row.tobytes()]) for row in values],
+        }
     checksums.write_json(file, {"unreadable": unreadable} | described)
     open_part.cache_clear()
 
@@ -168,7 +184,12 @@ def open_part(directory: pathlib.Path, number: int) -> Part:
             reading = _array_file(file, name)
             arrays[name] = np.load(reading, mmap_mode="r")
         reading = file
-        part = Part(file, described["unreadable"], arrays, {name: described[name]["crc32c"] for name in DTYPES})
+        part = Part(
+            file,
+            described["unreadable"],
+            arrays,
+            {name: described[name]["crc32c"] for name in DTYPES},
+        )
         shapes = {name: tuple(described[name]["shape"]) for name in DTYPES}
     except Exception as error:  # the parser of NumPy's headers raises whatever it comes upon
         if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
@@ -176,6 +197,10 @@ def open_part(directory: pathlib.Path, number: int) -> Part:
         reason = " ".join(str(error).split()).removeprefix(f"{reading} ")
         Part(file, {}, {}, {}).refuse(f"{reading.name} cannot be used ({reason})")
     for name, array in arrays.items():
-        if (array.dtype, array.shape) != (DTYPES[name], shapes[name]) or len(part.sums[name]) != len(array):
-            part.refuse(f"{_array_file(file, name).name} is {array.dtype} {array.shape}, not {DTYPES[name]} {shapes[name]}")
+        if (array.dtype, array.shape) != (DTYPES[name], shapes[name]) or len(
+            part.sums[name]
+        ) != len(array):
+            part.refuse(
+                f"{_array_file(file, name).name} is {array.dtype} {array.shape}, not {DTYPES[name]} {shapes[name]}"
+            )
     return part

@@ -45,13 +45,19 @@ class ExampleBuilder:
             example |= record.outputs if isinstance(record, EncodedRecord) else self._seen(record)
         if "caption" in self.fields:
             example |= sequence.caption_row(
-                self.vocabulary, record.caption, self.data.max_length, record.key, self.data.too_long == "truncate"
+                self.vocabulary,
+                record.caption,
+                self.data.max_length,
+                record.key,
+                self.data.too_long == "truncate",
             )
         if "row" in self.fields:
             example |= self._row(record, self.data.max_length)
         return example
 
-    def join(self, examples: Sequence[dict[str, np.ndarray]], records: Sequence[Record]) -> dict[str, np.ndarray]:
+    def join(
+        self, examples: Sequence[dict[str, np.ndarray]], records: Sequence[Record]
+    ) -> dict[str, np.ndarray]:
         """`data.pack` examples and what they were made of -> one row with all of them. RowTooLong
         where they do not fit; with data.too_long="truncate" the longest ones are made again, of
         less text."""
@@ -64,7 +70,9 @@ class ExampleBuilder:
             length = sequence.shared_length(examples, self.data.max_length)
             try:
                 examples = [
-                    example | self._row(record, length) if np.count_nonzero(example["segment_ids"]) > length else example
+                    example | self._row(record, length)
+                    if np.count_nonzero(example["segment_ids"]) > length
+                    else example
                     for example, record in zip(examples, records, strict=True)
                 ]
             except RowTooLong:  # without any text it still is
@@ -92,9 +100,17 @@ class ExampleBuilder:
                 **lengths,
             )
         if record.task != "t2i":
-            raise BadRecord(record.shard, record.key, f"task {record.task} shows images: set model.editing.references")
+            raise BadRecord(
+                record.shard,
+                record.key,
+                f"task {record.task} shows images: set model.editing.references",
+            )
         return sequence.text_to_image_row(
-            self.vocabulary, self.model.template, record.caption, image=tokenizer.num_tokens, **lengths
+            self.vocabulary,
+            self.model.template,
+            record.caption,
+            image=tokenizer.num_tokens,
+            **lengths,
         )
 
     def images_of(self, record: Record) -> list[tuple[int, Views]]:
@@ -104,19 +120,29 @@ class ExampleBuilder:
         found += enumerate(record.references[: self.model.editing.references], 1)
         pixels = [images.decode(data, max_pixels=self.data.max_pixels) for _, data in found]
         size = self.model.nearest_size(*pixels[0].shape[:2])
-        return [(place, self._views(image, size)) for (place, _), image in zip(found, pixels, strict=True)]
+        return [
+            (place, self._views(image, size))
+            for (place, _), image in zip(found, pixels, strict=True)
+        ]
 
     def _seen(self, record: Record) -> dict[str, np.ndarray]:
         """The views of the image to be drawn and, where rows have places for them, of those shown."""
         found = dict(self.images_of(record))
         blank = tuple(np.zeros_like(view) for view in next(iter(found.values())))
         views = [found.get(place, blank) for place in range(1 + self.model.editing.references)]
-        named = {"pixels": [view for view, _ in views], "tokenizer_pixels": [view for _, view in views]}
+        named = {
+            "pixels": [view for view, _ in views],
+            "tokenizer_pixels": [view for _, view in views],
+        }
         named = {name: column for name, column in named.items() if name in self.fields}
         shown = {
-            f"reference_{name}": np.stack(column[1:]) for name, column in named.items() if "row" in self.fields and column[1:]
+            f"reference_{name}": np.stack(column[1:])
+            for name, column in named.items()
+            if "row" in self.fields and column[1:]
         }
         return {name: column[0] for name, column in named.items()} | shown
 
     def _views(self, image_HWC: np.ndarray, size: tuple[int, int]) -> Views:
-        return images.views(image_HWC, size, self.model.tokenizer.encoder.image_size, self.data.crop)
+        return images.views(
+            image_HWC, size, self.model.tokenizer.encoder.image_size, self.data.crop
+        )

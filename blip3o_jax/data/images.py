@@ -67,7 +67,21 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 _SIXTEEN_BITS = ("I;16", "I;16B", "I;16L", "I;16N", "I")
-_EIGHT_BITS = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV")
+_EIGHT_BITS = (
+    "1",
+    "L",
+    "LA",
+    "P",
+    "PA",
+    "RGB",
+    "RGBA",
+    "RGBa",
+    "RGBX",
+    "CMYK",
+    "YCbCr",
+    "LAB",
+    "HSV",
+)
 
 
 def open_image(
@@ -87,7 +101,9 @@ def open_image(
     if reader is None or (data.startswith(b"RIFF") and data[8:12] != b"WEBP"):
         raise BadRecord("", "", f"the image cannot be decoded: it is no {_KNOWN} file")
     if formats is not None and reader.format not in formats:
-        raise BadRecord("", "", f"the image cannot be decoded: it is no {' or '.join(formats)} file")
+        raise BadRecord(
+            "", "", f"the image cannot be decoded: it is no {' or '.join(formats)} file"
+        )
     if size := _webp_size(data):  # its decoder allocates the pixels when it is opened
         _check_size(size, max_pixels)
     try:
@@ -107,7 +123,9 @@ def _check_size(size: tuple[int, int], max_pixels: int | None) -> None:
     width, height = size
     if max_pixels is not None and width * height > max_pixels:
         most = f"{max_pixels / 1e6:g} million"
-        reason = f"the image is too large: {width} x {height} pixels, more than {most}: scale it down"
+        reason = (
+            f"the image is too large: {width} x {height} pixels, more than {most}: scale it down"
+        )
         raise BadRecord("", "", reason)
 
 
@@ -133,7 +151,9 @@ def _webp_size(data: bytes) -> tuple[int, int] | None:
 def _without_notes(data: bytes) -> bytes:
     """A PNG without its colour profile and all texts that are of no use here."""
     kept = []
-    start = position = 8  # after the signature; what lies between `start` and `position` is to be kept
+    start = position = (
+        8  # after the signature; what lies between `start` and `position` is to be kept
+    )
     while position + 12 <= len(data):
         length, kind = struct.unpack_from(">I4s", data, position)
         end = position + 12 + length
@@ -218,7 +238,9 @@ def load(path: str | os.PathLike[str]) -> np.ndarray:
         if frames > 1:
             raise UserError(f"{path}: an animation of {frames} frames: save the one that is meant")
         if min(width, height) < SMALLEST:
-            raise UserError(f"{path}: {width} x {height} pixels are no picture: give one of {SMALLEST} x {SMALLEST} or more")
+            raise UserError(
+                f"{path}: {width} x {height} pixels are no picture: give one of {SMALLEST} x {SMALLEST} or more"
+            )
         return decode(data)
     except BadRecord as error:
         raise UserError(f"{path}: {error.reason}") from None
@@ -240,7 +262,9 @@ def _upright(image: Image.Image) -> Image.Image:
 def _orientation(image: Image.Image) -> int:
     try:
         return image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # broken EXIF data says nothing about the pixels: the image stands as it is stored
+    except (
+        Exception
+    ):  # broken EXIF data says nothing about the pixels: the image stands as it is stored
         return 1
 
 
@@ -250,7 +274,9 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         values = np.asarray(image).astype(np.int64)
         return Image.fromarray((np.clip(values, 0, 65535) >> 8).astype(np.uint8)).convert("RGB")
     if image.mode not in _EIGHT_BITS:
-        raise BadRecord("", "", f"pixel format {image.mode} is not supported; store 8 or 16 bits per channel")
+        raise BadRecord(
+            "", "", f"pixel format {image.mode} is not supported; store 8 or 16 bits per channel"
+        )
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
@@ -270,7 +296,9 @@ def shape_of(data: bytes, max_pixels: int = MOST_PIXELS) -> tuple[int, int]:
 
 
 def crop_and_resize(
-    image_HWC: np.ndarray, size: int | tuple[int, int], resample: Image.Resampling = Image.Resampling.BICUBIC
+    image_HWC: np.ndarray,
+    size: int | tuple[int, int],
+    resample: Image.Resampling = Image.Resampling.BICUBIC,
 ) -> np.ndarray:
     """The largest centred part of a uint8 image that has the shape of `size`, a side or (height, width), resized to it.
 
@@ -290,13 +318,21 @@ def _cut(image_HWC: np.ndarray, size: int | tuple[int, int]) -> np.ndarray:
     return np.ascontiguousarray(image_HWC[top : top + high, left : left + wide])
 
 
-def _resized(image_HWC: np.ndarray, size: int | tuple[int, int], resample: Image.Resampling) -> np.ndarray:
+def _resized(
+    image_HWC: np.ndarray, size: int | tuple[int, int], resample: Image.Resampling
+) -> np.ndarray:
     rows, columns = (size, size) if isinstance(size, int) else size
     same = image_HWC.shape[:2] == (rows, columns)
-    return image_HWC if same else np.array(Image.fromarray(image_HWC).resize((columns, rows), resample))
+    return (
+        image_HWC
+        if same
+        else np.array(Image.fromarray(image_HWC).resize((columns, rows), resample))
+    )
 
 
-def views(image_HWC: np.ndarray, size: int | tuple[int, int], tokenizer_size: int, crop: str) -> tuple[np.ndarray, np.ndarray]:
+def views(
+    image_HWC: np.ndarray, size: int | tuple[int, int], tokenizer_size: int, crop: str
+) -> tuple[np.ndarray, np.ndarray]:
     """(pixels uint8 [P, Q, 3] for the autoencoder, tokenizer pixels uint8 [T, T, 3]) of one image; `size` is P = Q or (P, Q).
 
     crop="shared": both show the same centred part. crop="reference": the published pipelines, bilinear centre crop for the
@@ -304,7 +340,9 @@ def views(image_HWC: np.ndarray, size: int | tuple[int, int], tokenizer_size: in
     """
     if crop == "shared":
         part_HWC = _cut(image_HWC, size)
-        return tuple(_resized(part_HWC, s, Image.Resampling.BICUBIC) for s in (size, tokenizer_size))
+        return tuple(
+            _resized(part_HWC, s, Image.Resampling.BICUBIC) for s in (size, tokenizer_size)
+        )
     if crop == "reference":
         pixels = crop_and_resize(image_HWC, size, Image.Resampling.BILINEAR)
         return pixels, _resized(image_HWC, tokenizer_size, Image.Resampling.BICUBIC)

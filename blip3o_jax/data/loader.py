@@ -76,7 +76,12 @@ class Loader(Iterator[Batch]):
         rows: Sequence[int] | None = None,
         join: Join | None = None,
     ) -> None:
-        self._sources, self._transform, self._data, self._seed = list(sources), transform, data, seed
+        self._sources, self._transform, self._data, self._seed = (
+            list(sources),
+            transform,
+            data,
+            seed,
+        )
         self.batch_rows, self._join = data.batch_size // data.pack, join
         self.rows = tuple(range(self.batch_rows) if rows is None else rows)
         self._next_example = 0
@@ -109,7 +114,11 @@ class Loader(Iterator[Batch]):
     def state(self) -> dict[str, Any]:
         """The position after the last batch handed out, the same on every host but for "skipped",
         which counts what this one skipped; fit for JSON."""
-        return {"next_example": self._next_example, "order": self._order(), "skipped": dict(self.skipped)}
+        return {
+            "next_example": self._next_example,
+            "order": self._order(),
+            "skipped": dict(self.skipped),
+        }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continues where `state` was taken, on any number of hosts and workers, and with any batch size.
@@ -158,18 +167,33 @@ class Loader(Iterator[Batch]):
         import grain
 
         pack = self._data.pack
-        places = _HostRows(self._places(), self._next_example, self._data.batch_size, self.rows, pack)
-        reader = Reader(tuple(source for source, _ in self._sources), self._transform, self._join, self._data.too_long)
-        rows = grain.MapDataset.source(places).batch(pack, drop_remainder=True, batch_fn=tuple).map(reader)
+        places = _HostRows(
+            self._places(), self._next_example, self._data.batch_size, self.rows, pack
+        )
+        reader = Reader(
+            tuple(source for source, _ in self._sources),
+            self._transform,
+            self._join,
+            self._data.too_long,
+        )
+        rows = (
+            grain.MapDataset.source(places)
+            .batch(pack, drop_remainder=True, batch_fn=tuple)
+            .map(reader)
+        )
         batches = rows.batch(len(self.rows), drop_remainder=True)
         workers = self._data.workers
         # The unit of prefetching is a batch. In a worker process one thread is enough: the processes are the parallelism.
         depth = max(1, self._data.prefetch)
         threads = 1 if workers else depth
-        dataset = batches.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads))
+        dataset = batches.to_iter_dataset(
+            grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
+        )
         if workers:
             _mark_flags_parsed()
-            options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=depth)
+            options = grain.MultiprocessingOptions(
+                num_workers=workers, per_worker_buffer_size=depth
+            )
             dataset = dataset.mp_prefetch(options, worker_init_fn=_start_worker)
         return dataset
 
@@ -184,20 +208,33 @@ class Loader(Iterator[Batch]):
             part = grain.MapDataset.range(len(self._sources[number][0]))
             if self._data.shuffle:
                 part = part.shuffle(seed=int(seeds[number]))
-            return part.repeat(None, reseed_each_epoch=self._data.shuffle).map(functools.partial(_place, number))
+            return part.repeat(None, reseed_each_epoch=self._data.shuffle).map(
+                functools.partial(_place, number)
+            )
 
         def mixed(numbers: list[int]) -> Any:
             parts = [endless(number) for number in numbers]
-            return grain.MapDataset.mix(parts, [self._sources[n][1] for n in numbers]) if len(parts) > 1 else parts[0]
+            return (
+                grain.MapDataset.mix(parts, [self._sources[n][1] for n in numbers])
+                if len(parts) > 1
+                else parts[0]
+            )
 
         groups = self._shapes()
         if len(groups) == 1:
             return mixed(groups[0])
-        counts = [grain.MapDataset.range(sys.maxsize // 2**20).map(functools.partial(_place, g)) for g in range(len(groups))]
-        turns = grain.MapDataset.mix(counts, [sum(self._sources[n][1] for n in numbers) for numbers in groups])
+        counts = [
+            grain.MapDataset.range(sys.maxsize // 2**20).map(functools.partial(_place, g))
+            for g in range(len(groups))
+        ]
+        turns = grain.MapDataset.mix(
+            counts, [sum(self._sources[n][1] for n in numbers) for numbers in groups]
+        )
         return _InTurns(turns, tuple(map(mixed, groups)), self._data.batch_size)
 
-    def _judge(self, bad_records_B: np.ndarray, shards_B: np.ndarray, reports_B: np.ndarray) -> None:
+    def _judge(
+        self, bad_records_B: np.ndarray, shards_B: np.ndarray, reports_B: np.ndarray
+    ) -> None:
         """Count and log what was skipped; stop the run above the share allowed.
 
         The share is that of the examples whose own record cannot be read. What is skipped in the
@@ -246,7 +283,10 @@ class Loader(Iterator[Batch]):
         found[key] = kind
         if len(found) == FIRST_OF_SHARD and len(set(found.values())) == 1:
             _log.warning(
-                "each of the first %d records read of %s was skipped: %s: look at that file", len(found), shard, reason
+                "each of the first %d records read of %s was skipped: %s: look at that file",
+                len(found),
+                shard,
+                reason,
             )
 
     def _warn_of_too_long(self) -> None:
@@ -286,10 +326,16 @@ def _changes(before: dict[str, Any], now: dict[str, Any]) -> str:
 
 def _source_change(old: dict[str, Any], new: dict[str, Any]) -> str:
     """Return how a source differs from that in the same place of the mixture before."""
-    found = [f"its {name} was {old[name]}, now it is {new[name]}" for name in ("weight", "shape") if old[name] != new[name]]
+    found = [
+        f"its {name} was {old[name]}, now it is {new[name]}"
+        for name in ("weight", "shape")
+        if old[name] != new[name]
+    ]
     if old["digest"] != new["digest"]:
         was = "" if old["name"] == new["name"] else f" ({old['name']} then)"
-        found.insert(0, f"its content is another{was}, {old['records']} records then, {new['records']} now")
+        found.insert(
+            0, f"its content is another{was}, {old['records']} records then, {new['records']} now"
+        )
     return f"source {new['name']}: {', '.join(found)}" if found else ""
 
 
@@ -328,7 +374,9 @@ class _HostRows:
     def __getitem__(self, index: int) -> tuple[int, int]:
         row, example = divmod(index, self.pack)
         batch, row = divmod(row, len(self.rows))
-        return self.places[self.start + batch * self.batch_size + self.rows[row] * self.pack + example]
+        return self.places[
+            self.start + batch * self.batch_size + self.rows[row] * self.pack + example
+        ]
 
 
 def _mark_flags_parsed() -> None:
@@ -393,7 +441,10 @@ class DevicePrefetch(Iterator[Batch]):
         while not self._stop.is_set():
             try:
                 loader = self._loader
-                item = (global_batch(next(loader), self._sharding, loader.rows, loader.batch_rows), loader.state())
+                item = (
+                    global_batch(next(loader), self._sharding, loader.rows, loader.batch_rows),
+                    loader.state(),
+                )
             except Exception as error:  # raised again where the batch is awaited
                 item = (error, None)
                 self._stop.set()

@@ -116,7 +116,9 @@ def _json_lines(text: str, path: pathlib.Path) -> Iterator[tuple[Any, str]]:
             where = f"{path}:{number}"
             value, end = _decoded(line, len(line) - len(line.lstrip()), where)
             if line[end:].strip():
-                raise UserError(f"{where} is no JSON: extra data in column {end + 1}; write one a line")
+                raise UserError(
+                    f"{where} is no JSON: extra data in column {end + 1}; write one a line"
+                )
             yield value, where
 
 
@@ -158,7 +160,9 @@ def _decoded(text: str, position: int, where: str) -> tuple[Any, int]:
     except json.JSONDecodeError as e:
         file, _, first = where.rpartition(":")
         line = int(first) + text.count("\n", position, e.pos)
-        raise UserError(f"{file}:{line} is no JSON: {e.msg}; write one array, or one object a line") from e
+        raise UserError(
+            f"{file}:{line} is no JSON: {e.msg}; write one array, or one object a line"
+        ) from e
     except ValueError as e:  # a number of more digits than int takes
         raise UserError(f"{where} is no JSON: {str(e).partition(';')[0]}") from e
     except RecursionError as e:
@@ -219,12 +223,18 @@ def _prompt(value: Any, where: str) -> Prompt:
     """Return the prompt of a string, an object or a row."""
     metadata = value if isinstance(value, dict) else {}
     named = {str(name).casefold(): content for name, content in metadata.items()}
-    found = value if isinstance(value, str) else next((named[n] for n in TEXT_NAMES if named.get(n)), None)
+    found = (
+        value
+        if isinstance(value, str)
+        else next((named[n] for n in TEXT_NAMES if named.get(n)), None)
+    )
     if not isinstance(found, str) or not found.strip():
         raise UserError(f'{where} has no text under "prompt" or "caption", and is no text itself')
     try:
         found.encode("utf-8")
     except UnicodeEncodeError as e:
-        raise UserError(f"{where} has half a character in its text: {found[e.start]!a} at {e.start}") from e
+        raise UserError(
+            f"{where} has half a character in its text: {found[e.start]!a} at {e.start}"
+        ) from e
     category = next((named[n] for n in CATEGORY_NAMES if named.get(n)), "")
     return Prompt(found.strip(), metadata, str(category))

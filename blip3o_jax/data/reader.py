@@ -15,7 +15,15 @@ from typing import Any
 import numpy as np
 
 from blip3o_jax.config import UserError
-from blip3o_jax.data.record import TOO_LONG, BadRecord, Record, RowTooLong, Source, one_line, read_record
+from blip3o_jax.data.record import (
+    TOO_LONG,
+    BadRecord,
+    Record,
+    RowTooLong,
+    Source,
+    one_line,
+    read_record,
+)
 
 Row = dict[str, np.ndarray]
 Transform = Callable[[Record], Row]
@@ -56,7 +64,9 @@ class Reader:
                 [*rows], [*records] = zip(*found, strict=True)
                 row = rows[0] if self.join is None or len(places) == 1 else self.join(rows, records)
                 break
-            except RowTooLong as error:  # of examples that would share the row, the longest gives way
+            except (
+                RowTooLong
+            ) as error:  # of examples that would share the row, the longest gives way
                 record = records[error.which]
                 reason = f"shares a row that {error.reason}"
                 searches[error.which].skip(BadRecord(record.shard, record.key, reason, TOO_LONG))
@@ -95,7 +105,11 @@ class _Search:
         last = _described(self.skipped[-1])
         raise BadRecordLimit(
             f"{self._source.name}: {limit} records in a row cannot be used, the last {last}; "
-            + ("raise data.max_length" if self.skipped[-1].kind == TOO_LONG else "repair the data set")
+            + (
+                "raise data.max_length"
+                if self.skipped[-1].kind == TOO_LONG
+                else "repair the data set"
+            )
         )
 
     def _made(self, record: Record) -> tuple[Row, Record]:
@@ -131,7 +145,10 @@ def pack_report(skipped: list[BadRecord]) -> np.ndarray:
     counts = Counter(one_line(record.kind, 60) for record in skipped)
     if len(counts) > 20:
         counts = Counter({"several": sum(counts.values())})
-    names = [(_shard_name(r.shard), one_line(r.key[-150:]), one_line(r.reason), one_line(r.kind, 60)) for r in skipped]
+    names = [
+        (_shard_name(r.shard), one_line(r.key[-150:]), one_line(r.reason), one_line(r.kind, 60))
+        for r in skipped
+    ]
     while len(text := json.dumps([counts, names]).encode("ascii")) > _REPORT_BYTES:
         # What is printed in one character may take twelve bytes here.
         names = names[1:] or [tuple(part[: len(part) // 2] for part in names[0])]

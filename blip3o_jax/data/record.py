@@ -40,7 +40,9 @@ T = TypeVar("T")
 TOO_LONG = "too long"
 CHANGED = "changed since it was indexed"
 _PACKAGE = pathlib.Path(__file__).parent.parent
-_LIBRARIES = tuple(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib"))
+_LIBRARIES = tuple(
+    sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")
+)
 # Where the part of a reason begins that differs from record to record.
 _VARIABLE = re.compile(r"\s\d|[:;(\[{'\"\\]")
 
@@ -55,7 +57,9 @@ class BadRecord(UserError):
 
     def __init__(self, shard: str, key: str, reason: str, kind: str = "") -> None:
         kind = kind or _VARIABLE.split(reason, maxsplit=1)[0].strip() or "unreadable"
-        super().__init__(shard, key, reason, kind)  # all, so that it survives the pickling between processes
+        super().__init__(
+            shard, key, reason, kind
+        )  # all, so that it survives the pickling between processes
         self.shard = shard
         self.key = key
         self.reason = reason
@@ -83,7 +87,9 @@ class RowTooLong(UserError):
         cure: str = "shorten its caption or raise data.max_length",
         which: int = 0,
     ) -> None:
-        super().__init__(key, length, max_length, reason, cure, which)  # it travels from the data workers
+        super().__init__(
+            key, length, max_length, reason, cure, which
+        )  # it travels from the data workers
         self.key = key
         self.length = length
         self.max_length = max_length
@@ -211,7 +217,9 @@ def decode_text(value: bytes | str | None, shard: str, key: str) -> str:
         value.encode("utf-8")
     except UnicodeEncodeError as error:  # as JSON's \ud83c gives it, where an emoji was cut in two
         half = ascii(value[error.start])
-        raise BadRecord(shard, key, f"the text has half a character ({half} at {error.start})") from None
+        raise BadRecord(
+            shard, key, f"the text has half a character ({half} at {error.start})"
+        ) from None
     return value.removeprefix("\ufeff").strip()
 
 
@@ -236,7 +244,9 @@ def words(fields: Mapping[str, Any], shard: str, key: str) -> Words:
     """Task, text and answer by the fields above."""
     fields = {name: _first(fields.get(name)) for name in ("task", *TEXT_FIELDS, "answer")}
     given = [name for name in TEXT_FIELDS if fields[name] is not None]
-    given = [name for name in given if fields[name]] or given  # TFDS has no missing values: what is not there is empty
+    given = [
+        name for name in given if fields[name]
+    ] or given  # TFDS has no missing values: what is not there is empty
     told = {"instruction": "edit", "question": "understand"}.get(given[0] if given else "", "t2i")
     task = fields["task"] or told
     task = decode_text(task, shard, key)
@@ -264,22 +274,40 @@ def _first(value: Any) -> Any:
     return next((text for text in texts if text), texts[0] if texts else None)
 
 
-def make_record(said: Words, image: bytes | None, inputs: Iterable[bytes], key: str, shard: str) -> Record:
+def make_record(
+    said: Words, image: bytes | None, inputs: Iterable[bytes], key: str, shard: str
+) -> Record:
     """A record with the images that its task needs; BadRecord where one is missing."""
     inputs = tuple(inputs)
     if said.task == "t2i" and inputs:
-        raise BadRecord(shard, key, "input images beside a caption: say in an instruction or a question what they are for")
+        raise BadRecord(
+            shard,
+            key,
+            "input images beside a caption: say in an instruction or a question what they are for",
+        )
     if said.task == "reconstruct":  # one image for both will do
         inputs = inputs or (() if image is None else (image,))
         image = inputs[0] if image is None and inputs else image
     if said.task != "t2i" and not inputs:
-        raise BadRecord(shard, key, f"no input image; task {said.task} needs one in {' or '.join(INPUT_FIELDS)}")
+        raise BadRecord(
+            shard, key, f"no input image; task {said.task} needs one in {' or '.join(INPUT_FIELDS)}"
+        )
     if said.task != "understand" and image is None:
         raise BadRecord(shard, key, "no image; expected the one to be drawn")
-    return Record(b"" if said.task == "understand" else image, said.text, key, shard, said.task, inputs, said.answer)
+    return Record(
+        b"" if said.task == "understand" else image,
+        said.text,
+        key,
+        shard,
+        said.task,
+        inputs,
+        said.answer,
+    )
 
 
 def read_spans(path: str, spans: list[tuple[int, int]]) -> list[bytes]:
     """Byte ranges (offset, size) of a file; -1 as the offset gives nothing."""
     with open(path, "rb", buffering=0) as file:
-        return [os.pread(file.fileno(), size, start) if start >= 0 else b"" for start, size in spans]
+        return [
+            os.pread(file.fileno(), size, start) if start >= 0 else b"" for start, size in spans
+        ]

@@ -34,7 +34,9 @@ from blip3o_jax.data.record import RowTooLong
 from blip3o_jax.data.template import Prompt, make_prompt
 from blip3o_jax.text.vocabulary import Vocabulary
 
-LONGEST_TAIL = 8  # tokens after an image's; three for most tokenizers, more where a line break is several
+LONGEST_TAIL = (
+    8  # tokens after an image's; three for most tokenizers, more where a line break is several
+)
 
 
 ROW_FIELDS = ("tokens", "loss_mask", "segment_ids", "positions")
@@ -45,7 +47,9 @@ def most_labels(template: TemplateConfig, num_image_tokens: int, pack: int = 1) 
     return None if template.supervise_prompt else pack * (num_image_tokens + LONGEST_TAIL)
 
 
-def text_to_image_prompt(vocab: Vocabulary, template: TemplateConfig, caption: str, pool_scale: int = 1) -> list[int]:
+def text_to_image_prompt(
+    vocab: Vocabulary, template: TemplateConfig, caption: str, pool_scale: int = 1
+) -> list[int]:
     """All ids up to and with the scale token: what sampling starts from and what a training row opens with."""
     return make_prompt(vocab, template, "t2i", caption, pool_scale=pool_scale).ids
 
@@ -114,7 +118,11 @@ def task_row(
         tokens = _text_answer(vocab, answer, num_image_tokens, key, truncate)
 
     def make(text: str) -> Prompt:
-        shown = {"references": references, "num_image_tokens": num_image_tokens, "pool_scale": pool_scale}
+        shown = {
+            "references": references,
+            "num_image_tokens": num_image_tokens,
+            "pool_scale": pool_scale,
+        }
         return make_prompt(vocab, template, task, text, **shown)
 
     prompt = _fitted(make, text, max_length - len(tokens), truncate)
@@ -140,12 +148,15 @@ def _image_answer(vocab: Vocabulary, image: np.ndarray | int, key: str) -> list[
         )
     tail = [vocab.image_end, vocab.end_of_turn, *vocab.encode("\n")]
     check(
-        len(tail) <= LONGEST_TAIL, f"the tokenizer makes {len(tail)} tokens of the end of a turn, at most {LONGEST_TAIL} can be"
+        len(tail) <= LONGEST_TAIL,
+        f"the tokenizer makes {len(tail)} tokens of the end of a turn, at most {LONGEST_TAIL} can be",
     )
     return [*vocab.image_ids_from_codes(codes_N), *tail]
 
 
-def _text_answer(vocab: Vocabulary, answer: str, num_image_tokens: int, key: str, truncate: bool) -> list[int]:
+def _text_answer(
+    vocab: Vocabulary, answer: str, num_image_tokens: int, key: str, truncate: bool
+) -> list[int]:
     if not answer.strip():
         raise UserError(f"example {key!r} has no answer: a question needs one to learn from")
     ids = [*vocab.encode(answer), vocab.end_of_turn, *vocab.encode("\n")]
@@ -165,7 +176,9 @@ def _fitted(make: Callable[[str], Prompt], text: str, most: int, truncate: bool)
     if not truncate or len(prompt.ids) <= most or not text.strip():
         return prompt
     kept = _longest(text.strip(), lambda text: len(make(text).ids) <= most)
-    return make(kept) if kept else prompt  # a row too short for images and template alone is refused as it is
+    return (
+        make(kept) if kept else prompt
+    )  # a row too short for images and template alone is refused as it is
 
 
 def _longest(text: str, fits: Callable[[str], bool]) -> str:
@@ -182,7 +195,12 @@ def _longest(text: str, fits: Callable[[str], bool]) -> str:
 
 
 def _laid_out(
-    vocab: Vocabulary, template: TemplateConfig, prompt: list[int], answer: list[int], max_length: int, key: str
+    vocab: Vocabulary,
+    template: TemplateConfig,
+    prompt: list[int],
+    answer: list[int],
+    max_length: int,
+    key: str,
 ) -> dict[str, np.ndarray]:
     """Prompt and answer in a row of `max_length`, with its masks and positions."""
     length = len(prompt) + len(answer)
@@ -218,7 +236,9 @@ def _lengths(rows: Sequence[dict[str, np.ndarray]]) -> list[int]:
     return [int(np.count_nonzero(row["segment_ids"])) for row in rows]
 
 
-def pack_rows(rows: Sequence[dict[str, np.ndarray]], keys: Sequence[str], max_length: int) -> dict[str, np.ndarray]:
+def pack_rows(
+    rows: Sequence[dict[str, np.ndarray]], keys: Sequence[str], max_length: int
+) -> dict[str, np.ndarray]:
     """E examples in one row of `max_length`, in their order; what is not of ROW_FIELDS is stacked [E, ...]. RowTooLong, with
     the keys and which is the longest, where they do not fit."""
     lengths = _lengths(rows)
@@ -228,13 +248,19 @@ def pack_rows(rows: Sequence[dict[str, np.ndarray]], keys: Sequence[str], max_le
     packed = {name: np.zeros(max_length, rows[0][name].dtype) for name in ROW_FIELDS}
     for number, (row, start, length) in enumerate(zip(rows, starts, lengths, strict=True), 1):
         for name in ROW_FIELDS:
-            packed[name][start : start + length] = row[name][:length] if name != "segment_ids" else number
-    stacked = {name: np.stack([row[name] for row in rows]) for name in rows[0] if name not in ROW_FIELDS}
+            packed[name][start : start + length] = (
+                row[name][:length] if name != "segment_ids" else number
+            )
+    stacked = {
+        name: np.stack([row[name] for row in rows]) for name in rows[0] if name not in ROW_FIELDS
+    }
     stacked["image_span"] += starts.astype(np.int32)
     if "target" in stacked:  # spans that mean nothing stay 0
         stacked["image_span"] *= stacked["target"].astype(np.int32)
         shown_ER = stacked["reference_mask"].astype(np.int32)
-        stacked["reference_span"] = (stacked["reference_span"] + starts[:, None].astype(np.int32)) * shown_ER
+        stacked["reference_span"] = (
+            stacked["reference_span"] + starts[:, None].astype(np.int32)
+        ) * shown_ER
     return packed | stacked
 
 
@@ -242,7 +268,9 @@ def by_example(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """A batch whose arrays lead with its examples, but for ROW_FIELDS, which lead with its rows."""
     if batch["image_span"].ndim == 1:
         return batch
-    return {name: x if name in ROW_FIELDS else x.reshape(-1, *x.shape[2:]) for name, x in batch.items()}
+    return {
+        name: x if name in ROW_FIELDS else x.reshape(-1, *x.shape[2:]) for name, x in batch.items()
+    }
 
 
 def caption_row(
@@ -264,47 +292,67 @@ def caption_row(
     return {"text_ids": text_ids_L, "text_mask": np.arange(max_length) < len(ids)}
 
 
-def hide_prompts(segment_ids_BL: jax.Array, image_span_B: jax.Array, hidden_B: jax.Array) -> jax.Array:
+def hide_prompts(
+    segment_ids_BL: jax.Array, image_span_B: jax.Array, hidden_B: jax.Array
+) -> jax.Array:
     """`segment_ids_BL` with all before the scale token turned to padding in the hidden examples: the image tokens then see no
     caption. Spans lead with the examples, E of each row."""
     rows, length = segment_ids_BL.shape
     number_E = jnp.arange(1, len(image_span_B) // rows + 1)
     own_BEL = segment_ids_BL[:, None] == number_E[:, None]
     before_BEL = jnp.arange(length) < image_span_B.reshape(rows, -1, 1)
-    return jnp.where(jnp.any(own_BEL & before_BEL & hidden_B.reshape(rows, -1, 1), axis=1), 0, segment_ids_BL)
+    return jnp.where(
+        jnp.any(own_BEL & before_BEL & hidden_B.reshape(rows, -1, 1), axis=1), 0, segment_ids_BL
+    )
 
 
 def insert_image_ids(
-    tokens_BL: jax.Array, image_span_B: jax.Array, image_ids_BN: jax.Array, there_B: jax.Array | None = None
+    tokens_BL: jax.Array,
+    image_span_B: jax.Array,
+    image_ids_BN: jax.Array,
+    there_B: jax.Array | None = None,
 ) -> jax.Array:
     """`tokens_BL` with each row's image ids in the N places after its scale token, or an opening tag; the rows must have
     these places. Rows where `there_B` is false stay as they are."""
 
     def row(tokens_L: jax.Array, span: jax.Array, image_ids_N: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_slice_in_dim(tokens_L, image_ids_N.astype(tokens_L.dtype), span + 1, axis=0)
+        return jax.lax.dynamic_update_slice_in_dim(
+            tokens_L, image_ids_N.astype(tokens_L.dtype), span + 1, axis=0
+        )
 
     filled_BL = jax.vmap(row)(tokens_BL, image_span_B, image_ids_BN)
     return filled_BL if there_B is None else jnp.where(there_B[:, None] > 0, filled_BL, tokens_BL)
 
 
 def insert_references(
-    tokens_BL: jax.Array, span_BR: jax.Array, image_ids_BRN: jax.Array, there_BR: jax.Array | None = None
+    tokens_BL: jax.Array,
+    span_BR: jax.Array,
+    image_ids_BRN: jax.Array,
+    there_BR: jax.Array | None = None,
 ) -> jax.Array:
     """`tokens_BL` with the ids of several images of each row in the N places after their scale tokens or opening tags."""
     for r in range(span_BR.shape[1]):
         tokens_BL = insert_image_ids(
-            tokens_BL, span_BR[:, r], image_ids_BRN[:, r], None if there_BR is None else there_BR[:, r]
+            tokens_BL,
+            span_BR[:, r],
+            image_ids_BRN[:, r],
+            None if there_BR is None else there_BR[:, r],
         )
     return tokens_BL
 
 
 def insert_features(
-    embedded_BLD: jax.Array, reference_span_BR: jax.Array, features_BRND: jax.Array, there_BR: jax.Array
+    embedded_BLD: jax.Array,
+    reference_span_BR: jax.Array,
+    features_BRND: jax.Array,
+    there_BR: jax.Array,
 ) -> jax.Array:
     """`embedded_BLD` with features in place of the embeddings of the N tokens after each reference's opening tag."""
 
     def row(embedded_LD: jax.Array, span: jax.Array, features_ND: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_slice_in_dim(embedded_LD, features_ND.astype(embedded_LD.dtype), span + 1, axis=0)
+        return jax.lax.dynamic_update_slice_in_dim(
+            embedded_LD, features_ND.astype(embedded_LD.dtype), span + 1, axis=0
+        )
 
     for r in range(reference_span_BR.shape[1]):
         filled_BLD = jax.vmap(row)(embedded_BLD, reference_span_BR[:, r], features_BRND[:, r])
@@ -317,7 +365,9 @@ def condition_positions(image_span_B: jax.Array, n: int) -> jax.Array:
     return image_span_B[:, None] + jnp.arange(n + 1, dtype=image_span_B.dtype)
 
 
-def take_span(hidden_BLD: jax.Array, image_span_B: jax.Array, n: int, mode: str = "exact") -> jax.Array:
+def take_span(
+    hidden_BLD: jax.Array, image_span_B: jax.Array, n: int, mode: str = "exact"
+) -> jax.Array:
     """The hidden states [B, n + 1, D] that condition the diffusion head, of each example.
 
     mode "exact": those at `condition_positions`, the scale token and the n image tokens, as sampling has them. "last": the
@@ -330,5 +380,7 @@ def take_span(hidden_BLD: jax.Array, image_span_B: jax.Array, n: int, mode: str 
     cut = lambda hidden_LD, span: jax.lax.dynamic_slice_in_dim(hidden_LD, span, n + 1, axis=0)
     if len(image_span_B) == rows:
         return jax.vmap(cut)(hidden_BLD, image_span_B)
-    span_BETD = jax.vmap(jax.vmap(cut, in_axes=(None, 0)))(hidden_BLD, image_span_B.reshape(rows, -1))
+    span_BETD = jax.vmap(jax.vmap(cut, in_axes=(None, 0)))(
+        hidden_BLD, image_span_B.reshape(rows, -1)
+    )
     return span_BETD.reshape(-1, *span_BETD.shape[2:])

@@ -60,7 +60,9 @@ MOST_FILES = 10**6  # that a pattern stands for
 def open_mixture(data: config.DataConfig, hosts: Hosts = Hosts()) -> list[tuple[Source, float]]:
     """Return the sources of a run with their weights; `hosts`: those that open it at once."""
     if not data.all_sources:
-        raise config.ConfigError("data.path is empty: set --config.data.path to a data set, or data.sources to a mixture")
+        raise config.ConfigError(
+            "data.path is empty: set --config.data.path to a data set, or data.sources to a mixture"
+        )
     return [(open_source(source, hosts), source.weight) for source in data.all_sources]
 
 
@@ -83,7 +85,9 @@ def open_source(cfg: config.SourceConfig, hosts: Hosts = Hosts(), *, anew: str =
     else:
         source = ParquetSource(path, _members(path, files, ".parquet"), hosts, anew)
     if not len(source):
-        raise UserError(f"{path}: the data set is empty; give one with at least one captioned image")
+        raise UserError(
+            f"{path}: the data set is empty; give one with at least one captioned image"
+        )
     return Redrawn(source) if cfg.task == "reconstruct" else source
 
 
@@ -114,7 +118,8 @@ def _expand(path: str) -> list[str]:
     if len(parts) > 1:
         spans = _spans(path, list(zip(parts[1::3], parts[2::3], strict=True)))
         files = [
-            "".join(itertools.chain(*zip(parts[::3], (*numbers, ""), strict=True))) for numbers in itertools.product(*spans)
+            "".join(itertools.chain(*zip(parts[::3], (*numbers, ""), strict=True)))
+            for numbers in itertools.product(*spans)
         ]
     elif glob.has_magic(path) and not os.path.exists(path):
         files = sorted(glob.glob(path)) or [path]
@@ -122,7 +127,9 @@ def _expand(path: str) -> list[str]:
         files = [path]
     for file in files:
         if not os.path.exists(file):
-            raise UserError(f"{file}: no such file or directory; check data.path (a mounted bucket works, a URL does not)")
+            raise UserError(
+                f"{file}: no such file or directory; check data.path (a mounted bucket works, a URL does not)"
+            )
     return files
 
 
@@ -155,12 +162,19 @@ def _detect(path: str, files: list[str]) -> str:
         )
     kinds = {".tar": "webdataset", ".parquet": "parquet", ".jsonl": "folder"}
     if first.suffix not in kinds:
-        raise UserError(f"{first}: unknown format; expected .tar (not compressed), .parquet, .jsonl or a directory")
+        raise UserError(
+            f"{first}: unknown format; expected .tar (not compressed), .parquet, .jsonl or a directory"
+        )
     return kinds[first.suffix]
 
 
 def _members(path: str, files: list[str], suffix: str) -> list[str]:
-    found = itertools.chain(*(sorted(glob.glob(os.path.join(f, f"*{suffix}"))) if os.path.isdir(f) else [f] for f in files))
+    found = itertools.chain(
+        *(
+            sorted(glob.glob(os.path.join(f, f"*{suffix}"))) if os.path.isdir(f) else [f]
+            for f in files
+        )
+    )
     files = list(found)
     if not files:
         raise UserError(f"{path}: the data set is empty; there is no *{suffix} file in it")
@@ -192,13 +206,17 @@ class FolderSource(IndexedSource):
     """
 
     def __init__(self, path: str, images: str = "", hosts: Hosts = Hosts(), anew: str = "") -> None:
-        candidates = [os.path.join(path, name) for name in CAPTION_FILES] if os.path.isdir(path) else [path]
+        candidates = (
+            [os.path.join(path, name) for name in CAPTION_FILES] if os.path.isdir(path) else [path]
+        )
         self._lines_file = next((c for c in candidates if os.path.isfile(c)), "")
         if not self._lines_file:
             raise UserError(f"{path}: there is no {' or '.join(CAPTION_FILES)} in it")
         images = os.path.expanduser(images)
         if images and not os.path.isdir(images):
-            raise UserError(f"data.images={images} is not a directory: give the one that holds the images of {path}")
+            raise UserError(
+                f"data.images={images} is not a directory: give the one that holds the images of {path}"
+            )
         own = os.path.dirname(self._lines_file)
         self._images = _ImageFiles(self._lines_file, (images, own) if images else (own,))
         form = index_lib.Format(
@@ -211,7 +229,9 @@ class FolderSource(IndexedSource):
             one_file=False,
         )
         options = f"--images={shlex.quote(images)}" if images else ""
-        found = index_lib.open_set(path, [self._lines_file], form, hosts=hosts, anew=anew, options=options)
+        found = index_lib.open_set(
+            path, [self._lines_file], form, hosts=hosts, anew=anew, options=options
+        )
         super().__init__(path, [self._lines_file], found)
 
     def __getitem__(self, index: int) -> Record:
@@ -245,8 +265,13 @@ class _ImageFiles:
         """Return the path of an image, symbolic links resolved; BadRecord where it leads out or to no plain file."""
         try:
             path = os.path.realpath(self.path(name))
-            inside = any(os.path.commonpath([root, path]) == root for root in map(os.path.realpath, self.roots))
-            plain = stat.S_ISREG(os.stat(path).st_mode) if inside else True  # a pipe would be waited for
+            inside = any(
+                os.path.commonpath([root, path]) == root
+                for root in map(os.path.realpath, self.roots)
+            )
+            plain = (
+                stat.S_ISREG(os.stat(path).st_mode) if inside else True
+            )  # a pipe would be waited for
         except (OSError, ValueError) as error:
             raise self._unreadable(name, error) from None
         if not inside:
@@ -339,7 +364,9 @@ def _index_folder(images: _ImageFiles, path: str, progress: Progress) -> Built:
 
     with concurrent.futures.ThreadPoolExecutor(index_lib.THREADS) as pool:
         for some in _batched(_captions(path), 1024):
-            for (number, start, line), (value, size, sizes) in zip(some, pool.map(row, some), strict=True):
+            for (number, start, line), (value, size, sizes) in zip(
+                some, pool.map(row, some), strict=True
+            ):
                 lines.append((number, start, len(line)))
                 sums.append(value)
                 row_sizes.append(size)
@@ -363,7 +390,11 @@ def _folder_changed(images: _ImageFiles, path: str, found: ShardIndex) -> str:
         return "it is not as it was indexed"
     arrays = found.arrays
     lines = arrays["lines"]
-    if lines.shape != (len(found), 3) or lines.min(initial=0) < 0 or lines.max(initial=0) > os.path.getsize(path):
+    if (
+        lines.shape != (len(found), 3)
+        or lines.min(initial=0) < 0
+        or lines.max(initial=0) > os.path.getsize(path)
+    ):
         raise DamagedArrays("it points outside of the captions")
     starts = [0, *arrays["path_ends"][:-1].tolist()]
     raw = arrays["paths"].tobytes()
@@ -399,7 +430,13 @@ def _image_paths(fields: dict[str, Any]) -> tuple[Any, list[Any]]:
 def _several(fields: Mapping[str, Any]) -> list[Any]:
     """The images shown. Empty ones are none: TFDS has no missing values, and gives several as an array."""
     for given in map(fields.get, INPUT_FIELDS):
-        images = [] if given is None else list(given) if isinstance(given, list | tuple | np.ndarray) else [given]
+        images = (
+            []
+            if given is None
+            else list(given)
+            if isinstance(given, list | tuple | np.ndarray)
+            else [given]
+        )
         if any(images):
             return images
     return []
@@ -412,7 +449,9 @@ class ParquetSource(IndexedSource):
     """
 
     def __init__(self, path: str, files: list[str], hosts: Hosts = Hosts(), anew: str = "") -> None:
-        super().__init__(path, files, index_lib.open_set(path, files, PARQUET, hosts=hosts, anew=anew))
+        super().__init__(
+            path, files, index_lib.open_set(path, files, PARQUET, hosts=hosts, anew=anew)
+        )
         self._groups: list[tuple[int, int]] = []  # (file, row group)
         self._columns: list[tuple[list[str], str]] = []  # of each file: (fields, key or "")
         rows = []
@@ -424,7 +463,9 @@ class ParquetSource(IndexedSource):
         self.__setstate__(self.__dict__)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_lock", "_tables")}
+        return {
+            name: value for name, value in self.__dict__.items() if name not in ("_lock", "_tables")
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -474,7 +515,11 @@ class ParquetSource(IndexedSource):
         images = [_encoded(x, shard, key) for x in _several(fields)]
         image = fields.get("image")
         return make_record(
-            words(fields, shard, key), None if image is None else _encoded(image, shard, key), images, key, shard
+            words(fields, shard, key),
+            None if image is None else _encoded(image, shard, key),
+            images,
+            key,
+            shard,
         )
 
 
@@ -513,7 +558,11 @@ def _index_parquet(path: str, progress: Progress) -> Built:
                 sums.append(crc32c(parts))
             progress.add(parquet.metadata.row_group(group).total_byte_size)
     arrays = {"crc": np.array(sums, np.uint32), "sizes": np.array(sizes, np.int64).reshape(-1, 1)}
-    return Built(arrays | index_lib.joined_keys([]), {"fields": fields, "key": key, "groups": groups}, incomplete=incomplete)
+    return Built(
+        arrays | index_lib.joined_keys([]),
+        {"fields": fields, "key": key, "groups": groups},
+        incomplete=incomplete,
+    )
 
 
 def _parquet_changed(path: str, found: ShardIndex) -> str:
@@ -610,7 +659,9 @@ def _known_fields(names: Iterable[str], where: str, kind: str) -> list[str]:
         raise UserError(f"{where}: the name {twice[0]} is there twice among the {kind}: {hint}")
     known = [name for name in FIELDS if name in names]
     if not {"image", *INPUT_FIELDS} & set(known) or not {"task", *TEXT_FIELDS} & set(known):
-        raise UserError(f"{where}: needs the {kind} image and {' or '.join(CAPTION_FIELDS)}; it has {', '.join(names)}")
+        raise UserError(
+            f"{where}: needs the {kind} image and {' or '.join(CAPTION_FIELDS)}; it has {', '.join(names)}"
+        )
     return known
 
 
@@ -623,8 +674,12 @@ def _encoded(image: Any, shard: str, key: str) -> bytes:
 
 def _tfds_directories(path: pathlib.Path) -> list[pathlib.Path]:
     """The directories at or up to three levels below (name/config/version) that a TFDS builder has filled."""
-    found = sorted(file.parent for depth in range(4) for file in path.glob("*/" * depth + "dataset_info.json"))
-    return [directory for directory in found if not directory.name.startswith("incomplete.")]  # of a run that was killed
+    found = sorted(
+        file.parent for depth in range(4) for file in path.glob("*/" * depth + "dataset_info.json")
+    )
+    return [
+        directory for directory in found if not directory.name.startswith("incomplete.")
+    ]  # of a run that was killed
 
 
 class TfdsSource(IndexedSource):
@@ -634,7 +689,9 @@ class TfdsSource(IndexedSource):
         directories = _tfds_directories(pathlib.Path(path))
         if len(directories) != 1:
             found = "none" if not directories else ", ".join(map(str, directories))
-            raise UserError(f"{path}: expected one directory with a dataset_info.json, found {found}; give its path")
+            raise UserError(
+                f"{path}: expected one directory with a dataset_info.json, found {found}; give its path"
+            )
         self._directory, self._split = str(directories[0]), split
         reader = self._reader
         shards = list(self._info.file_instructions)
@@ -643,7 +700,9 @@ class TfdsSource(IndexedSource):
         files = [os.fspath(shard.filename) for shard in shards]
         ranges = [(shard.skip, shard.take) for shard in shards]
         options = "" if split == "train" else f"--split={shlex.quote(split)}"
-        found = index_lib.open_set(path, files, ARRAY_RECORD, ranges=ranges, hosts=hosts, anew=anew, options=options)
+        found = index_lib.open_set(
+            path, files, ARRAY_RECORD, ranges=ranges, hosts=hosts, anew=anew, options=options
+        )
         if "[" not in split:  # a part of a split leaves records out on purpose
             for file, records, (skip, take) in zip(files, found.records, ranges, strict=True):
                 if more := records - skip - take:
@@ -664,9 +723,13 @@ class TfdsSource(IndexedSource):
             builder = tfds.builder_from_directory(self._directory)
         except Exception as error:  # whatever its JSON files hold
             reason = str(error).partition("\n")[0] or type(error).__name__
-            raise UserError(f"{self._directory}: no data set that TFDS can read: {reason}") from None
+            raise UserError(
+                f"{self._directory}: no data set that TFDS can read: {reason}"
+            ) from None
         try:
-            shards = [os.fspath(s.filename) for s in builder.info.splits[self._split].file_instructions]
+            shards = [
+                os.fspath(s.filename) for s in builder.info.splits[self._split].file_instructions
+            ]
         except Exception as error:  # of a template's fields, or a split that there is not
             raise self._no_split(error) from None
         if not shards:
@@ -676,7 +739,9 @@ class TfdsSource(IndexedSource):
         try:
             images = [name for name in ("image", *INPUT_FIELDS) if name in builder.info.features]
             as_stored = tfds.decode.SkipDecoding()
-            as_stored.decode_batch_example_np = as_stored.decode_example_np  # of sequences, which TFDS leaves out
+            as_stored.decode_batch_example_np = (
+                as_stored.decode_example_np
+            )  # of sequences, which TFDS leaves out
             return builder.as_data_source(self._split, decoders=dict.fromkeys(images, as_stored))
         except (ValueError, NotImplementedError) as error:
             raise self._no_split(error) from None
@@ -707,7 +772,9 @@ class TfdsSource(IndexedSource):
         key = fields.get("key", str(index))
         key = key.decode(errors="replace") if isinstance(key, bytes) else str(key)
         fields = {name: fields[name] for name in self._fields}
-        return make_record(words(fields, shard, key), fields.get("image") or None, _several(fields), key, shard)
+        return make_record(
+            words(fields, shard, key), fields.get("image") or None, _several(fields), key, shard
+        )
 
 
 def _unreadable(shard: str, index: int, error: Exception) -> BadRecord:

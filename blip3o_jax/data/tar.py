@@ -243,7 +243,9 @@ def _pieces(file: int, spans: list[Span], progress: index.Progress) -> Iterator[
             yield data
 
 
-def _tar_members(shard: str, progress: index.Progress) -> tuple[list[tarfile.TarInfo], int | None, int]:
+def _tar_members(
+    shard: str, progress: index.Progress
+) -> tuple[list[tarfile.TarInfo], int | None, int]:
     """Return the members that are there in full; the byte from which the file is cut off or damaged
     (None: it is sound); where the headers end.
 

@@ -48,7 +48,13 @@ def make_prompt(
         start, end = vocab.tokenizer.special(VISION_START), vocab.tokenizer.special(VISION_END)
         image = [start, *[vocab.image_first] * num_image_tokens, end]
         head = [vocab.start_of_turn, *vocab.encode(f"user\n{before}")]
-        user = [*head, *image * references, *vocab.encode(after), vocab.end_of_turn, *vocab.encode("\n")]
+        user = [
+            *head,
+            *image * references,
+            *vocab.encode(after),
+            vocab.end_of_turn,
+            *vocab.encode("\n"),
+        ]
         places = [len(system) + len(head) + i * len(image) for i in range(references)]
     opening = [vocab.start_of_turn, *vocab.encode("assistant\n")]
     if task != "understand":
@@ -66,7 +72,10 @@ def _filled(template: TemplateConfig, task: str, text: str, references: int) -> 
         "understand": ("understand", "{question}"),
     }[task]
     said = getattr(template, field)
-    check(not place or place in said, f"model.template.{field}={said!r} has no place for the text: write {place} into it")
+    check(
+        not place or place in said,
+        f"model.template.{field}={said!r} has no place for the text: write {place} into it",
+    )
     if task == "t2i":
         check(not references, "task t2i shows no image: give an instruction or a question with it")
         return said.replace(place, text), ""
@@ -74,10 +83,18 @@ def _filled(template: TemplateConfig, task: str, text: str, references: int) -> 
         raise UserError(f"task {task} needs an image: give at least one")
     if place and not text.strip():
         raise UserError(f"task {task} needs words: the {place.strip('{}')} is empty")
-    check(said.count(IMAGE) == 1, f"model.template.{field}={said!r} must have {IMAGE} once, where the images are shown")
+    check(
+        said.count(IMAGE) == 1,
+        f"model.template.{field}={said!r} must have {IMAGE} once, where the images are shown",
+    )
     before, after = (half.replace("{count}", str(references)) for half in said.split(IMAGE))
     return (before.replace(place, text), after.replace(place, text)) if place else (before, after)
 
 
 def _turn(vocab: Vocabulary, role: str, text: str) -> list[int]:
-    return [vocab.start_of_turn, *vocab.encode(f"{role}\n{text}"), vocab.end_of_turn, *vocab.encode("\n")]
+    return [
+        vocab.start_of_turn,
+        *vocab.encode(f"{role}\n{text}"),
+        vocab.end_of_turn,
+        *vocab.encode("\n"),
+    ]

@@ -16,7 +16,9 @@ from blip3o_jax.train.start import continued
 IMAGE_SIZE = 48
 
 
-def model(image_size: int = IMAGE_SIZE, *, unroll: bool = True, shown: bool = False) -> config.ModelConfig:
+def model(
+    image_size: int = IMAGE_SIZE, *, unroll: bool = True, shown: bool = False
+) -> config.ModelConfig:
     """At 48 px: 6 x 6 latents of 16 channels; 3 x 3 image tokens out of 512 codes. A code sees 16 x 16 pixels. `shown`: rows
     have a place for an image."""
     cpu = {"dtype": "float32", "unroll": unroll}  # float32 and unrolled layers are faster on CPUs
@@ -56,7 +58,11 @@ def model(image_size: int = IMAGE_SIZE, *, unroll: bool = True, shown: bool = Fa
             **f32,
         ),
         text_tower=config.TextTowerConfig(
-            hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, **cpu
+            hidden_size=128,
+            intermediate_size=256,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            **cpu,
         ),
         ar=config.Qwen3Config(
             vocab_size=2048,  # set by the vocabulary
@@ -121,16 +127,29 @@ def mesh() -> config.MeshConfig:
     return config.MeshConfig(data=-1, fsdp=1, strategy="dp", cpu_devices=cpu_devices())
 
 
-def mixture(data_dir: str, tasks: Mapping[str, str | pathlib.Path]) -> tuple[config.SourceConfig, ...]:
+def mixture(
+    data_dir: str, tasks: Mapping[str, str | pathlib.Path]
+) -> tuple[config.SourceConfig, ...]:
     """What the joint stage learns from. Questions take the longest to learn, since an answer of a word or two is all that a row
     has to learn from."""
     edits, questions = (str(tasks[name]) for name in ("edits", "questions"))
-    weights = ((data_dir, 0.42, ""), (edits, 0.2, ""), (questions, 0.33, ""), (data_dir, 0.05, "reconstruct"))
-    return tuple(config.SourceConfig(path=path, weight=weight, task=task) for path, weight, task in weights)
+    weights = (
+        (data_dir, 0.42, ""),
+        (edits, 0.2, ""),
+        (questions, 0.33, ""),
+        (data_dir, 0.05, "reconstruct"),
+    )
+    return tuple(
+        config.SourceConfig(path=path, weight=weight, task=task) for path, weight, task in weights
+    )
 
 
 def recipe(
-    data_dir: str, cache_dir: str, tasks: Mapping[str, str | pathlib.Path] | None = None, *, fast: bool = False
+    data_dir: str,
+    cache_dir: str,
+    tasks: Mapping[str, str | pathlib.Path] | None = None,
+    *,
+    fast: bool = False,
 ) -> dict[str, config.Config]:
     """Stage name -> configuration. `tasks` are the files of `data.shapes.tasks`; without them the joint stage learns text to
     image alone. `fast` takes every step of the way with too few steps to learn much; its layers are scanned, which takes less
@@ -142,13 +161,24 @@ def recipe(
         log_every=20,
         preview=0,
         sampling=config.SamplingConfig(
-            temperature=0.8, top_k=0, top_p=1.0, steps=20, guidance=2.0, token_guidance=1.5, batch_size=64
+            temperature=0.8,
+            top_k=0,
+            top_p=1.0,
+            steps=20,
+            guidance=2.0,
+            token_guidance=1.5,
+            batch_size=64,
         ),
     )
 
     def stage(name: str, steps: int, batch: int, rate: float, **changes: object) -> config.Config:
         steps = max(4, steps // 100) if fast else steps
-        optimizer = {"learning_rate": rate, "end_learning_rate": rate / 50, "warmup_share": 0.05, "b2": 0.99}
+        optimizer = {
+            "learning_rate": rate,
+            "end_learning_rate": rate / 50,
+            "warmup_share": 0.05,
+            "b2": 0.99,
+        }
         return dataclasses.replace(
             base,
             stage=name,
@@ -156,13 +186,18 @@ def recipe(
             data=dataclasses.replace(base.data, batch_size=batch, **changes.pop("data", {})),
             optimizer=config.OptimizerConfig(**optimizer | changes.pop("optimizer", {})),
             checkpoint=config.CheckpointConfig(
-                every=steps, keep=1, init_from=changes.pop("init_from", ()), image_rows=changes.pop("image_rows", "drawn")
+                every=steps,
+                keep=1,
+                init_from=changes.pop("init_from", ()),
+                image_rows=changes.pop("image_rows", "drawn"),
             ),
             **changes,
         )
 
     return {
-        "autoencoder": stage("autoencoder", 900, 8, 3e-3, loss=config.LossConfig(latent_scale=0.01, latent_noise=0.1)),
+        "autoencoder": stage(
+            "autoencoder", 900, 8, 3e-3, loss=config.LossConfig(latent_scale=0.01, latent_noise=0.1)
+        ),
         "contrastive": stage(
             "contrastive",
             140,
@@ -173,7 +208,12 @@ def recipe(
             loss=config.LossConfig(dense=3.0),
         ),
         "tokenizer": stage(
-            "tokenizer", 500, 32, 5e-3, trainable=("tokenizer/(?!encoder/).*",), init_from=(("tokenizer", "contrastive"),)
+            "tokenizer",
+            500,
+            32,
+            5e-3,
+            trainable=("tokenizer/(?!encoder/).*",),
+            init_from=(("tokenizer", "contrastive"),),
         ),
         "joint": stage(
             "joint",
@@ -181,7 +221,9 @@ def recipe(
             64,
             8e-3,
             data={"cache_dir": cache_dir}
-            | ({"path": "", "sources": mixture(data_dir, tasks), "max_length": 56} if tasks else {}),
+            | (
+                {"path": "", "sources": mixture(data_dir, tasks), "max_length": 56} if tasks else {}
+            ),
             trainable=("ar/.*", "connector/.*", "dit/.*"),
             optimizer={"name": "muon", "ema_decay": 0.98},
             loss=config.LossConfig(ce_chunk=56 if tasks else 40, caption_dropout=0.1, flow_draws=2),
@@ -191,7 +233,9 @@ def recipe(
     }
 
 
-def reinforcement(checkpoint: str | pathlib.Path, prompts_file: str, *, fast: bool = False) -> config.Config:
+def reinforcement(
+    checkpoint: str | pathlib.Path, prompts_file: str, *, fast: bool = False
+) -> config.Config:
     """What follows the recipe: GRPO on the image tokens with the scorer as reward. Images are drawn as for a user, but at
     temperature 1, so that those of a prompt differ more, and in half the denoising steps, which tell a right image from a wrong
     one as well (docs/results/rl-cpu.md has what else was tried)."""

@@ -44,8 +44,16 @@ NOTES = {
 }
 # Suite -> (baseline, its name in words, what the report says of it), of what is done with images.
 IMAGES_IN = {
-    "shapes_edit": ("input_unchanged", "input unchanged", "Right where the edit was done and all else is as it was, to 22 dB."),
-    "shapes_qa": ("most_frequent_answer", "most frequent answer", "Right where the answer is the same words."),
+    "shapes_edit": (
+        "input_unchanged",
+        "input unchanged",
+        "Right where the edit was done and all else is as it was, to 22 dB.",
+    ),
+    "shapes_qa": (
+        "most_frequent_answer",
+        "most frequent answer",
+        "Right where the answer is the same words.",
+    ),
     "reconstruct": (
         "images_of_other_prompts",
         "another scene",
@@ -73,13 +81,19 @@ def _run(workdir: pathlib.Path, fast: bool) -> dict[str, Any]:
             image_size=IMAGE_SIZE,
             seed=0,
         )
-        counts = {"num_edits": 70, "num_questions": 40} if fast else {"num_edits": 8_000, "num_questions": 12_000}
+        counts = (
+            {"num_edits": 70, "num_questions": 40}
+            if fast
+            else {"num_edits": 8_000, "num_questions": 12_000}
+        )
         files = tasks.prepare(data_dir, **counts, image_size=IMAGE_SIZE)
     stages = recipe(str(data_dir), str(workdir / "cache"), files, fast=fast)
     summaries = recipes.run(stages, workdir / "train")
     clock.seconds |= {name: summary.seconds for name, summary in summaries.items()}
     before = _evaluated(workdir, "train", num_prompts, clock)
-    stages["rl"] = reinforcement(workdir / "train", str(data_dir / builder.PROMPTS.format(split="train")), fast=fast)
+    stages["rl"] = reinforcement(
+        workdir / "train", str(data_dir / builder.PROMPTS.format(split="train")), fast=fast
+    )
     clock.seconds["rl"] = method.run(stages["rl"], workdir / "rl").seconds
     after = _evaluated(workdir, "rl", num_prompts, clock)
     with clock("edit, answer and score"):
@@ -134,10 +148,14 @@ def _peak_memory() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def _evaluated(workdir: pathlib.Path, name: str, num_prompts: int, clock: _Clock) -> runner.Evaluation:
+def _evaluated(
+    workdir: pathlib.Path, name: str, num_prompts: int, clock: _Clock
+) -> runner.Evaluation:
     """Of the model in `workdir`/`name`, written under `workdir`/evaluation/`name`."""
     with clock(f"sample and score {name}"):
-        evaluation = runner.evaluate_pipeline(pipelines.load(workdir / name), num_prompts=num_prompts)
+        evaluation = runner.evaluate_pipeline(
+            pipelines.load(workdir / name), num_prompts=num_prompts
+        )
         runner.write(evaluation, workdir / "evaluation" / name)
     return evaluation
 
@@ -164,7 +182,9 @@ def _results(
     tokenizer_size = pipeline.config.model.tokenizer.encoder.image_size
     codes = pipeline.codes(np.stack([images.crop_and_resize(x, tokenizer_size) for x in originals]))
     grid = pipeline.config.model.tokenizer.grid
-    parameters = sum(row["parameters"] for row in model_table.count_parameters(pipeline.config).values())
+    parameters = sum(
+        row["parameters"] for row in model_table.count_parameters(pipeline.config).values()
+    )
     overall, categories = _scores(after)
     return report.Results(
         title="BLIP3o-NEXT in JAX: the demo",
@@ -174,18 +194,29 @@ def _results(
         samples=_samples(after),
         before=report.Before(*_scores(before), _samples(before)),
         images_in=[_images_in(name, evaluation) for name, evaluation in shown.items()],
-        stages=[report.Stage(name, _curves(_directory(workdir, name), CURVES[name]), NOTES[name]) for name in stages],
-        reconstructions=[report.Reconstruction(*pair) for pair in zip(originals, pipeline.autoencode(originals), strict=True)],
+        stages=[
+            report.Stage(name, _curves(_directory(workdir, name), CURVES[name]), NOTES[name])
+            for name in stages
+        ],
+        reconstructions=[
+            report.Reconstruction(*pair)
+            for pair in zip(originals, pipeline.autoencode(originals), strict=True)
+        ],
         token_maps=[
             report.TokenMap(image, ids.reshape(grid, grid), prompt["caption"])
             for image, ids, prompt in zip(originals, codes, after.prompts, strict=False)
         ]
         + [
             report.TokenMap(image, ids.reshape(grid, grid), "sampled: " + prompt["caption"])
-            for image, ids, prompt in zip(after.images[:8], after.codes, after.prompts, strict=False)
+            for image, ids, prompt in zip(
+                after.images[:8], after.codes, after.prompts, strict=False
+            )
         ],
         seconds=clock.seconds,
-        facts={"parameters": f"{parameters / 1e6:.1f} M", "peak memory": f"{_peak_memory():.1f} GiB"},
+        facts={
+            "parameters": f"{parameters / 1e6:.1f} M",
+            "peak memory": f"{_peak_memory():.1f} GiB",
+        },
         configuration={name: config_lib.to_dict(stage) for name, stage in stages.items()},
         versions=_versions(),
     )
@@ -193,31 +224,59 @@ def _results(
 
 def _scores(evaluation: runner.Evaluation) -> tuple[report.Score, list[report.Score]]:
     """Overall, and of each category."""
-    ours, real, random = evaluation.ours, *(evaluation.baselines[name] for name in ("real_images", "random_images"))
+    ours, real, random = (
+        evaluation.ours,
+        *(evaluation.baselines[name] for name in ("real_images", "random_images")),
+    )
     counts = collections.Counter(p["category"] for p in evaluation.prompts)
-    return report.Score("overall", len(evaluation.prompts), ours.overall, random.overall, real.overall), [
-        report.Score(n, counts[n], ours.categories[n], random.categories[n], real.categories[n]) for n in ours.categories
+    return report.Score(
+        "overall", len(evaluation.prompts), ours.overall, random.overall, real.overall
+    ), [
+        report.Score(n, counts[n], ours.categories[n], random.categories[n], real.categories[n])
+        for n in ours.categories
     ]
 
 
 def _samples(evaluation: runner.Evaluation) -> list[report.Sample]:
-    judged = zip(evaluation.prompts, evaluation.images, evaluation.ours.correct, evaluation.ours.reasons, strict=True)
-    return [report.Sample(p["caption"], p["category"], image, correct, reason) for p, image, correct, reason in judged]
+    judged = zip(
+        evaluation.prompts,
+        evaluation.images,
+        evaluation.ours.correct,
+        evaluation.ours.reasons,
+        strict=True,
+    )
+    return [
+        report.Sample(p["caption"], p["category"], image, correct, reason)
+        for p, image, correct, reason in judged
+    ]
 
 
 def _images_in(name: str, evaluation: runner.Evaluation) -> report.ImagesIn:
     baseline, words, note = IMAGES_IN[name]
     ours, other = evaluation.ours, evaluation.baselines[baseline]
     counts = collections.Counter(p["category"] for p in evaluation.prompts)
-    scores = [(category, counts[category], share, other.categories[category]) for category, share in ours.categories.items()]
+    scores = [
+        (category, counts[category], share, other.categories[category])
+        for category, share in ours.categories.items()
+    ]
     made = itertools.repeat(None) if evaluation.images is None else evaluation.images
-    rows = zip(evaluation.requests, made, evaluation.said or itertools.repeat(""), ours.correct, ours.reasons, strict=False)
+    rows = zip(
+        evaluation.requests,
+        made,
+        evaluation.said or itertools.repeat(""),
+        ours.correct,
+        ours.reasons,
+        strict=False,
+    )
     return report.ImagesIn(
         name,
         note,
         words,
         [*scores, ("overall", len(evaluation.prompts), ours.overall, other.overall)],
-        [report.Shown(request.images[0], request.text, *row) for request, *row in itertools.islice(rows, EXAMPLES)],
+        [
+            report.Shown(request.images[0], request.text, *row)
+            for request, *row in itertools.islice(rows, EXAMPLES)
+        ],
     )
 
 
@@ -227,7 +286,10 @@ def _directory(workdir: pathlib.Path, stage: str) -> pathlib.Path:
 
 def _curves(directory: pathlib.Path, names: tuple[str, ...]) -> list[report.Curve]:
     rows = read_rows(directory / "metrics.jsonl")
-    return [report.Curve(n, [r["step"] for r in rows if n in r], [float(r[n]) for r in rows if n in r]) for n in names]
+    return [
+        report.Curve(n, [r["step"] for r in rows if n in r], [float(r[n]) for r in rows if n in r])
+        for n in names
+    ]
 
 
 def _versions() -> dict[str, str]:

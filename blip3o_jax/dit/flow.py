@@ -31,7 +31,9 @@ def sampling_sigmas(steps: int, cfg: FlowConfig) -> np.ndarray:
     """The noise levels the sampler passes through, float32, from 1 to 0: [steps + 1]."""
     if steps < 1:
         raise ValueError(f"sampling steps={steps} must be 1 or more")
-    return np.append(_shifted(np.linspace(1, 1 / steps, steps, dtype=np.float32), cfg.shift), np.float32(0))
+    return np.append(
+        _shifted(np.linspace(1, 1 / steps, steps, dtype=np.float32), cfg.shift), np.float32(0)
+    )
 
 
 def sample_train_sigma(key: jax.Array, batch: int, cfg: FlowConfig) -> jax.Array:
@@ -47,7 +49,10 @@ def noisy(z_BHWC: jax.Array, noise_BHWC: jax.Array, sigma_B: jax.Array) -> jax.A
 
 
 def flow_loss(
-    prediction_BHWC: jax.Array, z_BHWC: jax.Array, noise_BHWC: jax.Array, weight_B: jax.Array | None = None
+    prediction_BHWC: jax.Array,
+    z_BHWC: jax.Array,
+    noise_BHWC: jax.Array,
+    weight_B: jax.Array | None = None,
 ) -> jax.Array:
     """Mean squared error of the velocity for each row, times the row's weight: float32 [B], for the caller to average."""
     velocity_BHWC = noise_BHWC.astype(jnp.float32) - z_BHWC.astype(jnp.float32)

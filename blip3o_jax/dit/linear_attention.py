@@ -15,7 +15,12 @@ from blip3o_jax.config import SanaConfig
 
 
 def relu_linear_attention(
-    q_BNHK: jax.Array, k_BNHK: jax.Array, v_BNHK: jax.Array, mask_BN: jax.Array | None = None, *, eps: float = 1e-15
+    q_BNHK: jax.Array,
+    k_BNHK: jax.Array,
+    v_BNHK: jax.Array,
+    mask_BN: jax.Array | None = None,
+    *,
+    eps: float = 1e-15,
 ) -> jax.Array:
     """The second form above -> [B, N, H, K] in the dtype of `v`; diffusers' `SanaLinearAttnProcessor2_0`. Of the tokens m only
     those that `mask_BN` has set count; all where it is None.
@@ -41,17 +46,33 @@ class LinearAttention(nnx.Module):
     def __init__(self, cfg: SanaConfig, *, rngs: nnx.Rngs):
         d, types = cfg.hidden_size, {"dtype": cfg.dtype, "param_dtype": cfg.param_dtype}
         self.head_dim = cfg.attention_head_dim
-        self.q = nn.Linear(d, d, ("embed", "heads"), rngs=rngs, lora=cfg.lora.of("q"), bias=False, **types)
-        self.k = nn.Linear(d, d, ("embed", "heads"), rngs=rngs, lora=cfg.lora.of("k"), bias=False, **types)
-        self.v = nn.Linear(d, d, ("embed", "heads"), rngs=rngs, lora=cfg.lora.of("v"), bias=False, **types)
+        self.q = nn.Linear(
+            d, d, ("embed", "heads"), rngs=rngs, lora=cfg.lora.of("q"), bias=False, **types
+        )
+        self.k = nn.Linear(
+            d, d, ("embed", "heads"), rngs=rngs, lora=cfg.lora.of("k"), bias=False, **types
+        )
+        self.v = nn.Linear(
+            d, d, ("embed", "heads"), rngs=rngs, lora=cfg.lora.of("v"), bias=False, **types
+        )
         self.o = nn.Linear(d, d, ("heads", "embed"), rngs=rngs, lora=cfg.lora.of("o"), **types)
         self.q_norm = across_heads_norm(cfg, rngs)
         self.k_norm = across_heads_norm(cfg, rngs)
 
     def __call__(self, x_BND: jax.Array, mask_BN: jax.Array | None = None) -> jax.Array:
         q_BNHK, k_BNHK, v_BNHK = (
-            nn.constrain(y.reshape(*y.shape[:2], -1, self.head_dim), "batch", "latent_tokens", "act_heads", None)
-            for y in (normalised(self.q_norm, self.q(x_BND)), normalised(self.k_norm, self.k(x_BND)), self.v(x_BND))
+            nn.constrain(
+                y.reshape(*y.shape[:2], -1, self.head_dim),
+                "batch",
+                "latent_tokens",
+                "act_heads",
+                None,
+            )
+            for y in (
+                normalised(self.q_norm, self.q(x_BND)),
+                normalised(self.k_norm, self.k(x_BND)),
+                self.v(x_BND),
+            )
         )
         return self.o(relu_linear_attention(q_BNHK, k_BNHK, v_BNHK, mask_BN).reshape(x_BND.shape))
 

@@ -44,7 +44,11 @@ def sample(
 
 
 def euler(
-    velocity: Callable[[jax.Array, jax.Array], jax.Array], noise_BHWC: jax.Array, *, steps: int, flow: FlowConfig
+    velocity: Callable[[jax.Array, jax.Array], jax.Array],
+    noise_BHWC: jax.Array,
+    *,
+    steps: int,
+    flow: FlowConfig,
 ) -> jax.Array:
     """Euler's method along `velocity(latents, timestep_B)`; see `sample`."""
 
@@ -58,7 +62,9 @@ def euler(
     return z_BHWC
 
 
-def guided_velocity(dit: SanaTransformer, guidance: Guidance) -> Callable[[jax.Array, jax.Array], jax.Array]:
+def guided_velocity(
+    dit: SanaTransformer, guidance: Guidance
+) -> Callable[[jax.Array, jax.Array], jax.Array]:
     """(latents [B, H, W, C], timesteps [B]) -> velocity, float32, with what does not depend on them done once."""
 
     # The branches differ in their number of condition tokens, so each is a call of its own: padding the null branch to T
@@ -67,7 +73,9 @@ def guided_velocity(dit: SanaTransformer, guidance: Guidance) -> Callable[[jax.A
         if condition is None:
             return None
         context = dit.prepare(condition.tokens_BTC, condition.mask_BT)
-        return lambda z_BHWC, timestep_B: dit.velocity(z_BHWC, timestep_B, context, condition.beside).astype(jnp.float32)
+        return lambda z_BHWC, timestep_B: dit.velocity(
+            z_BHWC, timestep_B, context, condition.beside
+        ).astype(jnp.float32)
 
     given, null, references = map(branch, (guidance.condition, guidance.null, guidance.references))
 

@@ -74,7 +74,9 @@ class CrossAttention(nnx.Module):
         k_BTAK = self._heads(normalised(self.k_norm, self.k(condition_BTD)), *axes)
         return k_BTAK, self._heads(self.v(condition_BTD), *axes)
 
-    def __call__(self, x_BND: jax.Array, k_BTAK: jax.Array, v_BTAK: jax.Array, mask_BT: jax.Array | None) -> jax.Array:
+    def __call__(
+        self, x_BND: jax.Array, k_BTAK: jax.Array, v_BTAK: jax.Array, mask_BT: jax.Array | None
+    ) -> jax.Array:
         if k_BTAK.shape[1] == 1 and mask_BT is None:
             # Attention over a single token returns its value whatever the query (the null condition in sampling).
             o_B1D = self.o(v_BTAK.reshape(v_BTAK.shape[0], 1, -1))
@@ -82,12 +84,18 @@ class CrossAttention(nnx.Module):
         q_BNAK = self._heads(normalised(self.q_norm, self.q(x_BND)), "batch", "latent_tokens")
         rows = q_BNAK.shape[0]
         k_BTAK, v_BTAK = (jnp.broadcast_to(y, (rows, *y.shape[1:])) for y in (k_BTAK, v_BTAK))
-        mask_B11T = None if mask_BT is None else jnp.broadcast_to(mask_BT, (rows, mask_BT.shape[1]))[:, None, None, :]
+        mask_B11T = (
+            None
+            if mask_BT is None
+            else jnp.broadcast_to(mask_BT, (rows, mask_BT.shape[1]))[:, None, None, :]
+        )
         o_BNAK = jax.nn.dot_product_attention(q_BNAK, k_BTAK, v_BTAK, mask=mask_B11T)
         return self.o(o_BNAK.reshape(x_BND.shape))
 
     def _heads(self, x: jax.Array, rows: str | None, tokens: str) -> jax.Array:
-        return nn.constrain(x.reshape(*x.shape[:2], -1, self.head_dim), rows, tokens, "act_heads", None)
+        return nn.constrain(
+            x.reshape(*x.shape[:2], -1, self.head_dim), rows, tokens, "act_heads", None
+        )
 
 
 class MixFfn(nnx.Module):
@@ -96,18 +104,26 @@ class MixFfn(nnx.Module):
     def __init__(self, cfg: SanaConfig, *, rngs: nnx.Rngs):
         d, f = cfg.hidden_size, int(cfg.mlp_ratio * cfg.hidden_size)
         types = {"dtype": cfg.dtype, "param_dtype": cfg.param_dtype}
-        self.expand = nn.Linear(d, 2 * f, ("embed", "mlp"), rngs=rngs, lora=cfg.lora.of("expand"), **types)
+        self.expand = nn.Linear(
+            d, 2 * f, ("embed", "mlp"), rngs=rngs, lora=cfg.lora.of("expand"), **types
+        )
         self.depthwise = nn.DepthwiseConv(2 * f, 3, rngs=rngs, axis="mlp", **types)
-        self.contract = nn.Linear(f, d, ("mlp", "embed"), rngs=rngs, lora=cfg.lora.of("contract"), bias=False, **types)
+        self.contract = nn.Linear(
+            f, d, ("mlp", "embed"), rngs=rngs, lora=cfg.lora.of("contract"), bias=False, **types
+        )
 
-    def __call__(self, x_BND: jax.Array, grid: tuple[int, int], mask_BN: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self, x_BND: jax.Array, grid: tuple[int, int], mask_BN: jax.Array | None = None
+    ) -> jax.Array:
         batch, tokens, _ = x_BND.shape
         h_BNF = nn.constrain(jax.nn.silu(self.expand(x_BND)), "batch", "latent_tokens", "act_mlp")
         if mask_BN is not None:
             h_BNF = jnp.where(mask_BN[..., None], h_BNF, 0)
         h_BNF = self.depthwise(h_BNF.reshape(batch, *grid, -1)).reshape(batch, tokens, -1)
         value_BNF, gate_BNF = jnp.split(h_BNF, 2, axis=-1)
-        return self.contract(nn.constrain(value_BNF * jax.nn.silu(gate_BNF), "batch", "latent_tokens", "act_mlp"))
+        return self.contract(
+            nn.constrain(value_BNF * jax.nn.silu(gate_BNF), "batch", "latent_tokens", "act_mlp")
+        )
 
 
 class Block(nnx.Module):
@@ -130,20 +146,29 @@ class Block(nnx.Module):
     ) -> jax.Array:
         """`mask_BT` is of the condition, `mask_BN` of the latent tokens."""
         table_6D = self.scale_shift_table[...].astype(x_BND.dtype)
-        shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(table_6D + modulation_B6D, 6, axis=1)  # [B, 1, D] each
+        shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(
+            table_6D + modulation_B6D, 6, axis=1
+        )  # [B, 1, D] each
         with jax.named_scope("self_attention"):
-            x_BND = _stream(x_BND + gate1 * self.self_attention(_modulated(x_BND, shift1, scale1), mask_BN))
+            x_BND = _stream(
+                x_BND + gate1 * self.self_attention(_modulated(x_BND, shift1, scale1), mask_BN)
+            )
         with jax.named_scope("cross_attention"):
             x_BND = _stream(x_BND + self.cross_attention(x_BND, *key_value, mask_BT))
         with jax.named_scope("ffn"):
-            return _stream(x_BND + gate2 * self.ffn(_modulated(x_BND, shift2, scale2), grid, mask_BN))
+            return _stream(
+                x_BND + gate2 * self.ffn(_modulated(x_BND, shift2, scale2), grid, mask_BN)
+            )
 
 
 class TimeEmbedding(nnx.Module):
     """Timestep -> its embedding, and from that the six modulations that all blocks share."""
 
     def __init__(self, cfg: SanaConfig, *, rngs: nnx.Rngs):
-        d, types = cfg.hidden_size, {"dtype": cfg.dtype, "param_dtype": cfg.param_dtype, "init": TIME_INIT}
+        d, types = (
+            cfg.hidden_size,
+            {"dtype": cfg.dtype, "param_dtype": cfg.param_dtype, "init": TIME_INIT},
+        )
         self.linear_1 = nn.Linear(TIME_CHANNELS, d, (None, "mlp"), rngs=rngs, **types)
         self.linear_2 = nn.Linear(d, d, ("mlp", "embed"), rngs=rngs, **types)
         self.modulation = nn.Linear(d, 6 * d, ("embed", "mlp"), rngs=rngs, **types)
@@ -151,7 +176,9 @@ class TimeEmbedding(nnx.Module):
     def __call__(self, timestep_B: jax.Array) -> tuple[jax.Array, jax.Array]:
         """[B] -> embedding [B, D] and modulations [B, 6, D]."""
         embedding_BD = self.linear_2(jax.nn.silu(self.linear_1(sinusoid(timestep_B))))
-        return embedding_BD, self.modulation(jax.nn.silu(embedding_BD)).reshape(embedding_BD.shape[0], 6, -1)
+        return embedding_BD, self.modulation(jax.nn.silu(embedding_BD)).reshape(
+            embedding_BD.shape[0], 6, -1
+        )
 
 
 class CaptionProjection(nnx.Module):
@@ -175,14 +202,22 @@ class SanaTransformer(nnx.Module):
 
     def __init__(self, cfg: SanaConfig, *, rngs: nnx.Rngs):
         self.cfg = cfg
-        d, patch, types = cfg.hidden_size, cfg.patch_size, {"dtype": cfg.dtype, "param_dtype": cfg.param_dtype}
-        self.patch_embed = nn.Conv(cfg.in_channels, d, patch, rngs=rngs, axes=("conv_in", "embed"), stride=patch, **types)
+        d, patch, types = (
+            cfg.hidden_size,
+            cfg.patch_size,
+            {"dtype": cfg.dtype, "param_dtype": cfg.param_dtype},
+        )
+        self.patch_embed = nn.Conv(
+            cfg.in_channels, d, patch, rngs=rngs, axes=("conv_in", "embed"), stride=patch, **types
+        )
         self.time_embed = TimeEmbedding(cfg, rngs=rngs)
         self.caption_projection = CaptionProjection(cfg, rngs=rngs)
         self.caption_norm = nn.RMSNorm(d, rngs=rngs, eps=1e-5, param_dtype=cfg.param_dtype)
         self.blocks = nn.stack(lambda rngs: Block(cfg, rngs=rngs), cfg.num_layers, rngs)
         self.scale_shift_table = _table(cfg, 2, rngs)
-        self.proj_out = nn.Linear(d, patch**2 * cfg.out_channels, ("embed", None), rngs=rngs, init=OUTPUT_INIT, **types)
+        self.proj_out = nn.Linear(
+            d, patch**2 * cfg.out_channels, ("embed", None), rngs=rngs, init=OUTPUT_INIT, **types
+        )
 
     def __call__(
         self,
@@ -194,34 +229,54 @@ class SanaTransformer(nnx.Module):
     ) -> jax.Array:
         """Velocity [B, H, W, C] in the compute dtype. `timestep_B` is float, 1000 sigma, in [0, 1000]. The mask is True where
         there is a condition token; every row needs at least one."""
-        return self.velocity(z_BHWC, timestep_B, self.prepare(condition_BTC, condition_mask_BT), beside)
+        return self.velocity(
+            z_BHWC, timestep_B, self.prepare(condition_BTC, condition_mask_BT), beside
+        )
 
     def prepare(self, condition_BTC: jax.Array, mask_BT: jax.Array | None = None) -> Context:
         """All that depends on the condition alone."""
         with jax.named_scope("condition"):
             condition_BTD = self.caption_norm(self.caption_projection(condition_BTC))
-            condition_BTD = nn.constrain(condition_BTD, _rows(condition_BTD), "condition_tokens", "act_embed")
+            condition_BTD = nn.constrain(
+                condition_BTD, _rows(condition_BTD), "condition_tokens", "act_embed"
+            )
 
-            def step(layer: CrossAttention, carry: None, _: None) -> tuple[None, tuple[jax.Array, jax.Array]]:
+            def step(
+                layer: CrossAttention, carry: None, _: None
+            ) -> tuple[None, tuple[jax.Array, jax.Array]]:
                 return carry, layer.keys_values(condition_BTD)
 
             _, (k_YBTAK, v_YBTAK) = nn.scan(
-                self.blocks.cross_attention, step, None, remat=self.cfg.remat, unroll=self.cfg.unroll
+                self.blocks.cross_attention,
+                step,
+                None,
+                remat=self.cfg.remat,
+                unroll=self.cfg.unroll,
             )
         return Context(k_YBTAK, v_YBTAK, mask_BT)
 
-    def velocity(self, z_BHWC: jax.Array, timestep_B: jax.Array, context: Context, beside: Beside | None = None) -> jax.Array:
+    def velocity(
+        self,
+        z_BHWC: jax.Array,
+        timestep_B: jax.Array,
+        context: Context,
+        beside: Beside | None = None,
+    ) -> jax.Array:
         """Velocity [B, H, W, C] for a prepared condition. ValueError when the patches do not cut H x W evenly."""
         height, width = z_BHWC.shape[1:3]
         patch = self.cfg.patch_size
         if height % patch or width % patch:
-            raise ValueError(f"latents of {height} x {width} are not a multiple of dit.patch_size={patch} on both sides")
+            raise ValueError(
+                f"latents of {height} x {width} are not a multiple of dit.patch_size={patch} on both sides"
+            )
         own = (height // patch, width // patch)
         count = 0 if beside is None else beside.z_BRHWC.shape[1]
         grid = (own[0], own[1] * (1 + count))
         mask_BN = None
         if beside is not None:
-            z_BHWC = _side_by_side(jnp.concatenate([z_BHWC[:, None], beside.z_BRHWC.astype(z_BHWC.dtype)], axis=1))
+            z_BHWC = _side_by_side(
+                jnp.concatenate([z_BHWC[:, None], beside.z_BRHWC.astype(z_BHWC.dtype)], axis=1)
+            )
             mask_BN = _token_mask(beside.mask_BR, own)
         with jax.named_scope("embed"):
             x_BND = self.patch_embed(z_BHWC).reshape(z_BHWC.shape[0], grid[0] * grid[1], -1)
@@ -229,14 +284,27 @@ class SanaTransformer(nnx.Module):
                 x_BND += positions(self.cfg, own, 1 + count).astype(x_BND.dtype)
             embedding_BD, modulation_B6D = self.time_embed(timestep_B)
 
-        def step(block: Block, x_BND: jax.Array, key_value: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        def step(
+            block: Block, x_BND: jax.Array, key_value: tuple[jax.Array, jax.Array]
+        ) -> tuple[jax.Array, None]:
             return block(x_BND, modulation_B6D, key_value, context.mask_BT, grid, mask_BN), None
 
         keys_values = (context.k_YBTAK, context.v_YBTAK)
-        x_BND, _ = nn.scan(self.blocks, step, _stream(x_BND), keys_values, remat=self.cfg.remat, unroll=self.cfg.unroll)
+        x_BND, _ = nn.scan(
+            self.blocks,
+            step,
+            _stream(x_BND),
+            keys_values,
+            remat=self.cfg.remat,
+            unroll=self.cfg.unroll,
+        )
         with jax.named_scope("output"):
             if beside is not None:
-                x_BND = _stream(x_BND.reshape(len(x_BND), *grid, -1)[:, :, : own[1]].reshape(len(x_BND), own[0] * own[1], -1))
+                x_BND = _stream(
+                    x_BND.reshape(len(x_BND), *grid, -1)[:, :, : own[1]].reshape(
+                        len(x_BND), own[0] * own[1], -1
+                    )
+                )
             table_2D = self.scale_shift_table[...].astype(x_BND.dtype)
             shift_B1D, scale_B1D = jnp.split(table_2D + embedding_BD[:, None], 2, axis=1)
             return _unpatched(self.proj_out(_modulated(x_BND, shift_B1D, scale_B1D)), own, patch)
@@ -266,7 +334,9 @@ def positions(cfg: SanaConfig, grid: tuple[int, int], maps: int = 1) -> np.ndarr
     ]
     row, column = np.meshgrid(*counts, indexing="ij")
     angles = [p.reshape(-1, 1) * frequencies for p in (column, row)]
-    return np.concatenate([f(a) for a in angles for f in (np.sin, np.cos)], axis=1).astype(np.float32)
+    return np.concatenate([f(a) for a in angles for f in (np.sin, np.cos)], axis=1).astype(
+        np.float32
+    )
 
 
 def _side_by_side(z_BMHWC: jax.Array) -> jax.Array:

@@ -29,19 +29,30 @@ class ShapesEdit:
         check_size("shapes_edit", image_size)
         inputs = self._pictures(asked, image_size, "before")
         size = (image_size, image_size)
-        return [Request("edit", p["caption"], (image,), size) for p, image in zip(asked, inputs, strict=True)]
+        return [
+            Request("edit", p["caption"], (image,), size)
+            for p, image in zip(asked, inputs, strict=True)
+        ]
 
     def judge(self, images_BHWC: np.ndarray, asked: Sequence[Prompt]) -> Judged:
         """`psnr` is that of what was to stay."""
         inputs = self._pictures(asked, images_BHWC.shape[1], "before")
-        verdicts = [edit_scorer.score_edit(*pair, p) for *pair, p in zip(inputs, images_BHWC, asked, strict=True)]
+        verdicts = [
+            edit_scorer.score_edit(*pair, p)
+            for *pair, p in zip(inputs, images_BHWC, asked, strict=True)
+        ]
         told = [f"{v.reason} ({v.psnr:.1f} dB)" for v in verdicts]
         return tally([v.correct for v in verdicts], told, asked, psnr=[v.psnr for v in verdicts])
 
-    def baselines(self, images_BHWC: np.ndarray, asked: Sequence[Prompt], seed: int = 0) -> dict[str, Judged]:
+    def baselines(
+        self, images_BHWC: np.ndarray, asked: Sequence[Prompt], seed: int = 0
+    ) -> dict[str, Judged]:
         size = images_BHWC.shape[1]
         pictures = {"real_images": "after", "input_unchanged": "before"}
-        return {name: self.judge(self._pictures(asked, size, side), asked) for name, side in pictures.items()}
+        return {
+            name: self.judge(self._pictures(asked, size, side), asked)
+            for name, side in pictures.items()
+        }
 
     def _pictures(self, asked: Sequence[Prompt], image_size: int, side: str) -> np.ndarray:
         """Drawn anew from the prompts' keys."""
@@ -53,18 +64,31 @@ class ShapesQa:
         return questions.prompts("test", count or COUNT, seed)
 
     def requests(self, asked: Sequence[Prompt], image_size: int) -> list[Request]:
-        return [Request("understand", p["caption"], (render(_question(p["key"]).scene, image_size),)) for p in asked]
+        return [
+            Request("understand", p["caption"], (render(_question(p["key"]).scene, image_size),))
+            for p in asked
+        ]
 
     def judge(self, said: Sequence[str], asked: Sequence[Prompt]) -> Judged:
         right = [questions.right(words, p["answer"]) for words, p in zip(said, asked, strict=True)]
-        return tally(right, [f"{words!r}, asked {p['answer']!r}" for words, p in zip(said, asked, strict=True)], asked)
+        return tally(
+            right,
+            [f"{words!r}, asked {p['answer']!r}" for words, p in zip(said, asked, strict=True)],
+            asked,
+        )
 
-    def baselines(self, said: Sequence[str], asked: Sequence[Prompt], seed: int = 0) -> dict[str, Judged]:
+    def baselines(
+        self, said: Sequence[str], asked: Sequence[Prompt], seed: int = 0
+    ) -> dict[str, Judged]:
         """The most frequent answer of each kind, among these very questions: the best that a constant can do."""
         counts: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
         for p in asked:
             counts[p["category"]][p["answer"]] += 1
-        return {"most_frequent_answer": self.judge([counts[p["category"]].most_common(1)[0][0] for p in asked], asked)}
+        return {
+            "most_frequent_answer": self.judge(
+                [counts[p["category"]].most_common(1)[0][0] for p in asked], asked
+            )
+        }
 
 
 class Reconstruct:
@@ -74,18 +98,26 @@ class Reconstruct:
     def requests(self, asked: Sequence[Prompt], image_size: int) -> list[Request]:
         check_size("reconstruct", image_size)
         size = (image_size, image_size)
-        return [Request("reconstruct", "", (image,), size) for image in self._originals(asked, image_size)]
+        return [
+            Request("reconstruct", "", (image,), size)
+            for image in self._originals(asked, image_size)
+        ]
 
     def judge(self, images_BHWC: np.ndarray, asked: Sequence[Prompt]) -> Judged:
         originals = self._originals(asked, images_BHWC.shape[1])
         verdicts = [shapes.score(image, p) for image, p in zip(images_BHWC, asked, strict=True)]
         pairs = list(zip(originals, images_BHWC, strict=True))
         found = [(edit_scorer.psnr(*pair), ssim(*pair)) for pair in pairs]
-        told = [f"{db:.1f} dB, SSIM {similar:.3f}, {v.reason}" for (db, similar), v in zip(found, verdicts, strict=True)]
+        told = [
+            f"{db:.1f} dB, SSIM {similar:.3f}, {v.reason}"
+            for (db, similar), v in zip(found, verdicts, strict=True)
+        ]
         psnrs, ssims = zip(*found, strict=True)
         return tally([v.correct for v in verdicts], told, asked, psnr=psnrs, ssim=ssims)
 
-    def baselines(self, images_BHWC: np.ndarray, asked: Sequence[Prompt], seed: int = 0) -> dict[str, Judged]:
+    def baselines(
+        self, images_BHWC: np.ndarray, asked: Sequence[Prompt], seed: int = 0
+    ) -> dict[str, Judged]:
         originals = self._originals(asked, images_BHWC.shape[1])
         return {
             "real_images": self.judge(originals, asked),
@@ -101,9 +133,19 @@ def ssim(a_HWC: np.ndarray, b_HWC: np.ndarray) -> float:
     a, b = (x.astype(np.float64) for x in (a_HWC, b_HWC))
     blur = lambda x: cv2.GaussianBlur(x, (11, 11), 1.5)
     mean_a, mean_b = blur(a), blur(b)
-    var_a, var_b, both = blur(a * a) - mean_a**2, blur(b * b) - mean_b**2, blur(a * b) - mean_a * mean_b
+    var_a, var_b, both = (
+        blur(a * a) - mean_a**2,
+        blur(b * b) - mean_b**2,
+        blur(a * b) - mean_a * mean_b,
+    )
     c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-    return float(np.mean((2 * mean_a * mean_b + c1) * (2 * both + c2) / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))))
+    return float(
+        np.mean(
+            (2 * mean_a * mean_b + c1)
+            * (2 * both + c2)
+            / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))
+        )
+    )
 
 
 def _place(key: str) -> tuple[int, int, str]:

@@ -25,11 +25,18 @@ class Judged:
         return {"overall": self.overall, "categories": self.categories} | self.means
 
 
-def tally(correct: Sequence[bool], reasons: Sequence[str], asked: Sequence[Prompt], **measured: Sequence[float]) -> Judged:
+def tally(
+    correct: Sequence[bool],
+    reasons: Sequence[str],
+    asked: Sequence[Prompt],
+    **measured: Sequence[float],
+) -> Judged:
     """The verdicts of single images, gathered by the category of their prompts; `measured` has a number for each by name."""
     of: dict[str, list[bool]] = {}
     for prompt, right in zip(asked, correct, strict=True):
         of.setdefault(prompt["category"], []).append(right)
     categories = {name: float(np.mean(rights)) for name, rights in of.items()}
     means = {name: float(np.mean(values)) for name, values in measured.items()}
-    return Judged(float(np.mean(list(categories.values()))), categories, list(correct), list(reasons), means)
+    return Judged(
+        float(np.mean(list(categories.values()))), categories, list(correct), list(reasons), means
+    )

@@ -102,7 +102,9 @@ class ImagesIn:
     name: str
     note: str
     baseline: str  # in words
-    scores: Sequence[tuple[str, int, float, float]]  # category, how many, model's share, baseline's; overall comes last
+    scores: Sequence[
+        tuple[str, int, float, float]
+    ]  # category, how many, model's share, baseline's; overall comes last
     examples: Sequence[Shown]
 
 
@@ -121,7 +123,9 @@ class Results:
     reconstructions: Sequence[Reconstruction]
     token_maps: Sequence[TokenMap]
     seconds: Mapping[str, float]  # of every part of the run, in order
-    facts: Mapping[str, str]  # shown beside the headline: {"parameters": "12.3 M", "peak memory": "3.1 GiB"}
+    facts: Mapping[
+        str, str
+    ]  # shown beside the headline: {"parameters": "12.3 M", "peak memory": "3.1 GiB"}
     configuration: Mapping[str, Any]  # nested; each top-level key gets its own table
     versions: Mapping[str, str]
 
@@ -129,8 +133,14 @@ class Results:
 def write_report(results: Results, out_html: pathlib.Path) -> None:
     """Write `out_html`, and beside it the same name with .json."""
     out_html = pathlib.Path(out_html)
-    changed = [pair for pair in zip(results.before.samples, results.samples, strict=True) if pair[0].correct != pair[1].correct]
-    template = string.Template(pathlib.Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
+    changed = [
+        pair
+        for pair in zip(results.before.samples, results.samples, strict=True)
+        if pair[0].correct != pair[1].correct
+    ]
+    template = string.Template(
+        pathlib.Path(__file__).with_name("report.html").read_text(encoding="utf-8")
+    )
     page = template.substitute(
         title=_text(results.title),
         subtitle=_text(results.subtitle),
@@ -146,11 +156,15 @@ def write_report(results: Results, out_html: pathlib.Path) -> None:
         reconstructions="".join(map(_reconstruction, results.reconstructions)),
         token_maps="".join(map(_token_map, results.token_maps)),
         times=_times(results.seconds),
-        configuration="".join(_settings(name, value) for name, value in results.configuration.items()),
+        configuration="".join(
+            _settings(name, value) for name, value in results.configuration.items()
+        ),
         versions=_table(results.versions.items()),
     )
     files.replace_text(out_html, page)
-    files.replace_text(out_html.with_suffix(".json"), json.dumps(to_json(results), indent=1, allow_nan=False))
+    files.replace_text(
+        out_html.with_suffix(".json"), json.dumps(to_json(results), indent=1, allow_nan=False)
+    )
 
 
 def to_json(value: Any) -> Any:
@@ -172,7 +186,9 @@ def to_json(value: Any) -> Any:
 
 def data_uri(image_HWC: np.ndarray) -> str:
     if image_HWC.dtype != np.uint8 or image_HWC.ndim != 3 or image_HWC.shape[-1] != 3:
-        raise ValueError(f"a report's image must be uint8 [height, width, 3], not {image_HWC.dtype} {image_HWC.shape}")
+        raise ValueError(
+            f"a report's image must be uint8 [height, width, 3], not {image_HWC.dtype} {image_HWC.shape}"
+        )
     buffer = io.BytesIO()
     Image.fromarray(image_HWC).save(buffer, format="PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
@@ -241,7 +257,9 @@ def _filters(samples: Sequence[Sample]) -> str:
     categories = collections.Counter(s.category for s in samples)
     right = sum(s.correct for s in samples)
     verdicts = {"right": right, "wrong": len(samples) - right}
-    return _buttons("category", categories, len(samples)) + _buttons("verdict", verdicts, len(samples))
+    return _buttons("category", categories, len(samples)) + _buttons(
+        "verdict", verdicts, len(samples)
+    )
 
 
 def _buttons(kind: str, counts: Mapping[str, int], total: int) -> str:
@@ -276,9 +294,16 @@ def _sample(sample: Sample) -> str:
 def _changes(results: Results) -> str:
     """Rows of the table before and after."""
     rows = []
-    pairs = zip((*results.before.categories, results.before.overall), (*results.categories, results.overall), strict=True)
+    pairs = zip(
+        (*results.before.categories, results.before.overall),
+        (*results.categories, results.overall),
+        strict=True,
+    )
     for before, after in pairs:
-        total, change = ' class="total"' if after is results.overall else "", 100 * (after.ours - before.ours)
+        total, change = (
+            ' class="total"' if after is results.overall else "",
+            100 * (after.ours - before.ours),
+        )
         rows.append(
             f'<tr{total}><th scope="row">{_text(_words(after.name))}</th><td class="bar"><span class="track">'
             f'<b style="width:{100 * after.ours:.2f}%"></b><i style="left:{100 * before.ours:.2f}%"></i></span></td>'
@@ -313,7 +338,9 @@ def _images_in(suite: ImagesIn) -> str:
             f"<td><strong>{_percent(ours)}</strong></td><td>{_percent(baseline)}</td><td>{count:,}</td></tr>"
         )
     names = ("ours", suite.baseline, "asked")
-    head = '<th scope="col">Category</th><th class="bar"></th>' + "".join(f'<th scope="col">{_text(n)}</th>' for n in names)
+    head = '<th scope="col">Category</th><th class="bar"></th>' + "".join(
+        f'<th scope="col">{_text(n)}</th>' for n in names
+    )
     return (
         f'<h3>{_text(_words(suite.name))}</h3><p class="note">{_text(suite.note)}</p>'
         f'<div class="card"><div class="scroll"><table><thead><tr>{head}</tr></thead>'
@@ -384,5 +411,7 @@ def _flatten(value: Any, path: str = "") -> Iterable[tuple[str, Any]]:
 
 
 def _table(rows: Iterable[tuple[str, Any]]) -> str:
-    body = "".join(f'<tr><th scope="row">{_text(key)}</th><td>{_text(value)}</td></tr>' for key, value in rows)
+    body = "".join(
+        f'<tr><th scope="row">{_text(key)}</th><td>{_text(value)}</td></tr>' for key, value in rows
+    )
     return f'<div class="scroll"><table class="settings"><tbody>{body}</tbody></table></div>'

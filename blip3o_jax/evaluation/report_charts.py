@@ -34,7 +34,11 @@ def line_chart(name: str, steps: Sequence[int], values: Sequence[float]) -> str:
         return LEFT + (WIDTH - LEFT - RIGHT) * (np.asarray(step) - first) / max(last - first, 1)
 
     def place_y(value: float | np.ndarray) -> np.ndarray:
-        return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * (scale(value) - bottom) / ((top - bottom) or 1)
+        return (
+            HEIGHT
+            - BOTTOM
+            - (HEIGHT - TOP - BOTTOM) * (scale(value) - bottom) / ((top - bottom) or 1)
+        )
 
     x, y = place_x(steps_), place_y(values_)
     rows = "".join(
@@ -67,7 +71,12 @@ def colours(ids_HW: np.ndarray) -> np.ndarray:
     in the codebook distinct; brightness varies too, so that maps also read without colour."""
     ids_HW = np.asarray(ids_HW)
     unique, inverse = np.unique(ids_HW, return_inverse=True)
-    palette = [colorsys.hls_to_rgb((int(i) * GOLDEN) % 1, 0.32 + 0.42 * ((int(i) * 0.7548776662) % 1), 0.45) for i in unique]
+    palette = [
+        colorsys.hls_to_rgb(
+            (int(i) * GOLDEN) % 1, 0.32 + 0.42 * ((int(i) * 0.7548776662) % 1), 0.45
+        )
+        for i in unique
+    ]
     return (255 * np.asarray(palette)).round().astype(np.uint8)[inverse.reshape(ids_HW.shape)]
 
 

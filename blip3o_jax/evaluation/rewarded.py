@@ -35,7 +35,11 @@ class Rewarded:
         with RewardPool((self.reward,), workers=1) as pool:
             pool.check([(prompt.text, prompt.metadata) for prompt in found])
         return [
-            {"caption": prompt.text, "category": prompt.category or "all", "metadata": prompt.metadata}
+            {
+                "caption": prompt.text,
+                "category": prompt.category or "all",
+                "metadata": prompt.metadata,
+            }
             for prompt in found
             for _ in range(self.images_per_prompt)
         ]
@@ -46,20 +50,30 @@ class Rewarded:
 
     def judge(self, images_BHWC: np.ndarray, asked: Sequence[Prompt]) -> Judged:
         with RewardPool((self.reward,)) as pool:
-            found = pool.submit(images_BHWC, [p["caption"] for p in asked], [p["metadata"] for p in asked]).result()
+            found = pool.submit(
+                images_BHWC, [p["caption"] for p in asked], [p["metadata"] for p in asked]
+            ).result()
         if found.failed_B.all():
             reasons = "; ".join(list(found.reasons)[:REASONS_SHOWN])
             raise UserError(f"none of {len(asked)} images could be judged: {reasons}")
-        parts = {name.rpartition("/")[2]: part_B for name, part_B in found.parts.items() if "/" in name}
+        parts = {
+            name.rpartition("/")[2]: part_B for name, part_B in found.parts.items() if "/" in name
+        }
         named = next((parts[name] for name in VERDICTS if name in parts), found.total_B)
         correct_B = ~found.failed_B & (named >= CORRECT)
         told = [
-            "not judged" if failed else ", ".join(f"{name} {part_B[i]:.3g}" for name, part_B in parts.items())
+            "not judged"
+            if failed
+            else ", ".join(f"{name} {part_B[i]:.3g}" for name, part_B in parts.items())
             for i, failed in enumerate(found.failed_B)
         ]
-        return tally(correct_B.tolist(), told, asked, score=np.where(found.failed_B, 0, found.total_B))
+        return tally(
+            correct_B.tolist(), told, asked, score=np.where(found.failed_B, 0, found.total_B)
+        )
 
-    def baselines(self, images_BHWC: np.ndarray, asked: Sequence[Prompt], seed: int = 0) -> dict[str, Judged]:
+    def baselines(
+        self, images_BHWC: np.ndarray, asked: Sequence[Prompt], seed: int = 0
+    ) -> dict[str, Judged]:
         """The same images, each for another prompt."""
         del seed
         others = np.roll(images_BHWC, self.images_per_prompt, axis=0)

@@ -40,15 +40,24 @@ class Suite(Protocol):
         ...
 
 
-OWN = {"shapes": shapes, "shapes_edit": ShapesEdit(), "shapes_qa": ShapesQa(), "reconstruct": Reconstruct()}
+OWN = {
+    "shapes": shapes,
+    "shapes_edit": ShapesEdit(),
+    "shapes_qa": ShapesQa(),
+    "reconstruct": Reconstruct(),
+}
 
 
-def find_suite(name: str, prompts_file: str | pathlib.Path | None = None, images_per_prompt: int = 1) -> Suite:
+def find_suite(
+    name: str, prompts_file: str | pathlib.Path | None = None, images_per_prompt: int = 1
+) -> Suite:
     """One of OWN, which has prompts of its own, or a reward with its options, "ocr,scoring=reference", for those of a file."""
     reward = name.partition(",")[0]
     if name in OWN and prompts_file is None:
         if images_per_prompt != 1:
-            raise UserError(f"suite {name} draws one image a prompt, not {images_per_prompt}: take more --num_prompts")
+            raise UserError(
+                f"suite {name} draws one image a prompt, not {images_per_prompt}: take more --num_prompts"
+            )
         return OWN[name]
     if not reward.startswith("python:"):
         check_choice("suite", reward, tuple(dict.fromkeys((*OWN, *REWARDS))))
@@ -96,19 +105,38 @@ def evaluate(
     result = evaluate_pipeline(pipeline, bench, num_prompts=num_prompts, seed=seed, **sampling)
     write(result, pathlib.Path(out))
     scores = result.scores()
-    print("  ".join(f"{name} {share:.3f}" for name, share in scores["categories"].items()), file=sys.stderr)
-    print(f"{suite}: {scores['overall']:.3f} of {len(result.prompts)} held-out prompts, {out}/scores.json", file=sys.stderr)
+    print(
+        "  ".join(f"{name} {share:.3f}" for name, share in scores["categories"].items()),
+        file=sys.stderr,
+    )
+    print(
+        f"{suite}: {scores['overall']:.3f} of {len(result.prompts)} held-out prompts, {out}/scores.json",
+        file=sys.stderr,
+    )
     return result
 
 
 def evaluate_pipeline(
-    pipeline: pipelines.Pipeline, suite: Suite = shapes, *, num_prompts: int | None, seed: int = 0, **sampling: Any
+    pipeline: pipelines.Pipeline,
+    suite: Suite = shapes,
+    *,
+    num_prompts: int | None,
+    seed: int = 0,
+    **sampling: Any,
 ) -> Evaluation:
     """As `evaluate`, for a pipeline already in memory; writes nothing. `sampling` are fields of SamplingConfig."""
     asked = suite.prompts(num_prompts, seed)
-    requests, images, codes, said = suite.requests(asked, pipeline.config.model.image_size), None, None, None
+    requests, images, codes, said = (
+        suite.requests(asked, pipeline.config.model.image_size),
+        None,
+        None,
+        None,
+    )
     if requests[0].task == "understand":
-        shown, texts = [request.images for request in requests], [request.text for request in requests]
+        shown, texts = (
+            [request.images for request in requests],
+            [request.text for request in requests],
+        )
         said = pipeline.ask(shown, texts, most=ANSWER, seed=seed, **sampling)
     else:
         drawn = pipeline.draw(requests, seed=seed, progress=True, **sampling)
@@ -128,7 +156,11 @@ def write(result: Evaluation, out: pathlib.Path) -> None:
     captions = [p["caption"] for p in result.prompts]
     shown = [request.images[0] for request in result.requests if request.images]
     if result.said is not None:
-        write_images(np.stack(shown), [f"{q} {a}" for q, a in zip(captions, result.said, strict=True)], out / "images")
+        write_images(
+            np.stack(shown),
+            [f"{q} {a}" for q, a in zip(captions, result.said, strict=True)],
+            out / "images",
+        )
     elif shown:
         pairs = [np.concatenate(pair, axis=1) for pair in zip(shown, result.images, strict=True)]
         write_images(np.stack(pairs), captions, out / "images")
@@ -137,6 +169,9 @@ def write(result: Evaluation, out: pathlib.Path) -> None:
     verdicts = zip(result.prompts, result.ours.correct, result.ours.reasons, strict=True)
     write_json(
         out / "verdicts.json",
-        [{"caption": p["caption"], "category": p["category"], "correct": c, "reason": r} for p, c, r in verdicts],
+        [
+            {"caption": p["caption"], "category": p["category"], "correct": c, "reason": r}
+            for p, c, r in verdicts
+        ],
     )
     write_json(out / "scores.json", result.scores())

@@ -55,4 +55,6 @@ def real_images(count: int, image_size: int, seed: int = 0) -> np.ndarray:
 
 def random_images(count: int, image_size: int, seed: int = 0) -> np.ndarray:
     """Real images of the data set, drawn without regard to the prompts: the baseline that knows the pictures, not the words."""
-    return np.stack([render(sample(seed + 1, index * 5 + 3, "train"), image_size) for index in range(count)])
+    return np.stack(
+        [render(sample(seed + 1, index * 5 + 3, "train"), image_size) for index in range(count)]
+    )

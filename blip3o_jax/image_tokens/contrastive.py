@@ -32,11 +32,17 @@ from blip3o_jax.image_tokens.simvq import l2_normalise
 class TextTower(nnx.Module):
     """Caption tokens to one vector in the image embedding's space, and the loss's two scalars."""
 
-    def __init__(self, cfg: config.TextTowerConfig, vocab_size: int, d_image: int, *, rngs: nnx.Rngs):
+    def __init__(
+        self, cfg: config.TextTowerConfig, vocab_size: int, d_image: int, *, rngs: nnx.Rngs
+    ):
         d, shape = cfg.hidden_size, EncoderShape.of(cfg)
-        self.token_embedding = nn.param(rngs, (vocab_size, d), ("vocab", "embed"), nn.normal(1.0), cfg.param_dtype)
+        self.token_embedding = nn.param(
+            rngs, (vocab_size, d), ("vocab", "embed"), nn.normal(1.0), cfg.param_dtype
+        )
         self.encoder = Encoder(shape, rngs=rngs)
-        self.final_norm = nn.LayerNorm(d, rngs=rngs, eps=cfg.layer_norm_eps, param_dtype=cfg.param_dtype)
+        self.final_norm = nn.LayerNorm(
+            d, rngs=rngs, eps=cfg.layer_norm_eps, param_dtype=cfg.param_dtype
+        )
         self.projection = nn.Linear(d, d_image, ("embed", "mlp"), rngs=rngs, **shape.dtypes)
         self.log_scale = nn.param(rngs, (), (), jax.nn.initializers.constant(np.log(10.0)))
         self.bias = nn.param(rngs, (), (), jax.nn.initializers.constant(-10.0))
@@ -45,10 +51,16 @@ class TextTower(nnx.Module):
     def __call__(self, tokens_BL: jax.Array, mask_BL: jax.Array) -> jax.Array:
         """Captions to embeddings [B, d_image] in float32, not normalised. `mask_BL` is True on the caption's tokens."""
         table_VD = self.token_embedding[...].astype(self.dtype)
-        x_BLD = table_VD[tokens_BL] + nn.sinusoids(tokens_BL.shape[1], table_VD.shape[1]).astype(self.dtype)
-        x_BLD = self.final_norm(self.encoder(nn.constrain(x_BLD, "batch", None, "act_embed"), mask_BL)).astype(jnp.float32)
+        x_BLD = table_VD[tokens_BL] + nn.sinusoids(tokens_BL.shape[1], table_VD.shape[1]).astype(
+            self.dtype
+        )
+        x_BLD = self.final_norm(
+            self.encoder(nn.constrain(x_BLD, "batch", None, "act_embed"), mask_BL)
+        ).astype(jnp.float32)
         weight_BL = mask_BL.astype(jnp.float32)
-        mean_BD = jnp.einsum("bld,bl->bd", x_BLD, weight_BL) / jnp.maximum(weight_BL.sum(axis=1, keepdims=True), 1.0)
+        mean_BD = jnp.einsum("bld,bl->bd", x_BLD, weight_BL) / jnp.maximum(
+            weight_BL.sum(axis=1, keepdims=True), 1.0
+        )
         return self.projection(mean_BD).astype(jnp.float32)
 
 
@@ -57,7 +69,9 @@ class PatchReadout(nnx.Module):
 
     def __init__(self, cfg: config.SiglipVisionConfig, *, rngs: nnx.Rngs):
         types = {"dtype": cfg.dtype, "param_dtype": cfg.param_dtype}
-        self.linear = nn.Linear(cfg.hidden_size, 3 * cfg.patch_size**2, ("embed", "mlp"), rngs=rngs, **types)
+        self.linear = nn.Linear(
+            cfg.hidden_size, 3 * cfg.patch_size**2, ("embed", "mlp"), rngs=rngs, **types
+        )
 
     def loss(self, features_BND: jax.Array, patches_BNX: jax.Array) -> jax.Array:
         """Mean squared error over the pixels' variance: 1 is what a constant scores."""
@@ -71,7 +85,11 @@ def same_captions(tokens_BL: jax.Array) -> jax.Array:
 
 
 def sigmoid_loss(
-    image_BD: jax.Array, text_BD: jax.Array, log_scale: jax.Array, bias: jax.Array, same_BB: jax.Array | None = None
+    image_BD: jax.Array,
+    text_BD: jax.Array,
+    log_scale: jax.Array,
+    bias: jax.Array,
+    same_BB: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The loss above, in float32, and the shares of images whose highest-scoring caption is theirs and the reverse.
 

@@ -60,11 +60,17 @@ class Attention(nnx.Module):
         self.out = nn.Linear(d, d, ("heads", "embed"), rngs=rngs, **shape.dtypes)
         self.heads = shape.num_attention_heads
 
-    def __call__(self, x_BLD: jax.Array, memory_BMD: jax.Array, mask_BM: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self, x_BLD: jax.Array, memory_BMD: jax.Array, mask_BM: jax.Array | None = None
+    ) -> jax.Array:
         """`mask_BM` is True where a token may be attended to; None means everywhere."""
         q_BLNK, k_BMNK, v_BMNK = (
             nn.constrain(self._split(linear(tokens)), "batch", None, "act_heads", None)
-            for linear, tokens in ((self.query, x_BLD), (self.key, memory_BMD), (self.value, memory_BMD))
+            for linear, tokens in (
+                (self.query, x_BLD),
+                (self.key, memory_BMD),
+                (self.value, memory_BMD),
+            )
         )
         mask_B11M = None if mask_BM is None else mask_BM[:, None, None, :].astype(bool)
         y_BLNK = jax.nn.dot_product_attention(q_BLNK, k_BMNK, v_BMNK, mask=mask_B11M)
@@ -81,7 +87,9 @@ class Mlp(nnx.Module):
         self.down = nn.Linear(d_mlp, d, ("mlp", "embed"), rngs=rngs, **shape.dtypes)
 
     def __call__(self, x_BLD: jax.Array) -> jax.Array:
-        return self.down(nn.constrain(jax.nn.gelu(self.up(x_BLD), approximate=True), "batch", None, "act_mlp"))
+        return self.down(
+            nn.constrain(jax.nn.gelu(self.up(x_BLD), approximate=True), "batch", None, "act_mlp")
+        )
 
 
 class EncoderLayer(nnx.Module):
@@ -105,15 +113,21 @@ class Encoder(nnx.Module):
     """A stack of `EncoderLayer`s, without embeddings before it or a norm after it."""
 
     def __init__(self, shape: EncoderShape, *, rngs: nnx.Rngs):
-        self.layers = nn.stack(lambda rngs: EncoderLayer(shape, rngs=rngs), shape.num_hidden_layers, rngs)
+        self.layers = nn.stack(
+            lambda rngs: EncoderLayer(shape, rngs=rngs), shape.num_hidden_layers, rngs
+        )
         self.depth = shape.num_hidden_layers
         self.remat, self.unroll = shape.remat, shape.unroll
 
-    def __call__(self, x_BLD: jax.Array, mask_BL: jax.Array | None = None, *, depth: int | None = None) -> jax.Array:
+    def __call__(
+        self, x_BLD: jax.Array, mask_BL: jax.Array | None = None, *, depth: int | None = None
+    ) -> jax.Array:
         """The output of the first `depth` layers (all of them by default)."""
         depth = self.depth if depth is None else depth
 
-        def step(layer: EncoderLayer, x_BLD: jax.Array, run: jax.Array | None) -> tuple[jax.Array, None]:
+        def step(
+            layer: EncoderLayer, x_BLD: jax.Array, run: jax.Array | None
+        ) -> tuple[jax.Array, None]:
             if run is None:
                 return layer(x_BLD, mask_BL), None
             # A layer past `depth` is passed over by a branch. Slicing the stacked weights instead would copy them all.
@@ -130,10 +144,14 @@ class AttentionPool(nnx.Module):
         d = shape.hidden_size
         self.probe = nn.param(rngs, (d,), ("embed",), nn.normal(d**-0.5), shape.param_dtype)
         self.attention = Attention(shape, rngs=rngs)
-        self.norm = nn.LayerNorm(d, rngs=rngs, eps=shape.layer_norm_eps, param_dtype=shape.param_dtype)
+        self.norm = nn.LayerNorm(
+            d, rngs=rngs, eps=shape.layer_norm_eps, param_dtype=shape.param_dtype
+        )
         self.mlp = Mlp(shape, rngs=rngs)
 
     def __call__(self, x_BLD: jax.Array) -> jax.Array:
-        probe_B1D = jnp.broadcast_to(self.probe[...].astype(x_BLD.dtype), (x_BLD.shape[0], 1, x_BLD.shape[2]))
+        probe_B1D = jnp.broadcast_to(
+            self.probe[...].astype(x_BLD.dtype), (x_BLD.shape[0], 1, x_BLD.shape[2])
+        )
         y_B1D = self.attention(probe_B1D, x_BLD)
         return (y_B1D + self.mlp(self.norm(y_B1D)))[:, 0]

@@ -28,10 +28,16 @@ class SiglipVision(nnx.Module):
 
     def __init__(self, cfg: config.SiglipVisionConfig, *, rngs: nnx.Rngs):
         d, shape = cfg.hidden_size, EncoderShape.of(cfg)
-        self.patch_embedding = nn.Linear(3 * cfg.patch_size**2, d, (None, "embed"), rngs=rngs, **shape.dtypes)
-        self.position_embedding = nn.param(rngs, (cfg.grid**2, d), (None, "embed"), nn.normal(d**-0.5), cfg.param_dtype)
+        self.patch_embedding = nn.Linear(
+            3 * cfg.patch_size**2, d, (None, "embed"), rngs=rngs, **shape.dtypes
+        )
+        self.position_embedding = nn.param(
+            rngs, (cfg.grid**2, d), (None, "embed"), nn.normal(d**-0.5), cfg.param_dtype
+        )
         self.encoder = Encoder(shape, rngs=rngs)
-        self.post_layernorm = nn.LayerNorm(d, rngs=rngs, eps=cfg.layer_norm_eps, param_dtype=cfg.param_dtype)
+        self.post_layernorm = nn.LayerNorm(
+            d, rngs=rngs, eps=cfg.layer_norm_eps, param_dtype=cfg.param_dtype
+        )
         # Used by the contrastive stage only, but always there: published checkpoints store it.
         self.head = AttentionPool(shape, rngs=rngs)
         self.cfg = cfg
@@ -41,22 +47,32 @@ class SiglipVision(nnx.Module):
         the last whole patch are dropped. Raises ValueError for another size."""
         size = self.cfg.image_size
         if x_BHWC.shape[1:] != (size, size, 3):
-            raise ValueError(f"vision encoder: images of shape {x_BHWC.shape[1:]}, but it takes {(size, size, 3)}: resize them")
+            raise ValueError(
+                f"vision encoder: images of shape {x_BHWC.shape[1:]}, but it takes {(size, size, 3)}: resize them"
+            )
         x_BND = self.patch_embedding(self.patches(x_BHWC))
-        return nn.constrain(x_BND + self.position_embedding[...].astype(x_BND.dtype), "batch", None, "act_embed")
+        return nn.constrain(
+            x_BND + self.position_embedding[...].astype(x_BND.dtype), "batch", None, "act_embed"
+        )
 
     def patches(self, x_BHWC: jax.Array) -> jax.Array:
         """Square images to their patches' values [B, N, 3 patch^2]."""
         patch, grid = self.cfg.patch_size, self.cfg.grid
         x_BHWC = x_BHWC[:, : grid * patch, : grid * patch]
-        return x_BHWC.reshape(-1, grid, patch, grid, patch, 3).swapaxes(2, 3).reshape(-1, grid**2, 3 * patch**2)
+        return (
+            x_BHWC.reshape(-1, grid, patch, grid, patch, 3)
+            .swapaxes(2, 3)
+            .reshape(-1, grid**2, 3 * patch**2)
+        )
 
     def features(self, x_BHWC: jax.Array, select_layer: int = -2) -> jax.Array:
         """`hidden_states[select_layer]` [B, N, D] as transformers counts them: -1 is the last layer's output, before
         post_layernorm, and -1 - num_hidden_layers the embeddings. Later layers are not computed."""
         depth = self.cfg.num_hidden_layers + 1 + select_layer
         if select_layer >= 0 or depth < 0:
-            raise ValueError(f"vision encoder: select_layer={select_layer} must be in [-{self.cfg.num_hidden_layers + 1}, -1]")
+            raise ValueError(
+                f"vision encoder: select_layer={select_layer} must be in [-{self.cfg.num_hidden_layers + 1}, -1]"
+            )
         return self.encoder(self.embed(x_BHWC), depth=depth)
 
     def __call__(self, x_BHWC: jax.Array) -> SiglipOutput:

@@ -46,7 +46,9 @@ class Quantised(NamedTuple):
     commitment_loss: jax.Array
     entropy_gap: jax.Array  # nats, to minimise
     usage: jax.Array  # share of the codes drawn at least once in this batch
-    perplexity: jax.Array  # exp of the entropy of the drawn ids: the number of codes in effective use
+    perplexity: (
+        jax.Array
+    )  # exp of the entropy of the drawn ids: the number of codes in effective use
 
 
 def l2_normalise(x: jax.Array) -> jax.Array:
@@ -68,9 +70,17 @@ class SimVq(nnx.Module):
         param_dtype: Any,
         rngs: nnx.Rngs,
     ):
-        self.embedding = nn.param(rngs, (codebook_size, dim), ("vocab", "embed"), nn.normal(dim**-0.5), param_dtype)
-        self.embedding_proj = nn.Linear(dim, dim, ("embed", "mlp"), rngs=rngs, param_dtype=param_dtype)
-        self.l2_normalized, self.stochastic, self.temperature = l2_normalized, stochastic, temperature
+        self.embedding = nn.param(
+            rngs, (codebook_size, dim), ("vocab", "embed"), nn.normal(dim**-0.5), param_dtype
+        )
+        self.embedding_proj = nn.Linear(
+            dim, dim, ("embed", "mlp"), rngs=rngs, param_dtype=param_dtype
+        )
+        self.l2_normalized, self.stochastic, self.temperature = (
+            l2_normalized,
+            stochastic,
+            temperature,
+        )
 
     def table(self) -> jax.Array:
         """The codes in use [K, D]."""
@@ -87,7 +97,9 @@ class SimVq(nnx.Module):
     def __call__(self, z_BND: jax.Array, key: jax.Array | None = None) -> Quantised:
         """Quantise vectors [B, N, D] for training. Raises ValueError in stochastic mode without a `key`."""
         if self.stochastic and key is None:
-            raise ValueError("vision tokenizer: stochastic=True needs a random key in training: pass key=")
+            raise ValueError(
+                "vision tokenizer: stochastic=True needs a random key in training: pass key="
+            )
         z_BND, table_KD = self._normalise(z_BND), self.table()
         ids_BN, usage_K = self._assign(z_BND, table_KD, key, soft=True)
         codes_BND = table_KD[ids_BN]
@@ -126,13 +138,23 @@ class SimVq(nnx.Module):
         size = max(n for n in range(1, tokens + 1) if tokens % n == 0 and n <= limit)
         chunks = tokens // size
 
-        def assign(inputs: tuple[jax.Array, jax.Array | None]) -> tuple[jax.Array, jax.Array | None]:
+        def assign(
+            inputs: tuple[jax.Array, jax.Array | None],
+        ) -> tuple[jax.Array, jax.Array | None]:
             z_BnD, key = inputs
             scores_BnK = self._scores(z_BnD, table_KD)
             ranked_BnK = jax.lax.stop_gradient(scores_BnK)
-            if key is not None:  # Gumbel's trick: the arg max of logits + noise is a draw from their softmax
-                ranked_BnK = ranked_BnK / self.temperature + jax.random.gumbel(key, ranked_BnK.shape)
-            p_K = jnp.mean(jax.nn.softmax(scores_BnK / self.temperature), axis=(0, 1)) if soft else None
+            if (
+                key is not None
+            ):  # Gumbel's trick: the arg max of logits + noise is a draw from their softmax
+                ranked_BnK = ranked_BnK / self.temperature + jax.random.gumbel(
+                    key, ranked_BnK.shape
+                )
+            p_K = (
+                jnp.mean(jax.nn.softmax(scores_BnK / self.temperature), axis=(0, 1))
+                if soft
+                else None
+            )
             return jnp.argmax(ranked_BnK, axis=-1).astype(jnp.int32), p_K
 
         z_SBnD = jnp.moveaxis(z_BND.reshape(z_BND.shape[0], chunks, size, -1), 1, 0)

@@ -38,7 +38,9 @@ class Bottleneck(nnx.Module):
 
     def __init__(self, cfg: config.TaTokConfig, *, rngs: nnx.Rngs):
         dtypes = {"dtype": cfg.dtype, "param_dtype": cfg.param_dtype}
-        self.in_linear = nn.Linear(cfg.encoder.hidden_size, cfg.bottleneck_dim, ("embed", "mlp"), rngs=rngs, **dtypes)
+        self.in_linear = nn.Linear(
+            cfg.encoder.hidden_size, cfg.bottleneck_dim, ("embed", "mlp"), rngs=rngs, **dtypes
+        )
         self.codebook = SimVq(
             cfg.codebook_size,
             cfg.bottleneck_dim,
@@ -48,7 +50,9 @@ class Bottleneck(nnx.Module):
             param_dtype=cfg.param_dtype,
             rngs=rngs,
         )
-        self.out_linear = nn.Linear(cfg.bottleneck_dim, cfg.bottleneck_dim, ("mlp", "embed"), rngs=rngs, **dtypes)
+        self.out_linear = nn.Linear(
+            cfg.bottleneck_dim, cfg.bottleneck_dim, ("mlp", "embed"), rngs=rngs, **dtypes
+        )
 
 
 class Decoder(nnx.Module):
@@ -59,23 +63,33 @@ class Decoder(nnx.Module):
         loop = {"remat": cfg.encoder.remat, "unroll": cfg.encoder.unroll}
         shape = EncoderShape.of(cfg.decoder, dtype=cfg.dtype, param_dtype=cfg.param_dtype, **loop)
         side = math.isqrt(cfg.decoder.num_patches)
-        self.patch_embedding = nn.Linear(cfg.bottleneck_dim, d, (None, "embed"), rngs=rngs, **shape.dtypes)
-        self.position_embedding = nn.param(rngs, (side**2, d), (None, "embed"), nn.normal(d**-0.5), cfg.param_dtype)
+        self.patch_embedding = nn.Linear(
+            cfg.bottleneck_dim, d, (None, "embed"), rngs=rngs, **shape.dtypes
+        )
+        self.position_embedding = nn.param(
+            rngs, (side**2, d), (None, "embed"), nn.normal(d**-0.5), cfg.param_dtype
+        )
         self.encoder = Encoder(shape, rngs=rngs)
-        self.post_layernorm = nn.LayerNorm(d, rngs=rngs, eps=cfg.decoder.layer_norm_eps, param_dtype=cfg.param_dtype)
+        self.post_layernorm = nn.LayerNorm(
+            d, rngs=rngs, eps=cfg.decoder.layer_norm_eps, param_dtype=cfg.param_dtype
+        )
         # Never used; the stock class has it, so checkpoints carry it through.
         self.head = AttentionPool(shape, rngs=rngs)
 
     def __call__(self, x_BND: jax.Array) -> jax.Array:
         x_BND = self.patch_embedding(x_BND)
         positions_ND = self.positions(math.isqrt(x_BND.shape[1])).astype(x_BND.dtype)
-        return self.post_layernorm(self.encoder(nn.constrain(x_BND + positions_ND, "batch", None, "act_embed")))
+        return self.post_layernorm(
+            self.encoder(nn.constrain(x_BND + positions_ND, "batch", None, "act_embed"))
+        )
 
     def positions(self, grid: int) -> jax.Array:
         """The position table resized to `grid` per side, bilinear with antialias (align_corners False), in float32."""
         table_ND = self.position_embedding[...].astype(jnp.float32)
         side, d = math.isqrt(table_ND.shape[0]), table_ND.shape[1]
-        return jax.image.resize(table_ND.reshape(side, side, d), (grid, grid, d), "linear", antialias=True).reshape(-1, d)
+        return jax.image.resize(
+            table_ND.reshape(side, side, d), (grid, grid, d), "linear", antialias=True
+        ).reshape(-1, d)
 
 
 class TaTok(nnx.Module):
@@ -89,7 +103,9 @@ class TaTok(nnx.Module):
         self.encode_task_layer = nn.Linear(d, d, ("embed", "mlp"), rngs=rngs, **dtypes)
         self.bottleneck = Bottleneck(cfg, rngs=rngs)
         self.decoder = Decoder(cfg, rngs=rngs)
-        self.decode_task_layer1 = nn.Linear(d_decoder, d_decoder, ("embed", "mlp"), rngs=rngs, **dtypes)
+        self.decode_task_layer1 = nn.Linear(
+            d_decoder, d_decoder, ("embed", "mlp"), rngs=rngs, **dtypes
+        )
         self.decode_task_layer2 = nn.Linear(d_decoder, d, ("mlp", "embed"), rngs=rngs, **dtypes)
         self.cfg = cfg
 
@@ -103,7 +119,9 @@ class TaTok(nnx.Module):
             features_BND = self.encoder.features(x_BHWC, self.cfg.select_layer).astype(jnp.float32)
         return jax.lax.stop_gradient(pool(features_BND, self._pool_scale(pool_scale)))
 
-    def encode(self, x_BHWC: jax.Array, pool_scale: int | None = None, *, key: jax.Array | None = None) -> jax.Array:
+    def encode(
+        self, x_BHWC: jax.Array, pool_scale: int | None = None, *, key: jax.Array | None = None
+    ) -> jax.Array:
         """Images [B, H, W, 3] in [-1, 1] to codebook indices [B, N], int32, row by row."""
         z_BND = self._to_codes(self.features(x_BHWC, pool_scale))
         with jax.named_scope("codebook"):
@@ -122,7 +140,9 @@ class TaTok(nnx.Module):
             codes_BND = self.bottleneck.codebook.lookup(ids_BN)
         return self._reconstruct(codes_BND)
 
-    def __call__(self, x_BHWC: jax.Array, pool_scale: int | None = None, *, key: jax.Array | None = None) -> TaTokOutput:
+    def __call__(
+        self, x_BHWC: jax.Array, pool_scale: int | None = None, *, key: jax.Array | None = None
+    ) -> TaTokOutput:
         """One training pass: what was to be reconstructed, what was, and the codebook's terms."""
         teacher_BND = self.features(x_BHWC, pool_scale)
         quantised = self.quantise(teacher_BND, key=key)
@@ -136,10 +156,14 @@ class TaTok(nnx.Module):
     def _reconstruct(self, codes_BND: jax.Array) -> jax.Array:
         tokens = codes_BND.shape[1]
         if math.isqrt(tokens) ** 2 != tokens:
-            raise ValueError(f"vision tokenizer: {tokens} image tokens are not a square grid; decode whole images")
+            raise ValueError(
+                f"vision tokenizer: {tokens} image tokens are not a square grid; decode whole images"
+            )
         with jax.named_scope("decoder"):
             x_BND = self.decoder(self.bottleneck.out_linear(codes_BND))
-            return self.decode_task_layer2(jnp.tanh(self.decode_task_layer1(x_BND))).astype(jnp.float32)
+            return self.decode_task_layer2(jnp.tanh(self.decode_task_layer1(x_BND))).astype(
+                jnp.float32
+            )
 
     def _pool_scale(self, pool_scale: int | None) -> int:
         scale = self.cfg.pool_scale if pool_scale is None else pool_scale
@@ -154,4 +178,6 @@ def pool(x_BND: jax.Array, scale: int) -> jax.Array:
     grid = math.isqrt(tokens)
     out = grid // scale
     x_BHWD = x_BND.reshape(batch, grid, grid, d)[:, : out * scale, : out * scale]
-    return x_BHWD.reshape(batch, out, scale, out, scale, d).mean(axis=(2, 4)).reshape(batch, out**2, d)
+    return (
+        x_BHWD.reshape(batch, out, scale, out, scale, d).mean(axis=(2, 4)).reshape(batch, out**2, d)
+    )

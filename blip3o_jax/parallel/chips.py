@@ -23,7 +23,9 @@ class Chip:
     hbm_bytes: float
     hbm_rate: float
     dcn_rate: float  # out of a host, shared by its devices
-    clock: float | None  # Hz of the matrix unit's core; None: not known, or no cycles are estimated for it
+    clock: (
+        float | None
+    )  # Hz of the matrix unit's core; None: not known, or no cycles are estimated for it
     source: str
     link_rate: float = 0.0  # of one ICI link; 0: no torus
     axes: int = 0  # of the torus

@@ -48,16 +48,25 @@ class Launch:
     process_id: int | None = None
 
     def __post_init__(self) -> None:
-        flags = {f"--{name}": getattr(self, name) for name in ("coordinator", "num_processes", "process_id")}
+        flags = {
+            f"--{name}": getattr(self, name)
+            for name in ("coordinator", "num_processes", "process_id")
+        }
         missing = [name for name, value in flags.items() if value is None]
         if missing and len(missing) < len(flags):
-            raise UserError(f"--coordinator, --num_processes and --process_id go together: {' and '.join(missing)} not given")
+            raise UserError(
+                f"--coordinator, --num_processes and --process_id go together: {' and '.join(missing)} not given"
+            )
         if not missing and self.method != "auto":
-            raise UserError(f"--distributed={self.method} and --coordinator exclude each other: leave one of them out")
+            raise UserError(
+                f"--distributed={self.method} and --coordinator exclude each other: leave one of them out"
+            )
         if not missing and not self.coordinator.rpartition(":")[2].isdigit():
             raise UserError(f"--coordinator={self.coordinator} names no port: give it as HOST:PORT")
         if not missing and not 0 <= self.process_id < self.num_processes:
-            raise UserError(f"--process_id={self.process_id} must lie in 0 .. {self.num_processes - 1} (--num_processes - 1)")
+            raise UserError(
+                f"--process_id={self.process_id} must lie in 0 .. {self.num_processes - 1} (--num_processes - 1)"
+            )
 
     def resolved(self) -> str:
         """ "flags", "slurm", "tpu" or "off"."""
@@ -67,7 +76,10 @@ class Launch:
             return self.method
         if int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in os.environ:
             return "slurm"
-        chips = any(next(pathlib.Path("/dev").glob(pattern), None) for pattern in ("accel[0-9]*", "vfio/[0-9]*"))
+        chips = any(
+            next(pathlib.Path("/dev").glob(pattern), None)
+            for pattern in ("accel[0-9]*", "vfio/[0-9]*")
+        )
         return "tpu" if chips and importlib.util.find_spec("libtpu") else "off"
 
 
@@ -76,10 +88,15 @@ def start(launch: Launch) -> None:
     method = launch.resolved()
     if method == "off":
         return
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")  # what CPU devices of several hosts talk through
+    jax.config.update(
+        "jax_cpu_collectives_implementation", "gloo"
+    )  # what CPU devices of several hosts talk through
     settings: dict[str, Any] = {"heartbeat_timeout_seconds": peers_lib.HEARTBEAT}
     if method == "flags":
-        settings |= {"coordinator_address": launch.coordinator, "num_processes": launch.num_processes}
+        settings |= {
+            "coordinator_address": launch.coordinator,
+            "num_processes": launch.num_processes,
+        }
         settings |= {"process_id": launch.process_id, "cluster_detection_method": "deactivate"}
     elif method == "slurm":
         settings |= {"cluster_detection_method": "slurm"}  # else metadata of the TPU machine
@@ -88,7 +105,9 @@ def start(launch: Launch) -> None:
             jax.distributed.initialize(**settings)
     except (RuntimeError, ValueError, KeyError) as error:
         how = launch.coordinator if method == "flags" else f"--distributed={method}"
-        raise UserError(f"the hosts did not find each other through {how}: {first_line(error)}") from error
+        raise UserError(
+            f"the hosts did not find each other through {how}: {first_line(error)}"
+        ) from error
     if hosts() > 1:
         _peers.append(peers_lib.Peers(_runtime().client, host(), hosts()))
         _peers[0].start()
@@ -104,14 +123,20 @@ def enter(phase: str, step: int) -> None:
 
 def _log_to_stderr() -> None:
     """Warnings of all hosts, others than host 0 with their number; what this package chose (a kernel, for one) from host 0."""
-    logging.basicConfig(level=logging.WARNING, format=f"host {host()}: %(message)s" if host() else "%(message)s")
+    logging.basicConfig(
+        level=logging.WARNING, format=f"host {host()}: %(message)s" if host() else "%(message)s"
+    )
     if host() == 0:
         logging.getLogger(__package__.partition(".")[0]).setLevel(logging.INFO)
     logging.getLogger("absl").addFilter(_without_traceback)
 
 
 # What Orbax logs, traceback and all, of errors in its threads, which `Checkpoints.check` and `close` raise.
-_RAISED_AGAIN = ("_SignalingThread.run() raised", "in background save thread", "Save Finalize thread")
+_RAISED_AGAIN = (
+    "_SignalingThread.run() raised",
+    "in background save thread",
+    "Save Finalize thread",
+)
 
 
 def _without_traceback(record: logging.LogRecord) -> bool:
@@ -163,7 +188,10 @@ def run(launch: Launch, job: Callable[[], object]) -> int:
 
 def _cause(error: BaseException) -> BaseException:
     """A host that is lost makes collectives and barriers of the others fail, in errors that do not say so."""
-    ours = isinstance(error, (UserError, KeyboardInterrupt, exits.Ended)) or files.system_error(error) is not None
+    ours = (
+        isinstance(error, (UserError, KeyboardInterrupt, exits.Ended))
+        or files.system_error(error) is not None
+    )
     return error if ours or not _peers else _peers[0].lost() or error
 
 
@@ -178,7 +206,9 @@ def _runtime() -> Any:
 
         global_state.client, global_state.process_id, global_state.num_processes  # noqa: B018
     except (ImportError, AttributeError) as error:
-        raise RuntimeError(f"jax {jax.__version__} keeps the state of jax.distributed elsewhere: adapt {__name__}") from error
+        raise RuntimeError(
+            f"jax {jax.__version__} keeps the state of jax.distributed elsewhere: adapt {__name__}"
+        ) from error
     return global_state
 
 
@@ -225,7 +255,9 @@ def barrier(name: str, seconds: float = 3600.0) -> None:
     try:
         _runtime().client.wait_at_barrier(f"{_PREFIX}/{name}/{_uses[name]}", int(1000 * seconds))
     except RuntimeError as error:
-        raise RuntimeError(f"barrier {name!r}: not all hosts came within {seconds:.0f} s") from error
+        raise RuntimeError(
+            f"barrier {name!r}: not all hosts came within {seconds:.0f} s"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -256,7 +288,10 @@ def agree(config: dict[str, Any], workdir: pathlib.Path, seconds: float = 300.0)
     mine = {"workdir": str(workdir), "config": config_lib.flat(config), "code": code_version()}
     try:
         if host() > 0:
-            publish(f"agree/{host()}", _complaint(mine, json.loads(published("agree/0", seconds)), host()))
+            publish(
+                f"agree/{host()}",
+                _complaint(mine, json.loads(published("agree/0", seconds)), host()),
+            )
         else:
             with _token(workdir) as token:
                 publish("agree/0", json.dumps(mine | {"token": token}))
@@ -264,7 +299,9 @@ def agree(config: dict[str, Any], workdir: pathlib.Path, seconds: float = 300.0)
             publish("agree/verdict", "; ".join(filter(None, complaints)))
         verdict = published("agree/verdict", seconds)
     except TimeoutError as error:
-        raise UserError(f"not all of the {hosts()} hosts answered within {seconds:.0f} s: {error}") from error
+        raise UserError(
+            f"not all of the {hosts()} hosts answered within {seconds:.0f} s: {error}"
+        ) from error
     if verdict:
         raise Disagreement(f"the hosts disagree, nothing was run: {verdict}")
 
@@ -311,6 +348,8 @@ def code_version() -> dict[str, str]:
     root = pathlib.Path(__file__).parent.parent
     digest = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
-        digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+        digest.update(
+            path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0"
+        )
     versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
     return {root.name: digest.hexdigest()[:12]} | versions

@@ -129,7 +129,9 @@ def exports(chip: str) -> str:
 def environment(chip: str, given: Mapping[str, str]) -> dict[str, str]:
     """What `exports` would set in the environment `given`, for processes that are started from Python."""
     return {
-        variable: f"{value} {given.get(variable, '')}".strip() if variable in LISTS else given.get(variable) or value
+        variable: f"{value} {given.get(variable, '')}".strip()
+        if variable in LISTS
+        else given.get(variable) or value
         for variable, value in _values(chip).items()
     }
 
@@ -139,11 +141,17 @@ def _values(chip: str) -> dict[str, str]:
     for setting in SETTINGS:
         if chip in setting.chips:
             values.setdefault(setting.variable, []).append(setting.value)
-    return {variable: " ".join(parts) if variable in LISTS else parts[0] for variable, parts in values.items()}
+    return {
+        variable: " ".join(parts) if variable in LISTS else parts[0]
+        for variable, parts in values.items()
+    }
 
 
 def explain() -> str:
-    blocks = (f"{' '.join(s.chips)}\n  {s.variable}: {s.value}\n  why: {s.reason}\n  source: {s.source}" for s in SETTINGS)
+    blocks = (
+        f"{' '.join(s.chips)}\n  {s.variable}: {s.value}\n  why: {s.reason}\n  source: {s.source}"
+        for s in SETTINGS
+    )
     return "\n".join(blocks)
 
 

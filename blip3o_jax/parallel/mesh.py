@@ -40,23 +40,35 @@ def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device] | None = None) -> j
         return jax.sharding.Mesh(_over_slices(cfg.slices, sizes, devices), AXES, axis_types=auto)
     there = {getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"}
     if len(there) > 1:
-        raise ConfigError(f"mesh.slices=1, but the devices lie in {len(there)}: set mesh.slices and mesh.data to that")
-    return jax.sharding.Mesh(_on_torus(mesh_utils.create_device_mesh, sizes, devices=devices), AXES, axis_types=auto)
+        raise ConfigError(
+            f"mesh.slices=1, but the devices lie in {len(there)}: set mesh.slices and mesh.data to that"
+        )
+    return jax.sharding.Mesh(
+        _on_torus(mesh_utils.create_device_mesh, sizes, devices=devices), AXES, axis_types=auto
+    )
 
 
-def _on_torus(place: Callable[..., np.ndarray], *sizes: list[int], devices: list[jax.Device]) -> np.ndarray:
+def _on_torus(
+    place: Callable[..., np.ndarray], *sizes: list[int], devices: list[jax.Device]
+) -> np.ndarray:
     """`place` is of `mesh_utils`, `sizes` what it asks for; the first of them are those on the torus of a slice."""
     try:
         # Several axes may share one of the torus: without, fsdp=16 would not fit into 8 x 8 x 8 chips.
         return place(*sizes, devices, allow_split_physical_axes=True)
     except (AssertionError, ValueError) as error:
-        named = " x ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes[0], strict=True) if size > 1)
-        raise ConfigError(f"mesh {named} cannot be laid onto the torus of a slice, choose other sizes: {error}") from error
+        named = " x ".join(
+            f"{axis}={size}" for axis, size in zip(AXES, sizes[0], strict=True) if size > 1
+        )
+        raise ConfigError(
+            f"mesh {named} cannot be laid onto the torus of a slice, choose other sizes: {error}"
+        ) from error
 
 
 def _named(cfg: MeshConfig, between: str) -> str:
     """The axes as configured; sequence where it is used."""
-    return between.join(f"{axis}={getattr(cfg, axis)}" for axis in AXES if axis != "sequence" or cfg.sequence != 1)
+    return between.join(
+        f"{axis}={getattr(cfg, axis)}" for axis in AXES if axis != "sequence" or cfg.sequence != 1
+    )
 
 
 def _over_slices(slices: int, sizes: list[int], devices: list[jax.Device]) -> np.ndarray:
@@ -66,10 +78,14 @@ def _over_slices(slices: int, sizes: list[int], devices: list[jax.Device]) -> np
             f"set mesh.data to {max(slices, 1)}"
         )
     there = {getattr(device, "slice_index", 0) for device in devices}
-    if len(there) == 1:  # one slice, or processes on one machine: blocks of neighbours stand for slices
+    if (
+        len(there) == 1
+    ):  # one slice, or processes on one machine: blocks of neighbours stand for slices
         return np.array(devices).reshape(sizes)
     if len(there) != slices:
-        raise ConfigError(f"mesh.slices={slices}, but the devices lie in {len(there)}: set mesh.slices to that")
+        raise ConfigError(
+            f"mesh.slices={slices}, but the devices lie in {len(there)}: set mesh.slices to that"
+        )
     within, across = [sizes[0] // slices, *sizes[1:]], [slices, *[1] * (len(sizes) - 1)]
     return _on_torus(mesh_utils.create_hybrid_device_mesh, within, across, devices=devices)
 
@@ -80,7 +96,9 @@ def cpu_environment(count: int) -> dict[str, str]:
     # devices than cores there is one thread for each: the last device to come has been seen to find none, and all to wait for
     # ever. NPROC is what XLA takes for the number of cores when it makes its threads.
     many = count > (os.cpu_count() or 1)
-    return {"JAX_NUM_CPU_DEVICES": str(count)} | ({"NPROC": str(THREADS_PER_CPU_DEVICE * count)} if many else {})
+    return {"JAX_NUM_CPU_DEVICES": str(count)} | (
+        {"NPROC": str(THREADS_PER_CPU_DEVICE * count)} if many else {}
+    )
 
 
 def split_cpu(count: int) -> None:

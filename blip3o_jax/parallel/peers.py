@@ -32,7 +32,11 @@ class LostHost(exits.Ended):
     """Another host has ended; this one cannot go on."""
 
     def __init__(self, host: int, where: str, status: int, why: str = ""):
-        how = f"was lost{where}" if status == exits.LOST_PEER else f"ended with status {status}{where}{why}"
+        how = (
+            f"was lost{where}"
+            if status == exits.LOST_PEER
+            else f"ended with status {status}{where}{why}"
+        )
         super().__init__(f"host {host} {how}; the same command goes on from the last checkpoint")
         self.status = status
 
@@ -104,7 +108,11 @@ class Peers:
         asking = threading.Thread(target=ask, daemon=True)
         asking.start()
         asking.join(ANSWER)
-        return {int(key.rpartition("/")[2]): json.loads(value) for key, value in found[0]} if found else None
+        return (
+            {int(key.rpartition("/")[2]): json.loads(value) for key, value in found[0]}
+            if found
+            else None
+        )
 
     def _listen(self) -> None:
         while not self._over.is_set():

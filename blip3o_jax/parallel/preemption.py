@@ -59,7 +59,12 @@ class StopRequest:
             exits.process.stoppable = True
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        where: TracebackType | None,
+    ) -> None:
         exits.process.saving = exits.process.stoppable = False
         exits.process.pass_on = None
         if self._service is not None:
@@ -81,7 +86,9 @@ class StopRequest:
         if service in _NO_HANDLER:
             return
         before = signal.signal(signal.SIGTERM, lambda number, frame: None)
-        if service == _handler_address(signal.SIGTERM):  # Python's own: jax_enable_preemption_service is off
+        if service == _handler_address(
+            signal.SIGTERM
+        ):  # Python's own: jax_enable_preemption_service is off
             signal.signal(signal.SIGTERM, before)
             return
         self._service = service

@@ -32,7 +32,17 @@ Table = dict[str, tuple[str, ...]]
 _BATCH: Table = {"batch": ("data", "fsdp"), "lookup_batch": ("data", "fsdp")}
 _FSDP: Table = _BATCH | {"embed": ("fsdp",), "lookup_batch": ("data",)}
 _FSDP_TP: Table = _FSDP | {
-    name: ("tensor",) for name in ("vocab", "heads", "kv_heads", "mlp", "act_vocab", "act_heads", "act_kv_heads", "act_mlp")
+    name: ("tensor",)
+    for name in (
+        "vocab",
+        "heads",
+        "kv_heads",
+        "mlp",
+        "act_vocab",
+        "act_heads",
+        "act_kv_heads",
+        "act_mlp",
+    )
 }
 _FSDP_SP: Table = _FSDP | {"length": ("sequence",), "latent_tokens": ("sequence",)}
 
@@ -42,11 +52,19 @@ TOKENS = tuple(name for name in _FSDP_SP if name not in _FSDP)
 STRATEGIES: dict[str, dict[str, Table]] = {
     "dp": {"": _BATCH},
     "fsdp": {"": _FSDP, "vae": _BATCH},
-    "fsdp_tp": {"": _FSDP_TP, "vae": _BATCH, "tokenizer": _FSDP, "text_tower": _FSDP, "patch_readout": _FSDP},
+    "fsdp_tp": {
+        "": _FSDP_TP,
+        "vae": _BATCH,
+        "tokenizer": _FSDP,
+        "text_tower": _FSDP,
+        "patch_readout": _FSDP,
+    },
     "fsdp_sp": {"": _FSDP, "ar": _FSDP_SP, "dit": _FSDP_SP, "vae": _BATCH},
 }
 # A slice's own table has no `data` axis in it beside the batch's, so that parameters are whole in each slice.
-STRATEGIES |= {f"hybrid_{name}": tables for name, tables in STRATEGIES.items()} | {"hybrid": STRATEGIES["fsdp"]}
+STRATEGIES |= {f"hybrid_{name}": tables for name, tables in STRATEGIES.items()} | {
+    "hybrid": STRATEGIES["fsdp"]
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +76,10 @@ class Strategy:
     parts: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
-        for field, name in (("strategy", self.name), *((f"parts[{part!r}]", name) for part, name in self.parts)):
+        for field, name in (
+            ("strategy", self.name),
+            *((f"parts[{part!r}]", name) for part, name in self.parts),
+        ):
             if name not in STRATEGIES:
                 raise ConfigError(f"mesh.{field}={name!r} is not one of {', '.join(STRATEGIES)}")
         named = (self.name, *(name for _, name in self.parts))
@@ -84,7 +105,9 @@ class Strategy:
         """Number of pieces the batch is cut into."""
         return math.prod(self.mesh.shape[axis] for axis in _BATCH["batch"])
 
-    def spec(self, part: str, axes: tuple[str | None, ...], shape: tuple[int, ...], where: str = "") -> PartitionSpec:
+    def spec(
+        self, part: str, axes: tuple[str | None, ...], shape: tuple[int, ...], where: str = ""
+    ) -> PartitionSpec:
         """Mesh axes of an array of `part` whose dimensions have the logical names `axes`."""
         tables = STRATEGIES[dict(self.parts).get(part, self.name)]
         table = tables.get(part, tables[""])
@@ -105,10 +128,14 @@ class Strategy:
                     f"strategy {self.name}: {where or part} has {name}={dim}, which does not divide over mesh axes "
                     f"{' x '.join(mesh_axes)} = {size}; use a multiple of {size}, or a mesh whose size divides {dim}"
                 )
-            entries.append(mesh_axes if len(mesh_axes) > 1 else (mesh_axes[0] if mesh_axes else None))
+            entries.append(
+                mesh_axes if len(mesh_axes) > 1 else (mesh_axes[0] if mesh_axes else None)
+            )
         return PartitionSpec(*entries)
 
-    def sharding(self, part: str, axes: tuple[str | None, ...], shape: tuple[int, ...], where: str = "") -> NamedSharding:
+    def sharding(
+        self, part: str, axes: tuple[str | None, ...], shape: tuple[int, ...], where: str = ""
+    ) -> NamedSharding:
         return NamedSharding(self.mesh, self.spec(part, axes, shape, where))
 
     def replicated(self) -> NamedSharding:
@@ -138,6 +165,8 @@ class Strategy:
         }
         return nnx.traversals.unflatten_mapping(flat)
 
-    def resolver(self, part: str, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> NamedSharding:
+    def resolver(
+        self, part: str, axes: tuple[str | None, ...], shape: tuple[int, ...]
+    ) -> NamedSharding:
         """Where activations lie, for `nn.sharding_resolver`."""
         return self.sharding(part, axes, shape, f"an activation of {part}")

@@ -43,7 +43,12 @@ class Watchdog:
             self._thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        where: TracebackType | None,
+    ) -> None:
         self._end.set()
         if self._thread.is_alive():
             self._thread.join()
@@ -65,7 +70,11 @@ class Watchdog:
                 told_at = 2 * (now - mine.since)  # again when twice as long has passed
                 text = diagnose(signs, distributed.hosts(), now, 3 * self._period + 1)
                 if _speaker(signs, now, 3 * self._period + 1) == distributed.host():
-                    print(f"watchdog: no progress for {now - mine.since:.0f} s: {text}", file=sys.stderr, flush=True)
+                    print(
+                        f"watchdog: no progress for {now - mine.since:.0f} s: {text}",
+                        file=sys.stderr,
+                        flush=True,
+                    )
 
 
 def _exchanged(mine: Sign) -> dict[int, Sign]:
@@ -75,7 +84,10 @@ def _exchanged(mine: Sign) -> dict[int, Sign]:
         return {me: mine}
     try:
         distributed.publish(f"watchdog/{me}", json.dumps(dataclasses.astuple(mine)))
-        return {int(host): Sign(*json.loads(text)) for host, text in distributed.all_published("watchdog").items()}
+        return {
+            int(host): Sign(*json.loads(text))
+            for host, text in distributed.all_published("watchdog").items()
+        }
     except (RuntimeError, AttributeError):  # the coordinator is gone, or this host has left
         return {me: mine}
 
@@ -91,7 +103,9 @@ def diagnose(signs: dict[int, Sign], hosts: int, now: float, silent_after: float
     A silent host is the culprit (killed, or hung with all its threads). Else those that are busy by themselves while others
     wait in something collective; else those at the earliest step, where that differs; else it cannot be told.
     """
-    silent = [host for host in range(hosts) if host not in signs or now - signs[host].seen > silent_after]
+    silent = [
+        host for host in range(hosts) if host not in signs or now - signs[host].seen > silent_after
+    ]
     heard = {host: signs[host] for host in range(hosts) if host not in silent}
     busy = [host for host, sign in heard.items() if sign.phase not in WAITING]
     first = min((sign.step for sign in heard.values()), default=0)
@@ -102,7 +116,10 @@ def diagnose(signs: dict[int, Sign], hosts: int, now: float, silent_after: float
     stuck = lambda host: f"stuck in {signs[host].told()} for {now - signs[host].since:.0f} s"
     told = [f"{_names(group)} {_are(group)} {text}" for text, group in _grouped(silent, last)]
     told += [f"{_names(group)} {_are(group)} {text}" for text, group in _grouped(culprits, stuck)]
-    told += [f"{_names(group)} in {text}" for text, group in _grouped(waiting, lambda host: signs[host].told())]
+    told += [
+        f"{_names(group)} in {text}"
+        for text, group in _grouped(waiting, lambda host: signs[host].told())
+    ]
     return "; ".join(told)
 
 
@@ -116,7 +133,9 @@ def _grouped(hosts: Iterable[int], text: Callable[[int], str]) -> Iterable[tuple
 
 def _names(group: list[int]) -> str:
     """host 3, or hosts 0, 1, 2 and 61 more."""
-    shown = ", ".join(map(str, group[:3])) + (f" and {len(group) - 3} more" if len(group) > 3 else "")
+    shown = ", ".join(map(str, group[:3])) + (
+        f" and {len(group) - 3} more" if len(group) > 3 else ""
+    )
     return f"host{'s' if len(group) > 1 else ''} {shown}"
 
 

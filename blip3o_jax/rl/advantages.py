@@ -34,7 +34,9 @@ class Advantages:
     std_P: np.ndarray  # float64, of the kept rewards; NaN where fewer than two are kept
 
 
-def group_advantages(rewards_PG: np.ndarray, kept_PG: np.ndarray, *, kind: str, epsilon: float) -> Advantages:
+def group_advantages(
+    rewards_PG: np.ndarray, kept_PG: np.ndarray, *, kind: str, epsilon: float
+) -> Advantages:
     """Advantages of `kind` "std" or "mean"; what `rewards_PG` has where `kept_PG` is False is not looked at.
 
     Raises ValueError where a kept reward is not finite: whoever scored it should have dropped it.
@@ -42,18 +44,27 @@ def group_advantages(rewards_PG: np.ndarray, kept_PG: np.ndarray, *, kind: str, 
     kept_PG = np.asarray(kept_PG, bool)
     r_PG = np.where(kept_PG, np.asarray(rewards_PG, np.float64), 0)
     if not np.isfinite(r_PG).all():
-        raise ValueError(f"rewards that are kept must be finite: row, column {np.argwhere(~np.isfinite(r_PG)).tolist()}")
+        raise ValueError(
+            f"rewards that are kept must be finite: row, column {np.argwhere(~np.isfinite(r_PG)).tolist()}"
+        )
     count_P = kept_PG.sum(axis=1)
     with np.errstate(invalid="ignore"):  # 0 / 0 is the NaN of a mean of nothing
         mean_P = r_PG.sum(axis=1) / count_P
         gap_PG = np.where(kept_PG, r_PG - mean_P[:, None], 0)
         std_P = np.sqrt((gap_PG**2).sum(axis=1) / np.where(count_P > 1, count_P - 1, np.nan))
     # 0 of a single reward, -inf of none: both are degenerate by the same rule.
-    spread_P = np.where(kept_PG, r_PG, -np.inf).max(axis=1) - np.where(kept_PG, r_PG, np.inf).min(axis=1)
+    spread_P = np.where(kept_PG, r_PG, -np.inf).max(axis=1) - np.where(kept_PG, r_PG, np.inf).min(
+        axis=1
+    )
     degenerate_P = spread_P <= EQUAL * np.abs(r_PG).max(axis=1)
     scale_P = std_P + epsilon if kind == "std" else np.ones_like(std_P)
     advantage_PG = gap_PG / np.where(degenerate_P, 1, scale_P)[:, None]
-    return Advantages(np.where(degenerate_P[:, None], 0, advantage_PG).astype(np.float32), degenerate_P, mean_P, std_P)
+    return Advantages(
+        np.where(degenerate_P[:, None], 0, advantage_PG).astype(np.float32),
+        degenerate_P,
+        mean_P,
+        std_P,
+    )
 
 
 def choose_groups(degenerate_C: np.ndarray, prompts: int) -> np.ndarray:

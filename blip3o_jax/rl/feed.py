@@ -70,9 +70,13 @@ class Rollouts:
         self._next, self._step, self._uses = position["rollout"], setup.start, 0
         image_ids = setup.vocabulary.image_first, setup.vocabulary.image_last
         self._draw_images = rollout.make_draw(setup.config, setup.plan, setup.strategy, image_ids)
-        self._add_reference = rollout.make_reference(setup.config, setup.plan, setup.strategy, image_ids)
+        self._add_reference = rollout.make_reference(
+            setup.config, setup.plan, setup.strategy, image_ids
+        )
         self._sharding = setup.strategy.batch_sharding()
-        self._join = jax.jit(lambda rows, *x: jnp.concatenate(x)[rows], out_shardings=self._sharding)
+        self._join = jax.jit(
+            lambda rows, *x: jnp.concatenate(x)[rows], out_shardings=self._sharding
+        )
         self._rows = PromptRows(prompts, setup.config, setup.vocabulary)
         self._ahead: _Drawn | None = None  # with rl.stale
         self._batch: Batch = {}
@@ -93,7 +97,9 @@ class Rollouts:
         """None between two updates on one rollout: the policy that drew it is gone."""
         if self._uses:
             return None
-        undone = self._ahead is not None  # drawn but not trained on: drawn again by a run that goes on from here
+        undone = (
+            self._ahead is not None
+        )  # drawn but not trained on: drawn again by a run that goes on from here
         return {"rollout": self._next - undone} | self._identity
 
     def metrics(self) -> dict[str, float]:
@@ -117,7 +123,9 @@ class Rollouts:
         updating = time.monotonic() - self._since
         batch = self._rollout(state)
         self._since = time.monotonic()
-        self._metrics |= _shares(updating, self._metrics["seconds/draw"], self._metrics["seconds/reward_wait"])
+        self._metrics |= _shares(
+            updating, self._metrics["seconds/draw"], self._metrics["seconds/reward_wait"]
+        )
         return batch
 
     def _rollout(self, state: TrainState) -> Batch:
@@ -141,30 +149,49 @@ class Rollouts:
         """Draws rollout number `_next`; its images are submitted to the rewards."""
         began, rl, number = time.monotonic(), self._rl, self._next
         self._next += 1
-        chosen = [self._prompts[i] for i in prompt_indices(len(self._prompts), number, rl.prompts, self._setup.config.seed)]
+        chosen = [
+            self._prompts[i]
+            for i in prompt_indices(len(self._prompts), number, rl.prompts, self._setup.config.seed)
+        ]
         pieces = rollout.chunks(rl)
         size, per = rl.prompts * rl.group // pieces, rl.prompts // pieces
         rows = host_rows(self._sharding, size)
-        running = [self._piece(state, chosen[i * per : (i + 1) * per], number, i) for i in range(pieces)]
+        running = [
+            self._piece(state, chosen[i * per : (i + 1) * per], number, i) for i in range(pieces)
+        ]
         images, pending = [], []
         for i, (pixels, _) in enumerate(running):
             images.append(_local(pixels, rows))
             mine = [chosen[i * per + row // rl.group] for row in rows]
-            pending.append(self._pool.submit(images[-1], [p.text for p in mine], [p.metadata for p in mine]))
+            pending.append(
+                self._pool.submit(images[-1], [p.text for p in mine], [p.metadata for p in mine])
+            )
         record = jax.tree.map(lambda *x: self._concatenated(x), *(record for _, record in running))
         if rollout.has_reference(rl):
             record |= self._add_reference(self._reference, state["frozen"], record)
         all_rows = [i * size + row for i in range(pieces) for row in rows]
-        return _Drawn(number, chosen, all_rows, np.concatenate(images), record, pending, time.monotonic() - began)
+        return _Drawn(
+            number,
+            chosen,
+            all_rows,
+            np.concatenate(images),
+            record,
+            pending,
+            time.monotonic() - began,
+        )
 
-    def _piece(self, state: TrainState, prompts: list[Prompt], number: int, piece: int) -> tuple[jax.Array, rollout.Record]:
+    def _piece(
+        self, state: TrainState, prompts: list[Prompt], number: int, piece: int
+    ) -> tuple[jax.Array, rollout.Record]:
         setup, rl = self._setup, self._rl
         tokens_PL, lengths_P = self._rows.of(prompts)
         count = len(prompts) * rl.group
         first = number * rl.prompts * rl.group + piece * count
         indices_B = np.arange(first, first + count).astype(np.uint32)
         seed, rollout_number = np.uint32(setup.config.seed), np.uint32(number)
-        return self._draw_images(state["params"], state["frozen"], tokens_PL, lengths_P, indices_B, seed, rollout_number)
+        return self._draw_images(
+            state["params"], state["frozen"], tokens_PL, lengths_P, indices_B, seed, rollout_number
+        )
 
     def _judged(self, drawn: _Drawn) -> Verdicts:
         """Waits for the rewards."""
@@ -182,13 +209,19 @@ class Rollouts:
         if drawn.number % self._rl.samples_every == 0:
             kept = np.flatnonzero(~mine.failed_B)
             if len(kept):
-                grid = best_and_worst(drawn.images[kept], [prompts[i].text for i in kept], mine.total_B[kept])
+                grid = best_and_worst(
+                    drawn.images[kept], [prompts[i].text for i in kept], mine.total_B[kept]
+                )
                 self._metric_log.images(self._step, "best and worst", grid)
         return verdicts
 
-    def _measured(self, found: list[_Drawn], verdicts: Verdicts, spread: Advantages) -> dict[str, float]:
+    def _measured(
+        self, found: list[_Drawn], verdicts: Verdicts, spread: Advantages
+    ) -> dict[str, float]:
         """Metrics of all that was drawn for a batch, what is refilled and what has its place included."""
-        prompts, timings = ([x for drawn in found for x in getattr(drawn, name)] for name in ("prompts", "timings"))
+        prompts, timings = (
+            [x for drawn in found for x in getattr(drawn, name)] for name in ("prompts", "timings")
+        )
         values = judged.reward_metrics(verdicts, spread, prompts, self._rl.group) | {
             "seconds/draw": sum(drawn.seconds for drawn in found),
             "seconds/reward_wait": sum(drawn.waited for drawn in found),
@@ -197,28 +230,38 @@ class Rollouts:
         }
         return values | ({"reward/drawn": float(len(found))} if self._rl.refill else {})
 
-    def _assembled(self, found: list[_Drawn], verdicts: Verdicts, degenerate_Q: np.ndarray) -> Batch:
+    def _assembled(
+        self, found: list[_Drawn], verdicts: Verdicts, degenerate_Q: np.ndarray
+    ) -> Batch:
         """The batch of the groups chosen from what was drawn."""
         rl = self._rl
         groups = choose_groups(degenerate_Q, rl.prompts)
         rows = (groups[:, None] * rl.group + np.arange(rl.group)).ravel()
         record = found[0].record
         if len(found) > 1:
-            record = jax.tree.map(lambda *x: self._join(rows, *x), *(drawn.record for drawn in found))
+            record = jax.tree.map(
+                lambda *x: self._join(rows, *x), *(drawn.record for drawn in found)
+            )
             verdicts = verdicts.take(rows)
         told, count = judged.columns(verdicts, rl), len(verdicts.total_B)
         mine = host_rows(self._sharding, count)
-        return record | global_batch({name: x[mine] for name, x in told.items()}, self._sharding, mine, count)
+        return record | global_batch(
+            {name: x[mine] for name, x in told.items()}, self._sharding, mine, count
+        )
 
     def _concatenated(self, pieces: tuple[jax.Array, ...]) -> jax.Array:
-        return pieces[0] if len(pieces) == 1 else self._join(np.arange(sum(map(len, pieces))), *pieces)
+        return (
+            pieces[0] if len(pieces) == 1 else self._join(np.arange(sum(map(len, pieces))), *pieces)
+        )
 
 
 def _shares(update: float, draw: float, reward: float) -> dict[str, float]:
     """Of the time of a step: of the updates on the rollout before, of drawing, of waiting for rewards."""
     seconds = {"update": update, "draw": draw, "reward_wait": reward}
     total = max(sum(seconds.values()), 1e-9)
-    return {"seconds/update": update} | {f"share/{name}": value / total for name, value in seconds.items()}
+    return {"seconds/update": update} | {
+        f"share/{name}": value / total for name, value in seconds.items()
+    }
 
 
 def _local(images: jax.Array, rows: list[int]) -> np.ndarray:

@@ -57,7 +57,12 @@ class Trajectory(NamedTuple):
 
 
 def transition(
-    x_BHWC: jax.Array, velocity_BHWC: jax.Array, sigma_B: jax.Array, next_B: jax.Array, *, noise: float
+    x_BHWC: jax.Array,
+    velocity_BHWC: jax.Array,
+    sigma_B: jax.Array,
+    next_B: jax.Array,
+    *,
+    noise: float,
 ) -> tuple[jax.Array, jax.Array]:
     """Mean [B, H, W, C] and deviation [B] of x at the noise level `next_B`, given x at `sigma_B`; `noise` is a.
 
@@ -112,12 +117,18 @@ def sample_sde(
     """
     B, (K,), shape = len(noise_BHWC), kept_K.shape, noise_BHWC.shape[1:]
 
-    def step(carry: tuple[jax.Array, Trajectory], index: jax.Array) -> tuple[tuple[jax.Array, Trajectory], None]:
+    def step(
+        carry: tuple[jax.Array, Trajectory], index: jax.Array
+    ) -> tuple[tuple[jax.Array, Trajectory], None]:
         x_BHWC, kept = carry
-        sigma_B, next_B = (jnp.broadcast_to(s, (B,)) for s in step_sigmas(index, steps=steps, flow=flow))
+        sigma_B, next_B = (
+            jnp.broadcast_to(s, (B,)) for s in step_sigmas(index, steps=steps, flow=flow)
+        )
         velocity_BHWC = velocity_fn(x_BHWC, sigma_B * flow.num_train_timesteps).astype(jnp.float32)
         mean_BHWC, std_B = transition(x_BHWC, velocity_BHWC, sigma_B, next_B, noise=noise)
-        draw_BHWC = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, index), shape))(keys_B)
+        draw_BHWC = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, index), shape))(
+            keys_B
+        )
         noisy = index < steps - 1 if noise_everywhere else jnp.any(kept_K == index)
         ode_BHWC = x_BHWC + _per_row(next_B - sigma_B) * velocity_BHWC
         next_BHWC = jnp.where(noisy, mean_BHWC + _per_row(std_B) * draw_BHWC, ode_BHWC)
@@ -134,7 +145,10 @@ def sample_sde(
         return (next_BHWC, kept), None
 
     slots = jnp.zeros((B, K, *shape), jnp.float32)
-    start = (noise_BHWC.astype(jnp.float32), Trajectory(kept_K, slots, slots, jnp.zeros((B, K), jnp.float32)))
+    start = (
+        noise_BHWC.astype(jnp.float32),
+        Trajectory(kept_K, slots, slots, jnp.zeros((B, K), jnp.float32)),
+    )
     return jax.lax.scan(step, start, jnp.arange(steps))[0]
 
 
@@ -156,7 +170,9 @@ def policy_loss(
     if kl_BK is None and cfg.kl:
         raise ValueError(f"rl.flow.kl={cfg.kl} needs the KL divergence to the reference policy")
     log_ratio_BK = grpo.kept_difference(logprob_BK, jax.lax.stop_gradient(old_logprob_BK), kept_B)
-    loss_BK, metrics = grpo.clipped_loss(log_ratio_BK, advantage_B, kept_B, kept_share_B, clip=(cfg.clip, cfg.clip))
+    loss_BK, metrics = grpo.clipped_loss(
+        log_ratio_BK, advantage_B, kept_B, kept_share_B, clip=(cfg.clip, cfg.clip)
+    )
     if kl_BK is not None:
         loss_BK += cfg.kl * kl_BK
         metrics["kl"] = grpo.kept_mean(kl_BK, kept_B, kept_share_B)

@@ -53,7 +53,9 @@ def policy_loss(
     if reference_logprobs_BN is None and cfg.kl:
         raise ValueError(f"rl.kl={cfg.kl} needs the reference policy's log-probabilities")
     log_ratio_BN = kept_difference(logprobs_BN, jax.lax.stop_gradient(old_logprobs_BN), kept_B)
-    loss_BN, metrics = clipped_loss(log_ratio_BN, advantage_B, kept_B, kept_share_B, clip=cfg.clip, ratio=cfg.ratio)
+    loss_BN, metrics = clipped_loss(
+        log_ratio_BN, advantage_B, kept_B, kept_share_B, clip=cfg.clip, ratio=cfg.ratio
+    )
     if reference_logprobs_BN is not None:
         gap_BN = kept_difference(jax.lax.stop_gradient(reference_logprobs_BN), logprobs_BN, kept_B)
         kl_BN = jnp.expm1(gap_BN) - gap_BN
@@ -84,7 +86,9 @@ def clipped_loss(
     token_ratio_BN = jnp.exp(log_ratio_BN)
     r_BN = token_ratio_BN
     if ratio == "sequence":
-        r_BN = jnp.broadcast_to(jnp.exp(jnp.mean(log_ratio_BN, axis=1, keepdims=True)), log_ratio_BN.shape)
+        r_BN = jnp.broadcast_to(
+            jnp.exp(jnp.mean(log_ratio_BN, axis=1, keepdims=True)), log_ratio_BN.shape
+        )
     low, high = 1 - clip[0], 1 + clip[1]
     loss_BN = -jnp.minimum(r_BN * advantage_B1, jnp.clip(r_BN, low, high) * advantage_B1)
     gap_BN = jnp.abs(token_ratio_BN - 1)

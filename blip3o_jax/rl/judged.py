@@ -26,7 +26,11 @@ class Verdicts:
     parts: dict[str, np.ndarray]
 
     def take(self, rows: np.ndarray) -> "Verdicts":
-        return Verdicts(self.total_B[rows], self.failed_B[rows], {name: x[rows] for name, x in self.parts.items()})
+        return Verdicts(
+            self.total_B[rows],
+            self.failed_B[rows],
+            {name: x[rows] for name, x in self.parts.items()},
+        )
 
 
 def joined(verdicts: Sequence[Verdicts]) -> Verdicts:
@@ -60,13 +64,19 @@ def _from_all_hosts(value: Any) -> list[Any]:
     text = np.frombuffer(json.dumps(value).encode(), np.uint8)
     lengths = multihost_utils.process_allgather(np.array(len(text)))
     texts = multihost_utils.process_allgather(np.pad(text, (0, int(lengths.max()) - len(text))))
-    return [json.loads(bytes(text[:length])) for text, length in zip(texts, lengths.tolist(), strict=True)]
+    return [
+        json.loads(bytes(text[:length]))
+        for text, length in zip(texts, lengths.tolist(), strict=True)
+    ]
 
 
 def advantages(verdicts: Verdicts, cfg: RlConfig) -> Advantages:
     grouped = lambda x: x.reshape(-1, cfg.group)
     return group_advantages(
-        grouped(verdicts.total_B), ~grouped(verdicts.failed_B), kind=cfg.advantage, epsilon=cfg.advantage_epsilon
+        grouped(verdicts.total_B),
+        ~grouped(verdicts.failed_B),
+        kind=cfg.advantage,
+        epsilon=cfg.advantage_epsilon,
     )
 
 
@@ -82,12 +92,17 @@ def columns(verdicts: Verdicts, cfg: RlConfig) -> dict[str, np.ndarray]:
     }
 
 
-def reward_metrics(verdicts: Verdicts, found: Advantages, prompts: Sequence[Prompt], group: int) -> dict[str, float]:
+def reward_metrics(
+    verdicts: Verdicts, found: Advantages, prompts: Sequence[Prompt], group: int
+) -> dict[str, float]:
     """Mean, deviation and maximum of the rewards, of all and by category of prompt; means of their parts; and of the groups the
     share without a difference and the mean deviation. `prompts`: one a group. Images without a reward count in none of them,
     nor do parts that are not finite."""
     kept_B = ~verdicts.failed_B
-    values = {"reward/failed": float(verdicts.failed_B.mean()), "reward/degenerate": float(found.degenerate_P.mean())}
+    values = {
+        "reward/failed": float(verdicts.failed_B.mean()),
+        "reward/degenerate": float(found.degenerate_P.mean()),
+    }
     if not kept_B.any():
         return values
     total_B = verdicts.total_B
@@ -95,7 +110,9 @@ def reward_metrics(verdicts: Verdicts, found: Advantages, prompts: Sequence[Prom
         "reward/mean": float(total_B[kept_B].mean()),
         "reward/std": float(total_B[kept_B].std()),
         "reward/max": float(total_B[kept_B].max()),
-        "reward/group_std": float(np.nanmean(found.std_P)) if np.isfinite(found.std_P).any() else 0.0,
+        "reward/group_std": float(np.nanmean(found.std_P))
+        if np.isfinite(found.std_P).any()
+        else 0.0,
     }
     for name, part_B in verdicts.parts.items():
         told_B = kept_B & np.isfinite(part_B)

@@ -29,7 +29,15 @@ SHOWN = 6  # images of each kind in a picture
 class RolloutLog:
     """Lines of rollouts from `start` on are dropped on opening: a run that goes on writes them again."""
 
-    def __init__(self, directory: pathlib.Path, host: int, start: int, seed: int, *, keep_images: bool = False):
+    def __init__(
+        self,
+        directory: pathlib.Path,
+        host: int,
+        start: int,
+        seed: int,
+        *,
+        keep_images: bool = False,
+    ):
         path = directory / ("rollouts.jsonl" if host == 0 else f"rollouts-{host}.jsonl")
         self._directory, self._seed, self._keep_images = directory, seed, keep_images
         self._lines = JsonLines(path, KEYS, lambda line: line["rollout"] < start)
@@ -39,7 +47,13 @@ class RolloutLog:
         return self._lines.path
 
     def write(
-        self, rollout: int, rows: Sequence[int], first: int, prompts: Sequence[Prompt], images: np.ndarray, verdicts: Verdicts
+        self,
+        rollout: int,
+        rows: Sequence[int],
+        first: int,
+        prompts: Sequence[Prompt],
+        images: np.ndarray,
+        verdicts: Verdicts,
     ) -> None:
         """Of one rollout's images; `rows` among its images, of which `first` is the index of row 0; the rest is one a row."""
         lines = []

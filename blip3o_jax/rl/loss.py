@@ -10,7 +10,14 @@ import jax.numpy as jnp
 from blip3o_jax.blip3o import Blip3o
 from blip3o_jax.config import Config
 from blip3o_jax.rl import flow_grpo, grpo
-from blip3o_jax.rl.rollout import Record, flow_means, shared_reading, token_logprobs, trains_flow, trains_tokens
+from blip3o_jax.rl.rollout import (
+    Record,
+    flow_means,
+    shared_reading,
+    token_logprobs,
+    trains_flow,
+    trains_tokens,
+)
 from blip3o_jax.train.stages import Loss
 
 
@@ -21,7 +28,9 @@ def make_loss(config: Config, image_ids: tuple[int, int], shards: int) -> Loss:
     # A micro-batch takes every so many rows: of a group a part, or none of some.
     share = shared_reading(rl.group // pieces, rl.prompts, shards) if rl.group % pieces == 0 else 1
 
-    def loss(model: Blip3o, record: Record, keys_B: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def loss(
+        model: Blip3o, record: Record, keys_B: jax.Array
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
         del keys_B  # nothing is drawn
         judged = record["advantage"], record["kept"] > 0, record["kept_share"]
         total, metrics = jnp.zeros((), jnp.float32), {}
@@ -38,8 +47,12 @@ def make_loss(config: Config, image_ids: tuple[int, int], shards: int) -> Loss:
             logprob_BK = each(record["x_next"], mean_BKHWC, std_BK)
             kl_BK = None
             if "reference_mean" in record:
-                kl_BK = jax.vmap(flow_grpo.kl, in_axes=1, out_axes=1)(mean_BKHWC, record["reference_mean"], std_BK)
-            value, found = flow_grpo.policy_loss(logprob_BK, record["flow_logprobs"], kl_BK, *judged, cfg=rl.flow)
+                kl_BK = jax.vmap(flow_grpo.kl, in_axes=1, out_axes=1)(
+                    mean_BKHWC, record["reference_mean"], std_BK
+                )
+            value, found = flow_grpo.policy_loss(
+                logprob_BK, record["flow_logprobs"], kl_BK, *judged, cfg=rl.flow
+            )
             total += value
             metrics |= {f"flow/{name}": x for name, x in found.items()}
         return total, metrics

@@ -40,11 +40,15 @@ def run(config: Config, workdir: str | pathlib.Path) -> Summary:
 def resolved(config: Config) -> Config:
     """The configuration with what follows from `rl`: the batch is a rollout. ConfigError for what cannot work."""
     rl = config.rl
-    check(config.stage == "joint", f"stage={config.stage!r}: reinforcement learning is for a model of stage 'joint'")
+    check(
+        config.stage == "joint",
+        f"stage={config.stage!r}: reinforcement learning is for a model of stage 'joint'",
+    )
     check(bool(rl.rewards), "rl.rewards is empty: name at least one reward")
     check(bool(rl.prompts_file), "rl.prompts_file is empty: name a file of prompts")
     check(
-        bool(config.checkpoint.init_from), "checkpoint.init_from is empty: reinforcement learning starts from a trained model"
+        bool(config.checkpoint.init_from),
+        "checkpoint.init_from is empty: reinforcement learning starts from a trained model",
     )
     for name, value in (("steps", config.steps), ("checkpoint.every", config.checkpoint.every)):
         check(
@@ -67,7 +71,9 @@ class ReinforcementLearning:
     def open(self, config: Config) -> None:
         rl = config.rl
         self._prompts = read_prompts(rl.prompts_file)
-        self._pool = RewardPool(rl.rewards, workers=rl.workers, timeout=rl.timeout, retries=rl.retries)
+        self._pool = RewardPool(
+            rl.rewards, workers=rl.workers, timeout=rl.timeout, retries=rl.retries
+        )
         self._pool.check([(prompt.text, prompt.metadata) for prompt in self._prompts])
 
     def close(self) -> None:
@@ -104,7 +110,12 @@ class ReinforcementLearning:
                 "to: bring them back, or start in another --workdir"
             )
         open_log = functools.partial(
-            RolloutLog, setup.workdir, host(), position["rollout"], config.seed, keep_images=config.rl.keep_images
+            RolloutLog,
+            setup.workdir,
+            host(),
+            position["rollout"],
+            config.seed,
+            keep_images=config.rl.keep_images,
         )
         feed = Rollouts(setup, self._prompts, self._pool, reference, position, open_log)
         image_ids = setup.vocabulary.image_first, setup.vocabulary.image_last
@@ -130,9 +141,10 @@ def _reference(setup: Setup, state: TrainState, *, fresh: bool) -> Any:
     """The trainable parameters that the run started from: a copy of its own, for the step overwrites the state. A run that goes
     on reads them again from where it started; low-rank factors that were drawn then are switched off."""
     if fresh:
-        return jax.jit(lambda params: jax.tree.map(jnp.copy, params), out_shardings=setup.plan.shardings["params"])(
-            state["params"]
-        )
+        return jax.jit(
+            lambda params: jax.tree.map(jnp.copy, params),
+            out_shardings=setup.plan.shardings["params"],
+        )(state["params"])
     given = given_parts(setup.config, setup.plan, setup.strategy)
     given = {part: groups["params"] for part, groups in given.items() if "params" in groups}
     return merge_trees(given, lora.without_lora(state["params"]))
@@ -149,5 +161,7 @@ def fingerprint(params: Any) -> str:
 @jax.jit
 def _bits(x: jax.Array) -> jax.Array:
     """Sum of an array's words, each times an odd number made of it, modulo 2^32: in any order the same."""
-    words = jax.lax.bitcast_convert_type(x, {2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]).astype(jnp.uint32)
+    words = jax.lax.bitcast_convert_type(
+        x, {2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
+    ).astype(jnp.uint32)
     return jnp.sum(words * (words >> 7 | 1), dtype=jnp.uint32)

@@ -14,8 +14,16 @@ def prompt_indices(count: int, rollout: int, prompts_per_rollout: int, seed: int
     of all prompts in a random order, then all in another, and so on. Nothing need be kept to go on with it."""
     positions = rollout * prompts_per_rollout + np.arange(prompts_per_rollout)
     epochs, places = np.divmod(positions, count)
-    orders = {epoch: np.random.default_rng((seed, epoch)).permutation(count) for epoch in np.unique(epochs).tolist()}
-    return np.array([orders[epoch][place] for epoch, place in zip(epochs.tolist(), places.tolist(), strict=True)])
+    orders = {
+        epoch: np.random.default_rng((seed, epoch)).permutation(count)
+        for epoch in np.unique(epochs).tolist()
+    }
+    return np.array(
+        [
+            orders[epoch][place]
+            for epoch, place in zip(epochs.tolist(), places.tolist(), strict=True)
+        ]
+    )
 
 
 class PromptRows:
@@ -36,7 +44,10 @@ class PromptRows:
 
     def of(self, prompts: list[Prompt]) -> tuple[np.ndarray, np.ndarray]:
         """(tokens [P, L], padded on the right, lengths [P]), int32."""
-        tokens_PL, lengths_P = np.zeros((len(prompts), self.length), np.int32), np.zeros(len(prompts), np.int32)
+        tokens_PL, lengths_P = (
+            np.zeros((len(prompts), self.length), np.int32),
+            np.zeros(len(prompts), np.int32),
+        )
         for row, prompt in enumerate(prompts):
             ids = self._ids(prompt)
             tokens_PL[row, : len(ids)], lengths_P[row] = ids, len(ids)
@@ -44,4 +55,6 @@ class PromptRows:
 
     def _ids(self, prompt: Prompt) -> list[int]:
         model = self._config.model
-        return text_to_image_prompt(self._vocabulary, model.template, prompt.text, model.tokenizer.pool_scale)
+        return text_to_image_prompt(
+            self._vocabulary, model.template, prompt.text, model.tokenizer.pool_scale
+        )

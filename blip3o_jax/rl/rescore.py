@@ -29,7 +29,9 @@ from blip3o_jax.train.metrics import parse_rows
 ROWS = 10  # stretches of a run in the table
 
 
-def rescore(workdir: pathlib.Path, rewards: tuple[RewardConfig, ...], out: pathlib.Path, *, workers: int = 0) -> list[dict]:
+def rescore(
+    workdir: pathlib.Path, rewards: tuple[RewardConfig, ...], out: pathlib.Path, *, workers: int = 0
+) -> list[dict]:
     """Judges all images under `workdir` and writes their lines to `out` with {"rescored": {"total", "parts"}}; total null where
     a reward has failed. UserError where an image is missing, or is not the one that the run had judged."""
     lines = sorted(
@@ -37,7 +39,9 @@ def rescore(workdir: pathlib.Path, rewards: tuple[RewardConfig, ...], out: pathl
         key=lambda line: (line["rollout"], line["row"]),
     )
     if not lines:
-        raise UserError(f"{workdir} holds no rollouts.jsonl with lines: name the --workdir of a run of blip3o rl")
+        raise UserError(
+            f"{workdir} holds no rollouts.jsonl with lines: name the --workdir of a run of blip3o rl"
+        )
     _image(workdir, lines[0])
     if out.is_dir():
         raise UserError(f"--out={out} is a directory: name a file")
@@ -47,9 +51,13 @@ def rescore(workdir: pathlib.Path, rewards: tuple[RewardConfig, ...], out: pathl
         with files.replacing(out) as file:
             for group in _rollouts(lines):
                 drawn = _images(workdir, group)
-                found = pool.submit(drawn, [line["prompt"] for line in group], [line["metadata"] for line in group]).result()
+                found = pool.submit(
+                    drawn, [line["prompt"] for line in group], [line["metadata"] for line in group]
+                ).result()
                 for i, line in enumerate(group):
-                    parts = {name: float(x[i]) for name, x in found.parts.items() if np.isfinite(x[i])}
+                    parts = {
+                        name: float(x[i]) for name, x in found.parts.items() if np.isfinite(x[i])
+                    }
                     total = None if found.failed_B[i] else float(found.total_B[i])
                     done.append(line | {"rescored": {"total": total, "parts": parts}})
                     file.write(json.dumps(done[-1]) + "\n")
@@ -67,20 +75,31 @@ def rewards_of(workdir: pathlib.Path) -> tuple[RewardConfig, ...]:
 
 def print_table(lines: list[dict[str, Any]], out: pathlib.Path) -> None:
     """Means of both scores along the run, and how far they agree on single images."""
-    both = [line for line in lines if line["total"] is not None and line["rescored"]["total"] is not None]
+    both = [
+        line
+        for line in lines
+        if line["total"] is not None and line["rescored"]["total"] is not None
+    ]
     if not both:
         print(f"none of {len(lines)} images has both scores, {out}")
         return
     table = Table("rollouts", "images", "logged", "rescored", title=f"mean of the rewards, {out}")
     numbers = np.array([line["rollout"] for line in both], int)
-    logged, again = (np.array(x, float) for x in zip(*[(x["total"], x["rescored"]["total"]) for x in both], strict=True))
+    logged, again = (
+        np.array(x, float)
+        for x in zip(*[(x["total"], x["rescored"]["total"]) for x in both], strict=True)
+    )
     for stretch in np.array_split(np.unique(numbers), min(ROWS, len(np.unique(numbers)))):
         chosen = np.isin(numbers, stretch)
         means = (f"{x[chosen].mean():.4f}" for x in (logged, again))
         table.add_row(f"{stretch[0]} to {stretch[-1]}", str(chosen.sum()), *means)
     Console().print(table)
     varies = len(both) > 1 and logged.std() > 0 and again.std() > 0
-    agreement = f"correlation {np.corrcoef(logged, again)[0, 1]:.3f}" if varies else "no correlation: one of them never varies"
+    agreement = (
+        f"correlation {np.corrcoef(logged, again)[0, 1]:.3f}"
+        if varies
+        else "no correlation: one of them never varies"
+    )
     print(f"{agreement}; {len(lines) - len(both)} of {len(lines)} images without one of the scores")
 
 
@@ -97,12 +116,16 @@ def _lines(path: pathlib.Path) -> list[dict[str, Any]]:
     rows, broken = parse_rows(path)
     wrong = [*broken, *(number for number, row in rows.items() if not _is_line(row))]
     if wrong:
-        raise UserError(f"{path}:{min(wrong)} is no line of a rollout: copy the file again, or take the line out")
+        raise UserError(
+            f"{path}:{min(wrong)} is no line of a rollout: copy the file again, or take the line out"
+        )
     return list(rows.values())
 
 
 def _is_line(found: dict[str, Any]) -> bool:
-    counts = all(type(found.get(name)) is int and 0 <= found[name] < 2**63 for name in ("rollout", "row"))
+    counts = all(
+        type(found.get(name)) is int and 0 <= found[name] < 2**63 for name in ("rollout", "row")
+    )
     texts = all(isinstance(found.get(name), str) for name in ("prompt", "image"))
     total = found.get("total", "")
     judged = total is None or (type(total) in (int, float) and np.isfinite(float(total)))
@@ -114,7 +137,9 @@ def _images(workdir: pathlib.Path, group: list[dict[str, Any]]) -> np.ndarray:
     drawn = [_image(workdir, line) for line in group]
     if len({image.shape for image in drawn}) > 1:
         directory = image_path(workdir, group[0]["rollout"], 0).parent
-        raise UserError(f"{directory} holds images of several sizes: those of one rollout have one size")
+        raise UserError(
+            f"{directory} holds images of several sizes: those of one rollout have one size"
+        )
     return np.stack(drawn)
 
 
@@ -124,7 +149,11 @@ def _image(workdir: pathlib.Path, line: dict[str, Any]) -> np.ndarray:
         # As the log writes them: no other decoder is started on a file from elsewhere.
         image = images.decode(path.read_bytes(), formats=("PNG",))
     except (OSError, BadRecord) as e:
-        raise UserError(f"{path} cannot be read ({e}): a run keeps its images with --config.rl.keep_images=true") from e
+        raise UserError(
+            f"{path} cannot be read ({e}): a run keeps its images with --config.rl.keep_images=true"
+        ) from e
     if image_hash(image) != line["image"]:
-        raise UserError(f"{path} is not the image that rollouts.jsonl tells of: its SHA-256 differs")
+        raise UserError(
+            f"{path} is not the image that rollouts.jsonl tells of: its SHA-256 differs"
+        )
     return image

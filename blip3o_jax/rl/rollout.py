@@ -53,7 +53,11 @@ def has_reference(cfg: RlConfig) -> bool:
 
 def shared_reading(group: int, prompts: int, shards: int) -> int:
     """How many images of a group share one reading of their prompt: as many as leave every device a prompt to read."""
-    return next(g for g in range(group, 0, -1) if (group % g == 0 and (prompts * group // g) % shards == 0) or g == 1)
+    return next(
+        g
+        for g in range(group, 0, -1)
+        if (group % g == 0 and (prompts * group // g) % shards == 0) or g == 1
+    )
 
 
 def make_draw(
@@ -79,12 +83,19 @@ def make_draw(
     ) -> tuple[jax.Array, Record]:
         model = plan.model(params, frozen)
         share = shared_reading(group, len(tokens_PL), strategy.batch_shards)
-        tokens_RL, lengths_R = (jnp.repeat(x, group // share, axis=0) for x in (tokens_PL, lengths_P))
+        tokens_RL, lengths_R = (
+            jnp.repeat(x, group // share, axis=0) for x in (tokens_PL, lengths_P)
+        )
         with nn.sharding_resolver(strategy.resolver):
             tokens_RL = nn.constrain(tokens_RL, "batch", None)
             token_keys_B, noise_keys_B = row_keys(seed, indices_B)
-            record = {"tokens": jnp.repeat(tokens_RL, share, axis=0), "lengths": jnp.repeat(lengths_R, share, axis=0)}
-            draw_ids = functools.partial(draw_tokens, model, tokens_RL, lengths_R, settings=settings, image_ids=image_ids)
+            record = {
+                "tokens": jnp.repeat(tokens_RL, share, axis=0),
+                "lengths": jnp.repeat(lengths_R, share, axis=0),
+            }
+            draw_ids = functools.partial(
+                draw_tokens, model, tokens_RL, lengths_R, settings=settings, image_ids=image_ids
+            )
             if trains_tokens(rl):
                 drawn = draw_ids(keys_B=token_keys_B, group=share, keep_classes=True)
                 hidden_BTD = drawn.hidden_BTD
@@ -97,7 +108,9 @@ def make_draw(
             velocity = guided(model, hidden_BTD, settings)
             with nn.part("dit"):
                 if trains_flow(rl):
-                    steps_key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 2**32 - 1), rollout)
+                    steps_key = jax.random.fold_in(
+                        jax.random.fold_in(jax.random.key(seed), 2**32 - 1), rollout
+                    )
                     steps_K = flow_grpo.choose_steps(steps_key, rl.flow.steps, rl.flow.trained)
                     z_BHWC, kept = flow_grpo.sample_sde(
                         velocity,
@@ -112,7 +125,9 @@ def make_draw(
                     record["step"] = jnp.broadcast_to(kept.step_K, kept.logprob_BK.shape)
                     record["flow_logprobs"] = kept.logprob_BK
                 else:
-                    z_BHWC = sampler.euler(velocity, noise_BHWC, steps=settings.steps, flow=cfg.flow)
+                    z_BHWC = sampler.euler(
+                        velocity, noise_BHWC, steps=settings.steps, flow=cfg.flow
+                    )
             return to_uint8(model.pixels(z_BHWC)), record
 
     return jax.jit(draw, out_shardings=strategy.batch_sharding())
@@ -173,7 +188,9 @@ def flow_means(model: Blip3o, record: Record, rl: RlConfig) -> tuple[jax.Array, 
     return jax.tree.map(lambda x: x.swapaxes(0, 1), found)
 
 
-def guided(model: Blip3o, hidden_BTD: jax.Array, settings: SamplingConfig) -> Callable[[jax.Array, jax.Array], jax.Array]:
+def guided(
+    model: Blip3o, hidden_BTD: jax.Array, settings: SamplingConfig
+) -> Callable[[jax.Array, jax.Array], jax.Array]:
     """The velocity that the sampler goes by."""
     guidance = model.guidance(hidden_BTD, settings)
     with nn.part("dit"):
@@ -183,4 +200,6 @@ def guided(model: Blip3o, hidden_BTD: jax.Array, settings: SamplingConfig) -> Ca
 def chunks(cfg: RlConfig) -> int:
     """Draws that a rollout is made of: of at most `rollout.batch_size` images each, whole groups, equally many."""
     most = max(1, cfg.rollout.batch_size // cfg.group)
-    return next(n for n in range(math.ceil(cfg.prompts / most), cfg.prompts + 1) if cfg.prompts % n == 0)
+    return next(
+        n for n in range(math.ceil(cfg.prompts / most), cfg.prompts + 1) if cfg.prompts % n == 0
+    )

@@ -36,7 +36,9 @@ def score_image_tokens(
     """(log-probabilities, entropies of the distributions), float32 [B, N]. Prompts, ids and classes as `generate_image_tokens`
     has and gives them; `group` rows one after the other have the same prompt. `chunk` image tokens a row have their logits in
     memory at once; the backward pass computes them again."""
-    hidden_BND = reread(model, tokens_BL, lengths_B, ids_BN, 1 if settings.token_guidance == 1.0 else 2, group)[:, :-1]
+    hidden_BND = reread(
+        model, tokens_BL, lengths_B, ids_BN, 1 if settings.token_guidance == 1.0 else 2, group
+    )[:, :-1]
     head_DV = nn.constrain(model.head(image_ids).astype(hidden_BND.dtype), None, "act_vocab")
     first, N = image_ids[0], ids_BN.shape[1]
     blocks = -(-N // chunk)
@@ -65,7 +67,12 @@ def score_image_tokens(
 
 
 def reread(
-    model: Qwen3, tokens_BL: jax.Array, lengths_B: jax.Array, ids_BN: jax.Array, branches: int, group: int = 1
+    model: Qwen3,
+    tokens_BL: jax.Array,
+    lengths_B: jax.Array,
+    ids_BN: jax.Array,
+    branches: int,
+    group: int = 1,
 ) -> jax.Array:
     """Hidden states at the scale tag and at every image token [B, N + 1, D]: all but the last predict the next one. With two
     branches [2 B, N + 1, D], next to each other."""

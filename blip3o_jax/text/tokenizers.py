@@ -57,15 +57,22 @@ class TextTokenizer(abc.ABC):
         ids = [int(i) for i in ids]
         wrong = next((i for i in ids if not 0 <= i < self.size), None)
         if wrong is not None:
-            raise ValueError(f"cannot decode id {wrong}: this tokenizer has ids 0 to {self.size - 1}")
+            raise ValueError(
+                f"cannot decode id {wrong}: this tokenizer has ids 0 to {self.size - 1}"
+            )
         runs = itertools.groupby(ids, key=lambda i: i in self._names)
-        return "".join("".join(self._names[i] for i in run) if special else self._decode_text([*run]) for special, run in runs)
+        return "".join(
+            "".join(self._names[i] for i in run) if special else self._decode_text([*run])
+            for special, run in runs
+        )
 
     def special(self, token: str) -> int:
         """The id of special token `token`; UserError where there is none."""
         if token not in self.specials:
             known = ", ".join(itertools.islice(self.specials, 12)) or "none"
-            raise UserError(f"the text tokenizer has no special token {token!r} (it has {known}); use files that declare it")
+            raise UserError(
+                f"the text tokenizer has no special token {token!r} (it has {known}); use files that declare it"
+            )
         return self.specials[token]
 
 
@@ -79,16 +86,23 @@ class SentencePieceTokenizer(TextTokenizer):
         self.proto = proto
         self._model = sentencepiece.SentencePieceProcessor(model_proto=proto)
         size = self._model.get_piece_size()
-        super().__init__(size, {self._model.id_to_piece(i): i for i in range(size) if self._model.is_control(i)})
+        super().__init__(
+            size, {self._model.id_to_piece(i): i for i in range(size) if self._model.is_control(i)}
+        )
 
     @classmethod
     def from_path(cls, path: pathlib.Path) -> "SentencePieceTokenizer":
         file = path / SENTENCEPIECE_FILE if path.is_dir() else path
-        _check_file(file, "prepare the data set again, or point model.text.path at a SentencePiece .model file")
+        _check_file(
+            file,
+            "prepare the data set again, or point model.text.path at a SentencePiece .model file",
+        )
         try:
             return cls(file.read_bytes())
         except RuntimeError as error:
-            raise ConfigError(f"{file}: not a SentencePiece model ({error}); is model.text.kind right?") from error
+            raise ConfigError(
+                f"{file}: not a SentencePiece model ({error}); is model.text.kind right?"
+            ) from error
 
     def __reduce__(self) -> tuple[Any, ...]:
         return SentencePieceTokenizer, (self.proto,)
@@ -128,7 +142,10 @@ class BpeTokenizer(TextTokenizer):
         if not file.is_file() and (path / "vocab.json").is_file():
             contents = _qwen_contents(path)
         else:
-            _check_file(file, "point model.text.path at Qwen's tokenizer.json, or at a directory with it or with vocab.json")
+            _check_file(
+                file,
+                "point model.text.path at Qwen's tokenizer.json, or at a directory with it or with vocab.json",
+            )
             contents = _read_json(file)
         _check_byte_level(path, contents)
         return cls(contents)
@@ -144,7 +161,10 @@ class BpeTokenizer(TextTokenizer):
         return json.loads(self._bpe.to_str()) | {"added_tokens": self._added}
 
     def save(self, directory: str | pathlib.Path) -> None:
-        files.replace_bytes(pathlib.Path(directory) / BPE_FILE, json.dumps(self.contents(), ensure_ascii=False).encode())
+        files.replace_bytes(
+            pathlib.Path(directory) / BPE_FILE,
+            json.dumps(self.contents(), ensure_ascii=False).encode(),
+        )
 
 
 def load_tokenizer(cfg: TextConfig, base_dir: str | pathlib.Path | None = None) -> TextTokenizer:
@@ -159,7 +179,10 @@ def load_tokenizer(cfg: TextConfig, base_dir: str | pathlib.Path | None = None) 
 
 
 def train_sentencepiece(
-    captions: Iterable[str], path: str | pathlib.Path, vocab_size: int, template: TemplateConfig | None = None
+    captions: Iterable[str],
+    path: str | pathlib.Path,
+    vocab_size: int,
+    template: TemplateConfig | None = None,
 ) -> SentencePieceTokenizer:
     """Train a SentencePiece tokenizer on `captions`, write it to `path` (a .model file) and return it.
 
@@ -176,7 +199,9 @@ def train_sentencepiece(
     proto = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_training_lines(itertools.chain([first], captions), template or TemplateConfig()),
+            sentence_iterator=_training_lines(
+                itertools.chain([first], captions), template or TemplateConfig()
+            ),
             model_writer=proto,
             model_type="bpe",
             vocab_size=vocab_size,
@@ -218,17 +243,33 @@ _QWEN_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^
 def _qwen_contents(directory: pathlib.Path) -> dict[str, Any]:
     """What tokenizer.json would hold, from vocab.json, merges.txt and tokenizer_config.json's added tokens."""
     for name in ("merges.txt", "tokenizer_config.json"):
-        _check_file(directory / name, "it must lie beside vocab.json, or use a directory with tokenizer.json")
+        _check_file(
+            directory / name,
+            "it must lie beside vocab.json, or use a directory with tokenizer.json",
+        )
     lines = (directory / "merges.txt").read_text(encoding="utf-8").split("\n")
-    merges = [line.rstrip("\r") for line in lines if line.strip() and not line.startswith("#version")]
+    merges = [
+        line.rstrip("\r") for line in lines if line.strip() and not line.startswith("#version")
+    ]
     added = _read_json(directory / "tokenizer_config.json").get("added_tokens_decoder", {})
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
-    words = {"type": "Split", "pattern": {"Regex": _QWEN_WORDS}, "behavior": "Isolated", "invert": False}
+    byte_level = {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": False,
+        "use_regex": False,
+    }
+    words = {
+        "type": "Split",
+        "pattern": {"Regex": _QWEN_WORDS},
+        "behavior": "Isolated",
+        "invert": False,
+    }
     flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
     return {
         "version": "1.0",
         "added_tokens": [
-            {"id": int(i), "content": token["content"]} | {flag: bool(token.get(flag)) for flag in flags}
+            {"id": int(i), "content": token["content"]}
+            | {flag: bool(token.get(flag)) for flag in flags}
             for i, token in sorted(added.items(), key=lambda item: int(item[0]))
         ],
         "normalizer": {"type": "NFC"},
@@ -243,11 +284,17 @@ def _check_byte_level(path: pathlib.Path, contents: Any) -> None:
     from tokenizers import pre_tokenizers
 
     model = contents.get("model") if isinstance(contents, dict) else None
-    if not isinstance(model, dict) or model.get("type", "BPE") != "BPE" or not isinstance(model.get("vocab"), dict):
+    if (
+        not isinstance(model, dict)
+        or model.get("type", "BPE") != "BPE"
+        or not isinstance(model.get("vocab"), dict)
+    ):
         raise ConfigError(f"{path}: not a BPE tokenizer.json; point model.text.path at Qwen's")
     missing = set(pre_tokenizers.ByteLevel.alphabet()) - model["vocab"].keys()
     if missing:  # the library would drop such bytes from a caption without a word
-        raise ConfigError(f"{path}: not byte-level, {len(missing)} of 256 bytes are not in its vocabulary; use Qwen's files")
+        raise ConfigError(
+            f"{path}: not byte-level, {len(missing)} of 256 bytes are not in its vocabulary; use Qwen's files"
+        )
 
 
 def _check_file(file: pathlib.Path, advice: str) -> None:
@@ -259,4 +306,6 @@ def _read_json(file: pathlib.Path) -> Any:
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{file}: not JSON ({error}); is model.text.kind right, and the file whole?") from error
+        raise ConfigError(
+            f"{file}: not JSON ({error}); is model.text.kind right, and the file whole?"
+        ) from error

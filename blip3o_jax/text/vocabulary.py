@@ -107,11 +107,17 @@ def codes_from_image_ids(ids: Any, image_first: int) -> Any:
 def _find_or_append(tokenizer: TextTokenizer, codebook_size: int) -> int:
     """The id of <im_start>, checked to be followed by all the others in order."""
     present = tokenizer.specials
-    names = [IMAGE_START, IMAGE_END] + [f"<S{i}>" for i in range(NUM_SCALES)] + [f"<I{i}>" for i in range(codebook_size)]
+    names = (
+        [IMAGE_START, IMAGE_END]
+        + [f"<S{i}>" for i in range(NUM_SCALES)]
+        + [f"<I{i}>" for i in range(codebook_size)]
+    )
     missing = [name for name in names if name not in present]
     beyond = f"<I{codebook_size}>"
     if beyond in present:
-        raise ConfigError(f"the text tokenizer's files hold {beyond}, but the codebook has {codebook_size} entries: raise it")
+        raise ConfigError(
+            f"the text tokenizer's files hold {beyond}, but the codebook has {codebook_size} entries: raise it"
+        )
     if len(missing) == len(names):
         return tokenizer.size
     if missing:

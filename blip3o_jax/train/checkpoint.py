@@ -84,7 +84,11 @@ class Checkpoints:
         try:
             stored = checksums.listed(directory)
         except DamagedFile:  # then the files themselves have to be those
-            stored = {name: checksums.of_file(directory / name) for name in mine if (directory / name).is_file()}
+            stored = {
+                name: checksums.of_file(directory / name)
+                for name in mine
+                if (directory / name).is_file()
+            }
         if mine != stored:
             raise UserError(
                 f"the text tokenizer (model.text.path) is another than the one in {directory}, which this run began with: put "
@@ -98,7 +102,10 @@ class Checkpoints:
             if jax.process_index() == 0:
                 self.directory.mkdir(parents=True, exist_ok=True)
                 for step in all_steps(self.directory):
-                    if step in self._damaged or not (self.directory / str(step) / MANIFEST).is_file():
+                    if (
+                        step in self._damaged
+                        or not (self.directory / str(step) / MANIFEST).is_file()
+                    ):
                         set_aside(self.directory / str(step))
                 self._write_tokenizer(tokenizer)
                 checksums.write_json(self.directory / "config.json", config_lib.to_dict(config))
@@ -115,13 +122,17 @@ class Checkpoints:
     def _opened(self) -> ocp.CheckpointManager:
         if self._manager is None:
             policies = [preservation_policy.LatestN(self._keep)]
-            policies.append(preservation_policy.BestN(get_metric_fn=lambda m: m["loss"], reverse=True, n=1))
+            policies.append(
+                preservation_policy.BestN(get_metric_fn=lambda m: m["loss"], reverse=True, n=1)
+            )
             options = ocp.CheckpointManagerOptions(
                 preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
                 cleanup_tmp_directories=True,
                 temporary_path_class=CheckedStep,
             )
-            self._manager = ocp.CheckpointManager(self.directory, options=options, item_names=("state", "meta"))
+            self._manager = ocp.CheckpointManager(
+                self.directory, options=options, item_names=("state", "meta")
+            )
         return self._manager
 
     def last_saved(self) -> int | None:
@@ -137,7 +148,8 @@ class Checkpoints:
                 f"saved is {self.last_saved()}: run again with a lower optimizer.learning_rate"
             )
         items = ocp.args.Composite(
-            state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave({"data": data_position, "loss": loss})
+            state=ocp.args.StandardSave(state),
+            meta=ocp.args.JsonSave({"data": data_position, "loss": loss}),
         )
         with files.writing(self.directory):
             self._opened().save(step, args=items, metrics={"loss": loss})
@@ -148,7 +160,9 @@ class Checkpoints:
         with _whole(str(directory)):
             try:
                 with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
-                    state = checkpointer.restore(directory / "state", args=ocp.args.StandardRestore(plan.abstract))
+                    state = checkpointer.restore(
+                        directory / "state", args=ocp.args.StandardRestore(plan.abstract)
+                    )
             except json.JSONDecodeError:  # a ValueError, of the checkpoint's own files
                 raise
             except ValueError as e:
@@ -156,12 +170,16 @@ class Checkpoints:
                     f"{directory} does not fit this configuration ({first_line(e)}); use the config.json beside it, or another "
                     "--workdir"
                 ) from e
-            return state, json.loads((directory / "meta" / "metadata").read_text(encoding="utf-8"))["data"]
+            return state, json.loads((directory / "meta" / "metadata").read_text(encoding="utf-8"))[
+                "data"
+            ]
 
     def check(self) -> None:
         """Raises what a save in the background has failed with, which else the next save would. Waits for none."""
         with files.writing(self.directory):
-            if self._manager is not None and not self._manager.is_saving_in_progress():  # nothing to wait for but an error
+            if (
+                self._manager is not None and not self._manager.is_saving_in_progress()
+            ):  # nothing to wait for but an error
                 self._manager.wait_until_finished()
 
     def close(self) -> None:
@@ -223,7 +241,9 @@ def _last_stage(recipe: Any, where: pathlib.Path) -> str:
     stages = recipe.get("stages") if isinstance(recipe, dict) else None
     name = stages[-1] if isinstance(stages, list) and stages else None
     if not isinstance(name, str) or name in ("", ".", "..") or pathlib.PurePath(name).name != name:
-        raise UserError(f"{where}/recipe.json names no stage in that directory: give the directory of one")
+        raise UserError(
+            f"{where}/recipe.json names no stage in that directory: give the directory of one"
+        )
     return name
 
 
@@ -239,7 +259,9 @@ def read_config(root: pathlib.Path) -> Config:
 def stored_text(root: pathlib.Path, text: TextConfig) -> TextConfig:
     """Return `text` with the tokenizer that a checkpoint directory holds for its path. UserError where that is damaged."""
     if reason := checksums.find_damage(root / "text"):
-        raise UserError(f"{root}/text is damaged ({reason}): copy the checkpoint's text tokenizer again")
+        raise UserError(
+            f"{root}/text is damaged ({reason}): copy the checkpoint's text tokenizer again"
+        )
     return dataclasses.replace(text, path=str(root / "text"), train_size=0)
 
 
@@ -252,7 +274,9 @@ def write_tokenizer(directory: pathlib.Path, tokenizer: TextTokenizer) -> None:
     partial.rename(directory)
 
 
-def restore_parts(path: str | pathlib.Path, strategy: Strategy, parts: tuple[str, ...] = (), *, ema: bool = True) -> Any:
+def restore_parts(
+    path: str | pathlib.Path, strategy: Strategy, parts: tuple[str, ...] = (), *, ema: bool = True
+) -> Any:
     """Parameters of `parts` (all by default) as {part: nested dict} on the strategy's mesh, the averaged ones where the run
     kept them and `ema` is set; no optimizer state is restored. UserError for a step that is damaged, wherever it is."""
     root, step = find(path)
@@ -261,18 +285,26 @@ def restore_parts(path: str | pathlib.Path, strategy: Strategy, parts: tuple[str
     trained = "ema" if ema and abstract["ema"] else "params"
     missing = set(parts) - set(abstract["params"]) - set(abstract["frozen"])
     if missing:
-        raise UserError(f"{root} holds no part {', '.join(sorted(missing))}: it was written by stage {config.stage!r}")
+        raise UserError(
+            f"{root} holds no part {', '.join(sorted(missing))}: it was written by stage {config.stage!r}"
+        )
     wanted = {
         group: chosen  # Orbax takes an empty dict for a leaf
         for group in (trained, "frozen")
-        if (chosen := {name: tree for name, tree in abstract[group].items() if not parts or name in parts})
+        if (
+            chosen := {
+                name: tree for name, tree in abstract[group].items() if not parts or name in parts
+            }
+        )
     }
     check_intact(root, step, shared=strategy.mesh.is_multi_process)
     with _whole(str(root / str(step))), ocp.PyTreeCheckpointer() as checkpointer:
         restored = checkpointer.restore(
             root / str(step) / "state",
             args=ocp.args.PyTreeRestore(
-                item=wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True
+                item=wanted,
+                restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
+                partial_restore=True,
             ),
         )
     return merge_trees(restored.get(trained, {}), restored.get("frozen", {}))
@@ -316,7 +348,9 @@ def _whole(name: str) -> Iterator[None]:
 
 
 def _unreadable(name: str, reason: str) -> UserError:
-    return UserError(f"{name} cannot be read ({reason.partition(' [')[0]}): copy the checkpoint again, or take another step")
+    return UserError(
+        f"{name} cannot be read ({reason.partition(' [')[0]}): copy the checkpoint again, or take another step"
+    )
 
 
 class Weights:
@@ -332,7 +366,9 @@ class Weights:
         with _whole(str(self._path)):
             tree = ocp.PyTreeCheckpointHandler().metadata(epath.Path(self._path)).tree
             if ema and not tree.get("ema"):
-                raise UserError(f"{root} holds no averaged weights: it was trained with optimizer.ema_decay=0; leave out --ema")
+                raise UserError(
+                    f"{root} holds no averaged weights: it was trained with optimizer.ema_decay=0; leave out --ema"
+                )
             # (part, path within it) -> (group, shape and dtype)
             self._leaves = {
                 (keys[0], "/".join(keys[1:])): (group, leaf)
@@ -348,7 +384,11 @@ class Weights:
 
     def shapes(self, part: str) -> dict[str, tuple[int, ...]]:
         """{path: shape} of all of a part's parameters, low-rank factors among them."""
-        return {path: tuple(leaf.shape) for (name, path), (_, leaf) in self._leaves.items() if name == part}
+        return {
+            path: tuple(leaf.shape)
+            for (name, path), (_, leaf) in self._leaves.items()
+            if name == part
+        }
 
     def read(self, part: str, paths: Iterable[str]) -> dict[str, np.ndarray]:
         """{path: whole array} of some of a part's parameters. KeyError for one that is not there."""
@@ -363,17 +403,29 @@ class Weights:
     def open(self, part: str, path: str) -> Stored:
         group, _ = self._leaves[part, path]
         files = {"driver": "file", "path": f"{self._path}/"}
-        store = {"driver": "ocdbt", "base": files, "path": ".".join((group, part, *path.split("/")))}
+        store = {
+            "driver": "ocdbt",
+            "base": files,
+            "path": ".".join((group, part, *path.split("/"))),
+        }
         context = ts.Context({"cache_pool": {"total_bytes_limit": 2**62}})
         name = f"{self._path}: {part}/{path}"
         with _whole(name):
-            array = ts.open({"driver": "zarr", "kvstore": store}, context=context, open=True, read=True).result()
+            array = ts.open(
+                {"driver": "zarr", "kvstore": store}, context=context, open=True, read=True
+            ).result()
         return Stored(name, array)
 
 
 def _flat_metadata(tree: Any, keys: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
     """(keys, leaf) of nested dicts and lists as Orbax hands them back."""
-    children = enumerate(tree) if isinstance(tree, list | tuple) else tree.items() if isinstance(tree, dict) else None
+    children = (
+        enumerate(tree)
+        if isinstance(tree, list | tuple)
+        else tree.items()
+        if isinstance(tree, dict)
+        else None
+    )
     if children is None:
         yield keys, tree
         return
@@ -381,17 +433,30 @@ def _flat_metadata(tree: Any, keys: tuple[str, ...] = ()) -> Iterator[tuple[tupl
         yield from _flat_metadata(child, (*keys, str(key)))
 
 
-def write_weights(directory: pathlib.Path, config: Config, tokenizer: TextTokenizer, weights: dict[str, Any]) -> None:
+def write_weights(
+    directory: pathlib.Path, config: Config, tokenizer: TextTokenizer, weights: dict[str, Any]
+) -> None:
     """A checkpoint directory of weights alone, {"params": ..., "frozen": ...} by part, as step 0: what `restore_parts` reads
     and runs start from. Written from where the arrays are, no more in flight than the largest."""
     _write_small_arrays_whole()
-    largest = max(shard.data.nbytes for leaf in jax.tree.leaves(weights) for shard in leaf.addressable_shards)
+    largest = max(
+        shard.data.nbytes for leaf in jax.tree.leaves(weights) for shard in leaf.addressable_shards
+    )
     # Weights hardly compress; trying to would take most of the time.
-    handler = ocp.PyTreeCheckpointHandler(save_concurrent_gb=largest // 10**9 + 1, use_compression=False)
-    options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False, temporary_path_class=CheckedStep)
+    handler = ocp.PyTreeCheckpointHandler(
+        save_concurrent_gb=largest // 10**9 + 1, use_compression=False
+    )
+    options = ocp.CheckpointManagerOptions(
+        enable_async_checkpointing=False, temporary_path_class=CheckedStep
+    )
     handlers = {"state": handler, "meta": ocp.JsonCheckpointHandler()}
-    with ocp.CheckpointManager(directory, options=options, item_handlers=handlers) as manager, _quiet():
-        items = ocp.args.Composite(state=ocp.args.PyTreeSave(weights), meta=ocp.args.JsonSave({"data": None, "loss": None}))
+    with (
+        ocp.CheckpointManager(directory, options=options, item_handlers=handlers) as manager,
+        _quiet(),
+    ):
+        items = ocp.args.Composite(
+            state=ocp.args.PyTreeSave(weights), meta=ocp.args.JsonSave({"data": None, "loss": None})
+        )
         manager.save(0, args=items)
     if jax.process_index() == 0:
         write_tokenizer(directory / "text", tokenizer)

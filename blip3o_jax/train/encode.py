@@ -29,13 +29,17 @@ BATCH = 64
 def weights_fingerprint(frozen: Any) -> str:
     """Hash over the bytes of the encoders' parameters."""
     digest = hashlib.sha256()
-    for path, leaf in sorted(jax.tree_util.tree_leaves_with_path(frozen), key=lambda kv: str(kv[0])):
+    for path, leaf in sorted(
+        jax.tree_util.tree_leaves_with_path(frozen), key=lambda kv: str(kv[0])
+    ):
         digest.update(str(path).encode())
         digest.update(np.asarray(jax.device_get(leaf)).tobytes())
     return digest.hexdigest()
 
 
-def encoded_source(source: Source, encode: Encode, fingerprint: str, config: Config, *, shards: int = 1) -> EncodedSource:
+def encoded_source(
+    source: Source, encode: Encode, fingerprint: str, config: Config, *, shards: int = 1
+) -> EncodedSource:
     """`source` with its encoder outputs under `config.data.cache_dir`; what is not there yet, or is damaged, is computed first,
     in batches of BATCH images or the next multiple of `shards`."""
     batch = -(-BATCH // shards) * shards
@@ -81,7 +85,12 @@ def _whole(directory: pathlib.Path, part: int) -> bool:
 
 
 def _write_part(
-    source: Source, encode: Encode, builder: ExampleBuilder, directory: pathlib.Path, part: int, batch: int
+    source: Source,
+    encode: Encode,
+    builder: ExampleBuilder,
+    directory: pathlib.Path,
+    part: int,
+    batch: int,
 ) -> None:
     indices = range(part * PART, min(len(source), (part + 1) * PART))
     unreadable: dict[str, str] = {}
@@ -122,7 +131,9 @@ def _write_part(
 
     with concurrent.futures.ThreadPoolExecutor() as pool:
         for start in range(0, len(indices), batch):
-            for record, found in enumerate(pool.map(images_of, indices[start : start + batch]), start):
+            for record, found in enumerate(
+                pool.map(images_of, indices[start : start + batch]), start
+            ):
                 waiting += [(record, place, views) for place, views in found]
             while len(waiting) >= batch:
                 encode_some()
@@ -131,7 +142,10 @@ def _write_part(
         while waiting or not outputs:
             encode_some()
 
-    arrays = {name: values if places > 1 else values[:, 0] for name, values in zip(DTYPES, outputs, strict=True)}
+    arrays = {
+        name: values if places > 1 else values[:, 0]
+        for name, values in zip(DTYPES, outputs, strict=True)
+    }
     for row, (codes, latents) in enumerate(zip(*arrays.values(), strict=True)):
         if reason := encoded.not_outputs(codes, latents, builder.model.tokenizer.codebook_size):
             unreadable.setdefault(str(indices[row]), f"the encoders give {reason}")

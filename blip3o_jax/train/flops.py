@@ -43,10 +43,16 @@ def _jaxpr_flops(jaxpr: Any) -> int:
             total += _conv_flops(eqn)
         else:
             times = eqn.params["length"] if eqn.primitive.name == "scan" else 1
-            inner = [p for p in jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_jaxpr) if _is_jaxpr(p)]
+            inner = [
+                p
+                for p in jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_jaxpr)
+                if _is_jaxpr(p)
+            ]
             counts = [_jaxpr_flops(getattr(p, "jaxpr", p)) for p in inner]
             # Branches of a cond: the dearest one is run.
-            total += times * (max(counts, default=0) if eqn.primitive.name == "cond" else sum(counts))
+            total += times * (
+                max(counts, default=0) if eqn.primitive.name == "cond" else sum(counts)
+            )
     return total
 
 
@@ -63,14 +69,19 @@ def without_recomputation(config: Config) -> Config:
     """The same run with everything kept for the backward pass: recomputation is not counted as work."""
     model = config.model
     encoder = dataclasses.replace(model.tokenizer.encoder, remat="none")
-    plain = {name: dataclasses.replace(getattr(model, name), remat="none") for name in ("ar", "dit", "vae")}
+    plain = {
+        name: dataclasses.replace(getattr(model, name), remat="none")
+        for name in ("ar", "dit", "vae")
+    }
     plain["tokenizer"] = dataclasses.replace(model.tokenizer, encoder=encoder)
     # A cross entropy in one block keeps its logits.
     loss = dataclasses.replace(config.loss, ce_chunk=config.data.max_length)
     return dataclasses.replace(config, model=dataclasses.replace(model, **plain), loss=loss)
 
 
-def useful_flops(config: Config, strategy: Strategy, batch: Any, loss: Callable[[Config, int], Loss] = make_loss) -> int:
+def useful_flops(
+    config: Config, strategy: Strategy, batch: Any, loss: Callable[[Config, int], Loss] = make_loss
+) -> int:
     """Of a step in all, each thing computed once: no recomputation, and of attention the half that a causal model sees.
 
     Counted on XLA's attention, since a kernel shows its work to nobody. It makes both products over all pairs of positions, and
@@ -78,7 +89,9 @@ def useful_flops(config: Config, strategy: Strategy, batch: Any, loss: Callable[
     """
     plain = without_recomputation(config)
     ar = plain.model.ar
-    plain = dataclasses.replace(plain, model=dataclasses.replace(plain.model, ar=dataclasses.replace(ar, attention="xla")))
+    plain = dataclasses.replace(
+        plain, model=dataclasses.replace(plain.model, ar=dataclasses.replace(ar, attention="xla"))
+    )
     plan = plan_state(plain, strategy)
     counted = count_flops(make_step(plain, plan, strategy, loss(plain, 0)), plan.abstract, batch)
     if "ar" not in stage_parts(config):
@@ -86,7 +99,9 @@ def useful_flops(config: Config, strategy: Strategy, batch: Any, loss: Callable[
     rows, length = batch["tokens"].shape
     above = rows * length * (length - 1) // 2
     products = 6 if "ar" in plan.abstract["params"] else 2  # a frozen AR has no gradient
-    return counted - 2 * products * above * ar.num_attention_heads * ar.head_dim * ar.num_hidden_layers
+    return (
+        counted - 2 * products * above * ar.num_attention_heads * ar.head_dim * ar.num_hidden_layers
+    )
 
 
 def peak_flops(device: jax.Device) -> float | None:

@@ -124,7 +124,11 @@ class Method(Protocol):
 
 
 def train(
-    config: Config, workdir: str | pathlib.Path, method: Method, *, on_begin: Callable[[], None] | None = None
+    config: Config,
+    workdir: str | pathlib.Path,
+    method: Method,
+    *,
+    on_begin: Callable[[], None] | None = None,
 ) -> Summary:
     """Trains `config.steps` steps, from the last checkpoint under `workdir` where there is one.
 
@@ -199,7 +203,10 @@ class _Run:
             meter.flops = self.begun.flops(batch)
         for step in range(start + 1, config.steps + 1):
             self.watch.enter("compile" if step == start + 1 else "step", step)
-            with jax.transfer_guard("disallow"), jax.profiler.StepTraceAnnotation("train", step_num=step):
+            with (
+                jax.transfer_guard("disallow"),
+                jax.profiler.StepTraceAnnotation("train", step_num=step),
+            ):
                 state, metrics = self.begun.step(state, batch)
             done_position, done_known = position, known
             if step < config.steps:
@@ -208,7 +215,9 @@ class _Run:
                 values = self.record(*previous, meter)
             previous = (step, metrics, done_known)
             stopped |= self.stop.due(step)
-            if done_position is not None and (stopped or step == config.steps or step % config.checkpoint.every == 0):
+            if done_position is not None and (
+                stopped or step == config.steps or step % config.checkpoint.every == 0
+            ):
                 values = self.record(*previous, meter)
                 previous = None
                 self.watch.enter("save", step)
@@ -217,11 +226,15 @@ class _Run:
                 self.begun.feed.sync()
                 self.checkpoints.save(step, state, done_position, meter.mean_loss())
                 if stopped and step < config.steps:
-                    raise Preempted(f"{config.title}: stopped by SIGTERM, step {step} of {config.steps} is saved")
+                    raise Preempted(
+                        f"{config.title}: stopped by SIGTERM, step {step} of {config.steps} is saved"
+                    )
                 self.preview(step, state, batch)
         return values
 
-    def fetch(self, state: TrainState, meter: "_Meter", step: int) -> tuple[Batch, Any, dict[str, float]]:
+    def fetch(
+        self, state: TrainState, meter: "_Meter", step: int
+    ) -> tuple[Batch, Any, dict[str, float]]:
         """The next batch, the position of the stream behind it, and what is known of it."""
         self.watch.enter("data", step)
         feed = self.begun.feed
@@ -229,7 +242,9 @@ class _Run:
         meter.waited += feed.wait_seconds
         return batch, feed.position(), feed.metrics()
 
-    def record(self, step: int, metrics: dict[str, jax.Array], known: dict[str, float], meter: "_Meter") -> dict[str, float]:
+    def record(
+        self, step: int, metrics: dict[str, jax.Array], known: dict[str, float], meter: "_Meter"
+    ) -> dict[str, float]:
         """Waits for the step's metrics; writes them every `log_every` steps; stops a run that no longer is finite."""
         self.watch.enter("step", step)
         self.checkpoints.check()
@@ -260,12 +275,16 @@ class _Run:
         leading = rows["bad_records"].shape
         keys_B = row_keys(self.config.seed, state["step"], math.prod(leading)).reshape(leading)
         images_BHWC = self._drawn(state["params"], state["frozen"], rows, keys_B)
-        self.log.images(step, "preview", np.asarray(jax.numpy.round(images_BHWC * 255)).astype(np.uint8))
+        self.log.images(
+            step, "preview", np.asarray(jax.numpy.round(images_BHWC * 255)).astype(np.uint8)
+        )
 
     @functools.cached_property
     def _drawn(self) -> Any:
         draw, plan = self.begun.draw, self.setup.plan
-        return jax.jit(lambda params, frozen, batch, keys_B: draw(plan.model(params, frozen), batch, keys_B))
+        return jax.jit(
+            lambda params, frozen, batch, keys_B: draw(plan.model(params, frozen), batch, keys_B)
+        )
 
 
 class _Meter:

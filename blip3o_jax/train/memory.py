@@ -52,7 +52,10 @@ def _outstanding(config: Config, part: str) -> str:
     group = getattr(config.model, part, None)
     if group is None:
         return f"part {part} of the model"
-    found = [(value / max(1, default), name, value) for name, value, default in _sizes(group, type(group)(), f"model.{part}")]
+    found = [
+        (value / max(1, default), name, value)
+        for name, value, default in _sizes(group, type(group)(), f"model.{part}")
+    ]
     ratio, name, value = max(found, default=(0, "", 0))
     return f"{name}={value}" if ratio > 1 else f"model.{part}"
 
@@ -80,7 +83,11 @@ def batch_needs(config: Config, plan: StatePlan, strategy: Strategy) -> list[Nee
     if room is not None and each > room:
         setting = max(kept, key=kept.__getitem__)
         return [Need(setting, max(1, micro) * each, "make it smaller")]
-    fits = "" if room is None else f"at most {max(1, int(room / each)) * shards} fit without the model, "
+    fits = (
+        ""
+        if room is None
+        else f"at most {max(1, int(room / each)) * shards} fit without the model, "
+    )
     setting = f"data.batch_size={config.data.batch_size}"
     # The contrastive loss looks at every pair of an image and a caption.
     pairs = 4.0 * micro * micro * shards if config.stage == "contrastive" else 0.0
@@ -90,10 +97,16 @@ def batch_needs(config: Config, plan: StatePlan, strategy: Strategy) -> list[Nee
     return [Need(setting, need, f"{fits}or raise optimizer.accumulate")]
 
 
-def example_bytes(config: Config, plan: StatePlan, strategy: Strategy) -> tuple[float, dict[str, float]]:
+def example_bytes(
+    config: Config, plan: StatePlan, strategy: Strategy
+) -> tuple[float, dict[str, float]]:
     """Return (bytes of an example's arrays, {setting: bytes that its training step keeps}) on the device that has it."""
     model, names, trained = config.model, STAGES[config.stage].fields, set(plan.abstract["params"])
-    pixels, seen, length = model.image_size**2 * 3, model.tokenizer.encoder.image_size**2 * 3, config.data.max_length
+    pixels, seen, length = (
+        model.image_size**2 * 3,
+        model.tokenizer.encoder.image_size**2 * 3,
+        config.data.max_length,
+    )
     cached = config.stage == "joint" and bool(config.data.cache_dir)
     given = 0.0 if cached else pixels * ("pixels" in names) + seen * ("tokenizer_pixels" in names)
     kept: dict[str, float] = {}
@@ -101,7 +114,11 @@ def example_bytes(config: Config, plan: StatePlan, strategy: Strategy) -> tuple[
         kept[f"model.image_size={model.image_size}"] = 4.0 * pixels
     if "tokenizer_pixels" in names and not cached:
         encoder = model.tokenizer.encoder
-        layers = encoder.num_hidden_layers if {"tokenizer"} & trained and config.stage == "contrastive" else 1
+        layers = (
+            encoder.num_hidden_layers
+            if {"tokenizer"} & trained and config.stage == "contrastive"
+            else 1
+        )
         patches = encoder.grid**2
         scores = 4.0 * encoder.num_attention_heads * patches**2
         setting = f"model.tokenizer.encoder.image_size={encoder.image_size}"
@@ -109,7 +126,9 @@ def example_bytes(config: Config, plan: StatePlan, strategy: Strategy) -> tuple[
     if config.stage == "joint":
         rows, among = 1 / config.data.pack, strategy.mesh.shape["sequence"]
         given += 16.0 * length * rows
-        layers = model.ar.num_hidden_layers if "ar" in trained and model.ar.remat != "offload" else 1
+        layers = (
+            model.ar.num_hidden_layers if "ar" in trained and model.ar.remat != "offload" else 1
+        )
         row = _layers(model.ar, length, layers)
         if _scores_are_written(config):
             row += 4.0 * model.ar.num_attention_heads * length**2 / strategy.mesh.shape["tensor"]
@@ -118,7 +137,11 @@ def example_bytes(config: Config, plan: StatePlan, strategy: Strategy) -> tuple[
         layers = model.dit.num_layers if model.dit.remat != "offload" else 1
         drawn = _layers(model.dit, tokens, layers) / among
         noisy = config.loss.flow_draws if config.loss.flow_draws > 16 else 0
-        kept[f"loss.flow_draws={noisy}" if noisy else f"model.image_size={model.image_size} (latents)"] = drawn
+        kept[
+            f"loss.flow_draws={noisy}"
+            if noisy
+            else f"model.image_size={model.image_size} (latents)"
+        ] = drawn
     return given, kept
 
 

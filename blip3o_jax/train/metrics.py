@@ -25,7 +25,9 @@ class MetricLog:
     writes them again. A disk that is full or fails raises OSError in `write`, `images`, `sync` or `close`."""
 
     def __init__(self, directory: pathlib.Path, start: int, total: int, title: str):
-        self._rows = JsonLines(directory / "metrics.jsonl", ("step",), lambda row: row["step"] <= start)
+        self._rows = JsonLines(
+            directory / "metrics.jsonl", ("step",), lambda row: row["step"] <= start
+        )
         self._events = _Events(directory / "tensorboard", start)
         self._start, self._total, self._title = start, total, title
         self._began = time.monotonic()
@@ -34,9 +36,16 @@ class MetricLog:
             from rich.console import Console
             from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-            columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("{task.completed}/{task.total}"),
+            )
             self._progress = Progress(
-                *columns, TimeRemainingColumn(), TextColumn("{task.fields[numbers]}"), console=Console(stderr=True)
+                *columns,
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[numbers]}"),
+                console=Console(stderr=True),
             )
             self._task = self._progress.add_task(title, total=total, completed=start, numbers="")
             self._progress.start()
@@ -46,7 +55,19 @@ class MetricLog:
         row = {"step": step} | {k: (v if math.isfinite(v) else str(v)) for k, v in values.items()}
         self._rows.write(row)
         self._events.scalars(step, values)
-        shown = ("reward/mean", "loss", "ce", "flow", "accuracy", "psnr", "usage", "kl", "grad_norm", "examples_per_s", "mfu")
+        shown = (
+            "reward/mean",
+            "loss",
+            "ce",
+            "flow",
+            "accuracy",
+            "psnr",
+            "usage",
+            "kl",
+            "grad_norm",
+            "examples_per_s",
+            "mfu",
+        )
         numbers = "  ".join(f"{k} {values[k]:.4g}" for k in shown if k in values)
         if self._progress is not None:
             self._progress.update(self._task, completed=step, numbers=numbers)
@@ -54,7 +75,9 @@ class MetricLog:
             rate = (step - self._start) / max(1e-9, time.monotonic() - self._began)
             left = (self._total - step) / max(1e-9, rate)
             # In one piece, so that Ctrl-C does not come before the end of the line.
-            sys.stderr.write(f"{self._title}  step {step}/{self._total}  {numbers}  ETA {left:.0f} s\n")
+            sys.stderr.write(
+                f"{self._title}  step {step}/{self._total}  {numbers}  ETA {left:.0f} s\n"
+            )
             sys.stderr.flush()
 
     def images(self, step: int, name: str, images_BHWC: np.ndarray) -> None:
@@ -136,7 +159,9 @@ class JsonLines:
     """A file of JSON lines that a run appends to. Opening keeps the rows that `keep` is true of, the last of those that share
     `keys` (whole numbers), and replaces the file where that changes it; a kill at any moment leaves the old file or the new."""
 
-    def __init__(self, path: pathlib.Path, keys: tuple[str, ...], keep: Callable[[dict[str, Any]], bool]):
+    def __init__(
+        self, path: pathlib.Path, keys: tuple[str, ...], keep: Callable[[dict[str, Any]], bool]
+    ):
         self.path = path
         rows, broken = parse_rows(path, *keys)
         by_key = {tuple(row[key] for key in keys): row for row in rows.values()}
@@ -145,7 +170,9 @@ class JsonLines:
         if broken:
             damaged = path.with_name(f"{path.name}.damaged")
             shutil.copyfile(path, damaged)
-            _log.warning("%s: left out %s; the file as it was is %s", path, _told(broken), damaged.name)
+            _log.warning(
+                "%s: left out %s; the file as it was is %s", path, _told(broken), damaged.name
+            )
         if text.encode() != before:
             files.replace_text(path, text)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -203,5 +230,7 @@ def _told(broken: dict[int, str]) -> str:
     if len(broken) == 1:
         ((number, wrong),) = broken.items()
         return f"line {number} ({wrong})"
-    counted = ", ".join(f"{count} {wrong}" for wrong, count in collections.Counter(broken.values()).items())
+    counted = ", ".join(
+        f"{count} {wrong}" for wrong, count in collections.Counter(broken.values()).items()
+    )
     return f"{len(broken)} lines ({counted}): {', '.join(map(str, list(broken)[:5]))}{', ...' * (len(broken) > 5)}"

@@ -19,7 +19,9 @@ _STACKED_MATRIX = optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_ax
 def learning_rate(cfg: OptimizerConfig, steps: int) -> optax.Schedule:
     """Step -> learning rate: up from 0 over `warmup_share` of `steps`, then a cosine to `end_learning_rate` at the last."""
     warmup = max(1, round(cfg.warmup_share * steps))
-    return optax.warmup_cosine_decay_schedule(0.0, cfg.learning_rate, warmup, max(steps, warmup + 1), cfg.end_learning_rate)
+    return optax.warmup_cosine_decay_schedule(
+        0.0, cfg.learning_rate, warmup, max(steps, warmup + 1), cfg.end_learning_rate
+    )
 
 
 def make_optimizer(cfg: OptimizerConfig, steps: int) -> optax.GradientTransformation:
@@ -27,7 +29,9 @@ def make_optimizer(cfg: OptimizerConfig, steps: int) -> optax.GradientTransforma
     adamw = optax.adamw(rate, cfg.b1, cfg.b2, cfg.eps, weight_decay=cfg.weight_decay)
     return optax.chain(
         optax.clip_by_global_norm(cfg.clip_norm) if cfg.clip_norm else optax.identity(),
-        adamw if cfg.name == "adamw" else optax.partition({"muon": _muon(cfg, rate), "adamw": adamw}, _labels),
+        adamw
+        if cfg.name == "adamw"
+        else optax.partition({"muon": _muon(cfg, rate), "adamw": adamw}, _labels),
     )
 
 
@@ -37,7 +41,9 @@ def _muon(cfg: OptimizerConfig, rate: optax.Schedule) -> optax.GradientTransform
         beta=cfg.muon_beta,
         eps=cfg.eps,
         weight_decay=cfg.weight_decay,
-        muon_weight_dimension_numbers=lambda params: jax.tree.map(lambda _: _STACKED_MATRIX, params),
+        muon_weight_dimension_numbers=lambda params: jax.tree.map(
+            lambda _: _STACKED_MATRIX, params
+        ),
         consistent_rms=0.2,
     )
 

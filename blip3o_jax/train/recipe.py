@@ -23,14 +23,18 @@ def run(recipe: dict[str, Config], workdir: str | pathlib.Path) -> dict[str, Sum
     for position, config in enumerate(recipe.values()):
         for part, source in config.checkpoint.init_from:
             if source not in names[:position] and not pathlib.Path(source).exists():
-                raise UserError(f"checkpoint.init_from: {part} comes from {source}, which is no directory and no earlier stage")
+                raise UserError(
+                    f"checkpoint.init_from: {part} comes from {source}, which is no directory and no earlier stage"
+                )
     if names == [""]:
         return {"": train(recipe[""], workdir)}
     summaries = {}
     with WorkdirLock(workdir) as lock:
         for name, config in recipe.items():
             begin = functools.partial(_begin, workdir, names, lock)
-            summaries[name] = train(_resolved(config, names, workdir), workdir / name, on_begin=begin)
+            summaries[name] = train(
+                _resolved(config, names, workdir), workdir / name, on_begin=begin
+            )
     return summaries
 
 
@@ -43,6 +47,9 @@ def _begin(workdir: pathlib.Path, names: list[str], lock: WorkdirLock) -> None:
 
 def _resolved(config: Config, names: list[str], workdir: pathlib.Path) -> Config:
     init_from = tuple(
-        (part, str(workdir / source) if source in names else source) for part, source in config.checkpoint.init_from
+        (part, str(workdir / source) if source in names else source)
+        for part, source in config.checkpoint.init_from
     )
-    return dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, init_from=init_from))
+    return dataclasses.replace(
+        config, checkpoint=dataclasses.replace(config.checkpoint, init_from=init_from)
+    )

@@ -41,7 +41,11 @@ STAGES: dict[str, Stage] = {
         ("tokenizer/encoder/.*", "text_tower/.*", "patch_readout/.*"),
     ),
     # SimVQ keeps the code embedding as drawn and learns its projection (arXiv 2411.02038).
-    "tokenizer": Stage(("tokenizer",), ("tokenizer_pixels",), (r"tokenizer/(?!encoder/|bottleneck/codebook/embedding$).*",)),
+    "tokenizer": Stage(
+        ("tokenizer",),
+        ("tokenizer_pixels",),
+        (r"tokenizer/(?!encoder/|bottleneck/codebook/embedding$).*",),
+    ),
     # The published freezing: of the DiT only the caption projection and its norm are trained.
     "joint": Stage(
         ("tokenizer", "ar", "connector", "dit", "vae"),
@@ -55,7 +59,9 @@ def stage_parts(config: Config) -> tuple[str, ...]:
     """The parts the model of a run holds: the stage's, and for the joint one the connectors of editing where it has them."""
     editing = config.model.editing
     extra = {"latent_connector": editing.latents, "feature_connector": editing.features}
-    return STAGES[config.stage].parts + tuple(name for name, there in extra.items() if there and config.stage == "joint")
+    return STAGES[config.stage].parts + tuple(
+        name for name, there in extra.items() if there and config.stage == "joint"
+    )
 
 
 def stage_trainable(config: Config) -> tuple[str, ...]:
@@ -65,7 +71,11 @@ def stage_trainable(config: Config) -> tuple[str, ...]:
     if config.stage != "joint" or not editing.references:
         return patterns
     beside = ("dit/patch_embed/.*", "dit/proj_out/.*") if editing.beside else ()
-    return patterns + tuple(f"{part}/.*" for part in stage_parts(config) if part.endswith("_connector")) + beside
+    return (
+        patterns
+        + tuple(f"{part}/.*" for part in stage_parts(config) if part.endswith("_connector"))
+        + beside
+    )
 
 
 def trainable_filter(config: Config) -> Callable[[str], bool]:
@@ -81,7 +91,9 @@ def trainable_filter(config: Config) -> Callable[[str], bool]:
 def make_loss(config: Config, image_first: int) -> Loss:
     """The loss of the configured stage; `image_first` is the vocabulary id of code 0 (joint stage only)."""
 
-    def autoencoder(model: Blip3o, batch: Batch, keys_B: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def autoencoder(
+        model: Blip3o, batch: Batch, keys_B: jax.Array
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
         x_BHWC = scale_pixels(batch["pixels"])
         with nn.part("vae"):
             scale = config.model.vae.scaling_factor
@@ -89,13 +101,20 @@ def make_loss(config: Config, image_first: int) -> Loss:
             noise = jax.vmap(lambda key: jax.random.normal(key, z_BHWC.shape[1:]))(keys_B)
             noisy_BHWC = z_BHWC + config.loss.latent_noise * noise
             loss, metrics = reconstruction_loss(
-                model.vae.decode(noisy_BHWC / scale), x_BHWC, config.loss.gradient, config.loss.squared
+                model.vae.decode(noisy_BHWC / scale),
+                x_BHWC,
+                config.loss.gradient,
+                config.loss.squared,
             )
         deviation_C = jnp.sqrt(jnp.mean(z_BHWC**2, axis=(0, 1, 2)) + 1e-8)
         off_scale = jnp.mean(jnp.log(deviation_C) ** 2)
-        return loss + config.loss.latent_scale * off_scale, metrics | {"latent_deviation": jnp.mean(deviation_C)}
+        return loss + config.loss.latent_scale * off_scale, metrics | {
+            "latent_deviation": jnp.mean(deviation_C)
+        }
 
-    def contrastive(model: Blip3o, batch: Batch, keys_B: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def contrastive(
+        model: Blip3o, batch: Batch, keys_B: jax.Array
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
         with nn.part("tokenizer"):
             x_BHWC = scale_pixels(batch["tokenizer_pixels"])
             image = model.tokenizer.encoder(x_BHWC)
@@ -103,7 +122,9 @@ def make_loss(config: Config, image_first: int) -> Loss:
             tower = model.text_tower
             text_BD = tower(batch["text_ids"], batch["text_mask"])
             same_BB = same_captions(batch["text_ids"])
-            loss, metrics = sigmoid_loss(image.pooled_BD, text_BD, tower.log_scale[...], tower.bias[...], same_BB)
+            loss, metrics = sigmoid_loss(
+                image.pooled_BD, text_BD, tower.log_scale[...], tower.bias[...], same_BB
+            )
         if config.loss.dense:
             with nn.part("patch_readout"):
                 patches_BNX = model.tokenizer.encoder.patches(x_BHWC)
@@ -111,7 +132,9 @@ def make_loss(config: Config, image_first: int) -> Loss:
             loss += config.loss.dense * metrics["dense"]
         return loss, metrics
 
-    def tokenizer(model: Blip3o, batch: Batch, keys_B: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def tokenizer(
+        model: Blip3o, batch: Batch, keys_B: jax.Array
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
         with nn.part("tokenizer"):
             out = model.tokenizer(scale_pixels(batch["tokenizer_pixels"]), key=keys_B[0])
         # Relative to the features' variance: 1 is what their mean alone would score, whatever the encoder's scale.
@@ -131,19 +154,32 @@ def make_loss(config: Config, image_first: int) -> Loss:
             "perplexity": out.perplexity,
         }
 
-    def joint(model: Blip3o, batch: Batch, keys_B: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def joint(
+        model: Blip3o, batch: Batch, keys_B: jax.Array
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
         return joint_loss(model, batch, keys_B, loss=config.loss, image_first=image_first)
 
-    return {"autoencoder": autoencoder, "contrastive": contrastive, "tokenizer": tokenizer, "joint": joint}[config.stage]
+    return {
+        "autoencoder": autoencoder,
+        "contrastive": contrastive,
+        "tokenizer": tokenizer,
+        "joint": joint,
+    }[config.stage]
 
 
-def make_preview(config: Config, image_first: int) -> Callable[[Blip3o, Batch, jax.Array], jax.Array] | None:
+def make_preview(
+    config: Config, image_first: int
+) -> Callable[[Blip3o, Batch, jax.Array], jax.Array] | None:
     """(model, batch, keys) -> images in [0, 1] that show what the stage has learned; None where there is nothing to see."""
 
     def autoencoder(model: Blip3o, batch: Batch, keys_B: jax.Array) -> jax.Array:
-        return jnp.concatenate([batch["pixels"] / 255, model.pixels(model.latents(batch["pixels"]))], axis=2)
+        return jnp.concatenate(
+            [batch["pixels"] / 255, model.pixels(model.latents(batch["pixels"]))], axis=2
+        )
 
     def joint(model: Blip3o, batch: Batch, keys_B: jax.Array) -> jax.Array:
         return joint_preview(model, batch, keys_B, loss=config.loss, image_first=image_first)
 
-    return {"autoencoder": autoencoder, "joint": joint}.get(config.stage) if config.preview else None
+    return (
+        {"autoencoder": autoencoder, "joint": joint}.get(config.stage) if config.preview else None
+    )

@@ -24,15 +24,23 @@ def continued(path: str | pathlib.Path, trained: tuple[str, ...]) -> Config:
     root, step = find(path)
     given = read_config(root)
     text = stored_text(root, given.model.text)
-    editing = {"latent_connector": given.model.editing.latents, "feature_connector": given.model.editing.features}
+    editing = {
+        "latent_connector": given.model.editing.latents,
+        "feature_connector": given.model.editing.features,
+    }
     parts = PARTS + tuple(name for name, there in editing.items() if there)
-    changes = {part: dataclasses.replace(getattr(given.model, part), param_dtype="float32") for part in trained}
+    changes = {
+        part: dataclasses.replace(getattr(given.model, part), param_dtype="float32")
+        for part in trained
+    }
     return Config(
         stage="joint",
         model=dataclasses.replace(given.model, text=text, **changes),
         data=DataConfig(max_length=given.data.max_length),
         sampling=given.sampling,
-        checkpoint=CheckpointConfig(init_from=tuple((part, str(root / str(step))) for part in parts)),
+        checkpoint=CheckpointConfig(
+            init_from=tuple((part, str(root / str(step))) for part in parts)
+        ),
     )
 
 
@@ -50,8 +58,15 @@ def restore_or_create(
     latest = checkpoints.newest_intact(shared=True)
     if latest is not None:
         state, position = checkpoints.restore(latest, plan)
-        changed = "; ".join(changed_settings(before, config)) if before else "a config.json, which was missing"
-        say(f"{config.title}: resuming at step {latest} of {checkpoints.directory}" + (f" with {changed}" if changed else ""))
+        changed = (
+            "; ".join(changed_settings(before, config))
+            if before
+            else "a config.json, which was missing"
+        )
+        say(
+            f"{config.title}: resuming at step {latest} of {checkpoints.directory}"
+            + (f" with {changed}" if changed else "")
+        )
         return state, position, latest
     return create_state(config, plan, given_parts(config, plan, strategy), image_first), None, 0
 
@@ -87,13 +102,19 @@ def _check_lora(config: Config, parts: tuple[str, ...], path: str) -> None:
 def fitted(plan: StatePlan, part: str, values: Any, path: str) -> dict[str, Any]:
     """The arrays of one part as the plan wants them: by group, in its own dtypes and shardings. They must cover the part, but
     for low-rank factors, which may all be left to be drawn."""
-    targets = {group: plan.abstract[group][part] for group in WEIGHTS if part in plan.abstract[group]}
-    named = lambda tree: {jax.tree_util.keystr(keys): leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    targets = {
+        group: plan.abstract[group][part] for group in WEIGHTS if part in plan.abstract[group]
+    }
+    named = lambda tree: {
+        jax.tree_util.keystr(keys): leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
     found = named(values)
     if found.keys() == named(lora.without_factors(values)).keys():
         targets = lora.without_factors(targets)
     if missing := sorted(set().union(*map(named, targets.values())) ^ set(found)):
-        raise UserError(f"checkpoint.init_from: part {part} of {path} and of this model differ, first in {missing[0]}")
+        raise UserError(
+            f"checkpoint.init_from: part {part} of {path} and of this model differ, first in {missing[0]}"
+        )
 
     def put(keys: Any, target: jax.ShapeDtypeStruct) -> jax.Array:
         value = found[jax.tree_util.keystr(keys)]
@@ -110,4 +131,8 @@ def fitted(plan: StatePlan, part: str, values: Any, path: str) -> dict[str, Any]
 def changed_settings(old: Config, new: Config) -> list[str]:
     """["optimizer.learning_rate: 1e-4 -> 5e-5", ...]"""
     before, after = (config_lib.flat(config_lib.to_dict(config)) for config in (old, new))
-    return [f"{key}: {before.get(key)} -> {after[key]}" for key in after if before.get(key) != after[key]]
+    return [
+        f"{key}: {before.get(key)} -> {after[key]}"
+        for key in after
+        if before.get(key) != after[key]
+    ]

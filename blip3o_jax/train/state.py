@@ -63,7 +63,9 @@ def _draw_part(
     """Return the initial weights of `part` without those in `taken`, each array made in its own shards."""
 
     def own(tree: TrainState) -> TrainState:
-        parts = {group: {part: tree[group][part]} if part in tree[group] else {} for group in WEIGHTS}
+        parts = {
+            group: {part: tree[group][part]} if part in tree[group] else {} for group in WEIGHTS
+        }
         return {group: without(parts[group], taken[group]) for group in WEIGHTS}
 
     at = own(plan.shardings)
@@ -86,12 +88,19 @@ def plan_state(config: Config, strategy: Strategy) -> StatePlan:
     for part, _ in strategy.parts:
         check_choice("mesh.parts: part", part, PARTS)
     optimizer = make_optimizer(config.optimizer, config.steps)
-    graphdef, params, frozen = nnx.eval_shape(lambda: split(_build(config), trainable_filter(config)))
+    graphdef, params, frozen = nnx.eval_shape(
+        lambda: split(_build(config), trainable_filter(config))
+    )
     if not jax.tree.leaves(params):
-        raise ConfigError(f"trainable={config.trainable!r} matches no parameter of stage {config.stage!r}")
+        raise ConfigError(
+            f"trainable={config.trainable!r} matches no parameter of stage {config.stage!r}"
+        )
     shapes = {"params": nnx.to_pure_dict(params), "frozen": nnx.to_pure_dict(frozen)}
     shapes |= jax.eval_shape(lambda params: _rest(config, optimizer, params), shapes["params"])
-    params_at, frozen_at = strategy.parameter_shardings(params), strategy.parameter_shardings(frozen)
+    params_at, frozen_at = (
+        strategy.parameter_shardings(params),
+        strategy.parameter_shardings(frozen),
+    )
     replicated = strategy.replicated()
     # Where two optimizers share the parameters, each has a masked node in place of what is the other's.
     masked = lambda x: isinstance(x, optax.MaskedNode)
@@ -108,12 +117,17 @@ def plan_state(config: Config, strategy: Strategy) -> StatePlan:
         ),
         "ema": params_at if config.optimizer.ema_decay else {},
     } | dict.fromkeys(COUNTERS, replicated)
-    abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+    abstract = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
+    )
     return StatePlan(graphdef, abstract, shardings, optimizer)
 
 
 def create_state(
-    config: Config, plan: StatePlan, given: Mapping[str, Any] | None = None, image_first: int | None = None
+    config: Config,
+    plan: StatePlan,
+    given: Mapping[str, Any] | None = None,
+    image_first: int | None = None,
 ) -> TrainState:
     """Initial state, each array made in its own shards: no device ever holds a full replica it should not.
 
@@ -123,8 +137,13 @@ def create_state(
     are set from the codes even if the AR is given.
     """
     if config.checkpoint.image_rows == "codes" and image_first is None:
-        raise ValueError("create_state: checkpoint.image_rows='codes' needs image_first, the vocabulary id of code 0")
-    taken = {group: {part: tree[group] for part, tree in (given or {}).items() if group in tree} for group in WEIGHTS}
+        raise ValueError(
+            "create_state: checkpoint.image_rows='codes' needs image_first, the vocabulary id of code 0"
+        )
+    taken = {
+        group: {part: tree[group] for part, tree in (given or {}).items() if group in tree}
+        for group in WEIGHTS
+    }
     # Runs once, so on CPUs, whose compiler takes its time over random numbers, it is not worth optimising.
     options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else {}
     weights = taken
@@ -140,11 +159,17 @@ def create_state(
             model.start_image_rows_at_codes(image_first, config.seed)
             return ar(_by_group(config, model))
 
-        started = jax.jit(at_codes, out_shardings=ar(plan.shardings), compiler_options=options)(weights)
+        started = jax.jit(at_codes, out_shardings=ar(plan.shardings), compiler_options=options)(
+            weights
+        )
         for group, tree in started.items():
             weights[group]["ar"] = tree
     rest_at = {name: at for name, at in plan.shardings.items() if name not in WEIGHTS}
-    rest = jax.jit(lambda params: _rest(config, plan.optimizer, params), out_shardings=rest_at, compiler_options=options)
+    rest = jax.jit(
+        lambda params: _rest(config, plan.optimizer, params),
+        out_shardings=rest_at,
+        compiler_options=options,
+    )
     return weights | rest(weights["params"])
 
 
@@ -169,7 +194,10 @@ def without(a: Any, b: Any) -> Any:
 @functools.cache
 def _finite(where: Any) -> Callable[[list[Any]], jax.Array]:
     """Return a compiled function: arrays -> whether each is finite, as one array with the sharding `where`."""
-    return jax.jit(lambda leaves: jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]), out_shardings=where)
+    return jax.jit(
+        lambda leaves: jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]),
+        out_shardings=where,
+    )
 
 
 def not_finite(state: TrainState) -> list[str]:

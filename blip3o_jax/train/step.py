@@ -61,23 +61,32 @@ def _all_finite(*trees: Any) -> jax.Array:
     return jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]).all()
 
 
-def make_step(config: Config, plan: StatePlan, strategy: Strategy, loss: Loss) -> Callable[..., tuple[TrainState, Metrics]]:
+def make_step(
+    config: Config, plan: StatePlan, strategy: Strategy, loss: Loss
+) -> Callable[..., tuple[TrainState, Metrics]]:
     """The compiled step. Metrics: the stage's own, loss, gradient norm in all and per part, learning rate, counters."""
     schedule = learning_rate(config.optimizer, config.steps)
 
-    def loss_fn(params: Any, frozen: Any, batch: Batch, keys_B: jax.Array) -> tuple[jax.Array, Metrics]:
+    def loss_fn(
+        params: Any, frozen: Any, batch: Batch, keys_B: jax.Array
+    ) -> tuple[jax.Array, Metrics]:
         value, metrics = loss(plan.model(params, frozen), batch, keys_B)
         return value, metrics | {"loss": value}
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         batch = dict(batch)
         skipped_B = batch.pop("bad_records")
-        examples, leading = skipped_B.size, skipped_B.shape  # [B], or [rows, examples of each] where rows are packed
+        examples, leading = (
+            skipped_B.size,
+            skipped_B.shape,
+        )  # [B], or [rows, examples of each] where rows are packed
         if "loss_mask" in batch:
             labels = jnp.sum(batch["loss_mask"][:, 1:].astype(jnp.float32)) / examples
             batch["label_count"] = jnp.broadcast_to(labels, leading)
         if "target" in batch:  # a batch of questions alone draws no image
-            batch["target_count"] = jnp.broadcast_to(jnp.maximum(jnp.sum(batch["target"]), 1) / examples, leading)
+            batch["target_count"] = jnp.broadcast_to(
+                jnp.maximum(jnp.sum(batch["target"]), 1) / examples, leading
+            )
         with nn.sharding_resolver(strategy.resolver):
             grads, metrics = _mean_gradients(
                 lambda p, b, k: loss_fn(p, state["frozen"], b, k),
@@ -92,7 +101,11 @@ def make_step(config: Config, plan: StatePlan, strategy: Strategy, loss: Loss) -
             updates, opt = plan.optimizer.update(grads, state["opt"], state["params"])
             params = optax.apply_updates(state["params"], updates)
             decay = config.optimizer.ema_decay
-            ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state["ema"], params) if decay else {}
+            ema = (
+                jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state["ema"], params)
+                if decay
+                else {}
+            )
             finite = jnp.isfinite(metrics["loss"]) & _all_finite(norm, params, opt, ema)
             keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
         counters = {
@@ -114,4 +127,6 @@ def make_step(config: Config, plan: StatePlan, strategy: Strategy, loss: Loss) -
 
     # On CPUs donated arrays are copied, after the step has written them elsewhere; a second state is cheaper there.
     donated = () if strategy.mesh.devices.flat[0].platform == "cpu" else (0,)
-    return jax.jit(step, donate_argnums=donated, out_shardings=(plan.shardings, strategy.replicated()))
+    return jax.jit(
+        step, donate_argnums=donated, out_shardings=(plan.shardings, strategy.replicated())
+    )

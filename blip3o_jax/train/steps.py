@@ -20,7 +20,11 @@ from blip3o_jax.config import UserError
 from blip3o_jax.parallel.distributed import say
 
 _STEP = re.compile("0|[1-9][0-9]{0,17}")  # as Orbax reads them too
-_REQUIRED = ("state/manifest.ocdbt", "state/_METADATA", "meta/metadata")  # without one of them nothing can be read
+_REQUIRED = (
+    "state/manifest.ocdbt",
+    "state/_METADATA",
+    "meta/metadata",
+)  # without one of them nothing can be read
 
 
 class CheckedStep(ocp.path.atomicity.AtomicRenameTemporaryPath):
@@ -52,7 +56,9 @@ def all_steps(directory: pathlib.Path) -> list[int]:
     """Return the steps that have their final name, ascending, be they intact or not. Names such as "007" are no step's."""
     if not directory.is_dir():
         return []
-    return sorted(int(p.name) for p in directory.iterdir() if _STEP.fullmatch(p.name) and p.is_dir())
+    return sorted(
+        int(p.name) for p in directory.iterdir() if _STEP.fullmatch(p.name) and p.is_dir()
+    )
 
 
 def damage(directory: pathlib.Path, *, shared: bool = False) -> str:
@@ -64,7 +70,10 @@ def damage(directory: pathlib.Path, *, shared: bool = False) -> str:
     packed = np.zeros(512, np.uint8)
     text = found.encode()[: len(packed)]
     packed[: len(text)] = np.frombuffer(text, np.uint8)
-    reasons = (row.tobytes().rstrip(b"\0").decode(errors="replace") for row in multihost_utils.process_allgather(packed))
+    reasons = (
+        row.tobytes().rstrip(b"\0").decode(errors="replace")
+        for row in multihost_utils.process_allgather(packed)
+    )
     return next(filter(None, reasons), "")
 
 
@@ -76,7 +85,11 @@ def check_intact(root: pathlib.Path, step: int, *, shared: bool = False) -> None
         return
     others = (other for other in reversed(all_steps(root)) if other != step)
     intact = next((other for other in others if not damage(root / str(other), shared=shared)), None)
-    advice = "no other step is intact" if intact is None else f"{root}/{intact} is the newest step that is intact: name it"
+    advice = (
+        "no other step is intact"
+        if intact is None
+        else f"{root}/{intact} is the newest step that is intact: name it"
+    )
     raise UserError(f"{root}/{step} is damaged ({reason}): copy the checkpoint again; {advice}")
 
 

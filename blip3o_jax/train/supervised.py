@@ -31,7 +31,9 @@ from blip3o_jax.train.step import make_step
 from blip3o_jax.train.vocabulary import with_vocabulary
 
 
-def train(config: Config, workdir: str | pathlib.Path, *, on_begin: Callable[[], None] | None = None) -> Summary:
+def train(
+    config: Config, workdir: str | pathlib.Path, *, on_begin: Callable[[], None] | None = None
+) -> Summary:
     """See `loop.train`."""
     return loop.train(config, workdir, Supervised(), on_begin=on_begin)
 
@@ -40,8 +42,15 @@ class Supervised:
     """`loop.Method` of the stages of train/stages.py: batches from the data mixture, one step on each."""
 
     def open(self, config: Config) -> None:
-        check(not config.rl.rewards, "rl.rewards is for blip3o rl: leave it empty, or run that command")
-        hosts = Hosts(distributed.host(), distributed.hosts(), lambda: distributed.barrier("index", seconds=86400.0))
+        check(
+            not config.rl.rewards,
+            "rl.rewards is for blip3o rl: leave it empty, or run that command",
+        )
+        hosts = Hosts(
+            distributed.host(),
+            distributed.hosts(),
+            lambda: distributed.barrier("index", seconds=86400.0),
+        )
         self._sources = open_mixture(config.data, hosts)
         for source, _ in self._sources:
             for note in source.notes:
@@ -55,11 +64,17 @@ class Supervised:
         if config.model.buckets and "pixels" in STAGES[config.stage].fields:
             groups = by_shape(sources, config.model, config.data.max_pixels)
             sources = [source for group in groups for source in group]
-        builder = ExampleBuilder(STAGES[config.stage].fields, config.model, config.data, setup.vocabulary)
+        builder = ExampleBuilder(
+            STAGES[config.stage].fields, config.model, config.data, setup.vocabulary
+        )
         rows = host_rows(strategy.batch_sharding(), config.data.batch_size // config.data.pack)
-        loader_of = lambda sources: Loader(sources, builder, config.data, config.seed, rows=rows, join=builder.join)
+        loader_of = lambda sources: Loader(
+            sources, builder, config.data, config.seed, rows=rows, join=builder.join
+        )
         if position is not None:
-            loader_of(sources).restore(position)  # before hours of encoding for a run that cannot go on
+            loader_of(sources).restore(
+                position
+            )  # before hours of encoding for a run that cannot go on
         if config.stage == "joint" and config.data.cache_dir:
             sources = _encode_sources(config, setup.plan, strategy, state, sources)
         loader = loader_of(sources)
@@ -119,13 +134,20 @@ def _unused(sources: list[Source]) -> dict[str, float]:
     reasons: collections.Counter[str] = collections.Counter()
     for source in sources:
         reasons.update(source.unused)
-    values = {"data/unused_members": sum(reasons.values()), "data/incomplete_records": sum(s.incomplete for s in sources)}
+    values = {
+        "data/unused_members": sum(reasons.values()),
+        "data/incomplete_records": sum(s.incomplete for s in sources),
+    }
     values |= {f"data/unused_members/{reason}": count for reason, count in reasons.items()}
     return {name: float(value) for name, value in values.items()}
 
 
 def _encode_sources(
-    config: Config, plan: StatePlan, strategy: Strategy, state: TrainState, sources: list[tuple[Source, float]]
+    config: Config,
+    plan: StatePlan,
+    strategy: Strategy,
+    state: TrainState,
+    sources: list[tuple[Source, float]],
 ) -> list[tuple[Source, float]]:
     """The sources with the frozen encoders' outputs from the cache, filled first where it is not."""
     if trained := {"tokenizer", "vae"} & set(state["params"]):
@@ -137,17 +159,29 @@ def _encode_sources(
     encoders = {part: state["frozen"][part] for part in ("tokenizer", "vae")}
     if jax.process_count() > 1:  # hosts fill different parts, each by itself, on its own devices
         strategy = Strategy.of(MeshConfig(data=-1, fsdp=1, strategy="dp"), jax.local_devices())
-        encoders = jax.device_put(multihost_utils.process_allgather(encoders, tiled=True), strategy.replicated())
+        encoders = jax.device_put(
+            multihost_utils.process_allgather(encoders, tiled=True), strategy.replicated()
+        )
     rows, shards = strategy.batch_sharding(), strategy.batch_shards
 
     @jax.jit
-    def encode(encoders: Any, pixels: jax.Array, tokenizer_pixels: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def encode(
+        encoders: Any, pixels: jax.Array, tokenizer_pixels: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
         # The other parts' parameters are zeros that no operation reads: XLA drops them.
-        nothing = {group: jax.tree.map(lambda x: jax.numpy.zeros(x.shape, x.dtype), plan.abstract[group]) for group in WEIGHTS}
+        nothing = {
+            group: jax.tree.map(lambda x: jax.numpy.zeros(x.shape, x.dtype), plan.abstract[group])
+            for group in WEIGHTS
+        }
         model = plan.model(nothing["params"], nothing["frozen"] | encoders)
-        pixels, tokenizer_pixels = (jax.lax.with_sharding_constraint(x, rows) for x in (pixels, tokenizer_pixels))
+        pixels, tokenizer_pixels = (
+            jax.lax.with_sharding_constraint(x, rows) for x in (pixels, tokenizer_pixels)
+        )
         return model.codes(tokenizer_pixels), model.latents(pixels)
 
     fingerprint = weights_fingerprint(encoders)
     run = functools.partial(encode, encoders)
-    return [(encoded_source(source, run, fingerprint, config, shards=shards), weight) for source, weight in sources]
+    return [
+        (encoded_source(source, run, fingerprint, config, shards=shards), weight)
+        for source, weight in sources
+    ]

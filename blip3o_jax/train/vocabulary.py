@@ -30,7 +30,9 @@ def with_vocabulary(
         text = dataclasses.replace(text, path=str(path))
     vocabulary = Vocabulary(load_tokenizer(text), model.tokenizer.codebook_size)
     if text.train_size:
-        model = dataclasses.replace(model, text=text, ar=dataclasses.replace(model.ar, vocab_size=vocabulary.size))
+        model = dataclasses.replace(
+            model, text=text, ar=dataclasses.replace(model.ar, vocab_size=vocabulary.size)
+        )
     vocabulary.check_model(model.ar, model.tokenizer)
     return dataclasses.replace(config, model=model), vocabulary
 

@@ -47,7 +47,9 @@ class Owner:
     @classmethod
     def this_process(cls, token: str) -> "Owner":
         since = datetime.datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
-        return cls(socket.gethostname(), os.getpid(), _process_start(os.getpid()), _machine(), since, token)
+        return cls(
+            socket.gethostname(), os.getpid(), _process_start(os.getpid()), _machine(), since, token
+        )
 
     @classmethod
     def read(cls, path: pathlib.Path) -> "Owner | None":
@@ -70,7 +72,10 @@ class Owner:
 
     def here(self) -> bool:
         """Its pid is one that this process can ask about."""
-        return bool(self.machine) and (self.host, self.machine) == (socket.gethostname(), _machine())
+        return bool(self.machine) and (self.host, self.machine) == (
+            socket.gethostname(),
+            _machine(),
+        )
 
     def runs(self) -> bool:
         """For one that is `here`: its process is there, and is not another with the same pid."""
@@ -104,10 +109,14 @@ def _check_kinds(workdir: pathlib.Path) -> None:
     """UserError where a directory lies in a file's place or the other way round: the run would fail where it writes there."""
     for path in (*map(workdir.joinpath, FILES), *sorted(workdir.glob("*.jsonl"))):
         if os.path.lexists(path) and not path.is_file():
-            raise UserError(f"{path} is no regular file, but the run writes one: move it away, or choose another --workdir")
+            raise UserError(
+                f"{path} is no regular file, but the run writes one: move it away, or choose another --workdir"
+            )
     for path in map(workdir.joinpath, DIRECTORIES):
         if os.path.lexists(path) and not path.is_dir():
-            raise UserError(f"{path} is no directory, but the run makes one: move it away, or choose another --workdir")
+            raise UserError(
+                f"{path} is no directory, but the run makes one: move it away, or choose another --workdir"
+            )
 
 
 class WorkdirLock:
@@ -136,7 +145,9 @@ class WorkdirLock:
                     if not isinstance(error, OSError):
                         raise
                     reason = error.strerror or str(error)
-                    raise UserError(f"--workdir={self._workdir} cannot be written to ({reason}): choose another") from error
+                    raise UserError(
+                        f"--workdir={self._workdir} cannot be written to ({reason}): choose another"
+                    ) from error
                 self._thread.start()
         return self
 
@@ -151,7 +162,9 @@ class WorkdirLock:
         if host() == 0 and not self._mine():
             owner = Owner.read(self._path)
             now = f"now is that of {owner}" if owner else "is gone"
-            raise UserError(f"{self._path} was this run's and {now}: two runs must not write to one --workdir; this one ends")
+            raise UserError(
+                f"{self._path} was this run's and {now}: two runs must not write to one --workdir; this one ends"
+            )
 
     def _take(self) -> None:
         self._made = files.make_directories(self._workdir)
@@ -202,7 +215,9 @@ class WorkdirLock:
         end, told = time.monotonic() + min(BOUND, BOUND - silent), False
         while (left := end - time.monotonic()) > 0:
             if not told:
-                say(f"{self._workdir} is locked by {owner}: waiting up to {left:.0f} s for a sign of life")
+                say(
+                    f"{self._workdir} is locked by {owner}: waiting up to {left:.0f} s for a sign of life"
+                )
                 told = True
             time.sleep(min(left, 1.0))
             now = Owner.read(self._path)

@@ -53,7 +53,9 @@ class ResBlock(nnx.Module):
         types = {"dtype": dtype, "param_dtype": param_dtype}
         self.conv1 = nn.Conv(channels, channels, 3, padding=1, rngs=rngs, **types)
         self.conv2 = nn.Conv(channels, channels, 3, padding=1, bias=False, rngs=rngs, **types)
-        self.norm = nn.RMSNorm(channels, eps=NORM_EPS, bias=True, rngs=rngs, param_dtype=param_dtype)
+        self.norm = nn.RMSNorm(
+            channels, eps=NORM_EPS, bias=True, rngs=rngs, param_dtype=param_dtype
+        )
 
     def __call__(self, x_BHWC: jax.Array) -> jax.Array:
         with jax.named_scope("res_block"):
@@ -63,10 +65,21 @@ class ResBlock(nnx.Module):
 class MultiscaleProjection(nnx.Module):
     """Gathers q, k and v over a neighbourhood: a depthwise convolution, then a 1 x 1 one within each head's q, k or v."""
 
-    def __init__(self, channels: int, groups: int, kernel_size: int, *, rngs: nnx.Rngs, dtype: Any, param_dtype: Any):
+    def __init__(
+        self,
+        channels: int,
+        groups: int,
+        kernel_size: int,
+        *,
+        rngs: nnx.Rngs,
+        dtype: Any,
+        param_dtype: Any,
+    ):
         types = {"bias": False, "rngs": rngs, "dtype": dtype, "param_dtype": param_dtype}
         self.proj_in = nn.DepthwiseConv(channels, kernel_size, **types)
-        self.proj_out = nn.Conv(channels, channels, 1, groups=groups, axes=(None, "conv_out"), **types)
+        self.proj_out = nn.Conv(
+            channels, channels, 1, groups=groups, axes=(None, "conv_out"), **types
+        )
 
     def __call__(self, x_BHWC: jax.Array) -> jax.Array:
         return self.proj_out(self.proj_in(x_BHWC))
@@ -93,22 +106,39 @@ def relu_attention(q_BNGK: jax.Array, k_BNGK: jax.Array, v_BNGK: jax.Array) -> j
 class MultiscaleAttention(nnx.Module):
     """x + norm(project(attention)) over all pixels, with q, k, v at several scales: `SanaMultiscaleLinearAttention`."""
 
-    def __init__(self, channels: int, head_dim: int, scales: tuple[int, ...], *, rngs: nnx.Rngs, dtype: Any, param_dtype: Any):
+    def __init__(
+        self,
+        channels: int,
+        head_dim: int,
+        scales: tuple[int, ...],
+        *,
+        rngs: nnx.Rngs,
+        dtype: Any,
+        param_dtype: Any,
+    ):
         types = {"rngs": rngs, "dtype": dtype, "param_dtype": param_dtype}
         heads = channels // head_dim
         inner, axes = heads * head_dim, ("conv_in", "conv_out")
         self.to_q = nn.Linear(channels, inner, axes, bias=False, **types)
         self.to_k = nn.Linear(channels, inner, axes, bias=False, **types)
         self.to_v = nn.Linear(channels, inner, axes, bias=False, **types)
-        self.scales = nnx.List([MultiscaleProjection(3 * inner, 3 * heads, size, **types) for size in scales])
+        self.scales = nnx.List(
+            [MultiscaleProjection(3 * inner, 3 * heads, size, **types) for size in scales]
+        )
         self.to_out = nn.Linear(inner * (1 + len(scales)), channels, axes, bias=False, **types)
-        self.norm = nn.RMSNorm(channels, eps=NORM_EPS, bias=True, rngs=rngs, param_dtype=param_dtype)
+        self.norm = nn.RMSNorm(
+            channels, eps=NORM_EPS, bias=True, rngs=rngs, param_dtype=param_dtype
+        )
         self.head_dim = head_dim
 
     def __call__(self, x_BHWC: jax.Array) -> jax.Array:
         batch, height, width, _ = x_BHWC.shape
-        qkv_BHWC = jnp.concatenate([self.to_q(x_BHWC), self.to_k(x_BHWC), self.to_v(x_BHWC)], axis=-1)
-        qkv_BHWC = jnp.concatenate([qkv_BHWC, *(project(qkv_BHWC) for project in self.scales)], axis=-1)
+        qkv_BHWC = jnp.concatenate(
+            [self.to_q(x_BHWC), self.to_k(x_BHWC), self.to_v(x_BHWC)], axis=-1
+        )
+        qkv_BHWC = jnp.concatenate(
+            [qkv_BHWC, *(project(qkv_BHWC) for project in self.scales)], axis=-1
+        )
         # Every 3 * head_dim channels in a row are taken for one head's q, k, v, although q, k and v of all heads were laid
         # end to end: so the published weights were trained.
         qkv_BNGK = qkv_BHWC.reshape(batch, height * width, -1, 3 * self.head_dim)
@@ -126,7 +156,9 @@ class GluConv(nnx.Module):
         self.expand = nn.Linear(channels, 8 * channels, axes, **types)
         self.depthwise = nn.DepthwiseConv(8 * channels, 3, **types)
         self.project = nn.Linear(4 * channels, channels, axes, bias=False, **types)
-        self.norm = nn.RMSNorm(channels, eps=NORM_EPS, bias=True, rngs=rngs, param_dtype=param_dtype)
+        self.norm = nn.RMSNorm(
+            channels, eps=NORM_EPS, bias=True, rngs=rngs, param_dtype=param_dtype
+        )
 
     def __call__(self, x_BHWC: jax.Array) -> jax.Array:
         a_BHWC, b_BHWC = jnp.split(self.depthwise(jax.nn.silu(self.expand(x_BHWC))), 2, axis=-1)
@@ -136,7 +168,16 @@ class GluConv(nnx.Module):
 class EfficientVitBlock(nnx.Module):
     """Multi-scale attention over all pixels, then a gated convolution."""
 
-    def __init__(self, channels: int, head_dim: int, scales: tuple[int, ...], *, rngs: nnx.Rngs, dtype: Any, param_dtype: Any):
+    def __init__(
+        self,
+        channels: int,
+        head_dim: int,
+        scales: tuple[int, ...],
+        *,
+        rngs: nnx.Rngs,
+        dtype: Any,
+        param_dtype: Any,
+    ):
         types = {"rngs": rngs, "dtype": dtype, "param_dtype": param_dtype}
         self.attention = MultiscaleAttention(channels, head_dim, scales, **types)
         self.glu = GluConv(channels, **types)
@@ -150,10 +191,29 @@ class DownBlock(nnx.Module):
     """[B, H, W, c_in] -> [B, H/2, W/2, c_out]: `DCDownBlock2d`. The convolution either has stride 2 ("Conv") or is followed
     by a pixel unshuffle; the shortcut is the pixel-unshuffled input, its channels averaged in runs."""
 
-    def __init__(self, c_in: int, c_out: int, kind: str, *, shortcut: bool, rngs: nnx.Rngs, dtype: Any, param_dtype: Any):
+    def __init__(
+        self,
+        c_in: int,
+        c_out: int,
+        kind: str,
+        *,
+        shortcut: bool,
+        rngs: nnx.Rngs,
+        dtype: Any,
+        param_dtype: Any,
+    ):
         self.unshuffle, self.shortcut, self.c_out = kind == "pixel_unshuffle", shortcut, c_out
         width, stride = (c_out // 4, 1) if self.unshuffle else (c_out, 2)
-        self.conv = nn.Conv(c_in, width, 3, stride=stride, padding=1, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+        self.conv = nn.Conv(
+            c_in,
+            width,
+            3,
+            stride=stride,
+            padding=1,
+            rngs=rngs,
+            dtype=dtype,
+            param_dtype=param_dtype,
+        )
 
     def __call__(self, x_BHWC: jax.Array) -> jax.Array:
         with jax.named_scope("down_block"):
@@ -168,14 +228,30 @@ class UpBlock(nnx.Module):
     """[B, H, W, c_in] -> [B, 2 H, 2 W, c_out]: `DCUpBlock2d`. The convolution either follows a nearest-neighbour upsampling
     ("interpolate") or is followed by a pixel shuffle; the shortcut is the pixel-shuffled input, its channels repeated."""
 
-    def __init__(self, c_in: int, c_out: int, kind: str, *, shortcut: bool, rngs: nnx.Rngs, dtype: Any, param_dtype: Any):
+    def __init__(
+        self,
+        c_in: int,
+        c_out: int,
+        kind: str,
+        *,
+        shortcut: bool,
+        rngs: nnx.Rngs,
+        dtype: Any,
+        param_dtype: Any,
+    ):
         self.interpolate, self.shortcut, self.c_out = kind == "interpolate", shortcut, c_out
         width = c_out if self.interpolate else 4 * c_out
-        self.conv = nn.Conv(c_in, width, 3, padding=1, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+        self.conv = nn.Conv(
+            c_in, width, 3, padding=1, rngs=rngs, dtype=dtype, param_dtype=param_dtype
+        )
 
     def __call__(self, x_BHWC: jax.Array) -> jax.Array:
         with jax.named_scope("up_block"):
-            y_BHWC = self.conv.upsampled(x_BHWC) if self.interpolate else pixel_shuffle(self.conv(x_BHWC))
+            y_BHWC = (
+                self.conv.upsampled(x_BHWC)
+                if self.interpolate
+                else pixel_shuffle(self.conv(x_BHWC))
+            )
             if self.shortcut:
                 y_BHWC = y_BHWC + pixel_shuffle(repeat_channels(x_BHWC, 4 * self.c_out))
             return constrain(y_BHWC)
@@ -197,13 +273,19 @@ def stage_blocks(
     def make(rngs: nnx.Rngs) -> nnx.Module:
         if kind == "ResBlock":
             return ResBlock(channels, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
-        return EfficientVitBlock(channels, head_dim, scales, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+        return EfficientVitBlock(
+            channels, head_dim, scales, rngs=rngs, dtype=dtype, param_dtype=param_dtype
+        )
 
     return nn.stack(make, count, rngs) if count else None
 
 
-def run_blocks(blocks: nnx.Module | None, x_BHWC: jax.Array, *, remat: str, unroll: bool) -> jax.Array:
+def run_blocks(
+    blocks: nnx.Module | None, x_BHWC: jax.Array, *, remat: str, unroll: bool
+) -> jax.Array:
     """Stacked blocks in order."""
     if blocks is None:
         return x_BHWC
-    return nn.scan(blocks, lambda block, x_BHWC, _: (block(x_BHWC), None), x_BHWC, remat=remat, unroll=unroll)[0]
+    return nn.scan(
+        blocks, lambda block, x_BHWC, _: (block(x_BHWC), None), x_BHWC, remat=remat, unroll=unroll
+    )[0]

@@ -35,10 +35,18 @@ class Encoder(nnx.Module):
         else:
             self.conv_in = DownBlock(cfg.in_channels, channels[1], kind, shortcut=False, **types)
         self.stages = nnx.List()
-        for i, (name, scales) in enumerate(zip(cfg.encoder_block_types, cfg.encoder_qkv_multiscales, strict=True)):
-            stacked = blocks.stage_blocks(name, layers[i], channels[i], cfg.attention_head_dim, scales, **types)
+        for i, (name, scales) in enumerate(
+            zip(cfg.encoder_block_types, cfg.encoder_qkv_multiscales, strict=True)
+        ):
+            stacked = blocks.stage_blocks(
+                name, layers[i], channels[i], cfg.attention_head_dim, scales, **types
+            )
             step = i < last and layers[i] > 0
-            down = DownBlock(channels[i], channels[i + 1], kind, shortcut=True, **types) if step else None
+            down = (
+                DownBlock(channels[i], channels[i + 1], kind, shortcut=True, **types)
+                if step
+                else None
+            )
             self.stages.append(Stage(stacked, down))
         self.conv_out = nn.Conv(channels[-1], cfg.latent_channels, 3, padding=1, **types)
         self.latent_channels, self.remat, self.unroll = cfg.latent_channels, cfg.remat, cfg.unroll
@@ -47,7 +55,9 @@ class Encoder(nnx.Module):
         h_BHWC = self.conv_in(x_BHWC)
         for i, stage in enumerate(self.stages):
             with jax.named_scope(f"encoder_stage_{i}"):
-                h_BHWC = blocks.run_blocks(stage.blocks, h_BHWC, remat=self.remat, unroll=self.unroll)
+                h_BHWC = blocks.run_blocks(
+                    stage.blocks, h_BHWC, remat=self.remat, unroll=self.unroll
+                )
                 h_BHWC = h_BHWC if stage.resample is None else stage.resample(h_BHWC)
         return self.conv_out(h_BHWC) + blocks.average_channels(h_BHWC, self.latent_channels)
 
@@ -61,13 +71,23 @@ class Decoder(nnx.Module):
         kind, last = cfg.upsample_block_type, len(channels) - 1
         self.conv_in = nn.Conv(cfg.latent_channels, channels[-1], 3, padding=1, **types)
         self.stages = nnx.List()
-        for i, (name, scales) in enumerate(zip(cfg.decoder_block_types, cfg.decoder_qkv_multiscales, strict=True)):
+        for i, (name, scales) in enumerate(
+            zip(cfg.decoder_block_types, cfg.decoder_qkv_multiscales, strict=True)
+        ):
             step = i < last and layers[i] > 0
-            up = UpBlock(channels[i + 1], channels[i], kind, shortcut=True, **types) if step else None
-            stacked = blocks.stage_blocks(name, layers[i], channels[i], cfg.attention_head_dim, scales, **types)
+            up = (
+                UpBlock(channels[i + 1], channels[i], kind, shortcut=True, **types)
+                if step
+                else None
+            )
+            stacked = blocks.stage_blocks(
+                name, layers[i], channels[i], cfg.attention_head_dim, scales, **types
+            )
             self.stages.append(Stage(stacked, up))
         width = channels[0] if layers[0] else channels[1]
-        self.norm_out = nn.RMSNorm(width, eps=NORM_EPS, bias=True, rngs=rngs, param_dtype=cfg.param_dtype)
+        self.norm_out = nn.RMSNorm(
+            width, eps=NORM_EPS, bias=True, rngs=rngs, param_dtype=cfg.param_dtype
+        )
         if layers[0]:
             self.conv_out = nn.Conv(width, cfg.in_channels, 3, padding=1, **types)
         else:
@@ -80,7 +100,9 @@ class Decoder(nnx.Module):
         for i, stage in reversed(list(enumerate(self.stages))):
             with jax.named_scope(f"decoder_stage_{i}"):
                 h_BHWC = h_BHWC if stage.resample is None else stage.resample(h_BHWC)
-                h_BHWC = blocks.run_blocks(stage.blocks, h_BHWC, remat=self.remat, unroll=self.unroll)
+                h_BHWC = blocks.run_blocks(
+                    stage.blocks, h_BHWC, remat=self.remat, unroll=self.unroll
+                )
         return self.conv_out(jax.nn.relu(self.norm_out(h_BHWC)))
 
 
@@ -100,7 +122,9 @@ class DcAe(nnx.Module):
         factor = self.cfg.spatial_compression
         height, width = x_BHWC.shape[1:3]
         if height % factor or width % factor:
-            near = " x ".join(str(max(1, round(side / factor)) * factor) for side in (height, width))
+            near = " x ".join(
+                str(max(1, round(side / factor)) * factor) for side in (height, width)
+            )
             raise ValueError(
                 f"the autoencoder cannot encode an image of {height} x {width} pixels: height and width must be multiples of "
                 f"{factor}; {near} would do"

@@ -29,7 +29,10 @@ def reconstruction_loss(
     error_BHWC = x_hat_BHWC - x_BHWC
     l1, squared = jnp.mean(jnp.abs(error_BHWC)), jnp.mean(error_BHWC**2)
     # Differences are linear: those of the error are the error of those.
-    gradient_l1 = (jnp.mean(jnp.abs(jnp.diff(error_BHWC, axis=2))) + jnp.mean(jnp.abs(jnp.diff(error_BHWC, axis=1)))) / 2
+    gradient_l1 = (
+        jnp.mean(jnp.abs(jnp.diff(error_BHWC, axis=2)))
+        + jnp.mean(jnp.abs(jnp.diff(error_BHWC, axis=1)))
+    ) / 2
     squared_error_B = jnp.mean((jnp.clip(x_hat_BHWC, -1, 1) - x_BHWC) ** 2, axis=(1, 2, 3))
     psnr = jnp.mean(10 * jnp.log10(PEAK_SQUARED / jnp.maximum(squared_error_B, 1e-10)))
     loss = l1 + squared_weight * squared + gradient_weight * gradient_l1

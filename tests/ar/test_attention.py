@@ -32,7 +32,12 @@ def test_queries_from_a_later_slot_see_the_slots_before_them(qkv):
     q, k, v = qkv
     whole = attention.attend(q, k, v, query_segments_BL=SEGMENTS, key_segments_BS=SEGMENTS)
     tail = attention.attend(
-        q[:, 3:], k, v, query_segments_BL=SEGMENTS[:, 3:], key_segments_BS=SEGMENTS, query_start=jnp.int32(3)
+        q[:, 3:],
+        k,
+        v,
+        query_segments_BL=SEGMENTS[:, 3:],
+        key_segments_BS=SEGMENTS,
+        query_start=jnp.int32(3),
     )
     assert relative_error(tail, whole[:, 3:]) < 1e-6
 
@@ -63,4 +68,6 @@ def test_rotation_depends_on_distance_only(rng):
 
 def test_unknown_implementation_is_named(qkv):
     with pytest.raises(ValueError, match="'flash' is not one of xla"):
-        attention.attend(*qkv, query_segments_BL=SEGMENTS, key_segments_BS=SEGMENTS, implementation="flash")
+        attention.attend(
+            *qkv, query_segments_BL=SEGMENTS, key_segments_BS=SEGMENTS, implementation="flash"
+        )

@@ -35,7 +35,9 @@ def model(request) -> Qwen3:
 @nnx.jit
 def full(model: Qwen3, tokens_BL: jax.Array) -> jax.Array:
     B, L = tokens_BL.shape
-    return model(model.embed(tokens_BL), jnp.broadcast_to(jnp.arange(L), (B, L)), jnp.ones((B, L), jnp.int32))
+    return model(
+        model.embed(tokens_BL), jnp.broadcast_to(jnp.arange(L), (B, L)), jnp.ones((B, L), jnp.int32)
+    )
 
 
 @nnx.jit
@@ -45,7 +47,12 @@ def extend(model: Qwen3, tokens_BL: jax.Array, segments_BL: jax.Array, past: cac
 
 def test_cached_decode_equals_the_full_forward_for_prompts_of_different_lengths(model, rng):
     rows = [rng.integers(0, CFG.vocab_size, length + STEPS) for length in LENGTHS]
-    prompts = np.stack([np.pad(row[:n], (0, L - n), constant_values=9) for row, n in zip(rows, LENGTHS, strict=True)])
+    prompts = np.stack(
+        [
+            np.pad(row[:n], (0, L - n), constant_values=9)
+            for row, n in zip(rows, LENGTHS, strict=True)
+        ]
+    )
     segments = (np.arange(L) < LENGTHS[:, None]).astype(np.int32)
     hidden, past = extend(model, prompts, segments, cache.empty(model.cfg, 3, L + STEPS))
     got = [[hidden[b, : LENGTHS[b]]] for b in range(3)]
@@ -85,6 +92,11 @@ def test_the_compiled_loop_updates_the_cache_in_place(model):
         return jax.lax.scan(step, (token_B, past), length=500)[0]
 
     past = cache.empty(cfg, 2, 2048)
-    memory = jax.jit(decode, donate_argnums=2).lower(state, jnp.zeros(2, jnp.int32), past).compile().memory_analysis()
+    memory = (
+        jax.jit(decode, donate_argnums=2)
+        .lower(state, jnp.zeros(2, jnp.int32), past)
+        .compile()
+        .memory_analysis()
+    )
     one_array = sum(k.nbytes for k in jax.tree.leaves(past.k_YBGSK))
     assert memory.temp_size_in_bytes < one_array, (memory.temp_size_in_bytes, one_array)

@@ -55,7 +55,10 @@ def loss_and_gradients(model: qwen3.Qwen3, tokens_BL: jax.Array):
         hidden_BLD = forward(model, tokens_BL)
         logits_BLV = model.logits(hidden_BLD)
         logprobs_BLV = jax.nn.log_softmax(logits_BLV[:, :-1])
-        return -jnp.mean(jnp.take_along_axis(logprobs_BLV, tokens_BL[:, 1:, None], axis=-1)), (hidden_BLD, logits_BLV)
+        return -jnp.mean(jnp.take_along_axis(logprobs_BLV, tokens_BL[:, 1:, None], axis=-1)), (
+            hidden_BLD,
+            logits_BLV,
+        )
 
     return nnx.value_and_grad(loss, has_aux=True)(model)
 
@@ -66,7 +69,9 @@ def test_hidden_states_logits_and_gradients_equal_transformers(tied):
     reference, ids = torch_weights.torch_model(cfg), torch.tensor(tokens())
     out = reference(ids, labels=ids, output_hidden_states=True)
     out.loss.backward()
-    (loss, (hidden, logits)), gradients = loss_and_gradients(stock_weights.jax_model(reference, cfg), tokens())
+    (loss, (hidden, logits)), gradients = loss_and_gradients(
+        stock_weights.jax_model(reference, cfg), tokens()
+    )
     # float32 rounding through three layers is some 1e-6.
     assert relative_error(hidden, out.hidden_states[-1].detach()) < 1e-5
     assert relative_error(logits[..., : cfg.vocab_size], out.logits.detach()) < 1e-5
@@ -110,7 +115,9 @@ def test_packed_rows_equal_separate_rows(model):
 
 def residual_bytes(model: qwen3.Qwen3) -> int:
     """What the backward pass keeps from the forward pass, parameters aside."""
-    pull = jax.eval_shape(lambda x: jax.vjp(lambda x: model(x, POSITIONS, ONES), x)[1], model.embed(tokens()))
+    pull = jax.eval_shape(
+        lambda x: jax.vjp(lambda x: model(x, POSITIONS, ONES), x)[1], model.embed(tokens())
+    )
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(pull))
 
 
@@ -131,7 +138,9 @@ def test_remat_keeps_less_and_changes_no_number(model):
 @pytest.mark.parametrize("vocab_size", [151936, 217210])
 @pytest.mark.parametrize("sizes", [(1024, 3072), (2048, 6144)], ids=["0.6B", "1.7B"])
 def test_parameter_count_of_the_published_sizes(sizes, vocab_size):
-    cfg = config.Qwen3Config(vocab_size=vocab_size, hidden_size=sizes[0], intermediate_size=sizes[1])
+    cfg = config.Qwen3Config(
+        vocab_size=vocab_size, hidden_size=sizes[0], intermediate_size=sizes[1]
+    )
     with torch.device("meta"):
         reference = transformers.Qwen3ForCausalLM(torch_weights.torch_config(cfg))
     state = nnx.state(nnx.eval_shape(lambda: qwen3.Qwen3(cfg, rngs=nnx.Rngs(0))))
@@ -143,7 +152,10 @@ def test_parameter_count_of_the_published_sizes(sizes, vocab_size):
 def test_every_parameter_names_its_axes():
     cfg = dataclasses.replace(CFG, tie_word_embeddings=False)
     model = nnx.eval_shape(lambda: qwen3.Qwen3(cfg, rngs=nnx.Rngs(0)))
-    axes = {"/".join(map(str, path)): variable.axes for path, variable in nnx.to_flat_state(nnx.state(model))}
+    axes = {
+        "/".join(map(str, path)): variable.axes
+        for path, variable in nnx.to_flat_state(nnx.state(model))
+    }
     assert axes == {
         "embedding": ("vocab", "embed"),
         "layers/attention/q/kernel": ("layers", "embed", "heads"),
@@ -181,12 +193,19 @@ def test_no_device_holds_the_whole_table_or_its_gradient(mesh):
 
     at = strategy.sharding("ar", ("vocab", "embed"), table_VD.shape)
     shardings = at, strategy.batch_sharding()
-    compiled = jax.jit(jax.grad(loss), in_shardings=shardings, out_shardings=at).lower(table_VD, ids_BL).compile()
+    compiled = (
+        jax.jit(jax.grad(loss), in_shardings=shardings, out_shardings=at)
+        .lower(table_VD, ids_BL)
+        .compile()
+    )
     table = jax.ShapeDtypeStruct(table_VD.shape, table_VD.dtype, sharding=at)
     assert whole(hlo.parse(compiled.as_text()), {"ar": {"embedding": table}}) == []
     want_VD = np.zeros_like(table_VD)
     np.add.at(want_VD, ids_BL, weights_BLD)
-    placed = [jax.device_put(x, sharding) for x, sharding in zip((table_VD, ids_BL), shardings, strict=True)]
+    placed = [
+        jax.device_put(x, sharding)
+        for x, sharding in zip((table_VD, ids_BL), shardings, strict=True)
+    ]
     assert relative_error(compiled(*placed), want_VD) < 1e-6
 
 
@@ -200,7 +219,9 @@ def test_initial_values():
 
 
 def test_embeddings_may_start_at_a_scale_of_their_own():
-    model = qwen3.Qwen3(dataclasses.replace(CFG, embedding_range=0.7, tie_word_embeddings=False), rngs=nnx.Rngs(0))
+    model = qwen3.Qwen3(
+        dataclasses.replace(CFG, embedding_range=0.7, tie_word_embeddings=False), rngs=nnx.Rngs(0)
+    )
     assert float(model.embedding[...].std()) == pytest.approx(0.7, rel=0.05)
     assert float(model.lm_head.kernel.std()) == pytest.approx(CFG.initializer_range, rel=0.05)
 

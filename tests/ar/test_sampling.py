@@ -39,9 +39,13 @@ def model() -> Qwen3:
     return Qwen3(CFG, rngs=nnx.Rngs(0))
 
 
-@functools.partial(nnx.jit, static_argnames=("temperature", "top_k", "top_p", "guidance", "group", "keep_classes"))
+@functools.partial(
+    nnx.jit, static_argnames=("temperature", "top_k", "top_p", "guidance", "group", "keep_classes")
+)
 def generate(model, tokens_BL, lengths_B, keys_B, **settings):
-    return sampling.generate_image_tokens(model, tokens_BL, lengths_B, keys_B, num_tokens=N, image_ids=IMAGE_IDS, **settings)
+    return sampling.generate_image_tokens(
+        model, tokens_BL, lengths_B, keys_B, num_tokens=N, image_ids=IMAGE_IDS, **settings
+    )
 
 
 @nnx.jit
@@ -64,7 +68,9 @@ def keys(count: int = len(LENGTHS)) -> jax.Array:
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(5), jnp.arange(count))
 
 
-def expected_logprobs(logits_V: np.ndarray, temperature: float, top_k: int, top_p: float) -> np.ndarray:
+def expected_logprobs(
+    logits_V: np.ndarray, temperature: float, top_k: int, top_p: float
+) -> np.ndarray:
     """The definition, in float64 and one class after another: -inf for what cannot be drawn."""
     weights = np.exp(logits_V.astype(np.float64) / temperature)
     order = np.argsort(-weights, kind="stable")[: top_k or len(weights)]
@@ -84,17 +90,28 @@ def test_a_mixed_batch_equals_the_prompt_alone_and_the_full_forward(model, name)
     settings = SETTINGS[name]
     tokens, lengths = prompts()
     drawn = generate(model, tokens, lengths, keys(), **settings)
-    ids, hidden, logprobs = (np.asarray(x) for x in (drawn.ids_BN, drawn.hidden_BTD, drawn.logprobs_BN))
-    assert ids.shape == (2, N) and hidden.shape == (2, N + 1, CFG.hidden_size) and logprobs.shape == (2, N)
+    ids, hidden, logprobs = (
+        np.asarray(x) for x in (drawn.ids_BN, drawn.hidden_BTD, drawn.logprobs_BN)
+    )
+    assert (
+        ids.shape == (2, N)
+        and hidden.shape == (2, N + 1, CFG.hidden_size)
+        and logprobs.shape == (2, N)
+    )
     assert ids.min() >= IMAGE_IDS[0] and ids.max() < IMAGE_IDS[1]
     for b, n in enumerate(LENGTHS):
-        row_hidden, row_logits = (np.asarray(x)[n - 1 :] for x in full(model, np.concatenate([tokens[b, :n], ids[b]])))
+        row_hidden, row_logits = (
+            np.asarray(x)[n - 1 :] for x in full(model, np.concatenate([tokens[b, :n], ids[b]]))
+        )
         assert relative_error(hidden[b], row_hidden) < 1e-5
         if name == "greedy":
             assert np.array_equal(ids[b], IMAGE_IDS[0] + row_logits[:-1].argmax(-1))
             assert np.all(logprobs[b] == 0)
         else:
-            want = [expected_logprobs(row_logits[i], **settings)[ids[b, i] - IMAGE_IDS[0]] for i in range(N)]
+            want = [
+                expected_logprobs(row_logits[i], **settings)[ids[b, i] - IMAGE_IDS[0]]
+                for i in range(N)
+            ]
             assert np.allclose(logprobs[b], want, atol=1e-4)
     # The short row alone, without the padding it has in the batch.
     alone = generate(model, tokens[1:, : LENGTHS[1]], lengths[1:], keys()[1:], **settings)
@@ -108,13 +125,19 @@ def test_guidance_leans_away_from_the_tokens_without_their_prompt(model):
     and the ids so far; the hidden states are the former's."""
     settings, (tokens, lengths) = SETTINGS["truncated"], prompts()
     guided = generate(model, tokens, lengths, keys(), guidance=3.0, **settings)
-    ids, hidden, logprobs = (np.asarray(x) for x in (guided.ids_BN, guided.hidden_BTD, guided.logprobs_BN))
+    ids, hidden, logprobs = (
+        np.asarray(x) for x in (guided.ids_BN, guided.hidden_BTD, guided.logprobs_BN)
+    )
     for b, n in enumerate(LENGTHS):
-        row_hidden, with_prompt = (np.asarray(x)[n - 1 :] for x in full(model, np.concatenate([tokens[b, :n], ids[b]])))
+        row_hidden, with_prompt = (
+            np.asarray(x)[n - 1 :] for x in full(model, np.concatenate([tokens[b, :n], ids[b]]))
+        )
         _, alone = full(model, np.concatenate([tokens[b, n - 1 : n], ids[b]]))
         logits = np.asarray(alone) + 3 * (with_prompt - np.asarray(alone))
         assert relative_error(hidden[b], row_hidden) < 1e-5
-        want = [expected_logprobs(logits[i], **settings)[ids[b, i] - IMAGE_IDS[0]] for i in range(N)]
+        want = [
+            expected_logprobs(logits[i], **settings)[ids[b, i] - IMAGE_IDS[0]] for i in range(N)
+        ]
         assert np.allclose(logprobs[b], want, atol=1e-4)
     unguided = generate(model, tokens, lengths, keys(), guidance=1.0, **settings)
     assert not np.array_equal(unguided[0], ids)
@@ -128,8 +151,12 @@ def test_images_of_a_prompt_share_its_reading(guidance, unroll):
     model = Qwen3(dataclasses.replace(CFG, unroll=unroll), rngs=nnx.Rngs(0))
     settings, (tokens, lengths) = SETTINGS["truncated"] | {"guidance": guidance}, prompts()
     shared = generate(model, tokens, lengths, keys(6), group=3, **settings)
-    alone = generate(model, np.repeat(tokens, 3, axis=0), np.repeat(lengths, 3), keys(6), **settings)
-    assert np.array_equal(shared.ids_BN, alone.ids_BN) and len(np.unique(shared.ids_BN, axis=0)) == 6
+    alone = generate(
+        model, np.repeat(tokens, 3, axis=0), np.repeat(lengths, 3), keys(6), **settings
+    )
+    assert (
+        np.array_equal(shared.ids_BN, alone.ids_BN) and len(np.unique(shared.ids_BN, axis=0)) == 6
+    )
     assert relative_error(shared.hidden_BTD, alone.hidden_BTD) < 1e-6
     assert np.allclose(shared.logprobs_BN, alone.logprobs_BN, atol=1e-5)
 
@@ -143,7 +170,10 @@ def test_the_classes_that_could_be_drawn(model):
         want = np.isfinite(expected_logprobs(np.asarray(logits)[-1], **settings))
         got = np.unpackbits(np.asarray(drawn.kept_BNX[b, 0]), count=len(want)).astype(bool)
         assert np.array_equal(got, want) and want.sum() < 12
-    assert generate(model, tokens, lengths, keys(), keep_classes=True, **SETTINGS["full"]).kept_BNX is None
+    assert (
+        generate(model, tokens, lengths, keys(), keep_classes=True, **SETTINGS["full"]).kept_BNX
+        is None
+    )
 
 
 def test_ids_depend_on_the_key_and_differ_between_rows_of_one_prompt(model):
@@ -156,7 +186,8 @@ def test_ids_depend_on_the_key_and_differ_between_rows_of_one_prompt(model):
 
 
 @pytest.mark.parametrize(
-    "temperature,top_k,top_p", [(1, 0, 1), (0.7, 5, 1), (1, 0, 0.6), (2, 8, 0.9), (1, 3, 1e-6), (1, 99, 1)]
+    "temperature,top_k,top_p",
+    [(1, 0, 1), (0.7, 5, 1), (1, 0, 0.6), (2, 8, 0.9), (1, 3, 1e-6), (1, 99, 1)],
 )
 def test_truncated_distribution_equals_its_definition(rng, temperature, top_k, top_p):
     logits = rng.normal(size=(4, 20)).astype(np.float32) * 2
@@ -171,7 +202,9 @@ def test_truncated_distribution_equals_its_definition(rng, temperature, top_k, t
 
 def test_truncation_of_a_distribution_worked_out_by_hand():
     # p = .4 .3 .2 .1; top-k 3 leaves 4/9 3/9 2/9, of which top-p 0.75 keeps the first two (0.777 >= 0.75): 4/7 3/7.
-    classes, logprobs = sampling.truncate(jnp.log(jnp.array([[0.1, 0.4, 0.2, 0.3]])), temperature=1.0, top_k=3, top_p=0.75)
+    classes, logprobs = sampling.truncate(
+        jnp.log(jnp.array([[0.1, 0.4, 0.2, 0.3]])), temperature=1.0, top_k=3, top_p=0.75
+    )
     assert np.array_equal(classes, [[1, 3, 2]])
     assert np.allclose(np.exp(logprobs), [[4 / 7, 3 / 7, 0]], atol=1e-6)
 
@@ -208,7 +241,14 @@ def test_bfloat16_decoding_uses_the_numbers_training_uses():
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"num_tokens": 0}, {"image_ids": (30, 91)}, {"temperature": -1.0}, {"top_k": -2}, {"top_p": 0.0}, {"top_p": 1.5}],
+    [
+        {"num_tokens": 0},
+        {"image_ids": (30, 91)},
+        {"temperature": -1.0},
+        {"top_k": -2},
+        {"top_p": 0.0},
+        {"top_p": 1.5},
+    ],
     ids=str,
 )
 def test_a_setting_that_cannot_work_is_named(model, wrong):

@@ -37,7 +37,12 @@ def inputs():
 
 def whole(implementation):
     return lambda q, k, v, segments_BL: attention.attend(
-        q, k, v, query_segments_BL=segments_BL, key_segments_BS=segments_BL, implementation=implementation
+        q,
+        k,
+        v,
+        query_segments_BL=segments_BL,
+        key_segments_BS=segments_BL,
+        implementation=implementation,
     )
 
 
@@ -64,7 +69,10 @@ def test_splash_is_plain_attention(name, monkeypatch):
     mesh = MESHES[name]
     strategy = mesh and tiny.strategy(*mesh, sequence=2 if mesh[0] == "fsdp_sp" else 1)
     for what, got, want in zip(
-        ("output", "q", "k", "v"), value_and_gradients(whole("splash"), strategy), wanted(), strict=True
+        ("output", "q", "k", "v"),
+        value_and_gradients(whole("splash"), strategy),
+        wanted(),
+        strict=True,
     ):
         assert relative_error(got, want) < 1e-5, what
     assert np.all(np.asarray(wanted()[0])[inputs()[-1] == 0] == 0)
@@ -79,7 +87,11 @@ def test_splash_of_the_ends_of_rows(name, monkeypatch):
 
     def ends(implementation):
         def attend(q, k, v, segments_BL):
-            of = {"query_segments_BL": segments_BL[:, start:], "key_segments_BS": segments_BL, "query_start": start}
+            of = {
+                "query_segments_BL": segments_BL[:, start:],
+                "key_segments_BS": segments_BL,
+                "query_start": start,
+            }
             return attention.attend(q[:, start:], k, v, **of, implementation=implementation)
 
         return attend
@@ -95,7 +107,9 @@ def test_the_gpu_form_is_plain_attention():
         o_BLHK = attention.dot_product(q, k, v, segments_BL, segments_BL, 0, implementation="xla")
         return jnp.where(segments_BL[:, :, None, None] != 0, o_BLHK, 0)
 
-    for what, got, want in zip(("output", "q", "k", "v"), value_and_gradients(gpu), wanted(), strict=True):
+    for what, got, want in zip(
+        ("output", "q", "k", "v"), value_and_gradients(gpu), wanted(), strict=True
+    ):
         assert relative_error(got, want) < 1e-5, what
 
 
@@ -108,8 +122,13 @@ def test_a_cache_is_refused():
 @pytest.mark.parametrize(("name", "its"), [("cudnn", "GPU"), ("splash", "TPU")])
 def test_a_kernel_of_another_platform_is_refused(name, its):
     *qkv, segments_BL = inputs()
-    with pytest.raises(ConfigError, match=f"ar.attention='{name}' is a kernel of {its}s and this runs on a CPU: take 'auto'"):
-        attention.attend(*qkv, query_segments_BL=segments_BL, key_segments_BS=segments_BL, implementation=name)
+    with pytest.raises(
+        ConfigError,
+        match=f"ar.attention='{name}' is a kernel of {its}s and this runs on a CPU: take 'auto'",
+    ):
+        attention.attend(
+            *qkv, query_segments_BL=segments_BL, key_segments_BS=segments_BL, implementation=name
+        )
 
 
 def test_what_auto_stands_for(caplog):

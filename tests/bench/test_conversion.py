@@ -22,13 +22,19 @@ MODEL = dataclasses.replace(tiny.model(), ar=dataclasses.replace(tiny.model().ar
 
 
 def test_report(tmp_path, monkeypatch, capsys, quick_compile):  # noqa: F811
-    monkeypatch.setattr(conversion, "_in_a_process", lambda work, *args: work(*args))  # starting four takes the time
+    monkeypatch.setattr(
+        conversion, "_in_a_process", lambda work, *args: work(*args)
+    )  # starting four takes the time
     report = conversion.run(MODEL, tmp_path / "out", dtype="bfloat16")
-    assert [p.name for p in (tmp_path / "out").iterdir()] == ["conversion.json"], "the weights are removed"
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["conversion.json"], (
+        "the weights are removed"
+    )
     assert json.loads((tmp_path / "out" / "conversion.json").read_text()) == report
     count = sum(len(tensor_shapes(part, MODEL)) for part in PARTS)
     assert report["tensors_equal"] == count and report["dtype"] == "bfloat16"
-    assert set(report["machine"]) == {"processor", "cores", "load"} and report["date"].startswith("20")
+    assert set(report["machine"]) == {"processor", "cores", "load"} and report["date"].startswith(
+        "20"
+    )
     assert list(report["rows"]) == ["plain read", "import", "plain read and write", "export"]
     numbers = sum(int(np.prod(s)) for part in PARTS for s in tensor_shapes(part, MODEL).values())
     for row in report["rows"].values():
@@ -39,7 +45,10 @@ def test_report(tmp_path, monkeypatch, capsys, quick_compile):  # noqa: F811
     assert read["parameters"] >= 2 * numbers
     conversion.print_table(report)
     printed = capsys.readouterr().out
-    assert all(name in printed for name in report["rows"]) and f"{count} tensors, the same bits" in printed
+    assert (
+        all(name in printed for name in report["rows"])
+        and f"{count} tensors, the same bits" in printed
+    )
 
 
 def test_a_random_model_is_a_source(tmp_path):
@@ -61,17 +70,24 @@ def test_what_is_not_equal_is_found(tmp_path, change):
     assert conversion._equal(tmp_path / "source", tmp_path / "exported") == 1
     if change == "bit":
         other["a"].view(np.uint32)[1, 2] ^= 1
-    other |= {"dtype": {"a": other["a"].astype(np.float16)}, "more": {"c": other["a"]}}.get(change, {})
+    other |= {"dtype": {"a": other["a"].astype(np.float16)}, "more": {"c": other["a"]}}.get(
+        change, {}
+    )
     if change == "missing":
         other = {"d": other["a"]}
     safetensors.numpy.save_file(other, tmp_path / "source" / "model.safetensors")
-    with pytest.raises(RuntimeError, match="a was changed on its way" if change in ("bit", "dtype") else "other tensors than"):
+    with pytest.raises(
+        RuntimeError,
+        match="a was changed on its way" if change in ("bit", "dtype") else "other tensors than",
+    ):
         conversion._equal(tmp_path / "source", tmp_path / "exported")
 
 
 def test_without_safetensors(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors", None)
-    with pytest.raises(UserError, match=r"bench conversion compares with the safetensors library: pip install"):
+    with pytest.raises(
+        UserError, match=r"bench conversion compares with the safetensors library: pip install"
+    ):
         conversion.run(MODEL, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -18,8 +18,17 @@ def test_both_routes_beside_all_parts_of_the_checkpoint():
     found = config_file.load(f"{FILE}:{runs.started_from()}", {"model.editing.references": "2"})
     given = checkpoint.read_config(runs.started_from() / "checkpoints")
     editing = found.model.editing
-    assert (editing.references, editing.latents, editing.beside, editing.features) == (2, True, True, False)
+    assert (editing.references, editing.latents, editing.beside, editing.features) == (
+        2,
+        True,
+        True,
+        False,
+    )
     assert found.model.tokenizer == given.model.tokenizer and found.data.max_length == 2048
-    assert [part for part, _ in found.checkpoint.init_from] == list(runs.PARTS), "the new connector is drawn"
+    assert [part for part, _ in found.checkpoint.init_from] == list(runs.PARTS), (
+        "the new connector is drawn"
+    )
     assert stage_parts(found) == (*runs.PARTS, "latent_connector")
-    assert {"latent_connector/.*", "dit/patch_embed/.*", "dit/proj_out/.*"} < set(stage_trainable(found))
+    assert {"latent_connector/.*", "dit/patch_embed/.*", "dit/proj_out/.*"} < set(
+        stage_trainable(found)
+    )

@@ -20,7 +20,9 @@ FILE = str(pathlib.Path(__file__).parents[2] / "configs/finetune.py")
 PARTS = ("tokenizer", "ar", "connector", "dit", "vae")
 
 
-@pytest.mark.parametrize("extra", [(), ("feature_connector",), ("latent_connector", "feature_connector")], ids=len)
+@pytest.mark.parametrize(
+    "extra", [(), ("feature_connector",), ("latent_connector", "feature_connector")], ids=len
+)
 def test_it_is_the_model_of_the_checkpoint_and_begins_at_all_its_parts(extra, tmp_path):
     made = published.write(tmp_path, Options(31, vae="f2", **dict.fromkeys(extra, True)))
     root = tmp_path / "imported"
@@ -30,7 +32,9 @@ def test_it_is_the_model_of_the_checkpoint_and_begins_at_all_its_parts(extra, tm
     assert (found.data.max_length, found.sampling) == (given.data.max_length, given.sampling)
     wide = lambda part: dataclasses.replace(part, param_dtype="float32")
     model = given.model
-    assert {model.ar.param_dtype, model.tokenizer.param_dtype, model.vae.param_dtype} == {"bfloat16"}
+    assert {model.ar.param_dtype, model.tokenizer.param_dtype, model.vae.param_dtype} == {
+        "bfloat16"
+    }
     assert found.model == dataclasses.replace(
         model,
         ar=wide(model.ar),
@@ -45,11 +49,21 @@ def test_it_is_the_model_of_the_checkpoint_and_begins_at_all_its_parts(extra, tm
 def test_a_field_is_replaced_as_in_any_other(tmp_path):
     made = published.write(tmp_path, Options(31, vae="f2"))
     import_weights(open_source(made.directory, **made.arguments), tmp_path / "imported")
-    found = config_file.load(f"{FILE}:{tmp_path / 'imported'}", {"data.path": "a.tar", "model.dit.param_dtype": "bfloat16"})
-    assert (found.data.path, found.model.dit.param_dtype, found.model.ar.param_dtype) == ("a.tar", "bfloat16", "float32")
+    found = config_file.load(
+        f"{FILE}:{tmp_path / 'imported'}",
+        {"data.path": "a.tar", "model.dit.param_dtype": "bfloat16"},
+    )
+    assert (found.data.path, found.model.dit.param_dtype, found.model.ar.param_dtype) == (
+        "a.tar",
+        "bfloat16",
+        "float32",
+    )
 
 
-@pytest.mark.parametrize(("name", "words"), [("nowhere", "nowhere does not exist"), ("photos", "photos is not a checkpoint")])
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("nowhere", "nowhere does not exist"), ("photos", "photos is not a checkpoint")],
+)
 def test_what_is_no_checkpoint(tmp_path, name, words):
     (tmp_path / "photos").mkdir()
     with pytest.raises(UserError) as error:

@@ -54,7 +54,9 @@ def write_photographs(path: pathlib.Path) -> pathlib.Path:
 
 def _blip3o(*arguments: str, cwd: pathlib.Path) -> None:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    subprocess.run([sys.executable, "-m", "blip3o_jax", *arguments], cwd=cwd, env=environment, check=True)
+    subprocess.run(
+        [sys.executable, "-m", "blip3o_jax", *arguments], cwd=cwd, env=environment, check=True
+    )
 
 
 @pytest.mark.slow
@@ -62,18 +64,34 @@ def test_photographs_come_back_for_their_captions(tmp_path):
     tar = write_photographs(tmp_path / "photographs.tar")
     (tmp_path / "captions.txt").write_text("\n".join(PHOTOGRAPHS.values()), encoding="utf-8")
     began = time.monotonic()
-    _blip3o("train", f"--config={ROOT}/configs/overfit.py", f"--config.data.path={tar}", cwd=tmp_path)
-    _blip3o("sample", "--checkpoint=runs/overfit", "--prompts_file=captions.txt", "--out=samples", cwd=tmp_path)
+    _blip3o(
+        "train", f"--config={ROOT}/configs/overfit.py", f"--config.data.path={tar}", cwd=tmp_path
+    )
+    _blip3o(
+        "sample",
+        "--checkpoint=runs/overfit",
+        "--prompts_file=captions.txt",
+        "--out=samples",
+        cwd=tmp_path,
+    )
     seconds = time.monotonic() - began
 
     size = config_file.load(str(ROOT / "configs/overfit.py")).model.image_size
     source = open_source(SourceConfig(str(tar)))
-    originals = np.stack([crop_and_resize(decode(source[i].image), size) for i in range(len(source))]).astype(np.float64)
-    samples = np.stack([np.array(Image.open(tmp_path / f"samples/{i:05d}.png")) for i in range(len(source))])
-    errors = np.mean((samples[:, None] - originals[None]) ** 2, axis=(2, 3, 4))  # [sample, photograph]
+    originals = np.stack(
+        [crop_and_resize(decode(source[i].image), size) for i in range(len(source))]
+    ).astype(np.float64)
+    samples = np.stack(
+        [np.array(Image.open(tmp_path / f"samples/{i:05d}.png")) for i in range(len(source))]
+    )
+    errors = np.mean(
+        (samples[:, None] - originals[None]) ** 2, axis=(2, 3, 4)
+    )  # [sample, photograph]
     nearest = errors.argmin(axis=1)
     right = int(np.sum(nearest == np.arange(len(source))))
     rmse = np.sqrt(np.diag(errors))
-    print(f"{right} of {len(source)} nearest to their own; root mean square error {rmse.round(1)} of 255; {seconds:.0f} s")
+    print(
+        f"{right} of {len(source)} nearest to their own; root mean square error {rmse.round(1)} of 255; {seconds:.0f} s"
+    )
     assert right >= 14, f"nearest photographs: {nearest.tolist()}"
     assert seconds < 20 * 60

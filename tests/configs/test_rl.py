@@ -27,19 +27,30 @@ FILE = str(pathlib.Path(__file__).parents[2] / "configs/rl.py")
     ],
 )
 def test_recipes_start_at_all_parts_of_the_checkpoint(recipe, policy, reward):
-    found = config_file.load(f"{FILE}:{recipe}:{runs.started_from()}", {"rl.prompts_file": "prompts.jsonl"})
+    found = config_file.load(
+        f"{FILE}:{recipe}:{runs.started_from()}", {"rl.prompts_file": "prompts.jsonl"}
+    )
     given = checkpoint.read_config(runs.started_from() / "checkpoints")
     assert (found.rl.policy, [r.name for r in found.rl.rewards]) == (policy, [reward])
-    assert found.model.tokenizer == given.model.tokenizer and found.data.max_length == given.data.max_length
+    assert (
+        found.model.tokenizer == given.model.tokenizer
+        and found.data.max_length == given.data.max_length
+    )
     assert [part for part, _ in found.checkpoint.init_from] == list(runs.PARTS)
     resolved = method.resolved(found)
     assert resolved.trainable == method.TRAINABLE[policy] and resolved.data.batch_size == 128
     assert (found.rl.kl, found.rl.clip, found.optimizer.learning_rate) == (0.001, (0.2, 0.2), 1e-6)
-    assert (found.rl.rollout.temperature, found.rl.rollout.top_k, found.rl.rollout.top_p) == (1.0, 0, 1.0)
+    assert (found.rl.rollout.temperature, found.rl.rollout.top_k, found.rl.rollout.top_p) == (
+        1.0,
+        0,
+        1.0,
+    )
 
 
 def test_shapes_is_the_demos_last_stage():
-    found = config_file.load(f"{FILE}:shapes:{runs.started_from()}", {"rl.prompts_file": "prompts.jsonl"})
+    found = config_file.load(
+        f"{FILE}:shapes:{runs.started_from()}", {"rl.prompts_file": "prompts.jsonl"}
+    )
     assert found == demo.reinforcement(runs.started_from(), "prompts.jsonl")
     given = checkpoint.read_config(runs.started_from() / "checkpoints")
     assert [reward.name for reward in found.rl.rewards] == ["shapes"]
@@ -50,8 +61,15 @@ def test_shapes_is_the_demos_last_stage():
 
 def test_words_are_learned_by_both_policies():
     overrides = {"rl.prompts_file": "prompts.jsonl"}
-    shapes, found = (config_file.load(f"{FILE}:{recipe}:{runs.started_from()}", overrides) for recipe in ("shapes", "words"))
-    assert (found.rl.policy, [reward.name for reward in found.rl.rewards], found.steps) == ("both", ["ocr"], 80)
+    shapes, found = (
+        config_file.load(f"{FILE}:{recipe}:{runs.started_from()}", overrides)
+        for recipe in ("shapes", "words")
+    )
+    assert (found.rl.policy, [reward.name for reward in found.rl.rewards], found.steps) == (
+        "both",
+        ["ocr"],
+        80,
+    )
     assert (found.rl.rollout, found.optimizer, found.checkpoint.init_from) == (
         shapes.rl.rollout,
         shapes.optimizer,
@@ -67,7 +85,9 @@ def test_no_such_recipe():
 
 def test_no_checkpoint(tmp_path):
     for argument in ("ocr", "shapes:"):
-        with pytest.raises(ConfigError, match=r"names no checkpoint to start from: configs/rl.py:\w+:CHECKPOINT"):
+        with pytest.raises(
+            ConfigError, match=r"names no checkpoint to start from: configs/rl.py:\w+:CHECKPOINT"
+        ):
             config_file.load(f"{FILE}:{argument}")
     with pytest.raises(UserError, match="is not a checkpoint"):
         config_file.load(f"{FILE}:ocr:{tmp_path}")

@@ -62,17 +62,25 @@ class Options:
 
     def __str__(self) -> str:
         """The values other than the defaults, for the id of a test."""
-        changed = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if getattr(self, f.name) != f.default}
+        changed = {
+            f.name: getattr(self, f.name)
+            for f in dataclasses.fields(self)
+            if getattr(self, f.name) != f.default
+        }
         return ",".join(f"{name}={value}" for name, value in changed.items()) or "plain"
 
 
-def _autoencoder(channels: tuple[int, ...], layers: tuple[int, ...], **changes: object) -> config.DcAeConfig:
+def _autoencoder(
+    channels: tuple[int, ...], layers: tuple[int, ...], **changes: object
+) -> config.DcAeConfig:
     n = len(channels)
     fields = {f"{side}_block_out_channels": channels for side in ("encoder", "decoder")}
     fields |= {f"{side}_layers_per_block": layers for side in ("encoder", "decoder")}
     fields |= {f"{side}_block_types": ("ResBlock",) * n for side in ("encoder", "decoder")}
     fields |= {f"{side}_qkv_multiscales": ((),) * n for side in ("encoder", "decoder")}
-    return config.DcAeConfig(latent_channels=4, attention_head_dim=4, scaling_factor=0.5, **fields | changes)
+    return config.DcAeConfig(
+        latent_channels=4, attention_head_dim=4, scaling_factor=0.5, **fields | changes
+    )
 
 
 _MIXED = ("ResBlock", "EfficientViTBlock", "EfficientViTBlock")
@@ -87,9 +95,14 @@ AUTOENCODERS = {
         decoder_qkv_multiscales=((), (5,), ()),
         encoder_layers_per_block=(2, 1, 1),
     ),
-    "empty": _autoencoder((8, 8, 8), (0, 1, 2), decoder_block_types=("ResBlock", "ResBlock", "EfficientViTBlock")),
+    "empty": _autoencoder(
+        (8, 8, 8), (0, 1, 2), decoder_block_types=("ResBlock", "ResBlock", "EfficientViTBlock")
+    ),
     "shuffled": _autoencoder(
-        (4, 8, 8), (1, 2, 1), upsample_block_type="pixel_shuffle", downsample_block_type="pixel_unshuffle"
+        (4, 8, 8),
+        (1, 2, 1),
+        upsample_block_type="pixel_shuffle",
+        downsample_block_type="pixel_unshuffle",
     ),
     "f2": _autoencoder((8, 16), (1, 1), decoder_layers_per_block=(2, 3)),
 }
@@ -171,7 +184,9 @@ def write(place: pathlib.Path, options: Options, base: ModelConfig | None = None
     text_rows = write_text(directory, options)
     cfg = base or model(options)
     rows = text_rows + 5 + cfg.tokenizer.codebook_size + options.spare_rows
-    cfg = dataclasses.replace(cfg, ar=dataclasses.replace(cfg.ar, vocab_size=rows, tie_word_embeddings=options.tied))
+    cfg = dataclasses.replace(
+        cfg, ar=dataclasses.replace(cfg.ar, vocab_size=rows, tie_word_embeddings=options.tied)
+    )
     tensors = state_dict(cfg, options)
     save(directory, "model", tensors, options.shards)
     values = config_json(cfg, text_rows, options)
@@ -189,7 +204,12 @@ def write_text(directory: pathlib.Path, options: Options) -> int:
     write_bpe(directory)
     size = load_tokenizer(TextConfig("bpe", str(directory))).size
     if options.named_tokens:
-        names = ["<im_start>", "<im_end>", *(f"<S{i}>" for i in range(3)), *(f"<I{i}>" for i in range(CODES))]
+        names = [
+            "<im_start>",
+            "<im_end>",
+            *(f"<S{i}>" for i in range(3)),
+            *(f"<I{i}>" for i in range(CODES)),
+        ]
         write_bpe(directory, added=names)
     return size
 
@@ -211,16 +231,24 @@ def state_dict(cfg: ModelConfig, options: Options) -> dict[str, torch.Tensor]:
             tensors[f"{PREFIXES['tokenizer']}scale_layer.{name}"] = torch.full((1, 3, 1, 1), value)
     if options.noise_connector:
         noise = np.random.default_rng(options.seed)
-        tensors["model.und_image_vae_as_noise_connector.0.weight"] = _random((7, 4), noise, torch.bfloat16)
+        tensors["model.und_image_vae_as_noise_connector.0.weight"] = _random(
+            (7, 4), noise, torch.bfloat16
+        )
     return tensors
 
 
 def random_part(part: str, cfg: ModelConfig, options: Options) -> dict[str, torch.Tensor]:
     """The state dict of one stock class; of a tied AR, with lm_head where it is stored."""
     rng = np.random.default_rng([options.seed, *part.encode()])
-    dtypes = [getattr(torch, options.dtype)] * 3 + [torch.float32, torch.bfloat16, torch.float16] * options.mixed
+    dtypes = [getattr(torch, options.dtype)] * 3 + [
+        torch.float32,
+        torch.bfloat16,
+        torch.float16,
+    ] * options.mixed
     shapes = {key: value.shape for key, value in torch_model.part(part, cfg).state_dict().items()}
-    values = {key: _random(shape, rng, dtypes[rng.integers(len(dtypes))]) for key, shape in shapes.items()}
+    values = {
+        key: _random(shape, rng, dtypes[rng.integers(len(dtypes))]) for key, shape in shapes.items()
+    }
     if part == "ar" and options.tied:
         del values[HEAD]
         if options.stored_head:
@@ -232,10 +260,21 @@ def _random(shape: tuple[int, ...], rng: np.random.Generator, dtype: torch.dtype
     return torch.from_numpy(rng.normal(0, 0.2, tuple(shape)).astype(np.float32)).to(dtype)
 
 
-def save(directory: pathlib.Path, stem: str, tensors: dict[str, torch.Tensor], shards: int = 1, *, torch_files: bool = False):
+def save(
+    directory: pathlib.Path,
+    stem: str,
+    tensors: dict[str, torch.Tensor],
+    shards: int = 1,
+    *,
+    torch_files: bool = False,
+):
     """One file or several with an index, by the library `safetensors` (or as torch's own files)."""
     suffix = "bin" if torch_files else "safetensors"
-    write_file = torch.save if torch_files else lambda t, path: safetensors.torch.save_file(t, path, {"format": "pt"})
+    write_file = (
+        torch.save
+        if torch_files
+        else lambda t, path: safetensors.torch.save_file(t, path, {"format": "pt"})
+    )
     directory.mkdir(parents=True, exist_ok=True)
     if shards == 1:
         write_file(tensors, directory / f"{stem}.{suffix}")
@@ -243,9 +282,14 @@ def save(directory: pathlib.Path, stem: str, tensors: dict[str, torch.Tensor], s
     names = [f"{stem}-{i + 1:05d}-of-{shards:05d}.{suffix}" for i in range(shards)]
     weight_map = {key: names[i % shards] for i, key in enumerate(tensors)}
     for name in names:
-        write_file({key: tensors[key] for key, at in weight_map.items() if at == name}, directory / name)
+        write_file(
+            {key: tensors[key] for key, at in weight_map.items() if at == name}, directory / name
+        )
     size = sum(t.numel() * t.element_size() for t in tensors.values())
-    write_json(directory / f"{stem}.{suffix}.index.json", {"metadata": {"total_size": size}, "weight_map": weight_map})
+    write_json(
+        directory / f"{stem}.{suffix}.index.json",
+        {"metadata": {"total_size": size}, "weight_map": weight_map},
+    )
 
 
 def config_json(cfg: ModelConfig, text_rows: int, options: Options) -> dict[str, object]:
@@ -294,7 +338,9 @@ def qwen3_json(cfg: ModelConfig) -> dict[str, object]:
     }
 
 
-def write_diffusion(directory: pathlib.Path, cfg: ModelConfig, options: Options | None) -> dict[str, torch.Tensor]:
+def write_diffusion(
+    directory: pathlib.Path, cfg: ModelConfig, options: Options | None
+) -> dict[str, torch.Tensor]:
     """A SANA directory as the stock classes save it, its scheduler another class's; with `options` with weights, which are
     returned by the names of a BLIP3o-NEXT directory."""
     tensors = {}
@@ -305,8 +351,15 @@ def write_diffusion(directory: pathlib.Path, cfg: ModelConfig, options: Options 
             save(directory / folder, "diffusion_pytorch_model", values, options.shards)
             tensors |= {PREFIXES[part] + key: value for key, value in values.items()}
     (directory / "scheduler").mkdir()
-    scheduler = {"_class_name": "DPMSolverMultistepScheduler", "flow_shift": 3.0, "lambda_min_clipped": -np.inf}
-    write_json(directory / "scheduler" / "scheduler_config.json", scheduler | {"prediction_type": "flow_prediction"})
+    scheduler = {
+        "_class_name": "DPMSolverMultistepScheduler",
+        "flow_shift": 3.0,
+        "lambda_min_clipped": -np.inf,
+    }
+    write_json(
+        directory / "scheduler" / "scheduler_config.json",
+        scheduler | {"prediction_type": "flow_prediction"},
+    )
     return tensors
 
 
@@ -314,8 +367,14 @@ def ta_tok_sizes(cfg: ModelConfig) -> dict[str, object]:
     """What --ta_tok_config takes."""
     tokenizer = config.to_dict(cfg.tokenizer)
     own = ("dtype", "param_dtype", "remat", "unroll")
-    sizes = {side: {k: v for k, v in tokenizer[side].items() if k not in own} for side in ("encoder", "decoder")}
-    return sizes | {"bottleneck_dim": tokenizer["bottleneck_dim"], "codebook_size": tokenizer["codebook_size"]}
+    sizes = {
+        side: {k: v for k, v in tokenizer[side].items() if k not in own}
+        for side in ("encoder", "decoder")
+    }
+    return sizes | {
+        "bottleneck_dim": tokenizer["bottleneck_dim"],
+        "codebook_size": tokenizer["codebook_size"],
+    }
 
 
 def read(directory: pathlib.Path) -> dict[str, torch.Tensor]:
@@ -333,7 +392,9 @@ def check_equal(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> 
     assert got.keys() == want.keys(), sorted(got.keys() ^ want.keys())
     for key, value in want.items():
         assert (got[key].dtype, got[key].shape) == (value.dtype, value.shape), key
-        assert torch.equal(*(t.contiguous().reshape(-1).view(torch.uint8) for t in (got[key], value))), key
+        assert torch.equal(
+            *(t.contiguous().reshape(-1).view(torch.uint8) for t in (got[key], value))
+        ), key
 
 
 def write_json(path: pathlib.Path, value: object) -> None:
@@ -351,7 +412,9 @@ def text_ids(directory: pathlib.Path) -> list[list[int]]:
 def planned_once() -> Iterator[Callable[[Config, Strategy], StatePlan]]:
     """`plan_state`, which traces the whole model, once for each model and place: else it is most of what these tests take."""
     cached = functools.cache(plan_state)
-    plan = lambda cfg, strategy: cached(dataclasses.replace(cfg, mesh=config.MeshConfig()), strategy)
+    plan = lambda cfg, strategy: cached(
+        dataclasses.replace(cfg, mesh=config.MeshConfig()), strategy
+    )
     with pytest.MonkeyPatch.context() as patch:
         for module in (checkpoint, importer, loop):
             patch.setattr(module, "plan_state", plan)

@@ -34,7 +34,9 @@ TOWER = "model.vision_tower.vision_tower."
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory):
-    return published.write(tmp_path_factory.mktemp("good"), Options(21, stored_head=True, shards=3, vae="f2"))
+    return published.write(
+        tmp_path_factory.mktemp("good"), Options(21, stored_head=True, shards=3, vae="f2")
+    )
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +53,10 @@ def copy(good, tmp_path):
     """The published directory, to be spoilt, and what opens it."""
     shutil.copytree(good.directory, tmp_path / "model")
     return types.SimpleNamespace(
-        path=tmp_path / "model", tensors=dict(good.tensors), model=good.model, arguments=good.arguments
+        path=tmp_path / "model",
+        tensors=dict(good.tensors),
+        model=good.model,
+        arguments=good.arguments,
     )
 
 
@@ -93,7 +98,8 @@ def test_a_shard_is_missing(copy):
 
 
 @pytest.mark.parametrize(
-    ("keep", "words"), [(50, ("cut off in its header (50 bytes)",)), (-10, ("is cut off: ", "ends at byte"))]
+    ("keep", "words"),
+    [(50, ("cut off in its header (50 bytes)",)), (-10, ("is cut off: ", "ends at byte"))],
 )
 def test_a_file_is_cut_off(copy, keep, words):
     file = copy.path / SHARDS[2]
@@ -136,8 +142,12 @@ def test_a_tensor_is_missing(copy, key):
 def test_a_tensor_is_one_too_many(copy, key):
     copy.tensors[key] = torch.ones(3)
     save_again(copy)
-    (file,) = (name for name in SHARDS if key in published.safetensors.torch.load_file(copy.path / name))
-    refused(copy, f"{copy.path / file}: {key} belongs to no parameter of", "nothing is dropped silently")
+    (file,) = (
+        name for name in SHARDS if key in published.safetensors.torch.load_file(copy.path / name)
+    )
+    refused(
+        copy, f"{copy.path / file}: {key} belongs to no parameter of", "nothing is dropped silently"
+    )
 
 
 @pytest.mark.parametrize("key", KEYS)
@@ -145,7 +155,12 @@ def test_a_shape_is_another(copy, key):
     shape = list(copy.tensors[key].shape)
     copy.tensors[key] = torch.zeros([shape[0] + 1, *shape[1:]])
     save_again(copy)
-    refused(copy, str(copy.path), f"{key} has shape {[shape[0] + 1, *shape[1:]]}, but ", f"makes it {shape}")
+    refused(
+        copy,
+        str(copy.path),
+        f"{key} has shape {[shape[0] + 1, *shape[1:]]}, but ",
+        f"makes it {shape}",
+    )
 
 
 def test_a_dtype_that_is_no_number_of_a_network(copy):
@@ -160,21 +175,45 @@ def test_config_json_contradicts_the_weights(copy):
     whole = file.read_text()
     ar, rows = copy.model.ar, copy.model.ar.vocab_size
     for changes, words in (
-        ({"vocab_size": rows + 8}, (f"{EMBEDDINGS} has shape [{rows}, {ar.hidden_size}]", f"makes it [{rows + 8}, ")),
-        ({"vocab_size": rows - 1}, (f"vocab_size={rows - 1}, but text tokenizer and image tokens have {rows} ids",)),
-        ({"num_hidden_layers": ar.num_hidden_layers + 1}, (f"model.layers.{ar.num_hidden_layers}.", "is missing")),
-        ({"num_hidden_layers": ar.num_hidden_layers - 1}, (f"model.layers.{ar.num_hidden_layers - 1}.", "belongs to no")),
+        (
+            {"vocab_size": rows + 8},
+            (f"{EMBEDDINGS} has shape [{rows}, {ar.hidden_size}]", f"makes it [{rows + 8}, "),
+        ),
+        (
+            {"vocab_size": rows - 1},
+            (f"vocab_size={rows - 1}, but text tokenizer and image tokens have {rows} ids",),
+        ),
+        (
+            {"num_hidden_layers": ar.num_hidden_layers + 1},
+            (f"model.layers.{ar.num_hidden_layers}.", "is missing"),
+        ),
+        (
+            {"num_hidden_layers": ar.num_hidden_layers - 1},
+            (f"model.layers.{ar.num_hidden_layers - 1}.", "belongs to no"),
+        ),
         ({"hidden_size": ar.hidden_size + 2}, ("model.embed_tokens.weight has shape",)),
-        ({"image_start_tag_id": 7}, ("image_start_tag_id=7, but the tokenizer's files and the codebook make it",)),
+        (
+            {"image_start_tag_id": 7},
+            ("image_start_tag_id=7, but the tokenizer's files and the codebook make it",),
+        ),
         ({"image_end_token_id": rows}, (f"image_end_token_id={rows}, but",)),
         ({"scale_start_token_id": 3}, ("scale_start_token_id=3, but",)),
         ({"num_image_tokens": 64}, ("num_image_tokens=64, but",)),
         ({"hidden_size": None}, ("lacks hidden_size",)),
         ({"model_type": "llama"}, ("model_type='llama' is not supported",)),
         ({"blip3o_jax": 3}, ("blip3o_jax must be a group of fields",)),
-        ({"blip3o_jax": {"model": {"ar": {"hiden_size": 3}}}}, ("unknown config key", "did you mean", "hidden_size")),
-        ({"blip3o_jax": {"max_length": "long"}}, ("blip3o_jax", "max_length='long' must be of type int")),
-        ({"blip3o_jax": {"sampling": {"top_k": "all"}}}, ("blip3o_jax.sampling", "top_k='all' must be of type int")),
+        (
+            {"blip3o_jax": {"model": {"ar": {"hiden_size": 3}}}},
+            ("unknown config key", "did you mean", "hidden_size"),
+        ),
+        (
+            {"blip3o_jax": {"max_length": "long"}},
+            ("blip3o_jax", "max_length='long' must be of type int"),
+        ),
+        (
+            {"blip3o_jax": {"sampling": {"top_k": "all"}}},
+            ("blip3o_jax.sampling", "top_k='all' must be of type int"),
+        ),
     ):
         file.write_text(whole)
         edit_json(file, **changes)
@@ -190,8 +229,12 @@ def test_a_tied_head_that_differs(copy):
     copy.tensors[HEAD] = copy.tensors[HEAD].clone()
     copy.tensors[HEAD][3, 1] += 1
     save_again(copy)
-    (file,) = (name for name in SHARDS if HEAD in published.safetensors.torch.load_file(copy.path / name))
-    refused(copy, f"{copy.path / file}: {HEAD} differs from {EMBEDDINGS}", "tie_word_embeddings: true")
+    (file,) = (
+        name for name in SHARDS if HEAD in published.safetensors.torch.load_file(copy.path / name)
+    )
+    refused(
+        copy, f"{copy.path / file}: {HEAD} differs from {EMBEDDINGS}", "tie_word_embeddings: true"
+    )
     edit_json(copy.path / "config.json", tie_word_embeddings=False)
     assert HEAD in open_source(copy.path, **copy.arguments).tensors["ar"]
     del copy.tensors[HEAD]
@@ -207,7 +250,11 @@ def test_another_text_tokenizer(copy):
 
 
 def test_the_files_beside_the_source(copy, tmp_path):
-    refused(copy, "sana/transformer/config.json", diffusion=copy_of(copy.arguments["diffusion"], tmp_path, num_layers=9))
+    refused(
+        copy,
+        "sana/transformer/config.json",
+        diffusion=copy_of(copy.arguments["diffusion"], tmp_path, num_layers=9),
+    )
     refused(copy, "holds none of transformer/, vae/, scheduler/", diffusion=copy.path)
     refused(copy, str(tmp_path / "nowhere"), diffusion=tmp_path / "nowhere")
     sizes = tmp_path / "sizes.json"
@@ -216,7 +263,9 @@ def test_the_files_beside_the_source(copy, tmp_path):
     published.write_json(sizes, {"bottleneck_dim": "8"})
     refused(copy, str(sizes), "bottleneck_dim='8' must be of type int", ta_tok_config=sizes)
     published.write_json(sizes, {"codebook_size": published.CODES})
-    refused(copy, TOWER, f"{sizes} (over the published so400m tokenizer) asks for", ta_tok_config=sizes)
+    refused(
+        copy, TOWER, f"{sizes} (over the published so400m tokenizer) asks for", ta_tok_config=sizes
+    )
     published.write_json(sizes, {})
     refused(copy, "text tokenizer's files hold only some of the image tokens", ta_tok_config=sizes)
     stated = json.loads(copy.arguments["ta_tok_config"].read_text())
@@ -230,9 +279,16 @@ def test_the_files_beside_the_source(copy, tmp_path):
         published.write_json(sizes, stated | {"encoder": stated["encoder"] | changes})
         refused(copy, *words, ta_tok_config=sizes)
     sana = copy_of(copy.arguments["diffusion"], tmp_path / "caption", caption_channels=3)
-    refused(copy, "connector.0.weight has shape", f"config.json with {sana / 'transformer' / 'config.json'}", diffusion=sana)
+    refused(
+        copy,
+        "connector.0.weight has shape",
+        f"config.json with {sana / 'transformer' / 'config.json'}",
+        diffusion=sana,
+    )
     sana = copy_of(copy.arguments["diffusion"], tmp_path / "channels", in_channels=3)
-    refused(copy, f"{sana / 'vae' / 'config.json'}: model.dit.in_channels=3 must equal", diffusion=sana)
+    refused(
+        copy, f"{sana / 'vae' / 'config.json'}: model.dit.in_channels=3 must equal", diffusion=sana
+    )
     refused(copy, "/nowhere.pth does not exist", ta_tok=tmp_path / "nowhere.pth")
     file = tmp_path / "ta_tok.pth"
     file.write_bytes(b"PK\x03\x04 cut off")
@@ -244,9 +300,17 @@ def test_the_files_beside_the_source(copy, tmp_path):
     torch.save({"model": {"sd": {"w": torch.ones(1)}, "args": {"pool": 3}}}, file)
     refused(copy, "TA-Tok args: pool=3 is not known here", ta_tok=file)
     torch.save({"model": {"sd": {"w": torch.ones(1)}, "args": [3]}}, file)
-    refused(copy, f"{file} is not a TA-Tok file: model.args and model.sd must be groups with names", ta_tok=file)
+    refused(
+        copy,
+        f"{file} is not a TA-Tok file: model.args and model.sd must be groups with names",
+        ta_tok=file,
+    )
     torch.save({"model": {"sd": {7: torch.ones(1)}, "args": {}}}, file)
-    refused(copy, f"{file} is not a TA-Tok file: model.args and model.sd must be groups with names", ta_tok=file)
+    refused(
+        copy,
+        f"{file} is not a TA-Tok file: model.args and model.sd must be groups with names",
+        ta_tok=file,
+    )
     published.save(tmp_path / "own", "ta_tok", {"w": torch.ones(1)})
     published.write_json(tmp_path / "own" / "args.json", {"pool": 3})
     for place in (tmp_path / "own", tmp_path / "own" / "ta_tok.safetensors"):
@@ -279,12 +343,18 @@ def test_parts_that_are_not_there(copy):
     refused(copy, "--initialise=connector, but ", "holds its tensors", initialise=("connector",))
     refused(copy, "--initialise='conector' is not one of connector", initialise=("conector",))
     rows = copy.model.ar.vocab_size
-    words = ("--initialise=image_embeddings, but the tables of", f"have rows for all {rows} ids already: leave it out")
+    words = (
+        "--initialise=image_embeddings, but the tables of",
+        f"have rows for all {rows} ids already: leave it out",
+    )
     refused(copy, *words, initialise=("image_embeddings",))
 
 
 def listing(directory):
-    return {str(p.relative_to(directory)): p.read_bytes() if p.is_file() else None for p in directory.rglob("*")}
+    return {
+        str(p.relative_to(directory)): p.read_bytes() if p.is_file() else None
+        for p in directory.rglob("*")
+    }
 
 
 @pytest.fixture(params=["import", "export"])
@@ -321,9 +391,13 @@ def test_targets_that_are_there_already(convert, tmp_path):
     out.mkdir()
     (out / "thesis.tex").write_text("years of work")
     not_written(convert, out, "exists already: choose another --out, or pass --overwrite")
-    not_written(convert, out, "was not written by blip3o convert, so it is not overwritten", overwrite=True)
+    not_written(
+        convert, out, "was not written by blip3o convert, so it is not overwritten", overwrite=True
+    )
     (out / "config.json").write_text("{}")  # as of any model
-    not_written(convert, out, "was not written by blip3o convert, so it is not overwritten", overwrite=True)
+    not_written(
+        convert, out, "was not written by blip3o convert, so it is not overwritten", overwrite=True
+    )
     shutil.rmtree(out)
     convert(out)
     not_written(convert, out, "exists already")
@@ -338,11 +412,21 @@ def test_targets_that_are_there_already(convert, tmp_path):
 def test_targets_that_hold_what_is_read(imported, copy, tmp_path):
     source = open_source(copy.path, **copy.arguments)
     before = listing(tmp_path)
-    not_written(lambda out: import_weights(source, out, overwrite=True), copy.path, "overlaps", str(copy.path / "model-0000"))
+    not_written(
+        lambda out: import_weights(source, out, overwrite=True),
+        copy.path,
+        "overlaps",
+        str(copy.path / "model-0000"),
+    )
     not_written(lambda out: import_weights(source, out, overwrite=True), tmp_path, "overlaps")
     root = shutil.copytree(imported[1], tmp_path / "run" / "checkpoints")
     for out in (root, root / "out", root.parent):
-        not_written(lambda out: export_weights(root.parent, out, overwrite=True), out, "overlaps", f"{root}, which is read")
+        not_written(
+            lambda out: export_weights(root.parent, out, overwrite=True),
+            out,
+            "overlaps",
+            f"{root}, which is read",
+        )
     shutil.rmtree(root.parent)
     assert listing(tmp_path) == before
 
@@ -362,7 +446,9 @@ def largest_file(size):
 def test_a_disk_that_fills_up(convert, tmp_path, caplog):
     caplog.set_level(logging.CRITICAL, "asyncio")  # of the writes that Orbax had begun
     with largest_file(30_000):
-        not_written(convert, tmp_path / "out", "out was not written: ", "File too large: raise the limit")
+        not_written(
+            convert, tmp_path / "out", "out was not written: ", "File too large: raise the limit"
+        )
     gc.collect()
     convert(tmp_path / "out")
 
@@ -380,12 +466,16 @@ def test_a_disk_that_is_full_while_exporting(imported, tmp_path, monkeypatch, ca
 
     monkeypatch.setattr(os, call, refuse)
     convert = lambda out: export_weights(imported[1], out)
-    not_written(convert, tmp_path / "out", "out was not written: ", "No space left on device: free some")
+    not_written(
+        convert, tmp_path / "out", "out was not written: ", "No space left on device: free some"
+    )
 
 
 def test_an_import_of_several_processes(imported, tmp_path, monkeypatch):
     monkeypatch.setattr(importer.jax, "process_count", lambda: 2)
-    not_written(lambda out: import_weights(imported[0], out), tmp_path / "out", "import runs in one process")
+    not_written(
+        lambda out: import_weights(imported[0], out), tmp_path / "out", "import runs in one process"
+    )
 
 
 def test_numbers_too_large_for_the_dtype(copy, imported, tmp_path):
@@ -398,7 +488,11 @@ def test_numbers_too_large_for_the_dtype(copy, imported, tmp_path):
     words = (f"{key} holds 99840, too large for float16: choose a wider --dtype",)
     not_written(lambda out: import_weights(source, out), tmp_path / "out", *words)
     import_weights(open_source(copy.path, **copy.arguments), tmp_path / "large")
-    not_written(lambda out: export_weights(tmp_path / "large", out, dtype="float16"), tmp_path / "out", *words)
+    not_written(
+        lambda out: export_weights(tmp_path / "large", out, dtype="float16"),
+        tmp_path / "out",
+        *words,
+    )
     copy.tensors[key][1, 2] = np.inf
     save_again(copy)
     import_weights(open_source(copy.path, **copy.arguments, dtype="float16"), tmp_path / "infinite")
@@ -409,7 +503,11 @@ def test_parts_that_an_export_does_not_take(imported, tmp_path):
         (("ar", "dit", "ar"), "--parts names ar twice"),
         (("ar", "sana"), "--parts='sana' is not one of ar, dit, vae, ta_tok"),
     ):
-        not_written(lambda out, parts=parts: export_weights(imported[1], out, parts=parts), tmp_path / "out", words)
+        not_written(
+            lambda out, parts=parts: export_weights(imported[1], out, parts=parts),
+            tmp_path / "out",
+            words,
+        )
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"dtypes": [], "tied": true}', '{"dtypes": 3}'])
@@ -417,7 +515,9 @@ def test_a_damaged_record(imported, tmp_path, text):
     root = shutil.copytree(imported[1], tmp_path / "checkpoint")
     assert (root / "conversion.json").is_file()
     (root / "conversion.json").write_text(text)
-    not_written(lambda out: export_weights(root, out), tmp_path / "out", str(root / "conversion.json"))
+    not_written(
+        lambda out: export_weights(root, out), tmp_path / "out", str(root / "conversion.json")
+    )
 
 
 def test_a_source_that_changes_under_the_import(copy, tmp_path):
@@ -425,7 +525,12 @@ def test_a_source_that_changes_under_the_import(copy, tmp_path):
     source = open_source(copy.path, **copy.arguments)
     file = copy.path / SHARDS[0]
     os.truncate(file, file.stat().st_size - 2000)
-    not_written(lambda out: import_weights(source, out), tmp_path / "out", f"{file} is cut off within ", "copy it again")
+    not_written(
+        lambda out: import_weights(source, out),
+        tmp_path / "out",
+        f"{file} is cut off within ",
+        "copy it again",
+    )
 
 
 def test_a_checkpoint_that_is_none_or_not_whole(imported, tmp_path):
@@ -446,11 +551,19 @@ def overwritten(file):
     ("pattern", "spoil", "words"),
     [
         ("0/state/**/d/*", overwritten, AGAIN),
-        ("0/state/ocdbt.process_0/d/*", lambda file: os.truncate(file, file.stat().st_size // 2), AGAIN),
+        (
+            "0/state/ocdbt.process_0/d/*",
+            lambda file: os.truncate(file, file.stat().st_size // 2),
+            AGAIN,
+        ),
         ("0/state/manifest.ocdbt", pathlib.Path.unlink, AGAIN),
         ("0/state/_METADATA", pathlib.Path.unlink, AGAIN),
         ("0/state/_METADATA", lambda file: file.write_text("{"), AGAIN),
-        ("config.json", lambda file: file.write_text("{"), ("config.json cannot be read as JSON", "put back a copy")),
+        (
+            "config.json",
+            lambda file: file.write_text("{"),
+            ("config.json cannot be read as JSON", "put back a copy"),
+        ),
         ("config.json", lambda file: file.write_text("[]"), ("config.json is no JSON object",)),
     ],
 )
@@ -470,7 +583,10 @@ def test_a_checkpoint_that_is_damaged(imported, tmp_path, pattern, spoil, words)
         ({"num_hidden_layers": 9}, "ar/layers/"),
         ({"intermediate_size": 7}, "ar/layers/mlp/"),
         ({"tie_word_embeddings": False}, "ar/lm_head/kernel is stored as nothing"),
-        ({"lora": {"rank": 2, "alpha": 1.0, "targets": ["q"]}}, "ar/layers/attention/q/lora_a is stored as nothing"),
+        (
+            {"lora": {"rank": 2, "alpha": 1.0, "targets": ["q"]}},
+            "ar/layers/attention/q/lora_a is stored as nothing",
+        ),
     ],
 )
 def test_a_checkpoint_beside_another_config_json(imported, tmp_path, changes, parameter):
@@ -479,7 +595,11 @@ def test_a_checkpoint_beside_another_config_json(imported, tmp_path, changes, pa
     values = checksums.read_json(root / "config.json")
     values["model"]["ar"] |= changes
     published.write_json(root / "config.json", values)
-    words = (f"{root}: {parameter}", "but config.json there makes it", "put back the one that was written with the weights")
+    words = (
+        f"{root}: {parameter}",
+        "but config.json there makes it",
+        "put back the one that was written with the weights",
+    )
     not_written(lambda out: export_weights(root, out), tmp_path / "out", *words)
 
 

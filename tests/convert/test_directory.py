@@ -13,7 +13,10 @@ from blip3o_jax.convert.directory import MANIFEST, check_space, whole_directory
 
 
 def listing(directory):
-    return {str(p.relative_to(directory)): p.read_bytes() if p.is_file() else None for p in directory.rglob("*")}
+    return {
+        str(p.relative_to(directory)): p.read_bytes() if p.is_file() else None
+        for p in directory.rglob("*")
+    }
 
 
 def contents(out):
@@ -33,7 +36,9 @@ def fill(directory, text="{}"):
 def test_it_is_there_when_it_is_whole_and_not_before(tmp_path):
     out = tmp_path / "above" / "out"
     with whole_directory(out, overwrite=False) as directory:
-        assert directory.is_dir() and directory.parent == out.parent and not any(directory.iterdir())
+        assert (
+            directory.is_dir() and directory.parent == out.parent and not any(directory.iterdir())
+        )
         fill(directory)
         assert not out.exists()
     assert [p.name for p in out.parent.iterdir()] == ["out"]
@@ -41,7 +46,9 @@ def test_it_is_there_when_it_is_whole_and_not_before(tmp_path):
     assert out.stat().st_mode & 0o777 == 0o755, "for others to read, as any directory"
 
 
-@pytest.mark.parametrize("error", [ValueError("a bug"), KeyboardInterrupt(), UserError("no"), OSError(errno.EIO, "disk")])
+@pytest.mark.parametrize(
+    "error", [ValueError("a bug"), KeyboardInterrupt(), UserError("no"), OSError(errno.EIO, "disk")]
+)
 def test_whatever_fails_leaves_nothing(tmp_path, error):
     raised = UserError if isinstance(error, OSError) else type(error)
     with pytest.raises(raised), whole_directory(tmp_path / "out", overwrite=False) as directory:
@@ -54,7 +61,9 @@ def test_overwrite(tmp_path):
     out = tmp_path / "out"
     with whole_directory(out, overwrite=True) as directory:
         fill(directory, "first")
-    with pytest.raises(UserError, match=r"out exists already: choose another --out, or pass --overwrite"):
+    with pytest.raises(
+        UserError, match=r"out exists already: choose another --out, or pass --overwrite"
+    ):
         whole_directory(out, overwrite=False).__enter__()
     before = listing(tmp_path)
     with pytest.raises(ValueError, match="late"), whole_directory(out, overwrite=True) as directory:
@@ -63,7 +72,9 @@ def test_overwrite(tmp_path):
     assert listing(tmp_path) == before, "the earlier output stays where the new one fails"
     with whole_directory(out, overwrite=True) as directory:
         (directory / "config.json").write_text("second")
-    assert contents(out) == {"config.json": b"second"} and [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert contents(out) == {"config.json": b"second"} and [p.name for p in tmp_path.iterdir()] == [
+        "out"
+    ]
 
 
 def test_an_empty_directory_may_be_filled_with_overwrite(tmp_path):
@@ -104,7 +115,10 @@ def test_what_is_not_ours_is_not_overwritten(tmp_path, kind):
 def test_what_came_meanwhile_is_not_overwritten(tmp_path):
     """In the hours that a conversion takes: into an earlier output, or to where there was none."""
     out = tmp_path / "out"
-    with pytest.raises(UserError, match="out exists already"), whole_directory(out, overwrite=False) as directory:
+    with (
+        pytest.raises(UserError, match="out exists already"),
+        whole_directory(out, overwrite=False) as directory,
+    ):
         fill(directory)
         out.mkdir()
         (out / "notes.md").write_text("months")
@@ -112,10 +126,15 @@ def test_what_came_meanwhile_is_not_overwritten(tmp_path):
     shutil.rmtree(out)
     with whole_directory(out, overwrite=False) as directory:
         fill(directory, "first")
-    with pytest.raises(UserError, match=r"out holds notes\.md"), whole_directory(out, overwrite=True) as directory:
+    with (
+        pytest.raises(UserError, match=r"out holds notes\.md"),
+        whole_directory(out, overwrite=True) as directory,
+    ):
         fill(directory, "second")
         (out / "notes.md").write_text("months")
-    assert (out / "config.json").read_text() == "first" and (out / "notes.md").read_text() == "months"
+    assert (out / "config.json").read_text() == "first" and (
+        out / "notes.md"
+    ).read_text() == "months"
 
 
 @pytest.mark.parametrize("second", [False, True], ids=["new", "overwrite"])
@@ -150,7 +169,9 @@ def test_what_another_run_is_writing_is_left_alone(tmp_path):
             assert not any(directory.iterdir())
             fill(directory)
     contents(tmp_path / "out")
-    assert {name: data for name, data in listing(tmp_path).items() if name.startswith(".")} == before
+    assert {
+        name: data for name, data in listing(tmp_path).items() if name.startswith(".")
+    } == before
 
 
 @pytest.mark.parametrize("place", ["", "above", "within", "link", "link within", "file of it"])
@@ -168,14 +189,20 @@ def test_out_overlaps_a_source(tmp_path, place):
         "file of it": (source, source / "config.json"),
     }[place]
     before = listing(tmp_path)
-    with pytest.raises(UserError, match=r"overlaps \S+source\S*, which is read: choose an --out beside it"):
-        whole_directory(out, overwrite=True, sources=(None, tmp_path / "elsewhere", read)).__enter__()
+    with pytest.raises(
+        UserError, match=r"overlaps \S+source\S*, which is read: choose an --out beside it"
+    ):
+        whole_directory(
+            out, overwrite=True, sources=(None, tmp_path / "elsewhere", read)
+        ).__enter__()
     assert listing(tmp_path) == before
 
 
 def test_beside_a_source_is_no_overlap(tmp_path):
     (tmp_path / "source").mkdir()
-    with whole_directory(tmp_path / "source-2", overwrite=False, sources=(tmp_path / "source",)) as directory:
+    with whole_directory(
+        tmp_path / "source-2", overwrite=False, sources=(tmp_path / "source",)
+    ) as directory:
         fill(directory)
     contents(tmp_path / "source-2")
 
@@ -189,7 +216,10 @@ def test_out_may_be_a_link(tmp_path):
         with whole_directory(link, overwrite=overwrite) as directory:
             assert directory.parent == tmp_path / "disk"
             fill(directory, text)
-        assert link.is_symlink() and contents(tmp_path / "disk" / "out")["config.json"] == text.encode()
+        assert (
+            link.is_symlink()
+            and contents(tmp_path / "disk" / "out")["config.json"] == text.encode()
+        )
     assert sorted(p.name for p in tmp_path.iterdir()) == ["disk", "link"]
 
 
@@ -204,7 +234,10 @@ def test_the_earlier_output_comes_back_where_the_new_cannot_take_its_place(tmp_p
         return rename(self, target)
 
     monkeypatch.setattr(pathlib.Path, "rename", refuse)
-    with pytest.raises(UserError, match="Permission denied"), whole_directory(tmp_path / "out", overwrite=True) as directory:
+    with (
+        pytest.raises(UserError, match="Permission denied"),
+        whole_directory(tmp_path / "out", overwrite=True) as directory,
+    ):
         fill(directory, "second")
     assert listing(tmp_path) == before
 
@@ -221,7 +254,10 @@ def test_a_place_that_cannot_be_written(tmp_path, place):
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
 def test_a_disk_that_is_full(tmp_path, code):
     message = f"out was not written: {os.strerror(code)}: {files.TROUBLE[code]}"
-    with pytest.raises(UserError, match=re.escape(message)), whole_directory(tmp_path / "out", overwrite=False) as directory:
+    with (
+        pytest.raises(UserError, match=re.escape(message)),
+        whole_directory(tmp_path / "out", overwrite=False) as directory,
+    ):
         fill(directory)
         raise OSError(code, os.strerror(code))
     assert listing(tmp_path) == {}
@@ -230,8 +266,13 @@ def test_a_disk_that_is_full(tmp_path, code):
 def test_space_is_checked_where_the_directory_will_lie(tmp_path, monkeypatch):
     asked = []
     usage = type(shutil.disk_usage(tmp_path))
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: asked.append(path) or usage(10**12, 0, 3 * 10**9))
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda path: asked.append(path) or usage(10**12, 0, 3 * 10**9)
+    )
     check_space(tmp_path / "not" / "yet", 3 * 10**9)
-    with pytest.raises(UserError, match=rf"yet needs 3,200.0 MB, but {tmp_path} has 3,000.0 MB left: free some, or move"):
+    with pytest.raises(
+        UserError,
+        match=rf"yet needs 3,200.0 MB, but {tmp_path} has 3,000.0 MB left: free some, or move",
+    ):
         check_space(tmp_path / "not" / "yet", 32 * 10**8)
     assert asked == [tmp_path] * 2

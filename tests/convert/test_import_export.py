@@ -79,7 +79,9 @@ def round_trip(source, place, **settings):
 def test_every_option_is_met():
     for name, values in VALUES.items():
         assert {getattr(o, name) for o in ALL} == set(values), name
-    assert any(o.text == "bpe" and o.spare_rows for o in ALL) and any(not o.tied and o.spare_rows for o in ALL)
+    assert any(o.text == "bpe" and o.spare_rows for o in ALL) and any(
+        not o.tied and o.spare_rows for o in ALL
+    )
 
 
 @pytest.mark.parametrize("options", ALL, ids=[f"{o.seed}-{o}" for o in ALL])
@@ -108,7 +110,9 @@ def test_there_and_back(options, tmp_path, monkeypatch):
 def plain(tmp_path_factory, quick_compile, planned_once):  # noqa: F811
     """(what was published, what was opened, checkpoint): widths that divide over 8 devices, bfloat16, an untied head."""
     place = tmp_path_factory.mktemp("plain")
-    made = published.write(place, Options(5, tied=False, feature_connector=True, shards=2), tiny.model())
+    made = published.write(
+        place, Options(5, tied=False, feature_connector=True, shards=2), tiny.model()
+    )
     source = open_published(made)
     import_weights(source, place / "checkpoint")
     return made, source, place / "checkpoint"
@@ -117,7 +121,9 @@ def plain(tmp_path_factory, quick_compile, planned_once):  # noqa: F811
 def as_torch(array):
     array = np.asarray(array)
     return (
-        torch.from_numpy(array.view(np.int16)).view(torch.bfloat16) if array.dtype.name == "bfloat16" else torch.tensor(array)
+        torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+        if array.dtype.name == "bfloat16"
+        else torch.tensor(array)
     )
 
 
@@ -127,16 +133,24 @@ def exported_names(part, cfg, arrays):
     return {PREFIXES[part] + key: as_torch(x) for key, x in tensors.items()}
 
 
-@pytest.mark.parametrize("mesh", [MeshConfig(1, 8, 1, "fsdp"), MeshConfig(2, 2, 2, "fsdp_tp")], ids=["fsdp", "fsdp_tp"])
+@pytest.mark.parametrize(
+    "mesh", [MeshConfig(1, 8, 1, "fsdp"), MeshConfig(2, 2, 2, "fsdp_tp")], ids=["fsdp", "fsdp_tp"]
+)
 def test_sharded_over_eight_devices_is_the_same(plain, planned_once, mesh, tmp_path):  # noqa: F811
     made, source, _ = plain
     strategy = tiny.strategy(mesh.strategy, mesh.data, mesh.fsdp, mesh.tensor)
     weights = read_into(planned_once(source.config, strategy), source, source.config)
     single = read_into(planned_once(source.config, tiny.strategy()), source, source.config)
-    got, want = ({f"{g}/{k}": x for g in WEIGHTS for k, x in flat(tree[g]).items()} for tree in (weights, single))
+    got, want = (
+        {f"{g}/{k}": x for g in WEIGHTS for k, x in flat(tree[g]).items()}
+        for tree in (weights, single)
+    )
     assert got.keys() == want.keys()
     for path, x in got.items():
-        assert x.dtype == want[path].dtype and np.asarray(x).tobytes() == np.asarray(want[path]).tobytes(), path
+        assert (
+            x.dtype == want[path].dtype
+            and np.asarray(x).tobytes() == np.asarray(want[path]).tobytes()
+        ), path
     spread = [x for x in got.values() if not x.sharding.is_fully_replicated]
     assert len(spread) > 80 and not got["params/ar/embedding"].sharding.is_fully_replicated
     copies = [sum(shard.data.nbytes for shard in x.addressable_shards) / x.nbytes for x in spread]
@@ -166,7 +180,10 @@ def test_dtypes(plain, tmp_path):
         if file.suffix == ".json" and "index" not in file.name:
             (place / "model" / file.name).write_bytes(file.read_bytes())
     source = open_source(place / "model", **made.arguments, dtype="bfloat16")
-    check_equal(round_trip(source, place), {key: x.to(torch.bfloat16) for key, x in noisy.items()} | constants)
+    check_equal(
+        round_trip(source, place),
+        {key: x.to(torch.bfloat16) for key, x in noisy.items()} | constants,
+    )
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -183,20 +200,48 @@ def test_a_stock_backbone_with_what_it_lacks_made_anew(tied, tmp_path, monkeypat
     tokenizer = published.random_part("tokenizer", cfg, options)
     buffers = {f"scale_layer.{name}": torch.full((1, 3, 1, 1), 0.5) for name in ("shift", "scale")}
     sizes = published.ta_tok_sizes(cfg)
-    regularizer = {"codebook_size": published.CODES, "l2_normalized": True, "stochastic": True, "stochastic_temperature": 0.03}
-    bottleneck = {"bottleneck_dim": sizes.pop("bottleneck_dim"), "regularizer": {"name": "simvq", "args": regularizer}}
+    regularizer = {
+        "codebook_size": published.CODES,
+        "l2_normalized": True,
+        "stochastic": True,
+        "stochastic_temperature": 0.03,
+    }
+    bottleneck = {
+        "bottleneck_dim": sizes.pop("bottleneck_dim"),
+        "regularizer": {"name": "simvq", "args": regularizer},
+    }
     sizes.pop("codebook_size")
-    args = {"bottleneck": {"name": "bottleneck", "args": bottleneck}, "input_size": cfg.tokenizer.encoder.image_size}
-    save_easydict(monkeypatch, tmp_path / "ta_tok.pth", args | {"pool_scale": 1, "rand_scale": True}, tokenizer | buffers)
+    args = {
+        "bottleneck": {"name": "bottleneck", "args": bottleneck},
+        "input_size": cfg.tokenizer.encoder.image_size,
+    }
+    save_easydict(
+        monkeypatch,
+        tmp_path / "ta_tok.pth",
+        args | {"pool_scale": 1, "rand_scale": True},
+        tokenizer | buffers,
+    )
     published.write_json(tmp_path / "sizes.json", sizes)
 
-    arguments = {"diffusion": tmp_path / "sana", "ta_tok": tmp_path / "ta_tok.pth", "ta_tok_config": tmp_path / "sizes.json"}
-    with pytest.raises(UserError, match=rf"vocab_size={text_rows + 3}, but .* have {text_rows + 37} ids; --initialise"):
+    arguments = {
+        "diffusion": tmp_path / "sana",
+        "ta_tok": tmp_path / "ta_tok.pth",
+        "ta_tok_config": tmp_path / "sizes.json",
+    }
+    with pytest.raises(
+        UserError,
+        match=rf"vocab_size={text_rows + 3}, but .* have {text_rows + 37} ids; --initialise",
+    ):
         open_source(tmp_path, **arguments)
-    with pytest.raises(UserError, match=r"holds no tensors of part connector .*use --initialise=connector"):
+    with pytest.raises(
+        UserError, match=r"holds no tensors of part connector .*use --initialise=connector"
+    ):
         open_source(tmp_path, **arguments, initialise=("image_embeddings",))
     source = open_source(tmp_path, **arguments, initialise=("connector", "image_embeddings"))
-    assert source.config.model.ar.vocab_size == text_rows + 37 and source.config.model.tokenizer.stochastic
+    assert (
+        source.config.model.ar.vocab_size == text_rows + 37
+        and source.config.model.tokenizer.stochastic
+    )
     got = round_trip(source, tmp_path)
 
     fresh = {key: got.pop(key) for key in [*got] if key.startswith(PREFIXES["connector"])}
@@ -207,7 +252,10 @@ def test_a_stock_backbone_with_what_it_lacks_made_anew(tied, tmp_path, monkeypat
         mean = old[:text_rows].double().mean(0).float()
         torch.testing.assert_close(table[text_rows:], mean.expand(37, -1), rtol=0, atol=1e-7)
         assert torch.equal(table[text_rows:], table[text_rows].expand(37, -1))
-    buffers = {f"scale_layer.{name}": torch.full((1, 3, 1, 1), value) for name, value in (("shift", 0.0), ("scale", 1.0))}
+    buffers = {
+        f"scale_layer.{name}": torch.full((1, 3, 1, 1), value)
+        for name, value in (("shift", 0.0), ("scale", 1.0))
+    }
     placed = {PREFIXES["tokenizer"] + key: x for key, x in (tokenizer | buffers).items()}
     check_equal(got, ar | sana | placed)
     stock = torch_model.part("connector", cfg).state_dict()
@@ -217,7 +265,10 @@ def test_a_stock_backbone_with_what_it_lacks_made_anew(tied, tmp_path, monkeypat
     torch.testing.assert_close(fresh[PREFIXES["connector"] + "3.weight"], stock["3.weight"])
     values = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (values["model_type"], values["vocab_size"]) == ("blip3o_qwen", text_rows + 37)
-    assert (values["image_start_tag_id"], values["image_end_token_id"]) == (text_rows, text_rows + 36)
+    assert (values["image_start_tag_id"], values["image_end_token_id"]) == (
+        text_rows,
+        text_rows + 36,
+    )
 
 
 def test_files_of_settings_come_back(plain, tmp_path):
@@ -228,14 +279,26 @@ def test_files_of_settings_come_back(plain, tmp_path):
     for file in made.directory.iterdir():
         (directory / file.name).symlink_to(file)
     (directory / "config.json").unlink()
-    own = {"eos_token_id": [7, 9], "bos_token_id": 3, "max_position_embeddings": 777, "max_window_layers": 5, "use_cache": True}
+    own = {
+        "eos_token_id": [7, 9],
+        "bos_token_id": 3,
+        "max_position_embeddings": 777,
+        "max_window_layers": 5,
+        "use_cache": True,
+    }
     own |= {
         "architectures": ["blip3oQwenForInferenceLM"],
         "model_type": "blip3o_qwen_inference",
         "auto_map": {"AutoModel": "x.y"},
     }
     published.write_json(directory / "config.json", made.config | own)
-    generation = {"do_sample": True, "eos_token_id": [7, 9], "repetition_penalty": 1.1, "temperature": 0.6, "top_k": 20}
+    generation = {
+        "do_sample": True,
+        "eos_token_id": [7, 9],
+        "repetition_penalty": 1.1,
+        "temperature": 0.6,
+        "top_k": 20,
+    }
     published.write_json(directory / "generation_config.json", generation)
     got = round_trip(open_source(directory, **made.arguments), tmp_path)
     check_equal(got, made.tensors)
@@ -250,7 +313,13 @@ def test_files_of_settings_come_back(plain, tmp_path):
     # A source without such a file gets one.
     export_weights(root, tmp_path / "plain")
     values = json.loads((tmp_path / "plain" / "generation_config.json").read_text())
-    assert values["do_sample"] is True and {"temperature", "top_k", "top_p", "eos_token_id", "pad_token_id"} < set(values)
+    assert values["do_sample"] is True and {
+        "temperature",
+        "top_k",
+        "top_p",
+        "eos_token_id",
+        "pad_token_id",
+    } < set(values)
 
 
 def test_what_the_directory_holds_wins_over_the_diffusers_one(plain, tmp_path):
@@ -273,7 +342,10 @@ def test_torch_files_are_a_source_too(plain, tmp_path, shards):
         if file.suffix == ".json" and "index" not in file.name:
             (tmp_path / file.name).write_bytes(file.read_bytes())
     found = open_source(tmp_path, **made.arguments)
-    assert to_dict(found.config) == to_dict(source.config) and found.unread.keys() == source.unread.keys()
+    assert (
+        to_dict(found.config) == to_dict(source.config)
+        and found.unread.keys() == source.unread.keys()
+    )
     for part, tensors in source.tensors.items():
         assert found.tensors[part].keys() == tensors.keys()
         for key, tensor in tensors.items():
@@ -283,32 +355,68 @@ def test_torch_files_are_a_source_too(plain, tmp_path, shards):
 
 def test_stock_classes_load_the_parts(plain, tmp_path):
     made, _, root = plain
-    export_weights(root, tmp_path / "out", parts=("ar", "dit", "vae", "ta_tok"), max_shard_bytes=10_000)
-    for part, cls in (("ar", Qwen3ForCausalLM), ("dit", SanaTransformer2DModel), ("vae", AutoencoderDC)):
+    export_weights(
+        root, tmp_path / "out", parts=("ar", "dit", "vae", "ta_tok"), max_shard_bytes=10_000
+    )
+    for part, cls in (
+        ("ar", Qwen3ForCausalLM),
+        ("dit", SanaTransformer2DModel),
+        ("vae", AutoencoderDC),
+    ):
         dtype = {"dtype" if part == "ar" else "torch_dtype": torch.bfloat16}
-        loaded, info = cls.from_pretrained(tmp_path / "out" / part, output_loading_info=True, **dtype)
-        assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")), info
+        loaded, info = cls.from_pretrained(
+            tmp_path / "out" / part, output_loading_info=True, **dtype
+        )
+        assert not any(
+            info[key]
+            for key in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
+        ), info
         shapes = torch_model.part(part, made.model).state_dict()
-        check_equal(loaded.state_dict(), {key: made.tensors[PREFIXES[part] + key] for key in shapes})
+        check_equal(
+            loaded.state_dict(), {key: made.tensors[PREFIXES[part] + key] for key in shapes}
+        )
         assert len(list((tmp_path / "out" / part).glob("*.safetensors"))) > 1
     file = torch.load(tmp_path / "out" / "ta_tok" / "ta_tok.pth", weights_only=True)["model"]
-    assert file["args"]["bottleneck"]["args"]["regularizer"]["args"]["codebook_size"] == published.CODES
+    assert (
+        file["args"]["bottleneck"]["args"]["regularizer"]["args"]["codebook_size"]
+        == published.CODES
+    )
     buffers = {key: file["sd"].pop(key) for key in [*file["sd"]] if key.startswith("scale_layer.")}
-    assert {key: x.unique().item() for key, x in buffers.items()} == {"scale_layer.shift": 0.5, "scale_layer.scale": 0.5}
+    assert {key: x.unique().item() for key, x in buffers.items()} == {
+        "scale_layer.shift": 0.5,
+        "scale_layer.scale": 0.5,
+    }
     module = torch_model.part("tokenizer", made.model).to(torch.bfloat16)
     module.load_state_dict(file["sd"], strict=True)
-    check_equal(module.state_dict(), {key: made.tensors[PREFIXES["tokenizer"] + key] for key in module.state_dict()})
+    check_equal(
+        module.state_dict(),
+        {key: made.tensors[PREFIXES["tokenizer"] + key] for key in module.state_dict()},
+    )
     # And this package reads them back as the sources they are.
     out = tmp_path / "out"
-    arguments = {"ta_tok": out / "ta_tok" / "ta_tok.pth", "ta_tok_config": out / "ta_tok" / "ta_tok_config.json"}
+    arguments = {
+        "ta_tok": out / "ta_tok" / "ta_tok.pth",
+        "ta_tok_config": out / "ta_tok" / "ta_tok_config.json",
+    }
     source = open_source(out / "ar", diffusion=out, **arguments, initialise=("connector",))
     assert np.array_equal(
-        source.tensors["vae"]["encoder.conv_out.bias"].read(), source_of(plain, "vae", "encoder.conv_out.bias")
+        source.tensors["vae"]["encoder.conv_out.bias"].read(),
+        source_of(plain, "vae", "encoder.conv_out.bias"),
     )
-    assert sorted(p.name for p in (out / "ta_tok").iterdir()) == ["ta_tok.pth", "ta_tok_config.json"]
-    again = open_source(out / "ar", diffusion=out, **arguments | {"ta_tok": out / "ta_tok"}, initialise=("connector",))
+    assert sorted(p.name for p in (out / "ta_tok").iterdir()) == [
+        "ta_tok.pth",
+        "ta_tok_config.json",
+    ]
+    again = open_source(
+        out / "ar",
+        diffusion=out,
+        **arguments | {"ta_tok": out / "ta_tok"},
+        initialise=("connector",),
+    )
     assert to_dict(again.config) == to_dict(source.config)
-    assert again.config.model.tokenizer == dataclasses.replace(plain[1].config.model.tokenizer, dtype="bfloat16")
+    assert again.config.model.tokenizer == dataclasses.replace(
+        plain[1].config.model.tokenizer, dtype="bfloat16"
+    )
 
 
 def test_ta_tok_without_torch_is_one_file_with_its_args(plain, tmp_path, monkeypatch):
@@ -319,7 +427,11 @@ def test_ta_tok_without_torch_is_one_file_with_its_args(plain, tmp_path, monkeyp
         done = export_weights(root, tmp_path / "out", parts=("ta_tok",), max_shard_bytes=1000)
     assert any("ta_tok is ta_tok.safetensors with args.json" in note for note in done.notes)
     directory = tmp_path / "out" / "ta_tok"
-    assert sorted(p.name for p in directory.iterdir()) == ["args.json", "ta_tok.safetensors", "ta_tok_config.json"]
+    assert sorted(p.name for p in directory.iterdir()) == [
+        "args.json",
+        "ta_tok.safetensors",
+        "ta_tok_config.json",
+    ]
     values = json.loads((directory / "args.json").read_text())
     values["bottleneck"]["args"]["regularizer"]["args"]["stochastic_temperature"] = 0.75
     published.write_json(directory / "args.json", values)
@@ -416,17 +528,28 @@ def test_training_from_an_import_leaves_the_frozen_parts_as_they_were(plain, tra
     made, _, _ = plain
     assert checkpoint.find(trained)[1] == 2
     export_weights(trained, tmp_path / "out")
-    assert json.loads((trained / "checkpoints" / "config.json").read_text())["model"]["text"]["path"].startswith("/")
+    assert json.loads((trained / "checkpoints" / "config.json").read_text())["model"]["text"][
+        "path"
+    ].startswith("/")
     assert '"/' not in (tmp_path / "out" / "config.json").read_text(), "no path of this machine"
     got = published.read(tmp_path / "out")
     assert got.keys() == made.tensors.keys()
-    learned = ("model.embed_tokens", "model.layers", "model.norm", HEAD, PREFIXES["connector"], "model.sana.caption")
+    learned = (
+        "model.embed_tokens",
+        "model.layers",
+        "model.norm",
+        HEAD,
+        PREFIXES["connector"],
+        "model.sana.caption",
+    )
     frozen = {key for key in got if not key.startswith(learned)}
     assert {PREFIXES[part] for part in ("tokenizer", "dit", "vae", "feature_connector")} <= {
         prefix for prefix in PREFIXES.values() for key in frozen if key.startswith(prefix)
     }
     check_equal({key: got[key] for key in frozen}, {key: made.tensors[key] for key in frozen})
-    changed = {key for key in got if key not in frozen and not torch.equal(got[key], made.tensors[key])}
+    changed = {
+        key for key in got if key not in frozen and not torch.equal(got[key], made.tensors[key])
+    }
     assert {EMBEDDINGS, HEAD, "model.norm.weight", "model.sana.caption_norm.weight"} <= changed
     # The run's own directory is a source again.
     check_equal(round_trip(open_source(tmp_path / "out"), tmp_path / "again"), got)
@@ -441,7 +564,9 @@ def test_averages(plain, trained, tmp_path):
             want = exported_names(part, source.config.model, flat(parts[part]))
             got = published.read(out)
             check_equal({key: got[key] for key in want}, want)
-    assert not torch.equal(*(published.read(tmp_path / name)[EMBEDDINGS] for name in ("ema", "last")))
+    assert not torch.equal(
+        *(published.read(tmp_path / name)[EMBEDDINGS] for name in ("ema", "last"))
+    )
     with pytest.raises(UserError, match=r"holds no averaged weights: .* leave out --ema"):
         export_weights(root, tmp_path / "none", ema=True)
     assert not (tmp_path / "none").exists()

@@ -86,7 +86,9 @@ def test_diffusers_takes_every_value(name, tmp_path):
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_transformers_takes_every_value(tied, tmp_path):
-    cfg = dataclasses.replace(CFG, ar=dataclasses.replace(CFG.ar, tie_word_embeddings=tied, rope_theta=5e5))
+    cfg = dataclasses.replace(
+        CFG, ar=dataclasses.replace(CFG.ar, tie_word_embeddings=tied, rope_theta=5e5)
+    )
     values = stock.stock_config("ar", cfg)
     made = transformers.Qwen3Config.from_dict(dict(values))
     saved = made.to_dict()
@@ -102,19 +104,35 @@ def test_transformers_takes_every_value(tied, tmp_path):
 def test_published_forms():
     want = config.Qwen3Config(vocab_size=151936)
     assert stock.read_qwen3(QWEN3_17B, "config.json") == want
-    blip3o = QWEN3_17B | {"model_type": "blip3o_qwen", "num_image_tokens": 65536, "mm_vision_tower": None}
+    blip3o = QWEN3_17B | {
+        "model_type": "blip3o_qwen",
+        "num_image_tokens": 65536,
+        "mm_vision_tower": None,
+    }
     assert stock.read_qwen3(blip3o, "config.json") == want
     many = QWEN3_17B | {"num_key_value_heads": None}
     assert stock.read_qwen3(many, "config.json").num_key_value_heads == 16
     # What lies beside the published SANA 1.5, and the flow-matching class makes of it.
-    dpm = {"_class_name": "DPMSolverMultistepScheduler", "flow_shift": 3.0, "num_train_timesteps": 1000, "beta_end": 0.02}
-    dpm |= {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "use_karras_sigmas": False}
+    dpm = {
+        "_class_name": "DPMSolverMultistepScheduler",
+        "flow_shift": 3.0,
+        "num_train_timesteps": 1000,
+        "beta_end": 0.02,
+    }
+    dpm |= {
+        "prediction_type": "flow_prediction",
+        "use_flow_sigmas": True,
+        "use_karras_sigmas": False,
+    }
     assert stock.read_scheduler(dpm, "scheduler_config.json") == config.FlowConfig(1000, 1.0)
     made = diffusers.FlowMatchEulerDiscreteScheduler.from_config(dpm)
     assert (made.config.num_train_timesteps, made.config.shift) == (1000, 1.0)
     sana = stock.stock_config("dit", CFG) | {"out_channels": None}
     assert stock.read_sana(sana, "config.json").out_channels == CFG.dit.in_channels
-    vae = stock.stock_config("vae", CFG) | {"encoder_block_types": "ResBlock", "decoder_norm_types": ["rms_norm"] * 3}
+    vae = stock.stock_config("vae", CFG) | {
+        "encoder_block_types": "ResBlock",
+        "decoder_norm_types": ["rms_norm"] * 3,
+    }
     read = stock.read_dc_ae(vae, "config.json")
     assert (read.encoder_block_types, read.decoder_norm_types) == (("ResBlock",) * 3, "rms_norm")
 
@@ -126,7 +144,9 @@ def test_every_stock_field_is_decided(name):
     if name == "ar":
         base = {f.name for f in dataclasses.fields(transformers.PreTrainedConfig)}
         made = transformers.Qwen3Config()
-        theirs = {f.name: getattr(made, f.name) for f in dataclasses.fields(made) if f.name not in base}
+        theirs = {
+            f.name: getattr(made, f.name) for f in dataclasses.fields(made) if f.name not in base
+        }
         theirs |= {"tie_word_embeddings": made.tie_word_embeddings, "model_type": made.model_type}
     else:
         parameters = list(inspect.signature(DIFFUSERS[name].__init__).parameters.values())[1:]
@@ -134,14 +154,22 @@ def test_every_stock_field_is_decided(name):
     decided = set(layout.fields) | set(layout.fixed) | layout.ignored
     assert set(theirs) <= decided
     defaults = {key: allowed[0] for key, allowed in layout.fixed.items()}
-    defaults |= {key: default for key, default in layout.fields.items() if default is not stock.REQUIRED}
-    for key in defaults.keys() & theirs.keys() - {"out_channels"}:  # without it, SANA's own default is 32, and None in_channels
+    defaults |= {
+        key: default for key, default in layout.fields.items() if default is not stock.REQUIRED
+    }
+    for key in defaults.keys() & theirs.keys() - {
+        "out_channels"
+    }:  # without it, SANA's own default is 32, and None in_channels
         assert defaults[key] == theirs[key], key
 
 
 REFUSED = [
     ("ar", {"model_type": "qwen3_moe"}, "model_type='qwen3_moe' is not supported"),
-    ("ar", {"hidden_act": "gelu"}, "hidden_act='gelu' is not supported: only a model with hidden_act='silu'"),
+    (
+        "ar",
+        {"hidden_act": "gelu"},
+        "hidden_act='gelu' is not supported: only a model with hidden_act='silu'",
+    ),
     ("ar", {"attention_bias": True}, "attention_bias=True"),
     ("ar", {"attention_dropout": 0.1}, "attention_dropout=0.1"),
     ("ar", {"use_sliding_window": True}, "use_sliding_window=True"),
@@ -151,8 +179,16 @@ REFUSED = [
     ("ar", {"quantization_config": {"quant_method": "fp8"}}, "quantization_config="),
     ("ar", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling.rope_type='yarn'"),
     ("ar", {"rope_scaling": {"type": "linear"}}, "rope_scaling.type='linear'"),
-    ("ar", {"rope_parameters": {"rope_type": "default", "factor": 2.0}}, "rope_parameters.factor=2.0"),
-    ("ar", {"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "rope_parameters.full_attention="),
+    (
+        "ar",
+        {"rope_parameters": {"rope_type": "default", "factor": 2.0}},
+        "rope_parameters.factor=2.0",
+    ),
+    (
+        "ar",
+        {"rope_parameters": {"full_attention": {"rope_theta": 1e6}}},
+        "rope_parameters.full_attention=",
+    ),
     ("ar", {"rope_parameters": "default"}, "rope_parameters='default' must be a group"),
     ("ar", {"rope_parameters": None, "rope_theta": None}, "lacks rope_theta"),
     ("ar", {"vocab_size": "many"}, "vocab_size='many' must be of type int"),
@@ -173,7 +209,11 @@ REFUSED = [
     ("vae", {"_class_name": "AutoencoderKL"}, "_class_name='AutoencoderKL'"),
     ("vae", {"encoder_block_types": "MambaBlock"}, "encoder_block_types[0]='MambaBlock'"),
     ("vae", {"decoder_norm_types": "batch_norm"}, "decoder_norm_types='batch_norm'"),
-    ("vae", {"decoder_act_fns": ["silu", "relu", "silu"]}, "decoder_act_fns=['silu', 'relu', 'silu'] differs"),
+    (
+        "vae",
+        {"decoder_act_fns": ["silu", "relu", "silu"]},
+        "decoder_act_fns=['silu', 'relu', 'silu'] differs",
+    ),
     ("vae", {"decoder_act_fns": []}, "decoder_act_fns=[]"),
     ("vae", {"downsample_block_type": "avg"}, "downsample_block_type='avg'"),
     ("vae", {"encoder_out_shortcut": False}, "encoder_out_shortcut=False"),
@@ -195,7 +235,9 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("name", "change", "message"), REFUSED, ids=[f"{n}-{'-'.join(c)}" for n, c, _ in REFUSED])
+@pytest.mark.parametrize(
+    ("name", "change", "message"), REFUSED, ids=[f"{n}-{'-'.join(c)}" for n, c, _ in REFUSED]
+)
 def test_refusals(name, change, message):
     read, _ = READERS[name]
     read(stock.stock_config(name, CFG), "fine.json")

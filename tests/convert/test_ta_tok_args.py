@@ -91,7 +91,9 @@ def test_the_published_args_are_the_published_tokenizer():
 def test_an_arg_sets_its_field(path, value, field):
     want = dataclasses.replace(PUBLISHED, stochastic=True)
     if field.startswith("decoder."):
-        want = dataclasses.replace(want, decoder=dataclasses.replace(want.decoder, num_hidden_layers=value))
+        want = dataclasses.replace(
+            want, decoder=dataclasses.replace(want.decoder, num_hidden_layers=value)
+        )
     else:
         want = dataclasses.replace(want, **{field: value})
     assert want != read_ta_tok(PUBLISHED, ARGS, None)
@@ -106,11 +108,31 @@ def test_the_size_of_the_images():
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        ("bottleneck.name", "mlp", "bottleneck.name='mlp' is not supported: it must be 'bottleneck'"),
-        ("bottleneck.args.norm", "batch", "bottleneck.args.norm='batch' is not supported: it must be 'none'"),
-        (f"{REGULARIZER}.name", "fsq", "regularizer.name='fsq' is not supported: it must be 'simvq'"),
-        ("bottleneck.args.groups", 2, "bottleneck.args.groups=2 is not known here, and may change what"),
-        (f"{REGULARIZER}.args.rotation_trick", True, "regularizer.args.rotation_trick=True is not known here"),
+        (
+            "bottleneck.name",
+            "mlp",
+            "bottleneck.name='mlp' is not supported: it must be 'bottleneck'",
+        ),
+        (
+            "bottleneck.args.norm",
+            "batch",
+            "bottleneck.args.norm='batch' is not supported: it must be 'none'",
+        ),
+        (
+            f"{REGULARIZER}.name",
+            "fsq",
+            "regularizer.name='fsq' is not supported: it must be 'simvq'",
+        ),
+        (
+            "bottleneck.args.groups",
+            2,
+            "bottleneck.args.groups=2 is not known here, and may change what",
+        ),
+        (
+            f"{REGULARIZER}.args.rotation_trick",
+            True,
+            "regularizer.args.rotation_trick=True is not known here",
+        ),
         ("patch_norm", "layer", "patch_norm='layer' is not known here"),
         ("bottleneck", None, "bottleneck=None is not known here"),
         ("input_size", "384", "must be of type int"),
@@ -119,7 +141,11 @@ def test_the_size_of_the_images():
         ("decoder_depth", 0, "decoder.num_hidden_layers=0 must lie between 1 and"),
         ("pool_scale", 4, "pool_scale=4 must lie between 1 and 3"),
         ("select_layer_id", -29, "select_layer=-29 must be -28 or more"),
-        ("select_layer_id", 3, "select_layer=3 must lie between -1,025 and -1; it counts from the end"),
+        (
+            "select_layer_id",
+            3,
+            "select_layer=3 must lie between -1,025 and -1; it counts from the end",
+        ),
     ],
 )
 def test_args_that_are_refused(path, value, message):
@@ -128,11 +154,22 @@ def test_args_that_are_refused(path, value, message):
 
 
 def test_the_file_goes_over_the_args(tmp_path):
-    override = {"bottleneck_dim": 12, "select_layer": -5, "encoder": {"patch_size": 16, "num_hidden_layers": 4}}
-    args = with_arg("bottleneck.args.bottleneck_dim", 8) | {"select_layer_id": -2, "bottleneck_token_num": 576}
+    override = {
+        "bottleneck_dim": 12,
+        "select_layer": -5,
+        "encoder": {"patch_size": 16, "num_hidden_layers": 4},
+    }
+    args = with_arg("bottleneck.args.bottleneck_dim", 8) | {
+        "select_layer_id": -2,
+        "bottleneck_token_num": 576,
+    }
     cfg = read_with(tmp_path, args, override)
     assert (cfg.bottleneck_dim, cfg.select_layer) == (12, -5)
-    assert (cfg.encoder.patch_size, cfg.encoder.num_hidden_layers, cfg.encoder.hidden_size) == (16, 4, 1152)
+    assert (cfg.encoder.patch_size, cfg.encoder.num_hidden_layers, cfg.encoder.hidden_size) == (
+        16,
+        4,
+        1152,
+    )
     assert cfg.stochastic and cfg.encoder.grid == 24
 
 
@@ -146,9 +183,15 @@ def test_the_file_goes_over_the_args(tmp_path):
         ({"bottleneck_dim": {"size": 8}}, "bottleneck_dim is no group of fields"),
         ({"encoder": 8}, "encoder"),
         ({"bottleneck_dim": "8"}, "bottleneck_dim='8' must be of type int"),
-        ({"encoder": {"num_hidden_layers": 3}, "select_layer": -5}, "select_layer=-5 must be -4 or more"),
+        (
+            {"encoder": {"num_hidden_layers": 3}, "select_layer": -5},
+            "select_layer=-5 must be -4 or more",
+        ),
         ({"encoder": {"patch_size": 0}}, "encoder.patch_size=0 must lie between 1 and"),
-        ({"encoder": {"num_attention_heads": 0}}, "encoder.num_attention_heads=0 must lie between 1 and"),
+        (
+            {"encoder": {"num_attention_heads": 0}},
+            "encoder.num_attention_heads=0 must lie between 1 and",
+        ),
         ({"decoder": {"num_patches": 0}}, "decoder.num_patches=0 must lie between 1 and"),
     ],
 )
@@ -161,7 +204,12 @@ CONFIGS = {
     "tiny": tiny.model().tokenizer,
     "demo": recipe.model().tokenizer,
     "other": dataclasses.replace(
-        tiny.model().tokenizer, pool_scale=2, stochastic=True, stochastic_temperature=0.5, l2_normalized=False, select_layer=-3
+        tiny.model().tokenizer,
+        pool_scale=2,
+        stochastic=True,
+        stochastic_temperature=0.5,
+        l2_normalized=False,
+        select_layer=-3,
     ),
 }
 
@@ -177,5 +225,12 @@ def test_there_and_back(tmp_path, name):
 
 
 def test_the_args_alone_state_what_they_can():
-    cfg = dataclasses.replace(PUBLISHED, pool_scale=3, codebook_size=64, stochastic=True, l2_normalized=False, select_layer=-7)
+    cfg = dataclasses.replace(
+        PUBLISHED,
+        pool_scale=3,
+        codebook_size=64,
+        stochastic=True,
+        l2_normalized=False,
+        select_layer=-7,
+    )
     assert read_ta_tok(PUBLISHED, args_of(cfg), None) == cfg

@@ -30,13 +30,17 @@ def arrays(seed=0):
     found = {}
     for i, dtype in enumerate(NAMES):
         for shape in SHAPES:
-            bits = rng.integers(0, 2 if dtype == np.bool_ else 256, int(np.prod(shape)) * dtype.itemsize, np.uint8)
+            bits = rng.integers(
+                0, 2 if dtype == np.bool_ else 256, int(np.prod(shape)) * dtype.itemsize, np.uint8
+            )
             found[f"{i}.{'x'.join(map(str, shape))}"] = bits.view(dtype).reshape(shape)
     return found
 
 
 def write(directory, tensors, limit=10**9, stem="model"):
-    writer = ShardedWriter(directory, stem, {key: (x.shape, x.dtype) for key, x in tensors.items()}, limit)
+    writer = ShardedWriter(
+        directory, stem, {key: (x.shape, x.dtype) for key, x in tensors.items()}, limit
+    )
     for key in reversed(tensors):
         writer.write(key, tensors[key])
     writer.close()
@@ -67,7 +71,9 @@ def test_written_here_and_read_by_the_library(tmp_path):
     start = 8 + int.from_bytes(file.read_bytes()[:8], "little")
     for key, entry in header.items():
         if key != "__metadata__":
-            assert (start + entry["data_offsets"][0]) % tensor_files.DTYPES[entry["dtype"]].itemsize == 0, "aligned"
+            assert (start + entry["data_offsets"][0]) % tensor_files.DTYPES[
+                entry["dtype"]
+            ].itemsize == 0, "aligned"
 
 
 @pytest.mark.parametrize("chunk", [2**30, 7])
@@ -76,12 +82,18 @@ def test_written_by_the_library_and_read_here(tmp_path, monkeypatch, chunk):
     monkeypatch.setattr(tensor_files, "_MAX_READ", chunk)
     want = arrays()
     half = lambda x: torch.from_numpy(x.view(np.int16)).view(torch.bfloat16)
-    own = {key: half(x) if x.dtype == ml_dtypes.bfloat16 else torch.from_numpy(x) for key, x in want.items()}
+    own = {
+        key: half(x) if x.dtype == ml_dtypes.bfloat16 else torch.from_numpy(x)
+        for key, x in want.items()
+    }
     safetensors.torch.save_file(own, tmp_path / "model.safetensors")
     for path in (tmp_path, tmp_path / "model.safetensors"):
         found = read_weights(path)
         same({key: tensor.read() for key, tensor in found.items()}, want)
-        assert all((t.shape, t.nbytes, t.key) == (want[k].shape, want[k].nbytes, k) for k, t in found.items())
+        assert all(
+            (t.shape, t.nbytes, t.key) == (want[k].shape, want[k].nbytes, k)
+            for k, t in found.items()
+        )
     write(tmp_path / "again", want)
     same({key: tensor.read() for key, tensor in read_weights(tmp_path / "again").items()}, want)
 
@@ -98,13 +110,17 @@ def test_only_headers_are_read_until_a_tensor_is_asked_for(tmp_path, monkeypatch
 
 
 def test_shards_and_their_index(tmp_path):
-    tensors = {f"{i}": np.full(size, i, np.float32) for i, size in enumerate([10, 10, 5, 1, 100, 24])}
+    tensors = {
+        f"{i}": np.full(size, i, np.float32) for i, size in enumerate([10, 10, 5, 1, 100, 24])
+    }
     files = write(tmp_path, tensors, limit=100)
     assert [f.name for f in files] == [f"model-0000{i}-of-00004.safetensors" for i in range(1, 5)]
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert index["metadata"] == {"total_size": 600} and list(index["weight_map"]) == sorted(tensors)
     held = [set(safetensors.torch.load_file(f)) for f in files]
-    assert held == [{"0", "1", "2"}, {"3"}, {"4"}, {"5"}], "full to the last byte, and one tensor larger than a shard may be"
+    assert held == [{"0", "1", "2"}, {"3"}, {"4"}, {"5"}], (
+        "full to the last byte, and one tensor larger than a shard may be"
+    )
     for key, name in index["weight_map"].items():
         assert key in safetensors.torch.load_file(tmp_path / name)
     same({key: tensor.read() for key, tensor in read_weights(tmp_path).items()}, tensors)
@@ -113,7 +129,9 @@ def test_shards_and_their_index(tmp_path):
 def test_a_tensor_is_written_row_by_row(tmp_path, rng):
     table = rng.normal(size=(7, 3)).astype(np.float32)
     other = np.arange(5, dtype=np.int8)
-    writer = ShardedWriter(tmp_path, "model", {"t": (table.shape, table.dtype), "o": (other.shape, other.dtype)}, 10**9)
+    writer = ShardedWriter(
+        tmp_path, "model", {"t": (table.shape, table.dtype), "o": (other.shape, other.dtype)}, 10**9
+    )
     writer.write("o", other)
     writer.write_rows("t", table[:3], 0)
     for bad, first in ((table[:3], 5), (table[:3, :2], 3), (table[:3].astype(np.float64), 3)):
@@ -125,11 +143,19 @@ def test_a_tensor_is_written_row_by_row(tmp_path, rng):
     for first in (0, 3, 6):
         writer.write_rows("t", table[first : first + 3], first)
     writer.close()
-    same({key: tensor.read() for key, tensor in read_weights(tmp_path / "again").items()}, {"t": table})
+    same(
+        {key: tensor.read() for key, tensor in read_weights(tmp_path / "again").items()},
+        {"t": table},
+    )
 
 
 def test_the_files_have_their_size_at_once(tmp_path):
-    writer = ShardedWriter(tmp_path, "model", {"a": ((1000,), np.dtype(np.float32)), "b": ((), np.dtype(np.int8))}, 10**9)
+    writer = ShardedWriter(
+        tmp_path,
+        "model",
+        {"a": ((1000,), np.dtype(np.float32)), "b": ((), np.dtype(np.int8))},
+        10**9,
+    )
     size = (tmp_path / "model.safetensors").stat().st_size
     assert size > 4001
     with pytest.raises(ValueError, match="float64"):
@@ -175,7 +201,10 @@ def entry(shape=(2,), offsets=(0, 8), dtype="F32"):
         (header(b"[" * 100_000), "damaged safetensors header"),
         (header(b"\xff\xfe"), "damaged safetensors header"),
         (header([1]), "damaged safetensors header"),
-        (header({"a": {"dtype": "F32", "shape": [2]}}), r"damaged safetensors header \('data_offsets'\)"),
+        (
+            header({"a": {"dtype": "F32", "shape": [2]}}),
+            r"damaged safetensors header \('data_offsets'\)",
+        ),
         (header(entry(offsets=(0, 4, 8))), "damaged safetensors header"),
         (header(entry(shape=(-2,))), "damaged safetensors header"),
         (header(entry(shape="ab")), "damaged safetensors header"),
@@ -209,13 +238,25 @@ def test_an_index_that_does_not_agree_with_its_shards(tmp_path):
     good = json.loads(index.read_text())
     names = [f.name for f in files]
     for places, message in (
-        ({"a": names[0], "b": names[1], "c": names[1]}, f"{names[1]} lacks c \\(1 in all\\), which {index.name} places there"),
+        (
+            {"a": names[0], "b": names[1], "c": names[1]},
+            f"{names[1]} lacks c \\(1 in all\\), which {index.name} places there",
+        ),
         ({"a": names[0]} | {"c": names[0]}, f"{names[0]} lacks c"),
         ({"a": names[1], "b": names[1]}, f"{names[1]} lacks a"),
-        ({"a": names[0], "b": "gone.safetensors"}, "gone.safetensors is missing: .* places 1 tensors there, such as b"),
-        ({"a": names[0], "b": "../b.safetensors"}, r"places tensors in '../b.safetensors': shards lie beside their index"),
+        (
+            {"a": names[0], "b": "gone.safetensors"},
+            "gone.safetensors is missing: .* places 1 tensors there, such as b",
+        ),
+        (
+            {"a": names[0], "b": "../b.safetensors"},
+            r"places tensors in '../b.safetensors': shards lie beside their index",
+        ),
         ({"a": names[0], "b": str(files[1])}, f"places tensors in '{files[1]}': shards lie beside"),
-        ({"a": names[0], "b": f"./{names[1]}"}, f"places tensors in './{names[1]}': shards lie beside"),
+        (
+            {"a": names[0], "b": f"./{names[1]}"},
+            f"places tensors in './{names[1]}': shards lie beside",
+        ),
         ({}, "has no weight_map"),
         ([], "has no weight_map"),
     ):
@@ -223,8 +264,12 @@ def test_an_index_that_does_not_agree_with_its_shards(tmp_path):
         with pytest.raises(UserError, match=message):
             read_weights(tmp_path)
     write(tmp_path / "two", {"a": np.ones(1), "b": np.ones(1)}, stem="shard")
-    (tmp_path / "two" / index.name).write_text(json.dumps({"weight_map": {"a": "shard.safetensors"}}))
-    with pytest.raises(UserError, match=r"shard.safetensors holds b \(1 in all\), which .* does not place there"):
+    (tmp_path / "two" / index.name).write_text(
+        json.dumps({"weight_map": {"a": "shard.safetensors"}})
+    )
+    with pytest.raises(
+        UserError, match=r"shard.safetensors holds b \(1 in all\), which .* does not place there"
+    ):
         read_weights(tmp_path / "two")
     index.write_text("{")
     with pytest.raises(UserError, match=r"index.json cannot be read as JSON"):
@@ -245,7 +290,11 @@ def test_read_json(tmp_path):
     file = tmp_path / "config.json"
     with pytest.raises(UserError, match="does not exist"):
         read_json(file)
-    for contents, message in (("[1]", "holds no JSON object"), ("{'a'", "cannot be read as JSON"), (b"\xff", "cannot be read")):
+    for contents, message in (
+        ("[1]", "holds no JSON object"),
+        ("{'a'", "cannot be read as JSON"),
+        (b"\xff", "cannot be read"),
+    ):
         file.write_bytes(contents if isinstance(contents, bytes) else contents.encode())
         with pytest.raises(UserError, match=message) as error:
             read_json(file)
@@ -270,7 +319,10 @@ def test_torch_files(tmp_path, zipped):
     }
     torch.save(want, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
     found = read_weights(tmp_path)
-    same({key: t.read() for key, t in found.items()}, {key: from_torch(x.detach().contiguous()) for key, x in want.items()})
+    same(
+        {key: t.read() for key, t in found.items()},
+        {key: from_torch(x.detach().contiguous()) for key, x in want.items()},
+    )
     assert found["half"].dtype == ml_dtypes.bfloat16 and found["half view"].shape == (4, 6)
 
 
@@ -297,7 +349,10 @@ def save_easydict(monkeypatch, file, args, tensors):
 
 
 def test_easydict_is_read_without_the_library(tmp_path, monkeypatch):
-    args = {"bottleneck": {"name": "bottleneck", "args": {"regularizer": {"args": {"top_k": 4}}}}, "input_size": 384}
+    args = {
+        "bottleneck": {"name": "bottleneck", "args": {"regularizer": {"args": {"top_k": 4}}}},
+        "input_size": 384,
+    }
     save_easydict(monkeypatch, tmp_path / "ta_tok.pth", args, {"w": torch.ones(2)})
     assert "easydict" not in sys.modules
     load_torch(tmp_path / "ta_tok.pth")  # torch adds to the list itself when it first loads
@@ -326,9 +381,14 @@ def test_torch_files_run_no_code(tmp_path, monkeypatch, where):
         read_weights(tmp_path)
     line = str(error.value)
     assert str(file) in line and "\n" not in line
-    assert "weights_only" not in line and "weights-only" not in line.lower(), "no advice to load it with its code run"
+    assert "weights_only" not in line and "weights-only" not in line.lower(), (
+        "no advice to load it with its code run"
+    )
     if where == "zip":
-        assert f"(it holds a {os.system.__module__}.system, which is not of plain weights): copy it again" in line
+        assert (
+            f"(it holds a {os.system.__module__}.system, which is not of plain weights): copy it again"
+            in line
+        )
     assert not (tmp_path / "attacked").exists()
 
 
@@ -354,13 +414,21 @@ def test_damaged_torch_files(tmp_path):
 
 def test_without_torch(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(UserError, match=r"a.bin is a PyTorch file: install PyTorch to read it \(pip install"):
+    with pytest.raises(
+        UserError, match=r"a.bin is a PyTorch file: install PyTorch to read it \(pip install"
+    ):
         load_torch(tmp_path / "a.bin")
 
 
 @pytest.mark.parametrize(
     ("wide", "narrow"),
-    [("float32", "float16"), ("bfloat16", "float16"), ("float64", "float16"), ("float64", "float32"), ("float64", "bfloat16")],
+    [
+        ("float32", "float16"),
+        ("bfloat16", "float16"),
+        ("float64", "float16"),
+        ("float64", "float32"),
+        ("float64", "bfloat16"),
+    ],
 )
 def test_a_cast_refuses_what_becomes_infinite(wide, narrow):
     largest = float(ml_dtypes.finfo(narrow).max)
@@ -371,7 +439,9 @@ def test_a_cast_refuses_what_becomes_infinite(wide, narrow):
     values[0, 2] = -4 * largest if wide != "float64" or narrow == "float16" else -1e300
     with pytest.raises(UserError, match=r"^layer.w holds \d") as error:
         cast("layer.w", values, np.dtype(narrow))
-    assert f", too large for {narrow}: choose a wider --dtype" in str(error.value) and "inf" not in str(error.value)
+    assert f", too large for {narrow}: choose a wider --dtype" in str(
+        error.value
+    ) and "inf" not in str(error.value)
 
 
 def test_a_cast_rounds_to_nearest_and_copies_nothing_that_fits(rng):

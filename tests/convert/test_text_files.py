@@ -69,7 +69,11 @@ def export(vocab, directory, model_type="qwen3", **options):
 
 def texts():
     draw = random.Random(7)
-    return TEXTS[:-1] + CAPTIONS + ["".join(draw.choices(FRAGMENTS, k=draw.randint(1, 20))) for _ in range(300)]
+    return (
+        TEXTS[:-1]
+        + CAPTIONS
+        + ["".join(draw.choices(FRAGMENTS, k=draw.randint(1, 20))) for _ in range(300)]
+    )
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
@@ -113,11 +117,19 @@ def test_read_back(vocab, image_tokens, tmp_path):
     export(vocab, tmp_path / "out", image_tokens=image_tokens)
     kind = "bpe" if isinstance(vocab.tokenizer, BpeTokenizer) else "sentencepiece"
     again = Vocabulary(load_tokenizer(TextConfig(kind, str(tmp_path / "out"))), 6)
-    assert (again.image_first, again.size, again.pad_id) == (vocab.image_first, vocab.size, vocab.pad_id)
-    assert [again.encode(text) for text in [*texts(), "<I0>"]] == [vocab.encode(text) for text in [*texts(), "<I0>"]]
+    assert (again.image_first, again.size, again.pad_id) == (
+        vocab.image_first,
+        vocab.size,
+        vocab.pad_id,
+    )
+    assert [again.encode(text) for text in [*texts(), "<I0>"]] == [
+        vocab.encode(text) for text in [*texts(), "<I0>"]
+    ]
     # Exported once more from what came back, where the file has them already: nothing is added twice.
     write_text_files(again, tmp_path / "second", image_tokens=image_tokens)
-    first, second = (json.loads((tmp_path / name / "tokenizer.json").read_text()) for name in ("out", "second"))
+    first, second = (
+        json.loads((tmp_path / name / "tokenizer.json").read_text()) for name in ("out", "second")
+    )
     assert second == first
 
 
@@ -135,10 +147,19 @@ def test_chat_template_is_the_prompt(vocab, system, tmp_path):
 
 
 def test_no_chat_template_where_its_tokens_are_missing(vocab, tmp_path):
-    assert export(vocab, tmp_path / "out", template=TemplateConfig(), image_tokens=False)[1].chat_template is None
+    assert (
+        export(vocab, tmp_path / "out", template=TemplateConfig(), image_tokens=False)[
+            1
+        ].chat_template
+        is None
+    )
 
 
-PLAIN = {"add_dummy_prefix": False, "remove_extra_whitespaces": False, "normalization_rule_name": "identity"}
+PLAIN = {
+    "add_dummy_prefix": False,
+    "remove_extra_whitespaces": False,
+    "normalization_rule_name": "identity",
+}
 
 
 @pytest.mark.parametrize(
@@ -154,13 +175,24 @@ PLAIN = {"add_dummy_prefix": False, "remove_extra_whitespaces": False, "normaliz
     ],
 )
 def test_models_that_are_no_list_of_merges(changes, why, tmp_path):
-    options = {"model_type": "bpe", "byte_fallback": True, "vocab_size": 330, "hard_vocab_limit": False, **PLAIN, **changes}
+    options = {
+        "model_type": "bpe",
+        "byte_fallback": True,
+        "vocab_size": 330,
+        "hard_vocab_limit": False,
+        **PLAIN,
+        **changes,
+    }
     if options["model_type"] == "char":
         options |= {"byte_fallback": False, "vocab_size": 40}
     tags = [END_OF_TEXT, *CHAT_TAGS]
     with (tmp_path / "tokenizer.model").open("wb") as file:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(CAPTIONS), model_writer=file, control_symbols=tags, minloglevel=2, **options
+            sentence_iterator=iter(CAPTIONS),
+            model_writer=file,
+            control_symbols=tags,
+            minloglevel=2,
+            **options,
         )
     check_only_its_own_file(SentencePieceTokenizer.from_path(tmp_path), tmp_path / "out", why)
 
@@ -193,9 +225,13 @@ def letter_of_pieces_only(model):
     ],
 )
 def test_models_that_only_a_look_inside_or_a_comparison_gives_away(change, why, tmp_path):
-    model = sentencepiece_model_pb2.ModelProto.FromString(train_sentencepiece(CAPTIONS, tmp_path / "t.model", 2000).proto)
+    model = sentencepiece_model_pb2.ModelProto.FromString(
+        train_sentencepiece(CAPTIONS, tmp_path / "t.model", 2000).proto
+    )
     change(model)
-    check_only_its_own_file(SentencePieceTokenizer(model.SerializeToString()), tmp_path / "out", why)
+    check_only_its_own_file(
+        SentencePieceTokenizer(model.SerializeToString()), tmp_path / "out", why
+    )
 
 
 def test_protobuf_that_sentencepiece_cannot_use(tmp_path, monkeypatch):
@@ -207,7 +243,11 @@ def test_protobuf_that_sentencepiece_cannot_use(tmp_path, monkeypatch):
 
 def check_only_its_own_file(tokenizer, out, why):
     (note,) = write_text_files(Vocabulary(tokenizer, 6), out, image_tokens=True)
-    assert note.startswith("tokenizer.json was not written") and "use tokenizer.model" in note and "\n" not in note
+    assert (
+        note.startswith("tokenizer.json was not written")
+        and "use tokenizer.model" in note
+        and "\n" not in note
+    )
     assert re.search(why, note)
     assert [file.name for file in out.iterdir()] == ["tokenizer.model"]
     assert SentencePieceTokenizer.from_path(out).proto == tokenizer.proto

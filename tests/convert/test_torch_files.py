@@ -39,7 +39,9 @@ def loaded(source, made, tensors=None):
     """Compare the stock modules with the tensors that were written, of all parts there are."""
     parts = [part for part in PREFIXES if source.tensors.get(part)]
     for part, module in load_torch(source, parts).named_children():
-        want = {key: (tensors or made.tensors).get(PREFIXES[part] + key) for key in module.state_dict()}
+        want = {
+            key: (tensors or made.tensors).get(PREFIXES[part] + key) for key in module.state_dict()
+        }
         if part == "tokenizer":
             want = {key: spelled(made, key) for key in want}
         if part == "ar" and want[HEAD] is None:
@@ -53,14 +55,21 @@ def spelled(made, key):
     side, _, rest = key.partition(".")
     rest = rest.removeprefix("vision_model.")
     names = (key, f"{side}.{rest}", f"{side}.vision_model.{rest}")
-    return next(made.tensors[PREFIXES["tokenizer"] + n] for n in names if PREFIXES["tokenizer"] + n in made.tensors)
+    return next(
+        made.tensors[PREFIXES["tokenizer"] + n]
+        for n in names
+        if PREFIXES["tokenizer"] + n in made.tensors
+    )
 
 
 def test_a_whole_directory(made, monkeypatch):
     """Also where this package reads every tensor wrong."""
     source = open_source(made.directory, **made.arguments)
     wrong = {
-        part: {key: dataclasses.replace(t, read=lambda t=t: np.zeros(t.shape, t.dtype)) for key, t in tensors.items()}
+        part: {
+            key: dataclasses.replace(t, read=lambda t=t: np.zeros(t.shape, t.dtype))
+            for key, t in tensors.items()
+        }
         for part, tensors in source.tensors.items()
     }
     monkeypatch.setattr(tensor_files, "_reader", None)
@@ -95,11 +104,17 @@ def test_the_directories_of_the_parts(made, tmp_path):
     options = Options(99, shards=2, qk_norm=made.model.dit.qk_norm is not None)
     other = published.write_diffusion(tmp_path / "sana", made.model, options)
     caption = PREFIXES["dit"] + "caption_projection."
-    tower = {k.removeprefix(PREFIXES["tokenizer"]): x for k, x in made.tensors.items() if k.startswith(PREFIXES["tokenizer"])}
+    tower = {
+        k.removeprefix(PREFIXES["tokenizer"]): x
+        for k, x in made.tensors.items()
+        if k.startswith(PREFIXES["tokenizer"])
+    }
     torch.save({"model": {"args": {}, "sd": tower}}, tmp_path / "ta_tok.pth")
     own = ("model.sana", PREFIXES["tokenizer"])
     kept = {k: x for k, x in made.tensors.items() if not k.startswith(own) or k.startswith(caption)}
-    shutil.copytree(made.directory, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors*"))
+    shutil.copytree(
+        made.directory, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors*")
+    )
     published.save(tmp_path / "model", "model", kept)
     arguments = made.arguments | {"diffusion": tmp_path / "sana", "ta_tok": tmp_path / "ta_tok.pth"}
     source = open_source(tmp_path / "model", **arguments)
@@ -107,12 +122,16 @@ def test_the_directories_of_the_parts(made, tmp_path):
 
 
 def test_what_pytorch_does_not_load(made, tmp_path):
-    published.write_diffusion(tmp_path / "sana", made.model, Options(99, qk_norm=made.model.dit.qk_norm is not None))
+    published.write_diffusion(
+        tmp_path / "sana", made.model, Options(99, qk_norm=made.model.dit.qk_norm is not None)
+    )
     file = tmp_path / "sana" / "vae" / "diffusion_pytorch_model.safetensors"
     values = {f"_orig_mod.{k}": x for k, x in published.safetensors.torch.load_file(file).items()}
     published.safetensors.torch.save_file(values, file, {"format": "pt"})
     source = open_source(made.directory, **made.arguments | {"diffusion": tmp_path / "sana"})
-    with pytest.raises(UserError, match=r"diffusers does not load names such as _orig_mod\.") as error:
+    with pytest.raises(
+        UserError, match=r"diffusers does not load names such as _orig_mod\."
+    ) as error:
         load_torch(source, ["vae"])
     assert "\n" not in str(error.value)
     ar = PREFIXES["dit"] + "proj_out.bias"
@@ -135,17 +154,23 @@ def test_what_pytorch_does_not_load(made, tmp_path):
 
 def test_a_stale_index_beside_the_file(made, tmp_path):
     """PyTorch reads the single file; so does the import."""
-    shutil.copytree(made.directory, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors*"))
+    shutil.copytree(
+        made.directory, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors*")
+    )
     published.save(tmp_path / "model", "model", {k: x * 0.5 for k, x in made.tensors.items()}, 2)
     published.save(tmp_path / "model", "model", made.tensors)
     source = open_source(tmp_path / "model", **made.arguments)
     key = "model.norm.weight"
-    np.testing.assert_array_equal(source.tensors["ar"][key].read().astype(np.float32), made.tensors[key].float())
+    np.testing.assert_array_equal(
+        source.tensors["ar"][key].read().astype(np.float32), made.tensors[key].float()
+    )
     assert any("model.safetensors.index.json beside it is not" in note for note in source.notes)
     loaded(source, made)
     # A file that lacks a tensor is told with the one beside it.
     published.save(tmp_path / "model", "model", {k: x for k, x in made.tensors.items() if k != key})
-    with pytest.raises(UserError, match=r"model\.norm\.weight is missing .*index\.json beside it is not: delete"):
+    with pytest.raises(
+        UserError, match=r"model\.norm\.weight is missing .*index\.json beside it is not: delete"
+    ):
         open_source(tmp_path / "model", **made.arguments)
 
 
@@ -156,12 +181,22 @@ def test_variants_of_the_diffusers_directory(made, tmp_path):
     published.write_diffusion(sana, made.model, None)
     parts = {}
     for part, folder in (("dit", "transformer"), ("vae", "vae")):
-        parts[folder] = {k.removeprefix(PREFIXES[part]): x for k, x in made.tensors.items() if k.startswith(PREFIXES[part])}
+        parts[folder] = {
+            k.removeprefix(PREFIXES[part]): x
+            for k, x in made.tensors.items()
+            if k.startswith(PREFIXES[part])
+        }
         published.save(sana / folder, "diffusion_pytorch_model.bf16", parts[folder])
     doubled = {key: 2 * x.float() for key, x in parts["transformer"].items()}
     published.save(sana / "transformer", "diffusion_pytorch_model", doubled, 2)
-    shutil.copytree(made.directory, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors*"))
-    kept = {k: x for k, x in made.tensors.items() if not k.startswith((PREFIXES["dit"], PREFIXES["vae"]))}
+    shutil.copytree(
+        made.directory, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors*")
+    )
+    kept = {
+        k: x
+        for k, x in made.tensors.items()
+        if not k.startswith((PREFIXES["dit"], PREFIXES["vae"]))
+    }
     published.save(tmp_path / "model", "model", kept)
     arguments = made.arguments | {"diffusion": sana}
     source = open_source(tmp_path / "model", **arguments)
@@ -171,7 +206,9 @@ def test_variants_of_the_diffusers_directory(made, tmp_path):
     assert any("--variant=bf16 reads" in note for note in source.notes)
     source = open_source(tmp_path / "model", **arguments, variant="bf16")
     loaded(source, made)
-    assert any("there is no bf16 variant in" in note for note in source.notes), "the whole directory's default one is read"
+    assert any("there is no bf16 variant in" in note for note in source.notes), (
+        "the whole directory's default one is read"
+    )
     with pytest.raises(UserError, match=r"^--variant=fp32: .* have no weights of that variant$"):
         open_source(tmp_path / "model", **arguments, variant="fp32")
 

@@ -24,7 +24,8 @@ from tests.conftest import relative_error
 TEXT = 40  # ids of text; 5 of tags and scales, then the codes
 IMAGE_FIRST = TEXT + 5
 MODEL = dataclasses.replace(
-    tiny.model(), ar=dataclasses.replace(tiny.model().ar, vocab_size=IMAGE_FIRST + 32, tie_word_embeddings=False)
+    tiny.model(),
+    ar=dataclasses.replace(tiny.model().ar, vocab_size=IMAGE_FIRST + 32, tie_word_embeddings=False),
 )
 N = MODEL.tokenizer.num_tokens
 
@@ -33,7 +34,9 @@ N = MODEL.tokenizer.num_tokens
 def model(cfg=MODEL):
     """All parameters random: initial ones leave much at zero."""
     torch.manual_seed(0)
-    found = torch_model.Blip3o(cfg, {name: torch_model.part(name, cfg) for name in torch_model.PARTS})
+    found = torch_model.Blip3o(
+        cfg, {name: torch_model.part(name, cfg) for name in torch_model.PARTS}
+    )
     with torch.no_grad():
         for p in found.parameters():
             p.add_(0.1 * torch.randn_like(p))
@@ -45,7 +48,9 @@ def row(length, seed):
 
 
 def padded(rows, value=0):
-    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value), torch.tensor([len(r) for r in rows])
+    return torch.nn.utils.rnn.pad_sequence(
+        rows, batch_first=True, padding_value=value
+    ), torch.tensor([len(r) for r in rows])
 
 
 @pytest.fixture
@@ -56,7 +61,8 @@ def images():
 
 LAYER = [
     f"{name}.{kind}"
-    for name in ["layer_norm1", "layer_norm2", "mlp.fc1", "mlp.fc2"] + [f"self_attn.{n}_proj" for n in ("q", "k", "v", "out")]
+    for name in ["layer_norm1", "layer_norm2", "mlp.fc1", "mlp.fc2"]
+    + [f"self_attn.{n}_proj" for n in ("q", "k", "v", "out")]
     for kind in ("weight", "bias")
 ]
 VISION = [
@@ -98,21 +104,39 @@ def test_parameter_counts_at_published_size(tied):
     """As many as the JAX parts have, but for the AR's padding."""
     cfg = config.ModelConfig(ar=config.Qwen3Config(tie_word_embeddings=tied))
     state = nnx.eval_shape(lambda: nnx.state(blip3o.Blip3o(cfg, torch_model.PARTS, seed=0)))
-    padding = (cfg.ar.padded_vocab_size - cfg.ar.vocab_size) * cfg.ar.hidden_size * (1 if tied else 2)
+    padding = (
+        (cfg.ar.padded_vocab_size - cfg.ar.vocab_size) * cfg.ar.hidden_size * (1 if tied else 2)
+    )
     for name in ("ar",) if tied else torch_model.PARTS:
-        want = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state[name])) - (padding if name == "ar" else 0)
+        want = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state[name])) - (
+            padding if name == "ar" else 0
+        )
         made = torch_model.part(name, cfg, device="meta")
         assert sum(p.numel() for p in made.parameters()) == want, name
         assert not made.training and {p.dtype for p in made.parameters()} == {torch.float32}
 
 
 def test_parts():
-    latent, feature = (torch_model.part(name, MODEL) for name in ("latent_connector", "feature_connector"))
-    assert (latent[0].in_features, latent[2].out_features) == (MODEL.vae.latent_channels, MODEL.dit.caption_channels)
-    assert (feature[0].in_features, feature[2].out_features) == (MODEL.tokenizer.encoder.hidden_size, MODEL.ar.hidden_size)
-    assert torch.all(latent[3].weight == MODEL.connector.norm_init) and latent[3].eps == MODEL.connector.rms_norm_eps
+    latent, feature = (
+        torch_model.part(name, MODEL) for name in ("latent_connector", "feature_connector")
+    )
+    assert (latent[0].in_features, latent[2].out_features) == (
+        MODEL.vae.latent_channels,
+        MODEL.dit.caption_channels,
+    )
+    assert (feature[0].in_features, feature[2].out_features) == (
+        MODEL.tokenizer.encoder.hidden_size,
+        MODEL.ar.hidden_size,
+    )
+    assert (
+        torch.all(latent[3].weight == MODEL.connector.norm_init)
+        and latent[3].eps == MODEL.connector.rms_norm_eps
+    )
     eager = torch_model.part("ar", MODEL, attn_implementation="eager")
-    assert (eager.config._attn_implementation, model().ar.config._attn_implementation) == ("eager", "sdpa")
+    assert (eager.config._attn_implementation, model().ar.config._attn_implementation) == (
+        "eager",
+        "sdpa",
+    )
     with pytest.raises(ValueError, match="no part 'text_tower': use one of tokenizer, ar"):
         torch_model.part("text_tower", MODEL)
 
@@ -126,14 +150,21 @@ def test_tokenizer_features_are_a_hidden_state(images, scale):
     features_BND = tokenizer.features(images, scale)
     handle.remove()
     grid = MODEL.tokenizer.encoder.grid
-    want = seen[0].reshape(3, grid // scale, scale, grid // scale, scale, -1).mean((2, 4)).flatten(1, 2)
+    want = (
+        seen[0]
+        .reshape(3, grid // scale, scale, grid // scale, scale, -1)
+        .mean((2, 4))
+        .flatten(1, 2)
+    )
     assert relative_error(features_BND, want) < 1e-6
     assert features_BND.dtype == torch.float32
 
 
 @pytest.mark.parametrize("l2", [True, False])
 def test_tokenizer_codes(images, l2):
-    cfg = dataclasses.replace(MODEL, tokenizer=dataclasses.replace(MODEL.tokenizer, l2_normalized=l2))
+    cfg = dataclasses.replace(
+        MODEL, tokenizer=dataclasses.replace(MODEL.tokenizer, l2_normalized=l2)
+    )
     tokenizer = model(cfg).tokenizer
     features_BND = tokenizer.features(images)
     quantised = tokenizer.quantise(features_BND)
@@ -145,7 +176,12 @@ def test_tokenizer_codes(images, l2):
     assert len(quantised.ids_BN.unique()) > 2
     assert relative_error(quantised.codebook_loss, distance_BNK.min(-1).values.mean()) < 1e-5
     assert 0 < quantised.entropy_gap < math.log(cfg.tokenizer.codebook_size)
-    assert relative_error(tokenizer.decode(quantised.ids_BN), tokenizer.reconstruct(quantised.codes_BND)) < 1e-5
+    assert (
+        relative_error(
+            tokenizer.decode(quantised.ids_BN), tokenizer.reconstruct(quantised.codes_BND)
+        )
+        < 1e-5
+    )
     in_bfloat16 = copy.deepcopy(tokenizer).to(torch.bfloat16)
     assert relative_error(in_bfloat16.table(), tokenizer.table()) < 1e-2
     assert in_bfloat16.decode(in_bfloat16.encode(images)).dtype == torch.float32
@@ -157,17 +193,24 @@ def test_connector():
     keep_B = torch.tensor([True, False])
     plain = model().connector
     positioned = torch_model.Connector(
-        dataclasses.replace(MODEL.connector, positions=True), MODEL.ar.hidden_size, MODEL.dit.caption_channels
+        dataclasses.replace(MODEL.connector, positions=True),
+        MODEL.ar.hidden_size,
+        MODEL.dit.caption_channels,
     )
     positioned.requires_grad_(False).load_state_dict(plain.state_dict())
     null_BTC = plain(torch.zeros_like(hidden_BTD))
-    for connector, shift in ((plain, 0), (positioned, torch_model.sinusoids(N + 1, MODEL.ar.hidden_size))):
+    for connector, shift in (
+        (plain, 0),
+        (positioned, torch_model.sinusoids(N + 1, MODEL.ar.hidden_size)),
+    ):
         out_BTC = connector(hidden_BTD, keep_B)
         assert relative_error(out_BTC[0], plain(hidden_BTD + shift)[0]) < 1e-6
         assert relative_error(out_BTC[1], null_BTC[1]) < 1e-6
     table = torch_model.sinusoids(5, 7).double().numpy()
     np.testing.assert_allclose(table[3, :3], np.sin(3 / 10000 ** (np.arange(3) / 3)), atol=1e-7)
-    np.testing.assert_allclose(table[3, 3:], [*np.cos(3 / 10000 ** (np.arange(3) / 3)), 0], atol=1e-7)
+    np.testing.assert_allclose(
+        table[3, 3:], [*np.cos(3 / 10000 ** (np.arange(3) / 3)), 0], atol=1e-7
+    )
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
@@ -183,7 +226,9 @@ def test_packed_rows_are_rows_apart(implementation):
     assert relative_error(got[:5], found.hidden(first[None])[0]) < 1e-5
     assert relative_error(got[5:8], found.hidden(second[None])[0]) < 1e-5
     # Padding before the tokens, as `hide_prompts` leaves it, and after them.
-    got = found.hidden(packed[:, :7], positions[:, :7] + 4, torch.tensor([[0, 0, 1, 1, 1, 0, 0]]))[0]
+    got = found.hidden(packed[:, :7], positions[:, :7] + 4, torch.tensor([[0, 0, 1, 1, 1, 0, 0]]))[
+        0
+    ]
     assert relative_error(got[2:5], found.hidden(first[None, 2:])[0]) < 1e-5
 
 
@@ -229,7 +274,9 @@ def test_joint_loss_row_by_row():
     )
     assert relative_error(torch.stack(again), torch.stack([ce, flow])) < 1e-5
     segments_BL[0, : spans_B[0]] = 0
-    hidden = found.joint_loss(*args, image_first=IMAGE_FIRST, keep_B=keep_B, segment_ids_BL=segments_BL)
+    hidden = found.joint_loss(
+        *args, image_first=IMAGE_FIRST, keep_B=keep_B, segment_ids_BL=segments_BL
+    )
     assert torch.stack(hidden).isfinite().all() and relative_error(hidden[0], ce) > 1e-3
 
 
@@ -262,12 +309,17 @@ def test_prompts_of_different_lengths_do_not_disturb_each_other(guidance):
     found = model()
     settings = config.SamplingConfig(temperature=0, token_guidance=guidance)
     rows = [row(4, 1), row(9, 2), row(7, 3)]
-    ids_BN, hidden_BTD = found.generate_image_tokens(*padded(rows, 11), image_first=IMAGE_FIRST, settings=settings)
+    ids_BN, hidden_BTD = found.generate_image_tokens(
+        *padded(rows, 11), image_first=IMAGE_FIRST, settings=settings
+    )
     assert ids_BN.shape == (3, N) and hidden_BTD.shape == (3, N + 1, MODEL.ar.hidden_size)
     for prompt, ids_N, hidden_TD in zip(rows, ids_BN, hidden_BTD, strict=True):
         whole, alone = prompt, prompt[-1:]
         for _ in range(N):
-            given, free = (found.ar(x[None]).logits[0, -1, IMAGE_FIRST : IMAGE_FIRST + 32] for x in (whole, alone))
+            given, free = (
+                found.ar(x[None]).logits[0, -1, IMAGE_FIRST : IMAGE_FIRST + 32]
+                for x in (whole, alone)
+            )
             following = (free + guidance * (given - free)).argmax()[None] + IMAGE_FIRST
             whole, alone = torch.cat([whole, following]), torch.cat([alone, following])
         np.testing.assert_array_equal(ids_N, whole[-N:])
@@ -310,7 +362,10 @@ def test_sampler_is_euler_with_guidance(guidance, shift):
     z_BCHW = noise_BCHW
     sigmas = [shift * s / (1 + (shift - 1) * s) for s in (1, 2 / 3, 1 / 3, 0)]
     for now, following in itertools.pairwise(sigmas):
-        v, null = (found.velocity(z_BCHW, torch.full((2,), 1000 * now), c) for c in (condition_BTC, null_BTC))
+        v, null = (
+            found.velocity(z_BCHW, torch.full((2,), 1000 * now), c)
+            for c in (condition_BTC, null_BTC)
+        )
         z_BCHW = z_BCHW + (following - now) * (null + guidance * (v - null))
     assert relative_error(got, z_BCHW) < 1e-5
 
@@ -320,7 +375,10 @@ def test_text_to_image():
     tokens_BL, lengths_B = padded([row(4, 1), row(6, 2)])
     settings = config.SamplingConfig(steps=2)
     images = [
-        found.text_to_image(tokens_BL, lengths_B, image_first=IMAGE_FIRST, settings=settings, seed=seed) for seed in (0, 0, 1)
+        found.text_to_image(
+            tokens_BL, lengths_B, image_first=IMAGE_FIRST, settings=settings, seed=seed
+        )
+        for seed in (0, 0, 1)
     ]
     assert images[0].shape == (2, 3, side, side) and images[0].dtype == torch.float32
     assert 0 <= images[0].min() < images[0].max() <= 1
@@ -333,19 +391,39 @@ def test_bfloat16():
     torch.manual_seed(0)
     z_BCHW = torch.randn(2, 4, MODEL.latent_size, MODEL.latent_size)
     tokens_BL, lengths_B = padded([row(6 + N, 1), row(6 + N, 2)])
-    args = (tokens_BL, torch.ones_like(tokens_BL), torch.tensor([5, 5]), torch.zeros(2, N, dtype=torch.long), z_BCHW)
+    args = (
+        tokens_BL,
+        torch.ones_like(tokens_BL),
+        torch.tensor([5, 5]),
+        torch.zeros(2, N, dtype=torch.long),
+        z_BCHW,
+    )
     args += (torch.randn_like(z_BCHW), torch.tensor([0.5, 0.25]))
-    want, got = (torch.stack(m.joint_loss(*args, image_first=IMAGE_FIRST)) for m in (model(), found))
+    want, got = (
+        torch.stack(m.joint_loss(*args, image_first=IMAGE_FIRST)) for m in (model(), found)
+    )
     assert got.dtype == torch.float32 and relative_error(got, want) < 0.02
     image = found.text_to_image(
-        tokens_BL[:, :6], lengths_B - N, image_first=IMAGE_FIRST, settings=config.SamplingConfig(steps=2)
+        tokens_BL[:, :6],
+        lengths_B - N,
+        image_first=IMAGE_FIRST,
+        settings=config.SamplingConfig(steps=2),
     )
     assert image.isfinite().all() and image.dtype == torch.float32
-    assert found.codes(torch.zeros(1, 3, 16, 16)).shape == (1, N) and found.latents(torch.zeros(1, 3, 16, 16)).isfinite().all()
+    assert (
+        found.codes(torch.zeros(1, 3, 16, 16)).shape == (1, N)
+        and found.latents(torch.zeros(1, 3, 16, 16)).isfinite().all()
+    )
 
 
 def test_autoencoder_scales_latents():
-    x_BCHW = torch.rand(2, 3, MODEL.image_size, MODEL.image_size, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    x_BCHW = (
+        torch.rand(
+            2, 3, MODEL.image_size, MODEL.image_size, generator=torch.Generator().manual_seed(0)
+        )
+        * 2
+        - 1
+    )
     z_BCHW = model().latents(x_BCHW)
     raw_BCHW = model().vae.encode(x_BCHW).latent
     assert relative_error(z_BCHW, raw_BCHW * MODEL.vae.scaling_factor) < 1e-6
@@ -355,11 +433,15 @@ def test_autoencoder_scales_latents():
 
 def test_left_padding():
     tokens_BL, lengths_B = padded([torch.tensor([1, 2]), torch.tensor([3, 4, 5])], value=9)
-    rows_BL, mask_BL = torch_model.left_padded(torch.nn.functional.pad(tokens_BL, (0, 2), value=9), lengths_B)
+    rows_BL, mask_BL = torch_model.left_padded(
+        torch.nn.functional.pad(tokens_BL, (0, 2), value=9), lengths_B
+    )
     assert rows_BL.tolist() == [[0, 1, 2], [3, 4, 5]] and mask_BL.tolist() == [[0, 1, 1], [1, 1, 1]]
 
 
 def test_stock_classes():
     found = model()
     assert isinstance(found.ar, transformers.Qwen3ForCausalLM)
-    assert found.ar.model.embed_tokens.weight.shape == (IMAGE_FIRST + 32, MODEL.ar.hidden_size), "no padded rows"
+    assert found.ar.model.embed_tokens.weight.shape == (IMAGE_FIRST + 32, MODEL.ar.hidden_size), (
+        "no padded rows"
+    )

@@ -37,7 +37,10 @@ TOWER = "model.vision_tower.vision_tower."
 # Part -> (tensors that are altered, {output: first layer to differ}) in `altered`. The joint losses take the AR's fault too.
 ALTERED = {
     "tokenizer": (
-        [f"{TOWER}bottleneck.in_linear.bias", f"{TOWER}decoder.vision_model.encoder.layers.1.mlp.fc1.weight"],
+        [
+            f"{TOWER}bottleneck.in_linear.bias",
+            f"{TOWER}decoder.vision_model.encoder.layers.1.mlp.fc1.weight",
+        ],
         {"indices": "", "decoded features": f"{TOWER}decoder.vision_model.encoder.layers.1"},
     ),
     "ar": (
@@ -45,7 +48,10 @@ ALTERED = {
         {"hidden states": "model.layers.1", "logits": "model.layers.1"},
     ),
     "connector": (["model.diffusion_connector.2.weight"], {"condition": ""}),
-    "dit": (["model.sana.transformer_blocks.1.attn2.to_v.weight"], {"velocity": "model.sana.transformer_blocks.1"}),
+    "dit": (
+        ["model.sana.transformer_blocks.1.attn2.to_v.weight"],
+        {"velocity": "model.sana.transformer_blocks.1"},
+    ),
     "vae": (
         ["model.sana_vae.decoder.up_blocks.1.1.conv2.weight"],
         {"decode 2 x 3": "model.sana_vae.decoder.up_blocks.1.1"},
@@ -75,10 +81,16 @@ def drawn(cfg, directory, deviation=lambda leaf: 0.2):
     rng = np.random.default_rng(0)
 
     def draw(path, leaf):
-        values = rng.normal(float(path[-1].key == "scale"), deviation(leaf), leaf.shape).astype(leaf.dtype)
+        values = rng.normal(float(path[-1].key == "scale"), deviation(leaf), leaf.shape).astype(
+            leaf.dtype
+        )
         return jax.device_put(values, leaf.sharding)
 
-    return cfg, vocabulary.tokenizer, jax.tree.map_with_path(draw, {group: abstract[group] for group in WEIGHTS})
+    return (
+        cfg,
+        vocabulary.tokenizer,
+        jax.tree.map_with_path(draw, {group: abstract[group] for group in WEIGHTS}),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +151,9 @@ def test_an_altered_element_is_found(altered, name):
     found = part(altered, name)
     assert not altered.ok and not found.ok
     assert [d.tensor for d in found.differing] == tensors
-    assert all(0.5 < d.error < 10 for d in found.differing)  # 1, relative to values of deviation 0.2
+    assert all(
+        0.5 < d.error < 10 for d in found.differing
+    )  # 1, relative to values of deviation 0.2
     assert {output.name: output.first_layer for output in found.outputs if not output.ok} == layers
     for output in found.outputs:
         if output.name == "indices":
@@ -149,13 +163,22 @@ def test_an_altered_element_is_found(altered, name):
         assert (output.first_layer_error or 0) > report.TOLERANCE or not output.first_layer
 
 
-def test_a_fault_in_the_table_itself_shows_in_the_outputs(trained, directories, tmp_path, monkeypatch):
+def test_a_fault_in_the_table_itself_shows_in_the_outputs(
+    trained, directories, tmp_path, monkeypatch
+):
     """Imported and compared by the same wrong table all weights agree; PyTorch's model is not filled by it."""
     table, exchanged = mapping.rules, {"gate": "up", "up": "gate"}
 
     def wrong(part, cfg):
-        path = lambda p: "/".join(exchanged.get(name, name) for name in p.split("/")) if p.startswith("layers/mlp") else p
-        return [dataclasses.replace(rule, paths=tuple(map(path, rule.paths))) for rule in table(part, cfg)]
+        path = lambda p: (
+            "/".join(exchanged.get(name, name) for name in p.split("/"))
+            if p.startswith("layers/mlp")
+            else p
+        )
+        return [
+            dataclasses.replace(rule, paths=tuple(map(path, rule.paths)))
+            for rule in table(part, cfg)
+        ]
 
     cfg, tokenizer, weights = trained
     ar = weights["params"]["ar"]
@@ -178,7 +201,9 @@ def test_a_fault_in_the_reader_itself_shows_in_the_weights(directories, tmp_path
     save_file(tensors | connector, stale / "shard.safetensors", {"format": "pt"})
     places = {"metadata": {}, "weight_map": dict.fromkeys(tensors, "shard.safetensors")}
     (stale / "model.safetensors.index.json").write_text(json.dumps(places))
-    monkeypatch.setitem(weight_files.ORDER, "transformers", weight_files.ORDER["transformers"][::-1])
+    monkeypatch.setitem(
+        weight_files.ORDER, "transformers", weight_files.ORDER["transformers"][::-1]
+    )
     importer.import_weights(source.open_source(stale), tmp_path / "jax")
     found = verify.verify(stale, tmp_path / "jax", parts=["connector"])
     assert {d.tensor for d in found.parts[0].differing} == set(connector)
@@ -208,28 +233,47 @@ def test_weights_are_compared_in_the_wider_dtype(trained, directories, tmp_path)
     half = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, connector=narrow))
     rounded = jax.tree.map(lambda x: x.astype("bfloat16"), weights["params"]["connector"])
     checkpoint.write_weights(
-        tmp_path / "half", half, tokenizer, weights | {"params": weights["params"] | {"connector": rounded}}
+        tmp_path / "half",
+        half,
+        tokenizer,
+        weights | {"params": weights["params"] | {"connector": rounded}},
     )
     exporter.export_weights(tmp_path / "half", tmp_path / "torch")
-    tensors = {name for name in load_file(directories[0] / "model.safetensors") if "diffusion_connector" in name}
+    tensors = {
+        name
+        for name in load_file(directories[0] / "model.safetensors")
+        if "diffusion_connector" in name
+    }
     run = tmp_path / "half"
     for torch_dir, root, notes in (
-        (directories[0], run, ("connector.param_dtype is float32 in the files and bfloat16 in the checkpoint",)),
+        (
+            directories[0],
+            run,
+            ("connector.param_dtype is float32 in the files and bfloat16 in the checkpoint",),
+        ),
         (tmp_path / "torch", run, ()),
     ):
         found = verify.verify(torch_dir, root, parts=["connector"])
         assert found.notes[:-1] == notes
         assert {d.tensor for d in found.parts[0].differing} == (tensors if notes else set())
     # bfloat16 numbers held wider are the same numbers.
-    importer.import_weights(source.open_source(tmp_path / "torch", dtype="float32"), tmp_path / "wide")
+    importer.import_weights(
+        source.open_source(tmp_path / "torch", dtype="float32"), tmp_path / "wide"
+    )
     found = verify.verify(tmp_path / "torch", tmp_path / "wide", parts=["connector"])
-    assert found.ok and found.notes[0].startswith("connector.param_dtype is bfloat16 in the files and float32")
+    assert found.ok and found.notes[0].startswith(
+        "connector.param_dtype is bfloat16 in the files and float32"
+    )
 
 
 def test_the_demo_is_exported_and_is_the_same_model(tmp_path):
     """Its connector knows the places of the codes and its DiT those of the latents, which no published model does."""
     model = list(recipe("", "", fast=True).values())[-1].model
-    assert model.connector.positions and model.dit.interpolation_scale and model.flow.shift != tiny.model().flow.shift
+    assert (
+        model.connector.positions
+        and model.dit.interpolation_scale
+        and model.flow.shift != tiny.model().flow.shift
+    )
     cfg = dataclasses.replace(tiny.run_config(tiny.data()), model=model)
     # Widths are the demo's: values keep their size from layer to layer.
     weights = drawn(cfg, tmp_path / "text", lambda leaf: 0.5 * max(leaf.shape[-2:][0], 16) ** -0.5)
@@ -247,7 +291,10 @@ def test_a_checkpoint_of_another_model(directories, tmp_path):
     cfg = dataclasses.replace(cfg, model=tiny._replaced(cfg.model, {"dit": {"num_layers": 3}}))
     other = tmp_path / "other"
     checkpoint.write_weights(other, *drawn(cfg, tmp_path / "text"))
-    with pytest.raises(UserError, match=r"model.sana.transformer_blocks.2.\S+: .* has none, .* has it as \[6, 32\]: one"):
+    with pytest.raises(
+        UserError,
+        match=r"model.sana.transformer_blocks.2.\S+: .* has none, .* has it as \[6, 32\]: one",
+    ):
         verify.verify(directories[0], other)
 
 
@@ -267,7 +314,9 @@ def test_without_pytorch(directories, monkeypatch):
         monkeypatch.delitem(sys.modules, f"{package.__name__}.{name}", raising=False)
         monkeypatch.delattr(package, name, raising=False)
     monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(UserError, match=r"torch is not installed: pip install 'blip3o_jax\[convert\]'$"):
+    with pytest.raises(
+        UserError, match=r"torch is not installed: pip install 'blip3o_jax\[convert\]'$"
+    ):
         verify.verify(*directories)
 
 
@@ -277,7 +326,9 @@ def test_json(altered):
     ar = next(p for p in values["parts"] if p["part"] == "ar")
     assert ar["ok"] is False and ar["differing"][0]["tensor"] == ALTERED["ar"][0][0]
     assert ar["outputs"][0]["first_layer"] == "model.layers.1" and ar["outputs"][0]["ok"] is False
-    nan = report.PartReport("ar", 1, (report.Difference("w", np.inf),), (report.Output("logits", np.nan),))
+    nan = report.PartReport(
+        "ar", 1, (report.Difference("w", np.inf),), (report.Output("logits", np.nan),)
+    )
     values = report.Report("a", "b", 0, (nan,), ()).to_dict()
     assert not nan.outputs[0].ok and values["parts"][0]["outputs"][0]["error"] is None
     assert values["parts"][0]["differing"][0]["error"] is None
@@ -305,12 +356,17 @@ def test_equal_means_bit_by_bit(dtype):
     following = one.copy()
     following.view(f"u{one.dtype.itemsize}")[0, 0] += 1
     assert verify._same_bits(one, one.copy()) and verify._same_bits(one.T, one.T.copy())
-    assert not verify._same_bits(one, following) and not verify._same_bits(one, one.astype("float16"))
+    assert not verify._same_bits(one, following) and not verify._same_bits(
+        one, one.astype("float16")
+    )
     assert not verify._same_bits(one, -one)
 
 
 def test_relative_error():
     want = np.array([3.0, 4.0], np.float32)
     assert report.relative_error(want + np.float32(0.5), want) == pytest.approx(0.5**0.5 / 5)
-    assert report.relative_error(want[:1], want) == np.inf and report.relative_error(want, 0 * want) == np.inf
+    assert (
+        report.relative_error(want[:1], want) == np.inf
+        and report.relative_error(want, 0 * want) == np.inf
+    )
     assert report.relative_error(0 * want, 0 * want) == 0

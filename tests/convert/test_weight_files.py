@@ -46,7 +46,9 @@ def write_all(directory, library, variants=("",)):
     _, make, key = LIBRARIES[library]
     torch.manual_seed(0)
     module = make()
-    module.save_config(directory) if library == "diffusers" else module.config.save_pretrained(directory)
+    module.save_config(directory) if library == "diffusers" else module.config.save_pretrained(
+        directory
+    )
     state = {name: x.clone() for name, x in module.state_dict().items() if name != "lm_head.weight"}
     values = {}
     for number, (kind, variant) in enumerate(itertools.product(ORDER[library], variants)):
@@ -85,7 +87,9 @@ def test_the_file_that_the_library_reads_is_read(tmp_path, library, recwarn):
                 file.rename(f"{file}.hidden")
             tensors, found = read_weights(tmp_path, library)
             assert tensors[key].read()[0] == value_there(tmp_path, library), present
-            assert len(found.notes) == count - 1 and all(str(found.file) in note for note in found.notes)
+            assert len(found.notes) == count - 1 and all(
+                str(found.file) in note for note in found.notes
+            )
             for file in hidden:
                 pathlib.Path(f"{file}.hidden").rename(file)
 
@@ -102,7 +106,9 @@ def test_variants(tmp_path, library, recwarn):
         assert found.variant == variant
     notes = find_weights(tmp_path, library).notes
     assert any("--variant=bf16 reads" in note for note in notes)
-    assert any("there is no fp16 variant" in note for note in find_weights(tmp_path, library, "fp16").notes)
+    assert any(
+        "there is no fp16 variant" in note for note in find_weights(tmp_path, library, "fp16").notes
+    )
     for kind, variant in values:
         if not variant:
             (tmp_path / name_of(kind, "")).unlink()
@@ -110,7 +116,9 @@ def test_variants(tmp_path, library, recwarn):
     assert found.variant == "bf16" and "bf16 is the only one" in found.notes[0]
     assert tensors[key].read()[0] == value_there(tmp_path, library, "bf16")
     (tmp_path / name_of(ORDER[library][0], "fp16")).write_text("{}")
-    with pytest.raises(UserError, match=r"in the variants bf16, fp16 only: choose by --variant=bf16$"):
+    with pytest.raises(
+        UserError, match=r"in the variants bf16, fp16 only: choose by --variant=bf16$"
+    ):
         find_weights(tmp_path, library)
 
 
@@ -138,7 +146,9 @@ def test_the_file_that_config_json_names(tmp_path):
     """transformers reads it before all others."""
     write_all(tmp_path, "transformers")
     key = "model.norm.weight"
-    tensors = safetensors.torch.load_file(tmp_path / "model.safetensors") | {key: torch.full((8,), 9.0)}
+    tensors = safetensors.torch.load_file(tmp_path / "model.safetensors") | {
+        key: torch.full((8,), 9.0)
+    }
     safetensors.torch.save_file(tensors, tmp_path / "other.safetensors", {"format": "pt"})
     config = tmp_path / "config.json"
     values = json.loads(config.read_text())
@@ -204,11 +214,15 @@ def test_shards_that_the_index_does_not_name(tmp_path):
     published.save(tmp_path, "model.fp16-00001-of-00001", {"c": torch.ones(1)})
     tensors, found = read_weights(tmp_path)
     assert set(tensors) == {"a", "b"}
-    assert found.notes == (f"{found.file} places nothing in model-00003-of-00003.safetensors (1 in all), which is not read",)
+    assert found.notes == (
+        f"{found.file} places nothing in model-00003-of-00003.safetensors (1 in all), which is not read",
+    )
 
 
 def test_an_adapter_is_no_model(tmp_path):
     """PyTorch would read the weights of the model that it names."""
     (tmp_path / "adapter_config.json").write_text("{}")
     (tmp_path / "model.safetensors").touch()
-    refused(tmp_path, "adapter_config.json makes", "merge it first", "or delete adapter_config.json")
+    refused(
+        tmp_path, "adapter_config.json makes", "merge it first", "or delete adapter_config.json"
+    )

@@ -19,7 +19,9 @@ NAMES = ["model.norm.weight", "model.sana.module_list.0.weight", "model.sana.pro
         lambda name: f"base_model.model.{name}",
         lambda name: f"module._orig_mod.{name}",
         lambda name: f"_orig_mod.module.base_model.model.{name}",
-        lambda name: f"_fsdp_wrapped_module.{name.replace('model.', 'model._fsdp_wrapped_module.', 1)}",
+        lambda name: (
+            f"_fsdp_wrapped_module.{name.replace('model.', 'model._fsdp_wrapped_module.', 1)}"
+        ),
         lambda name: name.replace("model.sana.", "model.sana._orig_mod."),
         lambda name: name.replace("model.sana.", "model.sana.module._orig_mod."),
     ],

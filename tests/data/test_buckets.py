@@ -46,7 +46,14 @@ def write(directory, shapes):
     for i, (height, width) in enumerate(shapes):
         (directory / f"{i}.png").write_bytes(png(height, width, 40 + i))
         line = {"image": f"{i}.png", "caption": f"a {('red', 'blue')[i % 2]} cat"}
-        lines.append(line | ({"instruction": "red", "input_image": f"{(i + 5) % len(shapes)}.png"} if i % 3 == 2 else {}))
+        lines.append(
+            line
+            | (
+                {"instruction": "red", "input_image": f"{(i + 5) % len(shapes)}.png"}
+                if i % 3 == 2
+                else {}
+            )
+        )
     (directory / "captions.jsonl").write_text("\n".join(map(json.dumps, lines)))
     return directory
 
@@ -62,7 +69,8 @@ def run_config(folder, **changes):
 
 
 @pytest.mark.parametrize(
-    ("height", "width", "want"), [(20, 30, WIDE), (30, 20, HIGH), (100, 110, WIDE), (9, 8, HIGH), (1, 99, WIDE)]
+    ("height", "width", "want"),
+    [(20, 30, WIDE), (30, 20, HIGH), (100, 110, WIDE), (9, 8, HIGH), (1, 99, WIDE)],
 )
 def test_the_nearest_shape(height, width, want):
     model = dataclasses.replace(tiny.model(), buckets=(WIDE, HIGH))
@@ -71,7 +79,12 @@ def test_the_nearest_shape(height, width, want):
 
 
 @pytest.mark.parametrize(
-    ("buckets", "message"), [(((16, 22),), "both multiples of 4"), (((16,),), "must hold 2 values"), ((WIDE, WIDE), "twice")]
+    ("buckets", "message"),
+    [
+        (((16, 22),), "both multiples of 4"),
+        (((16,),), "must hold 2 values"),
+        ((WIDE, WIDE), "twice"),
+    ],
 )
 def test_sizes_that_cannot_be(buckets, message):
     with pytest.raises(ConfigError, match=message):
@@ -84,7 +97,12 @@ def test_views_are_cut_to_the_shape_and_never_stretched():
     image[:, 20:80] = np.arange(60)[None, :, None] * 4  # the part that a ratio of 3:2 keeps
     pixels, seen = images.views(image, (16, 24), 16, "shared")
     assert pixels.shape == (16, 24, 3) and seen.shape == (16, 16, 3)
-    assert pixels[:, 0].max() < 12 and pixels[:, -1].min() > 226 and seen[:, 0].max() < 14 and seen[:, -1].min() > 224
+    assert (
+        pixels[:, 0].max() < 12
+        and pixels[:, -1].min() > 226
+        and seen[:, 0].max() < 14
+        and seen[:, -1].min() > 224
+    )
     high = images.crop_and_resize(image.transpose(1, 0, 2), (24, 16))
     np.testing.assert_allclose(high.transpose(1, 0, 2).astype(int), pixels.astype(int), atol=1)
 
@@ -93,7 +111,9 @@ def test_the_shape_is_that_of_the_upright_image():
     exif = Image.Exif()
     exif[0x0112] = 6
     data = png(20, 30, exif=exif)
-    assert images.shape_of(data) == images.decode(data).shape[:2] == (30, 20) and images.shape_of(png(20, 30)) == (20, 30)
+    assert images.shape_of(data) == images.decode(data).shape[:2] == (30, 20) and images.shape_of(
+        png(20, 30)
+    ) == (20, 30)
     exif[0x0112] = 9  # which there is not
     data = png(20, 30, exif=exif)
     assert images.shape_of(data) == images.decode(data).shape[:2] == (20, 30)
@@ -106,14 +126,19 @@ def test_batches_have_one_shape_each_and_every_record_its_turn(tmp_path):
     """In the shares that the shapes have; the same on one host and on two, and after resuming."""
     cfg = run_config(write(tmp_path / "d", SHAPES), data={"batch_size": 4})
     groups = by_shape(open_mixture(cfg.data), cfg.model)
-    assert [[(source.shape, len(source), weight) for source, weight in group] for group in groups] == [
+    assert [
+        [(source.shape, len(source), weight) for source, weight in group] for group in groups
+    ] == [
         [(WIDE, 12, 0.5)],
         [(HIGH, 12, 0.5)],
     ]
     sources = [source for group in groups for source in group]
 
     def loader(rows=None):
-        transform = lambda record: {"key": np.array(record.key), "size": np.array(images.decode(record.image).shape[:2])}
+        transform = lambda record: {
+            "key": np.array(record.key),
+            "size": np.array(images.decode(record.image).shape[:2]),
+        }
         return Loader(sources, transform, dataclasses.replace(cfg.data, batch_size=4), 0, rows=rows)
 
     whole, halves = loader(), [loader([0, 1]), loader([2, 3])]
@@ -122,7 +147,10 @@ def test_batches_have_one_shape_each_and_every_record_its_turn(tmp_path):
         got = [next(half)["key"].tolist() for half in halves]
         assert batch["key"].tolist() == got[0] + got[1]
         assert len({height < width for height, width in batch["size"].tolist()}) == 1
-    assert len({batch["size"][0].tolist()[0] < batch["size"][0].tolist()[1] for batch in batches[:2]}) == 2
+    assert (
+        len({batch["size"][0].tolist()[0] < batch["size"][0].tolist()[1] for batch in batches[:2]})
+        == 2
+    )
     seen = [key for batch in batches[:6] for key in batch["key"].tolist()]
     assert sorted(seen) == sorted(f"{i}.png" for i in range(24)), "six batches are an epoch of both"
     resumed = loader()
@@ -140,7 +168,9 @@ def test_which_record_has_which_shape_is_looked_at_once(tmp_path, monkeypatch):
     first = by_shape(open_mixture(cfg.data), cfg.model)
     monkeypatch.setattr(images, "shape_of", lambda *args: pytest.fail("a header was read again"))
     again = by_shape(open_mixture(cfg.data), cfg.model)
-    assert [[len(s) for s, _ in group] for group in again] == [[len(s) for s, _ in group] for group in first]
+    assert [[len(s) for s, _ in group] for group in again] == [
+        [len(s) for s, _ in group] for group in first
+    ]
 
 
 def test_an_image_of_zero_bytes_is_of_the_first_shape(tmp_path):
@@ -184,7 +214,9 @@ def test_both_shapes_train_cache_edit_and_decode(tmp_path):
     assert np.abs(alone.images[0].astype(int) - drawn.images[1]).max() <= 1
     assert model.generate(["a red cat"], **settings).images.shape[1:3] == WIDE
     asked = pipeline.Request("edit", "red", (wide,), size=(32, 8))
-    assert model.draw([asked], **settings).images.shape[1:3] == (32, 8), "any multiple of the autoencoder's factor"
+    assert model.draw([asked], **settings).images.shape[1:3] == (32, 8), (
+        "any multiple of the autoencoder's factor"
+    )
     with pytest.raises(ConfigError, match=r"size=\(30, 8\) must be"):
         model.draw([dataclasses.replace(asked, size=(30, 8))], **settings)
     assert config.from_dict(config.to_dict(model.config)) == model.config

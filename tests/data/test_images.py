@@ -31,7 +31,10 @@ def quadrants(height: int = 32, width: int = 48) -> np.ndarray:
 def corners(image: np.ndarray) -> np.ndarray:
     """Colours well inside the four quadrants."""
     height, width = image.shape[:2]
-    return image[[height // 4, height // 4, 3 * height // 4, 3 * height // 4], [width // 4, 3 * width // 4] * 2]
+    return image[
+        [height // 4, height // 4, 3 * height // 4, 3 * height // 4],
+        [width // 4, 3 * width // 4] * 2,
+    ]
 
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP"])
@@ -56,7 +59,9 @@ def test_exif_orientation_turns_the_image_upright() -> None:
 def test_cmyk_jpeg() -> None:
     # Cyan, magenta, yellow inks: no cyan and full magenta and yellow print red.
     image = Image.new("CMYK", (32, 32), (0, 255, 255, 0))
-    np.testing.assert_allclose(decode(encode(image, "JPEG", quality=95)).reshape(-1, 3), [RED] * 1024, atol=6)
+    np.testing.assert_allclose(
+        decode(encode(image, "JPEG", quality=95)).reshape(-1, 3), [RED] * 1024, atol=6
+    )
 
 
 def test_alpha_is_laid_over_white() -> None:
@@ -79,8 +84,12 @@ def test_grey_in_8_and_16_bits_and_with_alpha() -> None:
     grey = np.array([[0, 100, 255]], np.uint8)
     expected = np.repeat(grey[..., None], 3, -1)
     np.testing.assert_array_equal(decode(encode(Image.fromarray(grey))), expected)
-    np.testing.assert_array_equal(decode(encode(Image.fromarray(grey.astype(np.uint16) * 256))), expected)
-    with_alpha = Image.merge("LA", [Image.fromarray(grey), Image.fromarray(np.array([[255, 0, 255]], np.uint8))])
+    np.testing.assert_array_equal(
+        decode(encode(Image.fromarray(grey.astype(np.uint16) * 256))), expected
+    )
+    with_alpha = Image.merge(
+        "LA", [Image.fromarray(grey), Image.fromarray(np.array([[255, 0, 255]], np.uint8))]
+    )
     np.testing.assert_array_equal(decode(encode(with_alpha)), [[(0, 0, 0), WHITE, WHITE]])
 
 
@@ -143,7 +152,9 @@ def test_reference_crop_squashes_the_tokenizer_view_only() -> None:
 def test_resizing_is_antialiased() -> None:
     stripes = np.zeros((64, 64, 3), np.uint8)
     stripes[:, ::2] = 255
-    small = crop_and_resize(stripes, 16)  # four pixels to one: without antialiasing, stripes of aliases
+    small = crop_and_resize(
+        stripes, 16
+    )  # four pixels to one: without antialiasing, stripes of aliases
     np.testing.assert_allclose(small[2:-2, 2:-2].astype(int), 127, atol=2)
 
 
@@ -161,7 +172,9 @@ def test_metadata_of_any_size_is_no_reason_to_refuse_an_image(kind: str) -> None
         for _ in range(80):  # more than Pillow takes of all texts together
             notes.add_text("Bomb", "\0" * ((1 << 20) - 1), zip=True)
     data = encode(Image.fromarray(quadrants()), kind, **options)
-    assert decode(data).shape == (48, 32, 3) == (*shape_of(data), 3), "and it is turned as its EXIF says"
+    assert decode(data).shape == (48, 32, 3) == (*shape_of(data), 3), (
+        "and it is turned as its EXIF says"
+    )
 
 
 def test_a_png_turned_by_its_xmp_stays_so() -> None:
@@ -172,39 +185,56 @@ def test_a_png_turned_by_its_xmp_stays_so() -> None:
         assert decode(encode(Image.fromarray(quadrants()), pnginfo=notes)).shape == (48, 32, 3)
 
 
-@pytest.mark.parametrize("kind", ["EPS", "PDF", "PPM", "ICO", "PCX", "TGA", "SGI", "ICNS", "JPEG2000"])
+@pytest.mark.parametrize(
+    "kind", ["EPS", "PDF", "PPM", "ICO", "PCX", "TGA", "SGI", "ICNS", "JPEG2000"]
+)
 def test_no_other_decoder_is_started(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """An EPS named .png runs Ghostscript where Pillow may choose."""
     data = encode(Image.new("RGB", (64, 64)), kind)
-    monkeypatch.setattr(Image, "open", lambda *args, **kwargs: pytest.fail("Pillow chooses the decoder"))
-    with pytest.raises(BadRecord, match=r"^the image cannot be decoded: it is no JPEG, PNG, WebP, GIF, BMP or TIFF file$"):
+    monkeypatch.setattr(
+        Image, "open", lambda *args, **kwargs: pytest.fail("Pillow chooses the decoder")
+    )
+    with pytest.raises(
+        BadRecord,
+        match=r"^the image cannot be decoded: it is no JPEG, PNG, WebP, GIF, BMP or TIFF file$",
+    ):
         decode(data)
     with pytest.raises(BadRecord, match="it is no JPEG"):
         shape_of(data)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
-def test_pixels_are_counted_before_they_are_decoded(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pixels_are_counted_before_they_are_decoded(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data = encode(Image.fromarray(quadrants(100, 120)), kind)
     assert decode(data, max_pixels=12_000).shape == (100, 120, 3)
     monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
-    with pytest.raises(BadRecord, match=r"^the image is too large: 120 x 100 pixels, more than 0\.011999 million"):
+    with pytest.raises(
+        BadRecord, match=r"^the image is too large: 120 x 100 pixels, more than 0\.011999 million"
+    ):
         decode(data, max_pixels=11_999)
 
 
 @pytest.mark.parametrize("lossless", [False, True])
-def test_a_webp_says_its_size_before_its_decoder_allocates(lossless: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_webp_says_its_size_before_its_decoder_allocates(
+    lossless: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from PIL import WebPImagePlugin
 
     monkeypatch.setattr(WebPImagePlugin.WebPImageFile, "_open", lambda self: pytest.fail("opened"))
     plain = encode(Image.new("RGB", (120, 100)), "WEBP", lossless=lossless)
-    extended = encode(Image.new("RGBA", (120, 100), (0, 0, 0, 9)), "WEBP", lossless=lossless, icc_profile=b"x")
+    extended = encode(
+        Image.new("RGBA", (120, 100), (0, 0, 0, 9)), "WEBP", lossless=lossless, icc_profile=b"x"
+    )
     for data in (plain, extended):
         with pytest.raises(BadRecord, match="120 x 100 pixels"):
             decode(data, max_pixels=11_999)
         with pytest.raises(BadRecord, match="120 x 100 pixels"):
             shape_of(data, max_pixels=11_999)
-    claim = b"RIFF\x16\0\0\0WEBPVP8X" + bytes([10, 0, 0, 0, 0, 0, 0, 0, *(16382).to_bytes(3, "little") * 2])
+    claim = b"RIFF\x16\0\0\0WEBPVP8X" + bytes(
+        [10, 0, 0, 0, 0, 0, 0, 0, *(16382).to_bytes(3, "little") * 2]
+    )
     with pytest.raises(BadRecord, match="16383 x 16383 pixels"):
         shape_of(claim)
 
@@ -213,7 +243,14 @@ def test_a_file_that_a_user_names_is_one_picture_or_one_line(tmp_path, recwarn) 
     path = tmp_path / "photo"
     path.write_bytes(encode(Image.fromarray(quadrants())))
     np.testing.assert_array_equal(load(path), quadrants())
-    path.write_bytes(encode(Image.fromarray(quadrants()), "MPO", save_all=True, append_images=[Image.new("RGB", (8, 8))]))
+    path.write_bytes(
+        encode(
+            Image.fromarray(quadrants()),
+            "MPO",
+            save_all=True,
+            append_images=[Image.new("RGB", (8, 8))],
+        )
+    )
     assert load(path).shape == quadrants().shape, "a JPEG with a preview after it"
     frames = [Image.new("RGB", (16, 16), colour) for colour in (RED, BLUE)]
     whole = encode(Image.fromarray(quadrants()), "JPEG")
@@ -238,7 +275,11 @@ def test_a_file_that_a_user_names_is_one_picture_or_one_line(tmp_path, recwarn) 
         path.write_bytes(data)
         with pytest.raises(UserError) as error:
             load(path)
-        assert str(error.value).startswith(f"{path}: ") and line in str(error.value) and "\n" not in str(error.value)
+        assert (
+            str(error.value).startswith(f"{path}: ")
+            and line in str(error.value)
+            and "\n" not in str(error.value)
+        )
     animation = encode(frames[0], "GIF", save_all=True, append_images=frames[1:])
     path.write_bytes(animation[: len(animation) * 6 // 10])  # within the header of the second
     with pytest.raises(UserError, match=r"photo: the image cannot be decoded: .+"):

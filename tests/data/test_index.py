@@ -65,7 +65,9 @@ def parquet(path: pathlib.Path, value: int = 0) -> pathlib.Path:
     path.mkdir()
     images = [picture(40 + i + value) for i in range(3)]
     table = pa.table({"image": images, "caption": [f"caption {i}" for i in range(3)]})
-    pq.write_table(table, path / "a.parquet", row_group_size=2, compression="none", use_dictionary=False)
+    pq.write_table(
+        table, path / "a.parquet", row_group_size=2, compression="none", use_dictionary=False
+    )
     return path
 
 
@@ -80,7 +82,9 @@ def array_record(path: pathlib.Path, value: int = 0) -> pathlib.Path:
                 "image": tfds.features.Image(shape=(None, None, 3)),
                 "caption": tfds.features.Text(),
             }
-            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+            return tfds.core.DatasetInfo(
+                builder=self, features=tfds.features.FeaturesDict(features)
+            )
 
         def _split_generators(self, dl_manager: object) -> dict:
             return {"train": self._generate_examples()}
@@ -106,9 +110,13 @@ def files(path: pathlib.Path) -> list[pathlib.Path]:
 
 
 @pytest.mark.parametrize("write", FORMATS)
-def test_a_copy_is_the_same_data_with_its_index_or_without(tmp_path: pathlib.Path, write, monkeypatch) -> None:
+def test_a_copy_is_the_same_data_with_its_index_or_without(
+    tmp_path: pathlib.Path, write, monkeypatch
+) -> None:
     source = opened(write(tmp_path / "a"))
-    shutil.copytree(tmp_path / "a", tmp_path / "bare", ignore=shutil.ignore_patterns(index.DIRECTORY))
+    shutil.copytree(
+        tmp_path / "a", tmp_path / "bare", ignore=shutil.ignore_patterns(index.DIRECTORY)
+    )
     shutil.copytree(tmp_path / "a", tmp_path / "whole")
     monkeypatch.setattr(index, "SMALL", 0)
     for copy in ("bare", "whole"):
@@ -131,13 +139,19 @@ def test_equal_names_sizes_and_times_are_not_the_same_data(tmp_path: pathlib.Pat
         for file in files(path):
             os.utime(file, TIME)
         both.append(path)
-    shards = [[(p.name, p.stat().st_size) for p in files(path) if p.suffix != ".json"] for path in both]
+    shards = [
+        [(p.name, p.stat().st_size) for p in files(path) if p.suffix != ".json"] for path in both
+    ]
     assert shards[0] == shards[1], "the test is about such sets"
     first, second = map(opened, both)
     assert first.fingerprint != second.fingerprint
     assert encoded.directory_name(first, {}) != encoded.directory_name(second, {})
-    with pytest.raises(UserError, match=r"b: its content is another \(.*/a then\), 3 records then, 3 now"):
-        Loader([(second, 1.0)], dict, DataConfig(), 0).restore(Loader([(first, 1.0)], dict, DataConfig(), 0).state())
+    with pytest.raises(
+        UserError, match=r"b: its content is another \(.*/a then\), 3 records then, 3 now"
+    ):
+        Loader([(second, 1.0)], dict, DataConfig(), 0).restore(
+            Loader([(first, 1.0)], dict, DataConfig(), 0).state()
+        )
 
 
 def replace(path: pathlib.Path, old: bytes, new: bytes) -> None:
@@ -150,7 +164,9 @@ def replace(path: pathlib.Path, old: bytes, new: bytes) -> None:
 
 
 @pytest.mark.parametrize("write", [tar, parquet, folder])
-def test_a_record_that_changed_is_bad_until_the_set_is_indexed_anew(tmp_path: pathlib.Path, write, capsys, monkeypatch) -> None:
+def test_a_record_that_changed_is_bad_until_the_set_is_indexed_anew(
+    tmp_path: pathlib.Path, write, capsys, monkeypatch
+) -> None:
     monkeypatch.setattr(index, "SMALL", 0)
     path = write(tmp_path / "a")
     before = opened(path)
@@ -169,7 +185,10 @@ def test_a_record_that_changed_is_bad_until_the_set_is_indexed_anew(tmp_path: pa
     assert cli.main(["data", "index", str(path)]) == 0
     after = opened(path)
     assert f"3 records, digest {after.fingerprint}" in capsys.readouterr().out
-    assert after.fingerprint != before.fingerprint and after[1].caption == f"caption {1 if write is folder else 7}"
+    assert (
+        after.fingerprint != before.fingerprint
+        and after[1].caption == f"caption {1 if write is folder else 7}"
+    )
 
 
 def test_a_change_of_size_or_of_captions_is_seen_at_opening(tmp_path: pathlib.Path, capsys) -> None:
@@ -177,7 +196,10 @@ def test_a_change_of_size_or_of_captions_is_seen_at_opening(tmp_path: pathlib.Pa
     first = opened(path).fingerprint
     replace(path, b"caption 1", b"caption 7")  # of a small shard the time of change tells it
     second = opened(path).fingerprint
-    assert f"{path}: indexed anew: {path}/0.tar changed without another size" in capsys.readouterr().err
+    assert (
+        f"{path}: indexed anew: {path}/0.tar changed without another size"
+        in capsys.readouterr().err
+    )
     write_tar(path / "0.tar", ("x.png", bytes(10**5)), ("x.txt", b"x"))
     assert len({first, second, opened(path).fingerprint}) == 3
     assert f"{path}: indexing anew: {path}/0.tar: its size was" in capsys.readouterr().err
@@ -193,13 +215,17 @@ def test_a_change_of_size_or_of_captions_is_seen_at_opening(tmp_path: pathlib.Pa
     with pytest.raises(BadRecord, match=r"1.png: the image cannot be read: No such file"):
         lacking[1]
     (path / "1.png").write_bytes(picture(41))
-    with pytest.raises(BadRecord, match=r"1.png: it could not be read when the set was indexed, now it can"):
+    with pytest.raises(
+        BadRecord, match=r"1.png: it could not be read when the set was indexed, now it can"
+    ):
         lacking[1]
     assert opened(path)[1].caption == "caption 7" and len(seen) == 3
     assert opened(path, anew=index.ALL).fingerprint not in (first, lacking.fingerprint)
 
 
-def test_shapes_and_buckets_are_told_apart_by_content(tmp_path: pathlib.Path, cache: pathlib.Path) -> None:
+def test_shapes_and_buckets_are_told_apart_by_content(
+    tmp_path: pathlib.Path, cache: pathlib.Path
+) -> None:
     """One set is wide where the other is high: the file of shapes of the first is none for the
     second."""
     config = tiny.run_config(model={"buckets": (WIDE, HIGH)})
@@ -233,7 +259,10 @@ def test_an_index_that_is_damaged_anywhere_is_made_anew(tmp_path: pathlib.Path, 
     for cut in (0, 10, len(whole) - 1):
         file.write_bytes(whole[:cut])
         assert opened(path).fingerprint == digest
-        assert f"{file}: the index cannot be used" in capsys.readouterr().err and file.read_bytes() == whole
+        assert (
+            f"{file}: the index cannot be used" in capsys.readouterr().err
+            and file.read_bytes() == whole
+        )
     # Whole, but of other data: a shard copied over, or somebody's idea of a joke.
     header, arrays = unpack(file)
     for name, value in (("offsets", 2**62), ("sizes", 2**62)):
@@ -254,7 +283,9 @@ def test_an_index_that_is_damaged_anywhere_is_made_anew(tmp_path: pathlib.Path, 
 
 
 @pytest.mark.parametrize("write", [folder, parquet, array_record])
-def test_trouble_of_the_machine_while_indexing_is_not_kept_as_damage(tmp_path: pathlib.Path, write, monkeypatch) -> None:
+def test_trouble_of_the_machine_while_indexing_is_not_kept_as_damage(
+    tmp_path: pathlib.Path, write, monkeypatch
+) -> None:
     path = write(tmp_path / "a")
     fails(monkeypatch, write)
     with pytest.raises(UserError, match=r"cannot be read: .*Input/output error"):
@@ -287,7 +318,9 @@ def fails(monkeypatch: pytest.MonkeyPatch, write) -> None:
         monkeypatch.setattr(array_record_module, "ArrayRecordReader", Reader)
 
 
-def test_trouble_of_the_machine_ends_the_sorting_by_shape(tmp_path: pathlib.Path, monkeypatch) -> None:
+def test_trouble_of_the_machine_ends_the_sorting_by_shape(
+    tmp_path: pathlib.Path, monkeypatch
+) -> None:
     source = opened(folder(tmp_path / "a"))
     model = dataclasses.replace(tiny.model(), buckets=(WIDE, HIGH))
     read = pathlib.Path.read_bytes
@@ -302,14 +335,20 @@ def test_trouble_of_the_machine_ends_the_sorting_by_shape(tmp_path: pathlib.Path
         by_shape([(source, 1.0)], model)
 
 
-def test_an_index_that_changes_in_use_ends_the_run_and_skips_no_record(tmp_path: pathlib.Path) -> None:
+def test_an_index_that_changes_in_use_ends_the_run_and_skips_no_record(
+    tmp_path: pathlib.Path,
+) -> None:
     source = opened(tar(tmp_path / "a"))
     next((tmp_path / "a").rglob("*.index")).unlink()
-    with pytest.raises(ConfigError, match=r"the index changed while in use .*: start the command again"):
+    with pytest.raises(
+        ConfigError, match=r"the index changed while in use .*: start the command again"
+    ):
         read_record(source, 0, lambda record: record)
 
 
-def test_a_directory_that_cannot_be_written_to_has_its_index_in_the_users_cache(tmp_path: pathlib.Path, cache) -> None:
+def test_a_directory_that_cannot_be_written_to_has_its_index_in_the_users_cache(
+    tmp_path: pathlib.Path, cache
+) -> None:
     path = tar(tmp_path / "a")
     (path / index.DIRECTORY).write_text("no directory")
     digest = opened(path).fingerprint
@@ -394,7 +433,9 @@ def test_paths_stay_inside_the_set(tmp_path: pathlib.Path) -> None:
     source = opened(path)
     assert [source[n].image for n in range(2)] == [picture(40)] * 2
     for n in range(2, 5):
-        with pytest.raises(BadRecord, match=r"leads out of the data set, to .*secret.png: set data.images") as caught:
+        with pytest.raises(
+            BadRecord, match=r"leads out of the data set, to .*secret.png: set data.images"
+        ) as caught:
             source[n]
         assert caught.value.key == names[n]
     for n in range(5, 8):
@@ -402,8 +443,12 @@ def test_paths_stay_inside_the_set(tmp_path: pathlib.Path) -> None:
             source[n]
     elsewhere = sources.open_source(SourceConfig(str(path), images=str(tmp_path)))
     images = [elsewhere[n].image for n in (0, 2, 3, 4)]
-    assert images == [picture(40), *[png(20, 30)] * 3], "paths may lead into data.images, and are looked for there first"
+    assert images == [picture(40), *[png(20, 30)] * 3], (
+        "paths may lead into data.images, and are looked for there first"
+    )
     (tmp_path / "in.png").write_bytes(png(20, 30, 7))
-    assert sources.open_source(SourceConfig(str(path), images=str(tmp_path)))[0].image == png(20, 30, 7)
+    assert sources.open_source(SourceConfig(str(path), images=str(tmp_path)))[0].image == png(
+        20, 30, 7
+    )
     with pytest.raises(UserError, match=r"data.images=nowhere is not a directory"):
         sources.open_source(SourceConfig(str(path), images="nowhere"))

@@ -40,13 +40,21 @@ class Numbers(Source):
 
 def to_row(record: Record) -> dict[str, np.ndarray]:
     if (record.shard, record.key) == ("c.tar", "k3"):
-        raise BadRecord("", "", "the image has zero bytes")  # as images.decode does: it knows neither shard nor key
+        raise BadRecord(
+            "", "", "the image has zero bytes"
+        )  # as images.decode does: it knows neither shard nor key
     if (record.shard, record.key) == ("c.tar", "k6"):
         raise RowTooLong(record.key, 9, 8)
-    return {"number": np.int64(record.caption), "shard": np.int64(ord(record.shard[0])), "pid": np.int64(os.getpid())}
+    return {
+        "number": np.int64(record.caption),
+        "shard": np.int64(ord(record.shard[0])),
+        "pid": np.int64(os.getpid()),
+    }
 
 
-def make(sources=None, *, seed=7, hosts=(0, 1), rows=None, transform=to_row, join=None, **data) -> Loader:
+def make(
+    sources=None, *, seed=7, hosts=(0, 1), rows=None, transform=to_row, join=None, **data
+) -> Loader:
     data = {"batch_size": 8, "workers": 0, "max_bad_share": 1.0} | data
     sources = [(Numbers("a", 50), 3.0), (Numbers("b", 30), 1.0)] if sources is None else sources
     settings = DataConfig(**data)
@@ -63,7 +71,9 @@ def take(loader: Loader, steps: int) -> list[tuple[int, int]]:
 def test_order_is_that_of_the_seed_on_any_number_of_hosts_and_workers_and_after_resuming() -> None:
     whole = make()
     expected = take(whole, 6)
-    hosts = [make(hosts=(h, 2), workers=2 * h) for h in range(2)]  # the second host has worker processes
+    hosts = [
+        make(hosts=(h, 2), workers=2 * h) for h in range(2)
+    ]  # the second host has worker processes
     halves = [[take(host, 1) for _ in range(3)] for host in hosts]
     assert [example for k in range(3) for half in halves for example in half[k]] == expected[:24]
     pids = {int(pid) for pid in next(hosts[1])["pid"]}
@@ -89,7 +99,10 @@ def test_an_epoch_repeats_nothing_and_the_next_one_has_another_order() -> None:
     assert numbers[:40] != numbers[40:]
     assert numbers[:40] != list(range(40))
     assert numbers != [n for _, n in take(make([(Numbers("a", 40), 1.0)], seed=8), 10)]
-    assert [n for _, n in take(make([(Numbers("a", 12), 1.0)], shuffle=False), 2)] == [*range(12), *range(4)]
+    assert [n for _, n in take(make([(Numbers("a", 12), 1.0)], shuffle=False), 2)] == [
+        *range(12),
+        *range(4),
+    ]
 
 
 def test_weights_are_honoured() -> None:
@@ -102,19 +115,29 @@ def test_restore_refuses_another_mixture_and_says_what_changed() -> None:
     state = make().state()
     a, b = (Numbers("a", 50), 3.0), (Numbers("b", 30), 1.0)
     for sources, change in (
-        ([(Numbers("a", 51), 3.0), b], "source a: its content is another, 50 records then, 51 now: resuming"),
-        ([(Numbers("a2", 50), 3.0), b], "source a2: its content is another (a then), 50 records then, 50 now: resuming"),
+        (
+            [(Numbers("a", 51), 3.0), b],
+            "source a: its content is another, 50 records then, 51 now: resuming",
+        ),
+        (
+            [(Numbers("a2", 50), 3.0), b],
+            "source a2: its content is another (a then), 50 records then, 50 now: resuming",
+        ),
         ([(Numbers("a", 50), 2.0), b], "source a: its weight was 3.0, now it is 2.0: resuming"),
         ([b, a], "the sources are in another order (a, b became b, a): resuming"),
         ([a], "there were 2 sources, now there are 1: resuming"),
     ):
-        with pytest.raises(UserError, match=re.escape(f"the data changed since the checkpoint: {change}")):
+        with pytest.raises(
+            UserError, match=re.escape(f"the data changed since the checkpoint: {change}")
+        ):
             make(sources).restore(state)
     with pytest.raises(UserError, match=r"checkpoint: seed was 7, now it is 8; source b"):
         make([a, (Numbers("b", 9), 1.0)], seed=8).restore(state)
 
 
-def test_bad_records_are_filled_by_the_next_readable_counted_and_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_bad_records_are_filled_by_the_next_readable_counted_and_logged_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     with caplog.at_level(logging.WARNING):
         loader = make([(Numbers("a", 8, bad=(2, 3, 7)), 1.0)], shuffle=False)
         first, second = next(loader), next(loader)
@@ -135,9 +158,14 @@ def test_too_many_bad_records_stop_the_run() -> None:
     few = make([(Numbers("a", 10_000, bad=(5,)), 1.0)], shuffle=False, max_bad_share=0.01)
     for _ in range(20):
         next(few)
-    many = make([(Numbers("a", 10_000, bad=tuple(range(0, 10_000, 40))), 1.0)], shuffle=False, max_bad_share=0.01)
+    many = make(
+        [(Numbers("a", 10_000, bad=tuple(range(0, 10_000, 40))), 1.0)],
+        shuffle=False,
+        max_bad_share=0.01,
+    )
     with pytest.raises(
-        BadRecordLimit, match=r"\(2\.\d%\) cannot be read, .*max_bad_share=1\.0%, the last a\.tar: k\d+: broken"
+        BadRecordLimit,
+        match=r"\(2\.\d%\) cannot be read, .*max_bad_share=1\.0%, the last a\.tar: k\d+: broken",
     ):
         for _ in range(200):
             next(many)
@@ -157,7 +185,9 @@ def test_too_many_bad_records_stop_the_run() -> None:
 
 
 def test_a_source_with_nothing_readable_stops_at_once() -> None:
-    with pytest.raises(BadRecordLimit, match=r"b: 5 records in a row cannot be used, the last b.tar: k"):
+    with pytest.raises(
+        BadRecordLimit, match=r"b: 5 records in a row cannot be used, the last b.tar: k"
+    ):
         next(make([(Numbers("a", 50), 1.0), (Numbers("b", 5, bad=tuple(range(5))), 1.0)]))
 
 
@@ -170,7 +200,9 @@ def too_long_at(record: Record) -> dict[str, np.ndarray]:
 
 def test_a_row_that_is_too_long_is_skipped_and_counted_and_never_ends_the_run(caplog) -> None:
     """A quarter of the records, where none may be bad. The count goes on after a resume."""
-    loader = make([(Numbers("a", 400), 1.0)], transform=too_long_at, shuffle=False, max_bad_share=0.0)
+    loader = make(
+        [(Numbers("a", 400), 1.0)], transform=too_long_at, shuffle=False, max_bad_share=0.0
+    )
     first = next(loader)
     assert first["number"].tolist() == [0, 2, 2, 3, 4, 6, 6, 7] and not first["bad_records"].any()
     assert caplog.messages[0] == "skipped a.tar: k1: needs 1 tokens, a row has 0"
@@ -178,8 +210,12 @@ def test_a_row_that_is_too_long_is_skipped_and_counted_and_never_ends_the_run(ca
     for _ in range(20):
         next(loader)
     loader.close()
-    assert sum("skipped a.tar: k" in message for message in caplog.messages) == loading.LOGGED_TOO_LONG
-    assert sum("are longer than a row and were skipped" in message for message in caplog.messages) == 1
+    assert (
+        sum("skipped a.tar: k" in message for message in caplog.messages) == loading.LOGGED_TOO_LONG
+    )
+    assert (
+        sum("are longer than a row and were skipped" in message for message in caplog.messages) == 1
+    )
     again = make([(Numbers("a", 400), 1.0)], transform=too_long_at, shuffle=False)
     again.restore(loader.state())
     next(again)
@@ -187,9 +223,14 @@ def test_a_row_that_is_too_long_is_skipped_and_counted_and_never_ends_the_run(ca
 
 
 def test_a_row_that_is_too_long_ends_the_run_where_that_is_asked_for() -> None:
-    with pytest.raises(UserError, match=r"^c\.tar: k6: needs 9 tokens, a row has 8: .*data\.too_long"):
+    with pytest.raises(
+        UserError, match=r"^c\.tar: k6: needs 9 tokens, a row has 8: .*data\.too_long"
+    ):
         next(make([(Numbers("c", 8), 1.0)], shuffle=False, too_long="error"))
-    with pytest.raises(BadRecordLimit, match=r"8 records in a row cannot be used, .*needs 0 tokens.*; raise data.max_length"):
+    with pytest.raises(
+        BadRecordLimit,
+        match=r"8 records in a row cannot be used, .*needs 0 tokens.*; raise data.max_length",
+    ):
         next(make([(Numbers("a", 8), 1.0)], shuffle=False, transform=never_fits))
 
 
@@ -200,7 +241,12 @@ def never_fits(record: Record) -> dict[str, np.ndarray]:
 def joined(rows, records):
     lengths = [int(row["number"]) % 10 for row in rows]
     if sum(lengths) > 9:
-        raise RowTooLong("+".join(record.key for record in records), sum(lengths), 9, which=int(np.argmax(lengths)))
+        raise RowTooLong(
+            "+".join(record.key for record in records),
+            sum(lengths),
+            9,
+            which=int(np.argmax(lengths)),
+        )
     return {"number": np.stack([row["number"] for row in rows])}
 
 
@@ -210,7 +256,9 @@ def test_of_examples_that_do_not_fit_in_one_row_the_longest_gives_way(caplog) ->
     assert batch["number"].tolist() == [[0, 1], [2, 3], [4, 5], [6, 10]]  # 7, 8 and 9 are too long
     assert batch["bad_records"].shape == (4, 2) and not batch["bad_records"].any()
     assert "skipped a.tar: k7: shares a row that needs 13 tokens, a row has 9" in caplog.messages
-    with pytest.raises(UserError, match=r"a\.tar: k7: shares a row that needs 13 tokens, a row has 9: shorten"):
+    with pytest.raises(
+        UserError, match=r"a\.tar: k7: shares a row that needs 13 tokens, a row has 9: shorten"
+    ):
         next(make([(Numbers("a", 20), 1.0)], too_long="error", **settings))
 
 
@@ -252,24 +300,43 @@ def test_whatever_one_record_raises_is_skipped_with_its_place(caplog) -> None:
     loader.close()
     said = "\n".join(caplog.messages)
     said.encode()
-    for part in ("set: 0: UnicodeEncodeError at test_loader.py:", "set: 1: RecursionError", "set: 3: MemoryError at"):
+    for part in (
+        "set: 0: UnicodeEncodeError at test_loader.py:",
+        "set: 1: RecursionError",
+        "set: 3: MemoryError at",
+    ):
         assert part in said
-    assert f"skipped 1.tar: \\udc80k5\\x00: KeyError at test_loader.py:{number.__code__.co_firstlineno + 2}: 'pixels'" in said
+    assert (
+        f"skipped 1.tar: \\udc80k5\\x00: KeyError at test_loader.py:{number.__code__.co_firstlineno + 2}: 'pixels'"
+        in said
+    )
     counts = loader.state()["skipped"]
-    assert counts["MemoryError"] == 4 and counts["KeyError"] == 1 and sum(counts.values()) == 4 + 3 + 2 + 1 + 1
+    assert (
+        counts["MemoryError"] == 4
+        and counts["KeyError"] == 1
+        and sum(counts.values()) == 4 + 3 + 2 + 1 + 1
+    )
 
 
 def test_what_is_no_fault_of_a_record_ends_the_run() -> None:
-    for error in (ConfigError("model.template.generate has no place for the text"), KeyboardInterrupt()):
+    for error in (
+        ConfigError("model.template.generate has no place for the text"),
+        KeyboardInterrupt(),
+    ):
         with pytest.raises(type(error)):
-            reader._Search(reader.Reader((), to_row, None, "skip"), Raising(3, {0: error}), 0).next()
+            reader._Search(
+                reader.Reader((), to_row, None, "skip"), Raising(3, {0: error}), 0
+            ).next()
 
 
 def test_a_transform_that_fails_on_all_records_ends_the_run_with_its_place() -> None:
     def broken(record: Record) -> dict[str, np.ndarray]:
         return {"number": record.no_such_field}
 
-    with pytest.raises(BadRecordLimit, match=r"128 records in a row .* AttributeError at test_loader\.py:\d+: 'Record' object"):
+    with pytest.raises(
+        BadRecordLimit,
+        match=r"128 records in a row .* AttributeError at test_loader\.py:\d+: 'Record' object",
+    ):
         next(make([(Numbers("a", 10_000), 1.0)], transform=broken))
 
 
@@ -287,8 +354,18 @@ def test_the_search_comes_to_no_record_twice() -> None:
 
 
 def test_a_shard_of_which_nothing_can_be_read_is_named_at_once(caplog) -> None:
-    source = Raising(64, {index: BadRecord("1.tar", str(index), f"cannot be read: {index}") for index in range(1, 64, 2)})
-    loader = make([(source, 1.0)], shuffle=False, transform=lambda record: {"number": np.int64(record.caption)})
+    source = Raising(
+        64,
+        {
+            index: BadRecord("1.tar", str(index), f"cannot be read: {index}")
+            for index in range(1, 64, 2)
+        },
+    )
+    loader = make(
+        [(source, 1.0)],
+        shuffle=False,
+        transform=lambda record: {"number": np.int64(record.caption)},
+    )
     next(loader)
     said = "each of the first 8 records read of 1.tar was skipped: cannot be read: 15: look at that file"
     assert said not in caplog.messages
@@ -313,7 +390,11 @@ class Hosted(jax.sharding.Sharding):
         self.sharding, self.mine = sharding, mine
 
     def addressable_devices_indices_map(self, shape: tuple[int, ...]) -> dict:
-        return {d: span for d, span in self.sharding.devices_indices_map(shape).items() if d in self.mine}
+        return {
+            d: span
+            for d, span in self.sharding.devices_indices_map(shape).items()
+            if d in self.mine
+        }
 
 
 def test_hosts_read_the_rows_of_their_devices_wherever_the_mesh_has_these() -> None:
@@ -330,9 +411,13 @@ def test_hosts_read_the_rows_of_their_devices_wherever_the_mesh_has_these() -> N
         for mine, rows in zip((devices[:4], devices[4:]), want, strict=True):
             assert host_rows(Hosted(sharding, mine), 8) == rows
             loader = make(rows=rows)
-            assert take(loader, 2) == [expected[batch * 8 + row] for batch in range(2) for row in rows]
+            assert take(loader, 2) == [
+                expected[batch * 8 + row] for batch in range(2) for row in rows
+            ]
             loader.close()
-        whole = global_batch({"x": np.arange(16).reshape(8, 2)}, sharding, host_rows(sharding, 8), 8)["x"]
+        whole = global_batch(
+            {"x": np.arange(16).reshape(8, 2)}, sharding, host_rows(sharding, 8), 8
+        )["x"]
         np.testing.assert_array_equal(whole, np.arange(16).reshape(8, 2))
 
 

@@ -24,8 +24,15 @@ def test_prompts_of_the_shapes_data_set(tmp_path):
 
 
 def test_prompts_of_geneval(tmp_path):
-    line = {"tag": "counting", "include": [{"class": "clock", "count": 2}], "exclude": [], "prompt": "a photo of two clocks"}
-    assert read_prompts(write(tmp_path, json.dumps(line))) == [Prompt("a photo of two clocks", line, "counting")]
+    line = {
+        "tag": "counting",
+        "include": [{"class": "clock", "count": 2}],
+        "exclude": [],
+        "prompt": "a photo of two clocks",
+    }
+    assert read_prompts(write(tmp_path, json.dumps(line))) == [
+        Prompt("a photo of two clocks", line, "counting")
+    ]
 
 
 def test_plain_text(tmp_path):
@@ -39,11 +46,19 @@ def test_a_mark_of_byte_order_does_not_make_json_plain_text(tmp_path):
 
 
 def test_separators_of_lines_within_a_text_do_not_end_it(tmp_path):
-    assert read_prompts(write(tmp_path, '{"prompt": "a\u2028b"}\n{"prompt": "c\x85d"}'))[1].text == "c\x85d"
+    assert (
+        read_prompts(write(tmp_path, '{"prompt": "a\u2028b"}\n{"prompt": "c\x85d"}'))[1].text
+        == "c\x85d"
+    )
 
 
 def test_a_prompt_need_not_have_a_category(tmp_path):
-    assert read_prompts(write(tmp_path, '{"caption": "a"}\n{"prompt": "b", "caption": "a", "tag": null}'))[1].text == "b"
+    assert (
+        read_prompts(
+            write(tmp_path, '{"caption": "a"}\n{"prompt": "b", "caption": "a", "tag": null}')
+        )[1].text
+        == "b"
+    )
     assert [prompt.category for prompt in read_prompts(tmp_path / "prompts.jsonl")] == ["", ""]
 
 
@@ -57,8 +72,14 @@ def test_a_prompt_need_not_have_a_category(tmp_path):
         ("a cat".encode("utf-16"), "is UTF-16 text: save it as UTF-8"),
         (b'{"prompt": "a"}\n\0', "prompts.jsonl:2 holds a NUL byte"),
         ('{"prompt": "a"} {"prompt": "b"}', "prompts.jsonl:1 is no JSON: extra data in column 16"),
-        ('{"prompt": "\\ud83c"}', "prompts.jsonl:1 has half a character in its text: '\\ud83c' at 0"),
-        ('{"prompt": "a", "n": ' + "1" * 5000 + "}", "prompts.jsonl:1 is no JSON: Exceeds the limit"),
+        (
+            '{"prompt": "\\ud83c"}',
+            "prompts.jsonl:1 has half a character in its text: '\\ud83c' at 0",
+        ),
+        (
+            '{"prompt": "a", "n": ' + "1" * 5000 + "}",
+            "prompts.jsonl:1 is no JSON: Exceeds the limit",
+        ),
         ('{"prompt": ' + "[" * 100_000, "prompts.jsonl:1 is no JSON"),
         ("[]", "holds no prompt"),
         ('["a",\n "b"', 'prompts.jsonl:2 is no JSON: expected "," or "]"'),
@@ -68,7 +89,10 @@ def test_a_prompt_need_not_have_a_category(tmp_path):
         ("a red cat", "prompts.jsonl:1 is no JSON: Expecting value"),
         ('{"prompt": "a"}\n\n{"prompt": ', "prompts.jsonl:3 is no JSON: Expecting value"),
         ('{"prompt": "a"}\na dog', "prompts.jsonl:2 is no JSON"),
-        ('{"prompt": "a"}\n{"text": "a"}', 'prompts.jsonl:2 has no text under "prompt" or "caption"'),
+        (
+            '{"prompt": "a"}\n{"text": "a"}',
+            'prompts.jsonl:2 has no text under "prompt" or "caption"',
+        ),
         ('{"prompt": "a"}\n["a"]', "prompts.jsonl:2 has no text"),
         ('{"prompt": " "}', "prompts.jsonl:1 has no text"),
         ('{"prompt": 3}', "prompts.jsonl:1 has no text"),
@@ -83,14 +107,21 @@ def test_mistakes_are_told_with_their_place(tmp_path, text, message):
 @pytest.mark.parametrize("name", ["prompts.json", "prompts.jsonl", "prompts.txt", "prompts"])
 @pytest.mark.parametrize("indent", [None, 1])
 def test_an_array_of_strings_or_objects(tmp_path, name, indent):
-    path = write(tmp_path, json.dumps([{"prompt": "a cat", "tag": "one"}, {"caption": "a\nb"}], indent=indent), name)
+    path = write(
+        tmp_path,
+        json.dumps([{"prompt": "a cat", "tag": "one"}, {"caption": "a\nb"}], indent=indent),
+        name,
+    )
     assert [(p.text, p.category) for p in read_prompts(path)] == [("a cat", "one"), ("a\nb", "")]
     path = write(tmp_path, json.dumps(["a cat", "a dog"], indent=indent), name)
     assert read_prompts(path) == [Prompt("a cat"), Prompt("a dog")]
 
 
 def test_json_lines_of_strings(tmp_path):
-    assert read_prompts(write(tmp_path, '"a cat"\r\n\r\n"say \\"hi\\""\r\n')) == [Prompt("a cat"), Prompt('say "hi"')]
+    assert read_prompts(write(tmp_path, '"a cat"\r\n\r\n"say \\"hi\\""\r\n')) == [
+        Prompt("a cat"),
+        Prompt('say "hi"'),
+    ]
 
 
 TSV = 'Prompt\tCategory\tChallenge\tNote\na red cat\tAnimals\tBasic\t\n"G O" in paint\tSigns\tBasic\tof "x"\n'
@@ -101,7 +132,9 @@ def test_a_table_with_tabs_as_partiprompts(tmp_path, name):
     """Its quotes are text."""
     cat, paint = read_prompts(write(tmp_path, "\ufeff" + TSV.replace("\n", "\r\n"), name))
     assert cat == Prompt(
-        "a red cat", {"Prompt": "a red cat", "Category": "Animals", "Challenge": "Basic", "Note": ""}, "Animals"
+        "a red cat",
+        {"Prompt": "a red cat", "Category": "Animals", "Challenge": "Basic", "Note": ""},
+        "Animals",
     )
     assert (paint.text, paint.metadata["Note"]) == ('"G O" in paint', 'of "x"')
 
@@ -117,7 +150,11 @@ def test_a_table_with_commas(tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("p.csv", "a red cat\na dog\n", "p.csv:1 names no column prompt or caption; it has 'a red cat'"),
+        (
+            "p.csv",
+            "a red cat\na dog\n",
+            "p.csv:1 names no column prompt or caption; it has 'a red cat'",
+        ),
         ("p.csv", "prompt,Prompt\na,b\n", "p.csv:1 names a column twice"),
         ("p.csv", "prompt,tag\na\n", "p.csv:2 has 1 columns, the first line 2"),
         ("p.csv", "prompt,tag\na,b,c\n", "p.csv:2 has 3 columns, the first line 2"),
@@ -127,7 +164,11 @@ def test_a_table_with_commas(tmp_path):
         ("p.csv", "prompt\n" + "a" * 200_000, "p.csv:2 is no CSV: field larger than field limit"),
         ("p.csv", "prompt,tag\n", "holds no prompt"),
         ("p.tsv", "Prompt\tNote\na cat\n", "p.tsv:2 has 1 columns, the first line 2"),
-        ("p.txt", "prompt, a red cat\na dog\n", "the first line 2; the first line was read as names"),
+        (
+            "p.txt",
+            "prompt, a red cat\na dog\n",
+            "the first line 2; the first line was read as names",
+        ),
         ("p.txt", "prompt, a red cat\n", "holds no prompt below its names of columns; the first"),
         ("p.txt", '{"prompt": "a"}\na dog\n', "p.txt:2 is no JSON: Expecting value"),
         ("p.txt", '{"prompt": \n', "p.txt:1 is no JSON"),
@@ -142,11 +183,20 @@ def test_what_is_broken_is_never_taken_for_text(tmp_path, name, text, message):
 
 
 def test_a_text_may_begin_as_json_does(tmp_path):
-    lines = ["{curly} braces on a sign", "[1girl], a portrait", "{", '"OPEN" on a door', "a, b", "prompt"]
+    lines = [
+        "{curly} braces on a sign",
+        "[1girl], a portrait",
+        "{",
+        '"OPEN" on a door',
+        "a, b",
+        "prompt",
+    ]
     for first in range(len(lines)):
         if lines[first] != "{":  # which opens an object
             text = "\n".join(lines[first:] + lines[:first])
-            assert [prompt.text for prompt in read_prompts(write(tmp_path, text, "prompts.txt"))] == text.split("\n")
+            assert [
+                prompt.text for prompt in read_prompts(write(tmp_path, text, "prompts.txt"))
+            ] == text.split("\n")
 
 
 def test_a_file_that_is_not_there(tmp_path):

@@ -43,7 +43,10 @@ def write_tar(path: pathlib.Path, members: list[tuple[str, bytes]]) -> pathlib.P
     with tarfile.open(path, "w") as archive:
         for name, data in members:
             info = tarfile.TarInfo(name)
-            info.size, info.mtime = len(data), 1.5  # a fractional time needs an extended header, as webdataset writes
+            info.size, info.mtime = (
+                len(data),
+                1.5,
+            )  # a fractional time needs an extended header, as webdataset writes
             archive.addfile(info, io.BytesIO(data))
     return path
 
@@ -56,7 +59,9 @@ def write_folder(path: pathlib.Path, lines: list[bytes] | None = None) -> pathli
     path.mkdir()
     for i, image in enumerate(IMAGES):
         (path / f"{i}.png").write_bytes(image)
-    lines = lines or [json.dumps({"file_name": f"{i}.png", "text": c}).encode() for i, c in enumerate(CAPTIONS)]
+    lines = lines or [
+        json.dumps({"file_name": f"{i}.png", "text": c}).encode() for i, c in enumerate(CAPTIONS)
+    ]
     (path / "metadata.jsonl").write_bytes(b"\n\n".join(lines))
     return path
 
@@ -81,13 +86,19 @@ def opened(path: object, **fields: str) -> Source:
 
 
 def test_webdataset_tar_directory_glob_and_braces(tmp_path: pathlib.Path) -> None:
-    with_json = [("0004.JPG", IMAGES[4]), ("0004.json", json.dumps({"text": CAPTIONS[4]}).encode()), ("0004.cls", b"1")]
+    with_json = [
+        ("0004.JPG", IMAGES[4]),
+        ("0004.json", json.dumps({"text": CAPTIONS[4]}).encode()),
+        ("0004.cls", b"1"),
+    ]
     write_tar(tmp_path / "s-00008.tar", [*pair(0), *pair(1), *pair(2)])
     write_tar(tmp_path / "s-00009.tar", [*pair(3), *with_json])
     for path in (tmp_path, tmp_path / "*.tar", tmp_path / "s-{00008..00009}.tar"):
         check_records(opened(path))
     check_records(opened(tmp_path / "s-00009.tar"), 2)
-    assert opened(tmp_path)[4] == Record(IMAGES[4], CAPTIONS[4], "0004", str(tmp_path / "s-00009.tar"))
+    assert opened(tmp_path)[4] == Record(
+        IMAGES[4], CAPTIONS[4], "0004", str(tmp_path / "s-00009.tar")
+    )
     with pytest.raises(ValueError, match=r"s-00010.tar: no such file"):
         opened(tmp_path / "s-{00008..00010}.tar")
 
@@ -98,7 +109,9 @@ def test_tar_cut_anywhere_is_refused_with_the_last_good_key(tmp_path: pathlib.Pa
     cut = tmp_path / "cut.tar"
     for size in range(512, end + 1, 256):  # in headers, in data, and exactly between members
         cut.write_bytes(whole[:size])
-        with pytest.raises(ValueError, match=rf"^{re.escape(str(cut))}: (cut off or damaged at byte \d+|not a tar)"):
+        with pytest.raises(
+            ValueError, match=rf"^{re.escape(str(cut))}: (cut off or damaged at byte \d+|not a tar)"
+        ):
             opened(cut)
     with pytest.raises(ValueError, match=r"byte 12288 \(last good key: 0002\)"):
         opened(cut)
@@ -119,10 +132,20 @@ def test_tar_cut_anywhere_is_refused_with_the_last_good_key(tmp_path: pathlib.Pa
 
 
 def test_incomplete_examples_are_bad_records(tmp_path: pathlib.Path) -> None:
-    members = [*pair(0), ("a/only.png", IMAGES[1]), ("words.txt", b"x"), ("odd.png", IMAGES[1]), ("odd.txt", b"\xff\xfe")]
+    members = [
+        *pair(0),
+        ("a/only.png", IMAGES[1]),
+        ("words.txt", b"x"),
+        ("odd.png", IMAGES[1]),
+        ("odd.txt", b"\xff\xfe"),
+    ]
     source = opened(write_tar(tmp_path / "a.tar", members))
     assert [source[0].key, len(source)] == ["0000", 4]
-    for index, expected in [(1, "a/only: no caption"), (2, "words: no image"), (3, "odd: the text is not UTF-8")]:
+    for index, expected in [
+        (1, "a/only: no caption"),
+        (2, "words: no image"),
+        (3, "odd: the text is not UTF-8"),
+    ]:
         with pytest.raises(BadRecord, match=f"a.tar: {expected}") as caught:
             source[index]
         assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
@@ -146,7 +169,10 @@ def test_folder_bad_lines(tmp_path: pathlib.Path) -> None:
         (b'{"image": "0.png", "caption": "\xff"}', "line 3: the text is not UTF-8"),
         (b'{"image": "0.png"}', "line 5: no caption"),
         (b'{"caption": "c"}', "line 7: no image"),
-        (b'{"image": "gone.png", "caption": "c"}', "gone.png: the image cannot be read: No such file"),
+        (
+            b'{"image": "gone.png", "caption": "c"}',
+            "gone.png: the image cannot be read: No such file",
+        ),
         (b'{"image": ', "line 11: broken JSON"),
         (b"[]", "line 13: the JSON is not an object"),
     ]
@@ -168,24 +194,37 @@ def test_parquet(tmp_path: pathlib.Path, struct: bool) -> None:
 
 
 def test_parquet_bad_files_and_records(tmp_path: pathlib.Path) -> None:
-    words = pa.StringArray.from_buffers(2, pa.py_buffer(np.array([0, 2, 3], np.int32)), pa.py_buffer(b"\xff\xfeb"))
-    pq.write_table(pa.table({"image": [IMAGES[0], None], "text": words, "key": ["k0", "k1"]}), tmp_path / "a.parquet")
+    words = pa.StringArray.from_buffers(
+        2, pa.py_buffer(np.array([0, 2, 3], np.int32)), pa.py_buffer(b"\xff\xfeb")
+    )
+    pq.write_table(
+        pa.table({"image": [IMAGES[0], None], "text": words, "key": ["k0", "k1"]}),
+        tmp_path / "a.parquet",
+    )
     source = opened(tmp_path / "a.parquet")
     with pytest.raises(BadRecord, match=r"a.parquet: k0: the text is not UTF-8"):
         source[0]
     with pytest.raises(BadRecord, match=r"a.parquet: k1: no image"):
         source[1]
     pq.write_table(pa.table({"img": [b""]}), tmp_path / "b.parquet")
-    with pytest.raises(ValueError, match=r"b.parquet: needs the columns image and caption or text; it has img"):
+    with pytest.raises(
+        ValueError, match=r"b.parquet: needs the columns image and caption or text; it has img"
+    ):
         opened(tmp_path / "b.parquet")
     (tmp_path / "c.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-50])
     with pytest.raises(ValueError, match=r"c.parquet: not a readable parquet file"):
         opened(tmp_path / "c.parquet")
-    twice = pa.Table.from_arrays([pa.array(IMAGES), *[pa.array(CAPTIONS)] * 2], ["image", "text", "text"])
+    twice = pa.Table.from_arrays(
+        [pa.array(IMAGES), *[pa.array(CAPTIONS)] * 2], ["image", "text", "text"]
+    )
     pq.write_table(twice, tmp_path / "d.parquet")
-    with pytest.raises(ValueError, match=r"d.parquet: the name text is there twice among the columns"):
+    with pytest.raises(
+        ValueError, match=r"d.parquet: the name text is there twice among the columns"
+    ):
         opened(tmp_path / "d.parquet")
-    pq.write_table(pa.table({"image": IMAGES, "text": CAPTIONS, "zzzz": CAPTIONS}), tmp_path / "e.parquet")
+    pq.write_table(
+        pa.table({"image": IMAGES, "text": CAPTIONS, "zzzz": CAPTIONS}), tmp_path / "e.parquet"
+    )
     footer = (tmp_path / "e.parquet").read_bytes().replace(b"zzzz", b"\xff\xff\xff\xff")
     (tmp_path / "e.parquet").write_bytes(footer)
     with pytest.raises(ValueError, match=r"e.parquet: not a readable parquet file"):
@@ -215,12 +254,16 @@ def not_utf8() -> pa.Array:
         (pa.StructArray.from_arrays([not_utf8()], ["q"]), r"\xff"),
     ],
 )
-def test_parquet_values_that_python_cannot_hold(tmp_path: pathlib.Path, ids: pa.Array, key: str) -> None:
+def test_parquet_values_that_python_cannot_hold(
+    tmp_path: pathlib.Path, ids: pa.Array, key: str
+) -> None:
     pq.write_table(pa.table({"image": IMAGES, "text": CAPTIONS, "id": ids}), tmp_path / "a.parquet")
     source = opened(tmp_path / "a.parquet")
     assert (source[1].caption, source.incomplete) == (CAPTIONS[1], 0)
     assert key in source[1].key
-    pq.write_table(pa.table({"image": IMAGES, "caption": ids, "key": CAPTIONS}), tmp_path / "b.parquet")
+    pq.write_table(
+        pa.table({"image": IMAGES, "caption": ids, "key": CAPTIONS}), tmp_path / "b.parquet"
+    )
     with pytest.raises(BadRecord, match=re.escape(f"b.parquet: {CAPTIONS[0]}: ")):
         opened(tmp_path / "b.parquet")[0]
 
@@ -233,11 +276,20 @@ def test_tfds(tmp_path: pathlib.Path) -> None:
 
         def _info(self) -> tfds.core.DatasetInfo:
             text = tfds.features.Text()
-            features = {"image": tfds.features.Image(shape=(None, None, 3)), "caption": text, "key": text}
-            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+            features = {
+                "image": tfds.features.Image(shape=(None, None, 3)),
+                "caption": text,
+                "key": text,
+            }
+            return tfds.core.DatasetInfo(
+                builder=self, features=tfds.features.FeaturesDict(features)
+            )
 
         def _split_generators(self, dl_manager: object) -> dict:
-            return {"train": self._generate_examples(CAPTIONS), "test": self._generate_examples([b"\xff", "b"])}
+            return {
+                "train": self._generate_examples(CAPTIONS),
+                "test": self._generate_examples([b"\xff", "b"]),
+            }
 
         def _generate_examples(self, captions: list):
             for i, caption in enumerate(captions):
@@ -257,7 +309,8 @@ def test_tfds(tmp_path: pathlib.Path) -> None:
     with pytest.raises(BadRecord, match=r"k0: the text is not UTF-8"):
         [test[i] for i in range(2)]
     with pytest.raises(
-        ValueError, match=r"cannot read data.split='val': Unknown split 'val'. Should be one of \['train', 'test'\]"
+        ValueError,
+        match=r"cannot read data.split='val': Unknown split 'val'. Should be one of \['train', 'test'\]",
     ):
         opened(tmp_path, split="val")
     with pytest.raises(ValueError, match=r"data.split='train\[50%:1%\]' holds no record"):
@@ -290,7 +343,9 @@ def _check_hostile_tfds(directory: pathlib.Path, shard: pathlib.Path) -> None:
     assert (len(short), short.unused) == (COUNT - 2, {"undeclared": 2})
     assert opened(directory, split="train[:1]").unused == {}
     info.write_text(whole)
-    refused("dataset_info.json", template, "other", "other.*: the shard cannot be read: No such file")
+    refused(
+        "dataset_info.json", template, "other", "other.*: the shard cannot be read: No such file"
+    )
 
 
 def test_what_cannot_be_a_data_set(tmp_path: pathlib.Path) -> None:
@@ -363,32 +418,54 @@ def without_key(source: Source) -> list[Record]:
 
 def test_every_task_from_json_lines(tmp_path: pathlib.Path) -> None:
     name = lambda n: [f"{i}.png" for i in n] if isinstance(n, list) else f"{n}.png"
-    lines = [{key: name(value) if "image" in key else value for key, value in thing.items()} for thing in THINGS]
+    lines = [
+        {key: name(value) if "image" in key else value for key, value in thing.items()}
+        for thing in THINGS
+    ]
     lines[1]["output_image"] = lines[1].pop("image")
     source = opened(write_folder(tmp_path / "d", [json.dumps(line).encode() for line in lines]))
     assert without_key(source) == things(str(tmp_path / "d" / "metadata.jsonl"))
     before = source.fingerprint
     (tmp_path / "d" / "4.png").write_bytes(IMAGES[0])
-    assert opened(tmp_path / "d").fingerprint != before, "an image that is only shown counts as well"
+    assert opened(tmp_path / "d").fingerprint != before, (
+        "an image that is only shown counts as well"
+    )
 
 
 def test_every_task_from_a_tar(tmp_path: pathlib.Path) -> None:
-    members = [("0.png", IMAGES[0]), ("0.txt", b"a cat"), ("1.png", IMAGES[1]), ("1.input.png", IMAGES[0])]
-    members += [("1.txt", b"make it red"), ("2.input1.png", IMAGES[1]), ("2.input0.png", IMAGES[0]), ("2.png", IMAGES[2])]
+    members = [
+        ("0.png", IMAGES[0]),
+        ("0.txt", b"a cat"),
+        ("1.png", IMAGES[1]),
+        ("1.input.png", IMAGES[0]),
+    ]
+    members += [
+        ("1.txt", b"make it red"),
+        ("2.input1.png", IMAGES[1]),
+        ("2.input0.png", IMAGES[0]),
+        ("2.png", IMAGES[2]),
+    ]
     members += [
         ("2.json", b'{"instruction": "put them together"}'),
         ("3.png", IMAGES[3]),
         ("3.json", b'{"task": "reconstruct"}'),
     ]
-    members += [("4.input.png", IMAGES[4]), ("4.json", b'{"question": "how many?", "answer": "two"}')]
+    members += [
+        ("4.input.png", IMAGES[4]),
+        ("4.json", b'{"question": "how many?", "answer": "two"}'),
+    ]
     path = write_tar(tmp_path / "a.tar", members)
     assert without_key(opened(path)) == things(str(path))
 
 
 def test_every_task_from_parquet(tmp_path: pathlib.Path) -> None:
-    images = lambda n: [IMAGES[i] for i in n] if isinstance(n, list) else n if n is None else IMAGES[n]
+    images = lambda n: (
+        [IMAGES[i] for i in n] if isinstance(n, list) else n if n is None else IMAGES[n]
+    )
     column = lambda name: [thing.get(name) for thing in THINGS]
-    columns = {name: column(name) for name in ("task", "caption", "instruction", "question", "answer")}
+    columns = {
+        name: column(name) for name in ("task", "caption", "instruction", "question", "answer")
+    }
     shown = [
         images(x) if isinstance(x, list) else [images(x)] if x is not None else None
         for x in (thing.get("input_images", thing.get("input_image")) for thing in THINGS)
@@ -410,8 +487,13 @@ def test_every_task_from_tfds(tmp_path: pathlib.Path) -> None:
 
         def _info(self) -> tfds.core.DatasetInfo:
             image, text = tfds.features.Image(shape=(None, None, 3)), tfds.features.Text()
-            features = {"image": image, "input_images": tfds.features.Sequence(image)} | dict.fromkeys(words, text)
-            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+            features = {
+                "image": image,
+                "input_images": tfds.features.Sequence(image),
+            } | dict.fromkeys(words, text)
+            return tfds.core.DatasetInfo(
+                builder=self, features=tfds.features.FeaturesDict(features)
+            )
 
         def _split_generators(self, manager: object) -> dict:
             return {"train": self._generate_examples()}
@@ -419,9 +501,15 @@ def test_every_task_from_tfds(tmp_path: pathlib.Path) -> None:
         def _generate_examples(self) -> object:
             for i, thing in enumerate(THINGS):
                 shown = thing.get("input_images", thing.get("input_image", []))
-                shown = [io.BytesIO(IMAGES[n]) for n in (shown if isinstance(shown, list) else [shown])]
+                shown = [
+                    io.BytesIO(IMAGES[n]) for n in (shown if isinstance(shown, list) else [shown])
+                ]
                 drawn = io.BytesIO(IMAGES[thing.get("image", 3)])  # TFDS wants one
-                yield i, {"image": drawn, "input_images": shown} | {name: thing.get(name, "") for name in words}
+                yield (
+                    i,
+                    {"image": drawn, "input_images": shown}
+                    | {name: thing.get(name, "") for name in words},
+                )
 
     Mixed.__module__ = "mixed"  # as Tiny above
     Mixed(data_dir=str(tmp_path), file_format="array_record").download_and_prepare()
@@ -440,7 +528,12 @@ def test_which_words_a_task_takes(tmp_path: pathlib.Path) -> None:
     ]
     source = opened(write_folder(tmp_path / "d", [json.dumps(line).encode() for line in lines]))
     said = [(record.task, record.caption) for record in without_key(source)]
-    assert said == [("t2i", "a red cat"), ("edit", "make it red"), ("edit", "make it red"), ("t2i", "a red cat")]
+    assert said == [
+        ("t2i", "a red cat"),
+        ("edit", "make it red"),
+        ("edit", "make it red"),
+        ("t2i", "a red cat"),
+    ]
 
 
 def test_an_image_of_zero_bytes_is_drawn_again_as_it_is(tmp_path: pathlib.Path) -> None:
@@ -456,18 +549,32 @@ def test_an_image_of_zero_bytes_is_drawn_again_as_it_is(tmp_path: pathlib.Path) 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ({"caption": "x", "image": "1.png", "input_image": "0.png"}, "input images beside a caption"),
+        (
+            {"caption": "x", "image": "1.png", "input_image": "0.png"},
+            "input images beside a caption",
+        ),
         ({"instruction": "", "image": "1.png", "input_image": "0.png"}, "the instruction is empty"),
-        ({"instruction": "x", "image": "1.png"}, "no input image; task edit needs one in input_image or input_images"),
+        (
+            {"instruction": "x", "image": "1.png"},
+            "no input image; task edit needs one in input_image or input_images",
+        ),
         ({"instruction": "x", "input_image": "0.png"}, "no image; expected the one to be drawn"),
         ({"question": "x", "input_image": "0.png"}, "no answer to the question"),
-        ({"task": "paint", "caption": "x", "image": "0.png"}, "task 'paint' is not one of t2i, edit, reconstruct, understand"),
+        (
+            {"task": "paint", "caption": "x", "image": "0.png"},
+            "task 'paint' is not one of t2i, edit, reconstruct, understand",
+        ),
         ({"task": "reconstruct"}, "no input image"),
         ({"caption": "x", "image": 3}, "images are given by their paths"),
-        ({"instruction": "x", "image": "1.png", "input_image": "9.png"}, "the image cannot be read: No such file"),
+        (
+            {"instruction": "x", "image": "1.png", "input_image": "9.png"},
+            "the image cannot be read: No such file",
+        ),
     ],
 )
-def test_what_a_task_lacks_makes_a_bad_record(tmp_path: pathlib.Path, line: dict, message: str) -> None:
+def test_what_a_task_lacks_makes_a_bad_record(
+    tmp_path: pathlib.Path, line: dict, message: str
+) -> None:
     source = opened(write_folder(tmp_path / "d", [json.dumps(line).encode()]))
     with pytest.raises(BadRecord, match=re.escape(message)):
         source[0]
@@ -480,12 +587,27 @@ def folder_of(path: pathlib.Path, *lines: bytes) -> Source:
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        (rb'{"file_name": "0.png", "text": "a cake \ud83c"}', r"the text has half a character \('\\ud83c' at 7\)"),
-        (b'{"file_name": "0.png", "text": "a", "n": ' + b"1" * 5000 + b"}", "broken JSON: Exceeds the limit"),
+        (
+            rb'{"file_name": "0.png", "text": "a cake \ud83c"}',
+            r"the text has half a character \('\\ud83c' at 7\)",
+        ),
+        (
+            b'{"file_name": "0.png", "text": "a", "n": ' + b"1" * 5000 + b"}",
+            "broken JSON: Exceeds the limit",
+        ),
         (b'{"file_name": "0.png", "text": ' + b"[" * 100_000 + b"}", "broken JSON: "),
-        (rb'{"file_name": "0.png\u0000", "text": "a"}', "the image cannot be read: no file can have this name"),
-        (rb'{"file_name": "\ud83c.png", "text": "a"}', "the image cannot be read: no file can have this name"),
-        (b'{"file_name": "' + b"a" * 5000 + b'.png", "text": "a"}', "the image cannot be read: File name too long"),
+        (
+            rb'{"file_name": "0.png\u0000", "text": "a"}',
+            "the image cannot be read: no file can have this name",
+        ),
+        (
+            rb'{"file_name": "\ud83c.png", "text": "a"}',
+            "the image cannot be read: no file can have this name",
+        ),
+        (
+            b'{"file_name": "' + b"a" * 5000 + b'.png", "text": "a"}',
+            "the image cannot be read: File name too long",
+        ),
         (b'{"file_name": "0.png", "text": [1, 2]}', "no caption; expected text"),
         (b'{"file_name": "0.png", "text": []}', "no caption; expected text"),
         (b'{"file_name": "0.png", "text": {"en": "a"}}', "no caption; expected text"),
@@ -504,7 +626,9 @@ def test_byte_order_marks_are_no_text(tmp_path: pathlib.Path) -> None:
     folder = folder_of(tmp_path / "set", mark + b'{"file_name": "0.png", "text": "first"}\r')
     assert folder[0].caption == "first"
     members = [("0.png", IMAGES[0]), ("0.txt", mark + b" a cat\r\n"), ("1.png", IMAGES[1])]
-    tar = opened(write_tar(tmp_path / "a.tar", [*members, ("1.json", mark + b'{"caption": "a dog"}')]))
+    tar = opened(
+        write_tar(tmp_path / "a.tar", [*members, ("1.json", mark + b'{"caption": "a dog"}')])
+    )
     assert [tar[i].caption for i in range(2)] == ["a cat", "a dog"]
     pq.write_table(pa.table({"image": IMAGES[:1], "text": ["\ufeffa cow"]}), tmp_path / "a.parquet")
     assert opened(tmp_path / "a.parquet")[0].caption == "a cow"
@@ -518,11 +642,15 @@ def test_of_a_list_of_captions_the_first_is_taken(tmp_path: pathlib.Path) -> Non
     for index in (2, 3):
         with pytest.raises(BadRecord, match="no caption"):
             source[index]
-    line = b'{"input_image": "0.png", "question": ["how many?", "what?"], "answer": ["two", "cats"]}'
+    line = (
+        b'{"input_image": "0.png", "question": ["how many?", "what?"], "answer": ["two", "cats"]}'
+    )
     assert folder_of(tmp_path / "set", line)[0].answer == "two"
 
 
-def test_a_damaged_row_group_costs_its_own_records(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_damaged_row_group_costs_its_own_records(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = write_parquet(tmp_path / "a.parquet")  # groups of 2, 2 and 1 rows
     column = pq.read_metadata(path).row_group(1).column(0)
     start = column.dictionary_page_offset or column.data_page_offset
@@ -532,6 +660,12 @@ def test_a_damaged_row_group_costs_its_own_records(tmp_path: pathlib.Path, monke
     source = opened(path)
     assert [source[i].caption for i in (0, 1, 4)] == [CAPTIONS[i] for i in (0, 1, 4)]
     for index in (2, 3):
-        with pytest.raises(BadRecord, match=rf"^{path}: row {index}: the row group cannot be read: .+"):
+        with pytest.raises(
+            BadRecord, match=rf"^{path}: row {index}: the row group cannot be read: .+"
+        ):
             source[index]
-        monkeypatch.setattr(pq, "ParquetFile", lambda file: pytest.fail("a damaged group is read again for each row"))
+        monkeypatch.setattr(
+            pq,
+            "ParquetFile",
+            lambda file: pytest.fail("a damaged group is read again for each row"),
+        )

@@ -40,7 +40,9 @@ def pair(key: str) -> list[tuple[str, bytes]]:
 
 @pytest.mark.parametrize("second", ["b.png", "b.PNG", "b.txt", "b.cls"])
 def test_two_members_of_one_name_are_refused(tmp_path: pathlib.Path, second: str) -> None:
-    path = write(tmp_path / "a.tar", *pair("a"), *pair("b"), ("b.cls", b"1"), (second, b"of another export"))
+    path = write(
+        tmp_path / "a.tar", *pair("a"), *pair("b"), ("b.cls", b"1"), (second, b"of another export")
+    )
     with pytest.raises(
         UserError,
         match=rf"^{re.escape(str(path))}: two members are called {second}: .* a shard each",
@@ -76,7 +78,9 @@ def test_every_member_is_used_or_counted(tmp_path: pathlib.Path) -> None:
     records = [source[n] for n in (0, 1, 2, 4)]
     assert [record.key for record in records] == ["pictures/v1.0/a", "b" * 300, "c", "i"]
     assert [record.caption for record in records[::2]] == ["caption pictures/v1.0/a", "caption c"]
-    assert records[2].image == records[0].image == b"picture pictures/v1.0/a", "a hard link has the bytes of its target"
+    assert records[2].image == records[0].image == b"picture pictures/v1.0/a", (
+        "a hard link has the bytes of its target"
+    )
     with pytest.raises(BadRecord, match="d: no image"):
         source[3]
     assert source.unused == {
@@ -113,7 +117,9 @@ def test_an_archive_behind_the_end_of_another_is_refused(tmp_path: pathlib.Path)
     first, second = (write(tmp_path / f"{key}.tar", *pair(key)).read_bytes() for key in "ab")
     path = tmp_path / "both.tar"
     path.write_bytes(first + second)
-    with pytest.raises(UserError, match=rf"both.tar: another archive begins at byte {len(first)}, .* as a shard"):
+    with pytest.raises(
+        UserError, match=rf"both.tar: another archive begins at byte {len(first)}, .* as a shard"
+    ):
         opened(path)
 
 
@@ -142,5 +148,7 @@ def test_headers_that_lead_back_or_never_end_are_refused(tmp_path: pathlib.Path)
         with pytest.raises(UserError, match=rf"{name}: cut off or damaged at byte {at} "):
             opened(tmp_path / name)
     (tmp_path / "first.tar").write_bytes(chain)
-    with pytest.raises(UserError, match=r"first.tar: not a tar file .*; the headers before its first"):
+    with pytest.raises(
+        UserError, match=r"first.tar: not a tar file .*; the headers before its first"
+    ):
         opened(tmp_path / "first.tar")

@@ -60,4 +60,7 @@ def test_fast_is_the_same_with_fewer_steps_and_its_layers_scanned():
     for name in FULL:
         assert FAST[name].steps < FULL[name].steps / 10
         assert (FAST[name].loss, FAST[name].data) == (FULL[name].loss, FULL[name].data)
-        assert (FAST[name].model, FULL[name].model) == (demo.model(unroll=False, shown=True), demo.model(shown=True))
+        assert (FAST[name].model, FULL[name].model) == (
+            demo.model(unroll=False, shown=True),
+            demo.model(shown=True),
+        )

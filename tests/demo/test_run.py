@@ -42,9 +42,14 @@ def test_curves_of_a_stage_are_metrics_of_its_step(stage):
 
 def test_curves_of_reinforcement_learning_are_metrics_of_its_rewards_and_step():
     cfg, image_first, _ = tiny.prepared("joint")
-    ids, N = (image_first, image_first + cfg.model.tokenizer.codebook_size), cfg.model.tokenizer.num_tokens
+    ids, N = (
+        (image_first, image_first + cfg.model.tokenizer.codebook_size),
+        cfg.model.tokenizer.num_tokens,
+    )
     rewards = (RewardConfig(name="shapes"),)
-    cfg = dataclasses.replace(cfg, trainable=("ar/.*",), rl=RlConfig(prompts=4, group=2, rewards=rewards))
+    cfg = dataclasses.replace(
+        cfg, trainable=("ar/.*",), rl=RlConfig(prompts=4, group=2, rewards=rewards)
+    )
     record = {"tokens": np.ones((8, 6), np.int32), "lengths": np.full(8, 5, np.int32)}
     record |= {"image_ids": np.full((8, N), image_first, np.int32)}
     record |= {name: np.zeros((8, N), np.float32) for name in ("logprobs", "reference_logprobs")}
@@ -52,10 +57,14 @@ def test_curves_of_reinforcement_learning_are_metrics_of_its_rewards_and_step():
     found = names(cfg, make_rl_loss(cfg, ids, 1), record | {"bad_records": np.zeros(8, np.int32)})
 
     asked = shapes.prompts(2)
-    outcome = WeightedRewards(rewards)(shapes.real_images(2, 64), [p["caption"] for p in asked], asked)
+    outcome = WeightedRewards(rewards)(
+        shapes.real_images(2, 64), [p["caption"] for p in asked], asked
+    )
     verdicts = Verdicts(outcome.total_B, np.zeros(2, bool), outcome.parts)
     prompts = [Prompt(asked[0]["caption"], asked[0], asked[0]["category"])]
-    found |= set(judged.reward_metrics(verdicts, judged.advantages(verdicts, RlConfig(group=2)), prompts, 2))
+    found |= set(
+        judged.reward_metrics(verdicts, judged.advantages(verdicts, RlConfig(group=2)), prompts, 2)
+    )
     assert set(CURVES["rl"]) <= found
 
 

@@ -12,7 +12,9 @@ SHIFTS = (1.0, 3.0)
 
 
 def scheduler(cfg: FlowConfig) -> diffusers.FlowMatchEulerDiscreteScheduler:
-    return diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=cfg.num_train_timesteps, shift=cfg.shift)
+    return diffusers.FlowMatchEulerDiscreteScheduler(
+        num_train_timesteps=cfg.num_train_timesteps, shift=cfg.shift
+    )
 
 
 @pytest.mark.parametrize("shift", SHIFTS)
@@ -32,7 +34,9 @@ def test_sampling_sigmas_and_euler_steps(shift, steps, rng):
     got = flow.sampling_sigmas(steps, cfg)
     # One unit in the last place: the order of float32 operations is not part of the scheduler's contract.
     np.testing.assert_allclose(got, stock.sigmas.numpy(), rtol=2e-7)
-    np.testing.assert_allclose(got[:-1] * cfg.num_train_timesteps, stock.timesteps.numpy(), rtol=2e-7)
+    np.testing.assert_allclose(
+        got[:-1] * cfg.num_train_timesteps, stock.timesteps.numpy(), rtol=2e-7
+    )
 
     x, v = rng.normal(size=(2, 5)).astype(np.float32)
     want = stock.step(torch.tensor(v), stock.timesteps[0], torch.tensor(x)).prev_sample.numpy()
@@ -59,7 +63,9 @@ def test_training_draws_cover_all_levels_evenly():
 
 
 def test_draw_is_the_floor_of_u(monkeypatch):
-    u = np.asarray([0.0, 0.0009999, 0.001, 0.5, np.nextafter(np.float32(1), np.float32(0))], np.float32)
+    u = np.asarray(
+        [0.0, 0.0009999, 0.001, 0.5, np.nextafter(np.float32(1), np.float32(0))], np.float32
+    )
     monkeypatch.setattr(jax.random, "uniform", lambda key, shape, dtype: jnp.asarray(u))
     got = flow.sample_train_sigma(jax.random.key(0), 5, FlowConfig())
     np.testing.assert_allclose(got, [1, 1, 0.999, 0.5, 0.001], rtol=1e-6)

@@ -31,7 +31,12 @@ def torch_sample(model, condition, null, noise, guidance: float, cfg: FlowConfig
     both = torch.cat([torch.tensor(null), torch.tensor(condition)])
     with torch.no_grad():
         for t in scheduler.timesteps:
-            v = model(torch.cat([z, z]), encoder_hidden_states=both, timestep=t.expand(2 * B), return_dict=False)[0]
+            v = model(
+                torch.cat([z, z]),
+                encoder_hidden_states=both,
+                timestep=t.expand(2 * B),
+                return_dict=False,
+            )[0]
             v_null, v_condition = v.chunk(2)
             z = scheduler.step(v_null + guidance * (v_condition - v_null), t, z).prev_sample
     return z.permute(0, 2, 3, 1).numpy()
@@ -48,7 +53,9 @@ def run(dit, condition, null, noise, guidance: float, cfg: FlowConfig) -> jax.Ar
 
 def draw(rng):
     condition = rng.normal(size=(B, T, CFG.caption_channels)).astype(np.float32)
-    null = np.broadcast_to(rng.normal(size=(1, 1, CFG.caption_channels)).astype(np.float32), condition.shape)
+    null = np.broadcast_to(
+        rng.normal(size=(1, 1, CFG.caption_channels)).astype(np.float32), condition.shape
+    )
     return condition, null, rng.normal(size=(B, H, W, CFG.in_channels)).astype(np.float32)
 
 
@@ -60,7 +67,9 @@ def test_equals_a_loop_of_stock_model_and_scheduler(pair, shift, rng):
     want = torch_sample(torch_model, condition, null, noise, 2.5, cfg)
     # The stock loop gets the null condition at all T tokens, the sampler as one token for all rows.
     assert relative_error(run(dit, condition, null[:1, :1], noise, 2.5, cfg), want) < 1e-5
-    assert np.linalg.norm(want - torch_sample(torch_model, condition, null, noise, 1.0, cfg)) > 0.1 * np.linalg.norm(want)
+    assert np.linalg.norm(
+        want - torch_sample(torch_model, condition, null, noise, 1.0, cfg)
+    ) > 0.1 * np.linalg.norm(want)
 
 
 def test_null_condition_of_as_many_rows_and_tokens(pair, rng):
@@ -75,7 +84,11 @@ def test_without_a_null_condition_there_is_no_guidance(pair, rng):
     torch_model, dit = pair
     condition, null, noise = draw(rng)
     want = torch_sample(torch_model, condition, null, noise, 1.0, FlowConfig())
-    alone = jax.jit(lambda c, n: sampler.sample(dit, sampler.Guidance(Condition(c)), n, steps=STEPS, flow=FlowConfig()))
+    alone = jax.jit(
+        lambda c, n: sampler.sample(
+            dit, sampler.Guidance(Condition(c)), n, steps=STEPS, flow=FlowConfig()
+        )
+    )
     assert relative_error(alone(condition, noise), want) < 1e-5
 
 
@@ -89,13 +102,23 @@ def test_two_guidances_are_a_sum_of_three_velocities(pair, rng):
     def stock(tokens):
         z = torch.tensor(noise).permute(0, 3, 1, 2)
         with torch.no_grad():
-            v = torch_model(z, encoder_hidden_states=torch.tensor(tokens), timestep=torch.tensor(timestep), return_dict=False)
+            v = torch_model(
+                z,
+                encoder_hidden_states=torch.tensor(tokens),
+                timestep=torch.tensor(timestep),
+                return_dict=False,
+            )
         return v[0].permute(0, 2, 3, 1).numpy()
 
     def ours(scale, reference_scale):
-        branches = sampler.Guidance(*map(Condition, (condition, null)), scale, Condition(middle), reference_scale)
+        branches = sampler.Guidance(
+            *map(Condition, (condition, null)), scale, Condition(middle), reference_scale
+        )
         return jax.jit(lambda z, t: sampler.guided_velocity(dit, branches)(z, t))(noise, timestep)
 
     full, nothing, shown = stock(condition), stock(null), stock(middle)
-    assert relative_error(ours(3.0, 1.5), nothing + 1.5 * (shown - nothing) + 3.0 * (full - shown)) < 1e-5
+    assert (
+        relative_error(ours(3.0, 1.5), nothing + 1.5 * (shown - nothing) + 3.0 * (full - shown))
+        < 1e-5
+    )
     assert relative_error(ours(3.0, 3.0), nothing + 3.0 * (full - nothing)) < 1e-5

@@ -102,7 +102,10 @@ def test_output_and_gradients_match_diffusers(pair, rng):
     for path in want_by.keys() - silent:
         assert relative_error(got_by[path], want_by[path]) < 1e-4, path
     for path in silent:
-        assert np.abs(got_by[path]).max() < 1e-4 * np.abs(got_by["blocks/cross_attention/v/bias"]).max()
+        assert (
+            np.abs(got_by[path]).max()
+            < 1e-4 * np.abs(got_by["blocks/cross_attention/v/bias"]).max()
+        )
 
 
 def test_mask_matches_diffusers_and_hides_tokens(rng):
@@ -128,8 +131,16 @@ def test_one_null_token_stands_for_many(rng):
         return model.velocity(x["z_BHWC"], x["timestep_B"], model.prepare(condition_BTC))
 
     # A sum of T equal terms divided by T instead of the term itself: rounding only.
-    assert relative_error(run(one_11C), run(np.broadcast_to(one_11C, (B, T, CFG.caption_channels)))) < 1e-6
-    assert relative_error(run(x["condition_BTC"][:1]), run(np.repeat(x["condition_BTC"][:1], B, axis=0))) < 1e-6
+    assert (
+        relative_error(run(one_11C), run(np.broadcast_to(one_11C, (B, T, CFG.caption_channels))))
+        < 1e-6
+    )
+    assert (
+        relative_error(
+            run(x["condition_BTC"][:1]), run(np.repeat(x["condition_BTC"][:1], B, axis=0))
+        )
+        < 1e-6
+    )
 
 
 def test_remat_changes_no_gradient(rng):
@@ -140,7 +151,9 @@ def test_remat_changes_no_gradient(rng):
     plain = gradients(stock_weights.jax_model(torch_model, CFG), x, weights)
     recomputed = gradients(stock_weights.jax_model(torch_model, cfg), x, weights)
     # The same operations, though fused otherwise: the last bits may differ, nothing else.
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), plain[1], recomputed[1])
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), plain[1], recomputed[1]
+    )
     # Were nothing recomputed, the equality above would say nothing: both scans (of `prepare` and of `velocity`) must be.
     assert (program(cfg).count("= remat"), program(CFG).count("= remat")) == (2, 0)
 
@@ -148,7 +161,11 @@ def test_remat_changes_no_gradient(rng):
 def program(cfg: config.SanaConfig) -> str:
     """The traced forward pass."""
     graphdef, state = nnx.split(nnx.eval_shape(lambda: SanaTransformer(cfg, rngs=nnx.Rngs(0))))
-    arguments = (jnp.zeros((1, 2, 2, cfg.in_channels)), jnp.zeros(1), jnp.zeros((1, 2, cfg.caption_channels)))
+    arguments = (
+        jnp.zeros((1, 2, 2, cfg.in_channels)),
+        jnp.zeros(1),
+        jnp.zeros((1, 2, cfg.caption_channels)),
+    )
     return str(jax.make_jaxpr(lambda s: nnx.merge(graphdef, s)(*arguments))(nnx.as_pure(state)))
 
 
@@ -160,7 +177,9 @@ def test_program_does_not_grow_with_depth():
 def test_starts_near_zero_velocity_with_gradient_everywhere(rng):
     model = SanaTransformer(CFG, rngs=nnx.Rngs(0))
     x = inputs(rng, CFG)
-    v_BHWC, (by_state, by_z, by_condition) = gradients(model, x, rng.normal(size=x["z_BHWC"].shape).astype(np.float32))
+    v_BHWC, (by_state, by_z, by_condition) = gradients(
+        model, x, rng.normal(size=x["z_BHWC"].shape).astype(np.float32)
+    )
     assert 0 < np.abs(v_BHWC).max() < 0.05
     for path, gradient in stock_weights.flat(by_state).items():
         assert np.abs(gradient).max() > 0, path
@@ -168,9 +187,13 @@ def test_starts_near_zero_velocity_with_gradient_everywhere(rng):
 
 
 def test_names_that_partial_training_selects_by():
-    paths = stock_weights.flat(nnx.state(nnx.eval_shape(lambda: SanaTransformer(CFG, rngs=nnx.Rngs(0)))))
+    paths = stock_weights.flat(
+        nnx.state(nnx.eval_shape(lambda: SanaTransformer(CFG, rngs=nnx.Rngs(0))))
+    )
     caption = {path for path in paths if "caption" in path}
-    layers = {f"caption_projection/linear_{i}/{name}" for i in (1, 2) for name in ("kernel", "bias")}
+    layers = {
+        f"caption_projection/linear_{i}/{name}" for i in (1, 2) for name in ("kernel", "bias")
+    }
     assert caption == layers | {"caption_norm/scale"}
     assert {path for path in paths if "patch_embed" in path or "proj_out" in path} == {
         f"{part}/{name}" for part in ("patch_embed", "proj_out") for name in ("kernel", "bias")
@@ -204,7 +227,10 @@ def test_references_beside_the_noise_match_diffusers_on_the_wide_map(name, rng):
         pytest.skip("the stock class counts positions over the whole wide map")
     torch_model = torch_weights.torch_model(cfg)
     model = stock_weights.jax_model(torch_model, cfg)
-    x, references_BRHWC = inputs(rng, cfg), rng.normal(size=(B, 2, H, W, cfg.in_channels)).astype(np.float32)
+    x, references_BRHWC = (
+        inputs(rng, cfg),
+        rng.normal(size=(B, 2, H, W, cfg.in_channels)).astype(np.float32),
+    )
     wide = x | {"z_BHWC": np.concatenate([x["z_BHWC"], *references_BRHWC.swapaxes(0, 1)], axis=2)}
     want = run_torch(torch_model, wide)[0].detach()[:, :, :W]
     beside = Beside(references_BRHWC, np.ones((B, 2), bool))
@@ -224,10 +250,16 @@ def test_a_place_without_a_reference_is_not_there(name, rng):
     }
     references_BRHWC = rng.normal(size=(3, 2, H, W, cfg.in_channels)).astype(np.float32)
     run = jax.jit(lambda x, beside: model(**x, beside=beside))
-    together = run(x, Beside(references_BRHWC, np.array([[True, False], [False, False], [True, True]])))
+    together = run(
+        x, Beside(references_BRHWC, np.array([[True, False], [False, False], [True, True]]))
+    )
     for row, count in enumerate((1, 0, 2)):
         one = {name: value[row : row + 1] for name, value in x.items()}
-        beside = Beside(references_BRHWC[row : row + 1, :count], np.ones((1, count), bool)) if count else None
+        beside = (
+            Beside(references_BRHWC[row : row + 1, :count], np.ones((1, count), bool))
+            if count
+            else None
+        )
         # Sums over more terms, all of the added ones zero: rounding only.
         assert relative_error(together[row], run(one, beside)[0]) < 2e-6, count
 

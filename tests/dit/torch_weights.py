@@ -12,10 +12,18 @@ OWN_FIELDS = {"dtype", "param_dtype", "remat", "unroll", "lora"}
 def torch_model(cfg: config.SanaConfig, seed: int = 0) -> diffusers.SanaTransformer2DModel:
     """float32, every parameter random, biases, norms and tables included, so that a forgotten or swapped one shows."""
     torch.manual_seed(seed)
-    model = diffusers.SanaTransformer2DModel(**{k: v for k, v in vars(cfg).items() if k not in OWN_FIELDS}).eval()
+    model = diffusers.SanaTransformer2DModel(
+        **{k: v for k, v in vars(cfg).items() if k not in OWN_FIELDS}
+    ).eval()
     with torch.no_grad():
         for name, p in model.named_parameters():
             random = torch.randn_like(p)
             fan_in = p[0].numel() if p.ndim > 1 else 1
-            p.copy_(1 + 0.3 * random if "norm" in name else 0.3 * random if "bias" in name else random * fan_in**-0.5)
+            p.copy_(
+                1 + 0.3 * random
+                if "norm" in name
+                else 0.3 * random
+                if "bias" in name
+                else random * fan_in**-0.5
+            )
     return model

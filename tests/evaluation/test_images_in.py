@@ -42,14 +42,19 @@ class Oracle:
         if requests[0].task == "reconstruct":
             drawn = [request.images[0] for request in requests]
         else:
-            drawn = [render(edits.sample_edit(seed, i, "test").after, SIZE) for i in range(len(requests))]
-        return Generated([r.text for r in requests], np.stack(drawn), np.zeros((len(requests), 4), np.int32))
+            drawn = [
+                render(edits.sample_edit(seed, i, "test").after, SIZE) for i in range(len(requests))
+            ]
+        return Generated(
+            [r.text for r in requests], np.stack(drawn), np.zeros((len(requests), 4), np.int32)
+        )
 
     def ask(self, images, texts, *, most, seed, **settings):
         assert most == runner.ANSWER
         asked = [questions.sample_question(seed, i, "test") for i in range(len(texts))]
         assert [q.question for q in asked] == texts and all(
-            (q_images[0] == render(q.scene, SIZE)).all() for q_images, q in zip(images, asked, strict=True)
+            (q_images[0] == render(q.scene, SIZE)).all()
+            for q_images, q in zip(images, asked, strict=True)
         )
         return [q.answer.upper() for q in asked]
 
@@ -64,14 +69,19 @@ class Oracle:
 )
 def test_who_does_as_asked_is_right(tmp_path, suite, baselines):
     count = 28
-    result = runner.evaluate_pipeline(Oracle(), runner.find_suite(suite), num_prompts=count, seed=2, steps=7)
+    result = runner.evaluate_pipeline(
+        Oracle(), runner.find_suite(suite), num_prompts=count, seed=2, steps=7
+    )
     scores = result.scores()
     assert scores["overall"] == 1.0 and set(scores["categories"].values()) == {1.0}
     assert scores["baselines"].keys() == baselines.keys()
     for name, value in baselines.items():
         found = scores["baselines"][name]["overall"]
         assert found == value if value is not None else found < 0.6
-    measured = {"shapes_edit": {"psnr": 60}, "reconstruct": {"psnr": 60, "ssim": pytest.approx(1)}}.get(suite, {})
+    measured = {
+        "shapes_edit": {"psnr": 60},
+        "reconstruct": {"psnr": 60, "ssim": pytest.approx(1)},
+    }.get(suite, {})
     assert {name: scores.get(name) for name in ("psnr", "ssim") if name in scores} == measured
     runner.write(result, tmp_path)
     assert json.loads((tmp_path / "scores.json").read_text()) == scores

@@ -19,7 +19,13 @@ def results(rng: np.random.Generator) -> report.Results:
         return rng.integers(0, 256, (side, side, 3), dtype=np.uint8)
 
     samples = [
-        report.Sample(f"{NASTY} {i}", ("single", "two_objects")[i // 2], image(), bool(i % 2), "no <circle> found")
+        report.Sample(
+            f"{NASTY} {i}",
+            ("single", "two_objects")[i // 2],
+            image(),
+            bool(i % 2),
+            "no <circle> found",
+        )
         for i in range(4)
     ]
     curves = [
@@ -31,12 +37,21 @@ def results(rng: np.random.Generator) -> report.Results:
         title=NASTY,
         subtitle="a test",
         overall=report.Score("overall", 4, 0.5, 0.01, 0.995),
-        categories=[report.Score("single", 2, 0.5, 0.0, 1.0), report.Score("two_objects", 2, 0.5, 0.02, 0.99)],
+        categories=[
+            report.Score("single", 2, 0.5, 0.0, 1.0),
+            report.Score("two_objects", 2, 0.5, 0.02, 0.99),
+        ],
         samples=samples,
         before=report.Before(
             report.Score("overall", 4, 0.25, 0.01, 0.995),
-            [report.Score("single", 2, 0.75, 0.0, 1.0), report.Score("two_objects", 2, 0.5, 0.02, 0.99)],
-            [dataclasses.replace(s, correct=i == 0, image_HWC=image()) for i, s in enumerate(samples)],
+            [
+                report.Score("single", 2, 0.75, 0.0, 1.0),
+                report.Score("two_objects", 2, 0.5, 0.02, 0.99),
+            ],
+            [
+                dataclasses.replace(s, correct=i == 0, image_HWC=image())
+                for i, s in enumerate(samples)
+            ],
         ),
         images_in=[
             report.ImagesIn(
@@ -134,7 +149,11 @@ def test_every_section_is_drawn(page):
 def test_what_changed_is_told_both_ways(page):
     text = " ".join(page.words)
     assert "2 prompts became right and 1 wrong; all of them, before and after:" in text
-    assert [words for words in page.words if words.startswith("now ")] == ["now wrong", "now right", "now right"]
+    assert [words for words in page.words if words.startswith("now ")] == [
+        "now wrong",
+        "now right",
+        "now right",
+    ]
     for words in ("75.0 %", "-25.0", "+0.0", "25.0 %", "+25.0"):
         assert words in text, words
 
@@ -144,11 +163,18 @@ def test_of_many_changes_the_first_are_shown(tmp_path, rng, monkeypatch):
     report.write_report(results(rng), tmp_path / "report.html")
     page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
     assert len(page.named("figure", "pair")) == 2 + 2 + 2
-    assert "2 prompts became right and 1 wrong; the first 2 of them, before and after:" in " ".join(page.words)
+    assert "2 prompts became right and 1 wrong; the first 2 of them, before and after:" in " ".join(
+        page.words
+    )
 
 
 def test_nothing_outside_the_file_is_asked_for(written, page):
-    sources = [a[k] for _, a in page.elements for k in ("src", "href", "srcset", "poster", "data") if k in a]
+    sources = [
+        a[k]
+        for _, a in page.elements
+        for k in ("src", "href", "srcset", "poster", "data")
+        if k in a
+    ]
     assert sources and all(s.startswith("data:image/png;base64,") for s in sources)
     text = written.read_text(encoding="utf-8")
     assert not re.search(r"https?:|url\(|@import|fetch\(", text)
@@ -166,7 +192,11 @@ def test_samples_can_be_filtered_and_take_turns(page):
     assert [c["data-category"] for c in cards] == ["single", "two_objects"] * 2
     assert [c["data-verdict"] for c in cards] == ["wrong", "wrong", "right", "right"]
     buttons = page.named("button")
-    assert [b["data-category"] for b in buttons if "data-category" in b] == ["", "single", "two_objects"]
+    assert [b["data-category"] for b in buttons if "data-category" in b] == [
+        "",
+        "single",
+        "two_objects",
+    ]
     assert [b["data-verdict"] for b in buttons if "data-verdict" in b] == ["", "right", "wrong"]
 
 
@@ -180,7 +210,9 @@ def test_the_json_holds_what_was_drawn(written, rng):
 
 
 def test_an_image_of_another_kind_is_refused():
-    with pytest.raises(ValueError, match=r"must be uint8 \[height, width, 3\], not float32 \(2, 2, 3\)"):
+    with pytest.raises(
+        ValueError, match=r"must be uint8 \[height, width, 3\], not float32 \(2, 2, 3\)"
+    ):
         report.data_uri(np.zeros((2, 2, 3), np.float32))
 
 
@@ -221,7 +253,10 @@ def test_flat_and_tiny_lines_are_drawn(values):
 
 
 def test_an_id_keeps_its_colour_in_every_map():
-    first, second = charts.colours(np.array([[3, 9], [9, 700]])), charts.colours(np.array([[700, 3]]))
+    first, second = (
+        charts.colours(np.array([[3, 9], [9, 700]])),
+        charts.colours(np.array([[700, 3]])),
+    )
     assert first.dtype == np.uint8 and first.shape == (2, 2, 3)
     assert (first[1, 1] == second[0, 0]).all() and (first[0, 0] == second[0, 1]).all()
     assert (first[0, 1] == first[1, 0]).all() and (first[0, 0] != first[0, 1]).any()

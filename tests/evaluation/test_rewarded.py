@@ -12,7 +12,9 @@ from blip3o_jax.evaluation.runner import find_suite
 
 def brightness(images_BHWC, prompts, metadata):
     """NaN for the prompt "unknown"."""
-    return np.where([p == "unknown" for p in prompts], np.nan, images_BHWC.mean(axis=(1, 2, 3)) / 255)
+    return np.where(
+        [p == "unknown" for p in prompts], np.nan, images_BHWC.mean(axis=(1, 2, 3)) / 255
+    )
 
 
 def written(tmp_path, lines):
@@ -29,7 +31,11 @@ def test_the_shapes_reward_says_what_the_shapes_suite_says(tmp_path):
     prompts = suite.prompts(99, 0)
     assert [p["caption"] for p in prompts] == [p["caption"] for p in asked]
     got, want = suite.judge(images, prompts), shapes.judge(images, asked)
-    assert (got.correct, got.categories, got.overall) == (want.correct, want.categories, want.overall)
+    assert (got.correct, got.categories, got.overall) == (
+        want.correct,
+        want.categories,
+        want.overall,
+    )
     assert got.reasons[1] == "correct 1, shaped 1" and got.means["score"] == pytest.approx(9 / 14)
     others = suite.baselines(images, prompts, 0)["images_of_other_prompts"]
     assert others.overall < 0.3 < want.overall
@@ -40,22 +46,36 @@ def test_every_prompt_has_as_many_images_as_asked_for(tmp_path):
     suite = find_suite("python:tests.evaluation.test_rewarded.brightness", file, 2)
     assert len(suite.prompts(None, 0)) == 6, "the whole file"
     prompts = suite.prompts(2, 0)
-    assert [(p["caption"], p["category"]) for p in prompts] == [("a", "all")] * 2 + [("b", "counting")] * 2
+    assert [(p["caption"], p["category"]) for p in prompts] == [("a", "all")] * 2 + [
+        ("b", "counting")
+    ] * 2
     images = np.stack([np.full((8, 8, 3), value, np.uint8) for value in (255, 0, 255, 255)])
     got = suite.judge(images, prompts)
     assert got.correct == [True, False, True, True] and got.means["score"] == pytest.approx(0.75)
     assert got.categories == {"all": 0.5, "counting": 1.0} and got.overall == 0.75
-    assert suite.baselines(images, prompts, 0)["images_of_other_prompts"].correct == [True, True, True, False]
+    assert suite.baselines(images, prompts, 0)["images_of_other_prompts"].correct == [
+        True,
+        True,
+        True,
+        False,
+    ]
 
 
 def test_an_image_that_cannot_be_judged_is_wrong(tmp_path):
     suite = find_suite(
-        "python:tests.evaluation.test_rewarded.brightness", written(tmp_path, [{"prompt": "unknown"}, {"prompt": "a"}])
+        "python:tests.evaluation.test_rewarded.brightness",
+        written(tmp_path, [{"prompt": "unknown"}, {"prompt": "a"}]),
     )
     prompts, images = suite.prompts(2, 0), np.full((2, 8, 8, 3), 255, np.uint8)
     got = suite.judge(images, prompts)
-    assert got.correct == [False, True] and got.reasons[0] == "not judged" and got.means["score"] == 0.5
-    with pytest.raises(UserError, match=r"none of 1 images could be judged: brightness: its score is nan"):
+    assert (
+        got.correct == [False, True]
+        and got.reasons[0] == "not judged"
+        and got.means["score"] == 0.5
+    )
+    with pytest.raises(
+        UserError, match=r"none of 1 images could be judged: brightness: its score is nan"
+    ):
         suite.judge(images[:1], prompts[:1])
 
 

@@ -32,7 +32,11 @@ def test_shuffled_images_score_near_the_floor(asked, drawn):
     judged = shapes.judge(np.roll(drawn, 3, axis=0), asked)
     # A few are right by chance: a scene with two objects may hold the one another prompt asks for.
     assert judged.overall < 0.1
-    assert all(reason for correct, reason in zip(judged.correct, judged.reasons, strict=True) if not correct)
+    assert all(
+        reason
+        for correct, reason in zip(judged.correct, judged.reasons, strict=True)
+        if not correct
+    )
 
 
 def test_random_images_are_the_floor(asked):

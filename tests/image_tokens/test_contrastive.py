@@ -9,7 +9,13 @@ from flax import nnx
 from blip3o_jax import config
 from blip3o_jax.image_tokens.contrastive import PatchReadout, TextTower, same_captions, sigmoid_loss
 
-CFG = config.TextTowerConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, dtype="float32")
+CFG = config.TextTowerConfig(
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    dtype="float32",
+)
 
 
 def softplus(x):
@@ -37,7 +43,9 @@ def test_repeated_captions_are_no_negatives():
     np.testing.assert_allclose(loss, (softplus(-0.2) + softplus(1.0)) / 2, rtol=1e-6)
     assert metrics["image_to_text"] == 1 and metrics["text_to_image"] == 1
     unmarked, _ = sigmoid_loss(IMAGE, TEXT, jnp.log(2.0), jnp.array(-1.0), jnp.zeros((2, 2), bool))
-    np.testing.assert_allclose(unmarked, sigmoid_loss(IMAGE, TEXT, jnp.log(2.0), jnp.array(-1.0))[0])
+    np.testing.assert_allclose(
+        unmarked, sigmoid_loss(IMAGE, TEXT, jnp.log(2.0), jnp.array(-1.0))[0]
+    )
 
 
 def test_same_captions():
@@ -46,12 +54,16 @@ def test_same_captions():
 
 
 def test_zero_embedding_has_finite_gradient():
-    grads = jax.grad(lambda x: sigmoid_loss(x, TEXT, jnp.log(10.0), jnp.array(-10.0))[0])(jnp.zeros((2, 2)))
+    grads = jax.grad(lambda x: sigmoid_loss(x, TEXT, jnp.log(10.0), jnp.array(-10.0))[0])(
+        jnp.zeros((2, 2))
+    )
     assert np.all(np.isfinite(grads))
 
 
 def test_patch_readout_is_relative_to_the_variance(rng):
-    cfg = config.SiglipVisionConfig(hidden_size=6, num_attention_heads=2, patch_size=2, dtype="float32")
+    cfg = config.SiglipVisionConfig(
+        hidden_size=6, num_attention_heads=2, patch_size=2, dtype="float32"
+    )
     readout = PatchReadout(cfg, rngs=nnx.Rngs(0))
     patches = jnp.asarray(rng.normal(2.0, 3.0, size=(4, 9, 12)), jnp.float32)
     features = jnp.zeros((4, 9, 6))  # leaves the bias alone
@@ -86,4 +98,6 @@ def test_attends_both_ways(tower):
 
 
 def test_starts_as_published(tower):
-    np.testing.assert_allclose([jnp.exp(tower.log_scale[...]), tower.bias[...]], [10, -10], rtol=1e-6)
+    np.testing.assert_allclose(
+        [jnp.exp(tower.log_scale[...]), tower.bias[...]], [10, -10], rtol=1e-6
+    )

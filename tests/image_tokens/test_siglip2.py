@@ -34,14 +34,20 @@ OUTPUT, GRADIENT = 1e-5, 1e-4
 
 def stock(cfg):
     names = {f.name for f in dataclasses.fields(cfg)} - {"dtype", "param_dtype", "remat", "unroll"}
-    return transformers.SiglipVisionConfig(**{name: getattr(cfg, name) for name in names}, hidden_act="gelu_pytorch_tanh")
+    return transformers.SiglipVisionConfig(
+        **{name: getattr(cfg, name) for name in names}, hidden_act="gelu_pytorch_tanh"
+    )
 
 
 @pytest.fixture(scope="module")
 def pair():
     oracle = torch_weights.randomise(transformers.SiglipVisionModel(stock(CFG)))
     model = stock_weights.jax_model(oracle, CFG)
-    x_BHWC = np.random.default_rng(1).uniform(-1, 1, (2, CFG.image_size, CFG.image_size, 3)).astype(np.float32)
+    x_BHWC = (
+        np.random.default_rng(1)
+        .uniform(-1, 1, (2, CFG.image_size, CFG.image_size, 3))
+        .astype(np.float32)
+    )
     return oracle, model, x_BHWC
 
 
@@ -73,13 +79,23 @@ def test_gradients(pair, remat):
     """Of one scalar over both outputs, for every parameter; the same with the layers computed twice."""
     oracle, model, x_BHWC = pair
     rng = np.random.default_rng(2)
-    last, pooled = rng.normal(size=(2, 25, 24)).astype(np.float32), rng.normal(size=(2, 24)).astype(np.float32)
+    last, pooled = (
+        rng.normal(size=(2, 25, 24)).astype(np.float32),
+        rng.normal(size=(2, 24)).astype(np.float32),
+    )
     oracle.zero_grad()
     out = oracle(to_torch(x_BHWC))
-    ((out.last_hidden_state * torch.from_numpy(last)).sum() + (out.pooler_output * torch.from_numpy(pooled)).sum()).backward()
+    (
+        (out.last_hidden_state * torch.from_numpy(last)).sum()
+        + (out.pooler_output * torch.from_numpy(pooled)).sum()
+    ).backward()
     want = stock_weights.convert(stock_weights.gradients(oracle), CFG)
 
-    graphdef, _ = nnx.split(nnx.eval_shape(lambda: SiglipVision(dataclasses.replace(CFG, remat=remat), rngs=nnx.Rngs(1))))
+    graphdef, _ = nnx.split(
+        nnx.eval_shape(
+            lambda: SiglipVision(dataclasses.replace(CFG, remat=remat), rngs=nnx.Rngs(1))
+        )
+    )
 
     def loss(state):
         out = nnx.merge(graphdef, state)(x_BHWC)
@@ -87,7 +103,9 @@ def test_gradients(pair, remat):
 
     got = stock_weights.flat(jax.jit(jax.grad(loss))(nnx.state(model)))
     for path, gradient in want.items():
-        if path.endswith("key/bias"):  # softmax does not see it: the gradient is zero but for rounding
+        if path.endswith(
+            "key/bias"
+        ):  # softmax does not see it: the gradient is zero but for rounding
             assert np.abs(got[path]).max() < 1e-4 and np.abs(gradient).max() < 1e-4
         else:
             assert relative_error(got[path], gradient) < GRADIENT, path
@@ -100,7 +118,9 @@ def test_gradient_stops_at_the_selected_layer(pair):
     oracle(to_torch(x_BHWC), output_hidden_states=True).hidden_states[-2].square().sum().backward()
     want = stock_weights.convert(stock_weights.gradients(oracle), CFG)
     graphdef, state = nnx.split(model)
-    grads = jax.jit(jax.grad(lambda s: jnp.sum(nnx.merge(graphdef, s).features(x_BHWC, -2) ** 2)))(state)
+    grads = jax.jit(jax.grad(lambda s: jnp.sum(nnx.merge(graphdef, s).features(x_BHWC, -2) ** 2)))(
+        state
+    )
     kernel = "encoder/layers/mlp/down/kernel"
     got = stock_weights.flat(grads)[kernel]
     assert not np.any(got[2]) and np.any(got[1])

@@ -34,7 +34,11 @@ CFG = config.TaTokConfig(
         dtype="float32",
     ),
     decoder=config.TaTokDecoderConfig(
-        hidden_size=36, intermediate_size=20, num_hidden_layers=2, num_attention_heads=3, num_patches=16
+        hidden_size=36,
+        intermediate_size=20,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        num_patches=16,
     ),
     bottleneck_dim=16,
     codebook_size=50,
@@ -45,7 +49,9 @@ GRID = CFG.encoder.grid
 
 def build(l2_normalized):
     # Squared distances are of order 2 x 16 where cosines are at most 1.
-    cfg = dataclasses.replace(CFG, l2_normalized=l2_normalized, stochastic_temperature=0.03 if l2_normalized else 3.0)
+    cfg = dataclasses.replace(
+        CFG, l2_normalized=l2_normalized, stochastic_temperature=0.03 if l2_normalized else 3.0
+    )
     oracle = torch_weights.randomise(torch_model.TaTok(cfg))
     return oracle, stock_weights.jax_model(oracle, cfg)
 
@@ -78,7 +84,10 @@ def test_encode_and_decode(pair, x_BHWC, scale):
         want = oracle.quantise(teacher)
         features = oracle.reconstruct(want.codes_BND)
     ids_BN = jax.jit(lambda x: model.encode(x, scale))(x_BHWC)
-    assert ids_BN.dtype == jnp.int32 and ids_BN.shape == (3, (GRID // scale) ** 2) == (3, model.num_tokens(scale))
+    assert ids_BN.dtype == jnp.int32 and ids_BN.shape == (3, (GRID // scale) ** 2) == (
+        3,
+        model.num_tokens(scale),
+    )
     np.testing.assert_array_equal(ids_BN, want.ids_BN)
     assert scale > 1 or len(np.unique(ids_BN)) > 10, "the comparison needs more than a few codes"
     assert relative_error(model.features(x_BHWC, scale), teacher) < 1e-5
@@ -100,21 +109,31 @@ def test_training_terms_and_gradients(pair, x_BHWC):
     def loss(state):
         out = nnx.merge(graphdef, state)(x_BHWC, 2)
         reconstruction = jnp.mean((out.reconstructed_BND - out.teacher_BND) ** 2)
-        return reconstruction + sum(weight * getattr(out, name) for name, weight in weights.items()), out
+        return reconstruction + sum(
+            weight * getattr(out, name) for name, weight in weights.items()
+        ), out
 
     grads, out = jax.jit(jax.grad(loss, has_aux=True))(state)
     assert relative_error(out.reconstructed_BND, rec.detach()) < 1e-5
     for name in weights:
-        np.testing.assert_allclose(getattr(out, name), getattr(q, name).item(), rtol=2e-5, err_msg=name)
-    drawn = np.bincount(np.asarray(out.ids_BN).ravel(), minlength=CFG.codebook_size) / out.ids_BN.size
+        np.testing.assert_allclose(
+            getattr(out, name), getattr(q, name).item(), rtol=2e-5, err_msg=name
+        )
+    drawn = (
+        np.bincount(np.asarray(out.ids_BN).ravel(), minlength=CFG.codebook_size) / out.ids_BN.size
+    )
     np.testing.assert_allclose(out.usage, np.mean(drawn > 0), rtol=1e-6)
-    np.testing.assert_allclose(out.perplexity, np.exp(-sum(p * np.log(p) for p in drawn if p)), rtol=1e-5)
+    np.testing.assert_allclose(
+        out.perplexity, np.exp(-sum(p * np.log(p) for p in drawn if p)), rtol=1e-5
+    )
 
     got = stock_weights.flat(grads)
     for path, gradient in want.items():
         if path.startswith("encoder/") or "/head/" in path:
             assert not np.any(got[path]), f"{path} must get no gradient"
-        elif path.endswith("attention/key/bias"):  # softmax does not see it: the gradient is zero but for rounding
+        elif path.endswith(
+            "attention/key/bias"
+        ):  # softmax does not see it: the gradient is zero but for rounding
             assert np.abs(got[path]).max() < 1e-5 and np.abs(gradient).max() < 1e-5
         else:
             assert relative_error(got[path], gradient) < 1e-4, path
@@ -137,13 +156,21 @@ def test_lookup_in_chunks(pair, monkeypatch):
     np.testing.assert_allclose(chunked.entropy_gap, whole.entropy_gap, atol=2e-6)
     assert relative_error(chunked_grads["embedding"][...], grads["embedding"][...]) < 1e-5
     lowered = jax.jit(jax.grad(lambda s: loss(s)[0])).lower(state).as_text()
-    assert "3x7x50" in lowered and "3x49x50" not in lowered, "the scores of all tokens stand in memory at once"
+    assert "3x7x50" in lowered and "3x49x50" not in lowered, (
+        "the scores of all tokens stand in memory at once"
+    )
 
 
 def test_stochastic_mode_draws_from_the_softmax():
     """Frequencies of 2 x 4000 draws of one vector against p = softmax(s / temperature)."""
     codebook = simvq.SimVq(
-        6, 4, l2_normalized=True, stochastic=True, temperature=0.5, param_dtype="float32", rngs=nnx.Rngs(params=3)
+        6,
+        4,
+        l2_normalized=True,
+        stochastic=True,
+        temperature=0.5,
+        param_dtype="float32",
+        rngs=nnx.Rngs(params=3),
     )
     z_D = np.array([0.3, -1.0, 0.5, 0.2], np.float32)
     z_BND = jnp.broadcast_to(z_D, (2, 4000, 4))
@@ -153,7 +180,9 @@ def test_stochastic_mode_draws_from_the_softmax():
     # Standard error of a frequency: at most sqrt(.25 / 8000) = 0.006.
     np.testing.assert_allclose(np.bincount(ids.ravel(), minlength=6) / ids.size, p, atol=0.025)
     assert not np.array_equal(ids, codebook.indices(z_BND, jax.random.key(1)))
-    assert np.all(np.asarray(codebook.indices(z_BND)) == scores.argmax()), "without a key the best code is taken"
+    assert np.all(np.asarray(codebook.indices(z_BND)) == scores.argmax()), (
+        "without a key the best code is taken"
+    )
     with pytest.raises(ValueError, match="pass key="):
         codebook(z_BND)
 
@@ -161,7 +190,13 @@ def test_stochastic_mode_draws_from_the_softmax():
 def test_entropy_term_revives_dead_codes():
     """What is coded lies on one side of the sphere, most codes on the other: descending the entropy term alone uses them."""
     codebook = simvq.SimVq(
-        32, 8, l2_normalized=True, stochastic=False, temperature=0.1, param_dtype="float32", rngs=nnx.Rngs(params=0)
+        32,
+        8,
+        l2_normalized=True,
+        stochastic=False,
+        temperature=0.1,
+        param_dtype="float32",
+        rngs=nnx.Rngs(params=0),
     )
     z_BND = 1 + 0.3 * jax.random.normal(jax.random.key(1), (4, 64, 8))
     graphdef, state = nnx.split(codebook)
@@ -192,7 +227,9 @@ def test_user_errors(pair, x_BHWC):
         model.decode(jnp.zeros((1, 8), jnp.int32))
     with pytest.raises(config.ConfigError, match="num_patches=15 must be a square"):
         dataclasses.replace(CFG.decoder, num_patches=15)
-    with pytest.raises(config.ConfigError, match=r"hidden_size=36 must be a multiple of .*num_attention_heads=5"):
+    with pytest.raises(
+        config.ConfigError, match=r"hidden_size=36 must be a multiple of .*num_attention_heads=5"
+    ):
         dataclasses.replace(CFG.decoder, num_attention_heads=5)
 
 
@@ -201,5 +238,7 @@ def test_full_size_parameter_counts():
     state = nnx.eval_shape(lambda: nnx.state(TaTok(cfg, rngs=nnx.Rngs(0))))
     with torch.device("meta"):
         decoder = transformers.Siglip2VisionModel(torch_model.ta_tok_decoder_config(cfg))
-    assert sum(x.size for x in stock_weights.flat(state["decoder"]).values()) == sum(p.numel() for p in decoder.parameters())
+    assert sum(x.size for x in stock_weights.flat(state["decoder"]).values()) == sum(
+        p.numel() for p in decoder.parameters()
+    )
     assert (cfg.grid, state["bottleneck"]["codebook"]["embedding"].shape) == (27, (65536, 1536))

@@ -11,6 +11,8 @@ def randomise(torch_module, seed=0):
             noise = torch.randn(parameter.shape, generator=generator)
             is_scale = name.endswith("weight") and parameter.ndim == 1
             parameter.copy_(
-                1 + 0.2 * noise if is_scale else noise * (parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.2)
+                1 + 0.2 * noise
+                if is_scale
+                else noise * (parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.2)
             )
     return torch_module

@@ -23,12 +23,19 @@ SCRIPTS = sorted(path.name for path in LAUNCH.glob("*.sh"))
 TRAIN = ("--config=configs/pretrain.py:1.7b", "--workdir=gs://bucket/runs/mine")
 QUEUED = ("tpu_queued.sh", "--name=mine", "--zone=us-east5-a", "--topology=v5p:8x8x8", *TRAIN)
 GKE = ("gke_jobset.sh", "--name=mine", "--image=r/blip3o:1", "--topology=v5p:8x8x8", *TRAIN)
-SLURM = ("slurm.sh", "--nodes=4", "--config=configs/pretrain.py:1.7b", "--workdir=/shared/runs/mine")
+SLURM = (
+    "slurm.sh",
+    "--nodes=4",
+    "--config=configs/pretrain.py:1.7b",
+    "--workdir=/shared/runs/mine",
+)
 
 
 def launch(script, *arguments, dry_run=True):
     command = ["bash", str(LAUNCH / script), *(["--dry_run"] if dry_run else []), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHON": "python3"}, cwd=ROOT)
+    return subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"PYTHON": "python3"}, cwd=ROOT
+    )
 
 
 def printed(script, *arguments):
@@ -38,29 +45,47 @@ def printed(script, *arguments):
 
 
 def test_local_starts_every_host_with_its_devices():
-    lines = printed("local.sh", "-n", "2", "-d", "4", "--", "train", "--config=c.py", "--workdir=a b").splitlines()
+    lines = printed(
+        "local.sh", "-n", "2", "-d", "4", "--", "train", "--config=c.py", "--workdir=a b"
+    ).splitlines()
     common = "JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=4 python3 -u -m blip3o_jax train --config=c.py --workdir=a\\ b"
-    hosts = "--config.mesh.cpu_devices=4 --coordinator=127.0.0.1:PORT --num_processes=2 --process_id"
+    hosts = (
+        "--config.mesh.cpu_devices=4 --coordinator=127.0.0.1:PORT --num_processes=2 --process_id"
+    )
     assert lines == [f"[{host}] {common} {hosts}={host}" for host in range(2)]
     (alone,) = printed("local.sh", "-d", "0", "--", "train", "--config=c.py").splitlines()
-    assert alone.endswith("JAX_NUM_CPU_DEVICES= python3 -u -m blip3o_jax train --config=c.py --distributed=off")
+    assert alone.endswith(
+        "JAX_NUM_CPU_DEVICES= python3 -u -m blip3o_jax train --config=c.py --distributed=off"
+    )
 
 
 def test_queued_resources_are_asked_for_used_and_given_back():
-    lines = printed(*QUEUED, "--spot", "--valid_until=6h", "--", "--config.data.path=/gcs/captions/*.tar").splitlines()
+    lines = printed(
+        *QUEUED, "--spot", "--valid_until=6h", "--", "--config.data.path=/gcs/captions/*.tar"
+    ).splitlines()
     commands = [shlex.split(line) for line in lines]
     assert all(command[0] == "+" for command in commands)
     asked = next(command for command in commands if "create" in command)
-    wanted = ["--type=v5p", "--topology=8x8x8", "--runtime-version=v2-alpha-tpuv5", "--node-id=mine", "--spot"]
+    wanted = [
+        "--type=v5p",
+        "--topology=8x8x8",
+        "--runtime-version=v2-alpha-tpuv5",
+        "--node-id=mine",
+        "--spot",
+    ]
     assert asked[1:7] == ["gcloud", "compute", "tpus", "queued-resources", "create", "mine"]
     assert asked[7:] == [*wanted, "--valid-until-duration=6h", "--zone=us-east5-a"]
     ran = commands[-2][-2]
-    train = "blip3o train --config=configs/pretrain.py:1.7b --workdir=/gcs/runs/mine --distributed=tpu"
+    train = (
+        "blip3o train --config=configs/pretrain.py:1.7b --workdir=/gcs/runs/mine --distributed=tpu"
+    )
     again = "status=$?; case $status in 75|137) ;; *) exit $status ;; esac; done"
     assert f"{train} --config.data.path=/gcs/captions/\\*.tar; {again}" in ran
     assert 'eval "$(python3 blip3o_jax/parallel/flags.py v5p)"' in ran
     assert "gcsfuse --implicit-dirs bucket /gcs" in commands[-3][-2]
-    assert commands[-1][1:] == shlex.split("gcloud compute tpus queued-resources delete mine --force --quiet --zone=us-east5-a")
+    assert commands[-1][1:] == shlex.split(
+        "gcloud compute tpus queued-resources delete mine --force --quiet --zone=us-east5-a"
+    )
     assert "delete" not in printed(*QUEUED, "--keep")
 
 
@@ -94,10 +119,18 @@ def test_machines_are_given_back_when_the_launcher_is_stopped(tmp_path, number, 
     assert any("queued-resources delete mine" in line for line in asked) is not keep
 
 
-@pytest.mark.parametrize(("state", "status", "told"), [("ACTIVE", 3, ""), ("FAILED", 2, "the request ended as FAILED before")])
+@pytest.mark.parametrize(
+    ("state", "status", "told"),
+    [("ACTIVE", 3, ""), ("FAILED", 2, "the request ended as FAILED before")],
+)
 def test_a_request_is_deleted_once_and_its_end_is_told(tmp_path, state, status, told):
     environment, log = cloud(tmp_path, state, "exit 3")
-    done = subprocess.run(["bash", str(LAUNCH / QUEUED[0]), *QUEUED[1:]], env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        ["bash", str(LAUNCH / QUEUED[0]), *QUEUED[1:]],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == status and told in done.stderr
     assert log.read_text().count("queued-resources delete mine") == 1
 
@@ -110,9 +143,18 @@ def test_several_slices_are_nodes_of_one_request():
 
 
 def test_slurm_requeues_what_has_saved():
-    script = printed(*SLURM, "--partition=gpu", "--time=04:00:00", "--", "--config.mesh.strategy=fsdp")
-    assert script.startswith("#!/usr/bin/env bash\n#SBATCH --job-name=blip3o\n#SBATCH --nodes=4\n#SBATCH --ntasks-per-node=8\n")
-    for line in ("#SBATCH --partition=gpu", "#SBATCH --time=04:00:00", "#SBATCH --requeue", "#SBATCH --signal=TERM@120"):
+    script = printed(
+        *SLURM, "--partition=gpu", "--time=04:00:00", "--", "--config.mesh.strategy=fsdp"
+    )
+    assert script.startswith(
+        "#!/usr/bin/env bash\n#SBATCH --job-name=blip3o\n#SBATCH --nodes=4\n#SBATCH --ntasks-per-node=8\n"
+    )
+    for line in (
+        "#SBATCH --partition=gpu",
+        "#SBATCH --time=04:00:00",
+        "#SBATCH --requeue",
+        "#SBATCH --signal=TERM@120",
+    ):
         assert f"{line}\n" in script
     assert "srun --wait=120 --label blip3o train --config=configs/pretrain.py:1.7b" in script
     assert "--distributed=slurm --config.mesh.strategy=fsdp || status=$?" in script
@@ -130,9 +172,28 @@ def local(tmp_path, *statuses, restarts=3):
         'IFS=, read -ra mine <<< "${table[host]}"; exit "${mine[n <= ${#mine[@]} ? n - 1 : ${#mine[@]} - 1]}"\n'
     )
     program.chmod(0o755)
-    command = ["bash", str(LAUNCH / "local.sh"), "-n", str(len(statuses)), "-d", "0", "-r", str(restarts), "--", "train"]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHON": str(program)}, timeout=60)
-    return done.returncode, [len((tmp_path / f"count{host}").read_text().split()) for host in range(len(statuses))]
+    command = [
+        "bash",
+        str(LAUNCH / "local.sh"),
+        "-n",
+        str(len(statuses)),
+        "-d",
+        "0",
+        "-r",
+        str(restarts),
+        "--",
+        "train",
+    ]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHON": str(program)},
+        timeout=60,
+    )
+    return done.returncode, [
+        len((tmp_path / f"count{host}").read_text().split()) for host in range(len(statuses))
+    ]
 
 
 @pytest.mark.parametrize(
@@ -158,7 +219,10 @@ def test_the_documented_statuses_are_those_of_the_launchers():
     page = (ROOT / "docs" / "pods.md").read_text()
     said = set(re.findall(r"^\| (\S+) \| .* \| yes.* \|$", page, re.MULTILINE))
     common = (LAUNCH / "common.sh").read_text()
-    assert f'RESTARTED="{" ".join(sorted(said, key=int))}"' in common and said == {str(exits.PREEMPTED), str(exits.LOST_PEER)}
+    assert f'RESTARTED="{" ".join(sorted(said, key=int))}"' in common and said == {
+        str(exits.PREEMPTED),
+        str(exits.LOST_PEER),
+    }
 
 
 # The fields that the manifest may use, as the APIs have them (JobSet v1alpha2, batch/v1, core/v1): a type, a choice of values,
@@ -189,10 +253,20 @@ JOB = {
     "completions": int,
     "completionMode": ("Indexed",),
     "backoffLimit": int,
-    "podFailurePolicy": {"rules": [{"action": ("FailJob", "Ignore", "Count", "FailIndex"), "onExitCodes": EXIT_CODES}]},
+    "podFailurePolicy": {
+        "rules": [
+            {"action": ("FailJob", "Ignore", "Count", "FailIndex"), "onExitCodes": EXIT_CODES}
+        ]
+    },
     "template": POD,
 }
-REASONS = ("BackoffLimitExceeded", "DeadlineExceeded", "FailedIndexes", "MaxFailedIndexesExceeded", "PodFailurePolicy")
+REASONS = (
+    "BackoffLimitExceeded",
+    "DeadlineExceeded",
+    "FailedIndexes",
+    "MaxFailedIndexesExceeded",
+    "PodFailurePolicy",
+)
 RULE = {
     "name": str,
     "action": ("FailJobSet", "RestartJobSet", "RestartJobSetAndIgnoreMaxRestarts"),
@@ -211,7 +285,9 @@ JOBSET = {
 
 def check_fields(value, schema, where="manifest"):
     if isinstance(schema, dict):
-        assert isinstance(value, dict) and set(value) == set(schema), f"{where} has {set(value) ^ set(schema)}"
+        assert isinstance(value, dict) and set(value) == set(schema), (
+            f"{where} has {set(value) ^ set(schema)}"
+        )
         for key, child in schema.items():
             check_fields(value[key], child, f"{where}.{key}")
     elif isinstance(schema, list):
@@ -258,7 +334,11 @@ def test_the_manifest_is_a_jobset():
     assert pod["volumes"][0]["csi"]["volumeAttributes"]["bucketName"] == "bucket"
     # Saved, killed, another host lost: these restart the JobSet, and so does a machine that is gone. Any other status ends it.
     (rule,) = job["podFailurePolicy"]["rules"]
-    assert rule["onExitCodes"] == {"containerName": container["name"], "operator": "NotIn", "values": [75, 137]}
+    assert rule["onExitCodes"] == {
+        "containerName": container["name"],
+        "operator": "NotIn",
+        "values": [75, 137],
+    }
 
 
 def test_a_small_slice_is_one_machine():
@@ -289,7 +369,10 @@ def test_a_small_slice_is_one_machine():
         ((*QUEUED, "--sport"), "unknown argument --sport"),
         ((*QUEUED, "--spot=false"), "--spot takes no value"),
         ((*QUEUED, "--name"), "--name needs a value"),
-        ((*QUEUED, "--topology=v5p:8x8"), "--topology=v5p:8x8 is not CHIP:AxB of v5e, v6e, or CHIP:AxBxC of v4"),
+        (
+            (*QUEUED, "--topology=v5p:8x8"),
+            "--topology=v5p:8x8 is not CHIP:AxB of v5e, v6e, or CHIP:AxBxC of v4",
+        ),
         ((*QUEUED, "--topology=v5e:4x4x4"), "--topology=v5e:4x4x4 is not CHIP:AxB of v5e"),
         ((*QUEUED, "--topology=v5p:08x8x8"), "--topology=v5p:08x8x8 is not"),
         ((*QUEUED, "--slices=two"), "--slices=two is not a whole number of 1 or more"),
@@ -316,10 +399,14 @@ def test_help_is_the_header(script):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_shellcheck(script):
-    shellcheck = shutil.which("shellcheck", path=f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}")
+    shellcheck = shutil.which(
+        "shellcheck", path=f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"
+    )
     if shellcheck is None:
         pytest.skip("shellcheck is not installed")
-    done = subprocess.run([shellcheck, "-x", f"launch/{script}"], capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run(
+        [shellcheck, "-x", f"launch/{script}"], capture_output=True, text=True, cwd=ROOT
+    )
     assert done.returncode == 0, done.stdout
 
 
@@ -327,7 +414,9 @@ def test_every_flag_has_a_reason_and_a_source():
     for setting in flags.SETTINGS:
         assert setting.chips and set(setting.chips) <= set(flags.CHIPS)
         assert setting.reason and setting.source.startswith(("https://", "measured: "))
-    assert all(value in flags.explain() for value in ("ynn_fusion_type", "LIBTPU_INIT_ARGS", flags.MAXTEXT))
+    assert all(
+        value in flags.explain() for value in ("ynn_fusion_type", "LIBTPU_INIT_ARGS", flags.MAXTEXT)
+    )
     # Each chip has some; TPU flags stay out of XLA_FLAGS, which jaxlib reads.
     for chip in flags.CHIPS:
         assert flags.exports(chip)
@@ -335,21 +424,31 @@ def test_every_flag_has_a_reason_and_a_source():
 
 
 @pytest.mark.parametrize(
-    "given", [{}, {"XLA_FLAGS": "--xla_mine=1", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5"}], ids=["empty", "set"]
+    "given",
+    [{}, {"XLA_FLAGS": "--xla_mine=1", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5"}],
+    ids=["empty", "set"],
 )
 @pytest.mark.parametrize("chip", ["cpu", "h100"])
 def test_what_is_set_already_wins(chip, given):
     """In a shell and from Python: another variable stays, and of flags the last one counts."""
     script = f'eval "$({sys.executable} blip3o_jax/parallel/flags.py {chip})"; env'
     env = {"PATH": os.environ["PATH"]} | given
-    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, env=env, cwd=ROOT, check=True)
+    done = subprocess.run(
+        ["bash", "-c", script], capture_output=True, text=True, env=env, cwd=ROOT, check=True
+    )
     values = dict(line.partition("=")[::2] for line in done.stdout.splitlines())
     want = {
         "cpu": {"XLA_FLAGS": "--xla_cpu_experimental_ynn_fusion_type="},
-        "h100": {"XLA_FLAGS": "--xla_gpu_enable_latency_hiding_scheduler=true", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.9"},
+        "h100": {
+            "XLA_FLAGS": "--xla_gpu_enable_latency_hiding_scheduler=true",
+            "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.9",
+        },
     }[chip]
     if given:
-        want = {name: f"{value} --xla_mine=1" if name == "XLA_FLAGS" else given[name] for name, value in want.items()}
+        want = {
+            name: f"{value} --xla_mine=1" if name == "XLA_FLAGS" else given[name]
+            for name, value in want.items()
+        }
     assert {name: values[name].strip() for name in want} == flags.environment(chip, given) == want
 
 
@@ -358,4 +457,6 @@ def test_the_image_holds_what_it_runs():
     copied = [word for line in lines if line.startswith("COPY") for word in line.split()[1:-1]]
     assert all((ROOT / name).exists() for name in copied)
     assert {"blip3o_jax", "configs", "launch"} <= set(copied)
-    assert json.loads(next(line for line in lines if line.startswith("ENTRYPOINT")).partition(" ")[2]) == ["blip3o"]
+    assert json.loads(
+        next(line for line in lines if line.startswith("ENTRYPOINT")).partition(" ")[2]
+    ) == ["blip3o"]

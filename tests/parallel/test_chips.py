@@ -19,7 +19,11 @@ def test_figures_are_of_a_device_and_in_units_of_one(name):
     assert 1e14 < chip.flops < 2e15
     assert 100 < chip.flops / chip.hbm_rate < 600, "FLOPs a byte"
     assert 15e9 < chip.hbm_bytes < 200e9
-    assert chip.hbm_rate > 10 * chip.link_rate / (1 if chip.axes else 10) > 50 * chip.dcn_rate / (1 if chip.axes else 10)
+    assert (
+        chip.hbm_rate
+        > 10 * chip.link_rate / (1 if chip.axes else 10)
+        > 50 * chip.dcn_rate / (1 if chip.axes else 10)
+    )
     assert chip.source
 
 
@@ -32,7 +36,8 @@ def test_the_clock_gives_the_peak():
 
 
 @pytest.mark.parametrize(
-    ("name", "size", "ring"), [("v5p", 4, True), ("v5p", 2, False), ("v5e", 8, False), ("v5p", 6, False), ("v6e", 16, True)]
+    ("name", "size", "ring"),
+    [("v5p", 4, True), ("v5p", 2, False), ("v5e", 8, False), ("v5p", 6, False), ("v6e", 16, True)],
 )
 def test_rings(name, size, ring):
     assert chips.CHIPS[name].wraps(size) is ring

@@ -46,8 +46,13 @@ ROUNDING = 5e-6
 
 
 def settings(**changes):
-    groups = {"checkpoint": {"every": EVERY, "keep": 100}, "mesh": {"data": 1, "fsdp": -1, "strategy": "fsdp"}}
-    return tiny.run_config(tiny.data(), stage="tokenizer", steps=STEPS, preview=0, watchdog=2.0, **groups | changes)
+    groups = {
+        "checkpoint": {"every": EVERY, "keep": 100},
+        "mesh": {"data": 1, "fsdp": -1, "strategy": "fsdp"},
+    }
+    return tiny.run_config(
+        tiny.data(), stage="tokenizer", steps=STEPS, preview=0, watchdog=2.0, **groups | changes
+    )
 
 
 def config_file(directory, cfg):
@@ -68,11 +73,26 @@ class Job:
 
     def __init__(self, directory, workdir, cfg, hosts, devices, *arguments, command="train"):
         self.workdir, self.log = workdir, directory / f"log{next(self.count)}"
-        script = [ROOT / "launch" / "local.sh", "-n", hosts, "-d", devices, "-c", "none", *arguments, "--"]
+        script = [
+            ROOT / "launch" / "local.sh",
+            "-n",
+            hosts,
+            "-d",
+            devices,
+            "-c",
+            "none",
+            *arguments,
+            "--",
+        ]
         script += [command, f"--config={config_file(directory, cfg)}", f"--workdir={workdir}"]
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                list(map(str, script)), stdout=log, stderr=log, env=os.environ | ENVIRONMENT, cwd=ROOT, start_new_session=True
+                list(map(str, script)),
+                stdout=log,
+                stderr=log,
+                env=os.environ | ENVIRONMENT,
+                cwd=ROOT,
+                start_new_session=True,
             )
 
     def text(self):
@@ -137,14 +157,19 @@ def test_two_hosts_one_of_them_killed_go_on_as_one(whole, job, tmp_path):
     pair = job(tmp_path, workdir, settings(), 2, 4, "-r", 0)
     pair.until_step(EVERY + 1)
     os.kill(pair.pid(1), signal.SIGSTOP)
-    told = r"\[0\] watchdog: no progress for \d+ s: host 1 is silent since \w+ at step \d+; host 0 in "
+    told = (
+        r"\[0\] watchdog: no progress for \d+ s: host 1 is silent since \w+ at step \d+; host 0 in "
+    )
     pair.until(lambda: re.search(told, pair.text()))
     assert "[1] watchdog" not in pair.text()
     os.kill(pair.pid(1), signal.SIGKILL)
     assert pair.wait() == 128 + signal.SIGKILL
     for host in range(2):
         assert f"local.sh: host {host} ended with status 137" in pair.text()
-    assert re.search(r"\[0\] host 0: blip3o: host 1 was lost in \w+ at step \d+; the same command goes on", pair.text())
+    assert re.search(
+        r"\[0\] host 0: blip3o: host 1 was lost in \w+ at step \d+; the same command goes on",
+        pair.text(),
+    )
     assert "Traceback" not in pair.text()
     stopped_at = len(losses(workdir))
     assert stopped_at < STEPS
@@ -168,10 +193,15 @@ def test_sigterm_on_one_host_saves_on_all_and_the_launcher_restarts(job, tmp_pat
     assert pair.wait() == 0, pair.text()
     for host in range(2):
         assert f"local.sh: host {host} ended with status 75" in pair.text()
-    step = int(re.search(r"\[0\] tokenizer: stopped by SIGTERM, step (\d+) of 96 is saved", pair.text())[1])
+    step = int(
+        re.search(r"\[0\] tokenizer: stopped by SIGTERM, step (\d+) of 96 is saved", pair.text())[1]
+    )
     assert 2 < step < steps
     assert f"[0] tokenizer: resuming at step {step} of" in pair.text()
-    supervised.train(dataclasses.replace(cfg, mesh=MeshConfig(data=-1, fsdp=1, strategy="dp")), tmp_path / "whole")
+    supervised.train(
+        dataclasses.replace(cfg, mesh=MeshConfig(data=-1, fsdp=1, strategy="dp")),
+        tmp_path / "whole",
+    )
     assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "whole"), rel=ROUNDING)
     root, last = checkpoint.find(tmp_path / "run")
     assert last == steps and (root / str(step)).is_dir()
@@ -182,7 +212,9 @@ def test_sigterm_on_one_host_saves_on_all_and_the_launcher_restarts(job, tmp_pat
 @pytest.mark.slow
 def test_two_hosts_train_a_vocabulary_and_fill_an_encoder_cache_once(job, tmp_path, quick_compile):  # noqa: F811
     """Files that one host writes and both read. Host 0 alone trains the vocabulary; each host fills its parts of the cache."""
-    cfg = tiny.run_config(tiny.data(), steps=3, preview=0, data={"cache_dir": str(tmp_path / "cache")})
+    cfg = tiny.run_config(
+        tiny.data(), steps=3, preview=0, data={"cache_dir": str(tmp_path / "cache")}
+    )
     pair = job(tmp_path, tmp_path / "pair", cfg, 2, 1)
     assert pair.wait() == 0, pair.text()
     assert len(list((tmp_path / "cache").rglob("codes-*.npy"))) == 1
@@ -206,10 +238,23 @@ def two_hosts(tmp_path, *arguments, cwd=(ROOT, ROOT)):
     path = config_file(tmp_path, settings())
     processes = []
     for host in range(2):
-        flags = [f"--coordinator=127.0.0.1:{port}", "--num_processes=2", f"--process_id={host}", f"--config={path}"]
+        flags = [
+            f"--coordinator=127.0.0.1:{port}",
+            "--num_processes=2",
+            f"--process_id={host}",
+            f"--config={path}",
+        ]
         command = [sys.executable, "-m", "blip3o_jax", "train", *flags, *arguments[host]]
-        environment = os.environ | ENVIRONMENT | {"PYTHONPATH": str(cwd[host] if (cwd[host] / "blip3o_jax").exists() else ROOT)}
-        processes.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, cwd=cwd[host]))
+        environment = (
+            os.environ
+            | ENVIRONMENT
+            | {"PYTHONPATH": str(cwd[host] if (cwd[host] / "blip3o_jax").exists() else ROOT)}
+        )
+        processes.append(
+            subprocess.Popen(
+                command, stderr=subprocess.PIPE, text=True, env=environment, cwd=cwd[host]
+            )
+        )
     return processes
 
 
@@ -221,7 +266,11 @@ def said_by(processes):
 @pytest.mark.slow
 def test_ctrl_c_after_sigterm_does_not_lose_the_save_of_several_hosts(tmp_path):
     """Both on host 1, one right after the other."""
-    flags = [f"--workdir={tmp_path / 'run'}", "--config.steps=2000", "--config.checkpoint.every=10000"]
+    flags = [
+        f"--workdir={tmp_path / 'run'}",
+        "--config.steps=2000",
+        "--config.checkpoint.every=10000",
+    ]
     hosts = two_hosts(tmp_path, flags, flags)
     while len(read_rows(tmp_path / "run" / "metrics.jsonl")) < 2:
         assert hosts[1].poll() is None
@@ -237,7 +286,9 @@ def test_ctrl_c_after_sigterm_does_not_lose_the_save_of_several_hosts(tmp_path):
 
 def test_hosts_that_disagree_are_refused_with_one_line(tmp_path):
     workdir = f"--workdir={tmp_path / 'run'}"
-    said = said_by(two_hosts(tmp_path, [workdir], [workdir, "--config.seed=3", "--config.optimizer.b1=0.5"]))
+    said = said_by(
+        two_hosts(tmp_path, [workdir], [workdir, "--config.seed=3", "--config.optimizer.b1=0.5"])
+    )
     assert said == [
         (
             "blip3o: error: the hosts disagree, nothing was run: host 1 has another configuration than host 0: "
@@ -254,10 +305,15 @@ def test_an_error_on_one_host_ends_all_with_its_status(tmp_path):
     tiny.write_data(tmp_path / "zero" / "images")
     (tmp_path / "one").mkdir()
     flags = [f"--workdir={tmp_path / 'run'}", "--config.data.path=images"]
-    zero, one = said_by(two_hosts(tmp_path, flags, flags, cwd=(tmp_path / "zero", tmp_path / "one")))
+    zero, one = said_by(
+        two_hosts(tmp_path, flags, flags, cwd=(tmp_path / "zero", tmp_path / "one"))
+    )
     assert zero[1] == one[1] == 2
     assert re.fullmatch(r"host 1: blip3o: error: .*images.*: no such file or directory.*\n", one[0])
-    assert "host 0: blip3o: host 1 ended with status 2 in start at step 0; the same command goes on" in zero[0]
+    assert (
+        "host 0: blip3o: host 1 ended with status 2 in start at step 0; the same command goes on"
+        in zero[0]
+    )
 
 
 @pytest.mark.slow
@@ -267,7 +323,10 @@ def test_hosts_with_other_code_are_refused(tmp_path):
         file.write("# changed\n")
     workdir = f"--workdir={tmp_path / 'run'}"
     said = said_by(two_hosts(tmp_path, [workdir], [workdir], cwd=(ROOT, tmp_path / "other")))
-    assert re.fullmatch(r"blip3o: error: .*: host 1 runs other code than host 0: blip3o_jax is '\w+', not '\w+'\n", said[0][0])
+    assert re.fullmatch(
+        r"blip3o: error: .*: host 1 runs other code than host 0: blip3o_jax is '\w+', not '\w+'\n",
+        said[0][0],
+    )
     assert said[1] == ("", 2)
 
 
@@ -284,9 +343,14 @@ def test_what_hosts_disagree_on_is_named(tmp_path):
     )
     assert complaint.endswith(", and 3 more")
     other = mine | {"code": code | {"jax": "0.1"}}
-    assert distributed._complaint(other, zero, 1) == f"host 1 runs other code than host 0: jax is '0.1', not {code['jax']!r}"
+    assert (
+        distributed._complaint(other, zero, 1)
+        == f"host 1 runs other code than host 0: jax is '0.1', not {code['jax']!r}"
+    )
     unshared = mine | {"workdir": str(tmp_path / "mine")}
-    assert "host 2 does not see what host 0 writes to" in distributed._complaint(unshared, zero, 2, patience=0.0)
+    assert "host 2 does not see what host 0 writes to" in distributed._complaint(
+        unshared, zero, 2, patience=0.0
+    )
 
 
 def test_the_code_version_is_of_the_source_files(tmp_path, monkeypatch):
@@ -306,9 +370,18 @@ def test_the_code_version_is_of_the_source_files(tmp_path, monkeypatch):
     [
         (["--coordinator=h:1"], "go together: --num_processes and --process_id not given"),
         (["--process_id=0", "--num_processes=2"], "go together: --coordinator not given"),
-        (["--coordinator=h:1", "--num_processes=2", "--process_id=2"], "--process_id=2 must lie in 0 .. 1"),
-        (["--coordinator=h", "--num_processes=2", "--process_id=0"], "'h' names no port: give it as HOST:PORT"),
-        (["--coordinator=h:1", "--num_processes=2", "--process_id=0", "--distributed=slurm"], "exclude each other"),
+        (
+            ["--coordinator=h:1", "--num_processes=2", "--process_id=2"],
+            "--process_id=2 must lie in 0 .. 1",
+        ),
+        (
+            ["--coordinator=h", "--num_processes=2", "--process_id=0"],
+            "'h' names no port: give it as HOST:PORT",
+        ),
+        (
+            ["--coordinator=h:1", "--num_processes=2", "--process_id=0", "--distributed=slurm"],
+            "exclude each other",
+        ),
         (["--distributed=slurm"], "did not find each other through --distributed=slurm"),
         (["--workdir=gs://bucket/run"], "is no directory: mount the bucket"),
     ],
@@ -349,11 +422,19 @@ def test_the_kernel_that_was_chosen_is_in_the_log(caplog):
 
 def test_a_job_that_is_left_is_not_asked_about_errors(monkeypatch):
     """Such as one after the run, or status 75: the client of `jax.distributed` is shut down."""
-    left = types.SimpleNamespace(over=lambda: None, lost=lambda: pytest.fail("asked"), farewell=lambda *_: pytest.fail("told"))
+    left = types.SimpleNamespace(
+        over=lambda: None,
+        lost=lambda: pytest.fail("asked"),
+        farewell=lambda *_: pytest.fail("told"),
+    )
 
     def start(launch):
         distributed._peers.append(left)
-        exits.process.prefix, exits.process.cause, exits.process.farewell = "host 0: ", distributed._cause, left.farewell
+        exits.process.prefix, exits.process.cause, exits.process.farewell = (
+            "host 0: ",
+            distributed._cause,
+            left.farewell,
+        )
 
     monkeypatch.setattr(exits, "process", exits._Process())
     for name, value in {"start": start, "hosts": lambda: 2, "barrier": lambda *_: None}.items():

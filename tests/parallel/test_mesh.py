@@ -13,7 +13,12 @@ from blip3o_jax.parallel.mesh import AXES, make_mesh
 
 @pytest.mark.parametrize(
     ("sizes", "want"),
-    [((1, -1, 1), (1, 8, 1, 1)), ((-1, 2, 2), (2, 2, 1, 2)), ((8, 1, 1), (8, 1, 1, 1)), ((2, 2, -1), (2, 2, 1, 2))],
+    [
+        ((1, -1, 1), (1, 8, 1, 1)),
+        ((-1, 2, 2), (2, 2, 1, 2)),
+        ((8, 1, 1), (8, 1, 1, 1)),
+        ((2, 2, -1), (2, 2, 1, 2)),
+    ],
 )
 def test_sizes(sizes, want):
     mesh = make_mesh(MeshConfig(*sizes))
@@ -23,7 +28,9 @@ def test_sizes(sizes, want):
 
 def test_one_device():
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    assert tuple(mesh.shape.values()) == (1, 1, 1, 1) and set(mesh.axis_types) == {jax.sharding.AxisType.Auto}
+    assert tuple(mesh.shape.values()) == (1, 1, 1, 1) and set(mesh.axis_types) == {
+        jax.sharding.AxisType.Auto
+    }
 
 
 @pytest.mark.parametrize(
@@ -53,7 +60,10 @@ def test_sequence_and_slices():
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ({"data": 1, "slices": 2}, "mesh.slices=2: data=1 lies over the slices, so it must be a multiple of their number"),
+        (
+            {"data": 1, "slices": 2},
+            "mesh.slices=2: data=1 lies over the slices, so it must be a multiple of their number",
+        ),
         ({"data": 2, "slices": 0}, "mesh.slices=0 must lie between 1 and"),
         ({"sequence": 3}, "mesh data=1 x fsdp=-1 x sequence=3 x tensor=1 does not cover 8 devices"),
     ],
@@ -77,9 +87,14 @@ class Chip:
 
 def test_real_slices_are_asked_how_many_they_are():
     chips = [Chip((x, 0, 0), number) for number in range(2) for x in range(4)]
-    with pytest.raises(ConfigError, match=r"mesh\.slices=4, but the devices lie in 2: set mesh\.slices to that"):
+    with pytest.raises(
+        ConfigError, match=r"mesh\.slices=4, but the devices lie in 2: set mesh\.slices to that"
+    ):
         make_mesh(MeshConfig(data=4, slices=4), chips)
-    with pytest.raises(ConfigError, match=r"mesh\.slices=1, but the devices lie in 2: set mesh\.slices and mesh\.data to that"):
+    with pytest.raises(
+        ConfigError,
+        match=r"mesh\.slices=1, but the devices lie in 2: set mesh\.slices and mesh\.data to that",
+    ):
         make_mesh(MeshConfig(), chips)
 
 

@@ -30,20 +30,26 @@ def fails(message):
     ],
 )
 def test_places(strategy, part, axes, want):
-    more = {"fsdp_tp": {"tensor": 2}, "fsdp_sp": {"sequence": 2}, "hybrid": {"slices": 2}}.get(strategy, {})
+    more = {"fsdp_tp": {"tensor": 2}, "fsdp_sp": {"sequence": 2}, "hybrid": {"slices": 2}}.get(
+        strategy, {}
+    )
     got = tiny.strategy(strategy, 2, 2, **more).spec(part, axes, (8,) * len(axes))
     assert got == PartitionSpec(*want)
 
 
 def test_a_mesh_axis_of_one_device_is_not_named():
-    assert tiny.strategy("fsdp_tp", fsdp=8).spec("ar", ("embed", "mlp"), (8, 7)) == PartitionSpec("fsdp", None)
+    assert tiny.strategy("fsdp_tp", fsdp=8).spec("ar", ("embed", "mlp"), (8, 7)) == PartitionSpec(
+        "fsdp", None
+    )
 
 
 def test_a_dimension_that_does_not_divide_is_named_with_both_sizes():
     message = "strategy fsdp: ar/norm/x has embed=12, which does not divide over mesh axes fsdp = 8; use a multiple of 8"
     with fails(message):
         tiny.strategy("fsdp", fsdp=8).spec("ar", ("embed",), (12,), "ar/norm/x")
-    with fails("an activation of ar has batch=6, which does not divide over mesh axes data x fsdp = 4"):
+    with fails(
+        "an activation of ar has batch=6, which does not divide over mesh axes data x fsdp = 4"
+    ):
         tiny.strategy("fsdp", data=2, fsdp=2).resolver("ar", ("batch", None), (6, 3))
 
 
@@ -75,24 +81,35 @@ def test_an_unknown_strategy_names_those_there_are():
 def test_parts_have_tables_of_their_own():
     strategy = tiny.strategy("fsdp_tp", fsdp=2, tensor=2, parts=(("dit", "dp"), ("vae", "fsdp")))
     axes, shape = ("embed", "mlp"), (8, 8)
-    for part, want in {"ar": ("fsdp", "tensor"), "dit": (None, None), "vae": (None, None), "tokenizer": ("fsdp", None)}.items():
+    for part, want in {
+        "ar": ("fsdp", "tensor"),
+        "dit": (None, None),
+        "vae": (None, None),
+        "tokenizer": ("fsdp", None),
+    }.items():
         assert strategy.spec(part, axes, shape) == PartitionSpec(*want), part
 
 
 def test_axes_that_nothing_would_lie_over():
-    with fails("mesh.tensor=2: strategy fsdp puts nothing on that axis, its devices would all do the same; use fsdp_tp"):
+    with fails(
+        "mesh.tensor=2: strategy fsdp puts nothing on that axis, its devices would all do the same; use fsdp_tp"
+    ):
         tiny.strategy("fsdp", fsdp=2, tensor=2)
     with fails("mesh.sequence=2: strategy fsdp_tp puts nothing on that axis"):
         tiny.strategy("fsdp_tp", fsdp=2, tensor=2, sequence=2)
     tiny.strategy("fsdp", fsdp=2, sequence=2, parts=(("dit", "fsdp_sp"),))
-    with fails("mesh.strategy='hybrid' is for several slices: set mesh.slices and mesh.data to their number"):
+    with fails(
+        "mesh.strategy='hybrid' is for several slices: set mesh.slices and mesh.data to their number"
+    ):
         tiny.strategy("hybrid", fsdp=8)
 
 
 def test_one_token_is_not_cut_up():
     strategy = tiny.strategy("fsdp_sp", fsdp=2, sequence=2)
     assert strategy.spec("ar", ("batch", "length"), (2, 1)) == PartitionSpec("fsdp", None)
-    with fails("an activation of ar has length=3, which does not divide over mesh axes sequence = 2"):
+    with fails(
+        "an activation of ar has length=3, which does not divide over mesh axes sequence = 2"
+    ):
         strategy.resolver("ar", ("batch", "length"), (2, 3))
 
 
@@ -100,4 +117,8 @@ def test_one_token_is_not_cut_up():
 def test_tables_name_mesh_axes_only(name):
     from blip3o_jax.parallel.mesh import AXES
 
-    assert all(set(axes) <= set(AXES) for table in rules.STRATEGIES[name].values() for axes in table.values())
+    assert all(
+        set(axes) <= set(AXES)
+        for table in rules.STRATEGIES[name].values()
+        for axes in table.values()
+    )

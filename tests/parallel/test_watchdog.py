@@ -25,13 +25,19 @@ def sign(phase, step, since=700.0, seen=995.0):
             "host 2 is stuck in step at step 7 for 310 s; hosts 0, 1 in step at step 8",
         ),
         ([sign("step", 7), sign("step", 7)], "hosts 0, 1 in step at step 7"),
-        ([sign("save", 6), sign("save", 6, seen=900.0)], "host 1 is silent since save at step 6; host 0 in save at step 6"),
+        (
+            [sign("save", 6), sign("save", 6, seen=900.0)],
+            "host 1 is silent since save at step 6; host 0 in save at step 6",
+        ),
         ([sign("barrier", 0), None], "host 1 is silent; host 0 in barrier at step 0"),
         (
             [sign("vocabulary", 0), sign("barrier", 0)],
             "host 0 is stuck in vocabulary at step 0 for 300 s; host 1 in barrier at step 0",
         ),
-        ([sign("compile", 1)] * 64, "hosts 0, 1, 2 and 61 more are stuck in compile at step 1 for 300 s"),
+        (
+            [sign("compile", 1)] * 64,
+            "hosts 0, 1, 2 and 61 more are stuck in compile at step 1 for 300 s",
+        ),
         ([sign("compile", 1)], "host 0 is stuck in compile at step 1 for 300 s"),
         (
             [sign("step", 3)] * 6 + [sign("data", 3)],
@@ -55,7 +61,10 @@ def test_it_tells_when_nothing_moves_and_not_before(capsys):
             watch.enter(phase, 9)
             time.sleep(0.7)
     first, second = capsys.readouterr().err.splitlines()
-    assert first.startswith("watchdog: no progress for ") and "host 0 is stuck in data at step 9" in first
+    assert (
+        first.startswith("watchdog: no progress for ")
+        and "host 0 is stuck in data at step 9" in first
+    )
     assert "host 0 in save at step 9" in second
 
 

@@ -12,9 +12,13 @@ def redness(images_BHWC, prompts, metadata):
 
 def redness_but_of_pink(images_BHWC, prompts, metadata):
     """No score for one of the prompts."""
-    return np.where([prompt == "pink" for prompt in prompts], np.nan, redness(images_BHWC, prompts, metadata))
+    return np.where(
+        [prompt == "pink" for prompt in prompts], np.nan, redness(images_BHWC, prompts, metadata)
+    )
 
 
 def redness_of_two(images_BHWC, prompts, metadata):
     """The same for all images of half of the prompts."""
-    return np.where([prompt in PROMPTS[:2] for prompt in prompts], redness(images_BHWC, prompts, metadata), 0)
+    return np.where(
+        [prompt in PROMPTS[:2] for prompt in prompts], redness(images_BHWC, prompts, metadata), 0
+    )

@@ -24,7 +24,9 @@ def started_from() -> pathlib.Path:
     return workdir
 
 
-def run_config(policy: str = "ar", *, mesh: dict[str, Any] | None = None, **changes: Any) -> config.Config:
+def run_config(
+    policy: str = "ar", *, mesh: dict[str, Any] | None = None, **changes: Any
+) -> config.Config:
     """2 prompts of 4 images a rollout, on the policy's own terms; `changes` are fields of RlConfig, or of Config."""
     root, step = checkpoint.find(started_from())
     given = checkpoint.read_config(root)
@@ -40,7 +42,9 @@ def run_config(policy: str = "ar", *, mesh: dict[str, Any] | None = None, **chan
         flow=config.FlowPolicyConfig(steps=4, trained=2, noise=0.7),
     )
     own = {f.name for f in dataclasses.fields(config.Config)}
-    rl = dataclasses.replace(rl, **{name: value for name, value in changes.items() if name not in own})
+    rl = dataclasses.replace(
+        rl, **{name: value for name, value in changes.items() if name not in own}
+    )
     base = config.Config(
         steps=4,  # the first of which has learning rate 0
         log_every=1,
@@ -49,7 +53,11 @@ def run_config(policy: str = "ar", *, mesh: dict[str, Any] | None = None, **chan
         data=config.DataConfig(max_length=given.data.max_length),
         optimizer=config.OptimizerConfig(learning_rate=1e-3, warmup_share=0.2),
         mesh=config.MeshConfig(**(mesh or {"data": 1, "fsdp": 1, "strategy": "dp"})),
-        checkpoint=config.CheckpointConfig(every=100, init_from=tuple((part, str(root / str(step))) for part in PARTS)),
+        checkpoint=config.CheckpointConfig(
+            every=100, init_from=tuple((part, str(root / str(step))) for part in PARTS)
+        ),
         rl=rl,
     )
-    return dataclasses.replace(base, **{name: value for name, value in changes.items() if name in own})
+    return dataclasses.replace(
+        base, **{name: value for name, value in changes.items() if name in own}
+    )

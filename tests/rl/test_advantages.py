@@ -20,7 +20,9 @@ def test_deviation_is_unbiased():
 def test_mean_only():
     rewards = np.asarray([[0.0, 0.0, 1.0, 0.0], [4.0, 0.0, 0.0, 0.0]])
     got = group_advantages(rewards, kept(rewards), kind="mean", epsilon=1e-4)
-    np.testing.assert_array_equal(got.advantage_PG, np.float32([[-0.25, -0.25, 0.75, -0.25], [3, -1, -1, -1]]))
+    np.testing.assert_array_equal(
+        got.advantage_PG, np.float32([[-0.25, -0.25, 0.75, -0.25], [3, -1, -1, -1]])
+    )
 
 
 def test_failed_rewards_are_outside_their_group():
@@ -29,7 +31,9 @@ def test_failed_rewards_are_outside_their_group():
     got = group_advantages(rewards, mask, kind="mean", epsilon=0)
     np.testing.assert_array_equal(got.mean_P, [2, 7 / 3])
     np.testing.assert_allclose(got.std_P, [np.sqrt(2), np.sqrt(16 / 3)], rtol=1e-15)
-    np.testing.assert_allclose(got.advantage_PG, [[-1, 0, 1, 0], [8 / 3, -4 / 3, -4 / 3, 0]], rtol=1e-7)
+    np.testing.assert_allclose(
+        got.advantage_PG, [[-1, 0, 1, 0], [8 / 3, -4 / 3, -4 / 3, 0]], rtol=1e-7
+    )
 
 
 @pytest.mark.parametrize("kind", ["std", "mean"])

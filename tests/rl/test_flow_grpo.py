@@ -36,7 +36,9 @@ def velocity(x_BHWC, timestep_B):
 
 
 def start(rng, B=2, shape=SHAPE):
-    return jnp.asarray(rng.normal(size=(B, *shape)), jnp.float32), jax.random.split(jax.random.key(5), B)
+    return jnp.asarray(rng.normal(size=(B, *shape)), jnp.float32), jax.random.split(
+        jax.random.key(5), B
+    )
 
 
 def sample(noise_BHWC, keys_B, kept, **kw):
@@ -51,17 +53,23 @@ def full(x, B=1):
 
 def test_a_transition_by_hand():
     # eta^2 = 0.25 * 0.5 / 0.5, e is guessed as 1 + 0.5 * 2: 1 - 0.25 (2 + 0.25 * 2), and 0.5 * sqrt(0.25).
-    mean, std = flow_grpo.transition(full(1), full(2), jnp.asarray([0.5]), jnp.asarray([0.25]), noise=0.5)
+    mean, std = flow_grpo.transition(
+        full(1), full(2), jnp.asarray([0.5]), jnp.asarray([0.25]), noise=0.5
+    )
     assert (mean.item(), std.item()) == (0.375, 0.25)
     # eta^2 = 0.5^2 * 0.75 / 0.25 = 0.75, e = 1 + 0.25 * 2: 1 - 0.25 (2 + 0.5 * 1.5), and sqrt(0.75 * 0.25).
-    mean, std = flow_grpo.transition(full(1), full(2), jnp.asarray([0.75]), jnp.asarray([0.5]), noise=0.5)
+    mean, std = flow_grpo.transition(
+        full(1), full(2), jnp.asarray([0.75]), jnp.asarray([0.5]), noise=0.5
+    )
     np.testing.assert_allclose([mean.item(), std.item()], [0.3125, np.sqrt(0.1875)], **CLOSE)
 
 
 @pytest.mark.parametrize("first", [1.0, 1 - 2**-24])
 def test_the_first_transition_by_hand(first):
     # eta^2 = 0.25 * 1 / (1 - 0.75), e is x itself: 1 - 0.25 (2 + 0.5 * 1), and 1 * sqrt(0.25).
-    mean, std = flow_grpo.transition(full(1), full(2), jnp.asarray([first]), jnp.asarray([0.75]), noise=0.5)
+    mean, std = flow_grpo.transition(
+        full(1), full(2), jnp.asarray([first]), jnp.asarray([0.75]), noise=0.5
+    )
     np.testing.assert_allclose([mean.item(), std.item()], [0.375, 0.5], **CLOSE)
 
 
@@ -79,7 +87,9 @@ def test_without_noise_the_sampler_is_the_ode_sampler(shift, rng):
     flow = FlowConfig(shift=shift)
     assert (flow_matching.sampling_sigmas(6, flow)[0] < 1) == (shift != 1)
     noise, keys = start(rng)
-    dit = types.SimpleNamespace(prepare=lambda *condition: None, velocity=lambda x, t, *_: velocity(x, t))
+    dit = types.SimpleNamespace(
+        prepare=lambda *condition: None, velocity=lambda x, t, *_: velocity(x, t)
+    )
     alone = sampler.Guidance(Condition(jnp.zeros((1, 1, 1))))
     ode = jax.jit(lambda n: sampler.sample(dit, alone, n, steps=6, flow=flow))
     got, _ = sample(noise, keys, [1, 3], noise=0.0, flow=flow)
@@ -98,7 +108,9 @@ def moments(steps: int, noise: float) -> np.ndarray:
     sigmas = jnp.asarray(flow_matching.sampling_sigmas(steps, FLOW))
     x = jnp.broadcast_to(jnp.asarray([0.0, 1.0])[:, None, None, None, None], (2, steps, 1, 1, 1))
     v = jax.vmap(velocity, (0, None))(x, sigmas[:-1] * FLOW.num_train_timesteps)
-    mean, std = jax.vmap(lambda *xv: flow_grpo.transition(*xv, sigmas[:-1], sigmas[1:], noise=noise))(x, v)
+    mean, std = jax.vmap(
+        lambda *xv: flow_grpo.transition(*xv, sigmas[:-1], sigmas[1:], noise=noise)
+    )(x, v)
     ode = x[:, -1] + (0 - sigmas[-2]) * v[:, -1]
     at_0, at_1 = np.array(mean.at[:, -1].set(ode).reshape(2, steps), np.float64)
     std = np.array(std[0].at[-1].set(0), np.float64)
@@ -117,7 +129,9 @@ def test_marginals_are_the_odes_without_sampling_error():
     mean, std = moments(steps, a).T
     np.testing.assert_allclose(mean, (1 - sigma) * M, atol=1e-5)
     gap = std / np.sqrt(variance(sigma)) - 1
-    assert np.abs(gap).max() < a**4 / 8 * (np.pi**2 / 6)  # of the deviation half as much, summed over all k
+    assert np.abs(gap).max() < a**4 / 8 * (
+        np.pi**2 / 6
+    )  # of the deviation half as much, summed over all k
     assert np.abs(gap[sigma < 0.9]).max() < 0.012
     assert np.abs(gap[sigma < 0.5]).max() < 0.005
     assert abs(gap[-1]) < 0.003
@@ -132,7 +146,9 @@ def test_marginals_of_samples():
     chain = moments(steps, 0.7)[[*kept, -1]]
     sigma = flow_matching.sampling_sigmas(steps, FLOW)[1:][[*kept, -1]].astype(np.float64)
     columns = lambda end, t: [*np.moveaxis(np.asarray(t.next_BKHWC), 1, 0), np.asarray(end)]
-    for level, (mean, std), x, of_ode in zip(sigma, chain, columns(z, trajectory), columns(ode, path), strict=True):
+    for level, (mean, std), x, of_ode in zip(
+        sigma, chain, columns(z, trajectory), columns(ode, path), strict=True
+    ):
         true_std = np.sqrt(variance(level))
         for got in (x.mean(), of_ode.mean()):
             assert abs(got - (1 - level) * M) < 5 * true_std / 362
@@ -157,9 +173,13 @@ def loop(noise_BHWC, keys_B, noisy, steps: int) -> tuple[list, list]:
             continue
         eta = 0.7 * np.sqrt(s / (1 - (sigma[1] if i == 0 else s)))
         mean = xs[-1] * (1 + eta**2 / (2 * s) * d) + v * (1 + eta**2 * (1 - s) / (2 * s)) * d
-        n = np.stack([jax.random.normal(jax.random.fold_in(key, i), noise_BHWC.shape[1:]) for key in keys_B])
+        n = np.stack(
+            [jax.random.normal(jax.random.fold_in(key, i), noise_BHWC.shape[1:]) for key in keys_B]
+        )
         xs.append(mean + eta * np.sqrt(-d) * n)
-        logprobs.append(scipy.stats.norm.logpdf(xs[-1], mean, eta * np.sqrt(-d)).mean(axis=(1, 2, 3)))
+        logprobs.append(
+            scipy.stats.norm.logpdf(xs[-1], mean, eta * np.sqrt(-d)).mean(axis=(1, 2, 3))
+        )
     return xs, logprobs
 
 
@@ -174,7 +194,9 @@ def test_the_trajectory_holds_the_kept_steps(everywhere, rng):
     tolerance = {"rtol": 1e-5, "atol": 1e-5}  # six float32 steps, each a few roundings
     np.testing.assert_allclose(z, xs[-1], **tolerance)
     np.testing.assert_allclose(got.x_BKHWC, np.stack([xs[i] for i in kept], axis=1), **tolerance)
-    np.testing.assert_allclose(got.next_BKHWC, np.stack([xs[i + 1] for i in kept], axis=1), **tolerance)
+    np.testing.assert_allclose(
+        got.next_BKHWC, np.stack([xs[i + 1] for i in kept], axis=1), **tolerance
+    )
     want = np.stack([logprobs[list(noisy).index(i)] for i in kept], axis=1)
     np.testing.assert_allclose(got.logprob_BK, want, **tolerance)
 
@@ -184,7 +206,9 @@ def test_a_row_does_not_depend_on_its_batch(rng):
     together, alone = sample(noise, keys, [1, 4]), sample(noise[2:3], keys[2:3], [1, 4])
     np.testing.assert_allclose(together[0][2:3], alone[0], **CLOSE)
     for name in ("x_BKHWC", "next_BKHWC", "logprob_BK"):
-        np.testing.assert_allclose(getattr(together[1], name)[2:3], getattr(alone[1], name), **CLOSE)
+        np.testing.assert_allclose(
+            getattr(together[1], name)[2:3], getattr(alone[1], name), **CLOSE
+        )
     assert np.abs(together[0][2] - sample(noise, keys[::-1], [1, 4])[0][2]).max() > 0.1
 
 
@@ -220,13 +244,17 @@ def test_the_same_policy_has_a_ratio_of_one(rng):
     @jax.jit
     def replay(x_BHWC, next_BHWC, sigma_B, next_B):
         v = velocity(x_BHWC, sigma_B * FLOW.num_train_timesteps)
-        return flow_grpo.log_prob(next_BHWC, *flow_grpo.transition(x_BHWC, v, sigma_B, next_B, noise=0.7))
+        return flow_grpo.log_prob(
+            next_BHWC, *flow_grpo.transition(x_BHWC, v, sigma_B, next_B, noise=0.7)
+        )
 
     sigma_K, next_K = flow_grpo.step_sigmas(trajectory.step_K, steps=6, flow=FLOW)
     for k in range(3):
         rows = [jnp.full(2, s[k]) for s in (sigma_K, next_K)]
         again = replay(trajectory.x_BKHWC[:, k], trajectory.next_BKHWC[:, k], *rows)
-        np.testing.assert_allclose(np.exp(again - trajectory.logprob_BK[:, k]), 1, rtol=0, atol=1e-6)
+        np.testing.assert_allclose(
+            np.exp(again - trajectory.logprob_BK[:, k]), 1, rtol=0, atol=1e-6
+        )
 
 
 def test_levels_of_steps():
@@ -240,7 +268,9 @@ def test_log_prob_is_the_mean_over_a_latent(rng):
     std = np.asarray([0.05, 0.3, 2.0])
     got = flow_grpo.log_prob(*(jnp.asarray(a, jnp.float32) for a in (x, mean, std)))
     want = scipy.stats.norm.logpdf(x, mean, std[:, None, None, None]).mean(axis=(1, 2, 3))
-    np.testing.assert_allclose(got, want, rtol=1e-5)  # inputs rounded to float32, squares over 0.05^2
+    np.testing.assert_allclose(
+        got, want, rtol=1e-5
+    )  # inputs rounded to float32, squares over 0.05^2
 
 
 def test_kl_is_the_integral():
@@ -258,7 +288,9 @@ def test_chosen_steps():
     assert chosen.shape == (4000, 3) and chosen.dtype == np.int32
     assert (np.diff(chosen, axis=1) > 0).all()
     # Each of the first five in 3 of 5 rollouts; five standard deviations of a share over 4000 are 0.039. The sixth never.
-    np.testing.assert_allclose(np.bincount(chosen.ravel(), minlength=6) / 4000, [0.6] * 5 + [0], atol=0.039)
+    np.testing.assert_allclose(
+        np.bincount(chosen.ravel(), minlength=6) / 4000, [0.6] * 5 + [0], atol=0.039
+    )
 
 
 CFG = FlowPolicyConfig(clip=0.1, kl=0.5)
@@ -275,11 +307,20 @@ def loss_and_gradient(ratio_BK, kl_BK, advantage_B, cfg=CFG, kept_B=(True, True)
 
 
 def test_policy_loss_by_hand():
-    value, (of_logprob, of_kl), metrics = loss_and_gradient([[1.2, 0.8], [1.05, 0.8]], [[1.0, 2.0], [3.0, 4.0]], [2.0, -1.0])
+    value, (of_logprob, of_kl), metrics = loss_and_gradient(
+        [[1.2, 0.8], [1.05, 0.8]], [[1.0, 2.0], [3.0, 4.0]], [2.0, -1.0]
+    )
     np.testing.assert_allclose(value, (-2.2 - 1.6 + 1.05 + 0.9 + 0.5 * 10) / 4, **CLOSE)
     np.testing.assert_allclose(of_logprob, [[0, -1.6 / 4], [1.05 / 4, 0]], **CLOSE)
     np.testing.assert_allclose(of_kl, np.full((2, 2), 0.5 / 4), **CLOSE)
-    want = {"clip_low": 0.25, "clip_high": 0.25, "ratio": 3.85 / 4, "ratio_gap": 0.65 / 4, "ratio_gap_max": 0.2, "kl": 2.5}
+    want = {
+        "clip_low": 0.25,
+        "clip_high": 0.25,
+        "ratio": 3.85 / 4,
+        "ratio_gap": 0.65 / 4,
+        "ratio_gap_max": 0.2,
+        "kl": 2.5,
+    }
     want["old_kl"] = (-0.15 - np.log(1.2 * 0.8 * 1.05 * 0.8)) / 4
     assert metrics.keys() == want.keys()
     for name, x in want.items():
@@ -287,7 +328,12 @@ def test_policy_loss_by_hand():
 
 
 def test_a_row_that_is_not_kept_contributes_nothing():
-    case = loss_and_gradient([[1.05, 1.0], [np.inf, 1.0]], [[1.0, 2.0], [np.nan, 4.0]], [2.0, np.nan], kept_B=(True, False))
+    case = loss_and_gradient(
+        [[1.05, 1.0], [np.inf, 1.0]],
+        [[1.0, 2.0], [np.nan, 4.0]],
+        [2.0, np.nan],
+        kept_B=(True, False),
+    )
     value, (of_logprob, of_kl), metrics = case
     np.testing.assert_allclose(value, (-2.1 - 2 + 0.5 * 3) / 2, **CLOSE)
     np.testing.assert_allclose(of_logprob, [[-2.1 / 2, -2 / 2], [0, 0]], **CLOSE)
@@ -297,9 +343,21 @@ def test_a_row_that_is_not_kept_contributes_nothing():
 
 def test_mean_of_micro_batches_is_the_batch(rng):
     logprob, old, kl = (rng.normal(scale=0.1, size=(8, 3)).astype(np.float32) for _ in range(3))
-    kept = np.asarray([True, True, True, True, False, True, False, False])  # 4 in one half, 1 in the other
-    batch = (logprob, old, kl**2, rng.normal(size=8).astype(np.float32), kept, np.full(8, kept.mean(), np.float32))
-    whole, *halves = (flow_grpo.policy_loss(*(x[part] for x in batch), cfg=CFG) for part in (slice(8), slice(4), slice(4, 8)))
+    kept = np.asarray(
+        [True, True, True, True, False, True, False, False]
+    )  # 4 in one half, 1 in the other
+    batch = (
+        logprob,
+        old,
+        kl**2,
+        rng.normal(size=8).astype(np.float32),
+        kept,
+        np.full(8, kept.mean(), np.float32),
+    )
+    whole, *halves = (
+        flow_grpo.policy_loss(*(x[part] for x in batch), cfg=CFG)
+        for part in (slice(8), slice(4), slice(4, 8))
+    )
     mean = jax.tree.map(lambda a, b: (a + b) / 2, *halves)
     largest = whole[1].pop("ratio_gap_max")
     assert largest / 2 <= mean[1].pop("ratio_gap_max") <= largest

@@ -21,12 +21,18 @@ def run(ratio_BN, advantage_B, cfg=CFG, reference_ratio_BN=None, kept_B=(True, T
     """Loss, gradient by the log-probabilities [B, N], metrics; of policies whose ratios to the present one are given."""
     old_BN = jnp.log(jnp.asarray([[0.1, 0.2], [0.3, 0.4]]))
     logprobs_BN = old_BN + jnp.log(jnp.asarray(ratio_BN))
-    reference_BN = None if reference_ratio_BN is None else logprobs_BN + jnp.log(jnp.asarray(reference_ratio_BN))
+    reference_BN = (
+        None
+        if reference_ratio_BN is None
+        else logprobs_BN + jnp.log(jnp.asarray(reference_ratio_BN))
+    )
     kept_B = jnp.asarray(kept_B)
     share_B = jnp.full(2, jnp.mean(kept_B)) if share_B is None else share_B
 
     def loss(l_BN):
-        return grpo.policy_loss(l_BN, old_BN, reference_BN, jnp.asarray(advantage_B), kept_B, share_B, cfg=cfg)
+        return grpo.policy_loss(
+            l_BN, old_BN, reference_BN, jnp.asarray(advantage_B), kept_B, share_B, cfg=cfg
+        )
 
     (value, metrics), gradient_BN = jax.value_and_grad(loss, has_aux=True)(logprobs_BN)
     assert value.dtype == gradient_BN.dtype == jnp.float32
@@ -39,7 +45,13 @@ def test_clipped_tokens_have_no_gradient():
     np.testing.assert_allclose(value, (-2.6 - 2 + 0.8 + 1.1) / 4, **CLOSE)
     np.testing.assert_allclose(gradient, [[0, -2 / 4], [0, 1.1 / 4]], **CLOSE)
     assert gradient[0, 0] == gradient[1, 0] == 0
-    want = {"clip_low": 0.25, "clip_high": 0.25, "ratio": 4.1 / 4, "ratio_gap": 1.1 / 4, "ratio_gap_max": 0.5}
+    want = {
+        "clip_low": 0.25,
+        "clip_high": 0.25,
+        "ratio": 4.1 / 4,
+        "ratio_gap": 1.1 / 4,
+        "ratio_gap_max": 0.5,
+    }
     want["old_kl"] = (4.1 - 4 - np.log(1.5 * 0.5 * 1.1)) / 4
     assert metrics.keys() == want.keys()
     for name, x in want.items():
@@ -70,7 +82,9 @@ def test_on_policy_gradient_is_the_advantage():
 
 def test_kl_to_the_reference():
     # k = x - log x - 1 and dk/dl = 1 - x for a reference x times as likely. The advantage of 0 is a degenerate group's.
-    value, gradient, metrics = run([[1.0, 1.0], [1.0, 1.0]], [0.0, 0.0], KL, [[2.0, 1.0], [0.5, 4.0]])
+    value, gradient, metrics = run(
+        [[1.0, 1.0], [1.0, 1.0]], [0.0, 0.0], KL, [[2.0, 1.0], [0.5, 4.0]]
+    )
     k = np.asarray([1 - np.log(2), 0, np.log(2) - 0.5, 3 - np.log(4)])
     np.testing.assert_allclose(metrics["kl"], k.mean(), **CLOSE)
     np.testing.assert_allclose(value, 0.5 * k.mean(), **CLOSE)
@@ -79,7 +93,9 @@ def test_kl_to_the_reference():
 
 def test_no_kl_without_its_weight():
     cfg = dataclasses.replace(KL, kl=0.0)
-    value, gradient, metrics = run([[1.0, 1.0], [1.0, 1.0]], [0.0, 0.0], cfg, [[2.0, 1.0], [0.5, 4.0]])
+    value, gradient, metrics = run(
+        [[1.0, 1.0], [1.0, 1.0]], [0.0, 0.0], cfg, [[2.0, 1.0], [0.5, 4.0]]
+    )
     assert value == 0 and not gradient.any() and metrics["kl"] > 0
 
 
@@ -89,7 +105,13 @@ def test_kl_without_a_reference_is_refused():
 
 
 def test_a_row_that_is_not_kept_contributes_nothing():
-    kept = run([[1.1, 1.0], [np.inf, 3.0]], [2.0, np.nan], KL, [[2.0, 1.0], [np.inf, 9.0]], kept_B=(True, False))
+    kept = run(
+        [[1.1, 1.0], [np.inf, 3.0]],
+        [2.0, np.nan],
+        KL,
+        [[2.0, 1.0], [np.inf, 9.0]],
+        kept_B=(True, False),
+    )
     value, gradient, metrics = kept
     np.testing.assert_allclose(value, (-2.2 - 2 + 0.5 * (1 - np.log(2))) / 2, **CLOSE)
     np.testing.assert_allclose(gradient[0], [(-2.2 - 0.5) / 2, -2 / 2], **CLOSE)
@@ -109,16 +131,23 @@ def test_sequence_ratio():
     value, gradient, metrics = run([[1.44, 1.0], [0.7, 0.7]], [2.0, -1.0], cfg)
     np.testing.assert_allclose(value, (-2.4 + 0.8) / 2, **CLOSE)
     np.testing.assert_allclose(gradient, [[-2.4 / 4, -2.4 / 4], [0, 0]], **CLOSE)
-    np.testing.assert_allclose([metrics["clip_low"], metrics["clip_high"], metrics["ratio"]], [0.5, 0, 0.95], **CLOSE)
+    np.testing.assert_allclose(
+        [metrics["clip_low"], metrics["clip_high"], metrics["ratio"]], [0.5, 0, 0.95], **CLOSE
+    )
     # Of single tokens: 0.44, 0, 0.3, 0.3.
-    np.testing.assert_allclose([metrics["ratio_gap"], metrics["ratio_gap_max"]], [1.04 / 4, 0.44], **CLOSE)
+    np.testing.assert_allclose(
+        [metrics["ratio_gap"], metrics["ratio_gap_max"]], [1.04 / 4, 0.44], **CLOSE
+    )
 
 
 def test_normalisations_differ_by_rows_that_are_not_kept():
     losses = {}
     for normalise in ("bnpo", "grpo", "dr_grpo"):
         cfg = dataclasses.replace(CFG, normalise=normalise)
-        losses[normalise] = [run([[1.1, 1.0], [1.0, 0.9]], [2.0, 1.0], cfg, kept_B=(True, last))[0] for last in (True, False)]
+        losses[normalise] = [
+            run([[1.1, 1.0], [1.0, 0.9]], [2.0, 1.0], cfg, kept_B=(True, last))[0]
+            for last in (True, False)
+        ]
     np.testing.assert_allclose(losses["bnpo"], [(-4.2 - 1.9) / 4, -4.2 / 2], **CLOSE)
     np.testing.assert_array_equal(losses["grpo"], losses["bnpo"])
     np.testing.assert_allclose(losses["dr_grpo"], [(-4.2 - 1.9) / 4, -4.2 / 4], **CLOSE)
@@ -135,11 +164,16 @@ def draw(rng, B=8, N=5):
 @pytest.mark.parametrize("normalise", ["bnpo", "grpo", "dr_grpo"])
 def test_mean_of_micro_batches_is_the_batch(normalise, ratio, rng):
     *arrays, advantage = draw(rng)
-    kept = np.asarray([True, True, True, True, False, True, False, False])  # 4 in one half, 1 in the other
+    kept = np.asarray(
+        [True, True, True, True, False, True, False, False]
+    )  # 4 in one half, 1 in the other
     batch = (*arrays, advantage, kept, np.full(8, kept.mean(), np.float32))
     cfg = dataclasses.replace(KL, normalise=normalise, ratio=ratio)
     loss = lambda *b: grpo.policy_loss(*b, cfg=cfg)
-    whole, halves = loss(*batch), [loss(*(x[half] for x in batch)) for half in (slice(4), slice(4, 8))]
+    whole, halves = (
+        loss(*batch),
+        [loss(*(x[half] for x in batch)) for half in (slice(4), slice(4, 8))],
+    )
     mean = jax.tree.map(lambda a, b: (a + b) / 2, *halves)
     largest = whole[1].pop("ratio_gap_max")
     assert largest / 2 <= mean[1].pop("ratio_gap_max") <= largest
@@ -153,7 +187,9 @@ def torch_loss(logprobs, old, reference, advantage, cfg: RlConfig) -> torch.Tens
     if cfg.ratio == "sequence":
         weight = ((weight * mask).sum(-1) / mask.sum(-1))[:, None]
     ratio = weight.exp()
-    token_loss = -torch.min(ratio * advantage, ratio.clamp(1 - cfg.clip[0], 1 + cfg.clip[1]) * advantage)
+    token_loss = -torch.min(
+        ratio * advantage, ratio.clamp(1 - cfg.clip[0], 1 + cfg.clip[1]) * advantage
+    )
     gap = reference - logprobs
     token_loss = token_loss + cfg.kl * (gap.exp() - gap - 1)
     if cfg.normalise == "grpo":
@@ -169,7 +205,9 @@ def test_equals_a_torch_form_of_the_loss(normalise, ratio, rng):
     logprobs = torch.tensor(arrays[0], dtype=torch.float64, requires_grad=True)
     want = torch_loss(logprobs, *(torch.tensor(x, dtype=torch.float64) for x in arrays[1:]), cfg)
     want.backward()
-    loss = lambda l_BN: grpo.policy_loss(l_BN, *arrays[1:], jnp.ones(8, bool), jnp.ones(8), cfg=cfg)[0]
+    loss = lambda l_BN: grpo.policy_loss(
+        l_BN, *arrays[1:], jnp.ones(8, bool), jnp.ones(8), cfg=cfg
+    )[0]
     got, gradient = jax.value_and_grad(loss)(jnp.asarray(arrays[0]))
     np.testing.assert_allclose(got, want.item(), rtol=2e-6)
     np.testing.assert_allclose(gradient, logprobs.grad.numpy(), rtol=1e-5, atol=1e-7)

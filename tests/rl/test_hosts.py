@@ -26,9 +26,18 @@ def test_two_hosts_of_four_devices_do_what_one_of_eight_does(tmp_path, quick_com
         assert mine["reward/mean"] == pytest.approx(theirs["reward/mean"], rel=1e-5)
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5, abs=1e-7)
         assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-5)
-    judged = [read_rows(tmp_path / "pair" / name) for name in ("rollouts.jsonl", "rollouts-1.jsonl")]
+    judged = [
+        read_rows(tmp_path / "pair" / name) for name in ("rollouts.jsonl", "rollouts-1.jsonl")
+    ]
     judged_rows = [{(line["rollout"], line["row"]) for line in lines} for lines in judged]
-    assert judged_rows[0] | judged_rows[1] == {(rollout, row) for rollout in range(4) for row in range(8)}
-    want = {(line["rollout"], line["row"]): line["total"] for line in read_rows(tmp_path / "alone" / "rollouts.jsonl")}
+    assert judged_rows[0] | judged_rows[1] == {
+        (rollout, row) for rollout in range(4) for row in range(8)
+    }
+    want = {
+        (line["rollout"], line["row"]): line["total"]
+        for line in read_rows(tmp_path / "alone" / "rollouts.jsonl")
+    }
     got = {(line["rollout"], line["row"]): line["total"] for lines in judged for line in lines}
-    np.testing.assert_allclose([got[key] for key in sorted(got)], [want[key] for key in sorted(want)], atol=1e-5)
+    np.testing.assert_allclose(
+        [got[key] for key in sorted(got)], [want[key] for key in sorted(want)], atol=1e-5
+    )

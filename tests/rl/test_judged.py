@@ -14,13 +14,23 @@ F32 = np.float32
 
 def verdicts(total, failed=None, **parts):
     failed = np.zeros(len(total), bool) if failed is None else np.array(failed)
-    return Verdicts(np.array(total, F32), failed, {name: np.array(x, F32) for name, x in parts.items()})
+    return Verdicts(
+        np.array(total, F32), failed, {name: np.array(x, F32) for name, x in parts.items()}
+    )
 
 
 def test_one_after_the_other_with_parts_that_are_missing():
     """A piece of which every image failed has no parts."""
-    both = joined([verdicts([1, 2], ocr=[1, 2]), verdicts([0, 0], [True, True]), verdicts([3], clip=[3])])
-    assert both.total_B.tolist() == [1, 2, 0, 0, 3] and both.failed_B.tolist() == [False, False, True, True, False]
+    both = joined(
+        [verdicts([1, 2], ocr=[1, 2]), verdicts([0, 0], [True, True]), verdicts([3], clip=[3])]
+    )
+    assert both.total_B.tolist() == [1, 2, 0, 0, 3] and both.failed_B.tolist() == [
+        False,
+        False,
+        True,
+        True,
+        False,
+    ]
     np.testing.assert_array_equal(both.parts["ocr"], [1, 2, math.nan, math.nan, math.nan])
     np.testing.assert_array_equal(both.parts["clip"], [math.nan] * 4 + [3])
     taken = both.take(np.array([4, 0]))
@@ -31,12 +41,23 @@ def test_one_after_the_other_with_parts_that_are_missing():
 def test_metrics_by_hand():
     """Two groups of two; the second one's first image failed, so that it is degenerate."""
     cfg = RlConfig(group=2, advantage="mean")
-    of = verdicts([1, 3, 99, 5], [False, False, True, False], ocr=[1, 3, math.nan, 5], huge=[1, math.inf, 1e7, 3])
+    of = verdicts(
+        [1, 3, 99, 5],
+        [False, False, True, False],
+        ocr=[1, 3, math.nan, 5],
+        huge=[1, math.inf, 1e7, 3],
+    )
     found = advantages(of, cfg)
     assert found.advantage_PG.tolist() == [[-1, 1], [0, 0]]
-    values = reward_metrics(of, found, [Prompt("a", category="one"), Prompt("b", category="two")], 2)
-    assert values["reward/mean"] == 3 and values["reward/max"] == 5 and values["reward/failed"] == 0.25
-    assert values["reward/std"] == pytest.approx((8 / 3) ** 0.5) and values["reward/degenerate"] == 0.5
+    values = reward_metrics(
+        of, found, [Prompt("a", category="one"), Prompt("b", category="two")], 2
+    )
+    assert (
+        values["reward/mean"] == 3 and values["reward/max"] == 5 and values["reward/failed"] == 0.25
+    )
+    assert (
+        values["reward/std"] == pytest.approx((8 / 3) ** 0.5) and values["reward/degenerate"] == 0.5
+    )
     assert values["reward/part/huge"] == 2, "of those that have a reward and are finite"
     assert values["reward/part/ocr"] == 3 and values["reward/group_std"] == pytest.approx(2**0.5)
     assert values["reward/category/one"] == 2 and values["reward/category/two"] == 5

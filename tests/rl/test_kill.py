@@ -67,7 +67,13 @@ def test_kill_9(given, tmp_path, phase):
     file, whole = given
     root = pathlib.Path(__file__).parents[2]
     command = [sys.executable, "-c", KILLED, str(file), str(tmp_path), phase]
-    done = subprocess.run(command, cwd=root, env=os.environ | {"PYTHONPATH": str(root)}, capture_output=True, timeout=600)
+    done = subprocess.run(
+        command,
+        cwd=root,
+        env=os.environ | {"PYTHONPATH": str(root)},
+        capture_output=True,
+        timeout=600,
+    )
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()[-2000:]
     assert len(read_rows(tmp_path / "metrics.jsonl")) < 4
     method.run(config.from_dict(json.loads(file.read_text())), tmp_path)

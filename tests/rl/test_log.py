@@ -14,8 +14,14 @@ from blip3o_jax.train.metrics import read_rows
 
 def write(log, rollout):
     images = np.full((2, 4, 4, 3), rollout, np.uint8)
-    verdicts = Verdicts(np.array([0.5, 0.0], np.float32), np.array([False, True]), {"ocr": np.array([0.5, np.nan], np.float32)})
-    log.write(rollout, [3, 5], 100 * rollout, [Prompt("a", {"k": 1}), Prompt("b")], images, verdicts)
+    verdicts = Verdicts(
+        np.array([0.5, 0.0], np.float32),
+        np.array([False, True]),
+        {"ocr": np.array([0.5, np.nan], np.float32)},
+    )
+    log.write(
+        rollout, [3, 5], 100 * rollout, [Prompt("a", {"k": 1}), Prompt("b")], images, verdicts
+    )
 
 
 def test_lines_and_where_a_run_goes_on(tmp_path):
@@ -27,7 +33,9 @@ def test_lines_and_where_a_run_goes_on(tmp_path):
     assert [line["rollout"] for line in lines] == [0, 0, 1, 1, 2, 2]
     first, second = lines[2:4]
     assert (first["row"], first["index"], first["seed"], first["prompt"]) == (3, 103, 7, "a")
-    assert first["metadata"] == {"k": 1} and first["total"] == 0.5 and first["parts"] == {"ocr": 0.5}
+    assert (
+        first["metadata"] == {"k": 1} and first["total"] == 0.5 and first["parts"] == {"ocr": 0.5}
+    )
     assert second["total"] is None and second["parts"] == {} and second["index"] == 105
     assert first["image"] == second["image"] != lines[0]["image"]
 
@@ -65,7 +73,11 @@ def test_the_best_come_first():
     images = np.repeat((rewards * 10).astype(np.uint8), 3 * 16).reshape(20, 4, 4, 3)
     (grid,) = best_and_worst(images, [str(i) for i in range(20)], rewards)
     assert grid.dtype == np.uint8 and grid.shape[2] == 3
-    cells = [int(grid[8 + 96 + row * 245, 8 + 96 + column * 200, 0]) for row in range(3) for column in range(4)]
+    cells = [
+        int(grid[8 + 96 + row * 245, 8 + 96 + column * 200, 0])
+        for row in range(3)
+        for column in range(4)
+    ]
     assert cells == [190, 180, 170, 160, 150, 140, 50, 40, 30, 20, 10, 0]
 
 

@@ -10,7 +10,9 @@ from blip3o_jax.rl.monitor import RatioMonitor
 
 def monitor(dtype: str = "float32", **rl: object) -> RatioMonitor:
     cfg = Config(rl=RlConfig(**rl))
-    parts = {part: dataclasses.replace(getattr(cfg.model, part), dtype=dtype) for part in ("ar", "dit")}
+    parts = {
+        part: dataclasses.replace(getattr(cfg.model, part), dtype=dtype) for part in ("ar", "dit")
+    }
     return RatioMonitor(dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, **parts)))
 
 
@@ -25,7 +27,12 @@ def gap(mean: float, largest: float = 0.0, name: str = "ratio_gap") -> dict[str,
         ("bfloat16", "ar", gap(6e-3, 0.12), gap(0.04)),
         ("float32", "flow", gap(1e-6, name="flow/ratio_gap"), gap(2e-5, name="flow/ratio_gap")),
         ("bfloat16", "flow", gap(5e-4, name="flow/ratio_gap"), gap(2e-3, name="flow/ratio_gap")),
-        ("float32", "both", gap(9e-7) | gap(1e-6, name="flow/ratio_gap"), gap(9e-7) | gap(2e-5, name="flow/ratio_gap")),
+        (
+            "float32",
+            "both",
+            gap(9e-7) | gap(1e-6, name="flow/ratio_gap"),
+            gap(9e-7) | gap(2e-5, name="flow/ratio_gap"),
+        ),
     ],
 )
 def test_more_than_rounding_is_told_once(dtype, policy, usual, much, capsys):
@@ -42,7 +49,10 @@ def test_more_than_rounding_is_told_once(dtype, policy, usual, much, capsys):
 def test_a_bound_stops_the_run_whichever_policy_it_is(name):
     watch = monitor(policy="flow" if "/" in name else "ar", max_ratio_gap=1e-3)
     watch.check(1, gap(1e-7, 9e-4, name))
-    with pytest.raises(UserError, match=rf"step 2: .* {name} 1e-07, at most 0.0011, more than rl.max_ratio_gap=0.001"):
+    with pytest.raises(
+        UserError,
+        match=rf"step 2: .* {name} 1e-07, at most 0.0011, more than rl.max_ratio_gap=0.001",
+    ):
         watch.check(2, gap(1e-7, 1.1e-3, name))
 
 

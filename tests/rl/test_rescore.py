@@ -27,7 +27,14 @@ def run(tmp_path, rng):
             total = np.array([rollout + row / 10 for row in rows], np.float32)
             failed = np.array([rollout == 1 and row == 1 for row in rows])
             prompts = [Prompt("a red cat", {"prompt": "a red cat"})] * len(rows)
-            log.write(rollout, rows, 3 * rollout, prompts, images[rollout][rows], Verdicts(total, failed, {}))
+            log.write(
+                rollout,
+                rows,
+                3 * rollout,
+                prompts,
+                images[rollout][rows],
+                Verdicts(total, failed, {}),
+            )
         log.close()
     return tmp_path, images.reshape(6, 8, 8, 3).astype(float)
 
@@ -40,7 +47,9 @@ def test_every_image_is_judged_in_its_order(run, capsys):
     lines = rescore(workdir, RED, workdir / "out.jsonl", workers=1)
     assert mine.read_text() == "mine"
     assert lines == read_rows(workdir / "out.jsonl")
-    assert [(line["rollout"], line["row"]) for line in lines] == [(i, j) for i in range(2) for j in range(3)]
+    assert [(line["rollout"], line["row"]) for line in lines] == [
+        (i, j) for i in range(2) for j in range(3)
+    ]
     want = (images[..., 0] - images[..., 1]).mean(axis=(1, 2)) / 255
     np.testing.assert_allclose([line["rescored"]["total"] for line in lines], want, rtol=1e-6)
     assert lines[2]["total"] == pytest.approx(0.2) and lines[4]["total"] is None
@@ -57,7 +66,10 @@ def test_what_a_reward_cannot_judge_has_no_total(run):
     for path in workdir.glob("rollouts*.jsonl"):
         path.write_text(path.read_text().replace("a red cat", "pink"))
     reward = dataclasses.replace(RED[0], name="python:tests.rl.redness.redness_but_of_pink")
-    assert {line["rescored"]["total"] for line in rescore(workdir, (reward,), workdir / "out.jsonl", workers=1)} == {None}
+    assert {
+        line["rescored"]["total"]
+        for line in rescore(workdir, (reward,), workdir / "out.jsonl", workers=1)
+    } == {None}
 
 
 def test_images_that_are_not_there_or_others(run):
@@ -67,7 +79,9 @@ def test_images_that_are_not_there_or_others(run):
     with pytest.raises(UserError, match=r"00002.png is not the image that rollouts.jsonl tells of"):
         rescore(workdir, RED, workdir / "out.jsonl", workers=1)
     image_path(workdir, 0, 0).unlink()
-    with pytest.raises(UserError, match=r"00000.png cannot be read .* --config.rl.keep_images=true"):
+    with pytest.raises(
+        UserError, match=r"00000.png cannot be read .* --config.rl.keep_images=true"
+    ):
         rescore(workdir, RED, workdir / "out.jsonl", workers=1)
     with pytest.raises(UserError, match=r"holds no rollouts.jsonl with lines"):
         rescore(workdir / "rollouts", RED, workdir / "out.jsonl", workers=1)
@@ -99,9 +113,15 @@ LINE = {"rollout": 0, "row": 0, "prompt": "a", "metadata": {}, "total": 1.0, "im
 def test_lines_that_no_log_writes(tmp_path, change):
     """One line that names file and line, and no path is made of what it says."""
     log = tmp_path / "rollouts.jsonl"
-    log.write_text(json.dumps(LINE | change) + "\n" if isinstance(change, dict) else f"{json.dumps(LINE)}\n{change}\n")
+    log.write_text(
+        json.dumps(LINE | change) + "\n"
+        if isinstance(change, dict)
+        else f"{json.dumps(LINE)}\n{change}\n"
+    )
     number = 1 if isinstance(change, dict) else 2
-    with pytest.raises(UserError, match=rf"rollouts.jsonl:{number} is no line of a rollout: copy") as error:
+    with pytest.raises(
+        UserError, match=rf"rollouts.jsonl:{number} is no line of a rollout: copy"
+    ) as error:
         rescore(tmp_path, RED, tmp_path / "out.jsonl")
     assert "\n" not in str(error.value)
 
@@ -115,20 +135,29 @@ def test_a_line_ends_at_a_newline_alone(tmp_path):
 
 def test_images_that_are_no_png_of_a_rollout(tmp_path):
     log, image = tmp_path / "rollouts.jsonl", image_path(tmp_path, 0, 0)
-    log.write_text(json.dumps(LINE) + "\n" + json.dumps(LINE)[:20])  # a kill cut the last line short
+    log.write_text(
+        json.dumps(LINE) + "\n" + json.dumps(LINE)[:20]
+    )  # a kill cut the last line short
     image.parent.mkdir(parents=True)
     Image.new("RGB", (4, 4)).save(image, format="TIFF")
     with pytest.raises(UserError, match=r"00000.png cannot be read .*it is no PNG file"):
         rescore(tmp_path, RED, tmp_path / "out.jsonl")
     with pytest.raises(UserError, match=r"--out=.* is a directory: name a file"):
         Image.new("RGB", (4, 4)).save(image)
-        log.write_text(json.dumps(LINE | {"image": image_hash(np.zeros((4, 4, 3), np.uint8))}) + "\n")
+        log.write_text(
+            json.dumps(LINE | {"image": image_hash(np.zeros((4, 4, 3), np.uint8))}) + "\n"
+        )
         rescore(tmp_path, RED, tmp_path)
 
 
 def test_images_are_kept_only_where_asked(tmp_path, rng):
     log = RolloutLog(tmp_path, 0, 0, 0)
     image = rng.integers(0, 256, (1, 8, 8, 3), dtype=np.uint8)
-    log.write(0, [0], 0, [Prompt("a")], image, Verdicts(np.zeros(1, np.float32), np.zeros(1, bool), {}))
+    log.write(
+        0, [0], 0, [Prompt("a")], image, Verdicts(np.zeros(1, np.float32), np.zeros(1, bool), {})
+    )
     log.close()
-    assert not (tmp_path / "rollouts").exists() and len(json.loads((tmp_path / "rollouts.jsonl").read_text())["image"]) == 64
+    assert (
+        not (tmp_path / "rollouts").exists()
+        and len(json.loads((tmp_path / "rollouts.jsonl").read_text())["image"]) == 64
+    )

@@ -17,7 +17,8 @@ def test_as_many_images_share_a_reading_as_leave_every_device_one(group, prompts
 
 
 @pytest.mark.parametrize(
-    ("prompts", "group", "at_once", "want"), [(8, 16, 128, 1), (8, 16, 64, 2), (8, 16, 8, 8), (6, 4, 16, 2)]
+    ("prompts", "group", "at_once", "want"),
+    [(8, 16, 128, 1), (8, 16, 64, 2), (8, 16, 8, 8), (6, 4, 16, 2)],
 )
 def test_pieces_are_whole_groups_and_equally_many(prompts, group, at_once, want):
     rollout = SamplingConfig(top_k=0, top_p=1.0, batch_size=at_once)
@@ -28,11 +29,16 @@ def test_temperature_0_is_for_policies_that_draw_no_tokens():
     greedy = SamplingConfig(temperature=0.0, top_k=0, top_p=1.0)
     assert RlConfig(policy="flow", rollout=greedy).rollout.temperature == 0
     for policy in ("ar", "both"):
-        with pytest.raises(ConfigError, match=f"rl.rollout.temperature=0 leaves rl.policy={policy} nothing to compare"):
+        with pytest.raises(
+            ConfigError,
+            match=f"rl.rollout.temperature=0 leaves rl.policy={policy} nothing to compare",
+        ):
             RlConfig(policy=policy, rollout=greedy)
 
 
 def test_a_second_policy_is_kept_where_a_divergence_is_weighed():
     cfg = RlConfig(policy="ar", kl=0.0)
     assert not has_reference(cfg) and has_reference(dataclasses.replace(cfg, kl=0.1))
-    assert has_reference(dataclasses.replace(cfg, policy="flow")) and has_reference(dataclasses.replace(cfg, policy="both"))
+    assert has_reference(dataclasses.replace(cfg, policy="flow")) and has_reference(
+        dataclasses.replace(cfg, policy="both")
+    )

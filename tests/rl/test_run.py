@@ -76,7 +76,9 @@ def test_the_policy_that_drew_is_the_one_that_is_scored(whole):
     for row in numbers(whole["ar"]) + numbers(whole["both"]):
         assert row["ratio_gap"] < 1e-6 and row["ratio_gap_max"] < 1e-5
     assert all(row["flow/ratio_gap_max"] < 1e-6 for row in numbers(whole["both"]))
-    assert all(row["grad_norm/dit"] > 0 and row["grad_norm/ar"] > 0 for row in numbers(whole["both"]))
+    assert all(
+        row["grad_norm/dit"] > 0 and row["grad_norm/ar"] > 0 for row in numbers(whole["both"])
+    )
 
 
 def test_the_first_kl_is_zero_and_then_grows(whole):
@@ -93,8 +95,13 @@ def test_eight_devices_do_the_same(whole, tmp_path):
         assert relative_error(a, b) < 1e-5, jax.tree_util.keystr(path)
     for mine, theirs in zip(numbers(tmp_path), numbers(whole["both"]), strict=True):
         assert mine["reward/mean"] == pytest.approx(theirs["reward/mean"], abs=1e-5)
-    hashes = [[line["image"] for line in read_rows(d / "rollouts.jsonl")] for d in (tmp_path, whole["both"])]
-    assert np.mean([a == b for a, b in zip(*hashes, strict=True)]) > 0.5, "images differ by more than a rounding here and there"
+    hashes = [
+        [line["image"] for line in read_rows(d / "rollouts.jsonl")]
+        for d in (tmp_path, whole["both"])
+    ]
+    assert np.mean([a == b for a, b in zip(*hashes, strict=True)]) > 0.5, (
+        "images differ by more than a rounding here and there"
+    )
 
 
 @pytest.mark.parametrize("phase", ["draw", "reward", "update", "save"])
@@ -127,7 +134,10 @@ def test_several_updates_on_a_rollout(tmp_path):
     """The third is off the policy that drew (the first has learning rate 0); a run is saved between rollouts alone."""
     method.run(runs.run_config("ar", steps=6, updates=3, checkpoint=saved(3)), tmp_path)
     rows = numbers(tmp_path)
-    assert rows[0]["ratio_gap_max"] < 1e-5 < rows[2]["ratio_gap"] and rows[3]["ratio_gap_max"] < 1e-5 < rows[5]["ratio_gap"]
+    assert (
+        rows[0]["ratio_gap_max"] < 1e-5 < rows[2]["ratio_gap"]
+        and rows[3]["ratio_gap_max"] < 1e-5 < rows[5]["ratio_gap"]
+    )
     assert rows[0]["reward/mean"] == rows[2]["reward/mean"] != rows[3]["reward/mean"]
     assert [line["rollout"] for line in read_rows(tmp_path / "rollouts.jsonl")] == [0] * 8 + [1] * 8
 
@@ -136,16 +146,23 @@ def test_stale_rewards_are_of_the_rollout_before(whole, tmp_path):
     """Its first rollout is the same; then it trains on what was drawn before the last update."""
     method.run(runs.run_config("ar", stale=True), tmp_path)
     got, want = numbers(tmp_path), numbers(whole["ar"])
-    assert got[0]["reward/part/redness"] == want[0]["reward/part/redness"] and got[0]["ratio_gap_max"] < 1e-5
+    assert (
+        got[0]["reward/part/redness"] == want[0]["reward/part/redness"]
+        and got[0]["ratio_gap_max"] < 1e-5
+    )
     assert got[2]["ratio_gap"] > 1e-5
 
 
 def test_truncated_sampling_is_replayed(tmp_path, capsys):
-    truncated = dataclasses.replace(runs.run_config().rl.rollout, top_k=9, top_p=0.8, temperature=0.7, token_guidance=1.5)
+    truncated = dataclasses.replace(
+        runs.run_config().rl.rollout, top_k=9, top_p=0.8, temperature=0.7, token_guidance=1.5
+    )
     method.run(runs.run_config("ar", rollout=truncated, group=2, steps=2), tmp_path)
     for row in numbers(tmp_path):
         assert row["ratio_gap_max"] < 1e-5 and np.isfinite(row["kl"]) and row["grad_norm"] > 0
-    assert "rl  step 2/2  reward/mean " in capsys.readouterr().err, "what a run is watched by comes first"
+    assert "rl  step 2/2  reward/mean " in capsys.readouterr().err, (
+        "what a run is watched by comes first"
+    )
 
 
 @pytest.mark.parametrize("mesh", [None, {"data": 8, "fsdp": 1, "strategy": "dp"}])
@@ -168,9 +185,13 @@ def test_flow_compares_images_of_the_same_tokens(tmp_path, monkeypatch, mesh):
     assert len(records) == 2 and "image_ids" not in records[0]
     for record in records:
         hidden_PGTD = record["hidden"].reshape(2, 4, *record["hidden"].shape[1:])
-        assert (hidden_PGTD == hidden_PGTD[:, :1]).all() and (hidden_PGTD[0, 0] != hidden_PGTD[1, 0]).any()
+        assert (hidden_PGTD == hidden_PGTD[:, :1]).all() and (
+            hidden_PGTD[0, 0] != hidden_PGTD[1, 0]
+        ).any()
         assert len(np.unique(record["x"], axis=0)) == 8
-    assert all(row["flow/ratio_gap_max"] < 1e-6 and row["grad_norm/dit"] > 0 for row in numbers(tmp_path))
+    assert all(
+        row["flow/ratio_gap_max"] < 1e-6 and row["grad_norm/dit"] > 0 for row in numbers(tmp_path)
+    )
 
 
 def test_the_log_says_what_each_image_was_drawn_from(whole):
@@ -179,20 +200,28 @@ def test_the_log_says_what_each_image_was_drawn_from(whole):
     assert [line["index"] for line in lines] == list(range(32))
     for line in lines:
         assert line["prompt"] in runs.PROMPTS and line["metadata"]["prompt"] == line["prompt"]
-        assert line["parts"] == {"redness": pytest.approx(line["total"])} and len(line["image"]) == 64
+        assert (
+            line["parts"] == {"redness": pytest.approx(line["total"])} and len(line["image"]) == 64
+        )
     first = [line["prompt"] for line in lines[:8]]
     assert first[:4] == [first[0]] * 4 and first[4:] == [first[4]] * 4 and first[0] != first[4]
 
 
-@pytest.mark.parametrize(("policy", "parts"), [("ar", {"ar"}), ("flow", {"dit"}), ("both", {"ar", "dit"})])
+@pytest.mark.parametrize(
+    ("policy", "parts"), [("ar", {"ar"}), ("flow", {"dit"}), ("both", {"ar", "dit"})]
+)
 def test_the_optimizer_has_no_state_of_anything_frozen(policy, parts):
     """Both moments of it have the leaves of what is trained, and there is no other array."""
     plan = plan_state(method.resolved(runs.run_config(policy)), tiny.strategy())
-    shapes = lambda tree: [(jax.tree_util.keystr(path), leaf.shape) for path, leaf in jax.tree.leaves_with_path(tree)]
+    shapes = lambda tree: [
+        (jax.tree_util.keystr(path), leaf.shape) for path, leaf in jax.tree.leaves_with_path(tree)
+    ]
     trained, opt = plan.abstract["params"], plan.abstract["opt"]
     assert set(trained) == parts
     assert all(shapes(optax.tree.get(opt, name)) == shapes(trained) for name in ("mu", "nu"))
-    assert sum(leaf.ndim > 0 for leaf in jax.tree.leaves(opt)) == 2 * sum(leaf.ndim > 0 for leaf in jax.tree.leaves(trained))
+    assert sum(leaf.ndim > 0 for leaf in jax.tree.leaves(opt)) == 2 * sum(
+        leaf.ndim > 0 for leaf in jax.tree.leaves(trained)
+    )
 
 
 def test_the_reference_is_a_copy_of_what_is_trained_alone(tmp_path, monkeypatch):
@@ -235,7 +264,9 @@ def test_settings_that_change_between_two_starts(tmp_path):
     method.run(runs.run_config("ar", steps=1, kl=0.0, checkpoint=saved(1)), tmp_path)
     method.run(runs.run_config("ar", steps=2, kl=0.1, checkpoint=saved(1)), tmp_path)
     assert ["kl" in row for row in numbers(tmp_path)] == [False, True]
-    with pytest.raises(ConfigError, match=r"rl\.updates=3 does not divide the 2 steps that .* has done"):
+    with pytest.raises(
+        ConfigError, match=r"rl\.updates=3 does not divide the 2 steps that .* has done"
+    ):
         method.run(runs.run_config("ar", steps=6, updates=3, checkpoint=saved(3)), tmp_path)
 
 
@@ -267,7 +298,10 @@ def test_a_prompt_that_does_not_fit(tmp_path):
 
 
 def test_a_gap_between_drawing_and_scoring_can_stop_the_run(tmp_path):
-    with pytest.raises(UserError, match=r"step 1: drawing and scoring disagree by .* more than rl.max_ratio_gap=1e-12"):
+    with pytest.raises(
+        UserError,
+        match=r"step 1: drawing and scoring disagree by .* more than rl.max_ratio_gap=1e-12",
+    ):
         method.run(runs.run_config("ar", max_ratio_gap=1e-12), tmp_path)
 
 
@@ -278,9 +312,16 @@ def test_images_without_a_reward_are_left_out_or_stop_the_run(tmp_path):
     rows = numbers(tmp_path / "run")
     assert sorted(row["reward/failed"] for row in rows) == [0, 0, 0.5, 0.5]
     assert rows[-1]["bad_records"] == 8 and rows[-1]["skipped_steps"] == 0
-    assert [line["total"] is None for line in read_rows(tmp_path / "run" / "rollouts.jsonl")].count(True) == 8
-    with pytest.raises(UserError, match=r"4 of 8 images have no reward, .* rl\.max_failed=0\.4: 4 x .*its score is nan"):
-        method.run(runs.run_config("ar", rewards=failing, retries=0, max_failed=0.4), tmp_path / "strict")
+    assert [line["total"] is None for line in read_rows(tmp_path / "run" / "rollouts.jsonl")].count(
+        True
+    ) == 8
+    with pytest.raises(
+        UserError,
+        match=r"4 of 8 images have no reward, .* rl\.max_failed=0\.4: 4 x .*its score is nan",
+    ):
+        method.run(
+            runs.run_config("ar", rewards=failing, retries=0, max_failed=0.4), tmp_path / "strict"
+        )
 
 
 def test_groups_without_a_difference_are_refilled(tmp_path):
@@ -295,8 +336,12 @@ def test_groups_without_a_difference_are_refilled(tmp_path):
         after = first + int(row["reward/drawn"])
         mine = [line for line in lines if first <= line["rollout"] < after]
         flat = [line["prompt"] not in runs.PROMPTS[:2] for line in mine]
-        assert row["reward/mean"] == pytest.approx(np.mean([line["total"] for line in mine]), rel=1e-5)
-        assert row["reward/degenerate"] == np.mean(flat) and flat.count(False) >= 8, "two groups of four that differ"
+        assert row["reward/mean"] == pytest.approx(
+            np.mean([line["total"] for line in mine]), rel=1e-5
+        )
+        assert row["reward/degenerate"] == np.mean(flat) and flat.count(False) >= 8, (
+            "two groups of four that differ"
+        )
         first = after
     assert len(lines) == 8 * first
 
@@ -305,7 +350,12 @@ def test_another_start_is_refused(whole, tmp_path):
     """The reference that a run goes on with must be the one it began with."""
     cfg = runs.run_config("ar", steps=1, checkpoint=saved(1))
     method.run(cfg, tmp_path)
-    other = tuple((part, str(whole["ar"] if part == "ar" else path)) for part, path in cfg.checkpoint.init_from)
-    cfg = dataclasses.replace(cfg, steps=2, checkpoint=dataclasses.replace(cfg.checkpoint, init_from=other))
+    other = tuple(
+        (part, str(whole["ar"] if part == "ar" else path))
+        for part, path in cfg.checkpoint.init_from
+    )
+    cfg = dataclasses.replace(
+        cfg, steps=2, checkpoint=dataclasses.replace(cfg.checkpoint, init_from=other)
+    )
     with pytest.raises(UserError, match="holds other weights than when this run started"):
         method.run(cfg, tmp_path)

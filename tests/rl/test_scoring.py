@@ -46,7 +46,9 @@ def drawn(model, tokens_BL, lengths_B, keys_B, settings):
 
 @functools.partial(nnx.jit, static_argnames=("settings", "chunk"))
 def score(model, tokens_BL, lengths_B, ids_BN, kept_BNX, settings, chunk):
-    return score_image_tokens(model, tokens_BL, lengths_B, ids_BN, kept_BNX, settings, image_ids=IMAGE_IDS, chunk=chunk)
+    return score_image_tokens(
+        model, tokens_BL, lengths_B, ids_BN, kept_BNX, settings, image_ids=IMAGE_IDS, chunk=chunk
+    )
 
 
 @pytest.mark.parametrize("chunk", [N, 5, 1])
@@ -65,14 +67,18 @@ def test_scoring_is_what_sampling_said(model, name, chunk):
 def test_a_prompt_that_is_read_once_for_its_images_is_the_same(model, name):
     """Log-probabilities, and their gradients: sums of float32 in another order."""
     settings, (tokens, lengths) = SETTINGS[name], (jnp.repeat(x, 2, axis=0) for x in prompts())
-    found = drawn(model, tokens, lengths, jax.random.split(jax.random.key(3), len(tokens)), settings)
+    found = drawn(
+        model, tokens, lengths, jax.random.split(jax.random.key(3), len(tokens)), settings
+    )
     assert (found.ids_BN[0] != found.ids_BN[1]).any()
 
     @nnx.jit(static_argnames=("group",))
     def scored(model, group):
         def total(model):
             given = tokens, lengths, found.ids_BN, found.kept_BNX, settings
-            logprobs_BN, _ = score_image_tokens(model, *given, image_ids=IMAGE_IDS, chunk=N, group=group)
+            logprobs_BN, _ = score_image_tokens(
+                model, *given, image_ids=IMAGE_IDS, chunk=N, group=group
+            )
             return jnp.sum(logprobs_BN * jnp.cos(jnp.arange(N))), logprobs_BN
 
         return nnx.value_and_grad(total, has_aux=True)(model)
@@ -94,7 +100,9 @@ def test_entropy_by_its_definition(model):
     np.testing.assert_allclose(entropy[:, 0], -(p * np.log(p)).sum(axis=1), rtol=1e-5)
     kept = np.zeros((len(LENGTHS), N, IMAGE_IDS[1] - IMAGE_IDS[0]), np.uint8)
     kept[..., :2] = 1
-    _, entropy = score(model, tokens, lengths, found.ids_BN, np.packbits(kept, axis=-1), SETTINGS["full"], N)
+    _, entropy = score(
+        model, tokens, lengths, found.ids_BN, np.packbits(kept, axis=-1), SETTINGS["full"], N
+    )
     p = p[:, :2] / p[:, :2].sum(axis=1, keepdims=True)
     np.testing.assert_allclose(entropy[:, 0], -(p * np.log(p)).sum(axis=1), rtol=1e-4)
 
@@ -119,7 +127,9 @@ def test_gradients_are_those_of_one_block(model, chunk):
         )
         return jnp.sum(logprobs * jnp.arange(N))
 
-    got, want = (jax.tree.leaves(jax.jit(jax.grad(loss), static_argnums=1)(state, c)) for c in (chunk, N))
+    got, want = (
+        jax.tree.leaves(jax.jit(jax.grad(loss), static_argnums=1)(state, c)) for c in (chunk, N)
+    )
     for a, b in zip(got, want, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * float(jnp.abs(b).max()))
         assert np.isfinite(a).all()

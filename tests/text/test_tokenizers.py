@@ -6,7 +6,12 @@ import tokenizers as hf
 
 from blip3o_jax.config import ConfigError, TemplateConfig, TextConfig, UserError
 from blip3o_jax.text import tokenizers
-from blip3o_jax.text.tokenizers import BpeTokenizer, SentencePieceTokenizer, load_tokenizer, train_sentencepiece
+from blip3o_jax.text.tokenizers import (
+    BpeTokenizer,
+    SentencePieceTokenizer,
+    load_tokenizer,
+    train_sentencepiece,
+)
 
 CAPTIONS = ["a red cube", "two blue spheres left of a green cone", 'a sign that says "OPEN 24"'] * 5
 # "<think>" stands for Qwen's added tokens that are not special: a text must not produce them either.
@@ -31,7 +36,9 @@ def write_bpe(directory, added=()):
     bpe.decoder = hf.decoders.ByteLevel()
     alphabet = hf.pre_tokenizers.ByteLevel.alphabet()
     trainer = hf.trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
-    bpe.train_from_iterator([*CAPTIONS, *["\n\n"] * 9, TemplateConfig().system, TemplateConfig().generate], trainer)
+    bpe.train_from_iterator(
+        [*CAPTIONS, *["\n\n"] * 9, TemplateConfig().system, TemplateConfig().generate], trainer
+    )
     bpe.add_special_tokens([hf.AddedToken(t, special=True, normalized=False) for t in ADDED[:-1]])
     bpe.add_tokens([hf.AddedToken(t, normalized=False) for t in [*ADDED[-1:], *added]])
     bpe.save(str(directory / "tokenizer.json"))
@@ -64,7 +71,12 @@ def test_any_text_round_trips_without_special_ids(text_cfg, text):
 def test_special_tokens_by_name_only(text_cfg):
     tokenizer = load_tokenizer(text_cfg)
     for tag in [tokenizers.END_OF_TEXT, *tokenizers.CHAT_TAGS]:
-        assert tokenizer.decode([*tokenizer.encode(" a"), tokenizer.special(tag), *tokenizer.encode("\n")]) == f" a{tag}\n"
+        assert (
+            tokenizer.decode(
+                [*tokenizer.encode(" a"), tokenizer.special(tag), *tokenizer.encode("\n")]
+            )
+            == f" a{tag}\n"
+        )
     with pytest.raises(UserError, match="no special token '<S0>'"):
         tokenizer.special("<S0>")
     with pytest.raises(ValueError, match=f"cannot decode id {tokenizer.size}"):
@@ -77,11 +89,16 @@ def test_save_load_and_pickle_keep_everything(text_cfg, tmp_path):
     loaded = load_tokenizer(TextConfig(text_cfg.kind, "text"), base_dir=tmp_path / "checkpoint")
     for other in (loaded, pickle.loads(pickle.dumps(tokenizer))):
         assert other.size == tokenizer.size and other.specials == tokenizer.specials
-        assert [other.encode(t) for t in TEXTS + CAPTIONS] == [tokenizer.encode(t) for t in TEXTS + CAPTIONS]
+        assert [other.encode(t) for t in TEXTS + CAPTIONS] == [
+            tokenizer.encode(t) for t in TEXTS + CAPTIONS
+        ]
 
 
 def test_bpe_matches_the_library_on_plain_text(bpe_dir):
-    ours, library = load_tokenizer(TextConfig("bpe", str(bpe_dir))), hf.Tokenizer.from_file(str(bpe_dir / "tokenizer.json"))
+    ours, library = (
+        load_tokenizer(TextConfig("bpe", str(bpe_dir))),
+        hf.Tokenizer.from_file(str(bpe_dir / "tokenizer.json")),
+    )
     assert ours.size == library.get_vocab_size(with_added_tokens=True)
     for text in TEXTS[:-1] + CAPTIONS:
         assert ours.encode(text) == library.encode(text, add_special_tokens=False).ids
@@ -116,7 +133,9 @@ def test_bpe_from_vocab_and_merges(bpe_dir, tmp_path):
     transformers = pytest.importorskip("transformers")
     qwen = transformers.Qwen2Tokenizer.from_pretrained(str(old))
     texts = [t for t in texts if "<" not in t]
-    assert [ours.encode(t) for t in texts] == [qwen.encode(t, add_special_tokens=False) for t in texts]
+    assert [ours.encode(t) for t in texts] == [
+        qwen.encode(t, add_special_tokens=False) for t in texts
+    ]
 
 
 def test_sentencepiece_training_is_deterministic_and_makes_the_template_cheap(tmp_path):

@@ -6,7 +6,12 @@ import numpy as np
 import pytest
 
 from blip3o_jax.config import ConfigError, Qwen3Config, TaTokConfig, TextConfig
-from blip3o_jax.text.tokenizers import BpeTokenizer, TextTokenizer, load_tokenizer, train_sentencepiece
+from blip3o_jax.text.tokenizers import (
+    BpeTokenizer,
+    TextTokenizer,
+    load_tokenizer,
+    train_sentencepiece,
+)
 from blip3o_jax.text.vocabulary import Vocabulary
 from tests.text.test_tokenizers import ADDED, CAPTIONS, write_bpe
 
@@ -17,7 +22,9 @@ class Sized(TextTokenizer):
     """A tokenizer of Qwen3's sizes that knows no text."""
 
     def __init__(self, size=151669):
-        super().__init__(size, {"<|endoftext|>": 151643, "<|im_start|>": 151644, "<|im_end|>": 151645})
+        super().__init__(
+            size, {"<|endoftext|>": 151643, "<|im_start|>": 151644, "<|im_end|>": 151645}
+        )
 
     def encode(self, text):
         raise NotImplementedError
@@ -36,7 +43,10 @@ def test_published_sizes():
     assert (vocab.image_first, vocab.image_last, vocab.size) == (151674, 217210, 217210)
     assert (vocab.start_of_turn, vocab.end_of_turn, vocab.pad_id) == (151644, 151645, 151643)
     vocab.check_model(Qwen3Config(), TaTokConfig())
-    assert vocab.decode([151669, 151671, 151674, 217209, 0, 151670]) == "<im_start><S0><I0><I65535>.<im_end>"
+    assert (
+        vocab.decode([151669, 151671, 151674, 217209, 0, 151670])
+        == "<im_start><S0><I0><I65535>.<im_end>"
+    )
     with pytest.raises(ValueError, match="pool_scale=4"):
         vocab.scale(4)
     with pytest.raises(ValueError, match="cannot decode id 217210"):
@@ -104,7 +114,10 @@ def test_a_caption_cannot_spell_special_ids(kind, tmp_path):
 
 def test_check_model_names_both_sides():
     vocab = Vocabulary(Sized(), 16)
-    with pytest.raises(ConfigError, match=r"model\.ar\.vocab_size=217210, .* has 151690 ids: set model\.ar\.vocab_size=151690"):
+    with pytest.raises(
+        ConfigError,
+        match=r"model\.ar\.vocab_size=217210, .* has 151690 ids: set model\.ar\.vocab_size=151690",
+    ):
         vocab.check_model(Qwen3Config(), TaTokConfig(codebook_size=16))
     with pytest.raises(ConfigError, match=r"codebook_size=65536, .* 16 image"):
         vocab.check_model(Qwen3Config(vocab_size=151690), TaTokConfig())

@@ -48,7 +48,9 @@ def root(written, tmp_path):
 
 def data_file(step):
     """The largest of the files that hold a step's arrays."""
-    return max((path for path in (step / "state").rglob("d/*")), key=lambda path: path.stat().st_size)
+    return max(
+        (path for path in (step / "state").rglob("d/*")), key=lambda path: path.stat().st_size
+    )
 
 
 def no_data(root):
@@ -62,11 +64,27 @@ def listing_nothing(step):
 
 BROKEN = {
     "an empty directory": (lambda root: (root / "6").mkdir(), "6", "manifest.json is missing"),
-    "no meta": (lambda root: shutil.rmtree(root / "4" / "meta"), "4", "meta/commit_success.txt is missing"),
+    "no meta": (
+        lambda root: shutil.rmtree(root / "4" / "meta"),
+        "4",
+        "meta/commit_success.txt is missing",
+    ),
     "no arrays": (no_data, "4", r"state/d/\w+ is missing"),
-    "nothing listed": (lambda root: listing_nothing(root / "4"), "4", "manifest.json does not list state/manifest.ocdbt"),
-    "a file too many": (lambda root: (root / "4" / "state" / "x").touch(), "4", "state/x is not listed in manifest.json"),
-    "a flipped bit": (lambda root: flip(data_file(root / "4"), 1000), "4", r"state/\S+ has CRC32C \w{8}, not \w{8}"),
+    "nothing listed": (
+        lambda root: listing_nothing(root / "4"),
+        "4",
+        "manifest.json does not list state/manifest.ocdbt",
+    ),
+    "a file too many": (
+        lambda root: (root / "4" / "state" / "x").touch(),
+        "4",
+        "state/x is not listed in manifest.json",
+    ),
+    "a flipped bit": (
+        lambda root: flip(data_file(root / "4"), 1000),
+        "4",
+        r"state/\S+ has CRC32C \w{8}, not \w{8}",
+    ),
 }
 
 
@@ -95,7 +113,10 @@ def test_a_damaged_step(root, capsys, case):
     checkpoints.open(tiny.run_config(), None)
     checkpoints.save(8, STATE, {"next_example": 8}, 1.0)
     checkpoints.close()
-    assert f"checkpoints/{step} is damaged (" in (told := capsys.readouterr().err) and f"going on from {intact}" in told
+    assert (
+        f"checkpoints/{step} is damaged (" in (told := capsys.readouterr().err)
+        and f"going on from {intact}" in told
+    )
     assert (root / f"{step}.damaged").is_dir()
     assert checkpoint.find(root) == (root, 8) and Checkpoints(root, keep=2).newest_intact() == 8
 
@@ -118,18 +139,24 @@ def test_directories_that_are_no_steps(root):
 def test_a_file_replaced_before_the_manifest_was_written(root, file, text):
     (root / "4" / file).write_text(text)
     checksums.write_manifest(root / "4")
-    with pytest.raises(UserError, match=r"checkpoints/4 cannot be read \(.*\): copy the checkpoint") as error:
+    with pytest.raises(
+        UserError, match=r"checkpoints/4 cannot be read \(.*\): copy the checkpoint"
+    ) as error:
         Checkpoints(root, keep=2).restore(4, abstract())
     assert "\n" not in str(error.value)
     if file == "state/_METADATA":
-        with pytest.raises(UserError, match=r"checkpoints/4/state cannot be read \(.*\): copy the checkpoint"):
+        with pytest.raises(
+            UserError, match=r"checkpoints/4/state cannot be read \(.*\): copy the checkpoint"
+        ):
             checkpoint.Weights(root, 4)
 
 
 def test_no_step_is_intact(root):
     for step in ("2", "4"):
         (root / step / "meta" / "metadata").unlink()
-    with pytest.raises(UserError, match=r"4 is damaged \(meta/metadata is missing\), and no other step is intact") as error:
+    with pytest.raises(
+        UserError, match=r"4 is damaged \(meta/metadata is missing\), and no other step is intact"
+    ) as error:
         Checkpoints(root, keep=2).newest_intact()
     assert "\n" not in str(error.value)
     with pytest.raises(UserError, match="no other step is intact"):
@@ -157,7 +184,10 @@ def test_another_tokenizer_is_refused_and_a_damaged_one_written_again(root, tmp_
     tokenizer = load_tokenizer(text)
     checkpoints.check_tokenizer(tokenizer)
     other = train_sentencepiece(tiny.CAPTIONS[:4], tmp_path / "other.model", 300)
-    with pytest.raises(UserError, match=r"the text tokenizer \(model.text.path\) is another than the one in \S+/text"):
+    with pytest.raises(
+        UserError,
+        match=r"the text tokenizer \(model.text.path\) is another than the one in \S+/text",
+    ):
         checkpoints.check_tokenizer(other)
     flip(root / "text" / "tokenizer.model", 1000)
     with pytest.raises(UserError, match=r"/text is damaged \(tokenizer.model has CRC32C"):
@@ -172,15 +202,24 @@ def test_another_tokenizer_is_refused_and_a_damaged_one_written_again(root, tmp_
 @pytest.mark.parametrize("group", ["params", "opt", "ema"])
 def test_a_state_that_is_not_finite_is_not_saved(root, group):
     checkpoints = Checkpoints(root, keep=2)
-    state = {"params": {"w": np.ones(3)}, "opt": {"m": np.ones(2), "count": np.int32(1)}, "ema": {"w": np.ones(3)}}
+    state = {
+        "params": {"w": np.ones(3)},
+        "opt": {"m": np.ones(2), "count": np.int32(1)},
+        "ema": {"w": np.ones(3)},
+    }
     state[group] = {"bad": np.array([1.0, np.inf])}
-    with pytest.raises(UserError, match=f"step 6 is not saved: 1 arrays of its state are not finite, first {group}/bad; "):
+    with pytest.raises(
+        UserError,
+        match=f"step 6 is not saved: 1 arrays of its state are not finite, first {group}/bad; ",
+    ):
         checkpoints.save(6, state, {}, 1.0)
     assert not (root / "6").exists()
 
 
 def tree(root):
-    return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()
+    }
 
 
 def read(root, plan):
@@ -200,13 +239,21 @@ def check_flip(root, plan, wanted, capsys, file, bit):
     try:
         found = read(root, plan)
     except UserError as error:
-        assert "\n" not in str(error) and str(root / name.parts[0]) in str(error), (name, bit, error)
+        assert "\n" not in str(error) and str(root / name.parts[0]) in str(error), (
+            name,
+            bit,
+            error,
+        )
         return "refused"
     finally:
         flip(file, bit)
     told = capsys.readouterr().err
     if found[0] != wanted[0]:
-        assert f"{root / str(wanted[0])} is damaged (" in told and len(told.splitlines()) == 1, (name, bit, told)
+        assert f"{root / str(wanted[0])} is damaged (" in told and len(told.splitlines()) == 1, (
+            name,
+            bit,
+            told,
+        )
         return "fell back"
     assert found[2:] == wanted[2:], (name, bit)
     check_same(found[1], wanted[1])
@@ -216,11 +263,19 @@ def check_flip(root, plan, wanted, capsys, file, bit):
 def test_a_flipped_bit_in_each_file_of_a_step_is_found(root, capsys):
     rng, plan = random.Random(0), abstract()
     wanted = read(root, plan)
-    files = [path for path in sorted(root.rglob("*")) if path.is_file() and "2" not in path.relative_to(root).parts[0]]
+    files = [
+        path
+        for path in sorted(root.rglob("*"))
+        if path.is_file() and "2" not in path.relative_to(root).parts[0]
+    ]
     assert len(files) > 10
     for file in files:
-        outcome = check_flip(root, plan, wanted, capsys, file, rng.randrange(8 * file.stat().st_size))
-        assert outcome == ("fell back" if file.relative_to(root).parts[0] == "4" else "refused"), file
+        outcome = check_flip(
+            root, plan, wanted, capsys, file, rng.randrange(8 * file.stat().st_size)
+        )
+        assert outcome == ("fell back" if file.relative_to(root).parts[0] == "4" else "refused"), (
+            file
+        )
 
 
 @pytest.mark.slow
@@ -237,7 +292,9 @@ def test_no_flipped_bit_of_a_checkpoint_changes_a_number_silently(tmp_path, caps
     for i in range(500):
         # Half of them over the bytes, half over the files: most bytes are those of a few.
         (file,) = rng.choices(files, sizes if i % 2 else None)
-        outcome = check_flip(root, plan, wanted, capsys, file, rng.randrange(8 * file.stat().st_size))
+        outcome = check_flip(
+            root, plan, wanted, capsys, file, rng.randrange(8 * file.stat().st_size)
+        )
         outcomes.setdefault(outcome, []).append(file.relative_to(root).parts[0])
     assert {"4"} <= set(outcomes["the same"]) <= {"4", "config.json"}, "step 4 is not read"
     assert set(outcomes["fell back"]) == {"6"} and "text" in outcomes["refused"]

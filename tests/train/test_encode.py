@@ -50,13 +50,20 @@ class Encoders:
         self.calls += 1
         if self.calls == self.dies_in:
             raise KeyboardInterrupt
-        assert pixels.shape == tokenizer_pixels.shape == (BATCH, 16, 16, 3) and pixels.dtype == np.uint8
+        assert (
+            pixels.shape == tokenizer_pixels.shape == (BATCH, 16, 16, 3)
+            and pixels.dtype == np.uint8
+        )
         means_B = pixels.astype(np.float64).mean(axis=(1, 2, 3))
-        return np.tile(means_B.astype(np.int64)[:, None], 4), np.tile(means_B[:, None, None, None] / 3, (1, 4, 4, 4))
+        return np.tile(means_B.astype(np.int64)[:, None], 4), np.tile(
+            means_B[:, None, None, None] / 3, (1, 4, 4, 4)
+        )
 
 
 def opened(folder, tmp_path, encoders, fingerprint="weights", shards=1, **changes):
-    cfg = tiny.run_config(folder, data={"cache_dir": str(tmp_path / "cache")} | changes, model={"tokenizer": CODES})
+    cfg = tiny.run_config(
+        folder, data={"cache_dir": str(tmp_path / "cache")} | changes, model={"tokenizer": CODES}
+    )
     ((source, _),) = open_mixture(cfg.data)
     return encode.encoded_source(source, encoders, fingerprint, cfg, shards=shards), source, cfg
 
@@ -74,7 +81,9 @@ def test_records_come_with_what_the_encoders_made_of_them(folder, tmp_path):
         assert set(example) == {"codes", "latents"}
         assert (example["codes"].dtype, example["latents"].dtype) == (np.int32, np.float32)
         assert example["codes"].tolist() == [int(want)] * 4
-        assert example["latents"].shape == (4, 4, 4) and np.all(example["latents"] == np.float32(want / 3))
+        assert example["latents"].shape == (4, 4, 4) and np.all(
+            example["latents"] == np.float32(want / 3)
+        )
 
 
 def test_the_batch_divides_over_the_devices(folder, tmp_path):
@@ -119,15 +128,30 @@ def check_equal(got, want):
 
 
 SPOILED = {
-    "a flipped bit in a record": (0, "codes", lambda file: flip(file, 8 * 128 + 8), "codes-00000.npy is damaged"),
-    "a flipped bit in the shape": (0, "latents", lambda file: flip_text(file, b"(8, 4"), "latents-00000.npy cannot be used"),
+    "a flipped bit in a record": (
+        0,
+        "codes",
+        lambda file: flip(file, 8 * 128 + 8),
+        "codes-00000.npy is damaged",
+    ),
+    "a flipped bit in the shape": (
+        0,
+        "latents",
+        lambda file: flip_text(file, b"(8, 4"),
+        "latents-00000.npy cannot be used",
+    ),
     "a file cut short": (
         4,
         "latents",
         lambda file: os.truncate(file, file.stat().st_size - 4),
         "latents-00001.npy cannot be used",
     ),
-    "a flipped bit in the json": (4, "part", lambda file: flip(file, 100), "part-00001.json cannot be used"),
+    "a flipped bit in the json": (
+        4,
+        "part",
+        lambda file: flip(file, 100),
+        "part-00001.json cannot be used",
+    ),
     "a missing array": (4, "codes", pathlib.Path.unlink, "codes-00001.npy cannot be used"),
 }
 
@@ -145,9 +169,13 @@ def test_a_damaged_part_is_named_and_encoded_again(folder, tmp_path, capsys, cas
     spoil(parts(tmp_path, name)[calls > 0])
     encoded.open_part.cache_clear()
     with pytest.raises(DamagedPart, match=message) as error:
-        for i in range(16):  # as the loader does: it is not the record's fault, which is not skipped for it
+        for i in range(
+            16
+        ):  # as the loader does: it is not the record's fault, which is not skipped for it
             read_record(cached, i, lambda record: record)
-    assert "\n" not in str(error.value) and "is encoded again when the run is started again" in str(error.value)
+    assert "\n" not in str(error.value) and "is encoded again when the run is started again" in str(
+        error.value
+    )
     again = Encoders()
     cached, _, _ = opened(folder, tmp_path, again)
     assert again.calls == 2, "one of two parts"
@@ -162,7 +190,9 @@ def test_a_part_that_cannot_be_opened_is_encoded_again_at_once(folder, tmp_path,
     again = Encoders()
     cached, _, _ = opened(folder, tmp_path, again)
     assert again.calls == 2
-    assert re.search(r"part-00001.json cannot be used \(.*\): encoding part 1 again", capsys.readouterr().err)
+    assert re.search(
+        r"part-00001.json cannot be used \(.*\): encoding part 1 again", capsys.readouterr().err
+    )
     check_equal(all_records(cached), want)
 
 
@@ -215,9 +245,13 @@ def test_no_flipped_bit_of_a_cache_changes_a_number_silently(folder, tmp_path, f
     outcomes = set()
     for i in range(flips):
         (file,) = rng.choices(files, [path.stat().st_size for path in files] if i % 2 else None)
-        outcomes.add((file.name[:4], check_flip(cached, want, file, rng.randrange(8 * file.stat().st_size))))
+        outcomes.add(
+            (file.name[:4], check_flip(cached, want, file, rng.randrange(8 * file.stat().st_size)))
+        )
     assert {("code", "refused"), ("late", "refused"), ("part", "refused")} <= outcomes or flips < 50
-    assert ("part", "the same") not in outcomes and any(outcome == "refused" for _, outcome in outcomes)
+    assert ("part", "the same") not in outcomes and any(
+        outcome == "refused" for _, outcome in outcomes
+    )
 
 
 def test_other_weights_settings_or_files_are_other_directories(folder, tmp_path):
@@ -230,11 +264,15 @@ def test_other_weights_settings_or_files_are_other_directories(folder, tmp_path)
     opened(folder, tmp_path, encoders)
     assert encoders.calls == 4
     directories = list((tmp_path / "cache").iterdir())
-    assert len(directories) == 4 and all(d.name.startswith(f"v{encoded.VERSION}-") for d in directories)
+    assert len(directories) == 4 and all(
+        d.name.startswith(f"v{encoded.VERSION}-") for d in directories
+    )
     assert json.loads((directories[0] / "settings.json").read_text())["source"] == str(folder)
 
 
-@pytest.mark.parametrize("bad", [[2], [12, 13, 14, 15], list(range(16))], ids=["one", "a batch", "all"])
+@pytest.mark.parametrize(
+    "bad", [[2], [12, 13, 14, 15], list(range(16))], ids=["one", "a batch", "all"]
+)
 def test_unreadable_records_are_known_by_their_reason(folder, tmp_path, bad):
     """How many are too many is for the loader to say, which meets them where the run does."""
     for i in bad:
@@ -259,7 +297,9 @@ def test_a_record_that_changed_since_it_was_indexed_ends_the_encoding(folder, tm
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(encode, "encoded_source", changed)
-        with pytest.raises(ConfigError, match=r"002.png: its bytes are not those .* `blip3o data index"):
+        with pytest.raises(
+            ConfigError, match=r"002.png: its bytes are not those .* `blip3o data index"
+        ):
             opened(folder, tmp_path, Encoders())
     assert not parts(tmp_path, "part")
 
@@ -306,7 +346,11 @@ def test_a_source_is_named_by_its_files_wherever_they_lie(folder, tmp_path):
     cfg = tiny.run_config(folder)
     ((source, _),) = open_mixture(cfg.data)
     name = encoded.directory_name(source, {"weights": "a"})
-    assert name == encoded.directory_name(source, {"weights": "a"}) != encoded.directory_name(source, {"weights": "b"})
+    assert (
+        name
+        == encoded.directory_name(source, {"weights": "a"})
+        != encoded.directory_name(source, {"weights": "b"})
+    )
     folder.rename(tmp_path / "moved")
     ((moved, _),) = open_mixture(dataclasses.replace(cfg.data, path=str(tmp_path / "moved")))
     assert encoded.directory_name(moved, {"weights": "a"}) == name
@@ -336,10 +380,17 @@ def test_images_that_are_shown_are_encoded_with_those_that_are_drawn(tmp_path):
     shown = [(), ("002.png",), ("004.png", "005.png"), ("006.png",), ("007.png",)]
     for i in range(5):
         outputs = cached[i].outputs
-        assert outputs["reference_codes"].shape == (2, 4) and outputs["reference_latents"].shape == (2, 4, 4, 4)
+        assert outputs["reference_codes"].shape == (2, 4) and outputs[
+            "reference_latents"
+        ].shape == (2, 4, 4, 4)
         for name, codes_N, latents in [
             (drawn[i], outputs["codes"], outputs["latents"]),
-            *zip((*shown[i], None, None), outputs["reference_codes"], outputs["reference_latents"], strict=False),
+            *zip(
+                (*shown[i], None, None),
+                outputs["reference_codes"],
+                outputs["reference_latents"],
+                strict=False,
+            ),
         ]:
             want = mean(name) if name else 0.0
             assert codes_N.tolist() == [int(want)] * 4 and np.all(latents == np.float32(want / 3))

@@ -16,7 +16,12 @@ def zeros(*shape):
 
 def conv(groups=1, stride=1):
     return lambda x, w: jax.lax.conv_general_dilated(
-        x, w, (stride, stride), "SAME", feature_group_count=groups, dimension_numbers=("NHWC", "HWIO", "NHWC")
+        x,
+        w,
+        (stride, stride),
+        "SAME",
+        feature_group_count=groups,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )
 
 
@@ -25,17 +30,40 @@ def conv(groups=1, stride=1):
     [
         (jnp.matmul, (zeros(3, 5), zeros(5, 7)), 2 * 3 * 5 * 7),
         (jnp.matmul, (zeros(4, 3, 5), zeros(4, 5, 7)), 4 * 2 * 3 * 5 * 7),
-        (lambda a, b: jnp.einsum("bld,dhk->blhk", a, b), (zeros(2, 3, 5), zeros(5, 7, 2)), 2 * 2 * 3 * 5 * 14),
+        (
+            lambda a, b: jnp.einsum("bld,dhk->blhk", a, b),
+            (zeros(2, 3, 5), zeros(5, 7, 2)),
+            2 * 2 * 3 * 5 * 14,
+        ),
         # Each of 2 x 6 x 4 x 8 outputs is a dot product over a 3 x 3 window of 5 channels.
         (conv(), (zeros(2, 6, 4, 5), zeros(3, 3, 5, 8)), 2 * (2 * 6 * 4 * 8) * (9 * 5)),
         (conv(stride=2), (zeros(2, 6, 4, 5), zeros(3, 3, 5, 8)), 2 * (2 * 3 * 2 * 8) * (9 * 5)),
         (conv(groups=8), (zeros(2, 6, 4, 8), zeros(3, 3, 1, 8)), 2 * (2 * 6 * 4 * 8) * 9),
         (conv(groups=2), (zeros(2, 6, 4, 8), zeros(3, 3, 4, 6)), 2 * (2 * 6 * 4 * 6) * (9 * 4)),
-        (lambda x, w: jax.lax.scan(lambda c, w: (c @ w, None), x, w)[0], (zeros(3, 5), zeros(11, 5, 5)), 11 * 2 * 3 * 25),
-        (lambda x: jax.lax.cond(x[0, 0] > 0, lambda: x @ x, lambda: x @ x @ x), (zeros(5, 5),), 2 * 2 * 125),
+        (
+            lambda x, w: jax.lax.scan(lambda c, w: (c @ w, None), x, w)[0],
+            (zeros(3, 5), zeros(11, 5, 5)),
+            11 * 2 * 3 * 25,
+        ),
+        (
+            lambda x: jax.lax.cond(x[0, 0] > 0, lambda: x @ x, lambda: x @ x @ x),
+            (zeros(5, 5),),
+            2 * 2 * 125,
+        ),
         (jax.jit(lambda x: jax.checkpoint(lambda x: x @ x)(x)), (zeros(5, 5),), 2 * 125),
     ],
-    ids=["matrices", "batched", "einsum", "conv", "strided", "depthwise", "grouped", "scan", "cond", "nested"],
+    ids=[
+        "matrices",
+        "batched",
+        "einsum",
+        "conv",
+        "strided",
+        "depthwise",
+        "grouped",
+        "scan",
+        "cond",
+        "nested",
+    ],
 )
 def test_hand_counts(fn, args, want):
     assert count_flops(fn, *args) == want
@@ -68,8 +96,15 @@ def test_the_decoder_costs_what_its_matrices_say():
         model = nnx.merge(graphdef, state)
         return model.logits(model(model.embed(tokens_BL), positions_BL, segments_BL))
 
-    d, heads, kv = cfg.hidden_size, cfg.num_attention_heads * cfg.head_dim, cfg.num_key_value_heads * cfg.head_dim
-    weights = cfg.num_hidden_layers * (d * (2 * heads + 2 * kv) + 3 * d * cfg.intermediate_size) + d * cfg.padded_vocab_size
+    d, heads, kv = (
+        cfg.hidden_size,
+        cfg.num_attention_heads * cfg.head_dim,
+        cfg.num_key_value_heads * cfg.head_dim,
+    )
+    weights = (
+        cfg.num_hidden_layers * (d * (2 * heads + 2 * kv) + 3 * d * cfg.intermediate_size)
+        + d * cfg.padded_vocab_size
+    )
     want = 2 * B * L * weights + cfg.num_hidden_layers * 4 * B * L * L * heads
     assert count_flops(forward, state, ints, ints, ints) == pytest.approx(want, rel=0.02)
 

@@ -17,7 +17,28 @@ from tests import conftest, tiny
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 SIZE = 4096  # KiB of the file system; a run takes 1100 to 1200 while it saves its third checkpoint
-POINTS = (0, 4, 8, 16, 32, 64, 120, 200, 280, 340, 380, 420, 480, 560, 640, 700, 760, 840, 920, 1000)  # KiB left to a run
+POINTS = (
+    0,
+    4,
+    8,
+    16,
+    32,
+    64,
+    120,
+    200,
+    280,
+    340,
+    380,
+    420,
+    480,
+    560,
+    640,
+    700,
+    760,
+    840,
+    920,
+    1000,
+)  # KiB left to a run
 CONFIG = """
 from tests import tiny
 
@@ -52,15 +73,27 @@ def train(place, workdir):
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "JAX_COMPILATION_CACHE_DIR": str(conftest.CACHE),
     }
-    command = [sys.executable, "-m", "blip3o_jax", "train", f"--config={place / 'config.py'}", f"--workdir={workdir}"]
+    command = [
+        sys.executable,
+        "-m",
+        "blip3o_jax",
+        "train",
+        f"--config={place / 'config.py'}",
+        f"--workdir={workdir}",
+    ]
     began = time.monotonic()
-    done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        command, cwd=place, env=environment, capture_output=True, text=True, timeout=120
+    )
     return done.returncode, done.stderr, time.monotonic() - began
 
 
 def outcome(workdir):
     """Metrics but for times, and the bytes of all weights."""
-    rows = [{k: v for k, v in row.items() if k not in TIMES} for row in read_rows(workdir / "metrics.jsonl", "step")]
+    rows = [
+        {k: v for k, v in row.items() if k not in TIMES}
+        for row in read_rows(workdir / "metrics.jsonl", "step")
+    ]
     root, step = checkpoint.find(workdir)
     weights = checkpoint.Weights(root, step)
     found = {part: weights.read(part, weights.shapes(part)) for part in weights.parts}
@@ -93,12 +126,23 @@ def test_a_full_disk_ends_the_run_in_one_line_and_it_resumes_bit_for_bit(place, 
     subprocess.run(["rm", "-rf", str(workdir)], check=True)
     ballast.write_bytes(bytes(1024 * (SIZE - left - 4)))
     status, err, seconds = train(place, workdir)
-    lines = [line for line in err.splitlines() if not line.startswith(("tokenizer  step", "skipped"))]
+    lines = [
+        line for line in err.splitlines() if not line.startswith(("tokenizer  step", "skipped"))
+    ]
     assert status == 2 and len(lines) == 1, err
     assert lines[0].startswith(f"blip3o: error: {workdir}"), err
     assert lines[0].endswith(f"No space left on device: free some; {AGAIN}")
     assert seconds < undisturbed + 30
-    print(json.dumps({"left": left, "seconds": round(seconds, 1), "steps": err.count("  step "), "line": lines[0][15:110]}))
+    print(
+        json.dumps(
+            {
+                "left": left,
+                "seconds": round(seconds, 1),
+                "steps": err.count("  step "),
+                "line": lines[0][15:110],
+            }
+        )
+    )
     ballast.unlink()
     status, err, _ = train(place, workdir)
     assert status == 0, err
@@ -112,7 +156,9 @@ def test_a_save_that_fails_is_told_at_the_next_step(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
     try:
         with pytest.raises(OSError, match="File too large") as error:
-            checkpoints.save(1, {"w": np.random.default_rng(0).normal(size=10**5)}, {"next_example": 1}, 0.5)
+            checkpoints.save(
+                1, {"w": np.random.default_rng(0).normal(size=10**5)}, {"next_example": 1}, 0.5
+            )
             for _ in range(1000):
                 checkpoints.check()
                 time.sleep(0.01)

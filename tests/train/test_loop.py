@@ -32,7 +32,17 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 
 STEPS = 6
 # Rows hold times and memory too; these must be the same bit for bit.
-EXACT = ("step", "loss", "ce", "flow", "accuracy", "grad_norm", "learning_rate", "bad_records", "skipped_steps")
+EXACT = (
+    "step",
+    "loss",
+    "ce",
+    "flow",
+    "accuracy",
+    "grad_norm",
+    "learning_rate",
+    "bad_records",
+    "skipped_steps",
+)
 
 
 def joint(**changes):
@@ -41,7 +51,9 @@ def joint(**changes):
 
 
 def tokenizer(**changes):
-    return tiny.run_config(tiny.data(), stage="tokenizer", steps=STEPS, **{"checkpoint": {"every": 2}} | changes)
+    return tiny.run_config(
+        tiny.data(), stage="tokenizer", steps=STEPS, **{"checkpoint": {"every": 2}} | changes
+    )
 
 
 def test_nothing_is_read_ahead_before_the_step_is_made(monkeypatch):
@@ -50,7 +62,9 @@ def test_nothing_is_read_ahead_before_the_step_is_made(monkeypatch):
     method.open(config)
     monkeypatch.setattr(supervised, "make_step", lambda *args: 1 / 0)
     monkeypatch.setattr(supervised, "DevicePrefetch", lambda *args: pytest.fail("reading began"))
-    setup = types.SimpleNamespace(config=config, strategy=strategy, vocabulary=None, plan=None, image_first=None)
+    setup = types.SimpleNamespace(
+        config=config, strategy=strategy, vocabulary=None, plan=None, image_first=None
+    )
     with pytest.raises(ZeroDivisionError):
         method.begin(setup, {}, None)
 
@@ -70,7 +84,9 @@ def restored(workdir, step=None):
 
 
 def check_same(got, want):
-    for (path, a), (_, b) in zip(jax.tree.leaves_with_path(got), jax.tree.leaves_with_path(want), strict=True):
+    for (path, a), (_, b) in zip(
+        jax.tree.leaves_with_path(got), jax.tree.leaves_with_path(want), strict=True
+    ):
         np.testing.assert_array_equal(a, b, err_msg=jax.tree_util.keystr(path))
 
 
@@ -101,8 +117,23 @@ def test_a_run_writes_what_the_issue_of_it_can_be_judged_by(whole):
     workdir, summary = whole
     written = read_rows(workdir / "metrics.jsonl")
     assert [row["step"] for row in written] == list(range(1, STEPS + 1))
-    names = {"loss", "ce", "flow", "accuracy", "learning_rate", "examples_per_s", "tokens_per_s", "data_wait"}
-    names |= {"grad_norm", "grad_norm/ar", "grad_norm/connector", "grad_norm/dit", "host_memory_gib"}
+    names = {
+        "loss",
+        "ce",
+        "flow",
+        "accuracy",
+        "learning_rate",
+        "examples_per_s",
+        "tokens_per_s",
+        "data_wait",
+    }
+    names |= {
+        "grad_norm",
+        "grad_norm/ar",
+        "grad_norm/connector",
+        "grad_norm/dit",
+        "host_memory_gib",
+    }
     names |= {"bad_steps", "skipped_steps", "bad_records"}
     for row in written:
         assert names <= row.keys()
@@ -149,7 +180,10 @@ def test_resumed_is_uninterrupted(whole, tmp_path, monkeypatch, capsys):
     root = tmp_path / "checkpoints"
     flip(max((root / "4" / "state").rglob("d/*"), key=lambda path: path.stat().st_size), 1000)
     supervised.train(joint(), tmp_path)
-    assert "checkpoints/4 is damaged (state/" in (told := capsys.readouterr().err) and "going on from 2" in told
+    assert (
+        "checkpoints/4 is damaged (state/" in (told := capsys.readouterr().err)
+        and "going on from 2" in told
+    )
     assert rows(tmp_path) == rows(whole[0])
     check_same(restored(tmp_path), restored(whole[0]))
     assert (root / "4.damaged").is_dir() and not (tmp_path / "lock.json").exists()
@@ -157,7 +191,9 @@ def test_resumed_is_uninterrupted(whole, tmp_path, monkeypatch, capsys):
 
 def test_resumed_with_muon_is_uninterrupted(tmp_path, monkeypatch):
     """Its state has places without an array, which must come back as such."""
-    muon = dataclasses.replace(tokenizer(), optimizer=dataclasses.replace(tokenizer().optimizer, name="muon"))
+    muon = dataclasses.replace(
+        tokenizer(), optimizer=dataclasses.replace(tokenizer().optimizer, name="muon")
+    )
     with monkeypatch.context() as patch, pytest.raises(Stopped):
         stop_after(patch, 3)
         supervised.train(muon, tmp_path / "twice")
@@ -169,7 +205,9 @@ def test_resumed_with_muon_is_uninterrupted(tmp_path, monkeypatch):
 def test_resumed_with_other_settings_says_which(whole, tmp_path, capsys):
     before = (whole[0] / "checkpoints" / "config.json").read_text()
     supervised.train(joint(log_every=2), whole[0])
-    assert "resuming at step 6" in (err := capsys.readouterr().err) and "with log_every: 1 -> 2" in err
+    assert (
+        "resuming at step 6" in (err := capsys.readouterr().err) and "with log_every: 1 -> 2" in err
+    )
     supervised.train(joint(), whole[0])
     assert (whole[0] / "checkpoints" / "config.json").read_text() == before
 
@@ -213,13 +251,18 @@ def test_a_start_that_is_refused_changes_nothing(whole, tmp_path):
     assert tree(workdir) == before
     shutil.copy(tmp_path / "tokenizer.model", workdir / "text")
     supervised.train(joint(), workdir)  # done already
-    assert (workdir / "checkpoints" / "8.damaged").is_dir() and len(read_rows(workdir / "metrics.jsonl")) == STEPS
+    assert (workdir / "checkpoints" / "8.damaged").is_dir() and len(
+        read_rows(workdir / "metrics.jsonl")
+    ) == STEPS
 
 
 def test_a_start_that_is_refused_leaves_no_directory(tmp_path):
     """The vocabulary is trained by then."""
     with pytest.raises(UserError, match="none does not exist"):
-        supervised.train(joint(checkpoint={"init_from": (("ar", str(tmp_path / "none")),)}), tmp_path / "runs" / "a")
+        supervised.train(
+            joint(checkpoint={"init_from": (("ar", str(tmp_path / "none")),)}),
+            tmp_path / "runs" / "a",
+        )
     assert not list(tmp_path.iterdir())
 
 
@@ -237,7 +280,9 @@ if __name__ == "__main__":
 """
 
 
-def test_sigterm_saves_the_step_it_meets_and_the_run_goes_on_from_there(whole, tmp_path, monkeypatch):
+def test_sigterm_saves_the_step_it_meets_and_the_run_goes_on_from_there(
+    whole, tmp_path, monkeypatch
+):
     """Sent while step 3, which is no checkpoint's, is in work."""
     before, write = signal.getsignal(signal.SIGTERM), MetricLog.write
 
@@ -246,7 +291,10 @@ def test_sigterm_saves_the_step_it_meets_and_the_run_goes_on_from_there(whole, t
         if at == 2:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    with monkeypatch.context() as patch, pytest.raises(Preempted, match="joint: stopped by SIGTERM, step 3 of 6 is saved"):
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(Preempted, match="joint: stopped by SIGTERM, step 3 of 6 is saved"),
+    ):
         patch.setattr(MetricLog, "write", writing)
         supervised.train(joint(), tmp_path)
     assert signal.getsignal(signal.SIGTERM) is before
@@ -266,7 +314,11 @@ def test_killed_and_run_again_is_uninterrupted(whole, tmp_path):
     with (tmp_path / "log").open("w") as log:
         run = subprocess.Popen([sys.executable, str(script)], stdout=log, stderr=log)
         deadline = time.monotonic() + 600
-        while run.poll() is None and len(read_rows(workdir / "metrics.jsonl")) < 3 and time.monotonic() < deadline:
+        while (
+            run.poll() is None
+            and len(read_rows(workdir / "metrics.jsonl")) < 3
+            and time.monotonic() < deadline
+        ):
             time.sleep(0.002)
         assert run.poll() is None, (tmp_path / "log").read_text()
         os.kill(run.pid, signal.SIGKILL)
@@ -297,7 +349,9 @@ def test_the_average_is_what_is_read_where_there_is_one(whole):
     check_same(parts["vae"], state["frozen"]["vae"])
     # A part of which some is trained and some frozen comes back whole.
     check_same(parts["dit"], checkpoint.merge_trees(state["ema"]["dit"], state["frozen"]["dit"]))
-    with pytest.raises(UserError, match="holds no part text_tower: it was written by stage 'joint'"):
+    with pytest.raises(
+        UserError, match="holds no part text_tower: it was written by stage 'joint'"
+    ):
         checkpoint.restore_parts(root, tiny.strategy(), ("text_tower",))
 
 
@@ -341,7 +395,9 @@ def test_cached_encoders_give_the_same_losses_and_run_once(whole, tmp_path, monk
 def test_the_cache_is_for_frozen_encoders(tmp_path):
     cfg = joint(data={"cache_dir": str(tmp_path / "cache")}, trainable=("ar/.*", "vae/decoder/.*"))
     plan = plan_state(cfg, tiny.strategy())
-    with pytest.raises(UserError, match=r"keeps the outputs of frozen encoders, but vae is trained"):
+    with pytest.raises(
+        UserError, match=r"keeps the outputs of frozen encoders, but vae is trained"
+    ):
         supervised._encode_sources(cfg, plan, tiny.strategy(), plan.abstract, [])
 
 
@@ -353,7 +409,9 @@ def test_unreadable_records_are_counted(tmp_path, monkeypatch):
         stop_after(monkeypatch, 3)
         supervised.train(tokenizer(data=data), tmp_path / "run")
     counts = [row["bad_records"] for row in read_rows(tmp_path / "run" / "metrics.jsonl")]
-    assert counts == sorted(counts) and counts[-1] >= 1  # 16 records, 24 examples: met at least once
+    assert (
+        counts == sorted(counts) and counts[-1] >= 1
+    )  # 16 records, 24 examples: met at least once
 
 
 def test_a_run_that_is_not_finite_stops_and_leaves_its_checkpoint(tmp_path, monkeypatch):
@@ -361,13 +419,19 @@ def test_a_run_that_is_not_finite_stops_and_leaves_its_checkpoint(tmp_path, monk
     starts from 0); two of those are too many."""
     cfg = tokenizer(optimizer={"clip_norm": 0.0}, max_nonfinite=2)
     schedule = optimizer.learning_rate
-    monkeypatch.setattr(optimizer, "learning_rate", lambda cfg, steps: lambda step: 1e33 * schedule(cfg, steps)(step))
+    monkeypatch.setattr(
+        optimizer,
+        "learning_rate",
+        lambda cfg, steps: lambda step: 1e33 * schedule(cfg, steps)(step),
+    )
     with pytest.raises(
         UserError,
         match=r"tokenizer: loss, gradient or the parameters after it were not finite in 2 steps in a row, up to step 4",
     ) as error:
         supervised.train(cfg, tmp_path)
-    assert "\n" not in str(error.value) and "none of these was applied, and the last step saved is 2: " in str(error.value)
+    assert "\n" not in str(
+        error.value
+    ) and "none of these was applied, and the last step saved is 2: " in str(error.value)
     assert [row["skipped_steps"] for row in read_rows(tmp_path / "metrics.jsonl")] == [0, 0, 1]
     state = restored(tmp_path)
     assert int(state["step"]) == 2
@@ -401,20 +465,36 @@ def test_mfu_is_reported_where_the_peak_is_known(whole, tmp_path, monkeypatch):
 def test_a_recipe_hands_parts_on(whole, tmp_path):
     handed = joint(checkpoint={"every": 2, "keep": 2, "init_from": (("tokenizer", "tokenizer"),)})
     summaries = recipe.run({"tokenizer": tokenizer(), "joint": handed}, tmp_path)
-    assert {name: summary.step for name, summary in summaries.items()} == {"tokenizer": STEPS, "joint": STEPS}
+    assert {name: summary.step for name, summary in summaries.items()} == {
+        "tokenizer": STEPS,
+        "joint": STEPS,
+    }
     assert checkpoint.find(tmp_path) == (tmp_path / "joint" / "checkpoints", STEPS)
     got = checkpoint.restore_parts(tmp_path, tiny.strategy(), ("tokenizer",))
     check_same(got, checkpoint.restore_parts(tmp_path / "tokenizer", tiny.strategy()))
-    initial = checkpoint.restore_parts(whole[0], tiny.strategy(), ("tokenizer",))  # of the same seed, never trained
-    assert any(np.any(np.asarray(a) != b) for a, b in zip(*map(jax.tree.leaves, (got, initial)), strict=True))
+    initial = checkpoint.restore_parts(
+        whole[0], tiny.strategy(), ("tokenizer",)
+    )  # of the same seed, never trained
+    assert any(
+        np.any(np.asarray(a) != b)
+        for a, b in zip(*map(jax.tree.leaves, (got, initial)), strict=True)
+    )
     # The other parts start as they would have without.
-    check_same(*(checkpoint.restore_parts(path, tiny.strategy(), ("vae",)) for path in (tmp_path, whole[0])))
+    check_same(
+        *(
+            checkpoint.restore_parts(path, tiny.strategy(), ("vae",))
+            for path in (tmp_path, whole[0])
+        )
+    )
 
 
 def test_parts_of_another_model_are_refused(whole, tmp_path):
     init_from = {"init_from": (("connector", str(whole[0])), ("tokenizer", str(whole[0])))}
     for changes, message in (
-        ({"model": {"tokenizer": {"bottleneck_dim": 16}}}, r"tokenizer\['bottleneck'\].* has shape \(.*\), this model's \("),
+        (
+            {"model": {"tokenizer": {"bottleneck_dim": 16}}},
+            r"tokenizer\['bottleneck'\].* has shape \(.*\), this model's \(",
+        ),
         (
             {"model": {"dit": {"caption_channels": 32}}},
             r"connector\['linear1'\]\['bias'\] of .* has shape \(16,\), this model's \(32,\)",
@@ -424,13 +504,17 @@ def test_parts_of_another_model_are_refused(whole, tmp_path):
         plan = plan_state(cfg, tiny.strategy())
         with pytest.raises(UserError, match=f"checkpoint.init_from: {message}") as error:
             for part, path in cfg.checkpoint.init_from:
-                start.fitted(plan, part, checkpoint.restore_parts(path, tiny.strategy(), (part,))[part], path)
+                start.fitted(
+                    plan, part, checkpoint.restore_parts(path, tiny.strategy(), (part,))[part], path
+                )
         assert "\n" not in str(error.value)
 
 
 def test_a_recipe_names_a_source_that_is_not_there(tmp_path):
     stages = {"joint": joint(checkpoint={"init_from": (("vae", "autoencoder"),)})}
-    with pytest.raises(UserError, match="vae comes from autoencoder, which is no directory and no earlier stage"):
+    with pytest.raises(
+        UserError, match="vae comes from autoencoder, which is no directory and no earlier stage"
+    ):
         recipe.run(stages, tmp_path)
 
 
@@ -455,7 +539,12 @@ def test_everything_is_on_disk_before_a_step_is_saved():
     note = lambda name, result=None: lambda *_: called.append(name) or result
     cfg = tiny.run_config(tiny.data(), steps=1, preview=0)
     feed = types.SimpleNamespace(
-        next=lambda state: {}, position=lambda: {}, metrics=dict, check=note("check"), sync=note("feed"), wait_seconds=0.0
+        next=lambda state: {},
+        position=lambda: {},
+        metrics=dict,
+        check=note("check"),
+        sync=note("feed"),
+        wait_seconds=0.0,
     )
     metrics = {"loss": np.float32(1), "bad_steps": 0}
     run = loop._Run(

@@ -64,7 +64,9 @@ def begun(settings, tmp_path_factory):
 
 def begin(cfg, place):
     checkpoints = checkpoint.Checkpoints(place, 1)
-    state, _, step = restore_or_create(cfg, plan_state(cfg, tiny.strategy()), tiny.strategy(), checkpoints, 0)
+    state, _, step = restore_or_create(
+        cfg, plan_state(cfg, tiny.strategy()), tiny.strategy(), checkpoints, 0
+    )
     checkpoints.close()
     assert step == 0
     return state
@@ -77,10 +79,14 @@ def test_a_checkpoint_without_factors_is_taken_whole_and_factors_are_drawn(setti
     @jax.jit
     def factors():
         model = Blip3o(settings.model, lora.PARTS, seed=settings.seed)
-        return {path: x for path, x in leaves(nnx.to_pure_dict(nnx.state(model))) if is_factor(path)}
+        return {
+            path: x for path, x in leaves(nnx.to_pure_dict(nnx.state(model))) if is_factor(path)
+        }
 
     new, got = factors(), weights(begun)
-    assert len(new) == 2 * (7 + 3) and not any(np.any(x) for path, x in new.items() if "lora_b" in path)
+    assert len(new) == 2 * (7 + 3) and not any(
+        np.any(x) for path, x in new.items() if "lora_b" in path
+    )
     assert got.keys() == new.keys() | given.keys()
     for path, leaf in got.items():
         np.testing.assert_array_equal(leaf, (new if is_factor(path) else given)[path], err_msg=path)
@@ -104,7 +110,9 @@ def test_factors_alone_are_trained_and_have_optimizer_state(settings, begun, tmp
         assert {path for path, _ in leaves(moment)} == trained
     # Who goes on from here has the same factors, or none.
     again = tuple((part, str(tmp_path)) for part in PARTS)
-    further = dataclasses.replace(settings, checkpoint=dataclasses.replace(settings.checkpoint, init_from=again))
+    further = dataclasses.replace(
+        settings, checkpoint=dataclasses.replace(settings.checkpoint, init_from=again)
+    )
     for path, leaf in weights(begin(further, tmp_path / "again")).items():
         np.testing.assert_array_equal(leaf, weights(state)[path], err_msg=path)
     for changes, part in (
@@ -113,7 +121,10 @@ def test_factors_alone_are_trained_and_have_optimizer_state(settings, begun, tmp
         ({"dit": {"lora": {"targets": ("q",)}}}, "dit"),
     ):
         other = dataclasses.replace(further, model=tiny._replaced(further.model, changes))
-        with pytest.raises(UserError, match=f"part {part} of {tmp_path} .* set model.{part}.lora as .* or merge .*export") as e:
+        with pytest.raises(
+            UserError,
+            match=f"part {part} of {tmp_path} .* set model.{part}.lora as .* or merge .*export",
+        ) as e:
             begin(other, tmp_path / "other")
         assert "\n" not in str(e.value)
 
@@ -122,12 +133,16 @@ def test_nothing_but_factors_may_be_missing(settings, begun):
     plan = plan_state(settings, tiny.strategy())
     ar = merge_trees(begun["params"]["ar"], begun["frozen"]["ar"])
     del ar["layers"]["attention"]["q"]["lora_a"]
-    with pytest.raises(UserError, match=r"part ar of x and of this model differ, first in .*\['q'\]\['lora_a'\]"):
+    with pytest.raises(
+        UserError, match=r"part ar of x and of this model differ, first in .*\['q'\]\['lora_a'\]"
+    ):
         fitted(plan, "ar", ar, "x")
     ar = lora.without_factors(ar)
     fitted(plan, "ar", ar, "x")
     del ar["norm"]
-    with pytest.raises(UserError, match=r"part ar of x and of this model differ, first in \['norm'\]\['scale'\]"):
+    with pytest.raises(
+        UserError, match=r"part ar of x and of this model differ, first in \['norm'\]\['scale'\]"
+    ):
         fitted(plan, "ar", ar, "x")
 
 

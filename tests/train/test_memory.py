@@ -52,7 +52,9 @@ def test_the_state_is_counted_to_the_byte():
 )  # fmt: skip
 def test_the_setting_that_is_too_large_is_named(stage, overrides, names, monkeypatch):
     monkeypatch.setattr(memory, "device_bytes", lambda devices: 3 * 2.0**30)
-    with pytest.raises(config.ConfigError, match=rf"^{re.escape(names)} takes at least [\d,.]+ GiB") as error:
+    with pytest.raises(
+        config.ConfigError, match=rf"^{re.escape(names)} takes at least [\d,.]+ GiB"
+    ) as error:
         check(changed(tiny.run_config(stage=stage), **overrides))
     assert "\n" not in str(error.value)
 
@@ -77,5 +79,7 @@ def test_devices_of_a_cpu_share_its_memory(monkeypatch):
     assert room.device_bytes(jax.local_devices()) == 100
     room.check_fits([room.Need("a", 60, "cut a"), room.Need("b", 40, "cut b")], 100)
     room.check_fits([room.Need("a", 1e30, "cut a")], None)
-    with pytest.raises(config.ConfigError, match=r"^a takes at least .* \(0\.0 GiB with the rest\): cut a$"):
+    with pytest.raises(
+        config.ConfigError, match=r"^a takes at least .* \(0\.0 GiB with the rest\): cut a$"
+    ):
         room.check_fits([room.Need("a", 61, "cut a"), room.Need("b", 40, "cut b")], 100)

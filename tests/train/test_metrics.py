@@ -37,7 +37,12 @@ def events(path):
 def test_rows_past_the_checkpoint_are_written_again(tmp_path):
     written(tmp_path, 1, 2, 3)
     written(tmp_path, 3, 4, start=2, value=10.0)
-    assert [(row["step"], row["loss"]) for row in read_rows(tmp_path / "metrics.jsonl")] == [(1, 1), (2, 2), (3, 30), (4, 40)]
+    assert [(row["step"], row["loss"]) for row in read_rows(tmp_path / "metrics.jsonl")] == [
+        (1, 1),
+        (2, 2),
+        (3, 30),
+        (4, 40),
+    ]
 
 
 def test_events_hold_scalars_images_and_where_the_run_started(tmp_path):
@@ -47,24 +52,53 @@ def test_events_hold_scalars_images_and_where_the_run_started(tmp_path):
     metrics.close()
     (path,) = (tmp_path / "tensorboard").iterdir()
     version, start, scalars, images = events(path)
-    assert version.file_version == "brain.Event:2" and (start.step, start.session_log.status) == (5, 1)
+    assert version.file_version == "brain.Event:2" and (start.step, start.session_log.status) == (
+        5,
+        1,
+    )
     assert scalars.step == images.step == 5
-    assert {value.tag: value.simple_value for value in scalars.summary.value} == {"loss": 0.5, "grad_norm/ar": 2.0}
+    assert {value.tag: value.simple_value for value in scalars.summary.value} == {
+        "loss": 0.5,
+        "grad_norm/ar": 2.0,
+    }
     (image,) = images.summary.value
     assert (image.tag, image.image.height, image.image.width) == ("preview", 4, 12)
 
 
 def test_broken_lines_cost_no_other_rows(tmp_path, caplog):
     path = tmp_path / "metrics.jsonl"
-    lines = [b'{"step": 1}', b'{"step": 2, "lo{"step": 3}', b'{"step": 3}', b"[4]", b'{"loss": 1}', b"\0\0\xff", b'{"step": 4}']
-    lines += [b'{"step": 3, "again": 1}', b'{"step": ' + b"9" * 5000 + b"}", b"[" * 10**5, b'{"step": 5, "cut']
+    lines = [
+        b'{"step": 1}',
+        b'{"step": 2, "lo{"step": 3}',
+        b'{"step": 3}',
+        b"[4]",
+        b'{"loss": 1}',
+        b"\0\0\xff",
+        b'{"step": 4}',
+    ]
+    lines += [
+        b'{"step": 3, "again": 1}',
+        b'{"step": ' + b"9" * 5000 + b"}",
+        b"[" * 10**5,
+        b'{"step": 5, "cut',
+    ]
     path.write_bytes(b"\n".join(lines))
     assert [row["step"] for row in read_rows(path, "step")] == [1, 3, 4, 3]
-    assert caplog.messages == [f"{path}: left out 6 lines (4 no JSON, 2 no object with step): 2, 4, 5, 6, 9, ..."]
+    assert caplog.messages == [
+        f"{path}: left out 6 lines (4 no JSON, 2 no object with step): 2, 4, 5, 6, 9, ..."
+    ]
     written(tmp_path, 5, start=4)
-    assert [(row["step"], row.get("again")) for row in read_rows(path, "step")] == [(1, None), (3, 1), (4, None), (5, None)]
+    assert [(row["step"], row.get("again")) for row in read_rows(path, "step")] == [
+        (1, None),
+        (3, 1),
+        (4, None),
+        (5, None),
+    ]
     assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == b"\n".join(lines)
-    assert caplog.messages[1].endswith("the file as it was is metrics.jsonl.damaged") and len(caplog.messages) == 2
+    assert (
+        caplog.messages[1].endswith("the file as it was is metrics.jsonl.damaged")
+        and len(caplog.messages) == 2
+    )
 
 
 @pytest.mark.parametrize("moment", ["write", "replace"])
@@ -75,7 +109,9 @@ def test_a_kill_while_it_is_opened_loses_no_row(tmp_path, monkeypatch, moment):
     def killed(*unused):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(*((files.os, "fsync") if moment == "write" else (pathlib.Path, "replace")), killed)
+    monkeypatch.setattr(
+        *((files.os, "fsync") if moment == "write" else (pathlib.Path, "replace")), killed
+    )
     with pytest.raises(KeyboardInterrupt):
         log(tmp_path, start=1)
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
@@ -110,4 +146,8 @@ def test_numbers_that_json_has_not(tmp_path):
     metrics = log(tmp_path)
     metrics.write(1, {"loss": float("nan"), "ce": float("inf")})
     metrics.close()
-    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "loss": "nan", "ce": "inf"}
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {
+        "step": 1,
+        "loss": "nan",
+        "ce": "inf",
+    }

@@ -7,11 +7,26 @@ from blip3o_jax.train.supervised import train
 from tests import tiny
 from tests.tiny import quick_compile  # noqa: F401
 
-STAGE = {"ce": "joint", "flow": "joint", "ce_chunk": "joint", "flow_draws": "joint", "dense": "contrastive"}
+STAGE = {
+    "ce": "joint",
+    "flow": "joint",
+    "ce_chunk": "joint",
+    "flow_draws": "joint",
+    "dense": "contrastive",
+}
 STAGE |= {f"{name}_dropout": "joint" for name in ("condition", "caption", "instruction")}
 STAGE |= dict.fromkeys(("commitment", "code_entropy"), "tokenizer")
 # Slow by what they say, not odd: steps, the length of rows, micro-batches without rows.
-LARGE = ("steps", "max_length", "batch_size", "pack", "accumulate", "workers", "flow_draws", "prefetch")
+LARGE = (
+    "steps",
+    "max_length",
+    "batch_size",
+    "pack",
+    "accumulate",
+    "workers",
+    "flow_draws",
+    "prefetch",
+)
 
 
 def edges():
@@ -20,17 +35,24 @@ def edges():
         cls = fields.field_types(config.Config)[group] if group else config.Config
         for name, hint in fields.field_types(cls).items():
             kind, constraints, _ = fields.unwrapped(hint)
-            for bounds in (c for c in constraints if isinstance(c, fields.Bounds) and kind in (int, float)):
+            for bounds in (
+                c for c in constraints if isinstance(c, fields.Bounds) and kind in (int, float)
+            ):
                 values = {kind(bounds.low), kind(0), kind(bounds.high)}
                 for value in sorted(v for v in values if not bounds.refusal(v)):
                     if value <= 1 or name not in LARGE:
-                        stage = STAGE.get(name, "autoencoder" if group != "optimizer" else "tokenizer")
+                        stage = STAGE.get(
+                            name, "autoencoder" if group != "optimizer" else "tokenizer"
+                        )
                         yield stage, group, name, value
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("quick_compile")
-@pytest.mark.parametrize(("stage", "group", "name", "value"), [pytest.param(*e, id=".".join(map(str, e[1:]))) for e in edges()])
+@pytest.mark.parametrize(
+    ("stage", "group", "name", "value"),
+    [pytest.param(*e, id=".".join(map(str, e[1:]))) for e in edges()],
+)
 def test_the_edge_of_a_setting_trains_or_is_refused(stage, group, name, value, tmp_path):
     odd = {group: {name: value}} if group else {name: value}
     base = {"stage": stage, "steps": 2, "preview": 0}

@@ -40,12 +40,20 @@ def test_schedule():
 def _muon_params():
     """A stack of three layers, and what Muon must leave to AdamW: a table, a head, a stacked norm, a convolution."""
     shapes = {
-        "layers": {"up": {"kernel": (3, 8, 20)}, "norm": {"scale": (3, 8)}, "conv": {"kernel": (3, 3, 3, 1, 8)}},
+        "layers": {
+            "up": {"kernel": (3, 8, 20)},
+            "norm": {"scale": (3, 8)},
+            "conv": {"kernel": (3, 3, 3, 1, 8)},
+        },
         "embedding": (12, 8),
         "lm_head": {"kernel": (8, 12)},
     }
     keys = iter(jax.random.split(jax.random.key(0), 10))
-    return jax.tree.map(lambda shape: jax.random.normal(next(keys), shape), shapes, is_leaf=lambda x: isinstance(x, tuple))
+    return jax.tree.map(
+        lambda shape: jax.random.normal(next(keys), shape),
+        shapes,
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
 
 
 def _updates(optimizer, params, steps=3):
@@ -59,10 +67,14 @@ def _updates(optimizer, params, steps=3):
 
 def test_muon_takes_each_layer_of_a_stack_for_a_matrix_of_its_own():
     settings = {"muon_beta": 0.9, "weight_decay": 0.01, "eps": 1e-6}  # none the default
-    cfg = config_lib.OptimizerConfig(name="muon", learning_rate=1e-2, warmup_share=0.1, clip_norm=0.0, **settings)
+    cfg = config_lib.OptimizerConfig(
+        name="muon", learning_rate=1e-2, warmup_share=0.1, clip_norm=0.0, **settings
+    )
     params = _muon_params()
     got = _updates(make_optimizer(cfg, 10), params)["layers"]["up"]["kernel"]
-    alone = optax.contrib.muon(learning_rate(cfg, 10), beta=0.9, weight_decay=0.01, eps=1e-6, consistent_rms=0.2)
+    alone = optax.contrib.muon(
+        learning_rate(cfg, 10), beta=0.9, weight_decay=0.01, eps=1e-6, consistent_rms=0.2
+    )
     for layer, kernel in zip(got, params["layers"]["up"]["kernel"], strict=True):
         want = _updates(alone, {"kernel": kernel})["kernel"]
         assert relative_error(layer, want) < 1e-5
@@ -74,10 +86,14 @@ def test_muon_takes_each_layer_of_a_stack_for_a_matrix_of_its_own():
 
 
 def test_muon_leaves_all_but_stacked_matrices_to_adamw():
-    cfg = config_lib.OptimizerConfig(learning_rate=1e-2, warmup_share=0.1, clip_norm=0.0, weight_decay=0.1)
+    cfg = config_lib.OptimizerConfig(
+        learning_rate=1e-2, warmup_share=0.1, clip_norm=0.0, weight_decay=0.1
+    )
     params = _muon_params()
     want = _updates(make_optimizer(cfg, 10), params)
     got = _updates(make_optimizer(dataclasses.replace(cfg, name="muon"), 10), params)
-    assert relative_error(got["layers"]["up"].pop("kernel"), want["layers"]["up"].pop("kernel")) > 0.1
+    assert (
+        relative_error(got["layers"]["up"].pop("kernel"), want["layers"]["up"].pop("kernel")) > 0.1
+    )
     for (path, a), b in zip(jax.tree.leaves_with_path(got), jax.tree.leaves(want), strict=True):
         assert relative_error(a, b) < 1e-6, path

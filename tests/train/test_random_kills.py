@@ -43,13 +43,17 @@ def run_host(arguments: list[str], log: str) -> None:
 class Killer:
     """Starts a job again and again, and kills it after a random part of the time it takes undisturbed."""
 
-    def __init__(self, directory: pathlib.Path, kind: str, cfg: config_lib.Config, hosts: int) -> None:
+    def __init__(
+        self, directory: pathlib.Path, kind: str, cfg: config_lib.Config, hosts: int
+    ) -> None:
         self.directory = directory
         self.command = "rl" if kind == "rl" else "train"
         self.hosts = hosts
         self.config_file = config_file(directory, cfg)
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["tests.train.test_random_kills", "blip3o_jax.rl.method"])
+        self.context.set_forkserver_preload(
+            ["tests.train.test_random_kills", "blip3o_jax.rl.method"]
+        )
 
     def start(self, workdir: pathlib.Path) -> list[multiprocessing.Process]:
         with socket.socket() as free:
@@ -59,7 +63,11 @@ class Killer:
         command = [self.command, f"--config={self.config_file}", f"--workdir={workdir}"]
         processes = []
         for host in range(self.hosts):
-            flags = [f"--coordinator=127.0.0.1:{port}", f"--num_processes={self.hosts}", f"--process_id={host}"]
+            flags = [
+                f"--coordinator=127.0.0.1:{port}",
+                f"--num_processes={self.hosts}",
+                f"--process_id={host}",
+            ]
             arguments = command + (flags if self.hosts > 1 else ["--distributed=off"])
             processes.append(self.context.Process(target=run_host, args=(arguments, log)))
         for process in processes:
@@ -107,7 +115,9 @@ def settings(kind: str) -> config_lib.Config:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "hosts", "kills"), [("train", 1, 90), ("rl", 1, 60), ("hosts", 2, 50)])
+@pytest.mark.parametrize(
+    ("kind", "hosts", "kills"), [("train", 1, 90), ("rl", 1, 60), ("hosts", 2, 50)]
+)
 def test_random_kills(tmp_path, kind, hosts, kills):
     killer = Killer(tmp_path, kind, settings(kind), hosts)
     killer.finish(tmp_path / "warm")  # fills the compile cache
@@ -125,5 +135,7 @@ def test_random_kills(tmp_path, kind, hosts, kills):
         assert numbers(workdir) == numbers(tmp_path / "whole")
         check_same(restored(workdir), restored(tmp_path / "whole"))
         if kind == "rl":
-            assert read_rows(workdir / "rollouts.jsonl") == read_rows(tmp_path / "whole" / "rollouts.jsonl")
+            assert read_rows(workdir / "rollouts.jsonl") == read_rows(
+                tmp_path / "whole" / "rollouts.jsonl"
+            )
     print(f"{kind}: {count} kills, {runs_ended} runs ended, {seconds:.1f} s each undisturbed")

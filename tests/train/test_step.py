@@ -45,7 +45,9 @@ def initial():
 @functools.cache
 def compiled(accumulate=1):
     cfg, image_first, _ = setup()
-    cfg = dataclasses.replace(cfg, optimizer=dataclasses.replace(cfg.optimizer, accumulate=accumulate))
+    cfg = dataclasses.replace(
+        cfg, optimizer=dataclasses.replace(cfg.optimizer, accumulate=accumulate)
+    )
     plan = plan_state(cfg, tiny.strategy())
     return make_step(cfg, plan, tiny.strategy(), make_loss(cfg, image_first)), plan
 
@@ -87,13 +89,21 @@ def test_an_update_that_is_not_finite_is_not_applied(case):
     step = make_step(cfg, plan, strategy, loss)
     params = {"part": {"a": jnp.full(3, 1.5e38)}}
     counters = {name: jnp.zeros((), jnp.int32) for name in COUNTERS}
-    state = {"params": params, "frozen": {}, "opt": optimizer.init(params), "ema": params} | counters
+    state = {
+        "params": params,
+        "frozen": {},
+        "opt": optimizer.init(params),
+        "ema": params,
+    } | counters
     after, metrics = step(state, {"bad_records": jnp.zeros(2, jnp.int32)})
     fits = case == "fits"
     assert int(metrics["skipped_steps"]) == int(metrics["bad_steps"]) == (not fits)
     for group in ("params", "opt", "ema"):
         assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(after[group]))
-        same = all(np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (after[group], state[group])), strict=True))
+        same = all(
+            np.array_equal(a, b)
+            for a, b in zip(*map(jax.tree.leaves, (after[group], state[group])), strict=True)
+        )
         assert same != fits, group
 
 
@@ -104,7 +114,9 @@ def test_sharded_muon_is_single_device():
     cfg = dataclasses.replace(cfg, optimizer=dataclasses.replace(cfg.optimizer, name="muon"))
     rng = np.random.default_rng(0)
     weights = initial()["params"]
-    grads = [jax.tree.map(lambda x: rng.normal(size=x.shape).astype(x.dtype), weights) for _ in range(2)]
+    grads = [
+        jax.tree.map(lambda x: rng.normal(size=x.shape).astype(x.dtype), weights) for _ in range(2)
+    ]
     results = []
     for strategy in (tiny.strategy(), tiny.strategy(**MESH)):
         plan = plan_state(cfg, strategy)
@@ -112,7 +124,9 @@ def test_sharded_muon_is_single_device():
         update = jax.jit(plan.optimizer.update, out_shardings=(params_at, opt_at))
         opt, updates = jax.device_put(plan.optimizer.init(weights), opt_at), []
         for g in grads:
-            moved, opt = update(jax.device_put(g, params_at), opt, jax.device_put(weights, params_at))
+            moved, opt = update(
+                jax.device_put(g, params_at), opt, jax.device_put(weights, params_at)
+            )
             updates.append(moved)
         results.append(updates)
     kernel = results[1][1]["ar"]["layers"]["mlp"]["up"]["kernel"]
@@ -124,7 +138,10 @@ def test_sharded_muon_is_single_device():
 def test_state_is_created_in_its_shards_with_the_values_of_one_device():
     """Of the smallest stage that shards: the random numbers of every parameter are compiled for each mesh."""
     cfg = tiny.run_config(stage="tokenizer")
-    want, got = (create_state(cfg, plan_state(cfg, strategy)) for strategy in (tiny.strategy(), tiny.strategy("fsdp", fsdp=8)))
+    want, got = (
+        create_state(cfg, plan_state(cfg, strategy))
+        for strategy in (tiny.strategy(), tiny.strategy("fsdp", fsdp=8))
+    )
     shardings = plan_state(cfg, tiny.strategy("fsdp", 1, 8, 1)).shardings
     for (path, a), (_, b), (_, s) in zip(leaves(got), leaves(want), leaves(shardings), strict=True):
         assert a.sharding.is_equivalent_to(s, a.ndim), path
@@ -137,7 +154,10 @@ def test_given_parts_are_taken_as_they_are_and_the_others_drawn_as_without():
     cfg = tiny.run_config(stage="contrastive", optimizer={"ema_decay": DECAY})
     plan = plan_state(cfg, tiny.strategy())
     drawn = create_state(cfg, plan)
-    part = {group: jax.tree.map(lambda x: x + 1, drawn[group]["tokenizer"]) for group in ("params", "frozen")}
+    part = {
+        group: jax.tree.map(lambda x: x + 1, drawn[group]["tokenizer"])
+        for group in ("params", "frozen")
+    }
     got = create_state(cfg, plan, {"tokenizer": part})
     want = drawn | {group: drawn[group] | {"tokenizer": part[group]} for group in part}
     want["ema"] = want["params"]
@@ -148,16 +168,22 @@ def test_given_parts_are_taken_as_they_are_and_the_others_drawn_as_without():
 def test_image_rows_start_at_the_codes_where_asked():
     """On a mesh as on one device: those rows of the table and nothing else, also in an AR that is given; the average too."""
     cfg, image_first, _ = setup()
-    cfg = dataclasses.replace(cfg, checkpoint=dataclasses.replace(cfg.checkpoint, image_rows="codes"))
+    cfg = dataclasses.replace(
+        cfg, checkpoint=dataclasses.replace(cfg.checkpoint, image_rows="codes")
+    )
     drawn = initial()
-    given = {part: {g: drawn[g][part] for g in ("params", "frozen") if part in drawn[g]} for part in STAGES["joint"].parts}
+    given = {
+        part: {g: drawn[g][part] for g in ("params", "frozen") if part in drawn[g]}
+        for part in STAGES["joint"].parts
+    }
     states = []
     for strategy in (tiny.strategy(), tiny.strategy(**MESH)):
         plan = plan_state(cfg, strategy)
         with pytest.raises(ValueError, match="needs image_first"):
             create_state(cfg, plan, {})
         here = {
-            part: {g: jax.device_put(x, plan.shardings[g][part]) for g, x in groups.items()} for part, groups in given.items()
+            part: {g: jax.device_put(x, plan.shardings[g][part]) for g, x in groups.items()}
+            for part, groups in given.items()
         }
         states.append(create_state(cfg, plan, here, image_first))
     check_close(states[1]["params"], states[0]["params"], 1e-6)
@@ -195,11 +221,18 @@ def test_a_part_that_is_none_has_no_strategy():
 
 def test_all_can_be_trained_by_one_field():
     cfg = dataclasses.replace(setup()[0], trainable=("(ar|connector|dit)/.*",))
-    assert trainable_filter(cfg)("dit/layers/attention/q/kernel") and not trainable_filter(cfg)("vae/decoder/x")
+    assert trainable_filter(cfg)("dit/layers/attention/q/kernel") and not trainable_filter(cfg)(
+        "vae/decoder/x"
+    )
     assert set(plan_state(cfg, tiny.strategy()).abstract["frozen"]) == {"tokenizer", "vae"}
-    with pytest.raises(config_lib.ConfigError, match=r"trainable=\('art/\.\*',\) matches no parameter of stage 'joint'"):
+    with pytest.raises(
+        config_lib.ConfigError,
+        match=r"trainable=\('art/\.\*',\) matches no parameter of stage 'joint'",
+    ):
         plan_state(dataclasses.replace(cfg, trainable=("art/.*",)), tiny.strategy())
-    with pytest.raises(config_lib.ConfigError, match=r"trainable\[0\]='ar/\(' must be a regular expression"):
+    with pytest.raises(
+        config_lib.ConfigError, match=r"trainable\[0\]='ar/\(' must be a regular expression"
+    ):
         trainable_filter(dataclasses.replace(cfg, trainable=("ar/(",)))
 
 
@@ -249,7 +282,9 @@ def test_the_average_follows_the_parameters():
         strict=True,
     ):
         want = DECAY * (DECAY * p0 + (1 - DECAY) * np.asarray(p1)) + (1 - DECAY) * np.asarray(p2)
-        assert np.linalg.norm(np.asarray(got) - want) <= 1e-6 * max(np.linalg.norm(want), 1e-6), name
+        assert np.linalg.norm(np.asarray(got) - want) <= 1e-6 * max(np.linalg.norm(want), 1e-6), (
+            name
+        )
 
 
 def test_norms_are_reported_for_each_part_and_in_all():

@@ -61,7 +61,9 @@ def two_steps(case, name):
     state = jax.device_put(initial("joint" if case == "cached" else case), plan.shardings)
     metrics = []
     for _ in range(2):
-        state, values = step(jax.tree.map(jnp.copy, state), jax.device_put(batch, strategy.batch_sharding()))
+        state, values = step(
+            jax.tree.map(jnp.copy, state), jax.device_put(batch, strategy.batch_sharding())
+        )
         metrics.append({name: float(value) for name, value in values.items()})
     return state, metrics, plan
 
@@ -93,7 +95,10 @@ def test_sharded_is_single_device(case, name):
     check_close(seen(second), seen(want_second), 2e-5 if case == "autoencoder" else 1e-5)
     for tree in (first, want_first):
         rounding = [np.linalg.norm(x) for path, x in leaves(tree) if path not in seen(tree)]
-        assert all(norm < 1e-7 * np.sqrt(sum(np.sum(np.square(x)) for x in jax.tree.leaves(tree))) for norm in rounding)
+        assert all(
+            norm < 1e-7 * np.sqrt(sum(np.sum(np.square(x)) for x in jax.tree.leaves(tree)))
+            for norm in rounding
+        )
     check_close(seen(got["params"]), seen(want["params"]), 1e-5)
     check_close(seen(got["ema"]), seen(want["ema"]), 1e-5)
 
@@ -108,7 +113,9 @@ def test_parameters_and_moments_really_lie_in_shards():
         assert tree["ar"]["norm"]["scale"].sharding.is_fully_replicated
     frozen = state["frozen"]["dit"]["patch_embed"]["kernel"]
     assert not frozen.sharding.is_fully_replicated
-    placed = jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), state, plan.shardings)
+    placed = jax.tree.map(
+        lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), state, plan.shardings
+    )
     assert all(jax.tree.leaves(placed))
 
 
@@ -116,4 +123,7 @@ def test_no_strategy_is_left_out():
     """Those that are not in the table have the rules of one that is, under another name."""
     left = set(STRATEGIES) - {mesh["name"] for mesh in tiny.MESHES.values()}
     assert left == {"hybrid_dp", "hybrid_fsdp"}
-    assert STRATEGIES["hybrid_dp"] == STRATEGIES["dp"] and STRATEGIES["hybrid_fsdp"] == STRATEGIES["hybrid"]
+    assert (
+        STRATEGIES["hybrid_dp"] == STRATEGIES["dp"]
+        and STRATEGIES["hybrid_fsdp"] == STRATEGIES["hybrid"]
+    )

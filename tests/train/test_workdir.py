@@ -29,14 +29,18 @@ def write(directory, **changes):
 @pytest.fixture
 def bound(monkeypatch):
     """The clock here is an hour ahead of the file server's."""
-    clocks = types.SimpleNamespace(time=lambda: time.time() + 3600, monotonic=time.monotonic, sleep=time.sleep)
+    clocks = types.SimpleNamespace(
+        time=lambda: time.time() + 3600, monotonic=time.monotonic, sleep=time.sleep
+    )
     monkeypatch.setattr(workdirs, "time", clocks)
     monkeypatch.setattr(workdirs, "BOUND", 0.6)
 
 
 def test_a_second_run_is_refused(tmp_path):
     with WorkdirLock(tmp_path / "runs" / "a") as lock:
-        with pytest.raises(UserError, match=rf"a is in use by another run \(host \S+, pid {os.getpid()}, since 20") as error:
+        with pytest.raises(
+            UserError, match=rf"a is in use by another run \(host \S+, pid {os.getpid()}, since 20"
+        ) as error:
             WorkdirLock(tmp_path / "runs" / "a").__enter__()
         assert "\n" not in str(error.value)
         lock.check()
@@ -86,7 +90,9 @@ def test_a_run_on_another_machine_is_waited_for(tmp_path, bound, capsys, there):
         pass
 
 
-@pytest.mark.parametrize("text", ["", "[1]", '{"pid": "1"}', '{"pid": 0}', '{"pids": 1}', "[" * 10**5], ids=len)
+@pytest.mark.parametrize(
+    "text", ["", "[1]", '{"pid": "1"}', '{"pid": 0}', '{"pids": 1}', "[" * 10**5], ids=len
+)
 def test_a_lock_that_names_nobody(tmp_path, bound, capsys, text):
     """A kill may have come while it was written."""
     (tmp_path / LOCK).write_text(text)
@@ -103,7 +109,9 @@ def test_a_holder_gives_signs_of_life_and_notices_when_it_has_lost(tmp_path, mon
             assert time.monotonic() < deadline
             time.sleep(0.01)
         path = write(tmp_path, host="elsewhere")
-        with pytest.raises(UserError, match=r"lock.json was this run's and now is that of host elsewhere") as error:
+        with pytest.raises(
+            UserError, match=r"lock.json was this run's and now is that of host elsewhere"
+        ) as error:
             lock.check()
         assert "\n" not in str(error.value)
     assert json.loads(path.read_text())["host"] == "elsewhere", "it is not this run's to remove"
@@ -118,18 +126,26 @@ def test_who_is_too_late_to_take_over_puts_the_lock_back(tmp_path):
 
 def test_a_directory_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"--workdir=\S+file/run cannot be written to \(Not a directory\)"):
+    with pytest.raises(
+        UserError, match=r"--workdir=\S+file/run cannot be written to \(Not a directory\)"
+    ):
         WorkdirLock(tmp_path / "file" / "run").__enter__()
 
 
 @pytest.mark.parametrize(
     "make",
-    [lambda path: path.mkdir(), lambda path: path.symlink_to("nowhere"), lambda path: os.mkfifo(path)],
+    [
+        lambda path: path.mkdir(),
+        lambda path: path.symlink_to("nowhere"),
+        lambda path: os.mkfifo(path),
+    ],
     ids=["directory", "link to nothing", "pipe"],
 )
 def test_a_lock_that_is_no_file(tmp_path, make):
     make(tmp_path / LOCK)
-    with pytest.raises(UserError, match=r"^\S+/lock\.json is no regular file, as the lock of a run is: remove it"):
+    with pytest.raises(
+        UserError, match=r"^\S+/lock\.json is no regular file, as the lock of a run is: remove it"
+    ):
         WorkdirLock(tmp_path).__enter__()
     assert left(tmp_path) == [LOCK]
 
@@ -140,7 +156,10 @@ def test_a_lock_that_comes_and_goes(tmp_path, monkeypatch):
         WorkdirLock(tmp_path).__enter__()
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "recipe.json", "checkpoints/config.json", "tensorboard", "checkpoints"])
+@pytest.mark.parametrize(
+    "name",
+    ["metrics.jsonl", "recipe.json", "checkpoints/config.json", "tensorboard", "checkpoints"],
+)
 def test_something_else_in_a_files_place(tmp_path, name):
     """Refused before anything is written."""
     if directory := "json" not in name:
@@ -148,6 +167,8 @@ def test_something_else_in_a_files_place(tmp_path, name):
     else:
         (tmp_path / name).mkdir(parents=True)
     kind = "directory" if directory else "regular file"
-    with pytest.raises(UserError, match=rf"/{name} is no {kind}, but the run \w+ one: move it away") as error:
+    with pytest.raises(
+        UserError, match=rf"/{name} is no {kind}, but the run \w+ one: move it away"
+    ) as error:
         WorkdirLock(tmp_path).__enter__()
     assert "\n" not in str(error.value) and left(tmp_path) == [name.partition("/")[0]]

@@ -105,11 +105,15 @@ def test_remat_changes_nothing(rng):
     """The same gradients when the backward pass computes each block again: the same operations in float32, which XLA may
     fuse otherwise, hence 1e-6."""
     x_BHWC = jnp.asarray(rng.normal(size=(1, 3, 4, 6)), jnp.float32)
-    stacked = blocks.stage_blocks("ResBlock", 2, 6, 8, (), rngs=nnx.Rngs(0), dtype="float32", param_dtype="float32")
+    stacked = blocks.stage_blocks(
+        "ResBlock", 2, 6, 8, (), rngs=nnx.Rngs(0), dtype="float32", param_dtype="float32"
+    )
     graphdef, state = nnx.split(stacked)
 
     def gradients(remat):
-        loss = lambda state: (blocks.run_blocks(nnx.merge(graphdef, state), x_BHWC, remat=remat, unroll=False) ** 2).sum()
+        loss = lambda state: (
+            blocks.run_blocks(nnx.merge(graphdef, state), x_BHWC, remat=remat, unroll=False) ** 2
+        ).sum()
         return stock_weights.flat(jax.jit(jax.grad(loss))(state))
 
     want, got = gradients("none"), gradients("full")
@@ -120,9 +124,13 @@ def test_remat_changes_nothing(rng):
 @pytest.mark.parametrize("remat", config.REMAT)
 def test_remat_is_per_block(remat):
     """Each stage with blocks is one scan over checkpointed blocks, under every policy but "none"."""
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: DcAe(dataclasses.replace(F8, remat=remat), rngs=nnx.Rngs(0))))
+    graphdef, state = nnx.split(
+        nnx.eval_shape(lambda: DcAe(dataclasses.replace(F8, remat=remat), rngs=nnx.Rngs(0)))
+    )
     x_BHWC = jax.ShapeDtypeStruct((1, HEIGHT, WIDTH, 3), jnp.float32)
-    run = lambda state, x_BHWC: nnx.merge(graphdef, state).decode(nnx.merge(graphdef, state).encode(x_BHWC))
+    run = lambda state, x_BHWC: nnx.merge(graphdef, state).decode(
+        nnx.merge(graphdef, state).encode(x_BHWC)
+    )
     scans = [e for e in jax.make_jaxpr(run)(state, x_BHWC).jaxpr.eqns if e.primitive.name == "scan"]
     assert [e.params["length"] for e in scans] == [1, 2, 2, 1, 1, 1, 1, 2]
     for scanned in scans:
@@ -137,7 +145,11 @@ def test_compile_does_not_grow_with_depth():
         cfg = dataclasses.replace(F8, encoder_layers_per_block=(layers,) * 4)
         graphdef, state = nnx.split(nnx.eval_shape(lambda: DcAe(cfg, rngs=nnx.Rngs(0))))
         x_BHWC = jax.ShapeDtypeStruct((1, HEIGHT, WIDTH, 3), jnp.float32)
-        return len(str(jax.make_jaxpr(lambda state, x: nnx.merge(graphdef, state).encode(x))(state, x_BHWC)).splitlines())
+        return len(
+            str(
+                jax.make_jaxpr(lambda state, x: nnx.merge(graphdef, state).encode(x))(state, x_BHWC)
+            ).splitlines()
+        )
 
     assert length(2) == length(6)
 
@@ -147,9 +159,13 @@ def test_bfloat16_stays_close(rng):
     x_BHWC = jnp.asarray(rng.normal(size=(1, 3, 4, 16)), jnp.float32)
 
     def run(dtype):
-        block = blocks.EfficientVitBlock(16, 8, (), rngs=nnx.Rngs(0), dtype=dtype, param_dtype="float32")
+        block = blocks.EfficientVitBlock(
+            16, 8, (), rngs=nnx.Rngs(0), dtype=dtype, param_dtype="float32"
+        )
         graphdef, state = nnx.split(block)
-        return jax.jit(lambda state, x_BHWC: nnx.merge(graphdef, state)(x_BHWC))(state, x_BHWC.astype(dtype))
+        return jax.jit(lambda state, x_BHWC: nnx.merge(graphdef, state)(x_BHWC))(
+            state, x_BHWC.astype(dtype)
+        )
 
     assert run("bfloat16").dtype == jnp.bfloat16
     assert relative_error(run("bfloat16").astype(jnp.float32), run("float32")) < 0.02
@@ -164,18 +180,39 @@ def test_refuses_a_size_that_does_not_divide():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"upsample_block_type": "bilinear"}, "vae.upsample_block_type='bilinear' is not one of interpolate, pixel_shuffle"),
+        (
+            {"upsample_block_type": "bilinear"},
+            "vae.upsample_block_type='bilinear' is not one of interpolate, pixel_shuffle",
+        ),
         ({"downsample_block_type": "max"}, "vae.downsample_block_type='max'"),
         ({"decoder_norm_types": "batch_norm"}, "vae.decoder_norm_types='batch_norm'"),
         ({"decoder_act_fns": "relu6"}, "vae.decoder_act_fns='relu6'"),
         ({"encoder_layers_per_block": (1, 2, 3)}, "vae.encoder_layers_per_block has 3 entries"),
-        ({"decoder_layers_per_block": (1, 0, 1, 1)}, "only the first and the last stage may be empty"),
-        ({"encoder_block_types": ("ResBlock",) * 3 + ("Block",)}, r"vae.encoder_block_types\[3\]='Block'"),
+        (
+            {"decoder_layers_per_block": (1, 0, 1, 1)},
+            "only the first and the last stage may be empty",
+        ),
+        (
+            {"encoder_block_types": ("ResBlock",) * 3 + ("Block",)},
+            r"vae.encoder_block_types\[3\]='Block'",
+        ),
         ({"encoder_qkv_multiscales": ((), (), (), (4,))}, "must be odd"),
-        ({"attention_head_dim": 32}, r"vae.encoder_block_out_channels\[2\]=12 must be at least vae.attention_head_dim=32"),
-        ({"encoder_block_out_channels": (6, 12, 12, 20)}, "4 x 12 must be a multiple of the next stage's 20"),
+        (
+            {"attention_head_dim": 32},
+            r"vae.encoder_block_out_channels\[2\]=12 must be at least vae.attention_head_dim=32",
+        ),
+        (
+            {"encoder_block_out_channels": (6, 12, 12, 20)},
+            "4 x 12 must be a multiple of the next stage's 20",
+        ),
         ({"latent_channels": 5}, "the last must be a multiple of vae.latent_channels=5"),
-        ({"downsample_block_type": "pixel_unshuffle", "encoder_block_out_channels": (6, 6, 12, 24)}, "multiples of 4"),
+        (
+            {
+                "downsample_block_type": "pixel_unshuffle",
+                "encoder_block_out_channels": (6, 6, 12, 24),
+            },
+            "multiples of 4",
+        ),
     ],
 )
 def test_refuses_settings_that_cannot_work(change, message):

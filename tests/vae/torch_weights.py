@@ -7,7 +7,12 @@ import torch
 
 from blip3o_jax import config
 
-SHARED_FIELDS = {field.name for field in dataclasses.fields(config.DcAeConfig)} - {"dtype", "param_dtype", "remat", "unroll"}
+SHARED_FIELDS = {field.name for field in dataclasses.fields(config.DcAeConfig)} - {
+    "dtype",
+    "param_dtype",
+    "remat",
+    "unroll",
+}
 
 
 def torch_class(cfg: config.DcAeConfig) -> diffusers.AutoencoderDC:
@@ -23,5 +28,11 @@ def torch_model(cfg: config.DcAeConfig, seed: int = 0) -> diffusers.AutoencoderD
             random = torch.randn_like(p)
             fan_in = p[0].numel() if p.ndim > 1 else 1
             scale = name.endswith("weight") and p.ndim == 1
-            p.copy_(1 + 0.3 * random if scale else 0.3 * random if p.ndim == 1 else random * fan_in**-0.5)
+            p.copy_(
+                1 + 0.3 * random
+                if scale
+                else 0.3 * random
+                if p.ndim == 1
+                else random * fan_in**-0.5
+            )
     return model

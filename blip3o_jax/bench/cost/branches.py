@@ -8,21 +8,33 @@ import numpy as np
 from blip3o_jax.bench.cost.hlo import Computation, Op, Program
 
 _SAME = ("bitcast", "reshape", "convert", "copy", "copy-done", "copy-start")
-_COMPARE = {"LT": np.less, "LE": np.less_equal, "GT": np.greater, "GE": np.greater_equal, "EQ": np.equal, "NE": np.not_equal}
+_COMPARE = {
+    "LT": np.less,
+    "LE": np.less_equal,
+    "GT": np.greater,
+    "GE": np.greater_equal,
+    "EQ": np.equal,
+    "NE": np.not_equal,
+}
 
 
 def shares(program: Program, computation: Computation, op: Op) -> list[float] | None:
     """Of the turns of the loop whose body `computation` is, for each branch of the conditional `op` in the order of its
     attributes; None where the program's text does not tell."""
     chosen = _through(computation, computation.by_name[op.operands[0]], (*_SAME, "dynamic-slice"))
-    if chosen.opcode != "get-tuple-element" or computation.by_name[chosen.operands[0]].opcode != "parameter":
+    if (
+        chosen.opcode != "get-tuple-element"
+        or computation.by_name[chosen.operands[0]].opcode != "parameter"
+    ):
         return None
     loops = ((c, w) for c in program.computations.values() for w in c.ops if w.opcode == "while")
     found = next(((c, w) for c, w in loops if computation.name in w.called("body")), None)
     first = found and found[0].by_name[found[1].operands[0]]
     if not first or first.opcode != "tuple":
         return None
-    values = _value(program, found[0], found[0].by_name[first.operands[int(chosen.attribute("index"))]])
+    values = _value(
+        program, found[0], found[0].by_name[first.operands[int(chosen.attribute("index"))]]
+    )
     if values is None or not values.size:
         return None
     if listed := op.called("branch_computations"):
@@ -42,10 +54,14 @@ def _value(program: Program, computation: Computation, op: Op) -> np.ndarray | N
     dims = getattr(op.shape, "dims", ())
     if op.opcode == "constant":
         words = {"true": "1", "false": "0"}
-        numbers = [int(words.get(word, word)) for word in re.findall(r"true|false|-?\d+", op.argument)]
+        numbers = [
+            int(words.get(word, word)) for word in re.findall(r"true|false|-?\d+", op.argument)
+        ]
         return np.array(numbers).reshape(dims) if len(numbers) == np.prod(dims, dtype=int) else None
     if op.opcode == "iota":
-        along = [-1 if i == int(op.attribute("iota_dimension") or 0) else 1 for i in range(len(dims))]
+        along = [
+            -1 if i == int(op.attribute("iota_dimension") or 0) else 1 for i in range(len(dims))
+        ]
         return np.broadcast_to(np.arange(dims[along.index(-1)]).reshape(along), dims)
     if op.opcode == "fusion" and not op.operands:
         inner = program.computations[op.called("calls")[0]]

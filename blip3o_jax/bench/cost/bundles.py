@@ -53,7 +53,9 @@ class Schedules:
     def __init__(self, program: Program, bundles: Mapping[str, int], cores: int):
         self._bundles, self._cores = bundles, cores
         operations = (op for computation in program.computations.values() for op in computation.ops)
-        self._alike = {_window(op): bundles[op.name] for op in operations if op.name in bundles and _window(op)}
+        self._alike = {
+            _window(op): bundles[op.name] for op in operations if op.name in bundles and _window(op)
+        }
 
     def cycles(self, op: Op) -> float | None:
         """Of an operation with a loop over windows; None where its schedule is not known. The cores of a device share them."""

@@ -68,7 +68,9 @@ class Op:
     def called(self, *names: str) -> tuple[str, ...]:
         """Computations under these attributes (`calls`, `body`, ...)."""
         texts = [self.attribute(name) for name in names]
-        return tuple(word.lstrip("%") for text in texts if text for word in re.findall(r"%?[\w.\-]+", text))
+        return tuple(
+            word.lstrip("%") for text in texts if text for word in re.findall(r"%?[\w.\-]+", text)
+        )
 
     @property
     def replica_groups(self) -> str:
@@ -100,7 +102,9 @@ class Computation:
         return next((op for op in self.ops if op.root), self.ops[-1])
 
     def parameters(self) -> list[Op]:
-        return sorted((op for op in self.ops if op.opcode == "parameter"), key=lambda op: int(op.argument))
+        return sorted(
+            (op for op in self.ops if op.opcode == "parameter"), key=lambda op: int(op.argument)
+        )
 
     def users(self, name: str) -> list[Op]:
         return [op for op in self.ops if name in op.operands]
@@ -121,7 +125,9 @@ def parse(text: str) -> Program:
     name, ops = None, []
     for line in text.splitlines():
         if name is None:
-            if line.endswith("{") and (header := re.match(r"(ENTRY )?%?([\w.\-]+) (?:\(|\{)", line)):
+            if line.endswith("{") and (
+                header := re.match(r"(ENTRY )?%?([\w.\-]+) (?:\(|\{)", line)
+            ):
                 name, ops = header[2], []
                 entry = name if header[1] else entry
         elif line == "}":
@@ -150,8 +156,14 @@ def _op(line: str) -> Op | None:
         raise ValueError(f"not an HLO operation: {line[:200]!r}")
     end = _closing(line, opcode.end() - 1)
     argument = line[opcode.end() : end]
-    operands = () if opcode[1] in ("constant", "parameter", "iota") else tuple(map(_operand, _split(argument)))
-    return Op(start[2], opcode[1], shape, operands, argument, line[end + 1 :].lstrip(", "), bool(start[1]))
+    operands = (
+        ()
+        if opcode[1] in ("constant", "parameter", "iota")
+        else tuple(map(_operand, _split(argument)))
+    )
+    return Op(
+        start[2], opcode[1], shape, operands, argument, line[end + 1 :].lstrip(", "), bool(start[1])
+    )
 
 
 def _operand(text: str) -> str:
@@ -246,12 +258,20 @@ def trip_count(program: Program, computation: Computation, loop: Op) -> int | No
     if found := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes):
         return int(found[1])
     condition = program.computations[loop.called("condition")[0]]
-    values = [_constant(program, computation, operand) for operand in _first_values(computation, loop)]
+    values = [
+        _constant(program, computation, operand) for operand in _first_values(computation, loop)
+    ]
     compared = _comparison(program, condition, values)
     if compared is None:
         return None
     direction, start, bound, counter = compared
-    way = {"LT": bound - start, "LE": bound - start + 1, "NE": bound - start, "GT": start - bound, "GE": start - bound + 1}
+    way = {
+        "LT": bound - start,
+        "LE": bound - start + 1,
+        "NE": bound - start,
+        "GT": start - bound,
+        "GE": start - bound + 1,
+    }
     stride = _stride(program, program.computations[loop.called("body")[0]], counter)
     return max(0, -(-way[direction] // stride)) if direction in way else None
 
@@ -264,7 +284,11 @@ def _stride(program: Program, body: Computation, counter: int) -> int:
     if moved.opcode == "fusion":
         of = program.computations[moved.called("calls")[0]]
         moved = of.root
-    steps = [_constant(program, of, of.by_name[name]) for name in moved.operands] if moved.opcode in ("add", "subtract") else []
+    steps = (
+        [_constant(program, of, of.by_name[name]) for name in moved.operands]
+        if moved.opcode in ("add", "subtract")
+        else []
+    )
     return next((abs(step) for step in steps if step), 1)
 
 
@@ -279,12 +303,18 @@ def _constant(program: Program, computation: Computation, op: Op | None) -> int 
     """The value of a constant whole number, through copies and bitcasts."""
     while op is not None and op.opcode in ("copy", "bitcast", "convert", "reshape"):
         op = computation.by_name.get(op.operands[0])
-    if op is None or op.opcode != "constant" or not re.fullmatch(r"-?\d+", op.argument.strip("{} ")):
+    if (
+        op is None
+        or op.opcode != "constant"
+        or not re.fullmatch(r"-?\d+", op.argument.strip("{} "))
+    ):
         return None
     return int(op.argument.strip("{} "))
 
 
-def _comparison(program: Program, condition: Computation, values: Sequence[int | None]) -> tuple[str, int, int, int] | None:
+def _comparison(
+    program: Program, condition: Computation, values: Sequence[int | None]
+) -> tuple[str, int, int, int] | None:
     """(direction, first value of the counter, bound, which of the loop's values the counter is) of the condition's root, which
     may be a fusion of it."""
     root, known = condition.root, {}
@@ -298,8 +328,15 @@ def _comparison(program: Program, condition: Computation, values: Sequence[int |
             known[op.name] = known[op.operands[0]]
     if root.opcode == "fusion":
         inner = program.computations[root.called("calls")[0]]
-        given = {p.name: known.get(name) for p, name in zip(inner.parameters(), root.operands, strict=True)}
-        constants = {op.name: ("bound", _constant(program, inner, op), -1) for op in inner.ops if op.opcode == "constant"}
+        given = {
+            p.name: known.get(name)
+            for p, name in zip(inner.parameters(), root.operands, strict=True)
+        }
+        constants = {
+            op.name: ("bound", _constant(program, inner, op), -1)
+            for op in inner.ops
+            if op.opcode == "constant"
+        }
         root, known = inner.root, given | constants
     if root.opcode != "compare":
         return None
@@ -326,7 +363,9 @@ def replica_groups(text: str, devices: int) -> tuple[tuple[int, ...], ...]:
     if text.strip("{} ") == "":
         return (tuple(range(devices)),)
     if text.startswith("{"):
-        return tuple(tuple(map(int, group.split(","))) for group in re.findall(r"\{([\d, ]+)\}", text))
+        return tuple(
+            tuple(map(int, group.split(","))) for group in re.findall(r"\{([\d, ]+)\}", text)
+        )
     if text.startswith("mesh["):
         return _mesh_groups(text)
     found = re.fullmatch(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text.strip())
@@ -336,12 +375,18 @@ def replica_groups(text: str, devices: int) -> tuple[tuple[int, ...], ...]:
     return _rows(_numbered(*order).reshape(shape[0], -1))
 
 
-_MESH_GROUPS = re.compile(r"mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))?\s*\{([^}]*)\}")
+_MESH_GROUPS = re.compile(
+    r"mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))?\s*\{([^}]*)\}"
+)
 
 
 def _mesh_groups(text: str) -> tuple[tuple[int, ...], ...]:
     found = _MESH_GROUPS.fullmatch(text.strip())
-    sizes = {name: int(size) for name, size in re.findall(r"'([^']*)'=(\d+)", found[1])} if found else {}
+    sizes = (
+        {name: int(size) for name, size in re.findall(r"'([^']*)'=(\d+)", found[1])}
+        if found
+        else {}
+    )
     axes = re.findall(r"'([^']*)'", found[4]) if found else []
     if not sizes or not set(axes) <= set(sizes):
         raise ValueError(f"replica_groups={text!r} is in no form that is known here")

@@ -31,7 +31,9 @@ def operation_bytes(program: Program, computation: Computation, op: Op) -> int:
         return _bytes(operands[0].shape) + _bytes(op.shape[0])
     if op.opcode == "dynamic-update-slice-start":  # to the core's or the host's memory, in place
         return _total(computation.by_name[op.operands[1]].shape)
-    if op.opcode.endswith("-start"):  # of a slice, between HBM and the core: ((operands), result, flags)
+    if op.opcode.endswith(
+        "-start"
+    ):  # of a slice, between HBM and the core: ((operands), result, flags)
         return _total(op.shape[1])
     return sum(_bytes(operand.shape) for operand in operands) + _bytes(op.shape)
 
@@ -77,13 +79,19 @@ def _read(program: Program, computation: Computation, name: str) -> int:
     for user in computation.users(name):
         if user.opcode in SLICES and user.operands[0] == name:
             total += _total(user.shape)
-        elif user.opcode in PASSED_ON or (user.opcode == "dynamic-update-slice" and user.operands[0] == name):
+        elif user.opcode in PASSED_ON or (
+            user.opcode == "dynamic-update-slice" and user.operands[0] == name
+        ):
             continue
         elif user.opcode in RENAMES:
             total += _read(program, computation, user.name)
         elif user.opcode == "fusion":
             inner = program.computations[user.called("calls")[0]]
-            places = [p for p, operand in zip(inner.parameters(), user.operands, strict=True) if operand == name]
+            places = [
+                p
+                for p, operand in zip(inner.parameters(), user.operands, strict=True)
+                if operand == name
+            ]
             total += sum(_read(program, inner, p.name) for p in places)
         else:
             return _total(computation.by_name[name].shape)

@@ -30,7 +30,9 @@ def _convolution(op: Op, lhs: Shape, rhs: Shape) -> int:
     of_lhs, of_rhs, of_out = re.split(r"_|->", op.attribute("dim_labels"))
     batch, features = (lhs.dims[of_lhs.index(c)] for c in "bf")
     outputs = op.shape.dims[of_out.index("f")]
-    groups, batch_groups = (int(op.attribute(f"{name}_group_count") or 1) for name in ("feature", "batch"))
+    groups, batch_groups = (
+        int(op.attribute(f"{name}_group_count") or 1) for name in ("feature", "batch")
+    )
     window = dict(re.findall(r"(\w+)=([\dx_\-]+)", op.attribute("window") or ""))
     met = 1
     for i, c in enumerate(sorted(set(of_lhs) - set("bf"))):
@@ -49,7 +51,9 @@ def _convolution(op: Op, lhs: Shape, rhs: Shape) -> int:
 
 
 @functools.cache
-def _positions(size: int, kernel: int, output: int, stride: int, pad: int, dilate: int, kernel_dilate: int) -> int:
+def _positions(
+    size: int, kernel: int, output: int, stride: int, pad: int, dilate: int, kernel_dilate: int
+) -> int:
     """Pairs of kernel and output position along one dimension that meet a value of the input, neither padding nor a hole."""
     dilated = (size - 1) * dilate + 1
     starts, met = np.arange(output) * stride - pad, 0

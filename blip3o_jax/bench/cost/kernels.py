@@ -97,7 +97,11 @@ def _splash_cycles(op: Op, queries: Shape, keys: Shape, kind: str, chip: Chip) -
     scale = q * kv / _COUNTED_BLOCK**2
     # Rows of blocks are the keys' in the backward pass.
     begun = rows * q if kind == "fwd" else columns * kv
-    one_head = blocks * scale * bundles.block + begun / _COUNTED_BLOCK * bundles.row + rows * columns * bundles.step
+    one_head = (
+        blocks * scale * bundles.block
+        + begun / _COUNTED_BLOCK * bundles.row
+        + rows * columns * bundles.step
+    )
     return queries.size / (length * head) * one_head / chip.cores
 
 

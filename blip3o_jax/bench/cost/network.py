@@ -14,7 +14,14 @@ import numpy as np
 from blip3o_jax.parallel.chips import HOP_S, Chip
 
 GATHERS = ("all-gather", "reduce-scatter")
-COLLECTIVES = (*GATHERS, "all-reduce", "all-to-all", "ragged-all-to-all", "collective-permute", "collective-broadcast")
+COLLECTIVES = (
+    *GATHERS,
+    "all-reduce",
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+)
 GPUS_A_NODE = 8
 
 
@@ -54,7 +61,9 @@ class Network:
     def axes(self, group: Sequence[int]) -> tuple[str, ...]:
         """Mesh axes along which the members of a group differ."""
         places = np.array(np.unravel_index(np.array(group), tuple(self.mesh.values())))
-        return tuple(axis for axis, row in zip(self.mesh, places, strict=True) if len(set(row.tolist())) > 1)
+        return tuple(
+            axis for axis, row in zip(self.mesh, places, strict=True) if len(set(row.tolist())) > 1
+        )
 
     def crosses(self, group: Sequence[int]) -> bool:
         return len(set(self.slices[list(group)].tolist())) > 1
@@ -78,15 +87,22 @@ class Network:
         lines = self._lines(group)
         latency = sum(line.length / 2 if line.ring else line.length - 1 for line in lines) * HOP_S
         if kind.endswith("all-to-all"):
-            slowest = max((line.length / (8 if line.ring else 4) / line.share for line in lines), default=0.0)
+            slowest = max(
+                (line.length / (8 if line.ring else 4) / line.share for line in lines), default=0.0
+            )
             return total + size * slowest / self.chip.link_rate + latency
-        rate = sum(self.chip.link_rate * (2 if line.ring else 1) * line.share for line in lines) or self.chip.link_rate
+        rate = (
+            sum(self.chip.link_rate * (2 if line.ring else 1) * line.share for line in lines)
+            or self.chip.link_rate
+        )
         return total + times * (size * (1 - 1 / len(group)) / rate + latency)
 
     @property
     def slice_axes(self) -> tuple[str, ...]:
         """Mesh axes that lead from slice to slice: those of the first devices of all slices."""
-        return self.axes([int(np.argmax(self.slices == s)) for s in sorted(set(self.slices.tolist()))])
+        return self.axes(
+            [int(np.argmax(self.slices == s)) for s in sorted(set(self.slices.tolist()))]
+        )
 
     def transfer_seconds(self, kind: str, size: float) -> float:
         """Of what each device sends through its host, `size` bytes of it, when slices exchange their parts of a collective."""
@@ -114,7 +130,9 @@ class Network:
 
     def _hops(self, a: int, b: int) -> int:
         total = 0
-        for size, x, y in zip(self._sizes().tolist(), self.coords[a].tolist(), self.coords[b].tolist(), strict=True):
+        for size, x, y in zip(
+            self._sizes().tolist(), self.coords[a].tolist(), self.coords[b].tolist(), strict=True
+        ):
             distance = abs(x - y)
             total += min(distance, size - distance) if self.chip.wraps(size) else distance
         return total

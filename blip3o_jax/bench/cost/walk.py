@@ -84,12 +84,22 @@ Collective = tuple[str, tuple[str, ...], str]  # kind, mesh axes, ICI or DCN
 class Cost:
     """Of one device. Seconds by limiter add up to the predicted time."""
 
-    flops: dict[tuple[str, str], float] = dataclasses.field(default_factory=lambda: collections.defaultdict(float))
+    flops: dict[tuple[str, str], float] = dataclasses.field(
+        default_factory=lambda: collections.defaultdict(float)
+    )
     hbm_bytes: float = 0.0
-    seconds: dict[str, float] = dataclasses.field(default_factory=lambda: collections.defaultdict(float))
-    part_seconds: dict[str, float] = dataclasses.field(default_factory=lambda: collections.defaultdict(float))
-    collectives: dict[Collective, Traffic] = dataclasses.field(default_factory=lambda: collections.defaultdict(Traffic))
-    unknown: dict[str, Unknown] = dataclasses.field(default_factory=lambda: collections.defaultdict(Unknown))
+    seconds: dict[str, float] = dataclasses.field(
+        default_factory=lambda: collections.defaultdict(float)
+    )
+    part_seconds: dict[str, float] = dataclasses.field(
+        default_factory=lambda: collections.defaultdict(float)
+    )
+    collectives: dict[Collective, Traffic] = dataclasses.field(
+        default_factory=lambda: collections.defaultdict(Traffic)
+    )
+    unknown: dict[str, Unknown] = dataclasses.field(
+        default_factory=lambda: collections.defaultdict(Unknown)
+    )
 
     @property
     def total_flops(self) -> float:
@@ -110,16 +120,26 @@ class Cost:
 
     def add(self, other: "Cost", times: float = 1) -> None:
         self.hbm_bytes += other.hbm_bytes * times
-        for mine, theirs in ((self.flops, other.flops), (self.seconds, other.seconds), (self.part_seconds, other.part_seconds)):
+        for mine, theirs in (
+            (self.flops, other.flops),
+            (self.seconds, other.seconds),
+            (self.part_seconds, other.part_seconds),
+        ):
             for key, value in theirs.items():
                 mine[key] += value * times
         for mine, theirs in ((self.collectives, other.collectives), (self.unknown, other.unknown)):
             for key, value in theirs.items():
                 for field in dataclasses.fields(value):
-                    setattr(mine[key], field.name, getattr(mine[key], field.name) + getattr(value, field.name) * times)
+                    setattr(
+                        mine[key],
+                        field.name,
+                        getattr(mine[key], field.name) + getattr(value, field.name) * times,
+                    )
 
 
-def program_cost(program: Program | str, network: Network, bundles: Mapping[str, int] | None = None) -> Cost:
+def program_cost(
+    program: Program | str, network: Network, bundles: Mapping[str, int] | None = None
+) -> Cost:
     """Of a compiled program, or of one whose HLO's text is given; `bundles` of its operations as bundles.py reads them."""
     program = hlo.parse(program) if isinstance(program, str) else program
     return _Walk(program, network, bundles or {}).computation(program.computations[program.entry])
@@ -136,7 +156,9 @@ def scope(op_name: str) -> tuple[str, str]:
 
 def _target(op: Op) -> str:
     """Of a custom call, else ""."""
-    return (op.attribute("custom_call_target") or "").strip('"') if op.opcode == "custom-call" else ""
+    return (
+        (op.attribute("custom_call_target") or "").strip('"') if op.opcode == "custom-call" else ""
+    )
 
 
 class _Walk:
@@ -156,7 +178,9 @@ class _Walk:
     def named(self, name: str) -> Computation:
         return self.program.computations[name]
 
-    def flops(self, computation: Computation, op: Op, op_name: str = "") -> dict[tuple[str, str], float]:
+    def flops(
+        self, computation: Computation, op: Op, op_name: str = ""
+    ) -> dict[tuple[str, str], float]:
         """FLOPs of an operation and all it calls, by part and pass."""
         found: dict[tuple[str, str], float] = collections.defaultdict(float)
         if op.opcode in MATRIX:
@@ -174,7 +198,9 @@ class _Walk:
 
         The TPU compiler writes a reduce-scatter as a fusion of an all-reduce and a slice.
         """
-        for name in op.called("calls", "to_apply") if op.opcode in ("fusion", "async-start", "call") else ():
+        for name in (
+            op.called("calls", "to_apply") if op.opcode in ("fusion", "async-start", "call") else ()
+        ):
             inner = self.named(name)
             for child in inner.ops:
                 kind = child.opcode.removesuffix("-start")
@@ -193,7 +219,13 @@ class _Walk:
         if not found:
             return "", ""
         targets = {_target(child) for child in inside[2].ops}
-        stage = "start" if "AsyncCollectiveStart" in targets else "end" if "AsyncCollectiveDone" in targets else "under way"
+        stage = (
+            "start"
+            if "AsyncCollectiveStart" in targets
+            else "end"
+            if "AsyncCollectiveDone" in targets
+            else "under way"
+        )
         return f"chain {found[1]}", stage
 
 
@@ -204,7 +236,9 @@ class _Schedule:
         self.walk, self.of, self.cost = walk, computation, Cost()
         self.now = 0.0
         self.free: dict[str, float] = collections.defaultdict(float)  # when a clock is free again
-        self.pending: dict[str, tuple[str, float, Traffic | None]] = {}  # start -> (limiter, end, traffic)
+        self.pending: dict[
+            str, tuple[str, float, Traffic | None]
+        ] = {}  # start -> (limiter, end, traffic)
 
     def run(self, op: Op) -> None:
         opcode = op.opcode
@@ -266,7 +300,11 @@ class _Schedule:
 
     def _note(self, name: str, size: float, seconds: float) -> None:
         entry = self.cost.unknown[name]
-        entry.count, entry.size, entry.seconds = entry.count + 1, entry.size + size, entry.seconds + seconds
+        entry.count, entry.size, entry.seconds = (
+            entry.count + 1,
+            entry.size + size,
+            entry.seconds + seconds,
+        )
 
     def _spend(self, limiter: str, seconds: float, part: str) -> None:
         self.now += seconds
@@ -280,7 +318,9 @@ class _Schedule:
     def _loop(self, op: Op) -> None:
         turns = hlo.trip_count(self.walk.program, self.of, op)
         body = self.walk.computation(self.walk.named(op.called("body")[0]))
-        if turns is None:  # its time is not known at all: that of one turn, less what the body notes itself
+        if (
+            turns is None
+        ):  # its time is not known at all: that of one turn, less what the body notes itself
             turns, seconds = 1, body.total_seconds * (1 - body.unknown_share)
             self._note("loop of unknown length, counted once", body.hbm_bytes, seconds)
         self._add(body, turns)
@@ -312,7 +352,11 @@ class _Schedule:
             return
         key, size, seconds = self._traffic(op)
         traffic = self.cost.collectives[key]
-        traffic.count, traffic.size, traffic.seconds = traffic.count + 1, traffic.size + size, traffic.seconds + seconds
+        traffic.count, traffic.size, traffic.seconds = (
+            traffic.count + 1,
+            traffic.size + size,
+            traffic.seconds + seconds,
+        )
         flops = self.walk.flops(self.of, op)
         for name, value in flops.items():
             self.cost.flops[name] += value
@@ -330,11 +374,17 @@ class _Schedule:
         """(key, bytes, seconds) of a collective, whatever it wears."""
         network, inside = self.walk.network, self.walk.collective_in(op)
         kind, inner, of = inside or (op.opcode.removesuffix("-start"), op, self.of)
-        operands = sum(s.bytes for name in inner.operands for s in hlo.leaves(of.by_name[name].shape))
+        operands = sum(
+            s.bytes for name in inner.operands for s in hlo.leaves(of.by_name[name].shape)
+        )
         if kind == "send":
             found = re.search(r'_xla_megascale_transfer_type="(\w+)"', op.attributes)
             kind = found[1].lower().replace("_", "-") if found else kind
-            return (kind, network.slice_axes, "DCN"), operands, network.transfer_seconds(kind, operands)
+            return (
+                (kind, network.slice_axes, "DCN"),
+                operands,
+                network.transfer_seconds(kind, operands),
+            )
         if kind == "collective-permute":
             pairs = hlo.device_pairs(inner.attribute("source_target_pairs") or "")
             axes = network.axes(pairs[0]) if pairs else ()
@@ -343,7 +393,11 @@ class _Schedule:
         groups = hlo.replica_groups(inner.replica_groups, network.devices)
         size = operands * len(groups[0]) if kind == "all-gather" else operands
         crossing = "DCN" if network.crosses(groups[0]) else "ICI"
-        return (kind, network.axes(groups[0]), crossing), size, network.seconds(kind, size, groups[0])
+        return (
+            (kind, network.axes(groups[0]), crossing),
+            size,
+            network.seconds(kind, size, groups[0]),
+        )
 
     def _copy(self, op: Op) -> None:
         """A copy between memories: one side of it is HBM, the other the core's or the host's."""
@@ -359,7 +413,9 @@ class _Schedule:
 
     def _done(self, op: Op) -> None:
         name = op.operands[0]
-        while name not in self.pending and name in self.of.by_name and self.of.by_name[name].operands:
+        while (
+            name not in self.pending and name in self.of.by_name and self.of.by_name[name].operands
+        ):
             name = self.of.by_name[name].operands[0]
         if name in self.pending:
             self._wait(name, scope(op.op_name)[0])

@@ -29,7 +29,9 @@ from blip3o_jax.train.stages import STAGES, make_loss
 from blip3o_jax.train.state import WEIGHTS, create_state, plan_state
 from blip3o_jax.train.step import make_step, row_keys
 
-CHECKED_STEPS = 3  # the first moves nothing, at a learning rate of 0; the third sees what the second moved
+CHECKED_STEPS = (
+    3  # the first moves nothing, at a learning rate of 0; the third sees what the second moved
+)
 
 
 class Side:
@@ -38,7 +40,10 @@ class Side:
             split_cpu(task.jax_devices)
         try:
             devices = jax.devices()
-        except (RuntimeError, AssertionError) as error:  # the latter where jaxlib has no plugin for CUDA
+        except (
+            RuntimeError,
+            AssertionError,
+        ) as error:  # the latter where jaxlib has no plugin for CUDA
             raise UserError(
                 "bench peer --device=gpu: JAX finds no GPU; use --device=cpu, or install jax[cuda13] (pip install "
                 "'blip3o_jax[cuda]')"
@@ -54,7 +59,11 @@ class Side:
     def about(self) -> dict[str, Any]:
         devices = self.strategy.mesh.devices.flat
         versions = {"jax": jax.__version__}
-        return {"device_kind": devices[0].device_kind, "versions": versions, "devices": len(list(devices))}
+        return {
+            "device_kind": devices[0].device_kind,
+            "versions": versions,
+            "devices": len(list(devices)),
+        }
 
     def build(self, item: str, inputs: Arrays) -> Prepared:
         return getattr(self, f"_{item}")(inputs)
@@ -66,7 +75,9 @@ class Side:
     def _put(self, *arrays: np.ndarray) -> Any:
         return jax.device_put(arrays, self.strategy.batch_sharding())
 
-    def _prepared(self, call: Callable[[], Any], outputs: Callable[[Any], Arrays] | None = None, **more: Any) -> Prepared:
+    def _prepared(
+        self, call: Callable[[], Any], outputs: Callable[[Any], Arrays] | None = None, **more: Any
+    ) -> Prepared:
         memory = None
         if self.half:
             memory = lambda: self.strategy.mesh.devices.flat[0].memory_stats()["peak_bytes_in_use"]
@@ -92,7 +103,11 @@ class Side:
         plan = plan_state(config, self.strategy)
         read = restore_parts(self.task.directory, self.strategy, STAGES["joint"].parts)
         given = {
-            part: {group: _like(plan.abstract[group][part], read[part]) for group in WEIGHTS if part in plan.abstract[group]}
+            part: {
+                group: _like(plan.abstract[group][part], read[part])
+                for group in WEIGHTS
+                if part in plan.abstract[group]
+            }
             for part in STAGES["joint"].parts
         }
         del read
@@ -122,21 +137,32 @@ class Side:
         model, size = config.model, config.model.latent_size
         shape = (size, size, model.vae.latent_channels)
         draws = jax.jit(
-            lambda: [draw_noise(row_keys(config.seed, step, rows), shape, model, config.loss) for step in range(CHECKED_STEPS)]
+            lambda: [
+                draw_noise(row_keys(config.seed, step, rows), shape, model, config.loss)
+                for step in range(CHECKED_STEPS)
+            ]
         )()
         drawn = jax.tree.map(lambda *steps: np.stack(steps), *jax.device_get(draws))
         return {"noise": drawn.noise[:, :, 0], "sigma": drawn.sigma[:, :, 0], "keep": drawn.keep_B}
 
     def _pipeline(self, *parts: str) -> Pipeline:
         dtype = "bfloat16" if self.half else "float32"
-        config = dataclasses.replace(self.config, model=in_dtype(self.config.model, dtype, dtype), sampling=self.task.settings)
+        config = dataclasses.replace(
+            self.config,
+            model=in_dtype(self.config.model, dtype, dtype),
+            sampling=self.task.settings,
+        )
         graphdef, _ = nnx.split(nnx.eval_shape(lambda: Blip3o(config.model, parts, seed=0)))
-        params = jax.tree.map(lambda x: x.astype(dtype), restore_parts(self.task.directory, self.strategy, parts))
+        params = jax.tree.map(
+            lambda x: x.astype(dtype), restore_parts(self.task.directory, self.strategy, parts)
+        )
         text = stored_text(self.root, config.model.text)
         vocabulary = Vocabulary(load_tokenizer(text), config.model.tokenizer.codebook_size)
         return Pipeline(config, graphdef, params, vocabulary, self.strategy)
 
-    def _jitted(self, parts: tuple[str, ...], run: Callable[..., Any], *arrays: np.ndarray) -> tuple[Any, int, Pipeline]:
+    def _jitted(
+        self, parts: tuple[str, ...], run: Callable[..., Any], *arrays: np.ndarray
+    ) -> tuple[Any, int, Pipeline]:
         """(call, FLOPs, pipeline) of a function of (model, *arrays)."""
         pipeline = self._pipeline(*parts)
 
@@ -145,18 +171,28 @@ class Side:
                 return run(nnx.merge(pipeline._graphdef, params), *arrays)
 
         compiled, placed = jax.jit(traced), self._put(*arrays)
-        return lambda: compiled(pipeline._params, *placed), count_flops(traced, pipeline._params, *placed), pipeline
+        return (
+            lambda: compiled(pipeline._params, *placed),
+            count_flops(traced, pipeline._params, *placed),
+            pipeline,
+        )
 
     def _ar_decode(self, inputs: Arrays) -> Prepared:
         settings, first = self.task.settings, self.task.image_first
         image_ids = first, first + self.config.model.tokenizer.codebook_size
         keys_B = jax.random.split(jax.random.key(0), len(inputs["prompts"]))
 
-        def run(model: Blip3o, tokens_BL: jax.Array, lengths_B: jax.Array, keys_B: jax.Array) -> Any:
+        def run(
+            model: Blip3o, tokens_BL: jax.Array, lengths_B: jax.Array, keys_B: jax.Array
+        ) -> Any:
             return draw_tokens(model, tokens_BL, lengths_B, keys_B, settings, image_ids)
 
-        call, flops, pipeline = self._jitted(("ar",), run, inputs["prompts"], inputs["lengths"], keys_B)
-        return self._prepared(call, cost={"flops": flops, "bytes": self._decode_bytes(pipeline, inputs)})
+        call, flops, pipeline = self._jitted(
+            ("ar",), run, inputs["prompts"], inputs["lengths"], keys_B
+        )
+        return self._prepared(
+            call, cost={"flops": flops, "bytes": self._decode_bytes(pipeline, inputs)}
+        )
 
     def _decode_bytes(self, pipeline: Pipeline, inputs: Arrays) -> int:
         """What has to be read from memory for all tokens of a batch: for each the weights, the image ids' rows of the head and
@@ -166,7 +202,14 @@ class Side:
         weights = sum(x.size for x in jax.tree.leaves(pipeline._params["ar"]["layers"]))
         head = self.config.model.tokenizer.codebook_size * ar.hidden_size
         slots = float(np.mean(inputs["lengths"])) + tokens / 2
-        cache = 2 * ar.num_hidden_layers * len(inputs["lengths"]) * slots * ar.num_key_value_heads * ar.head_dim
+        cache = (
+            2
+            * ar.num_hidden_layers
+            * len(inputs["lengths"])
+            * slots
+            * ar.num_key_value_heads
+            * ar.head_dim
+        )
         return int(tokens * size * (weights + head + cache))
 
     def _dit_step(self, inputs: Arrays) -> Prepared:
@@ -175,20 +218,32 @@ class Side:
         def run(model: Blip3o, hidden_BTD: jax.Array, noise_BHWC: jax.Array) -> jax.Array:
             guidance = model.guidance(hidden_BTD, settings)
             with nn.part("dit"):
-                return sampler.sample(model.dit, guidance, noise_BHWC, steps=settings.steps, flow=flow)
+                return sampler.sample(
+                    model.dit, guidance, noise_BHWC, steps=settings.steps, flow=flow
+                )
 
-        return self._compared("latents", ("connector", "dit"), run, inputs["hidden"], inputs["start"])
+        return self._compared(
+            "latents", ("connector", "dit"), run, inputs["hidden"], inputs["start"]
+        )
 
     def _vae_encode(self, inputs: Arrays) -> Prepared:
-        return self._compared("latents", ("vae",), lambda model, x: model.latents(x), inputs["pixels"])
+        return self._compared(
+            "latents", ("vae",), lambda model, x: model.latents(x), inputs["pixels"]
+        )
 
     def _vae_decode(self, inputs: Arrays) -> Prepared:
-        return self._compared("pixels", ("vae",), lambda model, z: model.pixels(z), inputs["latents"])
+        return self._compared(
+            "pixels", ("vae",), lambda model, z: model.pixels(z), inputs["latents"]
+        )
 
     def _tokenizer(self, inputs: Arrays) -> Prepared:
-        return self._compared("ids", ("tokenizer",), lambda model, x: model.codes(x), inputs["tokenizer_pixels"])
+        return self._compared(
+            "ids", ("tokenizer",), lambda model, x: model.codes(x), inputs["tokenizer_pixels"]
+        )
 
-    def _compared(self, output: str, parts: tuple[str, ...], run: Callable[..., Any], *arrays: np.ndarray) -> Prepared:
+    def _compared(
+        self, output: str, parts: tuple[str, ...], run: Callable[..., Any], *arrays: np.ndarray
+    ) -> Prepared:
         call, flops, _ = self._jitted(parts, run, *arrays)
         return self._prepared(call, lambda x: {output: np.asarray(x)}, cost={"flops": flops})
 

@@ -52,14 +52,21 @@ def judged(item: dict[str, Any], about: Mapping[str, Any]) -> dict[str, Any]:
         side["share_of_limit"] = _share(kind, cost, side["median_s"])
     ours = sides["jax"]["median_s"]
     ratios = {name: ours / side["median_s"] for name, side in sides.items() if name != "jax"}
-    return item | {"cost": cost, "ratio": ratios, "faster": min(sides, key=lambda name: sides[name]["median_s"])}
+    return item | {
+        "cost": cost,
+        "ratio": ratios,
+        "faster": min(sides, key=lambda name: sides[name]["median_s"]),
+    }
 
 
 def _share(kind: str, cost: Mapping[str, float], seconds: float) -> dict[str, float] | None:
     """The time at the device's peak over the time taken, for arithmetic and for memory; None where no peak is known."""
     chip, found = chip_of(kind), {}
     if chip:
-        for limit, name, peak in (("arithmetic", "flops", chip.flops), ("memory", "bytes", chip.hbm_rate)):
+        for limit, name, peak in (
+            ("arithmetic", "flops", chip.flops),
+            ("memory", "bytes", chip.hbm_rate),
+        ):
             if name in cost:
                 found[limit] = cost[name] / peak / seconds
     return found or None
@@ -70,7 +77,10 @@ def machine() -> dict[str, Any]:
     name = platform.processor() or platform.machine()
     try:
         lines = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
+        name = next(
+            (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
+            name,
+        )
     except OSError:
         pass
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
@@ -85,7 +95,9 @@ def machine() -> dict[str, Any]:
 
 def sizes(tensors: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
     """Parameters of each part, and in all."""
-    found = {part: sum(int(np.prod(t.shape)) for t in given.values()) for part, given in tensors.items()}
+    found = {
+        part: sum(int(np.prod(t.shape)) for t in given.values()) for part, given in tensors.items()
+    }
     return found | {"total": sum(found.values())}
 
 
@@ -122,17 +134,31 @@ def _cells(item: Mapping[str, Any]) -> list[str]:
         if name not in sides:
             return "does not compile" if name in item["failed"] else "-"
         side = sides[name]
-        share = "".join(f", {100 * part:.0f} % of {limit}" for limit, part in (side["share_of_limit"] or {}).items())
+        share = "".join(
+            f", {100 * part:.0f} % of {limit}"
+            for limit, part in (side["share_of_limit"] or {}).items()
+        )
         return f"{_time(side['median_s'])} +-{50 * side['spread']:.0f} %{share}"
 
     times = lambda name: f"{ratio[name]:.2f}" if name in ratio else "-"
     memory = " / ".join(
-        "-" if s["peak_memory_bytes"] is None else f"{s['peak_memory_bytes'] / 1e9:.2f}" for s in sides.values()
+        "-" if s["peak_memory_bytes"] is None else f"{s['peak_memory_bytes'] / 1e9:.2f}"
+        for s in sides.values()
     )
     difference = f"{max(item['difference'].values()):.1e}" if item["difference"] else "-"
-    faster = {"jax": "JAX", "torch": "PyTorch eager", "torch_compiled": "PyTorch compiled"}[item["faster"]]
+    faster = {"jax": "JAX", "torch": "PyTorch eager", "torch_compiled": "PyTorch compiled"}[
+        item["faster"]
+    ]
     columns = [timing(name) for name in ("jax", "torch", "torch_compiled")]
-    return [item["item"], *columns, times("torch"), times("torch_compiled"), faster, memory, difference]
+    return [
+        item["item"],
+        *columns,
+        times("torch"),
+        times("torch_compiled"),
+        faster,
+        memory,
+        difference,
+    ]
 
 
 def _time(seconds: float) -> str:
@@ -151,11 +177,16 @@ def _conditions(report: Mapping[str, Any]) -> list[str]:
         f"{machine['load_before']:.2f}",
         f"{options['threads']} threads a side, JAX's on {sides['jax']['devices']} device(s); {precision}; batch of "
         f"{options['batch_size']}; {options['rounds']} rounds in turns",
-        "; ".join(f"{name} {version}" for name, version in versions.items()) + f"; Python {machine['python']}",
+        "; ".join(f"{name} {version}" for name, version in versions.items())
+        + f"; Python {machine['python']}",
         f"parameters: {parts}",
         f"sampling: top-k {sampling['top_k']}, top-p {sampling['top_p']}, {sampling['steps']} denoising steps, guidance "
         f"{sampling['guidance']}",
-        *(["environment of all sides: " + " ".join(f"{n}={v}" for n, v in environment.items())] if environment else []),
+        *(
+            ["environment of all sides: " + " ".join(f"{n}={v}" for n, v in environment.items())]
+            if environment
+            else []
+        ),
         "times are medians of one repetition, not the first of a turn, without compiling, +- half of what lies between the "
         "quartiles; a ratio is JAX's time over PyTorch's, below 1 JAX is faster",
         "train_step takes cached codes and latents, train_step_online encodes too; ar_decode is all image tokens of a batch, "
@@ -165,5 +196,9 @@ def _conditions(report: Mapping[str, Any]) -> list[str]:
         "peak memory: JAX / PyTorch eager / compiled, beyond what the libraries take"
         if options["device"] == "cpu"
         else "peak memory: JAX / PyTorch eager / compiled, as the device's allocators count it",
-        *(f"{item['item']} does not compile in PyTorch: {why}" for item in report["items"] for why in item["failed"].values()),
+        *(
+            f"{item['item']} does not compile in PyTorch: {why}"
+            for item in report["items"]
+            for why in item["failed"].values()
+        ),
     ]

@@ -22,7 +22,9 @@ from blip3o_jax.convert.torch_model import PARTS, Blip3o
 class Side:
     def __init__(self, task: Task):
         if task.device == "gpu" and not torch.cuda.is_available():
-            raise UserError("bench peer --device=gpu: PyTorch finds no GPU; use --device=cpu, or install PyTorch for CUDA")
+            raise UserError(
+                "bench peer --device=gpu: PyTorch finds no GPU; use --device=cpu, or install PyTorch for CUDA"
+            )
         torch.set_num_threads(task.threads)
         self.task, self.device = task, "cuda" if task.device == "gpu" else "cpu"
         self.half = task.device == "gpu"
@@ -33,7 +35,9 @@ class Side:
         import transformers
 
         device = torch.cuda.get_device_name() if self.device == "cuda" else "cpu"
-        versions = {module.__name__: module.__version__ for module in (torch, transformers, diffusers)}
+        versions = {
+            module.__name__: module.__version__ for module in (torch, transformers, diffusers)
+        }
         return {"device_kind": device, "versions": versions, "threads": torch.get_num_threads()}
 
     def build(self, item: str, inputs: Arrays) -> Prepared:
@@ -50,7 +54,9 @@ class Side:
 
     def _model(self, *parts: str) -> Blip3o:
         model = load_torch(open_source(self.task.directory), parts)
-        return model.to(self.device, torch.bfloat16 if self.half else torch.float32).requires_grad_(False)
+        return model.to(self.device, torch.bfloat16 if self.half else torch.float32).requires_grad_(
+            False
+        )
 
     def _put(self, x: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(x.copy()).to(self.device)
@@ -58,7 +64,9 @@ class Side:
     def _image(self, x_BHWC: np.ndarray) -> torch.Tensor:
         return self._put(np.ascontiguousarray(np.moveaxis(x_BHWC, -1, 1)))
 
-    def _prepared(self, call: Callable[[], Any], outputs: Callable[[Any], Arrays] | None = None, **more: Any) -> Prepared:
+    def _prepared(
+        self, call: Callable[[], Any], outputs: Callable[[Any], Arrays] | None = None, **more: Any
+    ) -> Prepared:
         def timed() -> Any:
             value = call()
             if self.device == "cuda":
@@ -103,14 +111,18 @@ class Side:
             weight_decay=0.0,
             fused=True,
         )
-        tokens_BL, mask_BL, span_B = (self._put(inputs[name]) for name in ("tokens", "loss_mask", "image_span"))
+        tokens_BL, mask_BL, span_B = (
+            self._put(inputs[name]) for name in ("tokens", "loss_mask", "image_span")
+        )
         if online:
             views = self._image(inputs["tokenizer_pixels"]), self._image(inputs["pixels"])
         else:
             views = self._put(inputs["codes"]), self._image(inputs["latents"])
         given = [self._draws(inputs, i) for i in range(len(inputs["sigma"]))]
         steps = model.cfg.flow.num_train_timesteps
-        autocast = torch.autocast(self.device, torch.bfloat16) if self.half else contextlib.nullcontext()
+        autocast = (
+            torch.autocast(self.device, torch.bfloat16) if self.half else contextlib.nullcontext()
+        )
 
         def draw() -> tuple[torch.Tensor, ...]:
             noise_BCHW = torch.randn(given[0][0].shape, device=self.device)
@@ -125,7 +137,11 @@ class Side:
             noise_BCHW, sigma_B, keep_B = given[count] if count < len(given) else draw()
             count += 1
             with autocast:
-                targets = (model.codes(_scaled(views[0])), model.latents(_scaled(views[1]))) if online else views
+                targets = (
+                    (model.codes(_scaled(views[0])), model.latents(_scaled(views[1])))
+                    if online
+                    else views
+                )
                 losses = model.joint_loss(
                     tokens_BL,
                     mask_BL,
@@ -143,11 +159,17 @@ class Side:
             adamw.param_groups[0]["lr"] = rate
             return tuple(loss.detach().item() for loss in losses)
 
-        return self._prepared(call, lambda v: {"losses": np.array(v, np.float32)}, checks=len(given))
+        return self._prepared(
+            call, lambda v: {"losses": np.array(v, np.float32)}, checks=len(given)
+        )
 
     def _trained(self, model: Blip3o) -> list[torch.nn.Parameter]:
         captions = [module for name, module in model.dit.named_children() if "caption" in name]
-        trained = [p for module in (model.ar, model.connector, *captions) for p in module.float().requires_grad_().parameters()]
+        trained = [
+            p
+            for module in (model.ar, model.connector, *captions)
+            for p in module.float().requires_grad_().parameters()
+        ]
         if model.cfg.ar.remat != "none":
             model.ar.gradient_checkpointing_enable()
             model.ar.train()  # where checkpointing is on; nothing else depends on it
@@ -156,7 +178,11 @@ class Side:
         return trained
 
     def _draws(self, inputs: Arrays, step: int) -> tuple[torch.Tensor, ...]:
-        return self._image(inputs["noise"][step]), self._put(inputs["sigma"][step]), self._put(inputs["keep"][step])
+        return (
+            self._image(inputs["noise"][step]),
+            self._put(inputs["sigma"][step]),
+            self._put(inputs["keep"][step]),
+        )
 
     def _ar_decode(self, inputs: Arrays) -> Prepared:
         """`generate`, then a second forward pass for the hidden states."""
@@ -167,7 +193,9 @@ class Side:
         tokens_BL, lengths_B = self._put(inputs["prompts"]), self._put(inputs["lengths"])
         settings = self.task.settings
         return self._prepared(
-            lambda: model.generate_image_tokens(tokens_BL, lengths_B, image_first=self.task.image_first, settings=settings)
+            lambda: model.generate_image_tokens(
+                tokens_BL, lengths_B, image_first=self.task.image_first, settings=settings
+            )
         )
 
     def _dit_step(self, inputs: Arrays) -> Prepared:
@@ -178,9 +206,18 @@ class Side:
         @torch.no_grad()
         def call() -> torch.Tensor:
             keep_B = torch.zeros(len(hidden_BTD), dtype=torch.bool, device=self.device)
-            condition_BTC, null_BTC = model.condition(hidden_BTD), model.condition(hidden_BTD, keep_B)
+            condition_BTC, null_BTC = (
+                model.condition(hidden_BTD),
+                model.condition(hidden_BTD, keep_B),
+            )
             settings = self.task.settings
-            return model.sample_latents(condition_BTC, null_BTC, noise_BCHW, steps=settings.steps, guidance=settings.guidance)
+            return model.sample_latents(
+                condition_BTC,
+                null_BTC,
+                noise_BCHW,
+                steps=settings.steps,
+                guidance=settings.guidance,
+            )
 
         return self._prepared(call, lambda z: {"latents": _channels_last(z)})
 
@@ -188,7 +225,9 @@ class Side:
         model = self._model("vae")
         self._compile(model, "vae")
         x_BCHW = self._image(inputs["pixels"])
-        return self._prepared(lambda: model.latents(_scaled(x_BCHW)), lambda z: {"latents": _channels_last(z)})
+        return self._prepared(
+            lambda: model.latents(_scaled(x_BCHW)), lambda z: {"latents": _channels_last(z)}
+        )
 
     def _vae_decode(self, inputs: Arrays) -> Prepared:
         model = self._model("vae")
@@ -200,7 +239,9 @@ class Side:
         model = self._model("tokenizer")
         self._compile(model, "tokenizer")
         x_BCHW = self._image(inputs["tokenizer_pixels"])
-        return self._prepared(lambda: model.codes(_scaled(x_BCHW)), lambda ids: {"ids": ids.cpu().numpy()})
+        return self._prepared(
+            lambda: model.codes(_scaled(x_BCHW)), lambda ids: {"ids": ids.cpu().numpy()}
+        )
 
     def _text_to_image(self, inputs: Arrays) -> Prepared:
         model = self._model("ar", "connector", "dit", "vae")
@@ -212,7 +253,11 @@ class Side:
 
         def call() -> np.ndarray:
             x_BCHW = model.text_to_image(
-                tokens_BL, lengths_B, image_first=self.task.image_first, settings=self.task.settings, seed=next(seeds)
+                tokens_BL,
+                lengths_B,
+                image_first=self.task.image_first,
+                settings=self.task.settings,
+                seed=next(seeds),
             )
             return (x_BCHW * 255).round().to(torch.uint8).cpu().numpy()
 

@@ -53,7 +53,9 @@ LEARNING_RATE = 1e-4
 LENGTH_BUCKET = 32  # prompts are padded as `pipeline` pads them
 # Norm of the difference over the norm: more than rounding makes in float32 and in bfloat16, less than other weights would.
 TOLERANCE = {"cpu": 1e-3, "gpu": 0.1}
-STRETCH_S = 0.3  # a side's turn lasts at least this long, so that short items are not lost in the noise
+STRETCH_S = (
+    0.3  # a side's turn lasts at least this long, so that short items are not lost in the noise
+)
 MOST_REPEATS = 20
 
 
@@ -77,7 +79,11 @@ class Options:
 
 
 def bench(
-    torch_dir: pathlib.Path, checkpoint: pathlib.Path, out: pathlib.Path, options: Options, command: str
+    torch_dir: pathlib.Path,
+    checkpoint: pathlib.Path,
+    out: pathlib.Path,
+    options: Options,
+    command: str,
 ) -> dict[str, Any]:
     """Runs the items and writes OUT/peer.json and OUT/peer.md; returns the report. UserError for directories that do not hold
     the same model, a missing library or device."""
@@ -120,7 +126,9 @@ def bench(
     try:
         for item in options.items:
             report["items"].append(bench.run(item, inputs))
-            peer_report.write(report | {"sides": bench.about}, out)  # a run that is stopped leaves what it has
+            peer_report.write(
+                report | {"sides": bench.about}, out
+            )  # a run that is stopped leaves what it has
     finally:
         bench.close()
     return report | {"sides": bench.about}
@@ -137,14 +145,21 @@ def _check_torch() -> None:
         ) from error
 
 
-def _check_same_model(theirs: ModelConfig, ours: ModelConfig, torch_dir: pathlib.Path, root: pathlib.Path) -> None:
+def _check_same_model(
+    theirs: ModelConfig, ours: ModelConfig, torch_dir: pathlib.Path, root: pathlib.Path
+) -> None:
     """UserError naming the first field in which the two configurations describe different networks."""
 
     def differing(a: Any, b: Any, path: str) -> list[str]:
         found = []
         for field in dataclasses.fields(a):
             name, (x, y) = f"{path}{field.name}", (getattr(v, field.name) for v in (a, b))
-            if field.name in OWN_FIELDS or field.name in ("text", "template", "text_tower", "editing"):
+            if field.name in OWN_FIELDS or field.name in (
+                "text",
+                "template",
+                "text_tower",
+                "editing",
+            ):
                 continue
             if dataclasses.is_dataclass(x):
                 found += differing(x, y, f"{name}.")
@@ -153,21 +168,32 @@ def _check_same_model(theirs: ModelConfig, ours: ModelConfig, torch_dir: pathlib
         return found
 
     if found := differing(theirs, ours, "model."):
-        raise UserError(f"{found[0]}: they do not hold the same model; make one from the other with blip3o convert")
+        raise UserError(
+            f"{found[0]}: they do not hold the same model; make one from the other with blip3o convert"
+        )
 
 
 def make_inputs(model: ModelConfig, vocabulary: Vocabulary, options: Options) -> Arrays:
     """All arrays that items take; both sides get the same."""
-    rng, batch, n = np.random.default_rng(options.seed), options.batch_size, model.tokenizer.num_tokens
+    rng, batch, n = (
+        np.random.default_rng(options.seed),
+        options.batch_size,
+        model.tokenizer.num_tokens,
+    )
     captions = [CAPTIONS[i % len(CAPTIONS)] for i in range(batch)]
     scale = model.tokenizer.pool_scale
-    prompts = [text_to_image_prompt(vocabulary, model.template, caption, scale) for caption in captions]
+    prompts = [
+        text_to_image_prompt(vocabulary, model.template, caption, scale) for caption in captions
+    ]
     longest = max(map(len, prompts))
     tokens_BL = np.zeros((batch, -(-longest // LENGTH_BUCKET) * LENGTH_BUCKET), np.int32)
     for row, ids in zip(tokens_BL, prompts, strict=True):
         row[: len(ids)] = ids
     tail = 2 + len(vocabulary.encode("\n"))
-    rows = [text_to_image_row(vocabulary, model.template, caption, n, longest + n + tail, scale) for caption in captions]
+    rows = [
+        text_to_image_row(vocabulary, model.template, caption, n, longest + n + tail, scale)
+        for caption in captions
+    ]
     latents = (batch, model.latent_size, model.latent_size, model.vae.latent_channels)
     side = model.tokenizer.encoder.image_size
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]} | {
@@ -196,7 +222,9 @@ class _Bench:
         """One item on all sides."""
         if not self._workers:
             self._workers = {side: Worker(task) for side, task in self.tasks.items()}
-        self.about = self.about or {side: worker.ask("about") for side, worker in self._workers.items()}
+        self.about = self.about or {
+            side: worker.ask("about") for side, worker in self._workers.items()
+        }
         started, failed = self._start(item, inputs)
         apart = differences(item, started, self.options.device)
         seconds = self._rounds(item, started)
@@ -205,9 +233,16 @@ class _Bench:
             self.close()
         steps = self.settings.steps if item == "dit_step" else 1
         sides = {
-            side: peer_report.summary([s / steps for s in seconds[side]], peaks[side], start) for side, start in started.items()
+            side: peer_report.summary([s / steps for s in seconds[side]], peaks[side], start)
+            for side, start in started.items()
         }
-        result = {"item": item, "work": self._work(item, inputs), "sides": sides, "failed": failed, "difference": apart}
+        result = {
+            "item": item,
+            "work": self._work(item, inputs),
+            "sides": sides,
+            "failed": failed,
+            "difference": apart,
+        }
         cost = {name: value / steps for name, value in started["jax"]["cost"].items()}
         return peer_report.judged(result | {"cost": cost}, self.about)
 
@@ -236,7 +271,9 @@ class _Bench:
                 last = min(seconds[side], default=started[side]["warm_s"])
                 times = min(MOST_REPEATS, max(1, round(STRETCH_S / max(last, 1e-9))))
                 seconds[side] += self._workers[side].ask("repeat", times)
-            medians = "  ".join(f"{side} {np.median(s) * 1e3:.1f} ms" for side, s in seconds.items())
+            medians = "  ".join(
+                f"{side} {np.median(s) * 1e3:.1f} ms" for side, s in seconds.items()
+            )
             _say(f"{item}  round {number + 1}/{self.options.rounds}  {medians}")
         return seconds
 
@@ -244,9 +281,17 @@ class _Bench:
         """How much one repetition does, in what the rate is counted in."""
         batch, steps = self.options.batch_size, self.settings.steps
         if item.startswith("train_step"):
-            return {"count": batch, "unit": "examples", "note": f"rows of {inputs['tokens'].shape[1]} tokens"}
+            return {
+                "count": batch,
+                "unit": "examples",
+                "note": f"rows of {inputs['tokens'].shape[1]} tokens",
+            }
         if item == "ar_decode":
-            return {"count": batch * inputs["codes"].shape[1], "unit": "tokens", "note": f"{batch} rows"}
+            return {
+                "count": batch * inputs["codes"].shape[1],
+                "unit": "tokens",
+                "note": f"{batch} rows",
+            }
         if item == "dit_step":
             return {"count": batch, "unit": "images", "note": f"each of {steps} steps"}
         return {"count": batch, "unit": "images", "note": ""}
@@ -264,11 +309,15 @@ def differences(item: str, started: dict[str, Any], device: str) -> dict[str, fl
         if side == "jax" or not wanted:
             continue
         errors = [
-            float(np.mean(wanted[name] != got)) if name == "ids" else relative_error(wanted[name], got)
+            float(np.mean(wanted[name] != got))
+            if name == "ids"
+            else relative_error(wanted[name], got)
             for name, got in start["outputs"].items()
         ]
         found[side] = max(errors)
-        if not found[side] <= TOLERANCE[device] and not (item == "tokenizer" and found[side] < 0.01 + TOLERANCE[device]):
+        if not found[side] <= TOLERANCE[device] and not (
+            item == "tokenizer" and found[side] < 0.01 + TOLERANCE[device]
+        ):
             raise UserError(
                 f"bench peer: {item} of {side} differs from JAX's by {found[side]:.1e}: the directories do not hold the same "
                 "weights; blip3o convert verify says which"

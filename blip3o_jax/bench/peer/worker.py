@@ -141,7 +141,9 @@ def _claim(task: Task) -> None:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: task.threads])
     os.environ["OMP_NUM_THREADS"] = str(task.threads)
     os.environ["JAX_PLATFORMS"] = "cpu" if task.device == "cpu" or task.side != "jax" else "cuda"
-    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # the other sides need memory of the same device
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = (
+        "false"  # the other sides need memory of the same device
+    )
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     if task.device == "cpu":
         os.environ.update(environment("cpu", os.environ))
@@ -156,7 +158,9 @@ class _Runner:
         self._item: Prepared | None = None
 
     def about(self) -> dict[str, Any]:
-        return self._side.about() | {"environment": {name: os.environ[name] for name in ("XLA_FLAGS",) if name in os.environ}}
+        return self._side.about() | {
+            "environment": {name: os.environ[name] for name in ("XLA_FLAGS",) if name in os.environ}
+        }
 
     def start(self, item: str, inputs: Arrays) -> dict[str, Any]:
         """Builds an item and runs it until it is warm. Seconds of the first call are those of compiling, mostly."""
@@ -175,7 +179,9 @@ class _Runner:
         gc.collect()
         _trim()
         _reset_peak()
-        merged = {name: np.stack([o[name] for o in outputs]) for name in outputs[0]} if outputs else {}
+        merged = (
+            {name: np.stack([o[name] for o in outputs]) for name in outputs[0]} if outputs else {}
+        )
         return {
             "build_s": built - began,
             "first_s": seconds[0],

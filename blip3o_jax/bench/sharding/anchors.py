@@ -81,7 +81,9 @@ class Anchor:
     source: str
     differs: str = ""  # from the published run, beside what the module says
     mesh: MeshConfig = MeshConfig()
-    keep: str = ""  # what the backward pass keeps where none of nn.REMAT_POLICIES says it, a name of KEEP
+    keep: str = (
+        ""  # what the backward pass keeps where none of nn.REMAT_POLICIES says it, a name of KEEP
+    )
     flags: str = ""  # the compiler's, in place of the launchers'
 
 
@@ -102,7 +104,9 @@ def _maxtext(layers: int, width: int, mlp: int, heads: int, **other: Any) -> Qwe
     )
 
 
-def _llama(layers: int, width: int, mlp: int, heads: int, vocabulary: int, **other: Any) -> Qwen3Config:
+def _llama(
+    layers: int, width: int, mlp: int, heads: int, vocabulary: int, **other: Any
+) -> Qwen3Config:
     """Llama 3.1, Mistral 7B and Llama 2 70B: eight key/value heads of 128, SwiGLU, a head of its own."""
     return Qwen3Config(
         vocab_size=vocabulary,
@@ -119,7 +123,9 @@ def _llama(layers: int, width: int, mlp: int, heads: int, vocabulary: int, **oth
 
 LLAMA_8B = functools.partial(_llama, 32, 4096, 14336, 32, 128256)
 LLAMA_70B = functools.partial(_llama, 80, 8192, 28672, 64)
-OFFLOADED = "layer inputs stay on the device, where the recipe offloads them with the attention's products"
+OFFLOADED = (
+    "layer inputs stay on the device, where the recipe offloads them with the attention's products"
+)
 
 ANCHORS = (
     Anchor(
@@ -256,8 +262,13 @@ def configuration(anchor: Anchor, devices: int) -> Config:
         steps=1000,
         model=model,
         trainable=("ar/.*",),
-        mesh=dataclasses.replace(anchor.mesh, parts=tuple((part, "dp") for part in ("tokenizer", "connector", "dit", "vae"))),
-        data=DataConfig(batch_size=anchor.rows * devices, max_length=anchor.length, cache_dir="none"),
+        mesh=dataclasses.replace(
+            anchor.mesh,
+            parts=tuple((part, "dp") for part in ("tokenizer", "connector", "dit", "vae")),
+        ),
+        data=DataConfig(
+            batch_size=anchor.rows * devices, max_length=anchor.length, cache_dir="none"
+        ),
         loss=LossConfig(ce_chunk=2048),
     )
 
@@ -310,7 +321,9 @@ def _kept(keep: str, mlp: int) -> Callable[..., Any]:
 
     def narrow(primitive: Any, *inputs: Any, **params: Any) -> Any:
         wide = primitive.name == "dot_general" and mlp in inputs[1].shape
-        return policies.nothing_saveable(primitive) if wide else products(primitive, *inputs, **params)
+        return (
+            policies.nothing_saveable(primitive) if wide else products(primitive, *inputs, **params)
+        )
 
     return narrow
 
@@ -365,13 +378,19 @@ def bench(
         if only and anchor.name not in only:
             continue
         began = time.monotonic()
-        row = describe(anchor) | compile_row(task_of(anchor, out / f"{anchor.name}.hlo.txt" if keep_hlo else None))
+        row = describe(anchor) | compile_row(
+            task_of(anchor, out / f"{anchor.name}.hlo.txt" if keep_hlo else None)
+        )
         if row["status"] == FITS:
             row["error"] = row["step_s"] / anchor.seconds - 1
         report["rows"].append(row)
         report["median_error"] = median_error(report["rows"])
         (out / "anchors.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        print(f"anchors  {anchor.name}  {row['status']}  {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
+        print(
+            f"anchors  {anchor.name}  {row['status']}  {time.monotonic() - began:.0f} s",
+            file=sys.stderr,
+            flush=True,
+        )
     return report
 
 
@@ -383,8 +402,19 @@ def median_error(rows: list[Row]) -> float | None:
 
 def print_report(report: dict[str, Any]) -> None:
     table = Table(box=None, pad_edge=False)
-    for name in ("anchor", "published s", "predicted s", "error", "MFU", "limiter", "GiB/device", "compile s"):
-        table.add_column(name, justify="left" if name in ("anchor", "limiter") else "right", no_wrap=True)
+    for name in (
+        "anchor",
+        "published s",
+        "predicted s",
+        "error",
+        "MFU",
+        "limiter",
+        "GiB/device",
+        "compile s",
+    ):
+        table.add_column(
+            name, justify="left" if name in ("anchor", "limiter") else "right", no_wrap=True
+        )
     for row in report["rows"]:
         published = f"{row['published_s']:.2f}"
         if row["status"] != FITS:
@@ -404,7 +434,9 @@ def print_report(report: dict[str, Any]) -> None:
     console.print(table)
     for row in report["rows"]:
         if row["status"] != FITS:
-            console.print(f"{row['anchor']} {row['status']}: {row['error']}", soft_wrap=True, markup=False)
+            console.print(
+                f"{row['anchor']} {row['status']}: {row['error']}", soft_wrap=True, markup=False
+            )
     if report.get("median_error") is not None:
         console.print(
             f"Median error, without sign: {report['median_error']:.1%}. Predicted, not measured, from the compiled program."

@@ -32,8 +32,16 @@ def run(work: Callable[[], Row], environment: Mapping[str, str], name: str = "co
         given, found, said = (pathlib.Path(scratch) / file for file in ("work", "row", "log"))
         given.write_bytes(pickle.dumps(work))
         with said.open("wb") as log:
-            command = [sys.executable, "-m", "blip3o_jax.bench.sharding.apart", str(given), str(found)]
-            process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=log, stderr=log)
+            command = [
+                sys.executable,
+                "-m",
+                "blip3o_jax.bench.sharding.apart",
+                str(given),
+                str(found),
+            ]
+            process = subprocess.Popen(
+                command, env=environment, stdin=subprocess.PIPE, stdout=log, stderr=log
+            )
             try:
                 status = _wait(process, name)
             finally:
@@ -43,9 +51,14 @@ def run(work: Callable[[], Row], environment: Mapping[str, str], name: str = "co
             return json.loads(found.read_text(encoding="utf-8"))
         lines = said.read_text(encoding="utf-8", errors="replace").strip().splitlines()
         # A library that ends the process says why in a line of its own ("F1125 12:00:00.0 ..."), and more after it.
-        last = ([line for line in lines if re.match(r"F\d{4} ", line)] or lines or ["it said nothing"])[-1:]
+        last = (
+            [line for line in lines if re.match(r"F\d{4} ", line)] or lines or ["it said nothing"]
+        )[-1:]
         killed = "; where that is -9 memory ran out on this machine" if status < 0 else ""
-        return {"status": FAILED, "error": f"the {name} process ended with status {status}{killed}: {last[0][:300]}"}
+        return {
+            "status": FAILED,
+            "error": f"the {name} process ended with status {status}{killed}: {last[0][:300]}",
+        }
 
 
 def _wait(process: subprocess.Popen[bytes], name: str) -> int:
@@ -75,7 +88,10 @@ def main(given: str, found: str) -> None:
         import traceback
 
         traceback.print_exc()
-        row = {"status": FAILED, "error": f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"}
+        row = {
+            "status": FAILED,
+            "error": f"{type(error).__name__}: {' '.join(str(error).split())[:400]}",
+        }
     pathlib.Path(found).write_text(json.dumps(row), encoding="utf-8")
 
 

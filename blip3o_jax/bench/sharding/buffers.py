@@ -39,18 +39,25 @@ def largest(program: Program, count: int = 5) -> list[dict[str, Any]]:
     found: dict[tuple[str, tuple[int, ...]], dict[str, Any]] = {}
     for op, shape in _results(program):
         name = f"{shape.dtype}[{','.join(map(str, shape.dims))}]"
-        found.setdefault((shape.dtype, shape.dims), {"array": name, "bytes": shape.bytes, "of": op.op_name or op.opcode})
+        found.setdefault(
+            (shape.dtype, shape.dims),
+            {"array": name, "bytes": shape.bytes, "of": op.op_name or op.opcode},
+        )
     return sorted(found.values(), key=lambda row: -row["bytes"])[:count]
 
 
-def whole(program: Program, weights: Any, logits: Logits | None = None, products: str = "bfloat16") -> list[str]:
+def whole(
+    program: Program, weights: Any, logits: Logits | None = None, products: str = "bfloat16"
+) -> list[str]:
     """What the program should not hold and does, one line each; empty when all is well.
 
     `weights`: ShapeDtypeStructs with shardings, as the program is given them. A matrix by itself may be gathered, and a table
     that is the head too, in the dtype of `products`.
     """
     leaves = jax.tree_util.tree_leaves_with_path(weights)
-    given = {_dims(leaf.sharding.shard_shape(leaf.shape)) for _, leaf in leaves}  # no sign of anything
+    given = {
+        _dims(leaf.sharding.shard_shape(leaf.shape)) for _, leaf in leaves
+    }  # no sign of anything
     stacks: dict[tuple[int, ...], list[str]] = {}
     tables: dict[tuple[int, ...], str] = {}
     for path, leaf in leaves:
@@ -63,11 +70,21 @@ def whole(program: Program, weights: Any, logits: Logits | None = None, products
     found = {}
     for op, shape in _results(program):
         if names := stacks.get(_dims(shape.dims)):
-            found[f"all layers of {' or '.join(names)} are gathered at once: {shape.dtype}{list(shape.dims)}"] = None
-        if shape.dtype == "f32" and products != "float32" and (table := tables.get(_dims(shape.dims))):
-            found[f"{table} or its gradient is held whole by {op.op_name or op.opcode}: f32{list(shape.dims)}"] = None
+            found[
+                f"all layers of {' or '.join(names)} are gathered at once: {shape.dtype}{list(shape.dims)}"
+            ] = None
+        if (
+            shape.dtype == "f32"
+            and products != "float32"
+            and (table := tables.get(_dims(shape.dims)))
+        ):
+            found[
+                f"{table} or its gradient is held whole by {op.op_name or op.opcode}: f32{list(shape.dims)}"
+            ] = None
         if logits and logits.are(shape):
-            found[f"the logits of all {logits.positions} positions are held at once by {op.op_name or op.opcode}"] = None
+            found[
+                f"the logits of all {logits.positions} positions are held at once by {op.op_name or op.opcode}"
+            ] = None
     return list(found)
 
 
@@ -75,7 +92,11 @@ def _gathered(leaf: Any) -> tuple[int, ...]:
     """The shape on a device once a strategy has gathered it for the products: over the axes that the batch lies over too. What
     is cut over others, such as heads, stays cut."""
     spec = [
-        tuple(axis for axis in ((entry,) if isinstance(entry, str) else entry or ()) if axis not in GATHERED)
+        tuple(
+            axis
+            for axis in ((entry,) if isinstance(entry, str) else entry or ())
+            if axis not in GATHERED
+        )
         for entry in leaf.sharding.spec
     ]
     return NamedSharding(leaf.sharding.mesh, PartitionSpec(*spec)).shard_shape(leaf.shape)
@@ -89,7 +110,11 @@ def _dims(shape: tuple[int, ...]) -> tuple[int, ...]:
 def _results(program: Program) -> list[tuple[hlo.Op, Shape]]:
     """Results that lie in memory: of operations that are scheduled, not of those within a fusion."""
     inner = {
-        name for c in program.computations.values() for op in c.ops if op.opcode == "fusion" for name in op.called("calls")
+        name
+        for c in program.computations.values()
+        for op in c.ops
+        if op.opcode == "fusion"
+        for name in op.called("calls")
     }
     return [
         (op, shape)

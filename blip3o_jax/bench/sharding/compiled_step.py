@@ -44,7 +44,9 @@ class Task:
 def compile_apart(task: Task) -> Row:
     """`compiled` in a process of its own; a process that is killed becomes a row that says so."""
     if isinstance(task.topology, Present):
-        return apart.run(functools.partial(compiled, task), dict(measure.environment(task.config.mesh)))
+        return apart.run(
+            functools.partial(compiled, task), dict(measure.environment(task.config.mesh))
+        )
     environment = topology.settings(task.topology.chip)
     environment["LIBTPU_INIT_ARGS"] = flags = task.flags or environment["LIBTPU_INIT_ARGS"]
     if not task.schedules:
@@ -65,7 +67,11 @@ def compiled(task: Task, schedules: pathlib.Path | None = None) -> Row:
 
     where, chip, work = task.topology, task.topology.chip, planned(task)
     mesh = work.strategy.mesh
-    row: Row = {"mesh": dict(mesh.shape), "batch_size": work.rows, "batch_per_chip": work.rows / where.chips}
+    row: Row = {
+        "mesh": dict(mesh.shape),
+        "batch_size": work.rows,
+        "batch_per_chip": work.rows / where.chips,
+    }
     row["memory"] = work.held() | {"capacity": chip.hbm_bytes}
     began = time.monotonic()
     lowered = work.lower()
@@ -79,7 +85,9 @@ def compiled(task: Task, schedules: pathlib.Path | None = None) -> Row:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return row | {"status": TOO_LARGE, "compile_s": time.monotonic() - began} | _told(str(error))
+        return (
+            row | {"status": TOO_LARGE, "compile_s": time.monotonic() - began} | _told(str(error))
+        )
     row["memory"] |= _memory(program.memory_analysis(), work.within)
     text = program.as_text()
     if task.hlo:
@@ -88,14 +96,18 @@ def compiled(task: Task, schedules: pathlib.Path | None = None) -> Row:
     parsed = hlo.parse(text)
     whole = buffers.whole(parsed, work.weights, work.logits, work.config.model.ar.dtype)
     row |= {"largest": buffers.largest(parsed), "whole": whole}
-    row |= predicted(walk.program_cost(parsed, network, bundles.read(schedules) if schedules else None))
+    row |= predicted(
+        walk.program_cost(parsed, network, bundles.read(schedules) if schedules else None)
+    )
 
     row["useful_flops"] = work.useful_flops()
     row["compiler_flops"] = (program.cost_analysis() or {}).get("flops")
     row |= _rates(row, row["step_s"], where)
     if task.measure:
         measured = row["measured"]
-        measured |= {"ratio": measured["median_s"] / row["step_s"]} | _rates(row, measured["median_s"], where)
+        measured |= {"ratio": measured["median_s"] / row["step_s"]} | _rates(
+            row, measured["median_s"], where
+        )
     return row | {"peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
 
 
@@ -116,11 +128,17 @@ def planned(task: Task) -> Any:
     from blip3o_jax.parallel.rules import Strategy
 
     make = {"train": TrainStep, "rollout": Rollout}[task.step]
-    devices = jax.devices() if isinstance(task.topology, Present) else topology.make_devices(task.topology)
+    devices = (
+        jax.devices()
+        if isinstance(task.topology, Present)
+        else topology.make_devices(task.topology)
+    )
     mesh, first = task.config.mesh, None
     while True:
         try:
-            return make(dataclasses.replace(task.config, mesh=mesh), Strategy.of(mesh, devices), task.loss)
+            return make(
+                dataclasses.replace(task.config, mesh=mesh), Strategy.of(mesh, devices), task.loss
+            )
         except ConfigError as error:
             first = first or error
             mesh = dataclasses.replace(mesh, data=2 * mesh.data)
@@ -130,11 +148,17 @@ def planned(task: Task) -> Any:
 
 def _memory(analysis: Any, within: dict[str, int]) -> dict[str, int]:
     """The compiler's own account; `within`, bytes of its temporaries that have a name, are taken out of them."""
-    arguments, outputs = analysis.argument_size_in_bytes, analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    arguments, outputs = (
+        analysis.argument_size_in_bytes,
+        analysis.output_size_in_bytes - analysis.alias_size_in_bytes,
+    )
     return within | {
         "temporaries": max(0, analysis.temp_size_in_bytes - sum(within.values())),
         "program": analysis.generated_code_size_in_bytes,
-        "total": arguments + outputs + analysis.temp_size_in_bytes + analysis.generated_code_size_in_bytes,
+        "total": arguments
+        + outputs
+        + analysis.temp_size_in_bytes
+        + analysis.generated_code_size_in_bytes,
     }
 
 
@@ -146,11 +170,16 @@ def _told(message: str) -> Row:
     "(40.25G) exceeds available HBM (15.75G)"."""
     row: Row = {"error": re.sub(r"\s+", " ", message)[:400]}
     number = r"([\d.]+)([KMGT]?)"
-    forms = rf"[Uu]sed {number} of {number} hbm", rf"\({number}\) exceeds available HBM \({number}\)"
+    forms = (
+        rf"[Uu]sed {number} of {number} hbm",
+        rf"\({number}\) exceeds available HBM \({number}\)",
+    )
     if found := next(filter(None, (re.search(form, message) for form in forms)), None):
         used, capacity = (float(found[i]) * _UNITS[found[i + 1]] for i in (1, 3))
         row |= {"needs_bytes": used, "capacity_bytes": capacity}
-        row["error"] = f"needs {used / 2**30:.1f} GiB of the {capacity / 2**30:.1f} GiB that a device has"
+        row["error"] = (
+            f"needs {used / 2**30:.1f} GiB of the {capacity / 2**30:.1f} GiB that a device has"
+        )
     return row
 
 

@@ -51,15 +51,27 @@ class Options:
     def __post_init__(self) -> None:
         check_choice("--step", self.step, STEPS)
         if self.measure:
-            check(not self.topologies, "--measure runs on the devices that are here: leave --topology out")
-            check(self.slices == 1, f"--slices={self.slices} is about a --topology: leave it out with --measure")
+            check(
+                not self.topologies,
+                "--measure runs on the devices that are here: leave --topology out",
+            )
+            check(
+                self.slices == 1,
+                f"--slices={self.slices} is about a --topology: leave it out with --measure",
+            )
             check(
                 not self.largest_batch,
                 "--batch_per_chip=max asks a TPU compiler what fits: give a number, or a --topology in place of --measure",
             )
         else:
-            check(bool(self.topologies), "--topology names no topology: --topology=v5p:4x4x4, or --measure for what is here")
-        check(bool(self.strategies), f"--strategy names no strategy: --strategy={','.join(STRATEGIES)}")
+            check(
+                bool(self.topologies),
+                "--topology names no topology: --topology=v5p:4x4x4, or --measure for what is here",
+            )
+        check(
+            bool(self.strategies),
+            f"--strategy names no strategy: --strategy={','.join(STRATEGIES)}",
+        )
         batch = self.batch_per_chip
         check(batch is None or batch > 0, f"--batch_per_chip={batch} must be positive, or max")
 
@@ -88,8 +100,12 @@ def bench(
             options.slices > 1 or not name.startswith("hybrid"),
             f"--strategy={name} is for several slices: add --slices=2, or use {alone}",
         )
-    check("strategy" not in options.chosen, "--config.mesh.strategy is not read here: use --strategy")
-    places: list[topology.Topology | Present] = [topology.parse(text, options.slices) for text in options.topologies]
+    check(
+        "strategy" not in options.chosen, "--config.mesh.strategy is not read here: use --strategy"
+    )
+    places: list[topology.Topology | Present] = [
+        topology.parse(text, options.slices) for text in options.topologies
+    ]
     if options.measure:
         places = [measure.find(config.mesh)]
     else:
@@ -114,7 +130,9 @@ def bench(
             task = dataclasses.replace(task, hlo=(out / f"{name}.hlo.txt").absolute())
         began = time.monotonic()
 
-        def tell(text: str, at: str = f"sharding {number}/{len(grid)}  {where}  {strategy}") -> None:
+        def tell(
+            text: str, at: str = f"sharding {number}/{len(grid)}  {where}  {strategy}"
+        ) -> None:
             print(f"{at}  {text}", file=sys.stderr, flush=True)
 
         if options.largest_batch:
@@ -135,10 +153,14 @@ def with_vocabulary(config: Config) -> Config:
     if not text.train_size or text.path:
         return config
     size = text.train_size + 2 + NUM_SCALES + model.tokenizer.codebook_size
-    return dataclasses.replace(config, model=dataclasses.replace(model, ar=dataclasses.replace(model.ar, vocab_size=size)))
+    return dataclasses.replace(
+        config, model=dataclasses.replace(model, ar=dataclasses.replace(model.ar, vocab_size=size))
+    )
 
 
-def make_task(config: Config, where: topology.Topology | Present, strategy: str, options: Options) -> Task:
+def make_task(
+    config: Config, where: topology.Topology | Present, strategy: str, options: Options
+) -> Task:
     mesh = mesh_for(config, strategy, where, options.chosen)
     chosen = {"data", "fsdp"} & options.chosen
     task = Task(
@@ -158,7 +180,9 @@ def make_task(config: Config, where: topology.Topology | Present, strategy: str,
     return largest_batch.with_batch(task, -(-config.sampling.batch_size // one) * one)
 
 
-def mesh_for(config: Config, strategy: str, where: topology.Topology | Present, chosen: frozenset[str]) -> MeshConfig:
+def mesh_for(
+    config: Config, strategy: str, where: topology.Topology | Present, chosen: frozenset[str]
+) -> MeshConfig:
     """`config.mesh` with sizes that suit the strategy, but for the fields that the user has chosen.
 
     Parameters over as many chips of a slice as leave each a whole tile of them (fsdp), replicas over the rest and over the
@@ -251,7 +275,9 @@ def _line(row: Row) -> str:
     text = row["status"]
     if row["status"] != FITS:
         return f"{text}: {row['error']}"
-    measured = f", measured {table.seconds(row['measured']['median_s'])} s" if "measured" in row else ""
+    measured = (
+        f", measured {table.seconds(row['measured']['median_s'])} s" if "measured" in row else ""
+    )
     return (
         f"{text}  {row['memory']['total'] / GIB:.1f} GiB  predicted {table.seconds(row['step_s'])} s a {NAMES[row['step']]}"
         f"{measured}, MFU {row.get('measured', row)['mfu']:.1%}, limited by {row['limiter']}"
@@ -261,18 +287,26 @@ def _line(row: Row) -> str:
 def check_any(report: dict[str, Any]) -> None:
     """UserError where not one row came to a verdict."""
     if not any(row["status"] in (FITS, TOO_LARGE) for row in report["rows"]):
-        raise UserError(f"bench sharding: nothing could be compiled; the first row says: {report['rows'][0]['error']}")
+        raise UserError(
+            f"bench sharding: nothing could be compiled; the first row says: {report['rows'][0]['error']}"
+        )
 
 
 def print_report(report: dict[str, Any]) -> None:
     """A table, the best strategy of each topology first."""
-    start, rest = ([c for c in group if not c.page_only] for group in (table.START, table.columns(report)))
+    start, rest = (
+        [c for c in group if not c.page_only] for group in (table.START, table.columns(report))
+    )
     drawn = Table(box=None, pad_edge=False)
     for column in (*start, *rest):
-        drawn.add_column(column.name, justify="left" if column.left else "right", no_wrap=not column.left)
+        drawn.add_column(
+            column.name, justify="left" if column.left else "right", no_wrap=not column.left
+        )
     for row in report["rows"]:
         shown = (*start, *rest) if row["status"] == FITS else start
-        drawn.add_row(*(column.value(row)[0] for column in shown), *[row["status"]] * (row["status"] != FITS))
+        drawn.add_row(
+            *(column.value(row)[0] for column in shown), *[row["status"]] * (row["status"] != FITS)
+        )
     console = Console(width=None if sys.stdout.isatty() else 200)
     console.print(drawn)
     for row in report["rows"]:

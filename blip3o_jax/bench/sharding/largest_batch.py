@@ -49,7 +49,11 @@ def largest(task: Task, compile_row: Callable[[Task], Row], tell: Callable[[str]
         tell(f"compiling with {batch['batch_per_chip']:g} a chip")
         row = compile_row(with_batch(task, guess * one)) | batch
         size = row["memory"]["total"] if row["status"] == FITS else row.get("needs_bytes")
-        tried.append(batch | {"status": row["status"]} | ({"bytes": size} if size else {"error": row.get("error")}))
+        tried.append(
+            batch
+            | {"status": row["status"]}
+            | ({"bytes": size} if size else {"error": row.get("error")})
+        )
         tell(verdict(tried[-1]))
         search.learn(guess, row, size)
         if row["status"] == FITS or not best:
@@ -84,7 +88,9 @@ class Search:
             self.capacity = min(self.capacity, row["memory"]["capacity"])
         else:
             self.too_many = units
-            self.capacity = row.get("capacity_bytes", self.capacity)  # the compiler keeps some for itself
+            self.capacity = row.get(
+                "capacity_bytes", self.capacity
+            )  # the compiler keeps some for itself
         if size:
             self.sizes[units] = size
 
@@ -101,7 +107,9 @@ class Search:
         stride = max(1, (self.fits if aim < least else self.too_many) // FINE) * 2**self.missed
         self.missed += 1
         middle = (self.fits + self.too_many) // 2 if self.too_many else math.inf
-        return min(self.fits + stride, middle) if aim < least else max(self.too_many - stride, middle)
+        return (
+            min(self.fits + stride, middle) if aim < least else max(self.too_many - stride, middle)
+        )
 
     def _aim(self) -> int:
         """Where the line meets what a device has: through the two sizes nearest to the bracket, or from what is fixed."""

@@ -69,8 +69,12 @@ def calibrated(devices: Any) -> Chip:
     count = len(devices)
     dtype, side = ("float32", CPU_SIDE) if devices[0].platform == "cpu" else ("bfloat16", SIDE)
     mesh, each = Mesh(devices, ("device",)), PartitionSpec("device")
-    ones = lambda *shape: jax.jit(lambda: jax.numpy.ones(shape, dtype), out_shardings=NamedSharding(mesh, each))()
-    on_each = lambda f, inputs: jax.jit(jax.shard_map(f, mesh=mesh, in_specs=(each,) * inputs, out_specs=each))
+    ones = lambda *shape: jax.jit(
+        lambda: jax.numpy.ones(shape, dtype), out_shardings=NamedSharding(mesh, each)
+    )()
+    on_each = lambda f, inputs: jax.jit(
+        jax.shard_map(f, mesh=mesh, in_specs=(each,) * inputs, out_specs=each)
+    )
     square = ones(count * side, side)
     flops = 2 * side**3 / _best_seconds(on_each(lambda x, y: x @ y, 2), square, square)
     # Several copies a call: memory that is touched for the first time is slower, and no program is all of that.
@@ -78,7 +82,9 @@ def calibrated(devices: Any) -> Chip:
     copy = on_each(lambda x: jax.lax.fori_loop(0, copies, lambda _, x: -x, x), 1)
     rate = 2 * COPY * copies / _best_seconds(copy, row)
     stats = devices[0].memory_stats() or {}
-    memory = stats.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / count
+    memory = (
+        stats.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / count
+    )
     kind = devices[0].device_kind
     return Chip(
         kind,
@@ -118,6 +124,13 @@ def timed(work: Any, program: Callable[..., Any], steps: int) -> dict[str, Any]:
         seconds.append(time.perf_counter() - began)
         arguments = work.again(arguments, result)
     kept = seconds[WARM_UP:]
-    found = {"seconds": kept, "median_s": statistics.median(kept), "fastest_s": min(kept), "slowest_s": max(kept)}
+    found = {
+        "seconds": kept,
+        "median_s": statistics.median(kept),
+        "fastest_s": min(kept),
+        "slowest_s": max(kept),
+    }
     stats = work.strategy.mesh.devices.flat[0].memory_stats() or {}
-    return found | ({"peak_bytes": stats["peak_bytes_in_use"]} if "peak_bytes_in_use" in stats else {})
+    return found | (
+        {"peak_bytes": stats["peak_bytes_in_use"]} if "peak_bytes_in_use" in stats else {}
+    )

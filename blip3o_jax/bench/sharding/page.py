@@ -19,15 +19,23 @@ PLOT_WIDTH, PLOT_HEIGHT, MARGIN = 900, 420, 74
 
 
 def render(report: dict[str, Any]) -> str:
-    template = string.Template(pathlib.Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
+    template = string.Template(
+        pathlib.Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+    )
     rows = report["rows"]
     fits = [row for row in rows if "step_s" in row]
     return template.substitute(
         title=_text("Sharding: " + ", ".join(dict.fromkeys(row["topology"] for row in rows))),
         command=_text(report["command"]),
-        made=_text(f"{report['date']}; " + ", ".join(f"{name} {v}" for name, v in report["versions"].items())),
+        made=_text(
+            f"{report['date']}; "
+            + ", ".join(f"{name} {v}" for name, v in report["versions"].items())
+        ),
         about=_text(about(report)),
-        heads="".join(f"<th><button>{_text(column.name)}</button></th>" for column in (*table.START, *table.columns(report))),
+        heads="".join(
+            f"<th><button>{_text(column.name)}</button></th>"
+            for column in (*table.START, *table.columns(report))
+        ),
         rows="".join(_table_row(row, report) for row in rows),
         measured='<li><i class="measured"></i>measured</li>' if report["measured_steps"] else "",
         bars=bars(fits),
@@ -78,7 +86,9 @@ def bars(rows: Sequence[Row]) -> str:
     drawn, room = [], WIDTH - LABEL - (200 if any(map(_measured, rows)) else 70)
     for i, row in enumerate(rows):
         x, y = float(LABEL), i * (BAR + 8)
-        drawn.append(f'<text x="{LABEL - 8}" y="{y + 15}" text-anchor="end">{_text(_name(row))}</text>')
+        drawn.append(
+            f'<text x="{LABEL - 8}" y="{y + 15}" text-anchor="end">{_text(_name(row))}</text>'
+        )
         for limiter in LIMITERS:
             wide = room * row["seconds"].get(limiter, 0) / longest
             title = f"{limiter} {row['seconds'].get(limiter, 0):.4f} s"
@@ -89,7 +99,9 @@ def bars(rows: Sequence[Row]) -> str:
         text = f"{table.seconds(row['step_s'])} s"
         if measured := _measured(row):
             wide, text = room * measured / longest, f"{text}, measured {table.seconds(measured)} s"
-            drawn.append(f'<rect class="measured" x="{LABEL}" y="{y + BAR}" width="{wide:.1f}" height="4"/>')
+            drawn.append(
+                f'<rect class="measured" x="{LABEL}" y="{y + BAR}" width="{wide:.1f}" height="4"/>'
+            )
             x = max(x, LABEL + wide)
         drawn.append(f'<text x="{x + 6:.1f}" y="{y + 15}">{text}</text>')
     return _svg(WIDTH, max(1, len(rows)) * (BAR + 8), "predicted seconds by limiter", drawn)
@@ -117,14 +129,20 @@ def front(rows: Sequence[Row]) -> str:
 
     def place(point: tuple[float, float]) -> tuple[float, float]:
         x, y = point[0] / most_x, point[1] / most_y
-        return MARGIN + (PLOT_WIDTH - 2 * MARGIN) * x, PLOT_HEIGHT - MARGIN - (PLOT_HEIGHT - 2 * MARGIN) * y
+        return MARGIN + (PLOT_WIDTH - 2 * MARGIN) * x, PLOT_HEIGHT - MARGIN - (
+            PLOT_HEIGHT - 2 * MARGIN
+        ) * y
 
     right, bottom = PLOT_WIDTH - MARGIN, PLOT_HEIGHT - MARGIN
     drawn = [f'<path class="axis" d="M{MARGIN} {MARGIN}V{bottom}H{right}"/>']
     for part in (0.25, 0.5, 0.75, 1.0):
         x, y = place((part * most_x, part * most_y))
-        drawn.append(f'<text x="{x:.0f}" y="{bottom + 18}" text-anchor="middle">{part * most_x:.3g}</text>')
-        drawn.append(f'<text x="{MARGIN - 6}" y="{y + 4:.0f}" text-anchor="end">{part * most_y:.3g}</text>')
+        drawn.append(
+            f'<text x="{x:.0f}" y="{bottom + 18}" text-anchor="middle">{part * most_x:.3g}</text>'
+        )
+        drawn.append(
+            f'<text x="{MARGIN - 6}" y="{y + 4:.0f}" text-anchor="end">{part * most_y:.3g}</text>'
+        )
     drawn.append(f'<text x="{right}" y="{bottom + 38}" text-anchor="end">GiB of a device</text>')
     drawn.append(f'<text x="{MARGIN}" y="{MARGIN - 14}">{_axis(rows[0])}</text>')
     best = [place(point) for point in pareto(points)]
@@ -132,10 +150,14 @@ def front(rows: Sequence[Row]) -> str:
     for row, point in zip(rows, points, strict=True):
         x, y = place(point)
         title = f"{_name(row)}: {point[0]:.1f} GiB, {point[1]:.4f} chip-seconds"
-        drawn.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4.5"><title>{_text(title)}</title></circle>')
+        drawn.append(
+            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4.5"><title>{_text(title)}</title></circle>'
+        )
         # On the side where there is room for it.
         at, anchor = (x + 8, "start") if x < PLOT_WIDTH / 2 else (x - 8, "end")
-        drawn.append(f'<text x="{at:.1f}" y="{y - 6:.1f}" text-anchor="{anchor}">{_text(_name(row))}</text>')
+        drawn.append(
+            f'<text x="{at:.1f}" y="{y - 6:.1f}" text-anchor="{anchor}">{_text(_name(row))}</text>'
+        )
     return _svg(PLOT_WIDTH, PLOT_HEIGHT, "memory against time", drawn)
 
 
@@ -157,7 +179,8 @@ def _details(row: Row) -> str:
     ]
     work += [("read and written in HBM", f"{row['hbm_bytes'] / GIB:.1f} GiB")]
     times = [
-        (part, f"{table.seconds(seconds)} s") for part, seconds in sorted(row["part_seconds"].items(), key=lambda kv: -kv[1])
+        (part, f"{table.seconds(seconds)} s")
+        for part, seconds in sorted(row["part_seconds"].items(), key=lambda kv: -kv[1])
     ]
     moved = [
         (
@@ -167,12 +190,24 @@ def _details(row: Row) -> str:
         for c in sorted(row["collectives"], key=lambda c: -c["seconds"])
     ]
     measured = row.get("measured", {})
-    turns = [(name, f"{table.seconds(measured[key])} s") for name, key in MEASURED.items() if key in measured]
+    turns = [
+        (name, f"{table.seconds(measured[key])} s")
+        for name, key in MEASURED.items()
+        if key in measured
+    ]
     if "peak_bytes" in measured:
         turns.append(("most memory of a device", f"{measured['peak_bytes'] / GIB:.2f} GiB"))
-    tried = [(f"{t['batch_per_chip']:g} a chip", verdict(t).split("a chip ", 1)[1]) for t in row.get("tried", ())]
-    unknown = [(name, f"{u['count']} times, {u['seconds']:.4f} s") for name, u in row["unknown"].items()]
-    held = [(array["array"], f"{array['bytes'] / GIB:.3f} GiB, {array['of']}") for array in row["largest"]]
+    tried = [
+        (f"{t['batch_per_chip']:g} a chip", verdict(t).split("a chip ", 1)[1])
+        for t in row.get("tried", ())
+    ]
+    unknown = [
+        (name, f"{u['count']} times, {u['seconds']:.4f} s") for name, u in row["unknown"].items()
+    ]
+    held = [
+        (array["array"], f"{array['bytes'] / GIB:.3f} GiB, {array['of']}")
+        for array in row["largest"]
+    ]
     held += [("should not be there", line) for line in row["whole"]]
     tables = {
         "Bytes of a device": memory,
@@ -184,7 +219,9 @@ def _details(row: Row) -> str:
         "Collectives": moved,
         "In no known class": unknown,
     }
-    body = "".join(f"<h3>{_text(name)}</h3>{_pairs(pairs)}" for name, pairs in tables.items() if pairs)
+    body = "".join(
+        f"<h3>{_text(name)}</h3>{_pairs(pairs)}" for name, pairs in tables.items() if pairs
+    )
     return f"<details><summary>{_text(_name(row))}</summary>{body}</details>"
 
 

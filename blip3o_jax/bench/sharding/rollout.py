@@ -40,7 +40,9 @@ class Rollout:
         self._graphdef, weights = nnx.split(nnx.eval_shape(self._build))
         self._shardings = strategy.parameter_shardings(weights)
         self.weights = jax.tree.map(
-            lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), nnx.to_pure_dict(weights), self._shardings
+            lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at),
+            nnx.to_pure_dict(weights),
+            self._shardings,
         )
         # The last ids in use: which they are makes no difference.
         last = config.model.ar.vocab_size - config.model.ar.spare_rows
@@ -74,7 +76,12 @@ class Rollout:
         ar = self.model.ar
         shape = (self.rows * self.branches, ar.num_key_value_heads, self.slots, ar.head_dim)
         at = self.strategy.sharding("ar", ("batch", "act_kv_heads", None, None), shape)
-        return {"cache": 2 * ar.num_hidden_layers * math.prod(at.shard_shape(shape)) * jnp.dtype(ar.dtype).itemsize}
+        return {
+            "cache": 2
+            * ar.num_hidden_layers
+            * math.prod(at.shard_shape(shape))
+            * jnp.dtype(ar.dtype).itemsize
+        }
 
     def useful_flops(self) -> int:
         """Of a rollout in all, each thing computed once; of attention what its tokens see. The program makes both products with
@@ -88,7 +95,9 @@ class Rollout:
 
     def start(self) -> tuple[Any, ...]:
         """Random weights and prompts: which they are makes no difference to the time."""
-        draw = jax.jit(lambda: nnx.to_pure_dict(nnx.split(self._build())[1]), out_shardings=self._shardings)
+        draw = jax.jit(
+            lambda: nnx.to_pure_dict(nnx.split(self._build())[1]), out_shardings=self._shardings
+        )
         return draw(), *self._prompts()
 
     def again(self, arguments: tuple[Any, ...], result: Any) -> tuple[Any, ...]:
@@ -96,7 +105,9 @@ class Rollout:
 
     def _prompts(self) -> tuple[np.ndarray, ...]:
         """Tokens, lengths, indices, seed: NumPy arrays, as the pipeline hands them over."""
-        tokens_BL = np.random.default_rng(0).integers(0, self.model.ar.vocab_size, (self.rows, self.length), np.int32)
+        tokens_BL = np.random.default_rng(0).integers(
+            0, self.model.ar.vocab_size, (self.rows, self.length), np.int32
+        )
         lengths_B = np.full(self.rows, self.length, np.int32)
         return tokens_BL, lengths_B, np.arange(self.rows, dtype=np.uint32), np.uint32(0)
 
@@ -110,4 +121,6 @@ def prompt_length(config: Config) -> int:
 def in_compute_dtype(model: ModelConfig) -> ModelConfig:
     """With weights in the dtype that each part of a rollout computes in: bfloat16 in the published sizes."""
     parts = {name: getattr(model, name) for name in PARTS}
-    return dataclasses.replace(model, **{name: dataclasses.replace(c, param_dtype=c.dtype) for name, c in parts.items()})
+    return dataclasses.replace(
+        model, **{name: dataclasses.replace(c, param_dtype=c.dtype) for name, c in parts.items()}
+    )

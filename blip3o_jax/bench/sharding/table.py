@@ -36,7 +36,9 @@ def _number(form: str, *path: str) -> Callable[[Row], tuple[str, float | None]]:
 
 
 def _mesh(row: Row) -> tuple[str, None]:
-    return " ".join(f"{axis} {size}" for axis, size in row.get("mesh", {}).items() if size > 1), None
+    return " ".join(
+        f"{axis} {size}" for axis, size in row.get("mesh", {}).items() if size > 1
+    ), None
 
 
 def _gib(row: Row) -> tuple[str, float]:
@@ -87,7 +89,11 @@ def columns(report: dict[str, Any]) -> tuple[Column, ...]:
             Column("spread s", _spread),
             Column("measured / predicted", _number("{:.2f}", "measured", "ratio")),
         ]
-    parts = [Column(f"{part} s", _seconds("part_seconds", part)) for part in ROLLOUT_PARTS] if rollout else []
+    parts = (
+        [Column(f"{part} s", _seconds("part_seconds", part)) for part in ROLLOUT_PARTS]
+        if rollout
+        else []
+    )
     return (
         Column("GiB/device", _gib),
         *times,
@@ -95,7 +101,10 @@ def columns(report: dict[str, Any]) -> tuple[Column, ...]:
         Column("MFU", _number("{:.1%}", *source, "mfu")),
         Column("limiter", _text("limiter"), left=True),
         Column("exposed", _exposed),
-        Column("images/s/chip" if rollout else "ex/s/chip", _number("{:.2f}", *source, "examples_per_s_per_chip")),
+        Column(
+            "images/s/chip" if rollout else "ex/s/chip",
+            _number("{:.2f}", *source, "examples_per_s_per_chip"),
+        ),
         Column("compile s", _number("{:.0f}", "compile_s")),
         Column("unknown", _number("{:.1%}", "unknown_share")),
     )

@@ -29,7 +29,9 @@ class Topology:
     slices: int = 1
 
     def __str__(self) -> str:
-        return f"{self.chip.name}:{'x'.join(map(str, self.sizes))}" + (f" x {self.slices} slices" if self.slices > 1 else "")
+        return f"{self.chip.name}:{'x'.join(map(str, self.sizes))}" + (
+            f" x {self.slices} slices" if self.slices > 1 else ""
+        )
 
     @property
     def chips(self) -> int:
@@ -50,7 +52,9 @@ def parse(text: str, slices: int = 1) -> Topology:
         )
     chip, sizes = CHIPS[match[1]], tuple(map(int, match[2].split("x")))
     if len(sizes) != chip.axes or 0 in sizes:
-        raise ConfigError(f"--topology={text!r}: {chip.name} has {chip.axes} axes, as in {_example(chip.name)}")
+        raise ConfigError(
+            f"--topology={text!r}: {chip.name} has {chip.axes} axes, as in {_example(chip.name)}"
+        )
     if slices < 1:
         raise ConfigError(f"--slices={slices} must be positive")
     return Topology(chip, sizes, slices)
@@ -71,7 +75,9 @@ def check_compiler() -> None:
 def settings(chip: Chip) -> dict[str, str]:
     """Environment of a process that compiles for TPUs it does not have: with the flags that the launchers set on those, so
     that the program is the one that would run there. Of two equal flags the last counts, so those of the user's win."""
-    recommended = " ".join(s.value for s in flags.SETTINGS if s.variable == "LIBTPU_INIT_ARGS" and chip.name in s.chips)
+    recommended = " ".join(
+        s.value for s in flags.SETTINGS if s.variable == "LIBTPU_INIT_ARGS" and chip.name in s.chips
+    )
     return {
         "LIBTPU_INIT_ARGS": f"{recommended} {os.environ.get('LIBTPU_INIT_ARGS', '')}".strip(),
         "JAX_PLATFORMS": "cpu",
@@ -97,10 +103,16 @@ def make_devices(topology: Topology) -> Sequence[Any]:
     if name.startswith("v4:"):
         several["chip_config_name"] = "megacore"  # both cores of a chip as one device, as v4 is run
     try:
-        devices = topologies.get_topology_desc(platform="tpu", topology_name=name, **several).devices
+        devices = topologies.get_topology_desc(
+            platform="tpu", topology_name=name, **several
+        ).devices
     except Exception as error:  # whatever type it has, it is about the name that was asked for
         reason = first_line(error)
-        raise UserError(f"--topology={name}: the TPU compiler knows no such topology ({reason})") from error
+        raise UserError(
+            f"--topology={name}: the TPU compiler knows no such topology ({reason})"
+        ) from error
     if len(devices) != topology.devices:
-        raise UserError(f"--topology={name}: {len(devices)} devices, not the {topology.devices} that its sizes come to")
+        raise UserError(
+            f"--topology={name}: {len(devices)} devices, not the {topology.devices} that its sizes come to"
+        )
     return devices

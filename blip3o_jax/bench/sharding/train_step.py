@@ -24,14 +24,20 @@ class TrainStep:
 
     within: dict[str, int] = {}  # noqa: RUF012  (bytes among the temporaries that have a name: none)
 
-    def __init__(self, config: Config, strategy: Strategy, loss: Callable[[Config, int], Loss] | None = None):
+    def __init__(
+        self, config: Config, strategy: Strategy, loss: Callable[[Config, int], Loss] | None = None
+    ):
         strategy.check_batch(config.data.batch_size, config.optimizer.accumulate)
-        check(config.data.pack == 1, f"data.pack={config.data.pack}: the bench has rows of one example, which can be full")
+        check(
+            config.data.pack == 1,
+            f"data.pack={config.data.pack}: the bench has rows of one example, which can be full",
+        )
         self.config, self.strategy, self.rows = config, strategy, config.data.batch_size
         self.plan, self._loss = plan_state(config, strategy), loss or make_loss
         at = strategy.batch_sharding()
         self.batch = {
-            name: jax.ShapeDtypeStruct(shape, dtype, sharding=at) for name, (shape, dtype) in batch_shapes(config).items()
+            name: jax.ShapeDtypeStruct(shape, dtype, sharding=at)
+            for name, (shape, dtype) in batch_shapes(config).items()
         }
 
     def lower(self) -> Any:
@@ -56,8 +62,14 @@ class TrainStep:
         if self.config.stage != "joint" or most <= self.config.loss.ce_chunk:
             return None
         vocabulary, rows = model.ar.padded_vocab_size, self.rows // self.strategy.batch_shards
-        columns = self.strategy.sharding("ar", ("act_vocab",), (vocabulary,)).shard_shape((vocabulary,))[0]
-        positions = rows // self.config.optimizer.accumulate * (most // self.strategy.mesh.shape["sequence"])
+        columns = self.strategy.sharding("ar", ("act_vocab",), (vocabulary,)).shard_shape(
+            (vocabulary,)
+        )[0]
+        positions = (
+            rows
+            // self.config.optimizer.accumulate
+            * (most // self.strategy.mesh.shape["sequence"])
+        )
         return Logits(positions, columns, vocabulary, model.ar.hidden_size)
 
     def useful_flops(self) -> int:
@@ -67,7 +79,9 @@ class TrainStep:
         """Arguments of the first step: random weights, and a batch that is as good as any for the time it takes."""
         state = create_state(self.config, self.plan, image_first=0)
         batch = synthetic_batch(self.config)
-        return state, {name: jax.device_put(x, self.batch[name].sharding) for name, x in batch.items()}
+        return state, {
+            name: jax.device_put(x, self.batch[name].sharding) for name, x in batch.items()
+        }
 
     def again(self, arguments: tuple[Any, ...], result: Any) -> tuple[Any, ...]:
         """Arguments of the next step."""
@@ -87,15 +101,32 @@ def batch_shapes(config: Config) -> Shapes:
         | {"loss_mask": ((rows, length), "float32"), "image_span": ((rows,), "int32")},
     }
     if config.stage == "joint" and config.data.cache_dir:
-        seen = {"codes": ((rows, model.tokenizer.num_tokens), "int32"), "latents": (latents, "float32")}
+        seen = {
+            "codes": ((rows, model.tokenizer.num_tokens), "int32"),
+            "latents": (latents, "float32"),
+        }
     else:
         seen = {
-            name: value for field in fields if field in ("pixels", "tokenizer_pixels") for name, value in views[field].items()
+            name: value
+            for field in fields
+            if field in ("pixels", "tokenizer_pixels")
+            for name, value in views[field].items()
         }
-    shapes = seen | {name: value for field in fields if field in ("caption", "row") for name, value in views[field].items()}
+    shapes = seen | {
+        name: value
+        for field in fields
+        if field in ("caption", "row")
+        for name, value in views[field].items()
+    }
     if config.stage == "joint" and (places := model.editing.references):
-        shapes |= {f"reference_{name}": ((rows, places, *shape[1:]), dtype) for name, (shape, dtype) in seen.items()}
-        shapes |= {"reference_span": ((rows, places), "int32"), "reference_mask": ((rows, places), "float32")}
+        shapes |= {
+            f"reference_{name}": ((rows, places, *shape[1:]), dtype)
+            for name, (shape, dtype) in seen.items()
+        }
+        shapes |= {
+            "reference_span": ((rows, places), "int32"),
+            "reference_mask": ((rows, places), "float32"),
+        }
         shapes |= {"target": ((rows,), "float32")}
     return shapes | {"bad_records": ((rows,), "int32")}
 
@@ -105,7 +136,11 @@ def synthetic_batch(config: Config, seed: int = 0) -> dict[str, np.ndarray]:
     and alone is learned; all else is random."""
     rng, model, length = np.random.default_rng(seed), config.model, config.data.max_length
     first = max(0, length - model.tokenizer.num_tokens - 1)  # the scale token's place
-    most = {"tokens": model.ar.vocab_size, "text_ids": model.ar.vocab_size, "codes": model.tokenizer.codebook_size}
+    most = {
+        "tokens": model.ar.vocab_size,
+        "text_ids": model.ar.vocab_size,
+        "codes": model.tokenizer.codebook_size,
+    }
     most["reference_codes"] = most["codes"]
     index_L = np.arange(length)
     known = {
@@ -132,4 +167,6 @@ def synthetic_batch(config: Config, seed: int = 0) -> dict[str, np.ndarray]:
 
 def shard_bytes(tree: Any) -> int:
     """Of one device, of arrays or ShapeDtypeStructs with shardings."""
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
+    )

@@ -67,7 +67,11 @@ class Shapes(tfds.core.GeneratorBasedBuilder):
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[str, dict[str, Any]]]]:
         del dl_manager  # nothing is downloaded
         config = self.builder_config
-        sizes = {"train": config.num_train, "validation": config.num_validation, "test": config.num_test}
+        sizes = {
+            "train": config.num_train,
+            "validation": config.num_validation,
+            "test": config.num_test,
+        }
         return {split: self._generate_examples(split, size) for split, size in sizes.items()}
 
     def _generate_examples(self, split: str, size: int) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -101,12 +105,24 @@ def prepare(
 ) -> pathlib.Path:
     """Draw and write the data set under `out` unless these very arguments are there already; returns its directory, which
     `tfds.builder_from_directory` reads. An interrupted run leaves nothing that would be taken for a data set."""
-    for name, value in (("num_train", num_train), ("num_validation", num_validation), ("num_test", num_test)):
+    for name, value in (
+        ("num_train", num_train),
+        ("num_validation", num_validation),
+        ("num_test", num_test),
+    ):
         check(value > 0, f"{name}={value} must be positive")
-    check(image_size >= 32, f"image_size={image_size} must be 32 or more: smaller scenes cannot be told apart")
+    check(
+        image_size >= 32,
+        f"image_size={image_size} must be 32 or more: smaller scenes cannot be told apart",
+    )
     name = f"{image_size}px_{num_train}_{num_validation}_{num_test}_seed{seed}"
     config = ShapesConfig(
-        name=name, num_train=num_train, num_validation=num_validation, num_test=num_test, image_size=image_size, seed=seed
+        name=name,
+        num_train=num_train,
+        num_validation=num_validation,
+        num_test=num_test,
+        image_size=image_size,
+        seed=seed,
     )
     with _quiet():
         builder = Shapes(data_dir=os.fspath(out), config=config, file_format="array_record")
@@ -114,7 +130,9 @@ def prepare(
     total = num_train + num_validation + num_test
     if (directory / PROMPTS.format(split="test")).is_file():
         say(f"{total} scenes are in {directory} already")
-        _write_prompts(directory, "train", num_train, seed)  # which earlier versions of this module did not write
+        _write_prompts(
+            directory, "train", num_train, seed
+        )  # which earlier versions of this module did not write
         return directory
     say(f"drawing {total} scenes of {image_size} x {image_size} pixels")
     start = time.perf_counter()
@@ -123,7 +141,9 @@ def prepare(
         settings = tfds.download.DownloadConfig(compute_stats="skip")
         builder.download_and_prepare(download_dir=downloads, download_config=settings)
     _write_prompts(directory, "train", num_train, seed)
-    _write_prompts(directory, "test", num_test, seed)  # last: where this file is, the data set is complete
+    _write_prompts(
+        directory, "test", num_test, seed
+    )  # last: where this file is, the data set is complete
     seconds = time.perf_counter() - start
     say(f"wrote {directory} in {seconds:.1f} s ({total / seconds:.0f} scenes/s)")
     return directory

@@ -116,8 +116,12 @@ def _metadata(scene: Scene, rng: random.Random) -> Metadata:
     objects = [
         {
             "shape": thing.shape,
-            "colour": thing.colour if full or category in ("single", "colours", "attribution") else None,
-            "size": thing.size if category == "single" or (full and category != "colours") else None,
+            "colour": thing.colour
+            if full or category in ("single", "colours", "attribution")
+            else None,
+            "size": thing.size
+            if category == "single" or (full and category != "colours")
+            else None,
             "count": len(scene.things) if category == "counting" else 1,
         }
         for thing in shown

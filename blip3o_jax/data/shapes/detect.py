@@ -32,7 +32,14 @@ COLOUR_DISTANCE = 32.0  # CIELAB; two palette colours are at least 42 apart
 COLOUR_AGREEMENT = 0.75  # share of a blob's core nearest to the blob's colour
 # Intersection over union with the drawn shape. Compact shapes overlap with anything compact (a diamond with the circle by
 # 0.83), so they must overlap more; the corners of the others are the first thing that a soft image loses.
-MIN_OVERLAP = {"circle": 0.84, "square": 0.80, "triangle": 0.74, "cross": 0.74, "star": 0.69, "ring": 0.69}
+MIN_OVERLAP = {
+    "circle": 0.84,
+    "square": 0.80,
+    "triangle": 0.74,
+    "cross": 0.74,
+    "star": 0.69,
+    "ring": 0.69,
+}
 MIN_LEAD = 0.015  # over the second best shape
 MIN_LIKENESS = 0.6  # correlation of a cell's dots with a glyph's
 
@@ -56,14 +63,20 @@ class _Blob:
 def detect(image_HWC: np.ndarray) -> Detection:
     """Objects and word in a square uint8 RGB image [S, S, 3] with S >= 32."""
     if image_HWC.dtype != np.uint8 or image_HWC.ndim != 3 or image_HWC.shape[2] != 3:
-        raise ValueError(f"the scorer takes uint8 [H, W, 3], not {image_HWC.dtype} {list(image_HWC.shape)}")
+        raise ValueError(
+            f"the scorer takes uint8 [H, W, 3], not {image_HWC.dtype} {list(image_HWC.shape)}"
+        )
     size = image_HWC.shape[0]
     if image_HWC.shape[1] != size or size < 32:
-        raise ValueError(f"the scorer takes square images of 32 pixels or more, not {list(image_HWC.shape[:2])}")
+        raise ValueError(
+            f"the scorer takes square images of 32 pixels or more, not {list(image_HWC.shape[:2])}"
+        )
     pixels_HWC = image_HWC.astype(np.float32) / 255
     # A light blur takes the noise off the threshold; area and centroid of a blob do not change.
     lab_HWC = cv2.cvtColor(cv2.GaussianBlur(pixels_HWC, (0, 0), size / 128), cv2.COLOR_RGB2LAB)
-    light_HW = (lab_HWC[..., 0] > PAPER_LIGHTNESS) & (np.hypot(lab_HWC[..., 1], lab_HWC[..., 2]) < PAPER_CHROMA)
+    light_HW = (lab_HWC[..., 0] > PAPER_LIGHTNESS) & (
+        np.hypot(lab_HWC[..., 1], lab_HWC[..., 2]) < PAPER_CHROMA
+    )
     if light_HW.mean() < 0.2:
         return Detection((), None, has_paper=False)
     paper = np.median(lab_HWC[light_HW], axis=0)
@@ -77,15 +90,25 @@ def detect(image_HWC: np.ndarray) -> Detection:
 def _blobs(pixels_HWC: np.ndarray, lab_HWC: np.ndarray, distance_HW: np.ndarray) -> list[_Blob]:
     """Every object, and last of all the union of them: the word, if it is one."""
     foreground_HW = distance_HW > FOREGROUND
-    count, labels_HW, stats, _ = cv2.connectedComponentsWithStats(foreground_HW.astype(np.uint8), connectivity=8)
+    count, labels_HW, stats, _ = cv2.connectedComponentsWithStats(
+        foreground_HW.astype(np.uint8), connectivity=8
+    )
     paper = np.median(pixels_HWC[~foreground_HW], axis=0)
-    labels = [k for k in range(1, count) if stats[k, cv2.CC_STAT_AREA] >= MIN_AREA * foreground_HW.size]
-    masks = [labels_HW == label for label in labels] + ([np.isin(labels_HW, labels)] if labels else [])
+    labels = [
+        k for k in range(1, count) if stats[k, cv2.CC_STAT_AREA] >= MIN_AREA * foreground_HW.size
+    ]
+    masks = [labels_HW == label for label in labels] + (
+        [np.isin(labels_HW, labels)] if labels else []
+    )
     return [_blob(mask_HW, pixels_HWC, lab_HWC, distance_HW, paper) for mask_HW in masks]
 
 
 def _blob(
-    mask_HW: np.ndarray, pixels_HWC: np.ndarray, lab_HWC: np.ndarray, distance_HW: np.ndarray, paper: np.ndarray
+    mask_HW: np.ndarray,
+    pixels_HWC: np.ndarray,
+    lab_HWC: np.ndarray,
+    distance_HW: np.ndarray,
+    paper: np.ndarray,
 ) -> _Blob:
     mask_HW = mask_HW.astype(np.uint8)
     x, y, width, height = box = cv2.boundingRect(mask_HW)
@@ -111,7 +134,11 @@ def _colour(core: np.ndarray) -> str | None:
     distance = np.linalg.norm(_palette() - np.median(core, axis=0), axis=-1)
     best = int(distance.argmin())
     agreeing = (np.linalg.norm(core[:, None] - _palette(), axis=-1).argmin(axis=-1) == best).mean()
-    return list(COLOURS)[best] if distance[best] < COLOUR_DISTANCE and agreeing >= COLOUR_AGREEMENT else None
+    return (
+        list(COLOURS)[best]
+        if distance[best] < COLOUR_DISTANCE and agreeing >= COLOUR_AGREEMENT
+        else None
+    )
 
 
 @functools.cache
@@ -119,7 +146,9 @@ def _proportions(shape: str) -> tuple[float, np.ndarray]:
     """Area and centroid of a shape of side 1 around (0, 0)."""
     covered, rows, columns = draw.coverage(shape, 0.5, 0.5, 1.0, 128)
     y, x = np.mgrid[rows, columns]
-    centroid = np.array([(covered * (grid + 0.5)).sum() / covered.sum() / 128 - 0.5 for grid in (x, y)])
+    centroid = np.array(
+        [(covered * (grid + 0.5)).sum() / covered.sum() / 128 - 0.5 for grid in (x, y)]
+    )
     return float(covered.sum()) / 128**2, centroid
 
 
@@ -129,7 +158,9 @@ def _thing(blob: _Blob) -> Thing:
     y, x = np.nonzero(blob.alpha)
     weights = blob.alpha[y, x] / mass
     centroid = np.array([(x + 0.5) @ weights, (y + 0.5) @ weights]) / image_size
-    scored = sorted(((_overlap(blob.alpha, shape, mass, centroid), shape) for shape in SHAPES), reverse=True)
+    scored = sorted(
+        ((_overlap(blob.alpha, shape, mass, centroid), shape) for shape in SHAPES), reverse=True
+    )
     (best, shape), (second, _) = scored[:2]
     area, offset = _proportions(shape)
     side = (mass / area) ** 0.5 / image_size
@@ -145,7 +176,9 @@ def _overlap(alpha_HW: np.ndarray, shape: str, mass: float, centroid: np.ndarray
     """Soft intersection over union with the drawing of `shape` that has the same area and centroid."""
     area, offset = _proportions(shape)
     side = (mass / area) ** 0.5 / alpha_HW.shape[0]
-    covered, rows, columns = draw.coverage(shape, *(centroid - side * offset), side, alpha_HW.shape[0])
+    covered, rows, columns = draw.coverage(
+        shape, *(centroid - side * offset), side, alpha_HW.shape[0]
+    )
     shared = float(np.minimum(alpha_HW[rows, columns], covered).sum())
     return shared / (mass + float(covered.sum()) - shared)
 
@@ -194,7 +227,9 @@ def _extent(profile: np.ndarray) -> tuple[float, float]:
     return first + 1 - profile[first] - before, last + profile[last] + after
 
 
-def _average(alpha_HW: np.ndarray, x: tuple[float, float, int], y: tuple[float, float, int]) -> np.ndarray:
+def _average(
+    alpha_HW: np.ndarray, x: tuple[float, float, int], y: tuple[float, float, int]
+) -> np.ndarray:
     """Mean of `alpha_HW` in each cell of a grid; `x` and `y` are (start, end, number of cells) in pixels."""
     weights = []
     for (start, end, cells), size in ((y, alpha_HW.shape[0]), (x, alpha_HW.shape[1])):

@@ -26,26 +26,38 @@ def render(scene: Scene, image_size: int = 64) -> np.ndarray:
     """The scene as uint8 [image_size, image_size, 3], RGB."""
     image_HWC = _background(scene.background, image_size)
     for thing in scene.things:
-        _paint(image_HWC, *coverage(thing.shape, thing.x, thing.y, thing.side, image_size), COLOURS[thing.colour])
+        _paint(
+            image_HWC,
+            *coverage(thing.shape, thing.x, thing.y, thing.side, image_size),
+            COLOURS[thing.colour],
+        )
     if scene.word is not None:
         _paint(image_HWC, *word_coverage(scene.word, image_size), INK)
     return np.rint(image_HWC).astype(np.uint8)
 
 
-def coverage(shape: str, x: float, y: float, side: float, image_size: int) -> tuple[np.ndarray, slice, slice]:
+def coverage(
+    shape: str, x: float, y: float, side: float, image_size: int
+) -> tuple[np.ndarray, slice, slice]:
     """Share of each pixel that a shape covers: (float32 [h, w] in 0..1, its rows, its columns). Centre and side are shares
     of the image; what lies outside the image is cut off."""
     x0, x1, y0, y1 = (
         min(max(bound, 0), image_size)
         for centre in (x, y)
-        for bound in (math.floor((centre - side / 2) * image_size), math.ceil((centre + side / 2) * image_size))
+        for bound in (
+            math.floor((centre - side / 2) * image_size),
+            math.ceil((centre + side / 2) * image_size),
+        )
     )
     if x1 <= x0 or y1 <= y0:
         return np.zeros((0, 0), np.float32), slice(0), slice(0)
     scale = image_size * OVERSAMPLE
     offset = np.array([x * scale - x0 * OVERSAMPLE, y * scale - y0 * OVERSAMPLE]) - 0.5
     # fillPoly takes fixed-point coordinates with 4 fractional bits; two contours leave the inner one unfilled.
-    contours = [np.rint((polygon * (side * scale) + offset) * 16).astype(np.int32) for polygon in polygons(shape)]
+    contours = [
+        np.rint((polygon * (side * scale) + offset) * 16).astype(np.int32)
+        for polygon in polygons(shape)
+    ]
     mask = np.zeros(((y1 - y0) * OVERSAMPLE, (x1 - x0) * OVERSAMPLE), np.uint8)
     cv2.fillPoly(mask, contours, 255, shift=4)
     covered = cv2.resize(mask, (x1 - x0, y1 - y0), interpolation=cv2.INTER_AREA)
@@ -97,7 +109,13 @@ def _overlap(start: float, cells: int, image_size: int) -> np.ndarray:
     return np.clip(np.minimum(pixels + 1, edges[1:]) - np.maximum(pixels, edges[:-1]), 0, 1)
 
 
-def _paint(image_HWC: np.ndarray, covered: np.ndarray, rows: slice, columns: slice, rgb: tuple[int, int, int]) -> None:
+def _paint(
+    image_HWC: np.ndarray,
+    covered: np.ndarray,
+    rows: slice,
+    columns: slice,
+    rgb: tuple[int, int, int],
+) -> None:
     patch = image_HWC[rows, columns]
     patch += covered[..., None] * (np.array(rgb, np.float32) - patch)
 

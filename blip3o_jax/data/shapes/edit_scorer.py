@@ -65,13 +65,20 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
 def _stays(size: int, metadata: Metadata) -> np.ndarray:
     """Which pixels should be as they were."""
     centres = (np.arange(size) + 0.5) / size
-    inside = lambda box: ((centres > box[1]) & (centres < box[3]))[:, None] & ((centres > box[0]) & (centres < box[2]))[None]
+    inside = lambda box: (
+        ((centres > box[1]) & (centres < box[3]))[:, None]
+        & ((centres > box[0]) & (centres < box[2]))[None]
+    )
     if metadata["changed"] is not None:
         return ~np.any([inside(box) for box in metadata["changed"]], axis=0)
     stays_HW = np.zeros((size, size), bool)
     for thing in metadata["kept"]:
-        covered, rows, columns = coverage(thing["shape"], thing["x"], thing["y"], thing["side"], size)
-        stays_HW[rows, columns] |= cv2.erode((covered > 0.99).astype(np.uint8), np.ones((3, 3), np.uint8)) > 0
+        covered, rows, columns = coverage(
+            thing["shape"], thing["x"], thing["y"], thing["side"], size
+        )
+        stays_HW[rows, columns] |= (
+            cv2.erode((covered > 0.99).astype(np.uint8), np.ones((3, 3), np.uint8)) > 0
+        )
     return stays_HW
 
 
@@ -81,14 +88,25 @@ def _problem(output_HWC: np.ndarray, metadata: Metadata) -> str | None:
         return "no light background to tell objects from"
     if metadata["word"]:
         read = found.word.text if found.word else ""
-        return None if read.upper() == metadata["word"].upper() else f'asked the word "{metadata["word"]}", read "{read}"'
+        return (
+            None
+            if read.upper() == metadata["word"].upper()
+            else f'asked the word "{metadata["word"]}", read "{read}"'
+        )
     if metadata["paper"]:
         paper = _paper(output_HWC)
-        return None if paper == metadata["paper"] else f"asked a {metadata['paper']} background, found a {paper} one"
+        return (
+            None
+            if paper == metadata["paper"]
+            else f"asked a {metadata['paper']} background, found a {paper} one"
+        )
     for wanted in metadata["present"]:
         here = [t for t in found.things if _near(t, wanted)]
         if not any((t.shape, t.colour) == (wanted["shape"], wanted["colour"]) for t in here):
-            what = ", ".join(f"{t.colour or 'unclear'} {t.shape or 'object'}" for t in here) or "nothing"
+            what = (
+                ", ".join(f"{t.colour or 'unclear'} {t.shape or 'object'}" for t in here)
+                or "nothing"
+            )
             return f"asked a {wanted['colour']} {wanted['shape']} there, found {what}"
     for gone in metadata["absent"]:
         if any(_near(t, gone) for t in found.things):
@@ -105,5 +123,8 @@ def _paper(image_HWC: np.ndarray) -> str:
     lab_HWC = cv2.cvtColor(image_HWC.astype(np.float32) / 255, cv2.COLOR_RGB2LAB)
     light_HW = (lab_HWC[..., 0] > 65) & (np.hypot(lab_HWC[..., 1], lab_HWC[..., 2]) < 22)
     median = np.median(lab_HWC[light_HW], axis=0)
-    papers = {name: cv2.cvtColor(np.float32([[colour]]) / 255, cv2.COLOR_RGB2LAB)[0, 0] for name, colour in PAPER_NAMES.items()}
+    papers = {
+        name: cv2.cvtColor(np.float32([[colour]]) / 255, cv2.COLOR_RGB2LAB)[0, 0]
+        for name, colour in PAPER_NAMES.items()
+    }
     return min(papers, key=lambda name: float(np.linalg.norm(papers[name] - median)))

@@ -26,20 +26,61 @@ from typing import Any
 
 from blip3o_jax.data.shapes import places
 from blip3o_jax.data.shapes.captions import Metadata
-from blip3o_jax.data.shapes.scene import GAP, PAPERS, SPLITS, Background, Scene, Thing, facts, sample, word_size
-from blip3o_jax.data.shapes.vocabulary import COLOURS, HELD_OUT, HELD_OUT_FACTS, SHAPES, SIZES, TRAIN_FACTS
+from blip3o_jax.data.shapes.scene import (
+    GAP,
+    PAPERS,
+    SPLITS,
+    Background,
+    Scene,
+    Thing,
+    facts,
+    sample,
+    word_size,
+)
+from blip3o_jax.data.shapes.vocabulary import (
+    COLOURS,
+    HELD_OUT,
+    HELD_OUT_FACTS,
+    SHAPES,
+    SIZES,
+    TRAIN_FACTS,
+)
 
 KINDS = ("recolour", "move", "add", "remove", "replace", "background", "word")
 PAPER_NAMES = dict(zip(("white", "grey", "cream", "pale blue"), PAPERS, strict=True))
 MARGIN = 0.04  # around what changes: edges are soft, and a decoder's are softer
 PHRASES = {
-    "recolour": ("make the {it} {colour}", "change the colour of the {it} to {colour}", "paint the {it} {colour}"),
-    "move": ("move the {it} to the {place}", "put the {it} at the {place}", "shift the {it} to the {place}"),
-    "add": ("add a {new} at the {place}", "draw a {new} at the {place}", "put a {new} at the {place}"),
+    "recolour": (
+        "make the {it} {colour}",
+        "change the colour of the {it} to {colour}",
+        "paint the {it} {colour}",
+    ),
+    "move": (
+        "move the {it} to the {place}",
+        "put the {it} at the {place}",
+        "shift the {it} to the {place}",
+    ),
+    "add": (
+        "add a {new} at the {place}",
+        "draw a {new} at the {place}",
+        "put a {new} at the {place}",
+    ),
     "remove": ("remove the {it}", "erase the {it}", "take the {it} away"),
-    "replace": ("replace the {it} with a {new}", "turn the {it} into a {new}", "swap the {it} for a {new}"),
-    "background": ("make the background {paper}", "change the background to {paper}", "put it on a {paper} background"),
-    "word": ('change the word to "{word}"', 'write "{word}" instead', 'replace the word with "{word}"'),
+    "replace": (
+        "replace the {it} with a {new}",
+        "turn the {it} into a {new}",
+        "swap the {it} for a {new}",
+    ),
+    "background": (
+        "make the background {paper}",
+        "change the background to {paper}",
+        "put it on a {paper} background",
+    ),
+    "word": (
+        'change the word to "{word}"',
+        'write "{word}" instead',
+        'replace the word with "{word}"',
+    ),
 }
 
 
@@ -68,7 +109,15 @@ def sample_edit(seed: int, index: int, split: str) -> Edit:
         after, words, metadata = made
         if split == "test" or not facts(after) & HELD_OUT:
             break
-    blank = {"kind": kind, "present": [], "absent": [], "paper": None, "word": None, "changed": [], "kept": []}
+    blank = {
+        "kind": kind,
+        "present": [],
+        "absent": [],
+        "paper": None,
+        "word": None,
+        "changed": [],
+        "kept": [],
+    }
     return Edit(key, rng.choice(PHRASES[kind]).format(**words), before, after, blank | metadata)
 
 
@@ -80,7 +129,11 @@ def _recolour(rng: random.Random, scene: Scene, split: str) -> Made:
     if thing is None:
         return None
     new = dataclasses.replace(thing, colour=rng.choice([c for c in COLOURS if c != thing.colour]))
-    return _swapped(scene, thing, new), {"it": _words(thing), "colour": new.colour}, _changed([new], [], [thing, new])
+    return (
+        _swapped(scene, thing, new),
+        {"it": _words(thing), "colour": new.colour},
+        _changed([new], [], [thing, new]),
+    )
 
 
 def _move(rng: random.Random, scene: Scene, split: str) -> Made:
@@ -88,14 +141,20 @@ def _move(rng: random.Random, scene: Scene, split: str) -> Made:
     if thing is None:
         return None
     spots = {
-        place: at for place, at in places.named(thing.size).items() if max(abs(thing.x - at[0]), abs(thing.y - at[1])) > 0.3
+        place: at
+        for place, at in places.named(thing.size).items()
+        if max(abs(thing.x - at[0]), abs(thing.y - at[1])) > 0.3
     }
     place = rng.choice(sorted(spots))
     new = dataclasses.replace(thing, x=spots[place][0], y=spots[place][1])
     others = [t for t in scene.things if t is not thing]
     if not _fits(new, others) or _overlaps(thing, new):
         return None
-    return _swapped(scene, thing, new), {"it": _words(thing), "place": place}, _changed([new], [thing], [thing, new])
+    return (
+        _swapped(scene, thing, new),
+        {"it": _words(thing), "place": place},
+        _changed([new], [thing], [thing, new]),
+    )
 
 
 def _add(rng: random.Random, scene: Scene, split: str) -> Made:
@@ -122,28 +181,44 @@ def _replace(rng: random.Random, scene: Scene, split: str) -> Made:
         return None
     shape = rng.choice([s for s in SHAPES if s != thing.shape])
     new = dataclasses.replace(thing, shape=shape, colour=rng.choice(list(COLOURS)))
-    return _swapped(scene, thing, new), {"it": _words(thing), "new": _words(new)}, _changed([new], [], [thing, new])
+    return (
+        _swapped(scene, thing, new),
+        {"it": _words(thing), "new": _words(new)},
+        _changed([new], [], [thing, new]),
+    )
 
 
 def _background(rng: random.Random, scene: Scene, split: str) -> Made:
     if scene.background.kind == "gradient":  # it passes from one paper's colour to another's
         return None
-    paper = rng.choice([name for name, colour in PAPER_NAMES.items() if colour != scene.background.paper])
+    paper = rng.choice(
+        [name for name, colour in PAPER_NAMES.items() if colour != scene.background.paper]
+    )
     colour = PAPER_NAMES[paper]
-    after = dataclasses.replace(scene, background=Background("plain", colour, colour, (1.0, 0.0), 0.125))
+    after = dataclasses.replace(
+        scene, background=Background("plain", colour, colour, (1.0, 0.0), 0.125)
+    )
     kept = [{"shape": t.shape, "x": t.x, "y": t.y, "side": t.side} for t in scene.things]
     return after, {"paper": paper}, {"paper": paper, "changed": None, "kept": kept}
 
 
 def _word(rng: random.Random, scene: Scene, split: str) -> Made:
     known = [fact[1] for fact in (HELD_OUT_FACTS if split == "test" else TRAIN_FACTS)["text"]]
-    word = dataclasses.replace(scene.word, text=rng.choice([w for w in known if w != scene.word.text]))
+    word = dataclasses.replace(
+        scene.word, text=rng.choice([w for w in known if w != scene.word.text])
+    )
     width, height = word_size(word.text)
     box = [word.x - width / 2, word.y - height / 2, word.x + width / 2, word.y + height / 2]
-    return dataclasses.replace(scene, word=word), {"word": word.text}, {"word": word.text, "changed": [_wider(box)]}
+    return (
+        dataclasses.replace(scene, word=word),
+        {"word": word.text},
+        {"word": word.text, "changed": [_wider(box)]},
+    )
 
 
-_EDITORS = dict(zip(KINDS, (_recolour, _move, _add, _remove, _replace, _background, _word), strict=True))
+_EDITORS = dict(
+    zip(KINDS, (_recolour, _move, _add, _remove, _replace, _background, _word), strict=True)
+)
 
 
 def _meant(rng: random.Random, scene: Scene) -> Thing | None:
@@ -162,7 +237,9 @@ def _swapped(scene: Scene, old: Thing, new: Thing) -> Scene:
 
 
 def _fits(new: Thing, others: Any) -> bool:
-    return all(max(abs(new.x - t.x), abs(new.y - t.y)) >= (new.side + t.side) / 2 + GAP for t in others)
+    return all(
+        max(abs(new.x - t.x), abs(new.y - t.y)) >= (new.side + t.side) / 2 + GAP for t in others
+    )
 
 
 def _overlaps(a: Thing, b: Thing) -> bool:
@@ -185,4 +262,7 @@ def _wider(box: Any) -> list[float]:
 def prompts(split: str, n: int, seed: int = 0) -> list[Metadata]:
     """The first `n` edits of a split: {key, caption, category, **metadata}, for evaluation."""
     edits = [sample_edit(seed, index, split) for index in range(n)]
-    return [{"key": e.key, "caption": e.instruction, "category": e.metadata["kind"], **e.metadata} for e in edits]
+    return [
+        {"key": e.key, "caption": e.instruction, "category": e.metadata["kind"], **e.metadata}
+        for e in edits
+    ]

@@ -38,7 +38,8 @@ Z ##### ....# ...#. ..#.. .#... #.... #####
 """
 
 GLYPHS: dict[str, np.ndarray] = {
-    line[0]: np.array([[dot == "#" for dot in row] for row in line.split()[1:]]) for line in _ROWS.strip().splitlines()
+    line[0]: np.array([[dot == "#" for dot in row] for row in line.split()[1:]])
+    for line in _ROWS.strip().splitlines()
 }
 
 

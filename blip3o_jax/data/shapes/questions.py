@@ -19,9 +19,21 @@ from blip3o_jax.data.shapes.vocabulary import CATEGORIES, NUMERALS
 
 KINDS = ("colour", "count", "where", "word")
 PHRASES = {
-    "colour": ("what colour is the {shape}?", "which colour does the {shape} have?", "what is the colour of the {shape}?"),
-    "count": ("how many {many} are there?", "how many {many} do you see?", "what is the number of {many}?"),
-    "where": ("where is the {shape}?", "in which place is the {shape}?", "where do you see the {shape}?"),
+    "colour": (
+        "what colour is the {shape}?",
+        "which colour does the {shape} have?",
+        "what is the colour of the {shape}?",
+    ),
+    "count": (
+        "how many {many} are there?",
+        "how many {many} do you see?",
+        "what is the number of {many}?",
+    ),
+    "where": (
+        "where is the {shape}?",
+        "in which place is the {shape}?",
+        "where do you see the {shape}?",
+    ),
     "word": ("what does it say?", "which word is written?", "read the word"),
 }
 
@@ -43,9 +55,13 @@ def sample_question(seed: int, index: int, split: str) -> Question:
     rng = random.Random(key)
     while True:
         category = rng.choice(
-            {"word": ("text",), "count": ("counting", "counting", "single", "two")}.get(kind, CATEGORIES[:-1])
+            {"word": ("text",), "count": ("counting", "counting", "single", "two")}.get(
+                kind, CATEGORIES[:-1]
+            )
         )
-        scene = sample(seed, rng.randrange(10**6) * len(CATEGORIES) + CATEGORIES.index(category), split)
+        scene = sample(
+            seed, rng.randrange(10**6) * len(CATEGORIES) + CATEGORIES.index(category), split
+        )
         asked = _ask(rng, scene, kind)
         if asked is not None:
             words, answer = asked
@@ -75,4 +91,6 @@ def right(said: str, answer: str) -> bool:
 def prompts(split: str, n: int, seed: int = 0) -> list[Metadata]:
     """The first `n` questions of a split: {key, caption, category, answer}, for evaluation; the caption is the question."""
     asked = [sample_question(seed, index, split) for index in range(n)]
-    return [{"key": q.key, "caption": q.question, "category": q.kind, "answer": q.answer} for q in asked]
+    return [
+        {"key": q.key, "caption": q.question, "category": q.kind, "answer": q.answer} for q in asked
+    ]

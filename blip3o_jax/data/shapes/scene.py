@@ -12,7 +12,15 @@ import itertools
 import random
 
 from blip3o_jax.data.shapes import vocabulary
-from blip3o_jax.data.shapes.vocabulary import CATEGORIES, COLOURS, HELD_OUT, HELD_OUT_FACTS, SIZES, TRAIN_FACTS, Fact
+from blip3o_jax.data.shapes.vocabulary import (
+    CATEGORIES,
+    COLOURS,
+    HELD_OUT,
+    HELD_OUT_FACTS,
+    SIZES,
+    TRAIN_FACTS,
+    Fact,
+)
 
 SPLITS = ("train", "validation", "test")
 CELLS = 3
@@ -22,7 +30,10 @@ LETTER_CELL = 1 / 24  # side of one dot of a letter of 5 x 7 dots
 PAPERS = ((255, 255, 255), (232, 232, 232), (248, 242, 226), (228, 238, 250))
 RGB = tuple[int, int, int]
 # Where the centre of an object may lie, along each axis.
-SPOTS = {"small": tuple((i + 0.5) / CELLS for i in range(CELLS)), "large": tuple(i / CELLS for i in range(1, CELLS))}
+SPOTS = {
+    "small": tuple((i + 0.5) / CELLS for i in range(CELLS)),
+    "large": tuple(i / CELLS for i in range(1, CELLS)),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,14 +112,20 @@ def facts(scene: Scene) -> set[Fact]:
     found: set[Fact] = set()
     if len(things) == 1:
         (thing,) = things
-        found |= {("single", thing.size, thing.colour, thing.shape), ("colours", thing.shape, thing.colour)}
+        found |= {
+            ("single", thing.size, thing.colour, thing.shape),
+            ("colours", thing.shape, thing.colour),
+        }
     elif len(shapes) == 1:
         found.add(("counting", str(len(things)), things[0].shape))
     for a, b in itertools.permutations(things, 2):
         if a.shape != b.shape:
             found.add(vocabulary.fact_of_two(a.shape, b.shape))
             found.add(vocabulary.fact_of_attribution((a.shape, a.colour), (b.shape, b.colour)))
-            found |= {vocabulary.fact_of_position(a.shape, relation, b.shape) for relation in relations(a, b)}
+            found |= {
+                vocabulary.fact_of_position(a.shape, relation, b.shape)
+                for relation in relations(a, b)
+            }
     return found
 
 
@@ -142,14 +159,21 @@ def _things(rng: random.Random, asked: Fact) -> tuple[Thing, ...]:
             return _place(rng, [(args[1], rng.choice(colours), "small")] * int(args[0]))
         case "two":
             shapes = rng.sample(args, 2)
-            looks = [(shape, rng.choice(colours), size) for shape, size in zip(shapes, _sizes(rng), strict=True)]
+            looks = [
+                (shape, rng.choice(colours), size)
+                for shape, size in zip(shapes, _sizes(rng), strict=True)
+            ]
             return _as_read(_place(rng, looks))
         case "attribution":
             named = rng.sample([args[:2], args[2:]], 2)
-            return _as_read(_place(rng, [(*look, size) for look, size in zip(named, _sizes(rng), strict=True)]))
+            return _as_read(
+                _place(rng, [(*look, size) for look, size in zip(named, _sizes(rng), strict=True)])
+            )
         case "position":
             pair = zip((args[0], args[2]), _sizes(rng), strict=True)
-            return _place_beside(rng, args[1], [(shape, rng.choice(colours), size) for shape, size in pair])
+            return _place_beside(
+                rng, args[1], [(shape, rng.choice(colours), size) for shape, size in pair]
+            )
         case "text":
             return ()
     raise ValueError(f"unknown kind of fact: {asked}")
@@ -182,7 +206,9 @@ def _as_read(things: tuple[Thing, ...]) -> tuple[Thing, ...]:
     return tuple(sorted(things, key=lambda t: (int(t.box[1] * CELLS), t.box[0])))
 
 
-def _place_beside(rng: random.Random, relation: str, looks: list[tuple[str, str, str]]) -> tuple[Thing, ...]:
+def _place_beside(
+    rng: random.Random, relation: str, looks: list[tuple[str, str, str]]
+) -> tuple[Thing, ...]:
     """Two objects, the first left of (or above) the second, in a row (or column) or nearly so."""
     while True:
         a, b = things = _place(rng, looks)

@@ -74,7 +74,9 @@ def _wrong_objects(things: tuple[Thing, ...], metadata: Metadata) -> str | None:
         return f"asked {_names(metadata)}, found nothing"
     if _is_mess(things):
         return f"asked {_names(metadata)}, found {_listing(things)}"
-    matches = [[thing for thing in things if _answers(thing, asked)] for asked in metadata["objects"]]
+    matches = [
+        [thing for thing in things if _answers(thing, asked)] for asked in metadata["objects"]
+    ]
     for asked, matching in zip(metadata["objects"], matches, strict=True):
         exact = metadata["category"] == "counting"
         unknown = exact and any(thing.shape is None for thing in things)
@@ -82,7 +84,9 @@ def _wrong_objects(things: tuple[Thing, ...], metadata: Metadata) -> str | None:
             return f"asked {_name(asked)}, found {_listing(things)}"
     relation = metadata["relation"]
     for chosen in itertools.product(*matches):
-        if len(set(map(id, chosen))) == len(chosen) and (not relation or relation in relations(*chosen[:2])):
+        if len(set(map(id, chosen))) == len(chosen) and (
+            not relation or relation in relations(*chosen[:2])
+        ):
             return None
     if relation:
         return f"asked {_names(metadata)}, found the {metadata['objects'][0]['shape']} elsewhere"
@@ -103,7 +107,11 @@ def _objects_met(things: tuple[Thing, ...], metadata: Metadata) -> float:
     for chosen in itertools.product(*choices):
         there = [id(thing) for thing in chosen if thing is not None]
         if len(set(there)) == len(there):
-            related = metadata["relation"] and None not in chosen and metadata["relation"] in relations(*chosen[:2])
+            related = (
+                metadata["relation"]
+                and None not in chosen
+                and metadata["relation"] in relations(*chosen[:2])
+            )
             best = max(best, sum(map(_held, chosen, asked)) + bool(related))
     facts = sum(len(_asked_facts(one)) for one in asked) + bool(metadata["relation"])
     return best / (facts + _is_mess(things))
@@ -144,11 +152,21 @@ def _listing(things: tuple[Thing, ...]) -> str:
     """Like "2 red circles, 1 unclear object"."""
     names: dict[str, int] = {}
     for thing in things:
-        name = f"{thing.size} {thing.colour or 'unclear-coloured'} {thing.shape}" if thing.shape else "unclear object"
+        name = (
+            f"{thing.size} {thing.colour or 'unclear-coloured'} {thing.shape}"
+            if thing.shape
+            else "unclear object"
+        )
         names[name] = names.get(name, 0) + 1
     return ", ".join(f"{n} {plural(name) if n > 1 else name}" for name, n in names.items())
 
 
 def _as_dict(thing: Thing) -> Metadata:
     centre, box = (thing.x, thing.y), thing.box
-    return {"shape": thing.shape, "colour": thing.colour, "size": thing.size, "centre": centre, "box": box}
+    return {
+        "shape": thing.shape,
+        "colour": thing.colour,
+        "size": thing.size,
+        "centre": centre,
+        "box": box,
+    }

@@ -30,7 +30,10 @@ def prepare(
             continue
         paths[name] = path = directory / f"{name}_train_{count}.tar"
         if not path.exists():
-            with files.replacing(path, "wb") as file, tarfile.open(fileobj=file, mode="w") as archive:
+            with (
+                files.replacing(path, "wb") as file,
+                tarfile.open(fileobj=file, mode="w") as archive,
+            ):
                 for member, data in members(count, image_size, seed):
                     info = tarfile.TarInfo(member)
                     info.size = len(data)
@@ -52,5 +55,10 @@ def _questions(count: int, image_size: int, seed: int) -> Members:
     for index in range(count):
         asked = questions.sample_question(seed, index, "train")
         yield f"{asked.key}.input.png", encode_png(render(asked.scene, image_size))
-        words = {"task": "understand", "question": asked.question, "answer": asked.answer, "kind": asked.kind}
+        words = {
+            "task": "understand",
+            "question": asked.question,
+            "answer": asked.answer,
+            "kind": asked.kind,
+        }
         yield f"{asked.key}.json", json.dumps(words).encode()

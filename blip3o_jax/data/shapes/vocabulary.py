@@ -52,7 +52,11 @@ WORDS = tuple(sorted(_WORDS.split()))
 
 def fact_of_position(a: str, relation: str, b: str) -> Fact:
     """The same fact for a relation and its converse: "a right of b" is ("position", b, "left of", a)."""
-    return ("position", a, relation, b) if relation in ("left of", "above") else ("position", b, RELATIONS[relation], a)
+    return (
+        ("position", a, relation, b)
+        if relation in ("left of", "above")
+        else ("position", b, RELATIONS[relation], a)
+    )
 
 
 def fact_of_attribution(one: tuple[str, str], other: tuple[str, str]) -> Fact:
@@ -82,10 +86,17 @@ def _tables() -> tuple[dict[str, list[Fact]], dict[str, list[Fact]]]:
     split = {kind: _hold_out(facts) for kind, facts in every.items()}
     pairs = [(a, b) for _, a, b in split["two"][0]]
     single = [(shape, colour) for _, shape, colour in split["colours"][0]]
-    split["single"] = _hold_out([("single", size, colour, shape) for size in SIZES for shape, colour in single])
+    split["single"] = _hold_out(
+        [("single", size, colour, shape) for size in SIZES for shape, colour in single]
+    )
     objects = [(shape, colour) for shape in SHAPES for colour in COLOURS]
     split["position"] = _hold_out(
-        [("position", a, relation, b) for pair in pairs for a, b in (pair, pair[::-1]) for relation in ("left of", "above")]
+        [
+            ("position", a, relation, b)
+            for pair in pairs
+            for a, b in (pair, pair[::-1])
+            for relation in ("left of", "above")
+        ]
     )
     split["attribution"] = _hold_out(
         [

@@ -127,7 +127,9 @@ class Batcher:
                 continue
             pixels += image.pixels
             file_bytes += image.file.nbytes
-            if items and (pixels > self._pixels or file_bytes > self._file_bytes or len(items) == self._batch):
+            if items and (
+                pixels > self._pixels or file_bytes > self._file_bytes or len(items) == self._batch
+            ):
                 break
             items.append((job, index))
             job.waiting.remove(index)
@@ -154,13 +156,17 @@ class Batcher:
                 ),
             )
         except ProcessEnded as error:
-            line = f"the reward ended its process (exit code {error.args[0]}); another one is started"
+            line = (
+                f"the reward ended its process (exit code {error.args[0]}); another one is started"
+            )
             if not self._split(batch, items):
                 _refuse_all(items, Refused(500, line))
         except UserError as error:
             _refuse_all(items, Refused(503, str(error), {"Retry-After": "10"}))
         except Exception as error:
-            _refuse_all(items, Refused(500, f"scoring failed: {type(error).__name__}: {error}"[:300]))
+            _refuse_all(
+                items, Refused(500, f"scoring failed: {type(error).__name__}: {error}"[:300])
+            )
         else:
             if any(verdict.status == 200 for verdict in verdicts):
                 self._on_batch(sum(verdict.status == 200 for verdict in verdicts), seconds)
@@ -220,10 +226,13 @@ def _settle(job: Job) -> None:
     names = {tuple(sorted(verdict.parts)) for verdict in job.verdicts}
     if len(names) > 1:
         different = " and ".join(sorted(", ".join(some) or "none" for some in names))
-        job.done.set_exception(Refused(500, f"the reward failed: it has parts {different} for images of one request"))
+        job.done.set_exception(
+            Refused(500, f"the reward failed: it has parts {different} for images of one request")
+        )
         return
     total_B = np.array([verdict.total for verdict in job.verdicts], np.float32)
     parts = {
-        name: np.array([verdict.parts[name] for verdict in job.verdicts], np.float32) for name in sorted(job.verdicts[0].parts)
+        name: np.array([verdict.parts[name] for verdict in job.verdicts], np.float32)
+        for name in sorted(job.verdicts[0].parts)
     }
     job.done.set_result(Scores(total_B, parts))

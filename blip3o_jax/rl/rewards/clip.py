@@ -39,7 +39,9 @@ def create(path: str = "", batch: str = "4") -> "Clip":
     """The registry's factory, of `clip` and of `siglip`. `batch`: images that are encoded at once."""
     size = number("clip", "batch", batch, int, 1, 4096)
     if not path:
-        raise UserError("reward clip: set its option path to a contrastive run or to a transformers directory")
+        raise UserError(
+            "reward clip: set its option path to a contrastive run or to a transformers directory"
+        )
     config = pathlib.Path(path) / "config.json"
     if config.is_file() and "model_type" in checksums.read_json(config, edited=True):
         return Clip(TransformersEncoder(path), size)
@@ -51,16 +53,24 @@ def create(path: str = "", batch: str = "4") -> "Clip":
 class Clip(Reward):
     def __init__(self, encoder: DualEncoder, batch: int):
         self._images, self._batch = encoder.images, batch
-        self._text = functools.lru_cache(maxsize=TEXTS_KEPT)(lambda prompt: _unit(encoder.text(prompt)))
+        self._text = functools.lru_cache(maxsize=TEXTS_KEPT)(
+            lambda prompt: _unit(encoder.text(prompt))
+        )
 
     def check(self, prompt: str, metadata: Mapping[str, Any]) -> None:
         del metadata
         self._text(prompt)
 
-    def __call__(self, images_BHWC: np.ndarray, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Scores:
+    def __call__(
+        self, images_BHWC: np.ndarray, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
+    ) -> Scores:
         del metadata
         starts = range(0, len(images_BHWC), self._batch)
-        x_BD = _unit(np.concatenate([self._images(images_BHWC[start : start + self._batch]) for start in starts]))
+        x_BD = _unit(
+            np.concatenate(
+                [self._images(images_BHWC[start : start + self._batch]) for start in starts]
+            )
+        )
         y_BD = np.stack([self._text(prompt) for prompt in prompts])
         return Scores(np.einsum("bd,bd->b", x_BD, y_BD))
 
@@ -71,7 +81,9 @@ class TransformersEncoder:
     def __init__(self, path: str):
         for package in ("torch", "transformers"):
             if importlib.util.find_spec(package) is None:
-                raise UserError(f"reward clip: {path} is read by {package}: pip install 'blip3o_jax[convert]'")
+                raise UserError(
+                    f"reward clip: {path} is read by {package}: pip install 'blip3o_jax[convert]'"
+                )
         import torch
         import transformers
 
@@ -83,23 +95,35 @@ class TransformersEncoder:
             self._tokenizer = transformers.AutoTokenizer.from_pretrained(path, **local)
             self._processor = transformers.AutoImageProcessor.from_pretrained(path, **local)
         except (OSError, ValueError) as e:
-            raise UserError(f"reward clip: {path} cannot be read: {' '.join(str(e).split())[:200]}") from e
+            raise UserError(
+                f"reward clip: {path} cannot be read: {' '.join(str(e).split())[:200]}"
+            ) from e
         if not hasattr(self._model, "get_text_features"):
-            raise UserError(f"reward clip: {path} holds a {type(self._model).__name__}, which does not embed images and texts")
+            raise UserError(
+                f"reward clip: {path} holds a {type(self._model).__name__}, which does not embed images and texts"
+            )
         text = self._model.config.text_config
         self._length = text.max_position_embeddings
         # SigLIP was trained on padded texts and sees the padding; CLIP does not see it.
-        self._padding = "max_length" if self._model.config.model_type.startswith("siglip") else False
+        self._padding = (
+            "max_length" if self._model.config.model_type.startswith("siglip") else False
+        )
         self._no_grad = torch.inference_mode
 
     def images(self, images_BHWC: np.ndarray) -> np.ndarray:
-        pixels = self._processor(images=list(images_BHWC), return_tensors="pt", input_data_format="channels_last")
+        pixels = self._processor(
+            images=list(images_BHWC), return_tensors="pt", input_data_format="channels_last"
+        )
         with self._no_grad():
             return self._model.get_image_features(**pixels).pooler_output.float().numpy()
 
     def text(self, prompt: str) -> np.ndarray:
         tokens = self._tokenizer(
-            [prompt], padding=self._padding, max_length=self._length, truncation=False, return_tensors="pt"
+            [prompt],
+            padding=self._padding,
+            max_length=self._length,
+            truncation=False,
+            return_tensors="pt",
         )
         count = tokens["input_ids"].shape[1]
         if count > self._length:

@@ -26,13 +26,19 @@ class ContrastiveEncoder:
         root, _ = checkpoints.find(path)
         config = checkpoints.read_config(root)
         if config.stage != "contrastive":
-            raise UserError(f"reward clip: {root} was written by stage {config.stage!r}; give a run of stage 'contrastive'")
+            raise UserError(
+                f"reward clip: {root} was written by stage {config.stage!r}; give a run of stage 'contrastive'"
+            )
         strategy = Strategy.of(MeshConfig(data=1, fsdp=1, strategy="dp"), jax.local_devices()[:1])
         self._params = checkpoints.restore_parts(path, strategy, PARTS)
         self._graphdef, _ = nnx.split(nnx.eval_shape(lambda: Blip3o(config.model, PARTS, seed=0)))
         text = checkpoints.stored_text(root, config.model.text)
         self._vocabulary = Vocabulary(load_tokenizer(text), config.model.tokenizer.codebook_size)
-        self._size, self._length, self._batch = config.model.tokenizer.encoder.image_size, config.data.max_length, batch
+        self._size, self._length, self._batch = (
+            config.model.tokenizer.encoder.image_size,
+            config.data.max_length,
+            batch,
+        )
         self._embed_images, self._embed_text = jax.jit(self._pooled), jax.jit(self._tower)
 
     def images(self, images_BHWC: np.ndarray) -> np.ndarray:
@@ -48,10 +54,17 @@ class ContrastiveEncoder:
             raise UserError(
                 f"reward clip: prompt {prompt[:60]!r}... is {e.length} tokens, the encoder takes {self._length}: shorten it"
             ) from e
-        return np.asarray(self._embed_text(self._params, row["text_ids"][None], row["text_mask"][None]), np.float32)[0]
+        return np.asarray(
+            self._embed_text(self._params, row["text_ids"][None], row["text_mask"][None]),
+            np.float32,
+        )[0]
 
     def _pooled(self, params: nnx.State, pixels_BHWC: jax.Array) -> jax.Array:
-        return nnx.merge(self._graphdef, params).tokenizer.encoder(scale_pixels(pixels_BHWC)).pooled_BD
+        return (
+            nnx.merge(self._graphdef, params).tokenizer.encoder(scale_pixels(pixels_BHWC)).pooled_BD
+        )
 
-    def _tower(self, params: nnx.State, text_ids_BL: jax.Array, text_mask_BL: jax.Array) -> jax.Array:
+    def _tower(
+        self, params: nnx.State, text_ids_BL: jax.Array, text_mask_BL: jax.Array
+    ) -> jax.Array:
         return nnx.merge(self._graphdef, params).text_tower(text_ids_BL, text_mask_BL)

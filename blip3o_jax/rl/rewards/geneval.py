@@ -54,7 +54,9 @@ def create(
 
         sees = SegmentationDetector(path, colour_path, min(low, counting))
     elif path or colour_path:
-        raise UserError("reward geneval: path and colour_path belong to detector=transformers; detector=shapes has no weights")
+        raise UserError(
+            "reward geneval: path and colour_path belong to detector=transformers; detector=shapes has no weights"
+        )
     return Geneval(
         sees,
         shaped=choice("geneval", "scoring", scoring, ("shaped", "correct")) == "shaped",
@@ -80,16 +82,26 @@ class Geneval:
         except UserError as error:
             raise UserError(f"{error} (prompt {prompt[:80]!r})") from None
 
-    def __call__(self, images_BHWC: np.ndarray, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Scores:
+    def __call__(
+        self, images_BHWC: np.ndarray, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
+    ) -> Scores:
         del prompts
         verdicts = []
         for image_HWC, asked in zip(images_BHWC, metadata, strict=True):
             threshold = self.counting_threshold if asked["tag"] == "counting" else self.threshold
             objects = keep(self.detector.detect(image_HWC), threshold, self.max_objects)
-            verdicts.append(judge(objects, asked, lambda found, image=image_HWC: self.detector.colours_of(image, found)))
+            verdicts.append(
+                judge(
+                    objects,
+                    asked,
+                    lambda found, image=image_HWC: self.detector.colours_of(image, found),
+                )
+            )
         correct_B = np.array([verdict.correct for verdict in verdicts], np.float32)
         shaped_B = np.array([verdict.met for verdict in verdicts], np.float32)
-        return Scores(shaped_B if self.shaped else correct_B, {"correct": correct_B, "shaped": shaped_B})
+        return Scores(
+            shaped_B if self.shaped else correct_B, {"correct": correct_B, "shaped": shaped_B}
+        )
 
 
 class ShapesDetector:

@@ -62,7 +62,9 @@ def keep(found: Sequence[Found], threshold: float, most: int) -> dict[str, list[
 
 
 def judge(
-    objects: Mapping[str, Sequence[Found]], metadata: Metadata, colours_of: Callable[[Sequence[Found]], Sequence[str | None]]
+    objects: Mapping[str, Sequence[Found]],
+    metadata: Metadata,
+    colours_of: Callable[[Sequence[Found]], Sequence[str | None]],
 ) -> Verdict:
     """`objects`: as `keep` gives them. `colours_of` tells the colours of objects of one class."""
     taken: list[Sequence[Found]] = []
@@ -73,24 +75,34 @@ def judge(
     for asked in metadata.get("include", ()):
         found = objects.get(asked["class"], ())[: asked["count"]]
         there.append(len(found) / asked["count"])
-        wrong = [] if there[-1] == 1 else [f"asked {asked['count']} {asked['class']}, found {len(found)}"]
+        wrong = (
+            []
+            if there[-1] == 1
+            else [f"asked {asked['count']} {asked['class']}, found {len(found)}"]
+        )
         if "color" in asked:
             colours = list(colours_of(found)) if found else []
             shares.append(colours.count(asked["color"]) / asked["count"])
             if shares[-1] < 1:
-                wrong.append(f"asked {asked['color']} {asked['class']}, found {', '.join(map(str, colours)) or 'none'}")
+                wrong.append(
+                    f"asked {asked['color']} {asked['class']}, found {', '.join(map(str, colours)) or 'none'}"
+                )
         if "position" in asked:
             relation, target = asked["position"]
             complete = there[-1] == there[target] == 1
             shares.append(_standing(found, relation, taken[target]) if complete else 0.0)
             if shares[-1] < 1 or not met[target]:
-                wrong.append(f"{asked['class']} is not {relation} the {metadata['include'][target]['class']}")
+                wrong.append(
+                    f"{asked['class']} is not {relation} the {metadata['include'][target]['class']}"
+                )
         taken.append(found)
         met.append(not wrong)
         reasons += wrong
     for refused in metadata.get("exclude", ()):
         count, limit = len(objects.get(refused["class"], ())), refused["count"]
-        shares.append(float(np.mean(there or [1])) * max(0.0, 1 - max(0, count - limit + 1) / limit))
+        shares.append(
+            float(np.mean(there or [1])) * max(0.0, 1 - max(0, count - limit + 1) / limit)
+        )
         if count >= limit:
             reasons.append(f"asked fewer than {limit} {refused['class']}, found {count}")
     return Verdict(not reasons, float(np.mean(there + shares)), "; ".join(reasons) or "as asked")
@@ -116,27 +128,49 @@ def relations(box_a: Sequence[float], box_b: Sequence[float]) -> set[str]:
 
 def check_metadata(metadata: Metadata, classes: Sequence[str], colours: Sequence[str]) -> None:
     """UserError if these rules cannot judge the prompt with a detector of `classes` and `colours`."""
-    _require(isinstance(metadata.get("tag"), str), "has no 'tag'; take the lines of an official GenEval file")
+    _require(
+        isinstance(metadata.get("tag"), str),
+        "has no 'tag'; take the lines of an official GenEval file",
+    )
     _require(bool(metadata.get("include")), "has no 'include': it asks for nothing")
     for group in ("include", "exclude"):
         clauses = metadata.get(group, [])
-        _require(isinstance(clauses, list) and all(isinstance(c, dict) for c in clauses), f"{group} must be a list of objects")
+        _require(
+            isinstance(clauses, list) and all(isinstance(c, dict) for c in clauses),
+            f"{group} must be a list of objects",
+        )
         for index, clause in enumerate(clauses):
             where, count = f"{group}[{index}]", clause.get("count")
-            _require(clause.get("class") in classes, f"{where}: the detector knows no class {clause.get('class')!r}")
-            _require(type(count) is int and count > 0, f"{where}: count={count!r} must be a whole number above 0")
+            _require(
+                clause.get("class") in classes,
+                f"{where}: the detector knows no class {clause.get('class')!r}",
+            )
+            _require(
+                type(count) is int and count > 0,
+                f"{where}: count={count!r} must be a whole number above 0",
+            )
             if group == "include":
                 _check_colour_and_position(clause, where, index, colours)
 
 
-def _check_colour_and_position(clause: Metadata, where: str, index: int, colours: Sequence[str]) -> None:
+def _check_colour_and_position(
+    clause: Metadata, where: str, index: int, colours: Sequence[str]
+) -> None:
     colour = clause.get("color", colours[0])
     _require(colour in colours, f"{where}: color={colour!r} is not one of {', '.join(colours)}")
     if "position" in clause:
         position = clause["position"]
         two = isinstance(position, list | tuple) and len(position) == 2
-        right = two and position[0] in RELATIONS and type(position[1]) is int and 0 <= position[1] < index
-        _require(right, f"{where}: position={position!r} must be [{' | '.join(RELATIONS)}, index of an earlier clause]")
+        right = (
+            two
+            and position[0] in RELATIONS
+            and type(position[1]) is int
+            and 0 <= position[1] < index
+        )
+        _require(
+            right,
+            f"{where}: position={position!r} must be [{' | '.join(RELATIONS)}, index of an earlier clause]",
+        )
 
 
 def _require(condition: bool, problem: str) -> None:

@@ -57,13 +57,17 @@ class _Busy(Exception):
         self.seconds = seconds
 
 
-def create(urls: str, token: str = "", token_env: str = "", timeout: str = TIMEOUT, batch: str = "16") -> "HttpReward":
+def create(
+    urls: str, token: str = "", token_env: str = "", timeout: str = TIMEOUT, batch: str = "16"
+) -> "HttpReward":
     """The registry's factory. `urls`: "http://a:8000,http://b:8000". `token_env`: name of the
     environment variable that holds the token, which then stands in no config and no log; `token` is
     the token itself. `timeout`: seconds for a request's scores, all tries at all servers together.
     `batch`: images of a request."""
     if token and token_env:
-        raise UserError("reward http: token and token_env exclude each other: leave one of them out")
+        raise UserError(
+            "reward http: token and token_env exclude each other: leave one of them out"
+        )
     wire.check_token("reward http: token", token)
     return HttpReward(
         tuple(_base(url.strip()) for url in urls.split(",")),
@@ -77,7 +81,9 @@ def check_timeout(reward: RewardConfig, seconds: float) -> None:
     """Raise UserError unless the reward http gives up before the `seconds` after which the pool
     ends its process."""
     if reward.name == "http":
-        timeout = number("http", "timeout", dict(reward.options).get("timeout", TIMEOUT), float, 0.001, 86400)
+        timeout = number(
+            "http", "timeout", dict(reward.options).get("timeout", TIMEOUT), float, 0.001, 86400
+        )
         if timeout >= seconds:
             raise UserError(
                 f"reward http: timeout={timeout:g} must be less than rl.timeout={seconds:g}, which ends the process that waits"
@@ -87,21 +93,40 @@ def check_timeout(reward: RewardConfig, seconds: float) -> None:
 def _base(url: str) -> str:
     try:
         parts = urllib.parse.urlsplit(url)
-        good = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port is None or parts.port > 0)
+        good = (
+            parts.scheme in ("http", "https")
+            and bool(parts.hostname)
+            and (parts.port is None or parts.port > 0)
+        )
         parts.hostname and parts.hostname.encode("idna")
     except (ValueError, UnicodeError):  # the port is no number, the host no name
         good = False
     plain = url.isascii() and url.isprintable() and " " not in url
     if not good or not plain or parts.query or parts.fragment or parts.username is not None:
-        raise UserError(f"reward http: urls: {url!r} is not like http://HOST:PORT (several are separated by commas)")
+        raise UserError(
+            f"reward http: urls: {url!r} is not like http://HOST:PORT (several are separated by commas)"
+        )
     return url.rstrip("/")
 
 
 class HttpReward(Reward):
     """Parts are the server's."""
 
-    def __init__(self, urls: Sequence[str], token: str = "", timeout: float = 60.0, batch: int = 16, probe: float = PROBE):
-        self._urls, self._token, self._timeout, self._batch, self._probe = tuple(urls), token, timeout, batch, probe
+    def __init__(
+        self,
+        urls: Sequence[str],
+        token: str = "",
+        timeout: float = 60.0,
+        batch: int = 16,
+        probe: float = PROBE,
+    ):
+        self._urls, self._token, self._timeout, self._batch, self._probe = (
+            tuple(urls),
+            token,
+            timeout,
+            batch,
+            probe,
+        )
         self._turn = itertools.count()
         self._lock = threading.Lock()
         self._failures = dict.fromkeys(self._urls, 0)  # in a row
@@ -119,7 +144,9 @@ class HttpReward(Reward):
         try:
             json.dumps(dict(metadata), allow_nan=False)
         except (TypeError, ValueError, RecursionError) as error:
-            raise UserError(f"reward http: JSON cannot hold the metadata of prompt {prompt[:80]!r}: {error}") from None
+            raise UserError(
+                f"reward http: JSON cannot hold the metadata of prompt {prompt[:80]!r}: {error}"
+            ) from None
 
     def _try_servers(self) -> None:
         """One that cannot be reached is left out, as long as there is another."""
@@ -131,30 +158,51 @@ class HttpReward(Reward):
         """Return why a server cannot be asked now. UserError for a wrong token, and for what is no
         reward server."""
         try:
-            status, answer, _ = _exchange(url, "GET", "/info", None, self._token, min(TRY_SECONDS, self._timeout), 1 << 16)
+            status, answer, _ = _exchange(
+                url, "GET", "/info", None, self._token, min(TRY_SECONDS, self._timeout), 1 << 16
+            )
         except FAILURES as error:
             return f"{url}: {_described(error)}"
         if status == 401:
-            raise UserError(f"reward http: {url} does not take the token: {_error_line(answer)}; set token_env")
+            raise UserError(
+                f"reward http: {url} does not take the token: {_error_line(answer)}; set token_env"
+            )
         if status >= 500:
             return f"{url}: status {status}: {_error_line(answer)}"
         with contextlib.suppress(ValueError, RecursionError):
             if status == 200 and "rewards" in json.loads(answer.decode("utf-8")):
                 return None
-        raise UserError(f"reward http: {url} is no reward server (status {status}): is the URL right?")
+        raise UserError(
+            f"reward http: {url} is no reward server (status {status}): is the URL right?"
+        )
 
-    def __call__(self, images_BHWC: np.ndarray, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Scores:
+    def __call__(
+        self, images_BHWC: np.ndarray, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
+    ) -> Scores:
         """As many requests at once as there are servers. Raises UserError (a server refused) or
         Unreachable."""
-        chunks = [slice(start, start + self._batch) for start in range(0, len(prompts), self._batch)]
-        found = list(self._threads.map(lambda c: self._score(images_BHWC[c], prompts[c], metadata[c]), chunks))
+        chunks = [
+            slice(start, start + self._batch) for start in range(0, len(prompts), self._batch)
+        ]
+        found = list(
+            self._threads.map(
+                lambda c: self._score(images_BHWC[c], prompts[c], metadata[c]), chunks
+            )
+        )
         names = {tuple(sorted(scores.parts)) for scores in found}
         if len(names) > 1:
-            raise UserError(f"reward http: the servers of {', '.join(self._urls)} have different parts: serve the same reward")
-        parts = {name: np.concatenate([scores.parts[name] for scores in found]) for name in found[0].parts}
+            raise UserError(
+                f"reward http: the servers of {', '.join(self._urls)} have different parts: serve the same reward"
+            )
+        parts = {
+            name: np.concatenate([scores.parts[name] for scores in found])
+            for name in found[0].parts
+        }
         return Scores(np.concatenate([scores.total_B for scores in found]), parts)
 
-    def _score(self, images_BHWC: np.ndarray, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Scores:
+    def _score(
+        self, images_BHWC: np.ndarray, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
+    ) -> Scores:
         body = wire.encode_request(images_BHWC, prompts, metadata)
         end = time.monotonic() + self._timeout
         for attempt in itertools.count():
@@ -205,7 +253,9 @@ class HttpReward(Reward):
         """Return one server's scores. Raises one of FAILURES where it failed, _Busy, or UserError
         where it refused."""
         largest = wire.largest_answer(count)
-        status, answer, retry_after = _exchange(url, "POST", "/score", body, self._token, seconds, largest)
+        status, answer, retry_after = _exchange(
+            url, "POST", "/score", body, self._token, seconds, largest
+        )
         if status == 200:
             return wire.decode_scores(answer, count)
         line = _error_line(answer)
@@ -221,7 +271,14 @@ class HttpReward(Reward):
 
 
 # All that http.client, ssl, sockets and an answer that is none raise.
-FAILURES = (OSError, http.client.HTTPException, ValueError, RecursionError, OverflowError, _BadAnswer)
+FAILURES = (
+    OSError,
+    http.client.HTTPException,
+    ValueError,
+    RecursionError,
+    OverflowError,
+    _BadAnswer,
+)
 
 
 class _Deadline:
@@ -343,7 +400,9 @@ def _addresses(host: str, port: int, deadline: _Deadline) -> list[Any]:
     try:
         return found.result(deadline.left())
     except TimeoutError:
-        raise TimeoutError(f"the address of {host} was not found within {deadline.seconds:.3g} s") from None
+        raise TimeoutError(
+            f"the address of {host} was not found within {deadline.seconds:.3g} s"
+        ) from None
 
 
 def _wait(retry_after: str) -> float:
@@ -363,7 +422,11 @@ def _error_line(answer: bytes) -> str:
 
 
 def _described(error: BaseException) -> str:
-    return _clean(error if isinstance(error, (_BadAnswer, TimeoutError)) else f"{type(error).__name__}: {error}")
+    return _clean(
+        error
+        if isinstance(error, (_BadAnswer, TimeoutError))
+        else f"{type(error).__name__}: {error}"
+    )
 
 
 def _clean(text: Any) -> str:

@@ -36,7 +36,9 @@ from blip3o_jax.rl.rewards.ocr_text import normalise, unreadable
 from blip3o_jax.rl.rewards.options import choice, flag, number
 from blip3o_jax.rl.rewards.reward import Scores
 
-QUOTES = dict.fromkeys(map(ord, "\u201c\u201d\u201e\u201f\u00ab\u00bb\uff02"), '"')  # typographic ones, to straight ones
+QUOTES = dict.fromkeys(
+    map(ord, "\u201c\u201d\u201e\u201f\u00ab\u00bb\uff02"), '"'
+)  # typographic ones, to straight ones
 MAX_REORDERED = 4  # spans tried in every order; more are compared in the order of the prompt
 
 
@@ -60,7 +62,11 @@ Reader = Callable[[np.ndarray], Sequence[Line]]
 
 
 def create(
-    scoring: str = "strict", min_side: str = "128", border: str = "0.1", detect: str = "true", min_confidence: str = "0.5"
+    scoring: str = "strict",
+    min_side: str = "128",
+    border: str = "0.1",
+    detect: str = "true",
+    min_confidence: str = "0.5",
 ) -> "Ocr":
     """The registry's factory. `scoring`: strict or reference. `min_side`: images are enlarged until their shorter side has
     so many pixels. `border`: width of the border that is laid round them, a share of the side. `detect=false` takes the
@@ -73,8 +79,12 @@ def create(
         border=number("ocr", "border", border, float, 0, 1),
         detect=flag("ocr", "detect", detect),
     )
-    compare = {"strict": strict, "reference": reference}[choice("ocr", "scoring", scoring, ("strict", "reference"))]
-    least = number("ocr", "min_confidence", min_confidence, float, 0, 1) if compare is strict else 0.0
+    compare = {"strict": strict, "reference": reference}[
+        choice("ocr", "scoring", scoring, ("strict", "reference"))
+    ]
+    least = (
+        number("ocr", "min_confidence", min_confidence, float, 0, 1) if compare is strict else 0.0
+    )
     return Ocr(reader, compare, least)
 
 
@@ -90,17 +100,26 @@ class Ocr:
         del metadata
         quoted(prompt)
 
-    def __call__(self, images_BHWC: np.ndarray, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Scores:
+    def __call__(
+        self, images_BHWC: np.ndarray, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
+    ) -> Scores:
         del metadata
         found, confidence = [], []
         for image_HWC, prompt in zip(images_BHWC, prompts, strict=True):
             lines = [line for line in self.read(image_HWC) if line.confidence > self.min_confidence]
             found.append(self.compare(lines, quoted(prompt)))
             weight = sum(len(line.text) for line in lines)
-            confidence.append(sum(line.confidence * len(line.text) for line in lines) / weight if weight else 0.0)
-        parts = {"exact": [c.exact for c in found], "distance": [c.distance for c in found], "confidence": confidence}
+            confidence.append(
+                sum(line.confidence * len(line.text) for line in lines) / weight if weight else 0.0
+            )
+        parts = {
+            "exact": [c.exact for c in found],
+            "distance": [c.distance for c in found],
+            "confidence": confidence,
+        }
         return Scores(
-            np.array([c.score for c in found], np.float32), {name: np.array(v, np.float32) for name, v in parts.items()}
+            np.array([c.score for c in found], np.float32),
+            {name: np.array(v, np.float32) for name, v in parts.items()},
         )
 
 
@@ -111,9 +130,13 @@ def quoted(prompt: str) -> tuple[str, ...]:
     spans = tuple(outside_and_inside[1::2])
     shown = repr(prompt if len(prompt) <= 80 else prompt[:77] + "...")
     if not spans:
-        raise UserError(f'reward ocr: prompt {shown} quotes no text: write it between double quotes, as in a sign "OPEN"')
+        raise UserError(
+            f'reward ocr: prompt {shown} quotes no text: write it between double quotes, as in a sign "OPEN"'
+        )
     if len(outside_and_inside) % 2 == 0:
-        raise UserError(f"reward ocr: prompt {shown} opens a double quote that it does not close: close it or take it out")
+        raise UserError(
+            f"reward ocr: prompt {shown} opens a double quote that it does not close: close it or take it out"
+        )
     if not all(normalise(span) for span in spans):
         raise UserError(
             f"reward ocr: prompt {shown} has empty quotes, or signs in them that nobody reads: "
@@ -141,8 +164,12 @@ def reference(lines: Sequence[Line], spans: Sequence[str]) -> Comparison:
     """The published scoring, in the recogniser's own order of lines."""
     read = normalise("".join(line.text for line in lines))
     targets = [normalise(span) for span in spans]
-    distances = [0 if target in read else min(levenshtein(read, target), len(target)) for target in targets]
-    score = sum(1 - d / len(target) for d, target in zip(distances, targets, strict=True)) / len(targets)
+    distances = [
+        0 if target in read else min(levenshtein(read, target), len(target)) for target in targets
+    ]
+    score = sum(1 - d / len(target) for d, target in zip(distances, targets, strict=True)) / len(
+        targets
+    )
     return Comparison(score, sum(distances), not any(distances))
 
 
@@ -186,14 +213,21 @@ class Recogniser:
             return []
         whole = np.array([(0, 0), shown_HWC.shape[1::-1]])
         corners = found.boxes if self.detect else [whole] * len(found.txts)
-        boxes = [(*np.min(points, axis=0).tolist(), *np.max(points, axis=0).tolist()) for points in corners]
-        return [Line(*line) for line in zip(found.txts, map(float, found.scores), boxes, strict=True)]
+        boxes = [
+            (*np.min(points, axis=0).tolist(), *np.max(points, axis=0).tolist())
+            for points in corners
+        ]
+        return [
+            Line(*line) for line in zip(found.txts, map(float, found.scores), boxes, strict=True)
+        ]
 
     def _shown(self, image_HWC: np.ndarray) -> np.ndarray:
         """The image with its border, enlarged, in the channel order that rapidocr takes arrays in (BGR)."""
         side = min(image_HWC.shape[:2])
         bgr_HWC = cv2.cvtColor(image_HWC, cv2.COLOR_RGB2BGR)
-        framed_HWC = cv2.copyMakeBorder(bgr_HWC, *[round(self.border * side)] * 4, cv2.BORDER_REPLICATE)
+        framed_HWC = cv2.copyMakeBorder(
+            bgr_HWC, *[round(self.border * side)] * 4, cv2.BORDER_REPLICATE
+        )
         scale = max(self.min_side / side, 1)
         return cv2.resize(framed_HWC, None, fx=scale, fy=scale, interpolation=cv2.INTER_CUBIC)
 

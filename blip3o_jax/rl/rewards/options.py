@@ -18,7 +18,9 @@ def flag(reward: str, option: str, text: str) -> bool:
     return choice(reward, option, text.lower(), ("true", "false")) == "true"
 
 
-def number(reward: str, option: str, text: str, kind: type[Number], lowest: Number, highest: Number) -> Number:
+def number(
+    reward: str, option: str, text: str, kind: type[Number], lowest: Number, highest: Number
+) -> Number:
     """`text` as an int or a float in lowest .. highest."""
     try:
         value = kind(text)
@@ -26,5 +28,7 @@ def number(reward: str, option: str, text: str, kind: type[Number], lowest: Numb
         value = None
     if value is None or not lowest <= value <= highest:
         names = {int: "a whole number", float: "a number"}
-        raise UserError(f"reward {reward}: {option}={text!r} must be {names[kind]} in {lowest} .. {highest}")
+        raise UserError(
+            f"reward {reward}: {option}={text!r} must be {names[kind]} in {lowest} .. {highest}"
+        )
     return value

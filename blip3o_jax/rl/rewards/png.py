@@ -17,8 +17,12 @@ import zlib
 import numpy as np
 
 MAX_SIDE = 1 << 14  # a decoder buffers whole rows
-MAX_CHUNKS = 1 << 14  # encoders write IDAT chunks of 8 KiB or more; parsing costs about 1 us a chunk
-DECODED_BYTES = 7  # of a pixel at the most while it is decoded: 4 in Pillow's image and 3 in the result
+MAX_CHUNKS = (
+    1 << 14
+)  # encoders write IDAT chunks of 8 KiB or more; parsing costs about 1 us a chunk
+DECODED_BYTES = (
+    7  # of a pixel at the most while it is decoded: 4 in Pillow's image and 3 in the result
+)
 STRIP = 64  # rows that are converted at once
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 # Colour type -> (channels, bit depths); section 11.2.1.

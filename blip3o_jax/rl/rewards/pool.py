@@ -100,7 +100,9 @@ class RewardPool:
         cannot be made and for the first prompt that one of them cannot judge."""
         self._processes.call(worker.check, lambda: (list(prompts),)).result()
 
-    def submit(self, images_BHWC: np.ndarray, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> "Pending":
+    def submit(
+        self, images_BHWC: np.ndarray, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
+    ) -> "Pending":
         """Starts judging uint8 images [B, H, W, 3], which must stay as they are until `result` has returned."""
         pending = Pending(np.asarray(images_BHWC), prompts, metadata)
         self._failures = 0
@@ -110,25 +112,45 @@ class RewardPool:
 
     def _judge(self, pending: "Pending", rows: Sequence[int], tries: int | None) -> None:
         """`tries`: how often an image that fails is tried after that; None for the first time."""
-        future = self._processes.call(worker.judge, lambda: pending.arguments(rows), self._timeout * len(rows))
+        future = self._processes.call(
+            worker.judge, lambda: pending.arguments(rows), self._timeout * len(rows)
+        )
         answered = functools.partial(self._judged, pending, rows, tries, time.monotonic())
         future.add_done_callback(answered)
 
-    def _judged(self, pending: "Pending", rows: Sequence[int], tries: int | None, began: float, future: Future) -> None:
+    def _judged(
+        self,
+        pending: "Pending",
+        rows: Sequence[int],
+        tries: int | None,
+        began: float,
+        future: Future,
+    ) -> None:
         """Called with each answer: in the thread of the processes, or in the submitting one for an answer that was faster."""
         with self._lock:
             self._record(pending, rows, tries, began, future)
 
-    def _record(self, pending: "Pending", rows: Sequence[int], tries: int | None, began: float, future: Future) -> None:
+    def _record(
+        self,
+        pending: "Pending",
+        rows: Sequence[int],
+        tries: int | None,
+        began: float,
+        future: Future,
+    ) -> None:
         if future.cancelled():
-            pending.record(rows, failed(len(rows), f"given up: {BREAKER} chunks in a row failed"), final=True)
+            pending.record(
+                rows, failed(len(rows), f"given up: {BREAKER} chunks in a row failed"), final=True
+            )
             return
         match error := future.exception():
             case None:
                 outcome, seconds = future.result()
                 pending.record_seconds(seconds / len(rows), time.monotonic() - began - seconds)
             case TimeoutError():
-                outcome = failed(len(rows), f"{self._names}: took longer than {self._timeout:g} s an image")
+                outcome = failed(
+                    len(rows), f"{self._names}: took longer than {self._timeout:g} s an image"
+                )
             case ProcessEnded(args=(code,)):
                 outcome = failed(len(rows), f"{self._names}: ended its process (exit code {code})")
             case _:  # no reward has answered: they cannot be made, or not be sent this
@@ -151,9 +173,13 @@ class RewardPool:
 class Pending:
     """Scores under way."""
 
-    def __init__(self, images_BHWC: np.ndarray, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]):
+    def __init__(
+        self, images_BHWC: np.ndarray, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
+    ):
         if not len(images_BHWC) == len(prompts) == len(metadata):
-            raise ValueError(f"{len(images_BHWC)} images, {len(prompts)} prompts, {len(metadata)} metadata")
+            raise ValueError(
+                f"{len(images_BHWC)} images, {len(prompts)} prompts, {len(metadata)} metadata"
+            )
         self._images_BHWC, self._prompts, self._metadata = images_BHWC, prompts, metadata
         self._error: BaseException | None = None
         self._finished = threading.Event()
@@ -182,9 +208,17 @@ class Pending:
             "total": self._seconds,
         }
         failed_B = np.array([reason is not None for reason in self._reasons])
-        return Judged(self._total_B, failed_B, self._parts, dict(collections.Counter(filter(None, self._reasons))), seconds)
+        return Judged(
+            self._total_B,
+            failed_B,
+            self._parts,
+            dict(collections.Counter(filter(None, self._reasons))),
+            seconds,
+        )
 
-    def arguments(self, rows: Sequence[int]) -> tuple[np.ndarray, list[str], list[Mapping[str, Any]]]:
+    def arguments(
+        self, rows: Sequence[int]
+    ) -> tuple[np.ndarray, list[str], list[Mapping[str, Any]]]:
         """What `worker.judge` takes, of some images."""
         some = slice(rows[0], rows[-1] + 1)  # neighbours, so that nothing is copied
         return self._images_BHWC[some], list(self._prompts[some]), list(self._metadata[some])
@@ -192,7 +226,9 @@ class Pending:
     def record(self, rows: Sequence[int], outcome: Outcome, *, final: bool) -> None:
         """Keeps the scores there are; the reasons of the others where those are not tried again."""
         for name, values in outcome.parts.items():
-            self._parts.setdefault(name, np.full(len(self._total_B), np.nan, np.float32))[list(rows)] = values
+            self._parts.setdefault(name, np.full(len(self._total_B), np.nan, np.float32))[
+                list(rows)
+            ] = values
         for row, total, reason in zip(rows, outcome.total_B, outcome.reasons, strict=True):
             if reason is None:
                 self._total_B[row] = total

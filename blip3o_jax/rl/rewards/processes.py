@@ -64,7 +64,13 @@ class Processes:
     they do, for messages. One thread serves them all, and runs the callbacks of the futures."""
 
     def __init__(
-        self, initializer: Callable[..., None], initargs: tuple[Any, ...], *, workers: int, start_timeout: float, what: str
+        self,
+        initializer: Callable[..., None],
+        initargs: tuple[Any, ...],
+        *,
+        workers: int,
+        start_timeout: float,
+        what: str,
     ):
         self._context = multiprocessing.get_context("spawn")
         self._initialise = functools.partial(initializer, *initargs)
@@ -80,7 +86,12 @@ class Processes:
         self._thread.start()
         atexit.register(self.close)
 
-    def call(self, function: Callable[..., Any], arguments: Callable[[], tuple[Any, ...]], timeout: float = math.inf) -> Future:
+    def call(
+        self,
+        function: Callable[..., Any],
+        arguments: Callable[[], tuple[Any, ...]],
+        timeout: float = math.inf,
+    ) -> Future:
         """The future of `function(*arguments())` in one of the processes; `arguments` is called when one is free. Its exception
         is the function's own, TimeoutError after `timeout` seconds there, ProcessEnded, or UserError where processes do not
         start. It always comes to an end."""
@@ -136,7 +147,9 @@ class Processes:
                 self._hand_out()
                 patience = min(worker.deadline for worker in self._workers) - time.monotonic()
                 pipes = {worker.pipe: worker for worker in self._workers}
-                ready = connection.wait([self._bell, *pipes], None if patience == math.inf else max(patience, 0.0))
+                ready = connection.wait(
+                    [self._bell, *pipes], None if patience == math.inf else max(patience, 0.0)
+                )
                 for pipe in ready:
                     if pipe is self._bell:
                         with self._lock:
@@ -186,7 +199,9 @@ class Processes:
 
     def _end_late(self, worker: _Worker) -> None:
         if not worker.ready:
-            self._stop(f"no process of {self._what} has started within {self._start_timeout:g} s: does it hang?")
+            self._stop(
+                f"no process of {self._what} has started within {self._start_timeout:g} s: does it hang?"
+            )
             return
         call, worker.call = worker.call, None
         worker.process.kill()
@@ -202,7 +217,9 @@ class Processes:
         if self._deaths < MOST_DEATHS:
             self._workers.append(self._started())
         else:
-            self._stop(f"the processes of {self._what} end while they start: try it alone, outside of a run")
+            self._stop(
+                f"the processes of {self._what} end while they start: try it alone, outside of a run"
+            )
         if worker.call is not None:
             worker.call.settle(error=ProcessEnded(worker.process.exitcode))
 
@@ -255,7 +272,10 @@ def _work(pipe: connection.Connection, initialise: Callable[[], None]) -> None:
             try:
                 _send(pipe, answer)
             except Exception as e:
-                _send(pipe, (None, RuntimeError(f"the answer cannot be sent: {type(e).__name__}: {e}")))
+                _send(
+                    pipe,
+                    (None, RuntimeError(f"the answer cannot be sent: {type(e).__name__}: {e}")),
+                )
             function, arguments = _receive(pipe)
             try:
                 answer = function(*arguments), None

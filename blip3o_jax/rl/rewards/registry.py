@@ -45,12 +45,16 @@ def parsed(text: str) -> RewardConfig:
         elif pairs:
             pairs[-1] = (pairs[-1][0], f"{pairs[-1][1]},{piece}")
         else:
-            raise ConfigError(f"reward {text!r}: {piece!r} is no option: write NAME,OPTION=VALUE,...")
+            raise ConfigError(
+                f"reward {text!r}: {piece!r} is no option: write NAME,OPTION=VALUE,..."
+            )
     term = {
         "weight": _numbers(text, pairs, "weight", 1, (1.0,))[0],
         "clip": _numbers(text, pairs, "clip", 2, None),
     }
-    return RewardConfig(name=name, options=tuple(pair for pair in pairs if pair[0] not in term), **term)
+    return RewardConfig(
+        name=name, options=tuple(pair for pair in pairs if pair[0] not in term), **term
+    )
 
 
 def _numbers(text: str, pairs: list[tuple[str, str]], field: str, count: int, default: Any) -> Any:
@@ -61,7 +65,9 @@ def _numbers(text: str, pairs: list[tuple[str, str]], field: str, count: int, de
     except ValueError:
         numbers = ()
     if found and (len(numbers) != count or not all(map(math.isfinite, numbers))):
-        raise ConfigError(f"reward {text!r}: {field}={found[-1]!r} must be {'LOW:HIGH' if count == 2 else 'a number'}")
+        raise ConfigError(
+            f"reward {text!r}: {field}={found[-1]!r} must be {'LOW:HIGH' if count == 2 else 'a number'}"
+        )
     return numbers
 
 
@@ -74,7 +80,9 @@ def make(config: RewardConfig) -> Reward:
         _check_call(config.name, function, options)
         return UserReward(config.name, functools.partial(function, **options))
     if config.name not in REWARDS:
-        raise ConfigError(f"unknown reward {config.name!r}: {_nearest(config.name, [*REWARDS, USER + 'MODULE.FUNCTION'])}")
+        raise ConfigError(
+            f"unknown reward {config.name!r}: {_nearest(config.name, [*REWARDS, USER + 'MODULE.FUNCTION'])}"
+        )
     module, factory = REWARDS[config.name].split(":")
     create = getattr(importlib.import_module(module), factory)
     _check_options(config.name, options, _parameters(create))
@@ -87,7 +95,9 @@ class UserReward(Reward):
     def __init__(self, name: str, function: Callable[..., Any]):
         self.name, self.function = name, function
 
-    def __call__(self, images_BHWC: np.ndarray, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Scores:
+    def __call__(
+        self, images_BHWC: np.ndarray, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
+    ) -> Scores:
         found = self.function(images_BHWC, prompts, metadata)
         return found if isinstance(found, Scores) else Scores(np.asarray(found, np.float32))
 
@@ -100,10 +110,14 @@ def _user_function(name: str) -> Callable[..., Any]:
     try:
         function = getattr(importlib.import_module(module), attribute, None)
     except ImportError as e:
-        raise ConfigError(f"reward {name!r}: module {module} cannot be imported ({e}); is its folder in PYTHONPATH?") from e
+        raise ConfigError(
+            f"reward {name!r}: module {module} cannot be imported ({e}); is its folder in PYTHONPATH?"
+        ) from e
     except Exception as e:  # of the user's own code
         line = " ".join(str(e).split())
-        raise ConfigError(f"reward {name!r}: module {module} fails when it is imported: {type(e).__name__}: {line}") from e
+        raise ConfigError(
+            f"reward {name!r}: module {module} fails when it is imported: {type(e).__name__}: {line}"
+        ) from e
     if not callable(function):
         raise ConfigError(f"reward {name!r}: module {module} has no function {attribute}")
     return function
@@ -113,10 +127,14 @@ def _check_call(name: str, function: Callable[..., Any], options: Mapping[str, s
     try:
         inspect.signature(function).bind([], [], [], **options)
     except TypeError as e:
-        raise ConfigError(f"reward {name} cannot be called with (images, prompts, metadata): {e}") from e
+        raise ConfigError(
+            f"reward {name} cannot be called with (images, prompts, metadata): {e}"
+        ) from e
 
 
-def _check_options(name: str, options: Mapping[str, str], parameters: Sequence[inspect.Parameter]) -> None:
+def _check_options(
+    name: str, options: Mapping[str, str], parameters: Sequence[inspect.Parameter]
+) -> None:
     named = [p for p in parameters if p.kind is not p.VAR_KEYWORD]
     for parameter in named:
         if parameter.default is parameter.empty and parameter.name not in options:
@@ -131,7 +149,9 @@ def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
     try:
         return list(inspect.signature(function).parameters.values())
     except ValueError as e:  # some that are written in C
-        raise ConfigError(f"reward: {e}; wrap it in a function of (images, prompts, metadata)") from e
+        raise ConfigError(
+            f"reward: {e}; wrap it in a function of (images, prompts, metadata)"
+        ) from e
 
 
 def _nearest(wrong: str, known: Sequence[str]) -> str:

@@ -46,7 +46,9 @@ def parse_request(body: bytes | bytearray, max_pixels: int) -> Request:
     """Return what is to be scored, its images parsed but not decoded. Refused with 400 (no JSON, no
     sound PNG), 413 (too many values, images or pixels) or 422 (wrong fields)."""
     if sum(map(body.count, (b",", b"[", b"{"))) > MAX_VALUES:
-        raise Refused(413, f"the body holds more than {MAX_VALUES} values: send fewer images at once")
+        raise Refused(
+            413, f"the body holds more than {MAX_VALUES} values: send fewer images at once"
+        )
     fields = _fields(body)
     prompts, metadata, files = (fields[name] for name in ("prompts", "metadata", "images"))
     if not prompts or not len(prompts) == len(metadata) == len(files):
@@ -79,7 +81,9 @@ def _fields(body: bytes | bytearray) -> dict[str, list]:
     if not isinstance(fields, dict) or set(fields) != set(kinds):
         raise Refused(422, f"the body must be an object with {', '.join(kinds)} and nothing else")
     for name, kind in kinds.items():
-        if not isinstance(fields[name], list) or not all(isinstance(value, kind) for value in fields[name]):
+        if not isinstance(fields[name], list) or not all(
+            isinstance(value, kind) for value in fields[name]
+        ):
             raise Refused(422, f"{name} must be a list of {'objects' if kind is dict else 'texts'}")
     return fields
 

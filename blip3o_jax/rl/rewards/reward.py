@@ -23,7 +23,9 @@ class Scores:
 class Reward(Protocol):
     """The built-in ones are named in `registry`. A class that derives from this one inherits a `check` that accepts all."""
 
-    def __call__(self, images_BHWC: np.ndarray, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Scores:
+    def __call__(
+        self, images_BHWC: np.ndarray, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
+    ) -> Scores:
         """uint8 RGB images [B, H, W, 3]; `metadata`: each prompt's line of the prompts file. The higher, the better."""
         ...
 

@@ -94,7 +94,9 @@ def _prepared(
     except UserError as error:
         return Verdict(422, " ".join(str(error).split()))
     except Exception as error:
-        return Verdict(500, f"the reward failed: {type(error).__name__}: {' '.join(str(error).split())}"[:300])
+        return Verdict(
+            500, f"the reward failed: {type(error).__name__}: {' '.join(str(error).split())}"[:300]
+        )
     return None
 
 

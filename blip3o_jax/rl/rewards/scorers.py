@@ -163,13 +163,17 @@ class Parser:
     def _process(self) -> Renewed:
         """Start it where there is a body for it."""
         limits = {"workers": 1, "start_timeout": START_TIMEOUT}
-        return Renewed(functools.partial(Processes, requests.start, (), what="the parser", **limits))
+        return Renewed(
+            functools.partial(Processes, requests.start, (), what="the parser", **limits)
+        )
 
     async def parse(self, body: bytearray) -> requests.Request:
         """As `requests.parse_request`; empties `body`. Raises Refused."""
         if len(body) <= self._small:
             loop = asyncio.get_running_loop()
-            found = await loop.run_in_executor(self._thread, requests.parse_request, body, self._max_pixels)
+            found = await loop.run_in_executor(
+                self._thread, requests.parse_request, body, self._max_pixels
+            )
         else:
             found = await self._parse_apart(body)
         body.clear()

@@ -18,7 +18,11 @@ from blip3o_jax import checksums
 from blip3o_jax.config import UserError
 from blip3o_jax.rl.rewards.geneval_rules import COLOURS, Found
 
-TEMPLATES = ("a photo of a {colour} {name}", "a photo of a {colour}-colored {name}", "a photo of a {colour} object")
+TEMPLATES = (
+    "a photo of a {colour} {name}",
+    "a photo of a {colour}-colored {name}",
+    "a photo of a {colour} object",
+)
 GREY = 0x99
 # Published checkpoints name some classes of COCO as VOC does; GenEval's prompts have longer names for three of them.
 GENEVAL_NAMES = {
@@ -43,10 +47,14 @@ class SegmentationDetector:
     def __init__(self, path: str, colour_path: str, threshold: float):
         for package in ("torch", "transformers"):
             if importlib.util.find_spec(package) is None:
-                raise UserError(f"reward geneval: detector=transformers needs {package}: pip install 'blip3o_jax[convert]'")
+                raise UserError(
+                    f"reward geneval: detector=transformers needs {package}: pip install 'blip3o_jax[convert]'"
+                )
         labels = _config("path", path).get("id2label")
         if not labels:
-            raise UserError(f"reward geneval: {path}/config.json has no id2label; take a model that names its classes")
+            raise UserError(
+                f"reward geneval: {path}/config.json has no id2label; take a model that names its classes"
+            )
         _config("colour_path", colour_path)
         self._names = {int(label): GENEVAL_NAMES.get(name, name) for label, name in labels.items()}
         self.classes = tuple(self._names.values())
@@ -57,19 +65,32 @@ class SegmentationDetector:
         """Every object with its mask; the box is the mask's."""
         import torch
 
-        self._models = self._models or _load(self.path, "AutoModelForUniversalSegmentation", "AutoImageProcessor")
+        self._models = self._models or _load(
+            self.path, "AutoModelForUniversalSegmentation", "AutoImageProcessor"
+        )
         model, processor = self._models
         with torch.inference_mode():
-            outputs = model(**processor(images=image_HWC, return_tensors="pt", input_data_format="channels_last"))
+            outputs = model(
+                **processor(
+                    images=image_HWC, return_tensors="pt", input_data_format="channels_last"
+                )
+            )
         (result,) = processor.post_process_instance_segmentation(
-            outputs, threshold=self.threshold, target_sizes=[image_HWC.shape[:2]], return_binary_maps=True
+            outputs,
+            threshold=self.threshold,
+            target_sizes=[image_HWC.shape[:2]],
+            return_binary_maps=True,
         )
         found = []
         # Where nothing was found, `segmentation` is a map without objects, and there are no segments to go with it.
         for mask, segment in zip(result["segmentation"], result["segments_info"], strict=False):
             mask_HW = mask.numpy() > 0
             if mask_HW.any():
-                found.append(Found(self._names[segment["label_id"]], _box(mask_HW), segment["score"], mask_HW))
+                found.append(
+                    Found(
+                        self._names[segment["label_id"]], _box(mask_HW), segment["score"], mask_HW
+                    )
+                )
         return found
 
     def colours_of(self, image_HWC: np.ndarray, found: Sequence[Found]) -> list[str | None]:
@@ -87,15 +108,23 @@ class ColourClassifier:
         """The colour of each crop, uint8 RGB [h, w, 3], of an object of class `name`."""
         import torch
 
-        self._models = self._models or _load(self.path, "CLIPModel", "AutoTokenizer", "AutoImageProcessor")
+        self._models = self._models or _load(
+            self.path, "CLIPModel", "AutoTokenizer", "AutoImageProcessor"
+        )
         model, tokenizer, processor = self._models
         with torch.inference_mode():
             if name not in self._texts_KD:
-                texts = [t.format(colour=colour, name=name) for colour in COLOURS for t in TEMPLATES]
-                texts_ND = model.get_text_features(**tokenizer(texts, padding=True, return_tensors="pt")).pooler_output
+                texts = [
+                    t.format(colour=colour, name=name) for colour in COLOURS for t in TEMPLATES
+                ]
+                texts_ND = model.get_text_features(
+                    **tokenizer(texts, padding=True, return_tensors="pt")
+                ).pooler_output
                 texts_KTD = _unit(texts_ND.numpy()).reshape(len(COLOURS), len(TEMPLATES), -1)
                 self._texts_KD[name] = _unit(texts_KTD.mean(axis=1))
-            pixels = processor(images=list(crops), return_tensors="pt", input_data_format="channels_last")
+            pixels = processor(
+                images=list(crops), return_tensors="pt", input_data_format="channels_last"
+            )
             images_ND = _unit(model.get_image_features(**pixels).pooler_output.numpy())
         return [COLOURS[k] for k in (images_ND @ self._texts_KD[name].T).argmax(axis=1)]
 
@@ -118,7 +147,9 @@ def _unit(x_ND: np.ndarray) -> np.ndarray:
 def _config(option: str, path: str) -> dict[str, Any]:
     file = pathlib.Path(path) / "config.json"
     if not path or not file.is_file():
-        raise UserError(f"reward geneval: {option}={path!r} must be a local directory with a model's config.json and weights")
+        raise UserError(
+            f"reward geneval: {option}={path!r} must be a local directory with a model's config.json and weights"
+        )
     return checksums.read_json(file, edited=True)
 
 

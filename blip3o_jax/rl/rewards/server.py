@@ -95,10 +95,14 @@ def serve(
     for rewards that cannot be made, a missing token, or an address that is not free."""
     token = wire.read_token(token_env) if token_env else ""
     if not token and host not in serving.LOOPBACK:
-        raise UserError(f"{WHAT}: --host={host} is open to other machines: name a variable with a token by --token_env")
+        raise UserError(
+            f"{WHAT}: --host={host} is open to other machines: name a variable with a token by --token_env"
+        )
     metrics = (metrics_host, metrics_port) if metrics_port is not None else None
     with RewardServer(rewards, host, port, token=token, metrics=metrics, limits=limits) as server:
-        caught = serving.run_until_signal(server.services, lambda: print(server.described, flush=True))
+        caught = serving.run_until_signal(
+            server.services, lambda: print(server.described, flush=True)
+        )
         print(f"stopped by {caught.name}; {server.scored:.0f} images were scored", flush=True)
     if caught is signal.SIGINT:
         raise KeyboardInterrupt
@@ -131,12 +135,18 @@ class RewardServer:
             routes.append(serving.metrics_route(self._registry))
         shared = {"limits": limits.connections, "open_paths": ("/health",)}
         counted = {"registry": self._registry, "prefix": f"{server_metrics.PREFIX}_http"}
-        self.services = [Service(WHAT, routes, host=host, port=port, token=token, **shared, **counted)]
+        self.services = [
+            Service(WHAT, routes, host=host, port=port, token=token, **shared, **counted)
+        ]
         try:
             if metrics is not None:
                 apart = [serving.metrics_route(self._registry), health]
-                self.services.append(Service(f"{WHAT}: metrics", apart, host=metrics[0], port=metrics[1], **shared))
-            self._scorers = scorers or ScorerProcesses(tuple(rewards), limits.scorers, limits.score_seconds)
+                self.services.append(
+                    Service(f"{WHAT}: metrics", apart, host=metrics[0], port=metrics[1], **shared)
+                )
+            self._scorers = scorers or ScorerProcesses(
+                tuple(rewards), limits.scorers, limits.score_seconds
+            )
         except BaseException:
             self._close_services()
             raise
@@ -211,4 +221,6 @@ class RewardServer:
                 found = await self._parser.parse(body)
                 return await self._batcher.score(Job(found.images, found.prompts, found.metadata))
         except TimeoutError:
-            raise Refused(503, f"no scores within {self._limits.request_seconds:g} s: try again later") from None
+            raise Refused(
+                503, f"no scores within {self._limits.request_seconds:g} s: try again later"
+            ) from None

@@ -14,7 +14,9 @@ class Scored:
     """Counts what was scored: `Batcher.on_batch`."""
 
     def __init__(self, registry: prometheus_client.CollectorRegistry):
-        self._images = prometheus_client.Counter(f"{PREFIX}_images", "images scored", registry=registry)
+        self._images = prometheus_client.Counter(
+            f"{PREFIX}_images", "images scored", registry=registry
+        )
         self._seconds = prometheus_client.Histogram(
             f"{PREFIX}_batch_seconds", "in the reward, a batch of images", registry=registry
         )
@@ -46,4 +48,7 @@ class State:
         )
         for reason, count in self._scorers.ends.items():
             ends.add_metric([reason], count)
-        return [GaugeMetricFamily(f"{PREFIX}_{name}", help, value) for name, (help, value) in gauges.items()] + [ends]
+        return [
+            GaugeMetricFamily(f"{PREFIX}_{name}", help, value)
+            for name, (help, value) in gauges.items()
+        ] + [ends]

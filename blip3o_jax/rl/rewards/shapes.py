@@ -38,16 +38,26 @@ class Shapes(Reward):
     def check(self, prompt: str, metadata: Mapping[str, Any]) -> None:
         missing = [field for field in FIELDS if field not in metadata]
         if missing or metadata["category"] not in CATEGORIES:
-            wrong = f"without {', '.join(missing)}" if missing else f"of category {metadata['category']!r}"
+            wrong = (
+                f"without {', '.join(missing)}"
+                if missing
+                else f"of category {metadata['category']!r}"
+            )
             raise UserError(
                 f"reward shapes: prompt {prompt[:80]!r} is {wrong}: use the prompts_*.jsonl that lie beside the shapes data set"
             )
 
-    def __call__(self, images_BHWC: np.ndarray, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Scores:
+    def __call__(
+        self, images_BHWC: np.ndarray, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
+    ) -> Scores:
         """Square images of 32 pixels or more."""
         del prompts
-        verdicts = [score(image_HWC, asked) for image_HWC, asked in zip(images_BHWC, metadata, strict=True)]
+        verdicts = [
+            score(image_HWC, asked) for image_HWC, asked in zip(images_BHWC, metadata, strict=True)
+        ]
         correct_B = np.array([verdict.correct for verdict in verdicts], np.float32)
         met_B = np.array([verdict.met for verdict in verdicts], np.float32)
         weight = self.correct_weight
-        return Scores(weight * correct_B + (1 - weight) * met_B, {"correct": correct_B, "shaped": met_B})
+        return Scores(
+            weight * correct_B + (1 - weight) * met_B, {"correct": correct_B, "shaped": met_B}
+        )

@@ -26,7 +26,11 @@ def is_local(config: RewardConfig) -> bool:
     options = dict(config.options)
     if options.get("detector", "shapes") != "shapes":
         return False
-    return config.name in LOCAL and len(options) == len(config.options) and set(options) <= LOCAL[config.name]
+    return (
+        config.name in LOCAL
+        and len(options) == len(config.options)
+        and set(options) <= LOCAL[config.name]
+    )
 
 
 def check_trusted(rewards: Sequence[RewardConfig], where: str) -> None:

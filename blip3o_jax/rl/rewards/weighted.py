@@ -45,7 +45,9 @@ class WeightedRewards:
     def __init__(self, configs: Sequence[RewardConfig]):
         check(len(configs) > 0, "rl.rewards is empty: name at least one reward")
         names = labels(configs)
-        self._terms = [(name, config, make(config)) for name, config in zip(names, configs, strict=True)]
+        self._terms = [
+            (name, config, make(config)) for name, config in zip(names, configs, strict=True)
+        ]
 
     def check(self, prompt: str, metadata: Mapping[str, Any]) -> None:
         """Raises the UserError of the first reward that cannot judge this prompt."""
@@ -53,7 +55,9 @@ class WeightedRewards:
             if hasattr(reward, "check"):
                 reward.check(prompt, metadata)
 
-    def __call__(self, images_BHWC: np.ndarray, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Outcome:
+    def __call__(
+        self, images_BHWC: np.ndarray, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
+    ) -> Outcome:
         """uint8 images [B, H, W, 3] beside their prompts. Raises nothing that a reward raises."""
         count = len(images_BHWC)
         total_B, parts = np.zeros(count, np.float32), {}
@@ -61,12 +65,22 @@ class WeightedRewards:
         for name, config, reward in self._terms:
             try:
                 scores_B, named = _scores(reward, images_BHWC, prompts, metadata)
-            except (Exception, SystemExit) as e:  # whatever a scorer does, it must not end the run by itself
+            except (
+                Exception,
+                SystemExit,
+            ) as e:  # whatever a scorer does, it must not end the run by itself
                 reasons = [f"{name}: {_described(e)}"] * count
                 break
-            parts |= {name: scores_B} | {f"{name}/{part}": values_B for part, values_B in named.items()}
-            reasons = [old or _wrong(name, score, config) for old, score in zip(reasons, scores_B, strict=True)]
-            total_B += config.weight * (np.clip(scores_B, *config.clip) if config.clip else scores_B)
+            parts |= {name: scores_B} | {
+                f"{name}/{part}": values_B for part, values_B in named.items()
+            }
+            reasons = [
+                old or _wrong(name, score, config)
+                for old, score in zip(reasons, scores_B, strict=True)
+            ]
+            total_B += config.weight * (
+                np.clip(scores_B, *config.clip) if config.clip else scores_B
+            )
         total_B[[reason is not None for reason in reasons]] = np.nan
         return Outcome(total_B, parts, reasons)
 
@@ -82,16 +96,26 @@ def labels(configs: Sequence[RewardConfig]) -> list[str]:
 
 
 def _scores(
-    reward: Reward, images_BHWC: np.ndarray, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
+    reward: Reward,
+    images_BHWC: np.ndarray,
+    prompts: Sequence[str],
+    metadata: Sequence[Mapping[str, Any]],
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Scores and parts, float32 [B] each. ValueError where one has another shape."""
     found = reward(images_BHWC, prompts, metadata)
-    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused as that
-        arrays = {part: np.asarray(values, np.float32) for part, values in {"": found.total_B, **found.parts}.items()}
+    with np.errstate(
+        over="ignore"
+    ):  # what float32 cannot hold becomes infinite, and is refused as that
+        arrays = {
+            part: np.asarray(values, np.float32)
+            for part, values in {"": found.total_B, **found.parts}.items()
+        }
     for part, values in arrays.items():
         if values.shape != (len(images_BHWC),):
             what = f"part {part}" if part else "scores"
-            raise ValueError(f"returned {what} of shape {list(values.shape)} for {len(images_BHWC)} images")
+            raise ValueError(
+                f"returned {what} of shape {list(values.shape)} for {len(images_BHWC)} images"
+            )
     return arrays.pop(""), arrays
 
 

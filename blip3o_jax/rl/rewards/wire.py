@@ -30,7 +30,9 @@ def largest_answer(count: int) -> int:
     return (MAX_PARTS + 1) * (MAX_NAME * 6 + 32 * count) + 4096
 
 
-def encode_request(images_BHWC: np.ndarray, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> bytes:
+def encode_request(
+    images_BHWC: np.ndarray, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
+) -> bytes:
     """Images are uint8 RGB. ValueError or TypeError for metadata that JSON cannot hold."""
     images = []
     for image_HWC in images_BHWC:
@@ -43,7 +45,9 @@ def encode_request(images_BHWC: np.ndarray, prompts: Sequence[str], metadata: Se
 
 def encode_scores(scores: Scores) -> bytes:
     parts = {name: np.asarray(values_B).tolist() for name, values_B in scores.parts.items()}
-    return json.dumps({"total": np.asarray(scores.total_B).tolist(), "parts": parts}, allow_nan=False).encode("utf-8")
+    return json.dumps(
+        {"total": np.asarray(scores.total_B).tolist(), "parts": parts}, allow_nan=False
+    ).encode("utf-8")
 
 
 def decode_scores(body: bytes, count: int) -> Scores:
@@ -55,14 +59,22 @@ def decode_scores(body: bytes, count: int) -> Scores:
     if not isinstance(fields, dict) or not isinstance(fields.get("parts"), dict):
         raise ValueError("the answer has no 'total' and 'parts'")
     parts = fields["parts"]
-    if len(parts) > MAX_PARTS or not all(len(name) <= MAX_NAME and name.isprintable() for name in parts):
-        raise ValueError(f"the answer has more than {MAX_PARTS} parts, or one whose name is no name")
+    if len(parts) > MAX_PARTS or not all(
+        len(name) <= MAX_NAME and name.isprintable() for name in parts
+    ):
+        raise ValueError(
+            f"the answer has more than {MAX_PARTS} parts, or one whose name is no name"
+        )
     arrays = {name: _floats(values, name, count) for name, values in parts.items()}
     return Scores(_floats(fields.get("total"), "total", count), arrays)
 
 
 def _floats(values: Any, name: str, count: int) -> np.ndarray:
-    if not isinstance(values, list) or len(values) != count or not all(type(v) in (int, float) for v in values):
+    if (
+        not isinstance(values, list)
+        or len(values) != count
+        or not all(type(v) in (int, float) for v in values)
+    ):
         raise ValueError(f"{name} is not a list of {count} numbers")
     if not all(abs(value) <= _LARGEST for value in values):  # nor is NaN
         raise ValueError(f"{name} holds a number that is not finite")
@@ -73,11 +85,15 @@ def read_token(variable: str) -> str:
     """Return the token in an environment variable. UserError where there is none, or one that no header can hold."""
     token = os.environ.get(variable, "").strip()
     if not token:
-        raise UserError(f"token_env={variable}: that environment variable is not set; export it, or leave the option out")
+        raise UserError(
+            f"token_env={variable}: that environment variable is not set; export it, or leave the option out"
+        )
     check_token(f"token_env={variable}", token)
     return token
 
 
 def check_token(name: str, token: str) -> None:
     if not (token.isascii() and token.isprintable()) or " " in token:
-        raise UserError(f"{name}: a token is made of ASCII letters, digits and signs, without spaces")
+        raise UserError(
+            f"{name}: a token is made of ASCII letters, digits and signs, without spaces"
+        )

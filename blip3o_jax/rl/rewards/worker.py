@@ -53,7 +53,9 @@ def make(configs: tuple[RewardConfig, ...], threads: int) -> None:
         _made = RuntimeError(f"a reward cannot be made:\n{traceback.format_exc()}")
 
 
-def judge(images_BHWC: "np.ndarray", prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> tuple["Outcome", float]:
+def judge(
+    images_BHWC: "np.ndarray", prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
+) -> tuple["Outcome", float]:
     """What the rewards say, and the seconds they took."""
     made, began = rewards(), time.monotonic()
     return made(images_BHWC, prompts, metadata), time.monotonic() - began

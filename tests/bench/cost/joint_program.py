@@ -51,7 +51,10 @@ def run_config() -> config.Config:
 
 def main() -> None:
     row = compiled(Task(run_config(), WHERE))
-    flops = {part: {name: value * WHERE.devices for name, value in passes.items()} for part, passes in row["flops"].items()}
+    flops = {
+        part: {name: value * WHERE.devices for name, value in passes.items()}
+        for part, passes in row["flops"].items()
+    }
     print(json.dumps(flops))
 
 

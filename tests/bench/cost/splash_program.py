@@ -20,7 +20,10 @@ def main(chip: str, head: int) -> None:
     at = strategy.replicated()
 
     def loss(q, k, v, segments):
-        with nn.sharding_resolver(strategy.resolver), nn.part("ar"):  # what says that it is for a TPU
+        with (
+            nn.sharding_resolver(strategy.resolver),
+            nn.part("ar"),
+        ):  # what says that it is for a TPU
             return jnp.sum(splash(q, k, v, segments, segments, 0).astype(jnp.float32) ** 2)
 
     x = jax.ShapeDtypeStruct((4, 2048, 4, head), jnp.bfloat16, sharding=at)

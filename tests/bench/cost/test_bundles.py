@@ -51,10 +51,18 @@ def test_a_turn_is_the_loops_code(tmp_path):
 @pytest.mark.parametrize("chip", ["v5e", "v5p"])
 def test_the_schedule_stands_in_for_the_estimate(chip, bound, others):
     """fusion.7 has 1024 turns, or 2048; fusion.8 is scheduled with it if it is alike, and else has the estimate."""
-    found = walk.program_cost(PROGRAM.replace("BOUND", bound), torus(CHIPS[chip], (1,) * CHIPS[chip].axes), {"fusion.7": 5000})
+    found = walk.program_cost(
+        PROGRAM.replace("BOUND", bound),
+        torus(CHIPS[chip], (1,) * CHIPS[chip].axes),
+        {"fusion.7": 5000},
+    )
     first = 64 * int(bound) * 5000 / CHIPS[chip].cores
     second = first if others else 1_000_000
-    assert found.seconds["compute"] == found.total_seconds == pytest.approx((first + second) / CHIPS[chip].clock)
+    assert (
+        found.seconds["compute"]
+        == found.total_seconds
+        == pytest.approx((first + second) / CHIPS[chip].clock)
+    )
 
 
 def test_a_schedule_that_beats_the_matrix_unit_is_bound_by_it():

@@ -17,7 +17,10 @@ from blip3o_jax.bench.cost import hlo
         ("mesh['axis_0'=2,'axis_1'=2] {'axis_1'}", ((0, 1), (2, 3))),
         ("mesh['a'=2,'b'=2] {'a','b'}", ((0, 1, 2, 3),)),
         ("mesh['a'=4,'b'=1,'c'=2], device_ids=([2,4]T(1,0)) {'a'}", ((0, 1, 2, 3), (4, 5, 6, 7))),
-        ("mesh['a'=4,'b'=1,'c'=2], device_ids=([2,4]T(1,0)) {'c'}", ((0, 4), (1, 5), (2, 6), (3, 7))),
+        (
+            "mesh['a'=4,'b'=1,'c'=2], device_ids=([2,4]T(1,0)) {'c'}",
+            ((0, 4), (1, 5), (2, 6), (3, 7)),
+        ),
     ],
 )
 def test_replica_groups(text, want):
@@ -79,7 +82,11 @@ def test_a_loop_turns_from_its_first_value_to_its_bound(bound, third, turns):
 def test_a_loop_that_counts_by_two_turns_half_as_often():
     """As those in which the compiler multiplies by shards that come round the ring both ways: 7 counts, from 2 to 9."""
     text = LOOP.replace("BOUND", PASSED).replace("THIRD", "%constant.52")
-    program = hlo.parse(text.replace("%constant.55 = s32[]{:T(128)} constant(1)", "%constant.55 = s32[]{:T(128)} constant(2)"))
+    program = hlo.parse(
+        text.replace(
+            "%constant.55 = s32[]{:T(128)} constant(1)", "%constant.55 = s32[]{:T(128)} constant(2)"
+        )
+    )
     main = program.computations[program.entry]
     assert hlo.trip_count(program, main, main.by_name["while.27"]) == 4
 
@@ -116,8 +123,12 @@ def test_what_an_operation_says():
     assert fusion.op_name == "jit(f)/transpose(jvp())/dot_general"
     assert [s.space for s in hlo.leaves(main.by_name["copy-start"].shape)] == [1, 0, 2]
     reduced = program.computations["all-reduce-scatter"].by_name["all-reduce.1"]
-    assert reduced.replica_groups == "[4,16]<=[16,4]T(1,0)" and reduced.called("to_apply") == ("add.clone",)
-    assert [op.name for op in main.ops] == ["param", "copy-start", "copy-done", "fusion"], "in the order they run"
+    assert reduced.replica_groups == "[4,16]<=[16,4]T(1,0)" and reduced.called("to_apply") == (
+        "add.clone",
+    )
+    assert [op.name for op in main.ops] == ["param", "copy-start", "copy-done", "fusion"], (
+        "in the order they run"
+    )
 
 
 KERNEL = """HloModule jit_step, is_scheduled=true
@@ -135,7 +146,11 @@ ENTRY %main (q: bf16[4,16,2048,128]) -> bf16[4,16,2048,128] {
 def test_attributes_of_a_kernel_go_over_several_lines():
     program = hlo.parse(KERNEL)
     main = program.computations[program.entry]
-    assert [op.name for op in main.ops] == ["q", "splash_mha_fwd.2", "after"] and main.root.name == "after"
+    assert [op.name for op in main.ops] == [
+        "q",
+        "splash_mha_fwd.2",
+        "after",
+    ] and main.root.name == "after"
     assert main.by_name["splash_mha_fwd.2"].op_name.endswith("attention/pallas_call")
 
 
@@ -160,7 +175,10 @@ def test_shapes(text, want):
     assert hlo._shape(text + " add(", 0) == (want, len(text))
 
 
-@pytest.mark.parametrize(("dtype", "size"), [("bf16", 6), ("f32", 12), ("pred", 3), ("f8e4m3fn", 3), ("s4", 2), ("c64", 24)])
+@pytest.mark.parametrize(
+    ("dtype", "size"),
+    [("bf16", 6), ("f32", 12), ("pred", 3), ("f8e4m3fn", 3), ("s4", 2), ("c64", 24)],
+)
 def test_bytes(dtype, size):
     assert hlo.Shape(dtype, (3,)).bytes == size
 

@@ -44,7 +44,9 @@ def test_blocks_up_to_the_diagonal_take_their_bundles():
 def test_a_smaller_block_takes_its_share():
     text = SPLASH.replace("512", "256")
     bundles = _BUNDLES["v6e", 128, "fwd"]
-    assert work(text, "v6e").cycles == 16 * (136 / 4 * bundles.block + 16 / 2 * bundles.row + 256 * bundles.step)
+    assert work(text, "v6e").cycles == 16 * (
+        136 / 4 * bundles.block + 16 / 2 * bundles.row + 256 * bundles.step
+    )
 
 
 @pytest.mark.parametrize(
@@ -70,7 +72,11 @@ def test_the_table_is_what_the_compiler_schedules(chip, head, tmp_path):
     ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr[-2000:]
     for kind in ("fwd", "dkv"):
-        (path,) = (p for p in tmp_path.glob(f"*splash_m*_{kind}_*-final_bundles.txt") if "schedule" not in p.name)
+        (path,) = (
+            p
+            for p in tmp_path.glob(f"*splash_m*_{kind}_*-final_bundles.txt")
+            if "schedule" not in p.name
+        )
         found, want = counted(path.read_text(encoding="utf-8")), _BUNDLES[chip, head, kind]
         assert found.block == pytest.approx(want.block, rel=0.02)
         assert (found.row, found.step) == pytest.approx((want.row, want.step), rel=0.2)
@@ -80,12 +86,16 @@ def counted(text):
     """Bundles of straight code between the marks of regions: the longest is a block of scores, the one that opens the loop and
     the one after the block are a row's, what is left every step's."""
     regions = [0]
-    for mark in re.findall(r"^ *(?:0x[0-9a-f]+|0) +((?:LH|LB|LE|PB|PF|CT)?)[:\w]* *:? *>* *\{?", text, flags=re.M):
+    for mark in re.findall(
+        r"^ *(?:0x[0-9a-f]+|0) +((?:LH|LB|LE|PB|PF|CT)?)[:\w]* *:? *>* *\{?", text, flags=re.M
+    ):
         if mark:
             regions.append(0)
         regions[-1] += 1
     block = regions.index(max(regions))
     row = (1, block + 1)
     return Bundles(
-        regions[block], sum(regions[i] for i in row), sum(n for i, n in enumerate(regions) if i not in (*row, block))
+        regions[block],
+        sum(regions[i] for i in row),
+        sum(n for i, n in enumerate(regions) if i not in (*row, block)),
     )

@@ -24,7 +24,9 @@ def test_flops_of_every_part_are_those_of_the_architecture():
     assert ran.returncode == 0, ran.stderr[-2000:]
     found = json.loads(ran.stdout.splitlines()[-1])
     near = lambda value: pytest.approx(value, rel=0.02)
-    want = {part: {"forward": near(forward)} for part, (forward, _) in joint_step(run_config()).items()}
+    want = {
+        part: {"forward": near(forward)} for part, (forward, _) in joint_step(run_config()).items()
+    }
     for part, (_, backward) in joint_step(run_config()).items():
         if backward:
             want[part]["backward"] = near(backward)

@@ -102,7 +102,9 @@ def test_a_loop_counts_as_often_as_it_turns():
     args = zeros(3, 5), zeros(11, 5, 5)
     for f in (fn, jax.grad(fn, (0, 1))):
         lowered = jax.jit(f).lower(*args)
-        assert walk.program_cost(lowered.as_text(dialect="hlo"), ONE).total_flops == count_flops(f, *args)
+        assert walk.program_cost(lowered.as_text(dialect="hlo"), ONE).total_flops == count_flops(
+            f, *args
+        )
     assert lowered.cost_analysis()["flops"] < count_flops(f, *args) / 5, "XLA counts the body once"
 
 
@@ -110,10 +112,16 @@ def test_a_loop_of_unknown_length_is_a_share_of_the_time_that_is_not_known():
     """It holds all there is to do, and in it a second one that must not count twice."""
 
     def fn(n, x, w):
-        inner = lambda x: jax.lax.while_loop(lambda c: c[0] < n, lambda c: (c[0] + 1, c[1] @ w), (0, x))[1]
-        return jax.lax.while_loop(lambda c: c[0] < n, lambda c: (c[0] + 1, inner(c[1] @ w)), (0, x))[1]
+        inner = lambda x: jax.lax.while_loop(
+            lambda c: c[0] < n, lambda c: (c[0] + 1, c[1] @ w), (0, x)
+        )[1]
+        return jax.lax.while_loop(
+            lambda c: c[0] < n, lambda c: (c[0] + 1, inner(c[1] @ w)), (0, x)
+        )[1]
 
-    found = walk.program_cost(jax.jit(fn).lower(4, zeros(64, 32), zeros(32, 32)).as_text(dialect="hlo"), ONE)
+    found = walk.program_cost(
+        jax.jit(fn).lower(4, zeros(64, 32), zeros(32, 32)).as_text(dialect="hlo"), ONE
+    )
     assert found.total_flops == 2 * 2 * 64 * 32 * 32
     assert found.unknown["loop of unknown length, counted once"].count == 2
     assert 0.99 < found.unknown_share <= 1 + 1e-9
@@ -124,7 +132,10 @@ def test_a_loop_of_unknown_length_is_a_share_of_the_time_that_is_not_known():
     [
         ("jit(step)/jvp(ar)/while/body/dot_general", ("ar", "forward")),
         ("jit(step)/transpose(jvp(ar))/while/body/checkpoint/dot_general", ("ar", "backward")),
-        ("jit(step)/transpose(jvp(dit))/while/body/rematted_computation/dot_general", ("dit", "recomputed")),
+        (
+            "jit(step)/transpose(jvp(dit))/while/body/rematted_computation/dot_general",
+            ("dit", "recomputed"),
+        ),
         ("jit(step)/encode/tokenizer/while/body/dot_general", ("tokenizer", "forward")),
         ("jit(step)/jvp(cross_entropy)/while/body/dot_general", ("cross_entropy", "forward")),
         ("jit(step)/jvp(ar)/transpose", ("ar", "forward")),
@@ -162,14 +173,18 @@ def test_a_gather_over_the_whole_torus_takes_every_link():
 
 def test_an_axis_that_is_no_ring_goes_one_way():
     """Two chips side by side have one link between them."""
-    assert torus(sizes=(2, 1, 1)).seconds("all-gather", 8e6, range(2)) == pytest.approx(4e6 / V5P.link_rate + HOP_S)
+    assert torus(sizes=(2, 1, 1)).seconds("all-gather", 8e6, range(2)) == pytest.approx(
+        4e6 / V5P.link_rate + HOP_S
+    )
 
 
 def test_groups_that_interleave_share_their_links():
     """Chips 0, 2 of a ring of 4 and chips 1, 3 gather at the same time."""
     network = torus(sizes=(4, 1, 1), mesh={"fsdp": 2, "tensor": 2})
     assert network.axes((0, 2)) == ("fsdp",) and network.axes((0, 1)) == ("tensor",)
-    assert network.seconds("all-gather", 8e6, (0, 2)) == pytest.approx(4e6 / (2 * V5P.link_rate / 2) + HOP_S)
+    assert network.seconds("all-gather", 8e6, (0, 2)) == pytest.approx(
+        4e6 / (2 * V5P.link_rate / 2) + HOP_S
+    )
 
 
 def test_between_slices_each_device_sends_its_share():
@@ -185,7 +200,9 @@ def test_between_slices_each_device_sends_its_share():
 def test_all_to_all_is_bound_by_the_middle_of_the_ring():
     """On a ring of 4 a block goes one hop on average, over 8 directed links: scaling-book, "sharding"."""
     network = torus(sizes=(4, 1, 1))
-    assert network.seconds("all-to-all", 8e6, range(4)) == pytest.approx(8e6 * 4 / 8 / V5P.link_rate + 2 * HOP_S)
+    assert network.seconds("all-to-all", 8e6, range(4)) == pytest.approx(
+        8e6 * 4 / 8 / V5P.link_rate + 2 * HOP_S
+    )
 
 
 OVERLAP = """HloModule m, is_scheduled=true, num_partitions=4
@@ -200,7 +217,9 @@ ENTRY %main (a: bf16[1024,4096], b: bf16[4096,4096], c: bf16[1024,4096]) -> (bf1
   ROOT %r = (bf16[1024,4096]{1,0}, bf16[4096,4096]{1,0}) tuple(%a, %d)
 }
 """
-PRODUCT = "%p = bf16[1024,4096]{1,0} dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}"
+PRODUCT = (
+    "%p = bf16[1024,4096]{1,0} dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}"
+)
 
 
 def test_only_what_the_core_waits_for_is_exposed():
@@ -341,12 +360,20 @@ def test_a_program_of_the_tpu_compiler():
     pytest.importorskip("libtpu")
     environment = os.environ | topology.settings(CHIPS["v5e"]) | {"PYTHONPATH": str(ROOT)}
     ran = subprocess.run(
-        [sys.executable, "-m", "tests.bench.cost.tpu_program"], cwd=ROOT, env=environment, capture_output=True, text=True
+        [sys.executable, "-m", "tests.bench.cost.tpu_program"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert ran.returncode == 0, ran.stderr[-2000:]
     found = json.loads(ran.stdout.splitlines()[-1])
     product = 2 * 32 * 256 * 512 * 512 * 5
-    assert found["flops"] == {"ar forward": product, "ar recomputed": product, "ar backward": 2 * product}
+    assert found["flops"] == {
+        "ar forward": product,
+        "ar recomputed": product,
+        "ar backward": 2 * product,
+    }
     assert found["counted"] == 4 * product
     assert found["collectives"] == {"all-gather fsdp ICI": 10, "reduce-scatter fsdp ICI": 5}
     assert found["unknown"] == 0

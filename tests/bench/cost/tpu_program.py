@@ -33,11 +33,16 @@ def main() -> None:
     w = jax.ShapeDtypeStruct((LAYERS, 512, 512), jnp.float32, sharding=at(None, "fsdp"))
     x = jax.ShapeDtypeStruct((32, 256, 512), jnp.bfloat16, sharding=at("fsdp"))
     program = jax.jit(jax.grad(loss), out_shardings=at(None, "fsdp")).lower(w, x).compile()
-    found = walk.program_cost(program.as_text(), Network.of(where.chip, dict(mesh.shape), list(mesh.devices.flat)))
+    found = walk.program_cost(
+        program.as_text(), Network.of(where.chip, dict(mesh.shape), list(mesh.devices.flat))
+    )
     row = {
         "flops": {" ".join(key): value * where.devices for key, value in found.flops.items()},
         "counted": count_flops(jax.grad(loss), w, x),
-        "collectives": {" ".join((kind, *axes, network)): t.count for (kind, axes, network), t in found.collectives.items()},
+        "collectives": {
+            " ".join((kind, *axes, network)): t.count
+            for (kind, axes, network), t in found.collectives.items()
+        },
         "unknown": found.unknown_share,
     }
     print(json.dumps(row))

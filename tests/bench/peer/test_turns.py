@@ -29,11 +29,18 @@ def weights(tmp_path_factory):
 
 
 def run(weights, out, *flags):
-    return cli.main(["bench", "peer", f"--torch={weights[0]}", f"--jax={weights[1]}", f"--out={out}", *flags])
+    return cli.main(
+        ["bench", "peer", f"--torch={weights[0]}", f"--jax={weights[1]}", f"--out={out}", *flags]
+    )
 
 
 @pytest.mark.parametrize(
-    "items", [("train_step", "ar_decode", "dit_step", "tokenizer"), pytest.param(turns.ITEMS, marks=pytest.mark.slow)], ids=len
+    "items",
+    [
+        ("train_step", "ar_decode", "dit_step", "tokenizer"),
+        pytest.param(turns.ITEMS, marks=pytest.mark.slow),
+    ],
+    ids=len,
 )
 def test_report(weights, tmp_path, monkeypatch, capfd, items):
     for name, value in {
@@ -42,21 +49,36 @@ def test_report(weights, tmp_path, monkeypatch, capfd, items):
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
     }.items():
         monkeypatch.setenv(name, value)
-    flags = "--rounds=2", "--batch_size=2", "--threads=1", "--eager_only", f"--items={','.join(items)}"
+    flags = (
+        "--rounds=2",
+        "--batch_size=2",
+        "--threads=1",
+        "--eager_only",
+        f"--items={','.join(items)}",
+    )
     assert run(weights, tmp_path, *flags) == 0
     printed = capfd.readouterr()
     report = json.loads((tmp_path / "peer.json").read_text())
     assert [item["item"] for item in report["items"]] == list(items)
     assert set(report["sides"]) == {"jax", "torch"}
-    assert {"jax", "torch", "transformers", "diffusers"} == {n for s in report["sides"].values() for n in s["versions"]}
-    assert all(side["environment"] == environment("cpu", os.environ) for side in report["sides"].values())
+    assert {"jax", "torch", "transformers", "diffusers"} == {
+        n for s in report["sides"].values() for n in s["versions"]
+    }
+    assert all(
+        side["environment"] == environment("cpu", os.environ) for side in report["sides"].values()
+    )
     assert report["sides"]["torch"]["threads"] == report["options"]["threads"] == 1
-    assert report["command"].startswith("blip3o bench peer --torch=") and report["date"].startswith("20")
+    assert report["command"].startswith("blip3o bench peer --torch=") and report["date"].startswith(
+        "20"
+    )
     for item in report["items"]:
         jax_side, torch_side = item["sides"]["jax"], item["sides"]["torch"]
         for side in (jax_side, torch_side):
             low, high = side["quartiles_s"]
-            assert 0 < low <= side["median_s"] <= high and side["repetitions"] == len(side["seconds"]) >= 2
+            assert (
+                0 < low <= side["median_s"] <= high
+                and side["repetitions"] == len(side["seconds"]) >= 2
+            )
             assert side["share_of_limit"] is None, "a CPU's limit is not known"
             assert side["peak_memory_bytes"] is None or 0 < side["peak_memory_bytes"] < 10**10
         assert item["ratio"] == {"torch": jax_side["median_s"] / torch_side["median_s"]}
@@ -75,7 +97,10 @@ def test_report(weights, tmp_path, monkeypatch, capfd, items):
 
 def test_an_unknown_item(weights, tmp_path, capsys):
     assert run(weights, tmp_path / "out", "--items=tokenizer,walk") == 2
-    error, message = capsys.readouterr().err, "--items='walk' is not one of train_step, .*text_to_image"
+    error, message = (
+        capsys.readouterr().err,
+        "--items='walk' is not one of train_step, .*text_to_image",
+    )
     assert re.fullmatch(f"blip3o: error: {message}\n", error), error
     assert not (tmp_path / "out").exists()
 
@@ -86,13 +111,19 @@ def test_without_gpu(weights, tmp_path, capfd):
         pytest.skip("there is a GPU")
     assert run(weights, tmp_path, "--device=gpu", "--items=tokenizer", "--eager_only") == 2
     error = capfd.readouterr().err.splitlines()[-1]
-    assert re.match(r"blip3o: error: bench peer --device=gpu: (JAX|PyTorch) finds no GPU; use --device=cpu", error), error
+    assert re.match(
+        r"blip3o: error: bench peer --device=gpu: (JAX|PyTorch) finds no GPU; use --device=cpu",
+        error,
+    ), error
 
 
 def test_without_torch(weights, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "diffusers", None)
     assert run(weights, tmp_path) == 2
-    assert "PyTorch, but diffusers is not installed: pip install 'blip3o_jax[convert]'\n" in capsys.readouterr().err
+    assert (
+        "PyTorch, but diffusers is not installed: pip install 'blip3o_jax[convert]'\n"
+        in capsys.readouterr().err
+    )
 
 
 def test_directories_of_different_models(weights, tmp_path, capsys):
@@ -105,15 +136,26 @@ def test_directories_of_different_models(weights, tmp_path, capsys):
     checksums.write_json(file, config)
     assert run((weights[0], other), tmp_path / "out") == 2
     error = capsys.readouterr().err
-    assert re.fullmatch(r"blip3o: error: model.flow.shift is 1.0 in \S+hf and 3.0 in \S+: they do not hold .*\n", error), error
+    assert re.fullmatch(
+        r"blip3o: error: model.flow.shift is 1.0 in \S+hf and 3.0 in \S+: they do not hold .*\n",
+        error,
+    ), error
 
 
 def test_unequal_work_is_refused():
-    outputs = {"jax": {"latents": np.ones((2, 3), np.float32)}, "torch": {"latents": np.full((2, 3), 1.01, np.float32)}}
+    outputs = {
+        "jax": {"latents": np.ones((2, 3), np.float32)},
+        "torch": {"latents": np.full((2, 3), 1.01, np.float32)},
+    }
     started = {side: {"outputs": values} for side, values in outputs.items()}
-    with pytest.raises(ValueError, match=r"vae_encode of torch differs from JAX's by 9.9e-03: the directories do not hold"):
+    with pytest.raises(
+        ValueError,
+        match=r"vae_encode of torch differs from JAX's by 9.9e-03: the directories do not hold",
+    ):
         turns.differences("vae_encode", started, "cpu")
-    assert turns.differences("vae_encode", started, "gpu")["torch"] == pytest.approx(0.01 / 1.01, rel=1e-4)
+    assert turns.differences("vae_encode", started, "gpu")["torch"] == pytest.approx(
+        0.01 / 1.01, rel=1e-4
+    )
 
 
 def test_shares_of_limits():
@@ -127,7 +169,9 @@ def test_shares_of_limits():
     }
     about = {"jax": {"device_kind": "NVIDIA H200"}, "torch": {"device_kind": "cpu"}}
     judged = peer_report.judged(item, about)
-    assert judged["sides"]["jax"]["share_of_limit"] == pytest.approx({"arithmetic": 0.5, "memory": 0.25})
+    assert judged["sides"]["jax"]["share_of_limit"] == pytest.approx(
+        {"arithmetic": 0.5, "memory": 0.25}
+    )
     assert judged["sides"]["jax"]["rate"] == 5.0
     assert judged["sides"]["torch"]["share_of_limit"] is None
 
@@ -135,7 +179,11 @@ def test_shares_of_limits():
 def test_the_first_call_of_a_turn_is_not_counted(tmp_path, monkeypatch):
     calls = []
     prepared = worker.Prepared(lambda: calls.append(len(calls)) or len(calls))
-    side = type("Side", (), {"__init__": lambda self, task: None, "build": lambda self, item, inputs: prepared})
+    side = type(
+        "Side",
+        (),
+        {"__init__": lambda self, task: None, "build": lambda self, item, inputs: prepared},
+    )
     runner = worker._Runner(side, worker.Task("jax", tmp_path, "cpu", 1, 1, 1, SamplingConfig(), 0))
     runner.start("tokenizer", {})
     before = len(calls)

@@ -29,7 +29,10 @@ PUBLISHED = {
 def parameters(ar):
     heads, kv_heads = ar.num_attention_heads * ar.head_dim, ar.num_key_value_heads * ar.head_dim
     layer = ar.hidden_size * (2 * heads + 2 * kv_heads + 3 * ar.intermediate_size)
-    return ar.num_hidden_layers * layer + (1 if ar.tie_word_embeddings else 2) * ar.vocab_size * ar.hidden_size
+    return (
+        ar.num_hidden_layers * layer
+        + (1 if ar.tie_word_embeddings else 2) * ar.vocab_size * ar.hidden_size
+    )
 
 
 @pytest.mark.parametrize("anchor", anchors.ANCHORS, ids=NAMES)
@@ -45,8 +48,12 @@ def saved(keep):
     """Whether a product with the MLP's width (96), one without, and attention's result are kept."""
     policy = anchors._kept(keep, mlp=96)
     products = (((1,), (0,)), ((), ()))
-    x, wide, narrow = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((8, 32), (32, 96), (32, 32)))
-    answers = [policy(jax.lax.dot_general_p, x, w, dimension_numbers=products) for w in (wide, narrow)]
+    x, wide, narrow = (
+        jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((8, 32), (32, 96), (32, 32))
+    )
+    answers = [
+        policy(jax.lax.dot_general_p, x, w, dimension_numbers=products) for w in (wide, narrow)
+    ]
     name = jax.make_jaxpr(lambda x: checkpoint_name(x, "attention"))(1.0).eqns[-1]
     return [bool(answer) for answer in (*answers, policy(name.primitive, x, **name.params))]
 
@@ -66,8 +73,13 @@ def test_the_report(tmp_path, monkeypatch, capsys):
 
     def compile_row(task):
         if task.topology.chip.name == "v5p":
-            return {"status": TOO_LARGE, "error": "needs 120.0 GiB of the 95.7 GiB that a device has"}
-        seconds = {"16b": 10.33 * 1.1, "32b": 12.32 * 0.7}[f"{task.config.model.ar.hidden_size // 320}b"]
+            return {
+                "status": TOO_LARGE,
+                "error": "needs 120.0 GiB of the 95.7 GiB that a device has",
+            }
+        seconds = {"16b": 10.33 * 1.1, "32b": 12.32 * 0.7}[
+            f"{task.config.model.ar.hidden_size // 320}b"
+        ]
         return {
             "status": FITS,
             "step_s": seconds,

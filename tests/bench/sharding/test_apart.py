@@ -23,7 +23,10 @@ def _refuse():
 
 def _abort():
     print("reading", flush=True)
-    print("F1125 12:00:00.000000 17 rendezvous.cc:96] Check failed: the devices never met", file=sys.stderr)
+    print(
+        "F1125 12:00:00.000000 17 rendezvous.cc:96] Check failed: the devices never met",
+        file=sys.stderr,
+    )
     print("*** a trace of the stack ***", file=sys.stderr, flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -56,6 +59,8 @@ def test_a_bug_is_told_with_its_type():
 
 def test_a_line_tells_now_and_then_that_it_is_still_at_work(monkeypatch, capsys):
     monkeypatch.setattr(apart, "SAY_EVERY", 0.05)
-    assert apart.run(functools.partial(dict, status="done"), {}, "compiling v5p") == {"status": "done"}
+    assert apart.run(functools.partial(dict, status="done"), {}, "compiling v5p") == {
+        "status": "done"
+    }
     lines = capsys.readouterr().err.splitlines()
     assert lines and all(re.fullmatch(r"compiling v5p: \d+ s so far", line) for line in lines)

@@ -32,7 +32,9 @@ def program(f, *args):
 @pytest.mark.parametrize(("tensor", "held"), [(None, 24), ("tensor", 12)])
 def test_layers_are_gathered_one_by_one(at, hoisted, tensor, held):
     """A loop that is given its weights whole has gathered all of them before; what lies over `tensor` stays there."""
-    stack = jax.ShapeDtypeStruct((LAYERS, WIDTH, 24), jnp.float32, sharding=at(None, "fsdp", tensor))
+    stack = jax.ShapeDtypeStruct(
+        (LAYERS, WIDTH, 24), jnp.float32, sharding=at(None, "fsdp", tensor)
+    )
     x = jax.ShapeDtypeStruct((8, WIDTH), jnp.float32, sharding=at("fsdp"))
     pin = jax.lax.with_sharding_constraint
 
@@ -47,21 +49,31 @@ def test_layers_are_gathered_one_by_one(at, hoisted, tensor, held):
     if not hoisted:
         assert found == []
     else:
-        assert found and all(line.startswith("all layers of ar/up are gathered at once: f32") for line in found)
+        assert found and all(
+            line.startswith("all layers of ar/up are gathered at once: f32") for line in found
+        )
         assert any(str(held) in line for line in found)
 
 
 def test_what_lies_over_tensor_is_not_gathered_either(at):
     """Neither layers nor logits: their columns of one device, and all of them."""
-    stack = jax.ShapeDtypeStruct((LAYERS, WIDTH, 24), jnp.float32, sharding=at(None, None, "tensor"))
+    stack = jax.ShapeDtypeStruct(
+        (LAYERS, WIDTH, 24), jnp.float32, sharding=at(None, None, "tensor")
+    )
     made = program(jax.jit(lambda w: w * 2, out_shardings=at()), stack)
-    assert [line for line in whole(made, {"up": stack}) if "all layers of up are gathered at once" in line]
+    assert [
+        line
+        for line in whole(made, {"up": stack})
+        if "all layers of up are gathered at once" in line
+    ]
     x = jax.ShapeDtypeStruct((16, 96), jnp.float32, sharding=at(None, "tensor"))
     logits = Logits(positions=16, columns=48, vocabulary=96, width=WIDTH)
     for where, held in ((at(None, "tensor"), "f32[16,48]"), (at(), "f32[16,96]")):
         made = program(jax.jit(lambda x: x * 2, out_shardings=where), x)
         assert largest(made)[0]["array"] == held and whole(made, {}, logits)
-    assert whole(program(lambda x: x[:8] * 2, x), {}, dataclasses.replace(logits, positions=17)) == []
+    assert (
+        whole(program(lambda x: x[:8] * 2, x), {}, dataclasses.replace(logits, positions=17)) == []
+    )
 
 
 @pytest.mark.parametrize("by_columns", [True, False])
@@ -73,14 +85,21 @@ def test_a_table_is_looked_up_where_its_columns_lie(at, by_columns):
     pin = jax.lax.with_sharding_constraint
 
     def f(table, ids):
-        looked_up = pin(table[pin(ids, at("tensor"))], at("tensor", "fsdp")) if by_columns else pin(table, at())[ids]
+        looked_up = (
+            pin(table[pin(ids, at("tensor"))], at("tensor", "fsdp"))
+            if by_columns
+            else pin(table, at())[ids]
+        )
         x = pin(looked_up, rows)
         return jnp.sum(jnp.tanh(x) * jnp.arange(8.0)[:, None])
 
     gradient = program(jax.jit(jax.grad(f), out_shardings=at(None, "fsdp")), table, ids)
     found = whole(gradient, {"ar": {"embedding": table}})
     assert bool(found) != by_columns, found
-    assert all(line.startswith("ar/embedding or its gradient is held whole by") and "[40, 32]" in line for line in found)
+    assert all(
+        line.startswith("ar/embedding or its gradient is held whole by") and "[40, 32]" in line
+        for line in found
+    )
     assert whole(gradient, {"ar": {"embedding": table}}, products="float32") == []
 
 
@@ -98,10 +117,16 @@ def test_logits_are_taken_in_blocks(at, blocks):
 
     def f(hidden, head):
         block = lambda total, h: (total + jax.nn.logsumexp(h @ head, axis=-1).sum(), None)
-        return jax.lax.scan(block, 0.0, hidden.reshape(blocks, 16 // blocks, WIDTH), unroll=blocks == 1)[0]
+        return jax.lax.scan(
+            block, 0.0, hidden.reshape(blocks, 16 // blocks, WIDTH), unroll=blocks == 1
+        )[0]
 
-    found = whole(program(f, hidden, head), {}, Logits(positions=16, columns=96, vocabulary=96, width=WIDTH))
-    assert bool(found) == (blocks == 1) and all("logits of all 16 positions" in line for line in found)
+    found = whole(
+        program(f, hidden, head), {}, Logits(positions=16, columns=96, vocabulary=96, width=WIDTH)
+    )
+    assert bool(found) == (blocks == 1) and all(
+        "logits of all 16 positions" in line for line in found
+    )
 
 
 def test_the_largest_arrays_come_first(at):
@@ -113,12 +138,16 @@ def test_the_largest_arrays_come_first(at):
 
 def test_logits_of_a_train_step():
     """Of 8 rows on 2 x 2 devices each holds 4; the vocabulary is cut in two, and what a block takes whole is no fault."""
-    config = dataclasses.replace(tiny.run_config(), data=dataclasses.replace(tiny.run_config().data, batch_size=8))
+    config = dataclasses.replace(
+        tiny.run_config(), data=dataclasses.replace(tiny.run_config().data, batch_size=8)
+    )
     mesh = MeshConfig(strategy="fsdp_tp", fsdp=2, tensor=2)
     strategy = Strategy.of(mesh, jax.devices()[:4])
     blocks = dataclasses.replace(config, loss=dataclasses.replace(config.loss, ce_chunk=2))
     logits = TrainStep(blocks, strategy).logits
     assert logits.vocabulary == 2 * logits.columns == config.model.ar.padded_vocab_size
     assert logits.positions % 4 == 0 and logits.positions >= 4 * config.model.tokenizer.num_tokens
-    everything = dataclasses.replace(config, loss=dataclasses.replace(config.loss, ce_chunk=config.data.max_length))
+    everything = dataclasses.replace(
+        config, loss=dataclasses.replace(config.loss, ce_chunk=config.data.max_length)
+    )
     assert TrainStep(everything, strategy).logits is None

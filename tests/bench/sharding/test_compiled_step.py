@@ -19,7 +19,9 @@ def test_parameters_that_do_not_divide_are_kept_several_times_over(monkeypatch):
     """A width of 20 does not divide over 8 chips; over 4 of them, twice, it does. Not where the user has chosen the mesh."""
     where = topology.parse("v5e:2x4")
     monkeypatch.setattr(topology, "make_devices", lambda where: jax.devices())
-    model = dataclasses.replace(CONFIG.model, dit=dataclasses.replace(CONFIG.model.dit, caption_channels=20))
+    model = dataclasses.replace(
+        CONFIG.model, dit=dataclasses.replace(CONFIG.model.dit, caption_channels=20)
+    )
     config = dataclasses.replace(CONFIG, model=model)
     free = grid.make_task(config, where, "fsdp", grid.Options(("v5e:2x4",)))
     mesh = compiled_step.planned(free).strategy.mesh.shape
@@ -33,7 +35,11 @@ def test_parameters_that_do_not_divide_are_kept_several_times_over(monkeypatch):
 @pytest.mark.parametrize(
     ("message", "used", "capacity"),
     [
-        ("Ran out of memory in memory space hbm. Used 120.50G of 95.74G hbm. Exceeded hbm capacity by 24.76G.", 120.5, 95.74),
+        (
+            "Ran out of memory in memory space hbm. Used 120.50G of 95.74G hbm. Exceeded hbm capacity by 24.76G.",
+            120.5,
+            95.74,
+        ),
         (
             "Ran out of memory on HBM, the total memory required for HLO temporaries (40.25G) exceeds available HBM (15.75G).",
             40.25,
@@ -59,7 +65,11 @@ def test_the_process_gets_the_flags_of_what_it_compiles_for(monkeypatch):
     recommended = topology.settings(where.chip)
     of_schedules = " --xla_jf_dump_to="
     flags = [environment["LIBTPU_INIT_ARGS"].split(of_schedules)[0] for environment in seen[:2]]
-    assert flags == ["--xla_one=1", recommended["LIBTPU_INIT_ARGS"]], "the launchers', where the task has none"
-    assert all(of_schedules in e["LIBTPU_INIT_ARGS"] and e["JAX_PLATFORMS"] == "cpu" for e in seen[:2])
+    assert flags == ["--xla_one=1", recommended["LIBTPU_INIT_ARGS"]], (
+        "the launchers', where the task has none"
+    )
+    assert all(
+        of_schedules in e["LIBTPU_INIT_ARGS"] and e["JAX_PLATFORMS"] == "cpu" for e in seen[:2]
+    )
     assert seen[2] == recommended, "no schedules asked for"
     assert seen[3] == cpu_environment(8), "as the user runs it"

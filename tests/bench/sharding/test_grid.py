@@ -33,13 +33,23 @@ def fake_row(task):
     return {
         "status": FITS,
         "mesh": {"data": 1, "fsdp": 4},
-        "memory": {"parameters": 2**30, "temporaries": 2**31, "total": 3 * 2**30, "capacity": 2**34},
+        "memory": {
+            "parameters": 2**30,
+            "temporaries": 2**31,
+            "total": 3 * 2**30,
+            "capacity": 2**34,
+        },
         "compile_s": 1.0,
         "flops": {"ar": {"forward": 1e12}},
         "total_flops": 1e12,
         "hbm_bytes": 1e9,
         "seconds": {"compute": 0.6 * step_s, "HBM": 0.3 * step_s, "ICI": 0.1 * step_s, "DCN": 0.0},
-        "part_seconds": {"prefill": 0.1 * step_s, "decode": 0.2 * step_s, "dit": 0.4 * step_s, "vae": 0.3 * step_s},
+        "part_seconds": {
+            "prefill": 0.1 * step_s,
+            "decode": 0.2 * step_s,
+            "dit": 0.4 * step_s,
+            "vae": 0.3 * step_s,
+        },
         "step_s": step_s,
         "limiter": "compute",
         "collectives": [{"kind": "all-gather", "axes": ["fsdp"], "network": "ICI", **traffic}],
@@ -55,8 +65,17 @@ def fake_row(task):
 def measured(steps, step_s, rate):
     """Two and a half times as long as predicted; with fsdp_tp, for which most is predicted, eight times."""
     slower = 8 if rate == 60 else 2.5
-    seconds = {"median_s": slower * step_s, "fastest_s": 2 * step_s, "slowest_s": 9 * step_s, "ratio": slower}
-    return seconds | {"seconds": [slower * step_s] * steps, "mfu": 0.5 / slower, "examples_per_s_per_chip": rate / slower}
+    seconds = {
+        "median_s": slower * step_s,
+        "fastest_s": 2 * step_s,
+        "slowest_s": 9 * step_s,
+        "ratio": slower,
+    }
+    return seconds | {
+        "seconds": [slower * step_s] * steps,
+        "mfu": 0.5 / slower,
+        "examples_per_s_per_chip": rate / slower,
+    }
 
 
 @pytest.fixture
@@ -79,15 +98,21 @@ def test_the_page_is_whole_and_asks_for_nothing(report):
     assert not re.search(r"(src|href)=|https?://|@import|url\(", page), "everything is in the file"
     assert page.count("<tr") >= 8 and "&lt;tokens&gt; do not divide" in page
     assert "<h3>Largest arrays of a device</h3>" in page and "a table is whole" in page
-    widths = [float(w) for w in re.findall(r'<rect class="\w+" x="[\d.]+" y="0" width="([\d.]+)"', page)]
-    assert len(widths) == len(LIMITERS) and widths[0] == pytest.approx(2 * widths[1], rel=0.01), "0.6 and 0.3 of the time"
+    widths = [
+        float(w) for w in re.findall(r'<rect class="\w+" x="[\d.]+" y="0" width="([\d.]+)"', page)
+    ]
+    assert len(widths) == len(LIMITERS) and widths[0] == pytest.approx(2 * widths[1], rel=0.01), (
+        "0.6 and 0.3 of the time"
+    )
     assert "$" not in page, "a place of the template was not filled"
 
 
 def test_the_table_says_what_each_row_found(report, capsys):
     grid.print_report(report[0])
     lines = capsys.readouterr().out.splitlines()
-    assert re.search(r"v5e:2x2\s+fsdp_tp\s+2\s+3\.0\s+0\.100\s+50\.0%\s+compute\s+10\.0%\s+20\.00", lines[1])
+    assert re.search(
+        r"v5e:2x2\s+fsdp_tp\s+2\s+3\.0\s+0\.100\s+50\.0%\s+compute\s+10\.0%\s+20\.00", lines[1]
+    )
     assert any("does not fit: needs 20.0 GiB" in line for line in lines)
     assert "not measured" in lines[-1]
 
@@ -95,36 +120,73 @@ def test_the_table_says_what_each_row_found(report, capsys):
 def run(tmp_path, monkeypatch, capsys, config=CONFIG, **options):
     """The report, the page, and the lines printed."""
     monkeypatch.setattr(topology, "check_compiler", lambda: None)
-    monkeypatch.setattr(measure, "find", lambda mesh: measure.Present(dataclasses.replace(CHIPS["H200"], source="H200s"), 4))
+    monkeypatch.setattr(
+        measure,
+        "find",
+        lambda mesh: measure.Present(dataclasses.replace(CHIPS["H200"], source="H200s"), 4),
+    )
     found = grid.bench(config, tmp_path, grid.Options(**options), "blip3o bench sharding", fake_row)
     grid.print_report(found)
     return found, (tmp_path / "sharding.html").read_text(), capsys.readouterr()
 
 
 def test_a_rollouts_columns(tmp_path, monkeypatch, capsys):
-    options = {"topologies": ("v5e:2x2",), "strategies": ("fsdp_tp", "dp"), "step": "rollout", "batch_per_chip": 4}
+    options = {
+        "topologies": ("v5e:2x2",),
+        "strategies": ("fsdp_tp", "dp"),
+        "step": "rollout",
+        "batch_per_chip": 4,
+    }
     report, page, said = run(tmp_path, monkeypatch, capsys, **options)
     head, line, *_ = said.out.splitlines()
     assert re.search(r"rollout s +prefill s +decode s +dit s +vae s +MFU .* images/s/chip", head)
     assert re.search(r"v5e:2x2 +fsdp_tp +4 +3\.0 +0\.200 +0\.02 +0\.04 +0\.08 +0\.06 +50\.0%", line)
     row = report["rows"][0]
-    assert (row["step"], row["batch_size"], row["image_tokens"], row["denoising_steps"]) == ("rollout", 16, 4, 30)
-    assert "max_length" not in row and "examples" not in re.sub(r"<style>.*</style>", "", page, flags=re.DOTALL)
-    assert page.count("<th><button>") == 4 + 1 + 5 + 6 and "chip-seconds for an image, predicted" in page
+    assert (row["step"], row["batch_size"], row["image_tokens"], row["denoising_steps"]) == (
+        "rollout",
+        16,
+        4,
+        30,
+    )
+    assert "max_length" not in row and "examples" not in re.sub(
+        r"<style>.*</style>", "", page, flags=re.DOTALL
+    )
+    assert (
+        page.count("<th><button>") == 4 + 1 + 5 + 6
+        and "chip-seconds for an image, predicted" in page
+    )
 
 
 def test_measured_stands_beside_predicted(tmp_path, monkeypatch, capsys):
-    report, page, said = run(tmp_path, monkeypatch, capsys, measure=3, strategies=("fsdp", "fsdp_tp", "dp"), batch_per_chip=6)
+    report, page, said = run(
+        tmp_path,
+        monkeypatch,
+        capsys,
+        measure=3,
+        strategies=("fsdp", "fsdp_tp", "dp"),
+        batch_per_chip=6,
+    )
     head, first, second, *_ = said.out.splitlines()
     assert re.search(r"predicted s +measured s +spread s +measured / predicted +MFU", head)
     # By what was measured fsdp is the better; fsdp_tp was predicted to be.
-    assert re.search(r"4 x H200 +fsdp +6 +3\.0 +0\.200 +0\.500 +0\.400-1\.800 +2\.50 +20\.0%", first)
-    assert re.search(r"4 x H200 +fsdp_tp +6 +3\.0 +0\.100 +0\.800 +0\.200-0\.900 +8\.00 +6\.2%", second)
+    assert re.search(
+        r"4 x H200 +fsdp +6 +3\.0 +0\.200 +0\.500 +0\.400-1\.800 +2\.50 +20\.0%", first
+    )
+    assert re.search(
+        r"4 x H200 +fsdp_tp +6 +3\.0 +0\.100 +0\.800 +0\.200-0\.900 +8\.00 +6\.2%", second
+    )
     assert "a device's rates (H200s). Measured: the median of 3 turns" in said.out.splitlines()[-1]
-    assert report["measured_steps"] == 3 and report["chip"]["source"] == "H200s" and report["rows"][0]["devices"] == 4
+    assert (
+        report["measured_steps"] == 3
+        and report["chip"]["source"] == "H200s"
+        and report["rows"][0]["devices"] == 4
+    )
     assert "measured 0.500 s</text>" in page and "chip-seconds for an example, measured" in page
     assert "never measured" not in page and "<h3>Measured</h3>" in page
-    bars = [float(w) for w in re.findall(r'<rect class="measured" x="270" y="\d+" width="([\d.]+)"', page)]
+    bars = [
+        float(w)
+        for w in re.findall(r'<rect class="measured" x="270" y="\d+" width="([\d.]+)"', page)
+    ]
     assert bars[1] == pytest.approx(1.6 * bars[0], rel=0.01)
 
 
@@ -135,14 +197,20 @@ def test_the_largest_batch_and_those_that_were_tried(tmp_path, monkeypatch, caps
         n = task.config.data.batch_size // 4
         memory = {"memory": {"total": 3 * n * 2**30, "capacity": 2**34}}
         return fake_row(task) | (
-            memory if n <= 5 else {"status": TOO_LARGE, "error": "needs more", "needs_bytes": 3 * n * 2**30}
+            memory
+            if n <= 5
+            else {"status": TOO_LARGE, "error": "needs more", "needs_bytes": 3 * n * 2**30}
         )
 
     monkeypatch.setattr(topology, "check_compiler", lambda: None)
     options = grid.Options(("v5e:2x2",), ("fsdp",), largest_batch=True)
     row = grid.bench(CONFIG, tmp_path, options, "blip3o bench sharding", compile_row)["rows"][0]
     assert (row["status"], row["batch_per_chip"], row["batch_size"]) == (FITS, 5, 20)
-    assert {t["batch_per_chip"]: t["status"] for t in row["tried"]} == {1: FITS, 5: FITS, 6: TOO_LARGE}
+    assert {t["batch_per_chip"]: t["status"] for t in row["tried"]} == {
+        1: FITS,
+        5: FITS,
+        6: TOO_LARGE,
+    }
     grid.print_report({"rows": [row], "step": "train", "measured_steps": 0})
     said = capsys.readouterr()
     tried = "1 a chip fits (3.0 GiB); 5 a chip fits (15.0 GiB); 6 a chip does not fit (18.0 GiB)"
@@ -154,7 +222,9 @@ def test_the_largest_batch_and_those_that_were_tried(tmp_path, monkeypatch, caps
 def test_a_tokenizer_that_is_to_be_trained_has_the_size_it_is_to_have():
     assert grid.with_vocabulary(CONFIG).model.ar.vocab_size == 320 + 5 + 32
     model = dataclasses.replace(CONFIG.model, text=TextConfig(path="text"))
-    assert grid.with_vocabulary(dataclasses.replace(CONFIG, model=model)).model.ar.vocab_size == 217210
+    assert (
+        grid.with_vocabulary(dataclasses.replace(CONFIG, model=model)).model.ar.vocab_size == 217210
+    )
 
 
 def test_pareto_front():
@@ -185,15 +255,27 @@ def test_no_shard_is_narrower_than_a_tile():
     """Of 2048 columns 16 pieces of 128 each; where there are more chips, they hold replicas."""
     config, where = config_file.load("configs/pretrain.py:1.7b"), topology.parse("v5p:4x4x4")
     sizes = lambda strategy, config, where, **chosen: [
-        getattr(grid.mesh_for(dataclasses.replace(config, mesh=MeshConfig(**chosen)), strategy, where, frozenset(chosen)), axis)
+        getattr(
+            grid.mesh_for(
+                dataclasses.replace(config, mesh=MeshConfig(**chosen)),
+                strategy,
+                where,
+                frozenset(chosen),
+            ),
+            axis,
+        )
         for axis in ("data", "fsdp", "sequence", "tensor")
     ]
     assert sizes("fsdp", config, where) == [-1, 16, 1, 1]
     assert sizes("fsdp_tp", config, where) == [-1, 16, 1, 2]
-    assert sizes("fsdp", config, topology.parse("v5p:2x2x2")) == [1, -1, 1, 1], "eight chips have room"
+    assert sizes("fsdp", config, topology.parse("v5p:2x2x2")) == [1, -1, 1, 1], (
+        "eight chips have room"
+    )
     assert sizes("fsdp", config, where, fsdp=64) == [1, 64, 1, 1], "what the user says"
     assert sizes("fsdp", config, where, fsdp=-1) == [1, -1, 1, 1], "also when it is all of them"
-    assert sizes("fsdp_tp", config, topology.parse("v5p:4x4x5")) == [-1, 8, 1, 2], "16 into 40 does not go"
+    assert sizes("fsdp_tp", config, topology.parse("v5p:4x4x5")) == [-1, 8, 1, 2], (
+        "16 into 40 does not go"
+    )
     assert sizes("fsdp", config_file.load("configs/pretrain.py:0.6b"), where) == [-1, 8, 1, 1]
 
 
@@ -201,8 +283,13 @@ def test_batch_per_chip():
     where = topology.parse("v5e:2x4")
     task = grid.make_task(CONFIG, where, "fsdp", grid.Options(("v5e:2x4",), batch_per_chip=3))
     assert task.config.data.batch_size == 24
-    assert grid.make_task(CONFIG, where, "fsdp", grid.Options(("v5e:2x4",))).config.data.batch_size == 8
-    rollout = grid.make_task(CONFIG, topology.parse("v5e:4x6"), "fsdp", grid.Options(("v5e:4x6",), step="rollout"))
+    assert (
+        grid.make_task(CONFIG, where, "fsdp", grid.Options(("v5e:2x4",))).config.data.batch_size
+        == 8
+    )
+    rollout = grid.make_task(
+        CONFIG, topology.parse("v5e:4x6"), "fsdp", grid.Options(("v5e:4x6",), step="rollout")
+    )
     assert rollout.config.sampling.batch_size == 24, "16, up to one for each device"
 
 
@@ -213,14 +300,32 @@ def test_batch_per_chip():
         (["--topology=v5p:4x4"], "v5p has 3 axes"),
         (["--topology=v5e:2x2", "--step=sample"], "--step='sample' is not one of train, rollout"),
         (["--topology=v5e:2x2", "--config.mesh.tensr=2"], "did you mean mesh.tensor"),
-        (["--topology=v5e:2x2", "--measure"], "--measure runs on the devices that are here: leave --topology out"),
-        (["--topology=v5e:2x2", "--strategy=nonsense"], "--strategy='nonsense' is not one of dp, fsdp"),
-        (["--topology=v5e:2x2", "--strategy=hybrid_dp"], "for several slices: add --slices=2, or use dp"),
-        (["--topology=v5e:2x2", "--config.mesh.strategy=dp"], "--config.mesh.strategy is not read here: use --strategy"),
+        (
+            ["--topology=v5e:2x2", "--measure"],
+            "--measure runs on the devices that are here: leave --topology out",
+        ),
+        (
+            ["--topology=v5e:2x2", "--strategy=nonsense"],
+            "--strategy='nonsense' is not one of dp, fsdp",
+        ),
+        (
+            ["--topology=v5e:2x2", "--strategy=hybrid_dp"],
+            "for several slices: add --slices=2, or use dp",
+        ),
+        (
+            ["--topology=v5e:2x2", "--config.mesh.strategy=dp"],
+            "--config.mesh.strategy is not read here: use --strategy",
+        ),
         (["--measure", "--slices=2"], "--slices=2"),
         (["--measure", "--batch_per_chip=max"], "--batch_per_chip=max asks a TPU compiler"),
-        (["--measure", "--step=rollout", "--config.stage=tokenizer"], "the config's stage is 'tokenizer'"),
-        (["--topology=v5e:2x2", "--step=rollout", "--config.stage=autoencoder"], "the config's stage is 'autoencoder'"),
+        (
+            ["--measure", "--step=rollout", "--config.stage=tokenizer"],
+            "the config's stage is 'tokenizer'",
+        ),
+        (
+            ["--topology=v5e:2x2", "--step=rollout", "--config.stage=autoencoder"],
+            "the config's stage is 'autoencoder'",
+        ),
     ],
 )
 def test_what_cannot_be_ends_in_one_line(flags, says, tmp_path, capfd):
@@ -231,8 +336,13 @@ def test_what_cannot_be_ends_in_one_line(flags, says, tmp_path, capfd):
 
 
 def test_a_grid_in_which_nothing_was_compiled_is_an_error():
-    rows = [{"status": REFUSED, "error": "does not divide"}, {"status": REFUSED, "error": "nor this"}]
-    with pytest.raises(UserError, match="nothing could be compiled; the first row says: does not divide"):
+    rows = [
+        {"status": REFUSED, "error": "does not divide"},
+        {"status": REFUSED, "error": "nor this"},
+    ]
+    with pytest.raises(
+        UserError, match="nothing could be compiled; the first row says: does not divide"
+    ):
         grid.check_any({"rows": rows})
     grid.check_any({"rows": [*rows, {"status": TOO_LARGE}]})
 
@@ -248,9 +358,23 @@ def test_a_grid_in_which_nothing_was_compiled_is_an_error():
 )
 def test_what_is_no_number_ends_in_one_line(flag, says, tmp_path, capfd):
     with pytest.raises(SystemExit) as exit:
-        cli.main(["bench", "sharding", "--config=configs/pretrain.py", f"--out={tmp_path}", "--topology=v5e:2x2", flag])
+        cli.main(
+            [
+                "bench",
+                "sharding",
+                "--config=configs/pretrain.py",
+                f"--out={tmp_path}",
+                "--topology=v5e:2x2",
+                flag,
+            ]
+        )
     error = capfd.readouterr().err
-    assert exit.value.code == 2 and says in error and error.startswith("blip3o: error: ") and error.count("\n") == 1
+    assert (
+        exit.value.code == 2
+        and says in error
+        and error.startswith("blip3o: error: ")
+        and error.count("\n") == 1
+    )
 
 
 def test_options_refuse_an_empty_strategy_list():

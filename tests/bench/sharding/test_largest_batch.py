@@ -15,8 +15,12 @@ WHERE = topology.parse("v5e:2x2")
 
 
 def task(step="train", strategy="fsdp", **optimizer):
-    config = dataclasses.replace(CONFIG, optimizer=dataclasses.replace(CONFIG.optimizer, **optimizer))
-    return grid.make_task(config, WHERE, strategy, grid.Options(("v5e:2x2",), step=step, largest_batch=True))
+    config = dataclasses.replace(
+        CONFIG, optimizer=dataclasses.replace(CONFIG.optimizer, **optimizer)
+    )
+    return grid.make_task(
+        config, WHERE, strategy, grid.Options(("v5e:2x2",), step=step, largest_batch=True)
+    )
 
 
 def compiler(fixed, slope, curve=0.0, told=True, capacity=15.75 * GIB, step="data"):
@@ -26,7 +30,10 @@ def compiler(fixed, slope, curve=0.0, told=True, capacity=15.75 * GIB, step="dat
         n = getattr(task.config, step).batch_size / 4
         total = (fixed + n * slope + n * n * curve) * GIB
         if total <= capacity:
-            return {"status": FITS, "memory": {"parameters": fixed / 2 * GIB, "total": total, "capacity": 16 * GIB}}
+            return {
+                "status": FITS,
+                "memory": {"parameters": fixed / 2 * GIB, "total": total, "capacity": 16 * GIB},
+            }
         needs = {"needs_bytes": total, "capacity_bytes": capacity}
         return {"status": TOO_LARGE, "error": "too large"} | (needs if told else {})
 
@@ -47,12 +54,19 @@ def test_the_largest_that_fits_and_the_smallest_that_does_not(memory, want, most
     said = []
     row = largest_batch.largest(task(), compiler(*memory, told=told), said.append)
     found = row["batch_per_chip"]
-    assert 0 <= want - found <= want // largest_batch.FINE and row["batch_size"] == 4 * found and row["status"] == FITS
+    assert (
+        0 <= want - found <= want // largest_batch.FINE
+        and row["batch_size"] == 4 * found
+        and row["status"] == FITS
+    )
     verdicts = {t["batch_per_chip"]: t["status"] for t in row["tried"]}
     beyond = min(n for n, status in verdicts.items() if status == TOO_LARGE)
     assert beyond > want and beyond - found <= max(1, want // largest_batch.FINE)
     assert len(row["tried"]) == len(verdicts) <= most, "nothing is compiled twice"
-    assert said[:2] == ["compiling with 1 a chip", f"1 a chip fits ({row['tried'][0]['bytes'] / GIB:.1f} GiB)"]
+    assert said[:2] == [
+        "compiling with 1 a chip",
+        f"1 a chip fits ({row['tried'][0]['bytes'] / GIB:.1f} GiB)",
+    ]
     assert len(said) == 2 * len(verdicts)
 
 
@@ -69,7 +83,9 @@ def test_where_not_even_the_smallest_fits_that_is_the_row():
 
 @pytest.mark.parametrize("status", [REFUSED, FAILED])
 def test_what_is_refused_is_not_tried_again(status):
-    row = largest_batch.largest(task(), lambda task: {"status": status, "error": "heads do not divide"}, lambda text: None)
+    row = largest_batch.largest(
+        task(), lambda task: {"status": status, "error": "heads do not divide"}, lambda text: None
+    )
     assert row["status"] == status and row["tried"] == [
         {"batch_size": 4, "batch_per_chip": 1.0, "status": status, "error": "heads do not divide"}
     ]
@@ -85,7 +101,9 @@ def test_batches_are_multiples_of_what_divides_over_the_mesh():
 
 
 def test_a_rollout_grows_in_prompts():
-    row = largest_batch.largest(task("rollout"), compiler(8, 1.3, step="sampling"), lambda text: None)
+    row = largest_batch.largest(
+        task("rollout"), compiler(8, 1.3, step="sampling"), lambda text: None
+    )
     assert row["batch_per_chip"] == 5
 
 
@@ -95,7 +113,15 @@ def test_a_compile_that_died_says_nothing_of_the_batch():
     def compile_row(task):
         if task.config.data.batch_size > WHERE.chips:
             return {"status": FAILED, "error": "the compiling process ended with status -9"}
-        return {"status": FITS, "memory": {"parameters": GIB, "temporaries": GIB, "total": 2 * GIB, "capacity": 16 * GIB}}
+        return {
+            "status": FITS,
+            "memory": {
+                "parameters": GIB,
+                "temporaries": GIB,
+                "total": 2 * GIB,
+                "capacity": 16 * GIB,
+            },
+        }
 
     row = largest_batch.largest(task(), compile_row, lambda text: None)
     assert (row["status"], row["batch_per_chip"]) == (FITS, 1)

@@ -13,7 +13,9 @@ from blip3o_jax.parallel.chips import CHIPS
 from tests import tiny
 from tests.tiny import quick_compile  # noqa: F401  (a fixture)
 
-CPU = dataclasses.replace(CHIPS["H100"], name="cpu", flops=1e11, hbm_rate=1e10, link_rate=5e9, dcn_rate=5e9)
+CPU = dataclasses.replace(
+    CHIPS["H100"], name="cpu", flops=1e11, hbm_rate=1e10, link_rate=5e9, dcn_rate=5e9
+)
 
 
 def test_rates_that_nobody_publishes_are_calibrated(monkeypatch):
@@ -68,7 +70,9 @@ def test_devices_are_looked_for_in_a_process_with_as_many_as_the_mesh_has(monkey
     monkeypatch.setattr(apart, "run", run)
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     found = measure.find(MeshConfig(cpu_devices=8))
-    assert seen["JAX_NUM_CPU_DEVICES"] == "8" and int(seen["NPROC"]) > 8, "threads enough for all to wait for each other"
+    assert seen["JAX_NUM_CPU_DEVICES"] == "8" and int(seen["NPROC"]) > 8, (
+        "threads enough for all to wait for each other"
+    )
     assert (str(found), found.chips, found.chip.kinds) == ("8 x cpu", 8, ("cpu",))
     assert measure.Present(CHIPS["tpu7x"], 8).chips == 4
 
@@ -86,7 +90,9 @@ def test_a_rollout_is_compiled_counted_and_run():
     row = compiled_step.compiled(grid.make_task(config, measure.Present(CPU, 8), "dp", options))
     measured = row["measured"]
     assert row["status"] == FITS and row["mesh"]["data"] == 8 and row["batch_per_chip"] == 1
-    assert len(measured["seconds"]) == 2 and measured["ratio"] == measured["median_s"] / row["step_s"]
+    assert (
+        len(measured["seconds"]) == 2 and measured["ratio"] == measured["median_s"] / row["step_s"]
+    )
     assert measured["mfu"] == pytest.approx(row["mfu"] / measured["ratio"])
     assert measured["examples_per_s_per_chip"] == pytest.approx(1 / measured["median_s"])
     assert row["memory"]["cache"] == 2 * 2 * 36 * 2 * 8 * 4 and row["memory"]["temporaries"] > 0

@@ -22,14 +22,21 @@ def test_useful_flops_of_a_layer():
     """A layer of the AR: products with 9216 weights for 36 tokens, prompt and image, and attention over each pair of a token
     and one that it sees, 4 heads of 8 wide; four FLOPs a pair and channel."""
     ar = CONFIG.model.ar
-    one = work(model=dataclasses.replace(CONFIG.model, ar=dataclasses.replace(ar, num_hidden_layers=1)))
-    two = work(model=dataclasses.replace(CONFIG.model, ar=dataclasses.replace(ar, num_hidden_layers=2)))
+    one = work(
+        model=dataclasses.replace(CONFIG.model, ar=dataclasses.replace(ar, num_hidden_layers=1))
+    )
+    two = work(
+        model=dataclasses.replace(CONFIG.model, ar=dataclasses.replace(ar, num_hidden_layers=2))
+    )
     assert two.length == 32 and two.slots == 36
     assert two.useful_flops() - one.useful_flops() == 8 * (36 * 2 * 9216 + 4 * 4 * 8 * 36 * 37 // 2)
 
 
 def test_every_denoising_step_counts():
-    counts = [work(config=dataclasses.replace(CONFIG, sampling=s)).useful_flops() for s in map(_steps, (1, 2, 4))]
+    counts = [
+        work(config=dataclasses.replace(CONFIG, sampling=s)).useful_flops()
+        for s in map(_steps, (1, 2, 4))
+    ]
     assert counts[2] - counts[1] == 2 * (counts[1] - counts[0]) > 0
 
 
@@ -43,15 +50,23 @@ def test_bytes_of_weights_and_cache():
     assert whole.held() == {"weights": 4 * weights}, "float32, as the tiny model computes"
     assert cut.held()["weights"] < 0.5 * whole.held()["weights"]
     # Keys and values of 2 layers, 36 slots, 2 heads of 8, 4 bytes; 2 rows of 8 a device, or 4 rows and one head.
-    assert whole.within == {"cache": 2 * 2 * 36 * 2 * 8 * 4 * 2} and cut.within == {"cache": 2 * 2 * 36 * 1 * 8 * 4 * 4}
+    assert whole.within == {"cache": 2 * 2 * 36 * 2 * 8 * 4 * 2} and cut.within == {
+        "cache": 2 * 2 * 36 * 1 * 8 * 4 * 4
+    }
 
 
 def _leaves(tree):
-    return [x for value in tree.values() for x in (_leaves(value) if isinstance(value, dict) else [value])]
+    return [
+        x
+        for value in tree.values()
+        for x in (_leaves(value) if isinstance(value, dict) else [value])
+    ]
 
 
 def test_weights_are_kept_in_what_is_computed_in():
-    model = dataclasses.replace(CONFIG.model, ar=dataclasses.replace(CONFIG.model.ar, dtype="bfloat16"))
+    model = dataclasses.replace(
+        CONFIG.model, ar=dataclasses.replace(CONFIG.model.ar, dtype="bfloat16")
+    )
     weights = work(model=model).weights
     assert {str(x.dtype) for x in _leaves(weights["ar"])} == {"bfloat16"}
     assert {str(x.dtype) for x in _leaves(weights["dit"])} == {"float32"}
@@ -60,7 +75,9 @@ def test_weights_are_kept_in_what_is_computed_in():
 def test_the_program_is_that_of_the_pipeline(monkeypatch):
     """With the arrays that the pipeline hands over, lengths, seed and all, in the same order."""
     seen = []
-    monkeypatch.setattr(rollout, "make_sample", lambda *args: seen.append(args) or drawing.make_sample(*args))
+    monkeypatch.setattr(
+        rollout, "make_sample", lambda *args: seen.append(args) or drawing.make_sample(*args)
+    )
     made = work()
     text = made.lower().as_text()
     _, strategy, image_ids = seen[0]
@@ -70,13 +87,17 @@ def test_the_program_is_that_of_the_pipeline(monkeypatch):
 
 
 def test_prompts_that_do_not_divide_are_refused():
-    with pytest.raises(ConfigError, match=r"sampling.batch_size=8 does not divide over 3 batch shards"):
+    with pytest.raises(
+        ConfigError, match=r"sampling.batch_size=8 does not divide over 3 batch shards"
+    ):
         work(data=3)
 
 
 @pytest.mark.parametrize(("max_length", "want"), [(32, 32), (60, 64), (2048, 128)])
 def test_prompt_length(max_length, want):
-    config = dataclasses.replace(CONFIG, data=dataclasses.replace(CONFIG.data, max_length=max_length))
+    config = dataclasses.replace(
+        CONFIG, data=dataclasses.replace(CONFIG.data, max_length=max_length)
+    )
     assert rollout.prompt_length(config) == want
 
 
@@ -84,7 +105,9 @@ def test_prompt_length(max_length, want):
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
 def test_a_rollout_for_tpus():
     options = grid.Options(("v5e:2x2",), step="rollout", batch_per_chip=2)
-    row = compiled_step.compile_apart(grid.make_task(CONFIG, topology.parse("v5e:2x2"), "dp", options))
+    row = compiled_step.compile_apart(
+        grid.make_task(CONFIG, topology.parse("v5e:2x2"), "dp", options)
+    )
     assert row["status"] == compiled_step.FITS and row["unknown"] == {}
     # Two prompts a device: products with 18432 weights for 36 tokens, the head for 4, attention over all slots of the cache.
     ar = sum(sum(row["flops"][part].values()) for part in ("prefill", "decode"))

@@ -10,7 +10,13 @@ from blip3o_jax.config import UserError
 
 def test_sizes_and_devices():
     v5p = topology.parse("v5p:4x4x8")
-    assert (v5p.chip.name, v5p.sizes, v5p.chips, v5p.devices, str(v5p)) == ("v5p", (4, 4, 8), 128, 128, "v5p:4x4x8")
+    assert (v5p.chip.name, v5p.sizes, v5p.chips, v5p.devices, str(v5p)) == (
+        "v5p",
+        (4, 4, 8),
+        128,
+        128,
+        "v5p:4x4x8",
+    )
     both = topology.parse("v6e:4x4", slices=2)
     assert (both.chips, both.devices, str(both)) == (32, 32, "v6e:4x4 x 2 slices")
     assert topology.parse("tpu7x:2x2x1").devices == 8, "two devices a chip"

@@ -11,7 +11,8 @@ from tests.tiny import quick_compile  # noqa: F401  (a fixture)
 
 
 @pytest.mark.parametrize(
-    ("stage", "references"), [("joint", 0), ("joint", 2), ("autoencoder", 0), ("contrastive", 0), ("tokenizer", 0)]
+    ("stage", "references"),
+    [("joint", 0), ("joint", 2), ("autoencoder", 0), ("contrastive", 0), ("tokenizer", 0)],
 )
 def test_shapes_are_those_of_a_real_batch(stage, references):
     cfg, _, batch = tiny.prepared(stage, references=references)
@@ -32,7 +33,9 @@ def test_a_synthetic_row_ends_in_an_image_that_is_learned():
     cfg, _, _ = tiny.prepared("joint")
     batch = train_step.synthetic_batch(cfg)
     n, length = cfg.model.tokenizer.num_tokens, cfg.data.max_length
-    assert (batch["image_span"] == length - n - 1).all() and (batch["loss_mask"].sum(axis=1) == n).all()
+    assert (batch["image_span"] == length - n - 1).all() and (
+        batch["loss_mask"].sum(axis=1) == n
+    ).all()
     assert batch["loss_mask"][0, -n:].all() and batch["tokens"].max() < cfg.model.ar.vocab_size
     assert batch["pixels"].max() > 200 and (batch["positions"][1] == np.arange(length)).all()
 
@@ -46,5 +49,10 @@ def test_a_step_runs_on_its_own_result():
     assert int(arguments[0]["step"]) == 2 and int(arguments[0]["skipped_steps"]) == 0
     held = work.held()
     assert held["batch"] == sum(x.nbytes for x in arguments[1].values())
-    cut = train_step.TrainStep(tiny.run_config(stage="tokenizer"), tiny.strategy("fsdp", fsdp=4)).held()
-    assert cut["batch"] == held["batch"] // 4 and held["optimizer"] / 4 < cut["optimizer"] < held["optimizer"] / 2
+    cut = train_step.TrainStep(
+        tiny.run_config(stage="tokenizer"), tiny.strategy("fsdp", fsdp=4)
+    ).held()
+    assert (
+        cut["batch"] == held["batch"] // 4
+        and held["optimizer"] / 4 < cut["optimizer"] < held["optimizer"] / 2
+    )

@@ -22,7 +22,9 @@ def test_every_split_holds_its_scenes(directory: pathlib.Path) -> None:
     reader = tfds.builder_from_directory(str(directory))
     for split, size in zip(scene.SPLITS, SIZES.values(), strict=True):
         source = reader.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
-        found = {record["key"].decode(): record for record in (source[i] for i in range(len(source)))}
+        found = {
+            record["key"].decode(): record for record in (source[i] for i in range(len(source)))
+        }
         assert len(found) == size
         for index in range(size):
             drawn = scene.sample(1, index, split)
@@ -31,7 +33,9 @@ def test_every_split_holds_its_scenes(directory: pathlib.Path) -> None:
             assert record["caption"].decode() == caption
             assert record["category"].decode() == drawn.category
             assert json.loads(record["metadata"]) == metadata
-            image = cv2.imdecode(np.frombuffer(record["image"], np.uint8), cv2.IMREAD_COLOR)[..., ::-1]
+            image = cv2.imdecode(np.frombuffer(record["image"], np.uint8), cv2.IMREAD_COLOR)[
+                ..., ::-1
+            ]
             np.testing.assert_array_equal(image, draw.render(drawn, 64))
     assert "tensorflow" not in sys.modules
 
@@ -50,7 +54,9 @@ def test_prompts_are_added_to_a_data_set_without_them(directory: pathlib.Path) -
     assert path.read_text(encoding="utf-8") == before
 
 
-def test_same_arguments_reuse_and_others_do_not(directory: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_same_arguments_reuse_and_others_do_not(
+    directory: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = directory.parents[2]
     before = {path: path.stat().st_mtime_ns for path in directory.iterdir()}
     assert builder.prepare(out, **SIZES, image_size=64, seed=1) == directory

@@ -19,10 +19,14 @@ def test_captions_are_varied_short_and_true() -> None:
         assert scorer.satisfies(drawn, metadata)
         for asked in metadata["objects"]:
             named = captions.plural(asked["shape"]) if asked["count"] > 1 else asked["shape"]
-            assert all(word in caption for word in (named, asked["colour"] or "", asked["size"] or ""))
+            assert all(
+                word in caption for word in (named, asked["colour"] or "", asked["size"] or "")
+            )
         if metadata["word"]:
             assert f'"{metadata["word"]}"' in caption
-        starts[drawn.category].add(caption.replace('"', "").split(" ")[0] + str(len(caption.split())))
+        starts[drawn.category].add(
+            caption.replace('"', "").split(" ")[0] + str(len(caption.split()))
+        )
     assert all(len(captions.TEMPLATES[category]) >= 6 for category in vocabulary.CATEGORIES)
     assert all(len(set(templates)) == len(templates) for templates in captions.TEMPLATES.values())
     assert all(len(kinds) >= 3 for kinds in starts.values())
@@ -34,7 +38,9 @@ def test_converse_relations_name_the_objects_the_other_way_round() -> None:
         drawn = scene.sample(0, index, "train")
         metadata = captions.describe(drawn)[1]
         shapes = [asked_object["shape"] for asked_object in metadata["objects"]]
-        assert vocabulary.fact_of_position(shapes[0], metadata["relation"], shapes[1]) == drawn.asked
+        assert (
+            vocabulary.fact_of_position(shapes[0], metadata["relation"], shapes[1]) == drawn.asked
+        )
         asked[metadata["relation"]] += 1
     assert min(asked[relation] for relation in vocabulary.RELATIONS) >= 25
 

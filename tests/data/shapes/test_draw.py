@@ -3,7 +3,13 @@ import pytest
 
 from blip3o_jax.data.shapes import draw, font, scene, vocabulary
 
-AREAS = {"circle": np.pi * 0.49**2, "square": 0.98**2, "triangle": 0.44, "cross": 2 * 0.36 - 0.36**2, "ring": np.pi / 4 * 0.75}
+AREAS = {
+    "circle": np.pi * 0.49**2,
+    "square": 0.98**2,
+    "triangle": 0.44,
+    "cross": 2 * 0.36 - 0.36**2,
+    "ring": np.pi / 4 * 0.75,
+}
 
 
 @pytest.mark.parametrize("shape", AREAS)
@@ -35,7 +41,10 @@ def test_render_paints_the_asked_colour_on_light_paper() -> None:
         assert image.shape == (64, 64, 3) and image.dtype == np.uint8
         for thing in drawn.things:
             if thing.shape != "ring":
-                assert tuple(image[int(thing.y * 64), int(thing.x * 64)]) == vocabulary.COLOURS[thing.colour]
+                assert (
+                    tuple(image[int(thing.y * 64), int(thing.x * 64)])
+                    == vocabulary.COLOURS[thing.colour]
+                )
         corner = image[0, 0].astype(int)
         assert corner.min() > 180 and np.ptp(corner) < 25
 
@@ -62,6 +71,8 @@ def test_font_letters_fill_their_cells_and_differ() -> None:
     for letter, glyph in font.GLYPHS.items():
         assert glyph.shape == (font.HEIGHT, font.WIDTH)
         assert all(side.any() for side in (glyph[0], glyph[-1], glyph[:, 0], glyph[:, -1])), letter
-        assert all((glyph != other).sum() >= 3 for name, other in font.GLYPHS.items() if name != letter), letter
+        assert all(
+            (glyph != other).sum() >= 3 for name, other in font.GLYPHS.items() if name != letter
+        ), letter
     with pytest.raises(ValueError, match="cannot write 'NO!'"):
         font.bitmap("NO!")

@@ -33,7 +33,11 @@ def test_an_edit_is_a_function_of_its_number():
         sample_edit(0, 0, "tests")
     (first, *_) = prompts("test", 3, seed=2)
     edit = sample_edit(2, 0, "test")
-    assert (first["key"], first["caption"], first["category"]) == (edit.key, edit.instruction, "recolour")
+    assert (first["key"], first["caption"], first["category"]) == (
+        edit.key,
+        edit.instruction,
+        "recolour",
+    )
     assert json.loads(json.dumps(first)) == first
 
 
@@ -47,7 +51,9 @@ def test_what_is_asked_for_is_right_and_the_input_never_is(edits, pictures):
 
 def test_another_edit_of_the_same_scene_is_wrong(edits, pictures):
     """The output of an edit of the same kind, of another scene: not what was asked, or the rest is another."""
-    for (edit, (before, _)), (_, (_, other)) in itertools.pairwise(zip(edits[::7], pictures[::7], strict=True)):
+    for (edit, (before, _)), (_, (_, other)) in itertools.pairwise(
+        zip(edits[::7], pictures[::7], strict=True)
+    ):
         assert not edit_scorer.score_edit(before, other, edit.metadata).correct
 
 
@@ -57,13 +63,23 @@ def test_damage_to_the_rest_is_seen(edits):
     for edit in edits:
         others = [t for t in edit.before.things if t in edit.after.things]
         if others and edit.metadata["changed"] is not None:
-            without = dataclasses.replace(edit.after, things=tuple(t for t in edit.after.things if t is not others[0]))
-            seen.append(not edit_scorer.score_edit(render(edit.before, SIZE), render(without, SIZE), edit.metadata).kept)
+            without = dataclasses.replace(
+                edit.after, things=tuple(t for t in edit.after.things if t is not others[0])
+            )
+            seen.append(
+                not edit_scorer.score_edit(
+                    render(edit.before, SIZE), render(without, SIZE), edit.metadata
+                ).kept
+            )
     assert len(seen) > 100 and np.mean(seen) > 0.9
 
 
 def test_a_background_that_takes_the_objects_with_it_is_wrong():
-    edit = next(e for e in (sample_edit(3, i, "test") for i in range(5, COUNT, 7)) if len(e.before.things) == 1)
+    edit = next(
+        e
+        for e in (sample_edit(3, i, "test") for i in range(5, COUNT, 7))
+        if len(e.before.things) == 1
+    )
     (thing,) = edit.before.things
     recoloured = dataclasses.replace(thing, colour=next(c for c in COLOURS if c != thing.colour))
     output = render(dataclasses.replace(edit.after, things=(recoloured,)), SIZE)
@@ -77,7 +93,8 @@ def test_instructions_name_one_object_alone(edits):
             named = [
                 t
                 for t in edit.before.things
-                if f"{t.colour} {t.shape}" in edit.instruction.split(" with ")[0].split(" into ")[0].split(" for ")[0]
+                if f"{t.colour} {t.shape}"
+                in edit.instruction.split(" with ")[0].split(" into ")[0].split(" for ")[0]
             ]
             assert len(named) == 1, edit.instruction
 
@@ -93,7 +110,10 @@ def test_every_kind_says_many_things(edits):
     for edit in edits:
         said[edit.metadata["kind"]].add(edit.instruction)
     assert set(said) == set(KINDS)
-    assert min(len(s) for kind, s in said.items() if kind != "background") > 30 and len(said["background"]) == 12
+    assert (
+        min(len(s) for kind, s in said.items() if kind != "background") > 30
+        and len(said["background"]) == 12
+    )
 
 
 def test_places_are_where_they_are_called():

@@ -42,13 +42,23 @@ def test_training_knows_nothing_of_what_is_held_out(asked):
 
 
 def test_right_is_the_same_words():
-    assert right(" Top left ", "top left") and right("tea", "TEA") and not right("top", "top left") and not right("", "one")
+    assert (
+        right(" Top left ", "top left")
+        and right("tea", "TEA")
+        and not right("top", "top left")
+        and not right("", "one")
+    )
 
 
 def test_prompts():
     (first, second) = prompts("test", 2, seed=5)
     question = sample_question(5, 0, "test")
-    assert first == {"key": question.key, "caption": question.question, "category": "colour", "answer": question.answer}
+    assert first == {
+        "key": question.key,
+        "caption": question.question,
+        "category": "colour",
+        "answer": question.answer,
+    }
     assert second["category"] == "count"
     with pytest.raises(ValueError, match="split='x'"):
         sample_question(0, 0, "x")

@@ -19,7 +19,10 @@ def test() -> list[scene.Scene]:
 
 
 def test_tables_hold_out_about_an_eighth() -> None:
-    sizes = {kind: (len(vocabulary.TRAIN_FACTS[kind]), len(facts)) for kind, facts in vocabulary.HELD_OUT_FACTS.items()}
+    sizes = {
+        kind: (len(vocabulary.TRAIN_FACTS[kind]), len(facts))
+        for kind, facts in vocabulary.HELD_OUT_FACTS.items()
+    }
     assert sizes == {
         "single": (53, 9),
         "two": (13, 2),
@@ -38,10 +41,14 @@ def test_train_and_validation_scenes_contain_no_held_out_fact(train: list[scene.
         assert not scene.facts(drawn) & vocabulary.HELD_OUT, drawn.key
 
 
-def test_no_training_scene_satisfies_a_held_out_prompt(train: list[scene.Scene], test: list[scene.Scene]) -> None:
+def test_no_training_scene_satisfies_a_held_out_prompt(
+    train: list[scene.Scene], test: list[scene.Scene]
+) -> None:
     """The same by another way: the scorer's rules instead of the facts. "A small red cross" alone in the image is what the
     categories single and colours hold out, so scenes of several objects do not count there."""
-    prompts = {repr(metadata): metadata for metadata in (captions.describe(drawn)[1] for drawn in test)}
+    prompts = {
+        repr(metadata): metadata for metadata in (captions.describe(drawn)[1] for drawn in test)
+    }
     for metadata in list(prompts.values())[:150]:
         for drawn in train[:1400]:
             if metadata["category"] not in ("single", "colours") or len(drawn.things) == 1:
@@ -59,11 +66,21 @@ def test_test_scenes_show_the_held_out_fact_of_their_own_kind_only(test: list[sc
 
 
 def test_training_shows_every_word_by_itself(train: list[scene.Scene]) -> None:
-    seen = collections.Counter(part for drawn in train for fact in scene.facts(drawn) for part in (fact[0], *fact))
-    relations_asked = collections.Counter(captions.describe(drawn)[1]["relation"] for drawn in train)
+    seen = collections.Counter(
+        part for drawn in train for fact in scene.facts(drawn) for part in (fact[0], *fact)
+    )
+    relations_asked = collections.Counter(
+        captions.describe(drawn)[1]["relation"] for drawn in train
+    )
     letters = collections.Counter("".join(drawn.word.text for drawn in train if drawn.word))
     counts = [str(count) for count in vocabulary.COUNTS]
-    for part in (*vocabulary.CATEGORIES, *vocabulary.SHAPES, *vocabulary.COLOURS, *vocabulary.SIZES, *counts):
+    for part in (
+        *vocabulary.CATEGORIES,
+        *vocabulary.SHAPES,
+        *vocabulary.COLOURS,
+        *vocabulary.SIZES,
+        *counts,
+    ):
         assert seen[part] >= 50, part
     assert all(relations_asked[relation] >= 50 for relation in vocabulary.RELATIONS)
     assert set(letters) == set("".join(vocabulary.WORDS))
@@ -78,21 +95,29 @@ def test_objects_keep_apart_and_inside(train: list[scene.Scene]) -> None:
             assert min(a.box) >= 0 and max(a.box) <= 1
             assert a.x in scene.SPOTS[a.size] and a.y in scene.SPOTS[a.size]
             for b in drawn.things[:i]:
-                assert max(abs(a.x - b.x), abs(a.y - b.y)) >= (a.side + b.side) / 2 + scene.GAP - 1e-9
+                assert (
+                    max(abs(a.x - b.x), abs(a.y - b.y)) >= (a.side + b.side) / 2 + scene.GAP - 1e-9
+                )
 
 
 def test_two_objects_are_named_in_reading_order(train: list[scene.Scene]) -> None:
     """By the first cell of the grid that each covers, the cells counted row by row."""
 
     def first_cell(thing: scene.Thing) -> int:
-        column, row = (int((centre - thing.side / 2) * scene.CELLS) for centre in (thing.x, thing.y))
+        column, row = (
+            int((centre - thing.side / 2) * scene.CELLS) for centre in (thing.x, thing.y)
+        )
         return row * scene.CELLS + column
 
     pairs = [drawn.things for drawn in train if drawn.category in ("two", "attribution")]
     assert len(pairs) > 500
     assert all(first_cell(a) < first_cell(b) for a, b in pairs)
     # Nothing else of them is settled by it: either may be the large one, and any shape may come first.
-    assert {(a.size, b.size) for a, b in pairs} == {("small", "small"), ("small", "large"), ("large", "small")}
+    assert {(a.size, b.size) for a, b in pairs} == {
+        ("small", "small"),
+        ("small", "large"),
+        ("large", "small"),
+    }
     assert {a.shape for a, _ in pairs} == {b.shape for _, b in pairs} == set(vocabulary.SHAPES)
 
 

@@ -29,7 +29,12 @@ def detections(held_out: list) -> list[Detection]:
 
 def accuracy(detections: list[Detection], held_out: list) -> float:
     return float(
-        np.mean([scorer.judge(found, metadata).correct for found, (_, metadata, _) in zip(detections, held_out, strict=True)])
+        np.mean(
+            [
+                scorer.judge(found, metadata).correct
+                for found, (_, metadata, _) in zip(detections, held_out, strict=True)
+            ]
+        )
     )
 
 
@@ -44,9 +49,12 @@ def test_clean_images_are_read_completely(held_out: list, detections: list[Detec
         if drawn.word:
             exact += found.word is not None and found.word.text == drawn.word.text
             continue
-        pairs = list(zip(sorted(found.things, key=_place), sorted(drawn.things, key=_place), strict=False))
+        pairs = list(
+            zip(sorted(found.things, key=_place), sorted(drawn.things, key=_place), strict=False)
+        )
         exact += len(found.things) == len(drawn.things) and all(
-            (a.shape, a.colour, a.size) == (b.shape, b.colour, b.size) and max(abs(a.x - b.x), abs(a.y - b.y)) < 0.5 / SIZE
+            (a.shape, a.colour, a.size) == (b.shape, b.colour, b.size)
+            and max(abs(a.x - b.x), abs(a.y - b.y)) < 0.5 / SIZE
             for a, b in pairs
         )
     assert exact / COUNT >= 0.99
@@ -97,7 +105,9 @@ def test_another_resolution(held_out: list, size: int) -> None:
 
 
 @pytest.mark.parametrize("image", ["white", "noise", "black", "smear"])
-def test_images_of_nothing_satisfy_nothing(held_out: list, image: str, rng: np.random.Generator) -> None:
+def test_images_of_nothing_satisfy_nothing(
+    held_out: list, image: str, rng: np.random.Generator
+) -> None:
     pixels = {
         "white": np.full((64, 64, 3), 255, np.uint8),
         "noise": rng.integers(0, 256, (64, 64, 3)).astype(np.uint8),
@@ -110,7 +120,11 @@ def test_images_of_nothing_satisfy_nothing(held_out: list, image: str, rng: np.r
 
 @pytest.mark.parametrize(
     "points",
-    [[(0, -1), (1, 0), (0, 1), (-1, 0)], [(0, 1), (-1, -0.8), (1, -0.8)], [(-1, -0.6), (1, -0.6), (1, 0.6), (-1, 0.6)]],
+    [
+        [(0, -1), (1, 0), (0, 1), (-1, 0)],
+        [(0, 1), (-1, -0.8), (1, -0.8)],
+        [(-1, -0.6), (1, -0.6), (1, 0.6), (-1, 0.6)],
+    ],
 )
 def test_foreign_shapes_are_not_recognised(points: list) -> None:
     """A diamond, a triangle upside down and a long rectangle."""
@@ -122,7 +136,9 @@ def test_foreign_shapes_are_not_recognised(points: list) -> None:
     assert (thing.shape, thing.colour) == (None, "blue")
 
 
-def _asked(shape: str, colour: str | None = None, size: str | None = None, count: int = 1) -> captions.Metadata:
+def _asked(
+    shape: str, colour: str | None = None, size: str | None = None, count: int = 1
+) -> captions.Metadata:
     return {"shape": shape, "colour": colour, "size": size, "count": count}
 
 
@@ -141,30 +157,58 @@ BLOB = scene.Thing(None, "green", 0.5, 0.85, 0.2)
     ("things", "prompt", "reason"),
     [
         ((RED, BLUE), _prompt("two", _asked("circle"), _asked("square")), None),
-        ((RED, BLUE), _prompt("single", _asked("circle", size="small")), None),  # extra objects are allowed
+        (
+            (RED, BLUE),
+            _prompt("single", _asked("circle", size="small")),
+            None,
+        ),  # extra objects are allowed
         (
             (RED, BLUE),
             _prompt("single", _asked("circle", size="large")),
             "asked a large circle, found 1 small red circle, 1 small",
         ),
-        ((RED, RED), _prompt("counting", _asked("circle", count=3)), "asked 3 circles, found 2 small red circles"),
+        (
+            (RED, RED),
+            _prompt("counting", _asked("circle", count=3)),
+            "asked 3 circles, found 2 small red circles",
+        ),
         ((RED, RED), _prompt("counting", _asked("circle", count=2)), None),
-        ((RED, RED, RED), _prompt("counting", _asked("circle", count=2)), "asked 2 circles, found 3 small red circles"),
+        (
+            (RED, RED, RED),
+            _prompt("counting", _asked("circle", count=2)),
+            "asked 2 circles, found 3 small red circles",
+        ),
         (
             (RED, RED, BLOB),
             _prompt("counting", _asked("circle", count=2)),
             "asked 2 circles, found 2 small red circles, 1 unclear",
         ),
-        ((RED, BLUE), _prompt("position", _asked("circle"), _asked("square"), relation="left of"), None),
-        ((RED, BLUE), _prompt("position", _asked("circle"), _asked("square"), relation="above"), "found the circle elsewhere"),
-        ((RED, BLUE), _prompt("attribution", _asked("circle", "blue"), _asked("square", "red")), "asked a blue circle, found"),
+        (
+            (RED, BLUE),
+            _prompt("position", _asked("circle"), _asked("square"), relation="left of"),
+            None,
+        ),
+        (
+            (RED, BLUE),
+            _prompt("position", _asked("circle"), _asked("square"), relation="above"),
+            "found the circle elsewhere",
+        ),
+        (
+            (RED, BLUE),
+            _prompt("attribution", _asked("circle", "blue"), _asked("square", "red")),
+            "asked a blue circle, found",
+        ),
         (
             (RED,),
             _prompt("attribution", _asked("circle", "red"), _asked("circle", "red")),
             "asked a red circle and a red circle",
         ),
         ((RED, BLOB), _prompt("colours", _asked("circle", "red")), None),  # a small blob is no mess
-        ((RED, BLOB, BLOB), _prompt("colours", _asked("circle", "red")), "found 1 small red circle, 2 unclear objects"),
+        (
+            (RED, BLOB, BLOB),
+            _prompt("colours", _asked("circle", "red")),
+            "found 1 small red circle, 2 unclear objects",
+        ),
         ((), _prompt("colours", _asked("circle", "red")), "asked a red circle, found nothing"),
         ((RED,), _prompt("text", word="CAT"), 'asked the word "CAT", found nothing readable'),
     ],
@@ -185,15 +229,39 @@ SMALL_RED = _asked("circle", "red", "small")
         ((RED,), _prompt("single", SMALL_RED), 1),
         ((RED,), _prompt("single", _asked("circle", "blue", "small")), 2 / 3),
         ((RED,), _prompt("single", _asked("circle", "blue", "large")), 1 / 3),
-        ((RED,), _prompt("single", _asked("star", "red", "small")), 0),  # its colour is the colour of another object
+        (
+            (RED,),
+            _prompt("single", _asked("star", "red", "small")),
+            0,
+        ),  # its colour is the colour of another object
         ((RED, BLOB, BLOB), _prompt("single", SMALL_RED), 3 / 4),  # a mess
         ((RED, BLUE), _prompt("two", _asked("circle"), _asked("square")), 1),
         ((RED,), _prompt("two", _asked("circle"), _asked("square")), 1 / 2),
-        ((RED,), _prompt("attribution", _asked("circle", "red"), _asked("circle", "red")), 1 / 2),  # one answers once
-        ((RED, BLUE), _prompt("attribution", _asked("circle", "blue"), _asked("square", "blue")), 3 / 4),
-        ((RED, BLUE), _prompt("position", _asked("circle"), _asked("square"), relation="left of"), 1),
-        ((RED, BLUE), _prompt("position", _asked("circle"), _asked("square"), relation="above"), 2 / 3),
-        ((RED,), _prompt("position", _asked("circle"), _asked("square"), relation="left of"), 1 / 3),
+        (
+            (RED,),
+            _prompt("attribution", _asked("circle", "red"), _asked("circle", "red")),
+            1 / 2,
+        ),  # one answers once
+        (
+            (RED, BLUE),
+            _prompt("attribution", _asked("circle", "blue"), _asked("square", "blue")),
+            3 / 4,
+        ),
+        (
+            (RED, BLUE),
+            _prompt("position", _asked("circle"), _asked("square"), relation="left of"),
+            1,
+        ),
+        (
+            (RED, BLUE),
+            _prompt("position", _asked("circle"), _asked("square"), relation="above"),
+            2 / 3,
+        ),
+        (
+            (RED,),
+            _prompt("position", _asked("circle"), _asked("square"), relation="left of"),
+            1 / 3,
+        ),
         ((RED, RED), _prompt("counting", _asked("circle", count=2)), 1),
         ((RED, RED), _prompt("counting", _asked("circle", count=3)), 2 / 3),
         ((RED, RED, RED), _prompt("counting", _asked("circle", count=2)), 2 / 3),
@@ -208,13 +276,17 @@ def test_the_share_that_is_met(things: tuple, prompt: captions.Metadata, met: fl
     assert verdict.correct == (met == 1)
 
 
-@pytest.mark.parametrize(("read", "met"), [("CAT", 1), ("COT", 2 / 3), ("CATS", 3 / 4), ("AT", 0), ("cat", 1), (None, 0)])
+@pytest.mark.parametrize(
+    ("read", "met"), [("CAT", 1), ("COT", 2 / 3), ("CATS", 3 / 4), ("AT", 0), ("cat", 1), (None, 0)]
+)
 def test_letters_are_met_in_their_places(read: str | None, met: float) -> None:
     found = Detection((), scene.Word(read, 0.5, 0.5) if read else None, has_paper=True)
     assert scorer.judge(found, _prompt("text", word="CAT")).met == pytest.approx(met, rel=1e-12)
 
 
-def test_all_is_met_exactly_where_the_image_is_right(held_out: list, detections: list[Detection]) -> None:
+def test_all_is_met_exactly_where_the_image_is_right(
+    held_out: list, detections: list[Detection]
+) -> None:
     """Each image with its own prompt, and with two others of its category."""
     shares = collections.Counter()
     for i, found in enumerate(detections):
@@ -232,7 +304,10 @@ def test_without_a_background_nothing_is_met() -> None:
 def test_words_are_compared_exactly_but_for_case() -> None:
     found = Detection((), scene.Word("CAT", 0.5, 0.5), has_paper=True)
     assert scorer.judge(found, _prompt("text", word="cat")).correct
-    assert scorer.judge(found, _prompt("text", word="CATS")).reason == 'asked the word "CATS", read "CAT"'
+    assert (
+        scorer.judge(found, _prompt("text", word="CATS")).reason
+        == 'asked the word "CATS", read "CAT"'
+    )
 
 
 def test_only_square_uint8_images_are_taken() -> None:

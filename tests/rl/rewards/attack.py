@@ -16,7 +16,12 @@ SMALL = 1.0  # seconds between the requests of an ordinary client
 
 
 def chunk(kind: bytes, content: bytes) -> bytes:
-    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+    return (
+        struct.pack(">I", len(content))
+        + kind
+        + content
+        + struct.pack(">I", zlib.crc32(kind + content))
+    )
 
 
 def header(width: int, height: int, depth: int, colour: int, interlace: int = 0) -> bytes:
@@ -63,7 +68,9 @@ def bombs(side: int, max_body: int) -> dict[str, bytes]:
 def scored(files: list[bytes]) -> bytes:
     images = [base64.b64encode(file).decode() for file in files]
     count = len(files)
-    return json.dumps({"prompts": ["a"] * count, "metadata": [{}] * count, "images": images}).encode()
+    return json.dumps(
+        {"prompts": ["a"] * count, "metadata": [{}] * count, "images": images}
+    ).encode()
 
 
 async def post(port: int, body: bytes) -> int:
@@ -148,7 +155,9 @@ async def nonsense(port: int, end: float, seed: int) -> None:
         await asyncio.sleep(0.05)
 
 
-def harm(port: int, seconds: float, side: int, max_body: int, bombers: int, idlers: int, all_ready, out) -> None:
+def harm(
+    port: int, seconds: float, side: int, max_body: int, bombers: int, idlers: int, all_ready, out
+) -> None:
     """Put the number of answers by (bomb, status)."""
     os.nice(10)  # it stands for other machines
     bodies = bombs(side, max_body)

@@ -75,7 +75,9 @@ def light(images_BHWC, prompts, metadata):
     assert cv2.getNumThreads() == 1
     assert os.environ["OMP_NUM_THREADS"] == os.environ["OPENBLAS_NUM_THREADS"] == "1"
     assert os.environ["JAX_PLATFORMS"] == "cpu"
-    assert len(os.listdir("/proc/self/task")) <= 2, "the one that waits for the parent's end, and this"
+    assert len(os.listdir("/proc/self/task")) <= 2, (
+        "the one that waits for the parent's end, and this"
+    )
     return [1.0]
 
 

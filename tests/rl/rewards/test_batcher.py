@@ -16,7 +16,11 @@ from blip3o_jax.serving import Refused
 
 def job(value: int, count: int = 1, size: int = 8, prompt: str = "red") -> Job:
     """Images whose scores are value, value + 1, ..."""
-    images = [types.SimpleNamespace(height=size, width=size, pixels=size * size, file=np.zeros(10, np.uint8))] * count
+    images = [
+        types.SimpleNamespace(
+            height=size, width=size, pixels=size * size, file=np.zeros(10, np.uint8)
+        )
+    ] * count
     return Job(images, [prompt] * count, [b"%d" % (value + index) for index in range(count)])
 
 
@@ -43,7 +47,9 @@ class Held:
                 self.calls[-1] = "large"
         refuse = [prompt == "refuse" for prompt in prompts]
         return [
-            Verdict(422, "cannot") if no else Verdict(200, "", value, {f"of{size[0]}": value, "v": value})
+            Verdict(422, "cannot")
+            if no
+            else Verdict(200, "", value, {f"of{size[0]}": value, "v": value})
             for value, no in zip(values, refuse, strict=True)
         ], 0.5
 
@@ -67,7 +73,9 @@ def together(*jobs_of, count=1, **limits):
 
 
 def test_requests_that_wait_are_scored_together_up_to_the_batch():
-    results, calls = together(lambda: job(10, 2), lambda: job(20, 3), lambda: job(30, 1), lambda: job(40, 5), batch=6)
+    results, calls = together(
+        lambda: job(10, 2), lambda: job(20, 3), lambda: job(30, 1), lambda: job(40, 5), batch=6
+    )
     assert calls == [6, 5]
     for scores, (value, count) in zip(results, ((10, 2), (20, 3), (30, 1), (40, 5)), strict=True):
         np.testing.assert_array_equal(scores.total_B, np.arange(value, value + count))
@@ -98,7 +106,9 @@ def test_sizes_do_not_mix_and_pixels_and_bytes_bound_a_call():
     ],
 )
 def test_one_request_does_not_spoil_the_others(prompt, status, line, calls):
-    (good, bad, other), called = together(lambda: job(10), lambda: job(20, prompt=prompt), lambda: job(30))
+    (good, bad, other), called = together(
+        lambda: job(10), lambda: job(20, prompt=prompt), lambda: job(30)
+    )
     assert good.total_B == 10 and other.total_B == 30 and called == calls
     assert isinstance(bad, Refused) and bad.status == status and line in bad.line
 
@@ -131,7 +141,9 @@ def test_small_requests_go_first_until_they_had_as_much_time_as_a_large_one(monk
 
 
 def test_one_of_several_scorers_is_left_to_small_requests():
-    _, calls = together(*[lambda: job(0, size=99, prompt="large")] * 2, lambda: job(1), count=2, pixels=200)
+    _, calls = together(
+        *[lambda: job(0, size=99, prompt="large")] * 2, lambda: job(1), count=2, pixels=200
+    )
     assert calls.index(1) < 2
 
 

@@ -24,14 +24,26 @@ from tests.tiny import quick_compile  # noqa: F401  (a fixture)
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
 PROMPTS = ["a cat", "two dogs on a hill", "a cat"]
-TEXT = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+TEXT = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+}
 VISION = TEXT | {"image_size": 16, "patch_size": 8}
 
 
 def write_clip(path) -> None:
     letters = [letter + end for letter in string.ascii_lowercase for end in ("", "</w>")]
-    vocabulary = {token: i for i, token in enumerate(["<|startoftext|>", "<|endoftext|>", *letters])}
-    text = TEXT | {"vocab_size": len(vocabulary), "bos_token_id": 0, "eos_token_id": 1, "max_position_embeddings": 24}
+    vocabulary = {
+        token: i for i, token in enumerate(["<|startoftext|>", "<|endoftext|>", *letters])
+    }
+    text = TEXT | {
+        "vocab_size": len(vocabulary),
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "max_position_embeddings": 24,
+    }
     config = transformers.CLIPConfig(text_config=text, vision_config=VISION, projection_dim=8)
     transformers.CLIPModel(config).save_pretrained(path)
     transformers.CLIPTokenizer(vocab=vocabulary, merges=[]).save_pretrained(path)
@@ -40,12 +52,18 @@ def write_clip(path) -> None:
 
 
 def write_siglip(path) -> None:
-    letters = {token: i for i, token in enumerate(["<pad>", "</s>", "<unk>", " ", *string.ascii_lowercase])}
+    letters = {
+        token: i for i, token in enumerate(["<pad>", "</s>", "<unk>", " ", *string.ascii_lowercase])
+    }
     import tokenizers
 
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=letters, merges=[], unk_token="<unk>"))
     fast = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=bpe, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_input_names=["input_ids"]
+        tokenizer_object=bpe,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        model_input_names=["input_ids"],
     )
     text = TEXT | {"vocab_size": len(letters), "max_position_embeddings": 24, "projection_size": 16}
     config = transformers.SiglipConfig(text_config=text, vision_config=VISION)
@@ -60,9 +78,12 @@ def images_BHWC(rng):
 
 
 @pytest.mark.parametrize(
-    ("write", "padding"), [(write_clip, {"padding": True}), (write_siglip, {"padding": "max_length", "max_length": 24})]
+    ("write", "padding"),
+    [(write_clip, {"padding": True}), (write_siglip, {"padding": "max_length", "max_length": 24})],
 )
-def test_scores_are_the_cosines_behind_the_stock_models_logits(write, padding, tmp_path, images_BHWC):
+def test_scores_are_the_cosines_behind_the_stock_models_logits(
+    write, padding, tmp_path, images_BHWC
+):
     torch.manual_seed(0)
     write(tmp_path)
     scores = clip.create(path=str(tmp_path), batch="2")(images_BHWC, PROMPTS, [{}] * 3)
@@ -70,7 +91,9 @@ def test_scores_are_the_cosines_behind_the_stock_models_logits(write, padding, t
     pixels = transformers.AutoImageProcessor.from_pretrained(tmp_path)(
         images=[Image.fromarray(image) for image in images_BHWC], return_tensors="pt"
     )
-    tokens = transformers.AutoTokenizer.from_pretrained(tmp_path)(PROMPTS, return_tensors="pt", **padding)
+    tokens = transformers.AutoTokenizer.from_pretrained(tmp_path)(
+        PROMPTS, return_tensors="pt", **padding
+    )
     with torch.no_grad():
         logits = model(**pixels, **tokens).logits_per_image.diagonal()
         cosine = (logits - getattr(model, "logit_bias", 0)) / model.logit_scale.exp()
@@ -104,20 +127,37 @@ def contrastive(tmp_path_factory):
 def test_scores_of_the_projects_own_encoder(contrastive, images_BHWC):
     workdir, cfg, vocabulary = contrastive
     scores = clip.create(path=str(workdir), batch="2")(images_BHWC, PROMPTS, [{}] * 3)
-    model = Blip3o(cfg.model, ("tokenizer", "text_tower"), seed=cfg.seed)  # what the run started from
-    shown = np.stack([np.array(Image.fromarray(x).resize((16, 16), Image.Resampling.BICUBIC)) for x in images_BHWC])
+    model = Blip3o(
+        cfg.model, ("tokenizer", "text_tower"), seed=cfg.seed
+    )  # what the run started from
+    shown = np.stack(
+        [
+            np.array(Image.fromarray(x).resize((16, 16), Image.Resampling.BICUBIC))
+            for x in images_BHWC
+        ]
+    )
     rows = [caption_row(vocabulary, prompt, cfg.data.max_length) for prompt in PROMPTS]
     ids_BL, mask_BL = (np.stack([row[name] for row in rows]) for name in ("text_ids", "text_mask"))
-    embed = nnx.jit(lambda m, *batch: (m.tokenizer.encoder(scale_pixels(batch[0])).pooled_BD, m.text_tower(*batch[1:])))
+    embed = nnx.jit(
+        lambda m, *batch: (
+            m.tokenizer.encoder(scale_pixels(batch[0])).pooled_BD,
+            m.text_tower(*batch[1:]),
+        )
+    )
     x_BD, y_BD = (np.asarray(x, np.float64) for x in embed(model, shown, ids_BL, mask_BL))
     cosine = (x_BD * y_BD).sum(1) / np.linalg.norm(x_BD, axis=1) / np.linalg.norm(y_BD, axis=1)
-    np.testing.assert_allclose(scores.total_B, cosine, atol=2e-6)  # float32, another order of summation
+    np.testing.assert_allclose(
+        scores.total_B, cosine, atol=2e-6
+    )  # float32, another order of summation
     assert np.ptp(cosine) > 1e-3
 
 
 def test_a_prompt_longer_than_the_rows_is_refused(contrastive):
     reward = clip.create(path=str(contrastive[0]))
-    with pytest.raises(UserError, match=r"reward clip: prompt 'xyzxyz.* is 601 tokens, the encoder takes 32: shorten it"):
+    with pytest.raises(
+        UserError,
+        match=r"reward clip: prompt 'xyzxyz.* is 601 tokens, the encoder takes 32: shorten it",
+    ):
         reward.check("xyz" * 200, {})
 
 
@@ -128,10 +168,14 @@ def test_other_directories_are_refused(tmp_path, contrastive):
         clip.create(path=str(tmp_path / "nothing"))
     with pytest.raises(UserError, match="is not a checkpoint"):
         clip.create(path=str(tmp_path))
-    transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**VISION)).save_pretrained(tmp_path)
+    transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**VISION)).save_pretrained(
+        tmp_path
+    )
     with pytest.raises(UserError, match="cannot be read: "):
         clip.create(path=str(tmp_path))
     (tmp_path / "joint" / "6" / "state").mkdir(parents=True)
     write_json(tmp_path / "joint" / "config.json", to_dict(tiny.run_config()))
-    with pytest.raises(UserError, match="was written by stage 'joint'; give a run of stage 'contrastive'"):
+    with pytest.raises(
+        UserError, match="was written by stage 'joint'; give a run of stage 'contrastive'"
+    ):
         clip.create(path=str(tmp_path / "joint"))

@@ -24,18 +24,34 @@ BLUE_STAR = Thing("star", "blue", 0.8, 0.5, 0.27)
     "tag, include, exclude, wanted",
     [
         ("single_object", [{"class": "circle", "count": 1}], [], [1, 1, 0]),
-        ("two_object", [{"class": "circle", "count": 1}, {"class": "star", "count": 1}], [], [1, 0, 0]),
+        (
+            "two_object",
+            [{"class": "circle", "count": 1}, {"class": "star", "count": 1}],
+            [],
+            [1, 0, 0],
+        ),
         ("colors", [{"class": "circle", "count": 1, "color": "red"}], [], [1, 0, 0]),
-        ("counting", [{"class": "circle", "count": 2}], [{"class": "circle", "count": 3}], [0, 1, 0]),
+        (
+            "counting",
+            [{"class": "circle", "count": 2}],
+            [{"class": "circle", "count": 3}],
+            [0, 1, 0],
+        ),
         (
             "position",
-            [{"class": "star", "count": 1}, {"class": "circle", "count": 1, "position": ["left of", 0]}],
+            [
+                {"class": "star", "count": 1},
+                {"class": "circle", "count": 1, "position": ["left of", 0]},
+            ],
             [],
             [1, 0, 0],
         ),
         (
             "color_attr",
-            [{"class": "star", "count": 1, "color": "blue"}, {"class": "circle", "count": 1, "color": "red"}],
+            [
+                {"class": "star", "count": 1, "color": "blue"},
+                {"class": "circle", "count": 1, "color": "red"},
+            ],
             [],
             [1, 0, 0],
         ),
@@ -58,7 +74,9 @@ def test_on_drawn_shapes(tag, include, exclude, wanted):
 def test_the_shapes_detector_gives_boxes_in_pixels():
     (circle,) = geneval.ShapesDetector().detect(picture(Thing("circle", "red", 0.25, 0.5, 0.26)))
     np.testing.assert_allclose(
-        circle.box, [(0.25 - 0.13) * 64, (0.5 - 0.13) * 64, (0.25 + 0.13) * 64, (0.5 + 0.13) * 64], atol=0.5
+        circle.box,
+        [(0.25 - 0.13) * 64, (0.5 - 0.13) * 64, (0.25 + 0.13) * 64, (0.5 + 0.13) * 64],
+        atol=0.5,
     )
     assert (circle.name, circle.colour) == ("circle", "red")
 
@@ -84,14 +102,23 @@ IMAGES_BHWC = np.stack([np.zeros((4, 4, 3), np.uint8), np.ones((4, 4, 3), np.uin
 def test_counting_asks_for_more_confidence():
     two = {"include": [{"class": "dog", "count": 2}]}
     reward = geneval.Geneval(Sees(0.95, 0.85))
-    np.testing.assert_array_equal(reward(IMAGES_BHWC[:1], [""], [{"tag": "two_object", **two}]).total_B, [1])
-    np.testing.assert_array_equal(reward(IMAGES_BHWC[:1], [""], [{"tag": "counting", **two}]).total_B, [0.5])
+    np.testing.assert_array_equal(
+        reward(IMAGES_BHWC[:1], [""], [{"tag": "two_object", **two}]).total_B, [1]
+    )
+    np.testing.assert_array_equal(
+        reward(IMAGES_BHWC[:1], [""], [{"tag": "counting", **two}]).total_B, [0.5]
+    )
 
 
 def test_no_more_than_max_objects_of_a_class_are_seen():
     asked = {"tag": "counting", "include": [{"class": "dog", "count": 17}]}
     assert geneval.Geneval(Sees(*[0.95] * 20))(IMAGES_BHWC[:1], [""], [asked]).parts["correct"] == 0
-    assert geneval.Geneval(Sees(*[0.95] * 20), max_objects=17)(IMAGES_BHWC[:1], [""], [asked]).parts["correct"] == 1
+    assert (
+        geneval.Geneval(Sees(*[0.95] * 20), max_objects=17)(IMAGES_BHWC[:1], [""], [asked]).parts[
+            "correct"
+        ]
+        == 1
+    )
 
 
 def test_each_image_is_judged_by_its_own_colours():
@@ -117,4 +144,6 @@ def test_options_are_judged(options, message):
 
 def test_a_class_that_the_detector_does_not_know_is_refused_when_it_is_loaded():
     with pytest.raises(UserError, match=r"knows no class 'dog' \(prompt 'a dog'\)"):
-        geneval.create().check("a dog", {"tag": "single_object", "include": [{"class": "dog", "count": 1}]})
+        geneval.create().check(
+            "a dog", {"tag": "single_object", "include": [{"class": "dog", "count": 1}]}
+        )

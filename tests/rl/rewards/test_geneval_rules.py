@@ -4,26 +4,44 @@ import numpy as np
 import pytest
 
 from blip3o_jax.config import UserError
-from blip3o_jax.rl.rewards.geneval_rules import COLOURS, RELATIONS, Found, check_metadata, judge, keep, relations
+from blip3o_jax.rl.rewards.geneval_rules import (
+    COLOURS,
+    RELATIONS,
+    Found,
+    check_metadata,
+    judge,
+    keep,
+    relations,
+)
 
 
 def box(x: float, y: float, side: float = 10) -> tuple[float, float, float, float]:
     return x - side / 2, y - side / 2, x + side / 2, y + side / 2
 
 
-def dog(x: float = 50, y: float = 50, confidence: float = 0.95, colour: str | None = None, name: str = "dog") -> Found:
+def dog(
+    x: float = 50,
+    y: float = 50,
+    confidence: float = 0.95,
+    colour: str | None = None,
+    name: str = "dog",
+) -> Found:
     return Found(name, box(x, y), confidence, colour=colour)
 
 
 def verdict(found, tag, include, exclude=(), threshold=0.3):
     metadata = {"tag": tag, "include": include, "exclude": list(exclude)}
     check_metadata(metadata, ("dog", "cat", "bus"), COLOURS)
-    return judge(keep(found, threshold, 16), metadata, lambda things: [thing.colour for thing in things])
+    return judge(
+        keep(found, threshold, 16), metadata, lambda things: [thing.colour for thing in things]
+    )
 
 
 def test_presence():
     asked = [{"class": "dog", "count": 1}]
-    assert verdict([dog(), dog(), dog(name="cat")], "single_object", asked).correct  # others do no harm
+    assert verdict(
+        [dog(), dog(), dog(name="cat")], "single_object", asked
+    ).correct  # others do no harm
     missing = verdict([dog(name="cat")], "single_object", asked)
     assert (missing.correct, missing.met, missing.reason) == (False, 0, "asked 1 dog, found 0")
 
@@ -35,7 +53,8 @@ def test_two_objects():
 
 
 @pytest.mark.parametrize(
-    "count, correct, met", [(0, 0, 0), (1, 0, 1 / 3), (2, 0, 2 / 3), (3, 1, 1), (4, 0, 7 / 8), (8, 0, 0.5)]
+    "count, correct, met",
+    [(0, 0, 0), (1, 0, 1 / 3), (2, 0, 2 / 3), (3, 1, 1), (4, 0, 7 / 8), (8, 0, 0.5)],
 )
 def test_counting_is_exact(count, correct, met):
     """The official line asks for three and refuses four. An empty image is worth nothing; one too many costs 1/4 of the
@@ -47,8 +66,12 @@ def test_counting_is_exact(count, correct, met):
 
 def test_colours_are_those_of_the_surest_objects():
     asked = [{"class": "dog", "count": 1, "color": "red"}]
-    assert verdict([dog(colour="red", confidence=0.9), dog(colour="blue", confidence=0.8)], "colors", asked).correct
-    other = verdict([dog(colour="red", confidence=0.8), dog(colour="blue", confidence=0.9)], "colors", asked)
+    assert verdict(
+        [dog(colour="red", confidence=0.9), dog(colour="blue", confidence=0.8)], "colors", asked
+    ).correct
+    other = verdict(
+        [dog(colour="red", confidence=0.8), dog(colour="blue", confidence=0.9)], "colors", asked
+    )
     assert (other.correct, other.met, other.reason) == (False, 0.5, "asked red dog, found blue")
     two = [{"class": "dog", "count": 2, "color": "red"}]
     assert verdict([dog(colour="red"), dog(colour="blue")], "colors", two).met == 0.75
@@ -57,7 +80,10 @@ def test_colours_are_those_of_the_surest_objects():
 
 
 def test_color_attribution_binds_the_colours():
-    asked = [{"class": "dog", "count": 1, "color": "red"}, {"class": "cat", "count": 1, "color": "blue"}]
+    asked = [
+        {"class": "dog", "count": 1, "color": "red"},
+        {"class": "cat", "count": 1, "color": "blue"},
+    ]
     assert verdict([dog(colour="red"), dog(colour="blue", name="cat")], "color_attr", asked).correct
     swapped = verdict([dog(colour="blue"), dog(colour="red", name="cat")], "color_attr", asked)
     assert (swapped.correct, swapped.met) == (False, 0.5)
@@ -92,10 +118,18 @@ def test_position():
     asked = [{"class": "cat", "count": 1}, {"class": "dog", "count": 1, "position": ["left of", 0]}]
     assert verdict([dog(10), dog(90, name="cat")], "position", asked).correct
     other = verdict([dog(90), dog(10, name="cat")], "position", asked)
-    assert (other.correct, other.met, other.reason) == (False, pytest.approx(2 / 3), "dog is not left of the cat")
-    assert verdict([dog(10)], "position", asked).met == pytest.approx(1 / 3)  # no target, no relation
+    assert (other.correct, other.met, other.reason) == (
+        False,
+        pytest.approx(2 / 3),
+        "dog is not left of the cat",
+    )
+    assert verdict([dog(10)], "position", asked).met == pytest.approx(
+        1 / 3
+    )  # no target, no relation
     # Only the surest of each class count.
-    assert verdict([dog(10, confidence=0.9), dog(99, confidence=0.5), dog(90, name="cat")], "position", asked).correct
+    assert verdict(
+        [dog(10, confidence=0.9), dog(99, confidence=0.5), dog(90, name="cat")], "position", asked
+    ).correct
 
 
 def test_every_pair_must_stand_in_the_relation():
@@ -106,17 +140,26 @@ def test_every_pair_must_stand_in_the_relation():
 
 
 def test_a_target_of_the_wrong_colour_is_no_target():
-    asked = [{"class": "cat", "count": 1, "color": "red"}, {"class": "dog", "count": 1, "position": ["left of", 0]}]
+    asked = [
+        {"class": "cat", "count": 1, "color": "red"},
+        {"class": "dog", "count": 1, "position": ["left of", 0]},
+    ]
     found = verdict([dog(10), dog(90, name="cat", colour="blue")], "position", asked)
     assert not found.correct and "dog is not left of the cat" in found.reason
-    assert found.met == pytest.approx(3 / 4)  # both there, in the right places, one in the wrong colour
+    assert found.met == pytest.approx(
+        3 / 4
+    )  # both there, in the right places, one in the wrong colour
 
 
 def test_exclude_alone_spoils_an_image():
     asked, refused = [{"class": "dog", "count": 1}], [{"class": "bus", "count": 1}]
     assert verdict([dog()], "single_object", asked, refused).met == 1
     found = verdict([dog(), dog(name="bus")], "single_object", asked, refused)
-    assert (found.correct, found.met, found.reason) == (False, 0.5, "asked fewer than 1 bus, found 1")
+    assert (found.correct, found.met, found.reason) == (
+        False,
+        0.5,
+        "asked fewer than 1 bus, found 1",
+    )
 
 
 def test_clauses_are_independent():
@@ -126,7 +169,10 @@ def test_clauses_are_independent():
 
 def test_thresholds_and_the_most_that_is_kept():
     found = [dog(confidence=c) for c in (0.3, 0.31, 0.95)]
-    assert [thing.confidence for thing in keep(found, 0.3, 16)["dog"]] == [0.95, 0.31]  # above, not at
+    assert [thing.confidence for thing in keep(found, 0.3, 16)["dog"]] == [
+        0.95,
+        0.31,
+    ]  # above, not at
     assert [thing.confidence for thing in keep(found, 0.3, 1)["dog"]] == [0.95]
     assert keep(found, 0.99, 16) == {}
 
@@ -137,7 +183,10 @@ def test_all_is_met_exactly_where_the_verdict_is_correct(rng):
         names, colours = rng.choice(["dog", "cat", "bus"], 5), rng.choice(["red", "blue"], 5)
         x, y = rng.integers(0, 100, (2, 5))
         found = [dog(x[i], y[i], 0.9, colours[i], names[i]) for i in range(rng.integers(6))]
-        asked = [{"class": name, "count": int(rng.integers(1, 3))} for name in rng.choice(["dog", "cat"], 2)]
+        asked = [
+            {"class": name, "count": int(rng.integers(1, 3))}
+            for name in rng.choice(["dog", "cat"], 2)
+        ]
         if rng.integers(2):
             asked[0]["color"] = "red"
         if rng.integers(2):
@@ -155,12 +204,28 @@ def test_all_is_met_exactly_where_the_verdict_is_correct(rng):
         ({"include": [{"class": "dog", "count": 1}]}, "has no 'tag'"),
         ({"tag": "colors"}, "asks for nothing"),
         ({"tag": "colors", "include": {"class": "dog"}}, "include must be a list of objects"),
-        ({"tag": "colors", "include": [{"class": "cow", "count": 1}]}, r"include\[0\]: the detector knows no class 'cow'"),
+        (
+            {"tag": "colors", "include": [{"class": "cow", "count": 1}]},
+            r"include\[0\]: the detector knows no class 'cow'",
+        ),
         ({"tag": "colors", "include": [{"class": "dog", "count": 0}]}, r"include\[0\]: count=0"),
         ({"tag": "colors", "include": [{"class": "dog", "count": True}]}, r"count=True"),
-        ({"tag": "colors", "include": [{"class": "dog", "count": 1, "color": "mauve"}]}, "color='mauve' is not one of red"),
-        ({"tag": "p", "include": [{"class": "dog", "count": 1, "position": ["left of", 0]}]}, "an earlier clause"),
-        ({"tag": "p", "include": [{"class": "dog", "count": 1}], "exclude": [{"class": "cow", "count": 1}]}, r"exclude\[0\]"),
+        (
+            {"tag": "colors", "include": [{"class": "dog", "count": 1, "color": "mauve"}]},
+            "color='mauve' is not one of red",
+        ),
+        (
+            {"tag": "p", "include": [{"class": "dog", "count": 1, "position": ["left of", 0]}]},
+            "an earlier clause",
+        ),
+        (
+            {
+                "tag": "p",
+                "include": [{"class": "dog", "count": 1}],
+                "exclude": [{"class": "cow", "count": 1}],
+            },
+            r"exclude\[0\]",
+        ),
     ],
 )
 def test_metadata_that_cannot_be_judged(metadata, message):

@@ -220,7 +220,9 @@ def test_an_answer_that_is_no_score_is_never_one(body, answering, good):
     url, _ = answering(200, body)
     with pytest.raises(Unreachable, match="no server gave scores"):
         score(HttpReward([url]))
-    np.testing.assert_array_equal(score(HttpReward([url, good])).total_B, [0])  # and another server is asked
+    np.testing.assert_array_equal(
+        score(HttpReward([url, good])).total_B, [0]
+    )  # and another server is asked
 
 
 @pytest.mark.parametrize(
@@ -239,7 +241,9 @@ def test_a_failure_goes_to_the_next_server(status, body, headers, line, answerin
     failing, asked = answering(status, body, headers)
     with pytest.raises(Unreachable) as unreachable:
         score(HttpReward([failing]))
-    assert str(unreachable.value).startswith(f"reward http: no server gave scores: {failing}: {line}")
+    assert str(unreachable.value).startswith(
+        f"reward http: no server gave scores: {failing}: {line}"
+    )
     np.testing.assert_array_equal(score(HttpReward([failing, good])).total_B, [0])
     assert asked() == 2
 
@@ -345,9 +349,13 @@ def test_a_busy_server_is_waited_for(clock, answering, good):
     assert clock.now == 14
 
 
-@pytest.mark.parametrize("said", ["0", "-1", "1000000000", "9" * 500, "\xb2", "nan", "Wed, 21 Oct 2099 07:28:00 GMT", ""])
+@pytest.mark.parametrize(
+    "said", ["0", "-1", "1000000000", "9" * 500, "\xb2", "nan", "Wed, 21 Oct 2099 07:28:00 GMT", ""]
+)
 @pytest.mark.parametrize("status", [429, 503])
-def test_how_often_a_busy_server_is_asked_is_bounded_whatever_it_says(clock, answering, said, status):
+def test_how_often_a_busy_server_is_asked_is_bounded_whatever_it_says(
+    clock, answering, said, status
+):
     busy, asked = answering(status, b"", {"Retry-After": said})
     with pytest.raises(Unreachable, match="is busy"):
         score(HttpReward([busy], timeout=60))
@@ -396,7 +404,9 @@ def test_a_wrong_token_or_url_is_told_before_a_run_starts(answering, good, guard
 
 def test_the_pool_refuses_a_timeout_that_it_would_not_wait_for():
     reward = RewardConfig("http", options=(("urls", "http://a:1"), ("timeout", "60")))
-    with pytest.raises(UserError, match=r"reward http: timeout=60 must be less than rl\.timeout=60"):
+    with pytest.raises(
+        UserError, match=r"reward http: timeout=60 must be less than rl\.timeout=60"
+    ):
         RewardPool((reward,), timeout=60)
 
 
@@ -442,7 +452,10 @@ def served(count: int):
     command = [sys.executable, "-m", "blip3o_jax", "rl", "serve-rewards", "--port=0"]
     command.append("--reward=python:tests.rl.rewards.scorers.brightness")
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    processes = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(count)]
+    processes = [
+        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+        for _ in range(count)
+    ]
     try:
         yield [(process, process.stdout.readline().split()[-1]) for process in processes]
     finally:
@@ -454,7 +467,11 @@ def served(count: int):
 def scored_by(url: str) -> int:
     """Images that a server has scored, by its own count."""
     with urllib.request.urlopen(url + "/metrics", timeout=20) as answer:
-        lines = dict(line.rsplit(" ", 1) for line in answer.read().decode().splitlines() if not line.startswith("#"))
+        lines = dict(
+            line.rsplit(" ", 1)
+            for line in answer.read().decode().splitlines()
+            if not line.startswith("#")
+        )
     return int(float(lines["blip3o_reward_images_total"]))
 
 
@@ -463,7 +480,9 @@ def test_servers_share_a_pools_images_and_one_that_is_killed_is_done_without():
     """Real processes on both sides."""
     with served(3) as servers:
         urls = [url for _, url in servers]
-        reward = RewardConfig("http", options=(("urls", ",".join(urls)), ("batch", "1"), ("timeout", "10")))
+        reward = RewardConfig(
+            "http", options=(("urls", ",".join(urls)), ("batch", "1"), ("timeout", "10"))
+        )
         with RewardPool((reward,), workers=2) as pool:
             for round_ in range(3):
                 judged = pool.submit(images(24), ["a"] * 24, [{}] * 24).result()

@@ -21,7 +21,14 @@ def lines(*texts: str) -> list[Line]:
 
 @pytest.mark.parametrize(
     "a, b, distance",
-    [("", "", 0), ("", "abc", 3), ("kitten", "sitting", 3), ("flaw", "lawn", 2), ("abc", "acb", 2), ("a", "a", 0)],
+    [
+        ("", "", 0),
+        ("", "abc", 3),
+        ("kitten", "sitting", 3),
+        ("flaw", "lawn", 2),
+        ("abc", "acb", 2),
+        ("a", "a", 0),
+    ],
 )
 def test_levenshtein(a, b, distance):
     assert ocr.levenshtein(a, b) == ocr.levenshtein(b, a) == distance
@@ -92,7 +99,11 @@ def test_reference_scoring(read, target, score):
 )
 def test_strict_scoring_counts_what_is_too_much(read, target, score, distance):
     found = ocr.strict(lines(*read), [target])
-    assert (found.score, found.distance, found.exact) == (pytest.approx(score, abs=1e-12), distance, distance == 0)
+    assert (found.score, found.distance, found.exact) == (
+        pytest.approx(score, abs=1e-12),
+        distance,
+        distance == 0,
+    )
 
 
 def test_several_spans_stand_in_any_order_and_all_must_be_there():
@@ -102,7 +113,9 @@ def test_several_spans_stand_in_any_order_and_all_must_be_there():
     assert ocr.reference(lines("two", "one"), asked).score == pytest.approx(2 / 3)
     many = ["a", "b", "c", "d", "e"]
     assert ocr.strict(lines(*many), many).score == 1
-    assert ocr.strict(lines(*many[::-1]), many).score < 1  # more than MAX_REORDERED: in the order of the prompt
+    assert (
+        ocr.strict(lines(*many[::-1]), many).score < 1
+    )  # more than MAX_REORDERED: in the order of the prompt
 
 
 def test_lines_are_read_by_rows():
@@ -113,7 +126,11 @@ def test_lines_are_read_by_rows():
 
 def test_scores_and_parts_of_a_batch():
     def read(image_HWC):
-        return [Line("OPEN", 0.8, (0, 0, 9, 9)), Line("xx", 0.2, (0, 20, 9, 29))] if image_HWC.any() else []
+        return (
+            [Line("OPEN", 0.8, (0, 0, 9, 9)), Line("xx", 0.2, (0, 20, 9, 29))]
+            if image_HWC.any()
+            else []
+        )
 
     images_BHWC = np.stack([np.ones((8, 8, 3), np.uint8), np.zeros((8, 8, 3), np.uint8)])
     scores = ocr.Ocr(read, ocr.strict, min_confidence=0.5)(images_BHWC, ['"open"'] * 2, [{}] * 2)
@@ -147,7 +164,9 @@ def test_a_reward_that_only_checks_prompts_loads_no_model():
         "print(sorted({'jax', 'onnxruntime', 'rapidocr'} & set(sys.modules)))"
     )
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=env)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, env=env
+    )
     assert done.stdout.strip() == "[]"
 
 
@@ -160,7 +179,9 @@ def written(text: str, size: int, side: int = 256) -> np.ndarray:
     """uint8 [side, side, 3] with the text in letters `size` pixels high in its middle."""
     image = Image.new("RGB", (side, side), (240, 236, 220))
     font = ImageFont.load_default(size=size)
-    ImageDraw.Draw(image).multiline_text((side / 2, side / 2), text, (30, 30, 90), font=font, anchor="mm", align="center")
+    ImageDraw.Draw(image).multiline_text(
+        (side / 2, side / 2), text, (30, 30, 90), font=font, anchor="mm", align="center"
+    )
     return np.asarray(image)
 
 
@@ -174,7 +195,9 @@ def test_the_recogniser_reads_drawn_text(reward):
 
 
 def test_the_recogniser_does_not_find_what_is_not_there(reward):
-    images_BHWC = np.stack([written("OPEN", 40), written("OPEN\nPEN\nXYZ", 40), np.full((256, 256, 3), 200, np.uint8)])
+    images_BHWC = np.stack(
+        [written("OPEN", 40), written("OPEN\nPEN\nXYZ", 40), np.full((256, 256, 3), 200, np.uint8)]
+    )
     scores = reward(images_BHWC, ['a "OVEN"', 'a sign "OPEN"', '"OPEN"'], [{}] * 3)
     assert not scores.parts["exact"].any()
     # One letter of four is wrong; six of ten are too many; nothing.
@@ -183,7 +206,9 @@ def test_the_recogniser_does_not_find_what_is_not_there(reward):
 
 def test_the_recogniser_reads_the_words_of_the_shapes_data_set_at_their_own_size(reward):
     """Letters of 5 x 7 dots in images of 64 pixels, as `blip3o demo` draws them."""
-    scenes = [s for s in (scene.sample(0, index, "train") for index in range(84)) if s.word is not None]
+    scenes = [
+        s for s in (scene.sample(0, index, "train") for index in range(84)) if s.word is not None
+    ]
     images_BHWC = np.stack([draw.render(s, 64) for s in scenes])
     scores = reward(images_BHWC, [f'the word "{s.word.text}"' for s in scenes], [{}] * len(scenes))
     assert len(scenes) == 12 and scores.parts["exact"].sum() >= 11

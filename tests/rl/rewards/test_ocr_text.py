@@ -58,7 +58,10 @@ def test_what_looks_the_same_is_equal(a, b):
             assert scoring([ocr.Line(read, 0.9, (0, 0, 1, 1))], [asked]).exact
 
 
-@pytest.mark.parametrize(("a", "b"), [("caf\u00e9", "cafe"), ("1", "l"), ("a.b", "a,b"), ("50%", "50"), ("\u304c", "\u304b")])
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [("caf\u00e9", "cafe"), ("1", "l"), ("a.b", "a,b"), ("50%", "50"), ("\u304c", "\u304b")],
+)
 def test_what_looks_different_is_not(a, b):
     assert normalise(a) != normalise(b)
 
@@ -78,10 +81,14 @@ def test_the_form_of_every_character_can_be_read_or_is_nothing(characters):
     assert sayable >= _SIGNS
     for char in ALPHABET:
         form = normalise(char)
-        assert set(form) <= sayable, f"{char!r} ({unicodedata.name(char, '?')}) becomes {form!r}, which is never read"
+        assert set(form) <= sayable, (
+            f"{char!r} ({unicodedata.name(char, '?')}) becomes {form!r}, which is never read"
+        )
         assert normalise(form) == form and not unreadable(char)
 
 
 def test_letters_that_are_never_read_are_named():
-    assert unreadable("Cafe \u041a\u0410 \ud55c \u05d0 24 \u0663") == "\u043a\u0430\ud55c\u05d0\u0663"
+    assert (
+        unreadable("Cafe \u041a\u0410 \ud55c \u05d0 24 \u0663") == "\u043a\u0430\ud55c\u05d0\u0663"
+    )
     assert unreadable("Caf\u00e9 \u6f22\u5b57 \u03a9 \u30ab\u30ca \u3072\u3089") == ""

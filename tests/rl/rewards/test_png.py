@@ -13,7 +13,12 @@ from blip3o_jax.rl.rewards.png import BadPng
 
 
 def chunk(kind: bytes, content: bytes = b"") -> bytes:
-    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+    return (
+        struct.pack(">I", len(content))
+        + kind
+        + content
+        + struct.pack(">I", zlib.crc32(kind + content))
+    )
 
 
 def header(width=2, height=3, depth=8, colour=2, compression=0, filtering=0, interlace=0) -> bytes:
@@ -44,14 +49,18 @@ def saved(image: Image.Image, **options) -> bytes:
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "1"])
 def test_images_are_what_pillow_makes_of_them(rng, mode):
-    noise = Image.fromarray(rng.integers(0, 256, (130, 5, 3), dtype=np.uint8))  # more rows than are converted at once
+    noise = Image.fromarray(
+        rng.integers(0, 256, (130, 5, 3), dtype=np.uint8)
+    )  # more rows than are converted at once
     image = noise.convert(mode)
     np.testing.assert_array_equal(decoded(saved(image)), np.asarray(image.convert("RGB")))
 
 
 def test_of_sixteen_bits_the_upper_ones_are_taken(rng):
     grey_HW = rng.integers(0, 1 << 16, (9, 7), dtype=np.uint16)
-    np.testing.assert_array_equal(decoded(saved(Image.fromarray(grey_HW))), np.repeat(grey_HW[..., None] >> 8, 3, 2))
+    np.testing.assert_array_equal(
+        decoded(saved(Image.fromarray(grey_HW))), np.repeat(grey_HW[..., None] >> 8, 3, 2)
+    )
     rows = b"".join(b"\0" + (row.astype(">u2")).tobytes() for row in grey_HW.repeat(3, 1))
     file = SIGNATURE + header(7, 9, 16) + chunk(b"IDAT", zlib.compress(rows)) + END
     np.testing.assert_array_equal(decoded(file), np.repeat(grey_HW[..., None] >> 8, 3, 2))
@@ -69,7 +78,9 @@ def test_metadata_and_animations_never_reach_the_decoder():
     file = SIGNATURE + header() + b"".join(chunk(*extra) for extra in extras) + chunk(b"IDAT", DATA)
     file += chunk(b"fdAT", bytes(4) + DATA) + END
     assert png.parse(file).file.tobytes() == SOUND
-    np.testing.assert_array_equal(decoded(file), np.arange(6, dtype=np.uint8).reshape(1, 2, 3).repeat(3, 0))
+    np.testing.assert_array_equal(
+        decoded(file), np.arange(6, dtype=np.uint8).reshape(1, 2, 3).repeat(3, 0)
+    )
 
 
 @pytest.mark.parametrize(
@@ -98,7 +109,10 @@ def test_metadata_and_animations_never_reach_the_decoder():
             "wrong PLTE",
         ),
         (SIGNATURE + header() + END, "no IDAT"),
-        (SIGNATURE + header() + chunk(b"IDAT", DATA + bytes(1100)) + END, "more data than its pixels"),
+        (
+            SIGNATURE + header() + chunk(b"IDAT", DATA + bytes(1100)) + END,
+            "more data than its pixels",
+        ),
         (
             SIGNATURE + header() + chunk(b"IDAT") + chunk(b"tEXt") + chunk(b"IDAT", DATA) + END,
             "do not follow",

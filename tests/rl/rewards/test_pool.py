@@ -41,7 +41,9 @@ def assert_others_are_judged(judged: Judged, *failed: int) -> None:
     wanted[list(failed)] = 0
     np.testing.assert_array_equal(judged.failed_B, [i in failed for i in range(count)])
     np.testing.assert_allclose(judged.total_B, wanted, rtol=1e-6)  # one rounding to float32
-    assert judged.failed_B.mean() == len(failed) / count and sum(judged.reasons.values()) == len(failed)
+    assert judged.failed_B.mean() == len(failed) / count and sum(judged.reasons.values()) == len(
+        failed
+    )
 
 
 def test_scores_come_back_in_order_whoever_judged_them(pool):
@@ -49,7 +51,10 @@ def test_scores_come_back_in_order_whoever_judged_them(pool):
     assert_others_are_judged(judged)
     np.testing.assert_array_equal(judged.parts["obedient/length"], np.arange(4 * CHUNK + 1))
     np.testing.assert_allclose(judged.parts["obedient"] * 2, judged.total_B, rtol=1e-6)
-    assert judged.reasons == {} and 0 < judged.seconds["median"] <= judged.seconds["max"] < judged.seconds["total"]
+    assert (
+        judged.reasons == {}
+        and 0 < judged.seconds["median"] <= judged.seconds["max"] < judged.seconds["total"]
+    )
 
 
 def test_submitting_does_not_wait(pool):
@@ -76,7 +81,9 @@ def test_one_bad_image_fails_alone(pool, do, reason):
     assert_others_are_judged(judged, 1)
     assert judged.reasons == {reason: 1}
     # Alone the others of its chunk were judged after all.
-    assert np.isnan(judged.parts["obedient/length"]).tolist() == [i == 1 and do not in ("nan", "huge") for i in range(6)]
+    assert np.isnan(judged.parts["obedient/length"]).tolist() == [
+        i == 1 and do not in ("nan", "huge") for i in range(6)
+    ]
 
 
 def test_what_fails_once_is_judged_again(pool, tmp_path):
@@ -103,7 +110,9 @@ def test_a_scorer_that_only_fails_is_given_up(pool, tmp_path):
     given_up = judged.reasons[f"given up: {BREAKER} chunks in a row failed"]
     assert given_up >= (chunks - BREAKER - 2) * CHUNK
     # In the next rollout an image is tried again as ever.
-    assert_others_are_judged(judge(pool, {0: {"do": "once", "path": str(tmp_path / "done")}}, count=1))
+    assert_others_are_judged(
+        judge(pool, {0: {"do": "once", "path": str(tmp_path / "done")}}, count=1)
+    )
 
 
 def test_a_share_of_failures_stops_the_run():
@@ -112,7 +121,9 @@ def test_a_share_of_failures_stops_the_run():
     check_failed(failed_B, reasons, 0.3)
     with pytest.raises(UserError) as e:
         check_failed(failed_B, reasons, 0.29)
-    assert str(e.value) == ("3 of 10 images have no reward, a larger share than rl.max_failed=0.29: 2 x c: d; 1 x a: b")
+    assert str(e.value) == (
+        "3 of 10 images have no reward, a larger share than rl.max_failed=0.29: 2 x c: d; 1 x a: b"
+    )
 
 
 @pytest.mark.parametrize(
@@ -132,7 +143,9 @@ def test_a_reward_that_cannot_be_made_stops_the_run_with_its_message(name, messa
 
 def test_processes_that_end_while_they_start_stop_the_run():
     with (
-        RewardPool((RewardConfig("python:tests.rl.rewards.ends_when_imported.score"),), workers=1) as pool,
+        RewardPool(
+            (RewardConfig("python:tests.rl.rewards.ends_when_imported.score"),), workers=1
+        ) as pool,
         pytest.raises(UserError, match="processes of reward score end while they start"),
     ):
         pool.submit(images(1), [""], [{}]).result()
@@ -207,7 +220,10 @@ def test_no_process_outlives_the_run(end, tmp_path):
         run.kill()
     run.communicate("\n", timeout=20)
     deadline = time.monotonic() + 10
-    while any(pathlib.Path(f"/proc/{pid}").exists() for pid in workers) and time.monotonic() < deadline:
+    while (
+        any(pathlib.Path(f"/proc/{pid}").exists() for pid in workers)
+        and time.monotonic() < deadline
+    ):
         time.sleep(0.05)
     assert not any(pathlib.Path(f"/proc/{pid}").exists() for pid in workers)
 

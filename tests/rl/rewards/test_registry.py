@@ -19,7 +19,9 @@ def test_a_users_function_is_a_reward():
     np.testing.assert_allclose(scores.total_B, [0.4, 0.4], rtol=1e-6)
     assert scores.total_B.dtype == np.float32 and scores.parts == {}
     reward.check("anything", {})
-    assert registry.make(RewardConfig(USER + "obedient"))(IMAGES, ["a", "bc"], [{}, {}]).parts["length"].tolist() == [1, 2]
+    assert registry.make(RewardConfig(USER + "obedient"))(IMAGES, ["a", "bc"], [{}, {}]).parts[
+        "length"
+    ].tolist() == [1, 2]
     registry.make(RewardConfig(USER + "any_options", options=(("whatever", "1"),)))
 
 
@@ -27,15 +29,31 @@ def test_a_users_function_is_a_reward():
     ("name", "options", "message"),
     [
         ("shape", {}, "unknown reward 'shape': did you mean shapes?"),
-        ("xyz", {}, "unknown reward 'xyz': there is ocr, geneval, shapes, clip, siglip, http, python:MODULE.FUNCTION"),
+        (
+            "xyz",
+            {},
+            "unknown reward 'xyz': there is ocr, geneval, shapes, clip, siglip, http, python:MODULE.FUNCTION",
+        ),
         ("", {}, "unknown reward ''"),
-        ("shapes", {"correct_wieght": "1"}, "reward shapes has no option 'correct_wieght': did you mean correct_weight?"),
+        (
+            "shapes",
+            {"correct_wieght": "1"},
+            "reward shapes has no option 'correct_wieght': did you mean correct_weight?",
+        ),
         ("python:brightness", {}, "must be python:MODULE.FUNCTION"),
-        ("python:no.such.module.f", {}, "module no.such.module cannot be imported (No module named 'no')"),
+        (
+            "python:no.such.module.f",
+            {},
+            "module no.such.module cannot be imported (No module named 'no')",
+        ),
         (USER + "dark", {}, "module tests.rl.rewards.scorers has no function dark"),
         (USER + "not_callable", {}, "has no function not_callable"),
         (USER + "with_threshold", {}, "with_threshold needs its option threshold"),
-        (USER + "brightness", {"scal": "1"}, "brightness has no option 'scal': did you mean scale?"),
+        (
+            USER + "brightness",
+            {"scal": "1"},
+            "brightness has no option 'scal': did you mean scale?",
+        ),
         (USER + "brightness", {"prompts": "1"}, "brightness has no option 'prompts'"),
         (
             USER + "of_images_alone",
@@ -58,11 +76,16 @@ def test_mistakes_are_told_in_one_line(name, options, message):
 
 def test_a_reward_of_the_command_line():
     assert registry.parsed("ocr") == RewardConfig("ocr")
-    assert registry.parsed("python:a.b.c,scale=2") == RewardConfig("python:a.b.c", options=(("scale", "2"),))
+    assert registry.parsed("python:a.b.c,scale=2") == RewardConfig(
+        "python:a.b.c", options=(("scale", "2"),)
+    )
     path = "geneval,detector=transformers,path=/d=1"
     assert registry.parsed(path).options == (("detector", "transformers"), ("path", "/d=1"))
     servers = "http,urls=http://a:8000,http://b:8000,batch=2"
-    assert registry.parsed(servers).options == (("urls", "http://a:8000,http://b:8000"), ("batch", "2"))
+    assert registry.parsed(servers).options == (
+        ("urls", "http://a:8000,http://b:8000"),
+        ("batch", "2"),
+    )
     found = registry.parsed("clip,weight=-0.5,path=/d,clip=-1:0.5")
     assert found == RewardConfig("clip", -0.5, (-1.0, 0.5), (("path", "/d"),))
     for text, words in (

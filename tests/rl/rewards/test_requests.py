@@ -47,11 +47,17 @@ def changed(**fields) -> bytes:
 def test_what_is_refused(data, status, line):
     with pytest.raises(Refused) as refused:
         requests.parse_request(data, 10_000)
-    assert refused.value.status == status and line in refused.value.line and "\n" not in refused.value.line
+    assert (
+        refused.value.status == status
+        and line in refused.value.line
+        and "\n" not in refused.value.line
+    )
 
 
 def test_what_is_taken():
-    found = requests.parse_request(bytearray(changed(prompts=["\U0001f600"], metadata=[{"x": [1, "\udc00"]}])), 64)
+    found = requests.parse_request(
+        bytearray(changed(prompts=["\U0001f600"], metadata=[{"x": [1, "\udc00"]}])), 64
+    )
     assert found.prompts == ["\U0001f600"] and json.loads(found.metadata[0]) == {"x": [1, "\udc00"]}
     assert [(image.height, image.width) for image in found.images] == [(8, 8)]
 

@@ -43,10 +43,14 @@ def directories(tmp_path_factory) -> tuple[str, str]:
         id2label=LABELS,
     )
     transformers.Mask2FormerForUniversalSegmentation(config).save_pretrained(masks)
-    transformers.Mask2FormerImageProcessorPil(size={"height": 64, "width": 64}).save_pretrained(masks)
+    transformers.Mask2FormerImageProcessorPil(size={"height": 64, "width": 64}).save_pretrained(
+        masks
+    )
     vocabulary = ["<|startoftext|>", "<|endoftext|>"]
     vocabulary += [letter + end for letter in string.ascii_lowercase + "-" for end in ("", "</w>")]
-    tokenizer = transformers.CLIPTokenizer(vocab={token: i for i, token in enumerate(vocabulary)}, merges=[])
+    tokenizer = transformers.CLIPTokenizer(
+        vocab={token: i for i, token in enumerate(vocabulary)}, merges=[]
+    )
     text = {
         "vocab_size": len(vocabulary),
         "hidden_size": 16,
@@ -56,7 +60,12 @@ def directories(tmp_path_factory) -> tuple[str, str]:
         "bos_token_id": 0,
         "eos_token_id": 1,
     }
-    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     vision |= {"image_size": 16, "patch_size": 8}
     config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)
     transformers.CLIPModel(config).save_pretrained(clip)
@@ -80,7 +89,13 @@ def test_objects_have_names_masks_and_the_boxes_of_their_masks(directories, rng)
         inside_HW[y0:y1, x0:x1] = True
         assert not (thing.mask_HW & ~inside_HW).any()
         assert all(
-            edge.any() for edge in (thing.mask_HW[y0], thing.mask_HW[y1 - 1], thing.mask_HW[:, x0], thing.mask_HW[:, x1 - 1])
+            edge.any()
+            for edge in (
+                thing.mask_HW[y0],
+                thing.mask_HW[y1 - 1],
+                thing.mask_HW[:, x0],
+                thing.mask_HW[:, x1 - 1],
+            )
         )
     least = sorted(thing.confidence for thing in found)[len(found) // 2]
     fewer = segmentation.SegmentationDetector(*directories, threshold=least).detect(image_HWC)
@@ -93,7 +108,9 @@ def test_an_object_is_cut_out_on_grey():
     mask_HW = np.zeros((6, 8), bool)
     mask_HW[1:4, 2:7] = True
     mask_HW[1, 2] = False
-    crop_HWC = segmentation.cut_out(image_HWC, Found("dog", segmentation._box(mask_HW), 1.0, mask_HW))
+    crop_HWC = segmentation.cut_out(
+        image_HWC, Found("dog", segmentation._box(mask_HW), 1.0, mask_HW)
+    )
     want_HWC = np.full((3, 5, 3), 7, np.uint8)
     want_HWC[0, 0] = segmentation.GREY
     np.testing.assert_array_equal(crop_HWC, want_HWC)
@@ -101,7 +118,9 @@ def test_an_object_is_cut_out_on_grey():
 
 def test_colours_are_the_nearest_text(directories, rng):
     """Against the same from the library's own joint forward pass, one crop and one template at a time."""
-    crops = [rng.integers(0, 256, (h, w, 3), dtype=np.uint8) for h, w in ((20, 20), (9, 31), (16, 16))]
+    crops = [
+        rng.integers(0, 256, (h, w, 3), dtype=np.uint8) for h, w in ((20, 20), (9, 31), (16, 16))
+    ]
     classifier = segmentation.ColourClassifier(directories[1])
     colours = classifier(crops, "dog")
     model = transformers.CLIPModel.from_pretrained(directories[1])
@@ -111,9 +130,18 @@ def test_colours_are_the_nearest_text(directories, rng):
     for crop in crops:
         sums = 0
         for template in segmentation.TEMPLATES:
-            texts = tokenizer([template.format(colour=c, name="dog") for c in COLOURS], padding=True, return_tensors="pt")
+            texts = tokenizer(
+                [template.format(colour=c, name="dog") for c in COLOURS],
+                padding=True,
+                return_tensors="pt",
+            )
             with torch.inference_mode():
-                outputs = model(**texts, **processor(images=[crop], return_tensors="pt", input_data_format="channels_last"))
+                outputs = model(
+                    **texts,
+                    **processor(
+                        images=[crop], return_tensors="pt", input_data_format="channels_last"
+                    ),
+                )
             sums = sums + outputs.text_embeds
         means = torch.nn.functional.normalize(sums, dim=-1)
         want.append(COLOURS[int((means @ outputs.image_embeds[0]).argmax())])
@@ -125,10 +153,18 @@ def test_colours_are_the_nearest_text(directories, rng):
 
 
 def test_the_whole_reward(directories, rng):
-    reward = geneval.create(detector="transformers", path=directories[0], colour_path=directories[1], threshold="0.05")
-    asked = {"tag": "colors", "include": [{"class": "dog", "count": 1, "color": "red"}], "prompt": "a red dog"}
+    reward = geneval.create(
+        detector="transformers", path=directories[0], colour_path=directories[1], threshold="0.05"
+    )
+    asked = {
+        "tag": "colors",
+        "include": [{"class": "dog", "count": 1, "color": "red"}],
+        "prompt": "a red dog",
+    }
     reward.check("a red dog", asked)
-    scores = reward(rng.integers(0, 256, (2, 32, 32, 3), dtype=np.uint8), ["a red dog"] * 2, [asked] * 2)
+    scores = reward(
+        rng.integers(0, 256, (2, 32, 32, 3), dtype=np.uint8), ["a red dog"] * 2, [asked] * 2
+    )
     assert scores.total_B.shape == (2,) and set(scores.parts) == {"correct", "shaped"}
     assert np.isin(scores.total_B, [0, 0.5, 1]).all()
 

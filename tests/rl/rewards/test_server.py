@@ -121,7 +121,9 @@ def test_health_is_that_of_the_scorers(served, monkeypatch):
 
 def test_metrics_have_their_own_port_where_that_is_asked():
     with serving(Red(), token="secret", metrics=("127.0.0.1", 0)) as (url, server, _):
-        assert ask(url, body(png(), png()))[0] == 200 and ask(url, None, "/metrics", "GET")[0] == 404
+        assert (
+            ask(url, body(png(), png()))[0] == 200 and ask(url, None, "/metrics", "GET")[0] == 404
+        )
         apart = server.services[1].url
         assert server.described == f"rewards are served at {url}, metrics at {apart}"
         values = metrics(apart)
@@ -134,7 +136,9 @@ def test_requests_beyond_the_limit_are_told_to_come_back():
     limits = Limits(max_waiting=2)
     with serving(red, limits) as (url, _, _), concurrent.futures.ThreadPoolExecutor(2) as pool:
         waiting = [pool.submit(ask, url, body(png(), prompts=["wait"]))]
-        assert red.waiting.acquire(timeout=10)  # before the second comes, or both would be scored at once
+        assert red.waiting.acquire(
+            timeout=10
+        )  # before the second comes, or both would be scored at once
         waiting.append(pool.submit(ask, url, body(png(), prompts=["wait"])))
         until(lambda: metrics(url)["waiting"] == 1)
         status, answer, headers = ask(url, body(png()))

@@ -80,7 +80,9 @@ def test_others_are_served_and_memory_stays_below_its_limit(server):
 
     seconds = sorted(taken for taken, _ in found["served"])
     middle = seconds[len(seconds) // 2]
-    print(f"\n{len(seconds)} ordinary requests: {middle:.3f} s in the middle, {seconds[-1]:.3f} at most")
+    print(
+        f"\n{len(seconds)} ordinary requests: {middle:.3f} s in the middle, {seconds[-1]:.3f} at most"
+    )
     print(f"{sum(found['harmed'].values())} bombs; {max(memory):.0f} MiB; load {os.getloadavg()}")
     assert collections.Counter(status for _, status in found["served"]).keys() == {200}
     assert seconds[-1] < SERVED_WITHIN
@@ -88,7 +90,13 @@ def test_others_are_served_and_memory_stays_below_its_limit(server):
     statuses = {name: {s for n, s in found["harmed"] if n == name} for name, _ in found["harmed"]}
     assert not {status for some in statuses.values() for status in some} & {500, 504}
     # Connections that send large bodies may be told to come back, or cut off to make room.
-    known = {"two headers": 400, "too large": 400, "too many rows": 400, "values": 413, "depth": 400}
+    known = {
+        "two headers": 400,
+        "too large": 400,
+        "too many rows": 400,
+        "values": 413,
+        "depth": 400,
+    }
     for name, status in known.items():
         assert status in statuses[name] <= {status, 0, 408, 503}
     assert json.loads(read(url + "/health"))["status"] == "ok"

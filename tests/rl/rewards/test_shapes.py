@@ -31,7 +31,9 @@ def test_wrong_images_are_told_apart_below_the_right_ones(asked, drawn):
     correct_B, shaped_B = scores.parts["correct"], scores.parts["shaped"]
     wrong = correct_B == 0
     assert shaped_B[wrong].max() < 1 and len(set(shaped_B[wrong])) > 3
-    np.testing.assert_array_equal(scores.total_B, np.float32(0.5) * correct_B + np.float32(0.5) * shaped_B)
+    np.testing.assert_array_equal(
+        scores.total_B, np.float32(0.5) * correct_B + np.float32(0.5) * shaped_B
+    )
     assert scores.total_B[wrong].max() < 0.5
 
 
@@ -40,7 +42,10 @@ def test_the_weight_mixes_both():
     image = render(sample(0, 0, "test"), 48)
     (thing,) = sample(0, 0, "test").things
     other = "star" if thing.shape != "star" else "ring"
-    objects = [{"shape": shape, "colour": thing.colour, "size": None, "count": 1} for shape in (thing.shape, other)]
+    objects = [
+        {"shape": shape, "colour": thing.colour, "size": None, "count": 1}
+        for shape in (thing.shape, other)
+    ]
     asked = {"category": "attribution", "objects": objects, "relation": None, "word": None}
     for weight, wanted in ((0.0, 0.5), (0.25, 0.375), (1.0, 0.0)):
         scores = create(correct_weight=str(weight))(image[None], [""], [asked])
@@ -49,7 +54,9 @@ def test_the_weight_mixes_both():
 
 def test_prompts_of_another_kind_are_refused(asked):
     create().check("a circle", asked[0])
-    with pytest.raises(UserError, match="prompt 'a dog' is without objects, relation, word: use the prompts_"):
+    with pytest.raises(
+        UserError, match="prompt 'a dog' is without objects, relation, word: use the prompts_"
+    ):
         create().check("a dog", {"category": "single"})
     with pytest.raises(UserError, match="of category 'dogs'"):
         create().check("a dog", asked[0] | {"category": "dogs"})
@@ -57,5 +64,7 @@ def test_prompts_of_another_kind_are_refused(asked):
 
 @pytest.mark.parametrize("weight", ["1.5", "half"])
 def test_a_weight_is_a_share(weight):
-    with pytest.raises(UserError, match=f"reward shapes: correct_weight='{weight}' must be a number in 0 .. 1"):
+    with pytest.raises(
+        UserError, match=f"reward shapes: correct_weight='{weight}' must be a number in 0 .. 1"
+    ):
         create(correct_weight=weight)

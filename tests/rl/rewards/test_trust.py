@@ -13,7 +13,9 @@ from blip3o_jax.rl.rewards.trust import LOCAL, check_trusted, is_local
 LOCAL_ONES = (
     RewardConfig("shapes", weight=0.5),
     RewardConfig("ocr", options=(("scoring", "reference"), ("min_side", "64"))),
-    RewardConfig("geneval", clip=(0.0, 1.0), options=(("detector", "shapes"), ("scoring", "correct"))),
+    RewardConfig(
+        "geneval", clip=(0.0, 1.0), options=(("detector", "shapes"), ("scoring", "correct"))
+    ),
 )
 FOREIGN = (
     RewardConfig("python:os.system"),
@@ -22,7 +24,9 @@ FOREIGN = (
         weight=-0.25,
         options=(("urls", "http://a:8000,http://b:8000"), ("token_env", "HOME")),
     ),
-    RewardConfig("geneval", options=(("detector", "transformers"), ("path", "/d"), ("colour_path", "/c d"))),
+    RewardConfig(
+        "geneval", options=(("detector", "transformers"), ("path", "/d"), ("colour_path", "/c d"))
+    ),
     RewardConfig("geneval", options=(("path", "/d"),)),
     RewardConfig("clip", clip=(-0.5, 0.75), options=(("path", "run"),)),
     RewardConfig("siglip"),

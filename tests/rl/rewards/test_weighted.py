@@ -7,7 +7,9 @@ from blip3o_jax.config import ConfigError, RewardConfig, UserError
 from blip3o_jax.rl.rewards.weighted import WeightedRewards, labels
 
 USER = "python:tests.rl.rewards.scorers."
-IMAGES = np.broadcast_to(np.array([0, 51, 255], np.uint8)[:, None, None, None], (3, 4, 4, 3))  # brightness 0, 0.2, 1
+IMAGES = np.broadcast_to(
+    np.array([0, 51, 255], np.uint8)[:, None, None, None], (3, 4, 4, 3)
+)  # brightness 0, 0.2, 1
 
 
 def judge(*configs: RewardConfig, do: str = "", row: int = 1):
@@ -24,7 +26,9 @@ def test_the_sum_by_hand():
     np.testing.assert_allclose(outcome.total_B, [-0.05, 0.5, 2.8], rtol=3e-7)
     assert outcome.total_B.dtype == np.float32 and outcome.reasons == [None] * 3
     assert list(outcome.parts) == ["brightness", "obedient", "obedient/length"]
-    np.testing.assert_allclose(outcome.parts["brightness"], [0, 0.2, 1], rtol=1e-6)  # as they were, not clipped
+    np.testing.assert_allclose(
+        outcome.parts["brightness"], [0, 0.2, 1], rtol=1e-6
+    )  # as they were, not clipped
     assert outcome.parts["obedient/length"].tolist() == [0, 1, 2]
 
 
@@ -66,7 +70,9 @@ def test_what_is_no_score_fails_its_image_alone(do, clip, reason):
 def test_what_is_no_answer_fails_all(do, reason):
     outcome = judge(RewardConfig(USER + "brightness"), RewardConfig(USER + "obedient"), do=do)
     assert np.isnan(outcome.total_B).all()
-    assert len(outcome.reasons) == 3 and all(reason in r and "\n" not in r and len(r) < 250 for r in outcome.reasons)
+    assert len(outcome.reasons) == 3 and all(
+        reason in r and "\n" not in r and len(r) < 250 for r in outcome.reasons
+    )
 
 
 def test_an_image_keeps_the_first_reason():
