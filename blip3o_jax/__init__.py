@@ -1,4 +1,6 @@
-"""BLIP3o-NEXT, native image generation, in JAX: `blip3o_jax.load(DIR).generate(["a red circle"], seed=0)`."""
+"""BLIP3o-NEXT, native image generation, in JAX: `blip3o_jax.load(DIR).generate(["a red circle"],
+seed=0)`.
+"""
 
 from typing import TYPE_CHECKING, Any
 

@@ -4,7 +4,9 @@ from blip3o_jax import exits
 
 
 def run() -> None:
-    """Runs the command and ends the process, in one line for whatever a user can cause, Ctrl-C at any moment among it."""
+    """Runs the command and ends the process, in one line for whatever a user can cause, Ctrl-C at
+    any moment among it.
+    """
     exits.install()
 
     def main() -> int:

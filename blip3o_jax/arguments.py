@@ -1,4 +1,6 @@
-"""Types of command-line flags: what a value may be, said by the annotations that settings have (fields.py)."""
+"""Types of command-line flags: what a value may be, said by the annotations that settings have
+(fields.py).
+"""
 
 import argparse
 from collections.abc import Callable
@@ -109,7 +111,9 @@ def size(value: str) -> tuple[int, int]:
 
 
 def _accepted(value: Any, hint: Any, given: str) -> Any:
-    """Return `value` unless a constraint of the annotation refuses it; argparse adds the flag's name to the reason."""
+    """Return `value` unless a constraint of the annotation refuses it; argparse adds the flag's
+    name to the reason.
+    """
     for constraint in fields.unwrapped(hint)[1]:
         if why := constraint.refusal(value):
             raise argparse.ArgumentTypeError(f"{fields.shown(given)} {why}")

@@ -4,11 +4,11 @@
     caption ----------------------┴-> ar -> hidden states of <S0>, I_1 .. I_n -> connector -> condition ┴-> dit -> velocity
                                       └-> logits -> cross entropy                                     flow-matching loss <-┘
 
-Reference images enter three ways, each by `model.editing`: their codes (or features) in the row, their latents as further
-condition tokens, and beside the noisy latents of the DiT.
+Reference images enter three ways, each by `model.editing`: their codes (or features) in the row,
+their latents as further condition tokens, and beside the noisy latents of the DiT.
 
-Legend: B batch, L row length, N image tokens, D width, H W C image or latent, T condition tokens (N + 1), R places for
-reference images.
+Legend: B batch, L row length, N image tokens, D width, H W C image or latent, T condition tokens (N
++ 1), R places for reference images.
 """
 
 import dataclasses
@@ -53,13 +53,16 @@ PARTS = (
 )
 
 
-# Of images in a row: pooled features [B, R, N, width], the index of each image's opening tag [B, R], which there are [B, R].
+# Of images in a row: pooled features [B, R, N, width], the index of each image's opening tag [B,
+# R], which there are [B, R].
 Features = tuple[jax.Array, jax.Array, jax.Array]
 
 
 class Blip3o(nnx.Module):
-    """The parts named in `parts`, as attributes of those names; each is initialised from its own key, so that a part's
-    initial weights do not depend on which others are there, nor on whether it has low-rank factors (nn.Linear)."""
+    """The parts named in `parts`, as attributes of those names; each is initialised from its own
+    key, so that a part's initial weights do not depend on which others are there, nor on whether it
+    has low-rank factors (nn.Linear).
+    """
 
     def __init__(self, cfg: ModelConfig, parts: Iterable[str], *, seed: int):
         plain = dataclasses.replace(cfg.connector, positions=False)
@@ -112,12 +115,14 @@ class Blip3o(nnx.Module):
         return jnp.clip(x_BHWC.astype(jnp.float32) / 2 + 0.5, 0, 1)
 
     def start_image_rows_at_codes(self, image_first: int, seed: int) -> None:
-        """Sets the rows of the image tokens in the AR's tables to random projections of their codes, so that codes that look
-        alike start alike (such projections keep distances: Johnson and Lindenstrauss, 1984):
+        """Sets the rows of the image tokens in the AR's tables to random projections of their
+        codes, so that codes that look alike start alike (such projections keep distances: Johnson
+        and Lindenstrauss, 1984):
 
             row_k = range * c_k R / |c|,    R Gaussian [code width, D], another for each table; |c| the root mean square
 
-        Drawn rows say nothing of what a token looks like, and each is learned from its own occurrences alone.
+        Drawn rows say nothing of what a token looks like, and each is learned from its own
+        occurrences alone.
         """
         codes_KD, ar = self.tokenizer.bottleneck.codebook.table(), self.cfg.ar
         codes_KD *= jax.lax.rsqrt(jnp.mean(jnp.sum(codes_KD**2, axis=-1)))
@@ -155,7 +160,9 @@ class Blip3o(nnx.Module):
             return self.ar(embedded_BLD, positions_BL, segment_ids_BL)
 
     def embed(self, tokens_BL: jax.Array, features: Features | None = None) -> jax.Array:
-        """Embeddings [B, L, D] of rows, with SigLIP2 features in the places of images where they stand for these."""
+        """Embeddings [B, L, D] of rows, with SigLIP2 features in the places of images where they
+        stand for these.
+        """
         with nn.part("ar"):
             embedded_BLD = self.ar.embed(tokens_BL)
         if features is None:
@@ -175,8 +182,9 @@ class Blip3o(nnx.Module):
     ) -> Condition:
         """Hidden states and reference images -> what the DiT is conditioned on.
 
-        Hidden states that are not kept become zeros before the connector. References that are not kept leave zeros as their
-        condition tokens; the latents beside the noise stay, or go where `editing.null_beside` is false.
+        Hidden states that are not kept become zeros before the connector. References that are not
+        kept leave zeros as their condition tokens; the latents beside the noise stay, or go where
+        `editing.null_beside` is false.
         """
         editing, beside, mask_BT = self.cfg.editing, None, None
         with nn.part("connector"):
@@ -206,14 +214,17 @@ class Blip3o(nnx.Module):
         settings: SamplingConfig,
         references: "References | None" = None,
     ) -> Guidance:
-        """The branches of sampling: the null condition and that of the references alone are what training drops to."""
+        """The branches of sampling: the null condition and that of the references alone are what
+        training drops to.
+        """
         scale, towards = settings.guidance, settings.reference_guidance or settings.guidance
         given = self.condition(hidden_BTD, None, references)
         if scale == towards == 1.0:
             return Guidance(given)
         rows = len(hidden_BTD)
         none_B, all_B = jnp.zeros(rows, bool), jnp.ones(rows, bool)
-        # One token stands for all T where they are equal, since attention over them does not depend on their number.
+        # One token stands for all T where they are equal, since attention over them does not depend
+        # on their number.
         count = 1 if given.mask_BT is None else hidden_BTD.shape[1]
         zeros_BTD = jnp.zeros((rows, count, self.cfg.ar.hidden_size), jnp.float32)
         null = self.condition(zeros_BTD, none_B, references, none_B)
@@ -238,7 +249,9 @@ class References(NamedTuple):
 
 
 def scale_pixels(pixels: jax.Array) -> jax.Array:
-    """uint8 -> float32 in [-1, 1]: mean 0.5, std 0.5, as the SigLIP image processor and the autoencoder have it."""
+    """uint8 -> float32 in [-1, 1]: mean 0.5, std 0.5, as the SigLIP image processor and the
+    autoencoder have it.
+    """
     return pixels.astype(jnp.float32) / 127.5 - 1.0
 
 
@@ -313,11 +326,13 @@ def joint_loss(
     loss: LossConfig,
     image_first: int,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Cross entropy of the next token plus flow matching through the connector (BLIP3o-NEXT, arXiv 2510.15857, sec. 3).
+    """Cross entropy of the next token plus flow matching through the connector (BLIP3o-NEXT, arXiv
+    2510.15857, sec. 3).
 
-    `image_first` is the vocabulary id of code 0. `batch["label_count"]` is the mean number of labels a row over the whole
-    batch, and `batch["target_count"]`, where rows differ in it, that of images to draw, so that the mean of micro-batch
-    losses is the loss of the batch. Metrics are means over the rows given.
+    `image_first` is the vocabulary id of code 0. `batch["label_count"]` is the mean number of
+    labels a row over the whole batch, and `batch["target_count"]`, where rows differ in it, that of
+    images to draw, so that the mean of micro-batch losses is the loss of the batch. Metrics are
+    means over the rows given.
     """
     batch, keys_B = by_example(batch), keys_B.reshape(-1)
     out, cfg = _joint_forward(model, batch, keys_B, loss, image_first), model.cfg
@@ -353,7 +368,9 @@ def joint_preview(
     loss: LossConfig,
     image_first: int,
 ) -> jax.Array:
-    """[B, H, 2 W, 3] in [0, 1]: each target as the autoencoder has it, and what one velocity from a noisy one points to."""
+    """[B, H, 2 W, 3] in [0, 1]: each target as the autoencoder has it, and what one velocity from a
+    noisy one points to.
+    """
     out = _joint_forward(
         model,
         by_example(batch),
@@ -413,7 +430,8 @@ def _joint_forward(
     hidden_BLD = model.hidden(tokens_BL, batch["positions"], segment_ids_BL, in_row)
     span_BTD = take_span(hidden_BLD, span_B, codes_BN.shape[1], loss.condition_span)
     condition = model.condition(span_BTD, drawn.keep_B, shown, drawn.keep_references_B)
-    # The draws of an example share its condition, and so one pass of the AR (as in MAR, arXiv 2406.11838).
+    # The draws of an example share its condition, and so one pass of the AR (as in MAR, arXiv
+    # 2406.11838).
     z_BHWC, condition = jax.tree.map(
         lambda x: jnp.repeat(x, loss.flow_draws, axis=0), (z_BHWC, condition)
     )

@@ -1,11 +1,12 @@
-"""CRC32C of what is written, so that damage is found when it is read: JSON files that carry their own, and directories with a
-manifest.
+"""CRC32C of what is written, so that damage is found when it is read: JSON files that carry their
+own, and directories with a manifest.
 
     {..., "crc32c": "8a9136aa"}                                         a JSON object, its checksum beside its other keys
     DIR/manifest.json  {"files": {"a/b": [bytes, CRC32C], ...}, ...}     every other file below DIR
 
-Orbax and TensorStore offer less: OCDBT has checksums of its B-tree nodes and zarr3's `crc32c` codec is set by Orbax for the
-index of a shard only, so that a flipped bit in an array's bytes comes out as another number.
+Orbax and TensorStore offer less: OCDBT has checksums of its B-tree nodes and zarr3's `crc32c` codec
+is set by Orbax for the index of a shard only, so that a flipped bit in an array's bytes comes out
+as another number.
 """
 
 import concurrent.futures
@@ -26,8 +27,8 @@ MANIFEST = "manifest.json"
 KEY = "crc32c"
 _CHUNK = 2**24  # bytes read at once
 _THREADS = 8  # reading waits for the disk, and CRC32C runs at several GB/s
-# Directories found intact by this process, by the sizes and times of their files: an export and its verification, or the parts
-# of one checkpoint, would each read all of it again.
+# Directories found intact by this process, by the sizes and times of their files: an export and its
+# verification, or the parts of one checkpoint, would each read all of it again.
 _intact: set[tuple[Any, ...]] = set()
 
 
@@ -41,8 +42,9 @@ def write_json(path: pathlib.Path, value: dict[str, Any]) -> None:
 
 
 def read_json(path: pathlib.Path, *, edited: bool = False) -> dict[str, Any]:
-    """Read what `write_json` wrote, without the checksum. `edited`: one without a checksum is taken as it is, for files that
-    people edit. Raises DamagedFile."""
+    """Read what `write_json` wrote, without the checksum. `edited`: one without a checksum is taken
+    as it is, for files that people edit. Raises DamagedFile.
+    """
     if path.exists() and not path.is_file():  # reading a pipe need not end
         raise DamagedFile(f"{path} is no regular file: put back a copy of it")
     try:
@@ -69,7 +71,9 @@ def _of_json(value: dict[str, Any]) -> str:
 
 
 def crc32c(parts: Iterable[bytes], before: int = 0) -> int:
-    """Return the CRC32C (Castagnoli) of `parts` one after the other, behind bytes that have `before`."""
+    """Return the CRC32C (Castagnoli) of `parts` one after the other, behind bytes that have
+    `before`.
+    """
     return functools.reduce(google_crc32c.extend, parts, before)
 
 
@@ -93,7 +97,9 @@ def write_manifest(directory: pathlib.Path) -> None:
 
 
 def listed(directory: pathlib.Path) -> dict[str, tuple[int, int]]:
-    """Return {name: (bytes, CRC32C)} of the files that a directory's manifest names. Raises DamagedFile."""
+    """Return {name: (bytes, CRC32C)} of the files that a directory's manifest names. Raises
+    DamagedFile.
+    """
     file = directory / MANIFEST
     try:
         files = read_json(file).get("files")
@@ -141,11 +147,12 @@ def _names(directory: pathlib.Path) -> set[str]:
 def find_damage(
     directory: pathlib.Path, share: int = 0, shares: int = 1, required: Iterable[str] = ()
 ) -> str:
-    """Compare the files of `directory` with its manifest; return what is wrong with the first that differs, "" if none does.
+    """Compare the files of `directory` with its manifest; return what is wrong with the first that
+    differs, "" if none does.
 
-    `required`: names that the manifest has to list. Files that it does not list are damage too, but for hidden ones, which
-    systems leave behind and nothing here reads. Every one of several hosts takes one of `shares`; the first looks for files
-    that are not listed.
+    `required`: names that the manifest has to list. Files that it does not list are damage too, but
+    for hidden ones, which systems leave behind and nothing here reads. Every one of several hosts
+    takes one of `shares`; the first looks for files that are not listed.
     """
     try:
         files = listed(directory)
@@ -183,8 +190,9 @@ def find_damage(
 
 
 def _stat(path: pathlib.Path) -> tuple[int, int, int] | None:
-    """Return (bytes, time of change, inode) of a regular file, None for anything else: reading a FIFO or a device need not
-    end."""
+    """Return (bytes, time of change, inode) of a regular file, None for anything else: reading a
+    FIFO or a device need not end.
+    """
     try:
         state = path.stat()
     except OSError:

@@ -1,7 +1,8 @@
 """`blip3o <command>`: parses and calls, nothing else.
 
-No command imports jax before it runs, so that help answers at once. An error a user can cause ends with one line on stderr
-and status 2 (BLIP3O_TRACEBACK=1 shows where it was raised); any other exception is a bug and keeps its traceback.
+No command imports jax before it runs, so that help answers at once. An error a user can cause ends
+with one line on stderr and status 2 (BLIP3O_TRACEBACK=1 shows where it was raised); any other
+exception is a bug and keeps its traceback.
 """
 
 import argparse
@@ -60,8 +61,10 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the process's exit status: 0, 1 (a comparison failed), 2 (a user's error), 75 (stopped by
-    SIGTERM; run it again), 130 (Ctrl-C), 137 (another host was lost; run it again), 141 (nobody reads the output)."""
+    """Run one command; returns the process's exit status: 0, 1 (a comparison failed), 2 (a user's
+    error), 75 (stopped by SIGTERM; run it again), 130 (Ctrl-C), 137 (another host was lost; run it
+    again), 141 (nobody reads the output).
+    """
     args = parse(sys.argv[1:] if argv is None else argv)
     exits.process.report = lambda error: _report(error, args)
     exits.process.again = args.after_interrupt
@@ -80,7 +83,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _report(error: BaseException, args: argparse.Namespace) -> int | None:
-    """Tells a user's error, a signal or a lost host in one line and returns the exit status; None for a bug."""
+    """Tells a user's error, a signal or a lost host in one line and returns the exit status; None
+    for a bug.
+    """
     if isinstance(error, KeyboardInterrupt):
         exits.process.print_line(f"blip3o: interrupted; {args.after_interrupt}")
         return exits.INTERRUPTED
@@ -121,9 +126,12 @@ def _check_out(args: argparse.Namespace) -> None:
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Arguments of one command: `run` is what to call with them, `overrides` the (field, text) of each --config.field=text."""
+    """Arguments of one command: `run` is what to call with them, `overrides` the (field, text) of
+    each --config.field=text.
+    """
     parser = build_parser()
-    # argparse never sees them: where a command has sub-commands it takes an unknown --x="a b" for one.
+    # argparse never sees them: where a command has sub-commands it takes an unknown --x="a b" for
+    # one.
     overrides = [flag for flag in argv if flag.startswith("--config.")]
     args, unknown = parser.parse_known_args(
         [flag for flag in argv if not flag.startswith("--config.")]
@@ -791,8 +799,9 @@ def _demo(args: argparse.Namespace) -> None:
 
 
 def _default_workdir(config: str) -> Path:
-    """runs/pretrain-1.7b for configs/pretrain.py:1.7b, runs/finetune-mine for configs/finetune.py:checkpoints/mine,
-    runs/rl-ocr-mine for configs/rl.py:ocr:checkpoints/mine."""
+    """runs/pretrain-1.7b for configs/pretrain.py:1.7b, runs/finetune-mine for
+    configs/finetune.py:checkpoints/mine, runs/rl-ocr-mine for configs/rl.py:ocr:checkpoints/mine.
+    """
     path, _, argument = config.partition(".py:")
     names = (
         Path(path).name.removesuffix(".py"),

@@ -1,4 +1,6 @@
-"""`blip3o rl`: reinforcement learning, a server of rewards for runs elsewhere, and rewards for a run that is over."""
+"""`blip3o rl`: reinforcement learning, a server of rewards for runs elsewhere, and rewards for a
+run that is over.
+"""
 
 import argparse
 from collections.abc import Callable

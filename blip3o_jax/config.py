@@ -1,10 +1,11 @@
 """Every setting of every part and stage, as frozen dataclasses.
 
-A file under configs/ returns a `Config`; `Config` values turn into an `ml_collections.ConfigDict` (`to_config_dict`) so that
-`--config.a.b=v` can override a field, and back (`from_dict`), where an unknown key, a wrong type or a value that
-cannot work is an error that names the field. A field's annotation says what it may hold (fields.py); what concerns several
-fields is checked by the group that holds them. Fields of a network carry the names of the library class it matches
-(transformers, diffusers), so a published config.json reads straight into them.
+A file under configs/ returns a `Config`; `Config` values turn into an `ml_collections.ConfigDict`
+(`to_config_dict`) so that `--config.a.b=v` can override a field, and back (`from_dict`), where an
+unknown key, a wrong type or a value that cannot work is an error that names the field. A field's
+annotation says what it may hold (fields.py); what concerns several fields is checked by the group
+that holds them. Fields of a network carry the names of the library class it matches (transformers,
+diffusers), so a published config.json reads straight into them.
 """
 
 import dataclasses
@@ -80,9 +81,11 @@ Guidance = Annotated[float, Bounds(-1000, 1000)]
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig(ConfigGroup, path="lora"):
-    """Low-rank adapters (arXiv 2106.09685) beside the kernels of a part's stacked layers: y = x W + alpha / rank (x A) B,
-    A [in, rank] drawn, B [rank, out] zero at first. They are float32 whatever the kernels are; `trainable=('.*/lora_.*',)`
-    trains nothing else. `blip3o convert export` writes the sums."""
+    """Low-rank adapters (arXiv 2106.09685) beside the kernels of a part's stacked layers: y = x W +
+    alpha / rank (x A) B, A [in, rank] drawn, B [rank, out] zero at first. They are float32 whatever
+    the kernels are; `trainable=('.*/lora_.*',)` trains nothing else. `blip3o convert export` writes
+    the sums.
+    """
 
     rank: Annotated[int, Bounds(0, 2**14)] = 0  # 0: none
     alpha: Finite = 32.0
@@ -119,8 +122,10 @@ SANA_LINEAR = (
 
 @dataclasses.dataclass(frozen=True)
 class Qwen3Config(ConfigGroup, path="model.ar"):
-    """Fields of `transformers.Qwen3Config`. `vocab_size` counts the rows in use; the rows stored are padded up to a multiple
-    of `vocab_multiple` so that the table shards evenly (`Vocabulary` in text/ owns the ids)."""
+    """Fields of `transformers.Qwen3Config`. `vocab_size` counts the rows in use; the rows stored
+    are padded up to a multiple of `vocab_multiple` so that the table shards evenly (`Vocabulary` in
+    text/ owns the ids).
+    """
 
     vocab_size: TableRows = 217210
     hidden_size: Width = 2048
@@ -133,8 +138,8 @@ class Qwen3Config(ConfigGroup, path="model.ar"):
     rms_norm_eps: Epsilon = 1e-6
     tie_word_embeddings: bool = True
     initializer_range: Annotated[float, Bounds(0, 100)] = 0.02
-    # Deviation the token embeddings start with; None: initializer_range. Training from nothing learns faster where the
-    # embeddings are not small beside what the layers add to them.
+    # Deviation the token embeddings start with; None: initializer_range. Training from nothing
+    # learns faster where the embeddings are not small beside what the layers add to them.
     embedding_range: Annotated[float, Bounds(0, 100)] | None = None
     vocab_multiple: Annotated[int, Bounds(1, 2**16)] = 512
     # Of vocab_size: rows at the end that no id stands for, as some published checkpoints
@@ -212,7 +217,9 @@ class SiglipVisionConfig(ConfigGroup, path="model.tokenizer.encoder"):
 
 @dataclasses.dataclass(frozen=True)
 class TaTokDecoderConfig(ConfigGroup, path="model.tokenizer.decoder"):
-    """Fields of `transformers.Siglip2VisionConfig` with patch_size 1: the decoder that reconstructs SigLIP2 features."""
+    """Fields of `transformers.Siglip2VisionConfig` with patch_size 1: the decoder that reconstructs
+    SigLIP2 features.
+    """
 
     hidden_size: Width = 1152
     intermediate_size: Width = 3072
@@ -232,7 +239,9 @@ class TaTokDecoderConfig(ConfigGroup, path="model.tokenizer.decoder"):
 
 @dataclasses.dataclass(frozen=True)
 class TaTokConfig(ConfigGroup, path="model.tokenizer"):
-    """The vision tokenizer: SigLIP2 encoder -> bottleneck -> SimVQ codebook -> decoder (section "TA-Tok" of docs/)."""
+    """The vision tokenizer: SigLIP2 encoder -> bottleneck -> SimVQ codebook -> decoder (section
+    "TA-Tok" of docs/).
+    """
 
     encoder: SiglipVisionConfig = SiglipVisionConfig()
     decoder: TaTokDecoderConfig = TaTokDecoderConfig()
@@ -260,7 +269,9 @@ class TaTokConfig(ConfigGroup, path="model.tokenizer"):
 
     @property
     def grid(self) -> int:
-        """Image tokens along one side: 27, 13 or 9 for pool scales 1, 2, 3 of the published encoder."""
+        """Image tokens along one side: 27, 13 or 9 for pool scales 1, 2, 3 of the published
+        encoder.
+        """
         return self.encoder.grid // self.pool_scale
 
     @property
@@ -270,7 +281,9 @@ class TaTokConfig(ConfigGroup, path="model.tokenizer"):
 
 @dataclasses.dataclass(frozen=True)
 class TextTowerConfig(ConfigGroup, path="model.text_tower"):
-    """The caption encoder of the contrastive stage (SigLIP's text side); dropped once the vision encoder is trained."""
+    """The caption encoder of the contrastive stage (SigLIP's text side); dropped once the vision
+    encoder is trained.
+    """
 
     hidden_size: Width = 1152
     intermediate_size: Width = 4304
@@ -289,10 +302,12 @@ class TextTowerConfig(ConfigGroup, path="model.text_tower"):
 
 @dataclasses.dataclass(frozen=True)
 class ConnectorConfig(ConfigGroup, path="model.connector"):
-    """Linear -> GELU(tanh) -> Linear -> RMSNorm between the AR's hidden states and the DiT's caption channels."""
+    """Linear -> GELU(tanh) -> Linear -> RMSNorm between the AR's hidden states and the DiT's
+    caption channels.
+    """
 
-    # Adds sine-cosine positions to the hidden states. The published model does without: it has had the training in which
-    # rotary attention alone comes to tell a token its place in the image.
+    # Adds sine-cosine positions to the hidden states. The published model does without: it has had
+    # the training in which rotary attention alone comes to tell a token its place in the image.
     positions: bool = False
     rms_norm_eps: Epsilon = 1e-5
     norm_init: Finite = 5.5**0.5
@@ -302,20 +317,23 @@ class ConnectorConfig(ConfigGroup, path="model.connector"):
 
 @dataclasses.dataclass(frozen=True)
 class EditingConfig(ConfigGroup, path="model.editing"):
-    """Images in: how reference images reach the model (BLIP3o-NEXT, arXiv 2510.15857, section 4). With `references` 0 rows are
-    text to image alone, and connectors that are there are kept and converted, but not read."""
+    """Images in: how reference images reach the model (BLIP3o-NEXT, arXiv 2510.15857, section 4).
+    With `references` 0 rows are text to image alone, and connectors that are there are kept and
+    converted, but not read.
+    """
 
     # Places for reference images in every row, taken or not.
     references: Annotated[int, Bounds(0, 64)] = 0
-    # What stands for an image in the user's turn: its tokens, or with `features` its SigLIP2 features through
-    # `feature_connector`.
+    # What stands for an image in the user's turn: its tokens, or with `features` its SigLIP2
+    # features through `feature_connector`.
     features: bool = False
-    # Conditioning routes of the diffusion head, each by itself or both: latents through `latent_connector` after the condition
-    # tokens, and latents beside the noisy ones along the width.
+    # Conditioning routes of the diffusion head, each by itself or both: latents through
+    # `latent_connector` after the condition tokens, and latents beside the noisy ones along the
+    # width.
     latents: bool = False
     beside: bool = False
-    # The latents beside the noise stand in the null condition as well, as published. False drops them there, for
-    # `sampling.reference_guidance`.
+    # The latents beside the noise stand in the null condition as well, as published. False drops
+    # them there, for `sampling.reference_guidance`.
     null_beside: bool = True
 
     def __post_init__(self) -> None:
@@ -343,7 +361,8 @@ class SanaConfig(ConfigGroup, path="model.dit"):
     # Side of the latents that positions are counted on; others are sampled at any size too.
     sample_size: Side = 32
     patch_size: Side = 1
-    # A number adds sine-cosine positions to the patches, divided by it; None leaves finding them to the convolutions.
+    # A number adds sine-cosine positions to the patches, divided by it; None leaves finding them to
+    # the convolutions.
     interpolation_scale: Positive | None = None
     qk_norm: Literal["rms_norm_across_heads"] | None = "rms_norm_across_heads"
     dtype: Dtype = "bfloat16"
@@ -503,10 +522,11 @@ class FlowConfig(ConfigGroup, path="model.flow"):
 
 @dataclasses.dataclass(frozen=True)
 class TextConfig(ConfigGroup, path="model.text"):
-    """The text tokenizer. `path`: a SentencePiece .model, or Qwen's tokenizer.json (or the directory that holds it).
+    """The text tokenizer. `path`: a SentencePiece .model, or Qwen's tokenizer.json (or the
+    directory that holds it).
 
-    With `train_size` > 0 and no path, a SentencePiece tokenizer of that many pieces is trained on the run's own captions, and
-    `ar.vocab_size` becomes what it and the image tokens come to.
+    With `train_size` > 0 and no path, a SentencePiece tokenizer of that many pieces is trained on
+    the run's own captions, and `ar.vocab_size` becomes what it and the image tokens come to.
     """
 
     kind: Literal["bpe", "sentencepiece"] = "bpe"
@@ -523,8 +543,9 @@ class TextConfig(ConfigGroup, path="model.text"):
 
 @dataclasses.dataclass(frozen=True)
 class TemplateConfig(ConfigGroup, path="model.template"):
-    """The chat template: what the user says for each task. `<image>` stands where the reference images are shown; an empty
-    `system` leaves the system turn out."""
+    """The chat template: what the user says for each task. `<image>` stands where the reference
+    images are shown; an empty `system` leaves the system turn out.
+    """
 
     system: Text = "You are a helpful assistant."
     generate: Text = "Please generate image based on the following caption: {caption}"
@@ -550,10 +571,11 @@ class ModelConfig(ConfigGroup, path="model"):
     dit: SanaConfig = SanaConfig()
     flow: FlowConfig = FlowConfig()
     vae: DcAeConfig = DcAeConfig()
-    # Side of the square target image in pixels; the latent grid is image_size / vae.spatial_compression.
+    # Side of the square target image in pixels; the latent grid is image_size /
+    # vae.spatial_compression.
     image_size: Side = 1024
-    # (height, width) in pixels of the images that are drawn and shown, each cut to the nearest shape; the square alone where
-    # there are none.
+    # (height, width) in pixels of the images that are drawn and shown, each cut to the nearest
+    # shape; the square alone where there are none.
     buckets: Annotated[tuple[tuple[Side, Side], ...], Length(0, 1024)] = ()
 
     def __post_init__(self) -> None:
@@ -598,9 +620,11 @@ class ModelConfig(ConfigGroup, path="model"):
 
 @dataclasses.dataclass(frozen=True)
 class SourceConfig(ConfigGroup, path="data.sources"):
-    """One data set. `format`: tfds (ArrayRecord directory), webdataset (tar file, glob or directory), parquet, folder
-    (images + captions.jsonl), or auto (told from the path). `task` "reconstruct" has captioned images shown, and drawn again
-    from their tokens; otherwise a record says what it is for."""
+    """One data set. `format`: tfds (ArrayRecord directory), webdataset (tar file, glob or
+    directory), parquet, folder (images + captions.jsonl), or auto (told from the path). `task`
+    "reconstruct" has captioned images shown, and drawn again from their tokens; otherwise a record
+    says what it is for.
+    """
 
     path: Path = ""
     format: DataFormat = "auto"
@@ -613,7 +637,8 @@ class SourceConfig(ConfigGroup, path="data.sources"):
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig(ConfigGroup, path="data"):
-    # A single source can be given as `path` (and `format`, `split`, `images`); a mixture as `sources`.
+    # A single source can be given as `path` (and `format`, `split`, `images`); a mixture as
+    # `sources`.
     path: Path = ""
     format: DataFormat = "auto"
     split: Path = "train"
@@ -689,20 +714,23 @@ class LossConfig(ConfigGroup, path="loss"):
     flow: NonNegative = 1.0
     # Share of rows whose hidden states are zeroed before the connector.
     condition_dropout: Fraction = 0.1
-    # Share of rows whose image tokens see no caption, for `sampling.token_guidance`. Where it equals condition_dropout these
-    # are the same rows.
+    # Share of rows whose image tokens see no caption, for `sampling.token_guidance`. Where it
+    # equals condition_dropout these are the same rows.
     caption_dropout: Fraction = 0.0
-    # Share of rows whose hidden states are zeroed while their references stay, for `sampling.reference_guidance`.
+    # Share of rows whose hidden states are zeroed while their references stay, for
+    # `sampling.reference_guidance`.
     instruction_dropout: Fraction = 0.0
     # Noises and noise levels drawn for each example: more of them for one pass of the AR.
     flow_draws: Annotated[int, Bounds(1, 1024)] = 1
-    # "exact" takes the hidden states of <S0>, I_1 .. I_n; "last" the reference's last n + 1 positions of the row.
+    # "exact" takes the hidden states of <S0>, I_1 .. I_n; "last" the reference's last n + 1
+    # positions of the row.
     condition_span: Literal["exact", "last"] = "exact"
     ce_chunk: PositiveInt = 512  # tokens per block of the cross entropy
     gradient: NonNegative = 0.4  # autoencoder: weight of the image-gradient term beside L1
     squared: NonNegative = 4.0  # autoencoder: weight of the squared error beside L1
-    # autoencoder: weight of the term that holds each channel of the scaled latents at unit variance, which flow matching
-    # expects, and deviation of the noise put on them, which makes the decoder forgive what sampling gets slightly wrong.
+    # autoencoder: weight of the term that holds each channel of the scaled latents at unit
+    # variance, which flow matching expects, and deviation of the noise put on them, which makes the
+    # decoder forgive what sampling gets slightly wrong.
     latent_scale: NonNegative = 0.0
     latent_noise: NonNegative = 0.0
     dense: NonNegative = 0.0  # contrastive: weight of reading each patch's pixels off its feature
@@ -713,8 +741,9 @@ class LossConfig(ConfigGroup, path="loss"):
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig(ConfigGroup, path="mesh"):
-    """Devices along each mesh axis; -1 takes what is left. The batch lies over data x fsdp, the tokens of a row over sequence
-    where the strategy says so."""
+    """Devices along each mesh axis; -1 takes what is left. The batch lies over data x fsdp, the
+    tokens of a row over sequence where the strategy says so.
+    """
 
     data: MeshSize = 1
     fsdp: MeshSize = -1
@@ -723,10 +752,12 @@ class MeshConfig(ConfigGroup, path="mesh"):
     sequence: MeshSize = 1
     # Of chips that only the data centre's network joins; data lies over them first.
     slices: Annotated[int, Bounds(1, 2**16)] = 1
-    # Strategies of single parts in place of `strategy`'s own: {part: strategy}, {"dit": "dp"} keeps a whole DiT on each device.
+    # Strategies of single parts in place of `strategy`'s own: {part: strategy}, {"dit": "dp"} keeps
+    # a whole DiT on each device.
     parts: tuple[tuple[Part, StrategyName], ...] = ()
-    # Devices that a machine without an accelerator is split into, if this run is the first to ask for devices; 0 leaves it
-    # whole. XLA spreads small operations badly over cores, but runs one device a core without loss.
+    # Devices that a machine without an accelerator is split into, if this run is the first to ask
+    # for devices; 0 leaves it whole. XLA spreads small operations badly over cores, but runs one
+    # device a core without loss.
     cpu_devices: Annotated[int, Bounds(0, 1024)] = 0
 
     def __post_init__(self) -> None:
@@ -743,8 +774,8 @@ class CheckpointConfig(ConfigGroup, path="checkpoint"):
     keep: PositiveInt = 3
     # Parts to start from: {part: checkpoint directory}, part one of the model's (blip3o.PARTS).
     init_from: tuple[tuple[Part, Path], ...] = ()
-    # What the AR's rows of the image tokens start from: "drawn" (or as init_from has them), or the tokenizer's "codes", also in
-    # place of those of an AR from init_from (joint stage).
+    # What the AR's rows of the image tokens start from: "drawn" (or as init_from has them), or the
+    # tokenizer's "codes", also in place of those of an AR from init_from (joint stage).
     image_rows: Literal["drawn", "codes"] = "drawn"
 
 
@@ -758,19 +789,22 @@ class SamplingConfig(ConfigGroup, path="sampling"):
     steps: Annotated[int, Bounds(1, 10_000)] = 30  # Euler steps of the diffusion head
     # Classifier-free, of the velocity; 1 leaves the unconditional branch out.
     guidance: Guidance = 2.0
-    # Towards the reference images: v = v_null + g_r (v_references - v_null) + g (v - v_references); 0 has the guidance above
-    # for both. A model learns the branch of the references alone by loss.instruction_dropout.
+    # Towards the reference images: v = v_null + g_r (v_references - v_null) + g (v - v_references);
+    # 0 has the guidance above for both. A model learns the branch of the references alone by
+    # loss.instruction_dropout.
     reference_guidance: Guidance = 0.0
-    # Classifier-free guidance of the image tokens; 1 leaves the branch without a caption out, which only means something to
-    # a model trained with loss.caption_dropout.
+    # Classifier-free guidance of the image tokens; 1 leaves the branch without a caption out, which
+    # only means something to a model trained with loss.caption_dropout.
     token_guidance: Guidance = 1.0
     batch_size: BatchSize = 16  # prompts drawn at once
 
 
 @dataclasses.dataclass(frozen=True)
 class RewardConfig(ConfigGroup, path="rl.rewards"):
-    """One term of the weighted sum of rewards. `name`: one of rl/rewards/ or "python:MODULE.FUNCTION"; `options`, {option:
-    value}, are the reward's own. `clip`: bounds that its score is clipped to before it is weighed."""
+    """One term of the weighted sum of rewards. `name`: one of rl/rewards/ or
+    "python:MODULE.FUNCTION"; `options`, {option: value}, are the reward's own. `clip`: bounds that
+    its score is clipped to before it is weighed.
+    """
 
     name: Text = ""
     weight: Finite = 1.0
@@ -808,8 +842,9 @@ class FlowPolicyConfig(ConfigGroup, path="rl.flow"):
 
 @dataclasses.dataclass(frozen=True)
 class RlConfig(ConfigGroup, path="rl"):
-    """Online reinforcement learning (`blip3o rl`) from the checkpoint that `checkpoint.init_from` names. Defaults are the
-    published recipe's (arXiv 2510.15857)."""
+    """Online reinforcement learning (`blip3o rl`) from the checkpoint that `checkpoint.init_from`
+    names. Defaults are the published recipe's (arXiv 2510.15857).
+    """
 
     # "ar": GRPO on the image tokens; "flow": Flow-GRPO on the diffusion head; "both".
     policy: Literal["ar", "flow", "both"] = "ar"
@@ -827,7 +862,8 @@ class RlConfig(ConfigGroup, path="rl"):
     # Reward - mean of the group, over its deviation ("std") or not ("mean", as in Dr. GRPO).
     advantage: Literal["std", "mean"] = "std"
     advantage_epsilon: Epsilon = 1e-4
-    # Sum of the token losses over: all tokens ("bnpo"), each row's own and then rows ("grpo"), a constant ("dr_grpo").
+    # Sum of the token losses over: all tokens ("bnpo"), each row's own and then rows ("grpo"), a
+    # constant ("dr_grpo").
     normalise: Literal["bnpo", "grpo", "dr_grpo"] = "bnpo"
     # Or "sequence": one ratio an image, the geometric mean over its tokens (GSPO).
     ratio: Literal["token", "sequence"] = "token"
@@ -876,8 +912,9 @@ class Config(ConfigGroup):
     log_every: PositiveInt = 10
     # Rows of a batch drawn into TensorBoard at each checkpoint; 0 for none.
     preview: Annotated[int, Bounds(0, 1024)] = 8
-    # Regular expressions over parameter paths ("ar/layers/mlp/up/kernel"): what is trained. () takes the stage's own:
-    # for joint the published freezing (AR, connector, the DiT's caption layers).
+    # Regular expressions over parameter paths ("ar/layers/mlp/up/kernel"): what is trained. ()
+    # takes the stage's own: for joint the published freezing (AR, connector, the DiT's caption
+    # layers).
     trainable: tuple[Regex, ...] = ()
     # Steps in a row with a non-finite loss or gradient before the run stops.
     max_nonfinite: PositiveInt = 10
@@ -969,5 +1006,7 @@ def to_config_dict(config: Config) -> Any:
 
 
 def from_dict(values: Any, cls: Any = Config, path: str = "") -> Any:
-    """Return the group `cls` that `to_dict` or `to_config_dict` wrote as `values`; see `fields.from_dict`."""
+    """Return the group `cls` that `to_dict` or `to_config_dict` wrote as `values`; see
+    `fields.from_dict`.
+    """
     return fields.from_dict(values, cls, path)

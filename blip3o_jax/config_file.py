@@ -1,7 +1,7 @@
 """Config files: `configs/X.py[:arg]` plus `a.b=v` overrides -> validated `Config`s.
 
-A config file is Python with one function, `get_config()` or `get_config(arg)`, that returns a `Config`, or a recipe: a dict of
-named `Config`s to run one after the other.
+A config file is Python with one function, `get_config()` or `get_config(arg)`, that returns a
+`Config`, or a recipe: a dict of named `Config`s to run one after the other.
 """
 
 import difflib
@@ -27,13 +27,14 @@ def load(path_with_arg: str, overrides: Overrides = ()) -> config.Config:
 
 
 def load_recipe(path_with_arg: str, overrides: Overrides = ()) -> dict[str, config.Config]:
-    """What file `path_with_arg` ("configs/pretrain.py:1.7b") returns, by name, with fields replaced by `overrides`. A single
-    config goes by the name "". In a recipe a field replaced is replaced in every config; with a name before it
-    ("joint.steps"), in that one.
+    """What file `path_with_arg` ("configs/pretrain.py:1.7b") returns, by name, with fields replaced
+    by `overrides`. A single config goes by the name "". In a recipe a field replaced is replaced in
+    every config; with a name before it ("joint.steps"), in that one.
 
-    `overrides`: dotted field -> value as text ({"optimizer.learning_rate": "1e-4"}), as a mapping or as pairs where a later
-    pair wins. Tuples are written as Python literals: "(16, 32)". The result is checked as a whole, after the last override.
-    Raises `config.UserError` for a missing or broken file, an unknown field or a value of the wrong type.
+    `overrides`: dotted field -> value as text ({"optimizer.learning_rate": "1e-4"}), as a mapping
+    or as pairs where a later pair wins. Tuples are written as Python literals: "(16, 32)". The
+    result is checked as a whole, after the last override. Raises `config.UserError` for a missing
+    or broken file, an unknown field or a value of the wrong type.
     """
     match = _PATH_AND_ARG.fullmatch(path_with_arg)
     if not match:
@@ -145,7 +146,9 @@ def _run_user_code(path: pathlib.Path, call: Callable[[], Any]) -> Any:
 
 
 def _override(values: Any, key: str, text: str) -> None:
-    """Set the field at dotted `key` of the ConfigDict `values` to `text`, read as the type the field declares."""
+    """Set the field at dotted `key` of the ConfigDict `values` to `text`, read as the type the
+    field declares.
+    """
     cls, group, path = config.Config, values, ""
     *groups, name = key.split(".")
     for part in groups:
@@ -158,7 +161,8 @@ def _override(values: Any, key: str, text: str) -> None:
     if fields.is_group(hint):
         names = ", ".join(fields.field_types(hint))
         raise config.UserError(f"config key {key} is a group; set one of its fields: {names}")
-    # A field may hold None by default and take text (`qk_norm`); from_dict judges the types, not ConfigDict.
+    # A field may hold None by default and take text (`qk_norm`); from_dict judges the types, not
+    # ConfigDict.
     with group.ignore_type():
         group[name] = fields.parse(text, hint, key)
 

@@ -2,9 +2,9 @@
 
     Linear(d_in, d_out), GELU (tanh form), Linear(d_out, d_out), RMSNorm
 
-With `cfg.positions`, sine-cosine positions are added to the hidden states first.
-The norm's weight starts at `cfg.norm_init` (sqrt(5.5)), so that the condition has the scale of the captions the diffusion
-head was pretrained on. Shape suffixes: B batch, L tokens, D width (in or out).
+With `cfg.positions`, sine-cosine positions are added to the hidden states first. The norm's weight
+starts at `cfg.norm_init` (sqrt(5.5)), so that the condition has the scale of the captions the
+diffusion head was pretrained on. Shape suffixes: B batch, L tokens, D width (in or out).
 """
 
 import jax
@@ -38,8 +38,9 @@ class Connector(nnx.Module):
         )
 
     def __call__(self, hidden_BLD: jax.Array, keep_B: jax.Array | None = None) -> jax.Array:
-        """[B, L, d_in] to [B, L, d_out]. Rows that are not kept enter as zeros, and leave as the same condition at every
-        token: the one guidance leans away from."""
+        """[B, L, d_in] to [B, L, d_out]. Rows that are not kept enter as zeros, and leave as the
+        same condition at every token: the one guidance leans away from.
+        """
         with jax.named_scope("connector"):
             if self.positions:
                 hidden_BLD += nn.sinusoids(*hidden_BLD.shape[1:]).astype(hidden_BLD.dtype)

@@ -7,7 +7,8 @@
   kernel's gradient in JAX's own form takes 40 times as long. So the derivatives are stated in that form to begin with.
 Which form is taken is settled when a computation is lowered: compiling for a TPU on a CPU host gets the TPU's.
 
-Shape suffixes: B batch, H height, W width, C channels, I and O channels in and out of a group, G groups.
+Shape suffixes: B batch, H height, W width, C channels, I and O channels in and out of a group, G
+groups.
 """
 
 import functools
@@ -21,7 +22,9 @@ import numpy as np
 def conv2d(
     x_BHWC: jax.Array, kernel: jax.Array, *, stride: int = 1, padding: int = 0, groups: int = 1
 ) -> jax.Array:
-    """`torch.nn.functional.conv2d` with `kernel` [kh, kw, in / groups, out] and `padding` pixels on every side."""
+    """`torch.nn.functional.conv2d` with `kernel` [kh, kw, in / groups, out] and `padding` pixels on
+    every side.
+    """
     side, _, c_in, c_out = kernel.shape
     if (side, stride, padding) == (1, 1, 0):
         return _pointwise(x_BHWC, kernel[0, 0], groups)
@@ -33,10 +36,12 @@ def conv2d(
 
 
 def upsampled_conv2d(x_BHWC: jax.Array, kernel: jax.Array) -> jax.Array:
-    """`conv2d` with a 3 x 3 kernel and padding 1 on `x_BHWC` with every pixel as a square of 2 x 2 -> [B, 2 H, 2 W, O].
+    """`conv2d` with a 3 x 3 kernel and padding 1 on `x_BHWC` with every pixel as a square of 2 x 2
+    -> [B, 2 H, 2 W, O].
 
-    Of the three rows of the kernel two fall on the same row of x, so that every output pixel is a 2 x 2 product over x itself,
-    with taps added up: 4 / 9 of the work. Output row 2 i + p, its kernel's rows k0 .. k2 on rows of x:
+    Of the three rows of the kernel two fall on the same row of x, so that every output pixel is a 2
+    x 2 product over x itself, with taps added up: 4 / 9 of the work. Output row 2 i + p, its
+    kernel's rows k0 .. k2 on rows of x:
 
         p = 0    k0 on i - 1, k1 + k2 on i                  at place i of a 2 x 2 convolution with padding 1
         p = 1    k0 + k1 on i, k2 on i + 1                  at place i + 1
@@ -84,8 +89,8 @@ def _pointwise(x_BHWC: jax.Array, kernel_IO: jax.Array, groups: int) -> jax.Arra
     return y_BHWGO.reshape(*x_BHWC.shape[:3], c_out)
 
 
-# The derivatives below are written out for another reason too: differentiating through a choice of platform would keep what
-# the backward passes of both sides need.
+# The derivatives below are written out for another reason too: differentiating through a choice of
+# platform would keep what the backward passes of both sides need.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _dense(x_BHWC: jax.Array, kernel: jax.Array, padding: int) -> jax.Array:
     return _native(x_BHWC, kernel, 1, padding, 1)
@@ -108,8 +113,8 @@ def _dense_bwd(
     def fast_form(
         x_BHWC: jax.Array, kernel: jax.Array, dy_BHWC: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        # The input's gradient: the transposed, reversed kernel over dy. The kernel's: dy as a kernel of H x W over x, with
-        # the batch in the place of the channels in.
+        # The input's gradient: the transposed, reversed kernel over dy. The kernel's: dy as a
+        # kernel of H x W over x, with the batch in the place of the channels in.
         dx_BHWC = _native(
             dy_BHWC, kernel[::-1, ::-1].transpose(0, 1, 3, 2), 1, kernel.shape[0] - 1 - padding, 1
         )
@@ -124,7 +129,8 @@ def _dense_bwd(
 _dense.defvjp(_dense_fwd, _dense_bwd)
 
 
-# Reducing over all pixels once per tap, as the gradient of the shifted products does, is slow on CPUs.
+# Reducing over all pixels once per tap, as the gradient of the shifted products does, is slow on
+# CPUs.
 @jax.custom_vjp
 def _depthwise(x_BHWC: jax.Array, kernel: jax.Array) -> jax.Array:
     return jax.lax.platform_dependent(
@@ -181,8 +187,8 @@ def _depthwise_gradients_by_pixel(
     dy_f32_BHWC = dy_BHWC.astype(jnp.float32)
 
     def add_pixel(t: jax.Array, total: jax.Array) -> jax.Array:
-        # One output pixel's share of the kernel's gradient, all taps at once; the batch and the channels stay whole, so
-        # that this works sharded over either.
+        # One output pixel's share of the kernel's gradient, all taps at once; the batch and the
+        # channels stay whole, so that this works sharded over either.
         h, w = t // width, t % width
         window = jax.lax.dynamic_slice(padded_BHWC, (0, h, w, 0), (batch, side, side, channels))
         return total + window * jax.lax.dynamic_slice(

@@ -1,7 +1,8 @@
-"""The compiled programs of sampling: prompts -> images, or words. `pipeline.py` gives them what users ask for, reinforcement
-learning what it learns from.
+"""The compiled programs of sampling: prompts -> images, or words. `pipeline.py` gives them what
+users ask for, reinforcement learning what it learns from.
 
-Legend: B batch, L prompt length, N image tokens, H W C image or latent, R places for reference images.
+Legend: B batch, L prompt length, N image tokens, H W C image or latent, R places for reference
+images.
 """
 
 from collections.abc import Callable
@@ -27,9 +28,10 @@ LENGTH_BUCKET = 32
 def make_sample(
     graphdef: Any, strategy: Strategy, image_ids: tuple[int, int]
 ) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """The compiled program that draws a batch: (params, tokens_BL, lengths_B, indices_B, seed, settings, shown, size), settings
-    and size static, -> (uint8 images [B, H, W, 3], codes [B, N]). `image_ids` is (first, last + 1); `shown` are the
-    reference_* arrays of a batch whose rows have places for images, or None; `size` is (height, width), None the model's first.
+    """The compiled program that draws a batch: (params, tokens_BL, lengths_B, indices_B, seed,
+    settings, shown, size), settings and size static, -> (uint8 images [B, H, W, 3], codes [B, N]).
+    `image_ids` is (first, last + 1); `shown` are the reference_* arrays of a batch whose rows have
+    places for images, or None; `size` is (height, width), None the model's first.
     """
 
     def sample(
@@ -71,8 +73,9 @@ def draw_images(
     shown: dict[str, jax.Array] | None,
     size: tuple[int, int] | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Prompts -> images [B, H, W, 3] in [0, 1], float32, and the ids of their tokens [B, N]. `keys` as of `row_keys`, other
-    arguments as of `make_sample`'s program."""
+    """Prompts -> images [B, H, W, 3] in [0, 1], float32, and the ids of their tokens [B, N]. `keys`
+    as of `row_keys`, other arguments as of `make_sample`'s program.
+    """
     token_keys_B, noise_keys_B = keys
     tokens_BL, embedded_BLD, seen = _with_images(model, tokens_BL, shown, image_ids[0])
     drawn = draw_tokens(
@@ -90,7 +93,9 @@ def draw_images(
 
 
 def make_write(graphdef: Any, strategy: Strategy, vocabulary: Vocabulary) -> Callable[..., Written]:
-    """The compiled program that answers in words; arguments as of `make_sample`'s, and `most` tokens, static."""
+    """The compiled program that answers in words; arguments as of `make_sample`'s, and `most`
+    tokens, static.
+    """
     stop, text_ids, image_first = (
         vocabulary.end_of_turn,
         (0, vocabulary.image_start),
@@ -133,7 +138,9 @@ def make_write(graphdef: Any, strategy: Strategy, vocabulary: Vocabulary) -> Cal
 def _with_images(
     model: Blip3o, tokens_BL: jax.Array, shown: dict[str, jax.Array] | None, image_first: int
 ) -> tuple[jax.Array, jax.Array | None, References | None]:
-    """Prompts with their images in them: tokens, embeddings where these are not the tokens', and the images as encoded."""
+    """Prompts with their images in them: tokens, embeddings where these are not the tokens', and
+    the images as encoded.
+    """
     if shown is None:
         return tokens_BL, None, None
     seen, span_BR = references(model, shown), shown["reference_span"]

@@ -1,4 +1,5 @@
-"""How a process of this package ends: with one status and one line, in bounded time. docs/pods.md has the table of statuses.
+"""How a process of this package ends: with one status and one line, in bounded time. docs/pods.md
+has the table of statuses.
 
     error --> closing, CLOSING seconds at most --> its line --> leave(status)
     SIGINT --> KeyboardInterrupt in the main thread, or after PATIENCE seconds its line and the end
@@ -31,8 +32,8 @@ INTERRUPTED = 128 + signal.SIGINT
 LOST_PEER = 128 + signal.SIGKILL  # a host that was killed takes the others along, with its status
 BROKEN_PIPE = 128 + signal.SIGPIPE
 
-# With several hosts an error ends the process after CLOSING, what `peers.lost` takes (2 ANSWER + STILL, 15 s) and FAREWELL: 29
-# seconds at most, within the 30 s that a Spot machine is given.
+# With several hosts an error ends the process after CLOSING, what `peers.lost` takes (2 ANSWER +
+# STILL, 15 s) and FAREWELL: 29 seconds at most, within the 30 s that a Spot machine is given.
 CLOSING = 12.0  # seconds that closing may take after an error
 PATIENCE = 10.0  # seconds until Ctrl-C has reached the main thread and it has closed
 FAREWELL = 2.0  # seconds for the last words to the other hosts
@@ -158,7 +159,9 @@ class _Process:
         threading.Thread(target=end, name="deadline", daemon=True).start()
 
     def tell(self, error: BaseException) -> int | None:
-        """Reports the error that ends the process, unless another thread is at it, which then ends the process."""
+        """Reports the error that ends the process, unless another thread is at it, which then ends
+        the process.
+        """
         with self._lock:
             told, self._told = self._told, self.installed
         if told:
@@ -227,8 +230,9 @@ class Stopped(Ended):
 
 
 class _Stdout(io.TextIOWrapper):
-    """The standard output, whose errors say that it is: the system's name no file. One that a writer has passed over, as
-    argparse does, is raised again by `flush`."""
+    """The standard output, whose errors say that it is: the system's name no file. One that a
+    writer has passed over, as argparse does, is raised again by `flush`.
+    """
 
     failed: OSError | None = None
 
@@ -252,8 +256,10 @@ class _Stdout(io.TextIOWrapper):
 
 
 def _open_streams() -> None:
-    """Have all three standard streams open, on /dev/null where the parent has closed them (`>&-`): Python has None for such a
-    stream, and the next file opened would get its number and what libraries print."""
+    """Have all three standard streams open, on /dev/null where the parent has closed them (`>&-`):
+    Python has None for such a stream, and the next file opened would get its number and what
+    libraries print.
+    """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)
@@ -285,12 +291,16 @@ process = _Process()
 
 
 def install() -> None:
-    """Takes over SIGINT, and what is told of the end; called once by the command, before anything heavy is imported."""
+    """Takes over SIGINT, and what is told of the end; called once by the command, before anything
+    heavy is imported.
+    """
     process.install()
 
 
 def listen_for_stop(line: str) -> None:
-    """From here on SIGTERM and SIGHUP end the process at once with `line` and status 75, until a run has something to save."""
+    """From here on SIGTERM and SIGHUP end the process at once with `line` and status 75, until a
+    run has something to save.
+    """
     if process.installed:
         process.stop_line = line
         for number in (signal.SIGTERM, signal.SIGHUP):
@@ -299,7 +309,9 @@ def listen_for_stop(line: str) -> None:
 
 
 def pushed(close: Callable[[], object]) -> Callable[[Any, BaseException | None, Any], None]:
-    """For `ExitStack.push`: `close()`, bounded where the block has failed, and then without an error of its own."""
+    """For `ExitStack.push`: `close()`, bounded where the block has failed, and then without an
+    error of its own.
+    """
 
     def exit(kind: Any, error: BaseException | None, where: Any) -> None:
         if error is not None and not isinstance(error, Stopped):

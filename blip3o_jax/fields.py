@@ -1,14 +1,16 @@
 """Typed settings: bounds stand in a field's annotation, and one mechanism checks them.
 
-A group of settings is a frozen dataclass that inherits `ConfigGroup`. A field's type says what it may hold:
+A group of settings is a frozen dataclass that inherits `ConfigGroup`. A field's type says what it
+may hold:
 
     steps: Annotated[int, Bounds(1, 10**9)] = 1000
     name: Literal["adamw", "muon"] = "adamw"
     clip: tuple[Positive, Positive] | None = None
 
-Values are checked when a group is constructed, in Python as from JSON or the command line. A number that JSON or Python wrote
-as an integer becomes the float a field declares, a list becomes its tuple; nothing else is converted. What concerns several
-fields at once is checked by the group's own `__post_init__`, after `super().__post_init__()`.
+Values are checked when a group is constructed, in Python as from JSON or the command line. A number
+that JSON or Python wrote as an integer becomes the float a field declares, a list becomes its
+tuple; nothing else is converted. What concerns several fields at once is checked by the group's own
+`__post_init__`, after `super().__post_init__()`.
 """
 
 import ast
@@ -32,8 +34,9 @@ _BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "
 
 
 class UserError(ValueError):
-    """What a user can cause and cure: one line that says what, where and what to do. The command prints it without a
-    traceback; any other exception is a bug and keeps its traceback."""
+    """What a user can cause and cure: one line that says what, where and what to do. The command
+    prints it without a traceback; any other exception is a bug and keeps its traceback.
+    """
 
 
 class ConfigError(UserError):
@@ -68,7 +71,9 @@ def shown(value: Any) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an exception's message, the exception's name where it has no message."""
+    """Return the first line of an exception's message, the exception's name where it has no
+    message.
+    """
     return next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)
 
 
@@ -160,8 +165,8 @@ def _number(value: float) -> str:
     return f"{value:g}"
 
 
-# Aliases that several groups share. Upper bounds are beyond what any machine of today holds; whether a size fits this
-# machine is asked later, with all sizes at hand (train/memory.py).
+# Aliases that several groups share. Upper bounds are beyond what any machine of today holds;
+# whether a size fits this machine is asked later, with all sizes at hand (train/memory.py).
 Count = Annotated[int, Bounds(0, INT32)]
 PositiveInt = Annotated[int, Bounds(1, INT32)]
 Seed = Annotated[int, Bounds(0, UINT32)]
@@ -183,10 +188,12 @@ Regex = Annotated[str, UnicodeText(), Pattern()]
 
 
 class ConfigGroup:
-    """Base of a frozen dataclass of settings: checks every field against its annotation when it is constructed.
+    """Base of a frozen dataclass of settings: checks every field against its annotation when it is
+    constructed.
 
-    `path`: where the group stands in `Config` ("optimizer"), for messages about values given in Python. A group that stands
-    in several places has the last name alone; values that come through `from_dict` are named in full anywhere.
+    `path`: where the group stands in `Config` ("optimizer"), for messages about values given in
+    Python. A group that stands in several places has the last name alone; values that come through
+    `from_dict` are named in full anywhere.
     """
 
     group_path = ""
@@ -235,8 +242,8 @@ def unwrapped(hint: Any) -> tuple[Any, tuple[Any, ...], bool]:
 def from_dict(values: Any, cls: Any, path: str = "") -> Any:
     """Return the group `cls` with `values`, {field: value}; the others have their defaults.
 
-    Raises ConfigError that names the field, by its dotted name from `path` on, for an unknown key (with the nearest valid
-    one) and for a value that the field's annotation or the group refuses.
+    Raises ConfigError that names the field, by its dotted name from `path` on, for an unknown key
+    (with the nearest valid one) and for a value that the field's annotation or the group refuses.
     """
     if hasattr(values, "to_dict"):
         values = values.to_dict()
@@ -259,7 +266,9 @@ def from_dict(values: Any, cls: Any, path: str = "") -> Any:
 
 
 def convert(value: Any, hint: Any, path: str) -> Any:
-    """Return `value` as the annotation `hint` declares it; ConfigError that names `path` where it cannot be."""
+    """Return `value` as the annotation `hint` declares it; ConfigError that names `path` where it
+    cannot be.
+    """
     kind, constraints, optional = unwrapped(hint)
     if optional and value is None:
         return None
@@ -313,10 +322,11 @@ def _tuple(value: Any, args: tuple[Any, ...], path: str) -> tuple[Any, ...]:
 
 
 def parse(text: str, hint: Any, key: str) -> Any:
-    """Return `text`, from a command line, as a value of the kind that the annotation `hint` declares.
+    """Return `text`, from a command line, as a value of the kind that the annotation `hint`
+    declares.
 
-    Tuples are written as Python literals. Raises ConfigError that names `key` for text that is no such value; whether it lies
-    within the annotation's bounds, `convert` says.
+    Tuples are written as Python literals. Raises ConfigError that names `key` for text that is no
+    such value; whether it lies within the annotation's bounds, `convert` says.
     """
     kind, _, optional = unwrapped(hint)
     if optional and text.lower() == "none":

@@ -1,4 +1,6 @@
-"""The file system's errors in one line, files that are replaced whole, and checks of where output goes."""
+"""The file system's errors in one line, files that are replaced whole, and checks of where output
+goes.
+"""
 
 import contextlib
 import errno
@@ -13,8 +15,9 @@ from typing import IO, Any
 
 from blip3o_jax.config import UserError
 
-# What the system says about the disk rather than about a path, and what to do about it. These are a user's errors wherever they
-# come up, also below or behind another exception; of the rest only those that name a path.
+# What the system says about the disk rather than about a path, and what to do about it. These are a
+# user's errors wherever they come up, also below or behind another exception; of the rest only
+# those that name a path.
 TROUBLE = {
     errno.ENOSPC: "free some",
     errno.EDQUOT: "free some, or ask for more",
@@ -33,10 +36,12 @@ _PATH = re.compile(r"""["'](/[^"']+)["']""")
 
 
 def system_error(error: BaseException) -> OSError | None:
-    """Return the file system's error that `error` is, or that it was raised from or while handling; None for another kind.
+    """Return the file system's error that `error` is, or that it was raised from or while handling;
+    None for another kind.
 
-    An error that names a path counts where it is `error` itself: behind another exception it may have been expected, such as a
-    file that need not exist. A disk that is full, broken or read-only counts wherever it is found.
+    An error that names a path counts where it is `error` itself: behind another exception it may
+    have been expected, such as a file that need not exist. A disk that is full, broken or read-only
+    counts wherever it is found.
     """
     if isinstance(error, OSError) and (error.filename is not None or error.errno in TROUBLE):
         return error
@@ -47,7 +52,8 @@ def raise_trouble(error: BaseException) -> None:
     """Raise the system's error of TROUBLE that is behind `error`, if one is: what could not be read
     because of the machine must not be kept as damaged. A name that is too long is the data's.
 
-    The text of a UserError is not searched, since it may quote any name; what it was raised from is.
+    The text of a UserError is not searched, since it may quote any name; what it was raised from
+    is.
     """
     for each in _chain(error):
         number = getattr(each, "errno", None)
@@ -97,8 +103,10 @@ def _trouble(error: BaseException) -> OSError | None:
 
 @contextlib.contextmanager
 def writing(path: pathlib.Path) -> Iterator[None]:
-    """Raise what the system says of the disk as OSError, also from behind another exception, and with `path` where it names no
-    path: errors of writing to an open file have none. Other errors without a path, such as those of a connection, stay."""
+    """Raise what the system says of the disk as OSError, also from behind another exception, and
+    with `path` where it names no path: errors of writing to an open file have none. Other errors
+    without a path, such as those of a connection, stay.
+    """
     try:
         yield
     except UserError:  # has said it
@@ -112,10 +120,12 @@ def writing(path: pathlib.Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def replacing(path: pathlib.Path, mode: str = "w", *, shared: bool = False) -> Iterator[IO[Any]]:
-    """Open a file that takes the place of `path`, on disk, when the block ends; a kill or an exception leaves the old one.
+    """Open a file that takes the place of `path`, on disk, when the block ends; a kill or an
+    exception leaves the old one.
 
-    `mode` is "w" for UTF-8 text or "wb" for bytes. `shared`: several hosts may write the same file at once. It is never `path`
-    itself that is opened: in a directory from elsewhere that may be a link to any file of the user's.
+    `mode` is "w" for UTF-8 text or "wb" for bytes. `shared`: several hosts may write the same file
+    at once. It is never `path` itself that is opened: in a directory from elsewhere that may be a
+    link to any file of the user's.
     """
     unique = f".{uuid.uuid4().hex}" if shared else ""
     partial = path.with_name(f".{path.name[:100]}{unique}.partial")
@@ -153,7 +163,9 @@ def replace_bytes(path: pathlib.Path, data: bytes, *, shared: bool = False) -> N
 
 
 def make_directories(path: pathlib.Path) -> list[pathlib.Path]:
-    """Make a directory and those above it that are missing; return those made, outermost first. An OSError leaves none."""
+    """Make a directory and those above it that are missing; return those made, outermost first. An
+    OSError leaves none.
+    """
     made: list[pathlib.Path] = []
     try:
         for missing in reversed([each for each in (path, *path.parents) if not each.exists()]):
@@ -185,7 +197,9 @@ def check_regular(path: str | os.PathLike[str]) -> None:
 
 
 def check_out_directory(out: pathlib.Path, flag: str = "--out") -> None:
-    """Raise UserError unless `out` is a directory, or can become one, that files can be written to. Changes nothing."""
+    """Raise UserError unless `out` is a directory, or can become one, that files can be written to.
+    Changes nothing.
+    """
     with _refused(out, flag):
         if os.path.lexists(out) and not out.is_dir():
             raise UserError(f"{flag}={out} is there already and is no directory: choose another")
@@ -193,7 +207,9 @@ def check_out_directory(out: pathlib.Path, flag: str = "--out") -> None:
 
 
 def check_out_file(out: pathlib.Path, flag: str = "--out") -> None:
-    """Raise UserError unless `out` is a file, or can become one, in a directory that is there. Changes nothing."""
+    """Raise UserError unless `out` is a file, or can become one, in a directory that is there.
+    Changes nothing.
+    """
     with _refused(out, flag):
         if out.is_dir() or not out.absolute().parent.is_dir():
             raise UserError(f"{flag}={out} must be a file in a directory that is there")

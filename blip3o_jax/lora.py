@@ -1,4 +1,5 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685) taken off a model again: nn.Linear has them, config.LoraConfig says where.
+"""Low-rank adapters (LoRA, arXiv 2106.09685) taken off a model again: nn.Linear has them,
+config.LoraConfig says where.
 
 y = x W + scale (x A) B  =  x (W + scale A B),    scale = alpha / rank
 """
@@ -30,15 +31,19 @@ def without_factors(params: Any) -> Any:
 
 
 def without_lora(params: Any) -> Any:
-    """Parameters in a nested dict with every B zero, so that the network computes what it would without A and B. This is the
-    policy that a run started from if it started without factors; not if they came from a checkpoint."""
+    """Parameters in a nested dict with every B zero, so that the network computes what it would
+    without A and B. This is the policy that a run started from if it started without factors; not
+    if they came from a checkpoint.
+    """
     off = lambda keys, x: jnp.zeros_like(x) if keys[-1].key == FACTORS[1] else x
     return jax.tree_util.tree_map_with_path(off, params)
 
 
 def without_idle_lora(params: Any) -> Any:
-    """Parameters in a nested dict with A zero wherever B is, so that those of equal networks are equal: while B is zero,
-    it makes no difference what was drawn for A and what training has made of it."""
+    """Parameters in a nested dict with A zero wherever B is, so that those of equal networks are
+    equal: while B is zero, it makes no difference what was drawn for A and what training has made
+    of it.
+    """
     if not isinstance(params, dict):
         return params
     params = {name: without_idle_lora(child) for name, child in params.items()}
@@ -49,7 +54,9 @@ def without_idle_lora(params: Any) -> Any:
 
 
 def merged(params: dict[str, Any], cfg: ModelConfig) -> dict[str, Any]:
-    """{part: nested dict of parameters} of the model `cfg` as those of `base_config(cfg)`, kernels in the dtype they had."""
+    """{part: nested dict of parameters} of the model `cfg` as those of `base_config(cfg)`, kernels
+    in the dtype they had.
+    """
     with jax.default_matmul_precision("highest"):
         return {
             name: _merged(tree, getattr(cfg, name).lora.scale) if name in PARTS else tree

@@ -13,8 +13,10 @@ from blip3o_jax.train.stages import stage_parts, trainable_filter
 
 
 def count_parameters(config: Config) -> dict[str, dict[str, int]]:
-    """{part: {"parameters": n, "padding": n, "trainable": n}} of the stage's model. "padding" counts the rows that the
-    vocabulary tables are longer than the vocabulary; the other figures leave them out."""
+    """{part: {"parameters": n, "padding": n, "trainable": n}} of the stage's model. "padding"
+    counts the rows that the vocabulary tables are longer than the vocabulary; the other figures
+    leave them out.
+    """
     cfg = config.model
     trainable = trainable_filter(config)
     model = nnx.eval_shape(lambda: Blip3o(cfg, stage_parts(config), seed=0))

@@ -1,7 +1,9 @@
-"""Building blocks that every network here is made of: parameters and activations with *logical* axis names.
+"""Building blocks that every network here is made of: parameters and activations with *logical*
+axis names.
 
-A logical axis ("embed", "heads", "batch", ...) says what a dimension means; a strategy (parallel/rules.py) says on which
-mesh axes it lies. Networks declare the former here and never name the latter.
+A logical axis ("embed", "heads", "batch", ...) says what a dimension means; a strategy
+(parallel/rules.py) says on which mesh axes it lies. Networks declare the former here and never name
+the latter.
 
 Shape suffixes: B batch, L length, D features, H height, W width, C channels.
 """
@@ -22,7 +24,8 @@ from flax import nnx
 from blip3o_jax.config import LoraConfig
 from blip3o_jax.convolution import conv2d, upsampled_conv2d
 
-# A resolver answers, for (part, logical names, shape), with a sharding or None for "leave it to the compiler".
+# A resolver answers, for (part, logical names, shape), with a sharding or None for "leave it to the
+# compiler".
 Resolver = Callable[
     [str, tuple[str | None, ...], tuple[int, ...]], jax.sharding.NamedSharding | None
 ]
@@ -45,7 +48,9 @@ def sharding_resolver(resolver: Resolver | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def part(name: str) -> Iterator[None]:
-    """Name the part of the model being traced ("ar", "dit", ...): each part has its own sharding table and scope."""
+    """Name the part of the model being traced ("ar", "dit", ...): each part has its own sharding
+    table and scope.
+    """
     token = _part.set(name)
     try:
         with jax.named_scope(name):
@@ -55,7 +60,9 @@ def part(name: str) -> Iterator[None]:
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Pin activation `x` to its place: one logical name (or None) per dimension. A no-op when no strategy is active."""
+    """Pin activation `x` to its place: one logical name (or None) per dimension. A no-op when no
+    strategy is active.
+    """
     if len(axes) != x.ndim:
         raise ValueError(
             f"constrain: {len(axes)} axis names {axes} for an array of shape {x.shape}"
@@ -77,7 +84,9 @@ def mesh() -> jax.sharding.Mesh | None:
 
 
 def platform() -> str:
-    """What this is traced for: "cpu", "gpu" or "tpu"; also where that is not the machine it is traced on."""
+    """What this is traced for: "cpu", "gpu" or "tpu"; also where that is not the machine it is
+    traced on.
+    """
     return jax.default_backend() if mesh() is None else mesh().devices.flat[0].platform
 
 
@@ -111,7 +120,9 @@ def param(
     dtype: Any = jnp.float32,
     stream: str = "params",
 ) -> nnx.Param:
-    """A parameter with one logical axis name (or None) per dimension, kept as `Param.axes`; drawn from `stream` of `rngs`."""
+    """A parameter with one logical axis name (or None) per dimension, kept as `Param.axes`; drawn
+    from `stream` of `rngs`.
+    """
     if len(shape) != len(axes):
         raise ValueError(
             f"param: shape {tuple(shape)} has {len(shape)} dimensions, axes {tuple(axes)} name {len(axes)}"
@@ -134,10 +145,11 @@ def _next_key(stream: nnx.RngStream) -> jax.Array:
 
 
 class Linear(nnx.Module):
-    """y = x @ kernel + bias over the last dimension; `torch.nn.Linear` with the kernel transposed to [in, out].
+    """y = x @ kernel + bias over the last dimension; `torch.nn.Linear` with the kernel transposed
+    to [in, out].
 
-    With `lora` (LoraConfig), y += alpha / rank (x @ lora_a) @ lora_b. The factors come from a stream of their own, so that
-    the other parameters are drawn as they would be without.
+    With `lora` (LoraConfig), y += alpha / rank (x @ lora_a) @ lora_b. The factors come from a
+    stream of their own, so that the other parameters are drawn as they would be without.
     """
 
     def __init__(
@@ -175,9 +187,9 @@ class Linear(nnx.Module):
         return y if self.bias is None else y + self.bias[...].astype(self.dtype)
 
 
-# JAX states the kernel's gradient as the transpose of dy^T x. Compilers for accelerators fold that into a layout; XLA's for
-# CPUs copies both dy and the gradient. x^T dy needs a copy of x alone. Reverse mode only; what is not differentiated, such as
-# a frozen kernel, costs nothing.
+# JAX states the kernel's gradient as the transpose of dy^T x. Compilers for accelerators fold that
+# into a layout; XLA's for CPUs copies both dy and the gradient. x^T dy needs a copy of x alone.
+# Reverse mode only; what is not differentiated, such as a frozen kernel, costs nothing.
 @jax.custom_vjp
 def _matmul(x: jax.Array, kernel_IO: jax.Array) -> jax.Array:
     return x @ kernel_IO
@@ -202,7 +214,8 @@ _matmul.defvjp(_matmul_fwd, _matmul_bwd, symbolic_zeros=True)
 
 
 class Conv(nnx.Module):
-    """2-D convolution on NHWC, kernel [kh, kw, in / groups, out]; `torch.nn.Conv2d` transposed from [out, in, kh, kw].
+    """2-D convolution on NHWC, kernel [kh, kw, in / groups, out]; `torch.nn.Conv2d` transposed from
+    [out, in, kh, kw].
 
     `padding` is the symmetric padding in pixels, as in torch.
     """
@@ -241,16 +254,19 @@ class Conv(nnx.Module):
         return y_BHWC if self.bias is None else y_BHWC + self.bias[...].astype(self.dtype)
 
     def upsampled(self, x_BHWC: jax.Array) -> jax.Array:
-        """What the layer makes of `x_BHWC` with every pixel as a square of 2 x 2; for 3 x 3 kernels with padding 1 alone."""
+        """What the layer makes of `x_BHWC` with every pixel as a square of 2 x 2; for 3 x 3 kernels
+        with padding 1 alone.
+        """
         y_BHWC = upsampled_conv2d(x_BHWC.astype(self.dtype), self.kernel[...].astype(self.dtype))
         return y_BHWC if self.bias is None else y_BHWC + self.bias[...].astype(self.dtype)
 
 
 class DepthwiseConv(nnx.Module):
-    """Depthwise 2-D convolution on NHWC that keeps H x W; `torch.nn.Conv2d(C, C, k, padding=k // 2, groups=C)`, its kernel
-    transposed from [C, 1, k, k] to [k, k, 1, C].
+    """Depthwise 2-D convolution on NHWC that keeps H x W; `torch.nn.Conv2d(C, C, k, padding=k // 2,
+    groups=C)`, its kernel transposed from [C, 1, k, k] to [k, k, 1, C].
 
-    `Conv` with as many groups as channels does the same; see convolution.py for the form it takes where.
+    `Conv` with as many groups as channels does the same; see convolution.py for the form it takes
+    where.
     """
 
     def __init__(
@@ -282,8 +298,10 @@ class DepthwiseConv(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """x / rms(x) * scale (+ bias) over the last dimension, the statistics in float32 whatever the compute dtype,
-    since bfloat16 has too few bits to add up squares. Matches `Qwen3RMSNorm` and diffusers' `RMSNorm`."""
+    """x / rms(x) * scale (+ bias) over the last dimension, the statistics in float32 whatever the
+    compute dtype, since bfloat16 has too few bits to add up squares. Matches `Qwen3RMSNorm` and
+    diffusers' `RMSNorm`.
+    """
 
     def __init__(
         self,
@@ -310,7 +328,9 @@ class RMSNorm(nnx.Module):
 
 
 def standardise(x: jax.Array, eps: float) -> jax.Array:
-    """(x - mean) / std over the last dimension, statistics in float32: `torch.nn.LayerNorm` without weights."""
+    """(x - mean) / std over the last dimension, statistics in float32: `torch.nn.LayerNorm` without
+    weights.
+    """
     x_f32 = x.astype(jnp.float32)
     mean = jnp.mean(x_f32, axis=-1, keepdims=True)
     var = jnp.mean((x_f32 - mean) ** 2, axis=-1, keepdims=True)
@@ -350,15 +370,17 @@ def stack(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) ->
 def unstack(layers: nnx.Module) -> list[nnx.Module]:
     """The layers of a stack as modules of their own.
 
-    For loops that run a stack many times over, with its own loop laid out: taken apart before such a loop the weights are
-    copied once. XLA's CPU compiler would copy every slice of a stack anew at each turn.
+    For loops that run a stack many times over, with its own loop laid out: taken apart before such
+    a loop the weights are copied once. XLA's CPU compiler would copy every slice of a stack anew at
+    each turn.
     """
     graphdef, state = nnx.split(layers)
     count = len(jax.tree.leaves(state)[0])
     return [nnx.merge(graphdef, jax.tree.map(lambda x, i=i: x[i], state)) for i in range(count)]
 
 
-# What an attention kernel calls its results (jax.ad_checkpoint), for a policy to keep: to it the kernel is no product.
+# What an attention kernel calls its results (jax.ad_checkpoint), for a policy to keep: to it the
+# kernel is no product.
 ATTENTION = "attention"
 
 REMAT_POLICIES: dict[str, Callable | None] = {
@@ -377,7 +399,9 @@ REMAT_POLICIES: dict[str, Callable | None] = {
 )
 @dataclasses.dataclass(frozen=True)
 class LayerCarry:
-    """What one layer of a stack handed to the next: the part being traced, the layer's class, its index in the stack."""
+    """What one layer of a stack handed to the next: the part being traced, the layer's class, its
+    index in the stack.
+    """
 
     part: str
     name: str
@@ -392,9 +416,11 @@ _records: contextvars.ContextVar[list[LayerCarry] | None] = contextvars.ContextV
 
 @contextlib.contextmanager
 def record_layers() -> Iterator[list[LayerCarry]]:
-    """While active, `scan` lays its loop out and appends every layer's carry to the list that this yields, stack after stack.
+    """While active, `scan` lays its loop out and appends every layer's carry to the list that this
+    yields, stack after stack.
 
-    Inside a function that is jitted, the context must be entered there too, and the list be among what it returns:
+    Inside a function that is jitted, the context must be entered there too, and the list be among
+    what it returns:
 
         @jax.jit
         def layers(x):
@@ -402,7 +428,8 @@ def record_layers() -> Iterator[list[LayerCarry]]:
                 model(x)
             return carries
 
-    A `scan` within the body of another loop or transformation cannot be recorded: its carries mean nothing outside.
+    A `scan` within the body of another loop or transformation cannot be recorded: its carries mean
+    nothing outside.
     """
     token = _records.set([])
     try:
@@ -420,10 +447,12 @@ def scan(
     remat: str,
     unroll: bool,
 ) -> tuple[Any, Any]:
-    """Run stacked `layers` in order: carry, y = step(layer, carry, x) for each, with `xs` sliced and `ys` stacked.
+    """Run stacked `layers` in order: carry, y = step(layer, carry, x) for each, with `xs` sliced
+    and `ys` stacked.
 
-    One layer is traced and compiled whatever the depth, unless `unroll` lays the loop out: XLA's CPU compiler makes a small
-    model up to twice as fast that way. `remat` names what the backward pass keeps (REMAT_POLICIES).
+    One layer is traced and compiled whatever the depth, unless `unroll` lays the loop out: XLA's
+    CPU compiler makes a small model up to twice as fast that way. `remat` names what the backward
+    pass keeps (REMAT_POLICIES).
     """
     graphdef, state = nnx.split(layers)
 
@@ -444,7 +473,9 @@ def scan(
 
 
 def sinusoids(length: int, dim: int) -> jax.Array:
-    """Positions [L, D] of "Attention is all you need" (arXiv 1706.03762, section 3.5), sines then cosines."""
+    """Positions [L, D] of "Attention is all you need" (arXiv 1706.03762, section 3.5), sines then
+    cosines.
+    """
     angles = np.arange(length)[:, None] / 10000 ** (np.arange(dim // 2) / (dim // 2))
     return jnp.asarray(
         np.pad(np.concatenate([np.sin(angles), np.cos(angles)], axis=1), ((0, 0), (0, dim % 2))),

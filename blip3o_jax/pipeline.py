@@ -6,7 +6,8 @@
     model.ask([photo], ["what colour is the sky?"])     image(s) and a question -> text
     model.draw([Request("t2i", ...), Request("edit", ...)])     tasks mixed
 
-Legend: B batch, L prompt length, N image tokens, H W C image or latent, R places for reference images.
+Legend: B batch, L prompt length, N image tokens, H W C image or latent, R places for reference
+images.
 """
 
 import dataclasses
@@ -36,8 +37,9 @@ from blip3o_jax.train.stages import stage_parts
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """One thing to do: `text` is the caption, instruction or question, `images` those shown, uint8 [H, W, 3] of any size. What
-    is drawn is of `size`, (height, width); None: of the model's sizes that nearest in shape to the first image, or the first.
+    """One thing to do: `text` is the caption, instruction or question, `images` those shown, uint8
+    [H, W, 3] of any size. What is drawn is of `size`, (height, width); None: of the model's sizes
+    that nearest in shape to the first image, or the first.
     """
 
     task: str  # of data/template.py
@@ -48,8 +50,9 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class Generated:
-    """uint8 images [B, H, W, 3], a list of [H, W, 3] where their sizes differ, and the codebook indices [B, N] they were drawn
-    from, in the order of the prompts."""
+    """uint8 images [B, H, W, 3], a list of [H, W, 3] where their sizes differ, and the codebook
+    indices [B, N] they were drawn from, in the order of the prompts.
+    """
 
     prompts: list[str]
     images: np.ndarray | list[np.ndarray]
@@ -84,8 +87,9 @@ class Pipeline:
         )
 
     def edit(self, images: Sequence[Any], instructions: Sequence[str], **more: Any) -> Generated:
-        """One image an instruction. `images` holds for each the image it is about, or a sequence of several; `more` as of
-        `draw`."""
+        """One image an instruction. `images` holds for each the image it is about, or a sequence of
+        several; `more` as of `draw`.
+        """
         pairs = zip(images, instructions, strict=True)
         return self.draw([Request("edit", text, _several(shown)) for shown, text in pairs], **more)
 
@@ -102,11 +106,12 @@ class Pipeline:
         first_index: int = 0,
         **overrides: Any,
     ) -> Generated:
-        """One image a request, of any tasks that an image answers. `overrides` are fields of SamplingConfig (steps, guidance,
-        temperature, top_k, ...).
+        """One image a request, of any tasks that an image answers. `overrides` are fields of
+        SamplingConfig (steps, guidance, temperature, top_k, ...).
 
-        Image i depends on (seed, first_index + i, requests[i]) and the settings alone, not on the batch it was made in.
-        Raises UserError for no request, an unknown setting, or one that does not fit the model's rows.
+        Image i depends on (seed, first_index + i, requests[i]) and the settings alone, not on the
+        batch it was made in. Raises UserError for no request, an unknown setting, or one that does
+        not fit the model's rows.
         """
         check(
             all(request.task != "understand" for request in requests),
@@ -151,8 +156,10 @@ class Pipeline:
         temperature: float = 0.0,
         **overrides: Any,
     ) -> list[str]:
-        """The answer to each question, of at most `most` tokens and what its row has room for, the likeliest or drawn at a
-        temperature. `images` as of `edit`; an answer depends on what an image of `draw` does."""
+        """The answer to each question, of at most `most` tokens and what its row has room for, the
+        likeliest or drawn at a temperature. `images` as of `edit`; an answer depends on what an
+        image of `draw` does.
+        """
         settings = self.settings(temperature=temperature, **overrides)
         pairs = zip(images, questions, strict=True)
         requests = [Request("understand", text, _several(shown)) for shown, text in pairs]
@@ -176,8 +183,9 @@ class Pipeline:
         settings: SamplingConfig,
         room: int,
     ) -> Iterator[tuple[dict[str, Any], list[int], tuple[int, int]]]:
-        """(what a compiled program takes, which requests its first rows are, their size): requests of one size share batches.
-        Prompts leave `room` tokens in a row."""
+        """(what a compiled program takes, which requests its first rows are, their size): requests
+        of one size share batches. Prompts leave `room` tokens in a row.
+        """
         check(0 <= seed < 2**32, f"seed={seed} must lie between 0 and {2**32 - 1}")
         if not requests:
             raise UserError("no prompt given: pass at least one")
@@ -304,8 +312,9 @@ class Pipeline:
 
 
 def _rows(requests: int, most: int, shards: int) -> int:
-    """Return how many rows a batch has for so many requests, padding included: `most`, and for fewer requests a power of two
-    on every one of `shards`, so that few programs are compiled."""
+    """Return how many rows a batch has for so many requests, padding included: `most`, and for
+    fewer requests a power of two on every one of `shards`, so that few programs are compiled.
+    """
     return min(most, shards * 2 ** (-(-requests // shards) - 1).bit_length())
 
 
@@ -335,9 +344,11 @@ def _check_image(image: Any) -> None:
 
 
 def load(path: str | pathlib.Path, mesh: MeshConfig | None = None) -> Pipeline:
-    """The pipeline of a joint run's checkpoint: its workdir, checkpoints directory or one step. Needs nothing else.
+    """The pipeline of a joint run's checkpoint: its workdir, checkpoints directory or one step.
+    Needs nothing else.
 
-    `mesh` places it (all devices, batch-parallel, by default). Raises UserError when `path` is not such a checkpoint.
+    `mesh` places it (all devices, batch-parallel, by default). Raises UserError when `path` is not
+    such a checkpoint.
     """
     root, _ = checkpoints.find(path)
     config = checkpoints.read_config(root)
@@ -363,8 +374,9 @@ def draw_to_directory(
     seed: int,
     overrides: dict[str, Any],
 ) -> list[pathlib.Path]:
-    """Writes 00000.png, ... , a labelled grid.png and prompts.jsonl under `out`; returns the images' paths. `requests` are the
-    fields of `Request`."""
+    """Writes 00000.png, ... , a labelled grid.png and prompts.jsonl under `out`; returns the
+    images' paths. `requests` are the fields of `Request`.
+    """
     check_images_out(pathlib.Path(out))
     generated = load(checkpoint).draw(
         [Request(*fields) for fields in requests], seed=seed, progress=True, **overrides

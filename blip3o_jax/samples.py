@@ -22,11 +22,12 @@ _NAME = re.compile(r"\d{5,}\.png")
 def write_images(
     images: Sequence[np.ndarray], prompts: Sequence[str], out: pathlib.Path
 ) -> list[pathlib.Path]:
-    """uint8 images [H, W, 3] of any sizes -> out/00000.png, ..., out/grid.png, out/prompts.jsonl; returns the paths of the
-    single images.
+    """uint8 images [H, W, 3] of any sizes -> out/00000.png, ..., out/grid.png, out/prompts.jsonl;
+    returns the paths of the single images.
 
-    They take the place of an earlier call's as a set: all are written beside it before any of those is removed. A kill
-    meanwhile leaves the old ones, or some of the new, never both. UserError as of `check_images_out`; OSError names the file.
+    They take the place of an earlier call's as a set: all are written beside it before any of those
+    is removed. A kill meanwhile leaves the old ones, or some of the new, never both. UserError as
+    of `check_images_out`; OSError names the file.
     """
     check_images_out(out)
     new = out / _NEW
@@ -57,8 +58,9 @@ def write_images(
 
 
 def check_images_out(out: pathlib.Path) -> None:
-    """UserError unless `out` is a directory, or can become one, that holds nothing but an earlier `write_images`. To be called
-    before the work whose images go there."""
+    """UserError unless `out` is a directory, or can become one, that holds nothing but an earlier
+    `write_images`. To be called before the work whose images go there.
+    """
     files.check_out_directory(out)
     there = {path.name for path in out.iterdir()} if out.is_dir() else set()
     ours = {name for name in there if name in ("grid.png", _LIST, _NEW) or _NAME.fullmatch(name)}
@@ -77,8 +79,9 @@ def _save(image: Image.Image, path: pathlib.Path) -> None:
 def labelled_grid(
     images: Sequence[np.ndarray], prompts: Sequence[str], cell: int = 192
 ) -> Image.Image:
-    """All images in a grid with about as many rows as columns, each as large as its cell allows, over its prompt (three lines
-    at most)."""
+    """All images in a grid with about as many rows as columns, each as large as its cell allows,
+    over its prompt (three lines at most).
+    """
     count = len(images)
     columns = math.ceil(math.sqrt(count))
     font = ImageFont.load_default(size=12)

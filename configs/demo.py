@@ -1,4 +1,5 @@
-"""The demo's recipe for `blip3o train`: every part from random weights, on the embedded data set or one of your own.
+"""The demo's recipe for `blip3o train`: every part from random weights, on the embedded data set or
+one of your own.
 
 Command:
     blip3o data shapes --out=runs/shapes --image_size=48 --num_train=12000

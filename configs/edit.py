@@ -1,4 +1,5 @@
-"""Image editing, reconstruction, understanding and text to image in one mixture, from an instruction-tuned checkpoint.
+"""Image editing, reconstruction, understanding and text to image in one mixture, from an
+instruction-tuned checkpoint.
 
 Command:
     blip3o train --config=configs/edit.py:runs/instruct --workdir=runs/edit \\
@@ -10,8 +11,8 @@ Hardware: as configs/instruct.py, with latents of twice the width in the DiT (`-
 Duration: 7000 steps at batch 128 are the order of size of the published tuning.
 Expected: depends on the data. Sizes of 1.7B have not been run here.
 
-Rows of 2048 tokens hold an instruction and one reference image of 729 tokens beside the image to be drawn. More references:
-`--config.model.editing.references=2 --config.data.max_length=3072`.
+Rows of 2048 tokens hold an instruction and one reference image of 729 tokens beside the image to be
+drawn. More references: `--config.model.editing.references=2 --config.data.max_length=3072`.
 """
 
 import dataclasses

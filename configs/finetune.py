@@ -1,4 +1,5 @@
-"""Joint training on from a checkpoint with all its parts: an imported one (`blip3o convert import`), or one trained here.
+"""Joint training on from a checkpoint with all its parts: an imported one (`blip3o convert
+import`), or one trained here.
 
 Command:
     blip3o convert import --source=BLIP3o-NEXT --diffusion=SANA --out=published
@@ -9,8 +10,9 @@ Hardware: that of configs/instruct.py for the published sizes; the mesh is fsdp 
 Duration: 7000 steps at batch 128 are the published instruction tuning.
 Expected: depends on the data. Steps, batch and learning rate are those of configs/instruct.py.
 
-Trained parts (AR, connector, the DiT) are held in float32 whatever the checkpoint's dtype, since steps of 5e-5 vanish in
-bfloat16; frozen ones (tokenizer, autoencoder) as they are. Export with --dtype=bfloat16 to get the published size back.
+Trained parts (AR, connector, the DiT) are held in float32 whatever the checkpoint's dtype, since
+steps of 5e-5 vanish in bfloat16; frozen ones (tokenizer, autoencoder) as they are. Export with
+--dtype=bfloat16 to get the published size back.
 """
 
 import dataclasses

@@ -1,4 +1,5 @@
-"""Instruction tuning of a pretrained model at the published sizes: the same stage on a small, clean mixture.
+"""Instruction tuning of a pretrained model at the published sizes: the same stage on a small, clean
+mixture.
 
 Command:
     blip3o train --config=configs/instruct.py:1.7b --workdir=runs/instruct \\

@@ -1,4 +1,5 @@
-"""Your own pictures, learned by heart: the demo's model on a folder or tar of a few captioned images, from random weights.
+"""Your own pictures, learned by heart: the demo's model on a folder or tar of a few captioned
+images, from random weights.
 
 Command:
     blip3o train --config=configs/overfit.py --config.data.path=photos.tar
@@ -23,7 +24,8 @@ def get_config() -> dict[str, config.Config]:
         data=config.DataConfig(batch_size=16, max_length=96, workers=0, max_bad_share=0.2),
         mesh=config.MeshConfig(data=-1, fsdp=1, strategy="dp", cpu_devices=demo.cpu_devices()),
         log_every=50,
-        # What was learned by heart is wanted back: the likeliest tokens, and the condition as it is.
+        # What was learned by heart is wanted back: the likeliest tokens, and the condition as it
+        # is.
         sampling=config.SamplingConfig(
             temperature=0.0, top_k=0, top_p=1.0, steps=20, guidance=1.0, batch_size=16
         ),

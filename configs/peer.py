@@ -1,4 +1,5 @@
-"""A model of 50 million parameters with the proportions of the published one, for `blip3o bench peer` on two CPU cores.
+"""A model of 50 million parameters with the proportions of the published one, for `blip3o bench
+peer` on two CPU cores.
 
 Command:
     blip3o data shapes --out=runs/peer/shapes --num_train=200 --num_validation=10 --num_test=10
@@ -19,7 +20,9 @@ CPU = {"unroll": True, **F32}  # unrolled layers are faster on CPUs
 
 
 def get_config() -> config.Config:
-    """At 320 px: 10 x 10 latents of 32 channels, 32 times smaller; 10 x 10 image tokens out of 4096 codes."""
+    """At 320 px: 10 x 10 latents of 32 channels, 32 times smaller; 10 x 10 image tokens out of 4096
+    codes.
+    """
     model = config.ModelConfig(
         image_size=320,
         text=config.TextConfig(kind="sentencepiece", train_size=480),

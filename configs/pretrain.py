@@ -1,4 +1,5 @@
-"""Pretraining of the whole model at the published sizes: next-token loss on text and image tokens, flow matching on latents.
+"""Pretraining of the whole model at the published sizes: next-token loss on text and image tokens,
+flow matching on latents.
 
 Command:
     blip3o convert import --source=Qwen3-1.7B --diffusion=SANA1.5_1.6B_1024px_diffusers --ta_tok=ta_tok.pth \\

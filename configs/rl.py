@@ -60,7 +60,9 @@ def get_config(argument: str) -> config.Config:
 
 
 def words(demo: config.Config) -> config.Config:
-    """What reads right depends on how the diffusion head draws letters as much as on the tokens, so both learn."""
+    """What reads right depends on how the diffusion head draws letters as much as on the tokens, so
+    both learn.
+    """
     flow = dataclasses.replace(demo.rl.flow, kl=0.0)
     rl = dataclasses.replace(
         demo.rl, policy="both", prompts=8, rewards=(config.RewardConfig(name="ocr"),), flow=flow

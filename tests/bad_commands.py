@@ -1,7 +1,9 @@
-"""Bad command lines over every command, made from argparse's own parser and from the settings' annotations.
+"""Bad command lines over every command, made from argparse's own parser and from the settings'
+annotations.
 
-Each has one thing that is wrong. `arguments` are refused while they are parsed, `settings` when the config is loaded, `files`
-when the command looks at what a path names, in a directory that `write_files` has filled.
+Each has one thing that is wrong. `arguments` are refused while they are parsed, `settings` when the
+config is loaded, `files` when the command looks at what a path names, in a directory that
+`write_files` has filled.
 """
 
 import argparse
@@ -92,7 +94,9 @@ def flags(parser: argparse.ArgumentParser) -> list[argparse.Action]:
 
 
 def of_arguments() -> Iterator[Bad]:
-    """A flag's value is wrong whatever there is on disk; an unknown flag, one too many, one too few."""
+    """A flag's value is wrong whatever there is on disk; an unknown flag, one too many, one too
+    few.
+    """
     for name, parser in commands():
         base, words = BASE.get(name, ()), tuple(name.split())
         yield Bad("arguments", (*words, *base, "--nonsense=1"), ("--nonsense",))

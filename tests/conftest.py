@@ -1,4 +1,6 @@
-"""Eight CPU devices for every test, programs that compile fast, and one compile cache shared by them all."""
+"""Eight CPU devices for every test, programs that compile fast, and one compile cache shared by
+them all.
+"""
 
 import os
 import pathlib
@@ -7,8 +9,8 @@ from collections.abc import Iterator
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("NPROC", "64")  # as parallel/mesh.py has it for eight devices
 # Compiling takes most of the suite's time, running the tiny programs next to none. The compiler's
-# newer generator of fused loops takes twice as long as the one that this flag brings back. Processes
-# that tests start inherit it.
+# newer generator of fused loops takes twice as long as the one that this flag brings back.
+# Processes that tests start inherit it.
 os.environ["XLA_FLAGS"] = (
     f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false".strip()
 )

@@ -1,6 +1,8 @@
-"""Weights and gradients of stock PyTorch modules as this package's trees, by the converter's own tables.
+"""Weights and gradients of stock PyTorch modules as this package's trees, by the converter's own
+tables.
 
-A module is one part of a model: its configuration, which says which, is put into that of a whole one.
+A module is one part of a model: its configuration, which says which, is put into that of a whole
+one.
 """
 
 from collections.abc import Callable, Mapping
@@ -22,7 +24,9 @@ from blip3o_jax.vae.dc_ae import DcAe
 
 
 def _autoencoder_of(channels: int) -> config.DcAeConfig:
-    """Return an autoencoder with latents of so many channels: its widths have to be multiples of them."""
+    """Return an autoencoder with latents of so many channels: its widths have to be multiples of
+    them.
+    """
     widths = (channels,) * 6
     return config.DcAeConfig(
         latent_channels=channels,
@@ -54,8 +58,9 @@ MODULES: dict[type, tuple[str, type, Callable[..., ModelConfig]]] = {
 
 
 def convert(named: Mapping[str, torch.Tensor], cfg: object) -> dict[str, np.ndarray]:
-    """torch name -> tensor (weights or gradients), as path -> array: layers stacked, vocabulary rows padded with zeros. Every
-    tensor has its parameter and every parameter its tensor."""
+    """torch name -> tensor (weights or gradients), as path -> array: layers stacked, vocabulary
+    rows padded with zeros. Every tensor has its parameter and every parameter its tensor.
+    """
     if isinstance(cfg, config.SiglipVisionConfig):
         return _convert_encoder(named, cfg)
     part, _, whole = MODULES[type(cfg)]

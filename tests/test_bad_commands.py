@@ -1,4 +1,6 @@
-"""Bad command lines over all commands (bad_commands.py): each ends in one line and status 2, soon, and nothing is written."""
+"""Bad command lines over all commands (bad_commands.py): each ends in one line and status 2, soon,
+and nothing is written.
+"""
 
 import contextlib
 import faulthandler
@@ -85,7 +87,9 @@ def listing(directory):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """Like `place`, with the checkpoint `joint`, its PyTorch files `hf`, and a home and caches of its own."""
+    """Like `place`, with the checkpoint `joint`, its PyTorch files `hf`, and a home and caches of
+    its own.
+    """
     path = tmp_path_factory.mktemp("bad_commands")
     bad_commands.write_files(path)
     tiny.write_checkpoint(path / "joint")
@@ -153,7 +157,9 @@ def test_the_process_itself(place, seed):
 
 
 def _can_be_given(word):
-    """Whether a process can be started with `word`: the system takes no NUL, and no half of a character."""
+    """Whether a process can be started with `word`: the system takes no NUL, and no half of a
+    character.
+    """
     try:
         return "\0" not in word and bool(os.fsencode(word))
     except UnicodeEncodeError:

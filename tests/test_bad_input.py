@@ -1,4 +1,6 @@
-"""What a user can get wrong, through the real command: one line on stderr, status 2, no traceback, nothing lost."""
+"""What a user can get wrong, through the real command: one line on stderr, status 2, no traceback,
+nothing lost.
+"""
 
 import io
 import json
@@ -127,7 +129,9 @@ def test_a_batch_that_does_not_divide_over_the_mesh(place):
 
 
 def write_odd_records(path):
-    """A folder of 24 captioned images and a parquet file of 8; what is wrong with them: key -> reason."""
+    """A folder of 24 captioned images and a parquet file of 8; what is wrong with them: key ->
+    reason.
+    """
     (path / "odd").mkdir()
     captions = [*tiny.CAPTIONS, *tiny.CAPTIONS, *tiny.CAPTIONS][:24]
     lines = [{"file_name": f"{i}.png", "caption": caption} for i, caption in enumerate(captions)]
@@ -173,7 +177,9 @@ def write_odd_records(path):
 
 
 def test_odd_records_are_skipped_and_counted_up_to_the_share_allowed(place):
-    """The run that allows them goes through; the next, which does not, leaves its checkpoint as it was."""
+    """The run that allows them goes through; the next, which does not, leaves its checkpoint as it
+    was.
+    """
     odd = write_odd_records(place)
     sources = "[{'path': 'odd'}, {'path': 'odd.parquet'}]"
     train = ("train", "--config=config.py", "--workdir=run", f"--config.data.sources={sources}")

@@ -1,4 +1,6 @@
-"""The composition: the joint loss against one computed from the parts, row by row, and the other stages' losses."""
+"""The composition: the joint loss against one computed from the parts, row by row, and the other
+stages' losses.
+"""
 
 import dataclasses
 import functools
@@ -65,7 +67,9 @@ def joint(span, draws=1):
 
 @functools.cache
 def row_parts():
-    """One row, from its parts: its logits, its velocity given a condition's hidden states, and that of the null condition."""
+    """One row, from its parts: its logits, its velocity given a condition's hidden states, and that
+    of the null condition.
+    """
     _, _, plan, _, batch, _ = setup()
     length = batch["tokens"].shape[1]
 
@@ -86,7 +90,9 @@ def row_parts():
 
 
 def expected(span, keep, draws=1):
-    """(cross entropy, flow loss) in numpy, one row at a time; `keep` says which rows keep their condition."""
+    """(cross entropy, flow loss) in numpy, one row at a time; `keep` says which rows keep their
+    condition.
+    """
     cfg, image_first, _, weights, batch, keys_B = setup()
     hidden, velocity = row_parts()
     nll, labels, flow = 0.0, 0, []
@@ -94,7 +100,8 @@ def expected(span, keep, draws=1):
         start = batch["image_span"][b] + 1
         tokens_L = batch["tokens"][b].copy()
         tokens_L[start : start + 4] = batch["codes"][b] + image_first
-        # The exact span as if all of the row were real: what comes after a token cannot matter to it.
+        # The exact span as if all of the row were real: what comes after a token cannot matter to
+        # it.
         segment_ids_L = batch["segment_ids"][b] if span == "last" else np.ones_like(tokens_L)
         hidden_LD, logits_LV = (
             np.asarray(x, np.float64) for x in hidden(weights, tokens_L, segment_ids_L)
@@ -147,8 +154,9 @@ def test_draws_of_noise_are_averaged():
 
 
 def test_rows_without_their_caption_are_rows_that_open_with_the_scale_token():
-    """Cross entropy and flow loss of eight rows whose captions are dropped equal those of rows cut before the scale token,
-    which start at position 0: rotary positions are relative."""
+    """Cross entropy and flow loss of eight rows whose captions are dropped equal those of rows cut
+    before the scale token, which start at position 0: rotary positions are relative.
+    """
     cfg, image_first, plan, weights, batch, keys_B = setup()
 
     @functools.partial(jax.jit, static_argnums=1)
@@ -199,7 +207,9 @@ def test_references_stay_where_the_instruction_alone_is_dropped():
 
 
 def test_the_reference_takes_the_last_positions_of_the_row():
-    """The published weights' window holds end tags and padding; the cross entropy knows nothing of it."""
+    """The published weights' window holds end tags and padding; the cross entropy knows nothing of
+    it.
+    """
     _, _, _, weights, batch, _ = setup()
     assert not batch["segment_ids"][
         :, -1
@@ -212,8 +222,10 @@ def test_the_reference_takes_the_last_positions_of_the_row():
 
 
 def test_the_flow_loss_reaches_the_decoder_through_the_frozen_dit():
-    """With the cross entropy's weight at 0 every layer of the decoder still has a gradient; with all conditions dropped
-    before the connector none has, while the connector learns its null condition."""
+    """With the cross entropy's weight at 0 every layer of the decoder still has a gradient; with
+    all conditions dropped before the connector none has, while the connector learns its null
+    condition.
+    """
     _, _, _, weights, _, _ = setup()
     _, _, with_condition = joint("exact")(weights, 0.0, 0.0)
     _, _, without = joint("exact")(weights, 1.0, 0.0)
@@ -252,7 +264,8 @@ def test_image_rows_start_at_projections_of_their_codes():
         rows = slice(320, 352)
         np.testing.assert_array_equal(np.delete(table, rows, 0), np.delete(old, rows, 0))
         assert np.std(table[rows]) == pytest.approx(deviation, rel=0.1)
-        # Distances among 32 rows survive a projection onto 1024 dimensions to within a few times sqrt(1 / 1024).
+        # Distances among 32 rows survive a projection onto 1024 dimensions to within a few times
+        # sqrt(1 / 1024).
         want = distances(codes)
         np.testing.assert_allclose(
             distances(table[rows] / deviation) / np.sqrt(1024), want, atol=0.15 * want.max()

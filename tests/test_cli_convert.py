@@ -1,4 +1,6 @@
-"""`blip3o convert` and `blip3o bench conversion`: what their flags become, and what is refused before anything is read."""
+"""`blip3o convert` and `blip3o bench conversion`: what their flags become, and what is refused
+before anything is read.
+"""
 
 import argparse
 import json

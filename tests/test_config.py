@@ -11,7 +11,8 @@ from blip3o_jax.parallel import rules
 
 CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
 
-# Every kind of field away from its default: a group, a nested tuple, a tuple of groups, an optional.
+# Every kind of field away from its default: a group, a nested tuple, a tuple of groups, an
+# optional.
 UNUSUAL = config.Config(
     stage="tokenizer",
     trainable=("tokenizer/.*",),
@@ -128,7 +129,8 @@ def test_published_recipes(size, width, mlp):
         assert (
             recipe.model.tokenizer.encoder.param_dtype == recipe.model.vae.param_dtype == "bfloat16"
         )
-        # The prompt, its template and 729 image tokens with their tags must leave room for a long caption.
+        # The prompt, its template and 729 image tokens with their tags must leave room for a long
+        # caption.
         assert recipe.data.max_length - recipe.model.tokenizer.num_tokens > 1000
 
 
@@ -138,7 +140,8 @@ def test_an_unknown_size_names_those_there_are():
 
 
 NAN, INF = float("nan"), float("inf")
-# Of every kind: not a number, beyond every bound, of another type, empty, hostile text, wrong depth.
+# Of every kind: not a number, beyond every bound, of another type, empty, hostile text, wrong
+# depth.
 ODD = (
     *(NAN, INF, -INF, -1, -1.5, 0, 0.0, 1e-300, 1e300, 10**9, 10**30, 10**5000, True, None, 1j),
     *("", "x", "nan", "\0", "a\0b", "\ud800", "(", "../..", b"", b"x"),
@@ -163,7 +166,9 @@ ODD = (
 
 
 def leaves(cls=config.Config, path=""):
-    """(dotted path of the group, group, field, annotation) of every field that is no group, those of lists of groups too."""
+    """(dotted path of the group, group, field, annotation) of every field that is no group, those
+    of lists of groups too.
+    """
     for name, hint in fields.field_types(cls).items():
         kind, _, _ = fields.unwrapped(hint)
         inner = (
@@ -239,7 +244,9 @@ def test_every_field_says_what_it_may_hold():
 
 @pytest.mark.parametrize("place", sorted({path for path, *_ in LEAVES}))
 def test_an_odd_value_of_any_field_is_refused_by_name_or_is_within_bounds(place):
-    """From a dictionary, as the command line and a checkpoint give it, and in Python, as a config file does."""
+    """From a dictionary, as the command line and a checkpoint give it, and in Python, as a config
+    file does.
+    """
     for path, cls, name, hint in LEAVES:
         if path != place:
             continue

@@ -1,4 +1,6 @@
-"""Every form of the convolution against XLA's native one (which the networks' own tests compare with torch's)."""
+"""Every form of the convolution against XLA's native one (which the networks' own tests compare
+with torch's).
+"""
 
 import functools
 import re
@@ -48,7 +50,9 @@ def test_forms_equal_native(rng, kernel_shape, settings):
 
 
 def test_upsampled_equals_upsampling_first(rng):
-    """Value and both gradients, on a map that is not square; taps added up before they are multiplied, hence 1e-6."""
+    """Value and both gradients, on a map that is not square; taps added up before they are
+    multiplied, hence 1e-6.
+    """
     x, kernel = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((2, 5, 7, 6), (3, 3, 6, 4)))
     want, want_vjp = jax.vjp(
         lambda x, k: native(jnp.repeat(jnp.repeat(x, 2, 1), 2, 2), k, padding=1), x, kernel
@@ -61,7 +65,9 @@ def test_upsampled_equals_upsampling_first(rng):
 
 
 def test_depthwise_accumulates_in_float32(rng):
-    """With bfloat16 in and out the sums over taps and pixels stay in float32: one rounding at the end, 2^-8 at most."""
+    """With bfloat16 in and out the sums over taps and pixels stay in float32: one rounding at the
+    end, 2^-8 at most.
+    """
     x, kernel, dy = (
         jnp.asarray(rng.normal(size=s), jnp.bfloat16)
         for s in ((2, 12, 12, 4), (3, 3, 1, 4), (2, 12, 12, 4))
@@ -83,7 +89,9 @@ def test_depthwise_accumulates_in_float32(rng):
     [convolution._depthwise_gradients_reduced, convolution._depthwise_gradients_by_pixel],
 )
 def test_gradients_of_every_platform(rng, gradients):
-    """Those of the TPU's form too, which a CPU does not take by itself; sums in another order, hence 1e-6."""
+    """Those of the TPU's form too, which a CPU does not take by itself; sums in another order,
+    hence 1e-6.
+    """
     x, kernel, dy = (
         jnp.asarray(rng.normal(size=s), jnp.float32)
         for s in ((2, 5, 7, 6), (3, 3, 1, 6), (2, 5, 7, 6))
@@ -108,7 +116,9 @@ def convolutions(kernel_shape, settings, platform):
 
 
 def test_platform_is_settled_when_lowering():
-    """Whatever machine compiles it: XLA's own convolution but for depthwise ones, on GPUs for those too."""
+    """Whatever machine compiles it: XLA's own convolution but for depthwise ones, on GPUs for those
+    too.
+    """
     depthwise, dense = ((3, 3, 1, 2), {"groups": 2}), ((3, 3, 2, 2), {})
     assert len(convolutions(*depthwise, "cuda")) == 3
     assert convolutions(*depthwise, "tpu") == convolutions(*depthwise, "cpu") == []

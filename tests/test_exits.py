@@ -145,7 +145,9 @@ raise ValueError
     "work", ["print('x' * 10**6) or 0", "print('x') or 0", "print('x') or sys.exit(0)"]
 )
 def test_nobody_reads_the_output(work):
-    """More than a pipe holds, and so little that it is written at the end; argparse ends --help through SystemExit."""
+    """More than a pipe holds, and so little that it is written at the end; argparse ends --help
+    through SystemExit.
+    """
     script = f"import sys; from blip3o_jax import exits; exits.install(); exits.run(lambda: {work})"
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""}
     process = subprocess.Popen(

@@ -1,7 +1,8 @@
-"""Reference images in the joint loss and in sampling, against the stock PyTorch classes put together one row at a time; and a
-run on all tasks.
+"""Reference images in the joint loss and in sampling, against the stock PyTorch classes put
+together one row at a time; and a run on all tasks.
 
-There a row has exactly the images it has: no places that are empty, no masks, no other tasks beside it.
+There a row has exactly the images it has: no places that are empty, no masks, no other tasks beside
+it.
 """
 
 import dataclasses
@@ -56,7 +57,9 @@ def model_config(route):
 
 @functools.cache
 def models(route):
-    """(the stock parts together, graphdef, weights that are trained, others) with the same random weights."""
+    """(the stock parts together, graphdef, weights that are trained, others) with the same random
+    weights.
+    """
     cfg = model_config(route)
     run = config.Config(model=cfg)
     torch.manual_seed(0)
@@ -142,7 +145,9 @@ def keys():
 
 
 def encoded(route, model, b):
-    """(codes, latents, reference codes, reference latents, features) of row b, latents [.., C, H, W]."""
+    """(codes, latents, reference codes, reference latents, features) of row b, latents [.., C, H,
+    W].
+    """
     x = batch(route)
     if "codes" in x:
         to = lambda z: torch.tensor(z).movedim(-1, -3)
@@ -216,7 +221,9 @@ def row_loss(route, model, b, drawn):
 
 @pytest.mark.parametrize("route", ROUTES)
 def test_joint_loss_and_gradients_are_the_stock_classes_row_by_row(route):
-    """float32 in other shapes, through two layers of each network: 1e-5; gradients are of the sum of both losses."""
+    """float32 in other shapes, through two layers of each network: 1e-5; gradients are of the sum
+    of both losses.
+    """
     reference, graphdef, trained, frozen = models(route)
 
     @jax.jit
@@ -358,7 +365,8 @@ def test_a_sampled_image_is_the_stock_classes_row_by_row(route, guidance):
                 settings,
             )
             assert ids_BN[b].tolist() == ids
-            # In [0, 1], where a scale that reaches outside is cut off; three steps of guidance and a decoder in float32.
+            # In [0, 1], where a scale that reaches outside is cut off; three steps of guidance and
+            # a decoder in float32.
             assert relative_error(images_BHWC[b], want_CHW.movedim(0, -1)) < 1e-5
 
 
@@ -422,7 +430,9 @@ def test_a_row_among_all_tasks_has_the_loss_that_it_has_alone(mesh):
 
 @pytest.mark.parametrize("route", ["both", "features"])
 def test_packed_rows_are_rows_of_their_own(route):
-    """Two examples a row: the losses of rows of one, and their gradients, with prompts hidden as well."""
+    """Two examples a row: the losses of rows of one, and their gradients, with prompts hidden as
+    well.
+    """
     _, graphdef, trained, frozen = models(route)
     order = [0, 1, 4, 2, 3, 1]
     apart = {
@@ -458,7 +468,9 @@ def test_packed_rows_are_rows_of_their_own(route):
 
 
 def test_a_run_on_all_tasks_is_the_same_from_the_cache_and_packed(tmp_path):
-    """Its losses, to what another program leaves of float32. The connector and layers of editing are trained besides."""
+    """Its losses, to what another program leaves of float32. The connector and layers of editing
+    are trained besides.
+    """
     folder = tiny.write_data(tmp_path / "images")
     lines = [json.loads(line) for line in (folder / "captions.jsonl").read_text().splitlines()]
     kinds = [

@@ -1,4 +1,6 @@
-"""Low-rank factors of the AR and the DiT: what they compute, where they lie, and what is left when they are taken off."""
+"""Low-rank factors of the AR and the DiT: what they compute, where they lie, and what is left when
+they are taken off.
+"""
 
 import dataclasses
 import functools
@@ -64,7 +66,9 @@ def trained(params):
 
 @functools.cache
 def outputs(cfg, strategy=None):
-    """The compiled function of parameters: ((loss, (hidden states, logits, velocity)), the loss's gradient)."""
+    """The compiled function of parameters: ((loss, (hidden states, logits, velocity)), the loss's
+    gradient).
+    """
     rng, graphdef = np.random.default_rng(1), graph(cfg)
     tokens_BL = rng.integers(0, 64, (8, 6), np.int32)
     positions_BL, segments_BL = np.broadcast_to(np.arange(6), (8, 6)), np.ones((8, 6), np.int32)
@@ -88,7 +92,8 @@ def outputs(cfg, strategy=None):
 
     def loss(params):
         found = run(params)
-        # Not the squares: those of normed states hardly depend on anything, and their gradient is what rounding leaves.
+        # Not the squares: those of normed states hardly depend on anything, and their gradient is
+        # what rounding leaves.
         return sum(jnp.sum(y * np.random.default_rng(2).normal(size=y.shape)) for y in found), found
 
     return jax.jit(jax.value_and_grad(loss, has_aux=True))
@@ -150,7 +155,9 @@ def test_factors_are_where_the_targets_say_and_the_rest_is_drawn_as_without(draw
 
 
 def test_new_factors_and_zeroed_ones_leave_the_model_bit_for_bit(drawn, alone):
-    """So that a run starts at the model it is given, and that model can be had again without a copy."""
+    """So that a run starts at the model it is given, and that model can be had again without a
+    copy.
+    """
     base, params = drawn
     (_, want), _ = outputs(BASE)(base)
     for tree in (params, lora.without_lora(params | {"ar": alone[0]["ar"]})):
@@ -184,8 +191,10 @@ def test_merged_is_the_same_model_without_factors(drawn, alone):
 
 
 def test_sharded_is_the_same(alone):
-    """Over eight devices, factors cut as the kernels are; outputs and gradients to float32's rounding. The terms of one leaf's
-    gradient cancel: 1.1e-5 and 1.24e-5 were seen, by the compiler's settings."""
+    """Over eight devices, factors cut as the kernels are; outputs and gradients to float32's
+    rounding. The terms of one leaf's gradient cancel: 1.1e-5 and 1.24e-5 were seen, by the
+    compiler's settings.
+    """
     params, want, gradient = alone
     strategy = tiny.strategy(**tiny.MESHES["fsdp_tp"])
     variables = nnx.state(nnx.eval_shape(lambda: Blip3o(CFG, PARTS, seed=0)))

@@ -1,4 +1,6 @@
-"""Parameter counts of the published sizes against the stock classes on torch's meta device: nothing is allocated."""
+"""Parameter counts of the published sizes against the stock classes on torch's meta device: nothing
+is allocated.
+"""
 
 import pathlib
 
@@ -64,8 +66,8 @@ def stock() -> dict[str, int]:
         "upsample_block_type": "interpolate",
     }
     with torch.device("meta"):
-        # Around encoder and decoder: the task layers (one linear map, then two), the maps into and out of the codebook, the
-        # codes and SimVQ's projection of them.
+        # Around encoder and decoder: the task layers (one linear map, then two), the maps into and
+        # out of the codebook, the codes and SimVQ's projection of them.
         code, codebook = 1536, 65536
         between = linear(1152, 1152) + 2 * linear(1152, 1152)
         between += linear(1152, code) + linear(code, code) + codebook * code + linear(code, code)

@@ -169,7 +169,9 @@ def test_constrain_counts_names_and_is_nothing_without_a_strategy(inputs):
 
 
 def test_constrain_places_activations_by_the_part_being_traced(inputs):
-    """The same names lie elsewhere in the autoencoder, which strategy fsdp_tp does not cut by width."""
+    """The same names lie elsewhere in the autoencoder, which strategy fsdp_tp does not cut by
+    width.
+    """
     strategy = tiny.strategy("fsdp_tp", fsdp=2, tensor=2)
 
     def place(part):

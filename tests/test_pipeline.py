@@ -70,7 +70,8 @@ def alone(on_one):
 
 def check_same(drawn, codes_BN, images_BHWC):
     np.testing.assert_array_equal(drawn.codes, codes_BN)
-    # Sums are in another order at another batch size: a value at the edge of two levels may round to either.
+    # Sums are in another order at another batch size: a value at the edge of two levels may round
+    # to either.
     assert np.abs(drawn.images.astype(int) - images_BHWC.astype(int)).max() <= 1
 
 
@@ -83,7 +84,9 @@ def test_images_are_those_of_the_settings(alone):
 
 
 def test_a_batch_of_different_lengths_gives_what_each_prompt_gives_alone(on_one, alone):
-    """Batches of 2: rows are padded to the longest prompt of all, and the last batch has a row to spare."""
+    """Batches of 2: rows are padded to the longest prompt of all, and the last batch has a row to
+    spare.
+    """
     check_same(on_one.generate(PROMPTS, seed=3, batch_size=2, **SETTINGS), *alone)
 
 
@@ -141,7 +144,9 @@ def unrounded_on_one(checkpoint):
     ],
 )
 def test_eight_devices_give_the_same(checkpoint, unrounded_on_one, alone, name):
-    """float32 sums in another order, through four tokens, three steps of the DiT and the decoder: 1e-5 of the images."""
+    """float32 sums in another order, through four tokens, three steps of the DiT and the decoder:
+    1e-5 of the images.
+    """
     mesh = {"data": 1, "fsdp": 1} | tiny.MESHES[name]
     drawn = unrounded(checkpoint, MeshConfig(strategy=mesh.pop("name"), **mesh))
     np.testing.assert_array_equal(drawn.codes, unrounded_on_one.codes)
@@ -293,7 +298,9 @@ def test_tasks_mix_and_each_is_what_it_is_alone(seeing):
 
 
 def test_answers_are_the_likeliest_words_till_the_end_of_the_turn(seeing):
-    """Against the likeliest token after a pass over the whole row, token by token, for three questions of one batch."""
+    """Against the likeliest token after a pass over the whole row, token by token, for three
+    questions of one batch.
+    """
     shown, questions, most = photos(), ["a red", "small", "what is it"], 6
     answers = seeing.ask(shown, questions, most=most, batch_size=4)
     vocabulary = seeing.vocabulary

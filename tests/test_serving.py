@@ -135,7 +135,9 @@ def test_the_token_is_judged_before_the_body_comes(service, token):
 
 
 def test_who_is_refused_while_sending_gets_to_read_why(service):
-    """Eight megabytes do not fit into the socket's buffers: closing at once would reset the connection."""
+    """Eight megabytes do not fit into the socket's buffers: closing at once would reset the
+    connection.
+    """
     assert b"missing or wrong" in raw(
         service, post(b"Content-Length: 8000000\r\n", bytes(8_000_000))
     )

@@ -1,4 +1,6 @@
-"""The smallest run that has every part: what the tests of training, data flow and composition share."""
+"""The smallest run that has every part: what the tests of training, data flow and composition
+share.
+"""
 
 import atexit
 import dataclasses
@@ -39,7 +41,9 @@ CAPTIONS = tuple(
 
 
 def model() -> config.ModelConfig:
-    """16 px images: 16 latents of 4 channels, 4 image tokens out of 32 codes. Widths divide by 8, so that they shard."""
+    """16 px images: 16 latents of 4 channels, 4 image tokens out of 32 codes. Widths divide by 8,
+    so that they shard.
+    """
     return config.ModelConfig(
         image_size=16,
         text=config.TextConfig(kind="sentencepiece", train_size=320),
@@ -119,7 +123,9 @@ def model() -> config.ModelConfig:
 
 
 def run_config(path: str | pathlib.Path = "", **changes: object) -> config.Config:
-    """A joint run over the data set at `path`; `changes` are fields of Config, those of a group given as a dict."""
+    """A joint run over the data set at `path`; `changes` are fields of Config, those of a group
+    given as a dict.
+    """
     base = config.Config(
         steps=6,
         log_every=1,
@@ -229,7 +235,9 @@ MESHES: dict[str, dict[str, Any]] = {
 def cached_batch(
     cfg: config.Config, batch: dict[str, np.ndarray], seed: int = 0
 ) -> dict[str, np.ndarray]:
-    """A joint batch as it comes from the encoders' cache, with made-up codes and latents: no encoder runs in the step."""
+    """A joint batch as it comes from the encoders' cache, with made-up codes and latents: no
+    encoder runs in the step.
+    """
     rng = np.random.default_rng(seed)
     rows, side = len(batch["tokens"]), cfg.model.latent_size
     views = {
@@ -253,11 +261,11 @@ def quick_compile() -> Iterator[None]:
 
 
 def write_checkpoint(workdir: pathlib.Path, **changes: object) -> None:
-    """What a joint run over `data()` leaves in its `workdir` after 6 steps, with weights that were not trained. `changes` as of
-    `run_config`.
+    """What a joint run over `data()` leaves in its `workdir` after 6 steps, with weights that were
+    not trained. `changes` as of `run_config`.
 
-    They are drawn anew: initial weights say too little, since the AR's logits are all alike and the DiT's last layer is
-    near zero. Rows hold prompts of up to 68 tokens.
+    They are drawn anew: initial weights say too little, since the AR's logits are all alike and the
+    DiT's last layer is near zero. Rows hold prompts of up to 68 tokens.
     """
     cfg = run_config(data(), data={"max_length": 72}, **changes)
     cfg, vocabulary = with_vocabulary(cfg, open_mixture(cfg.data), workdir)

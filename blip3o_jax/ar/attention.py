@@ -1,6 +1,7 @@
 """Rotary position embedding and causal grouped-query attention within segments.
 
-B batch, L query tokens, S key slots, H query heads, G key/value heads, R query heads per key/value head, K head size.
+B batch, L query tokens, S key slots, H query heads, G key/value heads, R query heads per key/value
+head, K head size.
 """
 
 import functools
@@ -19,7 +20,8 @@ Rotation = tuple[jax.Array, jax.Array]
 
 
 def rotation(positions_BL: jax.Array, head_dim: int, theta: float) -> Rotation:
-    """Cosines and sines [B, L, K/2], float32, of the angles position * theta^(-2i/K): `Qwen3RotaryEmbedding`.
+    """Cosines and sines [B, L, K/2], float32, of the angles position * theta^(-2i/K):
+    `Qwen3RotaryEmbedding`.
 
     float32 whatever the compute dtype: bfloat16 cannot tell position 1000 from 1001.
     """
@@ -47,12 +49,14 @@ def attend(
     query_start: jax.Array | int = 0,
     implementation: str = "auto",
 ) -> jax.Array:
-    """Causal attention in which a query sees the keys of its own segment only -> [B, L, H, K] in the dtype of `v`.
+    """Causal attention in which a query sees the keys of its own segment only -> [B, L, H, K] in
+    the dtype of `v`.
 
-    Query l stands at slot query_start + l and sees slots up to its own. Segment 0 is padding: nothing sees it, and its own
-    output is zero. Query head h reads key/value head h // (H / G). Where a row's tokens lie over several devices, queries stay
-    there and keys and values are gathered: with few key/value heads that is little beside the activations.
-    ConfigError for a kernel of another platform.
+    Query l stands at slot query_start + l and sees slots up to its own. Segment 0 is padding:
+    nothing sees it, and its own output is zero. Query head h reads key/value head h // (H / G).
+    Where a row's tokens lie over several devices, queries stay there and keys and values are
+    gathered: with few key/value heads that is little beside the activations. ConfigError for a
+    kernel of another platform.
     """
     if implementation == "auto":
         implementation = chosen(
@@ -101,14 +105,16 @@ def _xla(
 ) -> jax.Array:
     B, L, H, K = q_BLHK.shape
     G = k_BSGK.shape[2]
-    # Heads before tokens in all factors, as a batched product has them: otherwise XLA turns products around on CPUs.
+    # Heads before tokens in all factors, as a batched product has them: otherwise XLA turns
+    # products around on CPUs.
     q_BGRLK = q_BLHK.reshape(B, L, G, H // G, K).transpose(0, 2, 3, 1, 4)
     scores = (
         jnp.einsum("BGRLK,BSGK->BGRLS", q_BGRLK, k_BSGK, preferred_element_type=jnp.float32)
         * K**-0.5
     )
     mask_BLS = visible(query_segments_BL, key_segments_BS, query_start)
-    # Finite, not -inf: a padding query sees nothing, and a softmax over nothing but -inf would be NaN, also in its gradient.
+    # Finite, not -inf: a padding query sees nothing, and a softmax over nothing but -inf would be
+    # NaN, also in its gradient.
     scores = jnp.where(mask_BLS[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v_BSGK.dtype)
     o_BGRLK = jnp.einsum("BGRLS,BSGK->BGRLK", weights, v_BSGK)
@@ -125,7 +131,9 @@ def dot_product(
     *,
     implementation: str,
 ) -> jax.Array:
-    """`jax.nn.dot_product_attention`: cuDNN's flash attention, or its own plain products ("xla"), which tests compare."""
+    """`jax.nn.dot_product_attention`: cuDNN's flash attention, or its own plain products ("xla"),
+    which tests compare.
+    """
     mask_BLS = visible(query_segments_BL, key_segments_BS, query_start)
     return jax.nn.dot_product_attention(
         q_BLHK, k_BSGK, v_BSGK, mask=mask_BLS[:, None], implementation=implementation

@@ -1,15 +1,17 @@
-"""The key/value cache of decoding: one static-shape pytree that loops carry whole and update in place.
+"""The key/value cache of decoding: one static-shape pytree that loops carry whole and update in
+place.
 
-Slots are shared by the rows of a batch: a chunk of L tokens takes slots end .. end + L - 1 of every row, so that a write
-is one `dynamic_update_slice` at one scalar index. Rows that are shorter leave slots of segment 0 behind, which nothing attends
-to; a token's *position* counts the real tokens of its row only. For prompts of 3 and 2 tokens, padded to 3, and two more:
+Slots are shared by the rows of a batch: a chunk of L tokens takes slots end .. end + L - 1 of every
+row, so that a write is one `dynamic_update_slice` at one scalar index. Rows that are shorter leave
+slots of segment 0 behind, which nothing attends to; a token's *position* counts the real tokens of
+its row only. For prompts of 3 and 2 tokens, padded to 3, and two more:
 
     slot          0 1 2 3 4        segments   1 1 1 1 1        positions  0 1 2 3 4
                                               1 1 0 1 1                   0 1 - 2 3
 
-The layer loop and the token loop must both *carry* the cache. Passed through a scan's xs and ys instead, the whole of it is
-copied at every token. Heads come before slots, as a product over each head's slots wants them: the other way round they are
-transposed at every token.
+The layer loop and the token loop must both *carry* the cache. Passed through a scan's xs and ys
+instead, the whole of it is copied at every token. Heads come before slots, as a product over each
+head's slots wants them: the other way round they are transposed at every token.
 
 Y layers, B batch, L tokens of the chunk, S slots, G key/value heads, K head size.
 """
@@ -25,8 +27,9 @@ from blip3o_jax.config import Qwen3Config
 
 
 class Cache(NamedTuple):
-    """Where the layer loop is laid out (`ar.unroll`) keys and values are a tuple of one array [B, G, S, K] a layer: reading a
-    layer's slots out of one for all would copy them at every token."""
+    """Where the layer loop is laid out (`ar.unroll`) keys and values are a tuple of one array [B,
+    G, S, K] a layer: reading a layer's slots out of one for all would copy them at every token.
+    """
 
     k_YBGSK: jax.Array | tuple[jax.Array, ...]
     v_YBGSK: jax.Array | tuple[jax.Array, ...]
@@ -68,7 +71,9 @@ def reserve(cache: Cache, segment_ids_BL: jax.Array) -> tuple[Cache, jax.Array]:
 
 
 def repeat(cache: Cache, rows: Callable[[jax.Array], jax.Array]) -> Cache:
-    """The cache with `rows`, a function of arrays that lead with the batch, made of every such array."""
+    """The cache with `rows`, a function of arrays that lead with the batch, made of every such
+    array.
+    """
     per_layer = lambda k: tuple(map(rows, k)) if isinstance(k, tuple) else jax.vmap(rows)(k)
     return cache._replace(
         k_YBGSK=per_layer(cache.k_YBGSK),
@@ -81,8 +86,9 @@ def repeat(cache: Cache, rows: Callable[[jax.Array], jax.Array]) -> Cache:
 def write(
     cached_YBGSK: jax.Array, new_BLGK: jax.Array, layer: jax.Array | None, slot: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Write one layer's chunk at `slot` -> (the whole array, that layer's slots [B, S, G, K]). Layer None: the array is one
-    layer's already."""
+    """Write one layer's chunk at `slot` -> (the whole array, that layer's slots [B, S, G, K]).
+    Layer None: the array is one layer's already.
+    """
     new_BGLK = new_BLGK.swapaxes(1, 2).astype(cached_YBGSK.dtype)
     if layer is None:
         cached_YBGSK = cached_BGSK = jax.lax.dynamic_update_slice(

@@ -1,9 +1,11 @@
 """Qwen3 decoder: `transformers.Qwen3ForCausalLM`, also cached for decoding.
 
-The tables hold `cfg.padded_vocab_size` rows, a multiple that shards evenly; rows from `cfg.vocab_size` on stand for no token:
-`Qwen3.logits` gives them -inf, so that no probability falls on them and they receive no gradient.
+The tables hold `cfg.padded_vocab_size` rows, a multiple that shards evenly; rows from
+`cfg.vocab_size` on stand for no token: `Qwen3.logits` gives them -inf, so that no probability falls
+on them and they receive no gradient.
 
-B batch, L tokens, S cache slots, D width, H query heads, G key/value heads, K head size, F width of the MLP, V vocabulary.
+B batch, L tokens, S cache slots, D width, H query heads, G key/value heads, K head size, F width of
+the MLP, V vocabulary.
 """
 
 import functools
@@ -19,7 +21,9 @@ from blip3o_jax.config import Qwen3Config
 
 
 class Attention(nnx.Module):
-    """Projections and head norms of one layer; what lies between `heads` and `join` is `attention.attend`."""
+    """Projections and head norms of one layer; what lies between `heads` and `join` is
+    `attention.attend`.
+    """
 
     def __init__(self, cfg: Qwen3Config, *, rngs: nnx.Rngs):
         d, heads, kv_heads = cfg.hidden_size, cfg.num_attention_heads, cfg.num_key_value_heads
@@ -62,7 +66,9 @@ class Mlp(nnx.Module):
 
 
 class Layer(nnx.Module):
-    """One decoder layer in two halves, since plain and cached attention differ in what stands between them."""
+    """One decoder layer in two halves, since plain and cached attention differ in what stands
+    between them.
+    """
 
     def __init__(self, cfg: Qwen3Config, *, rngs: nnx.Rngs):
         self.attention_norm = _norm(cfg, cfg.hidden_size, rngs)
@@ -88,8 +94,9 @@ class Layer(nnx.Module):
 
 
 class Qwen3(nnx.Module):
-    """The decoder between token ids (`embed`) and logits (`logits`); its input is embeddings, so that projected image
-    features can stand in for some of them."""
+    """The decoder between token ids (`embed`) and logits (`logits`); its input is embeddings, so
+    that projected image features can stand in for some of them.
+    """
 
     def __init__(self, cfg: Qwen3Config, *, rngs: nnx.Rngs):
         self.cfg = cfg
@@ -106,8 +113,10 @@ class Qwen3(nnx.Module):
         )
 
     def embed(self, tokens_BL: jax.Array) -> jax.Array:
-        """Ids -> embeddings [B, L, D] in the compute dtype. Each device looks up the columns that it holds for the rows of all
-        that share the table, then the rows are handed out; so neither the table nor its gradient is ever whole."""
+        """Ids -> embeddings [B, L, D] in the compute dtype. Each device looks up the columns that
+        it holds for the rows of all that share the table, then the rows are handed out; so neither
+        the table nor its gradient is ever whole.
+        """
         with jax.named_scope("embed"):
             tokens_BL = nn.constrain(tokens_BL, "lookup_batch", "length")
             x_BLD = self.embedding[...][tokens_BL].astype(self.cfg.dtype)
@@ -117,10 +126,11 @@ class Qwen3(nnx.Module):
     def __call__(
         self, x_BLD: jax.Array, positions_BL: jax.Array, segment_ids_BL: jax.Array
     ) -> jax.Array:
-        """Embeddings -> hidden states [B, L, D] after the final norm (`last_hidden_state` of `Qwen3Model`).
+        """Embeddings -> hidden states [B, L, D] after the final norm (`last_hidden_state` of
+        `Qwen3Model`).
 
-        Tokens see earlier tokens of their own segment; segment 0 is padding, whose hidden states mean nothing. `positions_BL`
-        restart at 0 with each segment.
+        Tokens see earlier tokens of their own segment; segment 0 is padding, whose hidden states
+        mean nothing. `positions_BL` restart at 0 with each segment.
         """
         rotation = attention.rotation(positions_BL, self.cfg.head_dim, self.cfg.rope_theta)
 
@@ -147,10 +157,12 @@ class Qwen3(nnx.Module):
         x_BND: jax.Array,
         each: Callable[[jax.Array], jax.Array],
     ) -> tuple[jax.Array, jax.Array]:
-        """Prompts, and N tokens after them in each of B rows -> hidden states [P, L, D] and [B, N, D].
+        """Prompts, and N tokens after them in each of B rows -> hidden states [P, L, D] and [B, N,
+        D].
 
-        Equal to `__call__` over B whole rows, prompt and tokens, but every prompt is read once. `each` repeats arrays that lead
-        with P for the rows that go on from them. Segment 0 marks padding in the prompts.
+        Equal to `__call__` over B whole rows, prompt and tokens, but every prompt is read once.
+        `each` repeats arrays that lead with P for the rows that go on from them. Segment 0 marks
+        padding in the prompts.
         """
         prompt_rotation, rotation = self._rotations(segment_ids_PL, x_BND.shape[:2], each)
         own_BN = jnp.ones(x_BND.shape[:2], jnp.int32)
@@ -208,10 +220,12 @@ class Qwen3(nnx.Module):
         past: cache.Cache,
         layers: list[Layer] | None = None,
     ) -> tuple[jax.Array, cache.Cache]:
-        """The next L tokens of every row (a whole prompt, or one token) -> (hidden states [B, L, D], grown cache).
+        """The next L tokens of every row (a whole prompt, or one token) -> (hidden states [B, L,
+        D], grown cache).
 
-        Equal to `__call__` over all tokens so far. Segment 0 marks padding in the chunk. Writing past the cache's capacity is
-        the caller's error and is not detected. `layers` are `self.layers` unstacked, for a token loop with `cfg.unroll`.
+        Equal to `__call__` over all tokens so far. Segment 0 marks padding in the chunk. Writing
+        past the cache's capacity is the caller's error and is not detected. `layers` are
+        `self.layers` unstacked, for a token loop with `cfg.unroll`.
         """
         present, positions_BL = cache.reserve(past, segment_ids_BL)
         rotation = attention.rotation(positions_BL, self.cfg.head_dim, self.cfg.rope_theta)
@@ -252,7 +266,9 @@ class Qwen3(nnx.Module):
         return self.norm(x_BLD), present._replace(k_YBGSK=k_YBGSK, v_YBGSK=v_YBGSK)
 
     def head(self, rows: tuple[int, int] | None = None) -> jax.Array:
-        """The output projection [D, V] as stored, padded rows' columns included, or its columns rows[0] .. rows[1] - 1."""
+        """The output projection [D, V] as stored, padded rows' columns included, or its columns
+        rows[0] .. rows[1] - 1.
+        """
         first, last = rows or (0, self.cfg.padded_vocab_size)
         return (
             self.embedding[first:last].T
@@ -261,7 +277,9 @@ class Qwen3(nnx.Module):
         )
 
     def logits(self, hidden_BLD: jax.Array, rows: tuple[int, int] | None = None) -> jax.Array:
-        """float32 logits [..., V] of all stored rows, -inf at the padded ones; or of ids rows[0] .. rows[1] - 1 only."""
+        """float32 logits [..., V] of all stored rows, -inf at the padded ones; or of ids rows[0] ..
+        rows[1] - 1 only.
+        """
         first, last = rows or (0, self.cfg.padded_vocab_size)
         logits_BLV = project(hidden_BLD, self.head(rows))
         if last <= self.cfg.vocab_size:
@@ -270,14 +288,18 @@ class Qwen3(nnx.Module):
 
 
 def project(hidden_BLD: jax.Array, head_DV: jax.Array) -> jax.Array:
-    """Logits [..., V] accumulated and kept in float32, the factors in the dtype of the hidden states."""
+    """Logits [..., V] accumulated and kept in float32, the factors in the dtype of the hidden
+    states.
+    """
     head_DV = head_DV.astype(hidden_BLD.dtype)
     return jnp.einsum("...D,DV->...V", hidden_BLD, head_DV, preferred_element_type=jnp.float32)
 
 
 def grow_table(table_VD: jax.Array, used: int, rows: int) -> jax.Array:
-    """A table of `rows` rows whose first `used` are kept; every further one is their mean, so that a new token starts out
-    neither more nor less likely than a typical one. For an lm_head kernel, pass and take the transpose."""
+    """A table of `rows` rows whose first `used` are kept; every further one is their mean, so that
+    a new token starts out neither more nor less likely than a typical one. For an lm_head kernel,
+    pass and take the transpose.
+    """
     if not 0 < used <= min(rows, table_VD.shape[0]):
         raise ValueError(
             f"grow_table: used={used} must lie in 1 .. {min(rows, table_VD.shape[0])}, the rows of both tables"

@@ -1,15 +1,17 @@
-"""Drawing image tokens, and text: one pass over the prompts, then one compiled loop of single-token steps on the cache.
+"""Drawing image tokens, and text: one pass over the prompts, then one compiled loop of single-token
+steps on the cache.
 
-From logits l over the image ids alone, at temperature t; with guidance g they are l = u + g (c - u), of the logits c given
-the prompt and u given the image tokens alone (arXiv 2306.17806):
+From logits l over the image ids alone, at temperature t; with guidance g they are l = u + g (c -
+u), of the logits c given the prompt and u given the image tokens alone (arXiv 2306.17806):
 
     p = softmax(l / t);  keep the top_k most likely;  of those, renormalised, keep the shortest prefix of mass >= top_p
 
-An id is drawn by the Gumbel-max rule with noise that belongs to (row key, token index, image id). So a row's ids depend on its
-own prompt and key only, and rounding that swaps two almost equal candidates' ranks does not change what is drawn.
+An id is drawn by the Gumbel-max rule with noise that belongs to (row key, token index, image id).
+So a row's ids depend on its own prompt and key only, and rounding that swaps two almost equal
+candidates' ranks does not change what is drawn.
 
-B batch, L prompt length (padded), N image tokens, D width, V image ids, C candidates kept by top-k; P prompts of G images each
-where a prompt is read once for several images, B = P G.
+B batch, L prompt length (padded), N image tokens, D width, V image ids, C candidates kept by top-k;
+P prompts of G images each where a prompt is read once for several images, B = P G.
 """
 
 from typing import Any, NamedTuple
@@ -24,9 +26,11 @@ from blip3o_jax.ar.qwen3 import Qwen3, project
 
 
 class Drawn(NamedTuple):
-    """`hidden_BTD` [B, N + 1, D]: the final-norm states at the scale tag and at each image token, the condition of the
-    diffusion head. `logprobs_BN` are those of the truncated distribution that was drawn from (0 at temperature 0), float32.
-    `kept_BNX`, where asked for: which classes that distribution held, one bit each (`jnp.packbits`), or None for all."""
+    """`hidden_BTD` [B, N + 1, D]: the final-norm states at the scale tag and at each image token,
+    the condition of the diffusion head. `logprobs_BN` are those of the truncated distribution that
+    was drawn from (0 at temperature 0), float32. `kept_BNX`, where asked for: which classes that
+    distribution held, one bit each (`jnp.packbits`), or None for all.
+    """
 
     ids_BN: jax.Array
     hidden_BTD: jax.Array
@@ -52,15 +56,17 @@ def generate_image_tokens(
 ) -> Drawn:
     """Draw `num_tokens` image tokens after each prompt.
 
-    `tokens_PL` are prompts padded on the right; a prompt's last token, at lengths_P - 1, opens the image (its scale tag).
-    `embedded_PLD` stands for their embeddings where these are not all tokens'. `image_ids` is (first, last + 1); no other id
-    can be drawn. `keys_B` are typed PRNG keys, one an image: rows p G to p G + G - 1 are prompt p's `group` G, which share its
-    reading. Temperature 0 takes the most likely id; top_k 0, top_p 1 and guidance 1 switch these off. Meant to be called under
-    `jax.jit`, keyword arguments static.
+    `tokens_PL` are prompts padded on the right; a prompt's last token, at lengths_P - 1, opens the
+    image (its scale tag). `embedded_PLD` stands for their embeddings where these are not all
+    tokens'. `image_ids` is (first, last + 1); no other id can be drawn. `keys_B` are typed PRNG
+    keys, one an image: rows p G to p G + G - 1 are prompt p's `group` G, which share its reading.
+    Temperature 0 takes the most likely id; top_k 0, top_p 1 and guidance 1 switch these off. Meant
+    to be called under `jax.jit`, keyword arguments static.
     """
     _check(model, num_tokens, image_ids, temperature, top_k, top_p)
     model = _in_compute_dtype(model)
-    # With guidance P and B count two branches a row from here on, which lie next to each other, so that both are on its device.
+    # With guidance P and B count two branches a row from here on, which lie next to each other, so
+    # that both are on its device.
     L, branches = tokens_PL.shape[1], 1 if guidance == 1.0 else 2
     twin = lambda x: jnp.repeat(x, branches, axis=0)
     segments_PL = branch_segments(lengths_P, L, branches)
@@ -68,7 +74,8 @@ def generate_image_tokens(
     scale_PD, past, layers = _read(
         model, embedded_PLD, segments_PL, twin(lengths_P), L + num_tokens
     )
-    # Outside the loop: XLA does not always hoist the slice, and a slice of a large table costs more than the rest of a step.
+    # Outside the loop: XLA does not always hoist the slice, and a slice of a large table costs more
+    # than the rest of a step.
     head_DV = model.head(image_ids)
     scale_BD, past = (
         for_each(scale_PD, group, branches),
@@ -98,7 +105,9 @@ def generate_image_tokens(
 
 
 class Written(NamedTuple):
-    """`ids_BN` [B, N], and of each row how many there are, the stop token not counted; what comes after means nothing."""
+    """`ids_BN` [B, N], and of each row how many there are, the stop token not counted; what comes
+    after means nothing.
+    """
 
     ids_BN: jax.Array
     count_B: jax.Array
@@ -118,8 +127,9 @@ def generate_text(
     top_p: float = 1.0,
     embedded_BLD: jax.Array | None = None,
 ) -> Written:
-    """Up to `most` text tokens after each prompt, till all rows have written `stop`. `text_ids` is (first, last + 1), with
-    `stop` among them; other arguments as of `generate_image_tokens`."""
+    """Up to `most` text tokens after each prompt, till all rows have written `stop`. `text_ids` is
+    (first, last + 1), with `stop` among them; other arguments as of `generate_image_tokens`.
+    """
     _check(model, most, text_ids, temperature, top_k, top_p)
     model = _in_compute_dtype(model)
     B, L = tokens_BL.shape
@@ -167,7 +177,9 @@ def _read(
     lengths_P: jax.Array,
     capacity: int,
 ) -> tuple[jax.Array, cache.Cache, Any]:
-    """The prompts' last hidden states [P, D], what is kept of them, and the layers as the loop after takes them."""
+    """The prompts' last hidden states [P, D], what is kept of them, and the layers as the loop
+    after takes them.
+    """
     past = cache.empty(model.cfg, len(embedded_PLD), capacity)
     layers = nn.unstack(model.layers) if model.cfg.unroll else None
     with jax.named_scope("prefill"):
@@ -180,8 +192,9 @@ def _read(
 
 
 def branch_segments(lengths_P: jax.Array, length: int, branches: int) -> jax.Array:
-    """Segment ids of prompts padded to `length`: int32 [P, L], or [2 P, L] with every second row the branch that sees the scale
-    tag alone."""
+    """Segment ids of prompts padded to `length`: int32 [P, L], or [2 P, L] with every second row
+    the branch that sees the scale tag alone.
+    """
     index_L, last_P1 = jnp.arange(length), lengths_P[:, None] - 1
     given_PL = (index_L <= last_P1).astype(jnp.int32)
     if branches == 1:
@@ -191,7 +204,9 @@ def branch_segments(lengths_P: jax.Array, length: int, branches: int) -> jax.Arr
 
 
 def guided(logits: jax.Array, guidance: float) -> jax.Array:
-    """[2 B, ..., V] of both branches, next to each other -> [B, ..., V]; as it is where guidance 1 has no second one."""
+    """[2 B, ..., V] of both branches, next to each other -> [B, ..., V]; as it is where guidance 1
+    has no second one.
+    """
     if guidance == 1.0:
         return logits
     given, alone = jnp.unstack(logits.reshape(-1, 2, *logits.shape[1:]), axis=1)
@@ -210,8 +225,9 @@ def for_each(x: jax.Array, group: int, branches: int) -> jax.Array:
 def draw(
     logits_BV: jax.Array, keys_B: jax.Array, *, temperature: float, top_k: int, top_p: float
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """One draw a row -> (class [B] int32, its log-probability [B] under the distribution drawn from, the classes [B, V] that
-    this held or None for all)."""
+    """One draw a row -> (class [B] int32, its log-probability [B] under the distribution drawn
+    from, the classes [B, V] that this held or None for all).
+    """
     B, V = logits_BV.shape
     if temperature == 0:
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32), jnp.zeros(B, jnp.float32), None
@@ -230,10 +246,11 @@ def draw(
 def truncate(
     logits_BV: jax.Array, *, temperature: float, top_k: int, top_p: float
 ) -> tuple[jax.Array, jax.Array]:
-    """The distribution drawn from -> (classes [B, C] int32, log-probabilities [B, C] float32, -inf outside top-p).
+    """The distribution drawn from -> (classes [B, C] int32, log-probabilities [B, C] float32, -inf
+    outside top-p).
 
-    C is top_k, or V when top-k is off. Sorted by falling probability when either truncation is on. Of classes tied at the
-    k-th place the lower index is kept.
+    C is top_k, or V when top-k is off. Sorted by falling probability when either truncation is on.
+    Of classes tied at the k-th place the lower index is kept.
     """
     B, V = logits_BV.shape
     logits_BV = logits_BV.astype(jnp.float32) / temperature
@@ -242,7 +259,8 @@ def truncate(
         return jnp.broadcast_to(jnp.arange(V, dtype=jnp.int32), (B, V)), jax.nn.log_softmax(
             logits_BV
         )
-    # The k largest first: the sort that top-p needs is then over k values, not over the whole codebook.
+    # The k largest first: the sort that top-p needs is then over k values, not over the whole
+    # codebook.
     logits_BC, classes_BC = jax.lax.top_k(logits_BV, top_k)
     if top_p < 1.0:
         probs_BC = jax.nn.softmax(logits_BC)
@@ -277,7 +295,8 @@ def _check(
 
 
 def _in_compute_dtype(model: Qwen3) -> Qwen3:
-    """The model with parameters cast once, not at every token: decoding is bound by reading them. Every use of a parameter
-    casts to this dtype anyway, so no number changes."""
+    """The model with parameters cast once, not at every token: decoding is bound by reading them.
+    Every use of a parameter casts to this dtype anyway, so no number changes.
+    """
     graphdef, state = nnx.split(model)
     return nnx.merge(graphdef, jax.tree.map(lambda x: x.astype(model.cfg.dtype), state))

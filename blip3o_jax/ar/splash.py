@@ -1,10 +1,12 @@
-"""Splash attention: block-sparse flash attention as a Pallas kernel for TPUs (`jax.experimental.pallas.ops.tpu`), per shard.
+"""Splash attention: block-sparse flash attention as a Pallas kernel for TPUs
+(`jax.experimental.pallas.ops.tpu`), per shard.
 
-Scores never leave the chip's own memory, and blocks above the diagonal are not computed. Heads may lie over several devices,
-and so may the queries of a row; keys and values of a row are whole on each. Off TPUs, where `attend` refuses it, the kernel is
-interpreted, for tests.
+Scores never leave the chip's own memory, and blocks above the diagonal are not computed. Heads may
+lie over several devices, and so may the queries of a row; keys and values of a row are whole on
+each. Off TPUs, where `attend` refuses it, the kernel is interpreted, for tests.
 
-B batch, L tokens, H query heads, G key/value heads, K head size. Length is padded to whole tiles, as segment 0.
+B batch, L tokens, H query heads, G key/value heads, K head size. Length is padded to whole tiles,
+as segment 0.
 """
 
 import jax
@@ -27,7 +29,9 @@ def splash(
     key_segments_BL: jax.Array,
     query_start: jax.Array | int,
 ) -> jax.Array:
-    """`attention.attend` for the queries of whole rows, or of their ends. ValueError for a cache that goes on behind them."""
+    """`attention.attend` for the queries of whole rows, or of their ends. ValueError for a cache
+    that goes on behind them.
+    """
     length, scale = k_BLGK.shape[1], q_BLHK.shape[-1] ** -0.5
     if not isinstance(query_start, int) or query_start + q_BLHK.shape[1] != length:
         raise ValueError("splash attention is for whole rows: take attention 'xla' on a cache")
@@ -41,7 +45,8 @@ def splash(
     pad = -length % (LANES * length_shards)
     widen = lambda x: jnp.pad(x, ((0, 0), (0, pad), *((0, 0),) * (x.ndim - 2)))
     by_head = lambda x: widen(x).transpose(0, 2, 1, 3)
-    # The kernel does not scale scores. In bfloat16 this rounds q once more, unless 1 / sqrt(K) is a power of two.
+    # The kernel does not scale scores. In bfloat16 this rounds q once more, unless 1 / sqrt(K) is a
+    # power of two.
     q_BHLK = by_head(q_BLHK * jnp.asarray(scale, q_BLHK.dtype))
     inputs = (
         q_BHLK,
@@ -68,7 +73,8 @@ def splash(
             at(rows_at, length_at),
             at(rows_at, None),
         )
-        # The kernel's outputs do not say over which axes they are equal, which is what would be checked.
+        # The kernel's outputs do not say over which axes they are equal, which is what would be
+        # checked.
         run = jax.shard_map(
             _rows, mesh=mesh, in_specs=in_specs, out_specs=queries_at, check_vma=False
         )

@@ -1,7 +1,8 @@
 """How fast and in how much memory weights of a real size are converted: `blip3o bench conversion`.
 
-A random model in the published layout is written, imported and exported, each in a process of its own, and the two directories
-are compared bit by bit. Beside them stand a plain read and write of the same files by the safetensors library.
+A random model in the published layout is written, imported and exported, each in a process of its
+own, and the two directories are compared bit by bit. Beside them stand a plain read and write of
+the same files by the safetensors library.
 """
 
 import dataclasses
@@ -27,8 +28,10 @@ from blip3o_jax.files import write_json
 
 
 def run(model: ModelConfig, out: pathlib.Path, *, dtype: str = "bfloat16") -> dict[str, Any]:
-    """Writes OUT/conversion.json and returns it: for each of read, write, import and export seconds, bytes, bytes a second and
-    peak resident bytes. The weights are removed. UserError where safetensors is not installed."""
+    """Writes OUT/conversion.json and returns it: for each of read, write, import and export
+    seconds, bytes, bytes a second and peak resident bytes. The weights are removed. UserError where
+    safetensors is not installed.
+    """
     try:
         import safetensors  # noqa: F401
     except ImportError as error:

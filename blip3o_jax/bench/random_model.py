@@ -1,4 +1,6 @@
-"""A directory in the published layout with random weights: real sizes where real weights are not at hand."""
+"""A directory in the published layout with random weights: real sizes where real weights are not at
+hand.
+"""
 
 import json
 import pathlib
@@ -29,8 +31,9 @@ def write_random_model(
     seed: int = 0,
     max_shard_bytes: int = 5 * 10**9,
 ) -> None:
-    """Weights of deviation 0.02, the files of a tokenizer whose text ids fill what the vocabulary has beside images, and
-    all sizes in config.json."""
+    """Weights of deviation 0.02, the files of a tokenizer whose text ids fill what the vocabulary
+    has beside images, and all sizes in config.json.
+    """
     places: dict[str, tuple[Shape, np.dtype]] = {
         PREFIXES[part] + key: (shape, np.dtype(dtype))
         for part in PARTS
@@ -63,7 +66,9 @@ def write_random_model(
 
 
 def _bpe(size: int) -> dict:
-    """A byte-level tokenizer.json without merges, filled up to `size` ids with tokens that no text encodes to."""
+    """A byte-level tokenizer.json without merges, filled up to `size` ids with tokens that no text
+    encodes to.
+    """
     from tokenizers import pre_tokenizers
 
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())

@@ -1,4 +1,5 @@
-"""`bench rl`: what one step of reinforcement learning costs, by phase, beside the same step done as the published code does it.
+"""`bench rl`: what one step of reinforcement learning costs, by phase, beside the same step done as
+the published code does it.
 
                          here                                       as published
     draw                 a prompt is read once for its group        every image reads its prompt
@@ -6,10 +7,11 @@
     reference, update    a prompt is read once for its group        every image reads its prompt
                          logits of image ids alone, in pieces       logits of the whole vocabulary, of all tokens at once
 
-Both ways draw with the same keys, from the distribution over image ids, with the same loop of single tokens, denoising steps
-and autoencoder, get their rewards from the same processes, and take the same optimizer step; so they see the same images, and
-learn the same. The published code's own loop computes the whole vocabulary's logits for every token besides, and the
-connector at every denoising step: it is spared both here.
+Both ways draw with the same keys, from the distribution over image ids, with the same loop of
+single tokens, denoising steps and autoencoder, get their rewards from the same processes, and take
+the same optimizer step; so they see the same images, and learn the same. The published code's own
+loop computes the whole vocabulary's logits for every token besides, and the connector at every
+denoising step: it is spared both here.
 
 The ways take turns, each on its own copy of the state.
 """
@@ -58,7 +60,9 @@ WAYS = ("here", "as published")
 
 @dataclasses.dataclass
 class _Way:
-    """One way of doing a step, with its state. `draw` takes a row of tokens for each prompt, or for each image."""
+    """One way of doing a step, with its state. `draw` takes a row of tokens for each prompt, or for
+    each image.
+    """
 
     draw: Callable[..., tuple[jax.Array, Record]]
     reference: Callable[[Any, Any, Record], Record]
@@ -71,7 +75,9 @@ class _Way:
 
 
 def bench(config: Config, out: pathlib.Path, *, rounds: int, command: str) -> dict[str, Any]:
-    """Times `rounds` rollouts and updates of both ways and writes `out`/rl.json. UserError for what cannot be compared."""
+    """Times `rounds` rollouts and updates of both ways and writes `out`/rl.json. UserError for what
+    cannot be compared.
+    """
     config = method.resolved(config)
     rl = config.rl
     if rl.policy != "ar" or not rl.kl or rl.rollout.top_k or rl.rollout.top_p < 1:
@@ -325,8 +331,9 @@ def _published_loss(config: Config, image_ids: tuple[int, int], vocabulary: int)
 def _published_logprobs(
     model: Blip3o, record: Record, rl: RlConfig, image_ids: tuple[int, int], vocabulary: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Log-probabilities of the image tokens and entropies [B, N], from logits over the whole vocabulary, of which all but image
-    ids are masked, at all image tokens and the one after them."""
+    """Log-probabilities of the image tokens and entropies [B, N], from logits over the whole
+    vocabulary, of which all but image ids are masked, at all image tokens and the one after them.
+    """
     settings = rl.rollout
     branches = 1 if settings.token_guidance == 1.0 else 2
     hidden_BTD = reread(

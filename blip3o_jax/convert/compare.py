@@ -1,10 +1,12 @@
-"""Parts computed twice, in PyTorch and here, in float32 from the same seeded inputs; and the first layer where they part.
+"""Parts computed twice, in PyTorch and here, in float32 from the same seeded inputs; and the first
+layer where they part.
 
-Needs the extra [convert]. PyTorch's modules are the stock classes, filled by PyTorch's own loaders (torch_files.py). They run
-first and are let go of before this package's are read, so that one side is in memory at a time.
+Needs the extra [convert]. PyTorch's modules are the stock classes, filled by PyTorch's own loaders
+(torch_files.py). They run first and are let go of before this package's are read, so that one side
+is in memory at a time.
 
-Inputs and outputs are numpy arrays, images and latents as [B, H, W, C].
-Legend: B batch, L row length, N image tokens, T condition tokens, D width, C channels, H W image or latent.
+Inputs and outputs are numpy arrays, images and latents as [B, H, W, C]. Legend: B batch, L row
+length, N image tokens, T condition tokens, D width, C channels, H W image or latent.
 """
 
 import contextlib
@@ -44,14 +46,17 @@ LAYERS = (
     "ResBlock",
     "EfficientViTBlock",
 )
-# Small, since weights are what takes time; larger than any kernel, so that every weight has its effect.
+# Small, since weights are what takes time; larger than any kernel, so that every weight has its
+# effect.
 ROW_LENGTH = 24
 LATENT_SIZE = 8
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One computation, from `inputs` to named outputs on both sides. `real_BL`: where the AR's arrays mean anything."""
+    """One computation, from `inputs` to named outputs on both sides. `real_BL`: where the AR's
+    arrays mean anything.
+    """
 
     inputs: Arrays
     torch: Callable[[Any, dict[str, torch.Tensor]], dict[str, torch.Tensor]]
@@ -77,7 +82,9 @@ def compare(
     runs: Sequence[Run],
     wanted: Sequence[TorchResult],
 ) -> tuple[Output, ...]:
-    """Return what the runs over models of `parts` come to: of the checkpoint at `path`, beside what PyTorch's model gave."""
+    """Return what the runs over models of `parts` come to: of the checkpoint at `path`, beside what
+    PyTorch's model gave.
+    """
     gc.collect()  # PyTorch's model, which the caller has let go of
     graphdef, params = load_jax(path, config, parts, ema=ema)
     with jax.default_matmul_precision("highest"):
@@ -91,7 +98,9 @@ def compare(
 def load_jax(
     path: pathlib.Path, config: Config, parts: Sequence[str], *, ema: bool
 ) -> tuple[Any, Any]:
-    """(graphdef, parameters) of a model of `parts` on one device, computing in float32 with parameters cast to it."""
+    """(graphdef, parameters) of a model of `parts` on one device, computing in float32 with
+    parameters cast to it.
+    """
     strategy = Strategy.of(MeshConfig(fsdp=1, strategy="dp"), jax.devices()[:1])
     params = restore_parts(path, strategy, tuple(parts), ema=ema)
     leaves, tree = jax.tree.flatten(params)
@@ -116,7 +125,9 @@ def in_float32(cfg: Any) -> Any:
 
 
 def runs(part: str, source: Source, seed: int) -> list[Run]:
-    """The computations that a part is compared in; their inputs depend on the seed and the part alone."""
+    """The computations that a part is compared in; their inputs depend on the seed and the part
+    alone.
+    """
     cfg, rng = source.config.model, np.random.default_rng([seed, list(PREFIXES).index(part)])
     if part == "ar":
         return [_ar_run(cfg, known_ids(source), rng)]
@@ -190,8 +201,10 @@ def latent_size(cfg: ModelConfig) -> int:
 
 
 def _dit_run(cfg: ModelConfig, rng: np.random.Generator) -> Run:
-    """Two rows, higher than wide, between whole timesteps. Not at great ones: there an angle of the time embedding is off by
-    as many roundings of its frequency, in which PyTorch's exp and the exact one differ for 2 of 128."""
+    """Two rows, higher than wide, between whole timesteps. Not at great ones: there an angle of the
+    time embedding is off by as many roundings of its frequency, in which PyTorch's exp and the
+    exact one differ for 2 of 128.
+    """
     side, patch = latent_size(cfg), cfg.dit.patch_size
     inputs = {
         "z": _normal(rng, 2, side + patch, side, cfg.dit.in_channels),
@@ -231,7 +244,9 @@ def _vae_runs(cfg: ModelConfig, rng: np.random.Generator) -> list[Run]:
 
 
 def joint_run(source: Source, seed: int) -> Run:
-    """The joint losses of a batch with made-up codes and latents, two draws of noise a row; the draws are made once."""
+    """The joint losses of a batch with made-up codes and latents, two draws of noise a row; the
+    draws are made once.
+    """
     cfg, rng = source.config.model, np.random.default_rng([seed, len(PREFIXES)])
     image_first = Vocabulary(source.tokenizer, cfg.tokenizer.codebook_size).image_first
     loss = LossConfig(condition_dropout=0.5, flow_draws=2)
@@ -270,7 +285,9 @@ def joint_run(source: Source, seed: int) -> Run:
 
 
 def _joint_batch(cfg: ModelConfig, image_first: int, rng: np.random.Generator) -> Arrays:
-    """Two rows as in `data.sequence`: text, scale token, places of the image tokens, two ids of the end, padding."""
+    """Two rows as in `data.sequence`: text, scale token, places of the image tokens, two ids of the
+    end, padding.
+    """
     tokens, side = cfg.tokenizer.num_tokens, latent_size(cfg)
     span_B = np.array([8, 13], np.int32)
     index_L = np.arange(span_B.max() + tokens + 4, dtype=np.int32)
@@ -363,7 +380,8 @@ def _first_apart(
     for ours, theirs in zip(
         _stacks(records, [("", r.index) for r in records]), _torch_stacks(layers), strict=True
     ):
-        # Layers past the one that a tokenizer reads its features from are run here without effect, and not there.
+        # Layers past the one that a tokenizer reads its features from are run here without effect,
+        # and not there.
         for record, (name, wanted) in zip(ours, theirs, strict=False):
             error = relative_error(run.real(np.asarray(record.carry)), run.real(wanted))
             if not error <= TOLERANCE:
@@ -377,7 +395,9 @@ def _torch_stacks(layers: list[tuple[str, np.ndarray]]) -> list[list[tuple[str, 
 
 
 def _stacks(layers: Sequence[Any], places: Sequence[tuple[str, int]]) -> list[list[Any]]:
-    """The layers that ran, cut into runs of a stack; of each layer its stack's name and its index there."""
+    """The layers that ran, cut into runs of a stack; of each layer its stack's name and its index
+    there.
+    """
     found: list[list[Any]] = []
     last = ("", sys.maxsize)
     for layer, place in zip(layers, places, strict=True):

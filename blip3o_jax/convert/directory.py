@@ -20,10 +20,12 @@ MANIFEST = ".blip3o_output.json"
 def whole_directory(
     out: pathlib.Path, *, overwrite: bool, sources: Iterable[pathlib.Path | None] = ()
 ) -> Iterator[pathlib.Path]:
-    """Yields an empty directory beside `out`, which takes its place when the body ends, and is removed where it fails.
+    """Yields an empty directory beside `out`, which takes its place when the body ends, and is
+    removed where it fails.
 
-    UserError where `out` exists without `overwrite`, where it is no earlier output (or holds what was put there since), where
-    it overlaps one of `sources`, which are read meanwhile, or where the disk refuses; nothing is touched then.
+    UserError where `out` exists without `overwrite`, where it is no earlier output (or holds what
+    was put there since), where it overlaps one of `sources`, which are read meanwhile, or where the
+    disk refuses; nothing is touched then.
     """
     out = pathlib.Path(os.path.realpath(out))
     _check_apart(out, sources)

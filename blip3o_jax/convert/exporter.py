@@ -1,4 +1,5 @@
-"""A checkpoint -> PyTorch files: parameter by parameter, each tensor at its place in files that have their full size at once.
+"""A checkpoint -> PyTorch files: parameter by parameter, each tensor at its place in files that
+have their full size at once.
 
 OUT/model*.safetensors, config.json, generation_config.json, the text tokenizer     the BLIP3o-NEXT layout
 OUT/ar, OUT/dit, OUT/scheduler, OUT/vae                                             stock directories, with `parts`
@@ -38,7 +39,8 @@ from blip3o_jax.train.checkpoint import find, read_config, stored_text
 READ_AT_ONCE = 2**27  # bytes
 STOCK_PARTS = ("ar", "dit", "vae", "ta_tok")
 PART_OF = {"ta_tok": "tokenizer"}  # where its name in the model is another
-# Of the image processor, in the published layout: the model's pixels come scaled, so this scales no further.
+# Of the image processor, in the published layout: the model's pixels come scaled, so this scales no
+# further.
 SCALE_LAYER = {"scale_layer.shift": 0.0, "scale_layer.scale": 1.0}
 # TA-Tok alone takes pixels in [0, 1].
 TA_TOK_SCALE_LAYER = {"scale_layer.shift": 0.5, "scale_layer.scale": 0.5}
@@ -65,10 +67,12 @@ def export_weights(
     ema: bool = False,
     overwrite: bool = False,
 ) -> Summary:
-    """Writes the directory `out`, complete or not at all: the BLIP3o-NEXT layout, or the stock directories of `parts`.
+    """Writes the directory `out`, complete or not at all: the BLIP3o-NEXT layout, or the stock
+    directories of `parts`.
 
-    `dtype` "" keeps the checkpoint's. Low-rank factors are merged (merged.py), and the sums rounded to the dtype written.
-    UserError where the checkpoint lacks a part, or averages that `ema` asks for.
+    `dtype` "" keeps the checkpoint's. Low-rank factors are merged (merged.py), and the sums rounded
+    to the dtype written. UserError where the checkpoint lacks a part, or averages that `ema` asks
+    for.
     """
     began = time.monotonic()
     root, step = find(source)
@@ -109,7 +113,8 @@ class _Exporter:
         max_shard_bytes: int,
     ):
         self.config, self.model, self.root, self.weights = config, config.model, root, weights
-        # Weights that were trained here get the buffers of the reference's class, as do those that were put together.
+        # Weights that were trained here get the buffers of the reference's class, as do those that
+        # were put together.
         self.whole_source = record is not None and not record.own_tokenizer
         self.record, self.unread = record or Record(), unread
         self.dtype, self.max_shard_bytes = dtype, max_shard_bytes
@@ -176,7 +181,9 @@ class _Exporter:
             write_json(scheduler / "scheduler_config.json", stock_config("scheduler", self.model))
 
     def _ta_tok(self, directory: pathlib.Path) -> None:
-        """{"model": {"args", "sd"}} as TA-Tok is published, where torch is there to write it; else safetensors."""
+        """{"model": {"args", "sd"}} as TA-Tok is published, where torch is there to write it; else
+        safetensors.
+        """
         cfg = self.model.tokenizer
         own = {
             k: v
@@ -194,7 +201,9 @@ class _Exporter:
         _to_torch_file(directory, args, self.notes)
 
     def _tensors(self, part: str, prefix: str) -> list["_Planned"]:
-        """What is to be written of one part, in the table's order; a tied head where the source had it."""
+        """What is to be written of one part, in the table's order; a tied head where the source had
+        it.
+        """
         stored = str(self.weights.dtype(part))
         planned = []
         for group in groups(part, self.model):
@@ -211,7 +220,9 @@ class _Exporter:
     def _constants(
         self, prefix: str, values: dict[str, float], unread: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Tensors that nothing here reads: those of the import, and `values` where they are not among them."""
+        """Tensors that nothing here reads: those of the import, and `values` where they are not
+        among them.
+        """
         if self.whole_source and prefix:
             return unread
         return unread | {
@@ -263,8 +274,10 @@ class _Exporter:
         ]
 
     def _read(self, planned: Sequence["_Planned"]) -> Iterator[tuple["_Planned", dict[str, Any]]]:
-        """Each with its parameters: small ones read several at a time, since every reading has its price; large stacks and
-        tables opened, so that the whole and its pieces are not in memory twice."""
+        """Each with its parameters: small ones read several at a time, since every reading has its
+        price; large stacks and tables opened, so that the whole and its pieces are not in memory
+        twice.
+        """
         waiting: list[_Planned] = []
         for i, plan in enumerate(planned):
             waiting.append(plan)
@@ -299,8 +312,9 @@ class _Exporter:
         write_json(directory / "generation_config.json", self.record.generation or generation)
 
     def _config_json(self, vocabulary: Vocabulary) -> dict[str, Any]:
-        """The source's config.json where there was one, with what is stated here in place of what it stated; and what has no
-        published key."""
+        """The source's config.json where there was one, with what is stated here in place of what
+        it stated; and what has no published key.
+        """
         source, stock = self.record.config, stock_config("ar", self.model)
         defaults = {
             "mm_vision_tower": None,
@@ -345,7 +359,9 @@ class _Exporter:
 
 @dataclasses.dataclass(frozen=True)
 class _Planned:
-    """A group of parameters, and the tensors that they become: full name -> shape and dtype, in the order of the layers."""
+    """A group of parameters, and the tensors that they become: full name -> shape and dtype, in the
+    order of the layers.
+    """
 
     part: str
     group: Group
@@ -366,7 +382,9 @@ class _Planned:
 
 
 def _converted(plan: _Planned, arrays: dict[str, Any]) -> Iterator[tuple[str, int, np.ndarray]]:
-    """(name, first row, rows) of tensors as they are written: whole, or large tables a few rows at a time."""
+    """(name, first row, rows) of tensors as they are written: whole, or large tables a few rows at
+    a time.
+    """
     for layer, (name, shape) in enumerate(plan.shapes.items()):
         if plan.by_rows:
             (table,) = arrays.values()

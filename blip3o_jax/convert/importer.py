@@ -1,8 +1,8 @@
 """PyTorch files -> a checkpoint: tensor by tensor, each straight into the shards that hold it here.
 
-For every parameter this host's shards of it are made empty; its tensors are read one after the other (the next while one is
-laid out), and copied into the shards they belong to. So at no time is more in memory than what stays, one parameter and two
-tensors.
+For every parameter this host's shards of it are made empty; its tensors are read one after the
+other (the next while one is laid out), and copied into the shards they belong to. So at no time is
+more in memory than what stays, one parameter and two tensors.
 """
 
 import concurrent.futures
@@ -38,8 +38,9 @@ Index = tuple[tuple[int, int], ...]  # start and stop along each dimension
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """Bytes of parameters, of those on this host's CPU devices, of the largest tensor; peak resident memory in
-    bytes; seconds of reading and of all."""
+    """Bytes of parameters, of those on this host's CPU devices, of the largest tensor; peak
+    resident memory in bytes; seconds of reading and of all.
+    """
 
     parameters: int
     staying: int
@@ -57,7 +58,9 @@ class Summary:
 def import_weights(
     source: Source, out: pathlib.Path, mesh: MeshConfig | None = None, *, overwrite: bool = False
 ) -> Summary:
-    """Writes the checkpoint directory `out`, complete or not at all. `mesh` as in `blip3o_jax.load`."""
+    """Writes the checkpoint directory `out`, complete or not at all. `mesh` as in
+    `blip3o_jax.load`.
+    """
     began = time.monotonic()
     mesh = mesh or MeshConfig(data=-1, fsdp=1, strategy="dp")
     strategy = Strategy.of(mesh)
@@ -198,7 +201,9 @@ class _Shards:
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An empty array that CPU devices take over as it is: they copy what does not begin at a multiple of 64 bytes."""
+    """An empty array that CPU devices take over as it is: they copy what does not begin at a
+    multiple of 64 bytes.
+    """
     size = math.prod(shape) * dtype.itemsize
     memory = np.empty(size + 64, np.uint8)
     start = -memory.ctypes.data % 64
@@ -208,8 +213,9 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 def _grown(
     arrays: dict[str, jax.Array], targets: Mapping[str, jax.ShapeDtypeStruct], source: Source
 ) -> dict[str, jax.Array]:
-    """The vocabulary tables with the rows of new tokens at the mean of the text tokenizer's own (the published way); rows
-    that stood for no token are among those that are replaced."""
+    """The vocabulary tables with the rows of new tokens at the mean of the text tokenizer's own
+    (the published way); rows that stood for no token are among those that are replaced.
+    """
     ar = source.config.model.ar
     for path, transposed in (("embedding", False), ("lm_head/kernel", True)):
         if path not in arrays:

@@ -1,6 +1,8 @@
-"""A part's table (tables.py) laid over its shapes: every tensor of the PyTorch side with its name, shape and place here.
+"""A part's table (tables.py) laid over its shapes: every tensor of the PyTorch side with its name,
+shape and place here.
 
-Shapes come from the abstract model, so that a table that misses a parameter, or names one twice, is found at once.
+Shapes come from the abstract model, so that a table that misses a parameter, or names one twice, is
+found at once.
 """
 
 import dataclasses
@@ -18,15 +20,18 @@ from blip3o_jax.convert.tables import LAYOUTS, Rule, Shape, rules
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """One rule with its shapes: parameters that are filled together, and the tensors they are filled from."""
+    """One rule with its shapes: parameters that are filled together, and the tensors they are
+    filled from.
+    """
 
     rule: Rule
     shapes: dict[str, Shape]  # of the parameters, by path, the axis of the layers included
     tensors: dict[str, Shape]  # of the tensors, by name, in the order of the layers
 
     def to_jax(self, tensor: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
-        """(path, the piece of that parameter that one tensor holds), a view where it can be. Rows of the vocabulary that are
-        padding here are missing at the end."""
+        """(path, the piece of that parameter that one tensor holds), a view where it can be. Rows
+        of the vocabulary that are padding here are missing at the end.
+        """
         layout = LAYOUTS[self.rule.layout]
         for path, piece in zip(
             self.rule.paths, np.split(tensor, len(self.rule.paths)), strict=True
@@ -77,8 +82,9 @@ def tensor_shapes(part: str, cfg: ModelConfig) -> dict[str, Shape]:
 
 
 def to_jax(part: str, cfg: ModelConfig, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """All tensors of a part (weights, or their gradients) as {path: array}, layers stacked and rows padded with zeros.
-    KeyError for a tensor that is missing."""
+    """All tensors of a part (weights, or their gradients) as {path: array}, layers stacked and rows
+    padded with zeros. KeyError for a tensor that is missing.
+    """
     arrays = {}
     for group in groups(part, cfg):
         for path, shape in group.shapes.items():

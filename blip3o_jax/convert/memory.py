@@ -18,8 +18,9 @@ def resident() -> int:
 
 
 class PeakMemory:
-    """`peak`: the most bytes resident while the block ran, looked at every few milliseconds. (The kernel's own mark covers
-    all of the process's life.)"""
+    """`peak`: the most bytes resident while the block ran, looked at every few milliseconds. (The
+    kernel's own mark covers all of the process's life.)
+    """
 
     def __init__(self, interval: float = 0.005):
         self.peak, self._interval, self._stop = 0, interval, threading.Event()

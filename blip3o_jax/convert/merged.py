@@ -1,4 +1,6 @@
-"""The weights of a checkpoint with low-rank factors (lora.py) as those of the model without: merged as they are read."""
+"""The weights of a checkpoint with low-rank factors (lora.py) as those of the model without: merged
+as they are read.
+"""
 
 import dataclasses
 import pathlib
@@ -15,10 +17,12 @@ from blip3o_jax.train.checkpoint import Stored, Weights
 
 
 class MergedWeights(Weights):
-    """Low-rank factors are not among these; kernels that have them are read as float32 sums, which the reader rounds to what it
-    stores. Everything else, and all of a checkpoint without factors, is as it was written.
+    """Low-rank factors are not among these; kernels that have them are read as float32 sums, which
+    the reader rounds to what it stores. Everything else, and all of a checkpoint without factors,
+    is as it was written.
 
-    UserError where what is stored is not what `model` has, so that no layer is left out."""
+    UserError where what is stored is not what `model` has, so that no layer is left out.
+    """
 
     def __init__(self, root: pathlib.Path, step: int, model: ModelConfig, *, ema: bool = False):
         super().__init__(root, step, ema=ema)

@@ -1,4 +1,5 @@
-"""What an import leaves in a checkpoint beside the weights, so that an export writes the very files it was given.
+"""What an import leaves in a checkpoint beside the weights, so that an export writes the very files
+it was given.
 
 conversion.json       spellings, dtypes and the config.json of the source
 unread.safetensors    tensors that nothing here reads
@@ -19,7 +20,9 @@ UNREAD = "unread"
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """What an export needs to know to write the very files that were imported; conversion.json in a checkpoint."""
+    """What an export needs to know to write the very files that were imported; conversion.json in a
+    checkpoint.
+    """
 
     tied_head: bool = False  # lm_head.weight was stored although it is the embeddings
     flat_decoder: bool = False  # decoder.x instead of decoder.vision_model.x

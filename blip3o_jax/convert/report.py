@@ -8,14 +8,17 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-# Of outputs, in float32 on both sides: rounding makes some 1e-6 of it, in another order of the sums.
+# Of outputs, in float32 on both sides: rounding makes some 1e-6 of it, in another order of the
+# sums.
 TOLERANCE = 1e-5
 LISTED = 10  # tensors that differ, for each part
 
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """A tensor by its full name in PyTorch's files; `error` is its greatest difference over its greatest absolute value."""
+    """A tensor by its full name in PyTorch's files; `error` is its greatest difference over its
+    greatest absolute value.
+    """
 
     tensor: str
     error: float
@@ -23,9 +26,11 @@ class Difference:
 
 @dataclasses.dataclass(frozen=True)
 class Output:
-    """`error`: norm of the difference over the norm of PyTorch's values, and for indices None. `agreement`: share of equal
-    indices, None for all else. `first_layer`: the first to differ by more than the tolerance, by its full name in PyTorch's
-    model; "" where no stacked layer does, or nothing differs."""
+    """`error`: norm of the difference over the norm of PyTorch's values, and for indices None.
+    `agreement`: share of equal indices, None for all else. `first_layer`: the first to differ by
+    more than the tolerance, by its full name in PyTorch's model; "" where no stacked layer does, or
+    nothing differs.
+    """
 
     name: str
     error: float | None
@@ -89,7 +94,9 @@ def relative_error(got: np.ndarray, want: np.ndarray) -> float:
 
 
 def print_report(report: Report) -> None:
-    """One table for each part, then everything that differs by its full name, then the verdict, on standard output."""
+    """One table for each part, then everything that differs by its full name, then the verdict, on
+    standard output.
+    """
     console = Console()
     for part in report.parts:
         table = Table(title=part.part, title_justify="left")

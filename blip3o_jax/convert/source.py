@@ -1,8 +1,10 @@
-"""What a PyTorch model on disk holds, told from its own files: a configuration, and for each part its tensors.
+"""What a PyTorch model on disk holds, told from its own files: a configuration, and for each part
+its tensors.
 
-It may be a BLIP3o-NEXT directory, a Qwen3 directory, a SANA directory (transformer/, vae/, scheduler/) and a TA-Tok file, in
-any combination that makes a whole model. Sizes and options come from config.json files; what those do not carry is the
-published model's. Of weights nothing but headers is read here, and a tied head that is stored all the same.
+It may be a BLIP3o-NEXT directory, a Qwen3 directory, a SANA directory (transformer/, vae/,
+scheduler/) and a TA-Tok file, in any combination that makes a whole model. Sizes and options come
+from config.json files; what those do not carry is the published model's. Of weights nothing but
+headers is read here, and a tied head that is stored all the same.
 
 Names as the published files have them, where they have several:
 
@@ -50,8 +52,10 @@ UNREAD = {
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """`tensors`: part -> name in the table -> tensor, complete and of the right shapes. `unread`: full name -> tensor.
-    `initialise`: what of INITIALISABLE is to be made here. `places`: in the order in which they are read, a later one wins."""
+    """`tensors`: part -> name in the table -> tensor, complete and of the right shapes. `unread`:
+    full name -> tensor. `initialise`: what of INITIALISABLE is to be made here. `places`: in the
+    order in which they are read, a later one wins.
+    """
 
     config: Config
     tokenizer: TextTokenizer
@@ -76,10 +80,10 @@ def open_source(
 ) -> Source:
     """Reads headers and configurations, and judges whether they make one whole model.
 
-    `variant`: the weights to take where a directory has several ("bf16", "fp16", "non_ema"); "" is the
-    default one. `dtype` is the one parameters are to have here; "" keeps that of the files (the widest of
-    a part, where a part has several, which holds the others exactly). UserError, one line that names file
-    and tensor, for whatever does not fit.
+    `variant`: the weights to take where a directory has several ("bf16", "fp16", "non_ema"); "" is
+    the default one. `dtype` is the one parameters are to have here; "" keeps that of the files (the
+    widest of a part, where a part has several, which holds the others exactly). UserError, one line
+    that names file and tensor, for whatever does not fit.
     """
     initialise = tuple(initialise)
     for name in initialise:
@@ -189,7 +193,9 @@ def _model_config(files: Files, initialise: tuple[str, ...]) -> ModelConfig:
 def _with_vocabulary(
     model: ModelConfig, vocabulary: Vocabulary, files: Files, initialise: tuple[str, ...]
 ) -> ModelConfig:
-    """The model with as many rows as its tables are to have here, checked against the ids that config.json states."""
+    """The model with as many rows as its tables are to have here, checked against the ids that
+    config.json states.
+    """
     stated = {
         "image_start_tag_id": vocabulary.image_start,
         "image_end_tag_id": vocabulary.image_end,
@@ -260,7 +266,9 @@ def _sort_out(
 
 
 def _check_scale(key: str, tensor: Tensor) -> None:
-    """Pixels come in [-1, 1] here, so a scaling of the tokenizer's own must be to that: of [0, 1], or none."""
+    """Pixels come in [-1, 1] here, so a scaling of the tokenizer's own must be to that: of [0, 1],
+    or none.
+    """
     allowed = {"scale_layer.shift": (0.0, 0.5), "scale_layer.scale": (1.0, 0.5)}.get(key)
     if allowed and not any(np.all(tensor.read() == value) for value in allowed):
         raise UserError(
@@ -347,7 +355,9 @@ def _sizes(part: str, files: Files) -> str:
 def _with_dtypes(
     model: ModelConfig, parts: dict[str, dict[str, Tensor]], dtype: str
 ) -> tuple[ModelConfig, tuple[tuple[str, str], ...]]:
-    """The model with each part's parameter dtype, and what tensors are narrower than that in the files."""
+    """The model with each part's parameter dtype, and what tensors are narrower than that in the
+    files.
+    """
     wide = next(
         (t for given in parts.values() for t in given.values() if t.dtype == np.float64), None
     )

@@ -1,8 +1,10 @@
-"""config.json of the stock classes, both ways: written for an export, read and checked for an import. Needs no torch.
+"""config.json of the stock classes, both ways: written for an export, read and checked for an
+import. Needs no torch.
 
-Every field of a stock class is decided in one of three tables: `fields` are taken over, `fixed` must have one of the listed
-values (the first is the class's default), since this package has no other form of the model, and `ignored` changes nothing.
-Keys in none of them are for the files' other readers (`dtype`, `transformers_version`, the ids of image tokens) and pass.
+Every field of a stock class is decided in one of three tables: `fields` are taken over, `fixed`
+must have one of the listed values (the first is the class's default), since this package has no
+other form of the model, and `ignored` changes nothing. Keys in none of them are for the files'
+other readers (`dtype`, `transformers_version`, the ids of image tokens) and pass.
 """
 
 import dataclasses
@@ -131,8 +133,9 @@ DC_AE = Layout(
     },
     ignored=frozenset(),
 )
-# Published next to SANA is the config of `DPMSolverMultistepScheduler`; the reference reads it with the flow-matching class,
-# which does not know its `flow_shift`. So `_class_name` is not looked at, and `prediction_type` (DPM's) only has to agree.
+# Published next to SANA is the config of `DPMSolverMultistepScheduler`; the reference reads it with
+# the flow-matching class, which does not know its `flow_shift`. So `_class_name` is not looked at,
+# and `prediction_type` (DPM's) only has to agree.
 SCHEDULER = Layout(
     FlowConfig,
     fields={"num_train_timesteps": 1000, "shift": 1.0},
@@ -154,10 +157,11 @@ SCHEDULER = Layout(
 
 
 def stock_config(name: str, cfg: ModelConfig) -> dict[str, Any]:
-    """The fields of config.json (JSON values) for `name` "ar", "dit", "vae" or "scheduler": what the stock class is built from.
+    """The fields of config.json (JSON values) for `name` "ar", "dit", "vae" or "scheduler": what
+    the stock class is built from.
 
-    The AR's holds the rotary base in both forms, of transformers 4 and 5. dtype and the ids of special tokens are the
-    exporter's to add.
+    The AR's holds the rotary base in both forms, of transformers 4 and 5. dtype and the ids of
+    special tokens are the exporter's to add.
     """
     if name == "ar":
         return {
@@ -192,8 +196,9 @@ def stock_config(name: str, cfg: ModelConfig) -> dict[str, Any]:
 
 
 def read_qwen3(values: dict[str, Any], where: str) -> Qwen3Config:
-    """config.json of `transformers.Qwen3Config`, or of the reference's classes derived from it. `where` is the file, for
-    errors; as in all readers here, what cannot be used raises UserError."""
+    """config.json of `transformers.Qwen3Config`, or of the reference's classes derived from it.
+    `where` is the file, for errors; as in all readers here, what cannot be used raises UserError.
+    """
     _check_object(values, where)
     kinds = values.get("layer_types")
     if kinds is not None and (
@@ -216,7 +221,9 @@ def read_sana(values: dict[str, Any], where: str) -> SanaConfig:
 
 
 def read_dc_ae(values: dict[str, Any], where: str) -> DcAeConfig:
-    """config.json of `diffusers.AutoencoderDC`. What it takes as one value or one a stage is put into the form used here."""
+    """config.json of `diffusers.AutoencoderDC`. What it takes as one value or one a stage is put
+    into the form used here.
+    """
     _check_object(values, where)
     computed: dict[str, Any] = {}
     for side in ("encoder", "decoder"):
@@ -235,7 +242,9 @@ def read_dc_ae(values: dict[str, Any], where: str) -> DcAeConfig:
 
 
 def read_scheduler(values: dict[str, Any], where: str) -> FlowConfig:
-    """scheduler_config.json, as `diffusers.FlowMatchEulerDiscreteScheduler` reads it whichever class wrote it."""
+    """scheduler_config.json, as `diffusers.FlowMatchEulerDiscreteScheduler` reads it whichever
+    class wrote it.
+    """
     _check_object(values, where)
     return _read(SCHEDULER, values, where, {})
 
@@ -245,7 +254,9 @@ def _taken(layout: Layout, part: Any) -> dict[str, Any]:
 
 
 def _rope_theta(values: dict[str, Any], where: str) -> Any:
-    """The rotary base: in `rope_parameters` (transformers 5), or at the top level beside an optional `rope_scaling`."""
+    """The rotary base: in `rope_parameters` (transformers 5), or at the top level beside an
+    optional `rope_scaling`.
+    """
     inner: dict[str, Any] = {}
     for key in ("rope_scaling", "rope_parameters"):
         if values.get(key) is None:
@@ -300,7 +311,9 @@ def _check_object(values: Any, where: str) -> None:
 
 
 def _check_numbers(where: str, key: str, value: Any) -> None:
-    """Sizes, ratios and constants are positive; a stage may have no layers, and weights may be drawn with deviation 0."""
+    """Sizes, ratios and constants are positive; a stage may have no layers, and weights may be
+    drawn with deviation 0.
+    """
     if isinstance(value, list | tuple):
         for item in value:
             _check_numbers(where, key, item)

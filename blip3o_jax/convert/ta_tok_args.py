@@ -1,6 +1,8 @@
-"""Sizes and options of the vision tokenizer: the published ones, the args of a TA-Tok file, and a file of the user's.
+"""Sizes and options of the vision tokenizer: the published ones, the args of a TA-Tok file, and a
+file of the user's.
 
-The args are those of the published class: {"bottleneck": {"name", "args": {..., "regularizer": {"name", "args"}}}, ...}.
+The args are those of the published class: {"bottleneck": {"name", "args": {..., "regularizer":
+{"name", "args"}}}, ...}.
 """
 
 import pathlib
@@ -63,7 +65,9 @@ _IGNORED = {
 def read_ta_tok(
     base: TaTokConfig, args: Mapping[str, Any], override: pathlib.Path | None
 ) -> TaTokConfig:
-    """`args` over `base`, and the JSON file `override` (--ta_tok_config) over both. UserError for what is not known here."""
+    """`args` over `base`, and the JSON file `override` (--ta_tok_config) over both. UserError for
+    what is not known here.
+    """
     flat = _flat(args)
     for path, value in flat.items():
         if path in _FIXED and value not in _FIXED[path]:

@@ -1,8 +1,9 @@
 """Which PyTorch tensor is which parameter here: one table for each part, read in both directions.
 
-A rule pairs the name of a tensor in the stock class (without the prefix it has in a BLIP3o-NEXT directory) with the path of a
-parameter in the part of that name. In a name, `{i}` is the number of a layer whose parameters are stacked here. A path may be
-several: the tensor then holds these parameters one after the other along its first dimension.
+A rule pairs the name of a tensor in the stock class (without the prefix it has in a BLIP3o-NEXT
+directory) with the path of a parameter in the part of that name. In a name, `{i}` is the number of
+a layer whose parameters are stacked here. A path may be several: the tensor then holds these
+parameters one after the other along its first dimension.
 """
 
 import dataclasses
@@ -57,8 +58,10 @@ LAYOUTS = {
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """`torch`: name pattern; `paths`: of the parameters; `first`: what `{i}` is for layer 0 here; `vocabulary`: the first
-    dimension of the tensor counts the vocabulary, whose rows are padded here and not there."""
+    """`torch`: name pattern; `paths`: of the parameters; `first`: what `{i}` is for layer 0 here;
+    `vocabulary`: the first dimension of the tensor counts the vocabulary, whose rows are padded
+    here and not there.
+    """
 
     torch: str
     paths: tuple[str, ...]
@@ -72,8 +75,9 @@ class Rule:
 
     @property
     def by_rows(self) -> bool:
-        """Whether rows of the tensor are rows of one parameter, or columns (`transposed`), so that it can be converted a few at
-        a time."""
+        """Whether rows of the tensor are rows of one parameter, or columns (`transposed`), so that
+        it can be converted a few at a time.
+        """
         return self.layout in ("same", "linear") and len(self.paths) == 1 and not self.stacked
 
     @property
@@ -85,7 +89,8 @@ class Rule:
         return self.torch.replace("{i}", str(layer + self.first))
 
 
-# Parts in the order of the image's way, and what comes before their names in a BLIP3o-NEXT directory.
+# Parts in the order of the image's way, and what comes before their names in a BLIP3o-NEXT
+# directory.
 PREFIXES = {
     "tokenizer": "model.vision_tower.vision_tower.",
     "ar": "",
@@ -263,8 +268,9 @@ def _efficient_vit_block(scales: int) -> list[Rule]:
 
 
 def _dc_ae(cfg: ModelConfig) -> list[Rule]:
-    """`diffusers.AutoencoderDC`. Its stages are lists of blocks with the change of resolution behind them in the encoder and
-    before them in the decoder."""
+    """`diffusers.AutoencoderDC`. Its stages are lists of blocks with the change of resolution
+    behind them in the encoder and before them in the decoder.
+    """
     vae = cfg.vae
     # An outermost stage without blocks makes the convolution a whole down or up block.
     inner = {

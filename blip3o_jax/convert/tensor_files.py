@@ -1,8 +1,9 @@
 """Files of named tensors, read and written one tensor at a time.
 
-safetensors (https://huggingface.co/docs/safetensors): 8 bytes, the length of a JSON header; the header, which gives each
-tensor's dtype, shape and place; the tensors. Read and written by offset here, and not through the library of that name, which
-maps or holds whole files: with pread and pwrite no more than one tensor is in memory. PyTorch's own files are read through
+safetensors (https://huggingface.co/docs/safetensors): 8 bytes, the length of a JSON header; the
+header, which gives each tensor's dtype, shape and place; the tensors. Read and written by offset
+here, and not through the library of that name, which maps or holds whole files: with pread and
+pwrite no more than one tensor is in memory. PyTorch's own files are read through
 `torch.load(weights_only=True)`. Which files a directory's weights are is told by weight_files.py.
 """
 
@@ -56,8 +57,9 @@ class Tensor:
 
 
 def read_file(path: pathlib.Path) -> dict[str, Tensor]:
-    """Return {name: tensor} of one file, of which headers alone are read. UserError, naming file and tensor, for a file that is
-    damaged, or stands for one that was not fetched."""
+    """Return {name: tensor} of one file, of which headers alone are read. UserError, naming file
+    and tensor, for a file that is damaged, or stands for one that was not fetched.
+    """
     check_fetched(path)
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
@@ -68,7 +70,9 @@ def read_file(path: pathlib.Path) -> dict[str, Tensor]:
 
 
 def check_fetched(path: pathlib.Path) -> None:
-    """Refuse a file that only names the contents it stands for, as a clone without Git LFS or git-annex has it."""
+    """Refuse a file that only names the contents it stands for, as a clone without Git LFS or
+    git-annex has it.
+    """
     if path.is_symlink() and not path.exists():
         raise UserError(
             f"{path} is a link to {os.readlink(path)}, which is not there: fetch what it links to (git annex get, for a clone "
@@ -104,10 +108,11 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
 
 
 def load_torch(path: pathlib.Path) -> Any:
-    """The contents of a PyTorch file: plain containers and tensors, nothing that runs code. Memory-mapped, the oldest form of
-    such files aside.
+    """The contents of a PyTorch file: plain containers and tensors, nothing that runs code.
+    Memory-mapped, the oldest form of such files aside.
 
-    The `easydict.EasyDict` that the published TA-Tok file keeps its args in comes as an OrderedDict, without that library.
+    The `easydict.EasyDict` that the published TA-Tok file keeps its args in comes as an
+    OrderedDict, without that library.
     """
     try:
         import torch
@@ -242,7 +247,9 @@ def _reader(
 
 
 def cast(name: str, values: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Rounded to nearest where `dtype` is narrower. UserError for a number that is too large for it."""
+    """Rounded to nearest where `dtype` is narrower. UserError for a number that is too large for
+    it.
+    """
     if values.dtype == dtype:
         return values
     with np.errstate(over="ignore"):
@@ -258,9 +265,11 @@ def cast(name: str, values: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 
 class ShardedWriter:
-    """Writes tensors, in any order, into safetensors files under `directory`: STEM.safetensors, or with more than
-    `max_shard_bytes` STEM-00001-of-0000N.safetensors and STEM.safetensors.index.json. All files have their full size from the
-    start, so that a disk too small is found before anything is computed."""
+    """Writes tensors, in any order, into safetensors files under `directory`: STEM.safetensors, or
+    with more than `max_shard_bytes` STEM-00001-of-0000N.safetensors and
+    STEM.safetensors.index.json. All files have their full size from the start, so that a disk too
+    small is found before anything is computed.
+    """
 
     def __init__(
         self,
@@ -329,7 +338,9 @@ class ShardedWriter:
         self._missing.discard(key)
 
     def write_rows(self, key: str, rows: np.ndarray, first: int) -> None:
-        """Of a tensor those from number `first` on. They come in order: the last completes the tensor."""
+        """Of a tensor those from number `first` on. They come in order: the last completes the
+        tensor.
+        """
         handle, offset, shape, dtype = self._places[key]
         end = first + len(rows)
         if rows.shape[1:] != shape[1:] or rows.dtype != dtype or end > shape[0]:

@@ -1,17 +1,18 @@
-"""The text tokenizer's files of an exported directory: those this package reads back, and what Hugging Face's
-`AutoTokenizer` loads beside it.
+"""The text tokenizer's files of an exported directory: those this package reads back, and what
+Hugging Face's `AutoTokenizer` loads beside it.
 
 tokenizer.json             byte-level BPE: what is read back. SentencePiece: rebuilt from the model, where that is exact
 tokenizer.model            SentencePiece: what is read back
 tokenizer_config.json, special_tokens_map.json      the class, the end and pad tokens; only beside a tokenizer.json
 
-Ids from Hugging Face are those of this package with one difference: it reads special tokens, `<|im_end|>` for one, out of any
-text, and `TextTokenizer.encode` never does.
+Ids from Hugging Face are those of this package with one difference: it reads special tokens,
+`<|im_end|>` for one, out of any text, and `TextTokenizer.encode` never does.
 
-Rebuilding a SentencePiece model of type bpe: SentencePiece joins the two neighbours whose union is the piece of the highest
-score, so the list of merges is every cut of every piece into two pieces, ordered by the piece's score. Cuts of one piece share
-its score, and there SentencePiece takes the leftmost in the text while a list must have an order, so the result is compared
-with the original, and not written where it differs.
+Rebuilding a SentencePiece model of type bpe: SentencePiece joins the two neighbours whose union is
+the piece of the highest score, so the list of merges is every cut of every piece into two pieces,
+ordered by the piece's score. Cuts of one piece share its score, and there SentencePiece takes the
+leftmost in the text while a list must have an order, so the result is compared with the original,
+and not written where it differs.
 """
 
 import json
@@ -44,9 +45,10 @@ def write_text_files(
 ) -> list[str]:
     """Write the files into `directory` and return notes, a line each, for whoever exports.
 
-    image_tokens: tokenizer.json also gets `<im_start>`, `<im_end>`, `<S0>` .., `<I0>` .. at the ids of `vocabulary` (those in
-    the tokenizer's own file stay in either case). template: with it and the image tokens, tokenizer_config.json gets a chat
-    template which makes of a user's message, the caption, what `text_to_image_prompt` makes of it at pool scale 1.
+    image_tokens: tokenizer.json also gets `<im_start>`, `<im_end>`, `<S0>` .., `<I0>` .. at the ids
+    of `vocabulary` (those in the tokenizer's own file stay in either case). template: with it and
+    the image tokens, tokenizer_config.json gets a chat template which makes of a user's message,
+    the caption, what `text_to_image_prompt` makes of it at pool scale 1.
     """
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer = vocabulary.tokenizer
@@ -90,7 +92,8 @@ def _write_config(
         if token["special"] and token["content"] not in ends.values()
     ]
     special = ends | {"additional_special_tokens": others}
-    # Not Qwen2TokenizerFast: that builds its own normaliser and splitting into words, this takes the file's.
+    # Not Qwen2TokenizerFast: that builds its own normaliser and splitting into words, this takes
+    # the file's.
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
@@ -177,7 +180,8 @@ def _beyond_bpe(model: Any) -> list[str]:
     if normalizer.remove_extra_whitespaces:
         problems.append("it removes blanks (remove_extra_whitespaces)")
     if normalizer.add_dummy_prefix:
-        # The ids could be had; not the text, from which SentencePiece takes the blank off after every special token.
+        # The ids could be had; not the text, from which SentencePiece takes the blank off after
+        # every special token.
         problems.append("it adds a blank before a text (add_dummy_prefix)")
     if not normalizer.escape_whitespaces:
         problems.append("it keeps blanks as they are (escape_whitespaces)")
@@ -220,7 +224,9 @@ def _differences(tokenizer: TextTokenizer, contents: dict[str, Any]) -> list[str
 
 
 def _test_texts(pieces: list[str]) -> list[str]:
-    """A few hundred texts, the same each time: characters and words in random order, and random `pieces` after another."""
+    """A few hundred texts, the same each time: characters and words in random order, and random
+    `pieces` after another.
+    """
     draw = random.Random(0)
     template = TemplateConfig()
     words = [
@@ -253,7 +259,9 @@ def _test_texts(pieces: list[str]) -> list[str]:
 
 
 def _chat_template(template: TemplateConfig) -> str:
-    """As a Jinja template over messages of a role and a text. A first message of role "system" replaces the template's own."""
+    """As a Jinja template over messages of a role and a text. A first message of role "system"
+    replaces the template's own.
+    """
 
     def quoted(text: str) -> str:
         return json.dumps(text, ensure_ascii=False)

@@ -1,9 +1,11 @@
-"""The same model from the stock PyTorch classes: what `convert verify`, `bench peer` and the parity tests compare with.
+"""The same model from the stock PyTorch classes: what `convert verify`, `bench peer` and the parity
+tests compare with.
 
-Needs the extra [convert]. Keys of the parts' state dicts are the published ones without their outer prefix. Images and latents
-are [B, C, H, W], as those classes have them.
+Needs the extra [convert]. Keys of the parts' state dicts are the published ones without their outer
+prefix. Images and latents are [B, C, H, W], as those classes have them.
 
-Legend: B batch, L row length, N image tokens, T condition tokens (N + 1), D width, C channels, K codes, V vocabulary.
+Legend: B batch, L row length, N image tokens, T condition tokens (N + 1), D width, C channels, K
+codes, V vocabulary.
 """
 
 import dataclasses
@@ -41,9 +43,11 @@ class Quantised(NamedTuple):
 
 
 class TaTok(torch.nn.Module):
-    """The vision tokenizer: stock SigLIP and Siglip2 around a bottleneck (`image_tokens.ta_tok`, which has the equations).
+    """The vision tokenizer: stock SigLIP and Siglip2 around a bottleneck (`image_tokens.ta_tok`,
+    which has the equations).
 
-    The codebook works in float32 whatever the weights' dtype, since neighbouring codes differ by less than bfloat16 resolves.
+    The codebook works in float32 whatever the weights' dtype, since neighbouring codes differ by
+    less than bfloat16 resolves.
     """
 
     def __init__(self, cfg: TaTokConfig):
@@ -74,8 +78,9 @@ class TaTok(torch.nn.Module):
         return self.encode_task_layer[0].weight.dtype
 
     def features(self, x_BCHW: torch.Tensor, scale: int | None = None) -> torch.Tensor:
-        """Images [B, 3, H, W] in [-1, 1] to pooled SigLIP2 features [B, N, D], float32, without gradient. Later layers
-        than the selected one are not run."""
+        """Images [B, 3, H, W] in [-1, 1] to pooled SigLIP2 features [B, N, D], float32, without
+        gradient. Later layers than the selected one are not run.
+        """
         depth = self.cfg.encoder.num_hidden_layers + 1 + self.cfg.select_layer
         x_BND = self.encoder.embeddings(x_BCHW.to(self.dtype))
         for layer in self.encoder.encoder.layers[:depth]:
@@ -89,7 +94,9 @@ class TaTok(torch.nn.Module):
         return self._scores(self._to_codes(self.features(x_BCHW, scale)), self.table()).argmax(-1)
 
     def quantise(self, features_BND: torch.Tensor) -> Quantised:
-        """Pooled features to codes with straight-through gradients, indices and the codebook's training terms."""
+        """Pooled features to codes with straight-through gradients, indices and the codebook's
+        training terms.
+        """
         z_BND, table_KD = self._to_codes(features_BND), self.table()
         scores_BNK = self._scores(z_BND, table_KD)
         ids_BN = scores_BNK.argmax(-1)
@@ -167,7 +174,9 @@ class Connector(torch.nn.Sequential):
 
 
 def sinusoids(length: int, dim: int) -> torch.Tensor:
-    """Sines, then cosines of the positions 0 .. length - 1, [length, dim], float32; a last odd column is 0."""
+    """Sines, then cosines of the positions 0 .. length - 1, [length, dim], float32; a last odd
+    column is 0.
+    """
     half = dim // 2
     angles = np.outer(np.arange(length), 10000.0 ** (-np.arange(half) / half))
     table = np.concatenate([np.sin(angles), np.cos(angles), np.zeros((length, dim % 2))], axis=1)
@@ -202,10 +211,12 @@ def part(
     device: torch.device | str | None = None,
     attn_implementation: str = "sdpa",
 ) -> torch.nn.Module:
-    """One part with the sizes of `cfg`, freshly initialised, in float32 and eval mode, on `device` (the CPU by default).
+    """One part with the sizes of `cfg`, freshly initialised, in float32 and eval mode, on `device`
+    (the CPU by default).
 
-    `name` is one of `PARTS`, or "latent_connector" or "feature_connector" (those of editing). The AR has `cfg.ar.vocab_size`
-    rows, without padding; `attn_implementation` ("sdpa" or "eager") is its own alone.
+    `name` is one of `PARTS`, or "latent_connector" or "feature_connector" (those of editing). The
+    AR has `cfg.ar.vocab_size` rows, without padding; `attn_implementation` ("sdpa" or "eager") is
+    its own alone.
     """
     c, d, caption = cfg.connector, cfg.ar.hidden_size, cfg.dit.caption_channels
     plain = dataclasses.replace(c, positions=False)
@@ -238,7 +249,9 @@ def scheduler(cfg: FlowConfig) -> diffusers.FlowMatchEulerDiscreteScheduler:
 
 
 class Blip3o(torch.nn.Module):
-    """The parts together, as `blip3o.Blip3o` has them. `parts` is {name of `PARTS`: module}; a method needs those it uses."""
+    """The parts together, as `blip3o.Blip3o` has them. `parts` is {name of `PARTS`: module}; a
+    method needs those it uses.
+    """
 
     def __init__(self, cfg: ModelConfig, parts: Mapping[str, torch.nn.Module]):
         super().__init__()
@@ -273,8 +286,10 @@ class Blip3o(torch.nn.Module):
         positions_BL: torch.Tensor | None = None,
         segment_ids_BL: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Hidden states [B, L, D] after the final norm. Tokens see earlier ones of their own segment; 0 is padding. Rows of one
-        example padded on the right need neither positions nor segments: nothing before the padding sees it."""
+        """Hidden states [B, L, D] after the final norm. Tokens see earlier ones of their own
+        segment; 0 is padding. Rows of one example padded on the right need neither positions nor
+        segments: nothing before the padding sees it.
+        """
         mask = None if segment_ids_BL is None else attention_mask(segment_ids_BL, self.ar.dtype)
         out = self.ar.model(
             input_ids=tokens_BL, attention_mask=mask, position_ids=positions_BL, use_cache=False
@@ -311,17 +326,20 @@ class Blip3o(torch.nn.Module):
         positions_BL: torch.Tensor | None = None,
         segment_ids_BL: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(cross entropy, flow loss) of `blip3o.joint_loss` with condition_span "exact", on the batch of `data.sequence`.
+        """(cross entropy, flow loss) of `blip3o.joint_loss` with condition_span "exact", on the
+        batch of `data.sequence`.
 
-        `span_B` is the index of each row's scale token, `image_first` the id of code 0; `codes` and `latents` make the targets
-        from images. Noise and sigma hold B rows, or a multiple for several draws an example, those of one example in a row.
+        `span_B` is the index of each row's scale token, `image_first` the id of code 0; `codes` and
+        `latents` make the targets from images. Noise and sigma hold B rows, or a multiple for
+        several draws an example, those of one example in a row.
         """
         index_BT = span_B.long()[:, None] + torch.arange(
             codes_BN.shape[1] + 1, device=span_B.device
         )
         tokens_BL = tokens_BL.long().scatter(1, index_BT[:, 1:], codes_BN.long() + image_first)
         hidden_BLD = self.hidden(tokens_BL, positions_BL, segment_ids_BL)
-        # Logits of labelled tokens only: those of all would not change the mean, and do not fit at the published vocabulary.
+        # Logits of labelled tokens only: those of all would not change the mean, and do not fit at
+        # the published vocabulary.
         labelled = loss_mask_BL[:, 1:].bool()
         logits_XV = self.ar.lm_head(hidden_BLD[:, :-1][labelled]).float()
         cross_entropy = F.cross_entropy(logits_XV, tokens_BL[:, 1:][labelled])
@@ -349,11 +367,12 @@ class Blip3o(torch.nn.Module):
         image_first: int,
         settings: SamplingConfig,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Prompts padded on the right -> (ids of the image tokens [B, N], hidden states of the scale token and of them
-        [B, N + 1, D]).
+        """Prompts padded on the right -> (ids of the image tokens [B, N], hidden states of the
+        scale token and of them [B, N + 1, D]).
 
-        As the reference does it: `generate` on prompts padded on the left, here restricted to image ids, then a second pass
-        over everything for the hidden states, here with its attention mask. Draws from torch's global generator.
+        As the reference does it: `generate` on prompts padded on the left, here restricted to image
+        ids, then a second pass over everything for the hidden states, here with its attention mask.
+        Draws from torch's global generator.
         """
         count, image_ids = (
             self.cfg.tokenizer.num_tokens,
@@ -392,8 +411,9 @@ class Blip3o(torch.nn.Module):
         steps: int,
         guidance: float,
     ) -> torch.Tensor:
-        """Scaled latents [B, C, H, W], float32: Euler steps of the stock scheduler, guidance over the batch [null, condition]
-        (1 leaves the null half out)."""
+        """Scaled latents [B, C, H, W], float32: Euler steps of the stock scheduler, guidance over
+        the batch [null, condition] (1 leaves the null half out).
+        """
         euler = scheduler(self.cfg.flow)
         euler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps), device=noise_BCHW.device)
         guided = guidance != 1.0
@@ -418,8 +438,9 @@ class Blip3o(torch.nn.Module):
         settings: SamplingConfig | None = None,
         seed: int = 0,
     ) -> torch.Tensor:
-        """Prompts up to and with the scale token, padded on the right -> images [B, 3, H, W] in [0, 1], float32. Seeds torch's
-        global generator."""
+        """Prompts up to and with the scale token, padded on the right -> images [B, 3, H, W] in [0,
+        1], float32. Seeds torch's global generator.
+        """
         settings = settings or SamplingConfig()
         torch.manual_seed(seed)
         _, hidden_BTD = self.generate_image_tokens(
@@ -457,7 +478,9 @@ class OnlyImageIds(transformers.LogitsProcessor):
 def left_padded(
     tokens_BL: torch.Tensor, lengths_B: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows padded on the right -> rows padded on the left, as long as the longest, and their mask (1: a token)."""
+    """Rows padded on the right -> rows padded on the left, as long as the longest, and their mask
+    (1: a token).
+    """
     longest = int(lengths_B.max())
     index_BL = (
         torch.arange(longest, device=tokens_BL.device) - (longest - lengths_B.long())[:, None]
@@ -467,7 +490,9 @@ def left_padded(
 
 
 def attention_mask(segment_ids_BL: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """What stock Qwen3 takes: the padding mask [B, L] for one segment a row, an additive mask [B, 1, L, L] for several."""
+    """What stock Qwen3 takes: the padding mask [B, L] for one segment a row, an additive mask [B,
+    1, L, L] for several.
+    """
     if segment_ids_BL.max() <= 1:
         return segment_ids_BL
     length = segment_ids_BL.shape[1]

@@ -1,5 +1,7 @@
-"""Transposed copies at the speed of memory. NumPy walks a transposed matrix element by element, a tenth as fast as OpenCV's
-blocks; it also copies bfloat16 one item at a time, so bits travel as integers."""
+"""Transposed copies at the speed of memory. NumPy walks a transposed matrix element by element, a
+tenth as fast as OpenCV's blocks; it also copies bfloat16 one item at a time, so bits travel as
+integers.
+"""
 
 import cv2
 import numpy as np
@@ -20,7 +22,8 @@ def copy(target: np.ndarray, values: np.ndarray) -> None:
     ):
         cv2.transpose(values.T, dst=target)
     elif values.ndim == 4 and values.transpose(3, 2, 0, 1).flags.c_contiguous:
-        # A convolution's kernel, outputs first there and last here: as a matrix, then without touching the last axis.
+        # A convolution's kernel, outputs first there and last here: as a matrix, then without
+        # touching the last axis.
         *window, c_in, c_out = values.shape
         rows = cv2.transpose(values.transpose(3, 2, 0, 1).reshape(c_out, -1)).reshape(
             c_in, *window, c_out

@@ -1,12 +1,15 @@
-"""A checkpoint against the PyTorch files it was made from, or that were made from it: every weight, then what the two compute.
+"""A checkpoint against the PyTorch files it was made from, or that were made from it: every weight,
+then what the two compute.
 
 PyTorch's side is the stock classes, filled by PyTorch's own loaders under the files' own names
-(torch_files.py): a fault in how this package reads files shows in the weights. Weights of the checkpoint
-are read group by group (mapping.py) and compared bit by bit. Outputs are compared too (compare.py): a fault
-in the tables shows there, even where it is the same in both directions and all weights agree.
+(torch_files.py): a fault in how this package reads files shows in the weights. Weights of the
+checkpoint are read group by group (mapping.py) and compared bit by bit. Outputs are compared too
+(compare.py): a fault in the tables shows there, even where it is the same in both directions and
+all weights agree.
 
-A checkpoint with low-rank factors is compared with the files that an export merges them into: by what the merge comes to in the
-files' dtype, and by the outputs of the network that keeps them apart.
+A checkpoint with low-rank factors is compared with the files that an export merges them into: by
+what the merge comes to in the files' dtype, and by the outputs of the network that keeps them
+apart.
 """
 
 import dataclasses
@@ -45,12 +48,12 @@ def verify(
     seed: int = 0,
     variant: str = "",
 ) -> Report:
-    """Compares the parts that are named (all by default), one at a time, and with AR, connector and DiT among them the joint
-    losses too.
+    """Compares the parts that are named (all by default), one at a time, and with AR, connector and
+    DiT among them the joint losses too.
 
-    `diffusion`, `ta_tok`, `ta_tok_config`, `initialise` and `variant` as the import was given them: what was
-    initialised there is not in the files and is left out. UserError where the two sides do not have the same
-    tensors, or PyTorch is not installed.
+    `diffusion`, `ta_tok`, `ta_tok_config`, `initialise` and `variant` as the import was given them:
+    what was initialised there is not in the files and is left out. UserError where the two sides do
+    not have the same tensors, or PyTorch is not installed.
     """
     config_lib.check(seed >= 0, f"--seed={seed} must be 0 or more")
     compare, torch_files = _comparison()
@@ -153,8 +156,9 @@ def _compare_weights(
     module: Any,
     progress: Progress,
 ) -> tuple[Difference, ...]:
-    """Return the tensors of a part that are not equal bit by bit to PyTorch's `module`: in float32, which holds the values of
-    both exactly; sums rounded to the dtype of the files first."""
+    """Return the tensors of a part that are not equal bit by bit to PyTorch's `module`: in float32,
+    which holds the values of both exactly; sums rounded to the dtype of the files first.
+    """
     differing = []
     state = module.state_dict()
     for group in groups(part, cfg):

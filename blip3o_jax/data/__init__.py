@@ -1,4 +1,5 @@
 """Step 1 of the way of an image: captions + images on disk -> batches.
 
-`sources` reads records, `images` decodes and crops them, `sequence` lays out their tokens, `loader` turns them into batches.
+`sources` reads records, `images` decodes and crops them, `sequence` lays out their tokens, `loader`
+turns them into batches.
 """

@@ -1,7 +1,8 @@
 """Sources cut by the shape of their images, so that every batch has one: `model.buckets`.
 
-The shape of a record is that of the image to be drawn, or of the first one shown, taken from its header. All headers are read
-once, by threads, and which record is of which shape is kept in the user's cache directory.
+The shape of a record is that of the image to be drawn, or of the first one shown, taken from its
+header. All headers are read once, by threads, and which record is of which shape is kept in the
+user's cache directory.
 """
 
 import concurrent.futures
@@ -50,8 +51,9 @@ def by_shape(
     model: ModelConfig,
     max_pixels: int = images.MOST_PIXELS,
 ) -> list[list[tuple[Source, float]]]:
-    """For each of `model.sizes` that there are images of, its sources with their weights: shares of the whole mixture.
-    Images of more than `max_pixels` pixels count as unreadable."""
+    """For each of `model.sizes` that there are images of, its sources with their weights: shares of
+    the whole mixture. Images of more than `max_pixels` pixels count as unreadable.
+    """
     total = sum(weight for _, weight in sources)
     groups: list[list[tuple[Source, float]]] = [[] for _ in model.sizes]
     for source, weight in sources:
@@ -66,8 +68,9 @@ def by_shape(
 
 
 def _shapes(source: Source, model: ModelConfig, max_pixels: int) -> np.ndarray:
-    """Which of `model.sizes` each record has, uint8; the first where it cannot be read, which is for the loader to
-    say. OSError where that is because of the machine."""
+    """Which of `model.sizes` each record has, uint8; the first where it cannot be read, which is
+    for the loader to say. OSError where that is because of the machine.
+    """
     if len(model.sizes) > 255:
         raise UserError(f"model.buckets has {len(model.sizes)} sizes: 255 are the most")
     asked = [source.fingerprint, model.sizes, max_pixels]

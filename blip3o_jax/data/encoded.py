@@ -7,14 +7,16 @@ Directory of one (source, encoders) pair, named by a hash of all that the values
     part-00012.json      {"unreadable": {"index": "reason"},                 records that could not be decoded
                           "codes": {"shape": [...], "crc32c": [...]}, "latents": ...}       a checksum a record
 
-With places for R reference images both arrays are [records, 1 + R, ...], the image to be drawn first; what is not there is
-zeros.
+With places for R reference images both arrays are [records, 1 + R, ...], the image to be drawn
+first; what is not there is zeros.
 
-A part is written under another name and renamed when whole, so that writing resumes where it stopped and several hosts
-share the work. `train/encode.py` writes these; float32 keeps a cached step equal to one that encodes inside.
+A part is written under another name and renamed when whole, so that writing resumes where it
+stopped and several hosts share the work. `train/encode.py` writes these; float32 keeps a cached
+step equal to one that encodes inside.
 
-Nobody can read a cache of many gigabytes at every start, so the arrays' sizes are checked then, and a record's checksum when
-it is read. A damaged part is set aside: its json is renamed to part-00012.json.damaged, and the next start encodes it again.
+Nobody can read a cache of many gigabytes at every start, so the arrays' sizes are checked then, and
+a record's checksum when it is read. A damaged part is set aside: its json is renamed to
+part-00012.json.damaged, and the next start encodes it again.
 """
 
 import contextlib
@@ -37,8 +39,9 @@ DTYPES = {"codes": np.dtype("<i4"), "latents": np.dtype("<f4")}
 
 
 class DamagedPart(ConfigError):
-    """A part that is not what was written; it is set aside. `reason`: file and what is wrong with it. Not the fault of the
-    record that was to be read, which therefore is not skipped for it."""
+    """A part that is not what was written; it is set aside. `reason`: file and what is wrong with
+    it. Not the fault of the record that was to be read, which therefore is not skipped for it.
+    """
 
     def __init__(self, reason: str):
         super().__init__(
@@ -52,14 +55,18 @@ class DamagedPart(ConfigError):
 
 @dataclasses.dataclass(frozen=True)
 class EncodedRecord(Record):
-    """A record with what an example has in place of its views: `codes` [N] and scaled `latents` [H, W, C] of its image, and
-    `reference_codes` [R, N], `reference_latents` [R, H, W, C] where there are places for reference images."""
+    """A record with what an example has in place of its views: `codes` [N] and scaled `latents` [H,
+    W, C] of its image, and `reference_codes` [R, N], `reference_latents` [R, H, W, C] where there
+    are places for reference images.
+    """
 
     outputs: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
 def directory_name(source: Source, settings: dict[str, Any]) -> str:
-    """Hash of the source's content and of `settings`: crop and sizes, encoder configuration and weights."""
+    """Hash of the source's content and of `settings`: crop and sizes, encoder configuration and
+    weights.
+    """
     content = json.dumps(
         {"version": VERSION, "source": source.fingerprint, **settings}, sort_keys=True
     )
@@ -82,7 +89,9 @@ class EncodedSource(Source):
         return len(self.source)
 
     def __getitem__(self, index: int) -> EncodedRecord:
-        """Raises DamagedPart where what is stored is not what was written, or is no output of encoders."""
+        """Raises DamagedPart where what is stored is not what was written, or is no output of
+        encoders.
+        """
         record = self.source[index]
         number, row = divmod(index, PART)
         part = open_part(self.directory, number)
@@ -113,7 +122,9 @@ def not_outputs(codes: np.ndarray, latents: np.ndarray, codebook_size: int) -> s
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One part, its arrays mapped into memory. `sums`: the CRC32C of each record, by the array's name."""
+    """One part, its arrays mapped into memory. `sums`: the CRC32C of each record, by the array's
+    name.
+    """
 
     file: pathlib.Path
     unreadable: dict[str, str]
@@ -142,7 +153,9 @@ def part_file(directory: pathlib.Path, number: int) -> pathlib.Path:
 
 
 def set_aside(file: pathlib.Path) -> None:
-    """Rename a part's json, so that the part is encoded again; several processes may find the same damage."""
+    """Rename a part's json, so that the part is encoded again; several processes may find the same
+    damage.
+    """
     with contextlib.suppress(FileNotFoundError):
         file.replace(file.with_suffix(".json.damaged"))
 
@@ -174,8 +187,9 @@ def write_part(
 
 @functools.lru_cache(maxsize=64)
 def open_part(directory: pathlib.Path, number: int) -> Part:
-    """Open a part, reading none of its values. Raises DamagedPart, naming the file, where it is not what was written; the part
-    is then set aside."""
+    """Open a part, reading none of its values. Raises DamagedPart, naming the file, where it is not
+    what was written; the part is then set aside.
+    """
     file = part_file(directory, number)
     reading, arrays = file, {}
     try:

@@ -7,10 +7,12 @@
 | caption          | `text_ids` int32 [L], `text_mask` bool [L]                                                            |
 | row              | `tokens`, `loss_mask`, `segment_ids`, `positions` [L] and `image_span` [] (data/sequence.py)          |
 
-A record that comes with the frozen encoders' outputs yields `codes` and `latents` in place of both views.
+A record that comes with the frozen encoders' outputs yields `codes` and `latents` in place of both
+views.
 
-With R = `model.editing.references` places for reference images, rows of every task mix in a batch: the row has `target` [],
-`reference_span` and `reference_mask` [R] besides, and each view has its `reference_*` [R, ...]. What is not there is zeros.
+With R = `model.editing.references` places for reference images, rows of every task mix in a batch:
+the row has `target` [], `reference_span` and `reference_mask` [R] besides, and each view has its
+`reference_*` [R, ...]. What is not there is zeros.
 """
 
 import dataclasses
@@ -114,8 +116,9 @@ class ExampleBuilder:
         )
 
     def images_of(self, record: Record) -> list[tuple[int, Views]]:
-        """Both views of a record's images with their places: 0 is the image to be drawn, those shown follow. All have the
-        shape that is nearest to the first's."""
+        """Both views of a record's images with their places: 0 is the image to be drawn, those
+        shown follow. All have the shape that is nearest to the first's.
+        """
         found = [(0, record.image)] if record.task != "understand" else []
         found += enumerate(record.references[: self.model.editing.references], 1)
         pixels = [images.decode(data, max_pixels=self.data.max_pixels) for _, data in found]

@@ -1,4 +1,5 @@
-"""Encoded bytes -> pixels -> the two views a model sees: the autoencoder's and the vision tokenizer's.
+"""Encoded bytes -> pixels -> the two views a model sees: the autoencoder's and the vision
+tokenizer's.
 
     bytes -> decode -> image_HWC -> one centre crop -> pixels_PQC, tokenizer_pixels_TTC      (uint8, RGB)
 
@@ -8,10 +9,12 @@ ever started (Pillow's own choice has one for EPS, which runs Ghostscript). Pixe
 the header. A PNG goes in without its colour profile and notes, which change no pixel, and which
 Pillow refuses from 1 MiB on.
 
-Both views come from one crop, so that image tokens and latents describe the same region; the tokenizer's is squashed to a
-square where the crop is none. crop="reference" keeps the published way, where the tokenizer sees the whole image squashed.
+Both views come from one crop, so that image tokens and latents describe the same region; the
+tokenizer's is squashed to a square where the crop is none. crop="reference" keeps the published
+way, where the tokenizer sees the whole image squashed.
 
-Legend: H, W height and width of the image; P, Q those of the autoencoder's view; T side of the tokenizer's; C = 3.
+Legend: H, W height and width of the image; P, Q those of the autoencoder's view; T side of the
+tokenizer's; C = 3.
 """
 
 import io
@@ -198,7 +201,8 @@ def decode(
     max_pixels: int = MOST_PIXELS,
     formats: Sequence[str] | None = None,
 ) -> np.ndarray:
-    """Encoded image -> uint8 [H, W, 3]: upright by its EXIF orientation, in RGB, transparency laid over white.
+    """Encoded image -> uint8 [H, W, 3]: upright by its EXIF orientation, in RGB, transparency laid
+    over white.
 
     Args:
       data: JPEG, PNG, WebP, GIF, BMP or TIFF; the first frame of an animation.
@@ -224,8 +228,10 @@ def decode(
 
 
 def load(path: str | os.PathLike[str]) -> np.ndarray:
-    """An image file that a user names -> uint8 [H, W, 3], as `decode`; UserError, one line with the path, for what no picture
-    can be taken from: no file, broken data, an animation, sides below 8 pixels, more than 80 megapixels."""
+    """An image file that a user names -> uint8 [H, W, 3], as `decode`; UserError, one line with the
+    path, for what no picture can be taken from: no file, broken data, an animation, sides below 8
+    pixels, more than 80 megapixels.
+    """
     try:
         files.check_regular(path)
         data = pathlib.Path(path).read_bytes()
@@ -285,8 +291,10 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def shape_of(data: bytes, max_pixels: int = MOST_PIXELS) -> tuple[int, int]:
-    """(height, width) of an encoded image as `decode` would have it, from its header alone; BadRecord where it has none,
-    or more than `max_pixels` pixels: WebP's decoder allocates them all when it is opened."""
+    """(height, width) of an encoded image as `decode` would have it, from its header alone;
+    BadRecord where it has none, or more than `max_pixels` pixels: WebP's decoder allocates them all
+    when it is opened.
+    """
     with open_image(data, max_pixels) as image:
         width, height = image.size
         # A TIFF's size is that of the image turned upright already.
@@ -300,10 +308,12 @@ def crop_and_resize(
     size: int | tuple[int, int],
     resample: Image.Resampling = Image.Resampling.BICUBIC,
 ) -> np.ndarray:
-    """The largest centred part of a uint8 image that has the shape of `size`, a side or (height, width), resized to it.
+    """The largest centred part of a uint8 image that has the shape of `size`, a side or (height,
+    width), resized to it.
 
-    Pillow's bicubic widens its kernel when it shrinks (antialiasing). It is the published tokenizer's filter, and it keeps
-    more detail for the autoencoder to learn than area averaging; what it overshoots at edges is clipped.
+    Pillow's bicubic widens its kernel when it shrinks (antialiasing). It is the published
+    tokenizer's filter, and it keeps more detail for the autoencoder to learn than area averaging;
+    what it overshoots at edges is clipped.
     """
     return _resized(_cut(image_HWC, size), size, resample)
 
@@ -333,10 +343,12 @@ def _resized(
 def views(
     image_HWC: np.ndarray, size: int | tuple[int, int], tokenizer_size: int, crop: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(pixels uint8 [P, Q, 3] for the autoencoder, tokenizer pixels uint8 [T, T, 3]) of one image; `size` is P = Q or (P, Q).
+    """(pixels uint8 [P, Q, 3] for the autoencoder, tokenizer pixels uint8 [T, T, 3]) of one image;
+    `size` is P = Q or (P, Q).
 
-    crop="shared": both show the same centred part. crop="reference": the published pipelines, bilinear centre crop for the
-    autoencoder, and for the tokenizer the whole image, its sides squashed to a square (bicubic).
+    crop="shared": both show the same centred part. crop="reference": the published pipelines,
+    bilinear centre crop for the autoencoder, and for the tokenizer the whole image, its sides
+    squashed to a square (bicubic).
     """
     if crop == "shared":
         part_HWC = _cut(image_HWC, size)

@@ -1,11 +1,13 @@
-"""Records -> batches: weighted mixture, seeded shuffle, worker processes, and a state of one number.
+"""Records -> batches: weighted mixture, seeded shuffle, worker processes, and a state of one
+number.
 
     sources -> shuffle, repeat -> mix -> this host's rows -> read + transform -> batch -> workers     (Grain)
 
-Example n of the run is a function of (seed, n) alone: neither the number of hosts nor that of workers changes it. Row r of
-global batch k is example kG + r, for G = data.batch_size. A host reads the rows that the batch's sharding puts on its devices,
-wherever the mesh has these, so the global array is the same on any number of hosts and any mesh, and the position is one
-number, valid for all of them.
+Example n of the run is a function of (seed, n) alone: neither the number of hosts nor that of
+workers changes it. Row r of global batch k is example kG + r, for G = data.batch_size. A host reads
+the rows that the batch's sharding puts on its devices, wherever the mesh has these, so the global
+array is the same on any number of hosts and any mesh, and the position is one number, valid for all
+of them.
 
 A record that cannot be used (`BadRecord`: whatever exception it raises) has its row filled by the
 next usable record of its source: a filter would make the position depend on what was filtered. The
@@ -121,7 +123,8 @@ class Loader(Iterator[Batch]):
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continues where `state` was taken, on any number of hosts and workers, and with any batch size.
+        """Continues where `state` was taken, on any number of hosts and workers, and with any batch
+        size.
 
         Raises:
           UserError: the state belongs to another mixture, seed or order.
@@ -136,7 +139,9 @@ class Loader(Iterator[Batch]):
         self.skipped = Counter(state["skipped"])
 
     def close(self) -> None:
-        """Ends worker processes and threads. Iterating again starts them anew, at the same position."""
+        """Ends worker processes and threads. Iterating again starts them anew, at the same
+        position.
+        """
         if self._batches is not None:
             self._batches.close()
             self._batches = None
@@ -183,7 +188,8 @@ class Loader(Iterator[Batch]):
         )
         batches = rows.batch(len(self.rows), drop_remainder=True)
         workers = self._data.workers
-        # The unit of prefetching is a batch. In a worker process one thread is enough: the processes are the parallelism.
+        # The unit of prefetching is a batch. In a worker process one thread is enough: the
+        # processes are the parallelism.
         depth = max(1, self._data.prefetch)
         threads = 1 if workers else depth
         dataset = batches.to_iter_dataset(
@@ -306,7 +312,9 @@ class Loader(Iterator[Batch]):
 
 
 def _changes(before: dict[str, Any], now: dict[str, Any]) -> str:
-    """Return what makes the order of examples another than that of a checkpoint; "" where it is the same."""
+    """Return what makes the order of examples another than that of a checkpoint; "" where it is the
+    same.
+    """
     found = [
         f"{name} was {before.get(name)}, now it is {now.get(name)}"
         for name in sorted(before.keys() | now.keys())
@@ -345,7 +353,9 @@ def _place(source: int, index: int) -> tuple[int, int]:
 
 @dataclasses.dataclass(frozen=True)
 class _InTurns:
-    """Places by example number: each batch takes the next ones of one group, and `turns` says of which."""
+    """Places by example number: each batch takes the next ones of one group, and `turns` says of
+    which.
+    """
 
     turns: Any  # batch -> (group, how many batches it has had)
     groups: tuple[Any, ...]
@@ -359,8 +369,9 @@ class _InTurns:
 
 @dataclasses.dataclass(frozen=True)
 class _HostRows:
-    """Of an endless sequence cut into batches from `start` on: some rows of each batch, of `pack` examples each, one batch
-    after the other."""
+    """Of an endless sequence cut into batches from `start` on: some rows of each batch, of `pack`
+    examples each, one batch after the other.
+    """
 
     places: Any
     start: int
@@ -388,7 +399,9 @@ def _mark_flags_parsed() -> None:
 
 
 def _start_worker(index: int, count: int) -> None:
-    """Run first in each worker process: it leaves Ctrl-C to the parent, and ends when the parent is killed."""
+    """Run first in each worker process: it leaves Ctrl-C to the parent, and ends when the parent is
+    killed.
+    """
     del index, count
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -400,14 +413,18 @@ def _end_with_parent() -> None:
 
 
 def host_rows(sharding: Any, batch_rows: int) -> list[int]:
-    """Rows of a global batch that `sharding` (a `jax.sharding.Sharding` over the batch axis) puts on this host's devices. On a
-    torus they need not lie side by side, and hosts that share a row (along mesh axes `tensor`, `sequence`) read it each."""
+    """Rows of a global batch that `sharding` (a `jax.sharding.Sharding` over the batch axis) puts
+    on this host's devices. On a torus they need not lie side by side, and hosts that share a row
+    (along mesh axes `tensor`, `sequence`) read it each.
+    """
     spans = sharding.addressable_devices_indices_map((batch_rows,)).values()
     return sorted({row for (span,) in spans for row in range(*span.indices(batch_rows))})
 
 
 def global_batch(host_batch: Batch, sharding: Any, rows: Sequence[int], batch_rows: int) -> Batch:
-    """`rows` of a batch, this host's -> arrays [batch_rows, ...] over all hosts, placed by `sharding`."""
+    """`rows` of a batch, this host's -> arrays [batch_rows, ...] over all hosts, placed by
+    `sharding`.
+    """
     import jax
 
     first = {row: position for position, row in enumerate(rows)}
@@ -423,9 +440,11 @@ def global_batch(host_batch: Batch, sharding: Any, rows: Sequence[int], batch_ro
 
 
 class DevicePrefetch(Iterator[Batch]):
-    """The loader's batches as global arrays, made in a background thread, up to `depth` of them ahead of the step.
+    """The loader's batches as global arrays, made in a background thread, up to `depth` of them
+    ahead of the step.
 
-    `wait_seconds` is how long the last `next` waited for data, `state()` the position after the batch it gave.
+    `wait_seconds` is how long the last `next` waited for data, `state()` the position after the
+    batch it gave.
     """
 
     def __init__(self, loader: Loader, sharding: Any, depth: int = 2) -> None:

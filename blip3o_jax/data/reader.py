@@ -1,4 +1,5 @@
-"""The one place where records become rows: what cannot be used is skipped, and the row says what and why.
+"""The one place where records become rows: what cannot be used is skipped, and the row says what
+and why.
 
 place (source, index) -> record -> transform -> row        BadRecord: the next one, see `_Search`
 """

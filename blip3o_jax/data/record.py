@@ -1,7 +1,8 @@
-"""What every source of images and text is made of: the record, the record that cannot be used, random access to both, and how
-their text is read.
+"""What every source of images and text is made of: the record, the record that cannot be used,
+random access to both, and how their text is read.
 
-Every format has the same fields, whether they are keys of JSON, columns, features or members of a tar file:
+Every format has the same fields, whether they are keys of JSON, columns, features or members of a
+tar file:
 
     task           t2i, edit, reconstruct or understand; where it is missing, a question or an instruction says which
     caption, text  what the image shows                       instruction  what is to be done to the input images
@@ -113,7 +114,9 @@ class Record:
 
     @property
     def first_image(self) -> bytes:
-        """The image to be drawn, or the first shown where the answer is text: all of a record have its shape."""
+        """The image to be drawn, or the first shown where the answer is text: all of a record have
+        its shape.
+        """
         return self.references[0] if self.task == "understand" else self.image
 
 
@@ -126,11 +129,11 @@ class Words(NamedTuple):
 
 
 class Source(abc.ABC):
-    """A data set of images and text. `name` is the path it was opened from; `shape` is (height, width) where all of its images
-    are cut to one of several.
+    """A data set of images and text. `name` is the path it was opened from; `shape` is (height,
+    width) where all of its images are cut to one of several.
 
-    What was found when it was opened: `unused`, how many things that no record uses, by reason; `incomplete`, how many records
-    lack something; `notes`, a line on each of both.
+    What was found when it was opened: `unused`, how many things that no record uses, by reason;
+    `incomplete`, how many records lack something; `notes`, a line on each of both.
     """
 
     shape: tuple[int, int] | None = None
@@ -152,7 +155,9 @@ class Source(abc.ABC):
     @property
     @abc.abstractmethod
     def fingerprint(self) -> str:
-        """Digest of the content (data/index.py), whatever its files are called and wherever they lie."""
+        """Digest of the content (data/index.py), whatever its files are called and wherever they
+        lie.
+        """
 
 
 def read_record(source: Source, index: int, use: Callable[[Record], T]) -> T:

@@ -1,7 +1,9 @@
-"""A prompt and its answer, an image's tokens or text, as one row of the transformer: its layout, and the way back.
+"""A prompt and its answer, an image's tokens or text, as one row of the transformer: its layout,
+and the way back.
 
-One row, for an image of n = 2 tokens (codes 7 and 4), in a row of 15 with the system turn left out; "caption" stands for the
-ids of the filled-in user turn, u and a for those of "user\\n" and "assistant\\n":
+One row, for an image of n = 2 tokens (codes 7 and 4), in a row of 15 with the system turn left out;
+"caption" stands for the ids of the filled-in user turn, u and a for those of "user\\n" and
+"assistant\\n":
 
     tokens       <|im_start|> u caption <|im_end|> \\n <|im_start|> a <im_start> <S0> <I7> <I4> <im_end> <|im_end|> \\n | pad
     index             0       1    2        3      4       5       6      7       8    9   10      11        12     13 | 14
@@ -17,10 +19,12 @@ ids of the filled-in user turn, u and a for those of "user\\n" and "assistant\\n
 - Segment ids tell examples apart where rows are packed, 0 is padding; positions restart at each example and run on
   through the padding.
 
-With `data.pack` E above 1 a row holds E examples, one after the other (`pack_rows`). Arrays of ROW_FIELDS lead with the rows,
-all others with rows and examples until `by_example` makes one dimension of these.
+With `data.pack` E above 1 a row holds E examples, one after the other (`pack_rows`). Arrays of
+ROW_FIELDS lead with the rows, all others with rows and examples until `by_example` makes one
+dimension of these.
 
-Legend: B examples of a batch, or its rows; L row length, D width, N image tokens, E examples of a row.
+Legend: B examples of a batch, or its rows; L row length, D width, N image tokens, E examples of a
+row.
 """
 
 from collections.abc import Callable, Sequence
@@ -50,7 +54,9 @@ def most_labels(template: TemplateConfig, num_image_tokens: int, pack: int = 1) 
 def text_to_image_prompt(
     vocab: Vocabulary, template: TemplateConfig, caption: str, pool_scale: int = 1
 ) -> list[int]:
-    """All ids up to and with the scale token: what sampling starts from and what a training row opens with."""
+    """All ids up to and with the scale token: what sampling starts from and what a training row
+    opens with.
+    """
     return make_prompt(vocab, template, "t2i", caption, pool_scale=pool_scale).ids
 
 
@@ -66,12 +72,12 @@ def text_to_image_row(
 ) -> dict[str, np.ndarray]:
     """One training row.
 
-    image: the codebook indices [N] of the image, or only N: then <I0> holds the places for `insert_image_ids`. key: what
-    errors call the example. truncate: cut the caption to what fits.
+    image: the codebook indices [N] of the image, or only N: then <I0> holds the places for
+    `insert_image_ids`. key: what errors call the example. truncate: cut the caption to what fits.
 
-    Returns tokens_L int32, loss_mask_L float32, segment_ids_L int32, positions_L int32 and image_span (int32, no
-    dimensions) under the keys "tokens", "loss_mask", "segment_ids", "positions" and "image_span".
-    Raises RowTooLong, and UserError for codes outside the codebook.
+    Returns tokens_L int32, loss_mask_L float32, segment_ids_L int32, positions_L int32 and
+    image_span (int32, no dimensions) under the keys "tokens", "loss_mask", "segment_ids",
+    "positions" and "image_span". Raises RowTooLong, and UserError for codes outside the codebook.
     """
     answer = _image_answer(vocab, image, key)
     make = lambda text: make_prompt(vocab, template, "t2i", text, pool_scale=pool_scale)
@@ -95,7 +101,8 @@ def task_row(
     key: str = "",
     truncate: bool = False,
 ) -> dict[str, np.ndarray]:
-    """One training row of any task, for a batch that mixes them: what `text_to_image_row` returns, and
+    """One training row of any task, for a batch that mixes them: what `text_to_image_row` returns,
+    and
 
         target           float32, no dimensions: 1 where an image answers; else `image_span` is 0 and means nothing
         reference_span   int32 [R]: the opening tag of each reference image, its N tokens follow; 0 where there is none
@@ -239,8 +246,9 @@ def _lengths(rows: Sequence[dict[str, np.ndarray]]) -> list[int]:
 def pack_rows(
     rows: Sequence[dict[str, np.ndarray]], keys: Sequence[str], max_length: int
 ) -> dict[str, np.ndarray]:
-    """E examples in one row of `max_length`, in their order; what is not of ROW_FIELDS is stacked [E, ...]. RowTooLong, with
-    the keys and which is the longest, where they do not fit."""
+    """E examples in one row of `max_length`, in their order; what is not of ROW_FIELDS is stacked
+    [E, ...]. RowTooLong, with the keys and which is the longest, where they do not fit.
+    """
     lengths = _lengths(rows)
     if sum(lengths) > max_length:
         raise RowTooLong(" + ".join(keys), sum(lengths), max_length, which=int(np.argmax(lengths)))
@@ -276,7 +284,8 @@ def by_example(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
 def caption_row(
     vocab: Vocabulary, caption: str, max_length: int, key: str = "", truncate: bool = False
 ) -> dict[str, np.ndarray]:
-    """A caption alone, for the contrastive stage: the end-of-turn token closes it, so that an empty one is not an empty row.
+    """A caption alone, for the contrastive stage: the end-of-turn token closes it, so that an empty
+    one is not an empty row.
 
     Returns text_ids_L int32 and text_mask_L bool under the keys "text_ids" and "text_mask". Raises
     RowTooLong, unless it is to `truncate` the caption.
@@ -295,8 +304,9 @@ def caption_row(
 def hide_prompts(
     segment_ids_BL: jax.Array, image_span_B: jax.Array, hidden_B: jax.Array
 ) -> jax.Array:
-    """`segment_ids_BL` with all before the scale token turned to padding in the hidden examples: the image tokens then see no
-    caption. Spans lead with the examples, E of each row."""
+    """`segment_ids_BL` with all before the scale token turned to padding in the hidden examples:
+    the image tokens then see no caption. Spans lead with the examples, E of each row.
+    """
     rows, length = segment_ids_BL.shape
     number_E = jnp.arange(1, len(image_span_B) // rows + 1)
     own_BEL = segment_ids_BL[:, None] == number_E[:, None]
@@ -312,8 +322,9 @@ def insert_image_ids(
     image_ids_BN: jax.Array,
     there_B: jax.Array | None = None,
 ) -> jax.Array:
-    """`tokens_BL` with each row's image ids in the N places after its scale token, or an opening tag; the rows must have
-    these places. Rows where `there_B` is false stay as they are."""
+    """`tokens_BL` with each row's image ids in the N places after its scale token, or an opening
+    tag; the rows must have these places. Rows where `there_B` is false stay as they are.
+    """
 
     def row(tokens_L: jax.Array, span: jax.Array, image_ids_N: jax.Array) -> jax.Array:
         return jax.lax.dynamic_update_slice_in_dim(
@@ -330,7 +341,9 @@ def insert_references(
     image_ids_BRN: jax.Array,
     there_BR: jax.Array | None = None,
 ) -> jax.Array:
-    """`tokens_BL` with the ids of several images of each row in the N places after their scale tokens or opening tags."""
+    """`tokens_BL` with the ids of several images of each row in the N places after their scale
+    tokens or opening tags.
+    """
     for r in range(span_BR.shape[1]):
         tokens_BL = insert_image_ids(
             tokens_BL,
@@ -347,7 +360,9 @@ def insert_features(
     features_BRND: jax.Array,
     there_BR: jax.Array,
 ) -> jax.Array:
-    """`embedded_BLD` with features in place of the embeddings of the N tokens after each reference's opening tag."""
+    """`embedded_BLD` with features in place of the embeddings of the N tokens after each
+    reference's opening tag.
+    """
 
     def row(embedded_LD: jax.Array, span: jax.Array, features_ND: jax.Array) -> jax.Array:
         return jax.lax.dynamic_update_slice_in_dim(
@@ -370,8 +385,9 @@ def take_span(
 ) -> jax.Array:
     """The hidden states [B, n + 1, D] that condition the diffusion head, of each example.
 
-    mode "exact": those at `condition_positions`, the scale token and the n image tokens, as sampling has them. "last": the
-    last n + 1 of the row, end tokens and padding among them: what the published weights were trained with.
+    mode "exact": those at `condition_positions`, the scale token and the n image tokens, as
+    sampling has them. "last": the last n + 1 of the row, end tokens and padding among them: what
+    the published weights were trained with.
     """
     check_choice("loss.condition_span", mode, ("exact", "last"))
     if mode == "last":

@@ -2,9 +2,10 @@
 
     TFDS/ArrayRecord | webdataset .tar | parquet | folder + captions.jsonl   ->   Source: len(s), s[i] -> Record
 
-A source keeps paths and indexes only and opens files when a record is read, so it can be pickled to worker processes and
-shared by threads. What is wrong with a whole data set (a missing path, a tar cut in half) is a ValueError when it is opened;
-what is wrong with one record (no caption, text that is not UTF-8) is a `BadRecord` when that record is read.
+A source keeps paths and indexes only and opens files when a record is read, so it can be pickled to
+worker processes and shared by threads. What is wrong with a whole data set (a missing path, a tar
+cut in half) is a ValueError when it is opened; what is wrong with one record (no caption, text that
+is not UTF-8) is a `BadRecord` when that record is read.
 """
 
 import bisect
@@ -67,8 +68,9 @@ def open_mixture(data: config.DataConfig, hosts: Hosts = Hosts()) -> list[tuple[
 
 
 def open_source(cfg: config.SourceConfig, hosts: Hosts = Hosts(), *, anew: str = "") -> Source:
-    """Open `cfg.path`: a file, a directory, a glob, or a brace pattern such as `shards/{00000..00031}.tar`. Its index is made
-    where there is none; `anew` as of `index.open_set`.
+    """Open `cfg.path`: a file, a directory, a glob, or a brace pattern such as
+    `shards/{00000..00031}.tar`. Its index is made where there is none; `anew` as of
+    `index.open_set`.
 
     Raises:
       ValueError: nothing there, an unknown format, an empty or damaged data set; one line that names it.
@@ -92,7 +94,9 @@ def open_source(cfg: config.SourceConfig, hosts: Hosts = Hosts(), *, anew: str =
 
 
 class Redrawn(Source):
-    """The images of `source`, each to be drawn again as it is shown; what they are captioned is not said."""
+    """The images of `source`, each to be drawn again as it is shown; what they are captioned is not
+    said.
+    """
 
     def __init__(self, source: Source) -> None:
         super().__init__(source.name, source.files)
@@ -134,7 +138,9 @@ def _expand(path: str) -> list[str]:
 
 
 def _spans(path: str, ends: Sequence[tuple[str, str]]) -> list[list[str]]:
-    """Return the numbers of each range of a pattern as they are written; `ends`: its first and last."""
+    """Return the numbers of each range of a pattern as they are written; `ends`: its first and
+    last.
+    """
     count = 1
     for low, high in ends:
         if int(high) < int(low):
@@ -198,11 +204,12 @@ def _check_shards(paths: Iterable[str]) -> None:
 
 
 class FolderSource(IndexedSource):
-    """A directory of images and a captions.jsonl: one object a line with the fields of data/record.py, images by their paths
-    (`file_name` or `output_image` will do for `image`).
+    """A directory of images and a captions.jsonl: one object a line with the fields of
+    data/record.py, images by their paths (`file_name` or `output_image` will do for `image`).
 
-    Paths are relative to the directory of captions.jsonl, or to `images`, and must not lead out of both: not by `..`, by an
-    absolute path or by a symbolic link. Otherwise whoever wrote the captions chooses which files of this machine are read.
+    Paths are relative to the directory of captions.jsonl, or to `images`, and must not lead out of
+    both: not by `..`, by an absolute path or by a symbolic link. Otherwise whoever wrote the
+    captions chooses which files of this machine are read.
     """
 
     def __init__(self, path: str, images: str = "", hosts: Hosts = Hosts(), anew: str = "") -> None:
@@ -257,12 +264,16 @@ class _ImageFiles:
     roots: tuple[str, ...]
 
     def path(self, name: str) -> str:
-        """Return the path of an image below the first of the roots that has it. ValueError: a NUL, a lone surrogate."""
+        """Return the path of an image below the first of the roots that has it. ValueError: a NUL,
+        a lone surrogate.
+        """
         paths = [os.path.join(root, name) for root in self.roots]
         return next((path for path in paths[:-1] if os.path.lexists(path)), paths[-1])
 
     def find(self, name: str) -> str:
-        """Return the path of an image, symbolic links resolved; BadRecord where it leads out or to no plain file."""
+        """Return the path of an image, symbolic links resolved; BadRecord where it leads out or to
+        no plain file.
+        """
         try:
             path = os.path.realpath(self.path(name))
             inside = any(
@@ -297,8 +308,9 @@ class _ImageFiles:
             return -1
 
     def sizes(self, names: Sequence[str], before: Sequence[int] = ()) -> list[int]:
-        """Return the sizes of images. Of those that had one `before` a single call to the file system is enough: whether the
-        path leads out of the roots is looked at when it is read."""
+        """Return the sizes of images. Of those that had one `before` a single call to the file
+        system is enough: whether the path leads out of the roots is looked at when it is read.
+        """
 
         def size(name: str, known: int) -> int:
             if known < 0:
@@ -335,7 +347,9 @@ def _captions(path: str) -> Iterator[tuple[int, int, bytes]]:
 
 
 def _paths_of(line: bytes) -> list[str]:
-    """Return the images that a line names, as far as it can be read: what is wrong with it is said when the record is."""
+    """Return the images that a line names, as far as it can be read: what is wrong with it is said
+    when the record is.
+    """
     try:
         name, inputs = _image_paths(json.loads(line))
     except (ValueError, AttributeError, TypeError, RecursionError):
@@ -428,7 +442,9 @@ def _image_paths(fields: dict[str, Any]) -> tuple[Any, list[Any]]:
 
 
 def _several(fields: Mapping[str, Any]) -> list[Any]:
-    """The images shown. Empty ones are none: TFDS has no missing values, and gives several as an array."""
+    """The images shown. Empty ones are none: TFDS has no missing values, and gives several as an
+    array.
+    """
     for given in map(fields.get, INPUT_FIELDS):
         images = (
             []
@@ -443,9 +459,11 @@ def _several(fields: Mapping[str, Any]) -> list[Any]:
 
 
 class ParquetSource(IndexedSource):
-    """Parquet files with the columns of data/record.py; images are binary, or Hugging Face's struct{bytes, path}.
+    """Parquet files with the columns of data/record.py; images are binary, or Hugging Face's
+    struct{bytes, path}.
 
-    A record costs its whole row group unless that group was read lately: shuffled training wants groups of few rows.
+    A record costs its whole row group unless that group was read lately: shuffled training wants
+    groups of few rows.
     """
 
     def __init__(self, path: str, files: list[str], hosts: Hosts = Hosts(), anew: str = "") -> None:
@@ -524,7 +542,9 @@ class ParquetSource(IndexedSource):
 
 
 def _index_parquet(path: str, progress: Progress) -> Built:
-    """Return the index of a file: of each row the canonical bytes of the columns that a record is made of."""
+    """Return the index of a file: of each row the canonical bytes of the columns that a record is
+    made of.
+    """
     import pyarrow
     import pyarrow.parquet
 
@@ -576,8 +596,10 @@ def _parquet_changed(path: str, found: ShardIndex) -> str:
 
 
 def _row_bytes(table: Any, names: Sequence[str], row: int) -> Iterator[bytes]:
-    """Yield what a row says in a form that does not depend on how the file stores it: for each column its name, kind, number of
-    bytes or elements, and content. Of a struct the field `bytes` alone is used."""
+    """Yield what a row says in a form that does not depend on how the file stores it: for each
+    column its name, kind, number of bytes or elements, and content. Of a struct the field `bytes`
+    alone is used.
+    """
     for name in names:
         yield f"{name}\0".encode()
         yield from _value_bytes(table[name][row])
@@ -673,7 +695,9 @@ def _encoded(image: Any, shard: str, key: str) -> bytes:
 
 
 def _tfds_directories(path: pathlib.Path) -> list[pathlib.Path]:
-    """The directories at or up to three levels below (name/config/version) that a TFDS builder has filled."""
+    """The directories at or up to three levels below (name/config/version) that a TFDS builder has
+    filled.
+    """
     found = sorted(
         file.parent for depth in range(4) for file in path.glob("*/" * depth + "dataset_info.json")
     )
@@ -683,7 +707,9 @@ def _tfds_directories(path: pathlib.Path) -> list[pathlib.Path]:
 
 
 class TfdsSource(IndexedSource):
-    """A data set that a TFDS builder wrote in ArrayRecord format: the features of data/record.py, and maybe `key`."""
+    """A data set that a TFDS builder wrote in ArrayRecord format: the features of data/record.py,
+    and maybe `key`.
+    """
 
     def __init__(self, path: str, split: str, hosts: Hosts = Hosts(), anew: str = "") -> None:
         directories = _tfds_directories(pathlib.Path(path))

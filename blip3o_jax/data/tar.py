@@ -263,8 +263,8 @@ def _tar_members(
                     return members, end, end
                 if member is None:
                     break
-                # A negative size leads back (CVE-2025-8194), and the headers would be read for ever.
-                # The first is read when the archive is opened.
+                # A negative size leads back (CVE-2025-8194), and the headers would be read for
+                # ever. The first is read when the archive is opened.
                 if member.size < 0 or (members and archive.offset <= end):
                     return members, member.offset, end
                 stored = member.size if member.isreg() and not member.issparse() else 0

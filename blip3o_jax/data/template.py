@@ -6,8 +6,8 @@
     reconstruct  reconstruct                      an image
     understand   understand, {question}           text
 
-`<image>` in a template becomes, for each reference image, <|vision_start|>, n places and <|vision_end|>. What the user fills
-in is text, whatever tags it spells.
+`<image>` in a template becomes, for each reference image, <|vision_start|>, n places and
+<|vision_end|>. What the user fills in is text, whatever tags it spells.
 """
 
 from typing import NamedTuple
@@ -21,8 +21,9 @@ IMAGE = "<image>"
 
 
 class Prompt(NamedTuple):
-    """All ids up to where the answer begins, and for each reference image the index of its opening tag; the n places after
-    it hold <I0>."""
+    """All ids up to where the answer begins, and for each reference image the index of its opening
+    tag; the n places after it hold <I0>.
+    """
 
     ids: list[int]
     references: list[int]
@@ -38,8 +39,10 @@ def make_prompt(
     num_image_tokens: int = 0,
     pool_scale: int = 1,
 ) -> Prompt:
-    """`text` is the caption, instruction or question; `references` images are shown. Where the answer is an image the prompt
-    ends with its scale token. UserError for a text or a number of images that the task cannot have."""
+    """`text` is the caption, instruction or question; `references` images are shown. Where the
+    answer is an image the prompt ends with its scale token. UserError for a text or a number of
+    images that the task cannot have.
+    """
     before, after = _filled(template, task, text, references)
     system = _turn(vocab, "system", template.system) if template.system else []
     if task == "t2i":

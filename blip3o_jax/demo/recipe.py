@@ -1,7 +1,9 @@
-"""The demo's recipe: the published architecture with every size turned down until two CPU cores train it in minutes.
+"""The demo's recipe: the published architecture with every size turned down until two CPU cores
+train it in minutes.
 
-Every part is the real one; what differs from configs/pretrain.py is in these fields alone: sizes, a shorter chat template, all
-of the DiT trained, and what makes up for starting from random weights (docs/training.md says what each of these is for).
+Every part is the real one; what differs from configs/pretrain.py is in these fields alone: sizes, a
+shorter chat template, all of the DiT trained, and what makes up for starting from random weights
+(docs/training.md says what each of these is for).
 """
 
 import dataclasses
@@ -19,8 +21,9 @@ IMAGE_SIZE = 48
 def model(
     image_size: int = IMAGE_SIZE, *, unroll: bool = True, shown: bool = False
 ) -> config.ModelConfig:
-    """At 48 px: 6 x 6 latents of 16 channels; 3 x 3 image tokens out of 512 codes. A code sees 16 x 16 pixels. `shown`: rows
-    have a place for an image."""
+    """At 48 px: 6 x 6 latents of 16 channels; 3 x 3 image tokens out of 512 codes. A code sees 16 x
+    16 pixels. `shown`: rows have a place for an image.
+    """
     cpu = {"dtype": "float32", "unroll": unroll}  # float32 and unrolled layers are faster on CPUs
     f32 = {"dtype": "float32"}
     return config.ModelConfig(
@@ -33,7 +36,8 @@ def model(
             reconstruct="<image>",
             understand="{question}<image>",
         ),
-        # Beside the noise a reference keeps every pixel that is not to change; its nine tokens could not.
+        # Beside the noise a reference keeps every pixel that is not to change; its nine tokens
+        # could not.
         editing=config.EditingConfig(references=int(shown), beside=shown),
         tokenizer=config.TaTokConfig(
             encoder=config.SiglipVisionConfig(
@@ -119,7 +123,9 @@ def model(
 
 
 def cpu_devices() -> int:
-    """One device a core, as far as every batch of the recipe divides: the largest power of two up to 8."""
+    """One device a core, as far as every batch of the recipe divides: the largest power of two up
+    to 8.
+    """
     return 2 ** min(3, int(math.log2(os.cpu_count() or 1)))
 
 
@@ -130,8 +136,9 @@ def mesh() -> config.MeshConfig:
 def mixture(
     data_dir: str, tasks: Mapping[str, str | pathlib.Path]
 ) -> tuple[config.SourceConfig, ...]:
-    """What the joint stage learns from. Questions take the longest to learn, since an answer of a word or two is all that a row
-    has to learn from."""
+    """What the joint stage learns from. Questions take the longest to learn, since an answer of a
+    word or two is all that a row has to learn from.
+    """
     edits, questions = (str(tasks[name]) for name in ("edits", "questions"))
     weights = (
         (data_dir, 0.42, ""),
@@ -151,9 +158,10 @@ def recipe(
     *,
     fast: bool = False,
 ) -> dict[str, config.Config]:
-    """Stage name -> configuration. `tasks` are the files of `data.shapes.tasks`; without them the joint stage learns text to
-    image alone. `fast` takes every step of the way with too few steps to learn much; its layers are scanned, which takes less
-    time to compile."""
+    """Stage name -> configuration. `tasks` are the files of `data.shapes.tasks`; without them the
+    joint stage learns text to image alone. `fast` takes every step of the way with too few steps to
+    learn much; its layers are scanned, which takes less time to compile.
+    """
     base = config.Config(
         model=model(unroll=not fast, shown=bool(tasks)),
         data=config.DataConfig(path=data_dir, workers=0, prefetch=4, max_length=40),
@@ -236,9 +244,11 @@ def recipe(
 def reinforcement(
     checkpoint: str | pathlib.Path, prompts_file: str, *, fast: bool = False
 ) -> config.Config:
-    """What follows the recipe: GRPO on the image tokens with the scorer as reward. Images are drawn as for a user, but at
-    temperature 1, so that those of a prompt differ more, and in half the denoising steps, which tell a right image from a wrong
-    one as well (docs/results/rl-cpu.md has what else was tried)."""
+    """What follows the recipe: GRPO on the image tokens with the scorer as reward. Images are drawn
+    as for a user, but at temperature 1, so that those of a prompt differ more, and in half the
+    denoising steps, which tell a right image from a wrong one as well (docs/results/rl-cpu.md has
+    what else was tried).
+    """
     given = continued(checkpoint, trained=("ar",))
     steps = 2 if fast else 230
     return dataclasses.replace(

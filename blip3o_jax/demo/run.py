@@ -1,4 +1,6 @@
-"""`blip3o demo`: prepares the data, trains the recipe, samples held-out prompts, scores them and writes the report."""
+"""`blip3o demo`: prepares the data, trains the recipe, samples held-out prompts, scores them and
+writes the report.
+"""
 
 import collections
 import contextlib
@@ -64,7 +66,9 @@ EXAMPLES = 28  # of each suite of images in
 
 
 def run(workdir: str | pathlib.Path, *, fast: bool = False) -> dict[str, Any]:
-    """Runs or resumes the demo under `workdir`; returns {"shapes_overall", "seconds", "report", ...}."""
+    """Runs or resumes the demo under `workdir`; returns {"shapes_overall", "seconds", "report",
+    ...}.
+    """
     with _quick_compile() if fast else contextlib.nullcontext():
         return _run(pathlib.Path(workdir).absolute(), fast)
 

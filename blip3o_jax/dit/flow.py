@@ -1,11 +1,13 @@
-"""Flow matching along straight lines (arXiv 2210.02747, 2209.03003): `diffusers.FlowMatchEulerDiscreteScheduler`.
+"""Flow matching along straight lines (arXiv 2210.02747, 2209.03003):
+`diffusers.FlowMatchEulerDiscreteScheduler`.
 
     sigma' = shift sigma / (1 + (shift - 1) sigma)     more steps near the noise for shift > 1
     x_sigma = (1 - sigma) z + sigma e                  z a latent, e ~ N(0, I)
     v = dx / dsigma = e - z                            what the network predicts from x_sigma and 1000 sigma
     x_next = x + (sigma_next - sigma) v                Euler step of the sampler, sigma from 1 down to 0
 
-Training draws u ~ U[0, 1) and takes entry floor(1000 u) of the descending, shifted 1, 0.999 .. 0.001.
+Training draws u ~ U[0, 1) and takes entry floor(1000 u) of the descending, shifted 1, 0.999 ..
+0.001.
 
 B batch, S steps; latents are [B, H, W, C], sigmas have no unit.
 """
@@ -37,7 +39,9 @@ def sampling_sigmas(steps: int, cfg: FlowConfig) -> np.ndarray:
 
 
 def sample_train_sigma(key: jax.Array, batch: int, cfg: FlowConfig) -> jax.Array:
-    """A noise level for each row: float32 [batch]. Its timestep is `cfg.num_train_timesteps` times as much."""
+    """A noise level for each row: float32 [batch]. Its timestep is `cfg.num_train_timesteps` times
+    as much.
+    """
     u_B = jax.random.uniform(key, (batch,), jnp.float32)
     return jnp.asarray(sigmas(cfg))[jnp.floor(u_B * cfg.num_train_timesteps).astype(jnp.int32)]
 
@@ -54,7 +58,9 @@ def flow_loss(
     noise_BHWC: jax.Array,
     weight_B: jax.Array | None = None,
 ) -> jax.Array:
-    """Mean squared error of the velocity for each row, times the row's weight: float32 [B], for the caller to average."""
+    """Mean squared error of the velocity for each row, times the row's weight: float32 [B], for the
+    caller to average.
+    """
     velocity_BHWC = noise_BHWC.astype(jnp.float32) - z_BHWC.astype(jnp.float32)
     loss_B = jnp.mean((prediction_BHWC.astype(jnp.float32) - velocity_BHWC) ** 2, axis=(1, 2, 3))
     return loss_B if weight_B is None else loss_B * weight_B

@@ -22,14 +22,16 @@ def relu_linear_attention(
     *,
     eps: float = 1e-15,
 ) -> jax.Array:
-    """The second form above -> [B, N, H, K] in the dtype of `v`; diffusers' `SanaLinearAttnProcessor2_0`. Of the tokens m only
-    those that `mask_BN` has set count; all where it is None.
+    """The second form above -> [B, N, H, K] in the dtype of `v`; diffusers'
+    `SanaLinearAttnProcessor2_0`. Of the tokens m only those that `mask_BN` has set count; all where
+    it is None.
 
-    diffusers appends a row of ones to v so that one product gives numerator and denominator; summing k beside it is the
-    same without copying v, and keeps the head size a power of two.
+    diffusers appends a row of ones to v so that one product gives numerator and denominator;
+    summing k beside it is the same without copying v, and keeps the head size a power of two.
     """
-    # Sums over thousands of tokens, then a ratio: all in float32, since bfloat16 holds 8 bits. A TPU rounds float32 factors
-    # to bfloat16 unless told not to; at K x K a head, exact products cost next to nothing beside the projections.
+    # Sums over thousands of tokens, then a ratio: all in float32, since bfloat16 holds 8 bits. A
+    # TPU rounds float32 factors to bfloat16 unless told not to; at K x K a head, exact products
+    # cost next to nothing beside the projections.
     exact, f32 = jax.lax.Precision.HIGHEST, jnp.float32
     q_BNHK, k_BNHK = jax.nn.relu(q_BNHK).astype(f32), jax.nn.relu(k_BNHK).astype(f32)
     if mask_BN is not None:
@@ -41,7 +43,9 @@ def relu_linear_attention(
 
 
 class LinearAttention(nnx.Module):
-    """Self-attention of a SANA block: projections without bias, q and k normalised over all heads together."""
+    """Self-attention of a SANA block: projections without bias, q and k normalised over all heads
+    together.
+    """
 
     def __init__(self, cfg: SanaConfig, *, rngs: nnx.Rngs):
         d, types = cfg.hidden_size, {"dtype": cfg.dtype, "param_dtype": cfg.param_dtype}
@@ -78,7 +82,9 @@ class LinearAttention(nnx.Module):
 
 
 def across_heads_norm(cfg: SanaConfig, rngs: nnx.Rngs) -> nn.RMSNorm | None:
-    """The norm of q or k that `cfg.qk_norm` asks for; one over the whole width, before it is cut into heads."""
+    """The norm of q or k that `cfg.qk_norm` asks for; one over the whole width, before it is cut
+    into heads.
+    """
     if cfg.qk_norm is None:
         return None
     return nn.RMSNorm(cfg.hidden_size, rngs=rngs, eps=1e-5, param_dtype=cfg.param_dtype)

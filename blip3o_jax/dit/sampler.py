@@ -1,9 +1,11 @@
-"""Noise -> latents: Euler steps along the velocity, with classifier-free guidance (arXiv 2207.12598).
+"""Noise -> latents: Euler steps along the velocity, with classifier-free guidance (arXiv
+2207.12598).
 
     v = v_null + g (v_condition - v_null)
     v = v_null + g_r (v_references - v_null) + g (v_condition - v_references)       with a guidance of its own for references
 
-The second form is that of InstructPix2Pix (arXiv 2211.09800, equation 3); with g_r = g it is the first.
+The second form is that of InstructPix2Pix (arXiv 2211.09800, equation 3); with g_r = g it is the
+first.
 
 B batch, T condition tokens, C channels (of the condition or of the latents), S steps.
 """
@@ -20,8 +22,9 @@ from blip3o_jax.dit.sana import Condition, SanaTransformer
 
 
 class Guidance(NamedTuple):
-    """The branches of a guided velocity, and their weights g and g_r, Python values. A condition of one row serves every row;
-    where all its tokens are equal, one of them is enough."""
+    """The branches of a guided velocity, and their weights g and g_r, Python values. A condition of
+    one row serves every row; where all its tokens are equal, one of them is enough.
+    """
 
     condition: Condition
     null: Condition | None = None  # None: no guidance, as if g were 1
@@ -38,8 +41,9 @@ def sample(
     steps: int,
     flow: FlowConfig,
 ) -> jax.Array:
-    """Latents [B, H, W, C], float32, from noise ~ N(0, I), in one loop over the steps; to be called under `jax.jit`. `steps`
-    and `flow` are Python values."""
+    """Latents [B, H, W, C], float32, from noise ~ N(0, I), in one loop over the steps; to be called
+    under `jax.jit`. `steps` and `flow` are Python values.
+    """
     return euler(guided_velocity(dit, guidance), noise_BHWC, steps=steps, flow=flow)
 
 
@@ -65,10 +69,13 @@ def euler(
 def guided_velocity(
     dit: SanaTransformer, guidance: Guidance
 ) -> Callable[[jax.Array, jax.Array], jax.Array]:
-    """(latents [B, H, W, C], timesteps [B]) -> velocity, float32, with what does not depend on them done once."""
+    """(latents [B, H, W, C], timesteps [B]) -> velocity, float32, with what does not depend on them
+    done once.
+    """
 
-    # The branches differ in their number of condition tokens, so each is a call of its own: padding the null branch to T
-    # and masking would spend the cross-attention of T tokens on it. Everything else is the same work either way.
+    # The branches differ in their number of condition tokens, so each is a call of its own: padding
+    # the null branch to T and masking would spend the cross-attention of T tokens on it. Everything
+    # else is the same work either way.
     def branch(condition: Condition | None) -> Callable[[jax.Array, jax.Array], jax.Array] | None:
         if condition is None:
             return None

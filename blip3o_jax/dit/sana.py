@@ -1,16 +1,20 @@
-"""SANA, a linear-attention diffusion transformer (arXiv 2410.10629, 2501.18427): `diffusers.SanaTransformer2DModel`.
+"""SANA, a linear-attention diffusion transformer (arXiv 2410.10629, 2501.18427):
+`diffusers.SanaTransformer2DModel`.
 
-`SanaTransformer.prepare` turns the condition into every layer's cross-attention keys and values, which do not depend on the
-latents or the timestep, so that a sampler computes them once; `velocity` is the rest. As published, tokens carry no position
-embedding: the zero padding of the depthwise convolutions tells them where they are, which takes long to learn from nothing.
-With `interpolation_scale` they carry sine-cosine positions. Any H x W will do either way.
+`SanaTransformer.prepare` turns the condition into every layer's cross-attention keys and values,
+which do not depend on the latents or the timestep, so that a sampler computes them once; `velocity`
+is the rest. As published, tokens carry no position embedding: the zero padding of the depthwise
+convolutions tells them where they are, which takes long to learn from nothing. With
+`interpolation_scale` they carry sine-cosine positions. Any H x W will do either way.
 
-Latents of reference images can stand to the right of the noisy ones (`Beside`; BLIP3o-NEXT, arXiv 2510.15857, "noise-space
-injection"). The network then runs on the wider map, and only the velocity of the noisy part is returned. A place without a
-reference is as if the map ended before it: no token attends to it, and convolutions see zeros there.
+Latents of reference images can stand to the right of the noisy ones (`Beside`; BLIP3o-NEXT, arXiv
+2510.15857, "noise-space injection"). The network then runs on the wider map, and only the velocity
+of the noisy part is returned. A place without a reference is as if the map ended before it: no
+token attends to it, and convolutions see zeros there.
 
-B batch, H W latent height and width, R places for references, C channels, P patch side, N = H W (1 + R) / P^2 latent tokens,
-T condition tokens, D width, A attention heads, K head size, F width of the feed-forward, Y layers (stacked).
+B batch, H W latent height and width, R places for references, C channels, P patch side, N = H W (1
++ R) / P^2 latent tokens, T condition tokens, D width, A attention heads, K head size, F width of
+the feed-forward, Y layers (stacked).
 """
 
 from typing import NamedTuple
@@ -25,15 +29,19 @@ from blip3o_jax.config import SanaConfig
 from blip3o_jax.dit.linear_attention import LinearAttention, across_heads_norm, normalised
 
 TIME_CHANNELS = 256
-# The initialiser of the time embedding in PixArt and SANA: modulations start near zero, so each block's gated branches do too.
+# The initialiser of the time embedding in PixArt and SANA: modulations start near zero, so each
+# block's gated branches do too.
 TIME_INIT = nn.normal(0.02)
-# Start at velocity 0, the mean of the target, as a zero initialisation would, but small instead of zero: gradients then reach
-# everything below from the first step on, also where proj_out itself is frozen.
+# Start at velocity 0, the mean of the target, as a zero initialisation would, but small instead of
+# zero: gradients then reach everything below from the first step on, also where proj_out itself is
+# frozen.
 OUTPUT_INIT = nn.normal(1e-3)
 
 
 class Context(NamedTuple):
-    """The condition as every layer's cross-attention keys (already normed) and values. A batch of 1 serves every row."""
+    """The condition as every layer's cross-attention keys (already normed) and values. A batch of 1
+    serves every row.
+    """
 
     k_YBTAK: jax.Array
     v_YBTAK: jax.Array
@@ -48,7 +56,9 @@ class Beside(NamedTuple):
 
 
 class Condition(NamedTuple):
-    """What a velocity is conditioned on: tokens for cross-attention, and reference latents beside the noisy ones."""
+    """What a velocity is conditioned on: tokens for cross-attention, and reference latents beside
+    the noisy ones.
+    """
 
     tokens_BTC: jax.Array
     mask_BT: jax.Array | None = None  # True where there is a token; None: everywhere
@@ -56,7 +66,9 @@ class Condition(NamedTuple):
 
 
 class CrossAttention(nnx.Module):
-    """Softmax attention from latent tokens to condition tokens, q and k normalised over all heads together."""
+    """Softmax attention from latent tokens to condition tokens, q and k normalised over all heads
+    together.
+    """
 
     def __init__(self, cfg: SanaConfig, *, rngs: nnx.Rngs):
         d, types = cfg.hidden_size, {"dtype": cfg.dtype, "param_dtype": cfg.param_dtype}
@@ -78,7 +90,8 @@ class CrossAttention(nnx.Module):
         self, x_BND: jax.Array, k_BTAK: jax.Array, v_BTAK: jax.Array, mask_BT: jax.Array | None
     ) -> jax.Array:
         if k_BTAK.shape[1] == 1 and mask_BT is None:
-            # Attention over a single token returns its value whatever the query (the null condition in sampling).
+            # Attention over a single token returns its value whatever the query (the null condition
+            # in sampling).
             o_B1D = self.o(v_BTAK.reshape(v_BTAK.shape[0], 1, -1))
             return jnp.broadcast_to(o_B1D, x_BND.shape)
         q_BNAK = self._heads(normalised(self.q_norm, self.q(x_BND)), "batch", "latent_tokens")
@@ -99,7 +112,9 @@ class CrossAttention(nnx.Module):
 
 
 class MixFfn(nnx.Module):
-    """Gated feed-forward with a depthwise 3x3 convolution between its projections, which mixes neighbouring tokens."""
+    """Gated feed-forward with a depthwise 3x3 convolution between its projections, which mixes
+    neighbouring tokens.
+    """
 
     def __init__(self, cfg: SanaConfig, *, rngs: nnx.Rngs):
         d, f = cfg.hidden_size, int(cfg.mlp_ratio * cfg.hidden_size)
@@ -127,7 +142,9 @@ class MixFfn(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Linear self-attention and feed-forward, modulated and gated by the timestep; plain cross-attention between them."""
+    """Linear self-attention and feed-forward, modulated and gated by the timestep; plain
+    cross-attention between them.
+    """
 
     def __init__(self, cfg: SanaConfig, *, rngs: nnx.Rngs):
         self.self_attention = LinearAttention(cfg, rngs=rngs)
@@ -196,8 +213,9 @@ class CaptionProjection(nnx.Module):
 class SanaTransformer(nnx.Module):
     """Noisy latents, timestep and condition -> velocity.
 
-    Partial training selects parameters by path: the attributes `caption_projection`, `caption_norm`, `patch_embed` and
-    `proj_out` are that interface, and no other path contains these words.
+    Partial training selects parameters by path: the attributes `caption_projection`,
+    `caption_norm`, `patch_embed` and `proj_out` are that interface, and no other path contains
+    these words.
     """
 
     def __init__(self, cfg: SanaConfig, *, rngs: nnx.Rngs):
@@ -227,8 +245,9 @@ class SanaTransformer(nnx.Module):
         condition_mask_BT: jax.Array | None = None,
         beside: Beside | None = None,
     ) -> jax.Array:
-        """Velocity [B, H, W, C] in the compute dtype. `timestep_B` is float, 1000 sigma, in [0, 1000]. The mask is True where
-        there is a condition token; every row needs at least one."""
+        """Velocity [B, H, W, C] in the compute dtype. `timestep_B` is float, 1000 sigma, in [0,
+        1000]. The mask is True where there is a condition token; every row needs at least one.
+        """
         return self.velocity(
             z_BHWC, timestep_B, self.prepare(condition_BTC, condition_mask_BT), beside
         )
@@ -262,7 +281,9 @@ class SanaTransformer(nnx.Module):
         context: Context,
         beside: Beside | None = None,
     ) -> jax.Array:
-        """Velocity [B, H, W, C] for a prepared condition. ValueError when the patches do not cut H x W evenly."""
+        """Velocity [B, H, W, C] for a prepared condition. ValueError when the patches do not cut H
+        x W evenly.
+        """
         height, width = z_BHWC.shape[1:3]
         patch = self.cfg.patch_size
         if height % patch or width % patch:
@@ -313,7 +334,8 @@ class SanaTransformer(nnx.Module):
 def sinusoid(timestep_B: jax.Array) -> jax.Array:
     """[B] -> [B, 256], cosines then sines, float32: bfloat16 cannot tell timestep 999 from 1000."""
     half = TIME_CHANNELS // 2
-    # The exponents are rounded to float32 as in diffusers: at timestep 1000 an angle is off by 1000 roundings of its frequency.
+    # The exponents are rounded to float32 as in diffusers: at timestep 1000 an angle is off by 1000
+    # roundings of its frequency.
     exponents = np.float32(-np.log(10000)) * np.arange(half, dtype=np.float32) / np.float32(half)
     frequencies = np.exp(exponents.astype(np.float64)).astype(np.float32)
     angles = timestep_B.astype(jnp.float32)[:, None] * frequencies
@@ -321,9 +343,11 @@ def sinusoid(timestep_B: jax.Array) -> jax.Array:
 
 
 def positions(cfg: SanaConfig, grid: tuple[int, int], maps: int = 1) -> np.ndarray:
-    """[rows columns, D], float32: sines and cosines of the column, then of the row (`diffusers.PatchEmbed`, "sincos"). Both
-    count from 0 to `sample_size / patch_size` over the whole side, whatever the grid, divided by `interpolation_scale`. Of
-    `maps` side by side the columns of each go on where those of the one before end, [rows maps columns, D]."""
+    """[rows columns, D], float32: sines and cosines of the column, then of the row
+    (`diffusers.PatchEmbed`, "sincos"). Both count from 0 to `sample_size / patch_size` over the
+    whole side, whatever the grid, divided by `interpolation_scale`. Of `maps` side by side the
+    columns of each go on where those of the one before end, [rows maps columns, D].
+    """
     base, quarter = cfg.sample_size // cfg.patch_size, cfg.hidden_size // 4
     frequencies = 10000.0 ** -(np.arange(quarter) / quarter)
     # Positions are float32, their angles float64, as diffusers has them.
@@ -346,7 +370,9 @@ def _side_by_side(z_BMHWC: jax.Array) -> jax.Array:
 
 
 def _token_mask(mask_BR: jax.Array, grid: tuple[int, int]) -> jax.Array:
-    """Which tokens of the wide map there are, [B, N]: all of the noisy part, of a reference where the row has it."""
+    """Which tokens of the wide map there are, [B, N]: all of the noisy part, of a reference where
+    the row has it.
+    """
     mask_BM = jnp.pad(mask_BR.astype(bool), ((0, 0), (1, 0)), constant_values=True)
     mask_BX = jnp.repeat(mask_BM, grid[1], axis=1)
     return jnp.tile(mask_BX, (1, grid[0]))
@@ -361,7 +387,9 @@ def _stream(x_BND: jax.Array) -> jax.Array:
 
 
 def _rows(condition: jax.Array) -> str | None:
-    """Logical name of the leading dimension: a condition of one row serves the whole batch, so it is not cut up."""
+    """Logical name of the leading dimension: a condition of one row serves the whole batch, so it
+    is not cut up.
+    """
     return None if condition.shape[0] == 1 else "batch"
 
 

@@ -5,7 +5,8 @@
     reconstruct   held-out scenes drawn again from their tokens: PSNR in dB and SSIM; right where the scorer of text to image
                   finds in it what the scene's caption asks for
 
-Baselines: an edit's input unchanged; the most frequent answer of a question's kind; for reconstruction another scene.
+Baselines: an edit's input unchanged; the most frequent answer of a question's kind; for
+reconstruction another scene.
 """
 
 import collections
@@ -80,7 +81,9 @@ class ShapesQa:
     def baselines(
         self, said: Sequence[str], asked: Sequence[Prompt], seed: int = 0
     ) -> dict[str, Judged]:
-        """The most frequent answer of each kind, among these very questions: the best that a constant can do."""
+        """The most frequent answer of each kind, among these very questions: the best that a
+        constant can do.
+        """
         counts: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
         for p in asked:
             counts[p["category"]][p["answer"]] += 1
@@ -129,7 +132,9 @@ class Reconstruct:
 
 
 def ssim(a_HWC: np.ndarray, b_HWC: np.ndarray) -> float:
-    """Structural similarity (Wang et al. 2004) of uint8 images: windows with a deviation of 1.5 pixels, mean over colours."""
+    """Structural similarity (Wang et al. 2004) of uint8 images: windows with a deviation of 1.5
+    pixels, mean over colours.
+    """
     a, b = (x.astype(np.float64) for x in (a_HWC, b_HWC))
     blur = lambda x: cv2.GaussianBlur(x, (11, 11), 1.5)
     mean_a, mean_b = blur(a), blur(b)

@@ -11,8 +11,10 @@ Prompt = dict[str, Any]  # {"caption", "category", ...}
 
 @dataclasses.dataclass(frozen=True)
 class Judged:
-    """Shares of right images per category and over all (the mean of the categories, as GenEval has it), and for each image
-    whether it is right and why (not). `means`: of what the suite measures beside right and wrong, by name."""
+    """Shares of right images per category and over all (the mean of the categories, as GenEval has
+    it), and for each image whether it is right and why (not). `means`: of what the suite measures
+    beside right and wrong, by name.
+    """
 
     overall: float
     categories: dict[str, float]
@@ -31,7 +33,9 @@ def tally(
     asked: Sequence[Prompt],
     **measured: Sequence[float],
 ) -> Judged:
-    """The verdicts of single images, gathered by the category of their prompts; `measured` has a number for each by name."""
+    """The verdicts of single images, gathered by the category of their prompts; `measured` has a
+    number for each by name.
+    """
     of: dict[str, list[bool]] = {}
     for prompt, right in zip(asked, correct, strict=True):
         of.setdefault(prompt["category"], []).append(right)

@@ -1,6 +1,8 @@
-"""The report of a run: one HTML file that holds its style, script and images, and the JSON it was drawn from.
+"""The report of a run: one HTML file that holds its style, script and images, and the JSON it was
+drawn from.
 
-`Results` is what a report needs; `write_report` draws it. Images are uint8 arrays: HWC, three channels.
+`Results` is what a report needs; `write_report` draws it. Images are uint8 arrays: HWC, three
+channels.
 """
 
 import base64
@@ -47,7 +49,9 @@ class Sample:
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-    """One metric over the steps of a stage; values may hold non-finite numbers, which are left out of the drawing."""
+    """One metric over the steps of a stage; values may hold non-finite numbers, which are left out
+    of the drawing.
+    """
 
     name: str
     steps: Sequence[int]
@@ -76,7 +80,9 @@ class TokenMap:
 
 @dataclasses.dataclass(frozen=True)
 class Before:
-    """The same model before its last stage: its scores and its samples for the same prompts, in the order of `Results`."""
+    """The same model before its last stage: its scores and its samples for the same prompts, in the
+    order of `Results`.
+    """
 
     overall: Score
     categories: Sequence[Score]
@@ -97,7 +103,9 @@ class Shown:
 
 @dataclasses.dataclass(frozen=True)
 class ImagesIn:
-    """A suite of what is done with images that are shown: shares of the model and of who does nothing, and examples."""
+    """A suite of what is done with images that are shown: shares of the model and of who does
+    nothing, and examples.
+    """
 
     name: str
     note: str
@@ -110,7 +118,9 @@ class ImagesIn:
 
 @dataclasses.dataclass(frozen=True)
 class Results:
-    """The page says of `samples` that their prompts, and of `reconstructions` that their images, were held out of training."""
+    """The page says of `samples` that their prompts, and of `reconstructions` that their images,
+    were held out of training.
+    """
 
     title: str
     subtitle: str
@@ -168,7 +178,9 @@ def write_report(results: Results, out_html: pathlib.Path) -> None:
 
 
 def to_json(value: Any) -> Any:
-    """`Results` as plain JSON values: images become PNG data URIs, id grids nested lists, non-finite numbers null."""
+    """`Results` as plain JSON values: images become PNG data URIs, id grids nested lists,
+    non-finite numbers null.
+    """
     if dataclasses.is_dataclass(value):
         return {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, np.ndarray):
@@ -272,7 +284,9 @@ def _buttons(kind: str, counts: Mapping[str, int], total: int) -> str:
 
 
 def _take_turns(samples: Sequence[Sample]) -> list[Sample]:
-    """One of each category in turn, so that the first rows show all of them; within a category the order stays."""
+    """One of each category in turn, so that the first rows show all of them; within a category the
+    order stays.
+    """
     queues: dict[str, list[Sample]] = {}
     for sample in samples:
         queues.setdefault(sample.category, []).append(sample)

@@ -17,8 +17,9 @@ GOLDEN = (5**0.5 - 1) / 2
 
 
 def line_chart(name: str, steps: Sequence[int], values: Sequence[float]) -> str:
-    """A metric over steps, one <figure>. The script of the page shows the value under the pointer from `data-points`
-    (step, value, x, y)."""
+    """A metric over steps, one <figure>. The script of the page shows the value under the pointer
+    from `data-points` (step, value, x, y).
+    """
     steps_, values_ = _thin(np.asarray(steps, np.float64), np.asarray(values, np.float64))
     title = html.escape(name)
     if not len(values_):
@@ -67,8 +68,10 @@ def line_chart(name: str, steps: Sequence[int], values: Sequence[float]) -> str:
 
 
 def colours(ids_HW: np.ndarray) -> np.ndarray:
-    """uint8 [height, width, 3]: every id its own colour, the same in every map. Hues a golden angle apart keep neighbours
-    in the codebook distinct; brightness varies too, so that maps also read without colour."""
+    """uint8 [height, width, 3]: every id its own colour, the same in every map. Hues a golden angle
+    apart keep neighbours in the codebook distinct; brightness varies too, so that maps also read
+    without colour.
+    """
     ids_HW = np.asarray(ids_HW)
     unique, inverse = np.unique(ids_HW, return_inverse=True)
     palette = [
@@ -81,7 +84,9 @@ def colours(ids_HW: np.ndarray) -> np.ndarray:
 
 
 def _thin(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The finite points, averaged in runs where there are more than can be seen; the last one stays as it is."""
+    """The finite points, averaged in runs where there are more than can be seen; the last one stays
+    as it is.
+    """
     finite = np.isfinite(values)
     steps, values = steps[finite], values[finite]
     if len(steps) <= MAX_POINTS:
@@ -113,7 +118,9 @@ def _ticks(low: float, high: float, *, inside: bool = False, count: int = 4) -> 
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
-    """Powers of ten inside [low, high], at most five of them, or as many of 1, 2, 5 times them where they are few."""
+    """Powers of ten inside [low, high], at most five of them, or as many of 1, 2, 5 times them
+    where they are few.
+    """
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     ticks = [10.0**p for p in powers if low <= 10.0**p <= high]
     if len(ticks) < 3:

@@ -1,7 +1,8 @@
-"""Suites of any reward of reinforcement learning (docs/rl.md): prompts from a file, judged as a run of `blip3o rl` is.
+"""Suites of any reward of reinforcement learning (docs/rl.md): prompts from a file, judged as a run
+of `blip3o rl` is.
 
-An image is right where the reward says so: by its part "correct" or "exact", or, for one that has neither, by a score of at
-least `CORRECT`. Images that cannot be judged are wrong, with the reason.
+An image is right where the reward says so: by its part "correct" or "exact", or, for one that has
+neither, by a score of at least `CORRECT`. Images that cannot be judged are wrong, with the reason.
 """
 
 import dataclasses
@@ -29,7 +30,9 @@ class Rewarded:
     images_per_prompt: int = 1
 
     def prompts(self, count: int | None, seed: int = 0) -> list[Prompt]:
-        """The file's first `count`, or all (None); UserError for one that the reward cannot judge, before anything is drawn."""
+        """The file's first `count`, or all (None); UserError for one that the reward cannot judge,
+        before anything is drawn.
+        """
         del seed  # the file's order is the benchmark's
         found = read_prompts(self.prompts_file)[:count]
         with RewardPool((self.reward,), workers=1) as pool:

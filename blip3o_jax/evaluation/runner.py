@@ -1,4 +1,6 @@
-"""Has a checkpoint do what a suite asks, judges the images or answers, writes scores.json and the pictures."""
+"""Has a checkpoint do what a suite asks, judges the images or answers, writes scores.json and the
+pictures.
+"""
 
 import dataclasses
 import pathlib
@@ -23,7 +25,9 @@ ANSWER = 16  # tokens that an answer of the embedded data set may have
 
 
 class Suite(Protocol):
-    """Prompts, what they ask of a model, and a judge of its answers in their order: uint8 images [B, H, W, 3], or texts."""
+    """Prompts, what they ask of a model, and a judge of its answers in their order: uint8 images
+    [B, H, W, 3], or texts.
+    """
 
     def prompts(self, count: int | None, seed: int) -> list[Prompt]:
         """`count` of them; None: as many as the suite has or commonly takes."""
@@ -51,7 +55,9 @@ OWN = {
 def find_suite(
     name: str, prompts_file: str | pathlib.Path | None = None, images_per_prompt: int = 1
 ) -> Suite:
-    """One of OWN, which has prompts of its own, or a reward with its options, "ocr,scoring=reference", for those of a file."""
+    """One of OWN, which has prompts of its own, or a reward with its options,
+    "ocr,scoring=reference", for those of a file.
+    """
     reward = name.partition(",")[0]
     if name in OWN and prompts_file is None:
         if images_per_prompt != 1:
@@ -71,7 +77,9 @@ def find_suite(
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """The model's verdicts beside those on other answers, and what they were read from: pictures and codes, or texts."""
+    """The model's verdicts beside those on other answers, and what they were read from: pictures
+    and codes, or texts.
+    """
 
     prompts: list[Prompt]
     requests: list[Request]
@@ -98,7 +106,9 @@ def evaluate(
     images_per_prompt: int = 1,
     **sampling: Any,
 ) -> Evaluation:
-    """Evaluates a checkpoint on `suite` and writes scores.json, verdicts.json and the images under `out`."""
+    """Evaluates a checkpoint on `suite` and writes scores.json, verdicts.json and the images under
+    `out`.
+    """
     bench = find_suite(suite, prompts_file, images_per_prompt)
     check_images_out(pathlib.Path(out) / "images")
     pipeline = pipelines.load(checkpoint)
@@ -124,7 +134,9 @@ def evaluate_pipeline(
     seed: int = 0,
     **sampling: Any,
 ) -> Evaluation:
-    """As `evaluate`, for a pipeline already in memory; writes nothing. `sampling` are fields of SamplingConfig."""
+    """As `evaluate`, for a pipeline already in memory; writes nothing. `sampling` are fields of
+    SamplingConfig.
+    """
     asked = suite.prompts(num_prompts, seed)
     requests, images, codes, said = (
         suite.requests(asked, pipeline.config.model.image_size),
@@ -147,9 +159,11 @@ def evaluate_pipeline(
 
 
 def write(result: Evaluation, out: pathlib.Path) -> None:
-    """scores.json, verdicts.json (one entry a prompt) and images/: what was drawn, what was shown beside it.
+    """scores.json, verdicts.json (one entry a prompt) and images/: what was drawn, what was shown
+    beside it.
 
-    Those of an earlier evaluation go first, so that scores.json, which comes last, is of what lies beside it.
+    Those of an earlier evaluation go first, so that scores.json, which comes last, is of what lies
+    beside it.
     """
     for name in ("scores.json", "verdicts.json"):
         (out / name).unlink(missing_ok=True)

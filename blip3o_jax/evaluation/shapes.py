@@ -1,5 +1,6 @@
-"""The `shapes` suite: held-out prompts of the embedded data set, judged from pixels by its exact scorer. The categories come
-in turn, so that they weigh the same."""
+"""The `shapes` suite: held-out prompts of the embedded data set, judged from pixels by its exact
+scorer. The categories come in turn, so that they weigh the same.
+"""
 
 from collections.abc import Sequence
 
@@ -49,12 +50,16 @@ def baselines(images_BHWC: np.ndarray, asked: Sequence[Prompt], seed: int = 0) -
 
 
 def real_images(count: int, image_size: int, seed: int = 0) -> np.ndarray:
-    """The drawn images of the same prompts: what the scorer says of them bounds what any model can reach."""
+    """The drawn images of the same prompts: what the scorer says of them bounds what any model can
+    reach.
+    """
     return np.stack([render(sample(seed, index, "test"), image_size) for index in range(count)])
 
 
 def random_images(count: int, image_size: int, seed: int = 0) -> np.ndarray:
-    """Real images of the data set, drawn without regard to the prompts: the baseline that knows the pictures, not the words."""
+    """Real images of the data set, drawn without regard to the prompts: the baseline that knows the
+    pictures, not the words.
+    """
     return np.stack(
         [render(sample(seed + 1, index * 5 + 3, "train"), image_size) for index in range(count)]
     )

@@ -1,22 +1,27 @@
-"""Contrastive image-text training of the vision encoder: SigLIP (arXiv 2303.15343, eq. 1 and algorithm 1).
+"""Contrastive image-text training of the vision encoder: SigLIP (arXiv 2303.15343, eq. 1 and
+algorithm 1).
 
-For images x_i and captions y_j of a batch of n, both scaled to length 1, z_ij = 1 for pairs and -1 otherwise:
+For images x_i and captions y_j of a batch of n, both scaled to length 1, z_ij = 1 for pairs and -1
+otherwise:
 
     logit_ij = exp(log_scale) <x_i, y_j> + bias
     loss = -1/n sum_ij log sigmoid(z_ij logit_ij)
 
 log_scale starts at log 10 and bias at -10, so that the many negatives start out satisfied.
 
-Deviations: (1) captions that repeat within a batch: an image's own caption under another index is no negative, so those terms
-are left out. (2) The caption tower has fixed sinusoidal positions (no maximum length), ignores padding, and takes the mean
-over the valid tokens where SigLIP takes the last one: every token gets a gradient from the first step.
+Deviations: (1) captions that repeat within a batch: an image's own caption under another index is
+no negative, so those terms are left out. (2) The caption tower has fixed sinusoidal positions (no
+maximum length), ignores padding, and takes the mean over the valid tokens where SigLIP takes the
+last one: every token gets a gradient from the first step.
 
-Beside it, by option (`loss.dense`), a dense objective as SigLIP2 has several (arXiv 2502.14786, section 2.3), so that the
-features also tell what lies where; here the plainest, the pixels p of each patch read off its feature f by one linear layer:
+Beside it, by option (`loss.dense`), a dense objective as SigLIP2 has several (arXiv 2502.14786,
+section 2.3), so that the features also tell what lies where; here the plainest, the pixels p of
+each patch read off its feature f by one linear layer:
 
     dense = mean (W f + b - p)^2 / var(p)
 
-Shape suffixes: B batch (rows: images, columns: captions), L tokens, N patches, X values of a patch, D width.
+Shape suffixes: B batch (rows: images, columns: captions), L tokens, N patches, X values of a patch,
+D width.
 """
 
 import jax
@@ -49,7 +54,9 @@ class TextTower(nnx.Module):
         self.dtype = jnp.dtype(cfg.dtype)
 
     def __call__(self, tokens_BL: jax.Array, mask_BL: jax.Array) -> jax.Array:
-        """Captions to embeddings [B, d_image] in float32, not normalised. `mask_BL` is True on the caption's tokens."""
+        """Captions to embeddings [B, d_image] in float32, not normalised. `mask_BL` is True on the
+        caption's tokens.
+        """
         table_VD = self.token_embedding[...].astype(self.dtype)
         x_BLD = table_VD[tokens_BL] + nn.sinusoids(tokens_BL.shape[1], table_VD.shape[1]).astype(
             self.dtype
@@ -91,10 +98,11 @@ def sigmoid_loss(
     bias: jax.Array,
     same_BB: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The loss above, in float32, and the shares of images whose highest-scoring caption is theirs and the reverse.
+    """The loss above, in float32, and the shares of images whose highest-scoring caption is theirs
+    and the reverse.
 
-    `same_BB` marks pairs whose captions are equal (`same_captions`): off the diagonal they count neither as positives nor as
-    negatives, and finding one is finding the right caption.
+    `same_BB` marks pairs whose captions are equal (`same_captions`): off the diagonal they count
+    neither as positives nor as negatives, and finding one is finding the right caption.
     """
     image_BD, text_BD = (l2_normalise(x.astype(jnp.float32)) for x in (image_BD, text_BD))
     logits_BB = jnp.exp(log_scale) * (image_BD @ text_BD.T) + bias

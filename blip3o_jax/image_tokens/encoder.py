@@ -130,7 +130,8 @@ class Encoder(nnx.Module):
         ) -> tuple[jax.Array, None]:
             if run is None:
                 return layer(x_BLD, mask_BL), None
-            # A layer past `depth` is passed over by a branch. Slicing the stacked weights instead would copy them all.
+            # A layer past `depth` is passed over by a branch. Slicing the stacked weights instead
+            # would copy them all.
             return jax.lax.cond(run, lambda x: layer(x, mask_BL), lambda x: x, x_BLD), None
 
         run = None if depth == self.depth else jnp.arange(self.depth) < depth
@@ -138,7 +139,9 @@ class Encoder(nnx.Module):
 
 
 class AttentionPool(nnx.Module):
-    """Tokens to one vector: a learned probe attends to them, then a residual MLP (`SiglipMultiheadAttentionPoolingHead`)."""
+    """Tokens to one vector: a learned probe attends to them, then a residual MLP
+    (`SiglipMultiheadAttentionPoolingHead`).
+    """
 
     def __init__(self, shape: EncoderShape, *, rngs: nnx.Rngs):
         d = shape.hidden_size

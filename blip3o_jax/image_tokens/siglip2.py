@@ -21,9 +21,9 @@ class SiglipOutput(NamedTuple):
 class SiglipVision(nnx.Module):
     """Pixels to one feature vector per patch.
 
-    `patch_embedding` is the stock convolution (stride = kernel = patch) as a matrix product over flattened patches, values in
-    the order row, column, channel: the torch weight [out, C, p, p] transposed to [p, p, C, out], then flattened to
-    [p * p * C, out].
+    `patch_embedding` is the stock convolution (stride = kernel = patch) as a matrix product over
+    flattened patches, values in the order row, column, channel: the torch weight [out, C, p, p]
+    transposed to [p, p, C, out], then flattened to [p * p * C, out].
     """
 
     def __init__(self, cfg: config.SiglipVisionConfig, *, rngs: nnx.Rngs):
@@ -43,8 +43,10 @@ class SiglipVision(nnx.Module):
         self.cfg = cfg
 
     def embed(self, x_BHWC: jax.Array) -> jax.Array:
-        """Square images [B, image_size, image_size, 3] in [-1, 1] to patch tokens with positions, row by row; pixels past
-        the last whole patch are dropped. Raises ValueError for another size."""
+        """Square images [B, image_size, image_size, 3] in [-1, 1] to patch tokens with positions,
+        row by row; pixels past the last whole patch are dropped. Raises ValueError for another
+        size.
+        """
         size = self.cfg.image_size
         if x_BHWC.shape[1:] != (size, size, 3):
             raise ValueError(
@@ -66,8 +68,10 @@ class SiglipVision(nnx.Module):
         )
 
     def features(self, x_BHWC: jax.Array, select_layer: int = -2) -> jax.Array:
-        """`hidden_states[select_layer]` [B, N, D] as transformers counts them: -1 is the last layer's output, before
-        post_layernorm, and -1 - num_hidden_layers the embeddings. Later layers are not computed."""
+        """`hidden_states[select_layer]` [B, N, D] as transformers counts them: -1 is the last
+        layer's output, before post_layernorm, and -1 - num_hidden_layers the embeddings. Later
+        layers are not computed.
+        """
         depth = self.cfg.num_hidden_layers + 1 + select_layer
         if select_layer >= 0 or depth < 0:
             raise ValueError(

@@ -1,7 +1,8 @@
-"""SimVQ, the codebook of the vision tokenizer (arXiv 2411.02038, "Addressing Representation Collapse in Vector Quantized
-Models with One Linear Layer").
+"""SimVQ, the codebook of the vision tokenizer (arXiv 2411.02038, "Addressing Representation
+Collapse in Vector Quantized Models with One Linear Layer").
 
-The K codes in use are a linear image of stored vectors e_k, so that moving one code moves all of them and none is left behind:
+The K codes in use are a linear image of stored vectors e_k, so that moving one code moves all of
+them and none is left behind:
 
     c_k = embedding_proj(e_k)            (SimVQ keeps the random e_k fixed and learns the projection)
     s_k(z) = <z/|z|, c_k/|c_k|>          l2-normalised lookup: cosine similarity (z and c are normalised from here on)
@@ -15,13 +16,14 @@ Terms for training, each a mean over tokens:
     commitment_loss = |z - stop(c_index)|^2   keeps what is coded near its code; VQ-VAE (arXiv 1711.00937, eq. 3) weighs it 0.25
     entropy_gap     = log K - H(mean over tokens of p(z)), in nats: 0 when all codes share the tokens evenly
 
-The last is the remedy for dead codes (the diversity half of the entropy penalty of MAGVIT-2, arXiv 2310.05737): p is soft, so
-codes that win no token still receive a gradient towards tokens. It sees nothing once all codes lie within the temperature of
-each other: the codebook loss is what keeps them where the tokens are.
+The last is the remedy for dead codes (the diversity half of the entropy penalty of MAGVIT-2, arXiv
+2310.05737): p is soft, so codes that win no token still receive a gradient towards tokens. It sees
+nothing once all codes lie within the temperature of each other: the codebook loss is what keeps
+them where the tokens are.
 
-Deviations: (1) squared norms are summed over the code's dimensions, as the papers write them; the published implementations
-average, which for unit vectors makes the terms vanish as 1/dim beside the entropy. (2) The stochastic mode also works with
-the plain lookup.
+Deviations: (1) squared norms are summed over the code's dimensions, as the papers write them; the
+published implementations average, which for unit vectors makes the terms vanish as 1/dim beside the
+entropy. (2) The stochastic mode also works with the plain lookup.
 
 Shape suffixes: B batch, N image tokens, D code width, K codes, S chunks of n tokens.
 """
@@ -34,8 +36,8 @@ from flax import nnx
 
 from blip3o_jax import nn
 
-# Most scores (tokens x codes) of one image at once: 16 MiB of float32. All 729 x 65536 would take 191 MiB an image, and more
-# again for the soft assignment and its gradient.
+# Most scores (tokens x codes) of one image at once: 16 MiB of float32. All 729 x 65536 would take
+# 191 MiB an image, and more again for the soft assignment and its gradient.
 MAX_SCORES = 2**22
 
 
@@ -91,11 +93,15 @@ class SimVq(nnx.Module):
         return self._normalise(self.embedding_proj(self.embedding[...][ids_BN]))
 
     def indices(self, z_BND: jax.Array, key: jax.Array | None = None) -> jax.Array:
-        """Code index of each vector [B, N], int32: the best, or a drawn one in stochastic mode with a `key`."""
+        """Code index of each vector [B, N], int32: the best, or a drawn one in stochastic mode with
+        a `key`.
+        """
         return self._assign(self._normalise(z_BND), self.table(), key, soft=False)[0]
 
     def __call__(self, z_BND: jax.Array, key: jax.Array | None = None) -> Quantised:
-        """Quantise vectors [B, N, D] for training. Raises ValueError in stochastic mode without a `key`."""
+        """Quantise vectors [B, N, D] for training. Raises ValueError in stochastic mode without a
+        `key`.
+        """
         if self.stochastic and key is None:
             raise ValueError(
                 "vision tokenizer: stochastic=True needs a random key in training: pass key="
@@ -130,8 +136,9 @@ class SimVq(nnx.Module):
     ) -> tuple[jax.Array, jax.Array | None]:
         """Indices [B, N] and, if `soft`, the mean of p over all tokens [K].
 
-        Walks over groups of n of the N tokens, n a divisor of N (N is a square, so the side at least divides it); the batch
-        dimension stays whole, so that it can lie across devices. The backward pass makes the scores anew.
+        Walks over groups of n of the N tokens, n a divisor of N (N is a square, so the side at
+        least divides it); the batch dimension stays whole, so that it can lie across devices. The
+        backward pass makes the scores anew.
         """
         tokens = z_BND.shape[1]
         limit = max(1, MAX_SCORES // table_KD.shape[0])

@@ -1,10 +1,12 @@
-"""TA-Tok, the vision tokenizer: an image to a grid of codebook indices, and indices back to SigLIP2 features.
+"""TA-Tok, the vision tokenizer: an image to a grid of codebook indices, and indices back to SigLIP2
+features.
 
     pixels -> SigLIP2 hidden state -> mean over s x s tokens -> Linear, tanh -> in_linear -> SimVQ indices
     indices -> codes -> out_linear -> Siglip2 transformer -> Linear, tanh, Linear -> features
 
-It is trained to reproduce the pooled hidden state it was given (the teacher's features). No gradient reaches the encoder here:
-with a teacher that learns from its own reconstruction, constant features would be a perfect solution.
+It is trained to reproduce the pooled hidden state it was given (the teacher's features). No
+gradient reaches the encoder here: with a teacher that learns from its own reconstruction, constant
+features would be a perfect solution.
 
 Shape suffixes: B batch, H height, W width, C channels, N image tokens, D width.
 """
@@ -56,7 +58,9 @@ class Bottleneck(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Codes to features: `transformers.Siglip2VisionModel` with patch_size 1 on square grids without padding."""
+    """Codes to features: `transformers.Siglip2VisionModel` with patch_size 1 on square grids
+    without padding.
+    """
 
     def __init__(self, cfg: config.TaTokConfig, *, rngs: nnx.Rngs):
         d = cfg.decoder.hidden_size
@@ -84,7 +88,9 @@ class Decoder(nnx.Module):
         )
 
     def positions(self, grid: int) -> jax.Array:
-        """The position table resized to `grid` per side, bilinear with antialias (align_corners False), in float32."""
+        """The position table resized to `grid` per side, bilinear with antialias (align_corners
+        False), in float32.
+        """
         table_ND = self.position_embedding[...].astype(jnp.float32)
         side, d = math.isqrt(table_ND.shape[0]), table_ND.shape[1]
         return jax.image.resize(
@@ -93,8 +99,9 @@ class Decoder(nnx.Module):
 
 
 class TaTok(nnx.Module):
-    """Methods take `pool_scale` 1, 2 or 3; None means `cfg.pool_scale`. `key` is for the stochastic mode alone:
-    training needs it, `encode` takes the best code without one."""
+    """Methods take `pool_scale` 1, 2 or 3; None means `cfg.pool_scale`. `key` is for the stochastic
+    mode alone: training needs it, `encode` takes the best code without one.
+    """
 
     def __init__(self, cfg: config.TaTokConfig, *, rngs: nnx.Rngs):
         dtypes = {"dtype": cfg.dtype, "param_dtype": cfg.param_dtype}
@@ -114,7 +121,9 @@ class TaTok(nnx.Module):
         return (self.cfg.encoder.grid // self._pool_scale(pool_scale)) ** 2
 
     def features(self, x_BHWC: jax.Array, pool_scale: int | None = None) -> jax.Array:
-        """Pooled SigLIP2 features [B, N, D] in float32 of images in [-1, 1]: what the tokenizer codes. No gradient."""
+        """Pooled SigLIP2 features [B, N, D] in float32 of images in [-1, 1]: what the tokenizer
+        codes. No gradient.
+        """
         with jax.named_scope("encoder"):
             features_BND = self.encoder.features(x_BHWC, self.cfg.select_layer).astype(jnp.float32)
         return jax.lax.stop_gradient(pool(features_BND, self._pool_scale(pool_scale)))
@@ -128,14 +137,17 @@ class TaTok(nnx.Module):
             return self.bottleneck.codebook.indices(z_BND, key)
 
     def quantise(self, features_BND: jax.Array, *, key: jax.Array | None = None) -> Quantised:
-        """Pooled features to codes with straight-through gradients, indices and the codebook's training terms."""
+        """Pooled features to codes with straight-through gradients, indices and the codebook's
+        training terms.
+        """
         z_BND = self._to_codes(features_BND)
         with jax.named_scope("codebook"):
             return self.bottleneck.codebook(z_BND, key)
 
     def decode(self, ids_BN: jax.Array) -> jax.Array:
-        """Indices of a square token grid [B, N] to reconstructed SigLIP2 features [B, N, D], float32.
-        Raises ValueError where N is not a square."""
+        """Indices of a square token grid [B, N] to reconstructed SigLIP2 features [B, N, D],
+        float32. Raises ValueError where N is not a square.
+        """
         with jax.named_scope("codebook"):
             codes_BND = self.bottleneck.codebook.lookup(ids_BN)
         return self._reconstruct(codes_BND)
@@ -173,7 +185,9 @@ class TaTok(nnx.Module):
 
 
 def pool(x_BND: jax.Array, scale: int) -> jax.Array:
-    """Mean over scale x scale blocks of the square token grid; the rows and columns left over are dropped."""
+    """Mean over scale x scale blocks of the square token grid; the rows and columns left over are
+    dropped.
+    """
     batch, tokens, d = x_BND.shape
     grid = math.isqrt(tokens)
     out = grid // scale

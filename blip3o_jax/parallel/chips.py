@@ -1,7 +1,8 @@
 """What a chip can do: one table for everything that needs a peak, a bandwidth or a capacity.
 
-Figures are vendors' or jax-ml/scaling-book's ("tpus": jax-ml.github.io/scaling-book/tpus), per *device* as JAX counts devices:
-a chip of v4 or v5p is one device, a chip of tpu7x is two. Rates are per second and in bytes; ICI and DCN rates are one way.
+Figures are vendors' or jax-ml/scaling-book's ("tpus": jax-ml.github.io/scaling-book/tpus), per
+*device* as JAX counts devices: a chip of v4 or v5p is one device, a chip of tpu7x is two. Rates are
+per second and in bytes; ICI and DCN rates are one way.
 """
 
 import dataclasses
@@ -9,7 +10,8 @@ import dataclasses
 from blip3o_jax.config import ConfigError
 
 BOOK = "jax-ml/scaling-book, tpus.md"
-# Time of a message's head over one link, s; scaling-book, "tpus", section on networking: about 1 us a hop.
+# Time of a message's head over one link, s; scaling-book, "tpus", section on networking: about 1 us
+# a hop.
 HOP_S = 1e-6
 
 
@@ -39,8 +41,9 @@ class Chip:
         return self.wrap > 0 and size % self.wrap == 0
 
 
-# Clocks follow from the peaks, peak / (2 x multipliers): v4 and v5p have 8 matrix units of 128 x 128 a chip, v5e 4 of them, v6e
-# and a device of tpu7x 2 of 256 x 256 that take two rows a cycle (slots of a bundle in what libtpu 0.0.42.1 writes out).
+# Clocks follow from the peaks, peak / (2 x multipliers): v4 and v5p have 8 matrix units of 128 x
+# 128 a chip, v5e 4 of them, v6e and a device of tpu7x 2 of 256 x 256 that take two rows a cycle
+# (slots of a bundle in what libtpu 0.0.42.1 writes out).
 _CHIPS = (
     Chip(
         "v4",
@@ -111,7 +114,8 @@ _CHIPS = (
         devices=2,
         source="Google Cloud TPU7x page: 2307 TFLOP/s, 192 GiB, 7380 GB/s, 1200 GB/s over six links, of a chip",
     ),
-    # One way between GPUs of a node: half of what NVLink 4 is sold with (900 GB/s). 400 Gbit/s a GPU between nodes.
+    # One way between GPUs of a node: half of what NVLink 4 is sold with (900 GB/s). 400 Gbit/s a
+    # GPU between nodes.
     Chip(
         "H100",
         ("NVIDIA H100 80GB HBM3",),

@@ -1,7 +1,8 @@
 """Hosts: how a process finds the others, agrees with them, waits for them, and ends with them.
 
-A host here is one process of a job: on a TPU slice one a machine, under Slurm one a task. Host 0 runs the coordinator of
-`jax.distributed`, speaks for all and writes what there is one of. What goes wrong on another host is told with its number.
+A host here is one process of a job: on a TPU slice one a machine, under Slurm one a task. Host 0
+runs the coordinator of `jax.distributed`, speaks for all and writes what there is one of. What goes
+wrong on another host is told with its number.
 """
 
 import atexit
@@ -40,7 +41,9 @@ _peers: list[peers_lib.Peers] = []  # one, in a job of several hosts
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """How this process finds the others. `method`: one of METHODS; the other three fields go together, in place of it."""
+    """How this process finds the others. `method`: one of METHODS; the other three fields go
+    together, in place of it.
+    """
 
     method: str = "auto"
     coordinator: str | None = None  # HOST:PORT of host 0
@@ -122,7 +125,9 @@ def enter(phase: str, step: int) -> None:
 
 
 def _log_to_stderr() -> None:
-    """Warnings of all hosts, others than host 0 with their number; what this package chose (a kernel, for one) from host 0."""
+    """Warnings of all hosts, others than host 0 with their number; what this package chose (a
+    kernel, for one) from host 0.
+    """
     logging.basicConfig(
         level=logging.WARNING, format=f"host {host()}: %(message)s" if host() else "%(message)s"
     )
@@ -131,7 +136,8 @@ def _log_to_stderr() -> None:
     logging.getLogger("absl").addFilter(_without_traceback)
 
 
-# What Orbax logs, traceback and all, of errors in its threads, which `Checkpoints.check` and `close` raise.
+# What Orbax logs, traceback and all, of errors in its threads, which `Checkpoints.check` and
+# `close` raise.
 _RAISED_AGAIN = (
     "_SignalingThread.run() raised",
     "in background save thread",
@@ -147,15 +153,18 @@ def _without_traceback(record: logging.LogRecord) -> bool:
 
 
 def keep_programs(directory: pathlib.Path | None) -> None:
-    """Compiled programs are read from and written to `directory`. None leaves it at JAX_COMPILATION_CACHE_DIR."""
+    """Compiled programs are read from and written to `directory`. None leaves it at
+    JAX_COMPILATION_CACHE_DIR.
+    """
     if directory is not None:
         directory.mkdir(parents=True, exist_ok=True)
         jax.config.update("jax_compilation_cache_dir", str(directory.absolute()))
 
 
 def run(launch: Launch, job: Callable[[], object]) -> int:
-    """Joins, runs `job` and leaves; returns the exit status. What goes wrong on one of several hosts ends its process here, and
-    the others learn of it (peers.py)."""
+    """Joins, runs `job` and leaves; returns the exit status. What goes wrong on one of several
+    hosts ends its process here, and the others learn of it (peers.py).
+    """
     start(launch)
     _log_to_stderr()
     try:
@@ -187,7 +196,9 @@ def run(launch: Launch, job: Callable[[], object]) -> int:
 
 
 def _cause(error: BaseException) -> BaseException:
-    """A host that is lost makes collectives and barriers of the others fail, in errors that do not say so."""
+    """A host that is lost makes collectives and barriers of the others fail, in errors that do not
+    say so.
+    """
     ours = (
         isinstance(error, (UserError, KeyboardInterrupt, exits.Ended))
         or files.system_error(error) is not None
@@ -198,8 +209,9 @@ def _cause(error: BaseException) -> BaseException:
 def _runtime() -> Any:
     """State of `jax.distributed`: `client` (None before `start`), `process_id`, `num_processes`.
 
-    The key-value store and the barriers of the client need no devices, so that hosts can compare notes before anything is
-    compiled and while a device hangs. JAX 0.10 and 0.11 show them nowhere public; this is the one place that reaches for them.
+    The key-value store and the barriers of the client need no devices, so that hosts can compare
+    notes before anything is compiled and while a device hangs. JAX 0.10 and 0.11 show them nowhere
+    public; this is the one place that reaches for them.
     """
     try:
         from jax._src.distributed import global_state
@@ -248,7 +260,9 @@ def all_published(directory: str) -> dict[str, str]:
 
 
 def barrier(name: str, seconds: float = 3600.0) -> None:
-    """Waits until all hosts are here. Raises RuntimeError after `seconds`, and where one of them is lost."""
+    """Waits until all hosts are here. Raises RuntimeError after `seconds`, and where one of them is
+    lost.
+    """
     if hosts() == 1:
         return
     _uses[name] += 1
@@ -277,7 +291,8 @@ class Disagreement(UserError):
 
 
 def agree(config: dict[str, Any], workdir: pathlib.Path, seconds: float = 300.0) -> None:
-    """Ends the job unless all hosts have the same configuration and code and see the same working directory.
+    """Ends the job unless all hosts have the same configuration and code and see the same working
+    directory.
 
     Args:
       config: nested dicts of plain values.
@@ -308,8 +323,9 @@ def agree(config: dict[str, Any], workdir: pathlib.Path, seconds: float = 300.0)
 
 @contextlib.contextmanager
 def _token(workdir: pathlib.Path) -> Iterator[str]:
-    """Yield the name of a file in `workdir` that is there for the block; nothing stays of it, nor of directories it took, since
-    the run may still be refused."""
+    """Yield the name of a file in `workdir` that is there for the block; nothing stays of it, nor
+    of directories it took, since the run may still be refused.
+    """
     made = files.make_directories(workdir)
     token = workdir / f".host-0-{uuid.uuid4().hex}"
     try:
@@ -344,7 +360,9 @@ def _complaint(mine: dict[str, Any], zero: dict[str, Any], me: int, patience: fl
 
 
 def code_version() -> dict[str, str]:
-    """A hash of this package's source files, and the versions of the packages that numbers depend on."""
+    """A hash of this package's source files, and the versions of the packages that numbers depend
+    on.
+    """
     root = pathlib.Path(__file__).parent.parent
     digest = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):

@@ -3,8 +3,9 @@
     eval "$(python3 blip3o_jax/parallel/flags.py v5p)"       sets it; what is set already stays and wins
     python3 blip3o_jax/parallel/flags.py --explain           the table
 
-Needs nothing but Python. Flags for TPUs go into LIBTPU_INIT_ARGS, which libtpu reads; XLA_FLAGS would be refused by the part of
-XLA that comes with jaxlib. "Measured" is said where it was; the rest is taken over from its source and not measured here.
+Needs nothing but Python. Flags for TPUs go into LIBTPU_INIT_ARGS, which libtpu reads; XLA_FLAGS
+would be refused by the part of XLA that comes with jaxlib. "Measured" is said where it was; the
+rest is taken over from its source and not measured here.
 """
 
 import dataclasses
@@ -127,7 +128,9 @@ def exports(chip: str) -> str:
 
 
 def environment(chip: str, given: Mapping[str, str]) -> dict[str, str]:
-    """What `exports` would set in the environment `given`, for processes that are started from Python."""
+    """What `exports` would set in the environment `given`, for processes that are started from
+    Python.
+    """
     return {
         variable: f"{value} {given.get(variable, '')}".strip()
         if variable in LISTS

@@ -1,7 +1,8 @@
 """How much memory a device has, and a refusal of what can never fit into it.
 
-Compilers and allocators end a process that asks for a thousand times too much, without a word about which setting asked. What
-is counted here are lower bounds: a run that passes may still be too large for its activations, and the compiler says so.
+Compilers and allocators end a process that asks for a thousand times too much, without a word about
+which setting asked. What is counted here are lower bounds: a run that passes may still be too large
+for its activations, and the compiler says so.
 """
 
 import dataclasses
@@ -19,7 +20,9 @@ _CGROUP = pathlib.Path("/sys/fs/cgroup/memory.max")
 
 @dataclasses.dataclass(frozen=True)
 class Need:
-    """Bytes that one device holds at once for what `setting` says, and what to do where that is too much."""
+    """Bytes that one device holds at once for what `setting` says, and what to do where that is too
+    much.
+    """
 
     setting: str
     bytes: float
@@ -37,7 +40,9 @@ def host_bytes() -> int:
 
 
 def device_bytes(devices: Sequence[jax.Device]) -> float | None:
-    """Return the memory of one of `devices`, those of this host; None where nothing is known. CPU devices share the host's."""
+    """Return the memory of one of `devices`, those of this host; None where nothing is known. CPU
+    devices share the host's.
+    """
     if devices[0].platform == "cpu":
         return host_bytes() / len(devices)
     limit = (devices[0].memory_stats() or {}).get("bytes_limit")
@@ -46,7 +51,9 @@ def device_bytes(devices: Sequence[jax.Device]) -> float | None:
 
 
 def check_fits(needs: Sequence[Need], room: float | None) -> None:
-    """Raise ConfigError that names the largest of `needs` unless all of them together fit into `room` bytes."""
+    """Raise ConfigError that names the largest of `needs` unless all of them together fit into
+    `room` bytes.
+    """
     total = sum(need.bytes for need in needs)
     if room is None or total <= room:
         return

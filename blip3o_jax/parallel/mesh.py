@@ -16,12 +16,13 @@ THREADS_PER_CPU_DEVICE = 8
 
 
 def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
-    """A mesh with axes data x fsdp x sequence x tensor over `devices` (all by default); neighbours on the axes that are named
-    last. With `cfg.slices` the data axis goes over the slices first: what crosses the network between them is the sum of the
-    gradients and nothing else.
+    """A mesh with axes data x fsdp x sequence x tensor over `devices` (all by default); neighbours
+    on the axes that are named last. With `cfg.slices` the data axis goes over the slices first:
+    what crosses the network between them is the sum of the gradients and nothing else.
 
-    Raises ConfigError when the sizes do not multiply to the number of devices, with the sizes that would do; when `cfg.slices`
-    is not what the devices lie in; when JAX cannot lay the mesh onto the chips' torus.
+    Raises ConfigError when the sizes do not multiply to the number of devices, with the sizes that
+    would do; when `cfg.slices` is not what the devices lie in; when JAX cannot lay the mesh onto
+    the chips' torus.
     """
     if devices is None and cfg.cpu_devices:
         split_cpu(cfg.cpu_devices)
@@ -51,9 +52,12 @@ def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device] | None = None) -> j
 def _on_torus(
     place: Callable[..., np.ndarray], *sizes: list[int], devices: list[jax.Device]
 ) -> np.ndarray:
-    """`place` is of `mesh_utils`, `sizes` what it asks for; the first of them are those on the torus of a slice."""
+    """`place` is of `mesh_utils`, `sizes` what it asks for; the first of them are those on the
+    torus of a slice.
+    """
     try:
-        # Several axes may share one of the torus: without, fsdp=16 would not fit into 8 x 8 x 8 chips.
+        # Several axes may share one of the torus: without, fsdp=16 would not fit into 8 x 8 x 8
+        # chips.
         return place(*sizes, devices, allow_split_physical_axes=True)
     except (AssertionError, ValueError) as error:
         named = " x ".join(
@@ -91,10 +95,13 @@ def _over_slices(slices: int, sizes: list[int], devices: list[jax.Device]) -> np
 
 
 def cpu_environment(count: int) -> dict[str, str]:
-    """Environment of a process that splits the CPU into `count` devices, to be set before JAX starts its backend."""
-    # A device that waits for the others in a collective holds a thread of XLA's, and it may wait in several at once. With more
-    # devices than cores there is one thread for each: the last device to come has been seen to find none, and all to wait for
-    # ever. NPROC is what XLA takes for the number of cores when it makes its threads.
+    """Environment of a process that splits the CPU into `count` devices, to be set before JAX
+    starts its backend.
+    """
+    # A device that waits for the others in a collective holds a thread of XLA's, and it may wait in
+    # several at once. With more devices than cores there is one thread for each: the last device to
+    # come has been seen to find none, and all to wait for ever. NPROC is what XLA takes for the
+    # number of cores when it makes its threads.
     many = count > (os.cpu_count() or 1)
     return {"JAX_NUM_CPU_DEVICES": str(count)} | (
         {"NPROC": str(THREADS_PER_CPU_DEVICE * count)} if many else {}

@@ -73,7 +73,9 @@ class Peers:
             time.sleep(1.0 if self._host == 0 else 0.0)  # they hear of it through this process
 
     def lost(self) -> LostHost | None:
-        """Which host it is that cannot be reached any more; looks for STILL seconds, asking twice. None: all are there."""
+        """Which host it is that cannot be reached any more; looks for STILL seconds, asking twice.
+        None: all are there.
+        """
         if (before := self._signs()) is None:
             return self._ended or self._gone(0, self._zero)
         if self._news.wait(STILL):
@@ -133,8 +135,10 @@ class Peers:
             return
 
     def _catch_abort(self) -> None:
-        """SIGABRT of jax.distributed becomes the line and status of a lost host. It comes in a thread of its own; Python's
-        `signal` would wait for the main thread, which waits for the host that is lost."""
+        """SIGABRT of jax.distributed becomes the line and status of a lost host. It comes in a
+        thread of its own; Python's `signal` would wait for the main thread, which waits for the
+        host that is lost.
+        """
         libc = ctypes.CDLL(None)
         handler = ctypes.CFUNCTYPE(None, ctypes.c_int)
         libc.signal.argtypes = [ctypes.c_int, handler]
@@ -152,7 +156,8 @@ class Peers:
 
 @contextlib.contextmanager
 def without_stack_trace() -> Iterator[None]:
-    """Have `jax.distributed.initialize` make a client that aborts in two lines, without a stack trace.
+    """Have `jax.distributed.initialize` make a client that aborts in two lines, without a stack
+    trace.
 
     A callback of ours takes the place of the default, which logs one. It is never called: the
     bindings of JAX 0.10 cannot convert its argument, and abort.

@@ -33,8 +33,8 @@ class StopRequest:
     """Whether this job was asked to stop (`with StopRequest() as stop: ... stop.due(step)`).
 
     With several hosts the preemption service of `jax.distributed` decides; the step it picks is at
-    least one ahead of where any host is. SIGTERM reaches it through the thread that reads the signals
-    (exits.py), which so knows that a step is to be saved when Ctrl-C follows.
+    least one ahead of where any host is. SIGTERM reaches it through the thread that reads the
+    signals (exits.py), which so knows that a step is to be saved when Ctrl-C follows.
 
     A process by itself has a signal handler here, for SIGHUP too unless it is ignored: the first
     signal is noted, a second one ends the process as if nobody had listened. Before the first step
@@ -75,7 +75,8 @@ class StopRequest:
                 signal.signal(number, before)
 
     def _intercept(self) -> None:
-        """Have Python handle SIGTERM again, in place of the preemption service, and pass it on to that.
+        """Have Python handle SIGTERM again, in place of the preemption service, and pass it on to
+        that.
 
         The service's own handler, which `jax.distributed` has installed over Python's, only sets a
         flag that a thread looks at, so that it can be called from any thread.
@@ -101,7 +102,9 @@ class StopRequest:
             signal.signal(each, signal.SIG_DFL)
 
     def due(self, step: int) -> bool:
-        """True at the step that all hosts are to stop after. To be asked at every step, on every host."""
+        """True at the step that all hosts are to stop after. To be asked at every step, on every
+        host.
+        """
         exits.process.stop_line = ""
         if jax.distributed.is_initialized():
             return multihost_utils.reached_preemption_sync_point(step)

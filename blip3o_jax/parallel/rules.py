@@ -1,8 +1,9 @@
 """Named strategies: for each part of the model a table from logical axis to mesh axes.
 
-The same table places parameters (by the axes declared on them), optimizer state, the batch and, through
-`nn.sharding_resolver`, the activations that networks pin with `nn.constrain`. Nothing is replicated silently: a dimension
-that does not divide over its mesh axes, or one mesh axis asked for twice in an array, raises and names both.
+The same table places parameters (by the axes declared on them), optimizer state, the batch and,
+through `nn.sharding_resolver`, the activations that networks pin with `nn.constrain`. Nothing is
+replicated silently: a dimension that does not divide over its mesh axes, or one mesh axis asked for
+twice in an array, raises and names both.
 
 dp         parameters on every device, the batch over all
 fsdp       parameters cut up as well, gathered layer by layer
@@ -11,8 +12,8 @@ fsdp_sp    the tokens of a row over `sequence` besides: the AR gathers keys and 
            small key-value state, its depthwise convolution takes its neighbours' border rows (XLA's halo exchange)
 hybrid     fsdp within a slice; slices hold whole replicas and exchange gradients alone (`mesh.slices`, `mesh.data`)
 
-`hybrid_X` is any other X within a slice. What only encodes (the autoencoder) is whole on every device unless `mesh.parts` says
-otherwise: it is small beside its activations.
+`hybrid_X` is any other X within a slice. What only encodes (the autoencoder) is whole on every
+device unless `mesh.parts` says otherwise: it is small beside its activations.
 """
 
 import dataclasses
@@ -28,7 +29,8 @@ from blip3o_jax.parallel.mesh import make_mesh
 
 Table = dict[str, tuple[str, ...]]
 
-# `lookup_batch`: rows that share one table of embeddings, each device looking up the columns of it that it holds.
+# `lookup_batch`: rows that share one table of embeddings, each device looking up the columns of it
+# that it holds.
 _BATCH: Table = {"batch": ("data", "fsdp"), "lookup_batch": ("data", "fsdp")}
 _FSDP: Table = _BATCH | {"embed": ("fsdp",), "lookup_batch": ("data",)}
 _FSDP_TP: Table = _FSDP | {
@@ -61,7 +63,8 @@ STRATEGIES: dict[str, dict[str, Table]] = {
     },
     "fsdp_sp": {"": _FSDP, "ar": _FSDP_SP, "dit": _FSDP_SP, "vae": _BATCH},
 }
-# A slice's own table has no `data` axis in it beside the batch's, so that parameters are whole in each slice.
+# A slice's own table has no `data` axis in it beside the batch's, so that parameters are whole in
+# each slice.
 STRATEGIES |= {f"hybrid_{name}": tables for name, tables in STRATEGIES.items()} | {
     "hybrid": STRATEGIES["fsdp"]
 }
@@ -146,7 +149,9 @@ class Strategy:
         return NamedSharding(self.mesh, PartitionSpec(_BATCH["batch"]))
 
     def check_batch(self, batch_size: int, accumulate: int = 1, pack: int = 1) -> None:
-        """Raises ConfigError unless every micro-batch, in rows of `pack` examples, divides over the mesh."""
+        """Raises ConfigError unless every micro-batch, in rows of `pack` examples, divides over the
+        mesh.
+        """
         if batch_size % (self.batch_shards * accumulate * pack):
             rows = "" if pack == 1 else f" x {pack} examples a row"
             raise ConfigError(
@@ -156,7 +161,9 @@ class Strategy:
             )
 
     def parameter_shardings(self, variables: Any) -> dict[str, Any]:
-        """Shardings of a state of `nnx.Param`s with logical axes, as a nested dict; the first key names the part."""
+        """Shardings of a state of `nnx.Param`s with logical axes, as a nested dict; the first key
+        names the part.
+        """
         from flax import nnx
 
         flat = {

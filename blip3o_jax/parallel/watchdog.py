@@ -1,4 +1,6 @@
-"""A thread a host that tells who is stuck, and in what, when nothing has moved for a while. Ending jobs is for launchers."""
+"""A thread a host that tells who is stuck, and in what, when nothing has moved for a while. Ending
+jobs is for launchers.
+"""
 
 import dataclasses
 import json
@@ -10,14 +12,17 @@ from types import TracebackType
 
 from blip3o_jax.parallel import distributed
 
-# Phases in which a host may just be waiting for the others; in all else (start, data, compile) it is busy by itself.
+# Phases in which a host may just be waiting for the others; in all else (start, data, compile) it
+# is busy by itself.
 WAITING = ("step", "save", "barrier")
 PERIOD = 10.0  # seconds between a host's signs of life
 
 
 @dataclasses.dataclass(frozen=True)
 class Sign:
-    """A host's sign of life. Times in seconds since 1970, by clocks that are set to within a second or so."""
+    """A host's sign of life. Times in seconds since 1970, by clocks that are set to within a second
+    or so.
+    """
 
     phase: str
     step: int  # in work, or the last one done
@@ -78,7 +83,9 @@ class Watchdog:
 
 
 def _exchanged(mine: Sign) -> dict[int, Sign]:
-    """Publishes this host's sign and reads those of all; this host's alone where the coordinator does not answer."""
+    """Publishes this host's sign and reads those of all; this host's alone where the coordinator
+    does not answer.
+    """
     me = distributed.host()
     if distributed.hosts() == 1:
         return {me: mine}
@@ -100,8 +107,9 @@ def _speaker(signs: dict[int, Sign], now: float, silent_after: float) -> int:
 def diagnose(signs: dict[int, Sign], hosts: int, now: float, silent_after: float) -> str:
     """Who is stuck in what, and where the others wait.
 
-    A silent host is the culprit (killed, or hung with all its threads). Else those that are busy by themselves while others
-    wait in something collective; else those at the earliest step, where that differs; else it cannot be told.
+    A silent host is the culprit (killed, or hung with all its threads). Else those that are busy by
+    themselves while others wait in something collective; else those at the earliest step, where
+    that differs; else it cannot be told.
     """
     silent = [
         host for host in range(hosts) if host not in signs or now - signs[host].seen > silent_after

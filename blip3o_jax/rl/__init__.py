@@ -1,1 +1,3 @@
-"""Online reinforcement learning: rollouts, rewards on the host, and policy losses for the loop of train/."""
+"""Online reinforcement learning: rollouts, rewards on the host, and policy losses for the loop of
+train/.
+"""

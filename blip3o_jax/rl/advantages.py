@@ -1,4 +1,5 @@
-"""How much better an image is than the others of its prompt: GRPO (arXiv 2402.03300), DAPO's choice of groups (2503.14476).
+"""How much better an image is than the others of its prompt: GRPO (arXiv 2402.03300), DAPO's choice
+of groups (2503.14476).
 
     m_p = mean over the kept g of r_pg        s_p = sqrt(sum over the kept g of (r_pg - m_p)^2 / (n_p - 1))
     A_pg = (r_pg - m_p) / (s_p + epsilon)     "std"
@@ -14,7 +15,8 @@ Deviations:
 4. DAPO draws until a batch is full of groups with a difference. Here the number of draws is bounded by the caller, and
    degenerate groups fill what is then left: the rollout keeps its shape, and their reward gives no gradient.
 
-P prompts, G images of each, C candidate groups of which P are chosen. On the host, in float64: this is where rewards arrive.
+P prompts, G images of each, C candidate groups of which P are chosen. On the host, in float64: this
+is where rewards arrive.
 """
 
 import dataclasses
@@ -37,7 +39,8 @@ class Advantages:
 def group_advantages(
     rewards_PG: np.ndarray, kept_PG: np.ndarray, *, kind: str, epsilon: float
 ) -> Advantages:
-    """Advantages of `kind` "std" or "mean"; what `rewards_PG` has where `kept_PG` is False is not looked at.
+    """Advantages of `kind` "std" or "mean"; what `rewards_PG` has where `kept_PG` is False is not
+    looked at.
 
     Raises ValueError where a kept reward is not finite: whoever scored it should have dropped it.
     """
@@ -70,9 +73,9 @@ def group_advantages(
 def choose_groups(degenerate_C: np.ndarray, prompts: int) -> np.ndarray:
     """Which of the groups drawn so far make the rollout: their indices, int64 [prompts].
 
-    Those with a difference come first, then degenerate ones to fill, both in the order drawn. So with one rollout's worth of
-    candidates every group is chosen, and later ones only ever take the place of degenerate ones. Raises ValueError with
-    fewer than `prompts` candidates.
+    Those with a difference come first, then degenerate ones to fill, both in the order drawn. So
+    with one rollout's worth of candidates every group is chosen, and later ones only ever take the
+    place of degenerate ones. Raises ValueError with fewer than `prompts` candidates.
     """
     degenerate_C = np.asarray(degenerate_C, bool)
     if len(degenerate_C) < prompts:

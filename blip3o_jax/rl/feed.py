@@ -1,10 +1,13 @@
-"""Rollouts as the batches of the training loop: draw images, have them judged on the host, compare them, hand them over.
+"""Rollouts as the batches of the training loop: draw images, have them judged on the host, compare
+them, hand them over.
 
-    policy now --> draw (devices) --> rewards (processes of the host) --> advantages --> batch, for `rl.updates` steps
+policy now --> draw (devices) --> rewards (processes of the host) --> advantages --> batch, for
+`rl.updates` steps
 
-A rollout is drawn in pieces. All are sent to the devices at once, so that rewards of one are computed while the next is drawn.
-With `rl.stale` the rewards of a rollout are awaited only after the next one was drawn: the devices never wait for them, and
-each step trains on images that the policy before it has drawn.
+A rollout is drawn in pieces. All are sent to the devices at once, so that rewards of one are
+computed while the next is drawn. With `rl.stale` the rewards of a rollout are awaited only after
+the next one was drawn: the devices never wait for them, and each step trains on images that the
+policy before it has drawn.
 
 Everything follows from (seed, number of the rollout): nothing of a rollout is kept but its number.
 """
@@ -35,8 +38,10 @@ from blip3o_jax.train.state import TrainState
 
 @dataclasses.dataclass
 class _Drawn:
-    """A rollout whose images are being judged. `images`: this host's, of `rows`; `pending`, a handle for each piece. `seconds`:
-    of drawing; once it is judged, `waited`: seconds for its rewards, and their `timings` (`Judged.seconds`)."""
+    """A rollout whose images are being judged. `images`: this host's, of `rows`; `pending`, a
+    handle for each piece. `seconds`: of drawing; once it is judged, `waited`: seconds for its
+    rewards, and their `timings` (`Judged.seconds`).
+    """
 
     number: int
     prompts: list[Prompt]
@@ -50,8 +55,9 @@ class _Drawn:
 
 
 class Rollouts:
-    """`loop.Feed` of reinforcement learning. `reference`: parameters of the policy that the run started from, or None;
-    `open_log` drops the lines of rollouts that are drawn again."""
+    """`loop.Feed` of reinforcement learning. `reference`: parameters of the policy that the run
+    started from, or None; `open_log` drops the lines of rollouts that are drawn again.
+    """
 
     def __init__(
         self,
@@ -218,7 +224,9 @@ class Rollouts:
     def _measured(
         self, found: list[_Drawn], verdicts: Verdicts, spread: Advantages
     ) -> dict[str, float]:
-        """Metrics of all that was drawn for a batch, what is refilled and what has its place included."""
+        """Metrics of all that was drawn for a batch, what is refilled and what has its place
+        included.
+        """
         prompts, timings = (
             [x for drawn in found for x in getattr(drawn, name)] for name in ("prompts", "timings")
         )
@@ -256,7 +264,9 @@ class Rollouts:
 
 
 def _shares(update: float, draw: float, reward: float) -> dict[str, float]:
-    """Of the time of a step: of the updates on the rollout before, of drawing, of waiting for rewards."""
+    """Of the time of a step: of the updates on the rollout before, of drawing, of waiting for
+    rewards.
+    """
     seconds = {"update": update, "draw": draw, "reward_wait": reward}
     total = max(sum(seconds.values()), 1e-9)
     return {"seconds/update": update} | {

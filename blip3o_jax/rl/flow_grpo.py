@@ -1,12 +1,14 @@
 """The flow-matching sampler as a policy: Flow-GRPO (arXiv 2505.05470).
 
-The ODE of sampling, dx = v dsigma from sigma 1 down to 0, has at each sigma the density p_sigma. An SDE that adds noise of
-strength eta and draws back along the score has the same densities (Anderson's reverse-time equation). With dsigma < 0:
+The ODE of sampling, dx = v dsigma from sigma 1 down to 0, has at each sigma the density p_sigma. An
+SDE that adds noise of strength eta and draws back along the score has the same densities
+(Anderson's reverse-time equation). With dsigma < 0:
 
     dx = [v - eta^2 / 2 grad log p_sigma(x)] dsigma + eta sqrt(-dsigma) n        n ~ N(0, I)
 
-The score follows from v. As x = (1 - sigma) z + sigma e and v = E[e - z | x], E[e | x] = x + (1 - sigma) v, and
-grad log p_sigma(x) = -E[e | x] / sigma. So a step to sigma' = sigma + dsigma is drawn from a Gaussian:
+The score follows from v. As x = (1 - sigma) z + sigma e and v = E[e - z | x], E[e | x] = x + (1 -
+sigma) v, and grad log p_sigma(x) = -E[e | x] / sigma. So a step to sigma' = sigma + dsigma is drawn
+from a Gaussian:
 
     eta = a sqrt(sigma / (1 - sigma))
     mean = x + dsigma [v + eta^2 / (2 sigma) (x + (1 - sigma) v)]        deviation s = eta sqrt(-dsigma)
@@ -64,9 +66,11 @@ def transition(
     *,
     noise: float,
 ) -> tuple[jax.Array, jax.Array]:
-    """Mean [B, H, W, C] and deviation [B] of x at the noise level `next_B`, given x at `sigma_B`; `noise` is a.
+    """Mean [B, H, W, C] and deviation [B] of x at the noise level `next_B`, given x at `sigma_B`;
+    `noise` is a.
 
-    `next_B` is the level after `sigma_B` in the sampler's list. With noise 0 the mean is the Euler step.
+    `next_B` is the level after `sigma_B` in the sampler's list. With noise 0 the mean is the Euler
+    step.
     """
     x_BHWC, velocity_BHWC = x_BHWC.astype(jnp.float32), velocity_BHWC.astype(jnp.float32)
     second_B = jnp.where(sigma_B > 1 - 1e-6, next_B, sigma_B)
@@ -84,7 +88,9 @@ def log_prob(next_BHWC: jax.Array, mean_BHWC: jax.Array, std_B: jax.Array) -> ja
 
 
 def kl(mean_BHWC: jax.Array, reference_mean_BHWC: jax.Array, std_B: jax.Array) -> jax.Array:
-    """KL divergence between two Gaussians of the same deviation, as a mean over the latent's numbers: [B]."""
+    """KL divergence between two Gaussians of the same deviation, as a mean over the latent's
+    numbers: [B].
+    """
     return _mean_square((mean_BHWC - reference_mean_BHWC) / _per_row(std_B)) / 2
 
 
@@ -94,7 +100,9 @@ def choose_steps(key: jax.Array, steps: int, trained: int) -> jax.Array:
 
 
 def step_sigmas(step_K: jax.Array, *, steps: int, flow: FlowConfig) -> tuple[jax.Array, jax.Array]:
-    """The noise levels before and after each of the given steps of a sampler of `steps`; of the shape of `step_K`."""
+    """The noise levels before and after each of the given steps of a sampler of `steps`; of the
+    shape of `step_K`.
+    """
     sigmas_S = jnp.asarray(flow_matching.sampling_sigmas(steps, flow))
     return sigmas_S[step_K], sigmas_S[step_K + 1]
 
@@ -110,10 +118,11 @@ def sample_sde(
     flow: FlowConfig,
     noise_everywhere: bool = False,
 ) -> tuple[jax.Array, Trajectory]:
-    """Latents [B, H, W, C] from `noise_BHWC` ~ N(0, I), and the steps `kept_K` (of `choose_steps`); under `jax.jit`.
+    """Latents [B, H, W, C] from `noise_BHWC` ~ N(0, I), and the steps `kept_K` (of `choose_steps`);
+    under `jax.jit`.
 
-    `velocity_fn(x_BHWC, timestep_B)` is traced once. The noise of a step is drawn from the row's typed key, folded with the
-    step, so a row's result does not depend on its batch.
+    `velocity_fn(x_BHWC, timestep_B)` is traced once. The noise of a step is drawn from the row's
+    typed key, folded with the step, so a row's result does not depend on its batch.
     """
     B, (K,), shape = len(noise_BHWC), kept_K.shape, noise_BHWC.shape[1:]
 
@@ -132,8 +141,9 @@ def sample_sde(
         noisy = index < steps - 1 if noise_everywhere else jnp.any(kept_K == index)
         ode_BHWC = x_BHWC + _per_row(next_B - sigma_B) * velocity_BHWC
         next_BHWC = jnp.where(noisy, mean_BHWC + _per_row(std_B) * draw_BHWC, ode_BHWC)
-        # A step writes to the slot of the first kept one that is not before it: kept steps come last to theirs, and after
-        # the last kept one there is no slot. So nothing has to choose between two copies of the slots.
+        # A step writes to the slot of the first kept one that is not before it: kept steps come
+        # last to theirs, and after the last kept one there is no slot. So nothing has to choose
+        # between two copies of the slots.
         slot = jnp.searchsorted(kept_K, index)
         put = lambda slots, x: slots.at[:, slot].set(x, mode="drop")
         kept = Trajectory(
@@ -162,10 +172,12 @@ def policy_loss(
     *,
     cfg: FlowPolicyConfig,
 ) -> tuple[jax.Array, grpo.Metrics]:
-    """The loss of a (micro-)batch and its metrics, scalars; the trained steps are what the tokens are in `rl/grpo.py`.
+    """The loss of a (micro-)batch and its metrics, scalars; the trained steps are what the tokens
+    are in `rl/grpo.py`.
 
-    Gradients go through `logprob_BK` and `kl_BK`. The latter may be None where `cfg.kl` is 0, else that raises ValueError.
-    `kept_share_B`, rows that are not kept, micro-batches and metrics: as in `grpo.policy_loss`.
+    Gradients go through `logprob_BK` and `kl_BK`. The latter may be None where `cfg.kl` is 0, else
+    that raises ValueError. `kept_share_B`, rows that are not kept, micro-batches and metrics: as in
+    `grpo.policy_loss`.
     """
     if kl_BK is None and cfg.kl:
         raise ValueError(f"rl.flow.kl={cfg.kl} needs the KL divergence to the reference policy")

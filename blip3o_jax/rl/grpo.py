@@ -1,5 +1,5 @@
-"""The policy loss on image tokens: GRPO (arXiv 2402.03300) and its variants Dr. GRPO (2503.20783), DAPO (2503.14476) and
-GSPO (2507.18071).
+"""The policy loss on image tokens: GRPO (arXiv 2402.03300) and its variants Dr. GRPO (2503.20783),
+DAPO (2503.14476) and GSPO (2507.18071).
 
     r_t = exp(l_t - l_t^old)                            ratio "token": of each token's probability now to when it was drawn
     r_t = exp(mean over s of (l_s - l_s^old))           ratio "sequence": one for all tokens of an image (GSPO)
@@ -8,8 +8,9 @@ GSPO (2507.18071).
     L = sum over kept images and t of L_t / (n_kept N)  "bnpo", "grpo"
     L = sum over kept images and t of L_t / (n N)       "dr_grpo"
 
-l, l^old, q are log-probabilities under the distribution that was drawn from. A token gives no gradient through its ratio
-where the clip is the smaller term: r > 1 + up with A > 0, or r < 1 - down with A < 0.
+l, l^old, q are log-probabilities under the distribution that was drawn from. A token gives no
+gradient through its ratio where the clip is the smaller term: r > 1 + up with A > 0, or r < 1 -
+down with A < 0.
 
 Deviations:
 1. Every image has the same number N of tokens. So "grpo" (mean of each image's tokens, then of images) and "bnpo" (mean over
@@ -20,8 +21,9 @@ Deviations:
 4. The ratio of GSPO has the clip of `RlConfig.clip`; the paper's is some 1e-4, which a configuration has to say.
 5. DAPO's penalty on overlong answers has no meaning here.
 
-A micro-batch's loss and metrics are such that their mean over equal micro-batches is the whole batch's: what is divided by is
-the share of kept images in the whole batch, which `kept_share_B` brings to every row. The one exception is `ratio_gap_max`.
+A micro-batch's loss and metrics are such that their mean over equal micro-batches is the whole
+batch's: what is divided by is the share of kept images in the whole batch, which `kept_share_B`
+brings to every row. The one exception is `ratio_gap_max`.
 
 B images, N image tokens. Everything is float32.
 """
@@ -46,9 +48,10 @@ def policy_loss(
 ) -> tuple[jax.Array, Metrics]:
     """The loss of a (micro-)batch and its metrics, scalars.
 
-    Only `logprobs_BN` has a gradient. `kept_share_B` is the mean of `kept_B` over the whole batch, in every row.
-    `reference_logprobs_BN` may be None where `cfg.kl` is 0, else that raises ValueError. Metrics, means over kept tokens:
-    those of `clipped_loss`, and `kl` to the reference where there is one.
+    Only `logprobs_BN` has a gradient. `kept_share_B` is the mean of `kept_B` over the whole batch,
+    in every row. `reference_logprobs_BN` may be None where `cfg.kl` is 0, else that raises
+    ValueError. Metrics, means over kept tokens: those of `clipped_loss`, and `kl` to the reference
+    where there is one.
     """
     if reference_logprobs_BN is None and cfg.kl:
         raise ValueError(f"rl.kl={cfg.kl} needs the reference policy's log-probabilities")
@@ -74,13 +77,14 @@ def clipped_loss(
     clip: tuple[float, float],
     ratio: str = "token",
 ) -> tuple[jax.Array, Metrics]:
-    """-min(r A, clip(r) A) of every token [B, N], and metrics. `clip` is how far r may go (down, up); `log_ratio_BN` is of
-    `kept_difference`: in a row that is not kept r is 1.
+    """-min(r A, clip(r) A) of every token [B, N], and metrics. `clip` is how far r may go (down,
+    up); `log_ratio_BN` is of `kept_difference`: in a row that is not kept r is 1.
 
-    Metrics, means over kept tokens: `clip_low` and `clip_high`, the shares that the clip left without a gradient; `ratio`,
-    as it is clipped; `old_kl`, KL(old policy || policy) by the k3 estimator; and, always of single tokens, since a sequence's
-    mean would hide them, `ratio_gap`, |r - 1|, and `ratio_gap_max`, its maximum. The average of `ratio_gap_max` over m
-    micro-batches is between 1/m of the maximum and the maximum.
+    Metrics, means over kept tokens: `clip_low` and `clip_high`, the shares that the clip left
+    without a gradient; `ratio`, as it is clipped; `old_kl`, KL(old policy || policy) by the k3
+    estimator; and, always of single tokens, since a sequence's mean would hide them, `ratio_gap`,
+    |r - 1|, and `ratio_gap_max`, its maximum. The average of `ratio_gap_max` over m micro-batches
+    is between 1/m of the maximum and the maximum.
     """
     advantage_B1 = advantage_B.astype(jnp.float32)[:, None]
     token_ratio_BN = jnp.exp(log_ratio_BN)
@@ -104,7 +108,9 @@ def clipped_loss(
 
 
 def kept_difference(a_BN: jax.Array, b_BN: jax.Array, kept_B: jax.Array) -> jax.Array:
-    """a - b in float32, 0 in rows that are not kept: neither their values nor their gradients can reach the loss."""
+    """a - b in float32, 0 in rows that are not kept: neither their values nor their gradients can
+    reach the loss.
+    """
     return jnp.where(kept_B[:, None], a_BN.astype(jnp.float32) - b_BN.astype(jnp.float32), 0)
 
 

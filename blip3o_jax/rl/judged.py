@@ -1,4 +1,5 @@
-"""What the rewards say of a rollout's images, gathered from all hosts and turned into advantages and metrics.
+"""What the rewards say of a rollout's images, gathered from all hosts and turned into advantages
+and metrics.
 
 P prompts, G images of each, B = P G.
 """
@@ -19,7 +20,9 @@ from blip3o_jax.rl.advantages import Advantages, group_advantages
 
 @dataclasses.dataclass(frozen=True)
 class Verdicts:
-    """Of B images, the same on all hosts: reward float32 [B], 0 where `failed_B`, and its parts, NaN where there is none."""
+    """Of B images, the same on all hosts: reward float32 [B], 0 where `failed_B`, and its parts,
+    NaN where there is none.
+    """
 
     total_B: np.ndarray
     failed_B: np.ndarray
@@ -45,8 +48,9 @@ def joined(verdicts: Sequence[Verdicts]) -> Verdicts:
 
 
 def gathered(mine: Verdicts, rows: Sequence[int], count: int) -> Verdicts:
-    """The verdicts on `count` images, of which this host has judged `rows`; an image that several have judged is the first
-    one's."""
+    """The verdicts on `count` images, of which this host has judged `rows`; an image that several
+    have judged is the first one's.
+    """
     if jax.process_count() == 1:
         return mine
     told = {"rows": list(rows), "total": mine.total_B.tolist(), "failed": mine.failed_B.tolist()}
@@ -81,8 +85,9 @@ def advantages(verdicts: Verdicts, cfg: RlConfig) -> Advantages:
 
 
 def columns(verdicts: Verdicts, cfg: RlConfig) -> dict[str, np.ndarray]:
-    """What the loss is told of each image [B]: `advantage`, `kept` (1 with a reward, else 0), `kept_share`, that of the whole
-    batch in every row; and for the loop's count `bad_records`."""
+    """What the loss is told of each image [B]: `advantage`, `kept` (1 with a reward, else 0),
+    `kept_share`, that of the whole batch in every row; and for the loop's count `bad_records`.
+    """
     kept_B = ~verdicts.failed_B
     return {
         "advantage": advantages(verdicts, cfg).advantage_PG.ravel(),
@@ -95,9 +100,10 @@ def columns(verdicts: Verdicts, cfg: RlConfig) -> dict[str, np.ndarray]:
 def reward_metrics(
     verdicts: Verdicts, found: Advantages, prompts: Sequence[Prompt], group: int
 ) -> dict[str, float]:
-    """Mean, deviation and maximum of the rewards, of all and by category of prompt; means of their parts; and of the groups the
-    share without a difference and the mean deviation. `prompts`: one a group. Images without a reward count in none of them,
-    nor do parts that are not finite."""
+    """Mean, deviation and maximum of the rewards, of all and by category of prompt; means of their
+    parts; and of the groups the share without a difference and the mean deviation. `prompts`: one a
+    group. Images without a reward count in none of them, nor do parts that are not finite.
+    """
     kept_B = ~verdicts.failed_B
     values = {
         "reward/failed": float(verdicts.failed_B.mean()),

@@ -1,11 +1,12 @@
-"""What a run of reinforcement learning leaves to look at: a line an image in rollouts.jsonl, pictures of the best and worst.
+"""What a run of reinforcement learning leaves to look at: a line an image in rollouts.jsonl,
+pictures of the best and worst.
 
     {"rollout": 3, "row": 17, "index": 209, "seed": 0, "prompt": ..., "metadata": {...}, "total": 0.5 or null, "parts": {...},
      "image": its SHA-256}
 
-`index` and `seed` are what the image was drawn from, `total` null where its reward failed. Each host writes of the images that
-it has judged: the first to rollouts.jsonl, host N to rollouts-N.jsonl. With `rl.keep_images` the images lie beside it, in
-rollouts/ROLLOUT/ROW.png.
+`index` and `seed` are what the image was drawn from, `total` null where its reward failed. Each
+host writes of the images that it has judged: the first to rollouts.jsonl, host N to
+rollouts-N.jsonl. With `rl.keep_images` the images lie beside it, in rollouts/ROLLOUT/ROW.png.
 """
 
 import hashlib
@@ -27,7 +28,9 @@ SHOWN = 6  # images of each kind in a picture
 
 
 class RolloutLog:
-    """Lines of rollouts from `start` on are dropped on opening: a run that goes on writes them again."""
+    """Lines of rollouts from `start` on are dropped on opening: a run that goes on writes them
+    again.
+    """
 
     def __init__(
         self,
@@ -55,7 +58,9 @@ class RolloutLog:
         images: np.ndarray,
         verdicts: Verdicts,
     ) -> None:
-        """Of one rollout's images; `rows` among its images, of which `first` is the index of row 0; the rest is one a row."""
+        """Of one rollout's images; `rows` among its images, of which `first` is the index of row 0;
+        the rest is one a row.
+        """
         lines = []
         for i, (row, prompt, image) in enumerate(zip(rows, prompts, images, strict=True)):
             parts = {name: float(x[i]) for name, x in verdicts.parts.items() if math.isfinite(x[i])}
@@ -79,7 +84,9 @@ class RolloutLog:
         self._lines.write(*lines)
 
     def sync(self) -> None:
-        """Everything so far is on disk when this returns: a run that goes on from a step writes no rollout before it again."""
+        """Everything so far is on disk when this returns: a run that goes on from a step writes no
+        rollout before it again.
+        """
         self._lines.sync()
 
     def close(self) -> None:
@@ -95,7 +102,9 @@ def image_path(directory: pathlib.Path, rollout: int, row: int) -> pathlib.Path:
 
 
 def best_and_worst(images: np.ndarray, prompts: Sequence[str], rewards: np.ndarray) -> np.ndarray:
-    """The images of the highest rewards, then those of the lowest, under their prompts: uint8 [1, H, W, 3]."""
+    """The images of the highest rewards, then those of the lowest, under their prompts: uint8 [1,
+    H, W, 3].
+    """
     order = np.argsort(-rewards, kind="stable")
     chosen = [*order[:SHOWN], *order[SHOWN:][-SHOWN:]]
     labels = [f"{rewards[i]:.2f} {prompts[i]}" for i in chosen]

@@ -1,7 +1,8 @@
-"""The loss of a rollout, for the train step: of image tokens (grpo.py), of denoising steps (flow_grpo.py), or their sum.
+"""The loss of a rollout, for the train step: of image tokens (grpo.py), of denoising steps
+(flow_grpo.py), or their sum.
 
-Both see the advantages of the same images. The denoising steps are conditioned on the hidden states that the rollout had; no
-gradient goes from them into the AR.
+Both see the advantages of the same images. The denoising steps are conditioned on the hidden states
+that the rollout had; no gradient goes from them into the AR.
 """
 
 import jax
@@ -22,8 +23,10 @@ from blip3o_jax.train.stages import Loss
 
 
 def make_loss(config: Config, image_ids: tuple[int, int], shards: int) -> Loss:
-    """The loss of a record (rollout.py) that has besides, for each row: `advantage`, `kept` (1 with a reward, else 0) and
-    `kept_share`, that of the whole batch. `shards`: of the batch. Metrics of the denoising steps are called flow/..."""
+    """The loss of a record (rollout.py) that has besides, for each row: `advantage`, `kept` (1 with
+    a reward, else 0) and `kept_share`, that of the whole batch. `shards`: of the batch. Metrics of
+    the denoising steps are called flow/...
+    """
     rl, pieces = config.rl, config.optimizer.accumulate
     # A micro-batch takes every so many rows: of a group a part, or none of some.
     share = shared_reading(rl.group // pieces, rl.prompts, shards) if rl.group % pieces == 0 else 1

@@ -1,4 +1,6 @@
-"""`blip3o rl`: what the training loop needs to be told of reinforcement learning, and its settings resolved."""
+"""`blip3o rl`: what the training loop needs to be told of reinforcement learning, and its settings
+resolved.
+"""
 
 import dataclasses
 import functools
@@ -27,18 +29,23 @@ from blip3o_jax.train.state import TrainState, merge_trees
 from blip3o_jax.train.step import make_step
 from blip3o_jax.train.vocabulary import with_vocabulary
 
-# The parts that a policy's loss has a gradient for, and what of them is trained where the configuration does not say.
+# The parts that a policy's loss has a gradient for, and what of them is trained where the
+# configuration does not say.
 LEARNS = {"ar": {"ar"}, "flow": {"connector", "dit"}, "both": {"ar", "connector", "dit"}}
 TRAINABLE = {"ar": ("ar/.*",), "flow": ("dit/.*",), "both": ("ar/.*", "dit/.*")}
 
 
 def run(config: Config, workdir: str | pathlib.Path) -> Summary:
-    """Trains `config.steps` updates under `workdir`, from its last checkpoint where there is one. See `loop.train`."""
+    """Trains `config.steps` updates under `workdir`, from its last checkpoint where there is one.
+    See `loop.train`.
+    """
     return loop.train(resolved(config), workdir, ReinforcementLearning())
 
 
 def resolved(config: Config) -> Config:
-    """The configuration with what follows from `rl`: the batch is a rollout. ConfigError for what cannot work."""
+    """The configuration with what follows from `rl`: the batch is a rollout. ConfigError for what
+    cannot work.
+    """
     rl = config.rl
     check(
         config.stage == "joint",
@@ -102,7 +109,8 @@ class ReinforcementLearning:
                 f"rl.updates={config.rl.updates} does not divide the {setup.start} steps that {setup.workdir} has done: a "
                 "rollout would end between two checkpoints; keep the value that the run began with"
             )
-        # A run may have begun without a reference, and be continued with one or the other way round.
+        # A run may have begun without a reference, and be continued with one or the other way
+        # round.
         position = position | {"reference": position["reference"] or identity}
         if identity not in ("", position["reference"]):
             raise UserError(
@@ -138,8 +146,10 @@ def with_prompts(position: dict[str, Any], prompts: list[Prompt], path: str) -> 
 
 
 def _reference(setup: Setup, state: TrainState, *, fresh: bool) -> Any:
-    """The trainable parameters that the run started from: a copy of its own, for the step overwrites the state. A run that goes
-    on reads them again from where it started; low-rank factors that were drawn then are switched off."""
+    """The trainable parameters that the run started from: a copy of its own, for the step
+    overwrites the state. A run that goes on reads them again from where it started; low-rank
+    factors that were drawn then are switched off.
+    """
     if fresh:
         return jax.jit(
             lambda params: jax.tree.map(jnp.copy, params),
@@ -151,7 +161,9 @@ def _reference(setup: Setup, state: TrainState, *, fresh: bool) -> Any:
 
 
 def fingerprint(params: Any) -> str:
-    """Of parameters, the same on any mesh: of the name, the shape and a sum of the bits of each array."""
+    """Of parameters, the same on any mesh: of the name, the shape and a sum of the bits of each
+    array.
+    """
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         digest.update(f"{jax.tree_util.keystr(path)} {leaf.shape} {int(_bits(leaf))}\n".encode())
@@ -160,7 +172,9 @@ def fingerprint(params: Any) -> str:
 
 @jax.jit
 def _bits(x: jax.Array) -> jax.Array:
-    """Sum of an array's words, each times an odd number made of it, modulo 2^32: in any order the same."""
+    """Sum of an array's words, each times an odd number made of it, modulo 2^32: in any order the
+    same.
+    """
     words = jax.lax.bitcast_convert_type(
         x, {2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
     ).astype(jnp.uint32)

@@ -1,11 +1,12 @@
-"""Do drawing and scoring agree? Before the first update on a rollout the policy is the one that drew it: all ratios should be
-1.
+"""Do drawing and scoring agree? Before the first update on a rollout the policy is the one that
+drew it: all ratios should be 1.
 
-They are two programs, which add up in another order; ROUNDING is what that explains of the mean of |ratio - 1|. For tokens it
-grows with the logits: an error of theirs, an ulp or two, is the error of a log-probability. Measured with the demo's model, of
-2304 tokens at temperature 1 (token guidance 1.5): float32 9e-7 in the mean and 1.2e-5 at most, bfloat16 6e-3 and 0.12. Of a
-denoising step, whose log-probability is a mean over the latents, little is left in float32; in bfloat16 the clip is what an
-error must stay below, or the clip would be about rounding.
+They are two programs, which add up in another order; ROUNDING is what that explains of the mean of
+|ratio - 1|. For tokens it grows with the logits: an error of theirs, an ulp or two, is the error of
+a log-probability. Measured with the demo's model, of 2304 tokens at temperature 1 (token guidance
+1.5): float32 9e-7 in the mean and 1.2e-5 at most, bfloat16 6e-3 and 0.12. Of a denoising step,
+whose log-probability is a mean over the latents, little is left in float32; in bfloat16 the clip is
+what an error must stay below, or the clip would be about rounding.
 """
 
 from blip3o_jax.config import Config, UserError
@@ -16,7 +17,9 @@ ROUNDING = {"float32": 1e-5, "bfloat16": 0.03}
 
 
 class RatioMonitor:
-    """Warns once where the mean is more than rounding explains; stops the run where the largest is above `rl.max_ratio_gap`."""
+    """Warns once where the mean is more than rounding explains; stops the run where the largest is
+    above `rl.max_ratio_gap`.
+    """
 
     def __init__(self, config: Config):
         self._rl, model = config.rl, config.model
@@ -28,7 +31,9 @@ class RatioMonitor:
         self._warned = False
 
     def check(self, step: int, values: dict[str, float]) -> None:
-        """Looks at the metrics of a step; of a later update on a rollout, and of stale rollouts, ratios tell nothing."""
+        """Looks at the metrics of a step; of a later update on a rollout, and of stale rollouts,
+        ratios tell nothing.
+        """
         if self._rl.stale or (step - 1) % self._rl.updates:
             return
         for name, usual in self._usual.items():

@@ -1,4 +1,6 @@
-"""The prompts of a run: drawn in an order that depends on nothing but the seed, and made rows of tokens."""
+"""The prompts of a run: drawn in an order that depends on nothing but the seed, and made rows of
+tokens.
+"""
 
 import numpy as np
 
@@ -10,8 +12,10 @@ from blip3o_jax.text.vocabulary import Vocabulary
 
 
 def prompt_indices(count: int, rollout: int, prompts_per_rollout: int, seed: int) -> np.ndarray:
-    """Which of `count` prompts rollout number `rollout` draws, int64 [prompts_per_rollout]: the next piece of an endless row
-    of all prompts in a random order, then all in another, and so on. Nothing need be kept to go on with it."""
+    """Which of `count` prompts rollout number `rollout` draws, int64 [prompts_per_rollout]: the
+    next piece of an endless row of all prompts in a random order, then all in another, and so on.
+    Nothing need be kept to go on with it.
+    """
     positions = rollout * prompts_per_rollout + np.arange(prompts_per_rollout)
     epochs, places = np.divmod(positions, count)
     orders = {
@@ -27,8 +31,9 @@ def prompt_indices(count: int, rollout: int, prompts_per_rollout: int, seed: int
 
 
 class PromptRows:
-    """Prompts as rows of tokens, of all `prompts` the longest, so that one program serves them all. UserError for one that does
-    not fit in a row beside its image."""
+    """Prompts as rows of tokens, of all `prompts` the longest, so that one program serves them all.
+    UserError for one that does not fit in a row beside its image.
+    """
 
     def __init__(self, prompts: list[Prompt], config: Config, vocabulary: Vocabulary):
         self._config, self._vocabulary = config, vocabulary

@@ -1,10 +1,12 @@
-"""`blip3o rl rescore`: the images that a run has drawn and kept, judged again, by the same rewards or by others.
+"""`blip3o rl rescore`: the images that a run has drawn and kept, judged again, by the same rewards
+or by others.
 
-A run's directory may come from elsewhere: of the rewards that its config.json names none but the local ones run
-(rewards/trust.py), and nothing that its lines say is taken for a path.
+A run's directory may come from elsewhere: of the rewards that its config.json names none but the
+local ones run (rewards/trust.py), and nothing that its lines say is taken for a path.
 
-Whoever changes a reward sees what it would have said of a whole run, without drawing anything; a total that has risen under
-one reward and not under another tells that the policy has learnt the reward, not the task.
+Whoever changes a reward sees what it would have said of a whole run, without drawing anything; a
+total that has risen under one reward and not under another tells that the policy has learnt the
+reward, not the task.
 """
 
 import json
@@ -32,8 +34,10 @@ ROWS = 10  # stretches of a run in the table
 def rescore(
     workdir: pathlib.Path, rewards: tuple[RewardConfig, ...], out: pathlib.Path, *, workers: int = 0
 ) -> list[dict]:
-    """Judges all images under `workdir` and writes their lines to `out` with {"rescored": {"total", "parts"}}; total null where
-    a reward has failed. UserError where an image is missing, or is not the one that the run had judged."""
+    """Judges all images under `workdir` and writes their lines to `out` with {"rescored": {"total",
+    "parts"}}; total null where a reward has failed. UserError where an image is missing, or is not
+    the one that the run had judged.
+    """
     lines = sorted(
         (line for path in sorted(workdir.glob("rollouts*.jsonl")) for line in _lines(path)),
         key=lambda line: (line["rollout"], line["row"]),
@@ -65,8 +69,10 @@ def rescore(
 
 
 def rewards_of(workdir: pathlib.Path) -> tuple[RewardConfig, ...]:
-    """Return the rewards, weights and clips among them, that a run was made with. UserError where it has no checkpoint, or
-    where they may do more than look at the images: those its user has to name."""
+    """Return the rewards, weights and clips among them, that a run was made with. UserError where
+    it has no checkpoint, or where they may do more than look at the images: those its user has to
+    name.
+    """
     root, _ = find(workdir)
     rewards = read_config(root).rl.rewards
     check_trusted(rewards, f"{root}/config.json")
@@ -111,8 +117,9 @@ def _rollouts(lines: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
 
 
 def _lines(path: pathlib.Path) -> list[dict[str, Any]]:
-    """Return the lines of a rollouts.jsonl, but for a last one that a kill has cut short. UserError, with the line's number,
-    for any other that the log does not write."""
+    """Return the lines of a rollouts.jsonl, but for a last one that a kill has cut short.
+    UserError, with the line's number, for any other that the log does not write.
+    """
     rows, broken = parse_rows(path)
     wrong = [*broken, *(number for number, row in rows.items() if not _is_line(row))]
     if wrong:

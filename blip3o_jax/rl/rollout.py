@@ -1,5 +1,6 @@
-"""A rollout: images for a batch of prompts, several of each, with what is needed to learn from them. Two compiled programs on
-the run's mesh, of the same networks, sampler and sharding as training and sampling:
+"""A rollout: images for a batch of prompts, several of each, with what is needed to learn from
+them. Two compiled programs on the run's mesh, of the same networks, sampler and sharding as
+training and sampling:
 
     draw         prompts --> image tokens --> latents --> pixels, with the log-probabilities of all that was drawn
     reference    what the policy that the run started from says of these draws
@@ -52,7 +53,9 @@ def has_reference(cfg: RlConfig) -> bool:
 
 
 def shared_reading(group: int, prompts: int, shards: int) -> int:
-    """How many images of a group share one reading of their prompt: as many as leave every device a prompt to read."""
+    """How many images of a group share one reading of their prompt: as many as leave every device a
+    prompt to read.
+    """
     return next(
         g
         for g in range(group, 0, -1)
@@ -63,11 +66,12 @@ def shared_reading(group: int, prompts: int, shards: int) -> int:
 def make_draw(
     config: Config, plan: StatePlan, strategy: Strategy, image_ids: tuple[int, int]
 ) -> Callable[..., tuple[jax.Array, Record]]:
-    """(params, frozen, tokens_PL, lengths_P, indices_B, seed, rollout) -> (uint8 images [B, H, W, 3], record), compiled for
-    each shape. Rows are drawn from keys of (seed, their index); the denoising steps trained on from (seed, rollout).
+    """(params, frozen, tokens_PL, lengths_P, indices_B, seed, rollout) -> (uint8 images [B, H, W,
+    3], record), compiled for each shape. Rows are drawn from keys of (seed, their index); the
+    denoising steps trained on from (seed, rollout).
 
-    With policy "flow" the images of a group share their image tokens, drawn once, so that what tells their rewards apart is
-    what learns from them. Their start noise is their own.
+    With policy "flow" the images of a group share their image tokens, drawn once, so that what
+    tells their rewards apart is what learns from them. Their start noise is their own.
     """
     rl, cfg = config.rl, config.model
     settings, group = rl.rollout, rl.group
@@ -155,8 +159,9 @@ def make_reference(
 def token_logprobs(
     model: Blip3o, record: Record, rl: RlConfig, image_ids: tuple[int, int], share: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Log-probabilities of the record's image tokens and entropies, float32 [B, N]. `share` rows have one reading of their
-    prompt."""
+    """Log-probabilities of the record's image tokens and entropies, float32 [B, N]. `share` rows
+    have one reading of their prompt.
+    """
     with nn.part("ar"):
         return score_image_tokens(
             model.ar,
@@ -198,7 +203,9 @@ def guided(
 
 
 def chunks(cfg: RlConfig) -> int:
-    """Draws that a rollout is made of: of at most `rollout.batch_size` images each, whole groups, equally many."""
+    """Draws that a rollout is made of: of at most `rollout.batch_size` images each, whole groups,
+    equally many.
+    """
     most = max(1, cfg.rollout.batch_size // cfg.group)
     return next(
         n for n in range(math.ceil(cfg.prompts / most), cfg.prompts + 1) if cfg.prompts % n == 0

@@ -1,13 +1,13 @@
-"""Log-probabilities of image tokens that were drawn, under the policy as it is now: what sampling computes token by token, in
-one pass over whole rows.
+"""Log-probabilities of image tokens that were drawn, under the policy as it is now: what sampling
+computes token by token, in one pass over whole rows.
 
     row        p p p . . I_1 .. I_N        p prompt, its last the scale tag; . padding; I image tokens
                p p p . . J_1 .. J_N        of one prompt, which is read once for them all
     hidden     at the tag predicts I_1, at I_j predicts I_(j+1)
 
-The distribution is the one drawn from: over image ids alone, at the temperature and guidance of the rollout, and over the
-classes that its top-k and top-p kept then, whatever they would keep now. Otherwise the ratio to the old policy would be 0 or
-infinite for a token that has crossed a bound.
+The distribution is the one drawn from: over image ids alone, at the temperature and guidance of the
+rollout, and over the classes that its top-k and top-p kept then, whatever they would keep now.
+Otherwise the ratio to the old policy would be 0 or infinite for a token that has crossed a bound.
 
 B images, L prompt length (padded), N image tokens, D width, V image ids, X bytes of V bits.
 """
@@ -33,9 +33,11 @@ def score_image_tokens(
     chunk: int,
     group: int = 1,
 ) -> tuple[jax.Array, jax.Array]:
-    """(log-probabilities, entropies of the distributions), float32 [B, N]. Prompts, ids and classes as `generate_image_tokens`
-    has and gives them; `group` rows one after the other have the same prompt. `chunk` image tokens a row have their logits in
-    memory at once; the backward pass computes them again."""
+    """(log-probabilities, entropies of the distributions), float32 [B, N]. Prompts, ids and classes
+    as `generate_image_tokens` has and gives them; `group` rows one after the other have the same
+    prompt. `chunk` image tokens a row have their logits in memory at once; the backward pass
+    computes them again.
+    """
     hidden_BND = reread(
         model, tokens_BL, lengths_B, ids_BN, 1 if settings.token_guidance == 1.0 else 2, group
     )[:, :-1]
@@ -74,8 +76,9 @@ def reread(
     branches: int,
     group: int = 1,
 ) -> jax.Array:
-    """Hidden states at the scale tag and at every image token [B, N + 1, D]: all but the last predict the next one. With two
-    branches [2 B, N + 1, D], next to each other."""
+    """Hidden states at the scale tag and at every image token [B, N + 1, D]: all but the last
+    predict the next one. With two branches [2 B, N + 1, D], next to each other.
+    """
     first = lambda x: x.reshape(-1, group, *x.shape[1:])[:, 0]
     tokens_PL, lengths_P = first(tokens_BL), first(lengths_B)
     twin = lambda x: jnp.repeat(x, branches, axis=0)

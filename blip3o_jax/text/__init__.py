@@ -1,1 +1,3 @@
-"""Text <-> ids: the two text tokenizers (tokenizers.py) and the joint text-and-image vocabulary (vocabulary.py)."""
+"""Text <-> ids: the two text tokenizers (tokenizers.py) and the joint text-and-image vocabulary
+(vocabulary.py).
+"""

@@ -1,8 +1,9 @@
 """Text tokenizers: SentencePiece, and byte-level BPE from Qwen's files, behind one small class.
 
-Special tokens (the chat tags, and whatever else the files declare) are never read out of a text: `encode("<|im_end|>")` is
-the ids of those ten characters, so that a caption cannot end its own turn. Whoever wants a special token asks for it by
-name: `special("<|im_end|>")`. `decode` does write special tokens out, so that a row can be read.
+Special tokens (the chat tags, and whatever else the files declare) are never read out of a text:
+`encode("<|im_end|>")` is the ids of those ten characters, so that a caption cannot end its own
+turn. Whoever wants a special token asks for it by name: `special("<|im_end|>")`. `decode` does
+write special tokens out, so that a row can be read.
 
 Instances pickle by value: a data worker process needs no file.
 """
@@ -42,7 +43,9 @@ class TextTokenizer(abc.ABC):
 
     @abc.abstractmethod
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`, none of them special; any text encodes (bytes stand in for what the vocabulary lacks)."""
+        """Ids of `text`, none of them special; any text encodes (bytes stand in for what the
+        vocabulary lacks).
+        """
 
     @abc.abstractmethod
     def _decode_text(self, ids: list[int]) -> str:
@@ -53,7 +56,9 @@ class TextTokenizer(abc.ABC):
         """Write the file that `load_tokenizer` reads when its path is `directory`."""
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`, special tokens by their names. ValueError for an id outside the vocabulary."""
+        """The text of `ids`, special tokens by their names. ValueError for an id outside the
+        vocabulary.
+        """
         ids = [int(i) for i in ids]
         wrong = next((i for i in ids if not 0 <= i < self.size), None)
         if wrong is not None:
@@ -77,8 +82,9 @@ class TextTokenizer(abc.ABC):
 
 
 class SentencePieceTokenizer(TextTokenizer):
-    """A SentencePiece model. Its special tokens are the pieces of type control, which SentencePiece never matches in a text
-    (unlike pieces of type user-defined)."""
+    """A SentencePiece model. Its special tokens are the pieces of type control, which SentencePiece
+    never matches in a text (unlike pieces of type user-defined).
+    """
 
     def __init__(self, proto: bytes):
         import sentencepiece
@@ -120,15 +126,17 @@ class SentencePieceTokenizer(TextTokenizer):
 class BpeTokenizer(TextTokenizer):
     """Byte-level BPE from the contents of a Hugging Face tokenizer.json.
 
-    The file's added tokens (special or not: Qwen's `<think>` is not) are taken out before the tokenizer is built, since the
-    `tokenizers` library would match them in any text; `specials` holds them.
+    The file's added tokens (special or not: Qwen's `<think>` is not) are taken out before the
+    tokenizer is built, since the `tokenizers` library would match them in any text; `specials`
+    holds them.
     """
 
     def __init__(self, contents: dict[str, Any]):
         import tokenizers
 
         self._added = contents.get("added_tokens") or []
-        # Without them, and without the file's truncation and padding, which would change rows silently.
+        # Without them, and without the file's truncation and padding, which would change rows
+        # silently.
         contents = contents | {"added_tokens": [], "truncation": None, "padding": None}
         self._bpe = tokenizers.Tokenizer.from_str(json.dumps(contents))
         specials = {token["content"]: token["id"] for token in self._added}
@@ -137,7 +145,9 @@ class BpeTokenizer(TextTokenizer):
 
     @classmethod
     def from_path(cls, path: pathlib.Path) -> "BpeTokenizer":
-        """Read tokenizer.json (the file or the directory that holds it) or else vocab.json and merges.txt in `path`."""
+        """Read tokenizer.json (the file or the directory that holds it) or else vocab.json and
+        merges.txt in `path`.
+        """
         file = path / BPE_FILE if path.is_dir() else path
         if not file.is_file() and (path / "vocab.json").is_file():
             contents = _qwen_contents(path)
@@ -168,7 +178,8 @@ class BpeTokenizer(TextTokenizer):
 
 
 def load_tokenizer(cfg: TextConfig, base_dir: str | pathlib.Path | None = None) -> TextTokenizer:
-    """The tokenizer at `cfg.path`, which is relative to `base_dir` (a checkpoint directory) when that is given.
+    """The tokenizer at `cfg.path`, which is relative to `base_dir` (a checkpoint directory) when
+    that is given.
 
     ConfigError, naming the path, when there is nothing usable.
     """
@@ -184,11 +195,13 @@ def train_sentencepiece(
     vocab_size: int,
     template: TemplateConfig | None = None,
 ) -> SentencePieceTokenizer:
-    """Train a SentencePiece tokenizer on `captions`, write it to `path` (a .model file) and return it.
+    """Train a SentencePiece tokenizer on `captions`, write it to `path` (a .model file) and return
+    it.
 
-    The text comes back unchanged from `decode(encode(text))`: no normalisation, no added or removed blanks, bytes for unseen
-    characters (the one exception is U+2581, SentencePiece's own sign for a blank). The words of `template` are trained on
-    too. Deterministic. `vocab_size` is an upper limit; a small corpus gives fewer pieces.
+    The text comes back unchanged from `decode(encode(text))`: no normalisation, no added or removed
+    blanks, bytes for unseen characters (the one exception is U+2581, SentencePiece's own sign for a
+    blank). The words of `template` are trained on too. Deterministic. `vocab_size` is an upper
+    limit; a small corpus gives fewer pieces.
     """
     import sentencepiece
 
@@ -229,8 +242,9 @@ def train_sentencepiece(
 
 
 def _training_lines(captions: Iterable[str], template: TemplateConfig) -> Iterator[str]:
-    """Lines to train on: the captions, each in its place in the template, which makes the template's words as frequent as
-    the commonest of the captions', hence cheap."""
+    """Lines to train on: the captions, each in its place in the template, which makes the
+    template's words as frequent as the commonest of the captions', hence cheap.
+    """
     for caption in captions:
         yield from ("system", "user", "assistant", template.system)
         yield from template.generate.replace("{caption}", caption).splitlines()
@@ -241,7 +255,9 @@ _QWEN_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^
 
 
 def _qwen_contents(directory: pathlib.Path) -> dict[str, Any]:
-    """What tokenizer.json would hold, from vocab.json, merges.txt and tokenizer_config.json's added tokens."""
+    """What tokenizer.json would hold, from vocab.json, merges.txt and tokenizer_config.json's added
+    tokens.
+    """
     for name in ("merges.txt", "tokenizer_config.json"):
         _check_file(
             directory / name,

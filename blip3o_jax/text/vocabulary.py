@@ -1,11 +1,13 @@
-"""The joint vocabulary of text and images, and the one place where ids and codebook indices are turned into each other.
+"""The joint vocabulary of text and images, and the one place where ids and codebook indices are
+turned into each other.
 
     0 .. T-1     text ids, of the text tokenizer (T = 151669 for Qwen3)
     T, T+1       <im_start>, <im_end>: around the image tokens (not Qwen's <|im_start|>, which starts a turn)
     T+2 .. T+4   <S0>, <S1>, <S2>: scale tokens; pool scale s of the vision tokenizer is announced by <S{s-1}>
     T+5 ..       <I0>, <I1>, ...: image token <I{c}> is codebook index c
 
-Rows are counted as they are in use; the embedding table pads them (`Qwen3Config.padded_vocab_size`).
+Rows are counted as they are in use; the embedding table pads them
+(`Qwen3Config.padded_vocab_size`).
 """
 
 from collections.abc import Sequence
@@ -22,8 +24,9 @@ NUM_SCALES = 3
 class Vocabulary:
     """Text ids of `tokenizer`, then tags, scale tokens and `codebook_size` image tokens.
 
-    Where the tokenizer's own files already hold the latter (as those published with BLIP3o-NEXT do) they are found there
-    instead of appended; ConfigError if they are incomplete or not in the order above.
+    Where the tokenizer's own files already hold the latter (as those published with BLIP3o-NEXT do)
+    they are found there instead of appended; ConfigError if they are incomplete or not in the order
+    above.
     """
 
     def __init__(self, tokenizer: TextTokenizer, codebook_size: int):
@@ -56,7 +59,9 @@ class Vocabulary:
         return self.image_first + self.codebook_size
 
     def image_ids_from_codes(self, codes: Any) -> Any:
-        """Codebook indices -> ids, int32, for numpy and jax arrays alike (cached codes may be uint16, too short for ids)."""
+        """Codebook indices -> ids, int32, for numpy and jax arrays alike (cached codes may be
+        uint16, too short for ids).
+        """
         return image_ids_from_codes(codes, self.image_first)
 
     def codes_from_image_ids(self, ids: Any) -> Any:
@@ -68,7 +73,9 @@ class Vocabulary:
         return self.tokenizer.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`, with tags, scale and image tokens by their names; ValueError for an id outside."""
+        """The text of `ids`, with tags, scale and image tokens by their names; ValueError for an id
+        outside.
+        """
         names = {self.image_start: IMAGE_START, self.image_end: IMAGE_END}
         names |= {self.scale(s): f"<S{s - 1}>" for s in range(1, NUM_SCALES + 1)}
         parts, run = [], []
@@ -81,7 +88,9 @@ class Vocabulary:
         return "".join([*parts, self.tokenizer.decode(run)])
 
     def check_model(self, ar: Qwen3Config, tokenizer: TaTokConfig) -> None:
-        """ConfigError unless the AR's table and the vision tokenizer's codebook have this vocabulary's sizes."""
+        """ConfigError unless the AR's table and the vision tokenizer's codebook have this
+        vocabulary's sizes.
+        """
         check(
             tokenizer.codebook_size == self.codebook_size,
             f"model.tokenizer.codebook_size={tokenizer.codebook_size}, but the vocabulary has {self.codebook_size} image "

@@ -1,4 +1,5 @@
-"""Checkpoint directories: complete, asynchronous, resumable on another mesh, every byte with a checksum.
+"""Checkpoint directories: complete, asynchronous, resumable on another mesh, every byte with a
+checksum.
 
     DIR/config.json           the resolved configuration of the run that wrote it, with its CRC32C
     DIR/text/                 the text tokenizer's files and a manifest of them
@@ -7,7 +8,8 @@
     DIR/<step>/manifest.json  size and CRC32C of every other file of the step
     DIR/<step>.damaged        a step that a resumed run found damaged and set aside
 
-The last `keep` checkpoints stay, and the best by training loss. Which steps count is told in steps.py.
+The last `keep` checkpoints stay, and the best by training loss. Which steps count is told in
+steps.py.
 """
 
 import contextlib
@@ -43,7 +45,9 @@ RECIPE = "recipe.json"  # of a workdir whose stages each have a run below it
 
 
 class Checkpoints:
-    """The checkpoints of one run under `directory`: the last `keep` and the best. Changes nothing on disk before `open`."""
+    """The checkpoints of one run under `directory`: the last `keep` and the best. Changes nothing
+    on disk before `open`.
+    """
 
     def __init__(self, directory: pathlib.Path, keep: int):
         self.directory, self._keep = directory.absolute(), keep
@@ -56,8 +60,10 @@ class Checkpoints:
         return all_steps(self.directory)
 
     def newest_intact(self, *, shared: bool = False) -> int | None:
-        """Return the newest step whose files are all intact, None where there is no step; say which newer ones are damaged.
-        UserError where all are. `shared`: all hosts call this and share the reading."""
+        """Return the newest step whose files are all intact, None where there is no step; say which
+        newer ones are damaged. UserError where all are. `shared`: all hosts call this and share the
+        reading.
+        """
         for step in reversed(all_steps(self.directory)):
             self._damaged[step] = damage(self.directory / str(step), shared=shared)
             if not self._damaged[step]:
@@ -74,7 +80,9 @@ class Checkpoints:
         return None
 
     def check_tokenizer(self, tokenizer: TextTokenizer | None) -> None:
-        """UserError where the run has begun with another text tokenizer: captions would become other tokens."""
+        """UserError where the run has begun with another text tokenizer: captions would become
+        other tokens.
+        """
         directory = self.directory / "text"
         if tokenizer is None or not directory.is_dir():
             return
@@ -96,8 +104,10 @@ class Checkpoints:
             )
 
     def open(self, config: Config, tokenizer: TextTokenizer | None) -> None:
-        """Get ready for writing: set damaged steps aside, write what it takes to read the checkpoints, remove what a kill
-        left unfinished. Called by all hosts, when nothing about the run can be refused any more."""
+        """Get ready for writing: set damaged steps aside, write what it takes to read the
+        checkpoints, remove what a kill left unfinished. Called by all hosts, when nothing about the
+        run can be refused any more.
+        """
         with host_0_first("checkpoints"):
             if jax.process_index() == 0:
                 self.directory.mkdir(parents=True, exist_ok=True)
@@ -140,8 +150,9 @@ class Checkpoints:
         return self._manager.latest_step() if self._manager is not None else None
 
     def save(self, step: int, state: TrainState, data_position: Any, loss: float) -> None:
-        """Start writing in the background; the arrays are copied off the devices before this returns. UserError for a state
-        that is not finite: nothing could be resumed from it."""
+        """Start writing in the background; the arrays are copied off the devices before this
+        returns. UserError for a state that is not finite: nothing could be resumed from it.
+        """
         if names := not_finite(state):
             raise UserError(
                 f"step {step} is not saved: {len(names)} arrays of its state are not finite, first {names[0]}; the last step "
@@ -155,7 +166,9 @@ class Checkpoints:
             self._opened().save(step, args=items, metrics={"loss": loss})
 
     def restore(self, step: int, plan: StatePlan) -> tuple[TrainState, Any]:
-        """Return the state in the plan's shardings, and the position of the data stream, of a step that is intact."""
+        """Return the state in the plan's shardings, and the position of the data stream, of a step
+        that is intact.
+        """
         directory = self.directory / str(step)
         with _whole(str(directory)):
             try:
@@ -175,7 +188,9 @@ class Checkpoints:
             ]
 
     def check(self) -> None:
-        """Raises what a save in the background has failed with, which else the next save would. Waits for none."""
+        """Raises what a save in the background has failed with, which else the next save would.
+        Waits for none.
+        """
         with files.writing(self.directory):
             if (
                 self._manager is not None and not self._manager.is_saving_in_progress()
@@ -194,9 +209,11 @@ class Checkpoints:
 
 
 def _write_small_arrays_whole() -> None:
-    """Copies of an array share the writing of it: Orbax has each cut out a slice, by a program compiled for its shape. That
-    pays for large arrays only; without this it is most of the time a small model takes to save. (The handler that stands in
-    for Orbax's own keeps no array metadata, which nothing here reads.)"""
+    """Copies of an array share the writing of it: Orbax has each cut out a slice, by a program
+    compiled for its shape. That pays for large arrays only; without this it is most of the time a
+    small model takes to save. (The handler that stands in for Orbax's own keeps no array metadata,
+    which nothing here reads.)
+    """
     handler = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=2**20)
     with _quiet():  # it would warn that a handler is replaced, as is meant
         ocp.type_handlers.register_type_handler(jax.Array, handler, override=True)
@@ -214,8 +231,8 @@ def _quiet() -> Iterator[None]:
 
 
 def find(path: str | pathlib.Path) -> tuple[pathlib.Path, int]:
-    """(checkpoint directory, step) of a run's workdir (of a recipe, its last stage's), its `checkpoints` directory, or one
-    step in it.
+    """(checkpoint directory, step) of a run's workdir (of a recipe, its last stage's), its
+    `checkpoints` directory, or one step in it.
 
     Raises UserError when there is none, naming what was looked for.
     """
@@ -237,7 +254,9 @@ def find(path: str | pathlib.Path) -> tuple[pathlib.Path, int]:
 
 
 def _last_stage(recipe: Any, where: pathlib.Path) -> str:
-    """The directory of a recipe's last stage, by its name alone: a file that came with a directory leads nowhere else."""
+    """The directory of a recipe's last stage, by its name alone: a file that came with a directory
+    leads nowhere else.
+    """
     stages = recipe.get("stages") if isinstance(recipe, dict) else None
     name = stages[-1] if isinstance(stages, list) and stages else None
     if not isinstance(name, str) or name in ("", ".", "..") or pathlib.PurePath(name).name != name:
@@ -248,7 +267,9 @@ def _last_stage(recipe: Any, where: pathlib.Path) -> str:
 
 
 def read_config(root: pathlib.Path) -> Config:
-    """Return the configuration a checkpoint directory was written with. UserError for a file that holds none."""
+    """Return the configuration a checkpoint directory was written with. UserError for a file that
+    holds none.
+    """
     file = root / "config.json"
     try:
         return config_lib.from_dict(checksums.read_json(file, edited=True))
@@ -257,7 +278,9 @@ def read_config(root: pathlib.Path) -> Config:
 
 
 def stored_text(root: pathlib.Path, text: TextConfig) -> TextConfig:
-    """Return `text` with the tokenizer that a checkpoint directory holds for its path. UserError where that is damaged."""
+    """Return `text` with the tokenizer that a checkpoint directory holds for its path. UserError
+    where that is damaged.
+    """
     if reason := checksums.find_damage(root / "text"):
         raise UserError(
             f"{root}/text is damaged ({reason}): copy the checkpoint's text tokenizer again"
@@ -266,7 +289,9 @@ def stored_text(root: pathlib.Path, text: TextConfig) -> TextConfig:
 
 
 def write_tokenizer(directory: pathlib.Path, tokenizer: TextTokenizer) -> None:
-    """Write a text tokenizer's files and a manifest of them to the new directory `directory`, whole or not at all."""
+    """Write a text tokenizer's files and a manifest of them to the new directory `directory`, whole
+    or not at all.
+    """
     partial = directory.with_name(f".{directory.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     tokenizer.save(partial)
@@ -277,8 +302,10 @@ def write_tokenizer(directory: pathlib.Path, tokenizer: TextTokenizer) -> None:
 def restore_parts(
     path: str | pathlib.Path, strategy: Strategy, parts: tuple[str, ...] = (), *, ema: bool = True
 ) -> Any:
-    """Parameters of `parts` (all by default) as {part: nested dict} on the strategy's mesh, the averaged ones where the run
-    kept them and `ema` is set; no optimizer state is restored. UserError for a step that is damaged, wherever it is."""
+    """Parameters of `parts` (all by default) as {part: nested dict} on the strategy's mesh, the
+    averaged ones where the run kept them and `ema` is set; no optimizer state is restored.
+    UserError for a step that is damaged, wherever it is.
+    """
     root, step = find(path)
     config = read_config(root)
     abstract = plan_state(config, strategy).abstract
@@ -312,8 +339,9 @@ def restore_parts(
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """One parameter in a checkpoint's files, to read in slices: with what they are cut from kept while this is, for the next
-    ones. `name` is for errors."""
+    """One parameter in a checkpoint's files, to read in slices: with what they are cut from kept
+    while this is, for the next ones. `name` is for errors.
+    """
 
     name: str
     array: ts.TensorStore
@@ -333,8 +361,10 @@ class Stored:
 
 @contextlib.contextmanager
 def _whole(name: str) -> Iterator[None]:
-    """UserError for what the libraries raise where files are cut off, altered or gone, which may be any exception. What the
-    system or a device says, such as that memory is exhausted, stays what it is."""
+    """UserError for what the libraries raise where files are cut off, altered or gone, which may be
+    any exception. What the system or a device says, such as that memory is exhausted, stays what it
+    is.
+    """
     try:
         yield
     except FileNotFoundError as error:
@@ -354,10 +384,11 @@ def _unreadable(name: str, reason: str) -> UserError:
 
 
 class Weights:
-    """The parameters of one step as arrays of this host, read from the files when they are asked for and not before.
+    """The parameters of one step as arrays of this host, read from the files when they are asked
+    for and not before.
 
-    `parts`: the parts there are; `ema` takes averaged parameters in place of those they are averages of. UserError for files
-    that are damaged.
+    `parts`: the parts there are; `ema` takes averaged parameters in place of those they are
+    averages of. UserError for files that are damaged.
     """
 
     def __init__(self, root: pathlib.Path, step: int, *, ema: bool = False):
@@ -436,8 +467,10 @@ def _flat_metadata(tree: Any, keys: tuple[str, ...] = ()) -> Iterator[tuple[tupl
 def write_weights(
     directory: pathlib.Path, config: Config, tokenizer: TextTokenizer, weights: dict[str, Any]
 ) -> None:
-    """A checkpoint directory of weights alone, {"params": ..., "frozen": ...} by part, as step 0: what `restore_parts` reads
-    and runs start from. Written from where the arrays are, no more in flight than the largest."""
+    """A checkpoint directory of weights alone, {"params": ..., "frozen": ...} by part, as step 0:
+    what `restore_parts` reads and runs start from. Written from where the arrays are, no more in
+    flight than the largest.
+    """
     _write_small_arrays_whole()
     largest = max(
         shard.data.nbytes for leaf in jax.tree.leaves(weights) for shard in leaf.addressable_shards

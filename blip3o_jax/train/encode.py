@@ -1,4 +1,6 @@
-"""Runs the frozen encoders over a source once and keeps codes and latents on disk (layout: data/encoded.py)."""
+"""Runs the frozen encoders over a source once and keeps codes and latents on disk (layout:
+data/encoded.py).
+"""
 
 import concurrent.futures
 import hashlib
@@ -40,8 +42,9 @@ def weights_fingerprint(frozen: Any) -> str:
 def encoded_source(
     source: Source, encode: Encode, fingerprint: str, config: Config, *, shards: int = 1
 ) -> EncodedSource:
-    """`source` with its encoder outputs under `config.data.cache_dir`; what is not there yet, or is damaged, is computed first,
-    in batches of BATCH images or the next multiple of `shards`."""
+    """`source` with its encoder outputs under `config.data.cache_dir`; what is not there yet, or is
+    damaged, is computed first, in batches of BATCH images or the next multiple of `shards`.
+    """
     batch = -(-BATCH // shards) * shards
     settings = {
         "weights": fingerprint,
@@ -113,8 +116,9 @@ def _write_part(
     waiting: list[tuple[int, int, Views]] = []  # (record of the part, place, views)
 
     def encode_some() -> None:
-        """A batch of images, whichever records they are of: places without one cost nothing. Always a whole batch, so that
-        `encode` is compiled once."""
+        """A batch of images, whichever records they are of: places without one cost nothing. Always
+        a whole batch, so that `encode` is compiled once.
+        """
         nonlocal outputs
         chosen = waiting[:batch]
         del waiting[:batch]
@@ -137,8 +141,8 @@ def _write_part(
                 waiting += [(record, place, views) for place, views in found]
             while len(waiting) >= batch:
                 encode_some()
-        # With no readable record at all, one batch says which shapes the arrays have. How many unreadable ones are too many
-        # is for the loader to say.
+        # With no readable record at all, one batch says which shapes the arrays have. How many
+        # unreadable ones are too many is for the loader to say.
         while waiting or not outputs:
             encode_some()
 

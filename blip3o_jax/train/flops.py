@@ -1,7 +1,9 @@
-"""Counted FLOPs of a traced function, and the peak of a device: together, model FLOPs utilisation (MFU).
+"""Counted FLOPs of a traced function, and the peak of a device: together, model FLOPs utilisation
+(MFU).
 
-Counts matrix products and convolutions (2 per multiply-add), which are all but a few per cent of any network here. Loops
-count once per iteration, which `cost_analysis()` of a compiled program does not do.
+Counts matrix products and convolutions (2 per multiply-add), which are all but a few per cent of
+any network here. Loops count once per iteration, which `cost_analysis()` of a compiled program does
+not do.
 """
 
 import dataclasses
@@ -29,7 +31,8 @@ def _dot_flops(eqn: Any) -> int:
 def _conv_flops(eqn: Any) -> int:
     kernel = eqn.invars[1].aval.shape
     out_channels = kernel[eqn.params["dimension_numbers"].rhs_spec[0]]
-    # Each output value is one dot product over the kernel's window and input channels, which are those of one group.
+    # Each output value is one dot product over the kernel's window and input channels, which are
+    # those of one group.
     window = math.prod(kernel) // out_channels
     return 2 * math.prod(eqn.outvars[0].aval.shape) * window
 
@@ -66,7 +69,9 @@ def count_flops(fn: Callable[..., Any], *args: Any) -> int:
 
 
 def without_recomputation(config: Config) -> Config:
-    """The same run with everything kept for the backward pass: recomputation is not counted as work."""
+    """The same run with everything kept for the backward pass: recomputation is not counted as
+    work.
+    """
     model = config.model
     encoder = dataclasses.replace(model.tokenizer.encoder, remat="none")
     plain = {
@@ -82,10 +87,12 @@ def without_recomputation(config: Config) -> Config:
 def useful_flops(
     config: Config, strategy: Strategy, batch: Any, loss: Callable[[Config, int], Loss] = make_loss
 ) -> int:
-    """Of a step in all, each thing computed once: no recomputation, and of attention the half that a causal model sees.
+    """Of a step in all, each thing computed once: no recomputation, and of attention the half that
+    a causal model sees.
 
-    Counted on XLA's attention, since a kernel shows its work to nobody. It makes both products over all pairs of positions, and
-    four more for the gradient, of which the pairs above the diagonal are taken off.
+    Counted on XLA's attention, since a kernel shows its work to nobody. It makes both products over
+    all pairs of positions, and four more for the gradient, of which the pairs above the diagonal
+    are taken off.
     """
     plain = without_recomputation(config)
     ar = plain.model.ar

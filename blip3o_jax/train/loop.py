@@ -1,8 +1,10 @@
-"""The training loop, one for every stage and method: a straight line from configuration to checkpoints.
+"""The training loop, one for every stage and method: a straight line from configuration to
+checkpoints.
 
-`train` prepares (data first, so that its errors come before any compile), then for each step: dispatch, fetch the next
-batch while the devices work, and only then read the metrics of the step before. With several hosts each runs this same line:
-every array is a global one, and what there is one of (metrics, messages, files beside the checkpoints) is host 0's.
+`train` prepares (data first, so that its errors come before any compile), then for each step:
+dispatch, fetch the next batch while the devices work, and only then read the metrics of the step
+before. With several hosts each runs this same line: every array is a global one, and what there is
+one of (metrics, messages, files beside the checkpoints) is host 0's.
 """
 
 import contextlib
@@ -39,7 +41,9 @@ Batch = dict[str, jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """What a finished run hands back: where its checkpoints are, its last metrics, and seconds in all."""
+    """What a finished run hands back: where its checkpoints are, its last metrics, and seconds in
+    all.
+    """
 
     checkpoint: pathlib.Path
     step: int
@@ -53,11 +57,15 @@ class Feed(Protocol):
     wait_seconds: float  # that the last `next` kept the devices waiting
 
     def next(self, state: TrainState) -> Batch:
-        """The next batch on the devices; `state` is that after the step before, which may still be under way."""
+        """The next batch on the devices; `state` is that after the step before, which may still be
+        under way.
+        """
         ...
 
     def position(self) -> Any:
-        """Of the stream behind the last batch, as JSON can hold it; None where a run cannot go on from there."""
+        """Of the stream behind the last batch, as JSON can hold it; None where a run cannot go on
+        from there.
+        """
         ...
 
     def metrics(self) -> dict[str, float]:
@@ -69,7 +77,9 @@ class Feed(Protocol):
         ...
 
     def start(self, log: MetricLog | SilentLog) -> None:
-        """Opens what it writes, and takes the run's log; called once, when the run can no longer be refused."""
+        """Opens what it writes, and takes the run's log; called once, when the run can no longer be
+        refused.
+        """
         ...
 
     def sync(self) -> None:
@@ -80,8 +90,9 @@ class Feed(Protocol):
 
 
 class Begun(NamedTuple):
-    """What a method brings to the loop: batches, a step (state, batch) -> (state, metrics), a preview (stages.make_preview) and
-    the FLOPs of a step on a batch, where they are counted."""
+    """What a method brings to the loop: batches, a step (state, batch) -> (state, metrics), a
+    preview (stages.make_preview) and the FLOPs of a step on a batch, where they are counted.
+    """
 
     feed: Feed
     step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
@@ -114,8 +125,9 @@ class Method(Protocol):
         ...
 
     def begin(self, setup: Setup, state: TrainState, position: Any) -> Begun:
-        """`position`: what `Feed.position` gave when the run was saved, or None. Writes nothing under the working directory:
-        the run may still be refused here."""
+        """`position`: what `Feed.position` gave when the run was saved, or None. Writes nothing
+        under the working directory: the run may still be refused here.
+        """
         ...
 
     def close(self) -> None:
@@ -132,8 +144,9 @@ def train(
 ) -> Summary:
     """Trains `config.steps` steps, from the last checkpoint under `workdir` where there is one.
 
-    Nothing under `workdir` is changed before everything has been judged that can refuse the run; then `on_begin` is called.
-    Raises Preempted when SIGTERM stopped it before the last step, which then is saved.
+    Nothing under `workdir` is changed before everything has been judged that can refuse the run;
+    then `on_begin` is called. Raises Preempted when SIGTERM stopped it before the last step, which
+    then is saved.
     """
     began = time.monotonic()
     workdir = pathlib.Path(workdir).absolute()
@@ -245,7 +258,9 @@ class _Run:
     def record(
         self, step: int, metrics: dict[str, jax.Array], known: dict[str, float], meter: "_Meter"
     ) -> dict[str, float]:
-        """Waits for the step's metrics; writes them every `log_every` steps; stops a run that no longer is finite."""
+        """Waits for the step's metrics; writes them every `log_every` steps; stops a run that no
+        longer is finite.
+        """
         self.watch.enter("step", step)
         self.checkpoints.check()
         values = known | {name: float(value) for name, value in jax.device_get(metrics).items()}
@@ -306,7 +321,9 @@ class _Meter:
         return float(np.mean(finite)) if finite else float("inf")
 
     def read(self) -> dict[str, float]:
-        """examples/s, tokens/s, share of the time spent waiting for data, memory, MFU; then starts over."""
+        """examples/s, tokens/s, share of the time spent waiting for data, memory, MFU; then starts
+        over.
+        """
         seconds = max(1e-9, time.monotonic() - self._since)
         examples = self.steps * self.config.data.batch_size / seconds
         values = {

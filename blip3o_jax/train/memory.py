@@ -1,8 +1,9 @@
-"""Refuses a training run whose state or batch can never fit, before anything is allocated or compiled.
+"""Refuses a training run whose state or batch can never fit, before anything is allocated or
+compiled.
 
-Counted on each device: parameters, gradients, optimizer and averages, exactly as the plan lays them out; and of the batch what
-no schedule avoids, the examples' pixels and tokens, the inputs of every layer that the backward pass keeps, and scores where
-attention writes them out.
+Counted on each device: parameters, gradients, optimizer and averages, exactly as the plan lays them
+out; and of the batch what no schedule avoids, the examples' pixels and tokens, the inputs of every
+layer that the backward pass keeps, and scores where attention writes them out.
 """
 
 import collections
@@ -26,7 +27,8 @@ _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 def check_memory(config: Config, plan: StatePlan, strategy: Strategy) -> None:
     """Raise ConfigError that names the setting which is too large for the devices of `strategy`."""
     needs = state_needs(config, plan)
-    # A rollout's arrays are others than an example's, and its policy may leave whole networks out of the gradient.
+    # A rollout's arrays are others than an example's, and its policy may leave whole networks out
+    # of the gradient.
     if not config.rl.rewards:
         needs += batch_needs(config, plan, strategy)
     check_fits(needs, device_bytes(strategy.mesh.local_devices))
@@ -48,7 +50,9 @@ def state_needs(config: Config, plan: StatePlan) -> list[Need]:
 
 
 def _outstanding(config: Config, part: str) -> str:
-    """Return the setting of a part that is furthest above its default: what somebody has set too high."""
+    """Return the setting of a part that is furthest above its default: what somebody has set too
+    high.
+    """
     group = getattr(config.model, part, None)
     if group is None:
         return f"part {part} of the model"
@@ -73,7 +77,9 @@ def _sizes(group: Any, default: Any, path: str) -> Iterator[tuple[str, int, int]
 
 
 def batch_needs(config: Config, plan: StatePlan, strategy: Strategy) -> list[Need]:
-    """Return the need of the batch: named after its size, or after what makes a single example too large."""
+    """Return the need of the batch: named after its size, or after what makes a single example too
+    large.
+    """
     shards = strategy.batch_shards
     batch = config.data.batch_size / shards
     micro = batch / config.optimizer.accumulate
@@ -100,7 +106,9 @@ def batch_needs(config: Config, plan: StatePlan, strategy: Strategy) -> list[Nee
 def example_bytes(
     config: Config, plan: StatePlan, strategy: Strategy
 ) -> tuple[float, dict[str, float]]:
-    """Return (bytes of an example's arrays, {setting: bytes that its training step keeps}) on the device that has it."""
+    """Return (bytes of an example's arrays, {setting: bytes that its training step keeps}) on the
+    device that has it.
+    """
     model, names, trained = config.model, STAGES[config.stage].fields, set(plan.abstract["params"])
     pixels, seen, length = (
         model.image_size**2 * 3,

@@ -1,4 +1,6 @@
-"""Where a run's numbers go: metrics.jsonl, TensorBoard events, and the terminal (a live bar there, plain lines elsewhere)."""
+"""Where a run's numbers go: metrics.jsonl, TensorBoard events, and the terminal (a live bar there,
+plain lines elsewhere).
+"""
 
 import collections
 import json
@@ -21,8 +23,10 @@ _log = logging.getLogger(__name__)
 
 
 class MetricLog:
-    """Rows of {"step": n, name: value, ...} under `directory`. Rows of steps past `start` are dropped on opening: a resumed run
-    writes them again. A disk that is full or fails raises OSError in `write`, `images`, `sync` or `close`."""
+    """Rows of {"step": n, name: value, ...} under `directory`. Rows of steps past `start` are
+    dropped on opening: a resumed run writes them again. A disk that is full or fails raises OSError
+    in `write`, `images`, `sync` or `close`.
+    """
 
     def __init__(self, directory: pathlib.Path, start: int, total: int, title: str):
         self._rows = JsonLines(
@@ -85,7 +89,9 @@ class MetricLog:
         self._events.image(step, name, np.concatenate(images_BHWC, axis=1))
 
     def sync(self) -> None:
-        """Everything so far is on disk when this returns: rows up to a checkpoint are, before that exists."""
+        """Everything so far is on disk when this returns: rows up to a checkpoint are, before that
+        exists.
+        """
         self._rows.sync()
         self._events.sync()
 
@@ -111,8 +117,9 @@ class SilentLog:
 
 
 class _Events:
-    """TensorBoard's file of a run, written in the calling thread: tensorboardX's own SummaryWriter has a thread that dies on a
-    full disk, and then blocks its caller for ever."""
+    """TensorBoard's file of a run, written in the calling thread: tensorboardX's own SummaryWriter
+    has a thread that dies on a full disk, and then blocks its caller for ever.
+    """
 
     def __init__(self, directory: pathlib.Path, start: int):
         from tensorboardX.proto.event_pb2 import Event, SessionLog
@@ -156,8 +163,10 @@ class _Events:
 
 
 class JsonLines:
-    """A file of JSON lines that a run appends to. Opening keeps the rows that `keep` is true of, the last of those that share
-    `keys` (whole numbers), and replaces the file where that changes it; a kill at any moment leaves the old file or the new."""
+    """A file of JSON lines that a run appends to. Opening keeps the rows that `keep` is true of,
+    the last of those that share `keys` (whole numbers), and replaces the file where that changes
+    it; a kill at any moment leaves the old file or the new.
+    """
 
     def __init__(
         self, path: pathlib.Path, keys: tuple[str, ...], keep: Callable[[dict[str, Any]], bool]
@@ -196,8 +205,9 @@ class JsonLines:
 def read_rows(path: pathlib.Path, *keys: str) -> list[dict[str, Any]]:
     """Return the rows of a file of JSON lines that a run writes, none where it is not there.
 
-    Rows have `keys`, as whole numbers. A last line cut short by a kill is left out, since a run that goes on writes it again;
-    other lines that are no such row are left out with a warning that says which.
+    Rows have `keys`, as whole numbers. A last line cut short by a kill is left out, since a run
+    that goes on writes it again; other lines that are no such row are left out with a warning that
+    says which.
     """
     rows, broken = parse_rows(path, *keys)
     if broken:
@@ -206,8 +216,9 @@ def read_rows(path: pathlib.Path, *keys: str) -> list[dict[str, Any]]:
 
 
 def parse_rows(path: pathlib.Path, *keys: str) -> tuple[dict[int, dict[str, Any]], dict[int, str]]:
-    """Return ({number of a line: row}, {number of a line: what is wrong with it}), from 1, of a file
-    of JSON lines, as `read_rows` does. Blank lines and a last one cut short are in neither."""
+    """Return ({number of a line: row}, {number of a line: what is wrong with it}), from 1, of a
+    file of JSON lines, as `read_rows` does. Blank lines and a last one cut short are in neither.
+    """
     rows, broken = {}, {}
     data = path.read_bytes() if path.exists() else b""
     lines = data.split(b"\n")

@@ -1,8 +1,9 @@
 """Optimizers with global-norm clipping, linear warm-up and a cosine to a floor.
 
-"muon" orthogonalises the momentum of every matrix of the layer stacks (`optax.contrib.muon`) and leaves the rest to AdamW:
-linear layers outside of stacks, embeddings, heads, convolutions, norms and biases. Its updates have the root mean square of
-AdamW's (arXiv 2502.16982, sec. 2.2), so that one learning rate serves both.
+"muon" orthogonalises the momentum of every matrix of the layer stacks (`optax.contrib.muon`) and
+leaves the rest to AdamW: linear layers outside of stacks, embeddings, heads, convolutions, norms
+and biases. Its updates have the root mean square of AdamW's (arXiv 2502.16982, sec. 2.2), so that
+one learning rate serves both.
 """
 
 from typing import Any
@@ -17,7 +18,9 @@ _STACKED_MATRIX = optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_ax
 
 
 def learning_rate(cfg: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Step -> learning rate: up from 0 over `warmup_share` of `steps`, then a cosine to `end_learning_rate` at the last."""
+    """Step -> learning rate: up from 0 over `warmup_share` of `steps`, then a cosine to
+    `end_learning_rate` at the last.
+    """
     warmup = max(1, round(cfg.warmup_share * steps))
     return optax.warmup_cosine_decay_schedule(
         0.0, cfg.learning_rate, warmup, max(steps, warmup + 1), cfg.end_learning_rate

@@ -1,4 +1,6 @@
-"""Runs a recipe: named stages one after the other, each in `workdir`/NAME, the last of which holds the whole model."""
+"""Runs a recipe: named stages one after the other, each in `workdir`/NAME, the last of which holds
+the whole model.
+"""
 
 import dataclasses
 import functools
@@ -14,7 +16,8 @@ from blip3o_jax.train.workdir import WorkdirLock
 
 
 def run(recipe: dict[str, Config], workdir: str | pathlib.Path) -> dict[str, Summary]:
-    """Trains every stage that is not finished yet. `checkpoint.init_from` may name an earlier stage of the recipe.
+    """Trains every stage that is not finished yet. `checkpoint.init_from` may name an earlier stage
+    of the recipe.
 
     A single configuration, named "", runs in `workdir` itself.
     """

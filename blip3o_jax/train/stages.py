@@ -1,4 +1,5 @@
-"""What each stage trains: its parts, its loss and the parameters it moves. The loop is the same for all.
+"""What each stage trains: its parts, its loss and the parameters it moves. The loop is the same for
+all.
 
 autoencoder   pixels -> vae -> pixels                        L1 + image gradients
 contrastive   (pixels, caption) -> encoder, text tower       SigLIP's sigmoid loss, optionally pixels read off the features
@@ -26,7 +27,9 @@ Loss = Callable[[Blip3o, Batch, jax.Array], tuple[jax.Array, dict[str, jax.Array
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """`parts` the model holds, `fields` of an example (data/examples.py) the loss reads, `trainable` the default filter."""
+    """`parts` the model holds, `fields` of an example (data/examples.py) the loss reads,
+    `trainable` the default filter.
+    """
 
     parts: tuple[str, ...]
     fields: tuple[str, ...]
@@ -56,7 +59,9 @@ STAGES: dict[str, Stage] = {
 
 
 def stage_parts(config: Config) -> tuple[str, ...]:
-    """The parts the model of a run holds: the stage's, and for the joint one the connectors of editing where it has them."""
+    """The parts the model of a run holds: the stage's, and for the joint one the connectors of
+    editing where it has them.
+    """
     editing = config.model.editing
     extra = {"latent_connector": editing.latents, "feature_connector": editing.features}
     return STAGES[config.stage].parts + tuple(
@@ -65,8 +70,9 @@ def stage_parts(config: Config) -> tuple[str, ...]:
 
 
 def stage_trainable(config: Config) -> tuple[str, ...]:
-    """The default filter of a stage: with places for reference images also what reads these, and the layers of the DiT that see
-    them beside the noise (BLIP3o-NEXT, arXiv 2510.15857, section 4)."""
+    """The default filter of a stage: with places for reference images also what reads these, and
+    the layers of the DiT that see them beside the noise (BLIP3o-NEXT, arXiv 2510.15857, section 4).
+    """
     editing, patterns = config.model.editing, STAGES[config.stage].trainable
     if config.stage != "joint" or not editing.references:
         return patterns
@@ -89,7 +95,9 @@ def trainable_filter(config: Config) -> Callable[[str], bool]:
 
 
 def make_loss(config: Config, image_first: int) -> Loss:
-    """The loss of the configured stage; `image_first` is the vocabulary id of code 0 (joint stage only)."""
+    """The loss of the configured stage; `image_first` is the vocabulary id of code 0 (joint stage
+    only).
+    """
 
     def autoencoder(
         model: Blip3o, batch: Batch, keys_B: jax.Array
@@ -137,7 +145,8 @@ def make_loss(config: Config, image_first: int) -> Loss:
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         with nn.part("tokenizer"):
             out = model.tokenizer(scale_pixels(batch["tokenizer_pixels"]), key=keys_B[0])
-        # Relative to the features' variance: 1 is what their mean alone would score, whatever the encoder's scale.
+        # Relative to the features' variance: 1 is what their mean alone would score, whatever the
+        # encoder's scale.
         variance = jnp.mean((out.teacher_BND - out.teacher_BND.mean(axis=(0, 1))) ** 2)
         reconstruction = jnp.mean((out.reconstructed_BND - out.teacher_BND) ** 2) / variance
         loss = (
@@ -170,7 +179,9 @@ def make_loss(config: Config, image_first: int) -> Loss:
 def make_preview(
     config: Config, image_first: int
 ) -> Callable[[Blip3o, Batch, jax.Array], jax.Array] | None:
-    """(model, batch, keys) -> images in [0, 1] that show what the stage has learned; None where there is nothing to see."""
+    """(model, batch, keys) -> images in [0, 1] that show what the stage has learned; None where
+    there is nothing to see.
+    """
 
     def autoencoder(model: Blip3o, batch: Batch, keys_B: jax.Array) -> jax.Array:
         return jnp.concatenate(

@@ -18,9 +18,11 @@ PARTS = ("tokenizer", "ar", "connector", "dit", "vae")  # of a whole model
 
 
 def continued(path: str | pathlib.Path, trained: tuple[str, ...]) -> Config:
-    """The configuration to build on for a run of stage joint that starts from a checkpoint: all its parts, its text tokenizer,
-    length of rows and sampling, as they are. Parameters of the parts `trained` are kept in float32, whatever they were saved
-    in: small steps vanish in bfloat16. UserError for what is no checkpoint."""
+    """The configuration to build on for a run of stage joint that starts from a checkpoint: all its
+    parts, its text tokenizer, length of rows and sampling, as they are. Parameters of the parts
+    `trained` are kept in float32, whatever they were saved in: small steps vanish in bfloat16.
+    UserError for what is no checkpoint.
+    """
     root, step = find(path)
     given = read_config(root)
     text = stored_text(root, given.model.text)
@@ -47,8 +49,9 @@ def continued(path: str | pathlib.Path, trained: tuple[str, ...]) -> Config:
 def restore_or_create(
     config: Config, plan: StatePlan, strategy: Strategy, checkpoints: Checkpoints, image_first: int
 ) -> tuple[TrainState, Any, int]:
-    """(state, position of the data stream or None, steps done), from the newest checkpoint that is intact. UserError where the
-    checkpoints are of another stage, or none is intact."""
+    """(state, position of the data stream or None, steps done), from the newest checkpoint that is
+    intact. UserError where the checkpoints are of another stage, or none is intact.
+    """
     before = _written_by(checkpoints.directory)
     if before is not None and before.title != config.title and checkpoints.steps():
         raise UserError(
@@ -87,7 +90,9 @@ def given_parts(config: Config, plan: StatePlan, strategy: Strategy) -> dict[str
 
 
 def _check_lora(config: Config, parts: tuple[str, ...], path: str) -> None:
-    """UserError where parts of a checkpoint have other low-rank factors than this model; it may have some that they lack."""
+    """UserError where parts of a checkpoint have other low-rank factors than this model; it may
+    have some that they lack.
+    """
     root, _ = find(path)
     theirs, ours = read_config(root).model, config.model
     for part in [part for part in parts if part in lora.PARTS]:
@@ -100,8 +105,9 @@ def _check_lora(config: Config, parts: tuple[str, ...], path: str) -> None:
 
 
 def fitted(plan: StatePlan, part: str, values: Any, path: str) -> dict[str, Any]:
-    """The arrays of one part as the plan wants them: by group, in its own dtypes and shardings. They must cover the part, but
-    for low-rank factors, which may all be left to be drawn."""
+    """The arrays of one part as the plan wants them: by group, in its own dtypes and shardings.
+    They must cover the part, but for low-rank factors, which may all be left to be drawn.
+    """
     targets = {
         group: plan.abstract[group][part] for group in WEIGHTS if part in plan.abstract[group]
     }

@@ -33,7 +33,9 @@ COUNTERS = ("step", "bad_steps", "skipped_steps", "bad_records")
 
 @dataclasses.dataclass(frozen=True)
 class StatePlan:
-    """The state before any array exists: how to merge it into a model, its shapes and where each array will lie."""
+    """The state before any array exists: how to merge it into a model, its shapes and where each
+    array will lie.
+    """
 
     graphdef: Any
     abstract: TrainState  # ShapeDtypeStructs with shardings
@@ -60,7 +62,9 @@ def _draw_part(
     taken: TrainState,
     options: dict[str, Any],
 ) -> TrainState:
-    """Return the initial weights of `part` without those in `taken`, each array made in its own shards."""
+    """Return the initial weights of `part` without those in `taken`, each array made in its own
+    shards.
+    """
 
     def own(tree: TrainState) -> TrainState:
         parts = {
@@ -102,7 +106,8 @@ def plan_state(config: Config, strategy: Strategy) -> StatePlan:
         strategy.parameter_shardings(frozen),
     )
     replicated = strategy.replicated()
-    # Where two optimizers share the parameters, each has a masked node in place of what is the other's.
+    # Where two optimizers share the parameters, each has a masked node in place of what is the
+    # other's.
     masked = lambda x: isinstance(x, optax.MaskedNode)
     shardings = {
         "params": params_at,
@@ -129,12 +134,13 @@ def create_state(
     given: Mapping[str, Any] | None = None,
     image_first: int | None = None,
 ) -> TrainState:
-    """Initial state, each array made in its own shards: no device ever holds a full replica it should not.
+    """Initial state, each array made in its own shards: no device ever holds a full replica it
+    should not.
 
-    `given` parts, {part: {"params": ..., "frozen": ...}} as in the plan, are not drawn but taken as they are; what they lack
-    is drawn as it would be without them.
-    Where `checkpoint.image_rows` is "codes", `image_first`, the vocabulary id of code 0, is needed, and the AR's image rows
-    are set from the codes even if the AR is given.
+    `given` parts, {part: {"params": ..., "frozen": ...}} as in the plan, are not drawn but taken as
+    they are; what they lack is drawn as it would be without them. Where `checkpoint.image_rows` is
+    "codes", `image_first`, the vocabulary id of code 0, is needed, and the AR's image rows are set
+    from the codes even if the AR is given.
     """
     if config.checkpoint.image_rows == "codes" and image_first is None:
         raise ValueError(
@@ -144,11 +150,12 @@ def create_state(
         group: {part: tree[group] for part, tree in (given or {}).items() if group in tree}
         for group in WEIGHTS
     }
-    # Runs once, so on CPUs, whose compiler takes its time over random numbers, it is not worth optimising.
+    # Runs once, so on CPUs, whose compiler takes its time over random numbers, it is not worth
+    # optimising.
     options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else {}
     weights = taken
-    # A program for each part: XLA's CPU compiler takes time that grows with the square of the number
-    # of random arrays, and the compile cache gives a part to every run that has it.
+    # A program for each part: XLA's CPU compiler takes time that grows with the square of the
+    # number of random arrays, and the compile cache gives a part to every run that has it.
     for part in stage_parts(config):
         weights = merge_trees(weights, _draw_part(config, plan, part, taken, options))
     if config.checkpoint.image_rows == "codes":
@@ -193,7 +200,9 @@ def without(a: Any, b: Any) -> Any:
 
 @functools.cache
 def _finite(where: Any) -> Callable[[list[Any]], jax.Array]:
-    """Return a compiled function: arrays -> whether each is finite, as one array with the sharding `where`."""
+    """Return a compiled function: arrays -> whether each is finite, as one array with the sharding
+    `where`.
+    """
     return jax.jit(
         lambda leaves: jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]),
         out_shardings=where,

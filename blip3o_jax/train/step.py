@@ -22,7 +22,9 @@ Metrics = dict[str, jax.Array]
 
 
 def row_keys(seed: int, step: jax.Array, rows: int) -> jax.Array:
-    """One key a row of the global batch, folded from (seed, step): independent of how the batch is cut."""
+    """One key a row of the global batch, folded from (seed, step): independent of how the batch is
+    cut.
+    """
     return jax.random.split(jax.random.fold_in(jax.random.key(seed), step), rows)
 
 
@@ -38,7 +40,8 @@ def _mean_gradients(
     if accumulate == 1:
         return grad_fn(params, batch, keys_B)
 
-    # Micro-batch i takes rows i, i + accumulate, ...: every device keeps its own rows and nothing is moved.
+    # Micro-batch i takes rows i, i + accumulate, ...: every device keeps its own rows and nothing
+    # is moved.
     def cut(x: jax.Array) -> jax.Array:
         return jnp.moveaxis(x.reshape(x.shape[0] // accumulate, accumulate, *x.shape[1:]), 1, 0)
 
@@ -52,10 +55,12 @@ def _mean_gradients(
 
 
 def _all_finite(*trees: Any) -> jax.Array:
-    """Whether all that a step leads to is finite: a learning rate can spoil what a finite gradient gives.
+    """Whether all that a step leads to is finite: a learning rate can spoil what a finite gradient
+    gives.
 
-    Compiled for four v5p chips with AdamW and fsdp, this costs one all-reduce of booleans, six times the bytes of a chip's
-    parameters in memory traffic and half of them in memory; leaving out the moments saves none of it.
+    Compiled for four v5p chips with AdamW and fsdp, this costs one all-reduce of booleans, six
+    times the bytes of a chip's parameters in memory traffic and half of them in memory; leaving out
+    the moments saves none of it.
     """
     leaves = [leaf for leaf in jax.tree.leaves(trees) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
     return jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]).all()
@@ -64,7 +69,9 @@ def _all_finite(*trees: Any) -> jax.Array:
 def make_step(
     config: Config, plan: StatePlan, strategy: Strategy, loss: Loss
 ) -> Callable[..., tuple[TrainState, Metrics]]:
-    """The compiled step. Metrics: the stage's own, loss, gradient norm in all and per part, learning rate, counters."""
+    """The compiled step. Metrics: the stage's own, loss, gradient norm in all and per part,
+    learning rate, counters.
+    """
     schedule = learning_rate(config.optimizer, config.steps)
 
     def loss_fn(
@@ -125,7 +132,8 @@ def make_step(
             **counters,
         }, metrics
 
-    # On CPUs donated arrays are copied, after the step has written them elsewhere; a second state is cheaper there.
+    # On CPUs donated arrays are copied, after the step has written them elsewhere; a second state
+    # is cheaper there.
     donated = () if strategy.mesh.devices.flat[0].platform == "cpu" else (0,)
     return jax.jit(
         step, donate_argnums=donated, out_shardings=(plan.shardings, strategy.replicated())

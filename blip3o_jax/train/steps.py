@@ -1,8 +1,9 @@
 """Steps of a checkpoint directory on disk: how one is finished, and whether it is intact.
 
-A step is finished when its directory has its final name and holds a manifest; it is intact when all files are those of the
-manifest. Resuming, sampling, exporting and `init_from` all go by that. Whoever reads a step reads its files twice, once for the
-checksums, the second time mostly from memory.
+A step is finished when its directory has its final name and holds a manifest; it is intact when all
+files are those of the manifest. Resuming, sampling, exporting and `init_from` all go by that.
+Whoever reads a step reads its files twice, once for the checksums, the second time mostly from
+memory.
 """
 
 import pathlib
@@ -28,10 +29,12 @@ _REQUIRED = (
 
 
 class CheckedStep(ocp.path.atomicity.AtomicRenameTemporaryPath):
-    """Orbax's way of finishing a step, by a rename on host 0 when all hosts have written, in two renames: with all of Orbax's
-    own files in place and before the last name, the manifest is written. Host 0 reads the step once for that, in the
-    background. A kill in between leaves a temporary name, which is removed when the run goes on. Orbax takes this class for the
-    items inside a step too; those have no manifest of their own."""
+    """Orbax's way of finishing a step, by a rename on host 0 when all hosts have written, in two
+    renames: with all of Orbax's own files in place and before the last name, the manifest is
+    written. Host 0 reads the step once for that, in the background. A kill in between leaves a
+    temporary name, which is removed when the run goes on. Orbax takes this class for the items
+    inside a step too; those have no manifest of their own.
+    """
 
     @classmethod
     def from_final(cls, final_path: epath.Path, **options: Any) -> "CheckedStep":
@@ -53,7 +56,9 @@ class CheckedStep(ocp.path.atomicity.AtomicRenameTemporaryPath):
 
 
 def all_steps(directory: pathlib.Path) -> list[int]:
-    """Return the steps that have their final name, ascending, be they intact or not. Names such as "007" are no step's."""
+    """Return the steps that have their final name, ascending, be they intact or not. Names such as
+    "007" are no step's.
+    """
     if not directory.is_dir():
         return []
     return sorted(
@@ -62,8 +67,9 @@ def all_steps(directory: pathlib.Path) -> list[int]:
 
 
 def damage(directory: pathlib.Path, *, shared: bool = False) -> str:
-    """Return what is wrong with a step, "" if it is intact. `shared`: all hosts call this; each reads a share of the files and
-    all learn what one has found."""
+    """Return what is wrong with a step, "" if it is intact. `shared`: all hosts call this; each
+    reads a share of the files and all learn what one has found.
+    """
     if not shared or jax.process_count() == 1:
         return checksums.find_damage(directory, required=_REQUIRED)
     found = checksums.find_damage(directory, jax.process_index(), jax.process_count(), _REQUIRED)
@@ -78,8 +84,9 @@ def damage(directory: pathlib.Path, *, shared: bool = False) -> str:
 
 
 def check_intact(root: pathlib.Path, step: int, *, shared: bool = False) -> None:
-    """UserError where a step is damaged, naming the newest intact one: which weights are shown is for the user to say.
-    `shared` as of `Checkpoints.newest_intact`."""
+    """UserError where a step is damaged, naming the newest intact one: which weights are shown is
+    for the user to say. `shared` as of `Checkpoints.newest_intact`.
+    """
     reason = damage(root / str(step), shared=shared)
     if not reason:
         return

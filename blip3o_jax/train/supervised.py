@@ -39,7 +39,9 @@ def train(
 
 
 class Supervised:
-    """`loop.Method` of the stages of train/stages.py: batches from the data mixture, one step on each."""
+    """`loop.Method` of the stages of train/stages.py: batches from the data mixture, one step on
+    each.
+    """
 
     def open(self, config: Config) -> None:
         check(

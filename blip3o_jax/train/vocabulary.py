@@ -1,4 +1,6 @@
-"""The vocabulary of a run: from the files its configuration names, or trained on the captions it will see."""
+"""The vocabulary of a run: from the files its configuration names, or trained on the captions it
+will see.
+"""
 
 import dataclasses
 import itertools
@@ -17,8 +19,10 @@ MAX_CAPTIONS = 100_000  # of each source; more add nothing to the pieces
 def with_vocabulary(
     config: Config, sources: Sequence[tuple[Source, float]], workdir: pathlib.Path
 ) -> tuple[Config, Vocabulary | None]:
-    """The configuration with the tokenizer's path and the vocabulary's size filled in, and the vocabulary (None for a stage
-    that reads no text). A trained tokenizer stays in `workdir`/text. Raises UserError when files and sizes do not agree."""
+    """The configuration with the tokenizer's path and the vocabulary's size filled in, and the
+    vocabulary (None for a stage that reads no text). A trained tokenizer stays in `workdir`/text.
+    Raises UserError when files and sizes do not agree.
+    """
     if not {"caption", "row"} & set(STAGES[config.stage].fields):
         return config, None
     text, model = config.model.text, config.model
@@ -38,7 +42,9 @@ def with_vocabulary(
 
 
 def _captions(sources: Sequence[tuple[Source, float]]) -> Iterator[str]:
-    """The captions of the records that can be read. UserError where there is none, with the last reason."""
+    """The captions of the records that can be read. UserError where there is none, with the last
+    reason.
+    """
     read, last = 0, None
     for source, _ in sources:
         for index in itertools.islice(range(len(source)), MAX_CAPTIONS):

@@ -1,9 +1,10 @@
 """A run's working directory: one run at a time, and none that is refused leaves anything in it.
 
-WORKDIR/lock.json names the process that writes there: host, pid and since when. Its modification time, renewed every PERIOD
-seconds, is its sign of life. A second run is refused. The lock of a process that is gone is taken over: on the same machine
-at once, on another after BOUND seconds without a sign of life, for a preempted job begins elsewhere within seconds. The lock
-needs exclusive creation and renaming alone, so that it holds on network file systems.
+WORKDIR/lock.json names the process that writes there: host, pid and since when. Its modification
+time, renewed every PERIOD seconds, is its sign of life. A second run is refused. The lock of a
+process that is gone is taken over: on the same machine at once, on another after BOUND seconds
+without a sign of life, for a preempted job begins elsewhere within seconds. The lock needs
+exclusive creation and renaming alone, so that it holds on network file systems.
 """
 
 import contextlib
@@ -33,8 +34,10 @@ ATTEMPTS = 10  # at a lock that others take and leave between two looks at it
 
 @dataclasses.dataclass(frozen=True)
 class Owner:
-    """The process that holds a lock. `process_start` in clock ticks after the boot, None where the system does not tell;
-    `machine`: the boot and the namespace in which the pid counts. All but `seen` is what the file holds."""
+    """The process that holds a lock. `process_start` in clock ticks after the boot, None where the
+    system does not tell; `machine`: the boot and the namespace in which the pid counts. All but
+    `seen` is what the file holds.
+    """
 
     host: str = "an unknown host"
     pid: int = 0
@@ -53,8 +56,9 @@ class Owner:
 
     @classmethod
     def read(cls, path: pathlib.Path) -> "Owner | None":
-        """Return the owner that a lock names, an unknown one where it names none (it is being written, or a kill cut that
-        short); None where there is no lock."""
+        """Return the owner that a lock names, an unknown one where it names none (it is being
+        written, or a kill cut that short); None where there is no lock.
+        """
         try:
             state = path.stat()
             seen = state.st_mtime
@@ -97,7 +101,9 @@ def _machine() -> str:
 
 
 def _process_start(pid: int) -> int | None:
-    """Return when a process began, by /proc; None where that does not tell, or for one that has ended."""
+    """Return when a process began, by /proc; None where that does not tell, or for one that has
+    ended.
+    """
     try:
         fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -106,7 +112,9 @@ def _process_start(pid: int) -> int | None:
 
 
 def _check_kinds(workdir: pathlib.Path) -> None:
-    """UserError where a directory lies in a file's place or the other way round: the run would fail where it writes there."""
+    """UserError where a directory lies in a file's place or the other way round: the run would fail
+    where it writes there.
+    """
     for path in (*map(workdir.joinpath, FILES), *sorted(workdir.glob("*.jsonl"))):
         if os.path.lexists(path) and not path.is_file():
             raise UserError(
@@ -120,10 +128,12 @@ def _check_kinds(workdir: pathlib.Path) -> None:
 
 
 class WorkdirLock:
-    """`with WorkdirLock(workdir) as lock:` holds the directory; of a job of many hosts, host 0 does.
+    """`with WorkdirLock(workdir) as lock:` holds the directory; of a job of many hosts, host 0
+    does.
 
-    UserError where another run holds it, or where it cannot be written to. Without `begun` set, the end removes what a start
-    that was refused has made: the directory itself and a trained text tokenizer.
+    UserError where another run holds it, or where it cannot be written to. Without `begun` set, the
+    end removes what a start that was refused has made: the directory itself and a trained text
+    tokenizer.
     """
 
     def __init__(self, workdir: pathlib.Path) -> None:
@@ -158,7 +168,9 @@ class WorkdirLock:
             self._leave()
 
     def check(self) -> None:
-        """UserError where another run has taken the lock, for want of a sign of life: this one may not write any more."""
+        """UserError where another run has taken the lock, for want of a sign of life: this one may
+        not write any more.
+        """
         if host() == 0 and not self._mine():
             owner = Owner.read(self._path)
             now = f"now is that of {owner}" if owner else "is gone"
@@ -188,8 +200,9 @@ class WorkdirLock:
         self._had_text = (self._workdir / "text").exists()
 
     def _check_plain(self) -> None:
-        """UserError where what has the lock's name is no regular file, such as a link that leads nowhere: it cannot be
-        created, and may not be there to read either."""
+        """UserError where what has the lock's name is no regular file, such as a link that leads
+        nowhere: it cannot be created, and may not be there to read either.
+        """
         with contextlib.suppress(FileNotFoundError):
             if not stat.S_ISREG(self._path.lstat().st_mode):
                 raise UserError(
@@ -208,7 +221,9 @@ class WorkdirLock:
         return True
 
     def _lives(self, owner: Owner) -> bool:
-        """Of the owner's process; waits for a sign of life where nothing else can tell, BOUND seconds at most."""
+        """Of the owner's process; waits for a sign of life where nothing else can tell, BOUND
+        seconds at most.
+        """
         if owner.here():
             return owner.runs()
         silent = self._server_time() - owner.seen
@@ -228,7 +243,9 @@ class WorkdirLock:
         return False
 
     def _server_time(self) -> float:
-        """Return the time by the clock that modification times go by: that of a file server may differ from this machine's."""
+        """Return the time by the clock that modification times go by: that of a file server may
+        differ from this machine's.
+        """
         probe = self._path.with_name(f"{LOCK}.{self._token}.time")
         try:
             probe.touch()
@@ -237,7 +254,9 @@ class WorkdirLock:
             probe.unlink(missing_ok=True)
 
     def _remove(self, owner: Owner) -> None:
-        """Remove a dead owner's lock, unless somebody else has: of several who try, the renaming succeeds for one."""
+        """Remove a dead owner's lock, unless somebody else has: of several who try, the renaming
+        succeeds for one.
+        """
         aside = self._path.with_name(f"{LOCK}.{self._token}")
         try:
             self._path.rename(aside)

@@ -1,9 +1,12 @@
-"""The blocks of the deep-compression autoencoder (DC-AE, arXiv 2410.10733), as in `diffusers.AutoencoderDC`.
+"""The blocks of the deep-compression autoencoder (DC-AE, arXiv 2410.10733), as in
+`diffusers.AutoencoderDC`.
 
-Two residual blocks work at one resolution (`ResBlock`, `EfficientVitBlock`); `DownBlock` and `UpBlock` change it by 2 and
-carry a shortcut without parameters that moves pixels into channels and back.
+Two residual blocks work at one resolution (`ResBlock`, `EfficientVitBlock`); `DownBlock` and
+`UpBlock` change it by 2 and carry a shortcut without parameters that moves pixels into channels and
+back.
 
-Shape suffixes: B batch, H height, W width, C channels, N pixels (H * W), G groups of q, k, v (heads x scales), K head size.
+Shape suffixes: B batch, H height, W width, C channels, N pixels (H * W), G groups of q, k, v (heads
+x scales), K head size.
 """
 
 from typing import Any
@@ -19,7 +22,9 @@ ATTENTION_EPS = 1e-15
 
 
 def pixel_unshuffle(x_BHWC: jax.Array) -> jax.Array:
-    """[B, H, W, C] -> [B, H/2, W/2, 4 C], channel c * 4 + dy * 2 + dx: `torch.nn.functional.pixel_unshuffle` by 2."""
+    """[B, H, W, C] -> [B, H/2, W/2, 4 C], channel c * 4 + dy * 2 + dx:
+    `torch.nn.functional.pixel_unshuffle` by 2.
+    """
     batch, height, width, channels = x_BHWC.shape
     x = x_BHWC.reshape(batch, height // 2, 2, width // 2, 2, channels)
     return x.transpose(0, 1, 3, 5, 2, 4).reshape(batch, height // 2, width // 2, 4 * channels)
@@ -63,7 +68,9 @@ class ResBlock(nnx.Module):
 
 
 class MultiscaleProjection(nnx.Module):
-    """Gathers q, k and v over a neighbourhood: a depthwise convolution, then a 1 x 1 one within each head's q, k or v."""
+    """Gathers q, k and v over a neighbourhood: a depthwise convolution, then a 1 x 1 one within
+    each head's q, k or v.
+    """
 
     def __init__(
         self,
@@ -86,16 +93,19 @@ class MultiscaleProjection(nnx.Module):
 
 
 def relu_attention(q_BNGK: jax.Array, k_BNGK: jax.Array, v_BNGK: jax.Array) -> jax.Array:
-    """Attention whose weights are relu(q) . relu(k), normalised over the keys; no softmax, so that the sum over keys can be
-    taken first. That costs N K^2 a head instead of N^2 K, which is the smaller unless N <= K; the library class switches
-    between the two there, in float32 for the former, and so does this."""
+    """Attention whose weights are relu(q) . relu(k), normalised over the keys; no softmax, so that
+    the sum over keys can be taken first. That costs N K^2 a head instead of N^2 K, which is the
+    smaller unless N <= K; the library class switches between the two there, in float32 for the
+    former, and so does this.
+    """
     q_BNGK, k_BNGK = jax.nn.relu(q_BNGK), jax.nn.relu(k_BNGK)
     if q_BNGK.shape[1] <= q_BNGK.shape[-1]:
         scores_BGNM = jnp.einsum("bngk,bmgk->bgnm", q_BNGK, k_BNGK).astype(jnp.float32)
         weights_BGNM = scores_BGNM / (scores_BGNM.sum(-1, keepdims=True) + ATTENTION_EPS)
         return jnp.einsum("bgnm,bmgk->bngk", weights_BGNM.astype(v_BNGK.dtype), v_BNGK)
     q, k, v = (x.astype(jnp.float32) for x in (q_BNGK, k_BNGK, v_BNGK))
-    # Sums over all pixels that are divided by each other: not in the bfloat16 passes TPUs take by default.
+    # Sums over all pixels that are divided by each other: not in the bfloat16 passes TPUs take by
+    # default.
     exact = jax.lax.Precision.HIGHEST
     states_BGKV = jnp.einsum("bngk,bngv->bgkv", k, v, precision=exact)
     numerator_BNGK = jnp.einsum("bngk,bgkv->bngv", q, states_BGKV, precision=exact)
@@ -104,7 +114,9 @@ def relu_attention(q_BNGK: jax.Array, k_BNGK: jax.Array, v_BNGK: jax.Array) -> j
 
 
 class MultiscaleAttention(nnx.Module):
-    """x + norm(project(attention)) over all pixels, with q, k, v at several scales: `SanaMultiscaleLinearAttention`."""
+    """x + norm(project(attention)) over all pixels, with q, k, v at several scales:
+    `SanaMultiscaleLinearAttention`.
+    """
 
     def __init__(
         self,
@@ -139,16 +151,17 @@ class MultiscaleAttention(nnx.Module):
         qkv_BHWC = jnp.concatenate(
             [qkv_BHWC, *(project(qkv_BHWC) for project in self.scales)], axis=-1
         )
-        # Every 3 * head_dim channels in a row are taken for one head's q, k, v, although q, k and v of all heads were laid
-        # end to end: so the published weights were trained.
+        # Every 3 * head_dim channels in a row are taken for one head's q, k, v, although q, k and v
+        # of all heads were laid end to end: so the published weights were trained.
         qkv_BNGK = qkv_BHWC.reshape(batch, height * width, -1, 3 * self.head_dim)
         y_BNGK = relu_attention(*jnp.split(qkv_BNGK, 3, axis=-1))
         return constrain(x_BHWC + self.norm(self.to_out(y_BNGK.reshape(batch, height, width, -1))))
 
 
 class GluConv(nnx.Module):
-    """x + norm(project(a * silu(b))), where a and b are the halves of depthwise(silu(expand(x))), 4 times as wide each:
-    `GLUMBConv`."""
+    """x + norm(project(a * silu(b))), where a and b are the halves of depthwise(silu(expand(x))), 4
+    times as wide each: `GLUMBConv`.
+    """
 
     def __init__(self, channels: int, *, rngs: nnx.Rngs, dtype: Any, param_dtype: Any):
         types = {"rngs": rngs, "dtype": dtype, "param_dtype": param_dtype}
@@ -188,8 +201,10 @@ class EfficientVitBlock(nnx.Module):
 
 
 class DownBlock(nnx.Module):
-    """[B, H, W, c_in] -> [B, H/2, W/2, c_out]: `DCDownBlock2d`. The convolution either has stride 2 ("Conv") or is followed
-    by a pixel unshuffle; the shortcut is the pixel-unshuffled input, its channels averaged in runs."""
+    """[B, H, W, c_in] -> [B, H/2, W/2, c_out]: `DCDownBlock2d`. The convolution either has stride 2
+    ("Conv") or is followed by a pixel unshuffle; the shortcut is the pixel-unshuffled input, its
+    channels averaged in runs.
+    """
 
     def __init__(
         self,
@@ -225,8 +240,10 @@ class DownBlock(nnx.Module):
 
 
 class UpBlock(nnx.Module):
-    """[B, H, W, c_in] -> [B, 2 H, 2 W, c_out]: `DCUpBlock2d`. The convolution either follows a nearest-neighbour upsampling
-    ("interpolate") or is followed by a pixel shuffle; the shortcut is the pixel-shuffled input, its channels repeated."""
+    """[B, H, W, c_in] -> [B, 2 H, 2 W, c_out]: `DCUpBlock2d`. The convolution either follows a
+    nearest-neighbour upsampling ("interpolate") or is followed by a pixel shuffle; the shortcut is
+    the pixel-shuffled input, its channels repeated.
+    """
 
     def __init__(
         self,

@@ -1,7 +1,8 @@
 """The deep-compression autoencoder (DC-AE): images <-> latents 2^(stages - 1) times smaller a side.
 
-The same numbers as `diffusers.AutoencoderDC` (NHWC here, NCHW there). Latents are raw: the caller applies `scaling_factor`.
-The blocks of a stage are stacked and scanned, so that the time to compile does not grow with depth.
+The same numbers as `diffusers.AutoencoderDC` (NHWC here, NCHW there). Latents are raw: the caller
+applies `scaling_factor`. The blocks of a stage are stacked and scanned, so that the time to compile
+does not grow with depth.
 
 Shape suffixes: B batch, H height, W width, C channels.
 """
@@ -18,7 +19,9 @@ from blip3o_jax.vae.blocks import NORM_EPS, DownBlock, UpBlock
 
 
 class Stage(nnx.Module):
-    """The blocks of one resolution and the step to the next one (encoder: `resample` after them; decoder: before)."""
+    """The blocks of one resolution and the step to the next one (encoder: `resample` after them;
+    decoder: before).
+    """
 
     def __init__(self, stacked: nnx.Module | None, resample: nnx.Module | None):
         self.blocks = stacked
@@ -115,7 +118,8 @@ class DcAe(nnx.Module):
         self.cfg = cfg
 
     def encode(self, x_BHWC: jax.Array) -> jax.Array:
-        """Images [B, H, W, 3] in [-1, 1] -> raw latents [B, H/f, W/f, latent_channels], f = `spatial_compression`.
+        """Images [B, H, W, 3] in [-1, 1] -> raw latents [B, H/f, W/f, latent_channels], f =
+        `spatial_compression`.
 
         Raises ValueError when H or W is not a multiple of f.
         """
@@ -132,5 +136,7 @@ class DcAe(nnx.Module):
         return self.encoder(x_BHWC)
 
     def decode(self, z_BHWC: jax.Array) -> jax.Array:
-        """Raw latents [B, H, W, latent_channels] -> images [B, f H, f W, 3], about in [-1, 1] and not clipped."""
+        """Raw latents [B, H, W, latent_channels] -> images [B, f H, f W, 3], about in [-1, 1] and
+        not clipped.
+        """
         return self.decoder(z_BHWC)

@@ -1,11 +1,14 @@
-"""What the autoencoder is trained on: L1 and squared error over pixels, and L1 over differences of neighbouring pixels.
+"""What the autoencoder is trained on: L1 and squared error over pixels, and L1 over differences of
+neighbouring pixels.
 
-    loss = mean |x_hat - x| + s * mean (x_hat - x)^2 + w * (mean |dh x_hat - dh x| + mean |dv x_hat - dv x|) / 2
+loss = mean |x_hat - x| + s * mean (x_hat - x)^2 + w * (mean |dh x_hat - dh x| + mean |dv x_hat - dv
+x|) / 2
 
-dh and dv are the differences to the right and lower neighbour. L1 alone is content with edges smeared over a few pixels, each
-a little wrong; their slope is then far off, which the last term charges for: it is the sharpness term. It stands where the
-paper of DC-AE (arXiv 2410.10733) has LPIPS and a GAN loss, as it needs no other network. The squared error leads out of the
-blank image that both others are slow to leave from random weights.
+dh and dv are the differences to the right and lower neighbour. L1 alone is content with edges
+smeared over a few pixels, each a little wrong; their slope is then far off, which the last term
+charges for: it is the sharpness term. It stands where the paper of DC-AE (arXiv 2410.10733) has
+LPIPS and a GAN loss, as it needs no other network. The squared error leads out of the blank image
+that both others are slow to leave from random weights.
 
 Shape suffixes: B batch, H height, W width, C channels.
 """
@@ -22,8 +25,8 @@ def reconstruction_loss(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The loss above in float32, for images in [-1, 1], and its metrics.
 
-    `l1`, `squared` and `gradient_l1` are the terms before weighting; `psnr` in dB is the mean over the images, each
-    reconstruction clipped to [-1, 1] as it is when it becomes an image.
+    `l1`, `squared` and `gradient_l1` are the terms before weighting; `psnr` in dB is the mean over
+    the images, each reconstruction clipped to [-1, 1] as it is when it becomes an image.
     """
     x_hat_BHWC, x_BHWC = x_hat_BHWC.astype(jnp.float32), x_BHWC.astype(jnp.float32)
     error_BHWC = x_hat_BHWC - x_BHWC

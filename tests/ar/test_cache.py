@@ -63,7 +63,8 @@ def test_cached_decode_equals_the_full_forward_for_prompts_of_different_lengths(
             got[b].append(hidden[b])
     assert np.array_equal(past.lengths_B, LENGTHS + STEPS) and int(past.end) == L + STEPS
     for b, row in enumerate(rows):
-        # Each row alone and unpadded. Sums over a different number of slots round differently, by some 1e-7.
+        # Each row alone and unpadded. Sums over a different number of slots round differently, by
+        # some 1e-7.
         padded = np.pad(row, (0, L + STEPS - len(row)))[None]
         assert relative_error(np.concatenate(got[b]), full(model, padded)[0, : len(row)]) < 1e-5
 

@@ -1,5 +1,6 @@
-"""The chunked cross entropy against the naive one. Tolerances: both are float32 sums over a few hundred terms, in another
-order, hence 1e-6."""
+"""The chunked cross entropy against the naive one. Tolerances: both are float32 sums over a few
+hundred terms, in another order, hence 1e-6.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +55,9 @@ def test_equals_the_naive_form(inputs, chunk, most):
 
 
 def test_by_hand():
-    """Logits log 1, log 2, log 5 (and a padded row): the losses are log of 8 / 1, 8 / 2, 8 / 5; only the last is right."""
+    """Logits log 1, log 2, log 5 (and a padded row): the losses are log of 8 / 1, 8 / 2, 8 / 5;
+    only the last is right.
+    """
     head_DV = jnp.log(jnp.array([[1.0, 2.0, 5.0, 100.0]]))
     hidden_BLD = jnp.ones((1, 4, 1))
     labels_BL = jnp.array([[0, 1, 2, 2]])
@@ -66,7 +69,9 @@ def test_by_hand():
 
 
 def test_bfloat16_factors_give_float32_losses(inputs):
-    """A token's loss in bfloat16 would have steps of 2 %; with float32 logits only the rounding of the factors is left."""
+    """A token's loss in bfloat16 would have steps of 2 %; with float32 logits only the rounding of
+    the factors is left.
+    """
     hidden_BLD, head_DV, labels_BL, mask_BL = inputs
     want, _ = naive(hidden_BLD, head_DV, labels_BL, mask_BL)
     got, _ = cross_entropy(

@@ -121,8 +121,9 @@ def test_a_mixed_batch_equals_the_prompt_alone_and_the_full_forward(model, name)
 
 
 def test_guidance_leans_away_from_the_tokens_without_their_prompt(model):
-    """Every choice and its log-probability from two full forwards, of the prompt and the ids so far, and of the scale token
-    and the ids so far; the hidden states are the former's."""
+    """Every choice and its log-probability from two full forwards, of the prompt and the ids so
+    far, and of the scale token and the ids so far; the hidden states are the former's.
+    """
     settings, (tokens, lengths) = SETTINGS["truncated"], prompts()
     guided = generate(model, tokens, lengths, keys(), guidance=3.0, **settings)
     ids, hidden, logprobs = (
@@ -201,7 +202,8 @@ def test_truncated_distribution_equals_its_definition(rng, temperature, top_k, t
 
 
 def test_truncation_of_a_distribution_worked_out_by_hand():
-    # p = .4 .3 .2 .1; top-k 3 leaves 4/9 3/9 2/9, of which top-p 0.75 keeps the first two (0.777 >= 0.75): 4/7 3/7.
+    # p = .4 .3 .2 .1; top-k 3 leaves 4/9 3/9 2/9, of which top-p 0.75 keeps the first two (0.777 >=
+    # 0.75): 4/7 3/7.
     classes, logprobs = sampling.truncate(
         jnp.log(jnp.array([[0.1, 0.4, 0.2, 0.3]])), temperature=1.0, top_k=3, top_p=0.75
     )
@@ -223,7 +225,8 @@ def test_a_swap_of_two_almost_equal_candidates_does_not_change_the_draw():
     logits = jax.random.normal(jax.random.key(0), (64, 30))
     draw = functools.partial(sampling.draw, temperature=1.0, top_k=20, top_p=0.95)
     choice, _, _ = draw(logits, keys(64))
-    # Equal logits in pairs, nudged one way and then the other: ranks swap all over, the draw must not.
+    # Equal logits in pairs, nudged one way and then the other: ranks swap all over, the draw must
+    # not.
     paired = jnp.repeat(logits[:, ::2], 2, axis=1)
     nudge = jnp.tile(jnp.array([1e-6, 0.0]), 15)
     assert np.array_equal(draw(paired + nudge, keys(64))[0], draw(paired - nudge, keys(64))[0])

@@ -1,5 +1,7 @@
-"""The Pallas kernel, interpreted, against plain attention. Both compute in float32 with sums in another order: 1e-5 of the
-norm, of gradients too; the exponential of the kernel is one of powers of two."""
+"""The Pallas kernel, interpreted, against plain attention. Both compute in float32 with sums in
+another order: 1e-5 of the norm, of gradients too; the exponential of the kernel is one of powers of
+two.
+"""
 
 import functools
 

@@ -1,4 +1,6 @@
-"""`blip3o bench conversion` on the tiny model: the report's fields, and that it notices a bit that is not the same."""
+"""`blip3o bench conversion` on the tiny model: the report's fields, and that it notices a bit that
+is not the same.
+"""
 
 import dataclasses
 import json

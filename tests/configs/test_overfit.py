@@ -1,4 +1,6 @@
-"""The promise of configs/overfit.py, kept from end to end: photographs go in, and come back for their captions."""
+"""The promise of configs/overfit.py, kept from end to end: photographs go in, and come back for
+their captions.
+"""
 
 import io
 import os

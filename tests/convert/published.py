@@ -1,7 +1,8 @@
-"""Random models in files as they are published, made from the stock classes and without this package's exporter.
+"""Random models in files as they are published, made from the stock classes and without this
+package's exporter.
 
-What such a directory may be like is `Options`; the names are those of the stock classes' state dicts behind the prefixes of
-the published layout, written down here once more.
+What such a directory may be like is `Options`; the names are those of the stock classes' state
+dicts behind the prefixes of the published layout, written down here once more.
 """
 
 import dataclasses
@@ -85,7 +86,8 @@ def _autoencoder(
 
 _MIXED = ("ResBlock", "EfficientViTBlock", "EfficientViTBlock")
 AUTOENCODERS = {
-    # Both kinds of block, none to two scales; then the first stage empty; the library's other resampling; two stages.
+    # Both kinds of block, none to two scales; then the first stage empty; the library's other
+    # resampling; two stages.
     "f4": _autoencoder(
         (8, 8, 16),
         (1, 2, 1),
@@ -177,8 +179,10 @@ class Published:
 
 
 def write(place: pathlib.Path, options: Options, base: ModelConfig | None = None) -> Published:
-    """A BLIP3o-NEXT directory `place`/model, and beside it what states the sizes it does not: ta_tok.json, and sana/ with
-    configurations alone. `base`: a model with sizes other than those of the seed."""
+    """A BLIP3o-NEXT directory `place`/model, and beside it what states the sizes it does not:
+    ta_tok.json, and sana/ with configurations alone. `base`: a model with sizes other than those of
+    the seed.
+    """
     directory = place / "model"
     directory.mkdir(parents=True)
     text_rows = write_text(directory, options)
@@ -341,8 +345,9 @@ def qwen3_json(cfg: ModelConfig) -> dict[str, object]:
 def write_diffusion(
     directory: pathlib.Path, cfg: ModelConfig, options: Options | None
 ) -> dict[str, torch.Tensor]:
-    """A SANA directory as the stock classes save it, its scheduler another class's; with `options` with weights, which are
-    returned by the names of a BLIP3o-NEXT directory."""
+    """A SANA directory as the stock classes save it, its scheduler another class's; with `options`
+    with weights, which are returned by the names of a BLIP3o-NEXT directory.
+    """
     tensors = {}
     for folder, part in (("transformer", "dit"), ("vae", "vae")):
         torch_model.part(part, cfg).save_config(directory / folder)
@@ -410,7 +415,9 @@ def text_ids(directory: pathlib.Path) -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def planned_once() -> Iterator[Callable[[Config, Strategy], StatePlan]]:
-    """`plan_state`, which traces the whole model, once for each model and place: else it is most of what these tests take."""
+    """`plan_state`, which traces the whole model, once for each model and place: else it is most of
+    what these tests take.
+    """
     cached = functools.cache(plan_state)
     plan = lambda cfg, strategy: cached(
         dataclasses.replace(cfg, mesh=config.MeshConfig()), strategy

@@ -1,4 +1,6 @@
-"""What can be wrong with a source or a target: one line that names file and tensor, and nothing left behind."""
+"""What can be wrong with a source or a target: one line that names file and tensor, and nothing
+left behind.
+"""
 
 import contextlib
 import errno

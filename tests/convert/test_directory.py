@@ -139,7 +139,9 @@ def test_what_came_meanwhile_is_not_overwritten(tmp_path):
 
 @pytest.mark.parametrize("second", [False, True], ids=["new", "overwrite"])
 def test_two_runs_to_one_place_do_not_mix(tmp_path, second):
-    """Each writes a directory of its own; the last to end has the place, or is told that it is taken."""
+    """Each writes a directory of its own; the last to end has the place, or is told that it is
+    taken.
+    """
     out = tmp_path / "out"
     slow = whole_directory(out, overwrite=second)
     theirs = slow.__enter__()

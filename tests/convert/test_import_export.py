@@ -1,5 +1,6 @@
-"""What goes in comes out: bit for bit, under the same names, in the same dtypes, for directories of every kind; what the stock
-classes make of it; and what a training run leaves of it."""
+"""What goes in comes out: bit for bit, under the same names, in the same dtypes, for directories of
+every kind; what the stock classes make of it; and what a training run leaves of it.
+"""
 
 import dataclasses
 import json
@@ -98,7 +99,8 @@ def test_there_and_back(options, tmp_path, monkeypatch):
     assert {key: values.get(key, "nothing") for key in made.config} == made.config
     assert "dtype" not in values and str(tmp_path) not in json.dumps(values)
     assert published.text_ids(tmp_path / "out") == published.text_ids(made.directory)
-    # What was written says it all: without the files beside the source, it is read as the same model.
+    # What was written says it all: without the files beside the source, it is read as the same
+    # model.
     again = open_source(tmp_path / "out")
     assert to_dict(again.config) == to_dict(source.config)
     assert {part: set(tensors) for part, tensors in again.tensors.items()} == {
@@ -108,7 +110,9 @@ def test_there_and_back(options, tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory, quick_compile, planned_once):  # noqa: F811
-    """(what was published, what was opened, checkpoint): widths that divide over 8 devices, bfloat16, an untied head."""
+    """(what was published, what was opened, checkpoint): widths that divide over 8 devices,
+    bfloat16, an untied head.
+    """
     place = tmp_path_factory.mktemp("plain")
     made = published.write(
         place, Options(5, tied=False, feature_connector=True, shards=2), tiny.model()
@@ -188,8 +192,10 @@ def test_dtypes(plain, tmp_path):
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_stock_backbone_with_what_it_lacks_made_anew(tied, tmp_path, monkeypatch):
-    """Qwen3 with more rows than tokens, SANA, and TA-Tok's own file: rows of no token and new ones are the mean of the text's.
-    TA-Tok alone takes pixels in [0, 1], the published layout scaled ones; its buffers say so."""
+    """Qwen3 with more rows than tokens, SANA, and TA-Tok's own file: rows of no token and new ones
+    are the mean of the text's. TA-Tok alone takes pixels in [0, 1], the published layout scaled
+    ones; its buffers say so.
+    """
     options = Options(11, "float32", tied=tied, named_tokens=False)
     text_rows = published.write_text(tmp_path, options)
     cfg = published.model(options, text_rows + 3)
@@ -272,7 +278,9 @@ def test_a_stock_backbone_with_what_it_lacks_made_anew(tied, tmp_path, monkeypat
 
 
 def test_files_of_settings_come_back(plain, tmp_path):
-    """What is stated in config.json and is nothing to this package, several ends of a turn, and how the source is sampled."""
+    """What is stated in config.json and is nothing to this package, several ends of a turn, and how
+    the source is sampled.
+    """
     made, _, root = plain
     directory = tmp_path / "model"
     directory.mkdir()
@@ -466,7 +474,9 @@ def test_shards_have_at_most_the_size_asked_for(plain, tmp_path, limit):
 
 @pytest.fixture(scope="module")
 def trained(plain, tmp_path_factory):
-    """The working directory of a run from the imported weights, 2 steps, interrupted after the first and resumed."""
+    """The working directory of a run from the imported weights, 2 steps, interrupted after the
+    first and resumed.
+    """
     _, _, root = plain
     workdir = tmp_path_factory.mktemp("trained")
     model = checkpoint.read_config(root).model
@@ -505,7 +515,9 @@ def once(save):
 
 @pytest.mark.parametrize("limit", [0, 3000])
 def test_no_large_table_is_in_memory_twice(plain, tmp_path, monkeypatch, limit):
-    """The embedding and a head of its own are written some rows at a time, the last time fewer, and none of the padding."""
+    """The embedding and a head of its own are written some rows at a time, the last time fewer, and
+    none of the padding.
+    """
     written = {}
     write = exporter.ShardedWriter.write_rows
 

@@ -78,7 +78,9 @@ def test_layouts():
 
 
 def test_layers_keep_their_order_and_places():
-    """Layer i of the stack is layer i of the stock class; in the VAE's decoder the change of resolution comes first."""
+    """Layer i of the stack is layer i of the stock class; in the VAE's decoder the change of
+    resolution comes first.
+    """
     cfg = VARIANTS["blocks"]
     numbered = lambda part: {
         key: np.full(shape, i, np.float32)

@@ -1,4 +1,6 @@
-"""A checkpoint with low-rank factors goes out as the model without: the sums, bit for bit, and the same images."""
+"""A checkpoint with low-rank factors goes out as the model without: the sums, bit for bit, and the
+same images.
+"""
 
 import dataclasses
 import functools
@@ -43,7 +45,9 @@ def plans_made_once():
 
 
 def written(place, **model):
-    """(configuration, weights as {part: nested dict}) of a checkpoint with factors at `place`/run; B is drawn like all else."""
+    """(configuration, weights as {part: nested dict}) of a checkpoint with factors at `place`/run;
+    B is drawn like all else.
+    """
     cfg = tiny.run_config(tiny.data(), data={"max_length": 72}, model=FACTORS)
     cfg, tokenizer, weights = drawn(
         dataclasses.replace(cfg, model=tiny._replaced(cfg.model, model)), place
@@ -130,7 +134,9 @@ def test_large_stacks_are_merged_a_layer_at_a_time(trained, exported, tmp_path, 
 
 
 def test_verified(trained, exported, tmp_path):
-    """The outputs compared are those of the network with its factors apart. With another scale it is another model."""
+    """The outputs compared are those of the network with its factors apart. With another scale it
+    is another model.
+    """
     place, _, _ = trained
     found = verify.verify(exported[0], place / "run", parts=["ar", "dit"])
     assert found.ok and found.notes == (

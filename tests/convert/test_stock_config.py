@@ -1,4 +1,6 @@
-"""config.json of the stock classes: both ways, every field decided, every refusal one line that names file and key."""
+"""config.json of the stock classes: both ways, every field decided, every refusal one line that
+names file and key.
+"""
 
 import dataclasses
 import inspect
@@ -139,7 +141,9 @@ def test_published_forms():
 
 @pytest.mark.parametrize("name", READERS)
 def test_every_stock_field_is_decided(name):
-    """A field that a newer release adds must be put into one of the tables; defaults are the stock class's."""
+    """A field that a newer release adds must be put into one of the tables; defaults are the stock
+    class's.
+    """
     _, layout = READERS[name]
     if name == "ar":
         base = {f.name for f in dataclasses.fields(transformers.PreTrainedConfig)}

@@ -1,4 +1,6 @@
-"""The args of a TA-Tok file and the file of --ta_tok_config: what each sets, what is refused, and the way back."""
+"""The args of a TA-Tok file and the file of --ta_tok_config: what each sets, what is refused, and
+the way back.
+"""
 
 import copy
 import dataclasses
@@ -216,7 +218,9 @@ CONFIGS = {
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_there_and_back(tmp_path, name):
-    """Args and file as an export writes them state the tokenizer whole, patches of another size included."""
+    """Args and file as an export writes them state the tokenizer whole, patches of another size
+    included.
+    """
     cfg = CONFIGS[name]
     computed_in = dataclasses.replace(PUBLISHED, dtype=cfg.dtype, param_dtype=cfg.param_dtype)
     file = tmp_path / "ta_tok_config.json"

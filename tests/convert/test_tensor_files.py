@@ -1,4 +1,6 @@
-"""Files of tensors against the libraries `safetensors` and `torch`, and every way a file can be damaged."""
+"""Files of tensors against the libraries `safetensors` and `torch`, and every way a file can be
+damaged.
+"""
 
 import json
 import os
@@ -305,7 +307,9 @@ def test_read_json(tmp_path):
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "old"])
 def test_torch_files(tmp_path, zipped):
-    """Both of torch's formats; bfloat16, views of larger tensors and single numbers among the tensors."""
+    """Both of torch's formats; bfloat16, views of larger tensors and single numbers among the
+    tensors.
+    """
     base = torch.randn(6, 4)
     want = {
         "half": torch.randn(3, 2).to(torch.bfloat16),

@@ -1,4 +1,6 @@
-"""The exported text tokenizer: Hugging Face's AutoTokenizer, and this package reading it back, give the ids of the original."""
+"""The exported text tokenizer: Hugging Face's AutoTokenizer, and this package reading it back, give
+the ids of the original.
+"""
 
 import json
 import random
@@ -125,7 +127,8 @@ def test_read_back(vocab, image_tokens, tmp_path):
     assert [again.encode(text) for text in [*texts(), "<I0>"]] == [
         vocab.encode(text) for text in [*texts(), "<I0>"]
     ]
-    # Exported once more from what came back, where the file has them already: nothing is added twice.
+    # Exported once more from what came back, where the file has them already: nothing is added
+    # twice.
     write_text_files(again, tmp_path / "second", image_tokens=image_tokens)
     first, second = (
         json.loads((tmp_path / name / "tokenizer.json").read_text()) for name in ("out", "second")

@@ -1,6 +1,8 @@
-"""The PyTorch model against itself in other shapes: batched and padded against row by row, tiny and in float32.
+"""The PyTorch model against itself in other shapes: batched and padded against row by row, tiny and
+in float32.
 
-Whether it is the same model as the JAX one is for the parity tests; here only the numbers of parameters are compared.
+Whether it is the same model as the JAX one is for the parity tests; here only the numbers of
+parameters are compared.
 """
 
 import copy
@@ -263,7 +265,8 @@ def test_joint_loss_row_by_row():
     assert relative_error(ce, torch.stack(nll).mean()) < 1e-5
     assert relative_error(flow, torch.stack(errors).mean()) < 1e-5
 
-    # Segments and positions written out change nothing; hiding the first prompt does, in the first row alone.
+    # Segments and positions written out change nothing; hiding the first prompt does, in the first
+    # row alone.
     segments_BL = (index_L < lengths_B[:, None]).long()
     again = found.joint_loss(
         *args,
@@ -305,7 +308,9 @@ def test_joint_loss_gradients_reach_the_ar():
 
 @pytest.mark.parametrize("guidance", [1.0, 2.5])
 def test_prompts_of_different_lengths_do_not_disturb_each_other(guidance):
-    """Greedy ids and hidden states of a padded batch are those of each prompt alone, in a loop without cache."""
+    """Greedy ids and hidden states of a padded batch are those of each prompt alone, in a loop
+    without cache.
+    """
     found = model()
     settings = config.SamplingConfig(temperature=0, token_guidance=guidance)
     rows = [row(4, 1), row(9, 2), row(7, 3)]
@@ -386,7 +391,9 @@ def test_text_to_image():
 
 
 def test_bfloat16():
-    """Weights of half the size, as the benchmark has them: losses near those of float32, and an image."""
+    """Weights of half the size, as the benchmark has them: losses near those of float32, and an
+    image.
+    """
     found = copy.deepcopy(model()).to(torch.bfloat16)
     torch.manual_seed(0)
     z_BCHW = torch.randn(2, 4, MODEL.latent_size, MODEL.latent_size)

@@ -1,4 +1,6 @@
-"""The comparison itself: nothing found where nothing differs, and the right tensor and layer where something does."""
+"""The comparison itself: nothing found where nothing differs, and the right tensor and layer where
+something does.
+"""
 
 import dataclasses
 import functools
@@ -34,7 +36,8 @@ OUTPUTS = {
     "joint": ["cross entropy", "flow loss"],
 }
 TOWER = "model.vision_tower.vision_tower."
-# Part -> (tensors that are altered, {output: first layer to differ}) in `altered`. The joint losses take the AR's fault too.
+# Part -> (tensors that are altered, {output: first layer to differ}) in `altered`. The joint losses
+# take the AR's fault too.
 ALTERED = {
     "tokenizer": (
         [
@@ -62,7 +65,9 @@ ALTERED = {
 
 @pytest.fixture(scope="module", autouse=True)
 def plans_made_once():
-    """Every part that is restored plans the whole state, which for a tiny model is most of the time."""
+    """Every part that is restored plans the whole state, which for a tiny model is most of the
+    time.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoint, "plan_state", functools.cache(checkpoint.plan_state))
         yield
@@ -75,7 +80,9 @@ def trained(tmp_path_factory):
 
 
 def drawn(cfg, directory, deviation=lambda leaf: 0.2):
-    """What `write_weights` takes, its text tokenizer made in `directory`; `deviation` of each leaf's values."""
+    """What `write_weights` takes, its text tokenizer made in `directory`; `deviation` of each
+    leaf's values.
+    """
     cfg, vocabulary = with_vocabulary(cfg, open_mixture(cfg.data), directory)
     abstract = plan_state(cfg, tiny.strategy()).abstract
     rng = np.random.default_rng(0)
@@ -166,7 +173,9 @@ def test_an_altered_element_is_found(altered, name):
 def test_a_fault_in_the_table_itself_shows_in_the_outputs(
     trained, directories, tmp_path, monkeypatch
 ):
-    """Imported and compared by the same wrong table all weights agree; PyTorch's model is not filled by it."""
+    """Imported and compared by the same wrong table all weights agree; PyTorch's model is not
+    filled by it.
+    """
     table, exchanged = mapping.rules, {"gate": "up", "up": "gate"}
 
     def wrong(part, cfg):
@@ -226,8 +235,9 @@ def test_only_the_parts_that_are_named_and_settings_that_differ(directories, tmp
 
 
 def test_weights_are_compared_in_the_wider_dtype(trained, directories, tmp_path):
-    """A checkpoint in float32 is not the bfloat16 files it was not made from, and the other way round; it is said which is
-    which."""
+    """A checkpoint in float32 is not the bfloat16 files it was not made from, and the other way
+    round; it is said which is which.
+    """
     cfg, tokenizer, weights = trained
     narrow = dataclasses.replace(cfg.model.connector, param_dtype="bfloat16")
     half = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, connector=narrow))
@@ -267,7 +277,9 @@ def test_weights_are_compared_in_the_wider_dtype(trained, directories, tmp_path)
 
 
 def test_the_demo_is_exported_and_is_the_same_model(tmp_path):
-    """Its connector knows the places of the codes and its DiT those of the latents, which no published model does."""
+    """Its connector knows the places of the codes and its DiT those of the latents, which no
+    published model does.
+    """
     model = list(recipe("", "", fast=True).values())[-1].model
     assert (
         model.connector.positions

@@ -1,4 +1,6 @@
-"""Images of several shapes: which record has which, batches of one shape each, and the same model for all of them."""
+"""Images of several shapes: which record has which, batches of one shape each, and the same model
+for all of them.
+"""
 
 import dataclasses
 import io
@@ -197,7 +199,9 @@ def test_what_is_cached_of_a_shape_is_of_the_same_records(tmp_path):
 
 @pytest.mark.usefixtures("quick_compile")
 def test_both_shapes_train_cache_edit_and_decode(tmp_path):
-    """A run from the encoders' cache has the losses of one that encodes; what is edited has the shape of what is shown."""
+    """A run from the encoders' cache has the losses of one that encodes; what is edited has the
+    shape of what is shown.
+    """
     folder, losses = write(tmp_path / "d", SHAPES), []
     for cache_dir in ("", str(tmp_path / "cache")):
         workdir = tmp_path / f"run{len(cache_dir)}"

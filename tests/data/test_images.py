@@ -116,7 +116,8 @@ def test_a_large_jpeg_is_decoded_smaller_but_never_too_small() -> None:
     assert decode(data, at_least=300).shape == (300, 400, 3)
     assert decode(data, at_least=301).shape == (600, 800, 3)
     full, fast = crop_and_resize(decode(data), 64), crop_and_resize(decode(data, at_least=64), 64)
-    # The inverse DCT averages 8 x 8 pixels here; on a smooth ramp that is the same picture to within two grey levels.
+    # The inverse DCT averages 8 x 8 pixels here; on a smooth ramp that is the same picture to
+    # within two grey levels.
     np.testing.assert_allclose(fast.astype(int), full.astype(int), atol=2)
 
 

@@ -398,7 +398,9 @@ class Hosted(jax.sharding.Sharding):
 
 
 def test_hosts_read_the_rows_of_their_devices_wherever_the_mesh_has_these() -> None:
-    """On a torus a host's devices are no neighbours in the batch; along another axis than the batch's, hosts share rows."""
+    """On a torus a host's devices are no neighbours in the batch; along another axis than the
+    batch's, hosts share rows.
+    """
     expected = take(make(), 2)
     devices = jax.devices()
     torus = np.array(devices)[[0, 1, 4, 5, 2, 3, 6, 7]]

@@ -72,7 +72,8 @@ def test_ids_equal_the_library_reading_the_whole_text(tmp_path):
     want = library.encode(ROW).ids
     assert row["tokens"][: len(want)].tolist() == want
     assert set(row["tokens"][len(want) :].tolist()) == {vocab.pad_id}
-    # A turn is one text: the role's new line joins the user's where the tokenizer has a token for both.
+    # A turn is one text: the role's new line joins the user's where the tokenizer has a token for
+    # both.
     joined = text_to_image_prompt(vocab, TemplateConfig(system="", generate="\n{caption}"), "cone")
     assert joined == library.encode(vocab.decode(joined)).ids
     assert library.token_to_id("\u010a\u010a") in joined

@@ -32,7 +32,8 @@ def test_sampling_sigmas_and_euler_steps(shift, steps, rng):
     stock = scheduler(cfg)
     stock.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps))
     got = flow.sampling_sigmas(steps, cfg)
-    # One unit in the last place: the order of float32 operations is not part of the scheduler's contract.
+    # One unit in the last place: the order of float32 operations is not part of the scheduler's
+    # contract.
     np.testing.assert_allclose(got, stock.sigmas.numpy(), rtol=2e-7)
     np.testing.assert_allclose(
         got[:-1] * cfg.num_train_timesteps, stock.timesteps.numpy(), rtol=2e-7

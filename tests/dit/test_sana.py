@@ -13,7 +13,8 @@ from tests import stock_weights
 from tests.conftest import relative_error
 from tests.dit import torch_weights
 
-# Sizes all differ where they may, so that swapped axes cannot go unseen; cross-attention heads cut the width otherwise.
+# Sizes all differ where they may, so that swapped axes cannot go unseen; cross-attention heads cut
+# the width otherwise.
 CFG = config.SanaConfig(
     in_channels=5,
     out_channels=5,
@@ -70,7 +71,8 @@ def gradients(model: SanaTransformer, x: dict[str, np.ndarray], weights: np.ndar
     """(output, gradients of sum(output * weights) by state, z and condition)."""
     graphdef, state = nnx.split(model)
 
-    # All arrays are arguments: the tests that differ in nothing but values then share one entry of the compile cache.
+    # All arrays are arguments: the tests that differ in nothing but values then share one entry of
+    # the compile cache.
     def loss(state, z_BHWC, condition_BTC, timestep_B, weights):
         v_BHWC = nnx.merge(graphdef, state)(z_BHWC, timestep_B, condition_BTC)
         return jnp.sum(v_BHWC * weights), v_BHWC
@@ -97,7 +99,8 @@ def test_output_and_gradients_match_diffusers(pair, rng):
     want_by = stock_weights.convert(stock_weights.gradients(torch_model), cfg)
     got_by = stock_weights.flat(by_state)
     assert got_by.keys() == want_by.keys()
-    # The key bias of cross-attention without a norm shifts every score of a query alike: its true gradient is 0.
+    # The key bias of cross-attention without a norm shifts every score of a query alike: its true
+    # gradient is 0.
     silent = {"blocks/cross_attention/k/bias"} if cfg.qk_norm is None else set()
     for path in want_by.keys() - silent:
         assert relative_error(got_by[path], want_by[path]) < 1e-4, path
@@ -154,7 +157,8 @@ def test_remat_changes_no_gradient(rng):
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), plain[1], recomputed[1]
     )
-    # Were nothing recomputed, the equality above would say nothing: both scans (of `prepare` and of `velocity`) must be.
+    # Were nothing recomputed, the equality above would say nothing: both scans (of `prepare` and of
+    # `velocity`) must be.
     assert (program(cfg).count("= remat"), program(CFG).count("= remat")) == (2, 0)
 
 
@@ -240,7 +244,9 @@ def test_references_beside_the_noise_match_diffusers_on_the_wide_map(name, rng):
 
 @pytest.mark.parametrize("name", ["qk_norm", "patch2", "positions"])
 def test_a_place_without_a_reference_is_not_there(name, rng):
-    """Rows with one, none and two references in one batch: each as it is alone on a map of its own width."""
+    """Rows with one, none and two references in one batch: each as it is alone on a map of its own
+    width.
+    """
     cfg = VARIANTS[name]
     model = stock_weights.jax_model(torch_weights.torch_model(cfg), cfg)
     x = {

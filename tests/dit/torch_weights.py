@@ -10,7 +10,9 @@ OWN_FIELDS = {"dtype", "param_dtype", "remat", "unroll", "lora"}
 
 
 def torch_model(cfg: config.SanaConfig, seed: int = 0) -> diffusers.SanaTransformer2DModel:
-    """float32, every parameter random, biases, norms and tables included, so that a forgotten or swapped one shows."""
+    """float32, every parameter random, biases, norms and tables included, so that a forgotten or
+    swapped one shows.
+    """
     torch.manual_seed(seed)
     model = diffusers.SanaTransformer2DModel(
         **{k: v for k, v in vars(cfg).items() if k not in OWN_FIELDS}

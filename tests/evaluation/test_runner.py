@@ -13,7 +13,9 @@ COUNT = 14
 
 
 class Oracle:
-    """Stands in for a pipeline: draws what is asked, but for every fifth prompt, which it leaves white."""
+    """Stands in for a pipeline: draws what is asked, but for every fifth prompt, which it leaves
+    white.
+    """
 
     config = types.SimpleNamespace(model=types.SimpleNamespace(image_size=64))
 

@@ -28,7 +28,8 @@ CFG = config.SiglipVisionConfig(
     patch_size=4,
     dtype="float32",
 )
-# float32 rounding through three layers is about 1e-6; a wrong GELU, eps or transposition shows above 1e-4.
+# float32 rounding through three layers is about 1e-6; a wrong GELU, eps or transposition shows
+# above 1e-4.
 OUTPUT, GRADIENT = 1e-5, 1e-4
 
 
@@ -76,7 +77,9 @@ def test_hidden_states(pair, select_layer):
 
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_gradients(pair, remat):
-    """Of one scalar over both outputs, for every parameter; the same with the layers computed twice."""
+    """Of one scalar over both outputs, for every parameter; the same with the layers computed
+    twice.
+    """
     oracle, model, x_BHWC = pair
     rng = np.random.default_rng(2)
     last, pooled = (
@@ -112,7 +115,9 @@ def test_gradients(pair, remat):
 
 
 def test_gradient_stops_at_the_selected_layer(pair):
-    """Layers past `select_layer` take no part, the others do, and their gradient is that of the stock class."""
+    """Layers past `select_layer` take no part, the others do, and their gradient is that of the
+    stock class.
+    """
     oracle, model, x_BHWC = pair
     oracle.zero_grad()
     oracle(to_torch(x_BHWC), output_hidden_states=True).hidden_states[-2].square().sum().backward()

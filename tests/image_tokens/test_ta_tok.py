@@ -1,8 +1,8 @@
-"""TA-Tok against transformers' SigLIP classes around a plain torch bottleneck (convert/torch_model.py), float32, random
-weights.
+"""TA-Tok against transformers' SigLIP classes around a plain torch bottleneck
+(convert/torch_model.py), float32, random weights.
 
-The grid is 7 x 7 (pool scales 2 and 3 drop a row and a column), the decoder's position table 4 x 4: pool scale 1 enlarges it,
-2 and 3 shrink it. Encoder, code and decoder widths all differ.
+The grid is 7 x 7 (pool scales 2 and 3 drop a row and a column), the decoder's position table 4 x 4:
+pool scale 1 enlarges it, 2 and 3 shrink it. Encoder, code and decoder widths all differ.
 """
 
 import dataclasses
@@ -188,7 +188,9 @@ def test_stochastic_mode_draws_from_the_softmax():
 
 
 def test_entropy_term_revives_dead_codes():
-    """What is coded lies on one side of the sphere, most codes on the other: descending the entropy term alone uses them."""
+    """What is coded lies on one side of the sphere, most codes on the other: descending the entropy
+    term alone uses them.
+    """
     codebook = simvq.SimVq(
         32,
         8,

@@ -1,4 +1,6 @@
-"""The launchers as text: what they would do, their shell, the manifest. (tests/parallel runs launch/local.sh.)"""
+"""The launchers as text: what they would do, their shell, the manifest. (tests/parallel runs
+launch/local.sh.)
+"""
 
 import functools
 import json
@@ -90,7 +92,9 @@ def test_queued_resources_are_asked_for_used_and_given_back():
 
 
 def cloud(directory, state, job):
-    """(environment, log) of a `gcloud` that notes what it is asked for: its requests are in `state`, its machines run `job`."""
+    """(environment, log) of a `gcloud` that notes what it is asked for: its requests are in
+    `state`, its machines run `job`.
+    """
     log, program = directory / "asked", directory / "gcloud"
     program.write_text(
         f'#!/bin/sh\necho "$*" >> {shlex.quote(str(log))}\n'
@@ -105,7 +109,8 @@ def cloud(directory, state, job):
 def test_machines_are_given_back_when_the_launcher_is_stopped(tmp_path, number, keep):
     environment, log = cloud(tmp_path, "ACTIVE", "exec sleep 10")
     command = ["bash", str(LAUNCH / QUEUED[0]), *QUEUED[1:], *["--keep"] * keep]
-    # A shell that runs the tests in the background has them ignore SIGINT, and a script cannot undo what it inherits.
+    # A shell that runs the tests in the background has them ignore SIGINT, and a script cannot undo
+    # what it inherits.
     heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     own = {"stdout": subprocess.PIPE, "start_new_session": True, "preexec_fn": heard}
     with subprocess.Popen(command, env=environment, **own) as launcher:
@@ -163,7 +168,9 @@ def test_slurm_requeues_what_has_saved():
 
 
 def local(tmp_path, *statuses, restarts=3):
-    """(status of local.sh, how often each host was started) for hosts that end with `statuses`, then with the last of them."""
+    """(status of local.sh, how often each host was started) for hosts that end with `statuses`,
+    then with the last of them.
+    """
     program, count = tmp_path / "python", tmp_path / "count"
     program.write_text(
         "#!/bin/bash\n[[ $2 != import* ]] || { echo 1234; exit; }\n"
@@ -225,8 +232,8 @@ def test_the_documented_statuses_are_those_of_the_launchers():
     }
 
 
-# The fields that the manifest may use, as the APIs have them (JobSet v1alpha2, batch/v1, core/v1): a type, a choice of values,
-# a dict of fields (those with "?" may be missing), or a list of such.
+# The fields that the manifest may use, as the APIs have them (JobSet v1alpha2, batch/v1, core/v1):
+# a type, a choice of values, a dict of fields (those with "?" may be missing), or a list of such.
 CONTAINER = {
     "name": str,
     "image": str,
@@ -332,7 +339,8 @@ def test_the_manifest_is_a_jobset():
     ]
     assert "flags.py v5p" in container["command"][2]
     assert pod["volumes"][0]["csi"]["volumeAttributes"]["bucketName"] == "bucket"
-    # Saved, killed, another host lost: these restart the JobSet, and so does a machine that is gone. Any other status ends it.
+    # Saved, killed, another host lost: these restart the JobSet, and so does a machine that is
+    # gone. Any other status ends it.
     (rule,) = job["podFailurePolicy"]["rules"]
     assert rule["onExitCodes"] == {
         "containerName": container["name"],

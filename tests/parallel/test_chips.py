@@ -14,7 +14,9 @@ def test_every_kind_names_one_chip():
 
 @pytest.mark.parametrize("name", list(chips.CHIPS))
 def test_figures_are_of_a_device_and_in_units_of_one(name):
-    """A slip of a factor of 1000, or of a chip for a device, lands outside what chips of these years do."""
+    """A slip of a factor of 1000, or of a chip for a device, lands outside what chips of these
+    years do.
+    """
     chip = chips.CHIPS[name]
     assert 1e14 < chip.flops < 2e15
     assert 100 < chip.flops / chip.hbm_rate < 600, "FLOPs a byte"

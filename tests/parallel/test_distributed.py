@@ -40,8 +40,9 @@ ENVIRONMENT = {
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
     "JAX_DEFAULT_MATMUL_PRECISION": "highest",
 }
-# The same sums in another order (devices of one process or two, gradients all-reduced or reduce-scattered): float32 rounding,
-# 1e-7 of a loss, which 12 steps of Adam blow up; 6e-7 was the largest seen. Another batch changes a loss by percents.
+# The same sums in another order (devices of one process or two, gradients all-reduced or
+# reduce-scattered): float32 rounding, 1e-7 of a loss, which 12 steps of Adam blow up; 6e-7 was the
+# largest seen. Another batch changes a loss by percents.
 ROUNDING = 5e-6
 
 
@@ -144,15 +145,18 @@ def losses(workdir):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, quick_compile):  # noqa: F811
-    """Losses of an uninterrupted run on eight devices of one process, every parameter on each of them."""
+    """Losses of an uninterrupted run on eight devices of one process, every parameter on each of
+    them.
+    """
     workdir = tmp_path_factory.mktemp("whole")
     supervised.train(settings(mesh={"data": -1, "fsdp": 1, "strategy": "dp"}), workdir)
     return losses(workdir)
 
 
 def test_two_hosts_one_of_them_killed_go_on_as_one(whole, job, tmp_path):
-    """2 x 4 devices, fsdp; host 1 hangs, which the watchdog tells, and is killed, which host 0 does; then 1 x 8 devices, dp,
-    from the checkpoint."""
+    """2 x 4 devices, fsdp; host 1 hangs, which the watchdog tells, and is killed, which host 0
+    does; then 1 x 8 devices, dp, from the checkpoint.
+    """
     workdir = tmp_path / "run"
     pair = job(tmp_path, workdir, settings(), 2, 4, "-r", 0)
     pair.until_step(EVERY + 1)
@@ -211,7 +215,9 @@ def test_sigterm_on_one_host_saves_on_all_and_the_launcher_restarts(job, tmp_pat
 
 @pytest.mark.slow
 def test_two_hosts_train_a_vocabulary_and_fill_an_encoder_cache_once(job, tmp_path, quick_compile):  # noqa: F811
-    """Files that one host writes and both read. Host 0 alone trains the vocabulary; each host fills its parts of the cache."""
+    """Files that one host writes and both read. Host 0 alone trains the vocabulary; each host fills
+    its parts of the cache.
+    """
     cfg = tiny.run_config(
         tiny.data(), steps=3, preview=0, data={"cache_dir": str(tmp_path / "cache")}
     )
@@ -219,7 +225,8 @@ def test_two_hosts_train_a_vocabulary_and_fill_an_encoder_cache_once(job, tmp_pa
     assert pair.wait() == 0, pair.text()
     assert len(list((tmp_path / "cache").rglob("codes-*.npy"))) == 1
     supervised.train(tiny.run_config(tiny.data(), steps=3, preview=0), tmp_path / "alone")
-    # Latents from the cache are another program's than the step's: a few units in the last place (tests/train/test_loop.py).
+    # Latents from the cache are another program's than the step's: a few units in the last place
+    # (tests/train/test_loop.py).
     assert losses(tmp_path / "pair") == pytest.approx(losses(tmp_path / "alone"), rel=ROUNDING)
 
 

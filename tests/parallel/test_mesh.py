@@ -100,7 +100,9 @@ def test_real_slices_are_asked_how_many_they_are():
 
 @pytest.mark.parametrize("slices", [1, 2])
 def test_a_mesh_that_does_not_go_onto_the_torus(slices):
-    """JAX finds no place for it, in one slice or in each of two, and says so by an error of its own."""
+    """JAX finds no place for it, in one slice or in each of two, and says so by an error of its
+    own.
+    """
     chips = [Chip(at, number) for number in range(slices) for at in np.ndindex(4, 4, 5)]
     message = "mesh fsdp=8 x tensor=10 cannot be laid onto the torus of a slice, choose other sizes"
     with pytest.raises(ConfigError, match=message) as error:
@@ -110,7 +112,9 @@ def test_a_mesh_that_does_not_go_onto_the_torus(slices):
 
 @pytest.mark.parametrize(("cores", "want"), [(2, "32"), (4, None)])
 def test_more_cpu_devices_than_cores_have_threads_to_wait_in(monkeypatch, cores, want):
-    """With one thread a device the programs of eight devices on two cores waited for each other for ever, now and then."""
+    """With one thread a device the programs of eight devices on two cores waited for each other for
+    ever, now and then.
+    """
     monkeypatch.delenv("NPROC")
     monkeypatch.setattr(os, "cpu_count", lambda: cores)
     monkeypatch.setattr(jax.config, "update", lambda *_: None)

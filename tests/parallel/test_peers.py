@@ -1,4 +1,6 @@
-"""Which host is lost, and what the others end with. (test_distributed.py has it with real processes.)"""
+"""Which host is lost, and what the others end with. (test_distributed.py has it with real
+processes.)
+"""
 
 import threading
 

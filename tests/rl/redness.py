@@ -1,4 +1,6 @@
-"""Rewards of the tiny runs. Every worker of a reward pool imports this file: it must not import JAX."""
+"""Rewards of the tiny runs. Every worker of a reward pool imports this file: it must not import
+JAX.
+"""
 
 import numpy as np
 

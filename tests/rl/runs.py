@@ -27,7 +27,9 @@ def started_from() -> pathlib.Path:
 def run_config(
     policy: str = "ar", *, mesh: dict[str, Any] | None = None, **changes: Any
 ) -> config.Config:
-    """2 prompts of 4 images a rollout, on the policy's own terms; `changes` are fields of RlConfig, or of Config."""
+    """2 prompts of 4 images a rollout, on the policy's own terms; `changes` are fields of RlConfig,
+    or of Config.
+    """
     root, step = checkpoint.find(started_from())
     given = checkpoint.read_config(root)
     text = dataclasses.replace(given.model.text, path=str(root / "text"), train_size=0)

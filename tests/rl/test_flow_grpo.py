@@ -1,4 +1,5 @@
-"""The SDE against closed forms: for z ~ N(M, S^2) in every number, the velocity and all marginals are known.
+"""The SDE against closed forms: for z ~ N(M, S^2) in every number, the velocity and all marginals
+are known.
 
 x_sigma ~ N((1 - sigma) M, V),  V = (1 - sigma)^2 S^2 + sigma^2
 v(x) = E[e - z | x] = (sigma - (1 - sigma) S^2) / V (x - (1 - sigma) M) - M
@@ -52,12 +53,14 @@ def full(x, B=1):
 
 
 def test_a_transition_by_hand():
-    # eta^2 = 0.25 * 0.5 / 0.5, e is guessed as 1 + 0.5 * 2: 1 - 0.25 (2 + 0.25 * 2), and 0.5 * sqrt(0.25).
+    # eta^2 = 0.25 * 0.5 / 0.5, e is guessed as 1 + 0.5 * 2: 1 - 0.25 (2 + 0.25 * 2), and 0.5 *
+    # sqrt(0.25).
     mean, std = flow_grpo.transition(
         full(1), full(2), jnp.asarray([0.5]), jnp.asarray([0.25]), noise=0.5
     )
     assert (mean.item(), std.item()) == (0.375, 0.25)
-    # eta^2 = 0.5^2 * 0.75 / 0.25 = 0.75, e = 1 + 0.25 * 2: 1 - 0.25 (2 + 0.5 * 1.5), and sqrt(0.75 * 0.25).
+    # eta^2 = 0.5^2 * 0.75 / 0.25 = 0.75, e = 1 + 0.25 * 2: 1 - 0.25 (2 + 0.5 * 1.5), and sqrt(0.75
+    # * 0.25).
     mean, std = flow_grpo.transition(
         full(1), full(2), jnp.asarray([0.75]), jnp.asarray([0.5]), noise=0.5
     )
@@ -122,8 +125,10 @@ def moments(steps: int, noise: float) -> np.ndarray:
 
 
 def test_marginals_are_the_odes_without_sampling_error():
-    """Exact moments of the chain of Gaussians. What is left is the error of finite steps: k steps after the start, where the
-    length of a step times eta^2 is a^2 / k however many there are, a^4 / 4 k^2 of the variance, which later steps forget."""
+    """Exact moments of the chain of Gaussians. What is left is the error of finite steps: k steps
+    after the start, where the length of a step times eta^2 is a^2 / k however many there are, a^4 /
+    4 k^2 of the variance, which later steps forget.
+    """
     steps, a = 1000, 0.7
     sigma = flow_matching.sampling_sigmas(steps, FLOW).astype(np.float64)[1:]
     mean, std = moments(steps, a).T
@@ -138,7 +143,9 @@ def test_marginals_are_the_odes_without_sampling_error():
 
 
 def test_marginals_of_samples():
-    """131072 samples: the standard error of the mean is V^0.5 / 362, of the deviation V^0.5 / 512; five of them are allowed."""
+    """131072 samples: the standard error of the mean is V^0.5 / 362, of the deviation V^0.5 / 512;
+    five of them are allowed.
+    """
     steps, kept, shape = 100, [9, 29, 49, 69, 98], (64, 64, 16)
     noise, keys = start(np.random.default_rng(1), 2, shape)
     z, trajectory = sample(noise, keys, kept, steps=steps, noise_everywhere=True)
@@ -154,7 +161,8 @@ def test_marginals_of_samples():
             assert abs(got - (1 - level) * M) < 5 * true_std / 362
         assert abs(mean - (1 - level) * M) < 1e-5
         assert abs(x.std() - std) < 5 * true_std / 512
-        # Of 100 steps the SDE's own error is up to 4 % of the deviation near the start, the Euler sampler's 2 % at the end.
+        # Of 100 steps the SDE's own error is up to 4 % of the deviation near the start, the Euler
+        # sampler's 2 % at the end.
         assert abs(x.std() / true_std - 1) < 0.045 + 5 / 512
         assert abs(of_ode.std() / true_std - 1) < 0.02 + 5 / 512
     # The noise was on: the two have little in common beyond their start.
@@ -162,7 +170,9 @@ def test_marginals_of_samples():
 
 
 def loop(noise_BHWC, keys_B, noisy, steps: int) -> tuple[list, list]:
-    """x before each step and after the last, and the log-probability of each noisy step; one step after the other."""
+    """x before each step and after the last, and the log-probability of each noisy step; one step
+    after the other.
+    """
     sigma = flow_matching.sampling_sigmas(steps, FLOW)
     xs, logprobs = [np.asarray(noise_BHWC, np.float64)], []
     for i in range(steps):
@@ -287,7 +297,8 @@ def test_chosen_steps():
     chosen = np.asarray(choose(jax.random.split(jax.random.key(0), 4000)))
     assert chosen.shape == (4000, 3) and chosen.dtype == np.int32
     assert (np.diff(chosen, axis=1) > 0).all()
-    # Each of the first five in 3 of 5 rollouts; five standard deviations of a share over 4000 are 0.039. The sixth never.
+    # Each of the first five in 3 of 5 rollouts; five standard deviations of a share over 4000 are
+    # 0.039. The sixth never.
     np.testing.assert_allclose(
         np.bincount(chosen.ravel(), minlength=6) / 4000, [0.6] * 5 + [0], atol=0.039
     )

@@ -18,7 +18,9 @@ CLOSE = {"rtol": 1e-6, "atol": 1e-7}
 
 
 def run(ratio_BN, advantage_B, cfg=CFG, reference_ratio_BN=None, kept_B=(True, True), share_B=None):
-    """Loss, gradient by the log-probabilities [B, N], metrics; of policies whose ratios to the present one are given."""
+    """Loss, gradient by the log-probabilities [B, N], metrics; of policies whose ratios to the
+    present one are given.
+    """
     old_BN = jnp.log(jnp.asarray([[0.1, 0.2], [0.3, 0.4]]))
     logprobs_BN = old_BN + jnp.log(jnp.asarray(ratio_BN))
     reference_BN = (
@@ -81,7 +83,8 @@ def test_on_policy_gradient_is_the_advantage():
 
 
 def test_kl_to_the_reference():
-    # k = x - log x - 1 and dk/dl = 1 - x for a reference x times as likely. The advantage of 0 is a degenerate group's.
+    # k = x - log x - 1 and dk/dl = 1 - x for a reference x times as likely. The advantage of 0 is a
+    # degenerate group's.
     value, gradient, metrics = run(
         [[1.0, 1.0], [1.0, 1.0]], [0.0, 0.0], KL, [[2.0, 1.0], [0.5, 4.0]]
     )

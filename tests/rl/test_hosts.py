@@ -13,7 +13,9 @@ from tests.tiny import quick_compile  # noqa: F401  (a fixture)
 
 @pytest.mark.slow
 def test_two_hosts_of_four_devices_do_what_one_of_eight_does(tmp_path, quick_compile):  # noqa: F811
-    """Each host judges the images that its devices hold; both know all rewards. The numbers differ by the order of sums."""
+    """Each host judges the images that its devices hold; both know all rewards. The numbers differ
+    by the order of sums.
+    """
     cfg = runs.run_config("both", mesh=EIGHT)
     pair = Job(tmp_path, tmp_path / "pair", cfg, 2, 4, command="rl")
     try:

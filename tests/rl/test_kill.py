@@ -1,4 +1,6 @@
-"""A run that is killed for good, in any phase, goes on as if it had not been. Every phase is a process that is killed."""
+"""A run that is killed for good, in any phase, goes on as if it had not been. Every phase is a
+process that is killed.
+"""
 
 import json
 import os

@@ -19,7 +19,9 @@ RED = (RewardConfig(name="python:tests.rl.redness.redness"),)
 
 @pytest.fixture
 def run(tmp_path, rng):
-    """A workdir with two rollouts of three images, of which two hosts have judged two and one, one of them in vain."""
+    """A workdir with two rollouts of three images, of which two hosts have judged two and one, one
+    of them in vain.
+    """
     images = rng.integers(0, 256, (2, 3, 8, 8, 3), dtype=np.uint8)
     for host, rows in ((0, [0, 2]), (1, [1])):
         log = RolloutLog(tmp_path, host, 0, 0, keep_images=True)

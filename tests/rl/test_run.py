@@ -72,7 +72,9 @@ def weights(workdir):
 
 
 def test_the_policy_that_drew_is_the_one_that_is_scored(whole):
-    """Before an update all ratios are 1, to what float32 leaves of log-probabilities of 3 nats: a few units of 2.4e-7."""
+    """Before an update all ratios are 1, to what float32 leaves of log-probabilities of 3 nats: a
+    few units of 2.4e-7.
+    """
     for row in numbers(whole["ar"]) + numbers(whole["both"]):
         assert row["ratio_gap"] < 1e-6 and row["ratio_gap_max"] < 1e-5
     assert all(row["flow/ratio_gap_max"] < 1e-6 for row in numbers(whole["both"]))
@@ -131,7 +133,9 @@ def test_a_run_stopped_anywhere_goes_on_as_if_it_had_not_been(whole, tmp_path, m
 
 
 def test_several_updates_on_a_rollout(tmp_path):
-    """The third is off the policy that drew (the first has learning rate 0); a run is saved between rollouts alone."""
+    """The third is off the policy that drew (the first has learning rate 0); a run is saved between
+    rollouts alone.
+    """
     method.run(runs.run_config("ar", steps=6, updates=3, checkpoint=saved(3)), tmp_path)
     rows = numbers(tmp_path)
     assert (
@@ -239,8 +243,9 @@ def test_the_reference_is_a_copy_of_what_is_trained_alone(tmp_path, monkeypatch)
 
 
 def test_low_rank_factors_go_on_from_a_checkpoint(tmp_path, monkeypatch):
-    """Held to the policy without them, whatever training has made of those that were drawn. Stopped at the save of step 4:
-    B has moved by step 2, so A by step 3."""
+    """Held to the policy without them, whatever training has made of those that were drawn. Stopped
+    at the save of step 4: B has moved by step 2, so A by step 3.
+    """
     cfg = runs.run_config("ar", trainable=("ar/.*/lora_.*",), checkpoint=saved(1))
     ar = dataclasses.replace(cfg.model.ar, lora=dataclasses.replace(cfg.model.ar.lora, rank=2))
     cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, ar=ar))
@@ -325,8 +330,9 @@ def test_images_without_a_reward_are_left_out_or_stop_the_run(tmp_path):
 
 
 def test_groups_without_a_difference_are_refilled(tmp_path):
-    """Half of the prompts make such groups: of an epoch of two rollouts two groups are left, which is a batch. Metrics are
-    of all that was drawn."""
+    """Half of the prompts make such groups: of an epoch of two rollouts two groups are left, which
+    is a batch. Metrics are of all that was drawn.
+    """
     reward = (config.RewardConfig(name="python:tests.rl.redness.redness_of_two"),)
     method.run(runs.run_config("ar", rewards=reward, refill=2, steps=3), tmp_path)
     rows, lines = numbers(tmp_path), read_rows(tmp_path / "rollouts.jsonl")

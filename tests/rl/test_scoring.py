@@ -54,8 +54,9 @@ def score(model, tokens_BL, lengths_B, ids_BN, kept_BNX, settings, chunk):
 @pytest.mark.parametrize("chunk", [N, 5, 1])
 @pytest.mark.parametrize("name", SETTINGS)
 def test_scoring_is_what_sampling_said(model, name, chunk):
-    """Log-probabilities of up to 4 nats, whose float32 has steps of 4.8e-7, from logits of twice that; guidance of 2 at
-    temperature 0.7 makes four times as much of an error."""
+    """Log-probabilities of up to 4 nats, whose float32 has steps of 4.8e-7, from logits of twice
+    that; guidance of 2 at temperature 0.7 makes four times as much of an error.
+    """
     settings, (tokens, lengths) = SETTINGS[name], prompts()
     found = drawn(model, tokens, lengths, keys(), settings)
     logprobs, entropy = score(model, tokens, lengths, found.ids_BN, found.kept_BNX, settings, chunk)
@@ -136,7 +137,9 @@ def test_gradients_are_those_of_one_block(model, chunk):
 
 
 def test_a_class_that_was_left_out_stays_left_out(model):
-    """Of another policy, the probabilities of the kept classes sum to one: what is scored is a distribution over them."""
+    """Of another policy, the probabilities of the kept classes sum to one: what is scored is a
+    distribution over them.
+    """
     settings, (tokens, lengths) = SETTINGS["truncated"], prompts()
     found = drawn(model, tokens, lengths, keys(), settings)
     other = Qwen3(dataclasses.replace(CFG), rngs=nnx.Rngs(1))

@@ -14,7 +14,8 @@ from blip3o_jax.text.tokenizers import (
 )
 
 CAPTIONS = ["a red cube", "two blue spheres left of a green cone", 'a sign that says "OPEN 24"'] * 5
-# "<think>" stands for Qwen's added tokens that are not special: a text must not produce them either.
+# "<think>" stands for Qwen's added tokens that are not special: a text must not produce them
+# either.
 ADDED = [tokenizers.END_OF_TEXT, *tokenizers.CHAT_TAGS, "<think>"]
 TEXTS = [
     "",
@@ -27,7 +28,9 @@ TEXTS = [
 
 
 def write_bpe(directory, added=()):
-    """A byte-level BPE tokenizer.json built as Qwen's is: tags added after the vocabulary, Qwen's splitting into words."""
+    """A byte-level BPE tokenizer.json built as Qwen's is: tags added after the vocabulary, Qwen's
+    splitting into words.
+    """
     bpe = hf.Tokenizer(hf.models.BPE())
     bpe.normalizer = hf.normalizers.NFC()
     words = hf.pre_tokenizers.Split(hf.Regex(tokenizers._QWEN_WORDS), "isolated")
@@ -116,7 +119,9 @@ def test_bpe_ignores_truncation_and_padding_of_the_file(bpe_dir):
 
 
 def test_bpe_from_vocab_and_merges(bpe_dir, tmp_path):
-    """The three older files give what tokenizer.json gives, and what transformers' Qwen2Tokenizer makes of them."""
+    """The three older files give what tokenizer.json gives, and what transformers' Qwen2Tokenizer
+    makes of them.
+    """
     contents = json.loads((bpe_dir / "tokenizer.json").read_text())
     old = tmp_path / "old"
     old.mkdir()
@@ -160,7 +165,9 @@ def test_sentencepiece_small_corpus_and_small_vocabulary(tmp_path):
 
 
 def test_a_sentencepiece_caption_cannot_reach_user_defined_symbols_as_tags(tmp_path):
-    """User-defined pieces are matched in text: they are no special tokens, and asking for one is an error."""
+    """User-defined pieces are matched in text: they are no special tokens, and asking for one is an
+    error.
+    """
     import sentencepiece
 
     path = tmp_path / "other.model"

@@ -15,7 +15,9 @@ def moments(state):
 
 
 def check_close(got, want, tolerance):
-    """Every array, by the norm of the difference over the norm; those that are zero but for rounding by absolute size."""
+    """Every array, by the norm of the difference over the norm; those that are zero but for
+    rounding by absolute size.
+    """
     for (path, a), (_, b) in zip(leaves(got), leaves(want), strict=True):
         scale = np.linalg.norm(b)
         assert np.linalg.norm(np.asarray(a) - np.asarray(b)) <= tolerance * max(scale, 1e-6), (

@@ -90,7 +90,9 @@ BROKEN = {
 
 @pytest.mark.parametrize("case", BROKEN)
 def test_a_damaged_step(root, capsys, case):
-    """A resume falls back to the step before, says so and sets it aside; whoever shows weights refuses, naming the next."""
+    """A resume falls back to the step before, says so and sets it aside; whoever shows weights
+    refuses, naming the next.
+    """
     spoil, step, reason = BROKEN[case]
     intact = "4" if step == "6" else "2"
     spoil(root)
@@ -232,7 +234,9 @@ def read(root, plan):
 
 
 def check_flip(root, plan, wanted, capsys, file, bit):
-    """One flipped bit: an error of a line that names the file, a step before with such a line, or the same values."""
+    """One flipped bit: an error of a line that names the file, a step before with such a line, or
+    the same values.
+    """
     name = file.relative_to(root)
     flip(file, bit)
     capsys.readouterr()

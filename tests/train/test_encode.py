@@ -1,4 +1,6 @@
-"""The encoders' cache with a stand-in for the encoders: what is stored, named, resumed and left out."""
+"""The encoders' cache with a stand-in for the encoders: what is stored, named, resumed and left
+out.
+"""
 
 import dataclasses
 import errno
@@ -41,7 +43,9 @@ def folder(tmp_path):
 
 
 class Encoders:
-    """Codes and latents from which the image can be told; counts its calls and can be killed in one."""
+    """Codes and latents from which the image can be told; counts its calls and can be killed in
+    one.
+    """
 
     def __init__(self, dies_in=None):
         self.calls, self.dies_in = 0, dies_in
@@ -238,7 +242,9 @@ def check_flip(cached, want, file, bit):
 
 @pytest.mark.parametrize("flips", [10, pytest.param(500, marks=pytest.mark.slow)])
 def test_no_flipped_bit_of_a_cache_changes_a_number_silently(folder, tmp_path, flips):
-    """Half of them anywhere, half anywhere in a random file. Alignment of the arrays' headers is no value."""
+    """Half of them anywhere, half anywhere in a random file. Alignment of the arrays' headers is no
+    value.
+    """
     cached, _, _ = opened(folder, tmp_path, Encoders())
     want, rng = all_records(cached), random.Random(0)
     files = [path for path in sorted((tmp_path / "cache").rglob("*")) if path.is_file()]
@@ -357,7 +363,9 @@ def test_a_source_is_named_by_its_files_wherever_they_lie(folder, tmp_path):
 
 
 def test_images_that_are_shown_are_encoded_with_those_that_are_drawn(tmp_path):
-    """Rows of every task, in three batches of images for one of records; places without an image are zeros."""
+    """Rows of every task, in three batches of images for one of records; places without an image
+    are zeros.
+    """
     folder = tiny.write_data(tmp_path / "images")
     lines = [
         {"caption": "a", "image": "000.png"},

@@ -86,7 +86,9 @@ def test_gradients_of_a_convolution_cost_twice_the_convolution(groups):
 
 
 def test_the_decoder_costs_what_its_matrices_say():
-    """Two FLOPs for each weight and token, and for attention's two products over all pairs of positions."""
+    """Two FLOPs for each weight and token, and for attention's two products over all pairs of
+    positions.
+    """
     cfg, (B, L) = tiny.model().ar, (2, 32)
     model = nnx.eval_shape(lambda: Qwen3(cfg, rngs=nnx.Rngs(0)))
     graphdef, state = nnx.split(model)

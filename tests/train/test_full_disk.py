@@ -1,4 +1,6 @@
-"""A disk that fills up during a run: one line within seconds, and then the run goes on as if nothing had been."""
+"""A disk that fills up during a run: one line within seconds, and then the run goes on as if
+nothing had been.
+"""
 
 import json
 import os

@@ -148,7 +148,9 @@ def test_a_run_writes_what_the_issue_of_it_can_be_judged_by(whole):
 
 
 def test_a_checkpoint_is_complete(whole):
-    """Weights, optimizer, position, configuration, tokenizer; the last two, and the best if it is another."""
+    """Weights, optimizer, position, configuration, tokenizer; the last two, and the best if it is
+    another.
+    """
     workdir, _ = whole
     root, step = checkpoint.find(workdir)
     assert step == STEPS
@@ -171,8 +173,9 @@ def test_a_finished_run_is_not_run_again(whole, capsys):
 
 
 def test_resumed_is_uninterrupted(whole, tmp_path, monkeypatch, capsys):
-    """Stopped at step 5 with a bit of the checkpoint of step 4 flipped, it goes on from that of step 2: the same rows and the
-    same state, bit for bit."""
+    """Stopped at step 5 with a bit of the checkpoint of step 4 flipped, it goes on from that of
+    step 2: the same rows and the same state, bit for bit.
+    """
     with monkeypatch.context() as patch, pytest.raises(Stopped):
         stop_after(patch, 5)
         supervised.train(joint(), tmp_path)
@@ -305,7 +308,9 @@ def test_sigterm_saves_the_step_it_meets_and_the_run_goes_on_from_there(
 
 
 def test_killed_and_run_again_is_uninterrupted(whole, tmp_path):
-    """SIGKILL as soon as step 3 is written, wherever the run is then; the same command gives the same losses."""
+    """SIGKILL as soon as step 3 is written, wherever the run is then; the same command gives the
+    same losses.
+    """
     workdir, settings = tmp_path / "run", tmp_path / "config.json"
     settings.write_text(json.dumps(config_lib.to_dict(joint())))
     root = str(pathlib.Path(__file__).parent.parent.parent)
@@ -330,7 +335,9 @@ def test_killed_and_run_again_is_uninterrupted(whole, tmp_path):
 
 
 def test_restored_onto_another_mesh(whole, tmp_path):
-    """Written by eight devices, read by one and by two ways of sharding over eight: the same numbers."""
+    """Written by eight devices, read by one and by two ways of sharding over eight: the same
+    numbers.
+    """
     root, _ = checkpoint.find(whole[0])
     want = checkpoint.restore_parts(root, tiny.strategy(), ("ar",), ema=False)
     for mesh in (("fsdp", 1, 8, 1), ("fsdp_tp", 2, 2, 2)):
@@ -373,8 +380,10 @@ def test_find(whole, tmp_path):
 
 
 def test_cached_encoders_give_the_same_losses_and_run_once(whole, tmp_path, monkeypatch, capsys):
-    """Codes from disk are the online run's, so that the first cross entropy is the same bit for bit. Latents are float32 and
-    come from another program than the step's: they and what is trained on them agree to a few units in the last place."""
+    """Codes from disk are the online run's, so that the first cross entropy is the same bit for
+    bit. Latents are float32 and come from another program than the step's: they and what is trained
+    on them agree to a few units in the last place.
+    """
     cached = joint(data={"cache_dir": str(tmp_path / "cache")})
     supervised.train(cached, tmp_path / "first")
     got, want = rows(tmp_path / "first"), rows(whole[0])
@@ -415,8 +424,9 @@ def test_unreadable_records_are_counted(tmp_path, monkeypatch):
 
 
 def test_a_run_that_is_not_finite_stops_and_leaves_its_checkpoint(tmp_path, monkeypatch):
-    """With a rate of 1e30, past what settings may be, step 3 is the first that is not finite (the warm-up
-    starts from 0); two of those are too many."""
+    """With a rate of 1e30, past what settings may be, step 3 is the first that is not finite (the
+    warm-up starts from 0); two of those are too many.
+    """
     cfg = tokenizer(optimizer={"clip_norm": 0.0}, max_nonfinite=2)
     schedule = optimizer.learning_rate
     monkeypatch.setattr(

@@ -1,4 +1,6 @@
-"""A run with low-rank factors: what it starts from, what it trains, and what may be started from it."""
+"""A run with low-rank factors: what it starts from, what it trains, and what may be started from
+it.
+"""
 
 import dataclasses
 

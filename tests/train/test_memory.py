@@ -26,7 +26,9 @@ def check(cfg, strategy=None):
 
 
 def test_the_state_is_counted_to_the_byte():
-    """Sharded over eight devices: what is trained four times (value, gradient, two moments), what is frozen once."""
+    """Sharded over eight devices: what is trained four times (value, gradient, two moments), what
+    is frozen once.
+    """
     cfg, strategy = tiny.run_config(stage="tokenizer"), tiny.strategy("fsdp", fsdp=8)
     plan = plan_state(cfg, strategy)
     (need,) = memory.state_needs(cfg, plan)

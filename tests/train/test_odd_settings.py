@@ -1,4 +1,6 @@
-"""Values at the edges of what a setting may be: a tiny run with them goes through a step, or ends in one line."""
+"""Values at the edges of what a setting may be: a tiny run with them goes through a step, or ends
+in one line.
+"""
 
 import pytest
 

@@ -38,7 +38,9 @@ def test_schedule():
 
 
 def _muon_params():
-    """A stack of three layers, and what Muon must leave to AdamW: a table, a head, a stacked norm, a convolution."""
+    """A stack of three layers, and what Muon must leave to AdamW: a table, a head, a stacked norm,
+    a convolution.
+    """
     shapes = {
         "layers": {
             "up": {"kernel": (3, 8, 20)},
@@ -78,7 +80,8 @@ def test_muon_takes_each_layer_of_a_stack_for_a_matrix_of_its_own():
     for layer, kernel in zip(got, params["layers"]["up"]["kernel"], strict=True):
         want = _updates(alone, {"kernel": kernel})["kernel"]
         assert relative_error(layer, want) < 1e-5
-        # Orthogonal up to what five steps of Newton-Schulz leave, and as long as an update of AdamW.
+        # Orthogonal up to what five steps of Newton-Schulz leave, and as long as an update of
+        # AdamW.
         rate = float(learning_rate(cfg, 10)(2))
         singular = np.linalg.svd(np.asarray(layer), compute_uv=False) / (0.2 * rate * np.sqrt(20))
         assert 0.6 < singular.min() <= singular.max() < 1.3

@@ -1,6 +1,8 @@
-"""Runs killed at random moments, again and again until one gets through, end as if nothing had stopped them.
+"""Runs killed at random moments, again and again until one gets through, end as if nothing had
+stopped them.
 
-The processes are forked from one that has imported the package, so that a kill costs seconds: `pytest -m slow` has 200 of them.
+The processes are forked from one that has imported the package, so that a kill costs seconds:
+`pytest -m slow` has 200 of them.
 """
 
 import multiprocessing
@@ -41,7 +43,9 @@ def run_host(arguments: list[str], log: str) -> None:
 
 
 class Killer:
-    """Starts a job again and again, and kills it after a random part of the time it takes undisturbed."""
+    """Starts a job again and again, and kills it after a random part of the time it takes
+    undisturbed.
+    """
 
     def __init__(
         self, directory: pathlib.Path, kind: str, cfg: config_lib.Config, hosts: int
@@ -83,7 +87,9 @@ class Killer:
         return time.monotonic() - began
 
     def kill(self, workdir: pathlib.Path, delay: float, rng: random.Random) -> bool:
-        """Start the job and kill its processes, a random one first; return whether there was one left to kill."""
+        """Start the job and kill its processes, a random one first; return whether there was one
+        left to kill.
+        """
         processes = self.start(workdir)
         end = time.monotonic() + delay
         while time.monotonic() < end and any(process.is_alive() for process in processes):
@@ -96,8 +102,8 @@ class Killer:
             time.sleep(rng.uniform(0, 0.2) if self.hosts > 1 else 0)
         for process in processes:
             process.join()
-            # A bug, or a file that a kill has left behind, would end a process by itself; a host whose
-            # peer is killed ends with what launchers restart.
+            # A bug, or a file that a kill has left behind, would end a process by itself; a host
+            # whose peer is killed ends with what launchers restart.
             allowed = (0, -9) if self.hosts == 1 else (0, -9, exits.LOST_PEER)
             assert process.exitcode in allowed, (self.directory / "log").read_text()[-3000:]
         return killed

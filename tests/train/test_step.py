@@ -1,5 +1,6 @@
-"""The train step on a tiny joint model: the same in any number of micro-batches, and what it moves. The same on any mesh:
-test_strategies.py."""
+"""The train step on a tiny joint model: the same in any number of micro-batches, and what it moves.
+The same on any mesh: test_strategies.py.
+"""
 
 import dataclasses
 import functools
@@ -29,7 +30,9 @@ MESH = tiny.MESHES["fsdp_tp"]
 
 @functools.cache
 def setup(supervise_prompt=False):
-    """(configuration, id of code 0, batch): the learning rate is at its height from the second step on."""
+    """(configuration, id of code 0, batch): the learning rate is at its height from the second step
+    on.
+    """
     cfg, image_first, batch = tiny.prepared("joint", supervise_prompt)
     optimizer = dataclasses.replace(cfg.optimizer, ema_decay=DECAY, warmup_share=0.1)
     return dataclasses.replace(cfg, optimizer=optimizer), image_first, tiny.cached_batch(cfg, batch)
@@ -80,7 +83,9 @@ OVERFLOWS = {  # of parameters 1.5e38 with a gradient of -2, one update further
 
 @pytest.mark.parametrize("case", OVERFLOWS)
 def test_an_update_that_is_not_finite_is_not_applied(case):
-    """Although loss and gradient are. A learning rate that is no number is refused elsewhere, so a plan is made with it."""
+    """Although loss and gradient are. A learning rate that is no number is refused elsewhere, so a
+    plan is made with it.
+    """
     cfg, strategy = tiny.run_config(optimizer={"ema_decay": 0.5}), tiny.strategy()
     optimizer = optax.chain(optax.trace(0.9), OVERFLOWS[case])
     model = lambda params, frozen: params["part"]["a"]
@@ -108,8 +113,9 @@ def test_an_update_that_is_not_finite_is_not_applied(case):
 
 
 def test_sharded_muon_is_single_device():
-    """Two updates from the same gradients. Orthogonalising lifts their smallest singular values, and with them rounding, by up
-    to 3.4^5 = 450."""
+    """Two updates from the same gradients. Orthogonalising lifts their smallest singular values,
+    and with them rounding, by up to 3.4^5 = 450.
+    """
     cfg, _, _ = setup()
     cfg = dataclasses.replace(cfg, optimizer=dataclasses.replace(cfg.optimizer, name="muon"))
     rng = np.random.default_rng(0)
@@ -136,7 +142,9 @@ def test_sharded_muon_is_single_device():
 
 
 def test_state_is_created_in_its_shards_with_the_values_of_one_device():
-    """Of the smallest stage that shards: the random numbers of every parameter are compiled for each mesh."""
+    """Of the smallest stage that shards: the random numbers of every parameter are compiled for
+    each mesh.
+    """
     cfg = tiny.run_config(stage="tokenizer")
     want, got = (
         create_state(cfg, plan_state(cfg, strategy))
@@ -166,7 +174,9 @@ def test_given_parts_are_taken_as_they_are_and_the_others_drawn_as_without():
 
 
 def test_image_rows_start_at_the_codes_where_asked():
-    """On a mesh as on one device: those rows of the table and nothing else, also in an AR that is given; the average too."""
+    """On a mesh as on one device: those rows of the table and nothing else, also in an AR that is
+    given; the average too.
+    """
     cfg, image_first, _ = setup()
     cfg = dataclasses.replace(
         cfg, checkpoint=dataclasses.replace(cfg.checkpoint, image_rows="codes")
@@ -199,7 +209,9 @@ def test_image_rows_start_at_the_codes_where_asked():
 
 
 def test_the_published_freezing():
-    """AR, connector and the DiT's caption layers move, each of their arrays; nothing else does, nor has it moments."""
+    """AR, connector and the DiT's caption layers move, each of their arrays; nothing else does, nor
+    has it moments.
+    """
     (_, state), _ = two_steps()
     trained = {path for path, _ in leaves(state["params"])}
     assert {path.split("'")[1] for path in trained} == {"ar", "connector", "dit"}
@@ -238,8 +250,9 @@ def test_all_can_be_trained_by_one_field():
 
 @pytest.mark.parametrize("supervise_prompt", [False, True])
 def test_micro_batches_are_the_whole_batch(supervise_prompt):
-    """Where the prompt is supervised rows have different numbers of labels, yet every label counts the same. Noise, time and
-    dropped conditions are the rows' own: the flow loss is the same too."""
+    """Where the prompt is supervised rows have different numbers of labels, yet every label counts
+    the same. Noise, time and dropped conditions are the rows' own: the flow loss is the same too.
+    """
     batch = setup(supervise_prompt)[2]
     labels_B = batch["loss_mask"][:, 1:].sum(axis=1)
     assert (len(set(labels_B)) > 1) == supervise_prompt

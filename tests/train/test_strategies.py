@@ -1,8 +1,9 @@
-"""Every strategy, on every stage, gives what one device gives: the loss and each gradient, two steps deep.
+"""Every strategy, on every stage, gives what one device gives: the loss and each gradient, two
+steps deep.
 
-The networks are those of tests/tiny.py in float32, the devices eight of the CPU. Sums are in another order: 1e-5 of each
-array's norm. The default run has a case of each family of strategies and of each stage; `pytest -m slow` the whole table.
-Sampling is in tests/test_pipeline.py.
+The networks are those of tests/tiny.py in float32, the devices eight of the CPU. Sums are in
+another order: 1e-5 of each array's norm. The default run has a case of each family of strategies
+and of each stage; `pytest -m slow` the whole table. Sampling is in tests/test_pipeline.py.
 """
 
 import dataclasses
@@ -23,7 +24,8 @@ from tests.train.states import check_close, leaves, moments
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
-# The stages; in "cached" codes and latents of a joint run come with the batch instead of from the encoders in the step.
+# The stages; in "cached" codes and latents of a joint run come with the batch instead of from the
+# encoders in the step.
 CASES = (*STAGES, "cached")
 DEFAULT = {
     ("autoencoder", "dp"),
@@ -37,7 +39,9 @@ DEFAULT = {
 
 @functools.cache
 def setup(case):
-    """(configuration, id of code 0, batch): the learning rate is at its height from the second step on."""
+    """(configuration, id of code 0, batch): the learning rate is at its height from the second step
+    on.
+    """
     cfg, image_first, batch = tiny.prepared("joint" if case == "cached" else case)
     optimizer = dataclasses.replace(cfg.optimizer, ema_decay=0.75, warmup_share=0.1)
     batch = tiny.cached_batch(cfg, batch) if case == "cached" else batch
@@ -53,7 +57,9 @@ def initial(stage):
 
 @functools.cache
 def two_steps(case, name):
-    """(state after two steps as it lies on the devices, metrics of each step, plan) from the initial state of one device."""
+    """(state after two steps as it lies on the devices, metrics of each step, plan) from the
+    initial state of one device.
+    """
     cfg, image_first, batch = setup(case)
     strategy = tiny.strategy(**tiny.MESHES[name]) if name else tiny.strategy()
     plan = plan_state(cfg, strategy)
@@ -69,8 +75,10 @@ def two_steps(case, name):
 
 
 def seen(tree):
-    """{path: array}, but for the biases of attention's keys: they add the same to all scores of a query, so that their gradient
-    is zero, and what rounding leaves of it Adam turns into a step of full length."""
+    """{path: array}, but for the biases of attention's keys: they add the same to all scores of a
+    query, so that their gradient is zero, and what rounding leaves of it Adam turns into a step of
+    full length.
+    """
     return {path: x for path, x in leaves(tree) if "['key']['bias']" not in path}
 
 
@@ -83,8 +91,10 @@ def seen(tree):
     ],
 )
 def test_sharded_is_single_device(case, name):
-    """The moments carry the gradients of both steps, the second ones their squares, whose relative error is twice theirs: the
-    autoencoder's reaches 1e-5, which is what one unit in the last place of its weights makes on one device."""
+    """The moments carry the gradients of both steps, the second ones their squares, whose relative
+    error is twice theirs: the autoencoder's reaches 1e-5, which is what one unit in the last place
+    of its weights makes on one device.
+    """
     want, want_metrics, _ = two_steps(case, None)
     got, metrics, _ = two_steps(case, name)
     for a, b in zip(metrics, want_metrics, strict=True):

@@ -1,4 +1,6 @@
-"""The autoencoder against `diffusers.AutoencoderDC`: values, gradients, parameter counts; and what it refuses."""
+"""The autoencoder against `diffusers.AutoencoderDC`: values, gradients, parameter counts; and what
+it refuses.
+"""
 
 import dataclasses
 import math
@@ -17,9 +19,9 @@ from tests import stock_weights
 from tests.conftest import relative_error
 from tests.vae import torch_weights
 
-# 8x smaller, both kinds of block, both resampling kinds of the published f32c32. Stages of 2 blocks, so that their order
-# counts; no extra scale and two; channels that stay, double or are averaged; heads of 10 in 24 channels, of which the
-# library leaves the last 4 out.
+# 8x smaller, both kinds of block, both resampling kinds of the published f32c32. Stages of 2
+# blocks, so that their order counts; no extra scale and two; channels that stay, double or are
+# averaged; heads of 10 in 24 channels, of which the library leaves the last 4 out.
 F8 = config.DcAeConfig(
     latent_channels=4,
     attention_head_dim=10,
@@ -45,8 +47,9 @@ SHUFFLED = dataclasses.replace(
     downsample_block_type="pixel_unshuffle",
 )
 CONFIGS = {"f8": F8, "shuffled": SHUFFLED}
-# Both have several groups of heads and scales, since the norm after a single one would hide how it is normalised. The
-# encoder's attention sees 4 x 8 = 32 pixels and the decoder's 2 x 4 = 8, more and fewer than the heads' 10: both its forms.
+# Both have several groups of heads and scales, since the norm after a single one would hide how it
+# is normalised. The encoder's attention sees 4 x 8 = 32 pixels and the decoder's 2 x 4 = 8, more
+# and fewer than the heads' 10: both its forms.
 HEIGHT, WIDTH = 16, 32
 
 
@@ -63,7 +66,9 @@ def nchw(x_BHWC) -> torch.Tensor:
 
 
 def test_values_and_gradients_equal_torch(pair, rng):
-    """float32; the sums over channels and pixels run in another order: 1e-5 for values, 1e-4 for gradients."""
+    """float32; the sums over channels and pixels run in another order: 1e-5 for values, 1e-4 for
+    gradients.
+    """
     cfg, theirs, model = pair
     x_BHWC = rng.uniform(-1, 1, (2, HEIGHT, WIDTH, 3)).astype(np.float32)
     weights_BHWC = rng.normal(size=x_BHWC.shape).astype(np.float32)
@@ -91,7 +96,9 @@ def test_values_and_gradients_equal_torch(pair, rng):
 
 
 def test_published_sizes_count():
-    """The default config is the published f32c32 autoencoder of SANA 1.5: as many parameters as the library's."""
+    """The default config is the published f32c32 autoencoder of SANA 1.5: as many parameters as the
+    library's.
+    """
     cfg = config.DcAeConfig()
     with torch.device("meta"):
         want = {name: p.numel() for name, p in torch_weights.torch_class(cfg).named_parameters()}
@@ -102,8 +109,9 @@ def test_published_sizes_count():
 
 
 def test_remat_changes_nothing(rng):
-    """The same gradients when the backward pass computes each block again: the same operations in float32, which XLA may
-    fuse otherwise, hence 1e-6."""
+    """The same gradients when the backward pass computes each block again: the same operations in
+    float32, which XLA may fuse otherwise, hence 1e-6.
+    """
     x_BHWC = jnp.asarray(rng.normal(size=(1, 3, 4, 6)), jnp.float32)
     stacked = blocks.stage_blocks(
         "ResBlock", 2, 6, 8, (), rngs=nnx.Rngs(0), dtype="float32", param_dtype="float32"
@@ -155,7 +163,9 @@ def test_compile_does_not_grow_with_depth():
 
 
 def test_bfloat16_stays_close(rng):
-    """bfloat16 compute: bfloat16 out, and within its precision (2^-8 a step) through a block with attention."""
+    """bfloat16 compute: bfloat16 out, and within its precision (2^-8 a step) through a block with
+    attention.
+    """
     x_BHWC = jnp.asarray(rng.normal(size=(1, 3, 4, 16)), jnp.float32)
 
     def run(dtype):

@@ -43,7 +43,9 @@ def test_psnr_is_the_mean_over_images():
 
 
 def test_perfect_images_are_finite():
-    """Neither an infinite PSNR nor a NaN gradient; 10^-10 of squared error caps the former at 106 dB."""
+    """Neither an infinite PSNR nor a NaN gradient; 10^-10 of squared error caps the former at 106
+    dB.
+    """
     x = image([[0.1, 0.2], [0.3, 0.4]])
     gradient, metrics = jax.grad(lambda x_hat: reconstruction_loss(x_hat, x, 1.0), has_aux=True)(x)
     assert metrics["psnr"] == pytest.approx(10 * math.log10(4e10), rel=1e-5)

@@ -1,5 +1,7 @@
-"""How often a loop takes each branch of a conditional, where it reads that off an array made before it: layers of a stack that
-are passed over, for one. The array is computed here: it is a constant, or a count compared with a number."""
+"""How often a loop takes each branch of a conditional, where it reads that off an array made before
+it: layers of a stack that are passed over, for one. The array is computed here: it is a constant,
+or a count compared with a number.
+"""
 
 import re
 
@@ -19,8 +21,9 @@ _COMPARE = {
 
 
 def shares(program: Program, computation: Computation, op: Op) -> list[float] | None:
-    """Of the turns of the loop whose body `computation` is, for each branch of the conditional `op` in the order of its
-    attributes; None where the program's text does not tell."""
+    """Of the turns of the loop whose body `computation` is, for each branch of the conditional `op`
+    in the order of its attributes; None where the program's text does not tell.
+    """
     chosen = _through(computation, computation.by_name[op.operands[0]], (*_SAME, "dynamic-slice"))
     if (
         chosen.opcode != "get-tuple-element"

@@ -1,9 +1,10 @@
 """The compiler's own schedule of each fusion: bundles of instructions, one a cycle.
 
-A matrix product runs its loop `iteration_bounds` times over straight code, and libtpu writes that code out if asked to. The
-cycles that the HLO's text has (`estimated_cycles`) are of a model from before scheduling: for the products of an MLP of 5120 x
-21504 and their gradients on v5e they are 1.17 to 1.83 times the bundles (libtpu 0.0.42.1). Bundles know nothing of waiting for
-memory or for the matrix unit; bytes and the unit's peak say that.
+A matrix product runs its loop `iteration_bounds` times over straight code, and libtpu writes that
+code out if asked to. The cycles that the HLO's text has (`estimated_cycles`) are of a model from
+before scheduling: for the products of an MLP of 5120 x 21504 and their gradients on v5e they are
+1.17 to 1.83 times the bundles (libtpu 0.0.42.1). Bundles know nothing of waiting for memory or for
+the matrix unit; bytes and the unit's peak say that.
 """
 
 import math
@@ -23,7 +24,9 @@ def flags(directory: pathlib.Path) -> str:
 
 
 def read(directory: pathlib.Path) -> dict[str, int]:
-    """Operation -> bundles of one turn of its loop, of what was written into `directory`; {} where nothing was."""
+    """Operation -> bundles of one turn of its loop, of what was written into `directory`; {} where
+    nothing was.
+    """
     found = {}
     for path in directory.glob("*-final_bundles.txt"):
         name = re.fullmatch(r"\d+-(.+)-\d+-final_bundles", path.stem)
@@ -41,14 +44,18 @@ def _ends(path: pathlib.Path) -> tuple[str, str]:
 
 
 def _turn(head: str, tail: str) -> int:
-    """From the loop's first bundle to the last of all: what comes before it is run once, and what comes after is a few."""
+    """From the loop's first bundle to the last of all: what comes before it is run once, and what
+    comes after is a few.
+    """
     body = re.search(r"^ *(0x[0-9a-f]+|0) +LB", head, flags=re.M)
     addresses = re.findall(r"^ *(0x[0-9a-f]+) ", tail, flags=re.M)
     return int(addresses[-1], 16) - int(body[1], 16) + 1 if body and addresses else 0
 
 
 class Schedules:
-    """Cycles of matrix products from their bundles. Of fusions that are alike the compiler schedules one."""
+    """Cycles of matrix products from their bundles. Of fusions that are alike the compiler
+    schedules one.
+    """
 
     def __init__(self, program: Program, bundles: Mapping[str, int], cores: int):
         self._bundles, self._cores = bundles, cores
@@ -58,7 +65,9 @@ class Schedules:
         }
 
     def cycles(self, op: Op) -> float | None:
-        """Of an operation with a loop over windows; None where its schedule is not known. The cores of a device share them."""
+        """Of an operation with a loop over windows; None where its schedule is not known. The cores
+        of a device share them.
+        """
         window = _window(op)
         bundles = self._bundles.get(op.name) or self._alike.get(window)
         bounds = re.search(r'"iteration_bounds":\[([^\]]+)\]', window)

@@ -1,8 +1,8 @@
 """Reads the text of a compiled program: scheduled HLO, as `compiled.as_text()` has it.
 
-Only what a cost needs is read: computations, operations in the order they run, shapes with their memory space, what calls
-what, how often loops turn, and between which devices collectives go. The format is XLA's (openxla.org/xla/shapes, "layout";
-hlo_instruction.cc prints it).
+Only what a cost needs is read: computations, operations in the order they run, shapes with their
+memory space, what calls what, how often loops turn, and between which devices collectives go. The
+format is XLA's (openxla.org/xla/shapes, "layout"; hlo_instruction.cc prints it).
 """
 
 import dataclasses
@@ -50,7 +50,9 @@ def leaves(shape: Shapes) -> Iterator[Shape]:
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Op:
-    """`name = shape opcode(operands), attributes`; for constants and parameters `argument` is what the brackets hold."""
+    """`name = shape opcode(operands), attributes`; for constants and parameters `argument` is what
+    the brackets hold.
+    """
 
     name: str
     opcode: str
@@ -250,10 +252,11 @@ def _value(text: str, at: int) -> str:
 
 
 def trip_count(program: Program, computation: Computation, loop: Op) -> int | None:
-    """How often a while loop turns: as XLA notes it, or from the bound that its condition compares with; None if neither says.
+    """How often a while loop turns: as XLA notes it, or from the bound that its condition compares
+    with; None if neither says.
 
-    Loops that JAX makes count up by one, the compiler's own (products in windows) also by two; the bound is a constant of the
-    condition or of the loop's first values.
+    Loops that JAX makes count up by one, the compiler's own (products in windows) also by two; the
+    bound is a constant of the condition or of the loop's first values.
     """
     if found := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes):
         return int(found[1])
@@ -315,8 +318,9 @@ def _constant(program: Program, computation: Computation, op: Op | None) -> int 
 def _comparison(
     program: Program, condition: Computation, values: Sequence[int | None]
 ) -> tuple[str, int, int, int] | None:
-    """(direction, first value of the counter, bound, which of the loop's values the counter is) of the condition's root, which
-    may be a fusion of it."""
+    """(direction, first value of the counter, bound, which of the loop's values the counter is) of
+    the condition's root, which may be a fusion of it.
+    """
     root, known = condition.root, {}
     for op in condition.ops:
         if op.opcode == "constant":

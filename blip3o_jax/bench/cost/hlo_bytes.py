@@ -1,15 +1,16 @@
 """Bytes that an HLO operation moves to and from a device's main memory (HBM).
 
-What lies in the core's own memory costs nothing. An operation that takes a slice of an array reads the slice, also inside a
-fusion; one that updates a slice in place writes the slice: a loop over stacked layers would otherwise pay for the whole stack
-at each turn.
+What lies in the core's own memory costs nothing. An operation that takes a slice of an array reads
+the slice, also inside a fusion; one that updates a slice in place writes the slice: a loop over
+stacked layers would otherwise pay for the whole stack at each turn.
 """
 
 from blip3o_jax.bench.cost.hlo import Computation, Op, Program, Shape, Shapes, leaves
 from blip3o_jax.bench.cost.network import COLLECTIVES
 
 SLICES = ("dynamic-slice", "slice", "gather")
-# What belongs to a collective that goes on beside the fusion's own work, and is counted as a collective.
+# What belongs to a collective that goes on beside the fusion's own work, and is counted as a
+# collective.
 PASSED_ON = (*COLLECTIVES, "tuple")
 RENAMES = ("bitcast", "reshape", "get-tuple-element")
 

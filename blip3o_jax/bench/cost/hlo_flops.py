@@ -1,7 +1,8 @@
 """FLOPs of single HLO operations: matrix products and convolutions.
 
-A multiply-add is two. The TPU compiler writes every matrix product as a convolution, with batch dimensions as spatial ones that
-stride and dilate past each other, so a convolution counts the pairs of output and kernel positions that meet an input value.
+A multiply-add is two. The TPU compiler writes every matrix product as a convolution, with batch
+dimensions as spatial ones that stride and dilate past each other, so a convolution counts the pairs
+of output and kernel positions that meet an input value.
 """
 
 import functools
@@ -54,7 +55,9 @@ def _convolution(op: Op, lhs: Shape, rhs: Shape) -> int:
 def _positions(
     size: int, kernel: int, output: int, stride: int, pad: int, dilate: int, kernel_dilate: int
 ) -> int:
-    """Pairs of kernel and output position along one dimension that meet a value of the input, neither padding nor a hole."""
+    """Pairs of kernel and output position along one dimension that meet a value of the input,
+    neither padding nor a hole.
+    """
     dilated = (size - 1) * dilate + 1
     starts, met = np.arange(output) * stride - pad, 0
     for k in range(kernel):

@@ -1,13 +1,14 @@
 """FLOPs and cycles of kernels that XLA cannot look into. A multiply-add is two.
 
-Splash attention is far from the matrix unit's peak where heads are small beside it: of v6e's 256 x 256 multipliers a head of
-128 fills half, and each score costs the vector unit a dozen instructions. The compiler knows: it schedules a kernel bundle by
-bundle, one a cycle, and a block of scores is straight code. `_BUNDLES` are counted in what it writes (libtpu 0.0.42.1) with
+Splash attention is far from the matrix unit's peak where heads are small beside it: of v6e's 256 x
+256 multipliers a head of 128 fills half, and each score costs the vector unit a dozen instructions.
+The compiler knows: it schedules a kernel bundle by bundle, one a cycle, and a block of scores is
+straight code. `_BUNDLES` are counted in what it writes (libtpu 0.0.42.1) with
 
     LIBTPU_INIT_ARGS="--xla_jf_dump_to=DIR --xla_jf_dump_llo_text=true"
 
-as DIR/*splash*final_bundles.txt: jax's kernel, causal with segments, blocks of 512 x 512, the backward pass in one kernel, four
-rows a device.
+as DIR/*splash*final_bundles.txt: jax's kernel, causal with segments, blocks of 512 x 512, the
+backward pass in one kernel, four rows a device.
 """
 
 import dataclasses
@@ -35,16 +36,18 @@ def kernel_work(computation: Computation, op: Op, chip: Chip) -> Work | None:
     return None
 
 
-# Products of queries' size times keys' length that a splash attention kernel makes: forward q k and p v; backward q k again,
-# dp = do v, then dq, or dv and dk, or all three where the kernel has three results.
+# Products of queries' size times keys' length that a splash attention kernel makes: forward q k and
+# p v; backward q k again, dp = do v, then dq, or dv and dk, or all three where the kernel has three
+# results.
 _SPLASH = {"fwd": 2, "dq": 3, "dkv": 4}
 _COUNTED_BLOCK = 512
 
 
 @dataclasses.dataclass(frozen=True)
 class Bundles:
-    """Of one block of scores; of a row of blocks, before its first and after its last; of every step of the grid, also where
-    the block is left out."""
+    """Of one block of scores; of a row of blocks, before its first and after its last; of every
+    step of the grid, also where the block is left out.
+    """
 
     block: int
     row: int
@@ -69,8 +72,10 @@ _BUNDLES = {
 
 
 def _splash(op: Op, operands: list[Shape], chip: Chip) -> Work | None:
-    """Causal splash attention (jax.experimental.pallas.ops.tpu.splash_attention): blocks above the diagonal are left out, and
-    half of each on it is counted. Queries [.., heads, L, K] come first of the floating-point operands, then keys [.., S, K]."""
+    """Causal splash attention (jax.experimental.pallas.ops.tpu.splash_attention): blocks above the
+    diagonal are left out, and half of each on it is counted. Queries [.., heads, L, K] come first
+    of the floating-point operands, then keys [.., S, K].
+    """
     found = re.search(r"splash_m[hq]a_(fwd|dq|dkv)", op.attributes + op.name)
     arrays = [s for s in operands if s.dtype in ("bf16", "f32") and len(s.dims) >= 3]
     if not found or len(arrays) < 2:
@@ -92,7 +97,8 @@ def _splash_cycles(op: Op, queries: Shape, keys: Shape, kind: str, chip: Chip) -
         return 0.0
     q, kv = (int(side[1]) for side in sides)
     rows, columns = length / q, keys.dims[-2] / kv
-    # Of the blocks in a row those up to the diagonal's; with a row's tokens over several devices, on average.
+    # Of the blocks in a row those up to the diagonal's; with a row's tokens over several devices,
+    # on average.
     blocks = rows * (columns + 1) / 2
     scale = q * kv / _COUNTED_BLOCK**2
     # Rows of blocks are the keys' in the backward pass.
@@ -105,5 +111,6 @@ def _splash_cycles(op: Op, queries: Shape, keys: Shape, kind: str, chip: Chip) -
     return queries.size / (length * head) * one_head / chip.cores
 
 
-# Kernel name (in the operation's text) -> formula of (operation, shapes of its operands, chip); None where these do not fit.
+# Kernel name (in the operation's text) -> formula of (operation, shapes of its operands, chip);
+# None where these do not fit.
 KERNELS: dict[str, Callable[[Op, list[Shape], Chip], Work | None]] = {"splash_m": _splash}

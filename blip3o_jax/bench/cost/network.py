@@ -1,8 +1,9 @@
 """How long a collective takes: on the torus of a slice (ICI), or between slices (DCN).
 
-A group that covers a box of the torus moves its data over all of the box's axes at once, both ways round where an axis is a
-ring (scaling-book, "sharding": an all-gather of V bytes takes V / (rate of the links used)); groups that interleave on an axis
-share its links. Beside the bytes every hop takes time. Between slices each device's share goes out through its host.
+A group that covers a box of the torus moves its data over all of the box's axes at once, both ways
+round where an axis is a ring (scaling-book, "sharding": an all-gather of V bytes takes V / (rate of
+the links used)); groups that interleave on an axis share its links. Beside the bytes every hop
+takes time. Between slices each device's share goes out through its host.
 """
 
 import dataclasses
@@ -69,8 +70,9 @@ class Network:
         return len(set(self.slices[list(group)].tolist())) > 1
 
     def seconds(self, kind: str, size: float, group: Sequence[int]) -> float:
-        """Of one collective over `group`. `size` in bytes, of one device: the whole array for gathers, scatters and
-        reductions, what a device holds for all-to-all and permutes."""
+        """Of one collective over `group`. `size` in bytes, of one device: the whole array for
+        gathers, scatters and reductions, what a device holds for all-to-all and permutes.
+        """
         group = list(group)
         if len(group) < 2:
             return 0.0
@@ -105,13 +107,17 @@ class Network:
         )
 
     def transfer_seconds(self, kind: str, size: float) -> float:
-        """Of what each device sends through its host, `size` bytes of it, when slices exchange their parts of a collective."""
+        """Of what each device sends through its host, `size` bytes of it, when slices exchange
+        their parts of a collective.
+        """
         slices = len(set(self.slices.tolist()))
         times = {"all-reduce": 2 * (1 - 1 / slices), "all-gather": slices - 1}.get(kind, 1)
         return times * size / self.chip.dcn_rate
 
     def permute_seconds(self, size: float, pairs: Sequence[tuple[int, int]]) -> float:
-        """Every device sends `size` bytes at once: the longest way, over links that the others on it use too."""
+        """Every device sends `size` bytes at once: the longest way, over links that the others on
+        it use too.
+        """
         between = [(a, b) for a, b in pairs if a != b]
         if not between:
             return 0.0

@@ -8,10 +8,11 @@
     loops               their body's cost times their turns
     conditionals        each branch as often as its loop takes it (branches.py), or the dearest
 
-Text order is the schedule's. Clocks run beside each other: the core's, the interconnect's, that of copies between HBM and the
-core's memory, and those of copies to the host and from it. An operation in a start/done pair runs on its own clock from its
-start; at its done the core waits for what is left, and that alone is exposed. What is in no class here is charged for its bytes
-and reported by name.
+Text order is the schedule's. Clocks run beside each other: the core's, the interconnect's, that of
+copies between HBM and the core's memory, and those of copies to the host and from it. An operation
+in a start/done pair runs on its own clock from its start; at its done the core waits for what is
+left, and that alone is exposed. What is in no class here is charged for its bytes and reported by
+name.
 """
 
 import collections
@@ -52,7 +53,8 @@ MEMORY = _names("""
     round-nearest-afz round-nearest-even rsqrt scatter select select-and-scatter shift-left shift-right-arithmetic
     shift-right-logical sign sine slice sort sqrt stochastic-convert subtract tan tanh topk transpose xor
 """)
-# Custom calls of the compiler's own: those that only name memory, and those that move what their shapes say.
+# Custom calls of the compiler's own: those that only name memory, and those that move what their
+# shapes say.
 FREE_CALLS = _names("""
     AllocateBuffer AssumeGatherIndicesInBound ConcatBitcast Sharding SPMDFullToShardShape SPMDShardToFullShape
     annotate_device_placement
@@ -62,7 +64,9 @@ MEMORY_CALLS = _names("MoveToHost MoveToDevice PartialReduce ResizeBuffer TopK")
 
 @dataclasses.dataclass
 class Traffic:
-    """Of one kind of collective on one set of mesh axes. `size`: bytes of a device, as network.py has it."""
+    """Of one kind of collective on one set of mesh axes. `size`: bytes of a device, as network.py
+    has it.
+    """
 
     count: int = 0
     size: float = 0.0
@@ -140,13 +144,17 @@ class Cost:
 def program_cost(
     program: Program | str, network: Network, bundles: Mapping[str, int] | None = None
 ) -> Cost:
-    """Of a compiled program, or of one whose HLO's text is given; `bundles` of its operations as bundles.py reads them."""
+    """Of a compiled program, or of one whose HLO's text is given; `bundles` of its operations as
+    bundles.py reads them.
+    """
     program = hlo.parse(program) if isinstance(program, str) else program
     return _Walk(program, network, bundles or {}).computation(program.computations[program.entry])
 
 
 def scope(op_name: str) -> tuple[str, str]:
-    """(part, pass) of an operation: "jit(step)/transpose(jvp(ar))/while/body/dot_general" is ar's backward pass."""
+    """(part, pass) of an operation: "jit(step)/transpose(jvp(ar))/while/body/dot_general" is ar's
+    backward pass.
+    """
     words = re.findall(r"[\w.\-]+", op_name)
     part = next((word for word in reversed(words) if word in SCOPES), "other")
     if "rematted_computation" in op_name:
@@ -194,7 +202,8 @@ class _Walk:
         return found
 
     def collective_in(self, op: Op) -> tuple[str, Op, Computation] | None:
-        """(kind, operation, its computation) of the collective that a fusion or an asynchronous call holds, if one.
+        """(kind, operation, its computation) of the collective that a fusion or an asynchronous
+        call holds, if one.
 
         The TPU compiler writes a reduce-scatter as a fusion of an all-reduce and a slice.
         """
@@ -212,8 +221,10 @@ class _Walk:
         return None
 
     def chain(self, op: Op) -> tuple[str, str]:
-        """(name, "start", "under way" or "end") of the chain of fusions that a collective is spread over; ("", "") for one that
-        is whole. The TPU compiler calls it an asynchronous collective fusion."""
+        """(name, "start", "under way" or "end") of the chain of fusions that a collective is spread
+        over; ("", "") for one that is whole. The TPU compiler calls it an asynchronous collective
+        fusion.
+        """
         inside = self.collective_in(op) if op.opcode == "fusion" else None
         found = re.search(r'chain_id="(\w+)"', inside[1].attributes) if inside else None
         if not found:
@@ -335,8 +346,10 @@ class _Schedule:
         )
 
     def _collective_stage(self, op: Op) -> None:
-        """A collective, or a stage of one that goes on beside several fusions: they share a chain's number, the first fusion
-        holds its start, the last its end, and those between it go on with work of their own."""
+        """A collective, or a stage of one that goes on beside several fusions: they share a chain's
+        number, the first fusion holds its start, the last its end, and those between it go on with
+        work of their own.
+        """
         chain, stage = self.walk.chain(op)
         if stage == "under way":
             self._compute(op)

@@ -1,6 +1,8 @@
-"""This package's side of the comparison: the train step and the pipeline as `blip3o train` and `blip3o sample` run them.
+"""This package's side of the comparison: the train step and the pipeline as `blip3o train` and
+`blip3o sample` run them.
 
-On a CPU all is float32; on a GPU everything computes in bfloat16, with the train step's parameters in float32.
+On a CPU all is float32; on a GPU everything computes in bfloat16, with the train step's parameters
+in float32.
 """
 
 import dataclasses
@@ -195,8 +197,9 @@ class Side:
         )
 
     def _decode_bytes(self, pipeline: Pipeline, inputs: Arrays) -> int:
-        """What has to be read from memory for all tokens of a batch: for each the weights, the image ids' rows of the head and
-        the keys and values so far."""
+        """What has to be read from memory for all tokens of a batch: for each the weights, the
+        image ids' rows of the head and the keys and values so far.
+        """
         ar, tokens = pipeline.config.model.ar, self.config.model.tokenizer.num_tokens
         size = np.dtype(ar.dtype).itemsize
         weights = sum(x.size for x in jax.tree.leaves(pipeline._params["ar"]["layers"]))

@@ -28,7 +28,9 @@ COLUMNS = (
 
 
 def summary(seconds: list[float], peak: int | None, start: Mapping[str, Any]) -> dict[str, Any]:
-    """Of one side and item. `first_s` is the first call, compiling included; `build_s` reading the weights."""
+    """Of one side and item. `first_s` is the first call, compiling included; `build_s` reading the
+    weights.
+    """
     low, median, high = (float(q) for q in np.quantile(seconds, (0.25, 0.5, 0.75)))
     return {
         "median_s": median,
@@ -43,7 +45,9 @@ def summary(seconds: list[float], peak: int | None, start: Mapping[str, Any]) ->
 
 
 def judged(item: dict[str, Any], about: Mapping[str, Any]) -> dict[str, Any]:
-    """The item with rates, ratios (JAX's median over another side's: below 1, JAX is faster) and shares of device limits."""
+    """The item with rates, ratios (JAX's median over another side's: below 1, JAX is faster) and
+    shares of device limits.
+    """
     sides, cost, count = item["sides"], item.pop("cost"), item["work"]["count"]
     for name, side in sides.items():
         kind = about[name]["device_kind"]
@@ -60,7 +64,9 @@ def judged(item: dict[str, Any], about: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _share(kind: str, cost: Mapping[str, float], seconds: float) -> dict[str, float] | None:
-    """The time at the device's peak over the time taken, for arithmetic and for memory; None where no peak is known."""
+    """The time at the device's peak over the time taken, for arithmetic and for memory; None where
+    no peak is known.
+    """
     chip, found = chip_of(kind), {}
     if chip:
         for limit, name, peak in (

@@ -1,7 +1,8 @@
 """PyTorch's side of the comparison: the stock classes of convert/torch_model.py, eager or compiled.
 
-No JAX backend is started in this process. Every item loads the parts it needs anew, since training changes them. On a CPU all
-is float32; on a GPU everything runs in bfloat16, except that trained parameters are float32 under autocast, as here in JAX.
+No JAX backend is started in this process. Every item loads the parts it needs anew, since training
+changes them. On a CPU all is float32; on a GPU everything runs in bfloat16, except that trained
+parameters are float32 under autocast, as here in JAX.
 """
 
 import contextlib

@@ -1,10 +1,11 @@
 """The same weights, the same work, in JAX and in PyTorch: who is faster, and by how much.
 
-Each side is a process of its own (worker.py) with as many threads. They take turns: every round asks each side for one
-stretch of the item while the others sleep, in an order that is turned around from round to round, so that a machine that slows
-down slows all of them. Compiling and the first calls are not part of it and are reported by themselves. The first call of a
-stretch is run and not counted. What both sides should compute alike is compared before anything is timed. On a CPU all sides
-have the environment that parallel/flags.py recommends, but for what is set already.
+Each side is a process of its own (worker.py) with as many threads. They take turns: every round
+asks each side for one stretch of the item while the others sleep, in an order that is turned around
+from round to round, so that a machine that slows down slows all of them. Compiling and the first
+calls are not part of it and are reported by themselves. The first call of a stretch is run and not
+counted. What both sides should compute alike is compared before anything is timed. On a CPU all
+sides have the environment that parallel/flags.py recommends, but for what is set already.
 
     train_step          one optimizer step of the joint stage on cached codes and latents
     train_step_online   the same with the frozen encoders in it
@@ -51,7 +52,8 @@ CAPTIONS = (
 )
 LEARNING_RATE = 1e-4
 LENGTH_BUCKET = 32  # prompts are padded as `pipeline` pads them
-# Norm of the difference over the norm: more than rounding makes in float32 and in bfloat16, less than other weights would.
+# Norm of the difference over the norm: more than rounding makes in float32 and in bfloat16, less
+# than other weights would.
 TOLERANCE = {"cpu": 1e-3, "gpu": 0.1}
 STRETCH_S = (
     0.3  # a side's turn lasts at least this long, so that short items are not lost in the noise
@@ -85,8 +87,9 @@ def bench(
     options: Options,
     command: str,
 ) -> dict[str, Any]:
-    """Runs the items and writes OUT/peer.json and OUT/peer.md; returns the report. UserError for directories that do not hold
-    the same model, a missing library or device."""
+    """Runs the items and writes OUT/peer.json and OUT/peer.md; returns the report. UserError for
+    directories that do not hold the same model, a missing library or device.
+    """
     _check_torch()
     source = open_source(torch_dir)
     root, _ = find(checkpoint)
@@ -211,7 +214,9 @@ def make_inputs(model: ModelConfig, vocabulary: Vocabulary, options: Options) ->
 
 
 class _Bench:
-    """The processes, and what to do with them. On a GPU each item has new ones, since memory peaks cannot be reset there."""
+    """The processes, and what to do with them. On a GPU each item has new ones, since memory peaks
+    cannot be reset there.
+    """
 
     def __init__(self, tasks: dict[str, Task], options: Options, settings: SamplingConfig):
         self.tasks, self.options, self.settings = tasks, options, settings
@@ -303,7 +308,9 @@ class _Bench:
 
 
 def differences(item: str, started: dict[str, Any], device: str) -> dict[str, float]:
-    """By how much each side's outputs differ from this package's: relative errors, for ids the share that differs."""
+    """By how much each side's outputs differ from this package's: relative errors, for ids the
+    share that differs.
+    """
     wanted, found = started["jax"]["outputs"], {}
     for side, start in started.items():
         if side == "jax" or not wanted:

@@ -1,7 +1,9 @@
-"""One side of the comparison in a process of its own, which works when it is told to and sleeps otherwise.
+"""One side of the comparison in a process of its own, which works when it is told to and sleeps
+otherwise.
 
-Parent and worker take turns on a pipe: (method, arguments) one way, ("ok", value), ("user", one line) or ("bug", traceback) the
-other. A side is a class with `__init__(task)` and `build(item, inputs) -> Prepared`; the worker does the rest.
+Parent and worker take turns on a pipe: (method, arguments) one way, ("ok", value), ("user", one
+line) or ("bug", traceback) the other. A side is a class with `__init__(task)` and `build(item,
+inputs) -> Prepared`; the worker does the rest.
 """
 
 import contextlib
@@ -53,9 +55,10 @@ class Task:
 class Prepared:
     """An item ready to run.
 
-    `call` does the work once and returns when it is done; its value stays on the device. `outputs` makes arrays to compare out
-    of it, those of the first `checks` calls. `shared` goes to the other sides' inputs. `cost`: figures of the work, for the
-    report. `memory`: the device's peak in bytes, where it is known.
+    `call` does the work once and returns when it is done; its value stays on the device. `outputs`
+    makes arrays to compare out of it, those of the first `checks` calls. `shared` goes to the other
+    sides' inputs. `cost`: figures of the work, for the report. `memory`: the device's peak in
+    bytes, where it is known.
     """
 
     call: Callable[[], Any]
@@ -163,7 +166,9 @@ class _Runner:
         }
 
     def start(self, item: str, inputs: Arrays) -> dict[str, Any]:
-        """Builds an item and runs it until it is warm. Seconds of the first call are those of compiling, mostly."""
+        """Builds an item and runs it until it is warm. Seconds of the first call are those of
+        compiling, mostly.
+        """
         began = time.monotonic()
         prepared = self._side.build(item, inputs)
         built = time.monotonic()
@@ -192,8 +197,9 @@ class _Runner:
         }
 
     def repeat(self, times: int) -> list[float]:
-        """Seconds of each of `times` calls that follow another. The one before them is not counted: it finds caches, and memory
-        that went back to the system, as the other sides have left them."""
+        """Seconds of each of `times` calls that follow another. The one before them is not counted:
+        it finds caches, and memory that went back to the system, as the other sides have left them.
+        """
         self._item.call()
         seconds = []
         for _ in range(times):
@@ -204,8 +210,9 @@ class _Runner:
         return seconds
 
     def finish(self) -> int | None:
-        """Lets go of the item; the most memory its calls held: on the device where that is known, else of the process beyond
-        what its libraries take."""
+        """Lets go of the item; the most memory its calls held: on the device where that is known,
+        else of the process beyond what its libraries take.
+        """
         if self._item.memory is not None:
             peak = self._item.memory()
         else:

@@ -1,12 +1,15 @@
-"""`blip3o bench anchors`: the cost model against published training steps of decoder-only language models.
+"""`blip3o bench anchors`: the cost model against published training steps of decoder-only language
+models.
 
-Each anchor is a step that someone has timed on TPUs: this package's AR network is given its sizes, compiled for the same chips,
-mesh and batch with a loss of text alone, and the predicted time is set beside the published one. Nothing is fitted to them.
+Each anchor is a step that someone has timed on TPUs: this package's AR network is given its sizes,
+compiled for the same chips, mesh and batch with a loss of text alone, and the predicted time is set
+beside the published one. Nothing is fitted to them.
 
-What differs from the published runs, in all of them: MaxText's networks are not these. A block there that runs attention and a
-two-matrix MLP side by side is here attention, then an MLP of three matrices of two thirds the width, which has as many
-parameters and FLOPs; queries and keys have a norm for each head here; attention blocks are of 512 and not of 1024 or 2048.
-Each anchor says what else does.
+What differs from the published runs, in all of them: MaxText's networks are not these. A block
+there that runs attention and a two-matrix MLP side by side is here attention, then an MLP of three
+matrices of two thirds the width, which has as many parameters and FLOPs; queries and keys have a
+norm for each head here; attention blocks are of 512 and not of 1024 or 2048. Each anchor says what
+else does.
 """
 
 import dataclasses
@@ -48,8 +51,9 @@ TRILLIUM = "AI-Hypercomputer/tpu-recipes training/trillium"
 IRONWOOD = "AI-Hypercomputer/tpu-recipes training/ironwood/README.md"
 TIERS = "maxtext.readthedocs.io reference/models/tiering"
 
-# The compiler's flags of the published runs, as their scripts set them. Left out: what hands collectives to the sparse cores,
-# and the scheduler's flags of offloading, with which this compiler takes more than ten times as long.
+# The compiler's flags of the published runs, as their scripts set them. Left out: what hands
+# collectives to the sparse cores, and the scheduler's flags of offloading, with which this compiler
+# takes more than ten times as long.
 GATHERS = (
     "--xla_enable_async_all_gather=true --xla_tpu_overlap_compute_collective_tc=true"
     " --xla_tpu_enable_async_collective_fusion=true --xla_tpu_enable_async_collective_fusion_fuse_all_gather=true"
@@ -70,7 +74,9 @@ TPU7X_FLAGS = "--xla_tpu_scoped_vmem_limit_kib=61440 --xla_tpu_bf16_emission_mod
 
 @dataclasses.dataclass(frozen=True)
 class Anchor:
-    """A published step. `rows` of `length` tokens a device; `seconds` as published, or what its FLOP/s and FLOPs come to."""
+    """A published step. `rows` of `length` tokens a device; `seconds` as published, or what its
+    FLOP/s and FLOPs come to.
+    """
 
     name: str
     topology: str
@@ -88,13 +94,16 @@ class Anchor:
 
 
 def _maxtext(layers: int, width: int, mlp: int, heads: int, **other: Any) -> Qwen3Config:
-    """MaxText's own family of December 2023: heads of 256, an MLP of two matrices beside attention, 32768 tokens, one table."""
+    """MaxText's own family of December 2023: heads of 256, an MLP of two matrices beside attention,
+    32768 tokens, one table.
+    """
     return Qwen3Config(
         vocab_size=32768,
         num_hidden_layers=layers,
         hidden_size=width,
-        # Of 32768 that is 21504: two thirds, 21845, down to a product of small factors, for 172 tiles of 128 do not go into the
-        # compiler's windows and would cost a third more. The step has 1 % fewer FLOPs for it.
+        # Of 32768 that is 21504: two thirds, 21845, down to a product of small factors, for 172
+        # tiles of 128 do not go into the compiler's windows and would cost a third more. The step
+        # has 1 % fewer FLOPs for it.
         intermediate_size=mlp * 21 // 32,
         num_attention_heads=heads,
         num_key_value_heads=heads,
@@ -107,7 +116,9 @@ def _maxtext(layers: int, width: int, mlp: int, heads: int, **other: Any) -> Qwe
 def _llama(
     layers: int, width: int, mlp: int, heads: int, vocabulary: int, **other: Any
 ) -> Qwen3Config:
-    """Llama 3.1, Mistral 7B and Llama 2 70B: eight key/value heads of 128, SwiGLU, a head of its own."""
+    """Llama 3.1, Mistral 7B and Llama 2 70B: eight key/value heads of 128, SwiGLU, a head of its
+    own.
+    """
     return Qwen3Config(
         vocab_size=vocabulary,
         num_hidden_layers=layers,
@@ -274,7 +285,9 @@ def configuration(anchor: Anchor, devices: int) -> Config:
 
 
 def text_loss(config: Config, image_first: int, keep: str = "", mlp: int = 0) -> Callable[..., Any]:
-    """Cross entropy of the next token, of whole rows; as `stages.make_loss`. `keep`, `mlp`: see `KEEP`."""
+    """Cross entropy of the next token, of whole rows; as `stages.make_loss`. `keep`, `mlp`: see
+    `KEEP`.
+    """
     import jax.numpy as jnp
 
     from blip3o_jax import nn
@@ -300,9 +313,9 @@ def text_loss(config: Config, image_first: int, keep: str = "", mlp: int = 0) ->
     return loss
 
 
-# What the backward pass keeps: MaxText lists products by name; here the shape of a layer's kernel says which it is. Those of
-# attention's projections are narrow; those that have the MLP's width on either side are computed again. "attention": what the
-# kernel returns, and no product.
+# What the backward pass keeps: MaxText lists products by name; here the shape of a layer's kernel
+# says which it is. Those of attention's projections are narrow; those that have the MLP's width on
+# either side are computed again. "attention": what the kernel returns, and no product.
 KEEP = ("narrow products", "narrow products on the host", "attention")
 
 
@@ -363,7 +376,9 @@ def bench(
     keep_hlo: bool = False,
     compile_row: Callable[[Task], Row] = compile_apart,
 ) -> dict[str, Any]:
-    """Compiles the anchors, those named in `only` or all; writes OUT/anchors.json after each; returns the report."""
+    """Compiles the anchors, those named in `only` or all; writes OUT/anchors.json after each;
+    returns the report.
+    """
     for name in (only := tuple(only)):
         check_choice("--only", name, (anchor.name for anchor in ANCHORS))
     topology.check_compiler()

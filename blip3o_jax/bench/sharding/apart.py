@@ -1,4 +1,6 @@
-"""A function in a process of its own: the memory it takes goes back with it, and whatever ends it ends one row of a report."""
+"""A function in a process of its own: the memory it takes goes back with it, and whatever ends it
+ends one row of a report.
+"""
 
 import json
 import os
@@ -23,8 +25,9 @@ SAY_EVERY = 60.0  # seconds
 
 
 def run(work: Callable[[], Row], environment: Mapping[str, str], name: str = "compiling") -> Row:
-    """What `work`, which can be pickled, returns; where it raises, or its process is killed, a row that says so. `environment`
-    is added to this process's own."""
+    """What `work`, which can be pickled, returns; where it raises, or its process is killed, a row
+    that says so. `environment` is added to this process's own.
+    """
     package = pathlib.Path(__file__).parents[3]
     paths = [str(package), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | environment | {"PYTHONPATH": os.pathsep.join(paths)}
@@ -50,7 +53,8 @@ def run(work: Callable[[], Row], environment: Mapping[str, str], name: str = "co
         if found.exists():
             return json.loads(found.read_text(encoding="utf-8"))
         lines = said.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        # A library that ends the process says why in a line of its own ("F1125 12:00:00.0 ..."), and more after it.
+        # A library that ends the process says why in a line of its own ("F1125 12:00:00.0 ..."),
+        # and more after it.
         last = (
             [line for line in lines if re.match(r"F\d{4} ", line)] or lines or ["it said nothing"]
         )[-1:]

@@ -1,8 +1,10 @@
-"""What a compiled program holds at once: its largest arrays, and among all of them those that sharding is there to prevent.
+"""What a compiled program holds at once: its largest arrays, and among all of them those that
+sharding is there to prevent.
 
-Looked for in every operation's result, on the device as the program has it: the layers of a part gathered together, where each
-should be gathered when its turn comes; the table of embeddings or its gradient, where each device should keep to its columns;
-and the logits of all labelled positions, where cross entropy takes them in blocks.
+Looked for in every operation's result, on the device as the program has it: the layers of a part
+gathered together, where each should be gathered when its turn comes; the table of embeddings or its
+gradient, where each device should keep to its columns; and the logits of all labelled positions,
+where cross entropy takes them in blocks.
 """
 
 import dataclasses
@@ -20,8 +22,9 @@ GATHERED = ("data", "fsdp")  # mesh axes
 
 @dataclasses.dataclass(frozen=True)
 class Logits:
-    """Of all labelled positions of a device: so many, each with `columns` of the `vocabulary`, or with all of it. The head is
-    [`width`, `columns`]."""
+    """Of all labelled positions of a device: so many, each with `columns` of the `vocabulary`, or
+    with all of it. The head is [`width`, `columns`].
+    """
 
     positions: int
     columns: int
@@ -51,8 +54,8 @@ def whole(
 ) -> list[str]:
     """What the program should not hold and does, one line each; empty when all is well.
 
-    `weights`: ShapeDtypeStructs with shardings, as the program is given them. A matrix by itself may be gathered, and a table
-    that is the head too, in the dtype of `products`.
+    `weights`: ShapeDtypeStructs with shardings, as the program is given them. A matrix by itself
+    may be gathered, and a table that is the head too, in the dtype of `products`.
     """
     leaves = jax.tree_util.tree_leaves_with_path(weights)
     given = {
@@ -89,8 +92,9 @@ def whole(
 
 
 def _gathered(leaf: Any) -> tuple[int, ...]:
-    """The shape on a device once a strategy has gathered it for the products: over the axes that the batch lies over too. What
-    is cut over others, such as heads, stays cut."""
+    """The shape on a device once a strategy has gathered it for the products: over the axes that
+    the batch lies over too. What is cut over others, such as heads, stays cut.
+    """
     spec = [
         tuple(
             axis
@@ -103,7 +107,9 @@ def _gathered(leaf: Any) -> tuple[int, ...]:
 
 
 def _dims(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """In no order, since layouts are the compiler's. Those of one count: what a layer keeps of a single row is no weight."""
+    """In no order, since layouts are the compiler's. Those of one count: what a layer keeps of a
+    single row is no weight.
+    """
     return tuple(sorted(shape))
 
 

@@ -1,6 +1,8 @@
-"""One step, of training or of a rollout, compiled for one strategy and what it is to run on, and what is found in the program.
+"""One step, of training or of a rollout, compiled for one strategy and what it is to run on, and
+what is found in the program.
 
-For a topology it is compiled ahead of time; devices that are present also run it, if they are asked to.
+For a topology it is compiled ahead of time; devices that are present also run it, if they are asked
+to.
 """
 
 import dataclasses
@@ -25,10 +27,12 @@ FITS, TOO_LARGE = "fits", "does not fit"
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """`config` with the mesh and the global batch that are meant; `step` of STEPS; `hlo`: where to keep the program's text;
-    `measure`: how many times to run it. With `replicas`, parameters that do not divide over all chips are kept several times
-    over: mesh.data is doubled until they do. `loss` stands in for `stages.make_loss`; `flags` are the compiler's, in place
-    of the launchers'. Without `schedules` the compiler does not write them, and its estimates stand in for them."""
+    """`config` with the mesh and the global batch that are meant; `step` of STEPS; `hlo`: where to
+    keep the program's text; `measure`: how many times to run it. With `replicas`, parameters that
+    do not divide over all chips are kept several times over: mesh.data is doubled until they do.
+    `loss` stands in for `stages.make_loss`; `flags` are the compiler's, in place of the launchers'.
+    Without `schedules` the compiler does not write them, and its estimates stand in for them.
+    """
 
     config: Config
     topology: topology.Topology | Present
@@ -57,8 +61,10 @@ def compile_apart(task: Task) -> Row:
 
 
 def compiled(task: Task, schedules: pathlib.Path | None = None) -> Row:
-    """Compiles, then counts. Bytes and FLOPs are of one device, seconds predicted, but for those under "measured". `schedules`:
-    where the compiler has been told to write them (bench/cost/bundles.py)."""
+    """Compiles, then counts. Bytes and FLOPs are of one device, seconds predicted, but for those
+    under "measured". `schedules`: where the compiler has been told to write them
+    (bench/cost/bundles.py).
+    """
     import jax
 
     from blip3o_jax.bench.cost import hlo, walk
@@ -120,7 +126,9 @@ def _rates(row: Row, seconds: float, where: topology.Topology | Present) -> Row:
 
 
 def planned(task: Task) -> Any:
-    """The work (train_step.py, rollout.py) on the task's mesh, or on one with more replicas. ConfigError for what cannot be."""
+    """The work (train_step.py, rollout.py) on the task's mesh, or on one with more replicas.
+    ConfigError for what cannot be.
+    """
     import jax
 
     from blip3o_jax.bench.sharding.rollout import Rollout
@@ -147,7 +155,9 @@ def planned(task: Task) -> Any:
 
 
 def _memory(analysis: Any, within: dict[str, int]) -> dict[str, int]:
-    """The compiler's own account; `within`, bytes of its temporaries that have a name, are taken out of them."""
+    """The compiler's own account; `within`, bytes of its temporaries that have a name, are taken
+    out of them.
+    """
     arguments, outputs = (
         analysis.argument_size_in_bytes,
         analysis.output_size_in_bytes - analysis.alias_size_in_bytes,
@@ -166,8 +176,9 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 def _told(message: str) -> Row:
-    """What the compiler says of a program that does not fit: "Used 120.5G of 95.74G hbm", or that its temporaries alone
-    "(40.25G) exceeds available HBM (15.75G)"."""
+    """What the compiler says of a program that does not fit: "Used 120.5G of 95.74G hbm", or that
+    its temporaries alone "(40.25G) exceeds available HBM (15.75G)".
+    """
     row: Row = {"error": re.sub(r"\s+", " ", message)[:400]}
     number = r"([\d.]+)([KMGT]?)"
     forms = (

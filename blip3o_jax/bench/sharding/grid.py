@@ -1,8 +1,10 @@
-"""`blip3o bench sharding`: a step compiled for every topology and strategy asked for, without a TPU, and compared.
+"""`blip3o bench sharding`: a step compiled for every topology and strategy asked for, without a
+TPU, and compared.
 
-Each combination is compiled by the TPU compiler itself in a process of its own (compiled_step.py) and its program is walked by
-a cost model (bench/cost): whether it fits is the compiler's verdict; times are predictions, never measurements. With
-`Options.measure` the same is done on the devices that are there, which also run it, and both times stand side by side.
+Each combination is compiled by the TPU compiler itself in a process of its own (compiled_step.py)
+and its program is walked by a cost model (bench/cost): whether it fits is the compiler's verdict;
+times are predictions, never measurements. With `Options.measure` the same is done on the devices
+that are there, which also run it, and both times stand side by side.
 """
 
 import dataclasses
@@ -34,8 +36,10 @@ NAMES = {"train": "step", "rollout": "rollout"}
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """`chosen`: the fields of config.mesh that the user has set; the others are chosen here for each strategy. `measure`: how
-    many steps to run on the devices that are there, in place of topologies."""
+    """`chosen`: the fields of config.mesh that the user has set; the others are chosen here for
+    each strategy. `measure`: how many steps to run on the devices that are there, in place of
+    topologies.
+    """
 
     topologies: tuple[str, ...] = ()
     strategies: tuple[str, ...] = STRATEGIES
@@ -83,9 +87,11 @@ def bench(
     command: str,
     compile_row: Callable[[Task], Row] = compile_apart,
 ) -> dict[str, Any]:
-    """Runs the grid; writes OUT/sharding.json after each row and OUT/sharding.html; returns the report.
+    """Runs the grid; writes OUT/sharding.json after each row and OUT/sharding.html; returns the
+    report.
 
-    UserError for an unknown topology or a missing compiler; what is wrong with one combination is said in its row.
+    UserError for an unknown topology or a missing compiler; what is wrong with one combination is
+    said in its row.
     """
     check(
         options.step != "rollout" or config.stage == "joint",
@@ -148,7 +154,9 @@ def bench(
 
 
 def with_vocabulary(config: Config) -> Config:
-    """A text tokenizer that is trained on the run's captions has the size it is to have: no captions are read here."""
+    """A text tokenizer that is trained on the run's captions has the size it is to have: no
+    captions are read here.
+    """
     text, model = config.model.text, config.model
     if not text.train_size or text.path:
         return config
@@ -185,9 +193,10 @@ def mesh_for(
 ) -> MeshConfig:
     """`config.mesh` with sizes that suit the strategy, but for the fields that the user has chosen.
 
-    Parameters over as many chips of a slice as leave each a whole tile of them (fsdp), replicas over the rest and over the
-    slices (data); pairs of neighbours for tensors or sequences: with an MLP of three times the width more than two or three
-    chips spend their time exchanging (scaling-book, "training").
+    Parameters over as many chips of a slice as leave each a whole tile of them (fsdp), replicas
+    over the rest and over the slices (data); pairs of neighbours for tensors or sequences: with an
+    MLP of three times the width more than two or three chips spend their time exchanging
+    (scaling-book, "training").
     """
     sizes = {"data": where.slices, "fsdp": -1, "sequence": 1, "tensor": 1, "slices": where.slices}
     if strategy.removeprefix("hybrid_") == "dp":
@@ -207,14 +216,17 @@ def mesh_for(
     return mesh
 
 
-# A TPU's memory holds arrays in tiles this wide. Of pieces that are narrower, the compiler does not gather the whole: it adds
-# up arrays of the full size, at twice the traffic and more (1.7B on 64 chips, 32 columns each: 212 of them a step).
+# A TPU's memory holds arrays in tiles this wide. Of pieces that are narrower, the compiler does not
+# gather the whole: it adds up arrays of the full size, at twice the traffic and more (1.7B on 64
+# chips, 32 columns each: 212 of them a step).
 TILE = 128
 
 
 def _most_shards(config: Config) -> int:
-    """The power of two that cuts the width of the networks with the most parameters into pieces of a tile; 0: no bound, for
-    another stage, or for networks that are no wider than a tile in any case."""
+    """The power of two that cuts the width of the networks with the most parameters into pieces of
+    a tile; 0: no bound, for another stage, or for networks that are no wider than a tile in any
+    case.
+    """
     model = config.model
     widths = (model.ar.hidden_size, model.dit.hidden_size, model.dit.caption_channels)
     pieces = min(widths) // TILE if config.stage == "joint" else 0
@@ -249,7 +261,9 @@ def describe(task: Task) -> Row:
 
 
 def _order(row: Row) -> tuple[Any, ...]:
-    """The best first: what fits before what does not, the most examples a second and chip within a topology."""
+    """The best first: what fits before what does not, the most examples a second and chip within a
+    topology.
+    """
     return row["topology"], row["status"] != FITS, -table.rate(row)
 
 

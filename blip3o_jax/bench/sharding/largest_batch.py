@@ -1,13 +1,15 @@
 """The largest batch that the compiler lets pass, for one topology and strategy.
 
-A global batch is counted in units, one example for each shard and micro-batch; the search closes in on the number of units n
-where n is the largest that fits and n + 1 the smallest that does not, by the compiler's own verdicts. Compiles take minutes, so
-each guess comes from the memory of those before it, which is close to linear in the batch:
+A global batch is counted in units, one example for each shard and micro-batch; the search closes in
+on the number of units n where n is the largest that fits and n + 1 the smallest that does not, by
+the compiler's own verdicts. Compiles take minutes, so each guess comes from the memory of those
+before it, which is close to linear in the batch:
 
     bytes(n) = fixed + n * slope        fixed: parameters, optimizer; n * slope: batch, temporaries
 
-After one compile the slope is taken for all that is not fixed, which guesses low; after two it is the line through both. A
-guess outside of the bracket becomes its nearest end, and the next such one goes in twice as far.
+After one compile the slope is taken for all that is not fixed, which guesses low; after two it is
+the line through both. A guess outside of the bracket becomes its nearest end, and the next such one
+goes in twice as far.
 """
 
 import dataclasses
@@ -27,7 +29,9 @@ MOST = 12  # compiles
 
 
 def unit(task: Task) -> int:
-    """Examples of the smallest global batch that divides over the mesh; all others are multiples of it."""
+    """Examples of the smallest global batch that divides over the mesh; all others are multiples of
+    it.
+    """
     mesh = task.config.mesh
     shards = max(1, task.topology.devices // max(1, mesh.sequence * mesh.tensor))
     return shards * (task.config.optimizer.accumulate if task.step == "train" else 1)
@@ -41,8 +45,10 @@ def with_batch(task: Task, rows: int) -> Task:
 
 
 def largest(task: Task, compile_row: Callable[[Task], Row], tell: Callable[[str], None]) -> Row:
-    """The row of the largest batch that fits, with all that were tried and their verdicts under "tried"; the row of the
-    smallest where that one does not fit. `tell` gets a line before each compile and one after."""
+    """The row of the largest batch that fits, with all that were tried and their verdicts under
+    "tried"; the row of the smallest where that one does not fit. `tell` gets a line before each
+    compile and one after.
+    """
     one, tried, best, search, guess = unit(task), [], {}, Search(), 1
     while True:
         batch = {"batch_size": guess * one, "batch_per_chip": guess * one / task.topology.chips}
@@ -58,7 +64,8 @@ def largest(task: Task, compile_row: Callable[[Task], Row], tell: Callable[[str]
         search.learn(guess, row, size)
         if row["status"] == FITS or not best:
             best = row
-        # What ends otherwise than by the compiler's verdict, such as this machine's memory, says nothing of the batch.
+        # What ends otherwise than by the compiler's verdict, such as this machine's memory, says
+        # nothing of the batch.
         if search.done or len(tried) == MOST or row["status"] not in (FITS, TOO_LARGE):
             return best | {"tried": tried}
         guess = search.guess()
@@ -112,7 +119,9 @@ class Search:
         )
 
     def _aim(self) -> int:
-        """Where the line meets what a device has: through the two sizes nearest to the bracket, or from what is fixed."""
+        """Where the line meets what a device has: through the two sizes nearest to the bracket, or
+        from what is fixed.
+        """
         around = [
             *[n for n in sorted(self.sizes) if n <= self.fits][-2:],
             *[n for n in sorted(self.sizes) if n > self.fits][:1],

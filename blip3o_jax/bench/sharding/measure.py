@@ -1,8 +1,9 @@
-"""`bench sharding --measure`: what is there to run on, what it can do, and how long a program takes on it.
+"""`bench sharding --measure`: what is there to run on, what it can do, and how long a program takes
+on it.
 
-The rates of a device that nobody publishes (a CPU's) are calibrated from two programs that all devices run at once, since
-devices that a CPU is split into share its cores and its memory: a matrix product, and a copy. A collective between them is
-taken for a copy of its bytes.
+The rates of a device that nobody publishes (a CPU's) are calibrated from two programs that all
+devices run at once, since devices that a CPU is split into share its cores and its memory: a matrix
+product, and a copy. A collective between them is taken for a copy of its bytes.
 """
 
 import dataclasses
@@ -18,7 +19,8 @@ from blip3o_jax.parallel.chips import Chip, chip_of
 
 WARM_UP = 2
 STEPS = 10
-# Of the calibration: the side of the matrices and the bytes of the copy on each device; the best of so many turns.
+# Of the calibration: the side of the matrices and the bytes of the copy on each device; the best of
+# so many turns.
 CPU_SIDE, SIDE, COPY, TURNS = 1024, 8192, 2**26, 5
 
 
@@ -77,7 +79,8 @@ def calibrated(devices: Any) -> Chip:
     )
     square = ones(count * side, side)
     flops = 2 * side**3 / _best_seconds(on_each(lambda x, y: x @ y, 2), square, square)
-    # Several copies a call: memory that is touched for the first time is slower, and no program is all of that.
+    # Several copies a call: memory that is touched for the first time is slower, and no program is
+    # all of that.
     row, copies = ones(count * COPY // square.dtype.itemsize), 8
     copy = on_each(lambda x: jax.lax.fori_loop(0, copies, lambda _, x: -x, x), 1)
     rate = 2 * COPY * copies / _best_seconds(copy, row)
@@ -113,7 +116,9 @@ def _best_seconds(call: Callable[..., Any], *arguments: Any) -> float:
 
 
 def timed(work: Any, program: Callable[..., Any], steps: int) -> dict[str, Any]:
-    """Seconds of `steps` turns of `program`, after two to warm up; and the most memory of a device, where it tells."""
+    """Seconds of `steps` turns of `program`, after two to warm up; and the most memory of a device,
+    where it tells.
+    """
     import jax
 
     arguments, seconds = work.start(), []

@@ -121,7 +121,9 @@ def pareto(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def front(rows: Sequence[Row]) -> str:
-    """Memory of a device against chip-seconds for an example; the line joins those that nothing beats."""
+    """Memory of a device against chip-seconds for an example; the line joins those that nothing
+    beats.
+    """
     if not rows:
         return "<p>Nothing fits.</p>"
     points = [(row["memory"]["total"] / GIB, 1 / table.rate(row)) for row in rows]

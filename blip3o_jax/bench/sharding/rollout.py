@@ -1,7 +1,9 @@
-"""A rollout, text to image for a batch of prompts, as a program that can be compiled from shapes and run on random weights.
+"""A rollout, text to image for a batch of prompts, as a program that can be compiled from shapes
+and run on random weights.
 
-It is the program of drawing.py: one pass over the prompts, a loop over the image tokens, the denoising steps with guidance,
-the autoencoder's decoder. Weights are kept in what each part computes in, as a rollout that trains nothing would keep them.
+It is the program of drawing.py: one pass over the prompts, a loop over the image tokens, the
+denoising steps with guidance, the autoencoder's decoder. Weights are kept in what each part
+computes in, as a rollout that trains nothing would keep them.
 """
 
 import dataclasses
@@ -26,7 +28,9 @@ PROMPT = 128  # tokens; of 32 or more, since prompts are padded to a multiple of
 
 
 class Rollout:
-    """Of `config.sampling.batch_size` prompts on the mesh of `strategy`. ConfigError for what does not divide over it."""
+    """Of `config.sampling.batch_size` prompts on the mesh of `strategy`. ConfigError for what does
+    not divide over it.
+    """
 
     logits = None  # of one position a row at a time
 
@@ -72,7 +76,9 @@ class Rollout:
 
     @property
     def within(self) -> dict[str, int]:
-        """Bytes of a device among the program's temporaries that have a name: the cache's keys and values."""
+        """Bytes of a device among the program's temporaries that have a name: the cache's keys and
+        values.
+        """
         ar = self.model.ar
         shape = (self.rows * self.branches, ar.num_key_value_heads, self.slots, ar.head_dim)
         at = self.strategy.sharding("ar", ("batch", "act_kv_heads", None, None), shape)
@@ -84,8 +90,10 @@ class Rollout:
         }
 
     def useful_flops(self) -> int:
-        """Of a rollout in all, each thing computed once; of attention what its tokens see. The program makes both products with
-        every slot of the cache, also with those that are not written yet."""
+        """Of a rollout in all, each thing computed once; of attention what its tokens see. The
+        program makes both products with every slot of the cache, also with those that are not
+        written yet.
+        """
         sample = functools.partial(self._sample, settings=self.config.sampling)
         counted = count_flops(sample, self.weights, *self._prompts())
         ar = self.model.ar
@@ -119,7 +127,9 @@ def prompt_length(config: Config) -> int:
 
 
 def in_compute_dtype(model: ModelConfig) -> ModelConfig:
-    """With weights in the dtype that each part of a rollout computes in: bfloat16 in the published sizes."""
+    """With weights in the dtype that each part of a rollout computes in: bfloat16 in the published
+    sizes.
+    """
     parts = {name: getattr(model, name) for name in PARTS}
     return dataclasses.replace(
         model, **{name: dataclasses.replace(c, param_dtype=c.dtype) for name, c in parts.items()}

@@ -1,4 +1,6 @@
-"""The columns of a report, in the terminal and on the page alike; which ones there are depends on what was asked for."""
+"""The columns of a report, in the terminal and on the page alike; which ones there are depends on
+what was asked for.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -7,13 +9,16 @@ from typing import Any
 from blip3o_jax.bench.sharding.apart import Row
 
 GIB = 2**30
-# The parts of a rollout, by the scopes of their operations; what is left is the connector and the drawing of noise.
+# The parts of a rollout, by the scopes of their operations; what is left is the connector and the
+# drawing of noise.
 ROLLOUT_PARTS = ("prefill", "decode", "dit", "vae")
 
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-    """`value` of a row: its text, and the number to sort by where there is one. `page_only`: too wide for a terminal."""
+    """`value` of a row: its text, and the number to sort by where there is one. `page_only`: too
+    wide for a terminal.
+    """
 
     name: str
     value: Callable[[Row], tuple[str, float | None]]

@@ -1,7 +1,7 @@
 """TPU topologies without TPUs: devices to compile for, ahead of time, from "v5p:8x8x8".
 
-The compiler is libtpu's and runs on any x86-64 Linux machine. Its settings are read when JAX starts its backend, so a process
-calls `settings` for its environment before it imports jax.
+The compiler is libtpu's and runs on any x86-64 Linux machine. Its settings are read when JAX starts
+its backend, so a process calls `settings` for its environment before it imports jax.
 """
 
 import dataclasses
@@ -73,8 +73,10 @@ def check_compiler() -> None:
 
 
 def settings(chip: Chip) -> dict[str, str]:
-    """Environment of a process that compiles for TPUs it does not have: with the flags that the launchers set on those, so
-    that the program is the one that would run there. Of two equal flags the last counts, so those of the user's win."""
+    """Environment of a process that compiles for TPUs it does not have: with the flags that the
+    launchers set on those, so that the program is the one that would run there. Of two equal flags
+    the last counts, so those of the user's win.
+    """
     recommended = " ".join(
         s.value for s in flags.SETTINGS if s.variable == "LIBTPU_INIT_ARGS" and chip.name in s.chips
     )

@@ -56,7 +56,9 @@ class TrainStep:
 
     @property
     def logits(self) -> Logits | None:
-        """Those that no device should hold; None where a block of the cross entropy takes all of them by design."""
+        """Those that no device should hold; None where a block of the cross entropy takes all of
+        them by design.
+        """
         model, length = self.config.model, self.config.data.max_length - 1
         most = min(most_labels(model.template, model.tokenizer.num_tokens) or length, length)
         if self.config.stage != "joint" or most <= self.config.loss.ce_chunk:
@@ -76,7 +78,9 @@ class TrainStep:
         return useful_flops(self.config, self.strategy, self.batch, self._loss)
 
     def start(self) -> tuple[Any, ...]:
-        """Arguments of the first step: random weights, and a batch that is as good as any for the time it takes."""
+        """Arguments of the first step: random weights, and a batch that is as good as any for the
+        time it takes.
+        """
         state = create_state(self.config, self.plan, image_first=0)
         batch = synthetic_batch(self.config)
         return state, {
@@ -89,7 +93,9 @@ class TrainStep:
 
 
 def batch_shapes(config: Config) -> Shapes:
-    """Name -> (shape, dtype) of a global batch as the loader makes it (data/examples.py, data/sequence.py)."""
+    """Name -> (shape, dtype) of a global batch as the loader makes it (data/examples.py,
+    data/sequence.py).
+    """
     model, rows, length = config.model, config.data.batch_size, config.data.max_length
     fields, size = STAGES[config.stage].fields, model.tokenizer.encoder.image_size
     latents = (rows, model.latent_size, model.latent_size, model.vae.latent_channels)
@@ -132,8 +138,9 @@ def batch_shapes(config: Config) -> Shapes:
 
 
 def synthetic_batch(config: Config, seed: int = 0) -> dict[str, np.ndarray]:
-    """A batch of those shapes: rows that are full, with all the reference images they have places for, whose image comes last
-    and alone is learned; all else is random."""
+    """A batch of those shapes: rows that are full, with all the reference images they have places
+    for, whose image comes last and alone is learned; all else is random.
+    """
     rng, model, length = np.random.default_rng(seed), config.model, config.data.max_length
     first = max(0, length - model.tokenizer.num_tokens - 1)  # the scale token's place
     most = {

@@ -1,7 +1,8 @@
 """The embedded data set: drawn scenes with captions, held-out combinations, and an exact scorer.
 
-`vocabulary` (words, held-out rule) -> `scene` (what is where) -> `draw` (pixels) and `captions` (words) -> `builder`
-(a TFDS data set); `detect` (pixels -> objects) -> `scorer` (objects against a prompt).
+`vocabulary` (words, held-out rule) -> `scene` (what is where) -> `draw` (pixels) and `captions`
+(words) -> `builder` (a TFDS data set); `detect` (pixels -> objects) -> `scorer` (objects against a
+prompt).
 """
 
 from blip3o_jax.data.shapes.captions import describe, prompts

@@ -1,4 +1,5 @@
-"""The shapes data set on disk: a TFDS builder that writes ArrayRecord files, without TensorFlow and without a download.
+"""The shapes data set on disk: a TFDS builder that writes ArrayRecord files, without TensorFlow and
+without a download.
 
     OUT/shapes/<image_size>px_<train>_<validation>_<test>_seed<seed>/<version>/shapes-train.array_record-00000-of-00001, ...
     OUT/shapes/.../prompts_train.jsonl       one prompt per line: {"key", "caption", **metadata}
@@ -34,7 +35,9 @@ PROMPTS = "prompts_{split}.jsonl"
 
 @dataclasses.dataclass(kw_only=True)
 class ShapesConfig(tfds.core.BuilderConfig):
-    """The arguments of `prepare`; the name holds them all, so that other arguments never meet an older directory."""
+    """The arguments of `prepare`; the name holds them all, so that other arguments never meet an
+    older directory.
+    """
 
     num_train: int = 20_000
     num_validation: int = 500
@@ -44,11 +47,15 @@ class ShapesConfig(tfds.core.BuilderConfig):
 
 
 class Shapes(tfds.core.GeneratorBasedBuilder):
-    """Scenes of coloured shapes and short words, with captions; the test split holds combinations new to the others."""
+    """Scenes of coloured shapes and short words, with captions; the test split holds combinations
+    new to the others.
+    """
 
-    # What the same arguments draw depends on the code: raise it with every change to scenes, drawing or captions.
+    # What the same arguments draw depends on the code: raise it with every change to scenes,
+    # drawing or captions.
     VERSION = tfds.core.Version("1.5.0")
-    # Nothing is downloaded; TFDS would look for checksums beside this file, with a package that it does not require itself.
+    # Nothing is downloaded; TFDS would look for checksums beside this file, with a package that it
+    # does not require itself.
     url_infos: ClassVar[dict[str, Any]] = {}
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -103,8 +110,10 @@ def prepare(
     image_size: int = 64,
     seed: int = 0,
 ) -> pathlib.Path:
-    """Draw and write the data set under `out` unless these very arguments are there already; returns its directory, which
-    `tfds.builder_from_directory` reads. An interrupted run leaves nothing that would be taken for a data set."""
+    """Draw and write the data set under `out` unless these very arguments are there already;
+    returns its directory, which `tfds.builder_from_directory` reads. An interrupted run leaves
+    nothing that would be taken for a data set.
+    """
     for name, value in (
         ("num_train", num_train),
         ("num_validation", num_validation),

@@ -1,4 +1,5 @@
-"""Scenes to words: captions from many templates, and the metadata that says what a caption asks for.
+"""Scenes to words: captions from many templates, and the metadata that says what a caption asks
+for.
 
 Metadata is a plain dict that JSON can hold:
 
@@ -111,7 +112,8 @@ def describe(scene: Scene) -> tuple[str, Metadata]:
 def _metadata(scene: Scene, rng: random.Random) -> Metadata:
     category = scene.category
     shown = scene.things[:1] if category == "counting" else scene.things
-    # Half of the training captions tell everything, as long captions of photographs do; a test prompt only what it tests.
+    # Half of the training captions tell everything, as long captions of photographs do; a test
+    # prompt only what it tests.
     full = not scene.key.startswith("test") and rng.random() < 0.5
     objects = [
         {
@@ -142,8 +144,9 @@ def _name(asked: Metadata) -> str:
 
 
 def prompts(split: str, n: int, seed: int = 0) -> list[Metadata]:
-    """The first `n` prompts of a split, the seven categories in turn: {key, caption, **metadata}. Those of "test" ask for what
-    is held out from the others."""
+    """The first `n` prompts of a split, the seven categories in turn: {key, caption, **metadata}.
+    Those of "test" ask for what is held out from the others.
+    """
     found = []
     for index in range(n):
         scene = sample(seed, index, split)

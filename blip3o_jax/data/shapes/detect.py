@@ -8,8 +8,8 @@
 4. A word is read from the box around all blobs: the font is monospaced, so the box's proportions give the number of
    letters, and each letter is the glyph that its cell, averaged to 5 x 7 dots, correlates with most.
 
-The thresholds leave room for soft edges, noise and a small drift in colour; they were set on drawn scenes with blur, noise
-and JPEG artefacts, never on a model's output.
+The thresholds leave room for soft edges, noise and a small drift in colour; they were set on drawn
+scenes with blur, noise and JPEG artefacts, never on a model's output.
 
 Shape suffixes: H height, W width, C colour channels.
 """
@@ -206,7 +206,9 @@ def _read(everything: _Blob) -> Word | None:
 
 
 def _standardised(dots: np.ndarray) -> np.ndarray:
-    """The dots of one letter as a vector of mean 0 and norm 1, so that a product of two is their correlation."""
+    """The dots of one letter as a vector of mean 0 and norm 1, so that a product of two is their
+    correlation.
+    """
     centred = dots.ravel() - dots.mean()
     return centred / max(float(np.linalg.norm(centred)), 1e-6)
 
@@ -218,8 +220,9 @@ def _glyphs() -> np.ndarray:
 
 
 def _extent(profile: np.ndarray) -> tuple[float, float]:
-    """Where a profile along one axis rises above and falls below one half, between pixels: an edge pixel's own value is the
-    share of it that is covered."""
+    """Where a profile along one axis rises above and falls below one half, between pixels: an edge
+    pixel's own value is the share of it that is covered.
+    """
     inside = np.flatnonzero(profile > 0.5 * profile.max())
     first, last = int(inside[0]), int(inside[-1])
     before = profile[first - 1] if first else 0.0
@@ -230,7 +233,9 @@ def _extent(profile: np.ndarray) -> tuple[float, float]:
 def _average(
     alpha_HW: np.ndarray, x: tuple[float, float, int], y: tuple[float, float, int]
 ) -> np.ndarray:
-    """Mean of `alpha_HW` in each cell of a grid; `x` and `y` are (start, end, number of cells) in pixels."""
+    """Mean of `alpha_HW` in each cell of a grid; `x` and `y` are (start, end, number of cells) in
+    pixels.
+    """
     weights = []
     for (start, end, cells), size in ((y, alpha_HW.shape[0]), (x, alpha_HW.shape[1])):
         edges = np.linspace(start, end, cells + 1)

@@ -1,7 +1,7 @@
 """Scenes to pixels, antialiased.
 
-Shapes are polygons filled at several times the resolution and averaged down; letters are grids of squares, whose share of
-each pixel is computed exactly.
+Shapes are polygons filled at several times the resolution and averaged down; letters are grids of
+squares, whose share of each pixel is computed exactly.
 
 Shape suffixes: H height, W width, C colour channels.
 """
@@ -39,8 +39,9 @@ def render(scene: Scene, image_size: int = 64) -> np.ndarray:
 def coverage(
     shape: str, x: float, y: float, side: float, image_size: int
 ) -> tuple[np.ndarray, slice, slice]:
-    """Share of each pixel that a shape covers: (float32 [h, w] in 0..1, its rows, its columns). Centre and side are shares
-    of the image; what lies outside the image is cut off."""
+    """Share of each pixel that a shape covers: (float32 [h, w] in 0..1, its rows, its columns).
+    Centre and side are shares of the image; what lies outside the image is cut off.
+    """
     x0, x1, y0, y1 = (
         min(max(bound, 0), image_size)
         for centre in (x, y)
@@ -53,7 +54,8 @@ def coverage(
         return np.zeros((0, 0), np.float32), slice(0), slice(0)
     scale = image_size * OVERSAMPLE
     offset = np.array([x * scale - x0 * OVERSAMPLE, y * scale - y0 * OVERSAMPLE]) - 0.5
-    # fillPoly takes fixed-point coordinates with 4 fractional bits; two contours leave the inner one unfilled.
+    # fillPoly takes fixed-point coordinates with 4 fractional bits; two contours leave the inner
+    # one unfilled.
     contours = [
         np.rint((polygon * (side * scale) + offset) * 16).astype(np.int32)
         for polygon in polygons(shape)

@@ -5,7 +5,8 @@
     kept      psnr >= KEPT
     correct   both
 
-Where the background changes, what is kept are the objects: the pixels that they cover, their edges left out.
+Where the background changes, what is kept are the objects: the pixels that they cover, their edges
+left out.
 """
 
 import dataclasses
@@ -21,8 +22,8 @@ from blip3o_jax.data.shapes.edits import PAPER_NAMES
 from blip3o_jax.data.shapes.scene import Thing
 
 NEAR = 0.1  # of the side: how far from its place an object may be found
-# dB. Of objects that are gone or moved without having been asked for 97 in 100 leave less, of recoloured ones 85; the demo's
-# autoencoder by itself leaves 26 or more.
+# dB. Of objects that are gone or moved without having been asked for 97 in 100 leave less, of
+# recoloured ones 85; the demo's autoencoder by itself leaves 26 or more.
 KEPT = 22.0
 MOST = 60.0  # dB, so that means exist
 
@@ -119,7 +120,9 @@ def _near(thing: Thing, place: Metadata) -> bool:
 
 
 def _paper(image_HWC: np.ndarray) -> str:
-    """The name of the paper's colour: of the four, that nearest to the median of the light pixels, in CIELAB."""
+    """The name of the paper's colour: of the four, that nearest to the median of the light pixels,
+    in CIELAB.
+    """
     lab_HWC = cv2.cvtColor(image_HWC.astype(np.float32) / 255, cv2.COLOR_RGB2LAB)
     light_HW = (lab_HWC[..., 0] > 65) & (np.hypot(lab_HWC[..., 1], lab_HWC[..., 2]) < 22)
     median = np.median(lab_HWC[light_HW], axis=0)

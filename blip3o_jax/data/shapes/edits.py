@@ -1,4 +1,5 @@
-"""Edits of scenes: what is to be done in words, the scene before and after it, and what can be checked.
+"""Edits of scenes: what is to be done in words, the scene before and after it, and what can be
+checked.
 
     recolour     make the red circle blue                      background   make the background cream
     move         move the red circle to the top left           word         change the word to "TEA"
@@ -6,8 +7,8 @@
     remove       remove the red circle
     replace      replace the red circle with a blue star
 
-Both scenes are drawn alike, so that whatever is not edited is the same to the pixel. An object that is meant is the only one
-that the words fit. Metadata is a plain dict that JSON can hold:
+Both scenes are drawn alike, so that whatever is not edited is the same to the pixel. An object that
+is meant is the only one that the words fit. Metadata is a plain dict that JSON can hold:
 
     kind         one of KINDS
     present      [{"shape", "colour", "x", "y"}, ...]: to be found after the edit, about there
@@ -17,7 +18,8 @@ that the words fit. Metadata is a plain dict that JSON can hold:
     changed      [[x0, y0, x1, y1], ...]: boxes of all that may change, shares of the side; None: all but `kept`
     kept         [{"shape", "x", "y", "side"}, ...]: what stays where the background changes
 
-Training edits begin and end at scenes without a held-out fact; test edits begin at test scenes, which have one.
+Training edits begin and end at scenes without a held-out fact; test edits begin at test scenes,
+which have one.
 """
 
 import dataclasses

@@ -1,7 +1,7 @@
 """A bitmap font of capital letters, 5 x 7 dots each.
 
-Every letter touches all four sides of its cell and differs clearly from the others, so that a word's bounding box alone
-tells where each letter is.
+Every letter touches all four sides of its cell and differs clearly from the others, so that a
+word's bounding box alone tells where each letter is.
 """
 
 import numpy as np

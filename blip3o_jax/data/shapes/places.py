@@ -14,7 +14,9 @@ def name(x: float, y: float) -> str:
 
 
 def named(size: str) -> dict[str, tuple[float, float]]:
-    """Place -> centre, of all that an object of this size can have; a large one stands between the middles of the thirds."""
+    """Place -> centre, of all that an object of this size can have; a large one stands between the
+    middles of the thirds.
+    """
     spots = SPOTS[size]
     return {_name_of(size, x, y): (x, y) for y in spots for x in spots}
 

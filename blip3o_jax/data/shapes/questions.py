@@ -5,8 +5,8 @@
     where    where is the star?                                  top left, centre, ... (data/shapes/places.py)
     word     what does it say?                                   the word
 
-An answer is right if it is the same words, whatever their case. Answers of a kind are about as frequent as each other, so the
-most frequent one is a poor guess.
+An answer is right if it is the same words, whatever their case. Answers of a kind are about as
+frequent as each other, so the most frequent one is a poor guess.
 """
 
 import dataclasses
@@ -89,7 +89,9 @@ def right(said: str, answer: str) -> bool:
 
 
 def prompts(split: str, n: int, seed: int = 0) -> list[Metadata]:
-    """The first `n` questions of a split: {key, caption, category, answer}, for evaluation; the caption is the question."""
+    """The first `n` questions of a split: {key, caption, category, answer}, for evaluation; the
+    caption is the question.
+    """
     asked = [sample_question(seed, index, split) for index in range(n)]
     return [
         {"key": q.key, "caption": q.question, "category": q.kind, "answer": q.answer} for q in asked

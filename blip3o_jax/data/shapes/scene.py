@@ -1,10 +1,11 @@
 """A scene: what is where in one image, drawn at random from (seed, split, index) and nothing else.
 
-Positions and lengths are shares of the image's side, x to the right and y down, so that a scene has no resolution.
+Positions and lengths are shares of the image's side, x to the right and y down, so that a scene has
+no resolution.
 
-Everything stands on a grid of CELLS x CELLS: a small object or a letter in the middle of a cell, a large object in the middle
-of four. What is to be learned is then what goes where, in minutes, and not how an object looks half a pixel further on. The
-scorer knows nothing of the grid.
+Everything stands on a grid of CELLS x CELLS: a small object or a letter in the middle of a cell, a
+large object in the middle of four. What is to be learned is then what goes where, in minutes, and
+not how an object looks half a pixel further on. The scorer knows nothing of the grid.
 """
 
 import dataclasses
@@ -38,8 +39,9 @@ SPOTS = {
 
 @dataclasses.dataclass(frozen=True)
 class Thing:
-    """One object: centre (x, y) and side of the square it is inscribed in. The scorer's findings have the same fields; there
-    shape and colour are None where they cannot be told."""
+    """One object: centre (x, y) and side of the square it is inscribed in. The scorer's findings
+    have the same fields; there shape and colour are None where they cannot be told.
+    """
 
     shape: str | None
     colour: str | None
@@ -72,7 +74,9 @@ class Word:
 
 @dataclasses.dataclass(frozen=True)
 class Background:
-    """kind: plain, gradient (from `paper` to `second` along `direction`), stripes or dots (of `second` on `paper`)."""
+    """kind: plain, gradient (from `paper` to `second` along `direction`), stripes or dots (of
+    `second` on `paper`).
+    """
 
     kind: str
     paper: RGB
@@ -83,7 +87,9 @@ class Background:
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """`asked` is the fact that its caption will ask for; `things` begin with the objects it names, in its order."""
+    """`asked` is the fact that its caption will ask for; `things` begin with the objects it names,
+    in its order.
+    """
 
     key: str
     category: str
@@ -94,8 +100,10 @@ class Scene:
 
 
 def relations(a: Thing, b: Thing) -> set[str]:
-    """Which of left of, right of, above, below hold for `a` relative to `b`: GenEval's rule. A tenth of the two sizes is
-    taken off each offset, and what is left must be more than half of the whole distance (so diagonals count as both)."""
+    """Which of left of, right of, above, below hold for `a` relative to `b`: GenEval's rule. A
+    tenth of the two sizes is taken off each offset, and what is left must be more than half of the
+    whole distance (so diagonals count as both).
+    """
     dx, dy = a.x - b.x, a.y - b.y
     distance = max((dx * dx + dy * dy) ** 0.5, 1e-9)
     slack = 0.1 * (a.side + b.side)
@@ -130,7 +138,9 @@ def facts(scene: Scene) -> set[Fact]:
 
 
 def sample(seed: int, index: int, split: str) -> Scene:
-    """Scene number `index` of a split; the categories take turns. See `vocabulary` for what is held out from training."""
+    """Scene number `index` of a split; the categories take turns. See `vocabulary` for what is held
+    out from training.
+    """
     if split not in SPLITS:
         raise ValueError(f"split={split!r} is not one of {', '.join(SPLITS)}")
     key = f"{split}-{seed}-{index:06d}"
@@ -146,7 +156,9 @@ def sample(seed: int, index: int, split: str) -> Scene:
 
 
 def _things(rng: random.Random, asked: Fact) -> tuple[Thing, ...]:
-    """Objects that make the fact true, and no others; whatever the fact leaves open is drawn at random."""
+    """Objects that make the fact true, and no others; whatever the fact leaves open is drawn at
+    random.
+    """
     kind, *args = asked
     colours = list(COLOURS)
     match kind:
@@ -201,8 +213,10 @@ def _place(rng: random.Random, looks: list[tuple[str, str, str]]) -> tuple[Thing
 
 
 def _as_read(things: tuple[Thing, ...]) -> tuple[Thing, ...]:
-    """Row by row from the top, each from the left: the order in which a caption names them, as people's do. Unordered, what
-    stands first in an image could be either, each with its own colour, and which colour is whose is learned much later."""
+    """Row by row from the top, each from the left: the order in which a caption names them, as
+    people's do. Unordered, what stands first in an image could be either, each with its own colour,
+    and which colour is whose is learned much later.
+    """
     return tuple(sorted(things, key=lambda t: (int(t.box[1] * CELLS), t.box[0])))
 
 

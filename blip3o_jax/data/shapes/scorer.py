@@ -1,4 +1,5 @@
-"""Does an image show what its prompt asks for? The rules of GenEval on the objects that `detect` finds, and a word reader.
+"""Does an image show what its prompt asks for? The rules of GenEval on the objects that `detect`
+finds, and a word reader.
 
 - Every asked object must be there, with the asked colour and size; an object answers for one request only.
 - Counting is exact: as many as asked and no more, and nothing else that cannot be recognised.
@@ -6,9 +7,10 @@
 - Extra objects are allowed otherwise, but an image that is mostly a mess (unrecognised blobs) is wrong.
 - A word must be read exactly, upper or lower case.
 
-An image that is wrong may be nearly right: `Verdict.met` is the share of what is asked that holds, for who wants to tell better
-from worse. Of an object these are its shape, and its colour and size where they are asked and the shape is right; a relation; a
-letter in its place. A mess is one more thing that does not hold, and so is each object too many where counting is exact.
+An image that is wrong may be nearly right: `Verdict.met` is the share of what is asked that holds,
+for who wants to tell better from worse. Of an object these are its shape, and its colour and size
+where they are asked and the shape is right; a relation; a letter in its place. A mess is one more
+thing that does not hold, and so is each object too many where counting is exact.
 """
 
 import dataclasses
@@ -25,8 +27,10 @@ MESS = 0.4  # share of the area of all blobs' boxes that may lie in unrecognised
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """`met` is 1 where the image is correct, else a share below 1; `reason` one short sentence in plain English; `detected`
-    what was found, as dicts with shape, colour, size, centre and box (shares of the image's side)."""
+    """`met` is 1 where the image is correct, else a share below 1; `reason` one short sentence in
+    plain English; `detected` what was found, as dicts with shape, colour, size, centre and box
+    (shares of the image's side).
+    """
 
     correct: bool
     met: float
@@ -135,7 +139,9 @@ def _answers(thing: Thing, asked: Metadata) -> bool:
 
 
 def _held(thing: Thing | None, asked: Metadata) -> int:
-    """Facts that hold: none where the shape is another, since then they are facts of another object."""
+    """Facts that hold: none where the shape is another, since then they are facts of another
+    object.
+    """
     return sum(_facts(thing, asked)) if thing and thing.shape == asked["shape"] else 0
 
 

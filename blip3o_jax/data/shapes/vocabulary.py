@@ -1,7 +1,8 @@
 """The words of the shapes data set, and which combinations of them are held out.
 
-Everything a caption can ask for is a *fact* about a scene: ("colours", "circle", "red") says that it shows a red circle alone,
-("two", "circle", "ring") that both are. Facts come in one kind per category:
+Everything a caption can ask for is a *fact* about a scene: ("colours", "circle", "red") says that
+it shows a red circle alone, ("two", "circle", "ring") that both are. Facts come in one kind per
+category:
 
     kind          fact                                                       all    held out
     single        the only object has this (size, colour, shape)              62     9
@@ -12,9 +13,10 @@ Everything a caption can ask for is a *fact* about a scene: ("colours", "circle"
     attribution   both of these (shape, colour) objects are present          390    56
     text          this word is written                                       124    18
 
-The rule: of each kind's sorted list of combinations every seventh is held out, beginning with the fourth. A training (or
-validation) scene contains no held-out fact of any kind; a test prompt asks for a held-out fact of its own category, and its
-image contains none of another kind. Every shape, colour, size, count, relation and letter by itself occurs in training.
+The rule: of each kind's sorted list of combinations every seventh is held out, beginning with the
+fourth. A training (or validation) scene contains no held-out fact of any kind; a test prompt asks
+for a held-out fact of its own category, and its image contains none of another kind. Every shape,
+colour, size, count, relation and letter by itself occurs in training.
 """
 
 import itertools
@@ -33,14 +35,15 @@ COLOURS = {
     "purple": (158, 44, 176),
     "black": INK,
 }
-# Width of an object as a share of the image's, lowest and highest; an object between the two ranges is neither.
+# Width of an object as a share of the image's, lowest and highest; an object between the two ranges
+# is neither.
 SIZES = {"small": (0.26, 0.27), "large": (0.52, 0.53)}
 COUNTS = (2, 3, 4)
 NUMERALS = {1: "one", 2: "two", 3: "three", 4: "four"}
 # Each relation with its converse: A left of B is B right of A.
 RELATIONS = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
-# As long as a row of the grid. Thirteen letters are few enough to be learned from a thousand images of words, and the words
-# too many to be learned by heart in place of their letters.
+# As long as a row of the grid. Thirteen letters are few enough to be learned from a thousand images
+# of words, and the words too many to be learned by heart in place of their letters.
 _WORDS = """
 ACE ACT AIR ALE ALL ANT APE ARC ARE ART ASH ATE CAD CAN CAP CAR CAT COD COP COT DAD DEN DIE DIN DIP DOC DOE DON DOT EAR EAT END
 ERA HAD HAT HEN HER HID HIP HIS HIT HOE HOP HOT ICE ILL INN ION IRE ITS LAD LAP LEA LED LET LID LIE LIP LIT LOT NAP NET NIL NIP
@@ -51,7 +54,9 @@ WORDS = tuple(sorted(_WORDS.split()))
 
 
 def fact_of_position(a: str, relation: str, b: str) -> Fact:
-    """The same fact for a relation and its converse: "a right of b" is ("position", b, "left of", a)."""
+    """The same fact for a relation and its converse: "a right of b" is ("position", b, "left of",
+    a).
+    """
     return (
         ("position", a, relation, b)
         if relation in ("left of", "above")
@@ -75,8 +80,10 @@ def _hold_out(facts: list[Fact]) -> tuple[list[Fact], list[Fact]]:
 
 
 def _tables() -> tuple[dict[str, list[Fact]], dict[str, list[Fact]]]:
-    """(facts to train on, facts held out), by kind. Singles, positions and attributions are built from what is not held
-    out in colours and pairs, so that each category tests its own kind of new combination."""
+    """(facts to train on, facts held out), by kind. Singles, positions and attributions are built
+    from what is not held out in colours and pairs, so that each category tests its own kind of new
+    combination.
+    """
     every = {
         "two": [("two", a, b) for a, b in itertools.combinations(SHAPES, 2)],
         "counting": [("counting", str(n), shape) for n in COUNTS for shape in SHAPES],

@@ -1,10 +1,11 @@
-"""How well image and prompt agree: the cosine of their embeddings by a dual encoder from a local directory.
+"""How well image and prompt agree: the cosine of their embeddings by a dual encoder from a local
+directory.
 
     score = <x, y> / (|x| |y|),    x of the image, y of the prompt
 
-A directory is either a run of stage `contrastive` of this package, or one that `save_pretrained` of the transformers library
-wrote, with a CLIP or a SigLIP and its processor. The scores of different encoders are not comparable: a trained SigLIP's lie
-around 0.1, a CLIP's around 0.3.
+A directory is either a run of stage `contrastive` of this package, or one that `save_pretrained` of
+the transformers library wrote, with a CLIP or a SigLIP and its processor. The scores of different
+encoders are not comparable: a trained SigLIP's lie around 0.1, a CLIP's around 0.3.
 
 Shape suffixes: B images, H height, W width, C colour channels, D width of the embedding.
 """
@@ -27,7 +28,9 @@ TEXTS_KEPT = 4096  # embeddings of prompts that are not computed again: all imag
 
 class DualEncoder(Protocol):
     def images(self, images_BHWC: np.ndarray) -> np.ndarray:
-        """uint8 images -> float32 [B, D], of any length; B is at most the `batch` that it was made with."""
+        """uint8 images -> float32 [B, D], of any length; B is at most the `batch` that it was made
+        with.
+        """
         ...
 
     def text(self, prompt: str) -> np.ndarray:
@@ -89,7 +92,8 @@ class TransformersEncoder:
 
         transformers.utils.logging.disable_progress_bar()
         try:
-            # Without the second, transformers asks on the terminal whether to run code of the directory.
+            # Without the second, transformers asks on the terminal whether to run code of the
+            # directory.
             local = {"local_files_only": True, "trust_remote_code": False}
             self._model = transformers.AutoModel.from_pretrained(path, **local).eval()
             self._tokenizer = transformers.AutoTokenizer.from_pretrained(path, **local)

@@ -1,9 +1,11 @@
-"""Does an image show the objects that a GenEval prompt asks for? A detector looks, the official rules (`geneval_rules`)
-judge, with the official thresholds: confidence above 0.3, for counting 0.9, sixteen objects of a class at most.
+"""Does an image show the objects that a GenEval prompt asks for? A detector looks, the official
+rules (`geneval_rules`) judge, with the official thresholds: confidence above 0.3, for counting 0.9,
+sixteen objects of a class at most.
 
-`scoring=shaped`, the default, is the share of the requirements that are met: it tells images of a group apart long before one
-of them is all right, and is 1 exactly where the benchmark says "correct". `scoring=correct` is the benchmark's 0 or 1. The
-parts hold both, so that a run that trains on the one shows the other.
+`scoring=shaped`, the default, is the share of the requirements that are met: it tells images of a
+group apart long before one of them is all right, and is 1 exactly where the benchmark says
+"correct". `scoring=correct` is the benchmark's 0 or 1. The parts hold both, so that a run that
+trains on the one shows the other.
 
 Detectors (options `detector`, `path`, `colour_path`):
 
@@ -26,7 +28,9 @@ from blip3o_jax.rl.rewards.reward import Scores
 
 
 class Detector(Protocol):
-    """Finds objects in a uint8 RGB image [H, W, 3], and tells the colours of some of them, all of one class."""
+    """Finds objects in a uint8 RGB image [H, W, 3], and tells the colours of some of them, all of
+    one class.
+    """
 
     classes: Sequence[str]
     colours: Sequence[str]
@@ -105,8 +109,9 @@ class Geneval:
 
 
 class ShapesDetector:
-    """The classical detector of the shapes data set. It is sure of all that it recognises; of several objects of a shape the
-    largest counts as the surest."""
+    """The classical detector of the shapes data set. It is sure of all that it recognises; of
+    several objects of a shape the largest counts as the surest.
+    """
 
     classes, colours = SHAPES, tuple(COLOURS)
 

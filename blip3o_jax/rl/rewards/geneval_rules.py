@@ -1,4 +1,5 @@
-"""The rules of GenEval (Ghosh et al., arXiv 2310.11513; github.com/djghosh13/geneval) on the objects found in an image.
+"""The rules of GenEval (Ghosh et al., arXiv 2310.11513; github.com/djghosh13/geneval) on the
+objects found in an image.
 
 A prompt's metadata, a line of the official file:
 
@@ -12,9 +13,10 @@ A prompt's metadata, a line of the official file:
 3. All that it takes must stand in its relation to all that the named clause took, which must itself be met. A tenth of both
    boxes' sizes is taken off the offset of the centres along each axis; more than half of the whole distance must be left.
 
-The share that is met, for a reward with a slope, is the mean over all requirements: objects found of those asked, the same of
-the right colour, pairs in the right relation, and of an `exclude` how little it is exceeded (times the share of asked objects
-that are there: an empty image is no step towards "not five"). It is 1 exactly where the official verdict is "correct".
+The share that is met, for a reward with a slope, is the mean over all requirements: objects found
+of those asked, the same of the right colour, pairs in the right relation, and of an `exclude` how
+little it is exceeded (times the share of asked objects that are there: an empty image is no step
+towards "not five"). It is 1 exactly where the official verdict is "correct".
 """
 
 import dataclasses
@@ -33,8 +35,9 @@ Metadata = Mapping[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """An object found in an image. `box`: x0, y0, x1, y1 in pixels; `mask_HW`: bool, which pixels are its own; `colour`:
-    where the detector itself tells."""
+    """An object found in an image. `box`: x0, y0, x1, y1 in pixels; `mask_HW`: bool, which pixels
+    are its own; `colour`: where the detector itself tells.
+    """
 
     name: str
     box: tuple[float, float, float, float]

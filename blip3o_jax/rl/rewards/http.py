@@ -386,8 +386,9 @@ def _connected(address: tuple[str, int], deadline: _Deadline) -> socket.socket:
 
 
 def _addresses(host: str, port: int, deadline: _Deadline) -> list[Any]:
-    """Return what `socket.getaddrinfo` does. It has no timeout of its own: a name server that does not answer holds it up for
-    as long as the system's resolver is patient."""
+    """Return what `socket.getaddrinfo` does. It has no timeout of its own: a name server that does
+    not answer holds it up for as long as the system's resolver is patient.
+    """
     found: concurrent.futures.Future[list[Any]] = concurrent.futures.Future()
 
     def ask() -> None:

@@ -1,12 +1,13 @@
-"""Is the text of an image the text that its prompt quotes? A recogniser reads the image; what it read is compared with what
-stands between double quotes.
+"""Is the text of an image the text that its prompt quotes? A recogniser reads the image; what it
+read is compared with what stands between double quotes.
 
     reference    1 - d / len(target), d = 0 where the target is part of what was read, else min(distance, len(target))
     strict       1 - distance / max(len(target), len(read))
 
-`distance` is Levenshtein's: insertions, deletions and substitutions. The reference, the published reward of BLIP3o-NEXT
-(arXiv 2510.15857) and Flow-GRPO (arXiv 2505.05470), pays in full for the word among garbage, and policies find that out;
-`strict` counts every further character, and is 1 for exactly the asked text only.
+`distance` is Levenshtein's: insertions, deletions and substitutions. The reference, the published
+reward of BLIP3o-NEXT (arXiv 2510.15857) and Flow-GRPO (arXiv 2505.05470), pays in full for the word
+among garbage, and policies find that out; `strict` counts every further character, and is 1 for
+exactly the asked text only.
 
 Where this is not the published reward:
 1. Of several quoted spans the published one takes the first. Here `reference` is the mean over the spans; `strict` compares
@@ -68,9 +69,11 @@ def create(
     detect: str = "true",
     min_confidence: str = "0.5",
 ) -> "Ocr":
-    """The registry's factory. `scoring`: strict or reference. `min_side`: images are enlarged until their shorter side has
-    so many pixels. `border`: width of the border that is laid round them, a share of the side. `detect=false` takes the
-    whole image for one line of text. `min_confidence`: below it a line does not count as read (strict only)."""
+    """The registry's factory. `scoring`: strict or reference. `min_side`: images are enlarged until
+    their shorter side has so many pixels. `border`: width of the border that is laid round them, a
+    share of the side. `detect=false` takes the whole image for one line of text. `min_confidence`:
+    below it a line does not count as read (strict only).
+    """
     for package in ("rapidocr", "onnxruntime"):
         if importlib.util.find_spec(package) is None:
             raise UserError(f"reward ocr needs the package {package}: pip install 'blip3o_jax[rl]'")
@@ -90,7 +93,9 @@ def create(
 
 @dataclasses.dataclass(frozen=True)
 class Ocr:
-    """Parts: `exact` (0 or 1), `distance` (edits), `confidence` (of what was read, a mean over its characters)."""
+    """Parts: `exact` (0 or 1), `distance` (edits), `confidence` (of what was read, a mean over its
+    characters).
+    """
 
     read: Reader
     compare: Callable[[Sequence[Line], Sequence[str]], Comparison]
@@ -151,7 +156,9 @@ def quoted(prompt: str) -> tuple[str, ...]:
 
 
 def strict(lines: Sequence[Line], spans: Sequence[str]) -> Comparison:
-    """All that was read against all that was asked: whatever is missing, wrong or too much costs one edit a character."""
+    """All that was read against all that was asked: whatever is missing, wrong or too much costs
+    one edit a character.
+    """
     read = "".join(normalise(line.text) for line in in_reading_order(lines))
     targets = [normalise(span) for span in spans]
     orders = itertools.permutations(targets) if len(targets) <= MAX_REORDERED else [targets]
@@ -174,7 +181,9 @@ def reference(lines: Sequence[Line], spans: Sequence[str]) -> Comparison:
 
 
 def in_reading_order(lines: Sequence[Line]) -> list[Line]:
-    """Rows from the top, each from the left. A line is of the row whose first line reaches below its middle."""
+    """Rows from the top, each from the left. A line is of the row whose first line reaches below
+    its middle.
+    """
     rows: list[list[Line]] = []
     for line in sorted(lines, key=lambda line: line.box[1] + line.box[3]):
         if rows and (line.box[1] + line.box[3]) / 2 < rows[-1][0].box[3]:
@@ -185,7 +194,9 @@ def in_reading_order(lines: Sequence[Line]) -> list[Line]:
 
 
 def levenshtein(a: str, b: str) -> int:
-    """The least number of insertions, deletions and substitutions of characters that turn `a` into `b`."""
+    """The least number of insertions, deletions and substitutions of characters that turn `a` into
+    `b`.
+    """
     before = list(range(len(b) + 1))  # from a[:i] to each b[:j]
     for i, char in enumerate(a, 1):
         row = [i]
@@ -196,16 +207,19 @@ def levenshtein(a: str, b: str) -> int:
 
 
 class Recogniser:
-    """PaddleOCR's detection and recognition models (PP-OCR), which come inside rapidocr's wheel, on one thread. They are
-    loaded with the first image, so that a process that only checks prompts never holds them."""
+    """PaddleOCR's detection and recognition models (PP-OCR), which come inside rapidocr's wheel, on
+    one thread. They are loaded with the first image, so that a process that only checks prompts
+    never holds them.
+    """
 
     def __init__(self, min_side: int = 128, border: float = 0.1, detect: bool = True):
         self.min_side, self.border, self.detect = min_side, border, detect
         self._engine: Any = None
 
     def __call__(self, image_HWC: np.ndarray) -> list[Line]:
-        """Lines of text in a uint8 RGB image [H, W, 3], in the recogniser's order; boxes in pixels of the image as it is
-        shown to the recogniser."""
+        """Lines of text in a uint8 RGB image [H, W, 3], in the recogniser's order; boxes in pixels
+        of the image as it is shown to the recogniser.
+        """
         self._engine = self._engine or _engine()
         shown_HWC = self._shown(image_HWC)
         found = self._engine(shown_HWC, use_det=self.detect, use_cls=False, use_rec=True)
@@ -222,7 +236,9 @@ class Recogniser:
         ]
 
     def _shown(self, image_HWC: np.ndarray) -> np.ndarray:
-        """The image with its border, enlarged, in the channel order that rapidocr takes arrays in (BGR)."""
+        """The image with its border, enlarged, in the channel order that rapidocr takes arrays in
+        (BGR).
+        """
         side = min(image_HWC.shape[:2])
         bgr_HWC = cv2.cvtColor(image_HWC, cv2.COLOR_RGB2BGR)
         framed_HWC = cv2.copyMakeBorder(
@@ -241,7 +257,8 @@ def _engine() -> Any:
             "Global.log_level": "error",
             "Global.text_score": 0.0,
             "Global.use_cls": False,
-            # The defaults enlarge every image to 736 pixels at least, where letters as high as the image are not seen any more.
+            # The defaults enlarge every image to 736 pixels at least, where letters as high as the
+            # image are not seen any more.
             "Det.limit_type": "max",
             "Det.limit_side_len": 512,
             "EngineConfig.onnxruntime.intra_op_num_threads": 1,

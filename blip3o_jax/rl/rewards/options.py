@@ -1,4 +1,6 @@
-"""Options of rewards, which a config or a command line gives as text, to values; or a UserError that names the option."""
+"""Options of rewards, which a config or a command line gives as text, to values; or a UserError
+that names the option.
+"""
 
 from collections.abc import Sequence
 from typing import TypeVar

@@ -1,4 +1,5 @@
-"""Rewards in processes of their own: images go in chunks to whichever process is free, while the run goes on.
+"""Rewards in processes of their own: images go in chunks to whichever process is free, while the
+run goes on.
 
 What a scorer can do wrong stays in its process:
 
@@ -7,9 +8,10 @@ What a scorer can do wrong stays in its process:
     ends its process                                     another one is started
     cannot be made                                       `result` and `check` raise why
 
-What failed in a chunk is judged again image by image, each up to `retries` times; once at least where the whole chunk failed,
-since one of them may have been the cause. Then it has failed. After BREAKER chunks in a row of which every image failed, what
-waits is given up untried, until the next `submit`.
+What failed in a chunk is judged again image by image, each up to `retries` times; once at least
+where the whole chunk failed, since one of them may have been the cause. Then it has failed. After
+BREAKER chunks in a row of which every image failed, what waits is given up untried, until the next
+`submit`.
 
 Shape suffixes: B images, H height, W width, C colour channels; n of a chunk.
 """
@@ -38,9 +40,11 @@ REASONS_SHOWN = 3
 
 @dataclasses.dataclass(frozen=True)
 class Judged:
-    """`total_B` float32 [B]: the weighted sum, 0 (meaningless) where `failed_B`. `parts`: float32 [B] by name, NaN where there
-    is none. `reasons`: number of images by why they failed. `seconds`: of an image in its process (`median`, `max`), of chunks
-    until a process had time for them (`queue`, a mean), and from submission to the last score (`total`)."""
+    """`total_B` float32 [B]: the weighted sum, 0 (meaningless) where `failed_B`. `parts`: float32
+    [B] by name, NaN where there is none. `reasons`: number of images by why they failed. `seconds`:
+    of an image in its process (`median`, `max`), of chunks until a process had time for them
+    (`queue`, a mean), and from submission to the last score (`total`).
+    """
 
     total_B: np.ndarray
     failed_B: np.ndarray
@@ -50,7 +54,9 @@ class Judged:
 
 
 def check_failed(failed_B: np.ndarray, reasons: Mapping[str, int], max_failed: float) -> None:
-    """Raises UserError, with the commonest reasons, where a larger share of the images than `max_failed` has no score."""
+    """Raises UserError, with the commonest reasons, where a larger share of the images than
+    `max_failed` has no score.
+    """
     if failed_B.mean() > max_failed:
         shown = collections.Counter(reasons).most_common(REASONS_SHOWN)
         raise UserError(
@@ -60,7 +66,9 @@ def check_failed(failed_B: np.ndarray, reasons: Mapping[str, int], max_failed: f
 
 
 class RewardPool:
-    """`workers` processes (0: one a core), started at once, that each make the `rewards`. `timeout`: seconds an image."""
+    """`workers` processes (0: one a core), started at once, that each make the `rewards`.
+    `timeout`: seconds an image.
+    """
 
     def __init__(
         self,
@@ -96,14 +104,18 @@ class RewardPool:
         self._processes.close()
 
     def check(self, prompts: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
-        """Waits until a process has its rewards and has checked every (prompt, metadata). Raises UserError for rewards that
-        cannot be made and for the first prompt that one of them cannot judge."""
+        """Waits until a process has its rewards and has checked every (prompt, metadata). Raises
+        UserError for rewards that cannot be made and for the first prompt that one of them cannot
+        judge.
+        """
         self._processes.call(worker.check, lambda: (list(prompts),)).result()
 
     def submit(
         self, images_BHWC: np.ndarray, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
     ) -> "Pending":
-        """Starts judging uint8 images [B, H, W, 3], which must stay as they are until `result` has returned."""
+        """Starts judging uint8 images [B, H, W, 3], which must stay as they are until `result` has
+        returned.
+        """
         pending = Pending(np.asarray(images_BHWC), prompts, metadata)
         self._failures = 0
         for start in range(0, len(images_BHWC), CHUNK):
@@ -126,7 +138,9 @@ class RewardPool:
         began: float,
         future: Future,
     ) -> None:
-        """Called with each answer: in the thread of the processes, or in the submitting one for an answer that was faster."""
+        """Called with each answer: in the thread of the processes, or in the submitting one for an
+        answer that was faster.
+        """
         with self._lock:
             self._record(pending, rows, tries, began, future)
 
@@ -197,7 +211,9 @@ class Pending:
         return self._finished.is_set()
 
     def result(self) -> Judged:
-        """Waits for the last score. Raises UserError where processes cannot start or cannot make their rewards."""
+        """Waits for the last score. Raises UserError where processes cannot start or cannot make
+        their rewards.
+        """
         self._finished.wait()
         if self._error is not None:
             raise self._error

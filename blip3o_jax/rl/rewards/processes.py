@@ -2,9 +2,10 @@
 
     waiting calls --> the first process that is free --> its answer | TimeoutError | ProcessEnded
 
-Every process has a pipe of its own and one call at a time. So it is known whose call a process that ended had, and nothing that
-others use is left locked, however it ended. concurrent.futures gives its whole pool up there, and cannot end a call that hangs;
-pools whose processes share a queue lose a call, or lock, where one is killed at the wrong moment.
+Every process has a pipe of its own and one call at a time. So it is known whose call a process that
+ended had, and nothing that others use is left locked, however it ended. concurrent.futures gives
+its whole pool up there, and cannot end a call that hangs; pools whose processes share a queue lose
+a call, or lock, where one is killed at the wrong moment.
 """
 
 import atexit
@@ -60,8 +61,10 @@ class _Worker:
 
 
 class Processes:
-    """`workers` processes, started at once, which run `initializer(*initargs)` first, in up to `start_timeout` seconds. `what`
-    they do, for messages. One thread serves them all, and runs the callbacks of the futures."""
+    """`workers` processes, started at once, which run `initializer(*initargs)` first, in up to
+    `start_timeout` seconds. `what` they do, for messages. One thread serves them all, and runs the
+    callbacks of the futures.
+    """
 
     def __init__(
         self,
@@ -92,9 +95,10 @@ class Processes:
         arguments: Callable[[], tuple[Any, ...]],
         timeout: float = math.inf,
     ) -> Future:
-        """The future of `function(*arguments())` in one of the processes; `arguments` is called when one is free. Its exception
-        is the function's own, TimeoutError after `timeout` seconds there, ProcessEnded, or UserError where processes do not
-        start. It always comes to an end."""
+        """The future of `function(*arguments())` in one of the processes; `arguments` is called
+        when one is free. Its exception is the function's own, TimeoutError after `timeout` seconds
+        there, ProcessEnded, or UserError where processes do not start. It always comes to an end.
+        """
         call = _Call(Future(), function, arguments, timeout)
         with self._lock:
             if self._error is None:

@@ -1,7 +1,9 @@
-"""Rewards by name. A module is imported where its reward is made, so that a run loads the libraries of those that it uses.
+"""Rewards by name. A module is imported where its reward is made, so that a run loads the libraries
+of those that it uses.
 
-`python:PACKAGE.MODULE.FUNCTION` names a user's own: a function of (uint8 images [B, H, W, 3], prompts, metadata) that returns
-B numbers or a `Scores`. It takes the options as keyword arguments, as text.
+`python:PACKAGE.MODULE.FUNCTION` names a user's own: a function of (uint8 images [B, H, W, 3],
+prompts, metadata) that returns B numbers or a `Scores`. It takes the options as keyword arguments,
+as text.
 """
 
 import difflib
@@ -33,9 +35,11 @@ USER = "python:"
 
 
 def parsed(text: str) -> RewardConfig:
-    """A reward as a command line names it, its options after commas: "geneval,detector=transformers,path=DIR". A piece without
-    "=" goes on with the value before it: "http,urls=http://a:8000,http://b:8000". `weight=0.5` and `clip=0:1` are those of the
-    term in the sum. ConfigError for what is none of these."""
+    """A reward as a command line names it, its options after commas:
+    "geneval,detector=transformers,path=DIR". A piece without "=" goes on with the value before it:
+    "http,urls=http://a:8000,http://b:8000". `weight=0.5` and `clip=0:1` are those of the term in
+    the sum. ConfigError for what is none of these.
+    """
     name, *pieces = text.split(",")
     pairs: list[tuple[str, str]] = []
     for piece in pieces:
@@ -72,7 +76,9 @@ def _numbers(text: str, pairs: list[tuple[str, str]], field: str, count: int, de
 
 
 def make(config: RewardConfig) -> Reward:
-    """The reward that `config` names, with its options. ConfigError for a name or an option that there is not."""
+    """The reward that `config` names, with its options. ConfigError for a name or an option that
+    there is not.
+    """
     options = dict(config.options)
     if config.name.startswith(USER):
         function = _user_function(config.name)

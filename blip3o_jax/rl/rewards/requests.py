@@ -16,8 +16,8 @@ from blip3o_jax.serving import Refused
 
 MAX_VALUES = 1 << 18  # JSON values of a request; each takes many times its length once it is read
 VALUE_BYTES = 256  # that one of them may take
-# Of a byte of a body while it is parsed: as it was sent and as it came, text and texts of 4 bytes each,
-# files, files rebuilt, and those that go back.
+# Of a byte of a body while it is parsed: as it was sent and as it came, text and texts of 4 bytes
+# each, files, files rebuilt, and those that go back.
 PARSE_BYTES = 13
 MAX_IMAGES = 1024  # of a request
 

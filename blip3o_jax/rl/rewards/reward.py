@@ -1,6 +1,8 @@
-"""What a reward is: a batch of images, their prompts and metadata -> one score an image, and named parts of it.
+"""What a reward is: a batch of images, their prompts and metadata -> one score an image, and named
+parts of it.
 
-A reward runs in processes that must start fast: nothing that it imports at the top may import jax, tensorflow or torch.
+A reward runs in processes that must start fast: nothing that it imports at the top may import jax,
+tensorflow or torch.
 
 Shape suffixes: B images, H height, W width, C colour channels.
 """
@@ -21,13 +23,19 @@ class Scores:
 
 
 class Reward(Protocol):
-    """The built-in ones are named in `registry`. A class that derives from this one inherits a `check` that accepts all."""
+    """The built-in ones are named in `registry`. A class that derives from this one inherits a
+    `check` that accepts all.
+    """
 
     def __call__(
         self, images_BHWC: np.ndarray, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
     ) -> Scores:
-        """uint8 RGB images [B, H, W, 3]; `metadata`: each prompt's line of the prompts file. The higher, the better."""
+        """uint8 RGB images [B, H, W, 3]; `metadata`: each prompt's line of the prompts file. The
+        higher, the better.
+        """
         ...
 
     def check(self, prompt: str, metadata: Mapping[str, Any]) -> None:
-        """Raises UserError for a prompt that it cannot judge; called for every prompt of a run before the run starts."""
+        """Raises UserError for a prompt that it cannot judge; called for every prompt of a run
+        before the run starts.
+        """

@@ -1,8 +1,9 @@
-"""GenEval's detector with models of the transformers library: an instance segmentation model (the official one is
-Mask2Former on COCO) and a CLIP that names the colour of a crop. Both come from local directories and run on one thread.
+"""GenEval's detector with models of the transformers library: an instance segmentation model (the
+official one is Mask2Former on COCO) and a CLIP that names the colour of a crop. Both come from
+local directories and run on one thread.
 
-Colours as the benchmark has them: an object is cut out by its mask, laid on grey and cropped to its box; its colour is the one
-of ten whose text embedding, a mean over three templates, is nearest.
+Colours as the benchmark has them: an object is cut out by its mask, laid on grey and cropped to its
+box; its colour is the one of ten whose text embedding, a mean over three templates, is nearest.
 
 Shape suffixes: H height, W width, C colour channels, N objects, K colours, D embedding.
 """
@@ -24,7 +25,8 @@ TEMPLATES = (
     "a photo of a {colour} object",
 )
 GREY = 0x99
-# Published checkpoints name some classes of COCO as VOC does; GenEval's prompts have longer names for three of them.
+# Published checkpoints name some classes of COCO as VOC does; GenEval's prompts have longer names
+# for three of them.
 GENEVAL_NAMES = {
     "aeroplane": "airplane",
     "motorbike": "motorcycle",
@@ -39,8 +41,10 @@ GENEVAL_NAMES = {
 
 
 class SegmentationDetector:
-    """`path` and `colour_path`: directories as `save_pretrained` writes them. Objects below `threshold` are left out. The
-    models are loaded with the first image; the names of the classes are read at once."""
+    """`path` and `colour_path`: directories as `save_pretrained` writes them. Objects below
+    `threshold` are left out. The models are loaded with the first image; the names of the classes
+    are read at once.
+    """
 
     colours = COLOURS
 
@@ -82,7 +86,8 @@ class SegmentationDetector:
             return_binary_maps=True,
         )
         found = []
-        # Where nothing was found, `segmentation` is a map without objects, and there are no segments to go with it.
+        # Where nothing was found, `segmentation` is a map without objects, and there are no
+        # segments to go with it.
         for mask, segment in zip(result["segmentation"], result["segments_info"], strict=False):
             mask_HW = mask.numpy() > 0
             if mask_HW.any():

@@ -1,12 +1,13 @@
-"""Is the image what its prompt of the embedded data set asks for? By the data set's own scorer (`data/shapes/scorer.py`), the
-one that evaluation counts with.
+"""Is the image what its prompt of the embedded data set asks for? By the data set's own scorer
+(`data/shapes/scorer.py`), the one that evaluation counts with.
 
     score = w correct + (1 - w) met,   w = correct_weight
 
-`correct` is 0 or 1, and what is to rise; but images of a group that are all wrong have nothing to tell them apart then, and
-prompts that the model never gets right teach it nothing. `met`, the share of what is asked that holds, tells them apart; alone
-it would make a right image worth hardly more than one with a fact missing. At the default, one half, a right image is ahead of
-any other by one half at least.
+`correct` is 0 or 1, and what is to rise; but images of a group that are all wrong have nothing to
+tell them apart then, and prompts that the model never gets right teach it nothing. `met`, the share
+of what is asked that holds, tells them apart; alone it would make a right image worth hardly more
+than one with a fact missing. At the default, one half, a right image is ahead of any other by one
+half at least.
 """
 
 import dataclasses

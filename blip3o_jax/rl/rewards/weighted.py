@@ -2,9 +2,9 @@
 
     total = sum_r weight_r clip_r(score_r)
 
-A failed reward is never a score: an image whose reward raises, or gives a number that is not finite, or of a magnitude above
-LARGEST where no `clip` bounds it, has a reason in place of a total; so have all images of a call that returns another number
-of scores than it was given images.
+A failed reward is never a score: an image whose reward raises, or gives a number that is not
+finite, or of a magnitude above LARGEST where no `clip` bounds it, has a reason in place of a total;
+so have all images of a call that returns another number of scores than it was given images.
 
 Shape suffixes: B images, H height, W width, C colour channels.
 """
@@ -19,15 +19,18 @@ from blip3o_jax.config import RewardConfig, check
 from blip3o_jax.rl.rewards.registry import make
 from blip3o_jax.rl.rewards.reward import Reward
 
-# Scores are of the order of one; one of this magnitude comes from a broken scorer and would drown its whole group.
+# Scores are of the order of one; one of this magnitude comes from a broken scorer and would drown
+# its whole group.
 LARGEST = 1e6
 REASON_LENGTH = 200  # characters of an exception that a reason keeps
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """`total_B` float32 [B], NaN where `reasons` (B of them) is not None. `parts`: float32 [B] by name, each reward's score
-    before clipping under its own name and its parts under "reward/part"; NaN where there is none."""
+    """`total_B` float32 [B], NaN where `reasons` (B of them) is not None. `parts`: float32 [B] by
+    name, each reward's score before clipping under its own name and its parts under "reward/part";
+    NaN where there is none.
+    """
 
     total_B: np.ndarray
     parts: dict[str, np.ndarray]
@@ -86,7 +89,9 @@ class WeightedRewards:
 
 
 def labels(configs: Sequence[RewardConfig]) -> list[str]:
-    """A name for each in metrics: its own, of a user's function the function's, numbered where it is taken."""
+    """A name for each in metrics: its own, of a user's function the function's, numbered where it
+    is taken.
+    """
     names: list[str] = []
     for config in configs:
         name = config.name.rpartition(".")[2] if config.name.startswith("python:") else config.name

@@ -1,5 +1,5 @@
-"""Bodies of a reward server's requests and answers, but for reading requests (`requests`). JSON with base64 PNG images:
-nothing that is executed when it is read.
+"""Bodies of a reward server's requests and answers, but for reading requests (`requests`). JSON
+with base64 PNG images: nothing that is executed when it is read.
 
     POST /score   {"prompts": [text, ...], "metadata": [{...}, ...], "images": [base64 of a PNG, ...]}
     answer        {"total": [number, ...], "parts": {name: [number, ...]}}, or {"error": one line}
@@ -51,7 +51,9 @@ def encode_scores(scores: Scores) -> bytes:
 
 
 def decode_scores(body: bytes, count: int) -> Scores:
-    """Return the scores in an answer. ValueError unless it holds `count` finite numbers, and as many in each part."""
+    """Return the scores in an answer. ValueError unless it holds `count` finite numbers, and as
+    many in each part.
+    """
     try:
         fields = json.loads(body.decode("utf-8"))
     except RecursionError:
@@ -82,7 +84,9 @@ def _floats(values: Any, name: str, count: int) -> np.ndarray:
 
 
 def read_token(variable: str) -> str:
-    """Return the token in an environment variable. UserError where there is none, or one that no header can hold."""
+    """Return the token in an environment variable. UserError where there is none, or one that no
+    header can hold.
+    """
     token = os.environ.get(variable, "").strip()
     if not token:
         raise UserError(

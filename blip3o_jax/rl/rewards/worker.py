@@ -1,4 +1,5 @@
-"""What runs in a process of the reward pool. Imports nothing at the top that makes threads: `start` first says how many.
+"""What runs in a process of the reward pool. Imports nothing at the top that makes threads: `start`
+first says how many.
 
 The rewards are made once a process. Where that fails, the process stays, and every task raises why.
 """
@@ -16,8 +17,8 @@ if TYPE_CHECKING:
 
     from blip3o_jax.rl.rewards.weighted import Outcome, WeightedRewards
 
-# The pool has as many processes as it may use cores; threads of their own would only take turns. JAX must leave the
-# accelerator to the run: NPROC is what XLA takes for the number of cores.
+# The pool has as many processes as it may use cores; threads of their own would only take turns.
+# JAX must leave the accelerator to the run: NPROC is what XLA takes for the number of cores.
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
@@ -62,7 +63,9 @@ def judge(
 
 
 def check(prompts: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
-    """Raises UserError for rewards that could not be made, and for the first prompt that one of them cannot judge."""
+    """Raises UserError for rewards that could not be made, and for the first prompt that one of
+    them cannot judge.
+    """
     made = rewards()
     for text, metadata in prompts:
         made.check(text, metadata)

@@ -1,5 +1,7 @@
-"""The joint step of a small model compiled for four TPUs, and the FLOPs that the cost model finds in it, as JSON; a program of
-its own, since the TPU compiler takes over the signals of the process that loads it."""
+"""The joint step of a small model compiled for four TPUs, and the FLOPs that the cost model finds
+in it, as JSON; a program of its own, since the TPU compiler takes over the signals of the process
+that loads it.
+"""
 
 import json
 
@@ -11,7 +13,9 @@ WHERE = topology.parse("v5e:2x2")
 
 
 def run_config() -> config.Config:
-    """Every part with all that the published one has, wide enough for products to stay products, and nothing computed twice."""
+    """Every part with all that the published one has, wide enough for products to stay products,
+    and nothing computed twice.
+    """
     return config.Config(
         stage="joint",
         model=config.ModelConfig(

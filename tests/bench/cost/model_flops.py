@@ -1,10 +1,13 @@
-"""FLOPs of the joint training step written out from the architecture, part by part: {part: (forward, backward)}.
+"""FLOPs of the joint training step written out from the architecture, part by part: {part:
+(forward, backward)}.
 
-A multiply-add is two. Each thing is counted once, of causal attention the half that is seen; only what the matrix unit does:
-depthwise convolutions are shifted products on TPUs, and sums and norms are no products.
+A multiply-add is two. Each thing is counted once, of causal attention the half that is seen; only
+what the matrix unit does: depthwise convolutions are shifted products on TPUs, and sums and norms
+are no products.
 
-The AR, its head and the connector are trained: the backward pass makes the gradients of inputs and weights, twice the forward's
-products. Of the DiT only the caption layers are: elsewhere it makes the gradient of the input alone. Encoders have none.
+The AR, its head and the connector are trained: the backward pass makes the gradients of inputs and
+weights, twice the forward's products. Of the DiT only the caption layers are: elsewhere it makes
+the gradient of the input alone. Encoders have none.
 """
 
 from blip3o_jax.config import Config, DcAeConfig
@@ -12,7 +15,9 @@ from blip3o_jax.data.sequence import most_labels
 
 
 def joint_step(config: Config, tables: int = 1) -> dict[str, tuple[float, float]]:
-    """`tables`: on how many devices the tokenizer's codes are made of their embedding, each time the whole table."""
+    """`tables`: on how many devices the tokenizer's codes are made of their embedding, each time
+    the whole table.
+    """
     model, rows, length = config.model, config.data.batch_size, config.data.max_length
     labels = most_labels(model.template, model.tokenizer.num_tokens) or length
     found = {
@@ -43,8 +48,8 @@ def _ar(ar, rows, length):
     )
     weights = d * (heads + 2 * kv_heads) + heads * d + 3 * d * ar.intermediate_size
     dense = 2 * rows * length * weights * ar.num_hidden_layers
-    # One product over the pairs of a query and the keys up to its own, all heads: q k and p v forward. Backward q k again,
-    # which a flash attention does not keep, then dp, dv, dq, dk.
+    # One product over the pairs of a query and the keys up to its own, all heads: q k and p v
+    # forward. Backward q k again, which a flash attention does not keep, then dp, dv, dq, dk.
     product = 2 * rows * length * (length + 1) // 2 * heads * ar.num_hidden_layers
     return dense + 2 * product, 2 * dense + 5 * product
 
@@ -122,7 +127,9 @@ def _conv(c_in, c_out, size):
 
 
 def _vit_block(c, head, scales):
-    """Products of one pixel: q k v, a grouped projection for each scale, the state and what is read of it, out; the GLU."""
+    """Products of one pixel: q k v, a grouped projection for each scale, the state and what is read
+    of it, out; the GLU.
+    """
     inner = c // head * head
     attention = (
         3 * c * inner

@@ -1,5 +1,7 @@
-"""Splash attention and its gradient compiled for one TPU, `python -m tests.bench.cost.splash_program v6e 128`: a program of its
-own, since where the compiler writes its schedules is settled when it starts."""
+"""Splash attention and its gradient compiled for one TPU, `python -m
+tests.bench.cost.splash_program v6e 128`: a program of its own, since where the compiler writes its
+schedules is settled when it starts.
+"""
 
 import sys
 

@@ -50,7 +50,9 @@ def test_a_turn_is_the_loops_code(tmp_path):
 @pytest.mark.parametrize(("bound", "others"), [("16", 1), ("32", 0)], ids=["alike", "another loop"])
 @pytest.mark.parametrize("chip", ["v5e", "v5p"])
 def test_the_schedule_stands_in_for_the_estimate(chip, bound, others):
-    """fusion.7 has 1024 turns, or 2048; fusion.8 is scheduled with it if it is alike, and else has the estimate."""
+    """fusion.7 has 1024 turns, or 2048; fusion.8 is scheduled with it if it is alike, and else has
+    the estimate.
+    """
     found = walk.program_cost(
         PROGRAM.replace("BOUND", bound),
         torus(CHIPS[chip], (1,) * CHIPS[chip].axes),

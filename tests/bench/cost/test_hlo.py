@@ -80,7 +80,9 @@ def test_a_loop_turns_from_its_first_value_to_its_bound(bound, third, turns):
 
 
 def test_a_loop_that_counts_by_two_turns_half_as_often():
-    """As those in which the compiler multiplies by shards that come round the ring both ways: 7 counts, from 2 to 9."""
+    """As those in which the compiler multiplies by shards that come round the ring both ways: 7
+    counts, from 2 to 9.
+    """
     text = LOOP.replace("BOUND", PASSED).replace("THIRD", "%constant.52")
     program = hlo.parse(
         text.replace(

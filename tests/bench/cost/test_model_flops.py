@@ -1,4 +1,6 @@
-"""FLOPs that the cost model finds in the TPU program of the joint step against those written out from the architecture."""
+"""FLOPs that the cost model finds in the TPU program of the joint step against those written out
+from the architecture.
+"""
 
 import json
 import os

@@ -148,7 +148,9 @@ def test_part_and_pass(op_name, want):
 
 
 def test_collectives_go_by_the_axes_of_the_mesh():
-    """An array that lies over one axis of 2 x 4 devices is gathered along that axis, each device with its own group."""
+    """An array that lies over one axis of 2 x 4 devices is gathered along that axis, each device
+    with its own group.
+    """
     mesh = jax.make_mesh((2, 4), ("data", "fsdp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     at = lambda *spec: NamedSharding(mesh, PartitionSpec(*spec))
     for axis in ("data", "fsdp"):
@@ -164,7 +166,9 @@ def test_collectives_go_by_the_axes_of_the_mesh():
 
 
 def test_a_gather_over_the_whole_torus_takes_every_link():
-    """64 chips, three rings of 4: six links out of each chip, and half a ring of hops along each axis."""
+    """64 chips, three rings of 4: six links out of each chip, and half a ring of hops along each
+    axis.
+    """
     size = 64e6
     want = size * 63 / 64 / (6 * V5P.link_rate) + 6 * HOP_S
     assert torus().seconds("all-gather", size, range(64)) == pytest.approx(want)
@@ -188,7 +192,9 @@ def test_groups_that_interleave_share_their_links():
 
 
 def test_between_slices_each_device_sends_its_share():
-    """An all-reduce over 2 slices of 4: in each slice over links, between them a quarter of the array for each device."""
+    """An all-reduce over 2 slices of 4: in each slice over links, between them a quarter of the
+    array for each device.
+    """
     network = torus(sizes=(4, 1, 1), slices=2, mesh={"data": 2, "fsdp": 4})
     assert network.crosses(range(8)) and not network.crosses(range(4))
     inside = network.seconds("all-reduce", 8e6, range(4))
@@ -198,7 +204,9 @@ def test_between_slices_each_device_sends_its_share():
 
 
 def test_all_to_all_is_bound_by_the_middle_of_the_ring():
-    """On a ring of 4 a block goes one hop on average, over 8 directed links: scaling-book, "sharding"."""
+    """On a ring of 4 a block goes one hop on average, over 8 directed links: scaling-book,
+    "sharding".
+    """
     network = torus(sizes=(4, 1, 1))
     assert network.seconds("all-to-all", 8e6, range(4)) == pytest.approx(
         8e6 * 4 / 8 / V5P.link_rate + 2 * HOP_S
@@ -356,7 +364,9 @@ def test_a_slice_of_a_stack_is_read_and_not_the_stack():
 
 
 def test_a_program_of_the_tpu_compiler():
-    """Five layers, each gathered for the forward and the backward pass, its gradient scattered; the forward pass twice."""
+    """Five layers, each gathered for the forward and the backward pass, its gradient scattered; the
+    forward pass twice.
+    """
     pytest.importorskip("libtpu")
     environment = os.environ | topology.settings(CHIPS["v5e"]) | {"PYTHONPATH": str(ROOT)}
     ran = subprocess.run(

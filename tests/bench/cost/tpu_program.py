@@ -1,5 +1,6 @@
-"""A loop over layers compiled for four TPUs, and what the cost model finds in it, as JSON; a program of its own, since the TPU
-compiler takes over the signals of the process that loads it."""
+"""A loop over layers compiled for four TPUs, and what the cost model finds in it, as JSON; a
+program of its own, since the TPU compiler takes over the signals of the process that loads it.
+"""
 
 import json
 

@@ -1,4 +1,6 @@
-"""The whole command on the tiny model, and what it refuses. How fast anything is, is not asked here."""
+"""The whole command on the tiny model, and what it refuses. How fast anything is, is not asked
+here.
+"""
 
 import json
 import os
@@ -159,7 +161,9 @@ def test_unequal_work_is_refused():
 
 
 def test_shares_of_limits():
-    """An H200 at half its peak in arithmetic, and a quarter of its bandwidth; nothing is said of a device without figures."""
+    """An H200 at half its peak in arithmetic, and a quarter of its bandwidth; nothing is said of a
+    device without figures.
+    """
     start = {"build_s": 0.0, "first_s": 0.0}
     item = {
         "item": "ar_decode",

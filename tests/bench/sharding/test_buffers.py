@@ -31,7 +31,9 @@ def program(f, *args):
 @pytest.mark.parametrize("hoisted", [False, True])
 @pytest.mark.parametrize(("tensor", "held"), [(None, 24), ("tensor", 12)])
 def test_layers_are_gathered_one_by_one(at, hoisted, tensor, held):
-    """A loop that is given its weights whole has gathered all of them before; what lies over `tensor` stays there."""
+    """A loop that is given its weights whole has gathered all of them before; what lies over
+    `tensor` stays there.
+    """
     stack = jax.ShapeDtypeStruct(
         (LAYERS, WIDTH, 24), jnp.float32, sharding=at(None, "fsdp", tensor)
     )
@@ -78,7 +80,9 @@ def test_what_lies_over_tensor_is_not_gathered_either(at):
 
 @pytest.mark.parametrize("by_columns", [True, False])
 def test_a_table_is_looked_up_where_its_columns_lie(at, by_columns):
-    """Not gathered, neither it nor its gradient. As the head of a model it may be, in the dtype of the products."""
+    """Not gathered, neither it nor its gradient. As the head of a model it may be, in the dtype of
+    the products.
+    """
     table = jax.ShapeDtypeStruct((40, WIDTH), jnp.float32, sharding=at(None, "fsdp"))
     rows = at(("tensor", "fsdp"))
     ids = jax.ShapeDtypeStruct((8,), jnp.int32, sharding=rows)
@@ -137,7 +141,9 @@ def test_the_largest_arrays_come_first(at):
 
 
 def test_logits_of_a_train_step():
-    """Of 8 rows on 2 x 2 devices each holds 4; the vocabulary is cut in two, and what a block takes whole is no fault."""
+    """Of 8 rows on 2 x 2 devices each holds 4; the vocabulary is cut in two, and what a block takes
+    whole is no fault.
+    """
     config = dataclasses.replace(
         tiny.run_config(), data=dataclasses.replace(tiny.run_config().data, batch_size=8)
     )

@@ -63,7 +63,9 @@ def fake_row(task):
 
 
 def measured(steps, step_s, rate):
-    """Two and a half times as long as predicted; with fsdp_tp, for which most is predicted, eight times."""
+    """Two and a half times as long as predicted; with fsdp_tp, for which most is predicted, eight
+    times.
+    """
     slower = 8 if rate == 60 else 2.5
     seconds = {
         "median_s": slower * step_s,

@@ -1,4 +1,6 @@
-"""The rollout as a program: what it counts and keeps, by hand; its parts, where the TPU compiler is installed."""
+"""The rollout as a program: what it counts and keeps, by hand; its parts, where the TPU compiler is
+installed.
+"""
 
 import dataclasses
 import importlib.util
@@ -19,8 +21,10 @@ def work(strategy="dp", model=None, config=CONFIG, **mesh):
 
 
 def test_useful_flops_of_a_layer():
-    """A layer of the AR: products with 9216 weights for 36 tokens, prompt and image, and attention over each pair of a token
-    and one that it sees, 4 heads of 8 wide; four FLOPs a pair and channel."""
+    """A layer of the AR: products with 9216 weights for 36 tokens, prompt and image, and attention
+    over each pair of a token and one that it sees, 4 heads of 8 wide; four FLOPs a pair and
+    channel.
+    """
     ar = CONFIG.model.ar
     one = work(
         model=dataclasses.replace(CONFIG.model, ar=dataclasses.replace(ar, num_hidden_layers=1))
@@ -49,7 +53,8 @@ def test_bytes_of_weights_and_cache():
     weights = sum(x.size for x in _leaves(whole.weights))
     assert whole.held() == {"weights": 4 * weights}, "float32, as the tiny model computes"
     assert cut.held()["weights"] < 0.5 * whole.held()["weights"]
-    # Keys and values of 2 layers, 36 slots, 2 heads of 8, 4 bytes; 2 rows of 8 a device, or 4 rows and one head.
+    # Keys and values of 2 layers, 36 slots, 2 heads of 8, 4 bytes; 2 rows of 8 a device, or 4 rows
+    # and one head.
     assert whole.within == {"cache": 2 * 2 * 36 * 2 * 8 * 4 * 2} and cut.within == {
         "cache": 2 * 2 * 36 * 1 * 8 * 4 * 4
     }
@@ -109,7 +114,8 @@ def test_a_rollout_for_tpus():
         grid.make_task(CONFIG, topology.parse("v5e:2x2"), "dp", options)
     )
     assert row["status"] == compiled_step.FITS and row["unknown"] == {}
-    # Two prompts a device: products with 18432 weights for 36 tokens, the head for 4, attention over all slots of the cache.
+    # Two prompts a device: products with 18432 weights for 36 tokens, the head for 4, attention
+    # over all slots of the cache.
     ar = sum(sum(row["flops"][part].values()) for part in ("prefill", "decode"))
     assert ar == 2 * (36 * 2 * 18432 + 4 * 2 * 32 * 32 + 4 * 36 * 36 * 32 * 2)
     assert {"prefill", "decode", "dit", "vae"} <= set(row["part_seconds"])

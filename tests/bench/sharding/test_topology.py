@@ -1,4 +1,6 @@
-"""Topologies by name. What the compiler itself says is asked in test_grid.py, where it is installed."""
+"""Topologies by name. What the compiler itself says is asked in test_grid.py, where it is
+installed.
+"""
 
 import importlib.util
 

@@ -50,7 +50,9 @@ def test_what_is_asked_for_is_right_and_the_input_never_is(edits, pictures):
 
 
 def test_another_edit_of_the_same_scene_is_wrong(edits, pictures):
-    """The output of an edit of the same kind, of another scene: not what was asked, or the rest is another."""
+    """The output of an edit of the same kind, of another scene: not what was asked, or the rest is
+    another.
+    """
     for (edit, (before, _)), (_, (_, other)) in itertools.pairwise(
         zip(edits[::7], pictures[::7], strict=True)
     ):

@@ -44,8 +44,10 @@ def test_train_and_validation_scenes_contain_no_held_out_fact(train: list[scene.
 def test_no_training_scene_satisfies_a_held_out_prompt(
     train: list[scene.Scene], test: list[scene.Scene]
 ) -> None:
-    """The same by another way: the scorer's rules instead of the facts. "A small red cross" alone in the image is what the
-    categories single and colours hold out, so scenes of several objects do not count there."""
+    """The same by another way: the scorer's rules instead of the facts. "A small red cross" alone
+    in the image is what the categories single and colours hold out, so scenes of several objects do
+    not count there.
+    """
     prompts = {
         repr(metadata): metadata for metadata in (captions.describe(drawn)[1] for drawn in test)
     }
@@ -112,7 +114,8 @@ def test_two_objects_are_named_in_reading_order(train: list[scene.Scene]) -> Non
     pairs = [drawn.things for drawn in train if drawn.category in ("two", "attribution")]
     assert len(pairs) > 500
     assert all(first_cell(a) < first_cell(b) for a, b in pairs)
-    # Nothing else of them is settled by it: either may be the large one, and any shape may come first.
+    # Nothing else of them is settled by it: either may be the large one, and any shape may come
+    # first.
     assert {(a.size, b.size) for a, b in pairs} == {
         ("small", "small"),
         ("small", "large"),

@@ -1,4 +1,6 @@
-"""The scorer's accuracy, measured: on what it must accept, on what it must reject, and on images that are not clean."""
+"""The scorer's accuracy, measured: on what it must accept, on what it must reject, and on images
+that are not clean.
+"""
 
 import collections
 import random
@@ -43,7 +45,9 @@ def test_clean_images_are_right(held_out: list, detections: list[Detection]) -> 
 
 
 def test_clean_images_are_read_completely(held_out: list, detections: list[Detection]) -> None:
-    """Not only is the verdict right: every object is found as what and where it is, within half a pixel."""
+    """Not only is the verdict right: every object is found as what and where it is, within half a
+    pixel.
+    """
     exact = 0
     for found, (drawn, _, _) in zip(detections, held_out, strict=True):
         if drawn.word:
@@ -65,8 +69,9 @@ def _place(thing: scene.Thing) -> tuple[float, float]:
 
 
 def test_mismatched_pairs_are_rejected(held_out: list, detections: list[Detection]) -> None:
-    """Each image with another scene's prompt, unless the scene's truth satisfies that too; once with any prompt, once with
-    a prompt of the same category, which is the harder half."""
+    """Each image with another scene's prompt, unless the scene's truth satisfies that too; once
+    with any prompt, once with a prompt of the same category, which is the harder half.
+    """
     rng = random.Random(0)
     accepted = tried = 0
     for same_category in (False, True):

@@ -1,4 +1,6 @@
-"""Clients of a reward server that mean it harm, and ones that do not; each kind runs in a process of its own."""
+"""Clients of a reward server that mean it harm, and ones that do not; each kind runs in a process
+of its own.
+"""
 
 import asyncio
 import base64
@@ -36,7 +38,9 @@ def zeros(count: int) -> bytes:
 
 
 def bombs(side: int, max_body: int) -> dict[str, bytes]:
-    """Bodies that cost more than they seem to. `side` x `side` are the pixels that a request may have."""
+    """Bodies that cost more than they seem to. `side` x `side` are the pixels that a request may
+    have.
+    """
     end = chunk(b"IEND", b"")
     megabytes_of_zeros = zeros(1 << 28)
     rows = chunk(b"IDAT", zeros(side * (side * 8 + 1) + 64 * side))

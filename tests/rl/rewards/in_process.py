@@ -1,4 +1,6 @@
-"""A reward server's scorers without processes, and bodies of requests, for the tests of server and client."""
+"""A reward server's scorers without processes, and bodies of requests, for the tests of server and
+client.
+"""
 
 import asyncio
 import base64
@@ -18,7 +20,9 @@ from blip3o_jax.rl.rewards.weighted import WeightedRewards
 
 
 class Red(Reward):
-    """The mean red of each image. Fails at the prompt "fail", refuses "refuse", and waits for `gate` at "wait"."""
+    """The mean red of each image. Fails at the prompt "fail", refuses "refuse", and waits for
+    `gate` at "wait".
+    """
 
     def __init__(self):
         self.gate, self.waiting, self.sizes, self.images = (

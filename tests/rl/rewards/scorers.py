@@ -1,4 +1,6 @@
-"""Rewards as users write them, for the tests: good ones, and ones that do whatever their metadata tell them to."""
+"""Rewards as users write them, for the tests: good ones, and ones that do whatever their metadata
+tell them to.
+"""
 
 import os
 import sys

@@ -1,4 +1,6 @@
-"""The reward on the shapes data set's own drawings, and its thresholds on a detector with hand-made findings."""
+"""The reward on the shapes data set's own drawings, and its thresholds on a detector with hand-made
+findings.
+"""
 
 import numpy as np
 import pytest

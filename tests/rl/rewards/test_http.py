@@ -56,7 +56,9 @@ def guarded():
 
 
 class Stub(http.server.BaseHTTPRequestHandler):
-    """Answers a path /NAME/... as `answers` says under NAME: (status, body, headers). Counts how often it was asked."""
+    """Answers a path /NAME/... as `answers` says under NAME: (status, body, headers). Counts how
+    often it was asked.
+    """
 
     answers: ClassVar[dict] = {}
     asked: ClassVar[collections.Counter] = collections.Counter()
@@ -90,7 +92,9 @@ def stubs():
 
 @pytest.fixture
 def answering(stubs):
-    """Makes a server that always answers the same: (url, function that tells how often it was asked)."""
+    """Makes a server that always answers the same: (url, function that tells how often it was
+    asked).
+    """
 
     def make(status: int, body: bytes, headers=None):
         name = str(len(Stub.answers))
@@ -102,7 +106,9 @@ def answering(stubs):
 
 @contextlib.contextmanager
 def sending(*pieces: bytes, pause: float = 0.0, for_ever: bytes = b""):
-    """The url of a server that reads a request's headers, then sends these bytes whatever they are, then some for ever."""
+    """The url of a server that reads a request's headers, then sends these bytes whatever they are,
+    then some for ever.
+    """
     over = threading.Event()
 
     def send() -> None:
@@ -279,7 +285,8 @@ def test_whatever_is_sent_is_a_failure_of_one_line(pieces):
 
 
 DRIPS = (
-    # What is sent first, and then for ever: a byte at a time keeps a socket's timeout from expiring.
+    # What is sent first, and then for ever: a byte at a time keeps a socket's timeout from
+    # expiring.
     (b"", b"1"),
     (b"HTTP/1.1 200 OK\r\nA: ", b"1"),
     (b"HTTP/1.1 200 OK\r\nContent-Length: 50000\r\n\r\n", b"1"),

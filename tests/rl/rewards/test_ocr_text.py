@@ -1,4 +1,6 @@
-"""What is asked and what is read have one form, and that form is within what the recogniser can say."""
+"""What is asked and what is read have one form, and that form is within what the recogniser can
+say.
+"""
 
 import pathlib
 import string
@@ -9,8 +11,9 @@ import pytest
 from blip3o_jax.rl.rewards import ocr
 from blip3o_jax.rl.rewards.ocr_text import _SIGNS, normalise, unreadable
 
-# The characters of published prompt files (PartiPrompts, DrawBench, GenEval, TextCaps' and Flow-GRPO's lists of texts)
-# beyond ASCII, and their relatives: what word processors, keyboards and translations write.
+# The characters of published prompt files (PartiPrompts, DrawBench, GenEval, TextCaps' and
+# Flow-GRPO's lists of texts) beyond ASCII, and their relatives: what word processors, keyboards and
+# translations write.
 ALPHABET = (
     string.printable
     + "\u2018\u2019\u201a\u201b\u201c\u201d\u201e\u201f\u2032\u2033\u00b4\u02bc\u00ab\u00bb\u2039\u203a"  # quotes

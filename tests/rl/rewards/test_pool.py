@@ -1,4 +1,6 @@
-"""What a scorer can do wrong, each with a real process. One pool serves most tests: a process costs more than a test."""
+"""What a scorer can do wrong, each with a real process. One pool serves most tests: a process costs
+more than a test.
+"""
 
 import os
 import pathlib
@@ -15,7 +17,8 @@ from blip3o_jax.rl.rewards.pool import BREAKER, CHUNK, Judged, RewardPool, check
 
 ROOT = pathlib.Path(__file__).parents[3]
 OBEDIENT = RewardConfig("python:tests.rl.rewards.scorers.obedient", weight=2.0)
-# Long enough that no sound scorer is taken for a hung one on a busy machine, short enough to wait for.
+# Long enough that no sound scorer is taken for a hung one on a busy machine, short enough to wait
+# for.
 TIMEOUT = 1.0
 
 
@@ -103,7 +106,9 @@ def test_a_hung_scorer_is_killed(pool):
 
 
 def test_a_scorer_that_only_fails_is_given_up(pool, tmp_path):
-    """Each chunk is tried once until the breaker opens. Chunks that were sent by then are still answered."""
+    """Each chunk is tried once until the breaker opens. Chunks that were sent by then are still
+    answered.
+    """
     chunks = 8 * BREAKER
     judged = judge(pool, {i: {"do": "raise"} for i in range(chunks * CHUNK)}, count=chunks * CHUNK)
     assert judged.failed_B.all()

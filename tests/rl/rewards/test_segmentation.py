@@ -1,4 +1,6 @@
-"""The detector on models of the transformers library, tiny and random, from a local directory: what goes in and comes out."""
+"""The detector on models of the transformers library, tiny and random, from a local directory: what
+goes in and comes out.
+"""
 
 import json
 import string
@@ -117,7 +119,9 @@ def test_an_object_is_cut_out_on_grey():
 
 
 def test_colours_are_the_nearest_text(directories, rng):
-    """Against the same from the library's own joint forward pass, one crop and one template at a time."""
+    """Against the same from the library's own joint forward pass, one crop and one template at a
+    time.
+    """
     crops = [
         rng.integers(0, 256, (h, w, 3), dtype=np.uint8) for h, w in ((20, 20), (9, 31), (16, 16))
     ]
