@@ -656,7 +656,7 @@ class DataConfig(ConfigGroup, path="data"):
     workers: Annotated[int, Bounds(0, 1024)] = 8
     prefetch: Annotated[int, Bounds(1, 1024)] = 2  # batches each worker keeps ready
     shuffle: bool = True
-    max_bad_share: Fraction = 0.01  # of the records seen; above it the run stops
+    max_bad_fraction: Fraction = 0.01  # of the records seen; above it the run stops
     # What becomes of a record whose text leaves no room for its image in the row: "skip" (counted),
     # "truncate" (the text is cut, never the image's tokens) or "error" (the run ends).
     too_long: Literal["skip", "truncate", "error"] = "skip"
@@ -695,7 +695,7 @@ class OptimizerConfig(ConfigGroup, path="optimizer"):
     name: Literal["adamw", "muon"] = "adamw"
     learning_rate: LearningRate = 5e-5
     end_learning_rate: LearningRate = 1e-5
-    warmup_share: Fraction = 0.01
+    warmup_fraction: Fraction = 0.01
     weight_decay: Annotated[float, Bounds(0, 100)] = 0.0
     b1: Decay = 0.9
     b2: Decay = 0.95

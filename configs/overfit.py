@@ -21,7 +21,7 @@ IMAGE_SIZE = 64  # a multiple of 16
 def get_config() -> dict[str, config.Config]:
     base = config.Config(
         model=demo.model(IMAGE_SIZE),
-        data=config.DataConfig(batch_size=16, max_length=96, workers=0, max_bad_share=0.2),
+        data=config.DataConfig(batch_size=16, max_length=96, workers=0, max_bad_fraction=0.2),
         mesh=config.MeshConfig(data=-1, fsdp=1, strategy="dp", cpu_devices=demo.cpu_devices()),
         log_every=50,
         # What was learned by heart is wanted back: the likeliest tokens, and the condition as it
@@ -37,7 +37,7 @@ def get_config() -> dict[str, config.Config]:
             stage=name,
             steps=steps,
             optimizer=config.OptimizerConfig(
-                learning_rate=rate, end_learning_rate=rate / 50, warmup_share=0.05, b2=0.99
+                learning_rate=rate, end_learning_rate=rate / 50, warmup_fraction=0.05, b2=0.99
             ),
             checkpoint=config.CheckpointConfig(
                 every=200, keep=1, init_from=changes.pop("init_from", ())

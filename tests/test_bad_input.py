@@ -183,7 +183,7 @@ def test_odd_records_are_skipped_and_counted_up_to_the_share_allowed(place):
     odd = write_odd_records(place)
     sources = "[{'path': 'odd'}, {'path': 'odd.parquet'}]"
     train = ("train", "--config=config.py", "--workdir=run", f"--config.data.sources={sources}")
-    done = blip3o(place, *train, "--config.data.max_bad_share=0.9", "--config.steps=12")
+    done = blip3o(place, *train, "--config.data.max_bad_fraction=0.9", "--config.steps=12")
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     for key, reason in odd.items():
         assert f": {key}: {reason}" in done.stderr
@@ -197,7 +197,7 @@ def test_odd_records_are_skipped_and_counted_up_to_the_share_allowed(place):
     assert counts["skipped/the_row_group_cannot_be_read"] >= 4
 
     before = snapshot(place / "run" / "checkpoints" / "12")
-    words = ("records (", "cannot be read, more than data.max_bad_share=1.0%", "odd")
+    words = ("records (", "cannot be read, more than data.max_bad_fraction=1.0%", "odd")
     refused(blip3o(place, *train, "--config.steps=40", "--config.seed=0"), *words)
     assert snapshot(place / "run" / "checkpoints" / "12") == before
 

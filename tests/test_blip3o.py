@@ -283,7 +283,7 @@ def test_other_stages_learn_one_batch(stage):
     """A few steps on one batch: the loss falls, and by more than it jitters."""
     kind, _, stage = stage.rpartition(" ")
     cfg, image_first, batch = tiny.prepared(stage)
-    optimizer = dataclasses.replace(cfg.optimizer, learning_rate=3e-3, warmup_share=0.01)
+    optimizer = dataclasses.replace(cfg.optimizer, learning_rate=3e-3, warmup_fraction=0.01)
     loss = dataclasses.replace(cfg.loss, dense=3.0 if kind else 0.0)
     cfg = dataclasses.replace(cfg, steps=100, optimizer=optimizer, loss=loss)
     strategy = tiny.strategy()

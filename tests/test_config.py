@@ -124,7 +124,7 @@ def test_published_recipes(size, width, mlp):
             2048,
         )
         assert (recipe.optimizer.learning_rate, recipe.optimizer.end_learning_rate) == (5e-5, 1e-5)
-        assert (recipe.optimizer.warmup_share, recipe.optimizer.weight_decay) == (0.01, 0.0)
+        assert (recipe.optimizer.warmup_fraction, recipe.optimizer.weight_decay) == (0.01, 0.0)
         assert (recipe.model.ar.hidden_size, recipe.model.ar.intermediate_size) == (width, mlp)
         assert (
             recipe.model.tokenizer.encoder.param_dtype == recipe.model.vae.param_dtype == "bfloat16"

@@ -131,7 +131,7 @@ def run_config(path: str | pathlib.Path = "", **changes: object) -> config.Confi
         log_every=1,
         model=model(),
         data=config.DataConfig(path=str(path), batch_size=8, max_length=32, workers=0),
-        optimizer=config.OptimizerConfig(learning_rate=1e-3, warmup_share=0.2),
+        optimizer=config.OptimizerConfig(learning_rate=1e-3, warmup_fraction=0.2),
         loss=config.LossConfig(ce_chunk=8),
         mesh=config.MeshConfig(data=-1, fsdp=1, strategy="dp"),
         checkpoint=config.CheckpointConfig(every=100),

@@ -61,7 +61,7 @@ class Loader(Iterator[Batch]):
         (to a hundredth of the smallest). Those of another `shape` come in batches of their own.
       transform: a record -> the arrays of one row. Any exception but ConfigError skips the record.
         It must pickle, and each host must give rows of the same shapes.
-      data: batch_size, pack, workers, prefetch, shuffle, too_long and max_bad_share are used. With
+      data: batch_size, pack, workers, prefetch, shuffle, too_long and max_bad_fraction are used. With
         0 workers, threads do the work.
       rows: which rows of a global batch this host reads (`host_rows`); all by default.
       join: the arrays and records of `data.pack` examples that follow each other -> those of a row,
@@ -93,7 +93,7 @@ class Loader(Iterator[Batch]):
         self._seen = self._bad = self._too_long = 0
         self._logged: set[tuple[str, str]] = set()
         self._logged_too_long = 0
-        self._warned = False  # of the share that is too long
+        self._warned = False  # of the fraction that is too long
         self._sound: set[int] = set()  # shards (CRC-32 of their names) of which a record was used
         self._suspects: dict[str, dict[str, str]] = {}  # other shards: key -> kind of reason
         self._last_skipped = ""
@@ -241,9 +241,9 @@ class Loader(Iterator[Batch]):
     def _judge(
         self, bad_records_B: np.ndarray, shards_B: np.ndarray, reports_B: np.ndarray
     ) -> None:
-        """Count and log what was skipped; stop the run above the share allowed.
+        """Count and log what was skipped; stop the run above the fraction allowed.
 
-        The share is that of the examples whose own record cannot be read. What is skipped in the
+        The fraction is that of the examples whose own record cannot be read. What is skipped in the
         search for another says little of the set: where four neighbours are damaged, ten are
         skipped in an epoch.
         """
@@ -258,17 +258,18 @@ class Loader(Iterator[Batch]):
             for shard, key, reason, kind in records:
                 self._log_skipped(shard, key, reason, kind)
         self._warn_of_too_long()
-        allowed = self._data.max_bad_share
+        allowed = self._data.max_bad_fraction
         if self._enough(allowed) and self._bad > allowed * self._seen:
             raise BadRecordLimit(
                 f"{self._bad} of {self._seen} records ({self._bad / self._seen:.1%}) cannot be read, more than "
-                f"data.max_bad_share={allowed:.1%}, the last {self._last_skipped}; repair the data set or raise that share"
+                f"data.max_bad_fraction={allowed:.1%}, the last {self._last_skipped}; repair the data set "
+                "or raise that fraction"
             )
 
-    def _enough(self, share: float) -> bool:
-        """Whether a share of the records is more than chance: 10 would be of it, or the whole data
-        set was seen."""
-        enough = min(self._records, max(100, math.ceil(10 / share))) if share > 0 else 0
+    def _enough(self, fraction: float) -> bool:
+        """Return whether enough records were seen to tell `fraction` of them from chance: ten times
+        its inverse, or the whole data set."""
+        enough = min(self._records, max(100, math.ceil(10 / fraction))) if fraction > 0 else 0
         return self._seen >= enough
 
     def _log_skipped(self, shard: str, key: str, reason: str, kind: str) -> None:
@@ -296,11 +297,11 @@ class Loader(Iterator[Batch]):
             )
 
     def _warn_of_too_long(self) -> None:
-        """Say once that more than the share of bad records allowed is too long: it does not end the
-        run."""
-        share = self._data.max_bad_share
+        """Warn once if the fraction of too long records exceeds data.max_bad_fraction. The run goes
+        on."""
+        fraction = self._data.max_bad_fraction
         seen = self._seen + self._too_long
-        if not self._warned and self._enough(share) and self._too_long > share * seen:
+        if not self._warned and self._enough(fraction) and self._too_long > fraction * seen:
             self._warned = True
             _log.warning(
                 "%d of %d records (%.1f%%) are longer than a row and were skipped, as data.too_long says: raise "

@@ -39,7 +39,7 @@ _REPORT_BYTES = 4096
 
 
 class BadRecordLimit(UserError):
-    """More records than data.max_bad_share allows could not be used."""
+    """More records than data.max_bad_fraction allows could not be used."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -184,7 +184,7 @@ def recipe(
         optimizer = {
             "learning_rate": rate,
             "end_learning_rate": rate / 50,
-            "warmup_share": 0.05,
+            "warmup_fraction": 0.05,
             "b2": 0.99,
         }
         return dataclasses.replace(
@@ -257,7 +257,11 @@ def reinforcement(
         log_every=1,
         preview=0,
         optimizer=config.OptimizerConfig(
-            learning_rate=1.5e-4, end_learning_rate=1e-5, warmup_share=0.05, b2=0.99, ema_decay=0.95
+            learning_rate=1.5e-4,
+            end_learning_rate=1e-5,
+            warmup_fraction=0.05,
+            b2=0.99,
+            ema_decay=0.95,
         ),
         mesh=mesh(),
         checkpoint=dataclasses.replace(given.checkpoint, every=steps, keep=1),

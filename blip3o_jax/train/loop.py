@@ -321,14 +321,14 @@ class _Meter:
         return float(np.mean(finite)) if finite else float("inf")
 
     def read(self) -> dict[str, float]:
-        """examples/s, tokens/s, share of the time spent waiting for data, memory, MFU; then starts
+        """examples/s, tokens/s, fraction of the time spent waiting for data, memory, MFU; then starts
         over.
         """
         seconds = max(1e-9, time.monotonic() - self._since)
         examples = self.steps * self.config.data.batch_size / seconds
         values = {
             "examples_per_s": examples,
-            "data_wait": self.waited / seconds,
+            "data_wait_fraction": self.waited / seconds,
             "host_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
         }
         if self.config.stage == "joint":

@@ -18,10 +18,10 @@ _STACKED_MATRIX = optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_ax
 
 
 def learning_rate(cfg: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Step -> learning rate: up from 0 over `warmup_share` of `steps`, then a cosine to
+    """Step -> learning rate: up from 0 over `warmup_fraction` of `steps`, then a cosine to
     `end_learning_rate` at the last.
     """
-    warmup = max(1, round(cfg.warmup_share * steps))
+    warmup = max(1, round(cfg.warmup_fraction * steps))
     return optax.warmup_cosine_decay_schedule(
         0.0, cfg.learning_rate, warmup, max(steps, warmup + 1), cfg.end_learning_rate
     )

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 @pytest.mark.parametrize("token_guidance", [pytest.param(1.0, marks=pytest.mark.slow), 1.5])
 def test_both_ways_draw_the_same_images_and_learn_the_same(tmp_path, token_guidance, capsys):
     sampling = dataclasses.replace(runs.run_config().rl.rollout, token_guidance=token_guidance)
-    optimizer = config.OptimizerConfig(learning_rate=1e-3, warmup_share=0.0)
+    optimizer = config.OptimizerConfig(learning_rate=1e-3, warmup_fraction=0.0)
     given = runs.run_config(
         rollout=sampling, optimizer=optimizer, mesh={"data": 8, "fsdp": 1, "strategy": "dp"}
     )

@@ -55,7 +55,7 @@ def to_row(record: Record) -> dict[str, np.ndarray]:
 def make(
     sources=None, *, seed=7, hosts=(0, 1), rows=None, transform=to_row, join=None, **data
 ) -> Loader:
-    data = {"batch_size": 8, "workers": 0, "max_bad_share": 1.0} | data
+    data = {"batch_size": 8, "workers": 0, "max_bad_fraction": 1.0} | data
     sources = [(Numbers("a", 50), 3.0), (Numbers("b", 30), 1.0)] if sources is None else sources
     settings = DataConfig(**data)
     share = settings.batch_size // hosts[1]
@@ -155,33 +155,33 @@ def test_a_record_that_does_not_decode_is_named(caplog: pytest.LogCaptureFixture
 
 
 def test_too_many_bad_records_stop_the_run() -> None:
-    few = make([(Numbers("a", 10_000, bad=(5,)), 1.0)], shuffle=False, max_bad_share=0.01)
+    few = make([(Numbers("a", 10_000, bad=(5,)), 1.0)], shuffle=False, max_bad_fraction=0.01)
     for _ in range(20):
         next(few)
     many = make(
         [(Numbers("a", 10_000, bad=tuple(range(0, 10_000, 40))), 1.0)],
         shuffle=False,
-        max_bad_share=0.01,
+        max_bad_fraction=0.01,
     )
     with pytest.raises(
         BadRecordLimit,
-        match=r"\(2\.\d%\) cannot be read, .*max_bad_share=1\.0%, the last a\.tar: k\d+: broken",
+        match=r"\(2\.\d%\) cannot be read, .*max_bad_fraction=1\.0%, the last a\.tar: k\d+: broken",
     ):
         for _ in range(200):
             next(many)
     # A small set is judged after one pass, and none at all may mean none.
-    small = make([(Numbers("a", 16, bad=(3,)), 1.0)], max_bad_share=0.01)
+    small = make([(Numbers("a", 16, bad=(3,)), 1.0)], max_bad_fraction=0.01)
     with pytest.raises(BadRecordLimit, match=r"a.tar: k3: broken"):
         for _ in range(3):
             next(small)
     with pytest.raises(BadRecordLimit):
-        next(make([(Numbers("a", 10_000, bad=(3,)), 1.0)], shuffle=False, max_bad_share=0.0))
+        next(make([(Numbers("a", 10_000, bad=(3,)), 1.0)], shuffle=False, max_bad_fraction=0.0))
     # Neighbours that are skipped for each other count once: an eighth of these is damaged.
-    damaged = make([(Numbers("a", 32, bad=(20, 21, 22, 23)), 1.0)], max_bad_share=0.13)
+    damaged = make([(Numbers("a", 32, bad=(20, 21, 22, 23)), 1.0)], max_bad_fraction=0.13)
     for _ in range(12):
         next(damaged)
     with pytest.raises(BadRecordLimit, match=r"4 of 32 records \(12\.5%\)"):
-        take(make([(Numbers("a", 32, bad=(20, 21, 22, 23)), 1.0)], max_bad_share=0.12), 4)
+        take(make([(Numbers("a", 32, bad=(20, 21, 22, 23)), 1.0)], max_bad_fraction=0.12), 4)
 
 
 def test_a_source_with_nothing_readable_stops_at_once() -> None:
@@ -201,7 +201,7 @@ def too_long_at(record: Record) -> dict[str, np.ndarray]:
 def test_a_row_that_is_too_long_is_skipped_and_counted_and_never_ends_the_run(caplog) -> None:
     """A quarter of the records, where none may be bad. The count goes on after a resume."""
     loader = make(
-        [(Numbers("a", 400), 1.0)], transform=too_long_at, shuffle=False, max_bad_share=0.0
+        [(Numbers("a", 400), 1.0)], transform=too_long_at, shuffle=False, max_bad_fraction=0.0
     )
     first = next(loader)
     assert first["number"].tolist() == [0, 2, 2, 3, 4, 6, 6, 7] and not first["bad_records"].any()

@@ -53,7 +53,7 @@ def run_config(
         preview=0,
         model=dataclasses.replace(given.model, text=text),
         data=config.DataConfig(max_length=given.data.max_length),
-        optimizer=config.OptimizerConfig(learning_rate=1e-3, warmup_share=0.2),
+        optimizer=config.OptimizerConfig(learning_rate=1e-3, warmup_fraction=0.2),
         mesh=config.MeshConfig(**(mesh or {"data": 1, "fsdp": 1, "strategy": "dp"})),
         checkpoint=config.CheckpointConfig(
             every=100, init_from=tuple((part, str(root / str(step))) for part in PARTS)

@@ -49,7 +49,7 @@ def get_config():
     return tiny.run_config(IMAGES, stage="tokenizer", steps=6, preview=2, **groups)
 """
 AGAIN = "the same command resumes from the last checkpoint in its --workdir"
-TIMES = ("examples_per_s", "data_wait", "host_memory_gib")
+TIMES = ("examples_per_s", "data_wait_fraction", "host_memory_gib")
 
 
 @pytest.fixture(scope="module")

@@ -125,7 +125,7 @@ def test_a_run_writes_what_the_issue_of_it_can_be_judged_by(whole):
         "learning_rate",
         "examples_per_s",
         "tokens_per_s",
-        "data_wait",
+        "data_wait_fraction",
     }
     names |= {
         "grad_norm",
@@ -138,7 +138,7 @@ def test_a_run_writes_what_the_issue_of_it_can_be_judged_by(whole):
     for row in written:
         assert names <= row.keys()
         assert all(np.isfinite(row[name]) for name in names)
-        assert 0 <= row["data_wait"] <= 1
+        assert 0 <= row["data_wait_fraction"] <= 1
         assert row["tokens_per_s"] == pytest.approx(row["examples_per_s"] * 32)
         assert row["loss"] == pytest.approx(row["ce"] + row["flow"], rel=1e-6)
     assert written[-1]["loss"] < written[0]["loss"]
@@ -413,7 +413,7 @@ def test_the_cache_is_for_frozen_encoders(tmp_path):
 def test_unreadable_records_are_counted(tmp_path, monkeypatch):
     tiny.write_data(tmp_path / "images")
     (tmp_path / "images" / "002.png").write_bytes(b"")
-    data = {"path": str(tmp_path / "images"), "max_bad_share": 0.5}
+    data = {"path": str(tmp_path / "images"), "max_bad_fraction": 0.5}
     with pytest.raises(Stopped):
         stop_after(monkeypatch, 3)
         supervised.train(tokenizer(data=data), tmp_path / "run")

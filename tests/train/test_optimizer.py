@@ -30,7 +30,9 @@ def test_clipping():
 
 
 def test_schedule():
-    cfg = config_lib.OptimizerConfig(learning_rate=1e-3, end_learning_rate=1e-4, warmup_share=0.1)
+    cfg = config_lib.OptimizerConfig(
+        learning_rate=1e-3, end_learning_rate=1e-4, warmup_fraction=0.1
+    )
     rate = learning_rate(cfg, 100)
     want = {0: 0, 5: 5e-4, 10: 1e-3, 55: (1e-3 + 1e-4) / 2, 100: 1e-4}
     assert {step: float(rate(step)) for step in want} == pytest.approx(want, rel=1e-5, abs=1e-9)
@@ -70,7 +72,7 @@ def _updates(optimizer, params, steps=3):
 def test_muon_takes_each_layer_of_a_stack_for_a_matrix_of_its_own():
     settings = {"muon_beta": 0.9, "weight_decay": 0.01, "eps": 1e-6}  # none the default
     cfg = config_lib.OptimizerConfig(
-        name="muon", learning_rate=1e-2, warmup_share=0.1, clip_norm=0.0, **settings
+        name="muon", learning_rate=1e-2, warmup_fraction=0.1, clip_norm=0.0, **settings
     )
     params = _muon_params()
     got = _updates(make_optimizer(cfg, 10), params)["layers"]["up"]["kernel"]
@@ -90,7 +92,7 @@ def test_muon_takes_each_layer_of_a_stack_for_a_matrix_of_its_own():
 
 def test_muon_leaves_all_but_stacked_matrices_to_adamw():
     cfg = config_lib.OptimizerConfig(
-        learning_rate=1e-2, warmup_share=0.1, clip_norm=0.0, weight_decay=0.1
+        learning_rate=1e-2, warmup_fraction=0.1, clip_norm=0.0, weight_decay=0.1
     )
     params = _muon_params()
     want = _updates(make_optimizer(cfg, 10), params)

@@ -34,7 +34,7 @@ def setup(supervise_prompt=False):
     on.
     """
     cfg, image_first, batch = tiny.prepared("joint", supervise_prompt)
-    optimizer = dataclasses.replace(cfg.optimizer, ema_decay=DECAY, warmup_share=0.1)
+    optimizer = dataclasses.replace(cfg.optimizer, ema_decay=DECAY, warmup_fraction=0.1)
     return dataclasses.replace(cfg, optimizer=optimizer), image_first, tiny.cached_batch(cfg, batch)
 
 

@@ -43,7 +43,7 @@ def setup(case):
     on.
     """
     cfg, image_first, batch = tiny.prepared("joint" if case == "cached" else case)
-    optimizer = dataclasses.replace(cfg.optimizer, ema_decay=0.75, warmup_share=0.1)
+    optimizer = dataclasses.replace(cfg.optimizer, ema_decay=0.75, warmup_fraction=0.1)
     batch = tiny.cached_batch(cfg, batch) if case == "cached" else batch
     return dataclasses.replace(cfg, optimizer=optimizer), image_first, batch
 

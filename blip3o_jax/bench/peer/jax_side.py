@@ -99,7 +99,9 @@ class Side:
             steps=10**6,
             model=model,
             data=DataConfig(batch_size=rows, max_length=length),
-            optimizer=OptimizerConfig(learning_rate=rate, end_learning_rate=rate, warmup_share=0.0),
+            optimizer=OptimizerConfig(
+                learning_rate=rate, end_learning_rate=rate, warmup_fraction=0.0
+            ),
             loss=LossConfig(),
         )
         plan = plan_state(config, self.strategy)
