@@ -9,7 +9,7 @@ import pytest
 PACKAGE = pathlib.Path(__file__).parent.parent / "blip3o_jax"
 LAYERS = (
     ("exits",),
-    ("fields", "config", "convolution", "nn", "lora", "connections", "serving"),
+    ("fields", "config", "nn", "lora", "connections", "serving"),
     ("files",),
     ("checksums",),
     ("text",),

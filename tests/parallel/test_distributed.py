@@ -326,7 +326,7 @@ def test_an_error_on_one_host_ends_all_with_its_status(tmp_path):
 @pytest.mark.slow
 def test_hosts_with_other_code_are_refused(tmp_path):
     shutil.copytree(ROOT / "blip3o_jax", tmp_path / "other" / "blip3o_jax")
-    with (tmp_path / "other" / "blip3o_jax" / "nn.py").open("a") as file:
+    with (tmp_path / "other" / "blip3o_jax" / "lora.py").open("a") as file:
         file.write("# changed\n")
     workdir = f"--workdir={tmp_path / 'run'}"
     said = said_by(two_hosts(tmp_path, [workdir], [workdir], cwd=(ROOT, tmp_path / "other")))

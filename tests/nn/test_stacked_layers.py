@@ -1,12 +1,12 @@
+"""Hold a scan over stacked layers to the loop over them."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
 
 from blip3o_jax import nn
-from tests import tiny
 from tests.conftest import relative_error
 
 LAYERS, D = 3, 8
@@ -158,46 +158,3 @@ def test_layers_are_recorded_in_the_context_alone(layers, inputs):
             assert (loops(), len(inner), len(records)) == (0, LAYERS, LAYERS)
         assert (loops(), len(records)) == (0, 2 * LAYERS)
     assert (loops(), len(records)) == (1, 2 * LAYERS)
-
-
-def test_constrain_counts_names_and_is_nothing_without_a_strategy(inputs):
-    with pytest.raises(
-        ValueError, match=r"constrain: 1 axis names \('batch',\) for an array of shape \(2, 8\)"
-    ):
-        nn.constrain(inputs[0], "batch")
-    assert nn.constrain(inputs[0], "batch", None) is inputs[0]
-
-
-def test_constrain_places_activations_by_the_part_being_traced(inputs):
-    """The same names lie elsewhere in the autoencoder, which strategy fsdp_tp does not cut by
-    width.
-    """
-    strategy = tiny.strategy("fsdp_tp", fsdp=2, tensor=2)
-
-    def place(part):
-        def fn(x):
-            with nn.sharding_resolver(strategy.resolver), nn.part(part):
-                return nn.constrain(x, "batch", "act_mlp")
-
-        return jax.jit(fn)(inputs[0]).sharding
-
-    assert place("ar").is_equivalent_to(
-        NamedSharding(strategy.mesh, PartitionSpec("fsdp", "tensor")), 2
-    )
-    assert place("vae").is_equivalent_to(
-        NamedSharding(strategy.mesh, PartitionSpec("fsdp", None)), 2
-    )
-
-
-def test_param_needs_a_name_for_every_dimension():
-    with pytest.raises(
-        ValueError, match=r"param: shape \(2, 3\) has 2 dimensions, axes \('embed',\) name 1"
-    ):
-        nn.param(nnx.Rngs(0), (2, 3), ("embed",), nn.zeros)
-
-
-def test_norms_take_their_statistics_in_float32(rng):
-    """In bfloat16 the sum of 4096 equal squares stops growing long before the end."""
-    x = jnp.full((4096,), 3.0, jnp.bfloat16)
-    norm = nn.RMSNorm(4096, rngs=nnx.Rngs(0), eps=0.0)
-    assert norm(x).dtype == jnp.bfloat16 and float(norm(x)[0]) == 1.0

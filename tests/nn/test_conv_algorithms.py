@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from blip3o_jax import convolution
-from blip3o_jax.convolution import conv2d, upsampled_conv2d
+from blip3o_jax.nn import conv_algorithms
+from blip3o_jax.nn.conv_algorithms import conv2d, upsampled_conv2d
 from tests.conftest import relative_error
 
 
@@ -86,7 +86,7 @@ def test_depthwise_accumulates_in_float32(rng):
 
 @pytest.mark.parametrize(
     "gradients",
-    [convolution._depthwise_gradients_reduced, convolution._depthwise_gradients_by_pixel],
+    [conv_algorithms._depthwise_gradients_reduced, conv_algorithms._depthwise_gradients_by_pixel],
 )
 def test_gradients_of_every_platform(rng, gradients):
     """Those of the TPU's form too, which a CPU does not take by itself; sums in another order,
