@@ -1,5 +1,5 @@
 """Types of command-line flags: what a value may be, said by the annotations that settings have
-(fields.py).
+(config/fields.py).
 """
 
 import argparse
@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
-from blip3o_jax import fields
-from blip3o_jax.fields import Bounds
+from blip3o_jax.config import fields
+from blip3o_jax.config.fields import Bounds
 
 # (kind of number, as a message names it)
 _NAMES = {int: "a whole number", float: "a number"}

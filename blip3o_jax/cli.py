@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 from blip3o_jax import __version__, arguments, cli_bench, cli_convert, cli_rl, exits, files
 from blip3o_jax.config import SamplingConfig, UserError
-from blip3o_jax.fields import INT32, UINT32, escaped, shown
+from blip3o_jax.config.fields import INT32, UINT32, escaped, shown
 
 _SAMPLING = (
     "steps",
@@ -672,9 +672,9 @@ def _index(args: argparse.Namespace) -> None:
 
 
 def _train(args: argparse.Namespace) -> int:
-    from blip3o_jax import config_file
+    from blip3o_jax.config import loader
 
-    stages = config_file.load_recipe(args.config, args.overrides)
+    stages = loader.load_recipe(args.config, args.overrides)
 
     def run(workdir: Path) -> None:
         from blip3o_jax.train import recipe
@@ -685,13 +685,13 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _rl(args: argparse.Namespace) -> int:
-    from blip3o_jax import config_file
+    from blip3o_jax.config import loader
 
     if not args.config:
         raise UserError(
             "rl: --config names no file: --config=configs/rl.py:ocr:CHECKPOINT, or rl serve-rewards"
         )
-    config = config_file.load(args.config, args.overrides)
+    config = loader.load(args.config, args.overrides)
 
     def run(workdir: Path) -> None:
         from blip3o_jax.rl import method
@@ -786,9 +786,10 @@ def _evaluate(args: argparse.Namespace) -> None:
 
 
 def _params(args: argparse.Namespace) -> None:
-    from blip3o_jax import config_file, model_table
+    from blip3o_jax import model_table
+    from blip3o_jax.config import loader
 
-    model_table.print_table(config_file.load(args.config, args.overrides))
+    model_table.print_table(loader.load(args.config, args.overrides))
 
 
 def _demo(args: argparse.Namespace) -> None:

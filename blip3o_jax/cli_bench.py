@@ -206,8 +206,8 @@ def _add_sharding(kinds: Any, command: Callable) -> None:
 
 
 def _sharding(args: argparse.Namespace) -> None:
-    from blip3o_jax import config_file
     from blip3o_jax.bench.sharding import grid
+    from blip3o_jax.config import loader
 
     options = grid.Options(
         topologies=args.topology,
@@ -230,7 +230,7 @@ def _sharding(args: argparse.Namespace) -> None:
     flags += ["--keep_hlo"] * args.keep_hlo + ["--no_schedules"] * args.no_schedules
     flags += [f"--config.{key}={value}" for key, value in args.overrides]
     command = shlex.join(["blip3o", "bench", "sharding", *flags])
-    config = config_file.load(args.config, args.overrides)
+    config = loader.load(args.config, args.overrides)
     report = grid.bench(config, args.out, options, command)
     grid.print_report(report)
     grid.check_any(report)
@@ -309,10 +309,10 @@ def _add_rl(kinds: Any, command: Callable) -> None:
 
 
 def _rl(args: argparse.Namespace) -> None:
-    from blip3o_jax import config_file
     from blip3o_jax.bench import rl_step
+    from blip3o_jax.config import loader
 
-    config = config_file.load(args.config, args.overrides)
+    config = loader.load(args.config, args.overrides)
     flags = [
         f"--config={args.config}",
         *(f"--config.{key}={value}" for key, value in args.overrides),
@@ -338,10 +338,10 @@ def _batch(text: str) -> int | str:
 
 
 def _conversion(args: argparse.Namespace) -> None:
-    from blip3o_jax import config_file
     from blip3o_jax.bench import conversion
+    from blip3o_jax.config import loader
 
-    model = config_file.load(args.config, args.overrides).model
+    model = loader.load(args.config, args.overrides).model
     conversion.print_table(conversion.run(model, args.out, dtype=args.dtype))
 
 

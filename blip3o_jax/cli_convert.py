@@ -5,9 +5,9 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from blip3o_jax import arguments, fields, files
-from blip3o_jax.config import MeshConfig, UserError, from_dict
-from blip3o_jax.fields import UINT32, escaped
+from blip3o_jax import arguments, files
+from blip3o_jax.config import MeshConfig, UserError, fields, from_dict
+from blip3o_jax.config.fields import UINT32, escaped
 
 DTYPES = ("float32", "bfloat16", "float16")
 _UNITS = {

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Annotated, Any
 
 from blip3o_jax import arguments
-from blip3o_jax.fields import Bounds
+from blip3o_jax.config.fields import Bounds
 
 
 def add(commands: Any, command: Callable, add_hosts: Callable[[Any], None], run: Callable) -> None:

@@ -18,13 +18,14 @@ Expected: the nearest published figure is where the GenEval reinforcement learni
 import dataclasses
 import pathlib
 
-from blip3o_jax import config, config_file
+from blip3o_jax import config
+from blip3o_jax.config import loader
 
 
 def get_config(argument: str = "1.7b") -> config.Config:
     size, _, more = argument.partition(":")
     config.check_choice("tasks", more, ("", "understand"))
-    pretrain = config_file.load(f"{pathlib.Path(__file__).with_name('pretrain.py')}:{size}")
+    pretrain = loader.load(f"{pathlib.Path(__file__).with_name('pretrain.py')}:{size}")
     editing = dataclasses.replace(pretrain.model.editing, references=1 if more else 0)
     return dataclasses.replace(
         pretrain,

@@ -15,7 +15,8 @@ import random
 import typing
 from collections.abc import Iterator
 
-from blip3o_jax import cli, config, fields
+from blip3o_jax import cli, config
+from blip3o_jax.config import fields
 
 ROOT = pathlib.Path(__file__).parent.parent
 HUGE = "9" * 5000

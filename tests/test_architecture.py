@@ -9,7 +9,7 @@ import pytest
 PACKAGE = pathlib.Path(__file__).parent.parent / "blip3o_jax"
 LAYERS = (
     ("exits",),
-    ("fields", "config", "nn", "lora", "connections", "serving"),
+    ("config", "nn", "lora", "connections", "serving"),
     ("files",),
     ("checksums",),
     ("text",),
@@ -24,7 +24,7 @@ LAYERS = (
     ("demo",),
     ("convert",),
     ("bench",),
-    ("arguments", "config_file", "cli_bench", "cli_convert", "cli_rl", "cli"),
+    ("arguments", "cli_bench", "cli_convert", "cli_rl", "cli"),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # The package's own face: `blip3o_jax.load` and `python -m blip3o_jax`.

@@ -13,8 +13,8 @@ import sys
 
 import pytest
 
-from blip3o_jax import cli, config_file
-from blip3o_jax.config import UserError
+from blip3o_jax import cli
+from blip3o_jax.config import UserError, loader
 from tests import bad_commands, tiny
 
 SECONDS = 60  # that one refusal may take; some import PyTorch or read weights first
@@ -33,7 +33,7 @@ def line_of(case):
     try:
         with contextlib.redirect_stderr(err):
             args = cli.parse(case.argv)
-            config_file.load_recipe(args.config, args.overrides)
+            loader.load_recipe(args.config, args.overrides)
     except SystemExit as exit:
         assert exit.code == 2, case
         return err.getvalue()

@@ -9,7 +9,8 @@ import pytest
 import torch
 import transformers
 
-from blip3o_jax import config, config_file, model_table
+from blip3o_jax import config, model_table
+from blip3o_jax.config import loader
 from tests import tiny
 
 CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
@@ -83,7 +84,7 @@ def stock() -> dict[str, int]:
 
 
 def test_the_published_sizes(stock):
-    counts = model_table.count_parameters(config_file.load(f"{CONFIGS}/pretrain.py:1.7b"))
+    counts = model_table.count_parameters(loader.load(f"{CONFIGS}/pretrain.py:1.7b"))
     assert {part: row["parameters"] for part, row in counts.items()} == stock
     # 217600 rows are stored for 217210 ids; the head is tied, so that they are there once.
     assert counts["ar"]["padding"] == (217600 - 217210) * 2048

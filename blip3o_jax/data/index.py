@@ -48,6 +48,7 @@ import numpy as np
 from blip3o_jax import files
 from blip3o_jax.checksums import crc32c
 from blip3o_jax.config import ConfigError, UserError
+from blip3o_jax.config.fields import escaped
 from blip3o_jax.data import record as record_lib
 from blip3o_jax.data.checked_file import (
     DamagedArrays,
@@ -56,7 +57,6 @@ from blip3o_jax.data.checked_file import (
     unpack,
 )
 from blip3o_jax.data.record import BadRecord, Source
-from blip3o_jax.fields import escaped
 
 VERSION = 2  # raised whenever an array or the digest changes its meaning
 IDENTITY = ("keys", "key_ends", "sizes", "crc")

@@ -27,8 +27,8 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from blip3o_jax.config import ConfigError, UserError
+from blip3o_jax.config.fields import escaped
 from blip3o_jax.data.template import TASKS
-from blip3o_jax.fields import escaped
 
 CAPTION_FIELDS = ("caption", "text")
 TEXT_FIELDS = ("instruction", "question", *CAPTION_FIELDS)

@@ -13,9 +13,9 @@ from typing import Any
 
 import jax
 
-from blip3o_jax import fields, nn
+from blip3o_jax import nn
 from blip3o_jax.blip3o import PARTS
-from blip3o_jax.config import Config
+from blip3o_jax.config import Config, fields
 from blip3o_jax.parallel.memory import Need, check_fits, device_bytes
 from blip3o_jax.parallel.rules import Strategy
 from blip3o_jax.train.stages import STAGES

@@ -4,7 +4,7 @@ import pathlib
 
 import pytest
 
-from blip3o_jax import config_file
+from blip3o_jax.config import loader
 from blip3o_jax.train import checkpoint
 from blip3o_jax.train.stages import stage_parts, stage_trainable
 from tests.rl import runs
@@ -15,7 +15,7 @@ FILE = str(pathlib.Path(__file__).parents[2] / "configs/edit.py")
 
 
 def test_both_routes_beside_all_parts_of_the_checkpoint():
-    found = config_file.load(f"{FILE}:{runs.started_from()}", {"model.editing.references": "2"})
+    found = loader.load(f"{FILE}:{runs.started_from()}", {"model.editing.references": "2"})
     given = checkpoint.read_config(runs.started_from() / "checkpoints")
     editing = found.model.editing
     assert (editing.references, editing.latents, editing.beside, editing.features) == (

@@ -5,8 +5,7 @@ import pathlib
 
 import pytest
 
-from blip3o_jax import config_file
-from blip3o_jax.config import UserError
+from blip3o_jax.config import UserError, loader
 from blip3o_jax.convert.importer import import_weights
 from blip3o_jax.convert.source import open_source
 from blip3o_jax.train import checkpoint
@@ -27,7 +26,7 @@ def test_it_is_the_model_of_the_checkpoint_and_begins_at_all_its_parts(extra, tm
     made = published.write(tmp_path, Options(31, vae="f2", **dict.fromkeys(extra, True)))
     root = tmp_path / "imported"
     import_weights(open_source(made.directory, **made.arguments), root)
-    given, found = checkpoint.read_config(root), config_file.load(f"{FILE}:{root}")
+    given, found = checkpoint.read_config(root), loader.load(f"{FILE}:{root}")
     assert found.stage == "joint"
     assert (found.data.max_length, found.sampling) == (given.data.max_length, given.sampling)
     wide = lambda part: dataclasses.replace(part, param_dtype="float32")
@@ -49,7 +48,7 @@ def test_it_is_the_model_of_the_checkpoint_and_begins_at_all_its_parts(extra, tm
 def test_a_field_is_replaced_as_in_any_other(tmp_path):
     made = published.write(tmp_path, Options(31, vae="f2"))
     import_weights(open_source(made.directory, **made.arguments), tmp_path / "imported")
-    found = config_file.load(
+    found = loader.load(
         f"{FILE}:{tmp_path / 'imported'}",
         {"data.path": "a.tar", "model.dit.param_dtype": "bfloat16"},
     )
@@ -67,5 +66,5 @@ def test_a_field_is_replaced_as_in_any_other(tmp_path):
 def test_what_is_no_checkpoint(tmp_path, name, words):
     (tmp_path / "photos").mkdir()
     with pytest.raises(UserError) as error:
-        config_file.load(f"{FILE}:{tmp_path / name}")
+        loader.load(f"{FILE}:{tmp_path / name}")
     assert words in str(error.value) and "\n" not in str(error.value)

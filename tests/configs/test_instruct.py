@@ -4,15 +4,14 @@ import pathlib
 
 import pytest
 
-from blip3o_jax import config_file
-from blip3o_jax.config import ConfigError
+from blip3o_jax.config import ConfigError, loader
 
 FILE = str(pathlib.Path(__file__).parents[2] / "configs/instruct.py")
 
 
 def test_a_place_for_an_image_where_it_learns_to_understand():
-    plain, more = (config_file.load(f"{FILE}:1.7b{tasks}") for tasks in ("", ":understand"))
+    plain, more = (loader.load(f"{FILE}:1.7b{tasks}") for tasks in ("", ":understand"))
     assert (plain.model.editing.references, more.model.editing.references) == (0, 1)
     assert more.data == plain.data and more.data.max_length >= 2 * more.model.tokenizer.num_tokens
     with pytest.raises(ConfigError, match="tasks='edit' is not one of"):
-        config_file.load(f"{FILE}:1.7b:edit")
+        loader.load(f"{FILE}:1.7b:edit")

@@ -14,8 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from blip3o_jax import config_file
-from blip3o_jax.config import SourceConfig
+from blip3o_jax.config import SourceConfig, loader
 from blip3o_jax.data.images import crop_and_resize, decode
 from blip3o_jax.data.sources import open_source
 
@@ -78,7 +77,7 @@ def test_photographs_come_back_for_their_captions(tmp_path):
     )
     seconds = time.monotonic() - began
 
-    size = config_file.load(str(ROOT / "configs/overfit.py")).model.image_size
+    size = loader.load(str(ROOT / "configs/overfit.py")).model.image_size
     source = open_source(SourceConfig(str(tar)))
     originals = np.stack(
         [crop_and_resize(decode(source[i].image), size) for i in range(len(source))]

@@ -5,8 +5,7 @@ import pathlib
 
 import pytest
 
-from blip3o_jax import config_file
-from blip3o_jax.config import ConfigError, UserError
+from blip3o_jax.config import ConfigError, UserError, loader
 from blip3o_jax.demo import recipe as demo
 from blip3o_jax.rl import method
 from blip3o_jax.train import checkpoint
@@ -27,7 +26,7 @@ FILE = str(pathlib.Path(__file__).parents[2] / "configs/rl.py")
     ],
 )
 def test_recipes_start_at_all_parts_of_the_checkpoint(recipe, policy, reward):
-    found = config_file.load(
+    found = loader.load(
         f"{FILE}:{recipe}:{runs.started_from()}", {"rl.prompts_file": "prompts.jsonl"}
     )
     given = checkpoint.read_config(runs.started_from() / "checkpoints")
@@ -48,7 +47,7 @@ def test_recipes_start_at_all_parts_of_the_checkpoint(recipe, policy, reward):
 
 
 def test_shapes_is_the_demos_last_stage():
-    found = config_file.load(
+    found = loader.load(
         f"{FILE}:shapes:{runs.started_from()}", {"rl.prompts_file": "prompts.jsonl"}
     )
     assert found == demo.reinforcement(runs.started_from(), "prompts.jsonl")
@@ -62,7 +61,7 @@ def test_shapes_is_the_demos_last_stage():
 def test_words_are_learned_by_both_policies():
     overrides = {"rl.prompts_file": "prompts.jsonl"}
     shapes, found = (
-        config_file.load(f"{FILE}:{recipe}:{runs.started_from()}", overrides)
+        loader.load(f"{FILE}:{recipe}:{runs.started_from()}", overrides)
         for recipe in ("shapes", "words")
     )
     assert (found.rl.policy, [reward.name for reward in found.rl.rewards], found.steps) == (
@@ -80,7 +79,7 @@ def test_words_are_learned_by_both_policies():
 
 def test_no_such_recipe():
     with pytest.raises(ConfigError, match="recipe='ocrr' is not one of ocr, geneval"):
-        config_file.load(f"{FILE}:ocrr:{runs.started_from()}")
+        loader.load(f"{FILE}:ocrr:{runs.started_from()}")
 
 
 def test_no_checkpoint(tmp_path):
@@ -88,6 +87,6 @@ def test_no_checkpoint(tmp_path):
         with pytest.raises(
             ConfigError, match=r"names no checkpoint to start from: configs/rl.py:\w+:CHECKPOINT"
         ):
-            config_file.load(f"{FILE}:{argument}")
+            loader.load(f"{FILE}:{argument}")
     with pytest.raises(UserError, match="is not a checkpoint"):
-        config_file.load(f"{FILE}:ocr:{tmp_path}")
+        loader.load(f"{FILE}:ocr:{tmp_path}")

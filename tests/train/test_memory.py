@@ -5,7 +5,8 @@ import re
 import jax
 import pytest
 
-from blip3o_jax import config, config_file
+from blip3o_jax import config
+from blip3o_jax.config import loader
 from blip3o_jax.parallel import memory as room
 from blip3o_jax.parallel.rules import Strategy
 from blip3o_jax.train import memory
@@ -16,7 +17,7 @@ from tests import tiny
 def changed(cfg, **overrides):
     values = config.to_config_dict(cfg)
     for key, text in overrides.items():
-        config_file._override(values, key.replace("__", "."), text)
+        loader._override(values, key.replace("__", "."), text)
     return config.from_dict(values)
 
 
@@ -63,7 +64,7 @@ def test_the_setting_that_is_too_large_is_named(stage, overrides, names, monkeyp
 
 def test_published_sizes_are_let_through_where_they_fit(monkeypatch):
     """The joint stage of pretrain.py:1.7b on eight devices of 95 GiB, and not on eight of 4 GiB."""
-    cfg = config_file.load("configs/pretrain.py:1.7b")
+    cfg = loader.load("configs/pretrain.py:1.7b")
     strategy = Strategy.of(dataclasses.replace(cfg.mesh, data=1, fsdp=8), jax.devices())
     plan = plan_state(cfg, strategy)
     for gib, fits in ((95, True), (4, False)):

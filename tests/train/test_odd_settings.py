@@ -4,7 +4,8 @@ in one line.
 
 import pytest
 
-from blip3o_jax import config, fields
+from blip3o_jax import config
+from blip3o_jax.config import fields
 from blip3o_jax.train.supervised import train
 from tests import tiny
 from tests.tiny import quick_compile  # noqa: F401

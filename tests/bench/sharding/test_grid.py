@@ -6,12 +6,12 @@ import re
 
 import pytest
 
-from blip3o_jax import cli, config_file
+from blip3o_jax import cli
 from blip3o_jax.bench.sharding import grid, measure, page, topology
 from blip3o_jax.bench.sharding.apart import REFUSED
 from blip3o_jax.bench.sharding.compiled_step import FITS, TOO_LARGE
 from blip3o_jax.bench.sharding.page import LIMITERS
-from blip3o_jax.config import MeshConfig, TextConfig, UserError
+from blip3o_jax.config import MeshConfig, TextConfig, UserError, loader
 from blip3o_jax.parallel.chips import CHIPS
 from tests import tiny
 
@@ -255,7 +255,7 @@ def test_mesh_sizes(strategy, slices, chosen, want):
 
 def test_no_shard_is_narrower_than_a_tile():
     """Of 2048 columns 16 pieces of 128 each; where there are more chips, they hold replicas."""
-    config, where = config_file.load("configs/pretrain.py:1.7b"), topology.parse("v5p:4x4x4")
+    config, where = loader.load("configs/pretrain.py:1.7b"), topology.parse("v5p:4x4x4")
     sizes = lambda strategy, config, where, **chosen: [
         getattr(
             grid.mesh_for(
@@ -278,7 +278,7 @@ def test_no_shard_is_narrower_than_a_tile():
     assert sizes("fsdp_tp", config, topology.parse("v5p:4x4x5")) == [-1, 8, 1, 2], (
         "16 into 40 does not go"
     )
-    assert sizes("fsdp", config_file.load("configs/pretrain.py:0.6b"), where) == [-1, 8, 1, 1]
+    assert sizes("fsdp", loader.load("configs/pretrain.py:0.6b"), where) == [-1, 8, 1, 1]
 
 
 def test_batch_per_chip():

@@ -14,35 +14,38 @@ import traceback
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from blip3o_jax import config, fields
+from blip3o_jax.config import fields
+from blip3o_jax.config.fields import ConfigError, UserError
+from blip3o_jax.config.run import Config
+from blip3o_jax.config.serializer import from_dict, to_config_dict
 
 Overrides = Mapping[str, str] | Iterable[tuple[str, str]]
 
 _PATH_AND_ARG = re.compile(r"(?P<path>.*\.py)(?::(?P<arg>.*))?")
 
 
-def load(path_with_arg: str, overrides: Overrides = ()) -> config.Config:
+def load(path_with_arg: str, overrides: Overrides = ()) -> Config:
     """The one config of a file (of a recipe, its last); see `load_recipe`."""
     return list(load_recipe(path_with_arg, overrides).values())[-1]
 
 
-def load_recipe(path_with_arg: str, overrides: Overrides = ()) -> dict[str, config.Config]:
+def load_recipe(path_with_arg: str, overrides: Overrides = ()) -> dict[str, Config]:
     """What file `path_with_arg` ("configs/pretrain.py:1.7b") returns, by name, with fields replaced
     by `overrides`. A single config goes by the name "". In a recipe a field replaced is replaced in
     every config; with a name before it ("joint.steps"), in that one.
 
     `overrides`: dotted field -> value as text ({"optimizer.learning_rate": "1e-4"}), as a mapping
     or as pairs where a later pair wins. Tuples are written as Python literals: "(16, 32)". The
-    result is checked as a whole, after the last override. Raises `config.UserError` for a missing
+    result is checked as a whole, after the last override. Raises `UserError` for a missing
     or broken file, an unknown field or a value of the wrong type.
     """
     match = _PATH_AND_ARG.fullmatch(path_with_arg)
     if not match:
-        raise config.UserError(
+        raise UserError(
             f"--config={path_with_arg} must name a Python file: configs/NAME.py or configs/NAME.py:ARG"
         )
     recipe = {
-        name: config.to_config_dict(c)
+        name: to_config_dict(c)
         for name, c in _call(pathlib.Path(match["path"]), match["arg"]).items()
     }
     pairs = overrides.items() if isinstance(overrides, Mapping) else overrides
@@ -51,36 +54,34 @@ def load_recipe(path_with_arg: str, overrides: Overrides = ()) -> dict[str, conf
         of_one = bool(name and rest) and name in recipe
         for values in [recipe[name]] if of_one else recipe.values():
             _override(values, rest if of_one else key, text)
-    return {name: config.from_dict(values) for name, values in recipe.items()}
+    return {name: from_dict(values) for name, values in recipe.items()}
 
 
-def _call(path: pathlib.Path, arg: str | None) -> dict[str, config.Config]:
+def _call(path: pathlib.Path, arg: str | None) -> dict[str, Config]:
     get_config = _get_config(path)
     parameters = _positional(path, get_config)
     required = [
         p.name for p in parameters if p.default is p.empty and p.kind is not p.VAR_POSITIONAL
     ]
     if arg is None and required:
-        raise config.UserError(
+        raise UserError(
             f"{path} needs an argument, its {required[0]!r}: --config={path}:{required[0].upper()}"
         )
     if arg is not None and not parameters:
-        raise config.UserError(f"{path} takes no argument: use --config={path} without :{arg}")
+        raise UserError(f"{path} takes no argument: use --config={path} without :{arg}")
     result = _run_user_code(path, lambda: get_config() if arg is None else get_config(arg))
-    recipe = {"": result} if isinstance(result, config.Config) else result
+    recipe = {"": result} if isinstance(result, Config) else result
     if not (
-        isinstance(recipe, dict)
-        and recipe
-        and all(isinstance(c, config.Config) for c in recipe.values())
+        isinstance(recipe, dict) and recipe and all(isinstance(c, Config) for c in recipe.values())
     ):
-        raise config.UserError(
+        raise UserError(
             f"{path}: get_config() must return a blip3o_jax.config.Config, not {type(result).__name__}"
         )
     for name in recipe if isinstance(result, dict) else ():
         # Each stage has the directory of its name.
         plain = isinstance(name, str) and re.fullmatch(r"[\w-]+(\.[\w-]+)*", name)
         if not plain:
-            raise config.UserError(
+            raise UserError(
                 f"{path}: a stage of a recipe is named by letters and digits, not {fields.shown(name)}"
             )
     return recipe
@@ -91,7 +92,7 @@ def _positional(path: pathlib.Path, get_config: Callable[..., Any]) -> list[insp
     try:
         parameters = inspect.signature(get_config).parameters.values()
     except (ValueError, TypeError) as error:  # as of `min`
-        raise config.UserError(
+        raise UserError(
             f"{path}: get_config is no function of the file: write def get_config(): ..."
         ) from error
     return [p for p in parameters if p.kind not in (p.KEYWORD_ONLY, p.VAR_KEYWORD)]
@@ -99,20 +100,20 @@ def _positional(path: pathlib.Path, get_config: Callable[..., Any]) -> list[insp
 
 def _get_config(path: pathlib.Path) -> Callable[..., Any]:
     if path.exists() and not path.is_file():
-        raise config.UserError(f"--config={path} is no regular file: name a Python file")
+        raise UserError(f"--config={path} is no regular file: name a Python file")
     if not path.is_file():
         near = difflib.get_close_matches(
             path.name, [p.name for p in path.parent.glob("*.py")], n=1, cutoff=0.5
         )
         hint = f"; did you mean {path.parent / near[0]}?" if near else ""
-        raise config.UserError(f"config file {path} does not exist{hint}")
+        raise UserError(f"config file {path} does not exist{hint}")
     spec = importlib.util.spec_from_file_location(f"blip3o_config_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     # Dataclasses and pickling look a class's module up by name.
     sys.modules[spec.name] = module
     _run_user_code(path, lambda: spec.loader.exec_module(module))
     if not callable(getattr(module, "get_config", None)):
-        raise config.UserError(
+        raise UserError(
             f"{path} defines no function get_config(); it must return a blip3o_jax.config.Config"
         )
     return module.get_config
@@ -126,7 +127,7 @@ def _run_user_code(path: pathlib.Path, call: Callable[[], Any]) -> Any:
         place = (
             f"{error.filename or path}:{error.lineno}" if error.lineno else error.filename or path
         )
-        raise config.UserError(f"{place}: {type(error).__name__}: {error.msg}") from error
+        raise UserError(f"{place}: {type(error).__name__}: {error.msg}") from error
     except KeyboardInterrupt:
         raise
     except (
@@ -138,29 +139,29 @@ def _run_user_code(path: pathlib.Path, call: Callable[[], Any]) -> Any:
             if pathlib.Path(f.filename) == path
         ]
         place = f"{path}:{lines[-1]}" if lines else str(path)
-        if isinstance(error, config.UserError):
-            kind = config.ConfigError if isinstance(error, config.ConfigError) else config.UserError
+        if isinstance(error, UserError):
+            kind = ConfigError if isinstance(error, ConfigError) else UserError
             raise kind(f"{place}: {error}") from error
         said = f": {error}" if str(error) else ""
-        raise config.UserError(f"{place}: {type(error).__name__}{said}") from error
+        raise UserError(f"{place}: {type(error).__name__}{said}") from error
 
 
 def _override(values: Any, key: str, text: str) -> None:
     """Set the field at dotted `key` of the ConfigDict `values` to `text`, read as the type the
     field declares.
     """
-    cls, group, path = config.Config, values, ""
+    cls, group, path = Config, values, ""
     *groups, name = key.split(".")
     for part in groups:
         hint = _hint(cls, part, path)
         path = fields.join(path, part)
         if not fields.is_group(hint):
-            raise config.UserError(f"config key {key}: {path} is a single value, it has no fields")
+            raise UserError(f"config key {key}: {path} is a single value, it has no fields")
         cls, group = hint, group[part]
     hint = _hint(cls, name, path)
     if fields.is_group(hint):
         names = ", ".join(fields.field_types(hint))
-        raise config.UserError(f"config key {key} is a group; set one of its fields: {names}")
+        raise UserError(f"config key {key} is a group; set one of its fields: {names}")
     # A field may hold None by default and take text (`qk_norm`); from_dict judges the types, not
     # ConfigDict.
     with group.ignore_type():
@@ -170,5 +171,5 @@ def _override(values: Any, key: str, text: str) -> None:
 def _hint(cls: Any, name: str, path: str) -> Any:
     hints = fields.field_types(cls)
     if name not in hints:
-        config.from_dict({name: None}, cls, path)  # raises, with the nearest valid key
+        from_dict({name: None}, cls, path)  # raises, with the nearest valid key
     return hints[name]

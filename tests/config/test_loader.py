@@ -2,7 +2,8 @@ import textwrap
 
 import pytest
 
-from blip3o_jax import config, config_file
+from blip3o_jax import config
+from blip3o_jax.config import loader
 
 SMALL = """
     from blip3o_jax.config import Config, DataConfig, OptimizerConfig
@@ -28,11 +29,11 @@ def test_without_overrides_the_files_own_config(write):
         optimizer=config.OptimizerConfig(learning_rate=1e-3),
         data=config.DataConfig(path="a.tar"),
     )
-    assert config_file.load(write(SMALL)) == want
+    assert loader.load(write(SMALL)) == want
 
 
 def test_overrides_take_the_type_of_their_field(write):
-    got = config_file.load(
+    got = loader.load(
         write(SMALL),
         {
             "steps": "12",
@@ -60,7 +61,7 @@ def test_overrides_take_the_type_of_their_field(write):
 
 
 def test_a_field_that_is_none_takes_text(write):
-    first = config_file.load(
+    first = loader.load(
         write(SMALL),
         [("model.dit.qk_norm", "none"), ("model.dit.qk_norm", "rms_norm_across_heads")],
     )
@@ -68,7 +69,7 @@ def test_a_field_that_is_none_takes_text(write):
 
 
 def test_overrides_that_only_work_together_are_checked_together(write):
-    got = config_file.load(write(SMALL), {"data.batch_size": "6", "optimizer.accumulate": "3"})
+    got = loader.load(write(SMALL), {"data.batch_size": "6", "optimizer.accumulate": "3"})
     assert (got.data.batch_size, got.optimizer.accumulate) == (6, 3)
 
 
@@ -79,8 +80,8 @@ def test_the_argument_reaches_get_config(write):
         def get_config(steps="3"):
             return Config(steps=int(steps))
     """)
-    assert config_file.load(path).steps == 3
-    assert config_file.load(path + ":5").steps == 5
+    assert loader.load(path).steps == 3
+    assert loader.load(path + ":5").steps == 5
 
 
 def test_a_recipe_is_overridden_as_a_whole_or_by_name(write):
@@ -90,14 +91,14 @@ def test_a_recipe_is_overridden_as_a_whole_or_by_name(write):
         def get_config():
             return {"autoencoder": Config(stage="autoencoder", steps=5), "joint": Config(steps=6)}
     """)
-    got = config_file.load_recipe(path, {"seed": "3", "joint.steps": "9"})
+    got = loader.load_recipe(path, {"seed": "3", "joint.steps": "9"})
     assert [(name, c.stage, c.seed, c.steps) for name, c in got.items()] == [
         ("autoencoder", "autoencoder", 3, 5),
         ("joint", "joint", 3, 9),
     ]
-    assert config_file.load(path) == config.Config(steps=6)
+    assert loader.load(path) == config.Config(steps=6)
     with pytest.raises(config.UserError, match=r"unknown config key stepps: did you mean steps\?"):
-        config_file.load_recipe(path, {"joint.stepps": "9"})
+        loader.load_recipe(path, {"joint.stepps": "9"})
 
 
 @pytest.mark.parametrize(
@@ -157,7 +158,7 @@ def test_a_recipe_is_overridden_as_a_whole_or_by_name(write):
 )
 def test_a_bad_override_is_one_line_that_names_the_field(write, overrides, message):
     with pytest.raises(config.UserError) as error:
-        config_file.load(write(SMALL), overrides)
+        loader.load(write(SMALL), overrides)
     assert str(error.value).startswith(message)
     assert "\n" not in str(error.value)
 
@@ -192,7 +193,7 @@ def test_a_bad_override_is_one_line_that_names_the_field(write, overrides, messa
 def test_a_broken_file_is_one_line_that_names_it(write, text, message):
     path = write(text)
     with pytest.raises(config.UserError) as error:
-        config_file.load(path)
+        loader.load(path)
     assert message in str(error.value) and path in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -201,18 +202,18 @@ def test_a_function_of_any_arguments(write):
     path = write(
         "from blip3o_jax.config import Config\ndef get_config(*a, **k):\n    return Config(steps=int(*a or '3'))"
     )
-    assert [config_file.load(path).steps, config_file.load(path + ":5").steps] == [3, 5]
+    assert [loader.load(path).steps, loader.load(path + ":5").steps] == [3, 5]
 
 
 def test_a_directory_is_no_config_file(tmp_path):
     (tmp_path / "x.py").mkdir()
     with pytest.raises(config.UserError, match=r"x.py is no regular file: name a Python file$"):
-        config_file.load(str(tmp_path / "x.py"))
+        loader.load(str(tmp_path / "x.py"))
 
 
 def test_an_argument_where_none_is_taken(write):
     with pytest.raises(config.UserError, match=r"takes no argument: use --config=.* without :big"):
-        config_file.load(write(SMALL) + ":big")
+        loader.load(write(SMALL) + ":big")
 
 
 def test_a_missing_file_names_the_nearest(write):
@@ -220,6 +221,6 @@ def test_a_missing_file_names_the_nearest(write):
     with pytest.raises(
         config.UserError, match=r"pretran.py does not exist; did you mean .*pretrain.py\?"
     ):
-        config_file.load(path.replace("pretrain", "pretran"))
+        loader.load(path.replace("pretrain", "pretran"))
     with pytest.raises(config.UserError, match="must name a Python file"):
-        config_file.load("pretrain")
+        loader.load("pretrain")

@@ -6,10 +6,11 @@ import typing
 
 import pytest
 
-from blip3o_jax import blip3o, config, config_file, fields
+from blip3o_jax import blip3o, config
+from blip3o_jax.config import fields, loader
 from blip3o_jax.parallel import rules
 
-CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
+CONFIGS = pathlib.Path(__file__).parent.parent.parent / "configs"
 
 # Every kind of field away from its default: a group, a nested tuple, a tuple of groups, an
 # optional.
@@ -115,8 +116,8 @@ def test_published_grids():
 
 @pytest.mark.parametrize(("size", "width", "mlp"), [("0.6b", 1024, 3072), ("1.7b", 2048, 6144)])
 def test_published_recipes(size, width, mlp):
-    pretrain = config_file.load(f"{CONFIGS}/pretrain.py:{size}")
-    instruct = config_file.load(f"{CONFIGS}/instruct.py:{size}")
+    pretrain = loader.load(f"{CONFIGS}/pretrain.py:{size}")
+    instruct = loader.load(f"{CONFIGS}/instruct.py:{size}")
     for recipe, steps, batch in ((pretrain, 336_000, 512), (instruct, 7_000, 128)):
         assert (recipe.steps, recipe.data.batch_size, recipe.data.max_length) == (
             steps,
@@ -136,7 +137,7 @@ def test_published_recipes(size, width, mlp):
 
 def test_an_unknown_size_names_those_there_are():
     with pytest.raises(config.ConfigError, match=r"size='7b' is not one of 0\.6b, 1\.7b"):
-        config_file.load(f"{CONFIGS}/pretrain.py:7b")
+        loader.load(f"{CONFIGS}/pretrain.py:7b")
 
 
 NAN, INF = float("nan"), float("inf")

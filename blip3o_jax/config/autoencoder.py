@@ -1,0 +1,131 @@
+"""Settings of the autoencoder."""
+
+import dataclasses
+from typing import Annotated, Literal
+
+from blip3o_jax.config.fields import Bounds, ConfigGroup, Length, Positive, Width, check
+from blip3o_jax.config.types import Dtype, Remat
+
+PerStage = Length(2, 12)  # resolutions of an autoencoder, one entry of a tuple each
+VaeBlock = Literal["ResBlock", "EfficientViTBlock"]
+VaeLayers = Annotated[int, Bounds(0, 64)]
+VaeScales = Annotated[tuple[Annotated[int, Bounds(1, 63)], ...], Length(0, 8)]
+
+
+@dataclasses.dataclass(frozen=True)
+class DcAeConfig(ConfigGroup, path="model.vae"):
+    """Fields of `diffusers.AutoencoderDC` (f32c32 by default)."""
+
+    in_channels: Width = 3
+    latent_channels: Width = 32
+    attention_head_dim: Width = 32
+    encoder_block_types: Annotated[tuple[VaeBlock, ...], PerStage] = ("ResBlock",) * 3 + (
+        "EfficientViTBlock",
+    ) * 3
+    decoder_block_types: Annotated[tuple[VaeBlock, ...], PerStage] = ("ResBlock",) * 3 + (
+        "EfficientViTBlock",
+    ) * 3
+    encoder_block_out_channels: Annotated[tuple[Width, ...], PerStage] = (
+        128,
+        256,
+        512,
+        512,
+        1024,
+        1024,
+    )
+    decoder_block_out_channels: Annotated[tuple[Width, ...], PerStage] = (
+        128,
+        256,
+        512,
+        512,
+        1024,
+        1024,
+    )
+    encoder_layers_per_block: Annotated[tuple[VaeLayers, ...], PerStage] = (2, 2, 2, 3, 3, 3)
+    decoder_layers_per_block: Annotated[tuple[VaeLayers, ...], PerStage] = (3, 3, 3, 3, 3, 3)
+    encoder_qkv_multiscales: Annotated[tuple[VaeScales, ...], PerStage] = (
+        (),
+        (),
+        (),
+        (5,),
+        (5,),
+        (5,),
+    )
+    decoder_qkv_multiscales: Annotated[tuple[VaeScales, ...], PerStage] = (
+        (),
+        (),
+        (),
+        (5,),
+        (5,),
+        (5,),
+    )
+    upsample_block_type: Literal["interpolate", "pixel_shuffle"] = "interpolate"
+    downsample_block_type: Literal["Conv", "pixel_unshuffle"] = "Conv"
+    decoder_norm_types: Literal["rms_norm"] = "rms_norm"
+    decoder_act_fns: Literal["silu"] = "silu"
+    scaling_factor: Positive = 0.41407
+    dtype: Dtype = "bfloat16"
+    param_dtype: Dtype = "float32"
+    remat: Remat = "none"
+    unroll: bool = False  # lay the layer loop out: faster on CPUs, slower to compile
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        stages = len(self.encoder_block_out_channels)
+        names = ("block_types", "block_out_channels", "layers_per_block", "qkv_multiscales")
+        for side in ("encoder", "decoder"):
+            columns = [getattr(self, f"{side}_{name}") for name in names]
+            for name, values in zip(names, columns, strict=True):
+                check(
+                    len(values) == stages,
+                    f"vae.{side}_{name} has {len(values)} entries, one for each of {stages} stages needed",
+                )
+            self._check_blocks(side, *columns)
+            self._check_channels(side)
+
+    def _check_blocks(
+        self,
+        side: str,
+        kinds: tuple[str, ...],
+        channels: tuple[int, ...],
+        layers: tuple[int, ...],
+        scales: tuple[tuple[int, ...], ...],
+    ) -> None:
+        check(
+            all(layers[1:-1]),
+            f"vae.{side}_layers_per_block={layers}: only the first and the last stage may be empty",
+        )
+        for i, kind in enumerate(kinds):
+            check(
+                all(size % 2 for size in scales[i]),
+                f"vae.{side}_qkv_multiscales[{i}]={scales[i]} must be odd kernel sizes",
+            )
+            check(
+                kind != "EfficientViTBlock" or channels[i] >= self.attention_head_dim,
+                f"vae.{side}_block_out_channels[{i}]={channels[i]} must be at least "
+                f"vae.attention_head_dim={self.attention_head_dim}",
+            )
+
+    def _check_channels(self, side: str) -> None:
+        """Shortcuts average or repeat whole runs of channels."""
+        channels = getattr(self, f"{side}_block_out_channels")
+        field = f"vae.{side}_block_out_channels={channels}"
+        first = 0 if getattr(self, f"{side}_layers_per_block")[0] else 1
+        for fine, coarse in zip(channels[first:], channels[first + 1 :], strict=False):
+            check(
+                4 * fine % coarse == 0,
+                f"{field}: 4 x {fine} must be a multiple of the next stage's {coarse}",
+            )
+        check(
+            channels[-1] % self.latent_channels == 0,
+            f"{field}: the last must be a multiple of vae.latent_channels={self.latent_channels}",
+        )
+        if side == "encoder" and self.downsample_block_type == "pixel_unshuffle":
+            check(
+                all(c % 4 == 0 for c in channels[1:]),
+                f"{field}: with pixel_unshuffle every stage after the first needs multiples of 4",
+            )
+
+    @property
+    def spatial_compression(self) -> int:
+        return 2 ** (len(self.encoder_block_out_channels) - 1)

@@ -1,0 +1,100 @@
+"""Settings of the diffusion head and of the connector that conditions it."""
+
+import dataclasses
+from typing import Annotated, Literal
+
+from blip3o_jax.config.fields import (
+    Bounds,
+    ConfigGroup,
+    Depth,
+    Epsilon,
+    Finite,
+    Heads,
+    Positive,
+    Side,
+    Width,
+    check,
+)
+from blip3o_jax.config.lora import LoraConfig
+from blip3o_jax.config.types import Dtype, Remat
+
+SANA_LINEAR = (
+    "q",
+    "k",
+    "v",
+    "o",
+    "expand",
+    "contract",
+)  # of both attentions, and of the feed-forward around its convolution
+
+
+@dataclasses.dataclass(frozen=True)
+class ConnectorConfig(ConfigGroup, path="model.connector"):
+    """Linear -> GELU(tanh) -> Linear -> RMSNorm between the AR's hidden states and the DiT's
+    caption channels.
+    """
+
+    # Adds sine-cosine positions to the hidden states. The published model does without: it has had
+    # the training in which rotary attention alone comes to tell a token its place in the image.
+    positions: bool = False
+    rms_norm_eps: Epsilon = 1e-5
+    norm_init: Finite = 5.5**0.5
+    dtype: Dtype = "bfloat16"
+    param_dtype: Dtype = "float32"
+
+
+@dataclasses.dataclass(frozen=True)
+class SanaConfig(ConfigGroup, path="model.dit"):
+    """Fields of `diffusers.SanaTransformer2DModel` (SANA 1.5 1.6B by default)."""
+
+    in_channels: Width = 32
+    out_channels: Width = 32
+    num_layers: Depth = 20
+    num_attention_heads: Heads = 70
+    attention_head_dim: Width = 32
+    num_cross_attention_heads: Heads = 20
+    cross_attention_head_dim: Width = 112
+    cross_attention_dim: Width = 2240
+    caption_channels: Width = 2304
+    mlp_ratio: Annotated[float, Bounds(1e-3, 64)] = 2.5
+    # Side of the latents that positions are counted on; others are sampled at any size too.
+    sample_size: Side = 32
+    patch_size: Side = 1
+    # A number adds sine-cosine positions to the patches, divided by it; None leaves finding them to
+    # the convolutions.
+    interpolation_scale: Positive | None = None
+    qk_norm: Literal["rms_norm_across_heads"] | None = "rms_norm_across_heads"
+    dtype: Dtype = "bfloat16"
+    param_dtype: Dtype = "float32"
+    remat: Remat = "full"
+    unroll: bool = False  # lay the layer loop out: faster on CPUs, slower to compile
+    lora: LoraConfig = LoraConfig(targets=SANA_LINEAR)
+
+    @property
+    def hidden_size(self) -> int:
+        return self.num_attention_heads * self.attention_head_dim
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.lora.check("dit", SANA_LINEAR)
+        check(
+            self.num_cross_attention_heads * self.cross_attention_head_dim
+            == self.cross_attention_dim,
+            "dit.cross_attention_dim must equal num_cross_attention_heads * cross_attention_head_dim",
+        )
+        check(
+            self.cross_attention_dim == self.hidden_size,
+            "dit.cross_attention_dim must equal the hidden size",
+        )
+        check(
+            int(self.mlp_ratio * self.hidden_size) >= 1,
+            f"dit.mlp_ratio={self.mlp_ratio} leaves the feed-forward no channel at hidden size {self.hidden_size}",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class FlowConfig(ConfigGroup, path="model.flow"):
+    """Fields of `diffusers.FlowMatchEulerDiscreteScheduler` that matter here."""
+
+    num_train_timesteps: Annotated[int, Bounds(1, 10**6)] = 1000
+    shift: Annotated[float, Bounds(1e-3, 1e3)] = 1.0

@@ -1,0 +1,133 @@
+"""Settings of the vision tokenizer, and of the caption encoder that it is pretrained with."""
+
+import dataclasses
+import math
+from typing import Annotated
+
+from blip3o_jax.config.fields import (
+    Bounds,
+    ConfigGroup,
+    Depth,
+    Epsilon,
+    Heads,
+    Positive,
+    Side,
+    Width,
+    check,
+)
+from blip3o_jax.config.types import Dtype, Remat, TableRows, check_heads
+
+
+@dataclasses.dataclass(frozen=True)
+class SiglipVisionConfig(ConfigGroup, path="model.tokenizer.encoder"):
+    """Fields of `transformers.SiglipVisionConfig`: the encoder of the vision tokenizer."""
+
+    hidden_size: Width = 1152
+    intermediate_size: Width = 4304
+    num_hidden_layers: Depth = 27
+    num_attention_heads: Heads = 16
+    image_size: Side = 384
+    patch_size: Side = 14
+    layer_norm_eps: Epsilon = 1e-6
+    dtype: Dtype = "bfloat16"
+    param_dtype: Dtype = "float32"
+    remat: Remat = "none"
+    unroll: bool = False  # lay the layer loop out: faster on CPUs, slower to compile
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_heads("tokenizer.encoder", self.hidden_size, self.num_attention_heads)
+        check(
+            self.patch_size <= self.image_size,
+            f"tokenizer.encoder.patch_size={self.patch_size} must be at most tokenizer.encoder.image_size={self.image_size}",
+        )
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side."""
+        return self.image_size // self.patch_size
+
+
+@dataclasses.dataclass(frozen=True)
+class TaTokDecoderConfig(ConfigGroup, path="model.tokenizer.decoder"):
+    """Fields of `transformers.Siglip2VisionConfig` with patch_size 1: the decoder that reconstructs
+    SigLIP2 features.
+    """
+
+    hidden_size: Width = 1152
+    intermediate_size: Width = 3072
+    num_hidden_layers: Depth = 3
+    num_attention_heads: Heads = 12
+    num_patches: Annotated[int, Bounds(1, 2**24)] = 256
+    layer_norm_eps: Epsilon = 1e-6
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_heads("tokenizer.decoder", self.hidden_size, self.num_attention_heads)
+        check(
+            math.isqrt(self.num_patches) ** 2 == self.num_patches,
+            f"tokenizer.decoder.num_patches={self.num_patches} must be a square number",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class TaTokConfig(ConfigGroup, path="model.tokenizer"):
+    """The vision tokenizer: SigLIP2 encoder -> bottleneck -> SimVQ codebook -> decoder (section
+    "TA-Tok" of docs/).
+    """
+
+    encoder: SiglipVisionConfig = SiglipVisionConfig()
+    decoder: TaTokDecoderConfig = TaTokDecoderConfig()
+    bottleneck_dim: Width = 1536
+    codebook_size: TableRows = 65536
+    select_layer: Annotated[int, Bounds(-1025, -1, note="it counts from the end")] = -2
+    pool_scale: Annotated[int, Bounds(1, 3)] = 1
+    l2_normalized: bool = True
+    stochastic: bool = False
+    stochastic_temperature: Positive = 0.03
+    dtype: Dtype = "bfloat16"
+    param_dtype: Dtype = "float32"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        layers = self.encoder.num_hidden_layers
+        check(
+            -layers - 1 <= self.select_layer,
+            f"tokenizer.select_layer={self.select_layer} must be -{layers + 1} or more: the encoder has {layers} layers",
+        )
+        check(
+            self.pool_scale <= self.encoder.grid,
+            f"tokenizer.pool_scale={self.pool_scale} is more than the encoder's {self.encoder.grid} patches along a side",
+        )
+
+    @property
+    def grid(self) -> int:
+        """Image tokens along one side: 27, 13 or 9 for pool scales 1, 2, 3 of the published
+        encoder.
+        """
+        return self.encoder.grid // self.pool_scale
+
+    @property
+    def num_tokens(self) -> int:
+        return self.grid**2
+
+
+@dataclasses.dataclass(frozen=True)
+class TextTowerConfig(ConfigGroup, path="model.text_tower"):
+    """The caption encoder of the contrastive stage (SigLIP's text side); dropped once the vision
+    encoder is trained.
+    """
+
+    hidden_size: Width = 1152
+    intermediate_size: Width = 4304
+    num_hidden_layers: Depth = 27
+    num_attention_heads: Heads = 16
+    layer_norm_eps: Epsilon = 1e-6
+    dtype: Dtype = "bfloat16"
+    param_dtype: Dtype = "float32"
+    remat: Remat = "none"
+    unroll: bool = False  # lay the layer loop out: faster on CPUs, slower to compile
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_heads("text_tower", self.hidden_size, self.num_attention_heads)

@@ -1,0 +1,68 @@
+"""Settings of the autoregressive language model."""
+
+import dataclasses
+from typing import Annotated, Literal
+
+from blip3o_jax.config.fields import Bounds, ConfigGroup, Depth, Epsilon, Heads, Width, check
+from blip3o_jax.config.lora import LoraConfig
+from blip3o_jax.config.types import Dtype, Remat, TableRows
+
+QWEN3_LINEAR = ("q", "k", "v", "o", "gate", "up", "down")
+
+
+@dataclasses.dataclass(frozen=True)
+class Qwen3Config(ConfigGroup, path="model.ar"):
+    """Fields of `transformers.Qwen3Config`. `vocab_size` counts the rows in use; the rows stored
+    are padded up to a multiple of `vocab_multiple` so that the table shards evenly (`Vocabulary` in
+    text/ owns the ids).
+    """
+
+    vocab_size: TableRows = 217210
+    hidden_size: Width = 2048
+    intermediate_size: Width = 6144
+    num_hidden_layers: Depth = 28
+    num_attention_heads: Heads = 16
+    num_key_value_heads: Heads = 8
+    head_dim: Width = 128
+    rope_theta: Annotated[float, Bounds(1, 1e12)] = 1e6
+    rms_norm_eps: Epsilon = 1e-6
+    tie_word_embeddings: bool = True
+    initializer_range: Annotated[float, Bounds(0, 100)] = 0.02
+    # Deviation the token embeddings start with; None: initializer_range. Training from nothing
+    # learns faster where the embeddings are not small beside what the layers add to them.
+    embedding_range: Annotated[float, Bounds(0, 100)] | None = None
+    vocab_multiple: Annotated[int, Bounds(1, 2**16)] = 512
+    # Of vocab_size: rows at the end that no id stands for, as some published checkpoints
+    # have.
+    spare_rows: Annotated[int, Bounds(0, 2**24)] = 0
+    dtype: Dtype = "bfloat16"
+    param_dtype: Dtype = "float32"
+    remat: Remat = "full"
+    unroll: bool = False  # lay the layer loop out: faster on CPUs, slower to compile
+    # Over whole rows: by the platform ("auto"), or "xla", "splash" (TPU), "cudnn" (GPU).
+    attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"
+    lora: LoraConfig = LoraConfig(targets=QWEN3_LINEAR)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.lora.check("ar", QWEN3_LINEAR)
+        check(
+            self.spare_rows < self.vocab_size,
+            f"ar.spare_rows={self.spare_rows} must be less than ar.vocab_size={self.vocab_size}: they are its last rows",
+        )
+        check(
+            self.num_attention_heads % self.num_key_value_heads == 0,
+            f"ar.num_attention_heads={self.num_attention_heads} must be a multiple of "
+            f"ar.num_key_value_heads={self.num_key_value_heads}",
+        )
+        check(
+            self.head_dim % 2 == 0, f"ar.head_dim={self.head_dim} must be even (rotary embedding)"
+        )
+
+    @property
+    def embedding_deviation(self) -> float:
+        return self.initializer_range if self.embedding_range is None else self.embedding_range
+
+    @property
+    def padded_vocab_size(self) -> int:
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple

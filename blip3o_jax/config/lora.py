@@ -1,0 +1,36 @@
+"""Settings of low-rank adapters."""
+
+import dataclasses
+from typing import Annotated
+
+from blip3o_jax.config.fields import Bounds, ConfigGroup, Finite, Text, check, check_choice
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig(ConfigGroup, path="lora"):
+    """Low-rank adapters (arXiv 2106.09685) beside the kernels of a part's stacked layers: y = x W +
+    alpha / rank (x A) B, A [in, rank] drawn, B [rank, out] zero at first. They are float32 whatever
+    the kernels are; `trainable=('.*/lora_.*',)` trains nothing else. `blip3o convert export` writes
+    the sums.
+    """
+
+    rank: Annotated[int, Bounds(0, 2**14)] = 0  # 0: none
+    alpha: Finite = 32.0
+    targets: tuple[Text, ...] = ()  # names of the linear layers that have them
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank if self.rank else 0.0
+
+    def of(self, name: str) -> "LoraConfig | None":
+        """What the linear layer of this name has, or None."""
+        return self if self.rank and name in self.targets else None
+
+    def check(self, part: str, names: tuple[str, ...]) -> None:
+        """ConfigError unless `names`, the layers that can have them, hold all targets."""
+        check(
+            bool(self.targets) or not self.rank,
+            f"{part}.lora.targets is empty: name some of {', '.join(names)}, or rank 0",
+        )
+        for name in self.targets:
+            check_choice(f"{part}.lora.targets", name, names)

@@ -1,0 +1,100 @@
+"""Settings of the whole model: its parts, and what they have in common."""
+
+import dataclasses
+import math
+from typing import Annotated
+
+from blip3o_jax.config.autoencoder import DcAeConfig
+from blip3o_jax.config.diffusion import ConnectorConfig, FlowConfig, SanaConfig
+from blip3o_jax.config.fields import Bounds, ConfigGroup, Length, Side, check
+from blip3o_jax.config.image_tokenizer import TaTokConfig, TextTowerConfig
+from blip3o_jax.config.language_model import Qwen3Config
+from blip3o_jax.config.text import TemplateConfig, TextConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class EditingConfig(ConfigGroup, path="model.editing"):
+    """Images in: how reference images reach the model (BLIP3o-NEXT, arXiv 2510.15857, section 4).
+    With `references` 0 rows are text to image alone, and connectors that are there are kept and
+    converted, but not read.
+    """
+
+    # Places for reference images in every row, taken or not.
+    references: Annotated[int, Bounds(0, 64)] = 0
+    # What stands for an image in the user's turn: its tokens, or with `features` its SigLIP2
+    # features through `feature_connector`.
+    features: bool = False
+    # Conditioning routes of the diffusion head, each by itself or both: latents through
+    # `latent_connector` after the condition tokens, and latents beside the noisy ones along the
+    # width.
+    latents: bool = False
+    beside: bool = False
+    # The latents beside the noise stand in the null condition as well, as published. False drops
+    # them there, for `sampling.reference_guidance`.
+    null_beside: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(
+            not self.beside or self.references > 0,
+            "model.editing.beside=True needs model.editing.references of 1 or more",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig(ConfigGroup, path="model"):
+    text: TextConfig = TextConfig()
+    template: TemplateConfig = TemplateConfig()
+    tokenizer: TaTokConfig = TaTokConfig()
+    text_tower: TextTowerConfig = TextTowerConfig()
+    ar: Qwen3Config = Qwen3Config()
+    connector: ConnectorConfig = ConnectorConfig()
+    editing: EditingConfig = EditingConfig()
+    dit: SanaConfig = SanaConfig()
+    flow: FlowConfig = FlowConfig()
+    vae: DcAeConfig = DcAeConfig()
+    # Side of the square target image in pixels; the latent grid is image_size /
+    # vae.spatial_compression.
+    image_size: Side = 1024
+    # (height, width) in pixels of the images that are drawn and shown, each cut to the nearest
+    # shape; the square alone where there are none.
+    buckets: Annotated[tuple[tuple[Side, Side], ...], Length(0, 1024)] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for bucket in self.buckets:
+            self.check_size(tuple(bucket), "model.buckets")
+        check(
+            len(set(self.buckets)) == len(self.buckets),
+            f"model.buckets={self.buckets} names a size twice",
+        )
+        check(
+            self.image_size % self.vae.spatial_compression == 0,
+            f"model.image_size={self.image_size} must be a multiple of the autoencoder's {self.vae.spatial_compression}",
+        )
+        check(
+            self.dit.in_channels == self.vae.latent_channels,
+            f"model.dit.in_channels={self.dit.in_channels} must equal model.vae.latent_channels={self.vae.latent_channels}",
+        )
+
+    @property
+    def latent_size(self) -> int:
+        return self.image_size // self.vae.spatial_compression
+
+    @property
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        """(height, width) of every image."""
+        return self.buckets or ((self.image_size, self.image_size),)
+
+    def nearest_size(self, height: int, width: int) -> tuple[int, int]:
+        """The one of `sizes` whose shape is nearest to an image's, by the ratio of their ratios."""
+        return min(self.sizes, key=lambda size: abs(math.log(size[0] * width / (size[1] * height))))
+
+    def check_size(self, size: tuple[int, int], name: str) -> None:
+        """ConfigError unless latents and patches cut it evenly."""
+        unit = self.vae.spatial_compression * self.dit.patch_size
+        fits = len(size) == 2 and all(side > 0 and side % unit == 0 for side in size)
+        check(
+            fits,
+            f"{name}={size} must be (height, width), both multiples of {unit}: the autoencoder's factor times the patch",
+        )

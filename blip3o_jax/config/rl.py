@@ -1,0 +1,125 @@
+"""Settings of online reinforcement learning."""
+
+import dataclasses
+from typing import Annotated, Literal
+
+from blip3o_jax.config.fields import (
+    Bounds,
+    ConfigGroup,
+    Epsilon,
+    Finite,
+    Fraction,
+    NonNegative,
+    Path,
+    Positive,
+    PositiveInt,
+    Text,
+    check,
+)
+from blip3o_jax.config.sampling import SamplingConfig
+
+ClipDown = Annotated[float, Bounds(1e-6, 1, open_high=True)]
+Seconds = Annotated[float, Bounds(1e-3, 1e7)]
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardConfig(ConfigGroup, path="rl.rewards"):
+    """One term of the weighted sum of rewards. `name`: one of rl/rewards/ or
+    "python:MODULE.FUNCTION"; `options`, {option: value}, are the reward's own. `clip`: bounds that
+    its score is clipped to before it is weighed.
+    """
+
+    name: Text = ""
+    weight: Finite = 1.0
+    clip: tuple[Finite, Finite] | None = None
+    options: tuple[tuple[Text, Path], ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.weight != 0, f"rl.rewards: weight={self.weight} of {self.name} must not be 0")
+        check(
+            not self.clip or self.clip[0] < self.clip[1],
+            f"rl.rewards: clip={self.clip} of {self.name} must be (low, high)",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class FlowPolicyConfig(ConfigGroup, path="rl.flow"):
+    """Flow-GRPO (arXiv 2505.05470): the sampler of the diffusion head as a policy."""
+
+    steps: Annotated[int, Bounds(2, 10_000)] = 10  # of the stochastic sampler in a rollout
+    trained: PositiveInt = 4  # of these, drawn at random for each rollout, are kept and trained on
+    # The stochastic sampler's a; 0 would be the Euler sampler, which has no probabilities.
+    noise: Annotated[float, Bounds(1e-6, 100)] = 0.7
+    # Of the ratio, on both sides: a step's log-probability is a mean over the latents.
+    clip: Positive = 1e-3
+    kl: NonNegative = 0.01  # weight of the KL divergence to the policy that the run starts from
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(
+            self.trained < self.steps,
+            f"rl.flow.trained={self.trained} must lie between 1 and {self.steps - 1}: the last of rl.flow.steps has no noise",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class RlConfig(ConfigGroup, path="rl"):
+    """Online reinforcement learning (`blip3o rl`) from the checkpoint that `checkpoint.init_from`
+    names. Defaults are the published recipe's (arXiv 2510.15857).
+    """
+
+    # "ar": GRPO on the image tokens; "flow": Flow-GRPO on the diffusion head; "both".
+    policy: Literal["ar", "flow", "both"] = "ar"
+    # JSON lines {"prompt" or "caption": ..., and what the rewards read}, or plain text, one a
+    # line.
+    prompts_file: Path = ""
+    prompts: Annotated[int, Bounds(1, 2**20)] = 8  # prompts of a rollout
+    # Images of each, which are compared with each other.
+    group: Annotated[
+        int, Bounds(2, 2**14, note="an image is compared with others of its prompt")
+    ] = 16
+    # How image tokens and latents are drawn in a rollout; `rollout.batch_size` images at once.
+    rollout: SamplingConfig = SamplingConfig(top_k=0, top_p=1.0)
+    updates: Annotated[int, Bounds(1, 1024)] = 1  # optimizer steps on a rollout
+    # Reward - mean of the group, over its deviation ("std") or not ("mean", as in Dr. GRPO).
+    advantage: Literal["std", "mean"] = "std"
+    advantage_epsilon: Epsilon = 1e-4
+    # Sum of the token losses over: all tokens ("bnpo"), each row's own and then rows ("grpo"), a
+    # constant ("dr_grpo").
+    normalise: Literal["bnpo", "grpo", "dr_grpo"] = "bnpo"
+    # Or "sequence": one ratio an image, the geometric mean over its tokens (GSPO).
+    ratio: Literal["token", "sequence"] = "token"
+    # Of the ratio, downwards and upwards; DAPO clips higher upwards.
+    clip: tuple[ClipDown, Positive] = (0.2, 0.2)
+    # Weight of the KL divergence to the policy that the run starts from; 0 keeps no second
+    # policy.
+    kl: NonNegative = 0.001
+    # DAPO: up to so many further rollouts to put other prompts in the place of groups without
+    # a difference.
+    refill: Annotated[int, Bounds(0, 1024)] = 0
+    logits_chunk: PositiveInt = 128  # image tokens a row whose logits are held at once
+    # Largest |ratio - 1| before the first update above which the run stops; 0 only warns.
+    max_ratio_gap: NonNegative = 0.0
+    rewards: tuple[RewardConfig, ...] = ()
+    # Reward processes of each host; 0: as many as it has cores.
+    workers: Annotated[int, Bounds(0, 1024)] = 0
+    timeout: Seconds = 60.0  # seconds that a worker may take for one image
+    retries: Annotated[int, Bounds(0, 1000)] = 1  # of an image whose reward failed
+    # Share of a rollout's images without a reward above which the run stops.
+    max_failed: Fraction = 0.1
+    stale: bool = False  # train on the rollout before, while rewards of this one are computed
+    samples_every: PositiveInt = 10  # rollouts between two pictures of the best and worst samples
+    keep_images: bool = False  # every image as a PNG file under the workdir, which `blip3o rl rescore` can judge again
+    flow: FlowPolicyConfig = FlowPolicyConfig()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(
+            not (self.refill and self.stale),
+            "rl.refill looks at rewards before the next rollout, rl.stale after: turn one off",
+        )
+        check(
+            self.policy == "flow" or self.rollout.temperature > 0,
+            f"rl.rollout.temperature=0 leaves rl.policy={self.policy} nothing to compare: tokens of a group must differ",
+        )

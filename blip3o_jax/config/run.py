@@ -1,0 +1,83 @@
+"""A run: one stage on one model, data mixture and mesh."""
+
+import dataclasses
+import typing
+from typing import Annotated, Literal
+
+from blip3o_jax.config.data import DataConfig
+from blip3o_jax.config.fields import Bounds, ConfigGroup, PositiveInt, Regex, Seed, check
+from blip3o_jax.config.mesh import MeshConfig
+from blip3o_jax.config.model import ModelConfig
+from blip3o_jax.config.rl import RlConfig
+from blip3o_jax.config.sampling import SamplingConfig
+from blip3o_jax.config.train import CheckpointConfig, LossConfig, OptimizerConfig
+
+Stage = Literal["autoencoder", "contrastive", "tokenizer", "joint"]
+STAGES: tuple[str, ...] = typing.get_args(Stage)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(ConfigGroup):
+    """A run: one stage on one model, data mixture and mesh."""
+
+    stage: Stage = "joint"
+    seed: Seed = 0
+    steps: Annotated[int, Bounds(1, 2**30)] = 1000
+    log_every: PositiveInt = 10
+    # Rows of a batch drawn into TensorBoard at each checkpoint; 0 for none.
+    preview: Annotated[int, Bounds(0, 1024)] = 8
+    # Regular expressions over parameter paths ("ar/layers/mlp/up/kernel"): what is trained. ()
+    # takes the stage's own: for joint the published freezing (AR, connector, the DiT's caption
+    # layers).
+    trainable: tuple[Regex, ...] = ()
+    # Steps in a row with a non-finite loss or gradient before the run stops.
+    max_nonfinite: PositiveInt = 10
+    # Seconds without progress after which stderr tells which host is stuck in what; 0 for
+    # never.
+    watchdog: Annotated[float, Bounds(0, 1e7, note="0 switches it off")] = 600.0
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    loss: LossConfig = LossConfig()
+    mesh: MeshConfig = MeshConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    rl: RlConfig = RlConfig()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(
+            self.data.batch_size % self.optimizer.accumulate == 0,
+            f"data.batch_size={self.data.batch_size} must be a multiple of optimizer.accumulate={self.optimizer.accumulate}",
+        )
+        check(
+            self.stage == "joint" or self.checkpoint.image_rows == "drawn",
+            f"checkpoint.image_rows={self.checkpoint.image_rows!r} belongs to stage 'joint'; stage {self.stage!r} has no AR",
+        )
+        alone, both = self.loss.instruction_dropout, self.loss.condition_dropout
+        check(
+            alone <= 1 - both,
+            f"loss.instruction_dropout={alone} is a share of the rows beside loss.condition_dropout={both}: 0 to 1 together",
+        )
+        check(
+            self.data.pack == 1 or (self.stage == "joint" and self.loss.condition_span == "exact"),
+            f"data.pack={self.data.pack} is for stage 'joint' with loss.condition_span='exact': 1 has a row for each example",
+        )
+        check(
+            not (
+                self.stage == "joint"
+                and self.data.cache_dir
+                and self.model.editing.references
+                and self.model.editing.features
+            ),
+            "data.cache_dir keeps no features, which model.editing.features reads: empty data.cache_dir",
+        )
+        check(
+            not (self.loss.caption_dropout and self.model.template.supervise_prompt),
+            "loss.caption_dropout hides prompts that model.template.supervise_prompt trains on: turn one of them off",
+        )
+
+    @property
+    def title(self) -> str:
+        """What messages call the run."""
+        return "rl" if self.rl.rewards else self.stage

@@ -1,0 +1,50 @@
+"""Settings to and from plain values: config.json of a checkpoint, and `ml_collections.ConfigDict`."""
+
+import dataclasses
+from typing import Any
+
+from blip3o_jax.config import fields
+from blip3o_jax.config.run import Config
+
+
+def to_dict(value: Any) -> Any:
+    """Nested plain dicts, lists and scalars: what config.json in a checkpoint holds."""
+    if dataclasses.is_dataclass(value):
+        return {f.name: to_dict(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, tuple | list):
+        return [to_dict(v) for v in value]
+    return value
+
+
+def flat(value: Any, path: str = "") -> dict[str, Any]:
+    """Nested dicts as {"a.b": value}."""
+    if isinstance(value, dict):
+        return {
+            k: v
+            for key, child in value.items()
+            for k, v in flat(child, f"{path}.{key}" if path else str(key)).items()
+        }
+    return {path: value}
+
+
+def to_config_dict(config: Config) -> Any:
+    """`Config` as an `ml_collections.ConfigDict`, so that command-line flags can override fields."""
+    import ml_collections
+
+    def convert(value: Any) -> Any:
+        if dataclasses.is_dataclass(value):
+            return ml_collections.ConfigDict(
+                {f.name: convert(getattr(value, f.name)) for f in dataclasses.fields(value)}
+            )
+        if isinstance(value, tuple):
+            return tuple(to_dict(v) if dataclasses.is_dataclass(v) else v for v in value)
+        return value
+
+    return convert(config)
+
+
+def from_dict(values: Any, cls: Any = Config, path: str = "") -> Any:
+    """Return the group `cls` that `to_dict` or `to_config_dict` wrote as `values`; see
+    `fields.from_dict`.
+    """
+    return fields.from_dict(values, cls, path)

@@ -1,0 +1,82 @@
+"""Settings of training: optimizer, losses, checkpoints."""
+
+import dataclasses
+from typing import Annotated, Literal
+
+from blip3o_jax.config.fields import (
+    Bounds,
+    ConfigGroup,
+    Decay,
+    Epsilon,
+    Fraction,
+    NonNegative,
+    Path,
+    PositiveInt,
+)
+from blip3o_jax.config.types import Part
+
+LearningRate = Annotated[float, Bounds(0, 100)]
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig(ConfigGroup, path="optimizer"):
+    """Linear warm-up to `learning_rate`, then a cosine to `end_learning_rate` at the last step."""
+
+    # Or "muon": the matrices of the layer stacks by Muon, the rest by AdamW
+    # (train/optimizer.py).
+    name: Literal["adamw", "muon"] = "adamw"
+    learning_rate: LearningRate = 5e-5
+    end_learning_rate: LearningRate = 1e-5
+    warmup_fraction: Fraction = 0.01
+    weight_decay: Annotated[float, Bounds(0, 100)] = 0.0
+    b1: Decay = 0.9
+    b2: Decay = 0.95
+    eps: Epsilon = 1e-8
+    muon_beta: Decay = 0.95
+    clip_norm: Annotated[float, Bounds(0, 1e6, note="0 switches it off")] = 1.0
+    accumulate: Annotated[int, Bounds(1, 2**16)] = 1  # micro-batches per step
+    ema_decay: Decay = 0.0  # 0 keeps no averaged weights
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig(ConfigGroup, path="loss"):
+    """Weights of the losses, and the constants of each stage's own."""
+
+    ce: NonNegative = 1.0
+    flow: NonNegative = 1.0
+    # Share of rows whose hidden states are zeroed before the connector.
+    condition_dropout: Fraction = 0.1
+    # Share of rows whose image tokens see no caption, for `sampling.token_guidance`. Where it
+    # equals condition_dropout these are the same rows.
+    caption_dropout: Fraction = 0.0
+    # Share of rows whose hidden states are zeroed while their references stay, for
+    # `sampling.reference_guidance`.
+    instruction_dropout: Fraction = 0.0
+    # Noises and noise levels drawn for each example: more of them for one pass of the AR.
+    flow_draws: Annotated[int, Bounds(1, 1024)] = 1
+    # "exact" takes the hidden states of <S0>, I_1 .. I_n; "last" the reference's last n + 1
+    # positions of the row.
+    condition_span: Literal["exact", "last"] = "exact"
+    ce_chunk: PositiveInt = 512  # tokens per block of the cross entropy
+    gradient: NonNegative = 0.4  # autoencoder: weight of the image-gradient term beside L1
+    squared: NonNegative = 4.0  # autoencoder: weight of the squared error beside L1
+    # autoencoder: weight of the term that holds each channel of the scaled latents at unit
+    # variance, which flow matching expects, and deviation of the noise put on them, which makes the
+    # decoder forgive what sampling gets slightly wrong.
+    latent_scale: NonNegative = 0.0
+    latent_noise: NonNegative = 0.0
+    dense: NonNegative = 0.0  # contrastive: weight of reading each patch's pixels off its feature
+    commitment: NonNegative = 0.25  # tokenizer: weight of the commitment term
+    # Tokenizer: weight of the usage-entropy term that keeps codes alive.
+    code_entropy: NonNegative = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig(ConfigGroup, path="checkpoint"):
+    every: PositiveInt = 1000
+    keep: PositiveInt = 3
+    # Parts to start from: {part: checkpoint directory}, part one of the model's (blip3o.PARTS).
+    init_from: tuple[tuple[Part, Path], ...] = ()
+    # What the AR's rows of the image tokens start from: "drawn" (or as init_from has them), or the
+    # tokenizer's "codes", also in place of those of an AR from init_from (joint stage).
+    image_rows: Literal["drawn", "codes"] = "drawn"
