@@ -13,14 +13,14 @@ import numpy as np
 
 from blip3o_jax.config import ModelConfig
 
-PARTS = ("ar", "dit")  # that can have them
+LORA_PARTS = ("ar", "dit")  # that can have them
 FACTORS = ("lora_a", "lora_b")  # beside a layer's `kernel`
 
 
 def base_config(cfg: ModelConfig) -> ModelConfig:
     """The model without low-rank factors, which it also is once they are merged."""
     off = lambda part: dataclasses.replace(part, lora=dataclasses.replace(part.lora, rank=0))
-    return dataclasses.replace(cfg, **{name: off(getattr(cfg, name)) for name in PARTS})
+    return dataclasses.replace(cfg, **{name: off(getattr(cfg, name)) for name in LORA_PARTS})
 
 
 def without_factors(params: Any) -> Any:
@@ -59,7 +59,7 @@ def merged(params: dict[str, Any], cfg: ModelConfig) -> dict[str, Any]:
     """
     with jax.default_matmul_precision("highest"):
         return {
-            name: _merged(tree, getattr(cfg, name).lora.scale) if name in PARTS else tree
+            name: _merged(tree, getattr(cfg, name).lora.scale) if name in LORA_PARTS else tree
             for name, tree in params.items()
         }
 

@@ -18,25 +18,25 @@ drawn. More references: `--config.model.editing.references=2 --config.data.max_l
 import dataclasses
 
 from blip3o_jax import config
-from blip3o_jax.train.start import continued
+from blip3o_jax.train.initialize import from_checkpoint
 
 
 def get_config(path: str) -> config.Config:
-    given = continued(path, trained=("ar", "connector", "dit"))
+    base = from_checkpoint(path, trained=("ar", "connector", "dit"))
     editing = dataclasses.replace(
-        given.model.editing,
-        references=max(1, given.model.editing.references),
+        base.model.editing,
+        references=max(1, base.model.editing.references),
         latents=True,
         beside=True,
     )
     return dataclasses.replace(
-        given,
+        base,
         steps=7_000,
         log_every=50,
-        model=dataclasses.replace(given.model, editing=editing),
+        model=dataclasses.replace(base.model, editing=editing),
         data=dataclasses.replace(
-            given.data, batch_size=128, workers=16, max_length=max(2048, given.data.max_length)
+            base.data, batch_size=128, workers=16, max_length=max(2048, base.data.max_length)
         ),
         optimizer=config.OptimizerConfig(learning_rate=5e-5, end_learning_rate=1e-5),
-        checkpoint=dataclasses.replace(given.checkpoint, every=500),
+        checkpoint=dataclasses.replace(base.checkpoint, every=500),
     )

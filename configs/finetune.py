@@ -18,16 +18,16 @@ steps of 5e-5 vanish in bfloat16; frozen ones (tokenizer, autoencoder) as they a
 import dataclasses
 
 from blip3o_jax import config
-from blip3o_jax.train.start import continued
+from blip3o_jax.train.initialize import from_checkpoint
 
 
 def get_config(path: str) -> config.Config:
-    given = continued(path, trained=("ar", "connector", "dit"))
+    base = from_checkpoint(path, trained=("ar", "connector", "dit"))
     return dataclasses.replace(
-        given,
+        base,
         steps=7_000,
         log_every=50,
-        data=dataclasses.replace(given.data, batch_size=128, workers=16),
+        data=dataclasses.replace(base.data, batch_size=128, workers=16),
         optimizer=config.OptimizerConfig(learning_rate=5e-5, end_learning_rate=1e-5),
-        checkpoint=dataclasses.replace(given.checkpoint, every=500),
+        checkpoint=dataclasses.replace(base.checkpoint, every=500),
     )

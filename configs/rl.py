@@ -18,7 +18,7 @@ import dataclasses
 
 from blip3o_jax import config
 from blip3o_jax.demo.recipe import reinforcement
-from blip3o_jax.train.start import continued
+from blip3o_jax.train.initialize import from_checkpoint
 
 GENEVAL = config.RewardConfig(
     name="geneval",
@@ -42,19 +42,19 @@ def get_config(argument: str) -> config.Config:
     if recipe in ("shapes", "words"):
         demo = reinforcement(path, "")
         return demo if recipe == "shapes" else words(demo)
-    given = continued(path, trained=("ar", "dit"))
+    base = from_checkpoint(path, trained=("ar", "dit"))
     sampling = dataclasses.replace(
-        given.sampling, temperature=1.0, top_k=0, top_p=1.0, token_guidance=1.0, batch_size=64
+        base.sampling, temperature=1.0, top_k=0, top_p=1.0, token_guidance=1.0, batch_size=64
     )
     return dataclasses.replace(
-        given,
+        base,
         steps=1000,
         log_every=1,
         preview=0,
         optimizer=config.OptimizerConfig(
             learning_rate=1e-6, end_learning_rate=0.0, weight_decay=0.0
         ),
-        checkpoint=dataclasses.replace(given.checkpoint, every=50),
+        checkpoint=dataclasses.replace(base.checkpoint, every=50),
         rl=dataclasses.replace(RECIPES[recipe], rollout=sampling),
     )
 

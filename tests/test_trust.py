@@ -24,7 +24,7 @@ from blip3o_jax.pipeline import Generated, Pipeline
 from blip3o_jax.rl.judged import Verdicts
 from blip3o_jax.rl.log import RolloutLog
 from blip3o_jax.rl.rescore import rewards_of
-from blip3o_jax.train import checkpoint, start
+from blip3o_jax.train import checkpoint, initialize
 from blip3o_jax.train.state import plan_state
 from tests import tiny
 from tests.rl.runs import started_from
@@ -71,7 +71,7 @@ def restored_once():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoint, "plan_state", functools.cache(plan_state))
         patch.setattr(checkpoint, "restore_parts", once)
-        patch.setattr(start, "restore_parts", once)
+        patch.setattr(initialize, "restore_parts", once)
         yield
 
 
@@ -214,7 +214,7 @@ def test_commands_that_read_a_checkpoint(received, tmp_path, monkeypatch, comman
 
 def test_a_run_that_starts_from_it(received):
     """`blip3o rl` and `train`: the model, and nothing else of what its config.json says."""
-    config = start.continued(received, trained=("ar",))
+    config = initialize.from_checkpoint(received, trained=("ar",))
     assert (
         config.rl.rewards == ()
         and config.rl.prompts_file == ""
@@ -224,7 +224,7 @@ def test_a_run_that_starts_from_it(received):
         str(received / "checkpoints" / "6")
     }
     assert config.model.text.path == str(received / "checkpoints" / "text")
-    given = start.given_parts(
+    given = initialize.restore_init_parts(
         config, checkpoint.plan_state(config, tiny.strategy()), tiny.strategy()
     )
     assert jax.tree.leaves(given["ar"])

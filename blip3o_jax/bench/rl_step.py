@@ -48,8 +48,8 @@ from blip3o_jax.rl.prompts import PromptRows, prompt_indices
 from blip3o_jax.rl.rewards.pool import RewardPool
 from blip3o_jax.rl.rollout import Record
 from blip3o_jax.rl.scoring import reread
+from blip3o_jax.train.initialize import restore_init_parts
 from blip3o_jax.train.stages import Loss
-from blip3o_jax.train.start import given_parts
 from blip3o_jax.train.state import StatePlan, TrainState, create_state, plan_state
 from blip3o_jax.train.step import make_step
 from blip3o_jax.train.vocabulary import with_vocabulary
@@ -90,7 +90,7 @@ def bench(config: Config, out: pathlib.Path, *, rounds: int, command: str) -> di
         config, vocabulary = with_vocabulary(config, [], pathlib.Path(directory))
     plan = plan_state(config, strategy)
     start = lambda: create_state(
-        config, plan, given_parts(config, plan, strategy), vocabulary.image_first
+        config, plan, restore_init_parts(config, plan, strategy), vocabulary.image_first
     )
     ids, whole = (vocabulary.image_first, vocabulary.image_last), config.model.ar.vocab_size
     copied = jax.jit(lambda x: jax.tree.map(jnp.copy, x), out_shardings=plan.shardings["params"])

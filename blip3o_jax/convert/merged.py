@@ -12,7 +12,7 @@ import numpy as np
 from blip3o_jax.config import ModelConfig, UserError
 from blip3o_jax.convert.mapping import parameter_shapes
 from blip3o_jax.convert.tables import PREFIXES
-from blip3o_jax.lora import FACTORS, PARTS, merged_kernel
+from blip3o_jax.lora import FACTORS, LORA_PARTS, merged_kernel
 from blip3o_jax.train.checkpoint import Stored, Weights
 
 
@@ -28,9 +28,11 @@ class MergedWeights(Weights):
         super().__init__(root, step, ema=ema)
         for part in [part for part in self.parts if part in PREFIXES]:
             self._check(part, parameter_shapes(part, model), root)
-        self._scales = {part: getattr(model, part).lora.scale for part in PARTS}
+        self._scales = {part: getattr(model, part).lora.scale for part in LORA_PARTS}
         self.merged_parts = tuple(
-            part for part in PARTS if any(self.is_merged(part, path) for _, path in self._leaves)
+            part
+            for part in LORA_PARTS
+            if any(self.is_merged(part, path) for _, path in self._leaves)
         )
 
     def _check(self, part: str, wanted: dict[str, tuple[int, ...]], root: pathlib.Path) -> None:

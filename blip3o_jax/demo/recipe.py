@@ -13,7 +13,7 @@ import pathlib
 from collections.abc import Mapping
 
 from blip3o_jax import config
-from blip3o_jax.train.start import continued
+from blip3o_jax.train.initialize import from_checkpoint
 
 IMAGE_SIZE = 48
 
@@ -249,10 +249,10 @@ def reinforcement(
     denoising steps, which tell a right image from a wrong one as well (docs/results/rl-cpu.md has
     what else was tried).
     """
-    given = continued(checkpoint, trained=("ar",))
+    checkpoint_config = from_checkpoint(checkpoint, trained=("ar",))
     steps = 2 if fast else 230
     return dataclasses.replace(
-        given,
+        checkpoint_config,
         steps=steps,
         log_every=1,
         preview=0,
@@ -264,12 +264,14 @@ def reinforcement(
             ema_decay=0.95,
         ),
         mesh=mesh(),
-        checkpoint=dataclasses.replace(given.checkpoint, every=steps, keep=1),
+        checkpoint=dataclasses.replace(checkpoint_config.checkpoint, every=steps, keep=1),
         rl=config.RlConfig(
             prompts_file=prompts_file,
             prompts=2 if fast else 16,
             group=16,
-            rollout=dataclasses.replace(given.sampling, temperature=1.0, steps=10, batch_size=256),
+            rollout=dataclasses.replace(
+                checkpoint_config.sampling, temperature=1.0, steps=10, batch_size=256
+            ),
             advantage="mean",
             rewards=(config.RewardConfig(name="shapes"),),
         ),

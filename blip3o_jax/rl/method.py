@@ -23,8 +23,8 @@ from blip3o_jax.rl.loss import make_loss
 from blip3o_jax.rl.rewards.pool import RewardPool
 from blip3o_jax.text.vocabulary import Vocabulary
 from blip3o_jax.train import loop
+from blip3o_jax.train.initialize import restore_init_parts
 from blip3o_jax.train.loop import Begun, Setup, Summary
-from blip3o_jax.train.start import given_parts
 from blip3o_jax.train.state import TrainState, merge_trees
 from blip3o_jax.train.step import make_step
 from blip3o_jax.train.vocabulary import with_vocabulary
@@ -155,7 +155,7 @@ def _reference(setup: Setup, state: TrainState, *, fresh: bool) -> Any:
             lambda params: jax.tree.map(jnp.copy, params),
             out_shardings=setup.plan.shardings["params"],
         )(state["params"])
-    given = given_parts(setup.config, setup.plan, setup.strategy)
+    given = restore_init_parts(setup.config, setup.plan, setup.strategy)
     given = {part: groups["params"] for part, groups in given.items() if "params" in groups}
     return merge_trees(given, lora.without_lora(state["params"]))
 

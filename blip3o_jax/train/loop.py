@@ -29,9 +29,9 @@ from blip3o_jax.parallel.watchdog import Watchdog
 from blip3o_jax.text.vocabulary import Vocabulary
 from blip3o_jax.train.checkpoint import Checkpoints
 from blip3o_jax.train.flops import peak_flops
+from blip3o_jax.train.initialize import restore_or_create
 from blip3o_jax.train.memory import check_memory
 from blip3o_jax.train.metrics import MetricLog, SilentLog
-from blip3o_jax.train.start import restore_or_create
 from blip3o_jax.train.state import StatePlan, TrainState, plan_state
 from blip3o_jax.train.step import row_keys
 from blip3o_jax.train.workdir import WorkdirLock

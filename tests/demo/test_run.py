@@ -69,6 +69,8 @@ def test_curves_of_reinforcement_learning_are_metrics_of_its_rewards_and_step():
 
 
 def test_the_demo_trains_with_the_reward_that_its_curves_are_of(monkeypatch):
-    monkeypatch.setattr("blip3o_jax.demo.recipe.continued", lambda path, trained: tiny.run_config())
+    monkeypatch.setattr(
+        "blip3o_jax.demo.recipe.from_checkpoint", lambda path, trained: tiny.run_config()
+    )
     (reward,) = reinforcement("", "").rl.rewards
     assert f"reward/part/{reward.name}/correct" in CURVES["rl"]

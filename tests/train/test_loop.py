@@ -20,7 +20,7 @@ from blip3o_jax.config import UserError
 from blip3o_jax.parallel import chips
 from blip3o_jax.parallel.preemption import Preempted
 from blip3o_jax.text.tokenizers import train_sentencepiece
-from blip3o_jax.train import checkpoint, encode, loop, optimizer, recipe, start, supervised
+from blip3o_jax.train import checkpoint, encode, initialize, loop, optimizer, recipe, supervised
 from blip3o_jax.train.metrics import MetricLog, read_rows
 from blip3o_jax.train.state import plan_state
 from blip3o_jax.train.workdir import WorkdirLock
@@ -514,7 +514,7 @@ def test_parts_of_another_model_are_refused(whole, tmp_path):
         plan = plan_state(cfg, tiny.strategy())
         with pytest.raises(UserError, match=f"checkpoint.init_from: {message}") as error:
             for part, path in cfg.checkpoint.init_from:
-                start.fitted(
+                initialize.match_to_plan(
                     plan, part, checkpoint.restore_parts(path, tiny.strategy(), (part,))[part], path
                 )
         assert "\n" not in str(error.value)

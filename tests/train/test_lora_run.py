@@ -13,8 +13,8 @@ from blip3o_jax import lora
 from blip3o_jax.blip3o import Blip3o
 from blip3o_jax.config import UserError
 from blip3o_jax.train import checkpoint
+from blip3o_jax.train.initialize import match_to_plan, restore_or_create
 from blip3o_jax.train.stages import make_loss
-from blip3o_jax.train.start import fitted, restore_or_create
 from blip3o_jax.train.state import merge_trees, plan_state, without
 from blip3o_jax.train.step import make_step
 from tests import tiny
@@ -80,7 +80,7 @@ def test_a_checkpoint_without_factors_is_taken_whole_and_factors_are_drawn(setti
 
     @jax.jit
     def factors():
-        model = Blip3o(settings.model, lora.PARTS, seed=settings.seed)
+        model = Blip3o(settings.model, lora.LORA_PARTS, seed=settings.seed)
         return {
             path: x for path, x in leaves(nnx.to_pure_dict(nnx.state(model))) if is_factor(path)
         }
@@ -138,14 +138,14 @@ def test_nothing_but_factors_may_be_missing(settings, begun):
     with pytest.raises(
         UserError, match=r"part ar of x and of this model differ, first in .*\['q'\]\['lora_a'\]"
     ):
-        fitted(plan, "ar", ar, "x")
+        match_to_plan(plan, "ar", ar, "x")
     ar = lora.without_factors(ar)
-    fitted(plan, "ar", ar, "x")
+    match_to_plan(plan, "ar", ar, "x")
     del ar["norm"]
     with pytest.raises(
         UserError, match=r"part ar of x and of this model differ, first in \['norm'\]\['scale'\]"
     ):
-        fitted(plan, "ar", ar, "x")
+        match_to_plan(plan, "ar", ar, "x")
 
 
 def test_without():

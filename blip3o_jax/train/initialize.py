@@ -1,4 +1,6 @@
-"""What a run begins with: its last checkpoint, or parts of others and the rest drawn."""
+"""The initial train state of a run: its newest checkpoint, or parts of other checkpoints and random
+weights for the rest.
+"""
 
 import dataclasses
 import pathlib
@@ -12,34 +14,35 @@ from blip3o_jax.config import CheckpointConfig, Config, DataConfig, UserError
 from blip3o_jax.parallel.distributed import say
 from blip3o_jax.parallel.rules import Strategy
 from blip3o_jax.train.checkpoint import Checkpoints, find, read_config, restore_parts, stored_text
+from blip3o_jax.train.stages import STAGES
 from blip3o_jax.train.state import WEIGHTS, StatePlan, TrainState, create_state
 
-PARTS = ("tokenizer", "ar", "connector", "dit", "vae")  # of a whole model
 
+def from_checkpoint(path: str | pathlib.Path, trained: tuple[str, ...]) -> Config:
+    """Return the configuration of a joint-stage run that starts from a checkpoint: the checkpoint's
+    model, text tokenizer, row length and sampling settings.
 
-def continued(path: str | pathlib.Path, trained: tuple[str, ...]) -> Config:
-    """The configuration to build on for a run of stage joint that starts from a checkpoint: all its
-    parts, its text tokenizer, length of rows and sampling, as they are. Parameters of the parts
-    `trained` are kept in float32, whatever they were saved in: small steps vanish in bfloat16.
-    UserError for what is no checkpoint.
+    Parameters of the parts `trained` are kept in float32, whatever they were saved in, because
+    small updates vanish in bfloat16. Raises UserError if `path` is no checkpoint.
     """
     root, step = find(path)
-    given = read_config(root)
-    text = stored_text(root, given.model.text)
-    editing = {
-        "latent_connector": given.model.editing.latents,
-        "feature_connector": given.model.editing.features,
+    saved = read_config(root)
+    text = stored_text(root, saved.model.text)
+    connectors = {
+        "latent_connector": saved.model.editing.latents,
+        "feature_connector": saved.model.editing.features,
     }
-    parts = PARTS + tuple(name for name, there in editing.items() if there)
+    enabled = tuple(name for name, on in connectors.items() if on)
+    parts = STAGES["joint"].parts + enabled
     changes = {
-        part: dataclasses.replace(getattr(given.model, part), param_dtype="float32")
+        part: dataclasses.replace(getattr(saved.model, part), param_dtype="float32")
         for part in trained
     }
     return Config(
         stage="joint",
-        model=dataclasses.replace(given.model, text=text, **changes),
-        data=DataConfig(max_length=given.data.max_length),
-        sampling=given.sampling,
+        model=dataclasses.replace(saved.model, text=text, **changes),
+        data=DataConfig(max_length=saved.data.max_length),
+        sampling=saved.sampling,
         checkpoint=CheckpointConfig(
             init_from=tuple((part, str(root / str(step))) for part in parts)
         ),
@@ -49,8 +52,10 @@ def continued(path: str | pathlib.Path, trained: tuple[str, ...]) -> Config:
 def restore_or_create(
     config: Config, plan: StatePlan, strategy: Strategy, checkpoints: Checkpoints, image_first: int
 ) -> tuple[TrainState, Any, int]:
-    """(state, position of the data stream or None, steps done), from the newest checkpoint that is
-    intact. UserError where the checkpoints are of another stage, or none is intact.
+    """Return (state, position of the data stream or None, steps done) from the newest intact
+    checkpoint, or a new state at step 0.
+
+    Raises UserError if the checkpoints are of another stage or none of them is intact.
     """
     before = _written_by(checkpoints.directory)
     if before is not None and before.title != config.title and checkpoints.steps():
@@ -71,31 +76,35 @@ def restore_or_create(
             + (f" with {changed}" if changed else "")
         )
         return state, position, latest
-    return create_state(config, plan, given_parts(config, plan, strategy), image_first), None, 0
+    return (
+        create_state(config, plan, restore_init_parts(config, plan, strategy), image_first),
+        None,
+        0,
+    )
 
 
 def _written_by(directory: pathlib.Path) -> Config | None:
     return read_config(directory) if (directory / "config.json").exists() else None
 
 
-def given_parts(config: Config, plan: StatePlan, strategy: Strategy) -> dict[str, Any]:
-    """The parts that `checkpoint.init_from` names, as `create_state` takes them."""
-    given = {}
+def restore_init_parts(config: Config, plan: StatePlan, strategy: Strategy) -> dict[str, Any]:
+    """Restore the parts that `checkpoint.init_from` names, in the form `create_state` takes."""
+    restored_parts = {}
     for path in dict.fromkeys(path for _, path in config.checkpoint.init_from):
         parts = tuple(part for part, other in config.checkpoint.init_from if other == path)
         _check_lora(config, parts, path)
         restored = restore_parts(path, strategy, parts)
-        given |= {part: fitted(plan, part, restored[part], path) for part in parts}
-    return given
+        restored_parts |= {part: match_to_plan(plan, part, restored[part], path) for part in parts}
+    return restored_parts
 
 
 def _check_lora(config: Config, parts: tuple[str, ...], path: str) -> None:
-    """UserError where parts of a checkpoint have other low-rank factors than this model; it may
-    have some that they lack.
+    """Raise UserError if parts of a checkpoint have LoRA factors that differ from this model's.
+    Factors that the checkpoint lacks are allowed.
     """
     root, _ = find(path)
     theirs, ours = read_config(root).model, config.model
-    for part in [part for part in parts if part in lora.PARTS]:
+    for part in [part for part in parts if part in lora.LORA_PARTS]:
         has, wants = getattr(theirs, part).lora, getattr(ours, part).lora
         if has.rank and has != wants:
             raise UserError(
@@ -104,9 +113,11 @@ def _check_lora(config: Config, parts: tuple[str, ...], path: str) -> None:
             )
 
 
-def fitted(plan: StatePlan, part: str, values: Any, path: str) -> dict[str, Any]:
-    """The arrays of one part as the plan wants them: by group, in its own dtypes and shardings.
-    They must cover the part, but for low-rank factors, which may all be left to be drawn.
+def match_to_plan(plan: StatePlan, part: str, values: Any, path: str) -> dict[str, Any]:
+    """Return the arrays of one part by group, cast and sharded as the plan has them.
+
+    They must cover the part; only its LoRA factors may be absent, all at once, and are then
+    initialized at random.
     """
     targets = {
         group: plan.abstract[group][part] for group in WEIGHTS if part in plan.abstract[group]
@@ -135,7 +146,7 @@ def fitted(plan: StatePlan, part: str, values: Any, path: str) -> dict[str, Any]
 
 
 def changed_settings(old: Config, new: Config) -> list[str]:
-    """["optimizer.learning_rate: 1e-4 -> 5e-5", ...]"""
+    """Return the settings that differ: ["optimizer.learning_rate: 1e-4 -> 5e-5", ...]."""
     before, after = (config_lib.flat(config_lib.to_dict(config)) for config in (old, new))
     return [
         f"{key}: {before.get(key)} -> {after[key]}"
