@@ -50,7 +50,7 @@ def written(place, **model):
     """
     cfg = tiny.run_config(tiny.data(), data={"max_length": 72}, model=FACTORS)
     cfg, tokenizer, weights = drawn(
-        dataclasses.replace(cfg, model=tiny._replaced(cfg.model, model)), place
+        dataclasses.replace(cfg, model=tiny.replace_fields(cfg.model, model)), place
     )
     checkpoint.write_weights(place / "run", cfg, tokenizer, weights)
     return cfg, merge_trees(weights["params"], weights["frozen"])

@@ -300,7 +300,7 @@ def test_the_demo_is_exported_and_is_the_same_model(tmp_path):
 
 def test_a_checkpoint_of_another_model(directories, tmp_path):
     cfg = tiny.run_config(tiny.data())
-    cfg = dataclasses.replace(cfg, model=tiny._replaced(cfg.model, {"dit": {"num_layers": 3}}))
+    cfg = dataclasses.replace(cfg, model=tiny.replace_fields(cfg.model, {"dit": {"num_layers": 3}}))
     other = tmp_path / "other"
     checkpoint.write_weights(other, *drawn(cfg, tmp_path / "text"))
     with pytest.raises(

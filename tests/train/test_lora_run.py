@@ -55,7 +55,7 @@ def settings(start):
         trainable=(".*/lora_.*",),
         checkpoint={"init_from": tuple((part, str(start)) for part in PARTS)},
     )
-    return dataclasses.replace(cfg, model=tiny._replaced(model, FACTORS))
+    return dataclasses.replace(cfg, model=tiny.replace_fields(model, FACTORS))
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +122,7 @@ def test_factors_alone_are_trained_and_have_optimizer_state(settings, begun, tmp
         ({"ar": {"lora": {"alpha": 1.0}}}, "ar"),
         ({"dit": {"lora": {"targets": ("q",)}}}, "dit"),
     ):
-        other = dataclasses.replace(further, model=tiny._replaced(further.model, changes))
+        other = dataclasses.replace(further, model=tiny.replace_fields(further.model, changes))
         with pytest.raises(
             UserError,
             match=f"part {part} of {tmp_path} .* set model.{part}.lora as .* or merge .*export",

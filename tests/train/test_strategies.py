@@ -1,7 +1,7 @@
 """Every strategy, on every stage, gives what one device gives: the loss and each gradient, two
 steps deep.
 
-The networks are those of tests/tiny.py in float32, the devices eight of the CPU. Sums are in
+The networks are those of tests/tiny/ in float32, the devices eight of the CPU. Sums are in
 another order: 1e-5 of each array's norm. The default run has a case of each family of strategies
 and of each stage; `pytest -m slow` the whole table. Sampling is in tests/test_pipeline.py.
 """
