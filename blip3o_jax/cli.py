@@ -663,7 +663,7 @@ def _index(args: argparse.Namespace) -> None:
     from blip3o_jax.data.sources import open_source
 
     cfg = SourceConfig(args.path, args.format, split=args.split, images=args.images)
-    source = open_source(cfg, anew=ALL if args.all else CHANGED)
+    source = open_source(cfg, rebuild=ALL if args.all else CHANGED)
     for note in source.notes:
         print(note)
     print(f"{source.name}: {len(source)} records, digest {source.fingerprint}")

@@ -76,7 +76,7 @@ def _shapes(source: Source, model: ModelConfig, max_pixels: int) -> np.ndarray:
     asked = [source.fingerprint, model.sizes, max_pixels]
     name = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
     file = cache_directory() / f"shapes-{name}"
-    with contextlib.suppress(OSError, DamagedArrays):  # it is made anew
+    with contextlib.suppress(OSError, DamagedArrays):  # it is then computed again
         shapes_N = unpack(file)[1]["shapes"]
         if len(shapes_N) == len(source):
             return shapes_N

@@ -61,59 +61,60 @@ from blip3o_jax.data.record import BadRecord, Source
 VERSION = 2  # raised whenever an array or the digest changes its meaning
 IDENTITY = ("keys", "key_ends", "sizes", "crc")
 DIRECTORY = ".blip3o_index"
-INCOMPLETE = {  # as a name of metrics, and as said when the set is opened
+INCOMPLETE = {  # name in metrics: description in messages
     "no_caption": "without a caption",
     "no_image": "without an image",
     "empty_image": "with an empty image",
     "unreadable": "that cannot be read",
 }
 THREADS = 16  # records lie apart: the wait is for the disk
-CHANGED, ALL = "changed", "all"  # which shards are indexed anew, beside those that must be
-# Bytes that are read at opening where times of change are not those of indexing.
-SMALL = 256 * 2**20
-LARGE = 20 * 2**30  # bytes; to index more than that is better done before a run
+# Which shards to index again, besides those whose index is missing or out of date.
+CHANGED, ALL = "changed", "all"
+# Bytes read again at opening, at most, where modification times differ from those of indexing.
+REBUILD_LIMIT = 256 * 2**20
+LARGE_DATASET = 20 * 2**30  # bytes; to index more than that is better done before a run
 
 
 @dataclasses.dataclass
 class Counts:
-    """What was found by reason: how often, and where first."""
+    """Counts by reason, each with the place of the first occurrence."""
 
-    found: dict[str, tuple[int, str]] = dataclasses.field(default_factory=dict)
+    by_reason: dict[str, tuple[int, str]] = dataclasses.field(default_factory=dict)
 
     @classmethod
-    def from_json(cls, found: dict[str, list[Any]]) -> "Counts":
-        """Return what the header of an index holds. ValueError, TypeError or AttributeError for
-        what is none: it may come from anywhere."""
+    def from_json(cls, by_reason: dict[str, list[Any]]) -> "Counts":
+        """Return the counts in the header of an index. Raises ValueError, TypeError or
+        AttributeError if they are malformed: the file may come from anywhere."""
         counts = {}
-        for reason, (count, first) in found.items():
+        for reason, (count, first) in by_reason.items():
             if int(count) < 0:
                 raise ValueError(f"{count} {reason}")
             counts[escaped(reason)] = (int(count), escaped(str(first)))
         return cls(counts)
 
     def add(self, reason: str, where: str, count: int = 1) -> None:
-        before, first = self.found.get(reason, (0, where))
-        self.found[reason] = (before + count, first)
+        before, first = self.by_reason.get(reason, (0, where))
+        self.by_reason[reason] = (before + count, first)
 
     def merge(self, other: "Counts") -> None:
-        for reason, (count, first) in other.found.items():
+        for reason, (count, first) in other.by_reason.items():
             self.add(reason, first, count)
 
     @property
     def total(self) -> int:
-        return sum(count for count, _ in self.found.values())
+        return sum(count for count, _ in self.by_reason.values())
 
-    def listed(self, names: Mapping[str, str]) -> str:
-        """Return each reason by its name with its count and where it was met first."""
-        found = sorted(self.found.items())
-        each = (f"{count} {names.get(name, name)} ({first})" for name, (count, first) in found)
+    def describe(self, names: Mapping[str, str]) -> str:
+        """Return each reason by its name with its count and its first occurrence."""
+        ordered = sorted(self.by_reason.items())
+        each = (f"{count} {names.get(name, name)} ({first})" for name, (count, first) in ordered)
         return ", ".join(each)
 
 
 @dataclasses.dataclass
-class Built:
-    """What indexing finds in a shard. `arrays` as in the table above, `extra` is what else its
-    format wants to know."""
+class IndexData:
+    """The contents of a shard's index before it is written. `arrays` are those of the table above;
+    `extra` holds further values that the format needs."""
 
     arrays: dict[str, np.ndarray]
     extra: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -121,7 +122,7 @@ class Built:
     incomplete: Counts = dataclasses.field(default_factory=Counts)
 
 
-def joined_keys(keys: Sequence[bytes]) -> dict[str, np.ndarray]:
+def concatenate_keys(keys: Sequence[bytes]) -> dict[str, np.ndarray]:
     """Return the arrays `keys` and `key_ends`."""
     ends = np.cumsum([len(key) for key in keys], dtype=np.int64)
     return {"keys": np.frombuffer(b"".join(keys), np.uint8), "key_ends": ends}
@@ -173,7 +174,7 @@ def same_state(path: str, index: ShardIndex) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class Format:
+class ShardFormat:
     """How the shards of one kind are indexed.
 
     Args:
@@ -186,12 +187,12 @@ class Format:
       variant: what else decides what the index says.
       threads: shards that are read at once.
       size: bytes that `build` will read.
-      extra: keys of `Built.extra`.
+      extra: keys of `IndexData.extra`.
       one_file: nothing is read but the shard itself.
     """
 
     kind: str
-    build: Callable[[str, "Progress"], Built]
+    build: Callable[[str, "Progress"], IndexData]
     changed: Callable[[str, ShardIndex], str] = same_state
     state: Callable[[str], dict[str, Any]] = file_state
     variant: str = ""
@@ -202,17 +203,17 @@ class Format:
 
 
 @dataclasses.dataclass(frozen=True)
-class Hosts:
-    """This host of those that open the same set at once; `wait` returns when all of them have
-    called it."""
+class ProcessGroup:
+    """The processes that open the same data set at once: this one's index, their count and a
+    barrier that returns once all of them have called it."""
 
-    number: int = 0
+    index: int = 0
     count: int = 1
-    wait: Callable[[], None] = lambda: None
+    barrier: Callable[[], None] = lambda: None
 
 
-class _Stopped(Exception):
-    """Another shard was refused, or Ctrl-C was pressed."""
+class _Cancelled(Exception):
+    """Another shard was refused, or Ctrl-C was pressed: indexing stops."""
 
 
 class Progress:
@@ -222,43 +223,43 @@ class Progress:
 
     def __init__(self, name: str, shards: int, total: int, *, quiet: bool, hint: str) -> None:
         self.name, self.total, self.quiet = name, total, quiet
-        self.stopped = threading.Event()
+        self.cancelled = threading.Event()
         self._lock = threading.Lock()
         self._done, self._shards, self._of = 0, 0, shards
         self._began = time.monotonic()
         self._next = self._began + self.EVERY
-        if total > LARGE and hint:
-            self._say(
+        if total > LARGE_DATASET and hint:
+            self._print(
                 f"{name}: no index yet: {_size(total)} are read once now; before a long run on "
                 f"accelerators, `{hint}` does that on any machine"
             )
 
     def add(self, count: int) -> None:
-        """Count bytes; raise _Stopped where the work is of no use any more. To be called with 0 now
+        """Count bytes; raise _Cancelled where the work is of no use any more. To be called with 0 now
         and then where much is done between two reads."""
-        if self.stopped.is_set():
-            raise _Stopped
+        if self.cancelled.is_set():
+            raise _Cancelled
         with self._lock:
             self._done += count
-            self._tell()
+            self._report()
 
     def end_shard(self) -> None:
         with self._lock:
             self._shards += 1
 
-    def _tell(self) -> None:
+    def _report(self) -> None:
         now = time.monotonic()
         if now < self._next:
             return
         self._next = now + self.EVERY
         rate = self._done / (now - self._began)
         left = f"{max(0, self.total - self._done) / rate:.0f} s" if rate else "unknown yet"
-        self._say(
+        self._print(
             f"indexing {self.name}: {self._shards}/{self._of} shards, {_size(self._done)} of "
             f"{_size(self.total)}, {_size(rate)}/s, ETA {left}"
         )
 
-    def _say(self, line: str) -> None:
+    def _print(self, line: str) -> None:
         if not self.quiet:
             print(line, file=sys.stderr, flush=True)
 
@@ -269,16 +270,16 @@ def _size(count: float) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
-    """An index file as it was when the set was opened. It is mapped when a record of it is read:
-    each mapping holds a file descriptor, and a set may have thousands of shards."""
+class IndexFile:
+    """An index file as it was when the data set was opened. It is memory-mapped when a record of it
+    is read: each mapping holds a file descriptor, and a data set may have thousands of shards."""
 
     path: pathlib.Path
     records: int
     header: dict[str, Any]
 
 
-class SetIndex:
+class DatasetIndex:
     """The indexes of a set's shards behind one numbering of its records. It pickles: a worker
     process maps the same files.
 
@@ -286,7 +287,7 @@ class SetIndex:
       digest: of the content of the set, 64 hexadecimal digits.
       ends: where the records of each shard end.
       unused, incomplete: what the shards hold beside whole records.
-      extra: by shard, `Built.extra`.
+      extra: by shard, `IndexData.extra`.
       records: by shard, all that its file holds.
     """
 
@@ -294,7 +295,7 @@ class SetIndex:
         self,
         command: str,
         kind: str,
-        found: Sequence[Found],
+        found: Sequence[IndexFile],
         ranges: Sequence[tuple[int, int]] = (),
     ) -> None:
         self._command = command  # that indexes the set
@@ -315,14 +316,14 @@ class SetIndex:
     def __len__(self) -> int:
         return self.ends[-1] if self.ends else 0
 
-    def place(self, index: int) -> tuple[int, int]:
+    def locate(self, index: int) -> tuple[int, int]:
         """Return the number of the shard and the row in it of record `index`."""
         number = bisect.bisect_right(self.ends, index)
         before = self.ends[number - 1] if number else 0
         return number, self._ranges[number][0] + index - before
 
     def shard(self, number: int) -> ShardIndex:
-        return _mapped(*self._files[number])
+        return _memory_map(*self._files[number])
 
     def check(self, shard: str, number: int, row: int, parts: Iterable[bytes], key: str) -> None:
         """Raise BadRecord of kind CHANGED unless the bytes of a record are those that were indexed."""
@@ -333,31 +334,31 @@ class SetIndex:
             reason = "its bytes are not those that were indexed"
         else:
             return
-        hint = f"if the change is meant, `{self._command}` indexes it anew"
+        hint = f"if the change is meant, `{self._command}` rebuilds the index"
         raise BadRecord(shard, key, f"{reason}; {hint}", record_lib.CHANGED)
 
 
 class IndexedSource(Source):
-    """A source of shards with their index. `unused`: what is said of the reasons why something is
-    not used."""
+    """A source of shards with their index. `unused`: {reason why a member is not used: its
+    description}."""
 
     def __init__(
         self,
         name: str,
         shards: Iterable[str],
-        found: SetIndex,
+        index: DatasetIndex,
         unused: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(name, shards)
-        self._index = found
-        self.unused = {reason: count for reason, (count, _) in found.unused.found.items()}
-        self.incomplete = found.incomplete.total
+        self._index = index
+        self.unused = {reason: count for reason, (count, _) in index.unused.by_reason.items()}
+        self.incomplete = index.incomplete.total
         every = INCOMPLETE | dict(unused or {})
         self.notes = tuple(
-            f"{name}: {counts.total} {what}: {counts.listed(every)}"
+            f"{name}: {counts.total} {what}: {counts.describe(every)}"
             for counts, what in (
-                (found.unused, "members not used"),
-                (found.incomplete, f"of {len(found)} records incomplete"),
+                (index.unused, "members not used"),
+                (index.incomplete, f"of {len(index)} records incomplete"),
             )
             if counts.total
         )
@@ -371,37 +372,37 @@ class IndexedSource(Source):
 
 
 @functools.lru_cache(maxsize=256)  # each mapping holds a file descriptor
-def _mapped(path: str, digest: str) -> ShardIndex:
+def _memory_map(path: str, digest: str) -> ShardIndex:
     """Map an index file. Raises ConfigError where it is not the one of opening: that is not the
     fault of the record to be read, which therefore is not skipped for it."""
     try:
         header, arrays = unpack(path, check=False)  # which was looked at when the set was opened
         if header.get("digest") == digest:
             return ShardIndex(arrays, header)
-        reason = "it was written anew"
+        reason = "it was rewritten"
     except (OSError, DamagedArrays) as error:
         reason = getattr(error, "strerror", None) or str(error)
     raise ConfigError(f"{path}: the index changed while in use ({reason}): start the command again")
 
 
-def open_set(
+def open_index(
     name: str,
     shards: Sequence[str],
-    form: Format,
+    shard_format: ShardFormat,
     *,
     ranges: Sequence[tuple[int, int]] = (),
-    hosts: Hosts = Hosts(),
-    anew: str = "",
+    processes: ProcessGroup = ProcessGroup(),
+    rebuild: str = "",
     options: str = "",
-) -> SetIndex:
+) -> DatasetIndex:
     """Return the index of a set; make it first, or the part of it that is missing or out of date.
 
     Args:
       name: of the set, the path that the user gave.
       ranges: (first record, records) of each shard; all of them by default.
-      hosts: each reads some of the shards that have no index; they see each other's work where they
+      processes: each reads some of the shards that have no index; they see each other's work where they
         share the directory.
-      anew: which shards are read though they have an index: CHANGED are those whose time of change
+      rebuild: which shards are read though they have an index: CHANGED are those whose time of change
         is another.
       options: of `blip3o data index`, beside the name.
 
@@ -409,60 +410,62 @@ def open_set(
       UserError: a shard cannot be part of a set, or its index can be written nowhere.
     """
     command = " ".join(filter(None, ("blip3o data index", shlex.quote(name), options)))
-    found, reasons = _find_all(shards, form, anew)
-    if reasons and hosts.number == 0:
+    found, reasons = _load_indexes(shards, shard_format, rebuild)
+    if reasons and processes.index == 0:
         more = f" (and {len(reasons) - 1} more shards)" if len(reasons) > 1 else ""
-        print(f"{name}: indexing anew: {reasons[0]}{more}", file=sys.stderr, flush=True)
+        print(f"{name}: rebuilding the index: {reasons[0]}{more}", file=sys.stderr, flush=True)
     before = list(found)
-    if touched := [] if anew else _touched(shards, form, found):
-        anew = CHANGED
-        for number in touched:
+    if modified := [] if rebuild else _modified_shards(shards, shard_format, found):
+        rebuild = CHANGED
+        for number in modified:
             found[number] = None
 
     def build(numbers: Iterable[int]) -> None:
         missing = [number for number in numbers if found[number] is None]
-        total = sum(form.size(shards[number]) for number in missing)
-        quiet, hint = hosts.number > 0, "" if anew else command
+        total = sum(shard_format.size(shards[number]) for number in missing)
+        quiet, hint = processes.index > 0, "" if rebuild else command
         progress = Progress(name, len(missing), total, quiet=quiet, hint=hint)
-        _build_all(shards, missing, form, found, anew, progress)
+        _build_indexes(shards, missing, shard_format, found, rebuild, progress)
 
-    if hosts.count > 1:
+    if processes.count > 1:
         with contextlib.suppress(UserError, OSError):  # every host meets it below
-            build(range(hosts.number, len(shards), hosts.count))
-        hosts.wait()
+            build(range(processes.index, len(shards), processes.count))
+        processes.barrier()
     build(range(len(shards)))
     digest = lambda each: each.header["digest"]
-    changed = [shards[i] for i in touched if digest(found[i]) != digest(before[i])]
-    if changed and hosts.number == 0:
+    changed = [shards[i] for i in modified if digest(found[i]) != digest(before[i])]
+    if changed and processes.index == 0:
         more = f" and {len(changed) - 1} more" if changed[1:] else ""
-        line = f"{name}: indexed anew: {changed[0]}{more} changed without another size"
+        line = f"{name}: rebuilt the index: {changed[0]}{more} changed without another size"
         print(line, file=sys.stderr, flush=True)
     for shard, each, (skip, take) in zip(shards, found, ranges, strict=False):
         if skip + take > each.records:
             wanted = f"{skip + take} are wanted: fetch it again"
             raise UserError(f"{shard}: holds {each.records} records, {wanted}")
-    return SetIndex(command, form.kind, found, ranges)
+    return DatasetIndex(command, shard_format.kind, found, ranges)
 
 
-def _find_all(
+def _load_indexes(
     shards: Sequence[str],
-    form: Format,
-    anew: str,
-) -> tuple[list[Found | None], list[str]]:
+    shard_format: ShardFormat,
+    rebuild: str,
+) -> tuple[list[IndexFile | None], list[str]]:
     """Return the indexes that are there and right, and why others are not."""
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
-        both = list(pool.map(lambda shard: _find(shard, form, anew), shards))
+        both = list(pool.map(lambda shard: _load_index(shard, shard_format, rebuild), shards))
     return [index for index, _ in both], [reason for _, reason in both if reason]
 
 
-def _find(shard: str, form: Format, anew: str = "") -> tuple[Found | None, str]:
+def _load_index(
+    shard: str, shard_format: ShardFormat, rebuild: str = ""
+) -> tuple[IndexFile | None, str]:
     reason = ""
-    for path in () if anew == ALL else _places(shard, form):
+    for path in () if rebuild == ALL else _index_paths(shard, shard_format):
         try:
             header, arrays = unpack(path)
             index = ShardIndex(arrays, header)
-            _check_layout(index, form)
-            changed = form.changed(shard, index)
+            _check_layout(index, shard_format)
+            changed = shard_format.changed(shard, index)
         except FileNotFoundError:
             continue
         except (
@@ -475,21 +478,23 @@ def _find(shard: str, form: Format, anew: str = "") -> tuple[Found | None, str]:
             why = getattr(error, "strerror", None) or error
             reason = f"{path}: the index cannot be used ({why})"
             continue
-        if not changed and anew == CHANGED:
-            if not form.one_file:
+        if not changed and rebuild == CHANGED:
+            if not shard_format.one_file:
                 changed = "files beside it may have changed"
             elif header["mtime_ns"] != os.stat(shard).st_mtime_ns:
                 changed = "its time of change is another"
         if not changed:
-            return Found(path, len(index), header), ""
+            return IndexFile(path, len(index), header), ""
         reason = f"{shard}: {changed}"
     return None, reason
 
 
-def _touched(shards: Sequence[str], form: Format, found: Sequence[Any]) -> list[int]:
+def _modified_shards(
+    shards: Sequence[str], shard_format: ShardFormat, found: Sequence[Any]
+) -> list[int]:
     """Return the shards whose time of change is not that of indexing, unless they are too large to
     be read at opening."""
-    if not form.one_file:
+    if not shard_format.one_file:
         return []
     stats = [os.stat(shard) for shard in shards]
     numbers = [
@@ -497,20 +502,24 @@ def _touched(shards: Sequence[str], form: Format, found: Sequence[Any]) -> list[
         for number, (index, now) in enumerate(zip(found, stats, strict=True))
         if index and index.header["mtime_ns"] != now.st_mtime_ns
     ]
-    return numbers if sum(stats[i].st_size for i in numbers) <= SMALL else []
+    return numbers if sum(stats[i].st_size for i in numbers) <= REBUILD_LIMIT else []
 
 
-def _check_layout(index: ShardIndex, form: Format) -> None:
+def _check_layout(index: ShardIndex, shard_format: ShardFormat) -> None:
     """Raise DamagedArrays unless the arrays fit each other: the file may come from anywhere."""
     arrays, header = index.arrays, index.header
     try:
         count, (rows, _) = len(arrays["crc"]), arrays["sizes"].shape
         ends = arrays["key_ends"]
         fits = rows == count and len(ends) in (0, count)
-        fits = fits and (header["version"], header["kind"]) == (VERSION, form.kind)
-        fits = fits and header["variant"] == form.variant and header["digest"] == index.digest()
+        fits = fits and (header["version"], header["kind"]) == (VERSION, shard_format.kind)
+        fits = (
+            fits
+            and header["variant"] == shard_format.variant
+            and header["digest"] == index.digest()
+        )
         fits = fits and header.keys() >= {"state", "unused", "incomplete", "mtime_ns"}
-        fits = fits and header["extra"].keys() >= form.extra
+        fits = fits and header["extra"].keys() >= shard_format.extra
         for name in ("unused", "incomplete"):
             Counts.from_json(header[name])
     except (KeyError, ValueError, TypeError, AttributeError, OverflowError):
@@ -519,10 +528,14 @@ def _check_layout(index: ShardIndex, form: Format) -> None:
         raise DamagedArrays("it is of another version, or its parts do not fit each other")
 
 
-def _places(shard: str, form: Format) -> Iterator[pathlib.Path]:
+def _index_paths(shard: str, shard_format: ShardFormat) -> Iterator[pathlib.Path]:
     """Yield where the index of a shard may lie."""
     path = os.path.abspath(shard)
-    suffix = f".{hashlib.sha256(form.variant.encode()).hexdigest()[:8]}" if form.variant else ""
+    suffix = (
+        f".{hashlib.sha256(shard_format.variant.encode()).hexdigest()[:8]}"
+        if shard_format.variant
+        else ""
+    )
     name = f"{os.path.basename(path)}{suffix}.index"
     if len(os.fsencode(name)) > 200:  # with the ending of a partial file it must stay below 255
         name = f"{hashlib.sha256(os.fsencode(name)).hexdigest()[:32]}.index"
@@ -531,12 +544,12 @@ def _places(shard: str, form: Format) -> Iterator[pathlib.Path]:
     yield cache_directory() / "index" / f"{place}-{name}"
 
 
-def _build_all(
+def _build_indexes(
     shards: Sequence[str],
     missing: Sequence[int],
-    form: Format,
+    shard_format: ShardFormat,
     found: list[Any],
-    anew: str,
+    rebuild: str,
     progress: Progress,
 ) -> None:
     """Index the shards numbered `missing` and put what comes out into `found`."""
@@ -544,46 +557,48 @@ def _build_all(
     def build(number: int) -> None:
         # Another host or run may have made it since.
         shard = shards[number]
-        found[number] = _find(shard, form, anew)[0] or _build(shard, form, progress)
+        found[number] = _load_index(shard, shard_format, rebuild)[0] or _build_index(
+            shard, shard_format, progress
+        )
         progress.end_shard()
 
-    with concurrent.futures.ThreadPoolExecutor(form.threads) as pool:
+    with concurrent.futures.ThreadPoolExecutor(shard_format.threads) as pool:
         tasks = [pool.submit(build, number) for number in missing]
         try:
             for task in concurrent.futures.as_completed(tasks):
                 task.result()
         except BaseException:
-            progress.stopped.set()
+            progress.cancelled.set()
             pool.shutdown(wait=False, cancel_futures=True)
             raise
 
 
-def _build(shard: str, form: Format, progress: Progress) -> Found:
+def _build_index(shard: str, shard_format: ShardFormat, progress: Progress) -> IndexFile:
     try:
         # Before its bytes: a change meanwhile is seen next time.
-        state, mtime = form.state(shard), os.stat(shard).st_mtime_ns
-        built = form.build(shard, progress)
+        state, mtime = shard_format.state(shard), os.stat(shard).st_mtime_ns
+        built = shard_format.build(shard, progress)
     except OSError as error:
-        said = error.strerror or error
+        reason = error.strerror or error
         if error.filename not in (None, shard):  # a file beside it
-            said = files.describe(error)
-        raise UserError(f"{shard}: cannot be read: {said}") from None
+            reason = files.describe(error)
+        raise UserError(f"{shard}: cannot be read: {reason}") from None
     header = {
         "version": VERSION,
-        "kind": form.kind,
-        "variant": form.variant,
+        "kind": shard_format.kind,
+        "variant": shard_format.variant,
         "state": state,
         "mtime_ns": mtime,
         "extra": built.extra,
-        "unused": built.unused.found,
-        "incomplete": built.incomplete.found,
+        "unused": built.unused.by_reason,
+        "incomplete": built.incomplete.by_reason,
     }
     header["digest"] = ShardIndex(built.arrays, header).digest()
     data, errors = pack(header, built.arrays), []
-    for path in _places(shard, form):
+    for path in _index_paths(shard, shard_format):
         try:
             files.replace_bytes(path, data, shared=True)
-            return Found(path, len(built.arrays["crc"]), json.loads(json.dumps(header)))
+            return IndexFile(path, len(built.arrays["crc"]), json.loads(json.dumps(header)))
         except OSError as error:
             errors.append(f"{path.parent}: {error.strerror}")
     tried = "; ".join(errors)

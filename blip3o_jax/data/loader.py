@@ -139,7 +139,7 @@ class Loader(Iterator[Batch]):
         self.skipped = Counter(state["skipped"])
 
     def close(self) -> None:
-        """Ends worker processes and threads. Iterating again starts them anew, at the same
+        """Ends worker processes and threads. Iterating again restarts them, at the same
         position.
         """
         if self._batches is not None:

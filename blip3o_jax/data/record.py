@@ -1,5 +1,5 @@
-"""What every source of images and text is made of: the record, the record that cannot be used,
-random access to both, and how their text is read.
+"""Records of images and text: their type, random access to them, and the parsing of their text
+fields.
 
 Every format has the same fields, whether they are keys of JSON, columns, features or members of a
 tar file:
@@ -67,8 +67,8 @@ class BadRecord(UserError):
         self.kind = kind
 
     def __str__(self) -> str:
-        said = f"{self.shard}: {self.key}: {self.reason}" if self.shard else self.reason
-        return escaped(said)
+        message = f"{self.shard}: {self.key}: {self.reason}" if self.shard else self.reason
+        return escaped(message)
 
 
 class RowTooLong(UserError):
@@ -120,8 +120,8 @@ class Record:
         return self.references[0] if self.task == "understand" else self.image
 
 
-class Words(NamedTuple):
-    """What a record says."""
+class TextFields(NamedTuple):
+    """The task and the texts of a record."""
 
     task: str
     text: str
@@ -185,13 +185,13 @@ def read_record(source: Source, index: int, use: Callable[[Record], T]) -> T:
         else:
             kind = type(error).__name__
             message = str(error).partition("\n")[0]
-            reason = f"{kind} at {_place(error)}" + (f": {message}" if message else "")
+            reason = f"{kind} at {_error_location(error)}" + (f": {message}" if message else "")
         if record is not None:  # what decoding raises knows neither shard nor key
             shard, key = record.shard, record.key
         raise BadRecord(shard or source.name, key or str(index), reason, kind) from error
 
 
-def _place(error: Exception) -> str:
+def _error_location(error: Exception) -> str:
     """Return file and line of the innermost frame that is no library's."""
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if pathlib.Path(frame.filename).is_relative_to(_PACKAGE)]
@@ -201,11 +201,11 @@ def _place(error: Exception) -> str:
     return f"{path.relative_to(_PACKAGE.parent) if frame in own else path.name}:{frame.lineno}"
 
 
-def one_line(text: str, most: int = 150) -> str:
+def one_line(text: str, max_length: int = 150) -> str:
     """Return `text` with all that cannot be printed escaped, lone surrogates among them, cut to
-    `most` characters."""
-    shown = escaped(text[: most + 1])
-    return shown if len(shown) <= most else shown[: most - 3] + "..."
+    `max_length` characters."""
+    shown = escaped(text[: max_length + 1])
+    return shown if len(shown) <= max_length else shown[: max_length - 3] + "..."
 
 
 def decode_text(value: bytes | str | None, shard: str, key: str) -> str:
@@ -228,8 +228,8 @@ def decode_text(value: bytes | str | None, shard: str, key: str) -> str:
     return value.removeprefix("\ufeff").strip()
 
 
-def parse_json(raw: bytes, shard: str, key: str) -> tuple[dict[str, Any], Words]:
-    """A JSON object and what is said in it."""
+def parse_json(raw: bytes, shard: str, key: str) -> tuple[dict[str, Any], TextFields]:
+    """Parse a JSON object: return its fields and its task and texts."""
     try:
         fields = json.loads(decode_text(raw, shard, key))
     except json.JSONDecodeError as error:
@@ -242,23 +242,25 @@ def parse_json(raw: bytes, shard: str, key: str) -> tuple[dict[str, Any], Words]
         raise BadRecord(shard, key, "broken JSON: too many brackets within each other") from None
     if not isinstance(fields, dict):
         raise BadRecord(shard, key, "the JSON is not an object")
-    return fields, words(fields, shard, key)
+    return fields, parse_text_fields(fields, shard, key)
 
 
-def words(fields: Mapping[str, Any], shard: str, key: str) -> Words:
-    """Task, text and answer by the fields above."""
+def parse_text_fields(fields: Mapping[str, Any], shard: str, key: str) -> TextFields:
+    """Return task, text and answer of a record from the fields listed at the top."""
     fields = {name: _first(fields.get(name)) for name in ("task", *TEXT_FIELDS, "answer")}
     given = [name for name in TEXT_FIELDS if fields[name] is not None]
     given = [
         name for name in given if fields[name]
     ] or given  # TFDS has no missing values: what is not there is empty
-    told = {"instruction": "edit", "question": "understand"}.get(given[0] if given else "", "t2i")
-    task = fields["task"] or told
+    default = {"instruction": "edit", "question": "understand"}.get(
+        given[0] if given else "", "t2i"
+    )
+    task = fields["task"] or default
     task = decode_text(task, shard, key)
     if task not in TASKS:
         raise BadRecord(shard, key, f"task {one_line(task)!r} is not one of {', '.join(TASKS)}")
     if task == "reconstruct":
-        return Words(task, "", "")
+        return TextFields(task, "", "")
     own = {"edit": ("instruction",), "understand": ("question",)}.get(task, CAPTION_FIELDS)
     name = next((name for name in (*own, *given) if name in given), None)
     text = decode_text(fields[name] if name else None, shard, key)
@@ -267,7 +269,7 @@ def words(fields: Mapping[str, Any], shard: str, key: str) -> Words:
     answer = decode_text(fields["answer"] or "", shard, key)
     if task == "understand" and not answer:
         raise BadRecord(shard, key, "no answer to the question")
-    return Words(task, text, answer)
+    return TextFields(task, text, answer)
 
 
 def _first(value: Any) -> Any:
@@ -280,38 +282,40 @@ def _first(value: Any) -> Any:
 
 
 def make_record(
-    said: Words, image: bytes | None, inputs: Iterable[bytes], key: str, shard: str
+    text_fields: TextFields, image: bytes | None, inputs: Iterable[bytes], key: str, shard: str
 ) -> Record:
-    """A record with the images that its task needs; BadRecord where one is missing."""
+    """Return a record with the images that its task needs. Raises BadRecord if one is missing."""
     inputs = tuple(inputs)
-    if said.task == "t2i" and inputs:
+    if text_fields.task == "t2i" and inputs:
         raise BadRecord(
             shard,
             key,
             "input images beside a caption: say in an instruction or a question what they are for",
         )
-    if said.task == "reconstruct":  # one image for both will do
+    if text_fields.task == "reconstruct":  # one image for both will do
         inputs = inputs or (() if image is None else (image,))
         image = inputs[0] if image is None and inputs else image
-    if said.task != "t2i" and not inputs:
+    if text_fields.task != "t2i" and not inputs:
         raise BadRecord(
-            shard, key, f"no input image; task {said.task} needs one in {' or '.join(INPUT_FIELDS)}"
+            shard,
+            key,
+            f"no input image; task {text_fields.task} needs one in {' or '.join(INPUT_FIELDS)}",
         )
-    if said.task != "understand" and image is None:
+    if text_fields.task != "understand" and image is None:
         raise BadRecord(shard, key, "no image; expected the one to be drawn")
     return Record(
-        b"" if said.task == "understand" else image,
-        said.text,
+        b"" if text_fields.task == "understand" else image,
+        text_fields.text,
         key,
         shard,
-        said.task,
+        text_fields.task,
         inputs,
-        said.answer,
+        text_fields.answer,
     )
 
 
 def read_spans(path: str, spans: list[tuple[int, int]]) -> list[bytes]:
-    """Byte ranges (offset, size) of a file; -1 as the offset gives nothing."""
+    """Read byte ranges (offset, size) of a file; an offset of -1 gives no bytes."""
     with open(path, "rb", buffering=0) as file:
         return [
             os.pread(file.fileno(), size, start) if start >= 0 else b"" for start, size in spans

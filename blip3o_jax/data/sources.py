@@ -34,7 +34,14 @@ from blip3o_jax.config import UserError
 from blip3o_jax.data import index as index_lib
 from blip3o_jax.data import tfds_checks
 from blip3o_jax.data.checked_file import DamagedArrays
-from blip3o_jax.data.index import Built, Counts, Hosts, IndexedSource, Progress, ShardIndex
+from blip3o_jax.data.index import (
+    Counts,
+    IndexData,
+    IndexedSource,
+    ProcessGroup,
+    Progress,
+    ShardIndex,
+)
 from blip3o_jax.data.record import (
     CAPTION_FIELDS,
     INPUT_FIELDS,
@@ -42,11 +49,11 @@ from blip3o_jax.data.record import (
     BadRecord,
     Record,
     Source,
-    Words,
+    TextFields,
     make_record,
     parse_json,
+    parse_text_fields,
     read_spans,
-    words,
 )
 from blip3o_jax.data.tar import TarSource
 from blip3o_jax.files import raise_trouble
@@ -55,22 +62,26 @@ CAPTION_FILES = ("captions.jsonl", "metadata.jsonl")
 ROW_GROUPS_KEPT = 4
 KEY_COLUMNS = ("key", "id", "__key__")
 FIELDS = ("task", "image", *INPUT_FIELDS, *TEXT_FIELDS, "answer")
-MOST_FILES = 10**6  # that a pattern stands for
+MAX_FILES = 10**6  # files that a pattern may expand to
 
 
-def open_mixture(data: config.DataConfig, hosts: Hosts = Hosts()) -> list[tuple[Source, float]]:
+def open_mixture(
+    data: config.DataConfig, processes: ProcessGroup = ProcessGroup()
+) -> list[tuple[Source, float]]:
     """Return the sources of a run with their weights; `hosts`: those that open it at once."""
     if not data.all_sources:
         raise config.ConfigError(
             "data.path is empty: set --config.data.path to a data set, or data.sources to a mixture"
         )
-    return [(open_source(source, hosts), source.weight) for source in data.all_sources]
+    return [(open_source(source, processes), source.weight) for source in data.all_sources]
 
 
-def open_source(cfg: config.SourceConfig, hosts: Hosts = Hosts(), *, anew: str = "") -> Source:
+def open_source(
+    cfg: config.SourceConfig, processes: ProcessGroup = ProcessGroup(), *, rebuild: str = ""
+) -> Source:
     """Open `cfg.path`: a file, a directory, a glob, or a brace pattern such as
-    `shards/{00000..00031}.tar`. Its index is made where there is none; `anew` as of
-    `index.open_set`.
+    `shards/{00000..00031}.tar`. Its index is made where there is none; `rebuild` as in
+    `open_index`.
 
     Raises:
       ValueError: nothing there, an unknown format, an empty or damaged data set; one line that names it.
@@ -79,23 +90,23 @@ def open_source(cfg: config.SourceConfig, hosts: Hosts = Hosts(), *, anew: str =
     files = _expand(path)
     kind = _detect(path, files) if cfg.format == "auto" else cfg.format
     if kind == "tfds":
-        source: Source = TfdsSource(path, cfg.split, hosts, anew)
+        source: Source = TfdsSource(path, cfg.split, processes, rebuild)
     elif kind == "folder":
-        source = FolderSource(path, cfg.images, hosts, anew)
+        source = FolderSource(path, cfg.images, processes, rebuild)
     elif kind == "webdataset":
-        source = TarSource(path, _members(path, files, ".tar"), hosts, anew)
+        source = TarSource(path, _members(path, files, ".tar"), processes, rebuild)
     else:
-        source = ParquetSource(path, _members(path, files, ".parquet"), hosts, anew)
+        source = ParquetSource(path, _members(path, files, ".parquet"), processes, rebuild)
     if not len(source):
         raise UserError(
             f"{path}: the data set is empty; give one with at least one captioned image"
         )
-    return Redrawn(source) if cfg.task == "reconstruct" else source
+    return ReconstructionSource(source) if cfg.task == "reconstruct" else source
 
 
-class Redrawn(Source):
-    """The images of `source`, each to be drawn again as it is shown; what they are captioned is not
-    said.
+class ReconstructionSource(Source):
+    """The images of `source` as reconstruction examples: each is its own target, without its
+    caption.
     """
 
     def __init__(self, source: Source) -> None:
@@ -109,7 +120,9 @@ class Redrawn(Source):
     def __getitem__(self, index: int) -> Record:
         record = self._source[index]
         image = record.first_image
-        return make_record(Words("reconstruct", "", ""), image, (image,), record.key, record.shard)
+        return make_record(
+            TextFields("reconstruct", "", ""), image, (image,), record.key, record.shard
+        )
 
     @property
     def fingerprint(self) -> str:
@@ -147,9 +160,9 @@ def _spans(path: str, ends: Sequence[tuple[str, str]]) -> list[list[str]]:
             hint = f"write {{{high}..{low}}}"
             raise UserError(f"{path}: the range {{{low}..{high}}} is empty: {hint}")
         count *= int(high) - int(low) + 1
-    if count > MOST_FILES:
+    if count > MAX_FILES:
         hint = "name the shards that are there"
-        raise UserError(f"{path}: stands for more than {MOST_FILES} files: {hint}")
+        raise UserError(f"{path}: stands for more than {MAX_FILES} files: {hint}")
     return [[f"{i:0{len(low)}d}" for i in range(int(low), int(high) + 1)] for low, high in ends]
 
 
@@ -212,7 +225,13 @@ class FolderSource(IndexedSource):
     captions chooses which files of this machine are read.
     """
 
-    def __init__(self, path: str, images: str = "", hosts: Hosts = Hosts(), anew: str = "") -> None:
+    def __init__(
+        self,
+        path: str,
+        images: str = "",
+        processes: ProcessGroup = ProcessGroup(),
+        rebuild: str = "",
+    ) -> None:
         candidates = (
             [os.path.join(path, name) for name in CAPTION_FILES] if os.path.isdir(path) else [path]
         )
@@ -226,7 +245,7 @@ class FolderSource(IndexedSource):
             )
         own = os.path.dirname(self._lines_file)
         self._images = _ImageFiles(self._lines_file, (images, own) if images else (own,))
-        form = index_lib.Format(
+        shard_format = index_lib.ShardFormat(
             "folder",
             functools.partial(_index_folder, self._images),
             functools.partial(_folder_changed, self._images),
@@ -236,16 +255,21 @@ class FolderSource(IndexedSource):
             one_file=False,
         )
         options = f"--images={shlex.quote(images)}" if images else ""
-        found = index_lib.open_set(
-            path, [self._lines_file], form, hosts=hosts, anew=anew, options=options
+        dataset_index = index_lib.open_index(
+            path,
+            [self._lines_file],
+            shard_format,
+            processes=processes,
+            rebuild=rebuild,
+            options=options,
         )
-        super().__init__(path, [self._lines_file], found)
+        super().__init__(path, [self._lines_file], dataset_index)
 
     def __getitem__(self, index: int) -> Record:
         number, start, size = self._index.shard(0).arrays["lines"][index].tolist()
         [raw] = read_spans(self._lines_file, [(start, size)])
         key = f"line {number}"
-        fields, said = parse_json(raw, self._lines_file, key)
+        fields, text_fields = parse_json(raw, self._lines_file, key)
         name, inputs = _image_paths(fields)
         if not all(isinstance(path, str) for path in (*inputs, name or "")):
             raise BadRecord(self._lines_file, key, "images are given by their paths")
@@ -253,7 +277,9 @@ class FolderSource(IndexedSource):
         key = paths[0] if paths else key
         images = [self._images.read(path) for path in paths]
         self._index.check(self._lines_file, 0, index, (raw.strip(), *images), key)
-        return make_record(said, images.pop(0) if name else None, images, key, self._lines_file)
+        return make_record(
+            text_fields, images.pop(0) if name else None, images, key, self._lines_file
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -357,7 +383,7 @@ def _paths_of(line: bytes) -> list[str]:
     return [path for path in (name, *inputs) if isinstance(path, str) and path]
 
 
-def _index_folder(images: _ImageFiles, path: str, progress: Progress) -> Built:
+def _index_folder(images: _ImageFiles, path: str, progress: Progress) -> IndexData:
     lines, names, row_sizes, sums, incomplete = [], {}, [], [], Counts()
 
     def row(found: tuple[int, int, bytes]) -> tuple[int, int, dict[str, int]]:
@@ -396,7 +422,7 @@ def _index_folder(images: _ImageFiles, path: str, progress: Progress) -> Built:
         "path_ends": np.cumsum([len(name) for name in raw], dtype=np.int64),
         "path_sizes": np.array(list(names.values()), np.int64),
     }
-    return Built(arrays | index_lib.joined_keys([]), incomplete=incomplete)
+    return IndexData(arrays | index_lib.concatenate_keys([]), incomplete=incomplete)
 
 
 def _folder_changed(images: _ImageFiles, path: str, found: ShardIndex) -> str:
@@ -466,9 +492,17 @@ class ParquetSource(IndexedSource):
     groups of few rows.
     """
 
-    def __init__(self, path: str, files: list[str], hosts: Hosts = Hosts(), anew: str = "") -> None:
+    def __init__(
+        self,
+        path: str,
+        files: list[str],
+        processes: ProcessGroup = ProcessGroup(),
+        rebuild: str = "",
+    ) -> None:
         super().__init__(
-            path, files, index_lib.open_set(path, files, PARQUET, hosts=hosts, anew=anew)
+            path,
+            files,
+            index_lib.open_index(path, files, PARQUET, processes=processes, rebuild=rebuild),
         )
         self._groups: list[tuple[int, int]] = []  # (file, row group)
         self._columns: list[tuple[list[str], str]] = []  # of each file: (fields, key or "")
@@ -529,11 +563,11 @@ class ParquetSource(IndexedSource):
             raise BadRecord(shard, key, f"the text is not UTF-8 (byte {error.start})") from None
         except Exception as error:  # as many as there are types of values
             raise BadRecord(shard, key, f"the row cannot be read: {_reason(error)}") from None
-        self._index.check(shard, *self._index.place(index), parts, key)
+        self._index.check(shard, *self._index.locate(index), parts, key)
         images = [_encoded(x, shard, key) for x in _several(fields)]
         image = fields.get("image")
         return make_record(
-            words(fields, shard, key),
+            parse_text_fields(fields, shard, key),
             None if image is None else _encoded(image, shard, key),
             images,
             key,
@@ -541,7 +575,7 @@ class ParquetSource(IndexedSource):
         )
 
 
-def _index_parquet(path: str, progress: Progress) -> Built:
+def _index_parquet(path: str, progress: Progress) -> IndexData:
     """Return the index of a file: of each row the canonical bytes of the columns that a record is
     made of.
     """
@@ -578,15 +612,15 @@ def _index_parquet(path: str, progress: Progress) -> Built:
                 sums.append(crc32c(parts))
             progress.add(parquet.metadata.row_group(group).total_byte_size)
     arrays = {"crc": np.array(sums, np.uint32), "sizes": np.array(sizes, np.int64).reshape(-1, 1)}
-    return Built(
-        arrays | index_lib.joined_keys([]),
+    return IndexData(
+        arrays | index_lib.concatenate_keys([]),
         {"fields": fields, "key": key, "groups": groups},
         incomplete=incomplete,
     )
 
 
 def _parquet_changed(path: str, found: ShardIndex) -> str:
-    """See `index.Format.changed`."""
+    """See `index.ShardFormat.changed`."""
     extra = found.header["extra"]
     groups = extra["groups"]
     fits = all(isinstance(rows, int) and rows >= 0 for rows in groups) and sum(groups) == len(found)
@@ -596,7 +630,7 @@ def _parquet_changed(path: str, found: ShardIndex) -> str:
 
 
 def _row_bytes(table: Any, names: Sequence[str], row: int) -> Iterator[bytes]:
-    """Yield what a row says in a form that does not depend on how the file stores it: for each
+    """Yield what a row says in a shard_format that does not depend on how the file stores it: for each
     column its name, kind, number of bytes or elements, and content. Of a struct the field `bytes`
     alone is used.
     """
@@ -663,7 +697,7 @@ def _value_bytes(value: Any) -> Iterator[bytes]:
         yield f"{value.as_py()!r} ".encode(errors="backslashreplace")
 
 
-PARQUET = index_lib.Format(
+PARQUET = index_lib.ShardFormat(
     "parquet",
     _index_parquet,
     _parquet_changed,
@@ -711,7 +745,9 @@ class TfdsSource(IndexedSource):
     and maybe `key`.
     """
 
-    def __init__(self, path: str, split: str, hosts: Hosts = Hosts(), anew: str = "") -> None:
+    def __init__(
+        self, path: str, split: str, processes: ProcessGroup = ProcessGroup(), rebuild: str = ""
+    ) -> None:
         directories = _tfds_directories(pathlib.Path(path))
         if len(directories) != 1:
             found = "none" if not directories else ", ".join(map(str, directories))
@@ -726,15 +762,23 @@ class TfdsSource(IndexedSource):
         files = [os.fspath(shard.filename) for shard in shards]
         ranges = [(shard.skip, shard.take) for shard in shards]
         options = "" if split == "train" else f"--split={shlex.quote(split)}"
-        found = index_lib.open_set(
-            path, files, ARRAY_RECORD, ranges=ranges, hosts=hosts, anew=anew, options=options
+        dataset_index = index_lib.open_index(
+            path,
+            files,
+            ARRAY_RECORD,
+            ranges=ranges,
+            processes=processes,
+            rebuild=rebuild,
+            options=options,
         )
         if "[" not in split:  # a part of a split leaves records out on purpose
-            for file, records, (skip, take) in zip(files, found.records, ranges, strict=True):
+            for file, records, (skip, take) in zip(
+                files, dataset_index.records, ranges, strict=True
+            ):
                 if more := records - skip - take:
-                    found.unused.add("undeclared", f"first in {file}", more)
-        said = {"undeclared": "records beyond those that dataset_info.json counts"}
-        super().__init__(path, files, found, said)
+                    dataset_index.unused.add("undeclared", f"first in {file}", more)
+        descriptions = {"undeclared": "records beyond those that dataset_info.json counts"}
+        super().__init__(path, files, dataset_index, descriptions)
 
     @property
     def _info(self) -> Any:
@@ -783,7 +827,7 @@ class TfdsSource(IndexedSource):
         return {name: value for name, value in self.__dict__.items() if name != "_reader"}
 
     def __getitem__(self, index: int) -> Record:
-        number, row = self._index.place(index)
+        number, row = self._index.locate(index)
         shard = self.files[number]
         try:
             raw = self._reader.data_source[index]
@@ -799,7 +843,11 @@ class TfdsSource(IndexedSource):
         key = key.decode(errors="replace") if isinstance(key, bytes) else str(key)
         fields = {name: fields[name] for name in self._fields}
         return make_record(
-            words(fields, shard, key), fields.get("image") or None, _several(fields), key, shard
+            parse_text_fields(fields, shard, key),
+            fields.get("image") or None,
+            _several(fields),
+            key,
+            shard,
         )
 
 
@@ -808,7 +856,7 @@ def _unreadable(shard: str, index: int, error: Exception) -> BadRecord:
     return BadRecord(shard, str(index), f"the record cannot be read: {reason}")
 
 
-def _index_array_record(path: str, progress: Progress) -> Built:
+def _index_array_record(path: str, progress: Progress) -> IndexData:
     """Return the index of an ArrayRecord file: of each record its bytes as they are stored."""
     reader = _array_reader(path)
     count = reader.num_records()
@@ -828,7 +876,7 @@ def _index_array_record(path: str, progress: Progress) -> Built:
             sums.append(0 if data is None else crc32c([data]))
             progress.add(len(data or b""))
     arrays = {"crc": np.array(sums, np.uint32), "sizes": np.array(sizes, np.int64).reshape(-1, 1)}
-    return Built(arrays | index_lib.joined_keys([]), incomplete=incomplete)
+    return IndexData(arrays | index_lib.concatenate_keys([]), incomplete=incomplete)
 
 
 def _array_reader(path: str) -> Any:
@@ -853,4 +901,4 @@ def _array_record(path: str, row: int) -> bytes | None:
         return None
 
 
-ARRAY_RECORD = index_lib.Format("array_record", _index_array_record)
+ARRAY_RECORD = index_lib.ShardFormat("array_record", _index_array_record)

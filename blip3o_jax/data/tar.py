@@ -22,8 +22,8 @@ from blip3o_jax.data.record import (
     Record,
     make_record,
     parse_json,
+    parse_text_fields,
     read_spans,
-    words,
 )
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
@@ -33,7 +33,7 @@ TEXT, JSON, IMAGE, INPUTS = range(4)
 # All that odd headers raise; RecursionError: thousands of extended ones before one member.
 _ODD_HEADERS = (tarfile.TarError, ValueError, OverflowError, MemoryError, RecursionError)
 READ_AT_ONCE = 8 * 2**20  # bytes
-# As a name of metrics, and as said when the set is opened.
+# Name in metrics: description in messages.
 UNUSED = {
     "unknown_suffix": "of unknown suffix",
     "no_key": "whose names have no key before a dot",
@@ -61,11 +61,11 @@ class TarSource(index.IndexedSource):
         self,
         path: str,
         shards: list[str],
-        hosts: index.Hosts = index.Hosts(),
-        anew: str = "",
+        processes: index.ProcessGroup = index.ProcessGroup(),
+        rebuild: str = "",
     ) -> None:
-        found = index.open_set(path, shards, FORMAT, hosts=hosts, anew=anew)
-        super().__init__(path, shards, found, UNUSED)
+        dataset_index = index.open_index(path, shards, FORMAT, processes=processes, rebuild=rebuild)
+        super().__init__(path, shards, dataset_index, UNUSED)
         if len(self._index) == sum(extra["broken"] for extra in self._index.extra):
             suffixes = ", .".join(IMAGE_SUFFIXES)
             raise UserError(
@@ -73,7 +73,7 @@ class TarSource(index.IndexedSource):
             )
 
     def __getitem__(self, index: int) -> Record:
-        number, row = self._index.place(index)
+        number, row = self._index.locate(index)
         shard, arrays = self.files[number], self._index.shard(number).arrays
         key = self._index.shard(number).key(row)
         offsets, sizes = arrays["offsets"][row].tolist(), arrays["sizes"][row].tolist()
@@ -84,12 +84,16 @@ class TarSource(index.IndexedSource):
         shown = zip(parts[INPUTS:], offsets[INPUTS:], strict=True)
         inputs = [data for data, start in shown if start >= 0]
         if offsets[TEXT] < 0:
-            said = parse_json(parts[JSON], shard, key)[1]
+            text_fields = parse_json(parts[JSON], shard, key)[1]
         else:
-            said = words({"instruction" if inputs else "caption": parts[TEXT]}, shard, key)
-        if said.task == "t2i" and offsets[IMAGE] < 0:
+            text_fields = parse_text_fields(
+                {"instruction" if inputs else "caption": parts[TEXT]}, shard, key
+            )
+        if text_fields.task == "t2i" and offsets[IMAGE] < 0:
             raise BadRecord(shard, key, f"no image; expected {key}.{'/'.join(IMAGE_SUFFIXES)}")
-        return make_record(said, parts[IMAGE] if offsets[IMAGE] >= 0 else None, inputs, key, shard)
+        return make_record(
+            text_fields, parts[IMAGE] if offsets[IMAGE] >= 0 else None, inputs, key, shard
+        )
 
 
 class _Shard:
@@ -206,7 +210,7 @@ def _plain(name: str) -> str:
     return posixpath.normpath(name)
 
 
-def _index_tar(path: str, progress: index.Progress) -> index.Built:
+def _index_tar(path: str, progress: index.Progress) -> index.IndexData:
     """Return the index of a shard, every record's bytes read once."""
     shard = _Shard(path, progress)
     incomplete, keys, rows, broken = index.Counts(), [], [], 0
@@ -222,8 +226,8 @@ def _index_tar(path: str, progress: index.Progress) -> index.Built:
     with open(path, "rb", buffering=0) as file:
         sums = [crc32c(_pieces(file.fileno(), row, progress)) for row in rows]
     arrays = {"crc": np.array(sums, np.uint32), "sizes": spans[..., 1], "offsets": spans[..., 0]}
-    arrays |= index.joined_keys(keys)
-    return index.Built(arrays, {"broken": broken}, shard.unused, incomplete)
+    arrays |= index.concatenate_keys(keys)
+    return index.IndexData(arrays, {"broken": broken}, shard.unused, incomplete)
 
 
 def _lacks(spans: list[Span]) -> str:
@@ -284,7 +288,7 @@ def _tar_members(
 
 
 def _changed(path: str, found: index.ShardIndex) -> str:
-    """See `index.Format.changed`."""
+    """See `index.ShardFormat.changed`."""
     if reason := index.same_state(path, found):
         return reason
     offsets, sizes = found.arrays["offsets"], found.arrays["sizes"]
@@ -298,4 +302,4 @@ def _changed(path: str, found: index.ShardIndex) -> str:
     return ""
 
 
-FORMAT = index.Format("tar", _index_tar, _changed, extra=frozenset({"broken"}))
+FORMAT = index.ShardFormat("tar", _index_tar, _changed, extra=frozenset({"broken"}))

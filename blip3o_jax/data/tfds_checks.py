@@ -37,7 +37,7 @@ def check_description(directory: str) -> None:
         raise UserError(f"{path}: broken JSON: {str(error).partition(';')[0]}") from None
     for name in names:
         if not name.startswith(_OWN):
-            hint = "write the set anew with features of tfds.features"
+            hint = "write the data set again with features of tfds.features"
             raise UserError(f"{path}: the class {one_line(name)} is not one of {_OWN}*: {hint}")
 
 

@@ -13,7 +13,7 @@ from jax.experimental import multihost_utils
 from blip3o_jax.config import Config, MeshConfig, UserError, check
 from blip3o_jax.data.buckets import by_shape
 from blip3o_jax.data.examples import ExampleBuilder
-from blip3o_jax.data.index import Hosts
+from blip3o_jax.data.index import ProcessGroup
 from blip3o_jax.data.loader import DevicePrefetch, Loader, host_rows
 from blip3o_jax.data.record import Source
 from blip3o_jax.data.sources import open_mixture
@@ -48,12 +48,12 @@ class Supervised:
             not config.rl.rewards,
             "rl.rewards is for blip3o rl: leave it empty, or run that command",
         )
-        hosts = Hosts(
+        processes = ProcessGroup(
             distributed.host(),
             distributed.hosts(),
             lambda: distributed.barrier("index", seconds=86400.0),
         )
-        self._sources = open_mixture(config.data, hosts)
+        self._sources = open_mixture(config.data, processes)
         for source, _ in self._sources:
             for note in source.notes:
                 distributed.say(note)

@@ -118,12 +118,12 @@ def test_a_copy_is_the_same_data_with_its_index_or_without(
         tmp_path / "a", tmp_path / "bare", ignore=shutil.ignore_patterns(index.DIRECTORY)
     )
     shutil.copytree(tmp_path / "a", tmp_path / "whole")
-    monkeypatch.setattr(index, "SMALL", 0)
+    monkeypatch.setattr(index, "REBUILD_LIMIT", 0)
     for copy in ("bare", "whole"):
         for file in files(tmp_path / copy):
             os.utime(file, TIME)
     assert opened(tmp_path / "bare").fingerprint == source.fingerprint
-    monkeypatch.setattr(index, "_build", lambda *args: pytest.fail("the data was read again"))
+    monkeypatch.setattr(index, "_build_index", lambda *args: pytest.fail("the data was read again"))
     copy = opened(tmp_path / "whole")
     assert copy.fingerprint == source.fingerprint and copy[2].caption == "caption 2"
     state = Loader([(source, 1.0)], dict, DataConfig(), 0).state()
@@ -167,7 +167,7 @@ def replace(path: pathlib.Path, old: bytes, new: bytes) -> None:
 def test_a_record_that_changed_is_bad_until_the_set_is_indexed_anew(
     tmp_path: pathlib.Path, write, capsys, monkeypatch
 ) -> None:
-    monkeypatch.setattr(index, "SMALL", 0)
+    monkeypatch.setattr(index, "REBUILD_LIMIT", 0)
     path = write(tmp_path / "a")
     before = opened(path)
     if write is folder:  # whose captions are read at opening
@@ -178,7 +178,7 @@ def test_a_record_that_changed_is_bad_until_the_set_is_indexed_anew(
     assert source.fingerprint == before.fingerprint and source[0].caption == "caption 0"
     with pytest.raises(
         BadRecord,
-        match=rf"not those that were indexed; .* `blip3o data index {path}` indexes it anew",
+        match=rf"not those that were indexed; .* `blip3o data index {path}` rebuilds the index",
     ):
         source[1]
     capsys.readouterr()
@@ -197,12 +197,12 @@ def test_a_change_of_size_or_of_captions_is_seen_at_opening(tmp_path: pathlib.Pa
     replace(path, b"caption 1", b"caption 7")  # of a small shard the time of change tells it
     second = opened(path).fingerprint
     assert (
-        f"{path}: indexed anew: {path}/0.tar changed without another size"
+        f"{path}: rebuilt the index: {path}/0.tar changed without another size"
         in capsys.readouterr().err
     )
     write_tar(path / "0.tar", ("x.png", bytes(10**5)), ("x.txt", b"x"))
     assert len({first, second, opened(path).fingerprint}) == 3
-    assert f"{path}: indexing anew: {path}/0.tar: its size was" in capsys.readouterr().err
+    assert f"{path}: rebuilding the index: {path}/0.tar: its size was" in capsys.readouterr().err
     path = folder(tmp_path / "b")
     seen = {opened(path).fingerprint}
     replace(path, b"caption 1", b"caption 7")
@@ -220,7 +220,7 @@ def test_a_change_of_size_or_of_captions_is_seen_at_opening(tmp_path: pathlib.Pa
     ):
         lacking[1]
     assert opened(path)[1].caption == "caption 7" and len(seen) == 3
-    assert opened(path, anew=index.ALL).fingerprint not in (first, lacking.fingerprint)
+    assert opened(path, rebuild=index.ALL).fingerprint not in (first, lacking.fingerprint)
 
 
 def test_shapes_and_buckets_are_told_apart_by_content(
@@ -268,7 +268,10 @@ def test_an_index_that_is_damaged_anywhere_is_made_anew(tmp_path: pathlib.Path, 
     for name, value in (("offsets", 2**62), ("sizes", 2**62)):
         file.unlink()  # what is mapped stays as it is
         file.write_bytes(pack(header, arrays | {name: np.full_like(arrays[name], value)}))
-        assert opened(path)[0].caption == "caption 0" and "indexing anew" in capsys.readouterr().err
+        assert (
+            opened(path)[0].caption == "caption 0"
+            and "rebuilding the index" in capsys.readouterr().err
+        )
     for odd in (
         {"unused": [1]},
         {"incomplete": "x"},
@@ -368,14 +371,14 @@ def test_a_directory_that_cannot_be_written_to_has_its_index_in_the_users_cache(
 @pytest.fixture
 def built(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The shards that were read, in their order."""
-    names, build = [], index._build
+    names, build = [], index._build_index
 
     def counted(shard: str, *args):
         names.append(pathlib.Path(shard).name)
         time.sleep(0.1 * (int(names[-1][0]) % 2))  # longer than the other host takes for its own
         return build(shard, *args)
 
-    monkeypatch.setattr(index, "_build", counted)
+    monkeypatch.setattr(index, "_build_index", counted)
     return names
 
 
@@ -401,7 +404,9 @@ def test_hosts_share_the_work(tmp_path: pathlib.Path, built: list[str]) -> None:
     barrier, digests = threading.Barrier(2), {}
 
     def host(number: int) -> None:
-        digests[number] = opened(path, hosts=index.Hosts(number, 2, barrier.wait)).fingerprint
+        digests[number] = opened(
+            path, processes=index.ProcessGroup(number, 2, barrier.wait)
+        ).fingerprint
 
     threads = [threading.Thread(target=host, args=(n,)) for n in range(2)]
     for thread in threads:
