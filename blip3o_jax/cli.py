@@ -659,7 +659,7 @@ def _shapes(args: argparse.Namespace) -> None:
 
 def _index(args: argparse.Namespace) -> None:
     from blip3o_jax.config import SourceConfig
-    from blip3o_jax.data.index import ALL, CHANGED
+    from blip3o_jax.data.index_builder import ALL, CHANGED
     from blip3o_jax.data.sources import open_source
 
     cfg = SourceConfig(args.path, args.format, split=args.split, images=args.images)

@@ -13,7 +13,7 @@ from jax.experimental import multihost_utils
 from blip3o_jax.config import Config, MeshConfig, UserError, check
 from blip3o_jax.data.buckets import by_shape
 from blip3o_jax.data.examples import ExampleBuilder
-from blip3o_jax.data.index import ProcessGroup
+from blip3o_jax.data.index_builder import ProcessGroup
 from blip3o_jax.data.loader import DevicePrefetch, Loader, host_rows
 from blip3o_jax.data.record import Source
 from blip3o_jax.data.sources import open_mixture

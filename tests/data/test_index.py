@@ -17,15 +17,15 @@ import pytest
 
 from blip3o_jax import cli
 from blip3o_jax.config import ConfigError, DataConfig, SourceConfig, UserError
-from blip3o_jax.data import encoded, index, sources
-from blip3o_jax.data import tar as tar_lib
+from blip3o_jax.data import encoded, index, index_builder, sources
 from blip3o_jax.data.buckets import by_shape
 from blip3o_jax.data.checked_file import DamagedArrays, pack, unpack
 from blip3o_jax.data.loader import Loader
 from blip3o_jax.data.record import BadRecord, Source, read_record
+from blip3o_jax.data.sources import webdataset
 from tests import tiny
+from tests.data.sources.test_webdataset import write as write_tar
 from tests.data.test_buckets import HIGH, WIDE, png
-from tests.data.test_tar import write as write_tar
 
 TIME = (10**9, 10**9)
 
@@ -118,12 +118,14 @@ def test_a_copy_is_the_same_data_with_its_index_or_without(
         tmp_path / "a", tmp_path / "bare", ignore=shutil.ignore_patterns(index.DIRECTORY)
     )
     shutil.copytree(tmp_path / "a", tmp_path / "whole")
-    monkeypatch.setattr(index, "REBUILD_LIMIT", 0)
+    monkeypatch.setattr(index_builder, "REBUILD_LIMIT", 0)
     for copy in ("bare", "whole"):
         for file in files(tmp_path / copy):
             os.utime(file, TIME)
     assert opened(tmp_path / "bare").fingerprint == source.fingerprint
-    monkeypatch.setattr(index, "_build_index", lambda *args: pytest.fail("the data was read again"))
+    monkeypatch.setattr(
+        index_builder, "_build_index", lambda *args: pytest.fail("the data was read again")
+    )
     copy = opened(tmp_path / "whole")
     assert copy.fingerprint == source.fingerprint and copy[2].caption == "caption 2"
     state = Loader([(source, 1.0)], dict, DataConfig(), 0).state()
@@ -167,7 +169,7 @@ def replace(path: pathlib.Path, old: bytes, new: bytes) -> None:
 def test_a_record_that_changed_is_bad_until_the_set_is_indexed_anew(
     tmp_path: pathlib.Path, write, capsys, monkeypatch
 ) -> None:
-    monkeypatch.setattr(index, "REBUILD_LIMIT", 0)
+    monkeypatch.setattr(index_builder, "REBUILD_LIMIT", 0)
     path = write(tmp_path / "a")
     before = opened(path)
     if write is folder:  # whose captions are read at opening
@@ -220,7 +222,7 @@ def test_a_change_of_size_or_of_captions_is_seen_at_opening(tmp_path: pathlib.Pa
     ):
         lacking[1]
     assert opened(path)[1].caption == "caption 7" and len(seen) == 3
-    assert opened(path, rebuild=index.ALL).fingerprint not in (first, lacking.fingerprint)
+    assert opened(path, rebuild=index_builder.ALL).fingerprint not in (first, lacking.fingerprint)
 
 
 def test_shapes_and_buckets_are_told_apart_by_content(
@@ -371,14 +373,14 @@ def test_a_directory_that_cannot_be_written_to_has_its_index_in_the_users_cache(
 @pytest.fixture
 def built(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The shards that were read, in their order."""
-    names, build = [], index._build_index
+    names, build = [], index_builder._build_index
 
     def counted(shard: str, *args):
         names.append(pathlib.Path(shard).name)
         time.sleep(0.1 * (int(names[-1][0]) % 2))  # longer than the other host takes for its own
         return build(shard, *args)
 
-    monkeypatch.setattr(index, "_build_index", counted)
+    monkeypatch.setattr(index_builder, "_build_index", counted)
     return names
 
 
@@ -387,7 +389,7 @@ def test_what_was_indexed_before_a_stop_is_not_read_again(
     built: list[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(tar_lib, "FORMAT", dataclasses.replace(tar_lib.FORMAT, threads=1))
+    monkeypatch.setattr(webdataset, "FORMAT", dataclasses.replace(webdataset.FORMAT, threads=1))
     path = tar(tmp_path / "a", shards=4)
     whole = (path / "2.tar").read_bytes()
     (path / "2.tar").write_bytes(whole[:5000])
@@ -405,7 +407,7 @@ def test_hosts_share_the_work(tmp_path: pathlib.Path, built: list[str]) -> None:
 
     def host(number: int) -> None:
         digests[number] = opened(
-            path, processes=index.ProcessGroup(number, 2, barrier.wait)
+            path, processes=index_builder.ProcessGroup(number, 2, barrier.wait)
         ).fingerprint
 
     threads = [threading.Thread(target=host, args=(n,)) for n in range(2)]

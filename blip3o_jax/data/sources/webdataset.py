@@ -15,8 +15,16 @@ import numpy as np
 
 from blip3o_jax.checksums import crc32c
 from blip3o_jax.config import UserError
-from blip3o_jax.data import index
 from blip3o_jax.data.checked_file import DamagedArrays
+from blip3o_jax.data.index import Counts, IndexedSource, ShardIndex, concatenate_keys, printable
+from blip3o_jax.data.index_builder import (
+    IndexData,
+    ProcessGroup,
+    Progress,
+    ShardFormat,
+    open_index,
+    same_state,
+)
 from blip3o_jax.data.record import (
     BadRecord,
     Record,
@@ -51,7 +59,7 @@ Span = tuple[int, int]  # offset, size
 NOTHING: Span = (-1, -1)
 
 
-class TarSource(index.IndexedSource):
+class WebdatasetSource(IndexedSource):
     """webdataset shards: members `key.jpg` (.jpeg, .png, .webp) with `key.txt` or `key.json` beside
     them, and `key.input.jpg` or `key.input0.jpg`, `key.input1.jpg` ... where images are shown. JSON
     has the fields of data/record.py; a text beside input images is an instruction.
@@ -61,10 +69,10 @@ class TarSource(index.IndexedSource):
         self,
         path: str,
         shards: list[str],
-        processes: index.ProcessGroup = index.ProcessGroup(),
+        processes: ProcessGroup = ProcessGroup(),
         rebuild: str = "",
     ) -> None:
-        dataset_index = index.open_index(path, shards, FORMAT, processes=processes, rebuild=rebuild)
+        dataset_index = open_index(path, shards, FORMAT, processes=processes, rebuild=rebuild)
         super().__init__(path, shards, dataset_index, UNUSED)
         if len(self._index) == sum(extra["broken"] for extra in self._index.extra):
             suffixes = ", .".join(IMAGE_SUFFIXES)
@@ -100,9 +108,9 @@ class _Shard:
     """What the headers of a shard say: its records in the order of the file, and what is not
     used."""
 
-    def __init__(self, path: str, progress: index.Progress) -> None:
+    def __init__(self, path: str, progress: Progress) -> None:
         self.path = path
-        self.unused = index.Counts()
+        self.unused = Counts()
         self.records: dict[bytes, dict[str, Span]] = {}
         self._files: dict[str, Span] = {}  # what a hard link may lead to
         members, damaged_at, end = _tar_members(path, progress)
@@ -116,7 +124,7 @@ class _Shard:
         self._look_after_end(end)
 
     def _skip(self, reason: str, name: str) -> None:
-        self.unused.add(reason, f"{index.printable(_raw(name))} first in {self.path}")
+        self.unused.add(reason, f"{printable(_raw(name))} first in {self.path}")
 
     def _add(self, member: tarfile.TarInfo) -> None:
         if member.isdir():
@@ -137,7 +145,7 @@ class _Shard:
             return self._skip("no_key", member.name)
         record = self.records.setdefault(_raw(f"{directory}/{stem}" if directory else stem), {})
         if suffix.lower() in record:
-            name = index.printable(_raw(member.name))
+            name = printable(_raw(member.name))
             raise UserError(
                 f"{self.path}: two members are called {name}: which picture belongs to which "
                 "caption cannot be told; write the exports to a shard each, or number them on"
@@ -150,7 +158,7 @@ class _Shard:
             suffixes = self.records[key].keys()
             shown = any(map(INPUT_SUFFIX.fullmatch, suffixes))
             if suffixes & {"txt", "json"} and (shown or suffixes & {*IMAGE_SUFFIXES}):
-                return index.printable(key)
+                return printable(key)
         return "none"
 
     def _look_after_end(self, end: int) -> None:
@@ -189,7 +197,7 @@ class _Shard:
                 if suffix in parts and spans[IMAGE] == NOTHING:
                     spans[IMAGE] = parts.pop(suffix)
             spans += [parts.pop(suffix) for _, suffix in inputs]
-            name = index.printable(key)
+            name = printable(key)
             for suffix in parts:
                 reason = "second_image" if suffix in IMAGE_SUFFIXES else "unknown_suffix"
                 self._skip(reason, f"{name}.{suffix}")
@@ -210,24 +218,24 @@ def _plain(name: str) -> str:
     return posixpath.normpath(name)
 
 
-def _index_tar(path: str, progress: index.Progress) -> index.IndexData:
+def _index_tar(path: str, progress: Progress) -> IndexData:
     """Return the index of a shard, every record's bytes read once."""
     shard = _Shard(path, progress)
-    incomplete, keys, rows, broken = index.Counts(), [], [], 0
+    incomplete, keys, rows, broken = Counts(), [], [], 0
     for key, spans in shard.rows():
         keys.append(key)
         rows.append(spans)
         if reason := _lacks(spans):
             broken += reason != "empty_image"
-            incomplete.add(reason, f"{index.printable(key)} first in {path}")
+            incomplete.add(reason, f"{printable(key)} first in {path}")
     width = max([INPUTS, *map(len, rows)])
     even = [[*row, *[NOTHING] * (width - len(row))] for row in rows]
     spans = np.array(even, np.int64).reshape(len(rows), width, 2)
     with open(path, "rb", buffering=0) as file:
         sums = [crc32c(_pieces(file.fileno(), row, progress)) for row in rows]
     arrays = {"crc": np.array(sums, np.uint32), "sizes": spans[..., 1], "offsets": spans[..., 0]}
-    arrays |= index.concatenate_keys(keys)
-    return index.IndexData(arrays, {"broken": broken}, shard.unused, incomplete)
+    arrays |= concatenate_keys(keys)
+    return IndexData(arrays, {"broken": broken}, shard.unused, incomplete)
 
 
 def _lacks(spans: list[Span]) -> str:
@@ -239,7 +247,7 @@ def _lacks(spans: list[Span]) -> str:
     return "empty_image" if any(size == 0 for _, size in spans[IMAGE:]) else ""
 
 
-def _pieces(file: int, spans: list[Span], progress: index.Progress) -> Iterator[bytes]:
+def _pieces(file: int, spans: list[Span], progress: Progress) -> Iterator[bytes]:
     for offset, size in spans:
         for start in range(offset, offset + max(size, 0), READ_AT_ONCE):
             data = os.pread(file, min(READ_AT_ONCE, offset + size - start), start)
@@ -247,9 +255,7 @@ def _pieces(file: int, spans: list[Span], progress: index.Progress) -> Iterator[
             yield data
 
 
-def _tar_members(
-    shard: str, progress: index.Progress
-) -> tuple[list[tarfile.TarInfo], int | None, int]:
+def _tar_members(shard: str, progress: Progress) -> tuple[list[tarfile.TarInfo], int | None, int]:
     """Return the members that are there in full; the byte from which the file is cut off or damaged
     (None: it is sound); where the headers end.
 
@@ -287,9 +293,9 @@ def _tar_members(
     return members, None if closed else end, end
 
 
-def _changed(path: str, found: index.ShardIndex) -> str:
-    """See `index.ShardFormat.changed`."""
-    if reason := index.same_state(path, found):
+def _changed(path: str, found: ShardIndex) -> str:
+    """See `ShardFormat.changed`."""
+    if reason := same_state(path, found):
         return reason
     offsets, sizes = found.arrays["offsets"], found.arrays["sizes"]
     inside = offsets.shape == sizes.shape and offsets.shape[1:] >= (INPUTS,)
@@ -302,4 +308,4 @@ def _changed(path: str, found: index.ShardIndex) -> str:
     return ""
 
 
-FORMAT = index.ShardFormat("tar", _index_tar, _changed, extra=frozenset({"broken"}))
+FORMAT = ShardFormat("tar", _index_tar, _changed, extra=frozenset({"broken"}))

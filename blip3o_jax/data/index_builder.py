@@ -1,0 +1,377 @@
+"""Building the index of a data set: reading every byte of its shards once, and finding again what
+was indexed before.
+
+Opening a data set (`open_index`) loads the index of each shard from beside it or from the user's
+cache, and builds the ones that are missing or out of date.
+"""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import shlex
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from blip3o_jax import files
+from blip3o_jax.config import UserError
+from blip3o_jax.data.checked_file import DamagedArrays, cache_directory, pack, unpack
+from blip3o_jax.data.index import DIRECTORY, VERSION, Counts, DatasetIndex, IndexFile, ShardIndex
+
+THREADS = 16  # records lie apart: the wait is for the disk
+
+# Which shards to index again, besides those whose index is missing or out of date.
+CHANGED, ALL = "changed", "all"
+
+# Bytes read again at opening, at most, where modification times differ from those of indexing.
+REBUILD_LIMIT = 256 * 2**20
+
+LARGE_DATASET = 20 * 2**30  # bytes; to index more than that is better done before a run
+
+
+@dataclasses.dataclass
+class IndexData:
+    """The contents of a shard's index before it is written. `arrays` are those of the table above;
+    `extra` holds further values that the format needs."""
+
+    arrays: dict[str, np.ndarray]
+    extra: dict[str, Any] = dataclasses.field(default_factory=dict)
+    unused: Counts = dataclasses.field(default_factory=Counts)
+    incomplete: Counts = dataclasses.field(default_factory=Counts)
+
+
+def file_state(path: str) -> dict[str, Any]:
+    """Return what opening compares of a shard's file. All shards are files today: an object store's
+    etag would go here."""
+    return {"size": os.stat(path).st_size}
+
+
+def same_state(path: str, index: ShardIndex) -> str:
+    """Return why an index is not of the file as it is now; "" where it is."""
+    before, now = index.header["state"], file_state(path)
+    return "" if before == now else f"its size was {before.get('size')}, now it is {now['size']}"
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardFormat:
+    """How the shards of one kind are indexed.
+
+    Args:
+      kind: of shard; part of the set's digest.
+      build: reads all of a shard; calls `Progress.add` with the bytes that it has read. UserError
+        refuses the shard.
+      changed: why an index is not of the shard as it is now, "" where it is; opening a set asks it
+        for every shard.
+      state: what `changed` compares with.
+      variant: what else decides what the index says.
+      threads: shards that are read at once.
+      size: bytes that `build` will read.
+      extra: keys of `IndexData.extra`.
+      one_file: nothing is read but the shard itself.
+    """
+
+    kind: str
+    build: Callable[[str, "Progress"], IndexData]
+    changed: Callable[[str, ShardIndex], str] = same_state
+    state: Callable[[str], dict[str, Any]] = file_state
+    variant: str = ""
+    threads: int = THREADS
+    size: Callable[[str], int] = os.path.getsize
+    extra: frozenset[str] = frozenset()
+    one_file: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class ProcessGroup:
+    """The processes that open the same data set at once: this one's index, their count and a
+    barrier that returns once all of them have called it."""
+
+    index: int = 0
+    count: int = 1
+    barrier: Callable[[], None] = lambda: None
+
+
+class _Cancelled(Exception):
+    """Another shard was refused, or Ctrl-C was pressed: indexing stops."""
+
+
+class Progress:
+    """Lines on stderr about bytes read, every few seconds."""
+
+    EVERY = 5.0  # seconds
+
+    def __init__(self, name: str, shards: int, total: int, *, quiet: bool, hint: str) -> None:
+        self.name, self.total, self.quiet = name, total, quiet
+        self.cancelled = threading.Event()
+        self._lock = threading.Lock()
+        self._done, self._shards, self._of = 0, 0, shards
+        self._began = time.monotonic()
+        self._next = self._began + self.EVERY
+        if total > LARGE_DATASET and hint:
+            self._print(
+                f"{name}: no index yet: {_size(total)} are read once now; before a long run on "
+                f"accelerators, `{hint}` does that on any machine"
+            )
+
+    def add(self, count: int) -> None:
+        """Count bytes; raise _Cancelled where the work is of no use any more. To be called with 0 now
+        and then where much is done between two reads."""
+        if self.cancelled.is_set():
+            raise _Cancelled
+        with self._lock:
+            self._done += count
+            self._report()
+
+    def end_shard(self) -> None:
+        with self._lock:
+            self._shards += 1
+
+    def _report(self) -> None:
+        now = time.monotonic()
+        if now < self._next:
+            return
+        self._next = now + self.EVERY
+        rate = self._done / (now - self._began)
+        left = f"{max(0, self.total - self._done) / rate:.0f} s" if rate else "unknown yet"
+        self._print(
+            f"indexing {self.name}: {self._shards}/{self._of} shards, {_size(self._done)} of "
+            f"{_size(self.total)}, {_size(rate)}/s, ETA {left}"
+        )
+
+    def _print(self, line: str) -> None:
+        if not self.quiet:
+            print(line, file=sys.stderr, flush=True)
+
+
+def _size(count: float) -> str:
+    power = next((n for n in (1, 2, 3) if count < 1000 * 1024**n), 4)
+    return f"{count / 1024**power:.1f} {'KMGT'[power - 1]}iB"
+
+
+def open_index(
+    name: str,
+    shards: Sequence[str],
+    shard_format: ShardFormat,
+    *,
+    ranges: Sequence[tuple[int, int]] = (),
+    processes: ProcessGroup = ProcessGroup(),
+    rebuild: str = "",
+    options: str = "",
+) -> DatasetIndex:
+    """Return the index of a set; make it first, or the part of it that is missing or out of date.
+
+    Args:
+      name: of the set, the path that the user gave.
+      ranges: (first record, records) of each shard; all of them by default.
+      processes: each reads some of the shards that have no index; they see each other's work where they
+        share the directory.
+      rebuild: which shards are read though they have an index: CHANGED are those whose time of change
+        is another.
+      options: of `blip3o data index`, beside the name.
+
+    Raises:
+      UserError: a shard cannot be part of a set, or its index can be written nowhere.
+    """
+    command = " ".join(filter(None, ("blip3o data index", shlex.quote(name), options)))
+    found, reasons = _load_indexes(shards, shard_format, rebuild)
+    if reasons and processes.index == 0:
+        more = f" (and {len(reasons) - 1} more shards)" if len(reasons) > 1 else ""
+        print(f"{name}: rebuilding the index: {reasons[0]}{more}", file=sys.stderr, flush=True)
+    before = list(found)
+    if modified := [] if rebuild else _modified_shards(shards, shard_format, found):
+        rebuild = CHANGED
+        for number in modified:
+            found[number] = None
+
+    def build(numbers: Iterable[int]) -> None:
+        missing = [number for number in numbers if found[number] is None]
+        total = sum(shard_format.size(shards[number]) for number in missing)
+        quiet, hint = processes.index > 0, "" if rebuild else command
+        progress = Progress(name, len(missing), total, quiet=quiet, hint=hint)
+        _build_indexes(shards, missing, shard_format, found, rebuild, progress)
+
+    if processes.count > 1:
+        with contextlib.suppress(UserError, OSError):  # every host meets it below
+            build(range(processes.index, len(shards), processes.count))
+        processes.barrier()
+    build(range(len(shards)))
+    digest = lambda each: each.header["digest"]
+    changed = [shards[i] for i in modified if digest(found[i]) != digest(before[i])]
+    if changed and processes.index == 0:
+        more = f" and {len(changed) - 1} more" if changed[1:] else ""
+        line = f"{name}: rebuilt the index: {changed[0]}{more} changed without another size"
+        print(line, file=sys.stderr, flush=True)
+    for shard, each, (skip, take) in zip(shards, found, ranges, strict=False):
+        if skip + take > each.records:
+            wanted = f"{skip + take} are wanted: fetch it again"
+            raise UserError(f"{shard}: holds {each.records} records, {wanted}")
+    return DatasetIndex(command, shard_format.kind, found, ranges)
+
+
+def _load_indexes(
+    shards: Sequence[str],
+    shard_format: ShardFormat,
+    rebuild: str,
+) -> tuple[list[IndexFile | None], list[str]]:
+    """Return the indexes that are there and right, and why others are not."""
+    with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+        both = list(pool.map(lambda shard: _load_index(shard, shard_format, rebuild), shards))
+    return [index for index, _ in both], [reason for _, reason in both if reason]
+
+
+def _load_index(
+    shard: str, shard_format: ShardFormat, rebuild: str = ""
+) -> tuple[IndexFile | None, str]:
+    reason = ""
+    for path in () if rebuild == ALL else _index_paths(shard, shard_format):
+        try:
+            header, arrays = unpack(path)
+            index = ShardIndex(arrays, header)
+            _check_layout(index, shard_format)
+            changed = shard_format.changed(shard, index)
+        except FileNotFoundError:
+            continue
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+            TypeError,
+            IndexError,
+        ) as error:  # an index may come from anywhere
+            why = getattr(error, "strerror", None) or error
+            reason = f"{path}: the index cannot be used ({why})"
+            continue
+        if not changed and rebuild == CHANGED:
+            if not shard_format.one_file:
+                changed = "files beside it may have changed"
+            elif header["mtime_ns"] != os.stat(shard).st_mtime_ns:
+                changed = "its time of change is another"
+        if not changed:
+            return IndexFile(path, len(index), header), ""
+        reason = f"{shard}: {changed}"
+    return None, reason
+
+
+def _modified_shards(
+    shards: Sequence[str], shard_format: ShardFormat, found: Sequence[Any]
+) -> list[int]:
+    """Return the shards whose time of change is not that of indexing, unless they are too large to
+    be read at opening."""
+    if not shard_format.one_file:
+        return []
+    stats = [os.stat(shard) for shard in shards]
+    numbers = [
+        number
+        for number, (index, now) in enumerate(zip(found, stats, strict=True))
+        if index and index.header["mtime_ns"] != now.st_mtime_ns
+    ]
+    return numbers if sum(stats[i].st_size for i in numbers) <= REBUILD_LIMIT else []
+
+
+def _check_layout(index: ShardIndex, shard_format: ShardFormat) -> None:
+    """Raise DamagedArrays unless the arrays fit each other: the file may come from anywhere."""
+    arrays, header = index.arrays, index.header
+    try:
+        count, (rows, _) = len(arrays["crc"]), arrays["sizes"].shape
+        ends = arrays["key_ends"]
+        fits = rows == count and len(ends) in (0, count)
+        fits = fits and (header["version"], header["kind"]) == (VERSION, shard_format.kind)
+        fits = (
+            fits
+            and header["variant"] == shard_format.variant
+            and header["digest"] == index.digest()
+        )
+        fits = fits and header.keys() >= {"state", "unused", "incomplete", "mtime_ns"}
+        fits = fits and header["extra"].keys() >= shard_format.extra
+        for name in ("unused", "incomplete"):
+            Counts.from_json(header[name])
+    except (KeyError, ValueError, TypeError, AttributeError, OverflowError):
+        fits = False
+    if not fits:
+        raise DamagedArrays("it is of another version, or its parts do not fit each other")
+
+
+def _index_paths(shard: str, shard_format: ShardFormat) -> Iterator[pathlib.Path]:
+    """Yield where the index of a shard may lie."""
+    path = os.path.abspath(shard)
+    suffix = (
+        f".{hashlib.sha256(shard_format.variant.encode()).hexdigest()[:8]}"
+        if shard_format.variant
+        else ""
+    )
+    name = f"{os.path.basename(path)}{suffix}.index"
+    if len(os.fsencode(name)) > 200:  # with the ending of a partial file it must stay below 255
+        name = f"{hashlib.sha256(os.fsencode(name)).hexdigest()[:32]}.index"
+    yield pathlib.Path(os.path.dirname(path), DIRECTORY, name)
+    place = hashlib.sha256(os.fsencode(path)).hexdigest()[:16]
+    yield cache_directory() / "index" / f"{place}-{name}"
+
+
+def _build_indexes(
+    shards: Sequence[str],
+    missing: Sequence[int],
+    shard_format: ShardFormat,
+    found: list[Any],
+    rebuild: str,
+    progress: Progress,
+) -> None:
+    """Index the shards numbered `missing` and put what comes out into `found`."""
+
+    def build(number: int) -> None:
+        # Another host or run may have made it since.
+        shard = shards[number]
+        found[number] = _load_index(shard, shard_format, rebuild)[0] or _build_index(
+            shard, shard_format, progress
+        )
+        progress.end_shard()
+
+    with concurrent.futures.ThreadPoolExecutor(shard_format.threads) as pool:
+        tasks = [pool.submit(build, number) for number in missing]
+        try:
+            for task in concurrent.futures.as_completed(tasks):
+                task.result()
+        except BaseException:
+            progress.cancelled.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _build_index(shard: str, shard_format: ShardFormat, progress: Progress) -> IndexFile:
+    try:
+        # Before its bytes: a change meanwhile is seen next time.
+        state, mtime = shard_format.state(shard), os.stat(shard).st_mtime_ns
+        built = shard_format.build(shard, progress)
+    except OSError as error:
+        reason = error.strerror or error
+        if error.filename not in (None, shard):  # a file beside it
+            reason = files.describe(error)
+        raise UserError(f"{shard}: cannot be read: {reason}") from None
+    header = {
+        "version": VERSION,
+        "kind": shard_format.kind,
+        "variant": shard_format.variant,
+        "state": state,
+        "mtime_ns": mtime,
+        "extra": built.extra,
+        "unused": built.unused.by_reason,
+        "incomplete": built.incomplete.by_reason,
+    }
+    header["digest"] = ShardIndex(built.arrays, header).digest()
+    data, errors = pack(header, built.arrays), []
+    for path in _index_paths(shard, shard_format):
+        try:
+            files.replace_bytes(path, data, shared=True)
+            return IndexFile(path, len(built.arrays["crc"]), json.loads(json.dumps(header)))
+        except OSError as error:
+            errors.append(f"{path.parent}: {error.strerror}")
+    tried = "; ".join(errors)
+    hint = "make room or set XDG_CACHE_HOME"
+    raise UserError(f"{shard}: its index can be written nowhere ({tried}): {hint}")

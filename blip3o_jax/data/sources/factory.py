@@ -1,0 +1,102 @@
+"""Opening data sets: a configuration -> one source, or a mixture of several.
+
+The format follows from the path unless the configuration names it.
+"""
+
+import os
+import pathlib
+
+from blip3o_jax import config
+from blip3o_jax.config import UserError
+from blip3o_jax.data.index_builder import ProcessGroup
+from blip3o_jax.data.record import Record, Source, TextFields, make_record
+from blip3o_jax.data.sources.folder import CAPTION_FILES, FolderSource
+from blip3o_jax.data.sources.parquet import ParquetSource
+from blip3o_jax.data.sources.shards import expand_pattern, list_shards
+from blip3o_jax.data.sources.tfds import TfdsSource, tfds_directories
+from blip3o_jax.data.sources.webdataset import WebdatasetSource
+
+
+def open_mixture(
+    data: config.DataConfig, processes: ProcessGroup = ProcessGroup()
+) -> list[tuple[Source, float]]:
+    """Return the sources of a run with their weights; `hosts`: those that open it at once."""
+    if not data.all_sources:
+        raise config.ConfigError(
+            "data.path is empty: set --config.data.path to a data set, or data.sources to a mixture"
+        )
+    return [(open_source(source, processes), source.weight) for source in data.all_sources]
+
+
+def open_source(
+    cfg: config.SourceConfig, processes: ProcessGroup = ProcessGroup(), *, rebuild: str = ""
+) -> Source:
+    """Open `cfg.path`: a file, a directory, a glob, or a brace pattern such as
+    `shards/{00000..00031}.tar`. Its index is made where there is none; `rebuild` as in
+    `open_index`.
+
+    Raises:
+      ValueError: nothing there, an unknown format, an empty or damaged data set; one line that names it.
+    """
+    path = os.path.expanduser(cfg.path)
+    files = expand_pattern(path)
+    kind = _detect(path, files) if cfg.format == "auto" else cfg.format
+    if kind == "tfds":
+        source: Source = TfdsSource(path, cfg.split, processes, rebuild)
+    elif kind == "folder":
+        source = FolderSource(path, cfg.images, processes, rebuild)
+    elif kind == "webdataset":
+        source = WebdatasetSource(path, list_shards(path, files, ".tar"), processes, rebuild)
+    else:
+        source = ParquetSource(path, list_shards(path, files, ".parquet"), processes, rebuild)
+    if not len(source):
+        raise UserError(
+            f"{path}: the data set is empty; give one with at least one captioned image"
+        )
+    return ReconstructionSource(source) if cfg.task == "reconstruct" else source
+
+
+class ReconstructionSource(Source):
+    """The images of `source` as reconstruction examples: each is its own target, without its
+    caption.
+    """
+
+    def __init__(self, source: Source) -> None:
+        super().__init__(source.name, source.files)
+        self._source = source
+        self.unused, self.incomplete, self.notes = source.unused, source.incomplete, source.notes
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> Record:
+        record = self._source[index]
+        image = record.first_image
+        return make_record(
+            TextFields("reconstruct", "", ""), image, (image,), record.key, record.shard
+        )
+
+    @property
+    def fingerprint(self) -> str:
+        return f"{self._source.fingerprint}-reconstruct"
+
+
+def _detect(path: str, files: list[str]) -> str:
+    first = pathlib.Path(files[0])
+    if first.is_dir():
+        if any((first / name).exists() for name in CAPTION_FILES):
+            return "folder"
+        if tfds_directories(first):
+            return "tfds"
+        for suffix, kind in ((".tar", "webdataset"), (".parquet", "parquet")):
+            if any(first.glob(f"*{suffix}")):
+                return kind
+        raise UserError(
+            f"{path}: unknown format; expected dataset_info.json, {', '.join(CAPTION_FILES)}, *.tar or *.parquet in it"
+        )
+    kinds = {".tar": "webdataset", ".parquet": "parquet", ".jsonl": "folder"}
+    if first.suffix not in kinds:
+        raise UserError(
+            f"{first}: unknown format; expected .tar (not compressed), .parquet, .jsonl or a directory"
+        )
+    return kinds[first.suffix]
