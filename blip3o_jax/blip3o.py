@@ -5,10 +5,10 @@
                                       └-> logits -> cross entropy                                     flow-matching loss <-┘
 
 Reference images enter three ways, each by `model.editing`: their codes (or features) in the row,
-their latents as further condition tokens, and beside the noisy latents of the DiT.
+their latents as further condition tokens, and concatenated to the noisy latents of the DiT.
 
 Legend: B batch, L row length, N image tokens, D width, H W C image or latent, T condition tokens (N
-+ 1), R places for reference images.
++ 1), R reference slots.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ from blip3o_jax.data.sequence import (
 )
 from blip3o_jax.dit import flow
 from blip3o_jax.dit.sampler import Guidance
-from blip3o_jax.dit.sana import Beside, Condition, SanaTransformer
+from blip3o_jax.dit.sana import Condition, LatentConcat, SanaTransformer
 from blip3o_jax.image_tokens.contrastive import PatchReadout, TextTower
 from blip3o_jax.image_tokens.ta_tok import TaTok
 from blip3o_jax.text.vocabulary import image_ids_from_codes
@@ -114,7 +114,7 @@ class Blip3o(nnx.Module):
             x_BHWC = self.vae.decode(z_BHWC / self.cfg.vae.scaling_factor)
         return jnp.clip(x_BHWC.astype(jnp.float32) / 2 + 0.5, 0, 1)
 
-    def start_image_rows_at_codes(self, image_first: int, seed: int) -> None:
+    def init_image_embeddings_from_codes(self, image_first: int, seed: int) -> None:
         """Sets the rows of the image tokens in the AR's tables to random projections of their
         codes, so that codes that look alike start alike (such projections keep distances: Johnson
         and Lindenstrauss, 1984):
@@ -183,10 +183,10 @@ class Blip3o(nnx.Module):
         """Hidden states and reference images -> what the DiT is conditioned on.
 
         Hidden states that are not kept become zeros before the connector. References that are not
-        kept leave zeros as their condition tokens; the latents beside the noise stay, or go where
-        `editing.null_beside` is false.
+        kept leave zeros as their condition tokens; the concatenated latents stay, or go where
+        `editing.uncond_latent_concat` is false.
         """
-        editing, beside, mask_BT = self.cfg.editing, None, None
+        editing, latent_concat, mask_BT = self.cfg.editing, None, None
         with nn.part("connector"):
             tokens_BTC = self.connector(hidden_BTD, keep_B)
             if references is not None and editing.latents:
@@ -201,12 +201,12 @@ class Blip3o(nnx.Module):
                 )
                 mask_BT = jnp.concatenate([jnp.ones(tokens_BTC.shape[:2], bool), there_BX], axis=1)
                 tokens_BTC = jnp.concatenate([tokens_BTC, more_BXC], axis=1)
-        if references is not None and editing.beside:
+        if references is not None and editing.latent_concat:
             mask_BR = references.mask_BR
-            if keep_references_B is not None and not editing.null_beside:
+            if keep_references_B is not None and not editing.uncond_latent_concat:
                 mask_BR &= keep_references_B[:, None]
-            beside = Beside(references.latents_BRHWC, mask_BR)
-        return Condition(tokens_BTC, mask_BT, beside)
+            latent_concat = LatentConcat(references.latents_BRHWC, mask_BR)
+        return Condition(tokens_BTC, mask_BT, latent_concat)
 
     def guidance(
         self,
@@ -240,7 +240,7 @@ class Blip3o(nnx.Module):
 
 
 class References(NamedTuple):
-    """The reference images of a batch, in R places a row."""
+    """The reference images of a batch, in R slots a row."""
 
     mask_BR: jax.Array  # bool
     codes_BRN: jax.Array
@@ -284,7 +284,7 @@ def references(model: Blip3o, batch: dict[str, jax.Array]) -> References | None:
     with jax.named_scope("encode"):
         seen_BRHWC = batch["reference_tokenizer_pixels"]
         features_BRND = each(model.features, seen_BRHWC) if editing.features else None
-        read = editing.latents or editing.beside
+        read = editing.latents or editing.latent_concat
         latents_BRHWC = each(model.latents, batch["reference_pixels"]) if read else None
         return References(mask_BR, each(model.codes, seen_BRHWC), features_BRND, latents_BRHWC)
 

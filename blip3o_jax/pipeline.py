@@ -229,7 +229,7 @@ class Pipeline:
         model, limit, places = (
             self.config.model,
             self.config.data.max_length,
-            self.config.model.editing.references,
+            self.config.model.editing.reference_slots,
         )
         if len(request.images) > places:
             have = (
@@ -261,7 +261,7 @@ class Pipeline:
     ) -> dict[str, np.ndarray]:
         """What the batch has of a request's images, as in training (data/examples.py)."""
         places, side = (
-            self.config.model.editing.references,
+            self.config.model.editing.reference_slots,
             self.config.model.tokenizer.encoder.image_size,
         )
         blank = tuple(np.zeros((*shape, 3), np.uint8) for shape in (size, (side, side)))

@@ -12,7 +12,7 @@ Duration: 7000 steps at batch 128 are the order of size of the published tuning.
 Expected: depends on the data. Sizes of 1.7B have not been run here.
 
 Rows of 2048 tokens hold an instruction and one reference image of 729 tokens beside the image to be
-drawn. More references: `--config.model.editing.references=2 --config.data.max_length=3072`.
+drawn. More references: `--config.model.editing.reference_slots=2 --config.data.max_length=3072`.
 """
 
 import dataclasses
@@ -25,9 +25,9 @@ def get_config(path: str) -> config.Config:
     base = from_checkpoint(path, trained=("ar", "connector", "dit"))
     editing = dataclasses.replace(
         base.model.editing,
-        references=max(1, base.model.editing.references),
+        reference_slots=max(1, base.model.editing.reference_slots),
         latents=True,
-        beside=True,
+        latent_concat=True,
     )
     return dataclasses.replace(
         base,

@@ -26,7 +26,7 @@ def get_config(argument: str = "1.7b") -> config.Config:
     size, _, more = argument.partition(":")
     config.check_choice("tasks", more, ("", "understand"))
     pretrain = loader.load(f"{pathlib.Path(__file__).with_name('pretrain.py')}:{size}")
-    editing = dataclasses.replace(pretrain.model.editing, references=1 if more else 0)
+    editing = dataclasses.replace(pretrain.model.editing, reference_slots=1 if more else 0)
     return dataclasses.replace(
         pretrain,
         steps=7_000,

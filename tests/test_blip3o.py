@@ -247,7 +247,7 @@ def test_parts_do_not_depend_on_which_others_there_are():
     assert np.any(kernel(alone) != kernel(other))
 
 
-def test_image_rows_start_at_projections_of_their_codes():
+def test_image_embeddings_start_at_projections_of_their_codes():
     cfg = tiny.model()
     ar = dataclasses.replace(
         cfg.ar, hidden_size=1024, embedding_range=0.5, vocab_size=360, tie_word_embeddings=False
@@ -255,7 +255,7 @@ def test_image_rows_start_at_projections_of_their_codes():
     cfg = dataclasses.replace(cfg, ar=ar)
     model = blip3o.Blip3o(cfg, ("tokenizer", "ar"), seed=0)
     before = [np.array(x) for x in (model.ar.embedding[...], model.ar.head().T)]
-    model.start_image_rows_at_codes(320, seed=0)
+    model.init_image_embeddings_from_codes(320, seed=0)
     codes = np.array(model.tokenizer.bottleneck.codebook.table())
     codes /= np.sqrt(np.mean(np.sum(codes**2, axis=-1)))
     distances = lambda x: np.linalg.norm(x[:, None] - x[None], axis=-1)

@@ -31,10 +31,14 @@ from tests.tiny import quick_compile  # noqa: F401
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
 ROUTES = {
-    "latents": config.EditingConfig(references=2, latents=True),
-    "beside": config.EditingConfig(references=2, beside=True),
-    "both": config.EditingConfig(references=2, latents=True, beside=True, null_beside=False),
-    "features": config.EditingConfig(references=2, features=True, latents=True, beside=True),
+    "latents": config.EditingConfig(reference_slots=2, latents=True),
+    "latent_concat": config.EditingConfig(reference_slots=2, latent_concat=True),
+    "both": config.EditingConfig(
+        reference_slots=2, latents=True, latent_concat=True, uncond_latent_concat=False
+    ),
+    "features": config.EditingConfig(
+        reference_slots=2, features=True, latents=True, latent_concat=True
+    ),
 }
 IMAGE_FIRST, N, ROWS, R, LENGTH = 45, 4, 5, 2, 32
 SHOWN = (
@@ -178,7 +182,7 @@ def condition(model, hidden_TD, shown_RCHW, keep, keep_shown):
 
 def velocity(model, x_CHW, timestep, tokens, shown_RCHW):
     """Velocity [C, H, W] of one row: the stock class on a map as wide as its references make it."""
-    wide = torch.cat([x_CHW, *shown_RCHW], dim=-1) if model.cfg.editing.beside else x_CHW
+    wide = torch.cat([x_CHW, *shown_RCHW], dim=-1) if model.cfg.editing.latent_concat else x_CHW
     return model.velocity(wide[None], torch.tensor([timestep]), tokens)[0, :, :, : x_CHW.shape[-1]]
 
 
@@ -213,8 +217,12 @@ def row_loss(route, model, b, drawn):
         )
         keep, keep_shown = bool(drawn.keep_B[b]), bool(drawn.keep_references_B[b])
         given = condition(model, hidden_LD[span : span + N + 1], shown_RCHW, keep, keep_shown)
-        beside = shown_RCHW if keep_shown or cfg.editing.null_beside else shown_RCHW[:0]
-        got = velocity(model, (1 - sigma) * z_CHW + sigma * noise_CHW, 1000 * sigma, given, beside)
+        latent_concat = (
+            shown_RCHW if keep_shown or cfg.editing.uncond_latent_concat else shown_RCHW[:0]
+        )
+        got = velocity(
+            model, (1 - sigma) * z_CHW + sigma * noise_CHW, 1000 * sigma, given, latent_concat
+        )
         flow = flow + F.mse_loss(got, noise_CHW - z_CHW)
     return ce, flow
 
@@ -325,7 +333,7 @@ def sampled_row(route, model, b, noise_CHW, settings):
             x,
             float(timestep),
             branches[branch],
-            z_RCHW if branch[1] or cfg.editing.null_beside else z_RCHW[:0],
+            z_RCHW if branch[1] or cfg.editing.uncond_latent_concat else z_RCHW[:0],
         )
         v, null, towards = at((1, 1)), at((0, 0)), settings.reference_guidance or settings.guidance
         shown = at((0, 1))
@@ -336,7 +344,7 @@ def sampled_row(route, model, b, noise_CHW, settings):
 
 @pytest.mark.parametrize(
     ("route", "guidance"),
-    [("latents", "one"), ("beside", "two"), ("both", "two"), ("features", "one")],
+    [("latents", "one"), ("latent_concat", "two"), ("both", "two"), ("features", "one")],
 )
 def test_a_sampled_image_is_the_stock_classes_row_by_row(route, guidance):
     reference, graphdef, trained, frozen = models(route)

@@ -259,7 +259,7 @@ def seeing(tmp_path_factory):
     """The pipeline of a model with two places for images, on one device."""
     root = tmp_path_factory.mktemp("seeing")
     tiny.write_checkpoint(
-        root, model={"editing": {"references": 2, "latents": True, "beside": True}}
+        root, model={"editing": {"reference_slots": 2, "latents": True, "latent_concat": True}}
     )
     single = tiny.strategy()
     with pytest.MonkeyPatch.context() as patch:

@@ -14,30 +14,30 @@ from blip3o_jax.config.text import TemplateConfig, TextConfig
 
 @dataclasses.dataclass(frozen=True)
 class EditingConfig(ConfigGroup, path="model.editing"):
-    """Images in: how reference images reach the model (BLIP3o-NEXT, arXiv 2510.15857, section 4).
-    With `references` 0 rows are text to image alone, and connectors that are there are kept and
-    converted, but not read.
+    """How reference images condition the model (BLIP3o-NEXT, arXiv 2510.15857, section 4). With
+    `reference_slots` 0 rows are text to image alone, and connectors that are there are kept and
+    converted, but not used.
     """
 
-    # Places for reference images in every row, taken or not.
-    references: Annotated[int, Bounds(0, 64)] = 0
+    # Slots for reference images in every row; a slot may be empty.
+    reference_slots: Annotated[int, Bounds(0, 64)] = 0
     # What stands for an image in the user's turn: its tokens, or with `features` its SigLIP2
     # features through `feature_connector`.
     features: bool = False
     # Conditioning routes of the diffusion head, each by itself or both: latents through
-    # `latent_connector` after the condition tokens, and latents beside the noisy ones along the
-    # width.
+    # `latent_connector` after the condition tokens, and latents concatenated to the noisy ones along
+    # the width.
     latents: bool = False
-    beside: bool = False
-    # The latents beside the noise stand in the null condition as well, as published. False drops
-    # them there, for `sampling.reference_guidance`.
-    null_beside: bool = True
+    latent_concat: bool = False
+    # Concatenate the references' latents in the unconditional branch as well, as published. False
+    # drops them there, for `sampling.reference_guidance`.
+    uncond_latent_concat: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check(
-            not self.beside or self.references > 0,
-            "model.editing.beside=True needs model.editing.references of 1 or more",
+            not self.latent_concat or self.reference_slots > 0,
+            "model.editing.latent_concat=True needs model.editing.reference_slots of 1 or more",
         )
 
 

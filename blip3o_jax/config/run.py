@@ -51,8 +51,9 @@ class Config(ConfigGroup):
             f"data.batch_size={self.data.batch_size} must be a multiple of optimizer.accumulate={self.optimizer.accumulate}",
         )
         check(
-            self.stage == "joint" or self.checkpoint.image_rows == "drawn",
-            f"checkpoint.image_rows={self.checkpoint.image_rows!r} belongs to stage 'joint'; stage {self.stage!r} has no AR",
+            self.stage == "joint" or self.checkpoint.image_embedding_init == "random",
+            f"checkpoint.image_embedding_init={self.checkpoint.image_embedding_init!r} belongs to stage 'joint'; "
+            f"stage {self.stage!r} has no AR",
         )
         alone, both = self.loss.instruction_dropout, self.loss.condition_dropout
         check(
@@ -67,7 +68,7 @@ class Config(ConfigGroup):
             not (
                 self.stage == "joint"
                 and self.data.cache_dir
-                and self.model.editing.references
+                and self.model.editing.reference_slots
                 and self.model.editing.features
             ),
             "data.cache_dir keeps no features, which model.editing.features reads: empty data.cache_dir",

@@ -77,6 +77,7 @@ class CheckpointConfig(ConfigGroup, path="checkpoint"):
     keep: PositiveInt = 3
     # Parts to start from: {part: checkpoint directory}, part one of the model's (blip3o.PARTS).
     init_from: tuple[tuple[Part, Path], ...] = ()
-    # What the AR's rows of the image tokens start from: "drawn" (or as init_from has them), or the
-    # tokenizer's "codes", also in place of those of an AR from init_from (joint stage).
-    image_rows: Literal["drawn", "codes"] = "drawn"
+    # Initial values of the AR's embeddings of the image tokens: "random" (or as init_from has them),
+    # or projections of the tokenizer's "codes", which also replace those of an AR from init_from
+    # (joint stage).
+    image_embedding_init: Literal["random", "codes"] = "random"

@@ -172,7 +172,7 @@ def _model_config(files: Files, initialise: tuple[str, ...]) -> ModelConfig:
     )
     editing = {"latents": there("latent_connector"), "features": there("feature_connector")}
     if "model" not in files.section and any(editing.values()):
-        editing["references"] = 1  # published editing models are shown one image
+        editing["reference_slots"] = 1  # published editing models are shown one image
     replaced["editing"] = dataclasses.replace(model.editing, **editing)
     dit, vae = replaced.get("dit", model.dit), replaced.get("vae", model.vae)
     if "model" not in files.section:

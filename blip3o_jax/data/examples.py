@@ -10,7 +10,7 @@
 A record that comes with the frozen encoders' outputs yields `codes` and `latents` in place of both
 views.
 
-With R = `model.editing.references` places for reference images, rows of every task mix in a batch:
+With R = `model.editing.reference_slots`, rows of every task mix in a batch:
 the row has `target` [], `reference_span` and `reference_mask` [R] besides, and each view has its
 `reference_*` [R, ...]. What is not there is zeros.
 """
@@ -82,7 +82,7 @@ class ExampleBuilder:
             return sequence.pack_rows(examples, keys, self.data.max_length)
 
     def _row(self, record: Record, max_length: int) -> dict[str, np.ndarray]:
-        tokenizer, places = self.model.tokenizer, self.model.editing.references
+        tokenizer, places = self.model.tokenizer, self.model.editing.reference_slots
         lengths = {
             "max_length": max_length,
             "pool_scale": tokenizer.pool_scale,
@@ -105,7 +105,7 @@ class ExampleBuilder:
             raise BadRecord(
                 record.shard,
                 record.key,
-                f"task {record.task} shows images: set model.editing.references",
+                f"task {record.task} shows images: set model.editing.reference_slots",
             )
         return sequence.text_to_image_row(
             self.vocabulary,
@@ -120,7 +120,7 @@ class ExampleBuilder:
         shown follow. All have the shape that is nearest to the first's.
         """
         found = [(0, record.image)] if record.task != "understand" else []
-        found += enumerate(record.references[: self.model.editing.references], 1)
+        found += enumerate(record.references[: self.model.editing.reference_slots], 1)
         pixels = [images.decode(data, max_pixels=self.data.max_pixels) for _, data in found]
         size = self.model.nearest_size(*pixels[0].shape[:2])
         return [
@@ -132,7 +132,7 @@ class ExampleBuilder:
         """The views of the image to be drawn and, where rows have places for them, of those shown."""
         found = dict(self.images_of(record))
         blank = tuple(np.zeros_like(view) for view in next(iter(found.values())))
-        views = [found.get(place, blank) for place in range(1 + self.model.editing.references)]
+        views = [found.get(place, blank) for place in range(1 + self.model.editing.reference_slots)]
         named = {
             "pixels": [view for view, _ in views],
             "tokenizer_pixels": [view for _, view in views],

@@ -116,7 +116,7 @@ def task_row(
     if references > places:
         raise UserError(
             f"example {key!r} has {references} reference images, a row has places for {places}: "
-            "leave some out or raise model.editing.references"
+            "leave some out or raise model.editing.reference_slots"
         )
     drawn = task != "understand"
     if drawn:

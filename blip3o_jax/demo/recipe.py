@@ -38,7 +38,7 @@ def model(
         ),
         # Beside the noise a reference keeps every pixel that is not to change; its nine tokens
         # could not.
-        editing=config.EditingConfig(references=int(shown), beside=shown),
+        editing=config.EditingConfig(reference_slots=int(shown), latent_concat=shown),
         tokenizer=config.TaTokConfig(
             encoder=config.SiglipVisionConfig(
                 hidden_size=128,
@@ -197,7 +197,7 @@ def recipe(
                 every=steps,
                 keep=1,
                 init_from=changes.pop("init_from", ()),
-                image_rows=changes.pop("image_rows", "drawn"),
+                image_embedding_init=changes.pop("image_embedding_init", "random"),
             ),
             **changes,
         )
@@ -235,7 +235,7 @@ def recipe(
             trainable=("ar/.*", "connector/.*", "dit/.*"),
             optimizer={"name": "muon", "ema_decay": 0.98},
             loss=config.LossConfig(ce_chunk=56 if tasks else 40, caption_dropout=0.1, flow_draws=2),
-            image_rows="codes",
+            image_embedding_init="codes",
             init_from=(("tokenizer", "tokenizer"), ("vae", "autoencoder")),
         ),
     }

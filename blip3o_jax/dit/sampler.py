@@ -81,7 +81,7 @@ def guided_velocity(
             return None
         context = dit.prepare(condition.tokens_BTC, condition.mask_BT)
         return lambda z_BHWC, timestep_B: dit.velocity(
-            z_BHWC, timestep_B, context, condition.beside
+            z_BHWC, timestep_B, context, condition.latent_concat
         ).astype(jnp.float32)
 
     given, null, references = map(branch, (guidance.condition, guidance.null, guidance.references))

@@ -7,12 +7,12 @@ is the rest. As published, tokens carry no position embedding: the zero padding 
 convolutions tells them where they are, which takes long to learn from nothing. With
 `interpolation_scale` they carry sine-cosine positions. Any H x W will do either way.
 
-Latents of reference images can stand to the right of the noisy ones (`Beside`; BLIP3o-NEXT, arXiv
-2510.15857, "noise-space injection"). The network then runs on the wider map, and only the velocity
-of the noisy part is returned. A place without a reference is as if the map ended before it: no
-token attends to it, and convolutions see zeros there.
+Latents of reference images can be concatenated to the right of the noisy ones (`LatentConcat`;
+BLIP3o-NEXT, arXiv 2510.15857, "noise-space injection"). The network then runs on the wider map, and
+only the velocity of the noisy part is returned. An empty reference slot behaves as if the map ended
+before it: no token attends to it, and convolutions see zeros there.
 
-B batch, H W latent height and width, R places for references, C channels, P patch side, N = H W (1
+B batch, H W latent height and width, R reference slots, C channels, P patch side, N = H W (1
 + R) / P^2 latent tokens, T condition tokens, D width, A attention heads, K head size, F width of
 the feed-forward, Y layers (stacked).
 """
@@ -48,7 +48,7 @@ class Context(NamedTuple):
     mask_BT: jax.Array | None  # True where there is a token; None: everywhere
 
 
-class Beside(NamedTuple):
+class LatentConcat(NamedTuple):
     """Latents of reference images, of the size of the noisy ones."""
 
     z_BRHWC: jax.Array
@@ -56,13 +56,13 @@ class Beside(NamedTuple):
 
 
 class Condition(NamedTuple):
-    """What a velocity is conditioned on: tokens for cross-attention, and reference latents beside
-    the noisy ones.
+    """The inputs that a velocity is conditioned on: tokens for cross-attention, and reference
+    latents concatenated to the noisy ones.
     """
 
     tokens_BTC: jax.Array
     mask_BT: jax.Array | None = None  # True where there is a token; None: everywhere
-    beside: Beside | None = None
+    latent_concat: LatentConcat | None = None
 
 
 class CrossAttention(nnx.Module):
@@ -243,13 +243,13 @@ class SanaTransformer(nnx.Module):
         timestep_B: jax.Array,
         condition_BTC: jax.Array,
         condition_mask_BT: jax.Array | None = None,
-        beside: Beside | None = None,
+        latent_concat: LatentConcat | None = None,
     ) -> jax.Array:
         """Velocity [B, H, W, C] in the compute dtype. `timestep_B` is float, 1000 sigma, in [0,
         1000]. The mask is True where there is a condition token; every row needs at least one.
         """
         return self.velocity(
-            z_BHWC, timestep_B, self.prepare(condition_BTC, condition_mask_BT), beside
+            z_BHWC, timestep_B, self.prepare(condition_BTC, condition_mask_BT), latent_concat
         )
 
     def prepare(self, condition_BTC: jax.Array, mask_BT: jax.Array | None = None) -> Context:
@@ -279,7 +279,7 @@ class SanaTransformer(nnx.Module):
         z_BHWC: jax.Array,
         timestep_B: jax.Array,
         context: Context,
-        beside: Beside | None = None,
+        latent_concat: LatentConcat | None = None,
     ) -> jax.Array:
         """Velocity [B, H, W, C] for a prepared condition. ValueError when the patches do not cut H
         x W evenly.
@@ -291,14 +291,16 @@ class SanaTransformer(nnx.Module):
                 f"latents of {height} x {width} are not a multiple of dit.patch_size={patch} on both sides"
             )
         own = (height // patch, width // patch)
-        count = 0 if beside is None else beside.z_BRHWC.shape[1]
+        count = 0 if latent_concat is None else latent_concat.z_BRHWC.shape[1]
         grid = (own[0], own[1] * (1 + count))
         mask_BN = None
-        if beside is not None:
+        if latent_concat is not None:
             z_BHWC = _side_by_side(
-                jnp.concatenate([z_BHWC[:, None], beside.z_BRHWC.astype(z_BHWC.dtype)], axis=1)
+                jnp.concatenate(
+                    [z_BHWC[:, None], latent_concat.z_BRHWC.astype(z_BHWC.dtype)], axis=1
+                )
             )
-            mask_BN = _token_mask(beside.mask_BR, own)
+            mask_BN = _token_mask(latent_concat.mask_BR, own)
         with jax.named_scope("embed"):
             x_BND = self.patch_embed(z_BHWC).reshape(z_BHWC.shape[0], grid[0] * grid[1], -1)
             if self.cfg.interpolation_scale is not None:
@@ -320,7 +322,7 @@ class SanaTransformer(nnx.Module):
             unroll=self.cfg.unroll,
         )
         with jax.named_scope("output"):
-            if beside is not None:
+            if latent_concat is not None:
                 x_BND = _stream(
                     x_BND.reshape(len(x_BND), *grid, -1)[:, :, : own[1]].reshape(
                         len(x_BND), own[0] * own[1], -1

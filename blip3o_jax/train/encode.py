@@ -53,7 +53,7 @@ def encoded_source(
         "tokenizer": config_lib.to_dict(config.model.tokenizer),
         "vae": config_lib.to_dict(config.model.vae),
     }
-    if places := config.model.editing.references:
+    if places := config.model.editing.reference_slots:
         settings["references"] = places
     directory = pathlib.Path(config.data.cache_dir) / directory_name(source, settings)
     directory.mkdir(parents=True, exist_ok=True)
@@ -111,7 +111,7 @@ def _write_part(
     side = builder.model.tokenizer.encoder.image_size
     sizes = source.shape or builder.model.sizes[0], (side, side)
     blank = tuple(np.zeros((*size, 3), np.uint8) for size in sizes)
-    places = builder.model.editing.references + 1
+    places = builder.model.editing.reference_slots + 1
     outputs: tuple[np.ndarray, ...] = ()
     waiting: list[tuple[int, int, Views]] = []  # (record of the part, place, views)
 

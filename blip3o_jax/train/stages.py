@@ -71,16 +71,16 @@ def stage_parts(config: Config) -> tuple[str, ...]:
 
 def stage_trainable(config: Config) -> tuple[str, ...]:
     """The default filter of a stage: with places for reference images also what reads these, and
-    the layers of the DiT that see them beside the noise (BLIP3o-NEXT, arXiv 2510.15857, section 4).
+    the layers of the DiT that see them concatenated to the noise (BLIP3o-NEXT, arXiv 2510.15857, section 4).
     """
     editing, patterns = config.model.editing, STAGES[config.stage].trainable
-    if config.stage != "joint" or not editing.references:
+    if config.stage != "joint" or not editing.reference_slots:
         return patterns
-    beside = ("dit/patch_embed/.*", "dit/proj_out/.*") if editing.beside else ()
+    wider_map = ("dit/patch_embed/.*", "dit/proj_out/.*") if editing.latent_concat else ()
     return (
         patterns
         + tuple(f"{part}/.*" for part in stage_parts(config) if part.endswith("_connector"))
-        + beside
+        + wider_map
     )
 
 

@@ -138,13 +138,13 @@ def create_state(
     should not.
 
     `given` parts, {part: {"params": ..., "frozen": ...}} as in the plan, are not drawn but taken as
-    they are; what they lack is drawn as it would be without them. Where `checkpoint.image_rows` is
+    they are; what they lack is drawn as it would be without them. Where `checkpoint.image_embedding_init` is
     "codes", `image_first`, the vocabulary id of code 0, is needed, and the AR's image rows are set
     from the codes even if the AR is given.
     """
-    if config.checkpoint.image_rows == "codes" and image_first is None:
+    if config.checkpoint.image_embedding_init == "codes" and image_first is None:
         raise ValueError(
-            "create_state: checkpoint.image_rows='codes' needs image_first, the vocabulary id of code 0"
+            "create_state: checkpoint.image_embedding_init='codes' needs image_first, the vocabulary id of code 0"
         )
     taken = {
         group: {part: tree[group] for part, tree in (given or {}).items() if group in tree}
@@ -158,12 +158,12 @@ def create_state(
     # number of random arrays, and the compile cache gives a part to every run that has it.
     for part in stage_parts(config):
         weights = merge_trees(weights, _draw_part(config, plan, part, taken, options))
-    if config.checkpoint.image_rows == "codes":
+    if config.checkpoint.image_embedding_init == "codes":
         ar = lambda tree: {group: tree[group]["ar"] for group in WEIGHTS if "ar" in tree[group]}
 
         def at_codes(weights: TrainState) -> TrainState:
             model = plan.model(weights["params"], weights["frozen"])
-            model.start_image_rows_at_codes(image_first, config.seed)
+            model.init_image_embeddings_from_codes(image_first, config.seed)
             return ar(_by_group(config, model))
 
         started = jax.jit(at_codes, out_shardings=ar(plan.shardings), compiler_options=options)(

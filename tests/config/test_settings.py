@@ -68,12 +68,12 @@ def test_round_trips(value):
         ),
         ({"optimizer": {"name": "moun"}}, "optimizer.name='moun' is not one of adamw, muon"),
         (
-            {"checkpoint": {"image_rows": "code"}},
-            "checkpoint.image_rows='code' is not one of drawn, codes",
+            {"checkpoint": {"image_embedding_init": "code"}},
+            "checkpoint.image_embedding_init='code' is not one of random, codes",
         ),
         (
-            {"stage": "tokenizer", "checkpoint": {"image_rows": "codes"}},
-            "checkpoint.image_rows='codes' belongs to stage 'joint'; stage 'tokenizer' has no AR",
+            {"stage": "tokenizer", "checkpoint": {"image_embedding_init": "codes"}},
+            "checkpoint.image_embedding_init='codes' belongs to stage 'joint'; stage 'tokenizer' has no AR",
         ),
         (
             {"data": {"batch_size": 6}, "optimizer": {"accumulate": 4}},
@@ -82,7 +82,7 @@ def test_round_trips(value):
         (
             {
                 "data": {"cache_dir": "cache"},
-                "model": {"editing": {"references": 1, "features": True}},
+                "model": {"editing": {"reference_slots": 1, "features": True}},
             },
             "data.cache_dir keeps no features, which model.editing.features reads",
         ),

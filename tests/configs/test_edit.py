@@ -15,10 +15,10 @@ FILE = str(pathlib.Path(__file__).parents[2] / "configs/edit.py")
 
 
 def test_both_routes_beside_all_parts_of_the_checkpoint():
-    found = loader.load(f"{FILE}:{runs.started_from()}", {"model.editing.references": "2"})
+    found = loader.load(f"{FILE}:{runs.started_from()}", {"model.editing.reference_slots": "2"})
     given = checkpoint.read_config(runs.started_from() / "checkpoints")
     editing = found.model.editing
-    assert (editing.references, editing.latents, editing.beside, editing.features) == (
+    assert (editing.reference_slots, editing.latents, editing.latent_concat, editing.features) == (
         2,
         True,
         True,

@@ -62,7 +62,7 @@ def write(directory, shapes):
 
 # Twelve of 3:2 and twelve of 2:3, not in turns; some are larger, some not quite of the shape.
 SHAPES = [(20, 30), (20, 30), (30, 20), (40, 62), (33, 20), (30, 20)] * 4
-EDITING = {"references": 1, "latents": True, "beside": True}
+EDITING = {"reference_slots": 1, "latents": True, "latent_concat": True}
 
 
 def run_config(folder, **changes):

@@ -52,7 +52,11 @@ def test_the_joint_stage_learns_every_task():
     ]
     assert sum(s.weight for s in sources) == pytest.approx(1) and not FULL["joint"].data.path
     alone = demo.recipe("data", "cache")["joint"]
-    assert (alone.data.path, alone.data.sources, alone.model.editing.references) == ("data", (), 0)
+    assert (alone.data.path, alone.data.sources, alone.model.editing.reference_slots) == (
+        "data",
+        (),
+        0,
+    )
 
 
 def test_fast_is_the_same_with_fewer_steps_and_its_layers_scanned():

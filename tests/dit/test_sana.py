@@ -8,7 +8,7 @@ import torch
 from flax import nnx
 
 from blip3o_jax import config
-from blip3o_jax.dit.sana import Beside, SanaTransformer, positions
+from blip3o_jax.dit.sana import LatentConcat, SanaTransformer, positions
 from tests import stock_weights
 from tests.conftest import relative_error
 from tests.dit import torch_weights
@@ -237,8 +237,8 @@ def test_references_beside_the_noise_match_diffusers_on_the_wide_map(name, rng):
     )
     wide = x | {"z_BHWC": np.concatenate([x["z_BHWC"], *references_BRHWC.swapaxes(0, 1)], axis=2)}
     want = run_torch(torch_model, wide)[0].detach()[:, :, :W]
-    beside = Beside(references_BRHWC, np.ones((B, 2), bool))
-    got = jax.jit(lambda beside: model(**x, beside=beside))(beside)
+    latent_concat = LatentConcat(references_BRHWC, np.ones((B, 2), bool))
+    got = jax.jit(lambda latent_concat: model(**x, latent_concat=latent_concat))(latent_concat)
     assert relative_error(got, want) < 1e-5
 
 
@@ -255,19 +255,19 @@ def test_a_place_without_a_reference_is_not_there(name, rng):
         "condition_BTC": rng.normal(size=(3, T, cfg.caption_channels)).astype(np.float32),
     }
     references_BRHWC = rng.normal(size=(3, 2, H, W, cfg.in_channels)).astype(np.float32)
-    run = jax.jit(lambda x, beside: model(**x, beside=beside))
+    run = jax.jit(lambda x, latent_concat: model(**x, latent_concat=latent_concat))
     together = run(
-        x, Beside(references_BRHWC, np.array([[True, False], [False, False], [True, True]]))
+        x, LatentConcat(references_BRHWC, np.array([[True, False], [False, False], [True, True]]))
     )
     for row, count in enumerate((1, 0, 2)):
         one = {name: value[row : row + 1] for name, value in x.items()}
-        beside = (
-            Beside(references_BRHWC[row : row + 1, :count], np.ones((1, count), bool))
+        latent_concat = (
+            LatentConcat(references_BRHWC[row : row + 1, :count], np.ones((1, count), bool))
             if count
             else None
         )
         # Sums over more terms, all of the added ones zero: rounding only.
-        assert relative_error(together[row], run(one, beside)[0]) < 2e-6, count
+        assert relative_error(together[row], run(one, latent_concat)[0]) < 2e-6, count
 
 
 def test_references_with_positions_do_not_move_those_of_the_noise():

@@ -21,7 +21,7 @@ def prepared(
     """(configuration with its vocabulary, id of code 0, one batch of 8 rows) of a stage."""
     model = {
         "template": {"supervise_prompt": supervise_prompt},
-        "editing": {"references": references},
+        "editing": {"reference_slots": references},
     }
     cfg = run_config(data(), stage=stage, model=model)
     sources = open_mixture(cfg.data)

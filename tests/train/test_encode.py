@@ -376,7 +376,7 @@ def test_images_that_are_shown_are_encoded_with_those_that_are_drawn(tmp_path):
         {"caption": "f", "image": "none.png"},
     ]
     (folder / "captions.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    model = {"tokenizer": CODES, "editing": {"references": 2}}
+    model = {"tokenizer": CODES, "editing": {"reference_slots": 2}}
     cfg = tiny.run_config(folder, data={"cache_dir": str(tmp_path / "cache")}, model=model)
     ((source, _),) = open_mixture(cfg.data)
     encoders = Encoders()

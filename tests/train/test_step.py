@@ -173,13 +173,13 @@ def test_given_parts_are_taken_as_they_are_and_the_others_drawn_as_without():
         np.testing.assert_array_equal(a, b, err_msg=path)
 
 
-def test_image_rows_start_at_the_codes_where_asked():
+def test_image_embeddings_start_at_the_codes_where_asked():
     """On a mesh as on one device: those rows of the table and nothing else, also in an AR that is
     given; the average too.
     """
     cfg, image_first, _ = setup()
     cfg = dataclasses.replace(
-        cfg, checkpoint=dataclasses.replace(cfg.checkpoint, image_rows="codes")
+        cfg, checkpoint=dataclasses.replace(cfg.checkpoint, image_embedding_init="codes")
     )
     drawn = initial()
     given = {

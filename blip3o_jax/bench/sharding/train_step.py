@@ -124,7 +124,7 @@ def batch_shapes(config: Config) -> Shapes:
         if field in ("caption", "row")
         for name, value in views[field].items()
     }
-    if config.stage == "joint" and (places := model.editing.references):
+    if config.stage == "joint" and (places := model.editing.reference_slots):
         shapes |= {
             f"reference_{name}": ((rows, places, *shape[1:]), dtype)
             for name, (shape, dtype) in seen.items()
@@ -159,7 +159,8 @@ def synthetic_batch(config: Config, seed: int = 0) -> dict[str, np.ndarray]:
         "bad_records": 0,
         "target": 1,
         "reference_mask": 1,
-        "reference_span": np.arange(model.editing.references) * (model.tokenizer.num_tokens + 2),
+        "reference_span": np.arange(model.editing.reference_slots)
+        * (model.tokenizer.num_tokens + 2),
     }
 
     def array(name: str, shape: tuple[int, ...], dtype: str) -> np.ndarray:
