@@ -2,10 +2,12 @@
 
 import asyncio
 import dataclasses
-import logging
+import functools
 import time
+from collections.abc import Awaitable, Callable
 from typing import Any
 
+import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 CONNECTION_BYTES = 1 << 19  # that a connection's buffers may take
@@ -30,14 +32,21 @@ class ConnectionLimits:
 
 
 class Connection(H11Protocol):
-    """uvicorn's connection, with a deadline whenever it carries no request, and never more than so
-    many of them."""
+    """Bound uvicorn's connection in number and time.
+
+    A deadline runs whenever a connection carries no request. uvicorn learns that a client has left
+    from `connection_lost`, one turn of the loop after the connection was closed; an answer sent
+    meanwhile would fail in h11. So whatever closes a connection here marks its request as
+    disconnected at once: uvicorn then drops what the app sends, and `receive` returns
+    `http.disconnect`.
+    """
 
     def __init__(self, *args: Any, limits: ConnectionLimits, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        self.app = functools.partial(self._run_app, self.app)
         self._limits = limits
         self._timer: asyncio.TimerHandle | None = None
-        self._since = time.monotonic()  # of its state
+        self._since = time.monotonic()  # when its state last changed
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
@@ -46,8 +55,8 @@ class Connection(H11Protocol):
             self._make_room()
 
     def _make_room(self) -> None:
-        """Cut off the connection that has been without a request for longest, else the one that has
-        sent a body for longest; this one where all are at work."""
+        """Abort the connection that has carried no request for longest, else the one that has sent
+        a body for longest. Refuse this one where the others all wait for an answer."""
         others = [connection for connection in self.connections if connection is not self]
         idle = [connection for connection in others if connection._idle()]
         sending = [
@@ -59,20 +68,37 @@ class Connection(H11Protocol):
             min(candidates, key=lambda connection: connection._since)._abort()
         else:
             self.transport.write(BUSY)
-            self._abort_soon()
+            self.connections.discard(self)
+            self._close(1.0)
 
     def _idle(self) -> bool:
-        return self.cycle is None or self.cycle.response_complete
+        cycle = self.cycle
+        return cycle is None or cycle.response_complete or cycle.disconnected
+
+    async def _run_app(
+        self, app: Callable[..., Awaitable[None]], scope: Any, receive: Any, send: Any
+    ) -> None:
+        """Run `app` for one request. Abort the connection if its answer stays incomplete."""
+        cycle = self.cycle
+        try:
+            await app(scope, receive, send)
+        except asyncio.CancelledError:  # the loop ends; uvicorn would log this as an error
+            pass
+        finally:
+            if not (cycle.response_complete or cycle.disconnected):
+                self._abort()
 
     def data_received(self, data: bytes) -> None:
-        try:
-            super().data_received(data)
-        except Exception:  # uvicorn stumbles over some of what is no HTTP
-            logging.debug("a connection broke", exc_info=True)
-            self._abort()
-            return
+        super().data_received(data)
         if not self._idle():
             self._stop_timer()
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer what is not HTTP, unless the answer to this request has begun already."""
+        self._disconnect_request()
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            super().send_400_response(msg)
+        self._close(self._limits.answer_seconds)
 
     def on_response_complete(self) -> None:
         self._wait_for(self._limits.header_seconds)
@@ -80,17 +106,12 @@ class Connection(H11Protocol):
         if not self._idle():  # the next request had come already
             self._stop_timer()
 
-    def shutdown(self) -> None:
-        try:
-            super().shutdown()
-        except Exception:  # of a connection that is broken already
-            self._abort()
-
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
         super().connection_lost(exc)
 
     def _wait_for(self, seconds: float) -> None:
+        """Abort the connection after `seconds` without a request."""
         self._stop_timer()
         self._since = time.monotonic()
         self._timer = self.loop.call_later(seconds, self._abort)
@@ -101,11 +122,19 @@ class Connection(H11Protocol):
             self._timer = None
             self._since = time.monotonic()
 
+    def _disconnect_request(self) -> None:
+        """Mark the current request, if any, as one whose client has left."""
+        if not self._idle():
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+
     def _abort(self) -> None:
-        self.connections.discard(self)  # counts no more; the transport is lost a moment later
+        """Close the connection and drop what it has not sent."""
+        self._disconnect_request()
+        self.connections.discard(self)  # counts no more; `connection_lost` follows
         self.transport.abort()
 
-    def _abort_soon(self) -> None:
-        self.connections.discard(self)
+    def _close(self, seconds: float) -> None:
+        """Close the connection once it has sent what was written, within `seconds`."""
         self.transport.close()
-        self._wait_for(1.0)
+        self._wait_for(seconds)

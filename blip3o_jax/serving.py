@@ -108,18 +108,32 @@ async def read_body(request: Request, limits: ConnectionLimits) -> bytearray:
 
 
 async def unless_disconnected(request: Request, work: Awaitable[Any]) -> Any:
-    """Return the result of `work`, which is cancelled once the client has gone. The body must have
-    been read."""
+    """Return the result of `work`, or cancel it and raise ClientDisconnect once the client has
+    left. The body must have been read."""
     task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_disconnected(request))
+    left = asyncio.ensure_future(_disconnected(request))
     try:
-        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ClientDisconnect
-        return task.result()
+        await asyncio.wait((task, left), return_when=asyncio.FIRST_COMPLETED)
+    except BaseException:
+        _drop(task)
+        raise
     finally:
-        task.cancel()
-        gone.cancel()
+        left.cancel()
+    if not task.done():
+        _drop(task)
+        raise ClientDisconnect
+    return task.result()
+
+
+def _drop(task: asyncio.Future) -> None:
+    """Cancel work whose result nobody takes. An error in it is still logged; a refusal is none."""
+
+    def log(task: asyncio.Future) -> None:
+        if not task.cancelled() and not isinstance(task.exception(), Refused | None):
+            logging.error("dropped work failed", exc_info=task.exception())
+
+    task.cancel()
+    task.add_done_callback(log)
 
 
 async def _disconnected(request: Request) -> None:
@@ -203,27 +217,31 @@ class Service:
         answer = _Answer(scope, receive, send, self._limits)
         began = time.monotonic()
         try:
-            if (
-                self._token
-                and scope["path"] not in self._open_paths
-                and not _has_token(scope, self._token)
-            ):
-                line = "the header 'Authorization: Bearer TOKEN' is missing or wrong"
-                refusal = Refused(401, line, {"WWW-Authenticate": "Bearer"})
-                await _refusal(refusal)(scope, answer.receive, answer.send)
-            else:
-                await self._app(scope, answer.receive, answer.send)
-        except _ClientStuck:
-            pass
-        except asyncio.CancelledError:  # the time for requests at hand is over
+            await self._respond(scope, answer)
+        except asyncio.CancelledError:  # grace_seconds are over
             if answer.status is None:
                 ending = Refused(503, "the service is ending: try again later")
-                await _refusal(ending)(scope, answer.receive, answer.send)
+                with contextlib.suppress(_ClientStuck):
+                    await _refusal(ending)(scope, answer.receive, answer.send)
+        except _ClientStuck:  # `Connection` aborts a connection whose answer is incomplete
+            pass
         except Exception:
             logging.exception("a request failed")
         finally:
             self._requests.labels(answer.status or 499).inc()
             self._seconds.observe(time.monotonic() - began)
+
+    async def _respond(self, scope: dict[str, Any], answer: "_Answer") -> None:
+        if (
+            self._token
+            and scope["path"] not in self._open_paths
+            and not _has_token(scope, self._token)
+        ):
+            line = "the header 'Authorization: Bearer TOKEN' is missing or wrong"
+            refusal = Refused(401, line, {"WWW-Authenticate": "Bearer"})
+            await _refusal(refusal)(scope, answer.receive, answer.send)
+        else:
+            await self._app(scope, answer.receive, answer.send)
 
 
 class _ClientStuck(Exception):
@@ -409,7 +427,7 @@ async def _failed(request: Request, error: Exception) -> Response:
 async def _not_routed(request: Request, error: Exception) -> Response:
     """Answer what Starlette's router refuses."""
     assert isinstance(error, HTTPException)
-    path = request.url.path[:80]
+    path = request.scope["path"][:80]
     lines = {404: f"there is no {path}", 405: f"{path} does not take {request.method[:20]}"}
     return _refusal(
         Refused(error.status_code, lines.get(error.status_code, error.detail), error.headers)

@@ -3,6 +3,7 @@
 import asyncio
 import concurrent.futures
 import contextlib
+import gc
 import json
 import os
 import signal
@@ -13,7 +14,8 @@ import time
 
 import prometheus_client
 import pytest
-from starlette.responses import JSONResponse
+from starlette.requests import ClientDisconnect
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from blip3o_jax import serving
@@ -40,6 +42,10 @@ async def count(request):
     return JSONResponse(len(await serving.read_body(request, LIMITS)))
 
 
+async def large(request):
+    return Response(bytes(1 << 24))  # more than the buffers of a socket take
+
+
 async def stumble(request):
     raise KeyError("stumbled")
 
@@ -57,6 +63,7 @@ def registry():
 def service(registry):
     routes = [
         Route("/count", count, methods=["POST"]),
+        Route("/large", large),
         Route("/stumble", stumble),
         Route("/busy", busy),
         Route("/open", lambda request: JSONResponse("open")),
@@ -200,6 +207,60 @@ def test_what_is_no_request(service, request_):
     assert raw(service, request_).startswith(b"HTTP/1.1 400 ")
 
 
+CHUNKED = b"POST /count HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n" + TOKEN + b"\r\n"
+
+
+@pytest.mark.parametrize(
+    ("sent", "status"),
+    [
+        (b"zz\r\n", b"400"),  # uvicorn answers before the app does
+        (b"3\r\nabc\r\nzz\r\n", b"400"),
+        (b"", b"411"),  # the app answers before the rest comes
+    ],
+)
+def test_a_body_that_is_not_http_is_not_an_error_of_the_server(service, caplog, sent, status):
+    with connected(service) as connection:
+        connection.sendall(CHUNKED + sent)
+        answer = connection.recv(65536)
+        assert answer.startswith(b"HTTP/1.1 " + status)
+        connection.sendall(b"zz\r\n")
+        rest(connection)
+    until(lambda: service.connections == 0 and not service._server.server_state.tasks)
+    assert caplog.records == []
+
+
+def test_who_does_not_take_an_answer_is_cut_off(service, caplog):
+    """The first answer fills the buffers, so that the second one cannot begin."""
+    with connected(service) as connection:
+        connection.sendall((b"GET /large HTTP/1.1\r\nHost: a\r\n" + TOKEN + b"\r\n") * 2)
+        until(lambda: service._server.server_state.tasks)
+        until(lambda: service.connections == 0, 5.0)
+        assert len(rest(connection)) < 1 << 24
+    assert caplog.records == []
+
+
+def test_errors_of_work_that_is_dropped_are_logged_but_refusals_are_not(caplog):
+    class Left:
+        async def receive(self):
+            return {"type": "http.disconnect"}
+
+    async def fail(error: Exception) -> None:
+        try:
+            await asyncio.sleep(60)
+        finally:
+            raise error
+
+    async def drop(error: Exception) -> None:
+        with pytest.raises(ClientDisconnect):
+            await serving.unless_disconnected(Left(), fail(error))
+        await asyncio.sleep(0)
+
+    for error, lines in ((Refused(503, "no"), []), (KeyError("stumbled"), ["dropped work failed"])):
+        asyncio.run(drop(error))
+        gc.collect()  # asyncio logs what was never retrieved when the task goes
+        assert [record.message for record in caplog.records] == lines
+
+
 def test_requests_in_a_row_on_one_connection(service):
     one = b"GET /open HTTP/1.1\r\nHost: a\r\n\r\n"
     assert raw(service, one * 3, b"nonsense\r\n\r\n").count(b'"open"') == 3
@@ -305,6 +366,7 @@ def test_an_address_that_is_not_free(service):
         Service("test", [], host="nowhere.invalid")
 
 
+GET = b"GET %b HTTP/1.1\r\nHost: a\r\n\r\n"
 SCRIPT = """
 import asyncio, sys
 from starlette.responses import JSONResponse
@@ -319,7 +381,7 @@ async def slow(request):
 async def hang(request):
     await asyncio.sleep(60)
 
-routes = [Route("/slow", slow), Route("/hang", hang)]
+routes = [Route("/slow", slow), Route("/hang", hang, methods=["GET", "POST"])]
 service = serving.Service("test", routes, limits=serving.ConnectionLimits(grace_seconds=1))
 print("stopped by", serving.run_until_signal([service], lambda: print(service.url, flush=True)).name)
 """
@@ -332,18 +394,21 @@ def test_a_signal_lets_requests_be_answered():
     )
     try:
         address = ("127.0.0.1", int(process.stdout.readline().rsplit(":", 1)[1]))
-        with concurrent.futures.ThreadPoolExecutor(2) as pool, contextlib.ExitStack() as stack:
+        with concurrent.futures.ThreadPoolExecutor(3) as pool, contextlib.ExitStack() as stack:
             answers = []
-            for path in (b"/hang", b"/slow"):
+            unread = b"POST /hang HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\n"
+            for request in (GET % b"/hang", unread, GET % b"/slow"):
                 connection = stack.enter_context(socket.create_connection(address, timeout=20))
-                connection.sendall(b"GET " + path + b" HTTP/1.1\r\nHost: a\r\n\r\n")
+                connection.sendall(request)
                 answers.append(pool.submit(rest, connection))
             assert process.stdout.readline() == "asked\n"
             process.send_signal(signal.SIGINT)
-            hung, slow = (answer.result(20) for answer in answers)
-        assert slow.endswith(b'"done"') and b" 503 " in hung and b"the service is ending" in hung
+            *hung, slow = (answer.result(20) for answer in answers)
+        assert slow.endswith(b'"done"')
+        assert all(b" 503 " in answer and b"the service is ending" in answer for answer in hung)
         out, err = process.communicate(timeout=20)
-        assert process.returncode == 0 and out == "stopped by SIGINT\n" and "Traceback" not in err
+        assert process.returncode == 0 and out == "stopped by SIGINT\n"
+        assert err == "Cancel 2 running task(s), timeout graceful shutdown exceeded\n"
     finally:
         process.kill()
         process.wait()

@@ -22,16 +22,18 @@ SERVED_WITHIN = 2.0  # seconds
 
 
 @pytest.fixture
-def server():
-    """(url, process) of a server as it is run."""
+def server(tmp_path):
+    """Yield (url, process, path of its errors) of a server as it is run."""
     command = [sys.executable, "-m", "blip3o_jax", "rl", "serve-rewards", "--port=0"]
     command += ["--reward=python:tests.rl.rewards.scorers.brightness"]
     command += [f"--max_memory_mb={MAX_MEMORY}", f"--max_body_mb={MAX_BODY}"]
     command += [f"--max_pixels={SIDE * SIDE}"]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    process = subprocess.Popen(command, env=dict(os.environ), text=True, **pipes)
+    errors = tmp_path / "stderr"
+    with errors.open("w") as stderr:
+        pipes = {"stdout": subprocess.PIPE, "stderr": stderr}
+        process = subprocess.Popen(command, env=dict(os.environ), text=True, **pipes)
     try:
-        yield process.stdout.readline().split()[-1], process
+        yield process.stdout.readline().split()[-1], process, errors
     finally:
         process.kill()
         process.communicate()
@@ -55,7 +57,7 @@ def read(url: str) -> str:
 
 @pytest.mark.slow
 def test_others_are_served_and_memory_stays_below_its_limit(server):
-    url, process = server
+    url, process, errors = server
     port = int(url.rsplit(":", 1)[1])
     context = multiprocessing.get_context("spawn")
     ready, harmed, served = context.Barrier(3), context.Queue(), context.Queue()
@@ -105,4 +107,5 @@ def test_others_are_served_and_memory_stays_below_its_limit(server):
     assert "blip3o_reward_waiting 0.0" in metrics and "reserved_bytes 0.0" in metrics
     process.terminate()
     assert process.wait(30) == 0
-    assert process.stdout.read().startswith("stopped by SIGTERM; ") and process.stderr.read() == ""
+    assert process.stdout.read().startswith("stopped by SIGTERM; ")
+    assert errors.read_text() == ""
