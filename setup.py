@@ -13,7 +13,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["blip3o_jax", "blip3o_jax.*"]),
-    package_data={"blip3o_jax": ["**/*.html"]},
+    package_data={"blip3o_jax": ["py.typed", "**/*.html"]},
     install_requires=[
         "jax>=0.10,<0.12",
         "flax>=0.12.8,<0.13",
@@ -48,8 +48,16 @@ setup(
         "rl": ["rapidocr>=3.10,<4", "onnxruntime>=1.20"],
         # uvicorn: its connection is subclassed (serving.py).
         "serve": ["starlette>=1,<2", "uvicorn>=0.54,<1", "prometheus-client>=0.22,<1"],
+        "docs": [
+            "mkdocs>=1.6,<2",
+            "mkdocs-material>=9.6,<10",
+            "mkdocstrings[python]>=1.0,<2",
+        ],
         "test": [
             "pytest>=8.3",
+            "nbclient>=0.10",
+            "nbformat>=5.10",
+            "ipykernel>=6.29",
             "pytest-xdist>=3.6",
             "ruff>=0.15",
             "scikit-image>=0.25",
