@@ -24,7 +24,7 @@ LAYERS = (
     ("demo",),
     ("convert",),
     ("bench",),
-    ("arguments", "cli_bench", "cli_convert", "cli_rl", "cli"),
+    ("cli",),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # The package's own face: `blip3o_jax.load` and `python -m blip3o_jax`.

@@ -243,7 +243,7 @@ def test_a_recipe_leads_nowhere_else(received, elsewhere, name, capsys):
 def test_no_file_is_unpickled():
     """Processes of this package talk to each other by pickles. Files hold none, and PyTorch's are
     read as weights alone."""
-    package = pathlib.Path(cli.__file__).parent
+    package = pathlib.Path(cli.__file__).parent.parent
     own = {"rl/rewards/processes.py", "bench/sharding/apart.py"}
     for file in package.rglob("*.py"):
         for call in (

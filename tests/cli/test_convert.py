@@ -10,9 +10,10 @@ import types
 import pytest
 
 from blip3o_jax import cli
-from blip3o_jax.cli_convert import _mesh, _size
+from blip3o_jax.cli.convert_export import _size
+from blip3o_jax.cli.convert_import import _mesh
 from blip3o_jax.config import MeshConfig, UserError
-from tests.test_cli import CONFIG, stub  # noqa: F401
+from tests.cli.test_commands import CONFIG, stub  # noqa: F401
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,10 @@
+"""The command line: a file for each command, whose flags stand beside what it calls.
+
+Each module of a command has `add`, which adds its parser, and `run`, which imports what the command
+needs and calls it. Nothing here imports jax at its top, so that help answers at once.
+"""
+
+from blip3o_jax.cli.entry import main
+from blip3o_jax.cli.parser import build_parser, parse
+
+__all__ = ["build_parser", "main", "parse"]

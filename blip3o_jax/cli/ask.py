@@ -1,0 +1,57 @@
+"""Run `blip3o ask`."""
+
+import argparse
+from typing import Any
+
+from blip3o_jax.cli import arguments, flags
+from blip3o_jax.cli.command import add_command
+
+
+def add(commands: Any) -> None:
+    parser = add_command(
+        commands,
+        "ask",
+        run,
+        "answer a question about an image",
+        "Prints the answer. For a checkpoint that was trained to be shown images (model.editing).",
+    )
+    flags.add_checkpoint(parser)
+    parser.add_argument(
+        "--image",
+        type=arguments.path,
+        action="append",
+        required=True,
+        help="repeat it for a question about several",
+    )
+    parser.add_argument("--question", type=arguments.text, required=True, metavar="TEXT")
+    parser.add_argument(
+        "--temperature",
+        type=flags.sampling("temperature"),
+        default=0.0,
+        metavar="T",
+        help="0 takes the likeliest words (%(default)s)",
+    )
+    parser.add_argument(
+        "--most",
+        type=arguments.whole(1, 2**20),
+        default=64,
+        metavar="N",
+        help="tokens of an answer, or fewer (%(default)s)",
+    )
+    parser.add_argument("--seed", type=flags.SEED, default=0, help="(%(default)s)")
+
+
+def run(args: argparse.Namespace) -> None:
+    from blip3o_jax.data import images
+
+    shown = [images.load(path) for path in args.image]
+    from blip3o_jax import pipeline
+
+    model = pipeline.load(args.checkpoint)
+    settings = {
+        "temperature": args.temperature,
+        "most": args.most,
+        "seed": args.seed,
+        "batch_size": 1,
+    }
+    print(*model.ask([shown], [args.question], **settings))

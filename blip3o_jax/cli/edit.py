@@ -1,0 +1,38 @@
+"""Run `blip3o edit`."""
+
+import argparse
+from typing import Any
+
+from blip3o_jax.cli import arguments, flags
+from blip3o_jax.cli.command import add_command
+from blip3o_jax.cli.sampling import sample_to_directory
+
+
+def add(commands: Any) -> None:
+    parser = add_command(
+        commands,
+        "edit",
+        run,
+        "change an image as an instruction says",
+        "For a checkpoint that was trained to be shown images (model.editing).",
+    )
+    flags.add_checkpoint(parser)
+    parser.add_argument(
+        "--image",
+        type=arguments.path,
+        action="append",
+        required=True,
+        help="what is edited; repeat it for several at once",
+    )
+    parser.add_argument(
+        "--instruction",
+        type=arguments.text,
+        required=True,
+        metavar="TEXT",
+        help="what is to be done",
+    )
+    flags.add_sampling(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    sample_to_directory(args, [("edit", args.instruction, tuple(args.image))])

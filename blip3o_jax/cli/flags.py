@@ -1,0 +1,167 @@
+"""Add the flags that several commands share."""
+
+import argparse
+from typing import Any
+
+from blip3o_jax.cli import arguments
+from blip3o_jax.config import SamplingConfig
+from blip3o_jax.config.fields import UINT32
+
+SAMPLING = (
+    "steps",
+    "guidance",
+    "reference_guidance",
+    "token_guidance",
+    "temperature",
+    "top_k",
+    "top_p",
+    "batch_size",
+)
+
+
+SEED = arguments.whole(0, UINT32)
+
+
+def sampling(name: str) -> arguments.Argument:
+    return arguments.field(SamplingConfig, name)
+
+
+def add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--config",
+        type=arguments.config_path,
+        required=True,
+        metavar="FILE.py[:ARG]",
+        help="a file under configs/, and its argument",
+    )
+    parser.epilog = (
+        "any field of the config can be set, and a later flag wins:\n"
+        "  --config.optimizer.learning_rate=1e-4  --config.data.path=photos.tar\n"
+        "  --config.trainable=\"('ar/.*', 'connector/.*')\""
+    )
+
+
+def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--checkpoint",
+        type=arguments.path,
+        required=True,
+        metavar="DIR",
+        help="a working directory or checkpoint",
+    )
+
+
+def add_workdir(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--workdir",
+        type=arguments.path,
+        metavar="DIR",
+        help="for checkpoints, metrics (runs/NAME of the config)",
+    )
+    parser.add_argument(
+        "--compile_cache",
+        type=arguments.path,
+        metavar="DIR",
+        help="keeps compiled programs for the next start",
+    )
+
+
+def add_hosts(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "many hosts", "one process each; docs/pods.md tells how to launch them"
+    )
+    group.add_argument(
+        "--distributed",
+        choices=("auto", "off", "tpu", "slurm"),
+        default="auto",
+        help="how hosts find each other: by a TPU slice's metadata, Slurm's variables, or what there is of these (%(default)s)",
+    )
+    group.add_argument(
+        "--coordinator",
+        type=arguments.address,
+        metavar="HOST:PORT",
+        help="where host 0 listens, in place of --distributed",
+    )
+    group.add_argument(
+        "--num_processes",
+        type=arguments.whole(1, 2**20),
+        metavar="N",
+        help="with --coordinator: how many hosts",
+    )
+    group.add_argument(
+        "--process_id",
+        type=arguments.whole(0, 2**20),
+        metavar="I",
+        help="with --coordinator: which of them this is, from 0",
+    )
+
+
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--out",
+        type=arguments.path,
+        required=True,
+        metavar="DIR",
+        help="for the images, in place of an earlier run's",
+    )
+    parser.add_argument(
+        "--size",
+        type=arguments.size,
+        metavar="HxW",
+        help="pixels (nearest to the image given, of the model's sizes)",
+    )
+    parser.add_argument("--seed", type=SEED, default=0, help="(%(default)s)")
+    group = parser.add_argument_group(
+        "sampling", "each defaults to what the checkpoint's config says"
+    )
+    group.add_argument("--steps", type=sampling("steps"), metavar="N", help="denoising steps")
+    group.add_argument(
+        "--guidance",
+        type=sampling("guidance"),
+        metavar="SCALE",
+        help="classifier-free guidance; 1 turns it off",
+    )
+    group.add_argument(
+        "--reference_guidance",
+        type=sampling("reference_guidance"),
+        metavar="SCALE",
+        help="that towards the images given; 0: the same",
+    )
+    group.add_argument(
+        "--token_guidance",
+        type=sampling("token_guidance"),
+        metavar="SCALE",
+        help="the same, of the image tokens",
+    )
+    group.add_argument(
+        "--temperature", type=sampling("temperature"), metavar="T", help="of the image tokens"
+    )
+    group.add_argument(
+        "--top_k", type=sampling("top_k"), metavar="K", help="image tokens kept at each position"
+    )
+    group.add_argument(
+        "--top_p",
+        type=sampling("top_p"),
+        metavar="P",
+        help="probability mass kept at each position",
+    )
+    group.add_argument(
+        "--batch_size", type=sampling("batch_size"), metavar="N", help="images drawn at once"
+    )
+
+
+def format_value(value: Any) -> str:
+    """Return a flag's value as a command line has it."""
+    return ",".join(value) if isinstance(value, tuple) else str(value)
+
+
+def add_reward(parser: argparse.ArgumentParser, help: str, *, required: bool) -> None:
+    parser.add_argument(
+        "--reward",
+        type=arguments.word,
+        action="append",
+        default=[],
+        required=required,
+        metavar="NAME[,OPTION=VALUE]",
+        help=help,
+    )

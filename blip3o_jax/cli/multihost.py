@@ -1,0 +1,43 @@
+"""Run a command on every host of a job."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from blip3o_jax import files
+
+
+def on_all_hosts(
+    args: argparse.Namespace, stages: dict[str, Any], run: Callable[[Path], None]
+) -> int:
+    """`run`, with the working directory, on every host of the job, once they agree on what it is."""
+    from blip3o_jax import config
+    from blip3o_jax.parallel import distributed
+
+    workdir = args.workdir or _default_workdir(args.config)
+    launch = distributed.Launch(
+        args.distributed, args.coordinator, args.num_processes, args.process_id
+    )
+
+    def job() -> None:
+        distributed.agree(
+            {name: config.to_dict(stage) for name, stage in stages.items()}, workdir.absolute()
+        )
+        with files.writing(workdir):
+            run(workdir)
+
+    distributed.keep_programs(args.compile_cache)
+    return distributed.run(launch, job)
+
+
+def _default_workdir(config: str) -> Path:
+    """runs/pretrain-1.7b for configs/pretrain.py:1.7b, runs/finetune-mine for
+    configs/finetune.py:checkpoints/mine, runs/rl-ocr-mine for configs/rl.py:ocr:checkpoints/mine.
+    """
+    path, _, argument = config.partition(".py:")
+    names = (
+        Path(path).name.removesuffix(".py"),
+        *(Path(piece).name for piece in argument.split(":")),
+    )
+    return Path("runs") / "-".join(name for name in names if name)
