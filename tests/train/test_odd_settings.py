@@ -1,6 +1,9 @@
-"""Values at the edges of what a setting may be: a tiny run with them goes through a step, or ends
-in one line.
+"""Values at the edges of what a setting may be: a tiny run with them makes its steps, each with
+finite metrics and applied, or ends in one line.
 """
+
+import json
+import math
 
 import pytest
 
@@ -63,3 +66,9 @@ def test_the_edge_of_a_setting_trains_or_is_refused(stage, group, name, value, t
         train(tiny.run_config(tiny.data(), **base | odd), tmp_path)
     except config.UserError as error:
         assert "\n" not in str(error)
+        return
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["step"] == (value if name == "steps" else 2)
+    for row in rows:
+        odd = {k: v for k, v in row.items() if not isinstance(v, int | float) or not math.isfinite(v)}
+        assert not odd and row["bad_steps"] == 0, row
