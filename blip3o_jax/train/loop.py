@@ -22,7 +22,7 @@ import numpy as np
 
 from blip3o_jax import exits
 from blip3o_jax.config import Config, UserError
-from blip3o_jax.parallel.distributed import host, host_0_first, say
+from blip3o_jax.parallel.distributed import enter, host, host_0_first, say
 from blip3o_jax.parallel.preemption import Preempted, StopRequest
 from blip3o_jax.parallel.rules import Strategy
 from blip3o_jax.parallel.watchdog import Watchdog
@@ -153,12 +153,16 @@ def train(
     strategy = Strategy.of(config.mesh)
     strategy.check_batch(config.data.batch_size, config.optimizer.accumulate, config.data.pack)
     with contextlib.ExitStack() as until_done:
+        # First, since a method may start processes when it opens: a second run starts nothing.
+        enter("lock" if host() == 0 else "barrier", 0)
+        lock = until_done.enter_context(WorkdirLock(workdir))
+        enter("start", 0)
         until_done.push(exits.pushed(method.close))
         method.open(config)
+        # From here on SIGTERM is noted, and the watchdog looks: reading a data set for the first
+        # time may take hours.
         stop = until_done.enter_context(StopRequest())
         watch = until_done.enter_context(Watchdog(config.watchdog))
-        watch.enter("lock" if host() == 0 else "barrier", 0)
-        lock = until_done.enter_context(WorkdirLock(workdir))
         watch.enter("vocabulary" if host() == 0 else "barrier", 0)
         with host_0_first("vocabulary"):
             config, vocabulary = method.vocabulary(config, workdir)

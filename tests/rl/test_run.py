@@ -16,6 +16,7 @@ from blip3o_jax.rl.feed import Rollouts
 from blip3o_jax.train import checkpoint, loop
 from blip3o_jax.train.metrics import read_rows
 from blip3o_jax.train.state import plan_state
+from blip3o_jax.train.workdir import WorkdirLock
 from tests import tiny
 from tests.conftest import relative_error
 from tests.rl import runs
@@ -293,6 +294,14 @@ def test_settings_that_cannot_work(changes, message):
 def test_nothing_is_trained_that_has_no_gradient(tmp_path):
     with pytest.raises(ConfigError, match=r"names dit, which rl\.policy='ar' leaves alone"):
         method.run(runs.run_config("ar", trainable=("ar/.*", "dit/.*")), tmp_path)
+
+
+def test_a_run_in_a_directory_in_use_starts_no_rewards(tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr(method, "RewardPool", lambda *args, **kwargs: started.append(args))
+    with WorkdirLock(tmp_path), pytest.raises(UserError, match="in use by another run"):
+        method.run(runs.run_config("ar"), tmp_path)
+    assert not started
 
 
 def test_a_prompt_that_does_not_fit(tmp_path):

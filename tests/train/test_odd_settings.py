@@ -70,5 +70,7 @@ def test_the_edge_of_a_setting_trains_or_is_refused(stage, group, name, value, t
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["step"] == (value if name == "steps" else 2)
     for row in rows:
-        odd = {k: v for k, v in row.items() if not isinstance(v, int | float) or not math.isfinite(v)}
+        odd = {
+            k: v for k, v in row.items() if not isinstance(v, int | float) or not math.isfinite(v)
+        }
         assert not odd and row["bad_steps"] == 0, row
