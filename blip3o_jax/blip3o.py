@@ -114,7 +114,7 @@ class Blip3o(nnx.Module):
             x_BHWC = self.vae.decode(z_BHWC / self.cfg.vae.scaling_factor)
         return jnp.clip(x_BHWC.astype(jnp.float32) / 2 + 0.5, 0, 1)
 
-    def init_image_embeddings_from_codes(self, image_first: int, seed: int) -> None:
+    def init_image_embeddings_from_codes(self, image_token_offset: int, seed: int) -> None:
         """Sets the rows of the image tokens in the AR's tables to random projections of their
         codes, so that codes that look alike start alike (such projections keep distances: Johnson
         and Lindenstrauss, 1984):
@@ -126,7 +126,7 @@ class Blip3o(nnx.Module):
         """
         codes_KD, ar = self.tokenizer.bottleneck.codebook.table(), self.cfg.ar
         codes_KD *= jax.lax.rsqrt(jnp.mean(jnp.sum(codes_KD**2, axis=-1)))
-        rows = slice(image_first, image_first + len(codes_KD))
+        rows = slice(image_token_offset, image_token_offset + len(codes_KD))
         keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), len(PARTS)))
 
         def projected(key: jax.Array, deviation: float) -> jax.Array:
@@ -324,18 +324,18 @@ def joint_loss(
     keys_B: jax.Array,
     *,
     loss: LossConfig,
-    image_first: int,
+    image_token_offset: int,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Cross entropy of the next token plus flow matching through the connector (BLIP3o-NEXT, arXiv
     2510.15857, sec. 3).
 
-    `image_first` is the vocabulary id of code 0. `batch["label_count"]` is the mean number of
-    labels a row over the whole batch, and `batch["target_count"]`, where rows differ in it, that of
-    images to draw, so that the mean of micro-batch losses is the loss of the batch. Metrics are
-    means over the rows given.
+    `image_token_offset` is the vocabulary id of the first codebook entry. `batch["label_count"]` is
+    the mean number of labels a row over the whole batch, and `batch["target_count"]`, where rows
+    differ in it, that of images to draw, so that the mean of micro-batch losses is the loss of the
+    batch. Metrics are means over the rows given.
     """
     batch, keys_B = by_example(batch), keys_B.reshape(-1)
-    out, cfg = _joint_forward(model, batch, keys_B, loss, image_first), model.cfg
+    out, cfg = _joint_forward(model, batch, keys_B, loss, image_token_offset), model.cfg
     with nn.part("ar"):
         ce_sum, right = cross_entropy(
             out.hidden_BLD[:, :-1],
@@ -366,7 +366,7 @@ def joint_preview(
     keys_B: jax.Array,
     *,
     loss: LossConfig,
-    image_first: int,
+    image_token_offset: int,
 ) -> jax.Array:
     """[B, H, 2 W, 3] in [0, 1]: each target as the autoencoder has it, and what one velocity from a
     noisy one points to.
@@ -376,7 +376,7 @@ def joint_preview(
         by_example(batch),
         keys_B.reshape(-1),
         dataclasses.replace(loss, flow_draws=1),
-        image_first,
+        image_token_offset,
     )
     guess_BHWC = out.x_BHWC - out.sigma_B[:, None, None, None] * out.velocity_BHWC.astype(
         jnp.float32
@@ -401,14 +401,14 @@ def _joint_forward(
     batch: dict[str, jax.Array],
     keys_B: jax.Array,
     loss: LossConfig,
-    image_first: int,
+    image_token_offset: int,
 ) -> _Joint:
     codes_BN, z_BHWC = targets(model, batch)
     shown, span_B, target_B = references(model, batch), batch["image_span"], batch.get("target")
     # Everything that is put into a row's tokens, whichever of its examples it is of.
     rows = len(batch["tokens"])
     of_row = lambda x: None if x is None else x.reshape(rows, -1)
-    ids_of_row = lambda codes: image_ids_from_codes(codes, image_first).reshape(
+    ids_of_row = lambda codes: image_ids_from_codes(codes, image_token_offset).reshape(
         rows, -1, codes.shape[-1]
     )
     tokens_BL = insert_references(

@@ -96,10 +96,10 @@ def make_write(graphdef: Any, strategy: Strategy, vocabulary: Vocabulary) -> Cal
     """The compiled program that answers in words; arguments as of `make_sample`'s, and `most`
     tokens, static.
     """
-    stop, text_ids, image_first = (
+    stop, text_ids, image_token_offset = (
         vocabulary.end_of_turn,
         (0, vocabulary.image_start),
-        vocabulary.image_first,
+        vocabulary.image_token_offset,
     )
 
     def write(
@@ -116,7 +116,7 @@ def make_write(graphdef: Any, strategy: Strategy, vocabulary: Vocabulary) -> Cal
         with nn.sharding_resolver(strategy.resolver):
             tokens_BL = nn.constrain(tokens_BL, "batch", None)
             keys_B, _ = row_keys(seed, indices_B)
-            tokens_BL, embedded_BLD, _ = _with_images(model, tokens_BL, shown, image_first)
+            tokens_BL, embedded_BLD, _ = _with_images(model, tokens_BL, shown, image_token_offset)
             with nn.part("ar"):
                 return generate_text(
                     model.ar,
@@ -136,7 +136,7 @@ def make_write(graphdef: Any, strategy: Strategy, vocabulary: Vocabulary) -> Cal
 
 
 def _with_images(
-    model: Blip3o, tokens_BL: jax.Array, shown: dict[str, jax.Array] | None, image_first: int
+    model: Blip3o, tokens_BL: jax.Array, shown: dict[str, jax.Array] | None, image_token_offset: int
 ) -> tuple[jax.Array, jax.Array | None, References | None]:
     """Prompts with their images in them: tokens, embeddings where these are not the tokens', and
     the images as encoded.
@@ -145,7 +145,7 @@ def _with_images(
         return tokens_BL, None, None
     seen, span_BR = references(model, shown), shown["reference_span"]
     tokens_BL = insert_references(
-        tokens_BL, span_BR, image_ids_from_codes(seen.codes_BRN, image_first), seen.mask_BR
+        tokens_BL, span_BR, image_ids_from_codes(seen.codes_BRN, image_token_offset), seen.mask_BR
     )
     if seen.features_BRND is None:
         return tokens_BL, None, seen

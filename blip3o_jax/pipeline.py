@@ -67,7 +67,7 @@ class Pipeline:
     ):
         self.config, self.vocabulary, self.strategy = config, vocabulary, strategy
         self._graphdef, self._params = graphdef, params
-        image_ids = vocabulary.image_first, vocabulary.image_last
+        image_ids = vocabulary.image_token_offset, vocabulary.image_token_end
         self._sample = make_sample(graphdef, strategy, image_ids)
         self._write = make_write(graphdef, strategy, vocabulary)
 

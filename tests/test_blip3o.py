@@ -24,15 +24,15 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 
 @functools.cache
 def setup():
-    """(model configuration, id of code 0, graphdef, weights, batch, a key for each row)."""
-    cfg, image_first, batch = tiny.prepared("joint", supervise_prompt=True)
+    """(model configuration, image_token_offset, graphdef, weights, batch, a key for each row)."""
+    cfg, image_token_offset, batch = tiny.prepared("joint", supervise_prompt=True)
     batch = tiny.cached_batch(cfg, batch)
     batch["label_count"] = np.full(8, batch["loss_mask"][:, 1:].sum() / 8, np.float32)
     plan = plan_state(cfg, tiny.strategy())
     state = create_state(cfg, plan)
     return (
         cfg,
-        image_first,
+        image_token_offset,
         plan,
         (state["params"], state["frozen"]),
         batch,
@@ -43,7 +43,7 @@ def setup():
 @functools.cache
 def joint(span, draws=1):
     """(weights, dropout, weight of the cross entropy) -> loss, metrics, gradients."""
-    cfg, image_first, plan, _, batch, keys_B = setup()
+    cfg, image_token_offset, plan, _, batch, keys_B = setup()
 
     @functools.partial(jax.jit, static_argnums=(1, 2))
     def fn(weights, dropout, ce):
@@ -56,7 +56,7 @@ def joint(span, draws=1):
                 batch,
                 keys_B,
                 loss=settings,
-                image_first=image_first,
+                image_token_offset=image_token_offset,
             )
 
         (value, metrics), gradients = jax.value_and_grad(loss, has_aux=True)(weights[0])
@@ -93,13 +93,13 @@ def expected(span, keep, draws=1):
     """(cross entropy, flow loss) in numpy, one row at a time; `keep` says which rows keep their
     condition.
     """
-    cfg, image_first, _, weights, batch, keys_B = setup()
+    cfg, image_token_offset, _, weights, batch, keys_B = setup()
     hidden, velocity = row_parts()
     nll, labels, flow = 0.0, 0, []
     for b in range(8):
         start = batch["image_span"][b] + 1
         tokens_L = batch["tokens"][b].copy()
-        tokens_L[start : start + 4] = batch["codes"][b] + image_first
+        tokens_L[start : start + 4] = batch["codes"][b] + image_token_offset
         # The exact span as if all of the row were real: what comes after a token cannot matter to
         # it.
         segment_ids_L = batch["segment_ids"][b] if span == "last" else np.ones_like(tokens_L)
@@ -157,13 +157,15 @@ def test_rows_without_their_caption_are_rows_that_open_with_the_scale_token():
     """Cross entropy and flow loss of eight rows whose captions are dropped equal those of rows cut
     before the scale token, which start at position 0: rotary positions are relative.
     """
-    cfg, image_first, plan, weights, batch, keys_B = setup()
+    cfg, image_token_offset, plan, weights, batch, keys_B = setup()
 
     @functools.partial(jax.jit, static_argnums=1)
     def loss(batch, dropout):
         settings = dataclasses.replace(cfg.loss, condition_dropout=0.0, caption_dropout=dropout)
         model = plan.model(*weights)
-        return blip3o.joint_loss(model, batch, keys_B, loss=settings, image_first=image_first)[1]
+        return blip3o.joint_loss(
+            model, batch, keys_B, loss=settings, image_token_offset=image_token_offset
+        )[1]
 
     index_L = np.arange(batch["tokens"].shape[1])
     answers = batch | {"loss_mask": batch["loss_mask"] * (index_L > batch["image_span"][:, None])}
@@ -282,7 +284,7 @@ def test_pixels_are_scaled_to_minus_one_and_one():
 def test_other_stages_learn_one_batch(stage):
     """A few steps on one batch: the loss falls, and by more than it jitters."""
     kind, _, stage = stage.rpartition(" ")
-    cfg, image_first, batch = tiny.prepared(stage)
+    cfg, image_token_offset, batch = tiny.prepared(stage)
     optimizer = dataclasses.replace(cfg.optimizer, learning_rate=3e-3, warmup_fraction=0.01)
     loss = dataclasses.replace(cfg.loss, dense=3.0 if kind else 0.0)
     cfg = dataclasses.replace(cfg, steps=100, optimizer=optimizer, loss=loss)
@@ -290,7 +292,7 @@ def test_other_stages_learn_one_batch(stage):
     plan = plan_state(cfg, strategy)
     state, step = (
         create_state(cfg, plan),
-        make_step(cfg, plan, strategy, make_loss(cfg, image_first)),
+        make_step(cfg, plan, strategy, make_loss(cfg, image_token_offset)),
     )
     assert {str(path[0].key) for path, _ in jax.tree.leaves_with_path(state["params"])} == {
         pattern.split("/")[0] for pattern in STAGES[stage].trainable

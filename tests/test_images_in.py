@@ -40,7 +40,7 @@ ROUTES = {
         reference_slots=2, features=True, latents=True, latent_concat=True
     ),
 }
-IMAGE_FIRST, N, ROWS, R, LENGTH = 45, 4, 5, 2, 32
+IMAGE_TOKEN_OFFSET, N, ROWS, R, LENGTH = 45, 4, 5, 2, 32
 SHOWN = (
     0,
     1,
@@ -55,7 +55,9 @@ LOSS = config.LossConfig(ce_chunk=8, condition_dropout=0.4, instruction_dropout=
 def model_config(route):
     cfg = tiny.model()
     return dataclasses.replace(
-        cfg, ar=dataclasses.replace(cfg.ar, vocab_size=IMAGE_FIRST + 32), editing=ROUTES[route]
+        cfg,
+        ar=dataclasses.replace(cfg.ar, vocab_size=IMAGE_TOKEN_OFFSET + 32),
+        editing=ROUTES[route],
     )
 
 
@@ -194,10 +196,10 @@ def row_loss(route, model, b, drawn):
     tokens = x["tokens"][b, :length].copy()
     for r in range(SHOWN[b]):
         at = x["reference_span"][b, r] + 1
-        tokens[at : at + N] = shown_codes[r] + IMAGE_FIRST
+        tokens[at : at + N] = shown_codes[r] + IMAGE_TOKEN_OFFSET
     span = int(x["image_span"][b])
     if DRAWN[b]:
-        tokens[span + 1 : span + 1 + N] = codes + IMAGE_FIRST
+        tokens[span + 1 : span + 1 + N] = codes + IMAGE_TOKEN_OFFSET
     tokens = torch.tensor(tokens).long()
     embedded = model.ar.model.embed_tokens(tokens)
     if cfg.editing.features:
@@ -237,7 +239,7 @@ def test_joint_loss_and_gradients_are_the_stock_classes_row_by_row(route):
     @jax.jit
     def loss(trained, frozen, x):
         model = nnx.merge(graphdef, trained, frozen)
-        return blip3o.joint_loss(model, x, keys(), loss=LOSS, image_first=IMAGE_FIRST)
+        return blip3o.joint_loss(model, x, keys(), loss=LOSS, image_token_offset=IMAGE_TOKEN_OFFSET)
 
     (_, metrics), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(
         trained, frozen, batch(route)
@@ -306,7 +308,7 @@ def sampled_row(route, model, b, noise_CHW, settings):
         )
         for r in range(SHOWN[b]):
             at = int(x["reference_span"][b, r]) + 1
-            tokens[at : at + N] = codes[r] + IMAGE_FIRST
+            tokens[at : at + N] = codes[r] + IMAGE_TOKEN_OFFSET
     embedded = model.ar.model.embed_tokens(tokens)
     if SHOWN[b] and cfg.editing.features:
         features = model.feature_connector(model.tokenizer.features(seen))
@@ -316,7 +318,9 @@ def sampled_row(route, model, b, noise_CHW, settings):
     ids = []
     for _ in range(N):
         hidden_LD = model.ar.model(inputs_embeds=embedded[None]).last_hidden_state[0]
-        ids.append(int(model.ar.lm_head(hidden_LD[-1])[IMAGE_FIRST:].argmax()) + IMAGE_FIRST)
+        ids.append(
+            int(model.ar.lm_head(hidden_LD[-1])[IMAGE_TOKEN_OFFSET:].argmax()) + IMAGE_TOKEN_OFFSET
+        )
         embedded = torch.cat([embedded, model.ar.model.embed_tokens(torch.tensor(ids[-1:]))])
     span_TD = model.ar.model(inputs_embeds=embedded[None]).last_hidden_state[0, -N - 1 :]
     branches = {
@@ -356,7 +360,7 @@ def test_a_sampled_image_is_the_stock_classes_row_by_row(route, guidance):
     @jax.jit
     def sample(trained, frozen, shown):
         model = nnx.merge(graphdef, trained, frozen)
-        ids = IMAGE_FIRST, IMAGE_FIRST + 32
+        ids = IMAGE_TOKEN_OFFSET, IMAGE_TOKEN_OFFSET + 32
         drawn = drawing.draw_images(
             model, tokens_BL, x["image_span"][rows] + 1, keys_B, settings, ids, shown
         )
@@ -407,7 +411,9 @@ def test_a_row_among_all_tasks_has_the_loss_that_it_has_alone(mesh):
 
     def loss(trained, frozen, x, keys_B):
         model = nnx.merge(graphdef, trained, frozen)
-        _, metrics = blip3o.joint_loss(model, x, keys_B, loss=LOSS, image_first=IMAGE_FIRST)
+        _, metrics = blip3o.joint_loss(
+            model, x, keys_B, loss=LOSS, image_token_offset=IMAGE_TOKEN_OFFSET
+        )
         return metrics["ce"], metrics["flow"]
 
     def spread(*inputs):
@@ -463,7 +469,9 @@ def test_packed_rows_are_rows_of_their_own(route):
         if keys_B.ndim == 2:
             x = x | {name: x[name].reshape(3, 2) for name in ("label_count", "target_count")}
         model = nnx.merge(graphdef, trained, frozen)
-        return blip3o.joint_loss(model, x, keys_B, loss=settings, image_first=IMAGE_FIRST)
+        return blip3o.joint_loss(
+            model, x, keys_B, loss=settings, image_token_offset=IMAGE_TOKEN_OFFSET
+        )
 
     both = jax.jit(jax.value_and_grad(loss, has_aux=True))
     (_, want), want_by = both(trained, frozen, apart, keys_B)

@@ -90,9 +90,12 @@ def bench(config: Config, out: pathlib.Path, *, rounds: int, command: str) -> di
         config, vocabulary = with_vocabulary(config, [], pathlib.Path(directory))
     plan = plan_state(config, strategy)
     start = lambda: create_state(
-        config, plan, restore_init_parts(config, plan, strategy), vocabulary.image_first
+        config, plan, restore_init_parts(config, plan, strategy), vocabulary.image_token_offset
     )
-    ids, whole = (vocabulary.image_first, vocabulary.image_last), config.model.ar.vocab_size
+    ids, whole = (
+        (vocabulary.image_token_offset, vocabulary.image_token_end),
+        config.model.ar.vocab_size,
+    )
     copied = jax.jit(lambda x: jax.tree.map(jnp.copy, x), out_shardings=plan.shardings["params"])
     ways = {
         "here": _Way(

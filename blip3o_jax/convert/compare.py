@@ -248,10 +248,12 @@ def joint_run(source: Source, seed: int) -> Run:
     draws are made once.
     """
     cfg, rng = source.config.model, np.random.default_rng([seed, len(PREFIXES)])
-    image_first = Vocabulary(source.tokenizer, cfg.tokenizer.codebook_size).image_first
+    image_token_offset = Vocabulary(
+        source.tokenizer, cfg.tokenizer.codebook_size
+    ).image_token_offset
     loss = LossConfig(condition_dropout=0.5, flow_draws=2)
     keys_B = jax.random.split(jax.random.key(seed), 2)
-    inputs = _joint_batch(cfg, image_first, rng)
+    inputs = _joint_batch(cfg, image_token_offset, rng)
     shape = inputs["latents"].shape[1:]
     drawn = jax.jit(blip3o.draw_noise, static_argnums=(1, 2, 3))(keys_B, shape, cfg, loss)
     draws = {
@@ -269,7 +271,7 @@ def joint_run(source: Source, seed: int) -> Run:
             x["latents"],
             x["noise"],
             x["sigma"],
-            image_first=image_first,
+            image_token_offset=image_token_offset,
             keep_B=x["keep"],
             positions_BL=x["positions"],
             segment_ids_BL=x["segment_ids"],
@@ -277,14 +279,16 @@ def joint_run(source: Source, seed: int) -> Run:
         return {"cross entropy": ce, "flow loss": flow}
 
     def in_jax(model: Blip3o, x: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        _, metrics = blip3o.joint_loss(model, x, keys_B, loss=loss, image_first=image_first)
+        _, metrics = blip3o.joint_loss(
+            model, x, keys_B, loss=loss, image_token_offset=image_token_offset
+        )
         return {"cross entropy": metrics["ce"], "flow loss": metrics["flow"]}
 
     inputs |= {name: np.asarray(x) for name, x in draws.items()}
     return Run(inputs, in_torch, in_jax, inputs["segment_ids"] > 0)
 
 
-def _joint_batch(cfg: ModelConfig, image_first: int, rng: np.random.Generator) -> Arrays:
+def _joint_batch(cfg: ModelConfig, image_token_offset: int, rng: np.random.Generator) -> Arrays:
     """Two rows as in `data.sequence`: text, scale token, places of the image tokens, two ids of the
     end, padding.
     """
@@ -294,7 +298,7 @@ def _joint_batch(cfg: ModelConfig, image_first: int, rng: np.random.Generator) -
     real_BL = index_L < span_B[:, None] + tokens + 3
     loss_mask_BL = (real_BL & (index_L > span_B[:, None])).astype(np.float32)
     return {
-        "tokens": rng.integers(0, image_first, real_BL.shape, np.int32),
+        "tokens": rng.integers(0, image_token_offset, real_BL.shape, np.int32),
         "loss_mask": loss_mask_BL,
         "segment_ids": real_BL.astype(np.int32),
         "positions": np.broadcast_to(index_L, real_BL.shape),

@@ -333,8 +333,8 @@ class _Exporter:
             "scale_start_token_id": vocabulary.scale(1),
             "scale_end_token_id": vocabulary.scale(NUM_SCALES),
             "num_scale_tokens": NUM_SCALES,
-            "image_start_token_id": vocabulary.image_first,
-            "image_end_token_id": vocabulary.image_last - 1,
+            "image_start_token_id": vocabulary.image_token_offset,
+            "image_end_token_id": vocabulary.image_token_end - 1,
             "num_image_tokens": vocabulary.codebook_size,
         }
         key = "torch_dtype" if "torch_dtype" in source else "dtype"

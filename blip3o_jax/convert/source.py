@@ -200,8 +200,8 @@ def _with_vocabulary(
         "image_start_tag_id": vocabulary.image_start,
         "image_end_tag_id": vocabulary.image_end,
         "scale_start_token_id": vocabulary.scale(1),
-        "image_start_token_id": vocabulary.image_first,
-        "image_end_token_id": vocabulary.image_last - 1,
+        "image_start_token_id": vocabulary.image_token_offset,
+        "image_end_token_id": vocabulary.image_token_end - 1,
         "num_image_tokens": vocabulary.codebook_size,
     }
     for key, value in stated.items():

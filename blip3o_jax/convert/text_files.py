@@ -117,7 +117,7 @@ def _image_tokens(vocabulary: Vocabulary) -> list[dict[str, Any]]:
     if IMAGE_START in vocabulary.tokenizer.specials:
         return []
     names = {
-        i: vocabulary.decode([i]) for i in range(vocabulary.image_start, vocabulary.image_last)
+        i: vocabulary.decode([i]) for i in range(vocabulary.image_start, vocabulary.image_token_end)
     }
     return [
         _added_token(name, i, special=name in (IMAGE_START, IMAGE_END)) for i, name in names.items()

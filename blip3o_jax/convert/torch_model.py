@@ -321,7 +321,7 @@ class Blip3o(torch.nn.Module):
         noise_BCHW: torch.Tensor,
         sigma_B: torch.Tensor,
         *,
-        image_first: int,
+        image_token_offset: int,
         keep_B: torch.Tensor | None = None,
         positions_BL: torch.Tensor | None = None,
         segment_ids_BL: torch.Tensor | None = None,
@@ -329,14 +329,16 @@ class Blip3o(torch.nn.Module):
         """(cross entropy, flow loss) of `blip3o.joint_loss` with condition_span "exact", on the
         batch of `data.sequence`.
 
-        `span_B` is the index of each row's scale token, `image_first` the id of code 0; `codes` and
-        `latents` make the targets from images. Noise and sigma hold B rows, or a multiple for
-        several draws an example, those of one example in a row.
+        `span_B` is the index of each row's scale token, `image_token_offset` the id of the first
+        codebook entry; `codes` and `latents` make the targets from images. Noise and sigma hold B
+        rows, or a multiple for several draws an example, those of one example in a row.
         """
         index_BT = span_B.long()[:, None] + torch.arange(
             codes_BN.shape[1] + 1, device=span_B.device
         )
-        tokens_BL = tokens_BL.long().scatter(1, index_BT[:, 1:], codes_BN.long() + image_first)
+        tokens_BL = tokens_BL.long().scatter(
+            1, index_BT[:, 1:], codes_BN.long() + image_token_offset
+        )
         hidden_BLD = self.hidden(tokens_BL, positions_BL, segment_ids_BL)
         # Logits of labelled tokens only: those of all would not change the mean, and do not fit at
         # the published vocabulary.
@@ -364,7 +366,7 @@ class Blip3o(torch.nn.Module):
         tokens_BL: torch.Tensor,
         lengths_B: torch.Tensor,
         *,
-        image_first: int,
+        image_token_offset: int,
         settings: SamplingConfig,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Prompts padded on the right -> (ids of the image tokens [B, N], hidden states of the
@@ -376,7 +378,7 @@ class Blip3o(torch.nn.Module):
         """
         count, image_ids = (
             self.cfg.tokenizer.num_tokens,
-            (image_first, image_first + self.cfg.tokenizer.codebook_size),
+            (image_token_offset, image_token_offset + self.cfg.tokenizer.codebook_size),
         )
         prompts_BL, mask_BL = left_padded(tokens_BL.long(), lengths_B)
         greedy = settings.temperature == 0
@@ -434,7 +436,7 @@ class Blip3o(torch.nn.Module):
         tokens_BL: torch.Tensor,
         lengths_B: torch.Tensor,
         *,
-        image_first: int,
+        image_token_offset: int,
         settings: SamplingConfig | None = None,
         seed: int = 0,
     ) -> torch.Tensor:
@@ -444,7 +446,7 @@ class Blip3o(torch.nn.Module):
         settings = settings or SamplingConfig()
         torch.manual_seed(seed)
         _, hidden_BTD = self.generate_image_tokens(
-            tokens_BL, lengths_B, image_first=image_first, settings=settings
+            tokens_BL, lengths_B, image_token_offset=image_token_offset, settings=settings
         )
         condition_BTC = self.condition(hidden_BTD)
         null_BTC = self.condition(

@@ -49,7 +49,7 @@ def make_prompt(
         user, places = _turn(vocab, "user", before), []
     else:
         start, end = vocab.tokenizer.special(VISION_START), vocab.tokenizer.special(VISION_END)
-        image = [start, *[vocab.image_first] * num_image_tokens, end]
+        image = [start, *[vocab.image_token_offset] * num_image_tokens, end]
         head = [vocab.start_of_turn, *vocab.encode(f"user\n{before}")]
         user = [
             *head,

@@ -74,7 +74,7 @@ class Rollouts:
         self._reference = reference
         self._identity = {name: position[name] for name in ("reference", "prompts")}
         self._next, self._step, self._uses = position["rollout"], setup.start, 0
-        image_ids = setup.vocabulary.image_first, setup.vocabulary.image_last
+        image_ids = setup.vocabulary.image_token_offset, setup.vocabulary.image_token_end
         self._draw_images = rollout.make_draw(setup.config, setup.plan, setup.strategy, image_ids)
         self._add_reference = rollout.make_reference(
             setup.config, setup.plan, setup.strategy, image_ids

@@ -126,7 +126,7 @@ class ReinforcementLearning:
             keep_images=config.rl.keep_images,
         )
         feed = Rollouts(setup, self._prompts, self._pool, reference, position, open_log)
-        image_ids = setup.vocabulary.image_first, setup.vocabulary.image_last
+        image_ids = setup.vocabulary.image_token_offset, setup.vocabulary.image_token_end
         loss = make_loss(config, image_ids, setup.strategy.batch_shards)
         return Begun(feed, make_step(config, setup.plan, setup.strategy, loss))
 

@@ -33,7 +33,7 @@ class Vocabulary:
         self.tokenizer = tokenizer
         self.codebook_size = codebook_size
         self.image_start = _find_or_append(tokenizer, codebook_size)
-        self.size = max(tokenizer.size, self.image_last)
+        self.size = max(tokenizer.size, self.image_token_end)
         self.start_of_turn = tokenizer.special(START_OF_TURN)
         self.end_of_turn = tokenizer.special(END_OF_TURN)
         self.pad_id = tokenizer.special(END_OF_TEXT)
@@ -49,24 +49,24 @@ class Vocabulary:
         return self.image_start + 2 + pool_scale - 1
 
     @property
-    def image_first(self) -> int:
+    def image_token_offset(self) -> int:
         """The id of <I0>."""
         return self.image_start + 2 + NUM_SCALES
 
     @property
-    def image_last(self) -> int:
+    def image_token_end(self) -> int:
         """One past the id of the last image token."""
-        return self.image_first + self.codebook_size
+        return self.image_token_offset + self.codebook_size
 
     def image_ids_from_codes(self, codes: Any) -> Any:
         """Codebook indices -> ids, int32, for numpy and jax arrays alike (cached codes may be
         uint16, too short for ids).
         """
-        return image_ids_from_codes(codes, self.image_first)
+        return image_ids_from_codes(codes, self.image_token_offset)
 
     def codes_from_image_ids(self, ids: Any) -> Any:
         """The inverse of `image_ids_from_codes`."""
-        return codes_from_image_ids(ids, self.image_first)
+        return codes_from_image_ids(ids, self.image_token_offset)
 
     def encode(self, text: str) -> list[int]:
         """Text ids only, whatever tags `text` spells."""
@@ -80,8 +80,11 @@ class Vocabulary:
         names |= {self.scale(s): f"<S{s - 1}>" for s in range(1, NUM_SCALES + 1)}
         parts, run = [], []
         for i in map(int, ids):
-            if self.image_start <= i < self.image_last:
-                parts += [self.tokenizer.decode(run), names.get(i) or f"<I{i - self.image_first}>"]
+            if self.image_start <= i < self.image_token_end:
+                parts += [
+                    self.tokenizer.decode(run),
+                    names.get(i) or f"<I{i - self.image_token_offset}>",
+                ]
                 run = []
             else:
                 run.append(i)
@@ -104,13 +107,13 @@ class Vocabulary:
         )
 
 
-def image_ids_from_codes(codes: Any, image_first: int) -> Any:
+def image_ids_from_codes(codes: Any, image_token_offset: int) -> Any:
     """The same where only the id of <I0> is at hand, as within a traced loss."""
-    return codes.astype("int32") + image_first
+    return codes.astype("int32") + image_token_offset
 
 
-def codes_from_image_ids(ids: Any, image_first: int) -> Any:
-    return ids.astype("int32") - image_first
+def codes_from_image_ids(ids: Any, image_token_offset: int) -> Any:
+    return ids.astype("int32") - image_token_offset
 
 
 def _find_or_append(tokenizer: TextTokenizer, codebook_size: int) -> int:

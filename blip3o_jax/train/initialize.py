@@ -50,7 +50,11 @@ def from_checkpoint(path: str | pathlib.Path, trained: tuple[str, ...]) -> Confi
 
 
 def restore_or_create(
-    config: Config, plan: StatePlan, strategy: Strategy, checkpoints: Checkpoints, image_first: int
+    config: Config,
+    plan: StatePlan,
+    strategy: Strategy,
+    checkpoints: Checkpoints,
+    image_token_offset: int,
 ) -> tuple[TrainState, Any, int]:
     """Return (state, position of the data stream or None, steps done) from the newest intact
     checkpoint, or a new state at step 0.
@@ -77,7 +81,7 @@ def restore_or_create(
         )
         return state, position, latest
     return (
-        create_state(config, plan, restore_init_parts(config, plan, strategy), image_first),
+        create_state(config, plan, restore_init_parts(config, plan, strategy), image_token_offset),
         None,
         0,
     )

@@ -109,7 +109,7 @@ class Setup:
     plan: StatePlan
     strategy: Strategy
     vocabulary: Vocabulary | None
-    image_first: int
+    image_token_offset: int
     start: int
 
 
@@ -172,11 +172,13 @@ def train(
         check_memory(config, plan, strategy)
         checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint.keep)
         until_done.push(exits.pushed(checkpoints.close))
-        image_first = vocabulary.image_first if vocabulary else 0
+        image_token_offset = vocabulary.image_token_offset if vocabulary else 0
         tokenizer = vocabulary.tokenizer if vocabulary else None
         checkpoints.check_tokenizer(tokenizer)
-        state, position, start = restore_or_create(config, plan, strategy, checkpoints, image_first)
-        setup = Setup(config, workdir, plan, strategy, vocabulary, image_first, start)
+        state, position, start = restore_or_create(
+            config, plan, strategy, checkpoints, image_token_offset
+        )
+        setup = Setup(config, workdir, plan, strategy, vocabulary, image_token_offset, start)
         begun = method.begin(setup, state, position)
         until_done.push(exits.pushed(begun.feed.close))
 

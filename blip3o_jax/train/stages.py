@@ -94,9 +94,9 @@ def trainable_filter(config: Config) -> Callable[[str], bool]:
     return lambda name: any(p.fullmatch(name) for p in compiled)
 
 
-def make_loss(config: Config, image_first: int) -> Loss:
-    """The loss of the configured stage; `image_first` is the vocabulary id of code 0 (joint stage
-    only).
+def make_loss(config: Config, image_token_offset: int) -> Loss:
+    """The loss of the configured stage; `image_token_offset` is the vocabulary id of the first
+    codebook entry (joint stage only).
     """
 
     def autoencoder(
@@ -166,7 +166,9 @@ def make_loss(config: Config, image_first: int) -> Loss:
     def joint(
         model: Blip3o, batch: Batch, keys_B: jax.Array
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        return joint_loss(model, batch, keys_B, loss=config.loss, image_first=image_first)
+        return joint_loss(
+            model, batch, keys_B, loss=config.loss, image_token_offset=image_token_offset
+        )
 
     return {
         "autoencoder": autoencoder,
@@ -177,7 +179,7 @@ def make_loss(config: Config, image_first: int) -> Loss:
 
 
 def make_preview(
-    config: Config, image_first: int
+    config: Config, image_token_offset: int
 ) -> Callable[[Blip3o, Batch, jax.Array], jax.Array] | None:
     """(model, batch, keys) -> images in [0, 1] that show what the stage has learned; None where
     there is nothing to see.
@@ -189,7 +191,9 @@ def make_preview(
         )
 
     def joint(model: Blip3o, batch: Batch, keys_B: jax.Array) -> jax.Array:
-        return joint_preview(model, batch, keys_B, loss=config.loss, image_first=image_first)
+        return joint_preview(
+            model, batch, keys_B, loss=config.loss, image_token_offset=image_token_offset
+        )
 
     return (
         {"autoencoder": autoencoder, "joint": joint}.get(config.stage) if config.preview else None

@@ -132,19 +132,20 @@ def create_state(
     config: Config,
     plan: StatePlan,
     given: Mapping[str, Any] | None = None,
-    image_first: int | None = None,
+    image_token_offset: int | None = None,
 ) -> TrainState:
     """Initial state, each array made in its own shards: no device ever holds a full replica it
     should not.
 
     `given` parts, {part: {"params": ..., "frozen": ...}} as in the plan, are not drawn but taken as
-    they are; what they lack is drawn as it would be without them. Where `checkpoint.image_embedding_init` is
-    "codes", `image_first`, the vocabulary id of code 0, is needed, and the AR's image rows are set
-    from the codes even if the AR is given.
+    they are; what they lack is drawn as it would be without them. Where
+    `checkpoint.image_embedding_init` is "codes", `image_token_offset`, the vocabulary id of the
+    first codebook entry, is needed, and the AR's image rows are set from the codes even if the AR
+    is given.
     """
-    if config.checkpoint.image_embedding_init == "codes" and image_first is None:
+    if config.checkpoint.image_embedding_init == "codes" and image_token_offset is None:
         raise ValueError(
-            "create_state: checkpoint.image_embedding_init='codes' needs image_first, the vocabulary id of code 0"
+            "create_state: checkpoint.image_embedding_init='codes' needs image_token_offset"
         )
     taken = {
         group: {part: tree[group] for part, tree in (given or {}).items() if group in tree}
@@ -163,7 +164,7 @@ def create_state(
 
         def at_codes(weights: TrainState) -> TrainState:
             model = plan.model(weights["params"], weights["frozen"])
-            model.init_image_embeddings_from_codes(image_first, config.seed)
+            model.init_image_embeddings_from_codes(image_token_offset, config.seed)
             return ar(_by_group(config, model))
 
         started = jax.jit(at_codes, out_shardings=ar(plan.shardings), compiler_options=options)(

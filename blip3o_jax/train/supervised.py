@@ -82,8 +82,8 @@ class Supervised:
         loader = loader_of(sources)
         if position is not None:
             loader.restore(position)
-        step = make_step(config, setup.plan, strategy, make_loss(config, setup.image_first))
-        draw = make_preview(config, setup.image_first)
+        step = make_step(config, setup.plan, strategy, make_loss(config, setup.image_token_offset))
+        draw = make_preview(config, setup.image_token_offset)
         measured = peak_flops(jax.devices()[0]) is not None
         flops = functools.partial(useful_flops, config, strategy) if measured else None
         known = _unused([source for source, _ in self._sources])

@@ -92,7 +92,7 @@ def test_hugging_face_gives_the_same_ids(vocab, model_type, tmp_path):
 
 def test_image_tokens_have_the_ids_of_the_vocabulary(vocab, tmp_path):
     _, theirs = export(vocab, tmp_path / "out")
-    ids = [*range(vocab.image_start, vocab.image_last)]
+    ids = [*range(vocab.image_start, vocab.image_token_end)]
     assert theirs.convert_tokens_to_ids(IMAGE_TOKENS) == ids
     assert theirs("".join(IMAGE_TOKENS))["input_ids"] == ids
     # As the reference adds them: the tags are special, scale and image tokens are not.
@@ -119,8 +119,8 @@ def test_read_back(vocab, image_tokens, tmp_path):
     export(vocab, tmp_path / "out", image_tokens=image_tokens)
     kind = "bpe" if isinstance(vocab.tokenizer, BpeTokenizer) else "sentencepiece"
     again = Vocabulary(load_tokenizer(TextConfig(kind, str(tmp_path / "out"))), 6)
-    assert (again.image_first, again.size, again.pad_id) == (
-        vocab.image_first,
+    assert (again.image_token_offset, again.size, again.pad_id) == (
+        vocab.image_token_offset,
         vocab.size,
         vocab.pad_id,
     )

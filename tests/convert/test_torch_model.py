@@ -24,10 +24,12 @@ from tests import tiny
 from tests.conftest import relative_error
 
 TEXT = 40  # ids of text; 5 of tags and scales, then the codes
-IMAGE_FIRST = TEXT + 5
+IMAGE_TOKEN_OFFSET = TEXT + 5
 MODEL = dataclasses.replace(
     tiny.model(),
-    ar=dataclasses.replace(tiny.model().ar, vocab_size=IMAGE_FIRST + 32, tie_word_embeddings=False),
+    ar=dataclasses.replace(
+        tiny.model().ar, vocab_size=IMAGE_TOKEN_OFFSET + 32, tie_word_embeddings=False
+    ),
 )
 N = MODEL.tokenizer.num_tokens
 
@@ -248,11 +250,11 @@ def test_joint_loss_row_by_row():
     index_L = torch.arange(tokens_BL.shape[1])
     mask_BL = ((index_L > spans_B[:, None]) & (index_L < lengths_B[:, None])).float()
     args = (tokens_BL, mask_BL, spans_B, codes_BN, z_BCHW, noise_BCHW, sigma_B)
-    ce, flow = found.joint_loss(*args, image_first=IMAGE_FIRST, keep_B=keep_B)
+    ce, flow = found.joint_loss(*args, image_token_offset=IMAGE_TOKEN_OFFSET, keep_B=keep_B)
 
     nll, errors = [], []
     for b, prompt in enumerate(prompts):
-        whole = torch.cat([prompt, codes_BN[b] + IMAGE_FIRST, rows[b][-2:]])[None]
+        whole = torch.cat([prompt, codes_BN[b] + IMAGE_TOKEN_OFFSET, rows[b][-2:]])[None]
         hidden_LD = found.hidden(whole)[0]
         logp_LV = found.ar(whole).logits[0].log_softmax(-1)
         nll += [-logp_LV[i - 1, whole[0, i]] for i in range(len(prompt), whole.shape[1])]
@@ -270,7 +272,7 @@ def test_joint_loss_row_by_row():
     segments_BL = (index_L < lengths_B[:, None]).long()
     again = found.joint_loss(
         *args,
-        image_first=IMAGE_FIRST,
+        image_token_offset=IMAGE_TOKEN_OFFSET,
         keep_B=keep_B,
         positions_BL=index_L.expand_as(tokens_BL),
         segment_ids_BL=segments_BL,
@@ -278,7 +280,7 @@ def test_joint_loss_row_by_row():
     assert relative_error(torch.stack(again), torch.stack([ce, flow])) < 1e-5
     segments_BL[0, : spans_B[0]] = 0
     hidden = found.joint_loss(
-        *args, image_first=IMAGE_FIRST, keep_B=keep_B, segment_ids_BL=segments_BL
+        *args, image_token_offset=IMAGE_TOKEN_OFFSET, keep_B=keep_B, segment_ids_BL=segments_BL
     )
     assert torch.stack(hidden).isfinite().all() and relative_error(hidden[0], ce) > 1e-3
 
@@ -296,7 +298,7 @@ def test_joint_loss_gradients_reach_the_ar():
         z_BCHW,
         torch.randn_like(z_BCHW),
         torch.tensor([0.5]),
-        image_first=IMAGE_FIRST,
+        image_token_offset=IMAGE_TOKEN_OFFSET,
         segment_ids_BL=torch.tensor([[0] * 5 + [1] * (N + 1)]),
     )
     flow.backward()
@@ -315,17 +317,17 @@ def test_prompts_of_different_lengths_do_not_disturb_each_other(guidance):
     settings = config.SamplingConfig(temperature=0, token_guidance=guidance)
     rows = [row(4, 1), row(9, 2), row(7, 3)]
     ids_BN, hidden_BTD = found.generate_image_tokens(
-        *padded(rows, 11), image_first=IMAGE_FIRST, settings=settings
+        *padded(rows, 11), image_token_offset=IMAGE_TOKEN_OFFSET, settings=settings
     )
     assert ids_BN.shape == (3, N) and hidden_BTD.shape == (3, N + 1, MODEL.ar.hidden_size)
     for prompt, ids_N, hidden_TD in zip(rows, ids_BN, hidden_BTD, strict=True):
         whole, alone = prompt, prompt[-1:]
         for _ in range(N):
             given, free = (
-                found.ar(x[None]).logits[0, -1, IMAGE_FIRST : IMAGE_FIRST + 32]
+                found.ar(x[None]).logits[0, -1, IMAGE_TOKEN_OFFSET : IMAGE_TOKEN_OFFSET + 32]
                 for x in (whole, alone)
             )
-            following = (free + guidance * (given - free)).argmax()[None] + IMAGE_FIRST
+            following = (free + guidance * (given - free)).argmax()[None] + IMAGE_TOKEN_OFFSET
             whole, alone = torch.cat([whole, following]), torch.cat([alone, following])
         np.testing.assert_array_equal(ids_N, whole[-N:])
         assert relative_error(hidden_TD, found.hidden(whole[None])[0, -N - 1 :]) < 1e-5
@@ -336,24 +338,30 @@ def test_drawn_ids_follow_the_truncated_distribution():
     found = model()
     settings = config.SamplingConfig(temperature=1.5, top_k=6, top_p=0.8)
     prompt = row(3, 1)
-    scores = found.ar(prompt[None]).logits[0, -1, IMAGE_FIRST : IMAGE_FIRST + 32]
+    scores = found.ar(prompt[None]).logits[0, -1, IMAGE_TOKEN_OFFSET : IMAGE_TOKEN_OFFSET + 32]
     p, order = (scores / 1.5).softmax(-1).sort(descending=True)
     p = p[:6] / p[:6].sum()
     kept = int((p.cumsum(0) < 0.8).sum()) + 1
     assert 1 < kept < 6
     torch.manual_seed(0)
     ids_BN, _ = found.generate_image_tokens(
-        prompt.expand(4000, -1), torch.full((4000,), 3), image_first=IMAGE_FIRST, settings=settings
+        prompt.expand(4000, -1),
+        torch.full((4000,), 3),
+        image_token_offset=IMAGE_TOKEN_OFFSET,
+        settings=settings,
     )
-    drawn = torch.bincount(ids_BN[:, 0] - IMAGE_FIRST, minlength=32) / 4000
+    drawn = torch.bincount(ids_BN[:, 0] - IMAGE_TOKEN_OFFSET, minlength=32) / 4000
     np.testing.assert_allclose(drawn[order[:kept]], p[:kept] / p[:kept].sum(), atol=0.03)
     assert set(drawn.nonzero().flatten().tolist()) == set(order[:kept].tolist())
     # Switched off, all 32 can be drawn.
     wide = config.SamplingConfig(temperature=100.0, top_k=0, top_p=1.0)
     ids_BN, _ = found.generate_image_tokens(
-        prompt.expand(300, -1), torch.full((300,), 3), image_first=IMAGE_FIRST, settings=wide
+        prompt.expand(300, -1),
+        torch.full((300,), 3),
+        image_token_offset=IMAGE_TOKEN_OFFSET,
+        settings=wide,
     )
-    assert set(ids_BN.flatten().tolist()) == set(range(IMAGE_FIRST, IMAGE_FIRST + 32))
+    assert set(ids_BN.flatten().tolist()) == set(range(IMAGE_TOKEN_OFFSET, IMAGE_TOKEN_OFFSET + 32))
 
 
 @pytest.mark.parametrize(("guidance", "shift"), [(1.0, 1.0), (2.0, 3.0)])
@@ -381,7 +389,11 @@ def test_text_to_image():
     settings = config.SamplingConfig(steps=2)
     images = [
         found.text_to_image(
-            tokens_BL, lengths_B, image_first=IMAGE_FIRST, settings=settings, seed=seed
+            tokens_BL,
+            lengths_B,
+            image_token_offset=IMAGE_TOKEN_OFFSET,
+            settings=settings,
+            seed=seed,
         )
         for seed in (0, 0, 1)
     ]
@@ -407,13 +419,14 @@ def test_bfloat16():
     )
     args += (torch.randn_like(z_BCHW), torch.tensor([0.5, 0.25]))
     want, got = (
-        torch.stack(m.joint_loss(*args, image_first=IMAGE_FIRST)) for m in (model(), found)
+        torch.stack(m.joint_loss(*args, image_token_offset=IMAGE_TOKEN_OFFSET))
+        for m in (model(), found)
     )
     assert got.dtype == torch.float32 and relative_error(got, want) < 0.02
     image = found.text_to_image(
         tokens_BL[:, :6],
         lengths_B - N,
-        image_first=IMAGE_FIRST,
+        image_token_offset=IMAGE_TOKEN_OFFSET,
         settings=config.SamplingConfig(steps=2),
     )
     assert image.isfinite().all() and image.dtype == torch.float32
@@ -449,6 +462,7 @@ def test_left_padding():
 def test_stock_classes():
     found = model()
     assert isinstance(found.ar, transformers.Qwen3ForCausalLM)
-    assert found.ar.model.embed_tokens.weight.shape == (IMAGE_FIRST + 32, MODEL.ar.hidden_size), (
-        "no padded rows"
-    )
+    assert found.ar.model.embed_tokens.weight.shape == (
+        IMAGE_TOKEN_OFFSET + 32,
+        MODEL.ar.hidden_size,
+    ), "no padded rows"

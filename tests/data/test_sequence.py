@@ -145,7 +145,7 @@ def test_tags_in_a_caption_stay_text(vocab):
         vocab.end_of_turn,
         vocab.image_start,
         vocab.scale(1),
-        vocab.image_first + 1,
+        vocab.image_token_offset + 1,
     ):
         assert (row["tokens"] == special).sum() == (plain["tokens"] == special).sum()
 
@@ -337,7 +337,7 @@ def test_images_that_are_shown_have_no_labels_where_prompts_have(vocab):
     row = tasks_row(vocab, "edit", "put 2 into 1", references=2, supervise_prompt=True)
     tokens, length = row["tokens"], int(row["segment_ids"].sum())
     shown = [opening + 1 + i for opening in row["reference_span"] for i in range(2)]
-    assert set(tokens[shown].tolist()) == {vocab.image_first}
+    assert set(tokens[shown].tolist()) == {vocab.image_token_offset}
     assert np.flatnonzero(row["loss_mask"]).tolist() == sorted(set(range(1, length)) - set(shown))
 
 

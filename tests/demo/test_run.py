@@ -36,14 +36,14 @@ def test_every_stage_has_curves_and_a_note():
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_curves_of_a_stage_are_metrics_of_its_step(stage):
-    cfg, image_first, batch = tiny.prepared(stage)
-    assert set(CURVES[stage]) <= names(cfg, make_loss(cfg, image_first), batch)
+    cfg, image_token_offset, batch = tiny.prepared(stage)
+    assert set(CURVES[stage]) <= names(cfg, make_loss(cfg, image_token_offset), batch)
 
 
 def test_curves_of_reinforcement_learning_are_metrics_of_its_rewards_and_step():
-    cfg, image_first, _ = tiny.prepared("joint")
+    cfg, image_token_offset, _ = tiny.prepared("joint")
     ids, N = (
-        (image_first, image_first + cfg.model.tokenizer.codebook_size),
+        (image_token_offset, image_token_offset + cfg.model.tokenizer.codebook_size),
         cfg.model.tokenizer.num_tokens,
     )
     rewards = (RewardConfig(name="shapes"),)
@@ -51,7 +51,7 @@ def test_curves_of_reinforcement_learning_are_metrics_of_its_rewards_and_step():
         cfg, trainable=("ar/.*",), rl=RlConfig(prompts=4, group=2, rewards=rewards)
     )
     record = {"tokens": np.ones((8, 6), np.int32), "lengths": np.full(8, 5, np.int32)}
-    record |= {"image_ids": np.full((8, N), image_first, np.int32)}
+    record |= {"image_ids": np.full((8, N), image_token_offset, np.int32)}
     record |= {name: np.zeros((8, N), np.float32) for name in ("logprobs", "reference_logprobs")}
     record |= {name: np.ones(8, np.float32) for name in ("advantage", "kept", "kept_share")}
     found = names(cfg, make_rl_loss(cfg, ids, 1), record | {"bad_records": np.zeros(8, np.int32)})

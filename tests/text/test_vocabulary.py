@@ -40,7 +40,7 @@ def test_published_sizes():
     vocab = Vocabulary(Sized(), 65536)
     assert (vocab.image_start, vocab.image_end) == (151669, 151670)
     assert [vocab.scale(s) for s in (1, 2, 3)] == [151671, 151672, 151673]
-    assert (vocab.image_first, vocab.image_last, vocab.size) == (151674, 217210, 217210)
+    assert (vocab.image_token_offset, vocab.image_token_end, vocab.size) == (151674, 217210, 217210)
     assert (vocab.start_of_turn, vocab.end_of_turn, vocab.pad_id) == (151644, 151645, 151643)
     vocab.check_model(Qwen3Config(), TaTokConfig())
     assert (
@@ -71,16 +71,16 @@ def test_image_tokens_in_the_files_are_found(tmp_path):
     published = BpeTokenizer.from_path(write_bpe(tmp_path / "extended", IMAGE_TOKENS))
     found = Vocabulary(published, 4)
     assert plain.tokenizer.size + 9 == published.size == found.size == plain.size
-    assert found.image_start == plain.image_start and found.image_last == plain.image_last
-    ids = [*range(found.image_start, found.image_last)]
+    assert found.image_start == plain.image_start and found.image_token_end == plain.image_token_end
+    ids = [*range(found.image_start, found.image_token_end)]
     assert found.decode(ids) == plain.decode(ids) == "".join(IMAGE_TOKENS)
     assert found.encode("".join(IMAGE_TOKENS)) == plain.encode("".join(IMAGE_TOKENS))
 
 
 def test_a_token_after_the_image_tokens_counts(tmp_path):
     vocab = Vocabulary(BpeTokenizer.from_path(write_bpe(tmp_path, [*IMAGE_TOKENS, "<image>"])), 4)
-    assert vocab.size == vocab.image_last + 1
-    assert vocab.decode([vocab.image_last]) == "<image>"
+    assert vocab.size == vocab.image_token_end + 1
+    assert vocab.decode([vocab.image_token_end]) == "<image>"
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_a_caption_cannot_spell_special_ids(kind, tmp_path):
     caption = " ".join(ADDED + IMAGE_TOKENS)
     ids = vocab.encode(caption)
     assert not set(ids) & set(tokenizer.specials.values())
-    assert not set(ids) & set(range(vocab.image_start, vocab.image_last))
+    assert not set(ids) & set(range(vocab.image_start, vocab.image_token_end))
     assert vocab.decode(ids) == caption
 
 

@@ -18,7 +18,7 @@ from tests.tiny.datasets import data
 def prepared(
     stage: str = "joint", supervise_prompt: bool = False, references: int = 0
 ) -> tuple[config.Config, int, dict[str, np.ndarray]]:
-    """(configuration with its vocabulary, id of code 0, one batch of 8 rows) of a stage."""
+    """(configuration with its vocabulary, image_token_offset, one batch of 8 rows) of a stage."""
     model = {
         "template": {"supervise_prompt": supervise_prompt},
         "editing": {"reference_slots": references},
@@ -34,7 +34,7 @@ def prepared(
     )
     batch = next(loader)
     loader.close()
-    return cfg, vocabulary.image_first if vocabulary else 0, batch
+    return cfg, vocabulary.image_token_offset if vocabulary else 0, batch
 
 
 def cached_batch(

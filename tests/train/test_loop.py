@@ -63,7 +63,7 @@ def test_nothing_is_read_ahead_before_the_step_is_made(monkeypatch):
     monkeypatch.setattr(supervised, "make_step", lambda *args: 1 / 0)
     monkeypatch.setattr(supervised, "DevicePrefetch", lambda *args: pytest.fail("reading began"))
     setup = types.SimpleNamespace(
-        config=config, strategy=strategy, vocabulary=None, plan=None, image_first=None
+        config=config, strategy=strategy, vocabulary=None, plan=None, image_token_offset=None
     )
     with pytest.raises(ZeroDivisionError):
         method.begin(setup, {}, None)

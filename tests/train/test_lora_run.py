@@ -95,8 +95,8 @@ def test_a_checkpoint_without_factors_is_taken_whole_and_factors_are_drawn(setti
 
 
 def test_factors_alone_are_trained_and_have_optimizer_state(settings, begun, tmp_path):
-    plan, image_first = plan_state(settings, tiny.strategy()), tiny.prepared()[1]
-    step = make_step(settings, plan, tiny.strategy(), make_loss(settings, image_first))
+    plan, image_token_offset = plan_state(settings, tiny.strategy()), tiny.prepared()[1]
+    step = make_step(settings, plan, tiny.strategy(), make_loss(settings, image_token_offset))
     state = begun
     for _ in range(settings.steps):  # in the first the rate is 0, in the second B moves, and then A
         state, _ = step(state, tiny.cached_batch(settings, tiny.prepared()[2]))

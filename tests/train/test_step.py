@@ -30,12 +30,16 @@ MESH = tiny.MESHES["fsdp_tp"]
 
 @functools.cache
 def setup(supervise_prompt=False):
-    """(configuration, id of code 0, batch): the learning rate is at its height from the second step
-    on.
+    """(configuration, image_token_offset, batch): the learning rate is at its height from the
+    second step on.
     """
-    cfg, image_first, batch = tiny.prepared("joint", supervise_prompt)
+    cfg, image_token_offset, batch = tiny.prepared("joint", supervise_prompt)
     optimizer = dataclasses.replace(cfg.optimizer, ema_decay=DECAY, warmup_fraction=0.1)
-    return dataclasses.replace(cfg, optimizer=optimizer), image_first, tiny.cached_batch(cfg, batch)
+    return (
+        dataclasses.replace(cfg, optimizer=optimizer),
+        image_token_offset,
+        tiny.cached_batch(cfg, batch),
+    )
 
 
 @functools.cache
@@ -47,12 +51,12 @@ def initial():
 
 @functools.cache
 def compiled(accumulate=1):
-    cfg, image_first, _ = setup()
+    cfg, image_token_offset, _ = setup()
     cfg = dataclasses.replace(
         cfg, optimizer=dataclasses.replace(cfg.optimizer, accumulate=accumulate)
     )
     plan = plan_state(cfg, tiny.strategy())
-    return make_step(cfg, plan, tiny.strategy(), make_loss(cfg, image_first)), plan
+    return make_step(cfg, plan, tiny.strategy(), make_loss(cfg, image_token_offset)), plan
 
 
 def run(batches, accumulate=1):
@@ -177,7 +181,7 @@ def test_image_embeddings_start_at_the_codes_where_asked():
     """On a mesh as on one device: those rows of the table and nothing else, also in an AR that is
     given; the average too.
     """
-    cfg, image_first, _ = setup()
+    cfg, image_token_offset, _ = setup()
     cfg = dataclasses.replace(
         cfg, checkpoint=dataclasses.replace(cfg.checkpoint, image_embedding_init="codes")
     )
@@ -189,16 +193,16 @@ def test_image_embeddings_start_at_the_codes_where_asked():
     states = []
     for strategy in (tiny.strategy(), tiny.strategy(**MESH)):
         plan = plan_state(cfg, strategy)
-        with pytest.raises(ValueError, match="needs image_first"):
+        with pytest.raises(ValueError, match="needs image_token_offset"):
             create_state(cfg, plan, {})
         here = {
             part: {g: jax.device_put(x, plan.shardings[g][part]) for g, x in groups.items()}
             for part, groups in given.items()
         }
-        states.append(create_state(cfg, plan, here, image_first))
+        states.append(create_state(cfg, plan, here, image_token_offset))
     check_close(states[1]["params"], states[0]["params"], 1e-6)
     got = jax.device_get(states[1])
-    rows = slice(image_first, image_first + cfg.model.tokenizer.codebook_size)
+    rows = slice(image_token_offset, image_token_offset + cfg.model.tokenizer.codebook_size)
     table, before = got["params"]["ar"].pop("embedding"), drawn["params"]["ar"]["embedding"]
     assert np.all(np.any(table[rows] != before[rows], axis=1))
     np.testing.assert_array_equal(np.delete(table, rows, 0), np.delete(before, rows, 0))

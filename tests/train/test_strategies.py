@@ -39,13 +39,13 @@ DEFAULT = {
 
 @functools.cache
 def setup(case):
-    """(configuration, id of code 0, batch): the learning rate is at its height from the second step
-    on.
+    """(configuration, image_token_offset, batch): the learning rate is at its height from the
+    second step on.
     """
-    cfg, image_first, batch = tiny.prepared("joint" if case == "cached" else case)
+    cfg, image_token_offset, batch = tiny.prepared("joint" if case == "cached" else case)
     optimizer = dataclasses.replace(cfg.optimizer, ema_decay=0.75, warmup_fraction=0.1)
     batch = tiny.cached_batch(cfg, batch) if case == "cached" else batch
-    return dataclasses.replace(cfg, optimizer=optimizer), image_first, batch
+    return dataclasses.replace(cfg, optimizer=optimizer), image_token_offset, batch
 
 
 @functools.cache
@@ -60,10 +60,10 @@ def two_steps(case, name):
     """(state after two steps as it lies on the devices, metrics of each step, plan) from the
     initial state of one device.
     """
-    cfg, image_first, batch = setup(case)
+    cfg, image_token_offset, batch = setup(case)
     strategy = tiny.strategy(**tiny.MESHES[name]) if name else tiny.strategy()
     plan = plan_state(cfg, strategy)
-    step = make_step(cfg, plan, strategy, make_loss(cfg, image_first))
+    step = make_step(cfg, plan, strategy, make_loss(cfg, image_token_offset))
     state = jax.device_put(initial("joint" if case == "cached" else case), plan.shardings)
     metrics = []
     for _ in range(2):

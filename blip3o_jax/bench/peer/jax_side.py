@@ -120,7 +120,9 @@ class Side:
         names = ("tokens", "loss_mask", "segment_ids", "positions", "image_span", *views)
         batch = {name: inputs[name] for name in names} | {"bad_records": np.zeros(rows, np.int32)}
         batch = jax.device_put(batch, self.strategy.batch_sharding())
-        step = make_step(config, plan, self.strategy, make_loss(config, self.task.image_first))
+        step = make_step(
+            config, plan, self.strategy, make_loss(config, self.task.image_token_offset)
+        )
 
         def call() -> Any:
             nonlocal state
@@ -182,7 +184,7 @@ class Side:
         )
 
     def _ar_decode(self, inputs: Arrays) -> Prepared:
-        settings, first = self.task.settings, self.task.image_first
+        settings, first = self.task.settings, self.task.image_token_offset
         image_ids = first, first + self.config.model.tokenizer.codebook_size
         keys_B = jax.random.split(jax.random.key(0), len(inputs["prompts"]))
 

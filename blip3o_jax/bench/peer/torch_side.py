@@ -150,7 +150,7 @@ class Side:
                     *targets,
                     noise_BCHW,
                     sigma_B,
-                    image_first=self.task.image_first,
+                    image_token_offset=self.task.image_token_offset,
                     keep_B=keep_B,
                 )
             sum(losses).backward()
@@ -195,7 +195,10 @@ class Side:
         settings = self.task.settings
         return self._prepared(
             lambda: model.generate_image_tokens(
-                tokens_BL, lengths_B, image_first=self.task.image_first, settings=settings
+                tokens_BL,
+                lengths_B,
+                image_token_offset=self.task.image_token_offset,
+                settings=settings,
             )
         )
 
@@ -256,7 +259,7 @@ class Side:
             x_BCHW = model.text_to_image(
                 tokens_BL,
                 lengths_B,
-                image_first=self.task.image_first,
+                image_token_offset=self.task.image_token_offset,
                 settings=self.task.settings,
                 seed=next(seeds),
             )

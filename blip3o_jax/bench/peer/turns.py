@@ -121,7 +121,7 @@ def bench(
             jax_devices=options.jax_devices,
             batch_size=options.batch_size,
             settings=settings,
-            image_first=vocabulary.image_first,
+            image_token_offset=vocabulary.image_token_offset,
         )
         for side in ("jax", "torch", "torch_compiled")[: 3 if options.compiled else 2]
     }

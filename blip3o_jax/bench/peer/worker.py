@@ -48,7 +48,7 @@ class Task:
     jax_devices: int  # that a CPU is split into
     batch_size: int
     settings: SamplingConfig
-    image_first: int  # vocabulary id of code 0
+    image_token_offset: int  # vocabulary id of the first codebook entry
 
 
 @dataclasses.dataclass(frozen=True)

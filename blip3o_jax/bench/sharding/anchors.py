@@ -284,7 +284,9 @@ def configuration(anchor: Anchor, devices: int) -> Config:
     )
 
 
-def text_loss(config: Config, image_first: int, keep: str = "", mlp: int = 0) -> Callable[..., Any]:
+def text_loss(
+    config: Config, image_token_offset: int, keep: str = "", mlp: int = 0
+) -> Callable[..., Any]:
     """Cross entropy of the next token, of whole rows; as `stages.make_loss`. `keep`, `mlp`: see
     `KEEP`.
     """

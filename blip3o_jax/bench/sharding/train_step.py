@@ -81,7 +81,7 @@ class TrainStep:
         """Arguments of the first step: random weights, and a batch that is as good as any for the
         time it takes.
         """
-        state = create_state(self.config, self.plan, image_first=0)
+        state = create_state(self.config, self.plan, image_token_offset=0)
         batch = synthetic_batch(self.config)
         return state, {
             name: jax.device_put(x, self.batch[name].sharding) for name, x in batch.items()
