@@ -4,8 +4,8 @@ from blip3o_jax import exits
 
 
 def run() -> None:
-    """Runs the command and ends the process, in one line for whatever a user can cause, Ctrl-C at
-    any moment among it.
+    """Run the command and end the process, with one line for any error that a user can cause and for
+    Ctrl-C at any moment.
     """
     exits.install()
 

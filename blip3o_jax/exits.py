@@ -1,8 +1,8 @@
-"""How a process of this package ends: with one status and one line, in bounded time. docs/pods.md
-has the table of statuses.
+"""End the process with one status and one line, in bounded time. docs/pods.md has the table of
+statuses.
 
-    error --> closing, CLOSING seconds at most --> its line --> leave(status)
-    SIGINT --> KeyboardInterrupt in the main thread, or after PATIENCE seconds its line and the end
+    error --> closing, CLOSING_SECONDS at most --> its line --> leave(status)
+    SIGINT --> KeyboardInterrupt in the main thread, or after INTERRUPT_SECONDS its line and the end
     SIGINT again, or while a failed run is closing --> ends at once
 
 A thread reads the signals beside the main thread, which cannot while it compiles or waits for a
@@ -32,14 +32,14 @@ INTERRUPTED = 128 + signal.SIGINT
 LOST_PEER = 128 + signal.SIGKILL  # a host that was killed takes the others along, with its status
 BROKEN_PIPE = 128 + signal.SIGPIPE
 
-# With several hosts an error ends the process after CLOSING, what `peers.lost` takes (2 ANSWER +
-# STILL, 15 s) and FAREWELL: 29 seconds at most, within the 30 s that a Spot machine is given.
-CLOSING = 12.0  # seconds that closing may take after an error
-PATIENCE = 10.0  # seconds until Ctrl-C has reached the main thread and it has closed
-FAREWELL = 2.0  # seconds for the last words to the other hosts
-SHUTDOWN = 20.0  # seconds that the interpreter may take to end after success
+# With several hosts an error ends the process after CLOSING_SECONDS, what `peers.lost` takes (2 ANSWER +
+# STILL, 15 s) and NOTIFY_SECONDS: 29 seconds at most, within the 30 s that a Spot machine is given.
+CLOSING_SECONDS = 12.0  # seconds that closing may take after an error
+INTERRUPT_SECONDS = 10.0  # seconds until Ctrl-C has reached the main thread and it has closed
+NOTIFY_SECONDS = 2.0  # seconds for notifying the other hosts
+SHUTDOWN_SECONDS = 20.0  # seconds that the interpreter may take to end after success
 
-Report = Callable[[BaseException], int | None]
+Reporter = Callable[[BaseException], int | None]
 
 
 def _traceback(error: BaseException) -> int:
@@ -49,35 +49,35 @@ def _traceback(error: BaseException) -> int:
 
 
 class _Process:
-    """State of the one process; `installed` says whether its end is ours to arrange."""
+    """Hold the state of this process; `installed`: whether this module handles its signals and end."""
 
     def __init__(self) -> None:
         self.installed = False
-        self.report: Report = _traceback
-        self.again = "run the same command again"
-        self.alone()
+        self.reporter: Reporter = _traceback
+        self.restart_hint = "run the same command again"
+        self.detach()
         self.saving = False  # SIGTERM was noted: the run saves its step and ends
         self.stoppable = False  # a run listens for SIGTERM
-        self.pass_on: Callable[[], None] | None = (
+        self.forward_sigterm: Callable[[], None] | None = (
             None  # SIGTERM, to the service that decides where all hosts stop
         )
         self.stop_line = ""  # while set, signals end the process at once, SIGTERM with this line: there is nothing to save
         self.done = False  # the command is over, with success
         self._lock = threading.RLock()
         self._error: BaseException | None = None  # why it closes
-        self._told = False
+        self._reported = False
         self._line = ""
         self._interrupts = 0
-        self._own = 0  # SIGINTs of ours that are still to be heard
-        self._granted = False  # whether the next one is raised
+        self._raised_sigints = 0  # SIGINTs of ours that are still to be heard
+        self._raise_pending = False  # whether the next one is raised
 
-    def alone(self) -> None:
-        """Know of no other hosts, as before a job of several is joined and after it is left."""
-        self.prefix = ""  # of the line that tells the end, such as "host 1: "
-        self.cause: Callable[[BaseException], BaseException] = lambda error: (
+    def detach(self) -> None:
+        """Forget the other hosts: the state before a job of several is joined and after it is left."""
+        self.prefix = ""  # of the line that reports the end, such as "host 1: "
+        self.find_cause: Callable[[BaseException], BaseException] = lambda error: (
             error
-        )  # what an error is really due to
-        self.farewell: Callable[[int, str], None] = lambda status, line: None
+        )  # returns the lost host behind an error, or the error
+        self.notify_peers: Callable[[int, str], None] = lambda status, line: None
 
     def install(self) -> None:
         self.installed = True
@@ -93,13 +93,13 @@ class _Process:
         threading.Thread(target=self._listen, args=(read,), name="signals", daemon=True).start()
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
-        """Raises, in the main thread, what the other thread has decided on.
+        """Raise KeyboardInterrupt in the main thread, once the other thread has decided on it.
 
         Python runs handlers in the order of the signals' numbers, not of their coming, so that only
         the other thread sees that SIGTERM came before Ctrl-C.
         """
-        if self._granted and not self._told:
-            self._granted = False
+        if self._raise_pending and not self._reported:
+            self._raise_pending = False
             if _importing(frame):  # libraries crash where one is thrown while they load
                 self.end(KeyboardInterrupt())
             raise KeyboardInterrupt
@@ -108,10 +108,10 @@ class _Process:
         while True:
             for number in os.read(read, 64):
                 if number == signal.SIGINT:
-                    self._heard()
-                elif number == signal.SIGTERM and self.pass_on is not None:
+                    self._on_sigint()
+                elif number == signal.SIGTERM and self.forward_sigterm is not None:
                     self.saving = True
-                    self.pass_on()
+                    self.forward_sigterm()
                 elif number in (signal.SIGTERM, signal.SIGHUP):
                     if self.stop_line:
                         self.end(Stopped(self.stop_line))
@@ -120,10 +120,10 @@ class _Process:
                     time.sleep(0.05)
                     self._raise_in_main()
 
-    def _heard(self) -> None:
-        """Ctrl-C."""
-        if self._own:
-            self._own -= 1
+    def _on_sigint(self) -> None:
+        """Handle one Ctrl-C."""
+        if self._raised_sigints:
+            self._raised_sigints -= 1
             return
         self._interrupts += 1
         if self.done:
@@ -137,19 +137,19 @@ class _Process:
             )
         else:
             self._raise_in_main()
-            self._deadline(KeyboardInterrupt(), PATIENCE)
+            self._deadline(KeyboardInterrupt(), INTERRUPT_SECONDS)
 
     def _raise_in_main(self) -> None:
-        self._own += 1
-        self._granted = True
+        self._raised_sigints += 1
+        self._raise_pending = True
         _thread.interrupt_main()
 
     def closing(self, error: BaseException) -> None:
-        """The process is about to close because of `error`: that now takes CLOSING seconds at most."""
+        """Bound closing because of `error`: the process ends after CLOSING_SECONDS at most."""
         with self._lock:
-            if self.installed and self._error is None and not self._told:
+            if self.installed and self._error is None and not self._reported:
                 self._error = error
-                self._deadline(error, CLOSING)
+                self._deadline(error, CLOSING_SECONDS)
 
     def _deadline(self, error: BaseException, seconds: float) -> None:
         def end() -> None:
@@ -158,27 +158,29 @@ class _Process:
 
         threading.Thread(target=end, name="deadline", daemon=True).start()
 
-    def tell(self, error: BaseException) -> int | None:
-        """Reports the error that ends the process, unless another thread is at it, which then ends
-        the process.
+    def report(self, error: BaseException) -> int | None:
+        """Report the error that ends the process, unless another thread is reporting one: that thread
+        then ends the process.
         """
         with self._lock:
-            told, self._told = self._told, self.installed
-        if told:
+            reported, self._reported = self._reported, self.installed
+        if reported:
             threading.Event().wait()
-        return self.report(error)
+        return self.reporter(error)
 
     def end(self, error: BaseException) -> None:
-        error = self.cause(error)
-        status = self.tell(error)
+        error = self.find_cause(error)
+        status = self.report(error)
         self.leave(_traceback(error) if status is None else status)
 
     def leave(self, status: int) -> None:
-        """Ends the process, and those it has started, whatever its threads are busy with."""
-        self._told = True
-        goodbye = threading.Thread(target=self.farewell, args=(status, self._line), daemon=True)
-        goodbye.start()
-        goodbye.join(FAREWELL)
+        """End the process, and those it has started, whatever its threads are doing."""
+        self._reported = True
+        notifying = threading.Thread(
+            target=self.notify_peers, args=(status, self._line), daemon=True
+        )
+        notifying.start()
+        notifying.join(NOTIFY_SECONDS)
         with contextlib.suppress(Exception):
             for child in multiprocessing.active_children():
                 child.kill()
@@ -193,11 +195,11 @@ class _Process:
         _print(f"{echoed}{self.prefix}{line}")
 
     def _unraisable(self, unraisable: Any) -> None:
-        """Called with exceptions that nobody can catch.
+        """Handle an exception that nobody can catch.
 
         A Ctrl-C that came in a destructor or in a callback of the garbage collector is raised once
-        more. What remains of coroutines whose event loop is closed is left out: Orbax drops some
-        where a save fails, which is told.
+        more. Coroutines whose event loop is closed are left out: Orbax drops some where a save
+        fails, which is reported.
         """
         if isinstance(unraisable.exc_value, KeyboardInterrupt):
             os.write(self._wake, b"\0")  # the other thread raises it, once this is over
@@ -205,7 +207,7 @@ class _Process:
         closed = isinstance(unraisable.exc_value, RuntimeError) and "loop is closed" in str(
             unraisable.exc_value
         )
-        if not (closed or self._told or self._error is not None):
+        if not (closed or self._reported or self._error is not None):
             sys.__unraisablehook__(unraisable)
 
 
@@ -217,21 +219,21 @@ def _importing(frame: FrameType | None) -> bool:
     return False
 
 
-class Ended(Exception):
-    """What ends a run that is nobody's mistake, in one line, with a status of its own."""
+class RunEnded(Exception):
+    """Raised to end a run that no mistake ends, with one line and its class's status."""
 
     status = LOST_PEER
 
 
-class Stopped(Ended):
-    """SIGTERM met a run that has nothing to save, or has saved it."""
+class Stopped(RunEnded):
+    """Raised where SIGTERM reaches a run that has nothing to save, or has saved it."""
 
     status = PREEMPTED
 
 
 class _Stdout(io.TextIOWrapper):
-    """The standard output, whose errors say that it is: the system's name no file. One that a
-    writer has passed over, as argparse does, is raised again by `flush`.
+    """Name the standard output in its errors, where the system's name no file. An error that a
+    writer has ignored, as argparse does, is raised again by `flush`.
     """
 
     failed: OSError | None = None
@@ -291,15 +293,15 @@ process = _Process()
 
 
 def install() -> None:
-    """Takes over SIGINT, and what is told of the end; called once by the command, before anything
+    """Handle SIGINT and report the end of the process; called once by the command, before anything
     heavy is imported.
     """
     process.install()
 
 
 def listen_for_stop(line: str) -> None:
-    """From here on SIGTERM and SIGHUP end the process at once with `line` and status 75, until a
-    run has something to save.
+    """Let SIGTERM and SIGHUP end the process at once with `line` and status 75, until a run has
+    something to save.
     """
     if process.installed:
         process.stop_line = line
@@ -308,9 +310,9 @@ def listen_for_stop(line: str) -> None:
                 signal.signal(number, lambda number, frame: None)
 
 
-def pushed(close: Callable[[], object]) -> Callable[[Any, BaseException | None, Any], None]:
-    """For `ExitStack.push`: `close()`, bounded where the block has failed, and then without an
-    error of its own.
+def bounded_close(close: Callable[[], object]) -> Callable[[Any, BaseException | None, Any], None]:
+    """Return a callback for `ExitStack.push` that calls `close()`. Where the block has failed, the
+    call is bounded in time and its errors become notes of the block's.
     """
 
     def exit(kind: Any, error: BaseException | None, where: Any) -> None:
@@ -327,17 +329,17 @@ def pushed(close: Callable[[], object]) -> Callable[[Any, BaseException | None, 
 
 
 def is_broken_pipe(error: BaseException) -> bool:
-    """Whether nobody reads this process's output any more, as after `| head`."""
+    """Return whether nobody reads this process's output any more, as after `| head`."""
     if not isinstance(error, BrokenPipeError):
         return False
     poll = select.poll()
     for stream in (1, 2):
-        poll.register(stream, 0)  # POLLERR is always told
+        poll.register(stream, 0)  # POLLERR is always reported
     return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def run(main: Callable[[], int]) -> None:
-    """Runs a command and ends the process with its status."""
+    """Run a command and end the process with its status."""
     try:
         try:
             status = main()
@@ -346,7 +348,7 @@ def run(main: Callable[[], int]) -> None:
         sys.stdout.flush()
         process.done = status == 0
     except KeyboardInterrupt:  # before the command line was read
-        process.print_line(f"blip3o: interrupted; {process.again}")
+        process.print_line(f"blip3o: interrupted; {process.restart_hint}")
         status = INTERRUPTED
     except BaseException as error:
         status = BROKEN_PIPE if is_broken_pipe(error) else _unwritten(error)
@@ -365,7 +367,7 @@ def _unwritten(error: BaseException) -> int:
 
 
 def _leave_late() -> None:
-    time.sleep(SHUTDOWN)
+    time.sleep(SHUTDOWN_SECONDS)
     process.leave(0)
 
 

@@ -14,16 +14,16 @@ import contextlib, os, signal, sys, threading, time
 from signal import SIGINT, SIGTERM
 from blip3o_jax import exits
 
-exits.PATIENCE = exits.CLOSING = exits.SHUTDOWN = 0.5
+exits.INTERRUPT_SECONDS = exits.CLOSING_SECONDS = exits.SHUTDOWN_SECONDS = 0.5
 exits.install()
 statuses = {"KeyboardInterrupt": 130, "Stopped": 75}
 
 def report(error):
     name = type(error).__name__
-    print("told", name, file=sys.stderr)
+    print("reported", name, file=sys.stderr)
     return statuses.get(name, 2)
 
-exits.process.report = report
+exits.process.reporter = report
 
 def send(*numbers, then=9):
     for number in numbers:
@@ -36,11 +36,11 @@ def stoppable():
 
 def passed_on():  # as on one of several hosts, before its first step
     exits.listen_for_stop("x")
-    exits.process.pass_on = lambda: print("passed on", file=sys.stderr)
+    exits.process.forward_sigterm = lambda: print("passed on", file=sys.stderr)
 
 def closing(close, error=None):
     with contextlib.ExitStack() as stack:
-        stack.push(exits.pushed(close))
+        stack.push(exits.bounded_close(close))
         if error:
             raise error
 
@@ -52,7 +52,7 @@ def main():
     try:
         return work() or 0
     except BaseException as error:
-        return exits.process.tell(error)
+        return exits.process.report(error)
 
 def work():
 """
@@ -84,8 +84,8 @@ try:
 finally:
     send(SIGINT)
 """
-INTERRUPTED = (130, "told KeyboardInterrupt\n")
-FAILED = (2, "told ValueError\n")
+INTERRUPTED = (130, "reported KeyboardInterrupt\n")
+FAILED = (2, "reported ValueError\n")
 SAVING = "blip3o: the step in work is being saved, as SIGTERM asked; Ctrl-C again ends at once, without\n"
 THREAD = "threading.Thread(target=time.sleep, args=(9,)).start()"
 
@@ -99,21 +99,24 @@ THREAD = "threading.Thread(target=time.sleep, args=(9,)).start()"
         ("Deaf(); time.sleep(9)", INTERRUPTED),  # in a destructor, where Python swallows it
         (TWICE, INTERRUPTED),
         # Before there is anything to save.
-        ("exits.listen_for_stop('x'); send(SIGTERM)", (75, "told Stopped\n")),
+        ("exits.listen_for_stop('x'); send(SIGTERM)", (75, "reported Stopped\n")),
         ("exits.listen_for_stop('x'); send(SIGINT)", INTERRUPTED),
         # SIGTERM's save is not lost to a Ctrl-C after it, but to two.
         ("stoppable(); send(SIGTERM, SIGINT, then=0.3)", (0, SAVING)),
-        ("stoppable(); send(SIGTERM, SIGINT, SIGINT)", (130, SAVING + "told KeyboardInterrupt\n")),
+        (
+            "stoppable(); send(SIGTERM, SIGINT, SIGINT)",
+            (130, SAVING + "reported KeyboardInterrupt\n"),
+        ),
         ("passed_on(); send(SIGTERM, SIGINT, then=0.3)", (0, "passed on\n" + SAVING)),
         (
             "passed_on(); send(SIGTERM, SIGINT, SIGINT)",
-            (130, "passed on\n" + SAVING + "told KeyboardInterrupt\n"),
+            (130, "passed on\n" + SAVING + "reported KeyboardInterrupt\n"),
         ),
         ("passed_on(); send(SIGINT)", INTERRUPTED),
         # Closing that hangs, that fails, that is interrupted; threads that go on.
         ("closing(lambda: time.sleep(9), ValueError)", FAILED),
         ("closing(lambda: 1 / 0, ValueError)", FAILED),
-        ("closing(lambda: 1 / 0)", (2, "told ZeroDivisionError\n")),
+        ("closing(lambda: 1 / 0)", (2, "reported ZeroDivisionError\n")),
         ("closing(lambda: send(SIGINT), ValueError)", FAILED),
         (f"{THREAD}; raise ValueError", FAILED),
         (THREAD, (0, "")),

@@ -22,8 +22,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     again), 141 (nobody reads the output).
     """
     args = parse(sys.argv[1:] if argv is None else argv)
-    exits.process.report = lambda error: _report(error, args)
-    exits.process.again = args.after_interrupt
+    exits.process.reporter = lambda error: _report(error, args)
+    exits.process.restart_hint = args.after_interrupt
     if args.stops_on_sigterm:
         exits.listen_for_stop(
             f"stopped by SIGTERM, with nothing to save yet; {args.after_interrupt}"
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _check_out(args)
         return args.run(args) or 0
     except BaseException as error:
-        status = exits.process.tell(error)
+        status = exits.process.report(error)
         if status is None:
             raise
         return status
@@ -47,7 +47,7 @@ def _report(error: BaseException, args: argparse.Namespace) -> int | None:
         return exits.INTERRUPTED
     if exits.is_broken_pipe(error):
         return exits.BROKEN_PIPE
-    if isinstance(error, exits.Ended):
+    if isinstance(error, exits.RunEnded):
         exits.process.print_line(f"blip3o: {_one_line(error)}")
         return error.status
     line = _line(error, args)

@@ -21,13 +21,13 @@ def on_all_hosts(
     )
 
     def job() -> None:
-        distributed.agree(
+        distributed.check_consistent(
             {name: config.to_dict(stage) for name, stage in stages.items()}, workdir.absolute()
         )
         with files.writing(workdir):
             run(workdir)
 
-    distributed.keep_programs(args.compile_cache)
+    distributed.set_compilation_cache(args.compile_cache)
     return distributed.run(launch, job)
 
 

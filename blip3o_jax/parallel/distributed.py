@@ -1,8 +1,8 @@
-"""Hosts: how a process finds the others, agrees with them, waits for them, and ends with them.
+"""Join a job of several hosts, check that they are consistent, wait for them and leave.
 
 A host here is one process of a job: on a TPU slice one a machine, under Slurm one a task. Host 0
-runs the coordinator of `jax.distributed`, speaks for all and writes what there is one of. What goes
-wrong on another host is told with its number.
+runs the coordinator of `jax.distributed`, logs for all and writes the files that a job has one of.
+Errors of another host carry its number.
 """
 
 import atexit
@@ -41,7 +41,7 @@ _peers: list[peers_lib.Peers] = []  # one, in a job of several hosts
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """How this process finds the others. `method`: one of METHODS; the other three fields go
+    """Describe how this process finds the others. `method`: one of METHODS; the other three fields go
     together, in place of it.
     """
 
@@ -72,7 +72,7 @@ class Launch:
             )
 
     def resolved(self) -> str:
-        """ "flags", "slurm", "tpu" or "off"."""
+        """Return "flags", "slurm", "tpu" or "off"."""
         if self.coordinator is not None:
             return "flags"
         if self.method != "auto":
@@ -86,15 +86,15 @@ class Launch:
         return "tpu" if chips and importlib.util.find_spec("libtpu") else "off"
 
 
-def start(launch: Launch) -> None:
-    """Joins the job. To be called before anything asks JAX for its devices."""
+def initialize(launch: Launch) -> None:
+    """Join the job. Call this before anything asks JAX for its devices."""
     method = launch.resolved()
     if method == "off":
         return
     jax.config.update(
         "jax_cpu_collectives_implementation", "gloo"
     )  # what CPU devices of several hosts talk through
-    settings: dict[str, Any] = {"heartbeat_timeout_seconds": peers_lib.HEARTBEAT}
+    settings: dict[str, Any] = {"heartbeat_timeout_seconds": peers_lib.RUNTIME_TIMEOUT}
     if method == "flags":
         settings |= {
             "coordinator_address": launch.coordinator,
@@ -111,33 +111,33 @@ def start(launch: Launch) -> None:
         raise UserError(
             f"the hosts did not find each other through {how}: {first_line(error)}"
         ) from error
-    if hosts() > 1:
-        _peers.append(peers_lib.Peers(_runtime().client, host(), hosts()))
+    if process_count() > 1:
+        _peers.append(peers_lib.Peers(_runtime().client, process_index(), process_count()))
         _peers[0].start()
-        exits.process.prefix = f"host {host()}: "
-        exits.process.cause, exits.process.farewell = _cause, _peers[0].farewell
+        exits.process.prefix = f"host {process_index()}: "
+        exits.process.find_cause, exits.process.notify_peers = _cause, _peers[0].notify_peers
 
 
-def enter(phase: str, step: int) -> None:
-    """This host is in `phase` of `step`, which the others tell if it is lost there."""
+def set_phase(phase: str, step: int) -> None:
+    """Publish that this host is in `phase` of `step`, which the other hosts report if it is lost."""
     for peers in _peers:
         peers.phase, peers.step = phase, step
 
 
 def _log_to_stderr() -> None:
-    """Warnings of all hosts, others than host 0 with their number; what this package chose (a
-    kernel, for one) from host 0.
+    """Log warnings of all hosts, with the number of each but host 0, and from host 0 also what this
+    package chose, such as a kernel.
     """
     logging.basicConfig(
-        level=logging.WARNING, format=f"host {host()}: %(message)s" if host() else "%(message)s"
+        level=logging.WARNING,
+        format=f"host {process_index()}: %(message)s" if process_index() else "%(message)s",
     )
-    if host() == 0:
+    if process_index() == 0:
         logging.getLogger(__package__.partition(".")[0]).setLevel(logging.INFO)
     logging.getLogger("absl").addFilter(_without_traceback)
 
 
-# What Orbax logs, traceback and all, of errors in its threads, which `Checkpoints.check` and
-# `close` raise.
+# Orbax logs errors of its threads with a traceback; `Checkpoints.check` and `close` raise them.
 _RAISED_AGAIN = (
     "_SignalingThread.run() raised",
     "in background save thread",
@@ -152,8 +152,8 @@ def _without_traceback(record: logging.LogRecord) -> bool:
     return True
 
 
-def keep_programs(directory: pathlib.Path | None) -> None:
-    """Compiled programs are read from and written to `directory`. None leaves it at
+def set_compilation_cache(directory: pathlib.Path | None) -> None:
+    """Read compiled programs from `directory` and write them there; None leaves it at
     JAX_COMPILATION_CACHE_DIR.
     """
     if directory is not None:
@@ -162,56 +162,57 @@ def keep_programs(directory: pathlib.Path | None) -> None:
 
 
 def run(launch: Launch, job: Callable[[], object]) -> int:
-    """Joins, runs `job` and leaves; returns the exit status. What goes wrong on one of several
-    hosts ends its process here, and the others learn of it (peers.py).
+    """Join the job, run it, leave it, and return the exit status. An error on one of several hosts
+    ends its process here and notifies the others (peers.py).
     """
-    start(launch)
+    initialize(launch)
     _log_to_stderr()
     try:
         job()
         status = 0
     except Preempted as stopped:
-        say(f"{stopped}; the same command goes on from there")
+        log_host0(f"{stopped}; the same command goes on from there")
         status = exits.PREEMPTED
-    except Disagreement as error:  # known to all hosts, so told once
-        if host() == 0:
+    except InconsistentHosts as error:  # raised on all hosts, so reported once
+        if process_index() == 0:
             exits.process.prefix = ""
-            exits.process.report(error)
+            exits.process.reporter(error)
         status = exits.USER_ERROR
     except BaseException as error:
-        if hosts() == 1:
+        if process_count() == 1:
             raise
         exits.process.end(error)
-    if hosts() > 1:
+    if process_count() > 1:
         try:
             barrier("end", 300.0)
         except RuntimeError as error:
             exits.process.end(error)
-        _peers[0].over()
+        _peers[0].close()
         atexit.unregister(jax.distributed.shutdown)
         jax.distributed.shutdown()
         _peers.clear()
-        exits.process.alone()
+        exits.process.detach()
     return status
 
 
 def _cause(error: BaseException) -> BaseException:
-    """A host that is lost makes collectives and barriers of the others fail, in errors that do not
-    say so.
+    """Return the lost host behind `error`, or `error` itself.
+
+    Collectives and barriers fail on the other hosts too, with errors that do not name the lost one.
     """
     ours = (
-        isinstance(error, (UserError, KeyboardInterrupt, exits.Ended))
+        isinstance(error, (UserError, KeyboardInterrupt, exits.RunEnded))
         or files.system_error(error) is not None
     )
     return error if ours or not _peers else _peers[0].lost() or error
 
 
 def _runtime() -> Any:
-    """State of `jax.distributed`: `client` (None before `start`), `process_id`, `num_processes`.
+    """Return the state of `jax.distributed`: `client` (None before `start`), `process_id`, `num_processes`.
 
-    The key-value store and the barriers of the client need no devices, so that hosts can compare
-    notes before anything is compiled and while a device hangs. JAX 0.10 and 0.11 show them nowhere
-    public; this is the one place that reaches for them.
+    The key-value store and the barriers of the client need no devices, so that hosts can exchange
+    values before anything is compiled and while a device hangs. JAX 0.10 and 0.11 have no public access to
+    them; only this function uses the private one.
     """
     try:
         from jax._src.distributed import global_state
@@ -224,46 +225,44 @@ def _runtime() -> Any:
     return global_state
 
 
-def host() -> int:
-    """Number of this host; asks for no devices."""
+def process_index() -> int:
+    """Return the number of this host, without initialising devices."""
     return _runtime().process_id if _runtime().client is not None else 0
 
 
-def hosts() -> int:
-    """How many there are; asks for no devices."""
+def process_count() -> int:
+    """Return the number of hosts, without initialising devices."""
     return _runtime().num_processes if _runtime().client is not None else 1
 
 
-def say(text: str) -> None:
-    """A line on stderr, from host 0."""
-    if host() == 0:
+def log_host0(text: str) -> None:
+    """Print a line on stderr, on host 0 only."""
+    if process_index() == 0:
         print(text, file=sys.stderr, flush=True)
 
 
-def publish(key: str, value: str) -> None:
-    """Sets a key that all hosts can read, in place of what it was."""
+def set_key(key: str, value: str) -> None:
+    """Set a key that all hosts can read, replacing its value."""
     _runtime().client.key_value_set(f"{_PREFIX}/{key}", value, allow_overwrite=True)
 
 
-def published(key: str, seconds: float) -> str:
-    """Value of a key, waited for. Raises TimeoutError after `seconds`."""
+def wait_for_key(key: str, seconds: float) -> str:
+    """Wait for a key and return its value. Raises TimeoutError after `seconds`."""
     try:
         return _runtime().client.blocking_key_value_get(f"{_PREFIX}/{key}", int(1000 * seconds))
     except RuntimeError as error:
         raise TimeoutError(first_line(error)) from error
 
 
-def all_published(directory: str) -> dict[str, str]:
-    """What there is under `directory`, by the rest of its key."""
+def read_keys(directory: str) -> dict[str, str]:
+    """Return the values of all keys under `directory`, by the last part of the key."""
     found = _runtime().client.key_value_dir_get(f"{_PREFIX}/{directory}/")
     return {key.rpartition("/")[2]: value for key, value in found}
 
 
 def barrier(name: str, seconds: float = 3600.0) -> None:
-    """Waits until all hosts are here. Raises RuntimeError after `seconds`, and where one of them is
-    lost.
-    """
-    if hosts() == 1:
+    """Wait until all hosts are here. Raises RuntimeError after `seconds`, and if a host is lost."""
+    if process_count() == 1:
         return
     _uses[name] += 1
     try:
@@ -276,55 +275,60 @@ def barrier(name: str, seconds: float = 3600.0) -> None:
 
 @contextlib.contextmanager
 def host_0_first(name: str) -> Iterator[None]:
-    """The block runs on host 0, then on the others: for files that one writes and all read."""
-    if host() > 0:
+    """Run the block on host 0, then on the others: for files that one writes and all read."""
+    if process_index() > 0:
         barrier(name)
     try:
         yield
     finally:
-        if host() == 0:
+        if process_index() == 0:
             barrier(name)
 
 
-class Disagreement(UserError):
-    """Hosts that cannot run one job together. Raised on all of them."""
+class InconsistentHosts(UserError):
+    """Raised on all hosts where their configuration, code or storage differs."""
 
 
-def agree(config: dict[str, Any], workdir: pathlib.Path, seconds: float = 300.0) -> None:
-    """Ends the job unless all hosts have the same configuration and code and see the same working
-    directory.
+def check_consistent(config: dict[str, Any], workdir: pathlib.Path, seconds: float = 300.0) -> None:
+    """Raise InconsistentHosts unless all hosts have the same configuration and code and see the same
+    working directory.
 
     Args:
       config: nested dicts of plain values.
       seconds: how long hosts are waited for.
     """
-    if hosts() == 1:
+    if process_count() == 1:
         return
     mine = {"workdir": str(workdir), "config": config_lib.flat(config), "code": code_version()}
     try:
-        if host() > 0:
-            publish(
-                f"agree/{host()}",
-                _complaint(mine, json.loads(published("agree/0", seconds)), host()),
+        if process_index() > 0:
+            set_key(
+                f"consistency/{process_index()}",
+                _inconsistency(
+                    mine, json.loads(wait_for_key("consistency/0", seconds)), process_index()
+                ),
             )
         else:
             with _token(workdir) as token:
-                publish("agree/0", json.dumps(mine | {"token": token}))
-                complaints = [published(f"agree/{other}", seconds) for other in range(1, hosts())]
-            publish("agree/verdict", "; ".join(filter(None, complaints)))
-        verdict = published("agree/verdict", seconds)
+                set_key("consistency/0", json.dumps(mine | {"token": token}))
+                inconsistencies = [
+                    wait_for_key(f"consistency/{other}", seconds)
+                    for other in range(1, process_count())
+                ]
+            set_key("consistency/verdict", "; ".join(filter(None, inconsistencies)))
+        verdict = wait_for_key("consistency/verdict", seconds)
     except TimeoutError as error:
         raise UserError(
-            f"not all of the {hosts()} hosts answered within {seconds:.0f} s: {error}"
+            f"not all of the {process_count()} hosts answered within {seconds:.0f} s: {error}"
         ) from error
     if verdict:
-        raise Disagreement(f"the hosts disagree, nothing was run: {verdict}")
+        raise InconsistentHosts(f"the hosts disagree, nothing was run: {verdict}")
 
 
 @contextlib.contextmanager
 def _token(workdir: pathlib.Path) -> Iterator[str]:
-    """Yield the name of a file in `workdir` that is there for the block; nothing stays of it, nor
-    of directories it took, since the run may still be refused.
+    """Yield the name of a file in `workdir` that exists during the block. It is removed afterwards,
+    with the directories made for it, since the run may still be refused.
     """
     made = files.make_directories(workdir)
     token = workdir / f".host-0-{uuid.uuid4().hex}"
@@ -336,8 +340,10 @@ def _token(workdir: pathlib.Path) -> Iterator[str]:
         files.remove_empty(made)
 
 
-def _complaint(mine: dict[str, Any], zero: dict[str, Any], me: int, patience: float = 20.0) -> str:
-    """What keeps host `me` from running together with host 0; "" if nothing does."""
+def _inconsistency(
+    mine: dict[str, Any], zero: dict[str, Any], me: int, patience: float = 20.0
+) -> str:
+    """Return what keeps host `me` from running with host 0, "" if nothing does."""
     what = {"code": "runs other code", "config": "has another configuration"}
     for group, text in what.items():
         names = sorted(mine[group].keys() | zero[group].keys())
@@ -360,8 +366,8 @@ def _complaint(mine: dict[str, Any], zero: dict[str, Any], me: int, patience: fl
 
 
 def code_version() -> dict[str, str]:
-    """A hash of this package's source files, and the versions of the packages that numbers depend
-    on.
+    """Return a hash of this package's source files and the versions of the packages that results
+    depend on.
     """
     root = pathlib.Path(__file__).parent.parent
     digest = hashlib.sha256()

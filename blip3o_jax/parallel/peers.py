@@ -1,8 +1,8 @@
-"""Hosts that are lost: the others say which one and where it was, and end with its status.
+"""Detect lost hosts: the others report which one and where it was, and end with its status.
 
-    a host that ends by itself    publishes why --> the others wait for that key, and end GRACE seconds later
-    a host that is killed         its sign of life stands still --> looked at where a collective fails here, and where
-                                  jax.distributed gives a host up: after HEARTBEAT seconds of silence, at once for host 0
+    a host that ends      publishes why --> the others wait for that key, and end GRACE_SECONDS later
+    a host that is killed stops its heartbeat --> checked where a collective fails here, and where
+                          jax.distributed gives a host up: after RUNTIME_TIMEOUT, at once for host 0
 
 Left to itself jax.distributed aborts the others, with a stack trace and status 134 (SIGABRT).
 """
@@ -19,17 +19,19 @@ from typing import Any
 
 from blip3o_jax import exits
 
-PERIOD = 3.0  # seconds between a host's signs of life
-STILL = 3 * PERIOD  # a host whose sign has not changed for so long is lost
-ANSWER = 3.0  # seconds for host 0 to answer what the others' signs are
-GRACE = 5.0  # seconds for a host to end of its own accord
-HEARTBEAT = 60  # seconds; the heart of jax.distributed beats in a thread that neither a compile nor Python holds up
-_ENDED, _ALIVE = "blip3o/ended", "blip3o/alive"
+HEARTBEAT_PERIOD = 3.0  # seconds between a host's heartbeats
+STALE = 3 * HEARTBEAT_PERIOD  # seconds without a new heartbeat after which a host is lost
+ANSWER_SECONDS = 3.0  # seconds for host 0 to answer with the others' heartbeats
+GRACE_SECONDS = 5.0  # seconds for a host to end by itself
+RUNTIME_TIMEOUT = (
+    60  # seconds; jax.distributed's heartbeats come from a thread that nothing in Python blocks
+)
+_ENDED, _HEARTBEATS = "blip3o/ended", "blip3o/heartbeats"
 _DAY = 24 * 3600 * 1000  # milliseconds
 
 
-class LostHost(exits.Ended):
-    """Another host has ended; this one cannot go on."""
+class LostHost(exits.RunEnded):
+    """Raised where another host has ended, since this one cannot go on."""
 
     def __init__(self, host: int, where: str, status: int, why: str = ""):
         how = (
@@ -42,74 +44,82 @@ class LostHost(exits.Ended):
 
 
 class Peers:
-    """The other hosts of a job, as this one sees them. `client` is that of `jax.distributed`."""
+    """Watch the other hosts of a job. `client` is that of `jax.distributed`."""
 
     def __init__(self, client: Any, host: int, hosts: int):
         self._client, self._host, self._hosts = client, host, hosts
         self.phase, self.step = "start", 0
-        self._zero: list[Any] = []  # the last sign of host 0, which keeps all others'
+        self._host0_heartbeat: list[
+            Any
+        ] = []  # the last heartbeat of host 0, which stores all others'
         self._ended: LostHost | None = None
-        self._news = threading.Event()
-        self._over = threading.Event()
+        self._notified = threading.Event()
+        self._closed = threading.Event()
 
     def start(self) -> None:
         self._listener = threading.Thread(target=self._listen, name="peers", daemon=True)
         self._listener.start()
-        threading.Thread(target=self._beat, name="alive", daemon=True).start()
+        threading.Thread(target=self._send_heartbeats, name="heartbeats", daemon=True).start()
         self._catch_abort()
 
-    def over(self) -> None:
-        """All hosts are done: nobody is lost from here on."""
-        self._over.set()
+    def close(self) -> None:
+        """Stop watching: all hosts are done."""
+        self._closed.set()
         with contextlib.suppress(RuntimeError):  # another host was faster
             self._client.key_value_set(_ENDED, "")
-        self._listener.join(GRACE)
+        self._listener.join(GRACE_SECONDS)
 
-    def farewell(self, status: int, line: str) -> None:
-        """Tells the others that this host ends."""
+    def notify_peers(self, status: int, line: str) -> None:
+        """Notify the others that this host ends."""
         value = json.dumps([self._host, status, self.phase, self.step])
         with contextlib.suppress(RuntimeError):
             self._client.key_value_set(_ENDED, value)
-            time.sleep(1.0 if self._host == 0 else 0.0)  # they hear of it through this process
+            time.sleep(1.0 if self._host == 0 else 0.0)  # the others read it from this process
 
     def lost(self) -> LostHost | None:
-        """Which host it is that cannot be reached any more; looks for STILL seconds, asking twice.
-        None: all are there.
+        """Return the host that cannot be reached any more, comparing heartbeats STALE seconds apart, or
+        None.
         """
-        if (before := self._signs()) is None:
-            return self._ended or self._gone(0, self._zero)
-        if self._news.wait(STILL):
+        if (before := self._read_heartbeats()) is None:
+            return self._ended or self._lost_host(0, self._host0_heartbeat)
+        if self._notified.wait(STALE):
             return self._ended
-        if (after := self._signs()) is None:
-            return self._gone(0, self._zero)
+        if (after := self._read_heartbeats()) is None:
+            return self._lost_host(0, self._host0_heartbeat)
         others = [host for host in range(self._hosts) if host != self._host]
-        still = [host for host in others if before.get(host) == after.get(host)]
-        return self._gone(still[0], after.get(still[0], [])) if still else None
+        stale = [host for host in others if before.get(host) == after.get(host)]
+        return self._lost_host(stale[0], after.get(stale[0], [])) if stale else None
 
-    def _gone(self, host: int, sign: list[Any]) -> LostHost:
-        return LostHost(host, f" in {sign[1]} at step {sign[2]}" if sign else "", exits.LOST_PEER)
+    def _lost_host(self, host: int, heartbeat: list[Any]) -> LostHost:
+        return LostHost(
+            host, f" in {heartbeat[1]} at step {heartbeat[2]}" if heartbeat else "", exits.LOST_PEER
+        )
 
-    def _beat(self) -> None:
+    def _send_heartbeats(self) -> None:
         for count in range(2**62):
             with contextlib.suppress(RuntimeError, ValueError):
-                sign = json.dumps([count, self.phase, self.step])
-                self._client.key_value_set(f"{_ALIVE}/{self._host}", sign, allow_overwrite=True)
+                heartbeat = json.dumps([count, self.phase, self.step])
+                self._client.key_value_set(
+                    f"{_HEARTBEATS}/{self._host}", heartbeat, allow_overwrite=True
+                )
                 if self._host:
-                    self._zero = json.loads(self._client.key_value_try_get(f"{_ALIVE}/0"))
-            if self._over.wait(PERIOD):
+                    self._host0_heartbeat = json.loads(
+                        self._client.key_value_try_get(f"{_HEARTBEATS}/0")
+                    )
+            if self._closed.wait(HEARTBEAT_PERIOD):
                 return
 
-    def _signs(self) -> dict[int, list[Any]] | None:
-        """The last sign of each host; None where host 0 does not answer."""
+    def _read_heartbeats(self) -> dict[int, list[Any]] | None:
+        """Return the last heartbeat of each host, or None where host 0 does not answer."""
         found: list[Any] = []
 
         def ask() -> None:
             with contextlib.suppress(RuntimeError):
-                found.append(self._client.key_value_dir_get(f"{_ALIVE}/"))
+                found.append(self._client.key_value_dir_get(f"{_HEARTBEATS}/"))
 
         asking = threading.Thread(target=ask, daemon=True)
         asking.start()
-        asking.join(ANSWER)
+        asking.join(ANSWER_SECONDS)
         return (
             {int(key.rpartition("/")[2]): json.loads(value) for key, value in found[0]}
             if found
@@ -117,27 +127,26 @@ class Peers:
         )
 
     def _listen(self) -> None:
-        while not self._over.is_set():
+        while not self._closed.is_set():
             try:
                 value = self._client.blocking_key_value_get(_ENDED, _DAY)
             except RuntimeError as error:
                 if "DEADLINE_EXCEEDED" in str(error):
                     continue
                 return  # host 0 is gone, which jax.distributed sees too
-            if not value or self._over.is_set():
+            if not value or self._closed.is_set():
                 return
             host, status, phase, step = json.loads(value)
             if host != self._host:
                 self._ended = LostHost(host, f" in {phase} at step {step}", status)
-                self._news.set()
-                time.sleep(GRACE)
+                self._notified.set()
+                time.sleep(GRACE_SECONDS)
                 exits.process.end(self._ended)
             return
 
     def _catch_abort(self) -> None:
-        """SIGABRT of jax.distributed becomes the line and status of a lost host. It comes in a
-        thread of its own; Python's `signal` would wait for the main thread, which waits for the
-        host that is lost.
+        """Turn SIGABRT of jax.distributed into the line and status of a lost host. It comes in another
+        thread; Python's `signal` would wait for the main thread, which waits for the lost host.
         """
         libc = ctypes.CDLL(None)
         handler = ctypes.CFUNCTYPE(None, ctypes.c_int)

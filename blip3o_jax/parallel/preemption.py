@@ -1,4 +1,4 @@
-"""SIGTERM: all hosts save the same step and exit with status 75 (exits.PREEMPTED)."""
+"""Stop on SIGTERM: all hosts save the same step and exit with status 75 (exits.PREEMPTED)."""
 
 import ctypes
 import signal
@@ -30,14 +30,14 @@ class Preempted(exits.Stopped):
 
 
 class StopRequest:
-    """Whether this job was asked to stop (`with StopRequest() as stop: ... stop.due(step)`).
+    """Tell whether this job was asked to stop (`with StopRequest() as stop: ... stop.due(step)`).
 
     With several hosts the preemption service of `jax.distributed` decides; the step it picks is at
     least one ahead of where any host is. SIGTERM reaches it through the thread that reads the
     signals (exits.py), which so knows that a step is to be saved when Ctrl-C follows.
 
     A process by itself has a signal handler here, for SIGHUP too unless it is ignored: the first
-    signal is noted, a second one ends the process as if nobody had listened. Before the first step
+    signal is noted, a second one ends the process as by default. Before the first step
     there is nothing to save: there the `blip3o` command ends at once (exits.py).
     """
 
@@ -66,7 +66,7 @@ class StopRequest:
         where: TracebackType | None,
     ) -> None:
         exits.process.saving = exits.process.stoppable = False
-        exits.process.pass_on = None
+        exits.process.forward_sigterm = None
         if self._service is not None:
             _LIBC.signal(signal.SIGTERM, self._service)
         if not self._noted:
@@ -94,7 +94,7 @@ class StopRequest:
             return
         self._service = service
         handle = ctypes.CFUNCTYPE(None, ctypes.c_int)(service)
-        exits.process.pass_on = lambda: handle(signal.SIGTERM)
+        exits.process.forward_sigterm = lambda: handle(signal.SIGTERM)
 
     def _note(self, number: int, frame: Any) -> None:
         self._noted = True
@@ -102,9 +102,7 @@ class StopRequest:
             signal.signal(each, signal.SIG_DFL)
 
     def due(self, step: int) -> bool:
-        """True at the step that all hosts are to stop after. To be asked at every step, on every
-        host.
-        """
+        """Return whether all hosts are to stop after `step`. Call it at every step, on every host."""
         exits.process.stop_line = ""
         if jax.distributed.is_initialized():
             return multihost_utils.reached_preemption_sync_point(step)

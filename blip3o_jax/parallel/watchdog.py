@@ -1,5 +1,5 @@
-"""A thread a host that tells who is stuck, and in what, when nothing has moved for a while. Ending
-jobs is for launchers.
+"""Report which host is stuck, and in what, when nothing has moved for a while. A thread on each
+host watches; ending jobs is for launchers.
 """
 
 import dataclasses
@@ -15,13 +15,13 @@ from blip3o_jax.parallel import distributed
 # Phases in which a host may just be waiting for the others; in all else (start, data, compile) it
 # is busy by itself.
 WAITING = ("step", "save", "barrier")
-PERIOD = 10.0  # seconds between a host's signs of life
+PERIOD = 10.0  # seconds between a host's heartbeats
 
 
 @dataclasses.dataclass(frozen=True)
-class Sign:
-    """A host's sign of life. Times in seconds since 1970, by clocks that are set to within a second
-    or so.
+class Heartbeat:
+    """A host's phase and progress. Times in seconds since 1970, by clocks that are set to within a
+    second or so.
     """
 
     phase: str
@@ -29,7 +29,7 @@ class Sign:
     since: float  # start of the phase
     seen: float
 
-    def told(self) -> str:
+    def where(self) -> str:
         return f"{self.phase} at step {self.step}"
 
 
@@ -59,22 +59,25 @@ class Watchdog:
             self._thread.join()
 
     def enter(self, phase: str, step: int) -> None:
-        """The calling host now is in `phase` of `step`: that is progress."""
+        """Record that this host is in `phase` of `step`; that is progress."""
         self._phase, self._step, self._since = phase, step, time.time()
-        distributed.enter(phase, step)
+        distributed.set_phase(phase, step)
 
     def _watch(self) -> None:
-        told_at, told_since = self._seconds, self._since
+        report_after, reported_since = self._seconds, self._since
         while not self._end.wait(self._period):
             now = time.time()
-            mine = Sign(self._phase, self._step, self._since, now)
-            if mine.since != told_since:
-                told_at, told_since = self._seconds, mine.since
-            signs = _exchanged(mine)
-            if now - mine.since > told_at:
-                told_at = 2 * (now - mine.since)  # again when twice as long has passed
-                text = diagnose(signs, distributed.hosts(), now, 3 * self._period + 1)
-                if _speaker(signs, now, 3 * self._period + 1) == distributed.host():
+            mine = Heartbeat(self._phase, self._step, self._since, now)
+            if mine.since != reported_since:
+                report_after, reported_since = self._seconds, mine.since
+            heartbeats = _exchange(mine)
+            if now - mine.since > report_after:
+                report_after = 2 * (now - mine.since)  # again when twice as long has passed
+                text = diagnose(heartbeats, distributed.process_count(), now, 3 * self._period + 1)
+                if (
+                    _reporting_host(heartbeats, now, 3 * self._period + 1)
+                    == distributed.process_index()
+                ):
                     print(
                         f"watchdog: no progress for {now - mine.since:.0f} s: {text}",
                         file=sys.stderr,
@@ -82,65 +85,80 @@ class Watchdog:
                     )
 
 
-def _exchanged(mine: Sign) -> dict[int, Sign]:
-    """Publishes this host's sign and reads those of all; this host's alone where the coordinator
+def _exchange(mine: Heartbeat) -> dict[int, Heartbeat]:
+    """Publish this host's heartbeat and return those of all; only this host's where the coordinator
     does not answer.
     """
-    me = distributed.host()
-    if distributed.hosts() == 1:
+    me = distributed.process_index()
+    if distributed.process_count() == 1:
         return {me: mine}
     try:
-        distributed.publish(f"watchdog/{me}", json.dumps(dataclasses.astuple(mine)))
+        distributed.set_key(f"watchdog/{me}", json.dumps(dataclasses.astuple(mine)))
         return {
-            int(host): Sign(*json.loads(text))
-            for host, text in distributed.all_published("watchdog").items()
+            int(host): Heartbeat(*json.loads(text))
+            for host, text in distributed.read_keys("watchdog").items()
         }
     except (RuntimeError, AttributeError):  # the coordinator is gone, or this host has left
         return {me: mine}
 
 
-def _speaker(signs: dict[int, Sign], now: float, silent_after: float) -> int:
-    """The first host that is heard of tells for all."""
-    return min(host for host, sign in signs.items() if now - sign.seen <= silent_after)
+def _reporting_host(heartbeats: dict[int, Heartbeat], now: float, silent_after: float) -> int:
+    """Return the first host that is heard of, which reports for all."""
+    return min(
+        host for host, heartbeat in heartbeats.items() if now - heartbeat.seen <= silent_after
+    )
 
 
-def diagnose(signs: dict[int, Sign], hosts: int, now: float, silent_after: float) -> str:
-    """Who is stuck in what, and where the others wait.
+def diagnose(heartbeats: dict[int, Heartbeat], hosts: int, now: float, silent_after: float) -> str:
+    """Return a line that says which host is stuck in what, and where the others wait.
 
     A silent host is the culprit (killed, or hung with all its threads). Else those that are busy by
     themselves while others wait in something collective; else those at the earliest step, where
-    that differs; else it cannot be told.
+    that differs; else no host is named.
     """
     silent = [
-        host for host in range(hosts) if host not in signs or now - signs[host].seen > silent_after
+        host
+        for host in range(hosts)
+        if host not in heartbeats or now - heartbeats[host].seen > silent_after
     ]
-    heard = {host: signs[host] for host in range(hosts) if host not in silent}
-    busy = [host for host, sign in heard.items() if sign.phase not in WAITING]
-    first = min((sign.step for sign in heard.values()), default=0)
-    behind = [host for host, sign in heard.items() if sign.step == first]
+    heard = {host: heartbeats[host] for host in range(hosts) if host not in silent}
+    busy = [host for host, heartbeat in heard.items() if heartbeat.phase not in WAITING]
+    first = min((heartbeat.step for heartbeat in heard.values()), default=0)
+    behind = [host for host, heartbeat in heard.items() if heartbeat.step == first]
     culprits = [] if silent else busy or (behind if len(behind) < len(heard) else [])
     waiting = [host for host in heard if host not in culprits]
-    last = lambda host: f"silent since {signs[host].told()}" if host in signs else "silent"
-    stuck = lambda host: f"stuck in {signs[host].told()} for {now - signs[host].since:.0f} s"
-    told = [f"{_names(group)} {_are(group)} {text}" for text, group in _grouped(silent, last)]
-    told += [f"{_names(group)} {_are(group)} {text}" for text, group in _grouped(culprits, stuck)]
-    told += [
-        f"{_names(group)} in {text}"
-        for text, group in _grouped(waiting, lambda host: signs[host].told())
+    last = lambda host: (
+        f"silent since {heartbeats[host].where()}" if host in heartbeats else "silent"
+    )
+    stuck = lambda host: (
+        f"stuck in {heartbeats[host].where()} for {now - heartbeats[host].since:.0f} s"
+    )
+    findings = [
+        f"{_format_hosts(group)} {_are(group)} {text}" for text, group in _group_hosts(silent, last)
     ]
-    return "; ".join(told)
+    findings += [
+        f"{_format_hosts(group)} {_are(group)} {text}"
+        for text, group in _group_hosts(culprits, stuck)
+    ]
+    findings += [
+        f"{_format_hosts(group)} in {text}"
+        for text, group in _group_hosts(waiting, lambda host: heartbeats[host].where())
+    ]
+    return "; ".join(findings)
 
 
-def _grouped(hosts: Iterable[int], text: Callable[[int], str]) -> Iterable[tuple[str, list[int]]]:
-    """Hosts of which the same is to be told."""
+def _group_hosts(
+    hosts: Iterable[int], text: Callable[[int], str]
+) -> Iterable[tuple[str, list[int]]]:
+    """Group the hosts by their text."""
     groups: dict[str, list[int]] = {}
     for host in hosts:
         groups.setdefault(text(host), []).append(host)
     return groups.items()
 
 
-def _names(group: list[int]) -> str:
-    """host 3, or hosts 0, 1, 2 and 61 more."""
+def _format_hosts(group: list[int]) -> str:
+    """Return "host 3" or "hosts 0, 1, 2 and 61 more"."""
     shown = ", ".join(map(str, group[:3])) + (
         f" and {len(group) - 3} more" if len(group) > 3 else ""
     )

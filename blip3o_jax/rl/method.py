@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from blip3o_jax import lora
 from blip3o_jax.config import Config, ConfigError, UserError, check
 from blip3o_jax.data.prompts import Prompt, read_prompts
-from blip3o_jax.parallel.distributed import host
+from blip3o_jax.parallel.distributed import process_index
 from blip3o_jax.rl import rollout
 from blip3o_jax.rl.feed import Rollouts
 from blip3o_jax.rl.log import RolloutLog
@@ -120,7 +120,7 @@ class ReinforcementLearning:
         open_log = functools.partial(
             RolloutLog,
             setup.workdir,
-            host(),
+            process_index(),
             position["rollout"],
             config.seed,
             keep_images=config.rl.keep_images,

@@ -10,7 +10,7 @@ what an error must stay below, or the clip would be about rounding.
 """
 
 from blip3o_jax.config import Config, UserError
-from blip3o_jax.parallel.distributed import say
+from blip3o_jax.parallel.distributed import log_host0
 from blip3o_jax.rl.rollout import trains_flow, trains_tokens
 
 ROUNDING = {"float32": 1e-5, "bfloat16": 0.03}
@@ -46,7 +46,7 @@ class RatioMonitor:
                 )
             if mean > usual and not self._warned:
                 self._warned = True
-                say(f"{told}; of rounding {usual:g} in the mean would be much (docs/rl.md)")
+                log_host0(f"{told}; of rounding {usual:g} in the mean would be much (docs/rl.md)")
 
 
 def _rounding(dtype: str) -> float:

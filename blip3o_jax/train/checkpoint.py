@@ -35,7 +35,7 @@ from blip3o_jax.checksums import MANIFEST, DamagedFile
 from blip3o_jax.config import Config, TextConfig, UserError
 from blip3o_jax.config.fields import first_line
 from blip3o_jax.lora import FACTORS
-from blip3o_jax.parallel.distributed import host_0_first, say
+from blip3o_jax.parallel.distributed import host_0_first, log_host0
 from blip3o_jax.parallel.rules import Strategy
 from blip3o_jax.text.tokenizers import TextTokenizer
 from blip3o_jax.train.state import StatePlan, TrainState, merge_trees, not_finite, plan_state
@@ -69,7 +69,9 @@ class Checkpoints:
             if not self._damaged[step]:
                 del self._damaged[step]
                 for newer, reason in self._damaged.items():
-                    say(f"{self.directory}/{newer} is damaged ({reason}): going on from {step}")
+                    log_host0(
+                        f"{self.directory}/{newer} is damaged ({reason}): going on from {step}"
+                    )
                 return step
         if self._damaged:
             newest, reason = next(iter(self._damaged.items()))

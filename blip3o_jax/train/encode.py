@@ -21,7 +21,7 @@ from blip3o_jax.data import encoded
 from blip3o_jax.data.encoded import DTYPES, PART, DamagedPart, EncodedSource, directory_name
 from blip3o_jax.data.examples import ExampleBuilder, Views
 from blip3o_jax.data.record import CHANGED, BadRecord, Source, read_record
-from blip3o_jax.parallel.distributed import barrier, say
+from blip3o_jax.parallel.distributed import barrier, log_host0
 
 # (pixels, tokenizer_pixels) uint8 [B, ...] -> (codes [B, N], latents [B, H, W, C])
 Encode = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
@@ -70,7 +70,9 @@ def encoded_source(
         _write_part(source, encode, builder, directory, part, batch)
         seconds = time.monotonic() - began
         left = seconds / done * (len(todo) - done)
-        say(f"encode {source.name}: part {done}/{len(todo)} in {seconds:.0f} s, ETA {left:.0f} s")
+        log_host0(
+            f"encode {source.name}: part {done}/{len(todo)} in {seconds:.0f} s, ETA {left:.0f} s"
+        )
     barrier(f"encoded {directory.name}", seconds=86400.0)
     return EncodedSource(source, directory, config.model.tokenizer.codebook_size)
 

@@ -11,7 +11,7 @@ import jax
 from blip3o_jax import config as config_lib
 from blip3o_jax import lora
 from blip3o_jax.config import CheckpointConfig, Config, DataConfig, UserError
-from blip3o_jax.parallel.distributed import say
+from blip3o_jax.parallel.distributed import log_host0
 from blip3o_jax.parallel.rules import Strategy
 from blip3o_jax.train.checkpoint import Checkpoints, find, read_config, restore_parts, stored_text
 from blip3o_jax.train.stages import STAGES
@@ -75,7 +75,7 @@ def restore_or_create(
             if before
             else "a config.json, which was missing"
         )
-        say(
+        log_host0(
             f"{config.title}: resuming at step {latest} of {checkpoints.directory}"
             + (f" with {changed}" if changed else "")
         )

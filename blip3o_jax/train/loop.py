@@ -22,7 +22,7 @@ import numpy as np
 
 from blip3o_jax import exits
 from blip3o_jax.config import Config, UserError
-from blip3o_jax.parallel.distributed import enter, host, host_0_first, say
+from blip3o_jax.parallel.distributed import host_0_first, log_host0, process_index, set_phase
 from blip3o_jax.parallel.preemption import Preempted, StopRequest
 from blip3o_jax.parallel.rules import Strategy
 from blip3o_jax.parallel.watchdog import Watchdog
@@ -154,16 +154,16 @@ def train(
     strategy.check_batch(config.data.batch_size, config.optimizer.accumulate, config.data.pack)
     with contextlib.ExitStack() as until_done:
         # First, since a method may start processes when it opens: a second run starts nothing.
-        enter("lock" if host() == 0 else "barrier", 0)
+        set_phase("lock" if process_index() == 0 else "barrier", 0)
         lock = until_done.enter_context(WorkdirLock(workdir))
-        enter("start", 0)
-        until_done.push(exits.pushed(method.close))
+        set_phase("start", 0)
+        until_done.push(exits.bounded_close(method.close))
         method.open(config)
         # From here on SIGTERM is noted, and the watchdog looks: reading a data set for the first
         # time may take hours.
         stop = until_done.enter_context(StopRequest())
         watch = until_done.enter_context(Watchdog(config.watchdog))
-        watch.enter("vocabulary" if host() == 0 else "barrier", 0)
+        watch.enter("vocabulary" if process_index() == 0 else "barrier", 0)
         with host_0_first("vocabulary"):
             config, vocabulary = method.vocabulary(config, workdir)
 
@@ -171,7 +171,7 @@ def train(
         plan = plan_state(config, strategy)
         check_memory(config, plan, strategy)
         checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint.keep)
-        until_done.push(exits.pushed(checkpoints.close))
+        until_done.push(exits.bounded_close(checkpoints.close))
         image_token_offset = vocabulary.image_token_offset if vocabulary else 0
         tokenizer = vocabulary.tokenizer if vocabulary else None
         checkpoints.check_tokenizer(tokenizer)
@@ -180,14 +180,18 @@ def train(
         )
         setup = Setup(config, workdir, plan, strategy, vocabulary, image_token_offset, start)
         begun = method.begin(setup, state, position)
-        until_done.push(exits.pushed(begun.feed.close))
+        until_done.push(exits.bounded_close(begun.feed.close))
 
         lock.begun = True
         if on_begin is not None:
             on_begin()
         checkpoints.open(config, tokenizer)
-        log = MetricLog(workdir, start, config.steps, config.title) if host() == 0 else SilentLog()
-        until_done.push(exits.pushed(log.close))
+        log = (
+            MetricLog(workdir, start, config.steps, config.title)
+            if process_index() == 0
+            else SilentLog()
+        )
+        until_done.push(exits.bounded_close(log.close))
         begun.feed.start(log)
         metrics = _Run(setup, begun, checkpoints, lock, log, stop, watch).steps(state)
     return Summary(workdir / "checkpoints", config.steps, metrics, time.monotonic() - began)
@@ -213,7 +217,7 @@ class _Run:
         """Runs steps start + 1 .. config.steps; returns the last step's metrics."""
         config, start = self.config, self.setup.start
         if start >= config.steps:
-            say(f"{config.title}: step {start} of {config.steps} is done already")
+            log_host0(f"{config.title}: step {start} of {config.steps} is done already")
             return {}
         values, previous, stopped = {}, None, False
         meter = _Meter(config)

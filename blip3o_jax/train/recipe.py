@@ -8,7 +8,7 @@ import pathlib
 
 from blip3o_jax import checksums
 from blip3o_jax.config import Config, UserError
-from blip3o_jax.parallel.distributed import host
+from blip3o_jax.parallel.distributed import process_index
 from blip3o_jax.train.checkpoint import RECIPE
 from blip3o_jax.train.loop import Summary
 from blip3o_jax.train.supervised import train
@@ -44,7 +44,7 @@ def run(recipe: dict[str, Config], workdir: str | pathlib.Path) -> dict[str, Sum
 def _begin(workdir: pathlib.Path, names: list[str], lock: WorkdirLock) -> None:
     """Name the stages in recipe.json, once the first of them cannot be refused any more."""
     lock.begun = True
-    if host() == 0:
+    if process_index() == 0:
         checksums.write_json(workdir / RECIPE, {"stages": names})
 
 

@@ -18,7 +18,7 @@ from jax.experimental import multihost_utils
 
 from blip3o_jax import checksums
 from blip3o_jax.config import UserError
-from blip3o_jax.parallel.distributed import say
+from blip3o_jax.parallel.distributed import log_host0
 
 _STEP = re.compile("0|[1-9][0-9]{0,17}")  # as Orbax reads them too
 _REQUIRED = (
@@ -106,4 +106,4 @@ def set_aside(directory: pathlib.Path) -> None:
     while aside.exists():
         number, aside = number + 1, directory.with_name(f"{directory.name}.damaged-{number}")
     directory.rename(aside)
-    say(f"{directory} is set aside as {aside.name}")
+    log_host0(f"{directory} is set aside as {aside.name}")

@@ -49,14 +49,14 @@ class Supervised:
             "rl.rewards is for blip3o rl: leave it empty, or run that command",
         )
         processes = ProcessGroup(
-            distributed.host(),
-            distributed.hosts(),
+            distributed.process_index(),
+            distributed.process_count(),
             lambda: distributed.barrier("index", seconds=86400.0),
         )
         self._sources = open_mixture(config.data, processes)
         for source, _ in self._sources:
             for note in source.notes:
-                distributed.say(note)
+                distributed.log_host0(note)
 
     def vocabulary(self, config: Config, workdir: pathlib.Path) -> tuple[Config, Vocabulary | None]:
         return with_vocabulary(config, self._sources, workdir)

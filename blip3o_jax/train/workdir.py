@@ -22,7 +22,7 @@ import uuid
 
 from blip3o_jax import files
 from blip3o_jax.config import UserError
-from blip3o_jax.parallel.distributed import host, host_0_first, say
+from blip3o_jax.parallel.distributed import host_0_first, log_host0, process_index
 
 LOCK = "lock.json"
 PERIOD = 10.0  # seconds between signs of life
@@ -147,7 +147,7 @@ class WorkdirLock:
 
     def __enter__(self) -> "WorkdirLock":
         with host_0_first("lock"):
-            if host() == 0:
+            if process_index() == 0:
                 try:
                     self._take()
                 except BaseException as error:
@@ -162,7 +162,7 @@ class WorkdirLock:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if host() == 0:
+        if process_index() == 0:
             self._end.set()
             self._thread.join()
             self._leave()
@@ -171,7 +171,7 @@ class WorkdirLock:
         """UserError where another run has taken the lock, for want of a sign of life: this one may
         not write any more.
         """
-        if host() == 0 and not self._mine():
+        if process_index() == 0 and not self._mine():
             owner = Owner.read(self._path)
             now = f"now is that of {owner}" if owner else "is gone"
             raise UserError(
@@ -230,7 +230,7 @@ class WorkdirLock:
         end, told = time.monotonic() + min(BOUND, BOUND - silent), False
         while (left := end - time.monotonic()) > 0:
             if not told:
-                say(
+                log_host0(
                     f"{self._workdir} is locked by {owner}: waiting up to {left:.0f} s for a sign of life"
                 )
                 told = True
@@ -267,7 +267,7 @@ class WorkdirLock:
             aside.rename(self._path)  # of one who was faster and lives
             return
         aside.unlink()
-        say(f"{self._workdir}: took over the lock of {owner}, which is gone")
+        log_host0(f"{self._workdir}: took over the lock of {owner}, which is gone")
 
     def _renew(self) -> None:
         while not self._end.wait(PERIOD):

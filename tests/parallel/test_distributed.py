@@ -342,20 +342,20 @@ def test_what_hosts_disagree_on_is_named(tmp_path):
     zero = {"workdir": str(tmp_path), "config": {"a": [1], "b": 2}, "code": code, "token": "token"}
     mine = {"workdir": str(tmp_path), "config": {"a": (1,), "b": 2}, "code": code}
     (tmp_path / "token").touch()
-    assert distributed._complaint(mine, zero, 1) == ""
+    assert distributed._inconsistency(mine, zero, 1) == ""
     many = mine | {"config": {name: 0 for name in "abcdef"}}
-    complaint = distributed._complaint(many, zero, 5)
+    complaint = distributed._inconsistency(many, zero, 5)
     assert complaint.startswith(
         "host 5 has another configuration than host 0: a is 0, not [1], b is 0, not 2, c is 0, not None"
     )
     assert complaint.endswith(", and 3 more")
     other = mine | {"code": code | {"jax": "0.1"}}
     assert (
-        distributed._complaint(other, zero, 1)
+        distributed._inconsistency(other, zero, 1)
         == f"host 1 runs other code than host 0: jax is '0.1', not {code['jax']!r}"
     )
     unshared = mine | {"workdir": str(tmp_path / "mine")}
-    assert "host 2 does not see what host 0 writes to" in distributed._complaint(
+    assert "host 2 does not see what host 0 writes to" in distributed._inconsistency(
         unshared, zero, 2, patience=0.0
     )
 
@@ -430,33 +430,37 @@ def test_the_kernel_that_was_chosen_is_in_the_log(caplog):
 def test_a_job_that_is_left_is_not_asked_about_errors(monkeypatch):
     """Such as one after the run, or status 75: the client of `jax.distributed` is shut down."""
     left = types.SimpleNamespace(
-        over=lambda: None,
+        close=lambda: None,
         lost=lambda: pytest.fail("asked"),
-        farewell=lambda *_: pytest.fail("told"),
+        notify_peers=lambda *_: pytest.fail("notified"),
     )
 
-    def start(launch):
+    def initialize(launch):
         distributed._peers.append(left)
-        exits.process.prefix, exits.process.cause, exits.process.farewell = (
+        exits.process.prefix, exits.process.find_cause, exits.process.notify_peers = (
             "host 0: ",
             distributed._cause,
-            left.farewell,
+            left.notify_peers,
         )
 
     monkeypatch.setattr(exits, "process", exits._Process())
-    for name, value in {"start": start, "hosts": lambda: 2, "barrier": lambda *_: None}.items():
+    for name, value in {
+        "initialize": initialize,
+        "process_count": lambda: 2,
+        "barrier": lambda *_: None,
+    }.items():
         monkeypatch.setattr(distributed, name, value)
     monkeypatch.setattr(jax.distributed, "shutdown", lambda: None)
     assert distributed.run(Launch(), lambda: None) == 0
     error = RuntimeError("later")
-    assert exits.process.cause(error) is distributed._cause(error) is error
-    assert exits.process.prefix == "" and exits.process.farewell is not left.farewell
+    assert exits.process.find_cause(error) is distributed._cause(error) is error
+    assert exits.process.prefix == "" and exits.process.notify_peers is not left.notify_peers
 
 
 def test_alone_there_is_nobody_to_wait_for(tmp_path):
-    assert (distributed.host(), distributed.hosts()) == (0, 1)
+    assert (distributed.process_index(), distributed.process_count()) == (0, 1)
     distributed.barrier("test")
-    distributed.agree({}, tmp_path / "never")
+    distributed.check_consistent({}, tmp_path / "never")
     assert not (tmp_path / "never").exists()
     with pytest.raises(UserError, match="once"), distributed.host_0_first("test"):
         raise UserError("once")

@@ -1,6 +1,4 @@
-"""Which host is lost, and what the others end with. (test_distributed.py has it with real
-processes.)
-"""
+"""Find the lost host, and how the others end (test_distributed.py does it with real processes)."""
 
 import threading
 
@@ -47,7 +45,7 @@ class Store:
 def hosts(monkeypatch):
     """Three hosts and their store; what `exits.process.end` is given."""
     ended = []
-    for name, value in {"PERIOD": 0.02, "STILL": 0.1, "GRACE": 0.05}.items():
+    for name, value in {"HEARTBEAT_PERIOD": 0.02, "STALE": 0.1, "GRACE_SECONDS": 0.05}.items():
         monkeypatch.setattr(peers, name, value)
     monkeypatch.setattr(Peers, "_catch_abort", lambda self: None)
     monkeypatch.setattr(peers.exits.process, "end", ended.append)
@@ -57,33 +55,35 @@ def hosts(monkeypatch):
         each.start()
     yield made, store, ended
     for each in made:
-        each.over()
+        each.close()
 
 
 def test_an_error_ends_a_host_within_half_a_minute():
-    assert exits.CLOSING + 2 * peers.ANSWER + peers.STILL + exits.FAREWELL < 30
+    assert (
+        exits.CLOSING_SECONDS + 2 * peers.ANSWER_SECONDS + peers.STALE + exits.NOTIFY_SECONDS < 30
+    )
 
 
-def test_a_host_that_ends_tells_the_others(hosts):
+def test_a_host_that_ends_notifies_the_others(hosts):
     made, _, ended = hosts
     made[1].phase, made[1].step = "data", 12
-    made[1].farewell(2, "blip3o: error: photos.tar is cut short")
+    made[1].notify_peers(2, "blip3o: error: photos.tar is cut short")
     for _ in range(200):
         if len(ended) == 2:
             break
         threading.Event().wait(0.01)
-    said = f"host 1 ended with status 2 in data at step 12; {AGAIN}"
-    assert [str(error) for error in ended] == [said] * 2
+    expected = f"host 1 ended with status 2 in data at step 12; {AGAIN}"
+    assert [str(error) for error in ended] == [expected] * 2
     assert {error.status for error in ended} == {2}
     assert made[0].lost() in ended
 
 
-def test_a_host_that_was_killed_is_the_one_whose_sign_stands_still(hosts):
+def test_a_host_that_was_killed_is_the_one_whose_heartbeat_stops(hosts):
     made, _, ended = hosts
     assert made[0].lost() is None
     made[2].phase, made[2].step = "step", 7
     threading.Event().wait(0.1)
-    made[2]._over.set()
+    made[2]._closed.set()
     threading.Event().wait(0.05)
     error = made[0].lost()
     assert (str(error), error.status) == (f"host 2 was lost in step at step 7; {AGAIN}", 137)
