@@ -1,4 +1,4 @@
-"""Connections of an HTTP service (`serving`): what each may take, and how many there may be."""
+"""Bound the connections of an HTTP service (`serving`): their number, and the time of each."""
 
 import asyncio
 import dataclasses
@@ -10,17 +10,24 @@ from typing import Any
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-CONNECTION_BYTES = 1 << 19  # that a connection's buffers may take
-BUSY = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+CONNECTION_BYTES = 1 << 19  # upper bound of the buffers of one connection
+BUSY = (
+    b"HTTP/1.1 503 Service Unavailable\r\n"
+    b"Retry-After: 1\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class ConnectionLimits:
-    """Bounds of connections; all times in seconds. `header_seconds`: from a connection, or from the
-    answer before, to the end of a request's headers. `idle_seconds`, `body_seconds`: between two
-    pieces of a body, and for all of it. `answer_seconds`: for a client to take its answer.
-    `linger_seconds`: for which a client that is refused while it sends may go on, so that it gets
-    to read why. `grace_seconds`: for requests at hand when the service ends."""
+    """Bound the number of connections, and in seconds:
+
+    header_seconds     from the connection or the previous answer to the end of the headers
+    idle_seconds       between two pieces of a body
+    body_seconds       for the whole body
+    answer_seconds     for the client to read its answer
+    linger_seconds     to drop the rest of a refused body, so that the client reads the answer
+    grace_seconds      for current requests to finish when the service ends
+    """
 
     max_connections: int = 512
     header_seconds: float = 10.0

@@ -1,15 +1,14 @@
-"""HTTP services that a stranger may reach: Starlette's routes on uvicorn, within limits. Knows
-nothing of what is served.
+"""Serve HTTP to clients that are not trusted: Starlette's routes on uvicorn, within limits.
 
-    connections    bounded; the idlest makes room for a new one, and none may idle for long, before,
-                   within or after a request
-    token          compared in constant time, and before anything of the body is read
-    bodies         need a Content-Length, are refused by it, have a deadline, and are reserved in a
+    connections    bounded in number and in time without progress (`connections`)
+    token          compared in constant time, before any of the body is read
+    bodies         need a Content-Length within the limit, have a deadline, and are reserved in a
                    memory budget
-    errors         {"error": one line}; what the code raises by mistake is logged, answered with 500
-    ending         SIGTERM and Ctrl-C let requests at hand be answered first
+    errors         {"error": one line}; an error of the server is logged once and answered with
+                   500, an error of a client is answered with 4xx and not logged
+    shutdown       SIGTERM and Ctrl-C let current requests finish, for `grace_seconds`
 
-An app is a list of `starlette.routing.Route`; its handlers raise `Refused`.
+An app is a list of `starlette.routing.Route`, whose handlers raise `Refused`.
 """
 
 import asyncio
@@ -40,13 +39,13 @@ MAX_HEADERS = 1 << 16  # bytes before a body
 
 
 class Refused(Exception):
-    """A request that gets `status` and one line in place of what it asks for. 429 and 503 invite
-    the client back."""
+    """Answer a request with `status` and one line, {"error": line}. 429 and 503 get a Retry-After
+    of 1 s unless `headers` has one."""
 
     def __init__(self, status: int, line: str, headers: Mapping[str, str] | None = None):
-        super().__init__(status, line, headers)  # what it is made of again in another process
+        super().__init__(status, line, headers)  # `args`, which pickle calls the class with
         self.status = status
-        self.line = " ".join(line.split())
+        self.line = " ".join(line.split())  # one line, whatever text it quotes
         self.headers = dict(headers or {})
         if status in (429, 503):
             self.headers.setdefault("Retry-After", "1")
@@ -56,8 +55,8 @@ class Refused(Exception):
 
 
 class MemoryBudget:
-    """Bytes that requests at hand may take together. Requests of more than `small` bytes leave an
-    eighth of it to others. For one event loop."""
+    """Bound the bytes that all current requests take together. An eighth of `size` is for requests
+    of up to `small` bytes only. Not thread-safe: use it in one event loop."""
 
     def __init__(self, size: int, small: int = 1 << 20):
         self.size = size
@@ -66,10 +65,10 @@ class MemoryBudget:
 
     @contextlib.contextmanager
     def reserve(self, size: int) -> Iterator[None]:
-        """Hold `size` bytes. Raises Refused (503) where there is no room."""
+        """Reserve `size` bytes for a `with` block. Raises Refused (503) if too few are free."""
         limit = self.size if size <= self._small else self.size - self.size // 8
         if self.reserved + size > limit:
-            raise Refused(503, "the requests at hand take all the memory there is: try again later")
+            raise Refused(503, "the current requests take all the memory: try again later")
         self.reserved += size
         try:
             yield
@@ -78,7 +77,8 @@ class MemoryBudget:
 
 
 def content_length(request: Request, largest: int) -> int:
-    """Return the length of a body that may be read. Raises Refused with 400, 411 or 413."""
+    """Return the length in bytes that the headers give. Raises Refused: 411 without a
+    Content-Length, 400 if it is not a number, 413 if it exceeds `largest`."""
     length = request.headers.get("content-length")
     if length is None or "transfer-encoding" in request.headers:
         raise Refused(411, "send the body in one piece, with its Content-Length")
@@ -90,8 +90,8 @@ def content_length(request: Request, largest: int) -> int:
 
 
 async def read_body(request: Request, limits: ConnectionLimits) -> bytearray:
-    """Return the body, however it comes. Raises Refused (408) for one that comes too slowly,
-    ClientDisconnect for one that ends early."""
+    """Read the whole body. Raises Refused (408) after `body_seconds` or `idle_seconds` without a
+    piece, and ClientDisconnect if the client leaves."""
     body = bytearray()
     pieces = aiter(request.stream())
     try:
@@ -126,7 +126,7 @@ async def unless_disconnected(request: Request, work: Awaitable[Any]) -> Any:
 
 
 def _drop(task: asyncio.Future) -> None:
-    """Cancel work whose result nobody takes. An error in it is still logged; a refusal is none."""
+    """Cancel work whose result is not needed. Log an error in it, unless it is a refusal."""
 
     def log(task: asyncio.Future) -> None:
         if not task.cancelled() and not isinstance(task.exception(), Refused | None):
@@ -142,9 +142,12 @@ async def _disconnected(request: Request) -> None:
 
 
 class Service:
-    """Routes at an address that is taken at once. `open_paths` need no token. `registry` gets the
-    service's own metrics, under `prefix`. UserError, naming `what`, where the address is not free
-    or open to others without a token."""
+    """Serve routes at one address, which the constructor binds.
+
+    `port=0` takes a free port; `url` has it. `open_paths` need no token. `registry` gets the
+    metrics PREFIX_requests_total and PREFIX_request_seconds. Raises UserError, which begins with
+    `what`, if the address cannot be bound.
+    """
 
     def __init__(
         self,
@@ -184,7 +187,7 @@ class Service:
                 ws="none",
                 lifespan="off",
                 log_config=None,
-                log_level="error",  # a stranger's mistakes are no news
+                log_level="error",  # uvicorn warns of every request that is not HTTP
                 access_log=False,
                 server_header=False,
                 proxy_headers=False,
@@ -196,19 +199,21 @@ class Service:
 
     @property
     def connections(self) -> int:
+        """Return the number of open connections."""
         return len(self._server.server_state.connections)
 
     async def serve(self) -> None:
-        """Serve until `stop`."""
-        # Not Server.serve: signals belong to who runs the services.
+        """Serve until `stop` is called."""
+        # Not Server.serve, which installs its own signal handlers; see `run_until_signal`.
         await self._server._serve([self._socket])
 
     def stop(self) -> None:
-        """Answer what is at hand, then end `serve`. Asked twice, end at once."""
+        """Finish current requests, then end `serve`. A second call ends it at once."""
         self._server.force_exit = self._server.should_exit
         self._server.should_exit = True
 
     def close(self) -> None:
+        """Release the address."""
         self._socket.close()
 
     async def _serve_request(
@@ -245,12 +250,16 @@ class Service:
 
 
 class _ClientStuck(Exception):
-    """A client does not take its answer."""
+    """Signal that a client does not read its answer."""
 
 
 class _Answer:
-    """Both directions of one request. A refusal that leaves a body unread ends the connection, but
-    lingers: closing at once would reset it, and the client might never see the answer."""
+    """Wrap `receive` and `send` of one request: bound the time of each send, and close the
+    connection after a refusal whose body is unread.
+
+    It closes only once the body has been read and dropped, or after `linger_seconds`: the kernel
+    resets a connection that is closed with unread data, and the client may lose the answer.
+    """
 
     def __init__(
         self, scope: Mapping[str, Any], receive: Callable, send: Callable, limits: ConnectionLimits
@@ -279,12 +288,13 @@ class _Answer:
                 }
         elif self._closing and not message.get("more_body", False):
             await self._bounded(message | {"more_body": True})
-            if self.status != 408:  # it had its time
+            if self.status != 408:  # this body has had its time already
                 await self._linger()
             message = {"type": "http.response.body", "body": b"", "more_body": False}
         await self._bounded(message)
 
     async def _bounded(self, message: dict[str, Any]) -> None:
+        """Send within `answer_seconds`. Raises _ClientStuck."""
         try:
             async with asyncio.timeout(self._limits.answer_seconds):
                 await self._send(message)
@@ -292,6 +302,7 @@ class _Answer:
             raise _ClientStuck from None
 
     async def _linger(self) -> None:
+        """Read and drop the rest of the body, for up to `linger_seconds`."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._limits.linger_seconds):
                 while self._unread:
@@ -299,7 +310,7 @@ class _Answer:
 
 
 def metrics_route(registry: prometheus_client.CollectorRegistry) -> Route:
-    """Return GET /metrics in Prometheus' text format."""
+    """Return the route GET /metrics, which serves `registry` in Prometheus' text format."""
 
     async def metrics(request: Request) -> Response:
         text = prometheus_client.generate_latest(registry)
@@ -309,8 +320,10 @@ def metrics_route(registry: prometheus_client.CollectorRegistry) -> Route:
 
 
 def run_until_signal(services: Sequence[Service], ready: Callable[[], None]) -> signal.Signals:
-    """Serve in this thread, the main one, until SIGTERM or Ctrl-C; return which. A second signal
-    ends it at once. `ready` is called once connections are taken."""
+    """Serve until SIGTERM or Ctrl-C, and return which it was. A second signal ends it at once.
+
+    Call it in the main thread. `ready` is called once connections are accepted.
+    """
     return asyncio.run(_run_until_signal(services, ready))
 
 
@@ -342,7 +355,7 @@ async def _serving(services: Sequence[Service]) -> AsyncIterator[list[asyncio.Ta
 
 
 class Background:
-    """Services in a thread of this process, from `with` to its end."""
+    """Serve in a thread of this process for the length of a `with` block."""
 
     def __init__(self, services: Sequence[Service]):
         self._services = services
@@ -415,17 +428,17 @@ async def _refused(request: Request, error: Exception) -> Response:
 
 
 async def _gone(request: Request, error: Exception) -> Response:
-    """Return what nobody reads, for the metrics (nginx's status for a client that has left)."""
+    """Return 499, nginx's status for a client that has left: for the metrics, nobody reads it."""
     return Response(status_code=499)
 
 
 async def _failed(request: Request, error: Exception) -> Response:
-    """Answer what is our mistake; Starlette raises `error` again, for the log."""
+    """Answer an error of the server. Starlette raises `error` again, and `Service` logs it."""
     return _refusal(Refused(500, "the server failed; its log says why"))
 
 
 async def _not_routed(request: Request, error: Exception) -> Response:
-    """Answer what Starlette's router refuses."""
+    """Answer a request that Starlette's router refuses."""
     assert isinstance(error, HTTPException)
     path = request.scope["path"][:80]
     lines = {404: f"there is no {path}", 405: f"{path} does not take {request.method[:20]}"}

@@ -1,20 +1,20 @@
-"""`blip3o rl serve-rewards`: a reward behind HTTP, for rollouts on other machines (the reward
-`http` is its client).
+"""Serve rewards over HTTP to rollouts on other machines: `blip3o rl serve-rewards`. The reward
+`http` is its client.
 
-    POST /score     images to scores (`wire`)
-    GET  /info      what is served, and within which limits; needs the token, so that a client can try it
-    GET  /health    {"status": "ok" | "degraded" | "unavailable"}, with 503 for the last; needs no token
+    POST /score     scores of images (`wire`)
+    GET  /info      names of the rewards, and limits; needs the token, so that a client can test it
+    GET  /health    {"status": "ok" | "degraded" | "unavailable"}, 503 if unavailable; no token
     GET  /metrics   Prometheus' text format, unless it has its own port
 
-Images are decoded and judged in processes of their own (`scorers`), which are replaced when they
-hang or die. This process holds files at the most, so what a request takes is known when its body is
-announced. The sum, with every limit at its highest:
+Images are decoded and scored in separate processes (`scorers`), which are replaced when they hang
+or die. This process holds only encoded files, so the memory that a request needs follows from its
+Content-Length. The upper bound of the memory:
 
-    max_memory = (2 + scorers) PROCESS_BYTES                         without the rewards' own models
+    max_memory = (2 + scorers) PROCESS_BYTES                        without the rewards' own models
                + max_connections CONNECTION_BYTES
-               + PARSE_BYTES max_body + VALUE_BYTES MAX_VALUES       one large body is parsed at a time
+               + PARSE_BYTES max_body + VALUE_BYTES MAX_VALUES      one large body is parsed at once
                + scorers (max_body + DECODED_BYTES max_pixels)
-               + room for the requests at hand, each as long as its body
+               + room for the current requests, each as long as its body
 """
 
 import asyncio
@@ -37,16 +37,26 @@ from blip3o_jax.rl.rewards.scorers import Parser, ScorerProcesses, Scorers
 from blip3o_jax.serving import Background, MemoryBudget, Refused, Service
 
 WHAT = "serve-rewards"
-PROCESS_BYTES = 256 << 20  # of a process with its libraries, beside what is counted
-SMALL_BODY = 1 << 20  # bodies up to this one are parsed beside a large one
-REQUEST_BYTES = 1 << 16  # of a request beside its body
+PROCESS_BYTES = 256 << 20  # of a process and its libraries, without images and models
+SMALL_BODY = 1 << 20  # a body up to this size is parsed in parallel with a larger one
+REQUEST_BYTES = 1 << 16  # of a request, without its body
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """`max_pixels`: of all images of a request. `max_waiting`: requests with all of their body.
-    `max_memory`: bytes of all processes together, as above. `score_seconds`: of a call of the
-    reward, on up to `batch` images. `request_seconds`: from a request's body to its scores."""
+    """Bound the requests and the resources of a reward server:
+
+    batch              images scored in one call of the reward
+    scorers            processes that score
+    max_body           bytes of a body
+    max_pixels         of all images of a request together
+    max_waiting        requests that have sent their body and wait for scores
+    max_memory         bytes of all processes together, as above
+    score_seconds      for one call of the reward
+    request_seconds    from the end of a request's body to its scores
+
+    Raises UserError if a bound is not positive, or `max_memory` is too small for the others.
+    """
 
     batch: int = 16
     scorers: int = 2
@@ -66,13 +76,14 @@ class Limits:
         if self.room < self.max_body + REQUEST_BYTES:
             least = self.max_memory - self.room + self.max_body + REQUEST_BYTES
             raise UserError(
-                f"{WHAT}: max_memory={self.max_memory >> 20} MiB is too little for {self.scorers} scorers, "
-                f"max_body={self.max_body >> 20} MiB and max_pixels={self.max_pixels}: these need {-(-least >> 20)} MiB"
+                f"{WHAT}: max_memory={self.max_memory >> 20} MiB is too little for "
+                f"{self.scorers} scorers, max_body={self.max_body >> 20} MiB and "
+                f"max_pixels={self.max_pixels}: these need {-(-least >> 20)} MiB"
             )
 
     @property
     def room(self) -> int:
-        """Bytes for requests at hand."""
+        """Return the bytes left for current requests."""
         processes = (2 + self.scorers) * PROCESS_BYTES
         connections = self.connections.max_connections * CONNECTION_BYTES
         parsing = requests.PARSE_BYTES * self.max_body + requests.VALUE_BYTES * requests.MAX_VALUES
@@ -90,13 +101,17 @@ def serve(
     metrics_port: int | None = None,
     limits: Limits = Limits(),
 ) -> None:
-    """Serve `rewards` until SIGTERM or Ctrl-C (then KeyboardInterrupt). `token_env`: name of the
-    environment variable that holds the token; without one only this machine is served. UserError
-    for rewards that cannot be made, a missing token, or an address that is not free."""
+    """Serve `rewards` until SIGTERM, or until Ctrl-C, which raises KeyboardInterrupt.
+
+    `token_env` names the environment variable with the token; without a token, `host` must be a
+    loopback address. Raises UserError if a reward cannot be created, the token is missing, or an
+    address cannot be bound.
+    """
     token = wire.read_token(token_env) if token_env else ""
     if not token and host not in serving.LOOPBACK:
         raise UserError(
-            f"{WHAT}: --host={host} is open to other machines: name a variable with a token by --token_env"
+            f"{WHAT}: --host={host} is open to other machines: "
+            "name a variable with a token by --token_env"
         )
     metrics = (metrics_host, metrics_port) if metrics_port is not None else None
     with RewardServer(rewards, host, port, token=token, metrics=metrics, limits=limits) as server:
@@ -109,9 +124,11 @@ def serve(
 
 
 class RewardServer:
-    """The services of a reward, and its scorers, from `with` to its end. `port=0` takes a free one;
-    `url` tells which. `metrics`: (host, port) of metrics apart. `scorers` are made of the rewards
-    where there are none given."""
+    """Own the HTTP services and the scorers of rewards; leaving the `with` block closes them.
+
+    `port=0` takes a free port; `url` has it. `metrics` is (host, port) of a separate service for
+    metrics. `scorers` replaces the processes that would be started for `rewards`.
+    """
 
     def __init__(
         self,
@@ -161,20 +178,22 @@ class RewardServer:
         )
         self._registry.register(server_metrics.State(self._batcher, self._scorers, self._budget))
         self._parser = Parser(limits.max_pixels, small=SMALL_BODY)
-        self._at_hand = 0
+        self._waiting = 0
 
     @property
     def url(self) -> str:
+        """Return the address of /score and the other routes."""
         return self.services[0].url
 
     @property
     def described(self) -> str:
+        """Return one line with the addresses."""
         metrics = f", metrics at {self.services[1].url}" if len(self.services) > 1 else ""
         return f"rewards are served at {self.url}{metrics}"
 
     @property
     def scored(self) -> float:
-        """Images scored so far."""
+        """Return the number of images scored so far."""
         return self._registry.get_sample_value(f"{server_metrics.PREFIX}_images_total") or 0.0
 
     def __enter__(self) -> "RewardServer":
@@ -186,6 +205,7 @@ class RewardServer:
         self._close_services()
 
     def in_background(self) -> Background:
+        """Return a context manager that serves in a thread."""
         return Background(self.services)
 
     def _close_services(self) -> None:
@@ -206,13 +226,13 @@ class RewardServer:
         length = serving.content_length(request, self._limits.max_body)
         with self._budget.reserve(length + REQUEST_BYTES):
             body = await serving.read_body(request, self._limits.connections)
-            if self._at_hand >= self._limits.max_waiting:
+            if self._waiting >= self._limits.max_waiting:
                 raise Refused(503, "too many requests are waiting: try again later")
-            self._at_hand += 1
+            self._waiting += 1
             try:
                 scores = await serving.unless_disconnected(request, self._scores(body))
             finally:
-                self._at_hand -= 1
+                self._waiting -= 1
         return Response(wire.encode_scores(scores), media_type="application/json")
 
     async def _scores(self, body: bytearray) -> Scores:

@@ -39,7 +39,7 @@ class State:
             "waiting": ("requests that wait for a scorer", self._batcher.waiting()),
             "scorers": ("scorer processes that there should be", self._scorers.count),
             "scorers_ready": ("scorer processes that take images", self._scorers.ready()),
-            "reserved_bytes": ("memory that requests at hand may take", self._budget.reserved),
+            "reserved_bytes": ("memory reserved for current requests", self._budget.reserved),
         }
         ends = CounterMetricFamily(
             f"{PREFIX}_scorer_ends",

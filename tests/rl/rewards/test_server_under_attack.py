@@ -87,8 +87,6 @@ def test_others_are_served_and_memory_stays_below_its_limit(server):
     )
     print(f"{sum(found['harmed'].values())} bombs; {max(memory):.0f} MiB; load {os.getloadavg()}")
     assert collections.Counter(status for _, status in found["served"]).keys() == {200}
-    assert seconds[-1] < SERVED_WITHIN
-    assert max(memory) < MAX_MEMORY
     statuses = {name: {s for n, s in found["harmed"] if n == name} for name, _ in found["harmed"]}
     assert not {status for some in statuses.values() for status in some} & {500, 504}
     # Connections that send large bodies may be told to come back, or cut off to make room.
@@ -109,3 +107,5 @@ def test_others_are_served_and_memory_stays_below_its_limit(server):
     assert process.wait(30) == 0
     assert process.stdout.read().startswith("stopped by SIGTERM; ")
     assert errors.read_text() == ""
+    assert max(memory) < MAX_MEMORY
+    assert seconds[-1] < SERVED_WITHIN  # last: other work on the machine slows the server too
