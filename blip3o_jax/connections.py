@@ -3,18 +3,27 @@
 import asyncio
 import dataclasses
 import functools
+import resource
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from blip3o_jax.config import UserError
 
 CONNECTION_BYTES = 1 << 19  # upper bound of the buffers of one connection
 BUSY = (
     b"HTTP/1.1 503 Service Unavailable\r\n"
     b"Retry-After: 1\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 )
+
+
+# The length of the queue of new connections. asyncio accepts up to as many a turn of the loop, and
+# closes what exceeds `max_connections` three turns later.
+BACKLOG = 128
+OTHER_FILES = 128  # of the process: pipes to other processes, libraries, standard streams
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +45,23 @@ class ConnectionLimits:
     answer_seconds: float = 10.0
     linger_seconds: float = 1.0
     grace_seconds: float = 10.0
+
+
+def allow_open_files(what: str, services: Sequence[ConnectionLimits]) -> None:
+    """Raise the process's soft limit of open files to what its services can need.
+
+    Beyond it, asyncio cannot accept a connection, logs a traceback and accepts none for a second.
+    Raises UserError, which begins with `what`, if the hard limit is lower.
+    """
+    needed = OTHER_FILES + sum(limits.max_connections + 4 * BACKLOG for limits in services)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        raise UserError(
+            f"{what}: the connections need up to {needed} open files, but the system allows {hard}: "
+            f"raise the hard limit (ulimit -Hn {needed})"
+        )
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 class Connection(H11Protocol):

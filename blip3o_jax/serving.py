@@ -32,7 +32,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from blip3o_jax.config import UserError
-from blip3o_jax.connections import Connection, ConnectionLimits
+from blip3o_jax.connections import BACKLOG, Connection, ConnectionLimits, allow_open_files
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 MAX_HEADERS = 1 << 16  # bytes before a body
@@ -162,7 +162,8 @@ class Service:
         registry: prometheus_client.CollectorRegistry | None = None,
         prefix: str = "http",
     ):
-        self._limits = limits
+        self.what = what
+        self.limits = limits
         self._token = token
         self._open_paths = tuple(open_paths)
         self._requests, self._seconds = _request_metrics(registry, prefix)
@@ -186,6 +187,7 @@ class Service:
                 interface="asgi3",
                 ws="none",
                 lifespan="off",
+                backlog=BACKLOG,
                 log_config=None,
                 log_level="error",  # uvicorn warns of every request that is not HTTP
                 access_log=False,
@@ -219,7 +221,7 @@ class Service:
     async def _serve_request(
         self, scope: dict[str, Any], receive: Callable, send: Callable
     ) -> None:
-        answer = _Answer(scope, receive, send, self._limits)
+        answer = _Answer(scope, receive, send, self.limits)
         began = time.monotonic()
         try:
             await self._respond(scope, answer)
@@ -322,8 +324,10 @@ def metrics_route(registry: prometheus_client.CollectorRegistry) -> Route:
 def run_until_signal(services: Sequence[Service], ready: Callable[[], None]) -> signal.Signals:
     """Serve until SIGTERM or Ctrl-C, and return which it was. A second signal ends it at once.
 
-    Call it in the main thread. `ready` is called once connections are accepted.
+    Call it in the main thread. `ready` is called once connections are accepted. Raises UserError if
+    the system allows too few open files.
     """
+    allow_open_files(services[0].what, [service.limits for service in services])
     return asyncio.run(_run_until_signal(services, ready))
 
 
@@ -392,7 +396,7 @@ def _bound(what: str, host: str, port: int) -> socket.socket:
         try:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind((host, port))
-            listener.listen(1024)
+            listener.listen(BACKLOG)
         except BaseException:
             listener.close()
             raise

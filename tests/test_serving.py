@@ -6,6 +6,7 @@ import contextlib
 import gc
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -20,7 +21,7 @@ from starlette.routing import Route
 
 from blip3o_jax import serving
 from blip3o_jax.config import UserError
-from blip3o_jax.connections import BUSY, ConnectionLimits
+from blip3o_jax.connections import BUSY, ConnectionLimits, allow_open_files
 from blip3o_jax.serving import Background, MemoryBudget, Refused, Service
 
 LIMITS = ConnectionLimits(
@@ -355,6 +356,22 @@ def test_memory_is_reserved_and_given_back():
             pass
         assert (refused.value.status, refused.value.headers) == (503, {"Retry-After": "1"})
     assert budget.reserved == 0
+
+
+@pytest.mark.parametrize(
+    ("soft", "hard", "raised"),
+    [(256, -1, [(1152, -1)]), (1024, 1152, [(1152, 1152)]), (1152, 1152, []), (-1, -1, [])],
+)
+def test_connections_get_enough_open_files(monkeypatch, soft, hard, raised):
+    """One service of 512 connections, 4 queues of 128 and 128 other files."""
+    made = []
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (soft, hard))
+    monkeypatch.setattr(resource, "setrlimit", lambda _, limits: made.append(limits))
+    allow_open_files("test", [ConnectionLimits(max_connections=512)])
+    assert made == raised
+    if hard > 0:
+        with pytest.raises(UserError, match=r"test: .* need up to 1153 open files, .* allows 1152"):
+            allow_open_files("test", [ConnectionLimits(max_connections=513)])
 
 
 def test_an_address_that_is_not_free(service):
