@@ -21,7 +21,7 @@ from tests.tiny import quick_compile  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
-PARTS = ("ar", "dit")
+TRAINED_PARTS = ("ar", "dit")
 BASE = dataclasses.replace(tiny.model(), ar=dataclasses.replace(tiny.model().ar, vocab_size=64))
 
 
@@ -42,13 +42,13 @@ CFG = with_lora(
 
 
 def graph(cfg):
-    return nnx.split(nnx.eval_shape(lambda: Blip3o(cfg, PARTS, seed=0)))[0]
+    return nnx.split(nnx.eval_shape(lambda: Blip3o(cfg, TRAINED_PARTS, seed=0)))[0]
 
 
 @pytest.fixture(scope="module")
 def drawn(quick_compile):  # noqa: F811
     """Initial parameters of the model without factors and with them."""
-    make = lambda cfg: lambda: nnx.to_pure_dict(nnx.state(Blip3o(cfg, PARTS, seed=0)))
+    make = lambda cfg: lambda: nnx.to_pure_dict(nnx.state(Blip3o(cfg, TRAINED_PARTS, seed=0)))
     return jax.jit(make(BASE))(), jax.jit(make(CFG))()
 
 
@@ -197,7 +197,7 @@ def test_sharded_is_the_same(alone):
     """
     params, want, gradient = alone
     strategy = tiny.strategy(**tiny.MESHES["fsdp_tp"])
-    variables = nnx.state(nnx.eval_shape(lambda: Blip3o(CFG, PARTS, seed=0)))
+    variables = nnx.state(nnx.eval_shape(lambda: Blip3o(CFG, TRAINED_PARTS, seed=0)))
     placed = jax.device_put(params, strategy.parameter_shardings(variables))
     q = placed["ar"]["layers"]["attention"]["q"]
     assert [q[name].sharding.spec for name in lora.FACTORS] == [

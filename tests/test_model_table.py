@@ -105,7 +105,7 @@ def test_an_untied_head_is_counted_twice_with_its_padding():
     assert (one["padding"], two["padding"]) == (3 * 32, 2 * 3 * 32)
 
 
-@pytest.mark.parametrize("stage", config.STAGES)
+@pytest.mark.parametrize("stage", config.STAGE_NAMES)
 def test_the_table_is_printed_for_every_stage(stage, capsys):
     cfg = tiny.run_config(stage=stage)
     model_table.print_table(cfg)

@@ -244,7 +244,7 @@ def test_no_file_is_unpickled():
     """Processes of this package talk to each other by pickles. Files hold none, and PyTorch's are
     read as weights alone."""
     package = pathlib.Path(cli.__file__).parent.parent
-    own = {"rl/rewards/processes.py", "bench/sharding/apart.py"}
+    own = {"rl/rewards/processes.py", "bench/sharding/isolated_process.py"}
     for file in package.rglob("*.py"):
         for call in (
             node

@@ -14,12 +14,11 @@ from blip3o_jax.convert.mapping import tensor_shapes
 from blip3o_jax.convert.progress import Progress
 from blip3o_jax.convert.source import SECTION
 from blip3o_jax.convert.stock_config import stock_config
-from blip3o_jax.convert.tables import PREFIXES, Shape
+from blip3o_jax.convert.tables import PREFIXES, PUBLISHED_PARTS, Shape
 from blip3o_jax.convert.tensor_files import ShardedWriter
 from blip3o_jax.text.tokenizers import BPE_FILE, CHAT_TAGS, END_OF_TEXT
 from blip3o_jax.text.vocabulary import NUM_SCALES
 
-PARTS = ("tokenizer", "ar", "connector", "dit", "vae")
 _POOL = 2**24  # random values, which tensors take their own from in turn
 
 
@@ -36,7 +35,7 @@ def write_random_model(
     """
     places: dict[str, tuple[Shape, np.dtype]] = {
         PREFIXES[part] + key: (shape, np.dtype(dtype))
-        for part in PARTS
+        for part in PUBLISHED_PARTS
         for key, shape in tensor_shapes(part, model).items()
     }
     sizes = {name: int(np.prod(shape)) for name, (shape, _) in places.items()}

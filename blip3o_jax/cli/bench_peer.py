@@ -81,19 +81,19 @@ def add(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from blip3o_jax.bench.peer import interleaved
     from blip3o_jax.bench.peer import report as peer_report
-    from blip3o_jax.bench.peer import turns
 
-    options = turns.Options(
+    options = interleaved.Options(
         device=args.device,
         rounds=args.rounds,
         batch_size=args.batch_size,
         threads=args.threads,
         jax_devices=args.jax_devices,
-        items=args.items or turns.ITEMS,
+        items=args.items or interleaved.ITEMS,
         compiled=not args.eager_only,
     )
-    report = turns.bench(args.torch, args.jax, args.out, options, _command_line(args))
+    report = interleaved.bench(args.torch, args.jax, args.out, options, _command_line(args))
     peer_report.print_report(report)
 
 

@@ -13,7 +13,7 @@ from blip3o_jax.config.sampling import SamplingConfig
 from blip3o_jax.config.train import CheckpointConfig, LossConfig, OptimizerConfig
 
 Stage = Literal["autoencoder", "contrastive", "tokenizer", "joint"]
-STAGES: tuple[str, ...] = typing.get_args(Stage)
+STAGE_NAMES: tuple[str, ...] = typing.get_args(Stage)
 
 
 @dataclasses.dataclass(frozen=True)

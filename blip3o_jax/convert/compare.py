@@ -376,7 +376,7 @@ def _first_apart(
 
     @jax.jit
     def carries(params: Any, inputs: Any) -> list[nn.LayerCarry]:
-        with nn.record_layers() as records:
+        with nn.capture_intermediates() as records:
             run.jax(merge(params), inputs)
         return [record for record in records if record.carry is not None]
 

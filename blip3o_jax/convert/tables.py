@@ -91,6 +91,8 @@ class Rule:
 
 # Parts in the order of the image's way, and what comes before their names in a BLIP3o-NEXT
 # directory.
+# The parts of the published BLIP3o-NEXT; a model for editing has more.
+PUBLISHED_PARTS = ("tokenizer", "ar", "connector", "dit", "vae")
 PREFIXES = {
     "tokenizer": "model.vision_tower.vision_tower.",
     "ar": "",

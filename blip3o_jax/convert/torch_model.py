@@ -29,8 +29,6 @@ from blip3o_jax.config import (
 )
 from blip3o_jax.convert.stock_config import OWN_FIELDS, stock_config
 
-PARTS = ("tokenizer", "ar", "connector", "dit", "vae")
-
 
 class Quantised(NamedTuple):
     """As `image_tokens.simvq.Quantised`."""
@@ -214,7 +212,7 @@ def part(
     """One part with the sizes of `cfg`, freshly initialised, in float32 and eval mode, on `device`
     (the CPU by default).
 
-    `name` is one of `PARTS`, or "latent_connector" or "feature_connector" (those of editing). The
+    `name` is one of `PUBLISHED_PARTS`, or "latent_connector" or "feature_connector" (those of editing). The
     AR has `cfg.ar.vocab_size` rows, without padding; `attn_implementation` ("sdpa" or "eager") is
     its own alone.
     """
@@ -249,7 +247,7 @@ def scheduler(cfg: FlowConfig) -> diffusers.FlowMatchEulerDiscreteScheduler:
 
 
 class Blip3o(torch.nn.Module):
-    """The parts together, as `blip3o.Blip3o` has them. `parts` is {name of `PARTS`: module}; a
+    """The parts together, as `blip3o.Blip3o` has them. `parts` is {name of `PUBLISHED_PARTS`: module}; a
     method needs those it uses.
     """
 

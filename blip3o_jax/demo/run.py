@@ -168,7 +168,9 @@ def _shown(workdir: pathlib.Path, num_prompts: int) -> dict[str, runner.Evaluati
     """What the joint stage's model does with images, by suite; written as the others."""
     pipeline, found = pipelines.load(workdir / "train"), {}
     for name in IMAGES_IN:
-        found[name] = runner.evaluate_pipeline(pipeline, runner.OWN[name], num_prompts=num_prompts)
+        found[name] = runner.evaluate_pipeline(
+            pipeline, runner.SUITES[name], num_prompts=num_prompts
+        )
         runner.write(found[name], workdir / "evaluation" / name)
     return found
 

@@ -44,7 +44,7 @@ class Suite(Protocol):
         ...
 
 
-OWN = {
+SUITES = {
     "shapes": shapes,
     "shapes_edit": ShapesEdit(),
     "shapes_qa": ShapesQa(),
@@ -55,18 +55,18 @@ OWN = {
 def find_suite(
     name: str, prompts_file: str | pathlib.Path | None = None, images_per_prompt: int = 1
 ) -> Suite:
-    """One of OWN, which has prompts of its own, or a reward with its options,
+    """One of SUITES, which has prompts of its own, or a reward with its options,
     "ocr,scoring=reference", for those of a file.
     """
     reward = name.partition(",")[0]
-    if name in OWN and prompts_file is None:
+    if name in SUITES and prompts_file is None:
         if images_per_prompt != 1:
             raise UserError(
                 f"suite {name} draws one image a prompt, not {images_per_prompt}: take more --num_prompts"
             )
-        return OWN[name]
+        return SUITES[name]
     if not reward.startswith("python:"):
-        check_choice("suite", reward, tuple(dict.fromkeys((*OWN, *REWARDS))))
+        check_choice("suite", reward, tuple(dict.fromkeys((*SUITES, *REWARDS))))
     if prompts_file is None:
         raise UserError(f"suite {name} judges the prompts of a file: name one (--prompts_file)")
     found = parsed(name)

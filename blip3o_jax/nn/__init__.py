@@ -16,7 +16,7 @@ from blip3o_jax.nn.norms import LayerNorm, RMSNorm, standardise
 from blip3o_jax.nn.parameters import fan_in, normal, ones, param, zeros
 from blip3o_jax.nn.positions import sinusoids
 from blip3o_jax.nn.remat import ATTENTION, REMAT_POLICIES
-from blip3o_jax.nn.stacked_layers import LayerCarry, record_layers, scan, stack, unstack
+from blip3o_jax.nn.stacked_layers import LayerCarry, capture_intermediates, scan, stack, unstack
 
 __all__ = [
     "ATTENTION",
@@ -28,6 +28,7 @@ __all__ = [
     "Linear",
     "RMSNorm",
     "Resolver",
+    "capture_intermediates",
     "constrain",
     "fan_in",
     "mesh",
@@ -36,7 +37,6 @@ __all__ = [
     "param",
     "part",
     "platform",
-    "record_layers",
     "scan",
     "sharding",
     "sharding_resolver",

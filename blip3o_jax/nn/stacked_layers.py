@@ -64,7 +64,7 @@ _records: contextvars.ContextVar[list[LayerCarry] | None] = contextvars.ContextV
 
 
 @contextlib.contextmanager
-def record_layers() -> Iterator[list[LayerCarry]]:
+def capture_intermediates() -> Iterator[list[LayerCarry]]:
     """While active, `scan` lays its loop out and appends every layer's carry to the list that this
     yields, stack after stack.
 
@@ -73,7 +73,7 @@ def record_layers() -> Iterator[list[LayerCarry]]:
 
         @jax.jit
         def layers(x):
-            with nn.record_layers() as carries:
+            with nn.capture_intermediates() as carries:
                 model(x)
             return carries
 

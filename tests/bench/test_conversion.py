@@ -12,10 +12,11 @@ import pytest
 import safetensors.numpy
 
 from blip3o_jax.bench import conversion
-from blip3o_jax.bench.random_model import PARTS, write_random_model
+from blip3o_jax.bench.random_model import write_random_model
 from blip3o_jax.config import UserError
 from blip3o_jax.convert.mapping import tensor_shapes
 from blip3o_jax.convert.source import open_source
+from blip3o_jax.convert.tables import PUBLISHED_PARTS
 from tests import tiny
 from tests.tiny import quick_compile  # noqa: F401
 
@@ -32,13 +33,15 @@ def test_report(tmp_path, monkeypatch, capsys, quick_compile):  # noqa: F811
         "the weights are removed"
     )
     assert json.loads((tmp_path / "out" / "conversion.json").read_text()) == report
-    count = sum(len(tensor_shapes(part, MODEL)) for part in PARTS)
+    count = sum(len(tensor_shapes(part, MODEL)) for part in PUBLISHED_PARTS)
     assert report["tensors_equal"] == count and report["dtype"] == "bfloat16"
     assert set(report["machine"]) == {"processor", "cores", "load"} and report["date"].startswith(
         "20"
     )
     assert list(report["rows"]) == ["plain read", "import", "plain read and write", "export"]
-    numbers = sum(int(np.prod(s)) for part in PARTS for s in tensor_shapes(part, MODEL).values())
+    numbers = sum(
+        int(np.prod(s)) for part in PUBLISHED_PARTS for s in tensor_shapes(part, MODEL).values()
+    )
     for row in report["rows"].values():
         assert row["seconds"] > 0 and 10**7 < row["peak"] < 10**10
         assert 2 * numbers < row["bytes"] < 2 * numbers + 200_000, "a header beside the tensors"

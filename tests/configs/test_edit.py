@@ -5,6 +5,7 @@ import pathlib
 import pytest
 
 from blip3o_jax.config import loader
+from blip3o_jax.convert.tables import PUBLISHED_PARTS
 from blip3o_jax.train import checkpoint
 from blip3o_jax.train.stages import stage_parts, stage_trainable
 from tests.rl import runs
@@ -25,10 +26,10 @@ def test_both_routes_beside_all_parts_of_the_checkpoint():
         False,
     )
     assert found.model.tokenizer == given.model.tokenizer and found.data.max_length == 2048
-    assert [part for part, _ in found.checkpoint.init_from] == list(runs.PARTS), (
+    assert [part for part, _ in found.checkpoint.init_from] == list(PUBLISHED_PARTS), (
         "the new connector is drawn"
     )
-    assert stage_parts(found) == (*runs.PARTS, "latent_connector")
+    assert stage_parts(found) == (*PUBLISHED_PARTS, "latent_connector")
     assert {"latent_connector/.*", "dit/patch_embed/.*", "dit/proj_out/.*"} < set(
         stage_trainable(found)
     )

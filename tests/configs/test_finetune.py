@@ -8,6 +8,7 @@ import pytest
 from blip3o_jax.config import UserError, loader
 from blip3o_jax.convert.importer import import_weights
 from blip3o_jax.convert.source import open_source
+from blip3o_jax.convert.tables import PUBLISHED_PARTS
 from blip3o_jax.train import checkpoint
 from tests.convert import published
 from tests.convert.published import Options, planned_once  # noqa: F401
@@ -16,7 +17,6 @@ from tests.tiny import quick_compile  # noqa: F401
 pytestmark = pytest.mark.usefixtures("quick_compile", "planned_once")
 
 FILE = str(pathlib.Path(__file__).parents[2] / "configs/finetune.py")
-PARTS = ("tokenizer", "ar", "connector", "dit", "vae")
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,7 @@ def test_it_is_the_model_of_the_checkpoint_and_begins_at_all_its_parts(extra, tm
         dit=wide(model.dit),
         text=dataclasses.replace(model.text, path=str(root / "text"), train_size=0),
     )
-    assert [part for part, _ in found.checkpoint.init_from] == [*PARTS, *extra]
+    assert [part for part, _ in found.checkpoint.init_from] == [*PUBLISHED_PARTS, *extra]
     assert {checkpoint.find(path) for _, path in found.checkpoint.init_from} == {(root, 0)}
 
 

@@ -6,6 +6,7 @@ import pathlib
 import pytest
 
 from blip3o_jax.config import ConfigError, UserError, loader
+from blip3o_jax.convert.tables import PUBLISHED_PARTS
 from blip3o_jax.demo import recipe as demo
 from blip3o_jax.rl import method
 from blip3o_jax.train import checkpoint
@@ -35,7 +36,7 @@ def test_recipes_start_at_all_parts_of_the_checkpoint(recipe, policy, reward):
         found.model.tokenizer == given.model.tokenizer
         and found.data.max_length == given.data.max_length
     )
-    assert [part for part, _ in found.checkpoint.init_from] == list(runs.PARTS)
+    assert [part for part, _ in found.checkpoint.init_from] == list(PUBLISHED_PARTS)
     resolved = method.resolved(found)
     assert resolved.trainable == method.TRAINABLE[policy] and resolved.data.batch_size == 128
     assert (found.rl.kl, found.rl.clip, found.optimizer.learning_rate) == (0.001, (0.2, 0.2), 1e-6)
@@ -55,7 +56,7 @@ def test_shapes_is_the_demos_last_stage():
     assert [reward.name for reward in found.rl.rewards] == ["shapes"]
     changed = {"temperature": 1.0, "steps": 10, "batch_size": found.rl.rollout.batch_size}
     assert found.rl.rollout == dataclasses.replace(given.sampling, **changed)
-    assert [part for part, _ in found.checkpoint.init_from] == list(runs.PARTS)
+    assert [part for part, _ in found.checkpoint.init_from] == list(PUBLISHED_PARTS)
 
 
 def test_words_are_learned_by_both_policies():

@@ -12,8 +12,8 @@ import torch
 from blip3o_jax.config import UserError
 from blip3o_jax.convert import tensor_files, weight_files
 from blip3o_jax.convert.source import open_source
+from blip3o_jax.convert.tables import PUBLISHED_PARTS
 from blip3o_jax.convert.torch_files import load_torch
-from blip3o_jax.convert.torch_model import PARTS
 from tests.convert import published
 from tests.convert.published import HEAD, PREFIXES, Options, check_equal
 
@@ -74,7 +74,7 @@ def test_a_whole_directory(made, monkeypatch):
     }
     monkeypatch.setattr(tensor_files, "_reader", None)
     monkeypatch.setattr(weight_files, "_read_index", None)
-    assert set(loaded(dataclasses.replace(source, tensors=wrong), made)) >= set(PARTS)
+    assert set(loaded(dataclasses.replace(source, tensors=wrong), made)) >= set(PUBLISHED_PARTS)
 
 
 def test_torch_files_and_wrappers(made, tmp_path):

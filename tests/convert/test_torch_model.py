@@ -20,6 +20,7 @@ from flax import nnx
 
 from blip3o_jax import blip3o, config
 from blip3o_jax.convert import torch_model
+from blip3o_jax.convert.tables import PUBLISHED_PARTS
 from tests import tiny
 from tests.conftest import relative_error
 
@@ -38,9 +39,7 @@ N = MODEL.tokenizer.num_tokens
 def model(cfg=MODEL):
     """All parameters random: initial ones leave much at zero."""
     torch.manual_seed(0)
-    found = torch_model.Blip3o(
-        cfg, {name: torch_model.part(name, cfg) for name in torch_model.PARTS}
-    )
+    found = torch_model.Blip3o(cfg, {name: torch_model.part(name, cfg) for name in PUBLISHED_PARTS})
     with torch.no_grad():
         for p in found.parameters():
             p.add_(0.1 * torch.randn_like(p))
@@ -107,11 +106,11 @@ def test_published_keys(name):
 def test_parameter_counts_at_published_size(tied):
     """As many as the JAX parts have, but for the AR's padding."""
     cfg = config.ModelConfig(ar=config.Qwen3Config(tie_word_embeddings=tied))
-    state = nnx.eval_shape(lambda: nnx.state(blip3o.Blip3o(cfg, torch_model.PARTS, seed=0)))
+    state = nnx.eval_shape(lambda: nnx.state(blip3o.Blip3o(cfg, PUBLISHED_PARTS, seed=0)))
     padding = (
         (cfg.ar.padded_vocab_size - cfg.ar.vocab_size) * cfg.ar.hidden_size * (1 if tied else 2)
     )
-    for name in ("ar",) if tied else torch_model.PARTS:
+    for name in ("ar",) if tied else PUBLISHED_PARTS:
         want = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state[name])) - (
             padding if name == "ar" else 0
         )

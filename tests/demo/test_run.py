@@ -20,7 +20,7 @@ from blip3o_jax.train.state import plan_state
 from blip3o_jax.train.step import make_step
 from tests import tiny
 
-STAGES = tuple(recipe("data", "cache"))
+DEMO_STAGES = tuple(recipe("data", "cache"))
 
 
 def names(cfg, loss, batch) -> set[str]:
@@ -31,10 +31,10 @@ def names(cfg, loss, batch) -> set[str]:
 
 
 def test_every_stage_has_curves_and_a_note():
-    assert set(CURVES) == set(NOTES) == {*STAGES, "rl"}
+    assert set(CURVES) == set(NOTES) == {*DEMO_STAGES, "rl"}
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", DEMO_STAGES)
 def test_curves_of_a_stage_are_metrics_of_its_step(stage):
     cfg, image_token_offset, batch = tiny.prepared(stage)
     assert set(CURVES[stage]) <= names(cfg, make_loss(cfg, image_token_offset), batch)

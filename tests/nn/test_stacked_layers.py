@@ -128,7 +128,7 @@ def test_recorded_layers_are_those_of_the_scan(layers, inputs, remat):
 
     @jax.jit
     def recorded(state, x_BD):
-        with nn.record_layers() as records:
+        with nn.capture_intermediates() as records:
             return run(state, x_BD), records
 
     plain = run(state, inputs[0])
@@ -152,9 +152,9 @@ def test_layers_are_recorded_in_the_context_alone(layers, inputs):
         run = lambda: nn.scan(layers, step, *inputs, remat="none", unroll=False)
         return str(jax.make_jaxpr(run)()).count("scan[")
 
-    with nn.record_layers() as records:
+    with nn.capture_intermediates() as records:
         assert (loops(), len(records)) == (0, LAYERS)
-        with nn.record_layers() as inner:
+        with nn.capture_intermediates() as inner:
             assert (loops(), len(inner), len(records)) == (0, LAYERS, LAYERS)
         assert (loops(), len(records)) == (0, 2 * LAYERS)
     assert (loops(), len(records)) == (1, 2 * LAYERS)

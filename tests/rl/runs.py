@@ -7,11 +7,10 @@ import pathlib
 from typing import Any
 
 from blip3o_jax import config
+from blip3o_jax.convert.tables import PUBLISHED_PARTS
 from blip3o_jax.train import checkpoint
 from tests import tiny
 from tests.rl.redness import PROMPTS
-
-PARTS = ("tokenizer", "ar", "connector", "dit", "vae")
 
 
 @functools.cache
@@ -56,7 +55,7 @@ def run_config(
         optimizer=config.OptimizerConfig(learning_rate=1e-3, warmup_fraction=0.2),
         mesh=config.MeshConfig(**(mesh or {"data": 1, "fsdp": 1, "strategy": "dp"})),
         checkpoint=config.CheckpointConfig(
-            every=100, init_from=tuple((part, str(root / str(step))) for part in PARTS)
+            every=100, init_from=tuple((part, str(root / str(step))) for part in PUBLISHED_PARTS)
         ),
         rl=rl,
     )

@@ -12,6 +12,7 @@ from flax import nnx
 from blip3o_jax import lora
 from blip3o_jax.blip3o import Blip3o
 from blip3o_jax.config import UserError
+from blip3o_jax.convert.tables import PUBLISHED_PARTS
 from blip3o_jax.train import checkpoint
 from blip3o_jax.train.initialize import match_to_plan, restore_or_create
 from blip3o_jax.train.stages import make_loss
@@ -24,7 +25,6 @@ from tests.train.states import leaves, moments
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
-PARTS = ("tokenizer", "ar", "connector", "dit", "vae")
 FACTORS = {"ar": {"lora": {"rank": 2}}, "dit": {"lora": {"rank": 3, "targets": ("q", "expand")}}}
 
 
@@ -53,7 +53,7 @@ def settings(start):
         tiny.data(),
         steps=3,
         trainable=(".*/lora_.*",),
-        checkpoint={"init_from": tuple((part, str(start)) for part in PARTS)},
+        checkpoint={"init_from": tuple((part, str(start)) for part in PUBLISHED_PARTS)},
     )
     return dataclasses.replace(cfg, model=tiny.replace_fields(model, FACTORS))
 
@@ -76,7 +76,7 @@ def begin(cfg, place):
 
 def test_a_checkpoint_without_factors_is_taken_whole_and_factors_are_drawn(settings, start, begun):
     """As in a model that is all new."""
-    given = dict(leaves(checkpoint.restore_parts(start, tiny.strategy(), PARTS)))
+    given = dict(leaves(checkpoint.restore_parts(start, tiny.strategy(), PUBLISHED_PARTS)))
 
     @jax.jit
     def factors():
@@ -111,7 +111,7 @@ def test_factors_alone_are_trained_and_have_optimizer_state(settings, begun, tmp
     for moment in moments(state):
         assert {path for path, _ in leaves(moment)} == trained
     # Who goes on from here has the same factors, or none.
-    again = tuple((part, str(tmp_path)) for part in PARTS)
+    again = tuple((part, str(tmp_path)) for part in PUBLISHED_PARTS)
     further = dataclasses.replace(
         settings, checkpoint=dataclasses.replace(settings.checkpoint, init_from=again)
     )

@@ -319,6 +319,6 @@ def test_every_stage_names_parts_and_fields_that_exist():
     from blip3o_jax.blip3o import PARTS
     from blip3o_jax.data.examples import FIELDS
 
-    assert set(STAGES) == set(config_lib.STAGES)
+    assert set(STAGES) == set(config_lib.STAGE_NAMES)
     for stage in STAGES.values():
         assert set(stage.parts) <= set(PARTS) and set(stage.fields) <= set(FIELDS)

@@ -16,8 +16,9 @@ import torch
 from blip3o_jax.bench.peer.worker import Arrays, Prepared, Task
 from blip3o_jax.config import OptimizerConfig, UserError
 from blip3o_jax.convert.source import open_source
+from blip3o_jax.convert.tables import PUBLISHED_PARTS
 from blip3o_jax.convert.torch_files import load_torch
-from blip3o_jax.convert.torch_model import PARTS, Blip3o
+from blip3o_jax.convert.torch_model import Blip3o
 
 
 class Side:
@@ -100,9 +101,9 @@ class Side:
         return self._train(inputs, online=True)
 
     def _train(self, inputs: Arrays, *, online: bool) -> Prepared:
-        model, optimizer = self._model(*PARTS), OptimizerConfig()
+        model, optimizer = self._model(*PUBLISHED_PARTS), OptimizerConfig()
         trained = self._trained(model)
-        self._compile(model, *PARTS)
+        self._compile(model, *PUBLISHED_PARTS)
         rate = float(inputs["learning_rate"])
         adamw = torch.optim.AdamW(
             trained,

@@ -27,9 +27,9 @@ from rich.console import Console
 from rich.table import Table
 
 from blip3o_jax.bench.sharding import topology
-from blip3o_jax.bench.sharding.apart import Row
-from blip3o_jax.bench.sharding.compiled_step import FITS, Task, compile_apart
+from blip3o_jax.bench.sharding.compiled_step import FITS, Task, compile_isolated
 from blip3o_jax.bench.sharding.grid import versions
+from blip3o_jax.bench.sharding.isolated_process import Row
 from blip3o_jax.config import (
     Config,
     DataConfig,
@@ -376,7 +376,7 @@ def bench(
     command: str,
     *,
     keep_hlo: bool = False,
-    compile_row: Callable[[Task], Row] = compile_apart,
+    compile_row: Callable[[Task], Row] = compile_isolated,
 ) -> dict[str, Any]:
     """Compiles the anchors, those named in `only` or all; writes OUT/anchors.json after each;
     returns the report.

@@ -16,8 +16,8 @@ from collections.abc import Callable
 from typing import Any
 
 from blip3o_jax.bench.cost import bundles
-from blip3o_jax.bench.sharding import apart, measure, topology
-from blip3o_jax.bench.sharding.apart import Row
+from blip3o_jax.bench.sharding import isolated_process, measure, topology
+from blip3o_jax.bench.sharding.isolated_process import Row
 from blip3o_jax.bench.sharding.measure import Present
 from blip3o_jax.config import Config, ConfigError
 
@@ -45,19 +45,21 @@ class Task:
     schedules: bool = True
 
 
-def compile_apart(task: Task) -> Row:
+def compile_isolated(task: Task) -> Row:
     """`compiled` in a process of its own; a process that is killed becomes a row that says so."""
     if isinstance(task.topology, Present):
-        return apart.run(
+        return isolated_process.run_isolated(
             functools.partial(compiled, task), dict(measure.environment(task.config.mesh))
         )
     environment = topology.settings(task.topology.chip)
     environment["LIBTPU_INIT_ARGS"] = flags = task.flags or environment["LIBTPU_INIT_ARGS"]
     if not task.schedules:
-        return apart.run(functools.partial(compiled, task), environment)
+        return isolated_process.run_isolated(functools.partial(compiled, task), environment)
     with tempfile.TemporaryDirectory(prefix="blip3o-schedules-") as schedules:
         environment["LIBTPU_INIT_ARGS"] = f"{flags} {bundles.flags(pathlib.Path(schedules))}"
-        return apart.run(functools.partial(compiled, task, pathlib.Path(schedules)), environment)
+        return isolated_process.run_isolated(
+            functools.partial(compiled, task, pathlib.Path(schedules)), environment
+        )
 
 
 def compiled(task: Task, schedules: pathlib.Path | None = None) -> Row:

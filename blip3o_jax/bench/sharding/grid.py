@@ -23,8 +23,8 @@ from rich.console import Console
 from rich.table import Table
 
 from blip3o_jax.bench.sharding import largest_batch, measure, page, table, topology
-from blip3o_jax.bench.sharding.apart import Row
-from blip3o_jax.bench.sharding.compiled_step import FITS, STEPS, TOO_LARGE, Task, compile_apart
+from blip3o_jax.bench.sharding.compiled_step import FITS, STEPS, TOO_LARGE, Task, compile_isolated
+from blip3o_jax.bench.sharding.isolated_process import Row
 from blip3o_jax.bench.sharding.measure import Present
 from blip3o_jax.bench.sharding.table import GIB
 from blip3o_jax.config import Config, MeshConfig, UserError, check, check_choice
@@ -85,7 +85,7 @@ def bench(
     out: pathlib.Path,
     options: Options,
     command: str,
-    compile_row: Callable[[Task], Row] = compile_apart,
+    compile_row: Callable[[Task], Row] = compile_isolated,
 ) -> dict[str, Any]:
     """Runs the grid; writes OUT/sharding.json after each row and OUT/sharding.html; returns the
     report.

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from blip3o_jax.bench.sharding import apart
+from blip3o_jax.bench.sharding import isolated_process
 from blip3o_jax.config import MeshConfig, UserError
 from blip3o_jax.parallel.chips import Chip, chip_of
 
@@ -49,7 +49,7 @@ def environment(mesh: MeshConfig) -> Mapping[str, str]:
 
 def find(mesh: MeshConfig) -> Present:
     """The devices that a run with this mesh would get. UserError where there are none to be had."""
-    row = apart.run(_look, environment(mesh), "device")
+    row = isolated_process.run_isolated(_look, environment(mesh), "device")
     if "error" in row:
         raise UserError(f"--measure finds no device to run on: {row['error']}")
     return Present(Chip(**row["chip"] | {"kinds": tuple(row["chip"]["kinds"])}), row["devices"])

@@ -8,7 +8,7 @@ from typing import Any
 
 from blip3o_jax.bench.cost.walk import LIMITERS
 from blip3o_jax.bench.sharding import table
-from blip3o_jax.bench.sharding.apart import Row
+from blip3o_jax.bench.sharding.isolated_process import Row
 from blip3o_jax.bench.sharding.largest_batch import verdict
 from blip3o_jax.bench.sharding.table import GIB
 

@@ -23,7 +23,7 @@ from blip3o_jax.drawing import LENGTH_BUCKET, make_sample
 from blip3o_jax.parallel.rules import Strategy
 from blip3o_jax.train.flops import count_flops
 
-PARTS = ("ar", "connector", "dit", "vae")
+SAMPLING_PARTS = ("ar", "connector", "dit", "vae")
 PROMPT = 128  # tokens; of 32 or more, since prompts are padded to a multiple of that
 
 
@@ -54,7 +54,7 @@ class Rollout:
         self._sample = make_sample(self._graphdef, strategy, image_ids)
 
     def _build(self) -> Blip3o:
-        return Blip3o(self.model, PARTS, seed=self.config.seed)
+        return Blip3o(self.model, SAMPLING_PARTS, seed=self.config.seed)
 
     @property
     def branches(self) -> int:
@@ -130,7 +130,7 @@ def in_compute_dtype(model: ModelConfig) -> ModelConfig:
     """With weights in the dtype that each part of a rollout computes in: bfloat16 in the published
     sizes.
     """
-    parts = {name: getattr(model, name) for name in PARTS}
+    parts = {name: getattr(model, name) for name in SAMPLING_PARTS}
     return dataclasses.replace(
         model, **{name: dataclasses.replace(c, param_dtype=c.dtype) for name, c in parts.items()}
     )

@@ -17,7 +17,7 @@ from blip3o_jax.text.tokenizers import load_tokenizer
 from blip3o_jax.text.vocabulary import Vocabulary
 from blip3o_jax.train import checkpoint as checkpoints
 
-PARTS = ("tokenizer", "text_tower")
+CONTRASTIVE_PARTS = ("tokenizer", "text_tower")
 
 
 class ContrastiveEncoder:
@@ -33,8 +33,10 @@ class ContrastiveEncoder:
                 f"reward clip: {root} was written by stage {config.stage!r}; give a run of stage 'contrastive'"
             )
         strategy = Strategy.of(MeshConfig(data=1, fsdp=1, strategy="dp"), jax.local_devices()[:1])
-        self._params = checkpoints.restore_parts(path, strategy, PARTS)
-        self._graphdef, _ = nnx.split(nnx.eval_shape(lambda: Blip3o(config.model, PARTS, seed=0)))
+        self._params = checkpoints.restore_parts(path, strategy, CONTRASTIVE_PARTS)
+        self._graphdef, _ = nnx.split(
+            nnx.eval_shape(lambda: Blip3o(config.model, CONTRASTIVE_PARTS, seed=0))
+        )
         text = checkpoints.stored_text(root, config.model.text)
         self._vocabulary = Vocabulary(load_tokenizer(text), config.model.tokenizer.codebook_size)
         self._size, self._length, self._batch = (

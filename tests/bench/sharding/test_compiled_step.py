@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import pytest
 
-from blip3o_jax.bench.sharding import apart, compiled_step, grid, topology
+from blip3o_jax.bench.sharding import compiled_step, grid, isolated_process, topology
 from blip3o_jax.bench.sharding.measure import Present
 from blip3o_jax.config import MeshConfig, UserError
 from blip3o_jax.parallel.chips import CHIPS
@@ -57,13 +57,15 @@ def test_what_the_compiler_says_of_too_little_memory(message, used, capacity):
 
 def test_the_process_gets_the_flags_of_what_it_compiles_for(monkeypatch):
     seen = []
-    monkeypatch.setattr(apart, "run", lambda work, environment: seen.append(environment) or {})
+    monkeypatch.setattr(
+        isolated_process, "run_isolated", lambda work, environment: seen.append(environment) or {}
+    )
     where = topology.parse("v5e:2x2")
-    compiled_step.compile_apart(compiled_step.Task(CONFIG, where, flags="--xla_one=1"))
-    compiled_step.compile_apart(compiled_step.Task(CONFIG, where))
-    compiled_step.compile_apart(compiled_step.Task(CONFIG, where, schedules=False))
+    compiled_step.compile_isolated(compiled_step.Task(CONFIG, where, flags="--xla_one=1"))
+    compiled_step.compile_isolated(compiled_step.Task(CONFIG, where))
+    compiled_step.compile_isolated(compiled_step.Task(CONFIG, where, schedules=False))
     here = dataclasses.replace(CONFIG, mesh=MeshConfig(cpu_devices=8))
-    compiled_step.compile_apart(compiled_step.Task(here, Present(CHIPS["H100"], 8)))
+    compiled_step.compile_isolated(compiled_step.Task(here, Present(CHIPS["H100"], 8)))
     recommended = topology.settings(where.chip)
     of_schedules = " --xla_jf_dump_to="
     flags = [environment["LIBTPU_INIT_ARGS"].split(of_schedules)[0] for environment in seen[:2]]

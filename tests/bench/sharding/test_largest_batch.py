@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 
 from blip3o_jax.bench.sharding import grid, largest_batch, topology
-from blip3o_jax.bench.sharding.apart import FAILED, REFUSED
 from blip3o_jax.bench.sharding.compiled_step import FITS, TOO_LARGE
+from blip3o_jax.bench.sharding.isolated_process import FAILED, REFUSED
 from tests import tiny
 
 GIB = 2**30

@@ -6,7 +6,7 @@ import os
 import jax
 import pytest
 
-from blip3o_jax.bench.sharding import apart, compiled_step, grid, measure
+from blip3o_jax.bench.sharding import compiled_step, grid, isolated_process, measure
 from blip3o_jax.bench.sharding.compiled_step import FITS
 from blip3o_jax.config import MeshConfig, UserError
 from blip3o_jax.parallel.chips import CHIPS
@@ -67,7 +67,7 @@ def test_devices_are_looked_for_in_a_process_with_as_many_as_the_mesh_has(monkey
         seen.update(environment)
         return {"devices": 8, "chip": dataclasses.asdict(CPU) | {"kinds": ["cpu"]}}
 
-    monkeypatch.setattr(apart, "run", run)
+    monkeypatch.setattr(isolated_process, "run_isolated", run)
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     found = measure.find(MeshConfig(cpu_devices=8))
     assert seen["JAX_NUM_CPU_DEVICES"] == "8" and int(seen["NPROC"]) > 8, (
@@ -78,7 +78,9 @@ def test_devices_are_looked_for_in_a_process_with_as_many_as_the_mesh_has(monkey
 
 
 def test_no_device_is_a_users_error(monkeypatch):
-    monkeypatch.setattr(apart, "run", lambda *args: {"status": "failed", "error": "no GPU"})
+    monkeypatch.setattr(
+        isolated_process, "run_isolated", lambda *args: {"status": "failed", "error": "no GPU"}
+    )
     with pytest.raises(UserError, match="--measure finds no device to run on: no GPU"):
         measure.find(MeshConfig())
 

@@ -110,7 +110,7 @@ def test_prompt_length(max_length, want):
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
 def test_a_rollout_for_tpus():
     options = grid.Options(("v5e:2x2",), step="rollout", batch_per_chip=2)
-    row = compiled_step.compile_apart(
+    row = compiled_step.compile_isolated(
         grid.make_task(CONFIG, topology.parse("v5e:2x2"), "dp", options)
     )
     assert row["status"] == compiled_step.FITS and row["unknown"] == {}

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from blip3o_jax import checksums, cli
+from blip3o_jax.bench.peer import interleaved, worker
 from blip3o_jax.bench.peer import report as peer_report
-from blip3o_jax.bench.peer import turns, worker
 from blip3o_jax.config import SamplingConfig
 from blip3o_jax.convert.exporter import export_weights
 from blip3o_jax.parallel.flags import environment
@@ -40,7 +40,7 @@ def run(weights, out, *flags):
     "items",
     [
         ("train_step", "ar_decode", "dit_step", "tokenizer"),
-        pytest.param(turns.ITEMS, marks=pytest.mark.slow),
+        pytest.param(interleaved.ITEMS, marks=pytest.mark.slow),
     ],
     ids=len,
 )
@@ -154,8 +154,8 @@ def test_unequal_work_is_refused():
         ValueError,
         match=r"vae_encode of torch differs from JAX's by 9.9e-03: the directories do not hold",
     ):
-        turns.differences("vae_encode", started, "cpu")
-    assert turns.differences("vae_encode", started, "gpu")["torch"] == pytest.approx(
+        interleaved.differences("vae_encode", started, "cpu")
+    assert interleaved.differences("vae_encode", started, "gpu")["torch"] == pytest.approx(
         0.01 / 1.01, rel=1e-4
     )
 

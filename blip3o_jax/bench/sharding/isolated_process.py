@@ -21,10 +21,12 @@ Row = dict[str, Any]
 REFUSED, FAILED = "refused", "failed"
 
 
-SAY_EVERY = 60.0  # seconds
+PROGRESS_PERIOD = 60.0  # seconds
 
 
-def run(work: Callable[[], Row], environment: Mapping[str, str], name: str = "compiling") -> Row:
+def run_isolated(
+    work: Callable[[], Row], environment: Mapping[str, str], name: str = "compiling"
+) -> Row:
     """What `work`, which can be pickled, returns; where it raises, or its process is killed, a row
     that says so. `environment` is added to this process's own.
     """
@@ -38,7 +40,7 @@ def run(work: Callable[[], Row], environment: Mapping[str, str], name: str = "co
             command = [
                 sys.executable,
                 "-m",
-                "blip3o_jax.bench.sharding.apart",
+                "blip3o_jax.bench.sharding.isolated_process",
                 str(given),
                 str(found),
             ]
@@ -66,11 +68,11 @@ def run(work: Callable[[], Row], environment: Mapping[str, str], name: str = "co
 
 
 def _wait(process: subprocess.Popen[bytes], name: str) -> int:
-    """Its exit status; a line each SAY_EVERY seconds tells that it is still at work."""
+    """Its exit status; a line each PROGRESS_PERIOD seconds tells that it is still at work."""
     began = time.monotonic()
     while True:
         try:
-            return process.wait(timeout=SAY_EVERY)
+            return process.wait(timeout=PROGRESS_PERIOD)
         except subprocess.TimeoutExpired:
             print(f"{name}: {time.monotonic() - began:.0f} s so far", file=sys.stderr, flush=True)
 

@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-from blip3o_jax.bench.sharding import apart
-from blip3o_jax.bench.sharding.apart import FAILED, REFUSED
+from blip3o_jax.bench.sharding import isolated_process
+from blip3o_jax.bench.sharding.isolated_process import FAILED, REFUSED
 from blip3o_jax.config import UserError
 
 
@@ -49,18 +49,18 @@ def _abort():
 def test_what_comes_back(work, row, monkeypatch):
     root = os.path.join(os.path.dirname(__file__), *[".."] * 3)
     monkeypatch.setenv("PYTHONPATH", root)  # where the functions above are found
-    assert apart.run(work, {"BLIP3O_TEST": "1"}) == row
+    assert isolated_process.run_isolated(work, {"BLIP3O_TEST": "1"}) == row
 
 
 def test_a_bug_is_told_with_its_type():
-    row = apart.run(functools.partial(int, "x"), {})
+    row = isolated_process.run_isolated(functools.partial(int, "x"), {})
     assert row["status"] == FAILED and row["error"].startswith("ValueError: invalid literal")
 
 
 def test_a_line_tells_now_and_then_that_it_is_still_at_work(monkeypatch, capsys):
-    monkeypatch.setattr(apart, "SAY_EVERY", 0.05)
-    assert apart.run(functools.partial(dict, status="done"), {}, "compiling v5p") == {
-        "status": "done"
-    }
+    monkeypatch.setattr(isolated_process, "PROGRESS_PERIOD", 0.05)
+    assert isolated_process.run_isolated(
+        functools.partial(dict, status="done"), {}, "compiling v5p"
+    ) == {"status": "done"}
     lines = capsys.readouterr().err.splitlines()
     assert lines and all(re.fullmatch(r"compiling v5p: \d+ s so far", line) for line in lines)
