@@ -17,6 +17,7 @@ from collections.abc import Iterator
 
 from blip3o_jax import cli, config
 from blip3o_jax.config import fields
+from blip3o_jax.config.constraints import Bounds
 
 ROOT = pathlib.Path(__file__).parent.parent
 HUGE = "9" * 5000
@@ -237,7 +238,7 @@ def bad_texts(hint: typing.Any) -> list[str]:
         return ["", "maybe", "2", "\0"]
     if kind is str or typing.get_origin(kind) is typing.Literal:
         return ["\0", "a\0b"] if kind is str else ["nonsense", "\0", "\n"]
-    bounds = [c for c in constraints if isinstance(c, fields.Bounds)]
+    bounds = [c for c in constraints if isinstance(c, Bounds)]
     beyond = [str(kind(b.low) - kind(1)) for b in bounds] + [
         str(kind(b.high) + kind(1)) for b in bounds
     ]

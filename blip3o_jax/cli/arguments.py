@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
-from blip3o_jax.config import fields
-from blip3o_jax.config.fields import Bounds
+from blip3o_jax.config import errors, fields, types
+from blip3o_jax.config.constraints import Bounds
 
 # (kind of number, as a message names it)
 _NAMES = {int: "a whole number", float: "a number"}
@@ -25,7 +25,7 @@ def number(hint: Any) -> Argument:
             value = kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(
-                f"{fields.shown(text)} is not {_NAMES[kind]}"
+                f"{errors.shown(text)} is not {_NAMES[kind]}"
             ) from None
         return _accepted(value, hint, text)
 
@@ -44,7 +44,7 @@ def field(cls: type, name: str) -> Argument:
 
 def text(value: str) -> str:
     """Return text that UTF-8 can hold."""
-    return _accepted(value, fields.Text, value)
+    return _accepted(value, types.Text, value)
 
 
 def word(value: str) -> str:
@@ -61,17 +61,17 @@ def path(value: str) -> Path:
     """
     if not value.strip():
         raise argparse.ArgumentTypeError("the path is empty")
-    _accepted(value, fields.Path, value)
+    _accepted(value, types.Path, value)
     if "://" in value:
         raise argparse.ArgumentTypeError(
-            f"{fields.shown(value)} is no directory: mount the bucket, as docs/pods.md says, and give the path"
+            f"{errors.shown(value)} is no directory: mount the bucket, as docs/pods.md says, and give the path"
         )
     return Path(value)
 
 
 def config_path(value: str) -> str:
     """Return FILE.py[:ARG] of --config."""
-    return str(_accepted(value, fields.Path, value))
+    return str(_accepted(value, types.Path, value))
 
 
 def names(value: str) -> tuple[str, ...]:
@@ -79,22 +79,22 @@ def names(value: str) -> tuple[str, ...]:
     found = tuple(name.strip() for name in text(value).split(",") if name.strip())
     if not found:
         raise argparse.ArgumentTypeError(
-            f"{fields.shown(value)} names nothing: leave the flag out for all"
+            f"{errors.shown(value)} names nothing: leave the flag out for all"
         )
     return found
 
 
 def address(value: str) -> str:
     """Return HOST:PORT."""
-    host, _, port = _accepted(value, fields.Text, value).rpartition(":")
+    host, _, port = _accepted(value, types.Text, value).rpartition(":")
     if not (port.isascii() and port.isdigit()):
         # `distributed.Launch` names the flag in the same words.
         raise argparse.ArgumentTypeError(
-            f"{fields.shown(value)} names no port: give it as HOST:PORT"
+            f"{errors.shown(value)} names no port: give it as HOST:PORT"
         )
     if not host or len(port) > 5 or not 0 < int(port) < 2**16:
         raise argparse.ArgumentTypeError(
-            f"{fields.shown(value)} is not HOST:PORT with a port in 1 .. 65535"
+            f"{errors.shown(value)} is not HOST:PORT with a port in 1 .. 65535"
         )
     return value
 
@@ -104,9 +104,9 @@ def size(value: str) -> tuple[int, int]:
     sides = value.split("x")
     if len(sides) != 2 or not all(side.isascii() and side.isdigit() for side in sides):
         raise argparse.ArgumentTypeError(
-            f"{fields.shown(value)} is not HEIGHTxWIDTH in pixels, as in 768x1152"
+            f"{errors.shown(value)} is not HEIGHTxWIDTH in pixels, as in 768x1152"
         )
-    side = number(fields.Side)
+    side = number(types.Side)
     return side(sides[0]), side(sides[1])
 
 
@@ -116,5 +116,5 @@ def _accepted(value: Any, hint: Any, given: str) -> Any:
     """
     for constraint in fields.unwrapped(hint)[1]:
         if why := constraint.refusal(value):
-            raise argparse.ArgumentTypeError(f"{fields.shown(given)} {why}")
+            raise argparse.ArgumentTypeError(f"{errors.shown(given)} {why}")
     return value

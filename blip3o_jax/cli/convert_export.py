@@ -6,7 +6,7 @@ from typing import Any
 from blip3o_jax.cli import arguments
 from blip3o_jax.cli.command import add_command
 from blip3o_jax.cli.convert_source import DTYPES, format_bytes, print_notes
-from blip3o_jax.config import fields
+from blip3o_jax.config import errors
 
 _UNITS = {
     "B": 1,
@@ -89,6 +89,6 @@ def _size(text: str) -> int:
         size = 0
     if not 1 <= size < 2**60:
         raise argparse.ArgumentTypeError(
-            f"{fields.shown(text)} is no size, such as 5GB, 500MB or 2GiB"
+            f"{errors.shown(text)} is no size, such as 5GB, 500MB or 2GiB"
         )
     return size

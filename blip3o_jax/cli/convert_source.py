@@ -4,7 +4,7 @@ import argparse
 import sys
 
 from blip3o_jax.cli import arguments
-from blip3o_jax.config.fields import escaped
+from blip3o_jax.config.errors import escaped
 
 DTYPES = ("float32", "bfloat16", "float16")
 

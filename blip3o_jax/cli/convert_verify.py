@@ -7,7 +7,7 @@ from blip3o_jax import files
 from blip3o_jax.cli import arguments
 from blip3o_jax.cli.command import add_command
 from blip3o_jax.cli.convert_source import add_source
-from blip3o_jax.config.fields import UINT32
+from blip3o_jax.config.types import UINT32
 
 
 def add(commands: Any) -> None:

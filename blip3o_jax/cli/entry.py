@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from blip3o_jax import exits, files
 from blip3o_jax.cli.parser import parse
 from blip3o_jax.config import UserError
-from blip3o_jax.config.fields import escaped
+from blip3o_jax.config.errors import escaped
 
 
 def main(argv: Sequence[str] | None = None) -> int:

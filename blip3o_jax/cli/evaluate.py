@@ -5,7 +5,7 @@ from typing import Any
 
 from blip3o_jax.cli import arguments, flags
 from blip3o_jax.cli.command import add_command
-from blip3o_jax.config.fields import INT32
+from blip3o_jax.config.types import INT32
 
 
 def add(commands: Any) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 from blip3o_jax.cli import arguments
 from blip3o_jax.config import SamplingConfig
-from blip3o_jax.config.fields import UINT32
+from blip3o_jax.config.types import UINT32
 
 SAMPLING = (
     "steps",

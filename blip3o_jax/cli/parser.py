@@ -27,7 +27,7 @@ from blip3o_jax.cli import (
     train,
 )
 from blip3o_jax.cli.command import Parser
-from blip3o_jax.config.fields import shown
+from blip3o_jax.config.errors import shown
 
 _EXAMPLES = """\
 examples:

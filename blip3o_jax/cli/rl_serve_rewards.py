@@ -6,7 +6,7 @@ from typing import Annotated, Any
 from blip3o_jax.cli import arguments, flags
 from blip3o_jax.cli.command import add_command
 from blip3o_jax.config import UserError
-from blip3o_jax.config.fields import Bounds
+from blip3o_jax.config.constraints import Bounds
 
 
 def add(commands: Any, run_flags: list[argparse.Action]) -> None:

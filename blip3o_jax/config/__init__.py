@@ -11,7 +11,7 @@ diffusers), so a published config.json reads straight into them.
 from blip3o_jax.config.autoencoder import DcAeConfig, PerStage, VaeBlock, VaeLayers, VaeScales
 from blip3o_jax.config.data import DataConfig, DataFormat, SourceConfig
 from blip3o_jax.config.diffusion import SANA_LINEAR, ConnectorConfig, FlowConfig, SanaConfig
-from blip3o_jax.config.fields import ConfigError, UserError, check, check_choice
+from blip3o_jax.config.errors import ConfigError, UserError, check, check_choice
 from blip3o_jax.config.image_tokenizer import (
     SiglipVisionConfig,
     TaTokConfig,

@@ -3,13 +3,26 @@
 import dataclasses
 from typing import Annotated, Literal
 
-from blip3o_jax.config.fields import Bounds, ConfigGroup, Length, Positive, Width, check
-from blip3o_jax.config.types import Dtype, Remat
+from blip3o_jax.config.constraints import Bounds, Length, Odd
+from blip3o_jax.config.errors import check
+from blip3o_jax.config.fields import ConfigGroup
+from blip3o_jax.config.types import Dtype, Positive, Remat, Width
 
 PerStage = Length(2, 12)  # resolutions of an autoencoder, one entry of a tuple each
 VaeBlock = Literal["ResBlock", "EfficientViTBlock"]
 VaeLayers = Annotated[int, Bounds(0, 64)]
-VaeScales = Annotated[tuple[Annotated[int, Bounds(1, 63)], ...], Length(0, 8)]
+KernelSize = Annotated[int, Bounds(1, 63), Odd()]
+VaeScales = Annotated[tuple[KernelSize, ...], Length(0, 8)]
+
+
+@dataclasses.dataclass(frozen=True)
+class _InnerStagesHaveLayers:
+    """Layers of each stage, of which the first and the last alone may have none."""
+
+    def refusal(self, value: tuple[int, ...]) -> str:
+        if all(value[1:-1]):
+            return ""
+        return "leaves a stage empty: only the first and the last stage may have 0 layers"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,8 +54,12 @@ class DcAeConfig(ConfigGroup, path="model.vae"):
         1024,
         1024,
     )
-    encoder_layers_per_block: Annotated[tuple[VaeLayers, ...], PerStage] = (2, 2, 2, 3, 3, 3)
-    decoder_layers_per_block: Annotated[tuple[VaeLayers, ...], PerStage] = (3, 3, 3, 3, 3, 3)
+    encoder_layers_per_block: Annotated[
+        tuple[VaeLayers, ...], PerStage, _InnerStagesHaveLayers()
+    ] = (2, 2, 2, 3, 3, 3)
+    decoder_layers_per_block: Annotated[
+        tuple[VaeLayers, ...], PerStage, _InnerStagesHaveLayers()
+    ] = (3, 3, 3, 3, 3, 3)
     encoder_qkv_multiscales: Annotated[tuple[VaeScales, ...], PerStage] = (
         (),
         (),
@@ -74,42 +91,29 @@ class DcAeConfig(ConfigGroup, path="model.vae"):
         stages = len(self.encoder_block_out_channels)
         names = ("block_types", "block_out_channels", "layers_per_block", "qkv_multiscales")
         for side in ("encoder", "decoder"):
-            columns = [getattr(self, f"{side}_{name}") for name in names]
-            for name, values in zip(names, columns, strict=True):
+            for name in names:
+                values = getattr(self, f"{side}_{name}")
                 check(
                     len(values) == stages,
-                    f"vae.{side}_{name} has {len(values)} entries, one for each of {stages} stages needed",
+                    f"model.vae.{side}_{name} has {len(values)} entries, one for each of {stages} "
+                    "stages needed",
                 )
-            self._check_blocks(side, *columns)
+            self._check_blocks(side)
             self._check_channels(side)
 
-    def _check_blocks(
-        self,
-        side: str,
-        kinds: tuple[str, ...],
-        channels: tuple[int, ...],
-        layers: tuple[int, ...],
-        scales: tuple[tuple[int, ...], ...],
-    ) -> None:
-        check(
-            all(layers[1:-1]),
-            f"vae.{side}_layers_per_block={layers}: only the first and the last stage may be empty",
-        )
-        for i, kind in enumerate(kinds):
-            check(
-                all(size % 2 for size in scales[i]),
-                f"vae.{side}_qkv_multiscales[{i}]={scales[i]} must be odd kernel sizes",
-            )
+    def _check_blocks(self, side: str) -> None:
+        channels = getattr(self, f"{side}_block_out_channels")
+        for i, kind in enumerate(getattr(self, f"{side}_block_types")):
             check(
                 kind != "EfficientViTBlock" or channels[i] >= self.attention_head_dim,
-                f"vae.{side}_block_out_channels[{i}]={channels[i]} must be at least "
-                f"vae.attention_head_dim={self.attention_head_dim}",
+                f"model.vae.{side}_block_out_channels[{i}]={channels[i]} must be at least "
+                f"model.vae.attention_head_dim={self.attention_head_dim}",
             )
 
     def _check_channels(self, side: str) -> None:
         """Shortcuts average or repeat whole runs of channels."""
         channels = getattr(self, f"{side}_block_out_channels")
-        field = f"vae.{side}_block_out_channels={channels}"
+        field = f"model.vae.{side}_block_out_channels={channels}"
         first = 0 if getattr(self, f"{side}_layers_per_block")[0] else 1
         for fine, coarse in zip(channels[first:], channels[first + 1 :], strict=False):
             check(
@@ -118,7 +122,8 @@ class DcAeConfig(ConfigGroup, path="model.vae"):
             )
         check(
             channels[-1] % self.latent_channels == 0,
-            f"{field}: the last must be a multiple of vae.latent_channels={self.latent_channels}",
+            f"{field}: the last must be a multiple of "
+            f"model.vae.latent_channels={self.latent_channels}",
         )
         if side == "encoder" and self.downsample_block_type == "pixel_unshuffle":
             check(

@@ -3,8 +3,10 @@
 import dataclasses
 from typing import Annotated, Literal
 
-from blip3o_jax.config.fields import Bounds, ConfigGroup, Fraction, Path, Positive, check
-from blip3o_jax.config.types import BatchSize
+from blip3o_jax.config.constraints import Bounds
+from blip3o_jax.config.errors import check
+from blip3o_jax.config.fields import ConfigGroup
+from blip3o_jax.config.types import BatchSize, Fraction, Path, Positive
 
 DataFormat = Literal["auto", "tfds", "webdataset", "parquet", "folder"]
 

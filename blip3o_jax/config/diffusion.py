@@ -3,20 +3,21 @@
 import dataclasses
 from typing import Annotated, Literal
 
-from blip3o_jax.config.fields import (
-    Bounds,
-    ConfigGroup,
+from blip3o_jax.config.constraints import Bounds
+from blip3o_jax.config.errors import check
+from blip3o_jax.config.fields import ConfigGroup
+from blip3o_jax.config.lora import LoraConfig
+from blip3o_jax.config.types import (
     Depth,
+    Dtype,
     Epsilon,
     Finite,
     Heads,
     Positive,
+    Remat,
     Side,
     Width,
-    check,
 )
-from blip3o_jax.config.lora import LoraConfig
-from blip3o_jax.config.types import Dtype, Remat
 
 SANA_LINEAR = (
     "q",
@@ -76,19 +77,21 @@ class SanaConfig(ConfigGroup, path="model.dit"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.lora.check("dit", SANA_LINEAR)
+        self.lora.check("model.dit", SANA_LINEAR)
         check(
             self.num_cross_attention_heads * self.cross_attention_head_dim
             == self.cross_attention_dim,
-            "dit.cross_attention_dim must equal num_cross_attention_heads * cross_attention_head_dim",
+            "model.dit.cross_attention_dim must equal "
+            "num_cross_attention_heads * cross_attention_head_dim",
         )
         check(
             self.cross_attention_dim == self.hidden_size,
-            "dit.cross_attention_dim must equal the hidden size",
+            "model.dit.cross_attention_dim must equal the hidden size",
         )
         check(
             int(self.mlp_ratio * self.hidden_size) >= 1,
-            f"dit.mlp_ratio={self.mlp_ratio} leaves the feed-forward no channel at hidden size {self.hidden_size}",
+            f"model.dit.mlp_ratio={self.mlp_ratio} leaves the feed-forward no channel at hidden "
+            f"size {self.hidden_size}",
         )
 
 

@@ -10,181 +10,33 @@ may hold:
 Values are checked when a group is constructed, in Python as from JSON or the command line. A number
 that JSON or Python wrote as an integer becomes the float a field declares, a list becomes its
 tuple; nothing else is converted. What concerns several fields at once is checked by the group's own
-`__post_init__`, after `super().__post_init__()`.
+`__post_init__`, after `super().__post_init__()`. An annotation is walked once: `reader` turns it
+into a function that checks values.
 """
 
 import ast
 import dataclasses
-import difflib
 import functools
 import math
-import os
-import re
 import types
 import typing
-from collections.abc import Iterable
-from typing import Annotated, Any, Protocol
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any
 
-INT32 = 2**31 - 1
-UINT32 = 2**32 - 1
-_NAME_MAX = 255
-_PATH_MAX = 4096
-_SHOWN = 80  # characters of a value in a message
+from blip3o_jax.config.constraints import Constraint
+from blip3o_jax.config.errors import (
+    ConfigError,
+    check,
+    did_you_mean,
+    listed,
+    not_a_choice,
+    shown,
+)
+
 _BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
-
-class UserError(ValueError):
-    """What a user can cause and cure: one line that says what, where and what to do. The command
-    prints it without a traceback; any other exception is a bug and keeps its traceback.
-    """
-
-
-class ConfigError(UserError):
-    """A setting that cannot be used; the message names the field and says what to do."""
-
-
-def check(condition: bool, message: str) -> None:
-    """Raise ConfigError with `message` unless `condition` holds."""
-    if not condition:
-        raise ConfigError(message)
-
-
-def check_choice(field: str, value: str, choices: Iterable[str]) -> None:
-    """Raise ConfigError that names `field` unless `value` is one of `choices`."""
-    choices = tuple(choices)
-    check(value in choices, f"{field}={shown(value)} is not one of {', '.join(map(str, choices))}")
-
-
-def escaped(text: str) -> str:
-    """Return `text` with all that cannot be printed escaped, lone surrogates among them: a name
-    from elsewhere may hold a line's end or a terminal's commands."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
-def shown(value: Any) -> str:
-    """Return `repr(value)` on one line, cut where it is long."""
-    try:
-        text = repr(value)
-    except ValueError:  # Python prints no integer of more than 4,300 digits
-        return "a number of thousands of digits"
-    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an exception's message, the exception's name where it has no
-    message.
-    """
-    return next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)
-
-
-class Constraint(Protocol):
-    """What an annotation asks of a value beyond its type."""
-
-    def refusal(self, value: Any) -> str:
-        """Return what the value must be, as the end of a sentence, or "" where it is."""
-        ...
-
-
-@dataclasses.dataclass(frozen=True)
-class Bounds:
-    """An interval of numbers. NaN lies in none; `note` says what a special value does."""
-
-    low: float
-    high: float
-    open_low: bool = False
-    open_high: bool = False
-    note: str = ""
-
-    def refusal(self, value: float) -> str:
-        above = value > self.low if self.open_low else value >= self.low
-        below = value < self.high if self.open_high else value <= self.high
-        if above and below:
-            return ""
-        left = f"{_number(self.low)} (excluded)" if self.open_low else _number(self.low)
-        right = f"{_number(self.high)} (excluded)" if self.open_high else _number(self.high)
-        note = f"; {self.note}" if self.note else ""
-        return f"must lie between {left} and {right}{note}"
-
-
-@dataclasses.dataclass(frozen=True)
-class Length:
-    """How many elements a tuple has."""
-
-    low: int
-    high: int
-
-    def refusal(self, value: tuple[Any, ...]) -> str:
-        if self.low <= len(value) <= self.high:
-            return ""
-        return f"must have {self.low} to {self.high} elements, not {len(value)}"
-
-
-@dataclasses.dataclass(frozen=True)
-class PathText:
-    """Text that Linux takes as a path. Bytes that are not UTF-8 are allowed (surrogate escapes)."""
-
-    def refusal(self, value: str) -> str:
-        if "\0" in value:
-            return "must be a path: it contains a NUL character"
-        try:
-            name = max((os.fsencode(name) for name in value.split("/")), key=len)
-        except UnicodeEncodeError:
-            return "must be a path: it contains a lone surrogate"
-        if len(name) > _NAME_MAX or len(value) >= _PATH_MAX:
-            return f"must be a path: at most {_PATH_MAX - 1} bytes, and {_NAME_MAX} in one name"
-        return ""
-
-
-@dataclasses.dataclass(frozen=True)
-class UnicodeText:
-    """Text that can be written as UTF-8: no lone surrogate, no NUL."""
-
-    def refusal(self, value: str) -> str:
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError:
-            return "must be text that UTF-8 can hold: it contains a lone surrogate"
-        return "must be text: it contains a NUL character" if "\0" in value else ""
-
-
-@dataclasses.dataclass(frozen=True)
-class Pattern:
-    """A regular expression."""
-
-    def refusal(self, value: str) -> str:
-        try:
-            re.compile(value)
-        except (re.error, RecursionError, OverflowError) as error:
-            return f"must be a regular expression: {error}"
-        return ""
-
-
-def _number(value: float) -> str:
-    if isinstance(value, int):
-        return f"{value:,}" if abs(value) < 10**15 else str(value)
-    return f"{value:g}"
-
-
-# Aliases that several groups share. Upper bounds are beyond what any machine of today holds;
-# whether a size fits this machine is asked later, with all sizes at hand (train/memory.py).
-Count = Annotated[int, Bounds(0, INT32)]
-PositiveInt = Annotated[int, Bounds(1, INT32)]
-Seed = Annotated[int, Bounds(0, UINT32)]
-Width = Annotated[int, Bounds(1, 2**17)]
-Depth = Annotated[int, Bounds(1, 1024)]
-Heads = Annotated[int, Bounds(1, 1024)]
-Side = Annotated[int, Bounds(1, 2**14)]  # pixels, patches
-Epsilon = Annotated[
-    float, Bounds(1e-30, 1)
-]  # a smaller one vanishes in float32, where 0 / 0 is left
-Fraction = Annotated[float, Bounds(0, 1)]
-Decay = Annotated[float, Bounds(0, 1, open_high=True)]
-NonNegative = Annotated[float, Bounds(0, 1e6)]
-Positive = Annotated[float, Bounds(1e-6, 1e6)]
-Finite = Annotated[float, Bounds(-1e6, 1e6)]
-Path = Annotated[str, PathText()]
-Text = Annotated[str, UnicodeText()]
-Regex = Annotated[str, UnicodeText(), Pattern()]
+# Returns a value as an annotation declares it, or raises ConfigError that names the dotted field.
+Reader = Callable[[Any, str], Any]
 
 
 class ConfigGroup:
@@ -203,12 +55,11 @@ class ConfigGroup:
         cls.group_path = path
 
     def __post_init__(self) -> None:
-        hints = field_types(type(self))
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            converted = convert(value, hints[field.name], join(self.group_path, field.name))
+        for name, read in _readers(type(self)).items():
+            value = getattr(self, name)
+            converted = read(value, join(self.group_path, name))
             if converted is not value:
-                object.__setattr__(self, field.name, converted)
+                object.__setattr__(self, name, converted)
 
 
 def join(path: str, name: str) -> str:
@@ -228,7 +79,7 @@ def is_group(hint: Any) -> bool:
     return isinstance(hint, type) and dataclasses.is_dataclass(hint)
 
 
-def unwrapped(hint: Any) -> tuple[Any, tuple[Any, ...], bool]:
+def unwrapped(hint: Any) -> tuple[Any, tuple[Constraint, ...], bool]:
     """Return (type, its constraints, whether None is allowed) of an annotation."""
     optional = typing.get_origin(hint) in (types.UnionType, typing.Union)
     if optional:
@@ -251,74 +102,120 @@ def from_dict(values: Any, cls: Any, path: str = "") -> Any:
         isinstance(values, dict),
         f"{path or 'config'} must be a group of fields, not {shown(values)}",
     )
-    hints = field_types(cls)
+    readers = _readers(cls)
     for key in values:
-        if key not in hints:
-            name = key if isinstance(key, str) and key.isprintable() else shown(key)
-            near = difflib.get_close_matches(name, hints, n=1, cutoff=0.5)
-            hint = (
-                f"did you mean {join(path, near[0])}?" if near else f"it takes {', '.join(hints)}"
-            )
-            raise ConfigError(f"unknown config key {join(path, name)}: {hint}")
-    return cls(
-        **{key: convert(value, hints[key], join(path, key)) for key, value in values.items()}
-    )
+        if key not in readers:
+            raise unknown_key(key, cls, path)
+    return cls(**{key: readers[key](value, join(path, key)) for key, value in values.items()})
+
+
+def unknown_key(key: Any, cls: type, path: str) -> ConfigError:
+    """Return the error of a key that the group `cls` at `path` does not have. It names the fields
+    of that name in the groups below, or the nearest field.
+    """
+    name = key if isinstance(key, str) and key.isprintable() else shown(key)
+    below = [join(path, field) for field in _names_below(cls) if field.split(".")[-1] == name]
+    if below:
+        hint = f"did you mean {' or '.join(below)}?"
+    else:
+        near = did_you_mean(name, field_types(cls), lambda field: join(path, field))
+        hint = near or f"it takes {listed(field_types(cls))}"
+    return ConfigError(f"unknown config key {join(path, name)}: {hint}")
+
+
+def _names_below(cls: type) -> Iterator[str]:
+    """Yield the dotted names of the fields of all groups below `cls`."""
+    for name, hint in field_types(cls).items():
+        if is_group(hint):
+            yield from (join(name, field) for field in field_types(hint))
+            yield from (join(name, field) for field in _names_below(hint))
 
 
 def convert(value: Any, hint: Any, path: str) -> Any:
     """Return `value` as the annotation `hint` declares it; ConfigError that names `path` where it
     cannot be.
     """
+    return reader(hint)(value, path)
+
+
+@functools.cache
+def _readers(cls: type) -> dict[str, Reader]:
+    return {name: reader(hint) for name, hint in field_types(cls).items()}
+
+
+@functools.cache
+def reader(hint: Any) -> Reader:
+    """Return the function that checks and converts values of the annotation `hint`."""
     kind, constraints, optional = unwrapped(hint)
-    if optional and value is None:
-        return None
-    value = _typed(value, kind, path)
-    for constraint in constraints:
-        if why := constraint.refusal(value):
-            raise ConfigError(f"{path}={shown(value)} {why}")
-    return value
+    typed = _typed(kind)
 
-
-def _typed(value: Any, kind: Any, path: str) -> Any:
-    if is_group(kind):
-        return value if isinstance(value, kind) else from_dict(value, kind, path)
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if origin is typing.Literal:
-        # An unhashable or unequal type compares unequal; True is no 1.
-        check(
-            any(type(value) is type(a) and value == a for a in args),
-            f"{path}={shown(value)} is not one of {choices(kind)}",
-        )
+    def read(value: Any, path: str) -> Any:
+        if optional and value is None:
+            return None
+        value = typed(value, path)
+        for constraint in constraints:
+            if why := constraint.refusal(value):
+                raise ConfigError(f"{path}={shown(value)} {why}")
         return value
+
+    return read
+
+
+def _typed(kind: Any) -> Reader:
+    """Return the reader of a type without constraints."""
+    if is_group(kind):
+        return lambda value, path: (
+            value if isinstance(value, kind) else from_dict(value, kind, path)
+        )
+    origin = typing.get_origin(kind)
+    if origin is typing.Literal:
+        return _literal(typing.get_args(kind))
     if origin is tuple:
-        return _tuple(value, args, path)
+        return _tuple(typing.get_args(kind))
+    return functools.partial(_scalar, kind)
+
+
+def _scalar(kind: type, value: Any, path: str) -> Any:
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         try:
             return float(value)
         except OverflowError:
             return math.inf if value > 0 else -math.inf
     right = isinstance(value, kind) and not (kind is int and isinstance(value, bool))
-    check(right, f"{path}={shown(value)} must be of type {kind.__name__}")
+    if not right:
+        raise ConfigError(f"{path}={shown(value)} must be of type {kind.__name__}")
     return value
 
 
-def choices(kind: Any) -> str:
-    """Return the values of a Literal, as a message lists them; an empty text as ''."""
-    return ", ".join(str(a) or "''" for a in typing.get_args(kind))
+def _literal(choices: tuple[Any, ...]) -> Reader:
+    def read(value: Any, path: str) -> Any:
+        # An unhashable or unequal type compares unequal; True is no 1.
+        if not any(type(value) is type(a) and value == a for a in choices):
+            raise ConfigError(f"{path}={shown(value)} {not_a_choice(value, choices)}")
+        return value
+
+    return read
 
 
-def _tuple(value: Any, args: tuple[Any, ...], path: str) -> tuple[Any, ...]:
-    check(isinstance(value, list | tuple), f"{path}={shown(value)} must be a list")
-    if len(args) == 2 and args[1] is Ellipsis:
-        kinds = (args[0],) * len(value)
-    else:
-        check(len(value) == len(args), f"{path}={shown(value)} must hold {len(args)} values")
-        kinds = args
-    converted = tuple(
-        convert(v, k, f"{path}[{i}]") for i, (v, k) in enumerate(zip(value, kinds, strict=True))
-    )
-    same = isinstance(value, tuple) and all(a is b for a, b in zip(value, converted, strict=True))
-    return value if same else converted
+def _tuple(args: tuple[Any, ...]) -> Reader:
+    variadic = len(args) == 2 and args[1] is Ellipsis
+    items = [reader(a) for a in args if a is not Ellipsis]
+
+    def read(value: Any, path: str) -> tuple[Any, ...]:
+        if not isinstance(value, list | tuple):
+            raise ConfigError(f"{path}={shown(value)} must be a list")
+        if not variadic and len(value) != len(items):
+            raise ConfigError(f"{path}={shown(value)} must hold {len(items)} values")
+        readers = items * len(value) if variadic else items
+        converted = tuple(
+            item(v, f"{path}[{i}]") for i, (v, item) in enumerate(zip(value, readers, strict=True))
+        )
+        same = isinstance(value, tuple) and all(
+            a is b for a, b in zip(value, converted, strict=True)
+        )
+        return value if isinstance(value, tuple) and same else converted
+
+    return read
 
 
 def parse(text: str, hint: Any, key: str) -> Any:

@@ -1,21 +1,23 @@
 """Settings of the vision tokenizer, and of the caption encoder that it is pretrained with."""
 
 import dataclasses
-import math
 from typing import Annotated
 
-from blip3o_jax.config.fields import (
-    Bounds,
-    ConfigGroup,
+from blip3o_jax.config.constraints import Bounds, Square
+from blip3o_jax.config.errors import check
+from blip3o_jax.config.fields import ConfigGroup
+from blip3o_jax.config.types import (
     Depth,
+    Dtype,
     Epsilon,
     Heads,
     Positive,
+    Remat,
     Side,
+    TableRows,
     Width,
-    check,
+    check_heads,
 )
-from blip3o_jax.config.types import Dtype, Remat, TableRows, check_heads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,10 +38,11 @@ class SiglipVisionConfig(ConfigGroup, path="model.tokenizer.encoder"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_heads("tokenizer.encoder", self.hidden_size, self.num_attention_heads)
+        check_heads("model.tokenizer.encoder", self.hidden_size, self.num_attention_heads)
         check(
             self.patch_size <= self.image_size,
-            f"tokenizer.encoder.patch_size={self.patch_size} must be at most tokenizer.encoder.image_size={self.image_size}",
+            f"model.tokenizer.encoder.patch_size={self.patch_size} must be at most "
+            f"model.tokenizer.encoder.image_size={self.image_size}",
         )
 
     @property
@@ -58,16 +61,12 @@ class TaTokDecoderConfig(ConfigGroup, path="model.tokenizer.decoder"):
     intermediate_size: Width = 3072
     num_hidden_layers: Depth = 3
     num_attention_heads: Heads = 12
-    num_patches: Annotated[int, Bounds(1, 2**24)] = 256
+    num_patches: Annotated[int, Bounds(1, 2**24), Square()] = 256
     layer_norm_eps: Epsilon = 1e-6
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_heads("tokenizer.decoder", self.hidden_size, self.num_attention_heads)
-        check(
-            math.isqrt(self.num_patches) ** 2 == self.num_patches,
-            f"tokenizer.decoder.num_patches={self.num_patches} must be a square number",
-        )
+        check_heads("model.tokenizer.decoder", self.hidden_size, self.num_attention_heads)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,11 +92,13 @@ class TaTokConfig(ConfigGroup, path="model.tokenizer"):
         layers = self.encoder.num_hidden_layers
         check(
             -layers - 1 <= self.select_layer,
-            f"tokenizer.select_layer={self.select_layer} must be -{layers + 1} or more: the encoder has {layers} layers",
+            f"model.tokenizer.select_layer={self.select_layer} must be -{layers + 1} or more: "
+            f"the encoder has {layers} layers",
         )
         check(
             self.pool_scale <= self.encoder.grid,
-            f"tokenizer.pool_scale={self.pool_scale} is more than the encoder's {self.encoder.grid} patches along a side",
+            f"model.tokenizer.pool_scale={self.pool_scale} is more than the encoder's "
+            f"{self.encoder.grid} patches along a side",
         )
 
     @property
@@ -130,4 +131,4 @@ class TextTowerConfig(ConfigGroup, path="model.text_tower"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_heads("text_tower", self.hidden_size, self.num_attention_heads)
+        check_heads("model.text_tower", self.hidden_size, self.num_attention_heads)

@@ -3,9 +3,11 @@
 import dataclasses
 from typing import Annotated, Literal
 
-from blip3o_jax.config.fields import Bounds, ConfigGroup, Depth, Epsilon, Heads, Width, check
+from blip3o_jax.config.constraints import Bounds, Multiple
+from blip3o_jax.config.errors import check
+from blip3o_jax.config.fields import ConfigGroup
 from blip3o_jax.config.lora import LoraConfig
-from blip3o_jax.config.types import Dtype, Remat, TableRows
+from blip3o_jax.config.types import Depth, Dtype, Epsilon, Heads, Remat, TableRows, Width
 
 QWEN3_LINEAR = ("q", "k", "v", "o", "gate", "up", "down")
 
@@ -23,7 +25,7 @@ class Qwen3Config(ConfigGroup, path="model.ar"):
     num_hidden_layers: Depth = 28
     num_attention_heads: Heads = 16
     num_key_value_heads: Heads = 8
-    head_dim: Width = 128
+    head_dim: Annotated[Width, Multiple(2, "rotary embedding")] = 128
     rope_theta: Annotated[float, Bounds(1, 1e12)] = 1e6
     rms_norm_eps: Epsilon = 1e-6
     tie_word_embeddings: bool = True
@@ -45,18 +47,16 @@ class Qwen3Config(ConfigGroup, path="model.ar"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.lora.check("ar", QWEN3_LINEAR)
+        self.lora.check("model.ar", QWEN3_LINEAR)
         check(
             self.spare_rows < self.vocab_size,
-            f"ar.spare_rows={self.spare_rows} must be less than ar.vocab_size={self.vocab_size}: they are its last rows",
+            f"model.ar.spare_rows={self.spare_rows} must be less than "
+            f"model.ar.vocab_size={self.vocab_size}: they are its last rows",
         )
         check(
             self.num_attention_heads % self.num_key_value_heads == 0,
-            f"ar.num_attention_heads={self.num_attention_heads} must be a multiple of "
-            f"ar.num_key_value_heads={self.num_key_value_heads}",
-        )
-        check(
-            self.head_dim % 2 == 0, f"ar.head_dim={self.head_dim} must be even (rotary embedding)"
+            f"model.ar.num_attention_heads={self.num_attention_heads} must be a multiple of "
+            f"model.ar.num_key_value_heads={self.num_key_value_heads}",
         )
 
     @property

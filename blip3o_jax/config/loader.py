@@ -4,7 +4,6 @@ A config file is Python with one function, `get_config()` or `get_config(arg)`, 
 `Config`, or a recipe: a dict of named `Config`s to run one after the other.
 """
 
-import difflib
 import importlib.util
 import inspect
 import pathlib
@@ -15,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from blip3o_jax.config import fields
-from blip3o_jax.config.fields import ConfigError, UserError
+from blip3o_jax.config.errors import ConfigError, UserError, did_you_mean, shown
 from blip3o_jax.config.run import Config
 from blip3o_jax.config.serializer import from_dict, to_config_dict
 
@@ -82,7 +81,7 @@ def _call(path: pathlib.Path, arg: str | None) -> dict[str, Config]:
         plain = isinstance(name, str) and re.fullmatch(r"[\w-]+(\.[\w-]+)*", name)
         if not plain:
             raise UserError(
-                f"{path}: a stage of a recipe is named by letters and digits, not {fields.shown(name)}"
+                f"{path}: a stage of a recipe is named by letters and digits, not {shown(name)}"
             )
     return recipe
 
@@ -102,11 +101,9 @@ def _get_config(path: pathlib.Path) -> Callable[..., Any]:
     if path.exists() and not path.is_file():
         raise UserError(f"--config={path} is no regular file: name a Python file")
     if not path.is_file():
-        near = difflib.get_close_matches(
-            path.name, [p.name for p in path.parent.glob("*.py")], n=1, cutoff=0.5
-        )
-        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
-        raise UserError(f"config file {path} does not exist{hint}")
+        names = [p.name for p in path.parent.glob("*.py")]
+        near = did_you_mean(path.name, names, lambda name: str(path.parent / name))
+        raise UserError(f"config file {path} does not exist{near and f'; {near}'}")
     spec = importlib.util.spec_from_file_location(f"blip3o_config_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     # Dataclasses and pickling look a class's module up by name.
@@ -171,5 +168,5 @@ def _override(values: Any, key: str, text: str) -> None:
 def _hint(cls: Any, name: str, path: str) -> Any:
     hints = fields.field_types(cls)
     if name not in hints:
-        from_dict({name: None}, cls, path)  # raises, with the nearest valid key
+        raise fields.unknown_key(name, cls, path)
     return hints[name]

@@ -3,7 +3,10 @@
 import dataclasses
 from typing import Annotated
 
-from blip3o_jax.config.fields import Bounds, ConfigGroup, Finite, Text, check, check_choice
+from blip3o_jax.config.constraints import Bounds
+from blip3o_jax.config.errors import check, check_choice
+from blip3o_jax.config.fields import ConfigGroup
+from blip3o_jax.config.types import Finite, Text
 
 
 @dataclasses.dataclass(frozen=True)

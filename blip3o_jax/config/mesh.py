@@ -3,10 +3,14 @@
 import dataclasses
 from typing import Annotated, Literal
 
-from blip3o_jax.config.fields import Bounds, ConfigGroup, check
+from blip3o_jax.config.constraints import Bounds, NonZero
+from blip3o_jax.config.errors import check
+from blip3o_jax.config.fields import ConfigGroup
 from blip3o_jax.config.types import Part
 
-MeshSize = Annotated[int, Bounds(-1, 2**20, note="-1 takes what is left")]
+MeshSize = Annotated[
+    int, Bounds(-1, 2**20, note="-1 takes what is left"), NonZero("1 leaves the axis out")
+]
 StrategyName = Literal[
     "dp",
     "fsdp",
@@ -45,5 +49,5 @@ class MeshConfig(ConfigGroup, path="mesh"):
         super().__post_init__()
         sizes = {name: getattr(self, name) for name in ("data", "fsdp", "sequence", "tensor")}
         listed = ", ".join(f"{name}={size}" for name, size in sizes.items())
-        good = 0 not in sizes.values() and list(sizes.values()).count(-1) <= 1
-        check(good, f"mesh sizes {listed}: positive, and -1 (what is left) at most once")
+        once = list(sizes.values()).count(-1) <= 1
+        check(once, f"mesh sizes {listed}: only one can be -1, which takes what is left")

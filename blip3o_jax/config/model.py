@@ -5,11 +5,14 @@ import math
 from typing import Annotated
 
 from blip3o_jax.config.autoencoder import DcAeConfig
+from blip3o_jax.config.constraints import Bounds, Length, Unique
 from blip3o_jax.config.diffusion import ConnectorConfig, FlowConfig, SanaConfig
-from blip3o_jax.config.fields import Bounds, ConfigGroup, Length, Side, check
+from blip3o_jax.config.errors import check
+from blip3o_jax.config.fields import ConfigGroup
 from blip3o_jax.config.image_tokenizer import TaTokConfig, TextTowerConfig
 from blip3o_jax.config.language_model import Qwen3Config
 from blip3o_jax.config.text import TemplateConfig, TextConfig
+from blip3o_jax.config.types import Side
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,16 +61,12 @@ class ModelConfig(ConfigGroup, path="model"):
     image_size: Side = 1024
     # (height, width) in pixels of the images that are drawn and shown, each cut to the nearest
     # shape; the square alone where there are none.
-    buckets: Annotated[tuple[tuple[Side, Side], ...], Length(0, 1024)] = ()
+    buckets: Annotated[tuple[tuple[Side, Side], ...], Length(0, 1024), Unique()] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for bucket in self.buckets:
             self.check_size(tuple(bucket), "model.buckets")
-        check(
-            len(set(self.buckets)) == len(self.buckets),
-            f"model.buckets={self.buckets} names a size twice",
-        )
         check(
             self.image_size % self.vae.spatial_compression == 0,
             f"model.image_size={self.image_size} must be a multiple of the autoencoder's {self.vae.spatial_compression}",

@@ -3,9 +3,11 @@
 import dataclasses
 from typing import Annotated, Literal
 
-from blip3o_jax.config.fields import (
-    Bounds,
-    ConfigGroup,
+from blip3o_jax.config.constraints import Bounds, Increasing, NonZero
+from blip3o_jax.config.errors import check
+from blip3o_jax.config.fields import ConfigGroup
+from blip3o_jax.config.sampling import SamplingConfig
+from blip3o_jax.config.types import (
     Epsilon,
     Finite,
     Fraction,
@@ -14,9 +16,7 @@ from blip3o_jax.config.fields import (
     Positive,
     PositiveInt,
     Text,
-    check,
 )
-from blip3o_jax.config.sampling import SamplingConfig
 
 ClipDown = Annotated[float, Bounds(1e-6, 1, open_high=True)]
 Seconds = Annotated[float, Bounds(1e-3, 1e7)]
@@ -30,17 +30,9 @@ class RewardConfig(ConfigGroup, path="rl.rewards"):
     """
 
     name: Text = ""
-    weight: Finite = 1.0
-    clip: tuple[Finite, Finite] | None = None
+    weight: Annotated[Finite, NonZero()] = 1.0
+    clip: Annotated[tuple[Finite, Finite], Increasing()] | None = None
     options: tuple[tuple[Text, Path], ...] = ()
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check(self.weight != 0, f"rl.rewards: weight={self.weight} of {self.name} must not be 0")
-        check(
-            not self.clip or self.clip[0] < self.clip[1],
-            f"rl.rewards: clip={self.clip} of {self.name} must be (low, high)",
-        )
 
 
 @dataclasses.dataclass(frozen=True)

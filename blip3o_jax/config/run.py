@@ -4,13 +4,16 @@ import dataclasses
 import typing
 from typing import Annotated, Literal
 
+from blip3o_jax.config.constraints import Bounds
 from blip3o_jax.config.data import DataConfig
-from blip3o_jax.config.fields import Bounds, ConfigGroup, PositiveInt, Regex, Seed, check
+from blip3o_jax.config.errors import check
+from blip3o_jax.config.fields import ConfigGroup
 from blip3o_jax.config.mesh import MeshConfig
 from blip3o_jax.config.model import ModelConfig
 from blip3o_jax.config.rl import RlConfig
 from blip3o_jax.config.sampling import SamplingConfig
 from blip3o_jax.config.train import CheckpointConfig, LossConfig, OptimizerConfig
+from blip3o_jax.config.types import PositiveInt, Regex, Seed
 
 Stage = Literal["autoencoder", "contrastive", "tokenizer", "joint"]
 STAGE_NAMES: tuple[str, ...] = typing.get_args(Stage)

@@ -3,8 +3,9 @@
 import dataclasses
 from typing import Annotated
 
-from blip3o_jax.config.fields import Bounds, ConfigGroup, Count
-from blip3o_jax.config.types import BatchSize
+from blip3o_jax.config.constraints import Bounds
+from blip3o_jax.config.fields import ConfigGroup
+from blip3o_jax.config.types import BatchSize, Count
 
 Guidance = Annotated[float, Bounds(-1000, 1000)]
 

@@ -3,7 +3,10 @@
 import dataclasses
 from typing import Annotated, Literal
 
-from blip3o_jax.config.fields import Bounds, ConfigGroup, Path, Text, check
+from blip3o_jax.config.constraints import Bounds, Placeholder
+from blip3o_jax.config.errors import check
+from blip3o_jax.config.fields import ConfigGroup
+from blip3o_jax.config.types import Path, Text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,8 +26,15 @@ class TextConfig(ConfigGroup, path="model.text"):
         super().__post_init__()
         check(
             not self.train_size or self.kind == "sentencepiece",
-            "text.train_size trains a SentencePiece tokenizer: set text.kind=sentencepiece, or text.train_size=0",
+            "model.text.train_size trains a SentencePiece tokenizer: set "
+            "model.text.kind=sentencepiece, or model.text.train_size=0",
         )
+
+
+_CAPTION = Placeholder("{caption}", "the caption")
+_INSTRUCTION = Placeholder("{instruction}", "the instruction")
+_QUESTION = Placeholder("{question}", "the question")
+_IMAGES = Placeholder("<image>", "the block of reference images", once=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,12 +44,17 @@ class TemplateConfig(ConfigGroup, path="model.template"):
     """
 
     system: Text = "You are a helpful assistant."
-    generate: Text = "Please generate image based on the following caption: {caption}"
-    edit: Text = (
+    generate: Annotated[Text, _CAPTION] = (
+        "Please generate image based on the following caption: {caption}"
+    )
+    edit: Annotated[Text, _INSTRUCTION, _IMAGES] = (
         "Please edit this image according to the following instruction: {instruction}.\n<image>"
     )
-    edit_several: Text = "Please edit these {count} images according to the following instruction: {instruction}.\n<image>"
-    reconstruct: Text = "<image>\nPlease reconstruct the given image."
-    understand: Text = "<image>\n{question}"
+    edit_several: Annotated[Text, _INSTRUCTION, _IMAGES] = (
+        "Please edit these {count} images according to the following instruction: {instruction}."
+        "\n<image>"
+    )
+    reconstruct: Annotated[Text, _IMAGES] = "<image>\nPlease reconstruct the given image."
+    understand: Annotated[Text, _QUESTION, _IMAGES] = "<image>\n{question}"
     # The reference also trains on the prompt's own tokens; kept as an option for comparison.
     supervise_prompt: bool = False

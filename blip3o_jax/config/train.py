@@ -3,17 +3,9 @@
 import dataclasses
 from typing import Annotated, Literal
 
-from blip3o_jax.config.fields import (
-    Bounds,
-    ConfigGroup,
-    Decay,
-    Epsilon,
-    Fraction,
-    NonNegative,
-    Path,
-    PositiveInt,
-)
-from blip3o_jax.config.types import Part
+from blip3o_jax.config.constraints import Bounds
+from blip3o_jax.config.fields import ConfigGroup
+from blip3o_jax.config.types import Decay, Epsilon, Fraction, NonNegative, Part, Path, PositiveInt
 
 LearningRate = Annotated[float, Bounds(0, 100)]
 

@@ -40,7 +40,7 @@ import numpy as np
 
 from blip3o_jax.checksums import crc32c
 from blip3o_jax.config import ConfigError
-from blip3o_jax.config.fields import escaped
+from blip3o_jax.config.errors import escaped
 from blip3o_jax.data import record as record_lib
 from blip3o_jax.data.checked_file import DamagedArrays, unpack
 from blip3o_jax.data.record import BadRecord, Source

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from blip3o_jax.config import ConfigError, UserError
-from blip3o_jax.config.fields import escaped
+from blip3o_jax.config.errors import escaped
 from blip3o_jax.data.template import TASKS
 
 CAPTION_FIELDS = ("caption", "text")

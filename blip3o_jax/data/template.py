@@ -75,10 +75,6 @@ def _filled(template: TemplateConfig, task: str, text: str, references: int) -> 
         "understand": ("understand", "{question}"),
     }[task]
     said = getattr(template, field)
-    check(
-        not place or place in said,
-        f"model.template.{field}={said!r} has no place for the text: write {place} into it",
-    )
     if task == "t2i":
         check(not references, "task t2i shows no image: give an instruction or a question with it")
         return said.replace(place, text), ""
@@ -86,10 +82,6 @@ def _filled(template: TemplateConfig, task: str, text: str, references: int) -> 
         raise UserError(f"task {task} needs an image: give at least one")
     if place and not text.strip():
         raise UserError(f"task {task} needs words: the {place.strip('{}')} is empty")
-    check(
-        said.count(IMAGE) == 1,
-        f"model.template.{field}={said!r} must have {IMAGE} once, where the images are shown",
-    )
     before, after = (half.replace("{count}", str(references)) for half in said.split(IMAGE))
     return (before.replace(place, text), after.replace(place, text)) if place else (before, after)
 

@@ -7,7 +7,7 @@ per second and in bytes; ICI and DCN rates are one way.
 
 import dataclasses
 
-from blip3o_jax.config import ConfigError
+from blip3o_jax.config import check_choice
 
 BOOK = "jax-ml/scaling-book, tpus.md"
 # Time of a message's head over one link, s; scaling-book, "tpus", section on networking: about 1 us
@@ -144,8 +144,8 @@ BY_KIND: dict[str, Chip] = {kind: chip for chip in _CHIPS for kind in chip.kinds
 
 
 def chip_named(name: str) -> Chip:
-    if name not in CHIPS:
-        raise ConfigError(f"chip {name!r} is not one of {', '.join(CHIPS)}")
+    """Return the chip of that name; ConfigError that names the nearest where there is none."""
+    check_choice("chip", name, CHIPS)
     return CHIPS[name]
 
 

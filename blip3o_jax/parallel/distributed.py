@@ -27,7 +27,7 @@ import jax
 from blip3o_jax import config as config_lib
 from blip3o_jax import exits, files
 from blip3o_jax.config import UserError
-from blip3o_jax.config.fields import first_line
+from blip3o_jax.config.errors import first_line
 from blip3o_jax.parallel import peers as peers_lib
 from blip3o_jax.parallel.preemption import Preempted
 

@@ -24,7 +24,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from blip3o_jax.config import ConfigError, MeshConfig
+from blip3o_jax.config import ConfigError, MeshConfig, check_choice
 from blip3o_jax.parallel.mesh import make_mesh
 
 Table = dict[str, tuple[str, ...]]
@@ -83,8 +83,7 @@ class Strategy:
             ("strategy", self.name),
             *((f"parts[{part!r}]", name) for part, name in self.parts),
         ):
-            if name not in STRATEGIES:
-                raise ConfigError(f"mesh.{field}={name!r} is not one of {', '.join(STRATEGIES)}")
+            check_choice(f"mesh.{field}", name, STRATEGIES)
         named = (self.name, *(name for _, name in self.parts))
         for axis, user in (("tensor", "fsdp_tp"), ("sequence", "fsdp_sp")):
             size = self.mesh.shape[axis]

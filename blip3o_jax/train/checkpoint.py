@@ -33,7 +33,7 @@ from blip3o_jax import checksums, files
 from blip3o_jax import config as config_lib
 from blip3o_jax.checksums import MANIFEST, DamagedFile
 from blip3o_jax.config import Config, TextConfig, UserError
-from blip3o_jax.config.fields import first_line
+from blip3o_jax.config.errors import first_line
 from blip3o_jax.lora import FACTORS
 from blip3o_jax.parallel.distributed import host_0_first, log_host0
 from blip3o_jax.parallel.rules import Strategy

@@ -7,7 +7,7 @@ import typing
 import pytest
 
 from blip3o_jax import blip3o, config
-from blip3o_jax.config import fields, loader
+from blip3o_jax.config import errors, fields, loader
 from blip3o_jax.parallel import rules
 
 CONFIGS = pathlib.Path(__file__).parent.parent.parent / "configs"
@@ -66,7 +66,40 @@ def test_round_trips(value):
             {"loss": {"caption_dropout": 0.1}, "model": {"template": {"supervise_prompt": True}}},
             "loss.caption_dropout hides prompts that model.template.supervise_prompt trains on",
         ),
-        ({"optimizer": {"name": "moun"}}, "optimizer.name='moun' is not one of adamw, muon"),
+        (
+            {"optimizer": {"name": "Moun"}},
+            "optimizer.name='Moun' is not one of adamw, muon; did you mean muon?",
+        ),
+        (
+            {"learning_rate": 1e-4},
+            "unknown config key learning_rate: did you mean optimizer.learning_rate?",
+        ),
+        (
+            {"batch_size": 1},
+            "did you mean data.batch_size or sampling.batch_size or rl.rollout.batch_size?",
+        ),
+        ({"model": {"ar": {"head_dim": 7}}}, "model.ar.head_dim=7 must be even: rotary embedding"),
+        (
+            {"model": {"tokenizer": {"decoder": {"num_patches": 8}}}},
+            "model.tokenizer.decoder.num_patches=8 must be a square number",
+        ),
+        (
+            {"model": {"buckets": [[64, 32], [32, 64], [64, 32]]}},
+            "model.buckets=((64, 32), (32, 64), (64, 32)) must not hold (64, 32) twice",
+        ),
+        (
+            {"model": {"template": {"generate": "draw"}}},
+            "model.template.generate='draw' must have {caption}, where the caption stands",
+        ),
+        (
+            {"model": {"template": {"reconstruct": "<image><image>"}}},
+            "must have <image> once, where the block of reference images stands",
+        ),
+        ({"rl": {"rewards": [{"weight": 0}]}}, "rl.rewards[0].weight=0.0 must not be 0"),
+        (
+            {"rl": {"rewards": [{"clip": [1, 1]}]}},
+            "rl.rewards[0].clip=(1.0, 1.0) must be (low, high), the first below the second",
+        ),
         (
             {"checkpoint": {"image_embedding_init": "code"}},
             "checkpoint.image_embedding_init='code' is not one of random, codes",
@@ -305,4 +338,4 @@ def test_the_edges_of_sampling_settings_are_accepted():
     ("message", "line"), [("", "ValueError"), ("\n x\ny", "x"), (" \n", "ValueError")]
 )
 def test_the_first_line_of_any_exception(message, line):
-    assert fields.first_line(ValueError(message)) == line
+    assert errors.first_line(ValueError(message)) == line

@@ -9,6 +9,7 @@ import pytest
 
 from blip3o_jax import config
 from blip3o_jax.config import fields
+from blip3o_jax.config.constraints import Bounds
 from blip3o_jax.train.supervised import train
 from tests import tiny
 from tests.tiny import quick_compile  # noqa: F401
@@ -42,7 +43,7 @@ def edges():
         for name, hint in fields.field_types(cls).items():
             kind, constraints, _ = fields.unwrapped(hint)
             for bounds in (
-                c for c in constraints if isinstance(c, fields.Bounds) and kind in (int, float)
+                c for c in constraints if isinstance(c, Bounds) and kind in (int, float)
             ):
                 values = {kind(bounds.low), kind(0), kind(bounds.high)}
                 for value in sorted(v for v in values if not bounds.refusal(v)):

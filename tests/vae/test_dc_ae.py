@@ -200,7 +200,7 @@ def test_refuses_a_size_that_does_not_divide():
         ({"encoder_layers_per_block": (1, 2, 3)}, "vae.encoder_layers_per_block has 3 entries"),
         (
             {"decoder_layers_per_block": (1, 0, 1, 1)},
-            "only the first and the last stage may be empty",
+            "only the first and the last stage may have 0 layers",
         ),
         (
             {"encoder_block_types": ("ResBlock",) * 3 + ("Block",)},
@@ -209,13 +209,13 @@ def test_refuses_a_size_that_does_not_divide():
         ({"encoder_qkv_multiscales": ((), (), (), (4,))}, "must be odd"),
         (
             {"attention_head_dim": 32},
-            r"vae.encoder_block_out_channels\[2\]=12 must be at least vae.attention_head_dim=32",
+            r"vae.encoder_block_out_channels\[2\]=12 must be at least model.vae.attention_head_dim=32",
         ),
         (
             {"encoder_block_out_channels": (6, 12, 12, 20)},
             "4 x 12 must be a multiple of the next stage's 20",
         ),
-        ({"latent_channels": 5}, "the last must be a multiple of vae.latent_channels=5"),
+        ({"latent_channels": 5}, "the last must be a multiple of model.vae.latent_channels=5"),
         (
             {
                 "downsample_block_type": "pixel_unshuffle",

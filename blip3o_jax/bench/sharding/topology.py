@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from blip3o_jax.config import ConfigError, UserError
-from blip3o_jax.config.fields import first_line
+from blip3o_jax.config.errors import first_line
 from blip3o_jax.parallel import flags
 from blip3o_jax.parallel.chips import CHIPS, Chip
 

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from typing import TypeVar
 
 from blip3o_jax.config import UserError
+from blip3o_jax.config.errors import not_a_choice
 
 Number = TypeVar("Number", int, float)
 
 
 def choice(reward: str, option: str, text: str, choices: Sequence[str]) -> str:
     if text not in choices:
-        raise UserError(f"reward {reward}: {option}={text!r} is not one of {', '.join(choices)}")
+        raise UserError(f"reward {reward}: {option}={text!r} {not_a_choice(text, choices)}")
     return text
 
 

@@ -6,7 +6,6 @@ prompts, metadata) that returns B numbers or a `Scores`. It takes the options as
 as text.
 """
 
-import difflib
 import functools
 import importlib
 import inspect
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from blip3o_jax.config import ConfigError, RewardConfig
+from blip3o_jax.config.errors import did_you_mean
 from blip3o_jax.rl.rewards.reward import Reward, Scores
 
 # name -> "module:factory". A factory takes the options as keyword arguments, as text.
@@ -161,5 +161,4 @@ def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
 
 
 def _nearest(wrong: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(wrong, known, n=1, cutoff=0.5)
-    return f"did you mean {near[0]}?" if near else f"there is {', '.join(known) or 'none'}"
+    return did_you_mean(wrong, known) or f"there is {', '.join(known) or 'none'}"

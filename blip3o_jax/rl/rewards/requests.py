@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from blip3o_jax.config.fields import first_line
+from blip3o_jax.config.errors import first_line
 from blip3o_jax.rl.rewards import png
 from blip3o_jax.rl.rewards.png import Png
 from blip3o_jax.serving import Refused

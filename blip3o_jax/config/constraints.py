@@ -1,0 +1,174 @@
+"""What the annotation of a setting can ask of a value beyond its type."""
+
+import dataclasses
+import itertools
+import math
+import os
+import re
+from typing import Any, Protocol
+
+_NAME_MAX = 255
+_PATH_MAX = 4096
+
+
+class Constraint(Protocol):
+    """What an annotation asks of a value beyond its type."""
+
+    def refusal(self, value: Any) -> str:
+        """Return what the value must be, as the end of a sentence, or "" where it is."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Bounds:
+    """An interval of numbers. NaN lies in none; `note` says what a special value does."""
+
+    low: float
+    high: float
+    open_low: bool = False
+    open_high: bool = False
+    note: str = ""
+
+    def refusal(self, value: float) -> str:
+        above = value > self.low if self.open_low else value >= self.low
+        below = value < self.high if self.open_high else value <= self.high
+        if above and below:
+            return ""
+        left = f"{_number(self.low)} (excluded)" if self.open_low else _number(self.low)
+        right = f"{_number(self.high)} (excluded)" if self.open_high else _number(self.high)
+        note = f"; {self.note}" if self.note else ""
+        return f"must lie between {left} and {right}{note}"
+
+
+@dataclasses.dataclass(frozen=True)
+class NonZero:
+    """A number that is not 0; `note` says why."""
+
+    note: str = ""
+
+    def refusal(self, value: float) -> str:
+        return "" if value else f"must not be 0{self.note and f': {self.note}'}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Multiple:
+    """A whole number that `of` divides; `note` says why."""
+
+    of: int
+    note: str = ""
+
+    def refusal(self, value: int) -> str:
+        if value % self.of == 0:
+            return ""
+        what = "even" if self.of == 2 else f"a multiple of {self.of}"
+        return f"must be {what}{self.note and f': {self.note}'}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Odd:
+    """A whole number that 2 does not divide; `note` says why."""
+
+    note: str = ""
+
+    def refusal(self, value: int) -> str:
+        return "" if value % 2 else f"must be odd{self.note and f': {self.note}'}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Square:
+    """The square of a whole number."""
+
+    def refusal(self, value: int) -> str:
+        return "" if math.isqrt(value) ** 2 == value else "must be a square number"
+
+
+@dataclasses.dataclass(frozen=True)
+class Length:
+    """How many elements a tuple has."""
+
+    low: int
+    high: int
+
+    def refusal(self, value: tuple[Any, ...]) -> str:
+        if self.low <= len(value) <= self.high:
+            return ""
+        return f"must have {self.low} to {self.high} elements, not {len(value)}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Unique:
+    """A tuple without two equal elements."""
+
+    def refusal(self, value: tuple[Any, ...]) -> str:
+        twice = next((a for i, a in enumerate(value) if a in value[:i]), None)
+        return "" if twice is None else f"must not hold {twice} twice"
+
+
+@dataclasses.dataclass(frozen=True)
+class Increasing:
+    """A tuple of numbers each of which is more than the one before."""
+
+    def refusal(self, value: tuple[float, ...]) -> str:
+        rises = all(a < b for a, b in itertools.pairwise(value))
+        return "" if rises else "must be (low, high), the first below the second"
+
+
+@dataclasses.dataclass(frozen=True)
+class PathText:
+    """Text that Linux takes as a path. Bytes that are not UTF-8 are allowed (surrogate escapes)."""
+
+    def refusal(self, value: str) -> str:
+        if "\0" in value:
+            return "must be a path: it contains a NUL character"
+        try:
+            name = max((os.fsencode(name) for name in value.split("/")), key=len)
+        except UnicodeEncodeError:
+            return "must be a path: it contains a lone surrogate"
+        if len(name) > _NAME_MAX or len(value) >= _PATH_MAX:
+            return f"must be a path: at most {_PATH_MAX - 1} bytes, and {_NAME_MAX} in one name"
+        return ""
+
+
+@dataclasses.dataclass(frozen=True)
+class UnicodeText:
+    """Text that can be written as UTF-8: no lone surrogate, no NUL."""
+
+    def refusal(self, value: str) -> str:
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError:
+            return "must be text that UTF-8 can hold: it contains a lone surrogate"
+        return "must be text: it contains a NUL character" if "\0" in value else ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Placeholder:
+    """Text that holds `name`; `meaning` says what replaces it, `once` that it stands there once."""
+
+    name: str
+    meaning: str
+    once: bool = False
+
+    def refusal(self, value: str) -> str:
+        found = value.count(self.name)
+        if found == 1 or (found and not self.once):
+            return ""
+        return f"must have {self.name}{' once' * self.once}, where {self.meaning} stands"
+
+
+@dataclasses.dataclass(frozen=True)
+class Pattern:
+    """A regular expression."""
+
+    def refusal(self, value: str) -> str:
+        try:
+            re.compile(value)
+        except (re.error, RecursionError, OverflowError) as error:
+            return f"must be a regular expression: {error}"
+        return ""
+
+
+def _number(value: float) -> str:
+    if isinstance(value, int):
+        return f"{value:,}" if abs(value) < 10**15 else str(value)
+    return f"{value:g}"
