@@ -73,7 +73,7 @@ class Feed(Protocol):
         ...
 
     def check(self, step: int, values: dict[str, float]) -> None:
-        """Looks at a finished step's metrics; raises UserError to stop the run."""
+        """Looks at a finished step's metrics, and may add to them; raises UserError to stop the run."""
         ...
 
     def start(self, log: MetricLog | SilentLog) -> None:

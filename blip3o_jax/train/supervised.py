@@ -1,10 +1,9 @@
 """Training on data: what the loop needs to be told of it."""
 
 import collections
-import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -25,6 +24,7 @@ from blip3o_jax.train.encode import encoded_source, weights_fingerprint
 from blip3o_jax.train.flops import peak_flops, useful_flops
 from blip3o_jax.train.loop import Batch, Begun, Setup, Summary
 from blip3o_jax.train.metrics import MetricLog, SilentLog
+from blip3o_jax.train.skipped import SkippedRecords
 from blip3o_jax.train.stages import STAGES, make_loss, make_preview
 from blip3o_jax.train.state import WEIGHTS, StatePlan, TrainState
 from blip3o_jax.train.step import make_step
@@ -63,6 +63,8 @@ class Supervised:
 
     def begin(self, setup: Setup, state: TrainState, position: Any) -> Begun:
         config, strategy, sources = setup.config, setup.strategy, self._sources
+        if position is not None and distributed.host() > 0:
+            position = position | {"skipped": {}}  # host 0 goes on from what all have skipped
         if config.model.buckets and "pixels" in STAGES[config.stage].fields:
             groups = by_shape(sources, config.model, config.data.max_pixels)
             sources = [source for group in groups for source in group]
@@ -88,38 +90,55 @@ class Supervised:
         flops = functools.partial(useful_flops, config, strategy) if measured else None
         known = _unused([source for source, _ in self._sources])
         # Last, since it starts a thread and the workers, which an exception above would leave.
-        batches = _Batches(DevicePrefetch(loader, strategy.batch_sharding()), known)
+        batches = _Batches(DevicePrefetch(loader, strategy.batch_sharding()), known, rows)
         return Begun(batches, step, draw=draw, flops=flops)
 
     def close(self) -> None:
         pass
 
 
-@dataclasses.dataclass
 class _Batches:
-    """`loop.Feed` of batches that are read ahead: they do not depend on the state."""
+    """`loop.Feed` of batches that are read ahead: they do not depend on the state. `known`: of the
+    data sets, the same at every step.
+    """
 
-    prefetch: DevicePrefetch
-    known: dict[str, float]  # of the data sets, the same at every step
+    def __init__(self, prefetch: DevicePrefetch, known: dict[str, float], rows: Sequence[int]):
+        self._prefetch, self._known = prefetch, known
+        self._skipped = SkippedRecords(rows)
+        self._fetched = self._done = 0
+        self._positions: collections.deque[dict[str, Any]] = (
+            collections.deque()
+        )  # of steps not done
 
     def next(self, state: TrainState) -> Batch:
         del state
-        return next(self.prefetch)
+        batch = next(self._prefetch)
+        self._fetched += 1
+        self._positions.append(self._prefetch.state())
+        self._skipped.add(self._fetched, self._positions[-1]["skipped"])
+        return batch
 
     def position(self) -> Any:
-        return self.prefetch.state()
+        """See `loop.Feed`; "skipped" in it counts this host's until `check` of the step."""
+        return self._positions[-1]
 
     @property
     def wait_seconds(self) -> float:
-        return self.prefetch.wait_seconds
+        return self._prefetch.wait_seconds
 
     def metrics(self) -> dict[str, float]:
-        skipped = self.prefetch.state()["skipped"]
-        counts = {f"skipped/{kind.replace(' ', '_')}": count for kind, count in skipped.items()}
-        return self.known | counts
+        return self._known
 
     def check(self, step: int, values: dict[str, float]) -> None:
-        pass
+        """Add what all hosts have skipped to the metrics, and to the position of the step."""
+        self._done += 1
+        position = self._positions.popleft()
+        if distributed.host() == 0:  # which writes both
+            position["skipped"] = self._skipped.total(self._done)
+            values |= {
+                f"skipped/{kind.replace(' ', '_')}": float(count)
+                for kind, count in position["skipped"].items()
+            }
 
     def start(self, log: MetricLog | SilentLog) -> None:
         pass
@@ -128,7 +147,7 @@ class _Batches:
         pass
 
     def close(self) -> None:
-        self.prefetch.close()
+        self._prefetch.close()
 
 
 def _unused(sources: list[Source]) -> dict[str, float]:
