@@ -21,6 +21,7 @@ from typing import Any
 import google_crc32c
 
 from blip3o_jax.config import UserError
+from blip3o_jax.config.errors import escaped, first_line
 from blip3o_jax.files import replace_text
 
 MANIFEST = "manifest.json"
@@ -50,9 +51,8 @@ def read_json(path: pathlib.Path, *, edited: bool = False) -> dict[str, Any]:
     try:
         value = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:  # of UTF-8 too
-        reason = " ".join(str(error).split())
         raise DamagedFile(
-            f"{path} cannot be read as JSON ({reason}): put back a copy of it"
+            f"{path} cannot be read as JSON ({first_line(error)}): put back a copy of it"
         ) from error
     if not isinstance(value, dict):
         raise DamagedFile(f"{path} is no JSON object: put back a copy of it")
@@ -167,7 +167,7 @@ def find_damage(
         else []
     )
     if unlisted:
-        return f"{ascii(unlisted[0])[1:-1]} is not listed in {MANIFEST}"
+        return f"{escaped(unlisted[0])} is not listed in {MANIFEST}"
     mine = dict(sorted(files.items())[share::shares])
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
         found = list(pool.map(lambda item: _stat(directory / item[0]), mine.items()))

@@ -3,6 +3,7 @@
 import ast
 import graphlib
 import pathlib
+import re
 
 import pytest
 
@@ -79,3 +80,26 @@ def test_no_two_files_import_each_other():
         graph[".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)] = found
     assert len(graph) > 50
     graphlib.TopologicalSorter(graph).prepare()  # CycleError names the circle
+
+
+# What has one implementation: the pattern of doing it by hand, and the files that may.
+ONCE = {
+    r"google_crc32c": ("checksums.py",),
+    r"""str\(e(rror)?\)[^\n]*\.(split\(\)|splitlines|partition\("\\n)""": (
+        "config/errors.py",
+        "cli/entry.py",
+        "bench/peer/interleaved.py",
+    ),
+    r"unicode_escape": ("config/errors.py",),
+}
+
+
+@pytest.mark.parametrize("pattern", ONCE)
+def test_checksums_and_lines_of_errors_have_one_implementation(pattern):
+    """`checksums.crc32c`; `errors.first_line`, `type_and_line` and `escaped`."""
+    found = {
+        path.relative_to(PACKAGE).as_posix()
+        for path in PACKAGE.rglob("*.py")
+        if re.search(pattern, path.read_text(encoding="utf-8"))
+    }
+    assert found == set(ONCE[pattern])

@@ -81,3 +81,9 @@ def first_line(error: BaseException) -> str:
     message.
     """
     return next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)
+
+
+def type_and_line(error: BaseException) -> str:
+    """Return an exception's name and the first line of its message, where it has one."""
+    kind, line = type(error).__name__, first_line(error)
+    return kind if line == kind else f"{kind}: {line}"

@@ -20,6 +20,7 @@ import torch
 import transformers
 
 from blip3o_jax.config import ModelConfig, UserError
+from blip3o_jax.config.errors import first_line
 from blip3o_jax.convert import torch_model
 from blip3o_jax.convert.source import EMBEDDINGS, HEAD, Source
 from blip3o_jax.convert.source_files import Place, read_ta_tok_file
@@ -100,10 +101,11 @@ def _from_pretrained(
         )
     except Exception as error:  # the libraries raise OSError, ValueError, RuntimeError, KeyError, SafetensorError, ...
         raise UserError(
-            f"{place.path}: PyTorch's loader refuses it: {_first_line(error)}"
+            f"{place.path}: PyTorch's loader refuses it: {first_line(error)[:300]}"
         ) from error
     if mismatched := [*info["mismatched_keys"], *info.get("error_msgs", ())]:
-        raise UserError(f"{place.path}: PyTorch's loader refuses {_first_line(mismatched[0])}")
+        line = first_line(RuntimeError(mismatched[0]))[:300]
+        raise UserError(f"{place.path}: PyTorch's loader refuses {line}")
     return module, set(info["missing_keys"])
 
 
@@ -166,7 +168,7 @@ def _files(place: Place) -> list[pathlib.Path]:
         )
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{place.path}: transformers finds no weights: {_first_line(error)}"
+            f"{place.path}: transformers finds no weights: {first_line(error)[:300]}"
         ) from error
     return [pathlib.Path(file) for file in files]
 
@@ -180,7 +182,9 @@ def _fill(
     try:
         found = module.load_state_dict(state, strict=False)
     except RuntimeError as error:  # shapes
-        raise UserError(f"{place.path}: PyTorch does not load it: {_first_line(error)}") from error
+        raise UserError(
+            f"{place.path}: PyTorch does not load it: {first_line(error)[:300]}"
+        ) from error
     if found.unexpected_keys:
         raise UserError(f"{place.path}: PyTorch's class has no {found.unexpected_keys[0]}")
     return set(state)
@@ -204,7 +208,3 @@ def _quiet() -> Iterator[None]:
             logger.set_verbosity(level)
             if bar:
                 logger.enable_progress_bar()
-
-
-def _first_line(error: Any) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]

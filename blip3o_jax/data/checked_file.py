@@ -12,9 +12,9 @@ import pathlib
 import tempfile
 from typing import Any
 
-import google_crc32c
 import numpy as np
 
+from blip3o_jax.checksums import crc32c
 from blip3o_jax.config import UserError
 
 MAGIC = b"blip3o arrays 1\n"  # with the version of the layout
@@ -39,7 +39,7 @@ def pack(header: dict[str, Any], arrays: dict[str, np.ndarray]) -> bytes:
     text = json.dumps(header | {"arrays": layout}).encode()
     text += b" " * (-(_PREFIX + len(text)) % 8)  # so that the arrays are aligned
     body = b"".join((len(text).to_bytes(4, "little"), text, *pieces))
-    return MAGIC + google_crc32c.value(body).to_bytes(4, "little") + body
+    return MAGIC + crc32c([body]).to_bytes(4, "little") + body
 
 
 def unpack(
@@ -60,7 +60,7 @@ def unpack(
     if raw[: len(MAGIC)].tobytes() != MAGIC:
         raise DamagedArrays("it is of another version")
     stored, length = (int(n) for n in raw[len(MAGIC) : _PREFIX].view("<u4"))
-    if check and google_crc32c.value(raw[len(MAGIC) + 4 :]) != stored:
+    if check and crc32c([raw[len(MAGIC) + 4 :]]) != stored:
         raise DamagedArrays("its checksum does not match")
     try:
         header = json.loads(raw[_PREFIX : _PREFIX + length].tobytes())

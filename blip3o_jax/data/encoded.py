@@ -31,6 +31,7 @@ import numpy as np
 
 from blip3o_jax import checksums, files
 from blip3o_jax.config import ConfigError
+from blip3o_jax.config.errors import first_line
 from blip3o_jax.data.record import BadRecord, Record, Source
 
 VERSION = 2  # raised whenever the same images and weights would give other values, or another layout of files
@@ -208,7 +209,7 @@ def open_part(directory: pathlib.Path, number: int) -> Part:
     except Exception as error:  # the parser of NumPy's headers raises whatever it comes upon
         if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
             raise  # the machine's, not the file's
-        reason = " ".join(str(error).split()).removeprefix(f"{reading} ")
+        reason = first_line(error).removeprefix(f"{reading} ")
         Part(file, {}, {}, {}).refuse(f"{reading.name} cannot be used ({reason})")
     for name, array in arrays.items():
         if (array.dtype, array.shape) != (DTYPES[name], shapes[name]) or len(

@@ -38,6 +38,7 @@ from PIL import (
 
 from blip3o_jax import files
 from blip3o_jax.config import DataConfig, UserError
+from blip3o_jax.config.errors import first_line
 from blip3o_jax.data.record import BadRecord
 
 SMALLEST = 8  # side of an image that a user names
@@ -133,8 +134,7 @@ def _check_size(size: tuple[int, int], max_pixels: int | None) -> None:
 
 
 def _undecodable(error: Exception) -> BadRecord:
-    reason = str(error).partition("\n")[0] or type(error).__name__
-    return BadRecord("", "", f"the image cannot be decoded: {reason}")
+    return BadRecord("", "", f"the image cannot be decoded: {first_line(error)}")
 
 
 def _webp_size(data: bytes) -> tuple[int, int] | None:

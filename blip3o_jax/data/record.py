@@ -27,7 +27,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from blip3o_jax.config import ConfigError, UserError
-from blip3o_jax.config.errors import escaped
+from blip3o_jax.config.errors import escaped, type_and_line
 from blip3o_jax.data.template import TASKS
 
 CAPTION_FIELDS = ("caption", "text")
@@ -184,8 +184,8 @@ def read_record(source: Source, index: int, use: Callable[[Record], T]) -> T:
             reason, kind = str(error), "no row can be made of it"
         else:
             kind = type(error).__name__
-            message = str(error).partition("\n")[0]
-            reason = f"{kind} at {_error_location(error)}" + (f": {message}" if message else "")
+            message = type_and_line(error).removeprefix(kind)
+            reason = f"{kind} at {_error_location(error)}{message}"
         if record is not None:  # what decoding raises knows neither shard nor key
             shard, key = record.shard, record.key
         raise BadRecord(shard or source.name, key or str(index), reason, kind) from error

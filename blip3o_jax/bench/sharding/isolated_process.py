@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from blip3o_jax.config import UserError
+from blip3o_jax.config.errors import first_line, type_and_line
 
 Row = dict[str, Any]
 REFUSED, FAILED = "refused", "failed"
@@ -89,14 +90,14 @@ def main(given: str, found: str) -> None:
     try:
         row = work()
     except UserError as error:
-        row = {"status": REFUSED, "error": " ".join(str(error).split())}
+        row = {"status": REFUSED, "error": first_line(error)}
     except Exception as error:
         import traceback
 
         traceback.print_exc()
         row = {
             "status": FAILED,
-            "error": f"{type(error).__name__}: {' '.join(str(error).split())[:400]}",
+            "error": type_and_line(error)[:400],
         }
     pathlib.Path(found).write_text(json.dumps(row), encoding="utf-8")
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from blip3o_jax.checksums import crc32c
 from blip3o_jax.config import UserError
+from blip3o_jax.config.errors import first_line
 from blip3o_jax.data.checked_file import DamagedArrays
 from blip3o_jax.data.index import Counts, IndexedSource, ShardIndex, concatenate_keys, printable
 from blip3o_jax.data.index_builder import (
@@ -88,7 +89,7 @@ class ParquetSource(IndexedSource):
                 return parquet.read_row_group(row_group, columns=columns, use_threads=False)
         except (pyarrow.ArrowException, OSError, ValueError) as error:
             raise_trouble(error)  # which may be over when the next of its rows asks
-            return f"the row group cannot be read: {_reason(error)}"
+            return f"the row group cannot be read: {first_line(error)}"
 
     def __getitem__(self, index: int) -> Record:
         group = bisect.bisect_right(self._ends, index)
@@ -105,7 +106,7 @@ class ParquetSource(IndexedSource):
         except UnicodeDecodeError as error:
             raise BadRecord(shard, key, f"the text is not UTF-8 (byte {error.start})") from None
         except Exception as error:  # as many as there are types of values
-            raise BadRecord(shard, key, f"the row cannot be read: {_reason(error)}") from None
+            raise BadRecord(shard, key, f"the row cannot be read: {first_line(error)}") from None
         self._index.check(shard, *self._index.locate(index), parts, key)
         images = [_image_bytes(x, shard, key) for x in input_images(fields)]
         image = fields.get("image")
@@ -129,7 +130,7 @@ def _index_parquet(path: str, progress: Progress) -> IndexData:
         file = pyarrow.parquet.ParquetFile(path)
         names = file.schema_arrow.names
     except (pyarrow.ArrowException, OSError, ValueError) as error:  # ValueError: no UTF-8
-        raise UserError(f"{path}: not a readable parquet file ({_reason(error)})") from None
+        raise UserError(f"{path}: not a readable parquet file ({first_line(error)})") from None
     sizes, sums, groups, incomplete = [], [], [], Counts()
     with file as parquet:
         fields = known_fields(names, path, "columns")
@@ -190,10 +191,6 @@ def _readable_bytes(table: Any, names: Sequence[str], row: int) -> list[bytes]:
         raise
     except Exception:  # as many as there are types of values
         return []
-
-
-def _reason(error: Exception) -> str:
-    return str(error).partition("\n")[0] or type(error).__name__
 
 
 def _shown_key(value: Any) -> str:

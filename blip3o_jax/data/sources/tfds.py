@@ -10,6 +10,7 @@ import numpy as np
 
 from blip3o_jax.checksums import crc32c
 from blip3o_jax.config import UserError
+from blip3o_jax.config.errors import first_line
 from blip3o_jax.data import tfds_checks
 from blip3o_jax.data.index import Counts, IndexedSource, concatenate_keys
 from blip3o_jax.data.index_builder import IndexData, ProcessGroup, Progress, ShardFormat, open_index
@@ -83,9 +84,8 @@ class TfdsSource(IndexedSource):
         try:
             builder = tfds.builder_from_directory(self._directory)
         except Exception as error:  # whatever its JSON files hold
-            reason = str(error).partition("\n")[0] or type(error).__name__
             raise UserError(
-                f"{self._directory}: no data set that TFDS can read: {reason}"
+                f"{self._directory}: no data set that TFDS can read: {first_line(error)}"
             ) from None
         try:
             shards = [
@@ -108,7 +108,7 @@ class TfdsSource(IndexedSource):
             raise self._no_split(error) from None
 
     def _no_split(self, error: Exception) -> UserError:
-        reason = str(error).partition("\n")[0] or type(error).__name__
+        reason = first_line(error)
         return UserError(f"{self._directory}: cannot read data.split={self._split!r}: {reason}")
 
     def _check_features(self, features: Any) -> None:
@@ -143,8 +143,7 @@ class TfdsSource(IndexedSource):
 
 
 def _unreadable(shard: str, index: int, error: Exception) -> BadRecord:
-    reason = str(error).partition("\n")[0] or type(error).__name__
-    return BadRecord(shard, str(index), f"the record cannot be read: {reason}")
+    return BadRecord(shard, str(index), f"the record cannot be read: {first_line(error)}")
 
 
 def _index_array_record(path: str, progress: Progress) -> IndexData:
@@ -178,8 +177,7 @@ def _array_reader(path: str) -> Any:
         reader = array_record_module.ArrayRecordReader(path, options)
         reader.num_records()
     except Exception as error:  # what the library raises is not documented
-        reason = str(error).partition("\n")[0]
-        raise UserError(f"{path}: not a readable ArrayRecord file: {reason}") from None
+        raise UserError(f"{path}: not a readable ArrayRecord file: {first_line(error)}") from None
     return reader
 
 

@@ -20,6 +20,7 @@ import numpy as np
 
 from blip3o_jax import checksums
 from blip3o_jax.config import UserError
+from blip3o_jax.config.errors import first_line
 from blip3o_jax.rl.rewards.options import number
 from blip3o_jax.rl.rewards.reward import Reward, Scores
 
@@ -99,9 +100,7 @@ class TransformersEncoder:
             self._tokenizer = transformers.AutoTokenizer.from_pretrained(path, **local)
             self._processor = transformers.AutoImageProcessor.from_pretrained(path, **local)
         except (OSError, ValueError) as e:
-            raise UserError(
-                f"reward clip: {path} cannot be read: {' '.join(str(e).split())[:200]}"
-            ) from e
+            raise UserError(f"reward clip: {path} cannot be read: {first_line(e)[:200]}") from e
         if not hasattr(self._model, "get_text_features"):
             raise UserError(
                 f"reward clip: {path} holds a {type(self._model).__name__}, which does not embed images and texts"

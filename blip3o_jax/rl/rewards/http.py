@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 
 from blip3o_jax.config import RewardConfig, UserError
+from blip3o_jax.config.errors import escaped, type_and_line
 from blip3o_jax.rl.rewards import wire
 from blip3o_jax.rl.rewards.options import number
 from blip3o_jax.rl.rewards.reward import Reward, Scores
@@ -423,14 +424,10 @@ def _error_line(answer: bytes) -> str:
 
 
 def _described(error: BaseException) -> str:
-    return _clean(
-        error
-        if isinstance(error, (_BadAnswer, TimeoutError))
-        else f"{type(error).__name__}: {error}"
-    )
+    return _clean(error if isinstance(error, (_BadAnswer, TimeoutError)) else type_and_line(error))
 
 
 def _clean(text: Any) -> str:
     """Return a stranger's text as one line that a terminal can be shown."""
     line = " ".join(str(text)[: 2 * LINE].split())
-    return "".join(character if character.isprintable() else "?" for character in line)[:LINE]
+    return escaped(line)[:LINE]

@@ -16,6 +16,8 @@ import zlib
 
 import numpy as np
 
+from blip3o_jax.config.errors import first_line
+
 MAX_SIDE = 1 << 14  # a decoder buffers whole rows
 MAX_CHUNKS = (
     1 << 14
@@ -163,8 +165,7 @@ def decode_into(file: np.ndarray, out_HWC: np.ndarray) -> None:
                 bottom = min(top + STRIP, image.height)
                 out_HWC[top:bottom] = _rgb(image.crop((0, top, image.width, bottom)))
     except Exception as error:  # Pillow raises many kinds on a broken file
-        line = " ".join(str(error).split()) or type(error).__name__
-        raise BadPng(f"is a broken PNG: {line[:200]}") from None
+        raise BadPng(f"is a broken PNG: {first_line(error)[:200]}") from None
 
 
 def _rgb(image) -> np.ndarray:

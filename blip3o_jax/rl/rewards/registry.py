@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from blip3o_jax.config import ConfigError, RewardConfig
-from blip3o_jax.config.errors import did_you_mean
+from blip3o_jax.config.errors import did_you_mean, type_and_line
 from blip3o_jax.rl.rewards.reward import Reward, Scores
 
 # name -> "module:factory". A factory takes the options as keyword arguments, as text.
@@ -120,9 +120,8 @@ def _user_function(name: str) -> Callable[..., Any]:
             f"reward {name!r}: module {module} cannot be imported ({e}); is its folder in PYTHONPATH?"
         ) from e
     except Exception as e:  # of the user's own code
-        line = " ".join(str(e).split())
         raise ConfigError(
-            f"reward {name!r}: module {module} fails when it is imported: {type(e).__name__}: {line}"
+            f"reward {name!r}: module {module} fails when it is imported: {type_and_line(e)}"
         ) from e
     if not callable(function):
         raise ConfigError(f"reward {name!r}: module {module} has no function {attribute}")

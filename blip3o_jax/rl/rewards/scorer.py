@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from blip3o_jax.config import RewardConfig, UserError
+from blip3o_jax.config.errors import first_line, type_and_line
 from blip3o_jax.rl.rewards import worker
 
 if TYPE_CHECKING:
@@ -92,11 +93,9 @@ def _prepared(
     except png.BadPng as error:
         return Verdict(400, f"an image {error}")
     except UserError as error:
-        return Verdict(422, " ".join(str(error).split()))
+        return Verdict(422, first_line(error))
     except Exception as error:
-        return Verdict(
-            500, f"the reward failed: {type(error).__name__}: {' '.join(str(error).split())}"[:300]
-        )
+        return Verdict(500, f"the reward failed: {type_and_line(error)}"[:300])
     return None
 
 

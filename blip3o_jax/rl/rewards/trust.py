@@ -10,6 +10,7 @@ import shlex
 from collections.abc import Sequence
 
 from blip3o_jax.config import ConfigError, RewardConfig, UserError
+from blip3o_jax.config.errors import escaped
 from blip3o_jax.rl.rewards.registry import parsed
 
 # Name -> options that name no file, address, variable or module. One that is not listed here is not
@@ -44,7 +45,7 @@ def check_trusted(rewards: Sequence[RewardConfig], where: str) -> None:
         flags = "--reward=NAME,OPTION=VALUE for each (config.json holds what no flag can say)"
     else:
         flags = " ".join(shlex.quote(f"--reward={argument}") for argument in arguments)
-    name = foreign[0].name if foreign[0].name.isprintable() else ascii(foreign[0].name)
+    name = escaped(foreign[0].name)
     raise UserError(
         f"{where} asks for the reward {name[:100]}, which may run code, read files or connect elsewhere: a run's directory "
         f"does not decide that; if you trust it, repeat the command with {flags}"

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from blip3o_jax.config import RewardConfig, check
+from blip3o_jax.config.errors import type_and_line
 from blip3o_jax.rl.rewards.registry import make
 from blip3o_jax.rl.rewards.reward import Reward
 
@@ -135,5 +136,5 @@ def _wrong(name: str, score: float, config: RewardConfig) -> str | None:
 
 def _described(error: BaseException) -> str:
     """Type and message of an exception, in one short line."""
-    text = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    text = type_and_line(error)
     return text if len(text) <= REASON_LENGTH else text[: REASON_LENGTH - 3] + "..."
