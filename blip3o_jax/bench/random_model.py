@@ -33,16 +33,16 @@ def write_random_model(
     """Weights of deviation 0.02, the files of a tokenizer whose text ids fill what the vocabulary
     has beside images, and all sizes in config.json.
     """
-    places: dict[str, tuple[Shape, np.dtype]] = {
+    specs: dict[str, tuple[Shape, np.dtype]] = {
         PREFIXES[part] + key: (shape, np.dtype(dtype))
         for part in PUBLISHED_PARTS
         for key, shape in tensor_shapes(part, model).items()
     }
-    sizes = {name: int(np.prod(shape)) for name, (shape, _) in places.items()}
+    sizes = {name: int(np.prod(shape)) for name, (shape, _) in specs.items()}
     pool = (np.random.default_rng(seed).standard_normal(_POOL, np.float32) * 0.02).astype(dtype)
-    writer = ShardedWriter(directory, "model", places, max_shard_bytes)
+    writer = ShardedWriter(directory, "model", specs, max_shard_bytes)
     progress = Progress("write", sum(sizes.values()) * pool.itemsize)
-    for number, (name, (shape, _)) in enumerate(places.items()):
+    for number, (name, (shape, _)) in enumerate(specs.items()):
         first = 7919 * number % max(1, _POOL - sizes[name])
         values = (
             np.resize(pool, sizes[name])

@@ -32,7 +32,7 @@ def number(hint: Any) -> Argument:
     return read
 
 
-def whole(low: int, high: int) -> Argument:
+def integer(low: int, high: int) -> Argument:
     """Return the argparse type of a whole number in low .. high."""
     return number(Annotated[int, Bounds(low, high)])
 

@@ -33,7 +33,7 @@ def add(commands: Any) -> None:
     )
     parser.add_argument(
         "--most",
-        type=arguments.whole(1, 2**20),
+        type=arguments.integer(1, 2**20),
         default=64,
         metavar="N",
         help="tokens of an answer, or fewer (%(default)s)",

@@ -51,7 +51,7 @@ def add(commands: Any) -> None:
     )
     parser.add_argument(
         "--rounds",
-        type=arguments.whole(1, 10**6),
+        type=arguments.integer(1, 10**6),
         default=7,
         metavar="N",
         help="turns of each side (%(default)s)",
@@ -65,14 +65,14 @@ def add(commands: Any) -> None:
     )
     parser.add_argument(
         "--threads",
-        type=arguments.whole(1, 1024),
+        type=arguments.integer(1, 1024),
         default=2,
         metavar="N",
         help="of each side, on a CPU (%(default)s)",
     )
     parser.add_argument(
         "--jax_devices",
-        type=arguments.whole(1, 1024),
+        type=arguments.integer(1, 1024),
         default=1,
         metavar="N",
         help="JAX's mesh.cpu_devices, on a CPU (%(default)s)",

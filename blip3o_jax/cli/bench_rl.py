@@ -26,7 +26,7 @@ def add(commands: Any) -> None:
     )
     parser.add_argument(
         "--rounds",
-        type=arguments.whole(1, 10**6),
+        type=arguments.integer(1, 10**6),
         default=7,
         metavar="N",
         help="steps of each way (%(default)s)",

@@ -65,7 +65,7 @@ def add(commands: Any) -> None:
     )
     parser.add_argument(
         "--measure",
-        type=arguments.whole(1, 10**6),
+        type=arguments.integer(1, 10**6),
         nargs="?",
         const=10,
         default=0,

@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> None:
     print(
         f"imported {format_bytes(done.parameters)} of parameters into {args.out} in {done.seconds:.1f} s (reading "
         f"{done.read_seconds:.1f} s, {format_bytes(done.parameters / done.read_seconds)}/s)\n"
-        f"memory: {format_bytes(done.staying)} stay on this host, the largest tensor has {format_bytes(done.largest)}; peak "
+        f"memory: {format_bytes(done.host_bytes)} stay on this host, the largest tensor has {format_bytes(done.largest)}; peak "
         f"{format_bytes(done.peak)} resident, at most {format_bytes(done.allowed)} meant"
     )
 

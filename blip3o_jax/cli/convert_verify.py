@@ -40,7 +40,7 @@ def add(commands: Any) -> None:
     )
     parser.add_argument("--ema", action="store_true", help="compare the averaged weights")
     parser.add_argument(
-        "--seed", type=arguments.whole(0, UINT32), default=0, help="of the inputs (%(default)s)"
+        "--seed", type=arguments.integer(0, UINT32), default=0, help="of the inputs (%(default)s)"
     )
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from blip3o_jax.cli import arguments, flags
 from blip3o_jax.cli.command import add_command
 
-_RECORDS = arguments.whole(1, 10**8)
+_RECORDS = arguments.integer(1, 10**8)
 
 
 def add(commands: Any) -> None:
@@ -44,21 +44,21 @@ def add(commands: Any) -> None:
     )
     parser.add_argument(
         "--num_edits",
-        type=arguments.whole(0, 10**8),
+        type=arguments.integer(0, 10**8),
         default=0,
         metavar="N",
         help="training edits, in a tar file (%(default)s)",
     )
     parser.add_argument(
         "--num_questions",
-        type=arguments.whole(0, 10**8),
+        type=arguments.integer(0, 10**8),
         default=0,
         metavar="N",
         help="training questions (%(default)s)",
     )
     parser.add_argument(
         "--image_size",
-        type=arguments.whole(32, 4096),
+        type=arguments.integer(32, 4096),
         default=64,
         metavar="PIXELS",
         help="side of an image (%(default)s)",

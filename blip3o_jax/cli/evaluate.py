@@ -34,7 +34,7 @@ def add(commands: Any) -> None:
     )
     parser.add_argument(
         "--images_per_prompt",
-        type=arguments.whole(1, 2**16),
+        type=arguments.integer(1, 2**16),
         default=1,
         metavar="N",
         help="for a reward (%(default)s)",
@@ -48,7 +48,7 @@ def add(commands: Any) -> None:
     )
     parser.add_argument(
         "--num_prompts",
-        type=arguments.whole(1, INT32),
+        type=arguments.integer(1, INT32),
         metavar="N",
         help="the first of them (of a suite's own 300, of a file all)",
     )

@@ -19,7 +19,7 @@ SAMPLING = (
 )
 
 
-SEED = arguments.whole(0, UINT32)
+SEED = arguments.integer(0, UINT32)
 
 
 def sampling(name: str) -> arguments.Argument:
@@ -84,13 +84,13 @@ def add_hosts(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--num_processes",
-        type=arguments.whole(1, 2**20),
+        type=arguments.integer(1, 2**20),
         metavar="N",
         help="with --coordinator: how many hosts",
     )
     group.add_argument(
         "--process_id",
-        type=arguments.whole(0, 2**20),
+        type=arguments.integer(0, 2**20),
         metavar="I",
         help="with --coordinator: which of them this is, from 0",
     )

@@ -27,7 +27,7 @@ def add(commands: Any, run_flags: list[argparse.Action]) -> None:
         default="127.0.0.1",
         help="where it listens (%(default)s); others need a token",
     )
-    port = arguments.whole(0, 2**16 - 1)
+    port = arguments.integer(0, 2**16 - 1)
     parser.add_argument("--port", type=port, default=8000, help="(%(default)s)")
     parser.add_argument(
         "--token_env",
@@ -53,13 +53,13 @@ def add(commands: Any, run_flags: list[argparse.Action]) -> None:
 def _add_limits(group: Any) -> None:
     """Add the limits of a reward server; the defaults are those of `rewards.server.Limits`."""
     for flag, kind, default, help in (
-        ("--batch", arguments.whole(1, 4096), 16, "images scored at once"),
-        ("--scorers", arguments.whole(1, 256), 2, "processes that score"),
-        ("--max_body_mb", arguments.whole(1, 4096), 64, "MiB of a request"),
-        ("--max_pixels", arguments.whole(1, 1 << 31), 1 << 25, "of all images of a request"),
+        ("--batch", arguments.integer(1, 4096), 16, "images scored at once"),
+        ("--scorers", arguments.integer(1, 256), 2, "processes that score"),
+        ("--max_body_mb", arguments.integer(1, 4096), 64, "MiB of a request"),
+        ("--max_pixels", arguments.integer(1, 1 << 31), 1 << 25, "of all images of a request"),
         (
             "--max_memory_mb",
-            arguments.whole(1, 1 << 20),
+            arguments.integer(1, 1 << 20),
             4096,
             "MiB in all, without the rewards' models",
         ),

@@ -1,1 +1,1 @@
-"""Published PyTorch weights in, trained weights out: name tables, import, export, verify."""
+"""Import published PyTorch weights and export trained ones: name tables, import, export, verify."""

@@ -1,4 +1,4 @@
-"""A directory that comes into being whole or not at all."""
+"""Write a directory atomically: complete or not at all."""
 
 import contextlib
 import json
@@ -17,19 +17,19 @@ MANIFEST = ".blip3o_output.json"
 
 
 @contextlib.contextmanager
-def whole_directory(
+def atomic_directory(
     out: pathlib.Path, *, overwrite: bool, sources: Iterable[pathlib.Path | None] = ()
 ) -> Iterator[pathlib.Path]:
-    """Yields an empty directory beside `out`, which takes its place when the body ends, and is
-    removed where it fails.
+    """Yield an empty directory beside `out`, which is renamed to `out` when the body ends and
+    removed when it fails.
 
     UserError where `out` exists without `overwrite`, where it is no earlier output (or holds what
     was put there since), where it overlaps one of `sources`, which are read meanwhile, or where the
     disk refuses; nothing is touched then.
     """
     out = pathlib.Path(os.path.realpath(out))
-    _check_apart(out, sources)
-    _check_free(out, overwrite)
+    _check_disjoint(out, sources)
+    _check_absent(out, overwrite)
     partial = None
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -40,7 +40,7 @@ def whole_directory(
         yield partial
         names = sorted(path.name for path in partial.iterdir())
         (partial / MANIFEST).write_text(json.dumps({"written": names}) + "\n", encoding="utf-8")
-        _check_free(out, overwrite)  # it may have come meanwhile
+        _check_absent(out, overwrite)  # it may have come meanwhile
         _replace(out, partial)
     except Exception as error:
         if isinstance(error, UserError) or (found := files.system_error(error)) is None:
@@ -52,7 +52,7 @@ def whole_directory(
 
 
 def check_space(out: pathlib.Path, needed: int) -> None:
-    """UserError where the file system of `out` has less than `needed` bytes left."""
+    """Raise UserError where the file system of `out` has less than `needed` bytes left."""
     real = pathlib.Path(os.path.realpath(out))
     there = next((p for p in real.parents if p.exists()), real)  # of / itself, which has none above
     free = shutil.disk_usage(there).free
@@ -62,14 +62,14 @@ def check_space(out: pathlib.Path, needed: int) -> None:
         )
 
 
-def _check_apart(out: pathlib.Path, sources: Iterable[pathlib.Path | None]) -> None:
+def _check_disjoint(out: pathlib.Path, sources: Iterable[pathlib.Path | None]) -> None:
     for source in sources:
         read = pathlib.Path(os.path.realpath(source)) if source is not None else None
         if read is not None and (out == read or out in read.parents or read in out.parents):
             raise UserError(f"{out} overlaps {read}, which is read: choose an --out beside it")
 
 
-def _check_free(out: pathlib.Path, overwrite: bool) -> None:
+def _check_absent(out: pathlib.Path, overwrite: bool) -> None:
     if not os.path.lexists(out):
         return
     if not overwrite:
@@ -94,7 +94,9 @@ def _check_free(out: pathlib.Path, overwrite: bool) -> None:
 
 
 def _remove(directory: pathlib.Path) -> None:
-    """Until it stays away: threads of an Orbax that has given up may still be writing to it."""
+    """Remove a directory until it stays away: threads of a failed Orbax save may still be writing
+    to it.
+    """
     for _ in range(50):
         if not directory.exists():
             return

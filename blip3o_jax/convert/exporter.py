@@ -1,5 +1,5 @@
-"""A checkpoint -> PyTorch files: parameter by parameter, each tensor at its place in files that
-have their full size at once.
+"""Export a checkpoint to PyTorch files, parameter by parameter, each tensor written at its offset
+in files allocated at full size.
 
 OUT/model*.safetensors, config.json, generation_config.json, the text tokenizer     the BLIP3o-NEXT layout
 OUT/ar, OUT/dit, OUT/scheduler, OUT/vae                                             stock directories, with `parts`
@@ -18,7 +18,7 @@ import numpy as np
 from blip3o_jax import __version__
 from blip3o_jax import config as config_lib
 from blip3o_jax.config import Config, TextConfig, UserError
-from blip3o_jax.convert.directory import check_space, whole_directory
+from blip3o_jax.convert.directory import atomic_directory, check_space
 from blip3o_jax.convert.mapping import Group, groups
 from blip3o_jax.convert.memory import PeakMemory
 from blip3o_jax.convert.merged import MergedWeights
@@ -36,7 +36,7 @@ from blip3o_jax.text.tokenizers import load_tokenizer
 from blip3o_jax.text.vocabulary import NUM_SCALES, Vocabulary
 from blip3o_jax.train.checkpoint import find, read_config, stored_text
 
-READ_AT_ONCE = 2**27  # bytes
+PARALLEL_READ_BYTES = 2**27  # bytes
 STOCK_PARTS = ("ar", "dit", "vae", "ta_tok")
 PART_OF = {"ta_tok": "tokenizer"}  # where its name in the model is another
 # Of the image processor, in the published layout: the model's pixels come scaled, so this scales no
@@ -48,7 +48,9 @@ TA_TOK_SCALE_LAYER = {"scale_layer.shift": 0.5, "scale_layer.scale": 0.5}
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """Bytes and tensors written; peak resident memory in bytes; seconds; what the user should know."""
+    """What an export has written: bytes and tensors, peak resident memory in bytes, seconds, notes
+    for the user.
+    """
 
     size: int
     tensors: int
@@ -67,8 +69,8 @@ def export_weights(
     ema: bool = False,
     overwrite: bool = False,
 ) -> Summary:
-    """Writes the directory `out`, complete or not at all: the BLIP3o-NEXT layout, or the stock
-    directories of `parts`.
+    """Write the directory `out` atomically: the BLIP3o-NEXT layout, or the stock directories of
+    `parts`.
 
     `dtype` "" keeps the checkpoint's. Low-rank factors are merged (merged.py), and the sums rounded
     to the dtype written. UserError where the checkpoint lacks a part, or averages that `ema` asks
@@ -84,18 +86,18 @@ def export_weights(
     exporter.check(parts)
     check_space(out, exporter.size_of(parts))
     with (
-        whole_directory(out, overwrite=overwrite, sources=(root,)) as directory,
+        atomic_directory(out, overwrite=overwrite, sources=(root,)) as directory,
         PeakMemory() as memory,
     ):
         if parts:
             for name in parts:
-                exporter.stock(name, directory / name)
+                exporter.write_stock_part(name, directory / name)
             # What the directories beside it are of.
             write_json(
                 directory / "config.json", {SECTION: {"version": __version__, "parts": list(parts)}}
             )
         else:
-            exporter.whole(directory)
+            exporter.write_model(directory)
     return Summary(
         exporter.size, exporter.count, memory.peak, time.monotonic() - began, tuple(exporter.notes)
     )
@@ -122,14 +124,14 @@ class _Exporter:
         self._own_dtypes = dict(self.record.dtypes)
 
     def size_of(self, parts: Sequence[str]) -> int:
-        """Bytes of the parameters to write, within a few."""
+        """Return the bytes of the parameters to write, within a few."""
         chosen = [PART_OF.get(p, p) for p in parts] or [
             p for p in PREFIXES if p in self.weights.parts
         ]
         return sum(plan.size for part in chosen for plan in self._tensors(part, ""))
 
     def check(self, parts: Sequence[str]) -> None:
-        """UserError unless everything asked for is in the checkpoint."""
+        """Raise UserError unless everything asked for is in the checkpoint."""
         for name in parts:
             config_lib.check_choice("--parts", name, STOCK_PARTS)
             config_lib.check(parts.count(name) == 1, f"--parts names {name} twice")
@@ -146,8 +148,8 @@ class _Exporter:
                 "with --parts, or give a checkpoint of stage 'joint'"
             )
 
-    def whole(self, directory: pathlib.Path) -> None:
-        """The BLIP3o-NEXT layout."""
+    def write_model(self, directory: pathlib.Path) -> None:
+        """Write the BLIP3o-NEXT layout."""
         parts = [part for part in PREFIXES if part in self.weights.parts]
         tensors = [t for part in parts for t in self._tensors(part, PREFIXES[part])]
         self._write(
@@ -162,8 +164,8 @@ class _Exporter:
         if left := [part for part in self.weights.parts if part not in PREFIXES]:
             self.notes.append(f"parts {', '.join(left)} belong to training only and were left out")
 
-    def stock(self, name: str, directory: pathlib.Path) -> None:
-        """The directory of one part's stock class."""
+    def write_stock_part(self, name: str, directory: pathlib.Path) -> None:
+        """Write the directory of one part's stock class."""
         if name == "ta_tok":
             self._ta_tok(directory)
             return
@@ -181,7 +183,7 @@ class _Exporter:
             write_json(scheduler / "scheduler_config.json", stock_config("scheduler", self.model))
 
     def _ta_tok(self, directory: pathlib.Path) -> None:
-        """{"model": {"args", "sd"}} as TA-Tok is published, where torch is there to write it; else
+        """Write {"model": {"args", "sd"}} as TA-Tok is published where torch is installed, else
         safetensors.
         """
         cfg = self.model.tokenizer
@@ -198,17 +200,19 @@ class _Exporter:
         args = args_of(cfg)
         write_json(directory / "ta_tok_config.json", overrides_of(cfg))
         write_json(directory / "args.json", args)
-        _to_torch_file(directory, args, self.notes)
+        _write_ta_tok_pth(directory, args, self.notes)
 
     def _tensors(self, part: str, prefix: str) -> list["_Planned"]:
-        """What is to be written of one part, in the table's order; a tied head where the source had
-        it.
+        """Return the tensors to write of one part, in the table's order, with a tied head where the
+        source had it.
         """
         stored = str(self.weights.dtype(part))
         planned = []
         for group in groups(part, self.model):
-            names = {key: prefix + self.record.spelling(part, key) for key in group.tensors}
-            full = {key: PREFIXES[part] + self.record.spelling(part, key) for key in group.tensors}
+            names = {key: prefix + self.record.published_key(part, key) for key in group.tensors}
+            full = {
+                key: PREFIXES[part] + self.record.published_key(part, key) for key in group.tensors
+            }
             shapes = {names[key]: shape for key, shape in group.tensors.items()}
             own = {
                 names[key]: np.dtype(self.dtype or self._own_dtypes.get(full[key], stored))
@@ -220,8 +224,8 @@ class _Exporter:
     def _constants(
         self, prefix: str, values: dict[str, float], unread: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Tensors that nothing here reads: those of the import, and `values` where they are not
-        among them.
+        """Return tensors that nothing here reads: those of the import, and `values` where they are
+        not among them.
         """
         if self.whole_source and prefix:
             return unread
@@ -237,17 +241,17 @@ class _Exporter:
         constants: dict[str, Tensor],
         max_shard_bytes: int = 0,
     ) -> None:
-        places: dict[str, tuple[Shape, np.dtype]] = {
+        specs: dict[str, tuple[Shape, np.dtype]] = {
             name: (shape, plan.dtypes[name])
             for plan in planned
             for name, shape in plan.shapes.items()
         }
-        tied = self.record.tied_head and EMBEDDINGS in places
+        tied = self.record.tied_head and EMBEDDINGS in specs
         if tied:
-            places[HEAD] = places[EMBEDDINGS]
-        places |= {name: (tensor.shape, tensor.dtype) for name, tensor in constants.items()}
-        size = sum(math.prod(shape) * dtype.itemsize for shape, dtype in places.values())
-        writer = ShardedWriter(directory, stem, places, max_shard_bytes or self.max_shard_bytes)
+            specs[HEAD] = specs[EMBEDDINGS]
+        specs |= {name: (tensor.shape, tensor.dtype) for name, tensor in constants.items()}
+        size = sum(math.prod(shape) * dtype.itemsize for shape, dtype in specs.values())
+        writer = ShardedWriter(directory, stem, specs, max_shard_bytes or self.max_shard_bytes)
         try:
             progress = Progress("write", size)
             for plan, arrays in self._read(planned):
@@ -265,7 +269,7 @@ class _Exporter:
             raise
         writer.close()
         self.size += size
-        self.count += len(places)
+        self.count += len(specs)
         merged = [
             part for part in self.weights.merged_parts if any(plan.part == part for plan in planned)
         ]
@@ -274,9 +278,9 @@ class _Exporter:
         ]
 
     def _read(self, planned: Sequence["_Planned"]) -> Iterator[tuple["_Planned", dict[str, Any]]]:
-        """Each with its parameters: small ones read several at a time, since every reading has its
-        price; large stacks and tables opened, so that the whole and its pieces are not in memory
-        twice.
+        """Yield each tensor with its parameters. Small ones are read several at a time, since every
+        read has overhead; large stacks and tables are opened lazily, so that the whole and its
+        pieces are not in memory at once.
         """
         waiting: list[_Planned] = []
         for i, plan in enumerate(planned):
@@ -286,11 +290,11 @@ class _Exporter:
             if (
                 following is not None
                 and following.part == plan.part
-                and sum(p.size for p in together) <= READ_AT_ONCE
+                and sum(p.size for p in together) <= PARALLEL_READ_BYTES
             ):
                 continue
             paths = [path for p in waiting for path in p.group.shapes]
-            if plan.by_rows or (plan.group.rule.stacked and plan.size > READ_AT_ONCE):
+            if plan.by_rows or (plan.group.rule.stacked and plan.size > PARALLEL_READ_BYTES):
                 arrays = {path: self.weights.open(plan.part, path) for path in paths}
             else:
                 arrays = self.weights.read(plan.part, paths)
@@ -312,8 +316,8 @@ class _Exporter:
         write_json(directory / "generation_config.json", self.record.generation or generation)
 
     def _config_json(self, vocabulary: Vocabulary) -> dict[str, Any]:
-        """The source's config.json where there was one, with what is stated here in place of what
-        it stated; and what has no published key.
+        """Return the source's config.json where there was one, updated with the settings of this
+        checkpoint, and a section for what has no published key.
         """
         source, stock = self.record.config, stock_config("ar", self.model)
         defaults = {
@@ -359,8 +363,8 @@ class _Exporter:
 
 @dataclasses.dataclass(frozen=True)
 class _Planned:
-    """A group of parameters, and the tensors that they become: full name -> shape and dtype, in the
-    order of the layers.
+    """A group of parameters and the tensors that it is written as: full name -> shape and dtype, in
+    the order of the layers.
     """
 
     part: str
@@ -370,25 +374,25 @@ class _Planned:
 
     @property
     def size(self) -> int:
-        """Bytes of the tensors."""
+        """Return the bytes of the tensors."""
         return sum(
             math.prod(shape) * self.dtypes[name].itemsize for name, shape in self.shapes.items()
         )
 
     @property
     def by_rows(self) -> bool:
-        """Whether it is a table too large to be converted at once."""
-        return self.size > READ_AT_ONCE and self.group.rule.by_rows
+        """Return whether this is a table too large to be converted at once."""
+        return self.size > PARALLEL_READ_BYTES and self.group.rule.by_rows
 
 
 def _converted(plan: _Planned, arrays: dict[str, Any]) -> Iterator[tuple[str, int, np.ndarray]]:
-    """(name, first row, rows) of tensors as they are written: whole, or large tables a few rows at
-    a time.
+    """Yield (name, first row, rows) of tensors as they are written: whole, or large tables a few
+    rows at a time.
     """
     for layer, (name, shape) in enumerate(plan.shapes.items()):
         if plan.by_rows:
             (table,) = arrays.values()
-            step = max(1, shape[0] * READ_AT_ONCE // plan.size)
+            step = max(1, shape[0] * PARALLEL_READ_BYTES // plan.size)
             for first in range(0, shape[0], step):
                 some = slice(first, min(first + step, shape[0]))
                 rows = table[:, some].T if plan.group.rule.transposed else table[some]
@@ -411,8 +415,8 @@ def _special_ids(vocabulary: Vocabulary) -> dict[str, int]:
     return {"eos_token_id": vocabulary.end_of_turn, "pad_token_id": vocabulary.pad_id}
 
 
-def _to_torch_file(directory: pathlib.Path, args: dict[str, Any], notes: list[str]) -> None:
-    """ta_tok.safetensors as ta_tok.pth with its args, where torch is installed."""
+def _write_ta_tok_pth(directory: pathlib.Path, args: dict[str, Any], notes: list[str]) -> None:
+    """Write ta_tok.safetensors as ta_tok.pth with its args, where torch is installed."""
     file = directory / "ta_tok.safetensors"
     try:
         import torch

@@ -1,4 +1,5 @@
-"""PyTorch files -> a checkpoint: tensor by tensor, each straight into the shards that hold it here.
+"""Import PyTorch files into a checkpoint, tensor by tensor, each straight into the shards of this
+host.
 
 For every parameter this host's shards of it are made empty; its tensors are read one after the
 other (the next while one is laid out), and copied into the shards they belong to. So at no time is
@@ -21,7 +22,7 @@ from flax import nnx
 from blip3o_jax.ar.qwen3 import grow_table
 from blip3o_jax.blip3o import Blip3o
 from blip3o_jax.config import Config, MeshConfig, UserError
-from blip3o_jax.convert.directory import check_space, whole_directory
+from blip3o_jax.convert.directory import atomic_directory, check_space
 from blip3o_jax.convert.mapping import flat, groups
 from blip3o_jax.convert.memory import PeakMemory
 from blip3o_jax.convert.progress import Progress
@@ -38,12 +39,12 @@ Index = tuple[tuple[int, int], ...]  # start and stop along each dimension
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """Bytes of parameters, of those on this host's CPU devices, of the largest tensor; peak
-    resident memory in bytes; seconds of reading and of all.
+    """What an import has read: bytes of parameters, of those on this host's CPU devices, of the
+    largest tensor; peak resident memory in bytes; seconds of reading and of all.
     """
 
     parameters: int
-    staying: int
+    host_bytes: int
     largest: int
     peak: int
     read_seconds: float
@@ -51,16 +52,16 @@ class Summary:
 
     @property
     def allowed(self) -> int:
-        """What may be resident at most: what stays, 1.25 times the largest tensor, and 1 GiB."""
-        return self.staying + self.largest * 5 // 4 + 2**30
+        """Return the most bytes that may be resident: the host's parameters, 1.25 times the largest
+        tensor, and 1 GiB.
+        """
+        return self.host_bytes + self.largest * 5 // 4 + 2**30
 
 
 def import_weights(
     source: Source, out: pathlib.Path, mesh: MeshConfig | None = None, *, overwrite: bool = False
 ) -> Summary:
-    """Writes the checkpoint directory `out`, complete or not at all. `mesh` as in
-    `blip3o_jax.load`.
-    """
+    """Write the checkpoint directory `out` atomically. `mesh` as in `blip3o_jax.load`."""
     began = time.monotonic()
     mesh = mesh or MeshConfig(data=-1, fsdp=1, strategy="dp")
     strategy = Strategy.of(mesh)
@@ -82,7 +83,7 @@ def import_weights(
         for tensor in tensors.values()
     }
     with (
-        whole_directory(out, overwrite=overwrite, sources=read) as directory,
+        atomic_directory(out, overwrite=overwrite, sources=read) as directory,
         PeakMemory() as memory,
     ):
         weights = read_into(plan, source, config)
@@ -95,14 +96,14 @@ def import_weights(
             for s in leaf.addressable_shards
             if s.device.platform == "cpu"
         ]
-        staying = sum(s.data.nbytes for s in shards)
+        host_bytes = sum(s.data.nbytes for s in shards)
         del weights, shards
     largest = max(t.nbytes for tensors in source.tensors.values() for t in tensors.values())
-    return Summary(size, staying, largest, memory.peak, read_seconds, time.monotonic() - began)
+    return Summary(size, host_bytes, largest, memory.peak, read_seconds, time.monotonic() - began)
 
 
 def read_into(plan: StatePlan, source: Source, config: Config) -> dict[str, Any]:
-    """The source's parameters in the plan's groups, shardings and dtypes."""
+    """Return the source's parameters in the plan's groups, shardings and dtypes."""
     progress = Progress(
         "read", sum(t.nbytes for tensors in source.tensors.values() for t in tensors.values())
     )
@@ -116,9 +117,9 @@ def read_into(plan: StatePlan, source: Source, config: Config) -> dict[str, Any]
         if tensors := source.tensors.get(part):
             arrays = _read_part(part, config, tensors, targets, progress)
             if part == "ar" and "image_embeddings" in source.initialise:
-                arrays = _grown(arrays, targets, source)
+                arrays = _resize_vocabulary(arrays, targets, source)
         else:
-            arrays = _drawn(part, config, targets)
+            arrays = _initialize_part(part, config, targets)
         for group in WEIGHTS:
             if part in plan.abstract[group]:
                 paths = flat(plan.abstract[group][part])
@@ -140,7 +141,7 @@ def _read_part(
         shards = {path: _Shards(targets[path]) for path in group.shapes}
         keys = list(group.tensors)
         for layer, (key, tensor) in enumerate(
-            zip(keys, _prefetched([tensors[key] for key in keys]), strict=True)
+            zip(keys, _prefetch([tensors[key] for key in keys]), strict=True)
         ):
             tensor = cast(tensors[key].key, tensor, shards[group.rule.paths[0]].target.dtype)
             for path, piece in group.to_jax(tensor):
@@ -150,8 +151,8 @@ def _read_part(
     return arrays
 
 
-def _prefetched(tensors: list[Tensor]) -> Iterator[np.ndarray]:
-    """Each tensor's values, the next one being read meanwhile."""
+def _prefetch(tensors: list[Tensor]) -> Iterator[np.ndarray]:
+    """Yield each tensor's values, reading the next one meanwhile."""
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(tensors[0].read)
         for following in [*tensors[1:], None]:
@@ -162,7 +163,7 @@ def _prefetched(tensors: list[Tensor]) -> Iterator[np.ndarray]:
 
 
 class _Shards:
-    """One parameter's pieces on this host, each once however many devices hold it."""
+    """The shards of one parameter on this host, each once however many devices hold it."""
 
     def __init__(self, target: jax.ShapeDtypeStruct):
         self.target = target
@@ -171,11 +172,12 @@ class _Shards:
             spans = tuple(s.indices(n)[:2] for s, n in zip(index, target.shape, strict=True))
             self.devices.setdefault(spans, []).append(device)
         self.buffers = {
-            spans: _aligned(tuple(b - a for a, b in spans), target.dtype) for spans in self.devices
+            spans: _empty_aligned(tuple(b - a for a, b in spans), target.dtype)
+            for spans in self.devices
         }
 
     def fill(self, layer: int | None, piece: np.ndarray) -> None:
-        """Copies what belongs here of one layer's piece (None: of the whole parameter)."""
+        """Copy this host's shards of one layer's piece (None: of the whole parameter)."""
         for spans, buffer in self.buffers.items():
             if layer is not None:
                 (first, last), *spans = spans
@@ -200,21 +202,19 @@ class _Shards:
         )
 
 
-def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An empty array that CPU devices take over as it is: they copy what does not begin at a
-    multiple of 64 bytes.
-    """
+def _empty_aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Return an uninitialised array aligned to 64 bytes, which CPU devices use without a copy."""
     size = math.prod(shape) * dtype.itemsize
     memory = np.empty(size + 64, np.uint8)
     start = -memory.ctypes.data % 64
     return memory[start : start + size].view(dtype).reshape(shape)
 
 
-def _grown(
+def _resize_vocabulary(
     arrays: dict[str, jax.Array], targets: Mapping[str, jax.ShapeDtypeStruct], source: Source
 ) -> dict[str, jax.Array]:
-    """The vocabulary tables with the rows of new tokens at the mean of the text tokenizer's own
-    (the published way); rows that stood for no token are among those that are replaced.
+    """Resize the vocabulary tables. Rows of new tokens, and rows that stood for no token, are the
+    mean of the text tokenizer's rows, as published.
     """
     ar = source.config.model.ar
     for path, transposed in (("embedding", False), ("lm_head/kernel", True)):
@@ -233,10 +233,10 @@ def _grown(
     return arrays
 
 
-def _drawn(
+def _initialize_part(
     part: str, config: Config, targets: Mapping[str, jax.ShapeDtypeStruct]
 ) -> dict[str, jax.Array]:
-    """A part with its initial weights."""
+    """Return a part with its initial weights."""
 
     def make() -> dict[str, jax.Array]:
         state = nnx.to_pure_dict(nnx.state(Blip3o(config.model, (part,), seed=config.seed)))

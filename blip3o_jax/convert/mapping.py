@@ -1,5 +1,5 @@
-"""A part's table (tables.py) laid over its shapes: every tensor of the PyTorch side with its name,
-shape and place here.
+"""Resolve a part's table (tables.py) to shapes: every tensor of the PyTorch side with its name,
+shape and parameter here.
 
 Shapes come from the abstract model, so that a table that misses a parameter, or names one twice, is
 found at once.
@@ -29,8 +29,8 @@ class Group:
     tensors: dict[str, Shape]  # of the tensors, by name, in the order of the layers
 
     def to_jax(self, tensor: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
-        """(path, the piece of that parameter that one tensor holds), a view where it can be. Rows
-        of the vocabulary that are padding here are missing at the end.
+        """Yield (path, the piece of that parameter that one tensor holds), a view where possible.
+        Padding rows of the vocabulary are missing at the end.
         """
         layout = LAYOUTS[self.rule.layout]
         for path, piece in zip(
@@ -48,7 +48,7 @@ class Group:
 
 @functools.lru_cache(maxsize=32)
 def groups(part: str, cfg: ModelConfig) -> tuple[Group, ...]:
-    """Every rule of a part's table with its shapes."""
+    """Return every rule of a part's table with its shapes."""
     shapes = parameter_shapes(part, cfg)
     found, taken = [], set()
     for rule in rules(part, cfg):
@@ -71,13 +71,13 @@ def groups(part: str, cfg: ModelConfig) -> tuple[Group, ...]:
 
 
 def parameter_shapes(part: str, cfg: ModelConfig) -> dict[str, Shape]:
-    """{path within the part: shape}."""
+    """Return {path within the part: shape}."""
     state = nnx.eval_shape(lambda: nnx.state(Blip3o(cfg, (part,), seed=0)))
     return {path_name(path[1:]): tuple(leaf.shape) for path, leaf in nnx.to_flat_state(state)}
 
 
 def tensor_shapes(part: str, cfg: ModelConfig) -> dict[str, Shape]:
-    """{tensor name without prefix: shape}."""
+    """Return {tensor name without prefix: shape}."""
     return {key: shape for group in groups(part, cfg) for key, shape in group.tensors.items()}
 
 
@@ -111,7 +111,7 @@ def to_torch(
 
 
 def flat(tree: object) -> dict[str, jax.Array]:
-    """A nested dict of arrays as {path: array}."""
+    """Flatten a nested dict of arrays to {path: array}."""
     return {
         "/".join(str(k.key) for k in keys): leaf
         for keys, leaf in jax.tree_util.tree_leaves_with_path(tree)

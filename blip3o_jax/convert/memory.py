@@ -1,4 +1,4 @@
-"""Peak resident memory of this process."""
+"""Measure the peak resident memory of this process."""
 
 import pathlib
 import threading
@@ -8,7 +8,9 @@ _STATM = pathlib.Path("/proc/self/statm")
 
 
 def resident() -> int:
-    """Bytes resident now, pages of mapped files among them (0 where the system does not tell)."""
+    """Return the bytes resident now, pages of mapped files among them (0 where the system does not
+    report it).
+    """
     try:
         import resource
 
@@ -18,8 +20,8 @@ def resident() -> int:
 
 
 class PeakMemory:
-    """`peak`: the most bytes resident while the block ran, looked at every few milliseconds. (The
-    kernel's own mark covers all of the process's life.)
+    """Sample the resident memory every few milliseconds; `peak`: the most bytes while the block
+    ran. (The kernel's own peak covers the process's whole life.)
     """
 
     def __init__(self, interval: float = 0.005):

@@ -1,5 +1,5 @@
-"""The weights of a checkpoint with low-rank factors (lora.py) as those of the model without: merged
-as they are read.
+"""Read a checkpoint with low-rank factors (lora.py) as the model without them, merged as it is
+read.
 """
 
 import dataclasses
@@ -17,9 +17,9 @@ from blip3o_jax.train.checkpoint import Stored, Weights
 
 
 class MergedWeights(Weights):
-    """Low-rank factors are not among these; kernels that have them are read as float32 sums, which
-    the reader rounds to what it stores. Everything else, and all of a checkpoint without factors,
-    is as it was written.
+    """Read the weights of a checkpoint without its low-rank factors: a kernel that has factors is
+    read as the float32 sum, which the reader rounds to what it stores. All other weights are read
+    as stored.
 
     UserError where what is stored is not what `model` has, so that no layer is left out.
     """
@@ -51,6 +51,7 @@ class MergedWeights(Weights):
         return path.endswith("/kernel") and (part, _factor(path, FACTORS[0])) in self._leaves
 
     def read(self, part: str, paths: Iterable[str]) -> dict[str, np.ndarray]:
+        """Return all layers."""
         paths = list(paths)
         arrays = super().read(part, [path for path in paths if not self.is_merged(part, path)])
         return arrays | {
@@ -58,16 +59,18 @@ class MergedWeights(Weights):
         }
 
     def open(self, part: str, path: str) -> Any:
-        """As for any parameter; a stack of sums takes the number of a layer alone."""
+        """Open a parameter as in any checkpoint; a merged stack can be read layer by layer only."""
         if not self.is_merged(part, path):
             return super().open(part, path)
         paths = (path, *(_factor(path, name) for name in FACTORS))
-        return _Sums(*(super(MergedWeights, self).open(part, p) for p in paths), self._scales[part])
+        return _MergedStack(
+            *(super(MergedWeights, self).open(part, p) for p in paths), self._scales[part]
+        )
 
 
 @dataclasses.dataclass(frozen=True)
-class _Sums:
-    """W + scale A B of a stack of layers, one at a time."""
+class _MergedStack:
+    """W + scale A B of a stack of layers, computed one at a time."""
 
     kernel: Stored
     a: Stored

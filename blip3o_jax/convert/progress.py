@@ -1,4 +1,4 @@
-"""How far a conversion is: a line every few seconds on standard error."""
+"""Print the progress of a conversion every few seconds on standard error."""
 
 import sys
 import time
@@ -7,14 +7,14 @@ INTERVAL = 5.0  # seconds
 
 
 class Progress:
-    """`verb` ("read", "write") and bytes in all."""
+    """Print `verb` ("read", "write") and the bytes of `total` that are done."""
 
     def __init__(self, verb: str, total: int):
         self.verb, self.total, self.done = verb, total, 0
         self._began = self._last = time.monotonic()
 
     def advance(self, part: str, count: int) -> None:
-        """`count` more bytes are done, of `part`."""
+        """Count `count` more bytes, of `part`."""
         self.done += count
         now = time.monotonic()
         if now - self._last < INTERVAL:

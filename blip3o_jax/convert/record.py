@@ -1,5 +1,4 @@
-"""What an import leaves in a checkpoint beside the weights, so that an export writes the very files
-it was given.
+"""Keep what an export needs, beside the weights, to write the very files that were imported.
 
 conversion.json       spellings, dtypes and the config.json of the source
 unread.safetensors    tensors that nothing here reads
@@ -36,8 +35,8 @@ class Record:
         default_factory=dict
     )  # its generation_config.json
 
-    def spelling(self, part: str, key: str) -> str:
-        """The name in the file of what the table calls `key`."""
+    def published_key(self, part: str, key: str) -> str:
+        """Return the name in the file of the table's `key`."""
         if part == "tokenizer" and self.flat_decoder:
             key = (
                 key.replace("decoder.vision_model.", "decoder.", 1)
@@ -49,7 +48,7 @@ class Record:
         return key
 
     def table_key(self, part: str, key: str) -> str:
-        """The inverse of `spelling`."""
+        """Return the table's key: the inverse of `published_key`."""
         if part == "tokenizer" and self.flat_decoder and key.startswith("decoder."):
             key = "decoder.vision_model." + key.removeprefix("decoder.")
         if part == "tokenizer" and self.nested_encoder and key.startswith("encoder.vision_model."):
@@ -60,8 +59,8 @@ class Record:
 def write_record(directory: pathlib.Path, record: Record, unread: Mapping[str, Tensor]) -> None:
     kept = directory / f"{UNREAD}.safetensors"
     if unread:
-        places = {name: (tensor.shape, tensor.dtype) for name, tensor in unread.items()}
-        writer = ShardedWriter(directory, UNREAD, places, max_shard_bytes=2**62)
+        specs = {name: (tensor.shape, tensor.dtype) for name, tensor in unread.items()}
+        writer = ShardedWriter(directory, UNREAD, specs, max_shard_bytes=2**62)
         for name, tensor in unread.items():
             writer.write(name, tensor.read())
         writer.close()
@@ -70,7 +69,9 @@ def write_record(directory: pathlib.Path, record: Record, unread: Mapping[str, T
 
 
 def read_record(directory: pathlib.Path) -> tuple[Record | None, dict[str, Tensor]]:
-    """The record and the tensors kept, or None and nothing for a checkpoint that was trained here."""
+    """Return the record and the unread tensors, or (None, {}) for a checkpoint that was trained
+    here.
+    """
     file = directory / RECORD_FILE
     if not file.is_file():
         return None, {}

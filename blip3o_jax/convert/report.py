@@ -1,4 +1,4 @@
-"""What a comparison of a checkpoint with PyTorch files found: as values, as JSON and as tables."""
+"""Hold the comparison of a checkpoint with PyTorch files: as values, as JSON and as tables."""
 
 import dataclasses
 import math
@@ -74,7 +74,7 @@ class Report:
         return all(part.ok for part in self.parts)
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON, with every verdict; numbers that are not finite become null."""
+        """Return the report for JSON, with every verdict; numbers that are not finite become null."""
         parts = []
         for part in self.parts:
             outputs = [dataclasses.asdict(output) | {"ok": output.ok} for output in part.outputs]
@@ -85,7 +85,9 @@ class Report:
 
 
 def relative_error(got: np.ndarray, want: np.ndarray) -> float:
-    """Norm of the difference over the norm of what is wanted; infinite for another shape."""
+    """Return the norm of the difference over the norm of what is expected; infinite for another
+    shape.
+    """
     if got.shape != want.shape:
         return math.inf
     got, want = got.astype(np.float64), want.astype(np.float64)
@@ -94,7 +96,7 @@ def relative_error(got: np.ndarray, want: np.ndarray) -> float:
 
 
 def print_report(report: Report) -> None:
-    """One table for each part, then everything that differs by its full name, then the verdict, on
+    """Print a table for each part, then all that differs by full name, then the verdict, on
     standard output.
     """
     console = Console()

@@ -1,5 +1,4 @@
-"""What a PyTorch model on disk holds, told from its own files: a configuration, and for each part
-its tensors.
+"""Open a PyTorch model on disk by its own files: a configuration, and the tensors of each part.
 
 It may be a BLIP3o-NEXT directory, a Qwen3 directory, a SANA directory (transformer/, vae/,
 scheduler/) and a TA-Tok file, in any combination that makes a whole model. Sizes and options come
@@ -28,7 +27,7 @@ from blip3o_jax.config import Config, DataConfig, MeshConfig, ModelConfig, Sampl
 from blip3o_jax.convert import stock_config
 from blip3o_jax.convert.mapping import Group, groups
 from blip3o_jax.convert.record import Record
-from blip3o_jax.convert.source_files import SECTION, Files, Place
+from blip3o_jax.convert.source_files import SECTION, Files, WeightSource
 from blip3o_jax.convert.ta_tok_args import read_ta_tok
 from blip3o_jax.convert.tables import PREFIXES
 from blip3o_jax.convert.tensor_files import Tensor, read_json
@@ -53,7 +52,7 @@ UNREAD = {
 @dataclasses.dataclass(frozen=True)
 class Source:
     """`tensors`: part -> name in the table -> tensor, complete and of the right shapes. `unread`:
-    full name -> tensor. `initialise`: what of INITIALISABLE is to be made here. `places`: in the
+    full name -> tensor. `initialise`: what of INITIALISABLE is to be made here. `weight_sources`: in the
     order in which they are read, a later one wins.
     """
 
@@ -65,7 +64,7 @@ class Source:
     record: Record
     initialise: tuple[str, ...]
     notes: tuple[str, ...]
-    places: tuple[Place, ...]
+    weight_sources: tuple[WeightSource, ...]
 
 
 def open_source(
@@ -78,7 +77,7 @@ def open_source(
     dtype: str = "",
     variant: str = "",
 ) -> Source:
-    """Reads headers and configurations, and judges whether they make one whole model.
+    """Read headers and configurations and check that they make one complete model.
 
     `variant`: the weights to take where a directory has several ("bf16", "fp16", "non_ema"); "" is
     the default one. `dtype` is the one parameters are to have here; "" keeps that of the files (the
@@ -94,7 +93,7 @@ def open_source(
     model = _model_config(files, initialise)
     vocabulary = Vocabulary(tokenizer, model.tokenizer.codebook_size)
     model = _with_vocabulary(model, vocabulary, files, initialise)
-    record, parts, unread = _sort_out(files, model)
+    record, parts, unread = _match_tensors(files, model)
     for part, given in parts.items():
         _check_part(part, model, given, files, initialise)
     model, dtypes = _with_dtypes(model, parts, dtype)
@@ -129,7 +128,7 @@ def open_source(
         record,
         initialise,
         tuple(files.notes),
-        tuple(files.places),
+        tuple(files.weight_sources),
     )
 
 
@@ -144,7 +143,7 @@ def _text_tokenizer(source: pathlib.Path) -> TextTokenizer:
 
 
 def _model_config(files: Files, initialise: tuple[str, ...]) -> ModelConfig:
-    """Every part's sizes and options, from the most specific file that has them."""
+    """Return every part's sizes and options, from the most specific file that has them."""
     where = str(files.config_file)
     model = config_lib.from_dict(
         files.section.get("model", {}), ModelConfig, f"{where}: {SECTION}.model"
@@ -193,7 +192,7 @@ def _model_config(files: Files, initialise: tuple[str, ...]) -> ModelConfig:
 def _with_vocabulary(
     model: ModelConfig, vocabulary: Vocabulary, files: Files, initialise: tuple[str, ...]
 ) -> ModelConfig:
-    """The model with as many rows as its tables are to have here, checked against the ids that
+    """Return the model with the rows its vocabulary tables have here, checked against the ids that
     config.json states.
     """
     stated = {
@@ -226,10 +225,12 @@ def _with_vocabulary(
     )
 
 
-def _sort_out(
+def _match_tensors(
     files: Files, model: ModelConfig
 ) -> tuple[Record, dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-    """(spelling, tensors by part and name in the table, tensors that nothing reads by full name)."""
+    """Return (record of the names, tensors by part and name in the table, tensors that nothing
+    reads by full name).
+    """
     wanted = ["tokenizer", "ar", "connector", "dit", "vae"]
     wanted += ["latent_connector"] * model.editing.latents + [
         "feature_connector"
@@ -266,8 +267,8 @@ def _sort_out(
 
 
 def _check_scale(key: str, tensor: Tensor) -> None:
-    """Pixels come in [-1, 1] here, so a scaling of the tokenizer's own must be to that: of [0, 1],
-    or none.
+    """Check a tokenizer's own scaling of pixels: they come in [-1, 1] here, so it must be one of
+    [0, 1], or none.
     """
     allowed = {"scale_layer.shift": (0.0, 0.5), "scale_layer.scale": (1.0, 0.5)}.get(key)
     if allowed and not any(np.all(tensor.read() == value) for value in allowed):
@@ -284,7 +285,7 @@ def _check_part(
     files: Files,
     initialise: tuple[str, ...],
 ) -> None:
-    """Exactly the tensors of the part's table, in its shapes."""
+    """Check that the files have exactly the tensors of the part's table, in its shapes."""
     if not given:
         if part in initialise:
             return
@@ -293,7 +294,7 @@ def _check_part(
         advice = f"give {advice}" if advice else f"use --initialise={part} to make new ones"
         raise UserError(
             f"{files.config_file.parent} holds no tensors of part {part} ({PREFIXES[part]}*): "
-            f"{files.behind_prefix(PREFIXES[part]) or advice}{files.not_read()}"
+            f"{files.unknown_prefix(PREFIXES[part]) or advice}{files.unread_files()}"
         )
     if part in initialise:
         raise UserError(
@@ -308,10 +309,10 @@ def _check_part(
     except config_lib.ConfigError as error:  # sizes that no network can have
         raise UserError(f"{_sizes(part, files)}: {error}") from error
     if missing := [key for key in shapes if key not in given]:
-        behind = files.behind_prefix(PREFIXES[part] + missing[0])
+        behind = files.unknown_prefix(PREFIXES[part] + missing[0])
         raise UserError(
             f"{next(iter(given.values())).file.parent}: {PREFIXES[part]}{missing[0]} is missing ({len(missing)} tensors of "
-            f"{part} in all), which {_sizes(part, files)} asks for{'; ' * bool(behind)}{behind}{files.not_read()}"
+            f"{part} in all), which {_sizes(part, files)} asks for{'; ' * bool(behind)}{behind}{files.unread_files()}"
         )
     if extra := [tensor for key, tensor in given.items() if key not in shapes]:
         raise UserError(
@@ -339,7 +340,7 @@ def _check_tensor(
 
 
 def _sizes(part: str, files: Files) -> str:
-    """Where the sizes of a part were read."""
+    """Return where the sizes of a part were read."""
     if part == "tokenizer" and files.ta_tok_config is not None:
         return f"{files.ta_tok_config} (over the published so400m tokenizer)"
     stock = {"vae": files.vae, "latent_connector": files.vae}.get(part, files.transformer)
@@ -355,8 +356,8 @@ def _sizes(part: str, files: Files) -> str:
 def _with_dtypes(
     model: ModelConfig, parts: dict[str, dict[str, Tensor]], dtype: str
 ) -> tuple[ModelConfig, tuple[tuple[str, str], ...]]:
-    """The model with each part's parameter dtype, and what tensors are narrower than that in the
-    files.
+    """Return the model with each part's parameter dtype, and the tensors that the files store in a
+    narrower one.
     """
     wide = next(
         (t for given in parts.values() for t in given.values() if t.dtype == np.float64), None
@@ -412,7 +413,9 @@ def _check_tied_head(files: Files, model: ModelConfig) -> None:
 
 
 def _same_values(a: np.ndarray, b: np.ndarray) -> bool:
-    """Bit by bit, and piece by piece: a comparison of all would take half as much memory again."""
+    """Compare bit by bit, piece by piece: comparing all at once would take half as much memory
+    again.
+    """
     a, b = (x.reshape(-1).view(np.uint8) for x in (a, b))
     piece = 2**24
     return all(np.array_equal(a[i : i + piece], b[i : i + piece]) for i in range(0, len(a), piece))

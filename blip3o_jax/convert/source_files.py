@@ -1,4 +1,6 @@
-"""The files that a source of weights is made of: read as far as their headers, and not judged."""
+"""Read the files that a source of weights is made of, as far as their headers, without judging
+them.
+"""
 
 import dataclasses
 import pathlib
@@ -10,32 +12,32 @@ from blip3o_jax.config import UserError
 from blip3o_jax.convert.tables import PREFIXES
 from blip3o_jax.convert.tensor_files import Tensor, load_torch, read_json, torch_tensors
 from blip3o_jax.convert.weight_files import WeightFile, find_weights, read_weights
-from blip3o_jax.convert.wrappers import plain_names
+from blip3o_jax.convert.wrappers import unwrapped_names
 
-SECTION = "blip3o_jax"  # of config.json: what the published keys have no place for
+SECTION = "blip3o_jax"  # of config.json: what the published keys cannot hold
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
-    """Where some of the tensors lie. `path`: the directory or file that was given, `weights` what
-    of it is read (None: its config.json alone), `prefix` what the layout puts before the names
-    there, `library` the one whose layout it is, or "". `plain`: {name in the file: name without
-    wrappers}."""
+class WeightSource:
+    """One source of tensors. `path`: the directory or file that was given; `weights`: what of it is
+    read (None: its config.json alone); `prefix`: what the layout puts before its names; `library`:
+    the library whose layout it is, or ""; `unwrapped`: {name in the file: name without wrappers}.
+    """
 
     path: pathlib.Path
     weights: WeightFile | None
     prefix: str
     library: str
-    plain: dict[str, str]
+    unwrapped: dict[str, str]
 
     @property
     def is_wrapped(self) -> bool:
-        return any(name != short for name, short in self.plain.items())
+        return any(name != short for name, short in self.unwrapped.items())
 
 
 @dataclasses.dataclass
 class Files:
-    """The files of a source, unjudged. `tensors`: full name -> tensor."""
+    """The files of a source, unchecked. `tensors`: full name -> tensor."""
 
     config_file: pathlib.Path
     values: dict[str, Any]  # config.json of the source
@@ -49,7 +51,7 @@ class Files:
     ta_tok: dict[str, Any]  # args of the TA-Tok file
     notes: list[str]
     variant: str = ""
-    places: list[Place] = dataclasses.field(default_factory=list)
+    weight_sources: list[WeightSource] = dataclasses.field(default_factory=list)
     own_tokenizer: bool = False  # TA-Tok is in its own file
     ta_tok_config: pathlib.Path | None = None
 
@@ -78,15 +80,18 @@ class Files:
         return files
 
     def _check_variant(self, source: pathlib.Path) -> None:
-        found = [place.weights.variant for place in self.places if place.weights is not None]
+        found = [
+            weight_source.weights.variant
+            for weight_source in self.weight_sources
+            if weight_source.weights is not None
+        ]
         if self.variant and self.variant not in found:
             raise UserError(
                 f"--variant={self.variant}: {source} and what is given beside it have no weights of that variant"
             )
 
     def _read_diffusion(self, directory: pathlib.Path) -> None:
-        """transformer/ (or dit/, as exported here), vae/ and scheduler/, as far as they are
-        there."""
+        """Read transformer/ (or dit/, as exported here), vae/ and scheduler/, where they exist."""
         found = False
         for name, prefix in (
             ("transformer", PREFIXES["dit"]),
@@ -106,7 +111,7 @@ class Files:
                     prefix, folder, "diffusers", *read_weights(folder, "diffusers", self.variant)
                 )
             elif prefix:
-                self.places.append(Place(folder, None, prefix, "diffusers", {}))
+                self.weight_sources.append(WeightSource(folder, None, prefix, "diffusers", {}))
                 self.notes.append(f"{folder} holds no weights: only its sizes are read")
         if not found:
             raise UserError(
@@ -114,8 +119,9 @@ class Files:
             )
 
     def _read_ta_tok(self, path: pathlib.Path) -> None:
-        """A TA-Tok file, {"model": {"args": ..., "sd": ...}}, or a safetensors file with its
-        args.json; or a directory that holds one of them, as an export writes it."""
+        """Read a TA-Tok file, {"model": {"args": ..., "sd": ...}}, or a safetensors file with its
+        args.json; or a directory that holds one of them, as an export writes it.
+        """
         file, prefix = path, PREFIXES["tokenizer"]
         if path.is_dir():
             file = next(
@@ -143,20 +149,22 @@ class Files:
         tensors: Mapping[str, Tensor],
         weights: WeightFile,
     ) -> None:
-        """What is read later wins, which is said, as is what wrappers left in the names."""
-        plain = plain_names(
+        """Add tensors, which replace earlier ones of the same name, and note that and names with
+        wrappers.
+        """
+        unwrapped = unwrapped_names(
             tensors, () if prefix else tuple(filter(None, PREFIXES.values())), str(weights.file)
         )
-        place = Place(path, weights, prefix, library, plain)
-        self.places.append(place)
+        weight_source = WeightSource(path, weights, prefix, library, unwrapped)
+        self.weight_sources.append(weight_source)
         self.notes += weights.notes
-        if place.is_wrapped:
-            name = next(name for name, short in plain.items() if name != short)
+        if weight_source.is_wrapped:
+            name = next(name for name, short in unwrapped.items() if name != short)
             self.notes.append(
-                f"{weights.file}: {name} is read as {plain[name]}, without what wrapped the module that was saved"
+                f"{weights.file}: {name} is read as {unwrapped[name]}, without what wrapped the module that was saved"
             )
         named = {
-            prefix + plain[key]: dataclasses.replace(tensor, key=prefix + plain[key])
+            prefix + unwrapped[key]: dataclasses.replace(tensor, key=prefix + unwrapped[key])
             for key, tensor in tensors.items()
         }
         if both := set(named) & set(self.tensors):
@@ -167,9 +175,10 @@ class Files:
             )
         self.tensors |= named
 
-    def behind_prefix(self, name: str) -> str:
-        """What to do where the files have `name`, of a tensor or a part, behind a prefix that is
-        not known here, or ""."""
+    def unknown_prefix(self, name: str) -> str:
+        """Return advice where the files have `name`, of a tensor or a part, behind an unknown
+        prefix, or "".
+        """
         found = next((key for key in self.tensors if f".{name}" in key), "") if name else ""
         prefix = found.partition(f".{name}")[0]
         return (
@@ -178,14 +187,15 @@ class Files:
             else ""
         )
 
-    def not_read(self) -> str:
-        """What may explain tensors that are missing: other files that hold weights, "; ..." or
-        ""."""
+    def unread_files(self) -> str:
+        """Return what may explain missing tensors: other files that hold weights, as "; ...", or
+        "".
+        """
         notes = [
             note
-            for place in self.places
-            if place.weights is not None
-            for note in place.weights.notes
+            for weight_source in self.weight_sources
+            if weight_source.weights is not None
+            for note in weight_source.weights.notes
         ]
         return "".join(f"; {note}" for note in notes)
 

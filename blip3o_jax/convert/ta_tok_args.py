@@ -1,4 +1,4 @@
-"""Sizes and options of the vision tokenizer: the published ones, the args of a TA-Tok file, and a
+"""Read the options of the vision tokenizer: the published ones, the args of a TA-Tok file, and a
 file of the user's.
 
 The args are those of the published class: {"bottleneck": {"name", "args": {..., "regularizer":

@@ -1,4 +1,4 @@
-"""Which PyTorch tensor is which parameter here: one table for each part, read in both directions.
+"""Map PyTorch tensors to parameters here: one table for each part, read in both directions.
 
 A rule pairs the name of a tensor in the stock class (without the prefix it has in a BLIP3o-NEXT
 directory) with the path of a parameter in the part of that name. In a name, `{i}` is the number of
@@ -19,7 +19,7 @@ Shape = tuple[int, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How one tensor lies in PyTorch and here."""
+    """How one tensor is laid out in PyTorch and here."""
 
     to_jax: Callable[[np.ndarray], np.ndarray]
     to_torch: Callable[[np.ndarray], np.ndarray]
@@ -75,8 +75,8 @@ class Rule:
 
     @property
     def by_rows(self) -> bool:
-        """Whether rows of the tensor are rows of one parameter, or columns (`transposed`), so that
-        it can be converted a few at a time.
+        """Return whether rows of the tensor are rows of one parameter, or columns (`transposed`),
+        so that it can be converted a few at a time.
         """
         return self.layout in ("same", "linear") and len(self.paths) == 1 and not self.stacked
 
@@ -85,7 +85,7 @@ class Rule:
         return self.layout == "linear"
 
     def key(self, layer: int) -> str:
-        """The tensor's name for a layer here."""
+        """Return the tensor's name for a layer here."""
         return self.torch.replace("{i}", str(layer + self.first))
 
 
@@ -105,14 +105,14 @@ PREFIXES = {
 
 
 def rules(part: str, cfg: ModelConfig) -> list[Rule]:
-    """The table of one part of a model."""
+    """Return the table of one part of a model."""
     return _TABLES[part](cfg)
 
 
 def _linear(
     torch: str, path: str, layout: str = "linear", *, bias: bool = True, first: int = 0
 ) -> list[Rule]:
-    """Weight, and bias where there is one."""
+    """Return the rules of a linear layer: weight, and bias where there is one."""
     weight = Rule(f"{torch}.weight", (f"{path}/kernel",), layout, first)
     return [weight, Rule(f"{torch}.bias", (f"{path}/bias",), first=first)] if bias else [weight]
 
@@ -132,7 +132,7 @@ def _prefixed(torch: str, path: str, table: list[Rule], *, first: int = 0) -> li
 
 
 def _qwen3(cfg: ModelConfig) -> list[Rule]:
-    """`transformers.Qwen3ForCausalLM`."""
+    """Return the rules of `transformers.Qwen3ForCausalLM`."""
     layer, here = "model.layers.{i}.", "layers/"
     table = [
         Rule("model.embed_tokens.weight", ("embedding",), vocabulary=True),
@@ -162,7 +162,9 @@ _POOL = ("attention/query", "attention/key", "attention/value")
 
 
 def _vision_model(patch_layout: str) -> list[Rule]:
-    """`transformers.SiglipVisionModel` ("patch") and `Siglip2VisionModel` ("linear")."""
+    """Return the rules of `transformers.SiglipVisionModel` ("patch") or `Siglip2VisionModel`
+    ("linear").
+    """
     layer, here = "encoder.layers.{i}.", "encoder/layers/"
     attention = (("q_proj", "query"), ("k_proj", "key"), ("v_proj", "value"), ("out_proj", "out"))
     return [
@@ -189,7 +191,9 @@ def _vision_model(patch_layout: str) -> list[Rule]:
 
 
 def _ta_tok(cfg: ModelConfig) -> list[Rule]:
-    """TA-Tok; its SigLIP classes lie one level deeper in the decoder than in the encoder."""
+    """Return the rules of TA-Tok; its SigLIP classes lie one level deeper in the decoder than in
+    the encoder.
+    """
     return [
         *_prefixed("encoder.", "encoder/", _vision_model("patch")),
         *_linear("encode_task_layer.0", "encode_task_layer"),
@@ -204,12 +208,12 @@ def _ta_tok(cfg: ModelConfig) -> list[Rule]:
 
 
 def _connector(cfg: ModelConfig) -> list[Rule]:
-    """`torch.nn.Sequential(Linear, GELU, Linear, RMSNorm)`."""
+    """Return the rules of `torch.nn.Sequential(Linear, GELU, Linear, RMSNorm)`."""
     return [*_linear("0", "linear1"), *_linear("2", "linear2"), *_norm("3", "norm")]
 
 
 def _sana(cfg: ModelConfig) -> list[Rule]:
-    """`diffusers.SanaTransformer2DModel`."""
+    """Return the rules of `diffusers.SanaTransformer2DModel`."""
     table = [
         *_linear("patch_embed.proj", "patch_embed", "conv"),
         *_linear("time_embed.emb.timestep_embedder.linear_1", "time_embed/linear_1"),
@@ -270,8 +274,8 @@ def _efficient_vit_block(scales: int) -> list[Rule]:
 
 
 def _dc_ae(cfg: ModelConfig) -> list[Rule]:
-    """`diffusers.AutoencoderDC`. Its stages are lists of blocks with the change of resolution
-    behind them in the encoder and before them in the decoder.
+    """Return the rules of `diffusers.AutoencoderDC`. Its stages are lists of blocks with the change
+    of resolution after them in the encoder and before them in the decoder.
     """
     vae = cfg.vae
     # An outermost stage without blocks makes the convolution a whole down or up block.

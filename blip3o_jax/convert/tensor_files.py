@@ -1,4 +1,4 @@
-"""Files of named tensors, read and written one tensor at a time.
+"""Read and write files of named tensors, one tensor at a time.
 
 safetensors (https://huggingface.co/docs/safetensors): 8 bytes, the length of a JSON header; the
 header, which gives each tensor's dtype, shape and place; the tensors. Read and written by offset
@@ -60,7 +60,7 @@ def read_file(path: pathlib.Path) -> dict[str, Tensor]:
     """Return {name: tensor} of one file, of which headers alone are read. UserError, naming file
     and tensor, for a file that is damaged, or stands for one that was not fetched.
     """
-    check_fetched(path)
+    check_not_pointer(path)
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
     values = load_torch(path)
@@ -69,10 +69,8 @@ def read_file(path: pathlib.Path) -> dict[str, Tensor]:
     return torch_tensors(values, path)
 
 
-def check_fetched(path: pathlib.Path) -> None:
-    """Refuse a file that only names the contents it stands for, as a clone without Git LFS or
-    git-annex has it.
-    """
+def check_not_pointer(path: pathlib.Path) -> None:
+    """Refuse a pointer file of Git LFS or git-annex, whose contents were not fetched."""
     if path.is_symlink() and not path.exists():
         raise UserError(
             f"{path} is a link to {os.readlink(path)}, which is not there: fetch what it links to (git annex get, for a clone "
@@ -94,8 +92,8 @@ def check_fetched(path: pathlib.Path) -> None:
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """A JSON object; UserError for anything else."""
-    check_fetched(path)
+    """Read a JSON object; UserError for anything else."""
+    check_not_pointer(path)
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -108,8 +106,8 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
 
 
 def load_torch(path: pathlib.Path) -> Any:
-    """The contents of a PyTorch file: plain containers and tensors, nothing that runs code.
-    Memory-mapped, the oldest form of such files aside.
+    """Load a PyTorch file: plain containers and tensors, nothing that runs code. Memory-mapped,
+    except for the oldest format.
 
     The `easydict.EasyDict` that the published TA-Tok file keeps its args in comes as an
     OrderedDict, without that library.
@@ -122,7 +120,7 @@ def load_torch(path: pathlib.Path) -> Any:
         ) from error
     if not path.is_file():
         raise UserError(f"{path} does not exist")
-    check_fetched(path)
+    check_not_pointer(path)
     # The only subclass of dict that torch fills in this mode, and with attributes beside its items.
     stand_ins = [(collections.OrderedDict, "easydict.EasyDict")]
     try:
@@ -144,7 +142,7 @@ def load_torch(path: pathlib.Path) -> Any:
 
 
 def torch_tensors(values: Mapping[str, Any], path: pathlib.Path) -> dict[str, Tensor]:
-    """The tensors of a loaded PyTorch state dict."""
+    """Return the tensors of a loaded PyTorch state dict."""
     import torch
 
     def tensor(key: str, value: Any) -> Tensor:
@@ -219,7 +217,7 @@ def _read_safetensors(path: pathlib.Path) -> dict[str, Tensor]:
 def _place(
     dtype: str, shape: list[int], first: int, last: int
 ) -> tuple[np.dtype | None, tuple[int, ...], int, int]:
-    """One entry of a header; ValueError or TypeError for anything else."""
+    """Parse one entry of a header; ValueError or TypeError for anything else."""
     if not all(type(n) is int and n >= 0 for n in (*shape, first, last)):
         raise ValueError(f"shape {shape}, data_offsets {[first, last]}")
     return DTYPES.get(dtype), tuple(shape), first, last
@@ -247,8 +245,8 @@ def _reader(
 
 
 def cast(name: str, values: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Rounded to nearest where `dtype` is narrower. UserError for a number that is too large for
-    it.
+    """Cast `values`, rounding to nearest where `dtype` is narrower. UserError for a number that is
+    too large for it.
     """
     if values.dtype == dtype:
         return values
@@ -338,7 +336,7 @@ class ShardedWriter:
         self._missing.discard(key)
 
     def write_rows(self, key: str, rows: np.ndarray, first: int) -> None:
-        """Of a tensor those from number `first` on. They come in order: the last completes the
+        """Write rows of a tensor from number `first` on. They come in order: the last completes the
         tensor.
         """
         handle, offset, shape, dtype = self._places[key]
@@ -353,7 +351,7 @@ class ShardedWriter:
             self._missing.discard(key)
 
     def close(self) -> None:
-        """Raises ValueError where a tensor was announced and never written."""
+        """Close the files. Raises ValueError where an announced tensor was never written."""
         for handle in self._handles:
             os.close(handle)
         self._handles.clear()
@@ -361,7 +359,7 @@ class ShardedWriter:
             raise ValueError(f"never written: {sorted(self._missing)[:3]}")
 
     def abort(self) -> None:
-        """Lets go of the files, which whoever made the directory removes."""
+        """Close the files, which whoever made the directory removes."""
         self._missing.clear()
         self.close()
 
@@ -373,7 +371,7 @@ def _write(handle: int, data: bytes | memoryview, offset: int) -> None:
 
 
 def _cut(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
-    """Names in order, cut so that no shard is larger than `limit`, single tensors aside."""
+    """Split names in order into shards, none larger than `limit` unless it is a single tensor."""
     shards: list[list[str]] = [[]]
     room = limit
     for key, size in sizes.items():

@@ -1,5 +1,5 @@
-"""The text tokenizer's files of an exported directory: those this package reads back, and what
-Hugging Face's `AutoTokenizer` loads beside it.
+"""Write the text tokenizer's files of an exported directory: those this package reads back, and
+those Hugging Face's `AutoTokenizer` loads.
 
 tokenizer.json             byte-level BPE: what is read back. SentencePiece: rebuilt from the model, where that is exact
 tokenizer.model            SentencePiece: what is read back
@@ -113,7 +113,7 @@ def _added_token(name: str, token_id: int, *, special: bool) -> dict[str, Any]:
 
 
 def _image_tokens(vocabulary: Vocabulary) -> list[dict[str, Any]]:
-    """Those that the tokenizer itself lacks: all or none."""
+    """Return the image tokens that the tokenizer itself lacks: all or none."""
     if IMAGE_START in vocabulary.tokenizer.specials:
         return []
     names = {
@@ -125,7 +125,7 @@ def _image_tokens(vocabulary: Vocabulary) -> list[dict[str, Any]]:
 
 
 def _sentencepiece_contents(tokenizer: SentencePieceTokenizer) -> tuple[dict[str, Any], list[str]]:
-    """(tokenizer.json's contents, why there can be none)."""
+    """Return (tokenizer.json's contents, why there can be none)."""
     try:
         from sentencepiece import sentencepiece_model_pb2
     except (
@@ -135,7 +135,7 @@ def _sentencepiece_contents(tokenizer: SentencePieceTokenizer) -> tuple[dict[str
     import tokenizers as hf
 
     model = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.proto)
-    if problems := _beyond_bpe(model):
+    if problems := _unsupported_by_bpe(model):
         return {}, problems
     kinds = sentencepiece_model_pb2.ModelProto.SentencePiece
     vocab = {piece.piece: i for i, piece in enumerate(model.pieces)}
@@ -164,8 +164,8 @@ def _sentencepiece_contents(tokenizer: SentencePieceTokenizer) -> tuple[dict[str
     return json.loads(built.to_str()) | {"added_tokens": added}, []
 
 
-def _beyond_bpe(model: Any) -> list[str]:
-    """What this `ModelProto` does that a list of merges does not."""
+def _unsupported_by_bpe(model: Any) -> list[str]:
+    """Return what this `ModelProto` does that a list of merges does not."""
     trainer, normalizer, kinds = model.trainer_spec, model.normalizer_spec, model.SentencePiece
     problems = []
     if trainer.model_type != trainer.BPE:
@@ -194,7 +194,9 @@ def _beyond_bpe(model: Any) -> list[str]:
 
 
 def _differences(tokenizer: TextTokenizer, contents: dict[str, Any]) -> list[str]:
-    """The first thing that Hugging Face's tokenizers read otherwise from `contents`, if any."""
+    """Return the first text that Hugging Face's tokenizers read differently from `contents`, if
+    any.
+    """
     import tokenizers as hf
 
     built = hf.Tokenizer.from_str(json.dumps(contents))
@@ -224,8 +226,8 @@ def _differences(tokenizer: TextTokenizer, contents: dict[str, Any]) -> list[str
 
 
 def _test_texts(pieces: list[str]) -> list[str]:
-    """A few hundred texts, the same each time: characters and words in random order, and random
-    `pieces` after another.
+    """Return a few hundred texts, the same each time: characters and words in random order, and
+    concatenated random `pieces`.
     """
     draw = random.Random(0)
     template = TemplateConfig()
@@ -259,7 +261,7 @@ def _test_texts(pieces: list[str]) -> list[str]:
 
 
 def _chat_template(template: TemplateConfig) -> str:
-    """As a Jinja template over messages of a role and a text. A first message of role "system"
+    """Return a Jinja template over messages of a role and a text. A first message of role "system"
     replaces the template's own.
     """
 

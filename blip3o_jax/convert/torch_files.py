@@ -23,7 +23,7 @@ from blip3o_jax.config import ModelConfig, UserError
 from blip3o_jax.config.errors import first_line
 from blip3o_jax.convert import torch_model
 from blip3o_jax.convert.source import EMBEDDINGS, HEAD, Source
-from blip3o_jax.convert.source_files import Place, read_ta_tok_file
+from blip3o_jax.convert.source_files import WeightSource, read_ta_tok_file
 from blip3o_jax.convert.tables import PREFIXES
 
 STOCK = {"dit": diffusers.SanaTransformer2DModel, "vae": diffusers.AutoencoderDC}
@@ -40,88 +40,102 @@ def load_torch(source: Source, parts: Sequence[str]) -> torch_model.Blip3o:
 
 def _load_part(part: str, cfg: ModelConfig, source: Source) -> torch.nn.Module:
     module, missing = None, set[str]()
-    with _quiet():
-        for place in source.places:
-            if place.prefix not in ("", PREFIXES[part]):
+    with _silence_warnings():
+        for weight_source in source.weight_sources:
+            if weight_source.prefix not in ("", PREFIXES[part]):
                 continue
-            if place.library == "diffusers":
-                module, missing = _from_diffusers(part, place)
-            elif part == "ar" and not place.is_wrapped:
-                module, missing = _from_transformers(place)
+            if weight_source.library == "diffusers":
+                module, missing = _from_diffusers(part, weight_source)
+            elif part == "ar" and not weight_source.is_wrapped:
+                module, missing = _from_transformers(weight_source)
             else:
                 if module is None:
                     module = torch_model.part(part, cfg)
                     missing = set(module.state_dict())
                 tied = part == "ar" and cfg.ar.tie_word_embeddings
-                missing -= _fill(module, _state(part, place, source), place, tied=tied)
+                missing -= _fill(
+                    module, _state(part, weight_source, source), weight_source, tied=tied
+                )
     if module is None or missing:
         raise UserError(
-            f"{source.places[-1].path}: PyTorch finds no {PREFIXES[part]}{min(missing, default='*')} there"
+            f"{source.weight_sources[-1].path}: PyTorch finds no {PREFIXES[part]}{min(missing, default='*')} there"
         )
     return module.float().eval()
 
 
-def _from_transformers(place: Place) -> tuple[torch.nn.Module, set[str]]:
-    """The AR, beside which a BLIP3o-NEXT directory holds the other parts' tensors."""
-    config = transformers.Qwen3Config.from_json_file(place.path / "config.json")
+def _from_transformers(weight_source: WeightSource) -> tuple[torch.nn.Module, set[str]]:
+    """Load the AR; a BLIP3o-NEXT directory holds the other parts' tensors beside it."""
+    config = transformers.Qwen3Config.from_json_file(weight_source.path / "config.json")
     return _from_pretrained(
-        place,
+        weight_source,
         lambda **options: transformers.Qwen3ForCausalLM.from_pretrained(
-            place.path, config=config, dtype=torch.float32, attn_implementation="sdpa", **options
+            weight_source.path,
+            config=config,
+            dtype=torch.float32,
+            attn_implementation="sdpa",
+            **options,
         ),
     )
 
 
-def _from_diffusers(part: str, place: Place) -> tuple[torch.nn.Module, set[str]]:
-    """A part and the names it still lacks: all, of a directory that holds its configuration
-    alone."""
+def _from_diffusers(part: str, weight_source: WeightSource) -> tuple[torch.nn.Module, set[str]]:
+    """Return a part and the names it still lacks: all, for a directory that holds its configuration
+    alone.
+    """
     cls = STOCK[part]
-    if place.weights is None:
-        module = cls.from_config(cls.load_config(place.path, local_files_only=True))
+    if weight_source.weights is None:
+        module = cls.from_config(cls.load_config(weight_source.path, local_files_only=True))
         return module, set(module.state_dict())
-    if place.is_wrapped:
+    if weight_source.is_wrapped:
         raise UserError(
-            f"{place.weights.file}: diffusers does not load names such as {next(iter(place.plain))}: save the module that is "
+            f"{weight_source.weights.file}: diffusers does not load names such as "
+            f"{next(iter(weight_source.unwrapped))}: save the module that is "
             "wrapped, to compare with it"
         )
     return _from_pretrained(
-        place,
-        lambda **options: cls.from_pretrained(place.path, torch_dtype=torch.float32, **options),
+        weight_source,
+        lambda **options: cls.from_pretrained(
+            weight_source.path, torch_dtype=torch.float32, **options
+        ),
     )
 
 
 def _from_pretrained(
-    place: Place, load: Callable[..., tuple[Any, dict[str, Any]]]
+    weight_source: WeightSource, load: Callable[..., tuple[Any, dict[str, Any]]]
 ) -> tuple[torch.nn.Module, set[str]]:
-    """The module that a stock class loads and the names that its files lack. A tied head that is
-    missing is tied there."""
+    """Return the module that a stock class loads and the names that its files lack. A tied head
+    that is missing is tied there.
+    """
     try:
         module, info = load(
-            variant=place.weights.variant or None, local_files_only=True, output_loading_info=True
+            variant=weight_source.weights.variant or None,
+            local_files_only=True,
+            output_loading_info=True,
         )
     except Exception as error:  # the libraries raise OSError, ValueError, RuntimeError, KeyError, SafetensorError, ...
         raise UserError(
-            f"{place.path}: PyTorch's loader refuses it: {first_line(error)[:300]}"
+            f"{weight_source.path}: PyTorch's loader refuses it: {first_line(error)[:300]}"
         ) from error
     if mismatched := [*info["mismatched_keys"], *info.get("error_msgs", ())]:
         line = first_line(RuntimeError(mismatched[0]))[:300]
-        raise UserError(f"{place.path}: PyTorch's loader refuses {line}")
+        raise UserError(f"{weight_source.path}: PyTorch's loader refuses {line}")
     return module, set(info["missing_keys"])
 
 
-def _state(part: str, place: Place, source: Source) -> Mapping[str, torch.Tensor]:
-    """The tensors of a part by the stock module's names, out of files that hold those of others
-    too."""
-    prefix = PREFIXES[part].removeprefix(place.prefix)
+def _state(part: str, weight_source: WeightSource, source: Source) -> Mapping[str, torch.Tensor]:
+    """Return the tensors of a part by the stock module's names, out of files that hold other parts
+    too.
+    """
+    prefix = PREFIXES[part].removeprefix(weight_source.prefix)
     others = tuple(
         other
         for other in PREFIXES.values()
-        if other and other != PREFIXES[part] and not place.prefix
+        if other and other != PREFIXES[part] and not weight_source.prefix
     )
-    unread = {key.removeprefix(place.prefix) for key in source.unread}
+    unread = {key.removeprefix(weight_source.prefix) for key in source.unread}
     state = {}
-    for name, read in _tensors(place):
-        short = place.plain.get(name, name)
+    for name, read in _tensors(weight_source):
+        short = weight_source.unwrapped.get(name, name)
         if (
             short.startswith(prefix)
             and short not in unread
@@ -131,11 +145,15 @@ def _state(part: str, place: Place, source: Source) -> Mapping[str, torch.Tensor
     return state
 
 
-def _tensors(place: Place) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
-    """The names in the files that the library finds, each with what reads its tensor."""
-    for file in _files(place):
+def _tensors(weight_source: WeightSource) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
+    """Yield the names in the files that the library finds, each with the function that reads its
+    tensor.
+    """
+    for file in _files(weight_source):
         if file.suffix != ".safetensors":
-            is_ta_tok = place.prefix == PREFIXES["tokenizer"] and place.library == ""
+            is_ta_tok = (
+                weight_source.prefix == PREFIXES["tokenizer"] and weight_source.library == ""
+            )
             state = (
                 read_ta_tok_file(file)["sd"]
                 if is_ta_tok
@@ -148,18 +166,18 @@ def _tensors(place: Place) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
                 yield name, lambda name=name, opened=opened: opened.get_tensor(name)
 
 
-def _files(place: Place) -> list[pathlib.Path]:
-    """One file, or those that transformers would read of a directory."""
-    if place.path.is_file():
-        return [place.path]
+def _files(weight_source: WeightSource) -> list[pathlib.Path]:
+    """Return one file, or those that transformers would read of a directory."""
+    if weight_source.path.is_file():
+        return [weight_source.path]
     from transformers.modeling_utils import _get_resolved_checkpoint_files
 
-    config = place.path / "config.json"
+    config = weight_source.path / "config.json"
     named = transformers.PreTrainedConfig.from_json_file(config) if config.is_file() else None
     try:
         files, _ = _get_resolved_checkpoint_files(
-            place.path,
-            variant=place.weights.variant or None,
+            weight_source.path,
+            variant=weight_source.weights.variant or None,
             gguf_file=None,
             use_safetensors=None,
             user_agent=None,
@@ -168,13 +186,17 @@ def _files(place: Place) -> list[pathlib.Path]:
         )
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{place.path}: transformers finds no weights: {first_line(error)[:300]}"
+            f"{weight_source.path}: transformers finds no weights: {first_line(error)[:300]}"
         ) from error
     return [pathlib.Path(file) for file in files]
 
 
 def _fill(
-    module: torch.nn.Module, state: Mapping[str, torch.Tensor], place: Place, *, tied: bool
+    module: torch.nn.Module,
+    state: Mapping[str, torch.Tensor],
+    weight_source: WeightSource,
+    *,
+    tied: bool,
 ) -> set[str]:
     """Load `state` into a module and return the names it had. UserError for one that the module
     does not know."""
@@ -183,17 +205,18 @@ def _fill(
         found = module.load_state_dict(state, strict=False)
     except RuntimeError as error:  # shapes
         raise UserError(
-            f"{place.path}: PyTorch does not load it: {first_line(error)[:300]}"
+            f"{weight_source.path}: PyTorch does not load it: {first_line(error)[:300]}"
         ) from error
     if found.unexpected_keys:
-        raise UserError(f"{place.path}: PyTorch's class has no {found.unexpected_keys[0]}")
+        raise UserError(f"{weight_source.path}: PyTorch's class has no {found.unexpected_keys[0]}")
     return set(state)
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the libraries' warnings, of tensors that other parts own and of old keys, and their
-    progress bars."""
+def _silence_warnings() -> Iterator[None]:
+    """Silence the libraries' warnings about other parts' tensors and old keys, and their progress
+    bars.
+    """
     loggers = (transformers.utils.logging, diffusers.utils.logging)
     levels = [logger.get_verbosity() for logger in loggers]
     bars = [logger.is_progress_bar_enabled() for logger in loggers]

@@ -1,5 +1,5 @@
-"""The same model from the stock PyTorch classes: what `convert verify`, `bench peer` and the parity
-tests compare with.
+"""Build the model from the stock PyTorch classes, which `convert verify`, `bench peer` and the
+parity tests compare with.
 
 Needs the extra [convert]. Keys of the parts' state dicts are the published ones without their outer
 prefix. Images and latents are [B, C, H, W], as those classes have them.
@@ -52,7 +52,9 @@ class TaTok(torch.nn.Module):
         super().__init__()
         linear, tanh = torch.nn.Linear, torch.nn.Tanh()
         d, d_decoder, d_code = cfg.encoder.hidden_size, cfg.decoder.hidden_size, cfg.bottleneck_dim
-        self.encoder = _unnested(transformers.SiglipVisionModel(siglip_config(cfg.encoder)))
+        self.encoder = _vision_transformer(
+            transformers.SiglipVisionModel(siglip_config(cfg.encoder))
+        )
         self.encode_task_layer = torch.nn.Sequential(linear(d, d), tanh)
         self.bottleneck = torch.nn.Module()
         self.bottleneck.in_linear, self.bottleneck.out_linear = (
@@ -63,7 +65,7 @@ class TaTok(torch.nn.Module):
         self.bottleneck.regularizer.embedding = torch.nn.Embedding(cfg.codebook_size, d_code)
         self.bottleneck.regularizer.embedding_proj = linear(d_code, d_code)
         self.decoder = torch.nn.Module()
-        self.decoder.vision_model = _unnested(
+        self.decoder.vision_model = _vision_transformer(
             transformers.Siglip2VisionModel(ta_tok_decoder_config(cfg))
         )
         self.decode_task_layer = torch.nn.Sequential(
@@ -172,8 +174,8 @@ class Connector(torch.nn.Sequential):
 
 
 def sinusoids(length: int, dim: int) -> torch.Tensor:
-    """Sines, then cosines of the positions 0 .. length - 1, [length, dim], float32; a last odd
-    column is 0.
+    """Return sines, then cosines, of the positions 0 .. length - 1, [length, dim], float32; a last
+    odd column is 0.
     """
     half = dim // 2
     angles = np.outer(np.arange(length), 10000.0 ** (-np.arange(half) / half))
@@ -197,8 +199,10 @@ def _stock_fields(cfg: Any) -> dict[str, Any]:
     }
 
 
-def _unnested(model: torch.nn.Module) -> torch.nn.Module:
-    """The first releases of transformers 5 have the vision transformer one attribute further in."""
+def _vision_transformer(model: torch.nn.Module) -> torch.nn.Module:
+    """Return the vision transformer, which the first releases of transformers 5 have one attribute
+    deeper.
+    """
     return getattr(model, "vision_model", model)
 
 
@@ -209,8 +213,8 @@ def part(
     device: torch.device | str | None = None,
     attn_implementation: str = "sdpa",
 ) -> torch.nn.Module:
-    """One part with the sizes of `cfg`, freshly initialised, in float32 and eval mode, on `device`
-    (the CPU by default).
+    """Return one part with the sizes of `cfg`, freshly initialised, in float32 and eval mode, on
+    `device` (the CPU by default).
 
     `name` is one of `PUBLISHED_PARTS`, or "latent_connector" or "feature_connector" (those of editing). The
     AR has `cfg.ar.vocab_size` rows, without padding; `attn_implementation` ("sdpa" or "eager") is
@@ -395,7 +399,9 @@ class Blip3o(torch.nn.Module):
                 pad_token_id=0,
                 **({} if greedy else draw),
             ),
-            logits_processor=transformers.LogitsProcessorList([OnlyImageIds(*image_ids)]),
+            logits_processor=transformers.LogitsProcessorList(
+                [ImageTokenLogitsProcessor(*image_ids)]
+            ),
         )
         mask_BL = F.pad(mask_BL, (0, count), value=1)
         hidden_BLD = self.hidden(out_BL, (mask_BL.cumsum(1) - 1).clamp_min(0), mask_BL)
@@ -463,8 +469,8 @@ class Blip3o(torch.nn.Module):
         )
 
 
-class OnlyImageIds(transformers.LogitsProcessor):
-    """No id outside first .. last - 1 can be drawn."""
+class ImageTokenLogitsProcessor(transformers.LogitsProcessor):
+    """Mask all ids outside first .. last - 1."""
 
     def __init__(self, first: int, last: int):
         self.first, self.last = first, last
@@ -478,8 +484,8 @@ class OnlyImageIds(transformers.LogitsProcessor):
 def left_padded(
     tokens_BL: torch.Tensor, lengths_B: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows padded on the right -> rows padded on the left, as long as the longest, and their mask
-    (1: a token).
+    """Return rows padded on the right as rows padded on the left, as long as the longest, and their
+    mask (1: a token).
     """
     longest = int(lengths_B.max())
     index_BL = (
@@ -490,8 +496,8 @@ def left_padded(
 
 
 def attention_mask(segment_ids_BL: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """What stock Qwen3 takes: the padding mask [B, L] for one segment a row, an additive mask [B,
-    1, L, L] for several.
+    """Return the mask that stock Qwen3 takes: padding [B, L] for one segment a row, additive [B, 1,
+    L, L] for several.
     """
     if segment_ids_BL.max() <= 1:
         return segment_ids_BL

@@ -10,7 +10,7 @@ _BITS = {1: np.uint8, 2: np.uint16, 4: np.int32, 8: np.float64}
 
 
 def copy(target: np.ndarray, values: np.ndarray) -> None:
-    """target[...] = values, for equal dtypes."""
+    """Assign target[...] = values, for equal dtypes."""
     if target.dtype != values.dtype:
         raise ValueError(f"copy: {values.dtype} into {target.dtype}: cast first")
     target, values = (x.view(_BITS[x.dtype.itemsize]) for x in (target, values))
@@ -34,7 +34,7 @@ def copy(target: np.ndarray, values: np.ndarray) -> None:
 
 
 def contiguous(values: np.ndarray) -> np.ndarray:
-    """`numpy.ascontiguousarray`."""
+    """Return `numpy.ascontiguousarray(values)`, faster."""
     if values.flags.c_contiguous:
         return values
     target = np.empty(values.shape, values.dtype)

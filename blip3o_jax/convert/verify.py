@@ -48,8 +48,8 @@ def verify(
     seed: int = 0,
     variant: str = "",
 ) -> Report:
-    """Compares the parts that are named (all by default), one at a time, and with AR, connector and
-    DiT among them the joint losses too.
+    """Compare the parts that are named (all by default), one at a time, and the joint losses where
+    AR, connector and DiT are among them.
 
     `diffusion`, `ta_tok`, `ta_tok_config`, `initialise` and `variant` as the import was given them:
     what was initialised there is not in the files and is left out. UserError where the two sides do
@@ -91,28 +91,31 @@ def verify(
             part, source, merged.model, weights, getattr(model, part), progress
         )
         _say(f"{part}  outputs")
-        runs = compare.runs(part, source, seed)
-        wanted = [compare.run_torch(run, model) for run in runs]
+        computations = compare.computations(part, source, seed)
+        expected = [compare.run_torch(computation, model) for computation in computations]
         del model  # before the other side is read
-        outputs = compare.compare(checkpoint, config, ema, (part,), runs, wanted)
+        outputs = compare.compare(checkpoint, config, ema, (part,), computations, expected)
         reports.append(PartReport(part, len(source.tensors[part]), differing, outputs))
     notes = [*source.notes, *_notes(source, merged, chosen)]
-    if skipped := _no_joint(chosen, initialise):
+    if skipped := _why_no_joint_loss(chosen, initialise):
         notes.append(f"joint losses were not compared: {skipped}")
     else:
         _say("joint  losses")
-        run = compare.joint_run(source, seed)
-        wanted = [compare.run_torch(run, torch_files.load_torch(source, JOINT))]
+        computation = compare.joint_computation(source, seed)
+        expected = [compare.run_torch(computation, torch_files.load_torch(source, JOINT))]
         reports.append(
             PartReport(
-                "joint", 0, (), compare.compare(checkpoint, config, ema, JOINT, [run], wanted)
+                "joint",
+                0,
+                (),
+                compare.compare(checkpoint, config, ema, JOINT, [computation], expected),
             )
         )
     return Report(str(torch_dir), str(checkpoint), seed, tuple(reports), tuple(notes))
 
 
 def _comparison() -> tuple[Any, Any]:
-    """The modules that need PyTorch."""
+    """Import the modules that need PyTorch."""
     try:
         from blip3o_jax.convert import compare, torch_files
     except ImportError as error:
@@ -129,7 +132,7 @@ def _say(line: str) -> None:
 def _check_same_tensors(
     part: str, source: Source, config: Config, torch_dir: pathlib.Path, root: pathlib.Path
 ) -> None:
-    """UserError unless both sides have tensors of the same names and shapes."""
+    """Raise UserError unless both sides have tensors of the same names and shapes."""
     theirs = {
         key: shape
         for group in groups(part, source.config.model)
@@ -171,15 +174,19 @@ def _compare_weights(
             if any(weights.is_merged(part, path) for path in group.shapes):
                 got = got.astype(tensor.dtype)
             got, want = got.astype(np.float32), state[key].numpy()
-            rows = _shared_rows(group, source)
-            if not _same_bits(got[:rows], want[:rows]):
-                differing.append(Difference(tensor.key, _greatest(got[:rows], want[:rows])))
+            rows = _shared_vocabulary_rows(group, source)
+            if not _bitwise_equal(got[:rows], want[:rows]):
+                differing.append(
+                    Difference(tensor.key, _max_relative_error(got[:rows], want[:rows]))
+                )
             progress.advance(part, tensor.nbytes)
     return tuple(differing)
 
 
-def _shared_rows(group: Group, source: Source) -> int | None:
-    """Where the import made rows of the vocabulary, those before them; else all (None)."""
+def _shared_vocabulary_rows(group: Group, source: Source) -> int | None:
+    """Return how many rows of a vocabulary table both sides have where the import made the rest;
+    else None, for all.
+    """
     return (
         source.text_rows
         if group.rule.vocabulary and "image_embeddings" in source.initialise
@@ -187,19 +194,21 @@ def _shared_rows(group: Group, source: Source) -> int | None:
     )
 
 
-def _same_bits(a: np.ndarray, b: np.ndarray) -> bool:
+def _bitwise_equal(a: np.ndarray, b: np.ndarray) -> bool:
     bits = np.dtype(f"u{a.dtype.itemsize}")
     return a.dtype == b.dtype and np.array_equal(a.view(bits), b.view(bits))
 
 
-def _greatest(got: np.ndarray, want: np.ndarray) -> float:
-    """The greatest difference over the greatest absolute value."""
+def _max_relative_error(got: np.ndarray, want: np.ndarray) -> float:
+    """Return the greatest difference over the greatest absolute value."""
     got, want = got.astype(np.float32), want.astype(np.float32)
     return float(np.abs(got - want).max() / max(np.abs(want).max(), np.finfo(np.float32).tiny))
 
 
 def _notes(source: Source, config: Config, chosen: Sequence[str]) -> list[str]:
-    """Settings of the parts that differ between the files and the checkpoint's configuration."""
+    """Return the settings of the parts that differ between the files and the checkpoint's
+    configuration.
+    """
     notes = [
         f"{name} was initialised by the import and is not in the files: not compared"
         for name in source.initialise
@@ -211,7 +220,7 @@ def _notes(source: Source, config: Config, chosen: Sequence[str]) -> list[str]:
 
 
 def _changed(theirs: Any, ours: Any, where: str) -> list[str]:
-    """A line for each field of a group, and of its groups, that is not the same."""
+    """Return a line for each field of a group, and of its groups, that differs."""
     lines = []
     for field in dataclasses.fields(ours):
         a, b, name = getattr(theirs, field.name), getattr(ours, field.name), f"{where}.{field.name}"
@@ -222,8 +231,8 @@ def _changed(theirs: Any, ours: Any, where: str) -> list[str]:
     return lines
 
 
-def _no_joint(chosen: Sequence[str], initialise: Sequence[str]) -> str:
-    """Why the joint losses cannot be compared, or ""."""
+def _why_no_joint_loss(chosen: Sequence[str], initialise: Sequence[str]) -> str:
+    """Return why the joint losses cannot be compared, or ""."""
     if missing := [part for part in JOINT if part not in chosen]:
         return f"they need {', '.join(missing)} too"
     return "the image tokens' rows are not in the files" if "image_embeddings" in initialise else ""

@@ -1,5 +1,5 @@
-"""Which files of a directory are its weights: those that transformers or diffusers would read, and
-no others.
+"""Find the files of a directory that are its weights: those that transformers or diffusers would
+read, and no others.
 
 A directory may hold its weights more than once: in one file and in shards with an index
 ({"weight_map": {tensor: file}}), as safetensors and as PyTorch's own files, and in variants (fp16,
@@ -20,7 +20,7 @@ import pathlib
 import re
 
 from blip3o_jax.config import UserError
-from blip3o_jax.convert.tensor_files import Tensor, check_fetched, read_file, read_json
+from blip3o_jax.convert.tensor_files import Tensor, check_not_pointer, read_file, read_json
 
 # (stem, suffix, has an index), in the order in which each library looks.
 ORDER = {
@@ -126,7 +126,7 @@ def read_weights(
     if (found := find_weights(path, library, variant)) is not None and found.is_index:
         tensors = _read_index(found.file)
         return tensors, dataclasses.replace(
-            found, notes=(*found.notes, *_unplaced(found.file, tensors))
+            found, notes=(*found.notes, *_unlisted_shards(found.file, tensors))
         )
     if found is not None:
         return read_file(found.file), found
@@ -155,7 +155,7 @@ def _named_by_config(directory: pathlib.Path) -> pathlib.Path | None:
         raise UserError(
             f"{config}: transformers_weights={name!r} must name a safetensors file or index beside it"
         )
-    check_fetched(directory / name)
+    check_not_pointer(directory / name)
     if not (directory / name).is_file():
         raise UserError(
             f"{directory / name} is missing, which {config} names under transformers_weights"
@@ -177,11 +177,11 @@ def _candidates(directory: pathlib.Path) -> dict[tuple[str, tuple[str, str, bool
 
 
 def _no_weights(directory: pathlib.Path) -> str:
-    """Say what is there in place of weights."""
+    """Return what a directory holds in place of weights."""
     names = sorted(file.name for file in directory.iterdir())
     for name in names:
         if _NAME.fullmatch(name):
-            check_fetched(directory / name)  # a link to nothing
+            check_not_pointer(directory / name)  # a link to nothing
     if shards := [name for name in names if _SHARD.fullmatch(name)]:
         return f"{directory} holds {shards[0]} ({len(shards)} shards in all), but no index of them: copy the .index.json too"
     wanted = (
@@ -190,9 +190,10 @@ def _no_weights(directory: pathlib.Path) -> str:
     return f"{directory} holds no weights: looked for {wanted}"
 
 
-def _unplaced(index: pathlib.Path, tensors: dict[str, Tensor]) -> list[str]:
-    """A note of the shards that are named like those of an index and are none of them: an earlier
-    save left them."""
+def _unlisted_shards(index: pathlib.Path, tensors: dict[str, Tensor]) -> list[str]:
+    """Return a note of shards named like those of an index that does not list them: an earlier save
+    left them.
+    """
     read = {tensor.file.name for tensor in tensors.values()}
     stem, suffix = index.name.split(".")[:2]
     own = re.compile(rf"{stem}-\d+-of-\d+\.{suffix}")
@@ -220,7 +221,7 @@ def _read_index(index: pathlib.Path) -> dict[str, Tensor]:
                 f"{index} places tensors in {name!r}: shards lie beside their index, by name alone"
             )
         named = [key for key, file in places.items() if str(file) == name]
-        check_fetched(shard)
+        check_not_pointer(shard)
         if not shard.is_file():
             raise UserError(
                 f"{shard} is missing: {index.name} places {len(named)} tensors there, such as {named[0]}"

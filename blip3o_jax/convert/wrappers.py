@@ -1,4 +1,4 @@
-"""Names of tensors without what wrapped the module when it was saved.
+"""Strip the names that wrappers (DDP, torch.compile, PEFT) put before a module's tensors.
 
 `torch.compile` puts `_orig_mod.` before the names of what it wraps, FSDP and activation
 checkpointing names of their own, data parallelism `module.`, PEFT `base_model.model.`; of the whole
@@ -23,7 +23,7 @@ _UNMERGED = (
 )
 
 
-def plain_names(
+def unwrapped_names(
     names: Iterable[str], prefixes: Sequence[str] = (), where: str = ""
 ) -> dict[str, str]:
     """Return {name: the name without wrappers}, in order. `prefixes`: of parts that may be wrapped

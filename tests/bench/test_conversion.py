@@ -46,7 +46,7 @@ def test_report(tmp_path, monkeypatch, capsys, quick_compile):  # noqa: F811
         assert row["seconds"] > 0 and 10**7 < row["peak"] < 10**10
         assert 2 * numbers < row["bytes"] < 2 * numbers + 200_000, "a header beside the tensors"
     read = report["rows"]["import"]
-    assert read["allowed"] == read["staying"] + read["largest"] * 5 // 4 + 2**30
+    assert read["allowed"] == read["host_bytes"] + read["largest"] * 5 // 4 + 2**30
     assert read["parameters"] >= 2 * numbers
     conversion.print_table(report)
     printed = capsys.readouterr().out

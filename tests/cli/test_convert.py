@@ -133,7 +133,7 @@ def test_export(stub, capsys):  # noqa: F811
 def test_import(stub, capsys):  # noqa: F811
     opened = types.SimpleNamespace(notes=("both are there",))
     sources = stub("convert.source", "open_source", opened)
-    done = summary(parameters=8e8, staying=8e8, largest=5e6, read_seconds=1.0, allowed=4e9)
+    done = summary(parameters=8e8, host_bytes=8e8, largest=5e6, read_seconds=1.0, allowed=4e9)
     calls = stub("convert.importer", "import_weights", done)
     flags = [
         "--diffusion=d",

@@ -9,7 +9,7 @@ import pytest
 
 from blip3o_jax import files
 from blip3o_jax.config import UserError
-from blip3o_jax.convert.directory import MANIFEST, check_space, whole_directory
+from blip3o_jax.convert.directory import MANIFEST, atomic_directory, check_space
 
 
 def listing(directory):
@@ -35,7 +35,7 @@ def fill(directory, text="{}"):
 
 def test_it_is_there_when_it_is_whole_and_not_before(tmp_path):
     out = tmp_path / "above" / "out"
-    with whole_directory(out, overwrite=False) as directory:
+    with atomic_directory(out, overwrite=False) as directory:
         assert (
             directory.is_dir() and directory.parent == out.parent and not any(directory.iterdir())
         )
@@ -51,7 +51,7 @@ def test_it_is_there_when_it_is_whole_and_not_before(tmp_path):
 )
 def test_whatever_fails_leaves_nothing(tmp_path, error):
     raised = UserError if isinstance(error, OSError) else type(error)
-    with pytest.raises(raised), whole_directory(tmp_path / "out", overwrite=False) as directory:
+    with pytest.raises(raised), atomic_directory(tmp_path / "out", overwrite=False) as directory:
         fill(directory)
         raise error
     assert listing(tmp_path) == {}
@@ -59,18 +59,21 @@ def test_whatever_fails_leaves_nothing(tmp_path, error):
 
 def test_overwrite(tmp_path):
     out = tmp_path / "out"
-    with whole_directory(out, overwrite=True) as directory:
+    with atomic_directory(out, overwrite=True) as directory:
         fill(directory, "first")
     with pytest.raises(
         UserError, match=r"out exists already: choose another --out, or pass --overwrite"
     ):
-        whole_directory(out, overwrite=False).__enter__()
+        atomic_directory(out, overwrite=False).__enter__()
     before = listing(tmp_path)
-    with pytest.raises(ValueError, match="late"), whole_directory(out, overwrite=True) as directory:
+    with (
+        pytest.raises(ValueError, match="late"),
+        atomic_directory(out, overwrite=True) as directory,
+    ):
         fill(directory, "second")
         raise ValueError("too late")
     assert listing(tmp_path) == before, "the earlier output stays where the new one fails"
-    with whole_directory(out, overwrite=True) as directory:
+    with atomic_directory(out, overwrite=True) as directory:
         (directory / "config.json").write_text("second")
     assert contents(out) == {"config.json": b"second"} and [p.name for p in tmp_path.iterdir()] == [
         "out"
@@ -79,7 +82,7 @@ def test_overwrite(tmp_path):
 
 def test_an_empty_directory_may_be_filled_with_overwrite(tmp_path):
     (tmp_path / "out").mkdir()
-    with whole_directory(tmp_path / "out", overwrite=True) as directory:
+    with atomic_directory(tmp_path / "out", overwrite=True) as directory:
         fill(directory)
     assert (tmp_path / "out" / "config.json").is_file()
 
@@ -108,7 +111,7 @@ def test_what_is_not_ours_is_not_overwritten(tmp_path, kind):
         (out / name).write_text(text)
     before = listing(tmp_path)
     with pytest.raises(UserError, match=message):
-        whole_directory(out, overwrite=True).__enter__()
+        atomic_directory(out, overwrite=True).__enter__()
     assert listing(tmp_path) == before
 
 
@@ -117,18 +120,18 @@ def test_what_came_meanwhile_is_not_overwritten(tmp_path):
     out = tmp_path / "out"
     with (
         pytest.raises(UserError, match="out exists already"),
-        whole_directory(out, overwrite=False) as directory,
+        atomic_directory(out, overwrite=False) as directory,
     ):
         fill(directory)
         out.mkdir()
         (out / "notes.md").write_text("months")
     assert listing(tmp_path) == {"out": None, "out/notes.md": b"months"}
     shutil.rmtree(out)
-    with whole_directory(out, overwrite=False) as directory:
+    with atomic_directory(out, overwrite=False) as directory:
         fill(directory, "first")
     with (
         pytest.raises(UserError, match=r"out holds notes\.md"),
-        whole_directory(out, overwrite=True) as directory,
+        atomic_directory(out, overwrite=True) as directory,
     ):
         fill(directory, "second")
         (out / "notes.md").write_text("months")
@@ -143,10 +146,10 @@ def test_two_runs_to_one_place_do_not_mix(tmp_path, second):
     taken.
     """
     out = tmp_path / "out"
-    slow = whole_directory(out, overwrite=second)
+    slow = atomic_directory(out, overwrite=second)
     theirs = slow.__enter__()
     fill(theirs, "slow")
-    with whole_directory(out, overwrite=False) as directory:
+    with atomic_directory(out, overwrite=False) as directory:
         assert directory != theirs and not any(directory.iterdir())
         (directory / "config.json").write_text("fast")
     assert contents(out) == {"config.json": b"fast"}
@@ -167,7 +170,7 @@ def test_what_another_run_is_writing_is_left_alone(tmp_path):
         fill(tmp_path / name)
     before = listing(tmp_path)
     for _ in range(2):
-        with whole_directory(tmp_path / "out", overwrite=True) as directory:
+        with atomic_directory(tmp_path / "out", overwrite=True) as directory:
             assert not any(directory.iterdir())
             fill(directory)
     contents(tmp_path / "out")
@@ -179,7 +182,7 @@ def test_what_another_run_is_writing_is_left_alone(tmp_path):
 @pytest.mark.parametrize("place", ["", "above", "within", "link", "link within", "file of it"])
 def test_out_overlaps_a_source(tmp_path, place):
     source = tmp_path / "all" / "source"
-    with whole_directory(source, overwrite=False) as directory:
+    with atomic_directory(source, overwrite=False) as directory:
         fill(directory)
     (tmp_path / "link").symlink_to(source)
     out, read = {
@@ -194,7 +197,7 @@ def test_out_overlaps_a_source(tmp_path, place):
     with pytest.raises(
         UserError, match=r"overlaps \S+source\S*, which is read: choose an --out beside it"
     ):
-        whole_directory(
+        atomic_directory(
             out, overwrite=True, sources=(None, tmp_path / "elsewhere", read)
         ).__enter__()
     assert listing(tmp_path) == before
@@ -202,7 +205,7 @@ def test_out_overlaps_a_source(tmp_path, place):
 
 def test_beside_a_source_is_no_overlap(tmp_path):
     (tmp_path / "source").mkdir()
-    with whole_directory(
+    with atomic_directory(
         tmp_path / "source-2", overwrite=False, sources=(tmp_path / "source",)
     ) as directory:
         fill(directory)
@@ -215,7 +218,7 @@ def test_out_may_be_a_link(tmp_path):
     link = tmp_path / "link"
     link.symlink_to(tmp_path / "disk" / "out")
     for overwrite, text in ((False, "first"), (True, "second")):
-        with whole_directory(link, overwrite=overwrite) as directory:
+        with atomic_directory(link, overwrite=overwrite) as directory:
             assert directory.parent == tmp_path / "disk"
             fill(directory, text)
         assert (
@@ -226,7 +229,7 @@ def test_out_may_be_a_link(tmp_path):
 
 
 def test_the_earlier_output_comes_back_where_the_new_cannot_take_its_place(tmp_path, monkeypatch):
-    with whole_directory(tmp_path / "out", overwrite=False) as directory:
+    with atomic_directory(tmp_path / "out", overwrite=False) as directory:
         fill(directory, "first")
     before, rename = listing(tmp_path), pathlib.Path.rename
 
@@ -238,7 +241,7 @@ def test_the_earlier_output_comes_back_where_the_new_cannot_take_its_place(tmp_p
     monkeypatch.setattr(pathlib.Path, "rename", refuse)
     with (
         pytest.raises(UserError, match="Permission denied"),
-        whole_directory(tmp_path / "out", overwrite=True) as directory,
+        atomic_directory(tmp_path / "out", overwrite=True) as directory,
     ):
         fill(directory, "second")
     assert listing(tmp_path) == before
@@ -248,7 +251,7 @@ def test_the_earlier_output_comes_back_where_the_new_cannot_take_its_place(tmp_p
 def test_a_place_that_cannot_be_written(tmp_path, place):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError) as error:
-        whole_directory(tmp_path / place, overwrite=False).__enter__()
+        atomic_directory(tmp_path / place, overwrite=False).__enter__()
     assert place in str(error.value) and "\n" not in str(error.value)
     assert listing(tmp_path) == {"file": b""}
 
@@ -258,7 +261,7 @@ def test_a_disk_that_is_full(tmp_path, code):
     message = f"out was not written: {os.strerror(code)}: {files.TROUBLE[code]}"
     with (
         pytest.raises(UserError, match=re.escape(message)),
-        whole_directory(tmp_path / "out", overwrite=False) as directory,
+        atomic_directory(tmp_path / "out", overwrite=False) as directory,
     ):
         fill(directory)
         raise OSError(code, os.strerror(code))

@@ -88,7 +88,7 @@ def test_every_option_is_met():
 @pytest.mark.parametrize("options", ALL, ids=[f"{o.seed}-{o}" for o in ALL])
 def test_there_and_back(options, tmp_path, monkeypatch):
     if options.seed % 2:  # large tables are converted a few rows at a time, large stacks a layer
-        monkeypatch.setattr(exporter, "READ_AT_ONCE", 3000)
+        monkeypatch.setattr(exporter, "PARALLEL_READ_BYTES", 3000)
     made = published.write(tmp_path, options)
     source = open_published(made)
     model = source.config.model
@@ -525,7 +525,7 @@ def test_no_large_table_is_in_memory_twice(plain, tmp_path, monkeypatch, limit):
         written.setdefault(key, []).append(rows)
         write(writer, key, rows, first)
 
-    monkeypatch.setattr(exporter, "READ_AT_ONCE", limit)
+    monkeypatch.setattr(exporter, "PARALLEL_READ_BYTES", limit)
     monkeypatch.setattr(exporter.ShardedWriter, "write_rows", watch)
     made, _, root = plain
     export_weights(root, tmp_path / "out")

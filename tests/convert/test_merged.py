@@ -123,7 +123,7 @@ def test_the_files_are_those_of_the_model_without_factors(trained, exported):
 
 def test_large_stacks_are_merged_a_layer_at_a_time(trained, exported, tmp_path, monkeypatch):
     place, _, _ = trained
-    monkeypatch.setattr(exporter, "READ_AT_ONCE", 0)
+    monkeypatch.setattr(exporter, "PARALLEL_READ_BYTES", 0)
     exporter.export_weights(place / "run", tmp_path / "torch")
     check_same(
         *(

@@ -367,11 +367,11 @@ def test_equal_means_bit_by_bit(dtype):
     one = np.array([[1.0, np.nan, 0.0]]).astype(dtype)
     following = one.copy()
     following.view(f"u{one.dtype.itemsize}")[0, 0] += 1
-    assert verify._same_bits(one, one.copy()) and verify._same_bits(one.T, one.T.copy())
-    assert not verify._same_bits(one, following) and not verify._same_bits(
+    assert verify._bitwise_equal(one, one.copy()) and verify._bitwise_equal(one.T, one.T.copy())
+    assert not verify._bitwise_equal(one, following) and not verify._bitwise_equal(
         one, one.astype("float16")
     )
-    assert not verify._same_bits(one, -one)
+    assert not verify._bitwise_equal(one, -one)
 
 
 def test_relative_error():

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from blip3o_jax.config import UserError
-from blip3o_jax.convert.wrappers import plain_names
+from blip3o_jax.convert.wrappers import unwrapped_names
 
 NAMES = ["model.norm.weight", "model.sana.module_list.0.weight", "model.sana.proj.bias"]
 
@@ -27,19 +27,21 @@ NAMES = ["model.norm.weight", "model.sana.module_list.0.weight", "model.sana.pro
     ],
 )
 def test_wrappers_are_removed(wrap):
-    assert plain_names(map(wrap, NAMES), ("model.sana.",)) == {wrap(name): name for name in NAMES}
+    assert unwrapped_names(map(wrap, NAMES), ("model.sana.",)) == {
+        wrap(name): name for name in NAMES
+    }
 
 
 def test_the_names_that_pytorch_gives():
     """torch.compile's as its module writes them down: to compile takes seconds."""
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU())
     names = list(torch.nn.DataParallel(model).state_dict())
-    assert list(plain_names(names).values()) == list(model.state_dict()) != names
+    assert list(unwrapped_names(names).values()) == list(model.state_dict()) != names
 
 
 def test_what_only_some_begin_with_is_no_wrapper():
     names = ["module.weight", "other.weight"]
-    assert plain_names(names) == {name: name for name in names}
+    assert unwrapped_names(names) == {name: name for name in names}
 
 
 def test_what_cannot_be_unwrapped():
@@ -52,4 +54,4 @@ def test_what_cannot_be_unwrapped():
         (["a._orig_mod.b", "a.b"], "FILE holds a._orig_mod.b and a.b, which are one tensor"),
     ):
         with pytest.raises(UserError, match=words):
-            plain_names(names, (), "FILE")
+            unwrapped_names(names, (), "FILE")
