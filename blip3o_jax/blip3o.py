@@ -289,8 +289,10 @@ def references(model: Blip3o, batch: dict[str, jax.Array]) -> References | None:
         return References(mask_BR, each(model.codes, seen_BRHWC), features_BRND, latents_BRHWC)
 
 
-class Drawn(NamedTuple):
-    """What a training row draws from its own key, the same at any batch split."""
+class TrainingNoise(NamedTuple):
+    """The random part of a training example, sampled from its own key: the same however the batch
+    is split.
+    """
 
     noise: jax.Array  # [B, draws, H, W, C]
     sigma: jax.Array  # [B, draws]
@@ -299,15 +301,17 @@ class Drawn(NamedTuple):
     keep_references_B: jax.Array
 
 
-def draw_noise(
+def sample_training_noise(
     keys_B: jax.Array, shape: tuple[int, ...], cfg: ModelConfig, loss: LossConfig
-) -> Drawn:
-    def row(key: jax.Array) -> Drawn:
+) -> TrainingNoise:
+    """Sample noise, noise levels and dropout of B examples with latents of `shape` [H, W, C]."""
+
+    def row(key: jax.Array) -> TrainingNoise:
         noise_key, sigma_key, drop_key = jax.random.split(key, 3)
         noise = jax.random.normal(noise_key, (loss.flow_draws, *shape), jnp.float32)
         sigma = flow.sample_train_sigma(sigma_key, loss.flow_draws, cfg.flow)
         chance, both = jax.random.uniform(drop_key), loss.condition_dropout
-        return Drawn(
+        return TrainingNoise(
             noise,
             sigma,
             chance >= loss.caption_dropout,
@@ -419,9 +423,9 @@ def _joint_forward(
         tokens_BL = insert_references(
             tokens_BL, places_BR, ids_of_row(shown.codes_BRN), of_row(shown.mask_BR)
         )
-    drawn = draw_noise(keys_B, z_BHWC.shape[1:], model.cfg, loss)
+    sampled = sample_training_noise(keys_B, z_BHWC.shape[1:], model.cfg, loss)
     # An example that answers in words has nothing to say without its question.
-    hidden_B = ~drawn.captioned_B if target_B is None else ~drawn.captioned_B & (target_B > 0)
+    hidden_B = ~sampled.captioned_B if target_B is None else ~sampled.captioned_B & (target_B > 0)
     segment_ids_BL = hide_prompts(batch["segment_ids"], span_B, hidden_B)
     features_BRND = None
     if shown is not None and shown.features_BRND is not None:
@@ -429,13 +433,13 @@ def _joint_forward(
     in_row = None if features_BRND is None else (features_BRND, places_BR, of_row(shown.mask_BR))
     hidden_BLD = model.hidden(tokens_BL, batch["positions"], segment_ids_BL, in_row)
     span_BTD = take_span(hidden_BLD, span_B, codes_BN.shape[1], loss.condition_span)
-    condition = model.condition(span_BTD, drawn.keep_B, shown, drawn.keep_references_B)
+    condition = model.condition(span_BTD, sampled.keep_B, shown, sampled.keep_references_B)
     # The draws of an example share its condition, and so one pass of the AR (as in MAR, arXiv
     # 2406.11838).
     z_BHWC, condition = jax.tree.map(
         lambda x: jnp.repeat(x, loss.flow_draws, axis=0), (z_BHWC, condition)
     )
-    noise_BHWC, sigma_B = drawn.noise.reshape(z_BHWC.shape), drawn.sigma.reshape(-1)
+    noise_BHWC, sigma_B = sampled.noise.reshape(z_BHWC.shape), sampled.sigma.reshape(-1)
     x_BHWC = flow.noisy(z_BHWC, noise_BHWC, sigma_B)
     velocity_BHWC = model.velocity(x_BHWC, sigma_B * model.cfg.flow.num_train_timesteps, condition)
     return _Joint(tokens_BL, hidden_BLD, z_BHWC, noise_BHWC, sigma_B, x_BHWC, velocity_BHWC)

@@ -25,7 +25,7 @@ from flax import nnx
 from blip3o_jax.blip3o import Blip3o
 from blip3o_jax.config import Config, MeshConfig, SamplingConfig, UserError, check
 from blip3o_jax.data import images
-from blip3o_jax.data.template import Prompt, make_prompt
+from blip3o_jax.data.template import PromptTokens, make_prompt
 from blip3o_jax.drawing import LENGTH_BUCKET, make_sample, make_write, to_uint8
 from blip3o_jax.parallel.rules import Strategy
 from blip3o_jax.samples import check_images_out, write_images
@@ -225,7 +225,7 @@ class Pipeline:
             model.nearest_size(*request.images[0].shape[:2]) if request.images else model.sizes[0]
         )
 
-    def _prompt(self, request: Request, room: int) -> Prompt:
+    def _prompt(self, request: Request, room: int) -> PromptTokens:
         model, limit, places = (
             self.config.model,
             self.config.data.max_length,
@@ -257,7 +257,7 @@ class Pipeline:
         return prompt
 
     def _views(
-        self, request: Request, prompt: Prompt, size: tuple[int, int]
+        self, request: Request, prompt: PromptTokens, size: tuple[int, int]
     ) -> dict[str, np.ndarray]:
         """What the batch has of a request's images, as in training (data/examples.py)."""
         places, side = (

@@ -14,7 +14,7 @@ from flax import nnx
 from blip3o_jax import blip3o
 from blip3o_jax.train.stages import STAGES, make_loss
 from blip3o_jax.train.state import create_state, plan_state
-from blip3o_jax.train.step import make_step, row_keys
+from blip3o_jax.train.step import example_keys, make_step
 from tests import tiny
 from tests.conftest import relative_error
 from tests.tiny import quick_compile  # noqa: F401
@@ -36,7 +36,7 @@ def setup():
         plan,
         (state["params"], state["frozen"]),
         batch,
-        row_keys(0, jnp.int32(0), 8),
+        example_keys(0, jnp.int32(0), 8),
     )
 
 
@@ -187,13 +187,13 @@ def test_rows_without_their_caption_are_rows_that_open_with_the_scale_token():
 def test_rows_lose_caption_and_condition_together():
     """By the share that each is asked to lose, and the same rows where the shares are equal."""
     cfg, _, _, _, _, _ = setup()
-    keys_B = row_keys(0, jnp.int32(1), 400)
+    keys_B = example_keys(0, jnp.int32(1), 400)
     loss = dataclasses.replace(cfg.loss, caption_dropout=0.25, condition_dropout=0.25)
-    drawn = blip3o.draw_noise(keys_B, (2, 2, 1), cfg.model, loss)
+    drawn = blip3o.sample_training_noise(keys_B, (2, 2, 1), cfg.model, loss)
     np.testing.assert_array_equal(drawn.captioned_B, drawn.keep_B)
     np.testing.assert_array_equal(drawn.keep_references_B, drawn.keep_B)
     assert 0.7 < np.mean(drawn.keep_B) < 0.8  # 0.75 with a deviation of 0.022
-    drawn = blip3o.draw_noise(
+    drawn = blip3o.sample_training_noise(
         keys_B, (2, 2, 1), cfg.model, dataclasses.replace(loss, caption_dropout=0.0)
     )
     assert np.all(drawn.captioned_B) and not np.all(drawn.keep_B)
@@ -201,9 +201,9 @@ def test_rows_lose_caption_and_condition_together():
 
 def test_references_stay_where_the_instruction_alone_is_dropped():
     cfg, _, _, _, _, _ = setup()
-    keys_B = row_keys(0, jnp.int32(1), 400)
+    keys_B = example_keys(0, jnp.int32(1), 400)
     loss = dataclasses.replace(cfg.loss, condition_dropout=0.25, instruction_dropout=0.5)
-    drawn = blip3o.draw_noise(keys_B, (2, 2, 1), cfg.model, loss)
+    drawn = blip3o.sample_training_noise(keys_B, (2, 2, 1), cfg.model, loss)
     assert not np.any(drawn.keep_B & ~drawn.keep_references_B)
     assert 0.2 < np.mean(drawn.keep_B) < 0.3 and 0.7 < np.mean(drawn.keep_references_B) < 0.8
 

@@ -249,7 +249,9 @@ def test_joint_loss_and_gradients_are_the_stock_classes_row_by_row(route):
         reference.cfg.latent_size,
         reference.cfg.vae.latent_channels,
     )
-    drawn = jax.tree.map(np.asarray, blip3o.draw_noise(keys(), shape, reference.cfg, LOSS))
+    drawn = jax.tree.map(
+        np.asarray, blip3o.sample_training_noise(keys(), shape, reference.cfg, LOSS)
+    )
     kinds = list(
         zip(drawn.keep_B[1:4].tolist(), drawn.keep_references_B[1:4].tolist(), strict=True)
     )

@@ -24,7 +24,7 @@ from blip3o_jax.config.lora import LoraConfig
 from blip3o_jax.config.mesh import MeshConfig, MeshSize, StrategyName
 from blip3o_jax.config.model import EditingConfig, ModelConfig
 from blip3o_jax.config.rl import ClipDown, FlowPolicyConfig, RewardConfig, RlConfig, Seconds
-from blip3o_jax.config.run import STAGE_NAMES, Config, Stage
+from blip3o_jax.config.run import STAGE_NAMES, Config, StageName
 from blip3o_jax.config.sampling import Guidance, SamplingConfig
 from blip3o_jax.config.serializer import flat, from_dict, to_config_dict, to_dict
 from blip3o_jax.config.text import TemplateConfig, TextConfig
@@ -69,7 +69,7 @@ __all__ = [
     "Seconds",
     "SiglipVisionConfig",
     "SourceConfig",
-    "Stage",
+    "StageName",
     "StrategyName",
     "TaTokConfig",
     "TaTokDecoderConfig",

@@ -15,15 +15,15 @@ from blip3o_jax.config.sampling import SamplingConfig
 from blip3o_jax.config.train import CheckpointConfig, LossConfig, OptimizerConfig
 from blip3o_jax.config.types import PositiveInt, Regex, Seed
 
-Stage = Literal["autoencoder", "contrastive", "tokenizer", "joint"]
-STAGE_NAMES: tuple[str, ...] = typing.get_args(Stage)
+StageName = Literal["autoencoder", "contrastive", "tokenizer", "joint"]
+STAGE_NAMES: tuple[str, ...] = typing.get_args(StageName)
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(ConfigGroup):
     """A run: one stage on one model, data mixture and mesh."""
 
-    stage: Stage = "joint"
+    stage: StageName = "joint"
     seed: Seed = 0
     steps: Annotated[int, Bounds(1, 2**30)] = 1000
     log_every: PositiveInt = 10

@@ -261,7 +261,9 @@ def joint_computation(source: Source, seed: int) -> Computation:
     keys_B = jax.random.split(jax.random.key(seed), 2)
     inputs = _joint_batch(cfg, image_token_offset, rng)
     shape = inputs["latents"].shape[1:]
-    training_noise = jax.jit(blip3o.draw_noise, static_argnums=(1, 2, 3))(keys_B, shape, cfg, loss)
+    training_noise = jax.jit(blip3o.sample_training_noise, static_argnums=(1, 2, 3))(
+        keys_B, shape, cfg, loss
+    )
     draws = {
         "noise": training_noise.noise.reshape(-1, *shape),
         "sigma": training_noise.sigma.reshape(-1),

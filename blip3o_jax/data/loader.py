@@ -37,7 +37,7 @@ from blip3o_jax.config import DataConfig, UserError
 from blip3o_jax.data.reader import BadRecordLimit, Join, Reader, Transform
 from blip3o_jax.data.record import TOO_LONG, Source
 
-Batch = dict[str, Any]
+HostBatch = dict[str, Any]  # arrays of the rows that this host reads
 
 # Seconds that a thread may take to end.
 ENDING = 10.0
@@ -48,7 +48,7 @@ LOGGED_TOO_LONG = 10
 _log = logging.getLogger(__name__)
 
 
-class Loader(Iterator[Batch]):
+class Loader(Iterator[HostBatch]):
     """Endless batches: dicts of arrays [B, ...] with this host's B = len(rows) examples.
 
     Every batch has the transform's fields, the same in each row, and `bad_records` int32 [B] ([B,
@@ -99,7 +99,7 @@ class Loader(Iterator[Batch]):
         self._last_skipped = ""
         self.wait_seconds = 0.0  # how long the last batch was waited for
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> HostBatch:
         began = time.perf_counter()
         if self._batches is None:
             self._batches = iter(self._dataset())
@@ -422,7 +422,9 @@ def host_rows(sharding: Any, batch_rows: int) -> list[int]:
     return sorted({row for (span,) in spans for row in range(*span.indices(batch_rows))})
 
 
-def global_batch(host_batch: Batch, sharding: Any, rows: Sequence[int], batch_rows: int) -> Batch:
+def global_batch(
+    host_batch: HostBatch, sharding: Any, rows: Sequence[int], batch_rows: int
+) -> dict[str, Any]:
     """`rows` of a batch, this host's -> arrays [batch_rows, ...] over all hosts, placed by
     `sharding`.
     """
@@ -440,7 +442,7 @@ def global_batch(host_batch: Batch, sharding: Any, rows: Sequence[int], batch_ro
     return {name: globally(values) for name, values in host_batch.items()}
 
 
-class DevicePrefetch(Iterator[Batch]):
+class DevicePrefetch(Iterator[dict[str, Any]]):
     """The loader's batches as global arrays, made in a background thread, up to `depth` of them
     ahead of the step.
 
@@ -470,7 +472,7 @@ class DevicePrefetch(Iterator[Batch]):
                 self._stop.set()
             self._queue.put(item)
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> dict[str, Any]:
         began = time.perf_counter()
         batch, state = self._queue.get()
         if state is None:

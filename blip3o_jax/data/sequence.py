@@ -35,7 +35,7 @@ import numpy as np
 
 from blip3o_jax.config import TemplateConfig, UserError, check, check_choice
 from blip3o_jax.data.record import RowTooLong
-from blip3o_jax.data.template import Prompt, make_prompt
+from blip3o_jax.data.template import PromptTokens, make_prompt
 from blip3o_jax.text.vocabulary import Vocabulary
 
 LONGEST_TAIL = (
@@ -124,7 +124,7 @@ def task_row(
     else:
         tokens = _text_answer(vocab, answer, num_image_tokens, key, truncate)
 
-    def make(text: str) -> Prompt:
+    def make(text: str) -> PromptTokens:
         shown = {
             "references": references,
             "num_image_tokens": num_image_tokens,
@@ -177,7 +177,9 @@ def _text_answer(
     return vocab.encode(_longest(answer.strip(), lambda text: len(vocab.encode(text)) <= most))
 
 
-def _fitted(make: Callable[[str], Prompt], text: str, most: int, truncate: bool) -> Prompt:
+def _fitted(
+    make: Callable[[str], PromptTokens], text: str, most: int, truncate: bool
+) -> PromptTokens:
     """Return `make(text)`; with `truncate`, of as much of the text as makes at most `most` ids."""
     prompt = make(text)
     if not truncate or len(prompt.ids) <= most or not text.strip():

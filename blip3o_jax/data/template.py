@@ -20,7 +20,7 @@ TASKS = ("t2i", "edit", "reconstruct", "understand")
 IMAGE = "<image>"
 
 
-class Prompt(NamedTuple):
+class PromptTokens(NamedTuple):
     """All ids up to where the answer begins, and for each reference image the index of its opening
     tag; the n places after it hold <I0>.
     """
@@ -38,7 +38,7 @@ def make_prompt(
     references: int = 0,
     num_image_tokens: int = 0,
     pool_scale: int = 1,
-) -> Prompt:
+) -> PromptTokens:
     """`text` is the caption, instruction or question; `references` images are shown. Where the
     answer is an image the prompt ends with its scale token. UserError for a text or a number of
     images that the task cannot have.
@@ -62,7 +62,7 @@ def make_prompt(
     opening = [vocab.start_of_turn, *vocab.encode("assistant\n")]
     if task != "understand":
         opening += [vocab.image_start, vocab.scale(pool_scale)]
-    return Prompt([*system, *user, *opening], places)
+    return PromptTokens([*system, *user, *opening], places)
 
 
 def _filled(template: TemplateConfig, task: str, text: str, references: int) -> tuple[str, str]:

@@ -52,7 +52,7 @@ def _jaxpr_flops(jaxpr: Any) -> int:
                 if _is_jaxpr(p)
             ]
             counts = [_jaxpr_flops(getattr(p, "jaxpr", p)) for p in inner]
-            # Branches of a cond: the dearest one is run.
+            # Of the branches of a cond, count the most expensive one.
             total += times * (
                 max(counts, default=0) if eqn.primitive.name == "cond" else sum(counts)
             )
@@ -64,14 +64,12 @@ def _is_jaxpr(value: Any) -> bool:
 
 
 def count_flops(fn: Callable[..., Any], *args: Any) -> int:
-    """FLOPs of one call of `fn` on arguments of these shapes (arrays or ShapeDtypeStructs)."""
+    """Return the FLOPs of one call of `fn` on arguments of these shapes (arrays or ShapeDtypeStructs)."""
     return _jaxpr_flops(jax.make_jaxpr(fn)(*args).jaxpr)
 
 
 def without_recomputation(config: Config) -> Config:
-    """The same run with everything kept for the backward pass: recomputation is not counted as
-    work.
-    """
+    """Return the same run without rematerialization, whose FLOPs are not model FLOPs."""
     model = config.model
     encoder = dataclasses.replace(model.tokenizer.encoder, remat="none")
     plain = {
@@ -84,15 +82,15 @@ def without_recomputation(config: Config) -> Config:
     return dataclasses.replace(config, model=dataclasses.replace(model, **plain), loss=loss)
 
 
-def useful_flops(
+def model_flops(
     config: Config, strategy: Strategy, batch: Any, loss: Callable[[Config, int], Loss] = make_loss
 ) -> int:
-    """Of a step in all, each thing computed once: no recomputation, and of attention the half that
-    a causal model sees.
+    """Return the model FLOPs of a training step over the global batch (PaLM, arXiv 2204.02311,
+    appendix B): no recomputation, and causal attention counted over the pairs it uses.
 
-    Counted on XLA's attention, since a kernel shows its work to nobody. It makes both products over
-    all pairs of positions, and four more for the gradient, of which the pairs above the diagonal
-    are taken off.
+    Counted on XLA's attention, since the FLOPs of a kernel are not visible in the jaxpr. It
+    computes both products over all pairs of positions, and four more for the gradient; the pairs
+    above the diagonal are subtracted.
     """
     plain = without_recomputation(config)
     ar = plain.model.ar
@@ -112,6 +110,6 @@ def useful_flops(
 
 
 def peak_flops(device: jax.Device) -> float | None:
-    """bf16 peak of `device` in FLOP/s, or None where no published figure is known (CPUs, for one)."""
+    """Return the bfloat16 peak of `device` in FLOP/s, or None where no published figure is known (CPUs, for one)."""
     chip = chip_of(device.device_kind)
     return chip.flops if chip else None

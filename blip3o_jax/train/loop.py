@@ -32,11 +32,10 @@ from blip3o_jax.train.flops import peak_flops
 from blip3o_jax.train.initialize import restore_or_create
 from blip3o_jax.train.memory import check_memory
 from blip3o_jax.train.metrics import MetricLog, SilentLog
+from blip3o_jax.train.stages import Batch
 from blip3o_jax.train.state import StatePlan, TrainState, plan_state
-from blip3o_jax.train.step import row_keys
+from blip3o_jax.train.step import example_keys
 from blip3o_jax.train.workdir import WorkdirLock
-
-Batch = dict[str, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -298,7 +297,7 @@ class _Run:
             return
         rows = jax.tree.map(lambda x: x[: self.config.preview], batch)
         leading = rows["bad_records"].shape
-        keys_B = row_keys(self.config.seed, state["step"], math.prod(leading)).reshape(leading)
+        keys_B = example_keys(self.config.seed, state["step"], math.prod(leading)).reshape(leading)
         images_BHWC = self._drawn(state["params"], state["frozen"], rows, keys_B)
         self.log.images(
             step, "preview", np.asarray(jax.numpy.round(images_BHWC * 255)).astype(np.uint8)

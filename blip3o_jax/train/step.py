@@ -14,16 +14,15 @@ from blip3o_jax import nn
 from blip3o_jax.config import Config
 from blip3o_jax.parallel.rules import Strategy
 from blip3o_jax.train.optimizer import learning_rate
-from blip3o_jax.train.stages import Loss
+from blip3o_jax.train.stages import Batch, Loss
 from blip3o_jax.train.state import StatePlan, TrainState
 
-Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
 
 
-def row_keys(seed: int, step: jax.Array, rows: int) -> jax.Array:
-    """One key a row of the global batch, folded from (seed, step): independent of how the batch is
-    cut.
+def example_keys(seed: int, step: jax.Array, rows: int) -> jax.Array:
+    """Return one key for each example of the global batch, folded from (seed, step): independent of
+    how the batch is split into micro-batches and shards.
     """
     return jax.random.split(jax.random.fold_in(jax.random.key(seed), step), rows)
 
@@ -99,7 +98,7 @@ def make_step(
                 lambda p, b, k: loss_fn(p, state["frozen"], b, k),
                 state["params"],
                 batch,
-                row_keys(config.seed, state["step"], examples).reshape(leading),
+                example_keys(config.seed, state["step"], examples).reshape(leading),
                 config.optimizer.accumulate,
             )
         with jax.named_scope("optimizer"):

@@ -21,7 +21,7 @@ from blip3o_jax.parallel.rules import Strategy
 from blip3o_jax.text.vocabulary import Vocabulary
 from blip3o_jax.train import loop
 from blip3o_jax.train.encode import encoded_source, weights_fingerprint
-from blip3o_jax.train.flops import peak_flops, useful_flops
+from blip3o_jax.train.flops import model_flops, peak_flops
 from blip3o_jax.train.loop import Batch, Begun, Setup, Summary
 from blip3o_jax.train.metrics import MetricLog, SilentLog
 from blip3o_jax.train.skipped import SkippedRecords
@@ -87,7 +87,7 @@ class Supervised:
         step = make_step(config, setup.plan, strategy, make_loss(config, setup.image_token_offset))
         draw = make_preview(config, setup.image_token_offset)
         measured = peak_flops(jax.devices()[0]) is not None
-        flops = functools.partial(useful_flops, config, strategy) if measured else None
+        flops = functools.partial(model_flops, config, strategy) if measured else None
         known = _unused([source for source, _ in self._sources])
         # Last, since it starts a thread and the workers, which an exception above would leave.
         batches = _Batches(DevicePrefetch(loader, strategy.batch_sharding()), known, rows)

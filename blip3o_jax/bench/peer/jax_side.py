@@ -16,7 +16,7 @@ from flax import nnx
 
 from blip3o_jax import nn
 from blip3o_jax.bench.peer.worker import Arrays, Prepared, Task
-from blip3o_jax.blip3o import Blip3o, draw_noise
+from blip3o_jax.blip3o import Blip3o, sample_training_noise
 from blip3o_jax.config import Config, DataConfig, LossConfig, MeshConfig, OptimizerConfig, UserError
 from blip3o_jax.dit import sampler
 from blip3o_jax.drawing import draw_tokens
@@ -26,10 +26,10 @@ from blip3o_jax.pipeline import Pipeline
 from blip3o_jax.text.tokenizers import load_tokenizer
 from blip3o_jax.text.vocabulary import Vocabulary
 from blip3o_jax.train.checkpoint import find, read_config, restore_parts, stored_text
-from blip3o_jax.train.flops import count_flops, useful_flops
+from blip3o_jax.train.flops import count_flops, model_flops
 from blip3o_jax.train.stages import STAGES, make_loss
 from blip3o_jax.train.state import WEIGHTS, create_state, plan_state
-from blip3o_jax.train.step import make_step, row_keys
+from blip3o_jax.train.step import example_keys, make_step
 
 CHECKED_STEPS = (
     3  # the first moves nothing, at a learning rate of 0; the third sees what the second moved
@@ -135,7 +135,7 @@ class Side:
             lambda metrics: {"losses": np.array([metrics["ce"], metrics["flow"]], np.float32)},
             checks=CHECKED_STEPS,
             shared=self._draws(config, rows),
-            cost={"flops": useful_flops(config, self.strategy, batch)},
+            cost={"flops": model_flops(config, self.strategy, batch)},
         )
 
     def _draws(self, config: Config, rows: int) -> Arrays:
@@ -144,7 +144,9 @@ class Side:
         shape = (size, size, model.vae.latent_channels)
         draws = jax.jit(
             lambda: [
-                draw_noise(row_keys(config.seed, step, rows), shape, model, config.loss)
+                sample_training_noise(
+                    example_keys(config.seed, step, rows), shape, model, config.loss
+                )
                 for step in range(CHECKED_STEPS)
             ]
         )()

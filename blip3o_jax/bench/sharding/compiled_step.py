@@ -108,7 +108,7 @@ def compiled(task: Task, schedules: pathlib.Path | None = None) -> Row:
         walk.program_cost(parsed, network, bundles.read(schedules) if schedules else None)
     )
 
-    row["useful_flops"] = work.useful_flops()
+    row["model_flops"] = work.model_flops()
     row["compiler_flops"] = (program.cost_analysis() or {}).get("flops")
     row |= _rates(row, row["step_s"], where)
     if task.measure:
@@ -122,7 +122,7 @@ def compiled(task: Task, schedules: pathlib.Path | None = None) -> Row:
 def _rates(row: Row, seconds: float, where: topology.Topology | Present) -> Row:
     """What a step of `seconds` comes to. Examples are rows of a training batch, or images."""
     return {
-        "mfu": row["useful_flops"] / where.devices / where.chip.flops / seconds,
+        "mfu": row["model_flops"] / where.devices / where.chip.flops / seconds,
         "examples_per_s_per_chip": row["batch_size"] / where.chips / seconds,
     }
 

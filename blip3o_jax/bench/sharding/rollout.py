@@ -89,7 +89,7 @@ class Rollout:
             * jnp.dtype(ar.dtype).itemsize
         }
 
-    def useful_flops(self) -> int:
+    def model_flops(self) -> int:
         """Of a rollout in all, each thing computed once; of attention what its tokens see. The
         program makes both products with every slot of the cache, also with those that are not
         written yet.

@@ -11,7 +11,7 @@ from blip3o_jax.bench.sharding.buffers import Logits
 from blip3o_jax.config import Config, check
 from blip3o_jax.data.sequence import most_labels
 from blip3o_jax.parallel.rules import Strategy
-from blip3o_jax.train.flops import useful_flops
+from blip3o_jax.train.flops import model_flops
 from blip3o_jax.train.stages import STAGES, Loss, make_loss
 from blip3o_jax.train.state import create_state, plan_state
 from blip3o_jax.train.step import make_step
@@ -74,8 +74,8 @@ class TrainStep:
         )
         return Logits(positions, columns, vocabulary, model.ar.hidden_size)
 
-    def useful_flops(self) -> int:
-        return useful_flops(self.config, self.strategy, self.batch, self._loss)
+    def model_flops(self) -> int:
+        return model_flops(self.config, self.strategy, self.batch, self._loss)
 
     def start(self) -> tuple[Any, ...]:
         """Arguments of the first step: random weights, and a batch that is as good as any for the

@@ -20,7 +20,7 @@ def work(strategy="dp", model=None, config=CONFIG, **mesh):
     return rollout.Rollout(config, tiny.strategy(strategy, **(mesh or {"data": 2})))
 
 
-def test_useful_flops_of_a_layer():
+def test_model_flops_of_a_layer():
     """A layer of the AR: products with 9216 weights for 36 tokens, prompt and image, and attention
     over each pair of a token and one that it sees, 4 heads of 8 wide; four FLOPs a pair and
     channel.
@@ -33,12 +33,12 @@ def test_useful_flops_of_a_layer():
         model=dataclasses.replace(CONFIG.model, ar=dataclasses.replace(ar, num_hidden_layers=2))
     )
     assert two.length == 32 and two.slots == 36
-    assert two.useful_flops() - one.useful_flops() == 8 * (36 * 2 * 9216 + 4 * 4 * 8 * 36 * 37 // 2)
+    assert two.model_flops() - one.model_flops() == 8 * (36 * 2 * 9216 + 4 * 4 * 8 * 36 * 37 // 2)
 
 
 def test_every_denoising_step_counts():
     counts = [
-        work(config=dataclasses.replace(CONFIG, sampling=s)).useful_flops()
+        work(config=dataclasses.replace(CONFIG, sampling=s)).model_flops()
         for s in map(_steps, (1, 2, 4))
     ]
     assert counts[2] - counts[1] == 2 * (counts[1] - counts[0]) > 0
