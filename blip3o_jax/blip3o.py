@@ -24,19 +24,19 @@ from blip3o_jax.ar.cross_entropy import cross_entropy
 from blip3o_jax.ar.qwen3 import Qwen3
 from blip3o_jax.config import LossConfig, ModelConfig, SamplingConfig
 from blip3o_jax.connector import Connector
-from blip3o_jax.data.sequence import (
-    by_example,
-    hide_prompts,
-    insert_features,
-    insert_references,
-    most_labels,
-    take_span,
-)
+from blip3o_jax.data.sequence import max_labels
 from blip3o_jax.dit import flow
 from blip3o_jax.dit.sampler import Guidance
 from blip3o_jax.dit.sana import Condition, LatentConcat, SanaTransformer
 from blip3o_jax.image_tokens.contrastive import PatchReadout, TextTower
 from blip3o_jax.image_tokens.ta_tok import TaTok
+from blip3o_jax.rows import (
+    flatten_packed,
+    insert_features,
+    insert_references,
+    mask_prompts,
+    slice_condition_span,
+)
 from blip3o_jax.text.vocabulary import image_ids_from_codes
 from blip3o_jax.vae.dc_ae import DcAe
 
@@ -338,7 +338,7 @@ def joint_loss(
     differ in it, that of images to draw, so that the mean of micro-batch losses is the loss of the
     batch. Metrics are means over the rows given.
     """
-    batch, keys_B = by_example(batch), keys_B.reshape(-1)
+    batch, keys_B = flatten_packed(batch), keys_B.reshape(-1)
     out, cfg = _joint_forward(model, batch, keys_B, loss, image_token_offset), model.cfg
     with nn.part("ar"):
         ce_sum, right = cross_entropy(
@@ -348,7 +348,7 @@ def joint_loss(
             batch["loss_mask"][:, 1:],
             vocab_size=cfg.ar.vocab_size,
             chunk=loss.ce_chunk,
-            most=most_labels(
+            most=max_labels(
                 cfg.template, cfg.tokenizer.num_tokens, len(keys_B) // len(out.tokens_BL)
             ),
         )
@@ -377,7 +377,7 @@ def joint_preview(
     """
     out = _joint_forward(
         model,
-        by_example(batch),
+        flatten_packed(batch),
         keys_B.reshape(-1),
         dataclasses.replace(loss, flow_draws=1),
         image_token_offset,
@@ -426,13 +426,13 @@ def _joint_forward(
     sampled = sample_training_noise(keys_B, z_BHWC.shape[1:], model.cfg, loss)
     # An example that answers in words has nothing to say without its question.
     hidden_B = ~sampled.captioned_B if target_B is None else ~sampled.captioned_B & (target_B > 0)
-    segment_ids_BL = hide_prompts(batch["segment_ids"], span_B, hidden_B)
+    segment_ids_BL = mask_prompts(batch["segment_ids"], span_B, hidden_B)
     features_BRND = None
     if shown is not None and shown.features_BRND is not None:
         features_BRND = shown.features_BRND.reshape(rows, -1, *shown.features_BRND.shape[2:])
     in_row = None if features_BRND is None else (features_BRND, places_BR, of_row(shown.mask_BR))
     hidden_BLD = model.hidden(tokens_BL, batch["positions"], segment_ids_BL, in_row)
-    span_BTD = take_span(hidden_BLD, span_B, codes_BN.shape[1], loss.condition_span)
+    span_BTD = slice_condition_span(hidden_BLD, span_B, codes_BN.shape[1], loss.condition_span)
     condition = model.condition(span_BTD, sampled.keep_B, shown, sampled.keep_references_B)
     # The draws of an example share its condition, and so one pass of the AR (as in MAR, arXiv
     # 2406.11838).

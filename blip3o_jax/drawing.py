@@ -16,9 +16,9 @@ from blip3o_jax import nn
 from blip3o_jax.ar.sampling import Drawn, Written, generate_image_tokens, generate_text
 from blip3o_jax.blip3o import Blip3o, References, references
 from blip3o_jax.config import ModelConfig, SamplingConfig
-from blip3o_jax.data.sequence import insert_references
 from blip3o_jax.dit import sampler
 from blip3o_jax.parallel.rules import Strategy
+from blip3o_jax.rows import insert_references
 from blip3o_jax.text.vocabulary import Vocabulary, codes_from_image_ids, image_ids_from_codes
 
 # Prompts are padded to a multiple of this many tokens, so that few lengths are compiled.

@@ -15,6 +15,7 @@ LAYERS = (
     ("checksums",),
     ("text",),
     ("data",),
+    ("rows",),
     ("ar", "image_tokens", "dit", "vae", "connector"),
     ("blip3o",),
     ("parallel",),

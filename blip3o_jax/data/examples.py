@@ -69,7 +69,7 @@ class ExampleBuilder:
         except RowTooLong as error:
             if self.data.too_long != "truncate":
                 raise
-            length = sequence.shared_length(examples, self.data.max_length)
+            length = sequence.max_example_length(examples, self.data.max_length)
             try:
                 examples = [
                     example | self._row(record, length)
@@ -82,14 +82,15 @@ class ExampleBuilder:
             return sequence.pack_rows(examples, keys, self.data.max_length)
 
     def _row(self, record: Record, max_length: int) -> dict[str, np.ndarray]:
-        tokenizer, places = self.model.tokenizer, self.model.editing.reference_slots
+        tokenizer = self.model.tokenizer
+        reference_slots = self.model.editing.reference_slots
         lengths = {
             "max_length": max_length,
             "pool_scale": tokenizer.pool_scale,
             "key": record.key,
             "truncate": self.data.too_long == "truncate",
         }
-        if places:
+        if reference_slots:
             return sequence.task_row(
                 self.vocabulary,
                 self.model.template,
@@ -97,7 +98,7 @@ class ExampleBuilder:
                 record.caption,
                 record.answer,
                 references=len(record.references),
-                places=places,
+                reference_slots=reference_slots,
                 num_image_tokens=tokenizer.num_tokens,
                 **lengths,
             )

@@ -228,7 +228,7 @@ def test_packed_rows_are_rows_apart(implementation):
     got = found.hidden(packed, positions, segments)[0]
     assert relative_error(got[:5], found.hidden(first[None])[0]) < 1e-5
     assert relative_error(got[5:8], found.hidden(second[None])[0]) < 1e-5
-    # Padding before the tokens, as `hide_prompts` leaves it, and after them.
+    # Padding before the tokens, as `mask_prompts` leaves it, and after them.
     got = found.hidden(packed[:, :7], positions[:, :7] + 4, torch.tensor([[0, 0, 1, 1, 1, 0, 0]]))[
         0
     ]

@@ -21,18 +21,13 @@ from blip3o_jax.data.record import Record
 from blip3o_jax.data.sequence import (
     RowTooLong,
     caption_row,
-    condition_positions,
-    hide_prompts,
-    insert_features,
-    insert_image_ids,
-    insert_references,
-    most_labels,
+    max_labels,
     pack_rows,
-    take_span,
     task_row,
     text_to_image_prompt,
     text_to_image_row,
 )
+from blip3o_jax.rows import insert_features, insert_image_ids, insert_references
 from blip3o_jax.text.tokenizers import BpeTokenizer, train_sentencepiece
 from blip3o_jax.text.vocabulary import Vocabulary
 from tests.text.test_tokenizers import CAPTIONS, write_bpe
@@ -130,8 +125,8 @@ def test_bad_codes_and_templates(vocab):
 
 def test_no_row_has_more_labels_than_are_looked_at(vocab, monkeypatch):
     row = text_to_image_row(vocab, TEMPLATE, CAPTION, CODES, 300)
-    assert 3 < row["loss_mask"].sum() <= most_labels(TEMPLATE, 3)
-    assert most_labels(dataclasses.replace(TEMPLATE, supervise_prompt=True), 3) is None
+    assert 3 < row["loss_mask"].sum() <= max_labels(TEMPLATE, 3)
+    assert max_labels(dataclasses.replace(TEMPLATE, supervise_prompt=True), 3) is None
     monkeypatch.setattr(sequence, "LONGEST_TAIL", 2)
     with pytest.raises(ConfigError, match="tokens of the end of a turn, at most 2"):
         text_to_image_row(vocab, TEMPLATE, CAPTION, CODES, 300)
@@ -170,31 +165,6 @@ def test_ids_put_in_later_equal_ids_put_in_at_once(vocab):
     assert np.array_equal(filled_BL, np.stack([row["tokens"] for row in now]))
     for name in ("loss_mask", "segment_ids", "positions", "image_span"):
         assert all(np.array_equal(a[name], b[name]) for a, b in zip(now, later, strict=True))
-
-
-def test_hide_prompts():
-    segment_ids = jnp.asarray([[1, 1, 1, 1, 0], [1, 1, 1, 1, 1], [1, 1, 1, 1, 1]])
-    got = hide_prompts(segment_ids, jnp.asarray([2, 3, 2]), jnp.asarray([True, True, False]))
-    assert got.tolist() == [[0, 0, 1, 1, 0], [0, 0, 0, 1, 1], [1, 1, 1, 1, 1]]
-
-
-def test_take_span():
-    """Exact: the scale token and its image tokens. Last: the row's tail, whatever stands there."""
-    hidden_BLD = jnp.arange(2 * 8 * 2, dtype=jnp.float32).reshape(2, 8, 2)
-    span_B = jnp.array([1, 3], jnp.int32)
-    assert condition_positions(span_B, 2).tolist() == [[1, 2, 3], [3, 4, 5]]
-    exact = take_span(hidden_BLD, span_B, 2, "exact")
-    assert np.array_equal(exact, np.stack([hidden_BLD[0, 1:4], hidden_BLD[1, 3:6]]))
-    last = take_span(hidden_BLD, span_B, 2, "last")
-    assert np.array_equal(last, hidden_BLD[:, 5:8])
-    with pytest.raises(ConfigError, match=r"loss\.condition_span"):
-        take_span(hidden_BLD, span_B, 2, "first")
-
-
-def test_take_span_sends_gradients_to_the_span_only():
-    span_B = jnp.array([1, 3], jnp.int32)
-    grad_BLD = jax.grad(lambda h: take_span(h, span_B, 2).sum())(jnp.zeros((2, 8, 2)))
-    assert grad_BLD[..., 0].tolist() == [[0, 1, 1, 1, 0, 0, 0, 0], [0, 0, 0, 1, 1, 1, 0, 0]]
 
 
 def test_caption_row(vocab):
@@ -408,14 +378,14 @@ def test_examples_follow_each_other_in_a_row(vocab):
         0,
         1,
     ]
-    assert packed["loss_mask"].sum() <= most_labels(TEMPLATE, 2, 3)
+    assert packed["loss_mask"].sum() <= max_labels(TEMPLATE, 2, 3)
     with pytest.raises(
         RowTooLong,
         match=rf"example 'a \+ b \+ c' needs {sum(lengths)} tokens, a row has {sum(lengths) - 1}",
     ):
         pack_rows(rows, ["a", "b", "c"], sum(lengths) - 1)
-    assert sequence.shared_length(rows, sum(lengths)) == sum(lengths)
-    longest = sequence.shared_length(rows, sum(lengths) - 9)
+    assert sequence.max_example_length(rows, sum(lengths)) == sum(lengths)
+    longest = sequence.max_example_length(rows, sum(lengths) - 9)
     assert sum(min(length, longest) for length in lengths) in range(
         sum(lengths) - 9 - 2, sum(lengths) - 9 + 1
     )

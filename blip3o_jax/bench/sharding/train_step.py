@@ -9,7 +9,7 @@ import numpy as np
 
 from blip3o_jax.bench.sharding.buffers import Logits
 from blip3o_jax.config import Config, check
-from blip3o_jax.data.sequence import most_labels
+from blip3o_jax.data.sequence import max_labels
 from blip3o_jax.parallel.rules import Strategy
 from blip3o_jax.train.flops import model_flops
 from blip3o_jax.train.stages import STAGES, Loss, make_loss
@@ -60,7 +60,7 @@ class TrainStep:
         them by design.
         """
         model, length = self.config.model, self.config.data.max_length - 1
-        most = min(most_labels(model.template, model.tokenizer.num_tokens) or length, length)
+        most = min(max_labels(model.template, model.tokenizer.num_tokens) or length, length)
         if self.config.stage != "joint" or most <= self.config.loss.ce_chunk:
             return None
         vocabulary, rows = model.ar.padded_vocab_size, self.rows // self.strategy.batch_shards

@@ -11,7 +11,8 @@ from flax import nnx
 from blip3o_jax.blip3o import Blip3o, scale_pixels
 from blip3o_jax.config import MeshConfig, UserError
 from blip3o_jax.data.images import crop_and_resize
-from blip3o_jax.data.sequence import RowTooLong, caption_row
+from blip3o_jax.data.record import RowTooLong
+from blip3o_jax.data.sequence import caption_row
 from blip3o_jax.parallel.rules import Strategy
 from blip3o_jax.text.tokenizers import load_tokenizer
 from blip3o_jax.text.vocabulary import Vocabulary

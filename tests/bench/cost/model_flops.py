@@ -11,7 +11,7 @@ the gradient of the input alone. Encoders have none.
 """
 
 from blip3o_jax.config import Config, DcAeConfig
-from blip3o_jax.data.sequence import most_labels
+from blip3o_jax.data.sequence import max_labels
 
 
 def joint_step(config: Config, tables: int = 1) -> dict[str, tuple[float, float]]:
@@ -19,7 +19,7 @@ def joint_step(config: Config, tables: int = 1) -> dict[str, tuple[float, float]
     the whole table.
     """
     model, rows, length = config.model, config.data.batch_size, config.data.max_length
-    labels = most_labels(model.template, model.tokenizer.num_tokens) or length
+    labels = max_labels(model.template, model.tokenizer.num_tokens) or length
     found = {
         "ar": _ar(model.ar, rows, length),
         "cross_entropy": _twice(
