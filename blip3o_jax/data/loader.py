@@ -16,9 +16,6 @@ row carries how many were skipped for it, and which, out of the worker process.
 
 import dataclasses
 import functools
-import json
-import logging
-import math
 import multiprocessing
 import os
 import queue
@@ -26,7 +23,6 @@ import signal
 import sys
 import threading
 import time
-import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -34,27 +30,22 @@ from typing import Any
 import numpy as np
 
 from blip3o_jax.config import DataConfig, UserError
-from blip3o_jax.data.reader import BadRecordLimit, Join, Reader, Transform
-from blip3o_jax.data.record import TOO_LONG, Source
+from blip3o_jax.data.reader import Join, Reader, Transform
+from blip3o_jax.data.record import Source
+from blip3o_jax.data.skipped_records import SkippedRecords
 
 HostBatch = dict[str, Any]  # arrays of the rows that this host reads
 
-# Seconds that a thread may take to end.
-ENDING = 10.0
-# Records of one shard, all of them skipped for the same kind of reason, that are worth a warning.
-FIRST_OF_SHARD = 8
-# Too long records that are logged by name; captions of some data sets are long by the thousand.
-LOGGED_TOO_LONG = 10
-_log = logging.getLogger(__name__)
+# Seconds that a thread may take to end when the loader is closed.
+SHUTDOWN_TIMEOUT = 10.0
 
 
 class Loader(Iterator[HostBatch]):
-    """Endless batches: dicts of arrays [B, ...] with this host's B = len(rows) examples.
+    """An endless iterator of batches: dicts of arrays [B, ...], B = len(rows) of this host.
 
     Every batch has the transform's fields, the same in each row, and `bad_records` int32 [B] ([B,
     E] where E examples share a row): how many records were skipped to fill the row, the too long
-    ones not counted. Each skipped record is logged once with shard, key and reason, of those that
-    are too long the first few; `skipped` counts all by the kind of reason.
+    ones not counted. Skipped records are logged and counted (skipped_records.py).
 
     Args:
       sources: with their weights, as `sources.open_mixture` gives them. Every stretch of examples keeps to the weights
@@ -88,15 +79,8 @@ class Loader(Iterator[HostBatch]):
         self.rows = tuple(range(self.batch_rows) if rows is None else rows)
         self._next_example = 0
         self._batches: Any = None
-        self._records = sum(len(source) for source, _ in self._sources)
-        self.skipped: Counter[str] = Counter()  # of this host's rows, by kind of reason
-        self._seen = self._bad = self._too_long = 0
-        self._logged: set[tuple[str, str]] = set()
-        self._logged_too_long = 0
-        self._warned = False  # of the fraction that is too long
-        self._sound: set[int] = set()  # shards (CRC-32 of their names) of which a record was used
-        self._suspects: dict[str, dict[str, str]] = {}  # other shards: key -> kind of reason
-        self._last_skipped = ""
+        records = sum(len(source) for source, _ in self._sources)
+        self._skipped = SkippedRecords(records, data.max_bad_fraction)  # of this host's rows
         self.wait_seconds = 0.0  # how long the last batch was waited for
 
     def __next__(self) -> HostBatch:
@@ -109,21 +93,21 @@ class Loader(Iterator[HostBatch]):
             self.close()
             raise
         self._next_example += self._data.batch_size
-        self._judge(batch["bad_records"], batch.pop("_shards"), batch.pop("_skipped"))
+        self._skipped.add(batch["bad_records"], batch.pop("_shards"), batch.pop("_skipped"))
         self.wait_seconds = time.perf_counter() - began
         return batch
 
     def state(self) -> dict[str, Any]:
-        """The position after the last batch handed out, the same on every host but for "skipped",
-        which counts what this one skipped; fit for JSON."""
+        """Return the position after the last batch, as JSON can hold it: the same on every host
+        except for "skipped", the records that this host has skipped."""
         return {
             "next_example": self._next_example,
             "order": self._order(),
-            "skipped": dict(self.skipped),
+            "skipped": dict(self._skipped.counts),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continues where `state` was taken, on any number of hosts and workers, and with any batch
+        """Continue where `state` was taken, on any number of hosts and workers, and with any batch
         size.
 
         Raises:
@@ -136,18 +120,16 @@ class Loader(Iterator[HostBatch]):
             )
         self.close()
         self._next_example = state["next_example"]
-        self.skipped = Counter(state["skipped"])
+        self._skipped.counts = Counter(state["skipped"])
 
     def close(self) -> None:
-        """Ends worker processes and threads. Iterating again restarts them, at the same
-        position.
-        """
+        """End worker processes and threads. Iterating again restarts them at the same position."""
         if self._batches is not None:
             self._batches.close()
             self._batches = None
 
     def _order(self) -> dict[str, Any]:
-        """What decides which example comes when."""
+        """Return everything that determines the order of the examples."""
         sources = [
             {
                 "name": source.name,  # for messages: a copy elsewhere is the same data
@@ -162,7 +144,7 @@ class Loader(Iterator[HostBatch]):
         return order | ({"batch_size": self._data.batch_size} if len(self._shapes()) > 1 else {})
 
     def _shapes(self) -> list[list[int]]:
-        """Numbers of the sources whose images have the same shape."""
+        """Return the numbers of the sources by the shape of their images."""
         groups: dict[Any, list[int]] = {}
         for number, (source, _) in enumerate(self._sources):
             groups.setdefault(source.shape, []).append(number)
@@ -172,8 +154,8 @@ class Loader(Iterator[HostBatch]):
         import grain
 
         pack = self._data.pack
-        places = _HostRows(
-            self._places(), self._next_example, self._data.batch_size, self.rows, pack
+        record_ids = _HostRows(
+            self._record_ids(), self._next_example, self._data.batch_size, self.rows, pack
         )
         reader = Reader(
             tuple(source for source, _ in self._sources),
@@ -182,7 +164,7 @@ class Loader(Iterator[HostBatch]):
             self._data.too_long,
         )
         rows = (
-            grain.MapDataset.source(places)
+            grain.MapDataset.source(record_ids)
             .batch(pack, drop_remainder=True, batch_fn=tuple)
             .map(reader)
         )
@@ -203,8 +185,8 @@ class Loader(Iterator[HostBatch]):
             dataset = dataset.mp_prefetch(options, worker_init_fn=_start_worker)
         return dataset
 
-    def _places(self) -> Any:
-        """The endless sequence of (source, index) that all hosts draw from."""
+    def _record_ids(self) -> Any:
+        """Return the endless sequence of record ids (source, index), the same on all hosts."""
         import grain
 
         # One seed a source, far apart: Grain shuffles epoch e with seed + e.
@@ -215,7 +197,7 @@ class Loader(Iterator[HostBatch]):
             if self._data.shuffle:
                 part = part.shuffle(seed=int(seeds[number]))
             return part.repeat(None, reseed_each_epoch=self._data.shuffle).map(
-                functools.partial(_place, number)
+                functools.partial(_record_id, number)
             )
 
         def mixed(numbers: list[int]) -> Any:
@@ -230,86 +212,13 @@ class Loader(Iterator[HostBatch]):
         if len(groups) == 1:
             return mixed(groups[0])
         counts = [
-            grain.MapDataset.range(sys.maxsize // 2**20).map(functools.partial(_place, g))
+            grain.MapDataset.range(sys.maxsize // 2**20).map(functools.partial(_record_id, g))
             for g in range(len(groups))
         ]
-        turns = grain.MapDataset.mix(
+        schedule = grain.MapDataset.mix(
             counts, [sum(self._sources[n][1] for n in numbers) for numbers in groups]
         )
-        return _InTurns(turns, tuple(map(mixed, groups)), self._data.batch_size)
-
-    def _judge(
-        self, bad_records_B: np.ndarray, shards_B: np.ndarray, reports_B: np.ndarray
-    ) -> None:
-        """Count and log what was skipped; stop the run above the fraction allowed.
-
-        The fraction is that of the examples whose own record cannot be read. What is skipped in the
-        search for another says little of the set: where four neighbours are damaged, ten are
-        skipped in an epoch.
-        """
-        self._seen += bad_records_B.size
-        self._bad += int(np.count_nonzero(bad_records_B))
-        self._sound.update(shards_B.ravel().tolist())
-        reports_B = reports_B.ravel()
-        for report in reports_B[reports_B != b""]:
-            counts, records = json.loads(report)
-            self.skipped.update(counts)
-            self._too_long += counts.get(TOO_LONG, 0)
-            for shard, key, reason, kind in records:
-                self._log_skipped(shard, key, reason, kind)
-        self._warn_of_too_long()
-        allowed = self._data.max_bad_fraction
-        if self._enough(allowed) and self._bad > allowed * self._seen:
-            raise BadRecordLimit(
-                f"{self._bad} of {self._seen} records ({self._bad / self._seen:.1%}) cannot be read, more than "
-                f"data.max_bad_fraction={allowed:.1%}, the last {self._last_skipped}; repair the data set "
-                "or raise that fraction"
-            )
-
-    def _enough(self, fraction: float) -> bool:
-        """Return whether enough records were seen to tell `fraction` of them from chance: ten times
-        its inverse, or the whole data set."""
-        enough = min(self._records, max(100, math.ceil(10 / fraction))) if fraction > 0 else 0
-        return self._seen >= enough
-
-    def _log_skipped(self, shard: str, key: str, reason: str, kind: str) -> None:
-        if kind != TOO_LONG:
-            self._last_skipped = f"{shard}: {key}: {reason}"
-        elif self._logged_too_long == LOGGED_TOO_LONG:
-            return
-        if (shard, key) not in self._logged:
-            self._logged.add((shard, key))
-            self._logged_too_long += kind == TOO_LONG
-            _log.warning("skipped %s: %s: %s", shard, key, reason)
-        if zlib.crc32(shard.encode()) in self._sound:
-            self._suspects.pop(shard, None)
-            return
-        found = self._suspects.setdefault(shard, {})
-        if key in found or len(found) == FIRST_OF_SHARD:
-            return
-        found[key] = kind
-        if len(found) == FIRST_OF_SHARD and len(set(found.values())) == 1:
-            _log.warning(
-                "each of the first %d records read of %s was skipped: %s: look at that file",
-                len(found),
-                shard,
-                reason,
-            )
-
-    def _warn_of_too_long(self) -> None:
-        """Warn once if the fraction of too long records exceeds data.max_bad_fraction. The run goes
-        on."""
-        fraction = self._data.max_bad_fraction
-        seen = self._seen + self._too_long
-        if not self._warned and self._enough(fraction) and self._too_long > fraction * seen:
-            self._warned = True
-            _log.warning(
-                "%d of %d records (%.1f%%) are longer than a row and were skipped, as data.too_long says: raise "
-                "data.max_length, or set data.too_long=truncate; further ones are counted only",
-                self._too_long,
-                seen,
-                100 * self._too_long / seen,
-            )
+        return _BucketSchedule(schedule, tuple(map(mixed, groups)), self._data.batch_size)
 
 
 def _changes(before: dict[str, Any], now: dict[str, Any]) -> str:
@@ -348,33 +257,33 @@ def _source_change(old: dict[str, Any], new: dict[str, Any]) -> str:
     return f"source {new['name']}: {', '.join(found)}" if found else ""
 
 
-def _place(source: int, index: int) -> tuple[int, int]:
+def _record_id(source: int, index: int) -> tuple[int, int]:
     return source, index
 
 
 @dataclasses.dataclass(frozen=True)
-class _InTurns:
-    """Places by example number: each batch takes the next ones of one group, and `turns` says of
-    which.
+class _BucketSchedule:
+    """Record ids by example number, where every batch has images of one shape: a batch takes the
+    next record ids of one group, chosen by `schedule`.
     """
 
-    turns: Any  # batch -> (group, how many batches it has had)
+    schedule: Any  # batch -> (group, number of earlier batches of that group)
     groups: tuple[Any, ...]
     batch_size: int
 
     def __getitem__(self, example: int) -> tuple[int, int]:
         batch, row = divmod(example, self.batch_size)
-        group, before = self.turns[batch]
+        group, before = self.schedule[batch]
         return self.groups[group][before * self.batch_size + row]
 
 
 @dataclasses.dataclass(frozen=True)
 class _HostRows:
-    """Of an endless sequence cut into batches from `start` on: some rows of each batch, of `pack`
-    examples each, one batch after the other.
+    """The record ids of this host: of an endless sequence cut into batches from `start` on, the
+    `rows` of each batch, of `pack` examples each, one batch after the other.
     """
 
-    places: Any
+    record_ids: Any
     start: int
     batch_size: int
     rows: tuple[int, ...]
@@ -386,7 +295,7 @@ class _HostRows:
     def __getitem__(self, index: int) -> tuple[int, int]:
         row, example = divmod(index, self.pack)
         batch, row = divmod(row, len(self.rows))
-        return self.places[
+        return self.record_ids[
             self.start + batch * self.batch_size + self.rows[row] * self.pack + example
         ]
 
@@ -414,9 +323,9 @@ def _end_with_parent() -> None:
 
 
 def host_rows(sharding: Any, batch_rows: int) -> list[int]:
-    """Rows of a global batch that `sharding` (a `jax.sharding.Sharding` over the batch axis) puts
-    on this host's devices. On a torus they need not lie side by side, and hosts that share a row
-    (along mesh axes `tensor`, `sequence`) read it each.
+    """Return the rows of a global batch that `sharding` (a `jax.sharding.Sharding` over the batch axis) puts
+    on this host's devices. On a torus they need not be adjacent, and each of several hosts that
+    share a row (along mesh axes `tensor`, `sequence`) reads it.
     """
     spans = sharding.addressable_devices_indices_map((batch_rows,)).values()
     return sorted({row for (span,) in spans for row in range(*span.indices(batch_rows))})
@@ -425,8 +334,8 @@ def host_rows(sharding: Any, batch_rows: int) -> list[int]:
 def global_batch(
     host_batch: HostBatch, sharding: Any, rows: Sequence[int], batch_rows: int
 ) -> dict[str, Any]:
-    """`rows` of a batch, this host's -> arrays [batch_rows, ...] over all hosts, placed by
-    `sharding`.
+    """Return global arrays [batch_rows, ...], sharded by `sharding`, of which this host gives
+    `rows`.
     """
     import jax
 
@@ -443,8 +352,8 @@ def global_batch(
 
 
 class DevicePrefetch(Iterator[dict[str, Any]]):
-    """The loader's batches as global arrays, made in a background thread, up to `depth` of them
-    ahead of the step.
+    """Prefetches the loader's batches as global arrays in a background thread, `depth` of them at
+    most.
 
     `wait_seconds` is how long the last `next` waited for data, `state()` the position after the
     batch it gave.
@@ -486,12 +395,12 @@ class DevicePrefetch(Iterator[dict[str, Any]]):
         return self._state
 
     def close(self) -> None:
-        """Ends the thread and the loader's workers; batches made ahead are dropped.
+        """End the thread and the loader's workers; prefetched batches are dropped.
 
-        A thread that hangs in a read is left behind after ENDING seconds: it is a daemon.
+        A thread that hangs in a read is abandoned after SHUTDOWN_TIMEOUT seconds: it is a daemon.
         """
         self._stop.set()
-        end = time.monotonic() + ENDING
+        end = time.monotonic() + SHUTDOWN_TIMEOUT
         while self._thread.is_alive() and time.monotonic() < end:
             while not self._queue.empty():  # the thread may be waiting for room
                 self._queue.get_nowait()

@@ -127,7 +127,7 @@ def test_no_row_has_more_labels_than_are_looked_at(vocab, monkeypatch):
     row = text_to_image_row(vocab, TEMPLATE, CAPTION, CODES, 300)
     assert 3 < row["loss_mask"].sum() <= max_labels(TEMPLATE, 3)
     assert max_labels(dataclasses.replace(TEMPLATE, supervise_prompt=True), 3) is None
-    monkeypatch.setattr(sequence, "LONGEST_TAIL", 2)
+    monkeypatch.setattr(sequence, "MAX_TAIL_TOKENS", 2)
     with pytest.raises(ConfigError, match="tokens of the end of a turn, at most 2"):
         text_to_image_row(vocab, TEMPLATE, CAPTION, CODES, 300)
 
@@ -227,14 +227,14 @@ def tasks_row(
     answer="",
     *,
     references=1,
-    places=2,
+    reference_slots=2,
     max_length=200,
     truncate=False,
     **changes,
 ):
     lengths = {
         "references": references,
-        "places": places,
+        "reference_slots": reference_slots,
         "num_image_tokens": 2,
         "max_length": max_length,
     }
@@ -333,7 +333,7 @@ def test_images_are_put_where_they_are_shown(vocab):
 
 def test_rows_of_tasks_that_cannot_be(vocab):
     for task, text, answer, references, message in [
-        ("edit", "x", "", 3, r"example 'k' has 3 reference images, a row has places for 2"),
+        ("edit", "x", "", 3, r"example 'k' has 3 reference images, a row has slots for 2"),
         ("edit", "x", "", 0, r"task edit needs an image"),
         ("edit", "  ", "", 1, r"the instruction is empty"),
         ("understand", "", "two", 1, r"the question is empty"),
