@@ -1,4 +1,4 @@
-# Read by the launchers beside it: arguments, topologies, working directories. Not to be run.
+# Read by the launchers beside it: arguments, topologies, the command of the job. Not to be run.
 # shellcheck shell=bash disable=SC2034,SC2154
 
 # Statuses after which the same command goes on (docs/pods.md): saved and stopped; killed, or another host was lost.
@@ -48,25 +48,51 @@ whole() {
     done
 }
 
-# v5p:8x8x8 -> chip=v5p shape=8x8x8 chips=512 hosts=128; every machine of a slice of more than one has four chips.
+# v5p:8x8x8 -> chip=v5p shape=8x8x8 chips=512 hosts=128. A machine has four chips; v5e:2x4 and v6e:2x4
+# are one machine of eight.
 read_topology() {
     [[ $topology =~ ^(v5e|v6e):([1-9][0-9]{0,3}x[1-9][0-9]{0,3})$ ]] ||
         [[ $topology =~ ^(v4|v5p|tpu7x):([1-9][0-9]{0,3}x[1-9][0-9]{0,3}x[1-9][0-9]{0,3})$ ]] ||
         die "--topology=$topology is not CHIP:AxB of v5e, v6e, or CHIP:AxBxC of v4, v5p, tpu7x"
     chip=${BASH_REMATCH[1]} shape=${BASH_REMATCH[2]} chips=$((${BASH_REMATCH[2]//x/*}))
     chips_per_host=$((chips < 4 ? chips : 4))
+    case $topology in v5e:2x4 | v6e:2x4) chips_per_host=8 ;; esac
     [ $((chips % chips_per_host)) -eq 0 ] || die "--topology=$topology: $chips chips, not a multiple of 4"
     hosts=$((chips / chips_per_host))
 }
 
-# gs://bucket/runs/x -> bucket=bucket, directory=/gcs/runs/x; any other workdir -> bucket="" and itself.
-read_workdir() {
-    bucket="" directory=$workdir
-    if [[ $workdir == gs://* ]]; then
-        bucket=${workdir#gs://} bucket=${bucket%%/*}
-        directory=${workdir#gs://"$bucket"} directory=/gcs${directory%/}
-        [ "$directory" != /gcs ] || die "--workdir=$workdir needs a directory in the bucket"
+# Commands that run on several hosts at once; all others run on one.
+DISTRIBUTED="train rl"
+
+# read_command HOSTS METHOD: takes the command of blip3o from "extra" (what follows --) and sets
+#   job      the command; one of DISTRIBUTED has --distributed=METHOD, unless METHOD is ""
+#   several  1 for one of DISTRIBUTED, else ""
+#   workdir  its --workdir, "" where it has none
+#   bucket   of its gs:// paths, "" where it names none; job has them under /gcs, where the bucket is mounted
+read_command() {
+    local _argument _next="" _name=${extra[0]:-}
+    [[ $_name =~ ^[a-z] ]] || die "give the command after --: train --config=... --workdir=... (see --help)"
+    job=() several="" workdir="" bucket=""
+    for _argument in "${extra[@]}"; do
+        case $_argument in
+            --workdir=*) workdir=${_argument#*=} ;;
+            *) [ "$_next" != --workdir ] || workdir=$_argument ;;
+        esac
+        _next=$_argument
+        while [[ $_argument =~ gs://([^/]*)(/?) ]]; do
+            [ "${bucket:=${BASH_REMATCH[1]}}" = "${BASH_REMATCH[1]}" ] ||
+                die "gs://$bucket and gs://${BASH_REMATCH[1]}: one bucket is mounted, name one"
+            _argument=${_argument/"${BASH_REMATCH[0]}"/"/gcs${BASH_REMATCH[2]}"}
+        done
+        job+=("$_argument")
+    done
+    [[ ! $workdir =~ ^gs://[^/]*/?$ ]] || die "--workdir=$workdir needs a directory in the bucket"
+    if [[ " $DISTRIBUTED " == *" $_name "* ]]; then
+        several=1
+    elif [ "$1" -gt 1 ]; then
+        die "$_name runs on one host (${DISTRIBUTED/ / and } on several), and here are $1"
     fi
+    [ -z "$several" ] || [ -z "$2" ] || job+=("--distributed=$2")
 }
 
 # run COMMAND...: runs it, or prints it with --dry_run.

@@ -1,16 +1,17 @@
 #!/usr/bin/env bash
 # A job on TPU slices of a GKE cluster that has JobSet and the Cloud Storage FUSE driver.
 #
-#   launch/gke_jobset.sh --name=mine --image=REGISTRY/blip3o:1 --topology=v5p:8x8x8 --spot \
-#       --config=configs/pretrain.py:1.7b --workdir=gs://bucket/runs/mine -- --config.data.path='/gcs/captions/*.tar'
+#   launch/gke_jobset.sh --name=mine --image=REGISTRY/blip3o:1 --topology=v5p:8x8x8 --spot -- \
+#       train --config=configs/pretrain.py:1.7b --workdir=gs://bucket/runs/mine \
+#       --config.data.path='gs://bucket/captions/*.tar'
 #
 #   --topology=CHIP:AxBxC  chips of one slice (v4, v5e, v5p, v6e, tpu7x)   --slices=N   slices (1)
 #   --image                built from launch/Dockerfile
-#   --config, --workdir    as of `blip3o train`; the bucket is mounted at /gcs (hierarchical namespace, see tpu_queued.sh)
 #   --service_account      of the pods, which may read and write the bucket (default)
 #   --restarts=N           of the JobSet (100)
 #   --dry_run              print the manifest instead of applying it
-#   -- ...                 further arguments of `blip3o train`
+#   -- COMMAND ...         the command of blip3o: train, rl, or on a slice of one host any other. The bucket that it names
+#                          is mounted at /gcs (hierarchical namespace, see tpu_queued.sh)
 #
 # What it costs is the node pools', whose size and time to live are yours to set (autoscaling from 0 stops paying when a job
 # is over). --spot takes nodes of spot pools, the cheapest, taken away at any time; --reservation=NAME takes nodes of a
@@ -20,14 +21,15 @@ set -euo pipefail
 # shellcheck source=launch/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-name="" image="" topology="" slices=1 config="" workdir="" service_account=default restarts=100 spot="" reservation="" dry_run=""
-parse "name image topology slices config workdir service_account restarts reservation" "spot dry_run" "$@"
-need name image topology config workdir
+name="" image="" topology="" slices=1 service_account=default restarts=100 spot="" reservation="" dry_run=""
+parse "name image topology slices service_account restarts reservation" "spot dry_run" "$@"
+need name image topology
 whole 1 slices
 whole 0 restarts
 read_topology
-read_workdir
-[ -n "$bucket" ] || die "--workdir=$workdir: pods share a bucket, give gs://BUCKET/DIRECTORY"
+read_command "$((slices * hosts))" tpu
+[ -n "$bucket" ] || die "the command names no bucket, which pods share: give gs://BUCKET/DIRECTORY"
+[ -z "$several" ] || [[ $workdir == gs://* ]] || die "--workdir=$workdir: pods share a bucket, give gs://BUCKET/DIRECTORY"
 [ -z "$spot" ] || [ -z "$reservation" ] || die "--spot and --reservation exclude each other"
 declare -A accelerators=(
     [v4]=tpu-v4-podslice [v5e]=tpu-v5-lite-podslice [v5p]=tpu-v5p-slice [v6e]=tpu-v6e-slice [tpu7x]=tpu7x
@@ -50,7 +52,7 @@ fill RESTARTS "$restarts"
 fill RESTARTED "${RESTARTED// /, }"
 fill SERVICE_ACCOUNT "$service_account"
 fill NODES "$nodes"
-fill ARGS "$(json train "--config=$config" "--workdir=$directory" --distributed=tpu "${extra[@]}")"
+fill ARGS "$(json "${job[@]}")"
 
 if [ -n "$dry_run" ]; then
     echo "$manifest"

@@ -36,13 +36,15 @@ for number in "$processes" "$devices" "$restarts"; do
     [[ $number =~ ^(0|[1-9][0-9]{0,5})$ ]] || die "'$number' is not a whole number"
 done
 [ "$processes" -gt 0 ] || die "-n must be 1 or more"
-[[ ${1:-} =~ ^(train|rl)$ ]] || die "give the command after --: train (or rl) --config=... --workdir=..."
+extra=("$@")
+read_command "$processes" ""
+[ -z "$bucket" ] || die "gs://$bucket: no bucket is mounted here, give a path"
 
 python=${PYTHON:-python3}
 if [ "$devices" -gt 0 ]; then
     # In the environment for JAX started by several hosts, in the configuration for a mesh that would ask for another number.
     export JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=$devices
-    set -- "$@" "--config.mesh.cpu_devices=$devices"
+    [ -z "$several" ] || job+=("--config.mesh.cpu_devices=$devices")
     chip=${chip:-cpu}
 fi
 if [ -n "$chip" ] && [ "$chip" != none ]; then
@@ -50,9 +52,8 @@ if [ -n "$chip" ] && [ "$chip" != none ]; then
     eval "$settings"
 fi
 
-job=("$@")
 flags_of() { # sets flags: what host $1 adds to the command
-    flags=(--distributed=off)
+    flags=(${several:+--distributed=off})
     if [ "$processes" -gt 1 ]; then
         flags=("--coordinator=127.0.0.1:$port" "--num_processes=$processes" "--process_id=$1")
     fi

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # A job on GPU machines under Slurm: one process a GPU.
 #
-#   launch/slurm.sh --nodes=4 --gpus=8 --config=configs/pretrain.py:1.7b --workdir=/shared/runs/mine --dry_run
+#   launch/slurm.sh --nodes=4 --gpus=8 --dry_run -- train --config=configs/pretrain.py:1.7b --workdir=/shared/runs/mine
 #
 #   --nodes=N (1)  --gpus=G of each node (8)  --chip=h100|h200 (h100)  --name=NAME (blip3o)
-#   --config, --workdir    as of `blip3o train`; the working directory must be one that all nodes see
 #   --activate=FILE        sourced first, such as a virtual environment's bin/activate
 #   --dry_run              print the batch script instead of submitting it
-#   -- ...                 further arguments of `blip3o train`
+#   -- COMMAND ...         the command of blip3o: train or rl, whose working directory all nodes must see, or on one node any
+#                          other, as one process with all its GPUs
 #
 # What it costs is what --partition, --time and --qos of your site say; a partition whose jobs may be preempted is usually the
 # cheapest. Two minutes before the end of --time and on preemption all processes get SIGTERM, save the same step and end with
@@ -18,18 +18,20 @@ set -euo pipefail
 # shellcheck source=launch/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-nodes=1 gpus=8 chip=h100 name=blip3o config="" workdir="" activate="" partition="" account="" qos="" time="" dry_run=""
-parse "nodes gpus chip name config workdir activate partition account qos time" "dry_run" "$@"
-need config workdir
+nodes=1 gpus=8 chip=h100 name=blip3o activate="" partition="" account="" qos="" time="" dry_run=""
+parse "nodes gpus chip name activate partition account qos time" "dry_run" "$@"
 whole 1 nodes gpus
-[[ $workdir != *://* ]] || die "--workdir=$workdir: give the path of a file system that all nodes see"
+read_command "$nodes" slurm
+tasks=1
+[ -z "$several" ] || tasks=$gpus
+[ -z "$bucket" ] || die "gs://$bucket: give the path of a file system that all nodes see"
 python3 "$root/blip3o_jax/parallel/flags.py" "$chip" > /dev/null
-printf -v train ' %q' blip3o train "--config=$config" "--workdir=$workdir" --distributed=slurm "${extra[@]}"
+printf -v blip3o ' %q' blip3o "${job[@]}"
 
 script="#!/usr/bin/env bash
 #SBATCH --job-name=$name
 #SBATCH --nodes=$nodes
-#SBATCH --ntasks-per-node=$gpus
+#SBATCH --ntasks-per-node=$tasks
 #SBATCH --gpus-per-node=$gpus
 #SBATCH --signal=TERM@120
 #SBATCH --requeue
@@ -46,7 +48,7 @@ ${activate:+source $(printf %q "$activate")
 status=0
 # srun gives the largest status of all. Processes end by themselves when another one does, with its status; --wait is for those
 # that do not.
-srun --wait=120 --label$train || status=\$?
+srun --wait=120 --label$blip3o || status=\$?
 case \$status in ${RESTARTED// /|}) scontrol requeue \"\$SLURM_JOB_ID\" ;; esac
 exit \"\$status\""
 

@@ -1,16 +1,17 @@
 #!/usr/bin/env bash
 # A job on TPU VMs that Google Cloud hands out through queued resources.
 #
-#   launch/tpu_queued.sh --name=mine --zone=us-east5-a --topology=v5p:8x8x8 --spot \
-#       --config=configs/pretrain.py:1.7b --workdir=gs://bucket/runs/mine -- --config.data.path='/gcs/captions/*.tar'
+#   launch/tpu_queued.sh --name=mine --zone=us-east5-a --topology=v5p:8x8x8 --spot -- \
+#       train --config=configs/pretrain.py:1.7b --workdir=gs://bucket/runs/mine \
+#       --config.data.path='gs://bucket/captions/*.tar'
 #
 #   --topology=CHIP:AxBxC  chips of one slice (v4, v5e, v5p, v6e)       --slices=N   slices (1)
-#   --config, --workdir    as of `blip3o train`; gs:// is mounted at /gcs with Cloud Storage FUSE: make the bucket with
-#                          --enable-hierarchical-namespace, or a checkpoint's directory is not renamed in one go
 #   --name, --zone, --project, --runtime=VERSION (the chip's)
 #   --restarts=N           new requests after the machines were taken away (20)
 #   --dry_run              print the commands instead
-#   -- ...                 further arguments of `blip3o train`
+#   -- COMMAND ...         the command of blip3o: train, rl, or on a slice of one host any other. The bucket that it names
+#                          is mounted at /gcs with Cloud Storage FUSE: make it with --enable-hierarchical-namespace, or a
+#                          checkpoint's directory is not renamed in one go
 #
 # What it costs: TPUs are billed by the chip-hour from ACTIVE until they are deleted, idle or not. This script deletes them
 # when the job ends, whatever its status, and when it ends itself (Ctrl-C), unless --keep is given (to look around; delete by
@@ -24,16 +25,16 @@ set -euo pipefail
 # shellcheck source=launch/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-name="" zone="" project="" topology="" slices=1 config="" workdir="" runtime="" spot="" reserved="" valid_until="" restarts=20 keep="" dry_run=""
-parse "name zone project topology slices config workdir runtime valid_until restarts" "spot reserved keep dry_run" "$@"
-need name zone topology config workdir
+name="" zone="" project="" topology="" slices=1 runtime="" spot="" reserved="" valid_until="" restarts=20 keep="" dry_run=""
+parse "name zone project topology slices runtime valid_until restarts" "spot reserved keep dry_run" "$@"
+need name zone topology
 whole 1 slices
 whole 0 restarts
 read_topology
-read_workdir
+read_command "$((slices * hosts))" tpu
 [ "$chip" != tpu7x ] || die "tpu7x is given out through GKE alone: use gke_jobset.sh"
 [ -z "$spot" ] || [ -z "$reserved" ] || die "--spot and --reserved exclude each other"
-[ -n "$bucket" ] || [[ $workdir == /* ]] ||
+[ -z "$several" ] || [[ $workdir == gs://* || $workdir == /* ]] ||
     die "--workdir=$workdir: the machines share no directory; give gs://BUCKET/DIRECTORY, or the absolute path of a shared mount"
 
 declare -A runtimes=([v4]=tpu-ubuntu2204-base [v5e]=v2-alpha-tpuv5-lite [v5p]=v2-alpha-tpuv5 [v6e]=v2-alpha-tpuv6e)
@@ -51,7 +52,7 @@ fi
 create+=(${spot:+--spot} ${reserved:+--reserved} ${valid_until:+"--valid-until-duration=$valid_until"})
 
 # On each machine. After 75 all hosts have saved, after 137 one was lost: all of them start again (docs/pods.md).
-printf -v train ' %q' blip3o train "--config=$config" "--workdir=$directory" --distributed=tpu "${extra[@]}"
+printf -v blip3o ' %q' blip3o "${job[@]}"
 setup="set -e; mkdir -p blip3o; tar xzf blip3o.tgz -C blip3o; cd blip3o"
 # The images' own Python is older than 3.11.
 setup+="; python3 -m pip install -q --user uv; python3 -m uv venv -q --allow-existing --python 3.12 ~/venv"
@@ -61,8 +62,8 @@ if [ -n "$bucket" ]; then
     setup+=" sudo tee /etc/apt/sources.list.d/gcsfuse.list; sudo apt-get update -q; sudo apt-get install -qy gcsfuse; }"
     setup+="; sudo install -d -o \"\$USER\" /gcs; mountpoint -q /gcs || gcsfuse --implicit-dirs $bucket /gcs"
 fi
-job="cd blip3o; export PATH=~/venv/bin:\$PATH; eval \"\$(python3 blip3o_jax/parallel/flags.py $chip)\"; "
-job+="while :; do$train; status=\$?; case \$status in ${RESTARTED// /|}) ;; *) exit \$status ;; esac; done"
+script="cd blip3o; export PATH=~/venv/bin:\$PATH; eval \"\$(python3 blip3o_jax/parallel/flags.py $chip)\"; "
+script+="while :; do$blip3o; status=\$?; case \$status in ${RESTARTED// /|}) ;; *) exit \$status ;; esac; done"
 
 tpu() { run gcloud compute tpus "$@" "${where[@]}"; }
 on_all() { # COMMAND on all machines of all slices at once; the first failure counts
@@ -96,7 +97,7 @@ for ((attempt = 0; attempt <= restarts; attempt++)); do
     fi
     for node in "${nodes[@]}"; do tpu tpu-vm scp "$archive/blip3o.tgz" "$node:" --worker=all; done
     status=0
-    { on_all "$setup" && on_all "$job"; } || status=$?
+    { on_all "$setup" && on_all "$script"; } || status=$?
     [ -z "$dry_run" ] || exit 0
     now=$(state)
     [ -n "$keep" ] && [ "$now" = ACTIVE ] || delete

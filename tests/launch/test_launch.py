@@ -22,15 +22,11 @@ from blip3o_jax.parallel import flags
 ROOT = pathlib.Path(__file__).parent.parent.parent
 LAUNCH = ROOT / "launch"
 SCRIPTS = sorted(path.name for path in LAUNCH.glob("*.sh"))
-TRAIN = ("--config=configs/pretrain.py:1.7b", "--workdir=gs://bucket/runs/mine")
-QUEUED = ("tpu_queued.sh", "--name=mine", "--zone=us-east5-a", "--topology=v5p:8x8x8", *TRAIN)
-GKE = ("gke_jobset.sh", "--name=mine", "--image=r/blip3o:1", "--topology=v5p:8x8x8", *TRAIN)
-SLURM = (
-    "slurm.sh",
-    "--nodes=4",
-    "--config=configs/pretrain.py:1.7b",
-    "--workdir=/shared/runs/mine",
-)
+TRAIN = ("--", "train", "--config=configs/pretrain.py:1.7b", "--workdir=gs://bucket/runs/mine")
+QUEUED = ("tpu_queued.sh", "--name=mine", "--zone=us-east5-a", "--topology=v5p:8x8x8")
+GKE = ("gke_jobset.sh", "--name=mine", "--image=r/blip3o:1", "--topology=v5p:8x8x8")
+SLURM = ("slurm.sh", "--nodes=4")
+SHARED = ("--", "train", "--config=configs/pretrain.py:1.7b", "--workdir=/shared/runs/mine")
 
 
 def launch(script, *arguments, dry_run=True):
@@ -63,7 +59,11 @@ def test_local_starts_every_host_with_its_devices():
 
 def test_queued_resources_are_asked_for_used_and_given_back():
     lines = printed(
-        *QUEUED, "--spot", "--valid_until=6h", "--", "--config.data.path=/gcs/captions/*.tar"
+        *QUEUED,
+        "--spot",
+        "--valid_until=6h",
+        *TRAIN,
+        "--config.data.path=gs://bucket/captions/*.tar",
     ).splitlines()
     commands = [shlex.split(line) for line in lines]
     assert all(command[0] == "+" for command in commands)
@@ -78,17 +78,16 @@ def test_queued_resources_are_asked_for_used_and_given_back():
     assert asked[1:7] == ["gcloud", "compute", "tpus", "queued-resources", "create", "mine"]
     assert asked[7:] == [*wanted, "--valid-until-duration=6h", "--zone=us-east5-a"]
     ran = commands[-2][-2]
-    train = (
-        "blip3o train --config=configs/pretrain.py:1.7b --workdir=/gcs/runs/mine --distributed=tpu"
-    )
+    train = "blip3o train --config=configs/pretrain.py:1.7b --workdir=/gcs/runs/mine"
+    data = "--config.data.path=/gcs/captions/\\*.tar"
     again = "status=$?; case $status in 75|137) ;; *) exit $status ;; esac; done"
-    assert f"{train} --config.data.path=/gcs/captions/\\*.tar; {again}" in ran
+    assert f"{train} {data} --distributed=tpu; {again}" in ran
     assert 'eval "$(python3 blip3o_jax/parallel/flags.py v5p)"' in ran
     assert "gcsfuse --implicit-dirs bucket /gcs" in commands[-3][-2]
     assert commands[-1][1:] == shlex.split(
         "gcloud compute tpus queued-resources delete mine --force --quiet --zone=us-east5-a"
     )
-    assert "delete" not in printed(*QUEUED, "--keep")
+    assert "delete" not in printed(*QUEUED, "--keep", *TRAIN)
 
 
 def cloud(directory, state, job):
@@ -108,7 +107,7 @@ def cloud(directory, state, job):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_machines_are_given_back_when_the_launcher_is_stopped(tmp_path, number, keep):
     environment, log = cloud(tmp_path, "ACTIVE", "exec sleep 10")
-    command = ["bash", str(LAUNCH / QUEUED[0]), *QUEUED[1:], *["--keep"] * keep]
+    command = ["bash", str(LAUNCH / QUEUED[0]), *QUEUED[1:], *["--keep"] * keep, *TRAIN]
     # A shell that runs the tests in the background has them ignore SIGINT, and a script cannot undo
     # what it inherits.
     heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
@@ -131,7 +130,7 @@ def test_machines_are_given_back_when_the_launcher_is_stopped(tmp_path, number, 
 def test_a_request_is_deleted_once_and_its_end_is_told(tmp_path, state, status, told):
     environment, log = cloud(tmp_path, state, "exit 3")
     done = subprocess.run(
-        ["bash", str(LAUNCH / QUEUED[0]), *QUEUED[1:]],
+        ["bash", str(LAUNCH / QUEUED[0]), *QUEUED[1:], *TRAIN],
         env=environment,
         capture_output=True,
         text=True,
@@ -141,7 +140,7 @@ def test_a_request_is_deleted_once_and_its_end_is_told(tmp_path, state, status, 
 
 
 def test_several_slices_are_nodes_of_one_request():
-    lines = [shlex.split(line) for line in printed(*QUEUED, "--slices=2").splitlines()]
+    lines = [shlex.split(line) for line in printed(*QUEUED, "--slices=2", *TRAIN).splitlines()]
     asked = next(line for line in lines if "create" in line)
     assert "--node-count=2" in asked and "--node-prefix=mine" in asked and "--spot" not in asked
     assert [line[6] for line in lines if "ssh" in line] == ["mine-0", "mine-1"] * 2
@@ -149,7 +148,7 @@ def test_several_slices_are_nodes_of_one_request():
 
 def test_slurm_requeues_what_has_saved():
     script = printed(
-        *SLURM, "--partition=gpu", "--time=04:00:00", "--", "--config.mesh.strategy=fsdp"
+        *SLURM, "--partition=gpu", "--time=04:00:00", *SHARED, "--config.mesh.strategy=fsdp"
     )
     assert script.startswith(
         "#!/usr/bin/env bash\n#SBATCH --job-name=blip3o\n#SBATCH --nodes=4\n#SBATCH --ntasks-per-node=8\n"
@@ -162,7 +161,7 @@ def test_slurm_requeues_what_has_saved():
     ):
         assert f"{line}\n" in script
     assert "srun --wait=120 --label blip3o train --config=configs/pretrain.py:1.7b" in script
-    assert "--distributed=slurm --config.mesh.strategy=fsdp || status=$?" in script
+    assert "--config.mesh.strategy=fsdp --distributed=slurm || status=$?" in script
     assert 'case $status in 75|137) scontrol requeue "$SLURM_JOB_ID" ;; esac' in script
     assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
 
@@ -307,15 +306,17 @@ def check_fields(value, schema, where="manifest"):
         assert type(value) is schema, f"{where}: {value!r} is no {schema.__name__}"
 
 
-def manifest(*arguments):
+def manifest(*arguments, command=TRAIN):
     yaml = pytest.importorskip("yaml")
-    text = printed(*GKE, *arguments)
+    text = printed(*GKE, *arguments, *command)
     assert "@" not in text.replace('"$@"', "").partition("spec:")[2]
     return yaml.safe_load(text)
 
 
 def test_the_manifest_is_a_jobset():
-    made = manifest("--spot", "--slices=2", "--", '--config.data.path=/gcs/a "b" &/*.tar')
+    made = manifest(
+        "--spot", "--slices=2", command=(*TRAIN, '--config.data.path=/gcs/a "b" &/*.tar')
+    )
     check_fields(made, JOBSET)
     slices = made["spec"]["replicatedJobs"][0]
     job = slices["template"]["spec"]
@@ -334,8 +335,8 @@ def test_the_manifest_is_a_jobset():
         "train",
         "--config=configs/pretrain.py:1.7b",
         "--workdir=/gcs/runs/mine",
-        "--distributed=tpu",
         '--config.data.path=/gcs/a "b" &/*.tar',
+        "--distributed=tpu",
     ]
     assert "flags.py v5p" in container["command"][2]
     assert pod["volumes"][0]["csi"]["volumeAttributes"]["bucketName"] == "bucket"
@@ -349,47 +350,80 @@ def test_the_manifest_is_a_jobset():
     }
 
 
-def test_a_small_slice_is_one_machine():
-    made = manifest("--reservation=ours", "--topology=v6e:2x2")
+@pytest.mark.parametrize(("topology", "chips"), [("v6e:2x2", 4), ("v5e:2x4", 8), ("v6e:2x4", 8)])
+def test_a_small_slice_is_one_machine(topology, chips):
+    sample = ("--", "sample", "--checkpoint=gs://bucket/runs/mine", "--out=gs://bucket/drawn")
+    made = manifest("--reservation=ours", f"--topology={topology}", command=sample)
     job = made["spec"]["replicatedJobs"][0]["template"]["spec"]
     assert job["parallelism"] == 1
-    assert job["template"]["spec"]["containers"][0]["resources"]["limits"] == {"google.com/tpu": 4}
+    (container,) = job["template"]["spec"]["containers"]
+    assert container["resources"]["limits"] == {"google.com/tpu": chips}
+    assert container["args"] == ["sample", "--checkpoint=/gcs/runs/mine", "--out=/gcs/drawn"]
     assert job["template"]["spec"]["nodeSelector"]["cloud.google.com/reservation-name"] == "ours"
+
+
+def test_every_launcher_runs_reinforcement_learning():
+    rl = ("--", "rl", "--config=configs/rl.py:shapes", "--workdir")
+    bucket, shared = (*rl, "gs://bucket/r"), (*rl, "/shared/r")
+    command = "rl --config=configs/rl.py:shapes --workdir"
+    assert f"blip3o {command} /gcs/r --distributed=tpu;" in printed(*QUEUED, *bucket).replace(
+        "\\", ""
+    )
+    assert f"blip3o {command} /shared/r --distributed=slurm" in printed(*SLURM, *shared)
+    assert f"{command} /shared/r --distributed=off" in printed("local.sh", "-d", "0", *shared)
+    (slices,) = manifest(command=bucket)["spec"]["replicatedJobs"]
+    (container,) = slices["template"]["spec"]["template"]["spec"]["containers"]
+    assert container["args"] == [*command.split(), "/gcs/r", "--distributed=tpu"]
+    # One process with all the GPUs of the node, for what does not run on several hosts.
+    one = printed("slurm.sh", "--gpus=4", "--", "sample", "--out=drawn")
+    assert "--ntasks-per-node=1\n#SBATCH --gpus-per-node=4\n" in one
+    assert "blip3o sample --out=drawn ||" in one
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("local.sh", "--", "sample"), "give the command after --: train"),
+        (("local.sh", "--"), "give the command after --: train"),
+        (
+            ("local.sh", "-n", "2", "--", "sample"),
+            "sample runs on one host (train and rl on several)",
+        ),
+        (("local.sh", "--", "sample", "gs://b/x"), "no bucket is mounted here"),
         (("local.sh", "-n", "two", "--", "train"), "'two' is not a whole number"),
         (("local.sh", "-n", "0", "--", "train"), "-n must be 1 or more"),
         (("local.sh", "-n", "08", "--", "train"), "'08' is not a whole number"),
         (("local.sh", "-n"), "-n needs a value"),
         (("local.sh", "-c", "v9", "--", "train"), "give one of cpu, v4"),
         (("local.sh", "-x"), "unknown argument -x"),
-        (QUEUED[:-1], "--workdir=... is missing"),
-        ((*QUEUED, "--topology=v9:2x2"), "--topology=v9:2x2 is not CHIP:AxB"),
-        ((*QUEUED, "--topology=v5e:3x3"), "9 chips, not a multiple of 4"),
-        ((*QUEUED, "--topology=tpu7x:4x4x4"), "use gke_jobset.sh"),
-        ((*QUEUED, "--workdir=runs/mine"), "the machines share no directory"),
-        ((*QUEUED, "--workdir=gs://bucket"), "needs a directory in the bucket"),
-        ((*QUEUED, "--spot", "--reserved"), "exclude each other"),
+        (QUEUED, "give the command after --: train"),
+        ((*QUEUED, "--", "--config=c.py"), "give the command after --: train"),
+        ((*QUEUED, "--", "train", "--config=c.py"), "the machines share no directory"),
+        ((*QUEUED, "--", "sample", "--out=gs://bucket/x"), "sample runs on one host"),
+        ((*QUEUED, *TRAIN, "--config.data.path=gs://other/x"), "gs://bucket and gs://other: one"),
+        ((*QUEUED, "--config=c.py"), "unknown argument --config"),
+        ((*QUEUED, "--topology=v9:2x2", *TRAIN), "--topology=v9:2x2 is not CHIP:AxB"),
+        ((*QUEUED, "--topology=v5e:3x3", *TRAIN), "9 chips, not a multiple of 4"),
+        ((*QUEUED, "--topology=tpu7x:4x4x4", *TRAIN), "use gke_jobset.sh"),
+        ((*QUEUED, *TRAIN, "--workdir=runs/mine"), "the machines share no directory"),
+        ((*QUEUED, *TRAIN, "--workdir=gs://bucket"), "needs a directory in the bucket"),
+        ((*QUEUED, "--spot", "--reserved", *TRAIN), "exclude each other"),
         ((*QUEUED, "--sport"), "unknown argument --sport"),
         ((*QUEUED, "--spot=false"), "--spot takes no value"),
         ((*QUEUED, "--name"), "--name needs a value"),
         (
-            (*QUEUED, "--topology=v5p:8x8"),
+            (*QUEUED, "--topology=v5p:8x8", *TRAIN),
             "--topology=v5p:8x8 is not CHIP:AxB of v5e, v6e, or CHIP:AxBxC of v4",
         ),
-        ((*QUEUED, "--topology=v5e:4x4x4"), "--topology=v5e:4x4x4 is not CHIP:AxB of v5e"),
-        ((*QUEUED, "--topology=v5p:08x8x8"), "--topology=v5p:08x8x8 is not"),
-        ((*QUEUED, "--slices=two"), "--slices=two is not a whole number of 1 or more"),
-        ((*QUEUED, "--restarts=-1"), "--restarts=-1 is not a whole number of 0 or more"),
-        ((*GKE, "--workdir=/data/mine"), "pods share a bucket"),
-        ((*GKE, "--slices=0"), "--slices=0 is not a whole number of 1 or more"),
-        ((*SLURM, "--workdir=gs://bucket/mine"), "a file system that all nodes see"),
-        ((*SLURM, "--chip=v100"), "give one of cpu, v4"),
-        ((*SLURM, "--gpus=0"), "--gpus=0 is not a whole number of 1 or more"),
+        ((*QUEUED, "--topology=v5e:4x4x4", *TRAIN), "--topology=v5e:4x4x4 is not CHIP:AxB of v5e"),
+        ((*QUEUED, "--topology=v5p:08x8x8", *TRAIN), "--topology=v5p:08x8x8 is not"),
+        ((*QUEUED, "--slices=two", *TRAIN), "--slices=two is not a whole number of 1 or more"),
+        ((*QUEUED, "--restarts=-1", *TRAIN), "--restarts=-1 is not a whole number of 0 or more"),
+        ((*GKE, *TRAIN, "--workdir=/data/mine"), "pods share a bucket"),
+        ((*GKE, "--topology=v5e:2x4", "--", "sample"), "the command names no bucket"),
+        ((*GKE, "--slices=0", *TRAIN), "--slices=0 is not a whole number of 1 or more"),
+        ((*SLURM, *TRAIN), "a file system that all nodes see"),
+        ((*SLURM, "--chip=v100", *SHARED), "give one of cpu, v4"),
+        ((*SLURM, "--gpus=0", *SHARED), "--gpus=0 is not a whole number of 1 or more"),
     ],
 )
 def test_mistakes_are_one_line(arguments, words):
@@ -460,11 +494,19 @@ def test_what_is_set_already_wins(chip, given):
     assert {name: values[name].strip() for name in want} == flags.environment(chip, given) == want
 
 
+def dist_extras():
+    return set(re.findall(r'^        "(\w+)": \[', (ROOT / "setup.py").read_text(), re.MULTILINE))
+
+
 def test_the_image_holds_what_it_runs():
     lines = (LAUNCH / "Dockerfile").read_text().splitlines()
     copied = [word for line in lines if line.startswith("COPY") for word in line.split()[1:-1]]
     assert all((ROOT / name).exists() for name in copied)
     assert {"blip3o_jax", "configs", "launch"} <= set(copied)
+    # Every command runs in it; `test` and `docs` are for this repository alone.
+    (install,) = re.findall(r'"\.\[\$EXTRA,([a-z,]+)\]"', "".join(lines))
+    extras = dist_extras() - {"tpu", "cuda", "test", "docs"}
+    assert set(install.split(",")) == extras
     assert json.loads(
         next(line for line in lines if line.startswith("ENTRYPOINT")).partition(" ")[2]
     ) == ["blip3o"]
