@@ -111,7 +111,8 @@ run_once() { # starts all hosts and waits for them; sets status
             if [ -z "$late" ] && [ ${#left[@]} -gt 0 ]; then
                 # Time for those that end by themselves, and for their last words.
                 if [ "$code" -eq 75 ]; then patience=120; else patience=30; fi
-                (sleep "$patience" & trap 'kill $!' TERM; wait; kill -KILL "${left[@]}" 2>/dev/null) &
+                # Without this script's output, which whoever reads it would wait for as long as the sleep lives.
+                (sleep "$patience" & trap 'kill $!' TERM; wait; kill -KILL "${left[@]}") > /dev/null 2>&1 &
                 late=$!
             fi
             if [ "$status" -eq 0 ] || { restarts_on "$status" && ! restarts_on "$code"; }; then status=$code; fi

@@ -109,11 +109,7 @@ def check_launcher(arguments: list[str], any_config: pathlib.Path) -> None:
     for flag in own:
         if flag.startswith("-"):
             assert flag.partition("=")[0] in script, f"{arguments[0]} knows no {flag}"
-    if arguments[0] == "launch/local.sh":
-        check_blip3o(more, any_config)
-    else:
-        named = [flag for flag in own if flag.startswith("--config=configs/")]
-        check_blip3o(["train", *(named or ["--config=FILE.py"]), *more], any_config)
+    check_blip3o([word.replace("gs://", "/gcs/") for word in more], any_config)
 
 
 def partition(values: list[str], at: str) -> tuple[list[str], list[str], list[str]]:
