@@ -32,7 +32,7 @@ import numpy as np
 from blip3o_jax.config import DataConfig, UserError
 from blip3o_jax.data.reader import Join, Reader, Transform
 from blip3o_jax.data.record import Source
-from blip3o_jax.data.skipped_records import SkippedRecords
+from blip3o_jax.data.skipped_record_log import SkippedRecordLog
 
 HostBatch = dict[str, Any]  # arrays of the rows that this host reads
 
@@ -45,7 +45,7 @@ class Loader(Iterator[HostBatch]):
 
     Every batch has the transform's fields, the same in each row, and `bad_records` int32 [B] ([B,
     E] where E examples share a row): how many records were skipped to fill the row, the too long
-    ones not counted. Skipped records are logged and counted (skipped_records.py).
+    ones not counted. Skipped records are logged and counted (skipped_record_log.py).
 
     Args:
       sources: with their weights, as `sources.open_mixture` gives them. Every stretch of examples keeps to the weights
@@ -80,7 +80,7 @@ class Loader(Iterator[HostBatch]):
         self._next_example = 0
         self._batches: Any = None
         records = sum(len(source) for source, _ in self._sources)
-        self._skipped = SkippedRecords(records, data.max_bad_fraction)  # of this host's rows
+        self._skipped = SkippedRecordLog(records, data.max_bad_fraction)  # of this host's rows
         self.wait_seconds = 0.0  # how long the last batch was waited for
 
     def __next__(self) -> HostBatch:

@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from blip3o_jax.config import ConfigError, DataConfig, UserError
-from blip3o_jax.data import reader, skipped_records
+from blip3o_jax.data import reader, skipped_record_log
 from blip3o_jax.data.loader import DevicePrefetch, Loader, global_batch, host_rows
 from blip3o_jax.data.reader import BadRecordLimit
 from blip3o_jax.data.record import BadRecord, Record, RowTooLong, Source
@@ -212,7 +212,7 @@ def test_a_row_that_is_too_long_is_skipped_and_counted_and_never_ends_the_run(ca
     loader.close()
     assert (
         sum("skipped a.tar: k" in message for message in caplog.messages)
-        == skipped_records.MAX_LOGGED_TOO_LONG
+        == skipped_record_log.MAX_LOGGED_TOO_LONG
     )
     assert (
         sum("are longer than a row and were skipped" in message for message in caplog.messages) == 1

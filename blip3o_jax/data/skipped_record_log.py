@@ -18,7 +18,7 @@ MAX_LOGGED_TOO_LONG = 10
 _log = logging.getLogger(__name__)
 
 
-class SkippedRecords:
+class SkippedRecordLog:
     """Counts and logs the skipped records of one host's rows.
 
     Each skipped record is logged once with shard, key and reason, of those that are too long the
