@@ -30,15 +30,15 @@ class SkippedRecords:
         if self._history and self._history[-1][1] == counts:
             return
         self._history = [*self._history, (batch, dict(counts))][-_KEPT:]
-        if distributed.hosts() > 1:
+        if distributed.process_count() > 1:
             text = json.dumps([self._group, self._history])
-            distributed.publish(f"skipped/{distributed.host()}", text)
+            distributed.set_key(f"skipped/{distributed.process_index()}", text)
 
     def total(self, batch: int) -> dict[str, int]:
         """Return the counts of all hosts up to a batch whose step is done."""
         groups = {self._group: self._history}
-        if distributed.hosts() > 1:
-            published = distributed.all_published("skipped")
+        if distributed.process_count() > 1:
+            published = distributed.read_keys("skipped")
             # The lowest host of a group stands for it: host 0 goes on from what a checkpoint has.
             hosts = sorted(published, key=int, reverse=True)
             groups = dict(json.loads(published[host]) for host in hosts)

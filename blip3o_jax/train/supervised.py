@@ -63,7 +63,7 @@ class Supervised:
 
     def begin(self, setup: Setup, state: TrainState, position: Any) -> Begun:
         config, strategy, sources = setup.config, setup.strategy, self._sources
-        if position is not None and distributed.host() > 0:
+        if position is not None and distributed.process_index() > 0:
             position = position | {"skipped": {}}  # host 0 goes on from what all have skipped
         if config.model.buckets and "pixels" in STAGES[config.stage].fields:
             groups = by_shape(sources, config.model, config.data.max_pixels)
@@ -133,7 +133,7 @@ class _Batches:
         """Add what all hosts have skipped to the metrics, and to the position of the step."""
         self._done += 1
         position = self._positions.popleft()
-        if distributed.host() == 0:  # which writes both
+        if distributed.process_index() == 0:  # which writes both
             position["skipped"] = self._skipped.total(self._done)
             values |= {
                 f"skipped/{kind.replace(' ', '_')}": float(count)

@@ -11,12 +11,12 @@ from blip3o_jax.train.supervised import _Batches
 def store(monkeypatch):
     """The key-value store of a job of two hosts; host 0 by default."""
     found = {}
-    monkeypatch.setattr(distributed, "hosts", lambda: 2)
-    monkeypatch.setattr(distributed, "host", lambda: 0)
-    monkeypatch.setattr(distributed, "publish", found.__setitem__)
+    monkeypatch.setattr(distributed, "process_count", lambda: 2)
+    monkeypatch.setattr(distributed, "process_index", lambda: 0)
+    monkeypatch.setattr(distributed, "set_key", found.__setitem__)
     monkeypatch.setattr(
         distributed,
-        "all_published",
+        "read_keys",
         lambda directory: {key.removeprefix(f"{directory}/"): v for key, v in found.items()},
     )
     return found
@@ -24,7 +24,7 @@ def store(monkeypatch):
 
 def add_as(host, monkeypatch, records, batch, counts):
     with monkeypatch.context() as patch:
-        patch.setattr(distributed, "host", lambda: host)
+        patch.setattr(distributed, "process_index", lambda: host)
         records.add(batch, counts)
 
 
