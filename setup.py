@@ -12,7 +12,10 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["blip3o_jax", "blip3o_jax.*"]),
+    # Recipes lie beside the package, for everyone to read and change; an installed package has a
+    # copy of them, which --config=configs/NAME.py finds in any directory.
+    packages=[*find_packages(include=["blip3o_jax", "blip3o_jax.*"]), "blip3o_jax.configs"],
+    package_dir={"blip3o_jax.configs": "configs"},
     package_data={"blip3o_jax": ["py.typed", "**/*.html"]},
     install_requires=[
         "jax>=0.10,<0.12",

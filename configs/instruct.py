@@ -7,7 +7,7 @@ Command:
         --config.model.text.path=qwen3/tokenizer.json \\
         --config.checkpoint.init_from="[('ar', 'runs/pretrain'), ('connector', 'runs/pretrain'), \\
             ('dit', 'runs/pretrain'), ('vae', 'runs/pretrain'), ('tokenizer', 'runs/pretrain')]"
-    The argument is the size of the AR, 0.6b or 1.7b (the default). The recipe's data are BLIP3o-60k and
+    The argument is the size, as for pretrain.py: 0.6b, 1.7b (the default), 4b or 8b. The recipe's data are BLIP3o-60k and
     ShareGPT-4o-Image; both have to be brought along. With 1.7b:understand rows have a place for an image, so that questions
     about images can be among the sources (docs/images_in.md).
 Hardware: as for pretrain.py. Published: not stated for this stage.

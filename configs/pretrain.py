@@ -7,7 +7,8 @@ Command:
     blip3o train --config=configs/pretrain.py:1.7b --workdir=runs/pretrain \\
         --config.data.path='captions/*.tar' --config.model.text.path=start/text \\
         --config.checkpoint.init_from="[('ar', 'start'), ('tokenizer', 'start'), ('dit', 'start'), ('vae', 'start')]"
-    The argument is the size of the AR, 0.6b or 1.7b (the default). Everything after it is yours to fill in: the published
+    The argument is the size of the AR: 0.6b, 1.7b (the default), 4b or 8b; with +0.6b or +4.8b also that of the diffusion
+    head, 1.6b as published (config/presets.py). Everything after it is yours to fill in: the published
     recipe starts every part but the connector from trained weights. Data: webdataset shards of key.jpg + key.txt; the
     recipe used 27 M long and 5 M short captions (two `data.sources`).
 Hardware: a TPU pod; the mesh shards parameters and batch over all devices (`--config.mesh.*`). Published: 32 H200.
@@ -26,26 +27,23 @@ Where the sources differ or are silent:
                      --config.model.dit.remat=full.
 """
 
-from blip3o_jax import config
+import dataclasses
 
-AR = {
-    "0.6b": config.Qwen3Config(hidden_size=1024, intermediate_size=3072, remat="dots"),
-    "1.7b": config.Qwen3Config(hidden_size=2048, intermediate_size=6144, remat="dots"),
-}
+from blip3o_jax import config
 
 
 def get_config(size: str = "1.7b") -> config.Config:
-    config.check_choice("size", size, AR)
+    ar, dit = config.model_sizes(size)
     return config.Config(
         stage="joint",
         steps=336_000,
         log_every=50,
         model=config.ModelConfig(
-            ar=AR[size],
+            ar=dataclasses.replace(ar, remat="dots"),
             tokenizer=config.TaTokConfig(
                 encoder=config.SiglipVisionConfig(param_dtype="bfloat16"), param_dtype="bfloat16"
             ),
-            dit=config.SanaConfig(remat="dots"),
+            dit=dataclasses.replace(dit, remat="dots"),
             vae=config.DcAeConfig(param_dtype="bfloat16"),
         ),
         data=config.DataConfig(batch_size=512, max_length=2048, workers=16),

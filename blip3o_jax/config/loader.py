@@ -1,7 +1,8 @@
 """Config files: `configs/X.py[:arg]` plus `a.b=v` overrides -> validated `Config`s.
 
 A config file is Python with one function, `get_config()` or `get_config(arg)`, that returns a
-`Config`, or a recipe: a dict of named `Config`s to run one after the other.
+`Config` or an `ml_collections.ConfigDict` of the settings that differ from the defaults; or a
+recipe: a dict of named ones to run one after the other.
 """
 
 import importlib.util
@@ -16,7 +17,7 @@ from typing import Any
 from blip3o_jax.config import fields
 from blip3o_jax.config.errors import ConfigError, UserError, did_you_mean, shown
 from blip3o_jax.config.run import Config
-from blip3o_jax.config.serializer import from_dict, to_config_dict
+from blip3o_jax.config.serializer import from_dict, to_dict
 
 Overrides = Mapping[str, str] | Iterable[tuple[str, str]]
 
@@ -24,14 +25,14 @@ _PATH_AND_ARG = re.compile(r"(?P<path>.*\.py)(?::(?P<arg>.*))?")
 
 
 def load(path_with_arg: str, overrides: Overrides = ()) -> Config:
-    """The one config of a file (of a recipe, its last); see `load_recipe`."""
+    """Return the one config of a file (of a recipe, its last); see `load_recipe`."""
     return list(load_recipe(path_with_arg, overrides).values())[-1]
 
 
 def load_recipe(path_with_arg: str, overrides: Overrides = ()) -> dict[str, Config]:
-    """What file `path_with_arg` ("configs/pretrain.py:1.7b") returns, by name, with fields replaced
-    by `overrides`. A single config goes by the name "". In a recipe a field replaced is replaced in
-    every config; with a name before it ("joint.steps"), in that one.
+    """Return the configs of file `path_with_arg` ("configs/pretrain.py:1.7b") by name, with fields
+    replaced by `overrides`. A single config goes by the name "". In a recipe a field replaced is
+    replaced in every config; with a name before it ("joint.steps"), in that one.
 
     `overrides`: dotted field -> value as text ({"optimizer.learning_rate": "1e-4"}), as a mapping
     or as pairs where a later pair wins. Tuples are written as Python literals: "(16, 32)". The
@@ -41,22 +42,65 @@ def load_recipe(path_with_arg: str, overrides: Overrides = ()) -> dict[str, Conf
     match = _PATH_AND_ARG.fullmatch(path_with_arg)
     if not match:
         raise UserError(
-            f"--config={path_with_arg} must name a Python file: configs/NAME.py or configs/NAME.py:ARG"
+            f"--config={path_with_arg} must name a Python file: "
+            "configs/NAME.py or configs/NAME.py:ARG"
         )
-    recipe = {
-        name: to_config_dict(c)
-        for name, c in _call(pathlib.Path(match["path"]), match["arg"]).items()
-    }
+    path = _located(pathlib.Path(match["path"]))
+    returned = _call(path, match["arg"])
+    recipe = {name: _values(path, config) for name, config in returned.items()}
     pairs = overrides.items() if isinstance(overrides, Mapping) else overrides
     for key, text in pairs:
         name, _, rest = key.partition(".")
         of_one = bool(name and rest) and name in recipe
         for values in [recipe[name]] if of_one else recipe.values():
-            _override(values, rest if of_one else key, text)
-    return {name: from_dict(values) for name, values in recipe.items()}
+            override(values, rest if of_one else key, text)
+    return {
+        name: _checked(path, values, in_python=isinstance(returned[name], Config))
+        for name, values in recipe.items()
+    }
 
 
-def _call(path: pathlib.Path, arg: str | None) -> dict[str, Config]:
+def _located(path: pathlib.Path) -> pathlib.Path:
+    """Return where the config file lies, in the first of `_directories` that has it; `path` itself
+    where none has.
+    """
+    found = (directory / path.name for directory in _directories(path))
+    return next((file for file in found if file.exists()), path)
+
+
+def _directories(path: pathlib.Path) -> list[pathlib.Path]:
+    """Return the directories that are searched for the config file `path`: the one it names, and
+    for configs/NAME.py then the one that is installed with the package.
+    """
+    if path.is_absolute() or path.parts[0] != "configs":
+        return [path.parent]
+    package = pathlib.Path(__file__).parent.parent
+    # A wheel holds it as blip3o_jax/configs; in a clone it lies beside the package.
+    installed = package / "configs"
+    root = installed if installed.is_dir() else package.parent / "configs"
+    return [path.parent, root.joinpath(*path.parts[1:-1])]
+
+
+def _values(path: pathlib.Path, returned: Any) -> dict[str, Any]:
+    """Return a `Config` or an `ml_collections.ConfigDict` as nested plain values."""
+    # A ConfigDict's own `to_dict` fails for a required placeholder without a value.
+    plain = returned if isinstance(returned, Config) else _run_user_code(path, returned.to_dict)
+    values: dict[str, Any] = to_dict(plain)
+    return values
+
+
+def _checked(path: pathlib.Path, values: dict[str, Any], *, in_python: bool) -> Config:
+    """Return the `Config` of `values`. What a dataclass refuses was told with its place in the file
+    already; a ConfigDict takes anything, and its fields are checked here.
+    """
+    try:
+        return from_dict(values)
+    except ConfigError as error:
+        raise error if in_python else ConfigError(f"{path}: {error}") from None
+
+
+def _call(path: pathlib.Path, arg: str | None) -> dict[str, Any]:
+    """Return {name: `Config` or ConfigDict} of the file's function."""
     get_config = _get_config(path)
     parameters = _positional(path, get_config)
     required = [
@@ -69,12 +113,11 @@ def _call(path: pathlib.Path, arg: str | None) -> dict[str, Config]:
     if arg is not None and not parameters:
         raise UserError(f"{path} takes no argument: use --config={path} without :{arg}")
     result = _run_user_code(path, lambda: get_config() if arg is None else get_config(arg))
-    recipe = {"": result} if isinstance(result, Config) else result
-    if not (
-        isinstance(recipe, dict) and recipe and all(isinstance(c, Config) for c in recipe.values())
-    ):
+    recipe = {"": result} if _is_config(result) else result
+    if not (isinstance(recipe, dict) and recipe and all(map(_is_config, recipe.values()))):
         raise UserError(
-            f"{path}: get_config() must return a blip3o_jax.config.Config, not {type(result).__name__}"
+            f"{path}: get_config() must return a blip3o_jax.config.Config or an "
+            f"ml_collections.ConfigDict, not {type(result).__name__}"
         )
     for name in recipe if isinstance(result, dict) else ():
         # Each stage has the directory of its name.
@@ -84,6 +127,12 @@ def _call(path: pathlib.Path, arg: str | None) -> dict[str, Config]:
                 f"{path}: a stage of a recipe is named by letters and digits, not {shown(name)}"
             )
     return recipe
+
+
+def _is_config(value: Any) -> bool:
+    import ml_collections  # late: --help needs no more than the standard library
+
+    return isinstance(value, Config | ml_collections.ConfigDict)
 
 
 def _positional(path: pathlib.Path, get_config: Callable[..., Any]) -> list[inspect.Parameter]:
@@ -101,23 +150,26 @@ def _get_config(path: pathlib.Path) -> Callable[..., Any]:
     if path.exists() and not path.is_file():
         raise UserError(f"--config={path} is no regular file: name a Python file")
     if not path.is_file():
-        names = [p.name for p in path.parent.glob("*.py")]
+        names = sorted({p.name for folder in _directories(path) for p in folder.glob("*.py")})
         near = did_you_mean(path.name, names, lambda name: str(path.parent / name))
         raise UserError(f"config file {path} does not exist{near and f'; {near}'}")
     spec = importlib.util.spec_from_file_location(f"blip3o_config_{path.stem}", path)
+    assert spec is not None and spec.loader is not None, path
+    load_module = spec.loader.exec_module
     module = importlib.util.module_from_spec(spec)
     # Dataclasses and pickling look a class's module up by name.
     sys.modules[spec.name] = module
-    _run_user_code(path, lambda: spec.loader.exec_module(module))
+    _run_user_code(path, lambda: load_module(module))
     if not callable(getattr(module, "get_config", None)):
         raise UserError(
-            f"{path} defines no function get_config(); it must return a blip3o_jax.config.Config"
+            f"{path} defines no function get_config(); it must return a blip3o_jax.config.Config "
+            "or an ml_collections.ConfigDict"
         )
     return module.get_config
 
 
 def _run_user_code(path: pathlib.Path, call: Callable[[], Any]) -> Any:
-    """`call()`, with whatever goes wrong in the file told as one line with its place in it."""
+    """Return `call()`; UserError of one line with its place in the file for whatever goes wrong."""
     try:
         return call()
     except SyntaxError as error:
@@ -143,29 +195,30 @@ def _run_user_code(path: pathlib.Path, call: Callable[[], Any]) -> Any:
         raise UserError(f"{place}: {type(error).__name__}{said}") from error
 
 
-def _override(values: Any, key: str, text: str) -> None:
-    """Set the field at dotted `key` of the ConfigDict `values` to `text`, read as the type the
-    field declares.
+def override(values: dict[str, Any], key: str, text: str) -> None:
+    """Set the field at dotted `key` of the nested `values` to `text`, read and checked as the
+    field's annotation says.
     """
-    cls, group, path = Config, values, ""
+    cls: type = Config
+    group, path = values, ""
     *groups, name = key.split(".")
     for part in groups:
         hint = _hint(cls, part, path)
         path = fields.join(path, part)
         if not fields.is_group(hint):
             raise UserError(f"config key {key}: {path} is a single value, it has no fields")
-        cls, group = hint, group[part]
+        cls = hint
+        group = group.setdefault(part, {})
+        if not isinstance(group, dict):
+            raise ConfigError(f"{path} must be a group of fields, not {shown(group)}")
     hint = _hint(cls, name, path)
     if fields.is_group(hint):
         names = ", ".join(fields.field_types(hint))
         raise UserError(f"config key {key} is a group; set one of its fields: {names}")
-    # A field may hold None by default and take text (`qk_norm`); from_dict judges the types, not
-    # ConfigDict.
-    with group.ignore_type():
-        group[name] = fields.parse(text, hint, key)
+    group[name] = fields.convert(fields.parse(text, hint, key), hint, key)
 
 
-def _hint(cls: Any, name: str, path: str) -> Any:
+def _hint(cls: type, name: str, path: str) -> Any:
     hints = fields.field_types(cls)
     if name not in hints:
         raise fields.unknown_key(name, cls, path)

@@ -8,16 +8,18 @@ from blip3o_jax.config.run import Config
 
 
 def to_dict(value: Any) -> Any:
-    """Nested plain dicts, lists and scalars: what config.json in a checkpoint holds."""
+    """Return nested plain dicts, lists and scalars: what config.json in a checkpoint holds."""
     if dataclasses.is_dataclass(value):
         return {f.name: to_dict(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {key: to_dict(v) for key, v in value.items()}
     if isinstance(value, tuple | list):
         return [to_dict(v) for v in value]
     return value
 
 
 def flat(value: Any, path: str = "") -> dict[str, Any]:
-    """Nested dicts as {"a.b": value}."""
+    """Return nested dicts as {"a.b": value}."""
     if isinstance(value, dict):
         return {
             k: v
@@ -28,7 +30,9 @@ def flat(value: Any, path: str = "") -> dict[str, Any]:
 
 
 def to_config_dict(config: Config) -> Any:
-    """`Config` as an `ml_collections.ConfigDict`, so that command-line flags can override fields."""
+    """Return `config` as an `ml_collections.ConfigDict`, which a config file can change field by
+    field and return.
+    """
     import ml_collections
 
     def convert(value: Any) -> Any:

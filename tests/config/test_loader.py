@@ -178,7 +178,8 @@ def test_a_bad_override_is_one_line_that_names_the_field(write, overrides, messa
         ("CONFIG = 3\n", "x.py defines no function get_config()"),
         (
             "def get_config():\n    return {}\n",
-            "x.py: get_config() must return a blip3o_jax.config.Config, not dict",
+            "x.py: get_config() must return a blip3o_jax.config.Config or an ml_collections.ConfigDict, "
+            "not dict",
         ),
         ("def get_config(size):\n    return size\n", "needs an argument, its 'size'"),
         (
@@ -196,6 +197,77 @@ def test_a_broken_file_is_one_line_that_names_it(write, text, message):
         loader.load(path)
     assert message in str(error.value) and path in str(error.value)
     assert "\n" not in str(error.value)
+
+
+CONFIG_DICT = """
+    from ml_collections import ConfigDict
+
+    def get_config(**changes):
+        config = ConfigDict({"steps": 7, "optimizer": {"learning_rate": 1}})
+        config.data = ConfigDict({"sources": [{"path": "a.tar"}], "batch_size": 6})
+        config.model = {"tokenizer": {"encoder": {"image_size": 128}}}
+        CHANGE
+        return config
+"""
+
+
+def test_a_config_dict_is_taken_as_a_config_is(write):
+    path = write(CONFIG_DICT.replace("CHANGE", ""))
+    want = config.Config(
+        steps=7,
+        optimizer=config.OptimizerConfig(learning_rate=1.0, accumulate=4),
+        data=config.DataConfig(sources=(config.SourceConfig(path="a.tar"),), batch_size=8),
+        model=config.ModelConfig(
+            tokenizer=config.TaTokConfig(encoder=config.SiglipVisionConfig(image_size=128))
+        ),
+    )
+    # Neither alone goes with the rest.
+    got = loader.load(path, {"optimizer.accumulate": "4", "data.batch_size": "8"})
+    assert got == want and isinstance(got.optimizer.learning_rate, float)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("config.stepps = 1", "x.py: unknown config key stepps: did you mean steps?"),
+        (
+            "config.optimizer.lerning_rate = 1",
+            "x.py: unknown config key optimizer.lerning_rate: did you mean optimizer.learning_rate?",
+        ),
+        ("config.steps = 0", "x.py: steps=0 must lie between 1 and"),
+        ("config.optimizer.clip_norm = 'x'", "x.py: optimizer.clip_norm='x' must be of type float"),
+        ("config.mesh = 3", "x.py: mesh must be a group of fields, not 3"),
+        (
+            "import ml_collections; config.seed = ml_collections.config_dict.required_placeholder(int)",
+            "x.py: RequiredValueError",
+        ),
+        ("return {'a': config, 'b': 3}", "must return a blip3o_jax.config.Config or an"),
+    ],
+)
+def test_a_bad_config_dict_is_refused_as_a_config_is(write, change, message):
+    with pytest.raises(config.UserError) as error:
+        loader.load(write(CONFIG_DICT.replace("CHANGE", change)))
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_recipe_of_config_dicts_and_configs(write):
+    change = "from blip3o_jax.config import Config; return {'a': config, 'b': Config(steps=2)}"
+    got = loader.load_recipe(write(CONFIG_DICT.replace("CHANGE", change)), {"b.steps": "3"})
+    assert [(name, c.steps) for name, c in got.items()] == [("a", 7), ("b", 3)]
+
+
+def test_the_package_has_the_configs_that_the_working_directory_lacks(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert loader.load("configs/instruct.py").steps == 7000
+    with pytest.raises(
+        config.UserError, match=r"configs/pretran.py does not .* configs/pretrain.py"
+    ):
+        loader.load("configs/pretran.py")
+    with pytest.raises(config.UserError, match=r"other/pretrain.py does not exist$"):
+        loader.load("other/pretrain.py")
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs/pretrain.py").write_text(textwrap.dedent(SMALL))
+    assert loader.load("configs/pretrain.py").steps == 7
 
 
 def test_a_function_of_any_arguments(write):

@@ -147,7 +147,10 @@ def test_published_grids():
     )  # 425 x 512, the first multiple above 217210
 
 
-@pytest.mark.parametrize(("size", "width", "mlp"), [("0.6b", 1024, 3072), ("1.7b", 2048, 6144)])
+@pytest.mark.parametrize(
+    ("size", "width", "mlp"),
+    [("0.6b", 1024, 3072), ("1.7b", 2048, 6144), ("4b", 2560, 9728), ("8b", 4096, 12288)],
+)
 def test_published_recipes(size, width, mlp):
     pretrain = loader.load(f"{CONFIGS}/pretrain.py:{size}")
     instruct = loader.load(f"{CONFIGS}/instruct.py:{size}")
@@ -168,9 +171,39 @@ def test_published_recipes(size, width, mlp):
         assert recipe.data.max_length - recipe.model.tokenizer.num_tokens > 1000
 
 
-def test_an_unknown_size_names_those_there_are():
-    with pytest.raises(config.ConfigError, match=r"size='7b' is not one of 0\.6b, 1\.7b"):
-        loader.load(f"{CONFIGS}/pretrain.py:7b")
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("1.7B", r"size='1\.7B' is not one of 0\.6b, 1\.7b, 4b, 8b; did you mean 1\.7b\?"),
+        ("4b+4.8", r"diffusion head='4\.8' is not one of 0\.6b, 1\.6b, 4\.8b; did you mean 4\.8b"),
+        ("4b+", "diffusion head='' is not one of"),
+    ],
+)
+def test_an_unknown_size_names_the_nearest(argument, message):
+    with pytest.raises(config.ConfigError, match=message):
+        loader.load(f"{CONFIGS}/pretrain.py:{argument}")
+
+
+# Billions of parameters without embeddings, as the model cards of Qwen3 round them.
+@pytest.mark.parametrize(
+    ("size", "billions"), [("0.6b", 0.44), ("1.7b", 1.4), ("4b", 3.6), ("8b", 6.95)]
+)
+def test_language_models_have_the_published_sizes(size, billions):
+    ar = config.LANGUAGE_MODELS[size]
+    width, heads = ar.hidden_size, ar.num_attention_heads * ar.head_dim
+    keys = ar.num_key_value_heads * ar.head_dim
+    attention = 2 * width * (heads + keys)
+    layer = attention + 3 * width * ar.intermediate_size + 2 * width + 2 * ar.head_dim
+    count = ar.num_hidden_layers * layer + width
+    assert count / 1e9 == pytest.approx(billions, rel=0.012)
+    assert ar.tie_word_embeddings == (size != "8b")
+
+
+def test_a_size_names_both_networks():
+    found = loader.load(f"{CONFIGS}/pretrain.py:8b+0.6b").model
+    assert found.ar == dataclasses.replace(config.LANGUAGE_MODELS["8b"], remat="dots")
+    assert found.dit == dataclasses.replace(config.DIFFUSION_HEADS["0.6b"], remat="dots")
+    assert (found.dit.num_layers, found.dit.hidden_size) == (28, 1152)
 
 
 NAN, INF = float("nan"), float("inf")

@@ -15,9 +15,9 @@ from tests import tiny
 
 
 def changed(cfg, **overrides):
-    values = config.to_config_dict(cfg)
+    values = config.to_dict(cfg)
     for key, text in overrides.items():
-        loader._override(values, key.replace("__", "."), text)
+        loader.override(values, key.replace("__", "."), text)
     return config.from_dict(values)
 
 
