@@ -34,7 +34,7 @@ class Red(Reward):
 
     def check(self, prompt, metadata):
         if prompt == "refuse":
-            raise UserError("cannot judge\nthis")
+            raise UserError("cannot judge this\nand why")
         if prompt == "stumble":
             raise KeyError("stumbled")
 
@@ -42,7 +42,7 @@ class Red(Reward):
         self.sizes.append(len(prompts))
         self.images += len(prompts)
         if "fail" in prompts:
-            raise RuntimeError("out of paint\nat line 3")
+            raise RuntimeError("out of paint\nand more")
         if "wait" in prompts:
             self.waiting.release()
             assert self.gate.wait(20)

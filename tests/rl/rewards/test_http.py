@@ -234,7 +234,7 @@ def test_an_answer_that_is_no_score_is_never_one(body, answering, good):
 @pytest.mark.parametrize(
     ("status", "body", "headers", "line"),
     [
-        (500, b'{"error": "broken\\n\\u001b[2J"}', {}, "status 500: broken ?[2J"),
+        (500, b'{"error": "broken\\n\\u001b[2J"}', {}, "status 500: broken \\x1b[2J"),
         (500, b'{"error": ' + b"[" * 10_000, {}, "status 500: no reason given"),
         (500, b"\xff", {}, "status 500: no reason given"),
         (302, b"", {"Location": "http://127.0.0.1:1/"}, "status 302: redirects are not followed"),

@@ -93,7 +93,7 @@ def lying(width: int, height: int) -> bytes:
         (
             {"data": body(png(), prompts=["fail"])},
             500,
-            "the reward failed: red: RuntimeError: out of paint at line 3",
+            "the reward failed: red: RuntimeError: out of paint",
         ),
     ],
 )
