@@ -9,6 +9,7 @@ extra [convert].
 
 import contextlib
 import dataclasses
+import json
 import pathlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -45,7 +46,7 @@ def _load_part(part: str, cfg: ModelConfig, source: Source) -> torch.nn.Module:
             if weight_source.prefix not in ("", PREFIXES[part]):
                 continue
             if weight_source.library == "diffusers":
-                module, missing = _from_diffusers(part, weight_source)
+                module, missing = _from_diffusers(part, weight_source, source)
             elif part == "ar" and not weight_source.is_wrapped:
                 module, missing = _from_transformers(weight_source)
             else:
@@ -78,20 +79,20 @@ def _from_transformers(weight_source: WeightSource) -> tuple[torch.nn.Module, se
     )
 
 
-def _from_diffusers(part: str, weight_source: WeightSource) -> tuple[torch.nn.Module, set[str]]:
+def _from_diffusers(
+    part: str, weight_source: WeightSource, source: Source
+) -> tuple[torch.nn.Module, set[str]]:
     """Return a part and the names it still lacks: all, for a directory that holds its configuration
-    alone.
+    alone. Wrapped names, which `from_pretrained` does not know, are loaded without their wrappers.
     """
     cls = STOCK[part]
-    if weight_source.weights is None:
+    if weight_source.weights is None or weight_source.is_wrapped:
         module = cls.from_config(cls.load_config(weight_source.path, local_files_only=True))
-        return module, set(module.state_dict())
-    if weight_source.is_wrapped:
-        raise UserError(
-            f"{weight_source.weights.file}: diffusers does not load names such as "
-            f"{next(iter(weight_source.unwrapped))}: save the module that is "
-            "wrapped, to compare with it"
-        )
+        missing = set(module.state_dict())
+        if weight_source.is_wrapped:
+            state = _state(part, weight_source, source)
+            missing -= _fill(module, state, weight_source, tied=False)
+        return module, missing
     return _from_pretrained(
         weight_source,
         lambda **options: cls.from_pretrained(
@@ -167,9 +168,15 @@ def _tensors(weight_source: WeightSource) -> Iterator[tuple[str, Callable[[], to
 
 
 def _files(weight_source: WeightSource) -> list[pathlib.Path]:
-    """Return one file, or those that transformers would read of a directory."""
+    """Return one file, or those that the library would read of a directory."""
     if weight_source.path.is_file():
         return [weight_source.path]
+    if weight_source.library == "diffusers":  # its index or its one file, as `find_weights` has it
+        found = weight_source.weights.file
+        if not weight_source.weights.is_index:
+            return [found]
+        names = json.loads(found.read_text(encoding="utf-8"))["weight_map"].values()
+        return [found.with_name(name) for name in sorted(set(names))]
     from transformers.modeling_utils import _get_resolved_checkpoint_files
 
     config = weight_source.path / "config.json"

@@ -26,7 +26,7 @@ def obedient(images_BHWC, prompts, metadata):
             case "crash":
                 os._exit(3)
             case "raise":
-                raise RuntimeError("no\nmood")
+                raise RuntimeError("no mood\nat all")
             case "nan":
                 scores_B[row] = np.nan
             case "huge":
