@@ -83,7 +83,7 @@ def lying(width: int, height: int) -> bytes:
         (
             {"data": body(png(), png(), prompts=["red", "refuse"])},
             422,
-            "cannot judge (images[1])",
+            "cannot judge this (images[1])",
         ),
         (
             {"data": body(png(), prompts=["stumble"])},
