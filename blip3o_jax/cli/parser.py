@@ -26,8 +26,7 @@ from blip3o_jax.cli import (
     sample,
     train,
 )
-from blip3o_jax.cli.command import Parser
-from blip3o_jax.config.errors import shown
+from blip3o_jax.cli.command import Parser, quoted
 
 _EXAMPLES = """\
 examples:
@@ -52,31 +51,26 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     # argparse never sees them: where a command has sub-commands it takes an unknown --x="a b" for
     # one.
     overrides = [flag for flag in argv if flag.startswith("--config.")]
+    if bare := [flag for flag in overrides if "=" not in flag]:
+        parser.error(f"{quoted(bare[0])} needs a value: {quoted(bare[0])}=VALUE")
     args, unknown = parser.parse_known_args(
         [flag for flag in argv if not flag.startswith("--config.")]
     )
-    if bare := [flag for flag in overrides if "=" not in flag]:
-        parser.error(f"{_quoted(bare[0])} needs a value: {_quoted(bare[0])}=VALUE")
     if unknown:
-        parser.error(f"unrecognized argument: {_quoted(unknown[0])}")
+        parser.unrecognized(unknown[0])
     for flag in args.flags_of_a_run:
         if getattr(args, flag.dest) != flag.default:
             parser.error(
                 f"{flag.option_strings[0]} is for a run of rl and does nothing here: leave it out"
             )
     if overrides and (args.flags_of_a_run or not hasattr(args, "config")):
-        parser.error(f"unrecognized argument: {_quoted(overrides[0])}")
+        parser.error(f"unrecognized argument: {quoted(overrides[0])}")
     pairs = (flag.removeprefix("--config.").partition("=") for flag in overrides)
     args.overrides = [(key, value) for key, _, value in pairs]
     return args
 
 
-def _quoted(flag: str) -> str:
-    """Return the flag on one line, without quotes around it."""
-    return shown(flag)[1:-1]
-
-
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """Build the parser of the whole command line, without importing jax."""
     parser = Parser(
         prog="blip3o",

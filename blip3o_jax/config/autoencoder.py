@@ -133,4 +133,4 @@ class DcAeConfig(ConfigGroup, path="model.vae"):
 
     @property
     def spatial_compression(self) -> int:
-        return 2 ** (len(self.encoder_block_out_channels) - 1)
+        return 1 << (len(self.encoder_block_out_channels) - 1)

@@ -21,7 +21,7 @@ import math
 import types
 import typing
 from collections.abc import Callable, Iterator
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from blip3o_jax.config.constraints import Constraint
 from blip3o_jax.config.errors import (
@@ -35,6 +35,7 @@ from blip3o_jax.config.errors import (
 
 _BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
+Group = TypeVar("Group")
 # Returns a value as an annotation declares it, or raises ConfigError that names the dotted field.
 Reader = Callable[[Any, str], Any]
 
@@ -55,7 +56,8 @@ class ConfigGroup:
         cls.group_path = path
 
     def __post_init__(self) -> None:
-        for name, read in _readers(type(self)).items():
+        cls: type = type(self)
+        for name, read in _readers(cls).items():
             value = getattr(self, name)
             converted = read(value, join(self.group_path, name))
             if converted is not value:
@@ -90,7 +92,7 @@ def unwrapped(hint: Any) -> tuple[Any, tuple[Constraint, ...], bool]:
     return hint, (), optional
 
 
-def from_dict(values: Any, cls: Any, path: str = "") -> Any:
+def from_dict(values: Any, cls: type[Group], path: str = "") -> Group:
     """Return the group `cls` with `values`, {field: value}; the others have their defaults.
 
     Raises ConfigError that names the field, by its dotted name from `path` on, for an unknown key
@@ -102,7 +104,8 @@ def from_dict(values: Any, cls: Any, path: str = "") -> Any:
         isinstance(values, dict),
         f"{path or 'config'} must be a group of fields, not {shown(values)}",
     )
-    readers = _readers(cls)
+    group: type = cls
+    readers = _readers(group)
     for key in values:
         if key not in readers:
             raise unknown_key(key, cls, path)

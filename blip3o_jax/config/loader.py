@@ -165,7 +165,8 @@ def _get_config(path: pathlib.Path) -> Callable[..., Any]:
             f"{path} defines no function get_config(); it must return a blip3o_jax.config.Config "
             "or an ml_collections.ConfigDict"
         )
-    return module.get_config
+    get_config: Callable[..., Any] = module.get_config
+    return get_config
 
 
 def _run_user_code(path: pathlib.Path, call: Callable[[], Any]) -> Any:

@@ -66,7 +66,7 @@ class ModelConfig(ConfigGroup, path="model"):
     def __post_init__(self) -> None:
         super().__post_init__()
         for bucket in self.buckets:
-            self.check_size(tuple(bucket), "model.buckets")
+            self.check_size(bucket, "model.buckets")
         check(
             self.image_size % self.vae.spatial_compression == 0,
             f"model.image_size={self.image_size} must be a multiple of the autoencoder's {self.vae.spatial_compression}",

@@ -1,9 +1,10 @@
 """Settings to and from plain values: config.json of a checkpoint, and `ml_collections.ConfigDict`."""
 
 import dataclasses
-from typing import Any
+from typing import Any, overload
 
 from blip3o_jax.config import fields
+from blip3o_jax.config.fields import Group
 from blip3o_jax.config.run import Config
 
 
@@ -47,6 +48,10 @@ def to_config_dict(config: Config) -> Any:
     return convert(config)
 
 
+@overload
+def from_dict(values: Any) -> Config: ...
+@overload
+def from_dict(values: Any, cls: type[Group], path: str = "") -> Group: ...
 def from_dict(values: Any, cls: Any = Config, path: str = "") -> Any:
     """Return the group `cls` that `to_dict` or `to_config_dict` wrote as `values`; see
     `fields.from_dict`.

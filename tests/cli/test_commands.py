@@ -105,7 +105,13 @@ def test_python_dash_m_is_the_same_command():
     ("argv", "words"),
     [
         ([], "COMMAND"),
-        (["paint"], "invalid choice: 'paint'"),
+        (["paint"], "argument COMMAND: 'paint' is not one of data, train,"),
+        (["evalute"], "; did you mean evaluate? (see blip3o --help)"),
+        (
+            # Told before the flag it stands for is missed.
+            ["sample", "--chekpoint=c", "--out=o", "--prompt=a"],
+            "unrecognized argument: --chekpoint=c; did you mean --checkpoint? (see blip3o sample",
+        ),
         (["train", "--workdir=w"], "--config"),
         (
             ["train", "--config=c.py", "--workdir=w", "--learning_rate=1"],
