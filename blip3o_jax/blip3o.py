@@ -348,7 +348,7 @@ def joint_loss(
             batch["loss_mask"][:, 1:],
             vocab_size=cfg.ar.vocab_size,
             chunk=loss.ce_chunk,
-            most=max_labels(
+            max_labels=max_labels(
                 cfg.template, cfg.tokenizer.num_tokens, len(keys_B) // len(out.tokens_BL)
             ),
         )

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from blip3o_jax import nn
-from blip3o_jax.ar.sampling import Drawn, Written, generate_image_tokens, generate_text
+from blip3o_jax.ar.sampling import SampleOutput, TextOutput, generate_image_tokens, generate_text
 from blip3o_jax.blip3o import Blip3o, References, references
 from blip3o_jax.config import ModelConfig, SamplingConfig
 from blip3o_jax.dit import sampler
@@ -92,7 +92,9 @@ def draw_images(
     return model.pixels(z_BHWC), drawn.ids_BN
 
 
-def make_write(graphdef: Any, strategy: Strategy, vocabulary: Vocabulary) -> Callable[..., Written]:
+def make_write(
+    graphdef: Any, strategy: Strategy, vocabulary: Vocabulary
+) -> Callable[..., TextOutput]:
     """The compiled program that answers in words; arguments as of `make_sample`'s, and `most`
     tokens, static.
     """
@@ -111,7 +113,7 @@ def make_write(graphdef: Any, strategy: Strategy, vocabulary: Vocabulary) -> Cal
         settings: SamplingConfig,
         shown: dict[str, jax.Array],
         most: int,
-    ) -> Written:
+    ) -> TextOutput:
         model: Blip3o = nnx.merge(graphdef, params)
         with nn.sharding_resolver(strategy.resolver):
             tokens_BL = nn.constrain(tokens_BL, "batch", None)
@@ -166,7 +168,7 @@ def draw_tokens(
     settings: SamplingConfig,
     image_ids: tuple[int, int],
     **more: Any,
-) -> Drawn:
+) -> SampleOutput:
     """`generate_image_tokens` as `settings` say; `more` are further arguments of it."""
     with nn.part("ar"):
         return generate_image_tokens(

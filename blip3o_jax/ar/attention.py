@@ -20,7 +20,7 @@ Rotation = tuple[jax.Array, jax.Array]
 
 
 def rotation(positions_BL: jax.Array, head_dim: int, theta: float) -> Rotation:
-    """Cosines and sines [B, L, K/2], float32, of the angles position * theta^(-2i/K):
+    """Return cosines and sines [B, L, K/2], float32, of the angles position * theta^(-2i/K):
     `Qwen3RotaryEmbedding`.
 
     float32 whatever the compute dtype: bfloat16 cannot tell position 1000 from 1001.
@@ -49,8 +49,8 @@ def attend(
     query_start: jax.Array | int = 0,
     implementation: str = "auto",
 ) -> jax.Array:
-    """Causal attention in which a query sees the keys of its own segment only -> [B, L, H, K] in
-    the dtype of `v`.
+    """Attend causally, each query to the keys of its own segment only -> [B, L, H, K] in the dtype
+    of `v`.
 
     Query l stands at slot query_start + l and sees slots up to its own. Segment 0 is padding:
     nothing sees it, and its own output is zero. Query head h reads key/value head h // (H / G).
@@ -59,7 +59,7 @@ def attend(
     kernel of another platform.
     """
     if implementation == "auto":
-        implementation = chosen(
+        implementation = default_implementation(
             nn.platform(), v_BSGK.dtype.name, whole_rows=isinstance(query_start, int)
         )
     if implementation not in IMPLEMENTATIONS:
@@ -79,10 +79,10 @@ def attend(
     return jnp.where(query_segments_BL[:, :, None, None] != 0, o_BLHK, 0)
 
 
-def visible(
+def attention_mask(
     query_segments_BL: jax.Array, key_segments_BS: jax.Array, query_start: jax.Array | int
 ) -> jax.Array:
-    """Boolean [B, L, S]. For one row with query_start 0, segments 1 1 2 0 give
+    """Return the boolean mask [B, L, S]. For one row with query_start 0, segments 1 1 2 0 give
 
     1 0 0 0
     1 1 0 0
@@ -112,7 +112,7 @@ def _xla(
         jnp.einsum("BGRLK,BSGK->BGRLS", q_BGRLK, k_BSGK, preferred_element_type=jnp.float32)
         * K**-0.5
     )
-    mask_BLS = visible(query_segments_BL, key_segments_BS, query_start)
+    mask_BLS = attention_mask(query_segments_BL, key_segments_BS, query_start)
     # Finite, not -inf: a padding query sees nothing, and a softmax over nothing but -inf would be
     # NaN, also in its gradient.
     scores = jnp.where(mask_BLS[:, None, None], scores, jnp.finfo(jnp.float32).min)
@@ -131,10 +131,10 @@ def dot_product(
     *,
     implementation: str,
 ) -> jax.Array:
-    """`jax.nn.dot_product_attention`: cuDNN's flash attention, or its own plain products ("xla"),
-    which tests compare.
+    """Call `jax.nn.dot_product_attention`: cuDNN's flash attention, or its own plain products
+    ("xla"), which tests compare.
     """
-    mask_BLS = visible(query_segments_BL, key_segments_BS, query_start)
+    mask_BLS = attention_mask(query_segments_BL, key_segments_BS, query_start)
     return jax.nn.dot_product_attention(
         q_BLHK, k_BSGK, v_BSGK, mask=mask_BLS[:, None], implementation=implementation
     )
@@ -149,8 +149,8 @@ PLATFORMS = {"cudnn": ("gpu", "cuda"), "splash": ("tpu",)}  # those not named ru
 
 
 @functools.cache
-def chosen(platform: str, dtype: str, *, whole_rows: bool) -> str:
-    """What "auto" stands for. Said once for each case, in the log.
+def default_implementation(platform: str, dtype: str, *, whole_rows: bool) -> str:
+    """Return the implementation that "auto" selects, and log it once for each case.
 
     Decoding, one query against a cache, is bound by memory and gains nothing from a kernel.
     """

@@ -27,7 +27,9 @@ from blip3o_jax.config import Qwen3Config
 
 
 class Cache(NamedTuple):
-    """Where the layer loop is laid out (`ar.unroll`) keys and values are a tuple of one array [B,
+    """Keys and values of all layers, and which slots hold tokens.
+
+    Where the layer loop is unrolled (`ar.unroll`) keys and values are a tuple of one array [B,
     G, S, K] a layer: reading a layer's slots out of one for all would copy them at every token.
     """
 
@@ -39,7 +41,7 @@ class Cache(NamedTuple):
 
 
 def empty(cfg: Qwen3Config, batch: int, capacity: int) -> Cache:
-    """A cache of `capacity` slots a row, in the compute dtype."""
+    """Return an empty cache of `capacity` slots a row, in the compute dtype."""
     shape, axes = (
         (batch, cfg.num_key_value_heads, capacity, cfg.head_dim),
         ("batch", "act_kv_heads", None, None),
@@ -71,8 +73,8 @@ def reserve(cache: Cache, segment_ids_BL: jax.Array) -> tuple[Cache, jax.Array]:
 
 
 def repeat(cache: Cache, rows: Callable[[jax.Array], jax.Array]) -> Cache:
-    """The cache with `rows`, a function of arrays that lead with the batch, made of every such
-    array.
+    """Return the cache with `rows`, a function of arrays that lead with the batch, applied to every
+    such array.
     """
     per_layer = lambda k: tuple(map(rows, k)) if isinstance(k, tuple) else jax.vmap(rows)(k)
     return cache._replace(

@@ -2,13 +2,13 @@
 
     loss = sum over labelled tokens t of  logsumexp_v(h_t . W_v) - h_t . W_label(t)
 
-Of each row only as many positions are looked at as can have a label: in a text-to-image row those
-of the image, a third of a row of 2048. Rows of the batch keep their sharding; positions are cut
+Of each row only as many positions are computed as can have a label: in a text-to-image row those of
+the image, a third of a row of 2048. Rows of the batch keep their sharding; positions are cut
 into equal blocks of at most `chunk`, and the backward pass recomputes each block's logits, so
 memory is B x chunk x V instead of B x L x V. A single block has nothing to save and is kept
 instead. The head is gathered once, before the blocks.
 
-Legend: B batch, L positions, M those looked at, D width, V vocabulary rows (padded).
+Legend: B batch, L positions, M those computed, D width, V vocabulary rows (padded).
 """
 
 import jax
@@ -25,17 +25,18 @@ def cross_entropy(
     *,
     vocab_size: int,
     chunk: int,
-    most: int | None = None,
+    max_labels: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Sum of the token losses where `mask_BL` is set, and the number of those tokens whose arg max
-    is right; float32.
+    """Return the sum of the token losses where `mask_BL` is set, and the number of those tokens
+    whose arg max is the label; float32.
 
-    No row may have more than `most` labels set (None: all): those after that many are left out.
+    No row may have more than `max_labels` labels set (None: all); labels past that number are
+    dropped.
     Logits are float32: in bfloat16 a loss of 11 nats has steps of 0.06. Rows of the head past
     `vocab_size` are padding and can never be predicted.
     """
     B, L, _ = hidden_BLD.shape
-    M = min(most or L, L)
+    M = min(max_labels or L, L)
     mask_BL = mask_BL.astype(bool)
     head_DV = nn.constrain(head_DV.astype(hidden_BLD.dtype), None, "act_vocab")
     blocks = -(-M // chunk)

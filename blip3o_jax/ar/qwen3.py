@@ -21,8 +21,8 @@ from blip3o_jax.config import Qwen3Config
 
 
 class Attention(nnx.Module):
-    """Projections and head norms of one layer; what lies between `heads` and `join` is
-    `attention.attend`.
+    """Project to queries, keys and values and back; `attention.attend` runs between `project_qkv`
+    and `project_out`.
     """
 
     def __init__(self, cfg: Qwen3Config, *, rngs: nnx.Rngs):
@@ -35,7 +35,7 @@ class Attention(nnx.Module):
         self.q_norm = _norm(cfg, cfg.head_dim, rngs)
         self.k_norm = _norm(cfg, cfg.head_dim, rngs)
 
-    def heads(
+    def project_qkv(
         self, x_BLD: jax.Array, rotation: attention.Rotation
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """q [B, L, H, K], k and v [B, L, G, K]; the norm is over each head, before the rotation."""
@@ -47,7 +47,7 @@ class Attention(nnx.Module):
         q_BLHK = nn.constrain(q_BLHK, "batch", "length", "act_heads", None)
         return q_BLHK, nn.constrain(k_BLGK, *kv_axes), nn.constrain(v_BLGK, *kv_axes)
 
-    def join(self, o_BLHK: jax.Array) -> jax.Array:
+    def project_out(self, o_BLHK: jax.Array) -> jax.Array:
         return self.o(o_BLHK.reshape(*o_BLHK.shape[:2], -1))
 
 
@@ -66,8 +66,8 @@ class Mlp(nnx.Module):
 
 
 class Layer(nnx.Module):
-    """One decoder layer in two halves, since plain and cached attention differ in what stands
-    between them.
+    """One decoder layer in two halves, `pre_attention` and `post_attention`, since full and cached
+    attention differ in what runs between them.
     """
 
     def __init__(self, cfg: Qwen3Config, *, rngs: nnx.Rngs):
@@ -76,16 +76,16 @@ class Layer(nnx.Module):
         self.mlp_norm = _norm(cfg, cfg.hidden_size, rngs)
         self.mlp = Mlp(cfg, rngs=rngs)
 
-    def before(
+    def pre_attention(
         self, x_BLD: jax.Array, rotation: attention.Rotation
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         with jax.named_scope("attention"):
-            return self.attention.heads(self.attention_norm(x_BLD), rotation)
+            return self.attention.project_qkv(self.attention_norm(x_BLD), rotation)
 
-    def after(self, x_BLD: jax.Array, o_BLHK: jax.Array) -> jax.Array:
+    def post_attention(self, x_BLD: jax.Array, o_BLHK: jax.Array) -> jax.Array:
         with jax.named_scope("attention"):
             x_BLD = nn.constrain(
-                x_BLD + self.attention.join(o_BLHK), "batch", "length", "act_embed"
+                x_BLD + self.attention.project_out(o_BLHK), "batch", "length", "act_embed"
             )
         with jax.named_scope("mlp"):
             return nn.constrain(
@@ -135,7 +135,7 @@ class Qwen3(nnx.Module):
         rotation = attention.rotation(positions_BL, self.cfg.head_dim, self.cfg.rope_theta)
 
         def step(layer: Layer, x_BLD: jax.Array, _: None) -> tuple[jax.Array, None]:
-            q_BLHK, k_BLGK, v_BLGK = layer.before(x_BLD, rotation)
+            q_BLHK, k_BLGK, v_BLGK = layer.pre_attention(x_BLD, rotation)
             with jax.named_scope("attention"):
                 o_BLHK = attention.attend(
                     q_BLHK,
@@ -145,36 +145,36 @@ class Qwen3(nnx.Module):
                     key_segments_BS=segment_ids_BL,
                     implementation=self.cfg.attention,
                 )
-            return layer.after(x_BLD, o_BLHK), None
+            return layer.post_attention(x_BLD, o_BLHK), None
 
         x_BLD, _ = nn.scan(self.layers, step, x_BLD, remat=self.cfg.remat, unroll=self.cfg.unroll)
         return self.norm(x_BLD)
 
-    def after_prompts(
+    def score_with_prefix(
         self,
         x_PLD: jax.Array,
         segment_ids_PL: jax.Array,
         x_BND: jax.Array,
-        each: Callable[[jax.Array], jax.Array],
+        repeat: Callable[[jax.Array], jax.Array],
     ) -> tuple[jax.Array, jax.Array]:
-        """Prompts, and N tokens after them in each of B rows -> hidden states [P, L, D] and [B, N,
-        D].
+        """Score given tokens after a shared prefix: P prompts and N tokens in each of B rows ->
+        hidden states [P, L, D] and [B, N, D].
 
-        Equal to `__call__` over B whole rows, prompt and tokens, but every prompt is read once.
-        `each` repeats arrays that lead with P for the rows that go on from them. Segment 0 marks
+        Equal to `__call__` over B whole rows, prompt and tokens, but computes every prompt once.
+        `repeat` repeats arrays that lead with P for the rows that continue them. Segment 0 marks
         padding in the prompts.
         """
-        prompt_rotation, rotation = self._rotations(segment_ids_PL, x_BND.shape[:2], each)
+        prompt_rotation, rotation = self._rotations(segment_ids_PL, x_BND.shape[:2], repeat)
         own_BN = jnp.ones(x_BND.shape[:2], jnp.int32)
-        key_segments_BS = jnp.concatenate([each(segment_ids_PL), own_BN], axis=1)
+        key_segments_BS = jnp.concatenate([repeat(segment_ids_PL), own_BN], axis=1)
         attend = functools.partial(attention.attend, implementation=self.cfg.attention)
 
         def step(
             layer: Layer, carry: tuple[jax.Array, jax.Array], _: None
         ) -> tuple[tuple[jax.Array, jax.Array], None]:
             x_PLD, x_BND = carry
-            q_PLHK, k_PLGK, v_PLGK = layer.before(x_PLD, prompt_rotation)
-            q_BNHK, k_BNGK, v_BNGK = layer.before(x_BND, rotation)
+            q_PLHK, k_PLGK, v_PLGK = layer.pre_attention(x_PLD, prompt_rotation)
+            q_BNHK, k_BNGK, v_BNGK = layer.pre_attention(x_BND, rotation)
             with jax.named_scope("attention"):
                 o_PLHK = attend(
                     q_PLHK,
@@ -185,13 +185,13 @@ class Qwen3(nnx.Module):
                 )
                 o_BNHK = attend(
                     q_BNHK,
-                    jnp.concatenate([each(k_PLGK), k_BNGK], axis=1),
-                    jnp.concatenate([each(v_PLGK), v_BNGK], axis=1),
+                    jnp.concatenate([repeat(k_PLGK), k_BNGK], axis=1),
+                    jnp.concatenate([repeat(v_PLGK), v_BNGK], axis=1),
                     query_segments_BL=own_BN,
                     key_segments_BS=key_segments_BS,
                     query_start=segment_ids_PL.shape[1],
                 )
-            return (layer.after(x_PLD, o_PLHK), layer.after(x_BND, o_BNHK)), None
+            return (layer.post_attention(x_PLD, o_PLHK), layer.post_attention(x_BND, o_BNHK)), None
 
         hidden, _ = nn.scan(
             self.layers, step, (x_PLD, x_BND), remat=self.cfg.remat, unroll=self.cfg.unroll
@@ -202,12 +202,12 @@ class Qwen3(nnx.Module):
         self,
         segment_ids_PL: jax.Array,
         rows: tuple[int, int],
-        each: Callable[[jax.Array], jax.Array],
+        repeat: Callable[[jax.Array], jax.Array],
     ) -> tuple[attention.Rotation, attention.Rotation]:
-        """Of the prompts' tokens, and of those after them."""
+        """Return the rotations of the prompts' tokens, and of the tokens after them."""
         real_PL = (segment_ids_PL != 0).astype(jnp.int32)
         prompt_PL = jnp.maximum(jnp.cumsum(real_PL, axis=1) - 1, 0)
-        after_BN = each(real_PL.sum(axis=1))[:, None] + jnp.arange(rows[1])
+        after_BN = repeat(real_PL.sum(axis=1))[:, None] + jnp.arange(rows[1])
         turn = lambda positions: attention.rotation(
             positions, self.cfg.head_dim, self.cfg.rope_theta
         )
@@ -220,8 +220,8 @@ class Qwen3(nnx.Module):
         past: cache.Cache,
         layers: list[Layer] | None = None,
     ) -> tuple[jax.Array, cache.Cache]:
-        """The next L tokens of every row (a whole prompt, or one token) -> (hidden states [B, L,
-        D], grown cache).
+        """Run the next L tokens of every row (a prompt, or one token) on the cache -> (hidden
+        states [B, L, D], extended cache).
 
         Equal to `__call__` over all tokens so far. Segment 0 marks padding in the chunk. Writing
         past the cache's capacity is the caller's error and is not detected. `layers` are
@@ -232,7 +232,7 @@ class Qwen3(nnx.Module):
 
         def step(layer: Layer, carry: tuple, index: jax.Array | None) -> tuple[tuple, None]:
             x_BLD, k_YBGSK, v_YBGSK = carry
-            q_BLHK, k_BLGK, v_BLGK = layer.before(x_BLD, rotation)
+            q_BLHK, k_BLGK, v_BLGK = layer.pre_attention(x_BLD, rotation)
             with jax.named_scope("attention"):
                 k_YBGSK, k_BSGK = cache.write(k_YBGSK, k_BLGK, index, past.end)
                 v_YBGSK, v_BSGK = cache.write(v_YBGSK, v_BLGK, index, past.end)
@@ -244,7 +244,7 @@ class Qwen3(nnx.Module):
                     key_segments_BS=present.segment_ids_BS,
                     query_start=past.end,
                 )
-            return (layer.after(x_BLD, o_BLHK), k_YBGSK, v_YBGSK), None
+            return (layer.post_attention(x_BLD, o_BLHK), k_YBGSK, v_YBGSK), None
 
         if self.cfg.unroll:
             ks, vs = [], []
@@ -266,8 +266,8 @@ class Qwen3(nnx.Module):
         return self.norm(x_BLD), present._replace(k_YBGSK=k_YBGSK, v_YBGSK=v_YBGSK)
 
     def head(self, rows: tuple[int, int] | None = None) -> jax.Array:
-        """The output projection [D, V] as stored, padded rows' columns included, or its columns
-        rows[0] .. rows[1] - 1.
+        """Return the output projection [D, V] as stored, padded rows' columns included, or its
+        columns rows[0] .. rows[1] - 1.
         """
         first, last = rows or (0, self.cfg.padded_vocab_size)
         return (
@@ -277,8 +277,8 @@ class Qwen3(nnx.Module):
         )
 
     def logits(self, hidden_BLD: jax.Array, rows: tuple[int, int] | None = None) -> jax.Array:
-        """float32 logits [..., V] of all stored rows, -inf at the padded ones; or of ids rows[0] ..
-        rows[1] - 1 only.
+        """Return float32 logits [..., V] of all stored rows, -inf at the padded ones; or of ids
+        rows[0] .. rows[1] - 1 only.
         """
         first, last = rows or (0, self.cfg.padded_vocab_size)
         logits_BLV = project(hidden_BLD, self.head(rows))
@@ -288,17 +288,17 @@ class Qwen3(nnx.Module):
 
 
 def project(hidden_BLD: jax.Array, head_DV: jax.Array) -> jax.Array:
-    """Logits [..., V] accumulated and kept in float32, the factors in the dtype of the hidden
-    states.
+    """Return logits [..., V], accumulated and kept in float32, the factors in the dtype of the
+    hidden states.
     """
     head_DV = head_DV.astype(hidden_BLD.dtype)
     return jnp.einsum("...D,DV->...V", hidden_BLD, head_DV, preferred_element_type=jnp.float32)
 
 
 def grow_table(table_VD: jax.Array, used: int, rows: int) -> jax.Array:
-    """A table of `rows` rows whose first `used` are kept; every further one is their mean, so that
-    a new token starts out neither more nor less likely than a typical one. For an lm_head kernel,
-    pass and take the transpose.
+    """Return a table of `rows` rows whose first `used` are copied; every further one is their mean,
+    so that a new token starts neither more nor less likely than a typical one. For an lm_head
+    kernel, pass and take the transpose.
     """
     if not 0 < used <= min(rows, table_VD.shape[0]):
         raise ValueError(

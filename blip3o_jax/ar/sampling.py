@@ -1,17 +1,18 @@
-"""Drawing image tokens, and text: one pass over the prompts, then one compiled loop of single-token
-steps on the cache.
+"""Sample image tokens and text: prefill the prompts, then decode token by token on the cache in one
+compiled loop.
 
-From logits l over the image ids alone, at temperature t; with guidance g they are l = u + g (c -
-u), of the logits c given the prompt and u given the image tokens alone (arXiv 2306.17806):
+Logits l cover the image ids alone, at temperature t. With classifier-free guidance g they are l = u
++ g (c - u), of the conditional logits c (given the prompt) and the unconditional logits u (given
+the image tokens only; arXiv 2306.17806):
 
     p = softmax(l / t);  keep the top_k most likely;  of those, renormalised, keep the shortest prefix of mass >= top_p
 
-An id is drawn by the Gumbel-max rule with noise that belongs to (row key, token index, image id).
-So a row's ids depend on its own prompt and key only, and rounding that swaps two almost equal
-candidates' ranks does not change what is drawn.
+An id is sampled by the Gumbel-max rule with noise that belongs to (row key, token index, image id).
+So a row's ids depend on its own prompt and key only, and rounding that swaps the ranks of two
+almost equal candidates does not change the sample.
 
-B batch, L prompt length (padded), N image tokens, D width, V image ids, C candidates kept by top-k;
-P prompts of G images each where a prompt is read once for several images, B = P G.
+B batch, L prompt length (padded), N image tokens, D width, V image ids, C candidates kept by top-k,
+X bytes of V bits; P prompts of G images each where one prefill serves several images, B = P G.
 """
 
 from typing import Any, NamedTuple
@@ -25,17 +26,19 @@ from blip3o_jax.ar import cache
 from blip3o_jax.ar.qwen3 import Qwen3, project
 
 
-class Drawn(NamedTuple):
-    """`hidden_BTD` [B, N + 1, D]: the final-norm states at the scale tag and at each image token,
-    the condition of the diffusion head. `logprobs_BN` are those of the truncated distribution that
-    was drawn from (0 at temperature 0), float32. `kept_BNX`, where asked for: which classes that
-    distribution held, one bit each (`jnp.packbits`), or None for all.
+class SampleOutput(NamedTuple):
+    """Hold sampled image tokens and the states they were sampled from.
+
+    `hidden_BTD` [B, N + 1, D]: the final-norm states at the scale tag and at each image token, the
+    condition of the diffusion head. `logprobs_BN`: log-probabilities under the truncated
+    distribution (0 at temperature 0), float32. `support_BNX`, where requested: the support of that
+    distribution, one bit a class (`jnp.packbits`), or None for all classes.
     """
 
     ids_BN: jax.Array
     hidden_BTD: jax.Array
     logprobs_BN: jax.Array
-    kept_BNX: jax.Array | None = None
+    support_BNX: jax.Array | None = None
 
 
 def generate_image_tokens(
@@ -51,62 +54,71 @@ def generate_image_tokens(
     top_p: float = 1.0,
     guidance: float = 1.0,
     group: int = 1,
-    keep_classes: bool = False,
+    return_support: bool = False,
     embedded_PLD: jax.Array | None = None,
-) -> Drawn:
-    """Draw `num_tokens` image tokens after each prompt.
+) -> SampleOutput:
+    """Sample `num_tokens` image tokens after each prompt.
 
     `tokens_PL` are prompts padded on the right; a prompt's last token, at lengths_P - 1, opens the
-    image (its scale tag). `embedded_PLD` stands for their embeddings where these are not all
-    tokens'. `image_ids` is (first, last + 1); no other id can be drawn. `keys_B` are typed PRNG
-    keys, one an image: rows p G to p G + G - 1 are prompt p's `group` G, which share its reading.
-    Temperature 0 takes the most likely id; top_k 0, top_p 1 and guidance 1 switch these off. Meant
-    to be called under `jax.jit`, keyword arguments static.
+    image (its scale tag). `embedded_PLD` replaces their embeddings where some are not embeddings of
+    tokens. `image_ids` is (first, last + 1); no other id is sampled. `keys_B` are typed PRNG keys,
+    one an image: rows p G to p G + G - 1 are the `group` G of prompt p, which share its prefill.
+    Temperature 0 takes the most likely id; top_k 0, top_p 1 and guidance 1 switch these off. Call
+    it under `jax.jit`, with the keyword arguments static.
     """
     _check(model, num_tokens, image_ids, temperature, top_k, top_p)
-    model = _in_compute_dtype(model)
-    # With guidance P and B count two branches a row from here on, which lie next to each other, so
-    # that both are on its device.
-    L, branches = tokens_PL.shape[1], 1 if guidance == 1.0 else 2
-    twin = lambda x: jnp.repeat(x, branches, axis=0)
-    segments_PL = branch_segments(lengths_P, L, branches)
-    embedded_PLD = twin(model.embed(tokens_PL) if embedded_PLD is None else embedded_PLD)
-    scale_PD, past, layers = _read(
-        model, embedded_PLD, segments_PL, twin(lengths_P), L + num_tokens
+    model = _cast_params(model)
+    # With guidance, P and B count two branches a row from here on. They lie next to each other, so
+    # that both are on the row's device.
+    L, cfg_branches = tokens_PL.shape[1], 1 if guidance == 1.0 else 2
+    repeat_for_cfg = lambda x: jnp.repeat(x, cfg_branches, axis=0)
+    segments_PL = cfg_segment_ids(lengths_P, L, cfg_branches)
+    embedded_PLD = repeat_for_cfg(model.embed(tokens_PL) if embedded_PLD is None else embedded_PLD)
+    hidden_PD, past, layers = _prefill(
+        model, embedded_PLD, segments_PL, repeat_for_cfg(lengths_P), L + num_tokens
     )
     # Outside the loop: XLA does not always hoist the slice, and a slice of a large table costs more
     # than the rest of a step.
     head_DV = model.head(image_ids)
-    scale_BD, past = (
-        for_each(scale_PD, group, branches),
-        cache.repeat(past, lambda x: for_each(x, group, branches)),
+    hidden_BD, past = (
+        repeat_for_group(hidden_PD, group, cfg_branches),
+        cache.repeat(past, lambda x: repeat_for_group(x, group, cfg_branches)),
     )
 
     def step(carry: tuple[jax.Array, cache.Cache], index: jax.Array) -> tuple[tuple, tuple]:
         hidden_BD, past = carry
         keys = jax.vmap(jax.random.fold_in, (0, None))(keys_B, index)
-        logits_BV = guided(project(hidden_BD, head_DV), guidance)
-        choice_B, logprob_B, kept_BV = draw(
+        logits_BV = guided_logits(project(hidden_BD, head_DV), guidance)
+        choice_B, logprob_B, support_BV = sample_token(
             logits_BV, keys, temperature=temperature, top_k=top_k, top_p=top_p
         )
         ids_B = image_ids[0] + choice_B
-        next_B1 = twin(ids_B[:, None])
+        next_B1 = repeat_for_cfg(ids_B[:, None])
         hidden_B1D, past = model.extend(model.embed(next_B1), jnp.ones_like(next_B1), past, layers)
-        kept_BX = jnp.packbits(kept_BV, axis=-1) if keep_classes and kept_BV is not None else None
-        return (hidden_B1D[:, 0], past), (ids_B, hidden_B1D[::branches, 0], logprob_B, kept_BX)
+        support_BX = (
+            jnp.packbits(support_BV, axis=-1) if return_support and support_BV is not None else None
+        )
+        return (hidden_B1D[:, 0], past), (
+            ids_B,
+            hidden_B1D[::cfg_branches, 0],
+            logprob_B,
+            support_BX,
+        )
 
     with jax.named_scope("decode"):
-        _, (ids_NB, hidden_NBD, logprobs_NB, kept_NBX) = jax.lax.scan(
-            step, (scale_BD, past), jnp.arange(num_tokens)
+        _, (ids_NB, hidden_NBD, logprobs_NB, support_NBX) = jax.lax.scan(
+            step, (hidden_BD, past), jnp.arange(num_tokens)
         )
-    hidden_BND = jnp.concatenate([scale_BD[::branches, None], hidden_NBD.swapaxes(0, 1)], axis=1)
-    kept_BNX = None if kept_NBX is None else kept_NBX.swapaxes(0, 1)
-    return Drawn(ids_NB.T, hidden_BND, logprobs_NB.T, kept_BNX)
+    hidden_BND = jnp.concatenate(
+        [hidden_BD[::cfg_branches, None], hidden_NBD.swapaxes(0, 1)], axis=1
+    )
+    support_BNX = None if support_NBX is None else support_NBX.swapaxes(0, 1)
+    return SampleOutput(ids_NB.T, hidden_BND, logprobs_NB.T, support_BNX)
 
 
-class Written(NamedTuple):
-    """`ids_BN` [B, N], and of each row how many there are, the stop token not counted; what comes
-    after means nothing.
+class TextOutput(NamedTuple):
+    """Hold sampled text: ids [B, N] and the number of valid ids of each row, the stop token not
+    counted. Ids past that number are undefined.
     """
 
     ids_BN: jax.Array
@@ -119,38 +131,39 @@ def generate_text(
     lengths_B: jax.Array,
     keys_B: jax.Array,
     *,
-    most: int,
+    max_new_tokens: int,
     text_ids: tuple[int, int],
     stop: int,
     temperature: float = 0.0,
     top_k: int = 0,
     top_p: float = 1.0,
     embedded_BLD: jax.Array | None = None,
-) -> Written:
-    """Up to `most` text tokens after each prompt, till all rows have written `stop`. `text_ids` is
-    (first, last + 1), with `stop` among them; other arguments as of `generate_image_tokens`.
+) -> TextOutput:
+    """Sample up to `max_new_tokens` text tokens after each prompt, until all rows have sampled
+    `stop`. `text_ids` is (first, last + 1), with `stop` among them; other arguments are those of
+    `generate_image_tokens`.
     """
-    _check(model, most, text_ids, temperature, top_k, top_p)
-    model = _in_compute_dtype(model)
+    _check(model, max_new_tokens, text_ids, temperature, top_k, top_p)
+    model = _cast_params(model)
     B, L = tokens_BL.shape
     embedded_BLD = model.embed(tokens_BL) if embedded_BLD is None else embedded_BLD
-    hidden_BD, past, layers = _read(
-        model, embedded_BLD, branch_segments(lengths_B, L, 1), lengths_B, L + most
+    hidden_BD, past, layers = _prefill(
+        model, embedded_BLD, cfg_segment_ids(lengths_B, L, 1), lengths_B, L + max_new_tokens
     )
     head_DV = model.head(text_ids)
 
-    def going(carry: tuple[Any, ...]) -> jax.Array:
-        index, _, _, _, open_B, _ = carry
-        return (index < most) & jnp.any(open_B)
+    def cond(carry: tuple[Any, ...]) -> jax.Array:
+        index, _, _, _, active_B, _ = carry
+        return (index < max_new_tokens) & jnp.any(active_B)
 
     def step(carry: tuple[Any, ...]) -> tuple[Any, ...]:
-        index, hidden_BD, past, ids_BN, open_B, count_B = carry
+        index, hidden_BD, past, ids_BN, active_B, count_B = carry
         keys = jax.vmap(jax.random.fold_in, (0, None))(keys_B, index)
-        choice_B, _, _ = draw(
+        choice_B, _, _ = sample_token(
             project(hidden_BD, head_DV), keys, temperature=temperature, top_k=top_k, top_p=top_p
         )
         next_B = text_ids[0] + choice_B
-        open_B &= next_B != stop
+        active_B &= next_B != stop
         hidden_B1D, past = model.extend(
             model.embed(next_B[:, None]), jnp.ones((B, 1), jnp.int32), past, layers
         )
@@ -159,26 +172,26 @@ def generate_text(
             hidden_B1D[:, 0],
             past,
             ids_BN.at[:, index].set(next_B),
-            open_B,
-            count_B + open_B,
+            active_B,
+            count_B + active_B,
         )
 
     with jax.named_scope("decode"):
-        ids_BN, count_B = jnp.zeros((B, most), jnp.int32), jnp.zeros(B, jnp.int32)
+        ids_BN, count_B = jnp.zeros((B, max_new_tokens), jnp.int32), jnp.zeros(B, jnp.int32)
         carry = (jnp.int32(0), hidden_BD, past, ids_BN, jnp.ones(B, bool), count_B)
-        *_, ids_BN, _, count_B = jax.lax.while_loop(going, step, carry)
-    return Written(ids_BN, count_B)
+        *_, ids_BN, _, count_B = jax.lax.while_loop(cond, step, carry)
+    return TextOutput(ids_BN, count_B)
 
 
-def _read(
+def _prefill(
     model: Qwen3,
     embedded_PLD: jax.Array,
     segments_PL: jax.Array,
     lengths_P: jax.Array,
     capacity: int,
 ) -> tuple[jax.Array, cache.Cache, Any]:
-    """The prompts' last hidden states [P, D], what is kept of them, and the layers as the loop
-    after takes them.
+    """Prefill: return the last hidden states [P, D], the KV cache and the layers in decoding form
+    (unstacked where `ar.unroll` is set).
     """
     past = cache.empty(model.cfg, len(embedded_PLD), capacity)
     layers = nn.unstack(model.layers) if model.cfg.unroll else None
@@ -191,42 +204,42 @@ def _read(
     )
 
 
-def branch_segments(lengths_P: jax.Array, length: int, branches: int) -> jax.Array:
-    """Segment ids of prompts padded to `length`: int32 [P, L], or [2 P, L] with every second row
-    the branch that sees the scale tag alone.
+def cfg_segment_ids(lengths_P: jax.Array, length: int, cfg_branches: int) -> jax.Array:
+    """Return the segment ids of prompts padded to `length`: int32 [P, L], or [2 P, L] where every
+    second row is the unconditional branch, which sees the scale tag only.
     """
     index_L, last_P1 = jnp.arange(length), lengths_P[:, None] - 1
-    given_PL = (index_L <= last_P1).astype(jnp.int32)
-    if branches == 1:
-        return given_PL
-    alone_PL = (index_L == last_P1).astype(jnp.int32)
-    return jnp.stack([given_PL, alone_PL], axis=1).reshape(-1, length)
+    cond_PL = (index_L <= last_P1).astype(jnp.int32)
+    if cfg_branches == 1:
+        return cond_PL
+    uncond_PL = (index_L == last_P1).astype(jnp.int32)
+    return jnp.stack([cond_PL, uncond_PL], axis=1).reshape(-1, length)
 
 
-def guided(logits: jax.Array, guidance: float) -> jax.Array:
-    """[2 B, ..., V] of both branches, next to each other -> [B, ..., V]; as it is where guidance 1
-    has no second one.
+def guided_logits(logits: jax.Array, guidance: float) -> jax.Array:
+    """Combine the logits [2 B, ..., V] of both branches, next to each other, into [B, ..., V];
+    return them unchanged at guidance 1, which has no unconditional branch.
     """
     if guidance == 1.0:
         return logits
-    given, alone = jnp.unstack(logits.reshape(-1, 2, *logits.shape[1:]), axis=1)
-    return alone + guidance * (given - alone)
+    cond, uncond = jnp.unstack(logits.reshape(-1, 2, *logits.shape[1:]), axis=1)
+    return uncond + guidance * (cond - uncond)
 
 
-def for_each(x: jax.Array, group: int, branches: int) -> jax.Array:
-    """Rows of prompts -> of their images, branches side by side."""
+def repeat_for_group(x: jax.Array, group: int, cfg_branches: int) -> jax.Array:
+    """Repeat the rows of prompts for the images of their groups, branches side by side."""
     if group == 1:
         return x
-    return jnp.repeat(x.reshape(-1, branches, *x.shape[1:]), group, axis=0).reshape(
+    return jnp.repeat(x.reshape(-1, cfg_branches, *x.shape[1:]), group, axis=0).reshape(
         -1, *x.shape[1:]
     )
 
 
-def draw(
+def sample_token(
     logits_BV: jax.Array, keys_B: jax.Array, *, temperature: float, top_k: int, top_p: float
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """One draw a row -> (class [B] int32, its log-probability [B] under the distribution drawn
-    from, the classes [B, V] that this held or None for all).
+    """Sample one class a row -> (class [B] int32, its log-probability [B] under the truncated
+    distribution, the support [B, V] of that distribution or None for all classes).
     """
     B, V = logits_BV.shape
     if temperature == 0:
@@ -239,15 +252,15 @@ def draw(
     if (top_k or V) >= V and top_p == 1.0:
         return pick(classes_BC), pick(logprobs_BC), None
     rows_B1 = jnp.arange(B)[:, None]
-    kept_BV = jnp.zeros((B, V), bool).at[rows_B1, classes_BC].set(logprobs_BC > -jnp.inf)
-    return pick(classes_BC), pick(logprobs_BC), kept_BV
+    support_BV = jnp.zeros((B, V), bool).at[rows_B1, classes_BC].set(logprobs_BC > -jnp.inf)
+    return pick(classes_BC), pick(logprobs_BC), support_BV
 
 
 def truncate(
     logits_BV: jax.Array, *, temperature: float, top_k: int, top_p: float
 ) -> tuple[jax.Array, jax.Array]:
-    """The distribution drawn from -> (classes [B, C] int32, log-probabilities [B, C] float32, -inf
-    outside top-p).
+    """Apply temperature, top-k and top-p -> (classes [B, C] int32, log-probabilities [B, C]
+    float32, -inf outside top-p).
 
     C is top_k, or V when top-k is off. Sorted by falling probability when either truncation is on.
     Of classes tied at the k-th place the lower index is kept.
@@ -294,9 +307,10 @@ def _check(
             raise ValueError(f"sampling: {message}")
 
 
-def _in_compute_dtype(model: Qwen3) -> Qwen3:
-    """The model with parameters cast once, not at every token: decoding is bound by reading them.
-    Every use of a parameter casts to this dtype anyway, so no number changes.
+def _cast_params(model: Qwen3) -> Qwen3:
+    """Return the model with its parameters cast to the compute dtype once, not at every token:
+    decoding is bound by reading them. Every use of a parameter casts to this dtype anyway, so no
+    number changes.
     """
     graphdef, state = nnx.split(model)
     return nnx.merge(graphdef, jax.tree.map(lambda x: x.astype(model.cfg.dtype), state))

@@ -32,7 +32,7 @@ from rich.table import Table
 
 from blip3o_jax import nn
 from blip3o_jax.ar.qwen3 import project
-from blip3o_jax.ar.sampling import guided
+from blip3o_jax.ar.sampling import guided_logits
 from blip3o_jax.bench.peer.report import machine
 from blip3o_jax.blip3o import Blip3o
 from blip3o_jax.config import Config, RlConfig, UserError
@@ -343,7 +343,7 @@ def _published_logprobs(
         model.ar, record["tokens"], record["lengths"], record["image_ids"], branches
     )
     logits_BTV = (
-        guided(project(hidden_BTD, model.ar.head((0, vocabulary))), settings.token_guidance)
+        guided_logits(project(hidden_BTD, model.ar.head((0, vocabulary))), settings.token_guidance)
         / settings.temperature
     )
     index_V = jnp.arange(vocabulary)

@@ -14,7 +14,7 @@ from blip3o_jax.rl import flow_grpo, grpo
 from blip3o_jax.rl.rollout import (
     Record,
     flow_means,
-    shared_reading,
+    images_per_prefix,
     token_logprobs,
     trains_flow,
     trains_tokens,
@@ -29,7 +29,9 @@ def make_loss(config: Config, image_ids: tuple[int, int], shards: int) -> Loss:
     """
     rl, pieces = config.rl, config.optimizer.accumulate
     # A micro-batch takes every so many rows: of a group a part, or none of some.
-    share = shared_reading(rl.group // pieces, rl.prompts, shards) if rl.group % pieces == 0 else 1
+    share = (
+        images_per_prefix(rl.group // pieces, rl.prompts, shards) if rl.group % pieces == 0 else 1
+    )
 
     def loss(
         model: Blip3o, record: Record, keys_B: jax.Array

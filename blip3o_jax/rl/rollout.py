@@ -52,9 +52,9 @@ def has_reference(cfg: RlConfig) -> bool:
     return bool((trains_tokens(cfg) and cfg.kl) or (trains_flow(cfg) and cfg.flow.kl))
 
 
-def shared_reading(group: int, prompts: int, shards: int) -> int:
-    """How many images of a group share one reading of their prompt: as many as leave every device a
-    prompt to read.
+def images_per_prefix(group: int, prompts: int, shards: int) -> int:
+    """Return how many images of a group share the prefill of their prompt: as many as leave every
+    device a prompt of its own.
     """
     return next(
         g
@@ -86,7 +86,7 @@ def make_draw(
         rollout: jax.Array,
     ) -> tuple[jax.Array, Record]:
         model = plan.model(params, frozen)
-        share = shared_reading(group, len(tokens_PL), strategy.batch_shards)
+        share = images_per_prefix(group, len(tokens_PL), strategy.batch_shards)
         tokens_RL, lengths_R = (
             jnp.repeat(x, group // share, axis=0) for x in (tokens_PL, lengths_P)
         )
@@ -101,10 +101,10 @@ def make_draw(
                 draw_tokens, model, tokens_RL, lengths_R, settings=settings, image_ids=image_ids
             )
             if trains_tokens(rl):
-                drawn = draw_ids(keys_B=token_keys_B, group=share, keep_classes=True)
+                drawn = draw_ids(keys_B=token_keys_B, group=share, return_support=True)
                 hidden_BTD = drawn.hidden_BTD
                 record |= {"image_ids": drawn.ids_BN, "logprobs": drawn.logprobs_BN}
-                record |= {} if drawn.kept_BNX is None else {"classes": drawn.kept_BNX}
+                record |= {} if drawn.support_BNX is None else {"classes": drawn.support_BNX}
             else:  # a group has the image tokens of its first row: its images differ by what is trained alone
                 drawn = draw_ids(keys_B=jnp.repeat(token_keys_B[::group], group // share, axis=0))
                 hidden_BTD = jnp.repeat(drawn.hidden_BTD, share, axis=0)
@@ -142,7 +142,7 @@ def make_reference(
 ) -> Callable[[Any, Any, Record], Record]:
     """(reference's parameters, frozen, record) -> what the record lacks of the reference's."""
     rl = config.rl
-    share = shared_reading(rl.group, rl.prompts, strategy.batch_shards)
+    share = images_per_prefix(rl.group, rl.prompts, strategy.batch_shards)
 
     def reference(params: Any, frozen: Any, record: Record) -> Record:
         model, found = plan.model(params, frozen), {}

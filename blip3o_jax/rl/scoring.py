@@ -2,7 +2,7 @@
 computes token by token, in one pass over whole rows.
 
     row        p p p . . I_1 .. I_N        p prompt, its last the scale tag; . padding; I image tokens
-               p p p . . J_1 .. J_N        of one prompt, which is read once for them all
+               p p p . . J_1 .. J_N        of one prompt: a shared prefix, computed once
     hidden     at the tag predicts I_1, at I_j predicts I_(j+1)
 
 The distribution is the one drawn from: over image ids alone, at the temperature and guidance of the
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from blip3o_jax import nn
 from blip3o_jax.ar.qwen3 import Qwen3, project
-from blip3o_jax.ar.sampling import branch_segments, for_each, guided
+from blip3o_jax.ar.sampling import cfg_segment_ids, guided_logits, repeat_for_group
 from blip3o_jax.config import SamplingConfig
 
 
@@ -26,7 +26,7 @@ def score_image_tokens(
     tokens_BL: jax.Array,
     lengths_B: jax.Array,
     ids_BN: jax.Array,
-    kept_BNX: jax.Array | None,
+    support_BNX: jax.Array | None,
     settings: SamplingConfig,
     *,
     image_ids: tuple[int, int],
@@ -51,19 +51,25 @@ def score_image_tokens(
         return jnp.moveaxis(x.reshape(len(x), blocks, chunk, *x.shape[2:]), 1, 0)
 
     def block(_: None, inputs: tuple) -> tuple[None, tuple[jax.Array, jax.Array]]:
-        hidden_BCD, choice_BC, kept_BCX = inputs
+        hidden_BCD, choice_BC, support_BCX = inputs
         logits_BCV = nn.constrain(project(hidden_BCD, head_DV), "batch", None, "act_vocab")
-        logits_BCV = guided(logits_BCV, settings.token_guidance) / settings.temperature
-        if kept_BCX is not None:
-            kept_BCV = jnp.unpackbits(kept_BCX, axis=-1, count=logits_BCV.shape[-1]).astype(bool)
-            logits_BCV = jnp.where(kept_BCV, logits_BCV, -jnp.inf)
+        logits_BCV = guided_logits(logits_BCV, settings.token_guidance) / settings.temperature
+        if support_BCX is not None:
+            support_BCV = jnp.unpackbits(support_BCX, axis=-1, count=logits_BCV.shape[-1]).astype(
+                bool
+            )
+            logits_BCV = jnp.where(support_BCV, logits_BCV, -jnp.inf)
         logprobs_BCV = jax.nn.log_softmax(logits_BCV)
         picked_BC = jnp.take_along_axis(logprobs_BCV, choice_BC[..., None], axis=-1)[..., 0]
         finite_BCV = jnp.where(jnp.isneginf(logprobs_BCV), 0.0, logprobs_BCV)
         return None, (picked_BC, -jnp.sum(jnp.exp(logprobs_BCV) * finite_BCV, axis=-1))
 
     with jax.named_scope("score"):
-        inputs = cut(hidden_BND), cut(ids_BN - first), None if kept_BNX is None else cut(kept_BNX)
+        inputs = (
+            cut(hidden_BND),
+            cut(ids_BN - first),
+            None if support_BNX is None else cut(support_BNX),
+        )
         _, found = jax.lax.scan(block if blocks == 1 else jax.checkpoint(block), None, inputs)
     return tuple(jnp.moveaxis(x, 0, 1).reshape(len(ids_BN), -1)[:, :N] for x in found)
 
@@ -73,7 +79,7 @@ def reread(
     tokens_BL: jax.Array,
     lengths_B: jax.Array,
     ids_BN: jax.Array,
-    branches: int,
+    cfg_branches: int,
     group: int = 1,
 ) -> jax.Array:
     """Hidden states at the scale tag and at every image token [B, N + 1, D]: all but the last
@@ -81,12 +87,14 @@ def reread(
     """
     first = lambda x: x.reshape(-1, group, *x.shape[1:])[:, 0]
     tokens_PL, lengths_P = first(tokens_BL), first(lengths_B)
-    twin = lambda x: jnp.repeat(x, branches, axis=0)
-    hidden_PLD, hidden_BND = model.after_prompts(
-        model.embed(twin(tokens_PL)),
-        branch_segments(lengths_P, tokens_PL.shape[1], branches),
-        model.embed(twin(ids_BN)),
-        lambda x: for_each(x, group, branches),
+    repeat_for_cfg = lambda x: jnp.repeat(x, cfg_branches, axis=0)
+    hidden_PLD, hidden_BND = model.score_with_prefix(
+        model.embed(repeat_for_cfg(tokens_PL)),
+        cfg_segment_ids(lengths_P, tokens_PL.shape[1], cfg_branches),
+        model.embed(repeat_for_cfg(ids_BN)),
+        lambda x: repeat_for_group(x, group, cfg_branches),
     )
-    tag_P1D = jnp.take_along_axis(hidden_PLD, (twin(lengths_P) - 1)[:, None, None], axis=1)
-    return jnp.concatenate([for_each(tag_P1D, group, branches), hidden_BND], axis=1)
+    tag_P1D = jnp.take_along_axis(
+        hidden_PLD, (repeat_for_cfg(lengths_P) - 1)[:, None, None], axis=1
+    )
+    return jnp.concatenate([repeat_for_group(tag_P1D, group, cfg_branches), hidden_BND], axis=1)

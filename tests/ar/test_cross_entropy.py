@@ -33,15 +33,18 @@ def inputs(rng):
 
 
 @pytest.mark.parametrize(
-    ("chunk", "most"), [(1, None), (4, None), (11, None), (64, None), (64, 9), (4, 10), (4, 64)]
+    ("chunk", "max_labels"),
+    [(1, None), (4, None), (11, None), (64, None), (64, 9), (4, 10), (4, 64)],
 )
-def test_equals_the_naive_form(inputs, chunk, most):
+def test_equals_the_naive_form(inputs, chunk, max_labels):
     assert (
         int(inputs[3].sum(axis=1).max()) == 9
-    )  # with most = 9 one row is taken to its last label, the other is not
+    )  # with max_labels = 9 one row is taken to its last label, the other is not
 
     def chunked(hidden_BLD, head_DV):
-        return cross_entropy(hidden_BLD, head_DV, *inputs[2:], vocab_size=V, chunk=chunk, most=most)
+        return cross_entropy(
+            hidden_BLD, head_DV, *inputs[2:], vocab_size=V, chunk=chunk, max_labels=max_labels
+        )
 
     (want, want_right), wants = jax.value_and_grad(naive, argnums=(0, 1), has_aux=True)(*inputs)
     (got, right), gots = jax.jit(jax.value_and_grad(chunked, argnums=(0, 1), has_aux=True))(
@@ -84,7 +87,7 @@ def test_bfloat16_factors_give_float32_losses(inputs):
 def test_no_array_holds_all_logits(inputs):
     """The largest intermediate is one block of B x chunk x V, in the backward pass too."""
     fn = jax.grad(
-        lambda h, w: cross_entropy(h, w, *inputs[2:], vocab_size=V, chunk=4, most=9)[0],
+        lambda h, w: cross_entropy(h, w, *inputs[2:], vocab_size=V, chunk=4, max_labels=9)[0],
         argnums=(0, 1),
     )
     largest = max(_sizes(jax.make_jaxpr(fn)(*inputs[:2]).jaxpr))

@@ -40,7 +40,8 @@ def model() -> Qwen3:
 
 
 @functools.partial(
-    nnx.jit, static_argnames=("temperature", "top_k", "top_p", "guidance", "group", "keep_classes")
+    nnx.jit,
+    static_argnames=("temperature", "top_k", "top_p", "guidance", "group", "return_support"),
 )
 def generate(model, tokens_BL, lengths_B, keys_B, **settings):
     return sampling.generate_image_tokens(
@@ -165,14 +166,16 @@ def test_images_of_a_prompt_share_its_reading(guidance, unroll):
 def test_the_classes_that_could_be_drawn(model):
     """Of the first image token, against the definition; and none are kept where none are left out."""
     settings, (tokens, lengths) = SETTINGS["truncated"], prompts()
-    drawn = generate(model, tokens, lengths, keys(), keep_classes=True, **settings)
+    drawn = generate(model, tokens, lengths, keys(), return_support=True, **settings)
     for b, n in enumerate(LENGTHS):
         _, logits = full(model, tokens[b, :n])
         want = np.isfinite(expected_logprobs(np.asarray(logits)[-1], **settings))
-        got = np.unpackbits(np.asarray(drawn.kept_BNX[b, 0]), count=len(want)).astype(bool)
+        got = np.unpackbits(np.asarray(drawn.support_BNX[b, 0]), count=len(want)).astype(bool)
         assert np.array_equal(got, want) and want.sum() < 12
     assert (
-        generate(model, tokens, lengths, keys(), keep_classes=True, **SETTINGS["full"]).kept_BNX
+        generate(
+            model, tokens, lengths, keys(), return_support=True, **SETTINGS["full"]
+        ).support_BNX
         is None
     )
 
@@ -213,7 +216,7 @@ def test_truncation_of_a_distribution_worked_out_by_hand():
 
 def test_draws_follow_the_distribution_and_report_its_log_probability():
     logits = jnp.log(jnp.array([0.1, 0.4, 0.2, 0.3]))
-    draw = functools.partial(sampling.draw, temperature=1.0, top_k=3, top_p=0.75)
+    draw = functools.partial(sampling.sample_token, temperature=1.0, top_k=3, top_p=0.75)
     choice, logprob, _ = draw(jnp.tile(logits, (4000, 1)), keys(4000))
     shares = np.bincount(choice, minlength=4) / 4000
     assert shares[0] == shares[2] == 0
@@ -223,7 +226,7 @@ def test_draws_follow_the_distribution_and_report_its_log_probability():
 
 def test_a_swap_of_two_almost_equal_candidates_does_not_change_the_draw():
     logits = jax.random.normal(jax.random.key(0), (64, 30))
-    draw = functools.partial(sampling.draw, temperature=1.0, top_k=20, top_p=0.95)
+    draw = functools.partial(sampling.sample_token, temperature=1.0, top_k=20, top_p=0.95)
     choice, _, _ = draw(logits, keys(64))
     # Equal logits in pairs, nudged one way and then the other: ranks swap all over, the draw must
     # not.
@@ -236,7 +239,7 @@ def test_a_swap_of_two_almost_equal_candidates_does_not_change_the_draw():
 def test_bfloat16_decoding_uses_the_numbers_training_uses():
     """Parameters are cast once before the loop; that must not change what each use computes."""
     model = Qwen3(dataclasses.replace(CFG, dtype="bfloat16"), rngs=nnx.Rngs(0))
-    cast = sampling._in_compute_dtype(model)
+    cast = sampling._cast_params(model)
     assert cast.embedding.dtype == jnp.bfloat16 and model.embedding.dtype == jnp.float32
     tokens, _ = prompts()
     assert np.array_equal(full(cast, tokens[0])[1], full(model, tokens[0])[1])

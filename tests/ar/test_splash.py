@@ -134,7 +134,7 @@ def test_a_kernel_of_another_platform_is_refused(name, its):
 
 
 def test_what_auto_stands_for(caplog):
-    attention.chosen.cache_clear()
+    attention.default_implementation.cache_clear()
     cases = {
         ("tpu", "bfloat16", True): "splash",
         ("tpu", "bfloat16", False): "xla",
@@ -144,6 +144,6 @@ def test_what_auto_stands_for(caplog):
     }
     with caplog.at_level("INFO"):
         for (platform, dtype, whole_rows), want in [*cases.items()] * 2:
-            assert attention.chosen(platform, dtype, whole_rows=whole_rows) == want
+            assert attention.default_implementation(platform, dtype, whole_rows=whole_rows) == want
     assert len(caplog.messages) == len(cases)
     assert caplog.messages[0] == "attention over whole rows in bfloat16 on tpu: splash"

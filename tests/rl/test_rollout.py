@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from blip3o_jax.config import ConfigError, RlConfig, SamplingConfig
-from blip3o_jax.rl.rollout import chunks, has_reference, shared_reading
+from blip3o_jax.rl.rollout import chunks, has_reference, images_per_prefix
 
 
 @pytest.mark.parametrize(
@@ -13,7 +13,7 @@ from blip3o_jax.rl.rollout import chunks, has_reference, shared_reading
     [(16, 8, 8, 16), (16, 8, 1, 16), (16, 2, 8, 4), (16, 1, 16, 1), (6, 1, 4, 1), (6, 2, 4, 3)],
 )
 def test_as_many_images_share_a_reading_as_leave_every_device_one(group, prompts, shards, want):
-    assert shared_reading(group, prompts, shards) == want
+    assert images_per_prefix(group, prompts, shards) == want
 
 
 @pytest.mark.parametrize(

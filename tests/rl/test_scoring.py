@@ -39,15 +39,15 @@ def drawn(model, tokens_BL, lengths_B, keys_B, settings):
         num_tokens=N,
         image_ids=IMAGE_IDS,
         guidance=settings.token_guidance,
-        keep_classes=True,
+        return_support=True,
         **names,
     )
 
 
 @functools.partial(nnx.jit, static_argnames=("settings", "chunk"))
-def score(model, tokens_BL, lengths_B, ids_BN, kept_BNX, settings, chunk):
+def score(model, tokens_BL, lengths_B, ids_BN, support_BNX, settings, chunk):
     return score_image_tokens(
-        model, tokens_BL, lengths_B, ids_BN, kept_BNX, settings, image_ids=IMAGE_IDS, chunk=chunk
+        model, tokens_BL, lengths_B, ids_BN, support_BNX, settings, image_ids=IMAGE_IDS, chunk=chunk
     )
 
 
@@ -59,7 +59,9 @@ def test_scoring_is_what_sampling_said(model, name, chunk):
     """
     settings, (tokens, lengths) = SETTINGS[name], prompts()
     found = drawn(model, tokens, lengths, keys(), settings)
-    logprobs, entropy = score(model, tokens, lengths, found.ids_BN, found.kept_BNX, settings, chunk)
+    logprobs, entropy = score(
+        model, tokens, lengths, found.ids_BN, found.support_BNX, settings, chunk
+    )
     np.testing.assert_allclose(logprobs, found.logprobs_BN, atol=2e-5 if name == "guided" else 5e-6)
     assert logprobs.shape == entropy.shape == (len(LENGTHS), N)
 
@@ -76,7 +78,7 @@ def test_a_prompt_that_is_read_once_for_its_images_is_the_same(model, name):
     @nnx.jit(static_argnames=("group",))
     def scored(model, group):
         def total(model):
-            given = tokens, lengths, found.ids_BN, found.kept_BNX, settings
+            given = tokens, lengths, found.ids_BN, found.support_BNX, settings
             logprobs_BN, _ = score_image_tokens(
                 model, *given, image_ids=IMAGE_IDS, chunk=N, group=group
             )
@@ -121,7 +123,7 @@ def test_gradients_are_those_of_one_block(model, chunk):
             tokens,
             lengths,
             found.ids_BN,
-            found.kept_BNX,
+            found.support_BNX,
             settings,
             image_ids=IMAGE_IDS,
             chunk=chunk,
@@ -147,6 +149,6 @@ def test_a_class_that_was_left_out_stays_left_out(model):
     for choice in range(*IMAGE_IDS):
         ids = np.asarray(found.ids_BN).copy()
         ids[:, -1] = choice
-        logprobs, _ = score(other, tokens, lengths, ids, found.kept_BNX, settings, N)
+        logprobs, _ = score(other, tokens, lengths, ids, found.support_BNX, settings, N)
         total += np.exp(np.asarray(logprobs[:, -1], np.float64))
     np.testing.assert_allclose(total, 1.0, rtol=1e-5)
