@@ -53,8 +53,8 @@ PARTS = (
 )
 
 
-# Of images in a row: pooled features [B, R, N, width], the index of each image's opening tag [B,
-# R], which there are [B, R].
+# Reference images of a row: pooled features [B, R, N, width], the index of each image's opening tag
+# [B, R], and the mask of slots that hold one [B, R].
 Features = tuple[jax.Array, jax.Array, jax.Array]
 
 
@@ -115,14 +115,14 @@ class Blip3o(nnx.Module):
         return jnp.clip(x_BHWC.astype(jnp.float32) / 2 + 0.5, 0, 1)
 
     def init_image_embeddings_from_codes(self, image_token_offset: int, seed: int) -> None:
-        """Sets the rows of the image tokens in the AR's tables to random projections of their
+        """Set the embeddings of the image tokens in the AR's tables to random projections of their
         codes, so that codes that look alike start alike (such projections keep distances: Johnson
         and Lindenstrauss, 1984):
 
             row_k = range * c_k R / |c|,    R Gaussian [code width, D], another for each table; |c| the root mean square
 
-        Drawn rows say nothing of what a token looks like, and each is learned from its own
-        occurrences alone.
+        Random embeddings hold no information on what a token looks like, and each is learned from
+        its own occurrences alone.
         """
         codes_KD, ar = self.tokenizer.bottleneck.codebook.table(), self.cfg.ar
         codes_KD *= jax.lax.rsqrt(jnp.mean(jnp.sum(codes_KD**2, axis=-1)))
@@ -160,18 +160,18 @@ class Blip3o(nnx.Module):
             return self.ar(embedded_BLD, positions_BL, segment_ids_BL)
 
     def embed(self, tokens_BL: jax.Array, features: Features | None = None) -> jax.Array:
-        """Embeddings [B, L, D] of rows, with SigLIP2 features in the places of images where they
-        stand for these.
+        """Return embeddings [B, L, D] of rows, with SigLIP2 features in place of the embeddings of
+        image tokens where `features` are given.
         """
         with nn.part("ar"):
             embedded_BLD = self.ar.embed(tokens_BL)
         if features is None:
             return embedded_BLD
-        features_BRND, span_BR, there_BR = features
+        features_BRND, span_BR, mask_BR = features
         B, R, N, width = features_BRND.shape
         with nn.part("connector"):
             features_BXD = self.feature_connector(features_BRND.reshape(B, R * N, width))
-        return insert_features(embedded_BLD, span_BR, features_BXD.reshape(B, R, N, -1), there_BR)
+        return insert_features(embedded_BLD, span_BR, features_BXD.reshape(B, R, N, -1), mask_BR)
 
     def condition(
         self,
@@ -180,11 +180,11 @@ class Blip3o(nnx.Module):
         references: "References | None" = None,
         keep_references_B: jax.Array | None = None,
     ) -> Condition:
-        """Hidden states and reference images -> what the DiT is conditioned on.
+        """Return the condition of the DiT, from hidden states and reference images.
 
-        Hidden states that are not kept become zeros before the connector. References that are not
-        kept leave zeros as their condition tokens; the concatenated latents stay, or go where
-        `editing.uncond_latent_concat` is false.
+        Hidden states that are dropped (`keep_B` False) become zeros before the connector.
+        References that are dropped leave zeros as their condition tokens; the concatenated latents
+        stay, or go where `editing.uncond_latent_concat` is false.
         """
         editing, latent_concat, mask_BT = self.cfg.editing, None, None
         with nn.part("connector"):
@@ -196,10 +196,10 @@ class Blip3o(nnx.Module):
                 )
                 if keep_references_B is not None:
                     more_BXC = jnp.where(keep_references_B[:, None, None], more_BXC, 0)
-                there_BX = jnp.repeat(
+                mask_BX = jnp.repeat(
                     references.mask_BR, z_BRHWC.shape[2] * z_BRHWC.shape[3], axis=1
                 )
-                mask_BT = jnp.concatenate([jnp.ones(tokens_BTC.shape[:2], bool), there_BX], axis=1)
+                mask_BT = jnp.concatenate([jnp.ones(tokens_BTC.shape[:2], bool), mask_BX], axis=1)
                 tokens_BTC = jnp.concatenate([tokens_BTC, more_BXC], axis=1)
         if references is not None and editing.latent_concat:
             mask_BR = references.mask_BR
@@ -214,24 +214,28 @@ class Blip3o(nnx.Module):
         settings: SamplingConfig,
         references: "References | None" = None,
     ) -> Guidance:
-        """The branches of sampling: the null condition and that of the references alone are what
-        training drops to.
+        """Return the branches of classifier-free guidance. The unconditional one and that of the
+        references alone are the conditions that dropout leaves in training.
         """
-        scale, towards = settings.guidance, settings.reference_guidance or settings.guidance
-        given = self.condition(hidden_BTD, None, references)
-        if scale == towards == 1.0:
-            return Guidance(given)
+        scale, reference_scale = settings.guidance, settings.reference_guidance or settings.guidance
+        cond = self.condition(hidden_BTD, None, references)
+        if scale == reference_scale == 1.0:
+            return Guidance(cond)
         rows = len(hidden_BTD)
         none_B, all_B = jnp.zeros(rows, bool), jnp.ones(rows, bool)
         # One token stands for all T where they are equal, since attention over them does not depend
         # on their number.
-        count = 1 if given.mask_BT is None else hidden_BTD.shape[1]
+        count = 1 if cond.mask_BT is None else hidden_BTD.shape[1]
         zeros_BTD = jnp.zeros((rows, count, self.cfg.ar.hidden_size), jnp.float32)
-        null = self.condition(zeros_BTD, none_B, references, none_B)
-        if references is None or scale == towards:
-            return Guidance(given, null, scale)
+        uncond = self.condition(zeros_BTD, none_B, references, none_B)
+        if references is None or scale == reference_scale:
+            return Guidance(cond, uncond, scale)
         return Guidance(
-            given, null, scale, self.condition(zeros_BTD, none_B, references, all_B), towards
+            cond,
+            uncond,
+            scale,
+            self.condition(zeros_BTD, none_B, references, all_B),
+            reference_scale,
         )
 
     def velocity(self, z_BHWC: jax.Array, timestep_B: jax.Array, condition: Condition) -> jax.Array:
@@ -255,8 +259,10 @@ def scale_pixels(pixels: jax.Array) -> jax.Array:
     return pixels.astype(jnp.float32) / 127.5 - 1.0
 
 
-def targets(model: Blip3o, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """Codes [B, N] and latents [B, H, W, C] of a batch: cached, or by the frozen encoders."""
+def encode_targets(model: Blip3o, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """Return codes [B, N] and latents [B, H, W, C] of a batch, cached or encoded by the frozen
+    encoders.
+    """
     if "codes" in batch:
         return batch["codes"], batch["latents"].astype(jnp.float32)
     with jax.named_scope("encode"):
@@ -266,8 +272,10 @@ def targets(model: Blip3o, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.
         )
 
 
-def references(model: Blip3o, batch: dict[str, jax.Array]) -> References | None:
-    """The batch's, cached or by the frozen encoders; None where its rows have no places for them."""
+def encode_references(model: Blip3o, batch: dict[str, jax.Array]) -> References | None:
+    """Return the batch's reference images, cached or encoded by the frozen encoders; None where its
+    rows have no reference slots.
+    """
     if "reference_mask" not in batch:
         return None
     mask_BR, editing = batch["reference_mask"] > 0, model.cfg.editing
@@ -372,8 +380,8 @@ def joint_preview(
     loss: LossConfig,
     image_token_offset: int,
 ) -> jax.Array:
-    """[B, H, 2 W, 3] in [0, 1]: each target as the autoencoder has it, and what one velocity from a
-    noisy one points to.
+    """Return previews [B, H, 2 W, 3] in [0, 1]: each target as the autoencoder reconstructs it, and
+    the denoised estimate from one velocity at a random noise level.
     """
     out = _joint_forward(
         model,
@@ -389,7 +397,7 @@ def joint_preview(
 
 
 class _Joint(NamedTuple):
-    """Everything the joint loss is computed from; from z on, a row for each draw of noise."""
+    """Outputs that the joint loss is computed from; from z on, a row for each noise sample."""
 
     tokens_BL: jax.Array
     hidden_BLD: jax.Array
@@ -407,9 +415,13 @@ def _joint_forward(
     loss: LossConfig,
     image_token_offset: int,
 ) -> _Joint:
-    codes_BN, z_BHWC = targets(model, batch)
-    shown, span_B, target_B = references(model, batch), batch["image_span"], batch.get("target")
-    # Everything that is put into a row's tokens, whichever of its examples it is of.
+    codes_BN, z_BHWC = encode_targets(model, batch)
+    reference_images, span_B, target_B = (
+        encode_references(model, batch),
+        batch["image_span"],
+        batch.get("target"),
+    )
+    # Arrays of examples regrouped by row, for what is inserted into a row's tokens.
     rows = len(batch["tokens"])
     of_row = lambda x: None if x is None else x.reshape(rows, -1)
     ids_of_row = lambda codes: image_ids_from_codes(codes, image_token_offset).reshape(
@@ -418,23 +430,34 @@ def _joint_forward(
     tokens_BL = insert_references(
         batch["tokens"], of_row(span_B), ids_of_row(codes_BN), of_row(target_B)
     )
-    places_BR = of_row(batch.get("reference_span"))
-    if shown is not None:
+    span_BR = of_row(batch.get("reference_span"))
+    if reference_images is not None:
         tokens_BL = insert_references(
-            tokens_BL, places_BR, ids_of_row(shown.codes_BRN), of_row(shown.mask_BR)
+            tokens_BL,
+            span_BR,
+            ids_of_row(reference_images.codes_BRN),
+            of_row(reference_images.mask_BR),
         )
     sampled = sample_training_noise(keys_B, z_BHWC.shape[1:], model.cfg, loss)
-    # An example that answers in words has nothing to say without its question.
+    # A question is never hidden: its answer depends on it alone.
     hidden_B = ~sampled.captioned_B if target_B is None else ~sampled.captioned_B & (target_B > 0)
     segment_ids_BL = mask_prompts(batch["segment_ids"], span_B, hidden_B)
     features_BRND = None
-    if shown is not None and shown.features_BRND is not None:
-        features_BRND = shown.features_BRND.reshape(rows, -1, *shown.features_BRND.shape[2:])
-    in_row = None if features_BRND is None else (features_BRND, places_BR, of_row(shown.mask_BR))
+    if reference_images is not None and reference_images.features_BRND is not None:
+        features_BRND = reference_images.features_BRND.reshape(
+            rows, -1, *reference_images.features_BRND.shape[2:]
+        )
+    in_row = (
+        None
+        if features_BRND is None
+        else (features_BRND, span_BR, of_row(reference_images.mask_BR))
+    )
     hidden_BLD = model.hidden(tokens_BL, batch["positions"], segment_ids_BL, in_row)
     span_BTD = slice_condition_span(hidden_BLD, span_B, codes_BN.shape[1], loss.condition_span)
-    condition = model.condition(span_BTD, sampled.keep_B, shown, sampled.keep_references_B)
-    # The draws of an example share its condition, and so one pass of the AR (as in MAR, arXiv
+    condition = model.condition(
+        span_BTD, sampled.keep_B, reference_images, sampled.keep_references_B
+    )
+    # The noise samples of an example share its condition, and so one pass of the AR (as in MAR, arXiv
     # 2406.11838).
     z_BHWC, condition = jax.tree.map(
         lambda x: jnp.repeat(x, loss.flow_draws, axis=0), (z_BHWC, condition)

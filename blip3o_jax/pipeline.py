@@ -1,13 +1,12 @@
-"""What a trained model does, from a checkpoint: `model = blip3o_jax.load(DIR)`.
+"""Sample from a trained model, loaded from a checkpoint: `model = blip3o_jax.load(DIR)`.
 
     model.generate(["a red circle"])                    text -> images
     model.edit([photo], ["make the sky green"])         image(s) and an instruction -> images
-    model.redraw([photo])                               image -> its tokens -> image
+    model.reconstruct([photo])                          image -> its tokens -> image
     model.ask([photo], ["what colour is the sky?"])     image(s) and a question -> text
-    model.draw([Request("t2i", ...), Request("edit", ...)])     tasks mixed
+    model.generate_requests([Request("t2i", ...), ...]) requests of several tasks
 
-Legend: B batch, L prompt length, N image tokens, H W C image or latent, R places for reference
-images.
+Legend: B batch, L prompt length, N image tokens, H W C image or latent, R reference slots.
 """
 
 import dataclasses
@@ -26,9 +25,14 @@ from blip3o_jax.blip3o import Blip3o
 from blip3o_jax.config import Config, MeshConfig, SamplingConfig, UserError, check
 from blip3o_jax.data import images
 from blip3o_jax.data.template import PromptTokens, make_prompt
-from blip3o_jax.drawing import LENGTH_BUCKET, make_sample, make_write, to_uint8
 from blip3o_jax.parallel.rules import Strategy
 from blip3o_jax.samples import check_images_out, write_images
+from blip3o_jax.sampling_programs import (
+    LENGTH_BUCKET,
+    make_image_sampler,
+    make_text_sampler,
+    to_uint8,
+)
 from blip3o_jax.text.tokenizers import load_tokenizer
 from blip3o_jax.text.vocabulary import Vocabulary
 from blip3o_jax.train import checkpoint as checkpoints
@@ -37,9 +41,9 @@ from blip3o_jax.train.stages import stage_parts
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """One thing to do: `text` is the caption, instruction or question, `images` those shown, uint8
-    [H, W, 3] of any size. What is drawn is of `size`, (height, width); None: of the model's sizes
-    that nearest in shape to the first image, or the first.
+    """A task with its inputs: `text` is the caption, instruction or question, `images` the
+    reference images, uint8 [H, W, 3] of any size. The output has `size`, (height, width); None: of
+    the model's sizes the nearest in shape to the first image, or the first.
     """
 
     task: str  # of data/template.py
@@ -68,8 +72,8 @@ class Pipeline:
         self.config, self.vocabulary, self.strategy = config, vocabulary, strategy
         self._graphdef, self._params = graphdef, params
         image_ids = vocabulary.image_token_offset, vocabulary.image_token_end
-        self._sample = make_sample(graphdef, strategy, image_ids)
-        self._write = make_write(graphdef, strategy, vocabulary)
+        self._sample_images = make_image_sampler(graphdef, strategy, image_ids)
+        self._sample_text = make_text_sampler(graphdef, strategy, vocabulary)
 
     def generate(
         self,
@@ -80,24 +84,28 @@ class Pipeline:
         first_index: int = 0,
         **overrides: Any,
     ) -> Generated:
-        """One image a prompt; see `draw`."""
+        """Sample one image a prompt; see `generate_requests`."""
         requests = [Request("t2i", prompt) for prompt in prompts]
-        return self.draw(
+        return self.generate_requests(
             requests, seed=seed, progress=progress, first_index=first_index, **overrides
         )
 
     def edit(self, images: Sequence[Any], instructions: Sequence[str], **more: Any) -> Generated:
-        """One image an instruction. `images` holds for each the image it is about, or a sequence of
-        several; `more` as of `draw`.
+        """Sample one image an instruction. `images` holds for each the image to edit, or a sequence
+        of several; `more` as of `generate_requests`.
         """
         pairs = zip(images, instructions, strict=True)
-        return self.draw([Request("edit", text, _several(shown)) for shown, text in pairs], **more)
+        return self.generate_requests(
+            [Request("edit", text, _image_tuple(image)) for image, text in pairs], **more
+        )
 
-    def redraw(self, images: Sequence[np.ndarray], **more: Any) -> Generated:
-        """Each image as the model draws it again from its tokens; `more` as of `draw`."""
-        return self.draw([Request("reconstruct", "", (image,)) for image in images], **more)
+    def reconstruct(self, images: Sequence[np.ndarray], **more: Any) -> Generated:
+        """Reconstruct each image from its tokens; `more` as of `generate_requests`."""
+        return self.generate_requests(
+            [Request("reconstruct", "", (image,)) for image in images], **more
+        )
 
-    def draw(
+    def generate_requests(
         self,
         requests: Sequence[Request],
         *,
@@ -106,8 +114,8 @@ class Pipeline:
         first_index: int = 0,
         **overrides: Any,
     ) -> Generated:
-        """One image a request, of any tasks that an image answers. `overrides` are fields of
-        SamplingConfig (steps, guidance, temperature, top_k, ...).
+        """Sample one image a request, of any tasks whose output is an image. `overrides` are fields
+        of SamplingConfig (steps, guidance, temperature, top_k, ...).
 
         Image i depends on (seed, first_index + i, requests[i]) and the settings alone, not on the
         batch it was made in. Raises UserError for no request, an unknown setting, or one that does
@@ -115,17 +123,17 @@ class Pipeline:
         """
         check(
             all(request.task != "understand" for request in requests),
-            "task understand is answered in words: use ask",
+            "task understand has text as its output: use ask",
         )
-        settings, began, done = self.settings(**overrides), time.monotonic(), 0
-        drawn: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        settings, start, done = self.settings(**overrides), time.monotonic(), 0
+        outputs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         for batch, rows, size in self._batches(
             requests, seed, first_index, settings, self.config.model.tokenizer.num_tokens
         ):
-            pixels_BHWC, codes_BN = self._sample(
+            pixels_BHWC, codes_BN = self._sample_images(
                 self._params, **batch, settings=settings, size=size
             )
-            drawn |= dict(
+            outputs |= dict(
                 zip(
                     rows,
                     zip(np.asarray(pixels_BHWC), np.asarray(codes_BN), strict=True),
@@ -134,15 +142,17 @@ class Pipeline:
             )
             done += len(rows)
             if progress:
-                seconds = time.monotonic() - began
+                seconds = time.monotonic() - start
                 left = seconds / done * (len(requests) - done)
                 rate = f"{done / seconds:.2f} images/s  ETA {left:.0f} s"
                 print(f"sample  {done}/{len(requests)} images  {rate}", file=sys.stderr)
-        images = [drawn[i][0] for i in range(len(requests))]
-        alike = len({image.shape for image in images}) == 1
-        codes_BN = np.stack([drawn[i][1] for i in range(len(requests))])
+        images = [outputs[i][0] for i in range(len(requests))]
+        same_shape = len({image.shape for image in images}) == 1
+        codes_BN = np.stack([outputs[i][1] for i in range(len(requests))])
         return Generated(
-            [request.text for request in requests], np.stack(images) if alike else images, codes_BN
+            [request.text for request in requests],
+            np.stack(images) if same_shape else images,
+            codes_BN,
         )
 
     def ask(
@@ -151,22 +161,25 @@ class Pipeline:
         questions: Sequence[str],
         *,
         seed: int = 0,
-        most: int = 64,
+        max_new_tokens: int = 64,
         first_index: int = 0,
         temperature: float = 0.0,
         **overrides: Any,
     ) -> list[str]:
-        """The answer to each question, of at most `most` tokens and what its row has room for, the
-        likeliest or drawn at a temperature. `images` as of `edit`; an answer depends on what an
-        image of `draw` does.
+        """Return the answer to each question, of at most `max_new_tokens` tokens and what its row
+        has room for, greedy or sampled at a temperature. `images` as of `edit`; an answer depends
+        on the same inputs as an image of `generate_requests`.
         """
         settings = self.settings(temperature=temperature, **overrides)
         pairs = zip(images, questions, strict=True)
-        requests = [Request("understand", text, _several(shown)) for shown, text in pairs]
+        requests = [Request("understand", text, _image_tuple(image)) for image, text in pairs]
         answers: dict[int, str] = {}
         for batch, rows, _ in self._batches(requests, seed, first_index, settings, 1):
             ids_BN, count_B = map(
-                np.asarray, self._write(self._params, **batch, settings=settings, most=most)
+                np.asarray,
+                self._sample_text(
+                    self._params, **batch, settings=settings, max_new_tokens=max_new_tokens
+                ),
             )
             count_B = np.minimum(count_B, self.config.data.max_length - batch["lengths_B"])
             answers |= {
@@ -183,24 +196,24 @@ class Pipeline:
         settings: SamplingConfig,
         room: int,
     ) -> Iterator[tuple[dict[str, Any], list[int], tuple[int, int]]]:
-        """(what a compiled program takes, which requests its first rows are, their size): requests
-        of one size share batches. Prompts leave `room` tokens in a row.
+        """Yield (arguments of a sampling program, the requests of its first rows, their size):
+        requests of one size share batches. Prompts leave `room` tokens in a row.
         """
         check(0 <= seed < 2**32, f"seed={seed} must lie between 0 and {2**32 - 1}")
         if not requests:
             raise UserError("no prompt given: pass at least one")
         prompts = [self._prompt(request, room) for request in requests]
         length = -(-max(len(prompt.ids) for prompt in prompts) // LENGTH_BUCKET) * LENGTH_BUCKET
-        shown = any(request.images for request in requests)
+        has_references = any(request.images for request in requests)
         sizes: dict[tuple[int, int], list[int]] = {}
         for i, request in enumerate(requests):
             sizes.setdefault(self._size(request), []).append(i)
         for size, chosen in sizes.items():
-            most = _rows(len(chosen), settings.batch_size, self.strategy.batch_shards)
-            for start in range(0, len(chosen), most):
-                rows = chosen[start : start + most]
-                padded = rows + rows[-1:] * (most - len(rows))
-                tokens_BL = np.zeros((most, length), np.int32)
+            batch_size = _batch_size(len(chosen), settings.batch_size, self.strategy.batch_shards)
+            for start in range(0, len(chosen), batch_size):
+                rows = chosen[start : start + batch_size]
+                padded = rows + rows[-1:] * (batch_size - len(rows))
+                tokens_BL = np.zeros((batch_size, length), np.int32)
                 for row, i in zip(tokens_BL, padded, strict=True):
                     row[: len(prompts[i].ids)] = prompts[i].ids
                 batch = {
@@ -209,9 +222,9 @@ class Pipeline:
                     "indices_B": np.array(padded, np.uint32) + np.uint32(first_index),
                     "seed": np.uint32(seed),
                 }
-                if shown:
+                if has_references:
                     views = [self._views(requests[i], prompts[i], size) for i in padded]
-                    batch["shown"] = {
+                    batch["references"] = {
                         name: np.stack([view[name] for view in views]) for name in views[0]
                     }
                 yield batch, rows, size
@@ -226,15 +239,13 @@ class Pipeline:
         )
 
     def _prompt(self, request: Request, room: int) -> PromptTokens:
-        model, limit, places = (
+        model, limit, slots = (
             self.config.model,
             self.config.data.max_length,
             self.config.model.editing.reference_slots,
         )
-        if len(request.images) > places:
-            have = (
-                f"shows at most {places} in a row" if places else "was not trained to be shown any"
-            )
+        if len(request.images) > slots:
+            have = f"takes at most {slots} in a row" if slots else "was not trained to take any"
             raise UserError(f"images given: {len(request.images)}, but the model {have}")
         for image in request.images:
             _check_image(image)
@@ -259,25 +270,25 @@ class Pipeline:
     def _views(
         self, request: Request, prompt: PromptTokens, size: tuple[int, int]
     ) -> dict[str, np.ndarray]:
-        """What the batch has of a request's images, as in training (data/examples.py)."""
-        places, side = (
+        """Return the reference_* arrays of a request's images, as in training (data/examples.py)."""
+        slots, side = (
             self.config.model.editing.reference_slots,
             self.config.model.tokenizer.encoder.image_size,
         )
         blank = tuple(np.zeros((*shape, 3), np.uint8) for shape in (size, (side, side)))
         views = [images.views(image, size, side, self.config.data.crop) for image in request.images]
-        views += [blank] * (places - len(views))
-        spans_R = np.zeros(places, np.int32)
+        views += [blank] * (slots - len(views))
+        spans_R = np.zeros(slots, np.int32)
         spans_R[: len(prompt.references)] = prompt.references
         return {
             "reference_pixels": np.stack([view for view, _ in views]),
             "reference_tokenizer_pixels": np.stack([view for _, view in views]),
             "reference_span": spans_R,
-            "reference_mask": (np.arange(places) < len(request.images)).astype(np.float32),
+            "reference_mask": (np.arange(slots) < len(request.images)).astype(np.float32),
         }
 
     def settings(self, **overrides: Any) -> SamplingConfig:
-        """The checkpoint's sampling settings with `overrides` (None leaves one as it is)."""
+        """Return the checkpoint's sampling settings with `overrides` (None leaves one as it is)."""
         known = {f.name for f in dataclasses.fields(SamplingConfig)}
         if unknown := set(overrides) - known:
             raise UserError(
@@ -291,11 +302,11 @@ class Pipeline:
         return dataclasses.replace(settings, batch_size=-(-settings.batch_size // shards) * shards)
 
     def autoencode(self, pixels_BHWC: np.ndarray) -> np.ndarray:
-        """uint8 images [B, S, S, 3] through the autoencoder and back."""
+        """Encode and decode uint8 images [B, S, S, 3] with the autoencoder."""
         return np.asarray(self._autoencode(self._params, pixels_BHWC))
 
     def codes(self, tokenizer_pixels_BHWC: np.ndarray) -> np.ndarray:
-        """uint8 images at the tokenizer's size -> codebook indices [B, N]."""
+        """Encode uint8 images at the tokenizer's size to codebook indices [B, N]."""
         return np.asarray(self._codes(self._params, tokenizer_pixels_BHWC))
 
     def _model(self, params: Any) -> Blip3o:
@@ -311,19 +322,19 @@ class Pipeline:
         return self._model(params).codes(pixels_BHWC)
 
 
-def _rows(requests: int, most: int, shards: int) -> int:
-    """Return how many rows a batch has for so many requests, padding included: `most`, and for
-    fewer requests a power of two on every one of `shards`, so that few programs are compiled.
+def _batch_size(requests: int, largest: int, shards: int) -> int:
+    """Return the number of rows of a batch for so many requests, padding included: `largest`, and
+    for fewer requests a power of two on every one of `shards`, so that few programs are compiled.
     """
-    return min(most, shards * 2 ** (-(-requests // shards) - 1).bit_length())
+    return min(largest, shards * 2 ** (-(-requests // shards) - 1).bit_length())
 
 
-def _several(shown: Any) -> tuple[Any, ...]:
-    """One image, or a sequence of them."""
+def _image_tuple(images: Any) -> tuple[Any, ...]:
+    """Return one image, or a sequence of them, as a tuple."""
     return (
-        tuple(shown)
-        if isinstance(shown, list | tuple) or getattr(shown, "ndim", 3) == 4
-        else (shown,)
+        tuple(images)
+        if isinstance(images, list | tuple) or getattr(images, "ndim", 3) == 4
+        else (images,)
     )
 
 
@@ -344,8 +355,8 @@ def _check_image(image: Any) -> None:
 
 
 def load(path: str | pathlib.Path, mesh: MeshConfig | None = None) -> Pipeline:
-    """The pipeline of a joint run's checkpoint: its workdir, checkpoints directory or one step.
-    Needs nothing else.
+    """Load the pipeline of a joint run's checkpoint: its workdir, checkpoints directory or one
+    step. Needs nothing else.
 
     `mesh` places it (all devices, batch-parallel, by default). Raises UserError when `path` is not
     such a checkpoint.
@@ -366,7 +377,7 @@ def load(path: str | pathlib.Path, mesh: MeshConfig | None = None) -> Pipeline:
     return Pipeline(config, graphdef, params, vocabulary, strategy)
 
 
-def draw_to_directory(
+def generate_to_directory(
     checkpoint: str | pathlib.Path,
     requests: Sequence[tuple[Any, ...]],
     out: str | pathlib.Path,
@@ -374,11 +385,11 @@ def draw_to_directory(
     seed: int,
     overrides: dict[str, Any],
 ) -> list[pathlib.Path]:
-    """Writes 00000.png, ... , a labelled grid.png and prompts.jsonl under `out`; returns the
+    """Write 00000.png, ... , a labelled grid.png and prompts.jsonl under `out`; returns the
     images' paths. `requests` are the fields of `Request`.
     """
     check_images_out(pathlib.Path(out))
-    generated = load(checkpoint).draw(
+    generated = load(checkpoint).generate_requests(
         [Request(*fields) for fields in requests], seed=seed, progress=True, **overrides
     )
     return write_images(generated.images, generated.prompts, pathlib.Path(out))

@@ -20,7 +20,7 @@ LAYERS = (
     ("blip3o",),
     ("parallel",),
     ("train",),
-    ("model_table", "samples", "drawing", "pipeline"),
+    ("model_table", "samples", "sampling_programs", "pipeline"),
     ("rl",),
     ("evaluation",),
     ("demo",),

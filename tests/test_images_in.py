@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from flax import nnx
 
-from blip3o_jax import blip3o, config, drawing, nn
+from blip3o_jax import blip3o, config, nn, sampling_programs
 from blip3o_jax.convert import mapping, torch_model
 from blip3o_jax.data.sequence import pack_rows
 from blip3o_jax.train import checkpoint, supervised
@@ -356,17 +356,17 @@ def test_a_sampled_image_is_the_stock_classes_row_by_row(route, guidance):
     reference, graphdef, trained, frozen = models(route)
     settings, rows, x = SETTINGS[guidance], [0, 1, 2, 3], batch("features")
     shown = {name: value[rows] for name, value in x.items() if name.startswith("reference")}
-    keys_B = drawing.row_keys(jnp.uint32(7), jnp.arange(4, dtype=jnp.uint32))
+    keys_B = sampling_programs.sampling_keys(jnp.uint32(7), jnp.arange(4, dtype=jnp.uint32))
     tokens_BL = np.where(np.arange(LENGTH) <= x["image_span"][rows][:, None], x["tokens"][rows], 0)
 
     @jax.jit
     def sample(trained, frozen, shown):
         model = nnx.merge(graphdef, trained, frozen)
         ids = IMAGE_TOKEN_OFFSET, IMAGE_TOKEN_OFFSET + 32
-        drawn = drawing.draw_images(
+        drawn = sampling_programs.generate_images(
             model, tokens_BL, x["image_span"][rows] + 1, keys_B, settings, ids, shown
         )
-        return *drawn, drawing.draw_noise(model.cfg, keys_B[1])
+        return *drawn, sampling_programs.prepare_latents(model.cfg, keys_B[1])
 
     images_BHWC, ids_BN, noise_BHWC = sample(trained, frozen, shown)
     with torch.no_grad():

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 import blip3o_jax
-from blip3o_jax import checksums, drawing
+from blip3o_jax import checksums, sampling_programs
 from blip3o_jax import pipeline as pipelines
 from blip3o_jax.config import MeshConfig, UserError
 from tests import tiny
@@ -102,7 +102,7 @@ def test_no_more_rows_are_drawn_than_there_are_prompts(on_one, alone):
         on_one.generate(PROMPTS[:2], seed=3, batch_size=2**24, **SETTINGS),
         *(array[:2] for array in alone),
     )
-    assert [pipelines._rows(n, 48, 8) for n in (1, 8, 9, 17, 33, 48, 99)] == [
+    assert [pipelines._batch_size(n, 48, 8) for n in (1, 8, 9, 17, 33, 48, 99)] == [
         8,
         8,
         16,
@@ -125,7 +125,7 @@ def unrounded(checkpoint, mesh=None):
     """What a batch of all prompts comes to, the images as float32; on one device without a mesh."""
     single = tiny.strategy()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(drawing, "to_uint8", lambda x: x)
+        patch.setattr(sampling_programs, "to_uint8", lambda x: x)
         if mesh is None:
             patch.setattr(pipelines.Strategy, "of", lambda cfg: single)
         return blip3o_jax.load(checkpoint, mesh).generate(PROMPTS, seed=3, batch_size=8, **SETTINGS)
@@ -186,7 +186,7 @@ def test_what_cannot_be_drawn_is_one_line(on_one, prompts, settings, words):
 def test_files_of_a_run(checkpoint, on_one, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(pipelines, "load", lambda path: on_one if path == checkpoint else None)
     overrides = SETTINGS | {"batch_size": 2}
-    paths = pipelines.draw_to_directory(
+    paths = pipelines.generate_to_directory(
         checkpoint, [("t2i", p, ()) for p in PROMPTS], tmp_path / "out", seed=3, overrides=overrides
     )
     assert [p.name for p in paths] == [f"{i:05d}.png" for i in range(5)]
@@ -208,7 +208,7 @@ def test_files_of_a_run(checkpoint, on_one, monkeypatch, tmp_path, capsys):
     with pytest.raises(
         UserError, match="tokens long; with 4 image tokens that is more than the model's 72"
     ):
-        pipelines.draw_to_directory(
+        pipelines.generate_to_directory(
             checkpoint,
             [("t2i", p, ()) for p in ("a cat", "cat " * 90)],
             tmp_path / "none",
@@ -281,19 +281,19 @@ def test_tasks_mix_and_each_is_what_it_is_alone(seeing):
         pipelines.Request("edit", "red", (b,)),
     ]
     settings = SETTINGS | {"token_guidance": 1.0, "reference_guidance": 1.2}
-    together = seeing.draw(requests, seed=3, batch_size=2, **settings)
+    together = seeing.generate_requests(requests, seed=3, batch_size=2, **settings)
     assert len({image.tobytes() for image in together.images}) == 5
     for i, request in enumerate(requests):
-        alone = seeing.draw([request], seed=3, first_index=i, batch_size=1, **settings)
+        alone = seeing.generate_requests([request], seed=3, first_index=i, batch_size=1, **settings)
         check_same(alone, together.codes[i : i + 1], together.images[i : i + 1])
     edited = seeing.edit([a, [a, b]], ["red", "both"], seed=3, **settings)
     check_same(
-        seeing.draw([requests[0]], seed=3, batch_size=1, **settings),
+        seeing.generate_requests([requests[0]], seed=3, batch_size=1, **settings),
         edited.codes[:1],
         edited.images[:1],
     )
-    redrawn = seeing.redraw([c], seed=3, first_index=3, **settings)
-    check_same(redrawn, together.codes[3:4], together.images[3:4])
+    again = seeing.reconstruct([c], seed=3, first_index=3, **settings)
+    check_same(again, together.codes[3:4], together.images[3:4])
     assert edited.prompts == ["red", "both"]
 
 
@@ -301,8 +301,8 @@ def test_answers_are_the_likeliest_words_till_the_end_of_the_turn(seeing):
     """Against the likeliest token after a pass over the whole row, token by token, for three
     questions of one batch.
     """
-    shown, questions, most = photos(), ["a red", "small", "what is it"], 6
-    answers = seeing.ask(shown, questions, most=most, batch_size=4)
+    shown, questions, max_new_tokens = photos(), ["a red", "small", "what is it"], 6
+    answers = seeing.ask(shown, questions, max_new_tokens=max_new_tokens, batch_size=4)
     vocabulary = seeing.vocabulary
 
     @jax.jit
@@ -314,7 +314,7 @@ def test_answers_are_the_likeliest_words_till_the_end_of_the_turn(seeing):
 
     for image, question, answer in zip(shown, questions, answers, strict=True):
         request = pipelines.Request("understand", question, (image,))
-        prompt = seeing._prompt(request, most)
+        prompt = seeing._prompt(request, max_new_tokens)
         views = seeing._views(request, prompt, (16, 16))
         codes_N = seeing.codes(views["reference_tokenizer_pixels"][:1])[0]
         row = np.zeros((1, 72), np.int32)
@@ -322,7 +322,7 @@ def test_answers_are_the_likeliest_words_till_the_end_of_the_turn(seeing):
         at = prompt.references[0] + 1
         row[0, at : at + 4] = vocabulary.image_ids_from_codes(codes_N)
         ids = []
-        while len(ids) < most:
+        while len(ids) < max_new_tokens:
             token = int(next_token(seeing._params, row, len(prompt.ids) + len(ids)))
             if token == vocabulary.end_of_turn:
                 break
@@ -331,7 +331,9 @@ def test_answers_are_the_likeliest_words_till_the_end_of_the_turn(seeing):
         assert answer == vocabulary.decode(ids).strip()
     assert len(set(answers)) > 1, "the images and questions say nothing"
     drawn = [
-        seeing.ask(shown[:1], questions[:1], most=most, temperature=2.0, seed=seed)[0]
+        seeing.ask(
+            shown[:1], questions[:1], max_new_tokens=max_new_tokens, temperature=2.0, seed=seed
+        )[0]
         for seed in (0, 0, 1)
     ]
     assert drawn[0] == drawn[1] != drawn[2]
@@ -339,11 +341,11 @@ def test_answers_are_the_likeliest_words_till_the_end_of_the_turn(seeing):
 
 def test_an_answer_ends_where_its_row_does(seeing, monkeypatch):
     """Of a model that never ends its turn."""
-    endless = lambda params, tokens_BL, most, **_: (
-        np.zeros((len(tokens_BL), most), int),
-        np.full(len(tokens_BL), most),
+    endless = lambda params, tokens_BL, max_new_tokens, **_: (
+        np.zeros((len(tokens_BL), max_new_tokens), int),
+        np.full(len(tokens_BL), max_new_tokens),
     )
-    monkeypatch.setattr(seeing, "_write", endless)
+    monkeypatch.setattr(seeing, "_sample_text", endless)
     monkeypatch.setattr(type(seeing.vocabulary), "decode", lambda self, ids: str(len(ids)))
     shown, questions = photos()[:2], ["what is it", "what"]
     lengths = [
@@ -352,7 +354,7 @@ def test_an_answer_ends_where_its_row_does(seeing, monkeypatch):
     ]
     assert lengths[0] > lengths[1] > 72 - 64
     assert seeing.ask(shown, questions) == [str(72 - length) for length in lengths]
-    assert seeing.ask(shown, questions, most=3) == ["3", "3"]
+    assert seeing.ask(shown, questions, max_new_tokens=3) == ["3", "3"]
 
 
 def test_what_cannot_be_shown_is_one_line(seeing, on_one):
@@ -361,12 +363,12 @@ def test_what_cannot_be_shown_is_one_line(seeing, on_one):
         (
             seeing,
             lambda m: m.edit([[photo] * 3], ["x"]),
-            "images given: 3, but the model shows at most 2 in a row",
+            "images given: 3, but the model takes at most 2 in a row",
         ),
         (
             on_one,
             lambda m: m.edit([photo], ["x"]),
-            "images given: 1, but the model was not trained to be shown any",
+            "images given: 1, but the model was not trained to take any",
         ),
         (seeing, lambda m: m.edit([photo], [" "]), "the instruction is empty"),
         (seeing, lambda m: m.ask([photo], [""]), "the question is empty"),
@@ -388,18 +390,18 @@ def test_what_cannot_be_shown_is_one_line(seeing, on_one):
         ),
         (
             seeing,
-            lambda m: m.redraw([photo / 255]),
+            lambda m: m.reconstruct([photo / 255]),
             "must be a uint8 array [H, W, 3], not float64 [20, 24, 3]: ",
         ),
         (
             seeing,
-            lambda m: m.draw([pipelines.Request("t2i", "x", (photo,))]),
+            lambda m: m.generate_requests([pipelines.Request("t2i", "x", (photo,))]),
             "task t2i shows no image",
         ),
         (
             seeing,
-            lambda m: m.draw([pipelines.Request("understand", "x", (photo,))]),
-            "answered in words: use ask",
+            lambda m: m.generate_requests([pipelines.Request("understand", "x", (photo,))]),
+            "text as its output: use ask",
         ),
     ]:
         with pytest.raises(UserError) as error:

@@ -198,7 +198,7 @@ def drawn(self, requests, **_):
     ids=lambda command: command[0],
 )
 def test_commands_that_read_a_checkpoint(received, tmp_path, monkeypatch, command):
-    monkeypatch.setattr(Pipeline, "draw", drawn)
+    monkeypatch.setattr(Pipeline, "generate_requests", drawn)
     monkeypatch.setattr(Pipeline, "ask", lambda self, shown, texts, **_: texts)
     monkeypatch.setattr(
         shapes, "SMALLEST", 16

@@ -39,7 +39,6 @@ from blip3o_jax.config import Config, RlConfig, UserError
 from blip3o_jax.data.loader import global_batch
 from blip3o_jax.data.prompts import read_prompts
 from blip3o_jax.dit import sampler
-from blip3o_jax.drawing import draw_noise, draw_tokens, row_keys, to_uint8
 from blip3o_jax.parallel.rules import Strategy
 from blip3o_jax.rl import grpo, judged, method, rollout
 from blip3o_jax.rl.judged import Verdicts
@@ -48,6 +47,12 @@ from blip3o_jax.rl.prompts import PromptRows, prompt_indices
 from blip3o_jax.rl.rewards.pool import RewardPool
 from blip3o_jax.rl.rollout import Record
 from blip3o_jax.rl.scoring import reread
+from blip3o_jax.sampling_programs import (
+    prepare_latents,
+    sample_image_tokens,
+    sampling_keys,
+    to_uint8,
+)
 from blip3o_jax.train.initialize import restore_init_parts
 from blip3o_jax.train.stages import Loss
 from blip3o_jax.train.state import StatePlan, TrainState, create_state, plan_state
@@ -268,10 +273,12 @@ def _published_draw(
         model = plan.model(params, frozen)
         with nn.sharding_resolver(strategy.resolver):
             tokens_BL = nn.constrain(tokens_BL, "batch", None)
-            token_keys_B, noise_keys_B = row_keys(seed, indices_B)
-            drawn = draw_tokens(model, tokens_BL, lengths_B, token_keys_B, rl.rollout, image_ids)
+            token_keys_B, noise_keys_B = sampling_keys(seed, indices_B)
+            drawn = sample_image_tokens(
+                model, tokens_BL, lengths_B, token_keys_B, rl.rollout, image_ids
+            )
             hidden_BTD = reread(model.ar, tokens_BL, lengths_B, drawn.ids_BN, 1)
-            z_BHWC = _denoised(model, config, hidden_BTD, draw_noise(cfg, noise_keys_B))
+            z_BHWC = _denoised(model, config, hidden_BTD, prepare_latents(cfg, noise_keys_B))
             record = {
                 "tokens": tokens_BL,
                 "lengths": lengths_B,

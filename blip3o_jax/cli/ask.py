@@ -32,11 +32,11 @@ def add(commands: Any) -> None:
         help="0 takes the likeliest words (%(default)s)",
     )
     parser.add_argument(
-        "--most",
+        "--max_new_tokens",
         type=arguments.integer(1, 2**20),
         default=64,
         metavar="N",
-        help="tokens of an answer, or fewer (%(default)s)",
+        help="maximum number of tokens of an answer (%(default)s)",
     )
     parser.add_argument("--seed", type=flags.SEED, default=0, help="(%(default)s)")
 
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> None:
     model = pipeline.load(args.checkpoint)
     settings = {
         "temperature": args.temperature,
-        "most": args.most,
+        "max_new_tokens": args.max_new_tokens,
         "seed": args.seed,
         "batch_size": 1,
     }

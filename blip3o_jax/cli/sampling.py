@@ -20,6 +20,6 @@ def sample_to_directory(
     }
     from blip3o_jax import pipeline
 
-    pipeline.draw_to_directory(
+    pipeline.generate_to_directory(
         args.checkpoint, given, args.out, seed=args.seed, overrides=overrides
     )

@@ -149,9 +149,9 @@ def evaluate_pipeline(
             [request.images for request in requests],
             [request.text for request in requests],
         )
-        said = pipeline.ask(shown, texts, most=ANSWER, seed=seed, **sampling)
+        said = pipeline.ask(shown, texts, max_new_tokens=ANSWER, seed=seed, **sampling)
     else:
-        drawn = pipeline.draw(requests, seed=seed, progress=True, **sampling)
+        drawn = pipeline.generate_requests(requests, seed=seed, progress=True, **sampling)
         images, codes = drawn.images, drawn.codes
     answers = images if said is None else said
     ours, others = suite.judge(answers, asked), suite.baselines(answers, asked, seed)

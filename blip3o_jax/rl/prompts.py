@@ -7,7 +7,7 @@ import numpy as np
 from blip3o_jax.config import Config, UserError
 from blip3o_jax.data.prompts import Prompt
 from blip3o_jax.data.sequence import text_to_image_prompt
-from blip3o_jax.drawing import LENGTH_BUCKET
+from blip3o_jax.sampling_programs import LENGTH_BUCKET
 from blip3o_jax.text.vocabulary import Vocabulary
 
 

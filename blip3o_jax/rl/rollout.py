@@ -31,10 +31,15 @@ from blip3o_jax import nn
 from blip3o_jax.blip3o import Blip3o
 from blip3o_jax.config import Config, RlConfig, SamplingConfig
 from blip3o_jax.dit import sampler
-from blip3o_jax.drawing import draw_noise, draw_tokens, row_keys, to_uint8
 from blip3o_jax.parallel.rules import Strategy
 from blip3o_jax.rl import flow_grpo
 from blip3o_jax.rl.scoring import score_image_tokens
+from blip3o_jax.sampling_programs import (
+    prepare_latents,
+    sample_image_tokens,
+    sampling_keys,
+    to_uint8,
+)
 from blip3o_jax.train.state import StatePlan
 
 Record = dict[str, jax.Array]
@@ -92,13 +97,18 @@ def make_draw(
         )
         with nn.sharding_resolver(strategy.resolver):
             tokens_RL = nn.constrain(tokens_RL, "batch", None)
-            token_keys_B, noise_keys_B = row_keys(seed, indices_B)
+            token_keys_B, noise_keys_B = sampling_keys(seed, indices_B)
             record = {
                 "tokens": jnp.repeat(tokens_RL, share, axis=0),
                 "lengths": jnp.repeat(lengths_R, share, axis=0),
             }
             draw_ids = functools.partial(
-                draw_tokens, model, tokens_RL, lengths_R, settings=settings, image_ids=image_ids
+                sample_image_tokens,
+                model,
+                tokens_RL,
+                lengths_R,
+                settings=settings,
+                image_ids=image_ids,
             )
             if trains_tokens(rl):
                 drawn = draw_ids(keys_B=token_keys_B, group=share, return_support=True)
@@ -108,7 +118,7 @@ def make_draw(
             else:  # a group has the image tokens of its first row: its images differ by what is trained alone
                 drawn = draw_ids(keys_B=jnp.repeat(token_keys_B[::group], group // share, axis=0))
                 hidden_BTD = jnp.repeat(drawn.hidden_BTD, share, axis=0)
-            noise_BHWC = draw_noise(cfg, noise_keys_B)
+            noise_BHWC = prepare_latents(cfg, noise_keys_B)
             velocity = guided(model, hidden_BTD, settings)
             with nn.part("dit"):
                 if trains_flow(rl):

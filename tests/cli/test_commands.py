@@ -193,7 +193,7 @@ def test_a_run_is_named_after_its_config(tmp_path, stub):
 
 
 def test_sample_passes_only_the_settings_given(tmp_path, stub):
-    calls = stub("pipeline", "draw_to_directory")
+    calls = stub("pipeline", "generate_to_directory")
     argv = [
         "sample",
         "--checkpoint=c",
@@ -210,7 +210,7 @@ def test_sample_passes_only_the_settings_given(tmp_path, stub):
 
 
 def test_images_are_shown_as_they_are_given(tmp_path, stub, capsys):
-    calls = stub("pipeline", "draw_to_directory")
+    calls = stub("pipeline", "generate_to_directory")
     paths = [tmp_path / f"{i}.png" for i in range(2)]
     for i, path in enumerate(paths):
         Image.new("RGB", (12, 8 + i), (i, 0, 0)).save(path)
@@ -252,7 +252,7 @@ def test_images_are_shown_as_they_are_given(tmp_path, stub, capsys):
 
 
 def test_prompts_file(tmp_path, stub, capsys):
-    calls = stub("pipeline", "draw_to_directory")
+    calls = stub("pipeline", "generate_to_directory")
     path = tmp_path / "prompts.txt"
     argv = ["sample", "--checkpoint=c", "--out=o", f"--prompts_file={path}"]
     path.write_text("a café\n\n  two dogs \n", encoding="utf-8")

@@ -218,11 +218,11 @@ def test_both_shapes_train_cache_edit_and_decode(tmp_path):
     assert np.abs(alone.images[0].astype(int) - drawn.images[1]).max() <= 1
     assert model.generate(["a red cat"], **settings).images.shape[1:3] == WIDE
     asked = pipeline.Request("edit", "red", (wide,), size=(32, 8))
-    assert model.draw([asked], **settings).images.shape[1:3] == (32, 8), (
+    assert model.generate_requests([asked], **settings).images.shape[1:3] == (32, 8), (
         "any multiple of the autoencoder's factor"
     )
     with pytest.raises(ConfigError, match=r"size=\(30, 8\) must be"):
-        model.draw([dataclasses.replace(asked, size=(30, 8))], **settings)
+        model.generate_requests([dataclasses.replace(asked, size=(30, 8))], **settings)
     assert config.from_dict(config.to_dict(model.config)) == model.config
 
 

@@ -37,7 +37,7 @@ class Oracle:
             )
         )
 
-    def draw(self, requests, *, seed, progress, **settings):
+    def generate_requests(self, requests, *, seed, progress, **settings):
         assert (progress, settings) == (True, {"steps": 7})
         if requests[0].task == "reconstruct":
             drawn = [request.images[0] for request in requests]
@@ -49,8 +49,8 @@ class Oracle:
             [r.text for r in requests], np.stack(drawn), np.zeros((len(requests), 4), np.int32)
         )
 
-    def ask(self, images, texts, *, most, seed, **settings):
-        assert most == runner.ANSWER
+    def ask(self, images, texts, *, max_new_tokens, seed, **settings):
+        assert max_new_tokens == runner.ANSWER
         asked = [questions.sample_question(seed, i, "test") for i in range(len(texts))]
         assert [q.question for q in asked] == texts and all(
             (q_images[0] == render(q.scene, SIZE)).all()

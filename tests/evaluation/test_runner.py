@@ -22,7 +22,7 @@ class Oracle:
     def __init__(self):
         self.calls = []
 
-    def draw(self, requests, **keywords):
+    def generate_requests(self, requests, **keywords):
         self.calls.append((requests, keywords))
         images_BHWC = shapes.real_images(len(requests), 64, keywords["seed"])
         images_BHWC[::5] = 255

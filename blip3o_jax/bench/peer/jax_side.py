@@ -19,10 +19,10 @@ from blip3o_jax.bench.peer.worker import Arrays, Prepared, Task
 from blip3o_jax.blip3o import Blip3o, sample_training_noise
 from blip3o_jax.config import Config, DataConfig, LossConfig, MeshConfig, OptimizerConfig, UserError
 from blip3o_jax.dit import sampler
-from blip3o_jax.drawing import draw_tokens
 from blip3o_jax.parallel.mesh import split_cpu
 from blip3o_jax.parallel.rules import Strategy
 from blip3o_jax.pipeline import Pipeline
+from blip3o_jax.sampling_programs import sample_image_tokens
 from blip3o_jax.text.tokenizers import load_tokenizer
 from blip3o_jax.text.vocabulary import Vocabulary
 from blip3o_jax.train.checkpoint import find, read_config, restore_parts, stored_text
@@ -193,7 +193,7 @@ class Side:
         def run(
             model: Blip3o, tokens_BL: jax.Array, lengths_B: jax.Array, keys_B: jax.Array
         ) -> Any:
-            return draw_tokens(model, tokens_BL, lengths_B, keys_B, settings, image_ids)
+            return sample_image_tokens(model, tokens_BL, lengths_B, keys_B, settings, image_ids)
 
         call, flops, pipeline = self._jitted(
             ("ar",), run, inputs["prompts"], inputs["lengths"], keys_B

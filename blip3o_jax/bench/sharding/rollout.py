@@ -1,8 +1,8 @@
 """A rollout, text to image for a batch of prompts, as a program that can be compiled from shapes
 and run on random weights.
 
-It is the program of drawing.py: one pass over the prompts, a loop over the image tokens, the
-denoising steps with guidance, the autoencoder's decoder. Weights are kept in what each part
+It is the program of sampling_programs.py: one pass over the prompts, a loop over the image tokens,
+the denoising steps with guidance, the autoencoder's decoder. Weights are kept in what each part
 computes in, as a rollout that trains nothing would keep them.
 """
 
@@ -19,8 +19,8 @@ from flax import nnx
 from blip3o_jax.bench.sharding.train_step import shard_bytes
 from blip3o_jax.blip3o import Blip3o
 from blip3o_jax.config import Config, ConfigError, ModelConfig
-from blip3o_jax.drawing import LENGTH_BUCKET, make_sample
 from blip3o_jax.parallel.rules import Strategy
+from blip3o_jax.sampling_programs import LENGTH_BUCKET, make_image_sampler
 from blip3o_jax.train.flops import count_flops
 
 SAMPLING_PARTS = ("ar", "connector", "dit", "vae")
@@ -51,7 +51,7 @@ class Rollout:
         # The last ids in use: which they are makes no difference.
         last = config.model.ar.vocab_size - config.model.ar.spare_rows
         image_ids = last - config.model.tokenizer.codebook_size, last
-        self._sample = make_sample(self._graphdef, strategy, image_ids)
+        self._sample = make_image_sampler(self._graphdef, strategy, image_ids)
 
     def _build(self) -> Blip3o:
         return Blip3o(self.model, SAMPLING_PARTS, seed=self.config.seed)

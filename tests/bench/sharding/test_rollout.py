@@ -7,7 +7,7 @@ import importlib.util
 
 import pytest
 
-from blip3o_jax import drawing
+from blip3o_jax import sampling_programs
 from blip3o_jax.bench.sharding import compiled_step, grid, rollout, topology
 from blip3o_jax.config import ConfigError
 from tests import tiny
@@ -81,7 +81,9 @@ def test_the_program_is_that_of_the_pipeline(monkeypatch):
     """With the arrays that the pipeline hands over, lengths, seed and all, in the same order."""
     seen = []
     monkeypatch.setattr(
-        rollout, "make_sample", lambda *args: seen.append(args) or drawing.make_sample(*args)
+        rollout,
+        "make_image_sampler",
+        lambda *args: seen.append(args) or sampling_programs.make_image_sampler(*args),
     )
     made = work()
     text = made.lower().as_text()

@@ -1,8 +1,7 @@
-"""The compiled programs of sampling: prompts -> images, or words. `pipeline.py` gives them what
-users ask for, reinforcement learning what it learns from.
+"""The compiled sampling programs: prompts -> images, or text. `pipeline.py` runs them for users,
+reinforcement learning for its rollouts.
 
-Legend: B batch, L prompt length, N image tokens, H W C image or latent, R places for reference
-images.
+Legend: B batch, L prompt length, N image tokens, H W C image or latent, R reference slots.
 """
 
 from collections.abc import Callable
@@ -14,7 +13,7 @@ from flax import nnx
 
 from blip3o_jax import nn
 from blip3o_jax.ar.sampling import SampleOutput, TextOutput, generate_image_tokens, generate_text
-from blip3o_jax.blip3o import Blip3o, References, references
+from blip3o_jax.blip3o import Blip3o, References, encode_references
 from blip3o_jax.config import ModelConfig, SamplingConfig
 from blip3o_jax.dit import sampler
 from blip3o_jax.parallel.rules import Strategy
@@ -25,13 +24,14 @@ from blip3o_jax.text.vocabulary import Vocabulary, codes_from_image_ids, image_i
 LENGTH_BUCKET = 32
 
 
-def make_sample(
+def make_image_sampler(
     graphdef: Any, strategy: Strategy, image_ids: tuple[int, int]
 ) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """The compiled program that draws a batch: (params, tokens_BL, lengths_B, indices_B, seed,
-    settings, shown, size), settings and size static, -> (uint8 images [B, H, W, 3], codes [B, N]).
-    `image_ids` is (first, last + 1); `shown` are the reference_* arrays of a batch whose rows have
-    places for images, or None; `size` is (height, width), None the model's first.
+    """Return the compiled program that samples a batch of images: (params, tokens_BL, lengths_B,
+    indices_B, seed, settings, references, size), settings and size static, -> (uint8 images [B, H,
+    W, 3], codes [B, N]). `image_ids` is (first, last + 1); `references` are the reference_* arrays
+    of a batch whose rows have reference slots, or None; `size` is (height, width), None the model's
+    first.
     """
 
     def sample(
@@ -41,20 +41,20 @@ def make_sample(
         indices_B: jax.Array,
         seed: jax.Array,
         settings: SamplingConfig,
-        shown: dict[str, jax.Array] | None = None,
+        references: dict[str, jax.Array] | None = None,
         size: tuple[int, int] | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         model: Blip3o = nnx.merge(graphdef, params)
         with nn.sharding_resolver(strategy.resolver):
             tokens_BL = nn.constrain(tokens_BL, "batch", None)
-            x_BHWC, ids_BN = draw_images(
+            x_BHWC, ids_BN = generate_images(
                 model,
                 tokens_BL,
                 lengths_B,
-                row_keys(seed, indices_B),
+                sampling_keys(seed, indices_B),
                 settings,
                 image_ids,
-                shown,
+                references,
                 size,
             )
             return to_uint8(x_BHWC), codes_from_image_ids(ids_BN, image_ids[0])
@@ -63,40 +63,43 @@ def make_sample(
     return jax.jit(sample, static_argnames=("settings", "size"), keep_unused=True)
 
 
-def draw_images(
+def generate_images(
     model: Blip3o,
     tokens_BL: jax.Array,
     lengths_B: jax.Array,
     keys: tuple[jax.Array, jax.Array],
     settings: SamplingConfig,
     image_ids: tuple[int, int],
-    shown: dict[str, jax.Array] | None,
+    references: dict[str, jax.Array] | None,
     size: tuple[int, int] | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Prompts -> images [B, H, W, 3] in [0, 1], float32, and the ids of their tokens [B, N]. `keys`
-    as of `row_keys`, other arguments as of `make_sample`'s program.
+    """Sample images [B, H, W, 3] in [0, 1], float32, and the ids of their tokens [B, N] from
+    prompts. `keys` are those of `sampling_keys`, other arguments those of `make_image_sampler`'s
+    program.
     """
     token_keys_B, noise_keys_B = keys
-    tokens_BL, embedded_BLD, seen = _with_images(model, tokens_BL, shown, image_ids[0])
-    drawn = draw_tokens(
+    tokens_BL, embedded_BLD, encoded = _insert_references(
+        model, tokens_BL, references, image_ids[0]
+    )
+    tokens = sample_image_tokens(
         model, tokens_BL, lengths_B, token_keys_B, settings, image_ids, embedded_PLD=embedded_BLD
     )
     noise_BHWC, guidance = (
-        draw_noise(model.cfg, noise_keys_B, size),
-        model.guidance(drawn.hidden_BTD, settings, seen),
+        prepare_latents(model.cfg, noise_keys_B, size),
+        model.guidance(tokens.hidden_BTD, settings, encoded),
     )
     with nn.part("dit"):
         z_BHWC = sampler.sample(
             model.dit, guidance, noise_BHWC, steps=settings.steps, flow=model.cfg.flow
         )
-    return model.pixels(z_BHWC), drawn.ids_BN
+    return model.pixels(z_BHWC), tokens.ids_BN
 
 
-def make_write(
+def make_text_sampler(
     graphdef: Any, strategy: Strategy, vocabulary: Vocabulary
 ) -> Callable[..., TextOutput]:
-    """The compiled program that answers in words; arguments as of `make_sample`'s, and `most`
-    tokens, static.
+    """Return the compiled program that samples text; arguments are those of `make_image_sampler`'s
+    program, and `max_new_tokens`, static.
     """
     stop, text_ids, image_token_offset = (
         vocabulary.end_of_turn,
@@ -104,28 +107,30 @@ def make_write(
         vocabulary.image_token_offset,
     )
 
-    def write(
+    def sample(
         params: Any,
         tokens_BL: jax.Array,
         lengths_B: jax.Array,
         indices_B: jax.Array,
         seed: jax.Array,
         settings: SamplingConfig,
-        shown: dict[str, jax.Array],
-        most: int,
+        references: dict[str, jax.Array],
+        max_new_tokens: int,
     ) -> TextOutput:
         model: Blip3o = nnx.merge(graphdef, params)
         with nn.sharding_resolver(strategy.resolver):
             tokens_BL = nn.constrain(tokens_BL, "batch", None)
-            keys_B, _ = row_keys(seed, indices_B)
-            tokens_BL, embedded_BLD, _ = _with_images(model, tokens_BL, shown, image_token_offset)
+            keys_B, _ = sampling_keys(seed, indices_B)
+            tokens_BL, embedded_BLD, _ = _insert_references(
+                model, tokens_BL, references, image_token_offset
+            )
             with nn.part("ar"):
                 return generate_text(
                     model.ar,
                     tokens_BL,
                     lengths_B,
                     keys_B,
-                    most=most,
+                    max_new_tokens=max_new_tokens,
                     text_ids=text_ids,
                     stop=stop,
                     temperature=settings.temperature,
@@ -134,33 +139,43 @@ def make_write(
                     embedded_BLD=embedded_BLD,
                 )
 
-    return jax.jit(write, static_argnames=("settings", "most"), keep_unused=True)
+    return jax.jit(sample, static_argnames=("settings", "max_new_tokens"), keep_unused=True)
 
 
-def _with_images(
-    model: Blip3o, tokens_BL: jax.Array, shown: dict[str, jax.Array] | None, image_token_offset: int
+def _insert_references(
+    model: Blip3o,
+    tokens_BL: jax.Array,
+    references: dict[str, jax.Array] | None,
+    image_token_offset: int,
 ) -> tuple[jax.Array, jax.Array | None, References | None]:
-    """Prompts with their images in them: tokens, embeddings where these are not the tokens', and
-    the images as encoded.
+    """Insert the reference images into the prompts: return the tokens, embeddings where these are
+    not the tokens', and the encoded references.
     """
-    if shown is None:
+    if references is None:
         return tokens_BL, None, None
-    seen, span_BR = references(model, shown), shown["reference_span"]
+    encoded, span_BR = encode_references(model, references), references["reference_span"]
     tokens_BL = insert_references(
-        tokens_BL, span_BR, image_ids_from_codes(seen.codes_BRN, image_token_offset), seen.mask_BR
+        tokens_BL,
+        span_BR,
+        image_ids_from_codes(encoded.codes_BRN, image_token_offset),
+        encoded.mask_BR,
     )
-    if seen.features_BRND is None:
-        return tokens_BL, None, seen
-    return tokens_BL, model.embed(tokens_BL, (seen.features_BRND, span_BR, seen.mask_BR)), seen
+    if encoded.features_BRND is None:
+        return tokens_BL, None, encoded
+    return (
+        tokens_BL,
+        model.embed(tokens_BL, (encoded.features_BRND, span_BR, encoded.mask_BR)),
+        encoded,
+    )
 
 
-def row_keys(seed: jax.Array, indices_B: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Keys of each row's image tokens and of its noise, folded from (seed, index)."""
+def sampling_keys(seed: jax.Array, indices_B: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return the keys of each row's image tokens and of its noise, folded from (seed, index)."""
     keys_B = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(indices_B)
     return tuple(jax.vmap(jax.random.split, out_axes=1)(keys_B))
 
 
-def draw_tokens(
+def sample_image_tokens(
     model: Blip3o,
     tokens_PL: jax.Array,
     lengths_P: jax.Array,
@@ -169,7 +184,7 @@ def draw_tokens(
     image_ids: tuple[int, int],
     **more: Any,
 ) -> SampleOutput:
-    """`generate_image_tokens` as `settings` say; `more` are further arguments of it."""
+    """Call `generate_image_tokens` with `settings`; `more` are further arguments of it."""
     with nn.part("ar"):
         return generate_image_tokens(
             model.ar,
@@ -186,10 +201,10 @@ def draw_tokens(
         )
 
 
-def draw_noise(
+def prepare_latents(
     cfg: ModelConfig, keys_B: jax.Array, size: tuple[int, int] | None = None
 ) -> jax.Array:
-    """What the denoising of images of `size` starts from, float32 [B, H, W, C]."""
+    """Sample the initial noise of the latents of images of `size`, float32 [B, H, W, C]."""
     shape = (
         *(side // cfg.vae.spatial_compression for side in size or cfg.sizes[0]),
         cfg.vae.latent_channels,
@@ -198,5 +213,5 @@ def draw_noise(
 
 
 def to_uint8(x: jax.Array) -> jax.Array:
-    """[0, 1] -> uint8, rounded."""
+    """Convert [0, 1] to uint8, rounded."""
     return jnp.round(x * 255).astype(jnp.uint8)
