@@ -40,7 +40,7 @@ from blip3o_jax.rows import (
 from blip3o_jax.text.vocabulary import image_ids_from_codes
 from blip3o_jax.vae.dc_ae import DcAe
 
-PARTS = (
+MODEL_PARTS = (
     "tokenizer",
     "text_tower",
     "ar",
@@ -87,7 +87,7 @@ class Blip3o(nnx.Module):
         }
         self.cfg = cfg
         for name in parts:
-            key = jax.random.fold_in(jax.random.key(seed), PARTS.index(name))
+            key = jax.random.fold_in(jax.random.key(seed), MODEL_PARTS.index(name))
             setattr(self, name, make[name](nnx.Rngs(key, lora=jax.random.fold_in(key, 0))))
 
     def codes(self, pixels_BHWC: jax.Array) -> jax.Array:
@@ -127,7 +127,7 @@ class Blip3o(nnx.Module):
         codes_KD, ar = self.tokenizer.bottleneck.codebook.table(), self.cfg.ar
         codes_KD *= jax.lax.rsqrt(jnp.mean(jnp.sum(codes_KD**2, axis=-1)))
         rows = slice(image_token_offset, image_token_offset + len(codes_KD))
-        keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), len(PARTS)))
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), len(MODEL_PARTS)))
 
         def projected(key: jax.Array, deviation: float) -> jax.Array:
             return (
@@ -463,7 +463,7 @@ def _joint_forward(
         lambda x: jnp.repeat(x, loss.flow_draws, axis=0), (z_BHWC, condition)
     )
     noise_BHWC, sigma_B = sampled.noise.reshape(z_BHWC.shape), sampled.sigma.reshape(-1)
-    x_BHWC = flow.noisy(z_BHWC, noise_BHWC, sigma_B)
+    x_BHWC = flow.add_noise(z_BHWC, noise_BHWC, sigma_B)
     velocity_BHWC = model.velocity(x_BHWC, sigma_B * model.cfg.flow.num_train_timesteps, condition)
     return _Joint(tokens_BL, hidden_BLD, z_BHWC, noise_BHWC, sigma_B, x_BHWC, velocity_BHWC)
 

@@ -38,8 +38,8 @@ class Connector(nnx.Module):
         )
 
     def __call__(self, hidden_BLD: jax.Array, keep_B: jax.Array | None = None) -> jax.Array:
-        """[B, L, d_in] to [B, L, d_out]. Rows that are not kept enter as zeros, and leave as the
-        same condition at every token: the one guidance leans away from.
+        """Map [B, L, d_in] to [B, L, d_out]. Dropped rows (`keep_B` False) enter as zeros, and
+        leave as the same condition at every token: the unconditional branch of guidance.
         """
         with jax.named_scope("connector"):
             if self.positions:

@@ -1,5 +1,5 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685) taken off a model again: nn.Linear has them,
-config.LoraConfig says where.
+"""Merge, drop and disable low-rank adapters (LoRA, arXiv 2106.09685): nn.Linear has them,
+config.LoraConfig selects the layers.
 
 y = x W + scale (x A) B  =  x (W + scale A B),    scale = alpha / rank
 """
@@ -18,63 +18,62 @@ FACTORS = ("lora_a", "lora_b")  # beside a layer's `kernel`
 
 
 def base_config(cfg: ModelConfig) -> ModelConfig:
-    """The model without low-rank factors, which it also is once they are merged."""
+    """Return the configuration without low-rank factors, also that of a merged model."""
     off = lambda part: dataclasses.replace(part, lora=dataclasses.replace(part.lora, rank=0))
     return dataclasses.replace(cfg, **{name: off(getattr(cfg, name)) for name in LORA_PARTS})
 
 
-def without_factors(params: Any) -> Any:
-    """A nested dict of parameters less A and B, kernels as they are."""
+def drop_factors(params: Any) -> Any:
+    """Return a nested dict of parameters without A and B, the kernels unchanged."""
     if not isinstance(params, dict):
         return params
-    return {name: without_factors(child) for name, child in params.items() if name not in FACTORS}
+    return {name: drop_factors(child) for name, child in params.items() if name not in FACTORS}
 
 
-def without_lora(params: Any) -> Any:
-    """Parameters in a nested dict with every B zero, so that the network computes what it would
-    without A and B. This is the policy that a run started from if it started without factors; not
-    if they came from a checkpoint.
+def disable_lora(params: Any) -> Any:
+    """Return a nested dict of parameters with every B zero, so that the network computes what it
+    would without A and B: PEFT's `disable_adapter`. This is the policy that a run started from if
+    it started without factors; not if they came from a checkpoint.
     """
     off = lambda keys, x: jnp.zeros_like(x) if keys[-1].key == FACTORS[1] else x
     return jax.tree_util.tree_map_with_path(off, params)
 
 
-def without_idle_lora(params: Any) -> Any:
-    """Parameters in a nested dict with A zero wherever B is, so that those of equal networks are
-    equal: while B is zero, it makes no difference what was drawn for A and what training has made
-    of it.
+def zero_idle_factors(params: Any) -> Any:
+    """Return a nested dict of parameters with A zero wherever B is, so that equal networks have
+    equal parameters: while B is zero, the values of A have no effect.
     """
     if not isinstance(params, dict):
         return params
-    params = {name: without_idle_lora(child) for name, child in params.items()}
+    params = {name: zero_idle_factors(child) for name, child in params.items()}
     if FACTORS[0] in params:
         a, b = (params[name] for name in FACTORS)
         params[FACTORS[0]] = jnp.where(jnp.any(b != 0), a, 0)
     return params
 
 
-def merged(params: dict[str, Any], cfg: ModelConfig) -> dict[str, Any]:
-    """{part: nested dict of parameters} of the model `cfg` as those of `base_config(cfg)`, kernels
-    in the dtype they had.
+def merge(params: dict[str, Any], cfg: ModelConfig) -> dict[str, Any]:
+    """Return {part: nested dict of parameters} of the model `cfg` merged into those of
+    `base_config(cfg)`, kernels in their dtype.
     """
     with jax.default_matmul_precision("highest"):
         return {
-            name: _merged(tree, getattr(cfg, name).lora.scale) if name in LORA_PARTS else tree
+            name: _merge(tree, getattr(cfg, name).lora.scale) if name in LORA_PARTS else tree
             for name, tree in params.items()
         }
 
 
-def _merged(tree: Any, scale: float) -> Any:
+def _merge(tree: Any, scale: float) -> Any:
     if not isinstance(tree, dict):
         return tree
-    tree = {name: _merged(child, scale) for name, child in tree.items()}
+    tree = {name: _merge(child, scale) for name, child in tree.items()}
     if FACTORS[0] in tree:
         a, b = (tree.pop(name) for name in FACTORS)
-        tree["kernel"] = merged_kernel(tree["kernel"], a, b, scale).astype(tree["kernel"].dtype)
+        tree["kernel"] = merge_kernel(tree["kernel"], a, b, scale).astype(tree["kernel"].dtype)
     return tree
 
 
-def merged_kernel(kernel: Any, a: Any, b: Any, scale: float) -> Any:
-    """W + scale A B [..., in, out] in float32, of NumPy's or of JAX's arrays."""
+def merge_kernel(kernel: Any, a: Any, b: Any, scale: float) -> Any:
+    """Return W + scale A B [..., in, out] in float32, of NumPy's or of JAX's arrays."""
     kernel, a, b = (x.astype(np.float32) for x in (kernel, a, b))
     return kernel + scale * (a @ b)

@@ -341,9 +341,13 @@ def sampled_row(route, model, b, noise_CHW, settings):
             branches[branch],
             z_RCHW if branch[1] or cfg.editing.uncond_latent_concat else z_RCHW[:0],
         )
-        v, null, towards = at((1, 1)), at((0, 0)), settings.reference_guidance or settings.guidance
+        v, uncond, towards = (
+            at((1, 1)),
+            at((0, 0)),
+            settings.reference_guidance or settings.guidance,
+        )
         shown = at((0, 1))
-        v = null + towards * (shown - null) + settings.guidance * (v - shown)
+        v = uncond + towards * (shown - uncond) + settings.guidance * (v - shown)
         x_CHW = euler.step(v, timestep, x_CHW).prev_sample
     return model.pixels(x_CHW[None])[0], ids
 

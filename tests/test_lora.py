@@ -160,7 +160,7 @@ def test_new_factors_and_zeroed_ones_leave_the_model_bit_for_bit(drawn, alone):
     """
     base, params = drawn
     (_, want), _ = outputs(BASE)(base)
-    for tree in (params, lora.without_lora(params | {"ar": alone[0]["ar"]})):
+    for tree in (params, lora.disable_lora(params | {"ar": alone[0]["ar"]})):
         (_, got), _ = outputs(CFG)(tree)
         for a, b in zip(got, want, strict=True):
             np.testing.assert_array_equal(a, b)
@@ -169,7 +169,7 @@ def test_new_factors_and_zeroed_ones_leave_the_model_bit_for_bit(drawn, alone):
 
 def test_merged_is_the_same_model_without_factors(drawn, alone):
     params, want, _ = alone
-    merged = lora.merged(params, CFG)
+    merged = lora.merge(params, CFG)
     base_shapes, shapes = (
         jax.tree.map(lambda x: (x.shape, x.dtype), tree) for tree in (drawn[0], merged)
     )
@@ -185,7 +185,7 @@ def test_merged_is_the_same_model_without_factors(drawn, alone):
     assert relative_error(merged["ar"]["layers"]["attention"]["q"]["kernel"], sums) < 1e-6
     narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params["ar"])
     assert (
-        lora.merged({"ar": narrow}, CFG)["ar"]["layers"]["attention"]["q"]["kernel"].dtype
+        lora.merge({"ar": narrow}, CFG)["ar"]["layers"]["attention"]["q"]["kernel"].dtype
         == jnp.bfloat16
     )
 

@@ -20,9 +20,9 @@ class SamplingConfig(ConfigGroup, path="sampling"):
     steps: Annotated[int, Bounds(1, 10_000)] = 30  # Euler steps of the diffusion head
     # Classifier-free, of the velocity; 1 leaves the unconditional branch out.
     guidance: Guidance = 2.0
-    # Towards the reference images: v = v_null + g_r (v_references - v_null) + g (v - v_references);
-    # 0 has the guidance above for both. A model learns the branch of the references alone by
-    # loss.instruction_dropout.
+    # Towards the reference images: v = v_uncond + g_r (v_references - v_uncond) + g (v -
+    # v_references); 0 has the guidance above for both. A model learns the branch of the references
+    # alone by loss.instruction_dropout.
     reference_guidance: Guidance = 0.0
     # Classifier-free guidance of the image tokens; 1 leaves the branch without a caption out, which
     # only means something to a model trained with loss.caption_dropout.

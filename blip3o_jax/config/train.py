@@ -67,7 +67,8 @@ class LossConfig(ConfigGroup, path="loss"):
 class CheckpointConfig(ConfigGroup, path="checkpoint"):
     every: PositiveInt = 1000
     keep: PositiveInt = 3
-    # Parts to start from: {part: checkpoint directory}, part one of the model's (blip3o.PARTS).
+    # Parts to start from: {part: checkpoint directory}, part one of the model's
+    # (blip3o.MODEL_PARTS).
     init_from: tuple[tuple[Part, Path], ...] = ()
     # Initial values of the AR's embeddings of the image tokens: "random" (or as init_from has them),
     # or projections of the tokenizer's "codes", which also replace those of an AR from init_from

@@ -12,7 +12,7 @@ import numpy as np
 from blip3o_jax.config import ModelConfig, UserError
 from blip3o_jax.convert.mapping import parameter_shapes
 from blip3o_jax.convert.tables import PREFIXES
-from blip3o_jax.lora import FACTORS, LORA_PARTS, merged_kernel
+from blip3o_jax.lora import FACTORS, LORA_PARTS, merge_kernel
 from blip3o_jax.train.checkpoint import Stored, Weights
 
 
@@ -78,7 +78,7 @@ class _MergedStack:
     scale: float
 
     def __getitem__(self, layer: int) -> np.ndarray:
-        return merged_kernel(*(x[layer] for x in (self.kernel, self.a, self.b)), self.scale)
+        return merge_kernel(*(x[layer] for x in (self.kernel, self.a, self.b)), self.scale)
 
     def read(self) -> np.ndarray:
         """All of them."""

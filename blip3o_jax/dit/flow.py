@@ -6,7 +6,7 @@
     v = dx / dsigma = e - z                            what the network predicts from x_sigma and 1000 sigma
     x_next = x + (sigma_next - sigma) v                Euler step of the sampler, sigma from 1 down to 0
 
-Training draws u ~ U[0, 1) and takes entry floor(1000 u) of the descending, shifted 1, 0.999 ..
+Training samples u ~ U[0, 1) and takes entry floor(1000 u) of the descending, shifted 1, 0.999 ..
 0.001.
 
 B batch, S steps; latents are [B, H, W, C], sigmas have no unit.
@@ -24,13 +24,13 @@ def _shifted(sigmas: np.ndarray, shift: float) -> np.ndarray:
 
 
 def sigmas(cfg: FlowConfig) -> np.ndarray:
-    """The noise levels of training, float32, descending from 1: [cfg.num_train_timesteps]."""
+    """Return the noise levels of training, float32, descending from 1: [cfg.num_train_timesteps]."""
     steps = cfg.num_train_timesteps
     return _shifted(np.arange(steps, 0, -1, dtype=np.float32) / np.float32(steps), cfg.shift)
 
 
 def sampling_sigmas(steps: int, cfg: FlowConfig) -> np.ndarray:
-    """The noise levels the sampler passes through, float32, from 1 to 0: [steps + 1]."""
+    """Return the noise levels of the sampler, float32, from 1 to 0: [steps + 1]."""
     if steps < 1:
         raise ValueError(f"sampling steps={steps} must be 1 or more")
     return np.append(
@@ -39,15 +39,15 @@ def sampling_sigmas(steps: int, cfg: FlowConfig) -> np.ndarray:
 
 
 def sample_train_sigma(key: jax.Array, batch: int, cfg: FlowConfig) -> jax.Array:
-    """A noise level for each row: float32 [batch]. Its timestep is `cfg.num_train_timesteps` times
-    as much.
+    """Sample a noise level for each row: float32 [batch]. Its timestep is `cfg.num_train_timesteps`
+    times the level.
     """
     u_B = jax.random.uniform(key, (batch,), jnp.float32)
     return jnp.asarray(sigmas(cfg))[jnp.floor(u_B * cfg.num_train_timesteps).astype(jnp.int32)]
 
 
-def noisy(z_BHWC: jax.Array, noise_BHWC: jax.Array, sigma_B: jax.Array) -> jax.Array:
-    """x_sigma, float32."""
+def add_noise(z_BHWC: jax.Array, noise_BHWC: jax.Array, sigma_B: jax.Array) -> jax.Array:
+    """Return x_sigma, float32."""
     sigma = sigma_B.astype(jnp.float32)[:, None, None, None]
     return (1 - sigma) * z_BHWC.astype(jnp.float32) + sigma * noise_BHWC.astype(jnp.float32)
 
@@ -58,8 +58,8 @@ def flow_loss(
     noise_BHWC: jax.Array,
     weight_B: jax.Array | None = None,
 ) -> jax.Array:
-    """Mean squared error of the velocity for each row, times the row's weight: float32 [B], for the
-    caller to average.
+    """Return the mean squared error of the velocity of each row, times the row's weight: float32
+    [B], for the caller to average.
     """
     velocity_BHWC = noise_BHWC.astype(jnp.float32) - z_BHWC.astype(jnp.float32)
     loss_B = jnp.mean((prediction_BHWC.astype(jnp.float32) - velocity_BHWC) ** 2, axis=(1, 2, 3))

@@ -22,9 +22,9 @@ def relu_linear_attention(
     *,
     eps: float = 1e-15,
 ) -> jax.Array:
-    """The second form above -> [B, N, H, K] in the dtype of `v`; diffusers'
-    `SanaLinearAttnProcessor2_0`. Of the tokens m only those that `mask_BN` has set count; all where
-    it is None.
+    """Compute the second form above -> [B, N, H, K] in the dtype of `v`; diffusers'
+    `SanaLinearAttnProcessor2_0`. Only the tokens m that `mask_BN` sets are summed; all where it is
+    None.
 
     diffusers appends a row of ones to v so that one product gives numerator and denominator;
     summing k beside it is the same without copying v, and keeps the head size a power of two.
@@ -73,8 +73,8 @@ class LinearAttention(nnx.Module):
                 None,
             )
             for y in (
-                normalised(self.q_norm, self.q(x_BND)),
-                normalised(self.k_norm, self.k(x_BND)),
+                apply_norm(self.q_norm, self.q(x_BND)),
+                apply_norm(self.k_norm, self.k(x_BND)),
                 self.v(x_BND),
             )
         )
@@ -82,13 +82,14 @@ class LinearAttention(nnx.Module):
 
 
 def across_heads_norm(cfg: SanaConfig, rngs: nnx.Rngs) -> nn.RMSNorm | None:
-    """The norm of q or k that `cfg.qk_norm` asks for; one over the whole width, before it is cut
-    into heads.
+    """Return the norm of q or k that `cfg.qk_norm` names, over the whole width, before the split
+    into heads; None for no norm.
     """
     if cfg.qk_norm is None:
         return None
     return nn.RMSNorm(cfg.hidden_size, rngs=rngs, eps=1e-5, param_dtype=cfg.param_dtype)
 
 
-def normalised(norm: nn.RMSNorm | None, x: jax.Array) -> jax.Array:
+def apply_norm(norm: nn.RMSNorm | None, x: jax.Array) -> jax.Array:
+    """Apply `norm`, or return `x` where there is none."""
     return x if norm is None else norm(x)

@@ -26,7 +26,7 @@ from flax import nnx
 
 from blip3o_jax import nn
 from blip3o_jax.config import SanaConfig
-from blip3o_jax.dit.linear_attention import LinearAttention, across_heads_norm, normalised
+from blip3o_jax.dit.linear_attention import LinearAttention, across_heads_norm, apply_norm
 
 TIME_CHANNELS = 256
 # The initialiser of the time embedding in PixArt and SANA: modulations start near zero, so each
@@ -81,20 +81,20 @@ class CrossAttention(nnx.Module):
         self.k_norm = across_heads_norm(cfg, rngs)
 
     def keys_values(self, condition_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """k and v, [B, T, A, K] each."""
-        axes = (_rows(condition_BTD), "condition_tokens")
-        k_BTAK = self._heads(normalised(self.k_norm, self.k(condition_BTD)), *axes)
+        """Return k and v, [B, T, A, K] each."""
+        axes = (_batch_axis(condition_BTD), "condition_tokens")
+        k_BTAK = self._heads(apply_norm(self.k_norm, self.k(condition_BTD)), *axes)
         return k_BTAK, self._heads(self.v(condition_BTD), *axes)
 
     def __call__(
         self, x_BND: jax.Array, k_BTAK: jax.Array, v_BTAK: jax.Array, mask_BT: jax.Array | None
     ) -> jax.Array:
         if k_BTAK.shape[1] == 1 and mask_BT is None:
-            # Attention over a single token returns its value whatever the query (the null condition
-            # in sampling).
+            # Attention over a single token returns its value whatever the query (the unconditional
+            # branch in sampling).
             o_B1D = self.o(v_BTAK.reshape(v_BTAK.shape[0], 1, -1))
             return jnp.broadcast_to(o_B1D, x_BND.shape)
-        q_BNAK = self._heads(normalised(self.q_norm, self.q(x_BND)), "batch", "latent_tokens")
+        q_BNAK = self._heads(apply_norm(self.q_norm, self.q(x_BND)), "batch", "latent_tokens")
         rows = q_BNAK.shape[0]
         k_BTAK, v_BTAK = (jnp.broadcast_to(y, (rows, *y.shape[1:])) for y in (k_BTAK, v_BTAK))
         mask_B11T = (
@@ -150,7 +150,7 @@ class Block(nnx.Module):
         self.self_attention = LinearAttention(cfg, rngs=rngs)
         self.cross_attention = CrossAttention(cfg, rngs=rngs)
         self.ffn = MixFfn(cfg, rngs=rngs)
-        self.scale_shift_table = _table(cfg, 6, rngs)
+        self.scale_shift_table = _modulation_table(cfg, 6, rngs)
 
     def __call__(
         self,
@@ -167,14 +167,14 @@ class Block(nnx.Module):
             table_6D + modulation_B6D, 6, axis=1
         )  # [B, 1, D] each
         with jax.named_scope("self_attention"):
-            x_BND = _stream(
-                x_BND + gate1 * self.self_attention(_modulated(x_BND, shift1, scale1), mask_BN)
+            x_BND = _constrain_residual(
+                x_BND + gate1 * self.self_attention(_modulate(x_BND, shift1, scale1), mask_BN)
             )
         with jax.named_scope("cross_attention"):
-            x_BND = _stream(x_BND + self.cross_attention(x_BND, *key_value, mask_BT))
+            x_BND = _constrain_residual(x_BND + self.cross_attention(x_BND, *key_value, mask_BT))
         with jax.named_scope("ffn"):
-            return _stream(
-                x_BND + gate2 * self.ffn(_modulated(x_BND, shift2, scale2), grid, mask_BN)
+            return _constrain_residual(
+                x_BND + gate2 * self.ffn(_modulate(x_BND, shift2, scale2), grid, mask_BN)
             )
 
 
@@ -232,7 +232,7 @@ class SanaTransformer(nnx.Module):
         self.caption_projection = CaptionProjection(cfg, rngs=rngs)
         self.caption_norm = nn.RMSNorm(d, rngs=rngs, eps=1e-5, param_dtype=cfg.param_dtype)
         self.blocks = nn.stack(lambda rngs: Block(cfg, rngs=rngs), cfg.num_layers, rngs)
-        self.scale_shift_table = _table(cfg, 2, rngs)
+        self.scale_shift_table = _modulation_table(cfg, 2, rngs)
         self.proj_out = nn.Linear(
             d, patch**2 * cfg.out_channels, ("embed", None), rngs=rngs, init=OUTPUT_INIT, **types
         )
@@ -245,19 +245,20 @@ class SanaTransformer(nnx.Module):
         condition_mask_BT: jax.Array | None = None,
         latent_concat: LatentConcat | None = None,
     ) -> jax.Array:
-        """Velocity [B, H, W, C] in the compute dtype. `timestep_B` is float, 1000 sigma, in [0,
-        1000]. The mask is True where there is a condition token; every row needs at least one.
+        """Return the velocity [B, H, W, C] in the compute dtype. `timestep_B` is float, 1000 sigma,
+        in [0, 1000]. The mask is True where there is a condition token; every row needs at least
+        one.
         """
         return self.velocity(
             z_BHWC, timestep_B, self.prepare(condition_BTC, condition_mask_BT), latent_concat
         )
 
     def prepare(self, condition_BTC: jax.Array, mask_BT: jax.Array | None = None) -> Context:
-        """All that depends on the condition alone."""
+        """Compute all that depends on the condition alone."""
         with jax.named_scope("condition"):
             condition_BTD = self.caption_norm(self.caption_projection(condition_BTC))
             condition_BTD = nn.constrain(
-                condition_BTD, _rows(condition_BTD), "condition_tokens", "act_embed"
+                condition_BTD, _batch_axis(condition_BTD), "condition_tokens", "act_embed"
             )
 
             def step(
@@ -281,8 +282,8 @@ class SanaTransformer(nnx.Module):
         context: Context,
         latent_concat: LatentConcat | None = None,
     ) -> jax.Array:
-        """Velocity [B, H, W, C] for a prepared condition. ValueError when the patches do not cut H
-        x W evenly.
+        """Return the velocity [B, H, W, C] for a prepared condition. ValueError unless H and W are
+        multiples of the patch size.
         """
         height, width = z_BHWC.shape[1:3]
         patch = self.cfg.patch_size
@@ -290,21 +291,21 @@ class SanaTransformer(nnx.Module):
             raise ValueError(
                 f"latents of {height} x {width} are not a multiple of dit.patch_size={patch} on both sides"
             )
-        own = (height // patch, width // patch)
+        noisy_grid = (height // patch, width // patch)
         count = 0 if latent_concat is None else latent_concat.z_BRHWC.shape[1]
-        grid = (own[0], own[1] * (1 + count))
+        grid = (noisy_grid[0], noisy_grid[1] * (1 + count))
         mask_BN = None
         if latent_concat is not None:
-            z_BHWC = _side_by_side(
+            z_BHWC = _concat_width(
                 jnp.concatenate(
                     [z_BHWC[:, None], latent_concat.z_BRHWC.astype(z_BHWC.dtype)], axis=1
                 )
             )
-            mask_BN = _token_mask(latent_concat.mask_BR, own)
+            mask_BN = _token_mask(latent_concat.mask_BR, noisy_grid)
         with jax.named_scope("embed"):
             x_BND = self.patch_embed(z_BHWC).reshape(z_BHWC.shape[0], grid[0] * grid[1], -1)
             if self.cfg.interpolation_scale is not None:
-                x_BND += positions(self.cfg, own, 1 + count).astype(x_BND.dtype)
+                x_BND += positions(self.cfg, noisy_grid, 1 + count).astype(x_BND.dtype)
             embedding_BD, modulation_B6D = self.time_embed(timestep_B)
 
         def step(
@@ -316,21 +317,23 @@ class SanaTransformer(nnx.Module):
         x_BND, _ = nn.scan(
             self.blocks,
             step,
-            _stream(x_BND),
+            _constrain_residual(x_BND),
             keys_values,
             remat=self.cfg.remat,
             unroll=self.cfg.unroll,
         )
         with jax.named_scope("output"):
             if latent_concat is not None:
-                x_BND = _stream(
-                    x_BND.reshape(len(x_BND), *grid, -1)[:, :, : own[1]].reshape(
-                        len(x_BND), own[0] * own[1], -1
+                x_BND = _constrain_residual(
+                    x_BND.reshape(len(x_BND), *grid, -1)[:, :, : noisy_grid[1]].reshape(
+                        len(x_BND), noisy_grid[0] * noisy_grid[1], -1
                     )
                 )
             table_2D = self.scale_shift_table[...].astype(x_BND.dtype)
             shift_B1D, scale_B1D = jnp.split(table_2D + embedding_BD[:, None], 2, axis=1)
-            return _unpatched(self.proj_out(_modulated(x_BND, shift_B1D, scale_B1D)), own, patch)
+            return _unpatchify(
+                self.proj_out(_modulate(x_BND, shift_B1D, scale_B1D)), noisy_grid, patch
+            )
 
 
 def sinusoid(timestep_B: jax.Array) -> jax.Array:
@@ -345,7 +348,7 @@ def sinusoid(timestep_B: jax.Array) -> jax.Array:
 
 
 def positions(cfg: SanaConfig, grid: tuple[int, int], maps: int = 1) -> np.ndarray:
-    """[rows columns, D], float32: sines and cosines of the column, then of the row
+    """Return positions [rows columns, D], float32: sines and cosines of the column, then of the row
     (`diffusers.PatchEmbed`, "sincos"). Both count from 0 to `sample_size / patch_size` over the
     whole side, whatever the grid, divided by `interpolation_scale`. Of `maps` side by side the
     columns of each go on where those of the one before end, [rows maps columns, D].
@@ -365,43 +368,43 @@ def positions(cfg: SanaConfig, grid: tuple[int, int], maps: int = 1) -> np.ndarr
     )
 
 
-def _side_by_side(z_BMHWC: jax.Array) -> jax.Array:
-    """Maps [B, M, H, W, C] -> one map [B, H, M W, C]."""
+def _concat_width(z_BMHWC: jax.Array) -> jax.Array:
+    """Concatenate maps [B, M, H, W, C] along the width -> [B, H, M W, C]."""
     batch, maps, height, width, channels = z_BMHWC.shape
     return z_BMHWC.transpose(0, 2, 1, 3, 4).reshape(batch, height, maps * width, channels)
 
 
 def _token_mask(mask_BR: jax.Array, grid: tuple[int, int]) -> jax.Array:
-    """Which tokens of the wide map there are, [B, N]: all of the noisy part, of a reference where
-    the row has it.
+    """Return the mask [B, N] of the tokens of the wide map: True for the noisy part, and for the
+    references that a row has.
     """
     mask_BM = jnp.pad(mask_BR.astype(bool), ((0, 0), (1, 0)), constant_values=True)
     mask_BX = jnp.repeat(mask_BM, grid[1], axis=1)
     return jnp.tile(mask_BX, (1, grid[0]))
 
 
-def _modulated(x_BND: jax.Array, shift_B1D: jax.Array, scale_B1D: jax.Array) -> jax.Array:
+def _modulate(x_BND: jax.Array, shift_B1D: jax.Array, scale_B1D: jax.Array) -> jax.Array:
     return nn.standardise(x_BND, 1e-6) * (1 + scale_B1D) + shift_B1D
 
 
-def _stream(x_BND: jax.Array) -> jax.Array:
+def _constrain_residual(x_BND: jax.Array) -> jax.Array:
     return nn.constrain(x_BND, "batch", "latent_tokens", "act_embed")
 
 
-def _rows(condition: jax.Array) -> str | None:
-    """Logical name of the leading dimension: a condition of one row serves the whole batch, so it
-    is not cut up.
+def _batch_axis(condition: jax.Array) -> str | None:
+    """Return the logical name of the leading dimension: a condition of one row is broadcast to the
+    whole batch, so it is not sharded.
     """
     return None if condition.shape[0] == 1 else "batch"
 
 
-def _unpatched(x_BNX: jax.Array, grid: tuple[int, int], patch: int) -> jax.Array:
+def _unpatchify(x_BNX: jax.Array, grid: tuple[int, int], patch: int) -> jax.Array:
     """[B, N, P P C] -> [B, H, W, C]."""
     batch, (rows, columns) = x_BNX.shape[0], grid
     x = x_BNX.reshape(batch, rows, columns, patch, patch, -1).transpose(0, 1, 3, 2, 4, 5)
     return x.reshape(batch, rows * patch, columns * patch, -1)
 
 
-def _table(cfg: SanaConfig, rows: int, rngs: nnx.Rngs) -> nnx.Param:
+def _modulation_table(cfg: SanaConfig, rows: int, rngs: nnx.Rngs) -> nnx.Param:
     init = nn.normal(cfg.hidden_size**-0.5)
     return nn.param(rngs, (rows, cfg.hidden_size), (None, "embed"), init, cfg.param_dtype)

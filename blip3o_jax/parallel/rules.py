@@ -115,7 +115,7 @@ class Strategy:
         table = tables.get(part, tables[""])
         entries, taken = [], {}
         for name, dim in zip(axes, shape, strict=True):
-            # A single token, of decoding or of the null condition, is nothing to cut up.
+            # A single token, of decoding or of the unconditional branch, is nothing to cut up.
             cut = table.get(name, ()) if dim != 1 or name not in TOKENS else ()
             mesh_axes = tuple(a for a in cut if self.mesh.shape[a] > 1)
             for axis in mesh_axes:

@@ -101,7 +101,7 @@ class ReinforcementLearning:
         reference, identity = None, ""
         if rollout.has_reference(config.rl):
             reference = _reference(setup, state, fresh=position is None)
-            identity = fingerprint(lora.without_idle_lora(reference))
+            identity = fingerprint(lora.zero_idle_factors(reference))
         position = position or {"rollout": 0, "reference": identity}
         position = with_prompts(position, self._prompts, config.rl.prompts_file)
         if setup.start % config.rl.updates:
@@ -157,7 +157,7 @@ def _reference(setup: Setup, state: TrainState, *, fresh: bool) -> Any:
         )(state["params"])
     given = restore_init_parts(setup.config, setup.plan, setup.strategy)
     given = {part: groups["params"] for part, groups in given.items() if "params" in groups}
-    return merge_trees(given, lora.without_lora(state["params"]))
+    return merge_trees(given, lora.disable_lora(state["params"]))
 
 
 def fingerprint(params: Any) -> str:

@@ -130,8 +130,8 @@ def match_to_plan(plan: StatePlan, part: str, values: Any, path: str) -> dict[st
         jax.tree_util.keystr(keys): leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(tree)
     }
     found = named(values)
-    if found.keys() == named(lora.without_factors(values)).keys():
-        targets = lora.without_factors(targets)
+    if found.keys() == named(lora.drop_factors(values)).keys():
+        targets = lora.drop_factors(targets)
     if missing := sorted(set().union(*map(named, targets.values())) ^ set(found)):
         raise UserError(
             f"checkpoint.init_from: part {part} of {path} and of this model differ, first in {missing[0]}"

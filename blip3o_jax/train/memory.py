@@ -14,7 +14,7 @@ from typing import Any
 import jax
 
 from blip3o_jax import nn
-from blip3o_jax.blip3o import PARTS
+from blip3o_jax.blip3o import MODEL_PARTS
 from blip3o_jax.config import Config, fields
 from blip3o_jax.parallel.memory import Need, check_fits, device_bytes
 from blip3o_jax.parallel.rules import Strategy
@@ -39,7 +39,7 @@ def state_needs(config: Config, plan: StatePlan) -> list[Need]:
     counts: collections.Counter[str] = collections.Counter()
     for keys, leaf in jax.tree_util.tree_leaves_with_path(plan.abstract):
         names = [getattr(key, "key", None) for key in keys]
-        part = next((name for name in names if name in PARTS), None)
+        part = next((name for name in names if name in MODEL_PARTS), None)
         if part is None:
             continue
         shard = math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from blip3o_jax.blip3o import PARTS, Blip3o, split
+from blip3o_jax.blip3o import MODEL_PARTS, Blip3o, split
 from blip3o_jax.config import Config, ConfigError, check_choice
 from blip3o_jax.parallel.rules import Strategy
 from blip3o_jax.train.optimizer import make_optimizer
@@ -90,7 +90,7 @@ def _rest(config: Config, optimizer: optax.GradientTransformation, params: Any) 
 def plan_state(config: Config, strategy: Strategy) -> StatePlan:
     """Shapes and shardings of the whole state, from shapes alone: nothing is allocated."""
     for part, _ in strategy.parts:
-        check_choice("mesh.parts: part", part, PARTS)
+        check_choice("mesh.parts: part", part, MODEL_PARTS)
     optimizer = make_optimizer(config.optimizer, config.steps)
     graphdef, params, frozen = nnx.eval_shape(
         lambda: split(_build(config), trainable_filter(config))

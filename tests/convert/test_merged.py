@@ -108,7 +108,7 @@ def test_the_files_are_those_of_the_model_without_factors(trained, exported):
     kernels = {
         key: x
         for part, tree in weights.items()
-        for key, x in sums(part, cfg.model, lora.without_factors(tree)).items()
+        for key, x in sums(part, cfg.model, lora.drop_factors(tree)).items()
     }
     assert sum(bool(np.any(want[key] != kernels[key])) for key in want) == sum(SUMS.values())
     model = json.loads((directory / "config.json").read_text())["blip3o_jax"]["model"]
@@ -181,6 +181,6 @@ def test_images_are_those_of_the_merged_model(trained, exported, tmp_path, monke
     got, want = draw(on), draw(pipelines.load(tmp_path / "merged"))
     np.testing.assert_array_equal(got.codes, want.codes)
     assert np.abs(got.images.astype(int) - want.images.astype(int)).max() <= 1
-    on._params = lora.without_lora(on._params)
+    on._params = lora.disable_lora(on._params)
     off = draw(on)
     assert np.any(off.codes != got.codes) and np.any(off.images != got.images)

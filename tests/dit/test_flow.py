@@ -51,7 +51,7 @@ def test_noisy_and_velocity(shift, rng):
     z, noise = rng.normal(size=(2, 3, 2, 4, 5)).astype(np.float32)
     index = np.asarray([0, 400, 999])
     want = stock.scale_noise(torch.tensor(z), stock.timesteps[index], torch.tensor(noise))
-    got = flow.noisy(z, noise, jnp.asarray(flow.sigmas(cfg)[index]))
+    got = flow.add_noise(z, noise, jnp.asarray(flow.sigmas(cfg)[index]))
     np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6)
 
 

@@ -23,12 +23,12 @@ def pair():
     return torch_model, stock_weights.jax_model(torch_model, CFG)
 
 
-def torch_sample(model, condition, null, noise, guidance: float, cfg: FlowConfig) -> np.ndarray:
+def torch_sample(model, condition, uncond, noise, guidance: float, cfg: FlowConfig) -> np.ndarray:
     """A plain loop of the stock model and scheduler, both branches in one batch, [null, condition]."""
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=cfg.shift)
     scheduler.set_timesteps(sigmas=np.linspace(1, 1 / STEPS, STEPS))
     z = torch.tensor(noise).permute(0, 3, 1, 2)
-    both = torch.cat([torch.tensor(null), torch.tensor(condition)])
+    both = torch.cat([torch.tensor(uncond), torch.tensor(condition)])
     with torch.no_grad():
         for t in scheduler.timesteps:
             v = model(
@@ -37,53 +37,53 @@ def torch_sample(model, condition, null, noise, guidance: float, cfg: FlowConfig
                 timestep=t.expand(2 * B),
                 return_dict=False,
             )[0]
-            v_null, v_condition = v.chunk(2)
-            z = scheduler.step(v_null + guidance * (v_condition - v_null), t, z).prev_sample
+            v_uncond, v_condition = v.chunk(2)
+            z = scheduler.step(v_uncond + guidance * (v_condition - v_uncond), t, z).prev_sample
     return z.permute(0, 2, 3, 1).numpy()
 
 
-def run(dit, condition, null, noise, guidance: float, cfg: FlowConfig) -> jax.Array:
+def run(dit, condition, uncond, noise, guidance: float, cfg: FlowConfig) -> jax.Array:
     @jax.jit
-    def sample(condition, null, noise):
-        branches = sampler.Guidance(Condition(condition), Condition(null), guidance)
+    def sample(condition, uncond, noise):
+        branches = sampler.Guidance(Condition(condition), Condition(uncond), guidance)
         return sampler.sample(dit, branches, noise, steps=STEPS, flow=cfg)
 
-    return sample(condition, null, noise)
+    return sample(condition, uncond, noise)
 
 
 def draw(rng):
     condition = rng.normal(size=(B, T, CFG.caption_channels)).astype(np.float32)
-    null = np.broadcast_to(
+    uncond = np.broadcast_to(
         rng.normal(size=(1, 1, CFG.caption_channels)).astype(np.float32), condition.shape
     )
-    return condition, null, rng.normal(size=(B, H, W, CFG.in_channels)).astype(np.float32)
+    return condition, uncond, rng.normal(size=(B, H, W, CFG.in_channels)).astype(np.float32)
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_equals_a_loop_of_stock_model_and_scheduler(pair, shift, rng):
     torch_model, dit = pair
-    condition, null, noise = draw(rng)
+    condition, uncond, noise = draw(rng)
     cfg = FlowConfig(shift=shift)
-    want = torch_sample(torch_model, condition, null, noise, 2.5, cfg)
+    want = torch_sample(torch_model, condition, uncond, noise, 2.5, cfg)
     # The stock loop gets the null condition at all T tokens, the sampler as one token for all rows.
-    assert relative_error(run(dit, condition, null[:1, :1], noise, 2.5, cfg), want) < 1e-5
+    assert relative_error(run(dit, condition, uncond[:1, :1], noise, 2.5, cfg), want) < 1e-5
     assert np.linalg.norm(
-        want - torch_sample(torch_model, condition, null, noise, 1.0, cfg)
+        want - torch_sample(torch_model, condition, uncond, noise, 1.0, cfg)
     ) > 0.1 * np.linalg.norm(want)
 
 
 def test_null_condition_of_as_many_rows_and_tokens(pair, rng):
     torch_model, dit = pair
     condition, _, noise = draw(rng)
-    null = rng.normal(size=condition.shape).astype(np.float32)
-    want = torch_sample(torch_model, condition, null, noise, 2.5, FlowConfig())
-    assert relative_error(run(dit, condition, null, noise, 2.5, FlowConfig()), want) < 1e-5
+    uncond = rng.normal(size=condition.shape).astype(np.float32)
+    want = torch_sample(torch_model, condition, uncond, noise, 2.5, FlowConfig())
+    assert relative_error(run(dit, condition, uncond, noise, 2.5, FlowConfig()), want) < 1e-5
 
 
 def test_without_a_null_condition_there_is_no_guidance(pair, rng):
     torch_model, dit = pair
-    condition, null, noise = draw(rng)
-    want = torch_sample(torch_model, condition, null, noise, 1.0, FlowConfig())
+    condition, uncond, noise = draw(rng)
+    want = torch_sample(torch_model, condition, uncond, noise, 1.0, FlowConfig())
     alone = jax.jit(
         lambda c, n: sampler.sample(
             dit, sampler.Guidance(Condition(c)), n, steps=STEPS, flow=FlowConfig()
@@ -97,7 +97,7 @@ def test_two_guidances_are_a_sum_of_three_velocities(pair, rng):
     guidance.
     """
     torch_model, dit = pair
-    condition, null, noise = draw(rng)
+    condition, uncond, noise = draw(rng)
     middle = rng.normal(size=condition.shape).astype(np.float32)
     timestep = np.asarray([800.0, 300.0], np.float32)
 
@@ -114,11 +114,11 @@ def test_two_guidances_are_a_sum_of_three_velocities(pair, rng):
 
     def ours(scale, reference_scale):
         branches = sampler.Guidance(
-            *map(Condition, (condition, null)), scale, Condition(middle), reference_scale
+            *map(Condition, (condition, uncond)), scale, Condition(middle), reference_scale
         )
         return jax.jit(lambda z, t: sampler.guided_velocity(dit, branches)(z, t))(noise, timestep)
 
-    full, nothing, shown = stock(condition), stock(null), stock(middle)
+    full, nothing, shown = stock(condition), stock(uncond), stock(middle)
     assert (
         relative_error(ours(3.0, 1.5), nothing + 1.5 * (shown - nothing) + 3.0 * (full - shown))
         < 1e-5

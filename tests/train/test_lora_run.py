@@ -139,7 +139,7 @@ def test_nothing_but_factors_may_be_missing(settings, begun):
         UserError, match=r"part ar of x and of this model differ, first in .*\['q'\]\['lora_a'\]"
     ):
         match_to_plan(plan, "ar", ar, "x")
-    ar = lora.without_factors(ar)
+    ar = lora.drop_factors(ar)
     match_to_plan(plan, "ar", ar, "x")
     del ar["norm"]
     with pytest.raises(

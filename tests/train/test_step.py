@@ -316,9 +316,9 @@ def test_norms_are_reported_for_each_part_and_in_all():
 
 
 def test_every_stage_names_parts_and_fields_that_exist():
-    from blip3o_jax.blip3o import PARTS
+    from blip3o_jax.blip3o import MODEL_PARTS
     from blip3o_jax.data.examples import FIELDS
 
     assert set(STAGES) == set(config_lib.STAGE_NAMES)
     for stage in STAGES.values():
-        assert set(stage.parts) <= set(PARTS) and set(stage.fields) <= set(FIELDS)
+        assert set(stage.parts) <= set(MODEL_PARTS) and set(stage.fields) <= set(FIELDS)

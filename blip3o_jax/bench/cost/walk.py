@@ -28,10 +28,10 @@ from blip3o_jax.bench.cost.hlo_bytes import operation_bytes
 from blip3o_jax.bench.cost.hlo_flops import MATRIX, matrix_flops
 from blip3o_jax.bench.cost.kernels import kernel_work
 from blip3o_jax.bench.cost.network import COLLECTIVES, Network
-from blip3o_jax.blip3o import PARTS
+from blip3o_jax.blip3o import MODEL_PARTS
 
 LIMITERS = ("compute", "HBM", "ICI", "DCN", "host")
-SCOPES = (*PARTS, "prefill", "decode", "cross_entropy", "optimizer")
+SCOPES = (*MODEL_PARTS, "prefill", "decode", "cross_entropy", "optimizer")
 PASSES = ("forward", "recomputed", "backward")
 
 
