@@ -9,7 +9,7 @@ Command:
             ('dit', 'runs/pretrain'), ('vae', 'runs/pretrain'), ('tokenizer', 'runs/pretrain')]"
     The argument is the size, as for pretrain.py: 0.6b, 1.7b (the default), 4b or 8b. The recipe's data are BLIP3o-60k and
     ShareGPT-4o-Image; both have to be brought along. With 1.7b:understand rows have a place for an image, so that questions
-    about images can be among the sources (docs/images_in.md).
+    about images can be among the sources (docs/editing.md).
 Hardware: as for pretrain.py. Published: not stated for this stage.
 Duration: unknown; 7,000 steps of 128 examples are 1/192 of the examples of pretraining.
 Expected: the nearest published figure is where the GenEval reinforcement learning set out: 0.821 (it ended at 0.902).

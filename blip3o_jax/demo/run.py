@@ -44,8 +44,8 @@ NOTES = {
     "joint": "Cross entropy of the image tokens and flow matching of the latents, trained together.",
     "rl": "GRPO on the image tokens: the share of right images in each rollout is reward/part/shapes/correct.",
 }
-# Suite -> (baseline, its name in words, what the report says of it), of what is done with images.
-IMAGES_IN = {
+# Suite with reference images -> (baseline, its name in the report, note of the report).
+IMAGE_TASKS = {
     "shapes_edit": (
         "input_unchanged",
         "input unchanged",
@@ -59,10 +59,10 @@ IMAGES_IN = {
     "reconstruct": (
         "images_of_other_prompts",
         "another scene",
-        "Drawn again from its nine tokens; right where the scorer finds what the scene's caption asks for.",
+        "Reconstructed from its nine tokens; right where the scorer finds what the scene's caption asks for.",
     ),
 }
-EXAMPLES = 28  # of each suite of images in
+EXAMPLES = 28  # of each suite with reference images
 
 
 def run(workdir: str | pathlib.Path, *, fast: bool = False) -> dict[str, Any]:
@@ -94,24 +94,24 @@ def _run(workdir: pathlib.Path, fast: bool) -> dict[str, Any]:
     stages = recipe(str(data_dir), str(workdir / "cache"), files, fast=fast)
     summaries = recipes.run(stages, workdir / "train")
     clock.seconds |= {name: summary.seconds for name, summary in summaries.items()}
-    before = _evaluated(workdir, "train", num_prompts, clock)
+    before = _evaluate(workdir, "train", num_prompts, clock)
     stages["rl"] = reinforcement(
         workdir / "train", str(data_dir / builder.PROMPTS.format(split="train")), fast=fast
     )
     clock.seconds["rl"] = method.run(stages["rl"], workdir / "rl").seconds
-    after = _evaluated(workdir, "rl", num_prompts, clock)
+    after = _evaluate(workdir, "rl", num_prompts, clock)
     with clock("edit, answer and score"):
-        shown = _shown(workdir, num_prompts)
+        image_tasks = _evaluate_image_tasks(workdir, num_prompts)
     with clock("report"):
         path = workdir / "report.html"
-        report.write_report(_results(workdir, before, after, shown, stages, clock), path)
+        report.write_report(_results(workdir, before, after, image_tasks, stages, clock), path)
     seconds = sum(clock.seconds.values())
     scores = after.scores()
     print(f"report: {path}", file=sys.stderr)
     return {
         "shapes_overall": round(scores["overall"], 4),
         "before_rl": round(before.scores()["overall"], 4),
-        **{name: round(evaluation.ours.overall, 4) for name, evaluation in shown.items()},
+        **{name: round(evaluation.result.overall, 4) for name, evaluation in image_tasks.items()},
         "seconds": round(seconds, 1),
         "report": str(path),
         "prompts": num_prompts,
@@ -152,10 +152,12 @@ def _peak_memory() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def _evaluated(
+def _evaluate(
     workdir: pathlib.Path, name: str, num_prompts: int, clock: _Clock
 ) -> runner.Evaluation:
-    """Of the model in `workdir`/`name`, written under `workdir`/evaluation/`name`."""
+    """Evaluate the model in `workdir`/`name` and write the result under
+    `workdir`/evaluation/`name`.
+    """
     with clock(f"sample and score {name}"):
         evaluation = runner.evaluate_pipeline(
             pipelines.load(workdir / name), num_prompts=num_prompts
@@ -164,10 +166,10 @@ def _evaluated(
     return evaluation
 
 
-def _shown(workdir: pathlib.Path, num_prompts: int) -> dict[str, runner.Evaluation]:
-    """What the joint stage's model does with images, by suite; written as the others."""
+def _evaluate_image_tasks(workdir: pathlib.Path, num_prompts: int) -> dict[str, runner.Evaluation]:
+    """Evaluate the joint stage's model on the suites with reference images; write the results."""
     pipeline, found = pipelines.load(workdir / "train"), {}
-    for name in IMAGES_IN:
+    for name in IMAGE_TASKS:
         found[name] = runner.evaluate_pipeline(
             pipeline, runner.SUITES[name], num_prompts=num_prompts
         )
@@ -179,7 +181,7 @@ def _results(
     workdir: pathlib.Path,
     before: runner.Evaluation,
     after: runner.Evaluation,
-    shown: dict[str, runner.Evaluation],
+    image_tasks: dict[str, runner.Evaluation],
     stages: dict[str, Config],
     clock: _Clock,
 ) -> report.Results:
@@ -199,7 +201,7 @@ def _results(
         categories=categories,
         samples=_samples(after),
         before=report.Before(*_scores(before), _samples(before)),
-        images_in=[_images_in(name, evaluation) for name, evaluation in shown.items()],
+        image_tasks=[_image_task(name, evaluation) for name, evaluation in image_tasks.items()],
         stages=[
             report.Stage(name, _curves(_directory(workdir, name), CURVES[name]), NOTES[name])
             for name in stages
@@ -230,16 +232,16 @@ def _results(
 
 def _scores(evaluation: runner.Evaluation) -> tuple[report.Score, list[report.Score]]:
     """Overall, and of each category."""
-    ours, real, random = (
-        evaluation.ours,
+    model, real, random = (
+        evaluation.result,
         *(evaluation.baselines[name] for name in ("real_images", "random_images")),
     )
     counts = collections.Counter(p["category"] for p in evaluation.prompts)
     return report.Score(
-        "overall", len(evaluation.prompts), ours.overall, random.overall, real.overall
+        "overall", len(evaluation.prompts), model.overall, random.overall, real.overall
     ), [
-        report.Score(n, counts[n], ours.categories[n], random.categories[n], real.categories[n])
-        for n in ours.categories
+        report.Score(n, counts[n], model.categories[n], random.categories[n], real.categories[n])
+        for n in model.categories
     ]
 
 
@@ -247,8 +249,8 @@ def _samples(evaluation: runner.Evaluation) -> list[report.Sample]:
     judged = zip(
         evaluation.prompts,
         evaluation.images,
-        evaluation.ours.correct,
-        evaluation.ours.reasons,
+        evaluation.result.correct,
+        evaluation.result.reasons,
         strict=True,
     )
     return [
@@ -257,30 +259,30 @@ def _samples(evaluation: runner.Evaluation) -> list[report.Sample]:
     ]
 
 
-def _images_in(name: str, evaluation: runner.Evaluation) -> report.ImagesIn:
-    baseline, words, note = IMAGES_IN[name]
-    ours, other = evaluation.ours, evaluation.baselines[baseline]
+def _image_task(name: str, evaluation: runner.Evaluation) -> report.ImageTask:
+    baseline, words, note = IMAGE_TASKS[name]
+    model, other = evaluation.result, evaluation.baselines[baseline]
     counts = collections.Counter(p["category"] for p in evaluation.prompts)
     scores = [
         (category, counts[category], share, other.categories[category])
-        for category, share in ours.categories.items()
+        for category, share in model.categories.items()
     ]
-    made = itertools.repeat(None) if evaluation.images is None else evaluation.images
+    outputs = itertools.repeat(None) if evaluation.images is None else evaluation.images
     rows = zip(
         evaluation.requests,
-        made,
-        evaluation.said or itertools.repeat(""),
-        ours.correct,
-        ours.reasons,
+        outputs,
+        evaluation.answers or itertools.repeat(""),
+        model.correct,
+        model.reasons,
         strict=False,
     )
-    return report.ImagesIn(
+    return report.ImageTask(
         name,
         note,
         words,
-        [*scores, ("overall", len(evaluation.prompts), ours.overall, other.overall)],
+        [*scores, ("overall", len(evaluation.prompts), model.overall, other.overall)],
         [
-            report.Shown(request.images[0], request.text, *row)
+            report.ImageTaskExample(request.images[0], request.text, *row)
             for request, *row in itertools.islice(rows, EXAMPLES)
         ],
     )

@@ -33,7 +33,7 @@ class Score:
 
     name: str
     prompts: int
-    ours: float  # the model's samples
+    model: float  # the model's samples
     random: float  # images that have nothing to do with the prompt
     real: float  # real images beside their own captions: how far the scorer itself can be trusted
 
@@ -90,21 +90,21 @@ class Before:
 
 
 @dataclasses.dataclass(frozen=True)
-class Shown:
-    """What was made of an image: another one, or words."""
+class ImageTaskExample:
+    """A reference image and the model's output for it: another image, or text."""
 
     image_HWC: np.ndarray
-    asked: str
-    made_HWC: np.ndarray | None
-    said: str
+    instruction: str
+    output_HWC: np.ndarray | None
+    answer: str
     correct: bool
     reason: str
 
 
 @dataclasses.dataclass(frozen=True)
-class ImagesIn:
-    """A suite of what is done with images that are shown: shares of the model and of who does
-    nothing, and examples.
+class ImageTask:
+    """Results of a suite with reference images: fractions of correct outputs of the model and of
+    the baseline, and examples.
     """
 
     name: str
@@ -112,8 +112,8 @@ class ImagesIn:
     baseline: str  # in words
     scores: Sequence[
         tuple[str, int, float, float]
-    ]  # category, how many, model's share, baseline's; overall comes last
-    examples: Sequence[Shown]
+    ]  # category, number of prompts, model's fraction, baseline's; overall comes last
+    examples: Sequence[ImageTaskExample]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +128,7 @@ class Results:
     categories: Sequence[Score]
     samples: Sequence[Sample]
     before: Before
-    images_in: Sequence[ImagesIn]
+    image_tasks: Sequence[ImageTask]
     stages: Sequence[Stage]
     reconstructions: Sequence[Reconstruction]
     token_maps: Sequence[TokenMap]
@@ -161,7 +161,7 @@ def write_report(results: Results, out_html: pathlib.Path) -> None:
         changes=_changes(results),
         changed="".join(itertools.starmap(_changed, changed[:CHANGED])),
         changed_counts=_changed_counts(changed),
-        images_in="".join(map(_images_in, results.images_in)),
+        image_tasks="".join(map(_image_task, results.image_tasks)),
         stages="".join(map(_stage, results.stages)),
         reconstructions="".join(map(_reconstruction, results.reconstructions)),
         token_maps="".join(map(_token_map, results.token_maps)),
@@ -238,7 +238,7 @@ def _headline(results: Results) -> str:
     }
     tiles = "".join(f"<div><dt>{_text(k)}</dt><dd>{_text(v)}</dd></div>" for k, v in facts.items())
     return (
-        f'<p class="hero"><strong>{_percent(overall.ours)}</strong> '
+        f'<p class="hero"><strong>{_percent(overall.model)}</strong> '
         f"<span>of {overall.prompts:,} held-out prompts drawn as asked</span></p>"
         f'<dl class="tiles">{tiles}</dl>'
     )
@@ -254,8 +254,8 @@ def _scoreboard(results: Results) -> str:
         )
         rows.append(
             f'<tr{total}><th scope="row">{_text(_words(score.name))}</th><td class="bar"><span class="track">'
-            f'<b style="width:{100 * score.ours:.2f}%"></b>{marks}</span></td>'
-            f"<td><strong>{_percent(score.ours)}</strong></td><td>{_percent(score.random)}</td>"
+            f'<b style="width:{100 * score.model:.2f}%"></b>{marks}</span></td>'
+            f"<td><strong>{_percent(score.model)}</strong></td><td>{_percent(score.random)}</td>"
             f"<td>{_percent(score.real)}</td><td>{score.prompts:,}</td></tr>"
         )
     return "".join(rows)
@@ -316,20 +316,20 @@ def _changes(results: Results) -> str:
     for before, after in pairs:
         total, change = (
             ' class="total"' if after is results.overall else "",
-            100 * (after.ours - before.ours),
+            100 * (after.model - before.model),
         )
         rows.append(
             f'<tr{total}><th scope="row">{_text(_words(after.name))}</th><td class="bar"><span class="track">'
-            f'<b style="width:{100 * after.ours:.2f}%"></b><i style="left:{100 * before.ours:.2f}%"></i></span></td>'
-            f"<td>{_percent(before.ours)}</td><td><strong>{_percent(after.ours)}</strong></td><td>{change:+.1f}</td></tr>"
+            f'<b style="width:{100 * after.model:.2f}%"></b><i style="left:{100 * before.model:.2f}%"></i></span></td>'
+            f"<td>{_percent(before.model)}</td><td><strong>{_percent(after.model)}</strong></td><td>{change:+.1f}</td></tr>"
         )
     return "".join(rows)
 
 
 def _changed_counts(changed: Sequence[tuple[Sample, Sample]]) -> str:
     better = sum(after.correct for _, after in changed)
-    shown = f"the first {CHANGED} of them" if len(changed) > CHANGED else "all of them"
-    return f"{better} prompts became right and {len(changed) - better} wrong; {shown}, before and after:"
+    extent = f"the first {CHANGED} of them" if len(changed) > CHANGED else "all of them"
+    return f"{better} prompts became right and {len(changed) - better} wrong; {extent}, before and after:"
 
 
 def _changed(before: Sample, after: Sample) -> str:
@@ -342,16 +342,16 @@ def _changed(before: Sample, after: Sample) -> str:
     )
 
 
-def _images_in(suite: ImagesIn) -> str:
+def _image_task(suite: ImageTask) -> str:
     rows = []
-    for i, (name, count, ours, baseline) in enumerate(suite.scores, 1):
+    for i, (name, count, model, baseline) in enumerate(suite.scores, 1):
         total = ' class="total"' if i == len(suite.scores) else ""
         rows.append(
             f'<tr{total}><th scope="row">{_text(_words(name))}</th><td class="bar"><span class="track">'
-            f'<b style="width:{100 * ours:.2f}%"></b><i class="random" style="left:{100 * baseline:.2f}%"></i></span></td>'
-            f"<td><strong>{_percent(ours)}</strong></td><td>{_percent(baseline)}</td><td>{count:,}</td></tr>"
+            f'<b style="width:{100 * model:.2f}%"></b><i class="random" style="left:{100 * baseline:.2f}%"></i></span></td>'
+            f"<td><strong>{_percent(model)}</strong></td><td>{_percent(baseline)}</td><td>{count:,}</td></tr>"
         )
-    names = ("ours", suite.baseline, "asked")
+    names = ("model", suite.baseline, "prompts")
     head = '<th scope="col">Category</th><th class="bar"></th>' + "".join(
         f'<th scope="col">{_text(n)}</th>' for n in names
     )
@@ -359,18 +359,24 @@ def _images_in(suite: ImagesIn) -> str:
         f'<h3>{_text(_words(suite.name))}</h3><p class="note">{_text(suite.note)}</p>'
         f'<div class="card"><div class="scroll"><table><thead><tr>{head}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div></div>"
-        f'<div class="pairs shown">{"".join(map(_shown, suite.examples))}</div>'
+        f'<div class="pairs examples">{"".join(map(_example, suite.examples))}</div>'
     )
 
 
-def _shown(shown: Shown) -> str:
-    verdict, mark = ("right", "✓") if shown.correct else ("wrong", "✗")
-    made = "" if shown.made_HWC is None else _img(shown.made_HWC, "made of it: " + shown.asked)
-    said = f"<strong>{_text(shown.said)}</strong>" if shown.said else ""
+def _example(example: ImageTaskExample) -> str:
+    verdict, mark = ("right", "✓") if example.correct else ("wrong", "✗")
+    output = (
+        ""
+        if example.output_HWC is None
+        else _img(example.output_HWC, "output: " + example.instruction)
+    )
+    answer = f"<strong>{_text(example.answer)}</strong>" if example.answer else ""
     return (
-        f'<figure class="pair"><div>{_img(shown.image_HWC, "shown: " + shown.asked)}{made}</div><figcaption>'
-        f'<span class="verdict {verdict}">{mark} {verdict}</span> <span class="prompt">{_text(shown.asked)} {said}</span>'
-        f'<span class="reason">{_text(shown.reason)}</span></figcaption></figure>'
+        f'<figure class="pair"><div>'
+        f"{_img(example.image_HWC, 'reference: ' + example.instruction)}{output}</div><figcaption>"
+        f'<span class="verdict {verdict}">{mark} {verdict}</span> '
+        f'<span class="prompt">{_text(example.instruction)} {answer}</span>'
+        f'<span class="reason">{_text(example.reason)}</span></figcaption></figure>'
     )
 
 

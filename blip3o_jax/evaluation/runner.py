@@ -1,5 +1,5 @@
-"""Has a checkpoint do what a suite asks, judges the images or answers, writes scores.json and the
-pictures.
+"""Evaluate a checkpoint on a suite: sample images or answers, judge them, write scores.json and the
+images.
 """
 
 import dataclasses
@@ -13,34 +13,40 @@ import numpy as np
 from blip3o_jax import pipeline as pipelines
 from blip3o_jax.config import UserError, check_choice
 from blip3o_jax.evaluation import shapes
-from blip3o_jax.evaluation.images_in import Reconstruct, ShapesEdit, ShapesQa
-from blip3o_jax.evaluation.judged import Judged, Prompt
-from blip3o_jax.evaluation.rewarded import Rewarded
+from blip3o_jax.evaluation.editing import ShapesEdit
+from blip3o_jax.evaluation.reconstruction import Reconstruct
+from blip3o_jax.evaluation.result import SuitePrompt, SuiteResult
+from blip3o_jax.evaluation.reward_suite import RewardSuite
+from blip3o_jax.evaluation.understanding import ShapesQa
 from blip3o_jax.files import write_json
 from blip3o_jax.pipeline import Request
 from blip3o_jax.rl.rewards.registry import REWARDS, parsed
 from blip3o_jax.samples import check_images_out, write_images
 
-ANSWER = 16  # tokens that an answer of the embedded data set may have
+MAX_ANSWER_TOKENS = 16  # of an answer of the embedded data set
 
 
 class Suite(Protocol):
-    """Prompts, what they ask of a model, and a judge of its answers in their order: uint8 images
-    [B, H, W, 3], or texts.
+    """Prompts, the model's requests for them, and a judge of its outputs in their order: uint8
+    images [B, H, W, 3], or texts.
     """
 
-    def prompts(self, count: int | None, seed: int) -> list[Prompt]:
-        """`count` of them; None: as many as the suite has or commonly takes."""
+    def prompts(self, count: int | None, seed: int) -> list[SuitePrompt]:
+        """Return `count` prompts; None: as many as the suite has, or its default."""
         ...
 
-    def requests(self, asked: Sequence[Prompt], image_size: int) -> list[Request]:
-        """Scenes of the embedded data set are square, of this side, whatever shapes the model has."""
+    def requests(self, prompts: Sequence[SuitePrompt], image_size: int) -> list[Request]:
+        """Return one request a prompt. Scenes of the embedded data set are square with this side,
+        whatever sizes the model has.
+        """
         ...
 
-    def judge(self, answers: Any, asked: Sequence[Prompt]) -> Judged: ...
+    def judge(self, answers: Any, prompts: Sequence[SuitePrompt]) -> SuiteResult: ...
 
-    def baselines(self, answers: Any, asked: Sequence[Prompt], seed: int) -> dict[str, Judged]:
-        """Verdicts on other answers to the same prompts, by which the model's are to be read."""
+    def baselines(
+        self, answers: Any, prompts: Sequence[SuitePrompt], seed: int
+    ) -> dict[str, SuiteResult]:
+        """Return results of other outputs for the same prompts, to compare the model's with."""
         ...
 
 
@@ -72,27 +78,27 @@ def find_suite(
     found = parsed(name)
     if (found.weight, found.clip) != (1.0, None):
         raise UserError(f"suite {name} is one reward and no sum: leave out weight and clip")
-    return Rewarded(found, pathlib.Path(prompts_file), images_per_prompt)
+    return RewardSuite(found, pathlib.Path(prompts_file), images_per_prompt)
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """The model's verdicts beside those on other answers, and what they were read from: pictures
-    and codes, or texts.
+    """The model's result and the baselines', with the outputs that were judged: images and codes,
+    or answers.
     """
 
-    prompts: list[Prompt]
+    prompts: list[SuitePrompt]
     requests: list[Request]
     images: np.ndarray | None
     codes: np.ndarray | None
-    said: list[str] | None
-    ours: Judged
-    baselines: dict[str, Judged]
+    answers: list[str] | None
+    result: SuiteResult
+    baselines: dict[str, SuiteResult]
 
     def scores(self) -> dict[str, Any]:
-        """What scores.json holds."""
-        baselines = {name: judged.shares() for name, judged in self.baselines.items()}
-        return self.ours.shares() | {"prompts": len(self.prompts), "baselines": baselines}
+        """Return the contents of scores.json."""
+        baselines = {name: judged.scores() for name, judged in self.baselines.items()}
+        return self.result.scores() | {"prompts": len(self.prompts), "baselines": baselines}
 
 
 def evaluate(
@@ -106,24 +112,24 @@ def evaluate(
     images_per_prompt: int = 1,
     **sampling: Any,
 ) -> Evaluation:
-    """Evaluates a checkpoint on `suite` and writes scores.json, verdicts.json and the images under
+    """Evaluate a checkpoint on `suite` and write scores.json, verdicts.json and the images under
     `out`.
     """
     bench = find_suite(suite, prompts_file, images_per_prompt)
     check_images_out(pathlib.Path(out) / "images")
     pipeline = pipelines.load(checkpoint)
-    result = evaluate_pipeline(pipeline, bench, num_prompts=num_prompts, seed=seed, **sampling)
-    write(result, pathlib.Path(out))
-    scores = result.scores()
+    evaluation = evaluate_pipeline(pipeline, bench, num_prompts=num_prompts, seed=seed, **sampling)
+    write(evaluation, pathlib.Path(out))
+    scores = evaluation.scores()
     print(
         "  ".join(f"{name} {share:.3f}" for name, share in scores["categories"].items()),
         file=sys.stderr,
     )
     print(
-        f"{suite}: {scores['overall']:.3f} of {len(result.prompts)} held-out prompts, {out}/scores.json",
+        f"{suite}: {scores['overall']:.3f} of {len(evaluation.prompts)} held-out prompts, {out}/scores.json",
         file=sys.stderr,
     )
-    return result
+    return evaluation
 
 
 def evaluate_pipeline(
@@ -134,53 +140,57 @@ def evaluate_pipeline(
     seed: int = 0,
     **sampling: Any,
 ) -> Evaluation:
-    """As `evaluate`, for a pipeline already in memory; writes nothing. `sampling` are fields of
+    """Evaluate a pipeline that is in memory, without writing files. `sampling` are fields of
     SamplingConfig.
     """
-    asked = suite.prompts(num_prompts, seed)
-    requests, images, codes, said = (
-        suite.requests(asked, pipeline.config.model.image_size),
+    prompts = suite.prompts(num_prompts, seed)
+    requests, images, codes, answers = (
+        suite.requests(prompts, pipeline.config.model.image_size),
         None,
         None,
         None,
     )
     if requests[0].task == "understand":
-        shown, texts = (
-            [request.images for request in requests],
-            [request.text for request in requests],
+        references = [request.images for request in requests]
+        texts = [request.text for request in requests]
+        answers = pipeline.ask(
+            references, texts, max_new_tokens=MAX_ANSWER_TOKENS, seed=seed, **sampling
         )
-        said = pipeline.ask(shown, texts, max_new_tokens=ANSWER, seed=seed, **sampling)
     else:
-        drawn = pipeline.generate_requests(requests, seed=seed, progress=True, **sampling)
-        images, codes = drawn.images, drawn.codes
-    answers = images if said is None else said
-    ours, others = suite.judge(answers, asked), suite.baselines(answers, asked, seed)
-    return Evaluation(asked, requests, images, codes, said, ours, others)
+        generated = pipeline.generate_requests(requests, seed=seed, progress=True, **sampling)
+        images, codes = generated.images, generated.codes
+    outputs = images if answers is None else answers
+    result, others = suite.judge(outputs, prompts), suite.baselines(outputs, prompts, seed)
+    return Evaluation(prompts, requests, images, codes, answers, result, others)
 
 
-def write(result: Evaluation, out: pathlib.Path) -> None:
-    """scores.json, verdicts.json (one entry a prompt) and images/: what was drawn, what was shown
-    beside it.
+def write(evaluation: Evaluation, out: pathlib.Path) -> None:
+    """Write scores.json, verdicts.json (one entry a prompt) and images/: the outputs beside their
+    reference images.
 
-    Those of an earlier evaluation go first, so that scores.json, which comes last, is of what lies
-    beside it.
+    Files of an earlier evaluation are removed first, so that scores.json, which is written last,
+    belongs to the files beside it.
     """
     for name in ("scores.json", "verdicts.json"):
         (out / name).unlink(missing_ok=True)
-    captions = [p["caption"] for p in result.prompts]
-    shown = [request.images[0] for request in result.requests if request.images]
-    if result.said is not None:
+    captions = [p["caption"] for p in evaluation.prompts]
+    references = [request.images[0] for request in evaluation.requests if request.images]
+    if evaluation.answers is not None:
         write_images(
-            np.stack(shown),
-            [f"{q} {a}" for q, a in zip(captions, result.said, strict=True)],
+            np.stack(references),
+            [f"{q} {a}" for q, a in zip(captions, evaluation.answers, strict=True)],
             out / "images",
         )
-    elif shown:
-        pairs = [np.concatenate(pair, axis=1) for pair in zip(shown, result.images, strict=True)]
+    elif references:
+        pairs = [
+            np.concatenate(pair, axis=1) for pair in zip(references, evaluation.images, strict=True)
+        ]
         write_images(np.stack(pairs), captions, out / "images")
     else:
-        write_images(result.images, captions, out / "images")
-    verdicts = zip(result.prompts, result.ours.correct, result.ours.reasons, strict=True)
+        write_images(evaluation.images, captions, out / "images")
+    verdicts = zip(
+        evaluation.prompts, evaluation.result.correct, evaluation.result.reasons, strict=True
+    )
     write_json(
         out / "verdicts.json",
         [
@@ -188,4 +198,4 @@ def write(result: Evaluation, out: pathlib.Path) -> None:
             for p, c, r in verdicts
         ],
     )
-    write_json(out / "scores.json", result.scores())
+    write_json(out / "scores.json", evaluation.scores())

@@ -55,20 +55,20 @@ def results(rng: np.random.Generator) -> report.Results:
                 for i, s in enumerate(samples)
             ],
         ),
-        images_in=[
-            report.ImagesIn(
+        image_tasks=[
+            report.ImageTask(
                 "shapes_edit",
                 "edits & more",
                 "input unchanged",
                 [("recolour", 3, 0.625, 0.125), ("overall", 3, 0.625, 0.125)],
-                [report.Shown(image(), NASTY, image(), "", True, "as asked")],
+                [report.ImageTaskExample(image(), NASTY, image(), "", True, "as asked")],
             ),
-            report.ImagesIn(
+            report.ImageTask(
                 "shapes_qa",
                 "",
                 "most frequent",
                 [("overall", 1, 0.0, 1.0)],
-                [report.Shown(image(), "who?", None, NASTY, False, "")],
+                [report.ImageTaskExample(image(), "who?", None, NASTY, False, "")],
             ),
         ],
         stages=[report.Stage("autoencoder", curves, note="L1 & gradients")],

@@ -33,16 +33,18 @@ class Oracle:
 
 def test_evaluation_judges_what_was_asked():
     oracle = Oracle()
-    result = runner.evaluate_pipeline(oracle, num_prompts=COUNT, seed=2, steps=7, batch_size=None)
+    evaluation = runner.evaluate_pipeline(
+        oracle, num_prompts=COUNT, seed=2, steps=7, batch_size=None
+    )
     ((requests, keywords),) = oracle.calls
     assert requests == [
         pipelines.Request("t2i", p["caption"], size=(64, 64)) for p in shapes.prompts(COUNT, 2)
     ]
     assert keywords == {"seed": 2, "progress": True, "steps": 7, "batch_size": None}
-    assert result.ours.correct == [i % 5 != 0 for i in range(COUNT)]
+    assert evaluation.result.correct == [i % 5 != 0 for i in range(COUNT)]
     assert (
-        result.baselines["real_images"].overall == 1.0
-        and result.baselines["random_images"].overall < 0.3
+        evaluation.baselines["real_images"].overall == 1.0
+        and evaluation.baselines["random_images"].overall < 0.3
     )
 
 

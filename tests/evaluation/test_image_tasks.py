@@ -1,4 +1,4 @@
-"""Suites of what is done with images: by oracles, and by those who do nothing."""
+"""The suites of editing, understanding and reconstruction: an oracle's result, and the baselines'."""
 
 import json
 
@@ -8,7 +8,7 @@ from PIL import Image
 
 from blip3o_jax import config
 from blip3o_jax.data.shapes import edit_scorer, edits, questions, render
-from blip3o_jax.evaluation import images_in, runner
+from blip3o_jax.evaluation import reconstruction, runner
 from blip3o_jax.pipeline import Generated
 
 SIZE = 48
@@ -50,7 +50,7 @@ class Oracle:
         )
 
     def ask(self, images, texts, *, max_new_tokens, seed, **settings):
-        assert max_new_tokens == runner.ANSWER
+        assert max_new_tokens == runner.MAX_ANSWER_TOKENS
         asked = [questions.sample_question(seed, i, "test") for i in range(len(texts))]
         assert [q.question for q in asked] == texts and all(
             (q_images[0] == render(q.scene, SIZE)).all()
@@ -94,9 +94,9 @@ def test_similarity():
     """By hand where it can be told: equal pictures, a constant shift, noise."""
     rng = np.random.default_rng(0)
     a = rng.integers(60, 190, (32, 32, 3), np.uint8)
-    assert edit_scorer.psnr(a, a) == 60 and images_in.ssim(a, a) == pytest.approx(1)
+    assert edit_scorer.psnr(a, a) == 60 and reconstruction.ssim(a, a) == pytest.approx(1)
     assert edit_scorer.psnr(a, a + np.uint8(20)) == pytest.approx(20 * np.log10(255 / 20))
     flat = np.full((32, 32, 3), 100, np.uint8)
     means = (2 * 100 * 120 + 6.5025) / (100**2 + 120**2 + 6.5025)
-    assert images_in.ssim(flat, flat + np.uint8(20)) == pytest.approx(means, rel=1e-6)
-    assert images_in.ssim(a, a[::-1]) < 0.2
+    assert reconstruction.ssim(flat, flat + np.uint8(20)) == pytest.approx(means, rel=1e-6)
+    assert reconstruction.ssim(a, a[::-1]) < 0.2

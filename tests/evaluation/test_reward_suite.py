@@ -43,7 +43,7 @@ def test_the_shapes_reward_says_what_the_shapes_suite_says(tmp_path):
 
 def test_every_prompt_has_as_many_images_as_asked_for(tmp_path):
     file = written(tmp_path, [{"prompt": "a"}, {"prompt": "b", "tag": "counting"}, {"prompt": "c"}])
-    suite = find_suite("python:tests.evaluation.test_rewarded.brightness", file, 2)
+    suite = find_suite("python:tests.evaluation.test_reward_suite.brightness", file, 2)
     assert len(suite.prompts(None, 0)) == 6, "the whole file"
     prompts = suite.prompts(2, 0)
     assert [(p["caption"], p["category"]) for p in prompts] == [("a", "all")] * 2 + [
@@ -63,7 +63,7 @@ def test_every_prompt_has_as_many_images_as_asked_for(tmp_path):
 
 def test_an_image_that_cannot_be_judged_is_wrong(tmp_path):
     suite = find_suite(
-        "python:tests.evaluation.test_rewarded.brightness",
+        "python:tests.evaluation.test_reward_suite.brightness",
         written(tmp_path, [{"prompt": "unknown"}, {"prompt": "a"}]),
     )
     prompts, images = suite.prompts(2, 0), np.full((2, 8, 8, 3), 255, np.uint8)

@@ -1,4 +1,4 @@
-"""What a suite says of images, in shares of right ones."""
+"""The result of a suite: verdicts on single outputs, and fractions of correct ones."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -6,14 +6,14 @@ from typing import Any
 
 import numpy as np
 
-Prompt = dict[str, Any]  # {"caption", "category", ...}
+SuitePrompt = dict[str, Any]  # {"caption", "category", ...}
 
 
 @dataclasses.dataclass(frozen=True)
-class Judged:
-    """Shares of right images per category and over all (the mean of the categories, as GenEval has
-    it), and for each image whether it is right and why (not). `means`: of what the suite measures
-    beside right and wrong, by name.
+class SuiteResult:
+    """Fractions of correct outputs per category and overall (the mean of the categories, as in
+    GenEval), and the verdict on each output with its reason. `means`: mean values of the suite's
+    further measures, by name.
     """
 
     overall: float
@@ -22,25 +22,25 @@ class Judged:
     reasons: list[str]
     means: dict[str, float] = dataclasses.field(default_factory=dict)
 
-    def shares(self) -> dict[str, Any]:
-        """As scores.json has them."""
+    def scores(self) -> dict[str, Any]:
+        """Return the entries of scores.json."""
         return {"overall": self.overall, "categories": self.categories} | self.means
 
 
 def tally(
     correct: Sequence[bool],
     reasons: Sequence[str],
-    asked: Sequence[Prompt],
+    prompts: Sequence[SuitePrompt],
     **measured: Sequence[float],
-) -> Judged:
-    """The verdicts of single images, gathered by the category of their prompts; `measured` has a
-    number for each by name.
+) -> SuiteResult:
+    """Aggregate verdicts on single outputs by the category of their prompts; `measured` holds one
+    value an output by name.
     """
     of: dict[str, list[bool]] = {}
-    for prompt, right in zip(asked, correct, strict=True):
+    for prompt, right in zip(prompts, correct, strict=True):
         of.setdefault(prompt["category"], []).append(right)
     categories = {name: float(np.mean(rights)) for name, rights in of.items()}
     means = {name: float(np.mean(values)) for name, values in measured.items()}
-    return Judged(
+    return SuiteResult(
         float(np.mean(list(categories.values()))), categories, list(correct), list(reasons), means
     )
