@@ -1,4 +1,4 @@
-"""The composition: which parts a model has, how they join, and the joint loss.
+"""Compose the parts of a model and compute the joint loss.
 
     pixels -> tokenizer -> codes ─┐                                          pixels -> vae -> latents ─┐
     caption ----------------------┴-> ar -> hidden states of <S0>, I_1 .. I_n -> connector -> condition ┴-> dit -> velocity
@@ -91,17 +91,17 @@ class Blip3o(nnx.Module):
             setattr(self, name, make[name](nnx.Rngs(key, lora=jax.random.fold_in(key, 0))))
 
     def codes(self, pixels_BHWC: jax.Array) -> jax.Array:
-        """uint8 pixels at the tokenizer's size -> codebook indices [B, N]."""
+        """Encode uint8 pixels at the tokenizer's size to codebook indices [B, N]."""
         with nn.part("tokenizer"):
             return self.tokenizer.encode(scale_pixels(pixels_BHWC))
 
     def features(self, pixels_BHWC: jax.Array) -> jax.Array:
-        """uint8 pixels at the tokenizer's size -> pooled SigLIP2 features [B, N, D]."""
+        """Encode uint8 pixels at the tokenizer's size to pooled SigLIP2 features [B, N, D]."""
         with nn.part("tokenizer"):
             return self.tokenizer.features(scale_pixels(pixels_BHWC))
 
     def latents(self, pixels_BHWC: jax.Array) -> jax.Array:
-        """uint8 pixels at the target size -> scaled latents, float32."""
+        """Encode uint8 pixels at the target size to scaled latents, float32."""
         with nn.part("vae"):
             return (
                 self.vae.encode(scale_pixels(pixels_BHWC)).astype(jnp.float32)
@@ -109,7 +109,7 @@ class Blip3o(nnx.Module):
             )
 
     def pixels(self, z_BHWC: jax.Array) -> jax.Array:
-        """Scaled latents -> float32 image in [0, 1]."""
+        """Decode scaled latents to float32 images in [0, 1]."""
         with nn.part("vae"):
             x_BHWC = self.vae.decode(z_BHWC / self.cfg.vae.scaling_factor)
         return jnp.clip(x_BHWC.astype(jnp.float32) / 2 + 0.5, 0, 1)
@@ -138,7 +138,7 @@ class Blip3o(nnx.Module):
 
         table = self.ar.embedding
         table[...] = (
-            table[...].at[rows].set(projected(keys[0], ar.embedding_deviation).astype(table.dtype))
+            table[...].at[rows].set(projected(keys[0], ar.embedding_std).astype(table.dtype))
         )
         if self.ar.lm_head is not None:
             head = self.ar.lm_head.kernel
@@ -253,7 +253,7 @@ class References(NamedTuple):
 
 
 def scale_pixels(pixels: jax.Array) -> jax.Array:
-    """uint8 -> float32 in [-1, 1]: mean 0.5, std 0.5, as the SigLIP image processor and the
+    """Convert uint8 to float32 in [-1, 1]: mean 0.5, std 0.5, as the SigLIP image processor and the
     autoencoder have it.
     """
     return pixels.astype(jnp.float32) / 127.5 - 1.0
@@ -316,8 +316,8 @@ def sample_training_noise(
 
     def row(key: jax.Array) -> TrainingNoise:
         noise_key, sigma_key, drop_key = jax.random.split(key, 3)
-        noise = jax.random.normal(noise_key, (loss.flow_draws, *shape), jnp.float32)
-        sigma = flow.sample_train_sigma(sigma_key, loss.flow_draws, cfg.flow)
+        noise = jax.random.normal(noise_key, (loss.flow_samples, *shape), jnp.float32)
+        sigma = flow.sample_train_sigma(sigma_key, loss.flow_samples, cfg.flow)
         chance, both = jax.random.uniform(drop_key), loss.condition_dropout
         return TrainingNoise(
             noise,
@@ -364,7 +364,7 @@ def joint_loss(
     ce = ce_sum / labels
     fm_B = flow.flow_loss(out.velocity_BHWC, out.z_BHWC, out.noise_BHWC)
     if "target" in batch:
-        fm = jnp.sum(fm_B.reshape(-1, loss.flow_draws).mean(axis=1) * batch["target"]) / jnp.sum(
+        fm = jnp.sum(fm_B.reshape(-1, loss.flow_samples).mean(axis=1) * batch["target"]) / jnp.sum(
             batch["target_count"]
         )
     else:
@@ -387,7 +387,7 @@ def joint_preview(
         model,
         flatten_packed(batch),
         keys_B.reshape(-1),
-        dataclasses.replace(loss, flow_draws=1),
+        dataclasses.replace(loss, flow_samples=1),
         image_token_offset,
     )
     guess_BHWC = out.x_BHWC - out.sigma_B[:, None, None, None] * out.velocity_BHWC.astype(
@@ -423,20 +423,20 @@ def _joint_forward(
     )
     # Arrays of examples regrouped by row, for what is inserted into a row's tokens.
     rows = len(batch["tokens"])
-    of_row = lambda x: None if x is None else x.reshape(rows, -1)
-    ids_of_row = lambda codes: image_ids_from_codes(codes, image_token_offset).reshape(
+    group_by_row = lambda x: None if x is None else x.reshape(rows, -1)
+    ids_by_row = lambda codes: image_ids_from_codes(codes, image_token_offset).reshape(
         rows, -1, codes.shape[-1]
     )
     tokens_BL = insert_references(
-        batch["tokens"], of_row(span_B), ids_of_row(codes_BN), of_row(target_B)
+        batch["tokens"], group_by_row(span_B), ids_by_row(codes_BN), group_by_row(target_B)
     )
-    span_BR = of_row(batch.get("reference_span"))
+    span_BR = group_by_row(batch.get("reference_span"))
     if reference_images is not None:
         tokens_BL = insert_references(
             tokens_BL,
             span_BR,
-            ids_of_row(reference_images.codes_BRN),
-            of_row(reference_images.mask_BR),
+            ids_by_row(reference_images.codes_BRN),
+            group_by_row(reference_images.mask_BR),
         )
     sampled = sample_training_noise(keys_B, z_BHWC.shape[1:], model.cfg, loss)
     # A question is never hidden: its answer depends on it alone.
@@ -447,12 +447,12 @@ def _joint_forward(
         features_BRND = reference_images.features_BRND.reshape(
             rows, -1, *reference_images.features_BRND.shape[2:]
         )
-    in_row = (
+    features = (
         None
         if features_BRND is None
-        else (features_BRND, span_BR, of_row(reference_images.mask_BR))
+        else (features_BRND, span_BR, group_by_row(reference_images.mask_BR))
     )
-    hidden_BLD = model.hidden(tokens_BL, batch["positions"], segment_ids_BL, in_row)
+    hidden_BLD = model.hidden(tokens_BL, batch["positions"], segment_ids_BL, features)
     span_BTD = slice_condition_span(hidden_BLD, span_B, codes_BN.shape[1], loss.condition_span)
     condition = model.condition(
         span_BTD, sampled.keep_B, reference_images, sampled.keep_references_B
@@ -460,7 +460,7 @@ def _joint_forward(
     # The noise samples of an example share its condition, and so one pass of the AR (as in MAR, arXiv
     # 2406.11838).
     z_BHWC, condition = jax.tree.map(
-        lambda x: jnp.repeat(x, loss.flow_draws, axis=0), (z_BHWC, condition)
+        lambda x: jnp.repeat(x, loss.flow_samples, axis=0), (z_BHWC, condition)
     )
     noise_BHWC, sigma_B = sampled.noise.reshape(z_BHWC.shape), sampled.sigma.reshape(-1)
     x_BHWC = flow.add_noise(z_BHWC, noise_BHWC, sigma_B)
@@ -469,10 +469,10 @@ def _joint_forward(
 
 
 def path_name(path: tuple[Any, ...]) -> str:
-    """("ar", "layers", "mlp", "up", "kernel") -> "ar/layers/mlp/up/kernel"."""
+    """Return the path's name: ("ar", "layers", "mlp", "up", "kernel") -> "ar/layers/mlp/up/kernel"."""
     return "/".join(str(p) for p in path)
 
 
 def split(model: Blip3o, trainable: Callable[[str], bool]) -> tuple[Any, Any, Any]:
-    """(graphdef, trainable state, frozen state) by parameter path name."""
+    """Split into (graphdef, trainable state, frozen state) by parameter path name."""
     return nnx.split(model, lambda path, value: trainable(path_name(path)), ...)

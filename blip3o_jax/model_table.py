@@ -13,9 +13,9 @@ from blip3o_jax.train.stages import stage_parts, trainable_filter
 
 
 def count_parameters(config: Config) -> dict[str, dict[str, int]]:
-    """{part: {"parameters": n, "padding": n, "trainable": n}} of the stage's model. "padding"
-    counts the rows that the vocabulary tables are longer than the vocabulary; the other figures
-    leave them out.
+    """Return {part: {"parameters": n, "padding": n, "trainable": n}} of the stage's model.
+    "padding" counts the rows that the vocabulary tables are longer than the vocabulary; the other
+    figures leave them out.
     """
     cfg = config.model
     trainable = trainable_filter(config)
@@ -35,7 +35,7 @@ def count_parameters(config: Config) -> dict[str, dict[str, int]]:
 
 
 def print_table(config: Config) -> None:
-    """Prints the table to standard output."""
+    """Print the table to standard output."""
     with jax.default_device(jax.devices("cpu")[0]):
         counts = count_parameters(config)
     table = Table(title=f"Parameters, stage {config.stage}")

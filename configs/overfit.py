@@ -56,7 +56,7 @@ def get_config() -> dict[str, config.Config]:
             600,
             3e-3,
             trainable=("ar/.*", "connector/.*", "dit/.*"),
-            loss=config.LossConfig(ce_chunk=64, condition_dropout=0.05, flow_draws=4),
+            loss=config.LossConfig(ce_chunk=64, condition_dropout=0.05, flow_samples=4),
             init_from=(("tokenizer", "tokenizer"), ("vae", "autoencoder")),
         ),
     }

@@ -40,7 +40,7 @@ SMALL = (
     "--config.joint.steps=3",
     "--config.joint.checkpoint.every=1",
     "--config.joint.checkpoint.keep=3",
-    "--config.joint.loss.flow_draws=1",
+    "--config.joint.loss.flow_samples=1",
 )
 ODD = "--config.data.sources=[{'path': 'odd'}, {'path': 'odd.parquet'}, {'path': 'odd.tar'}]"
 ALLOWED = "--config.data.max_bad_fraction=0.9"

@@ -49,7 +49,7 @@ def joint(span, draws=1):
     def fn(weights, dropout, ce):
         def loss(params):
             settings = dataclasses.replace(
-                cfg.loss, condition_span=span, condition_dropout=dropout, ce=ce, flow_draws=draws
+                cfg.loss, condition_span=span, condition_dropout=dropout, ce=ce, flow_samples=draws
             )
             return blip3o.joint_loss(
                 plan.model(params, weights[1]),

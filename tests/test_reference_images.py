@@ -49,7 +49,7 @@ SHOWN = (
     1,
 )  # reference images of each row: t2i, edit, edit of two, reconstruct, understand
 DRAWN = (1, 1, 1, 1, 0)
-LOSS = config.LossConfig(ce_chunk=8, condition_dropout=0.4, instruction_dropout=0.2, flow_draws=2)
+LOSS = config.LossConfig(ce_chunk=8, condition_dropout=0.4, instruction_dropout=0.2, flow_samples=2)
 
 
 def model_config(route):
@@ -212,7 +212,7 @@ def row_loss(route, model, b, drawn):
     labels = np.flatnonzero(x["loss_mask"][b])
     ce = F.cross_entropy(model.ar.lm_head(hidden_LD[labels - 1]), tokens[labels], reduction="sum")
     flow = torch.zeros(())
-    for draw in range(LOSS.flow_draws) if DRAWN[b] else ():
+    for draw in range(LOSS.flow_samples) if DRAWN[b] else ():
         noise_CHW, sigma = (
             torch.tensor(drawn.noise[b, draw]).movedim(-1, 0),
             float(drawn.sigma[b, draw]),
@@ -261,7 +261,7 @@ def test_joint_loss_and_gradients_are_the_stock_classes_row_by_row(route):
     reference.zero_grad()
     rows = [row_loss(route, reference, b, drawn) for b in range(ROWS)]
     ce = sum(ce for ce, _ in rows) / batch(route)["loss_mask"].sum()
-    flow = sum(flow for _, flow in rows) / (sum(DRAWN) * LOSS.flow_draws)
+    flow = sum(flow for _, flow in rows) / (sum(DRAWN) * LOSS.flow_samples)
     (ce + flow).backward()
     assert relative_error(metrics["ce"], ce.item()) < 1e-5
     assert relative_error(metrics["flow"], flow.item()) < 1e-5

@@ -16,10 +16,10 @@ from blip3o_jax import nn
 from blip3o_jax.ar.splash import splash
 from blip3o_jax.config import ConfigError
 
-Rotation = tuple[jax.Array, jax.Array]
+RotaryEmbedding = tuple[jax.Array, jax.Array]
 
 
-def rotation(positions_BL: jax.Array, head_dim: int, theta: float) -> Rotation:
+def rotary_embedding(positions_BL: jax.Array, head_dim: int, theta: float) -> RotaryEmbedding:
     """Return cosines and sines [B, L, K/2], float32, of the angles position * theta^(-2i/K):
     `Qwen3RotaryEmbedding`.
 
@@ -30,9 +30,9 @@ def rotation(positions_BL: jax.Array, head_dim: int, theta: float) -> Rotation:
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def rotate(x_BLHK: jax.Array, rotation: Rotation) -> jax.Array:
+def apply_rotary_embedding(x_BLHK: jax.Array, rotary_embedding: RotaryEmbedding) -> jax.Array:
     """Rotate the pairs (x_i, x_{i + K/2}) of every head (the rotate-half convention), in float32."""
-    cos, sin = (a[:, :, None, :] for a in rotation)
+    cos, sin = (a[:, :, None, :] for a in rotary_embedding)
     first, second = jnp.split(x_BLHK.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate(
         [first * cos - second * sin, second * cos + first * sin], axis=-1

@@ -36,12 +36,12 @@ class Attention(nnx.Module):
         self.k_norm = _norm(cfg, cfg.head_dim, rngs)
 
     def project_qkv(
-        self, x_BLD: jax.Array, rotation: attention.Rotation
+        self, x_BLD: jax.Array, rotary: attention.RotaryEmbedding
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """q [B, L, H, K], k and v [B, L, G, K]; the norm is over each head, before the rotation."""
         split = lambda y: y.reshape(*y.shape[:-1], -1, self.head_dim)
-        q_BLHK = attention.rotate(self.q_norm(split(self.q(x_BLD))), rotation)
-        k_BLGK = attention.rotate(self.k_norm(split(self.k(x_BLD))), rotation)
+        q_BLHK = attention.apply_rotary_embedding(self.q_norm(split(self.q(x_BLD))), rotary)
+        k_BLGK = attention.apply_rotary_embedding(self.k_norm(split(self.k(x_BLD))), rotary)
         v_BLGK = split(self.v(x_BLD))
         kv_axes = ("batch", "length", "act_kv_heads", None)
         q_BLHK = nn.constrain(q_BLHK, "batch", "length", "act_heads", None)
@@ -77,10 +77,10 @@ class Layer(nnx.Module):
         self.mlp = Mlp(cfg, rngs=rngs)
 
     def pre_attention(
-        self, x_BLD: jax.Array, rotation: attention.Rotation
+        self, x_BLD: jax.Array, rotary: attention.RotaryEmbedding
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         with jax.named_scope("attention"):
-            return self.attention.project_qkv(self.attention_norm(x_BLD), rotation)
+            return self.attention.project_qkv(self.attention_norm(x_BLD), rotary)
 
     def post_attention(self, x_BLD: jax.Array, o_BLHK: jax.Array) -> jax.Array:
         with jax.named_scope("attention"):
@@ -102,7 +102,7 @@ class Qwen3(nnx.Module):
         self.cfg = cfg
         rows, d = cfg.padded_vocab_size, cfg.hidden_size
         self.embedding = nn.param(
-            rngs, (rows, d), ("vocab", "embed"), nn.normal(cfg.embedding_deviation), cfg.param_dtype
+            rngs, (rows, d), ("vocab", "embed"), nn.normal(cfg.embedding_std), cfg.param_dtype
         )
         self.layers = nn.stack(lambda rngs: Layer(cfg, rngs=rngs), cfg.num_hidden_layers, rngs)
         self.norm = _norm(cfg, d, rngs)
@@ -132,10 +132,10 @@ class Qwen3(nnx.Module):
         Tokens see earlier tokens of their own segment; segment 0 is padding, whose hidden states
         mean nothing. `positions_BL` restart at 0 with each segment.
         """
-        rotation = attention.rotation(positions_BL, self.cfg.head_dim, self.cfg.rope_theta)
+        rotary = attention.rotary_embedding(positions_BL, self.cfg.head_dim, self.cfg.rope_theta)
 
         def step(layer: Layer, x_BLD: jax.Array, _: None) -> tuple[jax.Array, None]:
-            q_BLHK, k_BLGK, v_BLGK = layer.pre_attention(x_BLD, rotation)
+            q_BLHK, k_BLGK, v_BLGK = layer.pre_attention(x_BLD, rotary)
             with jax.named_scope("attention"):
                 o_BLHK = attention.attend(
                     q_BLHK,
@@ -164,7 +164,7 @@ class Qwen3(nnx.Module):
         `repeat` repeats arrays that lead with P for the rows that continue them. Segment 0 marks
         padding in the prompts.
         """
-        prompt_rotation, rotation = self._rotations(segment_ids_PL, x_BND.shape[:2], repeat)
+        prompt_rotary, rotary = self._rotary_embeddings(segment_ids_PL, x_BND.shape[:2], repeat)
         own_BN = jnp.ones(x_BND.shape[:2], jnp.int32)
         key_segments_BS = jnp.concatenate([repeat(segment_ids_PL), own_BN], axis=1)
         attend = functools.partial(attention.attend, implementation=self.cfg.attention)
@@ -173,8 +173,8 @@ class Qwen3(nnx.Module):
             layer: Layer, carry: tuple[jax.Array, jax.Array], _: None
         ) -> tuple[tuple[jax.Array, jax.Array], None]:
             x_PLD, x_BND = carry
-            q_PLHK, k_PLGK, v_PLGK = layer.pre_attention(x_PLD, prompt_rotation)
-            q_BNHK, k_BNGK, v_BNGK = layer.pre_attention(x_BND, rotation)
+            q_PLHK, k_PLGK, v_PLGK = layer.pre_attention(x_PLD, prompt_rotary)
+            q_BNHK, k_BNGK, v_BNGK = layer.pre_attention(x_BND, rotary)
             with jax.named_scope("attention"):
                 o_PLHK = attend(
                     q_PLHK,
@@ -198,20 +198,20 @@ class Qwen3(nnx.Module):
         )
         return self.norm(hidden[0]), self.norm(hidden[1])
 
-    def _rotations(
+    def _rotary_embeddings(
         self,
         segment_ids_PL: jax.Array,
         rows: tuple[int, int],
         repeat: Callable[[jax.Array], jax.Array],
-    ) -> tuple[attention.Rotation, attention.Rotation]:
+    ) -> tuple[attention.RotaryEmbedding, attention.RotaryEmbedding]:
         """Return the rotations of the prompts' tokens, and of the tokens after them."""
         real_PL = (segment_ids_PL != 0).astype(jnp.int32)
         prompt_PL = jnp.maximum(jnp.cumsum(real_PL, axis=1) - 1, 0)
         after_BN = repeat(real_PL.sum(axis=1))[:, None] + jnp.arange(rows[1])
-        turn = lambda positions: attention.rotation(
+        embed = lambda positions: attention.rotary_embedding(
             positions, self.cfg.head_dim, self.cfg.rope_theta
         )
-        return turn(prompt_PL), turn(after_BN)
+        return embed(prompt_PL), embed(after_BN)
 
     def extend(
         self,
@@ -228,11 +228,11 @@ class Qwen3(nnx.Module):
         `self.layers` unstacked, for a token loop with `cfg.unroll`.
         """
         present, positions_BL = cache.reserve(past, segment_ids_BL)
-        rotation = attention.rotation(positions_BL, self.cfg.head_dim, self.cfg.rope_theta)
+        rotary = attention.rotary_embedding(positions_BL, self.cfg.head_dim, self.cfg.rope_theta)
 
         def step(layer: Layer, carry: tuple, index: jax.Array | None) -> tuple[tuple, None]:
             x_BLD, k_YBGSK, v_YBGSK = carry
-            q_BLHK, k_BLGK, v_BLGK = layer.pre_attention(x_BLD, rotation)
+            q_BLHK, k_BLGK, v_BLGK = layer.pre_attention(x_BLD, rotary)
             with jax.named_scope("attention"):
                 k_YBGSK, k_BSGK = cache.write(k_YBGSK, k_BLGK, index, past.end)
                 v_YBGSK, v_BSGK = cache.write(v_YBGSK, v_BLGK, index, past.end)
@@ -295,14 +295,14 @@ def project(hidden_BLD: jax.Array, head_DV: jax.Array) -> jax.Array:
     return jnp.einsum("...D,DV->...V", hidden_BLD, head_DV, preferred_element_type=jnp.float32)
 
 
-def grow_table(table_VD: jax.Array, used: int, rows: int) -> jax.Array:
+def resize_embeddings(table_VD: jax.Array, used: int, rows: int) -> jax.Array:
     """Return a table of `rows` rows whose first `used` are copied; every further one is their mean,
     so that a new token starts neither more nor less likely than a typical one. For an lm_head
     kernel, pass and take the transpose.
     """
     if not 0 < used <= min(rows, table_VD.shape[0]):
         raise ValueError(
-            f"grow_table: used={used} must lie in 1 .. {min(rows, table_VD.shape[0])}, the rows of both tables"
+            f"resize_embeddings: used={used} must lie in 1 .. {min(rows, table_VD.shape[0])}, the rows of both tables"
         )
     kept_VD = table_VD[:used]
     mean_D = kept_VD.astype(jnp.float32).mean(axis=0).astype(table_VD.dtype)

@@ -60,7 +60,7 @@ class Qwen3Config(ConfigGroup, path="model.ar"):
         )
 
     @property
-    def embedding_deviation(self) -> float:
+    def embedding_std(self) -> float:
         return self.initializer_range if self.embedding_range is None else self.embedding_range
 
     @property

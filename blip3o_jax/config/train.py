@@ -45,7 +45,7 @@ class LossConfig(ConfigGroup, path="loss"):
     # `sampling.reference_guidance`.
     instruction_dropout: Fraction = 0.0
     # Noises and noise levels drawn for each example: more of them for one pass of the AR.
-    flow_draws: Annotated[int, Bounds(1, 1024)] = 1
+    flow_samples: Annotated[int, Bounds(1, 1024)] = 1
     # "exact" takes the hidden states of <S0>, I_1 .. I_n; "last" the reference's last n + 1
     # positions of the row.
     condition_span: Literal["exact", "last"] = "exact"

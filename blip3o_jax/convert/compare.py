@@ -257,7 +257,7 @@ def joint_computation(source: Source, seed: int) -> Computation:
     image_token_offset = Vocabulary(
         source.tokenizer, cfg.tokenizer.codebook_size
     ).image_token_offset
-    loss = LossConfig(condition_dropout=0.5, flow_draws=2)
+    loss = LossConfig(condition_dropout=0.5, flow_samples=2)
     keys_B = jax.random.split(jax.random.key(seed), 2)
     inputs = _joint_batch(cfg, image_token_offset, rng)
     shape = inputs["latents"].shape[1:]

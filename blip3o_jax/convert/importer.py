@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from blip3o_jax.ar.qwen3 import grow_table
+from blip3o_jax.ar.qwen3 import resize_embeddings
 from blip3o_jax.blip3o import Blip3o
 from blip3o_jax.config import Config, MeshConfig, UserError
 from blip3o_jax.convert.directory import atomic_directory, check_space
@@ -223,7 +223,7 @@ def _resize_vocabulary(
 
         def grow(table: jax.Array, transposed: bool = transposed) -> jax.Array:
             table = table.T if transposed else table
-            grown = grow_table(table, source.text_rows, ar.vocab_size)
+            grown = resize_embeddings(table, source.text_rows, ar.vocab_size)
             grown = jnp.pad(grown, ((0, ar.padded_vocab_size - ar.vocab_size), (0, 0)))
             return grown.T if transposed else grown
 

@@ -19,10 +19,10 @@ IMAGE_SIZE = 48
 
 
 def model(
-    image_size: int = IMAGE_SIZE, *, unroll: bool = True, shown: bool = False
+    image_size: int = IMAGE_SIZE, *, unroll: bool = True, references: bool = False
 ) -> config.ModelConfig:
     """At 48 px: 6 x 6 latents of 16 channels; 3 x 3 image tokens out of 512 codes. A code sees 16 x
-    16 pixels. `shown`: rows have a place for an image.
+    16 pixels. `references`: rows have a reference slot.
     """
     cpu = {"dtype": "float32", "unroll": unroll}  # float32 and unrolled layers are faster on CPUs
     f32 = {"dtype": "float32"}
@@ -36,9 +36,9 @@ def model(
             reconstruct="<image>",
             understand="{question}<image>",
         ),
-        # Beside the noise a reference keeps every pixel that is not to change; its nine tokens
-        # could not.
-        editing=config.EditingConfig(reference_slots=int(shown), latent_concat=shown),
+        # Concatenated latents preserve every pixel that must not change; the nine tokens of a
+        # reference could not.
+        editing=config.EditingConfig(reference_slots=int(references), latent_concat=references),
         tokenizer=config.TaTokConfig(
             encoder=config.SiglipVisionConfig(
                 hidden_size=128,
@@ -163,7 +163,7 @@ def recipe(
     learn much; its layers are scanned, which takes less time to compile.
     """
     base = config.Config(
-        model=model(unroll=not fast, shown=bool(tasks)),
+        model=model(unroll=not fast, references=bool(tasks)),
         data=config.DataConfig(path=data_dir, workers=0, prefetch=4, max_length=40),
         mesh=mesh(),
         log_every=20,
@@ -234,7 +234,9 @@ def recipe(
             ),
             trainable=("ar/.*", "connector/.*", "dit/.*"),
             optimizer={"name": "muon", "ema_decay": 0.98},
-            loss=config.LossConfig(ce_chunk=56 if tasks else 40, caption_dropout=0.1, flow_draws=2),
+            loss=config.LossConfig(
+                ce_chunk=56 if tasks else 40, caption_dropout=0.1, flow_samples=2
+            ),
             image_embedding_init="codes",
             init_from=(("tokenizer", "tokenizer"), ("vae", "autoencoder")),
         ),

@@ -246,7 +246,7 @@ def _scores(evaluation: runner.Evaluation) -> tuple[report.Score, list[report.Sc
 
 
 def _samples(evaluation: runner.Evaluation) -> list[report.Sample]:
-    judged = zip(
+    rows = zip(
         evaluation.prompts,
         evaluation.images,
         evaluation.result.correct,
@@ -255,7 +255,7 @@ def _samples(evaluation: runner.Evaluation) -> list[report.Sample]:
     )
     return [
         report.Sample(p["caption"], p["category"], image, correct, reason)
-        for p, image, correct, reason in judged
+        for p, image, correct, reason in rows
     ]
 
 

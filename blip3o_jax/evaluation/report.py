@@ -382,8 +382,8 @@ def _example(example: ImageTaskExample) -> str:
 
 def _stage(stage: Stage) -> str:
     note = f'<p class="note">{_text(stage.note)}</p>' if stage.note else ""
-    drawn = "".join(charts.line_chart(_words(c.name), c.steps, c.values) for c in stage.curves)
-    return f'<h3>{_text(_words(stage.name))}</h3>{note}<div class="charts">{drawn}</div>'
+    curves = "".join(charts.line_chart(_words(c.name), c.steps, c.values) for c in stage.curves)
+    return f'<h3>{_text(_words(stage.name))}</h3>{note}<div class="charts">{curves}</div>'
 
 
 def _reconstruction(pair: Reconstruction) -> str:

@@ -1,4 +1,4 @@
-"""Contrastive image-text training of the vision encoder: SigLIP (arXiv 2303.15343, eq. 1 and
+"""Train the vision encoder by contrastive image-text learning: SigLIP (arXiv 2303.15343, eq. 1 and
 algorithm 1).
 
 For images x_i and captions y_j of a batch of n, both scaled to length 1, z_ij = 1 for pairs and -1
@@ -54,8 +54,8 @@ class TextTower(nnx.Module):
         self.dtype = jnp.dtype(cfg.dtype)
 
     def __call__(self, tokens_BL: jax.Array, mask_BL: jax.Array) -> jax.Array:
-        """Captions to embeddings [B, d_image] in float32, not normalised. `mask_BL` is True on the
-        caption's tokens.
+        """Map captions to embeddings [B, d_image] in float32, not normalised. `mask_BL` is True on
+        the caption's tokens.
         """
         table_VD = self.token_embedding[...].astype(self.dtype)
         x_BLD = table_VD[tokens_BL] + nn.sinusoids(tokens_BL.shape[1], table_VD.shape[1]).astype(
@@ -72,7 +72,7 @@ class TextTower(nnx.Module):
 
 
 class PatchReadout(nnx.Module):
-    """Features of patches to their pixels."""
+    """Predict the pixels of patches from their features by one linear layer."""
 
     def __init__(self, cfg: config.SiglipVisionConfig, *, rngs: nnx.Rngs):
         types = {"dtype": cfg.dtype, "param_dtype": cfg.param_dtype}
@@ -81,13 +81,13 @@ class PatchReadout(nnx.Module):
         )
 
     def loss(self, features_BND: jax.Array, patches_BNX: jax.Array) -> jax.Array:
-        """Mean squared error over the pixels' variance: 1 is what a constant scores."""
+        """Return the mean squared error over the pixels' variance: 1 for a constant prediction."""
         error_BNX = self.linear(features_BND).astype(jnp.float32) - patches_BNX
         return jnp.mean(error_BNX**2) / (jnp.var(patches_BNX) + 1e-6)
 
 
-def same_captions(tokens_BL: jax.Array) -> jax.Array:
-    """[B, B], True where two rows, padded alike, hold the same caption; the diagonal included."""
+def same_caption_mask(tokens_BL: jax.Array) -> jax.Array:
+    """Return [B, B], True where two rows, padded alike, hold the same caption, diagonal included."""
     return jnp.all(tokens_BL[:, None, :] == tokens_BL[None, :, :], axis=-1)
 
 
@@ -96,24 +96,26 @@ def sigmoid_loss(
     text_BD: jax.Array,
     log_scale: jax.Array,
     bias: jax.Array,
-    same_BB: jax.Array | None = None,
+    same_caption_BB: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The loss above, in float32, and the shares of images whose highest-scoring caption is theirs
-    and the reverse.
+    """Return the loss above, in float32, and the retrieval accuracies: the fraction of images whose
+    highest-scoring caption is their own, and the reverse.
 
-    `same_BB` marks pairs whose captions are equal (`same_captions`): off the diagonal they count
-    neither as positives nor as negatives, and finding one is finding the right caption.
+    `same_caption_BB` marks pairs whose captions are equal (`same_caption_mask`): off the diagonal
+    they count neither as positives nor as negatives, and retrieving one counts as correct.
     """
     image_BD, text_BD = (l2_normalise(x.astype(jnp.float32)) for x in (image_BD, text_BD))
     logits_BB = jnp.exp(log_scale) * (image_BD @ text_BD.T) + bias
-    own_BB = jnp.eye(image_BD.shape[0], dtype=bool)
-    same_BB = own_BB if same_BB is None else same_BB.astype(bool) | own_BB
-    terms_BB = jax.nn.log_sigmoid(jnp.where(own_BB, logits_BB, -logits_BB))
-    loss = -jnp.sum(jnp.where(same_BB & ~own_BB, 0.0, terms_BB)) / image_BD.shape[0]
+    diagonal_BB = jnp.eye(image_BD.shape[0], dtype=bool)
+    same_caption_BB = (
+        diagonal_BB if same_caption_BB is None else same_caption_BB.astype(bool) | diagonal_BB
+    )
+    terms_BB = jax.nn.log_sigmoid(jnp.where(diagonal_BB, logits_BB, -logits_BB))
+    loss = -jnp.sum(jnp.where(same_caption_BB & ~diagonal_BB, 0.0, terms_BB)) / image_BD.shape[0]
     rows = jnp.arange(image_BD.shape[0])
     return loss, {
-        "image_to_text": jnp.mean(same_BB[rows, jnp.argmax(logits_BB, axis=1)]),
-        "text_to_image": jnp.mean(same_BB[jnp.argmax(logits_BB, axis=0), rows]),
+        "image_to_text": jnp.mean(same_caption_BB[rows, jnp.argmax(logits_BB, axis=1)]),
+        "text_to_image": jnp.mean(same_caption_BB[jnp.argmax(logits_BB, axis=0), rows]),
         "logit_scale": jnp.exp(log_scale),
         "logit_bias": bias,
     }

@@ -1,4 +1,4 @@
-"""The pre-LN transformer that the SigLIP encoder, the TA-Tok decoder and the caption tower all are.
+"""The pre-LN transformer of the SigLIP encoder, the TA-Tok decoder and the caption tower.
 
     x <- x + Attention(LN(x));  x <- x + MLP(LN(x)),  MLP = Linear, GELU (tanh form), Linear
 
@@ -122,7 +122,7 @@ class Encoder(nnx.Module):
     def __call__(
         self, x_BLD: jax.Array, mask_BL: jax.Array | None = None, *, depth: int | None = None
     ) -> jax.Array:
-        """The output of the first `depth` layers (all of them by default)."""
+        """Return the output of the first `depth` layers (all of them by default)."""
         depth = self.depth if depth is None else depth
 
         def step(
@@ -130,8 +130,8 @@ class Encoder(nnx.Module):
         ) -> tuple[jax.Array, None]:
             if run is None:
                 return layer(x_BLD, mask_BL), None
-            # A layer past `depth` is passed over by a branch. Slicing the stacked weights instead
-            # would copy them all.
+            # A branch skips the layers past `depth`. Slicing the stacked weights instead would copy
+            # them all.
             return jax.lax.cond(run, lambda x: layer(x, mask_BL), lambda x: x, x_BLD), None
 
         run = None if depth == self.depth else jnp.arange(self.depth) < depth
@@ -139,7 +139,7 @@ class Encoder(nnx.Module):
 
 
 class AttentionPool(nnx.Module):
-    """Tokens to one vector: a learned probe attends to them, then a residual MLP
+    """Pool tokens to one vector: a learned probe attends to them, then a residual MLP
     (`SiglipMultiheadAttentionPoolingHead`).
     """
 

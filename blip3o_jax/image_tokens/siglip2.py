@@ -19,7 +19,7 @@ class SiglipOutput(NamedTuple):
 
 
 class SiglipVision(nnx.Module):
-    """Pixels to one feature vector per patch.
+    """Encode pixels to one feature vector per patch.
 
     `patch_embedding` is the stock convolution (stride = kernel = patch) as a matrix product over
     flattened patches, values in the order row, column, channel: the torch weight [out, C, p, p]
@@ -43,9 +43,9 @@ class SiglipVision(nnx.Module):
         self.cfg = cfg
 
     def embed(self, x_BHWC: jax.Array) -> jax.Array:
-        """Square images [B, image_size, image_size, 3] in [-1, 1] to patch tokens with positions,
-        row by row; pixels past the last whole patch are dropped. Raises ValueError for another
-        size.
+        """Embed square images [B, image_size, image_size, 3] in [-1, 1] as patch tokens with
+        positions, row by row; pixels past the last whole patch are dropped. Raises ValueError for
+        another size.
         """
         size = self.cfg.image_size
         if x_BHWC.shape[1:] != (size, size, 3):
@@ -58,7 +58,7 @@ class SiglipVision(nnx.Module):
         )
 
     def patches(self, x_BHWC: jax.Array) -> jax.Array:
-        """Square images to their patches' values [B, N, 3 patch^2]."""
+        """Split square images into their patches' values [B, N, 3 patch^2]."""
         patch, grid = self.cfg.patch_size, self.cfg.grid
         x_BHWC = x_BHWC[:, : grid * patch, : grid * patch]
         return (
@@ -68,8 +68,8 @@ class SiglipVision(nnx.Module):
         )
 
     def features(self, x_BHWC: jax.Array, select_layer: int = -2) -> jax.Array:
-        """`hidden_states[select_layer]` [B, N, D] as transformers counts them: -1 is the last
-        layer's output, before post_layernorm, and -1 - num_hidden_layers the embeddings. Later
+        """Return `hidden_states[select_layer]` [B, N, D] as transformers counts them: -1 is the
+        last layer's output, before post_layernorm, and -1 - num_hidden_layers the embeddings. Later
         layers are not computed.
         """
         depth = self.cfg.num_hidden_layers + 1 + select_layer

@@ -7,7 +7,7 @@ them and none is left behind:
     c_k = embedding_proj(e_k)            (SimVQ keeps the random e_k fixed and learns the projection)
     s_k(z) = <z/|z|, c_k/|c_k|>          l2-normalised lookup: cosine similarity (z and c are normalised from here on)
     s_k(z) = -|z - c_k|^2                plain lookup
-    index(z) = arg max_k s_k(z),         or drawn from p_k(z) = softmax_k(s_k(z) / temperature) when stochastic
+    index(z) = arg max_k s_k(z),         or sampled from p_k(z) = softmax_k(s_k(z) / temperature) when stochastic
     out(z) = z + stop(c_index - z)       straight-through: the value is the code, the gradient reaches z
 
 Terms for training, each a mean over tokens:
@@ -47,10 +47,8 @@ class Quantised(NamedTuple):
     codebook_loss: jax.Array
     commitment_loss: jax.Array
     entropy_gap: jax.Array  # nats, to minimise
-    usage: jax.Array  # share of the codes drawn at least once in this batch
-    perplexity: (
-        jax.Array
-    )  # exp of the entropy of the drawn ids: the number of codes in effective use
+    usage: jax.Array  # fraction of the codes used at least once in this batch
+    perplexity: jax.Array  # exp of the entropy of the ids: the effective number of codes in use
 
 
 def l2_normalise(x: jax.Array) -> jax.Array:
@@ -85,16 +83,16 @@ class SimVq(nnx.Module):
         )
 
     def table(self) -> jax.Array:
-        """The codes in use [K, D]."""
+        """Return the codes in use [K, D]."""
         return self._normalise(self.embedding_proj(self.embedding[...]))
 
     def lookup(self, ids_BN: jax.Array) -> jax.Array:
-        """Codes [B, N, D] of indices: the inverse of `indices`."""
+        """Return the codes [B, N, D] of indices: the inverse of `indices`."""
         return self._normalise(self.embedding_proj(self.embedding[...][ids_BN]))
 
     def indices(self, z_BND: jax.Array, key: jax.Array | None = None) -> jax.Array:
-        """Code index of each vector [B, N], int32: the best, or a drawn one in stochastic mode with
-        a `key`.
+        """Return the code index of each vector [B, N], int32: the best, or a sampled one in
+        stochastic mode with a `key`.
         """
         return self._assign(self._normalise(z_BND), self.table(), key, soft=False)[0]
 
@@ -110,16 +108,18 @@ class SimVq(nnx.Module):
         ids_BN, usage_K = self._assign(z_BND, table_KD, key, soft=True)
         codes_BND = table_KD[ids_BN]
         stop = jax.lax.stop_gradient
-        count = table_KD.shape[0]
-        drawn_K = jnp.zeros(count, jnp.float32).at[ids_BN.reshape(-1)].add(1.0 / ids_BN.size)
+        num_codes = table_KD.shape[0]
+        frequency_K = (
+            jnp.zeros(num_codes, jnp.float32).at[ids_BN.reshape(-1)].add(1.0 / ids_BN.size)
+        )
         return Quantised(
             codes_BND=z_BND + stop(codes_BND - z_BND),
             ids_BN=ids_BN,
             codebook_loss=jnp.mean(jnp.sum((stop(z_BND) - codes_BND) ** 2, axis=-1)),
             commitment_loss=jnp.mean(jnp.sum((z_BND - stop(codes_BND)) ** 2, axis=-1)),
-            entropy_gap=jnp.log(count) - entropy(usage_K),
-            usage=jnp.mean(drawn_K > 0),
-            perplexity=jnp.exp(entropy(drawn_K)),
+            entropy_gap=jnp.log(num_codes) - entropy(usage_K),
+            usage=jnp.mean(frequency_K > 0),
+            perplexity=jnp.exp(entropy(frequency_K)),
         )
 
     def _normalise(self, x: jax.Array) -> jax.Array:
@@ -127,18 +127,18 @@ class SimVq(nnx.Module):
         return l2_normalise(x) if self.l2_normalized else x
 
     def _scores(self, z_BnD: jax.Array, table_KD: jax.Array) -> jax.Array:
-        """s_k(z), the plain one without the |z|^2 that all codes share."""
+        """Return s_k(z), in the plain form without |z|^2, which all codes share."""
         dot_BnK = z_BnD @ table_KD.T
         return dot_BnK if self.l2_normalized else 2 * dot_BnK - jnp.sum(table_KD**2, axis=-1)
 
     def _assign(
         self, z_BND: jax.Array, table_KD: jax.Array, key: jax.Array | None, *, soft: bool
     ) -> tuple[jax.Array, jax.Array | None]:
-        """Indices [B, N] and, if `soft`, the mean of p over all tokens [K].
+        """Return indices [B, N] and, if `soft`, the mean of p over all tokens [K].
 
-        Walks over groups of n of the N tokens, n a divisor of N (N is a square, so the side at
-        least divides it); the batch dimension stays whole, so that it can lie across devices. The
-        backward pass makes the scores anew.
+        Loops over groups of n of the N tokens, n a divisor of N (N is a square, so its root is
+        one); the batch dimension is not split, so that it can be sharded. The backward pass
+        recomputes the scores.
         """
         tokens = z_BND.shape[1]
         limit = max(1, MAX_SCORES // table_KD.shape[0])
@@ -172,5 +172,5 @@ class SimVq(nnx.Module):
 
 
 def entropy(p_K: jax.Array) -> jax.Array:
-    """-sum p log p in nats, 0 log 0 = 0, with a finite gradient."""
+    """Return -sum p log p in nats, 0 log 0 = 0, with a finite gradient."""
     return -jnp.sum(p_K * jnp.log(jnp.maximum(p_K, 1e-20)))

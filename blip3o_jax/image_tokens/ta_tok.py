@@ -88,8 +88,8 @@ class Decoder(nnx.Module):
         )
 
     def positions(self, grid: int) -> jax.Array:
-        """The position table resized to `grid` per side, bilinear with antialias (align_corners
-        False), in float32.
+        """Return the position table resized to `grid` per side, bilinear with antialias
+        (align_corners False), in float32.
         """
         table_ND = self.position_embedding[...].astype(jnp.float32)
         side, d = math.isqrt(table_ND.shape[0]), table_ND.shape[1]
@@ -117,12 +117,14 @@ class TaTok(nnx.Module):
         self.cfg = cfg
 
     def num_tokens(self, pool_scale: int | None = None) -> int:
-        """Tokens per image: 729, 169 or 81 of the published encoder for pool scales 1, 2, 3."""
+        """Return the tokens per image: 729, 169 or 81 of the published encoder for pool scales 1,
+        2, 3.
+        """
         return (self.cfg.encoder.grid // self._pool_scale(pool_scale)) ** 2
 
     def features(self, x_BHWC: jax.Array, pool_scale: int | None = None) -> jax.Array:
-        """Pooled SigLIP2 features [B, N, D] in float32 of images in [-1, 1]: what the tokenizer
-        codes. No gradient.
+        """Return pooled SigLIP2 features [B, N, D] in float32 of images in [-1, 1]: the input of
+        the quantiser. No gradient.
         """
         with jax.named_scope("encoder"):
             features_BND = self.encoder.features(x_BHWC, self.cfg.select_layer).astype(jnp.float32)
@@ -131,21 +133,21 @@ class TaTok(nnx.Module):
     def encode(
         self, x_BHWC: jax.Array, pool_scale: int | None = None, *, key: jax.Array | None = None
     ) -> jax.Array:
-        """Images [B, H, W, 3] in [-1, 1] to codebook indices [B, N], int32, row by row."""
+        """Encode images [B, H, W, 3] in [-1, 1] to codebook indices [B, N], int32, row by row."""
         z_BND = self._to_codes(self.features(x_BHWC, pool_scale))
         with jax.named_scope("codebook"):
             return self.bottleneck.codebook.indices(z_BND, key)
 
     def quantise(self, features_BND: jax.Array, *, key: jax.Array | None = None) -> Quantised:
-        """Pooled features to codes with straight-through gradients, indices and the codebook's
-        training terms.
+        """Quantise pooled features: return codes with straight-through gradients, indices and the
+        codebook's training terms.
         """
         z_BND = self._to_codes(features_BND)
         with jax.named_scope("codebook"):
             return self.bottleneck.codebook(z_BND, key)
 
     def decode(self, ids_BN: jax.Array) -> jax.Array:
-        """Indices of a square token grid [B, N] to reconstructed SigLIP2 features [B, N, D],
+        """Decode indices of a square token grid [B, N] to reconstructed SigLIP2 features [B, N, D],
         float32. Raises ValueError where N is not a square.
         """
         with jax.named_scope("codebook"):
@@ -155,7 +157,9 @@ class TaTok(nnx.Module):
     def __call__(
         self, x_BHWC: jax.Array, pool_scale: int | None = None, *, key: jax.Array | None = None
     ) -> TaTokOutput:
-        """One training pass: what was to be reconstructed, what was, and the codebook's terms."""
+        """Run one training pass: return the target features, the reconstructed ones and the
+        codebook's terms.
+        """
         teacher_BND = self.features(x_BHWC, pool_scale)
         quantised = self.quantise(teacher_BND, key=key)
         reconstructed_BND = self._reconstruct(quantised.codes_BND)
@@ -185,8 +189,8 @@ class TaTok(nnx.Module):
 
 
 def pool(x_BND: jax.Array, scale: int) -> jax.Array:
-    """Mean over scale x scale blocks of the square token grid; the rows and columns left over are
-    dropped.
+    """Average-pool scale x scale blocks of the square token grid; the rows and columns left over
+    are dropped.
     """
     batch, tokens, d = x_BND.shape
     grid = math.isqrt(tokens)

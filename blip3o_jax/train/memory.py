@@ -141,12 +141,12 @@ def example_bytes(
         if _scores_are_written(config):
             row += 4.0 * model.ar.num_attention_heads * length**2 / strategy.mesh.shape["tensor"]
         kept[f"data.max_length={length}"] = row * rows / among
-        tokens = (model.latent_size // model.dit.patch_size) ** 2 * config.loss.flow_draws
+        tokens = (model.latent_size // model.dit.patch_size) ** 2 * config.loss.flow_samples
         layers = model.dit.num_layers if model.dit.remat != "offload" else 1
         drawn = _layers(model.dit, tokens, layers) / among
-        noisy = config.loss.flow_draws if config.loss.flow_draws > 16 else 0
+        noisy = config.loss.flow_samples if config.loss.flow_samples > 16 else 0
         kept[
-            f"loss.flow_draws={noisy}"
+            f"loss.flow_samples={noisy}"
             if noisy
             else f"model.image_size={model.image_size} (latents)"
         ] = drawn

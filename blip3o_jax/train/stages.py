@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from blip3o_jax import nn
 from blip3o_jax.blip3o import Blip3o, joint_loss, joint_preview, scale_pixels
 from blip3o_jax.config import Config, ConfigError
-from blip3o_jax.image_tokens.contrastive import same_captions, sigmoid_loss
+from blip3o_jax.image_tokens.contrastive import same_caption_mask, sigmoid_loss
 from blip3o_jax.vae.losses import reconstruction_loss
 
 Batch = dict[str, jax.Array]
@@ -129,7 +129,7 @@ def make_loss(config: Config, image_token_offset: int) -> Loss:
         with nn.part("text_tower"):
             tower = model.text_tower
             text_BD = tower(batch["text_ids"], batch["text_mask"])
-            same_BB = same_captions(batch["text_ids"])
+            same_BB = same_caption_mask(batch["text_ids"])
             loss, metrics = sigmoid_loss(
                 image.pooled_BD, text_BD, tower.log_scale[...], tower.bias[...], same_BB
             )

@@ -38,12 +38,12 @@ def pixel_shuffle(x_BHWC: jax.Array) -> jax.Array:
 
 
 def average_channels(x_BHWC: jax.Array, channels: int) -> jax.Array:
-    """The mean of each run of consecutive channels, so many that `channels` are left."""
+    """Average groups of consecutive channels, down to `channels`."""
     return x_BHWC.reshape(*x_BHWC.shape[:3], channels, -1).mean(-1)
 
 
 def repeat_channels(x_BHWC: jax.Array, channels: int) -> jax.Array:
-    """Each channel several times in a row, so often that there are `channels`."""
+    """Repeat each channel consecutively, up to `channels`."""
     return jnp.repeat(x_BHWC, channels // x_BHWC.shape[-1], axis=-1)
 
 
@@ -93,10 +93,9 @@ class MultiscaleProjection(nnx.Module):
 
 
 def relu_attention(q_BNGK: jax.Array, k_BNGK: jax.Array, v_BNGK: jax.Array) -> jax.Array:
-    """Attention whose weights are relu(q) . relu(k), normalised over the keys; no softmax, so that
-    the sum over keys can be taken first. That costs N K^2 a head instead of N^2 K, which is the
-    smaller unless N <= K; the library class switches between the two there, in float32 for the
-    former, and so does this.
+    """Attend with weights relu(q) . relu(k), normalised over the keys; without softmax the sum over
+    keys can be taken first. That costs N K^2 a head instead of N^2 K, which is smaller unless N <=
+    K. As in the library class, the cheaper form is used, in float32 for the former.
     """
     q_BNGK, k_BNGK = jax.nn.relu(q_BNGK), jax.nn.relu(k_BNGK)
     if q_BNGK.shape[1] <= q_BNGK.shape[-1]:
@@ -285,7 +284,7 @@ def stage_blocks(
     dtype: Any,
     param_dtype: Any,
 ) -> nnx.Module | None:
-    """The `count` blocks of one stage, stacked; None when there are none."""
+    """Return the `count` blocks of one stage, stacked; None when there are none."""
 
     def make(rngs: nnx.Rngs) -> nnx.Module:
         if kind == "ResBlock":
@@ -300,7 +299,7 @@ def stage_blocks(
 def run_blocks(
     blocks: nnx.Module | None, x_BHWC: jax.Array, *, remat: str, unroll: bool
 ) -> jax.Array:
-    """Stacked blocks in order."""
+    """Run stacked blocks in order."""
     if blocks is None:
         return x_BHWC
     return nn.scan(

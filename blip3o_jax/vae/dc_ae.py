@@ -118,7 +118,7 @@ class DcAe(nnx.Module):
         self.cfg = cfg
 
     def encode(self, x_BHWC: jax.Array) -> jax.Array:
-        """Images [B, H, W, 3] in [-1, 1] -> raw latents [B, H/f, W/f, latent_channels], f =
+        """Encode images [B, H, W, 3] in [-1, 1] to raw latents [B, H/f, W/f, latent_channels], f =
         `spatial_compression`.
 
         Raises ValueError when H or W is not a multiple of f.
@@ -136,7 +136,7 @@ class DcAe(nnx.Module):
         return self.encoder(x_BHWC)
 
     def decode(self, z_BHWC: jax.Array) -> jax.Array:
-        """Raw latents [B, H, W, latent_channels] -> images [B, f H, f W, 3], about in [-1, 1] and
-        not clipped.
+        """Decode raw latents [B, H, W, latent_channels] to images [B, f H, f W, 3], about in [-1,
+        1] and not clipped.
         """
         return self.decoder(z_BHWC)

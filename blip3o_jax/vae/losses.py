@@ -1,14 +1,14 @@
-"""What the autoencoder is trained on: L1 and squared error over pixels, and L1 over differences of
-neighbouring pixels.
+"""The reconstruction loss of the autoencoder: L1 and squared error of pixels, and L1 of differences
+of neighbouring pixels.
 
 loss = mean |x_hat - x| + s * mean (x_hat - x)^2 + w * (mean |dh x_hat - dh x| + mean |dv x_hat - dv
 x|) / 2
 
-dh and dv are the differences to the right and lower neighbour. L1 alone is content with edges
-smeared over a few pixels, each a little wrong; their slope is then far off, which the last term
-charges for: it is the sharpness term. It stands where the paper of DC-AE (arXiv 2410.10733) has
-LPIPS and a GAN loss, as it needs no other network. The squared error leads out of the blank image
-that both others are slow to leave from random weights.
+dh and dv are the differences to the right and lower neighbour. L1 alone hardly
+penalises edges that are blurred over a few pixels, each a little wrong; the last term penalises
+their slope. It replaces the LPIPS and GAN losses of DC-AE (arXiv 2410.10733), as it needs no other
+network. The squared error speeds up the first steps from random weights, where the other two terms
+leave the constant image slowly.
 
 Shape suffixes: B batch, H height, W width, C channels.
 """
@@ -23,7 +23,7 @@ PEAK_SQUARED = 4.0
 def reconstruction_loss(
     x_hat_BHWC: jax.Array, x_BHWC: jax.Array, gradient_weight: float, squared_weight: float = 0.0
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The loss above in float32, for images in [-1, 1], and its metrics.
+    """Return the loss above in float32, for images in [-1, 1], and its metrics.
 
     `l1`, `squared` and `gradient_l1` are the terms before weighting; `psnr` in dB is the mean over
     the images, each reconstruction clipped to [-1, 1] as it is when it becomes an image.

@@ -57,7 +57,9 @@ def test_rotation_depends_on_distance_only(rng):
 
     def product(query_position, key_position):
         rotated = [
-            attention.rotate(x, attention.rotation(np.array([[p]]), 8, 100.0))
+            attention.apply_rotary_embedding(
+                x, attention.rotary_embedding(np.array([[p]]), 8, 100.0)
+            )
             for x, p in ((q, query_position), (k, key_position))
         ]
         return float(jnp.sum(rotated[0] * rotated[1]))

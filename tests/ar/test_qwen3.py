@@ -228,10 +228,10 @@ def test_embeddings_may_start_at_a_scale_of_their_own():
     assert float(model.lm_head.kernel.std()) == pytest.approx(CFG.initializer_range, rel=0.05)
 
 
-def test_grow_table_keeps_old_rows_and_starts_new_ones_at_their_mean(rng):
+def test_resize_embeddings_keeps_old_rows_and_starts_new_ones_at_their_mean(rng):
     table = rng.normal(size=(6, 3)).astype(np.float32)
-    grown = np.asarray(qwen3.grow_table(table, used=4, rows=9))
+    grown = np.asarray(qwen3.resize_embeddings(table, used=4, rows=9))
     assert np.array_equal(grown[:4], table[:4])
     assert np.allclose(grown[4:], table[:4].mean(axis=0), atol=1e-7)
     with pytest.raises(ValueError, match="used=7"):
-        qwen3.grow_table(table, used=7, rows=9)
+        qwen3.resize_embeddings(table, used=7, rows=9)

@@ -65,6 +65,6 @@ def test_fast_is_the_same_with_fewer_steps_and_its_layers_scanned():
         assert FAST[name].steps < FULL[name].steps / 10
         assert (FAST[name].loss, FAST[name].data) == (FULL[name].loss, FULL[name].data)
         assert (FAST[name].model, FULL[name].model) == (
-            demo.model(unroll=False, shown=True),
-            demo.model(shown=True),
+            demo.model(unroll=False, references=True),
+            demo.model(references=True),
         )

@@ -7,7 +7,12 @@ import pytest
 from flax import nnx
 
 from blip3o_jax import config
-from blip3o_jax.image_tokens.contrastive import PatchReadout, TextTower, same_captions, sigmoid_loss
+from blip3o_jax.image_tokens.contrastive import (
+    PatchReadout,
+    TextTower,
+    same_caption_mask,
+    sigmoid_loss,
+)
 
 CFG = config.TextTowerConfig(
     hidden_size=16,
@@ -50,9 +55,9 @@ def test_repeated_captions_are_no_negatives():
     )
 
 
-def test_same_captions():
+def test_same_caption_mask():
     tokens = jnp.array([[4, 5, 0], [4, 5, 6], [4, 5, 0]])
-    np.testing.assert_array_equal(same_captions(tokens), [[1, 0, 1], [0, 1, 0], [1, 0, 1]])
+    np.testing.assert_array_equal(same_caption_mask(tokens), [[1, 0, 1], [0, 1, 0], [1, 0, 1]])
 
 
 def test_zero_embedding_has_finite_gradient():

@@ -18,7 +18,7 @@ STAGE = {
     "ce": "joint",
     "flow": "joint",
     "ce_chunk": "joint",
-    "flow_draws": "joint",
+    "flow_samples": "joint",
     "dense": "contrastive",
 }
 STAGE |= {f"{name}_dropout": "joint" for name in ("condition", "caption", "instruction")}
@@ -31,7 +31,7 @@ LARGE = (
     "pack",
     "accumulate",
     "workers",
-    "flow_draws",
+    "flow_samples",
     "prefetch",
 )
 

@@ -48,7 +48,7 @@ def run_config() -> config.Config:
             ),
         ),
         data=config.DataConfig(batch_size=128, max_length=256),
-        loss=config.LossConfig(ce_chunk=256, flow_draws=2),
+        loss=config.LossConfig(ce_chunk=256, flow_samples=2),
         mesh=config.MeshConfig(fsdp=4),
     )
 

@@ -65,7 +65,7 @@ def _connector(config):
 
 
 def _dit(config):
-    dit, rows = config.model.dit, config.data.batch_size * config.loss.flow_draws
+    dit, rows = config.model.dit, config.data.batch_size * config.loss.flow_samples
     d, f = dit.hidden_size, int(dit.mlp_ratio * dit.hidden_size)
     tokens, condition = (
         (config.model.latent_size // dit.patch_size) ** 2,
