@@ -17,9 +17,6 @@ from blip3o_jax.train.state import create_state, plan_state
 from blip3o_jax.train.step import example_keys, make_step
 from tests import tiny
 from tests.conftest import relative_error
-from tests.tiny import quick_compile  # noqa: F401
-
-pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 @functools.cache

@@ -17,9 +17,6 @@ from blip3o_jax.blip3o import Blip3o, path_name
 from blip3o_jax.dit.sana import Condition
 from tests import tiny
 from tests.conftest import relative_error
-from tests.tiny import quick_compile  # noqa: F401
-
-pytestmark = pytest.mark.usefixtures("quick_compile")
 
 TRAINED_PARTS = ("ar", "dit")
 BASE = dataclasses.replace(tiny.model(), ar=dataclasses.replace(tiny.model().ar, vocab_size=64))
@@ -46,7 +43,7 @@ def graph(cfg):
 
 
 @pytest.fixture(scope="module")
-def drawn(quick_compile):  # noqa: F811
+def drawn():
     """Initial parameters of the model without factors and with them."""
     make = lambda cfg: lambda: nnx.to_pure_dict(nnx.state(Blip3o(cfg, TRAINED_PARTS, seed=0)))
     return jax.jit(make(BASE))(), jax.jit(make(CFG))()

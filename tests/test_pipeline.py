@@ -14,9 +14,7 @@ from blip3o_jax import pipeline as pipelines
 from blip3o_jax.config import MeshConfig, UserError
 from tests import tiny
 from tests.conftest import relative_error
-from tests.tiny import quick_compile  # noqa: F401  (a fixture)
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 # Of three lengths; the last one makes the batch's rows longer than a prompt alone would.
 PROMPTS = [
     "a red cat",

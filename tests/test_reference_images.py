@@ -26,9 +26,6 @@ from blip3o_jax.train.stages import stage_parts, trainable_filter
 from blip3o_jax.train.state import plan_state
 from tests import stock_weights, tiny
 from tests.conftest import relative_error
-from tests.tiny import quick_compile  # noqa: F401
-
-pytestmark = pytest.mark.usefixtures("quick_compile")
 
 ROUTES = {
     "latents": config.EditingConfig(reference_slots=2, latents=True),

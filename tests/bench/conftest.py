@@ -11,3 +11,11 @@ def optimizations_of_the_bench() -> Iterator[None]:
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.fixture(scope="module")
+def quick_compile(optimizations_of_the_bench: None) -> Iterator[None]:
+    """Programs of which no number is looked at: compiling them is all the time they take."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

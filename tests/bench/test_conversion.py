@@ -18,13 +18,12 @@ from blip3o_jax.convert.mapping import tensor_shapes
 from blip3o_jax.convert.source import open_source
 from blip3o_jax.convert.tables import PUBLISHED_PARTS
 from tests import tiny
-from tests.tiny import quick_compile  # noqa: F401
 
 # Bytes and the chat's tags fill most of the 283 ids of text.
 MODEL = dataclasses.replace(tiny.model(), ar=dataclasses.replace(tiny.model().ar, vocab_size=320))
 
 
-def test_report(tmp_path, monkeypatch, capsys, quick_compile):  # noqa: F811
+def test_report(tmp_path, monkeypatch, capsys, quick_compile):
     monkeypatch.setattr(
         conversion, "_in_a_process", lambda work, *args: work(*args)
     )  # starting four takes the time

@@ -9,7 +9,6 @@ from blip3o_jax import config
 from blip3o_jax.bench import rl_step
 from blip3o_jax.config import UserError
 from tests.rl import runs
-from tests.tiny import quick_compile  # noqa: F401  (a fixture)
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 

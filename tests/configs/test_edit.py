@@ -2,16 +2,12 @@
 
 import pathlib
 
-import pytest
-
 from blip3o_jax.config import loader
 from blip3o_jax.convert.tables import PUBLISHED_PARTS
 from blip3o_jax.train import checkpoint
 from blip3o_jax.train.stages import stage_parts, stage_trainable
 from tests.rl import runs
-from tests.tiny import quick_compile  # noqa: F401  (a fixture)
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 FILE = str(pathlib.Path(__file__).parents[2] / "configs/edit.py")
 
 

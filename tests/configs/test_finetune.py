@@ -12,9 +12,8 @@ from blip3o_jax.convert.tables import PUBLISHED_PARTS
 from blip3o_jax.train import checkpoint
 from tests.convert import published
 from tests.convert.published import Options, planned_once  # noqa: F401
-from tests.tiny import quick_compile  # noqa: F401
 
-pytestmark = pytest.mark.usefixtures("quick_compile", "planned_once")
+pytestmark = pytest.mark.usefixtures("planned_once")
 
 FILE = str(pathlib.Path(__file__).parents[2] / "configs/finetune.py")
 

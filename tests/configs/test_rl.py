@@ -11,9 +11,7 @@ from blip3o_jax.demo import recipe as demo
 from blip3o_jax.rl import method
 from blip3o_jax.train import checkpoint
 from tests.rl import runs
-from tests.tiny import quick_compile  # noqa: F401  (a fixture)
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 FILE = str(pathlib.Path(__file__).parents[2] / "configs/rl.py")
 
 

@@ -26,9 +26,8 @@ from blip3o_jax.convert.importer import import_weights
 from blip3o_jax.convert.source import open_source
 from tests.convert import published
 from tests.convert.published import EMBEDDINGS, HEAD, Options, planned_once  # noqa: F401
-from tests.tiny import quick_compile  # noqa: F401
 
-pytestmark = pytest.mark.usefixtures("quick_compile", "planned_once")
+pytestmark = pytest.mark.usefixtures("planned_once")
 
 SHARDS = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
 TOWER = "model.vision_tower.vision_tower."
@@ -42,7 +41,7 @@ def good(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def imported(good, tmp_path_factory, quick_compile, planned_once):  # noqa: F811
+def imported(good, tmp_path_factory, planned_once):  # noqa: F811
     """(source, its checkpoint)."""
     source = open_source(good.directory, **good.arguments)
     root = tmp_path_factory.mktemp("imported") / "checkpoint"

@@ -26,10 +26,9 @@ from tests import tiny
 from tests.convert import published
 from tests.convert.published import EMBEDDINGS, HEAD, PREFIXES, Options, check_equal, planned_once  # noqa: F401
 from tests.convert.test_tensor_files import save_easydict
-from tests.tiny import quick_compile  # noqa: F401
 from tests.train.test_loop import Stopped, stop_after
 
-pytestmark = pytest.mark.usefixtures("quick_compile", "planned_once")
+pytestmark = pytest.mark.usefixtures("planned_once")
 
 VALUES = {
     "dtype": ("bfloat16", "float32", "float16"),
@@ -109,7 +108,7 @@ def test_there_and_back(options, tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory, quick_compile, planned_once):  # noqa: F811
+def plain(tmp_path_factory, planned_once):  # noqa: F811
     """(what was published, what was opened, checkpoint): widths that divide over 8 devices,
     bfloat16, an untied head.
     """

@@ -23,9 +23,6 @@ from blip3o_jax.train import checkpoint
 from blip3o_jax.train.state import merge_trees
 from tests import tiny
 from tests.convert.test_verify import drawn
-from tests.tiny import quick_compile  # noqa: F401
-
-pytestmark = pytest.mark.usefixtures("quick_compile")
 
 FACTORS = {
     "ar": {"lora": LoraConfig(3, 2.0, ("q", "o", "down"))},

@@ -23,9 +23,6 @@ from blip3o_jax.train import checkpoint
 from blip3o_jax.train.state import WEIGHTS, plan_state
 from blip3o_jax.train.vocabulary import with_vocabulary
 from tests import tiny
-from tests.tiny import quick_compile  # noqa: F401
-
-pytestmark = pytest.mark.usefixtures("quick_compile")
 
 OUTPUTS = {
     "tokenizer": ["features", "indices", "decoded features"],
@@ -111,12 +108,12 @@ def directories(trained, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def same(directories, quick_compile):  # noqa: F811
+def same(directories):
     return verify.verify(*directories)
 
 
 @pytest.fixture(scope="module")
-def altered(directories, tmp_path_factory, quick_compile):  # noqa: F811
+def altered(directories, tmp_path_factory):
     """The report where one element of a tensor or two in each part is another."""
     torch_dir = tmp_path_factory.mktemp("altered") / "torch"
     shutil.copytree(directories[0], torch_dir)

@@ -23,7 +23,6 @@ from blip3o_jax.train import supervised
 from blip3o_jax.train.metrics import read_rows
 from tests import tiny
 from tests.conftest import relative_error
-from tests.tiny import quick_compile  # noqa: F401
 
 WIDE, HIGH = (16, 24), (24, 16)
 
@@ -197,7 +196,6 @@ def test_what_is_cached_of_a_shape_is_of_the_same_records(tmp_path):
     assert names[3][1] < names[0][1] and names[3][0] != names[0][0]
 
 
-@pytest.mark.usefixtures("quick_compile")
 def test_both_shapes_train_cache_edit_and_decode(tmp_path):
     """A run from the encoders' cache has the losses of one that encodes; what is edited has the
     shape of what is shown.

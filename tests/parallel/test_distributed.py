@@ -27,7 +27,6 @@ from blip3o_jax.parallel.distributed import Launch
 from blip3o_jax.train import checkpoint, supervised
 from blip3o_jax.train.metrics import read_rows
 from tests import conftest, tiny
-from tests.tiny import quick_compile  # noqa: F401
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 STEPS, EVERY = 12, 4
@@ -144,7 +143,7 @@ def losses(workdir):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, quick_compile):  # noqa: F811
+def whole(tmp_path_factory):
     """Losses of an uninterrupted run on eight devices of one process, every parameter on each of
     them.
     """
@@ -187,7 +186,7 @@ def test_two_hosts_one_of_them_killed_go_on_as_one(whole, job, tmp_path):
     assert losses(workdir) == pytest.approx(whole, rel=ROUNDING)
 
 
-def test_sigterm_on_one_host_saves_on_all_and_the_launcher_restarts(job, tmp_path, quick_compile):  # noqa: F811
+def test_sigterm_on_one_host_saves_on_all_and_the_launcher_restarts(job, tmp_path):
     """Of a run that is long enough not to be over before the hosts have agreed where to stop."""
     steps = 8 * STEPS
     cfg = dataclasses.replace(settings(checkpoint={"every": 1000}), steps=steps)
@@ -214,7 +213,7 @@ def test_sigterm_on_one_host_saves_on_all_and_the_launcher_restarts(job, tmp_pat
 
 
 @pytest.mark.slow
-def test_two_hosts_train_a_vocabulary_and_fill_an_encoder_cache_once(job, tmp_path, quick_compile):  # noqa: F811
+def test_two_hosts_train_a_vocabulary_and_fill_an_encoder_cache_once(job, tmp_path):
     """Files that one host writes and both read. Host 0 alone trains the vocabulary; each host fills
     its parts of the cache.
     """

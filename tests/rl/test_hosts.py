@@ -8,11 +8,10 @@ from blip3o_jax.train.metrics import read_rows
 from tests.parallel.test_distributed import Job
 from tests.rl import runs
 from tests.rl.test_run import EIGHT
-from tests.tiny import quick_compile  # noqa: F401  (a fixture)
 
 
 @pytest.mark.slow
-def test_two_hosts_of_four_devices_do_what_one_of_eight_does(tmp_path, quick_compile):  # noqa: F811
+def test_two_hosts_of_four_devices_do_what_one_of_eight_does(tmp_path):
     """Each host judges the images that its devices hold; both know all rewards. The numbers differ
     by the order of sums.
     """

@@ -16,9 +16,8 @@ from blip3o_jax.rl import method
 from blip3o_jax.train.metrics import read_rows
 from tests.rl import runs
 from tests.rl.test_run import numbers, one_device, saved  # noqa: F401  (a fixture)
-from tests.tiny import quick_compile  # noqa: F401  (a fixture)
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compile")]
+pytestmark = pytest.mark.slow
 
 KILLED = """
 import json, os, signal, sys

@@ -20,9 +20,7 @@ from blip3o_jax.train.workdir import WorkdirLock
 from tests import tiny
 from tests.conftest import relative_error
 from tests.rl import runs
-from tests.tiny import quick_compile  # noqa: F401  (a fixture)
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 # What depends on the clock or on how much has been compiled.
 CLOCKS = ("seconds", "share/", "latency", "queue", "_per_s", "wait", "memory")
 EIGHT = {"data": 2, "fsdp": 2, "tensor": 2, "strategy": "fsdp_tp"}

@@ -5,7 +5,6 @@ The tests of training, data, sampling and conversion share it.
 
 from tests.tiny.batches import cached_batch, prepared
 from tests.tiny.checkpoints import write_checkpoint
-from tests.tiny.compiling import quick_compile
 from tests.tiny.configs import F32, model, replace_fields, run_config
 from tests.tiny.datasets import CAPTIONS, data, images, scratch, write_data
 from tests.tiny.meshes import MESHES, strategy
@@ -19,7 +18,6 @@ __all__ = [
     "images",
     "model",
     "prepared",
-    "quick_compile",
     "replace_fields",
     "run_config",
     "scratch",

@@ -26,9 +26,6 @@ from blip3o_jax.train.state import plan_state
 from blip3o_jax.train.workdir import WorkdirLock
 from tests import tiny
 from tests.test_checksums import flip
-from tests.tiny import quick_compile  # noqa: F401
-
-pytestmark = pytest.mark.usefixtures("quick_compile")
 
 STEPS = 6
 # Rows hold times and memory too; these must be the same bit for bit.
@@ -107,7 +104,7 @@ def stop_after(monkeypatch, step):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, quick_compile):  # noqa: F811
+def whole(tmp_path_factory):
     """An uninterrupted run."""
     workdir = tmp_path_factory.mktemp("whole")
     return workdir, supervised.train(joint(), workdir)

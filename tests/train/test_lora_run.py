@@ -20,10 +20,7 @@ from blip3o_jax.train.state import merge_trees, plan_state, without
 from blip3o_jax.train.step import make_step
 from tests import tiny
 from tests.convert.test_verify import drawn
-from tests.tiny import quick_compile  # noqa: F401
 from tests.train.states import leaves, moments
-
-pytestmark = pytest.mark.usefixtures("quick_compile")
 
 FACTORS = {"ar": {"lora": {"rank": 2}}, "dit": {"lora": {"rank": 3, "targets": ("q", "expand")}}}
 
@@ -38,7 +35,7 @@ def is_factor(path):
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory, quick_compile):  # noqa: F811
+def start(tmp_path_factory):
     """A checkpoint of all parts without factors."""
     workdir = tmp_path_factory.mktemp("start")
     checkpoint.write_weights(workdir / "checkpoints", *drawn(tiny.run_config(tiny.data()), workdir))

@@ -12,7 +12,6 @@ from blip3o_jax.config import fields
 from blip3o_jax.config.constraints import Bounds
 from blip3o_jax.train.supervised import train
 from tests import tiny
-from tests.tiny import quick_compile  # noqa: F401
 
 STAGE = {
     "ce": "joint",
@@ -55,7 +54,6 @@ def edges():
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_compile")
 @pytest.mark.parametrize(
     ("stage", "group", "name", "value"),
     [pytest.param(*e, id=".".join(map(str, e[1:]))) for e in edges()],

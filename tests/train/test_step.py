@@ -19,10 +19,7 @@ from blip3o_jax.train.stages import STAGES, make_loss, trainable_filter
 from blip3o_jax.train.state import COUNTERS, create_state, plan_state
 from blip3o_jax.train.step import make_step
 from tests import tiny
-from tests.tiny import quick_compile  # noqa: F401
 from tests.train.states import check_close, leaves, moments
-
-pytestmark = pytest.mark.usefixtures("quick_compile")
 
 DECAY = 0.75
 MESH = tiny.MESHES["fsdp_tp"]

@@ -19,10 +19,7 @@ from blip3o_jax.train.stages import STAGES, make_loss
 from blip3o_jax.train.state import create_state, plan_state
 from blip3o_jax.train.step import make_step
 from tests import tiny
-from tests.tiny import quick_compile  # noqa: F401
 from tests.train.states import check_close, leaves, moments
-
-pytestmark = pytest.mark.usefixtures("quick_compile")
 
 # The stages; in "cached" codes and latents of a joint run come with the batch instead of from the
 # encoders in the step.

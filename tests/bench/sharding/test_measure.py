@@ -11,7 +11,6 @@ from blip3o_jax.bench.sharding.compiled_step import FITS
 from blip3o_jax.config import MeshConfig, UserError
 from blip3o_jax.parallel.chips import CHIPS
 from tests import tiny
-from tests.tiny import quick_compile  # noqa: F401  (a fixture)
 
 CPU = dataclasses.replace(
     CHIPS["H100"], name="cpu", flops=1e11, hbm_rate=1e10, link_rate=5e9, dcn_rate=5e9

@@ -7,7 +7,6 @@ import pytest
 
 from blip3o_jax.bench.sharding import train_step
 from tests import tiny
-from tests.tiny import quick_compile  # noqa: F401  (a fixture)
 
 
 @pytest.mark.parametrize(

@@ -21,9 +21,6 @@ from blip3o_jax.train.checkpoint import Checkpoints
 from blip3o_jax.train.state import create_state, plan_state
 from blip3o_jax.train.vocabulary import with_vocabulary
 from tests import tiny
-from tests.tiny import quick_compile  # noqa: F401  (a fixture)
-
-pytestmark = pytest.mark.usefixtures("quick_compile")
 
 PROMPTS = ["a cat", "two dogs on a hill", "a cat"]
 TEXT = {
