@@ -78,6 +78,8 @@ class _Process:
             error
         )  # returns the lost host behind an error, or the error
         self.notify_peers: Callable[[int, str], None] = lambda status, line: None
+        self.announce_stop: Callable[[], None] = lambda: None  # of SIGTERM here, to the others
+        self.is_stop_announced: Callable[[], bool] = lambda: False  # by any of them
 
     def install(self) -> None:
         self.installed = True
@@ -112,6 +114,7 @@ class _Process:
                 elif number == signal.SIGTERM and self.forward_sigterm is not None:
                     self.saving = True
                     self.forward_sigterm()
+                    self.announce_stop()
                 elif number in (signal.SIGTERM, signal.SIGHUP):
                     if self.stop_line:
                         self.end(Stopped(self.stop_line))
@@ -128,6 +131,8 @@ class _Process:
         self._interrupts += 1
         if self.done:
             self.leave(0)
+        if self.forward_sigterm is not None and not self.saving and self._interrupts == 1:
+            self.saving = self.is_stop_announced()  # SIGTERM came to another host
         nothing_to_save = self.stop_line and not self.saving
         if self._error is not None or self._interrupts > 1 or nothing_to_save:
             self.end(self._error or KeyboardInterrupt())

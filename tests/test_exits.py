@@ -34,8 +34,9 @@ def stoppable():
     signal.signal(SIGTERM, lambda number, frame: None)
     exits.process.stoppable = True
 
-def passed_on():  # as on one of several hosts, before its first step
+def passed_on(elsewhere=False):  # as on one of several hosts, before its first step
     exits.listen_for_stop("x")
+    exits.process.is_stop_announced = lambda: elsewhere
     exits.process.forward_sigterm = lambda: print("passed on", file=sys.stderr)
 
 def closing(close, error=None):
@@ -113,6 +114,11 @@ THREAD = "threading.Thread(target=time.sleep, args=(9,)).start()"
             (130, "passed on\n" + SAVING + "reported KeyboardInterrupt\n"),
         ),
         ("passed_on(); send(SIGINT)", INTERRUPTED),
+        ("passed_on(elsewhere=True); send(SIGINT, then=0.3)", (0, SAVING)),
+        (
+            "passed_on(elsewhere=True); send(SIGINT, SIGINT)",
+            (130, SAVING + "reported KeyboardInterrupt\n"),
+        ),
         # Closing that hangs, that fails, that is interrupted; threads that go on.
         ("closing(lambda: time.sleep(9), ValueError)", FAILED),
         ("closing(lambda: 1 / 0, ValueError)", FAILED),

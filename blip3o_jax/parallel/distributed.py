@@ -16,6 +16,7 @@ import json
 import logging
 import os
 import pathlib
+import re
 import sys
 import time
 import uuid
@@ -35,6 +36,8 @@ METHODS = ("auto", "off", "tpu", "slurm")
 # What decides which numbers come out, beside the source files: hosts must have the same.
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
 _PREFIX = "blip3o"  # of all keys and barriers
+# The line of an error of XLA that names the library collectives of CPUs and GPUs go through.
+_COLLECTIVE = re.compile(r"[^\n]*\b(gloo|nccl)\b[^\n]*", re.IGNORECASE)
 _uses: collections.Counter[str] = collections.Counter()
 _peers: list[peers_lib.Peers] = []  # one, in a job of several hosts
 
@@ -116,6 +119,8 @@ def initialize(launch: Launch) -> None:
         _peers[0].start()
         exits.process.prefix = f"host {process_index()}: "
         exits.process.find_cause, exits.process.notify_peers = _cause, _peers[0].notify_peers
+        exits.process.announce_stop = _peers[0].announce_stop
+        exits.process.is_stop_announced = _peers[0].is_stop_announced
 
 
 def set_phase(phase: str, step: int) -> None:
@@ -196,7 +201,7 @@ def run(launch: Launch, job: Callable[[], object]) -> int:
 
 
 def _cause(error: BaseException) -> BaseException:
-    """Return the lost host behind `error`, or `error` itself.
+    """Return the lost host behind `error`, else the connection that failed, else `error` itself.
 
     Collectives and barriers fail on the other hosts too, with errors that do not name the lost one.
     """
@@ -204,7 +209,19 @@ def _cause(error: BaseException) -> BaseException:
         isinstance(error, (UserError, KeyboardInterrupt, exits.RunEnded))
         or files.system_error(error) is not None
     )
-    return error if ours or not _peers else _peers[0].lost() or error
+    if ours or not _peers:
+        return error
+    return _peers[0].lost() or _lost_connection(error) or error
+
+
+def _lost_connection(error: BaseException) -> peers_lib.LostConnection | None:
+    """Return what ends the run where a collective or a barrier failed, None for another error."""
+    if isinstance(error, BarrierError):
+        return peers_lib.LostConnection(first_line(error))
+    found = (
+        _COLLECTIVE.search(str(error)) if isinstance(error, jax.errors.JaxRuntimeError) else None
+    )
+    return peers_lib.LostConnection(found[0].strip()) if found else None
 
 
 def _runtime() -> Any:
@@ -260,15 +277,19 @@ def read_keys(directory: str) -> dict[str, str]:
     return {key.rpartition("/")[2]: value for key, value in found}
 
 
+class BarrierError(RuntimeError):
+    """Raised where not all hosts came to a barrier."""
+
+
 def barrier(name: str, seconds: float = 3600.0) -> None:
-    """Wait until all hosts are here. Raises RuntimeError after `seconds`, and if a host is lost."""
+    """Wait until all hosts are here. Raises BarrierError after `seconds`, and if a host is lost."""
     if process_count() == 1:
         return
     _uses[name] += 1
     try:
         _runtime().client.wait_at_barrier(f"{_PREFIX}/{name}/{_uses[name]}", int(1000 * seconds))
     except RuntimeError as error:
-        raise RuntimeError(
+        raise BarrierError(
             f"barrier {name!r}: not all hosts came within {seconds:.0f} s"
         ) from error
 

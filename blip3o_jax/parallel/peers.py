@@ -27,6 +27,7 @@ RUNTIME_TIMEOUT = (
     60  # seconds; jax.distributed's heartbeats come from a thread that nothing in Python blocks
 )
 _ENDED, _HEARTBEATS = "blip3o/ended", "blip3o/heartbeats"
+_STOPPING = "blip3o/stopping"  # there once SIGTERM came to a host
 _DAY = 24 * 3600 * 1000  # milliseconds
 
 
@@ -41,6 +42,17 @@ class LostHost(exits.RunEnded):
         )
         super().__init__(f"host {host} {how}; the same command goes on from the last checkpoint")
         self.status = status
+
+
+class LostConnection(exits.RunEnded):
+    """Raised where hosts that are all alive cannot reach each other."""
+
+    def __init__(self, why: str):
+        super().__init__(
+            f"the connection between the hosts failed ({why}); the same command goes on from the "
+            "last checkpoint"
+        )
+        self.status = exits.LOST_PEER
 
 
 class Peers:
@@ -75,6 +87,28 @@ class Peers:
         with contextlib.suppress(RuntimeError):
             self._client.key_value_set(_ENDED, value)
             time.sleep(1.0 if self._host == 0 else 0.0)  # the others read it from this process
+
+    def announce_stop(self) -> None:
+        """Let the others know, without waiting, that SIGTERM came here and a step is to be saved."""
+
+        def announce() -> None:
+            with contextlib.suppress(RuntimeError):
+                self._client.key_value_set(_STOPPING, "", allow_overwrite=True)
+
+        threading.Thread(target=announce, daemon=True).start()
+
+    def is_stop_announced(self) -> bool:
+        """Return whether SIGTERM came to any host, False where host 0 does not answer."""
+        found: list[str] = []
+
+        def ask() -> None:
+            with contextlib.suppress(RuntimeError):
+                found.append(self._client.key_value_try_get(_STOPPING))
+
+        asking = threading.Thread(target=ask, daemon=True)
+        asking.start()
+        asking.join(ANSWER_SECONDS)
+        return bool(found)
 
     def lost(self) -> LostHost | None:
         """Return the host that cannot be reached any more, comparing heartbeats STALE seconds apart, or

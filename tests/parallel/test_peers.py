@@ -3,9 +3,10 @@
 import threading
 
 import pytest
+from jax.errors import JaxRuntimeError
 
 from blip3o_jax import exits
-from blip3o_jax.parallel import peers
+from blip3o_jax.parallel import distributed, peers
 from blip3o_jax.parallel.peers import LostHost, Peers
 
 AGAIN = "the same command goes on from the last checkpoint"
@@ -96,6 +97,45 @@ def test_host_0_keeps_the_store_and_is_lost_with_it(hosts):
     threading.Event().wait(0.2)
     store.gone = True
     assert str(made[1].lost()).startswith("host 0 was lost in save at step 9;")
+
+
+def test_sigterm_at_one_host_is_known_to_all(hosts):
+    made, store, _ = hosts
+    assert not any(each.is_stop_announced() for each in made)
+    made[1].announce_stop()
+    for _ in range(200):
+        if made[2].is_stop_announced():
+            break
+        threading.Event().wait(0.01)
+    assert all(each.is_stop_announced() for each in made)
+    store.gone = True
+    assert not made[2].is_stop_announced()
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (
+            JaxRuntimeError(
+                "INTERNAL: step:\nGloo all-reduce failed: Connection reset by peer\nat"
+            ),
+            f"the connection between the hosts failed (Gloo all-reduce failed: Connection reset by peer); {AGAIN}",
+        ),
+        (
+            distributed.BarrierError("barrier 'end': not all hosts came within 300 s"),
+            f"the connection between the hosts failed (barrier 'end': not all hosts came within 300 s); {AGAIN}",
+        ),
+        (JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory"), None),
+        (ValueError("gloo"), None),
+    ],
+)
+def test_a_collective_that_fails_between_living_hosts(hosts, monkeypatch, error, line):
+    monkeypatch.setattr(distributed, "_peers", [hosts[0][0]])
+    cause = distributed._cause(error)
+    if line is None:
+        assert cause is error
+    else:
+        assert (str(cause), cause.status) == (line, exits.LOST_PEER)
 
 
 def test_a_lost_host_whose_place_is_unknown():
