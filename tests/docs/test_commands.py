@@ -14,7 +14,19 @@ from blip3o_jax import cli, config
 from tests.docs.pages import PAGES, ROOT, fences
 
 # Programs a reader has, and the files of this project that are run as one.
-PROGRAMS = {"pip", "pytest", "python3", "mkdocs", "ruff", "git", "export", "cd", "grep", "mypy"}
+PROGRAMS = {
+    "pip",
+    "pytest",
+    "python3",
+    "mkdocs",
+    "ruff",
+    "git",
+    "export",
+    "cd",
+    "grep",
+    "mypy",
+    "jupyter",
+}
 SHELL = {"", "bash", "sh", "console"}
 # Config files whose argument is a checkpoint, which no reader of the page has yet.
 OF_A_CHECKPOINT = {"configs/finetune.py", "configs/edit.py", "configs/rl.py"}
@@ -38,7 +50,7 @@ def commands_of_pages() -> list[tuple[str, str]]:
             for line in joined(fence.text):
                 # A block without a language may hold a drawing or what a command prints.
                 if fence.language or re.match(
-                    r"(blip3o [a-z]|pip |pytest\b|launch/\S+\.sh )", line
+                    r"(blip3o [a-z]|pip |pytest\b|mkdocs |launch/\S+\.sh )", line
                 ):
                     found.append((f"{name}:{fence.line}", line))
         prose = re.sub(r"^( *)```.*?^\1```", "", page.read_text("utf-8"), flags=re.M | re.S)
