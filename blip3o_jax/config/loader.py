@@ -150,8 +150,8 @@ def _get_config(path: pathlib.Path) -> Callable[..., Any]:
     if path.exists() and not path.is_file():
         raise UserError(f"--config={path} is no regular file: name a Python file")
     if not path.is_file():
-        names = sorted({p.name for folder in _directories(path) for p in folder.glob("*.py")})
-        near = did_you_mean(path.name, names, lambda name: str(path.parent / name))
+        names = sorted({p.stem for folder in _directories(path) for p in folder.glob("*.py")})
+        near = did_you_mean(path.stem, names, lambda name: str(path.parent / f"{name}.py"))
         raise UserError(f"config file {path} does not exist{near and f'; {near}'}")
     spec = importlib.util.spec_from_file_location(f"blip3o_config_{path.stem}", path)
     assert spec is not None and spec.loader is not None, path

@@ -83,9 +83,7 @@ def read_ta_tok(
     if override is not None:
         given = read_json(override)
         for key in given:
-            config_lib.check(
-                key in OVERRIDES, f"{override}: unknown key {key}; it takes {', '.join(OVERRIDES)}"
-            )
+            config_lib.check_choice(f"{override}: key", key, OVERRIDES)
         _merge(merged, _flat(given), str(override))
         where = f"{where} and {override}"
     # Both at once: a size in the file may only go with another in the args.

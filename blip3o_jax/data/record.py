@@ -27,7 +27,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from blip3o_jax.config import ConfigError, UserError
-from blip3o_jax.config.errors import escaped, type_and_line
+from blip3o_jax.config.errors import escaped, not_a_choice, type_and_line
 from blip3o_jax.data.template import TASKS
 
 CAPTION_FIELDS = ("caption", "text")
@@ -258,7 +258,7 @@ def parse_text_fields(fields: Mapping[str, Any], shard: str, key: str) -> TextFi
     task = fields["task"] or default
     task = decode_text(task, shard, key)
     if task not in TASKS:
-        raise BadRecord(shard, key, f"task {one_line(task)!r} is not one of {', '.join(TASKS)}")
+        raise BadRecord(shard, key, f"task {one_line(task)!r} {not_a_choice(task, TASKS)}")
     if task == "reconstruct":
         return TextFields(task, "", "")
     own = {"edit": ("instruction",), "understand": ("question",)}.get(task, CAPTION_FIELDS)

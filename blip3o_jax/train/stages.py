@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from blip3o_jax import nn
 from blip3o_jax.blip3o import Blip3o, joint_loss, joint_preview, scale_pixels
-from blip3o_jax.config import Config, ConfigError
+from blip3o_jax.config import Config
 from blip3o_jax.image_tokens.contrastive import same_caption_mask, sigmoid_loss
 from blip3o_jax.vae.losses import reconstruction_loss
 
@@ -85,12 +85,8 @@ def stage_trainable(config: Config) -> tuple[str, ...]:
 
 
 def trainable_filter(config: Config) -> Callable[[str], bool]:
-    """Whether the parameter of a path name ("ar/layers/...") is trained."""
-    patterns = config.trainable or stage_trainable(config)
-    try:
-        compiled = [re.compile(p) for p in patterns]
-    except re.error as e:
-        raise ConfigError(f"trainable={patterns!r} holds a bad regular expression: {e}") from e
+    """Return whether the parameter of a path name ("ar/layers/...") is trained."""
+    compiled = [re.compile(p) for p in config.trainable or stage_trainable(config)]
     return lambda name: any(p.fullmatch(name) for p in compiled)
 
 

@@ -341,6 +341,14 @@ def test_an_odd_value_of_any_field_is_refused_by_name_or_is_within_bounds(place)
         assert refused >= len(ODD), f"{where} takes nearly everything"
 
 
+def test_an_annotation_is_walked_once(monkeypatch):
+    """However often groups are constructed."""
+    config.Config()
+    monkeypatch.setattr(fields.typing, "get_type_hints", None)
+    monkeypatch.setattr(fields.typing, "get_origin", None)
+    assert config.from_dict(config.to_dict(UNUSUAL)) == UNUSUAL
+
+
 def test_a_value_given_in_python_is_named_in_full():
     assert {
         cls: path

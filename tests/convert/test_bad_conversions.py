@@ -260,7 +260,7 @@ def test_the_files_beside_the_source(copy, tmp_path):
     refused(copy, str(tmp_path / "nowhere"), diffusion=tmp_path / "nowhere")
     sizes = tmp_path / "sizes.json"
     published.write_json(sizes, {"encoders": {}})
-    refused(copy, f"{sizes}: unknown key encoders; it takes encoder", ta_tok_config=sizes)
+    refused(copy, f"{sizes}: key='encoders' is not one of encoder", ta_tok_config=sizes)
     published.write_json(sizes, {"bottleneck_dim": "8"})
     refused(copy, str(sizes), "bottleneck_dim='8' must be of type int", ta_tok_config=sizes)
     published.write_json(sizes, {"codebook_size": published.CODES})

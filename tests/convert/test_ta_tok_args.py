@@ -178,8 +178,8 @@ def test_the_file_goes_over_the_args(tmp_path):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ({"encoders": {}}, "unknown key encoders; it takes encoder, decoder, bottleneck_dim"),
-        ({"stochastic": True}, "unknown key stochastic"),
+        ({"encoders": {}}, "key='encoders' is not one of encoder, decoder, bottleneck_dim"),
+        ({"stochastic": True}, "key='stochastic' is not one of"),
         ({"encoder": {"hiden_size": 8}}, "hiden_size"),
         ({"encoder": {"stem": {"size": 8}}}, "stem is no group of fields"),
         ({"bottleneck_dim": {"size": 8}}, "bottleneck_dim is no group of fields"),

@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from blip3o_jax.config import ConfigError, UserError
+from blip3o_jax.config import ConfigError, UserError, check_choice
 from blip3o_jax.config.errors import first_line
 from blip3o_jax.parallel import flags
 from blip3o_jax.parallel.chips import CHIPS, Chip
@@ -46,7 +46,9 @@ class Topology:
 def parse(text: str, slices: int = 1) -> Topology:
     """ "v5p:8x8x8" -> Topology. ConfigError for what is no topology, with what would be."""
     match = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", text.strip())
-    if not match or match[1] not in TPUS:
+    if match:
+        check_choice(f"--topology={text}: chip", match[1], TPUS)
+    else:
         raise ConfigError(
             f"--topology={text!r} must be a chip and the number of chips along each axis: {', '.join(map(_example, TPUS))}, ..."
         )

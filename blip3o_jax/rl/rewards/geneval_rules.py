@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from blip3o_jax.config import UserError
+from blip3o_jax.config.errors import not_a_choice
 
 RELATIONS = ("left of", "right of", "above", "below")
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
@@ -160,7 +161,7 @@ def _check_colour_and_position(
     clause: Metadata, where: str, index: int, colours: Sequence[str]
 ) -> None:
     colour = clause.get("color", colours[0])
-    _require(colour in colours, f"{where}: color={colour!r} is not one of {', '.join(colours)}")
+    _require(colour in colours, f"{where}: color={colour!r} {not_a_choice(colour, colours)}")
     if "position" in clause:
         position = clause["position"]
         two = isinstance(position, list | tuple) and len(position) == 2

@@ -27,8 +27,8 @@ def test_sizes_and_devices():
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("v9:4x4", "v5p:4x4x4"),
-        ("H200:8", "must be a chip"),
+        ("V6E:4x4", "chip='V6E' is not one of v4, v5e, v5p, v6e, tpu7x; did you mean v6e"),
+        ("H200:8", "chip='H200' is not one of v4"),
         ("v5p", "must be a chip"),
         ("v5p:4x4", "v5p has 3 axes, as in v5p:4x4x4"),
         ("v5e:4x4x4", "v5e has 2 axes, as in v5e:4x4"),
