@@ -7,7 +7,7 @@ Command:
     (Flow-GRPO on the diffusion head, GenEval), hybrid (both, with the advantages of the same images); of the demo's model
     shapes (its last stage) and words (few words, both policies, the reward ocr; docs/results/rl-cpu.md).
 Hardware: ocr, geneval: the published recipe's batch is 8 prompts x 16 images a device on 8 devices of 80 GB; here
-    rl.prompts x rl.group images over the whole mesh, 64 chips of v5p for 1.7B (`--config.mesh.*`).
+    rl.num_prompts x rl.num_generations images over the whole mesh, 64 chips of v5p for 1.7B (`--config.mesh.*`).
 Duration: 1000 updates are the published recipe's order of size.
 Expected: the reward rises; run `blip3o evaluate` before and after. Sizes of 1.7B have not been run here.
 
@@ -63,9 +63,9 @@ def words(demo: config.Config) -> config.Config:
     """What reads right depends on how the diffusion head draws letters as much as on the tokens, so
     both learn.
     """
-    flow = dataclasses.replace(demo.rl.flow, kl=0.0)
+    flow = dataclasses.replace(demo.rl.flow, kl_coef=0.0)
     rl = dataclasses.replace(
-        demo.rl, policy="both", prompts=8, rewards=(config.RewardConfig(name="ocr"),), flow=flow
+        demo.rl, policy="both", num_prompts=8, rewards=(config.RewardConfig(name="ocr"),), flow=flow
     )
     return dataclasses.replace(
         demo, steps=80, checkpoint=dataclasses.replace(demo.checkpoint, every=80), rl=rl

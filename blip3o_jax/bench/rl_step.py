@@ -85,9 +85,9 @@ def bench(config: Config, out: pathlib.Path, *, rounds: int, command: str) -> di
     """
     config = method.resolved(config)
     rl = config.rl
-    if rl.policy != "ar" or not rl.kl or rl.rollout.top_k or rl.rollout.top_p < 1:
+    if rl.policy != "ar" or not rl.kl_coef or rl.rollout.top_k or rl.rollout.top_p < 1:
         raise UserError(
-            "bench rl compares rl.policy=ar with rl.kl above 0, top_k=0 and top_p=1, as published: set them"
+            "bench rl compares rl.policy=ar with rl.kl_coef above 0, top_k=0 and top_p=1, as published: set them"
         )
     prompts = read_prompts(rl.prompts_file)
     strategy = Strategy.of(config.mesh)
@@ -115,7 +115,7 @@ def bench(config: Config, out: pathlib.Path, *, rounds: int, command: str) -> di
             _published_reference(config, plan, strategy, ids, whole),
             make_step(config, plan, strategy, _published_loss(config, ids, whole)),
             start(),
-            rl.group,
+            rl.num_generations,
         ),
     }
     reference = copied(ways["here"].state["params"])
@@ -124,7 +124,8 @@ def bench(config: Config, out: pathlib.Path, *, rounds: int, command: str) -> di
     try:
         for number in range(rounds + 1):
             chosen = [
-                prompts[i] for i in prompt_indices(len(prompts), number, rl.prompts, config.seed)
+                prompts[i]
+                for i in prompt_indices(len(prompts), number, rl.num_prompts, config.seed)
             ]
             for name in WAYS if number % 2 else WAYS[::-1]:
                 found = _round(
@@ -140,15 +141,15 @@ def bench(config: Config, out: pathlib.Path, *, rounds: int, command: str) -> di
         "machine": machine(),
         "versions": {"jax": jax.__version__},
         "devices": len(jax.devices()),
-        "images": rl.prompts * rl.group,
-        "group": rl.group,
+        "images": rl.num_prompts * rl.num_generations,
+        "group": rl.num_generations,
         "prompt_tokens": rows.length,
         "image_tokens": config.model.tokenizer.num_tokens,
         "vocabulary": {"all": whole, "image": ids[1] - ids[0]},
         "denoising_steps": rl.rollout.steps,
         "seconds": {name: way.seconds for name, way in ways.items()},
         "pixels": _pixels_seconds(
-            config, plan, strategy, ways["here"].state, rl.prompts * rl.group, rounds
+            config, plan, strategy, ways["here"].state, rl.num_prompts * rl.num_generations, rounds
         ),
         "equal": _compared(first["here"], first["as published"]),
     }
@@ -201,7 +202,7 @@ def _round(
 ) -> dict[str, np.ndarray]:
     """One step of one way; returns what the other must agree with."""
     rl, state = config.rl, way.state
-    count = rl.prompts * rl.group
+    count = rl.num_prompts * rl.num_generations
     tokens, lengths = (np.repeat(x, way.rows_of_a_prompt, axis=0) for x in rows)
     indices_B = np.arange(number * count, (number + 1) * count).astype(np.uint32)
     marks = [time.monotonic()]
@@ -217,7 +218,7 @@ def _round(
         )
     )
     marks.append(time.monotonic())
-    each = [prompt for prompt in chosen for _ in range(rl.group)]
+    each = [prompt for prompt in chosen for _ in range(rl.num_generations)]
     images = np.asarray(pixels)
     result = pool.submit(images, [p.text for p in each], [p.metadata for p in each]).result()
     verdicts = Verdicts(result.total_B, result.failed_B, result.parts)

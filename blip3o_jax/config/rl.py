@@ -40,18 +40,21 @@ class FlowPolicyConfig(ConfigGroup, path="rl.flow"):
     """Flow-GRPO (arXiv 2505.05470): the sampler of the diffusion head as a policy."""
 
     steps: Annotated[int, Bounds(2, 10_000)] = 10  # of the stochastic sampler in a rollout
-    trained: PositiveInt = 4  # of these, drawn at random for each rollout, are kept and trained on
+    # Of these, chosen at random for each rollout, carry noise and are trained on.
+    trained_steps: PositiveInt = 4
     # The stochastic sampler's a; 0 would be the Euler sampler, which has no probabilities.
-    noise: Annotated[float, Bounds(1e-6, 100)] = 0.7
+    noise_level: Annotated[float, Bounds(1e-6, 100)] = 0.7
     # Of the ratio, on both sides: a step's log-probability is a mean over the latents.
     clip: Positive = 1e-3
-    kl: NonNegative = 0.01  # weight of the KL divergence to the policy that the run starts from
+    # Weight of the KL divergence to the policy that the run starts from.
+    kl_coef: NonNegative = 0.01
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check(
-            self.trained < self.steps,
-            f"rl.flow.trained={self.trained} must lie between 1 and {self.steps - 1}: the last of rl.flow.steps has no noise",
+            self.trained_steps < self.steps,
+            f"rl.flow.trained_steps={self.trained_steps} must lie between 1 and {self.steps - 1}: "
+            "the last of rl.flow.steps has no noise",
         )
 
 
@@ -66,30 +69,31 @@ class RlConfig(ConfigGroup, path="rl"):
     # JSON lines {"prompt" or "caption": ..., and what the rewards read}, or plain text, one a
     # line.
     prompts_file: Path = ""
-    prompts: Annotated[int, Bounds(1, 2**20)] = 8  # prompts of a rollout
-    # Images of each, which are compared with each other.
-    group: Annotated[
+    num_prompts: Annotated[int, Bounds(1, 2**20)] = 8  # prompts of a rollout
+    # Images of each prompt: a group, whose rewards are compared with each other.
+    num_generations: Annotated[
         int, Bounds(2, 2**14, note="an image is compared with others of its prompt")
     ] = 16
     # How image tokens and latents are drawn in a rollout; `rollout.batch_size` images at once.
     rollout: SamplingConfig = SamplingConfig(top_k=0, top_p=1.0)
-    updates: Annotated[int, Bounds(1, 1024)] = 1  # optimizer steps on a rollout
-    # Reward - mean of the group, over its deviation ("std") or not ("mean", as in Dr. GRPO).
-    advantage: Literal["std", "mean"] = "std"
+    num_iterations: Annotated[int, Bounds(1, 1024)] = 1  # optimizer steps on a rollout
+    # Whether an advantage, the reward less its group's mean, is divided by the standard deviation
+    # of the group ("group") or not ("none", as in Dr. GRPO).
+    scale_rewards: Literal["group", "none"] = "group"
     advantage_epsilon: Epsilon = 1e-4
     # Sum of the token losses over: all tokens ("bnpo"), each row's own and then rows ("grpo"), a
     # constant ("dr_grpo").
-    normalise: Literal["bnpo", "grpo", "dr_grpo"] = "bnpo"
+    loss_aggregation: Literal["bnpo", "grpo", "dr_grpo"] = "bnpo"
     # Or "sequence": one ratio an image, the geometric mean over its tokens (GSPO).
-    ratio: Literal["token", "sequence"] = "token"
+    importance_sampling_level: Literal["token", "sequence"] = "token"
     # Of the ratio, downwards and upwards; DAPO clips higher upwards.
     clip: tuple[ClipDown, Positive] = (0.2, 0.2)
     # Weight of the KL divergence to the policy that the run starts from; 0 keeps no second
     # policy.
-    kl: NonNegative = 0.001
-    # DAPO: up to so many further rollouts to put other prompts in the place of groups without
-    # a difference.
-    refill: Annotated[int, Bounds(0, 1024)] = 0
+    kl_coef: NonNegative = 0.001
+    # DAPO: the most further rollouts that are sampled to replace groups whose rewards are all
+    # equal; 0 turns it off.
+    dynamic_sampling: Annotated[int, Bounds(0, 1024)] = 0
     logits_chunk: PositiveInt = 128  # image tokens a row whose logits are held at once
     # Largest |ratio - 1| before the first update above which the run stops; 0 only warns.
     max_ratio_gap: NonNegative = 0.0
@@ -99,8 +103,10 @@ class RlConfig(ConfigGroup, path="rl"):
     timeout: Seconds = 60.0  # seconds that a worker may take for one image
     retries: Annotated[int, Bounds(0, 1000)] = 1  # of an image whose reward failed
     # Share of a rollout's images without a reward above which the run stops.
-    max_failed: Fraction = 0.1
-    stale: bool = False  # train on the rollout before, while rewards of this one are computed
+    max_failed_fraction: Fraction = 0.1
+    # By how many rollouts the policy that samples is behind the one that trains: with 1 the devices
+    # sample a rollout while the rewards of the one before are computed.
+    off_policy_steps: Annotated[int, Bounds(0, 1)] = 0
     samples_every: PositiveInt = 10  # rollouts between two pictures of the best and worst samples
     keep_images: bool = False  # every image as a PNG file under the workdir, which `blip3o rl rescore` can judge again
     flow: FlowPolicyConfig = FlowPolicyConfig()
@@ -108,8 +114,9 @@ class RlConfig(ConfigGroup, path="rl"):
     def __post_init__(self) -> None:
         super().__post_init__()
         check(
-            not (self.refill and self.stale),
-            "rl.refill looks at rewards before the next rollout, rl.stale after: turn one off",
+            not (self.dynamic_sampling and self.off_policy_steps),
+            "rl.dynamic_sampling needs the rewards before the next rollout is sampled, "
+            "rl.off_policy_steps only after: set one of them to 0",
         )
         check(
             self.policy == "flow" or self.rollout.temperature > 0,

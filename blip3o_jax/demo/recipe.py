@@ -269,12 +269,12 @@ def reinforcement(
         checkpoint=dataclasses.replace(checkpoint_config.checkpoint, every=steps, keep=1),
         rl=config.RlConfig(
             prompts_file=prompts_file,
-            prompts=2 if fast else 16,
-            group=16,
+            num_prompts=2 if fast else 16,
+            num_generations=16,
             rollout=dataclasses.replace(
                 checkpoint_config.sampling, temperature=1.0, steps=10, batch_size=256
             ),
-            advantage="mean",
+            scale_rewards="none",
             rewards=(config.RewardConfig(name="shapes"),),
         ),
     )

@@ -2,8 +2,8 @@
 of groups (2503.14476).
 
     m_p = mean over the kept g of r_pg        s_p = sqrt(sum over the kept g of (r_pg - m_p)^2 / (n_p - 1))
-    A_pg = (r_pg - m_p) / (s_p + epsilon)     "std"
-    A_pg = r_pg - m_p                         "mean": without the deviation, which weighs prompts by how much their images
+    A_pg = (r_pg - m_p) / (s_p + epsilon)     scale_rewards="group"
+    A_pg = r_pg - m_p                         "none": without the deviation, which weighs prompts by how much their images
                                               agree (Dr. GRPO, arXiv 2503.20783)
 
 Deviations:
@@ -37,9 +37,9 @@ class Advantages:
 
 
 def group_advantages(
-    rewards_PG: np.ndarray, kept_PG: np.ndarray, *, kind: str, epsilon: float
+    rewards_PG: np.ndarray, kept_PG: np.ndarray, *, scale_rewards: str, epsilon: float
 ) -> Advantages:
-    """Advantages of `kind` "std" or "mean"; what `rewards_PG` has where `kept_PG` is False is not
+    """Advantages of `scale_rewards` "group" or "none"; what `rewards_PG` has where `kept_PG` is False is not
     looked at.
 
     Raises ValueError where a kept reward is not finite: whoever scored it should have dropped it.
@@ -60,7 +60,7 @@ def group_advantages(
         axis=1
     )
     degenerate_P = spread_P <= EQUAL * np.abs(r_PG).max(axis=1)
-    scale_P = std_P + epsilon if kind == "std" else np.ones_like(std_P)
+    scale_P = std_P + epsilon if scale_rewards == "group" else np.ones_like(std_P)
     advantage_PG = gap_PG / np.where(degenerate_P, 1, scale_P)[:, None]
     return Advantages(
         np.where(degenerate_P[:, None], 0, advantage_PG).astype(np.float32),

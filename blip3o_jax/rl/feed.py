@@ -2,10 +2,10 @@
 them, hand them over.
 
 policy now --> draw (devices) --> rewards (processes of the host) --> advantages --> batch, for
-`rl.updates` steps
+`rl.num_iterations` steps
 
 A rollout is drawn in pieces. All are sent to the devices at once, so that rewards of one are
-computed while the next is drawn. With `rl.stale` the rewards of a rollout are awaited only after
+computed while the next is drawn. With `rl.off_policy_steps` the rewards of a rollout are awaited only after
 the next one was drawn: the devices never wait for them, and each step trains on images that the
 policy before it has drawn.
 
@@ -84,7 +84,7 @@ class Rollouts:
             lambda rows, *x: jnp.concatenate(x)[rows], out_shardings=self._sharding
         )
         self._rows = PromptRows(prompts, setup.config, setup.vocabulary)
-        self._ahead: _Drawn | None = None  # with rl.stale
+        self._ahead: _Drawn | None = None  # with rl.off_policy_steps
         self._batch: Batch = {}
         self._metrics: dict[str, float] = {}
         self._monitor = RatioMonitor(setup.config)
@@ -95,7 +95,7 @@ class Rollouts:
         began, self._step = time.monotonic(), self._step + 1
         if self._uses == 0:
             self._batch = self._collect(state)
-        self._uses = (self._uses + 1) % self._rl.updates
+        self._uses = (self._uses + 1) % self._rl.num_iterations
         self.wait_seconds = time.monotonic() - began
         return dict(self._batch)
 
@@ -135,15 +135,17 @@ class Rollouts:
         return batch
 
     def _rollout(self, state: TrainState) -> Batch:
-        if self._rl.stale:
+        if self._rl.off_policy_steps:
             drawn = self._ahead or self._draw(state)
             self._ahead = self._draw(state)
         else:
             drawn = self._draw(state)
         found, verdicts = [drawn], [self._judged(drawn)]
         spread = judged.advantages(verdicts[0], self._rl)
-        for _ in range(self._rl.refill):
-            if not spread.degenerate_P[choose_groups(spread.degenerate_P, self._rl.prompts)].any():
+        for _ in range(self._rl.dynamic_sampling):
+            if not spread.degenerate_P[
+                choose_groups(spread.degenerate_P, self._rl.num_prompts)
+            ].any():
                 break
             found.append(self._draw(state))
             verdicts.append(self._judged(found[-1]))
@@ -157,10 +159,12 @@ class Rollouts:
         self._next += 1
         chosen = [
             self._prompts[i]
-            for i in prompt_indices(len(self._prompts), number, rl.prompts, self._setup.config.seed)
+            for i in prompt_indices(
+                len(self._prompts), number, rl.num_prompts, self._setup.config.seed
+            )
         ]
         pieces = rollout.chunks(rl)
-        size, per = rl.prompts * rl.group // pieces, rl.prompts // pieces
+        size, per = rl.num_prompts * rl.num_generations // pieces, rl.num_prompts // pieces
         rows = host_rows(self._sharding, size)
         running = [
             self._piece(state, chosen[i * per : (i + 1) * per], number, i) for i in range(pieces)
@@ -168,7 +172,7 @@ class Rollouts:
         images, pending = [], []
         for i, (pixels, _) in enumerate(running):
             images.append(_local(pixels, rows))
-            mine = [chosen[i * per + row // rl.group] for row in rows]
+            mine = [chosen[i * per + row // rl.num_generations] for row in rows]
             pending.append(
                 self._pool.submit(images[-1], [p.text for p in mine], [p.metadata for p in mine])
             )
@@ -191,8 +195,8 @@ class Rollouts:
     ) -> tuple[jax.Array, rollout.Record]:
         setup, rl = self._setup, self._rl
         tokens_PL, lengths_P = self._rows.of(prompts)
-        count = len(prompts) * rl.group
-        first = number * rl.prompts * rl.group + piece * count
+        count = len(prompts) * rl.num_generations
+        first = number * rl.num_prompts * rl.num_generations + piece * count
         indices_B = np.arange(first, first + count).astype(np.uint32)
         seed, rollout_number = np.uint32(setup.config.seed), np.uint32(number)
         return self._draw_images(
@@ -204,13 +208,15 @@ class Rollouts:
         began = time.monotonic()
         results = [pending.result() for pending in drawn.pending]
         mine = judged.joined([Verdicts(r.total_B, r.failed_B, r.parts) for r in results])
-        verdicts = judged.gathered(mine, drawn.rows, self._rl.prompts * self._rl.group)
+        verdicts = judged.gathered(
+            mine, drawn.rows, self._rl.num_prompts * self._rl.num_generations
+        )
         drawn.waited, drawn.timings = time.monotonic() - began, [r.seconds for r in results]
         # Of the whole rollout, so that all hosts stop; each tells the reasons that it has seen.
         reasons = sum((collections.Counter(r.reasons) for r in results), collections.Counter())
-        check_failed(verdicts.failed_B, reasons, self._rl.max_failed)
-        prompts = [drawn.prompts[row // self._rl.group] for row in drawn.rows]
-        first = drawn.number * self._rl.prompts * self._rl.group
+        check_failed(verdicts.failed_B, reasons, self._rl.max_failed_fraction)
+        prompts = [drawn.prompts[row // self._rl.num_generations] for row in drawn.rows]
+        first = drawn.number * self._rl.num_prompts * self._rl.num_generations
         self._log.write(drawn.number, drawn.rows, first, prompts, drawn.images, mine)
         if drawn.number % self._rl.samples_every == 0:
             kept = np.flatnonzero(~mine.failed_B)
@@ -230,21 +236,21 @@ class Rollouts:
         prompts, timings = (
             [x for drawn in found for x in getattr(drawn, name)] for name in ("prompts", "timings")
         )
-        values = judged.reward_metrics(verdicts, spread, prompts, self._rl.group) | {
+        values = judged.reward_metrics(verdicts, spread, prompts, self._rl.num_generations) | {
             "seconds/draw": sum(drawn.seconds for drawn in found),
             "seconds/reward_wait": sum(drawn.waited for drawn in found),
             "reward/latency": float(np.median([seconds["median"] for seconds in timings])),
             "reward/queue": float(np.mean([seconds["queue"] for seconds in timings])),
         }
-        return values | ({"reward/drawn": float(len(found))} if self._rl.refill else {})
+        return values | ({"reward/drawn": float(len(found))} if self._rl.dynamic_sampling else {})
 
     def _assembled(
         self, found: list[_Drawn], verdicts: Verdicts, degenerate_Q: np.ndarray
     ) -> Batch:
         """The batch of the groups chosen from what was drawn."""
         rl = self._rl
-        groups = choose_groups(degenerate_Q, rl.prompts)
-        rows = (groups[:, None] * rl.group + np.arange(rl.group)).ravel()
+        groups = choose_groups(degenerate_Q, rl.num_prompts)
+        rows = (groups[:, None] * rl.num_generations + np.arange(rl.num_generations)).ravel()
         record = found[0].record
         if len(found) > 1:
             record = jax.tree.map(

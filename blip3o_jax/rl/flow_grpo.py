@@ -175,18 +175,20 @@ def policy_loss(
     """The loss of a (micro-)batch and its metrics, scalars; the trained steps are what the tokens
     are in `rl/grpo.py`.
 
-    Gradients go through `logprob_BK` and `kl_BK`. The latter may be None where `cfg.kl` is 0, else
+    Gradients go through `logprob_BK` and `kl_BK`. The latter may be None where `cfg.kl_coef` is 0, else
     that raises ValueError. `kept_share_B`, rows that are not kept, micro-batches and metrics: as in
     `grpo.policy_loss`.
     """
-    if kl_BK is None and cfg.kl:
-        raise ValueError(f"rl.flow.kl={cfg.kl} needs the KL divergence to the reference policy")
+    if kl_BK is None and cfg.kl_coef:
+        raise ValueError(
+            f"rl.flow.kl_coef={cfg.kl_coef} needs the KL divergence to the reference policy"
+        )
     log_ratio_BK = grpo.kept_difference(logprob_BK, jax.lax.stop_gradient(old_logprob_BK), kept_B)
     loss_BK, metrics = grpo.clipped_loss(
         log_ratio_BK, advantage_B, kept_B, kept_share_B, clip=(cfg.clip, cfg.clip)
     )
     if kl_BK is not None:
-        loss_BK += cfg.kl * kl_BK
+        loss_BK += cfg.kl_coef * kl_BK
         metrics["kl"] = grpo.kept_mean(kl_BK, kept_B, kept_share_B)
     return grpo.kept_mean(loss_BK, kept_B, kept_share_B), metrics
 

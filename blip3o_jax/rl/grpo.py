@@ -49,22 +49,27 @@ def policy_loss(
     """The loss of a (micro-)batch and its metrics, scalars.
 
     Only `logprobs_BN` has a gradient. `kept_share_B` is the mean of `kept_B` over the whole batch,
-    in every row. `reference_logprobs_BN` may be None where `cfg.kl` is 0, else that raises
+    in every row. `reference_logprobs_BN` may be None where `cfg.kl_coef` is 0, else that raises
     ValueError. Metrics, means over kept tokens: those of `clipped_loss`, and `kl` to the reference
     where there is one.
     """
-    if reference_logprobs_BN is None and cfg.kl:
-        raise ValueError(f"rl.kl={cfg.kl} needs the reference policy's log-probabilities")
+    if reference_logprobs_BN is None and cfg.kl_coef:
+        raise ValueError(f"rl.kl_coef={cfg.kl_coef} needs the reference policy's log-probabilities")
     log_ratio_BN = kept_difference(logprobs_BN, jax.lax.stop_gradient(old_logprobs_BN), kept_B)
     loss_BN, metrics = clipped_loss(
-        log_ratio_BN, advantage_B, kept_B, kept_share_B, clip=cfg.clip, ratio=cfg.ratio
+        log_ratio_BN,
+        advantage_B,
+        kept_B,
+        kept_share_B,
+        clip=cfg.clip,
+        ratio=cfg.importance_sampling_level,
     )
     if reference_logprobs_BN is not None:
         gap_BN = kept_difference(jax.lax.stop_gradient(reference_logprobs_BN), logprobs_BN, kept_B)
         kl_BN = jnp.expm1(gap_BN) - gap_BN
-        loss_BN += cfg.kl * kl_BN
+        loss_BN += cfg.kl_coef * kl_BN
         metrics["kl"] = kept_mean(kl_BN, kept_B, kept_share_B)
-    share_B = jnp.ones_like(kept_share_B) if cfg.normalise == "dr_grpo" else kept_share_B
+    share_B = jnp.ones_like(kept_share_B) if cfg.loss_aggregation == "dr_grpo" else kept_share_B
     return kept_mean(loss_BN, kept_B, share_B), metrics
 
 

@@ -75,11 +75,11 @@ def _from_all_hosts(value: Any) -> list[Any]:
 
 
 def advantages(verdicts: Verdicts, cfg: RlConfig) -> Advantages:
-    grouped = lambda x: x.reshape(-1, cfg.group)
+    grouped = lambda x: x.reshape(-1, cfg.num_generations)
     return group_advantages(
         grouped(verdicts.total_B),
         ~grouped(verdicts.failed_B),
-        kind=cfg.advantage,
+        scale_rewards=cfg.scale_rewards,
         epsilon=cfg.advantage_epsilon,
     )
 

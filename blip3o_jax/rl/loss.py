@@ -30,7 +30,9 @@ def make_loss(config: Config, image_ids: tuple[int, int], shards: int) -> Loss:
     rl, pieces = config.rl, config.optimizer.accumulate
     # A micro-batch takes every so many rows: of a group a part, or none of some.
     share = (
-        images_per_prefix(rl.group // pieces, rl.prompts, shards) if rl.group % pieces == 0 else 1
+        images_per_prefix(rl.num_generations // pieces, rl.num_prompts, shards)
+        if rl.num_generations % pieces == 0
+        else 1
     )
 
     def loss(

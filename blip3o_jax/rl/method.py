@@ -59,13 +59,14 @@ def resolved(config: Config) -> Config:
     )
     for name, value in (("steps", config.steps), ("checkpoint.every", config.checkpoint.every)):
         check(
-            value % rl.updates == 0,
-            f"{name}={value} must be a multiple of rl.updates={rl.updates}: a run can only go on between two rollouts",
+            value % rl.num_iterations == 0,
+            f"{name}={value} must be a multiple of rl.num_iterations={rl.num_iterations}: "
+            "a run can only resume between two rollouts",
         )
     return dataclasses.replace(
         config,
         trainable=config.trainable or TRAINABLE[rl.policy],
-        data=dataclasses.replace(config.data, batch_size=rl.prompts * rl.group),
+        data=dataclasses.replace(config.data, batch_size=rl.num_prompts * rl.num_generations),
     )
 
 
@@ -104,18 +105,19 @@ class ReinforcementLearning:
             identity = fingerprint(lora.zero_idle_factors(reference))
         position = position or {"rollout": 0, "reference": identity}
         position = with_prompts(position, self._prompts, config.rl.prompts_file)
-        if setup.start % config.rl.updates:
+        if setup.start % config.rl.num_iterations:
             raise ConfigError(
-                f"rl.updates={config.rl.updates} does not divide the {setup.start} steps that {setup.workdir} has done: a "
-                "rollout would end between two checkpoints; keep the value that the run began with"
+                f"rl.num_iterations={config.rl.num_iterations} does not divide the {setup.start} steps "
+                f"that {setup.workdir} has done: a rollout would end between two checkpoints; keep the "
+                "value that the run began with"
             )
         # A run may have begun without a reference, and be continued with one or the other way
         # round.
         position = position | {"reference": position["reference"] or identity}
         if identity not in ("", position["reference"]):
             raise UserError(
-                "checkpoint.init_from holds other weights than when this run started, and it is the policy that rl.kl holds on "
-                "to: bring them back, or start in another --workdir"
+                "checkpoint.init_from holds other weights than when this run started, and they are the "
+                "reference policy of rl.kl_coef: bring them back, or start in another --workdir"
             )
         open_log = functools.partial(
             RolloutLog,

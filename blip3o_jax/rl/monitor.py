@@ -34,7 +34,7 @@ class RatioMonitor:
         """Looks at the metrics of a step; of a later update on a rollout, and of stale rollouts,
         ratios tell nothing.
         """
-        if self._rl.stale or (step - 1) % self._rl.updates:
+        if self._rl.off_policy_steps or (step - 1) % self._rl.num_iterations:
             return
         for name, usual in self._usual.items():
             mean, largest, bound = values[name], values[f"{name}_max"], self._rl.max_ratio_gap

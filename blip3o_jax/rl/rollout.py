@@ -9,12 +9,12 @@ Record of a rollout, B = P G images: arrays that lead with B, in the order of th
 
     tokens, lengths          [B, L], [B]          the prompt
     image_ids, logprobs      [B, N]               policy "ar" and "both"; `classes` [B, N, X] where top-k or top-p is on
-    reference_logprobs       [B, N]               where rl.kl is not 0
+    reference_logprobs       [B, N]               where rl.kl_coef is not 0
     hidden                   [B, N + 1, D]        policy "flow" and "both": the condition before the connector
     x, x_next                [B, K, H, W, C]      latents before and after the steps trained on
     step                     [B, K]               which steps these are
     flow_logprobs            [B, K]
-    reference_mean           [B, K, H, W, C]      where rl.flow.kl is not 0
+    reference_mean           [B, K, H, W, C]      where rl.flow.kl_coef is not 0
 
 P prompts, G images of each, L prompt length, N image tokens, K denoising steps that are trained on.
 """
@@ -54,7 +54,7 @@ def trains_flow(cfg: RlConfig) -> bool:
 
 
 def has_reference(cfg: RlConfig) -> bool:
-    return bool((trains_tokens(cfg) and cfg.kl) or (trains_flow(cfg) and cfg.flow.kl))
+    return bool((trains_tokens(cfg) and cfg.kl_coef) or (trains_flow(cfg) and cfg.flow.kl_coef))
 
 
 def images_per_prefix(group: int, prompts: int, shards: int) -> int:
@@ -79,7 +79,7 @@ def make_draw(
     tells their rewards apart is what learns from them. Their start noise is their own.
     """
     rl, cfg = config.rl, config.model
-    settings, group = rl.rollout, rl.group
+    settings, group = rl.rollout, rl.num_generations
 
     def draw(
         params: Any,
@@ -125,14 +125,16 @@ def make_draw(
                     steps_key = jax.random.fold_in(
                         jax.random.fold_in(jax.random.key(seed), 2**32 - 1), rollout
                     )
-                    steps_K = flow_grpo.choose_steps(steps_key, rl.flow.steps, rl.flow.trained)
+                    steps_K = flow_grpo.choose_steps(
+                        steps_key, rl.flow.steps, rl.flow.trained_steps
+                    )
                     z_BHWC, kept = flow_grpo.sample_sde(
                         velocity,
                         noise_BHWC,
                         noise_keys_B,
                         steps_K,
                         steps=rl.flow.steps,
-                        noise=rl.flow.noise,
+                        noise=rl.flow.noise_level,
                         flow=cfg.flow,
                     )
                     record |= {"hidden": hidden_BTD, "x": kept.x_BKHWC, "x_next": kept.next_BKHWC}
@@ -152,14 +154,14 @@ def make_reference(
 ) -> Callable[[Any, Any, Record], Record]:
     """(reference's parameters, frozen, record) -> what the record lacks of the reference's."""
     rl = config.rl
-    share = images_per_prefix(rl.group, rl.prompts, strategy.batch_shards)
+    share = images_per_prefix(rl.num_generations, rl.num_prompts, strategy.batch_shards)
 
     def reference(params: Any, frozen: Any, record: Record) -> Record:
         model, found = plan.model(params, frozen), {}
         with nn.sharding_resolver(strategy.resolver):
-            if trains_tokens(rl) and rl.kl:
+            if trains_tokens(rl) and rl.kl_coef:
                 found["reference_logprobs"], _ = token_logprobs(model, record, rl, image_ids, share)
-            if trains_flow(rl) and rl.flow.kl:
+            if trains_flow(rl) and rl.flow.kl_coef:
                 found["reference_mean"], _ = flow_means(model, record, rl)
         return found
 
@@ -196,7 +198,9 @@ def flow_means(model: Blip3o, record: Record, rl: RlConfig) -> tuple[jax.Array, 
         x_BHWC, sigma_B, next_B = inputs
         with nn.part("dit"):
             v_BHWC = velocity(x_BHWC, sigma_B * flow.num_train_timesteps)
-        return None, flow_grpo.transition(x_BHWC, v_BHWC, sigma_B, next_B, noise=rl.flow.noise)
+        return None, flow_grpo.transition(
+            x_BHWC, v_BHWC, sigma_B, next_B, noise=rl.flow.noise_level
+        )
 
     steps_first = jax.tree.map(lambda x: x.swapaxes(0, 1), (record["x"], sigma_BK, next_BK))
     _, found = jax.lax.scan(jax.checkpoint(one), None, steps_first)
@@ -216,7 +220,9 @@ def chunks(cfg: RlConfig) -> int:
     """Draws that a rollout is made of: of at most `rollout.batch_size` images each, whole groups,
     equally many.
     """
-    most = max(1, cfg.rollout.batch_size // cfg.group)
+    most = max(1, cfg.rollout.batch_size // cfg.num_generations)
     return next(
-        n for n in range(math.ceil(cfg.prompts / most), cfg.prompts + 1) if cfg.prompts % n == 0
+        n
+        for n in range(math.ceil(cfg.num_prompts / most), cfg.num_prompts + 1)
+        if cfg.num_prompts % n == 0
     )

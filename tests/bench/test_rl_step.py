@@ -40,7 +40,7 @@ def test_both_ways_draw_the_same_images_and_learn_the_same(tmp_path, token_guida
 def test_what_cannot_be_compared_is_refused(tmp_path):
     for changes in (
         {"policy": "flow"},
-        {"kl": 0.0},
+        {"kl_coef": 0.0},
         {"rollout": config.SamplingConfig(top_k=5, top_p=1.0)},
     ):
         with pytest.raises(UserError, match=r"bench rl compares rl\.policy=ar"):

@@ -120,8 +120,8 @@ def test_round_trips(value):
             "data.cache_dir keeps no features, which model.editing.features reads",
         ),
         (
-            {"rl": {"refill": 1, "stale": True}},
-            "rl.refill looks at rewards before the next rollout, rl.stale after",
+            {"rl": {"dynamic_sampling": 1, "off_policy_steps": 1}},
+            "rl.dynamic_sampling needs the rewards before the next rollout is sampled",
         ),
     ],
 )

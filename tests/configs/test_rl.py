@@ -37,7 +37,11 @@ def test_recipes_start_at_all_parts_of_the_checkpoint(recipe, policy, reward):
     assert [part for part, _ in found.checkpoint.init_from] == list(PUBLISHED_PARTS)
     resolved = method.resolved(found)
     assert resolved.trainable == method.TRAINABLE[policy] and resolved.data.batch_size == 128
-    assert (found.rl.kl, found.rl.clip, found.optimizer.learning_rate) == (0.001, (0.2, 0.2), 1e-6)
+    assert (found.rl.kl_coef, found.rl.clip, found.optimizer.learning_rate) == (
+        0.001,
+        (0.2, 0.2),
+        1e-6,
+    )
     assert (found.rl.rollout.temperature, found.rl.rollout.top_k, found.rl.rollout.top_p) == (
         1.0,
         0,

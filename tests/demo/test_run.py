@@ -48,7 +48,7 @@ def test_curves_of_reinforcement_learning_are_metrics_of_its_rewards_and_step():
     )
     rewards = (RewardConfig(name="shapes"),)
     cfg = dataclasses.replace(
-        cfg, trainable=("ar/.*",), rl=RlConfig(prompts=4, group=2, rewards=rewards)
+        cfg, trainable=("ar/.*",), rl=RlConfig(num_prompts=4, num_generations=2, rewards=rewards)
     )
     record = {"tokens": np.ones((8, 6), np.int32), "lengths": np.full(8, 5, np.int32)}
     record |= {"image_ids": np.full((8, N), image_token_offset, np.int32)}
@@ -63,7 +63,9 @@ def test_curves_of_reinforcement_learning_are_metrics_of_its_rewards_and_step():
     verdicts = Verdicts(outcome.total_B, np.zeros(2, bool), outcome.parts)
     prompts = [Prompt(asked[0]["caption"], asked[0], asked[0]["category"])]
     found |= set(
-        judged.reward_metrics(verdicts, judged.advantages(verdicts, RlConfig(group=2)), prompts, 2)
+        judged.reward_metrics(
+            verdicts, judged.advantages(verdicts, RlConfig(num_generations=2)), prompts, 2
+        )
     )
     assert set(CURVES["rl"]) <= found
 

@@ -35,12 +35,12 @@ def run_config(
     rl = config.RlConfig(
         policy=policy,
         prompts_file=str(started_from() / "prompts.jsonl"),
-        prompts=2,
-        group=4,
+        num_prompts=2,
+        num_generations=4,
         rollout=config.SamplingConfig(top_k=0, top_p=1.0, steps=3, guidance=1.5, batch_size=8),
         rewards=(config.RewardConfig(name="python:tests.rl.redness.redness"),),
         workers=1,
-        flow=config.FlowPolicyConfig(steps=4, trained=2, noise=0.7),
+        flow=config.FlowPolicyConfig(steps=4, trained_steps=2, noise_level=0.7),
     )
     own = {f.name for f in dataclasses.fields(config.Config)}
     rl = dataclasses.replace(

@@ -11,7 +11,7 @@ def kept(rewards) -> np.ndarray:
 def test_deviation_is_unbiased():
     # Mean 2, squares 1 + 0 + 1 over n - 1 = 2: deviation 1.
     rewards = np.asarray([[1.0, 2.0, 3.0]])
-    got = group_advantages(rewards, kept(rewards), kind="std", epsilon=0.25)
+    got = group_advantages(rewards, kept(rewards), scale_rewards="group", epsilon=0.25)
     np.testing.assert_array_equal(got.advantage_PG, np.float32([[-0.8, 0, 0.8]]))
     assert got.advantage_PG.dtype == np.float32
     assert (got.mean_P, got.std_P) == (2, 1) and not got.degenerate_P.any()
@@ -19,7 +19,7 @@ def test_deviation_is_unbiased():
 
 def test_mean_only():
     rewards = np.asarray([[0.0, 0.0, 1.0, 0.0], [4.0, 0.0, 0.0, 0.0]])
-    got = group_advantages(rewards, kept(rewards), kind="mean", epsilon=1e-4)
+    got = group_advantages(rewards, kept(rewards), scale_rewards="none", epsilon=1e-4)
     np.testing.assert_array_equal(
         got.advantage_PG, np.float32([[-0.25, -0.25, 0.75, -0.25], [3, -1, -1, -1]])
     )
@@ -28,7 +28,7 @@ def test_mean_only():
 def test_failed_rewards_are_outside_their_group():
     rewards = np.asarray([[1.0, np.nan, 3.0, 100.0], [5.0, 1.0, 1.0, 2.0]])
     mask = np.asarray([[True, False, True, False], [True, True, True, False]])
-    got = group_advantages(rewards, mask, kind="mean", epsilon=0)
+    got = group_advantages(rewards, mask, scale_rewards="none", epsilon=0)
     np.testing.assert_array_equal(got.mean_P, [2, 7 / 3])
     np.testing.assert_allclose(got.std_P, [np.sqrt(2), np.sqrt(16 / 3)], rtol=1e-15)
     np.testing.assert_allclose(
@@ -36,8 +36,8 @@ def test_failed_rewards_are_outside_their_group():
     )
 
 
-@pytest.mark.parametrize("kind", ["std", "mean"])
-def test_equal_rewards_give_exactly_nothing(kind):
+@pytest.mark.parametrize("scale_rewards", ["group", "none"])
+def test_equal_rewards_give_exactly_nothing(scale_rewards):
     rewards = np.asarray(
         [
             [0.1] * 3,  # their mean in float64 is not 0.1, so a computed deviation is not 0
@@ -48,7 +48,7 @@ def test_equal_rewards_give_exactly_nothing(kind):
         ]
     )
     assert rewards[1, 0] != rewards[1, 1]
-    got = group_advantages(rewards, kept(rewards), kind=kind, epsilon=0)
+    got = group_advantages(rewards, kept(rewards), scale_rewards=scale_rewards, epsilon=0)
     np.testing.assert_array_equal(got.degenerate_P, [True, True, True, True, False])
     np.testing.assert_array_equal(got.advantage_PG[:4], 0)
     assert np.all(got.advantage_PG[4] != 0)
@@ -56,7 +56,7 @@ def test_equal_rewards_give_exactly_nothing(kind):
 
 def test_fewer_than_two_kept_are_degenerate():
     mask = np.asarray([[True, False], [False, False], [True, True]])
-    got = group_advantages(np.asarray([[1.0, 2.0]] * 3), mask, kind="std", epsilon=0)
+    got = group_advantages(np.asarray([[1.0, 2.0]] * 3), mask, scale_rewards="group", epsilon=0)
     np.testing.assert_array_equal(got.degenerate_P, [True, True, False])
     np.testing.assert_array_equal(got.advantage_PG[:2], 0)
     np.testing.assert_array_equal(got.mean_P, [1, np.nan, 1.5])
@@ -66,7 +66,7 @@ def test_fewer_than_two_kept_are_degenerate():
 def test_a_kept_reward_that_is_not_finite_is_refused():
     rewards = np.asarray([[1.0, 2.0], [np.inf, 0.0]])
     with pytest.raises(ValueError, match=r"\[\[1, 0\]\]"):
-        group_advantages(rewards, kept(rewards), kind="std", epsilon=1e-4)
+        group_advantages(rewards, kept(rewards), scale_rewards="group", epsilon=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -304,7 +304,7 @@ def test_chosen_steps():
     )
 
 
-CFG = FlowPolicyConfig(clip=0.1, kl=0.5)
+CFG = FlowPolicyConfig(clip=0.1, kl_coef=0.5)
 
 
 def loss_and_gradient(ratio_BK, kl_BK, advantage_B, cfg=CFG, kept_B=(True, True)):
@@ -377,7 +377,9 @@ def test_mean_of_micro_batches_is_the_batch(rng):
 
 def test_kl_is_refused_or_left_out():
     x, rest = jnp.zeros((2, 1)), (jnp.ones(2), jnp.ones(2, bool), jnp.ones(2))
-    with pytest.raises(ValueError, match=r"rl\.flow\.kl=0\.5 needs"):
+    with pytest.raises(ValueError, match=r"rl\.flow\.kl_coef=0\.5 needs"):
         flow_grpo.policy_loss(x, x, None, *rest, cfg=CFG)
-    value, metrics = flow_grpo.policy_loss(x, x, None, *rest, cfg=dataclasses.replace(CFG, kl=0.0))
+    value, metrics = flow_grpo.policy_loss(
+        x, x, None, *rest, cfg=dataclasses.replace(CFG, kl_coef=0.0)
+    )
     assert value == -1 and "kl" not in metrics

@@ -11,8 +11,8 @@ import torch
 from blip3o_jax.config import RlConfig
 from blip3o_jax.rl import grpo
 
-CFG = RlConfig(clip=(0.2, 0.3), kl=0.0)
-KL = dataclasses.replace(CFG, kl=0.5)
+CFG = RlConfig(clip=(0.2, 0.3), kl_coef=0.0)
+KL = dataclasses.replace(CFG, kl_coef=0.5)
 # A few float32 roundings of numbers near 1.
 CLOSE = {"rtol": 1e-6, "atol": 1e-7}
 
@@ -95,7 +95,7 @@ def test_kl_to_the_reference():
 
 
 def test_no_kl_without_its_weight():
-    cfg = dataclasses.replace(KL, kl=0.0)
+    cfg = dataclasses.replace(KL, kl_coef=0.0)
     value, gradient, metrics = run(
         [[1.0, 1.0], [1.0, 1.0]], [0.0, 0.0], cfg, [[2.0, 1.0], [0.5, 4.0]]
     )
@@ -103,7 +103,7 @@ def test_no_kl_without_its_weight():
 
 
 def test_kl_without_a_reference_is_refused():
-    with pytest.raises(ValueError, match=r"rl\.kl=0\.5 needs the reference"):
+    with pytest.raises(ValueError, match=r"rl\.kl_coef=0\.5 needs the reference"):
         run([[1.0, 1.0], [1.0, 1.0]], [0.0, 0.0], KL)
 
 
@@ -130,7 +130,7 @@ def test_nothing_kept_is_a_loss_of_zero():
 
 def test_sequence_ratio():
     # sqrt(1.44) = 1.2 and sqrt(0.49) = 0.7, of which the second is clipped at 0.8.
-    cfg = dataclasses.replace(CFG, ratio="sequence")
+    cfg = dataclasses.replace(CFG, importance_sampling_level="sequence")
     value, gradient, metrics = run([[1.44, 1.0], [0.7, 0.7]], [2.0, -1.0], cfg)
     np.testing.assert_allclose(value, (-2.4 + 0.8) / 2, **CLOSE)
     np.testing.assert_allclose(gradient, [[-2.4 / 4, -2.4 / 4], [0, 0]], **CLOSE)
@@ -145,9 +145,9 @@ def test_sequence_ratio():
 
 def test_normalisations_differ_by_rows_that_are_not_kept():
     losses = {}
-    for normalise in ("bnpo", "grpo", "dr_grpo"):
-        cfg = dataclasses.replace(CFG, normalise=normalise)
-        losses[normalise] = [
+    for loss_aggregation in ("bnpo", "grpo", "dr_grpo"):
+        cfg = dataclasses.replace(CFG, loss_aggregation=loss_aggregation)
+        losses[loss_aggregation] = [
             run([[1.1, 1.0], [1.0, 0.9]], [2.0, 1.0], cfg, kept_B=(True, last))[0]
             for last in (True, False)
         ]
@@ -164,14 +164,16 @@ def draw(rng, B=8, N=5):
 
 
 @pytest.mark.parametrize("ratio", ["token", "sequence"])
-@pytest.mark.parametrize("normalise", ["bnpo", "grpo", "dr_grpo"])
-def test_mean_of_micro_batches_is_the_batch(normalise, ratio, rng):
+@pytest.mark.parametrize("loss_aggregation", ["bnpo", "grpo", "dr_grpo"])
+def test_mean_of_micro_batches_is_the_batch(loss_aggregation, ratio, rng):
     *arrays, advantage = draw(rng)
     kept = np.asarray(
         [True, True, True, True, False, True, False, False]
     )  # 4 in one half, 1 in the other
     batch = (*arrays, advantage, kept, np.full(8, kept.mean(), np.float32))
-    cfg = dataclasses.replace(KL, normalise=normalise, ratio=ratio)
+    cfg = dataclasses.replace(
+        KL, loss_aggregation=loss_aggregation, importance_sampling_level=ratio
+    )
     loss = lambda *b: grpo.policy_loss(*b, cfg=cfg)
     whole, halves = (
         loss(*batch),
@@ -187,24 +189,26 @@ def torch_loss(logprobs, old, reference, advantage, cfg: RlConfig) -> torch.Tens
     """The loss as TRL has it, with a completion mask of ones."""
     mask, advantage = torch.ones_like(logprobs), advantage[:, None]
     weight = logprobs - old
-    if cfg.ratio == "sequence":
+    if cfg.importance_sampling_level == "sequence":
         weight = ((weight * mask).sum(-1) / mask.sum(-1))[:, None]
     ratio = weight.exp()
     token_loss = -torch.min(
         ratio * advantage, ratio.clamp(1 - cfg.clip[0], 1 + cfg.clip[1]) * advantage
     )
     gap = reference - logprobs
-    token_loss = token_loss + cfg.kl * (gap.exp() - gap - 1)
-    if cfg.normalise == "grpo":
+    token_loss = token_loss + cfg.kl_coef * (gap.exp() - gap - 1)
+    if cfg.loss_aggregation == "grpo":
         return ((token_loss * mask).sum(-1) / mask.sum(-1)).mean()
     return (token_loss * mask).sum() / mask.sum()  # for "dr_grpo" the constant is the same number
 
 
 @pytest.mark.parametrize("ratio", ["token", "sequence"])
-@pytest.mark.parametrize("normalise", ["bnpo", "grpo", "dr_grpo"])
-def test_equals_a_torch_form_of_the_loss(normalise, ratio, rng):
+@pytest.mark.parametrize("loss_aggregation", ["bnpo", "grpo", "dr_grpo"])
+def test_equals_a_torch_form_of_the_loss(loss_aggregation, ratio, rng):
     arrays = draw(rng)
-    cfg = dataclasses.replace(KL, normalise=normalise, ratio=ratio)
+    cfg = dataclasses.replace(
+        KL, loss_aggregation=loss_aggregation, importance_sampling_level=ratio
+    )
     logprobs = torch.tensor(arrays[0], dtype=torch.float64, requires_grad=True)
     want = torch_loss(logprobs, *(torch.tensor(x, dtype=torch.float64) for x in arrays[1:]), cfg)
     want.backward()

@@ -40,7 +40,7 @@ def test_one_after_the_other_with_parts_that_are_missing():
 
 def test_metrics_by_hand():
     """Two groups of two; the second one's first image failed, so that it is degenerate."""
-    cfg = RlConfig(group=2, advantage="mean")
+    cfg = RlConfig(num_generations=2, scale_rewards="none")
     of = verdicts(
         [1, 3, 99, 5],
         [False, False, True, False],
@@ -65,5 +65,7 @@ def test_metrics_by_hand():
 
 def test_metrics_where_every_reward_failed():
     of = verdicts([0, 0], [True, True])
-    values = reward_metrics(of, advantages(of, RlConfig(group=2)), [Prompt("a", category="one")], 2)
+    values = reward_metrics(
+        of, advantages(of, RlConfig(num_generations=2)), [Prompt("a", category="one")], 2
+    )
     assert values == {"reward/failed": 1.0, "reward/degenerate": 1.0}

@@ -57,6 +57,6 @@ def test_a_bound_stops_the_run_whichever_policy_it_is(name):
 
 
 def test_only_the_first_update_on_a_rollout_that_this_policy_drew(capsys):
-    monitor(updates=2).check(2, gap(1.0))
-    monitor(stale=True, max_ratio_gap=1e-9).check(1, gap(1.0))
+    monitor(num_iterations=2).check(2, gap(1.0))
+    monitor(off_policy_steps=1, max_ratio_gap=1e-9).check(1, gap(1.0))
     assert not capsys.readouterr().err

@@ -22,7 +22,7 @@ def test_as_many_images_share_a_reading_as_leave_every_device_one(group, prompts
 )
 def test_pieces_are_whole_groups_and_equally_many(prompts, group, at_once, want):
     rollout = SamplingConfig(top_k=0, top_p=1.0, batch_size=at_once)
-    assert chunks(RlConfig(prompts=prompts, group=group, rollout=rollout)) == want
+    assert chunks(RlConfig(num_prompts=prompts, num_generations=group, rollout=rollout)) == want
 
 
 def test_temperature_0_is_for_policies_that_draw_no_tokens():
@@ -37,8 +37,8 @@ def test_temperature_0_is_for_policies_that_draw_no_tokens():
 
 
 def test_a_second_policy_is_kept_where_a_divergence_is_weighed():
-    cfg = RlConfig(policy="ar", kl=0.0)
-    assert not has_reference(cfg) and has_reference(dataclasses.replace(cfg, kl=0.1))
+    cfg = RlConfig(policy="ar", kl_coef=0.0)
+    assert not has_reference(cfg) and has_reference(dataclasses.replace(cfg, kl_coef=0.1))
     assert has_reference(dataclasses.replace(cfg, policy="flow")) and has_reference(
         dataclasses.replace(cfg, policy="both")
     )

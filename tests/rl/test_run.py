@@ -135,7 +135,7 @@ def test_several_updates_on_a_rollout(tmp_path):
     """The third is off the policy that drew (the first has learning rate 0); a run is saved between
     rollouts alone.
     """
-    method.run(runs.run_config("ar", steps=6, updates=3, checkpoint=saved(3)), tmp_path)
+    method.run(runs.run_config("ar", steps=6, num_iterations=3, checkpoint=saved(3)), tmp_path)
     rows = numbers(tmp_path)
     assert (
         rows[0]["ratio_gap_max"] < 1e-5 < rows[2]["ratio_gap"]
@@ -147,7 +147,7 @@ def test_several_updates_on_a_rollout(tmp_path):
 
 def test_stale_rewards_are_of_the_rollout_before(whole, tmp_path):
     """Its first rollout is the same; then it trains on what was drawn before the last update."""
-    method.run(runs.run_config("ar", stale=True), tmp_path)
+    method.run(runs.run_config("ar", off_policy_steps=1), tmp_path)
     got, want = numbers(tmp_path), numbers(whole["ar"])
     assert (
         got[0]["reward/part/redness"] == want[0]["reward/part/redness"]
@@ -160,7 +160,7 @@ def test_truncated_sampling_is_replayed(tmp_path, capsys):
     truncated = dataclasses.replace(
         runs.run_config().rl.rollout, top_k=9, top_p=0.8, temperature=0.7, token_guidance=1.5
     )
-    method.run(runs.run_config("ar", rollout=truncated, group=2, steps=2), tmp_path)
+    method.run(runs.run_config("ar", rollout=truncated, num_generations=2, steps=2), tmp_path)
     for row in numbers(tmp_path):
         assert row["ratio_gap_max"] < 1e-5 and np.isfinite(row["kl"]) and row["grad_norm"] > 0
     assert "rl  step 2/2  reward/mean " in capsys.readouterr().err, (
@@ -265,13 +265,13 @@ def test_low_rank_factors_go_on_from_a_checkpoint(tmp_path, monkeypatch):
 
 def test_settings_that_change_between_two_starts(tmp_path):
     """A reference may come later. Rollouts may not end between two checkpoints."""
-    method.run(runs.run_config("ar", steps=1, kl=0.0, checkpoint=saved(1)), tmp_path)
-    method.run(runs.run_config("ar", steps=2, kl=0.1, checkpoint=saved(1)), tmp_path)
+    method.run(runs.run_config("ar", steps=1, kl_coef=0.0, checkpoint=saved(1)), tmp_path)
+    method.run(runs.run_config("ar", steps=2, kl_coef=0.1, checkpoint=saved(1)), tmp_path)
     assert ["kl" in row for row in numbers(tmp_path)] == [False, True]
     with pytest.raises(
-        ConfigError, match=r"rl\.updates=3 does not divide the 2 steps that .* has done"
+        ConfigError, match=r"rl\.num_iterations=3 does not divide the 2 steps that .* has done"
     ):
-        method.run(runs.run_config("ar", steps=6, updates=3, checkpoint=saved(3)), tmp_path)
+        method.run(runs.run_config("ar", steps=6, num_iterations=3, checkpoint=saved(3)), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -279,7 +279,7 @@ def test_settings_that_change_between_two_starts(tmp_path):
     [
         ({"rewards": ()}, "rl.rewards is empty"),
         ({"prompts_file": ""}, "rl.prompts_file is empty"),
-        ({"updates": 3}, "steps=4 must be a multiple of rl.updates=3"),
+        ({"num_iterations": 3}, "steps=4 must be a multiple of rl.num_iterations=3"),
         ({"stage": "tokenizer"}, "reinforcement learning is for a model of stage 'joint'"),
         ({"checkpoint": config.CheckpointConfig()}, "checkpoint.init_from is empty"),
     ],
@@ -320,7 +320,9 @@ def test_a_gap_between_drawing_and_scoring_can_stop_the_run(tmp_path):
 def test_images_without_a_reward_are_left_out_or_stop_the_run(tmp_path):
     """Each prompt is in one of two rollouts: in one of them half of the images have no score."""
     failing = (config.RewardConfig(name="python:tests.rl.redness.redness_but_of_pink"),)
-    method.run(runs.run_config("ar", rewards=failing, retries=0, max_failed=0.5), tmp_path / "run")
+    method.run(
+        runs.run_config("ar", rewards=failing, retries=0, max_failed_fraction=0.5), tmp_path / "run"
+    )
     rows = numbers(tmp_path / "run")
     assert sorted(row["reward/failed"] for row in rows) == [0, 0, 0.5, 0.5]
     assert rows[-1]["bad_records"] == 8 and rows[-1]["skipped_steps"] == 0
@@ -329,10 +331,11 @@ def test_images_without_a_reward_are_left_out_or_stop_the_run(tmp_path):
     ) == 8
     with pytest.raises(
         UserError,
-        match=r"4 of 8 images have no reward, .* rl\.max_failed=0\.4: 4 x .*its score is nan",
+        match=r"4 of 8 images have no reward, .* rl\.max_failed_fraction=0\.4: 4 x .*its score is nan",
     ):
         method.run(
-            runs.run_config("ar", rewards=failing, retries=0, max_failed=0.4), tmp_path / "strict"
+            runs.run_config("ar", rewards=failing, retries=0, max_failed_fraction=0.4),
+            tmp_path / "strict",
         )
 
 
@@ -341,7 +344,7 @@ def test_groups_without_a_difference_are_refilled(tmp_path):
     is a batch. Metrics are of all that was drawn.
     """
     reward = (config.RewardConfig(name="python:tests.rl.redness.redness_of_two"),)
-    method.run(runs.run_config("ar", rewards=reward, refill=2, steps=3), tmp_path)
+    method.run(runs.run_config("ar", rewards=reward, dynamic_sampling=2, steps=3), tmp_path)
     rows, lines = numbers(tmp_path), read_rows(tmp_path / "rollouts.jsonl")
     assert max(row["reward/drawn"] for row in rows) > 1 and rows[-1]["grad_norm"] > 0
     first = 0

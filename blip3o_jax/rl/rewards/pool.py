@@ -53,15 +53,17 @@ class Judged:
     seconds: dict[str, float]
 
 
-def check_failed(failed_B: np.ndarray, reasons: Mapping[str, int], max_failed: float) -> None:
+def check_failed(
+    failed_B: np.ndarray, reasons: Mapping[str, int], max_failed_fraction: float
+) -> None:
     """Raises UserError, with the commonest reasons, where a larger share of the images than
-    `max_failed` has no score.
+    `max_failed_fraction` has no score.
     """
-    if failed_B.mean() > max_failed:
+    if failed_B.mean() > max_failed_fraction:
         shown = collections.Counter(reasons).most_common(REASONS_SHOWN)
         raise UserError(
-            f"{failed_B.sum()} of {len(failed_B)} images have no reward, a larger share than rl.max_failed="
-            f"{max_failed:g}: {'; '.join(f'{count} x {reason}' for reason, count in shown)}"
+            f"{failed_B.sum()} of {len(failed_B)} images have no reward, a larger share than rl.max_failed_fraction="
+            f"{max_failed_fraction:g}: {'; '.join(f'{count} x {reason}' for reason, count in shown)}"
         )
 
 
