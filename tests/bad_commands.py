@@ -385,7 +385,7 @@ BAD_PATHS = {
 }
 KINDS = {
     "checkpoint": "checkpoint", "prompts_file": "prompts", "image": "image", "ta_tok": "weights", "ta_tok_config": "json",
-    "diffusion": "hf", "torch": "hf", "jax": "checkpoint", "judged": "checkpoint", "config": "config", "suite": "suite",
+    "diffusion": "hf", "torch": "hf", "jax": "checkpoint", "run_dir": "checkpoint", "config": "config", "suite": "suite",
     "reward": "reward", "workdir": "out", "compile_cache": "out",
 }  # fmt: skip
 LISTS = {

@@ -21,9 +21,9 @@ from blip3o_jax.convert import exporter
 from blip3o_jax.data.prompts import Prompt
 from blip3o_jax.evaluation import shapes
 from blip3o_jax.pipeline import Generated, Pipeline
-from blip3o_jax.rl.judged import Verdicts
 from blip3o_jax.rl.log import RolloutLog
 from blip3o_jax.rl.rescore import rewards_of
+from blip3o_jax.rl.reward_batch import RewardBatch
 from blip3o_jax.train import checkpoint, initialize
 from blip3o_jax.train.state import plan_state
 from tests import tiny
@@ -130,7 +130,7 @@ def received(elsewhere, server, watch, tmp_path, monkeypatch, rng):
         0,
         [Prompt("a red cat", {})] * 2,
         images,
-        Verdicts(np.ones(2, np.float32), np.zeros(2, bool), {}),
+        RewardBatch(np.ones(2, np.float32), np.zeros(2, bool), {}),
     )
     log.close()
     monkeypatch.syspath_prepend(str(elsewhere))

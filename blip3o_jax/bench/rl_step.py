@@ -40,13 +40,13 @@ from blip3o_jax.data.loader import global_batch
 from blip3o_jax.data.prompts import read_prompts
 from blip3o_jax.dit import sampler
 from blip3o_jax.parallel.rules import Strategy
-from blip3o_jax.rl import grpo, judged, method, rollout
-from blip3o_jax.rl.judged import Verdicts
+from blip3o_jax.rl import grpo, method, reward_batch, rollout_programs
 from blip3o_jax.rl.loss import make_loss
 from blip3o_jax.rl.prompts import PromptRows, prompt_indices
+from blip3o_jax.rl.reward_batch import RewardBatch
 from blip3o_jax.rl.rewards.pool import RewardPool
-from blip3o_jax.rl.rollout import Record
-from blip3o_jax.rl.scoring import reread
+from blip3o_jax.rl.rollout_programs import RolloutArrays
+from blip3o_jax.rl.scoring import teacher_forced_states
 from blip3o_jax.sampling_programs import (
     prepare_latents,
     sample_image_tokens,
@@ -69,9 +69,9 @@ class _Way:
     each image.
     """
 
-    draw: Callable[..., tuple[jax.Array, Record]]
-    reference: Callable[[Any, Any, Record], Record]
-    step: Callable[[TrainState, Record], tuple[TrainState, dict[str, jax.Array]]]
+    draw: Callable[..., tuple[jax.Array, RolloutArrays]]
+    reference: Callable[[Any, Any, RolloutArrays], RolloutArrays]
+    step: Callable[[TrainState, RolloutArrays], tuple[TrainState, dict[str, jax.Array]]]
     state: TrainState
     rows_of_a_prompt: int
     seconds: dict[str, list[float]] = dataclasses.field(
@@ -104,8 +104,8 @@ def bench(config: Config, out: pathlib.Path, *, rounds: int, command: str) -> di
     copied = jax.jit(lambda x: jax.tree.map(jnp.copy, x), out_shardings=plan.shardings["params"])
     ways = {
         "here": _Way(
-            rollout.make_draw(config, plan, strategy, ids),
-            rollout.make_reference(config, plan, strategy, ids),
+            rollout_programs.make_rollout(config, plan, strategy, ids),
+            rollout_programs.make_reference(config, plan, strategy, ids),
             make_step(config, plan, strategy, make_loss(config, ids, strategy.batch_shards)),
             start(),
             1,
@@ -129,7 +129,14 @@ def bench(config: Config, out: pathlib.Path, *, rounds: int, command: str) -> di
             ]
             for name in WAYS if number % 2 else WAYS[::-1]:
                 found = _round(
-                    config, strategy, ways[name], reference, rows.of(chosen), chosen, pool, number
+                    config,
+                    strategy,
+                    ways[name],
+                    reference,
+                    rows.tokenize(chosen),
+                    chosen,
+                    pool,
+                    number,
                 )
                 if number == 0:  # compiles, and both start from the same state
                     first[name] = found
@@ -221,12 +228,12 @@ def _round(
     each = [prompt for prompt in chosen for _ in range(rl.num_generations)]
     images = np.asarray(pixels)
     result = pool.submit(images, [p.text for p in each], [p.metadata for p in each]).result()
-    verdicts = Verdicts(result.total_B, result.failed_B, result.parts)
+    rewards = RewardBatch(result.total_B, result.failed_B, result.parts)
     marks.append(time.monotonic())
     record |= jax.block_until_ready(way.reference(reference, state["frozen"], record))
     marks.append(time.monotonic())
     batch = record | global_batch(
-        judged.columns(verdicts, rl), strategy.batch_sharding(), list(range(count)), count
+        reward_batch.loss_inputs(rewards, rl), strategy.batch_sharding(), list(range(count)), count
     )
     way.state, metrics = jax.block_until_ready(way.step(state, batch))
     marks.append(time.monotonic())
@@ -258,7 +265,7 @@ def _compared(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> dict[str, f
 def _published_draw(
     config: Config, plan: StatePlan, strategy: Strategy, image_ids: tuple[int, int]
 ) -> Callable[..., Any]:
-    """As `rollout.make_draw`, but for a row of tokens for each image."""
+    """As `rollout_programs.make_rollout`, but for a row of tokens for each image."""
     rl, cfg = config.rl, config.model
 
     def draw(
@@ -269,7 +276,7 @@ def _published_draw(
         indices_B: jax.Array,
         seed: jax.Array,
         number: jax.Array,
-    ) -> tuple[jax.Array, Record]:
+    ) -> tuple[jax.Array, RolloutArrays]:
         del number
         model = plan.model(params, frozen)
         with nn.sharding_resolver(strategy.resolver):
@@ -278,7 +285,7 @@ def _published_draw(
             drawn = sample_image_tokens(
                 model, tokens_BL, lengths_B, token_keys_B, rl.rollout, image_ids
             )
-            hidden_BTD = reread(model.ar, tokens_BL, lengths_B, drawn.ids_BN, 1)
+            hidden_BTD = teacher_forced_states(model.ar, tokens_BL, lengths_B, drawn.ids_BN, 1)
             z_BHWC = _denoised(model, config, hidden_BTD, prepare_latents(cfg, noise_keys_B))
             record = {
                 "tokens": tokens_BL,
@@ -296,14 +303,14 @@ def _denoised(
 ) -> jax.Array:
     settings = config.rl.rollout
     with nn.part("dit"):
-        velocity = rollout.guided(model, hidden_BTD, settings)
+        velocity = rollout_programs.guided_velocity_fn(model, hidden_BTD, settings)
         return sampler.euler(velocity, noise_BHWC, steps=settings.steps, flow=config.model.flow)
 
 
 def _published_reference(
     config: Config, plan: StatePlan, strategy: Strategy, image_ids: tuple[int, int], vocabulary: int
-) -> Callable[[Any, Any, Record], Record]:
-    def reference(params: Any, frozen: Any, record: Record) -> Record:
+) -> Callable[[Any, Any, RolloutArrays], RolloutArrays]:
+    def reference(params: Any, frozen: Any, record: RolloutArrays) -> RolloutArrays:
         with nn.sharding_resolver(strategy.resolver):
             logprobs_BN, _ = _published_logprobs(
                 plan.model(params, frozen), record, config.rl, image_ids, vocabulary
@@ -317,10 +324,10 @@ def _published_loss(config: Config, image_ids: tuple[int, int], vocabulary: int)
     """As `rl.loss.make_loss` for image tokens."""
 
     def loss(
-        model: Blip3o, record: Record, keys_B: jax.Array
+        model: Blip3o, record: RolloutArrays, keys_B: jax.Array
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         del keys_B
-        kept = record["kept"] > 0, record["kept_share"]
+        valid = record["valid"] > 0, record["valid_fraction"]
         logprobs_BN, entropy_BN = _published_logprobs(
             model, record, config.rl, image_ids, vocabulary
         )
@@ -329,25 +336,25 @@ def _published_loss(config: Config, image_ids: tuple[int, int], vocabulary: int)
             record["logprobs"],
             record["reference_logprobs"],
             record["advantage"],
-            *kept,
+            *valid,
             cfg=config.rl,
         )
         return value, metrics | {
-            "entropy": grpo.kept_mean(jax.lax.stop_gradient(entropy_BN), *kept)
+            "entropy": grpo.masked_mean(jax.lax.stop_gradient(entropy_BN), *valid)
         }
 
     return loss
 
 
 def _published_logprobs(
-    model: Blip3o, record: Record, rl: RlConfig, image_ids: tuple[int, int], vocabulary: int
+    model: Blip3o, record: RolloutArrays, rl: RlConfig, image_ids: tuple[int, int], vocabulary: int
 ) -> tuple[jax.Array, jax.Array]:
     """Log-probabilities of the image tokens and entropies [B, N], from logits over the whole
     vocabulary, of which all but image ids are masked, at all image tokens and the one after them.
     """
     settings = rl.rollout
     branches = 1 if settings.token_guidance == 1.0 else 2
-    hidden_BTD = reread(
+    hidden_BTD = teacher_forced_states(
         model.ar, record["tokens"], record["lengths"], record["image_ids"], branches
     )
     logits_BTV = (

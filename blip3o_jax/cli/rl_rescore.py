@@ -13,7 +13,7 @@ def add(commands: Any, run_flags: list[argparse.Action]) -> None:
         commands,
         "rescore",
         run,
-        "judge the images of a finished run again",
+        "score the images of a finished run again",
         "Of a run with rl.keep_images: by the same rewards or by others. Rewards that may run code, read files or connect "
         "elsewhere have to be named here, whatever the run's config.json says. Writes rescored.jsonl and prints both means.",
     )
@@ -21,7 +21,7 @@ def add(commands: Any, run_flags: list[argparse.Action]) -> None:
     # `args.run` is the command itself.
     parser.add_argument(
         "--run",
-        dest="judged",
+        dest="run_dir",
         type=arguments.path,
         required=True,
         metavar="DIR",
@@ -38,6 +38,6 @@ def run(args: argparse.Namespace) -> None:
     from blip3o_jax.rl.rescore import print_table, rescore, rewards_of
     from blip3o_jax.rl.rewards.registry import parsed
 
-    out = args.out or args.judged / "rescored.jsonl"
-    rewards = tuple(parsed(text) for text in args.reward) or rewards_of(args.judged)
-    print_table(rescore(args.judged, rewards, out), out)
+    out = args.out or args.run_dir / "rescored.jsonl"
+    rewards = tuple(parsed(text) for text in args.reward) or rewards_of(args.run_dir)
+    print_table(rescore(args.run_dir, rewards, out), out)

@@ -35,14 +35,15 @@ CURVES = {
     "contrastive": ("loss", "image_to_text"),
     "tokenizer": ("reconstruction", "usage", "perplexity"),
     "joint": ("ce", "flow", "accuracy", "grad_norm"),
-    "rl": ("reward/part/shapes/correct", "reward/mean", "kl", "entropy"),
+    "rl": ("rl/rewards/shapes/correct/mean", "rl/reward", "rl/kl", "rl/entropy"),
 }
 NOTES = {
     "autoencoder": "DC-AE: pixels to latents and back; L1 and image gradients.",
     "contrastive": "SigLIP: the vision encoder learns which caption belongs to which image.",
     "tokenizer": "TA-Tok: the frozen encoder's features through a SimVQ codebook and back.",
     "joint": "Cross entropy of the image tokens and flow matching of the latents, trained together.",
-    "rl": "GRPO on the image tokens: the share of right images in each rollout is reward/part/shapes/correct.",
+    "rl": "GRPO on the image tokens: the fraction of right images in each rollout is "
+    "rl/rewards/shapes/correct/mean.",
 }
 # Suite with reference images -> (baseline, its name in the report, note of the report).
 IMAGE_TASKS = {

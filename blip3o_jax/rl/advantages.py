@@ -1,18 +1,18 @@
 """How much better an image is than the others of its prompt: GRPO (arXiv 2402.03300), DAPO's choice
 of groups (2503.14476).
 
-    m_p = mean over the kept g of r_pg        s_p = sqrt(sum over the kept g of (r_pg - m_p)^2 / (n_p - 1))
+    m_p = mean over the valid g of r_pg       s_p = sqrt(sum over the valid g of (r_pg - m_p)^2 / (n_p - 1))
     A_pg = (r_pg - m_p) / (s_p + epsilon)     scale_rewards="group"
     A_pg = r_pg - m_p                         "none": without the deviation, which weighs prompts by how much their images
                                               agree (Dr. GRPO, arXiv 2503.20783)
 
 Deviations:
-1. An image whose reward failed is not kept: it is outside its group. n_p, m_p and s_p are of the others; its advantage is 0.
+1. An image whose reward failed is not valid: it is outside its group. n_p, m_p and s_p are of the others; its advantage is 0.
 2. s_p is the unbiased deviation (n_p - 1), as in TRL, whose torch.std it is; the paper does not say which.
-3. A group whose kept rewards do not differ (or fewer than two kept) is degenerate: its advantages are exactly 0, whatever
+3. A group whose valid rewards do not differ (or fewer than two valid) is degenerate: its advantages are exactly 0, whatever
    epsilon is. Equal is what lies within 1e-6 of the largest magnitude: sums of weighted rewards that would be equal differ
    by rounding, and s_p of equal numbers need not come out as 0.
-4. DAPO draws until a batch is full of groups with a difference. Here the number of draws is bounded by the caller, and
+4. DAPO samples until a batch is full of groups with a difference. Here the number of rollouts is bounded by the caller, and
    degenerate groups fill what is then left: the rollout keeps its shape, and their reward gives no gradient.
 
 P prompts, G images of each, C candidate groups of which P are chosen. On the host, in float64: this
@@ -28,40 +28,40 @@ EQUAL = 1e-6  # relative to the largest reward of the group
 
 @dataclasses.dataclass(frozen=True)
 class Advantages:
-    """Of one rollout."""
+    """The advantages of one rollout."""
 
-    advantage_PG: np.ndarray  # float32, 0 where not kept
+    advantage_PG: np.ndarray  # float32, 0 where not valid
     degenerate_P: np.ndarray  # bool: no difference, so no gradient from the reward
-    mean_P: np.ndarray  # float64, of the kept rewards; NaN where none is kept
-    std_P: np.ndarray  # float64, of the kept rewards; NaN where fewer than two are kept
+    mean_P: np.ndarray  # float64, of the valid rewards; NaN where there is none
+    std_P: np.ndarray  # float64, of the valid rewards; NaN where there are fewer than two
 
 
 def group_advantages(
-    rewards_PG: np.ndarray, kept_PG: np.ndarray, *, scale_rewards: str, epsilon: float
+    rewards_PG: np.ndarray, valid_PG: np.ndarray, *, scale_rewards: str, epsilon: float
 ) -> Advantages:
-    """Advantages of `scale_rewards` "group" or "none"; what `rewards_PG` has where `kept_PG` is False is not
+    """Return the advantages, with `scale_rewards` "group" or "none"; what `rewards_PG` has where `valid_PG` is False is not
     looked at.
 
-    Raises ValueError where a kept reward is not finite: whoever scored it should have dropped it.
+    Raises ValueError where a valid reward is not finite: whoever scored it should have dropped it.
     """
-    kept_PG = np.asarray(kept_PG, bool)
-    r_PG = np.where(kept_PG, np.asarray(rewards_PG, np.float64), 0)
+    valid_PG = np.asarray(valid_PG, bool)
+    r_PG = np.where(valid_PG, np.asarray(rewards_PG, np.float64), 0)
     if not np.isfinite(r_PG).all():
         raise ValueError(
-            f"rewards that are kept must be finite: row, column {np.argwhere(~np.isfinite(r_PG)).tolist()}"
+            f"rewards that are valid must be finite: row, column {np.argwhere(~np.isfinite(r_PG)).tolist()}"
         )
-    count_P = kept_PG.sum(axis=1)
+    count_P = valid_PG.sum(axis=1)
     with np.errstate(invalid="ignore"):  # 0 / 0 is the NaN of a mean of nothing
         mean_P = r_PG.sum(axis=1) / count_P
-        gap_PG = np.where(kept_PG, r_PG - mean_P[:, None], 0)
-        std_P = np.sqrt((gap_PG**2).sum(axis=1) / np.where(count_P > 1, count_P - 1, np.nan))
+        centred_PG = np.where(valid_PG, r_PG - mean_P[:, None], 0)
+        std_P = np.sqrt((centred_PG**2).sum(axis=1) / np.where(count_P > 1, count_P - 1, np.nan))
     # 0 of a single reward, -inf of none: both are degenerate by the same rule.
-    spread_P = np.where(kept_PG, r_PG, -np.inf).max(axis=1) - np.where(kept_PG, r_PG, np.inf).min(
+    range_P = np.where(valid_PG, r_PG, -np.inf).max(axis=1) - np.where(valid_PG, r_PG, np.inf).min(
         axis=1
     )
-    degenerate_P = spread_P <= EQUAL * np.abs(r_PG).max(axis=1)
+    degenerate_P = range_P <= EQUAL * np.abs(r_PG).max(axis=1)
     scale_P = std_P + epsilon if scale_rewards == "group" else np.ones_like(std_P)
-    advantage_PG = gap_PG / np.where(degenerate_P, 1, scale_P)[:, None]
+    advantage_PG = centred_PG / np.where(degenerate_P, 1, scale_P)[:, None]
     return Advantages(
         np.where(degenerate_P[:, None], 0, advantage_PG).astype(np.float32),
         degenerate_P,
@@ -71,9 +71,9 @@ def group_advantages(
 
 
 def choose_groups(degenerate_C: np.ndarray, prompts: int) -> np.ndarray:
-    """Which of the groups drawn so far make the rollout: their indices, int64 [prompts].
+    """Return the indices of the groups sampled so far that make the rollout, int64 [prompts].
 
-    Those with a difference come first, then degenerate ones to fill, both in the order drawn. So
+    Those with a difference come first, then degenerate ones to fill, both in the order sampled. So
     with one rollout's worth of candidates every group is chosen, and later ones only ever take the
     place of degenerate ones. Raises ValueError with fewer than `prompts` candidates.
     """

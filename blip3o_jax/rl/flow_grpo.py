@@ -14,7 +14,7 @@ from a Gaussian:
     mean = x + dsigma [v + eta^2 / (2 sigma) (x + (1 - sigma) v)]        deviation s = eta sqrt(-dsigma)
     l = mean over the D numbers of a latent of -(x' - mean)^2 / (2 s^2) - log s - log(2 pi) / 2
     KL = mean over the D numbers of (mean - mean_ref)^2 / (2 s^2)
-    L = mean over kept images and trained steps of -min(r A, clip(r, 1 - c, 1 + c) A) + beta KL,   r = exp(l - l^old)
+    L = mean over valid images and trained steps of -min(r A, clip(r, 1 - c, 1 + c) A) + beta KL,   r = exp(l - l^old)
 
 Deviations:
 1. eta is infinite at sigma = 1. There the second noise level stands for sigma in 1 - sigma, as in the released code; all other
@@ -50,7 +50,7 @@ from blip3o_jax.rl import grpo
 
 
 class Trajectory(NamedTuple):
-    """The trained steps of a rollout, as they were drawn."""
+    """The steps of a rollout that are trained on."""
 
     step_K: jax.Array  # int32, ascending: index of the step in the sampler
     x_BKHWC: jax.Array  # before the step
@@ -66,7 +66,7 @@ def transition(
     *,
     noise: float,
 ) -> tuple[jax.Array, jax.Array]:
-    """Mean [B, H, W, C] and deviation [B] of x at the noise level `next_B`, given x at `sigma_B`;
+    """Return the mean [B, H, W, C] and deviation [B] of x at the noise level `next_B`, given x at `sigma_B`;
     `noise` is a.
 
     `next_B` is the level after `sigma_B` in the sampler's list. With noise 0 the mean is the Euler
@@ -82,25 +82,27 @@ def transition(
 
 
 def log_prob(next_BHWC: jax.Array, mean_BHWC: jax.Array, std_B: jax.Array) -> jax.Array:
-    """Log-density of a Gaussian, constants included, as a mean over the latent's numbers: [B]."""
+    """Return the log-density of a Gaussian, constants included, as a mean over the latent's numbers: [B]."""
     squares_B = _mean_square((next_BHWC.astype(jnp.float32) - mean_BHWC) / _per_row(std_B))
     return -squares_B / 2 - jnp.log(std_B) - math.log(2 * math.pi) / 2
 
 
 def kl(mean_BHWC: jax.Array, reference_mean_BHWC: jax.Array, std_B: jax.Array) -> jax.Array:
-    """KL divergence between two Gaussians of the same deviation, as a mean over the latent's
+    """Return the KL divergence between two Gaussians of the same deviation, as a mean over the latent's
     numbers: [B].
     """
     return _mean_square((mean_BHWC - reference_mean_BHWC) / _per_row(std_B)) / 2
 
 
-def choose_steps(key: jax.Array, steps: int, trained: int) -> jax.Array:
-    """`trained` different steps of the sampler's `steps`, never the last, ascending: int32 [K]."""
-    return jnp.sort(jax.random.choice(key, steps - 1, (trained,), replace=False)).astype(jnp.int32)
+def choose_steps(key: jax.Array, steps: int, trained_steps: int) -> jax.Array:
+    """Choose `trained_steps` of the sampler's `steps`, never the last: int32 [K], ascending."""
+    return jnp.sort(jax.random.choice(key, steps - 1, (trained_steps,), replace=False)).astype(
+        jnp.int32
+    )
 
 
 def step_sigmas(step_K: jax.Array, *, steps: int, flow: FlowConfig) -> tuple[jax.Array, jax.Array]:
-    """The noise levels before and after each of the given steps of a sampler of `steps`; of the
+    """Return the noise levels before and after each of the given steps of a sampler of `steps`; of the
     shape of `step_K`.
     """
     sigmas_S = jnp.asarray(flow_matching.sampling_sigmas(steps, flow))
@@ -111,25 +113,25 @@ def sample_sde(
     velocity_fn: Callable[[jax.Array, jax.Array], jax.Array],
     noise_BHWC: jax.Array,
     keys_B: jax.Array,
-    kept_K: jax.Array,
+    steps_K: jax.Array,
     *,
     steps: int,
     noise: float,
     flow: FlowConfig,
     noise_everywhere: bool = False,
 ) -> tuple[jax.Array, Trajectory]:
-    """Latents [B, H, W, C] from `noise_BHWC` ~ N(0, I), and the steps `kept_K` (of `choose_steps`);
-    under `jax.jit`.
+    """Sample latents [B, H, W, C] from `noise_BHWC` ~ N(0, I); return them and the steps `steps_K`
+    (of `choose_steps`) of the way there. To be called under `jax.jit`.
 
     `velocity_fn(x_BHWC, timestep_B)` is traced once. The noise of a step is drawn from the row's
     typed key, folded with the step, so a row's result does not depend on its batch.
     """
-    B, (K,), shape = len(noise_BHWC), kept_K.shape, noise_BHWC.shape[1:]
+    B, (K,), shape = len(noise_BHWC), steps_K.shape, noise_BHWC.shape[1:]
 
     def step(
         carry: tuple[jax.Array, Trajectory], index: jax.Array
     ) -> tuple[tuple[jax.Array, Trajectory], None]:
-        x_BHWC, kept = carry
+        x_BHWC, path = carry
         sigma_B, next_B = (
             jnp.broadcast_to(s, (B,)) for s in step_sigmas(index, steps=steps, flow=flow)
         )
@@ -138,26 +140,26 @@ def sample_sde(
         draw_BHWC = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, index), shape))(
             keys_B
         )
-        noisy = index < steps - 1 if noise_everywhere else jnp.any(kept_K == index)
+        noisy = index < steps - 1 if noise_everywhere else jnp.any(steps_K == index)
         ode_BHWC = x_BHWC + _per_row(next_B - sigma_B) * velocity_BHWC
         next_BHWC = jnp.where(noisy, mean_BHWC + _per_row(std_B) * draw_BHWC, ode_BHWC)
-        # A step writes to the slot of the first kept one that is not before it: kept steps come
-        # last to theirs, and after the last kept one there is no slot. So nothing has to choose
-        # between two copies of the slots.
-        slot = jnp.searchsorted(kept_K, index)
+        # A step writes to the slot of the first trained step that is not before it: a trained step
+        # is the last that writes to its slot, and after the last of them there is no slot. So
+        # nothing has to choose between two copies of the slots.
+        slot = jnp.searchsorted(steps_K, index)
         put = lambda slots, x: slots.at[:, slot].set(x, mode="drop")
-        kept = Trajectory(
-            kept_K,
-            put(kept.x_BKHWC, x_BHWC),
-            put(kept.next_BKHWC, next_BHWC),
-            put(kept.logprob_BK, log_prob(next_BHWC, mean_BHWC, std_B)),
+        path = Trajectory(
+            steps_K,
+            put(path.x_BKHWC, x_BHWC),
+            put(path.next_BKHWC, next_BHWC),
+            put(path.logprob_BK, log_prob(next_BHWC, mean_BHWC, std_B)),
         )
-        return (next_BHWC, kept), None
+        return (next_BHWC, path), None
 
     slots = jnp.zeros((B, K, *shape), jnp.float32)
     start = (
         noise_BHWC.astype(jnp.float32),
-        Trajectory(kept_K, slots, slots, jnp.zeros((B, K), jnp.float32)),
+        Trajectory(steps_K, slots, slots, jnp.zeros((B, K), jnp.float32)),
     )
     return jax.lax.scan(step, start, jnp.arange(steps))[0]
 
@@ -167,30 +169,32 @@ def policy_loss(
     old_logprob_BK: jax.Array,
     kl_BK: jax.Array | None,
     advantage_B: jax.Array,
-    kept_B: jax.Array,
-    kept_share_B: jax.Array,
+    valid_B: jax.Array,
+    valid_fraction_B: jax.Array,
     *,
     cfg: FlowPolicyConfig,
 ) -> tuple[jax.Array, grpo.Metrics]:
-    """The loss of a (micro-)batch and its metrics, scalars; the trained steps are what the tokens
-    are in `rl/grpo.py`.
+    """Return the loss of a (micro-)batch and its metrics, scalars; a trained step here is what a
+    token is in `rl/grpo.py`.
 
     Gradients go through `logprob_BK` and `kl_BK`. The latter may be None where `cfg.kl_coef` is 0, else
-    that raises ValueError. `kept_share_B`, rows that are not kept, micro-batches and metrics: as in
+    that raises ValueError. `valid_fraction_B`, rows that are not valid, micro-batches and metrics: as in
     `grpo.policy_loss`.
     """
     if kl_BK is None and cfg.kl_coef:
         raise ValueError(
             f"rl.flow.kl_coef={cfg.kl_coef} needs the KL divergence to the reference policy"
         )
-    log_ratio_BK = grpo.kept_difference(logprob_BK, jax.lax.stop_gradient(old_logprob_BK), kept_B)
+    log_ratio_BK = grpo.masked_difference(
+        logprob_BK, jax.lax.stop_gradient(old_logprob_BK), valid_B
+    )
     loss_BK, metrics = grpo.clipped_loss(
-        log_ratio_BK, advantage_B, kept_B, kept_share_B, clip=(cfg.clip, cfg.clip)
+        log_ratio_BK, advantage_B, valid_B, valid_fraction_B, clip=(cfg.clip, cfg.clip)
     )
     if kl_BK is not None:
         loss_BK += cfg.kl_coef * kl_BK
-        metrics["kl"] = grpo.kept_mean(kl_BK, kept_B, kept_share_B)
-    return grpo.kept_mean(loss_BK, kept_B, kept_share_B), metrics
+        metrics["kl"] = grpo.masked_mean(kl_BK, valid_B, valid_fraction_B)
+    return grpo.masked_mean(loss_BK, valid_B, valid_fraction_B), metrics
 
 
 def _per_row(x_B: jax.Array) -> jax.Array:

@@ -1,12 +1,12 @@
-"""What a run of reinforcement learning leaves to look at: a line an image in rollouts.jsonl,
-pictures of the best and worst.
+"""The log of a run of reinforcement learning: a line an image in rollouts.jsonl, pictures of the
+best and worst.
 
     {"rollout": 3, "row": 17, "index": 209, "seed": 0, "prompt": ..., "metadata": {...}, "total": 0.5 or null, "parts": {...},
      "image": its SHA-256}
 
-`index` and `seed` are what the image was drawn from, `total` null where its reward failed. Each
-host writes of the images that it has judged: the first to rollouts.jsonl, host N to
-rollouts-N.jsonl. With `rl.keep_images` the images lie beside it, in rollouts/ROLLOUT/ROW.png.
+The image was sampled from `index` and `seed`; `total` is null where its reward failed. Each host
+writes the images that it has scored: the first to rollouts.jsonl, host N to rollouts-N.jsonl. With
+`rl.keep_images` the images lie beside it, in rollouts/ROLLOUT/ROW.png.
 """
 
 import hashlib
@@ -19,29 +19,31 @@ from PIL import Image
 
 from blip3o_jax import files
 from blip3o_jax.data.prompts import Prompt
-from blip3o_jax.rl.judged import Verdicts
+from blip3o_jax.rl.reward_batch import RewardBatch
 from blip3o_jax.samples import labelled_grid
 from blip3o_jax.train.metrics import JsonLines
 
 KEYS = ("rollout", "row")  # of a line
-SHOWN = 6  # images of each kind in a picture
+GRID_IMAGES = 6  # of the best, and of the worst, in a picture
 
 
 class RolloutLog:
-    """Lines of rollouts from `start` on are dropped on opening: a run that goes on writes them
-    again.
+    """Writes rollouts.jsonl. Lines of rollouts from `start` on are dropped on opening: a run that
+    resumes writes them again.
     """
 
     def __init__(
         self,
         directory: pathlib.Path,
-        host: int,
+        process_index: int,
         start: int,
         seed: int,
         *,
         keep_images: bool = False,
     ):
-        path = directory / ("rollouts.jsonl" if host == 0 else f"rollouts-{host}.jsonl")
+        path = directory / (
+            "rollouts.jsonl" if process_index == 0 else f"rollouts-{process_index}.jsonl"
+        )
         self._directory, self._seed, self._keep_images = directory, seed, keep_images
         self._lines = JsonLines(path, KEYS, lambda line: line["rollout"] < start)
 
@@ -56,14 +58,14 @@ class RolloutLog:
         first: int,
         prompts: Sequence[Prompt],
         images: np.ndarray,
-        verdicts: Verdicts,
+        rewards: RewardBatch,
     ) -> None:
-        """Of one rollout's images; `rows` among its images, of which `first` is the index of row 0;
-        the rest is one a row.
+        """Write a line for each image of one rollout. `rows`: their places in the rollout; `first`:
+        the index of its row 0; all others have one entry a row.
         """
         lines = []
         for i, (row, prompt, image) in enumerate(zip(rows, prompts, images, strict=True)):
-            parts = {name: float(x[i]) for name, x in verdicts.parts.items() if math.isfinite(x[i])}
+            parts = {name: float(x[i]) for name, x in rewards.parts.items() if math.isfinite(x[i])}
             line = {
                 "rollout": rollout,
                 "row": row,
@@ -71,7 +73,7 @@ class RolloutLog:
                 "seed": self._seed,
                 "prompt": prompt.text,
                 "metadata": prompt.metadata,
-                "total": None if verdicts.failed_B[i] else float(verdicts.total_B[i]),
+                "total": None if rewards.failed_B[i] else float(rewards.total_B[i]),
                 "parts": parts,
                 "image": image_hash(image),
             }
@@ -84,9 +86,7 @@ class RolloutLog:
         self._lines.write(*lines)
 
     def sync(self) -> None:
-        """Everything so far is on disk when this returns: a run that goes on from a step writes no
-        rollout before it again.
-        """
+        """Flush all lines to disk: a run that resumes from a step writes no rollout before it again."""
         self._lines.sync()
 
     def close(self) -> None:
@@ -102,10 +102,10 @@ def image_path(directory: pathlib.Path, rollout: int, row: int) -> pathlib.Path:
 
 
 def best_and_worst(images: np.ndarray, prompts: Sequence[str], rewards: np.ndarray) -> np.ndarray:
-    """The images of the highest rewards, then those of the lowest, under their prompts: uint8 [1,
-    H, W, 3].
+    """Return the images of the highest rewards, then those of the lowest, over their prompts, as a
+    grid uint8 [1, H, W, 3].
     """
     order = np.argsort(-rewards, kind="stable")
-    chosen = [*order[:SHOWN], *order[SHOWN:][-SHOWN:]]
+    chosen = [*order[:GRID_IMAGES], *order[GRID_IMAGES:][-GRID_IMAGES:]]
     labels = [f"{rewards[i]:.2f} {prompts[i]}" for i in chosen]
     return np.asarray(labelled_grid(images[chosen], labels))[None]

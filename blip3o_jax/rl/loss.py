@@ -1,8 +1,8 @@
 """The loss of a rollout, for the train step: of image tokens (grpo.py), of denoising steps
 (flow_grpo.py), or their sum.
 
-Both see the advantages of the same images. The denoising steps are conditioned on the hidden states
-that the rollout had; no gradient goes from them into the AR.
+Both take the advantages of the same images. The denoising steps are conditioned on the hidden
+states of the rollout; no gradient goes from them into the AR.
 """
 
 import jax
@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from blip3o_jax.blip3o import Blip3o
 from blip3o_jax.config import Config
 from blip3o_jax.rl import flow_grpo, grpo
-from blip3o_jax.rl.rollout import (
-    Record,
+from blip3o_jax.rl.rollout_programs import (
+    RolloutArrays,
     flow_means,
     images_per_prefix,
     token_logprobs,
@@ -23,45 +23,51 @@ from blip3o_jax.train.stages import Loss
 
 
 def make_loss(config: Config, image_ids: tuple[int, int], shards: int) -> Loss:
-    """The loss of a record (rollout.py) that has besides, for each row: `advantage`, `kept` (1 with
-    a reward, else 0) and `kept_share`, that of the whole batch. `shards`: of the batch. Metrics of
-    the denoising steps are called flow/...
+    """Return the loss of a batch: the arrays of a rollout (rollout_programs.py) and those of
+    `reward_batch.loss_inputs`. `shards`: of the batch. Metrics are called rl/...,
+    those of the denoising steps rl/flow/...
     """
-    rl, pieces = config.rl, config.optimizer.accumulate
-    # A micro-batch takes every so many rows: of a group a part, or none of some.
+    rl = config.rl
+    micro_batches = config.optimizer.accumulate
+    # A micro-batch takes every so many rows: a part of each group, or none of some.
     share = (
-        images_per_prefix(rl.num_generations // pieces, rl.num_prompts, shards)
-        if rl.num_generations % pieces == 0
+        images_per_prefix(rl.num_generations // micro_batches, rl.num_prompts, shards)
+        if rl.num_generations % micro_batches == 0
         else 1
     )
 
     def loss(
-        model: Blip3o, record: Record, keys_B: jax.Array
+        model: Blip3o, batch: RolloutArrays, keys_B: jax.Array
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        del keys_B  # nothing is drawn
-        judged = record["advantage"], record["kept"] > 0, record["kept_share"]
-        total, metrics = jnp.zeros((), jnp.float32), {}
+        del keys_B  # nothing is sampled
+        valid_B = batch["valid"] > 0
+        weights = batch["advantage"], valid_B, batch["valid_fraction"]
+        total = jnp.zeros((), jnp.float32)
+        metrics: dict[str, jax.Array] = {}
         if trains_tokens(rl):
-            logprobs_BN, entropy_BN = token_logprobs(model, record, rl, image_ids, share)
-            value, metrics = grpo.policy_loss(
-                logprobs_BN, record["logprobs"], record.get("reference_logprobs"), *judged, cfg=rl
+            logprobs_BN, entropy_BN = token_logprobs(model, batch, rl, image_ids, share)
+            value, token_metrics = grpo.policy_loss(
+                logprobs_BN, batch["logprobs"], batch.get("reference_logprobs"), *weights, cfg=rl
             )
             total += value
-            metrics["entropy"] = grpo.kept_mean(jax.lax.stop_gradient(entropy_BN), *judged[1:])
+            token_metrics["entropy"] = grpo.masked_mean(
+                jax.lax.stop_gradient(entropy_BN), *weights[1:]
+            )
+            metrics |= {f"rl/{name}": x for name, x in token_metrics.items()}
         if trains_flow(rl):
-            mean_BKHWC, std_BK = flow_means(model, record, rl)
-            each = jax.vmap(flow_grpo.log_prob, in_axes=1, out_axes=1)
-            logprob_BK = each(record["x_next"], mean_BKHWC, std_BK)
+            mean_BKHWC, std_BK = flow_means(model, batch, rl)
+            log_prob = jax.vmap(flow_grpo.log_prob, in_axes=1, out_axes=1)
+            logprob_BK = log_prob(batch["next_latents"], mean_BKHWC, std_BK)
             kl_BK = None
-            if "reference_mean" in record:
+            if "reference_mean" in batch:
                 kl_BK = jax.vmap(flow_grpo.kl, in_axes=1, out_axes=1)(
-                    mean_BKHWC, record["reference_mean"], std_BK
+                    mean_BKHWC, batch["reference_mean"], std_BK
                 )
-            value, found = flow_grpo.policy_loss(
-                logprob_BK, record["flow_logprobs"], kl_BK, *judged, cfg=rl.flow
+            value, flow_metrics = flow_grpo.policy_loss(
+                logprob_BK, batch["flow_logprobs"], kl_BK, *weights, cfg=rl.flow
             )
             total += value
-            metrics |= {f"flow/{name}": x for name, x in found.items()}
+            metrics |= {f"rl/flow/{name}": x for name, x in flow_metrics.items()}
         return total, metrics
 
     return loss

@@ -1,6 +1,4 @@
-"""`blip3o rl`: what the training loop needs to be told of reinforcement learning, and its settings
-resolved.
-"""
+"""`blip3o rl`: reinforcement learning as a method of the training loop, and its resolved settings."""
 
 import dataclasses
 import functools
@@ -16,35 +14,35 @@ from blip3o_jax import lora
 from blip3o_jax.config import Config, ConfigError, UserError, check
 from blip3o_jax.data.prompts import Prompt, read_prompts
 from blip3o_jax.parallel.distributed import process_index
-from blip3o_jax.rl import rollout
-from blip3o_jax.rl.feed import Rollouts
+from blip3o_jax.rl import rollout_programs
 from blip3o_jax.rl.log import RolloutLog
 from blip3o_jax.rl.loss import make_loss
 from blip3o_jax.rl.rewards.pool import RewardPool
+from blip3o_jax.rl.rollouts import RolloutIterator
 from blip3o_jax.text.vocabulary import Vocabulary
 from blip3o_jax.train import loop
 from blip3o_jax.train.initialize import restore_init_parts
-from blip3o_jax.train.loop import Begun, Setup, Summary
+from blip3o_jax.train.loop import RunContext, Summary, TrainerSpec
 from blip3o_jax.train.state import TrainState, merge_trees
 from blip3o_jax.train.step import make_step
 from blip3o_jax.train.vocabulary import with_vocabulary
 
-# The parts that a policy's loss has a gradient for, and what of them is trained where the
-# configuration does not say.
-LEARNS = {"ar": {"ar"}, "flow": {"connector", "dit"}, "both": {"ar", "connector", "dit"}}
+# The parts that a policy's loss has a gradient for, and the parameters that are trained where the
+# configuration names none.
+POLICY_PARTS = {"ar": {"ar"}, "flow": {"connector", "dit"}, "both": {"ar", "connector", "dit"}}
 TRAINABLE = {"ar": ("ar/.*",), "flow": ("dit/.*",), "both": ("ar/.*", "dit/.*")}
 
 
 def run(config: Config, workdir: str | pathlib.Path) -> Summary:
-    """Trains `config.steps` updates under `workdir`, from its last checkpoint where there is one.
+    """Train `config.steps` updates under `workdir`, from its last checkpoint where there is one.
     See `loop.train`.
     """
     return loop.train(resolved(config), workdir, ReinforcementLearning())
 
 
 def resolved(config: Config) -> Config:
-    """The configuration with what follows from `rl`: the batch is a rollout. ConfigError for what
-    cannot work.
+    """Return the configuration with the settings that follow from `rl`: the batch is a rollout.
+    ConfigError for what cannot work.
     """
     rl = config.rl
     check(
@@ -71,7 +69,7 @@ def resolved(config: Config) -> Config:
 
 
 class ReinforcementLearning:
-    """`loop.Method`: batches are rollouts, judged by rewards."""
+    """`loop.Method`: batches are rollouts with their rewards."""
 
     def __init__(self) -> None:
         self._pool: RewardPool | None = None
@@ -91,28 +89,29 @@ class ReinforcementLearning:
     def vocabulary(self, config: Config, workdir: pathlib.Path) -> tuple[Config, Vocabulary | None]:
         return with_vocabulary(config, [], workdir)
 
-    def begin(self, setup: Setup, state: TrainState, position: Any) -> Begun:
-        config = setup.config
-        setup.strategy.check_batch(config.data.batch_size // rollout.chunks(config.rl))
-        if idle := set(setup.plan.abstract["params"]) - LEARNS[config.rl.policy]:
+    def begin(self, context: RunContext, state: TrainState, position: Any) -> TrainerSpec:
+        config = context.config
+        context.strategy.check_batch(
+            config.data.batch_size // rollout_programs.num_micro_batches(config.rl)
+        )
+        if idle := set(context.plan.abstract["params"]) - POLICY_PARTS[config.rl.policy]:
             raise ConfigError(
                 f"trainable={config.trainable} names {', '.join(sorted(idle))}, which rl.policy={config.rl.policy!r} leaves "
                 "alone"
             )
         reference, identity = None, ""
-        if rollout.has_reference(config.rl):
-            reference = _reference(setup, state, fresh=position is None)
+        if rollout_programs.has_reference(config.rl):
+            reference = _reference(context, state, fresh=position is None)
             identity = fingerprint(lora.zero_idle_factors(reference))
         position = position or {"rollout": 0, "reference": identity}
         position = with_prompts(position, self._prompts, config.rl.prompts_file)
-        if setup.start % config.rl.num_iterations:
+        if context.start % config.rl.num_iterations:
             raise ConfigError(
-                f"rl.num_iterations={config.rl.num_iterations} does not divide the {setup.start} steps "
-                f"that {setup.workdir} has done: a rollout would end between two checkpoints; keep the "
+                f"rl.num_iterations={config.rl.num_iterations} does not divide the {context.start} steps "
+                f"that {context.workdir} has done: a rollout would end between two checkpoints; keep the "
                 "value that the run began with"
             )
-        # A run may have begun without a reference, and be continued with one or the other way
-        # round.
+        # A run may start without a reference policy and resume with one, or the other way round.
         position = position | {"reference": position["reference"] or identity}
         if identity not in ("", position["reference"]):
             raise UserError(
@@ -121,16 +120,16 @@ class ReinforcementLearning:
             )
         open_log = functools.partial(
             RolloutLog,
-            setup.workdir,
+            context.workdir,
             process_index(),
             position["rollout"],
             config.seed,
             keep_images=config.rl.keep_images,
         )
-        feed = Rollouts(setup, self._prompts, self._pool, reference, position, open_log)
-        image_ids = setup.vocabulary.image_token_offset, setup.vocabulary.image_token_end
-        loss = make_loss(config, image_ids, setup.strategy.batch_shards)
-        return Begun(feed, make_step(config, setup.plan, setup.strategy, loss))
+        batches = RolloutIterator(context, self._prompts, self._pool, reference, position, open_log)
+        image_ids = context.vocabulary.image_token_offset, context.vocabulary.image_token_end
+        loss = make_loss(config, image_ids, context.strategy.batch_shards)
+        return TrainerSpec(batches, make_step(config, context.plan, context.strategy, loss))
 
 
 def with_prompts(position: dict[str, Any], prompts: list[Prompt], path: str) -> dict[str, Any]:
@@ -147,24 +146,24 @@ def with_prompts(position: dict[str, Any], prompts: list[Prompt], path: str) -> 
     return position | {"prompts": digest}
 
 
-def _reference(setup: Setup, state: TrainState, *, fresh: bool) -> Any:
-    """The trainable parameters that the run started from: a copy of its own, for the step
-    overwrites the state. A run that goes on reads them again from where it started; low-rank
-    factors that were drawn then are switched off.
+def _reference(context: RunContext, state: TrainState, *, fresh: bool) -> Any:
+    """Return the trainable parameters that the run started from: a copy, since the step overwrites
+    the state. A run that resumes reads them again from `checkpoint.init_from`; low-rank factors
+    that were initialised then are switched off.
     """
     if fresh:
         return jax.jit(
             lambda params: jax.tree.map(jnp.copy, params),
-            out_shardings=setup.plan.shardings["params"],
+            out_shardings=context.plan.shardings["params"],
         )(state["params"])
-    given = restore_init_parts(setup.config, setup.plan, setup.strategy)
+    given = restore_init_parts(context.config, context.plan, context.strategy)
     given = {part: groups["params"] for part, groups in given.items() if "params" in groups}
     return merge_trees(given, lora.disable_lora(state["params"]))
 
 
 def fingerprint(params: Any) -> str:
-    """Of parameters, the same on any mesh: of the name, the shape and a sum of the bits of each
-    array.
+    """Return a digest of parameters, the same on any mesh: of the name, the shape and a sum of the
+    bits of each array.
     """
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
@@ -174,8 +173,8 @@ def fingerprint(params: Any) -> str:
 
 @jax.jit
 def _bits(x: jax.Array) -> jax.Array:
-    """Sum of an array's words, each times an odd number made of it, modulo 2^32: in any order the
-    same.
+    """Return the sum of an array's words, each times an odd number made of it, modulo 2^32: the
+    same in any order.
     """
     words = jax.lax.bitcast_convert_type(
         x, {2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]

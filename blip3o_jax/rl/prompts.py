@@ -1,6 +1,4 @@
-"""The prompts of a run: drawn in an order that depends on nothing but the seed, and made rows of
-tokens.
-"""
+"""The prompts of a run: taken in an order that depends on nothing but the seed, and tokenized."""
 
 import numpy as np
 
@@ -12,9 +10,9 @@ from blip3o_jax.text.vocabulary import Vocabulary
 
 
 def prompt_indices(count: int, rollout: int, prompts_per_rollout: int, seed: int) -> np.ndarray:
-    """Which of `count` prompts rollout number `rollout` draws, int64 [prompts_per_rollout]: the
-    next piece of an endless row of all prompts in a random order, then all in another, and so on.
-    Nothing need be kept to go on with it.
+    """Return the indices of the prompts of rollout number `rollout`, of `count` in all, int64
+    [prompts_per_rollout]. Each epoch has all prompts in its own random order; the order is a
+    function of (seed, rollout), so no state is stored to resume it.
     """
     positions = rollout * prompts_per_rollout + np.arange(prompts_per_rollout)
     epochs, places = np.divmod(positions, count)
@@ -31,31 +29,31 @@ def prompt_indices(count: int, rollout: int, prompts_per_rollout: int, seed: int
 
 
 class PromptRows:
-    """Prompts as rows of tokens, of all `prompts` the longest, so that one program serves them all.
-    UserError for one that does not fit in a row beside its image.
+    """Prompts as rows of tokens, padded to the longest of all `prompts`, so that one program serves
+    them all. UserError for one that does not fit in a row beside its image.
     """
 
     def __init__(self, prompts: list[Prompt], config: Config, vocabulary: Vocabulary):
-        self._config, self._vocabulary = config, vocabulary
-        most = config.data.max_length - config.model.tokenizer.num_tokens
+        self._config = config
+        self._vocabulary = vocabulary
+        max_length = config.data.max_length - config.model.tokenizer.num_tokens
         longest = max(prompts, key=lambda prompt: len(self._ids(prompt)))
         length = len(self._ids(longest))
-        if length > most:
+        if length > max_length:
             raise UserError(
                 f"rl.prompts_file: prompt {longest.text[:60]!r} has {length} tokens; data.max_length={config.data.max_length} "
-                f"leaves {most} beside the image's: shorten it, or raise data.max_length"
+                f"leaves {max_length} beside the image's: shorten it, or raise data.max_length"
             )
-        self.length = min(-(-length // LENGTH_BUCKET) * LENGTH_BUCKET, most)
+        self.length = min(-(-length // LENGTH_BUCKET) * LENGTH_BUCKET, max_length)
 
-    def of(self, prompts: list[Prompt]) -> tuple[np.ndarray, np.ndarray]:
-        """(tokens [P, L], padded on the right, lengths [P]), int32."""
-        tokens_PL, lengths_P = (
-            np.zeros((len(prompts), self.length), np.int32),
-            np.zeros(len(prompts), np.int32),
-        )
+    def tokenize(self, prompts: list[Prompt]) -> tuple[np.ndarray, np.ndarray]:
+        """Return (tokens [P, L], padded on the right, lengths [P]), int32."""
+        tokens_PL = np.zeros((len(prompts), self.length), np.int32)
+        lengths_P = np.zeros(len(prompts), np.int32)
         for row, prompt in enumerate(prompts):
             ids = self._ids(prompt)
-            tokens_PL[row, : len(ids)], lengths_P[row] = ids, len(ids)
+            tokens_PL[row, : len(ids)] = ids
+            lengths_P[row] = len(ids)
         return tokens_PL, lengths_P
 
     def _ids(self, prompt: Prompt) -> list[int]:

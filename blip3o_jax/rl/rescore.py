@@ -1,12 +1,10 @@
-"""`blip3o rl rescore`: the images that a run has drawn and kept, judged again, by the same rewards
-or by others.
+"""`blip3o rl rescore`: score the saved images of a run again, by the same rewards or by others.
 
 A run's directory may come from elsewhere: of the rewards that its config.json names none but the
-local ones run (rewards/trust.py), and nothing that its lines say is taken for a path.
+local ones run (rewards/trust.py), and nothing in its lines is taken for a path.
 
-Whoever changes a reward sees what it would have said of a whole run, without drawing anything; a
-total that has risen under one reward and not under another tells that the policy has learnt the
-reward, not the task.
+It shows what a changed reward would have given over a whole run, without sampling an image. A total
+that has risen under one reward and not under another is a sign of reward hacking.
 """
 
 import json
@@ -28,15 +26,15 @@ from blip3o_jax.rl.rewards.trust import check_trusted
 from blip3o_jax.train.checkpoint import find, read_config
 from blip3o_jax.train.metrics import parse_rows
 
-ROWS = 10  # stretches of a run in the table
+TABLE_ROWS = 10  # a row is the mean over some consecutive rollouts
 
 
 def rescore(
     workdir: pathlib.Path, rewards: tuple[RewardConfig, ...], out: pathlib.Path, *, workers: int = 0
 ) -> list[dict]:
-    """Judges all images under `workdir` and writes their lines to `out` with {"rescored": {"total",
+    """Score all images under `workdir` and write their lines to `out` with {"rescored": {"total",
     "parts"}}; total null where a reward has failed. UserError where an image is missing, or is not
-    the one that the run had judged.
+    the one that the run has scored.
     """
     lines = sorted(
         (line for path in sorted(workdir.glob("rollouts*.jsonl")) for line in _lines(path)),
@@ -54,24 +52,26 @@ def rescore(
         pool.check([(line["prompt"], line["metadata"]) for line in lines])
         with files.replacing(out) as file:
             for group in _rollouts(lines):
-                drawn = _images(workdir, group)
-                found = pool.submit(
-                    drawn, [line["prompt"] for line in group], [line["metadata"] for line in group]
+                images_BHWC = _images(workdir, group)
+                result = pool.submit(
+                    images_BHWC,
+                    [line["prompt"] for line in group],
+                    [line["metadata"] for line in group],
                 ).result()
                 for i, line in enumerate(group):
                     parts = {
-                        name: float(x[i]) for name, x in found.parts.items() if np.isfinite(x[i])
+                        name: float(x[i]) for name, x in result.parts.items() if np.isfinite(x[i])
                     }
-                    total = None if found.failed_B[i] else float(found.total_B[i])
+                    total = None if result.failed_B[i] else float(result.total_B[i])
                     done.append(line | {"rescored": {"total": total, "parts": parts}})
                     file.write(json.dumps(done[-1]) + "\n")
     return done
 
 
 def rewards_of(workdir: pathlib.Path) -> tuple[RewardConfig, ...]:
-    """Return the rewards, weights and clips among them, that a run was made with. UserError where
-    it has no checkpoint, or where they may do more than look at the images: those its user has to
-    name.
+    """Return the rewards of a run, with their weights and clips. UserError where
+    it has no checkpoint, or where they may do more than look at the images: the user has to name
+    those.
     """
     root, _ = find(workdir)
     rewards = read_config(root).rl.rewards
@@ -80,7 +80,7 @@ def rewards_of(workdir: pathlib.Path) -> tuple[RewardConfig, ...]:
 
 
 def print_table(lines: list[dict[str, Any]], out: pathlib.Path) -> None:
-    """Means of both scores along the run, and how far they agree on single images."""
+    """Print the means of both scores along the run, and their correlation over single images."""
     both = [
         line
         for line in lines
@@ -95,7 +95,7 @@ def print_table(lines: list[dict[str, Any]], out: pathlib.Path) -> None:
         np.array(x, float)
         for x in zip(*[(x["total"], x["rescored"]["total"]) for x in both], strict=True)
     )
-    for stretch in np.array_split(np.unique(numbers), min(ROWS, len(np.unique(numbers)))):
+    for stretch in np.array_split(np.unique(numbers), min(TABLE_ROWS, len(np.unique(numbers)))):
         chosen = np.isin(numbers, stretch)
         means = (f"{x[chosen].mean():.4f}" for x in (logged, again))
         table.add_row(f"{stretch[0]} to {stretch[-1]}", str(chosen.sum()), *means)
@@ -124,30 +124,30 @@ def _lines(path: pathlib.Path) -> list[dict[str, Any]]:
     wrong = [*broken, *(number for number, row in rows.items() if not _is_line(row))]
     if wrong:
         raise UserError(
-            f"{path}:{min(wrong)} is no line of a rollout: copy the file again, or take the line out"
+            f"{path}:{min(wrong)} is no line of a rollout: copy the file again, or delete the line"
         )
     return list(rows.values())
 
 
-def _is_line(found: dict[str, Any]) -> bool:
+def _is_line(line: dict[str, Any]) -> bool:
     counts = all(
-        type(found.get(name)) is int and 0 <= found[name] < 2**63 for name in ("rollout", "row")
+        type(line.get(name)) is int and 0 <= line[name] < 2**63 for name in ("rollout", "row")
     )
-    texts = all(isinstance(found.get(name), str) for name in ("prompt", "image"))
-    total = found.get("total", "")
-    judged = total is None or (type(total) in (int, float) and np.isfinite(float(total)))
-    return counts and texts and judged and isinstance(found.get("metadata"), dict)
+    texts = all(isinstance(line.get(name), str) for name in ("prompt", "image"))
+    total = line.get("total", "")
+    valid = total is None or (type(total) in (int, float) and np.isfinite(float(total)))
+    return counts and texts and valid and isinstance(line.get("metadata"), dict)
 
 
 def _images(workdir: pathlib.Path, group: list[dict[str, Any]]) -> np.ndarray:
-    """uint8 [B, H, W, 3] of one rollout."""
-    drawn = [_image(workdir, line) for line in group]
-    if len({image.shape for image in drawn}) > 1:
+    """Return the images of one rollout, uint8 [B, H, W, 3]."""
+    found = [_image(workdir, line) for line in group]
+    if len({image.shape for image in found}) > 1:
         directory = image_path(workdir, group[0]["rollout"], 0).parent
         raise UserError(
             f"{directory} holds images of several sizes: those of one rollout have one size"
         )
-    return np.stack(drawn)
+    return np.stack(found)
 
 
 def _image(workdir: pathlib.Path, line: dict[str, Any]) -> np.ndarray:
@@ -161,6 +161,6 @@ def _image(workdir: pathlib.Path, line: dict[str, Any]) -> np.ndarray:
         ) from e
     if image_hash(image) != line["image"]:
         raise UserError(
-            f"{path} is not the image that rollouts.jsonl tells of: its SHA-256 differs"
+            f"{path} is not the image of its line in rollouts.jsonl: its SHA-256 differs"
         )
     return image

@@ -1,13 +1,14 @@
-"""Log-probabilities of image tokens that were drawn, under the policy as it is now: what sampling
-computes token by token, in one pass over whole rows.
+"""Log-probabilities of sampled image tokens under the current policy: what sampling computes token
+by token, in one pass over whole rows.
 
     row        p p p . . I_1 .. I_N        p prompt, its last the scale tag; . padding; I image tokens
-               p p p . . J_1 .. J_N        of one prompt: a shared prefix, computed once
+               p p p . . J_1 .. J_N        of one prompt, whose prefill they share
     hidden     at the tag predicts I_1, at I_j predicts I_(j+1)
 
-The distribution is the one drawn from: over image ids alone, at the temperature and guidance of the
-rollout, and over the classes that its top-k and top-p kept then, whatever they would keep now.
-Otherwise the ratio to the old policy would be 0 or infinite for a token that has crossed a bound.
+The distribution is the one sampled from: over image ids alone, at the temperature and guidance of
+the rollout, and over its support, the ids that top-k and top-p left then, whatever they would leave
+now. Otherwise the ratio to the old policy would be 0 or infinite for a token that has crossed a
+bound.
 
 B images, L prompt length (padded), N image tokens, D width, V image ids, X bytes of V bits.
 """
@@ -33,12 +34,12 @@ def score_image_tokens(
     chunk: int,
     group: int = 1,
 ) -> tuple[jax.Array, jax.Array]:
-    """(log-probabilities, entropies of the distributions), float32 [B, N]. Prompts, ids and classes
-    as `generate_image_tokens` has and gives them; `group` rows one after the other have the same
-    prompt. `chunk` image tokens a row have their logits in memory at once; the backward pass
+    """Return (log-probabilities, entropies of the distributions), float32 [B, N]. Prompts, ids and
+    support as `generate_image_tokens` takes and returns them; `group` consecutive rows have the
+    same prompt. `chunk` image tokens a row have their logits in memory at once; the backward pass
     computes them again.
     """
-    hidden_BND = reread(
+    hidden_BND = teacher_forced_states(
         model, tokens_BL, lengths_B, ids_BN, 1 if settings.token_guidance == 1.0 else 2, group
     )[:, :-1]
     head_DV = nn.constrain(model.head(image_ids).astype(hidden_BND.dtype), None, "act_vocab")
@@ -74,7 +75,7 @@ def score_image_tokens(
     return tuple(jnp.moveaxis(x, 0, 1).reshape(len(ids_BN), -1)[:, :N] for x in found)
 
 
-def reread(
+def teacher_forced_states(
     model: Qwen3,
     tokens_BL: jax.Array,
     lengths_B: jax.Array,
@@ -82,8 +83,8 @@ def reread(
     cfg_branches: int,
     group: int = 1,
 ) -> jax.Array:
-    """Hidden states at the scale tag and at every image token [B, N + 1, D]: all but the last
-    predict the next one. With two branches [2 B, N + 1, D], next to each other.
+    """Return the hidden states at the scale tag and at every image token [B, N + 1, D]: each but the
+    last predicts the next token. With two branches [2 B, N + 1, D], next to each other.
     """
     first = lambda x: x.reshape(-1, group, *x.shape[1:])[:, 0]
     tokens_PL, lengths_P = first(tokens_BL), first(lengths_B)

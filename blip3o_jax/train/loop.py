@@ -50,57 +50,57 @@ class Summary:
     seconds: float
 
 
-class Feed(Protocol):
-    """Where batches come from."""
+class BatchIterator(Protocol):
+    """Gives the batches of a run, one a step."""
 
     wait_seconds: float  # that the last `next` kept the devices waiting
 
     def next(self, state: TrainState) -> Batch:
-        """The next batch on the devices; `state` is that after the step before, which may still be
-        under way.
+        """Return the next batch, on the devices. `state` is that after the step before, which may
+        still be running.
         """
         ...
 
     def position(self) -> Any:
-        """Of the stream behind the last batch, as JSON can hold it; None where a run cannot go on
-        from there.
+        """Return the position in the stream after the last batch, as a JSON value; None where a run
+        cannot resume from there.
         """
         ...
 
-    def metrics(self) -> dict[str, float]:
-        """What the host knows of the last batch."""
+    def host_metrics(self) -> dict[str, float]:
+        """Return the metrics of the last batch that are computed on the host."""
         ...
 
     def check(self, step: int, values: dict[str, float]) -> None:
-        """Looks at a finished step's metrics, and may add to them; raises UserError to stop the run."""
+        """Check the metrics of a finished step, and add to them. Raises UserError to stop the run."""
         ...
 
     def start(self, log: MetricLog | SilentLog) -> None:
-        """Opens what it writes, and takes the run's log; called once, when the run can no longer be
-        refused.
+        """Open the files that it writes, and take the run's log. Called once, when the run can no
+        longer be refused.
         """
         ...
 
     def sync(self) -> None:
-        """Everything it has written is on disk when this returns; called before a step is saved."""
+        """Flush to disk all that it has written. Called before a step is saved."""
         ...
 
     def close(self) -> None: ...
 
 
-class Begun(NamedTuple):
-    """What a method brings to the loop: batches, a step (state, batch) -> (state, metrics), a
-    preview (stages.make_preview) and the FLOPs of a step on a batch, where they are counted.
+class TrainerSpec(NamedTuple):
+    """What the loop runs: batches, a step (state, batch) -> (state, metrics), a preview
+    (stages.make_preview) and the FLOPs of a step on a batch, where they are counted.
     """
 
-    feed: Feed
+    batches: BatchIterator
     step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
-    draw: Callable[..., jax.Array] | None = None
+    preview: Callable[..., jax.Array] | None = None
     flops: Callable[[Batch], float] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
-class Setup:
+class RunContext:
     """A run before its first step; `start`: steps done."""
 
     config: Config
@@ -123,8 +123,8 @@ class Method(Protocol):
         """See `with_vocabulary`."""
         ...
 
-    def begin(self, setup: Setup, state: TrainState, position: Any) -> Begun:
-        """`position`: what `Feed.position` gave when the run was saved, or None. Writes nothing
+    def begin(self, context: RunContext, state: TrainState, position: Any) -> TrainerSpec:
+        """`position`: what `BatchIterator.position` gave when the run was saved, or None. Writes nothing
         under the working directory: the run may still be refused here.
         """
         ...
@@ -177,9 +177,9 @@ def train(
         state, position, start = restore_or_create(
             config, plan, strategy, checkpoints, image_token_offset
         )
-        setup = Setup(config, workdir, plan, strategy, vocabulary, image_token_offset, start)
-        begun = method.begin(setup, state, position)
-        until_done.push(exits.bounded_close(begun.feed.close))
+        context = RunContext(config, workdir, plan, strategy, vocabulary, image_token_offset, start)
+        spec = method.begin(context, state, position)
+        until_done.push(exits.bounded_close(spec.batches.close))
 
         lock.begun = True
         if on_begin is not None:
@@ -191,8 +191,8 @@ def train(
             else SilentLog()
         )
         until_done.push(exits.bounded_close(log.close))
-        begun.feed.start(log)
-        metrics = _Run(setup, begun, checkpoints, lock, log, stop, watch).steps(state)
+        spec.batches.start(log)
+        metrics = _Run(context, spec, checkpoints, lock, log, stop, watch).steps(state)
     return Summary(workdir / "checkpoints", config.steps, metrics, time.monotonic() - began)
 
 
@@ -200,8 +200,8 @@ def train(
 class _Run:
     """The loop proper, with what it needs at every step."""
 
-    setup: Setup
-    begun: Begun
+    context: RunContext
+    spec: TrainerSpec
     checkpoints: Checkpoints
     lock: WorkdirLock
     log: MetricLog | SilentLog
@@ -210,32 +210,32 @@ class _Run:
 
     @property
     def config(self) -> Config:
-        return self.setup.config
+        return self.context.config
 
     def steps(self, state: TrainState) -> dict[str, float]:
         """Runs steps start + 1 .. config.steps; returns the last step's metrics."""
-        config, start = self.config, self.setup.start
+        config, start = self.config, self.context.start
         if start >= config.steps:
             log_host0(f"{config.title}: step {start} of {config.steps} is done already")
             return {}
         values, previous, stopped = {}, None, False
         meter = _Meter(config)
-        batch, position, known = self.fetch(state, meter, start + 1)
-        if self.begun.flops is not None:
-            meter.flops = self.begun.flops(batch)
+        batch, position, host_metrics = self.fetch(state, meter, start + 1)
+        if self.spec.flops is not None:
+            meter.flops = self.spec.flops(batch)
         for step in range(start + 1, config.steps + 1):
             self.watch.enter("compile" if step == start + 1 else "step", step)
             with (
                 jax.transfer_guard("disallow"),
                 jax.profiler.StepTraceAnnotation("train", step_num=step),
             ):
-                state, metrics = self.begun.step(state, batch)
-            done_position, done_known = position, known
+                state, metrics = self.spec.step(state, batch)
+            done_position, done_host_metrics = position, host_metrics
             if step < config.steps:
-                batch, position, known = self.fetch(state, meter, step + 1)
+                batch, position, host_metrics = self.fetch(state, meter, step + 1)
             if previous is not None:
                 values = self.record(*previous, meter)
-            previous = (step, metrics, done_known)
+            previous = (step, metrics, done_host_metrics)
             stopped |= self.stop.due(step)
             if done_position is not None and (
                 stopped or step == config.steps or step % config.checkpoint.every == 0
@@ -245,7 +245,7 @@ class _Run:
                 self.watch.enter("save", step)
                 self.lock.check()
                 self.log.sync()
-                self.begun.feed.sync()
+                self.spec.batches.sync()
                 self.checkpoints.save(step, state, done_position, meter.mean_loss())
                 if stopped and step < config.steps:
                     raise Preempted(
@@ -257,22 +257,28 @@ class _Run:
     def fetch(
         self, state: TrainState, meter: "_Meter", step: int
     ) -> tuple[Batch, Any, dict[str, float]]:
-        """The next batch, the position of the stream behind it, and what is known of it."""
+        """Return the next batch, the position in the stream after it, and its host metrics."""
         self.watch.enter("data", step)
-        feed = self.begun.feed
-        batch = feed.next(state)
-        meter.waited += feed.wait_seconds
-        return batch, feed.position(), feed.metrics()
+        batches = self.spec.batches
+        batch = batches.next(state)
+        meter.waited += batches.wait_seconds
+        return batch, batches.position(), batches.host_metrics()
 
     def record(
-        self, step: int, metrics: dict[str, jax.Array], known: dict[str, float], meter: "_Meter"
+        self,
+        step: int,
+        metrics: dict[str, jax.Array],
+        host_metrics: dict[str, float],
+        meter: "_Meter",
     ) -> dict[str, float]:
         """Waits for the step's metrics; writes them every `log_every` steps; stops a run that no
         longer is finite.
         """
         self.watch.enter("step", step)
         self.checkpoints.check()
-        values = known | {name: float(value) for name, value in jax.device_get(metrics).items()}
+        values = host_metrics | {
+            name: float(value) for name, value in jax.device_get(metrics).items()
+        }
         meter.losses.append(values["loss"])
         meter.steps += 1
         if values["bad_steps"] >= self.config.max_nonfinite:
@@ -281,7 +287,7 @@ class _Run:
                 f"{self.config.max_nonfinite} steps in a row, up to step {step}; none of these was applied, and "
                 f"{self._saved()}: run again with a lower optimizer.learning_rate or optimizer.clip_norm"
             )
-        self.begun.feed.check(step, values)
+        self.spec.batches.check(step, values)
         if step == 1 or step % self.config.log_every == 0 or step == self.config.steps:
             values |= meter.read()
             self.log.write(step, values)
@@ -293,21 +299,21 @@ class _Run:
 
     def preview(self, step: int, state: TrainState, batch: dict[str, jax.Array]) -> None:
         """Draws a few rows of `batch` into TensorBoard, where all of them are on this host."""
-        if self.begun.draw is None or jax.process_count() > 1:
+        if self.spec.preview is None or jax.process_count() > 1:
             return
         rows = jax.tree.map(lambda x: x[: self.config.preview], batch)
         leading = rows["bad_records"].shape
         keys_B = example_keys(self.config.seed, state["step"], math.prod(leading)).reshape(leading)
-        images_BHWC = self._drawn(state["params"], state["frozen"], rows, keys_B)
+        images_BHWC = self._preview_program(state["params"], state["frozen"], rows, keys_B)
         self.log.images(
             step, "preview", np.asarray(jax.numpy.round(images_BHWC * 255)).astype(np.uint8)
         )
 
     @functools.cached_property
-    def _drawn(self) -> Any:
-        draw, plan = self.begun.draw, self.setup.plan
+    def _preview_program(self) -> Any:
+        preview, plan = self.spec.preview, self.context.plan
         return jax.jit(
-            lambda params, frozen, batch, keys_B: draw(plan.model(params, frozen), batch, keys_B)
+            lambda params, frozen, batch, keys_B: preview(plan.model(params, frozen), batch, keys_B)
         )
 
 

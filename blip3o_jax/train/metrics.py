@@ -60,14 +60,14 @@ class MetricLog:
         self._rows.write(row)
         self._events.scalars(step, values)
         shown = (
-            "reward/mean",
+            "rl/reward",
             "loss",
             "ce",
             "flow",
             "accuracy",
             "psnr",
             "usage",
-            "kl",
+            "rl/kl",
             "grad_norm",
             "examples_per_s",
             "mfu",

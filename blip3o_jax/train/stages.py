@@ -20,7 +20,7 @@ from blip3o_jax.config import Config
 from blip3o_jax.image_tokens.contrastive import same_caption_mask, sigmoid_loss
 from blip3o_jax.vae.losses import reconstruction_loss
 
-Batch = dict[str, jax.Array]
+Batch = dict[str, jax.Array]  # global arrays, whose first axis is the batch
 # (model, batch, one key a row) -> (loss, metrics), both means over the rows given.
 Loss = Callable[[Blip3o, Batch, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
 

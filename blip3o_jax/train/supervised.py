@@ -22,10 +22,10 @@ from blip3o_jax.text.vocabulary import Vocabulary
 from blip3o_jax.train import loop
 from blip3o_jax.train.encode import encoded_source, weights_fingerprint
 from blip3o_jax.train.flops import model_flops, peak_flops
-from blip3o_jax.train.loop import Batch, Begun, Setup, Summary
+from blip3o_jax.train.loop import RunContext, Summary, TrainerSpec
 from blip3o_jax.train.metrics import MetricLog, SilentLog
 from blip3o_jax.train.skipped import SkippedRecords
-from blip3o_jax.train.stages import STAGES, make_loss, make_preview
+from blip3o_jax.train.stages import STAGES, Batch, make_loss, make_preview
 from blip3o_jax.train.state import WEIGHTS, StatePlan, TrainState
 from blip3o_jax.train.step import make_step
 from blip3o_jax.train.vocabulary import with_vocabulary
@@ -61,15 +61,15 @@ class Supervised:
     def vocabulary(self, config: Config, workdir: pathlib.Path) -> tuple[Config, Vocabulary | None]:
         return with_vocabulary(config, self._sources, workdir)
 
-    def begin(self, setup: Setup, state: TrainState, position: Any) -> Begun:
-        config, strategy, sources = setup.config, setup.strategy, self._sources
+    def begin(self, context: RunContext, state: TrainState, position: Any) -> TrainerSpec:
+        config, strategy, sources = context.config, context.strategy, self._sources
         if position is not None and distributed.process_index() > 0:
             position = position | {"skipped": {}}  # host 0 goes on from what all have skipped
         if config.model.buckets and "pixels" in STAGES[config.stage].fields:
             groups = by_shape(sources, config.model, config.data.max_pixels)
             sources = [source for group in groups for source in group]
         builder = ExampleBuilder(
-            STAGES[config.stage].fields, config.model, config.data, setup.vocabulary
+            STAGES[config.stage].fields, config.model, config.data, context.vocabulary
         )
         rows = host_rows(strategy.batch_sharding(), config.data.batch_size // config.data.pack)
         loader_of = lambda sources: Loader(
@@ -80,30 +80,37 @@ class Supervised:
                 position
             )  # before hours of encoding for a run that cannot go on
         if config.stage == "joint" and config.data.cache_dir:
-            sources = _encode_sources(config, setup.plan, strategy, state, sources)
+            sources = _encode_sources(config, context.plan, strategy, state, sources)
         loader = loader_of(sources)
         if position is not None:
             loader.restore(position)
-        step = make_step(config, setup.plan, strategy, make_loss(config, setup.image_token_offset))
-        draw = make_preview(config, setup.image_token_offset)
+        step = make_step(
+            config, context.plan, strategy, make_loss(config, context.image_token_offset)
+        )
+        preview = make_preview(config, context.image_token_offset)
         measured = peak_flops(jax.devices()[0]) is not None
         flops = functools.partial(model_flops, config, strategy) if measured else None
-        known = _unused([source for source, _ in self._sources])
+        data_metrics = _unused([source for source, _ in self._sources])
         # Last, since it starts a thread and the workers, which an exception above would leave.
-        batches = _Batches(DevicePrefetch(loader, strategy.batch_sharding()), known, rows)
-        return Begun(batches, step, draw=draw, flops=flops)
+        batches = _PrefetchedBatches(
+            DevicePrefetch(loader, strategy.batch_sharding()), data_metrics, rows
+        )
+        return TrainerSpec(batches, step, preview=preview, flops=flops)
 
     def close(self) -> None:
         pass
 
 
-class _Batches:
-    """`loop.Feed` of batches that are read ahead: they do not depend on the state. `known`: of the
-    data sets, the same at every step.
+class _PrefetchedBatches:
+    """`loop.BatchIterator` of batches that are read ahead: they do not depend on the state.
+    `data_metrics`: of the data sets, the same at every step.
     """
 
-    def __init__(self, prefetch: DevicePrefetch, known: dict[str, float], rows: Sequence[int]):
-        self._prefetch, self._known = prefetch, known
+    def __init__(
+        self, prefetch: DevicePrefetch, data_metrics: dict[str, float], rows: Sequence[int]
+    ):
+        self._prefetch = prefetch
+        self._data_metrics = data_metrics
         self._skipped = SkippedRecords(rows)
         self._fetched = self._done = 0
         self._positions: collections.deque[dict[str, Any]] = (
@@ -119,15 +126,15 @@ class _Batches:
         return batch
 
     def position(self) -> Any:
-        """See `loop.Feed`; "skipped" in it counts this host's until `check` of the step."""
+        """See `loop.BatchIterator`; "skipped" in it counts this host's until `check` of the step."""
         return self._positions[-1]
 
     @property
     def wait_seconds(self) -> float:
         return self._prefetch.wait_seconds
 
-    def metrics(self) -> dict[str, float]:
-        return self._known
+    def host_metrics(self) -> dict[str, float]:
+        return self._data_metrics
 
     def check(self, step: int, values: dict[str, float]) -> None:
         """Add what all hosts have skipped to the metrics, and to the position of the step."""

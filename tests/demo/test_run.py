@@ -11,9 +11,9 @@ from blip3o_jax.data.prompts import Prompt
 from blip3o_jax.demo.recipe import recipe, reinforcement
 from blip3o_jax.demo.run import CURVES, NOTES
 from blip3o_jax.evaluation import shapes
-from blip3o_jax.rl import judged
-from blip3o_jax.rl.judged import Verdicts
+from blip3o_jax.rl import reward_batch
 from blip3o_jax.rl.loss import make_loss as make_rl_loss
+from blip3o_jax.rl.reward_batch import RewardBatch
 from blip3o_jax.rl.rewards.weighted import WeightedRewards
 from blip3o_jax.train.stages import make_loss
 from blip3o_jax.train.state import plan_state
@@ -53,18 +53,21 @@ def test_curves_of_reinforcement_learning_are_metrics_of_its_rewards_and_step():
     record = {"tokens": np.ones((8, 6), np.int32), "lengths": np.full(8, 5, np.int32)}
     record |= {"image_ids": np.full((8, N), image_token_offset, np.int32)}
     record |= {name: np.zeros((8, N), np.float32) for name in ("logprobs", "reference_logprobs")}
-    record |= {name: np.ones(8, np.float32) for name in ("advantage", "kept", "kept_share")}
+    record |= {name: np.ones(8, np.float32) for name in ("advantage", "valid", "valid_fraction")}
     found = names(cfg, make_rl_loss(cfg, ids, 1), record | {"bad_records": np.zeros(8, np.int32)})
 
     asked = shapes.prompts(2)
     outcome = WeightedRewards(rewards)(
         shapes.real_images(2, 64), [p["caption"] for p in asked], asked
     )
-    verdicts = Verdicts(outcome.total_B, np.zeros(2, bool), outcome.parts)
+    rewards = RewardBatch(outcome.total_B, np.zeros(2, bool), outcome.parts)
     prompts = [Prompt(asked[0]["caption"], asked[0], asked[0]["category"])]
     found |= set(
-        judged.reward_metrics(
-            verdicts, judged.advantages(verdicts, RlConfig(num_generations=2)), prompts, 2
+        reward_batch.reward_metrics(
+            rewards,
+            reward_batch.compute_advantages(rewards, RlConfig(num_generations=2)),
+            prompts,
+            2,
         )
     )
     assert set(CURVES["rl"]) <= found
@@ -75,4 +78,4 @@ def test_the_demo_trains_with_the_reward_that_its_curves_are_of(monkeypatch):
         "blip3o_jax.demo.recipe.from_checkpoint", lambda path, trained: tiny.run_config()
     )
     (reward,) = reinforcement("", "").rl.rewards
-    assert f"reward/part/{reward.name}/correct" in CURVES["rl"]
+    assert f"rl/rewards/{reward.name}/correct/mean" in CURVES["rl"]

@@ -4,14 +4,14 @@ import pytest
 from blip3o_jax.rl.advantages import choose_groups, group_advantages
 
 
-def kept(rewards) -> np.ndarray:
+def all_valid(rewards) -> np.ndarray:
     return np.ones_like(rewards, dtype=bool)
 
 
 def test_deviation_is_unbiased():
     # Mean 2, squares 1 + 0 + 1 over n - 1 = 2: deviation 1.
     rewards = np.asarray([[1.0, 2.0, 3.0]])
-    got = group_advantages(rewards, kept(rewards), scale_rewards="group", epsilon=0.25)
+    got = group_advantages(rewards, all_valid(rewards), scale_rewards="group", epsilon=0.25)
     np.testing.assert_array_equal(got.advantage_PG, np.float32([[-0.8, 0, 0.8]]))
     assert got.advantage_PG.dtype == np.float32
     assert (got.mean_P, got.std_P) == (2, 1) and not got.degenerate_P.any()
@@ -19,7 +19,7 @@ def test_deviation_is_unbiased():
 
 def test_mean_only():
     rewards = np.asarray([[0.0, 0.0, 1.0, 0.0], [4.0, 0.0, 0.0, 0.0]])
-    got = group_advantages(rewards, kept(rewards), scale_rewards="none", epsilon=1e-4)
+    got = group_advantages(rewards, all_valid(rewards), scale_rewards="none", epsilon=1e-4)
     np.testing.assert_array_equal(
         got.advantage_PG, np.float32([[-0.25, -0.25, 0.75, -0.25], [3, -1, -1, -1]])
     )
@@ -48,13 +48,13 @@ def test_equal_rewards_give_exactly_nothing(scale_rewards):
         ]
     )
     assert rewards[1, 0] != rewards[1, 1]
-    got = group_advantages(rewards, kept(rewards), scale_rewards=scale_rewards, epsilon=0)
+    got = group_advantages(rewards, all_valid(rewards), scale_rewards=scale_rewards, epsilon=0)
     np.testing.assert_array_equal(got.degenerate_P, [True, True, True, True, False])
     np.testing.assert_array_equal(got.advantage_PG[:4], 0)
     assert np.all(got.advantage_PG[4] != 0)
 
 
-def test_fewer_than_two_kept_are_degenerate():
+def test_fewer_than_two_valid_are_degenerate():
     mask = np.asarray([[True, False], [False, False], [True, True]])
     got = group_advantages(np.asarray([[1.0, 2.0]] * 3), mask, scale_rewards="group", epsilon=0)
     np.testing.assert_array_equal(got.degenerate_P, [True, True, False])
@@ -63,10 +63,10 @@ def test_fewer_than_two_kept_are_degenerate():
     np.testing.assert_array_equal(got.std_P, [np.nan, np.nan, np.sqrt(0.5)])
 
 
-def test_a_kept_reward_that_is_not_finite_is_refused():
+def test_a_valid_reward_that_is_not_finite_is_refused():
     rewards = np.asarray([[1.0, 2.0], [np.inf, 0.0]])
     with pytest.raises(ValueError, match=r"\[\[1, 0\]\]"):
-        group_advantages(rewards, kept(rewards), scale_rewards="group", epsilon=1e-4)
+        group_advantages(rewards, all_valid(rewards), scale_rewards="group", epsilon=1e-4)
 
 
 @pytest.mark.parametrize(

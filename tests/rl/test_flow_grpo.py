@@ -42,10 +42,10 @@ def start(rng, B=2, shape=SHAPE):
     )
 
 
-def sample(noise_BHWC, keys_B, kept, **kw):
+def sample(noise_BHWC, keys_B, trained, **kw):
     kw = {"steps": 6, "noise": 0.7, "flow": FLOW} | kw
     run = jax.jit(lambda *arrays: flow_grpo.sample_sde(velocity, *arrays, **kw))
-    return run(noise_BHWC, keys_B, jnp.asarray(kept, jnp.int32))
+    return run(noise_BHWC, keys_B, jnp.asarray(trained, jnp.int32))
 
 
 def full(x, B=1):
@@ -146,12 +146,12 @@ def test_marginals_of_samples():
     """131072 samples: the standard error of the mean is V^0.5 / 362, of the deviation V^0.5 / 512;
     five of them are allowed.
     """
-    steps, kept, shape = 100, [9, 29, 49, 69, 98], (64, 64, 16)
+    steps, trained, shape = 100, [9, 29, 49, 69, 98], (64, 64, 16)
     noise, keys = start(np.random.default_rng(1), 2, shape)
-    z, trajectory = sample(noise, keys, kept, steps=steps, noise_everywhere=True)
-    ode, path = sample(noise, keys, kept, steps=steps, noise=0.0)
-    chain = moments(steps, 0.7)[[*kept, -1]]
-    sigma = flow_matching.sampling_sigmas(steps, FLOW)[1:][[*kept, -1]].astype(np.float64)
+    z, trajectory = sample(noise, keys, trained, steps=steps, noise_everywhere=True)
+    ode, path = sample(noise, keys, trained, steps=steps, noise=0.0)
+    chain = moments(steps, 0.7)[[*trained, -1]]
+    sigma = flow_matching.sampling_sigmas(steps, FLOW)[1:][[*trained, -1]].astype(np.float64)
     columns = lambda end, t: [*np.moveaxis(np.asarray(t.next_BKHWC), 1, 0), np.asarray(end)]
     for level, (mean, std), x, of_ode in zip(
         sigma, chain, columns(z, trajectory), columns(ode, path), strict=True
@@ -194,20 +194,20 @@ def loop(noise_BHWC, keys_B, noisy, steps: int) -> tuple[list, list]:
 
 
 @pytest.mark.parametrize("everywhere", [False, True])
-def test_the_trajectory_holds_the_kept_steps(everywhere, rng):
+def test_the_trajectory_holds_the_trained_steps(everywhere, rng):
     noise, keys = start(rng)
-    kept = [0, 2, 3]
-    z, got = sample(noise, keys, kept, noise_everywhere=everywhere)
-    noisy = range(5) if everywhere else kept
+    trained = [0, 2, 3]
+    z, got = sample(noise, keys, trained, noise_everywhere=everywhere)
+    noisy = range(5) if everywhere else trained
     xs, logprobs = loop(noise, keys, noisy, 6)
-    np.testing.assert_array_equal(got.step_K, kept)
+    np.testing.assert_array_equal(got.step_K, trained)
     tolerance = {"rtol": 1e-5, "atol": 1e-5}  # six float32 steps, each a few roundings
     np.testing.assert_allclose(z, xs[-1], **tolerance)
-    np.testing.assert_allclose(got.x_BKHWC, np.stack([xs[i] for i in kept], axis=1), **tolerance)
+    np.testing.assert_allclose(got.x_BKHWC, np.stack([xs[i] for i in trained], axis=1), **tolerance)
     np.testing.assert_allclose(
-        got.next_BKHWC, np.stack([xs[i + 1] for i in kept], axis=1), **tolerance
+        got.next_BKHWC, np.stack([xs[i + 1] for i in trained], axis=1), **tolerance
     )
-    want = np.stack([logprobs[list(noisy).index(i)] for i in kept], axis=1)
+    want = np.stack([logprobs[list(noisy).index(i)] for i in trained], axis=1)
     np.testing.assert_allclose(got.logprob_BK, want, **tolerance)
 
 
@@ -222,7 +222,7 @@ def test_a_row_does_not_depend_on_its_batch(rng):
     assert np.abs(together[0][2] - sample(noise, keys[::-1], [1, 4])[0][2]).max() > 0.1
 
 
-def test_only_the_kept_steps_are_in_memory(rng):
+def test_only_the_trained_steps_are_in_memory(rng):
     noise, keys = start(rng)
     run = lambda *arrays: flow_grpo.sample_sde(velocity, *arrays, steps=50, noise=0.7, flow=FLOW)
     program = jax.make_jaxpr(run)(noise, keys, jnp.asarray([1, 7]))
@@ -248,8 +248,8 @@ def test_the_velocity_is_traced_as_often_for_many_steps_as_for_few(rng):
 def test_the_same_policy_has_a_ratio_of_one(rng):
     """Within 1e-6: the replay is another program, and may add up in another order."""
     noise, keys = start(rng)
-    kept = jnp.asarray([0, 2, 4])
-    _, trajectory = sample(noise, keys, kept, noise_everywhere=True)
+    trained = jnp.asarray([0, 2, 4])
+    _, trajectory = sample(noise, keys, trained, noise_everywhere=True)
 
     @jax.jit
     def replay(x_BHWC, next_BHWC, sigma_B, next_B):
@@ -307,9 +307,9 @@ def test_chosen_steps():
 CFG = FlowPolicyConfig(clip=0.1, kl_coef=0.5)
 
 
-def loss_and_gradient(ratio_BK, kl_BK, advantage_B, cfg=CFG, kept_B=(True, True)):
-    kept_B, old_BK = jnp.asarray(kept_B), jnp.asarray([[-0.5, 0.2], [0.7, -1.0]])
-    rest = (jnp.asarray(advantage_B), kept_B, jnp.full(2, jnp.mean(kept_B)))
+def loss_and_gradient(ratio_BK, kl_BK, advantage_B, cfg=CFG, valid_B=(True, True)):
+    valid_B, old_BK = jnp.asarray(valid_B), jnp.asarray([[-0.5, 0.2], [0.7, -1.0]])
+    rest = (jnp.asarray(advantage_B), valid_B, jnp.full(2, jnp.mean(valid_B)))
     loss = lambda l_BK, k_BK: flow_grpo.policy_loss(l_BK, old_BK, k_BK, *rest, cfg=cfg)
     (value, metrics), gradients = jax.value_and_grad(loss, (0, 1), has_aux=True)(
         old_BK + jnp.log(jnp.asarray(ratio_BK)), jnp.asarray(kl_BK)
@@ -325,25 +325,25 @@ def test_policy_loss_by_hand():
     np.testing.assert_allclose(of_logprob, [[0, -1.6 / 4], [1.05 / 4, 0]], **CLOSE)
     np.testing.assert_allclose(of_kl, np.full((2, 2), 0.5 / 4), **CLOSE)
     want = {
-        "clip_low": 0.25,
-        "clip_high": 0.25,
-        "ratio": 3.85 / 4,
+        "clip_ratio/low_mean": 0.25,
+        "clip_ratio/high_mean": 0.25,
+        "importance_sampling_ratio": 3.85 / 4,
         "ratio_gap": 0.65 / 4,
         "ratio_gap_max": 0.2,
         "kl": 2.5,
     }
-    want["old_kl"] = (-0.15 - np.log(1.2 * 0.8 * 1.05 * 0.8)) / 4
+    want["approx_kl"] = (-0.15 - np.log(1.2 * 0.8 * 1.05 * 0.8)) / 4
     assert metrics.keys() == want.keys()
     for name, x in want.items():
         np.testing.assert_allclose(metrics[name], x, err_msg=name, **CLOSE)
 
 
-def test_a_row_that_is_not_kept_contributes_nothing():
+def test_a_row_that_is_not_valid_contributes_nothing():
     case = loss_and_gradient(
         [[1.05, 1.0], [np.inf, 1.0]],
         [[1.0, 2.0], [np.nan, 4.0]],
         [2.0, np.nan],
-        kept_B=(True, False),
+        valid_B=(True, False),
     )
     value, (of_logprob, of_kl), metrics = case
     np.testing.assert_allclose(value, (-2.1 - 2 + 0.5 * 3) / 2, **CLOSE)
@@ -354,7 +354,7 @@ def test_a_row_that_is_not_kept_contributes_nothing():
 
 def test_mean_of_micro_batches_is_the_batch(rng):
     logprob, old, kl = (rng.normal(scale=0.1, size=(8, 3)).astype(np.float32) for _ in range(3))
-    kept = np.asarray(
+    valid = np.asarray(
         [True, True, True, True, False, True, False, False]
     )  # 4 in one half, 1 in the other
     batch = (
@@ -362,8 +362,8 @@ def test_mean_of_micro_batches_is_the_batch(rng):
         old,
         kl**2,
         rng.normal(size=8).astype(np.float32),
-        kept,
-        np.full(8, kept.mean(), np.float32),
+        valid,
+        np.full(8, valid.mean(), np.float32),
     )
     whole, *halves = (
         flow_grpo.policy_loss(*(x[part] for x in batch), cfg=CFG)

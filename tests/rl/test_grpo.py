@@ -17,7 +17,9 @@ KL = dataclasses.replace(CFG, kl_coef=0.5)
 CLOSE = {"rtol": 1e-6, "atol": 1e-7}
 
 
-def run(ratio_BN, advantage_B, cfg=CFG, reference_ratio_BN=None, kept_B=(True, True), share_B=None):
+def run(
+    ratio_BN, advantage_B, cfg=CFG, reference_ratio_BN=None, valid_B=(True, True), fraction_B=None
+):
     """Loss, gradient by the log-probabilities [B, N], metrics; of policies whose ratios to the
     present one are given.
     """
@@ -28,12 +30,12 @@ def run(ratio_BN, advantage_B, cfg=CFG, reference_ratio_BN=None, kept_B=(True, T
         if reference_ratio_BN is None
         else logprobs_BN + jnp.log(jnp.asarray(reference_ratio_BN))
     )
-    kept_B = jnp.asarray(kept_B)
-    share_B = jnp.full(2, jnp.mean(kept_B)) if share_B is None else share_B
+    valid_B = jnp.asarray(valid_B)
+    fraction_B = jnp.full(2, jnp.mean(valid_B)) if fraction_B is None else fraction_B
 
     def loss(l_BN):
         return grpo.policy_loss(
-            l_BN, old_BN, reference_BN, jnp.asarray(advantage_B), kept_B, share_B, cfg=cfg
+            l_BN, old_BN, reference_BN, jnp.asarray(advantage_B), valid_B, fraction_B, cfg=cfg
         )
 
     (value, metrics), gradient_BN = jax.value_and_grad(loss, has_aux=True)(logprobs_BN)
@@ -48,13 +50,13 @@ def test_clipped_tokens_have_no_gradient():
     np.testing.assert_allclose(gradient, [[0, -2 / 4], [0, 1.1 / 4]], **CLOSE)
     assert gradient[0, 0] == gradient[1, 0] == 0
     want = {
-        "clip_low": 0.25,
-        "clip_high": 0.25,
-        "ratio": 4.1 / 4,
+        "clip_ratio/low_mean": 0.25,
+        "clip_ratio/high_mean": 0.25,
+        "importance_sampling_ratio": 4.1 / 4,
         "ratio_gap": 1.1 / 4,
         "ratio_gap_max": 0.5,
     }
-    want["old_kl"] = (4.1 - 4 - np.log(1.5 * 0.5 * 1.1)) / 4
+    want["approx_kl"] = (4.1 - 4 - np.log(1.5 * 0.5 * 1.1)) / 4
     assert metrics.keys() == want.keys()
     for name, x in want.items():
         np.testing.assert_allclose(metrics[name], x, err_msg=name, **CLOSE)
@@ -65,7 +67,7 @@ def test_the_clip_leaves_what_undoes_the_move():
     value, gradient, metrics = run([[0.5, 1.25], [1.5, 0.85]], [2.0, -1.0])
     np.testing.assert_allclose(value, (-1 - 2.5 + 1.5 + 0.85) / 4, **CLOSE)
     np.testing.assert_allclose(gradient, np.asarray([[-1, -2.5], [1.5, 0.85]]) / 4, **CLOSE)
-    assert metrics["clip_low"] == metrics["clip_high"] == 0
+    assert metrics["clip_ratio/low_mean"] == metrics["clip_ratio/high_mean"] == 0
 
 
 def test_the_two_sides_have_their_own_clip():
@@ -79,7 +81,10 @@ def test_on_policy_gradient_is_the_advantage():
     value, gradient, metrics = run([[1.0, 1.0], [1.0, 1.0]], [3.0, -1.0])
     np.testing.assert_allclose(value, -1, **CLOSE)
     np.testing.assert_allclose(gradient, [[-3 / 4, -3 / 4], [1 / 4, 1 / 4]], **CLOSE)
-    assert metrics["ratio"] == 1 and metrics["ratio_gap_max"] == metrics["old_kl"] == 0
+    assert (
+        metrics["importance_sampling_ratio"] == 1
+        and metrics["ratio_gap_max"] == metrics["approx_kl"] == 0
+    )
 
 
 def test_kl_to_the_reference():
@@ -107,24 +112,24 @@ def test_kl_without_a_reference_is_refused():
         run([[1.0, 1.0], [1.0, 1.0]], [0.0, 0.0], KL)
 
 
-def test_a_row_that_is_not_kept_contributes_nothing():
-    kept = run(
+def test_a_row_that_is_not_valid_contributes_nothing():
+    valid = run(
         [[1.1, 1.0], [np.inf, 3.0]],
         [2.0, np.nan],
         KL,
         [[2.0, 1.0], [np.inf, 9.0]],
-        kept_B=(True, False),
+        valid_B=(True, False),
     )
-    value, gradient, metrics = kept
+    value, gradient, metrics = valid
     np.testing.assert_allclose(value, (-2.2 - 2 + 0.5 * (1 - np.log(2))) / 2, **CLOSE)
     np.testing.assert_allclose(gradient[0], [(-2.2 - 0.5) / 2, -2 / 2], **CLOSE)
     np.testing.assert_array_equal(gradient[1], 0)
-    np.testing.assert_allclose(metrics["ratio"], 1.05, **CLOSE)
+    np.testing.assert_allclose(metrics["importance_sampling_ratio"], 1.05, **CLOSE)
     np.testing.assert_allclose(metrics["ratio_gap_max"], 0.1, rtol=1e-5)
 
 
-def test_nothing_kept_is_a_loss_of_zero():
-    value, gradient, _ = run([[1.1, 1.0], [2.0, 3.0]], [2.0, 1.0], kept_B=(False, False))
+def test_nothing_valid_is_a_loss_of_zero():
+    value, gradient, _ = run([[1.1, 1.0], [2.0, 3.0]], [2.0, 1.0], valid_B=(False, False))
     assert value == 0 and not gradient.any()
 
 
@@ -135,7 +140,13 @@ def test_sequence_ratio():
     np.testing.assert_allclose(value, (-2.4 + 0.8) / 2, **CLOSE)
     np.testing.assert_allclose(gradient, [[-2.4 / 4, -2.4 / 4], [0, 0]], **CLOSE)
     np.testing.assert_allclose(
-        [metrics["clip_low"], metrics["clip_high"], metrics["ratio"]], [0.5, 0, 0.95], **CLOSE
+        [
+            metrics["clip_ratio/low_mean"],
+            metrics["clip_ratio/high_mean"],
+            metrics["importance_sampling_ratio"],
+        ],
+        [0.5, 0, 0.95],
+        **CLOSE,
     )
     # Of single tokens: 0.44, 0, 0.3, 0.3.
     np.testing.assert_allclose(
@@ -143,12 +154,12 @@ def test_sequence_ratio():
     )
 
 
-def test_normalisations_differ_by_rows_that_are_not_kept():
+def test_normalisations_differ_by_rows_that_are_not_valid():
     losses = {}
     for loss_aggregation in ("bnpo", "grpo", "dr_grpo"):
         cfg = dataclasses.replace(CFG, loss_aggregation=loss_aggregation)
         losses[loss_aggregation] = [
-            run([[1.1, 1.0], [1.0, 0.9]], [2.0, 1.0], cfg, kept_B=(True, last))[0]
+            run([[1.1, 1.0], [1.0, 0.9]], [2.0, 1.0], cfg, valid_B=(True, last))[0]
             for last in (True, False)
         ]
     np.testing.assert_allclose(losses["bnpo"], [(-4.2 - 1.9) / 4, -4.2 / 2], **CLOSE)
@@ -156,7 +167,7 @@ def test_normalisations_differ_by_rows_that_are_not_kept():
     np.testing.assert_allclose(losses["dr_grpo"], [(-4.2 - 1.9) / 4, -4.2 / 4], **CLOSE)
 
 
-def draw(rng, B=8, N=5):
+def sample(rng, B=8, N=5):
     old = -rng.exponential(size=(B, N)).astype(np.float32)
     logprobs = old + rng.normal(scale=0.4, size=(B, N)).astype(np.float32)
     reference = logprobs + rng.normal(scale=0.4, size=(B, N)).astype(np.float32)
@@ -166,11 +177,11 @@ def draw(rng, B=8, N=5):
 @pytest.mark.parametrize("ratio", ["token", "sequence"])
 @pytest.mark.parametrize("loss_aggregation", ["bnpo", "grpo", "dr_grpo"])
 def test_mean_of_micro_batches_is_the_batch(loss_aggregation, ratio, rng):
-    *arrays, advantage = draw(rng)
-    kept = np.asarray(
+    *arrays, advantage = sample(rng)
+    valid = np.asarray(
         [True, True, True, True, False, True, False, False]
     )  # 4 in one half, 1 in the other
-    batch = (*arrays, advantage, kept, np.full(8, kept.mean(), np.float32))
+    batch = (*arrays, advantage, valid, np.full(8, valid.mean(), np.float32))
     cfg = dataclasses.replace(
         KL, loss_aggregation=loss_aggregation, importance_sampling_level=ratio
     )
@@ -205,7 +216,7 @@ def torch_loss(logprobs, old, reference, advantage, cfg: RlConfig) -> torch.Tens
 @pytest.mark.parametrize("ratio", ["token", "sequence"])
 @pytest.mark.parametrize("loss_aggregation", ["bnpo", "grpo", "dr_grpo"])
 def test_equals_a_torch_form_of_the_loss(loss_aggregation, ratio, rng):
-    arrays = draw(rng)
+    arrays = sample(rng)
     cfg = dataclasses.replace(
         KL, loss_aggregation=loss_aggregation, importance_sampling_level=ratio
     )
@@ -221,7 +232,7 @@ def test_equals_a_torch_form_of_the_loss(loss_aggregation, ratio, rng):
 
 
 def test_only_the_policy_has_a_gradient(rng):
-    *arrays, advantage = draw(rng)
+    *arrays, advantage = sample(rng)
     rest = (advantage, jnp.ones(8, bool), jnp.ones(8))
     loss = lambda *three: grpo.policy_loss(*three, *rest, cfg=KL)[0]
     policy, old, reference = jax.grad(loss, argnums=(0, 1, 2))(*map(jnp.asarray, arrays))

@@ -12,7 +12,7 @@ from tests.rl.test_run import EIGHT
 
 @pytest.mark.slow
 def test_two_hosts_of_four_devices_do_what_one_of_eight_does(tmp_path):
-    """Each host judges the images that its devices hold; both know all rewards. The numbers differ
+    """Each host scores the images that its devices hold; both know all rewards. The numbers differ
     by the order of sums.
     """
     cfg = runs.run_config("both", mesh=EIGHT)
@@ -24,21 +24,21 @@ def test_two_hosts_of_four_devices_do_what_one_of_eight_does(tmp_path):
     method.run(cfg, tmp_path / "alone")
     rows = [read_rows(tmp_path / name / "metrics.jsonl") for name in ("pair", "alone")]
     for mine, theirs in zip(*rows, strict=True):
-        assert mine["reward/mean"] == pytest.approx(theirs["reward/mean"], rel=1e-5)
+        assert mine["rl/reward"] == pytest.approx(theirs["rl/reward"], rel=1e-5)
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5, abs=1e-7)
         assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-5)
-    judged = [
+    scored = [
         read_rows(tmp_path / "pair" / name) for name in ("rollouts.jsonl", "rollouts-1.jsonl")
     ]
-    judged_rows = [{(line["rollout"], line["row"]) for line in lines} for lines in judged]
-    assert judged_rows[0] | judged_rows[1] == {
+    scored_rows = [{(line["rollout"], line["row"]) for line in lines} for lines in scored]
+    assert scored_rows[0] | scored_rows[1] == {
         (rollout, row) for rollout in range(4) for row in range(8)
     }
     want = {
         (line["rollout"], line["row"]): line["total"]
         for line in read_rows(tmp_path / "alone" / "rollouts.jsonl")
     }
-    got = {(line["rollout"], line["row"]): line["total"] for lines in judged for line in lines}
+    got = {(line["rollout"], line["row"]): line["total"] for lines in scored for line in lines}
     np.testing.assert_allclose(
         [got[key] for key in sorted(got)], [want[key] for key in sorted(want)], atol=1e-5
     )

@@ -26,7 +26,7 @@ import jax
 from blip3o_jax import config
 from blip3o_jax.parallel.rules import Strategy
 from blip3o_jax.rl import method
-from blip3o_jax.rl.feed import Rollouts
+from blip3o_jax.rl.rollouts import RolloutIterator
 from blip3o_jax.train import checkpoint, loop
 from blip3o_jax.train.metrics import read_rows
 
@@ -35,8 +35,8 @@ whole_strategy = Strategy.of
 Strategy.of = lambda mesh: whole_strategy(mesh, jax.devices()[:1])
 config_file, workdir, phase = sys.argv[1:]
 where, name = {
-    "draw": (Rollouts, "_piece"),
-    "reward": (Rollouts, "_judged"),
+    "rollout": (RolloutIterator, "_sample_micro_batch"),
+    "reward": (RolloutIterator, "_await_rewards"),
     "update": (loop._Run, "record"),
     "save": (checkpoint.Checkpoints, "save"),
 }[phase]
@@ -63,7 +63,7 @@ def given(tmp_path_factory):
     return directory / "config.json", directory / "run"
 
 
-@pytest.mark.parametrize("phase", ["draw", "reward", "update", "save"])
+@pytest.mark.parametrize("phase", ["rollout", "reward", "update", "save"])
 def test_kill_9(given, tmp_path, phase):
     file, whole = given
     root = pathlib.Path(__file__).parents[2]

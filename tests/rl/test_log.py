@@ -7,21 +7,19 @@ import numpy as np
 import pytest
 
 from blip3o_jax.data.prompts import Prompt
-from blip3o_jax.rl.judged import Verdicts
 from blip3o_jax.rl.log import RolloutLog, best_and_worst
+from blip3o_jax.rl.reward_batch import RewardBatch
 from blip3o_jax.train.metrics import read_rows
 
 
 def write(log, rollout):
     images = np.full((2, 4, 4, 3), rollout, np.uint8)
-    verdicts = Verdicts(
+    rewards = RewardBatch(
         np.array([0.5, 0.0], np.float32),
         np.array([False, True]),
         {"ocr": np.array([0.5, np.nan], np.float32)},
     )
-    log.write(
-        rollout, [3, 5], 100 * rollout, [Prompt("a", {"k": 1}), Prompt("b")], images, verdicts
-    )
+    log.write(rollout, [3, 5], 100 * rollout, [Prompt("a", {"k": 1}), Prompt("b")], images, rewards)
 
 
 def test_lines_and_where_a_run_goes_on(tmp_path):

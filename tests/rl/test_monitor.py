@@ -1,4 +1,4 @@
-"""What is said of the gap between drawing and scoring, and when."""
+"""The warnings about sampling and scoring that disagree."""
 
 import dataclasses
 
@@ -16,7 +16,7 @@ def monitor(dtype: str = "float32", **rl: object) -> RatioMonitor:
     return RatioMonitor(dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, **parts)))
 
 
-def gap(mean: float, largest: float = 0.0, name: str = "ratio_gap") -> dict[str, float]:
+def gap(mean: float, largest: float = 0.0, name: str = "rl/ratio_gap") -> dict[str, float]:
     return {name: mean, f"{name}_max": max(mean, largest)}
 
 
@@ -25,29 +25,39 @@ def gap(mean: float, largest: float = 0.0, name: str = "ratio_gap") -> dict[str,
     [
         ("float32", "ar", gap(9e-7, 1.2e-5), gap(2e-5)),
         ("bfloat16", "ar", gap(6e-3, 0.12), gap(0.04)),
-        ("float32", "flow", gap(1e-6, name="flow/ratio_gap"), gap(2e-5, name="flow/ratio_gap")),
-        ("bfloat16", "flow", gap(5e-4, name="flow/ratio_gap"), gap(2e-3, name="flow/ratio_gap")),
+        (
+            "float32",
+            "flow",
+            gap(1e-6, name="rl/flow/ratio_gap"),
+            gap(2e-5, name="rl/flow/ratio_gap"),
+        ),
+        (
+            "bfloat16",
+            "flow",
+            gap(5e-4, name="rl/flow/ratio_gap"),
+            gap(2e-3, name="rl/flow/ratio_gap"),
+        ),
         (
             "float32",
             "both",
-            gap(9e-7) | gap(1e-6, name="flow/ratio_gap"),
-            gap(9e-7) | gap(2e-5, name="flow/ratio_gap"),
+            gap(9e-7) | gap(1e-6, name="rl/flow/ratio_gap"),
+            gap(9e-7) | gap(2e-5, name="rl/flow/ratio_gap"),
         ),
     ],
 )
-def test_more_than_rounding_is_told_once(dtype, policy, usual, much, capsys):
+def test_more_than_rounding_is_warned_of_once(dtype, policy, usual, much, capsys):
     watch = monitor(dtype, policy=policy)
     watch.check(1, usual)
     assert not capsys.readouterr().err
     watch.check(2, much)
     watch.check(3, much)
-    told = capsys.readouterr().err.splitlines()
-    assert len(told) == 1 and "rl: step 2: drawing and scoring disagree" in told[0]
+    warnings = capsys.readouterr().err.splitlines()
+    assert len(warnings) == 1 and "rl: step 2: sampling and scoring disagree" in warnings[0]
 
 
-@pytest.mark.parametrize("name", ["ratio_gap", "flow/ratio_gap"])
+@pytest.mark.parametrize("name", ["rl/ratio_gap", "rl/flow/ratio_gap"])
 def test_a_bound_stops_the_run_whichever_policy_it_is(name):
-    watch = monitor(policy="flow" if "/" in name else "ar", max_ratio_gap=1e-3)
+    watch = monitor(policy="flow" if "flow" in name else "ar", max_ratio_gap=1e-3)
     watch.check(1, gap(1e-7, 9e-4, name))
     with pytest.raises(
         UserError,

@@ -1,4 +1,4 @@
-"""The order in which a run draws its prompts."""
+"""The order in which a run takes its prompts."""
 
 import numpy as np
 import pytest
@@ -10,9 +10,9 @@ from blip3o_jax.rl.prompts import prompt_indices
 
 
 def test_every_epoch_has_every_prompt_once_in_another_order():
-    drawn = np.concatenate([prompt_indices(10, rollout, 4, seed=3) for rollout in range(10)])
-    assert drawn.shape == (40,) and drawn.dtype == np.int64
-    epochs = [drawn[start : start + 10].tolist() for start in range(0, 40, 10)]
+    taken = np.concatenate([prompt_indices(10, rollout, 4, seed=3) for rollout in range(10)])
+    assert taken.shape == (40,) and taken.dtype == np.int64
+    epochs = [taken[start : start + 10].tolist() for start in range(0, 40, 10)]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
     assert len(set(map(tuple, epochs))) == 4
 

@@ -1,4 +1,4 @@
-"""A run's images are judged again."""
+"""A run's images are scored again."""
 
 import dataclasses
 import json
@@ -9,9 +9,9 @@ from PIL import Image
 
 from blip3o_jax.config import RewardConfig, UserError
 from blip3o_jax.data.prompts import Prompt
-from blip3o_jax.rl.judged import Verdicts
 from blip3o_jax.rl.log import RolloutLog, image_hash, image_path
 from blip3o_jax.rl.rescore import print_table, rescore
+from blip3o_jax.rl.reward_batch import RewardBatch
 from blip3o_jax.train.metrics import read_rows
 
 RED = (RewardConfig(name="python:tests.rl.redness.redness"),)
@@ -19,7 +19,7 @@ RED = (RewardConfig(name="python:tests.rl.redness.redness"),)
 
 @pytest.fixture
 def run(tmp_path, rng):
-    """A workdir with two rollouts of three images, of which two hosts have judged two and one, one
+    """A workdir with two rollouts of three images, of which two hosts have scored two and one, one
     of them in vain.
     """
     images = rng.integers(0, 256, (2, 3, 8, 8, 3), dtype=np.uint8)
@@ -35,13 +35,13 @@ def run(tmp_path, rng):
                 3 * rollout,
                 prompts,
                 images[rollout][rows],
-                Verdicts(total, failed, {}),
+                RewardBatch(total, failed, {}),
             )
         log.close()
     return tmp_path, images.reshape(6, 8, 8, 3).astype(float)
 
 
-def test_every_image_is_judged_in_its_order(run, capsys):
+def test_every_image_is_scored_in_its_order(run, capsys):
     workdir, images = run
     mine = workdir / "mine.txt"
     mine.write_text("mine")
@@ -63,7 +63,7 @@ def test_every_image_is_judged_in_its_order(run, capsys):
     assert "none of 1 images has both scores" in capsys.readouterr().out
 
 
-def test_what_a_reward_cannot_judge_has_no_total(run):
+def test_what_a_reward_cannot_score_has_no_total(run):
     workdir, _ = run
     for path in workdir.glob("rollouts*.jsonl"):
         path.write_text(path.read_text().replace("a red cat", "pink"))
@@ -78,7 +78,9 @@ def test_images_that_are_not_there_or_others(run):
     workdir, _ = run
     path = image_path(workdir, 1, 2)
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(path)
-    with pytest.raises(UserError, match=r"00002.png is not the image that rollouts.jsonl tells of"):
+    with pytest.raises(
+        UserError, match=r"00002.png is not the image of its line in rollouts.jsonl"
+    ):
         rescore(workdir, RED, workdir / "out.jsonl", workers=1)
     image_path(workdir, 0, 0).unlink()
     with pytest.raises(
@@ -152,11 +154,11 @@ def test_images_that_are_no_png_of_a_rollout(tmp_path):
         rescore(tmp_path, RED, tmp_path)
 
 
-def test_images_are_kept_only_where_asked(tmp_path, rng):
+def test_images_are_saved_only_where_asked(tmp_path, rng):
     log = RolloutLog(tmp_path, 0, 0, 0)
     image = rng.integers(0, 256, (1, 8, 8, 3), dtype=np.uint8)
     log.write(
-        0, [0], 0, [Prompt("a")], image, Verdicts(np.zeros(1, np.float32), np.zeros(1, bool), {})
+        0, [0], 0, [Prompt("a")], image, RewardBatch(np.zeros(1, np.float32), np.zeros(1, bool), {})
     )
     log.close()
     assert (

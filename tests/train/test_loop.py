@@ -59,11 +59,11 @@ def test_nothing_is_read_ahead_before_the_step_is_made(monkeypatch):
     method.open(config)
     monkeypatch.setattr(supervised, "make_step", lambda *args: 1 / 0)
     monkeypatch.setattr(supervised, "DevicePrefetch", lambda *args: pytest.fail("reading began"))
-    setup = types.SimpleNamespace(
+    context = types.SimpleNamespace(
         config=config, strategy=strategy, vocabulary=None, plan=None, image_token_offset=None
     )
     with pytest.raises(ZeroDivisionError):
-        method.begin(setup, {}, None)
+        method.begin(context, {}, None)
 
 
 def rows(workdir):
@@ -545,18 +545,18 @@ def test_everything_is_on_disk_before_a_step_is_saved():
     called = []
     note = lambda name, result=None: lambda *_: called.append(name) or result
     cfg = tiny.run_config(tiny.data(), steps=1, preview=0)
-    feed = types.SimpleNamespace(
+    batches = types.SimpleNamespace(
         next=lambda state: {},
         position=lambda: {},
-        metrics=dict,
+        host_metrics=dict,
         check=note("check"),
-        sync=note("feed"),
+        sync=note("batches"),
         wait_seconds=0.0,
     )
     metrics = {"loss": np.float32(1), "bad_steps": 0}
     run = loop._Run(
         types.SimpleNamespace(config=cfg, start=0),
-        loop.Begun(feed, lambda state, batch: (state, metrics)),
+        loop.TrainerSpec(batches, lambda state, batch: (state, metrics)),
         types.SimpleNamespace(check=lambda: None, save=note("save")),
         types.SimpleNamespace(check=lambda: None),
         types.SimpleNamespace(write=note("write"), sync=note("log")),
@@ -564,4 +564,4 @@ def test_everything_is_on_disk_before_a_step_is_saved():
         types.SimpleNamespace(enter=lambda *_: None),
     )
     run.steps({})
-    assert called == ["check", "write", "log", "feed", "save"]
+    assert called == ["check", "write", "log", "batches", "save"]

@@ -4,7 +4,7 @@ import pytest
 
 from blip3o_jax.parallel import distributed
 from blip3o_jax.train.skipped import SkippedRecords
-from blip3o_jax.train.supervised import _Batches
+from blip3o_jax.train.supervised import _PrefetchedBatches
 
 
 @pytest.fixture
@@ -74,10 +74,10 @@ class Prefetch:
 
 def test_metrics_and_the_saved_position_have_the_counts_of_all_hosts(store, monkeypatch):
     add_as(1, monkeypatch, SkippedRecords([4]), 1, {"too long": 10})
-    batches = _Batches(Prefetch(), {"data/unused_members": 0.0}, [0])
+    batches = _PrefetchedBatches(Prefetch(), {"data/unused_members": 0.0}, [0])
     for step in (1, 2):
         batches.next({})
-        position, values = batches.position(), batches.metrics()
+        position, values = batches.position(), batches.host_metrics()
         batches.check(step, values := dict(values))
         assert position == {"next_example": step, "skipped": {"too long": 10 + step}}
         assert values == {"data/unused_members": 0.0, "skipped/too_long": 10.0 + step}

@@ -18,7 +18,7 @@ from blip3o_jax.config import UserError
 from blip3o_jax.rl.rewards.png import Png
 from blip3o_jax.rl.rewards.processes import ProcessEnded
 from blip3o_jax.rl.rewards.reward import Scores
-from blip3o_jax.rl.rewards.scorer import Verdict
+from blip3o_jax.rl.rewards.scorer import ImageScore
 from blip3o_jax.rl.rewards.scorers import Scorers
 from blip3o_jax.serving import Refused
 
@@ -38,13 +38,13 @@ class Job:
     def __post_init__(self) -> None:
         self.pixels = sum(image.pixels for image in self.images)
         self.waiting = collections.deque(range(len(self.images)))
-        self.verdicts: list[Verdict | None] = [None] * len(self.images)
+        self.scores: list[ImageScore | None] = [None] * len(self.images)
         self.done = asyncio.get_running_loop().create_future()
 
 
 @dataclasses.dataclass(frozen=True)
-class _Batch:
-    """What is scored in one call: (job, index of its image), all images of one size."""
+class _ScoringBatch:
+    """The images that are scored in one call: (job, index of its image), all of one size."""
 
     items: list[tuple[Job, int]]
     large: bool
@@ -71,7 +71,7 @@ class Batcher:
         self._on_batch = on_batch
         self._small: list[Job] = []
         self._large: list[Job] = []
-        self._running: dict[asyncio.Task, _Batch] = {}
+        self._running: dict[asyncio.Task, _ScoringBatch] = {}
         self._small_seconds = 0.0  # that large requests have to wait for small ones
 
     def waiting(self) -> int:
@@ -80,7 +80,7 @@ class Batcher:
 
     async def score(self, job: Job) -> Scores:
         """Return the scores of a request, which is forgotten when the caller is cancelled. Raises
-        Refused: as the verdict on its first image that has none; 503 where scorers do not start,
+        Refused: as the first of its images that has no score; 503 where scorers do not start,
         504 where one took too long."""
         (self._large if job.pixels > self._pixels else self._small).append(job)
         self._hand_out()
@@ -104,12 +104,12 @@ class Batcher:
         del self._running[task]
         self._hand_out()
 
-    def _next(self) -> _Batch | None:
+    def _next(self) -> _ScoringBatch | None:
         running = sum(batch.large for batch in self._running.values())
         large = bool(self._large) and running < max(1, self._scorers.count - 1)
         if self._small and not (large and self._small_seconds <= 0):
-            return _Batch(self._taken(self._small), large=False)
-        return _Batch(self._taken(self._large), large=True) if large else None
+            return _ScoringBatch(self._taken(self._small), large=False)
+        return _ScoringBatch(self._taken(self._large), large=True) if large else None
 
     def _taken(self, lane: list[Job]) -> list[tuple[Job, int]]:
         """Take images of one size from the first requests of a lane. Requests of which none is left
@@ -136,12 +136,12 @@ class Batcher:
         lane[:] = [job for job in (*lane[1:], first) if job.waiting]
         return items
 
-    async def _run(self, batch: _Batch) -> None:
+    async def _run(self, batch: _ScoringBatch) -> None:
         items = batch.items
         images = [job.images[index] for job, index in items]
         began = time.monotonic()
         try:
-            verdicts, seconds = await self._scorers.score(
+            scores, seconds = await self._scorers.score(
                 [image.file for image in images],
                 _size(images[0]),
                 [job.prompts[index] for job, index in items],
@@ -168,27 +168,27 @@ class Batcher:
                 items, Refused(500, f"scoring failed: {type(error).__name__}: {error}"[:300])
             )
         else:
-            if any(verdict.status == 200 for verdict in verdicts):
-                self._on_batch(sum(verdict.status == 200 for verdict in verdicts), seconds)
-            self._record(batch, verdicts)
+            if any(score.status == 200 for score in scores):
+                self._on_batch(sum(score.status == 200 for score in scores), seconds)
+            self._record(batch, scores)
         finally:
             taken = time.monotonic() - began
             self._small_seconds = taken if batch.large else self._small_seconds - taken
 
-    def _record(self, batch: _Batch, verdicts: Sequence[Verdict]) -> None:
+    def _record(self, batch: _ScoringBatch, scores: Sequence[ImageScore]) -> None:
         failed = []
-        for (job, index), verdict in zip(batch.items, verdicts, strict=True):
-            if verdict.status == 500:
+        for (job, index), score in zip(batch.items, scores, strict=True):
+            if score.status == 500:
                 failed.append((job, index))
-            job.verdicts[index] = verdict
+            job.scores[index] = score
         if failed and self._split(batch, failed):
             for job, index in failed:
-                job.verdicts[index] = None
+                job.scores[index] = None
         for job in _jobs(batch.items):
-            if not job.done.done() and None not in job.verdicts:
+            if not job.done.done() and None not in job.scores:
                 _settle(job)
 
-    def _split(self, batch: _Batch, items: Sequence[tuple[Job, int]]) -> bool:
+    def _split(self, batch: _ScoringBatch, items: Sequence[tuple[Job, int]]) -> bool:
         """Have each request scored again on its own where several were together, since one may have
         spoiled it for all."""
         if len(_jobs(batch.items)) == 1:
@@ -217,22 +217,22 @@ def _refuse_all(items: Iterable[tuple[Job, int]], refused: Refused) -> None:
 
 
 def _settle(job: Job) -> None:
-    """Answer a request whose images all have a verdict."""
-    for index, verdict in enumerate(job.verdicts):
-        if verdict.status != 200:
+    """Answer a request whose images are all scored."""
+    for index, score in enumerate(job.scores):
+        if score.status != 200:
             image = f" (images[{index}])" if len(job.images) > 1 else ""
-            job.done.set_exception(Refused(verdict.status, verdict.reason + image))
+            job.done.set_exception(Refused(score.status, score.reason + image))
             return
-    names = {tuple(sorted(verdict.parts)) for verdict in job.verdicts}
+    names = {tuple(sorted(score.parts)) for score in job.scores}
     if len(names) > 1:
         different = " and ".join(sorted(", ".join(some) or "none" for some in names))
         job.done.set_exception(
             Refused(500, f"the reward failed: it has parts {different} for images of one request")
         )
         return
-    total_B = np.array([verdict.total for verdict in job.verdicts], np.float32)
+    total_B = np.array([score.total for score in job.scores], np.float32)
     parts = {
-        name: np.array([verdict.parts[name] for verdict in job.verdicts], np.float32)
-        for name in sorted(job.verdicts[0].parts)
+        name: np.array([score.parts[name] for score in job.scores], np.float32)
+        for name in sorted(job.scores[0].parts)
     }
     job.done.set_result(Scores(total_B, parts))

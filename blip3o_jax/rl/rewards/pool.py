@@ -8,7 +8,7 @@ What a scorer can do wrong stays in its process:
     ends its process                                     another one is started
     cannot be made                                       `result` and `check` raise why
 
-What failed in a chunk is judged again image by image, each up to `retries` times; once at least
+What failed in a chunk is scored again image by image, each up to `retries` times; once at least
 where the whole chunk failed, since one of them may have been the cause. Then it has failed. After
 BREAKER chunks in a row of which every image failed, what waits is given up untried, until the next
 `submit`.
@@ -39,8 +39,8 @@ REASONS_SHOWN = 3
 
 
 @dataclasses.dataclass(frozen=True)
-class Judged:
-    """`total_B` float32 [B]: the weighted sum, 0 (meaningless) where `failed_B`. `parts`: float32
+class PoolResult:
+    """The rewards of one `submit`. `total_B` float32 [B]: the weighted sum, 0 (meaningless) where `failed_B`. `parts`: float32
     [B] by name, NaN where there is none. `reasons`: number of images by why they failed. `seconds`:
     of an image in its process (`median`, `max`), of chunks until a process had time for them
     (`queue`, a mean), and from submission to the last score (`total`).
@@ -56,13 +56,13 @@ class Judged:
 def check_failed(
     failed_B: np.ndarray, reasons: Mapping[str, int], max_failed_fraction: float
 ) -> None:
-    """Raises UserError, with the commonest reasons, where a larger share of the images than
+    """Raise UserError, with the commonest reasons, where a larger fraction of the images than
     `max_failed_fraction` has no score.
     """
     if failed_B.mean() > max_failed_fraction:
         shown = collections.Counter(reasons).most_common(REASONS_SHOWN)
         raise UserError(
-            f"{failed_B.sum()} of {len(failed_B)} images have no reward, a larger share than rl.max_failed_fraction="
+            f"{failed_B.sum()} of {len(failed_B)} images have no reward, a larger fraction than rl.max_failed_fraction="
             f"{max_failed_fraction:g}: {'; '.join(f'{count} x {reason}' for reason, count in shown)}"
         )
 
@@ -102,37 +102,37 @@ class RewardPool:
         self.close()
 
     def close(self) -> None:
-        """Ends the processes, whatever they do."""
+        """End the processes, whatever they do."""
         self._processes.close()
 
     def check(self, prompts: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
-        """Waits until a process has its rewards and has checked every (prompt, metadata). Raises
+        """Wait until a process has its rewards and has checked every (prompt, metadata). Raises
         UserError for rewards that cannot be made and for the first prompt that one of them cannot
-        judge.
+        score.
         """
         self._processes.call(worker.check, lambda: (list(prompts),)).result()
 
     def submit(
         self, images_BHWC: np.ndarray, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
     ) -> "Pending":
-        """Starts judging uint8 images [B, H, W, 3], which must stay as they are until `result` has
+        """Start scoring uint8 images [B, H, W, 3], which must stay as they are until `result` has
         returned.
         """
         pending = Pending(np.asarray(images_BHWC), prompts, metadata)
         self._failures = 0
         for start in range(0, len(images_BHWC), CHUNK):
-            self._judge(pending, range(start, min(start + CHUNK, len(images_BHWC))), None)
+            self._score(pending, range(start, min(start + CHUNK, len(images_BHWC))), None)
         return pending
 
-    def _judge(self, pending: "Pending", rows: Sequence[int], tries: int | None) -> None:
+    def _score(self, pending: "Pending", rows: Sequence[int], tries: int | None) -> None:
         """`tries`: how often an image that fails is tried after that; None for the first time."""
         future = self._processes.call(
-            worker.judge, lambda: pending.arguments(rows), self._timeout * len(rows)
+            worker.score, lambda: pending.arguments(rows), self._timeout * len(rows)
         )
-        answered = functools.partial(self._judged, pending, rows, tries, time.monotonic())
-        future.add_done_callback(answered)
+        on_result = functools.partial(self._on_result, pending, rows, tries, time.monotonic())
+        future.add_done_callback(on_result)
 
-    def _judged(
+    def _on_result(
         self,
         pending: "Pending",
         rows: Sequence[int],
@@ -140,8 +140,8 @@ class RewardPool:
         began: float,
         future: Future,
     ) -> None:
-        """Called with each answer: in the thread of the processes, or in the submitting one for an
-        answer that was faster.
+        """Record a result. Called in the thread of the processes, or in the submitting one for a
+        result that was faster.
         """
         with self._lock:
             self._record(pending, rows, tries, began, future)
@@ -183,7 +183,7 @@ class RewardPool:
             self._processes.drop()
         elif tries:
             for row in wrong:
-                self._judge(pending, [row], tries - 1)
+                self._score(pending, [row], tries - 1)
 
 
 class Pending:
@@ -212,8 +212,8 @@ class Pending:
     def done(self) -> bool:
         return self._finished.is_set()
 
-    def result(self) -> Judged:
-        """Waits for the last score. Raises UserError where processes cannot start or cannot make
+    def result(self) -> PoolResult:
+        """Wait for the last score. Raises UserError where processes cannot start or cannot make
         their rewards.
         """
         self._finished.wait()
@@ -226,7 +226,7 @@ class Pending:
             "total": self._seconds,
         }
         failed_B = np.array([reason is not None for reason in self._reasons])
-        return Judged(
+        return PoolResult(
             self._total_B,
             failed_B,
             self._parts,
@@ -237,12 +237,12 @@ class Pending:
     def arguments(
         self, rows: Sequence[int]
     ) -> tuple[np.ndarray, list[str], list[Mapping[str, Any]]]:
-        """What `worker.judge` takes, of some images."""
+        """Return the arguments of `worker.score` for some images."""
         some = slice(rows[0], rows[-1] + 1)  # neighbours, so that nothing is copied
         return self._images_BHWC[some], list(self._prompts[some]), list(self._metadata[some])
 
     def record(self, rows: Sequence[int], outcome: Outcome, *, final: bool) -> None:
-        """Keeps the scores there are; the reasons of the others where those are not tried again."""
+        """Store the scores there are, and the reasons of the others where those are not tried again."""
         for name, values in outcome.parts.items():
             self._parts.setdefault(name, np.full(len(self._total_B), np.nan, np.float32))[
                 list(rows)

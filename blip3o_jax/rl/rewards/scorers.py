@@ -1,7 +1,7 @@
 """The reward server's processes: one that hangs or dies is replaced, and so are all where none
 starts any more.
 
-    scorers    decode images and judge them
+    scorers    decode images and score them
     parser     parses large bodies: the JSON parser would hold up every thread of the server
 """
 
@@ -44,7 +44,7 @@ class Scorers(Protocol):
         size: tuple[int, int],
         prompts: Sequence[str],
         metadata: Sequence[bytes],
-    ) -> tuple[list[scorer.Verdict], float]:
+    ) -> tuple[list[scorer.ImageScore], float]:
         """As `scorer.score`. Raises TimeoutError or ProcessEnded, of a process that has been
         replaced, and UserError where none starts."""
         ...
@@ -142,7 +142,7 @@ class ScorerProcesses:
         size: tuple[int, int],
         prompts: Sequence[str],
         metadata: Sequence[bytes],
-    ) -> tuple[list[scorer.Verdict], float]:
+    ) -> tuple[list[scorer.ImageScore], float]:
         arguments = (files, size, prompts, metadata)
         return await self._processes.call(scorer.score, lambda: arguments, self._timeout)
 

@@ -54,17 +54,17 @@ def make(configs: tuple[RewardConfig, ...], threads: int) -> None:
         _made = RuntimeError(f"a reward cannot be made:\n{traceback.format_exc()}")
 
 
-def judge(
+def score(
     images_BHWC: "np.ndarray", prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
 ) -> tuple["Outcome", float]:
-    """What the rewards say, and the seconds they took."""
+    """Return what the rewards give, and the seconds they took."""
     made, began = rewards(), time.monotonic()
     return made(images_BHWC, prompts, metadata), time.monotonic() - began
 
 
 def check(prompts: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
-    """Raises UserError for rewards that could not be made, and for the first prompt that one of
-    them cannot judge.
+    """Raise UserError for rewards that could not be made, and for the first prompt that one of
+    them cannot score.
     """
     made = rewards()
     for text, metadata in prompts:

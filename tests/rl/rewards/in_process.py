@@ -66,7 +66,7 @@ class InProcess:
 
     async def score(self, files, size, prompts, metadata):
         rows = [(text, json.loads(fields)) for text, fields in zip(prompts, metadata, strict=True)]
-        return await asyncio.to_thread(scorer.judge, self._weighted, files, size, rows)
+        return await asyncio.to_thread(scorer.score_rows, self._weighted, files, size, rows)
 
     def close(self):
         pass

@@ -10,7 +10,7 @@ from blip3o_jax.config import UserError
 from blip3o_jax.rl.rewards import batcher
 from blip3o_jax.rl.rewards.batcher import Batcher, Job
 from blip3o_jax.rl.rewards.processes import ProcessEnded
-from blip3o_jax.rl.rewards.scorer import Verdict
+from blip3o_jax.rl.rewards.scorer import ImageScore
 from blip3o_jax.serving import Refused
 
 
@@ -36,7 +36,7 @@ class Held:
         values = list(map(int, metadata))
         match next((prompt for prompt in prompts if prompt != "red"), None):
             case "spoil":
-                return [Verdict(500, "spoiled")] * len(values), 0.0
+                return [ImageScore(500, "spoiled")] * len(values), 0.0
             case "die":
                 raise ProcessEnded(-9)
             case "hang":
@@ -47,9 +47,9 @@ class Held:
                 self.calls[-1] = "large"
         refuse = [prompt == "refuse" for prompt in prompts]
         return [
-            Verdict(422, "cannot")
+            ImageScore(422, "cannot")
             if no
-            else Verdict(200, "", value, {f"of{size[0]}": value, "v": value})
+            else ImageScore(200, "", value, {f"of{size[0]}": value, "v": value})
             for value, no in zip(values, refuse, strict=True)
         ], 0.5
 

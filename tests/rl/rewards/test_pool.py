@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from blip3o_jax.config import RewardConfig, UserError
-from blip3o_jax.rl.rewards.pool import BREAKER, CHUNK, Judged, RewardPool, check_failed
+from blip3o_jax.rl.rewards.pool import BREAKER, CHUNK, PoolResult, RewardPool, check_failed
 
 ROOT = pathlib.Path(__file__).parents[3]
 OBEDIENT = RewardConfig("python:tests.rl.rewards.scorers.obedient", weight=2.0)
@@ -33,37 +33,37 @@ def images(count: int) -> np.ndarray:
     return np.broadcast_to(np.arange(count, dtype=np.uint8)[:, None, None, None], (count, 8, 8, 3))
 
 
-def judge(pool: RewardPool, what: dict[int, dict], count: int = 6) -> Judged:
+def score(pool: RewardPool, what: dict[int, dict], count: int = 6) -> PoolResult:
     metadata = [what.get(i, {}) for i in range(count)]
     return pool.submit(images(count), ["x" * i for i in range(count)], metadata).result()
 
 
-def assert_others_are_judged(judged: Judged, *failed: int) -> None:
-    count = len(judged.total_B)
+def assert_others_are_scored(result: PoolResult, *failed: int) -> None:
+    count = len(result.total_B)
     wanted = 2.0 * np.arange(count, dtype=np.float32) / 255
     wanted[list(failed)] = 0
-    np.testing.assert_array_equal(judged.failed_B, [i in failed for i in range(count)])
-    np.testing.assert_allclose(judged.total_B, wanted, rtol=1e-6)  # one rounding to float32
-    assert judged.failed_B.mean() == len(failed) / count and sum(judged.reasons.values()) == len(
+    np.testing.assert_array_equal(result.failed_B, [i in failed for i in range(count)])
+    np.testing.assert_allclose(result.total_B, wanted, rtol=1e-6)  # one rounding to float32
+    assert result.failed_B.mean() == len(failed) / count and sum(result.reasons.values()) == len(
         failed
     )
 
 
-def test_scores_come_back_in_order_whoever_judged_them(pool):
-    judged = judge(pool, {}, count=4 * CHUNK + 1)
-    assert_others_are_judged(judged)
-    np.testing.assert_array_equal(judged.parts["obedient/length"], np.arange(4 * CHUNK + 1))
-    np.testing.assert_allclose(judged.parts["obedient"] * 2, judged.total_B, rtol=1e-6)
+def test_scores_come_back_in_order_whoever_scored_them(pool):
+    result = score(pool, {}, count=4 * CHUNK + 1)
+    assert_others_are_scored(result)
+    np.testing.assert_array_equal(result.parts["obedient/length"], np.arange(4 * CHUNK + 1))
+    np.testing.assert_allclose(result.parts["obedient"] * 2, result.total_B, rtol=1e-6)
     assert (
-        judged.reasons == {}
-        and 0 < judged.seconds["median"] <= judged.seconds["max"] < judged.seconds["total"]
+        result.reasons == {}
+        and 0 < result.seconds["median"] <= result.seconds["max"] < result.seconds["total"]
     )
 
 
 def test_submitting_does_not_wait(pool):
     """Nor do the scores of one rollout for those of another."""
     hung = pool.submit(images(1), [""], [{"do": "hang"}])
-    assert_others_are_judged(judge(pool, {}))
+    assert_others_are_scored(score(pool, {}))
     assert not hung.done()
     assert hung.result().failed_B.all()
 
@@ -80,27 +80,27 @@ def test_submitting_does_not_wait(pool):
     ],
 )
 def test_one_bad_image_fails_alone(pool, do, reason):
-    judged = judge(pool, {1: {"do": do}})
-    assert_others_are_judged(judged, 1)
-    assert judged.reasons == {reason: 1}
-    # Alone the others of its chunk were judged after all.
-    assert np.isnan(judged.parts["obedient/length"]).tolist() == [
+    result = score(pool, {1: {"do": do}})
+    assert_others_are_scored(result, 1)
+    assert result.reasons == {reason: 1}
+    # Alone the others of its chunk were scored after all.
+    assert np.isnan(result.parts["obedient/length"]).tolist() == [
         i == 1 and do not in ("nan", "huge") for i in range(6)
     ]
 
 
-def test_what_fails_once_is_judged_again(pool, tmp_path):
-    judged = judge(pool, {0: {"do": "once", "path": str(tmp_path / "done")}})
-    assert_others_are_judged(judged)
+def test_what_fails_once_is_scored_again(pool, tmp_path):
+    result = score(pool, {0: {"do": "once", "path": str(tmp_path / "done")}})
+    assert_others_are_scored(result)
     assert (tmp_path / "done").exists()
 
 
 def test_a_hung_scorer_is_killed(pool):
     """The process is, and another one stands in its place."""
-    assert_others_are_judged(judge(pool, {}))
+    assert_others_are_scored(score(pool, {}))
     before = processes_of(os.getpid())
-    assert judge(pool, {0: {"do": "hang"}}, count=1).failed_B.all()
-    assert_others_are_judged(judge(pool, {}))
+    assert score(pool, {0: {"do": "hang"}}, count=1).failed_B.all()
+    assert_others_are_scored(score(pool, {}))
     after = processes_of(os.getpid())
     assert len(before) == len(after) == 2 and len(before - after) >= 1
 
@@ -110,13 +110,13 @@ def test_a_scorer_that_only_fails_is_given_up(pool, tmp_path):
     answered.
     """
     chunks = 8 * BREAKER
-    judged = judge(pool, {i: {"do": "raise"} for i in range(chunks * CHUNK)}, count=chunks * CHUNK)
-    assert judged.failed_B.all()
-    given_up = judged.reasons[f"given up: {BREAKER} chunks in a row failed"]
+    result = score(pool, {i: {"do": "raise"} for i in range(chunks * CHUNK)}, count=chunks * CHUNK)
+    assert result.failed_B.all()
+    given_up = result.reasons[f"given up: {BREAKER} chunks in a row failed"]
     assert given_up >= (chunks - BREAKER - 2) * CHUNK
     # In the next rollout an image is tried again as ever.
-    assert_others_are_judged(
-        judge(pool, {0: {"do": "once", "path": str(tmp_path / "done")}}, count=1)
+    assert_others_are_scored(
+        score(pool, {0: {"do": "once", "path": str(tmp_path / "done")}}, count=1)
     )
 
 
@@ -127,7 +127,7 @@ def test_a_share_of_failures_stops_the_run():
     with pytest.raises(UserError) as e:
         check_failed(failed_B, reasons, 0.29)
     assert str(e.value) == (
-        "3 of 10 images have no reward, a larger share than rl.max_failed_fraction=0.29: 2 x c: d; 1 x a: b"
+        "3 of 10 images have no reward, a larger fraction than rl.max_failed_fraction=0.29: 2 x c: d; 1 x a: b"
     )
 
 
@@ -167,10 +167,10 @@ def test_processes_that_hang_while_they_start_stop_the_run():
 
 def test_an_idle_process_that_is_killed_is_replaced(pool):
     """By the system, for want of memory, say."""
-    assert_others_are_judged(judge(pool, {}))
+    assert_others_are_scored(score(pool, {}))
     for pid in processes_of(os.getpid()):
         os.kill(pid, signal.SIGKILL)
-    assert_others_are_judged(judge(pool, {}))
+    assert_others_are_scored(score(pool, {}))
 
 
 def processes_of(parent: int) -> set[int]:
@@ -241,5 +241,5 @@ def test_images_prompts_and_metadata_belong_together(pool):
 def test_the_processes_start_light():
     """No jax, no accelerator for it if a reward imports it, one thread each."""
     with RewardPool((RewardConfig("python:tests.rl.rewards.scorers.light"),), workers=1) as pool:
-        judged = pool.submit(images(1), [""], [{}]).result()
-    assert judged.reasons == {} and judged.total_B.tolist() == [1.0]
+        result = pool.submit(images(1), [""], [{}]).result()
+    assert result.reasons == {} and result.total_B.tolist() == [1.0]

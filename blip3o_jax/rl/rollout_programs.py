@@ -2,16 +2,16 @@
 them. Two compiled programs on the run's mesh, of the same networks, sampler and sharding as
 training and sampling:
 
-    draw         prompts --> image tokens --> latents --> pixels, with the log-probabilities of all that was drawn
-    reference    what the policy that the run started from says of these draws
+    rollout      prompts --> image tokens --> latents --> pixels, with the log-probabilities of all that was sampled
+    reference    the log-probabilities of these samples under the reference policy
 
-Record of a rollout, B = P G images: arrays that lead with B, in the order of the prompts.
+Arrays of a rollout, B = P G images: arrays that lead with B, in the order of the prompts.
 
     tokens, lengths          [B, L], [B]          the prompt
-    image_ids, logprobs      [B, N]               policy "ar" and "both"; `classes` [B, N, X] where top-k or top-p is on
+    image_ids, logprobs      [B, N]               policy "ar" and "both"; `support` [B, N, X] where top-k or top-p is on
     reference_logprobs       [B, N]               where rl.kl_coef is not 0
     hidden                   [B, N + 1, D]        policy "flow" and "both": the condition before the connector
-    x, x_next                [B, K, H, W, C]      latents before and after the steps trained on
+    latents, next_latents    [B, K, H, W, C]      before and after the steps trained on
     step                     [B, K]               which steps these are
     flow_logprobs            [B, K]
     reference_mean           [B, K, H, W, C]      where rl.flow.kl_coef is not 0
@@ -42,7 +42,7 @@ from blip3o_jax.sampling_programs import (
 )
 from blip3o_jax.train.state import StatePlan
 
-Record = dict[str, jax.Array]
+RolloutArrays = dict[str, jax.Array]
 
 
 def trains_tokens(cfg: RlConfig) -> bool:
@@ -57,39 +57,40 @@ def has_reference(cfg: RlConfig) -> bool:
     return bool((trains_tokens(cfg) and cfg.kl_coef) or (trains_flow(cfg) and cfg.flow.kl_coef))
 
 
-def images_per_prefix(group: int, prompts: int, shards: int) -> int:
+def images_per_prefix(num_generations: int, prompts: int, shards: int) -> int:
     """Return how many images of a group share the prefill of their prompt: as many as leave every
-    device a prompt of its own.
+    device a prompt.
     """
     return next(
         g
-        for g in range(group, 0, -1)
-        if (group % g == 0 and (prompts * group // g) % shards == 0) or g == 1
+        for g in range(num_generations, 0, -1)
+        if (num_generations % g == 0 and (prompts * num_generations // g) % shards == 0) or g == 1
     )
 
 
-def make_draw(
+def make_rollout(
     config: Config, plan: StatePlan, strategy: Strategy, image_ids: tuple[int, int]
-) -> Callable[..., tuple[jax.Array, Record]]:
-    """(params, frozen, tokens_PL, lengths_P, indices_B, seed, rollout) -> (uint8 images [B, H, W,
-    3], record), compiled for each shape. Rows are drawn from keys of (seed, their index); the
-    denoising steps trained on from (seed, rollout).
+) -> Callable[..., tuple[jax.Array, RolloutArrays]]:
+    """Return (params, frozen, tokens_PL, lengths_P, indices_B, seed, number) -> (uint8 images [B, H,
+    W, 3], arrays), compiled for each shape. Rows are sampled from keys of (seed, their index); the
+    denoising steps trained on from (seed, number of the rollout).
 
-    With policy "flow" the images of a group share their image tokens, drawn once, so that what
-    tells their rewards apart is what learns from them. Their start noise is their own.
+    With policy "flow" the images of a group share their image tokens, sampled once, so that their
+    rewards differ by the denoising alone, which is what is trained. Each has its own initial noise.
     """
     rl, cfg = config.rl, config.model
-    settings, group = rl.rollout, rl.num_generations
+    settings = rl.rollout
+    group = rl.num_generations
 
-    def draw(
+    def rollout(
         params: Any,
         frozen: Any,
         tokens_PL: jax.Array,
         lengths_P: jax.Array,
         indices_B: jax.Array,
         seed: jax.Array,
-        rollout: jax.Array,
-    ) -> tuple[jax.Array, Record]:
+        number: jax.Array,
+    ) -> tuple[jax.Array, RolloutArrays]:
         model = plan.model(params, frozen)
         share = images_per_prefix(group, len(tokens_PL), strategy.batch_shards)
         tokens_RL, lengths_R = (
@@ -98,11 +99,11 @@ def make_draw(
         with nn.sharding_resolver(strategy.resolver):
             tokens_RL = nn.constrain(tokens_RL, "batch", None)
             token_keys_B, noise_keys_B = sampling_keys(seed, indices_B)
-            record = {
+            arrays = {
                 "tokens": jnp.repeat(tokens_RL, share, axis=0),
                 "lengths": jnp.repeat(lengths_R, share, axis=0),
             }
-            draw_ids = functools.partial(
+            sample_ids = functools.partial(
                 sample_image_tokens,
                 model,
                 tokens_RL,
@@ -111,24 +112,26 @@ def make_draw(
                 image_ids=image_ids,
             )
             if trains_tokens(rl):
-                drawn = draw_ids(keys_B=token_keys_B, group=share, return_support=True)
-                hidden_BTD = drawn.hidden_BTD
-                record |= {"image_ids": drawn.ids_BN, "logprobs": drawn.logprobs_BN}
-                record |= {} if drawn.support_BNX is None else {"classes": drawn.support_BNX}
-            else:  # a group has the image tokens of its first row: its images differ by what is trained alone
-                drawn = draw_ids(keys_B=jnp.repeat(token_keys_B[::group], group // share, axis=0))
-                hidden_BTD = jnp.repeat(drawn.hidden_BTD, share, axis=0)
+                sampled = sample_ids(keys_B=token_keys_B, group=share, return_support=True)
+                hidden_BTD = sampled.hidden_BTD
+                arrays |= {"image_ids": sampled.ids_BN, "logprobs": sampled.logprobs_BN}
+                arrays |= {} if sampled.support_BNX is None else {"support": sampled.support_BNX}
+            else:  # all images of a group have the image tokens of its first row
+                sampled = sample_ids(
+                    keys_B=jnp.repeat(token_keys_B[::group], group // share, axis=0)
+                )
+                hidden_BTD = jnp.repeat(sampled.hidden_BTD, share, axis=0)
             noise_BHWC = prepare_latents(cfg, noise_keys_B)
-            velocity = guided(model, hidden_BTD, settings)
+            velocity = guided_velocity_fn(model, hidden_BTD, settings)
             with nn.part("dit"):
                 if trains_flow(rl):
                     steps_key = jax.random.fold_in(
-                        jax.random.fold_in(jax.random.key(seed), 2**32 - 1), rollout
+                        jax.random.fold_in(jax.random.key(seed), 2**32 - 1), number
                     )
                     steps_K = flow_grpo.choose_steps(
                         steps_key, rl.flow.steps, rl.flow.trained_steps
                     )
-                    z_BHWC, kept = flow_grpo.sample_sde(
+                    z_BHWC, path = flow_grpo.sample_sde(
                         velocity,
                         noise_BHWC,
                         noise_keys_B,
@@ -137,50 +140,57 @@ def make_draw(
                         noise=rl.flow.noise_level,
                         flow=cfg.flow,
                     )
-                    record |= {"hidden": hidden_BTD, "x": kept.x_BKHWC, "x_next": kept.next_BKHWC}
-                    record["step"] = jnp.broadcast_to(kept.step_K, kept.logprob_BK.shape)
-                    record["flow_logprobs"] = kept.logprob_BK
+                    arrays |= {
+                        "hidden": hidden_BTD,
+                        "latents": path.x_BKHWC,
+                        "next_latents": path.next_BKHWC,
+                        "step": jnp.broadcast_to(path.step_K, path.logprob_BK.shape),
+                        "flow_logprobs": path.logprob_BK,
+                    }
                 else:
                     z_BHWC = sampler.euler(
                         velocity, noise_BHWC, steps=settings.steps, flow=cfg.flow
                     )
-            return to_uint8(model.pixels(z_BHWC)), record
+            return to_uint8(model.pixels(z_BHWC)), arrays
 
-    return jax.jit(draw, out_shardings=strategy.batch_sharding())
+    return jax.jit(rollout, out_shardings=strategy.batch_sharding())
 
 
 def make_reference(
     config: Config, plan: StatePlan, strategy: Strategy, image_ids: tuple[int, int]
-) -> Callable[[Any, Any, Record], Record]:
-    """(reference's parameters, frozen, record) -> what the record lacks of the reference's."""
+) -> Callable[[Any, Any, RolloutArrays], RolloutArrays]:
+    """Return (parameters of the reference policy, frozen, arrays) -> its log-probabilities and means,
+    where the loss needs them.
+    """
     rl = config.rl
     share = images_per_prefix(rl.num_generations, rl.num_prompts, strategy.batch_shards)
 
-    def reference(params: Any, frozen: Any, record: Record) -> Record:
-        model, found = plan.model(params, frozen), {}
+    def reference(params: Any, frozen: Any, arrays: RolloutArrays) -> RolloutArrays:
+        model = plan.model(params, frozen)
+        found = {}
         with nn.sharding_resolver(strategy.resolver):
             if trains_tokens(rl) and rl.kl_coef:
-                found["reference_logprobs"], _ = token_logprobs(model, record, rl, image_ids, share)
+                found["reference_logprobs"], _ = token_logprobs(model, arrays, rl, image_ids, share)
             if trains_flow(rl) and rl.flow.kl_coef:
-                found["reference_mean"], _ = flow_means(model, record, rl)
+                found["reference_mean"], _ = flow_means(model, arrays, rl)
         return found
 
     return jax.jit(reference, out_shardings=strategy.batch_sharding())
 
 
 def token_logprobs(
-    model: Blip3o, record: Record, rl: RlConfig, image_ids: tuple[int, int], share: int
+    model: Blip3o, arrays: RolloutArrays, rl: RlConfig, image_ids: tuple[int, int], share: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Log-probabilities of the record's image tokens and entropies, float32 [B, N]. `share` rows
-    have one reading of their prompt.
+    """Return the log-probabilities of the image tokens and the entropies, float32 [B, N]. `share`
+    rows have one prefill of their prompt.
     """
     with nn.part("ar"):
         return score_image_tokens(
             model.ar,
-            record["tokens"],
-            record["lengths"],
-            record["image_ids"],
-            record.get("classes"),
+            arrays["tokens"],
+            arrays["lengths"],
+            arrays["image_ids"],
+            arrays.get("support"),
             rl.rollout,
             image_ids=image_ids,
             chunk=rl.logits_chunk,
@@ -188,11 +198,11 @@ def token_logprobs(
         )
 
 
-def flow_means(model: Blip3o, record: Record, rl: RlConfig) -> tuple[jax.Array, jax.Array]:
-    """Means [B, K, H, W, C] and deviations [B, K] of the record's denoising steps."""
+def flow_means(model: Blip3o, arrays: RolloutArrays, rl: RlConfig) -> tuple[jax.Array, jax.Array]:
+    """Return the means [B, K, H, W, C] and deviations [B, K] of the denoising steps."""
     flow = model.cfg.flow
-    velocity = guided(model, record["hidden"], rl.rollout)
-    sigma_BK, next_BK = flow_grpo.step_sigmas(record["step"], steps=rl.flow.steps, flow=flow)
+    velocity = guided_velocity_fn(model, arrays["hidden"], rl.rollout)
+    sigma_BK, next_BK = flow_grpo.step_sigmas(arrays["step"], steps=rl.flow.steps, flow=flow)
 
     def one(_: None, inputs: tuple[jax.Array, ...]) -> tuple[None, tuple[jax.Array, jax.Array]]:
         x_BHWC, sigma_B, next_B = inputs
@@ -202,27 +212,27 @@ def flow_means(model: Blip3o, record: Record, rl: RlConfig) -> tuple[jax.Array, 
             x_BHWC, v_BHWC, sigma_B, next_B, noise=rl.flow.noise_level
         )
 
-    steps_first = jax.tree.map(lambda x: x.swapaxes(0, 1), (record["x"], sigma_BK, next_BK))
+    steps_first = jax.tree.map(lambda x: x.swapaxes(0, 1), (arrays["latents"], sigma_BK, next_BK))
     _, found = jax.lax.scan(jax.checkpoint(one), None, steps_first)
     return jax.tree.map(lambda x: x.swapaxes(0, 1), found)
 
 
-def guided(
+def guided_velocity_fn(
     model: Blip3o, hidden_BTD: jax.Array, settings: SamplingConfig
 ) -> Callable[[jax.Array, jax.Array], jax.Array]:
-    """The velocity that the sampler goes by."""
+    """Return (latents, timesteps) -> the velocity under classifier-free guidance."""
     guidance = model.guidance(hidden_BTD, settings)
     with nn.part("dit"):
         return sampler.guided_velocity(model.dit, guidance)
 
 
-def chunks(cfg: RlConfig) -> int:
-    """Draws that a rollout is made of: of at most `rollout.batch_size` images each, whole groups,
-    equally many.
+def num_micro_batches(cfg: RlConfig) -> int:
+    """Return how many micro-batches a rollout is sampled in: of at most `rollout.batch_size` images
+    each, of whole groups, all of one size.
     """
-    most = max(1, cfg.rollout.batch_size // cfg.num_generations)
+    max_prompts = max(1, cfg.rollout.batch_size // cfg.num_generations)
     return next(
         n
-        for n in range(math.ceil(cfg.num_prompts / most), cfg.num_prompts + 1)
+        for n in range(math.ceil(cfg.num_prompts / max_prompts), cfg.num_prompts + 1)
         if cfg.num_prompts % n == 0
     )
