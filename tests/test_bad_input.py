@@ -20,7 +20,9 @@ from blip3o_jax import cli
 from tests import tiny
 
 ROOT = pathlib.Path(__file__).parent.parent
-TRAIN = ("train", f"--config={ROOT}/configs/overfit.py", "--workdir=run")
+# On the devices of the test session, which the file would split anew.
+OVERFIT = (f"--config={ROOT}/configs/overfit.py", "--config.mesh.cpu_devices=0")
+TRAIN = ("train", *OVERFIT, "--workdir=run")
 # Layers cost compile time, and nothing here depends on them. The first stage sees every record.
 SMALL = (
     *(
@@ -33,6 +35,8 @@ SMALL = (
             "dit.num_layers",
         )
     ),
+    "--config.model.vae.encoder_layers_per_block=(0,1,1,0)",
+    "--config.model.vae.decoder_layers_per_block=(0,1,1,0)",
     "--config.preview=0",
     "--config.log_every=1",
     "--config.steps=1",
@@ -204,7 +208,7 @@ def test_a_run_that_cannot_begin(place, arguments, words):
     second = [(name.replace("txt", "json"), b"{}") for name, _ in captioned(8)]
     write_tar(place / "twice.tar", captioned(8) + second)
     (place / "odd.py").touch()
-    line = refused("train", TRAIN[1], "--workdir=new", *arguments)
+    line = refused("train", *OVERFIT, "--workdir=new", *arguments)
     assert all(word in line for word in words), line
     assert not (place / "new").exists()
 

@@ -18,13 +18,7 @@ from blip3o_jax import config as config_lib
 from blip3o_jax import files
 from blip3o_jax.config import Config, ConfigError
 from blip3o_jax.data import encoded
-from blip3o_jax.data.encoded import (
-    DTYPES,
-    RECORDS_PER_SHARD,
-    DamagedShard,
-    EncodedSource,
-    directory_name,
-)
+from blip3o_jax.data.encoded import DTYPES, PART, DamagedPart, EncodedSource, directory_name
 from blip3o_jax.data.examples import ExampleBuilder, Views
 from blip3o_jax.data.record import CHANGED, BadRecord, Source, read_record
 from blip3o_jax.parallel.distributed import barrier, log_host0
@@ -35,7 +29,7 @@ BATCH = 64
 
 
 def weights_fingerprint(frozen: Any) -> str:
-    """Return a hash of the bytes of the encoders' parameters."""
+    """Hash over the bytes of the encoders' parameters."""
     digest = hashlib.sha256()
     for path, leaf in sorted(
         jax.tree_util.tree_leaves_with_path(frozen), key=lambda kv: str(kv[0])
@@ -46,12 +40,12 @@ def weights_fingerprint(frozen: Any) -> str:
 
 
 def encoded_source(
-    source: Source, encode: Encode, fingerprint: str, config: Config, *, batch_shards: int = 1
+    source: Source, encode: Encode, fingerprint: str, config: Config, *, shards: int = 1
 ) -> EncodedSource:
-    """Return `source` with its encoder outputs under `config.data.cache_dir`; what is missing or
-    damaged is computed first, in batches of BATCH images or the next multiple of `batch_shards`.
+    """`source` with its encoder outputs under `config.data.cache_dir`; what is not there yet, or is
+    damaged, is computed first, in batches of BATCH images or the next multiple of `shards`.
     """
-    batch = -(-BATCH // batch_shards) * batch_shards
+    batch = -(-BATCH // shards) * shards
     settings = {
         "weights": fingerprint,
         "image_size": config.model.image_size if source.shape is None else source.shape,
@@ -59,8 +53,8 @@ def encoded_source(
         "tokenizer": config_lib.to_dict(config.model.tokenizer),
         "vae": config_lib.to_dict(config.model.vae),
     }
-    if slots := config.model.editing.reference_slots:
-        settings["references"] = slots
+    if places := config.model.editing.reference_slots:
+        settings["references"] = places
     directory = pathlib.Path(config.data.cache_dir) / directory_name(source, settings)
     directory.mkdir(parents=True, exist_ok=True)
     if jax.process_index() == 0:  # for people; nothing reads it
@@ -68,42 +62,42 @@ def encoded_source(
         files.replace_text(directory / "settings.json", text)
 
     builder = ExampleBuilder(("pixels", "tokenizer_pixels"), config.model, config.data)
-    shards = -(-len(source) // RECORDS_PER_SHARD)
-    mine = range(jax.process_index(), shards, jax.process_count())
-    todo = [shard for shard in mine if not _whole(directory, shard)]
+    parts = -(-len(source) // PART)
+    mine = range(jax.process_index(), parts, jax.process_count())
+    todo = [part for part in mine if not _whole(directory, part)]
     began = time.monotonic()
-    for done, shard in enumerate(todo, 1):
-        _write_shard(source, encode, builder, directory, shard, batch)
+    for done, part in enumerate(todo, 1):
+        _write_part(source, encode, builder, directory, part, batch)
         seconds = time.monotonic() - began
         left = seconds / done * (len(todo) - done)
         log_host0(
-            f"encode {source.name}: shard {done}/{len(todo)} in {seconds:.0f} s, ETA {left:.0f} s"
+            f"encode {source.name}: part {done}/{len(todo)} in {seconds:.0f} s, ETA {left:.0f} s"
         )
     barrier(f"encoded {directory.name}", seconds=86400.0)
     return EncodedSource(source, directory, config.model.tokenizer.codebook_size)
 
 
-def _whole(directory: pathlib.Path, shard: int) -> bool:
-    """Return whether a shard is there and can be opened; report one that is damaged."""
-    if not encoded.shard_file(directory, shard).exists():
+def _whole(directory: pathlib.Path, part: int) -> bool:
+    """Whether a part is there and can be opened; one that is damaged is named."""
+    if not encoded.part_file(directory, part).exists():
         return False
     try:
-        encoded.open_shard(directory, shard)
-    except DamagedShard as error:
-        print(f"{error.reason}: encoding shard {shard} again", file=sys.stderr, flush=True)
+        encoded.open_part(directory, part)
+    except DamagedPart as error:
+        print(f"{error.reason}: encoding part {part} again", file=sys.stderr, flush=True)
         return False
     return True
 
 
-def _write_shard(
+def _write_part(
     source: Source,
     encode: Encode,
     builder: ExampleBuilder,
     directory: pathlib.Path,
-    shard: int,
+    part: int,
     batch: int,
 ) -> None:
-    indices = range(shard * RECORDS_PER_SHARD, min(len(source), (shard + 1) * RECORDS_PER_SHARD))
+    indices = range(part * PART, min(len(source), (part + 1) * PART))
     unreadable: dict[str, str] = {}
 
     def images_of(index: int) -> list[tuple[int, Views]]:
@@ -111,7 +105,7 @@ def _write_shard(
             return read_record(source, index, builder.images_of)
         except BadRecord as error:
             files.raise_trouble(error)
-            if error.kind == CHANGED:  # its shard would be kept under the name of other bytes
+            if error.kind == CHANGED:  # its part would be kept under the name of other bytes
                 raise ConfigError(str(error)) from error
             unreadable[str(index)] = error.reason
             return []
@@ -121,7 +115,7 @@ def _write_shard(
     blank = tuple(np.zeros((*size, 3), np.uint8) for size in sizes)
     places = builder.model.editing.reference_slots + 1
     outputs: tuple[np.ndarray, ...] = ()
-    waiting: list[tuple[int, int, Views]] = []  # (record of the shard, place, views)
+    waiting: list[tuple[int, int, Views]] = []  # (record of the part, place, views)
 
     def encode_some() -> None:
         """A batch of images, whichever records they are of: places without one cost nothing. Always
@@ -161,4 +155,4 @@ def _write_shard(
     for row, (codes, latents) in enumerate(zip(*arrays.values(), strict=True)):
         if reason := encoded.not_outputs(codes, latents, builder.model.tokenizer.codebook_size):
             unreadable.setdefault(str(indices[row]), f"the encoders give {reason}")
-    encoded.write_shard(directory, shard, arrays, unreadable)
+    encoded.write_part(directory, part, arrays, unreadable)
