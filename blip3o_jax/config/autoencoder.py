@@ -133,4 +133,5 @@ class DcAeConfig(ConfigGroup, path="model.vae"):
 
     @property
     def spatial_compression(self) -> int:
+        """Return the pixels per latent along a side."""
         return 1 << (len(self.encoder_block_out_channels) - 1)

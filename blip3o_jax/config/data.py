@@ -30,6 +30,8 @@ class SourceConfig(ConfigGroup, path="data.sources"):
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig(ConfigGroup, path="data"):
+    """The data sets, and how their records become batches of rows."""
+
     # A single source can be given as `path` (and `format`, `split`, `images`); a mixture as
     # `sources`.
     path: Path = ""
@@ -67,6 +69,7 @@ class DataConfig(ConfigGroup, path="data"):
 
     @property
     def all_sources(self) -> tuple[SourceConfig, ...]:
+        """Return the single source of `path` and those of `sources`."""
         single = (
             (SourceConfig(self.path, self.format, 1.0, self.split, images=self.images),)
             if self.path

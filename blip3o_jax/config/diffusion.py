@@ -73,6 +73,7 @@ class SanaConfig(ConfigGroup, path="model.dit"):
 
     @property
     def hidden_size(self) -> int:
+        """Return the width of the residual stream."""
         return self.num_attention_heads * self.attention_head_dim
 
     def __post_init__(self) -> None:

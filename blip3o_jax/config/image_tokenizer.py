@@ -47,7 +47,7 @@ class SiglipVisionConfig(ConfigGroup, path="model.tokenizer.encoder"):
 
     @property
     def grid(self) -> int:
-        """Patches along one side."""
+        """Return the patches along one side."""
         return self.image_size // self.patch_size
 
 
@@ -103,13 +103,14 @@ class TaTokConfig(ConfigGroup, path="model.tokenizer"):
 
     @property
     def grid(self) -> int:
-        """Image tokens along one side: 27, 13 or 9 for pool scales 1, 2, 3 of the published
+        """Return the image tokens along one side: 27, 13 or 9 for pool scales 1, 2, 3 of the published
         encoder.
         """
         return self.encoder.grid // self.pool_scale
 
     @property
     def num_tokens(self) -> int:
+        """Return the image tokens of an image."""
         return self.grid**2
 
 

@@ -61,8 +61,10 @@ class Qwen3Config(ConfigGroup, path="model.ar"):
 
     @property
     def embedding_std(self) -> float:
+        """Return the standard deviation that the token embeddings start with."""
         return self.initializer_range if self.embedding_range is None else self.embedding_range
 
     @property
     def padded_vocab_size(self) -> int:
+        """Return the rows that are stored of the embedding table."""
         return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple

@@ -23,14 +23,15 @@ class LoraConfig(ConfigGroup, path="lora"):
 
     @property
     def scale(self) -> float:
+        """Return the factor of A B; 0 where there are no adapters."""
         return self.alpha / self.rank if self.rank else 0.0
 
     def of(self, name: str) -> "LoraConfig | None":
-        """What the linear layer of this name has, or None."""
+        """Return the adapter settings of the linear layer `name`; None where it has no adapter."""
         return self if self.rank and name in self.targets else None
 
     def check(self, part: str, names: tuple[str, ...]) -> None:
-        """ConfigError unless `names`, the layers that can have them, hold all targets."""
+        """Raise ConfigError unless `names`, the layers that can have adapters, hold all targets."""
         check(
             bool(self.targets) or not self.rank,
             f"{part}.lora.targets is empty: name some of {', '.join(names)}, or rank 0",

@@ -46,6 +46,8 @@ class EditingConfig(ConfigGroup, path="model.editing"):
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig(ConfigGroup, path="model"):
+    """The parts of the model, and the sizes of its images."""
+
     text: TextConfig = TextConfig()
     template: TemplateConfig = TemplateConfig()
     tokenizer: TaTokConfig = TaTokConfig()
@@ -78,19 +80,20 @@ class ModelConfig(ConfigGroup, path="model"):
 
     @property
     def latent_size(self) -> int:
+        """Return the latents along a side of the square image."""
         return self.image_size // self.vae.spatial_compression
 
     @property
     def sizes(self) -> tuple[tuple[int, int], ...]:
-        """(height, width) of every image."""
+        """Return (height, width) in pixels of every shape of images."""
         return self.buckets or ((self.image_size, self.image_size),)
 
     def nearest_size(self, height: int, width: int) -> tuple[int, int]:
-        """The one of `sizes` whose shape is nearest to an image's, by the ratio of their ratios."""
+        """Return the one of `sizes` whose aspect ratio is nearest to an image's, in logarithms."""
         return min(self.sizes, key=lambda size: abs(math.log(size[0] * width / (size[1] * height))))
 
     def check_size(self, size: tuple[int, int], name: str) -> None:
-        """ConfigError unless latents and patches cut it evenly."""
+        """Raise ConfigError that names `name` unless latents and patches divide `size` evenly."""
         unit = self.vae.spatial_compression * self.dit.patch_size
         fits = len(size) == 2 and all(side > 0 and side % unit == 0 for side in size)
         check(

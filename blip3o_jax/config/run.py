@@ -83,5 +83,5 @@ class Config(ConfigGroup):
 
     @property
     def title(self) -> str:
-        """What messages call the run."""
+        """Return what messages call the run."""
         return "rl" if self.rl.rewards else self.stage

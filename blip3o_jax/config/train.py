@@ -65,6 +65,8 @@ class LossConfig(ConfigGroup, path="loss"):
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig(ConfigGroup, path="checkpoint"):
+    """When checkpoints are written, and what a run starts from."""
+
     every: PositiveInt = 1000
     keep: PositiveInt = 3
     # Parts to start from: {part: checkpoint directory}, part one of the model's

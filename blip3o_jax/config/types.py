@@ -49,6 +49,7 @@ BatchSize = Annotated[int, Bounds(1, 2**24)]
 
 
 def check_heads(part: str, width: int, heads: int) -> None:
+    """Raise ConfigError unless the attention heads of `part` divide its width evenly."""
     check(
         width % heads == 0,
         f"{part}.hidden_size={width} must be a multiple of {part}.num_attention_heads={heads}",
