@@ -65,10 +65,10 @@ def raise_trouble(error: BaseException) -> None:
 
 def describe(error: OSError) -> str:
     """Return "PATH: what is wrong, and what to do"."""
-    said = error.strerror or str(error)
+    reason = error.strerror or str(error)
     if advice := TROUBLE.get(error.errno or 0):
-        said += f": {advice}"
-    return said if error.filename is None else f"{os.fsdecode(error.filename)}: {said}"
+        reason += f": {advice}"
+    return reason if error.filename is None else f"{os.fsdecode(error.filename)}: {reason}"
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
@@ -90,7 +90,9 @@ def _trouble(error: BaseException) -> OSError | None:
     text = str(error)
     code = _CODE.search(text)
     number = (
-        int(code[1]) if code else next((n for said, n in _BY_TEXT.items() if said in text), None)
+        int(code[1])
+        if code
+        else next((n for phrase, n in _BY_TEXT.items() if phrase in text), None)
     )
     if number not in TROUBLE:
         return None
@@ -109,7 +111,7 @@ def writing(path: pathlib.Path) -> Iterator[None]:
     """
     try:
         yield
-    except UserError:  # has said it
+    except UserError:  # already names the file
         raise
     except Exception as error:
         found = system_error(error)

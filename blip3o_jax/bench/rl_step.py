@@ -192,7 +192,7 @@ def print_report(report: dict[str, Any]) -> None:
     ratio, equal = report["ratio"], report["equal"]
     print(f"of drawing, {report['pixels']:.3f} s are denoising and autoencoder, the same in both")
     print(
-        f"a step here is {ratio['median']:.2f} x as fast ({ratio['least']:.2f} to {ratio['most']:.2f} over the rounds)"
+        f"a step here is {ratio['median']:.2f} x as fast ({ratio['min']:.2f} to {ratio['max']:.2f} over the rounds)"
     )
     print("first step: " + ", ".join(f"{name} {value:.2g}" for name, value in equal.items()))
 
@@ -282,16 +282,16 @@ def _published_draw(
         with nn.sharding_resolver(strategy.resolver):
             tokens_BL = nn.constrain(tokens_BL, "batch", None)
             token_keys_B, noise_keys_B = sampling_keys(seed, indices_B)
-            drawn = sample_image_tokens(
+            sampled = sample_image_tokens(
                 model, tokens_BL, lengths_B, token_keys_B, rl.rollout, image_ids
             )
-            hidden_BTD = teacher_forced_states(model.ar, tokens_BL, lengths_B, drawn.ids_BN, 1)
+            hidden_BTD = teacher_forced_states(model.ar, tokens_BL, lengths_B, sampled.ids_BN, 1)
             z_BHWC = _denoised(model, config, hidden_BTD, prepare_latents(cfg, noise_keys_B))
             record = {
                 "tokens": tokens_BL,
                 "lengths": lengths_B,
-                "image_ids": drawn.ids_BN,
-                "logprobs": drawn.logprobs_BN,
+                "image_ids": sampled.ids_BN,
+                "logprobs": sampled.logprobs_BN,
             }
             return to_uint8(model.pixels(z_BHWC)), record
 

@@ -192,8 +192,8 @@ def _run_user_code(path: pathlib.Path, call: Callable[[], Any]) -> Any:
         if isinstance(error, UserError):
             kind = ConfigError if isinstance(error, ConfigError) else UserError
             raise kind(f"{place}: {error}") from error
-        said = f": {error}" if str(error) else ""
-        raise UserError(f"{place}: {type(error).__name__}{said}") from error
+        reason = f": {error}" if str(error) else ""
+        raise UserError(f"{place}: {type(error).__name__}{reason}") from error
 
 
 def override(values: dict[str, Any], key: str, text: str) -> None:

@@ -118,22 +118,22 @@ def print_report(report: Report) -> None:
             )
             table.add_row(output.name, found, _verdict(output.ok))
         console.print(table)
-    say = lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True)
+    print_line = lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True)
     for part in report.parts:
         for difference in part.differing[:LISTED]:
-            say(f"{part.part}: {difference.tensor} differs, by {difference.error:.1e}")
+            print_line(f"{part.part}: {difference.tensor} differs, by {difference.error:.1e}")
         if len(part.differing) > LISTED:
-            say(f"{part.part}: {len(part.differing)} tensors differ in all")
+            print_line(f"{part.part}: {len(part.differing)} tensors differ in all")
         for output in part.outputs:
             if not output.ok and output.first_layer:
-                say(
+                print_line(
                     f"{part.part}: {output.name} part at {output.first_layer}, by {output.first_layer_error:.1e}"
                 )
             elif not output.ok:
-                say(f"{part.part}: {output.name} part outside the stacked layers")
+                print_line(f"{part.part}: {output.name} part outside the stacked layers")
     for note in report.notes:
-        say(f"note: {note}")
-    say(
+        print_line(f"note: {note}")
+    print_line(
         f"{report.checkpoint} is {'the same model as' if report.ok else 'NOT the same model as'} {report.torch}"
     )
 

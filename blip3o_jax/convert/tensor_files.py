@@ -182,7 +182,7 @@ def _read_safetensors(path: pathlib.Path) -> dict[str, Tensor]:
         try:
             header = json.loads(file.read(length))
             header.pop("__metadata__", None)
-            places = {
+            entries = {
                 key: _place(v["dtype"], v["shape"], *v["data_offsets"]) for key, v in header.items()
             }
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -190,7 +190,7 @@ def _read_safetensors(path: pathlib.Path) -> dict[str, Tensor]:
                 f"{path} has a damaged safetensors header ({error}): copy it again"
             ) from error
     start, end = 8 + length, 0
-    for key, (dtype, shape, first, last) in sorted(places.items(), key=lambda item: item[1][2:]):
+    for key, (dtype, shape, first, last) in sorted(entries.items(), key=lambda item: item[1][2:]):
         if dtype is None:
             raise UserError(
                 f"{path}: {key} has dtype {header[key]['dtype']}, which is not one of {', '.join(DTYPES)}"
@@ -210,7 +210,7 @@ def _read_safetensors(path: pathlib.Path) -> dict[str, Tensor]:
         )
     return {
         key: Tensor(key, shape, dtype, path, _reader(path, key, shape, dtype, start + first))
-        for key, (dtype, shape, first, _) in places.items()
+        for key, (dtype, shape, first, _) in entries.items()
     }
 
 
@@ -278,7 +278,7 @@ class ShardedWriter:
     ):
         self._missing = set(tensors)
         self._handles: list[int] = []
-        self._places: dict[str, tuple[int, int, tuple[int, ...], np.dtype]] = {}
+        self._offsets: dict[str, tuple[int, int, tuple[int, ...], np.dtype]] = {}
         directory.mkdir(parents=True, exist_ok=True)
         sizes = {
             key: math.prod(shape) * np.dtype(dtype).itemsize
@@ -295,10 +295,12 @@ class ShardedWriter:
             self.abort()
             raise
         if len(shards) > 1:
-            places = {key: name for name, keys in zip(names, shards, strict=True) for key in keys}
+            weight_map = {
+                key: name for name, keys in zip(names, shards, strict=True) for key in keys
+            }
             index = {
                 "metadata": {"total_size": sum(sizes.values())},
-                "weight_map": dict(sorted(places.items())),
+                "weight_map": dict(sorted(weight_map.items())),
             }
             (directory / f"{stem}.safetensors.index.json").write_text(
                 json.dumps(index, indent=2) + "\n", encoding="utf-8"
@@ -326,10 +328,10 @@ class ShardedWriter:
         _write(handle, len(text).to_bytes(8, "little") + text, 0)
         for key, (shape, dtype) in ordered:
             offset = 8 + len(text) + header[key]["data_offsets"][0]
-            self._places[key] = (handle, offset, tuple(shape), np.dtype(dtype))
+            self._offsets[key] = (handle, offset, tuple(shape), np.dtype(dtype))
 
     def write(self, key: str, array: np.ndarray) -> None:
-        handle, offset, shape, dtype = self._places[key]
+        handle, offset, shape, dtype = self._offsets[key]
         if array.shape != shape or array.dtype != dtype:
             raise ValueError(f"{key}: {array.dtype} {array.shape} given, {dtype} {shape} announced")
         _write(handle, memoryview(contiguous(array).reshape(-1).view(np.uint8)), offset)
@@ -339,7 +341,7 @@ class ShardedWriter:
         """Write rows of a tensor from number `first` on. They come in order: the last completes the
         tensor.
         """
-        handle, offset, shape, dtype = self._places[key]
+        handle, offset, shape, dtype = self._offsets[key]
         end = first + len(rows)
         if rows.shape[1:] != shape[1:] or rows.dtype != dtype or end > shape[0]:
             raise ValueError(

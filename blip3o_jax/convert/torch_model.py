@@ -422,13 +422,13 @@ class Blip3o(torch.nn.Module):
         """
         euler = scheduler(self.cfg.flow)
         euler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps), device=noise_BCHW.device)
-        guided = guidance != 1.0
-        context_BTC = torch.cat([null_BTC, condition_BTC]) if guided else condition_BTC
+        with_cfg = guidance != 1.0
+        context_BTC = torch.cat([null_BTC, condition_BTC]) if with_cfg else condition_BTC
         z_BCHW = noise_BCHW.float()
         for timestep in euler.timesteps:
-            x_BCHW = torch.cat([z_BCHW, z_BCHW]) if guided else z_BCHW
+            x_BCHW = torch.cat([z_BCHW, z_BCHW]) if with_cfg else z_BCHW
             v_BCHW = self.velocity(x_BCHW, timestep.expand(len(x_BCHW)), context_BTC)
-            if guided:
+            if with_cfg:
                 v_null_BCHW, v_BCHW = v_BCHW.chunk(2)
                 v_BCHW = v_null_BCHW + guidance * (v_BCHW - v_null_BCHW)
             z_BCHW = euler.step(v_BCHW, timestep, z_BCHW).prev_sample

@@ -203,33 +203,33 @@ def _unlisted_shards(index: pathlib.Path, tensors: dict[str, Tensor]) -> list[st
         if own.fullmatch(file.name) and file.name not in read
     ]
     return (
-        [f"{index} places nothing in {others[0]} ({len(others)} in all), which is not read"]
+        [f"{index} lists nothing in {others[0]} ({len(others)} in all), which is not read"]
         if others
         else []
     )
 
 
 def _read_index(index: pathlib.Path) -> dict[str, Tensor]:
-    places = read_json(index).get("weight_map")
-    if not isinstance(places, dict) or not places:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index} has no weight_map: copy it again")
     tensors: dict[str, Tensor] = {}
-    for name in sorted(set(map(str, places.values()))):
+    for name in sorted(set(map(str, weight_map.values()))):
         shard = index.parent / name
         if pathlib.PurePath(name).name != name:
             raise UserError(
-                f"{index} places tensors in {name!r}: shards lie beside their index, by name alone"
+                f"{index} lists tensors in {name!r}: shards lie beside their index, by name alone"
             )
-        named = [key for key, file in places.items() if str(file) == name]
+        named = [key for key, file in weight_map.items() if str(file) == name]
         check_not_pointer(shard)
         if not shard.is_file():
             raise UserError(
-                f"{shard} is missing: {index.name} places {len(named)} tensors there, such as {named[0]}"
+                f"{shard} is missing: {index.name} lists {len(named)} tensors of it, such as {named[0]}"
             )
         found = read_file(shard)
         if missing := sorted(set(named) - set(found)):
             raise UserError(
-                f"{shard} lacks {missing[0]} ({len(missing)} in all), which {index.name} places there"
+                f"{shard} lacks {missing[0]} ({len(missing)} in all), which {index.name} lists in it"
             )
         if extra := sorted(set(found) - set(named)):
             raise UserError(

@@ -126,9 +126,9 @@ def open_image(
 def _check_size(size: tuple[int, int], max_pixels: int | None) -> None:
     width, height = size
     if max_pixels is not None and width * height > max_pixels:
-        most = f"{max_pixels / 1e6:g} million"
+        limit = f"{max_pixels / 1e6:g} million"
         reason = (
-            f"the image is too large: {width} x {height} pixels, more than {most}: scale it down"
+            f"the image is too large: {width} x {height} pixels, more than {limit}: scale it down"
         )
         raise BadRecord("", "", reason)
 

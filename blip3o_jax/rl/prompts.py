@@ -15,15 +15,15 @@ def prompt_indices(count: int, rollout: int, prompts_per_rollout: int, seed: int
     function of (seed, rollout), so no state is stored to resume it.
     """
     positions = rollout * prompts_per_rollout + np.arange(prompts_per_rollout)
-    epochs, places = np.divmod(positions, count)
+    epochs, offsets = np.divmod(positions, count)
     orders = {
         epoch: np.random.default_rng((seed, epoch)).permutation(count)
         for epoch in np.unique(epochs).tolist()
     }
     return np.array(
         [
-            orders[epoch][place]
-            for epoch, place in zip(epochs.tolist(), places.tolist(), strict=True)
+            orders[epoch][offset]
+            for epoch, offset in zip(epochs.tolist(), offsets.tolist(), strict=True)
         ]
     )
 

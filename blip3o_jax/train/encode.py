@@ -53,8 +53,8 @@ def encoded_source(
         "tokenizer": config_lib.to_dict(config.model.tokenizer),
         "vae": config_lib.to_dict(config.model.vae),
     }
-    if places := config.model.editing.reference_slots:
-        settings["references"] = places
+    if slots := config.model.editing.reference_slots:
+        settings["references"] = slots
     directory = pathlib.Path(config.data.cache_dir) / directory_name(source, settings)
     directory.mkdir(parents=True, exist_ok=True)
     if jax.process_index() == 0:  # for people; nothing reads it
@@ -113,12 +113,12 @@ def _write_part(
     side = builder.model.tokenizer.encoder.image_size
     sizes = source.shape or builder.model.sizes[0], (side, side)
     blank = tuple(np.zeros((*size, 3), np.uint8) for size in sizes)
-    places = builder.model.editing.reference_slots + 1
+    slots = builder.model.editing.reference_slots + 1
     outputs: tuple[np.ndarray, ...] = ()
     waiting: list[tuple[int, int, Views]] = []  # (record of the part, place, views)
 
     def encode_some() -> None:
-        """A batch of images, whichever records they are of: places without one cost nothing. Always
+        """A batch of images, whichever records they are of: slots without one cost nothing. Always
         a whole batch, so that `encode` is compiled once.
         """
         nonlocal outputs
@@ -128,7 +128,7 @@ def _write_part(
         found = jax.device_get(encode(*(np.stack(column) for column in zip(*rows, strict=True))))
         if not outputs:
             outputs = tuple(
-                np.zeros((len(indices), places, *x.shape[1:]), dtype)
+                np.zeros((len(indices), slots, *x.shape[1:]), dtype)
                 for x, dtype in zip(found, (np.int32, np.float32), strict=True)
             )
         for output, values in zip(outputs, found, strict=True):
@@ -149,7 +149,7 @@ def _write_part(
             encode_some()
 
     arrays = {
-        name: values if places > 1 else values[:, 0]
+        name: values if slots > 1 else values[:, 0]
         for name, values in zip(DTYPES, outputs, strict=True)
     }
     for row, (codes, latents) in enumerate(zip(*arrays.values(), strict=True)):

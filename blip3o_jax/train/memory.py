@@ -143,13 +143,13 @@ def example_bytes(
         kept[f"data.max_length={length}"] = row * rows / among
         tokens = (model.latent_size // model.dit.patch_size) ** 2 * config.loss.flow_samples
         layers = model.dit.num_layers if model.dit.remat != "offload" else 1
-        drawn = _layers(model.dit, tokens, layers) / among
+        sampled = _layers(model.dit, tokens, layers) / among
         noisy = config.loss.flow_samples if config.loss.flow_samples > 16 else 0
         kept[
             f"loss.flow_samples={noisy}"
             if noisy
             else f"model.image_size={model.image_size} (latents)"
-        ] = drawn
+        ] = sampled
     return given, kept
 
 

@@ -227,13 +227,13 @@ class WorkdirLock:
         if owner.here():
             return owner.runs()
         silent = self._server_time() - owner.seen
-        end, told = time.monotonic() + min(BOUND, BOUND - silent), False
+        end, waiting_logged = time.monotonic() + min(BOUND, BOUND - silent), False
         while (left := end - time.monotonic()) > 0:
-            if not told:
+            if not waiting_logged:
                 log_host0(
                     f"{self._workdir} is locked by {owner}: waiting up to {left:.0f} s for a sign of life"
                 )
-                told = True
+                waiting_logged = True
             time.sleep(min(left, 1.0))
             now = Owner.read(self._path)
             if now is None:

@@ -242,22 +242,22 @@ def test_an_index_that_does_not_agree_with_its_shards(tmp_path):
     for places, message in (
         (
             {"a": names[0], "b": names[1], "c": names[1]},
-            f"{names[1]} lacks c \\(1 in all\\), which {index.name} places there",
+            f"{names[1]} lacks c \\(1 in all\\), which {index.name} lists in it",
         ),
         ({"a": names[0]} | {"c": names[0]}, f"{names[0]} lacks c"),
         ({"a": names[1], "b": names[1]}, f"{names[1]} lacks a"),
         (
             {"a": names[0], "b": "gone.safetensors"},
-            "gone.safetensors is missing: .* places 1 tensors there, such as b",
+            "gone.safetensors is missing: .* lists 1 tensors of it, such as b",
         ),
         (
             {"a": names[0], "b": "../b.safetensors"},
-            r"places tensors in '../b.safetensors': shards lie beside their index",
+            r"lists tensors in '../b.safetensors': shards lie beside their index",
         ),
-        ({"a": names[0], "b": str(files[1])}, f"places tensors in '{files[1]}': shards lie beside"),
+        ({"a": names[0], "b": str(files[1])}, f"lists tensors in '{files[1]}': shards lie beside"),
         (
             {"a": names[0], "b": f"./{names[1]}"},
-            f"places tensors in './{names[1]}': shards lie beside",
+            f"lists tensors in './{names[1]}': shards lie beside",
         ),
         ({}, "has no weight_map"),
         ([], "has no weight_map"),

@@ -88,12 +88,12 @@ def _read(program: Program, computation: Computation, name: str) -> int:
             total += _read(program, computation, user.name)
         elif user.opcode == "fusion":
             inner = program.computations[user.called("calls")[0]]
-            places = [
+            uses = [
                 p
                 for p, operand in zip(inner.parameters(), user.operands, strict=True)
                 if operand == name
             ]
-            total += sum(_read(program, inner, p.name) for p in places)
+            total += sum(_read(program, inner, p.name) for p in uses)
         else:
             return _total(computation.by_name[name].shape)
     return total

@@ -48,12 +48,12 @@ class Network:
     @classmethod
     def of(cls, chip: Chip, mesh: dict[str, int], devices: Sequence[object]) -> "Network":
         """From JAX's devices; those without coordinates (GPUs) lie in nodes of eight."""
-        places = [tuple(getattr(d, "coords", None) or (i,)) for i, d in enumerate(devices)]
+        coords = [tuple(getattr(d, "coords", None) or (i,)) for i, d in enumerate(devices)]
         slices = [getattr(d, "slice_index", 0) or 0 for d in devices]
         if not chip.axes:
-            slices = [i // GPUS_A_NODE for i in range(len(places))]
+            slices = [i // GPUS_A_NODE for i in range(len(coords))]
         cores = [getattr(d, "core_on_chip", 0) or 0 for d in devices]
-        return cls(chip, mesh, np.array(places), np.array(cores), np.array(slices))
+        return cls(chip, mesh, np.array(coords), np.array(cores), np.array(slices))
 
     @property
     def devices(self) -> int:
@@ -61,9 +61,9 @@ class Network:
 
     def axes(self, group: Sequence[int]) -> tuple[str, ...]:
         """Mesh axes along which the members of a group differ."""
-        places = np.array(np.unravel_index(np.array(group), tuple(self.mesh.values())))
+        coords = np.array(np.unravel_index(np.array(group), tuple(self.mesh.values())))
         return tuple(
-            axis for axis, row in zip(self.mesh, places, strict=True) if len(set(row.tolist())) > 1
+            axis for axis, row in zip(self.mesh, coords, strict=True) if len(set(row.tolist())) > 1
         )
 
     def crosses(self, group: Sequence[int]) -> bool:

@@ -5,7 +5,7 @@
     kernels             the same, with cycles counted in such schedules once (kernels.py)
     everything else     bytes / HBM rate
     collectives         network.py
-    loops               their body's cost times their turns
+    loops               their body's cost times their iterations
     conditionals        each branch as often as its loop takes it (branches.py), or the dearest
 
 Text order is the schedule's. Clocks run beside each other: the core's, the interconnect's, that of
@@ -327,14 +327,14 @@ class _Schedule:
         self.now += cost.total_seconds * times
 
     def _loop(self, op: Op) -> None:
-        turns = hlo.trip_count(self.walk.program, self.of, op)
+        iterations = hlo.trip_count(self.walk.program, self.of, op)
         body = self.walk.computation(self.walk.named(op.called("body")[0]))
         if (
-            turns is None
+            iterations is None
         ):  # its time is not known at all: that of one turn, less what the body notes itself
-            turns, seconds = 1, body.total_seconds * (1 - body.unknown_share)
+            iterations, seconds = 1, body.total_seconds * (1 - body.unknown_share)
             self._note("loop of unknown length, counted once", body.hbm_bytes, seconds)
-        self._add(body, turns)
+        self._add(body, iterations)
 
     # --- collectives and copies
 

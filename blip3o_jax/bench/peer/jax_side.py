@@ -150,8 +150,12 @@ class Side:
                 for step in range(CHECKED_STEPS)
             ]
         )()
-        drawn = jax.tree.map(lambda *steps: np.stack(steps), *jax.device_get(draws))
-        return {"noise": drawn.noise[:, :, 0], "sigma": drawn.sigma[:, :, 0], "keep": drawn.keep_B}
+        training_noise = jax.tree.map(lambda *steps: np.stack(steps), *jax.device_get(draws))
+        return {
+            "noise": training_noise.noise[:, :, 0],
+            "sigma": training_noise.sigma[:, :, 0],
+            "keep": training_noise.keep_B,
+        }
 
     def _pipeline(self, *parts: str) -> Pipeline:
         dtype = "bfloat16" if self.half else "float32"

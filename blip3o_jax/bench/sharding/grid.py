@@ -210,9 +210,9 @@ def mesh_for(
         free["fsdp"] = 1
     mesh = dataclasses.replace(config.mesh, strategy=strategy, **free)
     rest = mesh.slices * mesh.sequence * mesh.tensor
-    most = math.gcd(_most_shards(config), where.devices // rest) if rest > 0 else 0
-    if mesh.fsdp == -1 and not {"data", "fsdp"} & chosen and 1 < most < where.devices // rest:
-        mesh = dataclasses.replace(mesh, fsdp=most, data=-1)
+    max_fsdp = math.gcd(_most_shards(config), where.devices // rest) if rest > 0 else 0
+    if mesh.fsdp == -1 and not {"data", "fsdp"} & chosen and 1 < max_fsdp < where.devices // rest:
+        mesh = dataclasses.replace(mesh, fsdp=max_fsdp, data=-1)
     return mesh
 
 

@@ -35,15 +35,17 @@ def run_isolated(
     paths = [str(package), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | environment | {"PYTHONPATH": os.pathsep.join(paths)}
     with tempfile.TemporaryDirectory(prefix="blip3o-sharding-") as scratch:
-        given, found, said = (pathlib.Path(scratch) / file for file in ("work", "row", "log"))
-        given.write_bytes(pickle.dumps(work))
-        with said.open("wb") as log:
+        work_file, row_file, log_file = (
+            pathlib.Path(scratch) / file for file in ("work", "row", "log")
+        )
+        work_file.write_bytes(pickle.dumps(work))
+        with log_file.open("wb") as log:
             command = [
                 sys.executable,
                 "-m",
                 "blip3o_jax.bench.sharding.isolated_process",
-                str(given),
-                str(found),
+                str(work_file),
+                str(row_file),
             ]
             process = subprocess.Popen(
                 command, env=environment, stdin=subprocess.PIPE, stdout=log, stderr=log
@@ -53,9 +55,9 @@ def run_isolated(
             finally:
                 process.kill()
                 process.wait()
-        if found.exists():
-            return json.loads(found.read_text(encoding="utf-8"))
-        lines = said.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        if row_file.exists():
+            return json.loads(row_file.read_text(encoding="utf-8"))
+        lines = log_file.read_text(encoding="utf-8", errors="replace").strip().splitlines()
         # A library that ends the process says why in a line of its own ("F1125 12:00:00.0 ..."),
         # and more after it.
         last = (
@@ -84,9 +86,9 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def main(given: str, found: str) -> None:
+def main(work_file: str, row_file: str) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    work: Callable[[], Row] = pickle.loads(pathlib.Path(given).read_bytes())
+    work: Callable[[], Row] = pickle.loads(pathlib.Path(work_file).read_bytes())
     try:
         row = work()
     except UserError as error:
@@ -99,7 +101,7 @@ def main(given: str, found: str) -> None:
             "status": FAILED,
             "error": type_and_line(error)[:400],
         }
-    pathlib.Path(found).write_text(json.dumps(row), encoding="utf-8")
+    pathlib.Path(row_file).write_text(json.dumps(row), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -192,13 +192,13 @@ def _details(row: Row) -> str:
         for c in sorted(row["collectives"], key=lambda c: -c["seconds"])
     ]
     measured = row.get("measured", {})
-    turns = [
+    timings = [
         (name, f"{table.seconds(measured[key])} s")
         for name, key in MEASURED.items()
         if key in measured
     ]
     if "peak_bytes" in measured:
-        turns.append(("most memory of a device", f"{measured['peak_bytes'] / GIB:.2f} GiB"))
+        timings.append(("most memory of a device", f"{measured['peak_bytes'] / GIB:.2f} GiB"))
     tried = [
         (f"{t['batch_per_chip']:g} a chip", verdict(t).split("a chip ", 1)[1])
         for t in row.get("tried", ())
@@ -216,7 +216,7 @@ def _details(row: Row) -> str:
         "Largest arrays of a device": held,
         "Work of a device": work,
         "Predicted seconds by part": times,
-        "Measured": turns,
+        "Measured": timings,
         "Batches tried": tried,
         "Collectives": moved,
         "In no known class": unknown,

@@ -60,8 +60,8 @@ class TrainStep:
         them by design.
         """
         model, length = self.config.model, self.config.data.max_length - 1
-        most = min(max_labels(model.template, model.tokenizer.num_tokens) or length, length)
-        if self.config.stage != "joint" or most <= self.config.loss.ce_chunk:
+        labels = min(max_labels(model.template, model.tokenizer.num_tokens) or length, length)
+        if self.config.stage != "joint" or labels <= self.config.loss.ce_chunk:
             return None
         vocabulary, rows = model.ar.padded_vocab_size, self.rows // self.strategy.batch_shards
         columns = self.strategy.sharding("ar", ("act_vocab",), (vocabulary,)).shard_shape(
@@ -70,7 +70,7 @@ class TrainStep:
         positions = (
             rows
             // self.config.optimizer.accumulate
-            * (most // self.strategy.mesh.shape["sequence"])
+            * (labels // self.strategy.mesh.shape["sequence"])
         )
         return Logits(positions, columns, vocabulary, model.ar.hidden_size)
 
@@ -124,31 +124,31 @@ def batch_shapes(config: Config) -> Shapes:
         if field in ("caption", "row")
         for name, value in views[field].items()
     }
-    if config.stage == "joint" and (places := model.editing.reference_slots):
+    if config.stage == "joint" and (slots := model.editing.reference_slots):
         shapes |= {
-            f"reference_{name}": ((rows, places, *shape[1:]), dtype)
+            f"reference_{name}": ((rows, slots, *shape[1:]), dtype)
             for name, (shape, dtype) in seen.items()
         }
         shapes |= {
-            "reference_span": ((rows, places), "int32"),
-            "reference_mask": ((rows, places), "float32"),
+            "reference_span": ((rows, slots), "int32"),
+            "reference_mask": ((rows, slots), "float32"),
         }
         shapes |= {"target": ((rows,), "float32")}
     return shapes | {"bad_records": ((rows,), "int32")}
 
 
 def synthetic_batch(config: Config, seed: int = 0) -> dict[str, np.ndarray]:
-    """A batch of those shapes: rows that are full, with all the reference images they have places
+    """A batch of those shapes: rows that are full, with all the reference images they have slots
     for, whose image comes last and alone is learned; all else is random.
     """
     rng, model, length = np.random.default_rng(seed), config.model, config.data.max_length
     first = max(0, length - model.tokenizer.num_tokens - 1)  # the scale token's place
-    most = {
+    id_limits = {
         "tokens": model.ar.vocab_size,
         "text_ids": model.ar.vocab_size,
         "codes": model.tokenizer.codebook_size,
     }
-    most["reference_codes"] = most["codes"]
+    id_limits["reference_codes"] = id_limits["codes"]
     index_L = np.arange(length)
     known = {
         "segment_ids": 1,
@@ -168,7 +168,7 @@ def synthetic_batch(config: Config, seed: int = 0) -> dict[str, np.ndarray]:
             return np.broadcast_to(known[name], shape).astype(dtype)
         if dtype == "float32":
             return rng.standard_normal(shape, np.float32)
-        return rng.integers(0, most.get(name, 256), shape, dtype)
+        return rng.integers(0, id_limits.get(name, 256), shape, dtype)
 
     return {name: array(name, *value) for name, value in batch_shapes(config).items()}
 

@@ -138,12 +138,12 @@ def prepare(
     directory = pathlib.Path(builder.data_path)
     total = num_train + num_validation + num_test
     if (directory / PROMPTS.format(split="test")).is_file():
-        say(f"{total} scenes are in {directory} already")
+        log(f"{total} scenes are in {directory} already")
         _write_prompts(
             directory, "train", num_train, seed
         )  # which earlier versions of this module did not write
         return directory
-    say(f"drawing {total} scenes of {image_size} x {image_size} pixels")
+    log(f"drawing {total} scenes of {image_size} x {image_size} pixels")
     start = time.perf_counter()
     # TFDS wants a directory for downloads, though there are none.
     with _quiet(), tempfile.TemporaryDirectory() as downloads:
@@ -154,11 +154,11 @@ def prepare(
         directory, "test", num_test, seed
     )  # last: where this file is, the data set is complete
     seconds = time.perf_counter() - start
-    say(f"wrote {directory} in {seconds:.1f} s ({total / seconds:.0f} scenes/s)")
+    log(f"wrote {directory} in {seconds:.1f} s ({total / seconds:.0f} scenes/s)")
     return directory
 
 
-def say(line: str) -> None:
+def log(line: str) -> None:
     print(f"shapes: {line}", file=sys.stderr, flush=True)
 
 

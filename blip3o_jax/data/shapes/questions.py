@@ -84,8 +84,8 @@ def _ask(rng: random.Random, scene: Scene, kind: str) -> tuple[dict[str, str], s
     return {"shape": thing.shape}, thing.colour if kind == "colour" else places.of(thing)
 
 
-def right(said: str, answer: str) -> bool:
-    return said.strip().lower() == answer.lower()
+def right(given: str, answer: str) -> bool:
+    return given.strip().lower() == answer.lower()
 
 
 def prompts(split: str, n: int, seed: int = 0) -> list[Metadata]:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 from blip3o_jax import files
 from blip3o_jax.data.shapes import edits, questions
-from blip3o_jax.data.shapes.builder import encode_png, say
+from blip3o_jax.data.shapes.builder import encode_png, log
 from blip3o_jax.data.shapes.draw import render
 
 Members = Iterator[tuple[str, bytes]]
@@ -40,7 +40,7 @@ def prepare(
                     info = tarfile.TarInfo(member)
                     info.size = len(data)
                     archive.addfile(info, io.BytesIO(data))
-            say(f"wrote {path}")
+            log(f"wrote {path}")
     return paths
 
 

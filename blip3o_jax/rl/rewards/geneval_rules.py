@@ -56,11 +56,11 @@ class Verdict:
     reason: str
 
 
-def keep(found: Sequence[Found], threshold: float, most: int) -> dict[str, list[Found]]:
+def keep(found: Sequence[Found], threshold: float, max_count: int) -> dict[str, list[Found]]:
     """By class, the surest first: those above the threshold, `most` of a class."""
     kept: dict[str, list[Found]] = {}
     for thing in sorted(found, key=lambda thing: -thing.confidence):
-        if thing.confidence > threshold and len(kept.setdefault(thing.name, [])) < most:
+        if thing.confidence > threshold and len(kept.setdefault(thing.name, [])) < max_count:
             kept[thing.name].append(thing)
     return kept
 

@@ -157,9 +157,15 @@ class RewardServer:
         ]
         try:
             if metrics is not None:
-                apart = [serving.metrics_route(self._registry), health]
+                metrics_routes = [serving.metrics_route(self._registry), health]
                 self.services.append(
-                    Service(f"{WHAT}: metrics", apart, host=metrics[0], port=metrics[1], **shared)
+                    Service(
+                        f"{WHAT}: metrics",
+                        metrics_routes,
+                        host=metrics[0],
+                        port=metrics[1],
+                        **shared,
+                    )
                 )
             self._scorers = scorers or ScorerProcesses(
                 tuple(rewards), limits.scorers, limits.score_seconds
