@@ -14,7 +14,7 @@ def add(commands: Any) -> None:
         "edit",
         run,
         "change an image as an instruction says",
-        "For a checkpoint that was trained to be shown images (model.editing).",
+        "For a checkpoint that was trained with reference images (model.editing).",
     )
     flags.add_checkpoint(parser)
     parser.add_argument(
@@ -22,14 +22,14 @@ def add(commands: Any) -> None:
         type=arguments.path,
         action="append",
         required=True,
-        help="what is edited; repeat it for several at once",
+        help="image to edit; repeat it for several reference images",
     )
     parser.add_argument(
         "--instruction",
         type=arguments.text,
         required=True,
         metavar="TEXT",
-        help="what is to be done",
+        help="the edit, in words",
     )
     flags.add_sampling(parser)
 

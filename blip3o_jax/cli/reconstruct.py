@@ -13,8 +13,8 @@ def add(commands: Any) -> None:
         commands,
         "reconstruct",
         run,
-        "draw images again from their tokens",
-        "Shows what the model keeps of an image that it is shown.",
+        "reconstruct images from their tokens",
+        "Shows what the tokens and the model preserve of an image.",
     )
     flags.add_checkpoint(parser)
     parser.add_argument(

@@ -15,8 +15,8 @@ DataFormat = Literal["auto", "tfds", "webdataset", "parquet", "folder"]
 class SourceConfig(ConfigGroup, path="data.sources"):
     """One data set. `format`: tfds (ArrayRecord directory), webdataset (tar file, glob or
     directory), parquet, folder (images + captions.jsonl), or auto (told from the path). `task`
-    "reconstruct" has captioned images shown, and drawn again from their tokens; otherwise a record
-    says what it is for.
+    "reconstruct" takes the images of captioned records as references to reconstruct from their
+    tokens; otherwise a record's fields determine its task.
     """
 
     path: Path = ""

@@ -7,8 +7,8 @@ Directory of one (source, encoders) pair, named by a hash of all that the values
     part-00012.json      {"unreadable": {"index": "reason"},                 records that could not be decoded
                           "codes": {"shape": [...], "crc32c": [...]}, "latents": ...}       a checksum a record
 
-With places for R reference images both arrays are [records, 1 + R, ...], the image to be drawn
-first; what is not there is zeros.
+With R reference slots both arrays are [records, 1 + R, ...], the target image first; empty slots
+are zeros.
 
 A part is written under another name and renamed when whole, so that writing resumes where it
 stopped and several hosts share the work. `train/encode.py` writes these; float32 keeps a cached
@@ -57,8 +57,8 @@ class DamagedPart(ConfigError):
 @dataclasses.dataclass(frozen=True)
 class EncodedRecord(Record):
     """A record with what an example has in place of its views: `codes` [N] and scaled `latents` [H,
-    W, C] of its image, and `reference_codes` [R, N], `reference_latents` [R, H, W, C] where there
-    are places for reference images.
+    W, C] of its image, and `reference_codes` [R, N], `reference_latents` [R, H, W, C] with R
+    reference slots.
     """
 
     outputs: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)

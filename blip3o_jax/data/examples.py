@@ -130,7 +130,7 @@ class ExampleBuilder:
         ]
 
     def _seen(self, record: Record) -> dict[str, np.ndarray]:
-        """The views of the image to be drawn and, where rows have places for them, of those shown."""
+        """Return the views of the target image and, with reference slots, of the references."""
         found = dict(self.images_of(record))
         blank = tuple(np.zeros_like(view) for view in next(iter(found.values())))
         views = [found.get(place, blank) for place in range(1 + self.model.editing.reference_slots)]

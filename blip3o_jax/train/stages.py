@@ -70,8 +70,8 @@ def stage_parts(config: Config) -> tuple[str, ...]:
 
 
 def stage_trainable(config: Config) -> tuple[str, ...]:
-    """The default filter of a stage: with places for reference images also what reads these, and
-    the layers of the DiT that see them concatenated to the noise (BLIP3o-NEXT, arXiv 2510.15857, section 4).
+    """Return the default filter of a stage: with reference slots also the connectors of references,
+    and the layers of the DiT at the ends of the wider map (BLIP3o-NEXT, arXiv 2510.15857, sec. 4).
     """
     editing, patterns = config.model.editing, STAGES[config.stage].trainable
     if config.stage != "joint" or not editing.reference_slots:
