@@ -74,7 +74,7 @@ class RlConfig(ConfigGroup, path="rl"):
     num_generations: Annotated[
         int, Bounds(2, 2**14, note="an image is compared with others of its prompt")
     ] = 16
-    # How image tokens and latents are drawn in a rollout; `rollout.batch_size` images at once.
+    # How image tokens and latents are sampled in a rollout; `rollout.batch_size` images at once.
     rollout: SamplingConfig = SamplingConfig(top_k=0, top_p=1.0)
     num_iterations: Annotated[int, Bounds(1, 1024)] = 1  # optimizer steps on a rollout
     # Whether an advantage, the reward less its group's mean, is divided by the standard deviation
@@ -108,7 +108,9 @@ class RlConfig(ConfigGroup, path="rl"):
     # sample a rollout while the rewards of the one before are computed.
     off_policy_steps: Annotated[int, Bounds(0, 1)] = 0
     samples_every: PositiveInt = 10  # rollouts between two pictures of the best and worst samples
-    keep_images: bool = False  # every image as a PNG file under the workdir, which `blip3o rl rescore` can judge again
+    keep_images: bool = (
+        False  # every image as a PNG file under the workdir, for `blip3o rl rescore`
+    )
     flow: FlowPolicyConfig = FlowPolicyConfig()
 
     def __post_init__(self) -> None:

@@ -27,16 +27,16 @@ class ShapesEdit:
             for p, image in zip(prompts, inputs, strict=True)
         ]
 
-    def judge(self, images_BHWC: np.ndarray, prompts: Sequence[SuitePrompt]) -> SuiteResult:
+    def score_outputs(self, images_BHWC: np.ndarray, prompts: Sequence[SuitePrompt]) -> SuiteResult:
         """Judge edited images; `psnr` is that of the part that the edit must not change."""
         inputs = self._pictures(prompts, images_BHWC.shape[1], "before")
-        verdicts = [
+        outcomes = [
             edit_scorer.score_edit(*pair, p)
             for *pair, p in zip(inputs, images_BHWC, prompts, strict=True)
         ]
-        reasons = [f"{v.reason} ({v.psnr:.1f} dB)" for v in verdicts]
+        reasons = [f"{v.reason} ({v.psnr:.1f} dB)" for v in outcomes]
         return tally(
-            [v.correct for v in verdicts], reasons, prompts, psnr=[v.psnr for v in verdicts]
+            [v.correct for v in outcomes], reasons, prompts, psnr=[v.psnr for v in outcomes]
         )
 
     def baselines(
@@ -45,7 +45,7 @@ class ShapesEdit:
         size = images_BHWC.shape[1]
         pictures = {"real_images": "after", "input_unchanged": "before"}
         return {
-            name: self.judge(self._pictures(prompts, size, side), prompts)
+            name: self.score_outputs(self._pictures(prompts, size, side), prompts)
             for name, side in pictures.items()
         }
 

@@ -29,25 +29,25 @@ class Reconstruct:
             for image in self._originals(prompts, image_size)
         ]
 
-    def judge(self, images_BHWC: np.ndarray, prompts: Sequence[SuitePrompt]) -> SuiteResult:
+    def score_outputs(self, images_BHWC: np.ndarray, prompts: Sequence[SuitePrompt]) -> SuiteResult:
         originals = self._originals(prompts, images_BHWC.shape[1])
-        verdicts = [shapes.score(image, p) for image, p in zip(images_BHWC, prompts, strict=True)]
+        outcomes = [shapes.score(image, p) for image, p in zip(images_BHWC, prompts, strict=True)]
         pairs = list(zip(originals, images_BHWC, strict=True))
         found = [(edit_scorer.psnr(*pair), ssim(*pair)) for pair in pairs]
         reasons = [
             f"{db:.1f} dB, SSIM {similar:.3f}, {v.reason}"
-            for (db, similar), v in zip(found, verdicts, strict=True)
+            for (db, similar), v in zip(found, outcomes, strict=True)
         ]
         psnrs, ssims = zip(*found, strict=True)
-        return tally([v.correct for v in verdicts], reasons, prompts, psnr=psnrs, ssim=ssims)
+        return tally([v.correct for v in outcomes], reasons, prompts, psnr=psnrs, ssim=ssims)
 
     def baselines(
         self, images_BHWC: np.ndarray, prompts: Sequence[SuitePrompt], seed: int = 0
     ) -> dict[str, SuiteResult]:
         originals = self._originals(prompts, images_BHWC.shape[1])
         return {
-            "real_images": self.judge(originals, prompts),
-            "images_of_other_prompts": self.judge(np.roll(originals, 1, 0), prompts),
+            "real_images": self.score_outputs(originals, prompts),
+            "images_of_other_prompts": self.score_outputs(np.roll(originals, 1, 0), prompts),
         }
 
     def _originals(self, prompts: Sequence[SuitePrompt], image_size: int) -> np.ndarray:

@@ -24,7 +24,7 @@ from PIL import Image
 from blip3o_jax import files
 from blip3o_jax.evaluation import report_charts as charts
 
-CHANGED = 30  # prompts shown before and after, of those whose verdict changed
+CHANGED = 30  # prompts shown before and after, of those whose outcome changed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -268,9 +268,9 @@ def _words(name: str) -> str:
 def _filters(samples: Sequence[Sample]) -> str:
     categories = collections.Counter(s.category for s in samples)
     right = sum(s.correct for s in samples)
-    verdicts = {"right": right, "wrong": len(samples) - right}
+    outcomes = {"right": right, "wrong": len(samples) - right}
     return _buttons("category", categories, len(samples)) + _buttons(
-        "verdict", verdicts, len(samples)
+        "outcome", outcomes, len(samples)
     )
 
 
@@ -295,12 +295,12 @@ def _take_turns(samples: Sequence[Sample]) -> list[Sample]:
 
 
 def _sample(sample: Sample) -> str:
-    verdict, mark = ("right", "✓") if sample.correct else ("wrong", "✗")
+    outcome, mark = ("right", "✓") if sample.correct else ("wrong", "✗")
     reason = f'<span class="reason">{_text(sample.reason)}</span>' if sample.reason else ""
     return (
-        f'<figure class="sample" data-category="{_text(sample.category)}" data-verdict="{verdict}">'
+        f'<figure class="sample" data-category="{_text(sample.category)}" data-outcome="{outcome}">'
         f"{_img(sample.image_HWC, sample.prompt)}<figcaption>"
-        f'<span class="verdict {verdict}">{mark} {verdict}</span><span class="category">{_text(_words(sample.category))}</span>'
+        f'<span class="outcome {outcome}">{mark} {outcome}</span><span class="category">{_text(_words(sample.category))}</span>'
         f'<span class="prompt">{_text(sample.prompt)}</span>{reason}</figcaption></figure>'
     )
 
@@ -333,11 +333,11 @@ def _changed_counts(changed: Sequence[tuple[Sample, Sample]]) -> str:
 
 
 def _changed(before: Sample, after: Sample) -> str:
-    verdict, words = ("right", "now right") if after.correct else ("wrong", "now wrong")
+    outcome, words = ("right", "now right") if after.correct else ("wrong", "now wrong")
     reason = f"before: {before.reason}" if after.correct else f"after: {after.reason}"
     return (
         f'<figure class="pair"><div>{_img(before.image_HWC, "before: " + before.prompt)}'
-        f'{_img(after.image_HWC, "after: " + after.prompt)}</div><figcaption><span class="verdict {verdict}">{words}</span> '
+        f'{_img(after.image_HWC, "after: " + after.prompt)}</div><figcaption><span class="outcome {outcome}">{words}</span> '
         f'<span class="prompt">{_text(after.prompt)}</span><span class="reason">{_text(reason)}</span></figcaption></figure>'
     )
 
@@ -364,7 +364,7 @@ def _image_task(suite: ImageTask) -> str:
 
 
 def _example(example: ImageTaskExample) -> str:
-    verdict, mark = ("right", "✓") if example.correct else ("wrong", "✗")
+    outcome, mark = ("right", "✓") if example.correct else ("wrong", "✗")
     output = (
         ""
         if example.output_HWC is None
@@ -374,7 +374,7 @@ def _example(example: ImageTaskExample) -> str:
     return (
         f'<figure class="pair"><div>'
         f"{_img(example.image_HWC, 'reference: ' + example.instruction)}{output}</div><figcaption>"
-        f'<span class="verdict {verdict}">{mark} {verdict}</span> '
+        f'<span class="outcome {outcome}">{mark} {outcome}</span> '
         f'<span class="prompt">{_text(example.instruction)} {answer}</span>'
         f'<span class="reason">{_text(example.reason)}</span></figcaption></figure>'
     )

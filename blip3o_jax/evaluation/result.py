@@ -1,4 +1,4 @@
-"""The result of a suite: verdicts on single outputs, and fractions of correct ones."""
+"""The result of a suite: the correctness of single outputs, and fractions of correct ones."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ SuitePrompt = dict[str, Any]  # {"caption", "category", ...}
 @dataclasses.dataclass(frozen=True)
 class SuiteResult:
     """Fractions of correct outputs per category and overall (the mean of the categories, as in
-    GenEval), and the verdict on each output with its reason. `means`: mean values of the suite's
+    GenEval), and the correctness of each output with its reason. `means`: mean values of the suite's
     further measures, by name.
     """
 
@@ -33,7 +33,7 @@ def tally(
     prompts: Sequence[SuitePrompt],
     **measured: Sequence[float],
 ) -> SuiteResult:
-    """Aggregate verdicts on single outputs by the category of their prompts; `measured` holds one
+    """Aggregate the correctness of single outputs by the category of their prompts; `measured` holds one
     value an output by name.
     """
     of: dict[str, list[bool]] = {}

@@ -1,8 +1,8 @@
-"""Suites of any reward of reinforcement learning (docs/rl.md): prompts from a file, judged as in
+"""Suites of any reward of reinforcement learning (docs/rl.md): prompts from a file, scored as in
 `blip3o rl`.
 
 An image is correct by the reward's part "correct" or "exact", or, for a reward that has neither, by
-a score of at least `CORRECT`. Images that cannot be judged count as wrong, with the reason.
+a score of at least `CORRECT`. Images that cannot be scored count as wrong, with the reason.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ class RewardSuite:
 
     def prompts(self, count: int | None, seed: int = 0) -> list[SuitePrompt]:
         """Return the file's first `count` prompts, or all (None); UserError for one that the reward
-        cannot judge, before anything is sampled.
+        cannot score, before anything is sampled.
         """
         del seed  # the file's order is the benchmark's
         found = read_prompts(self.prompts_file)[:count]
@@ -51,21 +51,21 @@ class RewardSuite:
         del image_size  # there are no reference images
         return [Request("t2i", prompt["caption"]) for prompt in prompts]
 
-    def judge(self, images_BHWC: np.ndarray, prompts: Sequence[SuitePrompt]) -> SuiteResult:
+    def score_outputs(self, images_BHWC: np.ndarray, prompts: Sequence[SuitePrompt]) -> SuiteResult:
         with RewardPool((self.reward,)) as pool:
             found = pool.submit(
                 images_BHWC, [p["caption"] for p in prompts], [p["metadata"] for p in prompts]
             ).result()
         if found.failed_B.all():
             reasons = "; ".join(list(found.reasons)[:REASONS_SHOWN])
-            raise UserError(f"none of {len(prompts)} images could be judged: {reasons}")
+            raise UserError(f"none of {len(prompts)} images could be scored: {reasons}")
         parts = {
             name.rpartition("/")[2]: part_B for name, part_B in found.parts.items() if "/" in name
         }
         named = next((parts[name] for name in VERDICTS if name in parts), found.total_B)
         correct_B = ~found.failed_B & (named >= CORRECT)
         reasons = [
-            "not judged"
+            "not scored"
             if failed
             else ", ".join(f"{name} {part_B[i]:.3g}" for name, part_B in parts.items())
             for i, failed in enumerate(found.failed_B)
@@ -77,7 +77,7 @@ class RewardSuite:
     def baselines(
         self, images_BHWC: np.ndarray, prompts: Sequence[SuitePrompt], seed: int = 0
     ) -> dict[str, SuiteResult]:
-        """Judge the same images, each for another prompt."""
+        """Score the same images, each for another prompt."""
         del seed
         others = np.roll(images_BHWC, self.images_per_prompt, axis=0)
-        return {"images_of_other_prompts": self.judge(others, prompts)}
+        return {"images_of_other_prompts": self.score_outputs(others, prompts)}

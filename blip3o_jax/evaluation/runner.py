@@ -1,4 +1,4 @@
-"""Evaluate a checkpoint on a suite: sample images or answers, judge them, write scores.json and the
+"""Evaluate a checkpoint on a suite: sample images or answers, score them, write scores.json and the
 images.
 """
 
@@ -27,7 +27,7 @@ MAX_ANSWER_TOKENS = 16  # of an answer of the embedded data set
 
 
 class Suite(Protocol):
-    """Prompts, the model's requests for them, and a judge of its outputs in their order: uint8
+    """Prompts, the model's requests for them, and the scores of its outputs in their order: uint8
     images [B, H, W, 3], or texts.
     """
 
@@ -41,7 +41,7 @@ class Suite(Protocol):
         """
         ...
 
-    def judge(self, answers: Any, prompts: Sequence[SuitePrompt]) -> SuiteResult: ...
+    def score_outputs(self, answers: Any, prompts: Sequence[SuitePrompt]) -> SuiteResult: ...
 
     def baselines(
         self, answers: Any, prompts: Sequence[SuitePrompt], seed: int
@@ -74,7 +74,7 @@ def find_suite(
     if not reward.startswith("python:"):
         check_choice("suite", reward, tuple(dict.fromkeys((*SUITES, *REWARDS))))
     if prompts_file is None:
-        raise UserError(f"suite {name} judges the prompts of a file: name one (--prompts_file)")
+        raise UserError(f"suite {name} scores the prompts of a file: name one (--prompts_file)")
     found = parsed(name)
     if (found.weight, found.clip) != (1.0, None):
         raise UserError(f"suite {name} is one reward and no sum: leave out weight and clip")
@@ -83,7 +83,7 @@ def find_suite(
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """The model's result and the baselines', with the outputs that were judged: images and codes,
+    """The model's result and the baselines', with the outputs that were scored: images and codes,
     or answers.
     """
 
@@ -97,7 +97,7 @@ class Evaluation:
 
     def scores(self) -> dict[str, Any]:
         """Return the contents of scores.json."""
-        baselines = {name: judged.scores() for name, judged in self.baselines.items()}
+        baselines = {name: result.scores() for name, result in self.baselines.items()}
         return self.result.scores() | {"prompts": len(self.prompts), "baselines": baselines}
 
 
@@ -112,7 +112,7 @@ def evaluate(
     images_per_prompt: int = 1,
     **sampling: Any,
 ) -> Evaluation:
-    """Evaluate a checkpoint on `suite` and write scores.json, verdicts.json and the images under
+    """Evaluate a checkpoint on `suite` and write scores.json, results.json and the images under
     `out`.
     """
     bench = find_suite(suite, prompts_file, images_per_prompt)
@@ -160,18 +160,18 @@ def evaluate_pipeline(
         generated = pipeline.generate_requests(requests, seed=seed, progress=True, **sampling)
         images, codes = generated.images, generated.codes
     outputs = images if answers is None else answers
-    result, others = suite.judge(outputs, prompts), suite.baselines(outputs, prompts, seed)
+    result, others = suite.score_outputs(outputs, prompts), suite.baselines(outputs, prompts, seed)
     return Evaluation(prompts, requests, images, codes, answers, result, others)
 
 
 def write(evaluation: Evaluation, out: pathlib.Path) -> None:
-    """Write scores.json, verdicts.json (one entry a prompt) and images/: the outputs beside their
+    """Write scores.json, results.json (one entry a prompt) and images/: the outputs beside their
     reference images.
 
     Files of an earlier evaluation are removed first, so that scores.json, which is written last,
     belongs to the files beside it.
     """
-    for name in ("scores.json", "verdicts.json"):
+    for name in ("scores.json", "results.json"):
         (out / name).unlink(missing_ok=True)
     captions = [p["caption"] for p in evaluation.prompts]
     references = [request.images[0] for request in evaluation.requests if request.images]
@@ -188,14 +188,14 @@ def write(evaluation: Evaluation, out: pathlib.Path) -> None:
         write_images(np.stack(pairs), captions, out / "images")
     else:
         write_images(evaluation.images, captions, out / "images")
-    verdicts = zip(
+    outcomes = zip(
         evaluation.prompts, evaluation.result.correct, evaluation.result.reasons, strict=True
     )
     write_json(
-        out / "verdicts.json",
+        out / "results.json",
         [
             {"caption": p["caption"], "category": p["category"], "correct": c, "reason": r}
-            for p, c, r in verdicts
+            for p, c, r in outcomes
         ],
     )
     write_json(out / "scores.json", evaluation.scores())

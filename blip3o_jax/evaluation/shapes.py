@@ -1,4 +1,4 @@
-"""The `shapes` suite: held-out prompts of the embedded data set, judged from pixels by its exact
+"""The `shapes` suite: held-out prompts of the embedded data set, scored from pixels by its exact
 scorer. The categories come in turn, so that they weigh the same.
 """
 
@@ -27,7 +27,7 @@ def check_size(suite: str, image_size: int) -> None:
     """Raise UserError for images too small for the scorer."""
     if image_size < SMALLEST:
         raise UserError(
-            f"suite {suite} judges images of {SMALLEST} pixels or more: the checkpoint's model.image_size is {image_size}"
+            f"suite {suite} scores images of {SMALLEST} pixels or more: the checkpoint's model.image_size is {image_size}"
         )
 
 
@@ -36,10 +36,10 @@ def requests(prompts: Sequence[SuitePrompt], image_size: int) -> list[Request]:
     return [Request("t2i", prompt["caption"], size=(image_size, image_size)) for prompt in prompts]
 
 
-def judge(images_BHWC: np.ndarray, prompts: Sequence[SuitePrompt]) -> SuiteResult:
+def score_outputs(images_BHWC: np.ndarray, prompts: Sequence[SuitePrompt]) -> SuiteResult:
     """Judge uint8 images [B, S, S, 3] against their prompts."""
-    verdicts = [score(image, prompt) for image, prompt in zip(images_BHWC, prompts, strict=True)]
-    return tally([v.correct for v in verdicts], [v.reason for v in verdicts], prompts)
+    outcomes = [score(image, prompt) for image, prompt in zip(images_BHWC, prompts, strict=True)]
+    return tally([v.correct for v in outcomes], [v.reason for v in outcomes], prompts)
 
 
 def baselines(
@@ -48,8 +48,8 @@ def baselines(
     """Judge real images, and unrelated ones, at the size of these."""
     count, size = images_BHWC.shape[:2]
     return {
-        "real_images": judge(real_images(count, size, seed), prompts),
-        "random_images": judge(random_images(count, size, seed), prompts),
+        "real_images": score_outputs(real_images(count, size, seed), prompts),
+        "random_images": score_outputs(random_images(count, size, seed), prompts),
     }
 
 

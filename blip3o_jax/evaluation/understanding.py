@@ -27,7 +27,7 @@ class ShapesQa:
             for p in prompts
         ]
 
-    def judge(self, answers: Sequence[str], prompts: Sequence[SuitePrompt]) -> SuiteResult:
+    def score_outputs(self, answers: Sequence[str], prompts: Sequence[SuitePrompt]) -> SuiteResult:
         right = [
             questions.right(words, p["answer"]) for words, p in zip(answers, prompts, strict=True)
         ]
@@ -50,7 +50,7 @@ class ShapesQa:
         for p in prompts:
             counts[p["category"]][p["answer"]] += 1
         return {
-            "most_frequent_answer": self.judge(
+            "most_frequent_answer": self.score_outputs(
                 [counts[p["category"]].most_common(1)[0][0] for p in prompts], prompts
             )
         }

@@ -87,7 +87,7 @@ def test_a_reward_is_a_term_of_a_run_and_a_suite(tmp_path, monkeypatch):
     )
     images_BHWC = np.full((2, 8, 8, 3), 128, np.uint8)
     images_BHWC[1, :, :4], images_BHWC[1, :, 4:] = (255, 0, 0), (0, 0, 255)
-    found = suite.judge(images_BHWC, suite.prompts(None, 0))
+    found = suite.score_outputs(images_BHWC, suite.prompts(None, 0))
     assert found.correct == [False, True]
     # Halves of red and blue: rg 255, 0 and yb 127.5, -255, so deviations and means of 127.5, 191.25
     # and 127.5, -63.75.
@@ -115,7 +115,7 @@ class Painter:
         return pipelines.Generated(prompts, images_BHWC.astype(np.uint8), None)
 
 
-def test_a_suite_judges_a_model(tmp_path, monkeypatch, capsys):
+def test_a_suite_scores_a_model(tmp_path, monkeypatch, capsys):
     follow("add_a_suite.md", tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
@@ -125,6 +125,6 @@ def test_a_suite_judges_a_model(tmp_path, monkeypatch, capsys):
     exec((tmp_path / "evaluate_plain_colours.py").read_text("utf-8"), {})
     scores = json.loads((tmp_path / "scores/scores.json").read_text("utf-8"))
     assert scores["prompts"] == 12 and float(capsys.readouterr().out) == scores["overall"]
-    verdicts = json.loads((tmp_path / "scores/verdicts.json").read_text("utf-8"))
-    assert [entry["correct"] for entry in verdicts][1:] == [True] * 11
+    outcomes = json.loads((tmp_path / "scores/results.json").read_text("utf-8"))
+    assert [entry["correct"] for entry in outcomes][1:] == [True] * 11
     assert scores["baselines"]["images_of_other_prompts"]["overall"] < scores["overall"]

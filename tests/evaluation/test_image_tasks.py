@@ -85,7 +85,7 @@ def test_who_does_as_asked_is_right(tmp_path, suite, baselines):
     assert {name: scores.get(name) for name in ("psnr", "ssim") if name in scores} == measured
     runner.write(result, tmp_path)
     assert json.loads((tmp_path / "scores.json").read_text()) == scores
-    assert len(json.loads((tmp_path / "verdicts.json").read_text())) == count
+    assert len(json.loads((tmp_path / "results.json").read_text())) == count
     picture = np.array(Image.open(tmp_path / "images" / "00003.png"))
     assert picture.shape == (SIZE, SIZE if suite == "shapes_qa" else 2 * SIZE, 3)
 

@@ -194,14 +194,14 @@ def test_prompts_are_text_and_never_markup(page):
 def test_samples_can_be_filtered_and_take_turns(page):
     cards = page.named("figure", "sample")
     assert [c["data-category"] for c in cards] == ["single", "two_objects"] * 2
-    assert [c["data-verdict"] for c in cards] == ["wrong", "wrong", "right", "right"]
+    assert [c["data-outcome"] for c in cards] == ["wrong", "wrong", "right", "right"]
     buttons = page.named("button")
     assert [b["data-category"] for b in buttons if "data-category" in b] == [
         "",
         "single",
         "two_objects",
     ]
-    assert [b["data-verdict"] for b in buttons if "data-verdict" in b] == ["", "right", "wrong"]
+    assert [b["data-outcome"] for b in buttons if "data-outcome" in b] == ["", "right", "wrong"]
 
 
 def test_the_json_holds_what_was_drawn(written, rng):

@@ -30,7 +30,7 @@ def test_the_shapes_reward_says_what_the_shapes_suite_says(tmp_path):
     suite = find_suite("shapes", written(tmp_path, asked))
     prompts = suite.prompts(99, 0)
     assert [p["caption"] for p in prompts] == [p["caption"] for p in asked]
-    got, want = suite.judge(images, prompts), shapes.judge(images, asked)
+    got, want = suite.score_outputs(images, prompts), shapes.score_outputs(images, asked)
     assert (got.correct, got.categories, got.overall) == (
         want.correct,
         want.categories,
@@ -50,7 +50,7 @@ def test_every_prompt_has_as_many_images_as_asked_for(tmp_path):
         ("b", "counting")
     ] * 2
     images = np.stack([np.full((8, 8, 3), value, np.uint8) for value in (255, 0, 255, 255)])
-    got = suite.judge(images, prompts)
+    got = suite.score_outputs(images, prompts)
     assert got.correct == [True, False, True, True] and got.means["score"] == pytest.approx(0.75)
     assert got.categories == {"all": 0.5, "counting": 1.0} and got.overall == 0.75
     assert suite.baselines(images, prompts, 0)["images_of_other_prompts"].correct == [
@@ -61,22 +61,22 @@ def test_every_prompt_has_as_many_images_as_asked_for(tmp_path):
     ]
 
 
-def test_an_image_that_cannot_be_judged_is_wrong(tmp_path):
+def test_an_image_that_cannot_be_scored_is_wrong(tmp_path):
     suite = find_suite(
         "python:tests.evaluation.test_reward_suite.brightness",
         written(tmp_path, [{"prompt": "unknown"}, {"prompt": "a"}]),
     )
     prompts, images = suite.prompts(2, 0), np.full((2, 8, 8, 3), 255, np.uint8)
-    got = suite.judge(images, prompts)
+    got = suite.score_outputs(images, prompts)
     assert (
         got.correct == [False, True]
-        and got.reasons[0] == "not judged"
+        and got.reasons[0] == "not scored"
         and got.means["score"] == 0.5
     )
     with pytest.raises(
-        UserError, match=r"none of 1 images could be judged: brightness: its score is nan"
+        UserError, match=r"none of 1 images could be scored: brightness: its score is nan"
     ):
-        suite.judge(images[:1], prompts[:1])
+        suite.score_outputs(images[:1], prompts[:1])
 
 
 def test_prompts_are_looked_at_before_anything_is_drawn(tmp_path):

@@ -63,9 +63,9 @@ def test_files(tmp_path, monkeypatch, capsys):
         "categories": dict.fromkeys(scores["categories"], 1.0),
     }
 
-    verdicts = json.loads((tmp_path / "out" / "verdicts.json").read_text())
-    assert [v["correct"] for v in verdicts] == [i % 5 != 0 for i in range(COUNT)]
-    assert set(verdicts[0]) == {"caption", "category", "correct", "reason"}
+    outcomes = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [v["correct"] for v in outcomes] == [i % 5 != 0 for i in range(COUNT)]
+    assert set(outcomes[0]) == {"caption", "category", "correct", "reason"}
     image = np.array(Image.open(tmp_path / "out" / "images" / "00001.png"))
     np.testing.assert_array_equal(image, shapes.real_images(2, 64)[1])
     assert (tmp_path / "out" / "images" / "grid.png").exists()
@@ -83,7 +83,7 @@ def test_files(tmp_path, monkeypatch, capsys):
         (
             "geneval,detector=shapes",
             None,
-            "suite geneval,detector=shapes judges the prompts of a file: name one",
+            "suite geneval,detector=shapes scores the prompts of a file: name one",
         ),
         ("ocr,scoring", "prompts.txt", "'scoring' is no option: write NAME,OPTION=VALUE"),
         (

@@ -23,18 +23,18 @@ def test_every_category_is_asked_equally_often(asked):
 
 def test_real_images_score_one(asked, drawn):
     """Measured over 2,000 scenes the scorer is right on 99 %; on these 140 it makes no mistake."""
-    judged = shapes.judge(drawn, asked)
-    assert judged.overall == 1.0 and set(judged.categories.values()) == {1.0}
-    assert judged.correct == [True] * COUNT and set(judged.reasons) == {"as asked"}
+    result = shapes.score_outputs(drawn, asked)
+    assert result.overall == 1.0 and set(result.categories.values()) == {1.0}
+    assert result.correct == [True] * COUNT and set(result.reasons) == {"as asked"}
 
 
 def test_shuffled_images_score_near_the_floor(asked, drawn):
-    judged = shapes.judge(np.roll(drawn, 3, axis=0), asked)
+    result = shapes.score_outputs(np.roll(drawn, 3, axis=0), asked)
     # A few are right by chance: a scene with two objects may hold the one another prompt asks for.
-    assert judged.overall < 0.1
+    assert result.overall < 0.1
     assert all(
         reason
-        for correct, reason in zip(judged.correct, judged.reasons, strict=True)
+        for correct, reason in zip(result.correct, result.reasons, strict=True)
         if not correct
     )
 
@@ -42,7 +42,7 @@ def test_shuffled_images_score_near_the_floor(asked, drawn):
 def test_random_images_are_the_floor(asked):
     images_BHWC = shapes.random_images(COUNT, 64)
     assert images_BHWC.shape == (COUNT, 64, 64, 3) and images_BHWC.dtype == np.uint8
-    assert shapes.judge(images_BHWC, asked).overall < 0.1
+    assert shapes.score_outputs(images_BHWC, asked).overall < 0.1
 
 
 def test_overall_is_the_mean_over_categories(asked, drawn):
@@ -50,7 +50,7 @@ def test_overall_is_the_mean_over_categories(asked, drawn):
     prompts = [*asked[:7], asked[0]]
     images_BHWC = np.full((8, 64, 64, 3), 255, np.uint8)
     images_BHWC[[0, 7]] = drawn[0]
-    judged = shapes.judge(images_BHWC, prompts)
-    assert judged.correct == [True, *[False] * 6, True]
-    assert judged.categories[asked[0]["category"]] == 1.0
-    assert judged.overall == pytest.approx(1 / 7)
+    result = shapes.score_outputs(images_BHWC, prompts)
+    assert result.correct == [True, *[False] * 6, True]
+    assert result.categories[asked[0]["category"]] == 1.0
+    assert result.overall == pytest.approx(1 / 7)

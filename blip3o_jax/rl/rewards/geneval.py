@@ -1,5 +1,5 @@
 """Does an image show the objects that a GenEval prompt asks for? A detector looks, the official
-rules (`geneval_rules`) judge, with the official thresholds: confidence above 0.3, for counting 0.9,
+rules (`geneval_rules`) decide, with the official thresholds: confidence above 0.3, for counting 0.9,
 sixteen objects of a class at most.
 
 `scoring=shaped`, the default, is the share of the requirements that are met: it tells images of a
@@ -22,7 +22,7 @@ import numpy as np
 from blip3o_jax.config import UserError
 from blip3o_jax.data.shapes.detect import detect
 from blip3o_jax.data.shapes.vocabulary import COLOURS, SHAPES
-from blip3o_jax.rl.rewards.geneval_rules import Found, check_metadata, judge, keep
+from blip3o_jax.rl.rewards.geneval_rules import Found, apply_rules, check_metadata, keep
 from blip3o_jax.rl.rewards.options import choice, number
 from blip3o_jax.rl.rewards.reward import Scores
 
@@ -90,19 +90,19 @@ class Geneval:
         self, images_BHWC: np.ndarray, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
     ) -> Scores:
         del prompts
-        verdicts = []
+        results = []
         for image_HWC, asked in zip(images_BHWC, metadata, strict=True):
             threshold = self.counting_threshold if asked["tag"] == "counting" else self.threshold
             objects = keep(self.detector.detect(image_HWC), threshold, self.max_objects)
-            verdicts.append(
-                judge(
+            results.append(
+                apply_rules(
                     objects,
                     asked,
                     lambda found, image=image_HWC: self.detector.colours_of(image, found),
                 )
             )
-        correct_B = np.array([verdict.correct for verdict in verdicts], np.float32)
-        shaped_B = np.array([verdict.met for verdict in verdicts], np.float32)
+        correct_B = np.array([result.correct for result in results], np.float32)
+        shaped_B = np.array([result.met for result in results], np.float32)
         return Scores(
             shaped_B if self.shaped else correct_B, {"correct": correct_B, "shaped": shaped_B}
         )

@@ -16,7 +16,7 @@ A prompt's metadata, a line of the official file:
 The share that is met, for a reward with a slope, is the mean over all requirements: objects found
 of those asked, the same of the right colour, pairs in the right relation, and of an `exclude` how
 little it is exceeded (times the share of asked objects that are there: an empty image is no step
-towards "not five"). It is 1 exactly where the official verdict is "correct".
+towards "not five"). It is 1 exactly where the official result is "correct".
 """
 
 import dataclasses
@@ -48,7 +48,7 @@ class Found:
 
 
 @dataclasses.dataclass(frozen=True)
-class Verdict:
+class RuleResult:
     """`met`: share of the requirements in [0, 1]. `reason`: what is wrong, in plain words."""
 
     correct: bool
@@ -65,11 +65,11 @@ def keep(found: Sequence[Found], threshold: float, max_count: int) -> dict[str, 
     return kept
 
 
-def judge(
+def apply_rules(
     objects: Mapping[str, Sequence[Found]],
     metadata: Metadata,
     colours_of: Callable[[Sequence[Found]], Sequence[str | None]],
-) -> Verdict:
+) -> RuleResult:
     """`objects`: as `keep` gives them. `colours_of` tells the colours of objects of one class."""
     taken: list[Sequence[Found]] = []
     met: list[bool] = []
@@ -109,7 +109,7 @@ def judge(
         )
         if count >= limit:
             reasons.append(f"asked fewer than {limit} {refused['class']}, found {count}")
-    return Verdict(not reasons, float(np.mean(there + shares)), "; ".join(reasons) or "as asked")
+    return RuleResult(not reasons, float(np.mean(there + shares)), "; ".join(reasons) or "as asked")
 
 
 def _standing(found: Sequence[Found], relation: str, targets: Sequence[Found]) -> float:
@@ -131,7 +131,7 @@ def relations(box_a: Sequence[float], box_b: Sequence[float]) -> set[str]:
 
 
 def check_metadata(metadata: Metadata, classes: Sequence[str], colours: Sequence[str]) -> None:
-    """UserError if these rules cannot judge the prompt with a detector of `classes` and `colours`."""
+    """UserError if these rules cannot score the prompt with a detector of `classes` and `colours`."""
     _require(
         isinstance(metadata.get("tag"), str),
         "has no 'tag'; take the lines of an official GenEval file",

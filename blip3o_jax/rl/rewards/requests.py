@@ -1,4 +1,4 @@
-"""What a reward server is sent (`wire`), judged before anything is decoded."""
+"""Requests to a reward server (`wire`), checked before anything is decoded."""
 
 import base64
 import binascii

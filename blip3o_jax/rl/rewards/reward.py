@@ -36,6 +36,6 @@ class Reward(Protocol):
         ...
 
     def check(self, prompt: str, metadata: Mapping[str, Any]) -> None:
-        """Raises UserError for a prompt that it cannot judge; called for every prompt of a run
+        """Raises UserError for a prompt that it cannot score; called for every prompt of a run
         before the run starts.
         """

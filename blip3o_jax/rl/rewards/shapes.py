@@ -53,11 +53,11 @@ class Shapes(Reward):
     ) -> Scores:
         """Square images of 32 pixels or more."""
         del prompts
-        verdicts = [
+        results = [
             score(image_HWC, asked) for image_HWC, asked in zip(images_BHWC, metadata, strict=True)
         ]
-        correct_B = np.array([verdict.correct for verdict in verdicts], np.float32)
-        met_B = np.array([verdict.met for verdict in verdicts], np.float32)
+        correct_B = np.array([result.correct for result in results], np.float32)
+        met_B = np.array([result.met for result in results], np.float32)
         weight = self.correct_weight
         return Scores(
             weight * correct_B + (1 - weight) * met_B, {"correct": correct_B, "shaped": met_B}

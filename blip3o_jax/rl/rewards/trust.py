@@ -2,7 +2,7 @@
 
 A directory that somebody sends is data: its config.json can name any module to import, any server
 to send the images to, any environment variable to read a token from and any file to read weights
-from. The built-in rewards that read nothing beside what they judge run by its word; all others only
+from. The built-in rewards that read nothing beside what they score run by its word; all others only
 by the command line's.
 """
 

@@ -54,7 +54,7 @@ class WeightedRewards:
         ]
 
     def check(self, prompt: str, metadata: Mapping[str, Any]) -> None:
-        """Raises the UserError of the first reward that cannot judge this prompt."""
+        """Raises the UserError of the first reward that cannot score this prompt."""
         for _, _, reward in self._terms:
             if hasattr(reward, "check"):
                 reward.check(prompt, metadata)

@@ -123,7 +123,7 @@ def test_no_more_than_max_objects_of_a_class_are_seen():
     )
 
 
-def test_each_image_is_judged_by_its_own_colours():
+def test_each_image_is_scored_by_its_own_colours():
     asked = {"tag": "colors", "include": [{"class": "dog", "count": 1, "color": "red"}]}
     scores = geneval.Geneval(Sees(0.9))(IMAGES_BHWC, ["", ""], [asked] * 2)
     np.testing.assert_array_equal(scores.total_B, [1, 0.5])
@@ -139,7 +139,7 @@ def test_each_image_is_judged_by_its_own_colours():
         ({"scoring": "half"}, "scoring='half' is not one of shaped, correct"),
     ],
 )
-def test_options_are_judged(options, message):
+def test_options_are_checked(options, message):
     with pytest.raises(UserError, match=message):
         geneval.create(**options)
 

@@ -8,8 +8,8 @@ from blip3o_jax.rl.rewards.geneval_rules import (
     COLOURS,
     RELATIONS,
     Found,
+    apply_rules,
     check_metadata,
-    judge,
     keep,
     relations,
 )
@@ -29,27 +29,27 @@ def dog(
     return Found(name, box(x, y), confidence, colour=colour)
 
 
-def verdict(found, tag, include, exclude=(), threshold=0.3):
+def result(found, tag, include, exclude=(), threshold=0.3):
     metadata = {"tag": tag, "include": include, "exclude": list(exclude)}
     check_metadata(metadata, ("dog", "cat", "bus"), COLOURS)
-    return judge(
+    return apply_rules(
         keep(found, threshold, 16), metadata, lambda things: [thing.colour for thing in things]
     )
 
 
 def test_presence():
     asked = [{"class": "dog", "count": 1}]
-    assert verdict(
+    assert result(
         [dog(), dog(), dog(name="cat")], "single_object", asked
     ).correct  # others do no harm
-    missing = verdict([dog(name="cat")], "single_object", asked)
+    missing = result([dog(name="cat")], "single_object", asked)
     assert (missing.correct, missing.met, missing.reason) == (False, 0, "asked 1 dog, found 0")
 
 
 def test_two_objects():
     asked = [{"class": "dog", "count": 1}, {"class": "cat", "count": 1}]
-    assert verdict([dog(), dog(name="cat")], "two_object", asked).met == 1
-    assert verdict([dog(), dog()], "two_object", asked).met == 0.5
+    assert result([dog(), dog(name="cat")], "two_object", asked).met == 1
+    assert result([dog(), dog()], "two_object", asked).met == 0.5
 
 
 @pytest.mark.parametrize(
@@ -61,23 +61,23 @@ def test_counting_is_exact(count, correct, met):
     many costs 1/4 of the second requirement, five too many all of it.
     """
     asked, refused = [{"class": "dog", "count": 3}], [{"class": "dog", "count": 4}]
-    found = verdict([dog(x=9 * i) for i in range(count)], "counting", asked, refused)
+    found = result([dog(x=9 * i) for i in range(count)], "counting", asked, refused)
     assert (found.correct, found.met) == (count == 3, pytest.approx(met))
 
 
 def test_colours_are_those_of_the_surest_objects():
     asked = [{"class": "dog", "count": 1, "color": "red"}]
-    assert verdict(
+    assert result(
         [dog(colour="red", confidence=0.9), dog(colour="blue", confidence=0.8)], "colors", asked
     ).correct
-    other = verdict(
+    other = result(
         [dog(colour="red", confidence=0.8), dog(colour="blue", confidence=0.9)], "colors", asked
     )
     assert (other.correct, other.met, other.reason) == (False, 0.5, "asked red dog, found blue")
     two = [{"class": "dog", "count": 2, "color": "red"}]
-    assert verdict([dog(colour="red"), dog(colour="blue")], "colors", two).met == 0.75
-    assert verdict([dog(colour="red")], "colors", two).met == 0.5
-    assert verdict([], "colors", asked).met == 0
+    assert result([dog(colour="red"), dog(colour="blue")], "colors", two).met == 0.75
+    assert result([dog(colour="red")], "colors", two).met == 0.5
+    assert result([], "colors", asked).met == 0
 
 
 def test_color_attribution_binds_the_colours():
@@ -85,8 +85,8 @@ def test_color_attribution_binds_the_colours():
         {"class": "dog", "count": 1, "color": "red"},
         {"class": "cat", "count": 1, "color": "blue"},
     ]
-    assert verdict([dog(colour="red"), dog(colour="blue", name="cat")], "color_attr", asked).correct
-    swapped = verdict([dog(colour="blue"), dog(colour="red", name="cat")], "color_attr", asked)
+    assert result([dog(colour="red"), dog(colour="blue", name="cat")], "color_attr", asked).correct
+    swapped = result([dog(colour="blue"), dog(colour="red", name="cat")], "color_attr", asked)
     assert (swapped.correct, swapped.met) == (False, 0.5)
 
 
@@ -117,18 +117,18 @@ def test_the_margin_grows_with_the_boxes():
 
 def test_position():
     asked = [{"class": "cat", "count": 1}, {"class": "dog", "count": 1, "position": ["left of", 0]}]
-    assert verdict([dog(10), dog(90, name="cat")], "position", asked).correct
-    other = verdict([dog(90), dog(10, name="cat")], "position", asked)
+    assert result([dog(10), dog(90, name="cat")], "position", asked).correct
+    other = result([dog(90), dog(10, name="cat")], "position", asked)
     assert (other.correct, other.met, other.reason) == (
         False,
         pytest.approx(2 / 3),
         "dog is not left of the cat",
     )
-    assert verdict([dog(10)], "position", asked).met == pytest.approx(
+    assert result([dog(10)], "position", asked).met == pytest.approx(
         1 / 3
     )  # no target, no relation
     # Only the surest of each class count.
-    assert verdict(
+    assert result(
         [dog(10, confidence=0.9), dog(99, confidence=0.5), dog(90, name="cat")], "position", asked
     ).correct
 
@@ -136,7 +136,7 @@ def test_position():
 def test_every_pair_must_stand_in_the_relation():
     asked = [{"class": "cat", "count": 2}, {"class": "dog", "count": 1, "position": ["above", 0]}]
     cats = [dog(0, 90, name="cat"), dog(0, 10, name="cat")]
-    half = verdict([dog(0, 50), *cats], "position", asked)
+    half = result([dog(0, 50), *cats], "position", asked)
     assert (half.correct, half.met) == (False, pytest.approx((1 + 1 + 0.5) / 3))
 
 
@@ -145,7 +145,7 @@ def test_a_target_of_the_wrong_colour_is_no_target():
         {"class": "cat", "count": 1, "color": "red"},
         {"class": "dog", "count": 1, "position": ["left of", 0]},
     ]
-    found = verdict([dog(10), dog(90, name="cat", colour="blue")], "position", asked)
+    found = result([dog(10), dog(90, name="cat", colour="blue")], "position", asked)
     assert not found.correct and "dog is not left of the cat" in found.reason
     assert found.met == pytest.approx(
         3 / 4
@@ -154,8 +154,8 @@ def test_a_target_of_the_wrong_colour_is_no_target():
 
 def test_exclude_alone_spoils_an_image():
     asked, refused = [{"class": "dog", "count": 1}], [{"class": "bus", "count": 1}]
-    assert verdict([dog()], "single_object", asked, refused).met == 1
-    found = verdict([dog(), dog(name="bus")], "single_object", asked, refused)
+    assert result([dog()], "single_object", asked, refused).met == 1
+    found = result([dog(), dog(name="bus")], "single_object", asked, refused)
     assert (found.correct, found.met, found.reason) == (
         False,
         0.5,
@@ -165,7 +165,7 @@ def test_exclude_alone_spoils_an_image():
 
 def test_clauses_are_independent():
     asked = [{"class": "dog", "count": 1}, {"class": "dog", "count": 1}]
-    assert verdict([dog()], "two_object", asked).correct
+    assert result([dog()], "two_object", asked).correct
 
 
 def test_thresholds_and_the_most_that_is_kept():
@@ -178,7 +178,7 @@ def test_thresholds_and_the_most_that_is_kept():
     assert keep(found, 0.99, 16) == {}
 
 
-def test_all_is_met_exactly_where_the_verdict_is_correct(rng):
+def test_all_is_met_exactly_where_the_result_is_correct(rng):
     corrects = 0
     for _ in range(500):
         names, colours = rng.choice(["dog", "cat", "bus"], 5), rng.choice(["red", "blue"], 5)
@@ -193,9 +193,9 @@ def test_all_is_met_exactly_where_the_verdict_is_correct(rng):
         if rng.integers(2):
             asked[1]["position"] = [str(rng.choice(RELATIONS)), 0]
         refused = [{"class": "bus", "count": int(rng.integers(1, 3))}] if rng.integers(2) else []
-        judged = verdict(found, "position", asked, refused)
-        assert judged.correct == (judged.met == 1) and 0 <= judged.met <= 1
-        corrects += judged.correct
+        got = result(found, "position", asked, refused)
+        assert got.correct == (got.met == 1) and 0 <= got.met <= 1
+        corrects += got.correct
     assert 20 < corrects < 480
 
 
@@ -229,11 +229,11 @@ def test_all_is_met_exactly_where_the_verdict_is_correct(rng):
         ),
     ],
 )
-def test_metadata_that_cannot_be_judged(metadata, message):
+def test_metadata_that_cannot_be_scored(metadata, message):
     with pytest.raises(UserError, match=message):
         check_metadata(metadata, ("dog", "cat"), COLOURS)
 
 
 def test_shares_are_plain_numbers():
-    assert isinstance(verdict([dog()], "single_object", [{"class": "dog", "count": 1}]).met, float)
-    assert np.isfinite(verdict([], "single_object", [{"class": "dog", "count": 1}]).met)
+    assert isinstance(result([dog()], "single_object", [{"class": "dog", "count": 1}]).met, float)
+    assert np.isfinite(result([], "single_object", [{"class": "dog", "count": 1}]).met)

@@ -444,7 +444,7 @@ def test_metadata_that_json_cannot_hold_is_refused_when_it_is_loaded(good):
         ({"urls": "http://a", "timeout": "soon"}, "timeout='soon' must be a number"),
     ],
 )
-def test_options_are_judged(options, message):
+def test_options_are_checked(options, message):
     assert "NO_TOKEN_HERE" not in os.environ
     with pytest.raises(UserError, match=message):
         http_reward.create(**options)

@@ -153,7 +153,7 @@ def test_scores_and_parts_of_a_batch():
         ({"detect": "maybe"}, "detect='maybe' is not one of true, false"),
     ],
 )
-def test_options_are_judged(options, message):
+def test_options_are_checked(options, message):
     with pytest.raises(UserError, match=message):
         ocr.create(**options)
 
