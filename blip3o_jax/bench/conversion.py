@@ -55,7 +55,7 @@ def run(model: ModelConfig, out: pathlib.Path, *, dtype: str = "bfloat16") -> di
             "export": (_export, checkpoint, exported),
         }.items():
             print(f"{name} ...", file=sys.stderr)
-            rows[name] = _in_a_process(call, *paths) | {"bytes": size}
+            rows[name] = _in_subprocess(call, *paths) | {"bytes": size}
             shutil.rmtree(plain, ignore_errors=True)
         equal = _equal(source, exported)
     report = {
@@ -91,7 +91,7 @@ def print_table(report: dict[str, Any]) -> None:
     print(f"{report['tensors_equal']} tensors, the same bits in source and export")
 
 
-def _in_a_process(work: Callable[..., dict[str, float]], *args: Any) -> dict[str, float]:
+def _in_subprocess(work: Callable[..., dict[str, float]], *args: Any) -> dict[str, float]:
     """What `work` returns, run in a fresh process, so that its memory is its own."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(work, args)

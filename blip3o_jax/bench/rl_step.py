@@ -2,18 +2,18 @@
 the published code does it.
 
                          here                                       as published
-    draw                 a prompt is read once for its group        every image reads its prompt
-                         condition: hidden states kept from drawing condition: a second pass over prompt and image
+    sample               a prompt is read once for its group        every image reads its prompt
+                         condition: hidden states kept from sampling condition: a second pass over prompt and image
     reference, update    a prompt is read once for its group        every image reads its prompt
                          logits of image ids alone, in pieces       logits of the whole vocabulary, of all tokens at once
 
-Both ways draw with the same keys, from the distribution over image ids, with the same loop of
+Both ways sample with the same keys, from the distribution over image ids, with the same loop of
 single tokens, denoising steps and autoencoder, get their rewards from the same processes, and take
 the same optimizer step; so they see the same images, and learn the same. The published code's own
 loop computes the whole vocabulary's logits for every token besides, and the connector at every
 denoising step: it is spared both here.
 
-The ways take turns, each on its own copy of the state.
+The two alternate, each on its own copy of the state.
 """
 
 import dataclasses
@@ -59,28 +59,28 @@ from blip3o_jax.train.state import StatePlan, TrainState, create_state, plan_sta
 from blip3o_jax.train.step import make_step
 from blip3o_jax.train.vocabulary import with_vocabulary
 
-PHASES = ("draw", "reward", "reference", "update")
-WAYS = ("here", "as published")
+PHASES = ("sample", "reward", "reference", "update")
+VARIANTS = ("here", "as published")
 
 
 @dataclasses.dataclass
-class _Way:
-    """One way of doing a step, with its state. `draw` takes a row of tokens for each prompt, or for
+class _Variant:
+    """One variant of doing a step, with its state. `sample` takes a row of tokens for each prompt, or for
     each image.
     """
 
-    draw: Callable[..., tuple[jax.Array, RolloutArrays]]
+    sample: Callable[..., tuple[jax.Array, RolloutArrays]]
     reference: Callable[[Any, Any, RolloutArrays], RolloutArrays]
     step: Callable[[TrainState, RolloutArrays], tuple[TrainState, dict[str, jax.Array]]]
     state: TrainState
-    rows_of_a_prompt: int
+    rows_per_prompt: int
     seconds: dict[str, list[float]] = dataclasses.field(
         default_factory=lambda: {phase: [] for phase in PHASES}
     )
 
 
 def bench(config: Config, out: pathlib.Path, *, rounds: int, command: str) -> dict[str, Any]:
-    """Times `rounds` rollouts and updates of both ways and writes `out`/rl.json. UserError for what
+    """Times `rounds` rollouts and updates of both variants and writes `out`/rl.json. UserError for what
     cannot be compared.
     """
     config = method.resolved(config)
@@ -102,23 +102,23 @@ def bench(config: Config, out: pathlib.Path, *, rounds: int, command: str) -> di
         config.model.ar.vocab_size,
     )
     copied = jax.jit(lambda x: jax.tree.map(jnp.copy, x), out_shardings=plan.shardings["params"])
-    ways = {
-        "here": _Way(
+    variants = {
+        "here": _Variant(
             rollout_programs.make_rollout(config, plan, strategy, ids),
             rollout_programs.make_reference(config, plan, strategy, ids),
             make_step(config, plan, strategy, make_loss(config, ids, strategy.batch_shards)),
             start(),
             1,
         ),
-        "as published": _Way(
-            _published_draw(config, plan, strategy, ids),
+        "as published": _Variant(
+            _published_rollout(config, plan, strategy, ids),
             _published_reference(config, plan, strategy, ids, whole),
             make_step(config, plan, strategy, _published_loss(config, ids, whole)),
             start(),
             rl.num_generations,
         ),
     }
-    reference = copied(ways["here"].state["params"])
+    reference = copied(variants["here"].state["params"])
     rows, first = PromptRows(prompts, config, vocabulary), {}
     pool = RewardPool(rl.rewards, workers=rl.workers, timeout=rl.timeout, retries=rl.retries)
     try:
@@ -127,11 +127,11 @@ def bench(config: Config, out: pathlib.Path, *, rounds: int, command: str) -> di
                 prompts[i]
                 for i in prompt_indices(len(prompts), number, rl.num_prompts, config.seed)
             ]
-            for name in WAYS if number % 2 else WAYS[::-1]:
-                found = _round(
+            for name in VARIANTS if number % 2 else VARIANTS[::-1]:
+                found = _step(
                     config,
                     strategy,
-                    ways[name],
+                    variants[name],
                     reference,
                     rows.tokenize(chosen),
                     chosen,
@@ -140,7 +140,7 @@ def bench(config: Config, out: pathlib.Path, *, rounds: int, command: str) -> di
                 )
                 if number == 0:  # compiles, and both start from the same state
                     first[name] = found
-                    ways[name].seconds = {phase: [] for phase in PHASES}
+                    variants[name].seconds = {phase: [] for phase in PHASES}
     finally:
         pool.close()
     report = {
@@ -154,25 +154,31 @@ def bench(config: Config, out: pathlib.Path, *, rounds: int, command: str) -> di
         "image_tokens": config.model.tokenizer.num_tokens,
         "vocabulary": {"all": whole, "image": ids[1] - ids[0]},
         "denoising_steps": rl.rollout.steps,
-        "seconds": {name: way.seconds for name, way in ways.items()},
+        "seconds": {name: variant.seconds for name, variant in variants.items()},
         "pixels": _pixels_seconds(
-            config, plan, strategy, ways["here"].state, rl.num_prompts * rl.num_generations, rounds
+            config,
+            plan,
+            strategy,
+            variants["here"].state,
+            rl.num_prompts * rl.num_generations,
+            rounds,
         ),
         "equal": _compared(first["here"], first["as published"]),
     }
     report["medians"] = {
-        name: {phase: float(np.median(x)) for phase, x in way.seconds.items()}
-        for name, way in ways.items()
+        name: {phase: float(np.median(x)) for phase, x in variant.seconds.items()}
+        for name, variant in variants.items()
     }
     totals = {
-        name: np.sum([way.seconds[phase] for phase in PHASES], axis=0) for name, way in ways.items()
+        name: np.sum([variant.seconds[phase] for phase in PHASES], axis=0)
+        for name, variant in variants.items()
     }
     report["step"] = {name: float(np.median(total)) for name, total in totals.items()}
     ratios = totals["as published"] / totals["here"]
     report["ratio"] = {
         "median": float(np.median(ratios)),
-        "least": float(ratios.min()),
-        "most": float(ratios.max()),
+        "min": float(ratios.min()),
+        "max": float(ratios.max()),
     }
     out.mkdir(parents=True, exist_ok=True)
     (out / "rl.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
@@ -181,40 +187,40 @@ def bench(config: Config, out: pathlib.Path, *, rounds: int, command: str) -> di
 
 def print_report(report: dict[str, Any]) -> None:
     table = Table(title=f"A step on {report['images']} images: median seconds")
-    for column in ("phase", *WAYS, "ratio"):
+    for column in ("phase", *VARIANTS, "ratio"):
         table.add_column(column, justify="left" if column == "phase" else "right")
-    rows = {phase: [report["medians"][way][phase] for way in WAYS] for phase in PHASES}
+    rows = {phase: [report["medians"][variant][phase] for variant in VARIANTS] for phase in PHASES}
     for phase, (here, published) in (
-        rows | {"step": [report["step"][way] for way in WAYS]}
+        rows | {"step": [report["step"][variant] for variant in VARIANTS]}
     ).items():
         table.add_row(phase, f"{here:.3f}", f"{published:.3f}", f"{published / here:.2f}")
     Console().print(table)
     ratio, equal = report["ratio"], report["equal"]
-    print(f"of drawing, {report['pixels']:.3f} s are denoising and autoencoder, the same in both")
+    print(f"of sampling, {report['pixels']:.3f} s are denoising and autoencoder, the same in both")
     print(
         f"a step here is {ratio['median']:.2f} x as fast ({ratio['min']:.2f} to {ratio['max']:.2f} over the rounds)"
     )
     print("first step: " + ", ".join(f"{name} {value:.2g}" for name, value in equal.items()))
 
 
-def _round(
+def _step(
     config: Config,
     strategy: Strategy,
-    way: _Way,
+    variant: _Variant,
     reference: Any,
     rows: tuple[np.ndarray, np.ndarray],
     chosen: list[Any],
     pool: RewardPool,
     number: int,
 ) -> dict[str, np.ndarray]:
-    """One step of one way; returns what the other must agree with."""
-    rl, state = config.rl, way.state
+    """One step of one variant; returns what the other must agree with."""
+    rl, state = config.rl, variant.state
     count = rl.num_prompts * rl.num_generations
-    tokens, lengths = (np.repeat(x, way.rows_of_a_prompt, axis=0) for x in rows)
+    tokens, lengths = (np.repeat(x, variant.rows_per_prompt, axis=0) for x in rows)
     indices_B = np.arange(number * count, (number + 1) * count).astype(np.uint32)
     marks = [time.monotonic()]
     pixels, record = jax.block_until_ready(
-        way.draw(
+        variant.sample(
             state["params"],
             state["frozen"],
             tokens,
@@ -230,15 +236,15 @@ def _round(
     result = pool.submit(images, [p.text for p in each], [p.metadata for p in each]).result()
     rewards = RewardBatch(result.total_B, result.failed_B, result.parts)
     marks.append(time.monotonic())
-    record |= jax.block_until_ready(way.reference(reference, state["frozen"], record))
+    record |= jax.block_until_ready(variant.reference(reference, state["frozen"], record))
     marks.append(time.monotonic())
     batch = record | global_batch(
         reward_batch.loss_inputs(rewards, rl), strategy.batch_sharding(), list(range(count)), count
     )
-    way.state, metrics = jax.block_until_ready(way.step(state, batch))
+    variant.state, metrics = jax.block_until_ready(variant.step(state, batch))
     marks.append(time.monotonic())
     for phase, seconds in zip(PHASES, np.diff(marks), strict=True):
-        way.seconds[phase].append(float(seconds))
+        variant.seconds[phase].append(float(seconds))
     return {
         "images": images,
         "ids": np.asarray(record["image_ids"]),
@@ -262,13 +268,13 @@ def _compared(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> dict[str, f
     }
 
 
-def _published_draw(
+def _published_rollout(
     config: Config, plan: StatePlan, strategy: Strategy, image_ids: tuple[int, int]
 ) -> Callable[..., Any]:
     """As `rollout_programs.make_rollout`, but for a row of tokens for each image."""
     rl, cfg = config.rl, config.model
 
-    def draw(
+    def rollout_images(
         params: Any,
         frozen: Any,
         tokens_BL: jax.Array,
@@ -286,7 +292,7 @@ def _published_draw(
                 model, tokens_BL, lengths_B, token_keys_B, rl.rollout, image_ids
             )
             hidden_BTD = teacher_forced_states(model.ar, tokens_BL, lengths_B, sampled.ids_BN, 1)
-            z_BHWC = _denoised(model, config, hidden_BTD, prepare_latents(cfg, noise_keys_B))
+            z_BHWC = _sample_latents(model, config, hidden_BTD, prepare_latents(cfg, noise_keys_B))
             record = {
                 "tokens": tokens_BL,
                 "lengths": lengths_B,
@@ -295,10 +301,10 @@ def _published_draw(
             }
             return to_uint8(model.pixels(z_BHWC)), record
 
-    return jax.jit(draw, out_shardings=strategy.batch_sharding())
+    return jax.jit(rollout_images, out_shardings=strategy.batch_sharding())
 
 
-def _denoised(
+def _sample_latents(
     model: Blip3o, config: Config, hidden_BTD: jax.Array, noise_BHWC: jax.Array
 ) -> jax.Array:
     settings = config.rl.rollout
@@ -375,12 +381,12 @@ def _published_logprobs(
 def _pixels_seconds(
     config: Config, plan: StatePlan, strategy: Strategy, state: TrainState, images: int, rounds: int
 ) -> float:
-    """Median seconds from hidden states to pixels, which both ways take."""
+    """Median seconds from hidden states to pixels, which both variants take."""
 
     def pixels(params: Any, frozen: Any, hidden_BTD: jax.Array, noise_BHWC: jax.Array) -> jax.Array:
         model = plan.model(params, frozen)
         with nn.sharding_resolver(strategy.resolver):
-            return to_uint8(model.pixels(_denoised(model, config, hidden_BTD, noise_BHWC)))
+            return to_uint8(model.pixels(_sample_latents(model, config, hidden_BTD, noise_BHWC)))
 
     cfg, at = config.model, strategy.batch_sharding()
     hidden = jax.device_put(

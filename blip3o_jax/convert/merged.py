@@ -11,12 +11,12 @@ import numpy as np
 
 from blip3o_jax.config import ModelConfig, UserError
 from blip3o_jax.convert.mapping import parameter_shapes
+from blip3o_jax.convert.stored_weights import StoredArray, StoredWeights
 from blip3o_jax.convert.tables import PREFIXES
 from blip3o_jax.lora import FACTORS, LORA_PARTS, merge_kernel
-from blip3o_jax.train.checkpoint import Stored, Weights
 
 
-class MergedWeights(Weights):
+class MergedWeights(StoredWeights):
     """Read the weights of a checkpoint without its low-rank factors: a kernel that has factors is
     read as the float32 sum, which the reader rounds to what it stores. All other weights are read
     as stored.
@@ -72,9 +72,9 @@ class MergedWeights(Weights):
 class _MergedStack:
     """W + scale A B of a stack of layers, computed one at a time."""
 
-    kernel: Stored
-    a: Stored
-    b: Stored
+    kernel: StoredArray
+    a: StoredArray
+    b: StoredArray
     scale: float
 
     def __getitem__(self, layer: int) -> np.ndarray:

@@ -1,4 +1,5 @@
-"""Sources cut by the shape of their images, so that every batch has one: `model.buckets`.
+"""Aspect-ratio buckets (`model.buckets`): sources split by the shape of their images, so that all
+images of a batch have one shape.
 
 The shape of a record is that of the image to be drawn, or of the first one shown, taken from its
 header. All headers are read once, by threads, and which record is of which shape is kept in the
@@ -22,7 +23,7 @@ from blip3o_jax.data import images
 from blip3o_jax.data.checked_file import DamagedArrays, cache_directory, pack, unpack
 from blip3o_jax.data.record import CHANGED, BadRecord, Record, Source, read_record
 
-AT_ONCE = 1024  # records between two lines of progress
+PROGRESS_RECORDS = 1024  # records between two lines of progress
 
 
 class Bucket(Source):
@@ -42,17 +43,17 @@ class Bucket(Source):
     def fingerprint(self) -> str:
         which = hashlib.sha256(self._indices.astype("<i8").tobytes()).hexdigest()[
             :16
-        ]  # other sizes leave it others
+        ]  # which records a bucket has depends on the other sizes
         return f"{self._source.fingerprint}-{'x'.join(map(str, self.shape))}-{which}"
 
 
 def by_shape(
     sources: Sequence[tuple[Source, float]],
     model: ModelConfig,
-    max_pixels: int = images.MOST_PIXELS,
+    max_pixels: int = images.MAX_PIXELS,
 ) -> list[list[tuple[Source, float]]]:
-    """For each of `model.sizes` that there are images of, its sources with their weights: shares of
-    the whole mixture. Images of more than `max_pixels` pixels count as unreadable.
+    """Return, for each of `model.sizes` that has images, its sources with their weights, fractions
+    of the whole mixture. Images of more than `max_pixels` pixels count as unreadable.
     """
     total = sum(weight for _, weight in sources)
     groups: list[list[tuple[Source, float]]] = [[] for _ in model.sizes]
@@ -68,11 +69,11 @@ def by_shape(
 
 
 def _shapes(source: Source, model: ModelConfig, max_pixels: int) -> np.ndarray:
-    """Which of `model.sizes` each record has, uint8; the first where it cannot be read, which is
-    for the loader to say. OSError where that is because of the machine.
+    """Return the index into `model.sizes` of each record, uint8. A record that cannot be read has
+    the first, and is reported by the loader. Raises OSError for errors of the machine.
     """
     if len(model.sizes) > 255:
-        raise UserError(f"model.buckets has {len(model.sizes)} sizes: 255 are the most")
+        raise UserError(f"model.buckets has {len(model.sizes)} sizes: the maximum is 255")
     asked = [source.fingerprint, model.sizes, max_pixels]
     name = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
     file = cache_directory() / f"shapes-{name}"
@@ -97,8 +98,8 @@ def _shapes(source: Source, model: ModelConfig, max_pixels: int) -> np.ndarray:
 
     found, began = [], time.monotonic()
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
-        for start in range(0, len(source), AT_ONCE):
-            found += pool.map(shape, range(start, min(len(source), start + AT_ONCE)))
+        for start in range(0, len(source), PROGRESS_RECORDS):
+            found += pool.map(shape, range(start, min(len(source), start + PROGRESS_RECORDS)))
             if len(found) < len(source):
                 left = (time.monotonic() - began) / len(found) * (len(source) - len(found))
                 print(

@@ -1,22 +1,23 @@
-"""A source whose records carry what the frozen encoders make of their images, read from disk.
+"""A source whose records carry the outputs of the frozen encoders for their images, from a cache on
+disk.
 
 Directory of one (source, encoders) pair, named by a hash of all that the values depend on:
 
-    codes-00012.npy      int32   [records, N]           of records 12 * PART .. of the source
+    codes-00012.npy      int32   [records, N]           of records 12 * RECORDS_PER_SHARD .. of the source
     latents-00012.npy    float32 [records, H, W, C]
-    part-00012.json      {"unreadable": {"index": "reason"},                 records that could not be decoded
+    shard-00012.json      {"unreadable": {"index": "reason"},                 records that could not be decoded
                           "codes": {"shape": [...], "crc32c": [...]}, "latents": ...}       a checksum a record
 
 With R reference slots both arrays are [records, 1 + R, ...], the target image first; empty slots
 are zeros.
 
-A part is written under another name and renamed when whole, so that writing resumes where it
+A shard is written under another name and renamed when whole, so that writing resumes where it
 stopped and several hosts share the work. `train/encode.py` writes these; float32 keeps a cached
 step equal to one that encodes inside.
 
 Nobody can read a cache of many gigabytes at every start, so the arrays' sizes are checked then, and
-a record's checksum when it is read. A damaged part is set aside: its json is renamed to
-part-00012.json.damaged, and the next start encodes it again.
+a record's checksum when it is read. A damaged shard is set aside: its json is renamed to
+shard-00012.json.damaged, and the next start encodes it again.
 """
 
 import contextlib
@@ -35,29 +36,29 @@ from blip3o_jax.config.errors import first_line
 from blip3o_jax.data.record import BadRecord, Record, Source
 
 VERSION = 2  # raised whenever the same images and weights would give other values, or another layout of files
-PART = 4096  # records
+RECORDS_PER_SHARD = 4096  # records
 DTYPES = {"codes": np.dtype("<i4"), "latents": np.dtype("<f4")}
 
 
-class DamagedPart(ConfigError):
-    """A part that is not what was written; it is set aside. `reason`: file and what is wrong with
+class DamagedShard(ConfigError):
+    """A shard that is not what was written; it is set aside. `reason`: file and what is wrong with
     it. Not the fault of the record that was to be read, which therefore is not skipped for it.
     """
 
     def __init__(self, reason: str):
         super().__init__(
-            f"{reason}: the cache's part is encoded again when the run is started again"
+            f"{reason}: the cache's shard is encoded again when the run is started again"
         )
         self.reason = reason
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return DamagedPart, (self.reason,)
+        return DamagedShard, (self.reason,)
 
 
 @dataclasses.dataclass(frozen=True)
 class EncodedRecord(Record):
-    """A record with what an example has in place of its views: `codes` [N] and scaled `latents` [H,
-    W, C] of its image, and `reference_codes` [R, N], `reference_latents` [R, H, W, C] with R
+    """A record with encoder outputs in place of its images' views: `codes` [N], scaled `latents` [H,
+    W, C], and `reference_codes` [R, N], `reference_latents` [R, H, W, C] with R
     reference slots.
     """
 
@@ -65,7 +66,7 @@ class EncodedRecord(Record):
 
 
 def directory_name(source: Source, settings: dict[str, Any]) -> str:
-    """Hash of the source's content and of `settings`: crop and sizes, encoder configuration and
+    """Return a hash of the source's content and of `settings`: crop and sizes, encoder configuration and
     weights.
     """
     content = json.dumps(
@@ -90,17 +91,17 @@ class EncodedSource(Source):
         return len(self.source)
 
     def __getitem__(self, index: int) -> EncodedRecord:
-        """Raises DamagedPart where what is stored is not what was written, or is no output of
+        """Raises DamagedShard where what is stored is not what was written, or is no output of
         encoders.
         """
         record = self.source[index]
-        number, row = divmod(index, PART)
-        part = open_part(self.directory, number)
-        if str(index) in part.unreadable:
-            raise BadRecord(record.shard, record.key, part.unreadable[str(index)])
-        codes, latents = (part.read(name, row) for name in DTYPES)
+        number, row = divmod(index, RECORDS_PER_SHARD)
+        shard = open_shard(self.directory, number)
+        if str(index) in shard.unreadable:
+            raise BadRecord(record.shard, record.key, shard.unreadable[str(index)])
+        codes, latents = (shard.read(name, row) for name in DTYPES)
         if reason := not_outputs(codes, latents, self._codebook_size):
-            part.refuse(f"{part.file.name}: record {row} has {reason}")
+            shard.refuse(f"{shard.file.name}: record {row} has {reason}")
         outputs = {"codes": codes, "latents": latents}
         if codes.ndim == 2:
             outputs = {
@@ -113,7 +114,7 @@ class EncodedSource(Source):
 
 
 def not_outputs(codes: np.ndarray, latents: np.ndarray, codebook_size: int) -> str:
-    """Return what shows that these are no encoders' outputs, "" where nothing does."""
+    """Return why these cannot be encoders' outputs, "" if they can."""
     if codes.min(initial=0) < 0 or codes.max(initial=0) >= codebook_size:
         return f"codes from {codes.min()} to {codes.max()} where there are {codebook_size}"
     if not np.all(np.isfinite(latents)):
@@ -122,8 +123,8 @@ def not_outputs(codes: np.ndarray, latents: np.ndarray, codebook_size: int) -> s
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
-    """One part, its arrays mapped into memory. `sums`: the CRC32C of each record, by the array's
+class EncodedShard:
+    """One shard, its arrays mapped into memory. `sums`: the CRC32C of each record, by the array's
     name.
     """
 
@@ -133,7 +134,7 @@ class Part:
     sums: dict[str, list[int]]
 
     def read(self, name: str, row: int) -> np.ndarray:
-        """Return a copy of one record's values. Raises DamagedPart."""
+        """Return a copy of one record's values. Raises DamagedShard."""
         values = np.array(self.arrays[name][row])
         if checksums.crc32c([values.tobytes()]) != self.sums[name][row]:
             self.refuse(
@@ -142,19 +143,19 @@ class Part:
         return values
 
     def refuse(self, reason: str) -> None:
-        """Set the part aside and raise DamagedPart."""
+        """Set the shard aside and raise DamagedShard."""
         set_aside(self.file)
-        open_part.cache_clear()
-        raise DamagedPart(f"{self.file.parent}/{reason}")
+        open_shard.cache_clear()
+        raise DamagedShard(f"{self.file.parent}/{reason}")
 
 
-def part_file(directory: pathlib.Path, number: int) -> pathlib.Path:
-    """Return the file whose presence says that a part is whole."""
-    return directory / f"part-{number:05d}.json"
+def shard_file(directory: pathlib.Path, number: int) -> pathlib.Path:
+    """Return the file whose presence says that a shard is whole."""
+    return directory / f"shard-{number:05d}.json"
 
 
 def set_aside(file: pathlib.Path) -> None:
-    """Rename a part's json, so that the part is encoded again; several processes may find the same
+    """Rename a shard's json, so that the shard is encoded again; several processes may find the same
     damage.
     """
     with contextlib.suppress(FileNotFoundError):
@@ -162,14 +163,14 @@ def set_aside(file: pathlib.Path) -> None:
 
 
 def _array_file(file: pathlib.Path, name: str) -> pathlib.Path:
-    return file.with_name(file.name.replace("part", name).replace(".json", ".npy"))
+    return file.with_name(file.name.replace("shard", name).replace(".json", ".npy"))
 
 
-def write_part(
+def write_shard(
     directory: pathlib.Path, number: int, arrays: dict[str, np.ndarray], unreadable: dict[str, str]
 ) -> None:
-    """Write a part's arrays [records, ...], by name, and last the json that says that it is whole."""
-    file = part_file(directory, number)
+    """Write a shard's arrays [records, ...], by name, and last the json that says that it is whole."""
+    file = shard_file(directory, number)
     described = {}
     for name, values in arrays.items():
         values = np.ascontiguousarray(values, DTYPES[name])
@@ -183,15 +184,15 @@ def write_part(
             "crc32c": [checksums.crc32c([row.tobytes()]) for row in values],
         }
     checksums.write_json(file, {"unreadable": unreadable} | described)
-    open_part.cache_clear()
+    open_shard.cache_clear()
 
 
 @functools.lru_cache(maxsize=64)
-def open_part(directory: pathlib.Path, number: int) -> Part:
-    """Open a part, reading none of its values. Raises DamagedPart, naming the file, where it is not
-    what was written; the part is then set aside.
+def open_shard(directory: pathlib.Path, number: int) -> EncodedShard:
+    """Open a shard, reading none of its values. Raises DamagedShard, naming the file, where it is not
+    what was written; the shard is then set aside.
     """
-    file = part_file(directory, number)
+    file = shard_file(directory, number)
     reading, arrays = file, {}
     try:
         described = checksums.read_json(file)
@@ -199,7 +200,7 @@ def open_part(directory: pathlib.Path, number: int) -> Part:
             reading = _array_file(file, name)
             arrays[name] = np.load(reading, mmap_mode="r")
         reading = file
-        part = Part(
+        shard = EncodedShard(
             file,
             described["unreadable"],
             arrays,
@@ -210,12 +211,12 @@ def open_part(directory: pathlib.Path, number: int) -> Part:
         if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
             raise  # the machine's, not the file's
         reason = first_line(error).removeprefix(f"{reading} ")
-        Part(file, {}, {}, {}).refuse(f"{reading.name} cannot be used ({reason})")
+        EncodedShard(file, {}, {}, {}).refuse(f"{reading.name} cannot be used ({reason})")
     for name, array in arrays.items():
         if (array.dtype, array.shape) != (DTYPES[name], shapes[name]) or len(
-            part.sums[name]
+            shard.sums[name]
         ) != len(array):
-            part.refuse(
+            shard.refuse(
                 f"{_array_file(file, name).name} is {array.dtype} {array.shape}, not {DTYPES[name]} {shapes[name]}"
             )
-    return part
+    return shard

@@ -34,7 +34,7 @@ Views = tuple[np.ndarray, np.ndarray]  # of one image: the autoencoder's and the
 
 @dataclasses.dataclass(frozen=True)
 class ExampleBuilder:
-    """`fields` of FIELDS -> one example. `vocabulary` is needed for caption and row only."""
+    """Builds examples with the given `fields` of FIELDS from records. `vocabulary` is needed for caption and row only."""
 
     fields: tuple[str, ...]
     model: ModelConfig
@@ -44,7 +44,9 @@ class ExampleBuilder:
     def __call__(self, record: Record) -> dict[str, np.ndarray]:
         example: dict[str, Any] = {}
         if _VIEWS & set(self.fields):
-            example |= record.outputs if isinstance(record, EncodedRecord) else self._seen(record)
+            example |= (
+                record.outputs if isinstance(record, EncodedRecord) else self._views_of(record)
+            )
         if "caption" in self.fields:
             example |= sequence.caption_row(
                 self.vocabulary,
@@ -60,9 +62,8 @@ class ExampleBuilder:
     def join(
         self, examples: Sequence[dict[str, np.ndarray]], records: Sequence[Record]
     ) -> dict[str, np.ndarray]:
-        """`data.pack` examples and what they were made of -> one row with all of them. RowTooLong
-        where they do not fit; with data.too_long="truncate" the longest ones are made again, of
-        less text."""
+        """Pack `data.pack` examples, made of `records`, into one row. Raises RowTooLong if they do
+        not fit; with data.too_long="truncate" the longest ones are built again from less text."""
         keys = [record.key for record in records]
         try:
             return sequence.pack_rows(examples, keys, self.data.max_length)
@@ -117,34 +118,33 @@ class ExampleBuilder:
         )
 
     def images_of(self, record: Record) -> list[tuple[int, Views]]:
-        """Both views of a record's images with their places: 0 is the image to be drawn, those
-        shown follow. All have the shape that is nearest to the first's.
+        """Return both views of a record's images with their slots: 0 is the target image, the
+        references follow. All have the size that is nearest to the first's.
         """
         found = [(0, record.image)] if record.task != "understand" else []
         found += enumerate(record.references[: self.model.editing.reference_slots], 1)
         pixels = [images.decode(data, max_pixels=self.data.max_pixels) for _, data in found]
         size = self.model.nearest_size(*pixels[0].shape[:2])
         return [
-            (place, self._views(image, size))
-            for (place, _), image in zip(found, pixels, strict=True)
+            (slot, self._views(image, size)) for (slot, _), image in zip(found, pixels, strict=True)
         ]
 
-    def _seen(self, record: Record) -> dict[str, np.ndarray]:
+    def _views_of(self, record: Record) -> dict[str, np.ndarray]:
         """Return the views of the target image and, with reference slots, of the references."""
         found = dict(self.images_of(record))
         blank = tuple(np.zeros_like(view) for view in next(iter(found.values())))
-        views = [found.get(place, blank) for place in range(1 + self.model.editing.reference_slots)]
+        views = [found.get(slot, blank) for slot in range(1 + self.model.editing.reference_slots)]
         named = {
             "pixels": [view for view, _ in views],
             "tokenizer_pixels": [view for _, view in views],
         }
         named = {name: column for name, column in named.items() if name in self.fields}
-        shown = {
+        references = {
             f"reference_{name}": np.stack(column[1:])
             for name, column in named.items()
             if "row" in self.fields and column[1:]
         }
-        return {name: column[0] for name, column in named.items()} | shown
+        return {name: column[0] for name, column in named.items()} | references
 
     def _views(self, image_HWC: np.ndarray, size: tuple[int, int]) -> Views:
         return images.views(

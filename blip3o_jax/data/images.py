@@ -41,8 +41,8 @@ from blip3o_jax.config import DataConfig, UserError
 from blip3o_jax.config.errors import first_line
 from blip3o_jax.data.record import BadRecord
 
-SMALLEST = 8  # side of an image that a user names
-MOST_PIXELS = DataConfig.max_pixels
+MIN_SIDE = 8  # pixels, of an image file that a user names
+MAX_PIXELS = DataConfig.max_pixels
 # The first bytes of a file and the class of Pillow that reads it. What a phone writes as MPO is a
 # JPEG with others after it.
 _FORMATS = (
@@ -57,11 +57,11 @@ _FORMATS = (
 _KNOWN = "JPEG, PNG, WebP, GIF, BMP or TIFF"
 # Chunks of a PNG that say nothing of its pixels. Of the texts only those that may hold an
 # orientation are kept, and small.
-_NOTES = (b"tEXt", b"zTXt", b"iTXt")
+_TEXT_CHUNKS = (b"tEXt", b"zTXt", b"iTXt")
 _PROFILE = b"iCCP"
 _ORIENTATION_TEXTS = (b"XML:com.adobe.xmp", b"Raw profile type exif")
-_MOST_TEXT = 1 << 16  # bytes, decompressed
-_TURNS = {
+_MAX_TEXT_BYTES = 1 << 16  # decompressed
+_TRANSPOSITIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -112,7 +112,7 @@ def open_image(
         _check_size(size, max_pixels)
     try:
         png = reader is PngImagePlugin.PngImageFile
-        image = reader(io.BytesIO(_without_notes(data) if png else data))
+        image = reader(io.BytesIO(_strip_metadata(data) if png else data))
     except Exception as error:  # decoders raise every kind of exception on broken bytes
         raise _undecodable(error) from None
     try:
@@ -138,7 +138,7 @@ def _undecodable(error: Exception) -> BadRecord:
 
 
 def _webp_size(data: bytes) -> tuple[int, int] | None:
-    """(width, height) of a WebP file's canvas from the header of its first chunk; None for any
+    """Return (width, height) of a WebP file's canvas from the header of its first chunk, None for any
     other file."""
     chunk = data[12:16] if data.startswith(b"RIFF") and len(data) >= 30 else b""
     if chunk == b"VP8X":
@@ -151,8 +151,8 @@ def _webp_size(data: bytes) -> tuple[int, int] | None:
     return None
 
 
-def _without_notes(data: bytes) -> bytes:
-    """A PNG without its colour profile and all texts that are of no use here."""
+def _strip_metadata(data: bytes) -> bytes:
+    """Return a PNG without its colour profile and the text chunks that hold no orientation."""
     kept = []
     start = position = (
         8  # after the signature; what lies between `start` and `position` is to be kept
@@ -160,8 +160,10 @@ def _without_notes(data: bytes) -> bytes:
     while position + 12 <= len(data):
         length, kind = struct.unpack_from(">I4s", data, position)
         end = position + 12 + length
-        note = kind in _NOTES
-        useful = note and length <= _MOST_TEXT and _may_orient(kind, data[position + 8 : end - 4])
+        note = kind in _TEXT_CHUNKS
+        useful = (
+            note and length <= _MAX_TEXT_BYTES and _may_orient(kind, data[position + 8 : end - 4])
+        )
         if kind == _PROFILE or (note and not useful):
             kept.append(data[start:position])
             start = end
@@ -172,8 +174,8 @@ def _without_notes(data: bytes) -> bytes:
 
 
 def _may_orient(kind: bytes, chunk: bytes) -> bool:
-    """Whether a text chunk is one that Pillow takes an orientation from, whole and small when it is
-    decompressed."""
+    """Return whether Pillow may take an orientation from a text chunk, one that is complete and small
+    when decompressed."""
     keyword, _, rest = chunk.partition(b"\0")
     if keyword not in _ORIENTATION_TEXTS:
         return False
@@ -188,7 +190,7 @@ def _may_orient(kind: bytes, chunk: bytes) -> bool:
         packed = rest[1:]
     inflater = zlib.decompressobj()
     try:
-        inflater.decompress(packed, _MOST_TEXT)
+        inflater.decompress(packed, _MAX_TEXT_BYTES)
     except zlib.error:
         return False
     # 0 is the one method of compression that there is.
@@ -198,10 +200,10 @@ def _may_orient(kind: bytes, chunk: bytes) -> bool:
 def decode(
     data: bytes,
     at_least: int = 0,
-    max_pixels: int = MOST_PIXELS,
+    max_pixels: int = MAX_PIXELS,
     formats: Sequence[str] | None = None,
 ) -> np.ndarray:
-    """Encoded image -> uint8 [H, W, 3]: upright by its EXIF orientation, in RGB, transparency laid
+    """Decode an image to uint8 [H, W, 3]: upright by its EXIF orientation, in RGB, transparency laid
     over white.
 
     Args:
@@ -228,9 +230,8 @@ def decode(
 
 
 def load(path: str | os.PathLike[str]) -> np.ndarray:
-    """An image file that a user names -> uint8 [H, W, 3], as `decode`; UserError, one line with the
-    path, for what no picture can be taken from: no file, broken data, an animation, sides below 8
-    pixels, more than 80 megapixels.
+    """Decode an image file that a user names, as `decode` does. Raises UserError, one line with the
+    path: no file, broken data, an animation, sides below 8 pixels, more than 80 megapixels.
     """
     try:
         files.check_regular(path)
@@ -238,14 +239,14 @@ def load(path: str | os.PathLike[str]) -> np.ndarray:
     except OSError as error:
         raise UserError(f"{path}: the image cannot be read: {error.strerror}") from None
     try:
-        with open_image(data, MOST_PIXELS) as image:
+        with open_image(data, MAX_PIXELS) as image:
             width, height = image.size
             frames = _frames(image)
         if frames > 1:
             raise UserError(f"{path}: an animation of {frames} frames: save the one that is meant")
-        if min(width, height) < SMALLEST:
+        if min(width, height) < MIN_SIDE:
             raise UserError(
-                f"{path}: {width} x {height} pixels are no picture: give one of {SMALLEST} x {SMALLEST} or more"
+                f"{path}: {width} x {height} pixels are no picture: give one of {MIN_SIDE} x {MIN_SIDE} or more"
             )
         return decode(data)
     except BadRecord as error:
@@ -261,7 +262,7 @@ def _frames(image: Image.Image) -> int:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    turn = _TURNS.get(_orientation(image))
+    turn = _TRANSPOSITIONS.get(_orientation(image))
     return image if turn is None else image.transpose(turn)
 
 
@@ -290,8 +291,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def shape_of(data: bytes, max_pixels: int = MOST_PIXELS) -> tuple[int, int]:
-    """(height, width) of an encoded image as `decode` would have it, from its header alone;
+def shape_of(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """Return (height, width) of an encoded image as `decode` gives it, from its header alone;
     BadRecord where it has none, or more than `max_pixels` pixels: WebP's decoder allocates them all
     when it is opened.
     """
@@ -308,17 +309,17 @@ def crop_and_resize(
     size: int | tuple[int, int],
     resample: Image.Resampling = Image.Resampling.BICUBIC,
 ) -> np.ndarray:
-    """The largest centred part of a uint8 image that has the shape of `size`, a side or (height,
-    width), resized to it.
+    """Crop the largest centred part of a uint8 image with the aspect ratio of `size`, a side or
+    (height, width), and resize it to `size`.
 
     Pillow's bicubic widens its kernel when it shrinks (antialiasing). It is the published
     tokenizer's filter, and it keeps more detail for the autoencoder to learn than area averaging;
     what it overshoots at edges is clipped.
     """
-    return _resized(_cut(image_HWC, size), size, resample)
+    return _resize(_centre_crop(image_HWC, size), size, resample)
 
 
-def _cut(image_HWC: np.ndarray, size: int | tuple[int, int]) -> np.ndarray:
+def _centre_crop(image_HWC: np.ndarray, size: int | tuple[int, int]) -> np.ndarray:
     rows, columns = (size, size) if isinstance(size, int) else size
     height, width = image_HWC.shape[:2]
     # The whole of one side, and of the other what the ratio leaves.
@@ -328,7 +329,7 @@ def _cut(image_HWC: np.ndarray, size: int | tuple[int, int]) -> np.ndarray:
     return np.ascontiguousarray(image_HWC[top : top + high, left : left + wide])
 
 
-def _resized(
+def _resize(
     image_HWC: np.ndarray, size: int | tuple[int, int], resample: Image.Resampling
 ) -> np.ndarray:
     rows, columns = (size, size) if isinstance(size, int) else size
@@ -343,19 +344,17 @@ def _resized(
 def views(
     image_HWC: np.ndarray, size: int | tuple[int, int], tokenizer_size: int, crop: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(pixels uint8 [P, Q, 3] for the autoencoder, tokenizer pixels uint8 [T, T, 3]) of one image;
-    `size` is P = Q or (P, Q).
+    """Return (pixels uint8 [P, Q, 3] for the autoencoder, tokenizer pixels uint8 [T, T, 3]) of one
+    image; `size` is P = Q or (P, Q).
 
     crop="shared": both show the same centred part. crop="reference": the published pipelines,
     bilinear centre crop for the autoencoder, and for the tokenizer the whole image, its sides
     squashed to a square (bicubic).
     """
     if crop == "shared":
-        part_HWC = _cut(image_HWC, size)
-        return tuple(
-            _resized(part_HWC, s, Image.Resampling.BICUBIC) for s in (size, tokenizer_size)
-        )
+        part_HWC = _centre_crop(image_HWC, size)
+        return tuple(_resize(part_HWC, s, Image.Resampling.BICUBIC) for s in (size, tokenizer_size))
     if crop == "reference":
         pixels = crop_and_resize(image_HWC, size, Image.Resampling.BILINEAR)
-        return pixels, _resized(image_HWC, tokenizer_size, Image.Resampling.BICUBIC)
+        return pixels, _resize(image_HWC, tokenizer_size, Image.Resampling.BICUBIC)
     raise ValueError(f"crop={crop!r} is not one of shared, reference")

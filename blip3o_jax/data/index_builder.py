@@ -62,7 +62,7 @@ def same_state(path: str, index: ShardIndex) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class ShardFormat:
-    """How the shards of one kind are indexed.
+    """Describes how the shards of one kind are indexed.
 
     Args:
       kind: of shard; part of the set's digest.

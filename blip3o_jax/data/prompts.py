@@ -100,7 +100,7 @@ def _read_text(path: pathlib.Path) -> str:
 
 
 def _begins_json(line: str) -> bool:
-    """Whether the first line of a file without a suffix for it is JSON nevertheless."""
+    """Return whether the first line of a file without a JSON suffix is JSON."""
     if not line.startswith(("{", "[")):
         return False
     try:

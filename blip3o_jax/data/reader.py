@@ -1,7 +1,6 @@
-"""The one place where records become rows: what cannot be used is skipped, and the row says what
-and why.
+"""Reads records and turns them into rows. Unusable records are skipped, and the row reports them.
 
-place (source, index) -> record -> transform -> row        BadRecord: the next one, see `_Search`
+record id (source, index) -> record -> transform -> row     BadRecord: the next one, see `_RecordSearch`
 """
 
 import dataclasses
@@ -30,21 +29,21 @@ Row = dict[str, np.ndarray]
 Transform = Callable[[Record], Row]
 Join = Callable[[Sequence[Row], Sequence[Record]], Row]
 
-# As many unusable records end the search for a usable one: the next NEAR of the source, then some
+# As many unusable records end the search for a usable one: the next NEIGHBOURS of the source, then some
 # from all over it, since a damaged file spoils all records that lie in it. With nine records of ten
 # unusable, one search in 10^5 fails.
-MAX_SKIPPED, NEAR = 128, 16
-# What a row tells about the records skipped for it: JSON in ASCII, at most this many bytes.
+MAX_SKIPPED, NEIGHBOURS = 128, 16
+# A row's report of the records skipped for it: JSON in ASCII, at most this many bytes.
 _REPORT_BYTES = 4096
 
 
 class BadRecordLimit(UserError):
-    """More records than data.max_bad_fraction allows could not be used."""
+    """Raised where more records than data.max_bad_fraction allows could not be used."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Reader:
-    """`data.pack` places (source, index) -> one row: the transform's arrays, joined where there are
+    """Reads `data.pack` record ids (source, index) as one row: the transform's arrays, joined where there are
     several, and
 
     bad_records  int32 [] or [E]  records skipped for each example because they cannot be read
@@ -57,13 +56,19 @@ class Reader:
     join: Join | None
     too_long: str
 
-    def __call__(self, places: Sequence[tuple[int, int]]) -> dict[str, Any]:
-        searches = [_Search(self, self.sources[source], index) for source, index in places]
+    def __call__(self, record_ids: Sequence[tuple[int, int]]) -> dict[str, Any]:
+        searches = [
+            _RecordSearch(self, self.sources[source], index) for source, index in record_ids
+        ]
         found = [search.next() for search in searches]
         while True:
             try:
                 [*rows], [*records] = zip(*found, strict=True)
-                row = rows[0] if self.join is None or len(places) == 1 else self.join(rows, records)
+                row = (
+                    rows[0]
+                    if self.join is None or len(record_ids) == 1
+                    else self.join(rows, records)
+                )
                 break
             except (
                 RowTooLong
@@ -75,7 +80,7 @@ class Reader:
         skipped = [record for search in searches for record in search.skipped]
         bad = [sum(record.kind != TOO_LONG for record in search.skipped) for search in searches]
         shards = [zlib.crc32(_shard_name(record.shard).encode()) for record in records]
-        one = (lambda values: values[0]) if len(places) == 1 else (lambda values: values)
+        one = (lambda values: values[0]) if len(record_ids) == 1 else (lambda values: values)
         return row | {
             "bad_records": np.array(one(bad), np.int32),
             "_shards": np.array(one(shards), np.int64),
@@ -83,8 +88,8 @@ class Reader:
         }
 
 
-class _Search:
-    """The usable records of a source from `start` on, and those skipped on the way."""
+class _RecordSearch:
+    """Finds usable records of a source from `start` on; keeps those skipped on the way."""
 
     def __init__(self, reader: Reader, source: Source, start: int) -> None:
         self._reader = reader
@@ -94,16 +99,16 @@ class _Search:
         self.skipped: list[BadRecord] = []
 
     def next(self) -> tuple[Row, Record]:
-        """The next record and its row. BadRecordLimit where none is to be found."""
+        """Return the next usable record and its row. Raises BadRecordLimit if none is found."""
         limit = min(len(self._source), MAX_SKIPPED)
         while self._tried < limit:
             index = self._index()
             self._tried += 1
             try:
-                return read_record(self._source, index, self._made)
+                return read_record(self._source, index, self._with_row)
             except BadRecord as error:
                 self.skip(error)
-        last = _described(self.skipped[-1])
+        last = _describe(self.skipped[-1])
         raise BadRecordLimit(
             f"{self._source.name}: {limit} records in a row cannot be used, the last {last}; "
             + (
@@ -113,33 +118,33 @@ class _Search:
             )
         )
 
-    def _made(self, record: Record) -> tuple[Row, Record]:
+    def _with_row(self, record: Record) -> tuple[Row, Record]:
         return self._reader.transform(record), record
 
     def _index(self) -> int:
         size = len(self._source)
-        if self._tried < NEAR or size <= MAX_SKIPPED:
+        if self._tried < NEIGHBOURS or size <= MAX_SKIPPED:
             return (self._start + self._tried) % size
         # Steps of the golden section leave no stretch of the source out for long. Coprime with
         # the size, they come to no record twice before they have come to all.
         near = round(0.618 * size)
         step = next(step for step in itertools.count(near) if math.gcd(step, size) == 1)
-        return (self._start + (self._tried - NEAR + 1) * step) % size
+        return (self._start + (self._tried - NEIGHBOURS + 1) * step) % size
 
     def skip(self, record: BadRecord) -> None:
         if record.kind == TOO_LONG and self._reader.too_long == "error":
             raise UserError(
-                f"{_described(record)}: shorten its text, raise data.max_length, or set data.too_long to skip or truncate"
+                f"{_describe(record)}: shorten its text, raise data.max_length, or set data.too_long to skip or truncate"
             )
         self.skipped.append(record)
 
 
-def _described(record: BadRecord) -> str:
+def _describe(record: BadRecord) -> str:
     return f"{one_line(record.shard)}: {one_line(record.key)}: {one_line(record.reason, 300)}"
 
 
 def pack_report(skipped: list[BadRecord]) -> np.ndarray:
-    """JSON of how many were skipped for each kind of reason, and of the last ones (shard, key,
+    """Return JSON of how many records were skipped for each kind of reason, and of the last ones (shard, key,
     reason, kind), in a fixed number of bytes so that rows stack and cross processes."""
     if not skipped:
         return np.array(b"", f"S{_REPORT_BYTES}")

@@ -1,4 +1,4 @@
-"""What the user says and what the assistant answers, for each task: the published chat template.
+"""The published chat template: the turns of user and assistant for each task.
 
     task         user's turn, `template.*`        the assistant answers with
     t2i          generate, {caption}              an image
@@ -6,8 +6,8 @@
     reconstruct  reconstruct                      an image
     understand   understand, {question}           text
 
-`<image>` in a template becomes, for each reference image, <|vision_start|>, n places and
-<|vision_end|>. What the user fills in is text, whatever tags it spells.
+`<image>` in a template becomes, for each reference image, <|vision_start|>, n placeholders and
+<|vision_end|>. The user's text is encoded as text, whatever tags it spells.
 """
 
 from typing import NamedTuple
@@ -21,8 +21,8 @@ IMAGE = "<image>"
 
 
 class PromptTokens(NamedTuple):
-    """All ids up to where the answer begins, and for each reference image the index of its opening
-    tag; the n places after it hold <I0>.
+    """The ids up to the beginning of the answer, and for each reference image the index of its opening
+    tag; the n positions after it hold <I0>.
     """
 
     ids: list[int]
@@ -39,14 +39,14 @@ def make_prompt(
     num_image_tokens: int = 0,
     pool_scale: int = 1,
 ) -> PromptTokens:
-    """`text` is the caption, instruction or question; `references` images are shown. Where the
-    answer is an image the prompt ends with its scale token. UserError for a text or a number of
-    images that the task cannot have.
+    """Return the prompt of a task: `text` is the caption, instruction or question, `references` the
+    number of reference images. If the answer is an image the prompt ends with its scale token.
+    Raises UserError for a text or a number of images that the task cannot have.
     """
-    before, after = _filled(template, task, text, references)
+    before, after = _fill_template(template, task, text, references)
     system = _turn(vocab, "system", template.system) if template.system else []
     if task == "t2i":
-        user, places = _turn(vocab, "user", before), []
+        user, openings = _turn(vocab, "user", before), []
     else:
         start, end = vocab.tokenizer.special(VISION_START), vocab.tokenizer.special(VISION_END)
         image = [start, *[vocab.image_token_offset] * num_image_tokens, end]
@@ -58,15 +58,17 @@ def make_prompt(
             vocab.end_of_turn,
             *vocab.encode("\n"),
         ]
-        places = [len(system) + len(head) + i * len(image) for i in range(references)]
+        openings = [len(system) + len(head) + i * len(image) for i in range(references)]
     opening = [vocab.start_of_turn, *vocab.encode("assistant\n")]
     if task != "understand":
         opening += [vocab.image_start, vocab.scale(pool_scale)]
-    return PromptTokens([*system, *user, *opening], places)
+    return PromptTokens([*system, *user, *opening], openings)
 
 
-def _filled(template: TemplateConfig, task: str, text: str, references: int) -> tuple[str, str]:
-    """The template of a task with `text` in it: what stands before the images and after them."""
+def _fill_template(
+    template: TemplateConfig, task: str, text: str, references: int
+) -> tuple[str, str]:
+    """Return a task's template with `text` in it, as the parts before and after the images."""
     check_choice("task", task, TASKS)
     field, place = {
         "t2i": ("generate", "{caption}"),
@@ -74,15 +76,17 @@ def _filled(template: TemplateConfig, task: str, text: str, references: int) -> 
         "reconstruct": ("reconstruct", ""),
         "understand": ("understand", "{question}"),
     }[task]
-    said = getattr(template, field)
+    template_text = getattr(template, field)
     if task == "t2i":
         check(not references, "task t2i shows no image: give an instruction or a question with it")
-        return said.replace(place, text), ""
+        return template_text.replace(place, text), ""
     if not references:
         raise UserError(f"task {task} needs an image: give at least one")
     if place and not text.strip():
         raise UserError(f"task {task} needs words: the {place.strip('{}')} is empty")
-    before, after = (half.replace("{count}", str(references)) for half in said.split(IMAGE))
+    before, after = (
+        half.replace("{count}", str(references)) for half in template_text.split(IMAGE)
+    )
     return (before.replace(place, text), after.replace(place, text)) if place else (before, after)
 
 

@@ -1,4 +1,4 @@
-"""What is looked at in a data set of TFDS before TFDS reads it: it may come from anywhere.
+"""Checks of a TFDS data set before TFDS reads it, since it may come from anywhere.
 
 TFDS imports the module of every class that features.json names, and opens every file that the
 templates of dataset_info.json lead to.
@@ -42,19 +42,19 @@ def check_description(directory: str) -> None:
 
 
 def _class_names(value: Any) -> Iterator[str]:
-    waiting = [value]
-    while waiting:
-        value = waiting.pop()
+    pending = [value]
+    while pending:
+        value = pending.pop()
         if isinstance(value, list):
-            waiting += value
+            pending += value
         elif isinstance(value, dict):
             for key, inner in value.items():
                 if not isinstance(inner, str):
-                    waiting.append(inner)
+                    pending.append(inner)
                 elif key in _CLASS_KEYS:
                     yield inner
                 elif key in _JSON_KEYS:
-                    waiting.append(json.loads(inner))
+                    pending.append(json.loads(inner))
 
 
 def check_inside(directory: str, shards: Iterable[str]) -> None:

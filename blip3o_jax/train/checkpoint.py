@@ -18,15 +18,12 @@ import json
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
-import tensorstore as ts
 from absl import logging
-from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from blip3o_jax import checksums, files
@@ -34,7 +31,6 @@ from blip3o_jax import config as config_lib
 from blip3o_jax.checksums import MANIFEST, DamagedFile
 from blip3o_jax.config import Config, TextConfig, UserError
 from blip3o_jax.config.errors import first_line
-from blip3o_jax.lora import FACTORS
 from blip3o_jax.parallel.distributed import host_0_first, log_host0
 from blip3o_jax.parallel.rules import Strategy
 from blip3o_jax.text.tokenizers import TextTokenizer
@@ -172,7 +168,7 @@ class Checkpoints:
         that is intact.
         """
         directory = self.directory / str(step)
-        with _whole(str(directory)):
+        with reading(str(directory)):
             try:
                 with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
                     state = checkpointer.restore(
@@ -190,8 +186,8 @@ class Checkpoints:
             ]
 
     def check(self) -> None:
-        """Raises what a save in the background has failed with, which else the next save would.
-        Waits for none.
+        """Raise the error of a background save, which otherwise the next save would raise. Does not
+        wait for a save in progress.
         """
         with files.writing(self.directory):
             if (
@@ -200,7 +196,7 @@ class Checkpoints:
                 self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Wait for writes under way."""
+        """Wait for saves in progress."""
         if self._manager is None:
             return
         with files.writing(self.directory):
@@ -211,10 +207,11 @@ class Checkpoints:
 
 
 def _write_small_arrays_whole() -> None:
-    """Copies of an array share the writing of it: Orbax has each cut out a slice, by a program
-    compiled for its shape. That pays for large arrays only; without this it is most of the time a
-    small model takes to save. (The handler that stands in for Orbax's own keeps no array metadata,
-    which nothing here reads.)
+    """Have Orbax write arrays below 1 MiB from one replica.
+
+    By default every replica writes a slice, cut out by a program compiled for its shape. That pays
+    for large arrays only; for small models it is most of the time of a save. The handler set here
+    keeps no array metadata, which nothing reads.
     """
     handler = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=2**20)
     with _quiet():  # it would warn that a handler is replaced, as is meant
@@ -223,7 +220,7 @@ def _write_small_arrays_whole() -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without Orbax's own log, which tells of errors that are raised as well, traceback and all."""
+    """Silence Orbax's log, which repeats errors that are raised, with their tracebacks."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.FATAL)
     try:
@@ -233,7 +230,7 @@ def _quiet() -> Iterator[None]:
 
 
 def find(path: str | pathlib.Path) -> tuple[pathlib.Path, int]:
-    """(checkpoint directory, step) of a run's workdir (of a recipe, its last stage's), its
+    """Return (checkpoint directory, step) of a run's workdir (of a recipe, its last stage's), its
     `checkpoints` directory, or one step in it.
 
     Raises UserError when there is none, naming what was looked for.
@@ -256,8 +253,8 @@ def find(path: str | pathlib.Path) -> tuple[pathlib.Path, int]:
 
 
 def _last_stage(recipe: Any, where: pathlib.Path) -> str:
-    """The directory of a recipe's last stage, by its name alone: a file that came with a directory
-    leads nowhere else.
+    """Return the directory name of a recipe's last stage. A recipe.json that came with a directory must
+    not lead out of it.
     """
     stages = recipe.get("stages") if isinstance(recipe, dict) else None
     name = stages[-1] if isinstance(stages, list) and stages else None
@@ -304,9 +301,9 @@ def write_tokenizer(directory: pathlib.Path, tokenizer: TextTokenizer) -> None:
 def restore_parts(
     path: str | pathlib.Path, strategy: Strategy, parts: tuple[str, ...] = (), *, ema: bool = True
 ) -> Any:
-    """Parameters of `parts` (all by default) as {part: nested dict} on the strategy's mesh, the
-    averaged ones where the run kept them and `ema` is set; no optimizer state is restored.
-    UserError for a step that is damaged, wherever it is.
+    """Restore the parameters of `parts` (all by default) as {part: nested dict} on the strategy's
+    mesh, the EMA where the run kept one and `ema` is set; no optimizer state is restored. UserError
+    for a damaged step.
     """
     root, step = find(path)
     config = read_config(root)
@@ -327,7 +324,7 @@ def restore_parts(
         )
     }
     check_intact(root, step, shared=strategy.mesh.is_multi_process)
-    with _whole(str(root / str(step))), ocp.PyTreeCheckpointer() as checkpointer:
+    with reading(str(root / str(step))), ocp.PyTreeCheckpointer() as checkpointer:
         restored = checkpointer.restore(
             root / str(step) / "state",
             args=ocp.args.PyTreeRestore(
@@ -339,33 +336,11 @@ def restore_parts(
     return merge_trees(restored.get(trained, {}), restored.get("frozen", {}))
 
 
-@dataclasses.dataclass(frozen=True)
-class Stored:
-    """One parameter in a checkpoint's files, to read in slices: with what they are cut from kept
-    while this is, for the next ones. `name` is for errors.
-    """
-
-    name: str
-    array: ts.TensorStore
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.array.shape
-
-    def __getitem__(self, index: Any) -> np.ndarray:
-        with _whole(self.name):
-            return self.array[index].read().result()
-
-    def read(self) -> np.ndarray:
-        """All of it."""
-        return self[...]
-
-
 @contextlib.contextmanager
-def _whole(name: str) -> Iterator[None]:
-    """UserError for what the libraries raise where files are cut off, altered or gone, which may be
-    any exception. What the system or a device says, such as that memory is exhausted, stays what it
-    is.
+def reading(name: str) -> Iterator[None]:
+    """Raise UserError for the exceptions, of any type, that the libraries raise on truncated,
+    altered or missing files of `name`. Errors of the system or of a device, such as exhausted
+    memory, are raised as they are.
     """
     try:
         yield
@@ -385,93 +360,11 @@ def _unreadable(name: str, reason: str) -> UserError:
     )
 
 
-class Weights:
-    """The parameters of one step as arrays of this host, read from the files when they are asked
-    for and not before.
-
-    `parts`: the parts there are; `ema` takes averaged parameters in place of those they are
-    averages of. UserError for files that are damaged.
-    """
-
-    def __init__(self, root: pathlib.Path, step: int, *, ema: bool = False):
-        check_intact(root, step)
-        self._path = (root / str(step) / "state").absolute()
-        with _whole(str(self._path)):
-            tree = ocp.PyTreeCheckpointHandler().metadata(epath.Path(self._path)).tree
-            if ema and not tree.get("ema"):
-                raise UserError(
-                    f"{root} holds no averaged weights: it was trained with optimizer.ema_decay=0; leave out --ema"
-                )
-            # (part, path within it) -> (group, shape and dtype)
-            self._leaves = {
-                (keys[0], "/".join(keys[1:])): (group, leaf)
-                for group in ("frozen", "ema" if ema else "params")
-                for keys, leaf in _flat_metadata(tree.get(group) or {})
-            }
-        self.parts = tuple(dict.fromkeys(part for part, _ in self._leaves))
-
-    def dtype(self, part: str) -> np.dtype:
-        """Of the part's parameters, which are all alike but for low-rank factors."""
-        leaves = ((path, leaf) for (name, path), (_, leaf) in self._leaves.items() if name == part)
-        return np.dtype(next(leaf.dtype for path, leaf in leaves if not path.endswith(FACTORS)))
-
-    def shapes(self, part: str) -> dict[str, tuple[int, ...]]:
-        """{path: shape} of all of a part's parameters, low-rank factors among them."""
-        return {
-            path: tuple(leaf.shape)
-            for (name, path), (_, leaf) in self._leaves.items()
-            if name == part
-        }
-
-    def read(self, part: str, paths: Iterable[str]) -> dict[str, np.ndarray]:
-        """{path: whole array} of some of a part's parameters. KeyError for one that is not there."""
-        opened = {path: self.open(part, path) for path in paths}
-        reading = {path: (stored.name, stored.array.read()) for path, stored in opened.items()}
-        arrays = {}
-        for path, (name, future) in reading.items():
-            with _whole(name):
-                arrays[path] = future.result()
-        return arrays
-
-    def open(self, part: str, path: str) -> Stored:
-        group, _ = self._leaves[part, path]
-        files = {"driver": "file", "path": f"{self._path}/"}
-        store = {
-            "driver": "ocdbt",
-            "base": files,
-            "path": ".".join((group, part, *path.split("/"))),
-        }
-        context = ts.Context({"cache_pool": {"total_bytes_limit": 2**62}})
-        name = f"{self._path}: {part}/{path}"
-        with _whole(name):
-            array = ts.open(
-                {"driver": "zarr", "kvstore": store}, context=context, open=True, read=True
-            ).result()
-        return Stored(name, array)
-
-
-def _flat_metadata(tree: Any, keys: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """(keys, leaf) of nested dicts and lists as Orbax hands them back."""
-    children = (
-        enumerate(tree)
-        if isinstance(tree, list | tuple)
-        else tree.items()
-        if isinstance(tree, dict)
-        else None
-    )
-    if children is None:
-        yield keys, tree
-        return
-    for key, child in children:
-        yield from _flat_metadata(child, (*keys, str(key)))
-
-
 def write_weights(
     directory: pathlib.Path, config: Config, tokenizer: TextTokenizer, weights: dict[str, Any]
 ) -> None:
-    """A checkpoint directory of weights alone, {"params": ..., "frozen": ...} by part, as step 0:
-    what `restore_parts` reads and runs start from. Written from where the arrays are, no more in
-    flight than the largest.
+    """Write a checkpoint of weights alone, {"params": ..., "frozen": ...} by part, as step 0, for
+    `restore_parts` and `checkpoint.init_from`. At most the bytes of the largest array are in flight.
     """
     _write_small_arrays_whole()
     largest = max(

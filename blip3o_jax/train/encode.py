@@ -18,7 +18,13 @@ from blip3o_jax import config as config_lib
 from blip3o_jax import files
 from blip3o_jax.config import Config, ConfigError
 from blip3o_jax.data import encoded
-from blip3o_jax.data.encoded import DTYPES, PART, DamagedPart, EncodedSource, directory_name
+from blip3o_jax.data.encoded import (
+    DTYPES,
+    RECORDS_PER_SHARD,
+    DamagedShard,
+    EncodedSource,
+    directory_name,
+)
 from blip3o_jax.data.examples import ExampleBuilder, Views
 from blip3o_jax.data.record import CHANGED, BadRecord, Source, read_record
 from blip3o_jax.parallel.distributed import barrier, log_host0
@@ -29,7 +35,7 @@ BATCH = 64
 
 
 def weights_fingerprint(frozen: Any) -> str:
-    """Hash over the bytes of the encoders' parameters."""
+    """Return a hash of the bytes of the encoders' parameters."""
     digest = hashlib.sha256()
     for path, leaf in sorted(
         jax.tree_util.tree_leaves_with_path(frozen), key=lambda kv: str(kv[0])
@@ -40,12 +46,12 @@ def weights_fingerprint(frozen: Any) -> str:
 
 
 def encoded_source(
-    source: Source, encode: Encode, fingerprint: str, config: Config, *, shards: int = 1
+    source: Source, encode: Encode, fingerprint: str, config: Config, *, batch_shards: int = 1
 ) -> EncodedSource:
-    """`source` with its encoder outputs under `config.data.cache_dir`; what is not there yet, or is
-    damaged, is computed first, in batches of BATCH images or the next multiple of `shards`.
+    """Return `source` with its encoder outputs under `config.data.cache_dir`; what is missing or
+    damaged is computed first, in batches of BATCH images or the next multiple of `batch_shards`.
     """
-    batch = -(-BATCH // shards) * shards
+    batch = -(-BATCH // batch_shards) * batch_shards
     settings = {
         "weights": fingerprint,
         "image_size": config.model.image_size if source.shape is None else source.shape,
@@ -62,42 +68,42 @@ def encoded_source(
         files.replace_text(directory / "settings.json", text)
 
     builder = ExampleBuilder(("pixels", "tokenizer_pixels"), config.model, config.data)
-    parts = -(-len(source) // PART)
-    mine = range(jax.process_index(), parts, jax.process_count())
-    todo = [part for part in mine if not _whole(directory, part)]
+    shards = -(-len(source) // RECORDS_PER_SHARD)
+    mine = range(jax.process_index(), shards, jax.process_count())
+    todo = [shard for shard in mine if not _whole(directory, shard)]
     began = time.monotonic()
-    for done, part in enumerate(todo, 1):
-        _write_part(source, encode, builder, directory, part, batch)
+    for done, shard in enumerate(todo, 1):
+        _write_shard(source, encode, builder, directory, shard, batch)
         seconds = time.monotonic() - began
         left = seconds / done * (len(todo) - done)
         log_host0(
-            f"encode {source.name}: part {done}/{len(todo)} in {seconds:.0f} s, ETA {left:.0f} s"
+            f"encode {source.name}: shard {done}/{len(todo)} in {seconds:.0f} s, ETA {left:.0f} s"
         )
     barrier(f"encoded {directory.name}", seconds=86400.0)
     return EncodedSource(source, directory, config.model.tokenizer.codebook_size)
 
 
-def _whole(directory: pathlib.Path, part: int) -> bool:
-    """Whether a part is there and can be opened; one that is damaged is named."""
-    if not encoded.part_file(directory, part).exists():
+def _whole(directory: pathlib.Path, shard: int) -> bool:
+    """Return whether a shard is there and can be opened; report one that is damaged."""
+    if not encoded.shard_file(directory, shard).exists():
         return False
     try:
-        encoded.open_part(directory, part)
-    except DamagedPart as error:
-        print(f"{error.reason}: encoding part {part} again", file=sys.stderr, flush=True)
+        encoded.open_shard(directory, shard)
+    except DamagedShard as error:
+        print(f"{error.reason}: encoding shard {shard} again", file=sys.stderr, flush=True)
         return False
     return True
 
 
-def _write_part(
+def _write_shard(
     source: Source,
     encode: Encode,
     builder: ExampleBuilder,
     directory: pathlib.Path,
-    part: int,
+    shard: int,
     batch: int,
 ) -> None:
-    indices = range(part * PART, min(len(source), (part + 1) * PART))
+    indices = range(shard * RECORDS_PER_SHARD, min(len(source), (shard + 1) * RECORDS_PER_SHARD))
     unreadable: dict[str, str] = {}
 
     def images_of(index: int) -> list[tuple[int, Views]]:
@@ -105,7 +111,7 @@ def _write_part(
             return read_record(source, index, builder.images_of)
         except BadRecord as error:
             files.raise_trouble(error)
-            if error.kind == CHANGED:  # its part would be kept under the name of other bytes
+            if error.kind == CHANGED:  # its shard would be kept under the name of other bytes
                 raise ConfigError(str(error)) from error
             unreadable[str(index)] = error.reason
             return []
@@ -115,7 +121,7 @@ def _write_part(
     blank = tuple(np.zeros((*size, 3), np.uint8) for size in sizes)
     slots = builder.model.editing.reference_slots + 1
     outputs: tuple[np.ndarray, ...] = ()
-    waiting: list[tuple[int, int, Views]] = []  # (record of the part, place, views)
+    waiting: list[tuple[int, int, Views]] = []  # (record of the shard, place, views)
 
     def encode_some() -> None:
         """A batch of images, whichever records they are of: slots without one cost nothing. Always
@@ -155,4 +161,4 @@ def _write_part(
     for row, (codes, latents) in enumerate(zip(*arrays.values(), strict=True)):
         if reason := encoded.not_outputs(codes, latents, builder.model.tokenizer.codebook_size):
             unreadable.setdefault(str(indices[row]), f"the encoders give {reason}")
-    encoded.write_part(directory, part, arrays, unreadable)
+    encoded.write_shard(directory, shard, arrays, unreadable)

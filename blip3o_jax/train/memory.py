@@ -138,7 +138,7 @@ def example_bytes(
             model.ar.num_hidden_layers if "ar" in trained and model.ar.remat != "offload" else 1
         )
         row = _layers(model.ar, length, layers)
-        if _scores_are_written(config):
+        if _materializes_scores(config):
             row += 4.0 * model.ar.num_attention_heads * length**2 / strategy.mesh.shape["tensor"]
         kept[f"data.max_length={length}"] = row * rows / among
         tokens = (model.latent_size // model.dit.patch_size) ** 2 * config.loss.flow_samples
@@ -157,7 +157,7 @@ def _layers(network: Any, tokens: int, layers: int) -> float:
     return float(tokens * network.hidden_size * _BYTES[network.dtype] * layers)
 
 
-def _scores_are_written(config: Config) -> bool:
-    """Whether attention over rows is plain products."""
+def _materializes_scores(config: Config) -> bool:
+    """Return whether attention over rows materializes its scores."""
     platform, wanted = nn.platform(), config.model.ar.attention
     return wanted == "xla" or (wanted == "auto" and platform == "cpu")

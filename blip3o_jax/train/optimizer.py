@@ -18,7 +18,7 @@ _STACKED_MATRIX = optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_ax
 
 
 def learning_rate(cfg: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Step -> learning rate: up from 0 over `warmup_fraction` of `steps`, then a cosine to
+    """Return the schedule: linear warm-up from 0 over `warmup_fraction` of `steps`, then a cosine to
     `end_learning_rate` at the last.
     """
     warmup = max(1, round(cfg.warmup_fraction * steps))
@@ -52,7 +52,7 @@ def _muon(cfg: OptimizerConfig, rate: optax.Schedule) -> optax.GradientTransform
 
 
 def _labels(params: Any) -> Any:
-    """Which optimizer moves each parameter."""
+    """Return the optimizer's label for each parameter: "muon" or "adamw"."""
 
     def label(path: tuple[Any, ...], x: jax.Array) -> str:
         return "muon" if path[-1].key == "kernel" and x.ndim == 3 else "adamw"

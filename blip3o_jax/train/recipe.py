@@ -1,4 +1,4 @@
-"""Runs a recipe: named stages one after the other, each in `workdir`/NAME, the last of which holds
+"""Recipes: named stages that run one after the other, each in `workdir`/NAME, the last of which holds
 the whole model.
 """
 
@@ -16,7 +16,7 @@ from blip3o_jax.train.workdir import WorkdirLock
 
 
 def run(recipe: dict[str, Config], workdir: str | pathlib.Path) -> dict[str, Summary]:
-    """Trains every stage that is not finished yet. `checkpoint.init_from` may name an earlier stage
+    """Train every stage that is not finished yet. `checkpoint.init_from` may name an earlier stage
     of the recipe.
 
     A single configuration, named "", runs in `workdir` itself.

@@ -1,5 +1,5 @@
-"""What each stage trains: its parts, its loss and the parameters it moves. The loop is the same for
-all.
+"""The training stages: the parts, the loss and the trainable parameters of each. The loop is the same
+for all.
 
 autoencoder   pixels -> vae -> pixels                        L1 + image gradients
 contrastive   (pixels, caption) -> encoder, text tower       SigLIP's sigmoid loss, optionally pixels read off the features
@@ -59,7 +59,7 @@ STAGES: dict[str, Stage] = {
 
 
 def stage_parts(config: Config) -> tuple[str, ...]:
-    """The parts the model of a run holds: the stage's, and for the joint one the connectors of
+    """Return the parts that the model of a run holds: the stage's, and for the joint one the connectors of
     editing where it has them.
     """
     editing = config.model.editing
@@ -91,7 +91,7 @@ def trainable_filter(config: Config) -> Callable[[str], bool]:
 
 
 def make_loss(config: Config, image_token_offset: int) -> Loss:
-    """The loss of the configured stage; `image_token_offset` is the vocabulary id of the first
+    """Return the loss of the configured stage; `image_token_offset` is the vocabulary id of the first
     codebook entry (joint stage only).
     """
 
@@ -177,8 +177,8 @@ def make_loss(config: Config, image_token_offset: int) -> Loss:
 def make_preview(
     config: Config, image_token_offset: int
 ) -> Callable[[Blip3o, Batch, jax.Array], jax.Array] | None:
-    """(model, batch, keys) -> images in [0, 1] that show what the stage has learned; None where
-    there is nothing to see.
+    """Return (model, batch, keys) -> images in [0, 1] that show what the stage has learned, None for
+    stages without images.
     """
 
     def autoencoder(model: Blip3o, batch: Batch, keys_B: jax.Array) -> jax.Array:

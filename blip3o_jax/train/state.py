@@ -1,4 +1,4 @@
-"""The train state: what a checkpoint holds, created where it belongs on the mesh.
+"""The train state, which checkpoints hold, created with its shardings on the mesh.
 
 params         trainable parameters          {"ar": {...}, "connector": {...}, ...}
 frozen         all other parameters, never differentiated; the optimizer knows nothing of them
@@ -33,9 +33,7 @@ COUNTERS = ("step", "bad_steps", "skipped_steps", "bad_records")
 
 @dataclasses.dataclass(frozen=True)
 class StatePlan:
-    """The state before any array exists: how to merge it into a model, its shapes and where each
-    array will lie.
-    """
+    """The abstract state: how to merge it into a model, its shapes and its shardings."""
 
     graphdef: Any
     abstract: TrainState  # ShapeDtypeStructs with shardings
@@ -55,7 +53,7 @@ def _by_group(config: Config, model: Blip3o) -> TrainState:
     return {"params": nnx.to_pure_dict(params), "frozen": nnx.to_pure_dict(frozen)}
 
 
-def _draw_part(
+def _initialize_part(
     config: Config,
     plan: StatePlan,
     part: str,
@@ -75,12 +73,14 @@ def _draw_part(
     at = own(plan.shardings)
     if not jax.tree.leaves(at):
         return at
-    draw = lambda: own(_by_group(config, _build(config, (part,))))
-    return jax.jit(draw, out_shardings=at, compiler_options=options)()
+    initialize = lambda: own(_by_group(config, _build(config, (part,))))
+    return jax.jit(initialize, out_shardings=at, compiler_options=options)()
 
 
-def _rest(config: Config, optimizer: optax.GradientTransformation, params: Any) -> TrainState:
-    """What a state holds beside its weights, before the first step."""
+def _initial_optimizer_state(
+    config: Config, optimizer: optax.GradientTransformation, params: Any
+) -> TrainState:
+    """Return the initial optimizer state, EMA and counters."""
     return {
         "opt": optimizer.init(params),
         "ema": jax.tree.map(jnp.copy, params) if config.optimizer.ema_decay else {},
@@ -88,7 +88,7 @@ def _rest(config: Config, optimizer: optax.GradientTransformation, params: Any) 
 
 
 def plan_state(config: Config, strategy: Strategy) -> StatePlan:
-    """Shapes and shardings of the whole state, from shapes alone: nothing is allocated."""
+    """Return shapes and shardings of the whole state; nothing is allocated."""
     for part, _ in strategy.parts:
         check_choice("mesh.parts: part", part, MODEL_PARTS)
     optimizer = make_optimizer(config.optimizer, config.steps)
@@ -100,7 +100,9 @@ def plan_state(config: Config, strategy: Strategy) -> StatePlan:
             f"trainable={config.trainable!r} matches no parameter of stage {config.stage!r}"
         )
     shapes = {"params": nnx.to_pure_dict(params), "frozen": nnx.to_pure_dict(frozen)}
-    shapes |= jax.eval_shape(lambda params: _rest(config, optimizer, params), shapes["params"])
+    shapes |= jax.eval_shape(
+        lambda params: _initial_optimizer_state(config, optimizer, params), shapes["params"]
+    )
     params_at, frozen_at = (
         strategy.parameter_shardings(params),
         strategy.parameter_shardings(frozen),
@@ -134,11 +136,11 @@ def create_state(
     given: Mapping[str, Any] | None = None,
     image_token_offset: int | None = None,
 ) -> TrainState:
-    """Initial state, each array made in its own shards: no device ever holds a full replica it
-    should not.
+    """Create the initial state, each array in its own sharding: no device ever holds a replica that
+    it should not.
 
-    `given` parts, {part: {"params": ..., "frozen": ...}} as in the plan, are not drawn but taken as
-    they are; what they lack is drawn as it would be without them. Where
+    `given` parts, {part: {"params": ..., "frozen": ...}} as in the plan, are taken as they
+    are; what they lack is initialized as it would be without them. Where
     `checkpoint.image_embedding_init` is "codes", `image_token_offset`, the vocabulary id of the
     first codebook entry, is needed, and the AR's image rows are set from the codes even if the AR
     is given.
@@ -158,7 +160,7 @@ def create_state(
     # A program for each part: XLA's CPU compiler takes time that grows with the square of the
     # number of random arrays, and the compile cache gives a part to every run that has it.
     for part in stage_parts(config):
-        weights = merge_trees(weights, _draw_part(config, plan, part, taken, options))
+        weights = merge_trees(weights, _initialize_part(config, plan, part, taken, options))
     if config.checkpoint.image_embedding_init == "codes":
         ar = lambda tree: {group: tree[group]["ar"] for group in WEIGHTS if "ar" in tree[group]}
 
@@ -174,7 +176,7 @@ def create_state(
             weights[group]["ar"] = tree
     rest_at = {name: at for name, at in plan.shardings.items() if name not in WEIGHTS}
     rest = jax.jit(
-        lambda params: _rest(config, plan.optimizer, params),
+        lambda params: _initial_optimizer_state(config, plan.optimizer, params),
         out_shardings=rest_at,
         compiler_options=options,
     )
@@ -182,14 +184,14 @@ def create_state(
 
 
 def merge_trees(a: Any, b: Any) -> Any:
-    """Union of two nested dicts without a common leaf."""
+    """Return the union of two nested dicts without a common leaf."""
     if not isinstance(a, dict):
         return a
     return a | {k: merge_trees(a[k], v) if k in a else v for k, v in b.items()}
 
 
 def without(a: Any, b: Any) -> Any:
-    """The leaves of a nested dict `a` whose places `b` has none for."""
+    """Return the leaves of a nested dict `a` whose paths are absent from `b`."""
     rest = {}
     for key, value in a.items():
         if key not in b:

@@ -34,7 +34,7 @@ def _mean_gradients(
     keys_B: jax.Array,
     accumulate: int,
 ) -> tuple[Any, Metrics]:
-    """Gradients and metrics, averaged over `accumulate` micro-batches of equal size, in float32."""
+    """Return gradients and metrics, averaged over `accumulate` micro-batches of equal size, in float32."""
     grad_fn = jax.grad(loss_fn, has_aux=True)
     if accumulate == 1:
         return grad_fn(params, batch, keys_B)
@@ -54,8 +54,8 @@ def _mean_gradients(
 
 
 def _all_finite(*trees: Any) -> jax.Array:
-    """Whether all that a step leads to is finite: a learning rate can spoil what a finite gradient
-    gives.
+    """Return whether the results of a step are all finite. A learning rate can make them infinite even
+    with a finite gradient.
 
     Compiled for four v5p chips with AdamW and fsdp, this costs one all-reduce of booleans, six
     times the bytes of a chip's parameters in memory traffic and half of them in memory; leaving out
@@ -68,7 +68,7 @@ def _all_finite(*trees: Any) -> jax.Array:
 def make_step(
     config: Config, plan: StatePlan, strategy: Strategy, loss: Loss
 ) -> Callable[..., tuple[TrainState, Metrics]]:
-    """The compiled step. Metrics: the stage's own, loss, gradient norm in all and per part,
+    """Compile the train step. Metrics: the stage's own, loss, gradient norm in all and per part,
     learning rate, counters.
     """
     schedule = learning_rate(config.optimizer, config.steps)

@@ -210,6 +210,6 @@ def _encode_sources(
     fingerprint = weights_fingerprint(encoders)
     run = functools.partial(encode, encoders)
     return [
-        (encoded_source(source, run, fingerprint, config, shards=shards), weight)
+        (encoded_source(source, run, fingerprint, config, batch_shards=shards), weight)
         for source, weight in sources
     ]

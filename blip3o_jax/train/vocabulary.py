@@ -19,7 +19,7 @@ MAX_CAPTIONS = 100_000  # of each source; more add nothing to the pieces
 def with_vocabulary(
     config: Config, sources: Sequence[tuple[Source, float]], workdir: pathlib.Path
 ) -> tuple[Config, Vocabulary | None]:
-    """The configuration with the tokenizer's path and the vocabulary's size filled in, and the
+    """Return the configuration with the tokenizer's path and the vocabulary's size filled in, and the
     vocabulary (None for a stage that reads no text). A trained tokenizer stays in `workdir`/text.
     Raises UserError when files and sizes do not agree.
     """
@@ -42,8 +42,8 @@ def with_vocabulary(
 
 
 def _captions(sources: Sequence[tuple[Source, float]]) -> Iterator[str]:
-    """The captions of the records that can be read. UserError where there is none, with the last
-    reason.
+    """Yield the captions of the records that can be read. Raises UserError if there is none, with the
+    last reason.
     """
     read, last = 0, None
     for source, _ in sources:

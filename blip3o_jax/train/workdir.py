@@ -1,8 +1,8 @@
 """A run's working directory: one run at a time, and none that is refused leaves anything in it.
 
 WORKDIR/lock.json names the process that writes there: host, pid and since when. Its modification
-time, renewed every PERIOD seconds, is its sign of life. A second run is refused. The lock of a
-process that is gone is taken over: on the same machine at once, on another after BOUND seconds
+time, renewed every HEARTBEAT_PERIOD seconds, is its sign of life. A second run is refused. The lock of a
+process that is gone is taken over: on the same machine at once, on another after STALE_AFTER seconds
 without a sign of life, for a preempted job begins elsewhere within seconds. The lock needs
 exclusive creation and renaming alone, so that it holds on network file systems.
 """
@@ -25,8 +25,8 @@ from blip3o_jax.config import UserError
 from blip3o_jax.parallel.distributed import host_0_first, log_host0, process_index
 
 LOCK = "lock.json"
-PERIOD = 10.0  # seconds between signs of life
-BOUND = 60.0  # seconds without one after which a process on another machine counts as gone
+HEARTBEAT_PERIOD = 10.0  # seconds between renewals of the lock's modification time
+STALE_AFTER = 60.0  # seconds without one after which a process on another machine counts as dead
 FILES = ("recipe.json", "checkpoints/config.json")  # that runs write below it, besides *.jsonl
 DIRECTORIES = ("checkpoints", "tensorboard", "text")
 ATTEMPTS = 10  # at a lock that others take and leave between two looks at it
@@ -75,14 +75,15 @@ class Owner:
         return f"host {self.host}, pid {self.pid}, since {self.since}"
 
     def here(self) -> bool:
-        """Its pid is one that this process can ask about."""
+        """Return whether its process runs on this machine, so that its pid can be looked up."""
         return bool(self.machine) and (self.host, self.machine) == (
             socket.gethostname(),
             _machine(),
         )
 
     def runs(self) -> bool:
-        """For one that is `here`: its process is there, and is not another with the same pid."""
+        """Return whether the process of an owner that is `here` runs, and is not another with the same
+        pid."""
         try:
             os.kill(self.pid, 0)
         except ProcessLookupError:
@@ -221,13 +222,13 @@ class WorkdirLock:
         return True
 
     def _lives(self, owner: Owner) -> bool:
-        """Of the owner's process; waits for a sign of life where nothing else can tell, BOUND
-        seconds at most.
+        """Return whether the owner's process lives. On another machine this waits for a heartbeat,
+        STALE_AFTER seconds at most.
         """
         if owner.here():
             return owner.runs()
         silent = self._server_time() - owner.seen
-        end, waiting_logged = time.monotonic() + min(BOUND, BOUND - silent), False
+        end, waiting_logged = time.monotonic() + min(STALE_AFTER, STALE_AFTER - silent), False
         while (left := end - time.monotonic()) > 0:
             if not waiting_logged:
                 log_host0(
@@ -270,7 +271,7 @@ class WorkdirLock:
         log_host0(f"{self._workdir}: took over the lock of {owner}, which is gone")
 
     def _renew(self) -> None:
-        while not self._end.wait(PERIOD):
+        while not self._end.wait(HEARTBEAT_PERIOD):
             with contextlib.suppress(OSError):  # shows in `check`, or in what else is written
                 if self._mine():
                     os.utime(self._path)

@@ -25,7 +25,7 @@ MODEL = dataclasses.replace(tiny.model(), ar=dataclasses.replace(tiny.model().ar
 
 def test_report(tmp_path, monkeypatch, capsys, quick_compile):
     monkeypatch.setattr(
-        conversion, "_in_a_process", lambda work, *args: work(*args)
+        conversion, "_in_subprocess", lambda work, *args: work(*args)
     )  # starting four takes the time
     report = conversion.run(MODEL, tmp_path / "out", dtype="bfloat16")
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["conversion.json"], (
@@ -97,4 +97,4 @@ def test_without_safetensors(tmp_path, monkeypatch):
 
 
 def test_each_step_has_a_process_of_its_own():
-    assert conversion._in_a_process(os.getpid) != os.getpid()
+    assert conversion._in_subprocess(os.getpid) != os.getpid()

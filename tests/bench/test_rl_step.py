@@ -30,7 +30,7 @@ def test_both_ways_draw_the_same_images_and_learn_the_same(tmp_path, token_guida
         and equal["loss gap"] < 1e-5
         and equal["relative gradient gap"] < 1e-5
     )
-    for name in rl_step.WAYS:
+    for name in rl_step.VARIANTS:
         assert {len(seconds) for seconds in report["seconds"][name].values()} == {2}
         assert report["step"][name] >= max(report["medians"][name].values())
     rl_step.print_report(report)

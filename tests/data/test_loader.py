@@ -325,7 +325,7 @@ def test_what_is_no_fault_of_a_record_ends_the_run() -> None:
         KeyboardInterrupt(),
     ):
         with pytest.raises(type(error)):
-            reader._Search(
+            reader._RecordSearch(
                 reader.Reader((), to_row, None, "skip"), Raising(3, {0: error}), 0
             ).next()
 
@@ -344,7 +344,7 @@ def test_a_transform_that_fails_on_all_records_ends_the_run_with_its_place() -> 
 def test_a_damaged_stretch_of_a_large_set_does_not_end_the_search() -> None:
     source = Numbers("a", 20_000, bad=tuple(range(5_000)))
     got = next(make([(source, 1.0)], shuffle=False))
-    assert (got["number"] >= 5_000).all() and (got["bad_records"] <= reader.NEAR + 2).all()
+    assert (got["number"] >= 5_000).all() and (got["bad_records"] <= reader.NEIGHBOURS + 2).all()
 
 
 def test_the_search_comes_to_no_record_twice() -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from blip3o_jax import checksums
 from blip3o_jax.config import UserError
+from blip3o_jax.convert.stored_weights import StoredWeights
 from blip3o_jax.text.tokenizers import load_tokenizer, train_sentencepiece
 from blip3o_jax.train import checkpoint, steps
 from blip3o_jax.train.checkpoint import Checkpoints
@@ -150,7 +151,7 @@ def test_a_file_replaced_before_the_manifest_was_written(root, file, text):
         with pytest.raises(
             UserError, match=r"checkpoints/4/state cannot be read \(.*\): copy the checkpoint"
         ):
-            checkpoint.Weights(root, 4)
+            StoredWeights(root, 4)
 
 
 def test_no_step_is_intact(root):

@@ -16,7 +16,7 @@ import pytest
 
 from blip3o_jax.config import ConfigError
 from blip3o_jax.data import encoded
-from blip3o_jax.data.encoded import DamagedPart
+from blip3o_jax.data.encoded import DamagedShard
 from blip3o_jax.data.examples import ExampleBuilder
 from blip3o_jax.data.record import BadRecord, Record, read_record
 from blip3o_jax.data.sources import open_mixture
@@ -24,17 +24,17 @@ from blip3o_jax.train import encode
 from tests import tiny
 from tests.test_checksums import flip
 
-BATCH, PART = 4, 8
+BATCH, RECORDS_PER_SHARD = 4, 8
 CODES = {"codebook_size": 256}  # the stand-in's are means of pixels
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    """16 records in two parts of two batches."""
+    """16 records in two shards of two batches."""
     monkeypatch.setattr(encode, "BATCH", BATCH)
     for module in (encode, encoded):
-        monkeypatch.setattr(module, "PART", PART)
-    encoded.open_part.cache_clear()
+        monkeypatch.setattr(module, "RECORDS_PER_SHARD", RECORDS_PER_SHARD)
+    encoded.open_shard.cache_clear()
 
 
 @pytest.fixture
@@ -64,12 +64,16 @@ class Encoders:
         )
 
 
-def opened(folder, tmp_path, encoders, fingerprint="weights", shards=1, **changes):
+def opened(folder, tmp_path, encoders, fingerprint="weights", batch_shards=1, **changes):
     cfg = tiny.run_config(
         folder, data={"cache_dir": str(tmp_path / "cache")} | changes, model={"tokenizer": CODES}
     )
     ((source, _),) = open_mixture(cfg.data)
-    return encode.encoded_source(source, encoders, fingerprint, cfg, shards=shards), source, cfg
+    return (
+        encode.encoded_source(source, encoders, fingerprint, cfg, batch_shards=batch_shards),
+        source,
+        cfg,
+    )
 
 
 def test_records_come_with_what_the_encoders_made_of_them(folder, tmp_path):
@@ -91,14 +95,14 @@ def test_records_come_with_what_the_encoders_made_of_them(folder, tmp_path):
 
 
 def test_the_batch_divides_over_the_devices(folder, tmp_path):
-    """Over 3 of them batches have 6 rows instead of 4: two for each part of 8 records."""
+    """Over 3 of them batches have 6 rows instead of 4: two for each shard of 8 records."""
     shapes = []
 
     def encoders(pixels, tokenizer_pixels):
         shapes.append(pixels.shape[0])
         return np.zeros((6, 4), int), np.zeros((6, 4, 4, 4))
 
-    cached, _, _ = opened(folder, tmp_path, encoders, shards=3)
+    cached, _, _ = opened(folder, tmp_path, encoders, batch_shards=3)
     assert shapes == [6] * 4 and len(cached) == 16 and cached[15].outputs["codes"].shape == (4,)
 
 
@@ -115,13 +119,13 @@ def test_stopped_and_run_again_it_goes_on_with_the_next_part(folder, tmp_path):
     assert not list((tmp_path / "cache").rglob("*.partial"))
 
 
-def parts(tmp_path, name):
+def files_of(tmp_path, name):
     return sorted((tmp_path / "cache").rglob(f"{name}-*"))
 
 
 def all_records(cached):
     """Read anew, as another process would."""
-    encoded.open_part.cache_clear()
+    encoded.open_shard.cache_clear()
     return [cached[i].outputs for i in range(len(cached))]
 
 
@@ -152,9 +156,9 @@ SPOILED = {
     ),
     "a flipped bit in the json": (
         4,
-        "part",
+        "shard",
         lambda file: flip(file, 100),
-        "part-00001.json cannot be used",
+        "shard-00001.json cannot be used",
     ),
     "a missing array": (4, "codes", pathlib.Path.unlink, "codes-00001.npy cannot be used"),
 }
@@ -170,9 +174,9 @@ def test_a_damaged_part_is_named_and_encoded_again(folder, tmp_path, capsys, cas
     calls, name, spoil, message = SPOILED[case]
     cached, *_ = opened(folder, tmp_path, Encoders())
     want = all_records(cached)
-    spoil(parts(tmp_path, name)[calls > 0])
-    encoded.open_part.cache_clear()
-    with pytest.raises(DamagedPart, match=message) as error:
+    spoil(files_of(tmp_path, name)[calls > 0])
+    encoded.open_shard.cache_clear()
+    with pytest.raises(DamagedShard, match=message) as error:
         for i in range(
             16
         ):  # as the loader does: it is not the record's fault, which is not skipped for it
@@ -182,20 +186,20 @@ def test_a_damaged_part_is_named_and_encoded_again(folder, tmp_path, capsys, cas
     )
     again = Encoders()
     cached, _, _ = opened(folder, tmp_path, again)
-    assert again.calls == 2, "one of two parts"
+    assert again.calls == 2, "one of two shards"
     check_equal(all_records(cached), want)
 
 
 def test_a_part_that_cannot_be_opened_is_encoded_again_at_once(folder, tmp_path, capsys):
     cached, _, _ = opened(folder, tmp_path, Encoders())
     want = all_records(cached)
-    flip(parts(tmp_path, "part")[1], 100)
-    encoded.open_part.cache_clear()
+    flip(files_of(tmp_path, "shard")[1], 100)
+    encoded.open_shard.cache_clear()
     again = Encoders()
     cached, _, _ = opened(folder, tmp_path, again)
     assert again.calls == 2
     assert re.search(
-        r"part-00001.json cannot be used \(.*\): encoding part 1 again", capsys.readouterr().err
+        r"shard-00001.json cannot be used \(.*\): encoding shard 1 again", capsys.readouterr().err
     )
     check_equal(all_records(cached), want)
 
@@ -219,21 +223,21 @@ def test_what_is_no_output_of_encoders_is_refused(folder, tmp_path, output, valu
     assert error.value.key == source[1].key
     arrays = {"codes": np.zeros((8, 4), int), "latents": np.zeros((8, 4, 4, 4))}
     arrays[("codes", "latents")[output]][2] = value
-    encoded.write_part(cached.directory, 0, arrays, {})
-    with pytest.raises(DamagedPart, match=f"part-00000.json: record 2 has .*{reason}"):
+    encoded.write_shard(cached.directory, 0, arrays, {})
+    with pytest.raises(DamagedShard, match=f"shard-00000.json: record 2 has .*{reason}"):
         all_records(cached)
 
 
 def check_flip(cached, want, file, bit):
     """One flipped bit: an error of a line that names the file, or the same values."""
-    part = file.name.removesuffix(".npy").removesuffix(".json")[-5:]
-    described = encoded.part_file(cached.directory, int(part)) if part.isdigit() else None
+    shard = file.name.removesuffix(".npy").removesuffix(".json")[-5:]
+    described = encoded.shard_file(cached.directory, int(shard)) if shard.isdigit() else None
     flip(file, bit)
     try:
         check_equal(all_records(cached), want)
         return "the same"
-    except DamagedPart as error:
-        assert "\n" not in str(error) and part in str(error), (file, bit, error)
+    except DamagedShard as error:
+        assert "\n" not in str(error) and shard in str(error), (file, bit, error)
         described.with_suffix(".json.damaged").rename(described)
         return "refused"
     finally:
@@ -254,8 +258,12 @@ def test_no_flipped_bit_of_a_cache_changes_a_number_silently(folder, tmp_path, f
         outcomes.add(
             (file.name[:4], check_flip(cached, want, file, rng.randrange(8 * file.stat().st_size)))
         )
-    assert {("code", "refused"), ("late", "refused"), ("part", "refused")} <= outcomes or flips < 50
-    assert ("part", "the same") not in outcomes and any(
+    assert {
+        ("code", "refused"),
+        ("late", "refused"),
+        ("shard", "refused"),
+    } <= outcomes or flips < 50
+    assert ("shard", "the same") not in outcomes and any(
         outcome == "refused" for _, outcome in outcomes
     )
 
@@ -307,7 +315,7 @@ def test_a_record_that_changed_since_it_was_indexed_ends_the_encoding(folder, tm
             ConfigError, match=r"002.png: its bytes are not those .* `blip3o data index"
         ):
             opened(folder, tmp_path, Encoders())
-    assert not parts(tmp_path, "part")
+    assert not files_of(tmp_path, "shard")
 
 
 def test_trouble_of_the_machine_ends_the_encoding(folder, tmp_path, monkeypatch):
@@ -325,7 +333,7 @@ def test_trouble_of_the_machine_ends_the_encoding(folder, tmp_path, monkeypatch)
     monkeypatch.setattr(encode, "encoded_source", failing)
     with pytest.raises(OSError, match=r"Stale file handle: .*002.png"):
         opened(folder, tmp_path, Encoders())
-    assert not parts(tmp_path, "part")
+    assert not files_of(tmp_path, "shard")
 
 
 def test_an_array_that_cannot_be_written_is_named_and_leaves_nothing(tmp_path):
@@ -334,7 +342,7 @@ def test_an_array_that_cannot_be_written_is_named_and_leaves_nothing(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
     try:
         with pytest.raises(OSError, match=r"File too large: .*latents-00000.npy"):
-            encoded.write_part(tmp_path, 0, arrays, {})
+            encoded.write_shard(tmp_path, 0, arrays, {})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert [path.name for path in tmp_path.iterdir()] == ["codes-00000.npy"]

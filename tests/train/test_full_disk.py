@@ -13,6 +13,7 @@ import time
 import numpy as np
 import pytest
 
+from blip3o_jax.convert.stored_weights import StoredWeights
 from blip3o_jax.train import checkpoint
 from blip3o_jax.train.metrics import read_rows
 from tests import conftest, tiny
@@ -97,7 +98,7 @@ def outcome(workdir):
         for row in read_rows(workdir / "metrics.jsonl", "step")
     ]
     root, step = checkpoint.find(workdir)
-    weights = checkpoint.Weights(root, step)
+    weights = StoredWeights(root, step)
     found = {part: weights.read(part, weights.shapes(part)) for part in weights.parts}
     return step, rows, found
 

@@ -33,7 +33,7 @@ def bound(monkeypatch):
         time=lambda: time.time() + 3600, monotonic=time.monotonic, sleep=time.sleep
     )
     monkeypatch.setattr(workdirs, "time", clocks)
-    monkeypatch.setattr(workdirs, "BOUND", 0.6)
+    monkeypatch.setattr(workdirs, "STALE_AFTER", 0.6)
 
 
 def test_a_second_run_is_refused(tmp_path):
@@ -101,7 +101,7 @@ def test_a_lock_that_names_nobody(tmp_path, bound, capsys, text):
 
 
 def test_a_holder_gives_signs_of_life_and_notices_when_it_has_lost(tmp_path, monkeypatch):
-    monkeypatch.setattr(workdirs, "PERIOD", 0.05)
+    monkeypatch.setattr(workdirs, "HEARTBEAT_PERIOD", 0.05)
     with WorkdirLock(tmp_path) as lock:
         os.utime(tmp_path / LOCK, (1, 1))
         deadline = time.monotonic() + 10

@@ -20,9 +20,9 @@ _COMPARE = {
 }
 
 
-def shares(program: Program, computation: Computation, op: Op) -> list[float] | None:
+def fractions(program: Program, computation: Computation, op: Op) -> list[float] | None:
     """Of the turns of the loop whose body `computation` is, for each branch of the conditional `op`
-    in the order of its attributes; None where the program's text does not tell.
+    in the order of its attributes; None where the program's text does not log.
     """
     chosen = _through(computation, computation.by_name[op.operands[0]], (*_SAME, "dynamic-slice"))
     if (

@@ -17,7 +17,7 @@ from blip3o_jax.bench.cost.hlo import Op, Program
 END = 500_000  # bytes; a bundle takes a line or some, and a loop begins after a few dozen
 
 
-def flags(directory: pathlib.Path) -> str:
+def dump_flags(directory: pathlib.Path) -> str:
     """For LIBTPU_INIT_ARGS: write the schedules, and nothing else, into `directory`."""
     # The name of a pass is a regular expression; "schedule-analysis_final_bundles" is another.
     return f"--xla_jf_dump_to={directory} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=^final_bundles$"

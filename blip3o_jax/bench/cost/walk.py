@@ -21,7 +21,7 @@ import re
 from collections.abc import Mapping
 
 from blip3o_jax.bench.cost import hlo
-from blip3o_jax.bench.cost.branches import shares as branch_shares
+from blip3o_jax.bench.cost.branches import fractions as branch_fractions
 from blip3o_jax.bench.cost.bundles import Schedules
 from blip3o_jax.bench.cost.hlo import Computation, Op, Program
 from blip3o_jax.bench.cost.hlo_bytes import operation_bytes
@@ -118,7 +118,7 @@ class Cost:
         return max(LIMITERS, key=lambda name: self.seconds[name])
 
     @property
-    def unknown_share(self) -> float:
+    def unknown_fraction(self) -> float:
         """Of the predicted time, what went to operations of no known class."""
         return sum(u.seconds for u in self.unknown.values()) / (self.total_seconds or 1)
 
@@ -262,12 +262,12 @@ class _Schedule:
         elif opcode == "conditional":
             branches = op.called("true_computation", "false_computation", "branch_computations")
             costs = [self.walk.computation(self.walk.named(name)) for name in branches]
-            shares = branch_shares(self.walk.program, self.of, op)
-            if shares is None:
+            fractions = branch_fractions(self.walk.program, self.of, op)
+            if fractions is None:
                 self._add(max(costs, key=lambda cost: cost.total_seconds))
             else:
-                for cost, share in zip(costs, shares, strict=True):
-                    self._add(cost, share)
+                for cost, fraction in zip(costs, fractions, strict=True):
+                    self._add(cost, fraction)
         elif opcode == "call":
             self._add(self.walk.computation(self.walk.named(op.called("to_apply")[0])))
         elif self._is_collective(op):
@@ -332,7 +332,7 @@ class _Schedule:
         if (
             iterations is None
         ):  # its time is not known at all: that of one turn, less what the body notes itself
-            iterations, seconds = 1, body.total_seconds * (1 - body.unknown_share)
+            iterations, seconds = 1, body.total_seconds * (1 - body.unknown_fraction)
             self._note("loop of unknown length, counted once", body.hbm_bytes, seconds)
         self._add(body, iterations)
 

@@ -55,10 +55,10 @@ LENGTH_BUCKET = 32  # prompts are padded as `pipeline` pads them
 # Norm of the difference over the norm: more than rounding makes in float32 and in bfloat16, less
 # than other weights would.
 TOLERANCE = {"cpu": 1e-3, "gpu": 0.1}
-STRETCH_S = (
+MIN_TURN_SECONDS = (
     0.3  # a side's turn lasts at least this long, so that short items are not lost in the noise
 )
-MOST_REPEATS = 20
+MAX_REPEATS = 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,12 +228,12 @@ class _Bench:
         if not self._workers:
             self._workers = {side: Worker(task) for side, task in self.tasks.items()}
         self.about = self.about or {
-            side: worker.ask("about") for side, worker in self._workers.items()
+            side: worker.request("describe") for side, worker in self._workers.items()
         }
         started, failed = self._start(item, inputs)
-        apart = differences(item, started, self.options.device)
+        errors = differences(item, started, self.options.device)
         seconds = self._rounds(item, started)
-        peaks = {side: self._workers[side].ask("finish") for side in started}
+        peaks = {side: self._workers[side].request("finish") for side in started}
         if self.options.device == "gpu":
             self.close()
         steps = self.settings.steps if item == "dit_step" else 1
@@ -246,24 +246,24 @@ class _Bench:
             "work": self._work(item, inputs),
             "sides": sides,
             "failed": failed,
-            "difference": apart,
+            "difference": errors,
         }
         cost = {name: value / steps for name, value in started["jax"]["cost"].items()}
-        return peer_report.judged(result | {"cost": cost}, self.about)
+        return peer_report.with_rates(result | {"cost": cost}, self.about)
 
     def _start(self, item: str, inputs: Arrays) -> tuple[dict[str, Any], dict[str, str]]:
         """(what each side said when it was warm, why a side cannot do it)."""
         started, failed = {}, {}
         for side, worker in self._workers.items():
-            _say(f"{item}  {side}  compiling and warming up")
+            _log(f"{item}  {side}  compiling and warming up")
             try:
-                started[side] = worker.ask("start", item, inputs)
+                started[side] = worker.request("start", item, inputs)
             except RuntimeError as error:
                 if side != "torch_compiled":
                     raise
                 failed[side] = str(error).strip().splitlines()[-1][:200]
-                _say(f"{item}  {side}  does not compile: {failed[side]}")
-                worker.ask("abandon")
+                _log(f"{item}  {side}  does not compile: {failed[side]}")
+                worker.request("abandon")
             else:
                 inputs = inputs | started[side]["shared"]
         return started, failed
@@ -274,12 +274,12 @@ class _Bench:
         for number in range(self.options.rounds):
             for side in order if number % 2 == 0 else reversed(order):
                 last = min(seconds[side], default=started[side]["warm_s"])
-                times = min(MOST_REPEATS, max(1, round(STRETCH_S / max(last, 1e-9))))
-                seconds[side] += self._workers[side].ask("repeat", times)
+                times = min(MAX_REPEATS, max(1, round(MIN_TURN_SECONDS / max(last, 1e-9))))
+                seconds[side] += self._workers[side].request("repeat", times)
             medians = "  ".join(
                 f"{side} {np.median(s) * 1e3:.1f} ms" for side, s in seconds.items()
             )
-            _say(f"{item}  round {number + 1}/{self.options.rounds}  {medians}")
+            _log(f"{item}  round {number + 1}/{self.options.rounds}  {medians}")
         return seconds
 
     def _work(self, item: str, inputs: Arrays) -> dict[str, Any]:
@@ -332,5 +332,5 @@ def differences(item: str, started: dict[str, Any], device: str) -> dict[str, fl
     return found
 
 
-def _say(line: str) -> None:
+def _log(line: str) -> None:
     print(f"peer  {line}", file=sys.stderr, flush=True)

@@ -58,7 +58,7 @@ class Side:
         self.root, _ = find(task.directory)
         self.config = read_config(self.root)
 
-    def about(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, Any]:
         devices = self.strategy.mesh.devices.flat
         versions = {"jax": jax.__version__}
         return {

@@ -44,7 +44,7 @@ def summary(seconds: list[float], peak: int | None, start: Mapping[str, Any]) ->
     }
 
 
-def judged(item: dict[str, Any], about: Mapping[str, Any]) -> dict[str, Any]:
+def with_rates(item: dict[str, Any], about: Mapping[str, Any]) -> dict[str, Any]:
     """The item with rates, ratios (JAX's median over another side's: below 1, JAX is faster) and
     shares of device limits.
     """
@@ -53,7 +53,7 @@ def judged(item: dict[str, Any], about: Mapping[str, Any]) -> dict[str, Any]:
         kind = about[name]["device_kind"]
         side["rate"] = count / side["median_s"]
         side["gflops"] = cost["flops"] / side["median_s"] / 1e9 if "flops" in cost else None
-        side["share_of_limit"] = _share(kind, cost, side["median_s"])
+        side["fraction_of_peak"] = _fraction_of_peak(kind, cost, side["median_s"])
     ours = sides["jax"]["median_s"]
     ratios = {name: ours / side["median_s"] for name, side in sides.items() if name != "jax"}
     return item | {
@@ -63,7 +63,9 @@ def judged(item: dict[str, Any], about: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _share(kind: str, cost: Mapping[str, float], seconds: float) -> dict[str, float] | None:
+def _fraction_of_peak(
+    kind: str, cost: Mapping[str, float], seconds: float
+) -> dict[str, float] | None:
     """The time at the device's peak over the time taken, for arithmetic and for memory; None where
     no peak is known.
     """
@@ -142,7 +144,7 @@ def _cells(item: Mapping[str, Any]) -> list[str]:
         side = sides[name]
         share = "".join(
             f", {100 * part:.0f} % of {limit}"
-            for limit, part in (side["share_of_limit"] or {}).items()
+            for limit, part in (side["fraction_of_peak"] or {}).items()
         )
         return f"{_time(side['median_s'])} +-{50 * side['spread']:.0f} %{share}"
 

@@ -32,7 +32,7 @@ class Side:
         self.half = task.device == "gpu"
         self.compiled = task.side == "torch_compiled"
 
-    def about(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, Any]:
         import diffusers
         import transformers
 

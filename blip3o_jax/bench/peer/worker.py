@@ -80,7 +80,7 @@ class Worker:
         self._process.start()
         theirs.close()
 
-    def ask(self, method: str, *arguments: Any) -> Any:
+    def request(self, method: str, *arguments: Any) -> Any:
         """UserError for what a user can cure, RuntimeError for all else."""
         try:
             self._pipe.send((method, arguments))
@@ -108,11 +108,11 @@ def _serve(pipe: Connection, task: Task) -> None:
     """The worker's life."""
     os.dup2(2, 1)  # stdout is the parent's, for its table
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _claim(task)
+    _set_environment_of(task)
     try:
         runner = _Runner(importlib.import_module(SIDES[task.side]).Side, task)
     except Exception as error:
-        runner, broken = None, _told(error)
+        runner, broken = None, _error_reply(error)
     while True:
         try:
             method, arguments = pipe.recv()
@@ -123,7 +123,7 @@ def _serve(pipe: Connection, task: Task) -> None:
         except KeyboardInterrupt:
             return
         except Exception as error:
-            pipe.send(_told(error))
+            pipe.send(_error_reply(error))
 
 
 def _end_with_parent() -> None:
@@ -132,13 +132,13 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _told(error: Exception) -> tuple[str, str]:
+def _error_reply(error: Exception) -> tuple[str, str]:
     if isinstance(error, UserError):
         return "user", str(error)
     return "bug", "".join(traceback.format_exception(error))
 
 
-def _claim(task: Task) -> None:
+def _set_environment_of(task: Task) -> None:
     """The cores and devices of this process, settled before any library looks for them."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: task.threads])
@@ -160,8 +160,8 @@ class _Runner:
         self._base = resident_bytes()
         self._item: Prepared | None = None
 
-    def about(self) -> dict[str, Any]:
-        return self._side.about() | {
+    def describe(self) -> dict[str, Any]:
+        return self._side.describe() | {
             "environment": {name: os.environ[name] for name in ("XLA_FLAGS",) if name in os.environ}
         }
 

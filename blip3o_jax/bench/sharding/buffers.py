@@ -31,7 +31,7 @@ class Logits:
     vocabulary: int
     width: int
 
-    def are(self, shape: Shape) -> bool:
+    def matches(self, shape: Shape) -> bool:
         columns = next((n for n in (self.columns, self.vocabulary) if n in shape.dims), 0)
         rows = shape.size // columns if columns else 0
         return rows >= self.positions and rows != self.width
@@ -49,7 +49,7 @@ def largest(program: Program, count: int = 5) -> list[dict[str, Any]]:
     return sorted(found.values(), key=lambda row: -row["bytes"])[:count]
 
 
-def whole(
+def unsharded(
     program: Program, weights: Any, logits: Logits | None = None, products: str = "bfloat16"
 ) -> list[str]:
     """What the program should not hold and does, one line each; empty when all is well.
@@ -84,7 +84,7 @@ def whole(
             found[
                 f"{table} or its gradient is held whole by {op.op_name or op.opcode}: f32{list(shape.dims)}"
             ] = None
-        if logits and logits.are(shape):
+        if logits and logits.matches(shape):
             found[
                 f"the logits of all {logits.positions} positions are held at once by {op.op_name or op.opcode}"
             ] = None

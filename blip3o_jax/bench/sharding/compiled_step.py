@@ -18,7 +18,7 @@ from typing import Any
 from blip3o_jax.bench.cost import bundles
 from blip3o_jax.bench.sharding import isolated_process, measure, topology
 from blip3o_jax.bench.sharding.isolated_process import Row
-from blip3o_jax.bench.sharding.measure import Present
+from blip3o_jax.bench.sharding.measure import LocalDevices
 from blip3o_jax.config import Config, ConfigError
 
 STEPS = ("train", "rollout")
@@ -35,7 +35,7 @@ class Task:
     """
 
     config: Config
-    topology: topology.Topology | Present
+    topology: topology.Topology | LocalDevices
     step: str = "train"
     measure: int = 0
     hlo: pathlib.Path | None = None
@@ -46,23 +46,23 @@ class Task:
 
 
 def compile_isolated(task: Task) -> Row:
-    """`compiled` in a process of its own; a process that is killed becomes a row that says so."""
-    if isinstance(task.topology, Present):
+    """`compile_step` in a process of its own; a process that is killed becomes a row that says so."""
+    if isinstance(task.topology, LocalDevices):
         return isolated_process.run_isolated(
-            functools.partial(compiled, task), dict(measure.environment(task.config.mesh))
+            functools.partial(compile_step, task), dict(measure.environment(task.config.mesh))
         )
     environment = topology.settings(task.topology.chip)
     environment["LIBTPU_INIT_ARGS"] = flags = task.flags or environment["LIBTPU_INIT_ARGS"]
     if not task.schedules:
-        return isolated_process.run_isolated(functools.partial(compiled, task), environment)
+        return isolated_process.run_isolated(functools.partial(compile_step, task), environment)
     with tempfile.TemporaryDirectory(prefix="blip3o-schedules-") as schedules:
-        environment["LIBTPU_INIT_ARGS"] = f"{flags} {bundles.flags(pathlib.Path(schedules))}"
+        environment["LIBTPU_INIT_ARGS"] = f"{flags} {bundles.dump_flags(pathlib.Path(schedules))}"
         return isolated_process.run_isolated(
-            functools.partial(compiled, task, pathlib.Path(schedules)), environment
+            functools.partial(compile_step, task, pathlib.Path(schedules)), environment
         )
 
 
-def compiled(task: Task, schedules: pathlib.Path | None = None) -> Row:
+def compile_step(task: Task, schedules: pathlib.Path | None = None) -> Row:
     """Compiles, then counts. Bytes and FLOPs are of one device, seconds predicted, but for those
     under "measured". `schedules`: where the compiler has been told to write them
     (bench/cost/bundles.py).
@@ -73,14 +73,14 @@ def compiled(task: Task, schedules: pathlib.Path | None = None) -> Row:
     from blip3o_jax.bench.cost.network import Network
     from blip3o_jax.bench.sharding import buffers
 
-    where, chip, work = task.topology, task.topology.chip, planned(task)
+    where, chip, work = task.topology, task.topology.chip, plan_work(task)
     mesh = work.strategy.mesh
     row: Row = {
         "mesh": dict(mesh.shape),
         "batch_size": work.rows,
         "batch_per_chip": work.rows / where.chips,
     }
-    row["memory"] = work.held() | {"capacity": chip.hbm_bytes}
+    row["memory"] = work.argument_bytes() | {"capacity": chip.hbm_bytes}
     began = time.monotonic()
     lowered = work.lower()
     row["lower_s"] = time.monotonic() - began
@@ -89,12 +89,14 @@ def compiled(task: Task, schedules: pathlib.Path | None = None) -> Row:
         program = lowered.compile()
         row |= {"status": FITS, "compile_s": time.monotonic() - began}
         if task.measure:
-            row["measured"] = measure.timed(work, program, task.measure)
+            row["measured"] = measure.time_program(work, program, task.measure)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return (
-            row | {"status": TOO_LARGE, "compile_s": time.monotonic() - began} | _told(str(error))
+            row
+            | {"status": TOO_LARGE, "compile_s": time.monotonic() - began}
+            | _parse_too_large(str(error))
         )
     row["memory"] |= _memory(program.memory_analysis(), work.within)
     text = program.as_text()
@@ -102,8 +104,8 @@ def compiled(task: Task, schedules: pathlib.Path | None = None) -> Row:
         task.hlo.write_text(text, encoding="utf-8")
     network = Network.of(chip, dict(mesh.shape), list(mesh.devices.flat))
     parsed = hlo.parse(text)
-    whole = buffers.whole(parsed, work.weights, work.logits, work.config.model.ar.dtype)
-    row |= {"largest": buffers.largest(parsed), "whole": whole}
+    unsharded = buffers.unsharded(parsed, work.weights, work.logits, work.config.model.ar.dtype)
+    row |= {"largest": buffers.largest(parsed), "unsharded": unsharded}
     row |= predicted(
         walk.program_cost(parsed, network, bundles.read(schedules) if schedules else None)
     )
@@ -119,7 +121,7 @@ def compiled(task: Task, schedules: pathlib.Path | None = None) -> Row:
     return row | {"peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
 
 
-def _rates(row: Row, seconds: float, where: topology.Topology | Present) -> Row:
+def _rates(row: Row, seconds: float, where: topology.Topology | LocalDevices) -> Row:
     """What a step of `seconds` comes to. Examples are rows of a training batch, or images."""
     return {
         "mfu": row["model_flops"] / where.devices / where.chip.flops / seconds,
@@ -127,7 +129,7 @@ def _rates(row: Row, seconds: float, where: topology.Topology | Present) -> Row:
     }
 
 
-def planned(task: Task) -> Any:
+def plan_work(task: Task) -> Any:
     """The work (train_step.py, rollout.py) on the task's mesh, or on one with more replicas.
     ConfigError for what cannot be.
     """
@@ -140,7 +142,7 @@ def planned(task: Task) -> Any:
     make = {"train": TrainStep, "rollout": Rollout}[task.step]
     devices = (
         jax.devices()
-        if isinstance(task.topology, Present)
+        if isinstance(task.topology, LocalDevices)
         else topology.make_devices(task.topology)
     )
     mesh, first = task.config.mesh, None
@@ -177,7 +179,7 @@ def _memory(analysis: Any, within: dict[str, int]) -> dict[str, int]:
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
-def _told(message: str) -> Row:
+def _parse_too_large(message: str) -> Row:
     """What the compiler says of a program that does not fit: "Used 120.5G of 95.74G hbm", or that
     its temporaries alone "(40.25G) exceeds available HBM (15.75G)".
     """
@@ -216,5 +218,5 @@ def predicted(cost: Any) -> Row:
             for (kind, axes, network), traffic in cost.collectives.items()
         ],
         "unknown": {name: dataclasses.asdict(value) for name, value in cost.unknown.items()},
-        "unknown_share": cost.unknown_share,
+        "unknown_fraction": cost.unknown_fraction,
     }

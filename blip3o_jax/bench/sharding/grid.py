@@ -25,7 +25,7 @@ from rich.table import Table
 from blip3o_jax.bench.sharding import largest_batch, measure, page, table, topology
 from blip3o_jax.bench.sharding.compiled_step import FITS, STEPS, TOO_LARGE, Task, compile_isolated
 from blip3o_jax.bench.sharding.isolated_process import Row
-from blip3o_jax.bench.sharding.measure import Present
+from blip3o_jax.bench.sharding.measure import LocalDevices
 from blip3o_jax.bench.sharding.table import GIB
 from blip3o_jax.config import Config, MeshConfig, UserError, check, check_choice
 from blip3o_jax.text.vocabulary import NUM_SCALES
@@ -109,11 +109,11 @@ def bench(
     check(
         "strategy" not in options.chosen, "--config.mesh.strategy is not read here: use --strategy"
     )
-    places: list[topology.Topology | Present] = [
+    targets: list[topology.Topology | LocalDevices] = [
         topology.parse(text, options.slices) for text in options.topologies
     ]
     if options.measure:
-        places = [measure.find(config.mesh)]
+        targets = [measure.find_devices(config.mesh)]
     else:
         topology.check_compiler()
     config = with_vocabulary(config)
@@ -124,10 +124,10 @@ def bench(
         "versions": versions(),
         "step": options.step,
         "measured_steps": options.measure,
-        "chip": dataclasses.asdict(places[0].chip) if options.measure else None,
+        "chip": dataclasses.asdict(targets[0].chip) if options.measure else None,
         "rows": [],
     }
-    grid = list(itertools.product(places, options.strategies))
+    grid = list(itertools.product(targets, options.strategies))
     for number, (where, strategy) in enumerate(grid, 1):
         task = make_task(config, where, strategy, options)
         about = describe(task)
@@ -136,17 +136,15 @@ def bench(
             task = dataclasses.replace(task, hlo=(out / f"{name}.hlo.txt").absolute())
         began = time.monotonic()
 
-        def tell(
-            text: str, at: str = f"sharding {number}/{len(grid)}  {where}  {strategy}"
-        ) -> None:
+        def log(text: str, at: str = f"sharding {number}/{len(grid)}  {where}  {strategy}") -> None:
             print(f"{at}  {text}", file=sys.stderr, flush=True)
 
         if options.largest_batch:
-            row = about | largest_batch.largest(task, compile_row, tell)
+            row = about | largest_batch.largest(task, compile_row, log)
         else:
-            tell("compiling")
+            log("compiling")
             row = about | compile_row(task)
-        tell(f"{_line(row)}  {time.monotonic() - began:.0f} s")
+        log(f"{_line(row)}  {time.monotonic() - began:.0f} s")
         report["rows"].append(row)
         report["rows"].sort(key=_order)
         write(report, out)
@@ -167,7 +165,7 @@ def with_vocabulary(config: Config) -> Config:
 
 
 def make_task(
-    config: Config, where: topology.Topology | Present, strategy: str, options: Options
+    config: Config, where: topology.Topology | LocalDevices, strategy: str, options: Options
 ) -> Task:
     mesh = mesh_for(config, strategy, where, options.chosen)
     chosen = {"data", "fsdp"} & options.chosen
@@ -189,7 +187,7 @@ def make_task(
 
 
 def mesh_for(
-    config: Config, strategy: str, where: topology.Topology | Present, chosen: frozenset[str]
+    config: Config, strategy: str, where: topology.Topology | LocalDevices, chosen: frozenset[str]
 ) -> MeshConfig:
     """`config.mesh` with sizes that suit the strategy, but for the fields that the user has chosen.
 
@@ -210,7 +208,7 @@ def mesh_for(
         free["fsdp"] = 1
     mesh = dataclasses.replace(config.mesh, strategy=strategy, **free)
     rest = mesh.slices * mesh.sequence * mesh.tensor
-    max_fsdp = math.gcd(_most_shards(config), where.devices // rest) if rest > 0 else 0
+    max_fsdp = math.gcd(_max_shards(config), where.devices // rest) if rest > 0 else 0
     if mesh.fsdp == -1 and not {"data", "fsdp"} & chosen and 1 < max_fsdp < where.devices // rest:
         mesh = dataclasses.replace(mesh, fsdp=max_fsdp, data=-1)
     return mesh
@@ -222,7 +220,7 @@ def mesh_for(
 TILE = 128
 
 
-def _most_shards(config: Config) -> int:
+def _max_shards(config: Config) -> int:
     """The power of two that cuts the width of the networks with the most parameters into pieces of
     a tile; 0: no bound, for another stage, or for networks that are no wider than a tile in any
     case.
@@ -311,18 +309,18 @@ def print_report(report: dict[str, Any]) -> None:
     start, rest = (
         [c for c in group if not c.page_only] for group in (table.START, table.columns(report))
     )
-    drawn = Table(box=None, pad_edge=False)
+    printed = Table(box=None, pad_edge=False)
     for column in (*start, *rest):
-        drawn.add_column(
+        printed.add_column(
             column.name, justify="left" if column.left else "right", no_wrap=not column.left
         )
     for row in report["rows"]:
         shown = (*start, *rest) if row["status"] == FITS else start
-        drawn.add_row(
+        printed.add_row(
             *(column.value(row)[0] for column in shown), *[row["status"]] * (row["status"] != FITS)
         )
     console = Console(width=None if sys.stdout.isatty() else 200)
-    console.print(drawn)
+    console.print(printed)
     for row in report["rows"]:
         name = f"{row['topology']} {row['strategy']}"
         if row["status"] != FITS:

@@ -24,8 +24,8 @@ from blip3o_jax.bench.sharding.table import GIB
 # The kinds of memory that do not grow with the batch.
 FIXED = ("parameters", "frozen", "optimizer", "averages", "weights", "program")
 # From this many units on, a bracket of one part in so many is narrow enough.
-FINE = 64
-MOST = 12  # compiles
+FINE_UNITS = 64
+MAX_COMPILES = 12  # compiles
 
 
 def unit(task: Task) -> int:
@@ -44,15 +44,15 @@ def with_batch(task: Task, rows: int) -> Task:
     return dataclasses.replace(task, config=dataclasses.replace(task.config, **{group: sizes}))
 
 
-def largest(task: Task, compile_row: Callable[[Task], Row], tell: Callable[[str], None]) -> Row:
+def largest(task: Task, compile_row: Callable[[Task], Row], log: Callable[[str], None]) -> Row:
     """The row of the largest batch that fits, with all that were tried and their verdicts under
-    "tried"; the row of the smallest where that one does not fit. `tell` gets a line before each
+    "tried"; the row of the smallest where that one does not fit. `log` gets a line before each
     compile and one after.
     """
     one, tried, best, search, guess = unit(task), [], {}, Search(), 1
     while True:
         batch = {"batch_size": guess * one, "batch_per_chip": guess * one / task.topology.chips}
-        tell(f"compiling with {batch['batch_per_chip']:g} a chip")
+        log(f"compiling with {batch['batch_per_chip']:g} a chip")
         row = compile_row(with_batch(task, guess * one)) | batch
         size = row["memory"]["total"] if row["status"] == FITS else row.get("needs_bytes")
         tried.append(
@@ -60,13 +60,13 @@ def largest(task: Task, compile_row: Callable[[Task], Row], tell: Callable[[str]
             | {"status": row["status"]}
             | ({"bytes": size} if size else {"error": row.get("error")})
         )
-        tell(verdict(tried[-1]))
+        log(verdict(tried[-1]))
         search.learn(guess, row, size)
         if row["status"] == FITS or not best:
             best = row
         # What ends otherwise than by the compiler's verdict, such as this machine's memory, says
         # nothing of the batch.
-        if search.done or len(tried) == MOST or row["status"] not in (FITS, TOO_LARGE):
+        if search.done or len(tried) == MAX_COMPILES or row["status"] not in (FITS, TOO_LARGE):
             return best | {"tried": tried}
         guess = search.guess()
 
@@ -103,20 +103,20 @@ class Search:
 
     @property
     def done(self) -> bool:
-        return self.too_many is not None and self.too_many - self.fits <= max(1, self.fits // FINE)
+        return self.too_many is not None and self.too_many - self.fits <= max(
+            1, self.fits // FINE_UNITS
+        )
 
     def guess(self) -> int:
         """The units to try next, strictly within the bracket."""
-        aim, least, most = self._aim(), self.fits + 1, (self.too_many or math.inf) - 1
-        if least <= aim <= most:
+        aim, low, high = self._aim(), self.fits + 1, (self.too_many or math.inf) - 1
+        if low <= aim <= high:
             self.missed = 0
             return aim
-        stride = max(1, (self.fits if aim < least else self.too_many) // FINE) * 2**self.missed
+        stride = max(1, (self.fits if aim < low else self.too_many) // FINE_UNITS) * 2**self.missed
         self.missed += 1
         middle = (self.fits + self.too_many) // 2 if self.too_many else math.inf
-        return (
-            min(self.fits + stride, middle) if aim < least else max(self.too_many - stride, middle)
-        )
+        return min(self.fits + stride, middle) if aim < low else max(self.too_many - stride, middle)
 
     def _aim(self) -> int:
         """Where the line meets what a device has: through the two sizes nearest to the bracket, or

@@ -21,11 +21,11 @@ WARM_UP = 2
 STEPS = 10
 # Of the calibration: the side of the matrices and the bytes of the copy on each device; the best of
 # so many turns.
-CPU_SIDE, SIDE, COPY, TURNS = 1024, 8192, 2**26, 5
+CPU_SIDE, SIDE, COPY, REPEATS = 1024, 8192, 2**26, 5
 
 
 @dataclasses.dataclass(frozen=True)
-class Present:
+class LocalDevices:
     """Devices of this machine, in place of a topology's."""
 
     chip: Chip
@@ -47,23 +47,25 @@ def environment(mesh: MeshConfig) -> Mapping[str, str]:
     return cpu_environment(mesh.cpu_devices) if mesh.cpu_devices else {}
 
 
-def find(mesh: MeshConfig) -> Present:
+def find_devices(mesh: MeshConfig) -> LocalDevices:
     """The devices that a run with this mesh would get. UserError where there are none to be had."""
-    row = isolated_process.run_isolated(_look, environment(mesh), "device")
+    row = isolated_process.run_isolated(_probe, environment(mesh), "device")
     if "error" in row:
         raise UserError(f"--measure finds no device to run on: {row['error']}")
-    return Present(Chip(**row["chip"] | {"kinds": tuple(row["chip"]["kinds"])}), row["devices"])
+    return LocalDevices(
+        Chip(**row["chip"] | {"kinds": tuple(row["chip"]["kinds"])}), row["devices"]
+    )
 
 
-def _look() -> dict[str, Any]:
+def _probe() -> dict[str, Any]:
     import jax
 
     devices = jax.devices()
-    chip = chip_of(devices[0].device_kind) or calibrated(devices)
+    chip = chip_of(devices[0].device_kind) or calibrate(devices)
     return {"devices": len(devices), "chip": dataclasses.asdict(chip)}
 
 
-def calibrated(devices: Any) -> Chip:
+def calibrate(devices: Any) -> Chip:
     """Rates of a device, from what all of them do at once."""
     import jax
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -108,32 +110,32 @@ def _best_seconds(call: Callable[..., Any], *arguments: Any) -> float:
     import jax
 
     seconds = []
-    for _ in range(1 + TURNS):
+    for _ in range(1 + REPEATS):
         began = time.perf_counter()
         jax.block_until_ready(call(*arguments))
         seconds.append(time.perf_counter() - began)
     return min(seconds[1:])
 
 
-def timed(work: Any, program: Callable[..., Any], steps: int) -> dict[str, Any]:
+def time_program(work: Any, program: Callable[..., Any], steps: int) -> dict[str, Any]:
     """Seconds of `steps` turns of `program`, after two to warm up; and the most memory of a device,
     where it tells.
     """
     import jax
 
-    arguments, seconds = work.start(), []
+    arguments, seconds = work.first_arguments(), []
     for _ in range(WARM_UP + steps):
         jax.block_until_ready(arguments)
         began = time.perf_counter()
         result = jax.block_until_ready(program(*arguments))
         seconds.append(time.perf_counter() - began)
-        arguments = work.again(arguments, result)
-    kept = seconds[WARM_UP:]
+        arguments = work.next_arguments(arguments, result)
+    timed = seconds[WARM_UP:]
     found = {
-        "seconds": kept,
-        "median_s": statistics.median(kept),
-        "fastest_s": min(kept),
-        "slowest_s": max(kept),
+        "seconds": timed,
+        "median_s": statistics.median(timed),
+        "fastest_s": min(timed),
+        "slowest_s": max(timed),
     }
     stats = work.strategy.mesh.devices.flat[0].memory_stats() or {}
     return found | (

@@ -83,28 +83,28 @@ def _cell(text: str, value: float | None = None) -> str:
 def bars(rows: Sequence[Row]) -> str:
     """Predicted seconds, stacked by what limits them; where it was measured, that as a line below."""
     longest = max((max(row["step_s"], _measured(row) or 0) for row in rows), default=0) or 1
-    drawn, room = [], WIDTH - LABEL - (200 if any(map(_measured, rows)) else 70)
+    shapes, room = [], WIDTH - LABEL - (200 if any(map(_measured, rows)) else 70)
     for i, row in enumerate(rows):
         x, y = float(LABEL), i * (BAR + 8)
-        drawn.append(
+        shapes.append(
             f'<text x="{LABEL - 8}" y="{y + 15}" text-anchor="end">{_text(_name(row))}</text>'
         )
         for limiter in LIMITERS:
             wide = room * row["seconds"].get(limiter, 0) / longest
             title = f"{limiter} {row['seconds'].get(limiter, 0):.4f} s"
-            drawn.append(
+            shapes.append(
                 f'<rect class="{limiter}" x="{x:.1f}" y="{y}" width="{wide:.1f}" height="{BAR}"><title>{title}</title></rect>'
             )
             x += wide
         text = f"{table.seconds(row['step_s'])} s"
         if measured := _measured(row):
             wide, text = room * measured / longest, f"{text}, measured {table.seconds(measured)} s"
-            drawn.append(
+            shapes.append(
                 f'<rect class="measured" x="{LABEL}" y="{y + BAR}" width="{wide:.1f}" height="4"/>'
             )
             x = max(x, LABEL + wide)
-        drawn.append(f'<text x="{x + 6:.1f}" y="{y + 15}">{text}</text>')
-    return _svg(WIDTH, max(1, len(rows)) * (BAR + 8), "predicted seconds by limiter", drawn)
+        shapes.append(f'<text x="{x + 6:.1f}" y="{y + 15}">{text}</text>')
+    return _svg(WIDTH, max(1, len(rows)) * (BAR + 8), "predicted seconds by limiter", shapes)
 
 
 def _measured(row: Row) -> float | None:
@@ -136,31 +136,31 @@ def front(rows: Sequence[Row]) -> str:
         ) * y
 
     right, bottom = PLOT_WIDTH - MARGIN, PLOT_HEIGHT - MARGIN
-    drawn = [f'<path class="axis" d="M{MARGIN} {MARGIN}V{bottom}H{right}"/>']
+    shapes = [f'<path class="axis" d="M{MARGIN} {MARGIN}V{bottom}H{right}"/>']
     for part in (0.25, 0.5, 0.75, 1.0):
         x, y = place((part * most_x, part * most_y))
-        drawn.append(
+        shapes.append(
             f'<text x="{x:.0f}" y="{bottom + 18}" text-anchor="middle">{part * most_x:.3g}</text>'
         )
-        drawn.append(
+        shapes.append(
             f'<text x="{MARGIN - 6}" y="{y + 4:.0f}" text-anchor="end">{part * most_y:.3g}</text>'
         )
-    drawn.append(f'<text x="{right}" y="{bottom + 38}" text-anchor="end">GiB of a device</text>')
-    drawn.append(f'<text x="{MARGIN}" y="{MARGIN - 14}">{_axis(rows[0])}</text>')
+    shapes.append(f'<text x="{right}" y="{bottom + 38}" text-anchor="end">GiB of a device</text>')
+    shapes.append(f'<text x="{MARGIN}" y="{MARGIN - 14}">{_axis(rows[0])}</text>')
     best = [place(point) for point in pareto(points)]
-    drawn.append(f'<path class="front" d="M{"L".join(f"{x:.1f} {y:.1f}" for x, y in best)}"/>')
+    shapes.append(f'<path class="front" d="M{"L".join(f"{x:.1f} {y:.1f}" for x, y in best)}"/>')
     for row, point in zip(rows, points, strict=True):
         x, y = place(point)
         title = f"{_name(row)}: {point[0]:.1f} GiB, {point[1]:.4f} chip-seconds"
-        drawn.append(
+        shapes.append(
             f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4.5"><title>{_text(title)}</title></circle>'
         )
         # On the side where there is room for it.
         at, anchor = (x + 8, "start") if x < PLOT_WIDTH / 2 else (x - 8, "end")
-        drawn.append(
+        shapes.append(
             f'<text x="{at:.1f}" y="{y - 6:.1f}" text-anchor="{anchor}">{_text(_name(row))}</text>'
         )
-    return _svg(PLOT_WIDTH, PLOT_HEIGHT, "memory against time", drawn)
+    return _svg(PLOT_WIDTH, PLOT_HEIGHT, "memory against time", shapes)
 
 
 def _axis(row: Row) -> str:
@@ -168,8 +168,8 @@ def _axis(row: Row) -> str:
     return f"chip-seconds for {what}, {'measured' if 'measured' in row else 'predicted'}"
 
 
-def _svg(width: int, height: int, label: str, drawn: Iterable[str]) -> str:
-    return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{_text(label)}">{"".join(drawn)}</svg>'
+def _svg(width: int, height: int, label: str, shapes: Iterable[str]) -> str:
+    return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{_text(label)}">{"".join(shapes)}</svg>'
 
 
 def _details(row: Row) -> str:
@@ -210,7 +210,7 @@ def _details(row: Row) -> str:
         (array["array"], f"{array['bytes'] / GIB:.3f} GiB, {array['of']}")
         for array in row["largest"]
     ]
-    held += [("should not be there", line) for line in row["whole"]]
+    held += [("should not be there", line) for line in row["unsharded"]]
     tables = {
         "Bytes of a device": memory,
         "Largest arrays of a device": held,

@@ -70,7 +70,7 @@ class Rollout:
         prompts = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in self._prompts())
         return self._sample.lower(self.weights, *prompts, self.config.sampling)
 
-    def held(self) -> dict[str, int]:
+    def argument_bytes(self) -> dict[str, int]:
         """Bytes of a device for each kind of what a rollout is given."""
         return {"weights": shard_bytes(self.weights)}
 
@@ -101,14 +101,14 @@ class Rollout:
         pairs = self.rows * self.branches * unseen
         return counted - 4 * pairs * ar.num_attention_heads * ar.head_dim * ar.num_hidden_layers
 
-    def start(self) -> tuple[Any, ...]:
+    def first_arguments(self) -> tuple[Any, ...]:
         """Random weights and prompts: which they are makes no difference to the time."""
         draw = jax.jit(
             lambda: nnx.to_pure_dict(nnx.split(self._build())[1]), out_shardings=self._shardings
         )
         return draw(), *self._prompts()
 
-    def again(self, arguments: tuple[Any, ...], result: Any) -> tuple[Any, ...]:
+    def next_arguments(self, arguments: tuple[Any, ...], result: Any) -> tuple[Any, ...]:
         return arguments
 
     def _prompts(self) -> tuple[np.ndarray, ...]:

@@ -111,7 +111,7 @@ def columns(report: dict[str, Any]) -> tuple[Column, ...]:
             _number("{:.2f}", *source, "examples_per_s_per_chip"),
         ),
         Column("compile s", _number("{:.0f}", "compile_s")),
-        Column("unknown", _number("{:.1%}", "unknown_share")),
+        Column("unknown", _number("{:.1%}", "unknown_fraction")),
     )
 
 

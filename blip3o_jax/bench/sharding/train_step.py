@@ -44,7 +44,7 @@ class TrainStep:
         step = make_step(self.config, self.plan, self.strategy, self._loss(self.config, 0))
         return step.lower(self.plan.abstract, self.batch)
 
-    def held(self) -> dict[str, int]:
+    def argument_bytes(self) -> dict[str, int]:
         """Bytes of a device for each kind of what a step is given."""
         kinds = {"parameters": "params", "frozen": "frozen", "optimizer": "opt", "averages": "ema"}
         sizes = {kind: shard_bytes(self.plan.abstract[name]) for kind, name in kinds.items()}
@@ -77,7 +77,7 @@ class TrainStep:
     def model_flops(self) -> int:
         return model_flops(self.config, self.strategy, self.batch, self._loss)
 
-    def start(self) -> tuple[Any, ...]:
+    def first_arguments(self) -> tuple[Any, ...]:
         """Arguments of the first step: random weights, and a batch that is as good as any for the
         time it takes.
         """
@@ -87,7 +87,7 @@ class TrainStep:
             name: jax.device_put(x, self.batch[name].sharding) for name, x in batch.items()
         }
 
-    def again(self, arguments: tuple[Any, ...], result: Any) -> tuple[Any, ...]:
+    def next_arguments(self, arguments: tuple[Any, ...], result: Any) -> tuple[Any, ...]:
         """Arguments of the next step."""
         return result[0], arguments[1]
 

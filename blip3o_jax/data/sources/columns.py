@@ -14,7 +14,7 @@ FIELDS = ("task", "image", *INPUT_FIELDS, *TEXT_FIELDS, "answer")
 
 
 def known_fields(names: Iterable[str], where: str, kind: str) -> list[str]:
-    """Those of `names` that a record is made of."""
+    """Return those of `names` that are fields of a record. Raises UserError if required ones lack."""
     names = list(names)
     twice = [name for name in (*KEY_COLUMNS, *FIELDS) if names.count(name) > 1]
     if twice:

@@ -105,8 +105,8 @@ class WebdatasetSource(IndexedSource):
 
 
 class _Shard:
-    """What the headers of a shard say: its records in the order of the file, and what is not
-    used."""
+    """The records of a shard in the order of the file, from its headers, and counts of the members
+    that are not used."""
 
     def __init__(self, path: str, progress: Progress) -> None:
         self.path = path

@@ -44,7 +44,7 @@ def test_a_turn_is_the_loops_code(tmp_path):
     (tmp_path / "9-TLP-hlo.txt").write_text("HloModule")
     assert bundles.read(tmp_path) == {"fusion.7": 0x100}
     assert bundles.read(tmp_path / "none") == {}
-    assert str(tmp_path) in bundles.flags(tmp_path)
+    assert str(tmp_path) in bundles.dump_flags(tmp_path)
 
 
 @pytest.mark.parametrize(("bound", "others"), [("16", 1), ("32", 0)], ids=["alike", "another loop"])

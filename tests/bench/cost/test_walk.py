@@ -124,7 +124,7 @@ def test_a_loop_of_unknown_length_is_a_share_of_the_time_that_is_not_known():
     )
     assert found.total_flops == 2 * 2 * 64 * 32 * 32
     assert found.unknown["loop of unknown length, counted once"].count == 2
-    assert 0.99 < found.unknown_share <= 1 + 1e-9
+    assert 0.99 < found.unknown_fraction <= 1 + 1e-9
 
 
 @pytest.mark.parametrize(
@@ -317,7 +317,7 @@ ENTRY %main (a: f32[1024,1024]) -> f32[1024,1024] {
 """
     found = walk.program_cost(text, ONE)
     assert found.unknown["custom-call mystery"].count == 1
-    assert found.unknown_share == 1.0 and found.hbm_bytes == 2 * 4 * 2**20
+    assert found.unknown_fraction == 1.0 and found.hbm_bytes == 2 * 4 * 2**20
 
 
 def test_splash_attention_counts_half_of_the_square():

@@ -44,7 +44,7 @@ def main() -> None:
             " ".join((kind, *axes, network)): t.count
             for (kind, axes, network), t in found.collectives.items()
         },
-        "unknown": found.unknown_share,
+        "unknown": found.unknown_fraction,
     }
     print(json.dumps(row))
 

@@ -81,7 +81,7 @@ def test_report(weights, tmp_path, monkeypatch, capfd, items):
                 0 < low <= side["median_s"] <= high
                 and side["repetitions"] == len(side["seconds"]) >= 2
             )
-            assert side["share_of_limit"] is None, "a CPU's limit is not known"
+            assert side["fraction_of_peak"] is None, "a CPU's limit is not known"
             assert side["peak_memory_bytes"] is None or 0 < side["peak_memory_bytes"] < 10**10
         assert item["ratio"] == {"torch": jax_side["median_s"] / torch_side["median_s"]}
         assert item["faster"] == ("jax" if item["ratio"]["torch"] < 1 else "torch")
@@ -172,12 +172,12 @@ def test_shares_of_limits():
         "cost": {"flops": 989e12, "bytes": 2.4e12},
     }
     about = {"jax": {"device_kind": "NVIDIA H200"}, "torch": {"device_kind": "cpu"}}
-    judged = peer_report.judged(item, about)
-    assert judged["sides"]["jax"]["share_of_limit"] == pytest.approx(
+    judged = peer_report.with_rates(item, about)
+    assert judged["sides"]["jax"]["fraction_of_peak"] == pytest.approx(
         {"arithmetic": 0.5, "memory": 0.25}
     )
     assert judged["sides"]["jax"]["rate"] == 5.0
-    assert judged["sides"]["torch"]["share_of_limit"] is None
+    assert judged["sides"]["torch"]["fraction_of_peak"] is None
 
 
 def test_the_first_call_of_a_turn_is_not_counted(tmp_path, monkeypatch):

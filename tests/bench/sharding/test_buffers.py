@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from blip3o_jax.bench.cost import hlo
-from blip3o_jax.bench.sharding.buffers import Logits, largest, whole
+from blip3o_jax.bench.sharding.buffers import Logits, largest, unsharded
 from blip3o_jax.bench.sharding.train_step import TrainStep
 from blip3o_jax.config import MeshConfig
 from blip3o_jax.parallel.rules import Strategy
@@ -47,7 +47,7 @@ def test_layers_are_gathered_one_by_one(at, hoisted, tensor, held):
     def f(w, x):
         return jax.lax.scan(layer, x, pin(w, at(None, None, tensor)) if hoisted else w)[0]
 
-    found = whole(program(f, stack, x), {"ar": {"up": stack}})
+    found = unsharded(program(f, stack, x), {"ar": {"up": stack}})
     if not hoisted:
         assert found == []
     else:
@@ -65,16 +65,17 @@ def test_what_lies_over_tensor_is_not_gathered_either(at):
     made = program(jax.jit(lambda w: w * 2, out_shardings=at()), stack)
     assert [
         line
-        for line in whole(made, {"up": stack})
+        for line in unsharded(made, {"up": stack})
         if "all layers of up are gathered at once" in line
     ]
     x = jax.ShapeDtypeStruct((16, 96), jnp.float32, sharding=at(None, "tensor"))
     logits = Logits(positions=16, columns=48, vocabulary=96, width=WIDTH)
     for where, held in ((at(None, "tensor"), "f32[16,48]"), (at(), "f32[16,96]")):
         made = program(jax.jit(lambda x: x * 2, out_shardings=where), x)
-        assert largest(made)[0]["array"] == held and whole(made, {}, logits)
+        assert largest(made)[0]["array"] == held and unsharded(made, {}, logits)
     assert (
-        whole(program(lambda x: x[:8] * 2, x), {}, dataclasses.replace(logits, positions=17)) == []
+        unsharded(program(lambda x: x[:8] * 2, x), {}, dataclasses.replace(logits, positions=17))
+        == []
     )
 
 
@@ -98,20 +99,20 @@ def test_a_table_is_looked_up_where_its_columns_lie(at, by_columns):
         return jnp.sum(jnp.tanh(x) * jnp.arange(8.0)[:, None])
 
     gradient = program(jax.jit(jax.grad(f), out_shardings=at(None, "fsdp")), table, ids)
-    found = whole(gradient, {"ar": {"embedding": table}})
+    found = unsharded(gradient, {"ar": {"embedding": table}})
     assert bool(found) != by_columns, found
     assert all(
         line.startswith("ar/embedding or its gradient is held whole by") and "[40, 32]" in line
         for line in found
     )
-    assert whole(gradient, {"ar": {"embedding": table}}, products="float32") == []
+    assert unsharded(gradient, {"ar": {"embedding": table}}, products="float32") == []
 
 
 def test_what_layers_keep_of_a_row_is_no_weight(at):
     """One row of as many tokens as the weights are wide."""
     stack = jax.ShapeDtypeStruct((LAYERS, WIDTH, WIDTH), jnp.float32, sharding=at(None, "fsdp"))
     kept = jax.ShapeDtypeStruct((LAYERS, 1, WIDTH, WIDTH), jnp.float32, sharding=at())
-    assert whole(program(lambda x: x + 1, kept), {"up": stack}) == []
+    assert unsharded(program(lambda x: x + 1, kept), {"up": stack}) == []
 
 
 @pytest.mark.parametrize("blocks", [1, 4])
@@ -125,7 +126,7 @@ def test_logits_are_taken_in_blocks(at, blocks):
             block, 0.0, hidden.reshape(blocks, 16 // blocks, WIDTH), unroll=blocks == 1
         )[0]
 
-    found = whole(
+    found = unsharded(
         program(f, hidden, head), {}, Logits(positions=16, columns=96, vocabulary=96, width=WIDTH)
     )
     assert bool(found) == (blocks == 1) and all(

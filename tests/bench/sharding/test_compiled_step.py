@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from blip3o_jax.bench.sharding import compiled_step, grid, isolated_process, topology
-from blip3o_jax.bench.sharding.measure import Present
+from blip3o_jax.bench.sharding.measure import LocalDevices
 from blip3o_jax.config import MeshConfig, UserError
 from blip3o_jax.parallel.chips import CHIPS
 from blip3o_jax.parallel.mesh import cpu_environment
@@ -26,12 +26,12 @@ def test_parameters_that_do_not_divide_are_kept_several_times_over(monkeypatch):
     )
     config = dataclasses.replace(CONFIG, model=model)
     free = grid.make_task(config, where, "fsdp", grid.Options(("v5e:2x4",)))
-    mesh = compiled_step.planned(free).strategy.mesh.shape
+    mesh = compiled_step.plan_work(free).strategy.mesh.shape
     assert (mesh["data"], mesh["fsdp"]) == (2, 4)
     chosen = grid.Options(("v5e:2x4",), chosen=frozenset({"fsdp"}))
     config = dataclasses.replace(config, mesh=MeshConfig(fsdp=8))
     with pytest.raises(UserError, match="does not divide over mesh axes fsdp = 8"):
-        compiled_step.planned(grid.make_task(config, where, "fsdp", chosen))
+        compiled_step.plan_work(grid.make_task(config, where, "fsdp", chosen))
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_parameters_that_do_not_divide_are_kept_several_times_over(monkeypatch):
     ],
 )
 def test_what_the_compiler_says_of_too_little_memory(message, used, capacity):
-    told = compiled_step._told(f"RESOURCE_EXHAUSTED: {message}")
+    told = compiled_step._parse_too_large(f"RESOURCE_EXHAUSTED: {message}")
     assert told["needs_bytes"] == used * 2**30 and told["capacity_bytes"] == capacity * 2**30
     assert told["error"] == f"needs {used:.1f} GiB of the {capacity:.1f} GiB that a device has"
 
@@ -65,7 +65,7 @@ def test_the_process_gets_the_flags_of_what_it_compiles_for(monkeypatch):
     compiled_step.compile_isolated(compiled_step.Task(CONFIG, where))
     compiled_step.compile_isolated(compiled_step.Task(CONFIG, where, schedules=False))
     here = dataclasses.replace(CONFIG, mesh=MeshConfig(cpu_devices=8))
-    compiled_step.compile_isolated(compiled_step.Task(here, Present(CHIPS["H100"], 8)))
+    compiled_step.compile_isolated(compiled_step.Task(here, LocalDevices(CHIPS["H100"], 8)))
     recommended = topology.settings(where.chip)
     of_schedules = " --xla_jf_dump_to="
     flags = [environment["LIBTPU_INIT_ARGS"].split(of_schedules)[0] for environment in seen[:2]]

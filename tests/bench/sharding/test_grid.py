@@ -54,9 +54,9 @@ def fake_row(task):
         "limiter": "compute",
         "collectives": [{"kind": "all-gather", "axes": ["fsdp"], "network": "ICI", **traffic}],
         "unknown": {},
-        "unknown_share": 0.0,
+        "unknown_fraction": 0.0,
         "largest": [{"array": "f32[4,8]", "bytes": 2**20, "of": "%fusion in ar"}],
-        "whole": ["a table is whole"],
+        "unsharded": ["a table is whole"],
         "mfu": 0.5,
         "examples_per_s_per_chip": rate,
     } | ({"measured": measured(task.measure, step_s, rate)} if task.measure else {})
@@ -124,8 +124,8 @@ def run(tmp_path, monkeypatch, capsys, config=CONFIG, **options):
     monkeypatch.setattr(topology, "check_compiler", lambda: None)
     monkeypatch.setattr(
         measure,
-        "find",
-        lambda mesh: measure.Present(dataclasses.replace(CHIPS["H200"], source="H200s"), 4),
+        "find_devices",
+        lambda mesh: measure.LocalDevices(dataclasses.replace(CHIPS["H200"], source="H200s"), 4),
     )
     found = grid.bench(config, tmp_path, grid.Options(**options), "blip3o bench sharding", fake_row)
     grid.print_report(found)

@@ -55,13 +55,13 @@ def test_the_largest_that_fits_and_the_smallest_that_does_not(memory, want, most
     row = largest_batch.largest(task(), compiler(*memory, told=told), said.append)
     found = row["batch_per_chip"]
     assert (
-        0 <= want - found <= want // largest_batch.FINE
+        0 <= want - found <= want // largest_batch.FINE_UNITS
         and row["batch_size"] == 4 * found
         and row["status"] == FITS
     )
     verdicts = {t["batch_per_chip"]: t["status"] for t in row["tried"]}
     beyond = min(n for n, status in verdicts.items() if status == TOO_LARGE)
-    assert beyond > want and beyond - found <= max(1, want // largest_batch.FINE)
+    assert beyond > want and beyond - found <= max(1, want // largest_batch.FINE_UNITS)
     assert len(row["tried"]) == len(verdicts) <= most, "nothing is compiled twice"
     assert said[:2] == [
         "compiling with 1 a chip",
@@ -72,7 +72,7 @@ def test_the_largest_that_fits_and_the_smallest_that_does_not(memory, want, most
 
 def test_a_bracket_that_is_narrow_enough_ends_the_search():
     row = largest_batch.largest(task(), compiler(5, 1e-5), lambda text: None)
-    assert row["batch_per_chip"] == pytest.approx(1075000, rel=1 / largest_batch.FINE)
+    assert row["batch_per_chip"] == pytest.approx(1075000, rel=1 / largest_batch.FINE_UNITS)
     assert len(row["tried"]) <= 8
 
 

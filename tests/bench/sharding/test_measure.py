@@ -20,7 +20,7 @@ CPU = dataclasses.replace(
 def test_rates_that_nobody_publishes_are_calibrated(monkeypatch):
     monkeypatch.setattr(measure, "CPU_SIDE", 64)
     monkeypatch.setattr(measure, "COPY", 2**16)
-    chip = measure.calibrated(jax.devices())
+    chip = measure.calibrate(jax.devices())
     assert chip.name == "cpu" and 1e6 < chip.flops < 1e13 and 1e5 < chip.hbm_rate < 1e12
     assert chip.link_rate == chip.dcn_rate == chip.hbm_rate / 2 and chip.hbm_bytes > 2**24
     assert chip.source.startswith("calibrated in this run, all devices at once (8): ")
@@ -38,10 +38,10 @@ class Work:
 
     strategy = tiny.strategy()
 
-    def start(self):
+    def first_arguments(self):
         return (0,)
 
-    def again(self, arguments, result):
+    def next_arguments(self, arguments, result):
         return (result,)
 
 
@@ -54,7 +54,7 @@ def test_median_and_spread_are_of_the_turns_after_the_warm_up(monkeypatch):
         now[0] += seconds[turn]
         return turn + 1
 
-    found = measure.timed(Work(), program, steps=5)
+    found = measure.time_program(Work(), program, steps=5)
     assert calls == list(range(7)), "each turn starts from the result of the one before"
     assert found == {"seconds": [3, 1, 2, 7, 4], "median_s": 3, "fastest_s": 1, "slowest_s": 7}
 
@@ -68,12 +68,12 @@ def test_devices_are_looked_for_in_a_process_with_as_many_as_the_mesh_has(monkey
 
     monkeypatch.setattr(isolated_process, "run_isolated", run)
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
-    found = measure.find(MeshConfig(cpu_devices=8))
+    found = measure.find_devices(MeshConfig(cpu_devices=8))
     assert seen["JAX_NUM_CPU_DEVICES"] == "8" and int(seen["NPROC"]) > 8, (
         "threads enough for all to wait for each other"
     )
     assert (str(found), found.chips, found.chip.kinds) == ("8 x cpu", 8, ("cpu",))
-    assert measure.Present(CHIPS["tpu7x"], 8).chips == 4
+    assert measure.LocalDevices(CHIPS["tpu7x"], 8).chips == 4
 
 
 def test_no_device_is_a_users_error(monkeypatch):
@@ -81,14 +81,16 @@ def test_no_device_is_a_users_error(monkeypatch):
         isolated_process, "run_isolated", lambda *args: {"status": "failed", "error": "no GPU"}
     )
     with pytest.raises(UserError, match="--measure finds no device to run on: no GPU"):
-        measure.find(MeshConfig())
+        measure.find_devices(MeshConfig())
 
 
 @pytest.mark.usefixtures("quick_compile")
 def test_a_rollout_is_compiled_counted_and_run():
     config = grid.with_vocabulary(tiny.run_config(sampling={"batch_size": 8, "steps": 1}))
     options = grid.Options(step="rollout", measure=2)
-    row = compiled_step.compiled(grid.make_task(config, measure.Present(CPU, 8), "dp", options))
+    row = compiled_step.compile_step(
+        grid.make_task(config, measure.LocalDevices(CPU, 8), "dp", options)
+    )
     measured = row["measured"]
     assert row["status"] == FITS and row["mesh"]["data"] == 8 and row["batch_per_chip"] == 1
     assert (

@@ -51,8 +51,8 @@ def _steps(steps):
 def test_bytes_of_weights_and_cache():
     whole, cut = work("dp", data=4), work("fsdp_tp", fsdp=2, tensor=2)
     weights = sum(x.size for x in _leaves(whole.weights))
-    assert whole.held() == {"weights": 4 * weights}, "float32, as the tiny model computes"
-    assert cut.held()["weights"] < 0.5 * whole.held()["weights"]
+    assert whole.argument_bytes() == {"weights": 4 * weights}, "float32, as the tiny model computes"
+    assert cut.argument_bytes()["weights"] < 0.5 * whole.argument_bytes()["weights"]
     # Keys and values of 2 layers, 36 slots, 2 heads of 8, 4 bytes; 2 rows of 8 a device, or 4 rows
     # and one head.
     assert whole.within == {"cache": 2 * 2 * 36 * 2 * 8 * 4 * 2} and cut.within == {

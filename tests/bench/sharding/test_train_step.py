@@ -42,15 +42,15 @@ def test_a_synthetic_row_ends_in_an_image_that_is_learned():
 @pytest.mark.usefixtures("quick_compile")
 def test_a_step_runs_on_its_own_result():
     work = train_step.TrainStep(tiny.run_config(stage="tokenizer"), tiny.strategy())
-    program, arguments = work.lower().compile(), work.start()
+    program, arguments = work.lower().compile(), work.first_arguments()
     for _ in range(2):
-        arguments = work.again(arguments, program(*arguments))
+        arguments = work.next_arguments(arguments, program(*arguments))
     assert int(arguments[0]["step"]) == 2 and int(arguments[0]["skipped_steps"]) == 0
-    held = work.held()
+    held = work.argument_bytes()
     assert held["batch"] == sum(x.nbytes for x in arguments[1].values())
     cut = train_step.TrainStep(
         tiny.run_config(stage="tokenizer"), tiny.strategy("fsdp", fsdp=4)
-    ).held()
+    ).argument_bytes()
     assert (
         cut["batch"] == held["batch"] // 4
         and held["optimizer"] / 4 < cut["optimizer"] < held["optimizer"] / 2
