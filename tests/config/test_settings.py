@@ -380,3 +380,9 @@ def test_the_edges_of_sampling_settings_are_accepted():
 )
 def test_the_first_line_of_any_exception(message, line):
     assert errors.first_line(ValueError(message)) == line
+
+
+def test_an_exception_by_name_and_first_line():
+    assert errors.type_and_line(KeyError("a")) == "KeyError: 'a'"
+    assert errors.type_and_line(ValueError("a\nb")) == "ValueError: a"
+    assert errors.type_and_line(ValueError()) == "ValueError"
