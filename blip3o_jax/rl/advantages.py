@@ -1,4 +1,4 @@
-"""How much better an image is than the others of its prompt: GRPO (arXiv 2402.03300), DAPO's choice
+"""Group-relative advantages: GRPO (arXiv 2402.03300), DAPO's choice
 of groups (2503.14476).
 
     m_p = mean over the valid g of r_pg       s_p = sqrt(sum over the valid g of (r_pg - m_p)^2 / (n_p - 1))

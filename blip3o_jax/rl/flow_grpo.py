@@ -30,9 +30,10 @@ Deviations:
 6. Flow-GRPO-Fast branches a group from one trajectory at a window of steps. Here a rollout's steps are drawn from all but the
    last, the same for all rows, and every row has its own start.
 7. A step of finite length has an error, as the Euler step has; the means of the marginals have none. For z ~ N(m, 0.6^2),
-   a = 0.7 and shift 1 the deviation at the end is 4 % small in 10 noisy steps (the Euler sampler's: 13 %), 0.2 % off in 1000.
-   Near the start it is too large, by 10 % in 10 steps and still by 5 % in 1000: eta^2 times the first step is always a^2,
-   which adds a^4 / 4 to the variance. The later steps forget that.
+   a = 0.7 and shift 1 the deviation at the end is 4 % small in 10 noisy steps (the Euler sampler's:
+   13 %), 0.2 % off in 1000. Near the start it is too large, by 10 % in 10 steps and still by 5 % in
+   1000: eta^2 times the first step is always a^2, which adds a^4 / 4 to the variance. The later
+   steps forget that.
 
 B batch, K trained steps; latents are [B, H, W, C]. Everything is float32.
 """
@@ -66,8 +67,8 @@ def transition(
     *,
     noise: float,
 ) -> tuple[jax.Array, jax.Array]:
-    """Return the mean [B, H, W, C] and deviation [B] of x at the noise level `next_B`, given x at `sigma_B`;
-    `noise` is a.
+    """Return the mean [B, H, W, C] and deviation [B] of x at the noise level `next_B`, given x at
+    `sigma_B`; `noise` is a.
 
     `next_B` is the level after `sigma_B` in the sampler's list. With noise 0 the mean is the Euler
     step.
@@ -88,8 +89,8 @@ def log_prob(next_BHWC: jax.Array, mean_BHWC: jax.Array, std_B: jax.Array) -> ja
 
 
 def kl(mean_BHWC: jax.Array, reference_mean_BHWC: jax.Array, std_B: jax.Array) -> jax.Array:
-    """Return the KL divergence between two Gaussians of the same deviation, as a mean over the latent's
-    numbers: [B].
+    """Return the KL divergence between two Gaussians of the same deviation, as a mean over the
+    latent's numbers: [B].
     """
     return _mean_square((mean_BHWC - reference_mean_BHWC) / _per_row(std_B)) / 2
 
@@ -102,8 +103,8 @@ def choose_steps(key: jax.Array, steps: int, trained_steps: int) -> jax.Array:
 
 
 def step_sigmas(step_K: jax.Array, *, steps: int, flow: FlowConfig) -> tuple[jax.Array, jax.Array]:
-    """Return the noise levels before and after each of the given steps of a sampler of `steps`; of the
-    shape of `step_K`.
+    """Return the noise levels before and after each of the given steps of a sampler of `steps`; of
+    the shape of `step_K`.
     """
     sigmas_S = jnp.asarray(flow_matching.sampling_sigmas(steps, flow))
     return sigmas_S[step_K], sigmas_S[step_K + 1]
@@ -177,9 +178,9 @@ def policy_loss(
     """Return the loss of a (micro-)batch and its metrics, scalars; a trained step here is what a
     token is in `rl/grpo.py`.
 
-    Gradients go through `logprob_BK` and `kl_BK`. The latter may be None where `cfg.kl_coef` is 0, else
-    that raises ValueError. `valid_fraction_B`, rows that are not valid, micro-batches and metrics: as in
-    `grpo.policy_loss`.
+    Gradients go through `logprob_BK` and `kl_BK`. The latter may be None where `cfg.kl_coef` is 0,
+    else that raises ValueError. `valid_fraction_B`, rows that are not valid, micro-batches and
+    metrics: as in `grpo.policy_loss`.
     """
     if kl_BK is None and cfg.kl_coef:
         raise ValueError(

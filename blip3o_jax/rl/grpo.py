@@ -48,10 +48,10 @@ def policy_loss(
 ) -> tuple[jax.Array, Metrics]:
     """Return the loss of a (micro-)batch and its metrics, scalars.
 
-    Only `logprobs_BN` has a gradient. `valid_fraction_B` is the mean of `valid_B` over the whole batch,
-    in every row. `reference_logprobs_BN` may be None where `cfg.kl_coef` is 0, else that raises
-    ValueError. Metrics, means over valid tokens: those of `clipped_loss`, and `kl` to the reference
-    where there is one.
+    Only `logprobs_BN` has a gradient. `valid_fraction_B` is the mean of `valid_B` over the whole
+    batch, in every row. `reference_logprobs_BN` may be None where `cfg.kl_coef` is 0, else that
+    raises ValueError. Metrics, means over valid tokens: those of `clipped_loss`, and `kl` to the
+    reference where there is one.
     """
     if reference_logprobs_BN is None and cfg.kl_coef:
         raise ValueError(f"rl.kl_coef={cfg.kl_coef} needs the reference policy's log-probabilities")
@@ -86,14 +86,14 @@ def clipped_loss(
     clip: tuple[float, float],
     ratio: str = "token",
 ) -> tuple[jax.Array, Metrics]:
-    """Return -min(r A, clip(r) A) of every token [B, N], and metrics. `clip` is how far r may go (down,
-    up); `log_ratio_BN` is of `masked_difference`: in a row that is not valid r is 1.
+    """Return -min(r A, clip(r) A) of every token [B, N], and metrics. `clip` is how far r may go
+    (down, up); `log_ratio_BN` is of `masked_difference`: in a row that is not valid r is 1.
 
-    Metrics, means over valid tokens: `clip_ratio/low_mean` and `clip_ratio/high_mean`, the fractions that the clip left
-    without a gradient; `importance_sampling_ratio`, before the clip; `approx_kl`, KL(old policy || policy) by the k3
-    estimator; and, always of single tokens, since a sequence's mean would hide them, `ratio_gap`,
-    |r - 1|, and `ratio_gap_max`, its maximum. The average of `ratio_gap_max` over m micro-batches
-    is between 1/m of the maximum and the maximum.
+    Metrics, means over valid tokens: `clip_ratio/low_mean` and `clip_ratio/high_mean`, the
+    fractions that the clip left without a gradient; `importance_sampling_ratio`, before the clip;
+    `approx_kl`, KL(old policy || policy) by the k3 estimator; and, always of single tokens, since a
+    sequence's mean would hide them, `ratio_gap`, |r - 1|, and `ratio_gap_max`, its maximum. The
+    average of `ratio_gap_max` over m micro-batches is between 1/m of the maximum and the maximum.
     """
     advantage_B1 = advantage_B.astype(jnp.float32)[:, None]
     token_ratio_BN = jnp.exp(log_ratio_BN)

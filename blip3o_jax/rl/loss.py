@@ -24,8 +24,8 @@ from blip3o_jax.train.stages import Loss
 
 def make_loss(config: Config, image_ids: tuple[int, int], shards: int) -> Loss:
     """Return the loss of a batch: the arrays of a rollout (rollout_programs.py) and those of
-    `reward_batch.loss_inputs`. `shards`: of the batch. Metrics are called rl/...,
-    those of the denoising steps rl/flow/...
+    `reward_batch.loss_inputs`. `shards`: of the batch. Metrics are called rl/..., those of the
+    denoising steps rl/flow/...
     """
     rl = config.rl
     micro_batches = config.optimizer.accumulate

@@ -1,4 +1,4 @@
-"""`blip3o rl`: reinforcement learning as a method of the training loop, and its resolved settings."""
+"""`blip3o rl`: reinforcement learning as a method of the training loop."""
 
 import dataclasses
 import functools

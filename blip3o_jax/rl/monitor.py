@@ -34,8 +34,8 @@ class RatioMonitor:
         self._warned = False
 
     def check(self, step: int, values: dict[str, float]) -> None:
-        """Check the metrics of a step, unless the ratios are of a later update on a rollout, or of a
-        rollout that an older policy sampled.
+        """Check the metrics of a step, unless the ratios are of a later update on a rollout, or of
+        a rollout that an older policy sampled.
         """
         if self._rl.off_policy_steps or (step - 1) % self._rl.num_iterations:
             return

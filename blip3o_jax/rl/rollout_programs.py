@@ -71,9 +71,9 @@ def images_per_prefix(num_generations: int, prompts: int, shards: int) -> int:
 def make_rollout(
     config: Config, plan: StatePlan, strategy: Strategy, image_ids: tuple[int, int]
 ) -> Callable[..., tuple[jax.Array, RolloutArrays]]:
-    """Return (params, frozen, tokens_PL, lengths_P, indices_B, seed, number) -> (uint8 images [B, H,
-    W, 3], arrays), compiled for each shape. Rows are sampled from keys of (seed, their index); the
-    denoising steps trained on from (seed, number of the rollout).
+    """Return (params, frozen, tokens_PL, lengths_P, indices_B, seed, number) -> (uint8 images [B,
+    H, W, 3], arrays), compiled for each shape. Rows are sampled from keys of (seed, their index);
+    the denoising steps trained on from (seed, number of the rollout).
 
     With policy "flow" the images of a group share their image tokens, sampled once, so that their
     rewards differ by the denoising alone, which is what is trained. Each has its own initial noise.
@@ -159,8 +159,8 @@ def make_rollout(
 def make_reference(
     config: Config, plan: StatePlan, strategy: Strategy, image_ids: tuple[int, int]
 ) -> Callable[[Any, Any, RolloutArrays], RolloutArrays]:
-    """Return (parameters of the reference policy, frozen, arrays) -> its log-probabilities and means,
-    where the loss needs them.
+    """Return (parameters of the reference policy, frozen, arrays) -> its log-probabilities and
+    means, where the loss needs them.
     """
     rl = config.rl
     share = images_per_prefix(rl.num_generations, rl.num_prompts, strategy.batch_shards)

@@ -294,8 +294,8 @@ class RolloutIterator:
 
 
 def _time_metrics(update: float, rollout: float, reward_wait: float) -> dict[str, float]:
-    """Return the seconds from one rollout to the next, and the fraction of each phase: the optimizer
-    steps on the rollout before, sampling, waiting for rewards.
+    """Return the seconds from one rollout to the next, and the fraction of each phase: the
+    optimizer steps on the rollout before, sampling, waiting for rewards.
     """
     seconds = {"update": update, "rollout": rollout, "reward_wait": reward_wait}
     total = max(sum(seconds.values()), 1e-9)

@@ -83,8 +83,8 @@ def teacher_forced_states(
     cfg_branches: int,
     group: int = 1,
 ) -> jax.Array:
-    """Return the hidden states at the scale tag and at every image token [B, N + 1, D]: each but the
-    last predicts the next token. With two branches [2 B, N + 1, D], next to each other.
+    """Return the hidden states at the scale tag and at every image token [B, N + 1, D]: each but
+    the last predicts the next token. With two branches [2 B, N + 1, D], next to each other.
     """
     first = lambda x: x.reshape(-1, group, *x.shape[1:])[:, 0]
     tokens_PL, lengths_P = first(tokens_BL), first(lengths_B)

@@ -1,4 +1,4 @@
-"""How well image and prompt agree: the cosine of their embeddings by a dual encoder from a local
+"""The similarity of image and prompt: the cosine of their embeddings by a dual encoder from a local
 directory.
 
     score = <x, y> / (|x| |y|),    x of the image, y of the prompt
@@ -35,12 +35,12 @@ class DualEncoder(Protocol):
         ...
 
     def text(self, prompt: str) -> np.ndarray:
-        """A prompt -> float32 [D], of any length. UserError for one that is too long."""
+        """Return the embedding of a prompt, float32 [D], of any length. UserError for one that is too long."""
         ...
 
 
 def create(path: str = "", batch: str = "4") -> "Clip":
-    """The registry's factory, of `clip` and of `siglip`. `batch`: images that are encoded at once."""
+    """Make the reward for the registry, `clip` and of `siglip`. `batch`: images that are encoded at once."""
     size = number("clip", "batch", batch, int, 1, 4096)
     if not path:
         raise UserError(

@@ -1,9 +1,9 @@
-"""Does an image show the objects that a GenEval prompt asks for? A detector looks, the official
-rules (`geneval_rules`) decide, with the official thresholds: confidence above 0.3, for counting 0.9,
+"""Score whether an image shows the objects that a GenEval prompt asks for. A detector finds objects,
+the official rules (`geneval_rules`) decide, with the official thresholds: confidence above 0.3, for counting 0.9,
 sixteen objects of a class at most.
 
-`scoring=shaped`, the default, is the share of the requirements that are met: it tells images of a
-group apart long before one of them is all right, and is 1 exactly where the benchmark says
+`scoring=shaped`, the default, is the fraction of the requirements that are met: it differs between
+images of a group long before one of them is correct, and is 1 exactly where the benchmark says
 "correct". `scoring=correct` is the benchmark's 0 or 1. The parts hold both, so that a run that
 trains on the one shows the other.
 
@@ -49,7 +49,7 @@ def create(
     counting_threshold: str = "0.9",
     max_objects: str = "16",
 ) -> "Geneval":
-    """The registry's factory."""
+    """Make the reward for the registry."""
     low = number("geneval", "threshold", threshold, float, 0, 1)
     counting = number("geneval", "counting_threshold", counting_threshold, float, 0, 1)
     sees: Detector = ShapesDetector()

@@ -15,7 +15,7 @@ A prompt's metadata, a line of the official file:
 
 The share that is met, for a reward with a slope, is the mean over all requirements: objects found
 of those asked, the same of the right colour, pairs in the right relation, and of an `exclude` how
-little it is exceeded (times the share of asked objects that are there: an empty image is no step
+little it is exceeded (times the fraction of asked objects that are there: an empty image is no step
 towards "not five"). It is 1 exactly where the official result is "correct".
 """
 
@@ -37,7 +37,7 @@ Metadata = Mapping[str, Any]
 @dataclasses.dataclass(frozen=True)
 class Found:
     """An object found in an image. `box`: x0, y0, x1, y1 in pixels; `mask_HW`: bool, which pixels
-    are its own; `colour`: where the detector itself tells.
+    are its own; `colour`: where the detector itself names it.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Found:
 
 @dataclasses.dataclass(frozen=True)
 class RuleResult:
-    """`met`: share of the requirements in [0, 1]. `reason`: what is wrong, in plain words."""
+    """`met`: fraction of the requirements in [0, 1]. `reason`: what is wrong, in plain words."""
 
     correct: bool
     met: float
@@ -57,7 +57,9 @@ class RuleResult:
 
 
 def keep(found: Sequence[Found], threshold: float, max_count: int) -> dict[str, list[Found]]:
-    """By class, the surest first: those above the threshold, `most` of a class."""
+    """Return the objects above the threshold by class, those of the highest confidence first, at
+    most `max_count` of a class.
+    """
     kept: dict[str, list[Found]] = {}
     for thing in sorted(found, key=lambda thing: -thing.confidence):
         if thing.confidence > threshold and len(kept.setdefault(thing.name, [])) < max_count:
@@ -70,7 +72,7 @@ def apply_rules(
     metadata: Metadata,
     colours_of: Callable[[Sequence[Found]], Sequence[str | None]],
 ) -> RuleResult:
-    """`objects`: as `keep` gives them. `colours_of` tells the colours of objects of one class."""
+    """`objects`: as `keep` gives them. `colours_of` returns the colours of objects of one class."""
     taken: list[Sequence[Found]] = []
     met: list[bool] = []
     shares: list[float] = []
@@ -113,12 +115,12 @@ def apply_rules(
 
 
 def _standing(found: Sequence[Found], relation: str, targets: Sequence[Found]) -> float:
-    """Share of the pairs that stand in the relation."""
+    """Return the fraction of the pairs that stand in the relation."""
     return float(np.mean([relation in relations(a.box, b.box) for a in found for b in targets]))
 
 
 def relations(box_a: Sequence[float], box_b: Sequence[float]) -> set[str]:
-    """How the first box lies to the second."""
+    """Return the relations of the first box to the second."""
     a, b = np.reshape(box_a, (2, 2)), np.reshape(box_b, (2, 2))
     offset = a.mean(axis=0) - b.mean(axis=0)
     sizes = np.abs(a[1] - a[0]) + np.abs(b[1] - b[0])

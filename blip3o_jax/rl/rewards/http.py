@@ -49,7 +49,7 @@ class Unreachable(Exception):
 
 
 class _BadAnswer(Exception):
-    """A server's answer is none: one line that says why."""
+    """A server's answer holds no scores; the message is one line that says why."""
 
 
 class _Busy(Exception):
@@ -61,7 +61,7 @@ class _Busy(Exception):
 def create(
     urls: str, token: str = "", token_env: str = "", timeout: str = TIMEOUT, batch: str = "16"
 ) -> "HttpReward":
-    """The registry's factory. `urls`: "http://a:8000,http://b:8000". `token_env`: name of the
+    """Make the reward for the registry. `urls`: "http://a:8000,http://b:8000". `token_env`: name of the
     environment variable that holds the token, which then stands in no config and no log; `token` is
     the token itself. `timeout`: seconds for a request's scores, all tries at all servers together.
     `batch`: images of a request."""
@@ -180,7 +180,7 @@ class HttpReward(Reward):
     def __call__(
         self, images_BHWC: np.ndarray, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
     ) -> Scores:
-        """As many requests at once as there are servers. Raises UserError (a server refused) or
+        """Send as many requests at once as there are servers. Raises UserError (a server refused) or
         Unreachable."""
         chunks = [
             slice(start, start + self._batch) for start in range(0, len(prompts), self._batch)

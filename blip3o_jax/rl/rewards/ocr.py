@@ -1,5 +1,5 @@
-"""Is the text of an image the text that its prompt quotes? A recogniser reads the image; what it
-read is compared with what stands between double quotes.
+"""Compare the text of an image with the text that its prompt quotes. A recogniser reads the image;
+the text that it reads is compared with the text between double quotes.
 
     reference    1 - d / len(target), d = 0 where the target is part of what was read, else min(distance, len(target))
     strict       1 - distance / max(len(target), len(read))
@@ -45,7 +45,7 @@ MAX_REORDERED = 4  # spans tried in every order; more are compared in the order 
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """What was read in one place. `box`: x0, y0, x1, y1 in pixels."""
+    """Text that was read in one place. `box`: x0, y0, x1, y1 in pixels."""
 
     text: str
     confidence: float
@@ -69,7 +69,7 @@ def create(
     detect: str = "true",
     min_confidence: str = "0.5",
 ) -> "Ocr":
-    """The registry's factory. `scoring`: strict or reference. `min_side`: images are enlarged until
+    """Make the reward for the registry. `scoring`: strict or reference. `min_side`: images are enlarged until
     their shorter side has so many pixels. `border`: width of the border that is laid round them, a
     share of the side. `detect=false` takes the whole image for one line of text. `min_confidence`:
     below it a line does not count as read (strict only).
@@ -129,7 +129,7 @@ class Ocr:
 
 
 def quoted(prompt: str) -> tuple[str, ...]:
-    """The texts between double quotes, straight or typographic. UserError where there is none, an
+    """Return the texts between double quotes, straight or typographic. UserError where there is none, an
     empty one, a quote that is not closed, or letters that cannot be read."""
     outside_and_inside = prompt.translate(QUOTES).split('"')
     spans = tuple(outside_and_inside[1::2])
@@ -168,7 +168,7 @@ def strict(lines: Sequence[Line], spans: Sequence[str]) -> Comparison:
 
 
 def reference(lines: Sequence[Line], spans: Sequence[str]) -> Comparison:
-    """The published scoring, in the recogniser's own order of lines."""
+    """Score as published, in the recogniser's own order of lines."""
     read = normalise("".join(line.text for line in lines))
     targets = [normalise(span) for span in spans]
     distances = [
@@ -194,8 +194,8 @@ def in_reading_order(lines: Sequence[Line]) -> list[Line]:
 
 
 def levenshtein(a: str, b: str) -> int:
-    """The least number of insertions, deletions and substitutions of characters that turn `a` into
-    `b`.
+    """Return the least number of insertions, deletions and substitutions of characters that turn
+    `a` into `b`.
     """
     before = list(range(len(b) + 1))  # from a[:i] to each b[:j]
     for i, char in enumerate(a, 1):
@@ -236,7 +236,7 @@ class Recogniser:
         ]
 
     def _shown(self, image_HWC: np.ndarray) -> np.ndarray:
-        """The image with its border, enlarged, in the channel order that rapidocr takes arrays in
+        """Return the image with its border, enlarged, in the channel order that rapidocr takes arrays in
         (BGR).
         """
         side = min(image_HWC.shape[:2])

@@ -69,7 +69,7 @@ def unreadable(text: str) -> str:
 
 
 def _without_accent(char: str) -> str:
-    """The letter alone, where the recogniser does not know it with its accent."""
+    """Return the letter alone, where the recogniser does not know it with its accent."""
     if char <= _LAST_WITH_ACCENTS or not unicodedata.name(char, "").startswith(("LATIN", "GREEK")):
         return char
     return unicodedata.normalize("NFD", char)[0]

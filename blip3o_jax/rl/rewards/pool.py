@@ -40,10 +40,10 @@ REASONS_SHOWN = 3
 
 @dataclasses.dataclass(frozen=True)
 class PoolResult:
-    """The rewards of one `submit`. `total_B` float32 [B]: the weighted sum, 0 (meaningless) where `failed_B`. `parts`: float32
-    [B] by name, NaN where there is none. `reasons`: number of images by why they failed. `seconds`:
-    of an image in its process (`median`, `max`), of chunks until a process had time for them
-    (`queue`, a mean), and from submission to the last score (`total`).
+    """The rewards of one `submit`. `total_B` float32 [B]: the weighted sum, 0 (meaningless) where
+    `failed_B`. `parts`: float32 [B] by name, NaN where there is none. `reasons`: number of images
+    by why they failed. `seconds`: of an image in its process (`median`, `max`), of chunks until a
+    process had time for them (`queue`, a mean), and from submission to the last score (`total`).
     """
 
     total_B: np.ndarray

@@ -95,7 +95,7 @@ class Processes:
         arguments: Callable[[], tuple[Any, ...]],
         timeout: float = math.inf,
     ) -> Future:
-        """The future of `function(*arguments())` in one of the processes; `arguments` is called
+        """Return the future of `function(*arguments())` in one of the processes; `arguments` is called
         when one is free. Its exception is the function's own, TimeoutError after `timeout` seconds
         there, ProcessEnded, or UserError where processes do not start. It always comes to an end.
         """
@@ -122,7 +122,7 @@ class Processes:
 
     @property
     def error(self) -> BaseException | None:
-        """Why no more calls are taken, or None."""
+        """Return why no more calls are taken, or None."""
         return self._error
 
     def close(self) -> None:
@@ -266,7 +266,7 @@ def _kill(worker: _Worker) -> None:
 
 
 def _work(pipe: connection.Connection, initialise: Callable[[], None]) -> None:
-    """A process: answers (result, error) until its pipe ends."""
+    """Run a process: answer calls by (result, error) until its pipe ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
     threading.Thread(target=_end_with_parent, daemon=True).start()
     initialise()
@@ -288,6 +288,6 @@ def _work(pipe: connection.Connection, initialise: Callable[[], None]) -> None:
 
 
 def _end_with_parent() -> None:
-    """The parent may be killed while a call hangs here."""
+    """End with the parent, which may be killed while a call hangs here."""
     multiprocessing.parent_process().join()
     os._exit(1)

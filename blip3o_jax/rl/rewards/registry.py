@@ -35,7 +35,7 @@ USER = "python:"
 
 
 def parsed(text: str) -> RewardConfig:
-    """A reward as a command line names it, its options after commas:
+    """Parse a reward as a command line names it, its options after commas:
     "geneval,detector=transformers,path=DIR". A piece without "=" goes on with the value before it:
     "http,urls=http://a:8000,http://b:8000". `weight=0.5` and `clip=0:1` are those of the term in
     the sum. ConfigError for what is none of these.
@@ -76,7 +76,7 @@ def _numbers(text: str, pairs: list[tuple[str, str]], field: str, count: int, de
 
 
 def make(config: RewardConfig) -> Reward:
-    """The reward that `config` names, with its options. ConfigError for a name or an option that
+    """Make the reward that `config` names, with its options. ConfigError for a name or an option that
     there is not.
     """
     options = dict(config.options)

@@ -24,7 +24,7 @@ MAX_IMAGES = 1024  # of a request
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What is to be scored. `metadata`: JSON texts, since objects take many times as much while
+    """The images to score, with their prompts. `metadata`: JSON texts, since objects take many times as much while
     they wait."""
 
     prompts: list[str]
@@ -38,7 +38,7 @@ def start() -> None:
 
 
 def parse_array(body: np.ndarray, max_pixels: int) -> Request:
-    """As `parse_request`, of uint8 [bytes], which processes are sent without a copy."""
+    """Parse uint8 [bytes] as `parse_request` does: processes are sent arrays without a copy."""
     return parse_request(bytearray(body), max_pixels)
 
 

@@ -1,4 +1,4 @@
-"""What a reward is: a batch of images, their prompts and metadata -> one score an image, and named
+"""The interface of a reward: a batch of images, their prompts and metadata -> one score an image, and named
 parts of it.
 
 A reward runs in processes that must start fast: nothing that it imports at the top may import jax,
@@ -36,6 +36,6 @@ class Reward(Protocol):
         ...
 
     def check(self, prompt: str, metadata: Mapping[str, Any]) -> None:
-        """Raises UserError for a prompt that it cannot score; called for every prompt of a run
+        """Raise UserError for a prompt that it cannot score; called for every prompt of a run
         before the run starts.
         """

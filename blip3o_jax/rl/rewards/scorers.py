@@ -28,7 +28,7 @@ LONGEST_PAUSE = 60.0
 
 
 class Scorers(Protocol):
-    """What the server scores with."""
+    """The scoring processes of a server."""
 
     count: int  # calls that run at once
     names: list[str]  # of the rewards
@@ -45,7 +45,7 @@ class Scorers(Protocol):
         prompts: Sequence[str],
         metadata: Sequence[bytes],
     ) -> tuple[list[scorer.ImageScore], float]:
-        """As `scorer.score`. Raises TimeoutError or ProcessEnded, of a process that has been
+        """Score as `scorer.score` does. Raises TimeoutError or ProcessEnded, of a process that has been
         replaced, and UserError where none starts."""
         ...
 
@@ -65,7 +65,7 @@ class Renewed:
         self.now = start()
 
     async def call(self, function: Callable, arguments: Callable[[], tuple], timeout: float) -> Any:
-        """As `Processes.call`."""
+        """Call a function as `Processes.call` does."""
         try:
             # Who is cancelled leaves; the call goes on, since a process has it.
             future = asyncio.wrap_future(self.now.call(function, arguments, timeout))
@@ -168,18 +168,18 @@ class Parser:
         )
 
     async def parse(self, body: bytearray) -> requests.Request:
-        """As `requests.parse_request`; empties `body`. Raises Refused."""
+        """Parse as `requests.parse_request` does, and empty `body`. Raises Refused."""
         if len(body) <= self._small:
             loop = asyncio.get_running_loop()
             found = await loop.run_in_executor(
                 self._thread, requests.parse_request, body, self._max_pixels
             )
         else:
-            found = await self._parse_apart(body)
+            found = await self._parse_in_process(body)
         body.clear()
         return found
 
-    async def _parse_apart(self, body: bytearray) -> requests.Request:
+    async def _parse_in_process(self, body: bytearray) -> requests.Request:
         wanted = [body]
         task = asyncio.get_running_loop().create_task(self._in_turn(wanted))
         try:

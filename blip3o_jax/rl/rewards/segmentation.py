@@ -110,7 +110,7 @@ class ColourClassifier:
         self._texts_KD: dict[str, np.ndarray] = {}
 
     def __call__(self, crops: Sequence[np.ndarray], name: str) -> list[str | None]:
-        """The colour of each crop, uint8 RGB [h, w, 3], of an object of class `name`."""
+        """Return the colour of each crop, uint8 RGB [h, w, 3], of an object of class `name`."""
         import torch
 
         self._models = self._models or _load(
@@ -135,7 +135,7 @@ class ColourClassifier:
 
 
 def cut_out(image_HWC: np.ndarray, thing: Found) -> np.ndarray:
-    """The pixels of an object on grey, cropped to its box."""
+    """Return the pixels of an object on grey, cropped to its box."""
     x0, y0, x1, y1 = (round(edge) for edge in thing.box)
     return np.where(thing.mask_HW[..., None], image_HWC, np.uint8(GREY))[y0:y1, x0:x1]
 

@@ -1,4 +1,4 @@
-"""What a reward server counts, beside what every service counts (`serving`)."""
+"""Metrics of a reward server, beside those of every service (`serving`)."""
 
 import prometheus_client
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -27,7 +27,7 @@ class Scored:
 
 
 class State:
-    """A collector of how it stands, asked when metrics are read."""
+    """A collector of the server's state, read with the metrics."""
 
     def __init__(self, batcher: Batcher, scorers: Scorers, budget: MemoryBudget):
         self._batcher = batcher

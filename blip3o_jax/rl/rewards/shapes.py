@@ -1,12 +1,12 @@
-"""Is the image what its prompt of the embedded data set asks for? By the data set's own scorer
-(`data/shapes/scorer.py`), the one that evaluation counts with.
+"""Score whether an image is what its prompt of the embedded data set asks for, by the data set's own
+scorer (`data/shapes/scorer.py`), which evaluation uses too.
 
     score = w correct + (1 - w) met,   w = correct_weight
 
-`correct` is 0 or 1, and what is to rise; but images of a group that are all wrong have nothing to
-tell them apart then, and prompts that the model never gets right teach it nothing. `met`, the share
-of what is asked that holds, tells them apart; alone it would make a right image worth hardly more
-than one with a fact missing. At the default, one half, a right image is ahead of any other by one
+`correct` is 0 or 1, and what is to rise; but then the images of a group that are all wrong have
+equal rewards, and prompts that the model never gets right give no gradient. `met`, the fraction of
+the requirements that hold, differs between them; alone it would make a correct image worth hardly
+more than one with a fact missing. At the default, one half, a right image is ahead of any other by one
 half at least.
 """
 
@@ -26,7 +26,7 @@ FIELDS = ("category", "objects", "relation", "word")  # of data/shapes/captions.
 
 
 def create(correct_weight: str = "0.5") -> "Shapes":
-    """The registry's factory."""
+    """Make the reward for the registry."""
     return Shapes(number("shapes", "correct_weight", correct_weight, float, 0, 1))
 
 

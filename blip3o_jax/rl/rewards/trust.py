@@ -53,7 +53,7 @@ def check_trusted(rewards: Sequence[RewardConfig], where: str) -> None:
 
 
 def _argument(config: RewardConfig) -> str | None:
-    """What `registry.parsed` reads as `config`, or None where there is no such text, or none that a
+    """Return the text that `registry.parsed` reads as `config`, or None where there is no such text, or none that a
     terminal shows as it is."""
     pieces = [config.name, *(f"{option}={value}" for option, value in config.options)]
     pieces += [f"weight={config.weight!r}"] if config.weight != 1 else []

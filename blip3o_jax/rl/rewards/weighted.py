@@ -1,4 +1,4 @@
-"""The weighted sum of a run's rewards, and what does not count as a score.
+"""The weighted sum of a run's rewards, with a check of every score.
 
     total = sum_r weight_r clip_r(score_r)
 
@@ -39,12 +39,12 @@ class Outcome:
 
 
 def failed(count: int, reason: str) -> Outcome:
-    """Of images that all failed for one reason."""
+    """Return the outcome of images that all failed for one reason."""
     return Outcome(np.full(count, np.nan, np.float32), {}, [reason] * count)
 
 
 class WeightedRewards:
-    """The rewards of `configs`, made. ConfigError or UserError where one cannot be."""
+    """Makes the rewards of `configs` and sums them. ConfigError or UserError where one cannot be."""
 
     def __init__(self, configs: Sequence[RewardConfig]):
         check(len(configs) > 0, "rl.rewards is empty: name at least one reward")
@@ -54,7 +54,7 @@ class WeightedRewards:
         ]
 
     def check(self, prompt: str, metadata: Mapping[str, Any]) -> None:
-        """Raises the UserError of the first reward that cannot score this prompt."""
+        """Raise the UserError of the first reward that cannot score this prompt."""
         for _, _, reward in self._terms:
             if hasattr(reward, "check"):
                 reward.check(prompt, metadata)
@@ -90,8 +90,8 @@ class WeightedRewards:
 
 
 def labels(configs: Sequence[RewardConfig]) -> list[str]:
-    """A name for each in metrics: its own, of a user's function the function's, numbered where it
-    is taken.
+    """Return a name for each reward in metrics: its own, or that of a user's function, numbered
+    where it is taken.
     """
     names: list[str] = []
     for config in configs:
@@ -126,7 +126,7 @@ def _scores(
 
 
 def _wrong(name: str, score: float, config: RewardConfig) -> str | None:
-    """Why this is no score, or None."""
+    """Return why this is no valid score, or None."""
     if not np.isfinite(score):
         return f"{name}: its score is {score}"
     if config.clip is None and abs(score) > LARGEST:

@@ -1,4 +1,4 @@
-"""What runs in a process of the reward pool. Imports nothing at the top that makes threads: `start`
+"""The code of a process of the reward pool. Imports nothing at the top that makes threads: `start`
 first says how many.
 
 The rewards are made once a process. Where that fails, the process stays, and every task raises why.
