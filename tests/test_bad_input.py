@@ -222,9 +222,9 @@ def test_a_run_on_odd_records_goes_through_and_counts_them(run):
     rows = rows_of("autoencoder")
     assert [row["step"] for row in rows] == list(range(1, 9))
     assert rows[-1]["data/unused_members"] == 0 and rows[-1]["data/incomplete_records"] == 5
-    counts = {name: count for name, count in rows[-1].items() if name.startswith("skipped/")}
-    assert rows[-1]["bad_records"] == sum(counts.values()) >= len(wrong)
-    assert counts["skipped/the_row_group_cannot_be_read"] >= 4
+    counts = {name: count for name, count in rows[-1].items() if name.startswith("data/skipped/")}
+    assert rows[-1]["data/bad_records"] == sum(counts.values()) >= len(wrong)
+    assert counts["data/skipped/the_row_group_cannot_be_read"] >= 4
 
 
 def test_metadata_of_any_size_is_no_reason_to_skip(run):

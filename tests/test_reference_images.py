@@ -513,7 +513,9 @@ def test_a_run_on_all_tasks_is_the_same_from_the_cache_and_packed(tmp_path):
         )
         workdir = tmp_path / str(number)
         supervised.train(cfg, workdir)
-        losses.append([(row["ce"], row["flow"]) for row in read_rows(workdir / "metrics.jsonl")])
+        losses.append(
+            [(row["train/ce"], row["train/flow"]) for row in read_rows(workdir / "metrics.jsonl")]
+        )
     online, *others = losses
     assert np.isfinite(online).all() and all(
         relative_error(found, online) < 1e-5 for found in others

@@ -31,10 +31,10 @@ from blip3o_jax.train import recipe as recipes
 from blip3o_jax.train.metrics import read_rows
 
 CURVES = {
-    "autoencoder": ("loss", "psnr"),
-    "contrastive": ("loss", "image_to_text"),
-    "tokenizer": ("reconstruction", "usage", "perplexity"),
-    "joint": ("ce", "flow", "accuracy", "grad_norm"),
+    "autoencoder": ("train/loss", "train/psnr"),
+    "contrastive": ("train/loss", "train/image_to_text"),
+    "tokenizer": ("train/reconstruction", "train/usage", "train/perplexity"),
+    "joint": ("train/ce", "train/flow", "train/accuracy", "train/grad_norm"),
     "rl": ("rl/rewards/shapes/correct/mean", "rl/reward", "rl/kl", "rl/entropy"),
 }
 NOTES = {
@@ -294,11 +294,15 @@ def _directory(workdir: pathlib.Path, stage: str) -> pathlib.Path:
 
 
 def _curves(directory: pathlib.Path, names: tuple[str, ...]) -> list[report.Curve]:
+    """Return the curves of metrics along a run, titled without the metrics' group."""
     rows = read_rows(directory / "metrics.jsonl")
-    return [
-        report.Curve(n, [r["step"] for r in rows if n in r], [float(r[n]) for r in rows if n in r])
-        for n in names
-    ]
+    curves = []
+    for name in names:
+        logged = [row for row in rows if name in row]
+        steps = [row["step"] for row in logged]
+        values = [float(row[name]) for row in logged]
+        curves.append(report.Curve(name.partition("/")[2], steps, values))
+    return curves
 
 
 def _versions() -> dict[str, str]:

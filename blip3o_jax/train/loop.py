@@ -13,6 +13,8 @@ import functools
 import math
 import pathlib
 import resource
+import shlex
+import sys
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
@@ -20,6 +22,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import numpy as np
 
+from blip3o_jax import config as config_lib
 from blip3o_jax import exits
 from blip3o_jax.config import Config, UserError
 from blip3o_jax.parallel.distributed import host_0_first, log_host0, process_index, set_phase
@@ -31,7 +34,7 @@ from blip3o_jax.train.checkpoint import Checkpoints
 from blip3o_jax.train.flops import peak_flops
 from blip3o_jax.train.initialize import restore_or_create
 from blip3o_jax.train.memory import check_memory
-from blip3o_jax.train.metrics import MetricLog, SilentLog
+from blip3o_jax.train.metrics import GROUPS, MetricLog, SilentLog
 from blip3o_jax.train.stages import Batch
 from blip3o_jax.train.state import StatePlan, TrainState, plan_state
 from blip3o_jax.train.step import example_keys
@@ -191,6 +194,7 @@ def train(
             else SilentLog()
         )
         until_done.push(exits.bounded_close(log.close))
+        log.describe(config_lib.to_dict(config), shlex.join(sys.argv))
         spec.batches.start(log)
         metrics = _Run(context, spec, checkpoints, lock, log, stop, watch).steps(state)
     return Summary(workdir / "checkpoints", config.steps, metrics, time.monotonic() - began)
@@ -276,12 +280,11 @@ class _Run:
         """
         self.watch.enter("step", step)
         self.checkpoints.check()
-        values = host_metrics | {
-            name: float(value) for name, value in jax.device_get(metrics).items()
-        }
-        meter.losses.append(values["loss"])
-        meter.steps += 1
-        if values["bad_steps"] >= self.config.max_nonfinite:
+        numbers = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        meter.count(numbers.pop("tokens", None))
+        values = host_metrics | with_groups(numbers)
+        meter.losses.append(values["train/loss"])
+        if values["train/bad_steps"] >= self.config.max_nonfinite:
             raise UserError(
                 f"{self.config.title}: loss, gradient or the parameters after it were not finite in "
                 f"{self.config.max_nonfinite} steps in a row, up to step {step}; none of these was applied, and "
@@ -306,7 +309,7 @@ class _Run:
         keys_B = example_keys(self.config.seed, state["step"], math.prod(leading)).reshape(leading)
         images_BHWC = self._preview_program(state["params"], state["frozen"], rows, keys_B)
         self.log.images(
-            step, "preview", np.asarray(jax.numpy.round(images_BHWC * 255)).astype(np.uint8)
+            step, "eval/preview", np.asarray(jax.numpy.round(images_BHWC * 255)).astype(np.uint8)
         )
 
     @functools.cached_property
@@ -315,6 +318,21 @@ class _Run:
         return jax.jit(
             lambda params, frozen, batch, keys_B: preview(plan.model(params, frozen), batch, keys_B)
         )
+
+
+def with_groups(metrics: dict[str, float]) -> dict[str, float]:
+    """Return a step's metrics by the names of train/metrics.py: a name without a group is of train/,
+    but for the count of bad records.
+    """
+    named = {}
+    for name, value in metrics.items():
+        group = name.partition("/")[0]
+        if name == "bad_records":
+            name = "data/bad_records"
+        elif group not in GROUPS:
+            name = f"train/{name}"
+        named[name] = value
+    return named
 
 
 class _Meter:
@@ -328,6 +346,12 @@ class _Meter:
 
     def _reset(self) -> None:
         self.steps, self.waited, self._since = 0, 0.0, time.monotonic()
+        self.tokens: float | None = 0.0
+
+    def count(self, tokens: float | None) -> None:
+        """Count a step and the tokens of its batch, None where the stage has none."""
+        self.steps += 1
+        self.tokens = None if tokens is None else (self.tokens or 0.0) + tokens
 
     def mean_loss(self) -> float:
         """Mean of the finite losses since the last call: what "best checkpoint" goes by."""
@@ -336,23 +360,22 @@ class _Meter:
         return float(np.mean(finite)) if finite else float("inf")
 
     def read(self) -> dict[str, float]:
-        """examples/s, tokens/s, fraction of the time spent waiting for data, memory, MFU; then starts
-        over.
-        """
+        """Return rates and memory since the last reading, and start over."""
         seconds = max(1e-9, time.monotonic() - self._since)
-        examples = self.steps * self.config.data.batch_size / seconds
         values = {
-            "examples_per_s": examples,
-            "data_wait_fraction": self.waited / seconds,
-            "host_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+            "perf/step_time_seconds": seconds / max(1, self.steps),
+            "perf/examples_per_s": self.steps * self.config.data.batch_size / seconds,
+            "perf/data_wait_fraction": self.waited / seconds,
+            "perf/host_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
         }
-        if self.config.stage == "joint":
-            values["tokens_per_s"] = examples * self.config.data.max_length
+        if self.tokens is not None:
+            values["perf/tokens_per_s"] = self.tokens / seconds
         if self.flops is not None:
-            peak = peak_flops(jax.devices()[0]) * jax.device_count()
-            values["mfu"] = self.flops * self.steps / seconds / peak
+            rate = self.flops * self.steps / seconds / jax.device_count()
+            values["perf/tflops_per_device"] = rate / 1e12
+            values["perf/mfu"] = rate / peak_flops(jax.devices()[0])
         stats = jax.local_devices()[0].memory_stats()
         if stats:
-            values["device_memory_gib"] = stats.get("peak_bytes_in_use", 0) / 2**30
+            values["perf/device_memory_gib"] = stats.get("peak_bytes_in_use", 0) / 2**30
         self._reset()
         return values

@@ -1,5 +1,8 @@
-"""Where a run's numbers go: metrics.jsonl, TensorBoard events, and the terminal (a live bar there,
+"""The metrics of a run: metrics.jsonl, TensorBoard events, and the terminal (a progress bar there,
 plain lines elsewhere).
+
+Names have the form GROUP/NAME in all of them: train/ for what the step computes, perf/ for rates and
+memory, data/ for the data sets, rl/ for rollouts and rewards, eval/ for previews.
 """
 
 import collections
@@ -9,30 +12,48 @@ import math
 import os
 import pathlib
 import shutil
-import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
 from blip3o_jax import files
+from blip3o_jax.config import flat
+from blip3o_jax.train.tensorboard import EventFile
 
 _log = logging.getLogger(__name__)
+GROUPS = ("train", "eval", "perf", "data", "rl")
+# Metrics that the terminal shows, by the names it has for them.
+TERMINAL = {
+    "rl/reward": "reward",
+    "train/loss": "loss",
+    "train/ce": "ce",
+    "train/flow": "flow",
+    "train/accuracy": "accuracy",
+    "train/psnr": "psnr",
+    "train/usage": "usage",
+    "rl/kl": "kl",
+    "train/grad_norm": "grad_norm",
+    "perf/examples_per_s": "examples/s",
+    "perf/mfu": "mfu",
+}
+# Metrics that TensorBoard compares the hyperparameters of runs by.
+HPARAM_METRICS = ("train/loss", "rl/reward")
 
 
 class MetricLog:
     """Rows of {"step": n, name: value, ...} under `directory`. Rows of steps past `start` are
     dropped on opening: a resumed run writes them again. A disk that is full or fails raises OSError
-    in `write`, `images`, `sync` or `close`.
+    in any method.
     """
 
     def __init__(self, directory: pathlib.Path, start: int, total: int, title: str):
         self._rows = JsonLines(
             directory / "metrics.jsonl", ("step",), lambda row: row["step"] <= start
         )
-        self._events = _Events(directory / "tensorboard", start)
+        self._events = EventFile(directory / "tensorboard", start)
         self._start, self._total, self._title = start, total, title
         self._began = time.monotonic()
         self._progress: Any = None
@@ -54,25 +75,22 @@ class MetricLog:
             self._task = self._progress.add_task(title, total=total, completed=start, numbers="")
             self._progress.start()
 
+    def describe(self, config: Mapping[str, Any], command: str) -> None:
+        """Write the resolved configuration and the command line to TensorBoard, as text and as
+        hyperparameters.
+        """
+        self._events.text(self._start, "config", json.dumps(config, indent=2))
+        self._events.text(self._start, "command", command)
+        self._events.hparams(flat(config), HPARAM_METRICS)
+
     def write(self, step: int, values: dict[str, float]) -> None:
-        """One row, and what the terminal shows of it."""
+        """Write one row, and show some of it in the terminal."""
         row = {"step": step} | {k: (v if math.isfinite(v) else str(v)) for k, v in values.items()}
         self._rows.write(row)
         self._events.scalars(step, values)
-        shown = (
-            "rl/reward",
-            "loss",
-            "ce",
-            "flow",
-            "accuracy",
-            "psnr",
-            "usage",
-            "rl/kl",
-            "grad_norm",
-            "examples_per_s",
-            "mfu",
+        numbers = "  ".join(
+            f"{name} {values[tag]:.4g}" for tag, name in TERMINAL.items() if tag in values
         )
-        numbers = "  ".join(f"{k} {values[k]:.4g}" for k in shown if k in values)
         if self._progress is not None:
             self._progress.update(self._task, completed=step, numbers=numbers)
         else:
@@ -85,13 +103,11 @@ class MetricLog:
             sys.stderr.flush()
 
     def images(self, step: int, name: str, images_BHWC: np.ndarray) -> None:
-        """uint8 images, side by side in TensorBoard."""
+        """Write uint8 images, side by side, to TensorBoard."""
         self._events.image(step, name, np.concatenate(images_BHWC, axis=1))
 
     def sync(self) -> None:
-        """Everything so far is on disk when this returns: rows up to a checkpoint are, before that
-        exists.
-        """
+        """Flush everything to disk: the rows up to a checkpoint's step are there before it is."""
         self._rows.sync()
         self._events.sync()
 
@@ -105,7 +121,9 @@ class MetricLog:
 
 
 class SilentLog:
-    """What the other hosts write to: nothing. The numbers are the same on all of them."""
+    """The log of all hosts but the first: it writes nothing, as their metrics are the same."""
+
+    def describe(self, config: Mapping[str, Any], command: str) -> None: ...
 
     def write(self, step: int, values: dict[str, float]) -> None: ...
 
@@ -114,52 +132,6 @@ class SilentLog:
     def sync(self) -> None: ...
 
     def close(self) -> None: ...
-
-
-class _Events:
-    """TensorBoard's file of a run, written in the calling thread: tensorboardX's own SummaryWriter
-    has a thread that dies on a full disk, and then blocks its caller for ever.
-    """
-
-    def __init__(self, directory: pathlib.Path, start: int):
-        from tensorboardX.proto.event_pb2 import Event, SessionLog
-        from tensorboardX.record_writer import RecordWriter
-
-        self._event = Event
-        directory.mkdir(parents=True, exist_ok=True)
-        # One file an opening, also of two within a second.
-        self._path = directory / f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}"
-        with files.writing(self._path):
-            self._records = RecordWriter(str(self._path))
-            self._add(file_version="brain.Event:2")
-            # What an earlier start has written of later steps is hidden.
-            self._add(step=start + 1, session_log=SessionLog(status=SessionLog.START))
-
-    def scalars(self, step: int, values: dict[str, float]) -> None:
-        from tensorboardX.proto.summary_pb2 import Summary
-
-        scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
-        self._add(step=step, summary=Summary(value=scalars))
-
-    def image(self, step: int, name: str, image_HWC: np.ndarray) -> None:
-        from tensorboardX.summary import image
-
-        self._add(step=step, summary=image(name, image_HWC, dataformats="HWC"))
-
-    def sync(self) -> None:
-        with files.writing(self._path):
-            self._records.flush()
-
-    def close(self) -> None:
-        with files.writing(self._path):
-            try:
-                self._records.flush()
-            finally:
-                self._records.close()
-
-    def _add(self, **fields: Any) -> None:
-        with files.writing(self._path):
-            self._records.write(self._event(wall_time=time.time(), **fields).SerializeToString())
 
 
 class JsonLines:

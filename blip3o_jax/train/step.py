@@ -89,6 +89,7 @@ def make_step(
         if "loss_mask" in batch:
             labels = jnp.sum(batch["loss_mask"][:, 1:].astype(jnp.float32)) / examples
             batch["label_count"] = jnp.broadcast_to(labels, leading)
+        tokens = jnp.sum(batch["segment_ids"] > 0) if "segment_ids" in batch else None
         if "target" in batch:  # a batch of questions alone draws no image
             batch["target_count"] = jnp.broadcast_to(
                 jnp.maximum(jnp.sum(batch["target"]), 1) / examples, leading
@@ -122,6 +123,8 @@ def make_step(
         # A step that is not applied does not move the optimizer's clock either.
         rate = schedule(state["step"] - state["skipped_steps"])
         metrics |= norms | counters | {"grad_norm": norm, "learning_rate": rate}
+        if tokens is not None:
+            metrics["tokens"] = tokens  # of the batch, padding not counted
         return {
             "params": keep(params, state["params"]),
             "frozen": state["frozen"],

@@ -143,7 +143,7 @@ class _PrefetchedBatches:
         if distributed.process_index() == 0:  # which writes both
             position["skipped"] = self._skipped.total(self._done)
             values |= {
-                f"skipped/{kind.replace(' ', '_')}": float(count)
+                f"data/skipped/{kind.replace(' ', '_')}": float(count)
                 for kind, count in position["skipped"].items()
             }
 

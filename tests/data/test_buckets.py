@@ -204,7 +204,9 @@ def test_both_shapes_train_cache_edit_and_decode(tmp_path):
     for cache_dir in ("", str(tmp_path / "cache")):
         workdir = tmp_path / f"run{len(cache_dir)}"
         supervised.train(run_config(folder, data={"cache_dir": cache_dir}), workdir)
-        losses.append([(row["ce"], row["flow"]) for row in read_rows(workdir / "metrics.jsonl")])
+        losses.append(
+            [(row["train/ce"], row["train/flow"]) for row in read_rows(workdir / "metrics.jsonl")]
+        )
     assert np.isfinite(losses[0]).all() and relative_error(losses[1], losses[0]) < 1e-5
 
     model = blip3o_jax.load(workdir)

@@ -61,9 +61,9 @@ def test_a_part_a_stage_and_a_strategy_are_added_and_trained(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    losses = [row["loss"] for row in rows if "loss" in row]
+    losses = [row["train/loss"] for row in rows if "train/loss" in row]
     assert len(losses) == 3 and np.isfinite(losses).all() and losses[2] < losses[0]
-    assert {"grad_norm/colour_probe", "largest_error"} <= set(rows[0]), rows[0]
+    assert {"train/grad_norm/colour_probe", "train/largest_error"} <= set(rows[0]), rows[0]
 
 
 def test_the_strategy_cuts_what_the_page_says():

@@ -139,7 +139,7 @@ def job():
 def losses(workdir):
     rows = read_rows(workdir / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
-    return [row["loss"] for row in rows]
+    return [row["train/loss"] for row in rows]
 
 
 @pytest.fixture(scope="module")

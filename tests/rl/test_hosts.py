@@ -25,8 +25,8 @@ def test_two_hosts_of_four_devices_do_what_one_of_eight_does(tmp_path):
     rows = [read_rows(tmp_path / name / "metrics.jsonl") for name in ("pair", "alone")]
     for mine, theirs in zip(*rows, strict=True):
         assert mine["rl/reward"] == pytest.approx(theirs["rl/reward"], rel=1e-5)
-        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5, abs=1e-7)
-        assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-5)
+        assert mine["train/loss"] == pytest.approx(theirs["train/loss"], rel=1e-5, abs=1e-7)
+        assert mine["train/grad_norm"] == pytest.approx(theirs["train/grad_norm"], rel=1e-5)
     scored = [
         read_rows(tmp_path / "pair" / name) for name in ("rollouts.jsonl", "rollouts-1.jsonl")
     ]

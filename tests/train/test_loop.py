@@ -31,14 +31,14 @@ STEPS = 6
 # Rows hold times and memory too; these must be the same bit for bit.
 EXACT = (
     "step",
-    "loss",
-    "ce",
-    "flow",
-    "accuracy",
-    "grad_norm",
-    "learning_rate",
-    "bad_records",
-    "skipped_steps",
+    "train/loss",
+    "train/ce",
+    "train/flow",
+    "train/accuracy",
+    "train/grad_norm",
+    "train/learning_rate",
+    "data/bad_records",
+    "train/skipped_steps",
 )
 
 
@@ -115,33 +115,38 @@ def test_a_run_writes_what_the_issue_of_it_can_be_judged_by(whole):
     written = read_rows(workdir / "metrics.jsonl")
     assert [row["step"] for row in written] == list(range(1, STEPS + 1))
     names = {
-        "loss",
-        "ce",
-        "flow",
-        "accuracy",
-        "learning_rate",
-        "examples_per_s",
-        "tokens_per_s",
-        "data_wait_fraction",
+        "train/loss",
+        "train/ce",
+        "train/flow",
+        "train/accuracy",
+        "train/learning_rate",
+        "perf/examples_per_s",
+        "perf/tokens_per_s",
+        "perf/step_time_seconds",
+        "perf/data_wait_fraction",
     }
     names |= {
-        "grad_norm",
-        "grad_norm/ar",
-        "grad_norm/connector",
-        "grad_norm/dit",
-        "host_memory_gib",
+        "train/grad_norm",
+        "train/grad_norm/ar",
+        "train/grad_norm/connector",
+        "train/grad_norm/dit",
+        "perf/host_memory_gib",
     }
-    names |= {"bad_steps", "skipped_steps", "bad_records"}
+    names |= {"train/bad_steps", "train/skipped_steps", "data/bad_records"}
     for row in written:
         assert names <= row.keys()
         assert all(np.isfinite(row[name]) for name in names)
-        assert 0 <= row["data_wait_fraction"] <= 1
-        assert row["tokens_per_s"] == pytest.approx(row["examples_per_s"] * 32)
-        assert row["loss"] == pytest.approx(row["ce"] + row["flow"], rel=1e-6)
-    assert written[-1]["loss"] < written[0]["loss"]
+        assert 0 <= row["perf/data_wait_fraction"] <= 1
+        # Of the 32 tokens of a row some are padding.
+        assert 0.5 < row["perf/tokens_per_s"] / (row["perf/examples_per_s"] * 32) < 1
+        assert row["train/loss"] == pytest.approx(row["train/ce"] + row["train/flow"], rel=1e-6)
+    assert written[-1]["train/loss"] < written[0]["train/loss"]
     assert (summary.step, summary.checkpoint) == (STEPS, workdir / "checkpoints")
     assert {"step": STEPS} | summary.metrics == written[-1]
-    assert list((workdir / "tensorboard").glob("events*"))
+    (path,) = (workdir / "tensorboard").glob("events*")
+    data = path.read_bytes()
+    assert b"config/text_summary" in data and b"command/text_summary" in data
+    assert b"_hparams_/session_start_info" in data and b"optimizer.learning_rate" in data
 
 
 def test_a_checkpoint_is_complete(whole):
@@ -385,8 +390,10 @@ def test_cached_encoders_give_the_same_losses_and_run_once(whole, tmp_path, monk
     supervised.train(cached, tmp_path / "first")
     got, want = rows(tmp_path / "first"), rows(whole[0])
     assert "part 1/1" in capsys.readouterr().err
-    assert got[0]["ce"] == want[0]["ce"]
-    assert [row["loss"] for row in got] == pytest.approx([row["loss"] for row in want], rel=2e-6)
+    assert got[0]["train/ce"] == want[0]["train/ce"]
+    assert [row["train/loss"] for row in got] == pytest.approx(
+        [row["train/loss"] for row in want], rel=2e-6
+    )
     written = {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*.npy")}
     assert len(written) == 2
     # Another run over the same data with the same encoders finds them, and is the same bit for bit.
@@ -414,7 +421,7 @@ def test_unreadable_records_are_counted(tmp_path, monkeypatch):
     with pytest.raises(Stopped):
         stop_after(monkeypatch, 3)
         supervised.train(tokenizer(data=data), tmp_path / "run")
-    counts = [row["bad_records"] for row in read_rows(tmp_path / "run" / "metrics.jsonl")]
+    counts = [row["data/bad_records"] for row in read_rows(tmp_path / "run" / "metrics.jsonl")]
     assert (
         counts == sorted(counts) and counts[-1] >= 1
     )  # 16 records, 24 examples: met at least once
@@ -439,7 +446,11 @@ def test_a_run_that_is_not_finite_stops_and_leaves_its_checkpoint(tmp_path, monk
     assert "\n" not in str(
         error.value
     ) and "none of these was applied, and the last step saved is 2: " in str(error.value)
-    assert [row["skipped_steps"] for row in read_rows(tmp_path / "metrics.jsonl")] == [0, 0, 1]
+    assert [row["train/skipped_steps"] for row in read_rows(tmp_path / "metrics.jsonl")] == [
+        0,
+        0,
+        1,
+    ]
     state = restored(tmp_path)
     assert int(state["step"]) == 2
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(state["params"]))
@@ -462,11 +473,12 @@ def test_mfu_is_reported_where_the_peak_is_known(whole, tmp_path, monkeypatch):
         supervised.train(joint(), tmp_path)
     row = read_rows(tmp_path / "metrics.jsonl")[1]
     # Three times the decoder's two FLOPs for each token and weight, and what the other parts cost.
-    per_step = row["mfu"] * 8e12 * 8 / row["examples_per_s"]
+    per_step = row["perf/mfu"] * 8e12 * 8 / row["perf/examples_per_s"]
+    assert row["perf/tflops_per_device"] == pytest.approx(row["perf/mfu"])  # of 1 TFLOP/s
     ar = tiny.prepared()[0].model.ar
     weights = 2 * (32 * (2 * 32 + 2 * 16) + 3 * 32 * 64) + 32 * ar.padded_vocab_size
     assert 1 < per_step / (6 * weights * 8 * 32) < 4
-    assert "mfu" not in read_rows(whole[0] / "metrics.jsonl")[1]
+    assert "perf/mfu" not in read_rows(whole[0] / "metrics.jsonl")[1]
 
 
 def test_a_recipe_hands_parts_on(whole, tmp_path):

@@ -6,6 +6,7 @@ import pathlib
 import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData
 from tensorboardX.record_writer import masked_crc32c
 
 from blip3o_jax import files
@@ -32,6 +33,28 @@ def events(path):
         found.append(Event.FromString(data[12 : 12 + size]))
         data = data[16 + size :]
     return found
+
+
+def test_the_configuration_and_the_command_are_text_and_hyperparameters(tmp_path):
+    metrics = log(tmp_path)
+    metrics.describe({"steps": 3, "optimizer": {"name": "muon"}, "trainable": ["ar/.*"]}, "a --b")
+    metrics.close()
+    (path,) = (tmp_path / "tensorboard").iterdir()
+    config, command, experiment, session = (
+        event.summary.value[0] for event in events(path) if event.summary.value
+    )
+    assert (config.tag, command.tag) == ("config/text_summary", "command/text_summary")
+    assert b'        "name": "muon"' in config.tensor.string_val[0]
+    assert command.tensor.string_val == [b"    a --b"]
+    tags = [info.name.tag for info in content(experiment).experiment.metric_infos]
+    assert tags == ["train/loss", "rl/reward"]
+    hparams = content(session).session_start_info.hparams
+    assert hparams["steps"].number_value == 3 and hparams["optimizer.name"].string_value == "muon"
+    assert hparams["trainable"].string_value == '["ar/.*"]'
+
+
+def content(value):
+    return HParamsPluginData.FromString(value.metadata.plugin_data.content)
 
 
 def test_rows_past_the_checkpoint_are_written_again(tmp_path):

@@ -80,4 +80,4 @@ def test_metrics_and_the_saved_position_have_the_counts_of_all_hosts(store, monk
         position, values = batches.position(), batches.host_metrics()
         batches.check(step, values := dict(values))
         assert position == {"next_example": step, "skipped": {"too long": 10 + step}}
-        assert values == {"data/unused_members": 0.0, "skipped/too_long": 10.0 + step}
+        assert values == {"data/unused_members": 0.0, "data/skipped/too_long": 10.0 + step}
