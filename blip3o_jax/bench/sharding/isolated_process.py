@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from blip3o_jax.config import UserError
-from blip3o_jax.config.errors import type_and_line
+from blip3o_jax.config.errors import first_line, type_and_line
 
 Row = dict[str, Any]
 REFUSED, FAILED = "refused", "failed"
@@ -92,7 +92,7 @@ def main(work_file: str, row_file: str) -> None:
     try:
         row = work()
     except UserError as error:
-        row = {"status": REFUSED, "error": " ".join(str(error).split())}
+        row = {"status": REFUSED, "error": first_line(error)}
     except Exception as error:
         import traceback
 
