@@ -191,16 +191,18 @@ class Blip3o(nnx.Module):
             tokens_BTC = self.connector(hidden_BTD, keep_B)
             if references is not None and editing.latents:
                 z_BRHWC = references.latents_BRHWC
-                more_BXC = self.latent_connector(
+                reference_tokens_BXC = self.latent_connector(
                     z_BRHWC.reshape(len(z_BRHWC), -1, z_BRHWC.shape[-1])
                 )
                 if keep_references_B is not None:
-                    more_BXC = jnp.where(keep_references_B[:, None, None], more_BXC, 0)
+                    reference_tokens_BXC = jnp.where(
+                        keep_references_B[:, None, None], reference_tokens_BXC, 0
+                    )
                 mask_BX = jnp.repeat(
                     references.mask_BR, z_BRHWC.shape[2] * z_BRHWC.shape[3], axis=1
                 )
                 mask_BT = jnp.concatenate([jnp.ones(tokens_BTC.shape[:2], bool), mask_BX], axis=1)
-                tokens_BTC = jnp.concatenate([tokens_BTC, more_BXC], axis=1)
+                tokens_BTC = jnp.concatenate([tokens_BTC, reference_tokens_BXC], axis=1)
         if references is not None and editing.latent_concat:
             mask_BR = references.mask_BR
             if keep_references_B is not None and not editing.uncond_latent_concat:
@@ -222,19 +224,19 @@ class Blip3o(nnx.Module):
         if scale == reference_scale == 1.0:
             return Guidance(cond)
         rows = len(hidden_BTD)
-        none_B, all_B = jnp.zeros(rows, bool), jnp.ones(rows, bool)
+        keep_none_B, keep_all_B = jnp.zeros(rows, bool), jnp.ones(rows, bool)
         # One token stands for all T where they are equal, since attention over them does not depend
         # on their number.
         count = 1 if cond.mask_BT is None else hidden_BTD.shape[1]
         zeros_BTD = jnp.zeros((rows, count, self.cfg.ar.hidden_size), jnp.float32)
-        uncond = self.condition(zeros_BTD, none_B, references, none_B)
+        uncond = self.condition(zeros_BTD, keep_none_B, references, keep_none_B)
         if references is None or scale == reference_scale:
             return Guidance(cond, uncond, scale)
         return Guidance(
             cond,
             uncond,
             scale,
-            self.condition(zeros_BTD, none_B, references, all_B),
+            self.condition(zeros_BTD, keep_none_B, references, keep_all_B),
             reference_scale,
         )
 
@@ -285,16 +287,22 @@ def encode_references(model: Blip3o, batch: dict[str, jax.Array]) -> References 
             mask_BR, batch["reference_codes"], batch.get("reference_features"), latents_BRHWC
         )
 
-    def each(encode: Callable[[jax.Array], jax.Array], pixels_BRHWC: jax.Array) -> jax.Array:
+    def encode_each(encode: Callable[[jax.Array], jax.Array], pixels_BRHWC: jax.Array) -> jax.Array:
         y = encode(pixels_BRHWC.reshape(-1, *pixels_BRHWC.shape[2:]))
         return jax.lax.stop_gradient(y.reshape(*mask_BR.shape, *y.shape[1:]))
 
     with jax.named_scope("encode"):
-        seen_BRHWC = batch["reference_tokenizer_pixels"]
-        features_BRND = each(model.features, seen_BRHWC) if editing.features else None
-        read = editing.latents or editing.latent_concat
-        latents_BRHWC = each(model.latents, batch["reference_pixels"]) if read else None
-        return References(mask_BR, each(model.codes, seen_BRHWC), features_BRND, latents_BRHWC)
+        tokenizer_pixels_BRHWC = batch["reference_tokenizer_pixels"]
+        features_BRND = (
+            encode_each(model.features, tokenizer_pixels_BRHWC) if editing.features else None
+        )
+        needs_latents = editing.latents or editing.latent_concat
+        latents_BRHWC = (
+            encode_each(model.latents, batch["reference_pixels"]) if needs_latents else None
+        )
+        return References(
+            mask_BR, encode_each(model.codes, tokenizer_pixels_BRHWC), features_BRND, latents_BRHWC
+        )
 
 
 class TrainingNoise(NamedTuple):
