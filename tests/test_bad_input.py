@@ -88,7 +88,7 @@ def refused(*arguments):
     status, err = blip3o(*arguments)
     *before, line = err.splitlines()
     assert status == 2 and line.startswith("blip3o: error: "), err
-    assert "error" not in "".join(before)
+    assert not any("blip3o: error: " in line for line in before)
     return line
 
 
@@ -232,7 +232,7 @@ def test_metadata_of_any_size_is_no_reason_to_skip(run):
 
 
 def test_a_name_that_is_not_utf8_is_no_reason_to_skip(run):
-    assert "skipped odd.tar" not in run[1] and "odd.tar:" not in run[1], run[1]
+    assert "skipped odd.tar" not in run[1], run[1]
 
 
 def test_a_byte_order_mark_is_no_text(run):
@@ -243,7 +243,8 @@ def test_a_byte_order_mark_is_no_text(run):
 def test_too_many_odd_records_end_the_run(place, run):
     """What the run has saved stays."""
     before = snapshot(place / "run" / "autoencoder" / "checkpoints" / "8")
-    line = refused(*TRAIN, *SMALL, ODD, "--config.autoencoder.steps=40")
+    every = "--config.data.batch_size=48"  # all records in the first batch, before any compile
+    line = refused(*TRAIN, *SMALL, ODD, every, "--config.autoencoder.steps=40")
     assert "cannot be read, more than data.max_bad_fraction=20.0%" in line and "odd" in line
     assert snapshot(place / "run" / "autoencoder" / "checkpoints" / "8") == before
 
