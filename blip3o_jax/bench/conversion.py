@@ -1,4 +1,5 @@
-"""How fast and in how much memory weights of a real size are converted: `blip3o bench conversion`.
+"""Measure how fast and in how much memory weights of a real size are converted: `blip3o bench
+conversion`.
 
 A random model in the published layout is written, imported and exported, each in a process of its
 own, and the two directories are compared bit by bit. Beside them stand a plain read and write of
@@ -74,7 +75,7 @@ def run(model: ModelConfig, out: pathlib.Path, *, dtype: str = "bfloat16") -> di
 
 
 def print_table(report: dict[str, Any]) -> None:
-    """Prints the report to standard output."""
+    """Print the report to standard output."""
     from rich.console import Console
     from rich.table import Table
 
@@ -92,7 +93,7 @@ def print_table(report: dict[str, Any]) -> None:
 
 
 def _in_subprocess(work: Callable[..., dict[str, float]], *args: Any) -> dict[str, float]:
-    """What `work` returns, run in a fresh process, so that its memory is its own."""
+    """Return what `work` returns in a new process, so that its memory is its own."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(work, args)
 
@@ -137,7 +138,7 @@ def _plain_copy(source: pathlib.Path, out: pathlib.Path) -> dict[str, float]:
 
 
 def _equal(source: pathlib.Path, exported: pathlib.Path) -> int:
-    """The number of tensors, all of them equal; RuntimeError for one that is not."""
+    """Return the number of tensors, all of them equal; RuntimeError for one that is not."""
     (ours, _), (theirs, _) = read_weights(exported), read_weights(source)
     extra = {name for name in ours if ".scale_layer." in name}
     if set(ours) - extra != set(theirs):

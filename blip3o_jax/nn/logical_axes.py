@@ -27,7 +27,7 @@ _part: contextvars.ContextVar[str] = contextvars.ContextVar("part", default="")
 
 @contextlib.contextmanager
 def sharding_resolver(resolver: Resolver | None) -> Iterator[None]:
-    """While active, `constrain` asks `resolver` where activations lie."""
+    """Let `constrain` ask `resolver` where activations lie, during the block."""
     token = _resolver.set(resolver)
     try:
         yield
@@ -66,26 +66,26 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def sharding(*axes: str | None, shape: tuple[int, ...]) -> jax.sharding.NamedSharding | None:
-    """Where an activation of the part being traced lies; None when no strategy is active."""
+    """Return where an activation of the part being traced lies; None when no strategy is active."""
     resolver = _resolver.get()
     return resolver(_part.get(), axes, shape) if resolver else None
 
 
 def mesh() -> jax.sharding.Mesh | None:
-    """The mesh that this is traced for."""
+    """Return the mesh that this is traced for."""
     anywhere = sharding(shape=())
     return None if anywhere is None else anywhere.mesh
 
 
 def platform() -> str:
-    """What this is traced for: "cpu", "gpu" or "tpu"; also where that is not the machine it is
-    traced on.
+    """Return the platform this is traced for, "cpu", "gpu" or "tpu", which need not be the one it
+    is traced on.
     """
     return jax.default_backend() if mesh() is None else mesh().devices.flat[0].platform
 
 
 def shards(axis: str) -> int:
-    """Pieces that a logical axis of the part being traced is cut into."""
+    """Return the number of shards of a logical axis of the part being traced."""
     at = sharding(axis, shape=(0,))  # 0 divides over anything
     names = () if at is None or not at.spec or at.spec[0] is None else at.spec[0]
     return math.prod(

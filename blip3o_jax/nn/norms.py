@@ -41,8 +41,8 @@ class RMSNorm(nnx.Module):
 
 
 def standardise(x: jax.Array, eps: float) -> jax.Array:
-    """(x - mean) / std over the last dimension, statistics in float32: `torch.nn.LayerNorm` without
-    weights.
+    """Return (x - mean) / std over the last dimension, statistics in float32: `torch.nn.LayerNorm`
+    without weights.
     """
     x_f32 = x.astype(jnp.float32)
     mean = jnp.mean(x_f32, axis=-1, keepdims=True)

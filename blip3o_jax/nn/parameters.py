@@ -13,7 +13,9 @@ def normal(stddev: float) -> Callable:
 
 
 def fan_in() -> Callable:
-    """Variance 1 / fan-in over every dimension but the last; the default for kernels."""
+    """Return the initialiser of variance 1 / fan-in over every dimension but the last; the default
+    for kernels.
+    """
     return jax.nn.initializers.lecun_normal()
 
 
@@ -30,8 +32,8 @@ def param(
     dtype: Any = jnp.float32,
     stream: str = "params",
 ) -> nnx.Param:
-    """A parameter with one logical axis name (or None) per dimension, kept as `Param.axes`; drawn
-    from `stream` of `rngs`.
+    """Return a parameter with one logical axis name (or None) per dimension, kept as `Param.axes`;
+    initialised from `stream` of `rngs`.
     """
     if len(shape) != len(axes):
         raise ValueError(

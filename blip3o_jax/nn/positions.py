@@ -9,8 +9,8 @@ import numpy as np
 
 
 def sinusoids(length: int, dim: int) -> jax.Array:
-    """Positions [L, D] of "Attention is all you need" (arXiv 1706.03762, section 3.5), sines then
-    cosines.
+    """Return positions [L, D] of "Attention is all you need" (arXiv 1706.03762, section 3.5), sines
+    then cosines.
     """
     angles = np.arange(length)[:, None] / 10000 ** (np.arange(dim // 2) / (dim // 2))
     return jnp.asarray(

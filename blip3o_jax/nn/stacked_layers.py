@@ -16,7 +16,9 @@ from blip3o_jax.nn.remat import REMAT_POLICIES
 
 
 def stack(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -> nnx.Module:
-    """`count` layers as one module whose parameters lead with a "layers" axis; run it with `scan`."""
+    """Return `count` layers as one module whose parameters lead with a "layers" axis; run it with
+    `scan`.
+    """
 
     @nnx.split_rngs(splits=count)
     @nnx.vmap(in_axes=0, out_axes=0)
@@ -32,7 +34,7 @@ def stack(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) ->
 
 
 def unstack(layers: nnx.Module) -> list[nnx.Module]:
-    """The layers of a stack as modules of their own.
+    """Return the layers of a stack as separate modules.
 
     For loops that run a stack many times over, with its own loop laid out: taken apart before such
     a loop the weights are copied once. XLA's CPU compiler would copy every slice of a stack anew at
@@ -48,8 +50,8 @@ def unstack(layers: nnx.Module) -> list[nnx.Module]:
 )
 @dataclasses.dataclass(frozen=True)
 class LayerCarry:
-    """What one layer of a stack handed to the next: the part being traced, the layer's class, its
-    index in the stack.
+    """The carry that one layer of a stack hands to the next: the part being traced, the layer's
+    class, its index in the stack, the value.
     """
 
     part: str

@@ -37,7 +37,7 @@ class Chip:
     host_rate: float = 1.5e10  # of one device's link to its host (PCIe), one way; what the book has for all TPUs but v6e
 
     def wraps(self, size: int) -> bool:
-        """Whether an axis of `size` chips is a ring."""
+        """Return whether an axis of `size` chips is a ring."""
         return self.wrap > 0 and size % self.wrap == 0
 
 
@@ -150,5 +150,7 @@ def chip_named(name: str) -> Chip:
 
 
 def chip_of(device_kind: str) -> Chip | None:
-    """The chip behind `jax.Device.device_kind`, or None where no figures are known (CPUs, for one)."""
+    """Return the chip behind `jax.Device.device_kind`, or None where no figures are known (CPUs,
+    for one).
+    """
     return BY_KIND.get(device_kind)

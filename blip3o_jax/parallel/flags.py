@@ -118,7 +118,7 @@ SETTINGS = (
 
 
 def exports(chip: str) -> str:
-    """Lines for a shell's `eval`."""
+    """Return lines for a shell's `eval`."""
     lines = []
     for variable, value in _values(chip).items():
         # The last of two equal flags wins.
@@ -128,8 +128,8 @@ def exports(chip: str) -> str:
 
 
 def environment(chip: str, given: Mapping[str, str]) -> dict[str, str]:
-    """What `exports` would set in the environment `given`, for processes that are started from
-    Python.
+    """Return what `exports` would set in the environment `given`, for processes that are started
+    from Python.
     """
     return {
         variable: f"{value} {given.get(variable, '')}".strip()

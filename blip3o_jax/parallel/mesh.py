@@ -1,4 +1,4 @@
-"""The only place where a device mesh is made."""
+"""Make the device mesh; nothing else makes one."""
 
 import contextlib
 import math
@@ -95,8 +95,8 @@ def _over_slices(slices: int, sizes: list[int], devices: list[jax.Device]) -> np
 
 
 def cpu_environment(count: int) -> dict[str, str]:
-    """Environment of a process that splits the CPU into `count` devices, to be set before JAX
-    starts its backend.
+    """Return the environment of a process that splits the CPU into `count` devices, to be set
+    before JAX starts its backend.
     """
     # A device that waits for the others in a collective holds a thread of XLA's, and it may wait in
     # several at once. With more devices than cores there is one thread for each: the last device to
@@ -109,7 +109,7 @@ def cpu_environment(count: int) -> dict[str, str]:
 
 
 def split_cpu(count: int) -> None:
-    """Makes `count` devices of the CPU, unless this process has devices already."""
+    """Split the CPU into `count` devices, unless this process has devices already."""
     if threads := cpu_environment(count).get("NPROC"):
         os.environ.setdefault("NPROC", threads)
     # An earlier run in this process may have settled it.

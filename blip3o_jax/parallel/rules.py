@@ -95,7 +95,7 @@ class Strategy:
 
     @classmethod
     def of(cls, cfg: MeshConfig, devices: Sequence[jax.Device] | None = None) -> "Strategy":
-        """The strategy and the mesh of a configuration. ConfigError for what cannot be."""
+        """Return the strategy and the mesh of a configuration. ConfigError for what cannot be."""
         if cfg.strategy.startswith("hybrid") and cfg.slices == 1:
             raise ConfigError(
                 f"mesh.strategy={cfg.strategy!r} is for several slices: set mesh.slices and mesh.data to their number"
@@ -104,7 +104,7 @@ class Strategy:
 
     @property
     def batch_shards(self) -> int:
-        """Number of pieces the batch is cut into."""
+        """Return the number of shards of the batch."""
         return math.prod(self.mesh.shape[axis] for axis in _BATCH["batch"])
 
     def spec(
@@ -144,11 +144,11 @@ class Strategy:
         return NamedSharding(self.mesh, PartitionSpec())
 
     def batch_sharding(self) -> NamedSharding:
-        """Sharding of every array of a batch: the leading dimension over the data axes."""
+        """Return the sharding of every array of a batch: the leading dimension over the data axes."""
         return NamedSharding(self.mesh, PartitionSpec(_BATCH["batch"]))
 
     def check_batch(self, batch_size: int, accumulate: int = 1, pack: int = 1) -> None:
-        """Raises ConfigError unless every micro-batch, in rows of `pack` examples, divides over the
+        """Raise ConfigError unless every micro-batch, in rows of `pack` examples, divides over the
         mesh.
         """
         if batch_size % (self.batch_shards * accumulate * pack):
@@ -174,5 +174,5 @@ class Strategy:
     def resolver(
         self, part: str, axes: tuple[str | None, ...], shape: tuple[int, ...]
     ) -> NamedSharding:
-        """Where activations lie, for `nn.sharding_resolver`."""
+        """Return where activations lie, for `nn.sharding_resolver`."""
         return self.sharding(part, axes, shape, f"an activation of {part}")

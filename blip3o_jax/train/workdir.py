@@ -1,9 +1,9 @@
 """A run's working directory: one run at a time, and none that is refused leaves anything in it.
 
 WORKDIR/lock.json names the process that writes there: host, pid and since when. Its modification
-time, renewed every HEARTBEAT_PERIOD seconds, is its sign of life. A second run is refused. The lock of a
+time, renewed every HEARTBEAT_PERIOD seconds, is its heartbeat. A second run is refused. The lock of a
 process that is gone is taken over: on the same machine at once, on another after STALE_AFTER seconds
-without a sign of life, for a preempted job begins elsewhere within seconds. The lock needs
+without a heartbeat, for a preempted job begins elsewhere within seconds. The lock needs
 exclusive creation and renaming alone, so that it holds on network file systems.
 """
 
@@ -169,7 +169,7 @@ class WorkdirLock:
             self._leave()
 
     def check(self) -> None:
-        """UserError where another run has taken the lock, for want of a sign of life: this one may
+        """UserError where another run has taken the lock, for want of a heartbeat: this one may
         not write any more.
         """
         if process_index() == 0 and not self._mine():
@@ -232,7 +232,7 @@ class WorkdirLock:
         while (left := end - time.monotonic()) > 0:
             if not waiting_logged:
                 log_host0(
-                    f"{self._workdir} is locked by {owner}: waiting up to {left:.0f} s for a sign of life"
+                    f"{self._workdir} is locked by {owner}: waiting up to {left:.0f} s for a heartbeat"
                 )
                 waiting_logged = True
             time.sleep(min(left, 1.0))

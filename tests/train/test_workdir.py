@@ -79,11 +79,11 @@ def test_a_run_on_another_machine_is_waited_for(tmp_path, bound, capsys, there):
     path = write(tmp_path, **there)
     with WorkdirLock(tmp_path):
         told = capsys.readouterr().err
-    assert "waiting up to 1 s for a sign of life" in told and "took over the lock" in told
+    assert "waiting up to 1 s for a heartbeat" in told and "took over the lock" in told
     write(tmp_path, **there)
     os.utime(path, (1, 1))
     with WorkdirLock(tmp_path):
-        assert "waiting" not in capsys.readouterr().err, "it gave no sign of life for years"
+        assert "waiting" not in capsys.readouterr().err, "it gave no heartbeat for years"
     write(tmp_path, **there)
     threading.Timer(0.2, os.utime, (path,)).start()
     with pytest.raises(UserError, match="in use by another run"), WorkdirLock(tmp_path):
@@ -100,7 +100,7 @@ def test_a_lock_that_names_nobody(tmp_path, bound, capsys, text):
         assert "locked by host an unknown host" in capsys.readouterr().err
 
 
-def test_a_holder_gives_signs_of_life_and_notices_when_it_has_lost(tmp_path, monkeypatch):
+def test_a_holder_gives_heartbeats_and_notices_when_it_has_lost(tmp_path, monkeypatch):
     monkeypatch.setattr(workdirs, "HEARTBEAT_PERIOD", 0.05)
     with WorkdirLock(tmp_path) as lock:
         os.utime(tmp_path / LOCK, (1, 1))

@@ -1,6 +1,5 @@
-"""How often a loop takes each branch of a conditional, where it reads that off an array made before
-it: layers of a stack that are passed over, for one. The array is computed here: it is a constant,
-or a count compared with a number.
+"""Count how often a loop takes each branch of a conditional, where it reads that off an array made
+before it: layers of a stack that are passed over, for one.
 """
 
 import re
@@ -21,8 +20,9 @@ _COMPARE = {
 
 
 def fractions(program: Program, computation: Computation, op: Op) -> list[float] | None:
-    """Of the turns of the loop whose body `computation` is, for each branch of the conditional `op`
-    in the order of its attributes; None where the program's text does not log.
+    """Return the fraction of iterations that take each branch of the conditional `op`, in the order
+    of its attributes, in the loop whose body is `computation`; None where the program's text does
+    not state it.
     """
     chosen = _through(computation, computation.by_name[op.operands[0]], (*_SAME, "dynamic-slice"))
     if (

@@ -18,14 +18,16 @@ END = 500_000  # bytes; a bundle takes a line or some, and a loop begins after a
 
 
 def dump_flags(directory: pathlib.Path) -> str:
-    """For LIBTPU_INIT_ARGS: write the schedules, and nothing else, into `directory`."""
+    """Return the flags for LIBTPU_INIT_ARGS that write the schedules, and nothing else, into
+    `directory`.
+    """
     # The name of a pass is a regular expression; "schedule-analysis_final_bundles" is another.
     return f"--xla_jf_dump_to={directory} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=^final_bundles$"
 
 
 def read(directory: pathlib.Path) -> dict[str, int]:
-    """Operation -> bundles of one turn of its loop, of what was written into `directory`; {} where
-    nothing was.
+    """Return {operation: bundles of one iteration of its loop} of the schedules in `directory`; {}
+    where there are none.
     """
     found = {}
     for path in directory.glob("*-final_bundles.txt"):
@@ -36,7 +38,7 @@ def read(directory: pathlib.Path) -> dict[str, int]:
 
 
 def _ends(path: pathlib.Path) -> tuple[str, str]:
-    """The beginning and the end of a text of up to tens of megabytes."""
+    """Return the beginning and the end of a text of up to tens of megabytes."""
     with path.open("rb") as file:
         head = file.read(END)
         file.seek(max(0, path.stat().st_size - END))
@@ -65,8 +67,8 @@ class Schedules:
         }
 
     def cycles(self, op: Op) -> float | None:
-        """Of an operation with a loop over windows; None where its schedule is not known. The cores
-        of a device share them.
+        """Return the cycles of an operation with a loop over windows; None where its schedule is
+        not known. The cores of a device share them.
         """
         window = _window(op)
         bundles = self._bundles.get(op.name) or self._alike.get(window)
@@ -77,6 +79,6 @@ class Schedules:
 
 
 def _window(op: Op) -> str:
-    """Its shape and the windows that its loop goes over, or "" for an operation without."""
+    """Return its shape and the windows that its loop goes over, or "" for an operation without."""
     found = re.search(r'"window_config":(\{[^}]*"iteration_bounds":\["[^}]*\})', op.attributes)
     return f"{op.shape} {found[1]}" if found else ""

@@ -40,7 +40,7 @@ Shapes = Shape | tuple["Shapes", ...]
 
 
 def leaves(shape: Shapes) -> Iterator[Shape]:
-    """The arrays of a tuple, however deep."""
+    """Return the arrays of a tuple, however deep."""
     if isinstance(shape, Shape):
         yield shape
     else:
@@ -63,12 +63,12 @@ class Op:
     root: bool
 
     def attribute(self, name: str) -> str | None:
-        """Text of attribute `name` up to the comma or bracket that ends it: name=text."""
+        """Return the text of attribute `name` up to the comma or bracket that ends it: name=text."""
         found = re.search(rf"(?:^|[ ,]){name}=", self.attributes)
         return _value(self.attributes, found.end()) if found else None
 
     def called(self, *names: str) -> tuple[str, ...]:
-        """Computations under these attributes (`calls`, `body`, ...)."""
+        """Return the computations under these attributes (`calls`, `body`, ...)."""
         texts = [self.attribute(name) for name in names]
         return tuple(
             word.lstrip("%") for text in texts if text for word in re.findall(r"%?[\w.\-]+", text)
@@ -76,19 +76,19 @@ class Op:
 
     @property
     def replica_groups(self) -> str:
-        """Text of the attribute; in one of its forms it has commas."""
+        """Return the text of the attribute; in one of its forms it has commas."""
         found = re.search(r"replica_groups=(mesh\[[^{]*\{[^}]*\})", self.attributes)
         return found[1] if found else self.attribute("replica_groups") or "{}"
 
     @property
     def op_name(self) -> str:
-        """Where the operation comes from: named scopes with slashes between."""
+        """Return where the operation comes from: named scopes with slashes between."""
         found = re.search(r'op_name="([^"]*)"', self.attributes)
         return found[1] if found else ""
 
     @property
     def estimated_cycles(self) -> int:
-        """The TPU compiler's own estimate, or 0."""
+        """Return the TPU compiler's own estimate, or 0."""
         found = re.search(r'"estimated_cycles":"(\d+)"', self.attributes)
         return int(found[1]) if found else 0
 
@@ -122,7 +122,7 @@ class Program:
 
 
 def parse(text: str) -> Program:
-    """Raises ValueError where the text holds no entry computation."""
+    """Parse a program. Raises ValueError where the text holds no entry computation."""
     computations, entry = {}, None
     name, ops = None, []
     for line in text.splitlines():
@@ -169,7 +169,7 @@ def _op(line: str) -> Op | None:
 
 
 def _operand(text: str) -> str:
-    """Older texts put the shape before the name."""
+    """Parse an operand; older texts put the shape before the name."""
     return text.rsplit(" ", 1)[-1].lstrip("%")
 
 
@@ -178,7 +178,7 @@ _LAYOUT = re.compile(r"\{[^}]*\}")
 
 
 def _shape(text: str, at: int) -> tuple[Shapes, int]:
-    """(shape, where it ends) of the shape at `at`."""
+    """Return (shape, where it ends) of the shape at `at`."""
     comment = re.compile(r"\s*(/\*.*?\*/)?\s*")
     if text[at] == "(":
         parts, at = [], at + 1
@@ -204,7 +204,7 @@ _OPEN, _CLOSE = "([{", ")]}"
 
 
 def _closing(text: str, at: int) -> int:
-    """Index of the bracket that closes the one at `at`."""
+    """Return the index of the bracket that closes the one at `at`."""
     depth, quoted = 0, False
     for i in range(at, len(text)):
         c = text[i]
@@ -235,7 +235,7 @@ def _split(text: str) -> list[str]:
 
 
 def _value(text: str, at: int) -> str:
-    """An attribute's value: everything up to the comma outside of brackets."""
+    """Return an attribute's value: everything up to the comma outside of brackets."""
     depth, quoted = 0, False
     for i in range(at, len(text)):
         c = text[i]
@@ -252,8 +252,8 @@ def _value(text: str, at: int) -> str:
 
 
 def trip_count(program: Program, computation: Computation, loop: Op) -> int | None:
-    """How often a while loop turns: as XLA notes it, or from the bound that its condition compares
-    with; None if neither says.
+    """Return the number of iterations of a while loop: as XLA notes it, or from the bound that its
+    condition compares with; None if neither does.
 
     Loops that JAX makes count up by one, the compiler's own (products in windows) also by two; the
     bound is a constant of the condition or of the loop's first values.
@@ -280,7 +280,7 @@ def trip_count(program: Program, computation: Computation, loop: Op) -> int | No
 
 
 def _stride(program: Program, body: Computation, counter: int) -> int:
-    """By how much a turn moves the counter; 1 where the body does not show it."""
+    """Return by how much an iteration moves the counter; 1 where the body does not show it."""
     if body.root.opcode != "tuple":
         return 1
     moved, of = body.by_name[body.root.operands[counter]], body
@@ -303,7 +303,7 @@ def _first_values(computation: Computation, loop: Op) -> Sequence[Op | None]:
 
 
 def _constant(program: Program, computation: Computation, op: Op | None) -> int | None:
-    """The value of a constant whole number, through copies and bitcasts."""
+    """Return the value of a constant whole number, through copies and bitcasts."""
     while op is not None and op.opcode in ("copy", "bitcast", "convert", "reshape"):
         op = computation.by_name.get(op.operands[0])
     if (
@@ -413,5 +413,5 @@ def _rows(ids: np.ndarray) -> tuple[tuple[int, ...], ...]:
 
 @functools.cache
 def device_pairs(text: str) -> tuple[tuple[int, int], ...]:
-    """source_target_pairs={{0,1},{1,2}}."""
+    """Parse source_target_pairs={{0,1},{1,2}}."""
     return tuple((int(a), int(b)) for a, b in re.findall(r"\{(\d+),(\d+)\}", text))

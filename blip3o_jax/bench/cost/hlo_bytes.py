@@ -16,7 +16,7 @@ RENAMES = ("bitcast", "reshape", "get-tuple-element")
 
 
 def operation_bytes(program: Program, computation: Computation, op: Op) -> int:
-    """Read and written by one operation of a scheduled computation."""
+    """Return the bytes read and written by one operation of a scheduled computation."""
     if op.opcode == "fusion":
         return _fusion(program, computation, op)
     operands = [computation.by_name[name] for name in dict.fromkeys(op.operands)]
@@ -75,7 +75,7 @@ def _roots(computation: Computation, count: int) -> list[Op]:
 
 
 def _read(program: Program, computation: Computation, name: str) -> int:
-    """Bytes that the computation reads of `name`."""
+    """Return the bytes that the computation reads of `name`."""
     total = 0
     for user in computation.users(name):
         if user.opcode in SLICES and user.operands[0] == name:
@@ -100,7 +100,7 @@ def _read(program: Program, computation: Computation, name: str) -> int:
 
 
 def _written(program: Program, computation: Computation, root: Op, shape: Shape) -> int:
-    """Bytes that are written of an output."""
+    """Return the bytes written of an output."""
     while root.opcode in ("bitcast", "reshape", "copy"):
         root = computation.by_name[root.operands[0]]
     if root.opcode == "parameter" or root.opcode in COLLECTIVES:

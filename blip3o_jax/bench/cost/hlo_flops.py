@@ -17,7 +17,7 @@ MATRIX = ("dot", "convolution")
 
 
 def matrix_flops(computation: Computation, op: Op) -> int:
-    """Of a `dot` or a `convolution`."""
+    """Return the FLOPs of a `dot` or a `convolution`."""
     lhs, rhs = (computation.by_name[name].shape for name in op.operands[:2])
     return _dot(op, lhs) if op.opcode == "dot" else _convolution(op, lhs, rhs)
 
@@ -55,8 +55,8 @@ def _convolution(op: Op, lhs: Shape, rhs: Shape) -> int:
 def _positions(
     size: int, kernel: int, output: int, stride: int, pad: int, dilate: int, kernel_dilate: int
 ) -> int:
-    """Pairs of kernel and output position along one dimension that meet a value of the input,
-    neither padding nor a hole.
+    """Count the pairs of kernel and output position along one dimension that meet a value of the
+    input, neither padding nor a hole.
     """
     dilated = (size - 1) * dilate + 1
     starts, met = np.arange(output) * stride - pad, 0

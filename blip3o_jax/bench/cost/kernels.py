@@ -28,7 +28,7 @@ class Work:
 
 
 def kernel_work(computation: Computation, op: Op, chip: Chip) -> Work | None:
-    """Of a custom call, or None where no formula is known."""
+    """Return the work of a custom call, or None where no formula is known."""
     operands = [s for name in op.operands for s in leaves(computation.by_name[name].shape)]
     for name, formula in KERNELS.items():
         if name in op.name or name in op.attributes:

@@ -47,7 +47,9 @@ class Network:
 
     @classmethod
     def of(cls, chip: Chip, mesh: dict[str, int], devices: Sequence[object]) -> "Network":
-        """From JAX's devices; those without coordinates (GPUs) lie in nodes of eight."""
+        """Build the network of JAX's devices; those without coordinates (GPUs) lie in nodes of
+        eight.
+        """
         coords = [tuple(getattr(d, "coords", None) or (i,)) for i, d in enumerate(devices)]
         slices = [getattr(d, "slice_index", 0) or 0 for d in devices]
         if not chip.axes:
@@ -60,7 +62,7 @@ class Network:
         return len(self.slices)
 
     def axes(self, group: Sequence[int]) -> tuple[str, ...]:
-        """Mesh axes along which the members of a group differ."""
+        """Return the mesh axes along which the members of a group differ."""
         coords = np.array(np.unravel_index(np.array(group), tuple(self.mesh.values())))
         return tuple(
             axis for axis, row in zip(self.mesh, coords, strict=True) if len(set(row.tolist())) > 1
@@ -101,7 +103,9 @@ class Network:
 
     @property
     def slice_axes(self) -> tuple[str, ...]:
-        """Mesh axes that lead from slice to slice: those of the first devices of all slices."""
+        """Return the mesh axes that lead from slice to slice: those of the first devices of all
+        slices.
+        """
         return self.axes(
             [int(np.argmax(self.slices == s)) for s in sorted(set(self.slices.tolist()))]
         )
@@ -115,8 +119,8 @@ class Network:
         return times * size / self.chip.dcn_rate
 
     def permute_seconds(self, size: float, pairs: Sequence[tuple[int, int]]) -> float:
-        """Every device sends `size` bytes at once: the longest way, over links that the others on
-        it use too.
+        """Return the time of every device sending `size` bytes at once: the longest way, over links
+        that the others on it use too.
         """
         between = [(a, b) for a, b in pairs if a != b]
         if not between:

@@ -119,7 +119,7 @@ class Cost:
 
     @property
     def unknown_fraction(self) -> float:
-        """Of the predicted time, what went to operations of no known class."""
+        """Return the fraction of the predicted time that went to operations of no known class."""
         return sum(u.seconds for u in self.unknown.values()) / (self.total_seconds or 1)
 
     def add(self, other: "Cost", times: float = 1) -> None:
@@ -144,16 +144,16 @@ class Cost:
 def program_cost(
     program: Program | str, network: Network, bundles: Mapping[str, int] | None = None
 ) -> Cost:
-    """Of a compiled program, or of one whose HLO's text is given; `bundles` of its operations as
-    bundles.py reads them.
+    """Return the cost of a compiled program, or of one whose HLO's text is given; `bundles` of its
+    operations as bundles.py reads them.
     """
     program = hlo.parse(program) if isinstance(program, str) else program
     return _Walk(program, network, bundles or {}).computation(program.computations[program.entry])
 
 
 def scope(op_name: str) -> tuple[str, str]:
-    """(part, pass) of an operation: "jit(step)/transpose(jvp(ar))/while/body/dot_general" is ar's
-    backward pass.
+    """Return (part, pass) of an operation: "jit(step)/transpose(jvp(ar))/while/body/dot_general" is
+    ar's backward pass.
     """
     words = re.findall(r"[\w.\-]+", op_name)
     part = next((word for word in reversed(words) if word in SCOPES), "other")
@@ -163,7 +163,7 @@ def scope(op_name: str) -> tuple[str, str]:
 
 
 def _target(op: Op) -> str:
-    """Of a custom call, else ""."""
+    """Return the target of a custom call, else ""."""
     return (
         (op.attribute("custom_call_target") or "").strip('"') if op.opcode == "custom-call" else ""
     )
@@ -278,7 +278,7 @@ class _Schedule:
             self._compute(op)
 
     def finish(self) -> Cost:
-        """Waits for what nothing in this computation has waited for."""
+        """Wait for what nothing in this computation has waited for."""
         for start in list(self.pending):
             self._wait(start)
         return self.cost

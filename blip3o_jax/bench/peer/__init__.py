@@ -1,1 +1,1 @@
-"""The same weights and work in JAX and in PyTorch, in turns."""
+"""Compare the same weights and work in JAX and in PyTorch, interleaved."""

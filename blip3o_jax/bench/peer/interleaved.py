@@ -1,4 +1,4 @@
-"""The same weights, the same work, in JAX and in PyTorch: who is faster, and by how much.
+"""Time the same weights and work in JAX and in PyTorch, interleaved.
 
 Each side is a process of its own (worker.py) with as many threads. They take turns: every round
 asks each side for one stretch of the item while the others sleep, in an order that is turned around
@@ -87,7 +87,7 @@ def bench(
     options: Options,
     command: str,
 ) -> dict[str, Any]:
-    """Runs the items and writes OUT/peer.json and OUT/peer.md; returns the report. UserError for
+    """Run the items, write OUT/peer.json and OUT/peer.md, and return the report. UserError for
     directories that do not hold the same model, a missing library or device.
     """
     _check_torch()
@@ -151,7 +151,9 @@ def _check_torch() -> None:
 def _check_same_model(
     theirs: ModelConfig, ours: ModelConfig, torch_dir: pathlib.Path, root: pathlib.Path
 ) -> None:
-    """UserError naming the first field in which the two configurations describe different networks."""
+    """Raise UserError naming the first field in which the two configurations describe different
+    networks.
+    """
 
     def differing(a: Any, b: Any, path: str) -> list[str]:
         found = []
@@ -177,7 +179,7 @@ def _check_same_model(
 
 
 def make_inputs(model: ModelConfig, vocabulary: Vocabulary, options: Options) -> Arrays:
-    """All arrays that items take; both sides get the same."""
+    """Return all arrays that items take; both sides get the same."""
     rng, batch, n = (
         np.random.default_rng(options.seed),
         options.batch_size,
@@ -214,8 +216,8 @@ def make_inputs(model: ModelConfig, vocabulary: Vocabulary, options: Options) ->
 
 
 class _Bench:
-    """The processes, and what to do with them. On a GPU each item has new ones, since memory peaks
-    cannot be reset there.
+    """Hold the worker processes. On a GPU each item has new ones, since memory peaks cannot be
+    reset there.
     """
 
     def __init__(self, tasks: dict[str, Task], options: Options, settings: SamplingConfig):
@@ -224,7 +226,7 @@ class _Bench:
         self._workers: dict[str, Worker] = {}
 
     def run(self, item: str, inputs: Arrays) -> dict[str, Any]:
-        """One item on all sides."""
+        """Run one item on all sides."""
         if not self._workers:
             self._workers = {side: Worker(task) for side, task in self.tasks.items()}
         self.about = self.about or {
@@ -252,7 +254,7 @@ class _Bench:
         return peer_report.with_rates(result | {"cost": cost}, self.about)
 
     def _start(self, item: str, inputs: Arrays) -> tuple[dict[str, Any], dict[str, str]]:
-        """(what each side said when it was warm, why a side cannot do it)."""
+        """Return ({side: its reply once warm}, {side: why it does not compile})."""
         started, failed = {}, {}
         for side, worker in self._workers.items():
             _log(f"{item}  {side}  compiling and warming up")
@@ -283,7 +285,7 @@ class _Bench:
         return seconds
 
     def _work(self, item: str, inputs: Arrays) -> dict[str, Any]:
-        """How much one repetition does, in what the rate is counted in."""
+        """Return how much one repetition does, in the unit of its rate."""
         batch, steps = self.options.batch_size, self.settings.steps
         if item.startswith("train_step"):
             return {
@@ -308,8 +310,8 @@ class _Bench:
 
 
 def differences(item: str, started: dict[str, Any], device: str) -> dict[str, float]:
-    """By how much each side's outputs differ from this package's: relative errors, for ids the
-    share that differs.
+    """Return by how much each side's outputs differ from this package's: relative errors, for ids
+    the fraction that differs.
     """
     wanted, found = started["jax"]["outputs"], {}
     for side, start in started.items():

@@ -1,4 +1,4 @@
-"""What `bench peer` found: as JSON, as a table on the terminal and as one in Markdown."""
+"""Report what `bench peer` measured: as JSON, as a table on the terminal and as one in Markdown."""
 
 import json
 import os
@@ -45,8 +45,8 @@ def summary(seconds: list[float], peak: int | None, start: Mapping[str, Any]) ->
 
 
 def with_rates(item: dict[str, Any], about: Mapping[str, Any]) -> dict[str, Any]:
-    """The item with rates, ratios (JAX's median over another side's: below 1, JAX is faster) and
-    shares of device limits.
+    """Return the item with rates, ratios (JAX's median over another side's: below 1, JAX is faster)
+    and fractions of device peaks.
     """
     sides, cost, count = item["sides"], item.pop("cost"), item["work"]["count"]
     for name, side in sides.items():
@@ -66,8 +66,8 @@ def with_rates(item: dict[str, Any], about: Mapping[str, Any]) -> dict[str, Any]
 def _fraction_of_peak(
     kind: str, cost: Mapping[str, float], seconds: float
 ) -> dict[str, float] | None:
-    """The time at the device's peak over the time taken, for arithmetic and for memory; None where
-    no peak is known.
+    """Return the time at the device's peak over the time taken, for arithmetic and for memory; None
+    where no peak is known.
     """
     chip, found = chip_of(kind), {}
     if chip:
@@ -81,7 +81,7 @@ def _fraction_of_peak(
 
 
 def machine() -> dict[str, Any]:
-    """What the comparison ran on."""
+    """Return what the comparison ran on."""
     name = platform.processor() or platform.machine()
     try:
         lines = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
@@ -102,7 +102,7 @@ def machine() -> dict[str, Any]:
 
 
 def sizes(tensors: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
-    """Parameters of each part, and in all."""
+    """Return the parameters of each part, and in all."""
     found = {
         part: sum(int(np.prod(t.shape)) for t in given.values()) for part, given in tensors.items()
     }
@@ -115,7 +115,7 @@ def write(report: dict[str, Any], out: pathlib.Path) -> None:
 
 
 def print_report(report: dict[str, Any]) -> None:
-    """The table on standard output, and what it was measured on."""
+    """Print the table and its conditions on standard output."""
     console = Console()
     console.width = max(console.width, WIDTH)
     table = Table(title=f"JAX beside PyTorch, {report['options']['device']}", title_justify="left")

@@ -1,5 +1,4 @@
-"""One side of the comparison in a process of its own, which works when it is told to and sleeps
-otherwise.
+"""Run one side of the comparison in its own process, which works on request and sleeps otherwise.
 
 Parent and worker take turns on a pipe: (method, arguments) one way, ("ok", value), ("user", one
 line) or ("bug", traceback) the other. A side is a class with `__init__(task)` and `build(item,
@@ -81,7 +80,9 @@ class Worker:
         theirs.close()
 
     def request(self, method: str, *arguments: Any) -> Any:
-        """UserError for what a user can cure, RuntimeError for all else."""
+        """Call a method of the worker. UserError for what a user can cure, RuntimeError for all
+        else.
+        """
         try:
             self._pipe.send((method, arguments))
             kind, value = self._pipe.recv()
@@ -105,7 +106,7 @@ class Worker:
 
 
 def _serve(pipe: Connection, task: Task) -> None:
-    """The worker's life."""
+    """Answer the parent's requests until its end of the pipe closes."""
     os.dup2(2, 1)  # stdout is the parent's, for its table
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _set_environment_of(task)
@@ -197,8 +198,8 @@ class _Runner:
         }
 
     def repeat(self, times: int) -> list[float]:
-        """Seconds of each of `times` calls that follow another. The one before them is not counted:
-        it finds caches, and memory that went back to the system, as the other sides have left them.
+        """Return the seconds of each of `times` calls. The one before them is not counted: it finds
+        the caches as the other sides have left them, and memory that went back to the system.
         """
         self._item.call()
         seconds = []
@@ -222,7 +223,7 @@ class _Runner:
         return peak
 
     def abandon(self) -> None:
-        """Lets go of an item, also of one that did not start."""
+        """Drop an item, also one that did not start."""
         self._item = None
         self._side.release()
         gc.collect()
@@ -246,13 +247,13 @@ def _peak_bytes() -> int | None:
 
 
 def _trim() -> None:
-    """glibc: what compilers have left on the heap goes back to the system."""
+    """Return freed heap to the system (glibc), such as what compilers leave."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def _reset_peak() -> None:
-    """Linux: the peak resident memory starts over."""
+    """Reset the peak resident memory (Linux)."""
     try:
         pathlib.Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     except OSError as error:

@@ -38,7 +38,7 @@ class Logits:
 
 
 def largest(program: Program, count: int = 5) -> list[dict[str, Any]]:
-    """The largest results of single operations, each shape once: {"array", "bytes", "of"}."""
+    """Return the largest results of single operations, each shape once: {"array", "bytes", "of"}."""
     found: dict[tuple[str, tuple[int, ...]], dict[str, Any]] = {}
     for op, shape in _results(program):
         name = f"{shape.dtype}[{','.join(map(str, shape.dims))}]"
@@ -52,7 +52,8 @@ def largest(program: Program, count: int = 5) -> list[dict[str, Any]]:
 def unsharded(
     program: Program, weights: Any, logits: Logits | None = None, products: str = "bfloat16"
 ) -> list[str]:
-    """What the program should not hold and does, one line each; empty when all is well.
+    """Return a line for each array that the program holds and sharding should prevent; empty when
+    all is well.
 
     `weights`: ShapeDtypeStructs with shardings, as the program is given them. A matrix by itself
     may be gathered, and a table that is the head too, in the dtype of `products`.
@@ -114,7 +115,9 @@ def _dims(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _results(program: Program) -> list[tuple[hlo.Op, Shape]]:
-    """Results that lie in memory: of operations that are scheduled, not of those within a fusion."""
+    """Return the results that lie in memory: of operations that are scheduled, not of those within
+    a fusion.
+    """
     inner = {
         name
         for c in program.computations.values()

@@ -232,7 +232,7 @@ def _max_shards(config: Config) -> int:
 
 
 def describe(task: Task) -> Row:
-    """What a row says before anything is compiled."""
+    """Return what a row states before anything is compiled."""
     config, where = task.config, task.topology
     return {
         "topology": str(where),
@@ -259,8 +259,8 @@ def describe(task: Task) -> Row:
 
 
 def _order(row: Row) -> tuple[Any, ...]:
-    """The best first: what fits before what does not, the most examples a second and chip within a
-    topology.
+    """Return the sort key: what fits before what does not, the most examples a second and chip
+    within a topology.
     """
     return row["topology"], row["status"] != FITS, -table.rate(row)
 
@@ -297,7 +297,7 @@ def _line(row: Row) -> str:
 
 
 def check_any(report: dict[str, Any]) -> None:
-    """UserError where not one row came to a verdict."""
+    """Raise UserError where not one row came to a verdict."""
     if not any(row["status"] in (FITS, TOO_LARGE) for row in report["rows"]):
         raise UserError(
             f"bench sharding: nothing could be compiled; the first row says: {report['rows'][0]['error']}"
@@ -305,7 +305,7 @@ def check_any(report: dict[str, Any]) -> None:
 
 
 def print_report(report: dict[str, Any]) -> None:
-    """A table, the best strategy of each topology first."""
+    """Print a table, the best strategy of each topology first."""
     start, rest = (
         [c for c in group if not c.page_only] for group in (table.START, table.columns(report))
     )

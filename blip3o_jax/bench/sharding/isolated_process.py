@@ -1,4 +1,4 @@
-"""A function in a process of its own: the memory it takes goes back with it, and whatever ends it
+"""Run a function in its own process, whose memory is freed with it and whose end, however it comes,
 ends one row of a report.
 """
 
@@ -28,8 +28,8 @@ PROGRESS_PERIOD = 60.0  # seconds
 def run_isolated(
     work: Callable[[], Row], environment: Mapping[str, str], name: str = "compiling"
 ) -> Row:
-    """What `work`, which can be pickled, returns; where it raises, or its process is killed, a row
-    that says so. `environment` is added to this process's own.
+    """Return what `work`, which can be pickled, returns in a new process; where it raises, or its
+    process is killed, a row that says so. `environment` is added to this process's own.
     """
     package = pathlib.Path(__file__).parents[3]
     paths = [str(package), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -71,7 +71,7 @@ def run_isolated(
 
 
 def _wait(process: subprocess.Popen[bytes], name: str) -> int:
-    """Its exit status; a line each PROGRESS_PERIOD seconds tells that it is still at work."""
+    """Wait for the process and return its exit status; print a line every PROGRESS_PERIOD seconds."""
     began = time.monotonic()
     while True:
         try:
@@ -81,7 +81,9 @@ def _wait(process: subprocess.Popen[bytes], name: str) -> int:
 
 
 def _end_with_parent() -> None:
-    """The parent never writes: its end of the pipe closes when it ends, however it does."""
+    """End this process when the parent ends: the parent never writes, so that its end of the pipe
+    closes only then.
+    """
     sys.stdin.buffer.read()
     os._exit(1)
 

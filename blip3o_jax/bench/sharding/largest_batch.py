@@ -1,4 +1,4 @@
-"""The largest batch that the compiler lets pass, for one topology and strategy.
+"""Search the largest batch that the compiler lets pass, for one topology and strategy.
 
 A global batch is counted in units, one example for each shard and micro-batch; the search closes in
 on the number of units n where n is the largest that fits and n + 1 the smallest that does not, by
@@ -29,8 +29,8 @@ MAX_COMPILES = 12  # compiles
 
 
 def unit(task: Task) -> int:
-    """Examples of the smallest global batch that divides over the mesh; all others are multiples of
-    it.
+    """Return the examples of the smallest global batch that divides over the mesh; all others are
+    multiples of it.
     """
     mesh = task.config.mesh
     shards = max(1, task.topology.devices // max(1, mesh.sequence * mesh.tensor))
@@ -38,7 +38,7 @@ def unit(task: Task) -> int:
 
 
 def with_batch(task: Task, rows: int) -> Task:
-    """The same with a global batch of `rows` examples, or prompts."""
+    """Return the task with a global batch of `rows` examples, or prompts."""
     group = "data" if task.step == "train" else "sampling"
     sizes = dataclasses.replace(getattr(task.config, group), batch_size=rows)
     return dataclasses.replace(task, config=dataclasses.replace(task.config, **{group: sizes}))
@@ -72,7 +72,7 @@ def largest(task: Task, compile_row: Callable[[Task], Row], log: Callable[[str],
 
 
 def verdict(tried: dict[str, Any]) -> str:
-    """Of one batch: "8 a chip does not fit (20.1 GiB)"."""
+    """Return the verdict on one batch: "8 a chip does not fit (20.1 GiB)"."""
     why = f" ({tried['bytes'] / GIB:.1f} GiB)" if "bytes" in tried else f": {tried['error']}"
     return f"{tried['batch_per_chip']:g} a chip {tried['status']}{why}"
 
@@ -108,7 +108,7 @@ class Search:
         )
 
     def guess(self) -> int:
-        """The units to try next, strictly within the bracket."""
+        """Return the units to try next, strictly within the bracket."""
         aim, low, high = self._aim(), self.fits + 1, (self.too_many or math.inf) - 1
         if low <= aim <= high:
             self.missed = 0

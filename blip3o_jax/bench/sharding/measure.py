@@ -1,5 +1,5 @@
-"""`bench sharding --measure`: what is there to run on, what it can do, and how long a program takes
-on it.
+"""Measure a program on the devices of this machine (`bench sharding --measure`), and calibrate
+their rates.
 
 The rates of a device that nobody publishes (a CPU's) are calibrated from two programs that all
 devices run at once, since devices that a CPU is split into share its cores and its memory: a matrix
@@ -41,14 +41,14 @@ class LocalDevices:
 
 
 def environment(mesh: MeshConfig) -> Mapping[str, str]:
-    """Of a process that runs on the devices that are there."""
+    """Return the environment of a process that runs on the devices of this machine."""
     from blip3o_jax.parallel.mesh import cpu_environment
 
     return cpu_environment(mesh.cpu_devices) if mesh.cpu_devices else {}
 
 
 def find_devices(mesh: MeshConfig) -> LocalDevices:
-    """The devices that a run with this mesh would get. UserError where there are none to be had."""
+    """Return the devices that a run with this mesh would get. UserError where there are none."""
     row = isolated_process.run_isolated(_probe, environment(mesh), "device")
     if "error" in row:
         raise UserError(f"--measure finds no device to run on: {row['error']}")
@@ -66,7 +66,7 @@ def _probe() -> dict[str, Any]:
 
 
 def calibrate(devices: Any) -> Chip:
-    """Rates of a device, from what all of them do at once."""
+    """Measure the rates of a device, from what all of them do at once."""
     import jax
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 

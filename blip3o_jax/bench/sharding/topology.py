@@ -39,12 +39,12 @@ class Topology:
 
     @property
     def devices(self) -> int:
-        """As JAX counts them."""
+        """Return the number of devices, as JAX counts them."""
         return self.chips * self.chip.devices
 
 
 def parse(text: str, slices: int = 1) -> Topology:
-    """ "v5p:8x8x8" -> Topology. ConfigError for what is no topology, with what would be."""
+    """Parse "v5p:8x8x8". ConfigError for what is no topology, with what would be."""
     match = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", text.strip())
     if match:
         check_choice(f"--topology={text}: chip", match[1], TPUS)
@@ -67,7 +67,7 @@ def _example(name: str) -> str:
 
 
 def check_compiler() -> None:
-    """UserError where the TPU compiler is not installed."""
+    """Raise UserError where the TPU compiler is not installed."""
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
             "compiling for a TPU topology needs libtpu, which is not installed: pip install 'blip3o_jax[tpu]' (x86-64 Linux)"
@@ -98,7 +98,9 @@ def settings(chip: Chip) -> dict[str, str]:
 
 
 def make_devices(topology: Topology) -> Sequence[Any]:
-    """JAX's devices of a topology, to build a mesh of. UserError where the compiler refuses it."""
+    """Return JAX's devices of a topology, to build a mesh of. UserError where the compiler refuses
+    it.
+    """
     from jax.experimental import topologies
 
     check_compiler()

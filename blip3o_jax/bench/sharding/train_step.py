@@ -1,4 +1,4 @@
-"""The train step as a program that can be compiled from shapes and run on random weights."""
+"""Build the train step as a program that can be compiled from shapes and run on random weights."""
 
 import math
 from collections.abc import Callable
@@ -88,12 +88,12 @@ class TrainStep:
         }
 
     def next_arguments(self, arguments: tuple[Any, ...], result: Any) -> tuple[Any, ...]:
-        """Arguments of the next step."""
+        """Return the arguments of the next step."""
         return result[0], arguments[1]
 
 
 def batch_shapes(config: Config) -> Shapes:
-    """Name -> (shape, dtype) of a global batch as the loader makes it (data/examples.py,
+    """Return {name: (shape, dtype)} of a global batch as the loader makes it (data/examples.py,
     data/sequence.py).
     """
     model, rows, length = config.model, config.data.batch_size, config.data.max_length
@@ -174,7 +174,7 @@ def synthetic_batch(config: Config, seed: int = 0) -> dict[str, np.ndarray]:
 
 
 def shard_bytes(tree: Any) -> int:
-    """Of one device, of arrays or ShapeDtypeStructs with shardings."""
+    """Return the bytes of one device, of arrays or ShapeDtypeStructs with shardings."""
     return sum(
         math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
     )
