@@ -18,7 +18,7 @@ def _answer(text):
 
 
 def _refuse():
-    raise UserError("heads do not\n divide")
+    raise UserError("heads do not divide\nof 32 and 12")
 
 
 def _abort():
