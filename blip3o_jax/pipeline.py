@@ -10,11 +10,10 @@ Legend: B batch, L prompt length, N image tokens, H W C image or latent, R refer
 """
 
 import dataclasses
-import functools
 import pathlib
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -74,6 +73,8 @@ class Pipeline:
         image_ids = vocabulary.image_token_offset, vocabulary.image_token_end
         self._sample_images = make_image_sampler(graphdef, strategy, image_ids)
         self._sample_text = make_text_sampler(graphdef, strategy, vocabulary)
+        self._autoencode = strategy.jit(self._autoencode_batch)
+        self._codes = strategy.jit(self._code_batch)
 
     def generate(
         self,
@@ -303,23 +304,31 @@ class Pipeline:
 
     def autoencode(self, pixels_BHWC: np.ndarray) -> np.ndarray:
         """Encode and decode uint8 images [B, S, S, 3] with the autoencoder."""
-        return np.asarray(self._autoencode(self._params, pixels_BHWC))
+        return self._by_image(self._autoencode, pixels_BHWC)
 
     def codes(self, tokenizer_pixels_BHWC: np.ndarray) -> np.ndarray:
         """Encode uint8 images at the tokenizer's size to codebook indices [B, N]."""
-        return np.asarray(self._codes(self._params, tokenizer_pixels_BHWC))
+        return self._by_image(self._codes, tokenizer_pixels_BHWC)
 
     def _model(self, params: Any) -> Blip3o:
         return nnx.merge(self._graphdef, params)
 
-    @functools.partial(jax.jit, static_argnums=0)
-    def _autoencode(self, params: Any, pixels_BHWC: jax.Array) -> jax.Array:
+    def _autoencode_batch(self, params: Any, pixels_BHWC: jax.Array) -> jax.Array:
         model = self._model(params)
         return to_uint8(model.pixels(model.latents(pixels_BHWC)))
 
-    @functools.partial(jax.jit, static_argnums=0)
-    def _codes(self, params: Any, pixels_BHWC: jax.Array) -> jax.Array:
+    def _code_batch(self, params: Any, pixels_BHWC: jax.Array) -> jax.Array:
         return self._model(params).codes(pixels_BHWC)
+
+    def _by_image(
+        self, program: Callable[[Any, np.ndarray], jax.Array], pixels_BHWC: np.ndarray
+    ) -> np.ndarray:
+        """Return the outputs of `program` for each image [B, H, W, 3]. The last image is repeated
+        until the batch divides over the mesh; the outputs for the copies are dropped.
+        """
+        missing = -len(pixels_BHWC) % self.strategy.batch_shards
+        padded_BHWC = np.concatenate([pixels_BHWC, np.repeat(pixels_BHWC[-1:], missing, axis=0)])
+        return np.asarray(program(self._params, padded_BHWC))[: len(pixels_BHWC)]
 
 
 def _batch_size(requests: int, largest: int, shards: int) -> int:

@@ -45,22 +45,21 @@ def make_image_sampler(
         size: tuple[int, int] | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         model: Blip3o = nnx.merge(graphdef, params)
-        with nn.sharding_resolver(strategy.resolver):
-            tokens_BL = nn.constrain(tokens_BL, "batch", None)
-            x_BHWC, ids_BN = generate_images(
-                model,
-                tokens_BL,
-                lengths_B,
-                sampling_keys(seed, indices_B),
-                settings,
-                image_ids,
-                references,
-                size,
-            )
-            return to_uint8(x_BHWC), codes_from_image_ids(ids_BN, image_ids[0])
+        tokens_BL = nn.constrain(tokens_BL, "batch", None)
+        x_BHWC, ids_BN = generate_images(
+            model,
+            tokens_BL,
+            lengths_B,
+            sampling_keys(seed, indices_B),
+            settings,
+            image_ids,
+            references,
+            size,
+        )
+        return to_uint8(x_BHWC), codes_from_image_ids(ids_BN, image_ids[0])
 
     # Unused parameters stay arguments, since they lie in the device's memory all the same.
-    return jax.jit(sample, static_argnames=("settings", "size"), keep_unused=True)
+    return strategy.jit(sample, static_argnames=("settings", "size"), keep_unused=True)
 
 
 def generate_images(
@@ -118,28 +117,27 @@ def make_text_sampler(
         max_new_tokens: int,
     ) -> TextOutput:
         model: Blip3o = nnx.merge(graphdef, params)
-        with nn.sharding_resolver(strategy.resolver):
-            tokens_BL = nn.constrain(tokens_BL, "batch", None)
-            keys_B, _ = sampling_keys(seed, indices_B)
-            tokens_BL, embedded_BLD, _ = _insert_references(
-                model, tokens_BL, references, image_token_offset
+        tokens_BL = nn.constrain(tokens_BL, "batch", None)
+        keys_B, _ = sampling_keys(seed, indices_B)
+        tokens_BL, embedded_BLD, _ = _insert_references(
+            model, tokens_BL, references, image_token_offset
+        )
+        with nn.part("ar"):
+            return generate_text(
+                model.ar,
+                tokens_BL,
+                lengths_B,
+                keys_B,
+                max_new_tokens=max_new_tokens,
+                text_ids=text_ids,
+                stop=stop,
+                temperature=settings.temperature,
+                top_k=min(settings.top_k, text_ids[1]),
+                top_p=settings.top_p,
+                embedded_BLD=embedded_BLD,
             )
-            with nn.part("ar"):
-                return generate_text(
-                    model.ar,
-                    tokens_BL,
-                    lengths_B,
-                    keys_B,
-                    max_new_tokens=max_new_tokens,
-                    text_ids=text_ids,
-                    stop=stop,
-                    temperature=settings.temperature,
-                    top_k=min(settings.top_k, text_ids[1]),
-                    top_p=settings.top_p,
-                    embedded_BLD=embedded_BLD,
-                )
 
-    return jax.jit(sample, static_argnames=("settings", "max_new_tokens"), keep_unused=True)
+    return strategy.jit(sample, static_argnames=("settings", "max_new_tokens"), keep_unused=True)
 
 
 def _insert_references(

@@ -285,23 +285,22 @@ def _published_rollout(
     ) -> tuple[jax.Array, RolloutArrays]:
         del number
         model = plan.model(params, frozen)
-        with nn.sharding_resolver(strategy.resolver):
-            tokens_BL = nn.constrain(tokens_BL, "batch", None)
-            token_keys_B, noise_keys_B = sampling_keys(seed, indices_B)
-            sampled = sample_image_tokens(
-                model, tokens_BL, lengths_B, token_keys_B, rl.rollout, image_ids
-            )
-            hidden_BTD = teacher_forced_states(model.ar, tokens_BL, lengths_B, sampled.ids_BN, 1)
-            z_BHWC = _sample_latents(model, config, hidden_BTD, prepare_latents(cfg, noise_keys_B))
-            record = {
-                "tokens": tokens_BL,
-                "lengths": lengths_B,
-                "image_ids": sampled.ids_BN,
-                "logprobs": sampled.logprobs_BN,
-            }
-            return to_uint8(model.pixels(z_BHWC)), record
+        tokens_BL = nn.constrain(tokens_BL, "batch", None)
+        token_keys_B, noise_keys_B = sampling_keys(seed, indices_B)
+        sampled = sample_image_tokens(
+            model, tokens_BL, lengths_B, token_keys_B, rl.rollout, image_ids
+        )
+        hidden_BTD = teacher_forced_states(model.ar, tokens_BL, lengths_B, sampled.ids_BN, 1)
+        z_BHWC = _sample_latents(model, config, hidden_BTD, prepare_latents(cfg, noise_keys_B))
+        record = {
+            "tokens": tokens_BL,
+            "lengths": lengths_B,
+            "image_ids": sampled.ids_BN,
+            "logprobs": sampled.logprobs_BN,
+        }
+        return to_uint8(model.pixels(z_BHWC)), record
 
-    return jax.jit(rollout_images, out_shardings=strategy.batch_sharding())
+    return strategy.jit(rollout_images, out_shardings=strategy.batch_sharding())
 
 
 def _sample_latents(
@@ -317,13 +316,12 @@ def _published_reference(
     config: Config, plan: StatePlan, strategy: Strategy, image_ids: tuple[int, int], vocabulary: int
 ) -> Callable[[Any, Any, RolloutArrays], RolloutArrays]:
     def reference(params: Any, frozen: Any, record: RolloutArrays) -> RolloutArrays:
-        with nn.sharding_resolver(strategy.resolver):
-            logprobs_BN, _ = _published_logprobs(
-                plan.model(params, frozen), record, config.rl, image_ids, vocabulary
-            )
+        logprobs_BN, _ = _published_logprobs(
+            plan.model(params, frozen), record, config.rl, image_ids, vocabulary
+        )
         return {"reference_logprobs": logprobs_BN}
 
-    return jax.jit(reference, out_shardings=strategy.batch_sharding())
+    return strategy.jit(reference, out_shardings=strategy.batch_sharding())
 
 
 def _published_loss(config: Config, image_ids: tuple[int, int], vocabulary: int) -> Loss:
@@ -385,8 +383,7 @@ def _pixels_seconds(
 
     def pixels(params: Any, frozen: Any, hidden_BTD: jax.Array, noise_BHWC: jax.Array) -> jax.Array:
         model = plan.model(params, frozen)
-        with nn.sharding_resolver(strategy.resolver):
-            return to_uint8(model.pixels(_sample_latents(model, config, hidden_BTD, noise_BHWC)))
+        return to_uint8(model.pixels(_sample_latents(model, config, hidden_BTD, noise_BHWC)))
 
     cfg, at = config.model, strategy.batch_sharding()
     hidden = jax.device_put(
@@ -395,7 +392,8 @@ def _pixels_seconds(
     noise = jax.device_put(
         np.ones((images, cfg.latent_size, cfg.latent_size, cfg.vae.latent_channels), np.float32), at
     )
-    program, seconds = jax.jit(pixels, out_shardings=at), []
+    program = strategy.jit(pixels, out_shardings=at)
+    seconds = []
     for _ in range(rounds + 1):
         began = time.monotonic()
         jax.block_until_ready(program(state["params"], state["frozen"], hidden, noise))

@@ -1,7 +1,7 @@
 """Named strategies: for each part of the model a table from logical axis to mesh axes.
 
-The same table places parameters (by the axes declared on them), optimizer state, the batch and,
-through `nn.sharding_resolver`, the activations that networks pin with `nn.constrain`. Nothing is
+The same table places parameters (by the axes declared on them), optimizer state, the batch and, in
+the programs of `Strategy.jit`, the activations that networks pin with `nn.constrain`. Nothing is
 replicated silently: a dimension that does not divide over its mesh axes, or one mesh axis asked for
 twice in an array, raises and names both.
 
@@ -17,13 +17,15 @@ device unless `mesh.parts` says otherwise: it is small beside its activations.
 """
 
 import dataclasses
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from blip3o_jax import nn
 from blip3o_jax.config import ConfigError, MeshConfig, check_choice
 from blip3o_jax.parallel.mesh import make_mesh
 
@@ -170,6 +172,21 @@ class Strategy:
             for path, v in nnx.to_flat_state(variables)
         }
         return nnx.traversals.unflatten_mapping(flat)
+
+    def jit(self, fn: Callable[..., Any], **options: Any) -> Any:
+        """Return `jax.jit(fn, **options)` that places activations by this strategy: whatever `fn`
+        pins with `nn.constrain` has its sharding in the program.
+
+        Every program that runs a network is compiled through this; tests/parallel/test_jit.py lists
+        the programs that are not, with the reason.
+        """
+
+        @functools.wraps(fn)
+        def placed(*args: Any, **kwargs: Any) -> Any:
+            with nn.sharding_resolver(self.resolver):
+                return fn(*args, **kwargs)
+
+        return jax.jit(placed, **options)
 
     def resolver(
         self, part: str, axes: tuple[str | None, ...], shape: tuple[int, ...]

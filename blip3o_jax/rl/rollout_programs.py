@@ -96,64 +96,57 @@ def make_rollout(
         tokens_RL, lengths_R = (
             jnp.repeat(x, group // share, axis=0) for x in (tokens_PL, lengths_P)
         )
-        with nn.sharding_resolver(strategy.resolver):
-            tokens_RL = nn.constrain(tokens_RL, "batch", None)
-            token_keys_B, noise_keys_B = sampling_keys(seed, indices_B)
-            arrays = {
-                "tokens": jnp.repeat(tokens_RL, share, axis=0),
-                "lengths": jnp.repeat(lengths_R, share, axis=0),
-            }
-            sample_ids = functools.partial(
-                sample_image_tokens,
-                model,
-                tokens_RL,
-                lengths_R,
-                settings=settings,
-                image_ids=image_ids,
-            )
-            if trains_tokens(rl):
-                sampled = sample_ids(keys_B=token_keys_B, group=share, return_support=True)
-                hidden_BTD = sampled.hidden_BTD
-                arrays |= {"image_ids": sampled.ids_BN, "logprobs": sampled.logprobs_BN}
-                arrays |= {} if sampled.support_BNX is None else {"support": sampled.support_BNX}
-            else:  # all images of a group have the image tokens of its first row
-                sampled = sample_ids(
-                    keys_B=jnp.repeat(token_keys_B[::group], group // share, axis=0)
+        tokens_RL = nn.constrain(tokens_RL, "batch", None)
+        token_keys_B, noise_keys_B = sampling_keys(seed, indices_B)
+        arrays = {
+            "tokens": jnp.repeat(tokens_RL, share, axis=0),
+            "lengths": jnp.repeat(lengths_R, share, axis=0),
+        }
+        sample_ids = functools.partial(
+            sample_image_tokens,
+            model,
+            tokens_RL,
+            lengths_R,
+            settings=settings,
+            image_ids=image_ids,
+        )
+        if trains_tokens(rl):
+            sampled = sample_ids(keys_B=token_keys_B, group=share, return_support=True)
+            hidden_BTD = sampled.hidden_BTD
+            arrays |= {"image_ids": sampled.ids_BN, "logprobs": sampled.logprobs_BN}
+            arrays |= {} if sampled.support_BNX is None else {"support": sampled.support_BNX}
+        else:  # all images of a group have the image tokens of its first row
+            sampled = sample_ids(keys_B=jnp.repeat(token_keys_B[::group], group // share, axis=0))
+            hidden_BTD = jnp.repeat(sampled.hidden_BTD, share, axis=0)
+        noise_BHWC = prepare_latents(cfg, noise_keys_B)
+        velocity = guided_velocity_fn(model, hidden_BTD, settings)
+        with nn.part("dit"):
+            if trains_flow(rl):
+                steps_key = jax.random.fold_in(
+                    jax.random.fold_in(jax.random.key(seed), 2**32 - 1), number
                 )
-                hidden_BTD = jnp.repeat(sampled.hidden_BTD, share, axis=0)
-            noise_BHWC = prepare_latents(cfg, noise_keys_B)
-            velocity = guided_velocity_fn(model, hidden_BTD, settings)
-            with nn.part("dit"):
-                if trains_flow(rl):
-                    steps_key = jax.random.fold_in(
-                        jax.random.fold_in(jax.random.key(seed), 2**32 - 1), number
-                    )
-                    steps_K = flow_grpo.choose_steps(
-                        steps_key, rl.flow.steps, rl.flow.trained_steps
-                    )
-                    z_BHWC, path = flow_grpo.sample_sde(
-                        velocity,
-                        noise_BHWC,
-                        noise_keys_B,
-                        steps_K,
-                        steps=rl.flow.steps,
-                        noise=rl.flow.noise_level,
-                        flow=cfg.flow,
-                    )
-                    arrays |= {
-                        "hidden": hidden_BTD,
-                        "latents": path.x_BKHWC,
-                        "next_latents": path.next_BKHWC,
-                        "step": jnp.broadcast_to(path.step_K, path.logprob_BK.shape),
-                        "flow_logprobs": path.logprob_BK,
-                    }
-                else:
-                    z_BHWC = sampler.euler(
-                        velocity, noise_BHWC, steps=settings.steps, flow=cfg.flow
-                    )
-            return to_uint8(model.pixels(z_BHWC)), arrays
+                steps_K = flow_grpo.choose_steps(steps_key, rl.flow.steps, rl.flow.trained_steps)
+                z_BHWC, path = flow_grpo.sample_sde(
+                    velocity,
+                    noise_BHWC,
+                    noise_keys_B,
+                    steps_K,
+                    steps=rl.flow.steps,
+                    noise=rl.flow.noise_level,
+                    flow=cfg.flow,
+                )
+                arrays |= {
+                    "hidden": hidden_BTD,
+                    "latents": path.x_BKHWC,
+                    "next_latents": path.next_BKHWC,
+                    "step": jnp.broadcast_to(path.step_K, path.logprob_BK.shape),
+                    "flow_logprobs": path.logprob_BK,
+                }
+            else:
+                z_BHWC = sampler.euler(velocity, noise_BHWC, steps=settings.steps, flow=cfg.flow)
+        return to_uint8(model.pixels(z_BHWC)), arrays
 
-    return jax.jit(rollout, out_shardings=strategy.batch_sharding())
+    return strategy.jit(rollout, out_shardings=strategy.batch_sharding())
 
 
 def make_reference(
@@ -168,14 +161,13 @@ def make_reference(
     def reference(params: Any, frozen: Any, arrays: RolloutArrays) -> RolloutArrays:
         model = plan.model(params, frozen)
         found = {}
-        with nn.sharding_resolver(strategy.resolver):
-            if trains_tokens(rl) and rl.kl_coef:
-                found["reference_logprobs"], _ = token_logprobs(model, arrays, rl, image_ids, share)
-            if trains_flow(rl) and rl.flow.kl_coef:
-                found["reference_mean"], _ = flow_means(model, arrays, rl)
+        if trains_tokens(rl) and rl.kl_coef:
+            found["reference_logprobs"], _ = token_logprobs(model, arrays, rl, image_ids, share)
+        if trains_flow(rl) and rl.flow.kl_coef:
+            found["reference_mean"], _ = flow_means(model, arrays, rl)
         return found
 
-    return jax.jit(reference, out_shardings=strategy.batch_sharding())
+    return strategy.jit(reference, out_shardings=strategy.batch_sharding())
 
 
 def token_logprobs(

@@ -28,10 +28,34 @@ from blip3o_jax.data.encoded import (
 from blip3o_jax.data.examples import ExampleBuilder, Views
 from blip3o_jax.data.record import CHANGED, BadRecord, Source, read_record
 from blip3o_jax.parallel.distributed import barrier, log_host0
+from blip3o_jax.parallel.rules import Strategy
+from blip3o_jax.train.state import WEIGHTS, StatePlan
 
 # (pixels, tokenizer_pixels) uint8 [B, ...] -> (codes [B, N], latents [B, H, W, C])
 Encode = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 BATCH = 64
+
+
+def make_encode(plan: StatePlan, strategy: Strategy) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """Return the compiled (encoders, pixels, tokenizer_pixels) -> (codes [B, N], latents [B, H, W,
+    C]); `encoders` are the frozen parameters of "tokenizer" and "vae".
+    """
+    rows = strategy.batch_sharding()
+
+    def encode(
+        encoders: Any, pixels: jax.Array, tokenizer_pixels: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        # The other parts' parameters are zeros that no operation reads: XLA drops them.
+        nothing = {
+            group: jax.tree.map(lambda x: jax.numpy.zeros(x.shape, x.dtype), plan.abstract[group])
+            for group in WEIGHTS
+        }
+        model = plan.model(nothing["params"], nothing["frozen"] | encoders)
+        pixels = jax.lax.with_sharding_constraint(pixels, rows)
+        tokenizer_pixels = jax.lax.with_sharding_constraint(tokenizer_pixels, rows)
+        return model.codes(tokenizer_pixels), model.latents(pixels)
+
+    return strategy.jit(encode)
 
 
 def weights_fingerprint(frozen: Any) -> str:

@@ -304,20 +304,32 @@ class _Run:
         """Draws a few rows of `batch` into TensorBoard, where all of them are on this host."""
         if self.spec.preview is None or jax.process_count() > 1:
             return
-        rows = jax.tree.map(lambda x: x[: self.config.preview], batch)
+        # As many rows on every device, though fewer may be shown.
+        batch_shards = self.context.strategy.batch_shards
+        count = -(-self.config.preview // batch_shards) * batch_shards
+        rows = jax.tree.map(lambda x: x[:count], batch)
         leading = rows["bad_records"].shape
         keys_B = example_keys(self.config.seed, state["step"], math.prod(leading)).reshape(leading)
         images_BHWC = self._preview_program(state["params"], state["frozen"], rows, keys_B)
+        images_BHWC = images_BHWC[: math.prod((self.config.preview, *leading[1:]))]
         self.log.images(
             step, "eval/preview", np.asarray(jax.numpy.round(images_BHWC * 255)).astype(np.uint8)
         )
 
     @functools.cached_property
     def _preview_program(self) -> Any:
-        preview, plan = self.spec.preview, self.context.plan
-        return jax.jit(
-            lambda params, frozen, batch, keys_B: preview(plan.model(params, frozen), batch, keys_B)
-        )
+        return make_preview_program(self.spec.preview, self.context.plan, self.context.strategy)
+
+
+def make_preview_program(
+    preview: Callable[..., jax.Array], plan: StatePlan, strategy: Strategy
+) -> Callable[..., jax.Array]:
+    """Return the compiled (params, frozen, batch, keys_B) -> images [B, H, W, 3] of a preview."""
+
+    def program(params: Any, frozen: Any, batch: Batch, keys_B: jax.Array) -> jax.Array:
+        return preview(plan.model(params, frozen), batch, keys_B)
+
+    return strategy.jit(program)
 
 
 def with_groups(metrics: dict[str, float]) -> dict[str, float]:

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from blip3o_jax import nn
 from blip3o_jax.config import Config
 from blip3o_jax.parallel.rules import Strategy
 from blip3o_jax.train.optimizer import learning_rate
@@ -94,14 +93,13 @@ def make_step(
             batch["target_count"] = jnp.broadcast_to(
                 jnp.maximum(jnp.sum(batch["target"]), 1) / examples, leading
             )
-        with nn.sharding_resolver(strategy.resolver):
-            grads, metrics = _mean_gradients(
-                lambda p, b, k: loss_fn(p, state["frozen"], b, k),
-                state["params"],
-                batch,
-                example_keys(config.seed, state["step"], examples).reshape(leading),
-                config.optimizer.accumulate,
-            )
+        grads, metrics = _mean_gradients(
+            lambda p, b, k: loss_fn(p, state["frozen"], b, k),
+            state["params"],
+            batch,
+            example_keys(config.seed, state["step"], examples).reshape(leading),
+            config.optimizer.accumulate,
+        )
         with jax.named_scope("optimizer"):
             norms = {f"grad_norm/{part}": optax.tree.norm(g) for part, g in grads.items()}
             norm = jnp.sqrt(sum(n**2 for n in norms.values()))
@@ -137,6 +135,6 @@ def make_step(
     # On CPUs donated arrays are copied, after the step has written them elsewhere; a second state
     # is cheaper there.
     donated = () if strategy.mesh.devices.flat[0].platform == "cpu" else (0,)
-    return jax.jit(
+    return strategy.jit(
         step, donate_argnums=donated, out_shardings=(plan.shardings, strategy.replicated())
     )

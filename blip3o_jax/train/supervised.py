@@ -20,13 +20,13 @@ from blip3o_jax.parallel import distributed
 from blip3o_jax.parallel.rules import Strategy
 from blip3o_jax.text.vocabulary import Vocabulary
 from blip3o_jax.train import loop
-from blip3o_jax.train.encode import encoded_source, weights_fingerprint
+from blip3o_jax.train.encode import encoded_source, make_encode, weights_fingerprint
 from blip3o_jax.train.flops import model_flops, peak_flops
 from blip3o_jax.train.loop import RunContext, Summary, TrainerSpec
 from blip3o_jax.train.metrics import MetricLog, SilentLog
 from blip3o_jax.train.skipped import SkippedRecords
 from blip3o_jax.train.stages import STAGES, Batch, make_loss, make_preview
-from blip3o_jax.train.state import WEIGHTS, StatePlan, TrainState
+from blip3o_jax.train.state import StatePlan, TrainState
 from blip3o_jax.train.step import make_step
 from blip3o_jax.train.vocabulary import with_vocabulary
 
@@ -190,26 +190,12 @@ def _encode_sources(
         encoders = jax.device_put(
             multihost_utils.process_allgather(encoders, tiled=True), strategy.replicated()
         )
-    rows, shards = strategy.batch_sharding(), strategy.batch_shards
-
-    @jax.jit
-    def encode(
-        encoders: Any, pixels: jax.Array, tokenizer_pixels: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        # The other parts' parameters are zeros that no operation reads: XLA drops them.
-        nothing = {
-            group: jax.tree.map(lambda x: jax.numpy.zeros(x.shape, x.dtype), plan.abstract[group])
-            for group in WEIGHTS
-        }
-        model = plan.model(nothing["params"], nothing["frozen"] | encoders)
-        pixels, tokenizer_pixels = (
-            jax.lax.with_sharding_constraint(x, rows) for x in (pixels, tokenizer_pixels)
-        )
-        return model.codes(tokenizer_pixels), model.latents(pixels)
-
     fingerprint = weights_fingerprint(encoders)
-    run = functools.partial(encode, encoders)
+    run = functools.partial(make_encode(plan, strategy), encoders)
     return [
-        (encoded_source(source, run, fingerprint, config, batch_shards=shards), weight)
+        (
+            encoded_source(source, run, fingerprint, config, batch_shards=strategy.batch_shards),
+            weight,
+        )
         for source, weight in sources
     ]

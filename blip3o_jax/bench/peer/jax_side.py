@@ -179,13 +179,13 @@ class Side:
         pipeline = self._pipeline(*parts)
 
         def traced(params: Any, *arrays: jax.Array) -> Any:
-            with nn.sharding_resolver(self.strategy.resolver):
-                return run(nnx.merge(pipeline._graphdef, params), *arrays)
+            return run(nnx.merge(pipeline._graphdef, params), *arrays)
 
-        compiled, placed = jax.jit(traced), self._put(*arrays)
+        compiled = self.strategy.jit(traced)
+        placed = self._put(*arrays)
         return (
             lambda: compiled(pipeline._params, *placed),
-            count_flops(traced, pipeline._params, *placed),
+            count_flops(compiled, pipeline._params, *placed),
             pipeline,
         )
 

@@ -45,7 +45,8 @@ class ContrastiveEncoder:
             config.data.max_length,
             batch,
         )
-        self._embed_images, self._embed_text = jax.jit(self._pooled), jax.jit(self._tower)
+        self._embed_images = strategy.jit(self._pooled)
+        self._embed_text = strategy.jit(self._tower)
 
     def images(self, images_BHWC: np.ndarray) -> np.ndarray:
         """uint8 images -> float32 [B, D]. Fewer than the batch are padded, so that one program is
