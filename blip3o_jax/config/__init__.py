@@ -30,7 +30,7 @@ from blip3o_jax.config.run import STAGE_NAMES, Config, StageName
 from blip3o_jax.config.sampling import SamplingConfig
 from blip3o_jax.config.serializer import flat, from_dict, to_config_dict, to_dict
 from blip3o_jax.config.text import TemplateConfig, TextConfig
-from blip3o_jax.config.train import CheckpointConfig, LossConfig, OptimizerConfig
+from blip3o_jax.config.train import CheckpointConfig, LossConfig, OptimizerConfig, ScheduleConfig
 from blip3o_jax.config.types import REMAT, Dtype, Part, Remat
 
 __all__ = [
@@ -63,6 +63,7 @@ __all__ = [
     "RlConfig",
     "SamplingConfig",
     "SanaConfig",
+    "ScheduleConfig",
     "SiglipVisionConfig",
     "SourceConfig",
     "StageName",

@@ -6,6 +6,7 @@ may hold:
     steps: Annotated[int, Bounds(1, 10**9)] = 1000
     name: Literal["adamw", "muon"] = "adamw"
     clip: tuple[Positive, Positive] | None = None
+    kwargs: Keywords = Keywords()
 
 Values are checked when a group is constructed, in Python as from JSON or the command line. A number
 that JSON or Python wrote as an integer becomes the float a field declares, a list becomes its
@@ -36,6 +37,14 @@ from blip3o_jax.config.errors import (
 _BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
 Group = TypeVar("Group")
+
+
+class Keywords(tuple[tuple[str, Any], ...]):
+    """Keyword arguments of a function elsewhere: ((name, value), ...), given as a mapping or as
+    pairs. Values are numbers, text, booleans, None, or tuples and mappings of these.
+    """
+
+
 # Returns a value as an annotation declares it, or raises ConfigError that names the dotted field.
 Reader = Callable[[Any, str], Any]
 
@@ -170,6 +179,8 @@ def _typed(kind: Any) -> Reader:
         return lambda value, path: (
             value if isinstance(value, kind) else from_dict(value, kind, path)
         )
+    if kind is Keywords:
+        return _keywords
     origin = typing.get_origin(kind)
     if origin is typing.Literal:
         return _literal(typing.get_args(kind))
@@ -221,6 +232,42 @@ def _tuple(args: tuple[Any, ...]) -> Reader:
     return read
 
 
+def _keywords(value: Any, path: str) -> Keywords:
+    if type(value) is Keywords:
+        return value
+    plain = _plain(value, path)
+    pairs = isinstance(plain, tuple) and all(
+        isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str) for pair in plain
+    )
+    if not pairs:
+        raise ConfigError(f"{path}={shown(value)} must be {_KEYWORDS}")
+    names = [name for name, _ in plain]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"{path} gives {shown(name)} twice")
+    return Keywords(plain)
+
+
+_KEYWORDS = "keyword arguments such as \"{'momentum': 0.9, 'nesterov': True}\""
+
+
+def _plain(value: Any, path: str) -> Any:
+    """Return a value with lists as tuples and mappings as tuples of pairs, so that it can be hashed
+    and compared with itself as JSON brings it back.
+    """
+    if hasattr(value, "to_dict"):
+        value = value.to_dict()
+    if isinstance(value, dict):
+        value = tuple(value.items())
+    if isinstance(value, list | tuple):
+        return tuple(_plain(item, path) for item in value)
+    if value is not None and type(value) not in (bool, int, float, str):
+        raise ConfigError(f"{path} holds {shown(value)}: its values are numbers, text or booleans")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{path} holds {value}, which is no finite number")
+    return value
+
+
 def parse(text: str, hint: Any, key: str) -> Any:
     """Return `text`, from a command line, as a value of the kind that the annotation `hint`
     declares.
@@ -249,6 +296,8 @@ def _wanted(kind: Any) -> str:
         return "true or false"
     if kind in (int, float):
         return f"of type {kind.__name__}"
+    if kind is Keywords:
+        return _KEYWORDS
     inner, _, _ = unwrapped(typing.get_args(kind)[0])
     if is_group(inner):
         names = ", ".join(field_types(inner))

@@ -41,6 +41,8 @@ def to_config_dict(config: Config) -> Any:
             return ml_collections.ConfigDict(
                 {f.name: convert(getattr(value, f.name)) for f in dataclasses.fields(value)}
             )
+        if isinstance(value, fields.Keywords):
+            return ml_collections.ConfigDict(dict(value))
         if isinstance(value, tuple):
             return tuple(to_dict(v) if dataclasses.is_dataclass(v) else v for v in value)
         return value

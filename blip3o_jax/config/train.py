@@ -4,23 +4,52 @@ import dataclasses
 from typing import Annotated, Literal
 
 from blip3o_jax.config.constraints import Bounds
-from blip3o_jax.config.fields import ConfigGroup
-from blip3o_jax.config.types import Decay, Epsilon, Fraction, NonNegative, Part, Path, PositiveInt
+from blip3o_jax.config.fields import ConfigGroup, Keywords
+from blip3o_jax.config.types import (
+    Decay,
+    Dtype,
+    Epsilon,
+    Fraction,
+    NonNegative,
+    Part,
+    Path,
+    PositiveInt,
+    Text,
+)
 
 LearningRate = Annotated[float, Bounds(0, 100)]
 
 
 @dataclasses.dataclass(frozen=True)
-class OptimizerConfig(ConfigGroup, path="optimizer"):
-    """Linear warm-up to `learning_rate`, then a cosine to `end_learning_rate` at the last step."""
+class ScheduleConfig(ConfigGroup, path="optimizer.schedule"):
+    """A schedule of optax by name. `kwargs`, {argument: value}, are its arguments where they are
+    not to follow from `learning_rate`, `end_learning_rate` and `warmup_fraction`.
+    """
 
-    # Or "muon": the matrices of the layer stacks by Muon, the rest by AdamW
-    # (train/optimizer.py).
-    name: Literal["adamw", "muon"] = "adamw"
+    name: Text = "warmup_cosine_decay_schedule"
+    kwargs: Keywords = Keywords()
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig(ConfigGroup, path="optimizer"):
+    """Linear warm-up to `learning_rate`, then a cosine to `end_learning_rate` at the last step,
+    unless `schedule` says otherwise.
+    """
+
+    # Any optimizer of optax ("lion", "adafactor", "sgd", ...), or "muon": the matrices of the layer
+    # stacks by Muon, the rest by AdamW (train/optimizer.py).
+    name: Text = "adamw"
+    # Further arguments of the optimizer, {argument: value}.
+    kwargs: Keywords = Keywords()
+    schedule: ScheduleConfig = ScheduleConfig()
     learning_rate: LearningRate = 5e-5
     end_learning_rate: LearningRate = 1e-5
     warmup_fraction: Fraction = 0.01
+    # Norms and biases are not decayed.
     weight_decay: Annotated[float, Bounds(0, 100)] = 0.0
+    # Of the first moment (momentum); None: the parameters'.
+    mu_dtype: Dtype | None = None
+    # b1, b2, eps: of AdamW; muon_beta: of Muon. Other optimizers have them in `kwargs`.
     b1: Decay = 0.9
     b2: Decay = 0.95
     eps: Epsilon = 1e-8

@@ -1,54 +1,251 @@
-"""Optimizers with global-norm clipping, linear warm-up and a cosine to a floor.
+"""Optimizers and schedules of optax by name, with global-norm clipping and masked weight decay.
+
+`optimizer.name` is any function of `optax` that makes an optimizer of a learning rate (adamw, lion,
+adafactor, sgd, ...), or "muon", and `optimizer.schedule.name` any of its schedules. Their further
+arguments are `optimizer.kwargs` and `optimizer.schedule.kwargs`; what these leave out has optax's
+defaults, and for AdamW and Muon the settings b1, b2, eps and muon_beta.
 
 "muon" orthogonalises the momentum of every matrix of the layer stacks (`optax.contrib.muon`) and
 leaves the rest to AdamW: linear layers outside of stacks, embeddings, heads, convolutions, norms
 and biases. Its updates have the root mean square of AdamW's (arXiv 2502.16982, sec. 2.2), so that
 one learning rate serves both.
+
+Weight decay leaves out norms, biases and single numbers (logit scale and bias), as the trainer of
+transformers does (`Trainer.get_decay_parameter_names`); embeddings are decayed there and here.
 """
 
+import contextlib
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
-from blip3o_jax.config import OptimizerConfig
+from blip3o_jax.config import ConfigError, OptimizerConfig, check, check_choice
+from blip3o_jax.config.errors import not_a_choice, type_and_line
 
 # Kernels [layers, in, out], each layer for itself.
 _STACKED_MATRIX = optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)
+# Last names of the parameters that are not decayed: the scales of all norms are called "scale".
+_NOT_DECAYED = ("scale", "bias", "log_scale")
+_MASK = ("mask", "weight_decay_mask")
+_MOMENT_DTYPE = ("mu_dtype", "dtype_momentum", "accumulator_dtype")
+_OWN_SETTINGS = ("b1", "b2", "eps", "muon_beta")  # of "adamw" and "muon" alone
+# Their arguments are other schedules, which no setting can hold.
+_NO_SCHEDULES = ("join_schedules", "scale_by_schedule", "sgdr_schedule")
+
+
+@functools.cache
+def optimizers() -> dict[str, Callable[..., optax.GradientTransformation]]:
+    """Return the optimizers by name: those of optax that take a learning rate, and "muon"."""
+    found = {}
+    for name, make in vars(optax).items():
+        makes_one = inspect.isfunction(make) or isinstance(make, functools.partial)
+        if makes_one and not name.startswith(("_", "scale_by")) and "learning_rate" in _takes(make):
+            found[name] = make
+    return dict(sorted(found.items())) | {"muon": optax.contrib.muon}
+
+
+@functools.cache
+def schedules() -> dict[str, Callable[..., optax.Schedule]]:
+    """Return the schedules of optax by name."""
+    return {
+        name: make
+        for name, make in vars(optax).items()
+        if inspect.isfunction(make)
+        and (name.endswith("_schedule") or name == "exponential_decay")
+        and name not in _NO_SCHEDULES
+    }
 
 
 def learning_rate(cfg: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Return the schedule: linear warm-up from 0 over `warmup_fraction` of `steps`, then a cosine to
-    `end_learning_rate` at the last.
+    """Return the schedule: step -> learning rate.
+
+    The arguments that `schedule.kwargs` leaves out come from the settings: the highest value
+    (`peak_value`, or `init_value` and `value` where there is no warm-up) is `learning_rate`, the
+    last is `end_learning_rate`, warm-up takes `warmup_fraction` of `steps`, and the decay ends at
+    `steps`. Raises ConfigError for an unknown name or argument.
     """
+    schedule = cfg.schedule
+    check_choice("optimizer.schedule.name", schedule.name, schedules())
+    make = schedules()[schedule.name]
+    takes = _takes(make)
+    given = _keywords("optimizer.schedule.kwargs", schedule.name, schedule.kwargs, takes)
+    if isinstance(given.get("boundaries_and_scales"), tuple):
+        given["boundaries_and_scales"] = {
+            int(step): scale for step, scale in given["boundaries_and_scales"]
+        }
     warmup = max(1, round(cfg.warmup_fraction * steps))
-    return optax.warmup_cosine_decay_schedule(
-        0.0, cfg.learning_rate, warmup, max(steps, warmup + 1), cfg.end_learning_rate
+    derived = {
+        "value": cfg.learning_rate,
+        "peak_value": cfg.learning_rate,
+        "init_value": 0.0 if "peak_value" in takes else cfg.learning_rate,
+        "end_value": cfg.end_learning_rate,
+        "warmup_steps": warmup,
+        "decay_steps": max(steps, warmup + 1) if "warmup_steps" in takes else steps,
+        "transition_steps": max(1, steps - warmup) if "warmup_steps" in takes else steps,
+    }
+    arguments = {name: value for name, value in derived.items() if name in takes} | given
+    missing = [name for name, p in takes.items() if p.default is p.empty and name not in arguments]
+    check(
+        not missing,
+        f"optimizer.schedule.kwargs must give {', '.join(missing)}: {schedule.name} has no default",
     )
+    with _one_line(f"optimizer.schedule: optax.{schedule.name}"):
+        made = make(**arguments)
+        jax.eval_shape(made, jax.ShapeDtypeStruct((), jnp.int32))
+    return made
 
 
 def make_optimizer(cfg: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """Return the transformation of gradients of a run of `steps` steps.
+
+    Raises ConfigError for an unknown name or argument, and for a setting that the optimizer has no
+    argument for.
+    """
     rate = learning_rate(cfg, steps)
-    adamw = optax.adamw(rate, cfg.b1, cfg.b2, cfg.eps, weight_decay=cfg.weight_decay)
-    return optax.chain(
-        optax.clip_by_global_norm(cfg.clip_norm) if cfg.clip_norm else optax.identity(),
-        adamw
-        if cfg.name == "adamw"
-        else optax.partition({"muon": _muon(cfg, rate), "adamw": adamw}, _labels),
+    check_choice("optimizer.name", cfg.name, optimizers())
+    clip = optax.clip_by_global_norm(cfg.clip_norm) if cfg.clip_norm else optax.identity()
+    if cfg.name == "muon":
+        main = {"muon": _muon(cfg, rate), "adamw": _made(cfg, rate, "adamw", _adamw(cfg))}
+        return optax.chain(clip, optax.partition(main, _labels))
+    own = _adamw(cfg) if cfg.name == "adamw" else {}
+    return optax.chain(clip, _made(cfg, rate, cfg.name, own, cfg.kwargs))
+
+
+def decayed(params: Any) -> Any:
+    """Return a tree of bools like `params`: whether weight decay applies to the parameter."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: path[-1].key not in _NOT_DECAYED, params
     )
+
+
+def _adamw(cfg: OptimizerConfig) -> dict[str, Any]:
+    return {"b1": cfg.b1, "b2": cfg.b2, "eps": cfg.eps}
+
+
+def _made(
+    cfg: OptimizerConfig,
+    rate: optax.Schedule,
+    name: str,
+    own: Mapping[str, Any],
+    kwargs: tuple[tuple[str, Any], ...] = (),
+) -> optax.GradientTransformation:
+    """Return optax's optimizer `name` with the arguments `own`, which are settings, and `kwargs`."""
+    make = optimizers()[name]
+    takes = _takes(make)
+    arguments = {"learning_rate": rate, **own}
+    masks = [argument for argument in _MASK if argument in takes]
+    arguments |= dict.fromkeys(masks, decayed)
+    if masks and "weight_decay" in takes:
+        arguments["weight_decay"] = cfg.weight_decay
+    else:
+        check(
+            not cfg.weight_decay,
+            f"optimizer.weight_decay={cfg.weight_decay:g}: optax.{name} has no weight decay that "
+            "leaves out norms and biases; set it to 0",
+        )
+    arguments |= _moment_dtype(cfg, name, takes)
+    if not own:
+        _check_own_settings(cfg)
+    free = {a: p for a, p in takes.items() if a not in (*arguments, *_MOMENT_DTYPE)}
+    arguments |= _keywords("optimizer.kwargs", name, kwargs, free)
+    with _one_line(f"optimizer: optax.{name}"):
+        made = make(**arguments)
+        if kwargs or not own:
+            _check_runs(made)
+    return made
 
 
 def _muon(cfg: OptimizerConfig, rate: optax.Schedule) -> optax.GradientTransformation:
-    return optax.contrib.muon(
-        rate,
-        beta=cfg.muon_beta,
-        eps=cfg.eps,
-        weight_decay=cfg.weight_decay,
-        muon_weight_dimension_numbers=lambda params: jax.tree.map(
+    takes = _takes(optax.contrib.muon)
+    arguments = {
+        "learning_rate": rate,
+        "beta": cfg.muon_beta,
+        "eps": cfg.eps,
+        "weight_decay": cfg.weight_decay,
+        "muon_weight_dimension_numbers": lambda params: jax.tree.map(
             lambda _: _STACKED_MATRIX, params
         ),
-        consistent_rms=0.2,
+        "consistent_rms": 0.2,
+    } | _moment_dtype(cfg, "muon", takes)
+    # Optax's Muon has an AdamW of its own, which no parameter comes to here.
+    free = {
+        name: p
+        for name, p in takes.items()
+        if name not in (*arguments, *_MASK, *_MOMENT_DTYPE) and not name.startswith("adam_")
+    }
+    with _one_line("optimizer: optax.contrib.muon"):
+        return optax.contrib.muon(
+            **arguments, **_keywords("optimizer.kwargs", "muon", cfg.kwargs, free)
+        )
+
+
+def _moment_dtype(
+    cfg: OptimizerConfig, name: str, takes: Mapping[str, inspect.Parameter]
+) -> dict[str, Any]:
+    """Return the argument that sets the dtype of the first moment, {} where it is left as it is."""
+    if cfg.mu_dtype is None:
+        return {}
+    argument = next((a for a in _MOMENT_DTYPE if a in takes), None)
+    check(
+        argument is not None,
+        f"optimizer.mu_dtype={cfg.mu_dtype!r}: optax.{name} keeps its moments in the parameters' "
+        "dtype; leave it None",
     )
+    return {argument: cfg.mu_dtype}
+
+
+def _check_own_settings(cfg: OptimizerConfig) -> None:
+    """Raise ConfigError where a setting of AdamW or Muon is changed that this optimizer ignores."""
+    defaults = OptimizerConfig()
+    for name in _OWN_SETTINGS:
+        value = getattr(cfg, name)
+        check(
+            value == getattr(defaults, name),
+            f"optimizer.{name}={value:g} is for adamw and muon; give the arguments of {cfg.name} "
+            f"in optimizer.kwargs",
+        )
+
+
+def _keywords(
+    field: str,
+    owner: str,
+    kwargs: tuple[tuple[str, Any], ...],
+    takes: Mapping[str, inspect.Parameter],
+) -> dict[str, Any]:
+    """Return `kwargs` as a dict. ConfigError that names the nearest argument for one that `takes`
+    does not have.
+    """
+    for name, _ in kwargs:
+        if name not in takes:
+            raise ConfigError(f"{field}: argument {name!r} of {owner} {not_a_choice(name, takes)}")
+    return dict(kwargs)
+
+
+def _takes(make: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(make).parameters
+
+
+@contextlib.contextmanager
+def _one_line(what: str) -> Iterator[None]:
+    """Turn what optax raises for an argument's value into a ConfigError of one line."""
+    try:
+        yield
+    except Exception as error:
+        raise ConfigError(f"{what}: {type_and_line(error)}") from error
+
+
+def _check_runs(optimizer: optax.GradientTransformation) -> None:
+    """Raise what an update raises, on shapes alone: some arguments are looked at no earlier, and
+    some optimizers (lbfgs) ask for more than gradients.
+    """
+    params = {"kernel": jnp.zeros((2, 4, 4)), "scale": jnp.zeros(4)}
+    state = jax.eval_shape(optimizer.init, params)
+    jax.eval_shape(optimizer.update, params, state, params)
 
 
 def _labels(params: Any) -> Any:

@@ -87,6 +87,34 @@ def _initial_optimizer_state(
     } | {name: jnp.zeros((), jnp.int32) for name in COUNTERS}
 
 
+def _optimizer_shardings(
+    state: Any, params: Any, params_at: Any, replicated: jax.NamedSharding
+) -> Any:
+    """Return where the arrays of an optimizer's state lie: those of a parameter's shape as the
+    parameter, a factor of it (one dimension less, as of Adafactor) as the dimensions it has, all
+    others, counters and the like, on every device.
+
+    An array belongs to the parameter whose path its own path ends with.
+    """
+    at = dict(jax.tree.leaves_with_path(params_at))
+    placed = {path: (x.shape, at[path]) for path, x in jax.tree.leaves_with_path(params)}
+
+    def sharding(path: tuple[Any, ...], x: jax.ShapeDtypeStruct) -> jax.NamedSharding:
+        parameter = next((placed[path[i:]] for i in range(len(path)) if path[i:] in placed), None)
+        if parameter is None:
+            return replicated
+        shape, where = parameter
+        if x.shape == shape:
+            return where
+        spec = (*where.spec, *[None] * (len(shape) - len(where.spec)))
+        for i in range(len(shape)):
+            if x.shape == shape[:i] + shape[i + 1 :]:
+                return jax.NamedSharding(where.mesh, jax.P(*spec[:i], *spec[i + 1 :]))
+        return replicated
+
+    return jax.tree_util.tree_map_with_path(sharding, state)
+
+
 def plan_state(config: Config, strategy: Strategy) -> StatePlan:
     """Return shapes and shardings of the whole state; nothing is allocated."""
     for part, _ in strategy.parts:
@@ -108,20 +136,10 @@ def plan_state(config: Config, strategy: Strategy) -> StatePlan:
         strategy.parameter_shardings(frozen),
     )
     replicated = strategy.replicated()
-    # Where two optimizers share the parameters, each has a masked node in place of what is the
-    # other's.
-    masked = lambda x: isinstance(x, optax.MaskedNode)
     shardings = {
         "params": params_at,
         "frozen": frozen_at,
-        "opt": optax.tree.map_params(
-            optimizer,
-            lambda x, at: x if masked(x) else at,
-            shapes["opt"],
-            params_at,
-            transform_non_params=lambda _: replicated,
-            is_leaf=masked,
-        ),
+        "opt": _optimizer_shardings(shapes["opt"], shapes["params"], params_at, replicated),
         "ema": params_at if config.optimizer.ema_decay else {},
     } | dict.fromkeys(COUNTERS, replicated)
     abstract = jax.tree.map(

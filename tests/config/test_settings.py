@@ -67,8 +67,17 @@ def test_round_trips(value):
             "loss.caption_dropout hides prompts that model.template.supervise_prompt trains on",
         ),
         (
-            {"optimizer": {"name": "Moun"}},
-            "optimizer.name='Moun' is not one of adamw, muon; did you mean muon?",
+            {"optimizer": {"mu_dtype": "bf16"}},
+            "optimizer.mu_dtype='bf16' is not one of float32, bfloat16, float16; did you mean bfloat16?",
+        ),
+        (
+            {"optimizer": {"kwargs": 3}},
+            "optimizer.kwargs=3 must be keyword arguments such as "
+            "\"{'momentum': 0.9, 'nesterov': True}\"",
+        ),
+        (
+            {"optimizer": {"kwargs": {"mask": math.nan}}},
+            "optimizer.kwargs holds nan, which is no finite number",
         ),
         (
             {"learning_rate": 1e-4},

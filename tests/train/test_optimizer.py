@@ -1,15 +1,24 @@
-"""Clipping and schedule by hand; Muon against the stock transformation on one matrix at a time."""
+"""Clipping and schedule by hand; optimizers and schedules by name against optax itself; Muon against
+the stock transformation on one matrix at a time; where their states lie, and that they resume.
+"""
 
 import dataclasses
+import functools
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 from blip3o_jax import config as config_lib
-from blip3o_jax.train.optimizer import learning_rate, make_optimizer
+from blip3o_jax.blip3o import MODEL_PARTS, Blip3o
+from blip3o_jax.train.checkpoint import Checkpoints
+from blip3o_jax.train.optimizer import decayed, learning_rate, make_optimizer
+from blip3o_jax.train.state import _optimizer_shardings, plan_state
+from tests import tiny
 from tests.conftest import relative_error
 
 
@@ -102,3 +111,183 @@ def test_muon_leaves_all_but_stacked_matrices_to_adamw():
     )
     for (path, a), b in zip(jax.tree.leaves_with_path(got), jax.tree.leaves(want), strict=True):
         assert relative_error(a, b) < 1e-6, path
+
+
+def optimizer_config(**settings):
+    return config_lib.OptimizerConfig(
+        learning_rate=1e-2, warmup_fraction=0.1, clip_norm=0.0, **settings
+    )
+
+
+def not_decayed(params):
+    """As `decayed`, spelled out for `_muon_params`."""
+    return jax.tree.map(lambda x: True, params) | {
+        "layers": {"up": {"kernel": True}, "norm": {"scale": False}, "conv": {"kernel": True}}
+    }
+
+
+# Settings, and the same by optax itself. Each value differs from its default.
+BY_NAME = {
+    "adamw": (
+        {"weight_decay": 0.1, "b1": 0.8, "b2": 0.9, "eps": 1e-6, "mu_dtype": "bfloat16"},
+        lambda rate: optax.adamw(
+            rate, 0.8, 0.9, 1e-6, mu_dtype="bfloat16", weight_decay=0.1, mask=not_decayed
+        ),
+    ),
+    "nadamw": (
+        {"weight_decay": 0.1, "kwargs": {"b2": 0.9}},
+        lambda rate: optax.nadamw(rate, b2=0.9, weight_decay=0.1, mask=not_decayed),
+    ),
+    "lion": (
+        {"weight_decay": 0.1, "mu_dtype": "bfloat16", "kwargs": (("b1", 0.8),)},
+        lambda rate: optax.lion(
+            rate, b1=0.8, mu_dtype="bfloat16", weight_decay=0.1, mask=not_decayed
+        ),
+    ),
+    "adafactor": (
+        {"mu_dtype": "bfloat16", "kwargs": {"min_dim_size_to_factor": 8, "momentum": 0.9}},
+        lambda rate: optax.adafactor(
+            rate, min_dim_size_to_factor=8, momentum=0.9, dtype_momentum="bfloat16"
+        ),
+    ),
+    "sgd": (
+        {"kwargs": {"momentum": 0.9, "nesterov": True}},
+        lambda rate: optax.sgd(rate, momentum=0.9, nesterov=True),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+def test_an_optimizer_by_name_is_that_of_optax(name):
+    settings, stock = BY_NAME[name]
+    cfg, params = optimizer_config(name=name, **settings), _muon_params()
+    state = make_optimizer(cfg, 10).init(params)
+    want = stock(learning_rate(cfg, 10))
+    dtypes = lambda state: jax.tree.map(lambda x: x.dtype, state)
+    assert dtypes(state[1]) == dtypes(want.init(params))
+    got = _updates(make_optimizer(cfg, 10), params)
+    for a, b in zip(*map(jax.tree.leaves, (got, _updates(want, params))), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+SCHEDULES = {
+    "constant_schedule": ({}, lambda: optax.constant_schedule(1e-2)),
+    "cosine_decay_schedule": ({"alpha": 0.5}, lambda: optax.cosine_decay_schedule(1e-2, 40, 0.5)),
+    "linear_schedule": ({}, lambda: optax.linear_schedule(1e-2, 1e-5, 40)),
+    "warmup_constant_schedule": (
+        {"warmup_steps": 8},
+        lambda: optax.warmup_constant_schedule(0.0, 1e-2, 8),
+    ),
+    "piecewise_constant_schedule": (
+        {"boundaries_and_scales": {10: 0.5, 20: 0.1}},
+        lambda: optax.piecewise_constant_schedule(1e-2, {10: 0.5, 20: 0.1}),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_schedule_by_name_is_that_of_optax(name):
+    kwargs, stock = SCHEDULES[name]
+    cfg = optimizer_config(schedule={"name": name, "kwargs": kwargs})
+    # As config.json brings it back.
+    cfg = config_lib.from_dict(config_lib.to_dict(cfg), config_lib.OptimizerConfig)
+    rate, want = learning_rate(cfg, 40), stock()
+    assert [float(rate(step)) for step in range(41)] == [float(want(step)) for step in range(41)]
+
+
+REFUSED = [
+    ({"name": "Moun"}, "optimizer.name='Moun' is not one of .*; did you mean muon?"),
+    (
+        {"name": "adafactor", "kwargs": {"decay_rat": 0.9}},
+        "optimizer.kwargs: argument 'decay_rat' of adafactor is not one of .*; did you mean decay_rate?",
+    ),
+    ({"kwargs": {"b1": 0.9}}, "argument 'b1' of adamw is not one of eps_root, nesterov"),
+    ({"name": "muon", "kwargs": {"ns_step": 3}}, "did you mean ns_steps?"),
+    ({"name": "sgd", "kwargs": {"momentum": "much"}}, "optimizer: optax.sgd: "),
+    ({"name": "lbfgs"}, "optimizer: optax.lbfgs: "),
+    ({"name": "lion", "b2": 0.5}, "optimizer.b2=0.5 is for adamw and muon"),
+    ({"name": "sgd", "weight_decay": 0.1}, "optimizer.weight_decay=0.1: optax.sgd has no weight"),
+    ({"name": "adabelief", "mu_dtype": "bfloat16"}, "optimizer.mu_dtype='bfloat16': optax.adab"),
+    ({"schedule": {"name": "linear"}}, "schedule.name='linear' is .*did you mean linear_schedule?"),
+    ({"schedule": {"kwargs": {"init": 1}}}, "'init' of warmup_cosine_decay_schedule is not one of"),
+    (
+        {"schedule": {"name": "exponential_decay"}},
+        "optimizer.schedule.kwargs must give decay_rate: exponential_decay has no default",
+    ),
+    ({"schedule": {"kwargs": {"decay_steps": "x"}}}, "optimizer.schedule: optax.warmup_cosine"),
+]
+
+
+@pytest.mark.parametrize(("settings", "message"), REFUSED)
+def test_what_optax_does_not_have_is_refused_in_one_line(settings, message):
+    with pytest.raises(config_lib.ConfigError, match=message.replace("?", r"\?")) as error:
+        make_optimizer(config_lib.OptimizerConfig(**settings), 10)
+    assert "\n" not in str(error.value)
+
+
+def test_norms_biases_and_single_numbers_are_not_decayed():
+    """In the whole model: norms declare the logical axis "norm"."""
+    cfg = tiny.run_config(model={"editing": {"reference_slots": 2, "features": True}}).model
+    variables = nnx.state(nnx.eval_shape(lambda: Blip3o(cfg, MODEL_PARTS, seed=0)))
+    axes = {path: v.axes for path, v in nnx.to_flat_state(variables)}
+    mask = nnx.traversals.flatten_mapping(decayed(nnx.to_pure_dict(variables)))
+    assert mask.keys() == axes.keys() and 50 < sum(mask.values()) < len(mask)
+    for path, is_decayed in mask.items():
+        norm = "norm" in axes[path]
+        assert is_decayed == (not norm and path[-1] != "bias" and axes[path] != ()), path
+
+
+# Where the first moment and the factors of AR kernels [layers, embed, mlp], embed over fsdp and
+# mlp over tensor, lie.
+LIE = {
+    "adamw": {"mu": (None, "fsdp", "tensor"), "nu": (None, "fsdp", "tensor")},
+    "lion": {"mu": (None, "fsdp", "tensor")},
+    "adafactor": {"v_row": (None, "fsdp"), "v_col": (None, "tensor")},
+}
+
+
+@pytest.mark.parametrize("name", LIE)
+def test_the_state_of_an_optimizer_lies_with_its_parameters(name):
+    kwargs = {"min_dim_size_to_factor": 8} if name == "adafactor" else {}
+    cfg, _, _ = tiny.prepared("joint")
+    optimizer = {"name": name, "kwargs": tuple(kwargs.items())}
+    cfg = tiny.replace_fields(cfg, {"optimizer": optimizer})
+    plan = plan_state(cfg, tiny.strategy(**tiny.MESHES["fsdp_tp"]))
+    for field, spec in LIE[name].items():
+        at = optax.tree.get(plan.shardings["opt"], field)["ar"]["layers"]["mlp"]["up"]["kernel"]
+        assert tuple(at.spec) == spec, field
+    counts = optax.tree.get_all_with_path(plan.shardings["opt"], "count")
+    assert counts and all(at.is_fully_replicated for _, at in counts)
+
+
+@pytest.mark.parametrize("name", ["adafactor", "lion"])
+def test_a_sharded_state_resumes(name, tmp_path):
+    """Saved after one update and restored into its shards, the next is that of an unbroken run."""
+    kwargs = {"min_dim_size_to_factor": 8} if name == "adafactor" else {}
+    optimizer = make_optimizer(optimizer_config(name=name, kwargs=kwargs), 10)
+    strategy, params = tiny.strategy("fsdp", fsdp=8), {"part": {"kernel": jnp.ones((16, 8))}}
+    at = {"part": {"kernel": strategy.sharding("ar", ("embed", None), (16, 8))}}
+    shapes = {"params": params, "opt": jax.eval_shape(optimizer.init, params)}
+    where = _optimizer_shardings(shapes["opt"], params, at, strategy.replicated())
+    shardings = {"params": at, "opt": where}
+
+    @functools.partial(jax.jit, out_shardings=shardings)
+    def step(state):
+        grads = jax.tree.map(lambda x: x * jnp.arange(1.0, 9.0), state["params"])
+        updates, opt = optimizer.update(grads, state["opt"], state["params"])
+        return {"params": optax.apply_updates(state["params"], updates), "opt": opt}
+
+    start = {"params": params, "opt": optimizer.init(params)}
+    once = step(step(jax.device_put(start, shardings)))
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=1)
+    checkpoints.open(tiny.run_config(), None)
+    checkpoints.save(1, once, {}, 1.0)
+    checkpoints.close()
+    abstract = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
+    )
+    restored, _ = checkpoints.restore(1, types.SimpleNamespace(abstract=abstract))
+    got, want = step(restored), step(once)
+    for a, b in zip(*map(jax.tree.leaves, (got, want)), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert float(jnp.abs(want["params"]["part"]["kernel"] - 1).max()) > 1e-3
