@@ -12,7 +12,8 @@ from blip3o_jax.config import UserError
 TENSORSTORE = (
     'RESOURCE_EXHAUSTED: Error writing local file "/run/2.tmp/state/_sharding": '
     'Failed writing: "/run/2.tmp/state/_sharding.__lock": '
-    "Failed to write 70498 bytes to file 9: No space left on device [os_error_code='28'] [source locations='x.cc:1']"
+    "Failed to write 70498 bytes to file 9: No space left on device [os_error_code='28'] [source "
+    "locations='x.cc:1']"
 )
 
 

@@ -26,7 +26,8 @@ def linear(d_in: int, d_out: int) -> int:
 
 @pytest.fixture(scope="module")
 def stock() -> dict[str, int]:
-    """Parameters of each part of the 1.7B + 1.6B model, from the classes' own published settings."""
+    """Parameters of each part of the 1.7B + 1.6B model, from the classes' own published
+    settings."""
     qwen3 = transformers.Qwen3Config(
         vocab_size=217210,
         hidden_size=2048,

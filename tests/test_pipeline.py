@@ -161,7 +161,8 @@ def test_eight_devices_give_the_same(checkpoint, unrounded_on_one, alone, name):
         (
             ["a cat"],
             {"stepps": 3},
-            "unknown sampling setting stepps: it takes batch_size, guidance, reference_guidance, steps",
+            "unknown sampling setting stepps: it takes batch_size, guidance, reference_guidance, "
+            "steps",
         ),
         (["a cat"], {"top_p": 2.0}, "sampling.top_p=2.0"),
         (["a cat"], {"top_p": 0.0}, "sampling.top_p=0.0"),

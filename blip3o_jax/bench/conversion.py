@@ -37,7 +37,8 @@ def run(model: ModelConfig, out: pathlib.Path, *, dtype: str = "bfloat16") -> di
         import safetensors  # noqa: F401
     except ImportError as error:
         raise UserError(
-            "bench conversion compares with the safetensors library: pip install 'blip3o_jax[convert]'"
+            "bench conversion compares with the safetensors library: pip install "
+            "'blip3o_jax[convert]'"
         ) from error
     rows: dict[str, dict[str, float]] = {}
     out.mkdir(parents=True, exist_ok=True)

@@ -65,8 +65,8 @@ VARIANTS = ("here", "as published")
 
 @dataclasses.dataclass
 class _Variant:
-    """One variant of doing a step, with its state. `sample` takes a row of tokens for each prompt, or for
-    each image.
+    """One variant of doing a step, with its state. `sample` takes a row of tokens for each prompt,
+    or for each image.
     """
 
     sample: Callable[..., tuple[jax.Array, RolloutArrays]]
@@ -80,14 +80,15 @@ class _Variant:
 
 
 def bench(config: Config, out: pathlib.Path, *, rounds: int, command: str) -> dict[str, Any]:
-    """Times `rounds` rollouts and updates of both variants and writes `out`/rl.json. UserError for what
-    cannot be compared.
+    """Times `rounds` rollouts and updates of both variants and writes `out`/rl.json. UserError for
+    what cannot be compared.
     """
     config = method.resolved(config)
     rl = config.rl
     if rl.policy != "ar" or not rl.kl_coef or rl.rollout.top_k or rl.rollout.top_p < 1:
         raise UserError(
-            "bench rl compares rl.policy=ar with rl.kl_coef above 0, top_k=0 and top_p=1, as published: set them"
+            "bench rl compares rl.policy=ar with rl.kl_coef above 0, top_k=0 and top_p=1, as "
+            "published: set them"
         )
     prompts = read_prompts(rl.prompts_file)
     strategy = Strategy.of(config.mesh)
@@ -198,7 +199,8 @@ def print_report(report: dict[str, Any]) -> None:
     ratio, equal = report["ratio"], report["equal"]
     print(f"of sampling, {report['pixels']:.3f} s are denoising and autoencoder, the same in both")
     print(
-        f"a step here is {ratio['median']:.2f} x as fast ({ratio['min']:.2f} to {ratio['max']:.2f} over the rounds)"
+        f"a step here is {ratio['median']:.2f} x as fast ({ratio['min']:.2f} to {ratio['max']:.2f} "
+        "over the rounds)"
     )
     print("first step: " + ", ".join(f"{name} {value:.2g}" for name, value in equal.items()))
 

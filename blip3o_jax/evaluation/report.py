@@ -199,7 +199,8 @@ def to_json(value: Any) -> Any:
 def data_uri(image_HWC: np.ndarray) -> str:
     if image_HWC.dtype != np.uint8 or image_HWC.ndim != 3 or image_HWC.shape[-1] != 3:
         raise ValueError(
-            f"a report's image must be uint8 [height, width, 3], not {image_HWC.dtype} {image_HWC.shape}"
+            f"a report's image must be uint8 [height, width, 3], not {image_HWC.dtype} "
+            f"{image_HWC.shape}"
         )
     buffer = io.BytesIO()
     Image.fromarray(image_HWC).save(buffer, format="PNG", optimize=True)
@@ -253,7 +254,8 @@ def _scoreboard(results: Results) -> str:
             for kind, share in (("random", score.random), ("real", score.real))
         )
         rows.append(
-            f'<tr{total}><th scope="row">{_text(_words(score.name))}</th><td class="bar"><span class="track">'
+            f'<tr{total}><th scope="row">{_text(_words(score.name))}</th><td class="bar"><span '
+            'class="track">'
             f'<b style="width:{100 * score.model:.2f}%"></b>{marks}</span></td>'
             f"<td><strong>{_percent(score.model)}</strong></td><td>{_percent(score.random)}</td>"
             f"<td>{_percent(score.real)}</td><td>{score.prompts:,}</td></tr>"
@@ -276,7 +278,8 @@ def _filters(samples: Sequence[Sample]) -> str:
 
 def _buttons(kind: str, counts: Mapping[str, int], total: int) -> str:
     buttons = "".join(
-        f'<button type="button" data-{kind}="{_text(value)}" aria-pressed="{"false" if value else "true"}">'
+        f'<button type="button" data-{kind}="{_text(value)}" '
+        f'aria-pressed="{"false" if value else "true"}">'
         f"{_text(_words(value) or 'all')} <small>{count}</small></button>"
         for value, count in (("", total), *counts.items())
     )
@@ -300,7 +303,8 @@ def _sample(sample: Sample) -> str:
     return (
         f'<figure class="sample" data-category="{_text(sample.category)}" data-outcome="{outcome}">'
         f"{_img(sample.image_HWC, sample.prompt)}<figcaption>"
-        f'<span class="outcome {outcome}">{mark} {outcome}</span><span class="category">{_text(_words(sample.category))}</span>'
+        f'<span class="outcome {outcome}">{mark} {outcome}</span><span '
+        f'class="category">{_text(_words(sample.category))}</span>'
         f'<span class="prompt">{_text(sample.prompt)}</span>{reason}</figcaption></figure>'
     )
 
@@ -319,9 +323,12 @@ def _changes(results: Results) -> str:
             100 * (after.model - before.model),
         )
         rows.append(
-            f'<tr{total}><th scope="row">{_text(_words(after.name))}</th><td class="bar"><span class="track">'
-            f'<b style="width:{100 * after.model:.2f}%"></b><i style="left:{100 * before.model:.2f}%"></i></span></td>'
-            f"<td>{_percent(before.model)}</td><td><strong>{_percent(after.model)}</strong></td><td>{change:+.1f}</td></tr>"
+            f'<tr{total}><th scope="row">{_text(_words(after.name))}</th><td class="bar"><span '
+            'class="track">'
+            f'<b style="width:{100 * after.model:.2f}%"></b><i '
+            f'style="left:{100 * before.model:.2f}%"></i></span></td>'
+            f"<td>{_percent(before.model)}</td><td><strong>{_percent(after.model)}</strong></td>"
+            f"<td>{change:+.1f}</td></tr>"
         )
     return "".join(rows)
 
@@ -337,8 +344,10 @@ def _changed(before: Sample, after: Sample) -> str:
     reason = f"before: {before.reason}" if after.correct else f"after: {after.reason}"
     return (
         f'<figure class="pair"><div>{_img(before.image_HWC, "before: " + before.prompt)}'
-        f'{_img(after.image_HWC, "after: " + after.prompt)}</div><figcaption><span class="outcome {outcome}">{words}</span> '
-        f'<span class="prompt">{_text(after.prompt)}</span><span class="reason">{_text(reason)}</span></figcaption></figure>'
+        f'{_img(after.image_HWC, "after: " + after.prompt)}</div><figcaption><span class="outcome '
+        f'{outcome}">{words}</span> '
+        f'<span class="prompt">{_text(after.prompt)}</span><span class="reason">{_text(reason)}'
+        "</span></figcaption></figure>"
     )
 
 
@@ -347,9 +356,12 @@ def _image_task(suite: ImageTask) -> str:
     for i, (name, count, model, baseline) in enumerate(suite.scores, 1):
         total = ' class="total"' if i == len(suite.scores) else ""
         rows.append(
-            f'<tr{total}><th scope="row">{_text(_words(name))}</th><td class="bar"><span class="track">'
-            f'<b style="width:{100 * model:.2f}%"></b><i class="random" style="left:{100 * baseline:.2f}%"></i></span></td>'
-            f"<td><strong>{_percent(model)}</strong></td><td>{_percent(baseline)}</td><td>{count:,}</td></tr>"
+            f'<tr{total}><th scope="row">{_text(_words(name))}</th><td class="bar"><span '
+            'class="track">'
+            f'<b style="width:{100 * model:.2f}%"></b><i class="random" '
+            f'style="left:{100 * baseline:.2f}%"></i></span></td>'
+            f"<td><strong>{_percent(model)}</strong></td><td>{_percent(baseline)}</td><td>{count:,}"
+            "</td></tr>"
         )
     names = ("model", suite.baseline, "prompts")
     head = '<th scope="col">Category</th><th class="bar"></th>' + "".join(
@@ -392,7 +404,8 @@ def _reconstruction(pair: Reconstruction) -> str:
     psnr = f"{10 * math.log10(255**2 / error):.1f} dB" if error else "identical"
     return (
         f'<figure class="pair"><div>{_img(pair.original_HWC, "original")}'
-        f"{_img(pair.reconstruction_HWC, 'reconstruction')}</div><figcaption>PSNR {psnr}</figcaption></figure>"
+        f"{_img(pair.reconstruction_HWC, 'reconstruction')}</div><figcaption>PSNR {psnr}"
+        "</figcaption></figure>"
     )
 
 
@@ -405,7 +418,8 @@ def _token_map(token_map: TokenMap) -> str:
     return (
         f'<figure class="pair tokens" data-columns="{columns}" data-ids="{data}">'
         f"<div>{_img(token_map.image_HWC, token_map.caption or 'image')}{colours}</div><figcaption>"
-        f"<output>{ids_HW.size} tokens, {len(np.unique(ids_HW))} different</output>{caption}</figcaption></figure>"
+        f"<output>{ids_HW.size} tokens, {len(np.unique(ids_HW))} different</output>{caption}"
+        "</figcaption></figure>"
     )
 
 
@@ -413,7 +427,8 @@ def _times(seconds: Mapping[str, float]) -> str:
     longest = max(seconds.values(), default=0) or 1
     return "".join(
         f'<tr><th scope="row">{_text(_words(name))}</th><td class="bar"><span class="track plain">'
-        f'<b style="width:{100 * value / longest:.2f}%"></b></span></td><td>{_duration(value)}</td></tr>'
+        f'<b style="width:{100 * value / longest:.2f}%"></b></span></td><td>{_duration(value)}</td>'
+        "</tr>"
         for name, value in seconds.items()
     )
 

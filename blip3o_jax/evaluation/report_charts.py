@@ -58,11 +58,15 @@ def line_chart(name: str, steps: Sequence[int], values: Sequence[float]) -> str:
     ]
     axis = " <small>log scale</small>" if logarithmic else ""
     return (
-        f'<figure class="chart"><figcaption><span>{title}{axis}</span> <output>last {_short(values_[-1])}</output></figcaption>'
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{title}: from {_short(values_[0])} to '
-        f'{_short(values_[-1])}" data-points="{html.escape(json.dumps(points, separators=(",", ":")))}">'
+        f'<figure class="chart"><figcaption><span>{title}{axis}</span> <output>last '
+        f"{_short(values_[-1])}</output></figcaption>"
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{title}: from '
+        f"{_short(values_[0])} to "
+        f'{_short(values_[-1])}" '
+        f'data-points="{html.escape(json.dumps(points, separators=(",", ":")))}">'
         f'<g class="axis">{rows}{columns}</g><path d="{path}"/>'
-        f'<line class="cursor" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/><circle r="3.5" cx="{x[-1]:.1f}" cy="{y[-1]:.1f}"/>'
+        f'<line class="cursor" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/><circle r="3.5" cx="{x[-1]:.1f}" '
+        f'cy="{y[-1]:.1f}"/>'
         "</svg></figure>"
     )
 

@@ -12,8 +12,8 @@ SuitePrompt = dict[str, Any]  # {"caption", "category", ...}
 @dataclasses.dataclass(frozen=True)
 class SuiteResult:
     """Fractions of correct outputs per category and overall (the mean of the categories, as in
-    GenEval), and the correctness of each output with its reason. `means`: mean values of the suite's
-    further measures, by name.
+    GenEval), and the correctness of each output with its reason. `means`: mean values of the
+    suite's further measures, by name.
     """
 
     overall: float
@@ -33,8 +33,8 @@ def tally(
     prompts: Sequence[SuitePrompt],
     **measured: Sequence[float],
 ) -> SuiteResult:
-    """Aggregate the correctness of single outputs by the category of their prompts; `measured` holds one
-    value an output by name.
+    """Aggregate the correctness of single outputs by the category of their prompts; `measured`
+    holds one value an output by name.
     """
     of: dict[str, list[bool]] = {}
     for prompt, right in zip(prompts, correct, strict=True):

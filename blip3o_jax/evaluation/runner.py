@@ -68,7 +68,8 @@ def find_suite(
     if name in SUITES and prompts_file is None:
         if images_per_prompt != 1:
             raise UserError(
-                f"suite {name} draws one image a prompt, not {images_per_prompt}: take more --num_prompts"
+                f"suite {name} draws one image a prompt, not {images_per_prompt}: take more "
+                "--num_prompts"
             )
         return SUITES[name]
     if not reward.startswith("python:"):
@@ -126,7 +127,8 @@ def evaluate(
         file=sys.stderr,
     )
     print(
-        f"{suite}: {scores['overall']:.3f} of {len(evaluation.prompts)} held-out prompts, {out}/scores.json",
+        f"{suite}: {scores['overall']:.3f} of {len(evaluation.prompts)} held-out prompts, "
+        f"{out}/scores.json",
         file=sys.stderr,
     )
     return evaluation

@@ -27,7 +27,8 @@ def check_size(suite: str, image_size: int) -> None:
     """Raise UserError for images too small for the scorer."""
     if image_size < SMALLEST:
         raise UserError(
-            f"suite {suite} scores images of {SMALLEST} pixels or more: the checkpoint's model.image_size is {image_size}"
+            f"suite {suite} scores images of {SMALLEST} pixels or more: the checkpoint's "
+            f"model.image_size is {image_size}"
         )
 
 

@@ -86,7 +86,8 @@ class RolloutLog:
         self._lines.write(*lines)
 
     def sync(self) -> None:
-        """Flush all lines to disk: a run that resumes from a step writes no rollout before it again."""
+        """Flush all lines to disk: a run that resumes from a step writes no rollout before it
+        again."""
         self._lines.sync()
 
     def close(self) -> None:

@@ -49,7 +49,8 @@ class RatioMonitor:
             )
             if bound and largest > bound:
                 raise UserError(
-                    f"{message}, more than rl.max_ratio_gap={bound:g}: raise it above rounding (docs/rl.md), or "
+                    f"{message}, more than rl.max_ratio_gap={bound:g}: raise it above rounding "
+                    "(docs/rl.md), or "
                     "compute in float32 (model.ar.dtype, model.dit.dtype)"
                 )
             if mean > rounding and not self._warned:

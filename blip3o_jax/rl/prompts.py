@@ -41,7 +41,8 @@ class PromptRows:
         length = len(self._ids(longest))
         if length > max_length:
             raise UserError(
-                f"rl.prompts_file: prompt {longest.text[:60]!r} has {length} tokens; data.max_length={config.data.max_length} "
+                f"rl.prompts_file: prompt {longest.text[:60]!r} has {length} tokens; "
+                f"data.max_length={config.data.max_length} "
                 f"leaves {max_length} beside the image's: shorten it, or raise data.max_length"
             )
         self.length = min(-(-length // LENGTH_BUCKET) * LENGTH_BUCKET, max_length)

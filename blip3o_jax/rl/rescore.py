@@ -42,7 +42,8 @@ def rescore(
     )
     if not lines:
         raise UserError(
-            f"{workdir} holds no rollouts.jsonl with lines: name the --workdir of a run of blip3o rl"
+            f"{workdir} holds no rollouts.jsonl with lines: name the --workdir of a run of blip3o "
+            "rl"
         )
     _image(workdir, lines[0])
     if out.is_dir():

@@ -40,7 +40,8 @@ def joined(text: str) -> list[str]:
 
 
 def commands_of_pages() -> list[tuple[str, str]]:
-    """Return (place, command) for each line of the shell blocks, and each `blip3o ...` in the text."""
+    """Return (place, command) for each line of the shell blocks, and each `blip3o ...` in the
+    text."""
     found = []
     for page in PAGES:
         name = page.relative_to(ROOT)

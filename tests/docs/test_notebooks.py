@@ -1,4 +1,5 @@
-"""The notebooks of docs/notebooks run from the first cell to the last, and are kept without outputs."""
+"""The notebooks of docs/notebooks run from the first cell to the last, and are kept without
+outputs."""
 
 import os
 

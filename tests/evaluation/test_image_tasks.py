@@ -1,4 +1,5 @@
-"""The suites of editing, understanding and reconstruction: an oracle's result, and the baselines'."""
+"""The suites of editing, understanding and reconstruction: an oracle's result, and the
+baselines'."""
 
 import json
 

@@ -78,7 +78,8 @@ def test_files(tmp_path, monkeypatch, capsys):
         (
             "gen_eval",
             None,
-            "suite='gen_eval' is not one of shapes, shapes_edit, shapes_qa, reconstruct, ocr, geneval",
+            "suite='gen_eval' is not one of shapes, shapes_edit, shapes_qa, reconstruct, ocr, "
+            "geneval",
         ),
         (
             "geneval,detector=shapes",

@@ -151,7 +151,8 @@ def test_slurm_requeues_what_has_saved():
         *SLURM, "--partition=gpu", "--time=04:00:00", *SHARED, "--config.mesh.strategy=fsdp"
     )
     assert script.startswith(
-        "#!/usr/bin/env bash\n#SBATCH --job-name=blip3o\n#SBATCH --nodes=4\n#SBATCH --ntasks-per-node=8\n"
+        "#!/usr/bin/env bash\n#SBATCH --job-name=blip3o\n#SBATCH --nodes=4\n#SBATCH "
+        "--ntasks-per-node=8\n"
     )
     for line in (
         "#SBATCH --partition=gpu",
@@ -173,9 +174,11 @@ def local(tmp_path, *statuses, restarts=3):
     program, count = tmp_path / "python", tmp_path / "count"
     program.write_text(
         "#!/bin/bash\n[[ $2 != import* ]] || { echo 1234; exit; }\n"
-        f"host=${{*: -1}}; host=${{host#--process_id=}}; echo x >> {count}$host; n=$(wc -l < {count}$host)\n"
+        f"host=${{*: -1}}; host=${{host#--process_id=}}; echo x >> {count}$host; n=$(wc -l < "
+        f"{count}$host)\n"
         f"table=({' '.join(','.join(map(str, each)) for each in statuses)})\n"
-        'IFS=, read -ra mine <<< "${table[host]}"; exit "${mine[n <= ${#mine[@]} ? n - 1 : ${#mine[@]} - 1]}"\n'
+        'IFS=, read -ra mine <<< "${table[host]}"; exit "${mine[n <= ${#mine[@]} ? n - 1 : '
+        '${#mine[@]} - 1]}"\n'
     )
     program.chmod(0o755)
     command = [

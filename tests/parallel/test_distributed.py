@@ -297,7 +297,8 @@ def test_hosts_that_disagree_are_refused_with_one_line(tmp_path):
     )
     assert said == [
         (
-            "blip3o: error: the hosts disagree, nothing was run: host 1 has another configuration than host 0: "
+            "blip3o: error: the hosts disagree, nothing was run: host 1 has another configuration "
+            "than host 0: "
             "optimizer.b1 is 0.5, not 0.9, seed is 3, not 0\n",
             2,
         ),
@@ -345,7 +346,8 @@ def test_what_hosts_disagree_on_is_named(tmp_path):
     many = mine | {"config": {name: 0 for name in "abcdef"}}
     complaint = distributed._inconsistency(many, zero, 5)
     assert complaint.startswith(
-        "host 5 has another configuration than host 0: a is 0, not [1], b is 0, not 2, c is 0, not None"
+        "host 5 has another configuration than host 0: a is 0, not [1], b is 0, not 2, c is 0, not "
+        "None"
     )
     assert complaint.endswith(", and 3 more")
     other = mine | {"code": code | {"jax": "0.1"}}

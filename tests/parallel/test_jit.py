@@ -87,7 +87,8 @@ def pins(program, *arguments) -> int:
 
 @functools.cache
 def run():
-    """(configuration, image_token_offset, batch, strategy, plan) of a joint run, from shapes alone."""
+    """(configuration, image_token_offset, batch, strategy, plan) of a joint run, from shapes
+    alone."""
     cfg, offset, batch = tiny.prepared("joint")
     strategy = tiny.strategy("fsdp", data=2, fsdp=2)
     return cfg, offset, batch, strategy, plan_state(cfg, strategy)

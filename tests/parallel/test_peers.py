@@ -119,11 +119,13 @@ def test_sigterm_at_one_host_is_known_to_all(hosts):
             JaxRuntimeError(
                 "INTERNAL: step:\nGloo all-reduce failed: Connection reset by peer\nat"
             ),
-            f"the connection between the hosts failed (Gloo all-reduce failed: Connection reset by peer); {AGAIN}",
+            "the connection between the hosts failed (Gloo all-reduce failed: Connection reset by "
+            f"peer); {AGAIN}",
         ),
         (
             distributed.BarrierError("barrier 'end': not all hosts came within 300 s"),
-            f"the connection between the hosts failed (barrier 'end': not all hosts came within 300 s); {AGAIN}",
+            "the connection between the hosts failed (barrier 'end': not all hosts came within "
+            f"300 s); {AGAIN}",
         ),
         (JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory"), None),
         (ValueError("gloo"), None),

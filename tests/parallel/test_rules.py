@@ -64,7 +64,8 @@ def test_a_batch_that_does_not_divide():
     strategy = tiny.strategy("fsdp", data=2, fsdp=2)
     strategy.check_batch(16, accumulate=4)
     with fails(
-        "data.batch_size=6 does not divide over 4 batch shards (mesh data=2 x fsdp=2) x 1 micro-batches: use a multiple of 4"
+        "data.batch_size=6 does not divide over 4 batch shards (mesh data=2 x fsdp=2) x 1 "
+        "micro-batches: use a multiple of 4"
     ):
         strategy.check_batch(6)
     with fails("use a multiple of 16"):
@@ -92,14 +93,16 @@ def test_parts_have_tables_of_their_own():
 
 def test_axes_that_nothing_would_lie_over():
     with fails(
-        "mesh.tensor=2: strategy fsdp puts nothing on that axis, its devices would all do the same; use fsdp_tp"
+        "mesh.tensor=2: strategy fsdp puts nothing on that axis, its devices would all do the "
+        "same; use fsdp_tp"
     ):
         tiny.strategy("fsdp", fsdp=2, tensor=2)
     with fails("mesh.sequence=2: strategy fsdp_tp puts nothing on that axis"):
         tiny.strategy("fsdp_tp", fsdp=2, tensor=2, sequence=2)
     tiny.strategy("fsdp", fsdp=2, sequence=2, parts=(("dit", "fsdp_sp"),))
     with fails(
-        "mesh.strategy='hybrid' is for several slices: set mesh.slices and mesh.data to their number"
+        "mesh.strategy='hybrid' is for several slices: set mesh.slices and mesh.data to their "
+        "number"
     ):
         tiny.strategy("hybrid", fsdp=8)
 

@@ -41,7 +41,8 @@ def heartbeat(phase, step, since=700.0, seen=995.0):
         ([heartbeat("compile", 1)], "host 0 is stuck in compile at step 1 for 300 s"),
         (
             [heartbeat("step", 3)] * 6 + [heartbeat("data", 3)],
-            "host 6 is stuck in data at step 3 for 300 s; hosts 0, 1, 2 and 3 more in step at step 3",
+            "host 6 is stuck in data at step 3 for 300 s; hosts 0, 1, 2 and 3 more in step at step "
+            "3",
         ),
     ],
 )

@@ -63,7 +63,8 @@ class Op:
     root: bool
 
     def attribute(self, name: str) -> str | None:
-        """Return the text of attribute `name` up to the comma or bracket that ends it: name=text."""
+        """Return the text of attribute `name` up to the comma or bracket that ends it:
+        name=text."""
         found = re.search(rf"(?:^|[ ,]){name}=", self.attributes)
         return _value(self.attributes, found.end()) if found else None
 

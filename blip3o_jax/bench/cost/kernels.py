@@ -21,7 +21,8 @@ from blip3o_jax.parallel.chips import Chip
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """Of one custom call on one device; `cycles` of its clock, 0 where they have not been counted."""
+    """Of one custom call on one device; `cycles` of its clock, 0 where they have not been
+    counted."""
 
     flops: int
     cycles: float = 0.0

@@ -144,7 +144,8 @@ def _check_torch() -> None:
         import transformers  # noqa: F401
     except ImportError as error:
         raise UserError(
-            f"bench peer compares with PyTorch, but {error.name} is not installed: pip install 'blip3o_jax[convert]'"
+            f"bench peer compares with PyTorch, but {error.name} is not installed: pip install "
+            "'blip3o_jax[convert]'"
         ) from error
 
 
@@ -174,7 +175,8 @@ def _check_same_model(
 
     if found := differing(theirs, ours, "model."):
         raise UserError(
-            f"{found[0]}: they do not hold the same model; make one from the other with blip3o convert"
+            f"{found[0]}: they do not hold the same model; make one from the other with blip3o "
+            "convert"
         )
 
 
@@ -328,7 +330,8 @@ def differences(item: str, started: dict[str, Any], device: str) -> dict[str, fl
             item == "tokenizer" and found[side] < 0.01 + TOLERANCE[device]
         ):
             raise UserError(
-                f"bench peer: {item} of {side} differs from JAX's by {found[side]:.1e}: the directories do not hold the same "
+                f"bench peer: {item} of {side} differs from JAX's by {found[side]:.1e}: the "
+                "directories do not hold the same "
                 "weights; blip3o convert verify says which"
             )
     return found

@@ -47,7 +47,8 @@ class Side:
             AssertionError,
         ) as error:  # the latter where jaxlib has no plugin for CUDA
             raise UserError(
-                "bench peer --device=gpu: JAX finds no GPU; use --device=cpu, or install jax[cuda13] (pip install "
+                "bench peer --device=gpu: JAX finds no GPU; use --device=cpu, or install "
+                "jax[cuda13] (pip install "
                 "'blip3o_jax[cuda]')"
             ) from error
         devices = devices[: task.jax_devices]

@@ -181,25 +181,31 @@ def _conditions(report: Mapping[str, Any]) -> list[str]:
     sampling, environment = report["sampling"], sides["jax"]["environment"]
     parts = ", ".join(f"{part} {count / 1e6:.1f} M" for part, count in report["model"].items())
     return [
-        f"{report['date']}; {machine['cpu']}, {machine['cores']} cores, device {', '.join(kinds)}; load before: "
+        f"{report['date']}; {machine['cpu']}, {machine['cores']} cores, device {', '.join(kinds)}; "
+        "load before: "
         f"{machine['load_before']:.2f}",
-        f"{options['threads']} threads a side, JAX's on {sides['jax']['devices']} device(s); {precision}; batch of "
+        f"{options['threads']} threads a side, JAX's on {sides['jax']['devices']} device(s); "
+        f"{precision}; batch of "
         f"{options['batch_size']}; {options['rounds']} rounds in turns",
         "; ".join(f"{name} {version}" for name, version in versions.items())
         + f"; Python {machine['python']}",
         f"parameters: {parts}",
-        f"sampling: top-k {sampling['top_k']}, top-p {sampling['top_p']}, {sampling['steps']} denoising steps, guidance "
+        f"sampling: top-k {sampling['top_k']}, top-p {sampling['top_p']}, {sampling['steps']} "
+        "denoising steps, guidance "
         f"{sampling['guidance']}",
         *(
             ["environment of all sides: " + " ".join(f"{n}={v}" for n, v in environment.items())]
             if environment
             else []
         ),
-        "times are medians of one repetition, not the first of a turn, without compiling, +- half of what lies between the "
+        "times are medians of one repetition, not the first of a turn, without compiling, +- half "
+        "of what lies between the "
         "quartiles; a ratio is JAX's time over PyTorch's, below 1 JAX is faster",
-        "train_step takes cached codes and latents, train_step_online encodes too; ar_decode is all image tokens of a batch, "
+        "train_step takes cached codes and latents, train_step_online encodes too; ar_decode is "
+        "all image tokens of a batch, "
         "dit_step one step of the sampling loop",
-        "difference: of what both compute from the same inputs, relative (for token ids the share that differs); train steps: "
+        "difference: of what both compute from the same inputs, relative (for token ids the share "
+        "that differs); train steps: "
         "of the losses of the first three",
         "peak memory: JAX / PyTorch eager / compiled, beyond what the libraries take"
         if options["device"] == "cpu"

@@ -25,7 +25,8 @@ class Side:
     def __init__(self, task: Task):
         if task.device == "gpu" and not torch.cuda.is_available():
             raise UserError(
-                "bench peer --device=gpu: PyTorch finds no GPU; use --device=cpu, or install PyTorch for CUDA"
+                "bench peer --device=gpu: PyTorch finds no GPU; use --device=cpu, or install "
+                "PyTorch for CUDA"
             )
         torch.set_num_threads(task.threads)
         self.task, self.device = task, "cuda" if task.device == "gpu" else "cpu"

@@ -89,7 +89,8 @@ class Worker:
         except (EOFError, BrokenPipeError) as error:
             self._process.join(10)
             raise UserError(
-                f"bench peer: the {self.side} process ended with status {self._process.exitcode} in {method!r}; where that is "
+                f"bench peer: the {self.side} process ended with status {self._process.exitcode} "
+                f"in {method!r}; where that is "
                 "-9 memory ran out: lower --batch_size"
             ) from error
         if kind == "user":

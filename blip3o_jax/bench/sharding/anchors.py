@@ -56,17 +56,21 @@ TIERS = "maxtext.readthedocs.io reference/models/tiering"
 # takes more than ten times as long.
 GATHERS = (
     "--xla_enable_async_all_gather=true --xla_tpu_overlap_compute_collective_tc=true"
-    " --xla_tpu_enable_async_collective_fusion=true --xla_tpu_enable_async_collective_fusion_fuse_all_gather=true"
+    " --xla_tpu_enable_async_collective_fusion=true "
+    "--xla_tpu_enable_async_collective_fusion_fuse_all_gather=true"
     " --xla_tpu_enable_async_collective_fusion_multiple_steps=true"
 )
 V5E_FLAGS = f"{GATHERS} --xla_tpu_enable_data_parallel_all_reduce_opt=true --xla_tpu_data_parallel_opt_different_sized_ops=true"
 V5P_FLAGS = (
-    f"{V5E_FLAGS} --xla_tpu_megacore_fusion_allow_ags=false --xla_enable_async_collective_permute=true"
+    f"{V5E_FLAGS} --xla_tpu_megacore_fusion_allow_ags=false "
+    "--xla_enable_async_collective_permute=true"
     " --xla_tpu_enable_ag_backward_pipelining=true"
 )
 V6E_FLAGS = (
-    f"{V5E_FLAGS} --xla_tpu_scoped_vmem_limit_kib=98304 --xla_tpu_use_minor_sharding_for_major_trivial_input=true"
-    " --xla_tpu_relayout_group_size_threshold_for_reduce_scatter=1 --xla_tpu_assign_all_reduce_scatter_layout=true"
+    f"{V5E_FLAGS} --xla_tpu_scoped_vmem_limit_kib=98304 "
+    "--xla_tpu_use_minor_sharding_for_major_trivial_input=true"
+    " --xla_tpu_relayout_group_size_threshold_for_reduce_scatter=1 "
+    "--xla_tpu_assign_all_reduce_scatter_layout=true"
     " --xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000"
 )
 TPU7X_FLAGS = "--xla_tpu_scoped_vmem_limit_kib=61440 --xla_tpu_bf16_emission_mode=NATIVE_EMISSION"
@@ -244,7 +248,8 @@ ANCHORS = (
 
 
 def configuration(anchor: Anchor, devices: int) -> Config:
-    """The step as a configuration. The parts that a text has no use for are there, tiny and idle."""
+    """The step as a configuration. The parts that a text has no use for are there, tiny and
+    idle."""
     model = ModelConfig(
         ar=anchor.ar,
         tokenizer=TaTokConfig(
@@ -456,5 +461,6 @@ def print_report(report: dict[str, Any]) -> None:
             )
     if report.get("median_error") is not None:
         console.print(
-            f"Median error, without sign: {report['median_error']:.1%}. Predicted, not measured, from the compiled program."
+            f"Median error, without sign: {report['median_error']:.1%}. Predicted, not measured, "
+            "from the compiled program."
         )

@@ -38,7 +38,8 @@ class Logits:
 
 
 def largest(program: Program, count: int = 5) -> list[dict[str, Any]]:
-    """Return the largest results of single operations, each shape once: {"array", "bytes", "of"}."""
+    """Return the largest results of single operations, each shape once: {"array", "bytes",
+    "of"}."""
     found: dict[tuple[str, tuple[int, ...]], dict[str, Any]] = {}
     for op, shape in _results(program):
         name = f"{shape.dtype}[{','.join(map(str, shape.dims))}]"
@@ -75,7 +76,8 @@ def unsharded(
     for op, shape in _results(program):
         if names := stacks.get(_dims(shape.dims)):
             found[
-                f"all layers of {' or '.join(names)} are gathered at once: {shape.dtype}{list(shape.dims)}"
+                f"all layers of {' or '.join(names)} are gathered at once: "
+                f"{shape.dtype}{list(shape.dims)}"
             ] = None
         if (
             shape.dtype == "f32"
@@ -83,11 +85,13 @@ def unsharded(
             and (table := tables.get(_dims(shape.dims)))
         ):
             found[
-                f"{table} or its gradient is held whole by {op.op_name or op.opcode}: f32{list(shape.dims)}"
+                f"{table} or its gradient is held whole by {op.op_name or op.opcode}: "
+                f"f32{list(shape.dims)}"
             ] = None
         if logits and logits.matches(shape):
             found[
-                f"the logits of all {logits.positions} positions are held at once by {op.op_name or op.opcode}"
+                f"the logits of all {logits.positions} positions are held at once by "
+                f"{op.op_name or op.opcode}"
             ] = None
     return list(found)
 

@@ -46,7 +46,8 @@ class Task:
 
 
 def compile_isolated(task: Task) -> Row:
-    """`compile_step` in a process of its own; a process that is killed becomes a row that says so."""
+    """`compile_step` in a process of its own; a process that is killed becomes a row that says
+    so."""
     if isinstance(task.topology, LocalDevices):
         return isolated_process.run_isolated(
             functools.partial(compile_step, task), dict(measure.environment(task.config.mesh))

@@ -65,7 +65,8 @@ class Options:
             )
             check(
                 not self.largest_batch,
-                "--batch_per_chip=max asks a TPU compiler what fits: give a number, or a --topology in place of --measure",
+                "--batch_per_chip=max asks a TPU compiler what fits: give a number, or a "
+                "--topology in place of --measure",
             )
         else:
             check(
@@ -95,7 +96,8 @@ def bench(
     """
     check(
         options.step != "rollout" or config.stage == "joint",
-        f"--step=rollout draws images, as stage 'joint' learns to: the config's stage is {config.stage!r}",
+        "--step=rollout draws images, as stage 'joint' learns to: the config's stage is "
+        f"{config.stage!r}",
     )
     from blip3o_jax.parallel import rules
 
@@ -291,7 +293,8 @@ def _line(row: Row) -> str:
         f", measured {table.seconds(row['measured']['median_s'])} s" if "measured" in row else ""
     )
     return (
-        f"{text}  {row['memory']['total'] / GIB:.1f} GiB  predicted {table.seconds(row['step_s'])} s a {NAMES[row['step']]}"
+        f"{text}  {row['memory']['total'] / GIB:.1f} GiB  predicted {table.seconds(row['step_s'])} "
+        f"s a {NAMES[row['step']]}"
         f"{measured}, MFU {row.get('measured', row)['mfu']:.1%}, limited by {row['limiter']}"
     )
 
@@ -300,7 +303,8 @@ def check_any(report: dict[str, Any]) -> None:
     """Raise UserError where not one row came to a verdict."""
     if not any(row["status"] in (FITS, TOO_LARGE) for row in report["rows"]):
         raise UserError(
-            f"bench sharding: nothing could be compiled; the first row says: {report['rows'][0]['error']}"
+            "bench sharding: nothing could be compiled; the first row says: "
+            f"{report['rows'][0]['error']}"
         )
 
 

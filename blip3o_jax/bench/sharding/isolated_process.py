@@ -71,7 +71,8 @@ def run_isolated(
 
 
 def _wait(process: subprocess.Popen[bytes], name: str) -> int:
-    """Wait for the process and return its exit status; print a line every PROGRESS_PERIOD seconds."""
+    """Wait for the process and return its exit status; print a line every PROGRESS_PERIOD
+    seconds."""
     began = time.monotonic()
     while True:
         try:

@@ -102,7 +102,8 @@ def calibrate(devices: Any) -> Chip:
         dcn_rate=rate / 2,
         clock=None,
         source=f"calibrated in this run, all devices at once ({count}): {flops / 1e9:.3g} GFLOP/s a device in {dtype} "
-        f"products of {side} x {side}, {rate / 1e9:.3g} GB/s in copies of {COPY / 2**20:.0f} MiB, half of that in collectives",
+        f"products of {side} x {side}, {rate / 1e9:.3g} GB/s in copies of {COPY / 2**20:.0f} MiB, "
+        "half of that in collectives",
     )
 
 

@@ -81,7 +81,8 @@ def _cell(text: str, value: float | None = None) -> str:
 
 
 def bars(rows: Sequence[Row]) -> str:
-    """Predicted seconds, stacked by what limits them; where it was measured, that as a line below."""
+    """Predicted seconds, stacked by what limits them; where it was measured, that as a line
+    below."""
     longest = max((max(row["step_s"], _measured(row) or 0) for row in rows), default=0) or 1
     shapes, room = [], WIDTH - LABEL - (200 if any(map(_measured, rows)) else 70)
     for i, row in enumerate(rows):
@@ -93,7 +94,8 @@ def bars(rows: Sequence[Row]) -> str:
             wide = room * row["seconds"].get(limiter, 0) / longest
             title = f"{limiter} {row['seconds'].get(limiter, 0):.4f} s"
             shapes.append(
-                f'<rect class="{limiter}" x="{x:.1f}" y="{y}" width="{wide:.1f}" height="{BAR}"><title>{title}</title></rect>'
+                f'<rect class="{limiter}" x="{x:.1f}" y="{y}" width="{wide:.1f}" height="{BAR}">'
+                f"<title>{title}</title></rect>"
             )
             x += wide
         text = f"{table.seconds(row['step_s'])} s"
@@ -187,7 +189,8 @@ def _details(row: Row) -> str:
     moved = [
         (
             f"{c['kind']} over {' x '.join(c['axes']) or 'nothing'} ({c['network']})",
-            f"{c['count']} times, {c['size'] / GIB:.2f} GiB, {c['seconds']:.4f} s, of it exposed {c['exposed']:.4f} s",
+            f"{c['count']} times, {c['size'] / GIB:.2f} GiB, {c['seconds']:.4f} s, of it exposed "
+            f"{c['exposed']:.4f} s",
         )
         for c in sorted(row["collectives"], key=lambda c: -c["seconds"])
     ]

@@ -38,7 +38,8 @@ class Rollout:
         self.config, self.strategy, self.rows = config, strategy, config.sampling.batch_size
         if self.rows % strategy.batch_shards:
             raise ConfigError(
-                f"sampling.batch_size={self.rows} does not divide over {strategy.batch_shards} batch shards: use a multiple"
+                f"sampling.batch_size={self.rows} does not divide over {strategy.batch_shards} "
+                "batch shards: use a multiple"
             )
         self.model, self.length = in_compute_dtype(config.model), prompt_length(config)
         self._graphdef, weights = nnx.split(nnx.eval_shape(self._build))

@@ -125,7 +125,9 @@ def how(report: dict[str, Any]) -> str:
     if not report["measured_steps"]:
         return "Times are predicted from the compiled program, not measured."
     return (
-        f"Predicted: from the compiled program and a device's rates ({report['chip']['source']}). Measured: the median of "
-        f"{report['measured_steps']} turns after a warm-up, which MFU and rate are of too; the spread goes from the fastest to "
+        f"Predicted: from the compiled program and a device's rates ({report['chip']['source']}). "
+        "Measured: the median of "
+        f"{report['measured_steps']} turns after a warm-up, which MFU and rate are of too; the "
+        "spread goes from the fastest to "
         "the slowest. Limiter, exposed share and seconds by part are predicted."
     )

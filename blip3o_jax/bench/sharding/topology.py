@@ -50,7 +50,8 @@ def parse(text: str, slices: int = 1) -> Topology:
         check_choice(f"--topology={text}: chip", match[1], TPUS)
     else:
         raise ConfigError(
-            f"--topology={text!r} must be a chip and the number of chips along each axis: {', '.join(map(_example, TPUS))}, ..."
+            f"--topology={text!r} must be a chip and the number of chips along each axis: "
+            f"{', '.join(map(_example, TPUS))}, ..."
         )
     chip, sizes = CHIPS[match[1]], tuple(map(int, match[2].split("x")))
     if len(sizes) != chip.axes or 0 in sizes:
@@ -70,7 +71,8 @@ def check_compiler() -> None:
     """Raise UserError where the TPU compiler is not installed."""
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
-            "compiling for a TPU topology needs libtpu, which is not installed: pip install 'blip3o_jax[tpu]' (x86-64 Linux)"
+            "compiling for a TPU topology needs libtpu, which is not installed: pip install "
+            "'blip3o_jax[tpu]' (x86-64 Linux)"
         )
 
 
@@ -119,6 +121,7 @@ def make_devices(topology: Topology) -> Sequence[Any]:
         ) from error
     if len(devices) != topology.devices:
         raise UserError(
-            f"--topology={name}: {len(devices)} devices, not the {topology.devices} that its sizes come to"
+            f"--topology={name}: {len(devices)} devices, not the {topology.devices} that its sizes "
+            "come to"
         )
     return devices

@@ -30,8 +30,9 @@ FOREGROUND = 26.0  # CIELAB distance from the paper
 MIN_AREA = 0.006  # of the image; a small star covers 0.028
 COLOUR_DISTANCE = 32.0  # CIELAB; two palette colours are at least 42 apart
 COLOUR_AGREEMENT = 0.75  # share of a blob's core nearest to the blob's colour
-# Intersection over union with the drawn shape. Compact shapes overlap with anything compact (a diamond with the circle by
-# 0.83), so they must overlap more; the corners of the others are the first thing that a soft image loses.
+# Intersection over union with the drawn shape. Compact shapes overlap with anything compact (a
+# diamond with the circle by 0.83), so they must overlap more; the corners of the others are the
+# first thing that a soft image loses.
 MIN_OVERLAP = {
     "circle": 0.84,
     "square": 0.80,
@@ -173,7 +174,8 @@ def _thing(blob: _Blob) -> Thing:
 
 
 def _overlap(alpha_HW: np.ndarray, shape: str, mass: float, centroid: np.ndarray) -> float:
-    """Soft intersection over union with the drawing of `shape` that has the same area and centroid."""
+    """Soft intersection over union with the drawing of `shape` that has the same area and
+    centroid."""
     area, offset = _proportions(shape)
     side = (mass / area) ** 0.5 / alpha_HW.shape[0]
     covered, rows, columns = draw.coverage(

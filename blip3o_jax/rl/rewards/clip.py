@@ -24,7 +24,8 @@ from blip3o_jax.config.errors import first_line
 from blip3o_jax.rl.rewards.options import number
 from blip3o_jax.rl.rewards.reward import Reward, Scores
 
-TEXTS_KEPT = 4096  # embeddings of prompts that are not computed again: all images of a group have the same one
+# embeddings of prompts that are not computed again: all images of a group have the same one
+TEXTS_KEPT = 4096
 
 
 class DualEncoder(Protocol):
@@ -35,12 +36,14 @@ class DualEncoder(Protocol):
         ...
 
     def text(self, prompt: str) -> np.ndarray:
-        """Return the embedding of a prompt, float32 [D], of any length. UserError for one that is too long."""
+        """Return the embedding of a prompt, float32 [D], of any length. UserError for one that is
+        too long."""
         ...
 
 
 def create(path: str = "", batch: str = "4") -> "Clip":
-    """Make the reward for the registry, `clip` and of `siglip`. `batch`: images that are encoded at once."""
+    """Make the reward for the registry, `clip` and of `siglip`. `batch`: images that are encoded at
+    once."""
     size = number("clip", "batch", batch, int, 1, 4096)
     if not path:
         raise UserError(
@@ -103,7 +106,8 @@ class TransformersEncoder:
             raise UserError(f"reward clip: {path} cannot be read: {first_line(e)[:200]}") from e
         if not hasattr(self._model, "get_text_features"):
             raise UserError(
-                f"reward clip: {path} holds a {type(self._model).__name__}, which does not embed images and texts"
+                f"reward clip: {path} holds a {type(self._model).__name__}, which does not embed "
+                "images and texts"
             )
         text = self._model.config.text_config
         self._length = text.max_position_embeddings
@@ -131,7 +135,8 @@ class TransformersEncoder:
         count = tokens["input_ids"].shape[1]
         if count > self._length:
             raise UserError(
-                f"reward clip: prompt {prompt[:60]!r}... is {count} tokens, the encoder takes {self._length}: shorten it"
+                f"reward clip: prompt {prompt[:60]!r}... is {count} tokens, the encoder takes "
+                f"{self._length}: shorten it"
             )
         with self._no_grad():
             return self._model.get_text_features(**tokens).pooler_output[0].float().numpy()

@@ -31,7 +31,8 @@ class ContrastiveEncoder:
         config = checkpoints.read_config(root)
         if config.stage != "contrastive":
             raise UserError(
-                f"reward clip: {root} was written by stage {config.stage!r}; give a run of stage 'contrastive'"
+                f"reward clip: {root} was written by stage {config.stage!r}; give a run of stage "
+                "'contrastive'"
             )
         strategy = Strategy.of(MeshConfig(data=1, fsdp=1, strategy="dp"), jax.local_devices()[:1])
         self._params = checkpoints.restore_parts(path, strategy, CONTRASTIVE_PARTS)
@@ -61,7 +62,8 @@ class ContrastiveEncoder:
             row = caption_row(self._vocabulary, prompt, self._length)
         except RowTooLong as e:
             raise UserError(
-                f"reward clip: prompt {prompt[:60]!r}... is {e.length} tokens, the encoder takes {self._length}: shorten it"
+                f"reward clip: prompt {prompt[:60]!r}... is {e.length} tokens, the encoder takes "
+                f"{self._length}: shorten it"
             ) from e
         return np.asarray(
             self._embed_text(self._params, row["text_ids"][None], row["text_mask"][None]),

@@ -1,6 +1,6 @@
-"""Score whether an image shows the objects that a GenEval prompt asks for. A detector finds objects,
-the official rules (`geneval_rules`) decide, with the official thresholds: confidence above 0.3, for counting 0.9,
-sixteen objects of a class at most.
+"""Score whether an image shows the objects that a GenEval prompt asks for. A detector finds
+objects, the official rules (`geneval_rules`) decide, with the official thresholds: confidence above
+0.3, for counting 0.9, sixteen objects of a class at most.
 
 `scoring=shaped`, the default, is the fraction of the requirements that are met: it differs between
 images of a group long before one of them is correct, and is 1 exactly where the benchmark says
@@ -59,7 +59,8 @@ def create(
         sees = SegmentationDetector(path, colour_path, min(low, counting))
     elif path or colour_path:
         raise UserError(
-            "reward geneval: path and colour_path belong to detector=transformers; detector=shapes has no weights"
+            "reward geneval: path and colour_path belong to detector=transformers; detector=shapes "
+            "has no weights"
         )
     return Geneval(
         sees,

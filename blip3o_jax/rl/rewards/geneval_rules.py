@@ -91,7 +91,8 @@ def apply_rules(
             shares.append(colours.count(asked["color"]) / asked["count"])
             if shares[-1] < 1:
                 wrong.append(
-                    f"asked {asked['color']} {asked['class']}, found {', '.join(map(str, colours)) or 'none'}"
+                    f"asked {asked['color']} {asked['class']}, found "
+                    f"{', '.join(map(str, colours)) or 'none'}"
                 )
         if "position" in asked:
             relation, target = asked["position"]
@@ -133,7 +134,8 @@ def relations(box_a: Sequence[float], box_b: Sequence[float]) -> set[str]:
 
 
 def check_metadata(metadata: Metadata, classes: Sequence[str], colours: Sequence[str]) -> None:
-    """UserError if these rules cannot score the prompt with a detector of `classes` and `colours`."""
+    """UserError if these rules cannot score the prompt with a detector of `classes` and
+    `colours`."""
     _require(
         isinstance(metadata.get("tag"), str),
         "has no 'tag'; take the lines of an official GenEval file",
@@ -175,7 +177,8 @@ def _check_colour_and_position(
         )
         _require(
             right,
-            f"{where}: position={position!r} must be [{' | '.join(RELATIONS)}, index of an earlier clause]",
+            f"{where}: position={position!r} must be [{' | '.join(RELATIONS)}, index of an earlier "
+            "clause]",
         )
 
 

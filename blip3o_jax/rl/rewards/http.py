@@ -61,10 +61,10 @@ class _Busy(Exception):
 def create(
     urls: str, token: str = "", token_env: str = "", timeout: str = TIMEOUT, batch: str = "16"
 ) -> "HttpReward":
-    """Make the reward for the registry. `urls`: "http://a:8000,http://b:8000". `token_env`: name of the
-    environment variable that holds the token, which then stands in no config and no log; `token` is
-    the token itself. `timeout`: seconds for a request's scores, all tries at all servers together.
-    `batch`: images of a request."""
+    """Make the reward for the registry. `urls`: "http://a:8000,http://b:8000". `token_env`: name of
+    the environment variable that holds the token, which then stands in no config and no log;
+    `token` is the token itself. `timeout`: seconds for a request's scores, all tries at all servers
+    together. `batch`: images of a request."""
     if token and token_env:
         raise UserError(
             "reward http: token and token_env exclude each other: leave one of them out"
@@ -87,7 +87,8 @@ def check_timeout(reward: RewardConfig, seconds: float) -> None:
         )
         if timeout >= seconds:
             raise UserError(
-                f"reward http: timeout={timeout:g} must be less than rl.timeout={seconds:g}, which ends the process that waits"
+                f"reward http: timeout={timeout:g} must be less than rl.timeout={seconds:g}, which "
+                "ends the process that waits"
             )
 
 
@@ -105,7 +106,8 @@ def _base(url: str) -> str:
     plain = url.isascii() and url.isprintable() and " " not in url
     if not good or not plain or parts.query or parts.fragment or parts.username is not None:
         raise UserError(
-            f"reward http: urls: {url!r} is not like http://HOST:PORT (several are separated by commas)"
+            f"reward http: urls: {url!r} is not like http://HOST:PORT (several are separated by "
+            "commas)"
         )
     return url.rstrip("/")
 
@@ -180,8 +182,8 @@ class HttpReward(Reward):
     def __call__(
         self, images_BHWC: np.ndarray, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
     ) -> Scores:
-        """Send as many requests at once as there are servers. Raises UserError (a server refused) or
-        Unreachable."""
+        """Send as many requests at once as there are servers. Raises UserError (a server refused)
+        or Unreachable."""
         chunks = [
             slice(start, start + self._batch) for start in range(0, len(prompts), self._batch)
         ]
@@ -193,7 +195,8 @@ class HttpReward(Reward):
         names = {tuple(sorted(scores.parts)) for scores in found}
         if len(names) > 1:
             raise UserError(
-                f"reward http: the servers of {', '.join(self._urls)} have different parts: serve the same reward"
+                f"reward http: the servers of {', '.join(self._urls)} have different parts: serve "
+                "the same reward"
             )
         parts = {
             name: np.concatenate([scores.parts[name] for scores in found])

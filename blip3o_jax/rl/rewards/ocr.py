@@ -69,10 +69,10 @@ def create(
     detect: str = "true",
     min_confidence: str = "0.5",
 ) -> "Ocr":
-    """Make the reward for the registry. `scoring`: strict or reference. `min_side`: images are enlarged until
-    their shorter side has so many pixels. `border`: width of the border that is laid round them, a
-    share of the side. `detect=false` takes the whole image for one line of text. `min_confidence`:
-    below it a line does not count as read (strict only).
+    """Make the reward for the registry. `scoring`: strict or reference. `min_side`: images are
+    enlarged until their shorter side has so many pixels. `border`: width of the border that is laid
+    round them, a share of the side. `detect=false` takes the whole image for one line of text.
+    `min_confidence`: below it a line does not count as read (strict only).
     """
     for package in ("rapidocr", "onnxruntime"):
         if importlib.util.find_spec(package) is None:
@@ -129,18 +129,20 @@ class Ocr:
 
 
 def quoted(prompt: str) -> tuple[str, ...]:
-    """Return the texts between double quotes, straight or typographic. UserError where there is none, an
-    empty one, a quote that is not closed, or letters that cannot be read."""
+    """Return the texts between double quotes, straight or typographic. UserError where there is
+    none, an empty one, a quote that is not closed, or letters that cannot be read."""
     outside_and_inside = prompt.translate(QUOTES).split('"')
     spans = tuple(outside_and_inside[1::2])
     shown = repr(prompt if len(prompt) <= 80 else prompt[:77] + "...")
     if not spans:
         raise UserError(
-            f'reward ocr: prompt {shown} quotes no text: write it between double quotes, as in a sign "OPEN"'
+            f"reward ocr: prompt {shown} quotes no text: write it between double quotes, as in a "
+            'sign "OPEN"'
         )
     if len(outside_and_inside) % 2 == 0:
         raise UserError(
-            f"reward ocr: prompt {shown} opens a double quote that it does not close: close it or take it out"
+            f"reward ocr: prompt {shown} opens a double quote that it does not close: close it or "
+            "take it out"
         )
     if not all(normalise(span) for span in spans):
         raise UserError(
@@ -149,7 +151,8 @@ def quoted(prompt: str) -> tuple[str, ...]:
         )
     if letters := unreadable("".join(spans)):
         raise UserError(
-            f"reward ocr: prompt {shown} quotes {letters[:20]!r}, which the recogniser has no characters for: "
+            f"reward ocr: prompt {shown} quotes {letters[:20]!r}, which the recogniser has no "
+            "characters for: "
             "it reads Latin, Greek, Chinese and Japanese"
         )
     return spans
@@ -236,8 +239,8 @@ class Recogniser:
         ]
 
     def _shown(self, image_HWC: np.ndarray) -> np.ndarray:
-        """Return the image with its border, enlarged, in the channel order that rapidocr takes arrays in
-        (BGR).
+        """Return the image with its border, enlarged, in the channel order that rapidocr takes
+        arrays in (BGR).
         """
         side = min(image_HWC.shape[:2])
         bgr_HWC = cv2.cvtColor(image_HWC, cv2.COLOR_RGB2BGR)

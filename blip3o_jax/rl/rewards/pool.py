@@ -62,8 +62,10 @@ def check_failed(
     if failed_B.mean() > max_failed_fraction:
         shown = collections.Counter(reasons).most_common(REASONS_SHOWN)
         raise UserError(
-            f"{failed_B.sum()} of {len(failed_B)} images have no reward, a larger fraction than rl.max_failed_fraction="
-            f"{max_failed_fraction:g}: {'; '.join(f'{count} x {reason}' for reason, count in shown)}"
+            f"{failed_B.sum()} of {len(failed_B)} images have no reward, a larger fraction than "
+            "rl.max_failed_fraction="
+            f"{max_failed_fraction:g}: "
+            f"{'; '.join(f'{count} x {reason}' for reason, count in shown)}"
         )
 
 
@@ -242,7 +244,8 @@ class Pending:
         return self._images_BHWC[some], list(self._prompts[some]), list(self._metadata[some])
 
     def record(self, rows: Sequence[int], outcome: Outcome, *, final: bool) -> None:
-        """Store the scores there are, and the reasons of the others where those are not tried again."""
+        """Store the scores there are, and the reasons of the others where those are not tried
+        again."""
         for name, values in outcome.parts.items():
             self._parts.setdefault(name, np.full(len(self._total_B), np.nan, np.float32))[
                 list(rows)

@@ -28,13 +28,16 @@ from typing import Any
 from blip3o_jax.config import UserError
 
 MOST_DEATHS = 3  # processes in a row that may end while they start
-ENDING = 5.0  # seconds that a process may take to end after its pipe has; then it is killed, and its exit code lost
+# seconds that a process may take to end after its pipe has; then it is killed, and its exit code
+# lost
+ENDING = 5.0
 
 Future = concurrent.futures.Future
 
 
 class ProcessEnded(Exception):
-    """The process of a call ended before it answered. `args`: its exit code, negative for a signal."""
+    """The process of a call ended before it answered. `args`: its exit code, negative for a
+    signal."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -95,9 +98,10 @@ class Processes:
         arguments: Callable[[], tuple[Any, ...]],
         timeout: float = math.inf,
     ) -> Future:
-        """Return the future of `function(*arguments())` in one of the processes; `arguments` is called
-        when one is free. Its exception is the function's own, TimeoutError after `timeout` seconds
-        there, ProcessEnded, or UserError where processes do not start. It always comes to an end.
+        """Return the future of `function(*arguments())` in one of the processes; `arguments` is
+        called when one is free. Its exception is the function's own, TimeoutError after `timeout`
+        seconds there, ProcessEnded, or UserError where processes do not start. It always comes to
+        an end.
         """
         call = _Call(Future(), function, arguments, timeout)
         with self._lock:
@@ -204,7 +208,8 @@ class Processes:
     def _end_late(self, worker: _Worker) -> None:
         if not worker.ready:
             self._stop(
-                f"no process of {self._what} has started within {self._start_timeout:g} s: does it hang?"
+                f"no process of {self._what} has started within {self._start_timeout:g} s: does it "
+                "hang?"
             )
             return
         call, worker.call = worker.call, None
@@ -222,7 +227,8 @@ class Processes:
             self._workers.append(self._started())
         else:
             self._stop(
-                f"the processes of {self._what} end while they start: try it alone, outside of a run"
+                f"the processes of {self._what} end while they start: try it alone, outside of a "
+                "run"
             )
         if worker.call is not None:
             worker.call.settle(error=ProcessEnded(worker.process.exitcode))

@@ -62,7 +62,8 @@ def parsed(text: str) -> RewardConfig:
 
 
 def _numbers(text: str, pairs: list[tuple[str, str]], field: str, count: int, default: Any) -> Any:
-    """`count` numbers, "0:1", of a field of the term, or the default. ConfigError for other text."""
+    """`count` numbers, "0:1", of a field of the term, or the default. ConfigError for other
+    text."""
     found = [value for option, value in pairs if option == field]
     try:
         numbers = tuple(float(number) for number in found[-1].split(":")) if found else default
@@ -70,14 +71,15 @@ def _numbers(text: str, pairs: list[tuple[str, str]], field: str, count: int, de
         numbers = ()
     if found and (len(numbers) != count or not all(map(math.isfinite, numbers))):
         raise ConfigError(
-            f"reward {text!r}: {field}={found[-1]!r} must be {'LOW:HIGH' if count == 2 else 'a number'}"
+            f"reward {text!r}: {field}={found[-1]!r} must be "
+            f"{'LOW:HIGH' if count == 2 else 'a number'}"
         )
     return numbers
 
 
 def make(config: RewardConfig) -> Reward:
-    """Make the reward that `config` names, with its options. ConfigError for a name or an option that
-    there is not.
+    """Make the reward that `config` names, with its options. ConfigError for a name or an option
+    that there is not.
     """
     options = dict(config.options)
     if config.name.startswith(USER):
@@ -87,7 +89,8 @@ def make(config: RewardConfig) -> Reward:
         return UserReward(config.name, functools.partial(function, **options))
     if config.name not in REWARDS:
         raise ConfigError(
-            f"unknown reward {config.name!r}: {_nearest(config.name, [*REWARDS, USER + 'MODULE.FUNCTION'])}"
+            f"unknown reward {config.name!r}: "
+            f"{_nearest(config.name, [*REWARDS, USER + 'MODULE.FUNCTION'])}"
         )
     module, factory = REWARDS[config.name].split(":")
     create = getattr(importlib.import_module(module), factory)
@@ -117,7 +120,8 @@ def _user_function(name: str) -> Callable[..., Any]:
         function = getattr(importlib.import_module(module), attribute, None)
     except ImportError as e:
         raise ConfigError(
-            f"reward {name!r}: module {module} cannot be imported ({e}); is its folder in PYTHONPATH?"
+            f"reward {name!r}: module {module} cannot be imported ({e}); is its folder in "
+            "PYTHONPATH?"
         ) from e
     except Exception as e:  # of the user's own code
         raise ConfigError(

@@ -24,8 +24,8 @@ MAX_IMAGES = 1024  # of a request
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """The images to score, with their prompts. `metadata`: JSON texts, since objects take many times as much while
-    they wait."""
+    """The images to score, with their prompts. `metadata`: JSON texts, since objects take many
+    times as much while they wait."""
 
     prompts: list[str]
     metadata: list[bytes]
@@ -54,7 +54,8 @@ def parse_request(body: bytes | bytearray, max_pixels: int) -> Request:
     if not prompts or not len(prompts) == len(metadata) == len(files):
         raise Refused(
             422,
-            f"{len(prompts)} prompts, {len(metadata)} metadata and {len(files)} images: send as many of each",
+            f"{len(prompts)} prompts, {len(metadata)} metadata and {len(files)} images: send as "
+            "many of each",
         )
     if len(files) > MAX_IMAGES:
         raise Refused(413, f"the body holds more than {MAX_IMAGES} images: send fewer at once")

@@ -1,5 +1,5 @@
-"""The interface of a reward: a batch of images, their prompts and metadata -> one score an image, and named
-parts of it.
+"""The interface of a reward: a batch of images, their prompts and metadata -> one score an image,
+and named parts of it.
 
 A reward runs in processes that must start fast: nothing that it imports at the top may import jax,
 tensorflow or torch.

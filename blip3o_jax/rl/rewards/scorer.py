@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class ImageScore:
-    """The score of one image, if `status` is 200, else `reason` in one line: 400 a broken image, 422
-    a prompt that the reward cannot score, 500 a reward that failed."""
+    """The score of one image, if `status` is 200, else `reason` in one line: 400 a broken image,
+    422 a prompt that the reward cannot score, 500 a reward that failed."""
 
     status: int
     reason: str = ""

@@ -45,8 +45,8 @@ class Scorers(Protocol):
         prompts: Sequence[str],
         metadata: Sequence[bytes],
     ) -> tuple[list[scorer.ImageScore], float]:
-        """Score as `scorer.score` does. Raises TimeoutError or ProcessEnded, of a process that has been
-        replaced, and UserError where none starts."""
+        """Score as `scorer.score` does. Raises TimeoutError or ProcessEnded, of a process that has
+        been replaced, and UserError where none starts."""
         ...
 
     def close(self) -> None: ...

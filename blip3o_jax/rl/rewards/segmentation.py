@@ -52,12 +52,14 @@ class SegmentationDetector:
         for package in ("torch", "transformers"):
             if importlib.util.find_spec(package) is None:
                 raise UserError(
-                    f"reward geneval: detector=transformers needs {package}: pip install 'blip3o_jax[convert]'"
+                    f"reward geneval: detector=transformers needs {package}: pip install "
+                    "'blip3o_jax[convert]'"
                 )
         labels = _config("path", path).get("id2label")
         if not labels:
             raise UserError(
-                f"reward geneval: {path}/config.json has no id2label; take a model that names its classes"
+                f"reward geneval: {path}/config.json has no id2label; take a model that names its "
+                "classes"
             )
         _config("colour_path", colour_path)
         self._names = {int(label): GENEVAL_NAMES.get(name, name) for label, name in labels.items()}
@@ -153,7 +155,8 @@ def _config(option: str, path: str) -> dict[str, Any]:
     file = pathlib.Path(path) / "config.json"
     if not path or not file.is_file():
         raise UserError(
-            f"reward geneval: {option}={path!r} must be a local directory with a model's config.json and weights"
+            f"reward geneval: {option}={path!r} must be a local directory with a model's "
+            "config.json and weights"
         )
     return checksums.read_json(file, edited=True)
 

@@ -1,13 +1,13 @@
-"""Score whether an image is what its prompt of the embedded data set asks for, by the data set's own
-scorer (`data/shapes/scorer.py`), which evaluation uses too.
+"""Score whether an image is what its prompt of the embedded data set asks for, by the data set's
+own scorer (`data/shapes/scorer.py`), which evaluation uses too.
 
     score = w correct + (1 - w) met,   w = correct_weight
 
 `correct` is 0 or 1, and what is to rise; but then the images of a group that are all wrong have
 equal rewards, and prompts that the model never gets right give no gradient. `met`, the fraction of
 the requirements that hold, differs between them; alone it would make a correct image worth hardly
-more than one with a fact missing. At the default, one half, a right image is ahead of any other by one
-half at least.
+more than one with a fact missing. At the default, one half, a right image is ahead of any other by
+one half at least.
 """
 
 import dataclasses
@@ -45,7 +45,8 @@ class Shapes(Reward):
                 else f"of category {metadata['category']!r}"
             )
             raise UserError(
-                f"reward shapes: prompt {prompt[:80]!r} is {wrong}: use the prompts_*.jsonl that lie beside the shapes data set"
+                f"reward shapes: prompt {prompt[:80]!r} is {wrong}: use the prompts_*.jsonl that "
+                "lie beside the shapes data set"
             )
 
     def __call__(

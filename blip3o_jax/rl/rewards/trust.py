@@ -47,14 +47,15 @@ def check_trusted(rewards: Sequence[RewardConfig], where: str) -> None:
         flags = " ".join(shlex.quote(f"--reward={argument}") for argument in arguments)
     name = escaped(foreign[0].name)
     raise UserError(
-        f"{where} asks for the reward {name[:100]}, which may run code, read files or connect elsewhere: a run's directory "
+        f"{where} asks for the reward {name[:100]}, which may run code, read files or connect "
+        "elsewhere: a run's directory "
         f"does not decide that; if you trust it, repeat the command with {flags}"
     )
 
 
 def _argument(config: RewardConfig) -> str | None:
-    """Return the text that `registry.parsed` reads as `config`, or None where there is no such text, or none that a
-    terminal shows as it is."""
+    """Return the text that `registry.parsed` reads as `config`, or None where there is no such
+    text, or none that a terminal shows as it is."""
     pieces = [config.name, *(f"{option}={value}" for option, value in config.options)]
     pieces += [f"weight={config.weight!r}"] if config.weight != 1 else []
     pieces += ["clip={!r}:{!r}".format(*config.clip)] if config.clip else []

@@ -44,7 +44,8 @@ def failed(count: int, reason: str) -> Outcome:
 
 
 class WeightedRewards:
-    """Makes the rewards of `configs` and sums them. ConfigError or UserError where one cannot be."""
+    """Makes the rewards of `configs` and sums them. ConfigError or UserError where one cannot
+    be."""
 
     def __init__(self, configs: Sequence[RewardConfig]):
         check(len(configs) > 0, "rl.rewards is empty: name at least one reward")

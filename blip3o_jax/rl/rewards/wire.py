@@ -90,7 +90,8 @@ def read_token(variable: str) -> str:
     token = os.environ.get(variable, "").strip()
     if not token:
         raise UserError(
-            f"token_env={variable}: that environment variable is not set; export it, or leave the option out"
+            f"token_env={variable}: that environment variable is not set; export it, or leave the "
+            "option out"
         )
     check_token(f"token_env={variable}", token)
     return token

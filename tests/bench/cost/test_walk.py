@@ -357,7 +357,8 @@ ENTRY %main (stack: f32[28,512,512], i: s32[], x: f32[8,512]) -> f32[8,512] {
 
 
 def test_a_slice_of_a_stack_is_read_and_not_the_stack():
-    """One layer of 1 MiB, 4 bytes of index, 16 KiB written; what lies in the core's memory is free."""
+    """One layer of 1 MiB, 4 bytes of index, 16 KiB written; what lies in the core's memory is
+    free."""
     program = hlo.parse(SLICED)
     main = program.computations[program.entry]
     assert operation_bytes(program, main, main.root) == 512 * 512 * 4 + 4 + 8 * 512 * 4

@@ -1,4 +1,5 @@
-"""The published steps: their models' sizes, what they keep for the backward pass, and the report."""
+"""The published steps: their models' sizes, what they keep for the backward pass, and the
+report."""
 
 import json
 import pickle

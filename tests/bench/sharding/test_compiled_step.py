@@ -38,12 +38,14 @@ def test_parameters_that_do_not_divide_are_kept_several_times_over(monkeypatch):
     ("message", "used", "capacity"),
     [
         (
-            "Ran out of memory in memory space hbm. Used 120.50G of 95.74G hbm. Exceeded hbm capacity by 24.76G.",
+            "Ran out of memory in memory space hbm. Used 120.50G of 95.74G hbm. Exceeded hbm "
+            "capacity by 24.76G.",
             120.5,
             95.74,
         ),
         (
-            "Ran out of memory on HBM, the total memory required for HLO temporaries (40.25G) exceeds available HBM (15.75G).",
+            "Ran out of memory on HBM, the total memory required for HLO temporaries (40.25G) "
+            "exceeds available HBM (15.75G).",
             40.25,
             15.75,
         ),

@@ -108,7 +108,8 @@ def test_a_rollout_grows_in_prompts():
 
 
 def test_a_compile_that_died_says_nothing_of_the_batch():
-    """The largest that the compiler let pass stays the answer, and what happened stands beside it."""
+    """The largest that the compiler let pass stays the answer, and what happened stands beside
+    it."""
 
     def compile_row(task):
         if task.config.data.batch_size > WHERE.chips:

@@ -25,7 +25,8 @@ def job(value: int, count: int = 1, size: int = 8, prompt: str = "red") -> Job:
 
 
 class Held:
-    """Scorers that answer the first call after `release`, and note how many images each call had."""
+    """Scorers that answer the first call after `release`, and note how many images each call
+    had."""
 
     def __init__(self, count=1):
         self.count, self.calls, self.release = count, [], asyncio.Event()
@@ -55,7 +56,8 @@ class Held:
 
 
 def together(*jobs_of, count=1, **limits):
-    """What becomes of requests that all wait while another is scored, and the calls after that one."""
+    """What becomes of requests that all wait while another is scored, and the calls after that
+    one."""
 
     async def run():
         held = Held(count)

@@ -127,7 +127,8 @@ def test_a_share_of_failures_stops_the_run():
     with pytest.raises(UserError) as e:
         check_failed(failed_B, reasons, 0.29)
     assert str(e.value) == (
-        "3 of 10 images have no reward, a larger fraction than rl.max_failed_fraction=0.29: 2 x c: d; 1 x a: b"
+        "3 of 10 images have no reward, a larger fraction than rl.max_failed_fraction=0.29: 2 x c: "
+        "d; 1 x a: b"
     )
 
 

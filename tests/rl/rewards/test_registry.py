@@ -32,7 +32,8 @@ def test_a_users_function_is_a_reward():
         (
             "xyz",
             {},
-            "unknown reward 'xyz': there is ocr, geneval, shapes, clip, siglip, http, python:MODULE.FUNCTION",
+            "unknown reward 'xyz': there is ocr, geneval, shapes, clip, siglip, http, "
+            "python:MODULE.FUNCTION",
         ),
         ("", {}, "unknown reward ''"),
         (
@@ -58,7 +59,8 @@ def test_a_users_function_is_a_reward():
         (
             USER + "of_images_alone",
             {},
-            "of_images_alone cannot be called with (images, prompts, metadata): too many positional",
+            "of_images_alone cannot be called with (images, prompts, metadata): too many "
+            "positional",
         ),
         (
             "python:tests.rl.rewards.fails_when_imported.score",

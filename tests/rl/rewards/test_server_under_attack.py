@@ -1,4 +1,5 @@
-"""A real reward server under 200 idle connections, decoder bombs and nonsense: others are served."""
+"""A real reward server under 200 idle connections, decoder bombs and nonsense: others are
+served."""
 
 import collections
 import json
@@ -83,7 +84,8 @@ def test_others_are_served_and_memory_stays_below_its_limit(server):
     seconds = sorted(taken for taken, _ in found["served"])
     middle = seconds[len(seconds) // 2]
     print(
-        f"\n{len(seconds)} ordinary requests: {middle:.3f} s in the middle, {seconds[-1]:.3f} at most"
+        f"\n{len(seconds)} ordinary requests: {middle:.3f} s in the middle, {seconds[-1]:.3f} at "
+        "most"
     )
     print(f"{sum(found['harmed'].values())} bombs; {max(memory):.0f} MiB; load {os.getloadavg()}")
     assert collections.Counter(status for _, status in found["served"]).keys() == {200}
