@@ -349,10 +349,8 @@ def joint_loss(
     """Cross entropy of the next token plus flow matching through the connector (BLIP3o-NEXT, arXiv
     2510.15857, sec. 3).
 
-    `image_token_offset` is the vocabulary id of the first codebook entry. `batch["label_count"]` is
-    the mean number of labels a row over the whole batch, and `batch["target_count"]`, where rows
-    differ in it, that of images to draw, so that the mean of micro-batch losses is the loss of the
-    batch. Metrics are means over the rows given.
+    `image_token_offset` is the vocabulary id of the first codebook entry. The batch holds the
+    `joint_normalizers` of the whole batch for each example. Metrics are means over the rows given.
     """
     batch, keys_B = flatten_packed(batch), keys_B.reshape(-1)
     out, cfg = _joint_forward(model, batch, keys_B, loss, image_token_offset), model.cfg
@@ -378,6 +376,23 @@ def joint_loss(
     else:
         fm = jnp.mean(fm_B)
     return loss.ce * ce + loss.flow * fm, {"ce": ce, "flow": fm, "accuracy": right / labels}
+
+
+def joint_normalizers(batch: dict[str, jax.Array], examples: int) -> dict[str, jax.Array]:
+    """Return `label_count`, the number of labels a mean example of the batch has, and where examples
+    differ in it `target_count`, the number of images to generate.
+    """
+    labels = jnp.sum(batch["loss_mask"][:, 1:].astype(jnp.float32))
+    found = {"label_count": labels / examples}
+    if "target" in batch:
+        # A batch of questions alone generates no image.
+        found["target_count"] = jnp.maximum(jnp.sum(batch["target"]), 1) / examples
+    return found
+
+
+def joint_totals(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Return the number of tokens of a batch, padding not counted."""
+    return {"tokens": jnp.sum(batch["segment_ids"] > 0)}
 
 
 def joint_preview(

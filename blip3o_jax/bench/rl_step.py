@@ -41,7 +41,7 @@ from blip3o_jax.data.prompts import read_prompts
 from blip3o_jax.dit import sampler
 from blip3o_jax.parallel.rules import Strategy
 from blip3o_jax.rl import grpo, method, reward_batch, rollout_programs
-from blip3o_jax.rl.loss import make_loss
+from blip3o_jax.rl.loss import make_loss, normalizers
 from blip3o_jax.rl.prompts import PromptRows, prompt_indices
 from blip3o_jax.rl.reward_batch import RewardBatch
 from blip3o_jax.rl.rewards.pool import RewardPool
@@ -349,7 +349,7 @@ def _published_loss(config: Config, image_ids: tuple[int, int], vocabulary: int)
             "entropy": grpo.masked_mean(jax.lax.stop_gradient(entropy_BN), *valid)
         }
 
-    return loss
+    return Loss(loss, normalizers)
 
 
 def _published_logprobs(

@@ -96,14 +96,12 @@ def compute_advantages(rewards: RewardBatch, cfg: RlConfig) -> Advantages:
 
 def loss_inputs(rewards: RewardBatch, cfg: RlConfig) -> dict[str, np.ndarray]:
     """Return what the loss reads of each image [B]: `advantage`; `valid`, 1 with a reward, else 0;
-    `valid_fraction`, the mean of `valid` over the whole batch in every row; and `bad_records`, for
-    the loop's count.
+    and `bad_records`, for the loop's count.
     """
     valid_B = ~rewards.failed_B
     return {
         "advantage": compute_advantages(rewards, cfg).advantage_PG.ravel(),
         "valid": valid_B.astype(np.float32),
-        "valid_fraction": np.full(len(valid_B), valid_B.mean(), np.float32),
         "bad_records": rewards.failed_B.astype(np.int32),
     }
 

@@ -15,25 +15,67 @@ import jax
 import jax.numpy as jnp
 
 from blip3o_jax import nn
-from blip3o_jax.blip3o import Blip3o, joint_loss, joint_preview, scale_pixels
+from blip3o_jax.blip3o import (
+    Blip3o,
+    joint_loss,
+    joint_normalizers,
+    joint_preview,
+    joint_totals,
+    scale_pixels,
+)
 from blip3o_jax.config import Config
 from blip3o_jax.image_tokens.contrastive import same_caption_mask, sigmoid_loss
 from blip3o_jax.vae.losses import reconstruction_loss
 
 Batch = dict[str, jax.Array]  # global arrays, whose first axis is the batch
 # (model, batch, one key a row) -> (loss, metrics), both means over the rows given.
-Loss = Callable[[Blip3o, Batch, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
+LossFunction = Callable[[Blip3o, Batch, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
+
+
+def no_normalizers(batch: Batch, examples: int) -> dict[str, jax.Array]:
+    """Return none: the loss is a mean over the examples."""
+    del batch, examples
+    return {}
+
+
+def no_totals(batch: Batch) -> dict[str, jax.Array]:
+    """Return none: the steps and the examples of a batch are counted for every stage."""
+    del batch
+    return {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Loss:
+    """What a train step minimizes, with what it counts over the whole batch.
+
+    `normalizers`: (batch, number of examples) -> {name: scalar}, what the function divides by, as a
+    mean over the examples. The step counts them before it cuts micro-batches and adds them to the
+    batch, the same number for every example, so that the mean of the micro-batches' losses is the
+    loss of the batch. `totals`: batch -> {metric: scalar}, sums over the batch.
+    """
+
+    function: LossFunction
+    normalizers: Callable[[Batch, int], dict[str, jax.Array]] = no_normalizers
+    totals: Callable[[Batch], dict[str, jax.Array]] = no_totals
+
+    def __call__(
+        self, model: Blip3o, batch: Batch, keys_B: jax.Array
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Return the loss and its metrics over the rows given."""
+        return self.function(model, batch, keys_B)
 
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
     """`parts` the model holds, `fields` of an example (data/examples.py) the loss reads,
-    `trainable` the default filter.
+    `trainable` the default filter; `normalizers` and `totals`: see `Loss`.
     """
 
     parts: tuple[str, ...]
     fields: tuple[str, ...]
     trainable: tuple[str, ...]
+    normalizers: Callable[[Batch, int], dict[str, jax.Array]] = no_normalizers
+    totals: Callable[[Batch], dict[str, jax.Array]] = no_totals
 
 
 STAGES: dict[str, Stage] = {
@@ -54,6 +96,8 @@ STAGES: dict[str, Stage] = {
         ("tokenizer", "ar", "connector", "dit", "vae"),
         ("row", "pixels", "tokenizer_pixels"),
         ("ar/.*", "connector/.*", "dit/caption.*"),
+        joint_normalizers,
+        joint_totals,
     ),
 }
 
@@ -94,6 +138,11 @@ def make_loss(config: Config, image_token_offset: int) -> Loss:
     """Return the loss of the configured stage; `image_token_offset` is the vocabulary id of the first
     codebook entry (joint stage only).
     """
+    stage = STAGES[config.stage]
+    return Loss(_loss_function(config, image_token_offset), stage.normalizers, stage.totals)
+
+
+def _loss_function(config: Config, image_token_offset: int) -> LossFunction:
 
     def autoencoder(
         model: Blip3o, batch: Batch, keys_B: jax.Array

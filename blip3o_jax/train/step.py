@@ -81,23 +81,19 @@ def make_step(
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         batch = dict(batch)
         skipped_B = batch.pop("bad_records")
-        examples, leading = (
-            skipped_B.size,
-            skipped_B.shape,
-        )  # [B], or [rows, examples of each] where rows are packed
-        if "loss_mask" in batch:
-            labels = jnp.sum(batch["loss_mask"][:, 1:].astype(jnp.float32)) / examples
-            batch["label_count"] = jnp.broadcast_to(labels, leading)
-        tokens = jnp.sum(batch["segment_ids"] > 0) if "segment_ids" in batch else None
-        if "target" in batch:  # a batch of questions alone draws no image
-            batch["target_count"] = jnp.broadcast_to(
-                jnp.maximum(jnp.sum(batch["target"]), 1) / examples, leading
-            )
+        # [B], or [rows, examples of each] where rows are packed.
+        leading = skipped_B.shape
+        totals = loss.totals(batch)
+        # What the loss divides by is counted here, since micro-batches differ in it.
+        batch |= {
+            name: jnp.broadcast_to(value, leading)
+            for name, value in loss.normalizers(batch, skipped_B.size).items()
+        }
         grads, metrics = _mean_gradients(
             lambda p, b, k: loss_fn(p, state["frozen"], b, k),
             state["params"],
             batch,
-            example_keys(config.seed, state["step"], examples).reshape(leading),
+            example_keys(config.seed, state["step"], skipped_B.size).reshape(leading),
             config.optimizer.accumulate,
         )
         with jax.named_scope("optimizer"):
@@ -120,9 +116,7 @@ def make_step(
         }
         # A step that is not applied does not move the optimizer's clock either.
         rate = schedule(state["step"] - state["skipped_steps"])
-        metrics |= norms | counters | {"grad_norm": norm, "learning_rate": rate}
-        if tokens is not None:
-            metrics["tokens"] = tokens  # of the batch, padding not counted
+        metrics |= norms | counters | {"grad_norm": norm, "learning_rate": rate} | totals
         return {
             "params": keep(params, state["params"]),
             "frozen": state["frozen"],

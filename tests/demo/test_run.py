@@ -54,7 +54,7 @@ def test_curves_of_reinforcement_learning_are_metrics_of_its_rewards_and_step():
     record = {"tokens": np.ones((8, 6), np.int32), "lengths": np.full(8, 5, np.int32)}
     record |= {"image_ids": np.full((8, N), image_token_offset, np.int32)}
     record |= {name: np.zeros((8, N), np.float32) for name in ("logprobs", "reference_logprobs")}
-    record |= {name: np.ones(8, np.float32) for name in ("advantage", "valid", "valid_fraction")}
+    record |= {name: np.ones(8, np.float32) for name in ("advantage", "valid")}
     found = names(cfg, make_rl_loss(cfg, ids, 1), record | {"bad_records": np.zeros(8, np.int32)})
 
     asked = shapes.prompts(2)

@@ -15,7 +15,7 @@ import pytest
 
 from blip3o_jax import config as config_lib
 from blip3o_jax.train.optimizer import learning_rate
-from blip3o_jax.train.stages import STAGES, make_loss, trainable_filter
+from blip3o_jax.train.stages import STAGES, Loss, make_loss, trainable_filter
 from blip3o_jax.train.state import COUNTERS, create_state, plan_state
 from blip3o_jax.train.step import make_step
 from tests import tiny
@@ -91,7 +91,7 @@ def test_an_update_that_is_not_finite_is_not_applied(case):
     optimizer = optax.chain(optax.trace(0.9), OVERFLOWS[case])
     model = lambda params, frozen: params["part"]["a"]
     plan = types.SimpleNamespace(optimizer=optimizer, shardings=strategy.replicated(), model=model)
-    loss = lambda a, batch, keys_B: (-2.0 * jnp.sum(a - jax.lax.stop_gradient(a)), {})
+    loss = Loss(lambda a, batch, keys_B: (-2.0 * jnp.sum(a - jax.lax.stop_gradient(a)), {}))
     step = make_step(cfg, plan, strategy, loss)
     params = {"part": {"a": jnp.full(3, 1.5e38)}}
     counters = {name: jnp.zeros((), jnp.int32) for name in COUNTERS}

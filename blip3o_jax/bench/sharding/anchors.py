@@ -299,6 +299,8 @@ def text_loss(
 
     from blip3o_jax import nn
     from blip3o_jax.ar.cross_entropy import cross_entropy
+    from blip3o_jax.blip3o import joint_normalizers
+    from blip3o_jax.train.stages import Loss
 
     if keep:  # a process compiles one anchor
         nn.REMAT_POLICIES[config.model.ar.remat] = _kept(keep, mlp)
@@ -317,7 +319,7 @@ def text_loss(
         labels = jnp.sum(batch["label_count"])
         return ce_sum / labels, {"accuracy": right / labels}
 
-    return loss
+    return Loss(loss, joint_normalizers)
 
 
 # What the backward pass keeps: MaxText lists products by name; here the shape of a layer's kernel
