@@ -41,11 +41,12 @@ from blip3o_jax.data.prompts import read_prompts
 from blip3o_jax.dit import sampler
 from blip3o_jax.parallel.rules import Strategy
 from blip3o_jax.rl import grpo, method, reward_batch, rollout_programs
+from blip3o_jax.rl.flow_policy import guided_velocity_fn
 from blip3o_jax.rl.loss import make_loss, normalizers
+from blip3o_jax.rl.policy import RolloutArrays
 from blip3o_jax.rl.prompts import PromptRows, prompt_indices
 from blip3o_jax.rl.reward_batch import RewardBatch
 from blip3o_jax.rl.rewards.pool import RewardPool
-from blip3o_jax.rl.rollout_programs import RolloutArrays
 from blip3o_jax.rl.scoring import teacher_forced_states
 from blip3o_jax.sampling_programs import (
     prepare_latents,
@@ -310,7 +311,7 @@ def _sample_latents(
 ) -> jax.Array:
     settings = config.rl.rollout
     with nn.part("dit"):
-        velocity = rollout_programs.guided_velocity_fn(model, hidden_BTD, settings)
+        velocity = guided_velocity_fn(model, hidden_BTD, settings)
         return sampler.euler(velocity, noise_BHWC, steps=settings.steps, flow=config.model.flow)
 
 

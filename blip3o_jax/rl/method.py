@@ -17,6 +17,7 @@ from blip3o_jax.parallel.distributed import process_index
 from blip3o_jax.rl import rollout_programs
 from blip3o_jax.rl.log import RolloutLog
 from blip3o_jax.rl.loss import make_loss
+from blip3o_jax.rl.policies import has_reference, make_policies
 from blip3o_jax.rl.rewards.pool import RewardPool
 from blip3o_jax.rl.rollouts import RolloutIterator
 from blip3o_jax.text.vocabulary import Vocabulary
@@ -26,11 +27,6 @@ from blip3o_jax.train.loop import RunContext, Summary, TrainerSpec
 from blip3o_jax.train.state import TrainState, merge_trees
 from blip3o_jax.train.step import make_step
 from blip3o_jax.train.vocabulary import with_vocabulary
-
-# The parts that a policy's loss has a gradient for, and the parameters that are trained where the
-# configuration names none.
-POLICY_PARTS = {"ar": {"ar"}, "flow": {"connector", "dit"}, "both": {"ar", "connector", "dit"}}
-TRAINABLE = {"ar": ("ar/.*",), "flow": ("dit/.*",), "both": ("ar/.*", "dit/.*")}
 
 
 def run(config: Config, workdir: str | pathlib.Path) -> Summary:
@@ -61,9 +57,10 @@ def resolved(config: Config) -> Config:
             f"{name}={value} must be a multiple of rl.num_iterations={rl.num_iterations}: "
             "a run can only resume between two rollouts",
         )
+    trainable = tuple(pattern for policy in make_policies(config) for pattern in policy.trainable)
     return dataclasses.replace(
         config,
-        trainable=config.trainable or TRAINABLE[rl.policy],
+        trainable=config.trainable or trainable,
         data=dataclasses.replace(config.data, batch_size=rl.num_prompts * rl.num_generations),
     )
 
@@ -94,13 +91,15 @@ class ReinforcementLearning:
         context.strategy.check_batch(
             config.data.batch_size // rollout_programs.num_micro_batches(config.rl)
         )
-        if idle := set(context.plan.abstract["params"]) - POLICY_PARTS[config.rl.policy]:
+        policies = make_policies(config)
+        learned = frozenset().union(*(policy.parts for policy in policies))
+        if idle := set(context.plan.abstract["params"]) - learned:
             raise ConfigError(
                 f"trainable={config.trainable} names {', '.join(sorted(idle))}, which rl.policy={config.rl.policy!r} leaves "
                 "alone"
             )
         reference, identity = None, ""
-        if rollout_programs.has_reference(config.rl):
+        if has_reference(policies):
             reference = _reference(context, state, fresh=position is None)
             identity = fingerprint(lora.zero_idle_factors(reference))
         position = position or {"rollout": 0, "reference": identity}

@@ -11,9 +11,7 @@ what an error must stay below, or the clip would be about rounding.
 
 from blip3o_jax.config import Config, UserError
 from blip3o_jax.parallel.distributed import log_host0
-from blip3o_jax.rl.rollout_programs import trains_flow, trains_tokens
-
-ROUNDING = {"float32": 1e-5, "bfloat16": 0.03}
+from blip3o_jax.rl.policies import make_policies
 
 
 class RatioMonitor:
@@ -23,14 +21,9 @@ class RatioMonitor:
 
     def __init__(self, config: Config):
         self._rl = config.rl
-        model = config.model
-        self._rounding: dict[str, float] = {}  # by metric
-        if trains_tokens(self._rl):
-            self._rounding["rl/ratio_gap"] = _rounding(model.ar.dtype)
-        if trains_flow(self._rl):
-            self._rounding["rl/flow/ratio_gap"] = min(
-                _rounding(model.dit.dtype), self._rl.flow.clip
-            )
+        self._rounding = {
+            f"{policy.metric_prefix}ratio_gap": policy.rounding for policy in make_policies(config)
+        }
         self._warned = False
 
     def check(self, step: int, values: dict[str, float]) -> None:
@@ -40,6 +33,8 @@ class RatioMonitor:
         if self._rl.off_policy_steps or (step - 1) % self._rl.num_iterations:
             return
         for name, rounding in self._rounding.items():
+            if name not in values:  # of an algorithm without a ratio
+                continue
             mean = values[name]
             largest = values[f"{name}_max"]
             bound = self._rl.max_ratio_gap
@@ -56,7 +51,3 @@ class RatioMonitor:
             if mean > rounding and not self._warned:
                 self._warned = True
                 log_host0(f"{message}; rounding explains a mean of up to {rounding:g} (docs/rl.md)")
-
-
-def _rounding(dtype: str) -> float:
-    return ROUNDING.get(dtype, ROUNDING["bfloat16"])

@@ -5,21 +5,13 @@ training and sampling:
     rollout      prompts --> image tokens --> latents --> pixels, with the log-probabilities of all that was sampled
     reference    the log-probabilities of these samples under the reference policy
 
-Arrays of a rollout, B = P G images: arrays that lead with B, in the order of the prompts.
+Arrays of a rollout, B = P G images: `tokens` [B, L] and `lengths` [B] of the prompt, in the order of
+the prompts, and those that each policy of the run adds (token_policy.py, flow_policy.py), which
+lead with B too.
 
-    tokens, lengths          [B, L], [B]          the prompt
-    image_ids, logprobs      [B, N]               policy "ar" and "both"; `support` [B, N, X] where top-k or top-p is on
-    reference_logprobs       [B, N]               where rl.kl_coef is not 0
-    hidden                   [B, N + 1, D]        policy "flow" and "both": the condition before the connector
-    latents, next_latents    [B, K, H, W, C]      before and after the steps trained on
-    step                     [B, K]               which steps these are
-    flow_logprobs            [B, K]
-    reference_mean           [B, K, H, W, C]      where rl.flow.kl_coef is not 0
-
-P prompts, G images of each, L prompt length, N image tokens, K denoising steps that are trained on.
+P prompts, G images of each, L prompt length.
 """
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -28,33 +20,14 @@ import jax
 import jax.numpy as jnp
 
 from blip3o_jax import nn
-from blip3o_jax.blip3o import Blip3o
-from blip3o_jax.config import Config, RlConfig, SamplingConfig
-from blip3o_jax.dit import sampler
+from blip3o_jax.config import Config, RlConfig
 from blip3o_jax.parallel.rules import Strategy
-from blip3o_jax.rl import flow_grpo
-from blip3o_jax.rl.scoring import score_image_tokens
-from blip3o_jax.sampling_programs import (
-    prepare_latents,
-    sample_image_tokens,
-    sampling_keys,
-    to_uint8,
-)
+from blip3o_jax.rl.flow_policy import sample_ode_latents
+from blip3o_jax.rl.policies import make_policies
+from blip3o_jax.rl.policy import RolloutArrays, RolloutPrompts
+from blip3o_jax.rl.token_policy import sample_shared_tokens
+from blip3o_jax.sampling_programs import sampling_keys, to_uint8
 from blip3o_jax.train.state import StatePlan
-
-RolloutArrays = dict[str, jax.Array]
-
-
-def trains_tokens(cfg: RlConfig) -> bool:
-    return cfg.policy in ("ar", "both")
-
-
-def trains_flow(cfg: RlConfig) -> bool:
-    return cfg.policy in ("flow", "both")
-
-
-def has_reference(cfg: RlConfig) -> bool:
-    return bool((trains_tokens(cfg) and cfg.kl_coef) or (trains_flow(cfg) and cfg.flow.kl_coef))
 
 
 def images_per_prefix(num_generations: int, prompts: int, shards: int) -> int:
@@ -75,12 +48,12 @@ def make_rollout(
     H, W, 3], arrays), compiled for each shape. Rows are sampled from keys of (seed, their index);
     the denoising steps trained on from (seed, number of the rollout).
 
-    With policy "flow" the images of a group share their image tokens, sampled once, so that their
-    rewards differ by the denoising alone, which is what is trained. Each has its own initial noise.
+    What no policy samples is sampled as in generation: the image tokens once a group, the latents
+    by Euler steps. Each image has its own initial noise.
     """
-    rl, cfg = config.rl, config.model
-    settings = rl.rollout
+    rl = config.rl
     group = rl.num_generations
+    samplers = {policy.samples: policy.sample for policy in make_policies(config)}
 
     def rollout(
         params: Any,
@@ -97,54 +70,23 @@ def make_rollout(
             jnp.repeat(x, group // share, axis=0) for x in (tokens_PL, lengths_P)
         )
         tokens_RL = nn.constrain(tokens_RL, "batch", None)
-        token_keys_B, noise_keys_B = sampling_keys(seed, indices_B)
+        prompts = RolloutPrompts(
+            tokens_RL, lengths_R, *sampling_keys(seed, indices_B), seed, number, image_ids, share
+        )
         arrays = {
             "tokens": jnp.repeat(tokens_RL, share, axis=0),
             "lengths": jnp.repeat(lengths_R, share, axis=0),
         }
-        sample_ids = functools.partial(
-            sample_image_tokens,
-            model,
-            tokens_RL,
-            lengths_R,
-            settings=settings,
-            image_ids=image_ids,
-        )
-        if trains_tokens(rl):
-            sampled = sample_ids(keys_B=token_keys_B, group=share, return_support=True)
-            hidden_BTD = sampled.hidden_BTD
-            arrays |= {"image_ids": sampled.ids_BN, "logprobs": sampled.logprobs_BN}
-            arrays |= {} if sampled.support_BNX is None else {"support": sampled.support_BNX}
-        else:  # all images of a group have the image tokens of its first row
-            sampled = sample_ids(keys_B=jnp.repeat(token_keys_B[::group], group // share, axis=0))
-            hidden_BTD = jnp.repeat(sampled.hidden_BTD, share, axis=0)
-        noise_BHWC = prepare_latents(cfg, noise_keys_B)
-        velocity = guided_velocity_fn(model, hidden_BTD, settings)
-        with nn.part("dit"):
-            if trains_flow(rl):
-                steps_key = jax.random.fold_in(
-                    jax.random.fold_in(jax.random.key(seed), 2**32 - 1), number
-                )
-                steps_K = flow_grpo.choose_steps(steps_key, rl.flow.steps, rl.flow.trained_steps)
-                z_BHWC, path = flow_grpo.sample_sde(
-                    velocity,
-                    noise_BHWC,
-                    noise_keys_B,
-                    steps_K,
-                    steps=rl.flow.steps,
-                    noise=rl.flow.noise_level,
-                    flow=cfg.flow,
-                )
-                arrays |= {
-                    "hidden": hidden_BTD,
-                    "latents": path.x_BKHWC,
-                    "next_latents": path.next_BKHWC,
-                    "step": jnp.broadcast_to(path.step_K, path.logprob_BK.shape),
-                    "flow_logprobs": path.logprob_BK,
-                }
-            else:
-                z_BHWC = sampler.euler(velocity, noise_BHWC, steps=settings.steps, flow=cfg.flow)
-        return to_uint8(model.pixels(z_BHWC)), arrays
+        if "tokens" in samplers:
+            hidden_BTD, sampled = samplers["tokens"](model, prompts)
+        else:
+            hidden_BTD, sampled = sample_shared_tokens(model, prompts, group, rl.rollout)
+        arrays |= sampled
+        if "latents" in samplers:
+            z_BHWC, sampled = samplers["latents"](model, prompts, hidden_BTD)
+        else:
+            z_BHWC, sampled = sample_ode_latents(model, prompts, hidden_BTD, rl.rollout)
+        return to_uint8(model.pixels(z_BHWC)), arrays | sampled
 
     return strategy.jit(rollout, out_shardings=strategy.batch_sharding())
 
@@ -157,65 +99,16 @@ def make_reference(
     """
     rl = config.rl
     share = images_per_prefix(rl.num_generations, rl.num_prompts, strategy.batch_shards)
+    policies = [policy for policy in make_policies(config) if policy.has_reference]
 
     def reference(params: Any, frozen: Any, arrays: RolloutArrays) -> RolloutArrays:
         model = plan.model(params, frozen)
-        found = {}
-        if trains_tokens(rl) and rl.kl_coef:
-            found["reference_logprobs"], _ = token_logprobs(model, arrays, rl, image_ids, share)
-        if trains_flow(rl) and rl.flow.kl_coef:
-            found["reference_mean"], _ = flow_means(model, arrays, rl)
+        found: RolloutArrays = {}
+        for policy in policies:
+            found |= policy.reference(model, arrays, image_ids, share)
         return found
 
     return strategy.jit(reference, out_shardings=strategy.batch_sharding())
-
-
-def token_logprobs(
-    model: Blip3o, arrays: RolloutArrays, rl: RlConfig, image_ids: tuple[int, int], share: int
-) -> tuple[jax.Array, jax.Array]:
-    """Return the log-probabilities of the image tokens and the entropies, float32 [B, N]. `share`
-    rows have one prefill of their prompt.
-    """
-    with nn.part("ar"):
-        return score_image_tokens(
-            model.ar,
-            arrays["tokens"],
-            arrays["lengths"],
-            arrays["image_ids"],
-            arrays.get("support"),
-            rl.rollout,
-            image_ids=image_ids,
-            chunk=rl.logits_chunk,
-            group=share,
-        )
-
-
-def flow_means(model: Blip3o, arrays: RolloutArrays, rl: RlConfig) -> tuple[jax.Array, jax.Array]:
-    """Return the means [B, K, H, W, C] and deviations [B, K] of the denoising steps."""
-    flow = model.cfg.flow
-    velocity = guided_velocity_fn(model, arrays["hidden"], rl.rollout)
-    sigma_BK, next_BK = flow_grpo.step_sigmas(arrays["step"], steps=rl.flow.steps, flow=flow)
-
-    def one(_: None, inputs: tuple[jax.Array, ...]) -> tuple[None, tuple[jax.Array, jax.Array]]:
-        x_BHWC, sigma_B, next_B = inputs
-        with nn.part("dit"):
-            v_BHWC = velocity(x_BHWC, sigma_B * flow.num_train_timesteps)
-        return None, flow_grpo.transition(
-            x_BHWC, v_BHWC, sigma_B, next_B, noise=rl.flow.noise_level
-        )
-
-    steps_first = jax.tree.map(lambda x: x.swapaxes(0, 1), (arrays["latents"], sigma_BK, next_BK))
-    _, found = jax.lax.scan(jax.checkpoint(one), None, steps_first)
-    return jax.tree.map(lambda x: x.swapaxes(0, 1), found)
-
-
-def guided_velocity_fn(
-    model: Blip3o, hidden_BTD: jax.Array, settings: SamplingConfig
-) -> Callable[[jax.Array, jax.Array], jax.Array]:
-    """Return (latents, timesteps) -> the velocity under classifier-free guidance."""
-    guidance = model.guidance(hidden_BTD, settings)
-    with nn.part("dit"):
-        return sampler.guided_velocity(model.dit, guidance)
 
 
 def num_micro_batches(cfg: RlConfig) -> int:

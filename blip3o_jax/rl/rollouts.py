@@ -191,7 +191,7 @@ class RolloutIterator:
                 self._pool.submit(images[-1], [p.text for p in own], [p.metadata for p in own])
             )
         arrays = jax.tree.map(lambda *x: self._concatenate(x), *(arrays for _, arrays in running))
-        if rollout_programs.has_reference(rl):
+        if self._reference is not None:
             arrays |= self._run_reference(self._reference, state["frozen"], arrays)
         return RolloutBatch(
             number,

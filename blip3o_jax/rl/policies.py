@@ -1,0 +1,27 @@
+"""The policies by the name that `rl.policy` has. An algorithm is a file with a `Policy` and a row
+here.
+"""
+
+from blip3o_jax.config import Config, check_choice
+from blip3o_jax.rl.flow_policy import FlowPolicy
+from blip3o_jax.rl.policy import Policy
+from blip3o_jax.rl.token_policy import TokenPolicy
+
+POLICIES: dict[str, tuple[type[Policy], ...]] = {
+    "ar": (TokenPolicy,),
+    "flow": (FlowPolicy,),
+    "both": (TokenPolicy, FlowPolicy),
+}
+
+
+def make_policies(config: Config) -> tuple[Policy, ...]:
+    """Return the policies that a run trains. ConfigError for an unknown name, and for settings that
+    leave a policy nothing to learn from.
+    """
+    check_choice("rl.policy", config.rl.policy, POLICIES)
+    return tuple(policy(config) for policy in POLICIES[config.rl.policy])
+
+
+def has_reference(policies: tuple[Policy, ...]) -> bool:
+    """Return whether a run keeps the reference policy."""
+    return any(policy.has_reference for policy in policies)

@@ -1,0 +1,124 @@
+"""The AR as a policy over image tokens: GRPO and its variants (grpo.py).
+
+Arrays: image_ids, logprobs [B, N]; support [B, N, X] where top-k or top-p is on; with a reference
+reference_logprobs [B, N].
+"""
+
+import jax
+import jax.numpy as jnp
+
+from blip3o_jax import nn
+from blip3o_jax.blip3o import Blip3o
+from blip3o_jax.config import Config, SamplingConfig, check
+from blip3o_jax.rl import grpo
+from blip3o_jax.rl.policy import (
+    LossWeights,
+    Metrics,
+    Policy,
+    RolloutArrays,
+    RolloutPrompts,
+    rounding_of,
+)
+from blip3o_jax.rl.scoring import score_image_tokens
+from blip3o_jax.sampling_programs import sample_image_tokens
+
+
+class TokenPolicy(Policy):
+    """`Policy` of the image tokens."""
+
+    samples = "tokens"
+    parts = frozenset({"ar"})
+    trainable = ("ar/.*",)
+    metric_prefix = "rl/"
+
+    def __init__(self, config: Config):
+        super().__init__(config)
+        check(
+            self.rl.rollout.temperature > 0,
+            f"rl.rollout.temperature=0 leaves rl.policy={self.rl.policy} nothing to compare: "
+            "tokens of a group must differ",
+        )
+
+    @property
+    def has_reference(self) -> bool:
+        return bool(self.rl.kl_coef)
+
+    @property
+    def rounding(self) -> float:
+        return rounding_of(self.model.ar.dtype)
+
+    def sample(self, model: Blip3o, prompts: RolloutPrompts) -> tuple[jax.Array, RolloutArrays]:
+        sampled = sample_image_tokens(
+            model,
+            prompts.tokens_RL,
+            prompts.lengths_R,
+            prompts.token_keys_B,
+            self.rl.rollout,
+            prompts.image_ids,
+            group=prompts.share,
+            return_support=True,
+        )
+        arrays = {"image_ids": sampled.ids_BN, "logprobs": sampled.logprobs_BN}
+        if sampled.support_BNX is not None:
+            arrays["support"] = sampled.support_BNX
+        return sampled.hidden_BTD, arrays
+
+    def score(
+        self, model: Blip3o, arrays: RolloutArrays, image_ids: tuple[int, int], share: int
+    ) -> tuple[jax.Array, jax.Array]:
+        """Return the log-probabilities of the image tokens and the entropies, float32 [B, N].
+        `share` rows have one prefill of their prompt.
+        """
+        with nn.part("ar"):
+            return score_image_tokens(
+                model.ar,
+                arrays["tokens"],
+                arrays["lengths"],
+                arrays["image_ids"],
+                arrays.get("support"),
+                self.rl.rollout,
+                image_ids=image_ids,
+                chunk=self.rl.logits_chunk,
+                group=share,
+            )
+
+    def reference(
+        self, model: Blip3o, arrays: RolloutArrays, image_ids: tuple[int, int], share: int
+    ) -> RolloutArrays:
+        return {"reference_logprobs": self.score(model, arrays, image_ids, share)[0]}
+
+    def loss(
+        self,
+        model: Blip3o,
+        arrays: RolloutArrays,
+        weights: LossWeights,
+        image_ids: tuple[int, int],
+        share: int,
+    ) -> tuple[jax.Array, Metrics]:
+        logprobs_BN, entropy_BN = self.score(model, arrays, image_ids, share)
+        value, metrics = grpo.policy_loss(
+            logprobs_BN,
+            arrays["logprobs"],
+            arrays.get("reference_logprobs"),
+            *weights,
+            cfg=self.rl,
+        )
+        metrics["entropy"] = grpo.masked_mean(jax.lax.stop_gradient(entropy_BN), *weights[1:])
+        return value, metrics
+
+
+def sample_shared_tokens(
+    model: Blip3o, prompts: RolloutPrompts, group: int, settings: SamplingConfig
+) -> tuple[jax.Array, RolloutArrays]:
+    """Return what `TokenPolicy.sample` does, where no policy trains tokens: all images of a group
+    have the image tokens of its first row, so that their rewards differ by what is trained alone.
+    """
+    sampled = sample_image_tokens(
+        model,
+        prompts.tokens_RL,
+        prompts.lengths_R,
+        jnp.repeat(prompts.token_keys_B[::group], group // prompts.share, axis=0),
+        settings,
+        prompts.image_ids,
+    )
+    return jnp.repeat(sampled.hidden_BTD, prompts.share, axis=0), {}
