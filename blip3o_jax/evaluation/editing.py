@@ -1,5 +1,5 @@
-"""The `shapes_edit` suite: edits of held-out scenes of the embedded data set, correct where the
-edit is done and the rest of the image is unchanged (data/shapes/edit_scorer.py).
+"""Define the `shapes_edit` suite: edits of held-out scenes of the embedded data set, correct where
+the edit is done and the rest of the image is unchanged (data/shapes/edit_scorer.py).
 
 Baselines: the scene after the edit, and the input unchanged.
 """
@@ -28,7 +28,7 @@ class ShapesEdit:
         ]
 
     def score_outputs(self, images_BHWC: np.ndarray, prompts: Sequence[SuitePrompt]) -> SuiteResult:
-        """Judge edited images; `psnr` is that of the part that the edit must not change."""
+        """Score edited images; `psnr` is that of the part that the edit must not change."""
         inputs = self._pictures(prompts, images_BHWC.shape[1], "before")
         outcomes = [
             edit_scorer.score_edit(*pair, p)

@@ -1,4 +1,4 @@
-"""The `reconstruct` suite: held-out scenes of the embedded data set reconstructed from their
+"""Define the `reconstruct` suite: held-out scenes of the embedded data set reconstructed from their
 tokens.
 
 PSNR in dB and SSIM; correct where the scorer of text to image finds what the scene's caption asks

@@ -1,8 +1,8 @@
-"""The report of a run: one HTML file that holds its style, script and images, and the JSON it was
-drawn from.
+"""Write the report of a run: one HTML file that contains its style, script and images, and the JSON
+that it shows.
 
-`Results` is what a report needs; `write_report` draws it. Images are uint8 arrays: HWC, three
-channels.
+`Results` holds the contents of a report; `write_report` writes it. Images are uint8 arrays: HWC,
+three channels.
 """
 
 import base64
@@ -29,7 +29,8 @@ CHANGED = 30  # prompts shown before and after, of those whose outcome changed
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """Shares in [0, 1] of images that show what their prompt asks, over `prompts` prompts."""
+    """Hold the fractions in [0, 1] of images that show what their prompt asks, over `prompts`
+    prompts."""
 
     name: str
     prompts: int
@@ -49,9 +50,7 @@ class Sample:
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-    """One metric over the steps of a stage; values may hold non-finite numbers, which are left out
-    of the drawing.
-    """
+    """Hold one metric over the steps of a stage; non-finite values are left out of the chart."""
 
     name: str
     steps: Sequence[int]
@@ -80,9 +79,8 @@ class TokenMap:
 
 @dataclasses.dataclass(frozen=True)
 class Before:
-    """The same model before its last stage: its scores and its samples for the same prompts, in the
-    order of `Results`.
-    """
+    """Hold the scores and samples of the model before its last stage, for the same prompts in the
+    order of `Results`."""
 
     overall: Score
     categories: Sequence[Score]
@@ -91,7 +89,7 @@ class Before:
 
 @dataclasses.dataclass(frozen=True)
 class ImageTaskExample:
-    """A reference image and the model's output for it: another image, or text."""
+    """Hold a reference image and the model's output for it: another image, or text."""
 
     image_HWC: np.ndarray
     instruction: str
@@ -103,9 +101,8 @@ class ImageTaskExample:
 
 @dataclasses.dataclass(frozen=True)
 class ImageTask:
-    """Results of a suite with reference images: fractions of correct outputs of the model and of
-    the baseline, and examples.
-    """
+    """Hold the results of a suite with reference images: the fractions of correct outputs of the
+    model and of the baseline, and examples."""
 
     name: str
     note: str
@@ -118,9 +115,8 @@ class ImageTask:
 
 @dataclasses.dataclass(frozen=True)
 class Results:
-    """The page says of `samples` that their prompts, and of `reconstructions` that their images,
-    were held out of training.
-    """
+    """Hold the contents of a report. The prompts of `samples` and the images of `reconstructions`
+    must be held out from training, as the page says."""
 
     title: str
     subtitle: str
@@ -178,9 +174,8 @@ def write_report(results: Results, out_html: pathlib.Path) -> None:
 
 
 def to_json(value: Any) -> Any:
-    """`Results` as plain JSON values: images become PNG data URIs, id grids nested lists,
-    non-finite numbers null.
-    """
+    """Convert `Results` to plain JSON values: images become PNG data URIs, id grids nested lists,
+    non-finite numbers null."""
     if dataclasses.is_dataclass(value):
         return {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, np.ndarray):
@@ -287,9 +282,8 @@ def _buttons(kind: str, counts: Mapping[str, int], total: int) -> str:
 
 
 def _take_turns(samples: Sequence[Sample]) -> list[Sample]:
-    """One of each category in turn, so that the first rows show all of them; within a category the
-    order stays.
-    """
+    """Return the samples with the categories in turn, so that the first rows show all of them;
+    within a category the order stays."""
     queues: dict[str, list[Sample]] = {}
     for sample in samples:
         queues.setdefault(sample.category, []).append(sample)
@@ -310,7 +304,7 @@ def _sample(sample: Sample) -> str:
 
 
 def _changes(results: Results) -> str:
-    """Rows of the table before and after."""
+    """Return the rows of the table of scores before and after the last stage."""
     rows = []
     pairs = zip(
         (*results.before.categories, results.before.overall),
@@ -336,7 +330,8 @@ def _changes(results: Results) -> str:
 def _changed_counts(changed: Sequence[tuple[Sample, Sample]]) -> str:
     better = sum(after.correct for _, after in changed)
     extent = f"the first {CHANGED} of them" if len(changed) > CHANGED else "all of them"
-    return f"{better} prompts became right and {len(changed) - better} wrong; {extent}, before and after:"
+    counts = f"{better} prompts became right and {len(changed) - better} wrong"
+    return f"{counts}; {extent}, before and after:"
 
 
 def _changed(before: Sample, after: Sample) -> str:
@@ -414,7 +409,8 @@ def _token_map(token_map: TokenMap) -> str:
     rows, columns = ids_HW.shape
     data = ",".join(map(str, ids_HW.ravel().tolist()))
     caption = f'<span class="prompt">{_text(token_map.caption)}</span>' if token_map.caption else ""
-    colours = f'<img class="pixels" src="{data_uri(charts.colours(ids_HW))}" alt="{rows} x {columns} token ids as colours">'
+    alt = f"{rows} x {columns} token ids as colours"
+    colours = f'<img class="pixels" src="{data_uri(charts.colours(ids_HW))}" alt="{alt}">'
     return (
         f'<figure class="pair tokens" data-columns="{columns}" data-ids="{data}">'
         f"<div>{_img(token_map.image_HWC, token_map.caption or 'image')}{colours}</div><figcaption>"

@@ -1,4 +1,4 @@
-"""Drawings of the report: line charts as SVG text, and id grids as colours."""
+"""Render the charts of the report: line charts as SVG text, and id grids as colours."""
 
 import colorsys
 import html
@@ -17,13 +17,15 @@ GOLDEN = (5**0.5 - 1) / 2
 
 
 def line_chart(name: str, steps: Sequence[int], values: Sequence[float]) -> str:
-    """A metric over steps, one <figure>. The script of the page shows the value under the pointer
-    from `data-points` (step, value, x, y).
-    """
+    """Return one <figure> with a metric over steps. The page's script shows the value under the
+    pointer from `data-points` (step, value, x, y)."""
     steps_, values_ = _thin(np.asarray(steps, np.float64), np.asarray(values, np.float64))
     title = html.escape(name)
     if not len(values_):
-        return f'<figure class="chart"><figcaption><span>{title}</span> <output>no values</output></figcaption></figure>'
+        return (
+            f'<figure class="chart"><figcaption><span>{title}</span> '
+            "<output>no values</output></figcaption></figure>"
+        )
     low, high = float(values_.min()), float(values_.max())
     logarithmic = low > 0 and high > LOG_RATIO * low and values_[0] > values_[-1]
     ticks = _log_ticks(low, high) if logarithmic else _ticks(*_range(low, high))
@@ -72,10 +74,9 @@ def line_chart(name: str, steps: Sequence[int], values: Sequence[float]) -> str:
 
 
 def colours(ids_HW: np.ndarray) -> np.ndarray:
-    """uint8 [height, width, 3]: every id its own colour, the same in every map. Hues a golden angle
-    apart keep neighbours in the codebook distinct; brightness varies too, so that maps also read
-    without colour.
-    """
+    """Return a colour for each id, the same in all maps: uint8 [height, width, 3]. Hues a golden
+    angle apart keep neighbours in the codebook distinct; brightness varies too, so that maps are
+    also legible without colour."""
     ids_HW = np.asarray(ids_HW)
     unique, inverse = np.unique(ids_HW, return_inverse=True)
     palette = [
@@ -88,9 +89,8 @@ def colours(ids_HW: np.ndarray) -> np.ndarray:
 
 
 def _thin(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The finite points, averaged in runs where there are more than can be seen; the last one stays
-    as it is.
-    """
+    """Return the finite points, averaged in runs where there are more than the chart can show; the
+    last point is never averaged."""
     finite = np.isfinite(values)
     steps, values = steps[finite], values[finite]
     if len(steps) <= MAX_POINTS:
@@ -102,7 +102,7 @@ def _thin(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray
 
 
 def _range(low: float, high: float) -> tuple[float, float]:
-    """From zero where zero is near; else just around the values."""
+    """Return the axis range: from zero where zero is near, else only around the values."""
     if low == high:
         return (low - 0.5, high + 0.5) if low else (0.0, 1.0)
     return (0.0, high) if 0 < low < 0.5 * high else (low, high)
@@ -122,9 +122,8 @@ def _ticks(low: float, high: float, *, inside: bool = False, count: int = 4) -> 
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
-    """Powers of ten inside [low, high], at most five of them, or as many of 1, 2, 5 times them
-    where they are few.
-    """
+    """Return the powers of ten inside [low, high], at most five; where there are few, at most five
+    of their multiples by 1, 2 and 5."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     ticks = [10.0**p for p in powers if low <= 10.0**p <= high]
     if len(ticks) < 3:

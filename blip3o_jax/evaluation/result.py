@@ -1,4 +1,4 @@
-"""The result of a suite: the correctness of single outputs, and fractions of correct ones."""
+"""Hold the result of a suite: the correctness of single outputs, and fractions of correct ones."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -11,10 +11,9 @@ SuitePrompt = dict[str, Any]  # {"caption", "category", ...}
 
 @dataclasses.dataclass(frozen=True)
 class SuiteResult:
-    """Fractions of correct outputs per category and overall (the mean of the categories, as in
-    GenEval), and the correctness of each output with its reason. `means`: mean values of the
-    suite's further measures, by name.
-    """
+    """Hold the fractions of correct outputs per category and overall (the mean of the categories,
+    as in GenEval), and the correctness of each output with its reason. `means`: mean values of the
+    suite's further measures, by name."""
 
     overall: float
     categories: dict[str, float]

@@ -1,5 +1,5 @@
-"""Suites of any reward of reinforcement learning (docs/rl.md): prompts from a file, scored as in
-`blip3o rl`.
+"""Define a suite for any reward of reinforcement learning (docs/rl.md): prompts from a file, scored
+as in `blip3o rl`.
 
 An image is correct by the reward's part "correct" or "exact", or, for a reward that has neither, by
 a score of at least `CORRECT`. Images that cannot be scored count as wrong, with the reason.
@@ -18,12 +18,12 @@ from blip3o_jax.pipeline import Request
 from blip3o_jax.rl.rewards.pool import REASONS_SHOWN, RewardPool
 
 CORRECT = 0.5
-VERDICTS = ("correct", "exact")
+CORRECT_PARTS = ("correct", "exact")
 
 
 @dataclasses.dataclass(frozen=True)
 class RewardSuite:
-    """Each of the file's prompts has `images_per_prompt` images, GenEval's benchmark 4."""
+    """Score `images_per_prompt` images for each prompt of a file (GenEval uses 4) by a reward."""
 
     reward: RewardConfig
     prompts_file: pathlib.Path
@@ -62,7 +62,7 @@ class RewardSuite:
         parts = {
             name.rpartition("/")[2]: part_B for name, part_B in found.parts.items() if "/" in name
         }
-        named = next((parts[name] for name in VERDICTS if name in parts), found.total_B)
+        named = next((parts[name] for name in CORRECT_PARTS if name in parts), found.total_B)
         correct_B = ~found.failed_B & (named >= CORRECT)
         reasons = [
             "not scored"

@@ -27,18 +27,16 @@ MAX_ANSWER_TOKENS = 16  # of an answer of the embedded data set
 
 
 class Suite(Protocol):
-    """Prompts, the model's requests for them, and the scores of its outputs in their order: uint8
-    images [B, H, W, 3], or texts.
-    """
+    """Define a suite: its prompts, the requests to the model, and the scores of the outputs in the
+    order of the prompts, which are uint8 images [B, H, W, 3] or texts."""
 
     def prompts(self, count: int | None, seed: int) -> list[SuitePrompt]:
         """Return `count` prompts; None: as many as the suite has, or its default."""
         ...
 
     def requests(self, prompts: Sequence[SuitePrompt], image_size: int) -> list[Request]:
-        """Return one request a prompt. Scenes of the embedded data set are square with this side,
-        whatever sizes the model has.
-        """
+        """Return one request a prompt. Scenes of the embedded data set are squares of this side,
+        independent of the model's image sizes."""
         ...
 
     def score_outputs(self, answers: Any, prompts: Sequence[SuitePrompt]) -> SuiteResult: ...
@@ -61,9 +59,9 @@ SUITES = {
 def find_suite(
     name: str, prompts_file: str | pathlib.Path | None = None, images_per_prompt: int = 1
 ) -> Suite:
-    """One of SUITES, which has prompts of its own, or a reward with its options,
-    "ocr,scoring=reference", for those of a file.
-    """
+    """Return the suite `name`: one of SUITES, which have prompts, or a reward with its options,
+    "ocr,scoring=reference", for the prompts of a file. UserError for another name, or a file that
+    is missing or not needed."""
     reward = name.partition(",")[0]
     if name in SUITES and prompts_file is None:
         if images_per_prompt != 1:
@@ -84,9 +82,8 @@ def find_suite(
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """The model's result and the baselines', with the outputs that were scored: images and codes,
-    or answers.
-    """
+    """Hold the results of the model and of the baselines, with the outputs that were scored: images
+    and codes, or answers."""
 
     prompts: list[SuitePrompt]
     requests: list[Request]

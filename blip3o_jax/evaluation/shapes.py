@@ -1,5 +1,5 @@
-"""The `shapes` suite: held-out prompts of the embedded data set, scored from pixels by its exact
-scorer. The categories come in turn, so that they weigh the same.
+"""Define the `shapes` suite: held-out prompts of the embedded data set, scored from pixels by
+its exact scorer. The categories come in turn, so that they weigh the same.
 """
 
 from collections.abc import Sequence
@@ -38,7 +38,7 @@ def requests(prompts: Sequence[SuitePrompt], image_size: int) -> list[Request]:
 
 
 def score_outputs(images_BHWC: np.ndarray, prompts: Sequence[SuitePrompt]) -> SuiteResult:
-    """Judge uint8 images [B, S, S, 3] against their prompts."""
+    """Score uint8 images [B, S, S, 3] against their prompts."""
     outcomes = [score(image, prompt) for image, prompt in zip(images_BHWC, prompts, strict=True)]
     return tally([v.correct for v in outcomes], [v.reason for v in outcomes], prompts)
 
@@ -46,7 +46,7 @@ def score_outputs(images_BHWC: np.ndarray, prompts: Sequence[SuitePrompt]) -> Su
 def baselines(
     images_BHWC: np.ndarray, prompts: Sequence[SuitePrompt], seed: int = 0
 ) -> dict[str, SuiteResult]:
-    """Judge real images, and unrelated ones, at the size of these."""
+    """Score real images, and unrelated ones, at the size of these."""
     count, size = images_BHWC.shape[:2]
     return {
         "real_images": score_outputs(real_images(count, size, seed), prompts),
@@ -62,9 +62,8 @@ def real_images(count: int, image_size: int, seed: int = 0) -> np.ndarray:
 
 
 def random_images(count: int, image_size: int, seed: int = 0) -> np.ndarray:
-    """Return images of the data set sampled independently of the prompts: the baseline that has the
-    distribution of images, not the prompts.
-    """
+    """Return images of the data set sampled independently of the prompts: a baseline with the
+    distribution of the images and no relation to the prompts."""
     return np.stack(
         [render(sample(seed + 1, index * 5 + 3, "train"), image_size) for index in range(count)]
     )

@@ -1,5 +1,5 @@
-"""The `shapes_qa` suite: questions about held-out scenes of the embedded data set, correct where
-the answer has the same words (data/shapes/questions.py).
+"""Define the `shapes_qa` suite: questions about held-out scenes of the embedded data set, correct
+where the answer has the same words (data/shapes/questions.py).
 
 Baseline: the most frequent answer of a question's category.
 """

@@ -1,9 +1,10 @@
-"""The shapes data set on disk: a TFDS builder that writes ArrayRecord files, without TensorFlow and
-without a download.
+"""Write the shapes data set to disk: a TFDS builder of ArrayRecord files that needs neither
+TensorFlow nor a download.
 
-    OUT/shapes/<image_size>px_<train>_<validation>_<test>_seed<seed>/<version>/shapes-train.array_record-00000-of-00001, ...
-    OUT/shapes/.../prompts_train.jsonl       one prompt per line: {"key", "caption", **metadata}
-    OUT/shapes/.../prompts_test.jsonl        those that are held out
+    DATASET = OUT/shapes/<image_size>px_<train>_<validation>_<test>_seed<seed>/<version>
+    DATASET/shapes-train.array_record-00000-of-00001, ...
+    DATASET/prompts_train.jsonl       one prompt per line: {"key", "caption", **metadata}
+    DATASET/prompts_test.jsonl        the held-out prompts
 
 Features: image (PNG), caption, key, category, metadata (JSON, see `captions`).
 """
@@ -35,9 +36,8 @@ PROMPTS = "prompts_{split}.jsonl"
 
 @dataclasses.dataclass(kw_only=True)
 class ShapesConfig(tfds.core.BuilderConfig):
-    """The arguments of `prepare`; the name holds them all, so that other arguments never meet an
-    older directory.
-    """
+    """Hold the arguments of `prepare`. The name contains all of them, so that a directory made with
+    other arguments is never reused."""
 
     num_train: int = 20_000
     num_validation: int = 500
@@ -47,12 +47,11 @@ class ShapesConfig(tfds.core.BuilderConfig):
 
 
 class Shapes(tfds.core.GeneratorBasedBuilder):
-    """Scenes of coloured shapes and short words, with captions; the test split holds combinations
-    new to the others.
-    """
+    """Build scenes of coloured shapes and short words, with captions. The test split holds
+    combinations that the other splits do not contain."""
 
-    # What the same arguments draw depends on the code: raise it with every change to scenes,
-    # drawing or captions.
+    # The data depend on the code in addition to the arguments: raise the version with every change
+    # to scenes, rendering or captions.
     VERSION = tfds.core.Version("1.5.0")
     # Nothing is downloaded; TFDS would look for checksums beside this file, with a package that it
     # does not require itself.
@@ -164,7 +163,7 @@ def log(line: str) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without TFDS's own talk of downloads and custom configurations."""
+    """Silence TFDS's messages about downloads and custom configurations."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.ERROR)
     tfds.disable_progress_bar()
@@ -176,7 +175,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _write_prompts(directory: pathlib.Path, split: str, count: int, seed: int) -> None:
-    """Whole or not at all, and not again."""
+    """Write the prompts file atomically, unless it exists."""
     path = directory / PROMPTS.format(split=split)
     if not path.is_file():
         lines = [json.dumps(prompt) + "\n" for prompt in prompts(split, count, seed)]

@@ -1,5 +1,4 @@
-"""Scenes to words: captions from many templates, and the metadata that says what a caption asks
-for.
+"""Describe scenes in words: captions from many templates, and metadata of what a caption asks for.
 
 Metadata is a plain dict that JSON can hold:
 
@@ -90,7 +89,7 @@ RELATION_PHRASES = {
 
 
 def describe(scene: Scene) -> tuple[str, Metadata]:
-    """A caption of the scene and its metadata; the same scene always gets the same ones."""
+    """Return a caption of the scene and its metadata; the same scene always gets the same ones."""
     rng = random.Random(f"caption-{scene.key}")
     metadata = _metadata(scene, rng)
     template = rng.choice(TEMPLATES[scene.category])
@@ -144,9 +143,8 @@ def _name(asked: Metadata) -> str:
 
 
 def prompts(split: str, n: int, seed: int = 0) -> list[Metadata]:
-    """The first `n` prompts of a split, the seven categories in turn: {key, caption, **metadata}.
-    Those of "test" ask for what is held out from the others.
-    """
+    """Return the first `n` prompts of a split, the seven categories in turn: {key, caption,
+    **metadata}. Those of "test" ask for combinations that are held out from the other splits."""
     found = []
     for index in range(n):
         scene = sample(seed, index, split)

@@ -1,15 +1,17 @@
-"""Pixels to objects, by classical image processing: what the scorer sees in an image.
+"""Detect the objects and the word in an image by classical image processing, for the scorer.
 
-1. The paper is the median colour of the light, greyish pixels; whatever differs from it clearly is foreground.
-2. Connected foreground regions above a minimum area are blobs. A blob's colour is the nearest palette colour in CIELAB to
-   its core, if near enough and if most of its core agrees.
-3. A blob's shape is found by drawing: every shape is drawn with the blob's own area and centroid (both survive blur), and
-   the drawing that overlaps most wins, if it overlaps enough.
-4. A word is read from the box around all blobs: the font is monospaced, so the box's proportions give the number of
-   letters, and each letter is the glyph that its cell, averaged to 5 x 7 dots, correlates with most.
+1. The paper is the median colour of the light, greyish pixels; pixels that differ clearly from it
+   are foreground.
+2. Connected foreground regions above a minimum area are blobs. A blob's colour is the nearest
+   palette colour in CIELAB to its core, if near enough and if most of its core agrees.
+3. A blob's shape is found by rendering: every shape is drawn with the blob's area and centroid
+   (both survive blur), and the drawing with the largest overlap is taken, if it is large enough.
+4. A word is read from the box around all blobs: the font is monospaced, so the box's proportions
+   give the number of letters, and each letter is the glyph with the highest correlation with its
+   cell, averaged to 5 x 7 dots.
 
-The thresholds leave room for soft edges, noise and a small drift in colour; they were set on drawn
-scenes with blur, noise and JPEG artefacts, never on a model's output.
+The thresholds leave room for soft edges, noise and a small drift in colour; they were set on
+rendered scenes with blur, noise and JPEG artefacts, never on a model's output.
 
 Shape suffixes: H height, W width, C colour channels.
 """
@@ -47,7 +49,8 @@ MIN_LIKENESS = 0.6  # correlation of a cell's dots with a glyph's
 
 @dataclasses.dataclass(frozen=True)
 class Detection:
-    """What was found. `things` include blobs whose shape or colour is None (not recognised)."""
+    """Hold the detected objects and word. `things` include blobs whose shape or colour is None (not
+    recognised)."""
 
     things: tuple[Thing, ...]
     word: Word | None
@@ -62,7 +65,7 @@ class _Blob:
 
 
 def detect(image_HWC: np.ndarray) -> Detection:
-    """Objects and word in a square uint8 RGB image [S, S, 3] with S >= 32."""
+    """Detect the objects and the word in a square uint8 RGB image [S, S, 3] with S >= 32."""
     if image_HWC.dtype != np.uint8 or image_HWC.ndim != 3 or image_HWC.shape[2] != 3:
         raise ValueError(
             f"the scorer takes uint8 [H, W, 3], not {image_HWC.dtype} {list(image_HWC.shape)}"
@@ -89,7 +92,7 @@ def detect(image_HWC: np.ndarray) -> Detection:
 
 
 def _blobs(pixels_HWC: np.ndarray, lab_HWC: np.ndarray, distance_HW: np.ndarray) -> list[_Blob]:
-    """Every object, and last of all the union of them: the word, if it is one."""
+    """Return a blob for each object and, last, one for their union, from which a word is read."""
     foreground_HW = distance_HW > FOREGROUND
     count, labels_HW, stats, _ = cv2.connectedComponentsWithStats(
         foreground_HW.astype(np.uint8), connectivity=8
@@ -126,12 +129,12 @@ def _blob(
 
 @functools.cache
 def _palette() -> np.ndarray:
-    """[colours, 3] in CIELAB."""
+    """Return the palette in CIELAB: float [colours, 3]."""
     return cv2.cvtColor(np.array([list(COLOURS.values())], np.float32) / 255, cv2.COLOR_RGB2LAB)[0]
 
 
 def _colour(core: np.ndarray) -> str | None:
-    """Name of the palette colour of pixels [n, 3] in CIELAB, or None."""
+    """Return the name of the palette colour of pixels [n, 3] in CIELAB; None if unclear."""
     distance = np.linalg.norm(_palette() - np.median(core, axis=0), axis=-1)
     best = int(distance.argmin())
     agreeing = (np.linalg.norm(core[:, None] - _palette(), axis=-1).argmin(axis=-1) == best).mean()
@@ -144,7 +147,7 @@ def _colour(core: np.ndarray) -> str | None:
 
 @functools.cache
 def _proportions(shape: str) -> tuple[float, np.ndarray]:
-    """Area and centroid of a shape of side 1 around (0, 0)."""
+    """Return the area and centroid of a shape of side 1 around (0, 0)."""
     covered, rows, columns = draw.coverage(shape, 0.5, 0.5, 1.0, 128)
     y, x = np.mgrid[rows, columns]
     centroid = np.array(
@@ -174,8 +177,8 @@ def _thing(blob: _Blob) -> Thing:
 
 
 def _overlap(alpha_HW: np.ndarray, shape: str, mass: float, centroid: np.ndarray) -> float:
-    """Soft intersection over union with the drawing of `shape` that has the same area and
-    centroid."""
+    """Return the soft intersection over union with the drawing of `shape` that has the same area
+    and centroid."""
     area, offset = _proportions(shape)
     side = (mass / area) ** 0.5 / alpha_HW.shape[0]
     covered, rows, columns = draw.coverage(
@@ -186,7 +189,7 @@ def _overlap(alpha_HW: np.ndarray, shape: str, mass: float, centroid: np.ndarray
 
 
 def _read(everything: _Blob) -> Word | None:
-    """The word that all blobs together spell, or None."""
+    """Return the word that all blobs together spell, or None."""
     alpha_HW = everything.alpha
     size = alpha_HW.shape[0]
     x0, x1 = _extent(alpha_HW.max(axis=0))
@@ -208,23 +211,21 @@ def _read(everything: _Blob) -> Word | None:
 
 
 def _standardised(dots: np.ndarray) -> np.ndarray:
-    """The dots of one letter as a vector of mean 0 and norm 1, so that a product of two is their
-    correlation.
-    """
+    """Return the dots of one letter as a vector of mean 0 and norm 1, so that the dot product of
+    two is their correlation."""
     centred = dots.ravel() - dots.mean()
     return centred / max(float(np.linalg.norm(centred)), 1e-6)
 
 
 @functools.cache
 def _glyphs() -> np.ndarray:
-    """[letters, dots of one letter], standardised."""
+    """Return the standardised glyphs of all letters: float64 [letters, dots of one letter]."""
     return np.stack([_standardised(glyph.astype(np.float64)) for glyph in font.GLYPHS.values()])
 
 
 def _extent(profile: np.ndarray) -> tuple[float, float]:
-    """Where a profile along one axis rises above and falls below one half, between pixels: an edge
-    pixel's own value is the share of it that is covered.
-    """
+    """Return the positions where a profile along one axis rises above and falls below one half, to
+    a fraction of a pixel: the value of an edge pixel is the fraction of it that is covered."""
     inside = np.flatnonzero(profile > 0.5 * profile.max())
     first, last = int(inside[0]), int(inside[-1])
     before = profile[first - 1] if first else 0.0
@@ -235,9 +236,8 @@ def _extent(profile: np.ndarray) -> tuple[float, float]:
 def _average(
     alpha_HW: np.ndarray, x: tuple[float, float, int], y: tuple[float, float, int]
 ) -> np.ndarray:
-    """Mean of `alpha_HW` in each cell of a grid; `x` and `y` are (start, end, number of cells) in
-    pixels.
-    """
+    """Return the mean of `alpha_HW` in each cell of a grid; `x` and `y` are (start, end, number of
+    cells), with start and end in pixels."""
     weights = []
     for (start, end, cells), size in ((y, alpha_HW.shape[0]), (x, alpha_HW.shape[1])):
         edges = np.linspace(start, end, cells + 1)

@@ -1,7 +1,7 @@
-"""Scenes to pixels, antialiased.
+"""Render scenes to antialiased pixels.
 
 Shapes are polygons filled at several times the resolution and averaged down; letters are grids of
-squares, whose share of each pixel is computed exactly.
+squares, whose coverage of each pixel is computed exactly.
 
 Shape suffixes: H height, W width, C colour channels.
 """
@@ -23,7 +23,7 @@ RING_INNER = 0.5  # radius of the ring's hole, of the ring
 
 
 def render(scene: Scene, image_size: int = 64) -> np.ndarray:
-    """The scene as uint8 [image_size, image_size, 3], RGB."""
+    """Render the scene as an RGB image, uint8 [image_size, image_size, 3]."""
     image_HWC = _background(scene.background, image_size)
     for thing in scene.things:
         _paint(
@@ -39,9 +39,9 @@ def render(scene: Scene, image_size: int = 64) -> np.ndarray:
 def coverage(
     shape: str, x: float, y: float, side: float, image_size: int
 ) -> tuple[np.ndarray, slice, slice]:
-    """Share of each pixel that a shape covers: (float32 [h, w] in 0..1, its rows, its columns).
-    Centre and side are shares of the image; what lies outside the image is cut off.
-    """
+    """Return the fraction of each pixel that a shape covers: (float32 [h, w] in 0..1, its rows, its
+    columns). Centre and side are fractions of the image's side; parts outside the image are cut
+    off."""
     x0, x1, y0, y1 = (
         min(max(bound, 0), image_size)
         for centre in (x, y)
@@ -68,7 +68,7 @@ def coverage(
 
 @functools.cache
 def polygons(shape: str) -> tuple[np.ndarray, ...]:
-    """Contours [n, 2] in a square of side 1 around (0, 0), y down."""
+    """Return the shape's contours [n, 2] in a square of side 1 around (0, 0), y down."""
     match shape:
         case "circle":
             return (_circle(0.49),)
@@ -96,7 +96,7 @@ def _circle(radius: float) -> np.ndarray:
 
 
 def word_coverage(word: Word, image_size: int) -> tuple[np.ndarray, slice, slice]:
-    """Share of each pixel that the word covers, over the whole image."""
+    """Return the fraction of each pixel that the word covers, over the whole image."""
     bitmap = font.bitmap(word.text).astype(np.float32)
     width, height = word_size(word.text)
     down = _overlap(word.y - height / 2, bitmap.shape[0], image_size)
@@ -105,7 +105,8 @@ def word_coverage(word: Word, image_size: int) -> tuple[np.ndarray, slice, slice
 
 
 def _overlap(start: float, cells: int, image_size: int) -> np.ndarray:
-    """[image_size, cells]: the share of each pixel that each cell covers, along one axis."""
+    """Return the fraction of each pixel that each cell covers, along one axis: [image_size,
+    cells]."""
     pixels = np.arange(image_size, dtype=np.float32)[:, None]
     edges = (start + np.arange(cells + 1, dtype=np.float32) * LETTER_CELL) * image_size
     return np.clip(np.minimum(pixels + 1, edges[1:]) - np.maximum(pixels, edges[:-1]), 0, 1)

@@ -1,21 +1,24 @@
-"""Edits of scenes: what is to be done in words, the scene before and after it, and what can be
-checked.
+"""Sample edits of scenes: the instruction, the scene before and after it, and the metadata by which
+the result is scored.
 
-    recolour     make the red circle blue                      background   make the background cream
-    move         move the red circle to the top left           word         change the word to "TEA"
+    recolour     make the red circle blue
+    move         move the red circle to the top left
     add          add a small red circle at the top left
     remove       remove the red circle
     replace      replace the red circle with a blue star
+    background   make the background cream
+    word         change the word to "TEA"
 
-Both scenes are drawn alike, so that whatever is not edited is the same to the pixel. An object that
-is meant is the only one that the words fit. Metadata is a plain dict that JSON can hold:
+Both scenes are rendered alike, so that pixels outside the edit are identical. The instruction fits
+exactly one object. Metadata is a plain dict that JSON can hold:
 
     kind         one of KINDS
     present      [{"shape", "colour", "x", "y"}, ...]: to be found after the edit, about there
     absent       [{"x", "y"}, ...]: where nothing is to be found
     paper        None, or the name of the background's colour
     word         None, or the word to be read
-    changed      [[x0, y0, x1, y1], ...]: boxes of all that may change, shares of the side; None: all but `kept`
+    changed      [[x0, y0, x1, y1], ...]: boxes of all that may change, fractions of the side; None:
+                 all except `kept`
     kept         [{"shape", "x", "y", "side"}, ...]: what stays where the background changes
 
 Training edits begin and end at scenes without a held-out fact; test edits begin at test scenes,
@@ -96,7 +99,7 @@ class Edit:
 
 
 def sample_edit(seed: int, index: int, split: str) -> Edit:
-    """Edit number `index` of a split; the kinds take turns."""
+    """Return edit number `index` of a split; the kinds take turns."""
     if split not in SPLITS:
         raise ValueError(f"split={split!r} is not one of {', '.join(SPLITS)}")
     key, kind = f"edit-{split}-{seed}-{index:06d}", KINDS[index % len(KINDS)]
@@ -224,7 +227,7 @@ _EDITORS = dict(
 
 
 def _meant(rng: random.Random, scene: Scene) -> Thing | None:
-    """An object that its colour and shape tell from all others."""
+    """Return a random object whose colour and shape no other object has; None if there is none."""
     looks = [(t.colour, t.shape) for t in scene.things]
     alone = [t for t in scene.things if looks.count((t.colour, t.shape)) == 1]
     return rng.choice(alone) if alone else None
@@ -262,7 +265,8 @@ def _wider(box: Any) -> list[float]:
 
 
 def prompts(split: str, n: int, seed: int = 0) -> list[Metadata]:
-    """The first `n` edits of a split: {key, caption, category, **metadata}, for evaluation."""
+    """Return the first `n` edits of a split for evaluation: {key, caption, category,
+    **metadata}."""
     edits = [sample_edit(seed, index, split) for index in range(n)]
     return [
         {"key": e.key, "caption": e.instruction, "category": e.metadata["kind"], **e.metadata}

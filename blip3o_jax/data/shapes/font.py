@@ -1,7 +1,7 @@
-"""A bitmap font of capital letters, 5 x 7 dots each.
+"""Define a bitmap font of capital letters, 5 x 7 dots each.
 
 Every letter touches all four sides of its cell and differs clearly from the others, so that a
-word's bounding box alone tells where each letter is.
+word's bounding box alone determines where each letter is.
 """
 
 import numpy as np
@@ -44,7 +44,7 @@ GLYPHS: dict[str, np.ndarray] = {
 
 
 def bitmap(text: str) -> np.ndarray:
-    """bool [7, 8 n - 3]: the word's letters with SPACING empty columns between them."""
+    """Return the word's letters with SPACING empty columns between them: bool [7, 8 n - 3]."""
     unknown = sorted(set(text) - set(GLYPHS))
     if unknown or not text:
         raise ValueError(f"cannot write {text!r}: the font has the letters A to Z only")

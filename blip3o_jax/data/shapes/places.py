@@ -1,4 +1,4 @@
-"""Names of the places where an object can stand: "top left", "centre", "bottom"."""
+"""Name the places where an object can stand: "top left", "centre", "bottom"."""
 
 from blip3o_jax.data.shapes.scene import SPOTS, Thing
 
@@ -6,7 +6,8 @@ _COLUMNS, _ROWS = ("left", "centre", "right"), ("top", "centre", "bottom")
 
 
 def name(x: float, y: float) -> str:
-    """Of the third of the image, each way, that the point (shares of the side) lies in."""
+    """Return the name of the third of the image, along each axis, that contains the point; `x` and
+    `y` are fractions of the side."""
     column, row = (names[min(int(share * 3), 2)] for names, share in ((_COLUMNS, x), (_ROWS, y)))
     if "centre" in (column, row):
         return column if row == "centre" else row

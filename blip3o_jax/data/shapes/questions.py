@@ -1,11 +1,11 @@
-"""Questions about scenes and their answers in words.
+"""Sample questions about scenes, with their answers in words.
 
-    colour   what colour is the star?                            red, ... (of the one object of that shape)
+    colour   what colour is the star?                            red, ... (one object has the shape)
     count    how many circles are there?, how many objects ...   one, two, three, four
-    where    where is the star?                                  top left, centre, ... (data/shapes/places.py)
+    where    where is the star?                                  top left, centre, ... (places.py)
     word     what does it say?                                   the word
 
-An answer is right if it is the same words, whatever their case. Answers of a kind are about as
+An answer is right if it has the same words in any case. Answers of a kind are about as
 frequent as each other, so the most frequent one is a poor guess.
 """
 
@@ -48,7 +48,7 @@ class Question:
 
 
 def sample_question(seed: int, index: int, split: str) -> Question:
-    """Question number `index` of a split; the kinds take turns."""
+    """Return question number `index` of a split; the kinds take turns."""
     if split not in SPLITS:
         raise ValueError(f"split={split!r} is not one of {', '.join(SPLITS)}")
     key, kind = f"question-{split}-{seed}-{index:06d}", KINDS[index % len(KINDS)]
@@ -89,9 +89,8 @@ def right(given: str, answer: str) -> bool:
 
 
 def prompts(split: str, n: int, seed: int = 0) -> list[Metadata]:
-    """The first `n` questions of a split: {key, caption, category, answer}, for evaluation; the
-    caption is the question.
-    """
+    """Return the first `n` questions of a split for evaluation: {key, caption, category, answer};
+    the caption is the question."""
     asked = [sample_question(seed, index, split) for index in range(n)]
     return [
         {"key": q.key, "caption": q.question, "category": q.kind, "answer": q.answer} for q in asked

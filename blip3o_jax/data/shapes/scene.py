@@ -1,11 +1,13 @@
-"""A scene: what is where in one image, drawn at random from (seed, split, index) and nothing else.
+"""Sample scenes: the objects of one image and their places, a function of (seed, split, index)
+alone.
 
-Positions and lengths are shares of the image's side, x to the right and y down, so that a scene has
-no resolution.
+Positions and lengths are fractions of the image's side, x to the right and y down, so that a
+scene has no resolution.
 
 Everything stands on a grid of CELLS x CELLS: a small object or a letter in the middle of a cell, a
-large object in the middle of four. What is to be learned is then what goes where, in minutes, and
-not how an object looks half a pixel further on. The scorer knows nothing of the grid.
+large object in the middle of four. A model then learns in minutes which objects go
+where, without learning how an object looks half a pixel further on. The scorer does not use the
+grid.
 """
 
 import dataclasses
@@ -39,9 +41,9 @@ SPOTS = {
 
 @dataclasses.dataclass(frozen=True)
 class Thing:
-    """One object: centre (x, y) and side of the square it is inscribed in. The scorer's findings
-    have the same fields; there shape and colour are None where they cannot be told.
-    """
+    """Describe one object: its centre (x, y) and the side of the square in which it is inscribed.
+    The detector returns the same class; there, shape and colour are None where they are not
+    recognised."""
 
     shape: str | None
     colour: str | None
@@ -58,14 +60,14 @@ class Thing:
 
     @property
     def box(self) -> tuple[float, float, float, float]:
-        """x0, y0, x1, y1."""
+        """Return the corners x0, y0, x1, y1."""
         half = self.side / 2
         return self.x - half, self.y - half, self.x + half, self.y + half
 
 
 @dataclasses.dataclass(frozen=True)
 class Word:
-    """A written word with its centre."""
+    """Describe a written word by its text and its centre."""
 
     text: str
     x: float
@@ -74,9 +76,8 @@ class Word:
 
 @dataclasses.dataclass(frozen=True)
 class Background:
-    """kind: plain, gradient (from `paper` to `second` along `direction`), stripes or dots (of
-    `second` on `paper`).
-    """
+    """Describe a background by its kind: plain, gradient (from `paper` to `second` along
+    `direction`), stripes or dots (of `second` on `paper`)."""
 
     kind: str
     paper: RGB
@@ -87,9 +88,8 @@ class Background:
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """`asked` is the fact that its caption will ask for; `things` begin with the objects it names,
-    in its order.
-    """
+    """Describe one image. `asked` is the fact that its caption asks for; `things` begin with the
+    objects that the fact names, in its order."""
 
     key: str
     category: str
@@ -100,10 +100,9 @@ class Scene:
 
 
 def relations(a: Thing, b: Thing) -> set[str]:
-    """Which of left of, right of, above, below hold for `a` relative to `b`: GenEval's rule. A
-    tenth of the two sizes is taken off each offset, and what is left must be more than half of the
-    whole distance (so diagonals count as both).
-    """
+    """Return which of left of, right of, above, below hold for `a` relative to `b`, by GenEval's
+    rule: a tenth of the two sizes is subtracted from each offset, and the rest must exceed half of
+    the distance (so a diagonal satisfies both axes)."""
     dx, dy = a.x - b.x, a.y - b.y
     distance = max((dx * dx + dy * dy) ** 0.5, 1e-9)
     slack = 0.1 * (a.side + b.side)
@@ -113,7 +112,7 @@ def relations(a: Thing, b: Thing) -> set[str]:
 
 
 def facts(scene: Scene) -> set[Fact]:
-    """Every fact of every kind that is true of the scene, asked for or not."""
+    """Return all facts of all kinds that are true of the scene, asked for or not."""
     if scene.word is not None:
         return {("text", scene.word.text)}
     things, shapes = scene.things, {thing.shape for thing in scene.things}
@@ -138,9 +137,8 @@ def facts(scene: Scene) -> set[Fact]:
 
 
 def sample(seed: int, index: int, split: str) -> Scene:
-    """Scene number `index` of a split; the categories take turns. See `vocabulary` for what is held
-    out from training.
-    """
+    """Return scene number `index` of a split; the categories take turns. See `vocabulary` for the
+    combinations that are held out from training."""
     if split not in SPLITS:
         raise ValueError(f"split={split!r} is not one of {', '.join(SPLITS)}")
     key = f"{split}-{seed}-{index:06d}"
@@ -156,9 +154,8 @@ def sample(seed: int, index: int, split: str) -> Scene:
 
 
 def _things(rng: random.Random, asked: Fact) -> tuple[Thing, ...]:
-    """Objects that make the fact true, and no others; whatever the fact leaves open is drawn at
-    random.
-    """
+    """Return objects that make the fact true, and no others; attributes that the fact leaves open
+    are random."""
     kind, *args = asked
     colours = list(COLOURS)
     match kind:
@@ -192,12 +189,13 @@ def _things(rng: random.Random, asked: Fact) -> tuple[Thing, ...]:
 
 
 def _sizes(rng: random.Random) -> tuple[str, str]:
-    """Of two objects, of which one at most is large: there is no room for more."""
+    """Return sizes of two objects, at most one of them large: two large ones do not fit."""
     return rng.choice((("small", "small"), ("small", "large"), ("large", "small")))
 
 
 def _place(rng: random.Random, looks: list[tuple[str, str, str]]) -> tuple[Thing, ...]:
-    """Objects of the given (shape, colour, size) anywhere on the grid, apart from each other."""
+    """Place objects of the given (shape, colour, size) at random on the grid, with a gap between
+    them."""
     sides = [rng.uniform(*SIZES[size]) for _, _, size in looks]
     things: list[Thing] = []
     for attempt in itertools.count(1):
@@ -213,17 +211,17 @@ def _place(rng: random.Random, looks: list[tuple[str, str, str]]) -> tuple[Thing
 
 
 def _as_read(things: tuple[Thing, ...]) -> tuple[Thing, ...]:
-    """Row by row from the top, each from the left: the order in which a caption names them, as
-    people's do. Unordered, what stands first in an image could be either, each with its own colour,
-    and which colour is whose is learned much later.
-    """
+    """Sort objects row by row from the top, each row from the left: the order in which a caption
+    names them, as people's do. Without an order the first object of a caption could be any in the
+    image, each with its own colour, and a model learns the pairing of colours and objects much
+    later."""
     return tuple(sorted(things, key=lambda t: (int(t.box[1] * CELLS), t.box[0])))
 
 
 def _place_beside(
     rng: random.Random, relation: str, looks: list[tuple[str, str, str]]
 ) -> tuple[Thing, ...]:
-    """Two objects, the first left of (or above) the second, in a row (or column) or nearly so."""
+    """Place two objects, the first left of (or above) the second, nearly in one row (or column)."""
     while True:
         a, b = things = _place(rng, looks)
         across = abs(a.y - b.y) if relation == "left of" else abs(a.x - b.x)
@@ -232,13 +230,13 @@ def _place_beside(
 
 
 def _word(rng: random.Random, text: str) -> Word:
-    """A word in neighbouring cells of one row."""
+    """Place a word at random in neighbouring cells of one row."""
     column, row = rng.randint(0, CELLS - len(text)), rng.randint(0, CELLS - 1)
     return Word(text, (column + len(text) / 2) / CELLS, (row + 0.5) / CELLS)
 
 
 def word_size(text: str) -> tuple[float, float]:
-    """Width and height: letters are 5 x 7 dots, one to a cell."""
+    """Return the width and height of a word: each letter has 5 x 7 dots in one cell."""
     return (len(text) - 1) / CELLS + 5 * LETTER_CELL, 7 * LETTER_CELL
 
 

@@ -1,16 +1,15 @@
-"""Does an image show what its prompt asks for? The rules of GenEval on the objects that `detect`
-finds, and a word reader.
+"""Score an image against its prompt: GenEval's rules on the objects of `detect`, and a word reader.
 
-- Every asked object must be there, with the asked colour and size; an object answers for one request only.
+- Every asked object must be there, with the asked colour and size; it meets one request only.
 - Counting is exact: as many as asked and no more, and nothing else that cannot be recognised.
 - A relation must hold between the two asked objects, by GenEval's margins (`scene.relations`).
-- Extra objects are allowed otherwise, but an image that is mostly a mess (unrecognised blobs) is wrong.
+- Extra objects are allowed otherwise, but an image that is mostly unrecognised blobs is wrong.
 - A word must be read exactly, upper or lower case.
 
-An image that is wrong may be nearly right: `Verdict.met` is the share of what is asked that holds,
-for who wants to tell better from worse. Of an object these are its shape, and its colour and size
-where they are asked and the shape is right; a relation; a letter in its place. A mess is one more
-thing that does not hold, and so is each object too many where counting is exact.
+`ScoreResult.met` ranks wrong images by the fraction of the requirements that they meet. The
+requirements of an object are its shape, and its colour and size where they are asked and the shape
+is right; further ones are a relation, and each letter in its place. Mostly unrecognised blobs count
+as one more requirement that is not met, and so does each surplus object where counting is exact.
 """
 
 import dataclasses
@@ -22,14 +21,14 @@ from blip3o_jax.data.shapes.captions import Metadata, plural
 from blip3o_jax.data.shapes.detect import Detection, detect
 from blip3o_jax.data.shapes.scene import Scene, Thing, relations
 
-MESS = 0.4  # share of the area of all blobs' boxes that may lie in unrecognised ones
+MAX_UNRECOGNISED = 0.4  # of the area of all blobs' boxes: the fraction in unrecognised ones
 
 
 @dataclasses.dataclass(frozen=True)
-class Verdict:
-    """`met` is 1 where the image is correct, else a share below 1; `reason` one short sentence in
-    plain English; `detected` what was found, as dicts with shape, colour, size, centre and box
-    (shares of the image's side).
+class ScoreResult:
+    """Hold the score of one image. `met` is 1 where the image is correct, else the fraction below 1
+    of the requirements that hold; `reason` is one short sentence in plain English; `detected` lists
+    the objects as dicts with shape, colour, size, centre and box (fractions of the image's side).
     """
 
     correct: bool
@@ -38,25 +37,26 @@ class Verdict:
     detected: tuple[Metadata, ...]
 
 
-def score(image_HWC: np.ndarray, metadata: Metadata) -> Verdict:
-    """Judge a square uint8 RGB image [S, S, 3] against a prompt's metadata (see `captions`)."""
-    return judge(detect(image_HWC), metadata)
+def score(image_HWC: np.ndarray, metadata: Metadata) -> ScoreResult:
+    """Score a square uint8 RGB image [S, S, 3] against a prompt's metadata (see `captions`)."""
+    return score_detection(detect(image_HWC), metadata)
 
 
 def satisfies(scene: Scene, metadata: Metadata) -> bool:
-    """The same rules on a scene's exact truth instead of pixels."""
-    return judge(Detection(scene.things, scene.word, has_paper=True), metadata).correct
+    """Return whether a scene, by its exact description instead of its pixels, meets the prompt."""
+    return score_detection(Detection(scene.things, scene.word, has_paper=True), metadata).correct
 
 
-def judge(found: Detection, metadata: Metadata) -> Verdict:
+def score_detection(found: Detection, metadata: Metadata) -> ScoreResult:
+    """Score detected objects and the detected word against a prompt's metadata."""
     detected = tuple(_as_dict(thing) for thing in found.things)
     if not found.has_paper:
-        return Verdict(False, 0.0, "no light background to tell objects from", detected)
+        return ScoreResult(False, 0.0, "no light background to tell objects from", detected)
     if metadata["word"]:
         problem, met = _wrong_word(found, metadata), _letters_met(found, metadata)
     else:
         problem, met = _wrong_objects(found.things, metadata), _objects_met(found.things, metadata)
-    return Verdict(problem is None, met, problem or "as asked", detected)
+    return ScoreResult(problem is None, met, problem or "as asked", detected)
 
 
 def _wrong_word(found: Detection, metadata: Metadata) -> str | None:
@@ -76,7 +76,7 @@ def _letters_met(found: Detection, metadata: Metadata) -> float:
 def _wrong_objects(things: tuple[Thing, ...], metadata: Metadata) -> str | None:
     if not things:
         return f"asked {_names(metadata)}, found nothing"
-    if _is_mess(things):
+    if _mostly_unrecognised(things):
         return f"asked {_names(metadata)}, found {_listing(things)}"
     matches = [
         [thing for thing in things if _answers(thing, asked)] for asked in metadata["objects"]
@@ -101,11 +101,14 @@ def _objects_met(things: tuple[Thing, ...], metadata: Metadata) -> float:
     asked = metadata["objects"]
     if metadata["category"] == "counting":
         (every,) = asked
-        held = sorted((_held(thing, every) for thing in things), reverse=True)[: every["count"]]
+        held = sorted((_facts_met(thing, every) for thing in things), reverse=True)[
+            : every["count"]
+        ]
         answering = sum(_answers(thing, every) for thing in things)
         surplus = max(answering - every["count"], 0) + sum(thing.shape is None for thing in things)
         return sum(held) / (len(_asked_facts(every)) * (every["count"] + surplus))
-    # Every way of taking the objects asked for as objects found, or as missing.
+    # All assignments of the requested objects to detected ones, None where one is missing: the best
+    # assignment counts.
     choices = [[None, *(thing for thing in things if thing.shape == one["shape"])] for one in asked]
     best = 0
     for chosen in itertools.product(*choices):
@@ -116,14 +119,14 @@ def _objects_met(things: tuple[Thing, ...], metadata: Metadata) -> float:
                 and None not in chosen
                 and metadata["relation"] in relations(*chosen[:2])
             )
-            best = max(best, sum(map(_held, chosen, asked)) + bool(related))
+            best = max(best, sum(map(_facts_met, chosen, asked)) + bool(related))
     facts = sum(len(_asked_facts(one)) for one in asked) + bool(metadata["relation"])
-    return best / (facts + _is_mess(things))
+    return best / (facts + _mostly_unrecognised(things))
 
 
-def _is_mess(things: tuple[Thing, ...]) -> bool:
+def _mostly_unrecognised(things: tuple[Thing, ...]) -> bool:
     unclear = sum(thing.side**2 for thing in things if thing.shape is None)
-    return unclear > MESS * sum(thing.side**2 for thing in things)
+    return unclear > MAX_UNRECOGNISED * sum(thing.side**2 for thing in things)
 
 
 def _asked_facts(asked: Metadata) -> list[str]:
@@ -138,10 +141,9 @@ def _answers(thing: Thing, asked: Metadata) -> bool:
     return all(_facts(thing, asked))
 
 
-def _held(thing: Thing | None, asked: Metadata) -> int:
-    """Facts that hold: none where the shape is another, since then they are facts of another
-    object.
-    """
+def _facts_met(thing: Thing | None, asked: Metadata) -> int:
+    """Return the number of facts that hold; 0 where the shape differs, since colour and size are
+    then those of another object."""
     return sum(_facts(thing, asked)) if thing and thing.shape == asked["shape"] else 0
 
 
@@ -155,7 +157,7 @@ def _name(asked: Metadata) -> str:
 
 
 def _listing(things: tuple[Thing, ...]) -> str:
-    """Like "2 red circles, 1 unclear object"."""
+    """Return a text such as "2 red circles, 1 unclear object"."""
     names: dict[str, int] = {}
     for thing in things:
         name = (

@@ -1,8 +1,9 @@
-"""Edits and questions of the shapes data set on disk: webdataset shards beside the captioned
+"""Write edits and questions of the shapes data set as webdataset shards next to the captioned
 scenes.
 
 edits_train_<count>.tar        KEY.png, KEY.input.png, KEY.json {"task": "edit", "instruction", ...}
-questions_train_<count>.tar    KEY.input.png, KEY.json {"task": "understand", "question", "answer", "kind"}
+questions_train_<count>.tar    KEY.input.png,
+                               KEY.json {"task": "understand", "question", "answer", "kind"}
 """
 
 import io
@@ -22,9 +23,8 @@ Members = Iterator[tuple[str, bytes]]
 def prepare(
     directory: pathlib.Path, *, num_edits: int, num_questions: int, image_size: int, seed: int = 0
 ) -> dict[str, pathlib.Path]:
-    """Writes what is not there yet, whole or not at all; returns {"edits": path, "questions": path}
-    of those of which there are to be any.
-    """
+    """Write the shards that do not exist yet, each atomically; return {"edits": path, "questions":
+    path} of the tasks with at least one example."""
     wanted = {"edits": (num_edits, _edits), "questions": (num_questions, _questions)}
     paths = {}
     for name, (count, members) in wanted.items():

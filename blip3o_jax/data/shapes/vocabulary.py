@@ -1,4 +1,4 @@
-"""The words of the shapes data set, and which combinations of them are held out.
+"""Define the words of the shapes data set, and which combinations of them are held out.
 
 Everything a caption can ask for is a *fact* about a scene: ("colours", "circle", "red") says that
 it shows a red circle alone, ("two", "circle", "ring") that both are. Facts come in one kind per
@@ -45,18 +45,18 @@ RELATIONS = {"left of": "right of", "right of": "left of", "above": "below", "be
 # As long as a row of the grid. Thirteen letters are few enough to be learned from a thousand images
 # of words, and the words too many to be learned by heart in place of their letters.
 _WORDS = """
-ACE ACT AIR ALE ALL ANT APE ARC ARE ART ASH ATE CAD CAN CAP CAR CAT COD COP COT DAD DEN DIE DIN DIP DOC DOE DON DOT EAR EAT END
-ERA HAD HAT HEN HER HID HIP HIS HIT HOE HOP HOT ICE ILL INN ION IRE ITS LAD LAP LEA LED LET LID LIE LIP LIT LOT NAP NET NIL NIP
-NOD NOR NOT OAR OAT ODD ODE OIL OLD ONE OPT ORE PAD PAL PAN PAR PAT PEA PEN PER PET PIE PIN PIT POD POP POT RAN RAP RAT RID RIP
-ROD ROE ROT SAD SAP SAT SEA SET SHE SIN SIP SIR SIT SOD SON SPA TAN TAP TAR TEA TEN TIE TIN TIP TOE TON TOP TOT
+ACE ACT AIR ALE ALL ANT APE ARC ARE ART ASH ATE CAD CAN CAP CAR CAT COD COP COT DAD DEN DIE DIN DIP
+DOC DOE DON DOT EAR EAT END ERA HAD HAT HEN HER HID HIP HIS HIT HOE HOP HOT ICE ILL INN ION IRE ITS
+LAD LAP LEA LED LET LID LIE LIP LIT LOT NAP NET NIL NIP NOD NOR NOT OAR OAT ODD ODE OIL OLD ONE OPT
+ORE PAD PAL PAN PAR PAT PEA PEN PER PET PIE PIN PIT POD POP POT RAN RAP RAT RID RIP ROD ROE ROT SAD
+SAP SAT SEA SET SHE SIN SIP SIR SIT SOD SON SPA TAN TAP TAR TEA TEN TIE TIN TIP TOE TON TOP TOT
 """
 WORDS = tuple(sorted(_WORDS.split()))
 
 
 def fact_of_position(a: str, relation: str, b: str) -> Fact:
-    """The same fact for a relation and its converse: "a right of b" is ("position", b, "left of",
-    a).
-    """
+    """Return the fact of a relation, the same for its converse: "a right of b" is ("position", b,
+    "left of", a)."""
     return (
         ("position", a, relation, b)
         if relation in ("left of", "above")
@@ -65,7 +65,8 @@ def fact_of_position(a: str, relation: str, b: str) -> Fact:
 
 
 def fact_of_attribution(one: tuple[str, str], other: tuple[str, str]) -> Fact:
-    """`one` and `other` are (shape, colour), in any order."""
+    """Return the fact that `one` and `other`, each a (shape, colour), are both present, in any
+    order."""
     first, second = sorted((one, other), key=lambda pair: SHAPES.index(pair[0]))
     return ("attribution", *first, *second)
 
@@ -80,10 +81,9 @@ def _hold_out(facts: list[Fact]) -> tuple[list[Fact], list[Fact]]:
 
 
 def _tables() -> tuple[dict[str, list[Fact]], dict[str, list[Fact]]]:
-    """(facts to train on, facts held out), by kind. Singles, positions and attributions are built
-    from what is not held out in colours and pairs, so that each category tests its own kind of new
-    combination.
-    """
+    """Return (facts to train on, facts held out) by kind. Singles, positions and attributions
+    combine colours and pairs that are not held out, so that each category tests its own kind of new
+    combination."""
     every = {
         "two": [("two", a, b) for a, b in itertools.combinations(SHAPES, 2)],
         "counting": [("counting", str(n), shape) for n in COUNTS for shape in SHAPES],

@@ -85,8 +85,8 @@ def test_a_background_that_takes_the_objects_with_it_is_wrong():
     (thing,) = edit.before.things
     recoloured = dataclasses.replace(thing, colour=next(c for c in COLOURS if c != thing.colour))
     output = render(dataclasses.replace(edit.after, things=(recoloured,)), SIZE)
-    verdict = edit_scorer.score_edit(render(edit.before, SIZE), output, edit.metadata)
-    assert verdict.success and not verdict.kept and "the rest changed" in verdict.reason
+    result = edit_scorer.score_edit(render(edit.before, SIZE), output, edit.metadata)
+    assert result.success and not result.kept and "the rest changed" in result.reason
 
 
 def test_instructions_name_one_object_alone(edits):

@@ -33,7 +33,7 @@ def accuracy(detections: list[Detection], held_out: list) -> float:
     return float(
         np.mean(
             [
-                scorer.judge(found, metadata).correct
+                scorer.score_detection(found, metadata).correct
                 for found, (_, metadata, _) in zip(detections, held_out, strict=True)
             ]
         )
@@ -81,7 +81,7 @@ def test_mismatched_pairs_are_rejected(held_out: list, detections: list[Detectio
             metadata = held_out[other][1]
             if not scorer.satisfies(drawn, metadata):
                 tried += 1
-                accepted += scorer.judge(detections[i], metadata).correct
+                accepted += scorer.score_detection(detections[i], metadata).correct
     assert tried > COUNT
     assert accepted / tried <= 0.05
 
@@ -120,7 +120,9 @@ def test_images_of_nothing_satisfy_nothing(
         "smear": cv2.GaussianBlur(held_out[1][2], (0, 0), 8.0),
     }[image]
     found = detect(pixels)
-    assert not any(scorer.judge(found, metadata).correct for _, metadata, _ in held_out[:140])
+    assert not any(
+        scorer.score_detection(found, metadata).correct for _, metadata, _ in held_out[:140]
+    )
 
 
 @pytest.mark.parametrize(
@@ -219,9 +221,9 @@ BLOB = scene.Thing(None, "green", 0.5, 0.85, 0.2)
     ],
 )
 def test_rules(things: tuple, prompt: captions.Metadata, reason: str | None) -> None:
-    verdict = scorer.judge(Detection(things, None, has_paper=True), prompt)
-    assert verdict.correct == (reason is None)
-    assert (reason or "as asked") in verdict.reason
+    result = scorer.score_detection(Detection(things, None, has_paper=True), prompt)
+    assert result.correct == (reason is None)
+    assert (reason or "as asked") in result.reason
 
 
 SMALL_RED = _asked("circle", "red", "small")
@@ -276,9 +278,9 @@ SMALL_RED = _asked("circle", "red", "small")
     ],
 )
 def test_the_share_that_is_met(things: tuple, prompt: captions.Metadata, met: float) -> None:
-    verdict = scorer.judge(Detection(things, None, has_paper=True), prompt)
-    assert verdict.met == pytest.approx(met, rel=1e-12)
-    assert verdict.correct == (met == 1)
+    result = scorer.score_detection(Detection(things, None, has_paper=True), prompt)
+    assert result.met == pytest.approx(met, rel=1e-12)
+    assert result.correct == (met == 1)
 
 
 @pytest.mark.parametrize(
@@ -286,7 +288,9 @@ def test_the_share_that_is_met(things: tuple, prompt: captions.Metadata, met: fl
 )
 def test_letters_are_met_in_their_places(read: str | None, met: float) -> None:
     found = Detection((), scene.Word(read, 0.5, 0.5) if read else None, has_paper=True)
-    assert scorer.judge(found, _prompt("text", word="CAT")).met == pytest.approx(met, rel=1e-12)
+    assert scorer.score_detection(found, _prompt("text", word="CAT")).met == pytest.approx(
+        met, rel=1e-12
+    )
 
 
 def test_all_is_met_exactly_where_the_image_is_right(
@@ -296,21 +300,26 @@ def test_all_is_met_exactly_where_the_image_is_right(
     shares = collections.Counter()
     for i, found in enumerate(detections):
         for step in (0, 7, 70):
-            verdict = scorer.judge(found, held_out[(i + step) % COUNT][1])
-            assert 0 <= verdict.met <= 1 and (verdict.met == 1) == verdict.correct
-            shares[verdict.met] += 1
+            result = scorer.score_detection(found, held_out[(i + step) % COUNT][1])
+            assert 0 <= result.met <= 1 and (result.met == 1) == result.correct
+            shares[result.met] += 1
     assert shares[0] and shares[1] and len(shares) > 6
 
 
 def test_without_a_background_nothing_is_met() -> None:
-    assert scorer.judge(Detection((), None, has_paper=False), _prompt("text", word="CAT")).met == 0
+    assert (
+        scorer.score_detection(
+            Detection((), None, has_paper=False), _prompt("text", word="CAT")
+        ).met
+        == 0
+    )
 
 
 def test_words_are_compared_exactly_but_for_case() -> None:
     found = Detection((), scene.Word("CAT", 0.5, 0.5), has_paper=True)
-    assert scorer.judge(found, _prompt("text", word="cat")).correct
+    assert scorer.score_detection(found, _prompt("text", word="cat")).correct
     assert (
-        scorer.judge(found, _prompt("text", word="CATS")).reason
+        scorer.score_detection(found, _prompt("text", word="CATS")).reason
         == 'asked the word "CATS", read "CAT"'
     )
 
