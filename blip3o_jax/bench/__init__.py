@@ -1,3 +1,2 @@
-"""Measurements: beside PyTorch (peer/), of conversions (conversion.py), of strategies on TPUs
-(sharding/), which are predicted from the compiled program (cost/).
-"""
+"""Measure speed and memory: side by side with PyTorch (peer/), of conversions (conversion.py), and
+of strategies on TPUs (sharding/), predicted from the compiled program (cost/)."""

@@ -1,9 +1,9 @@
 """Measure how fast and in how much memory weights of a real size are converted: `blip3o bench
 conversion`.
 
-A random model in the published layout is written, imported and exported, each in a process of its
-own, and the two directories are compared bit by bit. Beside them stand a plain read and write of
-the same files by the safetensors library.
+A random model in the published layout is written, imported and exported, each in a separate
+process, and the two directories are compared bit by bit. For comparison the safetensors library
+reads and writes the same files.
 """
 
 import dataclasses
@@ -29,10 +29,9 @@ from blip3o_jax.files import write_json
 
 
 def run(model: ModelConfig, out: pathlib.Path, *, dtype: str = "bfloat16") -> dict[str, Any]:
-    """Writes OUT/conversion.json and returns it: for each of read, write, import and export
-    seconds, bytes, bytes a second and peak resident bytes. The weights are removed. UserError where
-    safetensors is not installed.
-    """
+    """Measure the conversions of a random model, write OUT/conversion.json and return it: seconds,
+    bytes, bytes a second and peak resident bytes of each of read, write, import and export. The
+    weights are removed. UserError where safetensors is not installed."""
     try:
         import safetensors  # noqa: F401
     except ImportError as error:

@@ -1,6 +1,5 @@
-"""A directory in the published layout with random weights: real sizes where real weights are not at
-hand.
-"""
+"""Write a directory in the published layout with random weights: real sizes without real
+weights."""
 
 import json
 import pathlib
@@ -30,9 +29,8 @@ def write_random_model(
     seed: int = 0,
     max_shard_bytes: int = 5 * 10**9,
 ) -> None:
-    """Weights of deviation 0.02, the files of a tokenizer whose text ids fill what the vocabulary
-    has beside images, and all sizes in config.json.
-    """
+    """Write weights of deviation 0.02, the files of a tokenizer whose text ids fill the vocabulary
+    up to the image tokens, and all sizes in config.json."""
     specs: dict[str, tuple[Shape, np.dtype]] = {
         PREFIXES[part] + key: (shape, np.dtype(dtype))
         for part in PUBLISHED_PARTS
@@ -65,9 +63,8 @@ def write_random_model(
 
 
 def _bpe(size: int) -> dict:
-    """A byte-level tokenizer.json without merges, filled up to `size` ids with tokens that no text
-    encodes to.
-    """
+    """Return a byte-level tokenizer.json without merges, filled up to `size` ids with tokens that
+    no text encodes to."""
     from tokenizers import pre_tokenizers
 
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())

@@ -1,17 +1,16 @@
-"""`bench rl`: what one step of reinforcement learning costs, by phase, beside the same step done as
-the published code does it.
+"""Time one step of reinforcement learning by phase, here and as in the published code: `bench rl`.
 
-                         here                                       as published
-    sample               a prompt is read once for its group        every image reads its prompt
-                         condition: hidden states kept from sampling condition: a second pass over prompt and image
-    reference, update    a prompt is read once for its group        every image reads its prompt
-                         logits of image ids alone, in pieces       logits of the whole vocabulary, of all tokens at once
+    phase        here                                   as published
+    sample       prefill of a prompt once for a group   prefill for every image
+                 condition: hidden states of sampling   a second pass over prompt and image
+    reference,   a shared prefix for a group            a full row for every image
+    update       logits of image ids alone, in blocks   logits of the vocabulary, all tokens at once
 
 Both ways sample with the same keys, from the distribution over image ids, with the same loop of
 single tokens, denoising steps and autoencoder, get their rewards from the same processes, and take
-the same optimizer step; so they see the same images, and learn the same. The published code's own
-loop computes the whole vocabulary's logits for every token besides, and the connector at every
-denoising step: it is spared both here.
+the same optimizer step; so the images and the updates are the same. The published code's own
+loop also computes the whole vocabulary's logits for every token, and the connector at every
+denoising step: neither is counted against it here.
 
 The two alternate, each on its own copy of the state.
 """
@@ -66,9 +65,8 @@ VARIANTS = ("here", "as published")
 
 @dataclasses.dataclass
 class _Variant:
-    """One variant of doing a step, with its state. `sample` takes a row of tokens for each prompt,
-    or for each image.
-    """
+    """Hold one variant of a step, with its state. `sample` takes a row of tokens for each prompt,
+    or for each image."""
 
     sample: Callable[..., tuple[jax.Array, RolloutArrays]]
     reference: Callable[[Any, Any, RolloutArrays], RolloutArrays]
@@ -81,9 +79,8 @@ class _Variant:
 
 
 def bench(config: Config, out: pathlib.Path, *, rounds: int, command: str) -> dict[str, Any]:
-    """Times `rounds` rollouts and updates of both variants and writes `out`/rl.json. UserError for
-    what cannot be compared.
-    """
+    """Time `rounds` rollouts and updates of both variants and write `out`/rl.json. UserError for
+    settings that cannot be compared."""
     config = method.resolved(config)
     rl = config.rl
     if rl.policy != "ar" or not rl.kl_coef or rl.rollout.top_k or rl.rollout.top_p < 1:
@@ -216,7 +213,7 @@ def _step(
     pool: RewardPool,
     number: int,
 ) -> dict[str, np.ndarray]:
-    """One step of one variant; returns what the other must agree with."""
+    """Run one step of one variant; return the values in which the variants must agree."""
     rl, state = config.rl, variant.state
     count = rl.num_prompts * rl.num_generations
     tokens, lengths = (np.repeat(x, variant.rows_per_prompt, axis=0) for x in rows)
@@ -259,7 +256,8 @@ def _step(
 
 
 def _compared(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> dict[str, float]:
-    """Shares of tokens and pixels that are the same, and the greatest differences of the rest."""
+    """Return the fractions of tokens and pixels that are equal, and the greatest differences of
+    the rest."""
     gap = lambda name: float(np.max(np.abs(a[name].astype(np.float64) - b[name])))
     return {
         "tokens equal": float(np.mean(a["ids"] == b["ids"])),
@@ -274,7 +272,8 @@ def _compared(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> dict[str, f
 def _published_rollout(
     config: Config, plan: StatePlan, strategy: Strategy, image_ids: tuple[int, int]
 ) -> Callable[..., Any]:
-    """As `rollout_programs.make_rollout`, but for a row of tokens for each image."""
+    """Make a rollout as `rollout_programs.make_rollout` does, with a row of tokens for each
+    image."""
     rl, cfg = config.rl, config.model
 
     def rollout_images(
@@ -328,7 +327,7 @@ def _published_reference(
 
 
 def _published_loss(config: Config, image_ids: tuple[int, int], vocabulary: int) -> Loss:
-    """As `rl.loss.make_loss` for image tokens."""
+    """Make the loss as `rl.loss.make_loss` does for image tokens."""
 
     def loss(
         model: Blip3o, record: RolloutArrays, keys_B: jax.Array
@@ -356,9 +355,9 @@ def _published_loss(config: Config, image_ids: tuple[int, int], vocabulary: int)
 def _published_logprobs(
     model: Blip3o, record: RolloutArrays, rl: RlConfig, image_ids: tuple[int, int], vocabulary: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Log-probabilities of the image tokens and entropies [B, N], from logits over the whole
-    vocabulary, of which all but image ids are masked, at all image tokens and the one after them.
-    """
+    """Return log-probabilities of the image tokens and entropies [B, N], from logits over the whole
+    vocabulary, in which all except image ids are masked, at all image tokens and the one after
+    them."""
     settings = rl.rollout
     branches = 1 if settings.token_guidance == 1.0 else 2
     hidden_BTD = teacher_forced_states(
@@ -382,7 +381,7 @@ def _published_logprobs(
 def _pixels_seconds(
     config: Config, plan: StatePlan, strategy: Strategy, state: TrainState, images: int, rounds: int
 ) -> float:
-    """Median seconds from hidden states to pixels, which both variants take."""
+    """Return the median seconds from hidden states to pixels, which both variants share."""
 
     def pixels(params: Any, frozen: Any, hidden_BTD: jax.Array, noise_BHWC: jax.Array) -> jax.Array:
         model = plan.model(params, frozen)

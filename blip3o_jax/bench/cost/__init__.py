@@ -1,1 +1,1 @@
-"""What a compiled program costs: its scheduled HLO, read and walked."""
+"""Predict the cost of a compiled program by walking its scheduled HLO."""

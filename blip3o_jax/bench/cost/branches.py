@@ -1,6 +1,5 @@
-"""Count how often a loop takes each branch of a conditional, where it reads that off an array made
-before it: layers of a stack that are passed over, for one.
-"""
+"""Count how often a loop takes each branch of a conditional whose predicate is an array made before
+the loop, as for the layers of a stack that are skipped."""
 
 import re
 

@@ -1,10 +1,10 @@
-"""The compiler's own schedule of each fusion: bundles of instructions, one a cycle.
+"""Read the compiler's schedule of each fusion: bundles of instructions, one a cycle.
 
-A matrix product runs its loop `iteration_bounds` times over straight code, and libtpu writes that
-code out if asked to. The cycles that the HLO's text has (`estimated_cycles`) are of a model from
-before scheduling: for the products of an MLP of 5120 x 21504 and their gradients on v5e they are
-1.17 to 1.83 times the bundles (libtpu 0.0.42.1). Bundles know nothing of waiting for memory or for
-the matrix unit; bytes and the unit's peak say that.
+A matrix product runs its loop `iteration_bounds` times over straight-line code, which libtpu dumps
+on request. The cycles in the HLO's text (`estimated_cycles`) come from a model from before
+scheduling: for the products of an MLP of 5120 x 21504 and their gradients on v5e they are 1.17 to
+1.83 times the bundles (libtpu 0.0.42.1). Bundles do not include waiting for memory or for the
+matrix unit; bytes and the unit's peak account for that.
 """
 
 import math
@@ -22,7 +22,10 @@ def dump_flags(directory: pathlib.Path) -> str:
     `directory`.
     """
     # The name of a pass is a regular expression; "schedule-analysis_final_bundles" is another.
-    return f"--xla_jf_dump_to={directory} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=^final_bundles$"
+    return (
+        f"--xla_jf_dump_to={directory} --xla_jf_dump_llo_text=true "
+        "--xla_jf_dump_llo_pass_label_regex=^final_bundles$"
+    )
 
 
 def read(directory: pathlib.Path) -> dict[str, int]:
@@ -46,18 +49,16 @@ def _ends(path: pathlib.Path) -> tuple[str, str]:
 
 
 def _turn(head: str, tail: str) -> int:
-    """From the loop's first bundle to the last of all: what comes before it is run once, and what
-    comes after is a few.
-    """
+    """Return the number of bundles from the loop's first to the program's last. Bundles before the
+    loop run once, and those after it are few."""
     body = re.search(r"^ *(0x[0-9a-f]+|0) +LB", head, flags=re.M)
     addresses = re.findall(r"^ *(0x[0-9a-f]+) ", tail, flags=re.M)
     return int(addresses[-1], 16) - int(body[1], 16) + 1 if body and addresses else 0
 
 
 class Schedules:
-    """Cycles of matrix products from their bundles. Of fusions that are alike the compiler
-    schedules one.
-    """
+    """Hold the cycles of matrix products, from their bundles. The compiler schedules one of several
+    identical fusions."""
 
     def __init__(self, program: Program, bundles: Mapping[str, int], cores: int):
         self._bundles, self._cores = bundles, cores

@@ -1,8 +1,8 @@
-"""Reads the text of a compiled program: scheduled HLO, as `compiled.as_text()` has it.
+"""Parse the text of a compiled program: scheduled HLO, as `compiled.as_text()` returns it.
 
-Only what a cost needs is read: computations, operations in the order they run, shapes with their
-memory space, what calls what, how often loops turn, and between which devices collectives go. The
-format is XLA's (openxla.org/xla/shapes, "layout"; hlo_instruction.cc prints it).
+Only the inputs of a cost are parsed: computations, operations in the order they run, shapes with
+their memory space, calls, trip counts of loops, and the devices of collectives. The format is XLA's
+(openxla.org/xla/shapes, "layout"; hlo_instruction.cc prints it).
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ VMEM, HOST = 1, 5  # memory spaces: of a TPU core, of its host; 0 is HBM
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Shape:
-    """An array: "bf16", (16, 1152), memory space."""
+    """Describe an array: "bf16", (16, 1152), memory space."""
 
     dtype: str
     dims: tuple[int, ...]
@@ -50,9 +50,8 @@ def leaves(shape: Shapes) -> Iterator[Shape]:
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Op:
-    """`name = shape opcode(operands), attributes`; for constants and parameters `argument` is what
-    the brackets hold.
-    """
+    """Hold one operation, `name = shape opcode(operands), attributes`; for constants and parameters
+    `argument` is the text in the brackets."""
 
     name: str
     opcode: str
@@ -319,9 +318,8 @@ def _constant(program: Program, computation: Computation, op: Op | None) -> int 
 def _comparison(
     program: Program, condition: Computation, values: Sequence[int | None]
 ) -> tuple[str, int, int, int] | None:
-    """(direction, first value of the counter, bound, which of the loop's values the counter is) of
-    the condition's root, which may be a fusion of it.
-    """
+    """Return (direction, first value of the counter, bound, index of the counter among the loop's
+    values) of the condition's root, which may be a fusion of the comparison."""
     root, known = condition.root, {}
     for op in condition.ops:
         if op.opcode == "constant":
@@ -356,14 +354,15 @@ def _comparison(
 
 @functools.cache
 def replica_groups(text: str, devices: int) -> tuple[tuple[int, ...], ...]:
-    """Device numbers of each group, in the forms XLA writes:
+    """Return the device numbers of each group, from the forms that XLA writes:
 
     {{0,1},{2,3}}     listed
     [2,2]<=[4]        0 .. 3 in rows of two
     [2,2]<=[2,2]T(1,0)  the same numbers as an array, transposed first
     {}                all devices are one group
     mesh['a'=2,'b'=4] {'a'}   along axis a of the numbers as an array a x b
-    mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}   the numbers as an array 2 x 4, transposed, then a x b
+    mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}   the numbers as an array 2 x 4, transposed,
+                                                        then a x b
     """
     if text.strip("{} ") == "":
         return (tuple(range(devices)),)

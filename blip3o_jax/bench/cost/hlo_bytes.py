@@ -1,8 +1,8 @@
-"""Bytes that an HLO operation moves to and from a device's main memory (HBM).
+"""Count the bytes that an HLO operation moves to and from a device's main memory (HBM).
 
-What lies in the core's own memory costs nothing. An operation that takes a slice of an array reads
-the slice, also inside a fusion; one that updates a slice in place writes the slice: a loop over
-stacked layers would otherwise pay for the whole stack at each turn.
+Arrays in the core's own memory cost nothing. An operation that takes a slice of an array reads the
+slice, also inside a fusion; one that updates a slice in place writes the slice: a loop over stacked
+layers would otherwise pay for the whole stack in each iteration.
 """
 
 from blip3o_jax.bench.cost.hlo import Computation, Op, Program, Shape, Shapes, leaves

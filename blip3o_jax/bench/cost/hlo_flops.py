@@ -1,4 +1,4 @@
-"""FLOPs of single HLO operations: matrix products and convolutions.
+"""Count the FLOPs of single HLO operations: matrix products and convolutions.
 
 A multiply-add is two. The TPU compiler writes every matrix product as a convolution, with batch
 dimensions as spatial ones that stride and dilate past each other, so a convolution counts the pairs

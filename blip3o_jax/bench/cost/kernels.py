@@ -1,9 +1,9 @@
-"""FLOPs and cycles of kernels that XLA cannot look into. A multiply-add is two.
+"""Count the FLOPs and cycles of kernels that are opaque to XLA. A multiply-add is two.
 
-Splash attention is far from the matrix unit's peak where heads are small beside it: of v6e's 256 x
-256 multipliers a head of 128 fills half, and each score costs the vector unit a dozen instructions.
-The compiler knows: it schedules a kernel bundle by bundle, one a cycle, and a block of scores is
-straight code. `_BUNDLES` are counted in what it writes (libtpu 0.0.42.1) with
+Splash attention is far from the matrix unit's peak where heads are smaller than the unit: of v6e's
+256 x 256 multipliers a head of 128 fills half, and each score costs the vector unit a dozen
+instructions. The compiler schedules a kernel bundle by bundle, one a cycle, and a block of scores
+is straight-line code. `_BUNDLES` are counted in its dump (libtpu 0.0.42.1), written with
 
     LIBTPU_INIT_ARGS="--xla_jf_dump_to=DIR --xla_jf_dump_llo_text=true"
 
@@ -21,8 +21,8 @@ from blip3o_jax.parallel.chips import Chip
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """Of one custom call on one device; `cycles` of its clock, 0 where they have not been
-    counted."""
+    """Hold the work of one custom call on one device; `cycles` of its clock, 0 where they have not
+    been counted."""
 
     flops: int
     cycles: float = 0.0
@@ -46,9 +46,8 @@ _COUNTED_BLOCK = 512
 
 @dataclasses.dataclass(frozen=True)
 class Bundles:
-    """Of one block of scores; of a row of blocks, before its first and after its last; of every
-    step of the grid, also where the block is left out.
-    """
+    """Count the bundles of one block of scores; of a row of blocks, before its first and after its
+    last; and of every step of the grid, also where the block is left out."""
 
     block: int
     row: int
@@ -73,10 +72,10 @@ _BUNDLES = {
 
 
 def _splash(op: Op, operands: list[Shape], chip: Chip) -> Work | None:
-    """Causal splash attention (jax.experimental.pallas.ops.tpu.splash_attention): blocks above the
-    diagonal are left out, and half of each on it is counted. Queries [.., heads, L, K] come first
-    of the floating-point operands, then keys [.., S, K].
-    """
+    """Return the work of causal splash attention
+    (jax.experimental.pallas.ops.tpu.splash_attention): blocks above the diagonal are left out, and
+    half of each on it is counted. Queries [.., heads, L, K] are the first of the floating-point
+    operands, then keys [.., S, K]."""
     found = re.search(r"splash_m[hq]a_(fwd|dq|dkv)", op.attributes + op.name)
     arrays = [s for s in operands if s.dtype in ("bf16", "f32") and len(s.dims) >= 3]
     if not found or len(arrays) < 2:

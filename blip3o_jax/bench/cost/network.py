@@ -1,9 +1,9 @@
-"""How long a collective takes: on the torus of a slice (ICI), or between slices (DCN).
+"""Predict the time of a collective: on the torus of a slice (ICI), or between slices (DCN).
 
-A group that covers a box of the torus moves its data over all of the box's axes at once, both ways
-round where an axis is a ring (scaling-book, "sharding": an all-gather of V bytes takes V / (rate of
-the links used)); groups that interleave on an axis share its links. Beside the bytes every hop
-takes time. Between slices each device's share goes out through its host.
+A group that covers a box of the torus moves its data over all of the box's axes at once, in both
+directions where an axis is a ring (scaling-book, "sharding": an all-gather of V bytes takes V /
+(rate of the links used)); groups that interleave on an axis share its links. In addition to the
+bytes every hop takes time. Between slices each device's part goes out through its host.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ GPUS_A_NODE = 8
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """What a group covers of one axis of the torus."""
+    """Describe the devices of a group along one axis of the torus."""
 
     length: int
     ring: bool
@@ -37,7 +37,7 @@ class Line:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Network:
-    """Devices as the program numbers them: in the mesh's order."""
+    """Model the network between devices, numbered as in the program: in the mesh's order."""
 
     chip: Chip
     mesh: dict[str, int]  # axis -> size, the last one fastest
@@ -72,8 +72,8 @@ class Network:
         return len(set(self.slices[list(group)].tolist())) > 1
 
     def seconds(self, kind: str, size: float, group: Sequence[int]) -> float:
-        """Of one collective over `group`. `size` in bytes, of one device: the whole array for
-        gathers, scatters and reductions, what a device holds for all-to-all and permutes.
+        """Return the seconds of one collective over `group`. `size`: bytes of one device, the whole
+        array for gathers, scatters and reductions, the device's part for all-to-all and permutes.
         """
         group = list(group)
         if len(group) < 2:
@@ -111,9 +111,8 @@ class Network:
         )
 
     def transfer_seconds(self, kind: str, size: float) -> float:
-        """Of what each device sends through its host, `size` bytes of it, when slices exchange
-        their parts of a collective.
-        """
+        """Return the seconds that each device's `size` bytes take through its host when slices
+        exchange their parts of a collective."""
         slices = len(set(self.slices.tolist()))
         times = {"all-reduce": 2 * (1 - 1 / slices), "all-gather": slices - 1}.get(kind, 1)
         return times * size / self.chip.dcn_rate

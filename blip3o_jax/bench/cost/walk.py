@@ -1,18 +1,18 @@
-"""What a compiled program costs, and how long it should take: a walk over its scheduled HLO.
+"""Predict the cost and time of a compiled program: a walk over its scheduled HLO.
 
-    matrix operations   max(FLOPs / peak, bytes / HBM rate, cycles / clock): those of the compiler's schedule (bundles.py), or
-                        its estimate before that
+    matrix operations   max(FLOPs / peak, bytes / HBM rate, cycles / clock): cycles of the
+                        compiler's schedule (bundles.py), or else its earlier estimate
     kernels             the same, with cycles counted in such schedules once (kernels.py)
     everything else     bytes / HBM rate
     collectives         network.py
     loops               their body's cost times their iterations
-    conditionals        each branch as often as its loop takes it (branches.py), or the dearest
+    conditionals        each branch as often as its loop takes it (branches.py), or the costliest
 
-Text order is the schedule's. Clocks run beside each other: the core's, the interconnect's, that of
-copies between HBM and the core's memory, and those of copies to the host and from it. An operation
-in a start/done pair runs on its own clock from its start; at its done the core waits for what is
-left, and that alone is exposed. What is in no class here is charged for its bytes and reported by
-name.
+Operations are in the order of the schedule. Clocks run in parallel: the core's, the interconnect's,
+that of copies between HBM and the core's memory, and those of copies to and from the host. An
+operation in a start/done pair runs on its clock from its start; at its done the core waits for the
+rest, and only this wait is exposed. An operation of no class above is charged for its bytes and
+reported by name.
 """
 
 import collections
@@ -41,32 +41,33 @@ def _names(text: str) -> frozenset[str]:
 
 # Cost nothing: names for what is there already, or marks for the compiler.
 FREE = _names("""
-    parameter constant get-tuple-element tuple bitcast after-all partition-id replica-id opt-barrier domain add-dependency
-    get-dimension-size async-update
+    parameter constant get-tuple-element tuple bitcast after-all partition-id replica-id opt-barrier
+    domain add-dependency get-dimension-size async-update
 """)
 # Read and write memory and hardly compute.
 MEMORY = _names("""
-    abs add and atan2 broadcast bitcast-convert cbrt ceil clamp compare complex concatenate convert copy cosine
-    count-leading-zeros divide dynamic-slice dynamic-update-slice erf exponential exponential-minus-one floor gather imag iota
-    is-finite log log-plus-one logistic map maximum minimum multiply negate not or pad popcnt power real reduce
-    reduce-precision reduce-window remainder reshape reverse rng rng-bit-generator rng-get-and-update-state
-    round-nearest-afz round-nearest-even rsqrt scatter select select-and-scatter shift-left shift-right-arithmetic
-    shift-right-logical sign sine slice sort sqrt stochastic-convert subtract tan tanh topk transpose xor
+    abs add and atan2 broadcast bitcast-convert cbrt ceil clamp compare complex concatenate convert
+    copy cosine count-leading-zeros divide dynamic-slice dynamic-update-slice erf exponential
+    exponential-minus-one floor gather imag iota is-finite log log-plus-one logistic map maximum
+    minimum multiply negate not or pad popcnt power real reduce reduce-precision reduce-window
+    remainder reshape reverse rng rng-bit-generator rng-get-and-update-state round-nearest-afz
+    round-nearest-even rsqrt scatter select select-and-scatter shift-left shift-right-arithmetic
+    shift-right-logical sign sine slice sort sqrt stochastic-convert subtract tan tanh topk
+    transpose xor
 """)
 # Custom calls of the compiler's own: those that only name memory, and those that move what their
 # shapes say.
 FREE_CALLS = _names("""
-    AllocateBuffer AssumeGatherIndicesInBound ConcatBitcast Sharding SPMDFullToShardShape SPMDShardToFullShape
-    annotate_device_placement
+    AllocateBuffer AssumeGatherIndicesInBound ConcatBitcast Sharding SPMDFullToShardShape
+    SPMDShardToFullShape annotate_device_placement
 """)
 MEMORY_CALLS = _names("MoveToHost MoveToDevice PartialReduce ResizeBuffer TopK")
 
 
 @dataclasses.dataclass
 class Traffic:
-    """Of one kind of collective on one set of mesh axes. `size`: bytes of a device, as network.py
-    has it.
-    """
+    """Sum one kind of collective on one set of mesh axes. `size`: bytes of a device, as in
+    network.py."""
 
     count: int = 0
     size: float = 0.0
@@ -86,7 +87,7 @@ Collective = tuple[str, tuple[str, ...], str]  # kind, mesh axes, ICI or DCN
 
 @dataclasses.dataclass
 class Cost:
-    """Of one device. Seconds by limiter add up to the predicted time."""
+    """Hold the cost of a program on one device. Seconds by limiter add up to the predicted time."""
 
     flops: dict[tuple[str, str], float] = dataclasses.field(
         default_factory=lambda: collections.defaultdict(float)
@@ -189,7 +190,7 @@ class _Walk:
     def flops(
         self, computation: Computation, op: Op, op_name: str = ""
     ) -> dict[tuple[str, str], float]:
-        """FLOPs of an operation and all it calls, by part and pass."""
+        """Return the FLOPs of an operation and all it calls, by part and pass."""
         found: dict[tuple[str, str], float] = collections.defaultdict(float)
         if op.opcode in MATRIX:
             found[scope(op.op_name or op_name)] += matrix_flops(computation, op)
@@ -202,8 +203,8 @@ class _Walk:
         return found
 
     def collective_in(self, op: Op) -> tuple[str, Op, Computation] | None:
-        """(kind, operation, its computation) of the collective that a fusion or an asynchronous
-        call holds, if one.
+        """Return (kind, operation, its computation) of the collective inside a fusion or an
+        asynchronous call, None if it contains none.
 
         The TPU compiler writes a reduce-scatter as a fusion of an all-reduce and a slice.
         """
@@ -221,10 +222,9 @@ class _Walk:
         return None
 
     def chain(self, op: Op) -> tuple[str, str]:
-        """(name, "start", "under way" or "end") of the chain of fusions that a collective is spread
-        over; ("", "") for one that is whole. The TPU compiler calls it an asynchronous collective
-        fusion.
-        """
+        """Return (name, "start", "under way" or "end") of the chain of fusions over which a
+        collective is spread, which the TPU compiler calls an asynchronous collective fusion; ("",
+        "") for a collective in one operation."""
         inside = self.collective_in(op) if op.opcode == "fusion" else None
         found = re.search(r'chain_id="(\w+)"', inside[1].attributes) if inside else None
         if not found:
@@ -241,7 +241,7 @@ class _Walk:
 
 
 class _Schedule:
-    """The operations of one computation in turn, and the three clocks."""
+    """Schedule the operations of one computation in turn on the three clocks."""
 
     def __init__(self, walk: _Walk, computation: Computation):
         self.walk, self.of, self.cost = walk, computation, Cost()
@@ -346,10 +346,9 @@ class _Schedule:
         )
 
     def _collective_stage(self, op: Op) -> None:
-        """A collective, or a stage of one that goes on beside several fusions: they share a chain's
-        number, the first fusion holds its start, the last its end, and those between it go on with
-        work of their own.
-        """
+        """Charge a collective, or a stage of one that overlaps several fusions: these share a
+        chain's number, the first fusion contains its start, the last its end, and those between
+        compute meanwhile."""
         chain, stage = self.walk.chain(op)
         if stage == "under way":
             self._compute(op)
@@ -360,7 +359,8 @@ class _Schedule:
             self._collective(op, chain if stage == "start" else "")
 
     def _collective(self, op: Op, chain: str) -> None:
-        """`chain`: what its end will ask for, where that is an operation of its own."""
+        """Charge a collective; `chain`: the key by which its end finds it, where that is a
+        separate operation."""
         if op.opcode == "recv":  # its bytes are counted where they are sent, which is as many
             return
         key, size, seconds = self._traffic(op)
@@ -384,7 +384,7 @@ class _Schedule:
             self._wait(op.name, scope(op.op_name)[0])
 
     def _traffic(self, op: Op) -> tuple[Collective, float, float]:
-        """(key, bytes, seconds) of a collective, whatever it wears."""
+        """Return (key, bytes, seconds) of a collective in any of its forms."""
         network, inside = self.walk.network, self.walk.collective_in(op)
         kind, inner, of = inside or (op.opcode.removesuffix("-start"), op, self.of)
         operands = sum(
@@ -413,7 +413,8 @@ class _Schedule:
         )
 
     def _copy(self, op: Op) -> None:
-        """A copy between memories: one side of it is HBM, the other the core's or the host's."""
+        """Charge a copy between memories: one side of it is HBM, the other the core's or the
+        host's."""
         size, chip = operation_bytes(self.walk.program, self.of, op), self.walk.chip
         self.cost.hbm_bytes += size
         limiter, clock, rate = "HBM", "DMA", chip.hbm_rate

@@ -1,16 +1,17 @@
 """Time the same weights and work in JAX and in PyTorch, interleaved.
 
-Each side is a process of its own (worker.py) with as many threads. They take turns: every round
-asks each side for one stretch of the item while the others sleep, in an order that is turned around
-from round to round, so that a machine that slows down slows all of them. Compiling and the first
-calls are not part of it and are reported by themselves. The first call of a stretch is run and not
-counted. What both sides should compute alike is compared before anything is timed. On a CPU all
-sides have the environment that parallel/flags.py recommends, but for what is set already.
+Each side is a separate process (worker.py) with as many threads. They take turns: in every round
+each side runs one stretch of the item while the others sleep, in an order that is reversed from
+round to round, so that a machine that slows down slows all sides. Compiling and the first calls are
+reported separately. The first call of a stretch is run and not counted. Results that both sides
+should compute alike are compared before the timing. On a CPU all sides have the environment that
+parallel/flags.py recommends, except variables that are already set.
 
     train_step          one optimizer step of the joint stage on cached codes and latents
     train_step_online   the same with the frozen encoders in it
-    ar_decode           all image tokens of a batch: here one pass on a cache, there `generate` and a second pass
-    dit_step            one denoising step with guidance: a whole sampling loop over its number of steps
+    ar_decode           all image tokens of a batch: JAX one pass on a cache, PyTorch `generate` and
+                        a second pass
+    dit_step            one denoising step with guidance: a sampling loop over its number of steps
     vae_encode, vae_decode, tokenizer, text_to_image
 """
 

@@ -1,4 +1,4 @@
-"""This package's side of the comparison: the train step and the pipeline as `blip3o train` and
+"""Run this package's side of the comparison: the train step and the pipeline as `blip3o train` and
 `blip3o sample` run them.
 
 On a CPU all is float32; on a GPU everything computes in bfloat16, with the train step's parameters
@@ -140,7 +140,7 @@ class Side:
         )
 
     def _draws(self, config: Config, rows: int) -> Arrays:
-        """The noise of the first steps, which the other side is to take too."""
+        """Return the noise of the first steps, which the other side uses too."""
         model, size = config.model, config.model.latent_size
         shape = (size, size, model.vae.latent_channels)
         draws = jax.jit(
@@ -176,7 +176,7 @@ class Side:
     def _jitted(
         self, parts: tuple[str, ...], run: Callable[..., Any], *arrays: np.ndarray
     ) -> tuple[Any, int, Pipeline]:
-        """(call, FLOPs, pipeline) of a function of (model, *arrays)."""
+        """Return (call, FLOPs, pipeline) of a function of (model, *arrays)."""
         pipeline = self._pipeline(*parts)
 
         def traced(params: Any, *arrays: jax.Array) -> Any:
@@ -208,9 +208,8 @@ class Side:
         )
 
     def _decode_bytes(self, pipeline: Pipeline, inputs: Arrays) -> int:
-        """What has to be read from memory for all tokens of a batch: for each the weights, the
-        image ids' rows of the head and the keys and values so far.
-        """
+        """Return the bytes read from memory for all tokens of a batch: for each token the weights,
+        the image ids' rows of the head and the keys and values so far."""
         ar, tokens = pipeline.config.model.ar, self.config.model.tokenizer.num_tokens
         size = np.dtype(ar.dtype).itemsize
         weights = sum(x.size for x in jax.tree.leaves(pipeline._params["ar"]["layers"]))
@@ -268,7 +267,8 @@ class Side:
 
 
 def in_dtype(cfg: Any, dtype: str, param_dtype: str) -> Any:
-    """A configuration with every part computing in `dtype` on parameters of `param_dtype`."""
+    """Return a configuration in which every part computes in `dtype` on parameters of
+    `param_dtype`."""
     changes: dict[str, Any] = {}
     for field in dataclasses.fields(cfg):
         value = getattr(cfg, field.name)
@@ -280,7 +280,7 @@ def in_dtype(cfg: Any, dtype: str, param_dtype: str) -> Any:
 
 
 def _like(abstract: Any, tree: Any) -> Any:
-    """The arrays of `tree` that are in `abstract`, in its dtypes and places."""
+    """Return the arrays of `tree` that are in `abstract`, with its dtypes and shardings."""
     if isinstance(abstract, dict):
         return {name: _like(child, tree[name]) for name, child in abstract.items()}
     return jax.device_put(tree.astype(abstract.dtype), abstract.sharding)

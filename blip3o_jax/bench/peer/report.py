@@ -28,9 +28,8 @@ COLUMNS = (
 
 
 def summary(seconds: list[float], peak: int | None, start: Mapping[str, Any]) -> dict[str, Any]:
-    """Of one side and item. `first_s` is the first call, compiling included; `build_s` reading the
-    weights.
-    """
+    """Summarize one side and item. `first_s` is the first call, compiling included; `build_s` the
+    time to read the weights."""
     low, median, high = (float(q) for q in np.quantile(seconds, (0.25, 0.5, 0.75)))
     return {
         "median_s": median,
@@ -132,7 +131,8 @@ def markdown(report: dict[str, Any]) -> str:
     rows = [COLUMNS, ["---"] * len(COLUMNS), *(_cells(item) for item in report["items"])]
     table = "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
     conditions = "\n".join(f"- {line}" for line in _conditions(report))
-    return f"# JAX beside PyTorch, {report['options']['device']}\n\n```\n{report['command']}\n```\n\n{table}\n\n{conditions}\n"
+    title = f"# JAX beside PyTorch, {report['options']['device']}"
+    return f"{title}\n\n```\n{report['command']}\n```\n\n{table}\n\n{conditions}\n"
 
 
 def _cells(item: Mapping[str, Any]) -> list[str]:

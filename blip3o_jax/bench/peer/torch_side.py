@@ -1,4 +1,5 @@
-"""PyTorch's side of the comparison: the stock classes of convert/torch_model.py, eager or compiled.
+"""Run PyTorch's side of the comparison: the stock classes of convert/torch_model.py, eager or
+compiled.
 
 No JAX backend is started in this process. Every item loads the parts it needs anew, since training
 changes them. On a CPU all is float32; on a GPU everything runs in bfloat16, except that trained
@@ -80,7 +81,7 @@ class Side:
         return Prepared(timed, outputs, memory=memory, **more)
 
     def _compile(self, model: Blip3o, *parts: str) -> None:
-        """Compiles what of each part is called as a whole."""
+        """Compile the modules of each part that are called as a whole."""
         for part in parts if self.compiled else ():
             module = getattr(model, part)
             if part == "tokenizer":
@@ -94,11 +95,11 @@ class Side:
                 module.compile()
 
     def _train_step(self, inputs: Arrays) -> Prepared:
-        """Codes and latents are given, as from the encoders' cache."""
+        """Build the train step on given codes and latents, as from the encoders' cache."""
         return self._train(inputs, online=False)
 
     def _train_step_online(self, inputs: Arrays) -> Prepared:
-        """The frozen encoders run in every step."""
+        """Build the train step with the frozen encoders in it."""
         return self._train(inputs, online=True)
 
     def _train(self, inputs: Arrays, *, online: bool) -> Prepared:
@@ -188,7 +189,7 @@ class Side:
         )
 
     def _ar_decode(self, inputs: Arrays) -> Prepared:
-        """`generate`, then a second forward pass for the hidden states."""
+        """Build `generate` with a second forward pass for the hidden states."""
         model = self._model("ar")
         self._compile(model, "ar")
         if self.compiled:

@@ -38,7 +38,7 @@ SIDES = {
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What all items of a side have in common."""
+    """Hold the settings that all items of a side share."""
 
     side: str
     directory: pathlib.Path
@@ -52,7 +52,7 @@ class Task:
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """An item ready to run.
+    """Hold an item ready to run.
 
     `call` does the work once and returns when it is done; its value stays on the device. `outputs`
     makes arrays to compare out of it, those of the first `checks` calls. `shared` goes to the other
@@ -69,7 +69,7 @@ class Prepared:
 
 
 class Worker:
-    """The parent's end. Every method waits for its answer."""
+    """Drive a side's process from the parent. Every method waits for its answer."""
 
     def __init__(self, task: Task):
         context = multiprocessing.get_context("spawn")
@@ -129,7 +129,7 @@ def _serve(pipe: Connection, task: Task) -> None:
 
 
 def _end_with_parent() -> None:
-    """A parent that is killed leaves nobody to compile for."""
+    """End this process when its parent is killed: no one would read its results."""
     multiprocessing.parent_process().join()
     os._exit(1)
 
@@ -141,7 +141,7 @@ def _error_reply(error: Exception) -> tuple[str, str]:
 
 
 def _set_environment_of(task: Task) -> None:
-    """The cores and devices of this process, settled before any library looks for them."""
+    """Set the cores and devices of this process before any library reads them."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: task.threads])
     os.environ["OMP_NUM_THREADS"] = str(task.threads)
@@ -155,7 +155,7 @@ def _set_environment_of(task: Task) -> None:
 
 
 class _Runner:
-    """What the parent can ask for."""
+    """Serve the parent's requests."""
 
     def __init__(self, side: Callable[[Task], Any], task: Task):
         self._side = side(task)
@@ -168,9 +168,8 @@ class _Runner:
         }
 
     def start(self, item: str, inputs: Arrays) -> dict[str, Any]:
-        """Builds an item and runs it until it is warm. Seconds of the first call are those of
-        compiling, mostly.
-        """
+        """Build an item and run it until it is warm. The seconds of the first call are mostly
+        compiling."""
         began = time.monotonic()
         prepared = self._side.build(item, inputs)
         built = time.monotonic()
@@ -212,9 +211,8 @@ class _Runner:
         return seconds
 
     def finish(self) -> int | None:
-        """Lets go of the item; the most memory its calls held: on the device where that is known,
-        else of the process beyond what its libraries take.
-        """
+        """Release the item; return the peak memory of its calls: on the device where that is known,
+        else of the process beyond the memory of its libraries."""
         if self._item.memory is not None:
             peak = self._item.memory()
         else:

@@ -1,1 +1,1 @@
-"""The train step compiled for TPU topologies that are not there, strategy by strategy."""
+"""Compile the train step for TPU topologies without TPUs, strategy by strategy."""

@@ -1,15 +1,15 @@
-"""`blip3o bench anchors`: the cost model against published training steps of decoder-only language
-models.
+"""Compare the cost model with published training steps of decoder-only language models: `blip3o
+bench anchors`.
 
-Each anchor is a step that someone has timed on TPUs: this package's AR network is given its sizes,
-compiled for the same chips, mesh and batch with a loss of text alone, and the predicted time is set
-beside the published one. Nothing is fitted to them.
+Each anchor is a step with a published time on TPUs: this package's AR network is given its sizes
+and compiled for the same chips, mesh and batch with a loss of text alone, and the predicted time is
+compared with the published one. The cost model is not fitted to the anchors.
 
-What differs from the published runs, in all of them: MaxText's networks are not these. A block
-there that runs attention and a two-matrix MLP side by side is here attention, then an MLP of three
-matrices of two thirds the width, which has as many parameters and FLOPs; queries and keys have a
-norm for each head here; attention blocks are of 512 and not of 1024 or 2048. Each anchor says what
-else does.
+Differences from all published runs: MaxText's networks have other blocks. A MaxText block that runs
+attention and a two-matrix MLP in parallel is here attention, then an MLP of three matrices of two
+thirds the width, with as many parameters and FLOPs; queries and keys have a norm for each head
+here; attention blocks are of 512 instead of 1024 or 2048. Each anchor names its further
+differences.
 """
 
 import dataclasses
@@ -60,7 +60,10 @@ GATHERS = (
     "--xla_tpu_enable_async_collective_fusion_fuse_all_gather=true"
     " --xla_tpu_enable_async_collective_fusion_multiple_steps=true"
 )
-V5E_FLAGS = f"{GATHERS} --xla_tpu_enable_data_parallel_all_reduce_opt=true --xla_tpu_data_parallel_opt_different_sized_ops=true"
+V5E_FLAGS = (
+    f"{GATHERS} --xla_tpu_enable_data_parallel_all_reduce_opt=true"
+    " --xla_tpu_data_parallel_opt_different_sized_ops=true"
+)
 V5P_FLAGS = (
     f"{V5E_FLAGS} --xla_tpu_megacore_fusion_allow_ags=false "
     "--xla_enable_async_collective_permute=true"
@@ -78,9 +81,8 @@ TPU7X_FLAGS = "--xla_tpu_scoped_vmem_limit_kib=61440 --xla_tpu_bf16_emission_mod
 
 @dataclasses.dataclass(frozen=True)
 class Anchor:
-    """A published step. `rows` of `length` tokens a device; `seconds` as published, or what its
-    FLOP/s and FLOPs come to.
-    """
+    """Describe a published step with `rows` of `length` tokens a device; `seconds` as published, or
+    computed from the published FLOP/s and FLOPs."""
 
     name: str
     topology: str
@@ -98,9 +100,8 @@ class Anchor:
 
 
 def _maxtext(layers: int, width: int, mlp: int, heads: int, **other: Any) -> Qwen3Config:
-    """MaxText's own family of December 2023: heads of 256, an MLP of two matrices beside attention,
-    32768 tokens, one table.
-    """
+    """Return sizes of MaxText's own family of December 2023: heads of 256, an MLP of two matrices
+    in parallel with attention, 32768 tokens, tied embeddings."""
     return Qwen3Config(
         vocab_size=32768,
         num_hidden_layers=layers,
@@ -120,9 +121,8 @@ def _maxtext(layers: int, width: int, mlp: int, heads: int, **other: Any) -> Qwe
 def _llama(
     layers: int, width: int, mlp: int, heads: int, vocabulary: int, **other: Any
 ) -> Qwen3Config:
-    """Llama 3.1, Mistral 7B and Llama 2 70B: eight key/value heads of 128, SwiGLU, a head of its
-    own.
-    """
+    """Return sizes of Llama 3.1, Mistral 7B and Llama 2 70B: eight key/value heads of 128, SwiGLU,
+    an untied head."""
     return Qwen3Config(
         vocab_size=vocabulary,
         num_hidden_layers=layers,
@@ -152,8 +152,8 @@ ANCHORS = (
         seconds=7.44,
         source=f"{V5P}: 328 TFLOP/s a chip; 32b.sh has a batch of 6 a chip (8 in December 2023)",
         flags=V5P_FLAGS,
-        differs="FSDP over all chips, not 16 x TP 4, whose activations would not fit: tensor parallelism here leaves the "
-        "stream between layers whole on each device",
+        differs="FSDP over all chips, not 16 x TP 4, whose activations would not fit: tensor "
+        "parallelism here leaves the stream between layers whole on each device",
     ),
     Anchor(
         "16b-v5e-256",
@@ -192,7 +192,8 @@ ANCHORS = (
         rows=4,
         length=4096,
         seconds=23.68,
-        source=f"{TIERS}: 692 tokens/s a chip; the recipe's script is for v5p-512, which is 256 chips",
+        source=f"{TIERS}: 692 tokens/s a chip; the recipe's script is for v5p-512, which is 256 "
+        "chips",
         keep="narrow products",
         flags=V5P_FLAGS,
     ),
@@ -241,14 +242,15 @@ ANCHORS = (
         seconds=12.20,
         source=f"{IRONWOOD}: 64 chips, bf16",
         keep="attention",
-        differs="the recipe keeps queries, keys and values too, which are computed again here: 2 % more FLOPs",
+        differs="the recipe keeps queries, keys and values too, which are computed again here: 2 % "
+        "more FLOPs",
         flags=TPU7X_FLAGS,
     ),
 )
 
 
 def configuration(anchor: Anchor, devices: int) -> Config:
-    """The step as a configuration. The parts that a text has no use for are there, tiny and
+    """Return the step as a configuration. The parts that text does not use are present, tiny and
     idle."""
     model = ModelConfig(
         ar=anchor.ar,
@@ -292,9 +294,8 @@ def configuration(anchor: Anchor, devices: int) -> Config:
 def text_loss(
     config: Config, image_token_offset: int, keep: str = "", mlp: int = 0
 ) -> Callable[..., Any]:
-    """Cross entropy of the next token, of whole rows; as `stages.make_loss`. `keep`, `mlp`: see
-    `KEEP`.
-    """
+    """Make the cross entropy of the next token over whole rows, with the signature of
+    `stages.make_loss`. `keep`, `mlp`: see `KEEP`."""
     import jax.numpy as jnp
 
     from blip3o_jax import nn
@@ -329,7 +330,7 @@ KEEP = ("narrow products", "narrow products on the host", "attention")
 
 
 def _kept(keep: str, mlp: int) -> Callable[..., Any]:
-    """A policy for jax.checkpoint, by its name in KEEP."""
+    """Return the policy for jax.checkpoint of this name in KEEP."""
     import jax
 
     from blip3o_jax import nn
@@ -357,7 +358,7 @@ def task_of(anchor: Anchor, hlo: pathlib.Path | None = None) -> Task:
 
 
 def describe(anchor: Anchor) -> Row:
-    """What a row says before anything is compiled."""
+    """Return the columns of a row that are known before compiling."""
     ar, mesh = anchor.ar, anchor.mesh
     sizes = (
         f"L {ar.num_hidden_layers}, D {ar.hidden_size}, F {ar.intermediate_size}, "
@@ -385,9 +386,8 @@ def bench(
     keep_hlo: bool = False,
     compile_row: Callable[[Task], Row] = compile_isolated,
 ) -> dict[str, Any]:
-    """Compiles the anchors, those named in `only` or all; writes OUT/anchors.json after each;
-    returns the report.
-    """
+    """Compile the anchors, those named in `only` or all; write OUT/anchors.json after each; return
+    the report."""
     for name in (only := tuple(only)):
         check_choice("--only", name, (anchor.name for anchor in ANCHORS))
     topology.check_compiler()
@@ -419,7 +419,7 @@ def bench(
 
 
 def median_error(rows: list[Row]) -> float | None:
-    """Of the errors without their sign."""
+    """Return the median of the absolute errors."""
     errors = [abs(row["error"]) for row in rows if row["status"] == FITS]
     return statistics.median(errors) if errors else None
 

@@ -1,10 +1,9 @@
-"""What a compiled program holds at once: its largest arrays, and among all of them those that
-sharding is there to prevent.
+"""List the largest arrays of a compiled program, and those arrays that sharding should prevent.
 
-Looked for in every operation's result, on the device as the program has it: the layers of a part
-gathered together, where each should be gathered when its turn comes; the table of embeddings or its
-gradient, where each device should keep to its columns; and the logits of all labelled positions,
-where cross entropy takes them in blocks.
+Every operation's result is checked, with its shape on the device: the layers of a part gathered
+together, where each should be gathered in its iteration; the table of embeddings or its gradient,
+where each device should hold its columns only; and the logits of all labelled positions, where
+cross entropy takes them in blocks.
 """
 
 import dataclasses
@@ -22,9 +21,8 @@ GATHERED = ("data", "fsdp")  # mesh axes
 
 @dataclasses.dataclass(frozen=True)
 class Logits:
-    """Of all labelled positions of a device: so many, each with `columns` of the `vocabulary`, or
-    with all of it. The head is [`width`, `columns`].
-    """
+    """Describe the logits of all labelled positions of a device: their number, each with `columns`
+    of the `vocabulary`, or with all of it. The head is [`width`, `columns`]."""
 
     positions: int
     columns: int
@@ -97,8 +95,8 @@ def unsharded(
 
 
 def _gathered(leaf: Any) -> tuple[int, ...]:
-    """The shape on a device once a strategy has gathered it for the products: over the axes that
-    the batch lies over too. What is cut over others, such as heads, stays cut.
+    """Return the shape on a device after a strategy has gathered the leaf for the products: over
+    the axes that also shard the batch. Dimensions sharded over others, such as heads, stay sharded.
     """
     spec = [
         tuple(
@@ -112,9 +110,8 @@ def _gathered(leaf: Any) -> tuple[int, ...]:
 
 
 def _dims(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """In no order, since layouts are the compiler's. Those of one count: what a layer keeps of a
-    single row is no weight.
-    """
+    """Return the dimensions sorted, since layouts are the compiler's choice, without those of size
+    one: an array that a layer keeps of a single row is no weight."""
     return tuple(sorted(shape))
 
 

@@ -1,8 +1,7 @@
-"""One step, of training or of a rollout, compiled for one strategy and what it is to run on, and
-what is found in the program.
+"""Compile one step, of training or of a rollout, for one strategy and one topology, and report the
+cost of the program.
 
-For a topology it is compiled ahead of time; devices that are present also run it, if they are asked
-to.
+For a topology it is compiled ahead of time; on devices that are present it is also run on request.
 """
 
 import dataclasses
@@ -27,12 +26,11 @@ FITS, TOO_LARGE = "fits", "does not fit"
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """`config` with the mesh and the global batch that are meant; `step` of STEPS; `hlo`: where to
-    keep the program's text; `measure`: how many times to run it. With `replicas`, parameters that
-    do not divide over all chips are kept several times over: mesh.data is doubled until they do.
-    `loss` stands in for `stages.make_loss`; `flags` are the compiler's, in place of the launchers'.
-    Without `schedules` the compiler does not write them, and its estimates stand in for them.
-    """
+    """Describe one compilation: `config` with the mesh and the global batch; `step` of STEPS;
+    `hlo`: where to keep the program's text; `measure`: how many times to run it. With `replicas`,
+    parameters that do not divide over all chips are replicated: mesh.data is doubled until they
+    divide. `loss` replaces `stages.make_loss`; `flags` are the compiler's, in place of the
+    launchers'. Without `schedules` the compiler does not write them, and its estimates are used."""
 
     config: Config
     topology: topology.Topology | LocalDevices
@@ -46,8 +44,8 @@ class Task:
 
 
 def compile_isolated(task: Task) -> Row:
-    """`compile_step` in a process of its own; a process that is killed becomes a row that says
-    so."""
+    """Run `compile_step` in a separate process; a process that is killed becomes a row with the
+    error."""
     if isinstance(task.topology, LocalDevices):
         return isolated_process.run_isolated(
             functools.partial(compile_step, task), dict(measure.environment(task.config.mesh))
@@ -64,10 +62,8 @@ def compile_isolated(task: Task) -> Row:
 
 
 def compile_step(task: Task, schedules: pathlib.Path | None = None) -> Row:
-    """Compiles, then counts. Bytes and FLOPs are of one device, seconds predicted, but for those
-    under "measured". `schedules`: where the compiler has been told to write them
-    (bench/cost/bundles.py).
-    """
+    """Compile the step, then count. Bytes and FLOPs are of one device, seconds predicted, except
+    those under "measured". `schedules`: where the compiler writes them (bench/cost/bundles.py)."""
     import jax
 
     from blip3o_jax.bench.cost import hlo, walk
@@ -123,7 +119,7 @@ def compile_step(task: Task, schedules: pathlib.Path | None = None) -> Row:
 
 
 def _rates(row: Row, seconds: float, where: topology.Topology | LocalDevices) -> Row:
-    """What a step of `seconds` comes to. Examples are rows of a training batch, or images."""
+    """Return the rates of a step of `seconds`. Examples are rows of a training batch, or images."""
     return {
         "mfu": row["model_flops"] / where.devices / where.chip.flops / seconds,
         "examples_per_s_per_chip": row["batch_size"] / where.chips / seconds,
@@ -131,9 +127,8 @@ def _rates(row: Row, seconds: float, where: topology.Topology | LocalDevices) ->
 
 
 def plan_work(task: Task) -> Any:
-    """The work (train_step.py, rollout.py) on the task's mesh, or on one with more replicas.
-    ConfigError for what cannot be.
-    """
+    """Return the work (train_step.py, rollout.py) on the task's mesh, or on one with more replicas.
+    ConfigError for a task that no mesh allows."""
     import jax
 
     from blip3o_jax.bench.sharding.rollout import Rollout
@@ -160,9 +155,8 @@ def plan_work(task: Task) -> Any:
 
 
 def _memory(analysis: Any, within: dict[str, int]) -> dict[str, int]:
-    """The compiler's own account; `within`, bytes of its temporaries that have a name, are taken
-    out of them.
-    """
+    """Return the compiler's memory analysis; `within`, bytes of named temporaries, are subtracted
+    from the temporaries."""
     arguments, outputs = (
         analysis.argument_size_in_bytes,
         analysis.output_size_in_bytes - analysis.alias_size_in_bytes,
@@ -181,9 +175,8 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 def _parse_too_large(message: str) -> Row:
-    """What the compiler says of a program that does not fit: "Used 120.5G of 95.74G hbm", or that
-    its temporaries alone "(40.25G) exceeds available HBM (15.75G)".
-    """
+    """Parse the compiler's error for a program that does not fit: "Used 120.5G of 95.74G hbm", or
+    that its temporaries alone "(40.25G) exceeds available HBM (15.75G)"."""
     row: Row = {"error": re.sub(r"\s+", " ", message)[:400]}
     number = r"([\d.]+)([KMGT]?)"
     forms = (
@@ -200,7 +193,7 @@ def _parse_too_large(message: str) -> Row:
 
 
 def predicted(cost: Any) -> Row:
-    """A `walk.Cost` as plain values."""
+    """Return a `walk.Cost` as plain values."""
     from blip3o_jax.bench.cost import walk
 
     flops: dict[str, dict[str, float]] = {}

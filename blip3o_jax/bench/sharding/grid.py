@@ -1,10 +1,10 @@
-"""`blip3o bench sharding`: a step compiled for every topology and strategy asked for, without a
-TPU, and compared.
+"""Compile a step for each requested topology and strategy, without a TPU, and compare them: `blip3o
+bench sharding`.
 
-Each combination is compiled by the TPU compiler itself in a process of its own (compiled_step.py)
-and its program is walked by a cost model (bench/cost): whether it fits is the compiler's verdict;
-times are predictions, never measurements. With `Options.measure` the same is done on the devices
-that are there, which also run it, and both times stand side by side.
+Each combination is compiled by the TPU compiler in a separate process (compiled_step.py), which
+decides whether the program fits, and a cost model walks the program (bench/cost): times are
+predictions, never measurements. With `Options.measure` the same is done on the devices of this
+machine, which also run the program, and both times are shown.
 """
 
 import dataclasses
@@ -36,10 +36,9 @@ NAMES = {"train": "step", "rollout": "rollout"}
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """`chosen`: the fields of config.mesh that the user has set; the others are chosen here for
-    each strategy. `measure`: how many steps to run on the devices that are there, in place of
-    topologies.
-    """
+    """Hold the options of the grid. `chosen`: the fields of config.mesh that the user has set; the
+    others are set here for each strategy. `measure`: how many steps to run on the devices of this
+    machine, in place of topologies."""
 
     topologies: tuple[str, ...] = ()
     strategies: tuple[str, ...] = STRATEGIES
@@ -88,11 +87,11 @@ def bench(
     command: str,
     compile_row: Callable[[Task], Row] = compile_isolated,
 ) -> dict[str, Any]:
-    """Runs the grid; writes OUT/sharding.json after each row and OUT/sharding.html; returns the
+    """Run the grid; write OUT/sharding.json after each row and OUT/sharding.html; return the
     report.
 
-    UserError for an unknown topology or a missing compiler; what is wrong with one combination is
-    said in its row.
+    UserError for an unknown topology or a missing compiler; an error of one combination goes into
+    its row.
     """
     check(
         options.step != "rollout" or config.stage == "joint",
@@ -154,9 +153,8 @@ def bench(
 
 
 def with_vocabulary(config: Config) -> Config:
-    """A text tokenizer that is trained on the run's captions has the size it is to have: no
-    captions are read here.
-    """
+    """Set the size of a text tokenizer that is trained on the run's captions to its limit, since no
+    captions are read here."""
     text, model = config.model.text, config.model
     if not text.train_size or text.path:
         return config
@@ -191,12 +189,13 @@ def make_task(
 def mesh_for(
     config: Config, strategy: str, where: topology.Topology | LocalDevices, chosen: frozenset[str]
 ) -> MeshConfig:
-    """`config.mesh` with sizes that suit the strategy, but for the fields that the user has chosen.
+    """Return `config.mesh` with sizes that suit the strategy, except the fields that the user has
+    set.
 
-    Parameters over as many chips of a slice as leave each a whole tile of them (fsdp), replicas
-    over the rest and over the slices (data); pairs of neighbours for tensors or sequences: with an
-    MLP of three times the width more than two or three chips spend their time exchanging
-    (scaling-book, "training").
+    Parameters are sharded over as many chips of a slice as leave each chip a whole tile of them
+    (fsdp), with replicas over the rest and over the slices (data); tensors or sequences are sharded
+    over pairs of neighbours: with an MLP of three times the width more than two or three chips
+    spend their time exchanging (scaling-book, "training").
     """
     sizes = {"data": where.slices, "fsdp": -1, "sequence": 1, "tensor": 1, "slices": where.slices}
     if strategy.removeprefix("hybrid_") == "dp":
@@ -223,10 +222,9 @@ TILE = 128
 
 
 def _max_shards(config: Config) -> int:
-    """The power of two that cuts the width of the networks with the most parameters into pieces of
-    a tile; 0: no bound, for another stage, or for networks that are no wider than a tile in any
-    case.
-    """
+    """Return the power of two that cuts the width of the networks with the most parameters into
+    pieces of a tile; 0, no bound, for another stage, or for networks that are at most one tile
+    wide."""
     model = config.model
     widths = (model.ar.hidden_size, model.dit.hidden_size, model.dit.caption_channels)
     pieces = min(widths) // TILE if config.stage == "joint" else 0
@@ -300,7 +298,7 @@ def _line(row: Row) -> str:
 
 
 def check_any(report: dict[str, Any]) -> None:
-    """Raise UserError where not one row came to a verdict."""
+    """Raise UserError where no row was compiled."""
     if not any(row["status"] in (FITS, TOO_LARGE) for row in report["rows"]):
         raise UserError(
             "bench sharding: nothing could be compiled; the first row says: "
@@ -330,6 +328,6 @@ def print_report(report: dict[str, Any]) -> None:
         if row["status"] != FITS:
             console.print(f"{name} {row['status']}: {row['error']}", soft_wrap=True, markup=False)
         if "tried" in row:
-            tried = "; ".join(map(largest_batch.verdict, row["tried"]))
+            tried = "; ".join(map(largest_batch.outcome, row["tried"]))
             console.print(f"{name} tried: {tried}", soft_wrap=True, markup=False, highlight=False)
     console.print(table.how(report), soft_wrap=True, markup=False, highlight=False)

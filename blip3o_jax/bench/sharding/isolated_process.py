@@ -1,6 +1,5 @@
-"""Run a function in its own process, whose memory is freed with it and whose end, however it comes,
-ends one row of a report.
-"""
+"""Run a function in a separate process, whose memory is freed with it and whose failure, of any
+kind, ends one row of a report only."""
 
 import json
 import os

@@ -1,15 +1,15 @@
-"""Search the largest batch that the compiler lets pass, for one topology and strategy.
+"""Search the largest batch that the compiler accepts, for one topology and strategy.
 
 A global batch is counted in units, one example for each shard and micro-batch; the search closes in
 on the number of units n where n is the largest that fits and n + 1 the smallest that does not, by
-the compiler's own verdicts. Compiles take minutes, so each guess comes from the memory of those
+the compiler's own decisions. Compiles take minutes, so each guess comes from the memory of those
 before it, which is close to linear in the batch:
 
     bytes(n) = fixed + n * slope        fixed: parameters, optimizer; n * slope: batch, temporaries
 
-After one compile the slope is taken for all that is not fixed, which guesses low; after two it is
-the line through both. A guess outside of the bracket becomes its nearest end, and the next such one
-goes in twice as far.
+After one compile the slope is all memory that is not fixed, a low guess; after two it is the line
+through both. A guess outside of the bracket becomes its nearest end, and the next such guess moves
+twice as far into it.
 """
 
 import dataclasses
@@ -45,10 +45,9 @@ def with_batch(task: Task, rows: int) -> Task:
 
 
 def largest(task: Task, compile_row: Callable[[Task], Row], log: Callable[[str], None]) -> Row:
-    """The row of the largest batch that fits, with all that were tried and their verdicts under
-    "tried"; the row of the smallest where that one does not fit. `log` gets a line before each
-    compile and one after.
-    """
+    """Return the row of the largest batch that fits, with all that were tried and their outcomes
+    under "tried"; the row of the smallest batch where that does not fit. `log` gets a line before
+    and after each compile."""
     one, tried, best, search, guess = unit(task), [], {}, Search(), 1
     while True:
         batch = {"batch_size": guess * one, "batch_per_chip": guess * one / task.topology.chips}
@@ -60,26 +59,25 @@ def largest(task: Task, compile_row: Callable[[Task], Row], log: Callable[[str],
             | {"status": row["status"]}
             | ({"bytes": size} if size else {"error": row.get("error")})
         )
-        log(verdict(tried[-1]))
+        log(outcome(tried[-1]))
         search.learn(guess, row, size)
         if row["status"] == FITS or not best:
             best = row
-        # What ends otherwise than by the compiler's verdict, such as this machine's memory, says
-        # nothing of the batch.
+        # Another failure, such as a lack of memory on this machine, does not bound the batch.
         if search.done or len(tried) == MAX_COMPILES or row["status"] not in (FITS, TOO_LARGE):
             return best | {"tried": tried}
         guess = search.guess()
 
 
-def verdict(tried: dict[str, Any]) -> str:
-    """Return the verdict on one batch: "8 a chip does not fit (20.1 GiB)"."""
+def outcome(tried: dict[str, Any]) -> str:
+    """Return the outcome of one batch: "8 a chip does not fit (20.1 GiB)"."""
     why = f" ({tried['bytes'] / GIB:.1f} GiB)" if "bytes" in tried else f": {tried['error']}"
     return f"{tried['batch_per_chip']:g} a chip {tried['status']}{why}"
 
 
 @dataclasses.dataclass
 class Search:
-    """The bracket, and the memory of the batches tried, in units."""
+    """Hold the bracket, and the memory of the batches tried, in units."""
 
     fits: int = 0
     too_many: int | None = None
@@ -119,9 +117,8 @@ class Search:
         return min(self.fits + stride, middle) if aim < low else max(self.too_many - stride, middle)
 
     def _aim(self) -> int:
-        """Where the line meets what a device has: through the two sizes nearest to the bracket, or
-        from what is fixed.
-        """
+        """Return where the line meets the device's memory: through the two sizes nearest to the
+        bracket, or from the fixed memory after one compile."""
         around = [
             *[n for n in sorted(self.sizes) if n <= self.fits][-2:],
             *[n for n in sorted(self.sizes) if n > self.fits][:1],

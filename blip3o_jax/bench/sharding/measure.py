@@ -1,9 +1,9 @@
 """Measure a program on the devices of this machine (`bench sharding --measure`), and calibrate
 their rates.
 
-The rates of a device that nobody publishes (a CPU's) are calibrated from two programs that all
-devices run at once, since devices that a CPU is split into share its cores and its memory: a matrix
-product, and a copy. A collective between them is taken for a copy of its bytes.
+Unpublished rates of a device (a CPU's) are calibrated from two programs that all devices run at
+once, since the devices of a CPU share its cores and its memory: a matrix product, and a copy. A
+collective between them is charged as a copy of its bytes.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ CPU_SIDE, SIDE, COPY, REPEATS = 1024, 8192, 2**26, 5
 
 @dataclasses.dataclass(frozen=True)
 class LocalDevices:
-    """Devices of this machine, in place of a topology's."""
+    """Describe the devices of this machine, in place of a topology's."""
 
     chip: Chip
     devices: int
@@ -101,7 +101,8 @@ def calibrate(devices: Any) -> Chip:
         link_rate=rate / 2,
         dcn_rate=rate / 2,
         clock=None,
-        source=f"calibrated in this run, all devices at once ({count}): {flops / 1e9:.3g} GFLOP/s a device in {dtype} "
+        source=f"calibrated in this run, all devices at once ({count}): "
+        f"{flops / 1e9:.3g} GFLOP/s a device in {dtype} "
         f"products of {side} x {side}, {rate / 1e9:.3g} GB/s in copies of {COPY / 2**20:.0f} MiB, "
         "half of that in collectives",
     )
@@ -119,9 +120,8 @@ def _best_seconds(call: Callable[..., Any], *arguments: Any) -> float:
 
 
 def time_program(work: Any, program: Callable[..., Any], steps: int) -> dict[str, Any]:
-    """Seconds of `steps` turns of `program`, after two to warm up; and the most memory of a device,
-    where it tells.
-    """
+    """Return the seconds of each of `steps` runs of `program`, after two to warm up, and the peak
+    memory of a device, where it is reported."""
     import jax
 
     arguments, seconds = work.first_arguments(), []

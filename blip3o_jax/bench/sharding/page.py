@@ -1,4 +1,4 @@
-"""The page of `bench sharding`: one HTML file, its drawings SVG, nothing fetched from anywhere."""
+"""Write the page of `bench sharding`: one HTML file with SVG charts that loads nothing."""
 
 import html
 import pathlib
@@ -9,7 +9,7 @@ from typing import Any
 from blip3o_jax.bench.cost.walk import LIMITERS
 from blip3o_jax.bench.sharding import table
 from blip3o_jax.bench.sharding.isolated_process import Row
-from blip3o_jax.bench.sharding.largest_batch import verdict
+from blip3o_jax.bench.sharding.largest_batch import outcome
 from blip3o_jax.bench.sharding.table import GIB
 
 MEASURED = {"median": "median_s", "fastest": "fastest_s", "slowest": "slowest_s"}
@@ -53,16 +53,20 @@ def _name(row: Row) -> str:
 
 
 def about(report: dict[str, Any]) -> str:
-    """What the figures are, and are not."""
+    """Return the paragraph that says what the figures mean."""
     useful = {
-        "train": "MFU counts the work of the step once: what is computed anew for the backward pass is not useful work.",
-        "rollout": "A rollout is one batch of prompts, from their ids to images. MFU counts the work once, and of attention "
-        "what a token sees, not the slots of the cache that are still empty.",
+        "train": "MFU counts the work of the step once, without recomputation for the backward "
+        "pass.",
+        "rollout": "A rollout is one batch of prompts, from their ids to images. MFU counts the "
+        "work once, and attention without the empty slots of the cache.",
     }[report["step"]]
     if report["measured_steps"]:
         return f"{table.how(report)} {useful}"
-    verdict = "Compiled by the TPU compiler, without a TPU. Whether a step fits is its verdict; seconds, MFU and rates are "
-    return f"{verdict}predicted from the program it made, never measured. {useful}"
+    return (
+        "Compiled by the TPU compiler, without a TPU. The compiler decides whether a step fits; "
+        "seconds, MFU and rates are predicted from the compiled program, never measured. "
+        f"{useful}"
+    )
 
 
 def _table_row(row: Row, report: dict[str, Any]) -> str:
@@ -81,8 +85,7 @@ def _cell(text: str, value: float | None = None) -> str:
 
 
 def bars(rows: Sequence[Row]) -> str:
-    """Predicted seconds, stacked by what limits them; where it was measured, that as a line
-    below."""
+    """Return bars of predicted seconds, stacked by limiter; a measured time is a line below."""
     longest = max((max(row["step_s"], _measured(row) or 0) for row in rows), default=0) or 1
     shapes, room = [], WIDTH - LABEL - (200 if any(map(_measured, rows)) else 70)
     for i, row in enumerate(rows):
@@ -114,7 +117,7 @@ def _measured(row: Row) -> float | None:
 
 
 def pareto(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Those that no other beats in both coordinates; less is better."""
+    """Return the points that no other point beats in both coordinates; less is better."""
     best: list[tuple[float, float]] = []
     for point in sorted(set(points)):
         if not best or point[1] < best[-1][1]:
@@ -123,9 +126,8 @@ def pareto(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def front(rows: Sequence[Row]) -> str:
-    """Memory of a device against chip-seconds for an example; the line joins those that nothing
-    beats.
-    """
+    """Plot the memory of a device against chip-seconds for an example; the line joins the Pareto
+    front."""
     if not rows:
         return "<p>Nothing fits.</p>"
     points = [(row["memory"]["total"] / GIB, 1 / table.rate(row)) for row in rows]
@@ -171,7 +173,8 @@ def _axis(row: Row) -> str:
 
 
 def _svg(width: int, height: int, label: str, shapes: Iterable[str]) -> str:
-    return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{_text(label)}">{"".join(shapes)}</svg>'
+    size = f'viewBox="0 0 {width} {height}"'
+    return f'<svg {size} role="img" aria-label="{_text(label)}">{"".join(shapes)}</svg>'
 
 
 def _details(row: Row) -> str:
@@ -203,7 +206,7 @@ def _details(row: Row) -> str:
     if "peak_bytes" in measured:
         timings.append(("most memory of a device", f"{measured['peak_bytes'] / GIB:.2f} GiB"))
     tried = [
-        (f"{t['batch_per_chip']:g} a chip", verdict(t).split("a chip ", 1)[1])
+        (f"{t['batch_per_chip']:g} a chip", outcome(t).split("a chip ", 1)[1])
         for t in row.get("tried", ())
     ]
     unknown = [
@@ -231,4 +234,5 @@ def _details(row: Row) -> str:
 
 
 def _pairs(pairs: Iterable[tuple[str, str]]) -> str:
-    return f"<table><tbody>{''.join(f'<tr><th>{_text(k)}</th><td>{_text(v)}</td></tr>' for k, v in pairs)}</tbody></table>"
+    rows = "".join(f"<tr><th>{_text(k)}</th><td>{_text(v)}</td></tr>" for k, v in pairs)
+    return f"<table><tbody>{rows}</tbody></table>"

@@ -1,9 +1,9 @@
-"""A rollout, text to image for a batch of prompts, as a program that can be compiled from shapes
-and run on random weights.
+"""Build a rollout, text to image for a batch of prompts, as a program that can be compiled from
+shapes and run on random weights.
 
-It is the program of sampling_programs.py: one pass over the prompts, a loop over the image tokens,
-the denoising steps with guidance, the autoencoder's decoder. Weights are kept in what each part
-computes in, as a rollout that trains nothing would keep them.
+It is the program of sampling_programs.py: one prefill of the prompts, a loop over the image tokens,
+the denoising steps with guidance, the autoencoder's decoder. Weights are stored in the dtype in
+which each part computes, as in a rollout that trains nothing.
 """
 
 import dataclasses
@@ -28,9 +28,8 @@ PROMPT = 128  # tokens; of 32 or more, since prompts are padded to a multiple of
 
 
 class Rollout:
-    """Of `config.sampling.batch_size` prompts on the mesh of `strategy`. ConfigError for what does
-    not divide over it.
-    """
+    """Describe a rollout of `config.sampling.batch_size` prompts on the mesh of `strategy`.
+    ConfigError for sizes that do not divide over it."""
 
     logits = None  # of one position a row at a time
 
@@ -59,12 +58,12 @@ class Rollout:
 
     @property
     def branches(self) -> int:
-        """Rows of the AR for a prompt."""
+        """Return the rows of the AR for a prompt."""
         return 1 if self.config.sampling.token_guidance == 1.0 else 2
 
     @property
     def slots(self) -> int:
-        """Of the cache."""
+        """Return the slots of the KV cache."""
         return self.length + self.model.tokenizer.num_tokens
 
     def lower(self) -> Any:
@@ -72,14 +71,13 @@ class Rollout:
         return self._sample.lower(self.weights, *prompts, self.config.sampling)
 
     def argument_bytes(self) -> dict[str, int]:
-        """Bytes of a device for each kind of what a rollout is given."""
+        """Return the bytes of a device for each kind of argument of a rollout."""
         return {"weights": shard_bytes(self.weights)}
 
     @property
     def within(self) -> dict[str, int]:
-        """Bytes of a device among the program's temporaries that have a name: the cache's keys and
-        values.
-        """
+        """Return the bytes of a device of named temporaries of the program: the cache's keys and
+        values."""
         ar = self.model.ar
         shape = (self.rows * self.branches, ar.num_key_value_heads, self.slots, ar.head_dim)
         at = self.strategy.sharding("ar", ("batch", "act_kv_heads", None, None), shape)
@@ -91,10 +89,9 @@ class Rollout:
         }
 
     def model_flops(self) -> int:
-        """Of a rollout in all, each thing computed once; of attention what its tokens see. The
-        program makes both products with every slot of the cache, also with those that are not
-        written yet.
-        """
+        """Return the FLOPs of a rollout, each result computed once; attention counts the positions
+        that each token attends to, while the program multiplies every slot of the cache, also the
+        empty ones."""
         sample = functools.partial(self._sample, settings=self.config.sampling)
         counted = count_flops(sample, self.weights, *self._prompts())
         ar = self.model.ar
@@ -103,7 +100,7 @@ class Rollout:
         return counted - 4 * pairs * ar.num_attention_heads * ar.head_dim * ar.num_hidden_layers
 
     def first_arguments(self) -> tuple[Any, ...]:
-        """Random weights and prompts: which they are makes no difference to the time."""
+        """Return random weights and prompts: their values do not change the time."""
         draw = jax.jit(
             lambda: nnx.to_pure_dict(nnx.split(self._build())[1]), out_shardings=self._shardings
         )
@@ -113,7 +110,7 @@ class Rollout:
         return arguments
 
     def _prompts(self) -> tuple[np.ndarray, ...]:
-        """Tokens, lengths, indices, seed: NumPy arrays, as the pipeline hands them over."""
+        """Return tokens, lengths, indices and seed: NumPy arrays, as the pipeline passes them."""
         tokens_BL = np.random.default_rng(0).integers(
             0, self.model.ar.vocab_size, (self.rows, self.length), np.int32
         )
@@ -122,15 +119,15 @@ class Rollout:
 
 
 def prompt_length(config: Config) -> int:
-    """PROMPT, or what a row has beside the image; a multiple of what prompts are padded to."""
+    """Return PROMPT, or the length of a row without the image; a multiple of the prompts'
+    padding."""
     room = max(1, config.data.max_length - config.model.tokenizer.num_tokens)
     return -(-min(PROMPT, room) // LENGTH_BUCKET) * LENGTH_BUCKET
 
 
 def in_compute_dtype(model: ModelConfig) -> ModelConfig:
-    """With weights in the dtype that each part of a rollout computes in: bfloat16 in the published
-    sizes.
-    """
+    """Return the model with weights in the dtype in which each part of a rollout computes: bfloat16
+    in the published sizes."""
     parts = {name: getattr(model, name) for name in SAMPLING_PARTS}
     return dataclasses.replace(
         model, **{name: dataclasses.replace(c, param_dtype=c.dtype) for name, c in parts.items()}

@@ -1,6 +1,5 @@
-"""The columns of a report, in the terminal and on the page alike; which ones there are depends on
-what was asked for.
-"""
+"""Define the columns of a report, for the terminal and for the page; the options determine which
+are shown."""
 
 import dataclasses
 from collections.abc import Callable
@@ -16,9 +15,8 @@ ROLLOUT_PARTS = ("prefill", "decode", "dit", "vae")
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-    """`value` of a row: its text, and the number to sort by where there is one. `page_only`: too
-    wide for a terminal.
-    """
+    """Define a column by `value` of a row: its text, and the number to sort by where there is one.
+    `page_only`: too wide for a terminal."""
 
     name: str
     value: Callable[[Row], tuple[str, float | None]]
@@ -63,7 +61,7 @@ def _spread(row: Row) -> tuple[str, float]:
 
 
 def seconds(value: float) -> str:
-    """Three decimals, or three digits of what is less than a tenth of a second."""
+    """Format seconds with three decimals, or three digits below a tenth of a second."""
     return f"{value:.3f}" if value >= 0.1 else f"{value:.3g}"
 
 
@@ -81,7 +79,7 @@ START = (
 
 
 def columns(report: dict[str, Any]) -> tuple[Column, ...]:
-    """Those of rows that fit, after START, which any row has."""
+    """Return the columns of rows that fit, after START, which every row has."""
     rollout, measured = report["step"] == "rollout", bool(report["measured_steps"])
     name = "rollout" if rollout else "step"
     times = [Column(f"{name} s", _seconds("step_s"))]
@@ -116,12 +114,12 @@ def columns(report: dict[str, Any]) -> tuple[Column, ...]:
 
 
 def rate(row: Row) -> float:
-    """Examples or images a second and chip: measured where that was done."""
+    """Return examples or images a second and chip: the measured rate where there is one."""
     return row.get("measured", row).get("examples_per_s_per_chip", 0.0)
 
 
 def how(report: dict[str, Any]) -> str:
-    """Where the times come from."""
+    """Return the sentences that say how the times are obtained."""
     if not report["measured_steps"]:
         return "Times are predicted from the compiled program, not measured."
     return (

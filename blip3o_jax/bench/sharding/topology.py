@@ -1,7 +1,7 @@
-"""TPU topologies without TPUs: devices to compile for, ahead of time, from "v5p:8x8x8".
+"""Describe TPU topologies without TPUs: devices to compile for, ahead of time, from "v5p:8x8x8".
 
 The compiler is libtpu's and runs on any x86-64 Linux machine. Its settings are read when JAX starts
-its backend, so a process calls `settings` for its environment before it imports jax.
+its backend, so a process puts those of `settings` into its environment before it imports jax.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ TPUS = tuple(name for name, chip in CHIPS.items() if chip.axes)
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """`sizes` of the torus of one slice, in chips."""
+    """Describe a topology by `sizes`, those of the torus of one slice in chips."""
 
     chip: Chip
     sizes: tuple[int, ...]
@@ -77,10 +77,9 @@ def check_compiler() -> None:
 
 
 def settings(chip: Chip) -> dict[str, str]:
-    """Environment of a process that compiles for TPUs it does not have: with the flags that the
-    launchers set on those, so that the program is the one that would run there. Of two equal flags
-    the last counts, so those of the user's win.
-    """
+    """Return the environment of a process that compiles for TPUs it does not have, with the flags
+    that the launchers set, so that the program is the one that runs there. Of two equal flags the
+    last counts, so the user's flags come last."""
     recommended = " ".join(
         s.value for s in flags.SETTINGS if s.variable == "LIBTPU_INIT_ARGS" and chip.name in s.chips
     )

@@ -20,7 +20,8 @@ Shapes = dict[str, tuple[tuple[int, ...], str]]
 
 
 class TrainStep:
-    """Of `config` on the mesh of `strategy`. ConfigError for what does not divide over it."""
+    """Describe the train step of `config` on the mesh of `strategy`. ConfigError for sizes that do
+    not divide over it."""
 
     within: dict[str, int] = {}  # noqa: RUF012  (bytes among the temporaries that have a name: none)
 
@@ -45,7 +46,7 @@ class TrainStep:
         return step.lower(self.plan.abstract, self.batch)
 
     def argument_bytes(self) -> dict[str, int]:
-        """Bytes of a device for each kind of what a step is given."""
+        """Return the bytes of a device for each kind of argument of a step."""
         kinds = {"parameters": "params", "frozen": "frozen", "optimizer": "opt", "averages": "ema"}
         sizes = {kind: shard_bytes(self.plan.abstract[name]) for kind, name in kinds.items()}
         return sizes | {"batch": shard_bytes(self.batch)}
@@ -56,9 +57,8 @@ class TrainStep:
 
     @property
     def logits(self) -> Logits | None:
-        """Those that no device should hold; None where a block of the cross entropy takes all of
-        them by design.
-        """
+        """Return the logits that no device should hold; None where one block of the cross entropy
+        takes all of them by design."""
         model, length = self.config.model, self.config.data.max_length - 1
         labels = min(max_labels(model.template, model.tokenizer.num_tokens) or length, length)
         if self.config.stage != "joint" or labels <= self.config.loss.ce_chunk:
@@ -78,9 +78,8 @@ class TrainStep:
         return model_flops(self.config, self.strategy, self.batch, self._loss)
 
     def first_arguments(self) -> tuple[Any, ...]:
-        """Arguments of the first step: random weights, and a batch that is as good as any for the
-        time it takes.
-        """
+        """Return the arguments of the first step: random weights, and a batch whose values do not
+        change the time."""
         state = create_state(self.config, self.plan, image_token_offset=0)
         batch = synthetic_batch(self.config)
         return state, {
@@ -138,9 +137,8 @@ def batch_shapes(config: Config) -> Shapes:
 
 
 def synthetic_batch(config: Config, seed: int = 0) -> dict[str, np.ndarray]:
-    """A batch of those shapes: rows that are full, with all the reference images they have slots
-    for, whose image comes last and alone is learned; all else is random.
-    """
+    """Return a random batch of those shapes: full rows with a reference image in every slot, and
+    with the image to learn last."""
     rng, model, length = np.random.default_rng(seed), config.model, config.data.max_length
     first = max(0, length - model.tokenizer.num_tokens - 1)  # the scale token's place
     id_limits = {

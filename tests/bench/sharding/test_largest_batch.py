@@ -59,15 +59,15 @@ def test_the_largest_that_fits_and_the_smallest_that_does_not(memory, want, most
         and row["batch_size"] == 4 * found
         and row["status"] == FITS
     )
-    verdicts = {t["batch_per_chip"]: t["status"] for t in row["tried"]}
-    beyond = min(n for n, status in verdicts.items() if status == TOO_LARGE)
+    outcomes = {t["batch_per_chip"]: t["status"] for t in row["tried"]}
+    beyond = min(n for n, status in outcomes.items() if status == TOO_LARGE)
     assert beyond > want and beyond - found <= max(1, want // largest_batch.FINE_UNITS)
-    assert len(row["tried"]) == len(verdicts) <= most, "nothing is compiled twice"
+    assert len(row["tried"]) == len(outcomes) <= most, "nothing is compiled twice"
     assert said[:2] == [
         "compiling with 1 a chip",
         f"1 a chip fits ({row['tried'][0]['bytes'] / GIB:.1f} GiB)",
     ]
-    assert len(said) == 2 * len(verdicts)
+    assert len(said) == 2 * len(outcomes)
 
 
 def test_a_bracket_that_is_narrow_enough_ends_the_search():
