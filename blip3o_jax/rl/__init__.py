@@ -1,3 +1,2 @@
-"""Online reinforcement learning: rollouts, rewards on the host, and policy losses for the loop of
-train/.
-"""
+"""Implement online reinforcement learning: rollouts, rewards on the host, and policy losses for the
+loop of train/."""

@@ -1,4 +1,4 @@
-"""The flow-matching sampler as a policy: Flow-GRPO (arXiv 2505.05470).
+"""Define the flow-matching sampler as a policy: Flow-GRPO (arXiv 2505.05470).
 
 The ODE of sampling, dx = v dsigma from sigma 1 down to 0, has at each sigma the density p_sigma. An
 SDE that adds noise of strength eta and draws back along the score has the same densities
@@ -7,33 +7,39 @@ SDE that adds noise of strength eta and draws back along the score has the same 
     dx = [v - eta^2 / 2 grad log p_sigma(x)] dsigma + eta sqrt(-dsigma) n        n ~ N(0, I)
 
 The score follows from v. As x = (1 - sigma) z + sigma e and v = E[e - z | x], E[e | x] = x + (1 -
-sigma) v, and grad log p_sigma(x) = -E[e | x] / sigma. So a step to sigma' = sigma + dsigma is drawn
-from a Gaussian:
+sigma) v, and grad log p_sigma(x) = -E[e | x] / sigma. So a step to sigma' = sigma + dsigma is
+sampled from a Gaussian:
 
     eta = a sqrt(sigma / (1 - sigma))
-    mean = x + dsigma [v + eta^2 / (2 sigma) (x + (1 - sigma) v)]        deviation s = eta sqrt(-dsigma)
+    mean = x + dsigma [v + eta^2 / (2 sigma) (x + (1 - sigma) v)]
+    s = eta sqrt(-dsigma), the deviation
     l = mean over the D numbers of a latent of -(x' - mean)^2 / (2 s^2) - log s - log(2 pi) / 2
     KL = mean over the D numbers of (mean - mean_ref)^2 / (2 s^2)
-    L = mean over valid images and trained steps of -min(r A, clip(r, 1 - c, 1 + c) A) + beta KL,   r = exp(l - l^old)
+    r = exp(l - l^old)
+    L = mean over valid images and trained steps of -min(r A, clip(r, 1 - c, 1 + c) A) + beta KL
 
 Deviations:
-1. eta is infinite at sigma = 1. There the second noise level stands for sigma in 1 - sigma, as in the released code; all other
-   places have the true sigma. "At 1" is within 1e-6: a shift can leave the first level an ulp below.
-2. l and KL are means over the latent's numbers, not sums, as in the released code. So r is the D-th root of the ratio of
-   densities, and its clip is small. The constants of the density are included; they cancel in r.
-3. The released code divides its KL by eta^2, without the step's -dsigma. Here it is the Gaussians' own, by s^2.
-4. The last step, to sigma = 0, is the ODE's, whatever else is noisy: what is decoded has no noise added to it. It has no
-   probability, so it is never trained on.
-5. By default the noise is on in the trained steps alone, all others are the ODE's (the idea of Flow-GRPO-Fast). All the
-   randomness after the start is then in steps that are trained, so the reward is not blurred by draws that nothing learns
-   from, and images are nearer to those of the ODE that evaluation uses. `noise_everywhere` is the paper's first form.
-6. Flow-GRPO-Fast branches a group from one trajectory at a window of steps. Here a rollout's steps are drawn from all but the
-   last, the same for all rows, and every row has its own start.
-7. A step of finite length has an error, as the Euler step has; the means of the marginals have none. For z ~ N(m, 0.6^2),
-   a = 0.7 and shift 1 the deviation at the end is 4 % small in 10 noisy steps (the Euler sampler's:
-   13 %), 0.2 % off in 1000. Near the start it is too large, by 10 % in 10 steps and still by 5 % in
-   1000: eta^2 times the first step is always a^2, which adds a^4 / 4 to the variance. The later
-   steps forget that.
+1. eta is infinite at sigma = 1. There the second noise level replaces sigma in 1 - sigma, as in the
+   released code; all other terms use the true sigma. "At 1" is within 1e-6: a shift can leave the
+   first level an ulp below.
+2. l and KL are means over the latent's numbers, not sums, as in the released code. So r is the D-th
+   root of the ratio of densities, and its clip is small. The constants of the density are included;
+   they cancel in r.
+3. The released code divides its KL by eta^2, without the step's -dsigma. Here it is the KL of the
+   Gaussians, divided by s^2.
+4. The last step, to sigma = 0, is always the ODE's: the decoded latents have no noise added to
+   them. It has no probability, so it is never trained on.
+5. By default only the trained steps have noise, and all others are the ODE's (the idea of
+   Flow-GRPO-Fast). All the randomness after the start is then in trained steps, so the reward has
+   no variance from draws without a gradient, and images are nearer to those of the ODE that
+   evaluation uses. `noise_everywhere` is the paper's first form.
+6. Flow-GRPO-Fast branches a group from one trajectory at a window of steps. Here a rollout's steps
+   are sampled from all except the last, the same for all rows, and every row has its own start.
+7. A step of finite length has an error, as the Euler step has; the means of the marginals have
+   none. For z ~ N(m, 0.6^2), a = 0.7 and shift 1 the deviation at the end is 4 % small in 10 noisy
+   steps (the Euler sampler's: 13 %), 0.2 % off in 1000. Near the start it is too large, by 10 % in
+   10 steps and still by 5 % in 1000: eta^2 times the first step is always a^2, which adds a^4 / 4
+   to the variance. The later steps remove that error.
 
 B batch, K trained steps; latents are [B, H, W, C]. Everything is float32.
 """
@@ -51,7 +57,7 @@ from blip3o_jax.rl import grpo
 
 
 class Trajectory(NamedTuple):
-    """The steps of a rollout that are trained on."""
+    """Hold the steps of a rollout that are trained on."""
 
     step_K: jax.Array  # int32, ascending: index of the step in the sampler
     x_BKHWC: jax.Array  # before the step
@@ -83,7 +89,9 @@ def transition(
 
 
 def log_prob(next_BHWC: jax.Array, mean_BHWC: jax.Array, std_B: jax.Array) -> jax.Array:
-    """Return the log-density of a Gaussian, constants included, as a mean over the latent's numbers: [B]."""
+    """Return the log-density of a Gaussian, constants included, as a mean over the latent's
+    numbers: [B].
+    """
     squares_B = _mean_square((next_BHWC.astype(jnp.float32) - mean_BHWC) / _per_row(std_B))
     return -squares_B / 2 - jnp.log(std_B) - math.log(2 * math.pi) / 2
 

@@ -1,4 +1,5 @@
-"""The sampler of the diffusion head as a policy over denoising steps: Flow-GRPO (flow_grpo.py).
+"""Define the sampler of the diffusion head as a policy over denoising steps: Flow-GRPO
+(flow_grpo.py).
 
 Arrays: hidden [B, N + 1, D], the condition before the connector; latents, next_latents [B, K, H, W,
 C] before and after the steps trained on; step [B, K], which steps these are; flow_logprobs [B, K];
@@ -30,7 +31,7 @@ from blip3o_jax.sampling_programs import prepare_latents
 
 
 class FlowPolicy(Policy):
-    """`Policy` of the denoising steps."""
+    """Implement `Policy` for the denoising steps."""
 
     samples = "latents"
     parts = frozenset({"connector", "dit"})

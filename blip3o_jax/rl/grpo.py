@@ -1,25 +1,28 @@
-"""The policy loss on image tokens: GRPO (arXiv 2402.03300) and its variants Dr. GRPO (2503.20783),
-DAPO (2503.14476) and GSPO (2507.18071).
+"""Compute the policy loss on image tokens: GRPO (arXiv 2402.03300) and its variants Dr. GRPO
+(2503.20783), DAPO (2503.14476) and GSPO (2507.18071).
 
-    r_t = exp(l_t - l_t^old)                            ratio "token": of each token's probability now to when it was sampled
-    r_t = exp(mean over s of (l_s - l_s^old))           ratio "sequence": one for all tokens of an image (GSPO)
+    r_t = exp(l_t - l_t^old)                            ratio "token": one for each token
+    r_t = exp(mean over s of (l_s - l_s^old))           ratio "sequence": one for an image (GSPO)
     L_t = -min(r_t A, clip(r_t, 1 - down, 1 + up) A) + beta k_t
-    k_t = exp(q_t - l_t) - (q_t - l_t) - 1              KL(policy || reference), k3 estimator; q of the reference
+    k_t = exp(q_t - l_t) - (q_t - l_t) - 1              k3 estimator of KL(policy || reference)
     L = sum over valid images and t of L_t / (n_valid N)  "bnpo", "grpo"
     L = sum over valid images and t of L_t / (n N)        "dr_grpo"
 
-l, l^old, q are log-probabilities under the distribution that was sampled from. A token gives no
-gradient through its ratio where the clip is the smaller term: r > 1 + up with A > 0, or r < 1 -
-down with A < 0.
+l, l^old, q are log-probabilities of the policy, of the policy that sampled and of the reference,
+under the distribution that was sampled from. A token gives no gradient through its ratio where the
+clip is the smaller term: r > 1 + up with A > 0, or r < 1 - down with A < 0.
 
 Deviations:
-1. Every image has the same number N of tokens. So "grpo" (mean of each image's tokens, then of images) and "bnpo" (mean over
-   all tokens) are the same number, and Dr. GRPO's constant is N: it differs by dividing by all images of the batch, those that
-   are not valid among them. With every image valid, the three are one.
-2. An image that is not valid (its reward failed) contributes nothing, its KL included, whatever its numbers are.
+1. Every image has the same number N of tokens. So "grpo" (mean of each image's tokens, then of
+   images) and "bnpo" (mean over all tokens) are the same number, and Dr. GRPO's constant is N: it
+   divides by all images of the batch, including those that are not valid. With every image valid,
+   the three are equal.
+2. An image that is not valid (its reward failed) contributes nothing, its KL included, even if its
+   numbers are not finite.
 3. A degenerate group has advantage 0: no gradient from the reward, but its KL stays, as in TRL.
-4. The ratio of GSPO has the clip of `RlConfig.clip`; the paper's is some 1e-4, which a configuration has to say.
-5. DAPO's penalty on overlong answers has no meaning here.
+4. The ratio of GSPO has the clip of `RlConfig.clip`; the paper's is about 1e-4, which a
+   configuration must set.
+5. DAPO's penalty on overlong answers does not apply.
 
 The mean of the loss and the metrics over equal micro-batches is that of the whole batch: sums are
 divided by the fraction of valid images in the whole batch, `valid_fraction_B`, the same in every

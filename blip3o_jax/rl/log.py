@@ -1,12 +1,12 @@
-"""The log of a run of reinforcement learning: a line an image in rollouts.jsonl, pictures of the
-best and worst.
+"""Write the log of a run of reinforcement learning: a line an image in rollouts.jsonl, and pictures
+of the best and worst.
 
-    {"rollout": 3, "row": 17, "index": 209, "seed": 0, "prompt": ..., "metadata": {...}, "total": 0.5 or null, "parts": {...},
-     "image": its SHA-256}
+    {"rollout": 3, "row": 17, "index": 209, "seed": 0, "prompt": ..., "metadata": {...},
+     "total": 0.5 or null, "parts": {...}, "image": its SHA-256}
 
 The image was sampled from `index` and `seed`; `total` is null where its reward failed. Each host
 writes the images that it has scored: the first to rollouts.jsonl, host N to rollouts-N.jsonl. With
-`rl.keep_images` the images lie beside it, in rollouts/ROLLOUT/ROW.png.
+`rl.keep_images` the images are saved next to it, in rollouts/ROLLOUT/ROW.png.
 """
 
 import hashlib
@@ -28,9 +28,8 @@ GRID_IMAGES = 6  # of the best, and of the worst, in a picture
 
 
 class RolloutLog:
-    """Writes rollouts.jsonl. Lines of rollouts from `start` on are dropped on opening: a run that
-    resumes writes them again.
-    """
+    """Write rollouts.jsonl. Lines of rollouts from `start` on are dropped on opening: a run that
+    resumes writes them again."""
 
     def __init__(
         self,

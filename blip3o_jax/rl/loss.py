@@ -1,6 +1,5 @@
-"""The loss of a rollout, for the train step: the sum of the losses of the policies that the run
-trains, with the advantages of the same images.
-"""
+"""Build the loss of a rollout for the train step: the sum of the losses of the policies that the
+run trains, with the advantages of the same images."""
 
 import jax
 import jax.numpy as jnp

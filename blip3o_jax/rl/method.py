@@ -1,4 +1,4 @@
-"""`blip3o rl`: reinforcement learning as a method of the training loop."""
+"""Run reinforcement learning as a method of the training loop: `blip3o rl`."""
 
 import dataclasses
 import functools
@@ -66,7 +66,7 @@ def resolved(config: Config) -> Config:
 
 
 class ReinforcementLearning:
-    """`loop.Method`: batches are rollouts with their rewards."""
+    """Implement `loop.Method`: batches are rollouts with their rewards."""
 
     def __init__(self) -> None:
         self._pool: RewardPool | None = None
@@ -95,8 +95,8 @@ class ReinforcementLearning:
         learned = frozenset().union(*(policy.parts for policy in policies))
         if idle := set(context.plan.abstract["params"]) - learned:
             raise ConfigError(
-                f"trainable={config.trainable} names {', '.join(sorted(idle))}, which rl.policy={config.rl.policy!r} leaves "
-                "alone"
+                f"trainable={config.trainable} names {', '.join(sorted(idle))}, which "
+                f"rl.policy={config.rl.policy!r} does not train"
             )
         reference, identity = None, ""
         if has_reference(policies):
@@ -106,16 +106,16 @@ class ReinforcementLearning:
         position = with_prompts(position, self._prompts, config.rl.prompts_file)
         if context.start % config.rl.num_iterations:
             raise ConfigError(
-                f"rl.num_iterations={config.rl.num_iterations} does not divide the {context.start} steps "
-                f"that {context.workdir} has done: a rollout would end between two checkpoints; keep the "
-                "value that the run began with"
+                f"rl.num_iterations={config.rl.num_iterations} does not divide the {context.start} "
+                f"steps that {context.workdir} has done: a rollout would end between two "
+                "checkpoints; keep the value that the run began with"
             )
         # A run may start without a reference policy and resume with one, or the other way round.
         position = position | {"reference": position["reference"] or identity}
         if identity not in ("", position["reference"]):
             raise UserError(
-                "checkpoint.init_from holds other weights than when this run started, and they are the "
-                "reference policy of rl.kl_coef: bring them back, or start in another --workdir"
+                "checkpoint.init_from holds other weights than when this run started, and they are "
+                "the reference policy of rl.kl_coef: restore them, or start in another --workdir"
             )
         open_log = functools.partial(
             RolloutLog,

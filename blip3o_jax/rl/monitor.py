@@ -1,12 +1,12 @@
 """Compare sampling with scoring: before the first update on a rollout the policy is the one that
 sampled it, so all ratios should be 1.
 
-They are two programs, which add up in another order; ROUNDING is the mean of |ratio - 1| that this
-explains. For tokens it grows with the logits: their error, an ulp or two, is the error of a
-log-probability. Measured with the demo's model, of 2304 tokens at temperature 1 (token guidance
-1.5): float32 9e-7 in the mean and 1.2e-5 at most, bfloat16 6e-3 and 0.12. Of a denoising step,
-whose log-probability is a mean over the latents, little is left in float32; in bfloat16 the clip is
-what an error must stay below, or the clip would be about rounding.
+The two are different programs, which sum in different orders; ROUNDING is the mean of |ratio - 1|
+that this explains. For tokens it grows with the logits: their error, an ulp or two, is the error of
+a log-probability. Measured with the demo's model, of 2304 tokens at temperature 1 (token guidance
+1.5): float32 9e-7 in the mean and 1.2e-5 at most, bfloat16 6e-3 and 0.12. For a denoising step,
+whose log-probability is a mean over the latents, the error is negligible in float32; in bfloat16 it
+must stay below the clip, which would otherwise act on rounding.
 """
 
 from blip3o_jax.config import Config, UserError

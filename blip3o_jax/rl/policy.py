@@ -1,9 +1,8 @@
-"""What reinforcement learning trains: a policy is a distribution that a rollout samples from, with
-the loss that moves it.
+"""Define the interface of a policy: a distribution that a rollout samples from, with its loss.
 
-`Policy` is the interface; `token_policy.py` and `flow_policy.py` implement it, and the table of
-`policies.py` says which of them a run trains. Rollout, reference, loss and ratio monitor go through
-the policies of a run, in the order of the table, and know none by name.
+`token_policy.py` and `flow_policy.py` implement `Policy`, and the table of `policies.py` maps the
+setting `rl.policy` to those that a run trains. Rollout, reference, loss and ratio monitor go
+through the policies of a run in the order of the table, without names of their own for any.
 """
 
 import abc
@@ -21,9 +20,8 @@ ROUNDING = {"float32": 1e-5, "bfloat16": 0.03}
 
 
 class RolloutPrompts(NamedTuple):
-    """The prompts of a rollout, inside its program. Each of R rows is the prompt of `share` images
-    next to each other, which share its prefill: B = R share.
-    """
+    """Hold the prompts of a rollout, inside its program. Each of R rows is the prompt of `share`
+    images next to each other, which share its prefill: B = R share."""
 
     tokens_RL: jax.Array  # int32, padded on the right
     lengths_R: jax.Array  # int32
@@ -36,7 +34,7 @@ class RolloutPrompts(NamedTuple):
 
 
 class LossWeights(NamedTuple):
-    """What a loss weighs the images of a (micro-)batch by."""
+    """Hold the weights of the images of a (micro-)batch in a loss."""
 
     advantage_B: jax.Array
     valid_B: jax.Array  # bool: has a reward
@@ -66,12 +64,12 @@ class Policy(abc.ABC):
     @property
     @abc.abstractmethod
     def has_reference(self) -> bool:
-        """Whether the loss needs the reference policy."""
+        """Return whether the loss needs the reference policy."""
 
     @property
     @abc.abstractmethod
     def rounding(self) -> float:
-        """Mean of |ratio - 1| before the first update that rounding explains."""
+        """Return the mean of |ratio - 1| before the first update that rounding explains."""
 
     @abc.abstractmethod
     def sample(self, model: Blip3o, prompts: RolloutPrompts, *more: Any) -> tuple[Any, Any]:

@@ -1,4 +1,4 @@
-"""The prompts of a run: taken in an order that depends on nothing but the seed, and tokenized."""
+"""Order and tokenize the prompts of a run; the order depends on the seed alone."""
 
 import numpy as np
 
@@ -29,9 +29,8 @@ def prompt_indices(count: int, rollout: int, prompts_per_rollout: int, seed: int
 
 
 class PromptRows:
-    """Prompts as rows of tokens, padded to the longest of all `prompts`, so that one program serves
-    them all. UserError for one that does not fit in a row beside its image.
-    """
+    """Hold prompts as rows of tokens, padded to the longest of all `prompts`, so that one program
+    serves them all. UserError for a prompt that does not fit in a row with its image."""
 
     def __init__(self, prompts: list[Prompt], config: Config, vocabulary: Vocabulary):
         self._config = config

@@ -1,10 +1,10 @@
-"""`blip3o rl rescore`: score the saved images of a run again, by the same rewards or by others.
+"""Score the saved images of a run again, by the same rewards or by others: `blip3o rl rescore`.
 
-A run's directory may come from elsewhere: of the rewards that its config.json names none but the
-local ones run (rewards/trust.py), and nothing in its lines is taken for a path.
+A run's directory may come from elsewhere: of the rewards in its config.json only local ones run
+(rewards/trust.py), and no text in its lines is used as a path.
 
-It shows what a changed reward would have given over a whole run, without sampling an image. A total
-that has risen under one reward and not under another is a sign of reward hacking.
+It shows the effect of a changed reward over a whole run, without sampling an image. A total that
+has risen under one reward and not under another is a sign of reward hacking.
 """
 
 import json

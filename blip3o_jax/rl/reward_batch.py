@@ -1,4 +1,4 @@
-"""Rewards of a rollout's images, gathered from all hosts, as advantages, inputs of the loss and
+"""Gather the rewards of a rollout's images from all hosts, as advantages, inputs of the loss and
 metrics.
 
 P prompts, G images of each, B = P G.
@@ -20,9 +20,8 @@ from blip3o_jax.rl.advantages import Advantages, group_advantages
 
 @dataclasses.dataclass(frozen=True)
 class RewardBatch:
-    """Rewards of B images, the same on all hosts: `total_B` float32 [B], 0 where `failed_B`; its
-    `parts` by name, NaN where there is none.
-    """
+    """Hold the rewards of B images, the same on all hosts: `total_B` float32 [B], 0 where
+    `failed_B`; its `parts` by name, NaN where there is none."""
 
     total_B: np.ndarray
     failed_B: np.ndarray

@@ -1,12 +1,13 @@
-"""A rollout: images for a batch of prompts, several of each, with what is needed to learn from
-them. Two compiled programs on the run's mesh, of the same networks, sampler and sharding as
-training and sampling:
+"""Compile a rollout: images for a batch of prompts, several of each, with the arrays that the loss
+needs. Two programs on the run's mesh, of the same networks, sampler and sharding as training and
+sampling:
 
-    rollout      prompts --> image tokens --> latents --> pixels, with the log-probabilities of all that was sampled
+    rollout      prompts --> image tokens --> latents --> pixels, with the log-probabilities of all
+                 samples
     reference    the log-probabilities of these samples under the reference policy
 
-Arrays of a rollout, B = P G images: `tokens` [B, L] and `lengths` [B] of the prompt, in the order of
-the prompts, and those that each policy of the run adds (token_policy.py, flow_policy.py), which
+Arrays of a rollout, B = P G images: `tokens` [B, L] and `lengths` [B] of the prompt, in the order
+of the prompts, and those that each policy of the run adds (token_policy.py, flow_policy.py), which
 lead with B too.
 
 P prompts, G images of each, L prompt length.

@@ -1,13 +1,13 @@
-"""Rollouts as the batches of the training loop: sample images, score them on the host, compute
+"""Make rollouts as the batches of the training loop: sample images, score them on the host, compute
 advantages.
 
-current policy --> sample (devices) --> rewards (processes of the host) --> advantages --> batch,
-for `rl.num_iterations` steps
+    current policy --> sample (devices) --> rewards (processes of the host) --> advantages
+    --> batch, for `rl.num_iterations` steps
 
 A rollout is sampled in micro-batches. All are dispatched to the devices at once, so that the
 rewards of one are computed while the next is sampled. With `rl.off_policy_steps=1` the rewards of a
 rollout are awaited only after the next one was sampled: the devices never wait for them, and each
-step trains on images that the policy before it has sampled.
+step trains on images of the policy before it.
 
 A rollout is a function of (seed, number of the rollout), so a checkpoint stores the number alone.
 """
@@ -39,12 +39,12 @@ from blip3o_jax.train.state import TrainState
 
 @dataclasses.dataclass
 class RolloutBatch:
-    """A rollout whose rewards are being computed.
+    """Hold a rollout whose rewards are being computed.
 
-    `images`: those of this host, which are `rows` of the rollout. `arrays`: what the loss reads
+    `images`: those of this host, which are `rows` of the rollout. `arrays`: the inputs of the loss
     (`rollout_programs`). `pending`: a handle for the rewards of each micro-batch. `seconds`: of
-    sampling. Once the rewards are there, `reward_wait`: seconds that they were awaited for, and
-    their `timings` (`PoolResult.seconds`).
+    sampling. After the rewards arrive, `reward_wait`: the seconds spent waiting for them, and their
+    `timings` (`PoolResult.seconds`).
     """
 
     number: int
@@ -59,9 +59,8 @@ class RolloutBatch:
 
 
 class RolloutIterator:
-    """`loop.BatchIterator` of reinforcement learning. `reference`: parameters of the reference
-    policy, or None; `open_log` drops the lines of rollouts that are sampled again.
-    """
+    """Implement `loop.BatchIterator` for reinforcement learning. `reference`: parameters of the
+    reference policy, or None; `open_log` drops the lines of rollouts that are sampled again."""
 
     def __init__(
         self,

@@ -1,13 +1,14 @@
-"""Log-probabilities of sampled image tokens under the current policy: what sampling computes token
-by token, in one pass over whole rows.
+"""Compute the log-probabilities of sampled image tokens under the current policy: those that
+sampling computes token by token, in one pass over whole rows.
 
-    row        p p p . . I_1 .. I_N        p prompt, its last the scale tag; . padding; I image tokens
-               p p p . . J_1 .. J_N        of one prompt, whose prefill they share
+    row        p p p . . I_1 .. I_N        p prompt, its last token the scale tag; . padding;
+                                           I image tokens
+               p p p . . J_1 .. J_N        of the same prompt, whose prefill they share
     hidden     at the tag predicts I_1, at I_j predicts I_(j+1)
 
 The distribution is the one sampled from: over image ids alone, at the temperature and guidance of
-the rollout, and over its support, the ids that top-k and top-p left then, whatever they would leave
-now. Otherwise the ratio to the old policy would be 0 or infinite for a token that has crossed a
+the rollout, and over its support, the ids that top-k and top-p allowed at sampling. With the
+current support the ratio to the old policy would be 0 or infinite for a token that has crossed a
 bound.
 
 B images, L prompt length (padded), N image tokens, D width, V image ids, X bytes of V bits.

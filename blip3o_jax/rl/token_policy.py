@@ -1,4 +1,4 @@
-"""The AR as a policy over image tokens: GRPO and its variants (grpo.py).
+"""Define the AR as a policy over image tokens: GRPO and its variants (grpo.py).
 
 Arrays: image_ids, logprobs [B, N]; support [B, N, X] where top-k or top-p is on; with a reference
 reference_logprobs [B, N].
@@ -24,7 +24,7 @@ from blip3o_jax.sampling_programs import sample_image_tokens
 
 
 class TokenPolicy(Policy):
-    """`Policy` of the image tokens."""
+    """Implement `Policy` for the image tokens."""
 
     samples = "tokens"
     parts = frozenset({"ar"})

@@ -1,1 +1,1 @@
-"""Rewards: what an image is worth beside its prompt."""
+"""Score images against their prompts."""

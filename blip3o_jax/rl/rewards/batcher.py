@@ -1,8 +1,8 @@
-"""Scores the images of concurrent requests together, in as many calls at once as there are scorers.
+"""Score the images of concurrent requests together, in as many calls at once as there are scorers.
 
-Small requests go first, so that those of many clients do not wait for a few large ones. Large ones
-have their turn when no small one waits, or small ones have had as much time as the large one before
-took; and of several scorers one is always left to small ones. For one event loop.
+Small requests go first, so that those of many clients do not wait for a few large ones. Large
+requests run when no small one waits, or when small ones have used as much time as the previous
+large one; of several scorers one is always reserved for small requests. For one event loop.
 """
 
 import asyncio
@@ -27,8 +27,8 @@ LOOKED_AT = 1024  # images that are compared with the first, to find others of i
 
 @dataclasses.dataclass(eq=False)
 class Job:
-    """One request: images, beside their prompts and metadata (JSON). `alone`: not to be scored with
-    others."""
+    """Hold one request: images with their prompts and metadata (JSON). `alone`: not to be scored
+    with others."""
 
     images: Sequence[Png]
     prompts: Sequence[str]
@@ -44,16 +44,16 @@ class Job:
 
 @dataclasses.dataclass(frozen=True)
 class _ScoringBatch:
-    """The images that are scored in one call: (job, index of its image), all of one size."""
+    """Hold the images that are scored in one call: (job, index of its image), all of one size."""
 
     items: list[tuple[Job, int]]
     large: bool
 
 
 class Batcher:
-    """`batch`: images of a call at the most; `pixels` and `file_bytes` bound it too, but for an
-    image that is larger alone. A request of more than `pixels` is a large one. `on_batch(images,
-    seconds)` hears of every call that gave scores."""
+    """Form calls of at most `batch` images; `pixels` and `file_bytes` bound a call too, except for
+    a single image that is larger. A request of more than `pixels` is a large one. `on_batch(images,
+    seconds)` is called after every call that gave scores."""
 
     def __init__(
         self,

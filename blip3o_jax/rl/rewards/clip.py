@@ -1,11 +1,11 @@
-"""The similarity of image and prompt: the cosine of their embeddings by a dual encoder from a local
-directory.
+"""Score the similarity of image and prompt: the cosine of their embeddings by a dual encoder from a
+local directory.
 
     score = <x, y> / (|x| |y|),    x of the image, y of the prompt
 
 A directory is either a run of stage `contrastive` of this package, or one that `save_pretrained` of
 the transformers library wrote, with a CLIP or a SigLIP and its processor. The scores of different
-encoders are not comparable: a trained SigLIP's lie around 0.1, a CLIP's around 0.3.
+encoders are not comparable: a trained SigLIP's are around 0.1, a CLIP's around 0.3.
 
 Shape suffixes: B images, H height, W width, C colour channels, D width of the embedding.
 """
@@ -30,9 +30,8 @@ TEXTS_KEPT = 4096
 
 class DualEncoder(Protocol):
     def images(self, images_BHWC: np.ndarray) -> np.ndarray:
-        """uint8 images -> float32 [B, D], of any length; B is at most the `batch` that it was made
-        with.
-        """
+        """Return the embeddings of uint8 images, float32 [B, D], of any length; B is at most the
+        encoder's `batch`."""
         ...
 
     def text(self, prompt: str) -> np.ndarray:
@@ -83,7 +82,7 @@ class Clip(Reward):
 
 
 class TransformersEncoder:
-    """CLIP, SigLIP or SigLIP2 with its processor. Never downloads."""
+    """Encode with CLIP, SigLIP or SigLIP2 and its processor. Never downloads."""
 
     def __init__(self, path: str):
         for package in ("torch", "transformers"):
@@ -143,5 +142,5 @@ class TransformersEncoder:
 
 
 def _unit(x_BD: np.ndarray) -> np.ndarray:
-    """Scaled to length 1; zeros stay zeros."""
+    """Scale vectors to length 1; zeros stay zeros."""
     return x_BD / np.maximum(np.linalg.norm(x_BD, axis=-1, keepdims=True), 1e-12)

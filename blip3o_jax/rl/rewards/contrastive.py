@@ -1,4 +1,4 @@
-"""The dual encoder that a run of stage `contrastive` has trained. Imported where the reward is
+"""Encode with the dual encoder of a run of stage `contrastive`. Imported only where the reward is
 made, since it imports jax.
 
 Shape suffixes: B images, H height, W width, C colour channels, L tokens, D width of the embedding.
@@ -22,9 +22,8 @@ CONTRASTIVE_PARTS = ("tokenizer", "text_tower")
 
 
 class ContrastiveEncoder:
-    """From the run's workdir, its checkpoints directory or one step, on one device. `batch`: images
-    encoded at once.
-    """
+    """Load the encoder from the run's workdir, its checkpoints directory or one step, on one
+    device. `batch`: images encoded at once."""
 
     def __init__(self, path: str, batch: int):
         root, _ = checkpoints.find(path)
@@ -50,9 +49,8 @@ class ContrastiveEncoder:
         self._embed_text = strategy.jit(self._tower)
 
     def images(self, images_BHWC: np.ndarray) -> np.ndarray:
-        """uint8 images -> float32 [B, D]. Fewer than the batch are padded, so that one program is
-        compiled.
-        """
+        """Return the embeddings of uint8 images, float32 [B, D]. Batches smaller than `batch` are
+        padded, so that one program is compiled."""
         shown = [crop_and_resize(image, self._size) for image in images_BHWC]
         padded_BHWC = np.stack(shown + [shown[-1]] * (self._batch - len(shown)))
         return np.asarray(self._embed_images(self._params, padded_BHWC), np.float32)[: len(shown)]

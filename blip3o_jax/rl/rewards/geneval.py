@@ -1,16 +1,18 @@
 """Score whether an image shows the objects that a GenEval prompt asks for. A detector finds
 objects, the official rules (`geneval_rules`) decide, with the official thresholds: confidence above
-0.3, for counting 0.9, sixteen objects of a class at most.
+0.3, for counting 0.9, at most sixteen objects of a class.
 
 `scoring=shaped`, the default, is the fraction of the requirements that are met: it differs between
 images of a group long before one of them is correct, and is 1 exactly where the benchmark says
-"correct". `scoring=correct` is the benchmark's 0 or 1. The parts hold both, so that a run that
-trains on the one shows the other.
+"correct". `scoring=correct` is the benchmark's 0 or 1. The parts contain both, so that a run that
+trains on the one logs the other.
 
 Detectors (options `detector`, `path`, `colour_path`):
 
-    shapes          the classical one of the embedded data set: its six shapes in its six colours; square images
-    transformers    an instance segmentation model and a CLIP that names colours, both in local directories
+    shapes          the classical one of the embedded data set: six shapes in six colours; square
+                    images
+    transformers    an instance segmentation model and a CLIP that names colours, both in local
+                    directories
 """
 
 import dataclasses
@@ -28,9 +30,7 @@ from blip3o_jax.rl.rewards.reward import Scores
 
 
 class Detector(Protocol):
-    """Finds objects in a uint8 RGB image [H, W, 3], and tells the colours of some of them, all of
-    one class.
-    """
+    """Find objects in a uint8 RGB image [H, W, 3], and name the colours of objects of one class."""
 
     classes: Sequence[str]
     colours: Sequence[str]
@@ -73,7 +73,8 @@ def create(
 
 @dataclasses.dataclass(frozen=True)
 class Geneval:
-    """Parts: `correct` (0 or 1) and `shaped` (the share that is met)."""
+    """Score by GenEval's rules. Parts: `correct` (0 or 1) and `shaped` (the fraction that is
+    met)."""
 
     detector: Detector
     shaped: bool = True
@@ -110,9 +111,8 @@ class Geneval:
 
 
 class ShapesDetector:
-    """The classical detector of the shapes data set. It is sure of all that it recognises; of
-    several objects of a shape the largest counts as the surest.
-    """
+    """Detect with the classical detector of the shapes data set. Its confidence is 1 for all
+    recognised objects; of several objects of a shape the largest counts as the surest."""
 
     classes, colours = SHAPES, tuple(COLOURS)
 

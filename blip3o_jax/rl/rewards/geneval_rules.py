@@ -1,20 +1,23 @@
-"""The rules of GenEval (Ghosh et al., arXiv 2310.11513; github.com/djghosh13/geneval) on the
+"""Apply the rules of GenEval (Ghosh et al., arXiv 2310.11513; github.com/djghosh13/geneval) to the
 objects found in an image.
 
 A prompt's metadata, a line of the official file:
 
     tag        single_object, two_object, counting, colors, position or color_attr
-    include    [{"class", "count", "color"?, "position"?: [relation, index of an earlier clause]}, ...]: all must hold
+    include    [{"class", "count", "color"?, "position"?: [relation, index of an earlier clause]},
+               ...]: all must hold
     exclude    [{"class", "count"}, ...]: there must be fewer of the class
 
-1. Objects of a class are taken by confidence, the surest `count` of them for a clause; further ones are no mistake unless
-   `exclude` says so. Clauses are independent of each other: an object can answer several.
-2. All that a clause takes must have its colour.
-3. All that it takes must stand in its relation to all that the named clause took, which must itself be met. A tenth of both
-   boxes' sizes is taken off the offset of the centres along each axis; more than half of the whole distance must be left.
+1. Objects of a class are taken by confidence, the surest `count` of them for a clause; further ones
+   are an error only where `exclude` forbids them. Clauses are independent of each other: one object
+   can meet several.
+2. All objects of a clause must have its colour.
+3. All objects of a clause must be in its relation to all objects of the named clause, which must
+   itself be met. A tenth of both boxes' sizes is subtracted from the offset of the centres along
+   each axis; the rest must exceed half of the distance.
 
-The share that is met, for a reward with a slope, is the mean over all requirements: objects found
-of those asked, the same of the right colour, pairs in the right relation, and of an `exclude` how
+The fraction that is met, for a dense reward, is the mean over all requirements: objects found of
+those asked, the same of the right colour, pairs in the right relation, and of an `exclude` how
 little it is exceeded (times the fraction of asked objects that are there: an empty image is no step
 towards "not five"). It is 1 exactly where the official result is "correct".
 """
@@ -36,9 +39,8 @@ Metadata = Mapping[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """An object found in an image. `box`: x0, y0, x1, y1 in pixels; `mask_HW`: bool, which pixels
-    are its own; `colour`: where the detector itself names it.
-    """
+    """Describe an object found in an image. `box`: x0, y0, x1, y1 in pixels; `mask_HW`: bool, the
+    pixels of the object; `colour`: where the detector itself names it."""
 
     name: str
     box: tuple[float, float, float, float]
@@ -49,7 +51,8 @@ class Found:
 
 @dataclasses.dataclass(frozen=True)
 class RuleResult:
-    """`met`: fraction of the requirements in [0, 1]. `reason`: what is wrong, in plain words."""
+    """Hold the result of the rules. `met`: fraction of the requirements in [0, 1]. `reason`: the
+    first requirement that is not met, in plain words."""
 
     correct: bool
     met: float
@@ -72,7 +75,8 @@ def apply_rules(
     metadata: Metadata,
     colours_of: Callable[[Sequence[Found]], Sequence[str | None]],
 ) -> RuleResult:
-    """`objects`: as `keep` gives them. `colours_of` returns the colours of objects of one class."""
+    """Apply the rules to `objects`, as `keep` returns them. `colours_of` returns the colours of
+    objects of one class."""
     taken: list[Sequence[Found]] = []
     met: list[bool] = []
     shares: list[float] = []
@@ -134,7 +138,7 @@ def relations(box_a: Sequence[float], box_b: Sequence[float]) -> set[str]:
 
 
 def check_metadata(metadata: Metadata, classes: Sequence[str], colours: Sequence[str]) -> None:
-    """UserError if these rules cannot score the prompt with a detector of `classes` and
+    """Raise UserError if these rules cannot score the prompt with a detector of `classes` and
     `colours`."""
     _require(
         isinstance(metadata.get("tag"), str),

@@ -1,16 +1,15 @@
-"""A reward that is computed elsewhere: the client of `blip3o rl serve-rewards` (`server`; bodies in
+"""Compute a reward on other machines: the client of `blip3o rl serve-rewards` (`server`; bodies in
 `wire`).
 
-Requests go to the servers in turn. One that cannot be reached, does not answer in time or fails
-(5xx, a redirect, an answer that is none) is left out for a while, twice as long each time, and the
-request goes to the next; one that is busy (429, 503) is asked again once all have been asked. A
-request that a server refuses (other 4xx) would be refused by the others too: that is a UserError
-with the server's line.
+Requests go to the servers in turn. A server that cannot be reached, does not answer in time or
+fails (5xx, a redirect, an answer without scores) is skipped for a while, twice as long each time,
+and the request goes to the next; one that is busy (429, 503) is tried again once all have been
+tried. A request that a server refuses (other 4xx) would be refused by the others too: that is a
+UserError with the server's line.
 
-Whatever a server does, a request ends after `timeout` seconds with scores, Unreachable or
-UserError, in one line. The standard library's HTTP client is used, under a deadline of our own
-(`_Deadline`): its timeouts, like those of httpx, are of a single read, and neither starts as fast
-in the processes of the pool.
+A request always ends after `timeout` seconds with scores, Unreachable or UserError, in one line.
+The standard library's HTTP client is used, under a deadline (`_Deadline`): its timeouts, like those
+of httpx, bound a single read, and httpx is slower to import in the processes of the pool.
 
 Shape suffixes: B images, H height, W width, C colour channels.
 """
@@ -45,11 +44,11 @@ LINE = 300  # characters of a server's reason
 
 
 class Unreachable(Exception):
-    """No server gave scores: one line that says why, server by server."""
+    """Report that no server gave scores: one line with the reason of each server."""
 
 
 class _BadAnswer(Exception):
-    """A server's answer holds no scores; the message is one line that says why."""
+    """Report that a server's answer holds no scores; the message is one line with the reason."""
 
 
 class _Busy(Exception):
@@ -113,7 +112,7 @@ def _base(url: str) -> str:
 
 
 class HttpReward(Reward):
-    """Parts are the server's."""
+    """Request scores from servers; its parts are those of the server."""
 
     def __init__(
         self,
@@ -152,7 +151,8 @@ class HttpReward(Reward):
             ) from None
 
     def _try_servers(self) -> None:
-        """One that cannot be reached is left out, as long as there is another."""
+        """Check every server; one that cannot be reached is skipped, as long as there is
+        another."""
         reasons = list(self._threads.map(self._try_server, self._urls))
         if all(reasons):
             raise UserError(f"reward http: no server answers: {'; '.join(reasons)}")
@@ -240,8 +240,8 @@ class HttpReward(Reward):
         raise AssertionError
 
     def _order(self) -> list[str]:
-        """In turn those that are not left out; then the others, since any answer is better than
-        none."""
+        """Return the servers in turn, then those that are skipped at present, since any answer is
+        better than none."""
         with self._lock:
             turn, now = next(self._turn) % len(self._urls), time.monotonic()
         urls = self._urls[turn:] + self._urls[:turn]
@@ -286,7 +286,7 @@ FAILURES = (
 
 
 class _Deadline:
-    """Ends a connection after so many seconds, however its bytes come: a timeout of a socket begins
+    """End a connection after so many seconds, however its bytes arrive: a socket's timeout begins
     anew with each read."""
 
     def __init__(self, seconds: float):
@@ -327,7 +327,7 @@ class _Deadline:
 
 @contextlib.contextmanager
 def _deadline(seconds: float) -> Iterator[_Deadline]:
-    """Raises TimeoutError for whatever went wrong after the deadline had passed."""
+    """Raise TimeoutError in place of any error after the deadline."""
     deadline = _Deadline(seconds)
     try:
         yield deadline

@@ -1,19 +1,21 @@
-"""Compare the text of an image with the text that its prompt quotes. A recogniser reads the image;
-the text that it reads is compared with the text between double quotes.
+"""Score the text of an image against the text that its prompt quotes. A recogniser reads the image;
+its text is compared with the text between double quotes.
 
-    reference    1 - d / len(target), d = 0 where the target is part of what was read, else min(distance, len(target))
+    reference    1 - d / len(target), d = min(distance, len(target)), or 0 where the text that was
+                 read contains the target
     strict       1 - distance / max(len(target), len(read))
 
 `distance` is Levenshtein's: insertions, deletions and substitutions. The reference, the published
-reward of BLIP3o-NEXT (arXiv 2510.15857) and Flow-GRPO (arXiv 2505.05470), pays in full for the word
-among garbage, and policies find that out; `strict` counts every further character, and is 1 for
-exactly the asked text only.
+reward of BLIP3o-NEXT (arXiv 2510.15857) and Flow-GRPO (arXiv 2505.05470), gives 1 for the word
+among other characters, which policies exploit; `strict` counts every further character, and is 1
+for exactly the asked text only.
 
-Where this is not the published reward:
-1. Of several quoted spans the published one takes the first. Here `reference` is the mean over the spans; `strict` compares
-   all of them, one after the other in whichever order suits best, with all that was read.
-2. `strict` reads line by line from the top and each line from the left, whatever order the
-   recogniser gives.
+Deviations from the published reward:
+1. Of several quoted spans the published one takes the first. Here `reference` is the mean over the
+   spans; `strict` compares all of them, joined in the order with the smallest distance, with all
+   that was read.
+2. `strict` reads line by line from the top and each line from the left, independent of the
+   recogniser's order.
 3. Both compare texts in the form of ocr_text.py, where characters that the recogniser cannot tell
    apart are equal; the published one folds case and leaves blanks out, so that a curly apostrophe
    costs an edit.
@@ -45,7 +47,7 @@ MAX_REORDERED = 4  # spans tried in every order; more are compared in the order 
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """Text that was read in one place. `box`: x0, y0, x1, y1 in pixels."""
+    """Hold the text that was read in one place. `box`: x0, y0, x1, y1 in pixels."""
 
     text: str
     confidence: float
@@ -93,9 +95,8 @@ def create(
 
 @dataclasses.dataclass(frozen=True)
 class Ocr:
-    """Parts: `exact` (0 or 1), `distance` (edits), `confidence` (of what was read, a mean over its
-    characters).
-    """
+    """Score the text of images. Parts: `exact` (0 or 1), `distance` (edits), `confidence` (of the
+    text that was read, a mean over its characters)."""
 
     read: Reader
     compare: Callable[[Sequence[Line], Sequence[str]], Comparison]
@@ -159,9 +160,8 @@ def quoted(prompt: str) -> tuple[str, ...]:
 
 
 def strict(lines: Sequence[Line], spans: Sequence[str]) -> Comparison:
-    """All that was read against all that was asked: whatever is missing, wrong or too much costs
-    one edit a character.
-    """
+    """Return the score of all text read against all text asked: each missing, wrong or surplus
+    character costs one edit."""
     read = "".join(normalise(line.text) for line in in_reading_order(lines))
     targets = [normalise(span) for span in spans]
     orders = itertools.permutations(targets) if len(targets) <= MAX_REORDERED else [targets]
@@ -184,9 +184,8 @@ def reference(lines: Sequence[Line], spans: Sequence[str]) -> Comparison:
 
 
 def in_reading_order(lines: Sequence[Line]) -> list[Line]:
-    """Rows from the top, each from the left. A line is of the row whose first line reaches below
-    its middle.
-    """
+    """Sort lines into rows from the top, each row from the left. A line belongs to the row whose
+    first line reaches below its middle."""
     rows: list[list[Line]] = []
     for line in sorted(lines, key=lambda line: line.box[1] + line.box[3]):
         if rows and (line.box[1] + line.box[3]) / 2 < rows[-1][0].box[3]:
@@ -210,19 +209,17 @@ def levenshtein(a: str, b: str) -> int:
 
 
 class Recogniser:
-    """PaddleOCR's detection and recognition models (PP-OCR), which come inside rapidocr's wheel, on
-    one thread. They are loaded with the first image, so that a process that only checks prompts
-    never holds them.
-    """
+    """Read text with PaddleOCR's detection and recognition models (PP-OCR), which rapidocr's wheel
+    contains, on one thread. They are loaded with the first image, so that a process that only
+    checks prompts never loads them."""
 
     def __init__(self, min_side: int = 128, border: float = 0.1, detect: bool = True):
         self.min_side, self.border, self.detect = min_side, border, detect
         self._engine: Any = None
 
     def __call__(self, image_HWC: np.ndarray) -> list[Line]:
-        """Lines of text in a uint8 RGB image [H, W, 3], in the recogniser's order; boxes in pixels
-        of the image as it is shown to the recogniser.
-        """
+        """Return the lines of text in a uint8 RGB image [H, W, 3], in the recogniser's order; boxes
+        in pixels of the image that the recogniser gets."""
         self._engine = self._engine or _engine()
         shown_HWC = self._shown(image_HWC)
         found = self._engine(shown_HWC, use_det=self.detect, use_cls=False, use_rec=True)

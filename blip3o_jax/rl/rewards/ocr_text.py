@@ -1,15 +1,18 @@
-"""One form for the text that is asked for and the text that was read, so that only what can be seen
-and recognised makes a difference.
+"""Normalize the text that is asked for and the text that was read, so that only visible and
+recognisable differences count.
 
     case, spaces, invisible characters      left out of the comparison
-    forms of one character                  Unicode's NFKC: full-width letters, ligatures, fractions, superscripts
-    characters of one look                  quotes, dashes, dots, slashes ... each become one of them (`_ALIKE`)
-    accents                                 kept where the recogniser knows the letter with them, else left out
-    pictures and rare signs                 left out, on both sides: what is kept is letters, digits and `_SIGNS`
+    forms of one character                  Unicode's NFKC: full-width letters, ligatures,
+                                            fractions, superscripts
+    characters of one look                  quotes, dashes, dots, slashes ... each become one of
+                                            them (`_ALIKE`)
+    accents                                 kept where the recogniser has the accented letter, else
+                                            left out
+    pictures and rare signs                 left out, on both sides: letters, digits and `_SIGNS`
+                                            remain
 
-The recogniser's own list of characters (PP-OCR's, 18,708 of them) has Latin letters up to U+02AF,
-Greek without accents, Chinese and Japanese. What these have no sign for cannot be read, whatever is
-drawn.
+The recogniser's list of characters (PP-OCR's, 18,708 of them) has Latin letters up to U+02AF, Greek
+without accents, Chinese and Japanese. Other characters cannot be read.
 """
 
 # ruff: noqa: RUF001  # characters of one look are what this file is about

@@ -1,6 +1,5 @@
-"""Options of rewards, which a config or a command line gives as text, to values; or a UserError
-that names the option.
-"""
+"""Parse options of rewards, which a config or a command line gives as text; UserError names the
+option."""
 
 from collections.abc import Sequence
 from typing import TypeVar
@@ -24,7 +23,7 @@ def flag(reward: str, option: str, text: str) -> bool:
 def number(
     reward: str, option: str, text: str, kind: type[Number], lowest: Number, highest: Number
 ) -> Number:
-    """`text` as an int or a float in lowest .. highest."""
+    """Parse `text` as an int or a float in lowest .. highest."""
     try:
         value = kind(text)
     except ValueError:

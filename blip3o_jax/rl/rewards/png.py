@@ -1,10 +1,10 @@
-"""PNG files of strangers: what one will take once it is decoded, known from a strict parse; and
-decoding within that.
+"""Decode untrusted PNG files: a strict parse bounds the memory of the decoded image, and decoding
+stays within that bound.
 
-A decoder believes whatever header it meets last, inflates text and colour profiles, and follows
-animations. So the file is parsed here first, without decoding (PNG specification, third edition,
-sections 5 and 11): exactly one IHDR in front, every CRC right, IDAT chunks in one run, IEND at the
-very end. The decoder is given a file rebuilt of IHDR, PLTE and IDAT alone.
+A decoder uses the last header of a file, inflates text and colour profiles, and follows animations.
+So the file is parsed here first, without decoding (PNG specification, third edition, sections 5 and
+11): exactly one IHDR in front, every CRC right, IDAT chunks in one run, IEND at the very end. The
+decoder is given a file rebuilt of IHDR, PLTE and IDAT alone.
 
 Shape suffixes: H height, W width, C colour channels.
 """
@@ -39,12 +39,12 @@ _PALETTE = 3
 
 
 class BadPng(ValueError):
-    """One line that says what is wrong with a file."""
+    """Report an invalid file in one line."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Png:
-    """A file of nothing but an image. `file`: uint8 [bytes], IHDR, PLTE, IDAT and IEND."""
+    """Hold a file with nothing but an image. `file`: uint8 [bytes], IHDR, PLTE, IDAT and IEND."""
 
     height: int
     width: int
@@ -109,7 +109,8 @@ def _chunk(file: memoryview, position: int) -> tuple[bytes, memoryview, int]:
 
 @dataclasses.dataclass(frozen=True)
 class _Header:
-    """IHDR. `rows`: bytes of all rows before they are compressed, but for interlacing."""
+    """Hold the fields of IHDR. `rows`: bytes of all rows before compression, without
+    interlacing."""
 
     height: int
     width: int

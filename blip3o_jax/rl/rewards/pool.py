@@ -1,17 +1,18 @@
-"""Rewards in processes of their own: images go in chunks to whichever process is free, while the
-run goes on.
+"""Run rewards in separate processes: images go in chunks to the free processes, while the run
+continues.
 
-What a scorer can do wrong stays in its process:
+A scorer's failures stay in its process:
 
-    raises, returns NaN or the wrong number of scores    a reason in place of those images' scores (`weighted`)
-    takes longer than `timeout` an image                 its process is killed and another one started
+    raises, returns NaN or the wrong number of scores    a reason in place of these images' scores
+                                                         (`weighted`)
+    takes longer than `timeout` an image                 its process is killed and replaced
     ends its process                                     another one is started
     cannot be made                                       `result` and `check` raise why
 
-What failed in a chunk is scored again image by image, each up to `retries` times; once at least
-where the whole chunk failed, since one of them may have been the cause. Then it has failed. After
-BREAKER chunks in a row of which every image failed, what waits is given up untried, until the next
-`submit`.
+The images that failed in a chunk are scored again image by image, each up to `retries` times; once
+at least where the whole chunk failed, since one of them may have been the cause. Then the image has
+failed. After BREAKER chunks in a row of which every image failed, the waiting chunks are given up
+untried, until the next `submit`.
 
 Shape suffixes: B images, H height, W width, C colour channels; n of a chunk.
 """
@@ -40,11 +41,10 @@ REASONS_SHOWN = 3
 
 @dataclasses.dataclass(frozen=True)
 class PoolResult:
-    """The rewards of one `submit`. `total_B` float32 [B]: the weighted sum, 0 (meaningless) where
-    `failed_B`. `parts`: float32 [B] by name, NaN where there is none. `reasons`: number of images
-    by why they failed. `seconds`: of an image in its process (`median`, `max`), of chunks until a
-    process had time for them (`queue`, a mean), and from submission to the last score (`total`).
-    """
+    """Hold the rewards of one `submit`. `total_B` float32 [B]: the weighted sum, 0 (meaningless)
+    where `failed_B`. `parts`: float32 [B] by name, NaN where there is none. `reasons`: number of
+    images by reason of failure. `seconds`: of an image in its process (`median`, `max`), of chunks
+    until a process is free (`queue`, a mean), and from submission to the last score (`total`)."""
 
     total_B: np.ndarray
     failed_B: np.ndarray
@@ -70,9 +70,8 @@ def check_failed(
 
 
 class RewardPool:
-    """`workers` processes (0: one a core), started at once, that each make the `rewards`.
-    `timeout`: seconds an image.
-    """
+    """Run `workers` processes (0: one a core), started at once, that each make the `rewards`.
+    `timeout`: seconds an image."""
 
     def __init__(
         self,
@@ -127,7 +126,8 @@ class RewardPool:
         return pending
 
     def _score(self, pending: "Pending", rows: Sequence[int], tries: int | None) -> None:
-        """`tries`: how often an image that fails is tried after that; None for the first time."""
+        """Submit `rows` as one chunk. `tries`: how often an image that fails is tried after that;
+        None for the first time."""
         future = self._processes.call(
             worker.score, lambda: pending.arguments(rows), self._timeout * len(rows)
         )
@@ -189,7 +189,7 @@ class RewardPool:
 
 
 class Pending:
-    """Scores under way."""
+    """Hold scores that are being computed."""
 
     def __init__(
         self, images_BHWC: np.ndarray, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]

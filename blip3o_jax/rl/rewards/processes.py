@@ -1,11 +1,11 @@
-"""Calls of functions in spawned processes, each with a time limit, for a run of days.
+"""Call functions in spawned processes, each call with a time limit, for a run of days.
 
     waiting calls --> the first process that is free --> its answer | TimeoutError | ProcessEnded
 
-Every process has a pipe of its own and one call at a time. So it is known whose call a process that
-ended had, and nothing that others use is left locked, however it ended. concurrent.futures gives
-its whole pool up there, and cannot end a call that hangs; pools whose processes share a queue lose
-a call, or lock, where one is killed at the wrong moment.
+Every process has its own pipe and one call at a time, so the call of a process that ended is known,
+and no shared lock stays held, however it ended. concurrent.futures gives up its whole pool in that
+case, and cannot end a call that hangs; pools whose processes share a queue lose a call, or lock,
+where one is killed at the wrong moment.
 """
 
 import atexit
@@ -36,8 +36,8 @@ Future = concurrent.futures.Future
 
 
 class ProcessEnded(Exception):
-    """The process of a call ended before it answered. `args`: its exit code, negative for a
-    signal."""
+    """Report that the process of a call ended before it answered. `args`: its exit code, negative
+    for a signal."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -64,10 +64,9 @@ class _Worker:
 
 
 class Processes:
-    """`workers` processes, started at once, which run `initializer(*initargs)` first, in up to
+    """Run `workers` processes, started at once, which run `initializer(*initargs)` first, in up to
     `start_timeout` seconds. `what` they do, for messages. One thread serves them all, and runs the
-    callbacks of the futures.
-    """
+    callbacks of the futures."""
 
     def __init__(
         self,
@@ -113,7 +112,7 @@ class Processes:
         return call.future
 
     def drop(self) -> None:
-        """Cancels the calls that no process has yet."""
+        """Cancel the calls that no process has yet."""
         with self._lock:
             calls = list(self._waiting)
             self._waiting.clear()
@@ -130,7 +129,7 @@ class Processes:
         return self._error
 
     def close(self) -> None:
-        """Ends the processes, whatever they do; calls that are not done raise RuntimeError."""
+        """End the processes at once; calls that are not done raise RuntimeError."""
         with self._lock:
             self._error = self._error or RuntimeError(f"the processes of {self._what} are closed")
             self._wake()
@@ -218,7 +217,7 @@ class Processes:
         call.settle(error=TimeoutError())
 
     def _bury(self, worker: _Worker) -> None:
-        """Another process takes the place of one that has ended or is about to."""
+        """Replace a process that has ended or is about to end."""
         worker.process.join(ENDING)
         _kill(worker)
         self._workers.remove(worker)
@@ -248,7 +247,8 @@ class Processes:
 
 
 def _send(pipe: connection.Connection, value: Any) -> None:
-    """Arrays go as they lie in memory: pickled, large images cost more than the pipe does."""
+    """Send a value with its arrays as raw memory: to pickle large images takes longer than the
+    pipe."""
     buffers: list[pickle.PickleBuffer] = []
     data = pickle.dumps(value, protocol=5, buffer_callback=buffers.append)
     raw = [buffer.raw() for buffer in buffers]

@@ -1,9 +1,8 @@
-"""Rewards by name. A module is imported where its reward is made, so that a run loads the libraries
-of those that it uses.
+"""Make rewards by name. A module is imported only where its reward is made, so that a run loads the
+libraries of the rewards that it uses.
 
-`python:PACKAGE.MODULE.FUNCTION` names a user's own: a function of (uint8 images [B, H, W, 3],
-prompts, metadata) that returns B numbers or a `Scores`. It takes the options as keyword arguments,
-as text.
+`python:PACKAGE.MODULE.FUNCTION` names a user's function of (uint8 images [B, H, W, 3], prompts,
+metadata) that returns B numbers or a `Scores`. It takes the options as keyword arguments, as text.
 """
 
 import functools
@@ -62,8 +61,8 @@ def parsed(text: str) -> RewardConfig:
 
 
 def _numbers(text: str, pairs: list[tuple[str, str]], field: str, count: int, default: Any) -> Any:
-    """`count` numbers, "0:1", of a field of the term, or the default. ConfigError for other
-    text."""
+    """Parse `count` numbers, "0:1", of a field of the term; return the default for no text.
+    ConfigError for other text."""
     found = [value for option, value in pairs if option == field]
     try:
         numbers = tuple(float(number) for number in found[-1].split(":")) if found else default
@@ -99,7 +98,7 @@ def make(config: RewardConfig) -> Reward:
 
 
 class UserReward(Reward):
-    """A user's function as a reward."""
+    """Wrap a user's function as a reward."""
 
     def __init__(self, name: str, function: Callable[..., Any]):
         self.name, self.function = name, function

@@ -1,4 +1,4 @@
-"""Requests to a reward server (`wire`), checked before anything is decoded."""
+"""Check requests to a reward server (`wire`) before anything is decoded."""
 
 import base64
 import binascii
@@ -24,8 +24,8 @@ MAX_IMAGES = 1024  # of a request
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """The images to score, with their prompts. `metadata`: JSON texts, since objects take many
-    times as much while they wait."""
+    """Hold the images to score, with their prompts. `metadata`: JSON texts, since parsed objects
+    take many times the memory while a request waits."""
 
     prompts: list[str]
     metadata: list[bytes]

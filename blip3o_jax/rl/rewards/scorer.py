@@ -1,5 +1,5 @@
-"""The code of a scorer process of the reward server: decode images and score them. Imports
-little at the top, so that a process starts fast.
+"""Run a scorer process of the reward server: decode images and score them. Imports little at the
+top, so that a process starts fast.
 
 Shape suffixes: B images, H height, W width, C colour channels.
 """
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class ImageScore:
-    """The score of one image, if `status` is 200, else `reason` in one line: 400 a broken image,
-    422 a prompt that the reward cannot score, 500 a reward that failed."""
+    """Hold the score of one image, if `status` is 200, else `reason` in one line: 400 a broken
+    image, 422 a prompt that the reward cannot score, 500 a reward that failed."""
 
     status: int
     reason: str = ""

@@ -1,8 +1,8 @@
-"""The reward server's processes: one that hangs or dies is replaced, and so are all where none
-starts any more.
+"""Run the reward server's processes: one that hangs or dies is replaced, and so are all of them
+where none starts any more.
 
     scorers    decode images and score them
-    parser     parses large bodies: the JSON parser would hold up every thread of the server
+    parser     parses large bodies: the JSON parser would block every thread of the server
 """
 
 import asyncio
@@ -28,7 +28,7 @@ LONGEST_PAUSE = 60.0
 
 
 class Scorers(Protocol):
-    """The scoring processes of a server."""
+    """Define the scoring processes of a server."""
 
     count: int  # calls that run at once
     names: list[str]  # of the rewards
@@ -53,8 +53,8 @@ class Scorers(Protocol):
 
 
 class Renewed:
-    """Processes of the rewards' pool for a server that runs for days: where they end while they
-    start, they are given up for a while only. `ends`: how many were replaced, by reason."""
+    """Run processes of the rewards' pool for a server that runs for days: after failures at
+    start-up they are stopped for a while only. `ends`: how many were replaced, by reason."""
 
     def __init__(self, start: Callable[[], Processes], *, pause: float = PAUSE):
         self.ends = {"timeout": 0, "ended": 0, "not started": 0}
@@ -99,7 +99,7 @@ class Renewed:
 
 
 class ScorerProcesses:
-    """`count` processes that each make the `rewards`. A call that takes longer than `timeout`
+    """Run `count` processes that each make the `rewards`. A call that takes longer than `timeout`
     seconds is ended, with its process. UserError where the rewards cannot be made."""
 
     def __init__(
@@ -151,7 +151,7 @@ class ScorerProcesses:
 
 
 class Parser:
-    """Parses bodies of requests: those of up to `small` bytes in a thread, others in a process."""
+    """Parse bodies of requests: those of up to `small` bytes in a thread, others in a process."""
 
     def __init__(self, max_pixels: int, *, small: int = 1 << 20):
         self._max_pixels = max_pixels

@@ -1,9 +1,9 @@
-"""GenEval's detector with models of the transformers library: an instance segmentation model (the
-official one is Mask2Former on COCO) and a CLIP that names the colour of a crop. Both come from
-local directories and run on one thread.
+"""Detect objects for GenEval with models of the transformers library: an instance segmentation
+model (the official one is Mask2Former on COCO) and a CLIP that names the colour of a crop. Both
+come from local directories and run on one thread.
 
-Colours as the benchmark has them: an object is cut out by its mask, laid on grey and cropped to its
-box; its colour is the one of ten whose text embedding, a mean over three templates, is nearest.
+Colours follow the benchmark: an object is cut out by its mask, placed on grey and cropped to its
+box; its colour is the one of ten with the nearest text embedding, a mean over three templates.
 
 Shape suffixes: H height, W width, C colour channels, N objects, K colours, D embedding.
 """
@@ -41,10 +41,9 @@ GENEVAL_NAMES = {
 
 
 class SegmentationDetector:
-    """`path` and `colour_path`: directories as `save_pretrained` writes them. Objects below
-    `threshold` are left out. The models are loaded with the first image; the names of the classes
-    are read at once.
-    """
+    """Detect with the models in `path` and `colour_path`, directories as `save_pretrained` writes
+    them. Objects below `threshold` are left out. The models are loaded with the first image; the
+    names of the classes are read at once."""
 
     colours = COLOURS
 
@@ -68,7 +67,7 @@ class SegmentationDetector:
         self._colours = ColourClassifier(colour_path)
 
     def detect(self, image_HWC: np.ndarray) -> list[Found]:
-        """Every object with its mask; the box is the mask's."""
+        """Return every object with its mask; the box is the mask's."""
         import torch
 
         self._models = self._models or _load(
@@ -105,7 +104,7 @@ class SegmentationDetector:
 
 
 class ColourClassifier:
-    """Zero-shot colours by a CLIP in a local directory."""
+    """Classify colours zero-shot by a CLIP in a local directory."""
 
     def __init__(self, path: str):
         self.path, self._models = path, None

@@ -124,11 +124,7 @@ def serve(
 
 
 class RewardServer:
-    """Own the HTTP services and the scorers of rewards; leaving the `with` block closes them.
-
-    `port=0` takes a free port; `url` has it. `metrics` is (host, port) of a separate service for
-    metrics. `scorers` replaces the processes that would be started for `rewards`.
-    """
+    """Own the HTTP services and the scorers of rewards; leaving the `with` block closes them."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Metrics of a reward server, beside those of every service (`serving`)."""
+"""Report the metrics of a reward server, in addition to those of every service (`serving`)."""
 
 import prometheus_client
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -11,7 +11,7 @@ PREFIX = "blip3o_reward"
 
 
 class Scored:
-    """Counts what was scored: `Batcher.on_batch`."""
+    """Count scored images and calls: the `Batcher.on_batch` of a server."""
 
     def __init__(self, registry: prometheus_client.CollectorRegistry):
         self._images = prometheus_client.Counter(
@@ -27,7 +27,7 @@ class Scored:
 
 
 class State:
-    """A collector of the server's state, read with the metrics."""
+    """Collect the server's state when the metrics are read."""
 
     def __init__(self, batcher: Batcher, scorers: Scorers, budget: MemoryBudget):
         self._batcher = batcher

@@ -1,13 +1,12 @@
-"""Score whether an image is what its prompt of the embedded data set asks for, by the data set's
-own scorer (`data/shapes/scorer.py`), which evaluation uses too.
+"""Score an image against its prompt of the embedded data set by the data set's scorer
+(`data/shapes/scorer.py`), which evaluation uses too.
 
     score = w correct + (1 - w) met,   w = correct_weight
 
-`correct` is 0 or 1, and what is to rise; but then the images of a group that are all wrong have
-equal rewards, and prompts that the model never gets right give no gradient. `met`, the fraction of
-the requirements that hold, differs between them; alone it would make a correct image worth hardly
-more than one with a fact missing. At the default, one half, a right image is ahead of any other by
-one half at least.
+`correct` is 0 or 1 and is the goal; but images of a group that are all wrong have equal `correct`,
+so prompts that the model never gets right give no gradient. `met`, the fraction of the requirements
+that hold, differs between them; alone it would make a correct image worth little more than one with
+a fact missing. At the default, one half, a right image is ahead of any other by at least one half.
 """
 
 import dataclasses
@@ -32,7 +31,8 @@ def create(correct_weight: str = "0.5") -> "Shapes":
 
 @dataclasses.dataclass(frozen=True)
 class Shapes(Reward):
-    """Parts: `correct` (0 or 1) and `shaped` (`met` above)."""
+    """Score by the embedded data set's rules. Parts: `correct` (0 or 1) and `shaped` (`met`
+    above)."""
 
     correct_weight: float = 0.5
 
@@ -52,7 +52,7 @@ class Shapes(Reward):
     def __call__(
         self, images_BHWC: np.ndarray, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
     ) -> Scores:
-        """Square images of 32 pixels or more."""
+        """Score square images of 32 pixels or more."""
         del prompts
         results = [
             score(image_HWC, asked) for image_HWC, asked in zip(images_BHWC, metadata, strict=True)

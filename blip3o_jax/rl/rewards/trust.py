@@ -1,9 +1,9 @@
-"""Which rewards may run because a run's directory names them, and which its user has to name.
+"""Decide which rewards run because a run's directory names them, and which the user must name.
 
-A directory that somebody sends is data: its config.json can name any module to import, any server
-to send the images to, any environment variable to read a token from and any file to read weights
-from. The built-in rewards that read nothing beside what they score run by its word; all others only
-by the command line's.
+The directory of a run may come from anyone: its config.json can name any module to import, any
+server to send the images to, any environment variable to read a token from and any file to read
+weights from. The built-in rewards that read nothing except the images run if the directory names
+them; all others only if the command line does.
 """
 
 import shlex

@@ -1,10 +1,10 @@
-"""The weighted sum of a run's rewards, with a check of every score.
+"""Compute the weighted sum of a run's rewards, with a check of every score.
 
     total = sum_r weight_r clip_r(score_r)
 
 A failed reward is never a score: an image whose reward raises, or gives a number that is not
 finite, or of a magnitude above LARGEST where no `clip` bounds it, has a reason in place of a total;
-so have all images of a call that returns another number of scores than it was given images.
+so have all images of a call that returns a different number of scores than images.
 
 Shape suffixes: B images, H height, W width, C colour channels.
 """
@@ -28,10 +28,9 @@ REASON_LENGTH = 200  # characters of an exception that a reason keeps
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """`total_B` float32 [B], NaN where `reasons` (B of them) is not None. `parts`: float32 [B] by
-    name, each reward's score before clipping under its own name and its parts under "reward/part";
-    NaN where there is none.
-    """
+    """Hold `total_B` float32 [B], NaN where `reasons` (B of them) is not None. `parts`: float32 [B]
+    by name, each reward's score before clipping under its name and its parts under "reward/part";
+    NaN where there is none."""
 
     total_B: np.ndarray
     parts: dict[str, np.ndarray]
@@ -44,8 +43,8 @@ def failed(count: int, reason: str) -> Outcome:
 
 
 class WeightedRewards:
-    """Makes the rewards of `configs` and sums them. ConfigError or UserError where one cannot
-    be."""
+    """Make the rewards of `configs` and sum them. ConfigError or UserError where one cannot be
+    made."""
 
     def __init__(self, configs: Sequence[RewardConfig]):
         check(len(configs) > 0, "rl.rewards is empty: name at least one reward")
@@ -63,7 +62,8 @@ class WeightedRewards:
     def __call__(
         self, images_BHWC: np.ndarray, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
     ) -> Outcome:
-        """uint8 images [B, H, W, 3] beside their prompts. Raises nothing that a reward raises."""
+        """Score uint8 images [B, H, W, 3] against their prompts; exceptions of a reward become
+        reasons."""
         count = len(images_BHWC)
         total_B, parts = np.zeros(count, np.float32), {}
         reasons: list[str | None] = [None] * count
@@ -108,7 +108,7 @@ def _scores(
     prompts: Sequence[str],
     metadata: Sequence[Mapping[str, Any]],
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Scores and parts, float32 [B] each. ValueError where one has another shape."""
+    """Return scores and parts, float32 [B] each. ValueError where one has another shape."""
     found = reward(images_BHWC, prompts, metadata)
     with np.errstate(
         over="ignore"
@@ -136,6 +136,6 @@ def _wrong(name: str, score: float, config: RewardConfig) -> str | None:
 
 
 def _described(error: BaseException) -> str:
-    """Type and message of an exception, in one short line."""
+    """Return the type and message of an exception in one short line."""
     text = type_and_line(error)
     return text if len(text) <= REASON_LENGTH else text[: REASON_LENGTH - 3] + "..."

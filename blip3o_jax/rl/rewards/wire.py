@@ -1,7 +1,8 @@
-"""Bodies of a reward server's requests and answers, but for reading requests (`requests`). JSON
-with base64 PNG images: nothing that is executed when it is read.
+"""Encode and decode the bodies of a reward server's requests and answers, except reading requests
+(`requests`): JSON with base64 PNG images, so that no code is executed.
 
-    POST /score   {"prompts": [text, ...], "metadata": [{...}, ...], "images": [base64 of a PNG, ...]}
+    POST /score   {"prompts": [text, ...], "metadata": [{...}, ...],
+                   "images": [base64 of a PNG, ...]}
     answer        {"total": [number, ...], "parts": {name: [number, ...]}}, or {"error": one line}
 
 Shape suffixes: B images, H height, W width, C colour channels.
@@ -33,7 +34,8 @@ def largest_answer(count: int) -> int:
 def encode_request(
     images_BHWC: np.ndarray, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
 ) -> bytes:
-    """Images are uint8 RGB. ValueError or TypeError for metadata that JSON cannot hold."""
+    """Encode uint8 RGB images with prompts and metadata. ValueError or TypeError for metadata that
+    JSON cannot represent."""
     images = []
     for image_HWC in images_BHWC:
         file = io.BytesIO()

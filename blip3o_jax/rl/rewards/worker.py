@@ -1,7 +1,8 @@
-"""The code of a process of the reward pool. Imports nothing at the top that makes threads: `start`
-first says how many.
+"""Run a process of the reward pool. Imports no library at the top that makes threads: `start` sets
+their number first.
 
-The rewards are made once a process. Where that fails, the process stays, and every task raises why.
+The rewards are made once a process. Where that fails, the process stays, and every task raises the
+reason.
 """
 
 import os

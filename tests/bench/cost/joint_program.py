@@ -7,7 +7,7 @@ import json
 
 from blip3o_jax import config
 from blip3o_jax.bench.sharding import topology
-from blip3o_jax.bench.sharding.compiled_step import Task, compiled
+from blip3o_jax.bench.sharding.compiled_step import Task, compile_step
 
 WHERE = topology.parse("v5e:2x2")
 
@@ -54,7 +54,7 @@ def run_config() -> config.Config:
 
 
 def main() -> None:
-    row = compiled(Task(run_config(), WHERE))
+    row = compile_step(Task(run_config(), WHERE))
     flops = {
         part: {name: value * WHERE.devices for name, value in passes.items()}
         for part, passes in row["flops"].items()
