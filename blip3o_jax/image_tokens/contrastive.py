@@ -1,28 +1,30 @@
-"""Train the vision encoder by contrastive image-text learning: SigLIP (arXiv 2303.15343, eq. 1 and
-algorithm 1).
+"""Compute the contrastive image-text loss of the vision encoder and hold its caption tower.
 
-For images x_i and captions y_j of a batch of n, both scaled to length 1, z_ij = 1 for pairs and -1
-otherwise:
+Source: SigLIP (arXiv 2303.15343, eq. 1 and algorithm 1). For a batch of n images x_i and captions
+y_j, both scaled to length 1, with z_ij = 1 for i = j and -1 otherwise:
 
     logit_ij = exp(log_scale) <x_i, y_j> + bias
     loss = -1/n sum_ij log sigmoid(z_ij logit_ij)
 
-log_scale starts at log 10 and bias at -10, so that the many negatives start out satisfied.
+log_scale starts at log 10 and bias at -10, so that the many negatives have a small loss at the
+first step.
 
 Deviations: (1) captions that repeat within a batch: an image's own caption under another index is
-no negative, so those terms are left out. (2) The caption tower has fixed sinusoidal positions (no
+not a negative, so those terms are omitted. (2) The caption tower has fixed sinusoidal positions (no
 maximum length), ignores padding, and takes the mean over the valid tokens where SigLIP takes the
-last one: every token gets a gradient from the first step.
+last one: every token receives a gradient from the first step.
 
-Beside it, by option (`loss.dense`), a dense objective as SigLIP2 has several (arXiv 2502.14786,
-section 2.3), so that the features also tell what lies where; here the plainest, the pixels p of
-each patch read off its feature f by one linear layer:
+`loss.dense` adds a dense objective, as SigLIP2 does (arXiv 2502.14786, section 2.3), so that the
+features also encode positions. One linear layer (W, b) predicts the pixels p of each patch from its
+feature f:
 
     dense = mean (W f + b - p)^2 / var(p)
 
 Shape suffixes: B batch (rows: images, columns: captions), L tokens, N patches, X values of a patch,
 D width.
 """
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,12 +37,13 @@ from blip3o_jax.image_tokens.simvq import l2_normalise
 
 
 class TextTower(nnx.Module):
-    """Caption tokens to one vector in the image embedding's space, and the loss's two scalars."""
+    """Encode captions in the image embedding's space, and hold the loss's two scalars."""
 
     def __init__(
         self, cfg: config.TextTowerConfig, vocab_size: int, d_image: int, *, rngs: nnx.Rngs
     ):
-        d, shape = cfg.hidden_size, EncoderShape.of(cfg)
+        d = cfg.hidden_size
+        shape = EncoderShape.of(cfg)
         self.token_embedding = nn.param(
             rngs, (vocab_size, d), ("vocab", "embed"), nn.normal(1.0), cfg.param_dtype
         )
@@ -54,8 +57,9 @@ class TextTower(nnx.Module):
         self.dtype = jnp.dtype(cfg.dtype)
 
     def __call__(self, tokens_BL: jax.Array, mask_BL: jax.Array) -> jax.Array:
-        """Map captions to embeddings [B, d_image] in float32, not normalised. `mask_BL` is True on
-        the caption's tokens.
+        """Map captions [B, L] to embeddings [B, d_image], float32, not normalised.
+
+        `mask_BL` is True on the caption's tokens.
         """
         table_VD = self.token_embedding[...].astype(self.dtype)
         x_BLD = table_VD[tokens_BL] + nn.sinusoids(tokens_BL.shape[1], table_VD.shape[1]).astype(
@@ -75,19 +79,22 @@ class PatchReadout(nnx.Module):
     """Predict the pixels of patches from their features by one linear layer."""
 
     def __init__(self, cfg: config.SiglipVisionConfig, *, rngs: nnx.Rngs):
-        types = {"dtype": cfg.dtype, "param_dtype": cfg.param_dtype}
+        types: dict[str, Any] = {"dtype": cfg.dtype, "param_dtype": cfg.param_dtype}
         self.linear = nn.Linear(
             cfg.hidden_size, 3 * cfg.patch_size**2, ("embed", "mlp"), rngs=rngs, **types
         )
 
     def loss(self, features_BND: jax.Array, patches_BNX: jax.Array) -> jax.Array:
-        """Return the mean squared error over the pixels' variance: 1 for a constant prediction."""
+        """Return the mean squared error divided by the pixels' variance.
+
+        Predicting the mean pixel has loss 1.
+        """
         error_BNX = self.linear(features_BND).astype(jnp.float32) - patches_BNX
         return jnp.mean(error_BNX**2) / (jnp.var(patches_BNX) + 1e-6)
 
 
 def same_caption_mask(tokens_BL: jax.Array) -> jax.Array:
-    """Return [B, B], True where two rows, padded alike, hold the same caption, diagonal included."""
+    """Return [B, B], True where two rows hold the same tokens; the diagonal is True."""
     return jnp.all(tokens_BL[:, None, :] == tokens_BL[None, :, :], axis=-1)
 
 
@@ -98,11 +105,12 @@ def sigmoid_loss(
     bias: jax.Array,
     same_caption_BB: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Return the loss above, in float32, and the retrieval accuracies: the fraction of images whose
-    highest-scoring caption is their own, and the reverse.
+    """Return the SigLIP loss (see the module) in float32, and its metrics.
 
-    `same_caption_BB` marks pairs whose captions are equal (`same_caption_mask`): off the diagonal
-    they count neither as positives nor as negatives, and retrieving one counts as correct.
+    `image_to_text` is the fraction of images whose highest-scoring caption is their own,
+    `text_to_image` the reverse. `same_caption_BB` is True for pairs with equal captions
+    (`same_caption_mask`): off the diagonal they are neither positives nor negatives, and retrieving
+    one counts as correct.
     """
     image_BD, text_BD = (l2_normalise(x.astype(jnp.float32)) for x in (image_BD, text_BD))
     logits_BB = jnp.exp(log_scale) * (image_BD @ text_BD.T) + bias

@@ -1,8 +1,9 @@
-"""The pre-LN transformer of the SigLIP encoder, the TA-Tok decoder and the caption tower.
+"""Run the pre-LN transformer of the SigLIP encoder, the TA-Tok decoder and the caption tower.
 
     x <- x + Attention(LN(x));  x <- x + MLP(LN(x)),  MLP = Linear, GELU (tanh form), Linear
 
-Bidirectional, biases everywhere; the layer of `transformers.SiglipEncoderLayer`.
+Attention is bidirectional and every linear layer has a bias, as in
+`transformers.SiglipEncoderLayer`.
 
 Shape suffixes: B batch, L (query) tokens, M tokens attended to, N heads, K head_dim, D width.
 """
@@ -20,7 +21,11 @@ from blip3o_jax.config import ConfigError
 
 @dataclasses.dataclass(frozen=True)
 class EncoderShape:
-    """What every layer of one encoder shares; sizes as in `transformers.SiglipVisionConfig`."""
+    """Hold the settings that all layers of an encoder share.
+
+    Names and sizes are those of `transformers.SiglipVisionConfig`. Raises ConfigError unless the
+    heads divide the width.
+    """
 
     hidden_size: int
     intermediate_size: int
@@ -34,23 +39,25 @@ class EncoderShape:
 
     @classmethod
     def of(cls, cfg: Any, **overrides: Any) -> "EncoderShape":
-        """Read the fields off `cfg`, those in `overrides` (which `cfg` may lack) aside."""
+        """Copy the fields from `cfg`, except those in `overrides`, which `cfg` may lack."""
         names = [field.name for field in dataclasses.fields(cls) if field.name not in overrides]
         return cls(**{name: getattr(cfg, name) for name in names}, **overrides)
 
     def __post_init__(self) -> None:
         if self.hidden_size % self.num_attention_heads:
             raise ConfigError(
-                f"hidden_size={self.hidden_size} must be a multiple of num_attention_heads={self.num_attention_heads}"
+                f"hidden_size={self.hidden_size} must be a multiple of "
+                f"num_attention_heads={self.num_attention_heads}"
             )
 
     @property
     def dtypes(self) -> dict[str, Any]:
+        """Return the dtype arguments of `nn.Linear`."""
         return {"dtype": self.dtype, "param_dtype": self.param_dtype}
 
 
 class Attention(nnx.Module):
-    """Multi-head attention of `x_BLD` over `memory_BMD`; the softmax in float32."""
+    """Attend from `x_BLD` to `memory_BMD` with several heads; the softmax is in float32."""
 
     def __init__(self, shape: EncoderShape, *, rngs: nnx.Rngs):
         d = shape.hidden_size
@@ -63,7 +70,7 @@ class Attention(nnx.Module):
     def __call__(
         self, x_BLD: jax.Array, memory_BMD: jax.Array, mask_BM: jax.Array | None = None
     ) -> jax.Array:
-        """`mask_BM` is True where a token may be attended to; None means everywhere."""
+        """Return [B, L, D]. `mask_BM` is True on tokens that may be attended to; None means all."""
         q_BLNK, k_BMNK, v_BMNK = (
             nn.constrain(self._split(linear(tokens)), "batch", None, "act_heads", None)
             for linear, tokens in (
@@ -81,6 +88,8 @@ class Attention(nnx.Module):
 
 
 class Mlp(nnx.Module):
+    """Apply Linear, GELU (tanh form), Linear to each token."""
+
     def __init__(self, shape: EncoderShape, *, rngs: nnx.Rngs):
         d, d_mlp = shape.hidden_size, shape.intermediate_size
         self.up = nn.Linear(d, d_mlp, ("embed", "mlp"), rngs=rngs, **shape.dtypes)
@@ -93,6 +102,8 @@ class Mlp(nnx.Module):
 
 
 class EncoderLayer(nnx.Module):
+    """Apply attention and MLP with pre-norm residuals; matches `SiglipEncoderLayer`."""
+
     def __init__(self, shape: EncoderShape, *, rngs: nnx.Rngs):
         norm = {"eps": shape.layer_norm_eps, "param_dtype": shape.param_dtype, "rngs": rngs}
         self.norm1 = nn.LayerNorm(shape.hidden_size, **norm)
@@ -110,19 +121,20 @@ class EncoderLayer(nnx.Module):
 
 
 class Encoder(nnx.Module):
-    """A stack of `EncoderLayer`s, without embeddings before it or a norm after it."""
+    """Run a stack of `EncoderLayer`s, without embeddings before or a norm after it."""
 
     def __init__(self, shape: EncoderShape, *, rngs: nnx.Rngs):
         self.layers = nn.stack(
             lambda rngs: EncoderLayer(shape, rngs=rngs), shape.num_hidden_layers, rngs
         )
         self.depth = shape.num_hidden_layers
-        self.remat, self.unroll = shape.remat, shape.unroll
+        self.remat = shape.remat
+        self.unroll = shape.unroll
 
     def __call__(
         self, x_BLD: jax.Array, mask_BL: jax.Array | None = None, *, depth: int | None = None
     ) -> jax.Array:
-        """Return the output of the first `depth` layers (all of them by default)."""
+        """Return the output [B, L, D] of the first `depth` layers (default: all)."""
         depth = self.depth if depth is None else depth
 
         def step(
@@ -130,8 +142,7 @@ class Encoder(nnx.Module):
         ) -> tuple[jax.Array, None]:
             if run is None:
                 return layer(x_BLD, mask_BL), None
-            # A branch skips the layers past `depth`. Slicing the stacked weights instead would copy
-            # them all.
+            # `cond` skips the layers past `depth`; slicing the stacked weights would copy them.
             return jax.lax.cond(run, lambda x: layer(x, mask_BL), lambda x: x, x_BLD), None
 
         run = None if depth == self.depth else jnp.arange(self.depth) < depth
@@ -139,8 +150,9 @@ class Encoder(nnx.Module):
 
 
 class AttentionPool(nnx.Module):
-    """Pool tokens to one vector: a learned probe attends to them, then a residual MLP
-    (`SiglipMultiheadAttentionPoolingHead`).
+    """Pool tokens to one vector: a learned probe attends to them, then a residual MLP.
+
+    Matches `transformers.SiglipMultiheadAttentionPoolingHead`.
     """
 
     def __init__(self, shape: EncoderShape, *, rngs: nnx.Rngs):

@@ -1,4 +1,4 @@
-"""The SigLIP2 vision encoder, numerically `transformers.SiglipVisionModel`.
+"""Encode images with the SigLIP2 vision encoder; matches `transformers.SiglipVisionModel`.
 
 Shape suffixes: B batch, H height, W width, C channels, N image tokens, D width.
 """
@@ -13,6 +13,8 @@ from blip3o_jax.image_tokens.encoder import AttentionPool, Encoder, EncoderShape
 
 
 class SiglipOutput(NamedTuple):
+    """Hold the encoder's outputs."""
+
     features_BND: jax.Array  # of the last layer, before post_layernorm: `features(x, -1)`
     last_hidden_state_BND: jax.Array  # after post_layernorm
     pooled_BD: jax.Array  # the attention-pooling head's vector, SigLIP's image embedding
@@ -21,13 +23,14 @@ class SiglipOutput(NamedTuple):
 class SiglipVision(nnx.Module):
     """Encode pixels to one feature vector per patch.
 
-    `patch_embedding` is the stock convolution (stride = kernel = patch) as a matrix product over
-    flattened patches, values in the order row, column, channel: the torch weight [out, C, p, p]
-    transposed to [p, p, C, out], then flattened to [p * p * C, out].
+    `patch_embedding` is the stock convolution (stride = kernel size = patch size) as a matrix
+    product over patches flattened in the order row, column, channel: the torch weight
+    [out, C, p, p], transposed to [p, p, C, out] and flattened to [p * p * C, out].
     """
 
     def __init__(self, cfg: config.SiglipVisionConfig, *, rngs: nnx.Rngs):
-        d, shape = cfg.hidden_size, EncoderShape.of(cfg)
+        d = cfg.hidden_size
+        shape = EncoderShape.of(cfg)
         self.patch_embedding = nn.Linear(
             3 * cfg.patch_size**2, d, (None, "embed"), rngs=rngs, **shape.dtypes
         )
@@ -38,19 +41,22 @@ class SiglipVision(nnx.Module):
         self.post_layernorm = nn.LayerNorm(
             d, rngs=rngs, eps=cfg.layer_norm_eps, param_dtype=cfg.param_dtype
         )
-        # Used by the contrastive stage only, but always there: published checkpoints store it.
+        # Only the contrastive stage uses the head. It is always created, since published
+        # checkpoints store it.
         self.head = AttentionPool(shape, rngs=rngs)
         self.cfg = cfg
 
     def embed(self, x_BHWC: jax.Array) -> jax.Array:
-        """Embed square images [B, image_size, image_size, 3] in [-1, 1] as patch tokens with
-        positions, row by row; pixels past the last whole patch are dropped. Raises ValueError for
-        another size.
+        """Embed images [B, image_size, image_size, 3] in [-1, 1] as patch tokens [B, N, D].
+
+        Patches are in row-major order and have positions added; pixels past the last whole patch
+        are dropped. Raises ValueError for another size.
         """
         size = self.cfg.image_size
         if x_BHWC.shape[1:] != (size, size, 3):
             raise ValueError(
-                f"vision encoder: images of shape {x_BHWC.shape[1:]}, but it takes {(size, size, 3)}: resize them"
+                f"vision encoder: images of shape {x_BHWC.shape[1:]}, expected {(size, size, 3)}: "
+                "resize them"
             )
         x_BND = self.patch_embedding(self.patches(x_BHWC))
         return nn.constrain(
@@ -58,8 +64,9 @@ class SiglipVision(nnx.Module):
         )
 
     def patches(self, x_BHWC: jax.Array) -> jax.Array:
-        """Split square images into their patches' values [B, N, 3 patch^2]."""
-        patch, grid = self.cfg.patch_size, self.cfg.grid
+        """Split square images [B, H, H, 3] into flattened patches [B, N, 3 patch^2]."""
+        patch = self.cfg.patch_size
+        grid = self.cfg.grid
         x_BHWC = x_BHWC[:, : grid * patch, : grid * patch]
         return (
             x_BHWC.reshape(-1, grid, patch, grid, patch, 3)
@@ -68,14 +75,16 @@ class SiglipVision(nnx.Module):
         )
 
     def features(self, x_BHWC: jax.Array, select_layer: int = -2) -> jax.Array:
-        """Return `hidden_states[select_layer]` [B, N, D] as transformers counts them: -1 is the
-        last layer's output, before post_layernorm, and -1 - num_hidden_layers the embeddings. Later
-        layers are not computed.
+        """Return `hidden_states[select_layer]` [B, N, D], as transformers numbers them.
+
+        -1 is the last layer's output, before post_layernorm; -1 - num_hidden_layers are the
+        embeddings. Later layers are not computed. Raises ValueError outside of that range.
         """
         depth = self.cfg.num_hidden_layers + 1 + select_layer
         if select_layer >= 0 or depth < 0:
             raise ValueError(
-                f"vision encoder: select_layer={select_layer} must be in [-{self.cfg.num_hidden_layers + 1}, -1]"
+                f"vision encoder: select_layer={select_layer} must be in "
+                f"[-{self.cfg.num_hidden_layers + 1}, -1]"
             )
         return self.encoder(self.embed(x_BHWC), depth=depth)
 

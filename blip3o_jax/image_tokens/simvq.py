@@ -1,29 +1,31 @@
-"""SimVQ, the codebook of the vision tokenizer (arXiv 2411.02038, "Addressing Representation
-Collapse in Vector Quantized Models with One Linear Layer").
+"""Quantise vectors with SimVQ, the codebook of the vision tokenizer.
 
-The K codes in use are a linear image of stored vectors e_k, so that moving one code moves all of
-them and none is left behind:
+Source: "Addressing Representation Collapse in Vector Quantized Models with One Linear Layer" (arXiv
+2411.02038). The K codes c_k are a linear function of stored vectors e_k, so that an update of one
+code moves all of them and no code is left unused:
 
-    c_k = embedding_proj(e_k)            (SimVQ keeps the random e_k fixed and learns the projection)
-    s_k(z) = <z/|z|, c_k/|c_k|>          l2-normalised lookup: cosine similarity (z and c are normalised from here on)
-    s_k(z) = -|z - c_k|^2                plain lookup
-    index(z) = arg max_k s_k(z),         or sampled from p_k(z) = softmax_k(s_k(z) / temperature) when stochastic
-    out(z) = z + stop(c_index - z)       straight-through: the value is the code, the gradient reaches z
+    c_k = embedding_proj(e_k)          (SimVQ keeps the random e_k fixed and learns the projection)
+    s_k(z) = <z/|z|, c_k/|c_k|>        l2-normalised lookup: cosine similarity; below, z and c are
+                                       the normalised vectors
+    s_k(z) = -|z - c_k|^2              plain lookup
+    index(z) = arg max_k s_k(z),       or, when stochastic, a sample of
+                                       p_k(z) = softmax_k(s_k(z) / temperature)
+    out(z) = z + stop(c_index - z)     straight-through: the value is the code, the gradient is z's
 
-Terms for training, each a mean over tokens:
+Training terms, each a mean over tokens:
 
-    codebook_loss   = |stop(z) - c_index|^2   pulls codes to what is coded
-    commitment_loss = |z - stop(c_index)|^2   keeps what is coded near its code; VQ-VAE (arXiv 1711.00937, eq. 3) weighs it 0.25
-    entropy_gap     = log K - H(mean over tokens of p(z)), in nats: 0 when all codes share the tokens evenly
+    codebook_loss   = |stop(z) - c_index|^2   moves codes to the vectors
+    commitment_loss = |z - stop(c_index)|^2   moves vectors to their codes; its weight in VQ-VAE
+                                              (arXiv 1711.00937, eq. 3) is 0.25
+    entropy_gap     = log K - H(mean over tokens of p(z)), in nats: 0 for uniform use of the codes
 
-The last is the remedy for dead codes (the diversity half of the entropy penalty of MAGVIT-2, arXiv
-2310.05737): p is soft, so codes that win no token still receive a gradient towards tokens. It sees
-nothing once all codes lie within the temperature of each other: the codebook loss is what keeps
-them where the tokens are.
+The entropy gap revives unused codes (the diversity half of the entropy penalty of MAGVIT-2, arXiv
+2310.05737): p is soft, so a code that no token selects still receives a gradient. It vanishes when
+the distances between all codes are below the temperature; the codebook loss keeps the codes apart.
 
-Deviations: (1) squared norms are summed over the code's dimensions, as the papers write them; the
-published implementations average, which for unit vectors makes the terms vanish as 1/dim beside the
-entropy. (2) The stochastic mode also works with the plain lookup.
+Deviations: (1) squared norms are sums over the code's dimensions, as in the papers; the published
+implementations take means, which scale as 1 / dim for unit vectors and become negligible against
+the entropy. (2) The stochastic mode also works with the plain lookup.
 
 Shape suffixes: B batch, N image tokens, D code width, K codes, S chunks of n tokens.
 """
@@ -36,12 +38,14 @@ from flax import nnx
 
 from blip3o_jax import nn
 
-# Most scores (tokens x codes) of one image at once: 16 MiB of float32. All 729 x 65536 would take
-# 191 MiB an image, and more again for the soft assignment and its gradient.
+# The largest number of scores (tokens x codes) of an image to compute at once: 16 MiB of float32.
+# All 729 x 65536 take 191 MiB per image, and the soft assignment and its gradient as much again.
 MAX_SCORES = 2**22
 
 
 class Quantised(NamedTuple):
+    """Hold the quantised vectors, the scalar training terms and the codebook's statistics."""
+
     codes_BND: jax.Array  # straight-through, float32
     ids_BN: jax.Array  # int32
     codebook_loss: jax.Array
@@ -52,12 +56,19 @@ class Quantised(NamedTuple):
 
 
 def l2_normalise(x: jax.Array) -> jax.Array:
-    """`torch.nn.functional.normalize` over the last dimension, with a finite gradient at 0."""
+    """Return x / |x| over the last dimension, with a finite gradient at 0.
+
+    Matches `torch.nn.functional.normalize`.
+    """
     return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x**2, axis=-1, keepdims=True), 1e-24))
 
 
 class SimVq(nnx.Module):
-    """Works in float32 throughout: neighbouring codes differ by less than bfloat16 resolves."""
+    """Quantise vectors to the nearest of K codes.
+
+    All of it is in float32, since the differences of neighbouring codes are below bfloat16's
+    resolution.
+    """
 
     def __init__(
         self,
@@ -76,36 +87,38 @@ class SimVq(nnx.Module):
         self.embedding_proj = nn.Linear(
             dim, dim, ("embed", "mlp"), rngs=rngs, param_dtype=param_dtype
         )
-        self.l2_normalized, self.stochastic, self.temperature = (
-            l2_normalized,
-            stochastic,
-            temperature,
-        )
+        self.l2_normalized = l2_normalized
+        self.stochastic = stochastic
+        self.temperature = temperature
 
     def table(self) -> jax.Array:
-        """Return the codes in use [K, D]."""
+        """Return the codes c_k [K, D], float32."""
         return self._normalise(self.embedding_proj(self.embedding[...]))
 
     def lookup(self, ids_BN: jax.Array) -> jax.Array:
-        """Return the codes [B, N, D] of indices: the inverse of `indices`."""
+        """Return the codes [B, N, D] of indices [B, N]: the inverse of `indices`."""
         return self._normalise(self.embedding_proj(self.embedding[...][ids_BN]))
 
     def indices(self, z_BND: jax.Array, key: jax.Array | None = None) -> jax.Array:
-        """Return the code index of each vector [B, N], int32: the best, or a sampled one in
-        stochastic mode with a `key`.
+        """Return the code index [B, N], int32, of each vector [B, N, D].
+
+        The index is the best one, or a sampled one in stochastic mode with a `key`.
         """
         return self._assign(self._normalise(z_BND), self.table(), key, soft=False)[0]
 
     def __call__(self, z_BND: jax.Array, key: jax.Array | None = None) -> Quantised:
-        """Quantise vectors [B, N, D] for training. Raises ValueError in stochastic mode without a
-        `key`.
+        """Quantise vectors [B, N, D] for training.
+
+        Raises ValueError in stochastic mode without a `key`.
         """
         if self.stochastic and key is None:
             raise ValueError(
                 "vision tokenizer: stochastic=True needs a random key in training: pass key="
             )
-        z_BND, table_KD = self._normalise(z_BND), self.table()
+        z_BND = self._normalise(z_BND)
+        table_KD = self.table()
         ids_BN, usage_K = self._assign(z_BND, table_KD, key, soft=True)
+        assert usage_K is not None  # soft=True
         codes_BND = table_KD[ids_BN]
         stop = jax.lax.stop_gradient
         num_codes = table_KD.shape[0]
@@ -127,7 +140,7 @@ class SimVq(nnx.Module):
         return l2_normalise(x) if self.l2_normalized else x
 
     def _scores(self, z_BnD: jax.Array, table_KD: jax.Array) -> jax.Array:
-        """Return s_k(z), in the plain form without |z|^2, which all codes share."""
+        """Return s_k(z); the plain form omits |z|^2, which is equal for all codes."""
         dot_BnK = z_BnD @ table_KD.T
         return dot_BnK if self.l2_normalized else 2 * dot_BnK - jnp.sum(table_KD**2, axis=-1)
 
@@ -136,9 +149,9 @@ class SimVq(nnx.Module):
     ) -> tuple[jax.Array, jax.Array | None]:
         """Return indices [B, N] and, if `soft`, the mean of p over all tokens [K].
 
-        Loops over groups of n of the N tokens, n a divisor of N (N is a square, so its root is
-        one); the batch dimension is not split, so that it can be sharded. The backward pass
-        recomputes the scores.
+        Loops over chunks of n of the N tokens, n the largest divisor of N within MAX_SCORES. The
+        batch dimension is not split, so that it can be sharded. The backward pass recomputes the
+        scores.
         """
         tokens = z_BND.shape[1]
         limit = max(1, MAX_SCORES // table_KD.shape[0])
@@ -151,9 +164,8 @@ class SimVq(nnx.Module):
             z_BnD, key = inputs
             scores_BnK = self._scores(z_BnD, table_KD)
             ranked_BnK = jax.lax.stop_gradient(scores_BnK)
-            if (
-                key is not None
-            ):  # Gumbel's trick: the arg max of logits + noise is a draw from their softmax
+            if key is not None:
+                # Gumbel-max: the arg max of logits + Gumbel noise is a sample of their softmax.
                 ranked_BnK = ranked_BnK / self.temperature + jax.random.gumbel(
                     key, ranked_BnK.shape
                 )

@@ -1,18 +1,17 @@
-"""TA-Tok, the vision tokenizer: an image to a grid of codebook indices, and indices back to SigLIP2
-features.
+"""Encode images as a grid of codebook indices and decode indices to SigLIP2 features: TA-Tok.
 
-    pixels -> SigLIP2 hidden state -> mean over s x s tokens -> Linear, tanh -> in_linear -> SimVQ indices
+    pixels -> SigLIP2 hidden state -> mean over s x s tokens -> Linear, tanh -> in_linear
+        -> SimVQ indices
     indices -> codes -> out_linear -> Siglip2 transformer -> Linear, tanh, Linear -> features
 
-It is trained to reproduce the pooled hidden state it was given (the teacher's features). No
-gradient reaches the encoder here: with a teacher that learns from its own reconstruction, constant
-features would be a perfect solution.
+It is trained to reconstruct its input, the pooled hidden state (the teacher's features). The
+encoder receives no gradient from this loss: constant features would minimise it.
 
 Shape suffixes: B batch, H height, W width, C channels, N image tokens, D width.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +24,8 @@ from blip3o_jax.image_tokens.simvq import Quantised, SimVq
 
 
 class TaTokOutput(NamedTuple):
+    """Hold the result of a training pass."""
+
     teacher_BND: jax.Array  # pooled SigLIP2 features, float32, no gradient
     reconstructed_BND: jax.Array  # float32
     ids_BN: jax.Array  # int32
@@ -36,10 +37,10 @@ class TaTokOutput(NamedTuple):
 
 
 class Bottleneck(nnx.Module):
-    """Linear into the code space, SimVQ, Linear out of it."""
+    """Hold the layers of the bottleneck: Linear to the code space, SimVQ, Linear."""
 
     def __init__(self, cfg: config.TaTokConfig, *, rngs: nnx.Rngs):
-        dtypes = {"dtype": cfg.dtype, "param_dtype": cfg.param_dtype}
+        dtypes: dict[str, Any] = {"dtype": cfg.dtype, "param_dtype": cfg.param_dtype}
         self.in_linear = nn.Linear(
             cfg.encoder.hidden_size, cfg.bottleneck_dim, ("embed", "mlp"), rngs=rngs, **dtypes
         )
@@ -58,13 +59,14 @@ class Bottleneck(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Codes to features: `transformers.Siglip2VisionModel` with patch_size 1 on square grids
-    without padding.
+    """Decode codes to features.
+
+    Matches `transformers.Siglip2VisionModel` with patch_size 1 on square grids without padding.
     """
 
     def __init__(self, cfg: config.TaTokConfig, *, rngs: nnx.Rngs):
         d = cfg.decoder.hidden_size
-        loop = {"remat": cfg.encoder.remat, "unroll": cfg.encoder.unroll}
+        loop: dict[str, Any] = {"remat": cfg.encoder.remat, "unroll": cfg.encoder.unroll}
         shape = EncoderShape.of(cfg.decoder, dtype=cfg.dtype, param_dtype=cfg.param_dtype, **loop)
         side = math.isqrt(cfg.decoder.num_patches)
         self.patch_embedding = nn.Linear(
@@ -77,7 +79,7 @@ class Decoder(nnx.Module):
         self.post_layernorm = nn.LayerNorm(
             d, rngs=rngs, eps=cfg.decoder.layer_norm_eps, param_dtype=cfg.param_dtype
         )
-        # Never used; the stock class has it, so checkpoints carry it through.
+        # Unused. The stock class has it, so import and export keep its weights.
         self.head = AttentionPool(shape, rngs=rngs)
 
     def __call__(self, x_BND: jax.Array) -> jax.Array:
@@ -88,24 +90,29 @@ class Decoder(nnx.Module):
         )
 
     def positions(self, grid: int) -> jax.Array:
-        """Return the position table resized to `grid` per side, bilinear with antialias
-        (align_corners False), in float32.
+        """Return the position table resized to `grid` per side, [grid^2, D], float32.
+
+        The resampling is bilinear with antialias (align_corners False), as in the stock class.
         """
         table_ND = self.position_embedding[...].astype(jnp.float32)
-        side, d = math.isqrt(table_ND.shape[0]), table_ND.shape[1]
+        d = table_ND.shape[1]
+        side = math.isqrt(table_ND.shape[0])
         return jax.image.resize(
             table_ND.reshape(side, side, d), (grid, grid, d), "linear", antialias=True
         ).reshape(-1, d)
 
 
 class TaTok(nnx.Module):
-    """Methods take `pool_scale` 1, 2 or 3; None means `cfg.pool_scale`. `key` is for the stochastic
-    mode alone: training needs it, `encode` takes the best code without one.
+    """Encode images to codebook indices and decode indices to SigLIP2 features.
+
+    Methods take `pool_scale` 1, 2 or 3; None means `cfg.pool_scale`. `key` is for the stochastic
+    mode: training requires it; without one, `encode` returns the best code.
     """
 
     def __init__(self, cfg: config.TaTokConfig, *, rngs: nnx.Rngs):
-        dtypes = {"dtype": cfg.dtype, "param_dtype": cfg.param_dtype}
-        d, d_decoder = cfg.encoder.hidden_size, cfg.decoder.hidden_size
+        dtypes: dict[str, Any] = {"dtype": cfg.dtype, "param_dtype": cfg.param_dtype}
+        d = cfg.encoder.hidden_size
+        d_decoder = cfg.decoder.hidden_size
         self.encoder = SiglipVision(cfg.encoder, rngs=rngs)
         self.encode_task_layer = nn.Linear(d, d, ("embed", "mlp"), rngs=rngs, **dtypes)
         self.bottleneck = Bottleneck(cfg, rngs=rngs)
@@ -117,14 +124,16 @@ class TaTok(nnx.Module):
         self.cfg = cfg
 
     def num_tokens(self, pool_scale: int | None = None) -> int:
-        """Return the tokens per image: 729, 169 or 81 of the published encoder for pool scales 1,
-        2, 3.
+        """Return the number of tokens per image.
+
+        The published encoder has 729, 169 or 81 for pool scales 1, 2 and 3.
         """
         return (self.cfg.encoder.grid // self._pool_scale(pool_scale)) ** 2
 
     def features(self, x_BHWC: jax.Array, pool_scale: int | None = None) -> jax.Array:
-        """Return pooled SigLIP2 features [B, N, D] in float32 of images in [-1, 1]: the input of
-        the quantiser. No gradient.
+        """Return the quantiser's input: pooled SigLIP2 features [B, N, D], float32.
+
+        `x_BHWC` holds images in [-1, 1]. No gradient flows to the encoder.
         """
         with jax.named_scope("encoder"):
             features_BND = self.encoder.features(x_BHWC, self.cfg.select_layer).astype(jnp.float32)
@@ -139,16 +148,15 @@ class TaTok(nnx.Module):
             return self.bottleneck.codebook.indices(z_BND, key)
 
     def quantise(self, features_BND: jax.Array, *, key: jax.Array | None = None) -> Quantised:
-        """Quantise pooled features: return codes with straight-through gradients, indices and the
-        codebook's training terms.
-        """
+        """Quantise pooled features [B, N, D] for training."""
         z_BND = self._to_codes(features_BND)
         with jax.named_scope("codebook"):
             return self.bottleneck.codebook(z_BND, key)
 
     def decode(self, ids_BN: jax.Array) -> jax.Array:
-        """Decode indices of a square token grid [B, N] to reconstructed SigLIP2 features [B, N, D],
-        float32. Raises ValueError where N is not a square.
+        """Decode indices [B, N] to reconstructed SigLIP2 features [B, N, D], float32.
+
+        Raises ValueError when N is not a square number.
         """
         with jax.named_scope("codebook"):
             codes_BND = self.bottleneck.codebook.lookup(ids_BN)
@@ -157,9 +165,7 @@ class TaTok(nnx.Module):
     def __call__(
         self, x_BHWC: jax.Array, pool_scale: int | None = None, *, key: jax.Array | None = None
     ) -> TaTokOutput:
-        """Run one training pass: return the target features, the reconstructed ones and the
-        codebook's terms.
-        """
+        """Encode and reconstruct images [B, H, W, 3] in [-1, 1] for training."""
         teacher_BND = self.features(x_BHWC, pool_scale)
         quantised = self.quantise(teacher_BND, key=key)
         reconstructed_BND = self._reconstruct(quantised.codes_BND)
@@ -173,7 +179,8 @@ class TaTok(nnx.Module):
         tokens = codes_BND.shape[1]
         if math.isqrt(tokens) ** 2 != tokens:
             raise ValueError(
-                f"vision tokenizer: {tokens} image tokens are not a square grid; decode whole images"
+                f"vision tokenizer: {tokens} image tokens are not a square grid; "
+                "decode whole images"
             )
         with jax.named_scope("decoder"):
             x_BND = self.decoder(self.bottleneck.out_linear(codes_BND))
@@ -189,8 +196,9 @@ class TaTok(nnx.Module):
 
 
 def pool(x_BND: jax.Array, scale: int) -> jax.Array:
-    """Average-pool scale x scale blocks of the square token grid; the rows and columns left over
-    are dropped.
+    """Average-pool scale x scale blocks of a square token grid: [B, N, D] -> [B, N', D].
+
+    Rows and columns past the last whole block are dropped.
     """
     batch, tokens, d = x_BND.shape
     grid = math.isqrt(tokens)

@@ -15,10 +15,10 @@ from blip3o_jax.nn.parameters import fan_in, param, zeros
 
 
 class Conv(nnx.Module):
-    """2-D convolution on NHWC, kernel [kh, kw, in / groups, out]; `torch.nn.Conv2d` transposed from
-    [out, in, kh, kw].
+    """Apply a 2-D convolution to NHWC images; matches `torch.nn.Conv2d`.
 
-    `padding` is the symmetric padding in pixels, as in torch.
+    The kernel is [kh, kw, in / groups, out], torch's transposed from [out, in, kh, kw]. `padding`
+    is the symmetric padding in pixels, as in torch.
     """
 
     def __init__(
@@ -40,7 +40,9 @@ class Conv(nnx.Module):
         shape = (kernel_size, kernel_size, c_in // groups, c_out)
         self.kernel = param(rngs, shape, (None, None, *axes), init or fan_in(), param_dtype)
         self.bias = param(rngs, (c_out,), (axes[1],), zeros, param_dtype) if bias else None
-        self.stride, self.padding, self.groups = stride, padding, groups
+        self.stride = stride
+        self.padding = padding
+        self.groups = groups
         self.dtype = jnp.dtype(dtype)
 
     def __call__(self, x_BHWC: jax.Array) -> jax.Array:
@@ -55,19 +57,21 @@ class Conv(nnx.Module):
         return y_BHWC if self.bias is None else y_BHWC + self.bias[...].astype(self.dtype)
 
     def upsampled(self, x_BHWC: jax.Array) -> jax.Array:
-        """What the layer makes of `x_BHWC` with every pixel as a square of 2 x 2; for 3 x 3 kernels
-        with padding 1 alone.
+        """Upsample [B, H, W, in] to twice the size by nearest neighbour, then convolve.
+
+        Returns [B, 2 H, 2 W, out]. Only for 3 x 3 kernels with stride 1 and padding 1.
         """
         y_BHWC = upsampled_conv2d(x_BHWC.astype(self.dtype), self.kernel[...].astype(self.dtype))
         return y_BHWC if self.bias is None else y_BHWC + self.bias[...].astype(self.dtype)
 
 
 class DepthwiseConv(nnx.Module):
-    """Depthwise 2-D convolution on NHWC that keeps H x W; `torch.nn.Conv2d(C, C, k, padding=k // 2,
-    groups=C)`, its kernel transposed from [C, 1, k, k] to [k, k, 1, C].
+    """Apply a depthwise 2-D convolution to NHWC images, keeping H x W.
 
-    `Conv` with as many groups as channels does the same; see conv_algorithms.py for the form it takes
-    where.
+    Matches `torch.nn.Conv2d(C, C, k, padding=k // 2, groups=C)`, its kernel transposed from
+    [C, 1, k, k] to [k, k, 1, C]. `Conv` with groups = channels computes the same values;
+    conv_algorithms.py chooses the algorithm for each platform. Raises ValueError for an even
+    `kernel_size`.
     """
 
     def __init__(
@@ -84,7 +88,8 @@ class DepthwiseConv(nnx.Module):
     ):
         if kernel_size % 2 == 0:
             raise ValueError(
-                f"DepthwiseConv: kernel_size={kernel_size} must be odd, so that the size stays the same"
+                f"DepthwiseConv: kernel_size={kernel_size} is even; use an odd one, which "
+                "keeps the image size"
             )
         shape = (kernel_size, kernel_size, 1, channels)
         self.kernel = param(rngs, shape, (None, None, None, axis), init or fan_in(), param_dtype)

@@ -1,11 +1,14 @@
-"""2-D convolution on NHWC in the form that runs fast where it runs.
+"""Compute 2-D convolutions on NHWC with the fastest algorithm for the target platform.
 
-1x1 kernels are matrix products (per group, a batched one). The rest is XLA's native convolution, but for what is slow on CPUs:
-- Depthwise convolutions: 10 to 70 times as slow as shifted products there, forward and backward. On TPUs, whose matrix unit
-  they leave idle, the compiler's own estimate is half the time for shifted products, and no transposing copies around them.
-- The derivatives of dense ones inside a scan: XLA gives a convolution a form with a fast kernel only outside of loops, and the
-  kernel's gradient in JAX's own form takes 40 times as long. So the derivatives are stated in that form to begin with.
-Which form is taken is settled when a computation is lowered: compiling for a TPU on a CPU host gets the TPU's.
+1x1 kernels are matrix products (batched over the groups). All others use XLA's native convolution,
+with two exceptions:
+- Depthwise convolutions are sums of shifted products on CPUs and TPUs. On CPUs the native one is 10
+  to 70 times slower, forward and backward. On TPUs the native one leaves the matrix unit idle; the
+  compiler's estimate for shifted products is half its time, without transposing copies.
+- The derivatives of dense convolutions on CPUs are written out. Inside a scan XLA does not rewrite
+  JAX's form of the kernel's gradient to one with a fast kernel, and runs it 40 times slower.
+The platform is resolved when a computation is lowered (`jax.lax.platform_dependent`), so compiling
+for a TPU on a CPU host selects the TPU's algorithm.
 
 Shape suffixes: B batch, H height, W width, C channels, I and O channels in and out of a group, G
 groups.
@@ -13,6 +16,7 @@ groups.
 
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +26,9 @@ import numpy as np
 def conv2d(
     x_BHWC: jax.Array, kernel: jax.Array, *, stride: int = 1, padding: int = 0, groups: int = 1
 ) -> jax.Array:
-    """`torch.nn.functional.conv2d` with `kernel` [kh, kw, in / groups, out] and `padding` pixels on
-    every side.
+    """Convolve [B, H, W, in] with `kernel` [kh, kw, in / groups, out] -> [B, H', W', out].
+
+    Matches `torch.nn.functional.conv2d`; `padding` is in pixels on every side.
     """
     side, _, c_in, c_out = kernel.shape
     if (side, stride, padding) == (1, 1, 0):
@@ -36,28 +41,27 @@ def conv2d(
 
 
 def upsampled_conv2d(x_BHWC: jax.Array, kernel: jax.Array) -> jax.Array:
-    """`conv2d` with a 3 x 3 kernel and padding 1 on `x_BHWC` with every pixel as a square of 2 x 2
-    -> [B, 2 H, 2 W, O].
+    """Convolve the 2x nearest-neighbour upsampling of `x_BHWC` with a 3 x 3 kernel and padding 1.
 
-    Of the three rows of the kernel two fall on the same row of x, so that every output pixel is a 2
-    x 2 product over x itself, with taps added up: 4 / 9 of the work. Output row 2 i + p, its
-    kernel's rows k0 .. k2 on rows of x:
+    Returns [B, 2 H, 2 W, O] without building the upsampled image. Two of the kernel's three rows
+    fall on the same row of x, so every output pixel is a 2 x 2 convolution over x with summed taps:
+    4 / 9 of the work. Output row 2 i + p applies the kernel's rows k0, k1, k2 to rows of x:
 
-        p = 0    k0 on i - 1, k1 + k2 on i                  at place i of a 2 x 2 convolution with padding 1
-        p = 1    k0 + k1 on i, k2 on i + 1                  at place i + 1
+        p = 0    k0 on i - 1, k1 + k2 on i      = row i of a 2 x 2 convolution with padding 1
+        p = 1    k0 + k1 on i, k2 on i + 1      = row i + 1
     """
     batch, height, width, _ = x_BHWC.shape
     c_in, c_out = kernel.shape[2:]
 
     def folded(taps: jax.Array) -> jax.Array:
-        """[3, ...] -> [2 taps, 2 phases, ...]"""
+        """Sum the 3 taps of the first axis: [3, ...] -> [2 taps, 2 phases, ...]."""
         k0, k1, k2 = taps
         return jnp.stack([jnp.stack([k0, k0 + k1]), jnp.stack([k1 + k2, k2])])
 
+    # Taps are added in float32: a bfloat16 sum would round the kernel.
     rows = folded(kernel.astype(jnp.float32))  # [row's tap, row's phase, 3, I, O]
-    both = folded(
-        jnp.moveaxis(rows, 2, 0)
-    )  # [column's tap, column's phase, row's tap, row's phase, I, O]
+    # [column's tap, column's phase, row's tap, row's phase, I, O]
+    both = folded(jnp.moveaxis(rows, 2, 0))
     both = both.transpose(2, 0, 4, 3, 1, 5).reshape(2, 2, c_in, 4 * c_out).astype(kernel.dtype)
     y_BHWX = conv2d(x_BHWC, both, padding=1).reshape(batch, height + 1, width + 1, 2, 2, c_out)
     phases = [[y_BHWX[:, p : p + height, q : q + width, p, q] for q in range(2)] for p in range(2)]
@@ -89,8 +93,8 @@ def _pointwise(x_BHWC: jax.Array, kernel_IO: jax.Array, groups: int) -> jax.Arra
     return y_BHWGO.reshape(*x_BHWC.shape[:3], c_out)
 
 
-# The derivatives below are written out for another reason too: differentiating through a choice of
-# platform would keep what the backward passes of both sides need.
+# The custom derivatives below also save memory: differentiating through `platform_dependent` would
+# store the residuals of both branches.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _dense(x_BHWC: jax.Array, kernel: jax.Array, padding: int) -> jax.Array:
     return _native(x_BHWC, kernel, 1, padding, 1)
@@ -113,8 +117,9 @@ def _dense_bwd(
     def fast_form(
         x_BHWC: jax.Array, kernel: jax.Array, dy_BHWC: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        # The input's gradient: the transposed, reversed kernel over dy. The kernel's: dy as a
-        # kernel of H x W over x, with the batch in the place of the channels in.
+        # The input's gradient convolves dy with the reversed kernel, its channels swapped. The
+        # kernel's gradient convolves x with dy as an H x W kernel, summing over the batch, which
+        # therefore takes the place of the input channels.
         dx_BHWC = _native(
             dy_BHWC, kernel[::-1, ::-1].transpose(0, 1, 3, 2), 1, kernel.shape[0] - 1 - padding, 1
         )
@@ -129,8 +134,8 @@ def _dense_bwd(
 _dense.defvjp(_dense_fwd, _dense_bwd)
 
 
-# Reducing over all pixels once per tap, as the gradient of the shifted products does, is slow on
-# CPUs.
+# The kernel's gradient has an algorithm per platform: a reduction over all pixels for each tap, as
+# automatic differentiation of the shifted products gives, is slow on CPUs.
 @jax.custom_vjp
 def _depthwise(x_BHWC: jax.Array, kernel: jax.Array) -> jax.Array:
     return jax.lax.platform_dependent(
@@ -143,7 +148,7 @@ def _depthwise_native(x_BHWC: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def _windows(x_BHWC: jax.Array, side: int) -> Iterator[tuple[int, int, jax.Array]]:
-    """(i, j, x as kernel position (i, j) sees it, float32) for each position."""
+    """Yield (i, j, window) for each kernel position (i, j): the padded x shifted by it, float32."""
     _, height, width, _ = x_BHWC.shape
     padded_BHWC = jnp.pad(x_BHWC, ((0, 0), (side // 2,) * 2, (side // 2,) * 2, (0, 0)))
     for i, j in np.ndindex(side, side):
@@ -152,7 +157,8 @@ def _windows(x_BHWC: jax.Array, side: int) -> Iterator[tuple[int, int, jax.Array
 
 def _depthwise_shifted(x_BHWC: jax.Array, kernel: jax.Array) -> jax.Array:
     taps = kernel.astype(jnp.float32)
-    y_BHWC = sum(
+    # The sum over the taps is in float32.
+    y_BHWC: Any = sum(
         window_BHWC * taps[i, j, 0] for i, j, window_BHWC in _windows(x_BHWC, kernel.shape[0])
     )
     return y_BHWC.astype(x_BHWC.dtype)
@@ -167,7 +173,8 @@ def _depthwise_gradients_native(
 def _depthwise_gradients_reduced(
     x_BHWC: jax.Array, kernel: jax.Array, dy_BHWC: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    side, dy_f32_BHWC = kernel.shape[0], dy_BHWC.astype(jnp.float32)
+    side = kernel.shape[0]
+    dy_f32_BHWC = dy_BHWC.astype(jnp.float32)
     taps = [
         jnp.sum(window_BHWC * dy_f32_BHWC, axis=(0, 1, 2))
         for _, _, window_BHWC in _windows(x_BHWC, side)

@@ -1,4 +1,4 @@
-"""Apply a dense layer, with LoRA factors where the configuration asks for them."""
+"""Apply a dense layer, with optional LoRA factors."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,11 +12,12 @@ from blip3o_jax.nn.parameters import fan_in, param, zeros
 
 
 class Linear(nnx.Module):
-    """y = x @ kernel + bias over the last dimension; `torch.nn.Linear` with the kernel transposed
-    to [in, out].
+    """Compute y = x @ kernel + bias over the last dimension.
 
-    With `lora` (LoraConfig), y += alpha / rank (x @ lora_a) @ lora_b. The factors come from a
-    stream of their own, so that the other parameters are drawn as they would be without.
+    Matches `torch.nn.Linear` with the kernel transposed to [in, out]. With `lora`,
+    y += alpha / rank (x @ lora_a) @ lora_b (arXiv 2106.09685). The factors are initialised from the
+    random stream "lora", so that the other parameters have the same initial values with and without
+    LoRA.
     """
 
     def __init__(
@@ -48,15 +49,15 @@ class Linear(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         x = x.astype(self.dtype)
         y = _matmul(x, self.kernel[...].astype(self.dtype))
-        if self.lora_a is not None:
+        if self.lora_a is not None and self.lora_b is not None:
             low = _matmul(x, self.lora_a[...].astype(self.dtype)) * self.lora_scale
             y += _matmul(low, self.lora_b[...].astype(self.dtype))
         return y if self.bias is None else y + self.bias[...].astype(self.dtype)
 
 
-# JAX states the kernel's gradient as the transpose of dy^T x. Compilers for accelerators fold that
-# into a layout; XLA's for CPUs copies both dy and the gradient. x^T dy needs a copy of x alone.
-# Reverse mode only; what is not differentiated, such as a frozen kernel, costs nothing.
+# JAX computes the kernel's gradient as the transpose of dy^T x. XLA folds the transpose into a
+# layout on accelerators, but on CPUs copies both dy and the gradient; x^T dy copies x alone.
+# Reverse mode only. With symbolic zeros, a frozen kernel has no gradient computed and no residual.
 @jax.custom_vjp
 def _matmul(x: jax.Array, kernel_IO: jax.Array) -> jax.Array:
     return x @ kernel_IO

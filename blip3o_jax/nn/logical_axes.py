@@ -1,8 +1,8 @@
 """Shard activations by logical axis names.
 
-A logical axis ("embed", "heads", "batch", ...) says what a dimension means; a strategy
-(parallel/rules.py) says on which mesh axes it lies. Networks declare the former and never name the
-latter.
+A logical axis ("embed", "heads", "batch", ...) names the meaning of a dimension; a strategy
+(parallel/rules.py) maps logical axes to mesh axes. Networks declare logical axes and never name
+mesh axes.
 """
 
 import contextlib
@@ -12,8 +12,7 @@ from collections.abc import Callable, Iterator
 
 import jax
 
-# A resolver answers, for (part, logical names, shape), with a sharding or None for "leave it to the
-# compiler".
+# A resolver maps (part, logical names, shape) to a sharding; None leaves it to the compiler.
 Resolver = Callable[
     [str, tuple[str | None, ...], tuple[int, ...]], jax.sharding.NamedSharding | None
 ]
@@ -27,7 +26,7 @@ _part: contextvars.ContextVar[str] = contextvars.ContextVar("part", default="")
 
 @contextlib.contextmanager
 def sharding_resolver(resolver: Resolver | None) -> Iterator[None]:
-    """Let `constrain` ask `resolver` where activations lie, during the block."""
+    """Set the resolver that `constrain` uses inside the block; None removes it."""
     token = _resolver.set(resolver)
     try:
         yield
@@ -37,8 +36,9 @@ def sharding_resolver(resolver: Resolver | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def part(name: str) -> Iterator[None]:
-    """Name the part of the model being traced ("ar", "dit", ...): each part has its own sharding
-    table and scope.
+    """Set the name of the model's part ("ar", "dit", ...) that is traced inside the block.
+
+    The name selects the part's sharding table and is a `jax.named_scope`.
     """
     token = _part.set(name)
     try:
@@ -49,13 +49,15 @@ def part(name: str) -> Iterator[None]:
 
 
 def current_part() -> str:
-    """Return the name of the part being traced, "" outside any."""
+    """Return the name of the part being traced; "" outside of any."""
     return _part.get()
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Pin activation `x` to its place: one logical name (or None) per dimension. A no-op when no
-    strategy is active.
+    """Constrain the sharding of activation `x`: one logical name (or None) per dimension.
+
+    Returns `x` itself when no strategy is active. Raises ValueError when the number of names is not
+    the number of dimensions.
     """
     if len(axes) != x.ndim:
         raise ValueError(
@@ -66,28 +68,35 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def sharding(*axes: str | None, shape: tuple[int, ...]) -> jax.sharding.NamedSharding | None:
-    """Return where an activation of the part being traced lies; None when no strategy is active."""
+    """Return the sharding of an activation of the current part; None without a strategy."""
     resolver = _resolver.get()
     return resolver(_part.get(), axes, shape) if resolver else None
 
 
 def mesh() -> jax.sharding.Mesh | None:
-    """Return the mesh that this is traced for."""
-    anywhere = sharding(shape=())
-    return None if anywhere is None else anywhere.mesh
+    """Return the mesh that the computation is traced for; None without a strategy."""
+    scalar = sharding(shape=())
+    if scalar is None:
+        return None
+    assert isinstance(scalar.mesh, jax.sharding.Mesh)  # strategies hold meshes of devices
+    return scalar.mesh
 
 
 def platform() -> str:
-    """Return the platform this is traced for, "cpu", "gpu" or "tpu", which need not be the one it
-    is traced on.
+    """Return the platform that the computation is traced for: "cpu", "gpu" or "tpu".
+
+    It can differ from the platform of the tracing process (compiling for a described TPU).
     """
-    return jax.default_backend() if mesh() is None else mesh().devices.flat[0].platform
+    target = mesh()
+    return jax.default_backend() if target is None else target.devices.flat[0].platform
 
 
 def shards(axis: str) -> int:
     """Return the number of shards of a logical axis of the part being traced."""
-    at = sharding(axis, shape=(0,))  # 0 divides over anything
-    names = () if at is None or not at.spec or at.spec[0] is None else at.spec[0]
+    at = sharding(axis, shape=(0,))  # a size of 0 is divisible by every number of shards
+    if at is None or not at.spec or at.spec[0] is None:
+        return 1
+    names = at.spec[0]
     return math.prod(
         at.mesh.shape[name] for name in ((names,) if isinstance(names, str) else names)
     )

@@ -11,9 +11,10 @@ from blip3o_jax.nn.parameters import ones, param, zeros
 
 
 class RMSNorm(nnx.Module):
-    """x / rms(x) * scale (+ bias) over the last dimension, the statistics in float32 whatever the
-    compute dtype, since bfloat16 has too few bits to add up squares. Matches `Qwen3RMSNorm` and
-    diffusers' `RMSNorm`.
+    """Compute x / rms(x) * scale (+ bias) over the last dimension.
+
+    Matches `Qwen3RMSNorm` and diffusers' `RMSNorm`. The statistics are in float32 for every compute
+    dtype, since bfloat16 has too few bits to add up squares.
     """
 
     def __init__(
@@ -41,8 +42,9 @@ class RMSNorm(nnx.Module):
 
 
 def standardise(x: jax.Array, eps: float) -> jax.Array:
-    """Return (x - mean) / std over the last dimension, statistics in float32: `torch.nn.LayerNorm`
-    without weights.
+    """Return (x - mean) / std over the last dimension, with statistics in float32.
+
+    Matches `torch.nn.LayerNorm` without weights.
     """
     x_f32 = x.astype(jnp.float32)
     mean = jnp.mean(x_f32, axis=-1, keepdims=True)
@@ -51,7 +53,7 @@ def standardise(x: jax.Array, eps: float) -> jax.Array:
 
 
 class LayerNorm(nnx.Module):
-    """`torch.nn.LayerNorm` with weight and bias."""
+    """Normalise the last dimension and scale and shift it; matches `torch.nn.LayerNorm`."""
 
     def __init__(self, dim: int, *, rngs: nnx.Rngs, eps: float, param_dtype: Any = jnp.float32):
         self.scale = param(rngs, (dim,), ("norm",), ones, param_dtype)

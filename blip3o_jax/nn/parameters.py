@@ -9,12 +9,14 @@ from flax import nnx
 
 
 def normal(stddev: float) -> Callable:
+    """Return the initialiser of a normal distribution with mean 0."""
     return jax.nn.initializers.normal(stddev)
 
 
 def fan_in() -> Callable:
-    """Return the initialiser of variance 1 / fan-in over every dimension but the last; the default
-    for kernels.
+    """Return the default initialiser of kernels: LeCun's, of variance 1 / fan-in.
+
+    The fan-in is the product of every dimension except the last.
     """
     return jax.nn.initializers.lecun_normal()
 
@@ -32,12 +34,15 @@ def param(
     dtype: Any = jnp.float32,
     stream: str = "params",
 ) -> nnx.Param:
-    """Return a parameter with one logical axis name (or None) per dimension, kept as `Param.axes`;
-    initialised from `stream` of `rngs`.
+    """Return a parameter of `shape`, initialised by `init` from the random stream `stream`.
+
+    `axes` holds one logical axis name (or None) per dimension and is stored as `Param.axes`. Raises
+    ValueError when their numbers differ.
     """
     if len(shape) != len(axes):
         raise ValueError(
-            f"param: shape {tuple(shape)} has {len(shape)} dimensions, axes {tuple(axes)} name {len(axes)}"
+            f"param: shape {tuple(shape)} has {len(shape)} dimensions, "
+            f"axes {tuple(axes)} name {len(axes)}"
         )
     return nnx.Param(
         init(_next_key(rngs[stream]), tuple(shape), jnp.dtype(dtype)), axes=tuple(axes)
@@ -47,9 +52,9 @@ def param(
 def _next_key(stream: nnx.RngStream) -> jax.Array:
     """Return the key that calling `stream` would return, and count it.
 
-    The call itself does `count[...] += 1`, for which Flax asks the traced count for its sharding.
-    JAX answers with an error, dropped by Flax, whose message walks through all that has been traced
-    so far: tracing a model's parameters would take time that grows with the square of their number.
+    `stream()` does `count[...] += 1`, for which Flax reads the sharding of the traced count. JAX
+    raises an error there, which Flax discards, and building its message visits everything traced so
+    far: the time to trace a model would grow with the square of its number of parameters.
     """
     key = jax.random.fold_in(stream.key[...], stream.count[...])
     stream.count.set_value(stream.count[...] + 1)

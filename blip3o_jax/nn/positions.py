@@ -9,8 +9,9 @@ import numpy as np
 
 
 def sinusoids(length: int, dim: int) -> jax.Array:
-    """Return positions [L, D] of "Attention is all you need" (arXiv 1706.03762, section 3.5), sines
-    then cosines.
+    """Return sinusoidal position embeddings [L, D], float32: sines, then cosines.
+
+    Source: "Attention is all you need" (arXiv 1706.03762, section 3.5). An odd D ends with a zero.
     """
     angles = np.arange(length)[:, None] / 10000 ** (np.arange(dim // 2) / (dim // 2))
     return jnp.asarray(

@@ -1,11 +1,11 @@
-"""Name what the backward pass keeps of a layer."""
+"""Name the rematerialisation policies: the values that a layer stores for its backward pass."""
 
 from collections.abc import Callable
 
 import jax
 
-# What an attention kernel calls its results (jax.ad_checkpoint), for a policy to keep: to it the
-# kernel is no product.
+# The checkpoint name (jax.ad_checkpoint) of an attention kernel's results. Policies that store
+# matrix products do not recognise a kernel as one, so they store it by this name.
 ATTENTION = "attention"
 
 REMAT_POLICIES: dict[str, Callable | None] = {

@@ -16,8 +16,9 @@ from blip3o_jax.nn.remat import REMAT_POLICIES
 
 
 def stack(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -> nnx.Module:
-    """Return `count` layers as one module whose parameters lead with a "layers" axis; run it with
-    `scan`.
+    """Return `count` layers as one module whose parameters have a leading "layers" axis.
+
+    `make` builds one layer. `scan` runs the stack.
     """
 
     @nnx.split_rngs(splits=count)
@@ -36,9 +37,8 @@ def stack(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) ->
 def unstack(layers: nnx.Module) -> list[nnx.Module]:
     """Return the layers of a stack as separate modules.
 
-    For loops that run a stack many times over, with its own loop laid out: taken apart before such
-    a loop the weights are copied once. XLA's CPU compiler would copy every slice of a stack anew at
-    each turn.
+    Use it before a loop that runs a stack many times with its layers unrolled: the weights are then
+    copied once. XLA's CPU compiler would copy every slice of the stack at each iteration.
     """
     graphdef, state = nnx.split(layers)
     count = len(jax.tree.leaves(state)[0])
@@ -50,8 +50,10 @@ def unstack(layers: nnx.Module) -> list[nnx.Module]:
 )
 @dataclasses.dataclass(frozen=True)
 class LayerCarry:
-    """The carry that one layer of a stack hands to the next: the part being traced, the layer's
-    class, its index in the stack, the value.
+    """Hold the output of one layer of a stack and its origin.
+
+    `part` is the part being traced, `name` the layer's class, `index` its index in the stack and
+    `carry` the value.
     """
 
     part: str
@@ -67,11 +69,9 @@ _records: contextvars.ContextVar[list[LayerCarry] | None] = contextvars.ContextV
 
 @contextlib.contextmanager
 def capture_intermediates() -> Iterator[list[LayerCarry]]:
-    """While active, `scan` lays its loop out and appends every layer's carry to the list that this
-    yields, stack after stack.
+    """Record every layer's carry in the yielded list: inside the block, `scan` unrolls its loop.
 
-    Inside a function that is jitted, the context must be entered there too, and the list be among
-    what it returns:
+    A jitted function must enter the context inside itself and return the list:
 
         @jax.jit
         def layers(x):
@@ -79,31 +79,31 @@ def capture_intermediates() -> Iterator[list[LayerCarry]]:
                 model(x)
             return carries
 
-    A `scan` within the body of another loop or transformation cannot be recorded: its carries mean
-    nothing outside.
+    A `scan` within the body of another loop or transformation cannot be recorded: its carries are
+    tracers that are invalid outside.
     """
-    token = _records.set([])
+    records: list[LayerCarry] = []
+    token = _records.set(records)
     try:
-        yield _records.get()
+        yield records
     finally:
         _records.reset(token)
 
 
 def scan(
     layers: nnx.Module,
-    step: Callable[[nnx.Module, Any, Any], tuple[Any, Any]],
+    step: Callable[[Any, Any, Any], tuple[Any, Any]],
     carry: Any,
     xs: Any = None,
     *,
     remat: str,
     unroll: bool,
 ) -> tuple[Any, Any]:
-    """Run stacked `layers` in order: carry, y = step(layer, carry, x) for each, with `xs` sliced
-    and `ys` stacked.
+    """Run stacked `layers` in order: carry, y = step(layer, carry, x), with x sliced from `xs`.
 
-    One layer is traced and compiled whatever the depth, unless `unroll` lays the loop out: XLA's
-    CPU compiler makes a small model up to twice as fast that way. `remat` names what the backward
-    pass keeps (REMAT_POLICIES).
+    Returns the last carry and the stacked ys. One layer is traced and compiled for any depth;
+    `unroll` unrolls the loop, which makes a small model up to twice as fast on CPUs. `remat` is a
+    name of REMAT_POLICIES.
     """
     graphdef, state = nnx.split(layers)
 

@@ -1,1 +1,1 @@
-"""Latents <-> pixels: the deep-compression autoencoder and its reconstruction loss."""
+"""Encode pixels to latents and back: the deep-compression autoencoder and its loss."""

@@ -1,9 +1,8 @@
-"""The blocks of the deep-compression autoencoder (DC-AE, arXiv 2410.10733), as in
-`diffusers.AutoencoderDC`.
+"""Define the blocks of the deep-compression autoencoder (DC-AE, arXiv 2410.10733).
 
-Two residual blocks work at one resolution (`ResBlock`, `EfficientVitBlock`); `DownBlock` and
-`UpBlock` change it by 2 and carry a shortcut without parameters that moves pixels into channels and
-back.
+They match those of `diffusers.AutoencoderDC`. `ResBlock` and `EfficientVitBlock` are residual
+blocks at one resolution; `DownBlock` and `UpBlock` change it by a factor of 2 and have a
+parameter-free shortcut that moves pixels into channels and back.
 
 Shape suffixes: B batch, H height, W width, C channels, N pixels (H * W), G groups of q, k, v (heads
 x scales), K head size.
@@ -22,8 +21,9 @@ ATTENTION_EPS = 1e-15
 
 
 def pixel_unshuffle(x_BHWC: jax.Array) -> jax.Array:
-    """[B, H, W, C] -> [B, H/2, W/2, 4 C], channel c * 4 + dy * 2 + dx:
-    `torch.nn.functional.pixel_unshuffle` by 2.
+    """Move 2 x 2 blocks into channels: [B, H, W, C] -> [B, H/2, W/2, 4 C].
+
+    The output channel is c * 4 + dy * 2 + dx; matches `torch.nn.functional.pixel_unshuffle` by 2.
     """
     batch, height, width, channels = x_BHWC.shape
     x = x_BHWC.reshape(batch, height // 2, 2, width // 2, 2, channels)
@@ -31,28 +31,29 @@ def pixel_unshuffle(x_BHWC: jax.Array) -> jax.Array:
 
 
 def pixel_shuffle(x_BHWC: jax.Array) -> jax.Array:
-    """[B, H, W, 4 C] -> [B, 2 H, 2 W, C], the inverse of `pixel_unshuffle`."""
+    """Invert `pixel_unshuffle`: [B, H, W, 4 C] -> [B, 2 H, 2 W, C]."""
     batch, height, width, channels = x_BHWC.shape
     x = x_BHWC.reshape(batch, height, width, channels // 4, 2, 2)
     return x.transpose(0, 1, 4, 2, 5, 3).reshape(batch, 2 * height, 2 * width, channels // 4)
 
 
 def average_channels(x_BHWC: jax.Array, channels: int) -> jax.Array:
-    """Average groups of consecutive channels, down to `channels`."""
+    """Average groups of consecutive channels: [B, H, W, C] -> [B, H, W, channels]."""
     return x_BHWC.reshape(*x_BHWC.shape[:3], channels, -1).mean(-1)
 
 
 def repeat_channels(x_BHWC: jax.Array, channels: int) -> jax.Array:
-    """Repeat each channel consecutively, up to `channels`."""
+    """Repeat each channel consecutively: [B, H, W, C] -> [B, H, W, channels]."""
     return jnp.repeat(x_BHWC, channels // x_BHWC.shape[-1], axis=-1)
 
 
 def constrain(x_BHWC: jax.Array) -> jax.Array:
+    """Constrain the sharding of an image or latent (`nn.constrain`)."""
     return nn.constrain(x_BHWC, "batch", "height", "width", "channels")
 
 
 class ResBlock(nnx.Module):
-    """x + norm(conv(silu(conv(x)))), both convolutions 3 x 3."""
+    """Compute x + norm(conv(silu(conv(x)))) with 3 x 3 convolutions."""
 
     def __init__(self, channels: int, *, rngs: nnx.Rngs, dtype: Any, param_dtype: Any):
         types = {"dtype": dtype, "param_dtype": param_dtype}
@@ -68,8 +69,9 @@ class ResBlock(nnx.Module):
 
 
 class MultiscaleProjection(nnx.Module):
-    """Gathers q, k and v over a neighbourhood: a depthwise convolution, then a 1 x 1 one within
-    each head's q, k or v.
+    """Aggregate q, k and v over a neighbourhood.
+
+    A depthwise convolution precedes a 1 x 1 convolution within each head's q, k or v.
     """
 
     def __init__(
@@ -93,17 +95,19 @@ class MultiscaleProjection(nnx.Module):
 
 
 def relu_attention(q_BNGK: jax.Array, k_BNGK: jax.Array, v_BNGK: jax.Array) -> jax.Array:
-    """Attend with weights relu(q) . relu(k), normalised over the keys; without softmax the sum over
-    keys can be taken first. That costs N K^2 a head instead of N^2 K, which is smaller unless N <=
-    K. As in the library class, the cheaper form is used, in float32 for the former.
+    """Attend with weights relu(q) . relu(k), normalised over the keys -> [B, N, G, K].
+
+    Without a softmax the sum over keys can be computed first, at a cost of N K^2 per head instead
+    of N^2 K. As in diffusers, the cheaper form is used: the former, in float32, unless N <= K.
     """
-    q_BNGK, k_BNGK = jax.nn.relu(q_BNGK), jax.nn.relu(k_BNGK)
+    q_BNGK = jax.nn.relu(q_BNGK)
+    k_BNGK = jax.nn.relu(k_BNGK)
     if q_BNGK.shape[1] <= q_BNGK.shape[-1]:
         scores_BGNM = jnp.einsum("bngk,bmgk->bgnm", q_BNGK, k_BNGK).astype(jnp.float32)
         weights_BGNM = scores_BGNM / (scores_BGNM.sum(-1, keepdims=True) + ATTENTION_EPS)
         return jnp.einsum("bgnm,bmgk->bngk", weights_BGNM.astype(v_BNGK.dtype), v_BNGK)
     q, k, v = (x.astype(jnp.float32) for x in (q_BNGK, k_BNGK, v_BNGK))
-    # Sums over all pixels that are divided by each other: not in the bfloat16 passes TPUs take by
+    # The quotient of sums over all pixels needs more than the bfloat16 products that TPUs use by
     # default.
     exact = jax.lax.Precision.HIGHEST
     states_BGKV = jnp.einsum("bngk,bngv->bgkv", k, v, precision=exact)
@@ -113,8 +117,9 @@ def relu_attention(q_BNGK: jax.Array, k_BNGK: jax.Array, v_BNGK: jax.Array) -> j
 
 
 class MultiscaleAttention(nnx.Module):
-    """x + norm(project(attention)) over all pixels, with q, k, v at several scales:
-    `SanaMultiscaleLinearAttention`.
+    """Compute x + norm(project(attention)) over all pixels, with q, k, v at several scales.
+
+    Matches diffusers' `SanaMultiscaleLinearAttention`.
     """
 
     def __init__(
@@ -150,16 +155,17 @@ class MultiscaleAttention(nnx.Module):
         qkv_BHWC = jnp.concatenate(
             [qkv_BHWC, *(project(qkv_BHWC) for project in self.scales)], axis=-1
         )
-        # Every 3 * head_dim channels in a row are taken for one head's q, k, v, although q, k and v
-        # of all heads were laid end to end: so the published weights were trained.
+        # Each run of 3 * head_dim channels is split as one head's q, k, v, although the channels
+        # are all heads' q, then k, then v: the published weights are trained with this layout.
         qkv_BNGK = qkv_BHWC.reshape(batch, height * width, -1, 3 * self.head_dim)
         y_BNGK = relu_attention(*jnp.split(qkv_BNGK, 3, axis=-1))
         return constrain(x_BHWC + self.norm(self.to_out(y_BNGK.reshape(batch, height, width, -1))))
 
 
 class GluConv(nnx.Module):
-    """x + norm(project(a * silu(b))), where a and b are the halves of depthwise(silu(expand(x))), 4
-    times as wide each: `GLUMBConv`.
+    """Compute x + norm(project(a * silu(b))), the gated convolution of diffusers' `GLUMBConv`.
+
+    a and b are the halves of depthwise(silu(expand(x))), each 4 times as wide as x.
     """
 
     def __init__(self, channels: int, *, rngs: nnx.Rngs, dtype: Any, param_dtype: Any):
@@ -178,7 +184,7 @@ class GluConv(nnx.Module):
 
 
 class EfficientVitBlock(nnx.Module):
-    """Multi-scale attention over all pixels, then a gated convolution."""
+    """Apply multi-scale attention over all pixels, then a gated convolution."""
 
     def __init__(
         self,
@@ -200,9 +206,10 @@ class EfficientVitBlock(nnx.Module):
 
 
 class DownBlock(nnx.Module):
-    """[B, H, W, c_in] -> [B, H/2, W/2, c_out]: `DCDownBlock2d`. The convolution either has stride 2
-    ("Conv") or is followed by a pixel unshuffle; the shortcut is the pixel-unshuffled input, its
-    channels averaged in runs.
+    """Halve the resolution: [B, H, W, c_in] -> [B, H/2, W/2, c_out]; matches `DCDownBlock2d`.
+
+    The convolution has stride 2 (`kind` "Conv") or is followed by a pixel unshuffle
+    ("pixel_unshuffle"). The shortcut averages groups of channels of the pixel-unshuffled input.
     """
 
     def __init__(
@@ -216,7 +223,9 @@ class DownBlock(nnx.Module):
         dtype: Any,
         param_dtype: Any,
     ):
-        self.unshuffle, self.shortcut, self.c_out = kind == "pixel_unshuffle", shortcut, c_out
+        self.unshuffle = kind == "pixel_unshuffle"
+        self.shortcut = shortcut
+        self.c_out = c_out
         width, stride = (c_out // 4, 1) if self.unshuffle else (c_out, 2)
         self.conv = nn.Conv(
             c_in,
@@ -239,9 +248,10 @@ class DownBlock(nnx.Module):
 
 
 class UpBlock(nnx.Module):
-    """[B, H, W, c_in] -> [B, 2 H, 2 W, c_out]: `DCUpBlock2d`. The convolution either follows a
-    nearest-neighbour upsampling ("interpolate") or is followed by a pixel shuffle; the shortcut is
-    the pixel-shuffled input, its channels repeated.
+    """Double the resolution: [B, H, W, c_in] -> [B, 2 H, 2 W, c_out]; matches `DCUpBlock2d`.
+
+    The convolution follows a nearest-neighbour upsampling (`kind` "interpolate") or precedes a
+    pixel shuffle. The shortcut is the pixel-shuffled input with its channels repeated.
     """
 
     def __init__(
@@ -255,7 +265,9 @@ class UpBlock(nnx.Module):
         dtype: Any,
         param_dtype: Any,
     ):
-        self.interpolate, self.shortcut, self.c_out = kind == "interpolate", shortcut, c_out
+        self.interpolate = kind == "interpolate"
+        self.shortcut = shortcut
+        self.c_out = c_out
         width = c_out if self.interpolate else 4 * c_out
         self.conv = nn.Conv(
             c_in, width, 3, padding=1, rngs=rngs, dtype=dtype, param_dtype=param_dtype
@@ -284,7 +296,7 @@ def stage_blocks(
     dtype: Any,
     param_dtype: Any,
 ) -> nnx.Module | None:
-    """Return the `count` blocks of one stage, stacked; None when there are none."""
+    """Return the `count` blocks of one stage as a stack; None for a count of 0."""
 
     def make(rngs: nnx.Rngs) -> nnx.Module:
         if kind == "ResBlock":
@@ -299,7 +311,7 @@ def stage_blocks(
 def run_blocks(
     blocks: nnx.Module | None, x_BHWC: jax.Array, *, remat: str, unroll: bool
 ) -> jax.Array:
-    """Run stacked blocks in order."""
+    """Run stacked blocks in order on [B, H, W, C]; None runs nothing."""
     if blocks is None:
         return x_BHWC
     return nn.scan(

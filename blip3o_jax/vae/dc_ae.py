@@ -1,8 +1,8 @@
-"""The deep-compression autoencoder (DC-AE): images <-> latents 2^(stages - 1) times smaller a side.
+"""Encode images to latents and decode them: the deep-compression autoencoder (DC-AE).
 
-The same numbers as `diffusers.AutoencoderDC` (NHWC here, NCHW there). Latents are raw: the caller
-applies `scaling_factor`. The blocks of a stage are stacked and scanned, so that the time to compile
-does not grow with depth.
+Matches `diffusers.AutoencoderDC`, with NHWC for its NCHW. Each side of a latent is 2^(stages - 1)
+times smaller than the image's. Latents are raw: the caller applies `scaling_factor`. The blocks of
+a stage are stacked and scanned, so that compile time does not grow with depth.
 
 Shape suffixes: B batch, H height, W width, C channels.
 """
@@ -19,8 +19,9 @@ from blip3o_jax.vae.blocks import NORM_EPS, DownBlock, UpBlock
 
 
 class Stage(nnx.Module):
-    """The blocks of one resolution and the step to the next one (encoder: `resample` after them;
-    decoder: before).
+    """Hold the blocks of one resolution and the resampling to the next one.
+
+    The encoder runs `resample` after the blocks, the decoder before them.
     """
 
     def __init__(self, stacked: nnx.Module | None, resample: nnx.Module | None):
@@ -29,15 +30,18 @@ class Stage(nnx.Module):
 
 
 class Encoder(nnx.Module):
+    """Encode images [B, H, W, 3] to raw latents [B, H/f, W/f, C]; stages run finest first."""
+
     def __init__(self, cfg: DcAeConfig, *, rngs: nnx.Rngs):
         types: dict[str, Any] = {"rngs": rngs, "dtype": cfg.dtype, "param_dtype": cfg.param_dtype}
         channels, layers = cfg.encoder_block_out_channels, cfg.encoder_layers_per_block
         kind, last = cfg.downsample_block_type, len(channels) - 1
+        self.conv_in: nn.Conv | DownBlock
         if layers[0]:
             self.conv_in = nn.Conv(cfg.in_channels, channels[0], 3, padding=1, **types)
         else:
             self.conv_in = DownBlock(cfg.in_channels, channels[1], kind, shortcut=False, **types)
-        self.stages = nnx.List()
+        self.stages: nnx.List[Stage] = nnx.List()
         for i, (name, scales) in enumerate(
             zip(cfg.encoder_block_types, cfg.encoder_qkv_multiscales, strict=True)
         ):
@@ -52,7 +56,9 @@ class Encoder(nnx.Module):
             )
             self.stages.append(Stage(stacked, down))
         self.conv_out = nn.Conv(channels[-1], cfg.latent_channels, 3, padding=1, **types)
-        self.latent_channels, self.remat, self.unroll = cfg.latent_channels, cfg.remat, cfg.unroll
+        self.latent_channels = cfg.latent_channels
+        self.remat = cfg.remat
+        self.unroll = cfg.unroll
 
     def __call__(self, x_BHWC: jax.Array) -> jax.Array:
         h_BHWC = self.conv_in(x_BHWC)
@@ -66,14 +72,14 @@ class Encoder(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """`stages` are numbered as the encoder's, finest first, and run from the last to the first."""
+    """Decode raw latents to images; `stages` are numbered finest first and run in reverse."""
 
     def __init__(self, cfg: DcAeConfig, *, rngs: nnx.Rngs):
         types: dict[str, Any] = {"rngs": rngs, "dtype": cfg.dtype, "param_dtype": cfg.param_dtype}
         channels, layers = cfg.decoder_block_out_channels, cfg.decoder_layers_per_block
         kind, last = cfg.upsample_block_type, len(channels) - 1
         self.conv_in = nn.Conv(cfg.latent_channels, channels[-1], 3, padding=1, **types)
-        self.stages = nnx.List()
+        self.stages: nnx.List[Stage] = nnx.List()
         for i, (name, scales) in enumerate(
             zip(cfg.decoder_block_types, cfg.decoder_qkv_multiscales, strict=True)
         ):
@@ -91,11 +97,14 @@ class Decoder(nnx.Module):
         self.norm_out = nn.RMSNorm(
             width, eps=NORM_EPS, bias=True, rngs=rngs, param_dtype=cfg.param_dtype
         )
+        self.conv_out: nn.Conv | UpBlock
         if layers[0]:
             self.conv_out = nn.Conv(width, cfg.in_channels, 3, padding=1, **types)
         else:
             self.conv_out = UpBlock(width, cfg.in_channels, kind, shortcut=False, **types)
-        self.width_in, self.remat, self.unroll = channels[-1], cfg.remat, cfg.unroll
+        self.width_in = channels[-1]
+        self.remat = cfg.remat
+        self.unroll = cfg.unroll
 
     def __call__(self, z_BHWC: jax.Array) -> jax.Array:
         h_BHWC = self.conv_in(z_BHWC)
@@ -110,7 +119,7 @@ class Decoder(nnx.Module):
 
 
 class DcAe(nnx.Module):
-    """`diffusers.AutoencoderDC`."""
+    """Encode and decode images; matches `diffusers.AutoencoderDC`."""
 
     def __init__(self, cfg: DcAeConfig, *, rngs: nnx.Rngs):
         self.encoder = Encoder(cfg, rngs=rngs)
@@ -118,10 +127,9 @@ class DcAe(nnx.Module):
         self.cfg = cfg
 
     def encode(self, x_BHWC: jax.Array) -> jax.Array:
-        """Encode images [B, H, W, 3] in [-1, 1] to raw latents [B, H/f, W/f, latent_channels], f =
-        `spatial_compression`.
+        """Encode images [B, H, W, 3] in [-1, 1] to raw latents [B, H/f, W/f, latent_channels].
 
-        Raises ValueError when H or W is not a multiple of f.
+        f is `spatial_compression`. Raises ValueError when H or W is not a multiple of f.
         """
         factor = self.cfg.spatial_compression
         height, width = x_BHWC.shape[1:3]
@@ -130,13 +138,14 @@ class DcAe(nnx.Module):
                 str(max(1, round(side / factor)) * factor) for side in (height, width)
             )
             raise ValueError(
-                f"the autoencoder cannot encode an image of {height} x {width} pixels: height and width must be multiples of "
-                f"{factor}; {near} would do"
+                f"the autoencoder cannot encode an image of {height} x {width} pixels: height and "
+                f"width must be multiples of {factor}; resize it to {near}"
             )
         return self.encoder(x_BHWC)
 
     def decode(self, z_BHWC: jax.Array) -> jax.Array:
-        """Decode raw latents [B, H, W, latent_channels] to images [B, f H, f W, 3], about in [-1,
-        1] and not clipped.
+        """Decode raw latents [B, H, W, latent_channels] to images [B, f H, f W, 3].
+
+        Pixels lie about in [-1, 1] and are not clipped.
         """
         return self.decoder(z_BHWC)

@@ -1,14 +1,13 @@
-"""The reconstruction loss of the autoencoder: L1 and squared error of pixels, and L1 of differences
-of neighbouring pixels.
+"""Compute the reconstruction loss of the autoencoder.
 
-loss = mean |x_hat - x| + s * mean (x_hat - x)^2 + w * (mean |dh x_hat - dh x| + mean |dv x_hat - dv
-x|) / 2
+    loss = mean |x_hat - x| + s * mean (x_hat - x)^2
+           + w * (mean |dh x_hat - dh x| + mean |dv x_hat - dv x|) / 2
 
-dh and dv are the differences to the right and lower neighbour. L1 alone hardly
-penalises edges that are blurred over a few pixels, each a little wrong; the last term penalises
-their slope. It replaces the LPIPS and GAN losses of DC-AE (arXiv 2410.10733), as it needs no other
-network. The squared error speeds up the first steps from random weights, where the other two terms
-leave the constant image slowly.
+dh and dv are the differences of a pixel to its right and lower neighbour; s is `squared_weight` and
+w `gradient_weight`. L1 alone hardly penalises an edge that is blurred over a few pixels; the last
+term penalises its slope. It replaces the LPIPS and GAN losses of DC-AE (arXiv 2410.10733), since it
+needs no further network. The squared error speeds up the first steps from random weights, where the
+other two terms move slowly away from a constant image.
 
 Shape suffixes: B batch, H height, W width, C channels.
 """
@@ -16,22 +15,24 @@ Shape suffixes: B batch, H height, W width, C channels.
 import jax
 import jax.numpy as jnp
 
-# Pixels span [-1, 1]: the squared peak-to-peak that PSNR is measured against.
+# The squared peak-to-peak value of PSNR: pixels span [-1, 1].
 PEAK_SQUARED = 4.0
 
 
 def reconstruction_loss(
     x_hat_BHWC: jax.Array, x_BHWC: jax.Array, gradient_weight: float, squared_weight: float = 0.0
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Return the loss above in float32, for images in [-1, 1], and its metrics.
+    """Return the loss in float32, for images [B, H, W, C] in [-1, 1], and its metrics.
 
-    `l1`, `squared` and `gradient_l1` are the terms before weighting; `psnr` in dB is the mean over
-    the images, each reconstruction clipped to [-1, 1] as it is when it becomes an image.
+    `l1`, `squared` and `gradient_l1` are the terms before weighting. `psnr` is the mean over the
+    images in dB, of reconstructions clipped to [-1, 1], as they are when written to files.
     """
-    x_hat_BHWC, x_BHWC = x_hat_BHWC.astype(jnp.float32), x_BHWC.astype(jnp.float32)
+    x_hat_BHWC = x_hat_BHWC.astype(jnp.float32)
+    x_BHWC = x_BHWC.astype(jnp.float32)
     error_BHWC = x_hat_BHWC - x_BHWC
-    l1, squared = jnp.mean(jnp.abs(error_BHWC)), jnp.mean(error_BHWC**2)
-    # Differences are linear: those of the error are the error of those.
+    l1 = jnp.mean(jnp.abs(error_BHWC))
+    squared = jnp.mean(error_BHWC**2)
+    # Differences are linear: dh x_hat - dh x = dh (x_hat - x).
     gradient_l1 = (
         jnp.mean(jnp.abs(jnp.diff(error_BHWC, axis=2)))
         + jnp.mean(jnp.abs(jnp.diff(error_BHWC, axis=1)))

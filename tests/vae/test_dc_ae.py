@@ -183,7 +183,7 @@ def test_bfloat16_stays_close(rng):
 
 def test_refuses_a_size_that_does_not_divide():
     model = nnx.eval_shape(lambda: DcAe(F8, rngs=nnx.Rngs(0)))
-    with pytest.raises(ValueError, match=r"20 x 33 pixels.*multiples of 8; 16 x 32 would do"):
+    with pytest.raises(ValueError, match=r"20 x 33 pixels.*multiples of 8; resize it to 16 x 32"):
         model.encode(jnp.zeros((1, 20, 33, 3)))
 
 
