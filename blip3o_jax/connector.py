@@ -1,4 +1,4 @@
-"""The connector: the AR's hidden states to the condition tokens of the diffusion head.
+"""Map the AR's hidden states to the condition tokens of the diffusion head.
 
     Linear(d_in, d_out), GELU (tanh form), Linear(d_out, d_out), RMSNorm
 
@@ -6,6 +6,8 @@ With `cfg.positions`, sine-cosine positions are added to the hidden states first
 starts at `cfg.norm_init` (sqrt(5.5)), so that the condition has the scale of the captions the
 diffusion head was pretrained on. Shape suffixes: B batch, L tokens, D width (in or out).
 """
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +17,8 @@ from blip3o_jax import config, nn
 
 
 class Connector(nnx.Module):
+    """Apply Linear, GELU, Linear, RMSNorm to each token."""
+
     def __init__(
         self,
         cfg: config.ConnectorConfig,
@@ -24,8 +28,8 @@ class Connector(nnx.Module):
         rngs: nnx.Rngs,
         axis: str | None = "embed",
     ):
-        """`axis`: the logical name of d_in."""
-        dtypes = {"dtype": cfg.dtype, "param_dtype": cfg.param_dtype}
+        """Create the layers; `axis` is the logical name of d_in."""
+        dtypes: dict[str, Any] = {"dtype": cfg.dtype, "param_dtype": cfg.param_dtype}
         self.linear1 = nn.Linear(d_in, d_out, (axis, "mlp"), rngs=rngs, **dtypes)
         self.linear2 = nn.Linear(d_out, d_out, ("mlp", "embed"), rngs=rngs, **dtypes)
         self.positions = cfg.positions
@@ -38,8 +42,10 @@ class Connector(nnx.Module):
         )
 
     def __call__(self, hidden_BLD: jax.Array, keep_B: jax.Array | None = None) -> jax.Array:
-        """Map [B, L, d_in] to [B, L, d_out]. Dropped rows (`keep_B` False) enter as zeros, and
-        leave as the same condition at every token: the unconditional branch of guidance.
+        """Map [B, L, d_in] to [B, L, d_out].
+
+        Rows with `keep_B` False have zeros for hidden states: their output is the condition of
+        classifier-free guidance's unconditional branch.
         """
         with jax.named_scope("connector"):
             if self.positions:

@@ -1,5 +1,6 @@
-"""Merge, drop and disable low-rank adapters (LoRA, arXiv 2106.09685): nn.Linear has them,
-config.LoraConfig selects the layers.
+"""Merge, drop and disable low-rank adapters (LoRA, arXiv 2106.09685).
+
+`nn.Linear` holds the factors A and B; `config.LoraConfig` selects the layers.
 
 y = x W + scale (x A) B  =  x (W + scale A B),    scale = alpha / rank
 """
@@ -13,12 +14,12 @@ import numpy as np
 
 from blip3o_jax.config import ModelConfig
 
-LORA_PARTS = ("ar", "dit")  # that can have them
-FACTORS = ("lora_a", "lora_b")  # beside a layer's `kernel`
+LORA_PARTS = ("ar", "dit")  # the parts that can have factors
+FACTORS = ("lora_a", "lora_b")  # next to a layer's `kernel`
 
 
 def base_config(cfg: ModelConfig) -> ModelConfig:
-    """Return the configuration without low-rank factors, also that of a merged model."""
+    """Return the configuration without low-rank factors, which merged models have."""
     off = lambda part: dataclasses.replace(part, lora=dataclasses.replace(part.lora, rank=0))
     return dataclasses.replace(cfg, **{name: off(getattr(cfg, name)) for name in LORA_PARTS})
 
@@ -31,17 +32,19 @@ def drop_factors(params: Any) -> Any:
 
 
 def disable_lora(params: Any) -> Any:
-    """Return a nested dict of parameters with every B zero, so that the network computes what it
-    would without A and B: PEFT's `disable_adapter`. This is the policy that a run started from if
-    it started without factors; not if they came from a checkpoint.
+    """Return a nested dict of parameters with every B zero, as PEFT's `disable_adapter`.
+
+    The network then computes the same as without A and B. That is the initial policy of a run that
+    created the factors, but not of one that read them from a checkpoint.
     """
     off = lambda keys, x: jnp.zeros_like(x) if keys[-1].key == FACTORS[1] else x
     return jax.tree_util.tree_map_with_path(off, params)
 
 
 def zero_idle_factors(params: Any) -> Any:
-    """Return a nested dict of parameters with A zero wherever B is, so that equal networks have
-    equal parameters: while B is zero, the values of A have no effect.
+    """Return a nested dict of parameters with A zero wherever all of B is zero.
+
+    A has no effect while B is zero; zeroing it gives equal networks equal parameters.
     """
     if not isinstance(params, dict):
         return params
@@ -53,8 +56,10 @@ def zero_idle_factors(params: Any) -> Any:
 
 
 def merge(params: dict[str, Any], cfg: ModelConfig) -> dict[str, Any]:
-    """Return {part: nested dict of parameters} of the model `cfg` merged into those of
-    `base_config(cfg)`, kernels in their dtype.
+    """Return {part: nested dict of parameters} with the factors merged into the kernels.
+
+    `cfg` is the configuration with factors; the result is of `base_config(cfg)`. The sum is in
+    float32 and rounded to the kernel's dtype.
     """
     with jax.default_matmul_precision("highest"):
         return {
@@ -74,6 +79,6 @@ def _merge(tree: Any, scale: float) -> Any:
 
 
 def merge_kernel(kernel: Any, a: Any, b: Any, scale: float) -> Any:
-    """Return W + scale A B [..., in, out] in float32, of NumPy's or of JAX's arrays."""
+    """Return W + scale A B [..., in, out] in float32, of NumPy or JAX arrays."""
     kernel, a, b = (x.astype(np.float32) for x in (kernel, a, b))
     return kernel + scale * (a @ b)

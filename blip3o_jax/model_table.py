@@ -1,4 +1,4 @@
-"""The parameter table of a configuration: every part, built abstractly, nothing allocated."""
+"""Count the parameters of a configuration's parts, without allocating them."""
 
 import math
 
@@ -14,8 +14,9 @@ from blip3o_jax.train.stages import stage_parts, trainable_filter
 
 def count_parameters(config: Config) -> dict[str, dict[str, int]]:
     """Return {part: {"parameters": n, "padding": n, "trainable": n}} of the stage's model.
-    "padding" counts the rows that the vocabulary tables are longer than the vocabulary; the other
-    figures leave them out.
+
+    "padding" counts the parameters of the vocabulary tables' padding rows, which the other numbers
+    exclude.
     """
     cfg = config.model
     trainable = trainable_filter(config)
@@ -35,7 +36,7 @@ def count_parameters(config: Config) -> dict[str, dict[str, int]]:
 
 
 def print_table(config: Config) -> None:
-    """Print the table to standard output."""
+    """Print the parameter table of the stage's model to standard output."""
     with jax.default_device(jax.devices("cpu")[0]):
         counts = count_parameters(config)
     table = Table(title=f"Parameters, stage {config.stage}")

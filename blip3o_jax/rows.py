@@ -1,4 +1,4 @@
-"""Operations on rows of tokens on the devices: what data/sequence.py lays out, filled and cut.
+"""Fill and slice rows of tokens on the devices, in the layout of data/sequence.py.
 
 Legend: B examples of a batch, or its rows; L row length, D width, N image tokens, R reference
 images, E examples of a packed row.
@@ -12,8 +12,9 @@ from blip3o_jax.data.sequence import ROW_FIELDS
 
 
 def flatten_packed(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """Return a packed batch with rows and examples flattened into one leading dimension, except in
-    ROW_FIELDS, which keep the rows.
+    """Return a packed batch with rows and examples flattened into one leading dimension.
+
+    ROW_FIELDS keep the dimension of rows. A batch that is not packed is returned unchanged.
     """
     if batch["image_span"].ndim == 1:
         return batch
@@ -25,8 +26,10 @@ def flatten_packed(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
 def mask_prompts(
     segment_ids_BL: jax.Array, image_span_B: jax.Array, hide_B: jax.Array
 ) -> jax.Array:
-    """Return `segment_ids_BL` with the prompts of the examples `hide_B` as padding, up to the scale
-    token: their image tokens then attend to no caption. Spans lead with the examples, E of each row.
+    """Return `segment_ids_BL` with the prompts of the examples `hide_B` marked as padding.
+
+    The tokens before the scale token are marked, so that the image tokens attend to no caption.
+    `image_span_B` and `hide_B` lead with the examples, E of each row.
     """
     rows, length = segment_ids_BL.shape
     number_E = jnp.arange(1, len(image_span_B) // rows + 1)
@@ -43,8 +46,10 @@ def insert_image_ids(
     image_ids_BN: jax.Array,
     mask_B: jax.Array | None = None,
 ) -> jax.Array:
-    """Return `tokens_BL` with each row's image ids at the N positions after its scale token, or
-    after an opening tag. Rows where `mask_B` is 0 are unchanged.
+    """Return `tokens_BL` with each row's image ids at the N positions after `image_span_B`.
+
+    The span is the position of the scale token, or of an opening tag. Rows where `mask_B` is 0 are
+    unchanged.
     """
 
     def row(tokens_L: jax.Array, span: jax.Array, image_ids_N: jax.Array) -> jax.Array:
@@ -62,8 +67,9 @@ def insert_references(
     image_ids_BRN: jax.Array,
     mask_BR: jax.Array | None = None,
 ) -> jax.Array:
-    """Return `tokens_BL` with the ids of several images of each row at the N positions after their
-    scale tokens or opening tags.
+    """Return `tokens_BL` with the ids of each row's R images at the N positions after `span_BR`.
+
+    References where `mask_BR` is 0 are not inserted.
     """
     for r in range(span_BR.shape[1]):
         tokens_BL = insert_image_ids(
@@ -81,8 +87,10 @@ def insert_features(
     features_BRND: jax.Array,
     mask_BR: jax.Array,
 ) -> jax.Array:
-    """Return `embedded_BLD` with image features in place of the embeddings of the N tokens after
-    each reference's opening tag.
+    """Return `embedded_BLD` with image features at the N positions after `reference_span_BR`.
+
+    The span is the position of a reference's opening tag. References where `mask_BR` is 0 are not
+    inserted.
     """
 
     def row(embedded_LD: jax.Array, span: jax.Array, features_ND: jax.Array) -> jax.Array:
@@ -104,11 +112,11 @@ def condition_positions(image_span_B: jax.Array, n: int) -> jax.Array:
 def slice_condition_span(
     hidden_BLD: jax.Array, image_span_B: jax.Array, n: int, mode: str = "exact"
 ) -> jax.Array:
-    """Return the hidden states [B, n + 1, D] that condition the diffusion head, of each example.
+    """Return the hidden states [B, n + 1, D] of each example that condition the diffusion head.
 
-    mode "exact": those at `condition_positions`, the scale token and the n image tokens, as
-    sampling has them. "last": the last n + 1 of the row, end tokens and padding among them: what
-    the published weights were trained with.
+    Mode "exact" returns those at `condition_positions` (the scale token and the n image tokens), as
+    in sampling. "last" returns the last n + 1 of the row, end tokens and padding included: the
+    published weights are trained with it. Raises ConfigError for another mode.
     """
     check_choice("loss.condition_span", mode, ("exact", "last"))
     if mode == "last":

@@ -22,12 +22,12 @@ _NAME = re.compile(r"\d{5,}\.png")
 def write_images(
     images: Sequence[np.ndarray], prompts: Sequence[str], out: pathlib.Path
 ) -> list[pathlib.Path]:
-    """Write uint8 images [H, W, 3] of any sizes to out/00000.png, ..., out/grid.png and
-    out/prompts.jsonl; return the paths of the single images.
+    """Write images to out/00000.png, ..., out/grid.png and out/prompts.jsonl; return their paths.
 
-    They replace the images of an earlier call as a set: all are written to a staging directory
-    before any of those is removed. A kill meanwhile leaves the old ones, or some of the new, never
-    both. UserError as of `check_images_out`; OSError names the file.
+    `images` are uint8 [H, W, 3] of any sizes; the grid is not among the returned paths. The files
+    replace those of an earlier call together: all are written to a staging directory before the old
+    ones are removed. A process killed in between leaves old files or new files, never both. Raises
+    UserError as `check_images_out` does; an OSError names the file.
     """
     check_images_out(out)
     staging = out / _STAGING_DIRECTORY
@@ -58,8 +58,9 @@ def write_images(
 
 
 def check_images_out(out: pathlib.Path) -> None:
-    """Raise UserError unless `out` is a directory, or can be created as one, that holds nothing but
-    the files of an earlier `write_images`. Call it before sampling.
+    """Raise UserError unless `write_images` can write to the directory `out`.
+
+    It must be absent, empty, or hold only the files of an earlier call. Call this before sampling.
     """
     files.check_out_directory(out)
     existing = {path.name for path in out.iterdir()} if out.is_dir() else set()
@@ -72,7 +73,8 @@ def check_images_out(out: pathlib.Path) -> None:
     replaceable = own_files if {_PROMPTS_FILE, _STAGING_DIRECTORY} & existing else set()
     if other := sorted(existing - replaceable):
         raise UserError(
-            f"{out} holds {other[0]}, which is none of the images of an earlier run: choose another directory, or move it away"
+            f"{out} holds {other[0]}, which is not one of the images of an earlier run: choose "
+            "another directory, or move it away"
         )
 
 
@@ -84,28 +86,29 @@ def _save(image: Image.Image, path: pathlib.Path) -> None:
 def labelled_grid(
     images: Sequence[np.ndarray], prompts: Sequence[str], cell: int = 192
 ) -> Image.Image:
-    """Return a grid of all images with about as many rows as columns, each as large as its cell
-    allows, above its prompt (three lines at most).
+    """Return a grid of all images, with about as many rows as columns.
+
+    Each image is scaled to a cell of `cell` pixels and has its prompt below, in up to three lines.
     """
     count = len(images)
     columns = math.ceil(math.sqrt(count))
     font = ImageFont.load_default(size=12)
-    label, gap = 3 * 15, 8
+    label = 3 * 15
+    gap = 8
     sizes = [
         [max(1, round(cell * side / max(image.shape[:2]))) for side in image.shape[:2]]
         for image in images
     ]
     cell_height = max(height for height, _ in sizes)
-    width, height = (
-        columns * (cell + gap) + gap,
-        math.ceil(count / columns) * (cell_height + label + gap) + gap,
-    )
+    width = columns * (cell + gap) + gap
+    height = math.ceil(count / columns) * (cell_height + label + gap) + gap
     grid = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(grid)
     for i, (image, (image_height, image_width), prompt) in enumerate(
         zip(images, sizes, prompts, strict=True)
     ):
-        x, y = gap + i % columns * (cell + gap), gap + i // columns * (cell_height + label + gap)
+        x = gap + i % columns * (cell + gap)
+        y = gap + i // columns * (cell_height + label + gap)
         grid.paste(
             Image.fromarray(image).resize((image_width, image_height), Image.Resampling.LANCZOS),
             (x, y),

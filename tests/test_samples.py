@@ -66,7 +66,8 @@ def test_a_kill_leaves_the_old_images_or_the_new_but_never_both(tmp_path, monkey
 def test_what_is_of_no_earlier_run_is_left_alone(tmp_path, name):
     (tmp_path / name).mkdir() if name == "images" else (tmp_path / name).touch()
     with pytest.raises(
-        UserError, match=f"{tmp_path} holds {name}, which is none of the images of an earlier run"
+        UserError,
+        match=f"{tmp_path} holds {name}, which is not one of the images of an earlier run",
     ):
         write_images(solid((9, 9, 9)), ["a"], tmp_path)
     assert kept(tmp_path) == [name]

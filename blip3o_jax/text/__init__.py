@@ -1,3 +1,1 @@
-"""Text <-> ids: the two text tokenizers (tokenizers.py) and the joint text-and-image vocabulary
-(vocabulary.py).
-"""
+"""Convert text to ids and back: text tokenizers and the joint text-and-image vocabulary."""

@@ -1,9 +1,9 @@
-"""Text tokenizers: SentencePiece, and byte-level BPE from Qwen's files, behind one small class.
+"""Encode and decode text with SentencePiece, or byte-level BPE from Qwen's files.
 
-Special tokens (the chat tags, and whatever else the files declare) are never read out of a text:
-`encode("<|im_end|>")` is the ids of those ten characters, so that a caption cannot end its own
-turn. Whoever wants a special token asks for it by name: `special("<|im_end|>")`. `decode` does
-write special tokens out, so that a row can be read.
+`encode` never returns special tokens (the chat tags and others that the files declare):
+`encode("<|im_end|>")` returns the ids of those ten characters, so that a caption cannot end its
+turn. `special("<|im_end|>")` returns the id of a special token. `decode` writes special tokens by
+their names, so that a row is readable.
 
 Instances pickle by value: a data worker process needs no file.
 """
@@ -31,9 +31,10 @@ BPE_FILE = "tokenizer.json"
 
 
 class TextTokenizer(abc.ABC):
-    """What the rest of the package knows of a text tokenizer.
+    """Define the interface of a text tokenizer.
 
-    size: ids lie in [0, size). specials: the tokens that no text encodes to, by name.
+    Ids lie in [0, `size`). `specials` maps the names of special tokens, which no text encodes to,
+    to their ids.
     """
 
     def __init__(self, size: int, specials: dict[str, int]):
@@ -43,21 +44,23 @@ class TextTokenizer(abc.ABC):
 
     @abc.abstractmethod
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`, none of them special; any text encodes (bytes stand in for what the
-        vocabulary lacks).
+        """Return the ids of `text`, none of them special.
+
+        Every text can be encoded: characters outside of the vocabulary become bytes.
         """
 
     @abc.abstractmethod
     def _decode_text(self, ids: list[int]) -> str:
-        """The text of ids that are not special."""
+        """Return the text of ids that are not special."""
 
     @abc.abstractmethod
     def save(self, directory: str | pathlib.Path) -> None:
         """Write the file that `load_tokenizer` reads when its path is `directory`."""
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`, special tokens by their names. ValueError for an id outside the
-        vocabulary.
+        """Return the text of `ids`, with special tokens by their names.
+
+        Raises ValueError for an id outside of the vocabulary.
         """
         ids = [int(i) for i in ids]
         wrong = next((i for i in ids if not 0 <= i < self.size), None)
@@ -72,18 +75,21 @@ class TextTokenizer(abc.ABC):
         )
 
     def special(self, token: str) -> int:
-        """The id of special token `token`; UserError where there is none."""
+        """Return the id of special token `token`; UserError if the tokenizer lacks it."""
         if token not in self.specials:
             known = ", ".join(itertools.islice(self.specials, 12)) or "none"
             raise UserError(
-                f"the text tokenizer has no special token {token!r} (it has {known}); use files that declare it"
+                f"the text tokenizer has no special token {token!r} (it has {known}); "
+                "use files that declare it"
             )
         return self.specials[token]
 
 
 class SentencePieceTokenizer(TextTokenizer):
-    """A SentencePiece model. Its special tokens are the pieces of type control, which SentencePiece
-    never matches in a text (unlike pieces of type user-defined).
+    """Encode and decode with a SentencePiece model.
+
+    The special tokens are the pieces of type control, which SentencePiece never matches in a text,
+    unlike pieces of type user-defined.
     """
 
     def __init__(self, proto: bytes):
@@ -98,6 +104,7 @@ class SentencePieceTokenizer(TextTokenizer):
 
     @classmethod
     def from_path(cls, path: pathlib.Path) -> "SentencePieceTokenizer":
+        """Read a .model file, or tokenizer.model in a directory; ConfigError if it is neither."""
         file = path / SENTENCEPIECE_FILE if path.is_dir() else path
         _check_file(
             file,
@@ -107,7 +114,7 @@ class SentencePieceTokenizer(TextTokenizer):
             return cls(file.read_bytes())
         except RuntimeError as error:
             raise ConfigError(
-                f"{file}: not a SentencePiece model ({error}); is model.text.kind right?"
+                f"{file}: not a SentencePiece model ({error}); check model.text.kind"
             ) from error
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -124,19 +131,17 @@ class SentencePieceTokenizer(TextTokenizer):
 
 
 class BpeTokenizer(TextTokenizer):
-    """Byte-level BPE from the contents of a Hugging Face tokenizer.json.
+    """Encode and decode with byte-level BPE, from the contents of a Hugging Face tokenizer.json.
 
-    The file's added tokens (special or not: Qwen's `<think>` is not) are taken out before the
-    tokenizer is built, since the `tokenizers` library would match them in any text; `specials`
-    holds them.
+    `specials` holds the file's added tokens, special or not (Qwen's `<think>` is not). They are
+    removed before the tokenizer is built, since the `tokenizers` library matches them in any text.
     """
 
     def __init__(self, contents: dict[str, Any]):
         import tokenizers
 
         self._added = contents.get("added_tokens") or []
-        # Without them, and without the file's truncation and padding, which would change rows
-        # silently.
+        # The file's truncation and padding would change rows silently.
         contents = contents | {"added_tokens": [], "truncation": None, "padding": None}
         self._bpe = tokenizers.Tokenizer.from_str(json.dumps(contents))
         specials = {token["content"]: token["id"] for token in self._added}
@@ -145,8 +150,9 @@ class BpeTokenizer(TextTokenizer):
 
     @classmethod
     def from_path(cls, path: pathlib.Path) -> "BpeTokenizer":
-        """Read tokenizer.json (the file or the directory that holds it) or else vocab.json and
-        merges.txt in `path`.
+        """Read tokenizer.json (`path`, or a file in it), or else vocab.json and merges.txt.
+
+        Raises ConfigError, naming the path, for a file that is missing or not byte-level BPE.
         """
         file = path / BPE_FILE if path.is_dir() else path
         if not file.is_file() and (path / "vocab.json").is_file():
@@ -154,7 +160,8 @@ class BpeTokenizer(TextTokenizer):
         else:
             _check_file(
                 file,
-                "point model.text.path at Qwen's tokenizer.json, or at a directory with it or with vocab.json",
+                "point model.text.path at Qwen's tokenizer.json, or at a directory with it or with "
+                "vocab.json",
             )
             contents = _read_json(file)
         _check_byte_level(path, contents)
@@ -167,7 +174,7 @@ class BpeTokenizer(TextTokenizer):
         return self._bpe.decode(ids)
 
     def contents(self) -> dict[str, Any]:
-        """What `save` writes to tokenizer.json."""
+        """Return the contents of tokenizer.json, as `save` writes them."""
         return json.loads(self._bpe.to_str()) | {"added_tokens": self._added}
 
     def save(self, directory: str | pathlib.Path) -> None:
@@ -178,10 +185,9 @@ class BpeTokenizer(TextTokenizer):
 
 
 def load_tokenizer(cfg: TextConfig, base_dir: str | pathlib.Path | None = None) -> TextTokenizer:
-    """The tokenizer at `cfg.path`, which is relative to `base_dir` (a checkpoint directory) when
-    that is given.
+    """Load the tokenizer at `cfg.path`, relative to `base_dir` (a checkpoint directory) if given.
 
-    ConfigError, naming the path, when there is nothing usable.
+    Raises ConfigError, naming the path, when it holds no tokenizer of the kind `cfg.kind`.
     """
     if not cfg.path:
         raise ConfigError("model.text.path is empty: point it at the tokenizer's file or directory")
@@ -195,13 +201,13 @@ def train_sentencepiece(
     vocab_size: int,
     template: TemplateConfig | None = None,
 ) -> SentencePieceTokenizer:
-    """Train a SentencePiece tokenizer on `captions`, write it to `path` (a .model file) and return
-    it.
+    """Train a SentencePiece tokenizer on `captions`, write it to `path` (.model) and return it.
 
-    The text comes back unchanged from `decode(encode(text))`: no normalisation, no added or removed
-    blanks, bytes for unseen characters (the one exception is U+2581, SentencePiece's own sign for a
-    blank). The words of `template` are trained on too. Deterministic. `vocab_size` is an upper
-    limit; a small corpus gives fewer pieces.
+    `decode(encode(text))` returns the text unchanged: no normalisation, no added or removed spaces,
+    bytes for unseen characters (the exception is U+2581, SentencePiece's symbol for a space). The
+    words of `template` are part of the training text. Training is deterministic. `vocab_size` is an
+    upper limit; a small corpus gives fewer pieces. Raises UserError for an empty data set or a
+    vocabulary that is too small.
     """
     import sentencepiece
 
@@ -224,7 +230,7 @@ def train_sentencepiece(
             normalization_rule_name="identity",
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,
-            # The pad is what Qwen pads with, so that both tokenizers have the same special tokens.
+            # Qwen's pad token, so that both kinds of tokenizers have the same special tokens.
             pad_id=0,
             pad_piece=END_OF_TEXT,
             unk_id=1,
@@ -242,8 +248,9 @@ def train_sentencepiece(
 
 
 def _training_lines(captions: Iterable[str], template: TemplateConfig) -> Iterator[str]:
-    """Lines to train on: the captions, each in its place in the template, which makes the
-    template's words as frequent as the commonest of the captions', hence cheap.
+    """Yield the lines to train on: the template's, once for each caption, with the caption in it.
+
+    The repetition makes the template's words frequent, so that they become few pieces.
     """
     for caption in captions:
         yield from ("system", "user", "assistant", template.system)
@@ -251,17 +258,21 @@ def _training_lines(captions: Iterable[str], template: TemplateConfig) -> Iterat
 
 
 # Qwen's splitting of text into words, as its published tokenizer.json has it.
-_QWEN_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_QWEN_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 def _qwen_contents(directory: pathlib.Path) -> dict[str, Any]:
-    """What tokenizer.json would hold, from vocab.json, merges.txt and tokenizer_config.json's added
-    tokens.
+    """Return the contents of an equivalent tokenizer.json.
+
+    They come from vocab.json, merges.txt and the added tokens of tokenizer_config.json.
     """
     for name in ("merges.txt", "tokenizer_config.json"):
         _check_file(
             directory / name,
-            "it must lie beside vocab.json, or use a directory with tokenizer.json",
+            "put it next to vocab.json, or use a directory with tokenizer.json",
         )
     lines = (directory / "merges.txt").read_text(encoding="utf-8").split("\n")
     merges = [
@@ -307,9 +318,10 @@ def _check_byte_level(path: pathlib.Path, contents: Any) -> None:
     ):
         raise ConfigError(f"{path}: not a BPE tokenizer.json; point model.text.path at Qwen's")
     missing = set(pre_tokenizers.ByteLevel.alphabet()) - model["vocab"].keys()
-    if missing:  # the library would drop such bytes from a caption without a word
+    if missing:  # the library would silently drop these bytes from a caption
         raise ConfigError(
-            f"{path}: not byte-level, {len(missing)} of 256 bytes are not in its vocabulary; use Qwen's files"
+            f"{path}: not byte-level, {len(missing)} of 256 bytes are not in its vocabulary; "
+            "use Qwen's files"
         )
 
 
@@ -323,5 +335,5 @@ def _read_json(file: pathlib.Path) -> Any:
         return json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ConfigError(
-            f"{file}: not JSON ({error}); is model.text.kind right, and the file whole?"
+            f"{file}: not JSON ({error}); check model.text.kind, or copy the file again"
         ) from error

@@ -1,13 +1,13 @@
-"""The joint vocabulary of text and images, and the one place where ids and codebook indices are
-turned into each other.
+"""Define the joint vocabulary of text and images; convert ids and codebook indices.
 
     0 .. T-1     text ids, of the text tokenizer (T = 151669 for Qwen3)
-    T, T+1       <im_start>, <im_end>: around the image tokens (not Qwen's <|im_start|>, which starts a turn)
-    T+2 .. T+4   <S0>, <S1>, <S2>: scale tokens; pool scale s of the vision tokenizer is announced by <S{s-1}>
+    T, T+1       <im_start>, <im_end>: around the image tokens (not Qwen's <|im_start|>, which
+                 starts a turn)
+    T+2 .. T+4   <S0>, <S1>, <S2>: scale tokens; <S{s-1}> precedes an image of pool scale s of the
+                 vision tokenizer
     T+5 ..       <I0>, <I1>, ...: image token <I{c}> is codebook index c
 
-Rows are counted as they are in use; the embedding table pads them
-(`Qwen3Config.padded_vocab_size`).
+Sizes count the ids; the embedding table has padding rows (`Qwen3Config.padded_vocab_size`).
 """
 
 from collections.abc import Sequence
@@ -22,11 +22,10 @@ NUM_SCALES = 3
 
 
 class Vocabulary:
-    """Text ids of `tokenizer`, then tags, scale tokens and `codebook_size` image tokens.
+    """Hold the text ids of `tokenizer`, then tags, scale tokens and `codebook_size` image tokens.
 
-    Where the tokenizer's own files already hold the latter (as those published with BLIP3o-NEXT do)
-    they are found there instead of appended; ConfigError if they are incomplete or not in the order
-    above.
+    The files of a tokenizer may already hold the image tokens (those of BLIP3o-NEXT do); otherwise
+    they are appended. Raises ConfigError if the files hold only some of them, or another order.
     """
 
     def __init__(self, tokenizer: TextTokenizer, codebook_size: int):
@@ -40,45 +39,52 @@ class Vocabulary:
 
     @property
     def image_end(self) -> int:
+        """Return the id of <im_end>."""
         return self.image_start + 1
 
     def scale(self, pool_scale: int) -> int:
-        """The scale token that announces an image pooled by `pool_scale` (1, 2 or 3)."""
+        """Return the scale token of an image pooled by `pool_scale` (1, 2 or 3).
+
+        Raises ValueError for another scale.
+        """
         if not 1 <= pool_scale <= NUM_SCALES:
             raise ValueError(f"pool_scale={pool_scale} has no scale token: use 1 to {NUM_SCALES}")
         return self.image_start + 2 + pool_scale - 1
 
     @property
     def image_token_offset(self) -> int:
-        """The id of <I0>."""
+        """Return the id of <I0>."""
         return self.image_start + 2 + NUM_SCALES
 
     @property
     def image_token_end(self) -> int:
-        """One past the id of the last image token."""
+        """Return the id after the last image token's."""
         return self.image_token_offset + self.codebook_size
 
     def image_ids_from_codes(self, codes: Any) -> Any:
-        """Codebook indices -> ids, int32, for numpy and jax arrays alike (cached codes may be
-        uint16, too short for ids).
+        """Convert codebook indices to ids, int32, as NumPy or JAX arrays.
+
+        Cached codes may be uint16, which is too small for ids.
         """
         return image_ids_from_codes(codes, self.image_token_offset)
 
     def codes_from_image_ids(self, ids: Any) -> Any:
-        """The inverse of `image_ids_from_codes`."""
+        """Convert ids to codebook indices, int32: the inverse of `image_ids_from_codes`."""
         return codes_from_image_ids(ids, self.image_token_offset)
 
     def encode(self, text: str) -> list[int]:
-        """Text ids only, whatever tags `text` spells."""
+        """Return the text ids of `text`; tags in it are encoded as characters."""
         return self.tokenizer.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`, with tags, scale and image tokens by their names; ValueError for an id
-        outside.
+        """Return the text of `ids`, with tags, scale and image tokens by their names.
+
+        Raises ValueError for an id outside of the vocabulary.
         """
         names = {self.image_start: IMAGE_START, self.image_end: IMAGE_END}
         names |= {self.scale(s): f"<S{s - 1}>" for s in range(1, NUM_SCALES + 1)}
-        parts, run = [], []
+        parts: list[str] = []
+        run: list[int] = []
         for i in map(int, ids):
             if self.image_start <= i < self.image_token_end:
                 parts += [
@@ -91,33 +97,34 @@ class Vocabulary:
         return "".join([*parts, self.tokenizer.decode(run)])
 
     def check_model(self, ar: Qwen3Config, tokenizer: TaTokConfig) -> None:
-        """ConfigError unless the AR's table and the vision tokenizer's codebook have this
-        vocabulary's sizes.
-        """
+        """Raise ConfigError unless the AR's table and the codebook have the vocabulary's sizes."""
         check(
             tokenizer.codebook_size == self.codebook_size,
-            f"model.tokenizer.codebook_size={tokenizer.codebook_size}, but the vocabulary has {self.codebook_size} image "
-            f"tokens: set model.tokenizer.codebook_size={self.codebook_size}, or build the vocabulary anew",
+            f"model.tokenizer.codebook_size={tokenizer.codebook_size}, but the vocabulary has "
+            f"{self.codebook_size} image tokens: set "
+            f"model.tokenizer.codebook_size={self.codebook_size}, or build the vocabulary again",
         )
         used = ar.vocab_size - ar.spare_rows
         check(
             used == self.size,
-            f"model.ar.vocab_size={ar.vocab_size}, but the vocabulary (text tokenizer and image tokens) has {self.size} ids: "
-            f"set model.ar.vocab_size={self.size + ar.spare_rows}, or model.text.path to the tokenizer the model was made with",
+            f"model.ar.vocab_size={ar.vocab_size}, but the vocabulary (text tokenizer and image "
+            f"tokens) has {self.size} ids: set model.ar.vocab_size={self.size + ar.spare_rows}, or "
+            "model.text.path to the tokenizer that the model was made with",
         )
 
 
 def image_ids_from_codes(codes: Any, image_token_offset: int) -> Any:
-    """The same where only the id of <I0> is at hand, as within a traced loss."""
+    """Convert codebook indices to ids, int32; `image_token_offset` is the id of <I0>."""
     return codes.astype("int32") + image_token_offset
 
 
 def codes_from_image_ids(ids: Any, image_token_offset: int) -> Any:
+    """Convert ids to codebook indices, int32; `image_token_offset` is the id of <I0>."""
     return ids.astype("int32") - image_token_offset
 
 
 def _find_or_append(tokenizer: TextTokenizer, codebook_size: int) -> int:
-    """The id of <im_start>, checked to be followed by all the others in order."""
+    """Return the id of <im_start>; ConfigError unless all other image tokens follow in order."""
     present = tokenizer.specials
     names = (
         [IMAGE_START, IMAGE_END]
@@ -128,20 +135,22 @@ def _find_or_append(tokenizer: TextTokenizer, codebook_size: int) -> int:
     beyond = f"<I{codebook_size}>"
     if beyond in present:
         raise ConfigError(
-            f"the text tokenizer's files hold {beyond}, but the codebook has {codebook_size} entries: raise it"
+            f"the text tokenizer's files hold {beyond}, but the codebook has {codebook_size} "
+            "entries: raise model.tokenizer.codebook_size"
         )
     if len(missing) == len(names):
         return tokenizer.size
     if missing:
         raise ConfigError(
-            f"the text tokenizer's files hold only some of the image tokens: {missing[0]} and {len(missing) - 1} more are "
-            f"missing; use files with all of {names[0]} .. {names[-1]} (model.tokenizer.codebook_size={codebook_size}) or none"
+            f"the text tokenizer's files hold only some of the image tokens: {missing[0]} and "
+            f"{len(missing) - 1} more are missing; use files with all of {names[0]} .. {names[-1]} "
+            f"(model.tokenizer.codebook_size={codebook_size}) or none"
         )
     first = present[IMAGE_START]
     for i, name in enumerate(names):
         if present[name] != first + i:
             raise ConfigError(
-                f"the text tokenizer's files have {name} at id {present[name]}, expected {first + i}: "
-                f"{names[0]}, {names[1]}, <S..>, <I..> must follow each other in this order"
+                f"the text tokenizer's files have {name} at id {present[name]}, expected "
+                f"{first + i}: {names[0]}, {names[1]}, <S..>, <I..> must follow in this order"
             )
     return first
