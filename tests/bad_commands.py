@@ -1,9 +1,8 @@
-"""Bad command lines over every command, made from argparse's own parser and from the settings'
+"""Make bad command lines over every command, from argparse's own parser and from the settings'
 annotations.
 
-Each has one thing that is wrong. `arguments` are refused while they are parsed, `settings` when the
-config is loaded, `files` when the command looks at what a path names, in a directory that
-`write_files` has filled.
+Each has one error. `arguments` are refused while they are parsed, `settings` when the config is
+loaded, `files` when the command reads a path, in a directory that `write_files` has filled.
 """
 
 import argparse
@@ -68,7 +67,7 @@ ENDS = {
 
 @dataclasses.dataclass(frozen=True)
 class Bad:
-    """One command line; its error has to hold one of `words`."""
+    """Hold one command line; its error must contain one of `words`."""
 
     kind: str
     argv: tuple[str, ...]
@@ -76,7 +75,7 @@ class Bad:
 
 
 def commands() -> Iterator[tuple[str, argparse.ArgumentParser]]:
-    """(name, parser) of each command that runs something."""
+    """Return (name, parser) of each command that runs something."""
 
     def walk(
         name: str, parser: argparse.ArgumentParser
@@ -96,9 +95,8 @@ def flags(parser: argparse.ArgumentParser) -> list[argparse.Action]:
 
 
 def of_arguments() -> Iterator[Bad]:
-    """A flag's value is wrong whatever there is on disk; an unknown flag, one too many, one too
-    few.
-    """
+    """Return lines with a flag's value that no file can make valid, an unknown flag, one too many
+    or one too few."""
     for name, parser in commands():
         base, words = BASE.get(name, ()), tuple(name.split())
         yield Bad("arguments", (*words, *base, "--nonsense=1"), ("--nonsense",))
@@ -121,7 +119,7 @@ def of_arguments() -> Iterator[Bad]:
 
 
 def bad_values(action: argparse.Action) -> list[str]:
-    """Text that no machine and no moment makes a value of this flag."""
+    """Return texts that are never a value of this flag."""
     if action.choices:
         return ["", "nonsense", "\0"]
     described = getattr(action.type, "__qualname__", "")
@@ -178,7 +176,7 @@ def bad_values(action: argparse.Action) -> list[str]:
 
 
 def of_settings() -> Iterator[Bad]:
-    """Each field of each group, by what its annotation refuses."""
+    """Return for each field of each group values that its annotation refuses."""
     named = [name for name, base in BASE.items() if "--config=config.py" in base]
     turn = itertools.cycle(named)
     for path, hint in leaves(config.Config, ""):
@@ -247,6 +245,7 @@ def bad_texts(hint: typing.Any) -> list[str]:
     return ["", "x", "nan", "inf", "-inf", HUGE, "\0", "1,5", *beyond]
 
 
+_CONFIG = b"from blip3o_jax.config import Config\n\ndef get_config():\n    return "
 # Content of files, by name; None is a directory.
 FILES: dict[str, bytes | None] = {
     "empty": b"",
@@ -273,10 +272,10 @@ FILES: dict[str, bytes | None] = {
     "leaves_at_once.py": b"raise SystemExit('bye')\n",
     "deep.py": b"def get_config():\n    return get_config()\n",
     "argument.py": b"def get_config(size):\n    return size\n",
-    "nan.py": b"from blip3o_jax.config import Config\n\ndef get_config():\n    return Config(watchdog=float('nan'))\n",
-    "kind.py": b"from blip3o_jax.config import Config\n\ndef get_config():\n    return Config(steps='many')\n",
-    "names.py": b"from blip3o_jax.config import Config\n\ndef get_config():\n    return {1: Config()}\n",
-    "outside.py": b"from blip3o_jax.config import Config\n\ndef get_config():\n    return {'../x': Config()}\n",
+    "nan.py": _CONFIG + b"Config(watchdog=float('nan'))\n",
+    "kind.py": _CONFIG + b"Config(steps='many')\n",
+    "names.py": _CONFIG + b"{1: Config()}\n",
+    "outside.py": _CONFIG + b"{'../x': Config()}\n",
     "empty_recipe.py": b"def get_config():\n    return {}\n",
 }
 
@@ -384,10 +383,21 @@ BAD_PATHS = {
     ),
 }
 KINDS = {
-    "checkpoint": "checkpoint", "prompts_file": "prompts", "image": "image", "ta_tok": "weights", "ta_tok_config": "json",
-    "diffusion": "hf", "torch": "hf", "jax": "checkpoint", "run_dir": "checkpoint", "config": "config", "suite": "suite",
-    "reward": "reward", "workdir": "out", "compile_cache": "out",
-}  # fmt: skip
+    "checkpoint": "checkpoint",
+    "prompts_file": "prompts",
+    "image": "image",
+    "ta_tok": "weights",
+    "ta_tok_config": "json",
+    "diffusion": "hf",
+    "torch": "hf",
+    "jax": "checkpoint",
+    "run_dir": "checkpoint",
+    "config": "config",
+    "suite": "suite",
+    "reward": "reward",
+    "workdir": "out",
+    "compile_cache": "out",
+}
 LISTS = {
     "parts": ("nonsense", "ar,nonsense", ","),
     "initialise": ("nonsense",),
@@ -406,7 +416,7 @@ INSTEAD = {"--prompts_file": ("--prompt", "--suite")}  # flags of the base that 
 
 
 def of_files() -> Iterator[Bad]:
-    """A path names what a command cannot use; a name stands for nothing."""
+    """Return lines with a path that a command cannot use, or a name that does not exist."""
     for name, parser in commands():
         base, words = BASE.get(name, ()), tuple(name.split())
         for value in DATA_SETS if name == "data index" else ():
@@ -437,7 +447,7 @@ def of_files() -> Iterator[Bad]:
 
 
 def all_of(seed: int = 0) -> list[Bad]:
-    """Every command line, without repetition, in an order that `seed` decides."""
+    """Return every command line, without repetition, in an order given by `seed`."""
     found = list(dict.fromkeys((*of_arguments(), *of_settings(), *of_files())))
     random.Random(seed).shuffle(found)
     return found

@@ -1,6 +1,5 @@
-"""Eight CPU devices for every test, programs that compile fast, and one compile cache shared by
-them all.
-"""
+"""Configure eight CPU devices for every test, programs that compile fast, and one shared compile
+cache."""
 
 import os
 import pathlib
@@ -29,7 +28,7 @@ jax.config.update("jax_disable_most_optimizations", True)
 
 
 def relative_error(got, want) -> float:
-    """Norm of the difference over the norm of what is wanted."""
+    """Return the norm of the difference over the norm of the expected array."""
     got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
     assert got.shape == want.shape, f"shape {got.shape}, wanted {want.shape}"
     return float(np.linalg.norm(got - want) / np.linalg.norm(want))

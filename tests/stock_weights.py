@@ -1,8 +1,8 @@
-"""Weights and gradients of stock PyTorch modules as this package's trees, by the converter's own
+"""Convert weights and gradients of stock PyTorch modules to this package's trees by the converter's
 tables.
 
-A module is one part of a model: its configuration, which says which, is put into that of a whole
-one.
+A module is one part of a model: its configuration, whose class names the part, is put into that of
+a whole model.
 """
 
 from collections.abc import Callable, Mapping
@@ -58,9 +58,9 @@ MODULES: dict[type, tuple[str, type, Callable[..., ModelConfig]]] = {
 
 
 def convert(named: Mapping[str, torch.Tensor], cfg: object) -> dict[str, np.ndarray]:
-    """torch name -> tensor (weights or gradients), as path -> array: layers stacked, vocabulary
-    rows padded with zeros. Every tensor has its parameter and every parameter its tensor.
-    """
+    """Convert torch name -> tensor (weights or gradients) to path -> array: layers stacked,
+    vocabulary rows padded with zeros. Every tensor has its parameter and every parameter its
+    tensor."""
     if isinstance(cfg, config.SiglipVisionConfig):
         return _convert_encoder(named, cfg)
     part, _, whole = MODULES[type(cfg)]
@@ -73,7 +73,7 @@ def convert(named: Mapping[str, torch.Tensor], cfg: object) -> dict[str, np.ndar
 def _convert_encoder(
     named: Mapping[str, torch.Tensor], cfg: config.SiglipVisionConfig
 ) -> dict[str, np.ndarray]:
-    """The vision tokenizer's encoder alone, within a tokenizer of zeros."""
+    """Convert the vision tokenizer's encoder alone, within a tokenizer of zeros."""
     tokenizer = config.TaTokConfig(encoder=cfg, bottleneck_dim=1, codebook_size=1)
     rest = mapping.tensor_shapes("tokenizer", ModelConfig(tokenizer=tokenizer))
     zeros = {
@@ -88,7 +88,7 @@ def _convert_encoder(
 
 
 def jax_model(module: torch.nn.Module, cfg: object) -> nnx.Module:
-    """The same network here, with the same weights."""
+    """Return this package's network with the module's weights."""
     cls = SiglipVision if isinstance(cfg, config.SiglipVisionConfig) else MODULES[type(cfg)][1]
     model = nnx.eval_shape(lambda: cls(cfg, rngs=nnx.Rngs(0)))
     arrays = convert(module.state_dict(), cfg)
@@ -103,7 +103,7 @@ def jax_model(module: torch.nn.Module, cfg: object) -> nnx.Module:
 
 
 def gradients(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """torch name -> gradient of the last backward pass, zeros where none arrived."""
+    """Return torch name -> gradient of the last backward pass, zeros where none arrived."""
     return {
         name: torch.zeros_like(p) if p.grad is None else p.grad
         for name, p in module.named_parameters()
@@ -111,5 +111,5 @@ def gradients(module: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def flat(tree: object) -> dict[str, jax.Array]:
-    """An NNX state (of parameters or gradients) as path -> array."""
+    """Return an NNX state (of parameters or gradients) as path -> array."""
     return {"/".join(map(str, path)): value for path, value in nnx.to_flat_state(nnx.as_pure(tree))}

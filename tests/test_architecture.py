@@ -1,4 +1,4 @@
-"""The layers of docs/architecture.md: nothing imports what stands above it."""
+"""Check the layers of docs/architecture.md: no module imports a higher one."""
 
 import ast
 import graphlib
@@ -36,7 +36,8 @@ NETWORKS = next(names for names in LAYERS if "dit" in names)
 
 
 def imports(path: pathlib.Path) -> set[str]:
-    """First-level names under blip3o_jax that a file imports, at its top or inside a function."""
+    """Return the first-level names under blip3o_jax that a file imports, at its top or in a
+    function."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module == "blip3o_jax":
@@ -69,7 +70,7 @@ def test_nothing_imports_what_stands_above_it(path):
 
 
 def test_no_two_files_import_each_other():
-    """Nor in a longer circle, at the top of a file or inside a function."""
+    """Check for longer cycles too, of imports at the top of a file or inside a function."""
     graph = {}
     for path in PACKAGE.rglob("*.py"):
         found = set()
@@ -97,7 +98,7 @@ ONCE = {
 
 @pytest.mark.parametrize("pattern", ONCE)
 def test_checksums_and_lines_of_errors_have_one_implementation(pattern):
-    """`checksums.crc32c`; `errors.first_line`, `type_and_line` and `escaped`."""
+    """Check `checksums.crc32c`; `errors.first_line`, `type_and_line` and `escaped`."""
     found = {
         path.relative_to(PACKAGE).as_posix()
         for path in PACKAGE.rglob("*.py")

@@ -1,6 +1,5 @@
-"""Bad command lines over all commands (bad_commands.py): each ends in one line and status 2, soon,
-and nothing is written.
-"""
+"""Run bad command lines over all commands (bad_commands.py): each ends in one line and status 2,
+soon, and nothing is written."""
 
 import contextlib
 import faulthandler
@@ -28,7 +27,8 @@ def place(tmp_path, monkeypatch):
 
 
 def line_of(case):
-    """The error's line where a command line is refused before its command runs, else None."""
+    """Return the error's line where a command line is refused before its command runs, else
+    None."""
     err = io.StringIO()
     try:
         with contextlib.redirect_stderr(err):
@@ -52,7 +52,7 @@ def assert_names_it(case, line):
 
 
 def test_a_sample_of_them_is_refused_before_anything_runs(place):
-    """Some of every command, without running any."""
+    """Check some lines of every command, without running any."""
     cases = [case for case in bad_commands.all_of(seed=1) if case.kind != "files"]
     assert len(cases) > 3000
     for case in cases[:120]:
@@ -75,7 +75,7 @@ def _stop(signum, frame):
 
 
 def listing(directory):
-    """Every file with its size and time, but the caches that programs keep by design."""
+    """Return every file with its size and time, except the caches that programs keep by design."""
     return {
         str(path.relative_to(directory)): (path.lstat().st_size, path.lstat().st_mtime_ns)
         for path in directory.rglob("*")
@@ -87,9 +87,8 @@ def listing(directory):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """Like `place`, with the checkpoint `joint`, its PyTorch files `hf`, and a home and caches of
-    its own.
-    """
+    """Extend `place` by the checkpoint `joint`, its PyTorch files `hf`, and a separate home and
+    caches."""
     path = tmp_path_factory.mktemp("bad_commands")
     bad_commands.write_files(path)
     tiny.write_checkpoint(path / "joint")
@@ -100,7 +99,7 @@ def finished(tmp_path_factory):
 
 
 def cases_that_run():
-    """Everything about files, and as much again of the rest."""
+    """Return all lines about files, and as many of the rest."""
     files = [case for case in bad_commands.all_of() if case.kind == "files"]
     others = [case for case in bad_commands.all_of() if case.kind != "files"]
     return files + random.Random(2).sample(others, max(0, 1000 - len(files)))
@@ -108,7 +107,7 @@ def cases_that_run():
 
 @pytest.mark.slow
 def test_a_thousand_bad_commands_end_in_one_line(finished, monkeypatch, capfd):
-    """Through the whole command, in this process: 0 tracebacks, 0 hangs, 0 files, 0 accepted."""
+    """Run the whole command in this process: 0 tracebacks, 0 hangs, 0 files, 0 accepted."""
     monkeypatch.chdir(finished)
     for name, value in {"XDG_CACHE_HOME": "cache", "TMPDIR": "temporary", "HOME": "home"}.items():
         monkeypatch.setenv(name, str(finished / value))
@@ -157,9 +156,8 @@ def test_the_process_itself(place, seed):
 
 
 def _can_be_given(word):
-    """Whether a process can be started with `word`: the system takes no NUL, and no half of a
-    character.
-    """
+    """Return whether a process can be started with `word`: the system accepts no NUL, and no half
+    of a character."""
     try:
         return "\0" not in word and bool(os.fsencode(word))
     except UnicodeEncodeError:

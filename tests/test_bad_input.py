@@ -1,7 +1,5 @@
-"""What a user can get wrong, through the real command and configs/overfit.py: a run on odd data
-goes through and counts what it skips; the rest ends in one line on stderr and status 2, with
-nothing lost.
-"""
+"""Run the real command and configs/overfit.py on user errors: a run on odd data finishes and counts
+the records it skips; the rest ends in one line on stderr and status 2, with nothing lost."""
 
 import contextlib
 import io
@@ -53,7 +51,7 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """The working directory of all commands here, with a sound shard, whole.tar."""
+    """Return the working directory of all commands here, with a sound shard, whole.tar."""
     path = tmp_path_factory.mktemp("bad_input")
     write_tar(path / "whole.tar", captioned(8))
     with pytest.MonkeyPatch.context() as patch:
@@ -64,8 +62,8 @@ def place(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(place):
-    """(status, stderr, what is wrong with the data: key -> reason) of a run on odd data, which
-    leaves its workdir `run`."""
+    """Return (status, stderr, errors of the data: key -> reason) of a run on odd data, with
+    workdir `run`."""
     wrong = write_odd_records(place)
     return *blip3o(*TRAIN, *SMALL, ODD, ALLOWED), wrong
 
@@ -120,7 +118,7 @@ def rows_of(stage):
 
 
 def write_odd_folder(path):
-    """A folder of 24 captioned images whose captions.jsonl begins with a byte-order mark."""
+    """Write a folder of 24 captioned images whose captions.jsonl begins with a byte-order mark."""
     path.mkdir()
     captions = [*tiny.CAPTIONS, *tiny.CAPTIONS][:24]
     lines = [{"file_name": f"{i}.png", "caption": caption} for i, caption in enumerate(captions)]
@@ -143,7 +141,7 @@ def write_odd_folder(path):
 
 
 def write_odd_parquet(path):
-    """8 rows with lists of captions; bytes of the second row group's page were overwritten."""
+    """Write 8 rows with lists of captions; bytes of the second row group's page are overwritten."""
     table = pa.table(
         {"image": tiny.images(8), "text": [["", caption] for caption in tiny.CAPTIONS[:8]]}
     )
@@ -156,7 +154,7 @@ def write_odd_parquet(path):
 
 
 def write_odd_tar(path):
-    """A sound shard with a name that is not UTF-8, and byte-order marks before captions."""
+    """Write a sound shard with a name that is not UTF-8, and byte-order marks before captions."""
     members = [
         (name.replace("005", "caf\xe9"), data if name.endswith("png") else BYTE_ORDER_MARK + data)
         for name, data in captioned(16)
@@ -202,7 +200,7 @@ def write_odd_records(path):
     ],
 )
 def test_a_run_that_cannot_begin(place, arguments, words):
-    """Neither with a working directory of its own nor with that of another run."""
+    """Check a new working directory and that of another run."""
     whole = (place / "whole.tar").read_bytes()
     (place / "cut.tar").write_bytes(whole[: len(whole) // 2])
     second = [(name.replace("txt", "json"), b"{}") for name, _ in captioned(8)]
@@ -241,7 +239,7 @@ def test_a_byte_order_mark_is_no_text(run):
 
 
 def test_too_many_odd_records_end_the_run(place, run):
-    """What the run has saved stays."""
+    """Check that the files which the run has saved stay."""
     before = snapshot(place / "run" / "autoencoder" / "checkpoints" / "8")
     every = "--config.data.batch_size=48"  # all records in the first batch, before any compile
     line = refused(*TRAIN, *SMALL, ODD, every, "--config.autoencoder.steps=40")
@@ -250,7 +248,8 @@ def test_too_many_odd_records_end_the_run(place, run):
 
 
 def test_damaged_checkpoints_are_told_and_made_again(place, run):
-    """The newest step is an empty directory, the next lacks its meta, the third its arrays."""
+    """Damage three steps: the newest is an empty directory, the next lacks its meta, the third
+    its arrays."""
     saved = place / "run" / "joint" / "checkpoints"
     (saved / "5").mkdir()
     shutil.rmtree(saved / "3" / "meta")

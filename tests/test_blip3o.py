@@ -1,6 +1,5 @@
-"""The composition: the joint loss against one computed from the parts, row by row, and the other
-stages' losses.
-"""
+"""Compare the joint loss with one computed from the parts, row by row, and check the other stages'
+losses."""
 
 import dataclasses
 import functools
@@ -21,7 +20,8 @@ from tests.conftest import relative_error
 
 @functools.cache
 def setup():
-    """(model configuration, image_token_offset, graphdef, weights, batch, a key for each row)."""
+    """Return (model configuration, image_token_offset, graphdef, weights, batch, a key for each
+    row)."""
     cfg, image_token_offset, batch = tiny.prepared("joint", supervise_prompt=True)
     batch = tiny.cached_batch(cfg, batch)
     batch["label_count"] = np.full(8, batch["loss_mask"][:, 1:].sum() / 8, np.float32)
@@ -39,7 +39,8 @@ def setup():
 
 @functools.cache
 def joint(span, draws=1):
-    """(weights, dropout, weight of the cross entropy) -> loss, metrics, gradients."""
+    """Return the function (weights, dropout, weight of the cross entropy) -> loss, metrics,
+    gradients."""
     cfg, image_token_offset, plan, _, batch, keys_B = setup()
 
     @functools.partial(jax.jit, static_argnums=(1, 2))
@@ -64,9 +65,8 @@ def joint(span, draws=1):
 
 @functools.cache
 def row_parts():
-    """One row, from its parts: its logits, its velocity given a condition's hidden states, and that
-    of the null condition.
-    """
+    """Compute one row from its parts: its logits, its velocity given a condition's hidden states,
+    and that of the null condition."""
     _, _, plan, _, batch, _ = setup()
     length = batch["tokens"].shape[1]
 
@@ -87,9 +87,8 @@ def row_parts():
 
 
 def expected(span, keep, draws=1):
-    """(cross entropy, flow loss) in numpy, one row at a time; `keep` says which rows keep their
-    condition.
-    """
+    """Return (cross entropy, flow loss) in numpy, one row at a time; `keep`: which rows keep their
+    condition."""
     cfg, image_token_offset, _, weights, batch, keys_B = setup()
     hidden, velocity = row_parts()
     nll, labels, flow = 0.0, 0, []
@@ -128,7 +127,7 @@ def expected(span, keep, draws=1):
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5, 1.0])
 def test_joint_loss_is_that_of_its_parts_row_by_row(dropout):
-    """float32 against float32 in other shapes: 1e-5."""
+    """Compare float32 with float32 in other shapes: 1e-5."""
     _, _, _, weights, _, keys_B = setup()
     keep = [float(jax.random.uniform(jax.random.split(key, 3)[2])) >= dropout for key in keys_B]
     assert sum(keep) == {0.0: 8, 1.0: 0}.get(dropout, sum(keep)) and (
@@ -151,9 +150,8 @@ def test_draws_of_noise_are_averaged():
 
 
 def test_rows_without_their_caption_are_rows_that_open_with_the_scale_token():
-    """Cross entropy and flow loss of eight rows whose captions are dropped equal those of rows cut
-    before the scale token, which start at position 0: rotary positions are relative.
-    """
+    """Compare cross entropy and flow loss of eight rows whose captions are dropped with those of
+    rows cut before the scale token, which start at position 0: rotary positions are relative."""
     cfg, image_token_offset, plan, weights, batch, keys_B = setup()
 
     @functools.partial(jax.jit, static_argnums=1)
@@ -182,7 +180,7 @@ def test_rows_without_their_caption_are_rows_that_open_with_the_scale_token():
 
 
 def test_rows_lose_caption_and_condition_together():
-    """By the share that each is asked to lose, and the same rows where the shares are equal."""
+    """Check each by its own rate, and that the rows are the same where the rates are equal."""
     cfg, _, _, _, _, _ = setup()
     keys_B = example_keys(0, jnp.int32(1), 400)
     loss = dataclasses.replace(cfg.loss, caption_dropout=0.25, condition_dropout=0.25)
@@ -206,9 +204,8 @@ def test_references_stay_where_the_instruction_alone_is_dropped():
 
 
 def test_the_reference_takes_the_last_positions_of_the_row():
-    """The published weights' window holds end tags and padding; the cross entropy knows nothing of
-    it.
-    """
+    """Check the window of the published weights, which holds end tags and padding; the cross
+    entropy ignores it."""
     _, _, _, weights, batch, _ = setup()
     assert not batch["segment_ids"][
         :, -1
@@ -221,10 +218,9 @@ def test_the_reference_takes_the_last_positions_of_the_row():
 
 
 def test_the_flow_loss_reaches_the_decoder_through_the_frozen_dit():
-    """With the cross entropy's weight at 0 every layer of the decoder still has a gradient; with
-    all conditions dropped before the connector none has, while the connector learns its null
-    condition.
-    """
+    """Check that with the cross entropy's weight at 0 every layer of the decoder still has a
+    gradient; with all conditions dropped before the connector none has, while the connector learns
+    its null condition."""
     _, _, _, weights, _, _ = setup()
     _, _, with_condition = joint("exact")(weights, 0.0, 0.0)
     _, _, without = joint("exact")(weights, 1.0, 0.0)
@@ -279,7 +275,7 @@ def test_pixels_are_scaled_to_minus_one_and_one():
 
 @pytest.mark.parametrize("stage", ["autoencoder", "contrastive", "dense contrastive", "tokenizer"])
 def test_other_stages_learn_one_batch(stage):
-    """A few steps on one batch: the loss falls, and by more than it jitters."""
+    """Train a few steps on one batch: the loss falls by more than its jitter."""
     kind, _, stage = stage.rpartition(" ")
     cfg, image_token_offset, batch = tiny.prepared(stage)
     optimizer = dataclasses.replace(cfg.optimizer, learning_rate=3e-3, warmup_fraction=0.01)

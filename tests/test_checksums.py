@@ -1,4 +1,4 @@
-"""Damage is found whatever it is, and named."""
+"""Check that damage of any kind is found and named."""
 
 import json
 import os
@@ -17,12 +17,13 @@ def flip(file, bit):
 
 
 def test_crc32c_is_castagnolis():
-    """The check value of RFC 3720, and a file as its bytes."""
+    """Check the value of RFC 3720, and a file as its bytes."""
     assert checksums.crc32c([b"1234", b"56789"]) == 0xE3069283
 
 
 def test_no_bit_of_a_json_file_flips_unseen(tmp_path):
-    """But for those that are no value: a blank, the case of an exponent's e."""
+    """Flip every bit, except those that do not change the value: a blank, the case of an
+    exponent's e."""
     file, value = tmp_path / "a.json", {"rate": 1e-05, "names": ["a", None]}
     checksums.write_json(file, value)
     text = file.read_text()

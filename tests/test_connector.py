@@ -1,4 +1,4 @@
-"""The connector against a plain torch Sequential, float32, random weights."""
+"""Compare the connector with a plain torch Sequential, float32, random weights."""
 
 import dataclasses
 
@@ -70,9 +70,8 @@ def test_norm_starts_at_the_caption_scale():
 
 
 def test_rows_that_are_not_kept_are_the_null_condition(rng):
-    """The sampler's single null token, with positions as without; kept rows are those of hidden
-    states plus sinusoids.
-    """
+    """Check the sampler's single null token, with positions as without; kept rows are those of
+    hidden states plus sinusoids."""
     x_BLD = rng.normal(size=(2, 5, D_IN)).astype(np.float32)
     plain = Connector(CFG, D_IN, D_OUT, rngs=nnx.Rngs(0))
     placed = Connector(dataclasses.replace(CFG, positions=True), D_IN, D_OUT, rngs=nnx.Rngs(0))
@@ -88,9 +87,8 @@ def test_rows_that_are_not_kept_are_the_null_condition(rng):
 
 
 def test_the_channels_of_latents_are_not_sharded():
-    """They are 4 here: fewer than the devices that share the weights, as the published 32 are of a
-    large machine.
-    """
+    """Use 4 channels: fewer than the devices that share the weights, as the published 32 on a large
+    machine."""
     cfg = tiny.run_config(model={"editing": config.EditingConfig(latents=True, features=True)})
     plan = plan_state(cfg, tiny.strategy("fsdp", 1, 8))
     parts = plan.abstract["params"] | plan.abstract["frozen"]

@@ -1,4 +1,4 @@
-"""How the command ends, with real signals in small processes that stand in for it."""
+"""Check how the command ends, with real signals in small processes in its place."""
 
 import os
 import pathlib
@@ -60,7 +60,7 @@ def work():
 
 
 def end(body):
-    """(status, stderr) of a command whose work is `body`."""
+    """Return (status, stderr) of a command whose work is `body`."""
     lines = "\n".join(f"    {line}" for line in body.strip().splitlines())
     heard = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)
     done = subprocess.run(
@@ -87,7 +87,10 @@ finally:
 """
 INTERRUPTED = (130, "reported KeyboardInterrupt\n")
 FAILED = (2, "reported ValueError\n")
-SAVING = "blip3o: the step in work is being saved, as SIGTERM asked; Ctrl-C again ends at once, without\n"
+SAVING = (
+    "blip3o: the step in work is being saved, as SIGTERM asked; Ctrl-C again ends at once, "
+    "without\n"
+)
 THREAD = "threading.Thread(target=time.sleep, args=(9,)).start()"
 
 
@@ -133,7 +136,7 @@ def test_one_status_and_one_line(body, ends):
 
 
 def test_processes_of_ours_end_with_it(tmp_path):
-    """One that ignores SIGTERM, as a scorer that hangs does."""
+    """Use a process that ignores SIGTERM, as a scorer that hangs does."""
     pid = tmp_path / "pid"
     body = f"""
 import multiprocessing
@@ -154,9 +157,8 @@ raise ValueError
     "work", ["print('x' * 10**6) or 0", "print('x') or 0", "print('x') or sys.exit(0)"]
 )
 def test_nobody_reads_the_output(work):
-    """More than a pipe holds, and so little that it is written at the end; argparse ends --help
-    through SystemExit.
-    """
+    """Write more than a pipe holds, and so little that it is written at the end; argparse ends
+    --help through SystemExit."""
     script = f"import sys; from blip3o_jax import exits; exits.install(); exits.run(lambda: {work})"
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""}
     process = subprocess.Popen(

@@ -1,4 +1,5 @@
-"""What the file system says, in one line; files replaced whole; where output may go."""
+"""Check errors of the file system in one line, atomic replacement of files, and where output may
+go."""
 
 import errno
 import os
@@ -157,7 +158,7 @@ def test_where_output_cannot_go(tmp_path, check, out, words):
 
 
 def test_a_directory_that_may_not_be_written_to(tmp_path, monkeypatch):
-    """Root may write everywhere, so the system's answer is stood in for."""
+    """Replace the system's answer, since root may write everywhere."""
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     with pytest.raises(
         UserError,

@@ -1,6 +1,5 @@
-"""Low-rank factors of the AR and the DiT: what they compute, where they lie, and what is left when
-they are taken off.
-"""
+"""Check low-rank factors of the AR and the DiT: their outputs, their sharding, and the model after
+they are removed."""
 
 import dataclasses
 import functools
@@ -44,13 +43,14 @@ def graph(cfg):
 
 @pytest.fixture(scope="module")
 def drawn():
-    """Initial parameters of the model without factors and with them."""
+    """Return initial parameters of the model without factors and with them."""
     make = lambda cfg: lambda: nnx.to_pure_dict(nnx.state(Blip3o(cfg, TRAINED_PARTS, seed=0)))
     return jax.jit(make(BASE))(), jax.jit(make(CFG))()
 
 
 def trained(params):
-    """With every B drawn too, and the DiT's last layer at a size that shows what lies before it."""
+    """Randomize every B too, and the DiT's last layer, at a size that shows the layers before
+    it."""
     rng = np.random.default_rng(0)
 
     def draw(path, x):
@@ -63,9 +63,8 @@ def trained(params):
 
 @functools.cache
 def outputs(cfg, strategy=None):
-    """The compiled function of parameters: ((loss, (hidden states, logits, velocity)), the loss's
-    gradient).
-    """
+    """Return the compiled function of parameters: ((loss, (hidden states, logits, velocity)), the
+    loss's gradient)."""
     rng, graphdef = np.random.default_rng(1), graph(cfg)
     tokens_BL = rng.integers(0, 64, (8, 6), np.int32)
     positions_BL, segments_BL = np.broadcast_to(np.arange(6), (8, 6)), np.ones((8, 6), np.int32)
@@ -98,7 +97,7 @@ def outputs(cfg, strategy=None):
 
 @pytest.fixture(scope="module")
 def alone(drawn):
-    """Outputs and gradient of the trained factors on one device."""
+    """Return outputs and gradient of the trained factors on one device."""
     params = trained(drawn[1])
     (_, found), gradient = outputs(CFG)(params)
     return params, found, gradient
@@ -152,9 +151,8 @@ def test_factors_are_where_the_targets_say_and_the_rest_is_drawn_as_without(draw
 
 
 def test_new_factors_and_zeroed_ones_leave_the_model_bit_for_bit(drawn, alone):
-    """So that a run starts at the model it is given, and that model can be had again without a
-    copy.
-    """
+    """Check that a run starts at the model it is given, and that this model is recovered without
+    a copy."""
     base, params = drawn
     (_, want), _ = outputs(BASE)(base)
     for tree in (params, lora.disable_lora(params | {"ar": alone[0]["ar"]})):
@@ -188,10 +186,9 @@ def test_merged_is_the_same_model_without_factors(drawn, alone):
 
 
 def test_sharded_is_the_same(alone):
-    """Over eight devices, factors cut as the kernels are; outputs and gradients to float32's
-    rounding. The terms of one leaf's gradient cancel: 1.1e-5 and 1.24e-5 were seen, by the
-    compiler's settings.
-    """
+    """Compare eight devices, factors sharded as the kernels are; outputs and gradients to float32's
+    rounding. The terms of one leaf's gradient cancel: 1.1e-5 and 1.24e-5 were measured, depending
+    on the compiler's settings."""
     params, want, gradient = alone
     strategy = tiny.strategy(**tiny.MESHES["fsdp_tp"])
     variables = nnx.state(nnx.eval_shape(lambda: Blip3o(CFG, TRAINED_PARTS, seed=0)))
@@ -224,7 +221,7 @@ def test_parameters_are_counted():
 
 
 def test_settings():
-    """A configuration from before there were any has none."""
+    """Check that a configuration from before the factors has none."""
     assert config.from_dict({"hidden_size": 64}, config.Qwen3Config).lora == config.LoraConfig(
         targets=config.QWEN3_LINEAR
     )

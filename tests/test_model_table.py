@@ -1,6 +1,5 @@
-"""Parameter counts of the published sizes against the stock classes on torch's meta device: nothing
-is allocated.
-"""
+"""Compare parameter counts of the published sizes with the stock classes on torch's meta device:
+nothing is allocated."""
 
 import pathlib
 
@@ -26,7 +25,7 @@ def linear(d_in: int, d_out: int) -> int:
 
 @pytest.fixture(scope="module")
 def stock() -> dict[str, int]:
-    """Parameters of each part of the 1.7B + 1.6B model, from the classes' own published
+    """Return the parameters of each part of the 1.7B + 1.6B model, from the classes' own published
     settings."""
     qwen3 = transformers.Qwen3Config(
         vocab_size=217210,

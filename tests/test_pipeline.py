@@ -35,7 +35,8 @@ SETTINGS = {
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """The workdir of a joint run, moved away from where it was written, its data out of reach."""
+    """Return the workdir of a joint run, moved away from where it was written, its data out of
+    reach."""
     root = tmp_path_factory.mktemp("pipeline")
     tiny.write_checkpoint(root / "written")
     shutil.move(root / "written", root / "moved")
@@ -49,7 +50,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def on_one(checkpoint):
-    """The pipeline on one device."""
+    """Return the pipeline on one device."""
     single = tiny.strategy()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipelines.Strategy, "of", lambda cfg: single)
@@ -58,7 +59,7 @@ def on_one(checkpoint):
 
 @pytest.fixture(scope="module")
 def alone(on_one):
-    """Codes and images of every prompt, each drawn by itself."""
+    """Return codes and images of every prompt, each sampled by itself."""
     drawn = [
         on_one.generate([p], seed=3, first_index=i, batch_size=1, **SETTINGS)
         for i, p in enumerate(PROMPTS)
@@ -82,9 +83,8 @@ def test_images_are_those_of_the_settings(alone):
 
 
 def test_a_batch_of_different_lengths_gives_what_each_prompt_gives_alone(on_one, alone):
-    """Batches of 2: rows are padded to the longest prompt of all, and the last batch has a row to
-    spare.
-    """
+    """Use batches of 2: rows are padded to the longest prompt of all, and the last batch has a
+    spare row."""
     check_same(on_one.generate(PROMPTS, seed=3, batch_size=2, **SETTINGS), *alone)
 
 
@@ -120,7 +120,8 @@ def test_seed_and_index_choose_the_image(on_one, alone):
 
 
 def unrounded(checkpoint, mesh=None):
-    """What a batch of all prompts comes to, the images as float32; on one device without a mesh."""
+    """Return the results of a batch of all prompts, the images as float32; on one device without
+    a mesh."""
     single = tiny.strategy()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sampling_programs, "to_uint8", lambda x: x)
@@ -142,9 +143,8 @@ def unrounded_on_one(checkpoint):
     ],
 )
 def test_eight_devices_give_the_same(checkpoint, unrounded_on_one, alone, name):
-    """float32 sums in another order, through four tokens, three steps of the DiT and the decoder:
-    1e-5 of the images.
-    """
+    """Compare float32 sums in another order, through four tokens, three steps of the DiT and the
+    decoder: 1e-5 of the images."""
     mesh = {"data": 1, "fsdp": 1} | tiny.MESHES[name]
     drawn = unrounded(checkpoint, MeshConfig(strategy=mesh.pop("name"), **mesh))
     np.testing.assert_array_equal(drawn.codes, unrounded_on_one.codes)
@@ -255,7 +255,7 @@ def test_another_stages_checkpoint_cannot_be_sampled_from(tmp_path, checkpoint):
 
 @pytest.fixture(scope="module")
 def seeing(tmp_path_factory):
-    """The pipeline of a model with two places for images, on one device."""
+    """Return the pipeline of a model with two reference slots, on one device."""
     root = tmp_path_factory.mktemp("seeing")
     tiny.write_checkpoint(
         root, model={"editing": {"reference_slots": 2, "latents": True, "latent_concat": True}}
@@ -297,9 +297,8 @@ def test_tasks_mix_and_each_is_what_it_is_alone(seeing):
 
 
 def test_answers_are_the_likeliest_words_till_the_end_of_the_turn(seeing):
-    """Against the likeliest token after a pass over the whole row, token by token, for three
-    questions of one batch.
-    """
+    """Compare with the likeliest token after a pass over the whole row, token by token, for three
+    questions of one batch."""
     shown, questions, max_new_tokens = photos(), ["a red", "small", "what is it"], 6
     answers = seeing.ask(shown, questions, max_new_tokens=max_new_tokens, batch_size=4)
     vocabulary = seeing.vocabulary
@@ -339,7 +338,7 @@ def test_answers_are_the_likeliest_words_till_the_end_of_the_turn(seeing):
 
 
 def test_an_answer_ends_where_its_row_does(seeing, monkeypatch):
-    """Of a model that never ends its turn."""
+    """Use a model that never ends its turn."""
     endless = lambda params, tokens_BL, max_new_tokens, **_: (
         np.zeros((len(tokens_BL), max_new_tokens), int),
         np.full(len(tokens_BL), max_new_tokens),

@@ -1,8 +1,7 @@
-"""Reference images in the joint loss and in sampling, against the stock PyTorch classes put
-together one row at a time; and a run on all tasks.
+"""Compare reference images in the joint loss and in sampling with the stock PyTorch classes put
+together one row at a time; and run all tasks.
 
-There a row has exactly the images it has: no places that are empty, no masks, no other tasks beside
-it.
+Each row there has exactly its own images: no empty slots, no masks, no rows of other tasks.
 """
 
 import dataclasses
@@ -60,9 +59,8 @@ def model_config(route):
 
 @functools.cache
 def models(route):
-    """(the stock parts together, graphdef, weights that are trained, others) with the same random
-    weights.
-    """
+    """Return (the stock parts together, graphdef, weights that are trained, others) with the same
+    random weights."""
     cfg = model_config(route)
     run = config.Config(model=cfg)
     torch.manual_seed(0)
@@ -90,7 +88,7 @@ def weights(route, part, module):
 
 @functools.cache
 def batch(route):
-    """Rows of five tasks, of made-up text."""
+    """Return rows of five tasks, of made-up text."""
     cfg, rng = model_config(route), np.random.default_rng(1)
     side, channels = cfg.latent_size, cfg.vae.latent_channels
     tokens_BL = rng.integers(0, 40, (ROWS, LENGTH)).astype(np.int32)
@@ -148,9 +146,8 @@ def keys():
 
 
 def encoded(route, model, b):
-    """(codes, latents, reference codes, reference latents, features) of row b, latents [.., C, H,
-    W].
-    """
+    """Return (codes, latents, reference codes, reference latents, features) of row b, latents [..,
+    C, H, W]."""
     x = batch(route)
     if "codes" in x:
         to = lambda z: torch.tensor(z).movedim(-1, -3)
@@ -171,7 +168,7 @@ def encoded(route, model, b):
 
 
 def condition(model, hidden_TD, shown_RCHW, keep, keep_shown):
-    """Condition tokens [1, T + R H W, C] of one row."""
+    """Return the condition tokens [1, T + R H W, C] of one row."""
     tokens = model.connector(hidden_TD[None], torch.tensor([keep]))
     if not (model.cfg.editing.latents and len(shown_RCHW)):
         return tokens
@@ -180,13 +177,14 @@ def condition(model, hidden_TD, shown_RCHW, keep, keep_shown):
 
 
 def velocity(model, x_CHW, timestep, tokens, shown_RCHW):
-    """Velocity [C, H, W] of one row: the stock class on a map as wide as its references make it."""
+    """Return the velocity [C, H, W] of one row: the stock class on a map as wide as its references
+    make it."""
     wide = torch.cat([x_CHW, *shown_RCHW], dim=-1) if model.cfg.editing.latent_concat else x_CHW
     return model.velocity(wide[None], torch.tensor([timestep]), tokens)[0, :, :, : x_CHW.shape[-1]]
 
 
 def row_loss(route, model, b, drawn):
-    """(sum of the cross entropy, sum of the flow losses of its draws) of one row."""
+    """Return (sum of the cross entropy, sum of the flow losses of its draws) of one row."""
     x, cfg = batch(route), model.cfg
     codes, z_CHW, shown_codes, shown_RCHW, features = encoded(route, model, b)
     shown_RCHW, length = shown_RCHW[: SHOWN[b]], int(x["segment_ids"][b].sum())
@@ -228,9 +226,8 @@ def row_loss(route, model, b, drawn):
 
 @pytest.mark.parametrize("route", ROUTES)
 def test_joint_loss_and_gradients_are_the_stock_classes_row_by_row(route):
-    """float32 in other shapes, through two layers of each network: 1e-5; gradients are of the sum
-    of both losses.
-    """
+    """Compare float32 in other shapes, through two layers of each network: 1e-5; gradients are of
+    the sum of both losses."""
     reference, graphdef, trained, frozen = models(route)
 
     @jax.jit
@@ -291,7 +288,8 @@ SETTINGS = {
 
 
 def sampled_row(route, model, b, noise_CHW, settings):
-    """(image [3, H, W], ids) of the prompt of row b: every token from a pass over all before it."""
+    """Return (image [3, H, W], ids) of the prompt of row b: every token from a pass over all
+    before it."""
     x, cfg = batch("features"), model.cfg
     scaled = lambda y: torch.tensor(y).float().movedim(-1, -3) / 127.5 - 1
     seen, z_RCHW = (
@@ -386,7 +384,7 @@ def test_a_sampled_image_is_the_stock_classes_row_by_row(route, guidance):
 
 
 def only(x, b):
-    """The batch with the labels and the target of row b alone."""
+    """Return the batch with the labels and the target of row b alone."""
     at_B = np.arange(len(x["target"])) == b
     mask_BL, target_B = x["loss_mask"] * at_B[:, None], (x["target"] * at_B).astype(np.float32)
     return x | {
@@ -406,7 +404,8 @@ def only(x, b):
     ],
 )
 def test_a_row_among_all_tasks_has_the_loss_that_it_has_alone(mesh):
-    """Alone it has places for its own images only, and a text-to-image row none."""
+    """Compare with a batch that has slots for the row's own images only, none for a
+    text-to-image row."""
     route, strategy = "both", tiny.strategy(**mesh)
     _, graphdef, trained, frozen = models(route)
     keys_B = jnp.concatenate([keys(), keys()[:3]])
@@ -447,9 +446,8 @@ def test_a_row_among_all_tasks_has_the_loss_that_it_has_alone(mesh):
 
 @pytest.mark.parametrize("route", ["both", "features"])
 def test_packed_rows_are_rows_of_their_own(route):
-    """Two examples a row: the losses of rows of one, and their gradients, with prompts hidden as
-    well.
-    """
+    """Pack two examples a row: the losses of rows of one, and their gradients, with prompts hidden
+    as well."""
     _, graphdef, trained, frozen = models(route)
     order = [0, 1, 4, 2, 3, 1]
     apart = {
@@ -487,9 +485,8 @@ def test_packed_rows_are_rows_of_their_own(route):
 
 
 def test_a_run_on_all_tasks_is_the_same_from_the_cache_and_packed(tmp_path):
-    """Its losses, to what another program leaves of float32. The connector and layers of editing
-    are trained besides.
-    """
+    """Compare the losses up to the float32 rounding of another program. The connector and layers of
+    editing are trained too."""
     folder = tiny.write_data(tmp_path / "images")
     lines = [json.loads(line) for line in (folder / "captions.jsonl").read_text().splitlines()]
     kinds = [

@@ -1,4 +1,4 @@
-"""Operations on rows of tokens."""
+"""Check operations on rows of tokens."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,8 @@ def test_mask_prompts():
 
 
 def test_slice_condition_span():
-    """Exact: the scale token and its image tokens. Last: the row's tail, whatever stands there."""
+    """Check "exact", the scale token and its image tokens, and "last", the row's tail of any
+    tokens."""
     hidden_BLD = jnp.arange(2 * 8 * 2, dtype=jnp.float32).reshape(2, 8, 2)
     span_B = jnp.array([1, 3], jnp.int32)
     assert condition_positions(span_B, 2).tolist() == [[1, 2, 3], [3, 4, 5]]

@@ -74,9 +74,8 @@ def test_what_is_of_no_earlier_run_is_left_alone(tmp_path, name):
 
 
 def test_grid_places_each_image_over_its_label():
-    """Five images: rows of three, in reading order; under each a label, and white where there is
-    none.
-    """
+    """Lay out five images: rows of three, in reading order; under each a label, and white where
+    there is none."""
     colours = [(200, 0, 0), (0, 200, 0), (0, 0, 200), (200, 200, 0), (0, 200, 200)]
     grid = np.array(
         labelled_grid(solid(*colours), ["one", "two", "three", "four", "five"], cell=64)

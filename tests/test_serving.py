@@ -1,4 +1,4 @@
-"""A service over real sockets: who is let in, for how long, and that idle ones make room."""
+"""Run a service over real sockets: admission, time limits, and room made by idle connections."""
 
 import asyncio
 import concurrent.futures
@@ -36,7 +36,7 @@ TOKEN = b"Authorization: Bearer secret\r\n"
 
 
 async def count(request):
-    """The length of the body; waits for the client to leave where that is asked."""
+    """Return the length of the body; on request, wait until the client leaves."""
     if "wait" in request.query_params:
         await serving.unless_disconnected(request, asyncio.sleep(20))
     serving.content_length(request, 1 << 24)
@@ -90,7 +90,7 @@ def connected(service) -> socket.socket:
 
 
 def raw(service, *pieces: bytes) -> bytes:
-    """All that comes back for bytes as they are."""
+    """Return the whole answer to raw bytes."""
     with connected(service) as connection:
         for piece in pieces:
             connection.sendall(piece)
@@ -98,7 +98,7 @@ def raw(service, *pieces: bytes) -> bytes:
 
 
 def told(service, data: bytes) -> bytes:
-    """The first answer to bytes as they are, whether or not more is expected."""
+    """Return the first answer to raw bytes, whether or not more is expected."""
     with connected(service) as connection:
         connection.sendall(data)
         answer = b""
@@ -143,9 +143,8 @@ def test_the_token_is_judged_before_the_body_comes(service, token):
 
 
 def test_who_is_refused_while_sending_gets_to_read_why(service):
-    """Eight megabytes do not fit into the socket's buffers: closing at once would reset the
-    connection.
-    """
+    """Send eight megabytes, which do not fit into the socket's buffers: closing at once would reset
+    the connection."""
     assert b"missing or wrong" in raw(
         service, post(b"Content-Length: 8000000\r\n", bytes(8_000_000))
     )
@@ -231,7 +230,7 @@ def test_a_body_that_is_not_http_is_not_an_error_of_the_server(service, caplog, 
 
 
 def test_who_does_not_take_an_answer_is_cut_off(service, caplog):
-    """The first answer fills the buffers, so that the second one cannot begin."""
+    """Fill the buffers with the first answer, so that the second one cannot begin."""
     with connected(service) as connection:
         connection.sendall((b"GET /large HTTP/1.1\r\nHost: a\r\n" + TOKEN + b"\r\n") * 2)
         until(lambda: service._server.server_state.tasks)
@@ -278,7 +277,7 @@ SLOW = [
 
 
 def test_who_is_slow_is_cut_off(service):
-    """A byte every 0.05 s keeps any timeout of a single read from expiring."""
+    """Send a byte every 0.05 s, so that no timeout of a single read expires."""
 
     def answer_of(sent: bytes, drip: bytes) -> tuple[bytes, float]:
         began, answer = time.monotonic(), b""
@@ -363,7 +362,7 @@ def test_memory_is_reserved_and_given_back():
     [(256, -1, [(1152, -1)]), (1024, 1152, [(1152, 1152)]), (1152, 1152, []), (-1, -1, [])],
 )
 def test_connections_get_enough_open_files(monkeypatch, soft, hard, raised):
-    """One service of 512 connections, 4 queues of 128 and 128 other files."""
+    """Start one service of 512 connections, 4 queues of 128 and 128 other files."""
     made = []
     monkeypatch.setattr(resource, "getrlimit", lambda _: (soft, hard))
     monkeypatch.setattr(resource, "setrlimit", lambda _, limits: made.append(limits))
@@ -400,7 +399,8 @@ async def hang(request):
 
 routes = [Route("/slow", slow), Route("/hang", hang, methods=["GET", "POST"])]
 service = serving.Service("test", routes, limits=serving.ConnectionLimits(grace_seconds=1))
-print("stopped by", serving.run_until_signal([service], lambda: print(service.url, flush=True)).name)
+stopped = serving.run_until_signal([service], lambda: print(service.url, flush=True))
+print("stopped by", stopped.name)
 """
 
 

@@ -1,5 +1,5 @@
-"""A run's directory that somebody sends: whatever it says, no command imports a module, reads a
-variable of the environment or a file elsewhere, or connects to anything because of it."""
+"""Open a run's directory from an untrusted sender: no command imports a module, reads a variable of
+the environment or a file elsewhere, or connects to anything because of its contents."""
 
 import ast
 import dataclasses
@@ -33,8 +33,8 @@ VARIABLE = "BLIP3O_TEST_SECRET"
 
 
 class Watch:
-    """What a command has done that its directory alone must not make it do. `armed` while it runs:
-    audit hooks stay."""
+    """Record the actions of a command that its directory alone must not cause. `armed` while it
+    runs: audit hooks stay."""
 
     def __init__(self):
         self.armed, self.elsewhere, self.seen = False, "", []
@@ -60,7 +60,7 @@ def watch():
 
 @pytest.fixture(scope="module", autouse=True)
 def restored_once():
-    """Most commands read the same parts, which takes most of their time."""
+    """Restore each part once: most commands read the same parts, which takes most of their time."""
     restore, parts_read = checkpoint.restore_parts, {}
 
     def once(path, strategy, parts=(), **options):
@@ -77,8 +77,8 @@ def restored_once():
 
 @pytest.fixture(scope="module")
 def elsewhere(tmp_path_factory):
-    """What the directory names and must not reach: a module that leaves a mark, prompts, data, a
-    tokenizer, another run."""
+    """Write the files that the directory names and must not reach: a module that leaves a mark,
+    prompts, data, a tokenizer, another run."""
     place = tmp_path_factory.mktemp("elsewhere")
     (place / "hostile_module.py").write_text(
         f"open({str(place / 'imported')!r}, 'w')\ndef score(*_): return [1.0]\n"
@@ -90,14 +90,14 @@ def elsewhere(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server():
-    """A socket that nobody is to connect to."""
+    """Open a socket to which no command may connect."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
         listening.setblocking(False)
         yield listening
 
 
 def hostile(elsewhere, server):
-    """{field: value} of a config.json."""
+    """Return {field: value} of a config.json."""
     url = f"http://127.0.0.1:{server.getsockname()[1]}"
     rewards = [
         RewardConfig("python:hostile_module.score"),
@@ -117,8 +117,8 @@ def hostile(elsewhere, server):
 
 @pytest.fixture
 def received(elsewhere, server, watch, tmp_path, monkeypatch, rng):
-    """A run of reinforcement learning with its checkpoint and its images, every field of
-    config.json hostile that can be."""
+    """Return a run of reinforcement learning with its checkpoint and its images, every possible
+    field of config.json hostile."""
     run = tmp_path / "received"
     shutil.copytree(started_from(), run)
     rewrite(run / "checkpoints" / "config.json", hostile(elsewhere, server))
@@ -177,7 +177,7 @@ def test_local_rewards_are_taken_from_it(received):
 
 
 def drawn(self, requests, **_):
-    """Images at once, where a model would be compiled."""
+    """Return images at once, where a model would be compiled."""
     return Generated(
         [r.text for r in requests],
         np.zeros((len(requests), 64, 64, 3), np.uint8),
@@ -213,7 +213,7 @@ def test_commands_that_read_a_checkpoint(received, tmp_path, monkeypatch, comman
 
 
 def test_a_run_that_starts_from_it(received):
-    """`blip3o rl` and `train`: the model, and nothing else of what its config.json says."""
+    """Check `blip3o rl` and `train`, which read the model and no other field of its config.json."""
     config = initialize.from_checkpoint(received, trained=("ar",))
     assert (
         config.rl.rewards == ()
@@ -241,8 +241,8 @@ def test_a_recipe_leads_nowhere_else(received, elsewhere, name, capsys):
 
 
 def test_no_file_is_unpickled():
-    """Processes of this package talk to each other by pickles. Files hold none, and PyTorch's are
-    read as weights alone."""
+    """Check that no file is read by pickle, which processes of this package use between each other;
+    PyTorch's files are read as weights alone."""
     package = pathlib.Path(cli.__file__).parent.parent
     own = {"rl/rewards/processes.py", "bench/sharding/isolated_process.py"}
     for file in package.rglob("*.py"):

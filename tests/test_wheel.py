@@ -1,4 +1,4 @@
-"""The package as it is installed from a wheel, away from the clone."""
+"""Check the package as it is installed from a wheel, away from the clone."""
 
 import pathlib
 import shutil
@@ -21,7 +21,8 @@ def run(*command, **options):
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
-    """The directory of a virtual environment that has the wheel, and this one's libraries."""
+    """Return the directory of a virtual environment that has the wheel, and this one's
+    libraries."""
     place = tmp_path_factory.mktemp("wheel")
     for name in BUILT_FROM:
         source = ROOT / name
@@ -47,7 +48,7 @@ def installed(tmp_path_factory):
 
 @pytest.mark.slow
 def test_an_installed_package_has_its_configs(installed, tmp_path):
-    """In a directory without configs/, by the command that users type."""
+    """Run the command that users type in a directory without configs/."""
     environment = {"PATH": f"{installed}/bin:/usr/bin:/bin", "HOME": str(tmp_path)}
     environment["JAX_PLATFORMS"] = "cpu"
     options = {"cwd": tmp_path, "env": environment}

@@ -147,7 +147,7 @@ def test_settings_and_metrics_have_the_fields_names(pattern):
 
 @pytest.fixture(scope="module")
 def defined() -> dict[str, list[str]]:
-    """Every name that the package defines, with its files."""
+    """Return every name that the package defines, with its files."""
     found: dict[str, list[str]] = {}
     for path in PACKAGE:
         for name in definitions(path):

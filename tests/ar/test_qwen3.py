@@ -11,7 +11,7 @@ from flax import nnx
 from blip3o_jax import config, nn
 from blip3o_jax.ar import qwen3
 from blip3o_jax.bench.cost import hlo
-from blip3o_jax.bench.sharding.buffers import whole
+from blip3o_jax.bench.sharding.buffers import unsharded
 from tests import stock_weights, tiny
 from tests.ar import torch_weights
 from tests.conftest import relative_error
@@ -201,7 +201,7 @@ def test_no_device_holds_the_whole_table_or_its_gradient(mesh):
         .compile()
     )
     table = jax.ShapeDtypeStruct(table_VD.shape, table_VD.dtype, sharding=at)
-    assert whole(hlo.parse(compiled.as_text()), {"ar": {"embedding": table}}) == []
+    assert unsharded(hlo.parse(compiled.as_text()), {"ar": {"embedding": table}}) == []
     want_VD = np.zeros_like(table_VD)
     np.add.at(want_VD, ids_BL, weights_BLD)
     placed = [

@@ -1,4 +1,4 @@
-"""The benches report what XLA makes of a program: here it optimises as it does for users."""
+"""Let XLA optimise as it does for users, since the benches report its programs."""
 
 from collections.abc import Iterator
 
@@ -15,7 +15,8 @@ def optimizations_of_the_bench() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def quick_compile(optimizations_of_the_bench: None) -> Iterator[None]:
-    """Programs of which no number is looked at: compiling them is all the time they take."""
+    """Compile fast the programs of which no number is checked: compiling them takes all their
+    time."""
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)

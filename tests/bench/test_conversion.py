@@ -1,6 +1,5 @@
-"""`blip3o bench conversion` on the tiny model: the report's fields, and that it notices a bit that
-is not the same.
-"""
+"""Run `blip3o bench conversion` on the tiny model: the report's fields, and that it finds a flipped
+bit."""
 
 import dataclasses
 import json

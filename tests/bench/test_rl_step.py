@@ -1,4 +1,4 @@
-"""`bench rl`: both ways of a step are the same step."""
+"""Check that both variants of `bench rl` do the same step."""
 
 import dataclasses
 import json

@@ -28,7 +28,7 @@ def test_every_stage_survives_the_way_into_a_checkpoint(recipe):
 
 
 def test_the_published_parts_are_all_there():
-    """Sizes are turned down; no part and no kind of layer is left out."""
+    """Check that sizes are reduced and no part and no kind of layer is left out."""
     model, published = demo.model(), config.ModelConfig()
     assert model.image_size == demo.IMAGE_SIZE
     assert set(model.vae.decoder_block_types) == set(published.vae.decoder_block_types)

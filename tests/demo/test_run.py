@@ -1,4 +1,4 @@
-"""The demo's report draws what its stages write."""
+"""Check that the demo's report draws the metrics that its stages write."""
 
 import dataclasses
 
@@ -25,7 +25,7 @@ DEMO_STAGES = tuple(recipe("data", "cache"))
 
 
 def names(cfg, loss, batch) -> set[str]:
-    """Of the metrics of a step, which is only traced."""
+    """Return the names of the metrics of a step, which is only traced."""
     plan = plan_state(cfg, tiny.strategy())
     _, metrics = jax.eval_shape(make_step(cfg, plan, tiny.strategy(), loss), plan.abstract, batch)
     return set(loop.with_groups(dict.fromkeys(metrics, 0.0)))

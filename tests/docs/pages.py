@@ -11,7 +11,7 @@ _FENCE = re.compile(r"^( *)(`{3,})([^\n`]*)\n(.*?)^\1\2 *$", re.MULTILINE | re.D
 
 
 class Fence(NamedTuple):
-    """A fenced block: the language, the text and the title="..." beside it, and the page's line."""
+    """Hold a fenced block: its language, its text and title="...", and the page's line."""
 
     language: str
     title: str

@@ -1,6 +1,5 @@
-"""Every command of README.md, docs/ and the docstrings of configs/ is one that runs: `blip3o` lines
-pass the command's own parser and their settings pass the config's, others name a known program.
-"""
+"""Check that every command of README.md, docs/ and the docstrings of configs/ runs: `blip3o` lines
+pass the command's own parser and their settings pass the config's, others name a known program."""
 
 import argparse
 import ast
@@ -116,7 +115,8 @@ def check_blip3o(arguments: list[str], any_config: pathlib.Path) -> None:
 
 
 def check_launcher(arguments: list[str], any_config: pathlib.Path) -> None:
-    """Every flag of a launcher is in its header; what comes after `--` is a command of blip3o."""
+    """Check that every flag of a launcher is in its header, and that a command of blip3o follows
+    `--`."""
     script = (ROOT / arguments[0]).read_text(encoding="utf-8")
     own, _, more = (list(part) for part in partition(arguments[1:], "--"))
     for flag in own:

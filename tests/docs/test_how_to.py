@@ -1,6 +1,5 @@
-"""The worked examples of docs/how_to/, run from the pages as they stand: files are written, edits
-are made to a copy of the package, and `blip3o train` trains what they add.
-"""
+"""Run the worked examples of docs/how_to/ from the pages as they stand: files are written, edits
+are made to a copy of the package, and `blip3o train` trains the result."""
 
 import json
 import os
@@ -42,7 +41,7 @@ def follow(page: str, root: pathlib.Path) -> None:
 
 
 def test_a_part_a_stage_and_a_strategy_are_added_and_trained(tmp_path):
-    """Four devices, since the strategy of the page cuts something then."""
+    """Run on four devices, on which the strategy of the page shards an axis."""
     shutil.copytree(ROOT / "blip3o_jax", tmp_path / "blip3o_jax")
     for page in ("add_a_part.md", "add_a_stage.md", "add_a_strategy.md"):
         follow(page, tmp_path)
@@ -96,7 +95,7 @@ def test_a_reward_is_a_term_of_a_run_and_a_suite(tmp_path, monkeypatch):
 
 
 class Painter:
-    """Stands in for a model: paints all prompts but the first in the colour that they name."""
+    """Replace a model: paint all prompts except the first in the colour that they name."""
 
     config = types.SimpleNamespace(model=types.SimpleNamespace(image_size=8))
 
@@ -104,7 +103,7 @@ class Painter:
         self.colours = colours
 
     def __getattr__(self, name):
-        """Whatever the method that samples is called."""
+        """Return the sampling method under any name."""
         return self.sample
 
     def sample(self, requests, **_):

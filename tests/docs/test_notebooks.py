@@ -1,4 +1,4 @@
-"""The notebooks of docs/notebooks run from the first cell to the last, and are kept without
+"""Run the notebooks of docs/notebooks from the first cell to the last, and check that they have no
 outputs."""
 
 import os

@@ -1,4 +1,4 @@
-"""The suites of editing, understanding and reconstruction: an oracle's result, and the
+"""Check the suites of editing, understanding and reconstruction: an oracle's result, and the
 baselines'."""
 
 import json
@@ -16,7 +16,7 @@ SIZE = 48
 
 
 class Oracle:
-    """Does what it is asked, by the key that it is not told."""
+    """Answer correctly, by the key that a model does not get."""
 
     def __init__(self):
         self.config = config.Config(
@@ -92,7 +92,7 @@ def test_who_does_as_asked_is_right(tmp_path, suite, baselines):
 
 
 def test_similarity():
-    """By hand where it can be told: equal pictures, a constant shift, noise."""
+    """Compare with values by hand where there are: equal pictures, a constant shift, noise."""
     rng = np.random.default_rng(0)
     a = rng.integers(60, 190, (32, 32, 3), np.uint8)
     assert edit_scorer.psnr(a, a) == 60 and reconstruction.ssim(a, a) == pytest.approx(1)

@@ -13,9 +13,8 @@ NASTY = "a \"red\" <script>alert(1)</script> & 'circle' $title"
 
 
 def results(rng: np.random.Generator) -> report.Results:
-    """A small run in every respect: names with underscores, prompts that look like markup, a loss
-    that was not finite.
-    """
+    """Return a small run in every respect: names with underscores, prompts that look like markup, a
+    loss that was not finite."""
 
     def image(side: int = 8) -> np.ndarray:
         return rng.integers(0, 256, (side, side, 3), dtype=np.uint8)
@@ -82,9 +81,8 @@ def results(rng: np.random.Generator) -> report.Results:
 
 
 class Page(html.parser.HTMLParser):
-    """Elements with their attributes, the text outside style and script, and whether tags close in
-    order.
-    """
+    """Parse elements with their attributes, the text outside style and script, and whether tags
+    close in order."""
 
     VOID = ("meta", "img", "line", "circle", "path")
 

@@ -1,4 +1,4 @@
-"""Any reward as a suite."""
+"""Check any reward as a suite."""
 
 import json
 
@@ -11,7 +11,7 @@ from blip3o_jax.evaluation.runner import find_suite
 
 
 def brightness(images_BHWC, prompts, metadata):
-    """NaN for the prompt "unknown"."""
+    """Return NaN for the prompt "unknown"."""
     return np.where(
         [p == "unknown" for p in prompts], np.nan, images_BHWC.mean(axis=(1, 2, 3)) / 255
     )

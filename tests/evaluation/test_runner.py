@@ -13,9 +13,8 @@ COUNT = 14
 
 
 class Oracle:
-    """Stands in for a pipeline: draws what is asked, but for every fifth prompt, which it leaves
-    white.
-    """
+    """Replace a pipeline: render the asked scenes, except for every fifth prompt, whose image is
+    white."""
 
     config = types.SimpleNamespace(model=types.SimpleNamespace(image_size=64))
 

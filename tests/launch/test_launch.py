@@ -1,6 +1,5 @@
-"""The launchers as text: what they would do, their shell, the manifest. (tests/parallel runs
-launch/local.sh.)
-"""
+"""Check the launchers as text: the commands they would run, their shell, the manifest.
+(tests/parallel runs launch/local.sh.)"""
 
 import functools
 import json
@@ -46,7 +45,10 @@ def test_local_starts_every_host_with_its_devices():
     lines = printed(
         "local.sh", "-n", "2", "-d", "4", "--", "train", "--config=c.py", "--workdir=a b"
     ).splitlines()
-    common = "JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=4 python3 -u -m blip3o_jax train --config=c.py --workdir=a\\ b"
+    common = (
+        "JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=4 python3 -u -m blip3o_jax train --config=c.py "
+        "--workdir=a\\ b"
+    )
     hosts = (
         "--config.mesh.cpu_devices=4 --coordinator=127.0.0.1:PORT --num_processes=2 --process_id"
     )
@@ -91,9 +93,8 @@ def test_queued_resources_are_asked_for_used_and_given_back():
 
 
 def cloud(directory, state, job):
-    """(environment, log) of a `gcloud` that notes what it is asked for: its requests are in
-    `state`, its machines run `job`.
-    """
+    """Return (environment, log) of a `gcloud` that records its requests: they are in `state`, and
+    its machines run `job`."""
     log, program = directory / "asked", directory / "gcloud"
     program.write_text(
         f'#!/bin/sh\necho "$*" >> {shlex.quote(str(log))}\n'
@@ -168,9 +169,8 @@ def test_slurm_requeues_what_has_saved():
 
 
 def local(tmp_path, *statuses, restarts=3):
-    """(status of local.sh, how often each host was started) for hosts that end with `statuses`,
-    then with the last of them.
-    """
+    """Return (status of local.sh, how often each host was started) for hosts that end with
+    `statuses`, then with the last of them."""
     program, count = tmp_path / "python", tmp_path / "count"
     program.write_text(
         "#!/bin/bash\n[[ $2 != import* ]] || { echo 1234; exit; }\n"
@@ -475,7 +475,8 @@ def test_every_flag_has_a_reason_and_a_source():
 )
 @pytest.mark.parametrize("chip", ["cpu", "h100"])
 def test_what_is_set_already_wins(chip, given):
-    """In a shell and from Python: another variable stays, and of flags the last one counts."""
+    """Check in a shell and from Python: another variable stays, and of equal flags the last one
+    counts."""
     script = f'eval "$({sys.executable} blip3o_jax/parallel/flags.py {chip})"; env'
     env = {"PATH": os.environ["PATH"]} | given
     done = subprocess.run(

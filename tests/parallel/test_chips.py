@@ -14,9 +14,8 @@ def test_every_kind_names_one_chip():
 
 @pytest.mark.parametrize("name", list(chips.CHIPS))
 def test_figures_are_of_a_device_and_in_units_of_one(name):
-    """A slip of a factor of 1000, or of a chip for a device, lands outside what chips of these
-    years do.
-    """
+    """Bound the figures: a factor of 1000, or a chip in place of a device, is outside the range of
+    current chips."""
     chip = chips.CHIPS[name]
     assert 1e14 < chip.flops < 2e15
     assert 100 < chip.flops / chip.hbm_rate < 600, "FLOPs a byte"
@@ -30,7 +29,7 @@ def test_figures_are_of_a_device_and_in_units_of_one(name):
 
 
 def test_the_clock_gives_the_peak():
-    """FLOPs a cycle are twice a whole number of multipliers: squares of 128 or 256."""
+    """Check that FLOPs a cycle are twice a whole number of multipliers: squares of 128 or 256."""
     for chip in chips.CHIPS.values():
         if chip.clock:
             squares = chip.flops / chip.clock / 2 / 128**2

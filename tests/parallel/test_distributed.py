@@ -1,4 +1,5 @@
-"""Hosts as real processes (launch/local.sh): they start, agree, are killed, stopped and resumed."""
+"""Run hosts as real processes (launch/local.sh): they start, agree, are killed, stopped and
+resumed."""
 
 import dataclasses
 import itertools
@@ -67,7 +68,7 @@ def config_file(directory, cfg):
 
 
 class Job:
-    """launch/local.sh with its log."""
+    """Run launch/local.sh with its log."""
 
     count = itertools.count()
 
@@ -99,7 +100,7 @@ class Job:
         return self.log.read_text()
 
     def pid(self, host):
-        """Of the last start."""
+        """Return the process id of the last start."""
         return int(re.findall(rf"host {host} is process (\d+)", self.text())[-1])
 
     def until(self, condition, seconds=240):
@@ -109,7 +110,7 @@ class Job:
             time.sleep(0.005)
 
     def until_step(self, step):
-        """It is past `step`, and has a checkpoint."""
+        """Wait until the job is past `step`, and has a checkpoint."""
         saved = lambda: any(p.name.isdigit() for p in (self.workdir / "checkpoints").glob("*"))
         self.until(lambda: len(read_rows(self.workdir / "metrics.jsonl")) >= step and saved())
 
@@ -124,7 +125,7 @@ class Job:
 
 @pytest.fixture
 def job():
-    """Makes jobs, and ends what is left of them."""
+    """Make jobs, and end the remaining ones."""
     started = []
 
     def start(*args):
@@ -144,18 +145,16 @@ def losses(workdir):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """Losses of an uninterrupted run on eight devices of one process, every parameter on each of
-    them.
-    """
+    """Return the losses of an uninterrupted run on eight devices of one process, every parameter on
+    each of them."""
     workdir = tmp_path_factory.mktemp("whole")
     supervised.train(settings(mesh={"data": -1, "fsdp": 1, "strategy": "dp"}), workdir)
     return losses(workdir)
 
 
 def test_two_hosts_one_of_them_killed_go_on_as_one(whole, job, tmp_path):
-    """2 x 4 devices, fsdp; host 1 hangs, which the watchdog tells, and is killed, which host 0
-    does; then 1 x 8 devices, dp, from the checkpoint.
-    """
+    """Run 2 x 4 devices, fsdp; host 1 hangs, which the watchdog reports, and is killed, which host
+    0 reports; then resume on 1 x 8 devices, dp, from the checkpoint."""
     workdir = tmp_path / "run"
     pair = job(tmp_path, workdir, settings(), 2, 4, "-r", 0)
     pair.until_step(EVERY + 1)
@@ -187,7 +186,7 @@ def test_two_hosts_one_of_them_killed_go_on_as_one(whole, job, tmp_path):
 
 
 def test_sigterm_on_one_host_saves_on_all_and_the_launcher_restarts(job, tmp_path):
-    """Of a run that is long enough not to be over before the hosts have agreed where to stop."""
+    """Use a run that is long enough not to end before the hosts have agreed where to stop."""
     steps = 8 * STEPS
     cfg = dataclasses.replace(settings(checkpoint={"every": 1000}), steps=steps)
     pair = job(tmp_path, tmp_path / "run", cfg, 2, 1, "-r", 1)
@@ -214,9 +213,8 @@ def test_sigterm_on_one_host_saves_on_all_and_the_launcher_restarts(job, tmp_pat
 
 @pytest.mark.slow
 def test_two_hosts_train_a_vocabulary_and_fill_an_encoder_cache_once(job, tmp_path):
-    """Files that one host writes and both read. Host 0 alone trains the vocabulary; each host fills
-    its parts of the cache.
-    """
+    """Check files that one host writes and both read. Host 0 alone trains the vocabulary; each host
+    fills its parts of the cache."""
     cfg = tiny.run_config(
         tiny.data(), steps=3, preview=0, data={"cache_dir": str(tmp_path / "cache")}
     )
@@ -237,7 +235,7 @@ def test_a_mistake_ends_all_hosts_and_is_no_reason_to_restart(job, tmp_path):
 
 
 def two_hosts(tmp_path, *arguments, cwd=(ROOT, ROOT)):
-    """Two processes that differ in `arguments` and directory."""
+    """Start two processes that differ in `arguments` and directory."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -265,13 +263,13 @@ def two_hosts(tmp_path, *arguments, cwd=(ROOT, ROOT)):
 
 
 def said_by(processes):
-    """(stderr, status) of each."""
+    """Return (stderr, status) of each."""
     return [(p.communicate(timeout=120)[1], p.returncode) for p in processes]
 
 
 @pytest.mark.slow
 def test_ctrl_c_after_sigterm_does_not_lose_the_save_of_several_hosts(tmp_path):
-    """Both on host 1, one right after the other."""
+    """Send both to host 1, one right after the other."""
     flags = [
         f"--workdir={tmp_path / 'run'}",
         "--config.steps=2000",
@@ -308,7 +306,7 @@ def test_hosts_that_disagree_are_refused_with_one_line(tmp_path):
 
 
 def test_an_error_on_one_host_ends_all_with_its_status(tmp_path):
-    """Images that host 1 does not see. Host 0, which waits for it in a collective, hears of it."""
+    """Hide the images from host 1. Host 0, which waits for it in a collective, gets the error."""
     tiny.write_data(tmp_path / "zero" / "images")
     (tmp_path / "one").mkdir()
     flags = [f"--workdir={tmp_path / 'run'}", "--config.data.path=images"]
@@ -429,7 +427,7 @@ def test_the_kernel_that_was_chosen_is_in_the_log(caplog):
 
 
 def test_a_job_that_is_left_is_not_asked_about_errors(monkeypatch):
-    """Such as one after the run, or status 75: the client of `jax.distributed` is shut down."""
+    """Shut down the client of `jax.distributed`, as after the run, or after status 75."""
     left = types.SimpleNamespace(
         close=lambda: None,
         lost=lambda: pytest.fail("asked"),

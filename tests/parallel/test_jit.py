@@ -1,4 +1,5 @@
-"""Every program that runs a network places its activations: by the source, and in the programs."""
+"""Check that every program that runs a network constrains its activations, in the source and in the
+compiled programs."""
 
 import ast
 import functools
@@ -87,8 +88,8 @@ def pins(program, *arguments) -> int:
 
 @functools.cache
 def run():
-    """(configuration, image_token_offset, batch, strategy, plan) of a joint run, from shapes
-    alone."""
+    """Return (configuration, image_token_offset, batch, strategy, plan) of a joint run, from
+    shapes alone."""
     cfg, offset, batch = tiny.prepared("joint")
     strategy = tiny.strategy("fsdp", data=2, fsdp=2)
     return cfg, offset, batch, strategy, plan_state(cfg, strategy)

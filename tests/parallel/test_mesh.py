@@ -75,7 +75,7 @@ def test_slices_that_cannot_be(sizes, message):
 
 @dataclasses.dataclass
 class Chip:
-    """What JAX says of a TPU chip."""
+    """Describe a TPU chip as JAX does."""
 
     coords: tuple[int, ...]
     slice_index: int = 0
@@ -100,9 +100,8 @@ def test_real_slices_are_asked_how_many_they_are():
 
 @pytest.mark.parametrize("slices", [1, 2])
 def test_a_mesh_that_does_not_go_onto_the_torus(slices):
-    """JAX finds no place for it, in one slice or in each of two, and says so by an error of its
-    own.
-    """
+    """Check the error where JAX finds no assignment, in one slice or in each of two, and raises an
+    error of its own."""
     chips = [Chip(at, number) for number in range(slices) for at in np.ndindex(4, 4, 5)]
     message = "mesh fsdp=8 x tensor=10 cannot be laid onto the torus of a slice, choose other sizes"
     with pytest.raises(ConfigError, match=message) as error:
@@ -112,9 +111,8 @@ def test_a_mesh_that_does_not_go_onto_the_torus(slices):
 
 @pytest.mark.parametrize(("cores", "want"), [(2, "32"), (4, None)])
 def test_more_cpu_devices_than_cores_have_threads_to_wait_in(monkeypatch, cores, want):
-    """With one thread a device the programs of eight devices on two cores waited for each other for
-    ever, now and then.
-    """
+    """Check the number of threads: with one thread a device the programs of eight devices on two
+    cores sometimes waited for each other for ever."""
     monkeypatch.delenv("NPROC")
     monkeypatch.setattr(os, "cpu_count", lambda: cores)
     monkeypatch.setattr(jax.config, "update", lambda *_: None)

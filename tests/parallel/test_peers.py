@@ -13,7 +13,7 @@ AGAIN = "the same command goes on from the last checkpoint"
 
 
 class Store:
-    """The key-value store of jax.distributed."""
+    """Replace the key-value store of jax.distributed."""
 
     def __init__(self):
         self.values, self.changed, self.gone = {}, threading.Condition(), False
@@ -44,7 +44,7 @@ class Store:
 
 @pytest.fixture
 def hosts(monkeypatch):
-    """Three hosts and their store; what `exits.process.end` is given."""
+    """Return three hosts and their store, and the arguments of `exits.process.end`."""
     ended = []
     for name, value in {"HEARTBEAT_PERIOD": 0.02, "STALE": 0.1, "GRACE_SECONDS": 0.05}.items():
         monkeypatch.setattr(peers, name, value)

@@ -44,7 +44,10 @@ def test_a_mesh_axis_of_one_device_is_not_named():
 
 
 def test_a_dimension_that_does_not_divide_is_named_with_both_sizes():
-    message = "strategy fsdp: ar/norm/x has embed=12, which does not divide over mesh axes fsdp = 8; use a multiple of 8"
+    message = (
+        "strategy fsdp: ar/norm/x has embed=12, which does not divide over mesh axes fsdp = 8; "
+        "use a multiple of 8"
+    )
     with fails(message):
         tiny.strategy("fsdp", fsdp=8).spec("ar", ("embed",), (12,), "ar/norm/x")
     with fails(

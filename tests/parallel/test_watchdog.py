@@ -52,7 +52,7 @@ def test_who_is_stuck_in_what(heartbeats, expected):
 
 
 def test_it_reports_when_nothing_moves_and_not_before(capsys):
-    """Reported at 0.4 s; every step of progress restarts the time."""
+    """Expect a report at 0.4 s; every step of progress restarts the time."""
     with Watchdog(0.4) as watch:
         for step in range(8):
             watch.enter("step", step)

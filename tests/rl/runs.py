@@ -1,4 +1,4 @@
-"""Tiny runs of reinforcement learning, for the tests."""
+"""Configure tiny runs of reinforcement learning, for the tests."""
 
 import dataclasses
 import functools
@@ -15,7 +15,7 @@ from tests.rl.redness import PROMPTS
 
 @functools.cache
 def started_from() -> pathlib.Path:
-    """The workdir of a joint run, written once a test session."""
+    """Return the workdir of a joint run, written once a test session."""
     workdir = tiny.scratch()
     tiny.write_checkpoint(workdir)
     lines = [json.dumps({"prompt": prompt, "category": prompt.split()[0]}) for prompt in PROMPTS]
@@ -26,9 +26,8 @@ def started_from() -> pathlib.Path:
 def run_config(
     policy: str = "ar", *, mesh: dict[str, Any] | None = None, **changes: Any
 ) -> config.Config:
-    """2 prompts of 4 images a rollout, on the policy's own terms; `changes` are fields of RlConfig,
-    or of Config.
-    """
+    """Return a run of 2 prompts of 4 images a rollout, with the policy's defaults; `changes` are
+    fields of RlConfig, or of Config."""
     root, step = checkpoint.find(started_from())
     given = checkpoint.read_config(root)
     text = dataclasses.replace(given.model.text, path=str(root / "text"), train_size=0)

@@ -1,5 +1,5 @@
-"""The SDE against closed forms: for z ~ N(M, S^2) in every number, the velocity and all marginals
-are known.
+"""Compare the SDE with closed forms: for z ~ N(M, S^2) in every number, the velocity and all
+marginals are known.
 
 x_sigma ~ N((1 - sigma) M, V),  V = (1 - sigma)^2 S^2 + sigma^2
 v(x) = E[e - z | x] = (sigma - (1 - sigma) S^2) / V (x - (1 - sigma) M) - M
@@ -86,7 +86,7 @@ def test_without_noise_a_transition_is_the_euler_step(rng):
 
 @pytest.mark.parametrize("shift", [1.0, 0.5175])
 def test_without_noise_the_sampler_is_the_ode_sampler(shift, rng):
-    """Of a shift whose first level rounds to less than 1, too."""
+    """Include a shift whose first level rounds to less than 1."""
     flow = FlowConfig(shift=shift)
     assert (flow_matching.sampling_sigmas(6, flow)[0] < 1) == (shift != 1)
     noise, keys = start(rng)
@@ -104,7 +104,8 @@ def test_without_noise_the_sampler_is_the_ode_sampler(shift, rng):
 
 
 def moments(steps: int, noise: float) -> np.ndarray:
-    """Mean and deviation of x after each step when all but the last are noisy: [steps, 2].
+    """Return mean and deviation of x after each step when all except the last are noisy: [steps,
+    2].
 
     A transition is linear in x here, x' = a x + b + std n; a and b are read off it.
     """
@@ -125,10 +126,9 @@ def moments(steps: int, noise: float) -> np.ndarray:
 
 
 def test_marginals_are_the_odes_without_sampling_error():
-    """Exact moments of the chain of Gaussians. What is left is the error of finite steps: k steps
-    after the start, where the length of a step times eta^2 is a^2 / k however many there are, a^4 /
-    4 k^2 of the variance, which later steps forget.
-    """
+    """Compare exact moments of the chain of Gaussians. The remaining error is that of finite steps:
+    k steps after the start, where the length of a step times eta^2 is a^2 / k for any number of
+    steps, a^4 / 4 k^2 of the variance, which later steps remove."""
     steps, a = 1000, 0.7
     sigma = flow_matching.sampling_sigmas(steps, FLOW).astype(np.float64)[1:]
     mean, std = moments(steps, a).T
@@ -143,9 +143,8 @@ def test_marginals_are_the_odes_without_sampling_error():
 
 
 def test_marginals_of_samples():
-    """131072 samples: the standard error of the mean is V^0.5 / 362, of the deviation V^0.5 / 512;
-    five of them are allowed.
-    """
+    """Draw 131072 samples: the standard error of the mean is V^0.5 / 362, of the deviation V^0.5 /
+    512; five of them are allowed."""
     steps, trained, shape = 100, [9, 29, 49, 69, 98], (64, 64, 16)
     noise, keys = start(np.random.default_rng(1), 2, shape)
     z, trajectory = sample(noise, keys, trained, steps=steps, noise_everywhere=True)
@@ -170,9 +169,8 @@ def test_marginals_of_samples():
 
 
 def loop(noise_BHWC, keys_B, noisy, steps: int) -> tuple[list, list]:
-    """x before each step and after the last, and the log-probability of each noisy step; one step
-    after the other.
-    """
+    """Return x before each step and after the last, and the log-probability of each noisy step; one
+    step after the other."""
     sigma = flow_matching.sampling_sigmas(steps, FLOW)
     xs, logprobs = [np.asarray(noise_BHWC, np.float64)], []
     for i in range(steps):
@@ -246,7 +244,7 @@ def test_the_velocity_is_traced_as_often_for_many_steps_as_for_few(rng):
 
 
 def test_the_same_policy_has_a_ratio_of_one(rng):
-    """Within 1e-6: the replay is another program, and may add up in another order."""
+    """Allow 1e-6: the replay is another program, and may sum in another order."""
     noise, keys = start(rng)
     trained = jnp.asarray([0, 2, 4])
     _, trajectory = sample(noise, keys, trained, noise_everywhere=True)

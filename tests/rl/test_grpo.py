@@ -1,4 +1,4 @@
-"""Values by hand; ratios are given, and the log-probabilities that lead to them follow."""
+"""Compare with values by hand; ratios are given, and the log-probabilities follow from them."""
 
 import dataclasses
 
@@ -20,9 +20,8 @@ CLOSE = {"rtol": 1e-6, "atol": 1e-7}
 def run(
     ratio_BN, advantage_B, cfg=CFG, reference_ratio_BN=None, valid_B=(True, True), fraction_B=None
 ):
-    """Loss, gradient by the log-probabilities [B, N], metrics; of policies whose ratios to the
-    present one are given.
-    """
+    """Return loss, gradient by the log-probabilities [B, N], and metrics, of policies whose ratios
+    to the present one are given."""
     old_BN = jnp.log(jnp.asarray([[0.1, 0.2], [0.3, 0.4]]))
     logprobs_BN = old_BN + jnp.log(jnp.asarray(ratio_BN))
     reference_BN = (
@@ -63,7 +62,8 @@ def test_clipped_tokens_have_no_gradient():
 
 
 def test_the_clip_leaves_what_undoes_the_move():
-    """A ratio that has moved against its advantage keeps its gradient, however far it is."""
+    """Check that a ratio that has moved against its advantage keeps its gradient at any
+    distance."""
     value, gradient, metrics = run([[0.5, 1.25], [1.5, 0.85]], [2.0, -1.0])
     np.testing.assert_allclose(value, (-1 - 2.5 + 1.5 + 0.85) / 4, **CLOSE)
     np.testing.assert_allclose(gradient, np.asarray([[-1, -2.5], [1.5, 0.85]]) / 4, **CLOSE)
@@ -197,7 +197,7 @@ def test_mean_of_micro_batches_is_the_batch(loss_aggregation, ratio, rng):
 
 
 def torch_loss(logprobs, old, reference, advantage, cfg: RlConfig) -> torch.Tensor:
-    """The loss as TRL has it, with a completion mask of ones."""
+    """Return the loss as in TRL, with a completion mask of ones."""
     mask, advantage = torch.ones_like(logprobs), advantage[:, None]
     weight = logprobs - old
     if cfg.importance_sampling_level == "sequence":

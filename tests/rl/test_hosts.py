@@ -1,4 +1,4 @@
-"""Reinforcement learning on two hosts, as real processes."""
+"""Run reinforcement learning on two hosts, as real processes."""
 
 import numpy as np
 import pytest
@@ -12,9 +12,8 @@ from tests.rl.test_run import EIGHT
 
 @pytest.mark.slow
 def test_two_hosts_of_four_devices_do_what_one_of_eight_does(tmp_path):
-    """Each host scores the images that its devices hold; both know all rewards. The numbers differ
-    by the order of sums.
-    """
+    """Check that each host scores the images of its devices and has all rewards. The numbers differ
+    by the order of sums."""
     cfg = runs.run_config("both", mesh=EIGHT)
     pair = Job(tmp_path, tmp_path / "pair", cfg, 2, 4, command="rl")
     try:

@@ -1,6 +1,5 @@
-"""A run that is killed for good, in any phase, goes on as if it had not been. Every phase is a
-process that is killed.
-"""
+"""Kill a run in any phase: resumed, it continues as if it had not been killed. Every phase is a
+process that is killed."""
 
 import json
 import os
@@ -55,7 +54,7 @@ method.run(config.from_dict(json.load(open(config_file))), workdir)
 
 @pytest.fixture(scope="module")
 def given(tmp_path_factory):
-    """The configuration's file, and the workdir of a run of it that nothing has stopped."""
+    """Return the configuration's file, and the workdir of an uninterrupted run of it."""
     directory = tmp_path_factory.mktemp("whole")
     cfg = runs.run_config("ar", checkpoint=saved(1))
     (directory / "config.json").write_text(json.dumps(config.to_dict(cfg)))

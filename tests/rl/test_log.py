@@ -1,4 +1,4 @@
-"""Lines of rollouts, and the picture of the best and worst."""
+"""Check lines of rollouts, and the picture of the best and worst."""
 
 import os
 import pathlib
@@ -66,9 +66,8 @@ def test_each_host_has_a_file_of_its_own(tmp_path):
 
 
 def test_the_best_come_first():
-    """Twenty images, each as bright as its reward: the first six are the brightest, the last six
-    the darkest.
-    """
+    """Log twenty images, each as bright as its reward: the first six are the brightest, the last
+    six the darkest."""
     rewards = np.arange(20.0)[::-1]
     images = np.repeat((rewards * 10).astype(np.uint8), 3 * 16).reshape(20, 4, 4, 3)
     (grid,) = best_and_worst(images, [str(i) for i in range(20)], rewards)

@@ -1,4 +1,4 @@
-"""The warnings about sampling and scoring that disagree."""
+"""Check the warnings about sampling and scoring that differ."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""The order in which a run takes its prompts."""
+"""Check the order of a run's prompts."""
 
 import numpy as np
 import pytest

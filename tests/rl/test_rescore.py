@@ -1,4 +1,4 @@
-"""A run's images are scored again."""
+"""Score a run's images again."""
 
 import dataclasses
 import json
@@ -19,9 +19,8 @@ RED = (RewardConfig(name="python:tests.rl.redness.redness"),)
 
 @pytest.fixture
 def run(tmp_path, rng):
-    """A workdir with two rollouts of three images, of which two hosts have scored two and one, one
-    of them in vain.
-    """
+    """Return a workdir with two rollouts of three images, of which two hosts have scored two and
+    one, one of them without success."""
     images = rng.integers(0, 256, (2, 3, 8, 8, 3), dtype=np.uint8)
     for host, rows in ((0, [0, 2]), (1, [1])):
         log = RolloutLog(tmp_path, host, 0, 0, keep_images=True)
@@ -115,7 +114,7 @@ LINE = {"rollout": 0, "row": 0, "prompt": "a", "metadata": {}, "total": 1.0, "im
     ids=lambda change: str(change)[:30],
 )
 def test_lines_that_no_log_writes(tmp_path, change):
-    """One line that names file and line, and no path is made of what it says."""
+    """Expect one line that names file and line, and no path made from the line's text."""
     log = tmp_path / "rollouts.jsonl"
     log.write_text(
         json.dumps(LINE | change) + "\n"

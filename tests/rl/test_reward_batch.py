@@ -1,4 +1,4 @@
-"""Rewards concatenated, and the metrics of a rollout by hand."""
+"""Check concatenated rewards, and the metrics of a rollout by hand."""
 
 import math
 
@@ -25,7 +25,7 @@ def rewards(total, failed=None, **parts):
 
 
 def test_parts_that_are_missing_are_nan():
-    """A batch of which every image failed has no parts."""
+    """Include a batch of which every image failed, which has no parts."""
     both = concatenate(
         [rewards([1, 2], ocr=[1, 2]), rewards([0, 0], [True, True]), rewards([3], clip=[3])]
     )
@@ -44,7 +44,7 @@ def test_parts_that_are_missing_are_nan():
 
 
 def test_metrics_by_hand():
-    """Two groups of two; the second one's first image failed, so that it is degenerate."""
+    """Use two groups of two; the second one's first image failed, so that it is degenerate."""
     cfg = RlConfig(num_generations=2, scale_rewards="none")
     of = rewards(
         [1, 3, 99, 5],

@@ -1,4 +1,4 @@
-"""How a rollout is cut, and the policies that sample it."""
+"""Check how a rollout is split, and the policies that sample it."""
 
 import jax.numpy as jnp
 import pytest
@@ -57,7 +57,7 @@ def test_there_is_a_reference_policy_where_a_divergence_is_weighed():
 
 
 class Reinforce(TokenPolicy):
-    """REINFORCE: an algorithm as a file of its own would have it."""
+    """Implement REINFORCE as an algorithm in a separate file would."""
 
     def loss(self, model, arrays, weights, image_ids, share):
         logprobs_BN, _ = self.score(model, arrays, image_ids, share)

@@ -1,4 +1,4 @@
-"""Whole runs, tiny: updates are the same on any mesh, and whatever stops a run."""
+"""Run whole, tiny runs: updates are the same on any mesh, and after any interruption."""
 
 import dataclasses
 import json
@@ -28,7 +28,7 @@ EIGHT = {"data": 2, "fsdp": 2, "tensor": 2, "strategy": "fsdp_tp"}
 
 @pytest.fixture(scope="module", autouse=True)
 def one_device():
-    """Runs that ask for one device get one of the eight."""
+    """Give runs that ask for one device one of the eight."""
     whole = Strategy.of
 
     def of(mesh, devices=None):
@@ -42,7 +42,7 @@ def one_device():
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """Policy -> the workdir of its run of four updates."""
+    """Return policy -> the workdir of its run of four updates."""
     found = {}
     for policy in ("ar", "both"):
         found[policy] = tmp_path_factory.mktemp(policy)
@@ -71,9 +71,8 @@ def weights(workdir):
 
 
 def test_the_policy_that_drew_is_the_one_that_is_scored(whole):
-    """Before an update all ratios are 1, to what float32 leaves of log-probabilities of 3 nats: a
-    few units of 2.4e-7.
-    """
+    """Check that before an update all ratios are 1, up to the float32 rounding of log-probabilities
+    of 3 nats: a few units of 2.4e-7."""
     for row in numbers(whole["ar"]) + numbers(whole["both"]):
         assert row["rl/ratio_gap"] < 1e-6 and row["rl/ratio_gap_max"] < 1e-5
     assert all(row["rl/flow/ratio_gap_max"] < 1e-6 for row in numbers(whole["both"]))
@@ -90,7 +89,8 @@ def test_the_first_kl_is_zero_and_then_grows(whole):
 
 
 def test_eight_devices_do_the_same(whole, tmp_path):
-    """Sampled ids are equal, so rewards are; parameters after four updates to 1e-5."""
+    """Compare sampled ids, which are equal, so rewards are; parameters after four updates to
+    1e-5."""
     method.run(runs.run_config("both", mesh=EIGHT), tmp_path)
     got, want = weights(tmp_path), weights(whole["both"])
     for (path, a), b in zip(jax.tree.leaves_with_path(got), jax.tree.leaves(want), strict=True):
@@ -108,7 +108,7 @@ def test_eight_devices_do_the_same(whole, tmp_path):
 
 @pytest.mark.parametrize("phase", ["rollout", "reward", "update", "save"])
 def test_a_run_stopped_anywhere_goes_on_as_if_it_had_not_been(whole, tmp_path, monkeypatch, phase):
-    """An exception in place of a kill: nothing of the loop's own is done after it."""
+    """Raise an exception in place of a kill: the loop runs no code of its own after it."""
     where = {
         "rollout": (RolloutIterator, "_sample_micro_batch"),
         "reward": (RolloutIterator, "_await_rewards"),
@@ -133,9 +133,8 @@ def test_a_run_stopped_anywhere_goes_on_as_if_it_had_not_been(whole, tmp_path, m
 
 
 def test_several_updates_on_a_rollout(tmp_path):
-    """The third is off the policy that drew (the first has learning rate 0); a run is saved between
-    rollouts alone.
-    """
+    """Check that the third update is off the policy that sampled (the first has learning rate 0); a
+    run is saved between rollouts alone."""
     method.run(runs.run_config("ar", steps=6, num_iterations=3, checkpoint=saved(3)), tmp_path)
     rows = numbers(tmp_path)
     assert (
@@ -147,7 +146,8 @@ def test_several_updates_on_a_rollout(tmp_path):
 
 
 def test_stale_rewards_are_of_the_rollout_before(whole, tmp_path):
-    """Its first rollout is the same; then it trains on what was drawn before the last update."""
+    """Check that its first rollout is the same; then it trains on samples from before the last
+    update."""
     method.run(runs.run_config("ar", off_policy_steps=1), tmp_path)
     got, want = numbers(tmp_path), numbers(whole["ar"])
     assert (
@@ -175,7 +175,7 @@ def test_truncated_sampling_is_replayed(tmp_path, capsys):
 
 @pytest.mark.parametrize("mesh", [None, {"data": 8, "fsdp": 1, "strategy": "dp"}])
 def test_flow_compares_images_of_the_same_tokens(tmp_path, monkeypatch, mesh):
-    """And from different initial noise. On eight devices each image has its own prefill."""
+    """Check different initial noise too. On eight devices each image has its own prefill."""
     rollouts, make = [], rollout_programs.make_rollout
 
     def recorded(*args):
@@ -220,7 +220,8 @@ def test_the_log_says_what_each_image_was_drawn_from(whole):
     ("policy", "parts"), [("ar", {"ar"}), ("flow", {"dit"}), ("both", {"ar", "dit"})]
 )
 def test_the_optimizer_has_no_state_of_anything_frozen(policy, parts):
-    """Both moments of it have the leaves of what is trained, and there is no other array."""
+    """Check that both moments have the leaves of the trained parameters, and that there is no
+    other array."""
     plan = plan_state(method.resolved(runs.run_config(policy)), tiny.strategy())
     shapes = lambda tree: [
         (jax.tree_util.keystr(path), leaf.shape) for path, leaf in jax.tree.leaves_with_path(tree)
@@ -234,7 +235,7 @@ def test_the_optimizer_has_no_state_of_anything_frozen(policy, parts):
 
 
 def test_the_reference_is_a_copy_of_what_is_trained_alone(tmp_path, monkeypatch):
-    """Of the AR, with the diffusion head and everything else left out."""
+    """Check the AR, with the diffusion head and all other parts left out."""
     held = {}
 
     def begin(self, context, prompts, pool, reference, *unused):
@@ -248,9 +249,8 @@ def test_the_reference_is_a_copy_of_what_is_trained_alone(tmp_path, monkeypatch)
 
 
 def test_low_rank_factors_go_on_from_a_checkpoint(tmp_path, monkeypatch):
-    """Held to the policy without them, whatever training has made of those that were drawn. Stopped
-    at the save of step 4: B has moved by step 2, so A by step 3.
-    """
+    """Compare with the policy without factors, for any trained values. Stopped at the save of step
+    4: B has moved by step 2, so A by step 3."""
     cfg = runs.run_config("ar", trainable=("ar/.*/lora_.*",), checkpoint=saved(1))
     ar = dataclasses.replace(cfg.model.ar, lora=dataclasses.replace(cfg.model.ar.lora, rank=2))
     cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, ar=ar))
@@ -270,7 +270,8 @@ def test_low_rank_factors_go_on_from_a_checkpoint(tmp_path, monkeypatch):
 
 
 def test_settings_that_change_between_two_starts(tmp_path):
-    """A reference may come later. Rollouts may not end between two checkpoints."""
+    """Check that a reference may be added later, and that rollouts may not end between two
+    checkpoints."""
     method.run(runs.run_config("ar", steps=1, kl_coef=0.0, checkpoint=saved(1)), tmp_path)
     method.run(runs.run_config("ar", steps=2, kl_coef=0.1, checkpoint=saved(1)), tmp_path)
     assert ["rl/kl" in row for row in numbers(tmp_path)] == [False, True]
@@ -296,7 +297,7 @@ def test_settings_that_cannot_work(changes, message):
 
 
 def test_nothing_is_trained_that_has_no_gradient(tmp_path):
-    with pytest.raises(ConfigError, match=r"names dit, which rl\.policy='ar' leaves alone"):
+    with pytest.raises(ConfigError, match=r"names dit, which rl\.policy='ar' does not train"):
         method.run(runs.run_config("ar", trainable=("ar/.*", "dit/.*")), tmp_path)
 
 
@@ -324,7 +325,7 @@ def test_a_gap_between_drawing_and_scoring_can_stop_the_run(tmp_path):
 
 
 def test_images_without_a_reward_are_left_out_or_stop_the_run(tmp_path):
-    """Each prompt is in one of two rollouts: in one of them half of the images have no score."""
+    """Use each prompt in one of two rollouts: in one of them half of the images have no score."""
     failing = (config.RewardConfig(name="python:tests.rl.redness.redness_but_of_pink"),)
     method.run(
         runs.run_config("ar", rewards=failing, retries=0, max_failed_fraction=0.5), tmp_path / "run"
@@ -337,7 +338,8 @@ def test_images_without_a_reward_are_left_out_or_stop_the_run(tmp_path):
     ) == 8
     with pytest.raises(
         UserError,
-        match=r"4 of 8 images have no reward, .* rl\.max_failed_fraction=0\.4: 4 x .*its score is nan",
+        match=r"4 of 8 images have no reward, .* rl\.max_failed_fraction=0\.4: "
+        r"4 x .*its score is nan",
     ):
         method.run(
             runs.run_config("ar", rewards=failing, retries=0, max_failed_fraction=0.4),
@@ -346,9 +348,8 @@ def test_images_without_a_reward_are_left_out_or_stop_the_run(tmp_path):
 
 
 def test_groups_without_a_difference_are_refilled(tmp_path):
-    """Half of the prompts make such groups: of an epoch of two rollouts two groups are left, which
-    is a batch. Metrics are of all that was drawn.
-    """
+    """Use prompts of which half make such groups: of an epoch of two rollouts two groups are left,
+    which is a batch. Metrics are of all samples."""
     reward = (config.RewardConfig(name="python:tests.rl.redness.redness_of_two"),)
     method.run(runs.run_config("ar", rewards=reward, dynamic_sampling=2, steps=3), tmp_path)
     rows, lines = numbers(tmp_path), read_rows(tmp_path / "rollouts.jsonl")
@@ -369,7 +370,7 @@ def test_groups_without_a_difference_are_refilled(tmp_path):
 
 
 def test_another_start_is_refused(whole, tmp_path):
-    """The reference that a run goes on with must be the one it began with."""
+    """Check that the reference of a resumed run is the one it began with."""
     cfg = runs.run_config("ar", steps=1, checkpoint=saved(1))
     method.run(cfg, tmp_path)
     other = tuple(

@@ -1,4 +1,4 @@
-"""Scoring in one pass against what sampling said token by token."""
+"""Compare scoring in one pass with the log-probabilities of sampling, token by token."""
 
 import dataclasses
 import functools
@@ -54,9 +54,8 @@ def score(model, tokens_BL, lengths_B, ids_BN, support_BNX, settings, chunk):
 @pytest.mark.parametrize("chunk", [N, 5, 1])
 @pytest.mark.parametrize("name", SETTINGS)
 def test_scoring_is_what_sampling_said(model, name, chunk):
-    """Log-probabilities of up to 4 nats, whose float32 has steps of 4.8e-7, from logits of twice
-    that; guidance of 2 at temperature 0.7 makes four times as much of an error.
-    """
+    """Compare log-probabilities of up to 4 nats, whose float32 has steps of 4.8e-7, from logits of
+    twice that; guidance of 2 at temperature 0.7 makes four times as much of an error."""
     settings, (tokens, lengths) = SETTINGS[name], prompts()
     found = drawn(model, tokens, lengths, keys(), settings)
     logprobs, entropy = score(
@@ -68,7 +67,7 @@ def test_scoring_is_what_sampling_said(model, name, chunk):
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_a_prompt_that_is_read_once_for_its_images_is_the_same(model, name):
-    """Log-probabilities, and their gradients: sums of float32 in another order."""
+    """Compare log-probabilities and their gradients: sums of float32 in another order."""
     settings, (tokens, lengths) = SETTINGS[name], (jnp.repeat(x, 2, axis=0) for x in prompts())
     found = drawn(
         model, tokens, lengths, jax.random.split(jax.random.key(3), len(tokens)), settings
@@ -94,7 +93,7 @@ def test_a_prompt_that_is_read_once_for_its_images_is_the_same(model, name):
 
 
 def test_entropy_by_its_definition(model):
-    """Of the first token: over all image ids, and over two that are kept."""
+    """Check the first token: over all image ids, and over two that are kept."""
     tokens, lengths = prompts()
     found = drawn(model, tokens, lengths, keys(), SETTINGS["full"])
     logits = np.asarray(model.logits(found.hidden_BTD[:, 0], IMAGE_IDS), np.float64)
@@ -112,7 +111,7 @@ def test_entropy_by_its_definition(model):
 
 @pytest.mark.parametrize("chunk", [5, N])
 def test_gradients_are_those_of_one_block(model, chunk):
-    """Finite where classes are left out and the last block is not full."""
+    """Check that gradients are finite where classes are left out and the last block is not full."""
     settings, (tokens, lengths) = SETTINGS["truncated"], prompts()
     found = drawn(model, tokens, lengths, keys(), settings)
     graphdef, state = nnx.split(model)
@@ -139,9 +138,8 @@ def test_gradients_are_those_of_one_block(model, chunk):
 
 
 def test_a_class_that_was_left_out_stays_left_out(model):
-    """Of another policy, the probabilities of the kept classes sum to one: what is scored is a
-    distribution over them.
-    """
+    """Check that under another policy the probabilities of the kept classes sum to one: scoring
+    uses a distribution over them."""
     settings, (tokens, lengths) = SETTINGS["truncated"], prompts()
     found = drawn(model, tokens, lengths, keys(), settings)
     other = Qwen3(dataclasses.replace(CFG), rngs=nnx.Rngs(1))

@@ -18,7 +18,8 @@ from tests.tiny.datasets import data
 def prepared(
     stage: str = "joint", supervise_prompt: bool = False, references: int = 0
 ) -> tuple[config.Config, int, dict[str, np.ndarray]]:
-    """(configuration with its vocabulary, image_token_offset, one batch of 8 rows) of a stage."""
+    """Return (configuration with its vocabulary, image_token_offset, one batch of 8 rows) of a
+    stage."""
     model = {
         "template": {"supervise_prompt": supervise_prompt},
         "editing": {"reference_slots": references},
@@ -40,9 +41,8 @@ def prepared(
 def cached_batch(
     cfg: config.Config, batch: dict[str, np.ndarray], seed: int = 0
 ) -> dict[str, np.ndarray]:
-    """A joint batch as it comes from the encoders' cache, with made-up codes and latents: no
-    encoder runs in the step.
-    """
+    """Return a joint batch as from the encoders' cache, with made-up codes and latents: no encoder
+    runs in the step."""
     rng = np.random.default_rng(seed)
     rows, side = len(batch["tokens"]), cfg.model.latent_size
     views = {

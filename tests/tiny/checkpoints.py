@@ -15,11 +15,11 @@ from tests.tiny.meshes import strategy
 
 
 def write_checkpoint(workdir: pathlib.Path, **changes: object) -> None:
-    """What a joint run over `data()` leaves in its `workdir` after 6 steps, with weights that were
-    not trained. `changes` as of `run_config`.
+    """Write the files of a joint run over `data()` after 6 steps to `workdir`, with weights that
+    were not trained. `changes` as in `run_config`.
 
-    They are drawn anew: initial weights say too little, since the AR's logits are all alike and the
-    DiT's last layer is near zero. Rows hold prompts of up to 68 tokens.
+    The weights are random: initial weights reveal too little, since the AR's logits are all alike
+    and the DiT's last layer is near zero. Rows hold prompts of up to 68 tokens.
     """
     cfg = run_config(data(), data={"max_length": 72}, **changes)
     cfg, vocabulary = with_vocabulary(cfg, open_mixture(cfg.data), workdir)

@@ -9,9 +9,8 @@ F32 = {"dtype": "float32"}
 
 
 def model() -> config.ModelConfig:
-    """16 px images: 16 latents of 4 channels, 4 image tokens out of 32 codes. Widths divide by 8,
-    so that they shard.
-    """
+    """Return a model of 16 px images: 16 latents of 4 channels, 4 image tokens out of 32 codes.
+    Widths divide by 8, so that they shard."""
     return config.ModelConfig(
         image_size=16,
         text=config.TextConfig(kind="sentencepiece", train_size=320),
@@ -91,9 +90,8 @@ def model() -> config.ModelConfig:
 
 
 def run_config(path: str | pathlib.Path = "", **changes: object) -> config.Config:
-    """A joint run over the data set at `path`; `changes` are fields of Config, those of a group
-    given as a dict.
-    """
+    """Return a joint run over the data set at `path`; `changes` are fields of Config, those of a
+    group given as a dict."""
     base = config.Config(
         steps=6,
         log_every=1,

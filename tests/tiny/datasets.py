@@ -23,7 +23,7 @@ CAPTIONS = tuple(
 
 
 def images(count: int = len(CAPTIONS), seed: int = 0) -> list[bytes]:
-    """PNG files of smooth colours, not square."""
+    """Return PNG files of smooth colours, not square."""
     rng = np.random.default_rng(seed)
     files = []
     for _ in range(count):
@@ -35,7 +35,7 @@ def images(count: int = len(CAPTIONS), seed: int = 0) -> list[bytes]:
 
 
 def write_data(directory: pathlib.Path, captions: tuple[str, ...] = CAPTIONS) -> pathlib.Path:
-    """A folder with captions.jsonl."""
+    """Write a folder with captions.jsonl."""
     directory.mkdir(parents=True, exist_ok=True)
     lines = []
     for i, (data, caption) in enumerate(zip(images(len(captions)), captions, strict=True)):
@@ -47,12 +47,12 @@ def write_data(directory: pathlib.Path, captions: tuple[str, ...] = CAPTIONS) ->
 
 @functools.cache
 def data() -> pathlib.Path:
-    """The folder, written once a test session."""
+    """Return the folder, written once a test session."""
     return write_data(scratch() / "images")
 
 
 def scratch() -> pathlib.Path:
-    """A directory for this test session."""
+    """Return a directory for this test session."""
     path = tempfile.mkdtemp(prefix="blip3o-tiny-")
     atexit.register(shutil.rmtree, path, ignore_errors=True)
     return pathlib.Path(path)

@@ -11,7 +11,7 @@ from blip3o_jax.parallel.rules import Strategy
 def strategy(
     name: str = "dp", data: int = 1, fsdp: int = 1, tensor: int = 1, **mesh: Any
 ) -> Strategy:
-    """A strategy on as many devices as the sizes come to."""
+    """Return a strategy on as many devices as the product of the sizes."""
     cfg = config.MeshConfig(data=data, fsdp=fsdp, tensor=tensor, strategy=name, **mesh)
     return Strategy.of(cfg, jax.devices()[: data * fsdp * tensor * cfg.sequence])
 

@@ -1,7 +1,6 @@
-"""The joint step of a small model compiled for four TPUs, and the FLOPs that the cost model finds
-in it, as JSON; a program of its own, since the TPU compiler takes over the signals of the process
-that loads it.
-"""
+"""Compile the joint step of a small model for four TPUs and print the FLOPs that the cost model
+finds in it, as JSON; a separate program, since the TPU compiler takes over the signals of the
+process that loads it."""
 
 import json
 
@@ -13,9 +12,8 @@ WHERE = topology.parse("v5e:2x2")
 
 
 def run_config() -> config.Config:
-    """Every part with all that the published one has, wide enough for products to stay products,
-    and nothing computed twice.
-    """
+    """Return a model with all parts and kinds of layer of the published one, wide enough for
+    products to stay products, and without recomputation."""
     return config.Config(
         stage="joint",
         model=config.ModelConfig(

@@ -1,9 +1,9 @@
-"""FLOPs of the joint training step written out from the architecture, part by part: {part:
+"""Compute the FLOPs of the joint training step from the architecture, part by part: {part:
 (forward, backward)}.
 
 A multiply-add is two. Each thing is counted once, of causal attention the half that is seen; only
-what the matrix unit does: depthwise convolutions are shifted products on TPUs, and sums and norms
-are no products.
+the work of the matrix unit counts: depthwise convolutions are shifted products on TPUs, and sums
+and norms are no products.
 
 The AR, its head and the connector are trained: the backward pass makes the gradients of inputs and
 weights, twice the forward's products. Of the DiT only the caption layers are: elsewhere it makes
@@ -15,9 +15,8 @@ from blip3o_jax.data.sequence import max_labels
 
 
 def joint_step(config: Config, tables: int = 1) -> dict[str, tuple[float, float]]:
-    """`tables`: on how many devices the tokenizer's codes are made of their embedding, each time
-    the whole table.
-    """
+    """Return the FLOPs; `tables`: on how many devices the tokenizer's codes are made of their
+    embedding, each time the whole table."""
     model, rows, length = config.model, config.data.batch_size, config.data.max_length
     labels = max_labels(model.template, model.tokenizer.num_tokens) or length
     found = {
@@ -102,7 +101,8 @@ def _dit(config):
 
 
 def _vae_encoder(vae: DcAeConfig, size: int):
-    """Of one image. At the border a 3 x 3 kernel meets nothing with one of its three rows."""
+    """Return the FLOPs of one image. At the border one of the three rows of a 3 x 3 kernel has
+    no input."""
     channels = vae.encoder_block_out_channels
     total = _conv(vae.in_channels, channels[0], size)
     for i, (kind, c) in enumerate(zip(vae.encoder_block_types, channels, strict=True)):
@@ -127,9 +127,8 @@ def _conv(c_in, c_out, size):
 
 
 def _vit_block(c, head, scales):
-    """Products of one pixel: q k v, a grouped projection for each scale, the state and what is read
-    of it, out; the GLU.
-    """
+    """Return the products of one pixel: q k v, a grouped projection for each scale, the state and
+    its readout, out; the GLU."""
     inner = c // head * head
     attention = (
         3 * c * inner

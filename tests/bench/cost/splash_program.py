@@ -1,6 +1,5 @@
-"""Splash attention and its gradient compiled for one TPU, `python -m
-tests.bench.cost.splash_program v6e 128`: a program of its own, since where the compiler writes its
-schedules is settled when it starts.
+"""Compile splash attention and its gradient for one TPU, `python -m tests.bench.cost.splash_program
+v6e 128`: a separate program, since the directory of the compiler's schedules is set when it starts.
 """
 
 import sys

@@ -1,4 +1,7 @@
-"""Schedules as the TPU compiler writes them, and what they come to."""
+"""Check schedules as the TPU compiler writes them, and their cycles."""
+
+# The text of programs is quoted as the compiler prints it, in lines of any length.
+# ruff: noqa: E501
 
 import pytest
 
@@ -50,9 +53,8 @@ def test_a_turn_is_the_loops_code(tmp_path):
 @pytest.mark.parametrize(("bound", "others"), [("16", 1), ("32", 0)], ids=["alike", "another loop"])
 @pytest.mark.parametrize("chip", ["v5e", "v5p"])
 def test_the_schedule_stands_in_for_the_estimate(chip, bound, others):
-    """fusion.7 has 1024 turns, or 2048; fusion.8 is scheduled with it if it is alike, and else has
-    the estimate.
-    """
+    """Run fusion.7 for 1024 turns, or 2048; fusion.8 is scheduled with it if it is identical, and
+    else has the estimate."""
     found = walk.program_cost(
         PROGRAM.replace("BOUND", bound),
         torus(CHIPS[chip], (1,) * CHIPS[chip].axes),

@@ -1,4 +1,7 @@
-"""Excerpts of programs that XLA's TPU compiler made for v5p, as it prints them."""
+"""Parse excerpts of programs that XLA's TPU compiler made for v5p, as it prints them."""
+
+# The text of programs is quoted as the compiler prints it, in lines of any length.
+# ruff: noqa: E501
 
 import pytest
 
@@ -80,9 +83,8 @@ def test_a_loop_turns_from_its_first_value_to_its_bound(bound, third, turns):
 
 
 def test_a_loop_that_counts_by_two_turns_half_as_often():
-    """As those in which the compiler multiplies by shards that come round the ring both ways: 7
-    counts, from 2 to 9.
-    """
+    """Count 7 iterations, from 2 to 9, as in loops in which the compiler multiplies by shards that
+    arrive from both directions of the ring."""
     text = LOOP.replace("BOUND", PASSED).replace("THIRD", "%constant.52")
     program = hlo.parse(
         text.replace(

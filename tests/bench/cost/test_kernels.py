@@ -1,4 +1,4 @@
-"""Kernels by hand: their cycles, and where the table of those comes from."""
+"""Check kernels by hand: their cycles, and the source of the table of bundles."""
 
 import os
 import pathlib
@@ -34,9 +34,8 @@ def work(text, chip):
 
 
 def test_blocks_up_to_the_diagonal_take_their_bundles():
-    """8 rows of 8 blocks, 36 of them computed, in each of 16 heads; v5p's two cores take eight
-    heads each.
-    """
+    """Use 8 rows of 8 blocks, 36 of them computed, in each of 16 heads; v5p's two cores take eight
+    heads each."""
     for chip, heads in (("v6e", 16), ("v5p", 8)):
         bundles = _BUNDLES[chip, 128, "fwd"]
         want = heads * (36 * bundles.block + 8 * bundles.row + 64 * bundles.step)
@@ -85,9 +84,9 @@ def test_the_table_is_what_the_compiler_schedules(chip, head, tmp_path):
 
 
 def counted(text):
-    """Bundles of straight code between the marks of regions: the longest is a block of scores, the
-    one that opens the loop and the one after the block are a row's, what is left every step's.
-    """
+    """Return the bundles of straight-line code between the marks of regions: the longest is a block
+    of scores, the one that opens the loop and the one after the block are a row's, the rest every
+    step's."""
     regions = [0]
     for mark in re.findall(
         r"^ *(?:0x[0-9a-f]+|0) +((?:LH|LB|LE|PB|PF|CT)?)[:\w]* *:? *>* *\{?", text, flags=re.M

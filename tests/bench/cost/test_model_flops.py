@@ -1,6 +1,5 @@
-"""FLOPs that the cost model finds in the TPU program of the joint step against those written out
-from the architecture.
-"""
+"""Compare the FLOPs that the cost model finds in the TPU program of the joint step with those
+computed from the architecture."""
 
 import json
 import os

@@ -1,4 +1,8 @@
-"""The cost of programs whose cost is known: by XLA's own count, by the jaxpr's, or by hand."""
+"""Check the cost of programs whose cost is known: by XLA's own count, by the jaxpr's, or by
+hand."""
+
+# The text of programs is quoted as the compiler prints it, in lines of any length.
+# ruff: noqa: E501
 
 import json
 import os
@@ -25,7 +29,7 @@ ROOT = pathlib.Path(__file__).parents[3]
 
 
 def torus(chip=V5P, sizes=(4, 4, 4), mesh=None, slices=1):
-    """Chips in the order of their coordinates, the last axis fastest."""
+    """Return chips in the order of their coordinates, the last axis fastest."""
     coords = np.array(list(np.ndindex(*sizes)) * slices)
     number = np.repeat(np.arange(slices), len(coords) // slices)
     return Network(chip, mesh or {"fsdp": len(coords)}, coords, np.zeros(len(coords), int), number)
@@ -109,7 +113,7 @@ def test_a_loop_counts_as_often_as_it_turns():
 
 
 def test_a_loop_of_unknown_length_is_a_share_of_the_time_that_is_not_known():
-    """It holds all there is to do, and in it a second one that must not count twice."""
+    """Put all operations into a loop, and in it a second one that must not count twice."""
 
     def fn(n, x, w):
         inner = lambda x: jax.lax.while_loop(
@@ -148,9 +152,8 @@ def test_part_and_pass(op_name, want):
 
 
 def test_collectives_go_by_the_axes_of_the_mesh():
-    """An array that lies over one axis of 2 x 4 devices is gathered along that axis, each device
-    with its own group.
-    """
+    """Gather an array that is sharded over one axis of 2 x 4 devices along that axis, each device
+    with its own group."""
     mesh = jax.make_mesh((2, 4), ("data", "fsdp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     at = lambda *spec: NamedSharding(mesh, PartitionSpec(*spec))
     for axis in ("data", "fsdp"):
@@ -166,9 +169,8 @@ def test_collectives_go_by_the_axes_of_the_mesh():
 
 
 def test_a_gather_over_the_whole_torus_takes_every_link():
-    """64 chips, three rings of 4: six links out of each chip, and half a ring of hops along each
-    axis.
-    """
+    """Use 64 chips, three rings of 4: six links out of each chip, and half a ring of hops along
+    each axis."""
     size = 64e6
     want = size * 63 / 64 / (6 * V5P.link_rate) + 6 * HOP_S
     assert torus().seconds("all-gather", size, range(64)) == pytest.approx(want)
@@ -176,14 +178,14 @@ def test_a_gather_over_the_whole_torus_takes_every_link():
 
 
 def test_an_axis_that_is_no_ring_goes_one_way():
-    """Two chips side by side have one link between them."""
+    """Use two chips side by side, with one link between them."""
     assert torus(sizes=(2, 1, 1)).seconds("all-gather", 8e6, range(2)) == pytest.approx(
         4e6 / V5P.link_rate + HOP_S
     )
 
 
 def test_groups_that_interleave_share_their_links():
-    """Chips 0, 2 of a ring of 4 and chips 1, 3 gather at the same time."""
+    """Gather chips 0, 2 of a ring of 4 and chips 1, 3 at the same time."""
     network = torus(sizes=(4, 1, 1), mesh={"fsdp": 2, "tensor": 2})
     assert network.axes((0, 2)) == ("fsdp",) and network.axes((0, 1)) == ("tensor",)
     assert network.seconds("all-gather", 8e6, (0, 2)) == pytest.approx(
@@ -192,9 +194,8 @@ def test_groups_that_interleave_share_their_links():
 
 
 def test_between_slices_each_device_sends_its_share():
-    """An all-reduce over 2 slices of 4: in each slice over links, between them a quarter of the
-    array for each device.
-    """
+    """Reduce over 2 slices of 4: in each slice over links, between them a quarter of the array for
+    each device."""
     network = torus(sizes=(4, 1, 1), slices=2, mesh={"data": 2, "fsdp": 4})
     assert network.crosses(range(8)) and not network.crosses(range(4))
     inside = network.seconds("all-reduce", 8e6, range(4))
@@ -204,9 +205,8 @@ def test_between_slices_each_device_sends_its_share():
 
 
 def test_all_to_all_is_bound_by_the_middle_of_the_ring():
-    """On a ring of 4 a block goes one hop on average, over 8 directed links: scaling-book,
-    "sharding".
-    """
+    """Count one hop for a block on average on a ring of 4, over 8 directed links: scaling-book,
+    "sharding"."""
     network = torus(sizes=(4, 1, 1))
     assert network.seconds("all-to-all", 8e6, range(4)) == pytest.approx(
         8e6 * 4 / 8 / V5P.link_rate + 2 * HOP_S
@@ -297,7 +297,7 @@ def test_a_gather_spread_over_fusions_is_one_gather_beside_their_work():
 
 
 def test_a_fusion_of_a_reduction_and_a_slice_is_a_reduce_scatter():
-    """16 chips along the first axis of the mesh, each with 16 MiB."""
+    """Use 16 chips along the first axis of the mesh, each with 16 MiB."""
     network = torus(sizes=(4, 4, 4), mesh={"fsdp": 16, "tensor": 4})
     found = walk.program_cost(SCATTER, network)
     key = ("reduce-scatter", ("fsdp",), "ICI")
@@ -321,7 +321,7 @@ ENTRY %main (a: f32[1024,1024]) -> f32[1024,1024] {
 
 
 def test_splash_attention_counts_half_of_the_square():
-    """8 heads of 128, 4096 queries and keys: two products forward."""
+    """Use 8 heads of 128, 4096 queries and keys: two products forward."""
     text = """HloModule m, is_scheduled=true
 
 ENTRY %main (q: bf16[8,4096,128], k: bf16[8,4096,128]) -> bf16[8,4096,128] {
@@ -357,17 +357,16 @@ ENTRY %main (stack: f32[28,512,512], i: s32[], x: f32[8,512]) -> f32[8,512] {
 
 
 def test_a_slice_of_a_stack_is_read_and_not_the_stack():
-    """One layer of 1 MiB, 4 bytes of index, 16 KiB written; what lies in the core's memory is
-    free."""
+    """Count one layer of 1 MiB, 4 bytes of index, 16 KiB written; arrays in the core's memory
+    are free."""
     program = hlo.parse(SLICED)
     main = program.computations[program.entry]
     assert operation_bytes(program, main, main.root) == 512 * 512 * 4 + 4 + 8 * 512 * 4
 
 
 def test_a_program_of_the_tpu_compiler():
-    """Five layers, each gathered for the forward and the backward pass, its gradient scattered; the
-    forward pass twice.
-    """
+    """Run five layers, each gathered for the forward and the backward pass, its gradient scattered;
+    the forward pass twice."""
     pytest.importorskip("libtpu")
     environment = os.environ | topology.settings(CHIPS["v5e"]) | {"PYTHONPATH": str(ROOT)}
     ran = subprocess.run(
@@ -477,7 +476,7 @@ ENTRY %main (stack: bf16[4,8192,1024], x: bf16[1,8192,1024], i: s32[]) -> (bf16[
 
 
 def test_copies_to_the_host_and_from_it_go_both_ways_at_once():
-    """A layer of a stack on the host is written while another is read: 16 MiB each."""
+    """Write a layer of a stack on the host while another is read: 16 MiB each."""
     found = walk.program_cost(OFFLOADED, ONE)
     size = 8192 * 1024 * 2
     assert found.seconds["host"] == found.total_seconds == pytest.approx(size / V5P.host_rate)

@@ -1,6 +1,5 @@
-"""A loop over layers compiled for four TPUs, and what the cost model finds in it, as JSON; a
-program of its own, since the TPU compiler takes over the signals of the process that loads it.
-"""
+"""Compile a loop over layers for four TPUs and print its cost by the cost model, as JSON; a
+separate program, since the TPU compiler takes over the signals of the process that loads it."""
 
 import json
 

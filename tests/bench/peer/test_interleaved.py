@@ -1,6 +1,4 @@
-"""The whole command on the tiny model, and what it refuses. How fast anything is, is not asked
-here.
-"""
+"""Run the whole command on the tiny model, and check what it refuses. No speed is checked."""
 
 import json
 import os
@@ -23,7 +21,7 @@ from tests.conftest import CACHE
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    """(PyTorch files, checkpoint) of the same model."""
+    """Return (PyTorch files, checkpoint) of the same model."""
     root = tmp_path_factory.mktemp("peer")
     tiny.write_checkpoint(root / "run")
     export_weights(root / "run", root / "hf", max_shard_bytes=10**9)
@@ -129,7 +127,7 @@ def test_without_torch(weights, tmp_path, monkeypatch, capsys):
 
 
 def test_directories_of_different_models(weights, tmp_path, capsys):
-    """Also where all tensors have the same shapes: another shift makes other images."""
+    """Include models whose tensors all have the same shapes: another shift makes other images."""
     other = tmp_path / "other"
     shutil.copytree(weights[1], other)
     file = other / "checkpoints" / "config.json"
@@ -161,9 +159,8 @@ def test_unequal_work_is_refused():
 
 
 def test_shares_of_limits():
-    """An H200 at half its peak in arithmetic, and a quarter of its bandwidth; nothing is said of a
-    device without figures.
-    """
+    """Compute the fractions for an H200 at half its peak in arithmetic, and a quarter of its
+    bandwidth; none for a device without figures."""
     start = {"build_s": 0.0, "first_s": 0.0}
     item = {
         "item": "ar_decode",

@@ -1,4 +1,4 @@
-"""The published steps: their models' sizes, what they keep for the backward pass, and the
+"""Check the published steps: their models' sizes, what they keep for the backward pass, and the
 report."""
 
 import json
@@ -46,7 +46,8 @@ def test_an_anchor_has_the_published_size_and_is_a_task(anchor):
 
 
 def saved(keep):
-    """Whether a product with the MLP's width (96), one without, and attention's result are kept."""
+    """Return whether a product with the MLP's width (96), one without, and attention's result
+    are kept."""
     policy = anchors._kept(keep, mlp=96)
     products = (((1,), (0,)), ((), ()))
     x, wide, narrow = (

@@ -1,4 +1,5 @@
-"""Arrays that a program should not hold, in programs that hold them and in programs that do not."""
+"""Find arrays that a program should not hold, in programs that hold them and in programs that do
+not."""
 
 import dataclasses
 
@@ -31,9 +32,8 @@ def program(f, *args):
 @pytest.mark.parametrize("hoisted", [False, True])
 @pytest.mark.parametrize(("tensor", "held"), [(None, 24), ("tensor", 12)])
 def test_layers_are_gathered_one_by_one(at, hoisted, tensor, held):
-    """A loop that is given its weights whole has gathered all of them before; what lies over
-    `tensor` stays there.
-    """
+    """Pass a loop its weights whole, which gathers all of them before; dimensions over `tensor`
+    stay sharded."""
     stack = jax.ShapeDtypeStruct(
         (LAYERS, WIDTH, 24), jnp.float32, sharding=at(None, "fsdp", tensor)
     )
@@ -58,7 +58,7 @@ def test_layers_are_gathered_one_by_one(at, hoisted, tensor, held):
 
 
 def test_what_lies_over_tensor_is_not_gathered_either(at):
-    """Neither layers nor logits: their columns of one device, and all of them."""
+    """Check layers and logits: their columns of one device, and all of them."""
     stack = jax.ShapeDtypeStruct(
         (LAYERS, WIDTH, 24), jnp.float32, sharding=at(None, None, "tensor")
     )
@@ -81,9 +81,8 @@ def test_what_lies_over_tensor_is_not_gathered_either(at):
 
 @pytest.mark.parametrize("by_columns", [True, False])
 def test_a_table_is_looked_up_where_its_columns_lie(at, by_columns):
-    """Not gathered, neither it nor its gradient. As the head of a model it may be, in the dtype of
-    the products.
-    """
+    """Check that neither the table nor its gradient is gathered. As the head of a model it may be,
+    in the dtype of the products."""
     table = jax.ShapeDtypeStruct((40, WIDTH), jnp.float32, sharding=at(None, "fsdp"))
     rows = at(("tensor", "fsdp"))
     ids = jax.ShapeDtypeStruct((8,), jnp.int32, sharding=rows)
@@ -109,7 +108,7 @@ def test_a_table_is_looked_up_where_its_columns_lie(at, by_columns):
 
 
 def test_what_layers_keep_of_a_row_is_no_weight(at):
-    """One row of as many tokens as the weights are wide."""
+    """Use one row of as many tokens as the weights are wide."""
     stack = jax.ShapeDtypeStruct((LAYERS, WIDTH, WIDTH), jnp.float32, sharding=at(None, "fsdp"))
     kept = jax.ShapeDtypeStruct((LAYERS, 1, WIDTH, WIDTH), jnp.float32, sharding=at())
     assert unsharded(program(lambda x: x + 1, kept), {"up": stack}) == []
@@ -142,9 +141,8 @@ def test_the_largest_arrays_come_first(at):
 
 
 def test_logits_of_a_train_step():
-    """Of 8 rows on 2 x 2 devices each holds 4; the vocabulary is cut in two, and what a block takes
-    whole is no fault.
-    """
+    """Put 4 of 8 rows on each of 2 x 2 devices; the vocabulary is split in two, and a block's whole
+    logits are no fault."""
     config = dataclasses.replace(
         tiny.run_config(), data=dataclasses.replace(tiny.run_config().data, batch_size=8)
     )

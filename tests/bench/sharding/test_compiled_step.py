@@ -1,4 +1,4 @@
-"""What a compiled step is asked, and which mesh it gets."""
+"""Check the arguments of a compiled step, and its mesh."""
 
 import dataclasses
 
@@ -16,9 +16,8 @@ CONFIG = tiny.run_config()
 
 
 def test_parameters_that_do_not_divide_are_kept_several_times_over(monkeypatch):
-    """A width of 20 does not divide over 8 chips; over 4 of them, twice, it does. Not where the
-    user has chosen the mesh.
-    """
+    """Use a width of 20, which does not divide over 8 chips; over 4 of them, twice, it does. Not
+    where the user has set the mesh."""
     where = topology.parse("v5e:2x4")
     monkeypatch.setattr(topology, "make_devices", lambda where: jax.devices())
     model = dataclasses.replace(

@@ -1,4 +1,4 @@
-"""The grid, its report, and what is refused."""
+"""Check the grid, its report, and what is refused."""
 
 import dataclasses
 import json
@@ -20,7 +20,7 @@ SPEEDS = {"fsdp": 10.0, "fsdp_tp": 20.0}
 
 
 def fake_row(task):
-    """As if compiled: dp does not fit, fsdp_sp is refused, fsdp_tp is the fastest."""
+    """Return a row as if compiled: dp does not fit, fsdp_sp is refused, fsdp_tp is the fastest."""
     strategy = task.config.mesh.strategy
     if strategy == "dp":
         return {"status": TOO_LARGE, "error": "needs 20.0 GiB of the 15.8 GiB that a device has"}
@@ -63,9 +63,8 @@ def fake_row(task):
 
 
 def measured(steps, step_s, rate):
-    """Two and a half times as long as predicted; with fsdp_tp, for which most is predicted, eight
-    times.
-    """
+    """Return a time two and a half times the predicted one; eight times with fsdp_tp, which has the
+    highest prediction."""
     slower = 8 if rate == 60 else 2.5
     seconds = {
         "median_s": slower * step_s,
@@ -120,7 +119,7 @@ def test_the_table_says_what_each_row_found(report, capsys):
 
 
 def run(tmp_path, monkeypatch, capsys, config=CONFIG, **options):
-    """The report, the page, and the lines printed."""
+    """Return the report, the page, and the lines printed."""
     monkeypatch.setattr(topology, "check_compiler", lambda: None)
     monkeypatch.setattr(
         measure,
@@ -193,7 +192,7 @@ def test_measured_stands_beside_predicted(tmp_path, monkeypatch, capsys):
 
 
 def test_the_largest_batch_and_those_that_were_tried(tmp_path, monkeypatch, capsys):
-    """Five examples a chip fit, of a compiler that needs 3 GiB for each."""
+    """Use a compiler that needs 3 GiB for each example: five examples a chip fit."""
 
     def compile_row(task):
         n = task.config.data.batch_size // 4
@@ -254,7 +253,8 @@ def test_mesh_sizes(strategy, slices, chosen, want):
 
 
 def test_no_shard_is_narrower_than_a_tile():
-    """Of 2048 columns 16 pieces of 128 each; where there are more chips, they hold replicas."""
+    """Split 2048 columns into 16 pieces of 128 each; where there are more chips, they hold
+    replicas."""
     config, where = loader.load("configs/pretrain.py:1.7b"), topology.parse("v5p:4x4x4")
     sizes = lambda strategy, config, where, **chosen: [
         getattr(

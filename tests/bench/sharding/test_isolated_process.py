@@ -1,4 +1,4 @@
-"""A function in a process of its own, and what ends it."""
+"""Run a function in a separate process, and end it in every way."""
 
 import functools
 import os
@@ -40,7 +40,8 @@ def _abort():
             _abort,
             {
                 "status": FAILED,
-                "error": "the compiling process ended with status -9; where that is -9 memory ran out on this machine: "
+                "error": "the compiling process ended with status -9; where that is -9 memory ran "
+                "out on this machine: "
                 "F1125 12:00:00.000000 17 rendezvous.cc:96] Check failed: the devices never met",
             },
         ),

@@ -1,4 +1,4 @@
-"""The search for the largest batch, on compilers that are made up."""
+"""Search the largest batch on made-up compilers."""
 
 import dataclasses
 
@@ -24,7 +24,7 @@ def task(step="train", strategy="fsdp", **optimizer):
 
 
 def compiler(fixed, slope, curve=0.0, told=True, capacity=15.75 * GIB, step="data"):
-    """One that needs fixed + n slope + n^2 curve for n examples a chip."""
+    """Return a compiler that needs fixed + n slope + n^2 curve for n examples a chip."""
 
     def compile_row(task):
         n = getattr(task.config, step).batch_size / 4
@@ -108,8 +108,8 @@ def test_a_rollout_grows_in_prompts():
 
 
 def test_a_compile_that_died_says_nothing_of_the_batch():
-    """The largest that the compiler let pass stays the answer, and what happened stands beside
-    it."""
+    """Check that the largest batch that the compiler accepted stays the answer, with the failure in
+    the report."""
 
     def compile_row(task):
         if task.config.data.batch_size > WHERE.chips:

@@ -1,4 +1,4 @@
-"""Devices that are there: what they can do, and a program's seconds on them."""
+"""Measure the rates of present devices, and a program's seconds on them."""
 
 import dataclasses
 import os
@@ -34,7 +34,7 @@ def test_the_best_turn_counts_and_the_first_does_not(monkeypatch):
 
 
 class Work:
-    """Counts its turns; turn i takes the i-th of `turns` seconds."""
+    """Count its turns; turn i takes the i-th of `turns` seconds."""
 
     strategy = tiny.strategy()
 

@@ -1,6 +1,5 @@
-"""The rollout as a program: what it counts and keeps, by hand; its parts, where the TPU compiler is
-installed.
-"""
+"""Check the rollout as a program: its counts and its memory, by hand; its parts, where the TPU
+compiler is installed."""
 
 import dataclasses
 import importlib.util
@@ -21,10 +20,9 @@ def work(strategy="dp", model=None, config=CONFIG, **mesh):
 
 
 def test_model_flops_of_a_layer():
-    """A layer of the AR: products with 9216 weights for 36 tokens, prompt and image, and attention
-    over each pair of a token and one that it sees, 4 heads of 8 wide; four FLOPs a pair and
-    channel.
-    """
+    """Count a layer of the AR: products with 9216 weights for 36 tokens, prompt and image, and
+    attention over each pair of a token and one that it sees, 4 heads of 8 wide; four FLOPs a pair
+    and channel."""
     ar = CONFIG.model.ar
     one = work(
         model=dataclasses.replace(CONFIG.model, ar=dataclasses.replace(ar, num_hidden_layers=1))
@@ -78,7 +76,8 @@ def test_weights_are_kept_in_what_is_computed_in():
 
 
 def test_the_program_is_that_of_the_pipeline(monkeypatch):
-    """With the arrays that the pipeline hands over, lengths, seed and all, in the same order."""
+    """Compare the arrays with those that the pipeline passes, lengths, seed and all, in the same
+    order."""
     seen = []
     monkeypatch.setattr(
         rollout,

@@ -1,6 +1,5 @@
-"""Topologies by name. What the compiler itself says is asked in test_grid.py, where it is
-installed.
-"""
+"""Parse topologies by name. The compiler's own answers are checked in test_grid.py, where it is
+installed."""
 
 import importlib.util
 

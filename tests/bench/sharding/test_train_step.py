@@ -1,4 +1,4 @@
-"""Shapes of a train step's arguments, and that it runs on arrays of those shapes."""
+"""Check the shapes of a train step's arguments, and that it runs on arrays of those shapes."""
 
 import dataclasses
 

@@ -14,9 +14,8 @@ AREAS = {
 
 @pytest.mark.parametrize("shape", AREAS)
 def test_coverage_has_the_shape_s_area(shape: str) -> None:
-    """At 24 px; the polygon's boundary is filled too, half of an eighth of a pixel around an
-    outline of about 80 px.
-    """
+    """Compare at 24 px; the polygon's boundary is filled too, half of an eighth of a pixel around
+    an outline of about 80 px."""
     covered, _, _ = draw.coverage(shape, 0.503, 0.497, 24 / 64, 64)
     assert covered.sum() == pytest.approx(AREAS[shape] * 24**2, rel=0.03)
     assert covered.min() >= 0 and covered.max() == 1
@@ -52,9 +51,8 @@ def test_render_paints_the_asked_colour_on_light_paper() -> None:
 
 
 def test_resolution_changes_nothing_but_resolution() -> None:
-    """128 px averaged down by 2 is the 64 px drawing, but for rounding (to whole grey levels and to
-    a polygon's fixed-point coordinates, at the edges): mean error below half a level.
-    """
+    """Average 128 px down by 2 to the 64 px image, up to rounding (to whole grey levels and to a
+    polygon's fixed-point coordinates, at the edges): mean error below half a level."""
     for index in range(7):
         drawn = scene.sample(0, index, "train")
         if drawn.background.kind in ("plain", "gradient"):

@@ -1,4 +1,5 @@
-"""Edits of scenes: what they say is what they do, and the scorer knows it from everything else."""
+"""Check that edits match their instructions, and that the scorer distinguishes them from all
+else."""
 
 import collections
 import dataclasses
@@ -50,9 +51,8 @@ def test_what_is_asked_for_is_right_and_the_input_never_is(edits, pictures):
 
 
 def test_another_edit_of_the_same_scene_is_wrong(edits, pictures):
-    """The output of an edit of the same kind, of another scene: not what was asked, or the rest is
-    another.
-    """
+    """Score the output of an edit of the same kind, of another scene: the edit is missing, or the
+    rest differs."""
     for (edit, (before, _)), (_, (_, other)) in itertools.pairwise(
         zip(edits[::7], pictures[::7], strict=True)
     ):
@@ -60,7 +60,7 @@ def test_another_edit_of_the_same_scene_is_wrong(edits, pictures):
 
 
 def test_damage_to_the_rest_is_seen(edits):
-    """An object gone that was not asked for: in nine cases of ten."""
+    """Remove an object unasked: found in nine cases of ten."""
     seen = []
     for edit in edits:
         others = [t for t in edit.before.things if t in edit.after.things]

@@ -1,4 +1,4 @@
-"""Questions have the answers that their scenes give, and no constant answers them."""
+"""Check that questions have the answers of their scenes, and that no constant answers them."""
 
 import collections
 

@@ -44,10 +44,9 @@ def test_train_and_validation_scenes_contain_no_held_out_fact(train: list[scene.
 def test_no_training_scene_satisfies_a_held_out_prompt(
     train: list[scene.Scene], test: list[scene.Scene]
 ) -> None:
-    """The same by another way: the scorer's rules instead of the facts. "A small red cross" alone
-    in the image is what the categories single and colours hold out, so scenes of several objects do
-    not count there.
-    """
+    """Check it by the scorer's rules instead of the facts. "A small red cross" alone in the image
+    is held out in the categories single and colours, so scenes of several objects do not count
+    there."""
     prompts = {
         repr(metadata): metadata for metadata in (captions.describe(drawn)[1] for drawn in test)
     }
@@ -103,7 +102,7 @@ def test_objects_keep_apart_and_inside(train: list[scene.Scene]) -> None:
 
 
 def test_two_objects_are_named_in_reading_order(train: list[scene.Scene]) -> None:
-    """By the first cell of the grid that each covers, the cells counted row by row."""
+    """Order by the first cell of the grid that each covers, the cells counted row by row."""
 
     def first_cell(thing: scene.Thing) -> int:
         column, row = (

@@ -1,6 +1,5 @@
-"""The scorer's accuracy, measured: on what it must accept, on what it must reject, and on images
-that are not clean.
-"""
+"""Measure the scorer's accuracy: on images that it must accept, on those that it must reject, and
+on images that are not clean."""
 
 import collections
 import random
@@ -45,9 +44,7 @@ def test_clean_images_are_right(held_out: list, detections: list[Detection]) -> 
 
 
 def test_clean_images_are_read_completely(held_out: list, detections: list[Detection]) -> None:
-    """Not only is the verdict right: every object is found as what and where it is, within half a
-    pixel.
-    """
+    """Check that every object is detected with its attributes, and its place to half a pixel."""
     exact = 0
     for found, (drawn, _, _) in zip(detections, held_out, strict=True):
         if drawn.word:
@@ -69,9 +66,8 @@ def _place(thing: scene.Thing) -> tuple[float, float]:
 
 
 def test_mismatched_pairs_are_rejected(held_out: list, detections: list[Detection]) -> None:
-    """Each image with another scene's prompt, unless the scene's truth satisfies that too; once
-    with any prompt, once with a prompt of the same category, which is the harder half.
-    """
+    """Score each image with another scene's prompt, unless the scene satisfies that too; once with
+    any prompt, once with a prompt of the same category, which is the harder half."""
     rng = random.Random(0)
     accepted = tried = 0
     for same_category in (False, True):
@@ -134,7 +130,7 @@ def test_images_of_nothing_satisfy_nothing(
     ],
 )
 def test_foreign_shapes_are_not_recognised(points: list) -> None:
-    """A diamond, a triangle upside down and a long rectangle."""
+    """Draw a diamond, a triangle upside down and a long rectangle."""
     mask = np.zeros((512, 512), np.uint8)
     cv2.fillPoly(mask, [np.rint(np.array(points) * 96 + 256).astype(np.int32)], 255)
     covered = cv2.resize(mask, (64, 64), interpolation=cv2.INTER_AREA)[..., None] / 255
@@ -296,7 +292,7 @@ def test_letters_are_met_in_their_places(read: str | None, met: float) -> None:
 def test_all_is_met_exactly_where_the_image_is_right(
     held_out: list, detections: list[Detection]
 ) -> None:
-    """Each image with its own prompt, and with two others of its category."""
+    """Score each image with its own prompt, and with two others of its category."""
     shares = collections.Counter()
     for i, found in enumerate(detections):
         for step in (0, 7, 70):

@@ -1,4 +1,4 @@
-"""Edits and questions on disk are records like any other's."""
+"""Check that edits and questions on disk are records like all others."""
 
 import io
 

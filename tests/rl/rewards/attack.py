@@ -1,6 +1,5 @@
-"""Clients of a reward server that mean it harm, and ones that do not; each kind runs in a process
-of its own.
-"""
+"""Run clients of a reward server that attack it, and ones that do not; each kind runs in a separate
+process."""
 
 import asyncio
 import base64
@@ -31,16 +30,15 @@ def header(width: int, height: int, depth: int, colour: int, interlace: int = 0)
 
 
 def zeros(count: int) -> bytes:
-    """`count` zeros, compressed, without ever holding them."""
+    """Return `count` zeros, compressed, without ever holding them."""
     deflate = zlib.compressobj(9)
     pieces = [deflate.compress(bytes(1 << 16)) for _ in range(count >> 16)]
     return b"".join(pieces) + deflate.compress(bytes(count & 0xFFFF)) + deflate.flush()
 
 
 def bombs(side: int, max_body: int) -> dict[str, bytes]:
-    """Bodies that cost more than they seem to. `side` x `side` are the pixels that a request may
-    have.
-    """
+    """Return bodies that cost more than their size suggests. A request may have `side` x `side`
+    pixels."""
     end = chunk(b"IEND", b"")
     megabytes_of_zeros = zeros(1 << 28)
     rows = chunk(b"IDAT", zeros(side * (side * 8 + 1) + 64 * side))
@@ -130,11 +128,13 @@ NONSENSE = (
     b"POST /score HTTP/1.1\r\nHost: a\r\nContent-Length: 2\r\n\r\n{}" * 50,
     b"POST /score HTTP/1.1\r\nHost: a\r\nContent-Length: 2\r\n\r\n{}\0\0\0nonsense\r\n\r\n",
     b"POST /score HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nabcde\r\n0\r\n\r\n",
-    b"POST /score HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\nContent-Length: 5\r\n\r\n0\r\n\r\n",
+    b"POST /score HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n"
+    b"Content-Length: 5\r\n\r\n0\r\n\r\n",
     b"POST /score HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: gzip, chunked\r\n\r\nzz\r\n",
     b"POST /score HTTP/1.1\r\nHost: a\r\nContent-Length: -1\r\n\r\n",
     b"POST /score HTTP/1.1\r\nHost: a\r\nContent-Length: 9" + b"9" * 5000 + b"\r\n\r\n",
-    b"POST /score HTTP/1.1\r\nHost: a\r\nContent-Encoding: gzip\r\nContent-Length: 3\r\n\r\n\x1f\x8b\x08",
+    b"POST /score HTTP/1.1\r\nHost: a\r\nContent-Encoding: gzip\r\n"
+    b"Content-Length: 3\r\n\r\n\x1f\x8b\x08",
     b"POST /score HTTP/1.1\r\nHost: a\r\nExpect: 100-continue\r\nContent-Length: 9\r\n\r\n",
     b"GET /health HTTP/1.1\r\nHost: a\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n",
     b"GET /health HTTP/1.1\r\nHost: a\r\n" + b"X: y\r\n" * 20_000 + b"\r\n",

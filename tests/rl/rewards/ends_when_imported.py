@@ -1,4 +1,4 @@
-"""A reward whose module ends the process, as a broken native library does. Not a test."""
+"""Define a reward whose module ends the process, as a broken native library does. Not a test."""
 
 import os
 

@@ -1,3 +1,3 @@
-"""A reward whose module has a mistake. Not a test."""
+"""Define a reward whose module raises. Not a test."""
 
 score = 1 / 0

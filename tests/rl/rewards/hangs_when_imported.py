@@ -1,4 +1,5 @@
-"""A reward whose module never comes back, as one that waits for a download does. Not a test."""
+"""Define a reward whose module never finishes importing, as one that waits for a download. Not a
+test."""
 
 import time
 

@@ -1,6 +1,5 @@
-"""A reward server's scorers without processes, and bodies of requests, for the tests of server and
-client.
-"""
+"""Define a reward server's scorers without processes, and bodies of requests, for the tests of
+server and client."""
 
 import asyncio
 import base64
@@ -20,9 +19,8 @@ from blip3o_jax.rl.rewards.weighted import WeightedRewards
 
 
 class Red(Reward):
-    """The mean red of each image. Fails at the prompt "fail", refuses "refuse", and waits for
-    `gate` at "wait".
-    """
+    """Score the mean red of each image. Fails at the prompt "fail", refuses "refuse", and waits for
+    `gate` at "wait"."""
 
     def __init__(self):
         self.gate, self.waiting, self.sizes, self.images = (
@@ -51,7 +49,7 @@ class Red(Reward):
 
 
 class InProcess:
-    """Scorers of one reward, in threads."""
+    """Run scorers of one reward in threads."""
 
     def __init__(self, reward, count=1):
         self.names = ["red"]
@@ -88,7 +86,7 @@ def body(*files: bytes, prompts: list | None = None) -> dict:
 
 
 def ask(url, data, path="/score", method="POST", token="secret", timeout=20):
-    """(status, answer, headers)."""
+    """Return (status, answer, headers)."""
     data = data if data is None or isinstance(data, bytes) else json.dumps(data).encode()
     request = urllib.request.Request(url + path, data, method=method)
     if token:

@@ -1,6 +1,5 @@
-"""Rewards as users write them, for the tests: good ones, and ones that do whatever their metadata
-tell them to.
-"""
+"""Define rewards as users write them, for the tests: good ones, and ones that fail as their
+metadata specify."""
 
 import os
 import sys
@@ -17,7 +16,7 @@ def brightness(images_BHWC, prompts, metadata, scale="1"):
 
 
 def obedient(images_BHWC, prompts, metadata):
-    """The brightness, and one part: the length of the prompt. `do` says what goes wrong."""
+    """Return the brightness, and one part: the length of the prompt. `do` names the failure."""
     scores_B = brightness(images_BHWC, prompts, metadata)
     for row, asked in enumerate(metadata):
         match asked.get("do"):
@@ -68,7 +67,7 @@ def of_images_alone(images_BHWC):
 
 
 def light(images_BHWC, prompts, metadata):
-    """1 where nothing heavy is imported and nothing makes threads."""
+    """Return 1 where nothing heavy is imported and nothing makes threads."""
     del images_BHWC, prompts, metadata
     import cv2
 

@@ -1,4 +1,4 @@
-"""Requests scored together get what they would get alone."""
+"""Check that requests scored together get the scores that they get alone."""
 
 import asyncio
 import types
@@ -15,7 +15,7 @@ from blip3o_jax.serving import Refused
 
 
 def job(value: int, count: int = 1, size: int = 8, prompt: str = "red") -> Job:
-    """Images whose scores are value, value + 1, ..."""
+    """Return images whose scores are value, value + 1, ..."""
     images = [
         types.SimpleNamespace(
             height=size, width=size, pixels=size * size, file=np.zeros(10, np.uint8)
@@ -25,8 +25,7 @@ def job(value: int, count: int = 1, size: int = 8, prompt: str = "red") -> Job:
 
 
 class Held:
-    """Scorers that answer the first call after `release`, and note how many images each call
-    had."""
+    """Answer the first call after `release`, and record how many images each call had."""
 
     def __init__(self, count=1):
         self.count, self.calls, self.release = count, [], asyncio.Event()
@@ -56,8 +55,8 @@ class Held:
 
 
 def together(*jobs_of, count=1, **limits):
-    """What becomes of requests that all wait while another is scored, and the calls after that
-    one."""
+    """Return the results of requests that all wait while another is scored, and the calls after
+    that one."""
 
     async def run():
         held = Held(count)

@@ -1,6 +1,5 @@
-"""Against the stock classes' own logits, and against the parts of a contrastive checkpoint; all
-tiny and random.
-"""
+"""Compare with the stock classes' own logits, and with the parts of a contrastive checkpoint; all
+tiny and random."""
 
 import string
 
@@ -111,9 +110,8 @@ def test_prompts_that_the_library_would_cut_are_refused(tmp_path):
 
 @pytest.fixture(scope="module")
 def contrastive(tmp_path_factory):
-    """(workdir, configuration, vocabulary, state) of a run of stage contrastive that was not
-    trained.
-    """
+    """Return (workdir, configuration, vocabulary, state) of a run of stage contrastive that was not
+    trained."""
     workdir = tmp_path_factory.mktemp("contrastive")
     cfg = tiny.run_config(tiny.data(), stage="contrastive")
     cfg, vocabulary = with_vocabulary(cfg, open_mixture(cfg.data), workdir)

@@ -1,6 +1,5 @@
-"""The reward on the shapes data set's own drawings, and its thresholds on a detector with hand-made
-findings.
-"""
+"""Check the reward on the shapes data set's own images, and its thresholds on a detector with
+hand-made detections."""
 
 import numpy as np
 import pytest
@@ -84,7 +83,7 @@ def test_the_shapes_detector_gives_boxes_in_pixels():
 
 
 class Sees:
-    """A detector that finds the same in every image."""
+    """Return the same detections for every image."""
 
     classes, colours = ("dog",), ("red",)
 

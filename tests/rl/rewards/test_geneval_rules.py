@@ -1,4 +1,4 @@
-"""GenEval's rules on hand-made detections, tag by tag."""
+"""Check GenEval's rules on hand-made detections, tag by tag."""
 
 import numpy as np
 import pytest
@@ -57,9 +57,8 @@ def test_two_objects():
     [(0, 0, 0), (1, 0, 1 / 3), (2, 0, 2 / 3), (3, 1, 1), (4, 0, 7 / 8), (8, 0, 0.5)],
 )
 def test_counting_is_exact(count, correct, met):
-    """The official line asks for three and refuses four. An empty image is worth nothing; one too
-    many costs 1/4 of the second requirement, five too many all of it.
-    """
+    """Check the official line, which asks for three and refuses four. An empty image scores 0; one
+    too many costs 1/4 of the second requirement, five too many all of it."""
     asked, refused = [{"class": "dog", "count": 3}], [{"class": "dog", "count": 4}]
     found = result([dog(x=9 * i) for i in range(count)], "counting", asked, refused)
     assert (found.correct, found.met) == (count == 3, pytest.approx(met))

@@ -1,4 +1,5 @@
-"""The client against servers of its own kind, and against ones that lie, fail or are not there."""
+"""Run the client against servers of its own kind, and against ones that lie, fail or do not
+exist."""
 
 import collections
 import concurrent.futures
@@ -56,9 +57,8 @@ def guarded():
 
 
 class Stub(http.server.BaseHTTPRequestHandler):
-    """Answers a path /NAME/... as `answers` says under NAME: (status, body, headers). Counts how
-    often it was asked.
-    """
+    """Answer a path /NAME/... with (status, body, headers) of `answers` under NAME, and count the
+    requests."""
 
     answers: ClassVar[dict] = {}
     asked: ClassVar[collections.Counter] = collections.Counter()
@@ -92,9 +92,8 @@ def stubs():
 
 @pytest.fixture
 def answering(stubs):
-    """Makes a server that always answers the same: (url, function that tells how often it was
-    asked).
-    """
+    """Make a server that always answers the same: (url, function that returns the number of
+    requests)."""
 
     def make(status: int, body: bytes, headers=None):
         name = str(len(Stub.answers))
@@ -106,9 +105,8 @@ def answering(stubs):
 
 @contextlib.contextmanager
 def sending(*pieces: bytes, pause: float = 0.0, for_ever: bytes = b""):
-    """The url of a server that reads a request's headers, then sends these bytes whatever they are,
-    then some for ever.
-    """
+    """Return the url of a server that reads a request's headers, then sends these bytes, then some
+    for ever."""
     over = threading.Event()
 
     def send() -> None:
@@ -153,7 +151,7 @@ def test_scores_come_back_exactly_and_in_order(monkeypatch):
 
 
 class Clock:
-    """The client's time, which passes only where it sleeps or a test says so."""
+    """Replace the client's time, which passes only where it sleeps or a test advances it."""
 
     def __init__(self):
         self.now = 0.0
@@ -328,7 +326,8 @@ def test_refusals_of_the_real_server_name_their_reason(guarded):
 
 
 def test_a_body_refused_while_it_is_sent_is_a_refusal_too():
-    """Sixteen megabytes do not fit into the socket's buffers; the server answers by the headers."""
+    """Send sixteen megabytes, which do not fit into the socket's buffers; the server answers by the
+    headers."""
     answer = b"HTTP/1.1 413 No\r\nContent-Length: 2\r\n\r\nno"
 
     def refuse() -> None:
@@ -455,7 +454,7 @@ ROOT = pathlib.Path(__file__).parents[3]
 
 @contextlib.contextmanager
 def served(count: int):
-    """[(process, url), ...] of reward servers as they are run."""
+    """Return [(process, url), ...] of reward servers as users run them."""
     command = [sys.executable, "-m", "blip3o_jax", "rl", "serve-rewards", "--port=0"]
     command.append("--reward=python:tests.rl.rewards.scorers.brightness")
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -472,7 +471,7 @@ def served(count: int):
 
 
 def scored_by(url: str) -> int:
-    """Images that a server has scored, by its own count."""
+    """Return the number of images that a server has scored, by its own count."""
     with urllib.request.urlopen(url + "/metrics", timeout=20) as answer:
         lines = dict(
             line.rsplit(" ", 1)
@@ -484,7 +483,7 @@ def scored_by(url: str) -> int:
 
 @pytest.mark.slow
 def test_servers_share_a_pools_images_and_one_that_is_killed_is_done_without():
-    """Real processes on both sides."""
+    """Use real processes on both sides."""
     with served(3) as servers:
         urls = [url for _, url in servers]
         reward = RewardConfig(

@@ -1,4 +1,5 @@
-"""The distance and the scorings against hand-computed values; the real recogniser on drawn text."""
+"""Compare the distance and the scorings with hand-computed values; run the real recogniser on
+rendered text."""
 
 import os
 import subprocess
@@ -15,7 +16,7 @@ from blip3o_jax.rl.rewards.ocr import Line
 
 
 def lines(*texts: str) -> list[Line]:
-    """One below the other."""
+    """Return lines one below the other."""
     return [Line(text, 0.9, (0, 20 * i, 100, 20 * i + 15)) for i, text in enumerate(texts)]
 
 
@@ -176,7 +177,7 @@ def reward() -> ocr.Ocr:
 
 
 def written(text: str, size: int, side: int = 256) -> np.ndarray:
-    """uint8 [side, side, 3] with the text in letters `size` pixels high in its middle."""
+    """Return uint8 [side, side, 3] with the text in letters `size` pixels high in its middle."""
     image = Image.new("RGB", (side, side), (240, 236, 220))
     font = ImageFont.load_default(size=size)
     ImageDraw.Draw(image).multiline_text(
@@ -205,7 +206,7 @@ def test_the_recogniser_does_not_find_what_is_not_there(reward):
 
 
 def test_the_recogniser_reads_the_words_of_the_shapes_data_set_at_their_own_size(reward):
-    """Letters of 5 x 7 dots in images of 64 pixels, as `blip3o demo` draws them."""
+    """Read letters of 5 x 7 dots in images of 64 pixels, as `blip3o demo` renders them."""
     scenes = [
         s for s in (scene.sample(0, index, "train") for index in range(84)) if s.word is not None
     ]

@@ -1,6 +1,5 @@
-"""What is asked and what is read have one form, and that form is within what the recogniser can
-say.
-"""
+"""Check that the asked text and the text that is read have one form, within the recogniser's
+characters."""
 
 import pathlib
 import string
@@ -17,7 +16,8 @@ from blip3o_jax.rl.rewards.ocr_text import _SIGNS, normalise, unreadable
 ALPHABET = (
     string.printable
     # quotes
-    + "\u2018\u2019\u201a\u201b\u201c\u201d\u201e\u201f\u2032\u2033\u00b4\u02bc\u00ab\u00bb\u2039\u203a"
+    + "\u2018\u2019\u201a\u201b\u201c\u201d\u201e\u201f"
+    + "\u2032\u2033\u00b4\u02bc\u00ab\u00bb\u2039\u203a"
     # dashes, dots, slash
     + "\u2010\u2011\u2012\u2013\u2014\u2015\u2212\u2022\u00b7\u2026\u2025\u2044"
     # spaces and what is not seen
@@ -27,7 +27,8 @@ ALPHABET = (
     + "\ufb00\ufb01\ufb02\ufb03\ufb04\u0153\u0152\u00e6\u00c6\u00df\u1e9e\u0133\u0149"  # ligatures
     # mathematics
     + "\u00d7\u00f7\u00b1\u00b0\u00ba\u00aa\u2030\u2248\u2260\u2264\u2265\u221e\u221a\u03c0\u00b5"
-    + "\u00a3\u20ac\u00a5\u00a2\u20b9\u20a9\u20bd\u20bf\u00a9\u00ae\u2122\u2120\u2116\u00a7\u00b6\u2020\u2103\u203c\u203d"
+    + "\u00a3\u20ac\u00a5\u00a2\u20b9\u20a9\u20bd\u20bf\u00a9\u00ae"
+    + "\u2122\u2120\u2116\u00a7\u00b6\u2020\u2103\u203c\u203d"
     + "\u00bf\u00a1\u2190\u2192\u2191\u2193\u2605\u2606\u2713\u2714\u2764\u2665\u266a\u2600"
     + "\U0001f382\U0001f923\U0001f1fa\U0001f468"
     + "".join(chr(c) for c in range(0xC0, 0x250) if chr(c).isalpha())  # Latin letters with accents
@@ -76,7 +77,7 @@ def test_what_looks_different_is_not(a, b):
 
 @pytest.fixture(scope="module")
 def characters() -> frozenset[str]:
-    """All that the recogniser can say, from the model that comes inside rapidocr's wheel."""
+    """Return all characters of the recogniser, from the model inside rapidocr's wheel."""
     rapidocr, onnxruntime = pytest.importorskip("rapidocr"), pytest.importorskip("onnxruntime")
     [model] = pathlib.Path(rapidocr.__file__).parent.glob("models/*_rec_*.onnx")
     session = onnxruntime.InferenceSession(str(model), providers=["CPUExecutionProvider"])

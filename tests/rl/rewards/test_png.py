@@ -1,4 +1,4 @@
-"""What a PNG file will take is known before it is decoded, whatever it says."""
+"""Check that the memory of a PNG file is bounded before it is decoded, for any contents."""
 
 import io
 import struct

@@ -1,6 +1,5 @@
-"""What a scorer can do wrong, each with a real process. One pool serves most tests: a process costs
-more than a test.
-"""
+"""Make scorers fail in every way, each in a real process. One pool serves most tests: a process
+costs more than a test."""
 
 import os
 import pathlib
@@ -29,7 +28,7 @@ def pool():
 
 
 def images(count: int) -> np.ndarray:
-    """Image i is i everywhere: its brightness is i / 255."""
+    """Return images of which image i is i everywhere: its brightness is i / 255."""
     return np.broadcast_to(np.arange(count, dtype=np.uint8)[:, None, None, None], (count, 8, 8, 3))
 
 
@@ -61,7 +60,7 @@ def test_scores_come_back_in_order_whoever_scored_them(pool):
 
 
 def test_submitting_does_not_wait(pool):
-    """Nor do the scores of one rollout for those of another."""
+    """Check that the scores of one rollout do not wait for those of another."""
     hung = pool.submit(images(1), [""], [{"do": "hang"}])
     assert_others_are_scored(score(pool, {}))
     assert not hung.done()
@@ -96,7 +95,7 @@ def test_what_fails_once_is_scored_again(pool, tmp_path):
 
 
 def test_a_hung_scorer_is_killed(pool):
-    """The process is, and another one stands in its place."""
+    """Check that the process is killed, and another one replaces it."""
     assert_others_are_scored(score(pool, {}))
     before = processes_of(os.getpid())
     assert score(pool, {0: {"do": "hang"}}, count=1).failed_B.all()
@@ -106,9 +105,8 @@ def test_a_hung_scorer_is_killed(pool):
 
 
 def test_a_scorer_that_only_fails_is_given_up(pool, tmp_path):
-    """Each chunk is tried once until the breaker opens. Chunks that were sent by then are still
-    answered.
-    """
+    """Check that each chunk is tried once until the breaker opens. Chunks that were sent before are
+    still answered."""
     chunks = 8 * BREAKER
     result = score(pool, {i: {"do": "raise"} for i in range(chunks * CHUNK)}, count=chunks * CHUNK)
     assert result.failed_B.all()
@@ -167,7 +165,7 @@ def test_processes_that_hang_while_they_start_stop_the_run():
 
 
 def test_an_idle_process_that_is_killed_is_replaced(pool):
-    """By the system, for want of memory, say."""
+    """Kill it from outside, as the system does for lack of memory."""
     assert_others_are_scored(score(pool, {}))
     for pid in processes_of(os.getpid()):
         os.kill(pid, signal.SIGKILL)
@@ -175,7 +173,7 @@ def test_an_idle_process_that_is_killed_is_replaced(pool):
 
 
 def processes_of(parent: int) -> set[int]:
-    """Children of a process that were spawned to work, resource trackers apart."""
+    """Return the children of a process that were spawned to work, without resource trackers."""
     found = set()
     for status in pathlib.Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -208,7 +206,7 @@ if __name__ == "__main__":
 
 @pytest.mark.parametrize("end", ["kill", "raise"])
 def test_no_process_outlives_the_run(end, tmp_path):
-    """Though all of them hang in a scorer."""
+    """Check it while all of them hang in a scorer."""
     script = tmp_path / "run.py"
     script.write_text(SCRIPT)
     run = subprocess.Popen(
@@ -240,7 +238,8 @@ def test_images_prompts_and_metadata_belong_together(pool):
 
 
 def test_the_processes_start_light():
-    """No jax, no accelerator for it if a reward imports it, one thread each."""
+    """Check that they have no jax, no accelerator for it if a reward imports it, and one thread
+    each."""
     with RewardPool((RewardConfig("python:tests.rl.rewards.scorers.light"),), workers=1) as pool:
         result = pool.submit(images(1), [""], [{}]).result()
     assert result.reasons == {} and result.total_B.tolist() == [1.0]

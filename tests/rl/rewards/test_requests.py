@@ -1,4 +1,4 @@
-"""What a reward server is sent is judged before anything is decoded."""
+"""Check that requests to a reward server are validated before anything is decoded."""
 
 import json
 import pickle

@@ -1,4 +1,5 @@
-"""Processes that do not start are started again, and bodies are parsed one at a time."""
+"""Check that processes that do not start are started again, and that bodies are parsed one at a
+time."""
 
 import asyncio
 import json
@@ -58,7 +59,7 @@ def test_a_caller_that_leaves_does_not_cancel_what_a_process_has():
 
 
 class Process:
-    """In place of the parser's process: holds every call until `release`."""
+    """Replace the parser's process: hold every call until `release`."""
 
     def __init__(self, error=None):
         self.error, self.calls, self.release = error, 0, asyncio.Event()

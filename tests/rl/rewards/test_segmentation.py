@@ -1,6 +1,5 @@
-"""The detector on models of the transformers library, tiny and random, from a local directory: what
-goes in and comes out.
-"""
+"""Check the inputs and outputs of the detector on models of the transformers library, tiny and
+random, from a local directory."""
 
 import json
 import string
@@ -19,7 +18,7 @@ LABELS = {0: "dog", 1: "tvmonitor", 2: "mouse"}
 
 @pytest.fixture(scope="module")
 def directories(tmp_path_factory) -> tuple[str, str]:
-    """(Mask2Former, CLIP) as `save_pretrained` writes them."""
+    """Return (Mask2Former, CLIP) as `save_pretrained` writes them."""
     masks, clip = tmp_path_factory.mktemp("mask2former"), tmp_path_factory.mktemp("clip")
     torch.manual_seed(0)
     backbone = transformers.SwinConfig(
@@ -119,9 +118,7 @@ def test_an_object_is_cut_out_on_grey():
 
 
 def test_colours_are_the_nearest_text(directories, rng):
-    """Against the same from the library's own joint forward pass, one crop and one template at a
-    time.
-    """
+    """Compare with the library's own joint forward pass, one crop and one template at a time."""
     crops = [
         rng.integers(0, 256, (h, w, 3), dtype=np.uint8) for h, w in ((20, 20), (9, 31), (16, 16))
     ]

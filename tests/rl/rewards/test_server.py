@@ -1,4 +1,5 @@
-"""The reward server over real sockets: every status, its queue, and scorers that hang or die."""
+"""Run the reward server over real sockets: every status, its queue, and scorers that hang or
+die."""
 
 import concurrent.futures
 import contextlib
@@ -17,7 +18,7 @@ LIMITS = Limits(max_body=100_000, max_pixels=10_000)
 
 @contextlib.contextmanager
 def serving(reward, limits=LIMITS, count=1, **options):
-    """(url, server, scorers)."""
+    """Yield (url, server, scorers)."""
     scorers = InProcess(reward, count)
     with (
         RewardServer((), limits=limits, scorers=scorers, **options) as server,
@@ -64,7 +65,7 @@ def test_scores_and_parts(url):
 
 
 def lying(width: int, height: int) -> bytes:
-    """A PNG with a second header, which is the one that decoders believe."""
+    """Return a PNG with a second header, the one that decoders use."""
     small, large = png(), png(size=(height, width))
     return small[:33] + large[8:33] + small[33:]
 

@@ -1,5 +1,5 @@
-"""A real reward server under 200 idle connections, decoder bombs and nonsense: others are
-served."""
+"""Run a real reward server under 200 idle connections, decoder bombs and nonsense: other clients
+are served."""
 
 import collections
 import json
@@ -41,7 +41,7 @@ def server(tmp_path):
 
 
 def resident(server: psutil.Process) -> float:
-    """MiB of a process and all that it started."""
+    """Return the MiB of a process and all that it started."""
     total = 0
     for process in [server, *server.children(recursive=True)]:
         try:

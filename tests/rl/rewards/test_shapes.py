@@ -26,7 +26,7 @@ def test_right_images_score_one_at_any_weight(asked, drawn):
 
 
 def test_wrong_images_are_told_apart_below_the_right_ones(asked, drawn):
-    """Each image beside the next prompt of its category: some are nearly right."""
+    """Score each image against the next prompt of its category: some are nearly right."""
     scores = create()(np.roll(drawn, 7, axis=0), [""] * COUNT, asked)
     correct_B, shaped_B = scores.parts["correct"], scores.parts["shaped"]
     wrong = correct_B == 0
@@ -38,7 +38,8 @@ def test_wrong_images_are_told_apart_below_the_right_ones(asked, drawn):
 
 
 def test_the_weight_mixes_both():
-    """The object of a scene where it and another one of its colour are asked: two of four facts."""
+    """Score the object of a scene where it and another one of its colour are asked: two of four
+    facts."""
     image = render(sample(0, 0, "test"), 48)
     (thing,) = sample(0, 0, "test").things
     other = "star" if thing.shape != "star" else "ring"

@@ -1,4 +1,4 @@
-"""Which rewards run by the word of a directory."""
+"""Check which rewards run because a directory names them."""
 
 import inspect
 import shlex
@@ -42,7 +42,7 @@ def test_the_local_ones_run():
 
 
 def test_every_option_is_decided():
-    """A new option is not trusted before somebody has looked at it."""
+    """Check that a new option is not trusted by default."""
     places = {"path", "colour_path"}
     for module in (shapes, ocr, geneval):
         name = module.__name__.rpartition(".")[2]
@@ -52,7 +52,7 @@ def test_every_option_is_decided():
 
 @pytest.mark.parametrize("reward", FOREIGN, ids=lambda reward: f"{reward.name} {reward.options}")
 def test_the_others_have_to_be_named(reward):
-    """By flags that make the very same rewards, weights and clips among them."""
+    """Name flags that make the very same rewards, with weights and clips."""
     assert not is_local(reward)
     with pytest.raises(
         UserError,
@@ -64,7 +64,7 @@ def test_the_others_have_to_be_named(reward):
 
 
 def test_what_no_flag_can_say():
-    """Nor is anything printed that a terminal would take for more than text."""
+    """Check that no control sequence of a terminal is printed either."""
     for reward in (
         RewardConfig("python:a.b\x1b[2J\n"),
         RewardConfig("http", options=(("urls", "http://a?x=1,y=2"),)),

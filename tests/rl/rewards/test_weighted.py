@@ -1,4 +1,4 @@
-"""The sum by hand, and every way in which a number is no score."""
+"""Compute the sum by hand, and check every way in which a number is no score."""
 
 import numpy as np
 import pytest
