@@ -37,7 +37,7 @@ ENTRY %main (a: bf16[1024,4096], b: bf16[4096,4096]) -> bf16[1024,4096] {
   %fusion.7 = bf16[1024,4096]{1,0} fusion(%a, %b), kind=kOutput, calls=%fused, backend_config={"flag_configs":[],"window_config":{"output_window_bounds":["16","4"],"estimated_cycles":"1000000","iteration_bounds":["8","8","BOUND"]}}
   ROOT %fusion.8 = bf16[1024,4096]{1,0} fusion(%fusion.7, %b), kind=kOutput, calls=%fused, backend_config={"flag_configs":[],"window_config":{"output_window_bounds":["16","4"],"estimated_cycles":"1000000","iteration_bounds":["8","8","16"]}}
 }
-"""  # noqa: E501
+"""
 
 
 def test_a_turn_is_the_loops_code(tmp_path):

@@ -115,7 +115,7 @@ ENTRY %main.0_spmd (param: bf16[4096,2048]) -> bf16[264,2048] {
   %copy-done = bf16[4096,2048]{1,0:T(8,128)(2,1)S(1)} copy-done(%copy-start)
   ROOT %fusion = bf16[264,2048]{1,0:T(8,128)(2,1)} fusion(%copy-done), kind=kCustom, calls=%all-reduce-scatter, metadata={op_name="jit(f)/transpose(jvp())/dot_general" stack_frame_id=4}, backend_config={"window_config":{"estimated_cycles":"21807"},"collective_algorithm_config":{"emitter":"SingleInputAllReduceScatterFusion","debug":"{colors:1 phases:1}"}}
 }
-"""  # noqa: E501
+"""
 
 
 def test_what_an_operation_says():
@@ -144,7 +144,7 @@ ENTRY %main (q: bf16[4,16,2048,128]) -> bf16[4,16,2048,128] {
 }}, metadata={op_name="jit(step)/jvp(ar)/while/body/closed_call/attention/pallas_call" stack_frame_id=775}
   ROOT %after = bf16[4,16,2048,128]{3,2,1,0} negate(%splash_mha_fwd.2)
 }
-"""  # noqa: E501
+"""
 
 
 def test_attributes_of_a_kernel_go_over_several_lines():

@@ -472,7 +472,7 @@ ENTRY %main (stack: bf16[4,8192,1024], x: bf16[1,8192,1024], i: s32[]) -> (bf16[
   %here = bf16[1,8192,1024]{2,1,0} dynamic-slice-done(%in)
   ROOT %r = (bf16[4,8192,1024]{2,1,0:S(5)}, bf16[1,8192,1024]{2,1,0}) tuple(%there, %here)
 }
-"""  # noqa: E501
+"""
 
 
 def test_copies_to_the_host_and_from_it_go_both_ways_at_once():
