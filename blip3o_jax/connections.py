@@ -57,8 +57,8 @@ def allow_open_files(what: str, services: Sequence[ConnectionLimits]) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard != resource.RLIM_INFINITY and hard < needed:
         raise UserError(
-            f"{what}: the connections need up to {needed} open files, but the system allows {hard}: "
-            f"raise the hard limit (ulimit -Hn {needed})"
+            f"{what}: the connections need up to {needed} open files, but the system allows {hard}:"
+            f" raise the hard limit (ulimit -Hn {needed})"
         )
     if soft != resource.RLIM_INFINITY and soft < needed:
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))

@@ -61,7 +61,9 @@ class _Process:
         self.forward_sigterm: Callable[[], None] | None = (
             None  # SIGTERM, to the service that decides where all hosts stop
         )
-        self.stop_line = ""  # while set, signals end the process at once, SIGTERM with this line: there is nothing to save
+        self.stop_line = (  # while set, signals end the process at once, SIGTERM with this line: there is nothing to save
+            ""
+        )
         self.done = False  # the command is over, with success
         self._lock = threading.RLock()
         self._error: BaseException | None = None  # why it closes
@@ -138,7 +140,8 @@ class _Process:
             self.end(self._error or KeyboardInterrupt())
         elif self.saving:
             _print(
-                "blip3o: the step in work is being saved, as SIGTERM asked; Ctrl-C again ends at once, without"
+                "blip3o: the step in work is being saved, as SIGTERM asked; Ctrl-C again ends at"
+                " once, without"
             )
         else:
             self._raise_in_main()
@@ -168,7 +171,8 @@ class _Process:
         then ends the process.
         """
         with self._lock:
-            reported, self._reported = self._reported, self.installed
+            reported = self._reported
+            self._reported = self.installed
         if reported:
             threading.Event().wait()
         return self.reporter(error)
@@ -282,7 +286,8 @@ def _open_streams() -> None:
             setattr(sys, f"__{name}__", stream)
     old = sys.stdout
     if type(old) is io.TextIOWrapper:
-        encoding, errors = old.encoding, old.errors
+        encoding = old.encoding
+        errors = old.errors
         options = {"line_buffering": old.line_buffering, "write_through": old.write_through}
         sys.stdout = sys.__stdout__ = _Stdout(old.detach(), encoding, errors, **options)
 

@@ -73,7 +73,8 @@ def describe(error: OSError) -> str:
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
     """Yield `error` and all exceptions behind it and in groups, each once."""
-    waiting, seen = [error], set()
+    waiting = [error]
+    seen = set()
     while waiting:
         current = waiting.pop(0)
         if id(current) in seen:

@@ -64,7 +64,8 @@ def path(value: str) -> Path:
     _accepted(value, types.Path, value)
     if "://" in value:
         raise argparse.ArgumentTypeError(
-            f"{errors.shown(value)} is no directory: mount the bucket, as docs/pods.md says, and give the path"
+            f"{errors.shown(value)} is no directory: mount the bucket, as docs/pods.md says, and"
+            " give the path"
         )
     return Path(value)
 

@@ -13,7 +13,8 @@ def add(commands: Any) -> None:
         "ask",
         run,
         "answer a question about an image",
-        "Prints the answer. For a checkpoint that was trained with reference images (model.editing).",
+        "Prints the answer. For a checkpoint that was trained with reference images"
+        " (model.editing).",
     )
     flags.add_checkpoint(parser)
     parser.add_argument(

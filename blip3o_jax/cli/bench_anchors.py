@@ -14,8 +14,9 @@ def add(commands: Any) -> None:
         "anchors",
         run,
         "the cost model of `bench sharding` against published training steps; needs no TPU",
-        "Needs libtpu (the extra [tpu]). Compiles language models of published sizes for the chips that others have timed them "
-        "on, and sets the predicted time beside theirs; writes anchors.json.",
+        "Needs libtpu (the extra [tpu]). Compiles language models of published sizes for the chips"
+        " that others have timed them on, and sets the predicted time beside theirs; writes"
+        " anchors.json.",
     )
     parser.add_argument(
         "--out",

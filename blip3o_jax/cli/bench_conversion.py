@@ -13,8 +13,9 @@ def add(commands: Any) -> None:
         "conversion",
         run,
         "how fast, and in how much memory, weights of a size are imported and exported",
-        "Writes random weights of the config's sizes in the published layout, imports and exports them, compares the bits, and "
-        "reads and writes the same files with the safetensors library (the extra [convert]). Needs four times their room.",
+        "Writes random weights of the config's sizes in the published layout, imports and exports"
+        " them, compares the bits, and reads and writes the same files with the safetensors library"
+        " (the extra [convert]). Needs four times their room.",
     )
     parser.add_argument(
         "--config",

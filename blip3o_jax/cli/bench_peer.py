@@ -17,8 +17,9 @@ def add(commands: Any) -> None:
         "peer",
         run,
         "the same weights and work in JAX and in PyTorch, in turns",
-        "Needs PyTorch (the extra [convert]). Compares what both compute, then times train step, decoding, denoising, "
-        "autoencoder, tokenizer and text to image; writes peer.json and peer.md. float32 on a CPU, bfloat16 on a GPU.",
+        "Needs PyTorch (the extra [convert]). Compares what both compute, then times train step,"
+        " decoding, denoising, autoencoder, tokenizer and text to image; writes peer.json and"
+        " peer.md. float32 on a CPU, bfloat16 on a GPU.",
     )
     parser.add_argument(
         "--torch",

@@ -14,12 +14,14 @@ def add(commands: Any) -> None:
         commands,
         "sharding",
         run,
-        "which strategy fits a TPU topology, how fast it should be and what limits it; needs no TPU",
-        "Needs libtpu (the extra [tpu]). Compiles the whole train step, or a rollout (text to image), ahead of time for every "
-        "topology and strategy and walks the program with a cost model; writes sharding.json and sharding.html. Times are "
-        "predicted, not measured. With --measure it runs on the devices that are here, needs no libtpu, and both times stand "
-        "side by side. Mesh sizes are chosen for each strategy unless --config.mesh.* sets them; --config.data.cache_dir=X "
-        "leaves the encoders out.",
+        "which strategy fits a TPU topology, how fast it should be and what limits it; needs"
+        " no TPU",
+        "Needs libtpu (the extra [tpu]). Compiles the whole train step, or a rollout (text to"
+        " image), ahead of time for every topology and strategy and walks the program with a cost"
+        " model; writes sharding.json and sharding.html. Times are predicted, not measured. With"
+        " --measure it runs on the devices that are here, needs no libtpu, and both times stand"
+        " side by side. Mesh sizes are chosen for each strategy unless --config.mesh.* sets them;"
+        " --config.data.cache_dir=X leaves the encoders out.",
     )
     parser.add_argument(
         "--config",
@@ -60,8 +62,10 @@ def add(commands: Any) -> None:
         "--batch_per_chip",
         type=_batch,
         metavar="N|max",
-        help="examples, or prompts (the config's batch_size in all); max: as many as the compiler lets pass, which takes "
-        "several compiles a row",
+        help=(
+            "examples, or prompts (the config's batch_size in all); max: as many as the compiler"
+            " lets pass, which takes several compiles a row"
+        ),
     )
     parser.add_argument(
         "--measure",
@@ -70,7 +74,10 @@ def add(commands: Any) -> None:
         const=10,
         default=0,
         metavar="N",
-        help="in place of --topology: run N steps (10) on the devices that are here, or --config.mesh.cpu_devices",
+        help=(
+            "in place of --topology: run N steps (10) on the devices that are here, or"
+            " --config.mesh.cpu_devices"
+        ),
     )
     parser.add_argument(
         "--out",
@@ -85,8 +92,10 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--no_schedules",
         action="store_true",
-        help="charge matrix products by the compiler's estimates, without having its schedules written: compiles in half to "
-        "two thirds of the time, and is less right",
+        help=(
+            "charge matrix products by the compiler's estimates, without having its schedules"
+            " written: compiles in half to two thirds of the time, and is less right"
+        ),
     )
 
 

@@ -27,7 +27,8 @@ def add(commands: Any) -> None:
         "export",
         run,
         "a checkpoint to PyTorch files",
-        "Writes the published BLIP3o-NEXT layout, or with --parts the directories that the stock classes load.",
+        "Writes the published BLIP3o-NEXT layout, or with --parts the directories that the stock"
+        " classes load.",
     )
     parser.add_argument(
         "--source",
@@ -74,8 +75,9 @@ def run(args: argparse.Namespace) -> None:
     )
     print_notes(done.notes)
     print(
-        f"exported {done.tensors} tensors, {format_bytes(done.size)}, to {args.out} in {done.seconds:.1f} s "
-        f"({format_bytes(done.size / done.seconds)}/s), peak {format_bytes(done.peak)} resident"
+        f"exported {done.tensors} tensors, {format_bytes(done.size)}, to {args.out} in"
+        f" {done.seconds:.1f} s ({format_bytes(done.size / done.seconds)}/s), peak"
+        f" {format_bytes(done.peak)} resident"
     )
 
 

@@ -15,8 +15,8 @@ def add(commands: Any) -> None:
         "import",
         run,
         "PyTorch files to a checkpoint",
-        "Sizes and options are read from the files' own config.json. Tensors are read one by one; nothing is dropped, renamed "
-        "or cast unless a flag says so.",
+        "Sizes and options are read from the files' own config.json. Tensors are read one by one;"
+        " nothing is dropped, renamed or cast unless a flag says so.",
     )
     add_source(parser, "--source")
     parser.add_argument(
@@ -56,10 +56,12 @@ def run(args: argparse.Namespace) -> None:
     print_notes(source.notes)
     done = import_weights(source, args.out, args.mesh, overwrite=args.overwrite)
     print(
-        f"imported {format_bytes(done.parameters)} of parameters into {args.out} in {done.seconds:.1f} s (reading "
-        f"{done.read_seconds:.1f} s, {format_bytes(done.parameters / done.read_seconds)}/s)\n"
-        f"memory: {format_bytes(done.host_bytes)} stay on this host, the largest tensor has {format_bytes(done.largest)}; peak "
-        f"{format_bytes(done.peak)} resident, at most {format_bytes(done.allowed)} meant"
+        f"imported {format_bytes(done.parameters)} of parameters into {args.out} in"
+        f" {done.seconds:.1f} s (reading {done.read_seconds:.1f} s,"
+        f" {format_bytes(done.parameters / done.read_seconds)}/s)\nmemory:"
+        f" {format_bytes(done.host_bytes)} stay on this host, the largest tensor has"
+        f" {format_bytes(done.largest)}; peak {format_bytes(done.peak)} resident, at most"
+        f" {format_bytes(done.allowed)} meant"
     )
 
 

@@ -33,22 +33,30 @@ def add_source(parser: argparse.ArgumentParser, flag: str) -> None:
         "--ta_tok_config",
         type=arguments.path,
         metavar="FILE.json",
-        help="sizes of another vision tokenizer than the published: encoder, decoder, bottleneck_dim, codebook_size, "
-        "select_layer, l2_normalized",
+        help=(
+            "sizes of another vision tokenizer than the published: encoder, decoder,"
+            " bottleneck_dim, codebook_size, select_layer, l2_normalized"
+        ),
     )
     parser.add_argument(
         "--variant",
         type=arguments.text,
         default="",
         metavar="NAME",
-        help="weights to take where a directory has several: bf16 for model.bf16.safetensors (the ones without a name)",
+        help=(
+            "weights to take where a directory has several: bf16 for model.bf16.safetensors (the"
+            " ones without a name)"
+        ),
     )
     parser.add_argument(
         "--initialise",
         type=arguments.names,
         default=(),
         metavar="NAMES",
-        help="what the files lack and is to be made: connector, image_embeddings, latent_connector, feature_connector",
+        help=(
+            "what the files lack and is to be made: connector, image_embeddings, latent_connector,"
+            " feature_connector"
+        ),
     )
 
 

@@ -16,8 +16,8 @@ def add(commands: Any) -> None:
         "verify",
         run,
         "compare a PyTorch directory with a checkpoint, weights and outputs",
-        "Runs both sides in float32 on the same seeded inputs; needs PyTorch (the extra [convert]). Ends with status 1 where "
-        "they differ, naming the tensor and the first layer.",
+        "Runs both sides in float32 on the same seeded inputs; needs PyTorch (the extra [convert])."
+        " Ends with status 1 where they differ, naming the tensor and the first layer.",
     )
     add_source(parser, "--torch")
     parser.add_argument(

@@ -13,8 +13,9 @@ def add(commands: Any) -> None:
         "index",
         run,
         "read a data set once and keep checksums of its records",
-        "Done by itself when a run opens a set for the first time; a large one is better indexed before. Reads the shards "
-        "that have no index, and those whose size or time of change is another; prints what the set holds.",
+        "Done by itself when a run opens a set for the first time; a large one is better indexed"
+        " before. Reads the shards that have no index, and those whose size or time of change is"
+        " another; prints what the set holds.",
         again="the same command goes on with the shards that have no index yet",
     )
     parser.add_argument("path", type=arguments.text, metavar="PATH", help="as data.path")

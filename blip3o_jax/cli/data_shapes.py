@@ -15,8 +15,8 @@ def add(commands: Any) -> None:
         "shapes",
         run,
         "draw the embedded compositional data set",
-        "Scenes of coloured shapes with captions, written as ArrayRecord files. The test split holds combinations that the "
-        "training split never shows.",
+        "Scenes of coloured shapes with captions, written as ArrayRecord files. The test split"
+        " holds combinations that the training split never shows.",
     )
     parser.add_argument(
         "--out",

@@ -15,8 +15,8 @@ def add(commands: Any) -> None:
         "demo",
         run,
         "train every part from random weights, sample, score, report",
-        "Makes its own data and needs no accelerator. Its last line is one JSON object with the score, the seconds it took "
-        "and the path of the report.",
+        "Makes its own data and needs no accelerator. Its last line is one JSON object with the"
+        " score, the seconds it took and the path of the report.",
     )
     parser.add_argument(
         "--workdir",

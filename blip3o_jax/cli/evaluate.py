@@ -14,9 +14,10 @@ def add(commands: Any) -> None:
         "evaluate",
         run,
         "score a checkpoint on held-out prompts",
-        "Writes scores.json, per category and overall, and the images that were scored. shapes, shapes_edit, shapes_qa and "
-        "reconstruct have held-out prompts of their own; any reward of docs/rl.md (ocr, "
-        "geneval,detector=transformers,path=DIR) is a suite for a file of prompts.",
+        "Writes scores.json, per category and overall, and the images that were scored. shapes,"
+        " shapes_edit, shapes_qa and reconstruct have held-out prompts of their own; any reward of"
+        " docs/rl.md (ocr, geneval,detector=transformers,path=DIR) is a suite for a file of"
+        " prompts.",
     )
     flags.add_checkpoint(parser)
     parser.add_argument(

@@ -74,7 +74,10 @@ def add_hosts(parser: argparse.ArgumentParser) -> None:
         "--distributed",
         choices=("auto", "off", "tpu", "slurm"),
         default="auto",
-        help="how hosts find each other: by a TPU slice's metadata, Slurm's variables, or what there is of these (%(default)s)",
+        help=(
+            "how hosts find each other: by a TPU slice's metadata, Slurm's variables, or what there"
+            " is of these (%(default)s)"
+        ),
     )
     group.add_argument(
         "--coordinator",

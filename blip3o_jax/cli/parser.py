@@ -88,7 +88,8 @@ def build_parser() -> Parser:
         "PyTorch weights in, and out again",
         "ways",
         (convert_import, convert_export, convert_verify),
-        "Between PyTorch checkpoints (safetensors, the published names) and checkpoints of this package.",
+        "Between PyTorch checkpoints (safetensors, the published names) and checkpoints of this"
+        " package.",
     )
     _add_group(
         commands,

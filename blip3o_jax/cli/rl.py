@@ -17,8 +17,8 @@ def add(commands: Any) -> None:
         "rl",
         run,
         "improve a trained model against rewards that are computed on the host",
-        "GRPO on the image tokens, Flow-GRPO on the diffusion head, or both; docs/rl.md. Resumes from the last checkpoint in "
-        "the working directory.",
+        "GRPO on the image tokens, Flow-GRPO on the diffusion head, or both; docs/rl.md. Resumes"
+        " from the last checkpoint in the working directory.",
         again="the same command resumes from the last checkpoint in its --workdir",
     )
     parser.add_argument(

@@ -14,8 +14,9 @@ def add(commands: Any, run_flags: list[argparse.Action]) -> None:
         "rescore",
         run,
         "score the images of a finished run again",
-        "Of a run with rl.keep_images: by the same rewards or by others. Rewards that may run code, read files or connect "
-        "elsewhere have to be named here, whatever the run's config.json says. Writes rescored.jsonl and prints both means.",
+        "Of a run with rl.keep_images: by the same rewards or by others. Rewards that may run code,"
+        " read files or connect elsewhere have to be named here, whatever the run's config.json"
+        " says. Writes rescored.jsonl and prints both means.",
     )
     parser.set_defaults(flags_of_a_run=run_flags)
     # `args.run` is the command itself.

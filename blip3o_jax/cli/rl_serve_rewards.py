@@ -16,7 +16,8 @@ def add(commands: Any, run_flags: list[argparse.Action]) -> None:
         "serve-rewards",
         run,
         "score images for runs elsewhere, over HTTP",
-        "Takes JSON with PNG images on /score; /health and /metrics report its state. A run reaches it by the reward http.",
+        "Takes JSON with PNG images on /score; /health and /metrics report its state. A run reaches"
+        " it by the reward http.",
         again="run the same command again to serve on",
     )
     parser.set_defaults(flags_of_a_run=run_flags)

@@ -14,7 +14,8 @@ def add(commands: Any) -> None:
         "sample",
         run,
         "draw images for prompts",
-        "Writes one PNG a prompt and a labelled grid. The same prompt and seed give the same image at any batch size.",
+        "Writes one PNG a prompt and a labelled grid. The same prompt and seed give the same image"
+        " at any batch size.",
     )
     flags.add_checkpoint(parser)
     prompts = parser.add_mutually_exclusive_group(required=True)

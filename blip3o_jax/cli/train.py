@@ -15,7 +15,8 @@ def add(commands: Any) -> None:
         "train",
         run,
         "train what a config file says: one stage, or several in order",
-        "Resumes from the last checkpoint in the working directory; stages that are finished are not run again.",
+        "Resumes from the last checkpoint in the working directory; stages that are finished are"
+        " not run again.",
         again="the same command resumes from the last checkpoint in its --workdir",
     )
     flags.add_config(parser)

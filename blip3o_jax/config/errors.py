@@ -85,5 +85,6 @@ def first_line(error: BaseException) -> str:
 
 def type_and_line(error: BaseException) -> str:
     """Return an exception's name and the first line of its message, where it has one."""
-    kind, line = type(error).__name__, first_line(error)
+    kind = type(error).__name__
+    line = first_line(error)
     return kind if line == kind else f"{kind}: {line}"

@@ -201,7 +201,8 @@ def override(values: dict[str, Any], key: str, text: str) -> None:
     field's annotation says.
     """
     cls: type = Config
-    group, path = values, ""
+    group = values
+    path = ""
     *groups, name = key.split(".")
     for part in groups:
         hint = _hint(cls, part, path)

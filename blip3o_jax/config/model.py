@@ -71,11 +71,13 @@ class ModelConfig(ConfigGroup, path="model"):
             self.check_size(bucket, "model.buckets")
         check(
             self.image_size % self.vae.spatial_compression == 0,
-            f"model.image_size={self.image_size} must be a multiple of the autoencoder's {self.vae.spatial_compression}",
+            f"model.image_size={self.image_size} must be a multiple of the autoencoder's"
+            f" {self.vae.spatial_compression}",
         )
         check(
             self.dit.in_channels == self.vae.latent_channels,
-            f"model.dit.in_channels={self.dit.in_channels} must equal model.vae.latent_channels={self.vae.latent_channels}",
+            f"model.dit.in_channels={self.dit.in_channels} must equal"
+            f" model.vae.latent_channels={self.vae.latent_channels}",
         )
 
     @property
@@ -98,5 +100,6 @@ class ModelConfig(ConfigGroup, path="model"):
         fits = len(size) == 2 and all(side > 0 and side % unit == 0 for side in size)
         check(
             fits,
-            f"{name}={size} must be (height, width), both multiples of {unit}: the autoencoder's factor times the patch",
+            f"{name}={size} must be (height, width), both multiples of {unit}: the autoencoder's"
+            " factor times the patch",
         )

@@ -51,21 +51,25 @@ class Config(ConfigGroup):
         super().__post_init__()
         check(
             self.data.batch_size % self.optimizer.accumulate == 0,
-            f"data.batch_size={self.data.batch_size} must be a multiple of optimizer.accumulate={self.optimizer.accumulate}",
+            f"data.batch_size={self.data.batch_size} must be a multiple of"
+            f" optimizer.accumulate={self.optimizer.accumulate}",
         )
         check(
             self.stage == "joint" or self.checkpoint.image_embedding_init == "random",
-            f"checkpoint.image_embedding_init={self.checkpoint.image_embedding_init!r} belongs to stage 'joint'; "
-            f"stage {self.stage!r} has no AR",
+            f"checkpoint.image_embedding_init={self.checkpoint.image_embedding_init!r} belongs to"
+            f" stage 'joint'; stage {self.stage!r} has no AR",
         )
-        alone, both = self.loss.instruction_dropout, self.loss.condition_dropout
+        alone = self.loss.instruction_dropout
+        both = self.loss.condition_dropout
         check(
             alone <= 1 - both,
-            f"loss.instruction_dropout={alone} is a share of the rows beside loss.condition_dropout={both}: 0 to 1 together",
+            f"loss.instruction_dropout={alone} is a share of the rows beside"
+            f" loss.condition_dropout={both}: 0 to 1 together",
         )
         check(
             self.data.pack == 1 or (self.stage == "joint" and self.loss.condition_span == "exact"),
-            f"data.pack={self.data.pack} is for stage 'joint' with loss.condition_span='exact': 1 has a row for each example",
+            f"data.pack={self.data.pack} is for stage 'joint' with loss.condition_span='exact': 1"
+            " has a row for each example",
         )
         check(
             not (
@@ -74,11 +78,13 @@ class Config(ConfigGroup):
                 and self.model.editing.reference_slots
                 and self.model.editing.features
             ),
-            "data.cache_dir keeps no features, which model.editing.features reads: empty data.cache_dir",
+            "data.cache_dir keeps no features, which model.editing.features reads: empty"
+            " data.cache_dir",
         )
         check(
             not (self.loss.caption_dropout and self.model.template.supervise_prompt),
-            "loss.caption_dropout hides prompts that model.template.supervise_prompt trains on: turn one of them off",
+            "loss.caption_dropout hides prompts that model.template.supervise_prompt trains on:"
+            " turn one of them off",
         )
 
     @property

@@ -1,4 +1,4 @@
-"""Step 1 of the way of an image: captions + images on disk -> batches.
+"""Step 1 of the data flow: captions and images on disk -> batches.
 
 `sources` reads records, `images` decodes and crops them, `sequence` lays out their tokens, `loader`
 turns them into batches.

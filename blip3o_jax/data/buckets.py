@@ -1,8 +1,8 @@
-"""Aspect-ratio buckets (`model.buckets`): sources split by the shape of their images, so that all
-images of a batch have one shape.
+"""Split sources into aspect-ratio buckets (`model.buckets`), so that all images of a batch have one
+shape.
 
-The shape of a record is that of the image to be drawn, or of the first one shown, taken from its
-header. All headers are read once, by threads, and which record is of which shape is kept in the
+The shape of a record is that of its target image, or of the first reference where the answer is
+text, read from the header. All headers are read once, by threads, and the shapes are stored in the
 user's cache directory.
 """
 
@@ -27,11 +27,13 @@ PROGRESS_RECORDS = 1024  # records between two lines of progress
 
 
 class Bucket(Source):
-    """The records of `source` at `indices`, whose images are cut to `shape`."""
+    """Read the records of `source` at `indices`, whose images are cut to `shape`."""
 
     def __init__(self, source: Source, indices: np.ndarray, shape: tuple[int, int]) -> None:
         super().__init__(source.name, source.files)
-        self._source, self._indices, self.shape = source, indices, shape
+        self._source = source
+        self._indices = indices
+        self.shape = shape
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -41,9 +43,8 @@ class Bucket(Source):
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        which = hashlib.sha256(self._indices.astype("<i8").tobytes()).hexdigest()[
-            :16
-        ]  # which records a bucket has depends on the other sizes
+        # The records of a bucket depend on the other sizes, so they are part of the identity.
+        which = hashlib.sha256(self._indices.astype("<i8").tobytes()).hexdigest()[:16]
         return f"{self._source.fingerprint}-{'x'.join(map(str, self.shape))}-{which}"
 
 
@@ -96,7 +97,8 @@ def _shapes(source: Source, model: ModelConfig, max_pixels: int) -> np.ndarray:
                 changed.append(number)
             return 0
 
-    found, began = [], time.monotonic()
+    found = []
+    began = time.monotonic()
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
         for start in range(0, len(source), PROGRESS_RECORDS):
             found += pool.map(shape, range(start, min(len(source), start + PROGRESS_RECORDS)))
@@ -107,6 +109,6 @@ def _shapes(source: Source, model: ModelConfig, max_pixels: int) -> np.ndarray:
                     file=sys.stderr,
                 )
     shapes_N = np.array(found, np.uint8)
-    if not changed:  # what was read is what the file's name says
+    if not changed:  # the shapes read match the digest in the file's name
         files.replace_bytes(file, pack({}, {"shapes": shapes_N}), shared=True)
     return shapes_N

@@ -1,4 +1,5 @@
-"""Files of arrays with a checksum over all their bytes, and where such files are kept.
+"""Read and write files of arrays with a checksum over all their bytes, and find the directory for
+them.
 
 Little-endian:
 
@@ -23,13 +24,15 @@ _PREFIX = len(MAGIC) + 8
 
 
 class DamagedArrays(ValueError):
-    """A file that `pack` did not make, or that has changed since."""
+    """Report a file that `pack` did not make, or that has changed since."""
 
 
 def pack(header: dict[str, Any], arrays: dict[str, np.ndarray]) -> bytes:
     """Return the bytes of a file with a header that JSON can hold, and arrays of int64, uint32 or
     uint8."""
-    layout, start, pieces = {}, 0, []
+    layout = {}
+    start = 0
+    pieces = []
     for name, array in arrays.items():
         kind = {"i": "<i8", "u": "|u1" if array.dtype.itemsize == 1 else "<u4"}[array.dtype.kind]
         raw = np.ascontiguousarray(array, kind).tobytes()
@@ -47,12 +50,12 @@ def unpack(
     *,
     check: bool = True,
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Map a file that `pack` made; return its header and arrays. `check=False` leaves its checksum
-    out.
+    """Map a file that `pack` made; return its header and arrays. With `check=False` its checksum is
+    not compared.
 
     Raises:
-      DamagedArrays: it is another kind of file, or a part of it has changed.
-      OSError: it is not there or cannot be read.
+      DamagedArrays: the file is of another kind, or a part of it has changed.
+      OSError: the file does not exist or cannot be read.
     """
     if os.path.getsize(path) < _PREFIX:
         raise DamagedArrays("it is cut short")
@@ -64,7 +67,8 @@ def unpack(
         raise DamagedArrays("its checksum does not match")
     try:
         header = json.loads(raw[_PREFIX : _PREFIX + length].tobytes())
-        body, arrays = raw[_PREFIX + length :], {}
+        body = raw[_PREFIX + length :]
+        arrays = {}
         for name, (kind, shape, start) in header.pop("arrays").items():
             if kind not in _DTYPES:
                 raise DamagedArrays(f"an array of {kind}")
@@ -76,7 +80,9 @@ def unpack(
 
 
 def cache_directory() -> pathlib.Path:
-    """Return the user's directory for what can be made again; it is there and can be written to."""
+    """Return the user's cache directory, for data that can be regenerated; it exists and is
+    writable. Raises UserError if none can be made.
+    """
     home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     mine = pathlib.Path(home, "blip3o_jax")
     # For a read-only home, as in some containers. Others can write to the directory it lies in.

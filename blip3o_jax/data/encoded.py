@@ -1,23 +1,23 @@
-"""A source whose records carry the outputs of the frozen encoders for their images, from a cache on
-disk.
+"""Cache the outputs of the frozen encoders for a source's images on disk.
 
 Directory of one (source, encoders) pair, named by a hash of all that the values depend on:
 
-    codes-00012.npy      int32   [records, N]           of records 12 * RECORDS_PER_SHARD .. of the source
+    codes-00012.npy      int32   [records, N]   of the source's records from 12 * RECORDS_PER_SHARD on
     latents-00012.npy    float32 [records, H, W, C]
-    shard-00012.json      {"unreadable": {"index": "reason"},                 records that could not be decoded
-                          "codes": {"shape": [...], "crc32c": [...]}, "latents": ...}       a checksum a record
+    shard-00012.json     {"unreadable": {"index": "reason"},
+                          "codes": {"shape": [...], "crc32c": [...]}, "latents": ...}
 
-With R reference slots both arrays are [records, 1 + R, ...], the target image first; empty slots
-are zeros.
+`unreadable` names the records that could not be decoded; `crc32c` has a checksum per record. With R
+reference slots both arrays are [records, 1 + R, ...], the target image first; empty slots are
+zeros.
 
 A shard is written under another name and renamed when whole, so that writing resumes where it
-stopped and several hosts share the work. `train/encode.py` writes these; float32 keeps a cached
-step equal to one that encodes inside.
+stopped and several hosts share the work. `train/encode.py` writes the shards; they are float32 so
+that a cached step equals one that encodes inside.
 
-Nobody can read a cache of many gigabytes at every start, so the arrays' sizes are checked then, and
-a record's checksum when it is read. A damaged shard is set aside: its json is renamed to
-shard-00012.json.damaged, and the next start encodes it again.
+Reading a cache of many gigabytes at every start takes too long. The start checks only the arrays'
+sizes, and a record's checksum is compared when the record is read. A damaged shard is set aside:
+its JSON file is renamed to shard-00012.json.damaged, and the next start encodes it again.
 """
 
 import contextlib
@@ -35,17 +35,19 @@ from blip3o_jax.config import ConfigError
 from blip3o_jax.config.errors import first_line
 from blip3o_jax.data.record import BadRecord, Record, Source
 
-VERSION = 2  # raised whenever the same images and weights would give other values, or another layout of files
+# Raised whenever the same images and weights would give other values, or another layout of files.
+VERSION = 2
 RECORDS_PER_SHARD = 4096  # records
 DTYPES = {"codes": np.dtype("<i4"), "latents": np.dtype("<f4")}
 
 
 class DamagedShard(ConfigError):
-    """A shard that is not what was written; it is set aside. `reason`: file and what is wrong with
-    it. Not the fault of the record that was to be read, which therefore is not skipped for it.
+    """Report a shard that was set aside because its contents are not those that were written.
+    `reason`: file and what is wrong with it. The record is not skipped for it, since the record
+    itself is sound.
     """
 
-    def __init__(self, reason: str):
+    def __init__(self, reason: str) -> None:
         super().__init__(
             f"{reason}: the cache's shard is encoded again when the run is started again"
         )
@@ -57,17 +59,17 @@ class DamagedShard(ConfigError):
 
 @dataclasses.dataclass(frozen=True)
 class EncodedRecord(Record):
-    """A record with encoder outputs in place of its images' views: `codes` [N], scaled `latents` [H,
-    W, C], and `reference_codes` [R, N], `reference_latents` [R, H, W, C] with R
-    reference slots.
+    """Hold a record with encoder outputs in place of its images' views: `codes` [N], scaled
+    `latents` [H, W, C], and with R reference slots `reference_codes` [R, N] and `reference_latents`
+    [R, H, W, C].
     """
 
     outputs: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
 def directory_name(source: Source, settings: dict[str, Any]) -> str:
-    """Return a hash of the source's content and of `settings`: crop and sizes, encoder configuration and
-    weights.
+    """Return a hash of the source's content and of `settings`: crop and sizes, encoder
+    configuration and weights.
     """
     content = json.dumps(
         {"version": VERSION, "source": source.fingerprint, **settings}, sort_keys=True
@@ -76,11 +78,15 @@ def directory_name(source: Source, settings: dict[str, Any]) -> str:
 
 
 class EncodedSource(Source):
-    """`source` with the encoder outputs kept in `directory`; codes lie in [0, `codebook_size`)."""
+    """Read the records of `source` with the encoder outputs stored in `directory`; codes lie in [0,
+    `codebook_size`).
+    """
 
-    def __init__(self, source: Source, directory: pathlib.Path, codebook_size: int):
+    def __init__(self, source: Source, directory: pathlib.Path, codebook_size: int) -> None:
         super().__init__(source.name, source.files)
-        self.source, self.directory, self.shape = source, directory, source.shape
+        self.source = source
+        self.directory = directory
+        self.shape = source.shape
         self._codebook_size = codebook_size
 
     @property
@@ -91,8 +97,8 @@ class EncodedSource(Source):
         return len(self.source)
 
     def __getitem__(self, index: int) -> EncodedRecord:
-        """Raises DamagedShard where what is stored is not what was written, or is no output of
-        encoders.
+        """Return a record with its encoder outputs. Raises DamagedShard where the stored values
+        differ from those that were written, or cannot be outputs of the encoders.
         """
         record = self.source[index]
         number, row = divmod(index, RECORDS_PER_SHARD)
@@ -114,7 +120,7 @@ class EncodedSource(Source):
 
 
 def not_outputs(codes: np.ndarray, latents: np.ndarray, codebook_size: int) -> str:
-    """Return why these cannot be encoders' outputs, "" if they can."""
+    """Return why these values cannot be outputs of the encoders, "" if they can."""
     if codes.min(initial=0) < 0 or codes.max(initial=0) >= codebook_size:
         return f"codes from {codes.min()} to {codes.max()} where there are {codebook_size}"
     if not np.all(np.isfinite(latents)):
@@ -124,8 +130,8 @@ def not_outputs(codes: np.ndarray, latents: np.ndarray, codebook_size: int) -> s
 
 @dataclasses.dataclass(frozen=True)
 class EncodedShard:
-    """One shard, its arrays mapped into memory. `sums`: the CRC32C of each record, by the array's
-    name.
+    """Hold one shard, its arrays mapped into memory. `sums`: the CRC32C of each record, by the
+    array's name.
     """
 
     file: pathlib.Path
@@ -150,13 +156,13 @@ class EncodedShard:
 
 
 def shard_file(directory: pathlib.Path, number: int) -> pathlib.Path:
-    """Return the file whose presence says that a shard is whole."""
+    """Return the JSON file that marks a shard as complete."""
     return directory / f"shard-{number:05d}.json"
 
 
 def set_aside(file: pathlib.Path) -> None:
-    """Rename a shard's json, so that the shard is encoded again; several processes may find the same
-    damage.
+    """Rename a shard's JSON file so that the shard is encoded again. The file may be gone: several
+    processes may find the same damage.
     """
     with contextlib.suppress(FileNotFoundError):
         file.replace(file.with_suffix(".json.damaged"))
@@ -169,14 +175,16 @@ def _array_file(file: pathlib.Path, name: str) -> pathlib.Path:
 def write_shard(
     directory: pathlib.Path, number: int, arrays: dict[str, np.ndarray], unreadable: dict[str, str]
 ) -> None:
-    """Write a shard's arrays [records, ...], by name, and last the json that says that it is whole."""
+    """Write a shard's arrays {name: [records, ...]}, and last the JSON file that marks the shard as
+    complete.
+    """
     file = shard_file(directory, number)
     described = {}
     for name, values in arrays.items():
         values = np.ascontiguousarray(values, DTYPES[name])
         final = _array_file(file, name)
         header = np.lib.format.header_data_from_array_1_0(values)
-        with files.replacing(final, "wb") as out:  # np.save would not say why a write fails
+        with files.replacing(final, "wb") as out:  # np.save loses the reason of a failed write
             np.lib.format.write_array_header_1_0(out, header)
             out.write(values.data)
         described[name] = {
@@ -189,11 +197,12 @@ def write_shard(
 
 @functools.lru_cache(maxsize=64)
 def open_shard(directory: pathlib.Path, number: int) -> EncodedShard:
-    """Open a shard, reading none of its values. Raises DamagedShard, naming the file, where it is not
-    what was written; the shard is then set aside.
+    """Open a shard without reading its values. Raises DamagedShard, naming the file, where the
+    shard is not what was written; the shard is then set aside.
     """
     file = shard_file(directory, number)
-    reading, arrays = file, {}
+    reading = file
+    arrays = {}
     try:
         described = checksums.read_json(file)
         for name in DTYPES:
@@ -207,9 +216,9 @@ def open_shard(directory: pathlib.Path, number: int) -> EncodedShard:
             {name: described[name]["crc32c"] for name in DTYPES},
         )
         shapes = {name: tuple(described[name]["shape"]) for name in DTYPES}
-    except Exception as error:  # the parser of NumPy's headers raises whatever it comes upon
+    except Exception as error:  # NumPy's header parser raises many types
         if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
-            raise  # the machine's, not the file's
+            raise  # a fault of the machine, not of the file
         reason = first_line(error).removeprefix(f"{reading} ")
         EncodedShard(file, {}, {}, {}).refuse(f"{reading.name} cannot be used ({reason})")
     for name, array in arrays.items():
@@ -217,6 +226,7 @@ def open_shard(directory: pathlib.Path, number: int) -> EncodedShard:
             shard.sums[name]
         ) != len(array):
             shard.refuse(
-                f"{_array_file(file, name).name} is {array.dtype} {array.shape}, not {DTYPES[name]} {shapes[name]}"
+                f"{_array_file(file, name).name} is {array.dtype} {array.shape}, not {DTYPES[name]}"
+                f" {shapes[name]}"
             )
     return shard

@@ -1,18 +1,18 @@
-"""Record -> the arrays of one example. Picklable, since worker processes run it.
+"""Convert a record to the arrays of one example. Picklable, since worker processes run it.
 
-| field            | arrays                                                                                              |
-| ---------------- | --------------------------------------------------------------------------------------------------- |
-| pixels           | `pixels` uint8 [P, Q, 3], the autoencoder's view: of `model.sizes` the nearest shape                  |
-| tokenizer_pixels | `tokenizer_pixels` uint8 [T, T, 3], the vision tokenizer's view                                       |
-| caption          | `text_ids` int32 [L], `text_mask` bool [L]                                                            |
-| row              | `tokens`, `loss_mask`, `segment_ids`, `positions` [L] and `image_span` [] (data/sequence.py)          |
+    field              arrays
+    pixels             `pixels` uint8 [P, Q, 3], the autoencoder's view, in the nearest of `model.sizes`
+    tokenizer_pixels   `tokenizer_pixels` uint8 [T, T, 3], the vision tokenizer's view
+    caption            `text_ids` int32 [L], `text_mask` bool [L]
+    row                `tokens`, `loss_mask`, `segment_ids`, `positions` [L] and `image_span` []
+                       (data/sequence.py)
 
 A record that comes with the frozen encoders' outputs yields `codes` and `latents` in place of both
 views.
 
-With R = `model.editing.reference_slots`, rows of every task mix in a batch:
-the row has `target` [], `reference_span` and `reference_mask` [R] besides, and each view has its
-`reference_*` [R, ...]. What is not there is zeros.
+With R = `model.editing.reference_slots`, rows of every task mix in a batch: the row also has
+`target` [], `reference_span` and `reference_mask` [R], and each view has its `reference_*` [R,
+...]. Missing images are zeros.
 """
 
 import dataclasses
@@ -34,7 +34,9 @@ Views = tuple[np.ndarray, np.ndarray]  # of one image: the autoencoder's and the
 
 @dataclasses.dataclass(frozen=True)
 class ExampleBuilder:
-    """Builds examples with the given `fields` of FIELDS from records. `vocabulary` is needed for caption and row only."""
+    """Build examples with the given `fields` of FIELDS from records. `vocabulary` is required for
+    caption and row.
+    """
 
     fields: tuple[str, ...]
     model: ModelConfig
@@ -78,7 +80,7 @@ class ExampleBuilder:
                     else example
                     for example, record in zip(examples, records, strict=True)
                 ]
-            except RowTooLong:  # without any text it still is
+            except RowTooLong:  # too long even without any text
                 raise error from None
             return sequence.pack_rows(examples, keys, self.data.max_length)
 

@@ -1,17 +1,17 @@
-"""Encoded bytes -> pixels -> the two views a model sees: the autoencoder's and the vision
+"""Decode images and crop them to the two views of the model: the autoencoder's and the vision
 tokenizer's.
 
-    bytes -> decode -> image_HWC -> one centre crop -> pixels_PQC, tokenizer_pixels_TTC      (uint8, RGB)
+    bytes -> decode -> image_HWC -> one centre crop -> pixels_PQC, tokenizer_pixels_TTC (uint8, RGB)
 
-`open_image`, and for strangers' files rl/rewards/png.py, are the only places of the package where
-Pillow meets an encoded image: of a few formats, by their first bytes, so that no other decoder is
-ever started (Pillow's own choice has one for EPS, which runs Ghostscript). Pixels are counted from
-the header. A PNG goes in without its colour profile and notes, which change no pixel, and which
-Pillow refuses from 1 MiB on.
+`open_image`, and for untrusted files rl/rewards/png.py, are the only places of the package where
+Pillow opens an encoded image. They select a few formats by their first bytes, so that no other
+decoder ever starts (Pillow's own choice includes EPS, which runs Ghostscript). The number of pixels
+is checked from the header. A PNG is opened without its colour profile and text chunks: they change
+no pixel, and Pillow refuses them above 1 MiB.
 
 Both views come from one crop, so that image tokens and latents describe the same region; the
-tokenizer's is squashed to a square where the crop is none. crop="reference" keeps the published
-way, where the tokenizer sees the whole image squashed.
+tokenizer's view is squashed to a square if the crop is not square. crop="reference" follows the
+published code, where the tokenizer's view is the whole image squashed.
 
 Legend: H, W height and width of the image; P, Q those of the autoencoder's view; T side of the
 tokenizer's; C = 3.
@@ -138,8 +138,9 @@ def _undecodable(error: Exception) -> BadRecord:
 
 
 def _webp_size(data: bytes) -> tuple[int, int] | None:
-    """Return (width, height) of a WebP file's canvas from the header of its first chunk, None for any
-    other file."""
+    """Return (width, height) of a WebP file's canvas from the header of its first chunk, None for
+    any other file.
+    """
     chunk = data[12:16] if data.startswith(b"RIFF") and len(data) >= 30 else b""
     if chunk == b"VP8X":
         return 1 + int.from_bytes(data[24:27], "little"), 1 + int.from_bytes(data[27:30], "little")
@@ -174,15 +175,17 @@ def _strip_metadata(data: bytes) -> bytes:
 
 
 def _may_orient(kind: bytes, chunk: bytes) -> bool:
-    """Return whether Pillow may take an orientation from a text chunk, one that is complete and small
-    when decompressed."""
+    """Return whether Pillow may take an orientation from a text chunk, one that is complete and
+    small when decompressed.
+    """
     keyword, _, rest = chunk.partition(b"\0")
     if keyword not in _ORIENTATION_TEXTS:
         return False
     if kind == b"tEXt":
         return True
     if kind == b"iTXt":
-        compressed, rest = rest[:1] != b"\0", rest[1:]
+        compressed = rest[:1] != b"\0"
+        rest = rest[1:]
         packed = rest[1:].split(b"\0", 2)[-1]  # after language and keyword
         if not compressed:
             return True
@@ -203,13 +206,13 @@ def decode(
     max_pixels: int = MAX_PIXELS,
     formats: Sequence[str] | None = None,
 ) -> np.ndarray:
-    """Decode an image to uint8 [H, W, 3]: upright by its EXIF orientation, in RGB, transparency laid
-    over white.
+    """Decode an image to uint8 [H, W, 3]: upright by its EXIF orientation, in RGB, transparency
+    laid over white.
 
     Args:
       data: JPEG, PNG, WebP, GIF, BMP or TIFF; the first frame of an animation.
-      at_least: if given, a JPEG may come out smaller than it is by 2, 4 or 8, both sides staying at or above this many
-        pixels: the inverse DCT then computes only the pixels that are kept.
+      at_least: if given, a JPEG may come out smaller than it is by 2, 4 or 8, both sides staying at
+        or above this many pixels: the inverse DCT then computes only the pixels that are kept.
       max_pixels: the most that are decoded.
       formats: Pillow's names of those that are decoded, all of the above by default.
 
@@ -246,7 +249,8 @@ def load(path: str | os.PathLike[str]) -> np.ndarray:
             raise UserError(f"{path}: an animation of {frames} frames: save the one that is meant")
         if min(width, height) < MIN_SIDE:
             raise UserError(
-                f"{path}: {width} x {height} pixels are no picture: give one of {MIN_SIDE} x {MIN_SIDE} or more"
+                f"{path}: {width} x {height} pixels are no picture: give one of {MIN_SIDE} x"
+                f" {MIN_SIDE} or more"
             )
         return decode(data)
     except BadRecord as error:
@@ -254,7 +258,9 @@ def load(path: str | os.PathLike[str]) -> np.ndarray:
 
 
 def _frames(image: Image.Image) -> int:
-    """Return the frames of an animation, 1 of a picture; BadRecord where a damaged one has no end."""
+    """Return the frames of an animation, 1 of a picture; BadRecord where a damaged one has no
+    end.
+    """
     try:
         return getattr(image, "n_frames", 1)
     except Exception as error:  # the headers of all frames are read: as in `open_image`
@@ -269,9 +275,7 @@ def _upright(image: Image.Image) -> Image.Image:
 def _orientation(image: Image.Image) -> int:
     try:
         return image.getexif().get(ExifTags.Base.Orientation, 1)
-    except (
-        Exception
-    ):  # broken EXIF data says nothing about the pixels: the image stands as it is stored
+    except Exception:  # broken EXIF data: the orientation is unknown, the pixels may be fine
         return 1
 
 
@@ -325,7 +329,8 @@ def _centre_crop(image_HWC: np.ndarray, size: int | tuple[int, int]) -> np.ndarr
     # The whole of one side, and of the other what the ratio leaves.
     high = min(height, max(1, round(width * rows / columns)))
     wide = min(width, max(1, round(height * columns / rows)))
-    top, left = (height - high) // 2, (width - wide) // 2
+    top = (height - high) // 2
+    left = (width - wide) // 2
     return np.ascontiguousarray(image_HWC[top : top + high, left : left + wide])
 
 

@@ -1,30 +1,29 @@
-"""Identity of data sets: one index file a shard, with a checksum of each record and a digest of all
-of them.
+"""Identify data sets by their content: one index file per shard, with a checksum of each record,
+and a digest of all of them.
 
 A shard is a file of records: a tar, a parquet or ArrayRecord file, the captions.jsonl of a folder.
 Indexing reads every byte of its records once. After that, opening a set compares the sizes of its
 shards and reads their indexes; the checksum of a record is compared each time the record is read.
-Of small shards the times of change are compared too, and what differs is read again: tar rounds
-sizes to 10 KiB, so that they tell little.
+For small shards the modification times are compared too, and shards with another time are read
+again: tar rounds sizes to 10 KiB, so that an edited shard may keep its size.
 
-    DIRECTORY OF THE SHARD/.blip3o_index/NAME.index      or, where nothing can be written there,
+    DIRECTORY OF THE SHARD/.blip3o_index/NAME.index      or, where that cannot be written,
     USER'S CACHE/blip3o_jax/index/HASH-NAME.index        HASH of the shard's absolute path
 
-The index lies beside the data so that a copy of the data takes it along, and in one hidden
+The index lies in the data's directory so that a copy of the data includes it, and in one hidden
 directory so that listings and globs of the data stay as they are. File names, directories and times
-are no part of the identity.
+are not part of the identity.
 
 An index file has the layout of data/checked_file.py, with these arrays:
 
-| array            | meaning                                                                       |
-| ---------------- | ----------------------------------------------------------------------------- |
-| crc u4 [N]       | CRC32C of the bytes of record n, its parts one after the other                |
-| sizes i8 [N, M]  | sizes of its M parts; -1: there is none, or it could not be read              |
-| keys u1, key_ends i8 [N] | names of the records, joined; both empty where the shard has none     |
-| others           | where the records lie, as each format needs it                                |
+    crc u4 [N]                 CRC32C of the bytes of record n, its parts one after the other
+    sizes i8 [N, M]            sizes of its M parts; -1: there is none, or it cannot be read
+    keys u1, key_ends i8 [N]   names of the records, joined; both empty where the shard has none
+    others                     where the records lie, as each format needs it
 
-digest of a shard  sha256 over the four arrays above, in that order, each after its number of bytes
-digest of a set    sha256 over its kind and the digests of its shards in their order
+    digest of a shard          sha256 over the four arrays above in the order keys, key_ends, sizes,
+                               crc, each after its number of bytes
+    digest of a set            sha256 over its kind and the digests of its shards in their order
 """
 
 import bisect
@@ -108,7 +107,7 @@ def printable(raw: bytes) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class ShardIndex:
-    """The index of one shard, mapped into memory: worker processes share it."""
+    """Hold the index of one shard, mapped into memory: worker processes share it."""
 
     arrays: dict[str, np.ndarray]
     header: dict[str, Any]
@@ -117,8 +116,7 @@ class ShardIndex:
         return len(self.arrays["crc"])
 
     def key(self, row: int) -> str:
-        """Return the name of a record, fit for a line of text; bytes that are no UTF-8 are written
-        as \\xNN."""
+        """Return the name of a record on one line, with bytes that are not UTF-8 written as \\xNN."""
         ends = self.arrays["key_ends"]
         if not len(ends):
             return ""
@@ -136,8 +134,10 @@ class ShardIndex:
 
 @dataclasses.dataclass(frozen=True)
 class IndexFile:
-    """An index file as it was when the data set was opened. It is memory-mapped when a record of it
-    is read: each mapping holds a file descriptor, and a data set may have thousands of shards."""
+    """Hold an index file's state at the opening of the data set. The file is memory-mapped only
+    when a record of it is read: each mapping holds a file descriptor, and a data set may have
+    thousands of shards.
+    """
 
     path: pathlib.Path
     records: int
@@ -145,15 +145,15 @@ class IndexFile:
 
 
 class DatasetIndex:
-    """The indexes of a set's shards behind one numbering of its records. It pickles: a worker
+    """Join the indexes of a set's shards into one numbering of its records. It pickles: a worker
     process maps the same files.
 
     Attributes:
       digest: of the content of the set, 64 hexadecimal digits.
-      ends: where the records of each shard end.
-      unused, incomplete: what the shards hold beside whole records.
+      ends: by shard, the number of records up to its end.
+      unused, incomplete: counts of the members that no record uses and of the incomplete records.
       extra: by shard, `IndexData.extra`.
-      records: by shard, all that its file holds.
+      records: by shard, the number of records in its file.
     """
 
     def __init__(
@@ -163,14 +163,15 @@ class DatasetIndex:
         found: Sequence[IndexFile],
         ranges: Sequence[tuple[int, int]] = (),
     ) -> None:
-        self._command = command  # that indexes the set
+        self._command = command  # the command that indexes the set
         self._files = [(str(each.path), each.header["digest"]) for each in found]
         self.extra = [each.header["extra"] for each in found]
         self.records = [each.records for each in found]
         whole = [(0, each.records) for each in found]
         self._ranges = list(ranges) or whole
         self.ends = np.cumsum([take for _, take in self._ranges]).tolist()
-        self.unused, self.incomplete = Counts(), Counts()
+        self.unused = Counts()
+        self.incomplete = Counts()
         for each in found:
             self.unused.merge(Counts.from_json(each.header["unused"]))
             self.incomplete.merge(Counts.from_json(each.header["incomplete"]))
@@ -191,7 +192,9 @@ class DatasetIndex:
         return _memory_map(*self._files[number])
 
     def check(self, shard: str, number: int, row: int, parts: Iterable[bytes], key: str) -> None:
-        """Raise BadRecord of kind CHANGED unless the bytes of a record are those that were indexed."""
+        """Raise BadRecord of kind CHANGED unless the bytes of a record are those that were
+        indexed.
+        """
         arrays = self.shard(number).arrays
         if (arrays["sizes"][row] < 0).all():
             reason = "it could not be read when the set was indexed, now it can"
@@ -204,8 +207,9 @@ class DatasetIndex:
 
 
 class IndexedSource(Source):
-    """A source of shards with their index. `unused`: {reason why a member is not used: its
-    description}."""
+    """Provide a source of shards with their index. `unused`: {reason why a member is not used: its
+    description}.
+    """
 
     def __init__(
         self,
@@ -238,10 +242,11 @@ class IndexedSource(Source):
 
 @functools.lru_cache(maxsize=256)  # each mapping holds a file descriptor
 def _memory_map(path: str, digest: str) -> ShardIndex:
-    """Map an index file. Raises ConfigError where it is not the one of opening: that is not the
-    fault of the record to be read, which therefore is not skipped for it."""
+    """Map an index file. Raises ConfigError where the file is no longer the one found at opening;
+    the record is not skipped for it, since the record itself is sound.
+    """
     try:
-        header, arrays = unpack(path, check=False)  # which was looked at when the set was opened
+        header, arrays = unpack(path, check=False)  # its checksum was compared at opening
         if header.get("digest") == digest:
             return ShardIndex(arrays, header)
         reason = "it was rewritten"

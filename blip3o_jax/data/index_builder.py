@@ -1,8 +1,8 @@
-"""Building the index of a data set: reading every byte of its shards once, and finding again what
-was indexed before.
+"""Build the index of a data set, reading every byte of its shards once, and load indexes built
+before.
 
-Opening a data set (`open_index`) loads the index of each shard from beside it or from the user's
-cache, and builds the ones that are missing or out of date.
+Opening a data set (`open_index`) loads the index of each shard from the shard's directory or from
+the user's cache, and builds the ones that are missing or out of date.
 """
 
 import concurrent.futures
@@ -26,10 +26,11 @@ from blip3o_jax.config import UserError
 from blip3o_jax.data.checked_file import DamagedArrays, cache_directory, pack, unpack
 from blip3o_jax.data.index import DIRECTORY, VERSION, Counts, DatasetIndex, IndexFile, ShardIndex
 
-THREADS = 16  # records lie apart: the wait is for the disk
+THREADS = 16  # records are far apart on the disk: most time is spent waiting for it
 
 # Which shards to index again, besides those whose index is missing or out of date.
-CHANGED, ALL = "changed", "all"
+CHANGED = "changed"
+ALL = "all"
 
 # Bytes read again at opening, at most, where modification times differ from those of indexing.
 REBUILD_LIMIT = 256 * 2**20
@@ -39,8 +40,9 @@ LARGE_DATASET = 20 * 2**30  # bytes; to index more than that is better done befo
 
 @dataclasses.dataclass
 class IndexData:
-    """The contents of a shard's index before it is written. `arrays` are those of the table above;
-    `extra` holds further values that the format needs."""
+    """Hold the contents of a shard's index before it is written. `arrays` are those of the table in
+    data/index.py; `extra` holds further values that the format needs.
+    """
 
     arrays: dict[str, np.ndarray]
     extra: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -49,33 +51,35 @@ class IndexData:
 
 
 def file_state(path: str) -> dict[str, Any]:
-    """Return what opening compares of a shard's file. All shards are files today: an object store's
-    etag would go here."""
+    """Return the state of a shard's file that opening a data set compares. All shards are local
+    files; the etag of an object store would go here.
+    """
     return {"size": os.stat(path).st_size}
 
 
 def same_state(path: str, index: ShardIndex) -> str:
-    """Return why an index is not of the file as it is now; "" where it is."""
-    before, now = index.header["state"], file_state(path)
+    """Return why the index does not describe the file in its present state; "" if it does."""
+    before = index.header["state"]
+    now = file_state(path)
     return "" if before == now else f"its size was {before.get('size')}, now it is {now['size']}"
 
 
 @dataclasses.dataclass(frozen=True)
 class ShardFormat:
-    """Describes how the shards of one kind are indexed.
+    """Describe how the shards of one kind are indexed.
 
     Args:
-      kind: of shard; part of the set's digest.
-      build: reads all of a shard; calls `Progress.add` with the bytes that it has read. UserError
-        refuses the shard.
-      changed: why an index is not of the shard as it is now, "" where it is; opening a set asks it
-        for every shard.
-      state: what `changed` compares with.
-      variant: what else decides what the index says.
-      threads: shards that are read at once.
-      size: bytes that `build` will read.
+      kind: name of the kind; part of the set's digest.
+      build: reads all of a shard, calling `Progress.add` with the number of bytes read. Raises
+        UserError for a shard that cannot be used.
+      changed: returns why the index does not describe the shard in its present state, "" if it
+        does; called for every shard when a set is opened.
+      state: returns the state that `changed` compares.
+      variant: further settings that the contents of the index depend on.
+      threads: number of shards that are read at once.
+      size: returns the number of bytes that `build` will read.
       extra: keys of `IndexData.extra`.
-      one_file: nothing is read but the shard itself.
+      one_file: whether only the shard itself is read, no other file.
     """
 
     kind: str
@@ -91,8 +95,9 @@ class ShardFormat:
 
 @dataclasses.dataclass(frozen=True)
 class ProcessGroup:
-    """The processes that open the same data set at once: this one's index, their count and a
-    barrier that returns once all of them have called it."""
+    """Describe the processes that open the same data set at once: this one's index, their count,
+    and a barrier that returns once all of them have called it.
+    """
 
     index: int = 0
     count: int = 1
@@ -100,19 +105,23 @@ class ProcessGroup:
 
 
 class _Cancelled(Exception):
-    """Another shard was refused, or Ctrl-C was pressed: indexing stops."""
+    """Signal that indexing stops: another shard cannot be used, or Ctrl-C was pressed."""
 
 
 class Progress:
-    """Lines on stderr about bytes read, every few seconds."""
+    """Print progress in bytes to stderr, every few seconds."""
 
     EVERY = 5.0  # seconds
 
     def __init__(self, name: str, shards: int, total: int, *, quiet: bool, hint: str) -> None:
-        self.name, self.total, self.quiet = name, total, quiet
+        self.name = name
+        self.total = total
+        self.quiet = quiet
         self.cancelled = threading.Event()
         self._lock = threading.Lock()
-        self._done, self._shards, self._of = 0, 0, shards
+        self._done = 0
+        self._shards = 0
+        self._of = shards
         self._began = time.monotonic()
         self._next = self._began + self.EVERY
         if total > LARGE_DATASET and hint:
@@ -122,8 +131,9 @@ class Progress:
             )
 
     def add(self, count: int) -> None:
-        """Count bytes; raise _Cancelled where the work is of no use any more. To be called with 0 now
-        and then where much is done between two reads."""
+        """Count bytes read. Raises _Cancelled once indexing is to stop; long work between two reads
+        calls this with 0 to find out.
+        """
         if self.cancelled.is_set():
             raise _Cancelled
         with self._lock:
@@ -166,19 +176,19 @@ def open_index(
     rebuild: str = "",
     options: str = "",
 ) -> DatasetIndex:
-    """Return the index of a set; make it first, or the part of it that is missing or out of date.
+    """Return the index of a set, building what is missing or out of date.
 
     Args:
-      name: of the set, the path that the user gave.
-      ranges: (first record, records) of each shard; all of them by default.
-      processes: each reads some of the shards that have no index; they see each other's work where they
-        share the directory.
-      rebuild: which shards are read though they have an index: CHANGED are those whose time of change
-        is another.
-      options: of `blip3o data index`, beside the name.
+      name: the path of the set as the user gave it.
+      ranges: (first record, number of records) of each shard; all records by default.
+      processes: each of them indexes part of the shards that have no index, and finds the others'
+        work where they share the directory.
+      rebuild: which shards are read again although they have an index; CHANGED: those whose
+        modification time differs.
+      options: options of `blip3o data index` after the name, for messages.
 
     Raises:
-      UserError: a shard cannot be part of a set, or its index can be written nowhere.
+      UserError: a shard cannot be used, or its index cannot be written anywhere.
     """
     command = " ".join(filter(None, ("blip3o data index", shlex.quote(name), options)))
     found, reasons = _load_indexes(shards, shard_format, rebuild)
@@ -194,12 +204,13 @@ def open_index(
     def build(numbers: Iterable[int]) -> None:
         missing = [number for number in numbers if found[number] is None]
         total = sum(shard_format.size(shards[number]) for number in missing)
-        quiet, hint = processes.index > 0, "" if rebuild else command
+        quiet = processes.index > 0
+        hint = "" if rebuild else command
         progress = Progress(name, len(missing), total, quiet=quiet, hint=hint)
         _build_indexes(shards, missing, shard_format, found, rebuild, progress)
 
     if processes.count > 1:
-        with contextlib.suppress(UserError, OSError):  # every host meets it below
+        with contextlib.suppress(UserError, OSError):  # raised again below, on every host
             build(range(processes.index, len(shards), processes.count))
         processes.barrier()
     build(range(len(shards)))
@@ -221,7 +232,9 @@ def _load_indexes(
     shard_format: ShardFormat,
     rebuild: str,
 ) -> tuple[list[IndexFile | None], list[str]]:
-    """Return the indexes that are there and right, and why others are not."""
+    """Return the valid indexes (None for the others), and why an index that is there cannot be
+    used.
+    """
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
         both = list(pool.map(lambda shard: _load_index(shard, shard_format, rebuild), shards))
     return [index for index, _ in both], [reason for _, reason in both if reason]
@@ -239,13 +252,8 @@ def _load_index(
             changed = shard_format.changed(shard, index)
         except FileNotFoundError:
             continue
-        except (
-            OSError,
-            ValueError,
-            KeyError,
-            TypeError,
-            IndexError,
-        ) as error:  # an index may come from anywhere
+        # An index may come from an untrusted source: its header can hold any values.
+        except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
             why = getattr(error, "strerror", None) or error
             reason = f"{path}: the index cannot be used ({why})"
             continue
@@ -278,7 +286,8 @@ def _modified_shards(
 
 def _check_layout(index: ShardIndex, shard_format: ShardFormat) -> None:
     """Raise DamagedArrays unless the arrays fit each other: the file may come from anywhere."""
-    arrays, header = index.arrays, index.header
+    arrays = index.arrays
+    header = index.header
     try:
         count, (rows, _) = len(arrays["crc"]), arrays["sizes"].shape
         ends = arrays["key_ends"]
@@ -347,11 +356,12 @@ def _build_indexes(
 def _build_index(shard: str, shard_format: ShardFormat, progress: Progress) -> IndexFile:
     try:
         # Before its bytes: a change meanwhile is seen next time.
-        state, mtime = shard_format.state(shard), os.stat(shard).st_mtime_ns
+        state = shard_format.state(shard)
+        mtime = os.stat(shard).st_mtime_ns
         built = shard_format.build(shard, progress)
     except OSError as error:
         reason = error.strerror or error
-        if error.filename not in (None, shard):  # a file beside it
+        if error.filename not in (None, shard):  # another file, such as an image
             reason = files.describe(error)
         raise UserError(f"{shard}: cannot be read: {reason}") from None
     header = {
@@ -365,7 +375,8 @@ def _build_index(shard: str, shard_format: ShardFormat, progress: Progress) -> I
         "incomplete": built.incomplete.by_reason,
     }
     header["digest"] = ShardIndex(built.arrays, header).digest()
-    data, errors = pack(header, built.arrays), []
+    data = pack(header, built.arrays)
+    errors = []
     for path in _index_paths(shard, shard_format):
         try:
             files.replace_bytes(path, data, shared=True)

@@ -1,17 +1,16 @@
-"""Records -> batches: weighted mixture, seeded shuffle, worker processes, and a state of one
-number.
+"""Make batches of records: weighted mixture, seeded shuffle, worker processes, and one number as
+state.
 
-    sources -> shuffle, repeat -> mix -> this host's rows -> read + transform -> batch -> workers     (Grain)
+    sources -> shuffle, repeat -> mix -> this host's rows -> read + transform -> batch -> workers
 
-Example n of the run is a function of (seed, n) alone: neither the number of hosts nor that of
-workers changes it. Row r of global batch k is example kG + r, for G = data.batch_size. A host reads
-the rows that the batch's sharding puts on its devices, wherever the mesh has these, so the global
-array is the same on any number of hosts and any mesh, and the position is one number, valid for all
-of them.
+The pipeline is Grain's. Example n of the run is a function of (seed, n) alone: the numbers of hosts
+and workers do not change it. Row r of global batch k is example kG + r, for G = data.batch_size. A
+host reads the rows that the batch's sharding puts on its devices, so the global array is the same
+on any number of hosts and any mesh, and the position is one number, valid for all of them.
 
-A record that cannot be used (`BadRecord`: whatever exception it raises) has its row filled by the
-next usable record of its source: a filter would make the position depend on what was filtered. The
-row carries how many were skipped for it, and which, out of the worker process.
+The row of a record that cannot be used (`BadRecord`, from any exception) is filled by the next
+usable record of its source: a filter would make the position depend on what it removed. The row
+reports to the loader which records were skipped for it.
 """
 
 import dataclasses
@@ -41,22 +40,23 @@ SHUTDOWN_TIMEOUT = 10.0
 
 
 class Loader(Iterator[HostBatch]):
-    """An endless iterator of batches: dicts of arrays [B, ...], B = len(rows) of this host.
+    """Iterate over batches without end: dicts of arrays [B, ...], B = len(rows) of this host.
 
     Every batch has the transform's fields, the same in each row, and `bad_records` int32 [B] ([B,
-    E] where E examples share a row): how many records were skipped to fill the row, the too long
-    ones not counted. Skipped records are logged and counted (skipped_record_log.py).
+    E] where E examples share a row): how many records were skipped to fill the row, without the too
+    long ones. Skipped records are logged and counted (skipped_record_log.py).
 
     Args:
-      sources: with their weights, as `sources.open_mixture` gives them. Every stretch of examples keeps to the weights
-        (to a hundredth of the smallest). Those of another `shape` come in batches of their own.
+      sources: (source, weight) pairs, as `sources.open_mixture` returns them. Every stretch of
+        examples keeps to the weights (to a hundredth of the smallest). Sources of another `shape`
+        come in batches of their own.
       transform: a record -> the arrays of one row. Any exception but ConfigError skips the record.
         It must pickle, and each host must give rows of the same shapes.
-      data: batch_size, pack, workers, prefetch, shuffle, too_long and max_bad_fraction are used. With
-        0 workers, threads do the work.
+      data: batch_size, pack, workers, prefetch, shuffle, too_long and max_bad_fraction are used.
+        With 0 workers, threads do the work.
       rows: which rows of a global batch this host reads (`host_rows`); all by default.
-      join: the arrays and records of `data.pack` examples that follow each other -> those of a row,
-        or RowTooLong; needed above 1. It must pickle.
+      join: joins the arrays and records of `data.pack` consecutive examples into those of one row,
+        or raises RowTooLong; required if `data.pack` > 1. It must pickle.
     """
 
     def __init__(
@@ -69,19 +69,18 @@ class Loader(Iterator[HostBatch]):
         rows: Sequence[int] | None = None,
         join: Join | None = None,
     ) -> None:
-        self._sources, self._transform, self._data, self._seed = (
-            list(sources),
-            transform,
-            data,
-            seed,
-        )
-        self.batch_rows, self._join = data.batch_size // data.pack, join
+        self._sources = list(sources)
+        self._transform = transform
+        self._data = data
+        self._seed = seed
+        self.batch_rows = data.batch_size // data.pack
+        self._join = join
         self.rows = tuple(range(self.batch_rows) if rows is None else rows)
         self._next_example = 0
         self._batches: Any = None
         records = sum(len(source) for source, _ in self._sources)
         self._skipped = SkippedRecordLog(records, data.max_bad_fraction)  # of this host's rows
-        self.wait_seconds = 0.0  # how long the last batch was waited for
+        self.wait_seconds = 0.0  # of the last batch
 
     def __next__(self) -> HostBatch:
         began = time.perf_counter()
@@ -99,7 +98,8 @@ class Loader(Iterator[HostBatch]):
 
     def state(self) -> dict[str, Any]:
         """Return the position after the last batch, as JSON can hold it: the same on every host
-        except for "skipped", the records that this host has skipped."""
+        except for "skipped", the counts of the records that this host has skipped.
+        """
         return {
             "next_example": self._next_example,
             "order": self._order(),
@@ -107,16 +107,17 @@ class Loader(Iterator[HostBatch]):
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continue where `state` was taken, on any number of hosts and workers, and with any batch
-        size.
+        """Continue from the position `state`, on any number of hosts and workers, and with any
+        batch size.
 
         Raises:
           UserError: the state belongs to another mixture, seed or order.
         """
         if changed := _changes(state["order"], self._order()):
             raise UserError(
-                f"the data changed since the checkpoint: {changed}: resuming would repeat and leave out examples; restore "
-                "what was there, or start in a new directory with checkpoint.init_from"
+                f"the data changed since the checkpoint: {changed}: resuming would repeat and leave"
+                " out examples; restore what was there, or start in a new directory with"
+                " checkpoint.init_from"
             )
         self.close()
         self._next_example = state["next_example"]
@@ -222,15 +223,14 @@ class Loader(Iterator[HostBatch]):
 
 
 def _changes(before: dict[str, Any], now: dict[str, Any]) -> str:
-    """Return what makes the order of examples another than that of a checkpoint; "" where it is the
-    same.
-    """
+    """Return how the order of examples differs from that of a checkpoint; "" if it does not."""
     found = [
         f"{name} was {before.get(name)}, now it is {now.get(name)}"
         for name in sorted(before.keys() | now.keys())
         if name != "sources" and before.get(name) != now.get(name)
     ]
-    old, new = before["sources"], now["sources"]
+    old = before["sources"]
+    new = now["sources"]
     digests = [[source["digest"] for source in sources] for sources in (old, new)]
     if len(old) != len(new):
         found.append(f"there were {len(old)} sources, now there are {len(new)}")
@@ -243,7 +243,7 @@ def _changes(before: dict[str, Any], now: dict[str, Any]) -> str:
 
 
 def _source_change(old: dict[str, Any], new: dict[str, Any]) -> str:
-    """Return how a source differs from that in the same place of the mixture before."""
+    """Return how a source differs from the one at the same position of the checkpoint's mixture."""
     found = [
         f"its {name} was {old[name]}, now it is {new[name]}"
         for name in ("weight", "shape")
@@ -263,8 +263,8 @@ def _record_id(source: int, index: int) -> tuple[int, int]:
 
 @dataclasses.dataclass(frozen=True)
 class _BucketSchedule:
-    """Record ids by example number, where every batch has images of one shape: a batch takes the
-    next record ids of one group, chosen by `schedule`.
+    """Map example numbers to record ids so that every batch has images of one shape: a batch takes
+    the next record ids of one group, chosen by `schedule`.
     """
 
     schedule: Any  # batch -> (group, number of earlier batches of that group)
@@ -279,8 +279,8 @@ class _BucketSchedule:
 
 @dataclasses.dataclass(frozen=True)
 class _HostRows:
-    """The record ids of this host: of an endless sequence cut into batches from `start` on, the
-    `rows` of each batch, of `pack` examples each, one batch after the other.
+    """Index the record ids of this host: the endless sequence is cut into batches from `start` on,
+    and of each batch this host takes `rows`, of `pack` examples each.
     """
 
     record_ids: Any
@@ -301,7 +301,9 @@ class _HostRows:
 
 
 def _mark_flags_parsed() -> None:
-    """Grain's worker processes read absl flags, which only a program run through absl has parsed."""
+    """Mark absl's flags as parsed, since Grain's worker processes read them and only absl's own
+    main parses them.
+    """
     from absl import flags
 
     if not flags.FLAGS.is_parsed():
@@ -309,8 +311,8 @@ def _mark_flags_parsed() -> None:
 
 
 def _start_worker(index: int, count: int) -> None:
-    """Run first in each worker process: it leaves Ctrl-C to the parent, and ends when the parent is
-    killed.
+    """Leave Ctrl-C to the parent process and end when the parent is killed; runs first in each
+    worker process.
     """
     del index, count
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -323,9 +325,9 @@ def _end_with_parent() -> None:
 
 
 def host_rows(sharding: Any, batch_rows: int) -> list[int]:
-    """Return the rows of a global batch that `sharding` (a `jax.sharding.Sharding` over the batch axis) puts
-    on this host's devices. On a torus they need not be adjacent, and each of several hosts that
-    share a row (along mesh axes `tensor`, `sequence`) reads it.
+    """Return the rows of a global batch that `sharding` (a `jax.sharding.Sharding` over the batch
+    axis) puts on this host's devices. On a torus they need not be adjacent, and each of several
+    hosts that share a row (along mesh axes `tensor`, `sequence`) reads it.
     """
     spans = sharding.addressable_devices_indices_map((batch_rows,)).values()
     return sorted({row for (span,) in spans for row in range(*span.indices(batch_rows))})
@@ -334,9 +336,7 @@ def host_rows(sharding: Any, batch_rows: int) -> list[int]:
 def global_batch(
     host_batch: HostBatch, sharding: Any, rows: Sequence[int], batch_rows: int
 ) -> dict[str, Any]:
-    """Return global arrays [batch_rows, ...], sharded by `sharding`, of which this host gives
-    `rows`.
-    """
+    """Return global arrays [batch_rows, ...], sharded by `sharding`; this host provides `rows`."""
     import jax
 
     first = {row: position for position, row in enumerate(rows)}
@@ -352,15 +352,15 @@ def global_batch(
 
 
 class DevicePrefetch(Iterator[dict[str, Any]]):
-    """Prefetches the loader's batches as global arrays in a background thread, `depth` of them at
-    most.
+    """Prefetch up to `depth` of the loader's batches as global arrays in a background thread.
 
     `wait_seconds` is how long the last `next` waited for data, `state()` the position after the
-    batch it gave.
+    batch it returned.
     """
 
     def __init__(self, loader: Loader, sharding: Any, depth: int = 2) -> None:
-        self._loader, self._sharding = loader, sharding
+        self._loader = loader
+        self._sharding = sharding
         self._queue: queue.Queue[tuple[Any, Any]] = queue.Queue(depth)
         self._stop = threading.Event()
         self._state = loader.state()

@@ -1,21 +1,16 @@
-"""Files of prompts, for sampling, evaluation and reinforcement learning.
+"""Read files of prompts, for sampling, evaluation and reinforcement learning.
 
-| kind       | told by                                                  | a prompt is                     |
-| ---------- | -------------------------------------------------------- | ------------------------------- |
-| JSON       | .json, .jsonl, .ndjson; or how the first line begins     | a string, or "prompt" or        |
-|            |                                                          | "caption" of an object          |
-| CSV, TSV   | .csv, .tsv; or a first line of column names, one of them | the column prompt or caption    |
-| plain text | everything else                                          | a line                          |
+    kind         recognised by                                     a prompt is
+    JSON         .json, .jsonl, .ndjson, or the first characters   a string, or "prompt" or
+                                                                   "caption" of an object
+    CSV, TSV     .csv, .tsv, or a first line of column names,      the column prompt or caption
+                 one of which is prompt or caption
+    plain text   everything else                                   a line
 
-JSON is one array, over as many lines as it likes, or one value a line. What else an object or a row
-holds is metadata for a scorer, as in the shapes data set's prompts_*.jsonl, GenEval's
+JSON is one array, over any number of lines, or one value a line. The other fields of an object or a
+row are metadata for a scorer, as in the shapes data set's prompts_*.jsonl, GenEval's
 evaluation_metadata.jsonl and PartiPrompts.tsv. Names of keys and columns may be in capitals. Empty
-lines are skipped. The file must be a regular one, no pipe.
-
-A text may begin with a brace or a bracket: without one of the suffixes above a file is JSON where
-its first line is valid JSON, or opens a string or a bracket right after its first, as no prompt
-does. What is JSON or a table by these rules and is broken is refused with its line, and never drawn
-as text.
+lines are skipped. The file must be a regular file, not a pipe.
 """
 
 import csv
@@ -39,8 +34,9 @@ _COLUMN_NAME = re.compile(r"[\w .-]{1,40}")
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """`metadata`: its whole object or row, for the rewards. `category`: "category" or "tag" of
-    that, or ""."""
+    """Hold a prompt. `metadata`: its whole object or row, for the rewards. `category`: "category"
+    or "tag" of the metadata, or "".
+    """
 
     text: str
     metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -123,8 +119,7 @@ def _json_lines(text: str, path: pathlib.Path) -> Iterator[tuple[Any, str]]:
 
 
 def _json_array(text: str, path: pathlib.Path) -> Iterator[tuple[Any, str]]:
-    """The values of one array, each with the line it begins in, so that what is wrong has a
-    place."""
+    """Return the values of one array, each with the line it begins in, for error messages."""
     space = re.compile(r"\s*")
     counted, line = 0, 1  # lines up to a position: counted once, as a file may have millions
 
@@ -163,7 +158,7 @@ def _decoded(text: str, position: int, where: str) -> tuple[Any, int]:
         raise UserError(
             f"{file}:{line} is no JSON: {e.msg}; write one array, or one object a line"
         ) from e
-    except ValueError as e:  # a number of more digits than int takes
+    except ValueError as e:  # a number with more digits than int accepts
         raise UserError(f"{where} is no JSON: {str(e).partition(';')[0]}") from e
     except RecursionError as e:
         raise UserError(f"{where} is no JSON: too many brackets within each other") from e
@@ -181,7 +176,9 @@ def _delimiter(first: str) -> str:
 
 
 def _table(text: str, delimiter: str, path: pathlib.Path) -> Iterator[tuple[dict[str, str], str]]:
-    """The rows of a table as dicts by the names of its first line, each with its last line."""
+    """Return the rows of a table as dicts by the names of its first line, each with its last line
+    number.
+    """
     try:
         rows = _rows(text, delimiter, quoting=True)
         quotes_are_text = False

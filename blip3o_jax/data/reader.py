@@ -1,6 +1,7 @@
-"""Reads records and turns them into rows. Unusable records are skipped, and the row reports them.
+"""Read records and turn them into rows. Unusable records are skipped, and the row reports them.
 
-record id (source, index) -> record -> transform -> row     BadRecord: the next one, see `_RecordSearch`
+record id (source, index) -> record -> transform -> row
+BadRecord -> the next record, see `_RecordSearch`
 """
 
 import dataclasses
@@ -29,26 +30,28 @@ Row = dict[str, np.ndarray]
 Transform = Callable[[Record], Row]
 Join = Callable[[Sequence[Row], Sequence[Record]], Row]
 
-# As many unusable records end the search for a usable one: the next NEIGHBOURS of the source, then some
-# from all over it, since a damaged file spoils all records that lie in it. With nine records of ten
-# unusable, one search in 10^5 fails.
-MAX_SKIPPED, NEIGHBOURS = 128, 16
+# As many unusable records end the search for a usable one: the next NEIGHBOURS of the source, then
+# some from all over it, since a damaged file spoils all records that lie in it. With nine records
+# of ten unusable, one search in 10^5 fails.
+MAX_SKIPPED = 128
+NEIGHBOURS = 16
 # A row's report of the records skipped for it: JSON in ASCII, at most this many bytes.
 _REPORT_BYTES = 4096
 
 
 class BadRecordLimit(UserError):
-    """Raised where more records than data.max_bad_fraction allows could not be used."""
+    """Report that more records than data.max_bad_fraction allows could not be used."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Reader:
-    """Reads `data.pack` record ids (source, index) as one row: the transform's arrays, joined where there are
-    several, and
+    """Read `data.pack` record ids (source, index) as one row: the transform's arrays, joined where
+    there are several, and
 
-    bad_records  int32 [] or [E]  records skipped for each example because they cannot be read
-    _shards      int64 [] or [E]  CRC-32 of the name of the shard that each example was read from
-    _skipped     bytes            a report on the records skipped, the too long ones among them
+        bad_records  int32 [] or [E]  records skipped for each example because they cannot be read
+        _shards      int64 [] or [E]  CRC-32 of the name of the shard that each example was read
+                                      from
+        _skipped     bytes            a report on the records skipped, the too long ones included
     """
 
     sources: tuple[Source, ...]
@@ -70,9 +73,8 @@ class Reader:
                     else self.join(rows, records)
                 )
                 break
-            except (
-                RowTooLong
-            ) as error:  # of examples that would share the row, the longest gives way
+            except RowTooLong as error:
+                # Of the examples that would share the row, the longest is replaced.
                 record = records[error.which]
                 reason = f"shares a row that {error.reason}"
                 searches[error.which].skip(BadRecord(record.shard, record.key, reason, TOO_LONG))
@@ -89,7 +91,7 @@ class Reader:
 
 
 class _RecordSearch:
-    """Finds usable records of a source from `start` on; keeps those skipped on the way."""
+    """Find usable records of a source from `start` on, and collect the skipped ones."""
 
     def __init__(self, reader: Reader, source: Source, start: int) -> None:
         self._reader = reader
@@ -134,7 +136,8 @@ class _RecordSearch:
     def skip(self, record: BadRecord) -> None:
         if record.kind == TOO_LONG and self._reader.too_long == "error":
             raise UserError(
-                f"{_describe(record)}: shorten its text, raise data.max_length, or set data.too_long to skip or truncate"
+                f"{_describe(record)}: shorten its text, raise data.max_length, or set"
+                " data.too_long to skip or truncate"
             )
         self.skipped.append(record)
 
@@ -144,8 +147,10 @@ def _describe(record: BadRecord) -> str:
 
 
 def pack_report(skipped: list[BadRecord]) -> np.ndarray:
-    """Return JSON of how many records were skipped for each kind of reason, and of the last ones (shard, key,
-    reason, kind), in a fixed number of bytes so that rows stack and cross processes."""
+    """Return a report as JSON in a fixed number of bytes, so that rows stack and cross processes:
+    how many records were skipped for each kind of reason, and the last ones (shard, key, reason,
+    kind).
+    """
     if not skipped:
         return np.array(b"", f"S{_REPORT_BYTES}")
     counts = Counter(one_line(record.kind, 60) for record in skipped)

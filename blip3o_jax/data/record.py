@@ -1,15 +1,18 @@
-"""Records of images and text: their type, random access to them, and the parsing of their text
-fields.
+"""Define records of images and text, random access to them, and the parsing of their text fields.
 
 Every format has the same fields, whether they are keys of JSON, columns, features or members of a
 tar file:
 
-    task           t2i, edit, reconstruct or understand; where it is missing, a question or an instruction says which
-    caption, text  what the image shows                       instruction  what is to be done to the input images
-    question       about the input images                     answer       in words, to a question
-    image          the image that is to be drawn              input_image  one shown, input_images several
+    task           t2i, edit, reconstruct or understand; by default a question or an instruction
+                   determines it
+    caption, text  what the image shows
+    instruction    how to edit the input images
+    question       about the input images
+    answer         in words, to a question
+    image          the target image
+    input_image    one reference image; input_images: several
 
-Of a list of texts the first that is not empty is taken. A byte-order mark is no text.
+The first text of a list that is not empty is used. A byte-order mark is not part of a text.
 """
 
 import abc
@@ -49,8 +52,8 @@ _VARIABLE = re.compile(r"\s\d|[:;(\[{'\"\\]")
 
 
 class BadRecord(UserError):
-    """One record that cannot be used. `shard` and `key` say which; empty where only the bytes are
-    known.
+    """Report one record that cannot be used. `shard` and `key` identify it; they are empty where
+    only the bytes are known.
 
     `kind`: what reasons of the same cause have in common; by default the reason up to its first
     number, quote or colon.
@@ -58,9 +61,8 @@ class BadRecord(UserError):
 
     def __init__(self, shard: str, key: str, reason: str, kind: str = "") -> None:
         kind = kind or _VARIABLE.split(reason, maxsplit=1)[0].strip() or "unreadable"
-        super().__init__(
-            shard, key, reason, kind
-        )  # all, so that it survives the pickling between processes
+        # Exceptions pickle by their arguments: all of them are needed to cross processes.
+        super().__init__(shard, key, reason, kind)
         self.shard = shard
         self.key = key
         self.reason = reason
@@ -72,11 +74,13 @@ class BadRecord(UserError):
 
 
 class RowTooLong(UserError):
-    """Text that does not fit in its row. `data.too_long` says what becomes of the record; its image
-    tokens are never cut.
+    """Report text that does not fit in its row. `data.too_long` decides what becomes of the record;
+    its image tokens are never cut.
 
-    reason: what is too long. cure: what to do. which: the longest, where several examples share the
-    row.
+    Attributes:
+      reason: what is too long.
+      cure: what to do.
+      which: the index of the longest example, where several examples share the row.
     """
 
     def __init__(
@@ -88,9 +92,8 @@ class RowTooLong(UserError):
         cure: str = "shorten its caption or raise data.max_length",
         which: int = 0,
     ) -> None:
-        super().__init__(
-            key, length, max_length, reason, cure, which
-        )  # it travels from the data workers
+        # Exceptions pickle by their arguments, and this one comes from the data workers.
+        super().__init__(key, length, max_length, reason, cure, which)
         self.key = key
         self.length = length
         self.max_length = max_length
@@ -104,24 +107,26 @@ class RowTooLong(UserError):
 
 @dataclasses.dataclass(frozen=True)
 class Record:
+    """Hold one record: encoded images, its text and its task."""
+
     image: bytes  # encoded: JPEG, PNG or WebP; empty where the answer is text
-    caption: str  # or instruction, or question
+    caption: str  # the caption, instruction or question
     key: str  # names the example within its shard
     shard: str  # the file it was read from
     task: str = "t2i"
-    references: tuple[bytes, ...] = ()  # encoded images that are shown
-    answer: str = ""  # to a question
+    references: tuple[bytes, ...] = ()  # encoded reference images
+    answer: str = ""  # the answer to a question
 
     @property
     def first_image(self) -> bytes:
-        """The image to be drawn, or the first shown where the answer is text: all of a record have
-        its shape.
+        """Return the target image, or the first reference where the answer is text: all images of a
+        record have its shape.
         """
         return self.references[0] if self.task == "understand" else self.image
 
 
 class TextFields(NamedTuple):
-    """The task and the texts of a record."""
+    """Hold the task and the texts of a record."""
 
     task: str
     text: str
@@ -129,11 +134,12 @@ class TextFields(NamedTuple):
 
 
 class Source(abc.ABC):
-    """A data set of images and text. `name` is the path it was opened from; `shape` is (height,
-    width) where all of its images are cut to one of several.
+    """Provide random access to a data set of images and text. `name` is the path it was opened
+    from; `shape` is (height, width) if the source is a bucket, whose images are all cut to one
+    shape.
 
-    What was found when it was opened: `unused`, how many things that no record uses, by reason;
-    `incomplete`, how many records lack something; `notes`, a line on each of both.
+    Opening sets `unused`, the number of members that no record uses, by reason; `incomplete`, the
+    number of records that lack something; and `notes`, a line on each of both.
     """
 
     shape: tuple[int, int] | None = None
@@ -150,23 +156,23 @@ class Source(abc.ABC):
 
     @abc.abstractmethod
     def __getitem__(self, index: int) -> Record:
-        """Raises `BadRecord` if this one record cannot be used."""
+        """Return a record. Raises `BadRecord` if this one record cannot be used."""
 
     @property
     @abc.abstractmethod
     def fingerprint(self) -> str:
-        """Digest of the content (data/index.py), whatever its files are called and wherever they
-        lie.
+        """Return a digest of the content (data/index.py), independent of the names and paths of its
+        files.
         """
 
 
 def read_record(source: Source, index: int, use: Callable[[Record], T]) -> T:
-    """Return `use(source[index])`: the one place where records are read.
+    """Return `use(source[index])`. All records are read through this function.
 
-    Raises BadRecord, with shard, key and reason, whatever exception reading or using this one
-    record raises. An exception that nobody foresaw is named by its type and the line of the package
-    that met it, so that a bug can be told from bad data. A setting that cannot work (ConfigError)
-    is not the record's fault, and is raised as it is.
+    Raises BadRecord, with shard, key and reason, for any exception that reading or using this one
+    record raises. For an unexpected exception the reason names its type and the line of the package
+    that raised it, so that a bug can be told from bad data. ConfigError is raised unchanged: a
+    setting that cannot work is not the record's fault.
     """
     record = None
     try:
@@ -175,24 +181,29 @@ def read_record(source: Source, index: int, use: Callable[[Record], T]) -> T:
     except ConfigError:
         raise
     except Exception as error:
-        shard, key, kind = "", "", ""
+        shard = ""
+        key = ""
+        kind = ""
         if isinstance(error, BadRecord):
             shard, key, reason, kind = error.args
         elif isinstance(error, RowTooLong):
-            reason, kind = error.reason, TOO_LONG
+            reason = error.reason
+            kind = TOO_LONG
         elif isinstance(error, UserError):
-            reason, kind = str(error), "no row can be made of it"
+            reason = str(error)
+            kind = "no row can be made of it"
         else:
             kind = type(error).__name__
             message = type_and_line(error).removeprefix(kind)
             reason = f"{kind} at {_error_location(error)}{message}"
-        if record is not None:  # what decoding raises knows neither shard nor key
-            shard, key = record.shard, record.key
+        if record is not None:  # decoding errors name neither shard nor key
+            shard = record.shard
+            key = record.key
         raise BadRecord(shard or source.name, key or str(index), reason, kind) from error
 
 
 def _error_location(error: Exception) -> str:
-    """Return file and line of the innermost frame that is no library's."""
+    """Return file and line of the innermost frame outside of libraries."""
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if pathlib.Path(frame.filename).is_relative_to(_PACKAGE)]
     other = [frame for frame in frames if not frame.filename.startswith(_LIBRARIES)]
@@ -202,15 +213,17 @@ def _error_location(error: Exception) -> str:
 
 
 def one_line(text: str, max_length: int = 150) -> str:
-    """Return `text` with all that cannot be printed escaped, lone surrogates among them, cut to
-    `max_length` characters."""
+    """Return `text` cut to `max_length` characters, with everything that cannot be printed escaped,
+    lone surrogates included.
+    """
     shown = escaped(text[: max_length + 1])
     return shown if len(shown) <= max_length else shown[: max_length - 3] + "..."
 
 
 def decode_text(value: bytes | str | None, shard: str, key: str) -> str:
-    """Return a text without its byte-order mark and outer blanks; BadRecord for what UTF-8 cannot
-    hold or is no text."""
+    """Return a text without its byte-order mark and outer whitespace. Raises BadRecord if it is not
+    text or not valid in UTF-8.
+    """
     if isinstance(value, bytes):
         try:
             value = value.decode("utf-8")
@@ -220,7 +233,7 @@ def decode_text(value: bytes | str | None, shard: str, key: str) -> str:
         raise BadRecord(shard, key, f"no caption; expected text in {' or '.join(CAPTION_FIELDS)}")
     try:
         value.encode("utf-8")
-    except UnicodeEncodeError as error:  # as JSON's \ud83c gives it, where an emoji was cut in two
+    except UnicodeEncodeError as error:  # JSON's \ud83c: an emoji cut in two
         half = ascii(value[error.start])
         raise BadRecord(
             shard, key, f"the text has half a character ({half} at {error.start})"
@@ -234,7 +247,7 @@ def parse_json(raw: bytes, shard: str, key: str) -> tuple[dict[str, Any], TextFi
         fields = json.loads(decode_text(raw, shard, key))
     except json.JSONDecodeError as error:
         raise BadRecord(shard, key, f"broken JSON: {error}") from None
-    except ValueError as error:  # a number of more digits than int takes
+    except ValueError as error:  # a number with more digits than int accepts
         if isinstance(error, BadRecord):
             raise
         raise BadRecord(shard, key, f"broken JSON: {str(error).partition(';')[0]}") from None
@@ -249,9 +262,8 @@ def parse_text_fields(fields: Mapping[str, Any], shard: str, key: str) -> TextFi
     """Return task, text and answer of a record from the fields listed at the top."""
     fields = {name: _first(fields.get(name)) for name in ("task", *TEXT_FIELDS, "answer")}
     given = [name for name in TEXT_FIELDS if fields[name] is not None]
-    given = [
-        name for name in given if fields[name]
-    ] or given  # TFDS has no missing values: what is not there is empty
+    # TFDS has no missing values: a missing text is empty.
+    given = [name for name in given if fields[name]] or given
     default = {"instruction": "edit", "question": "understand"}.get(
         given[0] if given else "", "t2i"
     )
@@ -273,8 +285,9 @@ def parse_text_fields(fields: Mapping[str, Any], shard: str, key: str) -> TextFi
 
 
 def _first(value: Any) -> Any:
-    """Return of several texts (a list, or TFDS's array) the first that is not empty: the same in
-    every epoch."""
+    """Return the first text of several (a list, or TFDS's array) that is not empty: the same in
+    every epoch.
+    """
     if not isinstance(value, list | tuple | np.ndarray):
         return value
     texts = list(value)
@@ -290,9 +303,9 @@ def make_record(
         raise BadRecord(
             shard,
             key,
-            "input images beside a caption: say in an instruction or a question what they are for",
+            "input images with a caption: give an instruction or a question in its place",
         )
-    if text_fields.task == "reconstruct":  # one image for both will do
+    if text_fields.task == "reconstruct":  # one image can be both reference and target
         inputs = inputs or (() if image is None else (image,))
         image = inputs[0] if image is None and inputs else image
     if text_fields.task != "t2i" and not inputs:

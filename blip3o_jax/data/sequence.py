@@ -1,27 +1,37 @@
-"""Rows of tokens: a prompt and its answer, an image's tokens or text, laid out for the transformer.
-rows.py has the operations on batches of them.
+"""Lay out rows of tokens for the transformer: a prompt and its answer, an image's tokens or text.
+rows.py has the operations on batches of rows.
 
-One row, for an image of n = 2 tokens (codes 7 and 4), in a row of 15 with the system turn left out;
-"caption" stands for the ids of the filled-in user turn, u and a for those of "user\\n" and
-"assistant\\n":
+One row of 15, for an image of n = 2 tokens (codes 7 and 4), without the system turn; "caption"
+stands for the ids of the filled-in user turn, u and a for those of "user\\n" and "assistant\\n":
 
-    tokens       <|im_start|> u caption <|im_end|> \\n <|im_start|> a <im_start> <S0> <I7> <I4> <im_end> <|im_end|> \\n | pad
-    index             0       1    2        3      4       5       6      7       8    9   10      11        12     13 | 14
-    loss mask         0       0    0        0      0       0       0      0       0    1    1       1         1      1 |  0
-    positions         0       1    2        3      4       5       6      7       8    9   10      11        12     13 | 14
-    segment ids       1       1    1        1      1       1       1      1       1    1    1       1         1      1 |  0
-    image span                                                                    8
+    index   token          loss mask   position   segment id
+      0     <|im_start|>       0           0           1
+      1     u                  0           1           1
+      2     caption            0           2           1
+      3     <|im_end|>         0           3           1
+      4     \\n                 0           4           1
+      5     <|im_start|>       0           5           1
+      6     a                  0           6           1
+      7     <im_start>         0           7           1
+      8     <S0>               0           8           1     (image span = 8)
+      9     <I7>               1           9           1
+     10     <I4>               1          10           1
+     11     <im_end>           1          11           1
+     12     <|im_end|>         1          12           1
+     13     \\n                 1          13           1
+     14     pad                0          14           0
 
-- The loss mask is on the label: loss_mask[i] = 1 means that token i is to be predicted, from the hidden state of i - 1. A
-  loss over hidden[:-1] and tokens[1:] takes loss_mask[1:]; loss_mask[0] is always 0, nothing comes before token 0.
-- The image span is the index of the scale token; the n image tokens follow. The diffusion head is conditioned on the hidden
-  states of <S0>, <I7>, <I4>.
-- Segment ids tell examples apart where rows are packed, 0 is padding; positions restart at each example and run on
-  through the padding.
+- The loss mask marks labels: loss_mask[i] = 1 means that the hidden state of i - 1 predicts token i.
+  A loss over hidden[:-1] and tokens[1:] takes loss_mask[1:]; loss_mask[0] is always 0, since nothing
+  comes before token 0.
+- The image span is the index of the scale token; the n image tokens follow. The diffusion head is
+  conditioned on the hidden states of <S0>, <I7>, <I4>.
+- Segment ids separate the examples of a packed row, 0 is padding; positions restart at each
+  example and run on through the padding.
 
 With `data.pack` E above 1 a row holds E examples, one after the other (`pack_rows`). Arrays of
-ROW_FIELDS lead with the rows, all others with rows and examples until `rows.flatten_packed` makes one
-dimension of these.
+ROW_FIELDS have the leading dimension [rows], all others [rows, examples] until
+`rows.flatten_packed` merges the two.
 
 Legend: B examples of a batch, or its rows; L row length, D width, N image tokens, E examples of a
 row.
@@ -42,7 +52,9 @@ ROW_FIELDS = ("tokens", "loss_mask", "segment_ids", "positions")
 
 
 def max_labels(template: TemplateConfig, num_image_tokens: int, pack: int = 1) -> int | None:
-    """Return the maximum number of labels in a row of `pack` examples; None: as many as its tokens."""
+    """Return the maximum number of labels in a row of `pack` examples; None: as many as its
+    tokens.
+    """
     return None if template.supervise_prompt else pack * (num_image_tokens + MAX_TAIL_TOKENS)
 
 
@@ -68,7 +80,8 @@ def text_to_image_row(
     """Build one training row.
 
     image: the codebook indices [N] of the image, or only N: then <I0> is a placeholder for
-    `rows.insert_image_ids`. key: what errors call the example. truncate: cut the caption to what fits.
+    `rows.insert_image_ids`. key: what errors call the example. truncate: cut the caption to what
+    fits.
 
     Returns tokens_L int32, loss_mask_L float32, segment_ids_L int32, positions_L int32 and
     image_span (int32, no dimensions) under the keys "tokens", "loss_mask", "segment_ids",
@@ -99,19 +112,21 @@ def task_row(
     """Build one training row of any task, for a batch that mixes them: what `text_to_image_row`
     returns, and
 
-        target           float32, no dimensions: 1 where an image answers; else `image_span` is 0 and means nothing
-        reference_span   int32 [R]: the opening tag of each reference image, its N tokens follow; 0 where there is none
+        target           float32, no dimensions: 1 where an image answers; else `image_span` is 0
+                         and means nothing
+        reference_span   int32 [R]: the opening tag of each reference image, its N tokens follow; 0
+                         where there is none
         reference_mask   float32 [R]: 1 where there is a reference; those come first
 
-    of R = `reference_slots`. `text` is the caption, instruction or question, `answer` the text that answers
-    a question. Raises RowTooLong, for an answer of more labels than an image has as well, and
-    UserError for more references than slots. With `truncate`, text and answer are cut to what
+    of R = `reference_slots`. `text` is the caption, instruction or question, `answer` the text that
+    answers a question. Raises RowTooLong, for an answer of more labels than an image has as well,
+    and UserError for more references than slots. With `truncate`, text and answer are cut to what
     fits.
     """
     if references > reference_slots:
         raise UserError(
-            f"example {key!r} has {references} reference images, a row has slots for {reference_slots}: "
-            "leave some out or raise model.editing.reference_slots"
+            f"example {key!r} has {references} reference images, a row has slots for"
+            f" {reference_slots}: leave some out or raise model.editing.reference_slots"
         )
     has_target = task != "understand"
     if has_target:
@@ -131,7 +146,7 @@ def task_row(
     spans_R = np.zeros(reference_slots, np.int32)
     spans_R[:references] = prompt.references
     row = _build_row(vocab, template, prompt.ids, tokens, max_length, key)
-    for opening in prompt.references:  # not even where prompts are trained on
+    for opening in prompt.references:  # never labels, even where prompts are supervised
         row["loss_mask"][opening + 1 : opening + 1 + num_image_tokens] = 0
     return row | {
         "image_span": np.int32(len(prompt.ids) - 1 if has_target else 0),
@@ -145,13 +160,14 @@ def _image_answer(vocab: Vocabulary, image: np.ndarray | int, key: str) -> list[
     codes_N = np.zeros(image, np.int32) if np.ndim(image) == 0 else np.asarray(image)
     if codes_N.size and not 0 <= codes_N.min() <= codes_N.max() < vocab.codebook_size:
         raise UserError(
-            f"example {key!r} has codes from {codes_N.min()} to {codes_N.max()}, the codebook has {vocab.codebook_size} "
-            "entries: were they cached with another vision tokenizer?"
+            f"example {key!r} has codes from {codes_N.min()} to {codes_N.max()}, the codebook has"
+            f" {vocab.codebook_size} entries: were they cached with another vision tokenizer?"
         )
     tail = [vocab.image_end, vocab.end_of_turn, *vocab.encode("\n")]
     check(
         len(tail) <= MAX_TAIL_TOKENS,
-        f"the tokenizer makes {len(tail)} tokens of the end of a turn, at most {MAX_TAIL_TOKENS} can be",
+        f"the tokenizer makes {len(tail)} tokens of the end of a turn, at most {MAX_TAIL_TOKENS}"
+        " can be",
     )
     return [*vocab.image_ids_from_codes(codes_N), *tail]
 
@@ -168,7 +184,7 @@ def _text_answer(
     if not truncate:
         reason = "has an answer of {length} tokens, at most {max_length} are trained on"
         raise RowTooLong(key, len(ids), limit, reason, "shorten it")
-    # Without the end of the turn: the model is not to learn to stop in the middle of a sentence.
+    # Without the end of the turn: the model must not learn to stop in the middle of a sentence.
     return vocab.encode(
         _longest_prefix(answer.strip(), lambda text: len(vocab.encode(text)) <= limit)
     )
@@ -184,15 +200,15 @@ def _prompt_within(
     if not truncate or len(prompt.ids) <= max_tokens or not text.strip():
         return prompt
     kept = _longest_prefix(text.strip(), lambda text: len(make(text).ids) <= max_tokens)
-    return (
-        make(kept) if kept else prompt
-    )  # a row too short for images and template alone is refused as it is
+    # Images and template alone may be too long: the caller then refuses the whole prompt.
+    return make(kept) if kept else prompt
 
 
 def _longest_prefix(text: str, fits: Callable[[str], bool]) -> str:
     """Return the longest beginning of `text` that fits, without blanks at its end; "" where not one
     character does."""
-    fitting, too_long = 0, len(text) + 1
+    fitting = 0
+    too_long = len(text) + 1
     while too_long - fitting > 1:
         middle = (fitting + too_long) // 2
         if fits(text[:middle].rstrip()):
@@ -248,8 +264,9 @@ def _lengths(rows: Sequence[dict[str, np.ndarray]]) -> list[int]:
 def pack_rows(
     rows: Sequence[dict[str, np.ndarray]], keys: Sequence[str], max_length: int
 ) -> dict[str, np.ndarray]:
-    """Pack E examples into one row of `max_length`, in their order; arrays other than ROW_FIELDS are
-    stacked [E, ...]. Raises RowTooLong, with the keys and which is the longest, if they do not fit.
+    """Pack E examples into one row of `max_length`, in their order; arrays other than ROW_FIELDS
+    are stacked [E, ...]. Raises RowTooLong, with the keys and which is the longest, if they do not
+    fit.
     """
     lengths = _lengths(rows)
     if sum(lengths) > max_length:
@@ -277,8 +294,8 @@ def pack_rows(
 def caption_row(
     vocab: Vocabulary, caption: str, max_length: int, key: str = "", truncate: bool = False
 ) -> dict[str, np.ndarray]:
-    """Build the row of a caption alone, for the contrastive stage. The end-of-turn token closes it, so
-    that an empty caption is not an empty row.
+    """Build the row of a caption alone, for the contrastive stage. The end-of-turn token closes it,
+    so that an empty caption is not an empty row.
 
     Returns text_ids_L int32 and text_mask_L bool under the keys "text_ids" and "text_mask". Raises
     RowTooLong, unless it is to `truncate` the caption.

@@ -1,4 +1,4 @@
-"""The records that a loader skips: their counts, what is logged of them, and when they are too many."""
+"""Log and count the records that a loader skips, and end the run when they are too many."""
 
 import json
 import logging
@@ -19,14 +19,14 @@ _log = logging.getLogger(__name__)
 
 
 class SkippedRecordLog:
-    """Counts and logs the skipped records of one host's rows.
+    """Count and log the skipped records of one host's rows.
 
-    Each skipped record is logged once with shard, key and reason, of those that are too long the
-    first few; `counts` has all of them by the kind of reason.
+    Each skipped record is logged once with shard, key and reason; of the too long ones only the
+    first few are. `counts` has all of them by the kind of reason.
 
     Args:
-      records: in all sources together.
-      max_bad_fraction: as of `DataConfig`.
+      records: number of records in all sources together.
+      max_bad_fraction: as in `DataConfig`.
     """
 
     def __init__(self, records: int, max_bad_fraction: float) -> None:
@@ -36,18 +36,19 @@ class SkippedRecordLog:
         self._seen = self._bad = self._too_long = 0
         self._logged: set[tuple[str, str]] = set()
         self._logged_too_long = 0
-        self._warned = False  # of the fraction that is too long
+        self._warned = False  # whether the fraction of too long records was warned of
         # CRC-32 of the names of the shards of which a record was used.
         self._readable_shards: set[int] = set()
         self._suspect_shards: dict[str, dict[str, str]] = {}  # other shards: key -> kind of reason
         self._last_skipped = ""
 
     def add(self, bad_records_B: np.ndarray, shards_B: np.ndarray, reports_B: np.ndarray) -> None:
-        """Count and log what was skipped; stop the run above the fraction allowed.
+        """Count and log skipped records. Raises BadRecordLimit where more than `max_bad_fraction`
+        of the examples cannot be read.
 
-        The fraction is that of the examples whose own record cannot be read. What is skipped in the
-        search for another says little of the set: where four neighbours are damaged, ten are
-        skipped in an epoch.
+        The fraction counts the examples whose own record cannot be read. Records that are skipped
+        in the search for a replacement are not counted, since they overstate the damage: four
+        damaged records in a row are skipped ten times in an epoch.
         """
         self._seen += bad_records_B.size
         self._bad += int(np.count_nonzero(bad_records_B))
@@ -63,14 +64,15 @@ class SkippedRecordLog:
         allowed = self._max_bad_fraction
         if self._enough_seen(allowed) and self._bad > allowed * self._seen:
             raise BadRecordLimit(
-                f"{self._bad} of {self._seen} records ({self._bad / self._seen:.1%}) cannot be read, more than "
-                f"data.max_bad_fraction={allowed:.1%}, the last {self._last_skipped}; repair the data set "
-                "or raise that fraction"
+                f"{self._bad} of {self._seen} records ({self._bad / self._seen:.1%}) cannot be"
+                f" read, more than data.max_bad_fraction={allowed:.1%}, the last"
+                f" {self._last_skipped}; repair the data set or raise that fraction"
             )
 
     def _enough_seen(self, fraction: float) -> bool:
-        """Return whether enough records were seen to tell `fraction` of them from chance: ten times
-        its inverse, or the whole data set."""
+        """Return whether enough records were seen to distinguish `fraction` of them from chance:
+        ten times its inverse, or the whole data set.
+        """
         enough = min(self._records, max(100, math.ceil(10 / fraction))) if fraction > 0 else 0
         return self._seen >= enough
 
@@ -106,8 +108,9 @@ class SkippedRecordLog:
         if not self._warned and self._enough_seen(fraction) and self._too_long > fraction * seen:
             self._warned = True
             _log.warning(
-                "%d of %d records (%.1f%%) are longer than a row and were skipped, as data.too_long says: raise "
-                "data.max_length, or set data.too_long=truncate; further ones are counted only",
+                "%d of %d records (%.1f%%) are longer than a row and were skipped, as data.too_long"
+                " says: raise data.max_length, or set data.too_long=truncate; further ones are"
+                " counted only",
                 self._too_long,
                 seen,
                 100 * self._too_long / seen,

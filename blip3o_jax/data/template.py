@@ -1,13 +1,13 @@
-"""The published chat template: the turns of user and assistant for each task.
+"""Fill in the published chat template: the turns of user and assistant for each task.
 
     task         user's turn, `template.*`        the assistant answers with
     t2i          generate, {caption}              an image
-    edit         edit, {instruction}              an image; edit_several where there are several references
+    edit         edit, {instruction}              an image; edit_several for several references
     reconstruct  reconstruct                      an image
     understand   understand, {question}           text
 
 `<image>` in a template becomes, for each reference image, <|vision_start|>, n placeholders and
-<|vision_end|>. The user's text is encoded as text, whatever tags it spells.
+<|vision_end|>. The user's text is encoded as text, even where it spells a tag.
 """
 
 from typing import NamedTuple
@@ -21,8 +21,8 @@ IMAGE = "<image>"
 
 
 class PromptTokens(NamedTuple):
-    """The ids up to the beginning of the answer, and for each reference image the index of its opening
-    tag; the n positions after it hold <I0>.
+    """Hold the ids up to the beginning of the answer, and for each reference image the index of its
+    opening tag; the n positions after it hold <I0>.
     """
 
     ids: list[int]
@@ -41,14 +41,16 @@ def make_prompt(
 ) -> PromptTokens:
     """Return the prompt of a task: `text` is the caption, instruction or question, `references` the
     number of reference images. If the answer is an image the prompt ends with its scale token.
-    Raises UserError for a text or a number of images that the task cannot have.
+    Raises UserError for a text or a number of images that does not fit the task.
     """
     before, after = _fill_template(template, task, text, references)
     system = _turn(vocab, "system", template.system) if template.system else []
     if task == "t2i":
-        user, openings = _turn(vocab, "user", before), []
+        user = _turn(vocab, "user", before)
+        openings = []
     else:
-        start, end = vocab.tokenizer.special(VISION_START), vocab.tokenizer.special(VISION_END)
+        start = vocab.tokenizer.special(VISION_START)
+        end = vocab.tokenizer.special(VISION_END)
         image = [start, *[vocab.image_token_offset] * num_image_tokens, end]
         head = [vocab.start_of_turn, *vocab.encode(f"user\n{before}")]
         user = [

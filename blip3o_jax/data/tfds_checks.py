@@ -1,4 +1,4 @@
-"""Checks of a TFDS data set before TFDS reads it, since it may come from anywhere.
+"""Check a TFDS data set before TFDS reads it, since it may come from an untrusted source.
 
 TFDS imports the module of every class that features.json names, and opens every file that the
 templates of dataset_info.json lead to.

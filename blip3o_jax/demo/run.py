@@ -41,9 +41,13 @@ NOTES = {
     "autoencoder": "DC-AE: pixels to latents and back; L1 and image gradients.",
     "contrastive": "SigLIP: the vision encoder learns which caption belongs to which image.",
     "tokenizer": "TA-Tok: the frozen encoder's features through a SimVQ codebook and back.",
-    "joint": "Cross entropy of the image tokens and flow matching of the latents, trained together.",
-    "rl": "GRPO on the image tokens: the fraction of right images in each rollout is "
-    "rl/rewards/shapes/correct/mean.",
+    "joint": (
+        "Cross entropy of the image tokens and flow matching of the latents, trained together."
+    ),
+    "rl": (
+        "GRPO on the image tokens: the fraction of right images in each rollout is "
+        "rl/rewards/shapes/correct/mean."
+    ),
 }
 # Suite with reference images -> (baseline, its name in the report, note of the report).
 IMAGE_TASKS = {
@@ -60,7 +64,10 @@ IMAGE_TASKS = {
     "reconstruct": (
         "images_of_other_prompts",
         "another scene",
-        "Reconstructed from its nine tokens; right where the scorer finds what the scene's caption asks for.",
+        (
+            "Reconstructed from its nine tokens; right where the scorer finds what the scene's"
+            " caption asks for."
+        ),
     ),
 }
 EXAMPLES = 28  # of each suite with reference images
@@ -169,7 +176,8 @@ def _evaluate(
 
 def _evaluate_image_tasks(workdir: pathlib.Path, num_prompts: int) -> dict[str, runner.Evaluation]:
     """Evaluate the joint stage's model on the suites with reference images; write the results."""
-    pipeline, found = pipelines.load(workdir / "train"), {}
+    pipeline = pipelines.load(workdir / "train")
+    found = {}
     for name in IMAGE_TASKS:
         found[name] = runner.evaluate_pipeline(
             pipeline, runner.SUITES[name], num_prompts=num_prompts
@@ -197,7 +205,10 @@ def _results(
     overall, categories = _scores(after)
     return report.Results(
         title="BLIP3o-NEXT in JAX: the demo",
-        subtitle="Every part trained from random weights on drawn scenes, then asked for combinations it has never seen.",
+        subtitle=(
+            "Every part trained from random weights on drawn scenes, then asked for combinations it"
+            " has never seen."
+        ),
         overall=overall,
         categories=categories,
         samples=_samples(after),
@@ -262,7 +273,8 @@ def _samples(evaluation: runner.Evaluation) -> list[report.Sample]:
 
 def _image_task(name: str, evaluation: runner.Evaluation) -> report.ImageTask:
     baseline, words, note = IMAGE_TASKS[name]
-    model, other = evaluation.result, evaluation.baselines[baseline]
+    model = evaluation.result
+    other = evaluation.baselines[baseline]
     counts = collections.Counter(p["category"] for p in evaluation.prompts)
     scores = [
         (category, counts[category], share, other.categories[category])

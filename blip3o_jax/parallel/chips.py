@@ -112,7 +112,10 @@ _CHIPS = (
         axes=3,
         wrap=4,
         devices=2,
-        source="Google Cloud TPU7x page: 2307 TFLOP/s, 192 GiB, 7380 GB/s, 1200 GB/s over six links, of a chip",
+        source=(
+            "Google Cloud TPU7x page: 2307 TFLOP/s, 192 GiB, 7380 GB/s, 1200 GB/s over six links,"
+            " of a chip"
+        ),
     ),
     # One way between GPUs of a node: half of what NVLink 4 is sold with (900 GB/s). 400 Gbit/s a
     # GPU between nodes.

@@ -61,17 +61,20 @@ class Launch:
         missing = [name for name, value in flags.items() if value is None]
         if missing and len(missing) < len(flags):
             raise UserError(
-                f"--coordinator, --num_processes and --process_id go together: {' and '.join(missing)} not given"
+                "--coordinator, --num_processes and --process_id go together:"
+                f" {' and '.join(missing)} not given"
             )
         if not missing and self.method != "auto":
             raise UserError(
-                f"--distributed={self.method} and --coordinator exclude each other: leave one of them out"
+                f"--distributed={self.method} and --coordinator exclude each other: leave one of"
+                " them out"
             )
         if not missing and not self.coordinator.rpartition(":")[2].isdigit():
             raise UserError(f"--coordinator={self.coordinator} names no port: give it as HOST:PORT")
         if not missing and not 0 <= self.process_id < self.num_processes:
             raise UserError(
-                f"--process_id={self.process_id} must lie in 0 .. {self.num_processes - 1} (--num_processes - 1)"
+                f"--process_id={self.process_id} must lie in 0 .. {self.num_processes - 1}"
+                " (--num_processes - 1)"
             )
 
     def resolved(self) -> str:
@@ -118,7 +121,8 @@ def initialize(launch: Launch) -> None:
         _peers.append(peers_lib.Peers(_runtime().client, process_index(), process_count()))
         _peers[0].start()
         exits.process.prefix = f"host {process_index()}: "
-        exits.process.find_cause, exits.process.notify_peers = _cause, _peers[0].notify_peers
+        exits.process.find_cause = _cause
+        exits.process.notify_peers = _peers[0].notify_peers
         exits.process.announce_stop = _peers[0].announce_stop
         exits.process.is_stop_announced = _peers[0].is_stop_announced
 
@@ -126,7 +130,8 @@ def initialize(launch: Launch) -> None:
 def set_phase(phase: str, step: int) -> None:
     """Publish that this host is in `phase` of `step`, which the other hosts report if it is lost."""
     for peers in _peers:
-        peers.phase, peers.step = phase, step
+        peers.phase = phase
+        peers.step = step
 
 
 def _log_to_stderr() -> None:
@@ -381,7 +386,10 @@ def _inconsistency(
     end = time.monotonic() + patience
     while not (pathlib.Path(mine["workdir"]) / zero["token"]).exists():
         if time.monotonic() > end:
-            return f"host {me} does not see what host 0 writes to {zero['workdir']}: --workdir must lie on shared storage"
+            return (
+                f"host {me} does not see what host 0 writes to {zero['workdir']}: --workdir must"
+                " lie on shared storage"
+            )
         time.sleep(0.2)
     return ""
 

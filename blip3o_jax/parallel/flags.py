@@ -36,8 +36,9 @@ SETTINGS = (
         ("cpu",),
         "XLA_FLAGS",
         "--xla_cpu_experimental_ynn_fusion_type=",
-        "XLA 0.10 hands dots and convolutions to YNNPACK; with XLA's own the autoencoder decodes 1.2 to 1.4 times as "
-        "fast and a train step is no slower; image tokens take 1.15 times as long",
+        "XLA 0.10 hands dots and convolutions to YNNPACK; with XLA's own the autoencoder decodes"
+        " 1.2 to 1.4 times as fast and a train step is no slower; image tokens take 1.15 times as"
+        " long",
         "measured: four images of 320 pixels, a 55M-parameter model, jax 0.10.2, two cores",
     ),
     *(
@@ -61,7 +62,8 @@ SETTINGS = (
             TPUS,
             "LIBTPU_INIT_ARGS",
             flag,
-            "several slices: the sum of gradients over the data centre's network is spread over the backward pass",
+            "several slices: the sum of gradients over the data centre's network is spread over the"
+            " backward pass",
             f"{MAXTEXT}, DATA_PARALLEL_OVERLAP",
         )
         for flag in (
@@ -73,8 +75,9 @@ SETTINGS = (
         TPUS,
         "LIBTPU_INIT_ARGS",
         "--xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000",
-        "no products in windows, over shards that go round the chips: for the 1.7B model on 8 chips of v5p the compiler makes "
-        "them, and a step was predicted to take 0.78 s with and 0.43 s without",
+        "no products in windows, over shards that go round the chips: for the 1.7B model on 8 chips"
+        " of v5p the compiler makes them, and a step was predicted to take 0.78 s with and 0.43 s"
+        " without",
         f"{MAXTEXT}, used there for v6e; the prediction is of `blip3o bench sharding`",
     ),
     *(
@@ -83,20 +86,27 @@ SETTINGS = (
             "LIBTPU_INIT_ARGS",
             f"--xla_tpu_scoped_vmem_limit_kib={kib}",
             reason,
-            f"{MAXTEXT}, DENSE_VMEM_LIMIT_FLAG, used there for v6e; what is said of cycles is of `blip3o bench sharding`",
+            f"{MAXTEXT}, DENSE_VMEM_LIMIT_FLAG, used there for v6e; what is said of cycles is of"
+            " `blip3o bench sharding`",
         )
         for chips, kib, reason in (
             (
                 ("v5e", "v6e"),
                 98304,
-                "larger tiles of matrix products: three quarters of a core's VMEM instead of 16 MiB; in the compiler's "
-                "schedules for v6e an MLP's products take 18 % fewer cycles (with 24 MiB 13 %, at a third of the compile time)",
+                (
+                    "larger tiles of matrix products: three quarters of a core's VMEM instead of 16"
+                    " MiB; in the compiler's schedules for v6e an MLP's products take 18 % fewer"
+                    " cycles (with 24 MiB 13 %, at a third of the compile time)"
+                ),
             ),
             (
                 ("v5p", "tpu7x"),
                 24576,
-                "somewhat larger tiles of matrix products than with 16 MiB; by the compiler's schedules for v5p this model's "
-                "train step is as fast as with three quarters of a core's VMEM, and it compiles in two thirds of the time",
+                (
+                    "somewhat larger tiles of matrix products than with 16 MiB; by the compiler's"
+                    " schedules for v5p this model's train step is as fast as with three quarters"
+                    " of a core's VMEM, and it compiles in two thirds of the time"
+                ),
             ),
         )
     ),

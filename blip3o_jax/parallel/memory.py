@@ -59,8 +59,8 @@ def check_fits(needs: Sequence[Need], room: float | None) -> None:
         return
     largest = max(needs, key=lambda need: need.bytes)
     raise ConfigError(
-        f"{largest.setting} takes at least {_gib(largest.bytes)} of memory on each device, which has {_gib(room)} "
-        f"({_gib(total)} with the rest): {largest.remedy}"
+        f"{largest.setting} takes at least {_gib(largest.bytes)} of memory on each device, which"
+        f" has {_gib(room)} ({_gib(total)} with the rest): {largest.remedy}"
     )
 
 

@@ -42,7 +42,8 @@ def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device] | None = None) -> j
     there = {getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"}
     if len(there) > 1:
         raise ConfigError(
-            f"mesh.slices=1, but the devices lie in {len(there)}: set mesh.slices and mesh.data to that"
+            f"mesh.slices=1, but the devices lie in {len(there)}: set mesh.slices and mesh.data to"
+            " that"
         )
     return jax.sharding.Mesh(
         _on_torus(mesh_utils.create_device_mesh, sizes, devices=devices), AXES, axis_types=auto
@@ -78,8 +79,8 @@ def _named(cfg: MeshConfig, between: str) -> str:
 def _over_slices(slices: int, sizes: list[int], devices: list[jax.Device]) -> np.ndarray:
     if slices < 1 or sizes[0] % slices:
         raise ConfigError(
-            f"mesh.slices={slices}: data={sizes[0]} lies over the slices, so it must be a multiple of their number; "
-            f"set mesh.data to {max(slices, 1)}"
+            f"mesh.slices={slices}: data={sizes[0]} lies over the slices, so it must be a multiple"
+            f" of their number; set mesh.data to {max(slices, 1)}"
         )
     there = {getattr(device, "slice_index", 0) for device in devices}
     if (
@@ -90,7 +91,8 @@ def _over_slices(slices: int, sizes: list[int], devices: list[jax.Device]) -> np
         raise ConfigError(
             f"mesh.slices={slices}, but the devices lie in {len(there)}: set mesh.slices to that"
         )
-    within, across = [sizes[0] // slices, *sizes[1:]], [slices, *[1] * (len(sizes) - 1)]
+    within = [sizes[0] // slices, *sizes[1:]]
+    across = [slices, *[1] * (len(sizes) - 1)]
     return _on_torus(mesh_utils.create_hybrid_device_mesh, within, across, devices=devices)
 
 

@@ -26,7 +26,8 @@ GRACE_SECONDS = 5.0  # seconds for a host to end by itself
 RUNTIME_TIMEOUT = (
     60  # seconds; jax.distributed's heartbeats come from a thread that nothing in Python blocks
 )
-_ENDED, _HEARTBEATS = "blip3o/ended", "blip3o/heartbeats"
+_ENDED = "blip3o/ended"
+_HEARTBEATS = "blip3o/heartbeats"
 _STOPPING = "blip3o/stopping"  # there once SIGTERM came to a host
 _DAY = 24 * 3600 * 1000  # milliseconds
 
@@ -59,8 +60,11 @@ class Peers:
     """Watch the other hosts of a job. `client` is that of `jax.distributed`."""
 
     def __init__(self, client: Any, host: int, hosts: int):
-        self._client, self._host, self._hosts = client, host, hosts
-        self.phase, self.step = "start", 0
+        self._client = client
+        self._host = host
+        self._hosts = hosts
+        self.phase = "start"
+        self.step = 0
         self._host0_heartbeat: list[
             Any
         ] = []  # the last heartbeat of host 0, which stores all others'

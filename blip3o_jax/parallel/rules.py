@@ -91,8 +91,8 @@ class Strategy:
             size = self.mesh.shape[axis]
             if size > 1 and not any(name.endswith(user) for name in named):
                 raise ConfigError(
-                    f"mesh.{axis}={size}: strategy {self.name} puts nothing on that axis, its devices would all do the same; "
-                    f"use {user}, or mesh.{axis}=1"
+                    f"mesh.{axis}={size}: strategy {self.name} puts nothing on that axis, its"
+                    f" devices would all do the same; use {user}, or mesh.{axis}=1"
                 )
 
     @classmethod
@@ -100,7 +100,8 @@ class Strategy:
         """Return the strategy and the mesh of a configuration. ConfigError for what cannot be."""
         if cfg.strategy.startswith("hybrid") and cfg.slices == 1:
             raise ConfigError(
-                f"mesh.strategy={cfg.strategy!r} is for several slices: set mesh.slices and mesh.data to their number"
+                f"mesh.strategy={cfg.strategy!r} is for several slices: set mesh.slices and"
+                " mesh.data to their number"
             )
         return cls(cfg.strategy, make_mesh(cfg, devices), cfg.parts)
 
@@ -123,14 +124,16 @@ class Strategy:
             for axis in mesh_axes:
                 if axis in taken:
                     raise ConfigError(
-                        f"strategy {self.name}: {where or part} puts both {taken[axis]!r} and {name!r} on mesh axis {axis!r}"
+                        f"strategy {self.name}: {where or part} puts both {taken[axis]!r} and"
+                        f" {name!r} on mesh axis {axis!r}"
                     )
                 taken[axis] = name
             size = math.prod(self.mesh.shape[a] for a in mesh_axes)
             if dim % size:
                 raise ConfigError(
-                    f"strategy {self.name}: {where or part} has {name}={dim}, which does not divide over mesh axes "
-                    f"{' x '.join(mesh_axes)} = {size}; use a multiple of {size}, or a mesh whose size divides {dim}"
+                    f"strategy {self.name}: {where or part} has {name}={dim}, which does not divide"
+                    f" over mesh axes {' x '.join(mesh_axes)} = {size}; use a multiple of {size},"
+                    f" or a mesh whose size divides {dim}"
                 )
             entries.append(
                 mesh_axes if len(mesh_axes) > 1 else (mesh_axes[0] if mesh_axes else None)
@@ -156,9 +159,10 @@ class Strategy:
         if batch_size % (self.batch_shards * accumulate * pack):
             rows = "" if pack == 1 else f" x {pack} examples a row"
             raise ConfigError(
-                f"data.batch_size={batch_size} does not divide over {self.batch_shards} batch shards "
-                f"(mesh data={self.mesh.shape['data']} x fsdp={self.mesh.shape['fsdp']}) x {accumulate} micro-batches{rows}: "
-                f"use a multiple of {self.batch_shards * accumulate * pack}"
+                f"data.batch_size={batch_size} does not divide over {self.batch_shards} batch"
+                f" shards (mesh data={self.mesh.shape['data']} x fsdp={self.mesh.shape['fsdp']}) x"
+                f" {accumulate} micro-batches{rows}: use a multiple of"
+                f" {self.batch_shards * accumulate * pack}"
             )
 
     def parameter_shardings(self, variables: Any) -> dict[str, Any]:

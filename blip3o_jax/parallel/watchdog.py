@@ -39,7 +39,9 @@ class Watchdog:
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
         self._period = min(PERIOD, seconds / 4)
-        self._phase, self._step, self._since = "start", 0, time.time()
+        self._phase = "start"
+        self._step = 0
+        self._since = time.time()
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -60,16 +62,20 @@ class Watchdog:
 
     def enter(self, phase: str, step: int) -> None:
         """Record that this host is in `phase` of `step`; that is progress."""
-        self._phase, self._step, self._since = phase, step, time.time()
+        self._phase = phase
+        self._step = step
+        self._since = time.time()
         distributed.set_phase(phase, step)
 
     def _watch(self) -> None:
-        report_after, reported_since = self._seconds, self._since
+        report_after = self._seconds
+        reported_since = self._since
         while not self._end.wait(self._period):
             now = time.time()
             mine = Heartbeat(self._phase, self._step, self._since, now)
             if mine.since != reported_since:
-                report_after, reported_since = self._seconds, mine.since
+                report_after = self._seconds
+                reported_since = mine.since
             heartbeats = _exchange(mine)
             if now - mine.since > report_after:
                 report_after = 2 * (now - mine.since)  # again when twice as long has passed

@@ -46,7 +46,8 @@ class Checkpoints:
     """
 
     def __init__(self, directory: pathlib.Path, keep: int):
-        self.directory, self._keep = directory.absolute(), keep
+        self.directory = directory.absolute()
+        self._keep = keep
         self._damaged: dict[int, str] = {}  # step -> what is wrong with it
         self._manager: ocp.CheckpointManager | None = None
         _write_small_arrays_whole()
@@ -72,8 +73,8 @@ class Checkpoints:
         if self._damaged:
             newest, reason = next(iter(self._damaged.items()))
             raise UserError(
-                f"{self.directory}/{newest} is damaged ({reason}), and no other step is intact: copy the checkpoint again, "
-                "or start in another --workdir"
+                f"{self.directory}/{newest} is damaged ({reason}), and no other step is intact:"
+                " copy the checkpoint again, or start in another --workdir"
             )
         return None
 
@@ -97,8 +98,8 @@ class Checkpoints:
             }
         if mine != stored:
             raise UserError(
-                f"the text tokenizer (model.text.path) is another than the one in {directory}, which this run began with: put "
-                "that one back, or start in another --workdir"
+                f"the text tokenizer (model.text.path) is another than the one in {directory},"
+                " which this run began with: put that one back, or start in another --workdir"
             )
 
     def open(self, config: Config, tokenizer: TextTokenizer | None) -> None:
@@ -153,8 +154,9 @@ class Checkpoints:
         """
         if names := not_finite(state):
             raise UserError(
-                f"step {step} is not saved: {len(names)} arrays of its state are not finite, first {names[0]}; the last step "
-                f"saved is {self.last_saved()}: run again with a lower optimizer.learning_rate"
+                f"step {step} is not saved: {len(names)} arrays of its state are not finite, first"
+                f" {names[0]}; the last step saved is {self.last_saved()}: run again with a lower"
+                " optimizer.learning_rate"
             )
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state),
@@ -178,8 +180,8 @@ class Checkpoints:
                 raise
             except ValueError as e:
                 raise UserError(
-                    f"{directory} does not fit this configuration ({first_line(e)}); use the config.json beside it, or another "
-                    "--workdir"
+                    f"{directory} does not fit this configuration ({first_line(e)}); use the"
+                    " config.json beside it, or another --workdir"
                 ) from e
             return state, json.loads((directory / "meta" / "metadata").read_text(encoding="utf-8"))[
                 "data"
@@ -247,8 +249,8 @@ def find(path: str | pathlib.Path) -> tuple[pathlib.Path, int]:
             if steps:
                 return root, max(steps)
     raise UserError(
-        f"{path} is not a checkpoint: it holds no config.json with finished steps beside it; give the --workdir of a run, "
-        "its checkpoints directory, or one step in that"
+        f"{path} is not a checkpoint: it holds no config.json with finished steps beside it; give"
+        " the --workdir of a run, its checkpoints directory, or one step in that"
     )
 
 
@@ -312,7 +314,8 @@ def restore_parts(
     missing = set(parts) - set(abstract["params"]) - set(abstract["frozen"])
     if missing:
         raise UserError(
-            f"{root} holds no part {', '.join(sorted(missing))}: it was written by stage {config.stage!r}"
+            f"{root} holds no part {', '.join(sorted(missing))}: it was written by stage"
+            f" {config.stage!r}"
         )
     wanted = {
         group: chosen  # Orbax takes an empty dict for a leaf
@@ -356,7 +359,8 @@ def reading(name: str) -> Iterator[None]:
 
 def _unreadable(name: str, reason: str) -> UserError:
     return UserError(
-        f"{name} cannot be read ({reason.partition(' [')[0]}): copy the checkpoint again, or take another step"
+        f"{name} cannot be read ({reason.partition(' [')[0]}): copy the checkpoint again, or take"
+        " another step"
     )
 
 

@@ -64,8 +64,8 @@ def restore_or_create(
     before = _written_by(checkpoints.directory)
     if before is not None and before.title != config.title and checkpoints.steps():
         raise UserError(
-            f"{checkpoints.directory} is of a run of {before.title!r} and cannot go on as one of {config.title!r}: start "
-            "in another --workdir, from it by checkpoint.init_from"
+            f"{checkpoints.directory} is of a run of {before.title!r} and cannot go on as one of"
+            f" {config.title!r}: start in another --workdir, from it by checkpoint.init_from"
         )
     latest = checkpoints.newest_intact(shared=True)
     if latest is not None:
@@ -107,13 +107,16 @@ def _check_lora(config: Config, parts: tuple[str, ...], path: str) -> None:
     Factors that the checkpoint lacks are allowed.
     """
     root, _ = find(path)
-    theirs, ours = read_config(root).model, config.model
+    theirs = read_config(root).model
+    ours = config.model
     for part in [part for part in parts if part in lora.LORA_PARTS]:
-        has, wants = getattr(theirs, part).lora, getattr(ours, part).lora
+        has = getattr(theirs, part).lora
+        wants = getattr(ours, part).lora
         if has.rank and has != wants:
             raise UserError(
-                f"checkpoint.init_from: part {part} of {path} was trained with {has}, this model has {wants}: set "
-                f"model.{part}.lora as there, or merge the factors first (blip3o convert export, then import)"
+                f"checkpoint.init_from: part {part} of {path} was trained with {has}, this model"
+                f" has {wants}: set model.{part}.lora as there, or merge the factors first (blip3o"
+                " convert export, then import)"
             )
 
 
@@ -134,15 +137,17 @@ def match_to_plan(plan: StatePlan, part: str, values: Any, path: str) -> dict[st
         targets = lora.drop_factors(targets)
     if missing := sorted(set().union(*map(named, targets.values())) ^ set(found)):
         raise UserError(
-            f"checkpoint.init_from: part {part} of {path} and of this model differ, first in {missing[0]}"
+            f"checkpoint.init_from: part {part} of {path} and of this model differ, first in"
+            f" {missing[0]}"
         )
 
     def put(keys: Any, target: jax.ShapeDtypeStruct) -> jax.Array:
         value = found[jax.tree_util.keystr(keys)]
         if value.shape != target.shape:
             raise UserError(
-                f"checkpoint.init_from: {part}{jax.tree_util.keystr(keys)} of {path} has shape {value.shape}, this model's "
-                f"{target.shape}: give the run the configuration of that checkpoint"
+                f"checkpoint.init_from: {part}{jax.tree_util.keystr(keys)} of {path} has shape"
+                f" {value.shape}, this model's {target.shape}: give the run the configuration of"
+                " that checkpoint"
             )
         return jax.device_put(value.astype(target.dtype), target.sharding)
 

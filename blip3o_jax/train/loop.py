@@ -218,11 +218,14 @@ class _Run:
 
     def steps(self, state: TrainState) -> dict[str, float]:
         """Runs steps start + 1 .. config.steps; returns the last step's metrics."""
-        config, start = self.config, self.context.start
+        config = self.config
+        start = self.context.start
         if start >= config.steps:
             log_host0(f"{config.title}: step {start} of {config.steps} is done already")
             return {}
-        values, previous, stopped = {}, None, False
+        values = {}
+        previous = None
+        stopped = False
         meter = _Meter(config)
         batch, position, host_metrics = self.fetch(state, meter, start + 1)
         if self.spec.flops is not None:
@@ -234,7 +237,8 @@ class _Run:
                 jax.profiler.StepTraceAnnotation("train", step_num=step),
             ):
                 state, metrics = self.spec.step(state, batch)
-            done_position, done_host_metrics = position, host_metrics
+            done_position = position
+            done_host_metrics = host_metrics
             if step < config.steps:
                 batch, position, host_metrics = self.fetch(state, meter, step + 1)
             if previous is not None:
@@ -253,7 +257,8 @@ class _Run:
                 self.checkpoints.save(step, state, done_position, meter.mean_loss())
                 if stopped and step < config.steps:
                     raise Preempted(
-                        f"{config.title}: stopped by SIGTERM, step {step} of {config.steps} is saved"
+                        f"{config.title}: stopped by SIGTERM, step {step} of {config.steps} is"
+                        " saved"
                     )
                 self.preview(step, state, batch)
         return values
@@ -286,9 +291,10 @@ class _Run:
         meter.losses.append(values["train/loss"])
         if values["train/bad_steps"] >= self.config.max_nonfinite:
             raise UserError(
-                f"{self.config.title}: loss, gradient or the parameters after it were not finite in "
-                f"{self.config.max_nonfinite} steps in a row, up to step {step}; none of these was applied, and "
-                f"{self._saved()}: run again with a lower optimizer.learning_rate or optimizer.clip_norm"
+                f"{self.config.title}: loss, gradient or the parameters after it were not finite in"
+                f" {self.config.max_nonfinite} steps in a row, up to step {step}; none of these was"
+                f" applied, and {self._saved()}: run again with a lower optimizer.learning_rate or"
+                " optimizer.clip_norm"
             )
         self.spec.batches.check(step, values)
         if step == 1 or step % self.config.log_every == 0 or step == self.config.steps:
@@ -357,7 +363,9 @@ class _Meter:
         self._reset()
 
     def _reset(self) -> None:
-        self.steps, self.waited, self._since = 0, 0.0, time.monotonic()
+        self.steps = 0
+        self.waited = 0.0
+        self._since = time.monotonic()
         self.tokens: float | None = 0.0
 
     def count(self, tokens: float | None) -> None:

@@ -67,7 +67,8 @@ def _outstanding(config: Config, part: str) -> str:
 def _sizes(group: Any, default: Any, path: str) -> Iterator[tuple[str, int, int]]:
     """(name, value, default) of the whole numbers of a group and of those in it."""
     for name in fields.field_types(type(group)):
-        value, usual = getattr(group, name), getattr(default, name)
+        value = getattr(group, name)
+        usual = getattr(default, name)
         if isinstance(value, int) and not isinstance(value, bool):
             yield fields.join(path, name), value, usual
         elif isinstance(value, tuple) and value and all(type(v) is int for v in value):
@@ -109,12 +110,12 @@ def example_bytes(
     """Return (bytes of an example's arrays, {setting: bytes that its training step keeps}) on the
     device that has it.
     """
-    model, names, trained = config.model, STAGES[config.stage].fields, set(plan.abstract["params"])
-    pixels, seen, length = (
-        model.image_size**2 * 3,
-        model.tokenizer.encoder.image_size**2 * 3,
-        config.data.max_length,
-    )
+    model = config.model
+    names = STAGES[config.stage].fields
+    trained = set(plan.abstract["params"])
+    pixels = model.image_size**2 * 3
+    seen = model.tokenizer.encoder.image_size**2 * 3
+    length = config.data.max_length
     cached = config.stage == "joint" and bool(config.data.cache_dir)
     given = 0.0 if cached else pixels * ("pixels" in names) + seen * ("tokenizer_pixels" in names)
     kept: dict[str, float] = {}
@@ -132,7 +133,8 @@ def example_bytes(
         setting = f"model.tokenizer.encoder.image_size={encoder.image_size}"
         kept[setting] = _layers(encoder, patches, layers) + scores
     if config.stage == "joint":
-        rows, among = 1 / config.data.pack, strategy.mesh.shape["sequence"]
+        rows = 1 / config.data.pack
+        among = strategy.mesh.shape["sequence"]
         given += 16.0 * length * rows
         layers = (
             model.ar.num_hidden_layers if "ar" in trained and model.ar.remat != "offload" else 1
@@ -159,5 +161,6 @@ def _layers(network: Any, tokens: int, layers: int) -> float:
 
 def _materializes_scores(config: Config) -> bool:
     """Return whether attention over rows materializes its scores."""
-    platform, wanted = nn.platform(), config.model.ar.attention
+    platform = nn.platform()
+    wanted = config.model.ar.attention
     return wanted == "xla" or (wanted == "auto" and platform == "cpu")

@@ -54,7 +54,9 @@ class MetricLog:
             directory / "metrics.jsonl", ("step",), lambda row: row["step"] <= start
         )
         self._events = EventFile(directory / "tensorboard", start)
-        self._start, self._total, self._title = start, total, title
+        self._start = start
+        self._total = total
+        self._title = title
         self._began = time.monotonic()
         self._progress: Any = None
         if sys.stderr.isatty():
@@ -216,4 +218,7 @@ def _told(broken: dict[int, str]) -> str:
     counted = ", ".join(
         f"{count} {wrong}" for wrong, count in collections.Counter(broken.values()).items()
     )
-    return f"{len(broken)} lines ({counted}): {', '.join(map(str, list(broken)[:5]))}{', ...' * (len(broken) > 5)}"
+    return (
+        f"{len(broken)} lines ({counted}):"
+        f" {', '.join(map(str, list(broken)[:5]))}{', ...' * (len(broken) > 5)}"
+    )

@@ -27,7 +27,8 @@ def run(recipe: dict[str, Config], workdir: str | pathlib.Path) -> dict[str, Sum
         for part, source in config.checkpoint.init_from:
             if source not in names[:position] and not pathlib.Path(source).exists():
                 raise UserError(
-                    f"checkpoint.init_from: {part} comes from {source}, which is no directory and no earlier stage"
+                    f"checkpoint.init_from: {part} comes from {source}, which is no directory and"
+                    " no earlier stage"
                 )
     if names == [""]:
         return {"": train(recipe[""], workdir)}

@@ -131,10 +131,8 @@ def plan_state(config: Config, strategy: Strategy) -> StatePlan:
     shapes |= jax.eval_shape(
         lambda params: _initial_optimizer_state(config, optimizer, params), shapes["params"]
     )
-    params_at, frozen_at = (
-        strategy.parameter_shardings(params),
-        strategy.parameter_shardings(frozen),
-    )
+    params_at = strategy.parameter_shardings(params)
+    frozen_at = strategy.parameter_shardings(frozen)
     replicated = strategy.replicated()
     shardings = {
         "params": params_at,

@@ -102,7 +102,8 @@ def check_intact(root: pathlib.Path, step: int, *, shared: bool = False) -> None
 
 def set_aside(directory: pathlib.Path) -> None:
     """Rename a damaged directory to one that nothing reads, for somebody to look at."""
-    number, aside = 1, directory.with_name(f"{directory.name}.damaged")
+    number = 1
+    aside = directory.with_name(f"{directory.name}.damaged")
     while aside.exists():
         number, aside = number + 1, directory.with_name(f"{directory.name}.damaged-{number}")
     directory.rename(aside)

@@ -62,7 +62,9 @@ class Supervised:
         return with_vocabulary(config, self._sources, workdir)
 
     def begin(self, context: RunContext, state: TrainState, position: Any) -> TrainerSpec:
-        config, strategy, sources = context.config, context.strategy, self._sources
+        config = context.config
+        strategy = context.strategy
+        sources = self._sources
         if position is not None and distributed.process_index() > 0:
             position = position | {"skipped": {}}  # host 0 goes on from what all have skipped
         if config.model.buckets and "pixels" in STAGES[config.stage].fields:
@@ -180,8 +182,8 @@ def _encode_sources(
     """The sources with the frozen encoders' outputs from the cache, filled first where it is not."""
     if trained := {"tokenizer", "vae"} & set(state["params"]):
         raise UserError(
-            f"data.cache_dir keeps the outputs of frozen encoders, but {', '.join(sorted(trained))} is trained: "
-            "empty data.cache_dir, or leave them out of `trainable`"
+            f"data.cache_dir keeps the outputs of frozen encoders, but {', '.join(sorted(trained))}"
+            " is trained: empty data.cache_dir, or leave them out of `trainable`"
         )
 
     encoders = {part: state["frozen"][part] for part in ("tokenizer", "vae")}

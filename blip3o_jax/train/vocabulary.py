@@ -25,7 +25,8 @@ def with_vocabulary(
     """
     if not {"caption", "row"} & set(STAGES[config.stage].fields):
         return config, None
-    text, model = config.model.text, config.model
+    text = config.model.text
+    model = config.model
     if text.train_size and not text.path:
         path = workdir / "text" / SENTENCEPIECE_FILE
         if not path.exists():

@@ -119,12 +119,14 @@ def _check_kinds(workdir: pathlib.Path) -> None:
     for path in (*map(workdir.joinpath, FILES), *sorted(workdir.glob("*.jsonl"))):
         if os.path.lexists(path) and not path.is_file():
             raise UserError(
-                f"{path} is no regular file, but the run writes one: move it away, or choose another --workdir"
+                f"{path} is no regular file, but the run writes one: move it away, or choose"
+                " another --workdir"
             )
     for path in map(workdir.joinpath, DIRECTORIES):
         if os.path.lexists(path) and not path.is_dir():
             raise UserError(
-                f"{path} is no directory, but the run makes one: move it away, or choose another --workdir"
+                f"{path} is no directory, but the run makes one: move it away, or choose another"
+                " --workdir"
             )
 
 
@@ -139,7 +141,8 @@ class WorkdirLock:
 
     def __init__(self, workdir: pathlib.Path) -> None:
         self.begun = False
-        self._workdir, self._path = workdir, workdir / LOCK
+        self._workdir = workdir
+        self._path = workdir / LOCK
         self._token = uuid.uuid4().hex
         self._made: list[pathlib.Path] = []  # directories, outermost first
         self._had_text = True
@@ -176,7 +179,8 @@ class WorkdirLock:
             owner = Owner.read(self._path)
             now = f"now is that of {owner}" if owner else "is gone"
             raise UserError(
-                f"{self._path} was this run's and {now}: two runs must not write to one --workdir; this one ends"
+                f"{self._path} was this run's and {now}: two runs must not write to one --workdir;"
+                " this one ends"
             )
 
     def _take(self) -> None:
@@ -189,14 +193,15 @@ class WorkdirLock:
             owner = Owner.read(self._path)
             if owner is not None and self._lives(owner):
                 raise UserError(
-                    f"--workdir={self._workdir} is in use by another run ({owner}): wait for its end, stop it, or "
-                    "choose another"
+                    f"--workdir={self._workdir} is in use by another run ({owner}): wait for its"
+                    " end, stop it, or choose another"
                 )
             if owner is not None:
                 self._remove(owner)
         else:
             raise UserError(
-                f"{self._path} comes and goes: other runs start in this --workdir now; run again, or choose another"
+                f"{self._path} comes and goes: other runs start in this --workdir now; run again,"
+                " or choose another"
             )
         self._had_text = (self._workdir / "text").exists()
 
@@ -207,7 +212,8 @@ class WorkdirLock:
         with contextlib.suppress(FileNotFoundError):
             if not stat.S_ISREG(self._path.lstat().st_mode):
                 raise UserError(
-                    f"{self._path} is no regular file, as the lock of a run is: remove it, or choose another --workdir"
+                    f"{self._path} is no regular file, as the lock of a run is: remove it, or"
+                    " choose another --workdir"
                 )
 
     def _created(self) -> bool:
@@ -228,11 +234,13 @@ class WorkdirLock:
         if owner.here():
             return owner.runs()
         silent = self._server_time() - owner.seen
-        end, waiting_logged = time.monotonic() + min(STALE_AFTER, STALE_AFTER - silent), False
+        end = time.monotonic() + min(STALE_AFTER, STALE_AFTER - silent)
+        waiting_logged = False
         while (left := end - time.monotonic()) > 0:
             if not waiting_logged:
                 log_host0(
-                    f"{self._workdir} is locked by {owner}: waiting up to {left:.0f} s for a heartbeat"
+                    f"{self._workdir} is locked by {owner}: waiting up to {left:.0f} s for a"
+                    " heartbeat"
                 )
                 waiting_logged = True
             time.sleep(min(left, 1.0))

@@ -1,11 +1,12 @@
-"""Captioned images on disk, behind one random-access interface.
+"""Open captioned images on disk behind one random-access interface.
 
-    TFDS/ArrayRecord | webdataset .tar | parquet | folder + captions.jsonl   ->   Source: len(s), s[i] -> Record
+    TFDS/ArrayRecord | webdataset .tar | parquet | folder + captions.jsonl
+        -> Source: len(source), source[index] -> Record
 
-A source keeps paths and indexes only and opens files when a record is read, so it can be pickled to
-worker processes and shared by threads. A fault of a whole data set (a missing path, a tar cut in
-half) is a UserError when it is opened; a fault of one record (no caption, text that is not UTF-8)
-is a `BadRecord` when that record is read.
+A source stores paths and indexes only and opens files when a record is read, so that it can be
+pickled to worker processes and shared by threads. A fault of a whole data set (a missing path, a
+tar cut in half) is a UserError when it is opened; a fault of one record (no caption, text that is
+not UTF-8) is a `BadRecord` when that record is read.
 """
 
 from blip3o_jax.data.sources.factory import ReconstructionSource, open_mixture, open_source

@@ -1,4 +1,4 @@
-"""Columns of parquet files and features of TFDS data sets -> the fields of a record."""
+"""Map columns of parquet files and features of TFDS data sets to the fields of a record."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -14,7 +14,9 @@ FIELDS = ("task", "image", *INPUT_FIELDS, *TEXT_FIELDS, "answer")
 
 
 def known_fields(names: Iterable[str], where: str, kind: str) -> list[str]:
-    """Return those of `names` that are fields of a record. Raises UserError if required ones lack."""
+    """Return those of `names` that are fields of a record. Raises UserError if required ones are
+    missing.
+    """
     names = list(names)
     twice = [name for name in (*KEY_COLUMNS, *FIELDS) if names.count(name) > 1]
     if twice:
@@ -23,14 +25,15 @@ def known_fields(names: Iterable[str], where: str, kind: str) -> list[str]:
     known = [name for name in FIELDS if name in names]
     if not {"image", *INPUT_FIELDS} & set(known) or not {"task", *TEXT_FIELDS} & set(known):
         raise UserError(
-            f"{where}: needs the {kind} image and {' or '.join(CAPTION_FIELDS)}; it has {', '.join(names)}"
+            f"{where}: needs the {kind} image and {' or '.join(CAPTION_FIELDS)}; it has"
+            f" {', '.join(names)}"
         )
     return known
 
 
 def input_images(fields: Mapping[str, Any]) -> list[Any]:
-    """The images shown. Empty ones are none: TFDS has no missing values, and gives several as an
-    array.
+    """Return the reference images. Empty ones are left out: TFDS has no missing values. TFDS gives
+    several images as an array.
     """
     for given in map(fields.get, INPUT_FIELDS):
         images = (

@@ -1,4 +1,4 @@
-"""Opening data sets: a configuration -> one source, or a mixture of several.
+"""Open the data sets of a configuration: one source, or a mixture of several.
 
 The format follows from the path unless the configuration names it.
 """
@@ -20,7 +20,9 @@ from blip3o_jax.data.sources.webdataset import WebdatasetSource
 def open_mixture(
     data: config.DataConfig, processes: ProcessGroup = ProcessGroup()
 ) -> list[tuple[Source, float]]:
-    """Return the sources of a run with their weights; `hosts`: those that open it at once."""
+    """Return the sources of a run with their weights; `processes` are those that open them
+    together.
+    """
     if not data.all_sources:
         raise config.ConfigError(
             "data.path is empty: set --config.data.path to a data set, or data.sources to a mixture"
@@ -32,11 +34,11 @@ def open_source(
     cfg: config.SourceConfig, processes: ProcessGroup = ProcessGroup(), *, rebuild: str = ""
 ) -> Source:
     """Open `cfg.path`: a file, a directory, a glob, or a brace pattern such as
-    `shards/{00000..00031}.tar`. Its index is made where there is none; `rebuild` as in
-    `open_index`.
+    `shards/{00000..00031}.tar`. A missing index is built; `rebuild` as in `open_index`.
 
     Raises:
-      ValueError: nothing there, an unknown format, an empty or damaged data set; one line that names it.
+      UserError: nothing there, an unknown format, an empty or damaged data set; one line that names
+        it.
     """
     path = os.path.expanduser(cfg.path)
     files = expand_pattern(path)
@@ -57,14 +59,16 @@ def open_source(
 
 
 class ReconstructionSource(Source):
-    """The images of `source` as reconstruction examples: each is its own target, without its
+    """Read the images of `source` as reconstruction examples: each is its own target, without its
     caption.
     """
 
     def __init__(self, source: Source) -> None:
         super().__init__(source.name, source.files)
         self._source = source
-        self.unused, self.incomplete, self.notes = source.unused, source.incomplete, source.notes
+        self.unused = source.unused
+        self.incomplete = source.incomplete
+        self.notes = source.notes
 
     def __len__(self) -> int:
         return len(self._source)
@@ -92,11 +96,13 @@ def _detect(path: str, files: list[str]) -> str:
             if any(first.glob(f"*{suffix}")):
                 return kind
         raise UserError(
-            f"{path}: unknown format; expected dataset_info.json, {', '.join(CAPTION_FILES)}, *.tar or *.parquet in it"
+            f"{path}: unknown format; expected dataset_info.json, {', '.join(CAPTION_FILES)}, *.tar"
+            " or *.parquet in it"
         )
     kinds = {".tar": "webdataset", ".parquet": "parquet", ".jsonl": "folder"}
     if first.suffix not in kinds:
         raise UserError(
-            f"{first}: unknown format; expected .tar (not compressed), .parquet, .jsonl or a directory"
+            f"{first}: unknown format; expected .tar (not compressed), .parquet, .jsonl or a"
+            " directory"
         )
     return kinds[first.suffix]

@@ -1,4 +1,4 @@
-"""Data sets of format folder: a directory of images and a file of JSON lines."""
+"""Read data sets of format folder: a directory of images and a file of JSON lines."""
 
 import concurrent.futures
 import dataclasses
@@ -35,12 +35,12 @@ CAPTION_FILES = ("captions.jsonl", "metadata.jsonl")
 
 
 class FolderSource(IndexedSource):
-    """A directory of images and a captions.jsonl: one object a line with the fields of
-    data/record.py, images by their paths (`file_name` or `output_image` will do for `image`).
+    """Read a directory of images and a captions.jsonl: one object a line with the fields of
+    data/record.py, images by their paths (`file_name` or `output_image` may stand for `image`).
 
     Paths are relative to the directory of captions.jsonl, or to `images`, and must not lead out of
-    both: not by `..`, by an absolute path or by a symbolic link. Otherwise whoever wrote the
-    captions chooses which files of this machine are read.
+    both: not by `..`, by an absolute path or by a symbolic link. Otherwise the author of the
+    captions could choose which files of this machine are read.
     """
 
     def __init__(
@@ -59,7 +59,8 @@ class FolderSource(IndexedSource):
         images = os.path.expanduser(images)
         if images and not os.path.isdir(images):
             raise UserError(
-                f"data.images={images} is not a directory: give the one that holds the images of {path}"
+                f"data.images={images} is not a directory: give the one that holds the images of"
+                f" {path}"
             )
         own = os.path.dirname(self._lines_file)
         self._images = _ImageFiles(self._lines_file, (images, own) if images else (own,))
@@ -102,21 +103,21 @@ class FolderSource(IndexedSource):
 
 @dataclasses.dataclass(frozen=True)
 class _ImageFiles:
-    """The images that the lines of a captions file name, below one of the directories `roots`."""
+    """Find the images that the lines of a captions file name, below one of `roots`."""
 
     captions: str
     roots: tuple[str, ...]
 
     def path(self, name: str) -> str:
-        """Return the path of an image below the first of the roots that has it. ValueError: a NUL,
-        a lone surrogate.
+        """Return the path of an image below the first of the roots that has it. Raises ValueError
+        for a NUL or a lone surrogate.
         """
         paths = [os.path.join(root, name) for root in self.roots]
         return next((path for path in paths[:-1] if os.path.lexists(path)), paths[-1])
 
     def find(self, name: str) -> str:
-        """Return the path of an image, symbolic links resolved; BadRecord where it leads out or to
-        no plain file.
+        """Return the path of an image, symbolic links resolved. Raises BadRecord where it leads out
+        of the roots or is not a regular file.
         """
         try:
             path = os.path.realpath(self.path(name))
@@ -124,9 +125,8 @@ class _ImageFiles:
                 os.path.commonpath([root, path]) == root
                 for root in map(os.path.realpath, self.roots)
             )
-            plain = (
-                stat.S_ISREG(os.stat(path).st_mode) if inside else True
-            )  # a pipe would be waited for
+            # Opening a pipe would block.
+            plain = stat.S_ISREG(os.stat(path).st_mode) if inside else True
         except (OSError, ValueError) as error:
             raise self._unreadable(name, error) from None
         if not inside:
@@ -145,15 +145,15 @@ class _ImageFiles:
             raise self._unreadable(name, error) from None
 
     def size(self, name: str) -> int:
-        """Return the bytes of an image, -1 where it cannot be read."""
+        """Return the size of an image in bytes, -1 where it cannot be read."""
         try:
             return os.path.getsize(self.find(name))
         except (BadRecord, OSError):
             return -1
 
     def sizes(self, names: Sequence[str], before: Sequence[int] = ()) -> list[int]:
-        """Return the sizes of images. Of those that had one `before` a single call to the file
-        system is enough: whether the path leads out of the roots is looked at when it is read.
+        """Return the sizes of images. For an image that had a size `before`, one call to the file
+        system is enough: reading it checks whether the path leads out of the roots.
         """
 
         def size(name: str, known: int) -> int:
@@ -168,20 +168,20 @@ class _ImageFiles:
             return list(pool.map(size, names, before or [-1] * len(names)))
 
     def _unreadable(self, name: str, error: Exception) -> BadRecord:
-        reason = "no file can have this name"  # one with NUL or half a character
+        reason = "no file can have this name"  # a name with NUL or a lone surrogate
         if isinstance(error, OSError):
             reason = error.strerror
         return BadRecord(self.captions, name, f"the image cannot be read: {reason}")
 
 
 def _captions_state(path: str) -> dict[str, Any]:
-    """Return what says that a captions file is the same: it is read at every opening."""
+    """Return the digest of a captions file, which is read at every opening."""
     with open(path, "rb") as file:
         return {"sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def _captions(path: str) -> Iterator[tuple[int, int, bytes]]:
-    """Yield number, from 1, and offset of each line that is not blank, and its bytes."""
+    """Yield line number (from 1), offset and bytes of each line that is not blank."""
     start = 0
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
@@ -191,8 +191,8 @@ def _captions(path: str) -> Iterator[tuple[int, int, bytes]]:
 
 
 def _listed_images(line: bytes) -> list[str]:
-    """Return the images that a line names, as far as it can be read: what is wrong with it is said
-    when the record is.
+    """Return the images that a line names. A line that cannot be parsed names none here; reading
+    its record reports the fault.
     """
     try:
         name, inputs = _image_paths(json.loads(line))
@@ -202,11 +202,16 @@ def _listed_images(line: bytes) -> list[str]:
 
 
 def _index_folder(images: _ImageFiles, path: str, progress: Progress) -> IndexData:
-    lines, names, row_sizes, sums, incomplete = [], {}, [], [], Counts()
+    lines = []
+    names = {}
+    row_sizes = []
+    sums = []
+    incomplete = Counts()
 
     def row(found: tuple[int, int, bytes]) -> tuple[int, int, dict[str, int]]:
-        """(CRC32C, size or -1 where an image cannot be read, sizes of the images)"""
-        line, sizes = found[2].strip(), {}
+        """Return (CRC32C, size or -1 where an image cannot be read, sizes of the images)."""
+        line = found[2].strip()
+        sizes = {}
         value = crc32c([line])
         for name in _listed_images(line):
             try:
@@ -265,7 +270,10 @@ def _folder_changed(images: _ImageFiles, path: str, found: ShardIndex) -> str:
         return ""
     first = changed[0]
     others = f", as of {len(changed) - 1} others" if changed[1:] else ""
-    return f"the size of {names[first]} was {before[first]}, now it is {now[first]}{others} (-1: it cannot be read)"
+    return (
+        f"the size of {names[first]} was {before[first]}, now it is {now[first]}{others} (-1: it"
+        " cannot be read)"
+    )
 
 
 def _folder_size(images: _ImageFiles, path: str) -> int:
@@ -280,6 +288,6 @@ def _batched(values: Iterable[Any], count: int) -> Iterator[list[Any]]:
 
 
 def _image_paths(fields: dict[str, Any]) -> tuple[Any, list[Any]]:
-    """The image to be drawn, or None, and those shown."""
+    """Return the path of the target image, or None, and those of the references."""
     name = next((fields[n] for n in ("file_name", "image", "output_image") if fields.get(n)), None)
     return name, input_images(fields)

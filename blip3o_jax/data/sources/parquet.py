@@ -1,4 +1,4 @@
-"""Data sets of format parquet: files of row groups, Hugging Face's image columns included."""
+"""Read data sets of format parquet: files of row groups, Hugging Face's image columns included."""
 
 import bisect
 import collections
@@ -29,11 +29,11 @@ CACHED_ROW_GROUPS = 4
 
 
 class ParquetSource(IndexedSource):
-    """Parquet files with the columns of data/record.py; images are binary, or Hugging Face's
+    """Read parquet files with the columns of data/record.py; images are binary, or Hugging Face's
     struct{bytes, path}.
 
-    A record costs its whole row group unless that group was read lately: shuffled training wants
-    groups of few rows.
+    Reading a record reads its whole row group unless that group is cached, so shuffled training
+    needs groups of few rows.
     """
 
     def __init__(
@@ -69,8 +69,9 @@ class ParquetSource(IndexedSource):
         self._tables: collections.OrderedDict[int, Any] = collections.OrderedDict()
 
     def _table(self, group: int) -> Any:
-        """The columns of a row group, or the reason why it cannot be read: that is kept as well,
-        since all of its rows ask."""
+        """Return the columns of a row group, or the reason why it cannot be read. The reason is
+        cached too, since every row of the group needs it.
+        """
         with self._lock:
             if group not in self._tables:
                 self._tables[group] = self._read_group(*self._groups[group])
@@ -88,13 +89,14 @@ class ParquetSource(IndexedSource):
             with pyarrow.parquet.ParquetFile(self.files[file]) as parquet:
                 return parquet.read_row_group(row_group, columns=columns, use_threads=False)
         except (pyarrow.ArrowException, OSError, ValueError) as error:
-            raise_trouble(error)  # which may be over when the next of its rows asks
+            raise_trouble(error)  # temporary ones must not be cached
             return f"the row group cannot be read: {first_line(error)}"
 
     def __getitem__(self, index: int) -> Record:
         group = bisect.bisect_right(self._ends, index)
         row = index - (self._ends[group - 1] if group else 0)
-        table, file = self._table(group), self._groups[group][0]
+        table = self._table(group)
+        file = self._groups[group][0]
         shard, (names, key_column) = self.files[file], self._columns[file]
         if isinstance(table, str):
             raise BadRecord(shard, f"row {index}", table)
@@ -131,7 +133,10 @@ def _index_parquet(path: str, progress: Progress) -> IndexData:
         names = file.schema_arrow.names
     except (pyarrow.ArrowException, OSError, ValueError) as error:  # ValueError: no UTF-8
         raise UserError(f"{path}: not a readable parquet file ({first_line(error)})") from None
-    sizes, sums, groups, incomplete = [], [], [], Counts()
+    sizes = []
+    sums = []
+    groups = []
+    incomplete = Counts()
     with file as parquet:
         fields = known_fields(names, path, "columns")
         key = next((name for name in KEY_COLUMNS if name in names), "")
@@ -143,7 +148,9 @@ def _index_parquet(path: str, progress: Progress) -> IndexData:
                 rows = [_readable_bytes(table, columns, row) for row in range(groups[-1])]
             except (pyarrow.ArrowException, OSError, ValueError) as error:
                 raise_trouble(error)
-                if isinstance(error, OSError) and error.errno:  # not the page, in any other way
+                if (
+                    isinstance(error, OSError) and error.errno
+                ):  # the system's error, not a damaged page
                     raise
                 rows = [[]] * groups[-1]  # each of them is a bad record when it is read
                 incomplete.add("unreadable", f"row group {group} first in {path}", groups[-1])
@@ -164,7 +171,7 @@ def _index_parquet(path: str, progress: Progress) -> IndexData:
 
 
 def _parquet_changed(path: str, found: ShardIndex) -> str:
-    """See `index.ShardFormat.changed`."""
+    """Return why the index does not describe the shard; see `index_builder.ShardFormat.changed`."""
     extra = found.header["extra"]
     groups = extra["groups"]
     fits = all(isinstance(rows, int) and rows >= 0 for rows in groups) and sum(groups) == len(found)
@@ -174,9 +181,9 @@ def _parquet_changed(path: str, found: ShardIndex) -> str:
 
 
 def _row_bytes(table: Any, names: Sequence[str], row: int) -> Iterator[bytes]:
-    """Yield what a row says in a shard_format that does not depend on how the file stores it: for each
-    column its name, kind, number of bytes or elements, and content. Of a struct the field `bytes`
-    alone is used.
+    """Yield what a row says in a shard_format that does not depend on how the file stores it: for
+    each column its name, kind, number of bytes or elements, and content. Of a struct the field
+    `bytes` alone is used.
     """
     for name in names:
         yield f"{name}\0".encode()

@@ -1,4 +1,6 @@
-"""Paths of shards: glob and brace patterns, directories, and a check that each is a file."""
+"""Find the paths of shards from glob and brace patterns and directories, and check that each is a
+file.
+"""
 
 import concurrent.futures
 import glob
@@ -16,7 +18,7 @@ MAX_FILES = 10**6  # files that a pattern may expand to
 
 
 def expand_pattern(path: str) -> list[str]:
-    """The paths a pattern stands for, all of them there."""
+    """Return the existing paths that a pattern stands for. Raises UserError if there are none."""
     parts = re.split(r"\{(\d+)\.\.(\d+)\}", path)
     if len(parts) > 1:
         spans = _number_ranges(path, list(zip(parts[1::3], parts[2::3], strict=True)))
@@ -31,7 +33,8 @@ def expand_pattern(path: str) -> list[str]:
     for file in files:
         if not os.path.exists(file):
             raise UserError(
-                f"{file}: no such file or directory; check data.path (a mounted bucket works, a URL does not)"
+                f"{file}: no such file or directory; check data.path (a mounted bucket works, a URL"
+                " does not)"
             )
     return files
 

@@ -1,4 +1,4 @@
-"""Data sets of format tfds: what a TFDS builder wrote as ArrayRecord files."""
+"""Read data sets of format tfds: ArrayRecord files written by a TFDS builder."""
 
 import functools
 import os
@@ -21,20 +21,19 @@ from blip3o_jax.files import raise_trouble
 
 
 def tfds_directories(path: pathlib.Path) -> list[pathlib.Path]:
-    """The directories at or up to three levels below (name/config/version) that a TFDS builder has
-    filled.
+    """Return the directories at or up to three levels below `path` (name/config/version) that a
+    TFDS builder has filled.
     """
     found = sorted(
         file.parent for depth in range(4) for file in path.glob("*/" * depth + "dataset_info.json")
     )
-    return [
-        directory for directory in found if not directory.name.startswith("incomplete.")
-    ]  # of a run that was killed
+    # A killed builder leaves directories of this name.
+    return [directory for directory in found if not directory.name.startswith("incomplete.")]
 
 
 class TfdsSource(IndexedSource):
-    """A data set that a TFDS builder wrote in ArrayRecord format: the features of data/record.py,
-    and maybe `key`.
+    """Read a data set that a TFDS builder wrote in ArrayRecord format: the features of
+    data/record.py, and optionally `key`.
     """
 
     def __init__(
@@ -44,9 +43,11 @@ class TfdsSource(IndexedSource):
         if len(directories) != 1:
             found = "none" if not directories else ", ".join(map(str, directories))
             raise UserError(
-                f"{path}: expected one directory with a dataset_info.json, found {found}; give its path"
+                f"{path}: expected one directory with a dataset_info.json, found {found}; give its"
+                " path"
             )
-        self._directory, self._split = str(directories[0]), split
+        self._directory = str(directories[0])
+        self._split = split
         reader = self._reader
         shards = list(self._info.file_instructions)
         if len(reader):
@@ -83,7 +84,7 @@ class TfdsSource(IndexedSource):
         tfds_checks.check_description(self._directory)
         try:
             builder = tfds.builder_from_directory(self._directory)
-        except Exception as error:  # whatever its JSON files hold
+        except Exception as error:  # its JSON files may hold anything
             raise UserError(
                 f"{self._directory}: no data set that TFDS can read: {first_line(error)}"
             ) from None
@@ -91,7 +92,7 @@ class TfdsSource(IndexedSource):
             shards = [
                 os.fspath(s.filename) for s in builder.info.splits[self._split].file_instructions
             ]
-        except Exception as error:  # of a template's fields, or a split that there is not
+        except Exception as error:  # an unknown field of a template, or an unknown split
             raise self._no_split(error) from None
         if not shards:
             raise UserError(f"{self._directory}: data.split={self._split!r} holds no record")
@@ -100,9 +101,8 @@ class TfdsSource(IndexedSource):
         try:
             images = [name for name in ("image", *INPUT_FIELDS) if name in builder.info.features]
             as_stored = tfds.decode.SkipDecoding()
-            as_stored.decode_batch_example_np = (
-                as_stored.decode_example_np
-            )  # of sequences, which TFDS leaves out
+            # TFDS's SkipDecoding lacks the method that sequences are decoded with.
+            as_stored.decode_batch_example_np = as_stored.decode_example_np
             return builder.as_data_source(self._split, decoders=dict.fromkeys(images, as_stored))
         except (ValueError, NotImplementedError) as error:
             raise self._no_split(error) from None
@@ -125,7 +125,8 @@ class TfdsSource(IndexedSource):
         except Exception as error:  # ArrayRecord's own, of damaged bytes
             raise _unreadable(shard, index, error) from error
         self._index.check(shard, number, row, [raw], str(index))
-        features, decoders = self._reader.dataset_info.features, self._reader.decoders
+        features = self._reader.dataset_info.features
+        decoders = self._reader.decoders
         try:
             fields = features.deserialize_example_np(raw, decoders=decoders)
         except Exception as error:  # protobuf's own
@@ -150,12 +151,14 @@ def _index_array_record(path: str, progress: Progress) -> IndexData:
     """Return the index of an ArrayRecord file: of each record its bytes as they are stored."""
     reader = _array_reader(path)
     count = reader.num_records()
-    sizes, sums, incomplete = [], [], Counts()
+    sizes = []
+    sums = []
+    incomplete = Counts()
     for start in range(0, count, 256):
         stop = min(start + 256, count)
         try:
             records = reader.read(start, stop)
-        except Exception as error:  # a damaged chunk; the reader is of no use any more
+        except Exception as error:  # a damaged chunk; the reader cannot go on
             raise_trouble(error)
             records = [_array_record(path, row) for row in range(start, stop)]
             reader = _array_reader(path)

@@ -1,8 +1,8 @@
-"""webdataset shards: random access into plain .tar files through an index of offsets.
+"""Read webdataset shards, with random access into plain .tar files through an index of offsets.
 
 A member belongs to the record whose key is its path up to the first dot of the base name; what
-follows that dot, in lower case, says what it is (webdataset's rule). Members that no record uses
-are counted by reason.
+follows that dot, in lower case, determines its role (webdataset's rule). Members that no record
+uses are counted by reason.
 """
 
 import os
@@ -60,9 +60,9 @@ NOTHING: Span = (-1, -1)
 
 
 class WebdatasetSource(IndexedSource):
-    """webdataset shards: members `key.jpg` (.jpeg, .png, .webp) with `key.txt` or `key.json` beside
-    them, and `key.input.jpg` or `key.input0.jpg`, `key.input1.jpg` ... where images are shown. JSON
-    has the fields of data/record.py; a text beside input images is an instruction.
+    """Read webdataset shards: members `key.jpg` (.jpeg, .png, .webp) with `key.txt` or `key.json`,
+    and reference images as `key.input.jpg` or `key.input0.jpg`, `key.input1.jpg` ... JSON has the
+    fields of data/record.py; a text with reference images is an instruction.
     """
 
     def __init__(
@@ -82,9 +82,11 @@ class WebdatasetSource(IndexedSource):
 
     def __getitem__(self, index: int) -> Record:
         number, row = self._index.locate(index)
-        shard, arrays = self.files[number], self._index.shard(number).arrays
+        shard = self.files[number]
+        arrays = self._index.shard(number).arrays
         key = self._index.shard(number).key(row)
-        offsets, sizes = arrays["offsets"][row].tolist(), arrays["sizes"][row].tolist()
+        offsets = arrays["offsets"][row].tolist()
+        sizes = arrays["sizes"][row].tolist()
         parts = read_spans(shard, list(zip(offsets, sizes, strict=True)))
         self._index.check(shard, number, row, parts, key)
         if offsets[TEXT] < 0 and offsets[JSON] < 0:
@@ -105,14 +107,15 @@ class WebdatasetSource(IndexedSource):
 
 
 class _Shard:
-    """The records of a shard in the order of the file, from its headers, and counts of the members
-    that are not used."""
+    """Collect the records of a shard in the order of the file, from its headers, and count the
+    members that are not used.
+    """
 
     def __init__(self, path: str, progress: Progress) -> None:
         self.path = path
         self.unused = Counts()
         self.records: dict[bytes, dict[str, Span]] = {}
-        self._files: dict[str, Span] = {}  # what a hard link may lead to
+        self._files: dict[str, Span] = {}  # the targets of hard links
         members, damaged_at, end = _tar_members(path, progress)
         for member in members:
             self._add(member)
@@ -162,8 +165,9 @@ class _Shard:
         return "none"
 
     def _look_after_end(self, end: int) -> None:
-        """Refuse another archive after the end of this one; count other bytes. `end`: of the first
-        block of zeros."""
+        """Raise UserError for another archive after the end of this one; count other bytes. `end`:
+        offset of the first block of zeros.
+        """
         with open(self.path, "rb") as file:
             file.seek(end)
             while data := file.read(READ_AT_ONCE):
@@ -188,7 +192,8 @@ class _Shard:
 
     def rows(self) -> Iterator[tuple[bytes, list[Span]]]:
         """Yield key and parts (TEXT, JSON, IMAGE, INPUTS ...) of every record; count members that
-        are none of these."""
+        are none of these.
+        """
         for key, members in self.records.items():
             parts = dict(members)
             inputs = sorted((int(m[1] or 0), s) for s in parts if (m := INPUT_SUFFIX.fullmatch(s)))
@@ -210,7 +215,7 @@ class _Shard:
 
 
 def _raw(name: str) -> bytes:
-    """Return the bytes of a member's name, whatever their encoding is."""
+    """Return the bytes of a member's name in its original encoding."""
     return name.encode("utf-8", "surrogateescape")
 
 
@@ -219,9 +224,12 @@ def _plain(name: str) -> str:
 
 
 def _index_tar(path: str, progress: Progress) -> IndexData:
-    """Return the index of a shard, every record's bytes read once."""
+    """Return the index of a shard, reading every record's bytes once."""
     shard = _Shard(path, progress)
-    incomplete, keys, rows, broken = Counts(), [], [], 0
+    incomplete = Counts()
+    keys = []
+    rows = []
+    broken = 0
     for key, spans in shard.rows():
         keys.append(key)
         rows.append(spans)
@@ -239,7 +247,7 @@ def _index_tar(path: str, progress: Progress) -> IndexData:
 
 
 def _lacks(spans: list[Span]) -> str:
-    """Return what a record lacks, a name of index.INCOMPLETE; "" where nothing."""
+    """Return what a record lacks, a name of index.INCOMPLETE; "" if nothing."""
     if spans[TEXT] == NOTHING and spans[JSON] == NOTHING:
         return "no_caption"
     if spans[IMAGE] == NOTHING and len(spans) == INPUTS:
@@ -256,13 +264,14 @@ def _pieces(file: int, spans: list[Span], progress: Progress) -> Iterator[bytes]
 
 
 def _tar_members(shard: str, progress: Progress) -> tuple[list[tarfile.TarInfo], int | None, int]:
-    """Return the members that are there in full; the byte from which the file is cut off or damaged
-    (None: it is sound); where the headers end.
+    """Return the complete members; the byte from which the file is cut off or damaged (None: it is
+    sound); and the end of the headers.
 
-    A shard without the closing block of zeros counts as cut off: half a shard may end exactly
+    A shard without the closing block of zeros counts as cut off, since half a shard may end exactly
     between two members.
     """
-    total, members = os.path.getsize(shard), []
+    total = os.path.getsize(shard)
+    members = []
     try:
         with tarfile.open(shard, "r:", encoding="utf-8", errors="surrogateescape") as archive:
             while True:
@@ -294,10 +303,13 @@ def _tar_members(shard: str, progress: Progress) -> tuple[list[tarfile.TarInfo],
 
 
 def _changed(path: str, found: ShardIndex) -> str:
-    """See `ShardFormat.changed`."""
+    """Return why the index does not describe the shard; see `ShardFormat.changed`. Raises
+    DamagedArrays for offsets outside of the shard.
+    """
     if reason := same_state(path, found):
         return reason
-    offsets, sizes = found.arrays["offsets"], found.arrays["sizes"]
+    offsets = found.arrays["offsets"]
+    sizes = found.arrays["sizes"]
     inside = offsets.shape == sizes.shape and offsets.shape[1:] >= (INPUTS,)
     total = os.path.getsize(path)
     inside = inside and max(offsets.max(initial=0), sizes.max(initial=0)) <= total
