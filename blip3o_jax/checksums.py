@@ -16,13 +16,16 @@ import os
 import pathlib
 import stat
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import google_crc32c
 
 from blip3o_jax.config import UserError
 from blip3o_jax.config.errors import escaped, first_line
 from blip3o_jax.files import replace_text
+
+if TYPE_CHECKING:
+    import numpy as np
 
 MANIFEST = "manifest.json"
 KEY = "crc32c"
@@ -70,9 +73,9 @@ def _of_json(value: dict[str, Any]) -> str:
     return f"{crc32c([json.dumps(value, sort_keys=True).encode()]):08x}"
 
 
-def crc32c(parts: Iterable[bytes], before: int = 0) -> int:
-    """Return the CRC32C (Castagnoli) of `parts` one after the other, behind bytes that have
-    `before`.
+def crc32c(parts: "Iterable[bytes | np.ndarray]", before: int = 0) -> int:
+    """Return the CRC32C (Castagnoli) of `parts` one after the other; `before` is that of the bytes
+    that precede them.
     """
     return functools.reduce(google_crc32c.extend, parts, before)
 

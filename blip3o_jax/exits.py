@@ -32,8 +32,9 @@ INTERRUPTED = 128 + signal.SIGINT
 LOST_PEER = 128 + signal.SIGKILL  # a host that was killed takes the others along, with its status
 BROKEN_PIPE = 128 + signal.SIGPIPE
 
-# With several hosts an error ends the process after CLOSING_SECONDS, what `peers.lost` takes (2 ANSWER +
-# STILL, 15 s) and NOTIFY_SECONDS: 29 seconds at most, within the 30 s that a Spot machine is given.
+# With several hosts an error ends the process after CLOSING_SECONDS, what `peers.lost` takes (2
+# ANSWER + STILL, 15 s) and NOTIFY_SECONDS: 29 seconds at most, within the 30 s that a Spot machine
+# is given.
 CLOSING_SECONDS = 12.0  # seconds that closing may take after an error
 INTERRUPT_SECONDS = 10.0  # seconds until Ctrl-C has reached the main thread and it has closed
 NOTIFY_SECONDS = 2.0  # seconds for notifying the other hosts
@@ -49,7 +50,9 @@ def _traceback(error: BaseException) -> int:
 
 
 class _Process:
-    """Hold the state of this process; `installed`: whether this module handles its signals and end."""
+    """Hold the state of this process; `installed`: whether this module handles its signals and
+    end.
+    """
 
     def __init__(self) -> None:
         self.installed = False
@@ -74,7 +77,9 @@ class _Process:
         self._raise_pending = False  # whether the next one is raised
 
     def detach(self) -> None:
-        """Forget the other hosts: the state before a job of several is joined and after it is left."""
+        """Forget the other hosts: the state before a job of several is joined and after it is
+        left.
+        """
         self.prefix = ""  # of the line that reports the end, such as "host 1: "
         self.find_cause: Callable[[BaseException], BaseException] = lambda error: (
             error
@@ -167,8 +172,8 @@ class _Process:
         threading.Thread(target=end, name="deadline", daemon=True).start()
 
     def report(self, error: BaseException) -> int | None:
-        """Report the error that ends the process, unless another thread is reporting one: that thread
-        then ends the process.
+        """Report the error that ends the process, unless another thread is reporting one: that
+        thread then ends the process.
         """
         with self._lock:
             reported = self._reported

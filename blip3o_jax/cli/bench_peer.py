@@ -99,7 +99,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _command_line(args: argparse.Namespace) -> str:
-    """What to type for the same again."""
+    """Return the command that repeats this measurement."""
     typed = [
         f"--{name}={getattr(args, name)}" for name in ("torch", "jax", "out", "device", *_NUMBERS)
     ]

@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _size(text: str) -> int:
-    """Bytes of 5GB, 500MB, 2GiB."""
+    """Return the bytes of a size such as 5GB, 500MB or 2GiB."""
     number = text.upper().rstrip("BKMGTI")
     unit = text.upper()[len(number) :] or "B"
     try:

@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _mesh(text: str) -> MeshConfig:
-    """data=1,fsdp=8,strategy=fsdp as MeshConfig."""
+    """Parse a mesh such as data=1,fsdp=8,strategy=fsdp to a MeshConfig."""
     values: dict[str, Any] = {}
     types = fields.field_types(MeshConfig)
     try:

@@ -11,7 +11,9 @@ from blip3o_jax import files
 def on_all_hosts(
     args: argparse.Namespace, stages: dict[str, Any], run: Callable[[Path], None]
 ) -> int:
-    """`run`, with the working directory, on every host of the job, once they agree on what it is."""
+    """`run`, with the working directory, on every host of the job, once they agree on what it
+    is.
+    """
     from blip3o_jax import config
     from blip3o_jax.parallel import distributed
 

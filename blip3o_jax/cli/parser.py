@@ -44,8 +44,8 @@ blip3o COMMAND --help tells more. BLIP3O_TRACEBACK=1 adds the traceback to an er
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Return the arguments of one command: `run` is what to call with them, `overrides` the (field, text) of
-    each --config.field=text.
+    """Return the arguments of one command: `run` is what to call with them, `overrides` the (field,
+    text) of each --config.field=text.
     """
     parser = build_parser()
     # argparse never sees them: where a command has sub-commands it takes an unknown --x="a b" for

@@ -103,8 +103,8 @@ class TaTokConfig(ConfigGroup, path="model.tokenizer"):
 
     @property
     def grid(self) -> int:
-        """Return the image tokens along one side: 27, 13 or 9 for pool scales 1, 2, 3 of the published
-        encoder.
+        """Return the image tokens along one side: 27, 13 or 9 for pool scales 1, 2, 3 of the
+        published encoder.
         """
         return self.encoder.grid // self.pool_scale
 

@@ -28,8 +28,8 @@ class EditingConfig(ConfigGroup, path="model.editing"):
     # features through `feature_connector`.
     features: bool = False
     # Conditioning routes of the diffusion head, each by itself or both: latents through
-    # `latent_connector` after the condition tokens, and latents concatenated to the noisy ones along
-    # the width.
+    # `latent_connector` after the condition tokens, and latents concatenated to the noisy ones
+    # along the width.
     latents: bool = False
     latent_concat: bool = False
     # Concatenate the references' latents in the unconditional branch as well, as published. False

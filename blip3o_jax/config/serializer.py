@@ -1,4 +1,6 @@
-"""Settings to and from plain values: config.json of a checkpoint, and `ml_collections.ConfigDict`."""
+"""Settings to and from plain values: config.json of a checkpoint, and
+`ml_collections.ConfigDict`.
+"""
 
 import dataclasses
 from typing import Any, overload

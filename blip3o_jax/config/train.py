@@ -101,7 +101,7 @@ class CheckpointConfig(ConfigGroup, path="checkpoint"):
     # Parts to start from: {part: checkpoint directory}, part one of the model's
     # (blip3o.MODEL_PARTS).
     init_from: tuple[tuple[Part, Path], ...] = ()
-    # Initial values of the AR's embeddings of the image tokens: "random" (or as init_from has them),
-    # or projections of the tokenizer's "codes", which also replace those of an AR from init_from
-    # (joint stage).
+    # Initial values of the AR's embeddings of the image tokens: "random" (or as init_from has
+    # them), or projections of the tokenizer's "codes", which also replace those of an AR from
+    # init_from (joint stage).
     image_embedding_init: Literal["random", "codes"] = "random"

@@ -45,7 +45,7 @@ class Bucket(Source):
     def fingerprint(self) -> str:
         # The records of a bucket depend on the other sizes, so they are part of the identity.
         which = hashlib.sha256(self._indices.astype("<i8").tobytes()).hexdigest()[:16]
-        return f"{self._source.fingerprint}-{'x'.join(map(str, self.shape))}-{which}"
+        return f"{self._source.fingerprint}-{'x'.join(map(str, self.shape or ()))}-{which}"
 
 
 def by_shape(
@@ -97,7 +97,7 @@ def _shapes(source: Source, model: ModelConfig, max_pixels: int) -> np.ndarray:
                 changed.append(number)
             return 0
 
-    found = []
+    found: list[int] = []
     began = time.monotonic()
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
         for start in range(0, len(source), PROGRESS_RECORDS):

@@ -2,7 +2,7 @@
 
 Directory of one (source, encoders) pair, named by a hash of all that the values depend on:
 
-    codes-00012.npy      int32   [records, N]   of the source's records from 12 * RECORDS_PER_SHARD on
+    codes-00012.npy      int32   [records, N]   of records 12 * RECORDS_PER_SHARD ..
     latents-00012.npy    float32 [records, H, W, C]
     shard-00012.json     {"unreadable": {"index": "reason"},
                           "codes": {"shape": [...], "crc32c": [...]}, "latents": ...}

@@ -1,7 +1,7 @@
 """Convert a record to the arrays of one example. Picklable, since worker processes run it.
 
     field              arrays
-    pixels             `pixels` uint8 [P, Q, 3], the autoencoder's view, in the nearest of `model.sizes`
+    pixels             `pixels` uint8 [P, Q, 3], the autoencoder's view (nearest of `model.sizes`)
     tokenizer_pixels   `tokenizer_pixels` uint8 [T, T, 3], the vision tokenizer's view
     caption            `text_ids` int32 [L], `text_mask` bool [L]
     row                `tokens`, `loss_mask`, `segment_ids`, `positions` [L] and `image_span` []
@@ -43,6 +43,10 @@ class ExampleBuilder:
     data: DataConfig
     vocabulary: Vocabulary | None = None
 
+    def _vocab(self) -> Vocabulary:
+        assert self.vocabulary is not None, "the fields caption and row need a vocabulary"
+        return self.vocabulary
+
     def __call__(self, record: Record) -> dict[str, np.ndarray]:
         example: dict[str, Any] = {}
         if _VIEWS & set(self.fields):
@@ -51,7 +55,7 @@ class ExampleBuilder:
             )
         if "caption" in self.fields:
             example |= sequence.caption_row(
-                self.vocabulary,
+                self._vocab(),
                 record.caption,
                 self.data.max_length,
                 record.key,
@@ -87,7 +91,7 @@ class ExampleBuilder:
     def _row(self, record: Record, max_length: int) -> dict[str, np.ndarray]:
         tokenizer = self.model.tokenizer
         reference_slots = self.model.editing.reference_slots
-        lengths = {
+        lengths: dict[str, Any] = {
             "max_length": max_length,
             "pool_scale": tokenizer.pool_scale,
             "key": record.key,
@@ -95,7 +99,7 @@ class ExampleBuilder:
         }
         if reference_slots:
             return sequence.task_row(
-                self.vocabulary,
+                self._vocab(),
                 self.model.template,
                 record.task,
                 record.caption,
@@ -112,7 +116,7 @@ class ExampleBuilder:
                 f"task {record.task} shows images: set model.editing.reference_slots",
             )
         return sequence.text_to_image_row(
-            self.vocabulary,
+            self._vocab(),
             self.model.template,
             record.caption,
             image=tokenizer.num_tokens,

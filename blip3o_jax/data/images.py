@@ -358,7 +358,10 @@ def views(
     """
     if crop == "shared":
         part_HWC = _centre_crop(image_HWC, size)
-        return tuple(_resize(part_HWC, s, Image.Resampling.BICUBIC) for s in (size, tokenizer_size))
+        return (
+            _resize(part_HWC, size, Image.Resampling.BICUBIC),
+            _resize(part_HWC, tokenizer_size, Image.Resampling.BICUBIC),
+        )
     if crop == "reference":
         pixels = crop_and_resize(image_HWC, size, Image.Resampling.BILINEAR)
         return pixels, _resize(image_HWC, tokenizer_size, Image.Resampling.BICUBIC)

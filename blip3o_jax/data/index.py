@@ -116,7 +116,7 @@ class ShardIndex:
         return len(self.arrays["crc"])
 
     def key(self, row: int) -> str:
-        """Return the name of a record on one line, with bytes that are not UTF-8 written as \\xNN."""
+        """Return the name of a record on one line; bytes that are not UTF-8 become \\xNN."""
         ends = self.arrays["key_ends"]
         if not len(ends):
             return ""
@@ -128,7 +128,7 @@ class ShardIndex:
         for name in IDENTITY:
             array = np.ascontiguousarray(self.arrays[name])
             sha.update(array.nbytes.to_bytes(8, "little"))
-            sha.update(array)
+            sha.update(array.data)
         return sha.hexdigest()
 
 

@@ -214,17 +214,21 @@ def open_index(
             build(range(processes.index, len(shards), processes.count))
         processes.barrier()
     build(range(len(shards)))
-    digest = lambda each: each.header["digest"]
-    changed = [shards[i] for i in modified if digest(found[i]) != digest(before[i])]
+    built = [each for each in found if each is not None]  # all of them now
+    changed = []
+    for i in modified:
+        old = before[i]
+        if old is None or old.header["digest"] != built[i].header["digest"]:
+            changed.append(shards[i])
     if changed and processes.index == 0:
         more = f" and {len(changed) - 1} more" if changed[1:] else ""
         line = f"{name}: rebuilt the index: {changed[0]}{more} changed without another size"
         print(line, file=sys.stderr, flush=True)
-    for shard, each, (skip, take) in zip(shards, found, ranges, strict=False):
+    for shard, each, (skip, take) in zip(shards, built, ranges, strict=False):
         if skip + take > each.records:
             wanted = f"{skip + take} are wanted: fetch it again"
             raise UserError(f"{shard}: holds {each.records} records, {wanted}")
-    return DatasetIndex(command, shard_format.kind, found, ranges)
+    return DatasetIndex(command, shard_format.kind, built, ranges)
 
 
 def _load_indexes(

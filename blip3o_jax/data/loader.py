@@ -320,7 +320,9 @@ def _start_worker(index: int, count: int) -> None:
 
 
 def _end_with_parent() -> None:
-    multiprocessing.parent_process().join()
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # this runs in worker processes only
+    parent.join()
     os._exit(1)
 
 
@@ -342,7 +344,8 @@ def global_batch(
     first = {row: position for position, row in enumerate(rows)}
 
     def globally(values: np.ndarray) -> Any:
-        def shard(index: tuple[slice, ...]) -> np.ndarray:
+        def shard(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None
             start, stop, _ = index[0].indices(batch_rows)
             return values[first[start] : first[start] + stop - start]
 
@@ -372,7 +375,7 @@ class DevicePrefetch(Iterator[dict[str, Any]]):
         while not self._stop.is_set():
             try:
                 loader = self._loader
-                item = (
+                item: tuple[dict[str, Any] | Exception, dict[str, Any] | None] = (
                     global_batch(next(loader), self._sharding, loader.rows, loader.batch_rows),
                     loader.state(),
                 )

@@ -121,6 +121,12 @@ def _json_lines(text: str, path: pathlib.Path) -> Iterator[tuple[Any, str]]:
 def _json_array(text: str, path: pathlib.Path) -> Iterator[tuple[Any, str]]:
     """Return the values of one array, each with the line it begins in, for error messages."""
     space = re.compile(r"\s*")
+
+    def skip_space(position: int) -> int:
+        found = space.match(text, position)
+        assert found is not None  # the pattern matches no characters too
+        return found.end()
+
     counted, line = 0, 1  # lines up to a position: counted once, as a file may have millions
 
     def where(position: int) -> str:
@@ -129,20 +135,20 @@ def _json_array(text: str, path: pathlib.Path) -> Iterator[tuple[Any, str]]:
         counted = position
         return f"{path}:{line}"
 
-    position = space.match(text, text.index("[") + 1).end()
+    position = skip_space(text.index("[") + 1)
     ended = text.startswith("]", position)
     while not ended:
         here = where(position)
         value, position = _decoded(text, position, here)
         yield value, here
-        position = space.match(text, position).end()
+        position = skip_space(position)
         ended = text.startswith("]", position)
         if not ended and not text.startswith(",", position):
             reason = 'expected "," or "]" after a value of the array'
             raise UserError(f"{where(position)} is no JSON: {reason}")
         if not ended:
-            position = space.match(text, position + 1).end()
-    position = space.match(text, position + 1).end()
+            position = skip_space(position + 1)
+    position = skip_space(position + 1)
     if text[position:]:
         reason = "something follows the array; write all into one array"
         raise UserError(f"{where(position)} is no JSON: {reason}")
@@ -207,9 +213,11 @@ def _table(text: str, delimiter: str, path: pathlib.Path) -> Iterator[tuple[dict
 def _rows(text: str, delimiter: str, quoting: bool) -> list[tuple[list[str], int]]:
     """Return the rows that are not empty, each with its last line; csv.Error(reason, line) for what
     is no table."""
-    style = csv.QUOTE_MINIMAL if quoting else csv.QUOTE_NONE
     lines = (line + "\n" for line in text.split("\n"))
-    reader = csv.reader(lines, delimiter=delimiter, quoting=style, strict=True)
+    if quoting:
+        reader = csv.reader(lines, delimiter=delimiter, strict=True)
+    else:
+        reader = csv.reader(lines, delimiter=delimiter, quoting=csv.QUOTE_NONE, strict=True)
     try:
         return [(row, reader.line_num) for row in reader if any(value.strip() for value in row)]
     except csv.Error as e:

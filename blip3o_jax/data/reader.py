@@ -162,8 +162,13 @@ def pack_report(skipped: list[BadRecord]) -> np.ndarray:
     ]
     while len(text := json.dumps([counts, names]).encode("ascii")) > _REPORT_BYTES:
         # What is printed in one character may take twelve bytes here.
-        names = names[1:] or [tuple(part[: len(part) // 2] for part in names[0])]
+        names = names[1:] or [_halved(names[0])]
     return np.array(text, f"S{_REPORT_BYTES}")
+
+
+def _halved(parts: tuple[str, str, str, str]) -> tuple[str, str, str, str]:
+    shard, key, reason, kind = (part[: len(part) // 2] for part in parts)
+    return shard, key, reason, kind
 
 
 def _shard_name(shard: str) -> str:

@@ -314,10 +314,12 @@ def make_record(
             key,
             f"no input image; task {text_fields.task} needs one in {' or '.join(INPUT_FIELDS)}",
         )
-    if text_fields.task != "understand" and image is None:
+    if text_fields.task == "understand":
+        image = b""
+    if image is None:
         raise BadRecord(shard, key, "no image; expected the one to be drawn")
     return Record(
-        b"" if text_fields.task == "understand" else image,
+        image,
         text_fields.text,
         key,
         shard,

@@ -21,9 +21,9 @@ stands for the ids of the filled-in user turn, u and a for those of "user\\n" an
      13     \\n                 1          13           1
      14     pad                0          14           0
 
-- The loss mask marks labels: loss_mask[i] = 1 means that the hidden state of i - 1 predicts token i.
-  A loss over hidden[:-1] and tokens[1:] takes loss_mask[1:]; loss_mask[0] is always 0, since nothing
-  comes before token 0.
+- The loss mask marks labels: loss_mask[i] = 1 means that the hidden state of i - 1 predicts token
+  i. A loss over hidden[:-1] and tokens[1:] takes loss_mask[1:]; loss_mask[0] is always 0, since
+  nothing comes before token 0.
 - The image span is the index of the scale token; the n image tokens follow. The diffusion head is
   conditioned on the hidden states of <S0>, <I7>, <I4>.
 - Segment ids separate the examples of a packed row, 0 is padding; positions restart at each
@@ -91,7 +91,7 @@ def text_to_image_row(
     make = lambda text: make_prompt(vocab, template, "t2i", text, pool_scale=pool_scale)
     prompt = _prompt_within(make, caption, max_length - len(answer), truncate).ids
     row = _build_row(vocab, template, prompt, answer, max_length, key)
-    return row | {"image_span": np.int32(len(prompt) - 1)}
+    return row | {"image_span": np.array(len(prompt) - 1, np.int32)}
 
 
 def task_row(
@@ -149,8 +149,8 @@ def task_row(
     for opening in prompt.references:  # never labels, even where prompts are supervised
         row["loss_mask"][opening + 1 : opening + 1 + num_image_tokens] = 0
     return row | {
-        "image_span": np.int32(len(prompt.ids) - 1 if has_target else 0),
-        "target": np.float32(has_target),
+        "image_span": np.array(len(prompt.ids) - 1 if has_target else 0, np.int32),
+        "target": np.array(has_target, np.float32),
         "reference_span": spans_R,
         "reference_mask": (np.arange(reference_slots) < references).astype(np.float32),
     }

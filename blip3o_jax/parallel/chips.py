@@ -1,4 +1,4 @@
-"""What a chip can do: one table for everything that needs a peak, a bandwidth or a capacity.
+"""Define the chips' figures: one table for every peak, bandwidth and capacity.
 
 Figures are vendors' or jax-ml/scaling-book's ("tpus": jax-ml.github.io/scaling-book/tpus), per
 *device* as JAX counts devices: a chip of v4 or v5p is one device, a chip of tpu7x is two. Rates are
@@ -17,7 +17,7 @@ HOP_S = 1e-6
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """`kinds`: what `device.device_kind` may say of it."""
+    """Hold the figures of a chip. `kinds`: the values of `device.device_kind` for it."""
 
     name: str
     kinds: tuple[str, ...]
@@ -147,13 +147,11 @@ BY_KIND: dict[str, Chip] = {kind: chip for chip in _CHIPS for kind in chip.kinds
 
 
 def chip_named(name: str) -> Chip:
-    """Return the chip of that name; ConfigError that names the nearest where there is none."""
+    """Return the chip of that name. Raises ConfigError that names the nearest one."""
     check_choice("chip", name, CHIPS)
     return CHIPS[name]
 
 
 def chip_of(device_kind: str) -> Chip | None:
-    """Return the chip behind `jax.Device.device_kind`, or None where no figures are known (CPUs,
-    for one).
-    """
+    """Return the chip of `jax.Device.device_kind`, or None if no figures are known (CPUs)."""
     return BY_KIND.get(device_kind)

@@ -1,8 +1,8 @@
-"""Join a job of several hosts, check that they are consistent, wait for them and leave.
+"""Join a job of several hosts, check that they are consistent, synchronize them and leave the job.
 
-A host here is one process of a job: on a TPU slice one a machine, under Slurm one a task. Host 0
-runs the coordinator of `jax.distributed`, logs for all and writes the files that a job has one of.
-Errors of another host carry its number.
+A host here is one process of a job: on a TPU slice one per machine, under Slurm one per task. Host
+0 runs the coordinator of `jax.distributed`, logs for all and writes the files that exist once per
+job. Errors of another host carry its number.
 """
 
 import atexit
@@ -44,8 +44,8 @@ _peers: list[peers_lib.Peers] = []  # one, in a job of several hosts
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """Describe how this process finds the others. `method`: one of METHODS; the other three fields go
-    together, in place of it.
+    """Describe how this process joins the others. `method`: one of METHODS; the other three fields
+    are given together and replace it.
     """
 
     method: str = "auto"
@@ -93,7 +93,7 @@ class Launch:
 
 
 def initialize(launch: Launch) -> None:
-    """Join the job. Call this before anything asks JAX for its devices."""
+    """Join the job. Call this before anything reads JAX's devices."""
     method = launch.resolved()
     if method == "off":
         return
@@ -128,15 +128,15 @@ def initialize(launch: Launch) -> None:
 
 
 def set_phase(phase: str, step: int) -> None:
-    """Publish that this host is in `phase` of `step`, which the other hosts report if it is lost."""
+    """Publish this host's phase and step, which the other hosts report if the host is lost."""
     for peers in _peers:
         peers.phase = phase
         peers.step = step
 
 
 def _log_to_stderr() -> None:
-    """Log warnings of all hosts, with the number of each but host 0, and from host 0 also what this
-    package chose, such as a kernel.
+    """Log the warnings of all hosts, with the number of each except host 0; host 0 also logs the
+    choices of this package, such as a kernel.
     """
     logging.basicConfig(
         level=logging.WARNING,
@@ -230,11 +230,12 @@ def _lost_connection(error: BaseException) -> peers_lib.LostConnection | None:
 
 
 def _runtime() -> Any:
-    """Return the state of `jax.distributed`: `client` (None before `start`), `process_id`, `num_processes`.
+    """Return the state of `jax.distributed`: `client` (None before `start`), `process_id`,
+    `num_processes`.
 
     The key-value store and the barriers of the client need no devices, so that hosts can exchange
-    values before anything is compiled and while a device hangs. JAX 0.10 and 0.11 have no public access to
-    them; only this function uses the private one.
+    values before anything is compiled and while a device hangs. JAX 0.10 and 0.11 have no public
+    access to them; only this function uses the private one.
     """
     try:
         from jax._src.distributed import global_state
@@ -283,7 +284,7 @@ def read_keys(directory: str) -> dict[str, str]:
 
 
 class BarrierError(RuntimeError):
-    """Raised where not all hosts came to a barrier."""
+    """Report that not all hosts reached a barrier."""
 
 
 def barrier(name: str, seconds: float = 3600.0) -> None:
@@ -312,12 +313,12 @@ def host_0_first(name: str) -> Iterator[None]:
 
 
 class InconsistentHosts(UserError):
-    """Raised on all hosts where their configuration, code or storage differs."""
+    """Report, on all hosts, that their configuration, code or storage differs."""
 
 
 def check_consistent(config: dict[str, Any], workdir: pathlib.Path, seconds: float = 300.0) -> None:
-    """Raise InconsistentHosts unless all hosts have the same configuration and code and see the same
-    working directory.
+    """Raise InconsistentHosts unless all hosts have the same configuration and code and see the
+    same working directory.
 
     Args:
       config: nested dicts of plain values.

@@ -1,6 +1,7 @@
 """Recommended environment of each chip kind, with reason and source: the one place for XLA flags.
 
-    eval "$(python3 blip3o_jax/parallel/flags.py v5p)"       sets it; what is set already stays and wins
+    eval "$(python3 blip3o_jax/parallel/flags.py v5p)"       sets it; what is set already stays and
+                                                             wins
     python3 blip3o_jax/parallel/flags.py --explain           the table
 
 Needs nothing but Python. Flags for TPUs go into LIBTPU_INIT_ARGS, which libtpu reads; XLA_FLAGS
@@ -22,7 +23,7 @@ TOOLBOX = "https://docs.nvidia.com/jax-toolbox/environment-variables"
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """One variable, or one flag in a variable of LISTS."""
+    """Describe one environment variable, or one flag in a variable of LISTS."""
 
     chips: tuple[str, ...]
     variable: str

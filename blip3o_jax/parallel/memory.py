@@ -20,8 +20,8 @@ _CGROUP = pathlib.Path("/sys/fs/cgroup/memory.max")
 
 @dataclasses.dataclass(frozen=True)
 class Need:
-    """Bytes that one device holds at once for what `setting` says, and what to do where that is too
-    much.
+    """Hold the bytes that one device needs at once for `setting`, and the remedy where they are too
+    many.
     """
 
     setting: str

@@ -16,13 +16,13 @@ THREADS_PER_CPU_DEVICE = 8
 
 
 def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
-    """A mesh with axes data x fsdp x sequence x tensor over `devices` (all by default); neighbours
-    on the axes that are named last. With `cfg.slices` the data axis goes over the slices first:
-    what crosses the network between them is the sum of the gradients and nothing else.
+    """Return a mesh with axes data x fsdp x sequence x tensor over `devices` (all by default); the
+    devices of the last axes are neighbours. With `cfg.slices` the data axis spans the slices first,
+    so that only the sum of the gradients crosses the network between them.
 
-    Raises ConfigError when the sizes do not multiply to the number of devices, with the sizes that
-    would do; when `cfg.slices` is not what the devices lie in; when JAX cannot lay the mesh onto
-    the chips' torus.
+    Raises ConfigError when the sizes do not multiply to the number of devices, with sizes that do;
+    when `cfg.slices` differs from the devices' slices; when JAX cannot lay the mesh onto the chips'
+    torus.
     """
     if devices is None and cfg.cpu_devices:
         split_cpu(cfg.cpu_devices)
@@ -70,7 +70,7 @@ def _on_torus(
 
 
 def _named(cfg: MeshConfig, between: str) -> str:
-    """The axes as configured; sequence where it is used."""
+    """Return the axes as configured; sequence only where it is used."""
     return between.join(
         f"{axis}={getattr(cfg, axis)}" for axis in AXES if axis != "sequence" or cfg.sequence != 1
     )

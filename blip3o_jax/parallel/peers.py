@@ -1,6 +1,7 @@
 """Detect lost hosts: the others report which one and where it was, and end with its status.
 
-    a host that ends      publishes why --> the others wait for that key, and end GRACE_SECONDS later
+    a host that ends      publishes why --> the others wait for that key, and end GRACE_SECONDS
+                          later
     a host that is killed stops its heartbeat --> checked where a collective fails here, and where
                           jax.distributed gives a host up: after RUNTIME_TIMEOUT, at once for host 0
 
@@ -33,7 +34,7 @@ _DAY = 24 * 3600 * 1000  # milliseconds
 
 
 class LostHost(exits.RunEnded):
-    """Raised where another host has ended, since this one cannot go on."""
+    """Report that another host has ended, without which this one cannot go on."""
 
     def __init__(self, host: int, where: str, status: int, why: str = ""):
         how = (
@@ -46,7 +47,7 @@ class LostHost(exits.RunEnded):
 
 
 class LostConnection(exits.RunEnded):
-    """Raised where hosts that are all alive cannot reach each other."""
+    """Report that hosts that are all alive cannot reach each other."""
 
     def __init__(self, why: str):
         super().__init__(
@@ -86,14 +87,16 @@ class Peers:
         self._listener.join(GRACE_SECONDS)
 
     def notify_peers(self, status: int, line: str) -> None:
-        """Notify the others that this host ends."""
+        """Notify the other hosts that this one ends."""
         value = json.dumps([self._host, status, self.phase, self.step])
         with contextlib.suppress(RuntimeError):
             self._client.key_value_set(_ENDED, value)
             time.sleep(1.0 if self._host == 0 else 0.0)  # the others read it from this process
 
     def announce_stop(self) -> None:
-        """Let the others know, without waiting, that SIGTERM came here and a step is to be saved."""
+        """Let the others know, without waiting, that SIGTERM came here and a step is to be
+        saved.
+        """
 
         def announce() -> None:
             with contextlib.suppress(RuntimeError):
@@ -115,8 +118,8 @@ class Peers:
         return bool(found)
 
     def lost(self) -> LostHost | None:
-        """Return the host that cannot be reached any more, comparing heartbeats STALE seconds apart, or
-        None.
+        """Return the host that cannot be reached any more, comparing heartbeats STALE seconds
+        apart, or None.
         """
         if (before := self._read_heartbeats()) is None:
             return self._ended or self._lost_host(0, self._host0_heartbeat)
@@ -183,8 +186,9 @@ class Peers:
             return
 
     def _catch_abort(self) -> None:
-        """Turn SIGABRT of jax.distributed into the line and status of a lost host. It comes in another
-        thread; Python's `signal` would wait for the main thread, which waits for the lost host.
+        """Turn SIGABRT of jax.distributed into the line and status of a lost host. It comes in
+        another thread; Python's `signal` would wait for the main thread, which waits for the lost
+        host.
         """
         libc = ctypes.CDLL(None)
         handler = ctypes.CFUNCTYPE(None, ctypes.c_int)

@@ -26,19 +26,19 @@ def _handler_address(number: int) -> int | None:
 
 
 class Preempted(exits.Stopped):
-    """Raised on all hosts once the step they agreed on is saved."""
+    """Report, on all hosts, that the job was preempted and the step agreed on is saved."""
 
 
 class StopRequest:
-    """Tell whether this job was asked to stop (`with StopRequest() as stop: ... stop.due(step)`).
+    """Receive requests to stop this job (`with StopRequest() as stop: ... stop.due(step)`).
 
     With several hosts the preemption service of `jax.distributed` decides; the step it picks is at
-    least one ahead of where any host is. SIGTERM reaches it through the thread that reads the
-    signals (exits.py), which so knows that a step is to be saved when Ctrl-C follows.
+    least one ahead of every host's. SIGTERM reaches the service through the thread that reads the
+    signals (exits.py), which therefore knows that a step will be saved when Ctrl-C follows.
 
-    A process by itself has a signal handler here, for SIGHUP too unless it is ignored: the first
-    signal is noted, a second one ends the process as by default. Before the first step
-    there is nothing to save: there the `blip3o` command ends at once (exits.py).
+    A job of one process has a signal handler here, for SIGHUP too unless it is ignored: the first
+    signal is noted, a second one ends the process as by default. Before the first step there is
+    nothing to save, and the `blip3o` command ends at once (exits.py).
     """
 
     def __init__(self) -> None:
@@ -102,7 +102,9 @@ class StopRequest:
             signal.signal(each, signal.SIG_DFL)
 
     def due(self, step: int) -> bool:
-        """Return whether all hosts are to stop after `step`. Call it at every step, on every host."""
+        """Return whether all hosts are to stop after `step`. Call it at every step, on every
+        host.
+        """
         exits.process.stop_line = ""
         if jax.distributed.is_initialized():
             return multihost_utils.reached_preemption_sync_point(step)

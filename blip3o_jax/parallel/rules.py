@@ -1,19 +1,25 @@
-"""Named strategies: for each part of the model a table from logical axis to mesh axes.
+"""Resolve logical axes to mesh axes: named strategies, each with a table for every part of the
+model.
 
 The same table places parameters (by the axes declared on them), optimizer state, the batch and, in
 the programs of `Strategy.jit`, the activations that networks pin with `nn.constrain`. Nothing is
-replicated silently: a dimension that does not divide over its mesh axes, or one mesh axis asked for
-twice in an array, raises and names both.
+replicated silently: a dimension that does not divide over its mesh axes, or two dimensions of an
+array on one mesh axis, raises and names both.
 
-dp         parameters on every device, the batch over all
-fsdp       parameters cut up as well, gathered layer by layer
-fsdp_tp    heads, MLP and vocabulary over `tensor` besides: the head's logits are never whole on a device
-fsdp_sp    the tokens of a row over `sequence` besides: the AR gathers keys and values, SANA's linear attention adds up its
-           small key-value state, its depthwise convolution takes its neighbours' border rows (XLA's halo exchange)
-hybrid     fsdp within a slice; slices hold whole replicas and exchange gradients alone (`mesh.slices`, `mesh.data`)
+    dp         parameters on every device, the batch over all
+    fsdp       parameters sharded too, gathered layer by layer
+    fsdp_tp    fsdp, with heads, MLP and vocabulary over `tensor`: the head's logits are never whole
+               on a device
+    fsdp_sp    fsdp, with the tokens of a row over `sequence`: the AR gathers keys and values,
+               SANA's
+               linear attention sums its small key-value state, its depthwise convolution exchanges
+               border rows with its neighbours (XLA's halo exchange)
+    hybrid     fsdp within a slice; slices hold whole replicas and exchange gradients only
+               (`mesh.slices`, `mesh.data`)
 
-`hybrid_X` is any other X within a slice. What only encodes (the autoencoder) is whole on every
-device unless `mesh.parts` says otherwise: it is small beside its activations.
+`hybrid_X` is any other X within a slice. The autoencoder, which only encodes, is whole on every
+device unless `mesh.parts` sets another strategy: its parameters are small compared with its
+activations.
 """
 
 import dataclasses
@@ -74,7 +80,7 @@ STRATEGIES |= {f"hybrid_{name}": tables for name, tables in STRATEGIES.items()} 
 
 @dataclasses.dataclass(frozen=True)
 class Strategy:
-    """A named strategy on a mesh; `parts` have one of their own."""
+    """Hold a named strategy on a mesh; `parts` names other strategies for parts of the model."""
 
     name: str
     mesh: Mesh
@@ -97,7 +103,9 @@ class Strategy:
 
     @classmethod
     def of(cls, cfg: MeshConfig, devices: Sequence[jax.Device] | None = None) -> "Strategy":
-        """Return the strategy and the mesh of a configuration. ConfigError for what cannot be."""
+        """Return the strategy and the mesh of a configuration. Raises ConfigError if they do not
+        fit.
+        """
         if cfg.strategy.startswith("hybrid") and cfg.slices == 1:
             raise ConfigError(
                 f"mesh.strategy={cfg.strategy!r} is for several slices: set mesh.slices and"
@@ -113,7 +121,9 @@ class Strategy:
     def spec(
         self, part: str, axes: tuple[str | None, ...], shape: tuple[int, ...], where: str = ""
     ) -> PartitionSpec:
-        """Mesh axes of an array of `part` whose dimensions have the logical names `axes`."""
+        """Return the mesh axes of an array of `part` whose dimensions have the logical names
+        `axes`. Raises ConfigError for a dimension that does not divide, or a mesh axis used twice.
+        """
         tables = STRATEGIES[dict(self.parts).get(part, self.name)]
         table = tables.get(part, tables[""])
         entries, taken = [], {}
@@ -149,7 +159,9 @@ class Strategy:
         return NamedSharding(self.mesh, PartitionSpec())
 
     def batch_sharding(self) -> NamedSharding:
-        """Return the sharding of every array of a batch: the leading dimension over the data axes."""
+        """Return the sharding of every array of a batch: the leading dimension over the data
+        axes.
+        """
         return NamedSharding(self.mesh, PartitionSpec(_BATCH["batch"]))
 
     def check_batch(self, batch_size: int, accumulate: int = 1, pack: int = 1) -> None:
@@ -166,8 +178,8 @@ class Strategy:
             )
 
     def parameter_shardings(self, variables: Any) -> dict[str, Any]:
-        """Shardings of a state of `nnx.Param`s with logical axes, as a nested dict; the first key
-        names the part.
+        """Return the shardings of a state of `nnx.Param`s with logical axes, as a nested dict; the
+        first key names the part.
         """
         from flax import nnx
 
@@ -178,11 +190,11 @@ class Strategy:
         return nnx.traversals.unflatten_mapping(flat)
 
     def jit(self, fn: Callable[..., Any], **options: Any) -> Any:
-        """Return `jax.jit(fn, **options)` that places activations by this strategy: whatever `fn`
-        pins with `nn.constrain` has its sharding in the program.
+        """Return `jax.jit(fn, **options)` that places activations by this strategy: every
+        activation that `fn` pins with `nn.constrain` has its sharding in the program.
 
         Every program that runs a network is compiled through this; tests/parallel/test_jit.py lists
-        the programs that are not, with the reason.
+        the exceptions, with the reason for each.
         """
 
         @functools.wraps(fn)
@@ -195,5 +207,5 @@ class Strategy:
     def resolver(
         self, part: str, axes: tuple[str | None, ...], shape: tuple[int, ...]
     ) -> NamedSharding:
-        """Return where activations lie, for `nn.sharding_resolver`."""
+        """Return the sharding of an activation, for `nn.sharding_resolver`."""
         return self.sharding(part, axes, shape, f"an activation of {part}")

@@ -1,5 +1,5 @@
-"""Report which host is stuck, and in what, when nothing has moved for a while. A thread on each
-host watches; ending jobs is for launchers.
+"""Report which host is stuck, and in which phase, after a time without progress. A thread on each
+host watches; the watchdog never ends a job, which is the launcher's task.
 """
 
 import dataclasses
@@ -20,8 +20,8 @@ PERIOD = 10.0  # seconds between a host's heartbeats
 
 @dataclasses.dataclass(frozen=True)
 class Heartbeat:
-    """A host's phase and progress. Times in seconds since 1970, by clocks that are set to within a
-    second or so.
+    """Hold a host's phase and progress. Times are in seconds since 1970, by clocks synchronized to
+    within about a second.
     """
 
     phase: str
@@ -34,7 +34,9 @@ class Heartbeat:
 
 
 class Watchdog:
-    """`with Watchdog(seconds) as watch: watch.enter("data", step)`. 0 seconds: there is none."""
+    """Watch for progress: `with Watchdog(seconds) as watch: watch.enter("data", step)`. 0 seconds
+    turn it off.
+    """
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
@@ -61,7 +63,7 @@ class Watchdog:
             self._thread.join()
 
     def enter(self, phase: str, step: int) -> None:
-        """Record that this host is in `phase` of `step`; that is progress."""
+        """Record that this host enters `phase` of `step`, which counts as progress."""
         self._phase = phase
         self._step = step
         self._since = time.time()
@@ -92,7 +94,7 @@ class Watchdog:
 
 
 def _exchange(mine: Heartbeat) -> dict[int, Heartbeat]:
-    """Publish this host's heartbeat and return those of all; only this host's where the coordinator
+    """Publish this host's heartbeat and return those of all; only this host's if the coordinator
     does not answer.
     """
     me = distributed.process_index()
@@ -109,18 +111,18 @@ def _exchange(mine: Heartbeat) -> dict[int, Heartbeat]:
 
 
 def _reporting_host(heartbeats: dict[int, Heartbeat], now: float, silent_after: float) -> int:
-    """Return the first host that is heard of, which reports for all."""
+    """Return the first host with a recent heartbeat, which reports for all."""
     return min(
         host for host, heartbeat in heartbeats.items() if now - heartbeat.seen <= silent_after
     )
 
 
 def diagnose(heartbeats: dict[int, Heartbeat], hosts: int, now: float, silent_after: float) -> str:
-    """Return a line that says which host is stuck in what, and where the others wait.
+    """Return a line that names the stuck hosts with their phases, and where the others wait.
 
-    A silent host is the culprit (killed, or hung with all its threads). Else those that are busy by
-    themselves while others wait in something collective; else those at the earliest step, where
-    that differs; else no host is named.
+    A silent host is the culprit (killed, or hung with all its threads). Otherwise the culprits are
+    hosts in a phase of their own work while others wait in a collective; otherwise those at the
+    earliest step, if the steps differ; otherwise no host is named.
     """
     silent = [
         host

@@ -1,5 +1,5 @@
-"""Checkpoint directories: complete, asynchronous, resumable on another mesh, every byte with a
-checksum.
+"""Save and restore checkpoints: complete, asynchronous, resumable on another mesh, every byte with
+a checksum.
 
     DIR/config.json           the resolved configuration of the run that wrote it, with its CRC32C
     DIR/text/                 the text tokenizer's files and a manifest of them
@@ -8,8 +8,8 @@ checksum.
     DIR/<step>/manifest.json  size and CRC32C of every other file of the step
     DIR/<step>.damaged        a step that a resumed run found damaged and set aside
 
-The last `keep` checkpoints stay, and the best by training loss. Which steps count is told in
-steps.py.
+The last `keep` checkpoints stay, and the best by training loss. steps.py defines which steps are
+finished and intact.
 """
 
 import contextlib
@@ -41,8 +41,8 @@ RECIPE = "recipe.json"  # of a workdir whose stages each have a run below it
 
 
 class Checkpoints:
-    """The checkpoints of one run under `directory`: the last `keep` and the best. Changes nothing
-    on disk before `open`.
+    """Manage the checkpoints of one run under `directory`: the last `keep` and the best. Changes
+    nothing on disk before `open`.
     """
 
     def __init__(self, directory: pathlib.Path, keep: int):
@@ -79,8 +79,8 @@ class Checkpoints:
         return None
 
     def check_tokenizer(self, tokenizer: TextTokenizer | None) -> None:
-        """UserError where the run has begun with another text tokenizer: captions would become
-        other tokens.
+        """Raise UserError if the run began with another text tokenizer, by which captions would
+        become other tokens.
         """
         directory = self.directory / "text"
         if tokenizer is None or not directory.is_dir():
@@ -232,10 +232,10 @@ def _quiet() -> Iterator[None]:
 
 
 def find(path: str | pathlib.Path) -> tuple[pathlib.Path, int]:
-    """Return (checkpoint directory, step) of a run's workdir (of a recipe, its last stage's), its
+    """Return (checkpoint directory, step) for a run's workdir (for a recipe, its last stage's), its
     `checkpoints` directory, or one step in it.
 
-    Raises UserError when there is none, naming what was looked for.
+    Raises UserError if there is none, naming the path.
     """
     path = pathlib.Path(path).absolute()
     if not path.exists():
@@ -255,8 +255,8 @@ def find(path: str | pathlib.Path) -> tuple[pathlib.Path, int]:
 
 
 def _last_stage(recipe: Any, where: pathlib.Path) -> str:
-    """Return the directory name of a recipe's last stage. A recipe.json that came with a directory must
-    not lead out of it.
+    """Return the directory name of a recipe's last stage. Raises UserError where recipe.json, which
+    may come from an untrusted source, leads out of its directory.
     """
     stages = recipe.get("stages") if isinstance(recipe, dict) else None
     name = stages[-1] if isinstance(stages, list) and stages else None
@@ -268,8 +268,8 @@ def _last_stage(recipe: Any, where: pathlib.Path) -> str:
 
 
 def read_config(root: pathlib.Path) -> Config:
-    """Return the configuration a checkpoint directory was written with. UserError for a file that
-    holds none.
+    """Return the configuration that a checkpoint directory was written with. Raises ConfigError for
+    a file without a valid one.
     """
     file = root / "config.json"
     try:
@@ -279,8 +279,8 @@ def read_config(root: pathlib.Path) -> Config:
 
 
 def stored_text(root: pathlib.Path, text: TextConfig) -> TextConfig:
-    """Return `text` with the tokenizer that a checkpoint directory holds for its path. UserError
-    where that is damaged.
+    """Return `text` with the path of the tokenizer that a checkpoint directory holds. Raises
+    UserError if the tokenizer is damaged.
     """
     if reason := checksums.find_damage(root / "text"):
         raise UserError(
@@ -304,8 +304,8 @@ def restore_parts(
     path: str | pathlib.Path, strategy: Strategy, parts: tuple[str, ...] = (), *, ema: bool = True
 ) -> Any:
     """Restore the parameters of `parts` (all by default) as {part: nested dict} on the strategy's
-    mesh, the EMA where the run kept one and `ema` is set; no optimizer state is restored. UserError
-    for a damaged step.
+    mesh; if `ema` is set and the run kept an EMA, its values. No optimizer state is restored.
+    Raises UserError for a damaged step.
     """
     root, step = find(path)
     config = read_config(root)
@@ -343,7 +343,7 @@ def restore_parts(
 def reading(name: str) -> Iterator[None]:
     """Raise UserError for the exceptions, of any type, that the libraries raise on truncated,
     altered or missing files of `name`. Errors of the system or of a device, such as exhausted
-    memory, are raised as they are.
+    memory, are raised unchanged.
     """
     try:
         yield
@@ -368,7 +368,8 @@ def write_weights(
     directory: pathlib.Path, config: Config, tokenizer: TextTokenizer, weights: dict[str, Any]
 ) -> None:
     """Write a checkpoint of weights alone, {"params": ..., "frozen": ...} by part, as step 0, for
-    `restore_parts` and `checkpoint.init_from`. At most the bytes of the largest array are in flight.
+    `restore_parts` and `checkpoint.init_from`. At most the bytes of the largest array are in
+    flight.
     """
     _write_small_arrays_whole()
     largest = max(

@@ -1,4 +1,4 @@
-"""Runs the frozen encoders over a source once and keeps codes and latents on disk (layout:
+"""Run the frozen encoders over a source once and store codes and latents on disk (layout:
 data/encoded.py).
 """
 
@@ -72,8 +72,8 @@ def weights_fingerprint(frozen: Any) -> str:
 def encoded_source(
     source: Source, encode: Encode, fingerprint: str, config: Config, *, batch_shards: int = 1
 ) -> EncodedSource:
-    """Return `source` with its encoder outputs under `config.data.cache_dir`; what is missing or
-    damaged is computed first, in batches of BATCH images or the next multiple of `batch_shards`.
+    """Return `source` with its encoder outputs under `config.data.cache_dir`; missing or damaged
+    shards are encoded first, in batches of BATCH images or the next multiple of `batch_shards`.
     """
     batch = -(-BATCH // batch_shards) * batch_shards
     settings = {
@@ -108,7 +108,7 @@ def encoded_source(
 
 
 def _whole(directory: pathlib.Path, shard: int) -> bool:
-    """Return whether a shard is there and can be opened; report one that is damaged."""
+    """Return whether a shard exists and can be opened; report a damaged one."""
     if not encoded.shard_file(directory, shard).exists():
         return False
     try:
@@ -148,8 +148,8 @@ def _write_shard(
     waiting: list[tuple[int, int, Views]] = []  # (record of the shard, place, views)
 
     def encode_some() -> None:
-        """A batch of images, whichever records they are of: slots without one cost nothing. Always
-        a whole batch, so that `encode` is compiled once.
+        """Encode one batch of images from any records, which leaves no slots empty. The batch is
+        always full, so that `encode` is compiled once.
         """
         nonlocal outputs
         chosen = waiting[:batch]

@@ -1,5 +1,5 @@
-"""Counted FLOPs of a traced function, and the peak of a device: together, model FLOPs utilisation
-(MFU).
+"""Count the FLOPs of a traced function, and look up the peak of a device: together they give the
+model FLOPs utilisation (MFU).
 
 Counts matrix products and convolutions (2 per multiply-add), which are all but a few per cent of
 any network here. Loops count once per iteration, which `cost_analysis()` of a compiled program does
@@ -64,7 +64,9 @@ def _is_jaxpr(value: Any) -> bool:
 
 
 def count_flops(fn: Callable[..., Any], *args: Any) -> int:
-    """Return the FLOPs of one call of `fn` on arguments of these shapes (arrays or ShapeDtypeStructs)."""
+    """Return the FLOPs of one call of `fn` on arguments of these shapes (arrays or
+    ShapeDtypeStructs).
+    """
     return _jaxpr_flops(jax.make_jaxpr(fn)(*args).jaxpr)
 
 
@@ -110,6 +112,6 @@ def model_flops(
 
 
 def peak_flops(device: jax.Device) -> float | None:
-    """Return the bfloat16 peak of `device` in FLOP/s, or None where no published figure is known (CPUs, for one)."""
+    """Return the bfloat16 peak of `device` in FLOP/s, or None without a published figure (CPUs)."""
     chip = chip_of(device.device_kind)
     return chip.flops if chip else None

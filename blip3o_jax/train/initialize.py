@@ -1,5 +1,5 @@
-"""The initial train state of a run: its newest checkpoint, or parts of other checkpoints and random
-weights for the rest.
+"""Restore or create the initial train state of a run: from its newest checkpoint, or from parts of
+other checkpoints and random weights.
 """
 
 import dataclasses
@@ -22,8 +22,8 @@ def from_checkpoint(path: str | pathlib.Path, trained: tuple[str, ...]) -> Confi
     """Return the configuration of a joint-stage run that starts from a checkpoint: the checkpoint's
     model, text tokenizer, row length and sampling settings.
 
-    Parameters of the parts `trained` are kept in float32, whatever they were saved in, because
-    small updates vanish in bfloat16. Raises UserError if `path` is no checkpoint.
+    Parameters of the parts `trained` are float32 whatever their saved dtype, because small updates
+    vanish in bfloat16. Raises UserError if `path` is not a checkpoint.
     """
     root, step = find(path)
     saved = read_config(root)

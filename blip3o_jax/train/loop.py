@@ -1,10 +1,10 @@
-"""The training loop, one for every stage and method: a straight line from configuration to
+"""Run the training loop, one for every stage and method: a straight line from configuration to
 checkpoints.
 
 `train` prepares (data first, so that its errors come before any compile), then for each step:
 dispatch, fetch the next batch while the devices work, and only then read the metrics of the step
-before. With several hosts each runs this same line: every array is a global one, and what there is
-one of (metrics, messages, files beside the checkpoints) is host 0's.
+before. With several hosts each runs this same loop: every array is a global one, and host 0 alone
+writes metrics, messages and the files next to the checkpoints.
 """
 
 import contextlib
@@ -43,8 +43,8 @@ from blip3o_jax.train.workdir import WorkdirLock
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """What a finished run hands back: where its checkpoints are, its last metrics, and seconds in
-    all.
+    """Hold the outcome of a finished run: the directory of its checkpoints, its last metrics, and
+    its duration in seconds.
     """
 
     checkpoint: pathlib.Path
@@ -54,13 +54,13 @@ class Summary:
 
 
 class BatchIterator(Protocol):
-    """Gives the batches of a run, one a step."""
+    """Provide the batches of a run, one per step."""
 
     wait_seconds: float  # that the last `next` kept the devices waiting
 
     def next(self, state: TrainState) -> Batch:
-        """Return the next batch, on the devices. `state` is that after the step before, which may
-        still be running.
+        """Return the next batch, on the devices. `state` is the state after the step before, which
+        may still be running.
         """
         ...
 
@@ -75,25 +75,23 @@ class BatchIterator(Protocol):
         ...
 
     def check(self, step: int, values: dict[str, float]) -> None:
-        """Check the metrics of a finished step, and add to them. Raises UserError to stop the run."""
+        """Check the metrics of a finished step, and add to them. Raises UserError to end the run."""
         ...
 
     def start(self, log: MetricLog | SilentLog) -> None:
-        """Open the files that it writes, and take the run's log. Called once, when the run can no
-        longer be refused.
-        """
+        """Open the output files and take the run's log. Called once, when all checks have passed."""
         ...
 
     def sync(self) -> None:
-        """Flush to disk all that it has written. Called before a step is saved."""
+        """Flush all output to disk. Called before a step is saved."""
         ...
 
     def close(self) -> None: ...
 
 
 class TrainerSpec(NamedTuple):
-    """What the loop runs: batches, a step (state, batch) -> (state, metrics), a preview
-    (stages.make_preview) and the FLOPs of a step on a batch, where they are counted.
+    """Define a run for the loop: batches, a step (state, batch) -> (state, metrics), a preview
+    (stages.make_preview) and, if they are counted, the FLOPs of a step on a batch.
     """
 
     batches: BatchIterator
@@ -104,7 +102,7 @@ class TrainerSpec(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class RunContext:
-    """A run before its first step; `start`: steps done."""
+    """Describe a run before its first step; `start`: number of steps done."""
 
     config: Config
     workdir: pathlib.Path
@@ -116,24 +114,25 @@ class RunContext:
 
 
 class Method(Protocol):
-    """How a run learns; its methods are called in this order."""
+    """Define a way to train; the loop calls its methods in this order."""
 
     def open(self, config: Config) -> None:
-        """Looks at the data, so that what is wrong with them is said before anything is compiled."""
+        """Open and check the data, so that faults in it are reported before anything is compiled."""
         ...
 
     def vocabulary(self, config: Config, workdir: pathlib.Path) -> tuple[Config, Vocabulary | None]:
-        """See `with_vocabulary`."""
+        """Return the configuration and the vocabulary; see `with_vocabulary`."""
         ...
 
     def begin(self, context: RunContext, state: TrainState, position: Any) -> TrainerSpec:
-        """`position`: what `BatchIterator.position` gave when the run was saved, or None. Writes nothing
-        under the working directory: the run may still be refused here.
+        """Return the batches and programs of the run. `position` is the saved
+        `BatchIterator.position`, or None. Writes nothing under the working directory: the run may
+        still end with an error here.
         """
         ...
 
     def close(self) -> None:
-        """Called in any case, whatever was called before."""
+        """Release all resources; called in any case, whichever methods were called before."""
         ...
 
 
@@ -144,11 +143,10 @@ def train(
     *,
     on_begin: Callable[[], None] | None = None,
 ) -> Summary:
-    """Trains `config.steps` steps, from the last checkpoint under `workdir` where there is one.
+    """Train up to step `config.steps`, from the last checkpoint under `workdir` if there is one.
 
-    Nothing under `workdir` is changed before everything has been judged that can refuse the run;
-    then `on_begin` is called. Raises Preempted when SIGTERM stopped it before the last step, which
-    then is saved.
+    Nothing under `workdir` changes before all checks of the run have passed; then `on_begin` is
+    called. Raises Preempted when SIGTERM ends the run before its last step, after saving the step.
     """
     began = time.monotonic()
     workdir = pathlib.Path(workdir).absolute()
@@ -202,7 +200,7 @@ def train(
 
 @dataclasses.dataclass
 class _Run:
-    """The loop proper, with what it needs at every step."""
+    """Run the loop's steps and hold everything they need."""
 
     context: RunContext
     spec: TrainerSpec
@@ -217,7 +215,7 @@ class _Run:
         return self.context.config
 
     def steps(self, state: TrainState) -> dict[str, float]:
-        """Runs steps start + 1 .. config.steps; returns the last step's metrics."""
+        """Run steps start + 1 .. config.steps; return the last step's metrics."""
         config = self.config
         start = self.context.start
         if start >= config.steps:
@@ -280,8 +278,8 @@ class _Run:
         host_metrics: dict[str, float],
         meter: "_Meter",
     ) -> dict[str, float]:
-        """Waits for the step's metrics; writes them every `log_every` steps; stops a run that no
-        longer is finite.
+        """Wait for the step's metrics, write them every `log_every` steps, and raise UserError
+        after too many non-finite steps in a row.
         """
         self.watch.enter("step", step)
         self.checkpoints.check()
@@ -307,7 +305,7 @@ class _Run:
         return "no step is saved yet" if step is None else f"the last step saved is {step}"
 
     def preview(self, step: int, state: TrainState, batch: dict[str, jax.Array]) -> None:
-        """Draws a few rows of `batch` into TensorBoard, where all of them are on this host."""
+        """Write images of a few rows of `batch` to TensorBoard, on runs of a single host."""
         if self.spec.preview is None or jax.process_count() > 1:
             return
         # As many rows on every device, though fewer may be shown.
@@ -339,8 +337,8 @@ def make_preview_program(
 
 
 def with_groups(metrics: dict[str, float]) -> dict[str, float]:
-    """Return a step's metrics by the names of train/metrics.py: a name without a group is of train/,
-    but for the count of bad records.
+    """Return a step's metrics under the names of train/metrics.py: names without a group get
+    train/, except bad_records, which gets data/.
     """
     named = {}
     for name, value in metrics.items():
@@ -354,7 +352,7 @@ def with_groups(metrics: dict[str, float]) -> dict[str, float]:
 
 
 class _Meter:
-    """Rates since the last reading."""
+    """Measure rates since the last reading."""
 
     def __init__(self, config: Config):
         self.config = config
@@ -374,7 +372,9 @@ class _Meter:
         self.tokens = None if tokens is None else (self.tokens or 0.0) + tokens
 
     def mean_loss(self) -> float:
-        """Mean of the finite losses since the last call: what "best checkpoint" goes by."""
+        """Return the mean of the finite losses since the last call, by which the best checkpoint is
+        chosen.
+        """
         finite = [loss for loss in self.losses if np.isfinite(loss)]
         self.losses.clear()
         return float(np.mean(finite)) if finite else float("inf")

@@ -1,9 +1,9 @@
-"""Refuses a training run whose state or batch can never fit, before anything is allocated or
-compiled.
+"""Refuse a training run whose state or batch cannot fit, before anything is allocated or compiled.
 
-Counted on each device: parameters, gradients, optimizer and averages, exactly as the plan lays them
-out; and of the batch what no schedule avoids, the examples' pixels and tokens, the inputs of every
-layer that the backward pass keeps, and scores where attention writes them out.
+Bytes are counted per device: parameters, gradients, optimizer state and averages exactly as the
+plan places them; of the batch the arrays that no schedule avoids, which are the examples' pixels
+and tokens, the layer inputs kept for the backward pass, and attention scores where they are
+materialized.
 """
 
 import collections
@@ -50,8 +50,8 @@ def state_needs(config: Config, plan: StatePlan) -> list[Need]:
 
 
 def _outstanding(config: Config, part: str) -> str:
-    """Return the setting of a part that is furthest above its default: what somebody has set too
-    high.
+    """Return the setting of a part that exceeds its default by the largest factor, which is
+    probably the one set too high.
     """
     group = getattr(config.model, part, None)
     if group is None:
@@ -65,7 +65,7 @@ def _outstanding(config: Config, part: str) -> str:
 
 
 def _sizes(group: Any, default: Any, path: str) -> Iterator[tuple[str, int, int]]:
-    """(name, value, default) of the whole numbers of a group and of those in it."""
+    """Yield (name, value, default) of the whole numbers of a group and of its subgroups."""
     for name in fields.field_types(type(group)):
         value = getattr(group, name)
         usual = getattr(default, name)
@@ -78,8 +78,8 @@ def _sizes(group: Any, default: Any, path: str) -> Iterator[tuple[str, int, int]
 
 
 def batch_needs(config: Config, plan: StatePlan, strategy: Strategy) -> list[Need]:
-    """Return the need of the batch: named after its size, or after what makes a single example too
-    large.
+    """Return the need of the batch, attributed to its size, or to the setting that makes a single
+    example too large.
     """
     shards = strategy.batch_shards
     batch = config.data.batch_size / shards
@@ -107,8 +107,8 @@ def batch_needs(config: Config, plan: StatePlan, strategy: Strategy) -> list[Nee
 def example_bytes(
     config: Config, plan: StatePlan, strategy: Strategy
 ) -> tuple[float, dict[str, float]]:
-    """Return (bytes of an example's arrays, {setting: bytes that its training step keeps}) on the
-    device that has it.
+    """Return (bytes of an example's arrays, {setting: bytes kept for its training step}) on the
+    device that holds it.
     """
     model = config.model
     names = STAGES[config.stage].fields

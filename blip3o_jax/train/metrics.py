@@ -1,8 +1,8 @@
-"""The metrics of a run: metrics.jsonl, TensorBoard events, and the terminal (a progress bar there,
-plain lines elsewhere).
+"""Write the metrics of a run to metrics.jsonl, TensorBoard events and the terminal (a progress bar
+there, plain lines where the output is not a terminal).
 
-Names have the form GROUP/NAME in all of them: train/ for what the step computes, perf/ for rates and
-memory, data/ for the data sets, rl/ for rollouts and rewards, eval/ for previews.
+Names have the form GROUP/NAME in all of them: train/ for values that the step computes, perf/ for
+rates and memory, data/ for the data sets, rl/ for rollouts and rewards, eval/ for previews.
 """
 
 import collections
@@ -44,9 +44,9 @@ HPARAM_METRICS = ("train/loss", "rl/reward")
 
 
 class MetricLog:
-    """Rows of {"step": n, name: value, ...} under `directory`. Rows of steps past `start` are
-    dropped on opening: a resumed run writes them again. A disk that is full or fails raises OSError
-    in any method.
+    """Write rows of {"step": n, name: value, ...} under `directory`. Opening drops the rows of
+    steps past `start`: a resumed run writes them again. Every method raises OSError where the disk
+    is full or fails.
     """
 
     def __init__(self, directory: pathlib.Path, start: int, total: int, title: str):
@@ -105,11 +105,13 @@ class MetricLog:
             sys.stderr.flush()
 
     def images(self, step: int, name: str, images_BHWC: np.ndarray) -> None:
-        """Write uint8 images, side by side, to TensorBoard."""
+        """Write uint8 images to TensorBoard in one row."""
         self._events.image(step, name, np.concatenate(images_BHWC, axis=1))
 
     def sync(self) -> None:
-        """Flush everything to disk: the rows up to a checkpoint's step are there before it is."""
+        """Flush everything to disk, so that the rows up to a checkpoint's step are there before the
+        checkpoint is.
+        """
         self._rows.sync()
         self._events.sync()
 
@@ -123,7 +125,7 @@ class MetricLog:
 
 
 class SilentLog:
-    """The log of all hosts but the first: it writes nothing, as their metrics are the same."""
+    """Write nothing: the log of all hosts but the first, whose metrics are the same."""
 
     def describe(self, config: Mapping[str, Any], command: str) -> None: ...
 
@@ -137,9 +139,9 @@ class SilentLog:
 
 
 class JsonLines:
-    """A file of JSON lines that a run appends to. Opening keeps the rows that `keep` is true of,
-    the last of those that share `keys` (whole numbers), and replaces the file where that changes
-    it; a kill at any moment leaves the old file or the new.
+    """Append JSON lines to a file. Opening keeps the rows for which `keep` is true, of those with
+    equal `keys` (whole numbers) the last, and replaces the file if that changes it; a kill at any
+    moment leaves the old file or the new.
     """
 
     def __init__(
@@ -177,11 +179,10 @@ class JsonLines:
 
 
 def read_rows(path: pathlib.Path, *keys: str) -> list[dict[str, Any]]:
-    """Return the rows of a file of JSON lines that a run writes, none where it is not there.
+    """Return the rows of a file of JSON lines that a run writes; an empty list if there is no file.
 
-    Rows have `keys`, as whole numbers. A last line cut short by a kill is left out, since a run
-    that goes on writes it again; other lines that are no such row are left out with a warning that
-    says which.
+    Every row has `keys`, as whole numbers. A last line cut short by a kill is left out, since a
+    resumed run writes it again; other malformed lines are left out with a warning that lists them.
     """
     rows, broken = parse_rows(path, *keys)
     if broken:
@@ -190,8 +191,8 @@ def read_rows(path: pathlib.Path, *keys: str) -> list[dict[str, Any]]:
 
 
 def parse_rows(path: pathlib.Path, *keys: str) -> tuple[dict[int, dict[str, Any]], dict[int, str]]:
-    """Return ({number of a line: row}, {number of a line: what is wrong with it}), from 1, of a
-    file of JSON lines, as `read_rows` does. Blank lines and a last one cut short are in neither.
+    """Return ({line number: row}, {line number: what is wrong with the line}), numbered from 1, of
+    a file of JSON lines, as `read_rows` does. Blank lines and a last line cut short are in neither.
     """
     rows, broken = {}, {}
     data = path.read_bytes() if path.exists() else b""
@@ -211,7 +212,7 @@ def parse_rows(path: pathlib.Path, *keys: str) -> tuple[dict[int, dict[str, Any]
 
 
 def _told(broken: dict[int, str]) -> str:
-    """6 lines (4 no JSON, 2 no object): 3, 7, 12, 13, 15, ..."""
+    """Describe the broken lines, like "6 lines (4 no JSON, 2 no object): 3, 7, 12, 13, 15, ..."."""
     if len(broken) == 1:
         ((number, wrong),) = broken.items()
         return f"line {number} ({wrong})"

@@ -1,5 +1,5 @@
-"""Recipes: named stages that run one after the other, each in `workdir`/NAME, the last of which holds
-the whole model.
+"""Train recipes: named stages that run one after the other, each in `workdir`/NAME; the last one
+holds the whole model.
 """
 
 import dataclasses
@@ -43,7 +43,7 @@ def run(recipe: dict[str, Config], workdir: str | pathlib.Path) -> dict[str, Sum
 
 
 def _begin(workdir: pathlib.Path, names: list[str], lock: WorkdirLock) -> None:
-    """Name the stages in recipe.json, once the first of them cannot be refused any more."""
+    """Name the stages in recipe.json, once the checks of the first stage have passed."""
     lock.begun = True
     if process_index() == 0:
         checksums.write_json(workdir / RECIPE, {"stages": names})

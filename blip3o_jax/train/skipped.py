@@ -1,4 +1,4 @@
-"""Counts of skipped records, summed over hosts without waiting for any.
+"""Count skipped records over all hosts without waiting for any of them.
 
 Each host publishes its counts of a batch before it dispatches the step on it. The metrics of a step
 depend on the devices of all hosts, so that once one host has them, the others have published.
@@ -16,8 +16,8 @@ _KEPT = 8
 
 
 class SkippedRecords:
-    """Counts by kind of reason. `rows`: those of the batch that this host reads; hosts that read
-    the same ones, along mesh axes that do not divide the batch, count once.
+    """Count skipped records by kind of reason. `rows`: the rows of the batch that this host reads;
+    hosts that read the same rows, along mesh axes that do not divide the batch, count once.
     """
 
     def __init__(self, rows: Sequence[int]) -> None:

@@ -1,7 +1,7 @@
-"""The train state, which checkpoints hold, created with its shardings on the mesh.
+"""Create the train state, which checkpoints hold, with its shardings on the mesh.
 
 params         trainable parameters          {"ar": {...}, "connector": {...}, ...}
-frozen         all other parameters, never differentiated; the optimizer knows nothing of them
+frozen         all other parameters, without gradients or optimizer state
 opt            optimizer state of `params`
 ema            exponential moving average of `params`, or {}
 step           int32, steps done
@@ -33,7 +33,7 @@ COUNTERS = ("step", "bad_steps", "skipped_steps", "bad_records")
 
 @dataclasses.dataclass(frozen=True)
 class StatePlan:
-    """The abstract state: how to merge it into a model, its shapes and its shardings."""
+    """Hold the abstract state: the model's graph definition, shapes, shardings and the optimizer."""
 
     graphdef: Any
     abstract: TrainState  # ShapeDtypeStructs with shardings
@@ -90,11 +90,11 @@ def _initial_optimizer_state(
 def _optimizer_shardings(
     state: Any, params: Any, params_at: Any, replicated: jax.NamedSharding
 ) -> Any:
-    """Return where the arrays of an optimizer's state lie: those of a parameter's shape as the
-    parameter, a factor of it (one dimension less, as of Adafactor) as the dimensions it has, all
-    others, counters and the like, on every device.
+    """Return the shardings of an optimizer's state: an array of a parameter's shape is placed like
+    the parameter, a factor of it (one dimension less, as in Adafactor) like the remaining
+    dimensions, and all others, such as counters, are replicated.
 
-    An array belongs to the parameter whose path its own path ends with.
+    An array belongs to the parameter whose path is a suffix of its own path.
     """
     at = dict(jax.tree.leaves_with_path(params_at))
     placed = {path: (x.shape, at[path]) for path, x in jax.tree.leaves_with_path(params)}
@@ -152,14 +152,14 @@ def create_state(
     given: Mapping[str, Any] | None = None,
     image_token_offset: int | None = None,
 ) -> TrainState:
-    """Create the initial state, each array in its own sharding: no device ever holds a replica that
-    it should not.
+    """Create the initial state, each array in its own sharding: no device ever holds an unplanned
+    replica.
 
-    `given` parts, {part: {"params": ..., "frozen": ...}} as in the plan, are taken as they
-    are; what they lack is initialized as it would be without them. Where
+    `given` parts, {part: {"params": ..., "frozen": ...}} as in the plan, are taken as they are;
+    missing arrays are initialized as they would be without them. If
     `checkpoint.image_embedding_init` is "codes", `image_token_offset`, the vocabulary id of the
-    first codebook entry, is needed, and the AR's image rows are set from the codes even if the AR
-    is given.
+    first codebook entry, is required, and the AR's image rows are set from the codes even if the AR
+    is given. Raises ValueError without it.
     """
     if config.checkpoint.image_embedding_init == "codes" and image_token_offset is None:
         raise ValueError(
@@ -219,7 +219,7 @@ def without(a: Any, b: Any) -> Any:
 
 @functools.cache
 def _finite(where: Any) -> Callable[[list[Any]], jax.Array]:
-    """Return a compiled function: arrays -> whether each is finite, as one array with the sharding
+    """Return a compiled function: arrays -> whether each is finite, as one array with sharding
     `where`.
     """
     return jax.jit(

@@ -1,9 +1,9 @@
-"""Steps of a checkpoint directory on disk: how one is finished, and whether it is intact.
+"""Finish the steps of a checkpoint directory on disk, and check whether they are intact.
 
 A step is finished when its directory has its final name and holds a manifest; it is intact when all
-files are those of the manifest. Resuming, sampling, exporting and `init_from` all go by that.
-Whoever reads a step reads its files twice, once for the checksums, the second time mostly from
-memory.
+files match the manifest. Resuming, sampling, exporting and `init_from` all use intact steps only. A
+reader of a step reads its files twice, once for the checksums and once for the values, the second
+time mostly from the page cache.
 """
 
 import pathlib
@@ -29,11 +29,11 @@ _REQUIRED = (
 
 
 class CheckedStep(ocp.path.atomicity.AtomicRenameTemporaryPath):
-    """Orbax's way of finishing a step, by a rename on host 0 when all hosts have written, in two
-    renames: with all of Orbax's own files in place and before the last name, the manifest is
-    written. Host 0 reads the step once for that, in the background. A kill in between leaves a
-    temporary name, which is removed when the run goes on. Orbax takes this class for the items
-    inside a step too; those have no manifest of their own.
+    """Finish a step with a manifest. Orbax renames a step on host 0 once all hosts have written it;
+    here the rename has two phases, and the manifest is written between them: with all of Orbax's
+    own files in place and before the final name. Host 0 reads the step once for that, in the
+    background. A kill in between leaves a temporary name, which a resumed run removes. Orbax uses
+    this class for the items inside a step too; those have no manifest of their own.
     """
 
     @classmethod
@@ -56,8 +56,8 @@ class CheckedStep(ocp.path.atomicity.AtomicRenameTemporaryPath):
 
 
 def all_steps(directory: pathlib.Path) -> list[int]:
-    """Return the steps that have their final name, ascending, be they intact or not. Names such as
-    "007" are no step's.
+    """Return the steps that have their final name, ascending, intact or not. Names such as "007"
+    are not steps.
     """
     if not directory.is_dir():
         return []
@@ -68,7 +68,7 @@ def all_steps(directory: pathlib.Path) -> list[int]:
 
 def damage(directory: pathlib.Path, *, shared: bool = False) -> str:
     """Return what is wrong with a step, "" if it is intact. `shared`: all hosts call this; each
-    reads a share of the files and all learn what one has found.
+    reads part of the files, and all get the first fault found.
     """
     if not shared or jax.process_count() == 1:
         return checksums.find_damage(directory, required=_REQUIRED)
@@ -84,8 +84,8 @@ def damage(directory: pathlib.Path, *, shared: bool = False) -> str:
 
 
 def check_intact(root: pathlib.Path, step: int, *, shared: bool = False) -> None:
-    """UserError where a step is damaged, naming the newest intact one: which weights are shown is
-    for the user to say. `shared` as of `Checkpoints.newest_intact`.
+    """Raise UserError where a step is damaged, naming the newest intact one: the user decides which
+    weights to use. `shared` as in `Checkpoints.newest_intact`.
     """
     reason = damage(root / str(step), shared=shared)
     if not reason:
@@ -101,7 +101,7 @@ def check_intact(root: pathlib.Path, step: int, *, shared: bool = False) -> None
 
 
 def set_aside(directory: pathlib.Path) -> None:
-    """Rename a damaged directory to one that nothing reads, for somebody to look at."""
+    """Rename a damaged directory to a name that nothing reads, and keep it for inspection."""
     number = 1
     aside = directory.with_name(f"{directory.name}.damaged")
     while aside.exists():

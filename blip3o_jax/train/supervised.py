@@ -34,13 +34,13 @@ from blip3o_jax.train.vocabulary import with_vocabulary
 def train(
     config: Config, workdir: str | pathlib.Path, *, on_begin: Callable[[], None] | None = None
 ) -> Summary:
-    """See `loop.train`."""
+    """Train a supervised stage; see `loop.train`."""
     return loop.train(config, workdir, Supervised(), on_begin=on_begin)
 
 
 class Supervised:
-    """`loop.Method` of the stages of train/stages.py: batches from the data mixture, one step on
-    each.
+    """Implement `loop.Method` for the stages of train/stages.py: batches from the data mixture, one
+    step on each.
     """
 
     def open(self, config: Config) -> None:
@@ -104,8 +104,8 @@ class Supervised:
 
 
 class _PrefetchedBatches:
-    """`loop.BatchIterator` of batches that are read ahead: they do not depend on the state.
-    `data_metrics`: of the data sets, the same at every step.
+    """Implement `loop.BatchIterator` with batches that are read ahead, since they do not depend on
+    the state. `data_metrics`: metrics of the data sets, the same at every step.
     """
 
     def __init__(
@@ -128,7 +128,9 @@ class _PrefetchedBatches:
         return batch
 
     def position(self) -> Any:
-        """See `loop.BatchIterator`; "skipped" in it counts this host's until `check` of the step."""
+        """Return the position (see `loop.BatchIterator`); its "skipped" counts are this host's
+        until `check` of the step.
+        """
         return self._positions[-1]
 
     @property
@@ -179,7 +181,7 @@ def _encode_sources(
     state: TrainState,
     sources: list[tuple[Source, float]],
 ) -> list[tuple[Source, float]]:
-    """The sources with the frozen encoders' outputs from the cache, filled first where it is not."""
+    """Return the sources with the frozen encoders' outputs from the cache, filling the cache first."""
     if trained := {"tokenizer", "vae"} & set(state["params"]):
         raise UserError(
             f"data.cache_dir keeps the outputs of frozen encoders, but {', '.join(sorted(trained))}"

@@ -1,4 +1,4 @@
-"""TensorBoard's event file of a run."""
+"""Write the TensorBoard event file of a run."""
 
 import json
 import pathlib
@@ -13,8 +13,8 @@ from blip3o_jax import files
 
 
 class EventFile:
-    """An event file written in the calling thread: tensorboardX's own SummaryWriter has a thread
-    that dies on a full disk, and then blocks its caller for ever.
+    """Write an event file in the calling thread: tensorboardX's own SummaryWriter has a thread that
+    dies on a full disk, and then blocks its caller for ever.
 
     Raises OSError, with the file's name, where the disk is full or fails.
     """
@@ -47,7 +47,7 @@ class EventFile:
         self._add(step=step, summary=image(name, image_HWC, dataformats="HWC"))
 
     def text(self, step: int, name: str, text: str) -> None:
-        """Write a text, shown as it is: indented, it is a code block of Markdown."""
+        """Write a text verbatim: indented, it is a code block of Markdown."""
         from tensorboardX.summary import text as summary_of
 
         block = "\n".join(f"    {line}" for line in text.split("\n"))

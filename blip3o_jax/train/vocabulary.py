@@ -1,5 +1,5 @@
-"""The vocabulary of a run: from the files its configuration names, or trained on the captions it
-will see.
+"""Build the vocabulary of a run: from the files that its configuration names, or trained on its
+captions.
 """
 
 import dataclasses
@@ -19,9 +19,9 @@ MAX_CAPTIONS = 100_000  # of each source; more add nothing to the pieces
 def with_vocabulary(
     config: Config, sources: Sequence[tuple[Source, float]], workdir: pathlib.Path
 ) -> tuple[Config, Vocabulary | None]:
-    """Return the configuration with the tokenizer's path and the vocabulary's size filled in, and the
-    vocabulary (None for a stage that reads no text). A trained tokenizer stays in `workdir`/text.
-    Raises UserError when files and sizes do not agree.
+    """Return the configuration with the tokenizer's path and the vocabulary's size filled in, and
+    the vocabulary (None for a stage that reads no text). A trained tokenizer is stored in
+    `workdir`/text. Raises UserError if files and sizes do not agree.
     """
     if not {"caption", "row"} & set(STAGES[config.stage].fields):
         return config, None
@@ -43,8 +43,8 @@ def with_vocabulary(
 
 
 def _captions(sources: Sequence[tuple[Source, float]]) -> Iterator[str]:
-    """Yield the captions of the records that can be read. Raises UserError if there is none, with the
-    last reason.
+    """Yield the captions of the records that can be read. Raises UserError if there is none, with
+    the last reason.
     """
     read, last = 0, None
     for source, _ in sources:

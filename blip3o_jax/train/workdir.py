@@ -1,9 +1,9 @@
 """A run's working directory: one run at a time, and none that is refused leaves anything in it.
 
 WORKDIR/lock.json names the process that writes there: host, pid and since when. Its modification
-time, renewed every HEARTBEAT_PERIOD seconds, is its heartbeat. A second run is refused. The lock of a
-process that is gone is taken over: on the same machine at once, on another after STALE_AFTER seconds
-without a heartbeat, for a preempted job begins elsewhere within seconds. The lock needs
+time, renewed every HEARTBEAT_PERIOD seconds, is its heartbeat. A second run is refused. The lock of
+a process that is gone is taken over: on the same machine at once, on another after STALE_AFTER
+seconds without a heartbeat, for a preempted job begins elsewhere within seconds. The lock needs
 exclusive creation and renaming alone, so that it holds on network file systems.
 """
 
@@ -34,9 +34,9 @@ ATTEMPTS = 10  # at a lock that others take and leave between two looks at it
 
 @dataclasses.dataclass(frozen=True)
 class Owner:
-    """The process that holds a lock. `process_start` in clock ticks after the boot, None where the
-    system does not tell; `machine`: the boot and the namespace in which the pid counts. All but
-    `seen` is what the file holds.
+    """Describe the process that holds a lock. `process_start` is in clock ticks after the boot,
+    None where the system does not provide it; `machine` identifies the boot and the namespace that
+    the pid belongs to. The file holds all fields but `seen`.
     """
 
     host: str = "an unknown host"
@@ -82,8 +82,9 @@ class Owner:
         )
 
     def runs(self) -> bool:
-        """Return whether the process of an owner that is `here` runs, and is not another with the same
-        pid."""
+        """Return whether the process of an owner that is `here` runs, and is not another with the
+        same pid.
+        """
         try:
             os.kill(self.pid, 0)
         except ProcessLookupError:
@@ -113,8 +114,8 @@ def _process_start(pid: int) -> int | None:
 
 
 def _check_kinds(workdir: pathlib.Path) -> None:
-    """UserError where a directory lies in a file's place or the other way round: the run would fail
-    where it writes there.
+    """Raise UserError where a directory is in a file's place or the reverse: the run would fail
+    when it writes there.
     """
     for path in (*map(workdir.joinpath, FILES), *sorted(workdir.glob("*.jsonl"))):
         if os.path.lexists(path) and not path.is_file():
@@ -131,12 +132,12 @@ def _check_kinds(workdir: pathlib.Path) -> None:
 
 
 class WorkdirLock:
-    """`with WorkdirLock(workdir) as lock:` holds the directory; of a job of many hosts, host 0
-    does.
+    """Lock the working directory (`with WorkdirLock(workdir) as lock:`); in a job of many hosts,
+    host 0 does.
 
-    UserError where another run holds it, or where it cannot be written to. Without `begun` set, the
-    end removes what a start that was refused has made: the directory itself and a trained text
-    tokenizer.
+    Raises UserError if another run holds the lock or the directory cannot be written to. Unless
+    `begun` is set, leaving removes what the failed start has made: the directory itself and a
+    trained text tokenizer.
     """
 
     def __init__(self, workdir: pathlib.Path) -> None:
@@ -172,8 +173,8 @@ class WorkdirLock:
             self._leave()
 
     def check(self) -> None:
-        """UserError where another run has taken the lock, for want of a heartbeat: this one may
-        not write any more.
+        """Raise UserError if another run has taken the lock because this one's heartbeat stopped:
+        this run must not write any more.
         """
         if process_index() == 0 and not self._mine():
             owner = Owner.read(self._path)
@@ -206,8 +207,8 @@ class WorkdirLock:
         self._had_text = (self._workdir / "text").exists()
 
     def _check_plain(self) -> None:
-        """UserError where what has the lock's name is no regular file, such as a link that leads
-        nowhere: it cannot be created, and may not be there to read either.
+        """Raise UserError if the lock's path is not a regular file, such as a dangling link: it can
+        neither be created nor read.
         """
         with contextlib.suppress(FileNotFoundError):
             if not stat.S_ISREG(self._path.lstat().st_mode):
@@ -228,8 +229,8 @@ class WorkdirLock:
         return True
 
     def _lives(self, owner: Owner) -> bool:
-        """Return whether the owner's process lives. On another machine this waits for a heartbeat,
-        STALE_AFTER seconds at most.
+        """Return whether the owner's process is alive. On another machine this waits up to
+        STALE_AFTER seconds for a heartbeat.
         """
         if owner.here():
             return owner.runs()
@@ -252,8 +253,8 @@ class WorkdirLock:
         return False
 
     def _server_time(self) -> float:
-        """Return the time by the clock that modification times go by: that of a file server may
-        differ from this machine's.
+        """Return the time by the clock that sets modification times; a file server's may differ
+        from this machine's.
         """
         probe = self._path.with_name(f"{LOCK}.{self._token}.time")
         try:
@@ -263,8 +264,8 @@ class WorkdirLock:
             probe.unlink(missing_ok=True)
 
     def _remove(self, owner: Owner) -> None:
-        """Remove a dead owner's lock, unless somebody else has: of several who try, the renaming
-        succeeds for one.
+        """Remove a dead owner's lock, unless another process has: the rename succeeds for only one
+        of them.
         """
         aside = self._path.with_name(f"{LOCK}.{self._token}")
         try:

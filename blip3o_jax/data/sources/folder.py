@@ -170,7 +170,7 @@ class _ImageFiles:
     def _unreadable(self, name: str, error: Exception) -> BadRecord:
         reason = "no file can have this name"  # a name with NUL or a lone surrogate
         if isinstance(error, OSError):
-            reason = error.strerror
+            reason = error.strerror or type(error).__name__
         return BadRecord(self.captions, name, f"the image cannot be read: {reason}")
 
 
@@ -203,7 +203,7 @@ def _listed_images(line: bytes) -> list[str]:
 
 def _index_folder(images: _ImageFiles, path: str, progress: Progress) -> IndexData:
     lines = []
-    names = {}
+    names: dict[str, int] = {}
     row_sizes = []
     sums = []
     incomplete = Counts()
@@ -221,7 +221,8 @@ def _index_folder(images: _ImageFiles, path: str, progress: Progress) -> IndexDa
                 sizes[name] = -1
                 continue
             progress.add(len(data))
-            sizes[name], value = len(data), crc32c([data], value)
+            sizes[name] = len(data)
+            value = crc32c([data], value)
         size = -1 if -1 in sizes.values() else len(line) + sum(sizes.values())
         return value, size, sizes
 
@@ -237,7 +238,7 @@ def _index_folder(images: _ImageFiles, path: str, progress: Progress) -> IndexDa
                 if size < 0:
                     incomplete.add("unreadable", f"line {number} first in {path}")
     raw = [name.encode("utf-8", "surrogatepass") for name in names]
-    arrays = {
+    arrays: dict[str, np.ndarray] = {
         "crc": np.array(sums, np.uint32),
         "sizes": np.array(row_sizes, np.int64).reshape(-1, 1),
         "lines": np.array(lines, np.int64).reshape(-1, 3),

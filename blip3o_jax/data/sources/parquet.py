@@ -148,9 +148,8 @@ def _index_parquet(path: str, progress: Progress) -> IndexData:
                 rows = [_readable_bytes(table, columns, row) for row in range(groups[-1])]
             except (pyarrow.ArrowException, OSError, ValueError) as error:
                 raise_trouble(error)
-                if (
-                    isinstance(error, OSError) and error.errno
-                ):  # the system's error, not a damaged page
+                # An error of the system, not a damaged page.
+                if isinstance(error, OSError) and error.errno:
                     raise
                 rows = [[]] * groups[-1]  # each of them is a bad record when it is read
                 incomplete.add("unreadable", f"row group {group} first in {path}", groups[-1])
@@ -162,7 +161,10 @@ def _index_parquet(path: str, progress: Progress) -> IndexData:
                 sizes.append(sum(map(len, parts)) if parts else -1)
                 sums.append(crc32c(parts))
             progress.add(parquet.metadata.row_group(group).total_byte_size)
-    arrays = {"crc": np.array(sums, np.uint32), "sizes": np.array(sizes, np.int64).reshape(-1, 1)}
+    arrays: dict[str, np.ndarray] = {
+        "crc": np.array(sums, np.uint32),
+        "sizes": np.array(sizes, np.int64).reshape(-1, 1),
+    }
     return IndexData(
         arrays | concatenate_keys([]),
         {"fields": fields, "key": key, "groups": groups},

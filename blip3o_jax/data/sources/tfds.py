@@ -151,7 +151,7 @@ def _index_array_record(path: str, progress: Progress) -> IndexData:
     """Return the index of an ArrayRecord file: of each record its bytes as they are stored."""
     reader = _array_reader(path)
     count = reader.num_records()
-    sizes = []
+    sizes: list[int] = []
     sums = []
     incomplete = Counts()
     for start in range(0, count, 256):
@@ -168,7 +168,10 @@ def _index_array_record(path: str, progress: Progress) -> IndexData:
             sizes.append(-1 if data is None else len(data))
             sums.append(0 if data is None else crc32c([data]))
             progress.add(len(data or b""))
-    arrays = {"crc": np.array(sums, np.uint32), "sizes": np.array(sizes, np.int64).reshape(-1, 1)}
+    arrays: dict[str, np.ndarray] = {
+        "crc": np.array(sums, np.uint32),
+        "sizes": np.array(sizes, np.int64).reshape(-1, 1),
+    }
     return IndexData(arrays | concatenate_keys([]), incomplete=incomplete)
 
 

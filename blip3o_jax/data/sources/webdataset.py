@@ -238,10 +238,14 @@ def _index_tar(path: str, progress: Progress) -> IndexData:
             incomplete.add(reason, f"{printable(key)} first in {path}")
     width = max([INPUTS, *map(len, rows)])
     even = [[*row, *[NOTHING] * (width - len(row))] for row in rows]
-    spans = np.array(even, np.int64).reshape(len(rows), width, 2)
+    spans_NM2 = np.array(even, np.int64).reshape(len(rows), width, 2)
     with open(path, "rb", buffering=0) as file:
         sums = [crc32c(_pieces(file.fileno(), row, progress)) for row in rows]
-    arrays = {"crc": np.array(sums, np.uint32), "sizes": spans[..., 1], "offsets": spans[..., 0]}
+    arrays: dict[str, np.ndarray] = {
+        "crc": np.array(sums, np.uint32),
+        "sizes": spans_NM2[..., 1],
+        "offsets": spans_NM2[..., 0],
+    }
     arrays |= concatenate_keys(keys)
     return IndexData(arrays, {"broken": broken}, shard.unused, incomplete)
 
@@ -271,7 +275,7 @@ def _tar_members(shard: str, progress: Progress) -> tuple[list[tarfile.TarInfo],
     between two members.
     """
     total = os.path.getsize(shard)
-    members = []
+    members: list[tarfile.TarInfo] = []
     try:
         with tarfile.open(shard, "r:", encoding="utf-8", errors="surrogateescape") as archive:
             while True:

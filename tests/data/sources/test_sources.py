@@ -551,7 +551,7 @@ def test_an_image_of_zero_bytes_is_drawn_again_as_it_is(tmp_path: pathlib.Path) 
     [
         (
             {"caption": "x", "image": "1.png", "input_image": "0.png"},
-            "input images beside a caption",
+            "input images with a caption",
         ),
         ({"instruction": "", "image": "1.png", "input_image": "0.png"}, "the instruction is empty"),
         (
