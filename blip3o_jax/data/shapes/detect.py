@@ -115,7 +115,7 @@ def _blob(
     paper: np.ndarray,
 ) -> _Blob:
     mask_HW = mask_HW.astype(np.uint8)
-    x, y, width, height = box = cv2.boundingRect(mask_HW)
+    x, y, width, height = cv2.boundingRect(mask_HW)
     # The pixels next to it hold the rest of its soft edge.
     here = slice(max(y - 1, 0), y + height + 1), slice(max(x - 1, 0), x + width + 1)
     mask_hw, distance_hw, pixels_hwC = mask_HW[here], distance_HW[here], pixels_HWC[here]
@@ -124,7 +124,7 @@ def _blob(
     alpha_HW = np.zeros(mask_HW.shape, np.float32)
     alpha_HW[here] = np.clip((pixels_hwC - paper) @ towards / (towards @ towards), 0, 1)
     alpha_HW[here] *= cv2.dilate(mask_hw, np.ones((3, 3), np.uint8))
-    return _Blob(_colour(lab_HWC[here][core_hw]), alpha_HW, box)
+    return _Blob(_colour(lab_HWC[here][core_hw]), alpha_HW, (x, y, width, height))
 
 
 @functools.cache
@@ -173,7 +173,8 @@ def _thing(blob: _Blob) -> Thing:
     if not recognised:
         x0, y0, width, height = (v / image_size for v in blob.box)
         return Thing(None, blob.colour, x0 + width / 2, y0 + height / 2, max(width, height))
-    return Thing(shape, blob.colour, *(float(c) for c in centroid - side * offset), side)
+    centre_x, centre_y = (float(c) for c in centroid - side * offset)
+    return Thing(shape, blob.colour, centre_x, centre_y, side)
 
 
 def _overlap(alpha_HW: np.ndarray, shape: str, mass: float, centroid: np.ndarray) -> float:
@@ -181,9 +182,8 @@ def _overlap(alpha_HW: np.ndarray, shape: str, mass: float, centroid: np.ndarray
     and centroid."""
     area, offset = _proportions(shape)
     side = (mass / area) ** 0.5 / alpha_HW.shape[0]
-    covered, rows, columns = draw.coverage(
-        shape, *(centroid - side * offset), side, alpha_HW.shape[0]
-    )
+    x, y = centroid - side * offset
+    covered, rows, columns = draw.coverage(shape, x, y, side, alpha_HW.shape[0])
     shared = float(np.minimum(alpha_HW[rows, columns], covered).sum())
     return shared / (mass + float(covered.sum()) - shared)
 

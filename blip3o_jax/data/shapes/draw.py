@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 
 from blip3o_jax.data.shapes import font
-from blip3o_jax.data.shapes.scene import LETTER_CELL, Background, Scene, Word, word_size
+from blip3o_jax.data.shapes.scene import LETTER_CELL, Background, Scene, Word, look, word_size
 from blip3o_jax.data.shapes.vocabulary import COLOURS, INK
 
 OVERSAMPLE = 8
@@ -26,11 +26,9 @@ def render(scene: Scene, image_size: int = 64) -> np.ndarray:
     """Render the scene as an RGB image, uint8 [image_size, image_size, 3]."""
     image_HWC = _background(scene.background, image_size)
     for thing in scene.things:
-        _paint(
-            image_HWC,
-            *coverage(thing.shape, thing.x, thing.y, thing.side, image_size),
-            COLOURS[thing.colour],
-        )
+        shape, colour = look(thing)
+        covered, rows, columns = coverage(shape, thing.x, thing.y, thing.side, image_size)
+        _paint(image_HWC, covered, rows, columns, COLOURS[colour])
     if scene.word is not None:
         _paint(image_HWC, *word_coverage(scene.word, image_size), INK)
     return np.rint(image_HWC).astype(np.uint8)

@@ -132,7 +132,7 @@ def _paper(image_HWC: np.ndarray) -> str:
     light_HW = (lab_HWC[..., 0] > 65) & (np.hypot(lab_HWC[..., 1], lab_HWC[..., 2]) < 22)
     median = np.median(lab_HWC[light_HW], axis=0)
     papers = {
-        name: cv2.cvtColor(np.float32([[colour]]) / 255, cv2.COLOR_RGB2LAB)[0, 0]
+        name: cv2.cvtColor(np.array([[colour]], np.float32) / 255, cv2.COLOR_RGB2LAB)[0, 0]
         for name, colour in PAPER_NAMES.items()
     }
     return min(papers, key=lambda name: float(np.linalg.norm(papers[name] - median)))

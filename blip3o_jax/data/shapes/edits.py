@@ -114,7 +114,7 @@ def sample_edit(seed: int, index: int, split: str) -> Edit:
         after, words, metadata = made
         if split == "test" or not facts(after) & HELD_OUT:
             break
-    blank = {
+    blank: Metadata = {
         "kind": kind,
         "present": [],
         "absent": [],
@@ -133,10 +133,11 @@ def _recolour(rng: random.Random, scene: Scene, split: str) -> Made:
     thing = _meant(rng, scene)
     if thing is None:
         return None
-    new = dataclasses.replace(thing, colour=rng.choice([c for c in COLOURS if c != thing.colour]))
+    colour = rng.choice([c for c in COLOURS if c != thing.colour])
+    new = dataclasses.replace(thing, colour=colour)
     return (
         _swapped(scene, thing, new),
-        {"it": _words(thing), "colour": new.colour},
+        {"it": _words(thing), "colour": colour},
         _changed([new], [], [thing, new]),
     )
 
@@ -147,7 +148,7 @@ def _move(rng: random.Random, scene: Scene, split: str) -> Made:
         return None
     spots = {
         place: at
-        for place, at in places.named(thing.size).items()
+        for place, at in places.named(str(thing.size)).items()
         if max(abs(thing.x - at[0]), abs(thing.y - at[1])) > 0.3
     }
     place = rng.choice(sorted(spots))
@@ -208,10 +209,11 @@ def _background(rng: random.Random, scene: Scene, split: str) -> Made:
 
 
 def _word(rng: random.Random, scene: Scene, split: str) -> Made:
+    before = scene.word
+    if before is None:
+        return None
     known = [fact[1] for fact in (HELD_OUT_FACTS if split == "test" else TRAIN_FACTS)["text"]]
-    word = dataclasses.replace(
-        scene.word, text=rng.choice([w for w in known if w != scene.word.text])
-    )
+    word = dataclasses.replace(before, text=rng.choice([w for w in known if w != before.text]))
     width, height = word_size(word.text)
     box = [word.x - width / 2, word.y - height / 2, word.x + width / 2, word.y + height / 2]
     return (

@@ -14,7 +14,7 @@ import random
 
 from blip3o_jax.data.shapes import places
 from blip3o_jax.data.shapes.captions import Metadata, plural
-from blip3o_jax.data.shapes.scene import SPLITS, Scene, sample
+from blip3o_jax.data.shapes.scene import SPLITS, Scene, look, sample
 from blip3o_jax.data.shapes.vocabulary import CATEGORIES, NUMERALS
 
 KINDS = ("colour", "count", "where", "word")
@@ -69,19 +69,20 @@ def sample_question(seed: int, index: int, split: str) -> Question:
 
 
 def _ask(rng: random.Random, scene: Scene, kind: str) -> tuple[dict[str, str], str] | None:
-    if kind == "word":
+    if scene.word is not None:
         return {}, scene.word.text
-    shapes = [t.shape for t in scene.things]
+    shapes = [look(t)[0] for t in scene.things]
     if kind == "count":
         shape = rng.choice(shapes)
         if len(set(shapes)) > 1 and rng.random() < 0.5:
             return {"many": "objects"}, NUMERALS[len(shapes)]
         return {"many": plural(shape)}, NUMERALS[shapes.count(shape)]
-    alone = [t for t in scene.things if shapes.count(t.shape) == 1]
+    alone = [t for t in scene.things if shapes.count(look(t)[0]) == 1]
     if not alone:
         return None
     thing = rng.choice(alone)
-    return {"shape": thing.shape}, thing.colour if kind == "colour" else places.of(thing)
+    shape, colour = look(thing)
+    return {"shape": shape}, colour if kind == "colour" else places.of(thing)
 
 
 def right(given: str, answer: str) -> bool:

@@ -65,6 +65,12 @@ class Thing:
         return self.x - half, self.y - half, self.x + half, self.y + half
 
 
+def look(thing: Thing) -> tuple[str, str]:
+    """Return shape and colour of a scene's object, which has both."""
+    assert thing.shape is not None and thing.colour is not None
+    return thing.shape, thing.colour
+
+
 @dataclasses.dataclass(frozen=True)
 class Word:
     """Describe a written word by its text and its centre."""
@@ -119,18 +125,18 @@ def facts(scene: Scene) -> set[Fact]:
     found: set[Fact] = set()
     if len(things) == 1:
         (thing,) = things
-        found |= {
-            ("single", thing.size, thing.colour, thing.shape),
-            ("colours", thing.shape, thing.colour),
-        }
+        shape, colour = look(thing)
+        found |= {("single", str(thing.size), colour, shape), ("colours", shape, colour)}
     elif len(shapes) == 1:
-        found.add(("counting", str(len(things)), things[0].shape))
+        found.add(("counting", str(len(things)), look(things[0])[0]))
     for a, b in itertools.permutations(things, 2):
         if a.shape != b.shape:
-            found.add(vocabulary.fact_of_two(a.shape, b.shape))
-            found.add(vocabulary.fact_of_attribution((a.shape, a.colour), (b.shape, b.colour)))
+            look_a = look(a)
+            look_b = look(b)
+            found.add(vocabulary.fact_of_two(look_a[0], look_b[0]))
+            found.add(vocabulary.fact_of_attribution(look_a, look_b))
             found |= {
-                vocabulary.fact_of_position(a.shape, relation, b.shape)
+                vocabulary.fact_of_position(look_a[0], relation, look_b[0])
                 for relation in relations(a, b)
             }
     return found
@@ -175,14 +181,15 @@ def _things(rng: random.Random, asked: Fact) -> tuple[Thing, ...]:
             return _as_read(_place(rng, looks))
         case "attribution":
             named = rng.sample([args[:2], args[2:]], 2)
-            return _as_read(
-                _place(rng, [(*look, size) for look, size in zip(named, _sizes(rng), strict=True)])
-            )
+            pair = zip(named, _sizes(rng), strict=True)
+            return _as_read(_place(rng, [(shape, colour, size) for (shape, colour), size in pair]))
         case "position":
-            pair = zip((args[0], args[2]), _sizes(rng), strict=True)
-            return _place_beside(
-                rng, args[1], [(shape, rng.choice(colours), size) for shape, size in pair]
-            )
+            shapes = [args[0], args[2]]
+            looks = [
+                (shape, rng.choice(colours), size)
+                for shape, size in zip(shapes, _sizes(rng), strict=True)
+            ]
+            return _place_beside(rng, args[1], looks)
         case "text":
             return ()
     raise ValueError(f"unknown kind of fact: {asked}")
@@ -245,5 +252,5 @@ def _background(rng: random.Random) -> Background:
     paper = rng.choice(PAPERS)
     # A gradient ends a tenth darker; a pattern stays within what the eye just sees.
     shade = 0.9 if kind == "gradient" else 0.955
-    second = tuple(round(c * shade) for c in paper)
-    return Background(kind, paper, second, rng.choice(((1.0, 0.0), (0.0, 1.0))), 0.125)
+    red, green, blue = (round(c * shade) for c in paper)
+    return Background(kind, paper, (red, green, blue), rng.choice(((1.0, 0.0), (0.0, 1.0))), 0.125)

@@ -114,10 +114,11 @@ def _objects_met(things: tuple[Thing, ...], metadata: Metadata) -> float:
     for chosen in itertools.product(*choices):
         there = [id(thing) for thing in chosen if thing is not None]
         if len(set(there)) == len(there):
+            pair = [thing for thing in chosen[:2] if thing is not None]
             related = (
                 metadata["relation"]
-                and None not in chosen
-                and metadata["relation"] in relations(*chosen[:2])
+                and len(pair) == 2
+                and metadata["relation"] in relations(pair[0], pair[1])
             )
             best = max(best, sum(map(_facts_met, chosen, asked)) + bool(related))
     facts = sum(len(_asked_facts(one)) for one in asked) + bool(metadata["relation"])

@@ -84,7 +84,7 @@ def _tables() -> tuple[dict[str, list[Fact]], dict[str, list[Fact]]]:
     """Return (facts to train on, facts held out) by kind. Singles, positions and attributions
     combine colours and pairs that are not held out, so that each category tests its own kind of new
     combination."""
-    every = {
+    every: dict[str, list[Fact]] = {
         "two": [("two", a, b) for a, b in itertools.combinations(SHAPES, 2)],
         "counting": [("counting", str(n), shape) for n in COUNTS for shape in SHAPES],
         "colours": [("colours", shape, colour) for shape in SHAPES for colour in COLOURS],
