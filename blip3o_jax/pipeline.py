@@ -1,4 +1,4 @@
-"""Sample from a trained model, loaded from a checkpoint: `model = blip3o_jax.load(DIR)`.
+"""Sample from a trained model, loaded from a checkpoint by `model = blip3o_jax.load(DIR)`.
 
     model.generate(["a red circle"])                    text -> images
     model.edit([photo], ["make the sky green"])         image(s) and an instruction -> images
@@ -40,9 +40,11 @@ from blip3o_jax.train.stages import stage_parts
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """A task with its inputs: `text` is the caption, instruction or question, `images` the
-    reference images, uint8 [H, W, 3] of any size. The output has `size`, (height, width); None: of
-    the model's sizes the nearest in shape to the first image, or the first.
+    """Hold a task and its inputs.
+
+    `text` is the caption, instruction or question; `images` are the reference images, uint8
+    [H, W, 3] of any size. `size` is the output's (height, width); None selects the model's size
+    with the aspect ratio nearest to the first image's, or its first size without images.
     """
 
     task: str  # of data/template.py
@@ -53,8 +55,9 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class Generated:
-    """uint8 images [B, H, W, 3], a list of [H, W, 3] where their sizes differ, and the codebook
-    indices [B, N] they were drawn from, in the order of the prompts.
+    """Hold sampled images and their codebook indices, in the order of the prompts.
+
+    `images` is uint8 [B, H, W, 3], or a list of [H, W, 3] when the sizes differ; `codes` is [B, N].
     """
 
     prompts: list[str]
@@ -63,13 +66,16 @@ class Generated:
 
 
 class Pipeline:
-    """A trained model on a mesh, ready to sample. `params` is {part: nested dict of arrays}."""
+    """Sample from a trained model on a mesh. `params` is {part: nested dict of arrays}."""
 
     def __init__(
         self, config: Config, graphdef: Any, params: Any, vocabulary: Vocabulary, strategy: Strategy
     ):
-        self.config, self.vocabulary, self.strategy = config, vocabulary, strategy
-        self._graphdef, self._params = graphdef, params
+        self.config = config
+        self.vocabulary = vocabulary
+        self.strategy = strategy
+        self._graphdef = graphdef
+        self._params = params
         image_ids = vocabulary.image_token_offset, vocabulary.image_token_end
         self._sample_images = make_image_sampler(graphdef, strategy, image_ids)
         self._sample_text = make_text_sampler(graphdef, strategy, vocabulary)
@@ -85,15 +91,17 @@ class Pipeline:
         first_index: int = 0,
         **overrides: Any,
     ) -> Generated:
-        """Sample one image a prompt; see `generate_requests`."""
+        """Sample one image per prompt; see `generate_requests`."""
         requests = [Request("t2i", prompt) for prompt in prompts]
         return self.generate_requests(
             requests, seed=seed, progress=progress, first_index=first_index, **overrides
         )
 
     def edit(self, images: Sequence[Any], instructions: Sequence[str], **more: Any) -> Generated:
-        """Sample one image an instruction. `images` holds for each the image to edit, or a sequence
-        of several; `more` as of `generate_requests`.
+        """Sample one image per instruction.
+
+        `images` holds for each instruction the image to edit, or a sequence of images; `more` are
+        keyword arguments of `generate_requests`.
         """
         pairs = zip(images, instructions, strict=True)
         return self.generate_requests(
@@ -101,7 +109,10 @@ class Pipeline:
         )
 
     def reconstruct(self, images: Sequence[np.ndarray], **more: Any) -> Generated:
-        """Reconstruct each image from its tokens; `more` as of `generate_requests`."""
+        """Reconstruct each image from its tokens.
+
+        `more` are keyword arguments of `generate_requests`.
+        """
         return self.generate_requests(
             [Request("reconstruct", "", (image,)) for image in images], **more
         )
@@ -115,18 +126,20 @@ class Pipeline:
         first_index: int = 0,
         **overrides: Any,
     ) -> Generated:
-        """Sample one image a request, of any tasks whose output is an image. `overrides` are fields
-        of SamplingConfig (steps, guidance, temperature, top_k, ...).
+        """Sample one image per request, for tasks whose output is an image.
 
-        Image i depends on (seed, first_index + i, requests[i]) and the settings alone, not on the
-        batch it was made in. Raises UserError for no request, an unknown setting, or one that does
+        `overrides` are fields of SamplingConfig (steps, guidance, temperature, top_k, ...). Image i
+        depends only on (seed, first_index + i, requests[i]) and the settings, not on the other
+        requests. Raises UserError for an empty sequence, an unknown setting, or a request that does
         not fit the model's rows.
         """
         check(
             all(request.task != "understand" for request in requests),
             "task understand has text as its output: use ask",
         )
-        settings, start, done = self.settings(**overrides), time.monotonic(), 0
+        settings = self.settings(**overrides)
+        start = time.monotonic()
+        done = 0
         outputs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         for batch, rows, size in self._batches(
             requests, seed, first_index, settings, self.config.model.tokenizer.num_tokens
@@ -134,6 +147,7 @@ class Pipeline:
             pixels_BHWC, codes_BN = self._sample_images(
                 self._params, **batch, settings=settings, size=size
             )
+            # The program's rows past the requests are padding, which `strict=False` drops.
             outputs |= dict(
                 zip(
                     rows,
@@ -149,11 +163,10 @@ class Pipeline:
                 print(f"sample  {done}/{len(requests)} images  {rate}", file=sys.stderr)
         images = [outputs[i][0] for i in range(len(requests))]
         same_shape = len({image.shape for image in images}) == 1
-        codes_BN = np.stack([outputs[i][1] for i in range(len(requests))])
         return Generated(
             [request.text for request in requests],
             np.stack(images) if same_shape else images,
-            codes_BN,
+            np.stack([outputs[i][1] for i in range(len(requests))]),
         )
 
     def ask(
@@ -167,9 +180,11 @@ class Pipeline:
         temperature: float = 0.0,
         **overrides: Any,
     ) -> list[str]:
-        """Return the answer to each question, of at most `max_new_tokens` tokens and what its row
-        has room for, greedy or sampled at a temperature. `images` as of `edit`; an answer depends
-        on the same inputs as an image of `generate_requests`.
+        """Return the answer to each question.
+
+        An answer has at most `max_new_tokens` tokens and ends with its row; it is greedy at
+        temperature 0 and sampled otherwise. `images` is as in `edit`. An answer depends on the same
+        inputs as an image of `generate_requests`.
         """
         settings = self.settings(temperature=temperature, **overrides)
         pairs = zip(images, questions, strict=True)
@@ -197,8 +212,10 @@ class Pipeline:
         settings: SamplingConfig,
         room: int,
     ) -> Iterator[tuple[dict[str, Any], list[int], tuple[int, int]]]:
-        """Yield (arguments of a sampling program, the requests of its first rows, their size):
-        requests of one size share batches. Prompts leave `room` tokens in a row.
+        """Yield (arguments of a sampling program, indices of its requests, their size).
+
+        Requests of one size share batches; the last request fills the rows of a partial batch.
+        Prompts leave `room` tokens in a row.
         """
         check(0 <= seed < 2**32, f"seed={seed} must lie between 0 and {2**32 - 1}")
         if not requests:
@@ -217,7 +234,7 @@ class Pipeline:
                 tokens_BL = np.zeros((batch_size, length), np.int32)
                 for row, i in zip(tokens_BL, padded, strict=True):
                     row[: len(prompts[i].ids)] = prompts[i].ids
-                batch = {
+                batch: dict[str, Any] = {
                     "tokens_BL": tokens_BL,
                     "lengths_B": np.array([len(prompts[i].ids) for i in padded], np.int32),
                     "indices_B": np.array(padded, np.uint32) + np.uint32(first_index),
@@ -240,13 +257,11 @@ class Pipeline:
         )
 
     def _prompt(self, request: Request, room: int) -> PromptTokens:
-        model, limit, slots = (
-            self.config.model,
-            self.config.data.max_length,
-            self.config.model.editing.reference_slots,
-        )
+        model = self.config.model
+        limit = self.config.data.max_length
+        slots = model.editing.reference_slots
         if len(request.images) > slots:
-            have = f"takes at most {slots} in a row" if slots else "was not trained to take any"
+            have = f"takes at most {slots} in a row" if slots else "was not trained with any"
             raise UserError(f"images given: {len(request.images)}, but the model {have}")
         for image in request.images:
             _check_image(image)
@@ -263,19 +278,17 @@ class Pipeline:
         if len(prompt.ids) + room > limit:
             kind = "token of an answer" if request.task == "understand" else "image tokens"
             raise UserError(
-                f"prompt {request.text[:60]!r}... is {len(prompt.ids)} tokens long; with {room} {kind} that is more than the "
-                f"model's {limit}: shorten it"
+                f"prompt {request.text[:60]!r}... is {len(prompt.ids)} tokens long; with {room} "
+                f"{kind} that is more than the model's {limit}: shorten it"
             )
         return prompt
 
     def _views(
         self, request: Request, prompt: PromptTokens, size: tuple[int, int]
     ) -> dict[str, np.ndarray]:
-        """Return the reference_* arrays of a request's images, as in training (data/examples.py)."""
-        slots, side = (
-            self.config.model.editing.reference_slots,
-            self.config.model.tokenizer.encoder.image_size,
-        )
+        """Return the reference_* arrays of a request, as training has them (data/examples.py)."""
+        slots = self.config.model.editing.reference_slots
+        side = self.config.model.tokenizer.encoder.image_size
         blank = tuple(np.zeros((*shape, 3), np.uint8) for shape in (size, (side, side)))
         views = [images.views(image, size, side, self.config.data.crop) for image in request.images]
         views += [blank] * (slots - len(views))
@@ -289,17 +302,22 @@ class Pipeline:
         }
 
     def settings(self, **overrides: Any) -> SamplingConfig:
-        """Return the checkpoint's sampling settings with `overrides` (None leaves one as it is)."""
+        """Return the checkpoint's sampling settings with `overrides`; None keeps a setting.
+
+        Raises UserError for an unknown setting.
+        """
         known = {f.name for f in dataclasses.fields(SamplingConfig)}
         if unknown := set(overrides) - known:
             raise UserError(
-                f"unknown sampling setting {', '.join(sorted(unknown))}: it takes {', '.join(sorted(known))}"
+                f"unknown sampling setting {', '.join(sorted(unknown))}: "
+                f"use {', '.join(sorted(known))}"
             )
         settings = dataclasses.replace(
             self.config.sampling, **{k: v for k, v in overrides.items() if v is not None}
         )
         shards = self.strategy.batch_shards
-        # Padded up, since every device needs a row; rows past the last prompt are dropped.
+        # Every device needs a row, so the batch size is rounded up; rows past the last prompt are
+        # dropped.
         return dataclasses.replace(settings, batch_size=-(-settings.batch_size // shards) * shards)
 
     def autoencode(self, pixels_BHWC: np.ndarray) -> np.ndarray:
@@ -307,7 +325,7 @@ class Pipeline:
         return self._by_image(self._autoencode, pixels_BHWC)
 
     def codes(self, tokenizer_pixels_BHWC: np.ndarray) -> np.ndarray:
-        """Encode uint8 images at the tokenizer's size to codebook indices [B, N]."""
+        """Encode uint8 images [B, S, S, 3] at the tokenizer's size to codebook indices [B, N]."""
         return self._by_image(self._codes, tokenizer_pixels_BHWC)
 
     def _model(self, params: Any) -> Blip3o:
@@ -323,8 +341,10 @@ class Pipeline:
     def _by_image(
         self, program: Callable[[Any, np.ndarray], jax.Array], pixels_BHWC: np.ndarray
     ) -> np.ndarray:
-        """Return the outputs of `program` for each image [B, H, W, 3]. The last image is repeated
-        until the batch divides over the mesh; the outputs for the copies are dropped.
+        """Return the outputs of `program` for each image [B, H, W, 3].
+
+        The last image is repeated until the batch size is divisible by the mesh's batch shards; the
+        outputs of the copies are dropped.
         """
         missing = -len(pixels_BHWC) % self.strategy.batch_shards
         padded_BHWC = np.concatenate([pixels_BHWC, np.repeat(pixels_BHWC[-1:], missing, axis=0)])
@@ -332,8 +352,10 @@ class Pipeline:
 
 
 def _batch_size(requests: int, largest: int, shards: int) -> int:
-    """Return the number of rows of a batch for so many requests, padding included: `largest`, and
-    for fewer requests a power of two on every one of `shards`, so that few programs are compiled.
+    """Return the number of rows of a batch for `requests`, padding included.
+
+    It is `largest`, or for fewer requests a power of two per shard, so that few programs are
+    compiled.
     """
     return min(largest, shards * 2 ** (-(-requests // shards) - 1).bit_length())
 
@@ -359,22 +381,24 @@ def _check_image(image: Any) -> None:
     )
     check(
         fits,
-        f"an image must be a uint8 array [H, W, 3], not {found}: blip3o_jax.data.images.load reads one from a file",
+        f"an image must be a uint8 array [H, W, 3], not {found}: "
+        "blip3o_jax.data.images.load reads one from a file",
     )
 
 
 def load(path: str | pathlib.Path, mesh: MeshConfig | None = None) -> Pipeline:
-    """Load the pipeline of a joint run's checkpoint: its workdir, checkpoints directory or one
-    step. Needs nothing else.
+    """Load the pipeline from the checkpoint of a run of stage "joint".
 
-    `mesh` places it (all devices, batch-parallel, by default). Raises UserError when `path` is not
-    such a checkpoint.
+    `path` is the run's workdir, its checkpoints directory or one step; no other file is needed.
+    `mesh` places the model (default: all devices, data-parallel). Raises UserError when `path` is
+    not such a checkpoint.
     """
     root, _ = checkpoints.find(path)
     config = checkpoints.read_config(root)
     if config.stage != "joint":
         raise UserError(
-            f"{root} was written by stage {config.stage!r}; sampling needs a checkpoint of stage 'joint'"
+            f"{root} was written by stage {config.stage!r}; sampling needs a checkpoint of stage "
+            "'joint'"
         )
     mesh = mesh or MeshConfig(data=-1, fsdp=1, strategy="dp")
     strategy = Strategy.of(mesh)
@@ -394,11 +418,12 @@ def generate_to_directory(
     seed: int,
     overrides: dict[str, Any],
 ) -> list[pathlib.Path]:
-    """Write 00000.png, ... , a labelled grid.png and prompts.jsonl under `out`; returns the
-    images' paths. `requests` are the fields of `Request`.
+    """Sample and write 00000.png, ..., a labelled grid.png and prompts.jsonl under `out`.
+
+    Returns the images' paths. `requests` are the fields of `Request`.
     """
     check_images_out(pathlib.Path(out))
     generated = load(checkpoint).generate_requests(
         [Request(*fields) for fields in requests], seed=seed, progress=True, **overrides
     )
-    return write_images(generated.images, generated.prompts, pathlib.Path(out))
+    return write_images(list(generated.images), generated.prompts, pathlib.Path(out))

@@ -1,5 +1,6 @@
-"""The compiled sampling programs: prompts -> images, or text. `pipeline.py` runs them for users,
-reinforcement learning for its rollouts.
+"""Compile the sampling programs, which map prompts to images or text.
+
+`pipeline.py` runs them for users, reinforcement learning for rollouts.
 
 Legend: B batch, L prompt length, N image tokens, H W C image or latent, R reference slots.
 """
@@ -20,18 +21,19 @@ from blip3o_jax.parallel.rules import Strategy
 from blip3o_jax.rows import insert_references
 from blip3o_jax.text.vocabulary import Vocabulary, codes_from_image_ids, image_ids_from_codes
 
-# Prompts are padded to a multiple of this many tokens, so that few lengths are compiled.
+# Prompts are padded to a multiple of this number of tokens, so that few lengths are compiled.
 LENGTH_BUCKET = 32
 
 
 def make_image_sampler(
     graphdef: Any, strategy: Strategy, image_ids: tuple[int, int]
 ) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """Return the compiled program that samples a batch of images: (params, tokens_BL, lengths_B,
-    indices_B, seed, settings, references, size), settings and size static, -> (uint8 images [B, H,
-    W, 3], codes [B, N]). `image_ids` is (first, last + 1); `references` are the reference_* arrays
-    of a batch whose rows have reference slots, or None; `size` is (height, width), None the model's
-    first.
+    """Return the compiled program that samples a batch of images.
+
+    The program maps (params, tokens_BL, lengths_B, indices_B, seed, settings, references, size),
+    with static settings and size, to (uint8 images [B, H, W, 3], codes [B, N]). `references` holds
+    the reference_* arrays of a batch whose rows have reference slots, or is None; `size` is
+    (height, width), None for the model's first. `image_ids` is (first, last + 1).
     """
 
     def sample(
@@ -72,8 +74,9 @@ def generate_images(
     references: dict[str, jax.Array] | None,
     size: tuple[int, int] | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Sample images [B, H, W, 3] in [0, 1], float32, and the ids of their tokens [B, N] from
-    prompts. `keys` are those of `sampling_keys`, other arguments those of `make_image_sampler`'s
+    """Sample images from prompts: [B, H, W, 3] in [0, 1], float32, and their tokens' ids [B, N].
+
+    `keys` are those of `sampling_keys`; the other arguments are those of `make_image_sampler`'s
     program.
     """
     token_keys_B, noise_keys_B = keys
@@ -83,10 +86,8 @@ def generate_images(
     tokens = sample_image_tokens(
         model, tokens_BL, lengths_B, token_keys_B, settings, image_ids, embedded_PLD=embedded_BLD
     )
-    noise_BHWC, guidance = (
-        prepare_latents(model.cfg, noise_keys_B, size),
-        model.guidance(tokens.hidden_BTD, settings, encoded),
-    )
+    noise_BHWC = prepare_latents(model.cfg, noise_keys_B, size)
+    guidance = model.guidance(tokens.hidden_BTD, settings, encoded)
     with nn.part("dit"):
         z_BHWC = sampler.sample(
             model.dit, guidance, noise_BHWC, steps=settings.steps, flow=model.cfg.flow
@@ -97,14 +98,13 @@ def generate_images(
 def make_text_sampler(
     graphdef: Any, strategy: Strategy, vocabulary: Vocabulary
 ) -> Callable[..., TextOutput]:
-    """Return the compiled program that samples text; arguments are those of `make_image_sampler`'s
-    program, and `max_new_tokens`, static.
+    """Return the compiled program that samples text.
+
+    Its arguments are those of `make_image_sampler`'s program, and a static `max_new_tokens`.
     """
-    stop, text_ids, image_token_offset = (
-        vocabulary.end_of_turn,
-        (0, vocabulary.image_start),
-        vocabulary.image_token_offset,
-    )
+    stop = vocabulary.end_of_turn
+    text_ids = (0, vocabulary.image_start)
+    image_token_offset = vocabulary.image_token_offset
 
     def sample(
         params: Any,
@@ -146,12 +146,15 @@ def _insert_references(
     references: dict[str, jax.Array] | None,
     image_token_offset: int,
 ) -> tuple[jax.Array, jax.Array | None, References | None]:
-    """Insert the reference images into the prompts: return the tokens, embeddings where these are
-    not the tokens', and the encoded references.
+    """Insert the reference images into the prompts.
+
+    Returns the tokens, the embeddings (None where they are those of the tokens) and the encoded
+    references.
     """
     if references is None:
         return tokens_BL, None, None
-    encoded, span_BR = encode_references(model, references), references["reference_span"]
+    encoded = encode_references(model, references)
+    span_BR = references["reference_span"]
     tokens_BL = insert_references(
         tokens_BL,
         span_BR,
@@ -168,9 +171,13 @@ def _insert_references(
 
 
 def sampling_keys(seed: jax.Array, indices_B: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return the keys of each row's image tokens and of its noise, folded from (seed, index)."""
+    """Return the keys [B] of each row's image tokens and of its noise.
+
+    They depend only on (seed, index of the row), so that a sample does not depend on its batch.
+    """
     keys_B = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(indices_B)
-    return tuple(jax.vmap(jax.random.split, out_axes=1)(keys_B))
+    token_keys_B, noise_keys_B = jax.vmap(jax.random.split, out_axes=1)(keys_B)
+    return token_keys_B, noise_keys_B
 
 
 def sample_image_tokens(
@@ -182,7 +189,7 @@ def sample_image_tokens(
     image_ids: tuple[int, int],
     **more: Any,
 ) -> SampleOutput:
-    """Call `generate_image_tokens` with `settings`; `more` are further arguments of it."""
+    """Call `generate_image_tokens` with `settings`; `more` are its further arguments."""
     with nn.part("ar"):
         return generate_image_tokens(
             model.ar,
@@ -202,7 +209,7 @@ def sample_image_tokens(
 def prepare_latents(
     cfg: ModelConfig, keys_B: jax.Array, size: tuple[int, int] | None = None
 ) -> jax.Array:
-    """Sample the initial noise of the latents of images of `size`, float32 [B, H, W, C]."""
+    """Sample the latents' initial noise [B, H, W, C], float32, for images of `size` pixels."""
     shape = (
         *(side // cfg.vae.spatial_compression for side in size or cfg.sizes[0]),
         cfg.vae.latent_channels,
@@ -211,5 +218,5 @@ def prepare_latents(
 
 
 def to_uint8(x: jax.Array) -> jax.Array:
-    """Convert [0, 1] to uint8, rounded."""
+    """Convert values in [0, 1] to uint8, rounded to nearest."""
     return jnp.round(x * 255).astype(jnp.uint8)

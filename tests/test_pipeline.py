@@ -161,8 +161,7 @@ def test_eight_devices_give_the_same(checkpoint, unrounded_on_one, alone, name):
         (
             ["a cat"],
             {"stepps": 3},
-            "unknown sampling setting stepps: it takes batch_size, guidance, reference_guidance, "
-            "steps",
+            "unknown sampling setting stepps: use batch_size, guidance, reference_guidance, steps",
         ),
         (["a cat"], {"top_p": 2.0}, "sampling.top_p=2.0"),
         (["a cat"], {"top_p": 0.0}, "sampling.top_p=0.0"),
@@ -366,7 +365,7 @@ def test_what_cannot_be_shown_is_one_line(seeing, on_one):
         (
             on_one,
             lambda m: m.edit([photo], ["x"]),
-            "images given: 1, but the model was not trained to take any",
+            "images given: 1, but the model was not trained with any",
         ),
         (seeing, lambda m: m.edit([photo], [" "]), "the instruction is empty"),
         (seeing, lambda m: m.ask([photo], [""]), "the question is empty"),

@@ -1,1 +1,1 @@
-"""Import published PyTorch weights and export trained ones: name tables, import, export, verify."""
+"""Import published PyTorch weights, export trained ones, and verify both."""

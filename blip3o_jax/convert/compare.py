@@ -1,9 +1,8 @@
-"""Compute parts in PyTorch and here, in float32 from the same seeded inputs, and find the first
-layer where they differ.
+"""Compare the outputs of parts in PyTorch and JAX and find the first layer where they differ.
 
-Needs the extra [convert]. PyTorch's modules are the stock classes, filled by PyTorch's own loaders
-(torch_files.py). They compute first and are let go of before this package's are read, so that one side
-is in memory at a time.
+Both compute in float32 from the same seeded inputs. Needs the extra [convert]. PyTorch's modules
+are the stock classes, filled by PyTorch's own loaders (torch_files.py). They run first and are
+freed before this package's are read, so that only one side is in memory at a time.
 
 Inputs and outputs are numpy arrays, images and latents as [B, H, W, C]. Legend: B batch, L row
 length, N image tokens, T condition tokens, D width, C channels, H W image or latent.
@@ -37,7 +36,7 @@ from blip3o_jax.text.vocabulary import Vocabulary
 from blip3o_jax.train.checkpoint import restore_parts
 
 Arrays = dict[str, np.ndarray]
-# The stock classes whose instances are stacked here.
+# The stock classes of the layers that this package stacks.
 LAYERS = (
     "Qwen3DecoderLayer",
     "SiglipEncoderLayer",
@@ -46,16 +45,17 @@ LAYERS = (
     "ResBlock",
     "EfficientViTBlock",
 )
-# Small, since weights are what takes time; larger than any kernel, so that every weight has its
-# effect.
+# Small, since reading weights takes most of the time; larger than any kernel, so that every weight
+# affects the outputs.
 ROW_LENGTH = 24
 LATENT_SIZE = 8
 
 
 @dataclasses.dataclass(frozen=True)
 class Computation:
-    """One computation, from `inputs` to named outputs on both sides. `valid_BL`: mask of the AR's
-    positions that are no padding.
+    """Hold a computation from `inputs` to named outputs, as PyTorch and JAX functions.
+
+    `valid_BL` is the mask of the AR's positions that are not padding.
     """
 
     inputs: Arrays
@@ -64,12 +64,14 @@ class Computation:
     valid_BL: np.ndarray | None = None
 
     def without_padding(self, x: np.ndarray) -> np.ndarray:
-        """Return `x` without padding, if it is [B, L, ...] of the AR."""
+        """Return `x` without padding positions if it is an AR output [B, L, ...]."""
         masked = self.valid_BL is not None and x.shape[:2] == self.valid_BL.shape
         return x[self.valid_BL] if masked else x
 
 
 class TorchResult(NamedTuple):
+    """Hold the outputs of a PyTorch run and its layers' outputs."""
+
     outputs: Arrays
     layers: list[tuple[str, np.ndarray]]  # full names, in the order they ran
 
@@ -82,10 +84,11 @@ def compare(
     computations: Sequence[Computation],
     expected: Sequence[TorchResult],
 ) -> tuple[Output, ...]:
-    """Return the outputs of computations over models of `parts`: of the checkpoint at `path`,
-    against what PyTorch's model gave.
+    """Run `computations` on the checkpoint at `path` and compare with PyTorch's results.
+
+    `expected` holds the results of PyTorch's model of `parts`, one for each computation.
     """
-    gc.collect()  # PyTorch's model, which the caller has let go of
+    gc.collect()  # free PyTorch's model, which the caller no longer references
     graphdef, params = load_jax(path, config, parts, ema=ema)
     with jax.default_matmul_precision("highest"):
         return tuple(
@@ -100,14 +103,12 @@ def compare(
 def load_jax(
     path: pathlib.Path, config: Config, parts: Sequence[str], *, ema: bool
 ) -> tuple[Any, Any]:
-    """Return (graphdef, parameters) of a model of `parts` on one device, computing in float32 with
-    parameters cast to it.
-    """
+    """Return (graphdef, parameters) of a model of `parts`, in float32 on one device."""
     strategy = Strategy.of(MeshConfig(fsdp=1, strategy="dp"), jax.devices()[:1])
     params = restore_parts(path, strategy, tuple(parts), ema=ema)
     leaves, tree = jax.tree.flatten(params)
     del params
-    for i in range(len(leaves)):  # one by one, so that no more than one is there twice
+    for i in range(len(leaves)):  # one by one, so that at most one is in memory twice
         leaves[i] = leaves[i].astype(jnp.float32)
     cfg = in_float32(config.model)
     graphdef, _ = nnx.split(nnx.eval_shape(lambda: Blip3o(cfg, parts, seed=0)))
@@ -115,7 +116,7 @@ def load_jax(
 
 
 def in_float32(cfg: Any) -> Any:
-    """Return a configuration with every dtype in it float32."""
+    """Return a configuration with every dtype set to float32, in nested groups too."""
     changes: dict[str, Any] = {}
     for field in dataclasses.fields(cfg):
         value = getattr(cfg, field.name)
@@ -127,10 +128,9 @@ def in_float32(cfg: Any) -> Any:
 
 
 def computations(part: str, source: Source, seed: int) -> list[Computation]:
-    """Return the computations that a part is compared in; their inputs depend only on the seed and
-    the part.
-    """
-    cfg, rng = source.config.model, np.random.default_rng([seed, list(PREFIXES).index(part)])
+    """Return the computations to compare a part in; inputs depend only on seed and part."""
+    cfg = source.config.model
+    rng = np.random.default_rng([seed, list(PREFIXES).index(part)])
     if part == "ar":
         return [_ar_computation(cfg, shared_vocab_size(source), rng)]
     if part == "tokenizer":
@@ -143,8 +143,9 @@ def computations(part: str, source: Source, seed: int) -> list[Computation]:
 
 
 def shared_vocab_size(source: Source) -> int:
-    """Return how many ids have rows on both sides: all, unless the import made those of the image
-    tokens.
+    """Return the number of ids with rows on both sides.
+
+    The rows of image tokens are missing in the files if the import initialised them.
     """
     return (
         source.text_rows
@@ -154,7 +155,7 @@ def shared_vocab_size(source: Source) -> int:
 
 
 def _ar_computation(cfg: ModelConfig, ids: int, rng: np.random.Generator) -> Computation:
-    """Compare three rows: full, padded on the right, padded on the left."""
+    """Return a computation on three rows: full, padded right, and padded left."""
     index_L = np.arange(ROW_LENGTH)
     segments_BL = np.stack([index_L >= 0, index_L < ROW_LENGTH - 5, index_L >= 7]).astype(np.int32)
     inputs = {
@@ -177,7 +178,7 @@ def _ar_computation(cfg: ModelConfig, ids: int, rng: np.random.Generator) -> Com
 
 
 def _connector_computation(part: str, cfg: ModelConfig, rng: np.random.Generator) -> Computation:
-    """Compare two rows, one of them masked out."""
+    """Return a computation on two rows, one of them dropped."""
     width = {"connector": cfg.ar.hidden_size, "latent_connector": cfg.vae.latent_channels}
     d_in = width.get(part, cfg.tokenizer.encoder.hidden_size)
     inputs = {
@@ -201,17 +202,19 @@ def _tokenizer_computations(cfg: ModelConfig, rng: np.random.Generator) -> list[
 
 
 def latent_size(cfg: ModelConfig) -> int:
-    """Return a small side that divides into patches."""
+    """Return a small latent side that is a multiple of the patch size."""
     patch = cfg.dit.patch_size
     return max(min(LATENT_SIZE, cfg.dit.sample_size) // patch, 1) * patch
 
 
 def _dit_computation(cfg: ModelConfig, rng: np.random.Generator) -> Computation:
-    """Compare two rows, higher than wide, between integer timesteps. Large timesteps are left out:
-    there the rounding of an embedding's frequency, in which PyTorch's exp and the exact one differ
-    for 2 of 128, is multiplied by the timestep.
+    """Return a computation on two latents, higher than wide, at fractional timesteps.
+
+    Large timesteps are not compared: the timestep multiplies the rounding error of an embedding's
+    frequency, and PyTorch's exp is inexact for 2 of the 128 frequencies.
     """
-    side, patch = latent_size(cfg), cfg.dit.patch_size
+    side = latent_size(cfg)
+    patch = cfg.dit.patch_size
     inputs = {
         "z": _normal(rng, 2, side + patch, side, cfg.dit.in_channels),
         "timestep": np.array([187.4375, 62.8125], np.float32),
@@ -227,8 +230,9 @@ def _dit_computation(cfg: ModelConfig, rng: np.random.Generator) -> Computation:
 
 
 def _vae_computations(cfg: ModelConfig, rng: np.random.Generator) -> list[Computation]:
-    """Compare a square image and a wider one, and latents that are wider than high."""
-    factor, channels = cfg.vae.spatial_compression, cfg.vae.latent_channels
+    """Return computations on a square image, a wide image, and wide latents."""
+    factor = cfg.vae.spatial_compression
+    channels = cfg.vae.latent_channels
 
     def encode(width: int) -> Computation:
         name = f"encode to 2 x {width}"
@@ -250,10 +254,12 @@ def _vae_computations(cfg: ModelConfig, rng: np.random.Generator) -> list[Comput
 
 
 def joint_computation(source: Source, seed: int) -> Computation:
-    """Compare the joint losses of a batch with made-up codes and latents and two noise samples a
-    row, sampled once.
+    """Return the computation of the joint losses on random codes and latents.
+
+    Each row has two noise samples, which both sides share.
     """
-    cfg, rng = source.config.model, np.random.default_rng([seed, len(PREFIXES)])
+    cfg = source.config.model
+    rng = np.random.default_rng([seed, len(PREFIXES)])
     image_token_offset = Vocabulary(
         source.tokenizer, cfg.tokenizer.codebook_size
     ).image_token_offset
@@ -299,10 +305,12 @@ def joint_computation(source: Source, seed: int) -> Computation:
 
 
 def _joint_batch(cfg: ModelConfig, image_token_offset: int, rng: np.random.Generator) -> Arrays:
-    """Return two rows as in `data.sequence`: text, scale token, image tokens, two ids of the end,
-    padding.
+    """Return a batch of two rows as data/sequence.py lays them out.
+
+    A row is text, scale token, image tokens, two end ids and padding.
     """
-    tokens, side = cfg.tokenizer.num_tokens, latent_size(cfg)
+    tokens = cfg.tokenizer.num_tokens
+    side = latent_size(cfg)
     span_B = np.array([8, 13], np.int32)
     index_L = np.arange(span_B.max() + tokens + 4, dtype=np.int32)
     valid_BL = index_L < span_B[:, None] + tokens + 3
@@ -324,6 +332,7 @@ def _normal(rng: np.random.Generator, *shape: int) -> np.ndarray:
 
 
 def run_torch(computation: Computation, model: torch_model.Blip3o) -> TorchResult:
+    """Run a computation on PyTorch's model, recording its layers."""
     inputs = {name: _channels(torch.tensor(x), 3) for name, x in computation.inputs.items()}
     inputs = {name: x.long() if x.dtype == torch.int32 else x for name, x in inputs.items()}
     with torch.no_grad(), _capture_torch_layers(model) as layers:
@@ -332,7 +341,7 @@ def run_torch(computation: Computation, model: torch_model.Blip3o) -> TorchResul
 
 
 def _channels(x: torch.Tensor, channel_axis: int) -> torch.Tensor:
-    """Move the channels of images and latents: from the end (3) to dimension 1, or back (-1)."""
+    """Move the channels of a 4-D tensor from dimension 3 to 1 (`channel_axis` 3) or back (-1)."""
     if x.ndim != 4:
         return x
     return x.movedim(3, 1) if channel_axis == 3 else x.movedim(1, 3)
@@ -340,9 +349,7 @@ def _channels(x: torch.Tensor, channel_axis: int) -> torch.Tensor:
 
 @contextlib.contextmanager
 def _capture_torch_layers(model: torch_model.Blip3o) -> Iterator[list[tuple[str, np.ndarray]]]:
-    """Yield the list of (name, output) of each module of a class in `LAYERS`, in the order they
-    run.
-    """
+    """Yield a list that receives (name, output) of each module of a class in `LAYERS`."""
     seen: list[tuple[str, np.ndarray]] = []
 
     def record(name: str, module: torch.nn.Module, args: Any, output: Any) -> None:
@@ -369,11 +376,9 @@ def _compare(
         params, computation.inputs
     )
     found = []
-    for name, expected in expected_run.outputs.items():
-        got, expected = (
-            computation.without_padding(np.asarray(outputs[name])),
-            computation.without_padding(expected),
-        )
+    for name, padded in expected_run.outputs.items():
+        got = computation.without_padding(np.asarray(outputs[name]))
+        expected = computation.without_padding(padded)
         if np.issubdtype(expected.dtype, np.integer):
             agreement = float(np.mean(got == expected)) if got.shape == expected.shape else 0.0
             found.append(Output(name, None, agreement))
@@ -394,8 +399,9 @@ def _first_differing_layer(
     merge: Callable[[Any], Any],
     params: Any,
 ) -> tuple[str, float | None]:
-    """Return (full name in PyTorch's model, error) of the first layer whose outputs differ, or ("",
-    None).
+    """Return (full name in PyTorch's model, error) of the first layer whose outputs differ.
+
+    Returns ("", None) if no stacked layer differs.
     """
 
     @jax.jit
@@ -408,14 +414,14 @@ def _first_differing_layer(
     for ours, theirs in zip(
         _stacks(records, [("", r.index) for r in records]), _torch_stacks(layers), strict=True
     ):
-        # Layers past the one that a tokenizer reads its features from are computed here without effect,
-        # and not there.
+        # `strict=False`: PyTorch does not run the encoder's layers past the selected one, which
+        # this package's scan skips but records.
         for record, (name, expected) in zip(ours, theirs, strict=False):
             error = relative_error(
                 computation.without_padding(np.asarray(record.carry)),
                 computation.without_padding(expected),
             )
-            if not error <= TOLERANCE:
+            if not error <= TOLERANCE:  # also true for NaN
                 return name, error
     return "", None
 
@@ -426,7 +432,11 @@ def _torch_stacks(layers: list[tuple[str, np.ndarray]]) -> list[list[tuple[str, 
 
 
 def _stacks(layers: Sequence[Any], layer_ids: Sequence[tuple[str, int]]) -> list[list[Any]]:
-    """Split the layers that ran by stack; `layer_ids`: (name of the stack, index in it) of each."""
+    """Split layers, in the order they ran, by stack.
+
+    `layer_ids` holds (name of the stack, index in it) of each. A new stack starts when the name
+    changes or the index does not increase.
+    """
     found: list[list[Any]] = []
     last = ("", sys.maxsize)
     for layer, layer_id in zip(layers, layer_ids, strict=True):

@@ -1,4 +1,4 @@
-"""Write a directory atomically: complete or not at all."""
+"""Write a directory atomically: after a failure it is absent or unchanged."""
 
 import contextlib
 import json
@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from blip3o_jax import files
 from blip3o_jax.config import UserError
 
-# In every directory made here: the names written. What holds others as well is not replaced.
+# Lists the names written to a directory; one that holds further names is not overwritten.
 MANIFEST = ".blip3o_output.json"
 
 
@@ -20,12 +20,11 @@ MANIFEST = ".blip3o_output.json"
 def atomic_directory(
     out: pathlib.Path, *, overwrite: bool, sources: Iterable[pathlib.Path | None] = ()
 ) -> Iterator[pathlib.Path]:
-    """Yield an empty directory beside `out`, which is renamed to `out` when the body ends and
-    removed when it fails.
+    """Yield an empty directory next to `out`; rename it to `out` after the block.
 
-    UserError where `out` exists without `overwrite`, where it is no earlier output (or holds what
-    was put there since), where it overlaps one of `sources`, which are read meanwhile, or where the
-    disk refuses; nothing is touched then.
+    It is removed if the block fails. Raises UserError when `out` exists without `overwrite`, when
+    it is not an earlier output or holds files added since, when it overlaps one of `sources`, which
+    the block reads, or when the file system fails; `out` is unchanged then.
     """
     out = pathlib.Path(os.path.realpath(out))
     _check_disjoint(out, sources)
@@ -40,7 +39,7 @@ def atomic_directory(
         yield partial
         names = sorted(path.name for path in partial.iterdir())
         (partial / MANIFEST).write_text(json.dumps({"written": names}) + "\n", encoding="utf-8")
-        _check_absent(out, overwrite)  # it may have come meanwhile
+        _check_absent(out, overwrite)  # another process may have created it during the block
         _replace(out, partial)
     except Exception as error:
         if isinstance(error, UserError) or (found := files.system_error(error)) is None:
@@ -52,13 +51,15 @@ def atomic_directory(
 
 
 def check_space(out: pathlib.Path, needed: int) -> None:
-    """Raise UserError where the file system of `out` has less than `needed` bytes left."""
+    """Raise UserError when the file system of `out` has less than `needed` bytes free."""
     real = pathlib.Path(os.path.realpath(out))
-    there = next((p for p in real.parents if p.exists()), real)  # of / itself, which has none above
+    # The root directory has no parents.
+    there = next((p for p in real.parents if p.exists()), real)
     free = shutil.disk_usage(there).free
     if free < needed:
         raise UserError(
-            f"{out} needs {needed / 1e6:,.1f} MB, but {there} has {free / 1e6:,.1f} MB left: free some, or move --out"
+            f"{out} needs {needed / 1e6:,.1f} MB, but {there} has {free / 1e6:,.1f} MB free: "
+            "delete files there, or choose another --out"
         )
 
 
@@ -66,7 +67,7 @@ def _check_disjoint(out: pathlib.Path, sources: Iterable[pathlib.Path | None]) -
     for source in sources:
         read = pathlib.Path(os.path.realpath(source)) if source is not None else None
         if read is not None and (out == read or out in read.parents or read in out.parents):
-            raise UserError(f"{out} overlaps {read}, which is read: choose an --out beside it")
+            raise UserError(f"{out} overlaps {read}, which is read: choose an --out outside of it")
 
 
 def _check_absent(out: pathlib.Path, overwrite: bool) -> None:
@@ -85,18 +86,17 @@ def _check_absent(out: pathlib.Path, overwrite: bool) -> None:
         )
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(
-            f"{out} was not written by blip3o convert, so it is not overwritten: choose another --out"
+            f"{out} was not written by blip3o convert and is not overwritten: choose another --out"
         ) from None
     if extra := sorted(there - known):
         raise UserError(
-            f"{out} holds {extra[0]}, which is of no earlier output, so it is not overwritten: move it elsewhere"
+            f"{out} holds {extra[0]}, which blip3o convert did not write: move it elsewhere, or "
+            "choose another --out"
         )
 
 
 def _remove(directory: pathlib.Path) -> None:
-    """Remove a directory until it stays away: threads of a failed Orbax save may still be writing
-    to it.
-    """
+    """Remove a directory, retrying: threads of a failed Orbax save may still write to it."""
     for _ in range(50):
         if not directory.exists():
             return

@@ -1,9 +1,10 @@
-"""Export a checkpoint to PyTorch files, parameter by parameter, each tensor written at its offset
-in files allocated at full size.
+"""Export a checkpoint to PyTorch files, parameter by parameter.
 
-OUT/model*.safetensors, config.json, generation_config.json, the text tokenizer     the BLIP3o-NEXT layout
-OUT/ar, OUT/dit, OUT/scheduler, OUT/vae                                             stock directories, with `parts`
-OUT/ta_tok/ta_tok.pth                                                               TA-Tok's own file, with `parts`
+Each tensor is written at its offset in files allocated at full size. The output is the BLIP3o-NEXT
+layout, or with `parts` the directories of the stock classes:
+
+OUT/model*.safetensors, config.json, generation_config.json, the text tokenizer's files
+OUT/ar, OUT/dit, OUT/scheduler, OUT/vae, OUT/ta_tok/ta_tok.pth
 """
 
 import dataclasses
@@ -36,20 +37,21 @@ from blip3o_jax.text.tokenizers import load_tokenizer
 from blip3o_jax.text.vocabulary import NUM_SCALES, Vocabulary
 from blip3o_jax.train.checkpoint import find, read_config, stored_text
 
-PARALLEL_READ_BYTES = 2**27  # bytes
+PARALLEL_READ_BYTES = 2**27  # parameters up to this total size are read together
 STOCK_PARTS = ("ar", "dit", "vae", "ta_tok")
-PART_OF = {"ta_tok": "tokenizer"}  # where its name in the model is another
-# Of the image processor, in the published layout: the model's pixels come scaled, so this scales no
-# further.
+PART_OF = {"ta_tok": "tokenizer"}  # names on the command line that differ from the model's
+# The scaling layer in the published layout is the identity: pixels are already in [-1, 1].
 SCALE_LAYER = {"scale_layer.shift": 0.0, "scale_layer.scale": 1.0}
-# TA-Tok alone takes pixels in [0, 1].
+# In TA-Tok's separate file it maps pixels in [0, 1] to [-1, 1].
 TA_TOK_SCALE_LAYER = {"scale_layer.shift": 0.5, "scale_layer.scale": 0.5}
 
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """What an export has written: bytes and tensors, peak resident memory in bytes, seconds, notes
-    for the user.
+    """Hold the results of an export.
+
+    `size` is the bytes written, `tensors` their number, `peak` the peak resident memory in bytes,
+    `seconds` the duration and `notes` lines for the user.
     """
 
     size: int
@@ -69,12 +71,11 @@ def export_weights(
     ema: bool = False,
     overwrite: bool = False,
 ) -> Summary:
-    """Write the directory `out` atomically: the BLIP3o-NEXT layout, or the stock directories of
-    `parts`.
+    """Write `out` atomically: the BLIP3o-NEXT layout, or the stock directories of `parts`.
 
-    `dtype` "" keeps the checkpoint's. Low-rank factors are merged (merged.py), and the sums rounded
-    to the dtype written. UserError where the checkpoint lacks a part, or averages that `ema` asks
-    for.
+    `dtype` "" keeps the checkpoint's. Low-rank factors are merged (merged.py) and the sums rounded
+    to the dtype written. `ema` exports averaged parameters. Raises UserError when the checkpoint
+    lacks a part or the averages.
     """
     began = time.monotonic()
     root, step = find(source)
@@ -92,7 +93,7 @@ def export_weights(
         if parts:
             for name in parts:
                 exporter.write_stock_part(name, directory / name)
-            # What the directories beside it are of.
+            # Records the version and the parts of the directories.
             write_json(
                 directory / "config.json", {SECTION: {"version": __version__, "parts": list(parts)}}
             )
@@ -104,6 +105,8 @@ def export_weights(
 
 
 class _Exporter:
+    """Write the files of one export."""
+
     def __init__(
         self,
         config: Config,
@@ -114,24 +117,31 @@ class _Exporter:
         dtype: str,
         max_shard_bytes: int,
     ):
-        self.config, self.model, self.root, self.weights = config, config.model, root, weights
-        # Weights that were trained here get the buffers of the reference's class, as do those that
-        # were put together.
+        self.config = config
+        self.model = config.model
+        self.root = root
+        self.weights = weights
+        # Only an import of one BLIP3o-NEXT directory has stored the buffers of the reference's
+        # class; for other checkpoints they are created.
         self.whole_source = record is not None and not record.own_tokenizer
-        self.record, self.unread = record or Record(), unread
-        self.dtype, self.max_shard_bytes = dtype, max_shard_bytes
-        self.size, self.count, self.notes = 0, 0, list[str]()
+        self.record = record or Record()
+        self.unread = unread
+        self.dtype = dtype
+        self.max_shard_bytes = max_shard_bytes
+        self.size = 0
+        self.count = 0
+        self.notes: list[str] = []
         self._own_dtypes = dict(self.record.dtypes)
 
     def size_of(self, parts: Sequence[str]) -> int:
-        """Return the bytes of the parameters to write, within a few."""
+        """Return the approximate number of bytes to write."""
         chosen = [PART_OF.get(p, p) for p in parts] or [
             p for p in PREFIXES if p in self.weights.parts
         ]
         return sum(plan.size for part in chosen for plan in self._tensors(part, ""))
 
     def check(self, parts: Sequence[str]) -> None:
-        """Raise UserError unless everything asked for is in the checkpoint."""
+        """Raise UserError unless the checkpoint holds all parts to export."""
         for name in parts:
             config_lib.check_choice("--parts", name, STOCK_PARTS)
             config_lib.check(parts.count(name) == 1, f"--parts names {name} twice")
@@ -144,8 +154,9 @@ class _Exporter:
         ]
         if missing := [part for part in wanted if part not in self.weights.parts]:
             raise UserError(
-                f"{self.root} holds no part {', '.join(missing)}, only {', '.join(self.weights.parts)}: name those to export "
-                "with --parts, or give a checkpoint of stage 'joint'"
+                f"{self.root} holds no part {', '.join(missing)}, only "
+                f"{', '.join(self.weights.parts)}: select parts to export with --parts, or give a "
+                "checkpoint of stage 'joint'"
             )
 
     def write_model(self, directory: pathlib.Path) -> None:
@@ -162,7 +173,7 @@ class _Exporter:
         write_json(directory / "config.json", self._config_json(vocabulary))
         self._write_text(directory, vocabulary)
         if left := [part for part in self.weights.parts if part not in PREFIXES]:
-            self.notes.append(f"parts {', '.join(left)} belong to training only and were left out")
+            self.notes.append(f"parts {', '.join(left)} belong to training only: not exported")
 
     def write_stock_part(self, name: str, directory: pathlib.Path) -> None:
         """Write the directory of one part's stock class."""
@@ -183,9 +194,7 @@ class _Exporter:
             write_json(scheduler / "scheduler_config.json", stock_config("scheduler", self.model))
 
     def _ta_tok(self, directory: pathlib.Path) -> None:
-        """Write {"model": {"args", "sd"}} as TA-Tok is published where torch is installed, else
-        safetensors.
-        """
+        """Write {"model": {"args", "sd"}} as TA-Tok is published, or safetensors without torch."""
         cfg = self.model.tokenizer
         own = {
             k: v
@@ -203,9 +212,7 @@ class _Exporter:
         _write_ta_tok_pth(directory, args, self.notes)
 
     def _tensors(self, part: str, prefix: str) -> list["_Planned"]:
-        """Return the tensors to write of one part, in the table's order, with a tied head where the
-        source had it.
-        """
+        """Return the tensors of one part in the table's order, with their names and dtypes."""
         stored = str(self.weights.dtype(part))
         planned = []
         for group in groups(part, self.model):
@@ -224,8 +231,9 @@ class _Exporter:
     def _constants(
         self, prefix: str, values: dict[str, float], unread: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Return tensors that nothing here reads: those of the import, and `values` where they are
-        not among them.
+        """Return the tensors that this package does not use: the imported ones and `values`.
+
+        The imported ones alone are returned for the layout of a whole imported source.
         """
         if self.whole_source and prefix:
             return unread
@@ -262,8 +270,8 @@ class _Exporter:
                         )
                     progress.advance(plan.part, tensor.nbytes)
                 del arrays, tensor
-            for name, tensor in constants.items():
-                writer.write(name, tensor.read())
+            for name, constant in constants.items():
+                writer.write(name, constant.read())
         except BaseException:
             writer.abort()
             raise
@@ -278,9 +286,10 @@ class _Exporter:
         ]
 
     def _read(self, planned: Sequence["_Planned"]) -> Iterator[tuple["_Planned", dict[str, Any]]]:
-        """Yield each tensor with its parameters. Small ones are read several at a time, since every
-        read has overhead; large stacks and tables are opened lazily, so that the whole and its
-        pieces are not in memory at once.
+        """Yield each group of tensors with its parameters.
+
+        Small parameters are read several at a time, since every read has overhead. Large stacks and
+        tables are opened lazily, so that the whole and its pieces are not both in memory.
         """
         waiting: list[_Planned] = []
         for i, plan in enumerate(planned):
@@ -316,10 +325,12 @@ class _Exporter:
         write_json(directory / "generation_config.json", self.record.generation or generation)
 
     def _config_json(self, vocabulary: Vocabulary) -> dict[str, Any]:
-        """Return the source's config.json where there was one, updated with the settings of this
-        checkpoint, and a section for what has no published key.
+        """Return config.json: the source's, if any, updated with this checkpoint's settings.
+
+        Settings without a published key are in the section SECTION.
         """
-        source, stock = self.record.config, stock_config("ar", self.model)
+        source = self.record.config
+        stock = stock_config("ar", self.model)
         defaults = {
             "mm_vision_tower": None,
             "mm_hidden_size": self.model.tokenizer.encoder.hidden_size,
@@ -342,13 +353,12 @@ class _Exporter:
             "num_image_tokens": vocabulary.codebook_size,
         }
         key = "torch_dtype" if "torch_dtype" in source else "dtype"
-        if (
-            self.dtype or not self.record.dtypes
-        ):  # else each tensor gets its own back, and what the source said of them holds
+        # Otherwise each tensor is written in its original dtype, and the source's value holds.
+        if self.dtype or not self.record.dtypes:
             stated[key] = self.dtype or self.model.ar.param_dtype
         if not str(source.get("model_type")).startswith("blip3o"):
             stated |= {"architectures": ["blip3oQwenForCausalLM"], "model_type": "blip3o_qwen"}
-        # The tokenizer lies beside config.json, wherever it was read.
+        # The export writes the tokenizer next to config.json.
         model = dataclasses.replace(
             self.model, text=dataclasses.replace(self.model.text, path="text", train_size=0)
         )
@@ -363,8 +373,9 @@ class _Exporter:
 
 @dataclasses.dataclass(frozen=True)
 class _Planned:
-    """A group of parameters and the tensors that it is written as: full name -> shape and dtype, in
-    the order of the layers.
+    """Hold a group of parameters and the tensors to write it as.
+
+    `shapes` and `dtypes` are by the tensors' full names, in the order of the layers.
     """
 
     part: str
@@ -374,21 +385,19 @@ class _Planned:
 
     @property
     def size(self) -> int:
-        """Return the bytes of the tensors."""
+        """Return the tensors' size in bytes."""
         return sum(
             math.prod(shape) * self.dtypes[name].itemsize for name, shape in self.shapes.items()
         )
 
     @property
     def by_rows(self) -> bool:
-        """Return whether this is a table too large to be converted at once."""
+        """Return whether this is a table that is too large to convert at once."""
         return self.size > PARALLEL_READ_BYTES and self.group.rule.by_rows
 
 
 def _converted(plan: _Planned, arrays: dict[str, Any]) -> Iterator[tuple[str, int, np.ndarray]]:
-    """Yield (name, first row, rows) of tensors as they are written: whole, or large tables a few
-    rows at a time.
-    """
+    """Yield (name, first row, rows): whole tensors, or a large table a few rows at a time."""
     for layer, (name, shape) in enumerate(plan.shapes.items()):
         if plan.by_rows:
             (table,) = arrays.values()
@@ -416,14 +425,15 @@ def _special_ids(vocabulary: Vocabulary) -> dict[str, int]:
 
 
 def _write_ta_tok_pth(directory: pathlib.Path, args: dict[str, Any], notes: list[str]) -> None:
-    """Write ta_tok.safetensors as ta_tok.pth with its args, where torch is installed."""
+    """Replace ta_tok.safetensors by ta_tok.pth with its args, if torch is installed."""
     file = directory / "ta_tok.safetensors"
     try:
         import torch
         from safetensors.torch import load_file
     except ImportError:
         notes.append(
-            f"ta_tok is {file.name} with args.json; with PyTorch installed it would be the published ta_tok.pth"
+            f"ta_tok is {file.name} with args.json: install PyTorch to export the published "
+            "ta_tok.pth"
         )
         return
     torch.save({"model": {"args": args, "sd": load_file(file)}}, directory / "ta_tok.pth")

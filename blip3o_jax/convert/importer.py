@@ -1,9 +1,8 @@
-"""Import PyTorch files into a checkpoint, tensor by tensor, each straight into the shards of this
-host.
+"""Import PyTorch files into a checkpoint, copying each tensor into this host's shards.
 
-For every parameter this host's shards of it are made empty; its tensors are read one after the
-other (the next while one is laid out), and copied into the shards they belong to. So at no time is
-more in memory than what stays, one parameter and two tensors.
+For every parameter, empty shards are allocated and its tensors are read and copied into them one
+after the other; the next tensor is read while one is copied. Memory holds at most the result, one
+parameter and two tensors.
 """
 
 import concurrent.futures
@@ -39,8 +38,11 @@ Index = tuple[tuple[int, int], ...]  # start and stop along each dimension
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """What an import has read: bytes of parameters, of those on this host's CPU devices, of the
-    largest tensor; peak resident memory in bytes; seconds of reading and of all.
+    """Hold the results of an import.
+
+    `parameters` is the bytes of all parameters, `host_bytes` of those on this host's CPU devices,
+    `largest` of the largest tensor, `peak` the peak resident memory in bytes; `read_seconds` and
+    `seconds` are the durations of reading and of the whole import.
     """
 
     parameters: int
@@ -52,8 +54,9 @@ class Summary:
 
     @property
     def allowed(self) -> int:
-        """Return the most bytes that may be resident: the host's parameters, 1.25 times the largest
-        tensor, and 1 GiB.
+        """Return the bound on resident bytes that an import keeps.
+
+        It is the host's parameters, 1.25 times the largest tensor, and 1 GiB.
         """
         return self.host_bytes + self.largest * 5 // 4 + 2**30
 
@@ -61,7 +64,10 @@ class Summary:
 def import_weights(
     source: Source, out: pathlib.Path, mesh: MeshConfig | None = None, *, overwrite: bool = False
 ) -> Summary:
-    """Write the checkpoint directory `out` atomically. `mesh` as in `blip3o_jax.load`."""
+    """Write the checkpoint directory `out` atomically; `mesh` is as in `blip3o_jax.load`.
+
+    Raises UserError in a run of several processes, or when `out` cannot be written.
+    """
     began = time.monotonic()
     mesh = mesh or MeshConfig(data=-1, fsdp=1, strategy="dp")
     strategy = Strategy.of(mesh)
@@ -74,7 +80,7 @@ def import_weights(
     )
     if jax.process_count() > 1:
         raise UserError(
-            "import runs in one process: what it writes is read onto any mesh, of any number of hosts"
+            "import runs in one process: start it on one host; any mesh can read the checkpoint"
         )
     check_space(out, size)
     read = {
@@ -152,7 +158,7 @@ def _read_part(
 
 
 def _prefetch(tensors: list[Tensor]) -> Iterator[np.ndarray]:
-    """Yield each tensor's values, reading the next one meanwhile."""
+    """Yield each tensor's values while a thread reads the next one."""
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(tensors[0].read)
         for following in [*tensors[1:], None]:
@@ -163,7 +169,7 @@ def _prefetch(tensors: list[Tensor]) -> Iterator[np.ndarray]:
 
 
 class _Shards:
-    """The shards of one parameter on this host, each once however many devices hold it."""
+    """Hold this host's distinct shards of one parameter; replicas share a buffer."""
 
     def __init__(self, target: jax.ShapeDtypeStruct):
         self.target = target
@@ -177,21 +183,24 @@ class _Shards:
         }
 
     def fill(self, layer: int | None, piece: np.ndarray) -> None:
-        """Copy this host's shards of one layer's piece (None: of the whole parameter)."""
-        for spans, buffer in self.buffers.items():
+        """Copy one layer's piece (None: the whole parameter) into this host's shards."""
+        for index, buffer in self.buffers.items():
+            spans = index
             if layer is not None:
-                (first, last), *spans = spans
+                (first, last), *rest = index
+                spans = tuple(rest)
                 if not first <= layer < last:
                     continue
                 buffer = buffer[layer - first]
             part = piece[
                 tuple(slice(a, min(b, n)) for (a, b), n in zip(spans, piece.shape, strict=True))
             ]
-            if part.shape != buffer.shape:  # the vocabulary is padded here
+            if part.shape != buffer.shape:  # the vocabulary table has padding rows
                 buffer[...] = 0
             copy(buffer[tuple(slice(n) for n in part.shape)], part)
 
     def array(self) -> jax.Array:
+        """Return the parameter as a global array."""
         pieces = [
             jax.device_put(self.buffers[spans], d)
             for spans, devices in self.devices.items()
@@ -203,7 +212,7 @@ class _Shards:
 
 
 def _empty_aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Return an uninitialised array aligned to 64 bytes, which CPU devices use without a copy."""
+    """Return an uninitialised array aligned to 64 bytes, which CPU devices do not copy."""
     size = math.prod(shape) * dtype.itemsize
     memory = np.empty(size + 64, np.uint8)
     start = -memory.ctypes.data % 64
@@ -213,8 +222,10 @@ def _empty_aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 def _resize_vocabulary(
     arrays: dict[str, jax.Array], targets: Mapping[str, jax.ShapeDtypeStruct], source: Source
 ) -> dict[str, jax.Array]:
-    """Resize the vocabulary tables. Rows of new tokens, and rows that stood for no token, are the
-    mean of the text tokenizer's rows, as published.
+    """Resize the vocabulary tables to the model's.
+
+    Rows of new tokens, and rows without a token in the files, become the mean of the text
+    tokenizer's rows, as in the published model.
     """
     ar = source.config.model.ar
     for path, transposed in (("embedding", False), ("lm_head/kernel", True)):
@@ -236,7 +247,7 @@ def _resize_vocabulary(
 def _initialize_part(
     part: str, config: Config, targets: Mapping[str, jax.ShapeDtypeStruct]
 ) -> dict[str, jax.Array]:
-    """Return a part with its initial weights."""
+    """Return {path: array} of a part with initial weights."""
 
     def make() -> dict[str, jax.Array]:
         state = nnx.to_pure_dict(nnx.state(Blip3o(config.model, (part,), seed=config.seed)))

@@ -1,8 +1,7 @@
-"""Resolve a part's table (tables.py) to shapes: every tensor of the PyTorch side with its name,
-shape and parameter here.
+"""Resolve a part's table (tables.py) to the names and shapes of PyTorch's tensors.
 
-Shapes come from the abstract model, so that a table that misses a parameter, or names one twice, is
-found at once.
+Shapes come from the abstract model. A table that misses a parameter or names one twice raises
+AssertionError.
 """
 
 import dataclasses
@@ -20,17 +19,16 @@ from blip3o_jax.convert.tables import LAYOUTS, Rule, Shape, rules
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """One rule with its shapes: parameters that are filled together, and the tensors they are
-    filled from.
-    """
+    """Hold a rule with its shapes: parameters, and the tensors that hold their values."""
 
     rule: Rule
-    shapes: dict[str, Shape]  # of the parameters, by path, the axis of the layers included
+    shapes: dict[str, Shape]  # of the parameters, by path, including the axis of the layers
     tensors: dict[str, Shape]  # of the tensors, by name, in the order of the layers
 
     def to_jax(self, tensor: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
-        """Yield (path, the piece of that parameter that one tensor holds), a view where possible.
-        Padding rows of the vocabulary are missing at the end.
+        """Yield (path, piece of that parameter) of one tensor, as views where possible.
+
+        A vocabulary table's piece lacks the padding rows.
         """
         layout = LAYOUTS[self.rule.layout]
         for path, piece in zip(
@@ -39,7 +37,7 @@ class Group:
             yield path, layout.to_jax(piece)
 
     def to_torch(self, pieces: Mapping[str, np.ndarray], shape: Shape) -> np.ndarray:
-        """The inverse: the tensor from one layer's pieces of its parameters, padding cut off."""
+        """Return the tensor of one layer's pieces without padding rows: the inverse of `to_jax`."""
         layout = LAYOUTS[self.rule.layout]
         tensors = [layout.to_torch(pieces[path]) for path in self.rule.paths]
         tensor = tensors[0] if len(tensors) == 1 else np.concatenate(tensors)
@@ -50,7 +48,8 @@ class Group:
 def groups(part: str, cfg: ModelConfig) -> tuple[Group, ...]:
     """Return every rule of a part's table with its shapes."""
     shapes = parameter_shapes(part, cfg)
-    found, taken = [], set()
+    found: list[Group] = []
+    taken: set[str] = set()
     for rule in rules(part, cfg):
         own = {path: shapes[path] for path in rule.paths}
         if again := taken & set(own):
@@ -71,7 +70,7 @@ def groups(part: str, cfg: ModelConfig) -> tuple[Group, ...]:
 
 
 def parameter_shapes(part: str, cfg: ModelConfig) -> dict[str, Shape]:
-    """Return {path within the part: shape}."""
+    """Return {path within the part: shape} of a part's parameters."""
     state = nnx.eval_shape(lambda: nnx.state(Blip3o(cfg, (part,), seed=0)))
     return {path_name(path[1:]): tuple(leaf.shape) for path, leaf in nnx.to_flat_state(state)}
 
@@ -82,8 +81,10 @@ def tensor_shapes(part: str, cfg: ModelConfig) -> dict[str, Shape]:
 
 
 def to_jax(part: str, cfg: ModelConfig, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """All tensors of a part (weights, or their gradients) as {path: array}, layers stacked and rows
-    padded with zeros. KeyError for a tensor that is missing.
+    """Convert a part's tensors (weights or gradients) to {path: array}.
+
+    Layers are stacked and vocabulary tables padded with zero rows. Raises KeyError for a missing
+    tensor.
     """
     arrays = {}
     for group in groups(part, cfg):
@@ -99,7 +100,7 @@ def to_jax(part: str, cfg: ModelConfig, tensors: Mapping[str, np.ndarray]) -> di
 def to_torch(
     part: str, cfg: ModelConfig, arrays: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
-    """{path: array} of a part as {tensor name: tensor}: the inverse of `to_jax`."""
+    """Convert {path: array} of a part to {tensor name: tensor}: the inverse of `to_jax`."""
     tensors = {}
     for group in groups(part, cfg):
         for layer, (key, shape) in enumerate(group.tensors.items()):

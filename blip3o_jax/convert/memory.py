@@ -8,9 +8,7 @@ _STATM = pathlib.Path("/proc/self/statm")
 
 
 def resident() -> int:
-    """Return the bytes resident now, pages of mapped files among them (0 where the system does not
-    report it).
-    """
+    """Return the bytes resident now, including pages of mapped files; 0 if unsupported."""
     try:
         import resource
 
@@ -20,12 +18,15 @@ def resident() -> int:
 
 
 class PeakMemory:
-    """Sample the resident memory every few milliseconds; `peak`: the most bytes while the block
-    ran. (The kernel's own peak covers the process's whole life.)
+    """Sample the resident memory during a block; `peak` is the maximum in bytes.
+
+    The kernel's peak covers the whole process, not a block. `interval` is in seconds.
     """
 
     def __init__(self, interval: float = 0.005):
-        self.peak, self._interval, self._stop = 0, interval, threading.Event()
+        self.peak = 0
+        self._interval = interval
+        self._stop = threading.Event()
 
     def __enter__(self) -> "PeakMemory":
         self.peak = resident()

@@ -1,6 +1,4 @@
-"""Read a checkpoint with low-rank factors (lora.py) as the model without them, merged as it is
-read.
-"""
+"""Read a checkpoint with low-rank factors (lora.py) as the merged model without them."""
 
 import dataclasses
 import pathlib
@@ -17,11 +15,11 @@ from blip3o_jax.lora import FACTORS, LORA_PARTS, merge_kernel
 
 
 class MergedWeights(StoredWeights):
-    """Read the weights of a checkpoint without its low-rank factors: a kernel that has factors is
-    read as the float32 sum, which the reader rounds to what it stores. All other weights are read
-    as stored.
+    """Read the weights of a checkpoint, merging its low-rank factors.
 
-    UserError where what is stored is not what `model` has, so that no layer is left out.
+    A kernel with factors is read as the float32 sum, which the caller rounds; all other weights are
+    read as stored. Raises UserError when the stored shapes are not those of `model`, so that no
+    layer is skipped.
     """
 
     def __init__(self, root: pathlib.Path, step: int, model: ModelConfig, *, ema: bool = False):
@@ -43,15 +41,16 @@ class MergedWeights(StoredWeights):
                     f"{list(s[path])}" if path in s else "nothing" for s in (stored, wanted)
                 )
                 raise UserError(
-                    f"{root}: {part}/{path} is stored as {kept}, but config.json there makes it {asked}: put back the one that "
-                    "was written with the weights"
+                    f"{root}: {part}/{path} is stored as {kept}, but config.json there makes it "
+                    f"{asked}: restore the config.json that was written with the weights"
                 )
 
     def is_merged(self, part: str, path: str) -> bool:
+        """Return whether the parameter is a kernel with low-rank factors."""
         return path.endswith("/kernel") and (part, _factor(path, FACTORS[0])) in self._leaves
 
     def read(self, part: str, paths: Iterable[str]) -> dict[str, np.ndarray]:
-        """Return all layers."""
+        """Return {path: whole array}, with merged kernels in float32."""
         paths = list(paths)
         arrays = super().read(part, [path for path in paths if not self.is_merged(part, path)])
         return arrays | {
@@ -59,18 +58,19 @@ class MergedWeights(StoredWeights):
         }
 
     def open(self, part: str, path: str) -> Any:
-        """Open a parameter as in any checkpoint; a merged stack can be read layer by layer only."""
+        """Open a parameter for reading in slices; a merged stack is read layer by layer."""
         if not self.is_merged(part, path):
             return super().open(part, path)
-        paths = (path, *(_factor(path, name) for name in FACTORS))
-        return _MergedStack(
-            *(super(MergedWeights, self).open(part, p) for p in paths), self._scales[part]
+        kernel, a, b = (
+            super(MergedWeights, self).open(part, p)
+            for p in (path, *(_factor(path, name) for name in FACTORS))
         )
+        return _MergedStack(kernel, a, b, self._scales[part])
 
 
 @dataclasses.dataclass(frozen=True)
 class _MergedStack:
-    """W + scale A B of a stack of layers, computed one at a time."""
+    """Compute W + scale A B of a stack of layers, one layer at a time."""
 
     kernel: StoredArray
     a: StoredArray
@@ -78,10 +78,10 @@ class _MergedStack:
     scale: float
 
     def __getitem__(self, layer: int) -> np.ndarray:
-        return merge_kernel(*(x[layer] for x in (self.kernel, self.a, self.b)), self.scale)
+        return merge_kernel(self.kernel[layer], self.a[layer], self.b[layer], self.scale)
 
     def read(self) -> np.ndarray:
-        """All of them."""
+        """Return all layers, float32."""
         whole = np.empty(self.kernel.shape, np.float32)
         for layer in range(len(whole)):
             whole[layer] = self[layer]
@@ -89,5 +89,5 @@ class _MergedStack:
 
 
 def _factor(kernel: str, name: str) -> str:
-    """The path of a factor beside a kernel."""
+    """Return the path of a kernel's factor."""
     return f"{kernel.rpartition('/')[0]}/{name}"

@@ -7,14 +7,16 @@ INTERVAL = 5.0  # seconds
 
 
 class Progress:
-    """Print `verb` ("read", "write") and the bytes of `total` that are done."""
+    """Print `verb` ("read", "write"), the bytes done of `total`, the rate and the ETA."""
 
     def __init__(self, verb: str, total: int):
-        self.verb, self.total, self.done = verb, total, 0
+        self.verb = verb
+        self.total = total
+        self.done = 0
         self._began = self._last = time.monotonic()
 
     def advance(self, part: str, count: int) -> None:
-        """Count `count` more bytes, of `part`."""
+        """Add `count` bytes of `part`; print a line every INTERVAL seconds."""
         self.done += count
         now = time.monotonic()
         if now - self._last < INTERVAL:

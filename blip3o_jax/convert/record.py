@@ -1,7 +1,7 @@
-"""Keep what an export needs, beside the weights, to write the very files that were imported.
+"""Store with a checkpoint what an export needs to reproduce the imported files exactly.
 
-conversion.json       spellings, dtypes and the config.json of the source
-unread.safetensors    tensors that nothing here reads
+conversion.json       name variants, dtypes and the config.json of the source
+unread.safetensors    tensors that this package does not use
 """
 
 import dataclasses
@@ -19,24 +19,20 @@ UNREAD = "unread"
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """What an export needs to know to write the very files that were imported; conversion.json in a
-    checkpoint.
-    """
+    """Hold the contents of conversion.json: properties of the imported files."""
 
-    tied_head: bool = False  # lm_head.weight was stored although it is the embeddings
+    tied_head: bool = False  # lm_head.weight is stored although it equals the embeddings
     flat_decoder: bool = False  # decoder.x instead of decoder.vision_model.x
     nested_encoder: bool = False  # encoder.vision_model.x instead of encoder.x
-    own_tokenizer: bool = False  # TA-Tok came in its own file, whose scale_layer is another
-    dtypes: tuple[
-        tuple[str, str], ...
-    ] = ()  # tensors stored wider here than there: (full name, their dtype)
-    config: dict[str, Any] = dataclasses.field(default_factory=dict)  # the source's config.json
-    generation: dict[str, Any] = dataclasses.field(
-        default_factory=dict
-    )  # its generation_config.json
+    own_tokenizer: bool = False  # TA-Tok is in a separate file, with another scale_layer
+    # (full name, dtype in the files) of tensors that the checkpoint stores in a wider dtype
+    dtypes: tuple[tuple[str, str], ...] = ()
+    # config.json and generation_config.json of the source
+    config: dict[str, Any] = dataclasses.field(default_factory=dict)
+    generation: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def published_key(self, part: str, key: str) -> str:
-        """Return the name in the file of the table's `key`."""
+        """Return the name in the source's files of the table's `key`."""
         if part == "tokenizer" and self.flat_decoder:
             key = (
                 key.replace("decoder.vision_model.", "decoder.", 1)
@@ -48,7 +44,7 @@ class Record:
         return key
 
     def table_key(self, part: str, key: str) -> str:
-        """Return the table's key: the inverse of `published_key`."""
+        """Return the table's key of a name in the files: the inverse of `published_key`."""
         if part == "tokenizer" and self.flat_decoder and key.startswith("decoder."):
             key = "decoder.vision_model." + key.removeprefix("decoder.")
         if part == "tokenizer" and self.nested_encoder and key.startswith("encoder.vision_model."):
@@ -57,6 +53,7 @@ class Record:
 
 
 def write_record(directory: pathlib.Path, record: Record, unread: Mapping[str, Tensor]) -> None:
+    """Write the record and the unread tensors to a checkpoint directory."""
     kept = directory / f"{UNREAD}.safetensors"
     if unread:
         specs = {name: (tensor.shape, tensor.dtype) for name, tensor in unread.items()}
@@ -69,8 +66,9 @@ def write_record(directory: pathlib.Path, record: Record, unread: Mapping[str, T
 
 
 def read_record(directory: pathlib.Path) -> tuple[Record | None, dict[str, Tensor]]:
-    """Return the record and the unread tensors, or (None, {}) for a checkpoint that was trained
-    here.
+    """Return the record and the unread tensors of a checkpoint.
+
+    Returns (None, {}) for a checkpoint that was not imported. Raises UserError for damaged files.
     """
     file = directory / RECORD_FILE
     if not file.is_file():
@@ -81,13 +79,15 @@ def read_record(directory: pathlib.Path) -> tuple[Record | None, dict[str, Tenso
         record = Record(**values | {"dtypes": tuple(map(tuple, values["dtypes"]))})
     except (KeyError, TypeError) as error:
         raise UserError(
-            f"{file} is damaged, or of another version of blip3o_jax ({error}): import the weights again"
+            f"{file} is damaged, or of another version of blip3o_jax ({error}): "
+            "import the weights again"
         ) from error
     if stored is None:
         return record, {}
     unread = directory / f"{UNREAD}.safetensors"
     if not unread.is_file() or list(checksums.of_file(unread)) != stored:
         raise UserError(
-            f"{unread} is missing or damaged (its CRC32C is another): copy it, or import the weights again"
+            f"{unread} is missing or damaged (its CRC32C differs): copy it, or import the weights "
+            "again"
         )
     return record, read_file(unread)

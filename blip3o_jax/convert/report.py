@@ -1,4 +1,4 @@
-"""Hold the comparison of a checkpoint with PyTorch files: as values, as JSON and as tables."""
+"""Hold the comparison of a checkpoint with PyTorch files, and print it or convert it to JSON."""
 
 import dataclasses
 import math
@@ -8,16 +8,17 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-# Of outputs, in float32 on both sides: rounding makes some 1e-6 of it, in another order of the
-# sums.
+# The largest relative error of outputs, in float32 on both sides. Rounding causes about 1e-6, since
+# the two sides add in different orders.
 TOLERANCE = 1e-5
-LISTED = 10  # tensors that differ, for each part
+LISTED = 10  # the number of differing tensors to print for each part
 
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """A tensor by its full name in PyTorch's files; `error` is its greatest difference over its
-    greatest absolute value.
+    """Hold a differing tensor's full name in PyTorch's files and its error.
+
+    `error` is the largest absolute difference divided by the largest absolute value.
     """
 
     tensor: str
@@ -26,10 +27,12 @@ class Difference:
 
 @dataclasses.dataclass(frozen=True)
 class Output:
-    """`error`: norm of the difference over the norm of PyTorch's values, and for indices None.
-    `agreement`: share of equal indices, None for all else. `first_layer`: the first to differ by
-    more than the tolerance, by its full name in PyTorch's model; "" where no stacked layer does, or
-    nothing differs.
+    """Hold the comparison of one output.
+
+    `error` is the norm of the difference divided by the norm of PyTorch's values, None for indices.
+    `agreement` is the fraction of equal indices, None for other outputs. `first_layer` is the full
+    name in PyTorch's model of the first layer that differs by more than the tolerance; "" if no
+    stacked layer does.
     """
 
     name: str
@@ -40,14 +43,18 @@ class Output:
 
     @property
     def ok(self) -> bool:
+        """Return whether the output agrees; NaN does not."""
         if self.error is None:
             return self.agreement == 1.0
-        return self.error <= TOLERANCE  # not so if it is NaN
+        return self.error <= TOLERANCE
 
 
 @dataclasses.dataclass(frozen=True)
 class PartReport:
-    """`tensors` were compared, and those of `differing` are not equal bit by bit."""
+    """Hold the comparison of one part.
+
+    `tensors` is the number compared; `differing` lists those that are not bitwise equal.
+    """
 
     part: str
     tensors: int
@@ -56,12 +63,13 @@ class PartReport:
 
     @property
     def ok(self) -> bool:
+        """Return whether all tensors and outputs agree."""
         return not self.differing and all(output.ok for output in self.outputs)
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """`notes`: what was not compared, and settings that are not the same on both sides."""
+    """Hold the whole comparison; `notes` list what was not compared and differing settings."""
 
     torch: str
     checkpoint: str
@@ -71,10 +79,11 @@ class Report:
 
     @property
     def ok(self) -> bool:
+        """Return whether all parts agree."""
         return all(part.ok for part in self.parts)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the report for JSON, with every verdict; numbers that are not finite become null."""
+        """Return the report for JSON with all verdicts; non-finite numbers become null."""
         parts = []
         for part in self.parts:
             outputs = [dataclasses.asdict(output) | {"ok": output.ok} for output in part.outputs]
@@ -85,20 +94,20 @@ class Report:
 
 
 def relative_error(got: np.ndarray, want: np.ndarray) -> float:
-    """Return the norm of the difference over the norm of what is expected; infinite for another
-    shape.
+    """Return the norm of the difference divided by the norm of `want`.
+
+    It is infinite for different shapes.
     """
     if got.shape != want.shape:
         return math.inf
     got, want = got.astype(np.float64), want.astype(np.float64)
-    difference, size = float(np.linalg.norm(got - want)), float(np.linalg.norm(want))
+    difference = float(np.linalg.norm(got - want))
+    size = float(np.linalg.norm(want))
     return difference / size if size else (math.inf if difference else 0.0)
 
 
 def print_report(report: Report) -> None:
-    """Print a table for each part, then all that differs by full name, then the verdict, on
-    standard output.
-    """
+    """Print a table for each part, differing tensors by name, and the verdict to stdout."""
     console = Console()
     for part in report.parts:
         table = Table(title=part.part, title_justify="left")
@@ -112,9 +121,9 @@ def print_report(report: Report) -> None:
             table.add_row(f"{part.tensors} tensors", found, _verdict(not part.differing))
         for output in part.outputs:
             found = (
-                f"{100 * output.agreement:.2f} % agree"
-                if output.error is None
-                else f"{output.error:.1e}"
+                f"{output.error:.1e}"
+                if output.error is not None
+                else f"{100 * (output.agreement or 0.0):.2f} % agree"
             )
             table.add_row(output.name, found, _verdict(output.ok))
         console.print(table)
@@ -127,15 +136,15 @@ def print_report(report: Report) -> None:
         for output in part.outputs:
             if not output.ok and output.first_layer:
                 print_line(
-                    f"{part.part}: {output.name} part at {output.first_layer}, by {output.first_layer_error:.1e}"
+                    f"{part.part}: {output.name} first differs at {output.first_layer}, by "
+                    f"{output.first_layer_error:.1e}"
                 )
             elif not output.ok:
-                print_line(f"{part.part}: {output.name} part outside the stacked layers")
+                print_line(f"{part.part}: {output.name} differs outside of the stacked layers")
     for note in report.notes:
         print_line(f"note: {note}")
-    print_line(
-        f"{report.checkpoint} is {'the same model as' if report.ok else 'NOT the same model as'} {report.torch}"
-    )
+    verdict = "the same model as" if report.ok else "NOT the same model as"
+    print_line(f"{report.checkpoint} is {verdict} {report.torch}")
 
 
 def _verdict(ok: bool) -> str:

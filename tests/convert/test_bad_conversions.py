@@ -393,17 +393,19 @@ def test_targets_that_are_there_already(convert, tmp_path):
     (out / "thesis.tex").write_text("years of work")
     not_written(convert, out, "exists already: choose another --out, or pass --overwrite")
     not_written(
-        convert, out, "was not written by blip3o convert, so it is not overwritten", overwrite=True
+        convert, out, "was not written by blip3o convert and is not overwritten", overwrite=True
     )
     (out / "config.json").write_text("{}")  # as of any model
     not_written(
-        convert, out, "was not written by blip3o convert, so it is not overwritten", overwrite=True
+        convert, out, "was not written by blip3o convert and is not overwritten", overwrite=True
     )
     shutil.rmtree(out)
     convert(out)
     not_written(convert, out, "exists already")
     (out / "thesis.tex").write_text("years of work")
-    not_written(convert, out, "holds thesis.tex, which is of no earlier output", overwrite=True)
+    not_written(
+        convert, out, "holds thesis.tex, which blip3o convert did not write", overwrite=True
+    )
     (out / "thesis.tex").unlink()
     (out / "config.json").write_text("{}")
     convert(out, overwrite=True)
@@ -457,7 +459,7 @@ def test_a_disk_that_fills_up(convert, tmp_path, caplog):
 def test_a_disk_that_is_seen_to_be_too_small(convert, tmp_path, monkeypatch):
     usage = type(shutil.disk_usage(tmp_path))
     monkeypatch.setattr(directory_module.shutil, "disk_usage", lambda _: usage(10**6, 0, 10**4))
-    not_written(convert, tmp_path / "out", "out needs 0.1 MB, but ", " has 0.0 MB left")
+    not_written(convert, tmp_path / "out", "out needs 0.1 MB, but ", " has 0.0 MB free")
 
 
 @pytest.mark.parametrize("call", ["posix_fallocate", "pwrite"])
@@ -599,7 +601,7 @@ def test_a_checkpoint_beside_another_config_json(imported, tmp_path, changes, pa
     words = (
         f"{root}: {parameter}",
         "but config.json there makes it",
-        "put back the one that was written with the weights",
+        "restore the config.json that was written with the weights",
     )
     not_written(lambda out: export_weights(root, out), tmp_path / "out", *words)
 

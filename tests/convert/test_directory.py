@@ -87,7 +87,7 @@ def test_an_empty_directory_may_be_filled_with_overwrite(tmp_path):
     assert (tmp_path / "out" / "config.json").is_file()
 
 
-NOT_WRITTEN = "thesis was not written by blip3o convert, so it is not overwritten"
+NOT_WRITTEN = "thesis was not written by blip3o convert and is not overwritten"
 FOREIGN = {
     "file": ({"": "years of work"}, NOT_WRITTEN),
     "directory": ({"chapter.tex": "years of work"}, NOT_WRITTEN),
@@ -96,7 +96,7 @@ FOREIGN = {
     "manifest cut off": ({MANIFEST: '{"written": ["config', "config.json": "{}"}, NOT_WRITTEN),
     "output with more": (
         {MANIFEST: '{"written": ["config.json"]}', "config.json": "{}", "notes.md": "months"},
-        "thesis holds notes.md, which is of no earlier output, so it is not overwritten: move it elsewhere",
+        "thesis holds notes.md, which blip3o convert did not write: move it elsewhere",
     ),
 }
 
@@ -195,7 +195,7 @@ def test_out_overlaps_a_source(tmp_path, place):
     }[place]
     before = listing(tmp_path)
     with pytest.raises(
-        UserError, match=r"overlaps \S+source\S*, which is read: choose an --out beside it"
+        UserError, match=r"overlaps \S+source\S*, which is read: choose an --out outside of it"
     ):
         atomic_directory(
             out, overwrite=True, sources=(None, tmp_path / "elsewhere", read)
@@ -277,7 +277,7 @@ def test_space_is_checked_where_the_directory_will_lie(tmp_path, monkeypatch):
     check_space(tmp_path / "not" / "yet", 3 * 10**9)
     with pytest.raises(
         UserError,
-        match=rf"yet needs 3,200.0 MB, but {tmp_path} has 3,000.0 MB left: free some, or move",
+        match=rf"yet needs 3,200.0 MB, but {tmp_path} has 3,000.0 MB free: delete files there",
     ):
         check_space(tmp_path / "not" / "yet", 32 * 10**8)
     assert asked == [tmp_path] * 2
