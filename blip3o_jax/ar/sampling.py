@@ -15,14 +15,13 @@ B batch, L prompt length (padded), N image tokens, D width, V image ids, C candi
 X bytes of V bits; P prompts of G images each where one prefill serves several images, B = P G.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from blip3o_jax import nn
-from blip3o_jax.ar import cache
+from blip3o_jax.ar.decoding import DecodingState, TextDecodingState, decode, prefill
 from blip3o_jax.ar.qwen3 import Qwen3, project
 
 
@@ -74,43 +73,33 @@ def generate_image_tokens(
     repeat_for_cfg = lambda x: jnp.repeat(x, cfg_branches, axis=0)
     segments_PL = cfg_segment_ids(lengths_P, L, cfg_branches)
     embedded_PLD = repeat_for_cfg(model.embed(tokens_PL) if embedded_PLD is None else embedded_PLD)
-    hidden_PD, past, layers = _prefill(
+    prompts, layers = prefill(
         model, embedded_PLD, segments_PL, repeat_for_cfg(lengths_P), L + num_tokens
     )
     # Outside the loop: XLA does not always hoist the slice, and a slice of a large table costs more
     # than the rest of a step.
     head_DV = model.head(image_ids)
-    hidden_BD, past = (
-        repeat_for_group(hidden_PD, group, cfg_branches),
-        cache.repeat(past, lambda x: repeat_for_group(x, group, cfg_branches)),
-    )
+    start = prompts.repeat_for_group(group, cfg_branches)
 
-    def step(carry: tuple[jax.Array, cache.Cache], index: jax.Array) -> tuple[tuple, tuple]:
-        hidden_BD, past = carry
+    def step(state: DecodingState, index: jax.Array) -> tuple[DecodingState, tuple]:
         keys = jax.vmap(jax.random.fold_in, (0, None))(keys_B, index)
-        logits_BV = guided_logits(project(hidden_BD, head_DV), guidance)
+        logits_BV = guided_logits(project(state.hidden_BD, head_DV), guidance)
         choice_B, logprob_B, support_BV = sample_token(
             logits_BV, keys, temperature=temperature, top_k=top_k, top_p=top_p
         )
         ids_B = image_ids[0] + choice_B
-        next_B1 = repeat_for_cfg(ids_B[:, None])
-        hidden_B1D, past = model.extend(model.embed(next_B1), jnp.ones_like(next_B1), past, layers)
+        state = decode(model, state, repeat_for_cfg(ids_B), layers)
         support_BX = (
             jnp.packbits(support_BV, axis=-1) if return_support and support_BV is not None else None
         )
-        return (hidden_B1D[:, 0], past), (
-            ids_B,
-            hidden_B1D[::cfg_branches, 0],
-            logprob_B,
-            support_BX,
-        )
+        return state, (ids_B, state.hidden_BD[::cfg_branches], logprob_B, support_BX)
 
     with jax.named_scope("decode"):
         _, (ids_NB, hidden_NBD, logprobs_NB, support_NBX) = jax.lax.scan(
-            step, (hidden_BD, past), jnp.arange(num_tokens)
+            step, start, jnp.arange(num_tokens)
         )
     hidden_BND = jnp.concatenate(
-        [hidden_BD[::cfg_branches, None], hidden_NBD.swapaxes(0, 1)], axis=1
+        [start.hidden_BD[::cfg_branches, None], hidden_NBD.swapaxes(0, 1)], axis=1
     )
     support_BNX = None if support_NBX is None else support_NBX.swapaxes(0, 1)
     return SampleOutput(ids_NB.T, hidden_BND, logprobs_NB.T, support_BNX)
@@ -147,61 +136,38 @@ def generate_text(
     model = _cast_params(model)
     B, L = tokens_BL.shape
     embedded_BLD = model.embed(tokens_BL) if embedded_BLD is None else embedded_BLD
-    hidden_BD, past, layers = _prefill(
+    start, layers = prefill(
         model, embedded_BLD, cfg_segment_ids(lengths_B, L, 1), lengths_B, L + max_new_tokens
     )
     head_DV = model.head(text_ids)
 
-    def cond(carry: tuple[Any, ...]) -> jax.Array:
-        index, _, _, _, active_B, _ = carry
-        return (index < max_new_tokens) & jnp.any(active_B)
+    def cond(state: TextDecodingState) -> jax.Array:
+        return (state.index < max_new_tokens) & jnp.any(state.active_B)
 
-    def step(carry: tuple[Any, ...]) -> tuple[Any, ...]:
-        index, hidden_BD, past, ids_BN, active_B, count_B = carry
-        keys = jax.vmap(jax.random.fold_in, (0, None))(keys_B, index)
+    def step(state: TextDecodingState) -> TextDecodingState:
+        keys = jax.vmap(jax.random.fold_in, (0, None))(keys_B, state.index)
         choice_B, _, _ = sample_token(
-            project(hidden_BD, head_DV), keys, temperature=temperature, top_k=top_k, top_p=top_p
+            project(state.decoding.hidden_BD, head_DV),
+            keys,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
         )
         next_B = text_ids[0] + choice_B
-        active_B &= next_B != stop
-        hidden_B1D, past = model.extend(
-            model.embed(next_B[:, None]), jnp.ones((B, 1), jnp.int32), past, layers
-        )
-        return (
-            index + 1,
-            hidden_B1D[:, 0],
-            past,
-            ids_BN.at[:, index].set(next_B),
+        active_B = state.active_B & (next_B != stop)
+        return TextDecodingState(
+            state.index + 1,
+            decode(model, state.decoding, next_B, layers),
+            state.ids_BN.at[:, state.index].set(next_B),
             active_B,
-            count_B + active_B,
+            state.count_B + active_B,
         )
 
     with jax.named_scope("decode"):
         ids_BN, count_B = jnp.zeros((B, max_new_tokens), jnp.int32), jnp.zeros(B, jnp.int32)
-        carry = (jnp.int32(0), hidden_BD, past, ids_BN, jnp.ones(B, bool), count_B)
-        *_, ids_BN, _, count_B = jax.lax.while_loop(cond, step, carry)
-    return TextOutput(ids_BN, count_B)
-
-
-def _prefill(
-    model: Qwen3,
-    embedded_PLD: jax.Array,
-    segments_PL: jax.Array,
-    lengths_P: jax.Array,
-    capacity: int,
-) -> tuple[jax.Array, cache.Cache, Any]:
-    """Prefill: return the last hidden states [P, D], the KV cache and the layers in decoding form
-    (unstacked where `ar.unroll` is set).
-    """
-    past = cache.empty(model.cfg, len(embedded_PLD), capacity)
-    layers = nn.unstack(model.layers) if model.cfg.unroll else None
-    with jax.named_scope("prefill"):
-        hidden_PLD, past = model.extend(embedded_PLD, segments_PL, past, layers)
-    return (
-        jnp.take_along_axis(hidden_PLD, (lengths_P - 1)[:, None, None], axis=1)[:, 0],
-        past,
-        layers,
-    )
+        nothing = TextDecodingState(jnp.int32(0), start, ids_BN, jnp.ones(B, bool), count_B)
+        end = jax.lax.while_loop(cond, step, nothing)
+    return TextOutput(end.ids_BN, end.count_B)
 
 
 def cfg_segment_ids(lengths_P: jax.Array, length: int, cfg_branches: int) -> jax.Array:
@@ -224,15 +190,6 @@ def guided_logits(logits: jax.Array, guidance: float) -> jax.Array:
         return logits
     cond, uncond = jnp.unstack(logits.reshape(-1, 2, *logits.shape[1:]), axis=1)
     return uncond + guidance * (cond - uncond)
-
-
-def repeat_for_group(x: jax.Array, group: int, cfg_branches: int) -> jax.Array:
-    """Repeat the rows of prompts for the images of their groups, branches side by side."""
-    if group == 1:
-        return x
-    return jnp.repeat(x.reshape(-1, cfg_branches, *x.shape[1:]), group, axis=0).reshape(
-        -1, *x.shape[1:]
-    )
 
 
 def sample_token(

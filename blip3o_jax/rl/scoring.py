@@ -14,13 +14,23 @@ bound.
 B images, L prompt length (padded), N image tokens, D width, V image ids, X bytes of V bits.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
 from blip3o_jax import nn
+from blip3o_jax.ar.decoding import repeat_for_group
 from blip3o_jax.ar.qwen3 import Qwen3, project
-from blip3o_jax.ar.sampling import cfg_segment_ids, guided_logits, repeat_for_group
+from blip3o_jax.ar.sampling import cfg_segment_ids, guided_logits
 from blip3o_jax.config import SamplingConfig
+
+
+class TokenScores(NamedTuple):
+    """Hold what scoring computes of the image tokens of a rollout."""
+
+    logprobs_BN: jax.Array  # float32; of the tokens, as `SampleOutput.logprobs_BN` when sampled
+    entropy_BN: jax.Array  # float32; of the distributions they were sampled from
 
 
 def score_image_tokens(
@@ -34,8 +44,8 @@ def score_image_tokens(
     image_ids: tuple[int, int],
     chunk: int,
     group: int = 1,
-) -> tuple[jax.Array, jax.Array]:
-    """Return (log-probabilities, entropies of the distributions), float32 [B, N]. Prompts, ids and
+) -> TokenScores:
+    """Return log-probabilities of image tokens and entropies of their distributions. Prompts, ids and
     support as `generate_image_tokens` takes and returns them; `group` consecutive rows have the
     same prompt. `chunk` image tokens a row have their logits in memory at once; the backward pass
     computes them again.
@@ -73,7 +83,7 @@ def score_image_tokens(
             None if support_BNX is None else cut(support_BNX),
         )
         _, found = jax.lax.scan(block if blocks == 1 else jax.checkpoint(block), None, inputs)
-    return tuple(jnp.moveaxis(x, 0, 1).reshape(len(ids_BN), -1)[:, :N] for x in found)
+    return TokenScores(*(jnp.moveaxis(x, 0, 1).reshape(len(ids_BN), -1)[:, :N] for x in found))
 
 
 def teacher_forced_states(

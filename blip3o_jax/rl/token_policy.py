@@ -19,7 +19,7 @@ from blip3o_jax.rl.policy import (
     RolloutPrompts,
     rounding_of,
 )
-from blip3o_jax.rl.scoring import score_image_tokens
+from blip3o_jax.rl.scoring import TokenScores, score_image_tokens
 from blip3o_jax.sampling_programs import sample_image_tokens
 
 
@@ -65,10 +65,8 @@ class TokenPolicy(Policy):
 
     def score(
         self, model: Blip3o, arrays: RolloutArrays, image_ids: tuple[int, int], share: int
-    ) -> tuple[jax.Array, jax.Array]:
-        """Return the log-probabilities of the image tokens and the entropies, float32 [B, N].
-        `share` rows have one prefill of their prompt.
-        """
+    ) -> TokenScores:
+        """Return the scores of the image tokens; `share` rows have one prefill of their prompt."""
         with nn.part("ar"):
             return score_image_tokens(
                 model.ar,
@@ -85,7 +83,7 @@ class TokenPolicy(Policy):
     def reference(
         self, model: Blip3o, arrays: RolloutArrays, image_ids: tuple[int, int], share: int
     ) -> RolloutArrays:
-        return {"reference_logprobs": self.score(model, arrays, image_ids, share)[0]}
+        return {"reference_logprobs": self.score(model, arrays, image_ids, share).logprobs_BN}
 
     def loss(
         self,
@@ -95,15 +93,17 @@ class TokenPolicy(Policy):
         image_ids: tuple[int, int],
         share: int,
     ) -> tuple[jax.Array, Metrics]:
-        logprobs_BN, entropy_BN = self.score(model, arrays, image_ids, share)
+        scores = self.score(model, arrays, image_ids, share)
         value, metrics = grpo.policy_loss(
-            logprobs_BN,
+            scores.logprobs_BN,
             arrays["logprobs"],
             arrays.get("reference_logprobs"),
             *weights,
             cfg=self.rl,
         )
-        metrics["entropy"] = grpo.masked_mean(jax.lax.stop_gradient(entropy_BN), *weights[1:])
+        metrics["entropy"] = grpo.masked_mean(
+            jax.lax.stop_gradient(scores.entropy_BN), *weights[1:]
+        )
         return value, metrics
 
 

@@ -7,6 +7,7 @@ from blip3o_jax.config import Config, ConfigError, RlConfig, SamplingConfig
 from blip3o_jax.rl.loss import make_loss
 from blip3o_jax.rl.policies import POLICIES, has_reference, make_policies
 from blip3o_jax.rl.rollout_programs import images_per_prefix, num_micro_batches
+from blip3o_jax.rl.scoring import TokenScores
 from blip3o_jax.rl.token_policy import TokenPolicy
 
 
@@ -60,13 +61,14 @@ class Reinforce(TokenPolicy):
     """Implement REINFORCE as an algorithm in a separate file would."""
 
     def loss(self, model, arrays, weights, image_ids, share):
-        logprobs_BN, _ = self.score(model, arrays, image_ids, share)
-        return -jnp.mean(weights.advantage_B[:, None] * logprobs_BN), {}
+        scores = self.score(model, arrays, image_ids, share)
+        return -jnp.mean(weights.advantage_B[:, None] * scores.logprobs_BN), {}
 
 
 def test_an_algorithm_is_a_policy_and_a_row_of_the_table(monkeypatch):
     monkeypatch.setitem(POLICIES, "reinforce", (Reinforce,))
-    monkeypatch.setattr(Reinforce, "score", lambda self, *_: (jnp.full((2, 3), -2.0), None))
+    scores = TokenScores(jnp.full((2, 3), -2.0), jnp.zeros((2, 3)))
+    monkeypatch.setattr(Reinforce, "score", lambda self, *_: scores)
     config = Config(rl=RlConfig(policy="reinforce", num_prompts=1, num_generations=2))
     valid = jnp.ones(2)
     batch = {"advantage": jnp.array([1.0, 0.5]), "valid": valid, "valid_fraction": valid}

@@ -1,0 +1,79 @@
+"""The state of decoding: what one token's step hands to the next.
+
+A prompt is prefilled once; then each step takes the logits of the last token's hidden state, samples
+a token, and runs it on the cache. Sampling of image tokens carries a `DecodingState` through its
+loop, sampling of text a `TextDecodingState`; reinforcement learning samples through the former, and
+scores through `Qwen3.score_with_prefix`, whose hidden states are those of the same positions.
+
+B rows of the batch, with classifier-free guidance two a prompt, next to each other; N new tokens, D
+width.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from blip3o_jax import nn
+from blip3o_jax.ar import cache
+from blip3o_jax.ar.qwen3 import Layer, Qwen3
+
+
+class DecodingState(NamedTuple):
+    """The rows of a batch after some tokens."""
+
+    hidden_BD: jax.Array  # final-norm state of each row's last token, which predicts the next
+    cache: cache.Cache  # keys and values of all tokens so far
+
+    def repeat_for_group(self, group: int, cfg_branches: int) -> "DecodingState":
+        """Return the state of `group` rows for each prompt, from that of one; see
+        `repeat_for_group`.
+        """
+        rows = lambda x: repeat_for_group(x, group, cfg_branches)
+        return DecodingState(rows(self.hidden_BD), cache.repeat(self.cache, rows))
+
+
+class TextDecodingState(NamedTuple):
+    """The rows of a batch while text is sampled."""
+
+    index: jax.Array  # int32 scalar; steps done, which is the place of the next token in `ids_BN`
+    decoding: DecodingState
+    ids_BN: jax.Array  # int32; what was sampled, 0 from `index` on
+    active_B: jax.Array  # bool; no stop token yet
+    count_B: jax.Array  # int32; tokens before the stop token
+
+
+def prefill(
+    model: Qwen3,
+    embedded_BLD: jax.Array,
+    segment_ids_BL: jax.Array,
+    lengths_B: jax.Array,
+    capacity: int,
+) -> tuple[DecodingState, list[Layer] | None]:
+    """Run the prompts on an empty cache of `capacity` slots -> (state after each row's last token,
+    at lengths_B - 1; the layers for `decode`: unstacked where `ar.unroll` is set, else None).
+    """
+    past = cache.empty(model.cfg, len(embedded_BLD), capacity)
+    layers = nn.unstack(model.layers) if model.cfg.unroll else None
+    with jax.named_scope("prefill"):
+        hidden_BLD, past = model.extend(embedded_BLD, segment_ids_BL, past, layers)
+    last_B11 = (lengths_B - 1)[:, None, None]
+    return DecodingState(jnp.take_along_axis(hidden_BLD, last_B11, axis=1)[:, 0], past), layers
+
+
+def decode(
+    model: Qwen3, state: DecodingState, ids_B: jax.Array, layers: list[Layer] | None
+) -> DecodingState:
+    """Return the state after one more token a row; `layers` as of `prefill`."""
+    ids_B1 = ids_B[:, None]
+    hidden_B1D, past = model.extend(model.embed(ids_B1), jnp.ones_like(ids_B1), state.cache, layers)
+    return DecodingState(hidden_B1D[:, 0], past)
+
+
+def repeat_for_group(x: jax.Array, group: int, cfg_branches: int) -> jax.Array:
+    """Repeat the rows of prompts for the images of their groups, branches side by side."""
+    if group == 1:
+        return x
+    return jnp.repeat(x.reshape(-1, cfg_branches, *x.shape[1:]), group, axis=0).reshape(
+        -1, *x.shape[1:]
+    )
