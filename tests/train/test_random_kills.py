@@ -122,7 +122,7 @@ def settings(kind: str) -> config_lib.Config:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("kind", "hosts", "kills"), [("train", 1, 90), ("rl", 1, 60), ("hosts", 2, 50)]
+    ("kind", "hosts", "kills"), [("train", 1, 110), ("rl", 1, 60), ("hosts", 2, 30)]
 )
 def test_random_kills(tmp_path, kind, hosts, kills):
     killer = Killer(tmp_path, kind, settings(kind), hosts)
