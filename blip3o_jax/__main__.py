@@ -1,11 +1,11 @@
-"""The `blip3o` command, also as `python -m blip3o_jax`."""
+"""Run the `blip3o` command, also as `python -m blip3o_jax`."""
 
 from blip3o_jax import exits
 
 
 def run() -> None:
-    """Run the command and end the process, with one line for any error that a user can cause and for
-    Ctrl-C at any moment.
+    """Run the command and end the process, with one line for any error that a user can cause and
+    for Ctrl-C, also while modules are still being imported.
     """
     exits.install()
 

@@ -1,7 +1,7 @@
-"""CRC32C of what is written, so that damage is found when it is read: JSON files that carry their
-own, and directories with a manifest.
+"""Write and check CRC32C checksums, so that damaged files are found when they are read: JSON files
+that contain their own checksum, and directories with a manifest.
 
-    {..., "crc32c": "8a9136aa"}                                         a JSON object, its checksum beside its other keys
+    {..., "crc32c": "8a9136aa"}     a JSON object with its checksum among its keys
     DIR/manifest.json  {"files": {"a/b": [bytes, CRC32C], ...}, ...}     every other file below DIR
 
 Orbax and TensorStore offer less: OCDBT has checksums of its B-tree nodes and zarr3's `crc32c` codec
@@ -37,7 +37,7 @@ _intact: set[tuple[Any, ...]] = set()
 
 
 class DamagedFile(UserError):
-    """A file that is not what was written."""
+    """Report a file whose contents are not those that were written."""
 
 
 def write_json(path: pathlib.Path, value: dict[str, Any]) -> None:

@@ -61,19 +61,18 @@ class _Process:
         self.detach()
         self.saving = False  # SIGTERM was noted: the run saves its step and ends
         self.stoppable = False  # a run listens for SIGTERM
-        self.forward_sigterm: Callable[[], None] | None = (
-            None  # SIGTERM, to the service that decides where all hosts stop
-        )
-        self.stop_line = (  # while set, signals end the process at once, SIGTERM with this line: there is nothing to save
-            ""
-        )
+        # Passes SIGTERM to the service that decides where all hosts stop.
+        self.forward_sigterm: Callable[[], None] | None = None
+        # While set, there is nothing to save: signals end the process at once, SIGTERM with this
+        # line.
+        self.stop_line = ""
         self.done = False  # the command is over, with success
         self._lock = threading.RLock()
         self._error: BaseException | None = None  # why it closes
         self._reported = False
         self._line = ""
         self._interrupts = 0
-        self._raised_sigints = 0  # SIGINTs of ours that are still to be heard
+        self._raised_sigints = 0  # SIGINTs raised here and not yet handled
         self._raise_pending = False  # whether the next one is raised
 
     def detach(self) -> None:
@@ -81,9 +80,8 @@ class _Process:
         left.
         """
         self.prefix = ""  # of the line that reports the end, such as "host 1: "
-        self.find_cause: Callable[[BaseException], BaseException] = lambda error: (
-            error
-        )  # returns the lost host behind an error, or the error
+        # Returns the lost host behind an error, or the error.
+        self.find_cause: Callable[[BaseException], BaseException] = lambda error: error
         self.notify_peers: Callable[[int, str], None] = lambda status, line: None
         self.announce_stop: Callable[[], None] = lambda: None  # of SIGTERM here, to the others
         self.is_stop_announced: Callable[[], bool] = lambda: False  # by any of them
@@ -234,13 +232,13 @@ def _importing(frame: FrameType | None) -> bool:
 
 
 class RunEnded(Exception):
-    """Raised to end a run that no mistake ends, with one line and its class's status."""
+    """End a run in one line with its class's status, for causes other than a user's mistake."""
 
     status = LOST_PEER
 
 
 class Stopped(RunEnded):
-    """Raised where SIGTERM reaches a run that has nothing to save, or has saved it."""
+    """Report that SIGTERM reached a run that has nothing to save, or has saved it."""
 
     status = PREEMPTED
 

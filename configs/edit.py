@@ -1,18 +1,21 @@
-"""Image editing, reconstruction, understanding and text to image in one mixture, from an
+"""Train image editing, reconstruction, understanding and text to image in one mixture, from an
 instruction-tuned checkpoint.
 
 Command:
     blip3o train --config=configs/edit.py:runs/instruct --workdir=runs/edit \\
-        --config.data.sources="[{'path': 'edits/*.tar', 'weight': 4}, {'path': 'questions.jsonl'}, {'path': 'captions/*.tar'}]"
-    blip3o edit --checkpoint=runs/edit --image=photo.png --instruction="make the sky green" --out=edited
-    The argument is the checkpoint; its model, vocabulary and text tokenizer are taken as they are, and reference images get
-    both conditioning routes, the published recipe's best. docs/data.md tells what the records of each task hold.
+        --config.data.sources="[{'path': 'edits/*.tar', 'weight': 4}, \\
+            {'path': 'questions.jsonl'}, {'path': 'captions/*.tar'}]"
+    blip3o edit --checkpoint=runs/edit --image=photo.png --instruction="make the sky green" \\
+        --out=edited
+    The argument is the checkpoint, which provides model, vocabulary and text tokenizer. Reference
+    images condition the model in both ways, the best variant of the paper. docs/data.md has the
+    fields of each task's records.
 Hardware: as configs/instruct.py, with latents of twice the width in the DiT (`--config.mesh.*`).
-Duration: 7000 steps at batch 128 are the order of size of the published tuning.
+Duration: unknown; the published tuning has about 7000 steps at batch 128.
 Expected: depends on the data. Sizes of 1.7B have not been run here.
 
-Rows of 2048 tokens hold an instruction and one reference image of 729 tokens beside the image to be
-drawn. More references: `--config.model.editing.reference_slots=2 --config.data.max_length=3072`.
+Rows of 2048 tokens hold an instruction, one reference image of 729 tokens and the target image.
+More references: `--config.model.editing.reference_slots=2 --config.data.max_length=3072`.
 """
 
 import dataclasses

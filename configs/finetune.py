@@ -1,18 +1,21 @@
-"""Joint training on from a checkpoint with all its parts: an imported one (`blip3o convert
+"""Continue joint training from a checkpoint with all its parts: an imported one (`blip3o convert
 import`), or one trained here.
 
 Command:
     blip3o convert import --source=BLIP3o-NEXT --diffusion=SANA --out=published
-    blip3o train --config=configs/finetune.py:published --workdir=runs/finetune --config.data.path='captions/*.tar'
-    The argument is the checkpoint; its model, vocabulary and text tokenizer are taken as they are. Then, to hand it on,
+    blip3o train --config=configs/finetune.py:published --workdir=runs/finetune \\
+        --config.data.path='captions/*.tar'
+    The argument is the checkpoint, which provides model, vocabulary and text tokenizer. To publish
+    the result:
     blip3o convert export --source=runs/finetune --out=finetuned
-Hardware: that of configs/instruct.py for the published sizes; the mesh is fsdp over all devices (`--config.mesh.*`).
-Duration: 7000 steps at batch 128 are the published instruction tuning.
+Hardware: as configs/instruct.py for the published sizes; the mesh is fsdp over all devices
+    (`--config.mesh.*`).
+Duration: unknown; 7000 steps at batch 128 are the published instruction tuning.
 Expected: depends on the data. Steps, batch and learning rate are those of configs/instruct.py.
 
-Trained parts (AR, connector, the DiT) are held in float32 whatever the checkpoint's dtype, since
-steps of 5e-5 vanish in bfloat16; frozen ones (tokenizer, autoencoder) as they are. Export with
---dtype=bfloat16 to get the published size back.
+Trained parts (AR, connector, DiT) are float32 whatever the checkpoint's dtype, since steps of 5e-5
+vanish in bfloat16; frozen ones (tokenizer, autoencoder) keep theirs. Export with --dtype=bfloat16
+to get the published size back.
 """
 
 import dataclasses

@@ -1,18 +1,21 @@
-"""Instruction tuning of a pretrained model at the published sizes: the same stage on a small, clean
+"""Instruction-tune a pretrained model at the published sizes: the joint stage on a small, clean
 mixture.
 
 Command:
     blip3o train --config=configs/instruct.py:1.7b --workdir=runs/instruct \\
-        --config.data.sources="[{'path': 'blip3o_60k/*.tar'}, {'path': 'sharegpt_4o_image/*.tar'}]" \\
+        --config.data.sources="[{'path': 'blip3o_60k/*.tar'}, \\
+            {'path': 'sharegpt_4o_image/*.tar'}]" \\
         --config.model.text.path=qwen3/tokenizer.json \\
         --config.checkpoint.init_from="[('ar', 'runs/pretrain'), ('connector', 'runs/pretrain'), \\
             ('dit', 'runs/pretrain'), ('vae', 'runs/pretrain'), ('tokenizer', 'runs/pretrain')]"
-    The argument is the size, as for pretrain.py: 0.6b, 1.7b (the default), 4b or 8b. The recipe's data are BLIP3o-60k and
-    ShareGPT-4o-Image; both have to be brought along. With 1.7b:understand rows have a place for an image, so that questions
-    about images can be among the sources (docs/editing.md).
+    The argument is the size, as for pretrain.py: 0.6b, 1.7b (the default), 4b or 8b. The recipe's
+    data are BLIP3o-60k and ShareGPT-4o-Image, which you download yourself. With 1.7b:understand
+    rows have a slot for a reference image, so that questions about images can be among the sources
+    (docs/editing.md).
 Hardware: as for pretrain.py. Published: not stated for this stage.
 Duration: unknown; 7,000 steps of 128 examples are 1/192 of the examples of pretraining.
-Expected: the nearest published figure is where the GenEval reinforcement learning set out: 0.821 (it ended at 0.902).
+Expected: the nearest published figure is GenEval 0.821, where the reinforcement learning began (it
+    ended at 0.902).
 """
 
 import dataclasses

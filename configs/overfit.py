@@ -1,13 +1,14 @@
-"""Your own pictures, learned by heart: the demo's model on a folder or tar of a few captioned
-images, from random weights.
+"""Memorize your own pictures: the demo's model on a folder or tar of a few captioned images, from
+random weights.
 
 Command:
     blip3o train --config=configs/overfit.py --config.data.path=photos.tar
     blip3o sample --checkpoint=runs/overfit --prompts_file=captions.txt --out=samples
 Hardware: two CPU cores, no accelerator.
-Duration: 9 to 17 minutes for 16 photographs, sampling included, with less or more other work on the machine.
-Expected: each of the 16 samples nearest, by mean squared error over pixels, to its own photograph, at a root mean square error
-    of 3 to 13 of 255 (`pytest -m slow tests/configs` does it again).
+Duration: 9 to 17 minutes for 16 photographs, sampling included, depending on the machine's load.
+Expected: each of the 16 samples is nearest, by mean squared error over pixels, to its own
+    photograph, at a root mean square error of 3 to 13 of 255 (`pytest -m slow tests/configs`
+    repeats this).
 """
 
 import dataclasses
@@ -24,8 +25,7 @@ def get_config() -> dict[str, config.Config]:
         data=config.DataConfig(batch_size=16, max_length=96, workers=0, max_bad_fraction=0.2),
         mesh=config.MeshConfig(data=-1, fsdp=1, strategy="dp", cpu_devices=demo.cpu_devices()),
         log_every=50,
-        # What was learned by heart is wanted back: the likeliest tokens, and the condition as it
-        # is.
+        # Memorized images need no variety: the likeliest tokens, and no guidance.
         sampling=config.SamplingConfig(
             temperature=0.0, top_k=0, top_p=1.0, steps=20, guidance=1.0, batch_size=16
         ),

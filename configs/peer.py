@@ -1,15 +1,16 @@
-"""A model of 50 million parameters with the proportions of the published one, for `blip3o bench
-peer` on two CPU cores.
+"""Make a model of 50 million parameters with the proportions of the published one, for `blip3o
+bench peer` on two CPU cores.
 
 Command:
     blip3o data shapes --out=runs/peer/shapes --num_train=200 --num_validation=10 --num_test=10
-    blip3o train --config=configs/peer.py --config.data.path=runs/peer/shapes --workdir=runs/peer/train
+    blip3o train --config=configs/peer.py --config.data.path=runs/peer/shapes \\
+        --workdir=runs/peer/train
     blip3o convert export --source=runs/peer/train --out=runs/peer/hf
     blip3o convert import --source=runs/peer/hf --out=runs/peer/jax
     blip3o bench peer --torch=runs/peer/hf --jax=runs/peer/jax --out=runs/peer/report
 Hardware: two CPU cores, no accelerator.
-Duration: two minutes for the weights, which one step leaves all but random, and eight for the comparison with --eager_only;
-    with compiled PyTorch longer.
+Duration: two minutes for the weights, which are almost random after one step, and eight for the
+    comparison with --eager_only; with compiled PyTorch longer.
 Expected: the ratios in docs/results/peer-cpu.md.
 """
 
@@ -20,8 +21,8 @@ CPU = {"unroll": True, **F32}  # unrolled layers are faster on CPUs
 
 
 def get_config() -> config.Config:
-    """At 320 px: 10 x 10 latents of 32 channels, 32 times smaller; 10 x 10 image tokens out of 4096
-    codes.
+    """Return the run at 320 px: 10 x 10 latents of 32 channels, 32 times smaller; 10 x 10 image
+    tokens out of 4096 codes.
     """
     model = config.ModelConfig(
         image_size=320,

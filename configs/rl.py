@@ -1,17 +1,21 @@
-"""Reinforcement learning from a trained model: what improves, and by which reward.
+"""Train by reinforcement learning from a checkpoint: GRPO on image tokens, Flow-GRPO, or both.
 
 Command:
-    blip3o rl --config=configs/rl.py:ocr:published --workdir=runs/ocr --config.rl.prompts_file=prompts.jsonl
-    The argument is the recipe and the checkpoint (imported by `blip3o convert import`, or trained here), whose model and text
-    tokenizer are taken as they are. Recipes: ocr and geneval (GRPO on the image tokens, diffusion head frozen), flow
-    (Flow-GRPO on the diffusion head, GenEval), hybrid (both, with the advantages of the same images); of the demo's model
-    shapes (its last stage) and words (few words, both policies, the reward ocr; docs/results/rl-cpu.md).
-Hardware: ocr, geneval: the published recipe's batch is 8 prompts x 16 images a device on 8 devices of 80 GB; here
-    rl.num_prompts x rl.num_generations images over the whole mesh, 64 chips of v5p for 1.7B (`--config.mesh.*`).
-Duration: 1000 updates are the published recipe's order of size.
-Expected: the reward rises; run `blip3o evaluate` before and after. Sizes of 1.7B have not been run here.
+    blip3o rl --config=configs/rl.py:ocr:published --workdir=runs/ocr \\
+        --config.rl.prompts_file=prompts.jsonl
+    The argument is the recipe and the checkpoint (imported by `blip3o convert import`, or trained
+    here), which provides model and text tokenizer. Recipes: ocr and geneval (GRPO on the image
+    tokens, diffusion head frozen), flow (Flow-GRPO on the diffusion head, GenEval), hybrid (both,
+    with the advantages of the same images). For the demo's model: shapes (its last stage) and words
+    (few words, both policies, the reward ocr; docs/results/rl-cpu.md).
+Hardware: ocr, geneval: the published recipe's batch is 8 prompts x 16 images a device on 8 devices
+    of 80 GB; here rl.num_prompts x rl.num_generations images over the whole mesh, 64 chips of v5p for
+    1.7B (`--config.mesh.*`).
+Duration: unknown; the published recipe has about 1000 updates.
+Expected: the reward rises; run `blip3o evaluate` before and after. Sizes of 1.7B have not been run
+    here.
 
-The rewards ocr and geneval want the extra [rl], or a directory with a detector: docs/rl.md.
+The rewards ocr and geneval need the extra [rl], or a directory with a detector: docs/rl.md.
 """
 
 import dataclasses
@@ -37,7 +41,8 @@ def get_config(argument: str) -> config.Config:
     config.check_choice("recipe", recipe, (*RECIPES, "shapes", "words"))
     config.check(
         bool(path),
-        f"configs/rl.py:{recipe} names no checkpoint to start from: configs/rl.py:{recipe}:CHECKPOINT",
+        f"configs/rl.py:{recipe} names no checkpoint to start from:"
+        f" configs/rl.py:{recipe}:CHECKPOINT",
     )
     if recipe in ("shapes", "words"):
         demo = reinforcement(path, "")
@@ -60,8 +65,8 @@ def get_config(argument: str) -> config.Config:
 
 
 def words(demo: config.Config) -> config.Config:
-    """What reads right depends on how the diffusion head draws letters as much as on the tokens, so
-    both learn.
+    """Return the recipe for words. Both policies learn, since correct text depends on the letters that
+    the diffusion head renders as much as on the tokens.
     """
     flow = dataclasses.replace(demo.rl.flow, kl_coef=0.0)
     rl = dataclasses.replace(

@@ -1,4 +1,4 @@
-"""Types of command-line flags: what a value may be, said by the annotations that settings have
+"""Define the types of command-line flags; their bounds come from the annotations of the settings
 (config/fields.py).
 """
 

@@ -30,16 +30,16 @@ from blip3o_jax.cli.command import Parser, quoted
 
 _EXAMPLES = """\
 examples:
-  blip3o demo                                             train everything on 2 cores and look at the report
+  blip3o demo                                             train everything on 2 cores
   blip3o data shapes --out=data/shapes                    draw the embedded data set
   blip3o train --config=configs/overfit.py --workdir=runs/mine --config.data.path=photos.tar
   blip3o sample --checkpoint=runs/mine --prompt="a red circle" --out=samples
-  blip3o edit --checkpoint=runs/mine --image=photo.png --instruction="make the sky green" --out=edited
+  blip3o edit --checkpoint=runs/mine --image=in.png --instruction="a green sky" --out=edited
   blip3o evaluate --checkpoint=runs/mine --suite=shapes --out=scores
   blip3o params --config=configs/pretrain.py:1.7b         how large each part is
   blip3o convert import --source=BLIP3o-NEXT --diffusion=SANA --out=checkpoint
 
-blip3o COMMAND --help tells more. BLIP3O_TRACEBACK=1 adds the traceback to an error's line.
+blip3o COMMAND --help lists a command's flags. BLIP3O_TRACEBACK=1 adds the traceback to an error's line.
 """
 
 

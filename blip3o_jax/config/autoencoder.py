@@ -17,7 +17,7 @@ VaeScales = Annotated[tuple[KernelSize, ...], Length(0, 8)]
 
 @dataclasses.dataclass(frozen=True)
 class _InnerStagesHaveLayers:
-    """Layers of each stage, of which the first and the last alone may have none."""
+    """Require layers in each stage except the first and the last."""
 
     def refusal(self, value: tuple[int, ...]) -> str:
         if all(value[1:-1]):
@@ -27,7 +27,7 @@ class _InnerStagesHaveLayers:
 
 @dataclasses.dataclass(frozen=True)
 class DcAeConfig(ConfigGroup, path="model.vae"):
-    """Fields of `diffusers.AutoencoderDC` (f32c32 by default)."""
+    """Hold the fields of `diffusers.AutoencoderDC` (f32c32 by default)."""
 
     in_channels: Width = 3
     latent_channels: Width = 32
@@ -111,7 +111,9 @@ class DcAeConfig(ConfigGroup, path="model.vae"):
             )
 
     def _check_channels(self, side: str) -> None:
-        """Shortcuts average or repeat whole runs of channels."""
+        """Check that the shortcuts, which average or repeat whole runs of channels, fit the channel
+        counts.
+        """
         channels = getattr(self, f"{side}_block_out_channels")
         field = f"model.vae.{side}_block_out_channels={channels}"
         first = 0 if getattr(self, f"{side}_layers_per_block")[0] else 1

@@ -1,4 +1,4 @@
-"""What the annotation of a setting can ask of a value beyond its type."""
+"""Define the constraints that a setting's annotation can put on its value beyond its type."""
 
 import dataclasses
 import itertools
@@ -12,7 +12,7 @@ _PATH_MAX = 4096
 
 
 class Constraint(Protocol):
-    """What an annotation asks of a value beyond its type."""
+    """Constrain a value beyond its type."""
 
     def refusal(self, value: Any) -> str:
         """Return what the value must be, as the end of a sentence, or "" where it is."""
@@ -21,7 +21,7 @@ class Constraint(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Bounds:
-    """An interval of numbers. NaN lies in none; `note` says what a special value does."""
+    """Require a number in an interval. NaN lies in none; `note` says what a special value does."""
 
     low: float
     high: float
@@ -42,7 +42,7 @@ class Bounds:
 
 @dataclasses.dataclass(frozen=True)
 class NonZero:
-    """A number that is not 0; `note` says why."""
+    """Require a number other than 0; `note` says why."""
 
     note: str = ""
 
@@ -52,7 +52,7 @@ class NonZero:
 
 @dataclasses.dataclass(frozen=True)
 class Multiple:
-    """A whole number that `of` divides; `note` says why."""
+    """Require a multiple of `of`; `note` says why."""
 
     of: int
     note: str = ""
@@ -66,7 +66,7 @@ class Multiple:
 
 @dataclasses.dataclass(frozen=True)
 class Odd:
-    """A whole number that 2 does not divide; `note` says why."""
+    """Require an odd number; `note` says why."""
 
     note: str = ""
 
@@ -76,7 +76,7 @@ class Odd:
 
 @dataclasses.dataclass(frozen=True)
 class Square:
-    """The square of a whole number."""
+    """Require the square of a whole number."""
 
     def refusal(self, value: int) -> str:
         return "" if math.isqrt(value) ** 2 == value else "must be a square number"
@@ -84,7 +84,7 @@ class Square:
 
 @dataclasses.dataclass(frozen=True)
 class Length:
-    """How many elements a tuple has."""
+    """Require a number of elements of a tuple."""
 
     low: int
     high: int
@@ -97,7 +97,7 @@ class Length:
 
 @dataclasses.dataclass(frozen=True)
 class Unique:
-    """A tuple without two equal elements."""
+    """Require a tuple without two equal elements."""
 
     def refusal(self, value: tuple[Any, ...]) -> str:
         twice = next((a for i, a in enumerate(value) if a in value[:i]), None)
@@ -106,7 +106,7 @@ class Unique:
 
 @dataclasses.dataclass(frozen=True)
 class Increasing:
-    """A tuple of numbers each of which is more than the one before."""
+    """Require a tuple of increasing numbers."""
 
     def refusal(self, value: tuple[float, ...]) -> str:
         rises = all(a < b for a, b in itertools.pairwise(value))
@@ -115,7 +115,9 @@ class Increasing:
 
 @dataclasses.dataclass(frozen=True)
 class PathText:
-    """Text that Linux takes as a path. Bytes that are not UTF-8 are allowed (surrogate escapes)."""
+    """Require text that Linux accepts as a path. Bytes that are not UTF-8 are allowed (surrogate
+    escapes).
+    """
 
     def refusal(self, value: str) -> str:
         if "\0" in value:
@@ -131,7 +133,7 @@ class PathText:
 
 @dataclasses.dataclass(frozen=True)
 class UnicodeText:
-    """Text that can be written as UTF-8: no lone surrogate, no NUL."""
+    """Require text that can be written as UTF-8: no lone surrogate, no NUL."""
 
     def refusal(self, value: str) -> str:
         try:
@@ -143,7 +145,9 @@ class UnicodeText:
 
 @dataclasses.dataclass(frozen=True)
 class Placeholder:
-    """Text that holds `name`; `meaning` says what replaces it, `once` that it stands there once."""
+    """Require text with `name` in it; `meaning` says what replaces it, `once` whether it may occur
+    only once.
+    """
 
     name: str
     meaning: str
@@ -158,7 +162,7 @@ class Placeholder:
 
 @dataclasses.dataclass(frozen=True)
 class Pattern:
-    """A regular expression."""
+    """Require a regular expression."""
 
     def refusal(self, value: str) -> str:
         try:

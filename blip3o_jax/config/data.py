@@ -13,9 +13,9 @@ DataFormat = Literal["auto", "tfds", "webdataset", "parquet", "folder"]
 
 @dataclasses.dataclass(frozen=True)
 class SourceConfig(ConfigGroup, path="data.sources"):
-    """One data set. `format`: tfds (ArrayRecord directory), webdataset (tar file, glob or
-    directory), parquet, folder (images + captions.jsonl), or auto (told from the path). `task`
-    "reconstruct" takes the images of captioned records as references to reconstruct from their
+    """Set one data set. `format`: tfds (ArrayRecord directory), webdataset (tar file, glob or
+    directory), parquet, folder (images + captions.jsonl), or auto (detected from the path). `task`
+    "reconstruct" uses the images of captioned records as references to reconstruct from their
     tokens; otherwise a record's fields determine its task.
     """
 
@@ -30,7 +30,7 @@ class SourceConfig(ConfigGroup, path="data.sources"):
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig(ConfigGroup, path="data"):
-    """The data sets, and how their records become batches of rows."""
+    """Set the data sets, and how their records become batches of rows."""
 
     # A single source can be given as `path` (and `format`, `split`, `images`); a mixture as
     # `sources`.

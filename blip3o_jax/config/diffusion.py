@@ -19,20 +19,14 @@ from blip3o_jax.config.types import (
     Width,
 )
 
-SANA_LINEAR = (
-    "q",
-    "k",
-    "v",
-    "o",
-    "expand",
-    "contract",
-)  # of both attentions, and of the feed-forward around its convolution
+# Linear layers of both attentions, and of the feed-forward around its convolution.
+SANA_LINEAR = ("q", "k", "v", "o", "expand", "contract")
 
 
 @dataclasses.dataclass(frozen=True)
 class ConnectorConfig(ConfigGroup, path="model.connector"):
-    """Linear -> GELU(tanh) -> Linear -> RMSNorm between the AR's hidden states and the DiT's
-    caption channels.
+    """Set the connector, Linear -> GELU(tanh) -> Linear -> RMSNorm between the AR's hidden states
+    and the DiT's caption channels.
     """
 
     # Adds sine-cosine positions to the hidden states. The published model does without: it has had
@@ -46,7 +40,7 @@ class ConnectorConfig(ConfigGroup, path="model.connector"):
 
 @dataclasses.dataclass(frozen=True)
 class SanaConfig(ConfigGroup, path="model.dit"):
-    """Fields of `diffusers.SanaTransformer2DModel` (SANA 1.5 1.6B by default)."""
+    """Hold the fields of `diffusers.SanaTransformer2DModel` (SANA 1.5 1.6B by default)."""
 
     in_channels: Width = 32
     out_channels: Width = 32
@@ -98,7 +92,7 @@ class SanaConfig(ConfigGroup, path="model.dit"):
 
 @dataclasses.dataclass(frozen=True)
 class FlowConfig(ConfigGroup, path="model.flow"):
-    """Fields of `diffusers.FlowMatchEulerDiscreteScheduler` that matter here."""
+    """Hold the fields of `diffusers.FlowMatchEulerDiscreteScheduler` that this package uses."""
 
     num_train_timesteps: Annotated[int, Bounds(1, 10**6)] = 1000
     shift: Annotated[float, Bounds(1e-3, 1e3)] = 1.0

@@ -1,5 +1,5 @@
-"""Errors that a user can cause and cure: their types, and how a message shows a value and names the
-nearest valid one.
+"""Define the errors that a user can cause and fix, and format values and the nearest valid names
+for their messages.
 """
 
 import difflib
@@ -11,13 +11,14 @@ _LISTED = 40  # valid values that a message lists
 
 
 class UserError(ValueError):
-    """What a user can cause and cure: one line that says what, where and what to do. The command
-    prints it without a traceback; any other exception is a bug and keeps its traceback.
+    """Report an error that a user can cause and fix, in one line that says what, where and what to
+    do. The command prints it without a traceback; any other exception is a bug and keeps its
+    traceback.
     """
 
 
 class ConfigError(UserError):
-    """A setting that cannot be used; the message names the field and says what to do."""
+    """Report a setting that cannot be used; the message names the field and says what to do."""
 
 
 def check(condition: bool, message: str) -> None:

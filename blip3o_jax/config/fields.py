@@ -40,7 +40,7 @@ Group = TypeVar("Group")
 
 
 class Keywords(tuple[tuple[str, Any], ...]):
-    """Keyword arguments of a function elsewhere: ((name, value), ...), given as a mapping or as
+    """Hold keyword arguments of a library function: ((name, value), ...), given as a mapping or as
     pairs. Values are numbers, text, booleans, None, or tuples and mappings of these.
     """
 
@@ -50,12 +50,11 @@ Reader = Callable[[Any, str], Any]
 
 
 class ConfigGroup:
-    """Base of a frozen dataclass of settings: checks every field against its annotation when it is
-    constructed.
+    """Check every field of a frozen dataclass of settings against its annotation at construction.
 
-    `path`: where the group stands in `Config` ("optimizer"), for messages about values given in
-    Python. A group that stands in several places has the last name alone; values that come through
-    `from_dict` are named in full anywhere.
+    `path`: the path of the group in `Config` ("optimizer"), for messages about values given in
+    Python. For a group with several places it is the last name alone; values that come through
+    `from_dict` are always named in full.
     """
 
     group_path = ""

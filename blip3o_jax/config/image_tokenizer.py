@@ -22,7 +22,7 @@ from blip3o_jax.config.types import (
 
 @dataclasses.dataclass(frozen=True)
 class SiglipVisionConfig(ConfigGroup, path="model.tokenizer.encoder"):
-    """Fields of `transformers.SiglipVisionConfig`: the encoder of the vision tokenizer."""
+    """Hold the fields of `transformers.SiglipVisionConfig`: the encoder of the vision tokenizer."""
 
     hidden_size: Width = 1152
     intermediate_size: Width = 4304
@@ -53,8 +53,8 @@ class SiglipVisionConfig(ConfigGroup, path="model.tokenizer.encoder"):
 
 @dataclasses.dataclass(frozen=True)
 class TaTokDecoderConfig(ConfigGroup, path="model.tokenizer.decoder"):
-    """Fields of `transformers.Siglip2VisionConfig` with patch_size 1: the decoder that reconstructs
-    SigLIP2 features.
+    """Hold the fields of `transformers.Siglip2VisionConfig` with patch_size 1: the decoder that
+    reconstructs SigLIP2 features.
     """
 
     hidden_size: Width = 1152
@@ -71,7 +71,7 @@ class TaTokDecoderConfig(ConfigGroup, path="model.tokenizer.decoder"):
 
 @dataclasses.dataclass(frozen=True)
 class TaTokConfig(ConfigGroup, path="model.tokenizer"):
-    """The vision tokenizer: SigLIP2 encoder -> bottleneck -> SimVQ codebook -> decoder (section
+    """Set the vision tokenizer: SigLIP2 encoder -> bottleneck -> SimVQ codebook -> decoder (section
     "TA-Tok" of docs/).
     """
 
@@ -116,8 +116,8 @@ class TaTokConfig(ConfigGroup, path="model.tokenizer"):
 
 @dataclasses.dataclass(frozen=True)
 class TextTowerConfig(ConfigGroup, path="model.text_tower"):
-    """The caption encoder of the contrastive stage (SigLIP's text side); dropped once the vision
-    encoder is trained.
+    """Set the caption encoder of the contrastive stage (SigLIP's text side), which is dropped once
+    the vision encoder is trained.
     """
 
     hidden_size: Width = 1152

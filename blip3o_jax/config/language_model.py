@@ -14,9 +14,9 @@ QWEN3_LINEAR = ("q", "k", "v", "o", "gate", "up", "down")
 
 @dataclasses.dataclass(frozen=True)
 class Qwen3Config(ConfigGroup, path="model.ar"):
-    """Fields of `transformers.Qwen3Config`. `vocab_size` counts the rows in use; the rows stored
-    are padded up to a multiple of `vocab_multiple` so that the table shards evenly (`Vocabulary` in
-    text/ owns the ids).
+    """Hold the fields of `transformers.Qwen3Config`. `vocab_size` counts the rows in use; the table
+    is padded to a multiple of `vocab_multiple` rows so that it shards evenly (`Vocabulary` in text/
+    defines the ids).
     """
 
     vocab_size: TableRows = 217210

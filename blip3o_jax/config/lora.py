@@ -11,10 +11,10 @@ from blip3o_jax.config.types import Finite, Text
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig(ConfigGroup, path="lora"):
-    """Low-rank adapters (arXiv 2106.09685) beside the kernels of a part's stacked layers: y = x W +
-    alpha / rank (x A) B, A [in, rank] drawn, B [rank, out] zero at first. They are float32 whatever
-    the kernels are; `trainable=('.*/lora_.*',)` trains nothing else. `blip3o convert export` writes
-    the sums.
+    """Set low-rank adapters (arXiv 2106.09685) of the kernels of a part's stacked layers: y = x W +
+    alpha / rank (x A) B, with A [in, rank] random and B [rank, out] zero at first. They are float32
+    for every kernel dtype; `trainable=('.*/lora_.*',)` trains nothing else. `blip3o convert export`
+    writes the merged kernels.
     """
 
     rank: Annotated[int, Bounds(0, 2**14)] = 0  # 0: none

@@ -26,8 +26,8 @@ StrategyName = Literal[
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig(ConfigGroup, path="mesh"):
-    """Devices along each mesh axis; -1 takes what is left. The batch lies over data x fsdp, the
-    tokens of a row over sequence where the strategy says so.
+    """Set the number of devices along each mesh axis; -1 takes the rest. The batch is sharded over
+    data x fsdp, and the tokens of a row over sequence if the strategy says so.
     """
 
     data: MeshSize = 1

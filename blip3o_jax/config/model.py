@@ -17,8 +17,8 @@ from blip3o_jax.config.types import Side
 
 @dataclasses.dataclass(frozen=True)
 class EditingConfig(ConfigGroup, path="model.editing"):
-    """How reference images condition the model (BLIP3o-NEXT, arXiv 2510.15857, section 4). With
-    `reference_slots` 0 rows are text to image alone, and connectors that are there are kept and
+    """Set how reference images condition the model (BLIP3o-NEXT, arXiv 2510.15857, section 4). With
+    `reference_slots` 0 all rows are text to image; connectors of the checkpoint are kept and
     converted, but not used.
     """
 
@@ -46,7 +46,7 @@ class EditingConfig(ConfigGroup, path="model.editing"):
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig(ConfigGroup, path="model"):
-    """The parts of the model, and the sizes of its images."""
+    """Set the parts of the model, and the sizes of its images."""
 
     text: TextConfig = TextConfig()
     template: TemplateConfig = TemplateConfig()

@@ -24,9 +24,9 @@ Seconds = Annotated[float, Bounds(1e-3, 1e7)]
 
 @dataclasses.dataclass(frozen=True)
 class RewardConfig(ConfigGroup, path="rl.rewards"):
-    """One term of the weighted sum of rewards. `name`: one of rl/rewards/ or
-    "python:MODULE.FUNCTION"; `options`, {option: value}, are the reward's own. `clip`: bounds that
-    its score is clipped to before it is weighed.
+    """Set one term of the weighted sum of rewards. `name`: one of rl/rewards/ or
+    "python:MODULE.FUNCTION"; `options`: the reward's own, {option: value}; `clip`: bounds that its
+    score is clipped to before it is weighted.
     """
 
     name: Text = ""
@@ -37,7 +37,7 @@ class RewardConfig(ConfigGroup, path="rl.rewards"):
 
 @dataclasses.dataclass(frozen=True)
 class FlowPolicyConfig(ConfigGroup, path="rl.flow"):
-    """Flow-GRPO (arXiv 2505.05470): the sampler of the diffusion head as a policy."""
+    """Set Flow-GRPO (arXiv 2505.05470): the sampler of the diffusion head as a policy."""
 
     steps: Annotated[int, Bounds(2, 10_000)] = 10  # of the stochastic sampler in a rollout
     # Of these, chosen at random for each rollout, carry noise and are trained on.
@@ -60,8 +60,8 @@ class FlowPolicyConfig(ConfigGroup, path="rl.flow"):
 
 @dataclasses.dataclass(frozen=True)
 class RlConfig(ConfigGroup, path="rl"):
-    """Online reinforcement learning (`blip3o rl`) from the checkpoint that `checkpoint.init_from`
-    names. Defaults are the published recipe's (arXiv 2510.15857).
+    """Set online reinforcement learning (`blip3o rl`) from the checkpoint of
+    `checkpoint.init_from`. Defaults are the published recipe's (arXiv 2510.15857).
     """
 
     # "ar": GRPO on the image tokens; "flow": Flow-GRPO on the diffusion head; "both"; or another of

@@ -1,4 +1,4 @@
-"""A run: one stage on one model, data mixture and mesh."""
+"""Set a run: one stage on one model, data mixture and mesh."""
 
 import dataclasses
 import typing
@@ -21,7 +21,7 @@ STAGE_NAMES: tuple[str, ...] = typing.get_args(StageName)
 
 @dataclasses.dataclass(frozen=True)
 class Config(ConfigGroup):
-    """A run: one stage on one model, data mixture and mesh."""
+    """Set a run: one stage on one model, data mixture and mesh."""
 
     stage: StageName = "joint"
     seed: Seed = 0

@@ -12,7 +12,7 @@ Guidance = Annotated[float, Bounds(-1000, 1000)]
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig(ConfigGroup, path="sampling"):
-    """How image tokens are sampled, and how the diffusion head integrates and guides."""
+    """Set how image tokens are sampled, and how the diffusion head integrates and guides."""
 
     # Of the image tokens; 0 takes the likeliest.
     temperature: Annotated[float, Bounds(0, 1000)] = 1.0

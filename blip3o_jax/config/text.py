@@ -11,11 +11,11 @@ from blip3o_jax.config.types import Path, Text
 
 @dataclasses.dataclass(frozen=True)
 class TextConfig(ConfigGroup, path="model.text"):
-    """The text tokenizer. `path`: a SentencePiece .model, or Qwen's tokenizer.json (or the
-    directory that holds it).
+    """Set the text tokenizer. `path`: a SentencePiece .model, or Qwen's tokenizer.json (or its
+    directory).
 
     With `train_size` > 0 and no path, a SentencePiece tokenizer of that many pieces is trained on
-    the run's own captions, and `ar.vocab_size` becomes what it and the image tokens come to.
+    the run's own captions, and `ar.vocab_size` becomes the sum of its pieces and the image tokens.
     """
 
     kind: Literal["bpe", "sentencepiece"] = "bpe"
@@ -39,8 +39,8 @@ _IMAGES = Placeholder("<image>", "the block of reference images", once=True)
 
 @dataclasses.dataclass(frozen=True)
 class TemplateConfig(ConfigGroup, path="model.template"):
-    """The chat template: what the user says for each task. `<image>` stands where the reference
-    images are shown; an empty `system` leaves the system turn out.
+    """Set the chat template: the user's turn for each task. The reference images replace `<image>`;
+    an empty `system` leaves the system turn out.
     """
 
     system: Text = "You are a helpful assistant."

@@ -22,8 +22,8 @@ LearningRate = Annotated[float, Bounds(0, 100)]
 
 @dataclasses.dataclass(frozen=True)
 class ScheduleConfig(ConfigGroup, path="optimizer.schedule"):
-    """A schedule of optax by name. `kwargs`, {argument: value}, are its arguments where they are
-    not to follow from `learning_rate`, `end_learning_rate` and `warmup_fraction`.
+    """Set a schedule of optax by name. `kwargs`, {argument: value}, override the arguments that
+    follow from `learning_rate`, `end_learning_rate` and `warmup_fraction`.
     """
 
     name: Text = "warmup_cosine_decay_schedule"
@@ -32,8 +32,8 @@ class ScheduleConfig(ConfigGroup, path="optimizer.schedule"):
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig(ConfigGroup, path="optimizer"):
-    """Linear warm-up to `learning_rate`, then a cosine to `end_learning_rate` at the last step,
-    unless `schedule` says otherwise.
+    """Set the optimizer: by default a linear warm-up to `learning_rate`, then a cosine to
+    `end_learning_rate` at the last step.
     """
 
     # Any optimizer of optax ("lion", "adafactor", "sgd", ...), or "muon": the matrices of the layer
@@ -61,7 +61,7 @@ class OptimizerConfig(ConfigGroup, path="optimizer"):
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig(ConfigGroup, path="loss"):
-    """Weights of the losses, and the constants of each stage's own."""
+    """Set the weights of the losses, and the constants of each stage's own loss."""
 
     ce: NonNegative = 1.0
     flow: NonNegative = 1.0
@@ -94,7 +94,7 @@ class LossConfig(ConfigGroup, path="loss"):
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig(ConfigGroup, path="checkpoint"):
-    """When checkpoints are written, and what a run starts from."""
+    """Set when checkpoints are written, and the checkpoints that a run starts from."""
 
     every: PositiveInt = 1000
     keep: PositiveInt = 3

@@ -1,3 +1,3 @@
-"""The whole way of an image in one command, on a machine without an accelerator: data, four stages,
-samples, scores, report.
+"""Train, sample and score in one command, on a machine without an accelerator: data, four stages,
+reinforcement learning, report.
 """

@@ -11,6 +11,7 @@ import math
 import os
 import pathlib
 from collections.abc import Mapping
+from typing import Any
 
 from blip3o_jax import config
 from blip3o_jax.train.initialize import from_checkpoint
@@ -21,11 +22,12 @@ IMAGE_SIZE = 48
 def model(
     image_size: int = IMAGE_SIZE, *, unroll: bool = True, references: bool = False
 ) -> config.ModelConfig:
-    """At 48 px: 6 x 6 latents of 16 channels; 3 x 3 image tokens out of 512 codes. A code sees 16 x
-    16 pixels. `references`: rows have a reference slot.
+    """Return the demo's model at 48 px: 6 x 6 latents of 16 channels; 3 x 3 image tokens out of 512
+    codes, each of 16 x 16 pixels. `references`: rows have a reference slot.
     """
-    cpu = {"dtype": "float32", "unroll": unroll}  # float32 and unrolled layers are faster on CPUs
-    f32 = {"dtype": "float32"}
+    # float32 and unrolled layers are faster on CPUs.
+    cpu: dict[str, Any] = {"dtype": "float32", "unroll": unroll}
+    f32: dict[str, Any] = {"dtype": "float32"}
     return config.ModelConfig(
         image_size=image_size,
         text=config.TextConfig(kind="sentencepiece", train_size=480),
@@ -58,7 +60,7 @@ def model(
             ),
             bottleneck_dim=16,
             codebook_size=512,
-            select_layer=-1,  # the one that tells each patch's pixels
+            select_layer=-1,  # its features determine each patch's pixels
             **f32,
         ),
         text_tower=config.TextTowerConfig(
@@ -123,8 +125,8 @@ def model(
 
 
 def cpu_devices() -> int:
-    """One device a core, as far as every batch of the recipe divides: the largest power of two up
-    to 8.
+    """Return the number of CPU devices: one per core, rounded down to a power of two up to 8, so
+    that every batch of the recipe divides.
     """
     return 2 ** min(3, int(math.log2(os.cpu_count() or 1)))
 
@@ -136,18 +138,15 @@ def mesh() -> config.MeshConfig:
 def mixture(
     data_dir: str, tasks: Mapping[str, str | pathlib.Path]
 ) -> tuple[config.SourceConfig, ...]:
-    """What the joint stage learns from. Questions take the longest to learn, since an answer of a
-    word or two is all that a row has to learn from.
+    """Return the sources of the joint stage. Questions take the longest to learn, since the labels of
+    their rows are an answer of a word or two.
     """
     edits, questions = (str(tasks[name]) for name in ("edits", "questions"))
-    weights = (
-        (data_dir, 0.42, ""),
-        (edits, 0.2, ""),
-        (questions, 0.33, ""),
-        (data_dir, 0.05, "reconstruct"),
-    )
-    return tuple(
-        config.SourceConfig(path=path, weight=weight, task=task) for path, weight, task in weights
+    return (
+        config.SourceConfig(path=data_dir, weight=0.42),
+        config.SourceConfig(path=edits, weight=0.2),
+        config.SourceConfig(path=questions, weight=0.33),
+        config.SourceConfig(path=data_dir, weight=0.05, task="reconstruct"),
     )
 
 
@@ -158,9 +157,9 @@ def recipe(
     *,
     fast: bool = False,
 ) -> dict[str, config.Config]:
-    """Stage name -> configuration. `tasks` are the files of `data.shapes.tasks`; without them the
-    joint stage learns text to image alone. `fast` takes every step of the way with too few steps to
-    learn much; its layers are scanned, which takes less time to compile.
+    """Return {stage name: configuration}. `tasks` are the files of `data.shapes.tasks`; without
+    them the joint stage learns text to image alone. `fast` runs every step of the demo with too few
+    steps to learn much; its layers are scanned, which compiles faster.
     """
     base = config.Config(
         model=model(unroll=not fast, references=bool(tasks)),
@@ -179,9 +178,9 @@ def recipe(
         ),
     )
 
-    def stage(name: str, steps: int, batch: int, rate: float, **changes: object) -> config.Config:
+    def stage(name: str, steps: int, batch: int, rate: float, **changes: Any) -> config.Config:
         steps = max(4, steps // 100) if fast else steps
-        optimizer = {
+        optimizer: dict[str, Any] = {
             "learning_rate": rate,
             "end_learning_rate": rate / 50,
             "warmup_fraction": 0.05,
@@ -246,10 +245,11 @@ def recipe(
 def reinforcement(
     checkpoint: str | pathlib.Path, prompts_file: str, *, fast: bool = False
 ) -> config.Config:
-    """What follows the recipe: GRPO on the image tokens with the scorer as reward. Images are drawn
-    as for a user, but at temperature 1, so that those of a prompt differ more, and in half the
-    denoising steps, which tell a right image from a wrong one as well (docs/results/rl-cpu.md has
-    what else was tried).
+    """Return the configuration of the reinforcement learning after the recipe: GRPO on the image
+    tokens with the scorer as reward. Images are sampled as for a user, but at temperature 1, so
+    that the images of a prompt differ more, and in half the denoising steps, which are enough to
+    tell a right image from a wrong one (docs/results/rl-cpu.md has the alternatives that were
+    tried).
     """
     checkpoint_config = from_checkpoint(checkpoint, trained=("ar",))
     steps = 2 if fast else 230

@@ -1,5 +1,5 @@
-"""`blip3o demo`: prepares the data, trains the recipe, samples held-out prompts, scores them and
-writes the report.
+"""Run `blip3o demo`: prepare the data, train the recipe, sample held-out prompts, score them and
+write the report.
 """
 
 import collections
@@ -74,9 +74,7 @@ EXAMPLES = 28  # of each suite with reference images
 
 
 def run(workdir: str | pathlib.Path, *, fast: bool = False) -> dict[str, Any]:
-    """Runs or resumes the demo under `workdir`; returns {"shapes_overall", "seconds", "report",
-    ...}.
-    """
+    """Run or resume the demo under `workdir`; return {"shapes_overall", "seconds", ...}."""
     with _quick_compile() if fast else contextlib.nullcontext():
         return _run(pathlib.Path(workdir).absolute(), fast)
 
@@ -132,7 +130,9 @@ def _run(workdir: pathlib.Path, fast: bool) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _quick_compile() -> Iterator[None]:
-    """Programs that run for a few steps take their time to compile, not to run."""
+    """Compile without most optimizations: programs that run for a few steps spend most time in the
+    compiler.
+    """
     before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", True)
     try:
@@ -142,7 +142,7 @@ def _quick_compile() -> Iterator[None]:
 
 
 class _Clock:
-    """Seconds by name, in order."""
+    """Measure the seconds of named parts, in order."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -156,7 +156,7 @@ class _Clock:
 
 
 def _peak_memory() -> float:
-    """GiB, of this process."""
+    """Return the peak memory of this process in GiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
@@ -180,7 +180,7 @@ def _evaluate_image_tasks(workdir: pathlib.Path, num_prompts: int) -> dict[str, 
     found = {}
     for name in IMAGE_TASKS:
         found[name] = runner.evaluate_pipeline(
-            pipeline, runner.SUITES[name], num_prompts=num_prompts
+            pipeline, runner.find_suite(name), num_prompts=num_prompts
         )
         runner.write(found[name], workdir / "evaluation" / name)
     return found
@@ -194,6 +194,7 @@ def _results(
     stages: dict[str, Config],
     clock: _Clock,
 ) -> report.Results:
+    assert after.images is not None and after.codes is not None
     pipeline = pipelines.load(workdir / "rl")
     originals = shapes.real_images(8, IMAGE_SIZE)
     tokenizer_size = pipeline.config.model.tokenizer.encoder.image_size
@@ -243,7 +244,7 @@ def _results(
 
 
 def _scores(evaluation: runner.Evaluation) -> tuple[report.Score, list[report.Score]]:
-    """Overall, and of each category."""
+    """Return the overall score and that of each category."""
     model, real, random = (
         evaluation.result,
         *(evaluation.baselines[name] for name in ("real_images", "random_images")),
@@ -258,6 +259,7 @@ def _scores(evaluation: runner.Evaluation) -> tuple[report.Score, list[report.Sc
 
 
 def _samples(evaluation: runner.Evaluation) -> list[report.Sample]:
+    assert evaluation.images is not None
     rows = zip(
         evaluation.prompts,
         evaluation.images,

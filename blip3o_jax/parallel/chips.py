@@ -25,16 +25,16 @@ class Chip:
     hbm_bytes: float
     hbm_rate: float
     dcn_rate: float  # out of a host, shared by its devices
-    clock: (
-        float | None
-    )  # Hz of the matrix unit's core; None: not known, or no cycles are estimated for it
+    # Hz of the matrix unit's core; None: not known, or no cycles are estimated for it.
+    clock: float | None
     source: str
     link_rate: float = 0.0  # of one ICI link; 0: no torus
     axes: int = 0  # of the torus
     wrap: int = 0  # an axis whose size is a multiple of this has wrap-around links
     devices: int = 1  # of one chip
     cores: int = 1  # that work as one device
-    host_rate: float = 1.5e10  # of one device's link to its host (PCIe), one way; what the book has for all TPUs but v6e
+    # One device's link to its host (PCIe), one way; the book's figure for all TPUs but v6e.
+    host_rate: float = 1.5e10
 
     def wraps(self, size: int) -> bool:
         """Return whether an axis of `size` chips is a ring."""

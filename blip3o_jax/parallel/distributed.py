@@ -33,7 +33,7 @@ from blip3o_jax.parallel import peers as peers_lib
 from blip3o_jax.parallel.preemption import Preempted
 
 METHODS = ("auto", "off", "tpu", "slurm")
-# What decides which numbers come out, beside the source files: hosts must have the same.
+# Packages that the numbers depend on, in addition to the source files: hosts must have the same.
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
 _PREFIX = "blip3o"  # of all keys and barriers
 # The line of an error of XLA that names the library collectives of CPUs and GPUs go through.
@@ -69,9 +69,11 @@ class Launch:
                 f"--distributed={self.method} and --coordinator exclude each other: leave one of"
                 " them out"
             )
-        if not missing and not self.coordinator.rpartition(":")[2].isdigit():
+        if self.coordinator is None or self.num_processes is None or self.process_id is None:
+            return
+        if not self.coordinator.rpartition(":")[2].isdigit():
             raise UserError(f"--coordinator={self.coordinator} names no port: give it as HOST:PORT")
-        if not missing and not 0 <= self.process_id < self.num_processes:
+        if not 0 <= self.process_id < self.num_processes:
             raise UserError(
                 f"--process_id={self.process_id} must lie in 0 .. {self.num_processes - 1}"
                 " (--num_processes - 1)"
@@ -97,9 +99,8 @@ def initialize(launch: Launch) -> None:
     method = launch.resolved()
     if method == "off":
         return
-    jax.config.update(
-        "jax_cpu_collectives_implementation", "gloo"
-    )  # what CPU devices of several hosts talk through
+    # CPU devices of several hosts need gloo for their collectives.
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
     settings: dict[str, Any] = {"heartbeat_timeout_seconds": peers_lib.RUNTIME_TIMEOUT}
     if method == "flags":
         settings |= {
@@ -108,7 +109,8 @@ def initialize(launch: Launch) -> None:
         }
         settings |= {"process_id": launch.process_id, "cluster_detection_method": "deactivate"}
     elif method == "slurm":
-        settings |= {"cluster_detection_method": "slurm"}  # else metadata of the TPU machine
+        # Without this, JAX would read the metadata of a TPU machine first.
+        settings |= {"cluster_detection_method": "slurm"}
     try:
         with peers_lib.without_stack_trace():
             jax.distributed.initialize(**settings)

@@ -126,11 +126,13 @@ class Strategy:
         """
         tables = STRATEGIES[dict(self.parts).get(part, self.name)]
         table = tables.get(part, tables[""])
-        entries, taken = [], {}
+        entries: list[str | tuple[str, ...] | None] = []
+        taken: dict[str, str | None] = {}
         for name, dim in zip(axes, shape, strict=True):
-            # A single token, of decoding or of the unconditional branch, is nothing to cut up.
-            cut = table.get(name, ()) if dim != 1 or name not in TOKENS else ()
-            mesh_axes = tuple(a for a in cut if self.mesh.shape[a] > 1)
+            # A single token, of decoding or of the unconditional branch, cannot be sharded.
+            sharded = name is not None and (dim != 1 or name not in TOKENS)
+            candidates = table.get(name, ()) if name is not None and sharded else ()
+            mesh_axes = tuple(a for a in candidates if self.mesh.shape[a] > 1)
             for axis in mesh_axes:
                 if axis in taken:
                     raise ConfigError(

@@ -32,7 +32,7 @@ from blip3o_jax.parallel.rules import Strategy
 from blip3o_jax.train.state import WEIGHTS, StatePlan
 
 # (pixels, tokenizer_pixels) uint8 [B, ...] -> (codes [B, N], latents [B, H, W, C])
-Encode = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+Encode = Callable[[np.ndarray, np.ndarray], tuple[jax.Array, jax.Array]]
 BATCH = 64
 
 
@@ -155,7 +155,8 @@ def _write_shard(
         chosen = waiting[:batch]
         del waiting[:batch]
         rows = [views for _, _, views in chosen] + [blank] * (batch - len(chosen))
-        found = jax.device_get(encode(*(np.stack(column) for column in zip(*rows, strict=True))))
+        pixels, tokenizer_pixels = (np.stack(column) for column in zip(*rows, strict=True))
+        found = jax.device_get(encode(pixels, tokenizer_pixels))
         if not outputs:
             outputs = tuple(
                 np.zeros((len(indices), slots, *x.shape[1:]), dtype)

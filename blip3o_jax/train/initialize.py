@@ -4,13 +4,13 @@ other checkpoints and random weights.
 
 import dataclasses
 import pathlib
-from typing import Any
+from typing import Any, cast
 
 import jax
 
 from blip3o_jax import config as config_lib
 from blip3o_jax import lora
-from blip3o_jax.config import CheckpointConfig, Config, DataConfig, UserError
+from blip3o_jax.config import CheckpointConfig, Config, DataConfig, Part, UserError
 from blip3o_jax.parallel.distributed import log_host0
 from blip3o_jax.parallel.rules import Strategy
 from blip3o_jax.train.checkpoint import Checkpoints, find, read_config, restore_parts, stored_text
@@ -44,7 +44,7 @@ def from_checkpoint(path: str | pathlib.Path, trained: tuple[str, ...]) -> Confi
         data=DataConfig(max_length=saved.data.max_length),
         sampling=saved.sampling,
         checkpoint=CheckpointConfig(
-            init_from=tuple((part, str(root / str(step))) for part in parts)
+            init_from=tuple((cast(Part, part), str(root / str(step))) for part in parts)
         ),
     )
 
@@ -93,7 +93,7 @@ def _written_by(directory: pathlib.Path) -> Config | None:
 
 def restore_init_parts(config: Config, plan: StatePlan, strategy: Strategy) -> dict[str, Any]:
     """Restore the parts that `checkpoint.init_from` names, in the form `create_state` takes."""
-    restored_parts = {}
+    restored_parts: dict[str, Any] = {}
     for path in dict.fromkeys(path for _, path in config.checkpoint.init_from):
         parts = tuple(part for part, other in config.checkpoint.init_from if other == path)
         _check_lora(config, parts, path)

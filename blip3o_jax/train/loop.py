@@ -56,7 +56,10 @@ class Summary:
 class BatchIterator(Protocol):
     """Provide the batches of a run, one per step."""
 
-    wait_seconds: float  # that the last `next` kept the devices waiting
+    @property
+    def wait_seconds(self) -> float:
+        """Return how long the last `next` waited for data."""
+        ...
 
     def next(self, state: TrainState) -> Batch:
         """Return the next batch, on the devices. `state` is the state after the step before, which
@@ -75,11 +78,11 @@ class BatchIterator(Protocol):
         ...
 
     def check(self, step: int, values: dict[str, float]) -> None:
-        """Check the metrics of a finished step, and add to them. Raises UserError to end the run."""
+        """Check a finished step's metrics, and add to them. Raises UserError to end the run."""
         ...
 
     def start(self, log: MetricLog | SilentLog) -> None:
-        """Open the output files and take the run's log. Called once, when all checks have passed."""
+        """Open the output files and take the run's log. Called once, after all checks."""
         ...
 
     def sync(self) -> None:
@@ -117,7 +120,7 @@ class Method(Protocol):
     """Define a way to train; the loop calls its methods in this order."""
 
     def open(self, config: Config) -> None:
-        """Open and check the data, so that faults in it are reported before anything is compiled."""
+        """Open and check the data, to report its faults before anything is compiled."""
         ...
 
     def vocabulary(self, config: Config, workdir: pathlib.Path) -> tuple[Config, Vocabulary | None]:
@@ -322,6 +325,7 @@ class _Run:
 
     @functools.cached_property
     def _preview_program(self) -> Any:
+        assert self.spec.preview is not None
         return make_preview_program(self.spec.preview, self.context.plan, self.context.strategy)
 
 
@@ -393,7 +397,8 @@ class _Meter:
         if self.flops is not None:
             rate = self.flops * self.steps / seconds / jax.device_count()
             values["perf/tflops_per_device"] = rate / 1e12
-            values["perf/mfu"] = rate / peak_flops(jax.devices()[0])
+            if peak := peak_flops(jax.devices()[0]):
+                values["perf/mfu"] = rate / peak
         stats = jax.local_devices()[0].memory_stats()
         if stats:
             values["perf/device_memory_gib"] = stats.get("peak_bytes_in_use", 0) / 2**30

@@ -66,7 +66,8 @@ def _outstanding(config: Config, part: str) -> str:
 
 def _sizes(group: Any, default: Any, path: str) -> Iterator[tuple[str, int, int]]:
     """Yield (name, value, default) of the whole numbers of a group and of its subgroups."""
-    for name in fields.field_types(type(group)):
+    cls: type = type(group)
+    for name in fields.field_types(cls):
         value = getattr(group, name)
         usual = getattr(default, name)
         if isinstance(value, int) and not isinstance(value, bool):

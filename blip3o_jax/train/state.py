@@ -33,7 +33,7 @@ COUNTERS = ("step", "bad_steps", "skipped_steps", "bad_records")
 
 @dataclasses.dataclass(frozen=True)
 class StatePlan:
-    """Hold the abstract state: the model's graph definition, shapes, shardings and the optimizer."""
+    """Hold the abstract state: graph definition, shapes, shardings and the optimizer."""
 
     graphdef: Any
     abstract: TrainState  # ShapeDtypeStructs with shardings
@@ -177,7 +177,7 @@ def create_state(
     # number of random arrays, and the compile cache gives a part to every run that has it.
     for part in stage_parts(config):
         weights = merge_trees(weights, _initialize_part(config, plan, part, taken, options))
-    if config.checkpoint.image_embedding_init == "codes":
+    if config.checkpoint.image_embedding_init == "codes" and image_token_offset is not None:
         ar = lambda tree: {group: tree[group]["ar"] for group in WEIGHTS if "ar" in tree[group]}
 
         def at_codes(weights: TrainState) -> TrainState:

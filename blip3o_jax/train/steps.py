@@ -21,11 +21,8 @@ from blip3o_jax.config import UserError
 from blip3o_jax.parallel.distributed import log_host0
 
 _STEP = re.compile("0|[1-9][0-9]{0,17}")  # as Orbax reads them too
-_REQUIRED = (
-    "state/manifest.ocdbt",
-    "state/_METADATA",
-    "meta/metadata",
-)  # without one of them nothing can be read
+# Files without which nothing of a step can be read.
+_REQUIRED = ("state/manifest.ocdbt", "state/_METADATA", "meta/metadata")
 
 
 class CheckedStep(ocp.path.atomicity.AtomicRenameTemporaryPath):

@@ -78,9 +78,8 @@ class Supervised:
             sources, builder, config.data, config.seed, rows=rows, join=builder.join
         )
         if position is not None:
-            loader_of(sources).restore(
-                position
-            )  # before hours of encoding for a run that cannot go on
+            # Encoding may take hours: check first that the run can resume on these sources.
+            loader_of(sources).restore(position)
         if config.stage == "joint" and config.data.cache_dir:
             sources = _encode_sources(config, context.plan, strategy, state, sources)
         loader = loader_of(sources)
@@ -115,9 +114,8 @@ class _PrefetchedBatches:
         self._data_metrics = data_metrics
         self._skipped = SkippedRecords(rows)
         self._fetched = self._done = 0
-        self._positions: collections.deque[dict[str, Any]] = (
-            collections.deque()
-        )  # of steps not done
+        # Positions after the batches whose steps are not done.
+        self._positions: collections.deque[dict[str, Any]] = collections.deque()
 
     def next(self, state: TrainState) -> Batch:
         del state
@@ -181,7 +179,7 @@ def _encode_sources(
     state: TrainState,
     sources: list[tuple[Source, float]],
 ) -> list[tuple[Source, float]]:
-    """Return the sources with the frozen encoders' outputs from the cache, filling the cache first."""
+    """Fill the cache of the frozen encoders' outputs, and return the sources that read it."""
     if trained := {"tokenizer", "vae"} & set(state["params"]):
         raise UserError(
             f"data.cache_dir keeps the outputs of frozen encoders, but {', '.join(sorted(trained))}"
