@@ -26,9 +26,9 @@ Where the sources differ or do not say:
                      (--config.optimizer.learning_rate=1e-4).
     Adam betas       not stated; (0.9, 0.95) here.
     frozen encoders  tokenizer and autoencoder have bfloat16 weights, since nothing updates them.
-                     The DiT is float32: its caption layers are trained. The encoders run at every step;
-                     with `--config.data.cache_dir=DIR` they run once for each image, which saves a
-                     fifth of the work over several epochs.
+                     The DiT is float32: its caption layers are trained. The encoders run at every
+                     step; with `--config.data.cache_dir=DIR` they run once for each image, which
+                     saves a fifth of the work over several epochs.
     recomputation    the reference recomputes every layer in the backward pass. Here the results of
                      matrix products and, on TPUs, of attention are kept (5 GB for an example of
                      2048 tokens); to save memory, --config.model.ar.remat=full and

@@ -9,8 +9,8 @@ Command:
     with the advantages of the same images). For the demo's model: shapes (its last stage) and words
     (few words, both policies, the reward ocr; docs/results/rl-cpu.md).
 Hardware: ocr, geneval: the published recipe's batch is 8 prompts x 16 images a device on 8 devices
-    of 80 GB; here rl.num_prompts x rl.num_generations images over the whole mesh, 64 chips of v5p for
-    1.7B (`--config.mesh.*`).
+    of 80 GB; here rl.num_prompts x rl.num_generations images over the whole mesh, 64 chips of v5p
+    for 1.7B (`--config.mesh.*`).
 Duration: unknown; the published recipe has about 1000 updates.
 Expected: the reward rises; run `blip3o evaluate` before and after. Sizes of 1.7B have not been run
     here.
@@ -65,8 +65,8 @@ def get_config(argument: str) -> config.Config:
 
 
 def words(demo: config.Config) -> config.Config:
-    """Return the recipe for words. Both policies learn, since correct text depends on the letters that
-    the diffusion head renders as much as on the tokens.
+    """Return the recipe for words. Both policies learn, since correct text depends on the letters
+    that the diffusion head renders as much as on the tokens.
     """
     flow = dataclasses.replace(demo.rl.flow, kl_coef=0.0)
     rl = dataclasses.replace(

@@ -39,7 +39,7 @@ examples:
   blip3o params --config=configs/pretrain.py:1.7b         how large each part is
   blip3o convert import --source=BLIP3o-NEXT --diffusion=SANA --out=checkpoint
 
-blip3o COMMAND --help lists a command's flags. BLIP3O_TRACEBACK=1 adds the traceback to an error's line.
+blip3o COMMAND --help lists its flags. BLIP3O_TRACEBACK=1 adds the traceback to an error's line.
 """
 
 

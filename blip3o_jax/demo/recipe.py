@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from blip3o_jax import config
+from blip3o_jax.config.run import StageName
 from blip3o_jax.train.initialize import from_checkpoint
 
 IMAGE_SIZE = 48
@@ -138,8 +139,8 @@ def mesh() -> config.MeshConfig:
 def mixture(
     data_dir: str, tasks: Mapping[str, str | pathlib.Path]
 ) -> tuple[config.SourceConfig, ...]:
-    """Return the sources of the joint stage. Questions take the longest to learn, since the labels of
-    their rows are an answer of a word or two.
+    """Return the sources of the joint stage. Questions take the longest to learn, since the labels
+    of their rows are an answer of a word or two.
     """
     edits, questions = (str(tasks[name]) for name in ("edits", "questions"))
     return (
@@ -178,7 +179,9 @@ def recipe(
         ),
     )
 
-    def stage(name: str, steps: int, batch: int, rate: float, **changes: Any) -> config.Config:
+    def stage(
+        name: StageName, steps: int, batch: int, rate: float, **changes: Any
+    ) -> config.Config:
         steps = max(4, steps // 100) if fast else steps
         optimizer: dict[str, Any] = {
             "learning_rate": rate,

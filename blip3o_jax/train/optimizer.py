@@ -134,7 +134,7 @@ def _made(
     own: Mapping[str, Any],
     kwargs: tuple[tuple[str, Any], ...] = (),
 ) -> optax.GradientTransformation:
-    """Return optax's optimizer `name` with the arguments `own`, which are settings, and `kwargs`."""
+    """Return optax's optimizer `name` with the settings `own` and the arguments `kwargs`."""
     make = optimizers()[name]
     takes = _takes(make)
     arguments = {"learning_rate": rate, **own}
@@ -191,11 +191,11 @@ def _moment_dtype(
     if cfg.mu_dtype is None:
         return {}
     argument = next((a for a in _MOMENT_DTYPE if a in takes), None)
-    check(
-        argument is not None,
-        f"optimizer.mu_dtype={cfg.mu_dtype!r}: optax.{name} keeps its moments in the parameters' "
-        "dtype; leave it None",
-    )
+    if argument is None:
+        raise ConfigError(
+            f"optimizer.mu_dtype={cfg.mu_dtype!r}: optax.{name} keeps its moments in the"
+            " parameters' dtype; leave it None"
+        )
     return {argument: cfg.mu_dtype}
 
 

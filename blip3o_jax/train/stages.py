@@ -1,10 +1,12 @@
-"""The training stages: the parts, the loss and the trainable parameters of each. The loop is the same
-for all.
+"""Define the training stages: the parts, the loss and the trainable parameters of each. The loop is
+the same for all.
 
-autoencoder   pixels -> vae -> pixels                        L1 + image gradients
-contrastive   (pixels, caption) -> encoder, text tower       SigLIP's sigmoid loss, optionally pixels read off the features
-tokenizer     pixels -> frozen encoder -> codes -> features  reconstruction + commitment + code usage
-joint         row + image -> AR, connector, DiT              cross entropy + flow matching
+    autoencoder   pixels -> vae -> pixels                        L1 + image gradients
+    contrastive   (pixels, caption) -> encoder, text tower       SigLIP's sigmoid loss, optionally
+                                                                 with pixels from the features
+    tokenizer     pixels -> frozen encoder -> codes -> features  reconstruction + commitment + code
+                                                                 usage
+    joint         row + image -> AR, connector, DiT              cross entropy + flow matching
 """
 
 import dataclasses
@@ -33,25 +35,25 @@ LossFunction = Callable[[Blip3o, Batch, jax.Array], tuple[jax.Array, dict[str, j
 
 
 def no_normalizers(batch: Batch, examples: int) -> dict[str, jax.Array]:
-    """Return none: the loss is a mean over the examples."""
+    """Return no divisors: the loss is a mean over the examples."""
     del batch, examples
     return {}
 
 
 def no_totals(batch: Batch) -> dict[str, jax.Array]:
-    """Return none: the steps and the examples of a batch are counted for every stage."""
+    """Return no totals: the steps and the examples of a batch are counted for every stage."""
     del batch
     return {}
 
 
 @dataclasses.dataclass(frozen=True)
 class Loss:
-    """What a train step minimizes, with what it counts over the whole batch.
+    """Define what a train step minimizes, and the sums that it counts over the whole batch.
 
-    `normalizers`: (batch, number of examples) -> {name: scalar}, what the function divides by, as a
-    mean over the examples. The step counts them before it cuts micro-batches and adds them to the
-    batch, the same number for every example, so that the mean of the micro-batches' losses is the
-    loss of the batch. `totals`: batch -> {metric: scalar}, sums over the batch.
+    `normalizers`: (batch, number of examples) -> {name: scalar}, the divisors of the function, as
+    means over the examples. The step counts them before it splits the batch and adds them to it,
+    the same number for every example, so that the mean of the micro-batches' losses is the loss of
+    the batch. `totals`: batch -> {metric: scalar}, sums over the batch.
     """
 
     function: LossFunction
@@ -67,8 +69,8 @@ class Loss:
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """`parts` the model holds, `fields` of an example (data/examples.py) the loss reads,
-    `trainable` the default filter; `normalizers` and `totals`: see `Loss`.
+    """Define a stage: the `parts` of its model, the `fields` of an example (data/examples.py) that
+    its loss reads, and its default filter `trainable`; `normalizers` and `totals`: see `Loss`.
     """
 
     parts: tuple[str, ...]
@@ -103,8 +105,8 @@ STAGES: dict[str, Stage] = {
 
 
 def stage_parts(config: Config) -> tuple[str, ...]:
-    """Return the parts that the model of a run holds: the stage's, and for the joint one the connectors of
-    editing where it has them.
+    """Return the parts of a run's model: the stage's, and for the joint stage the connectors of
+    editing that the configuration turns on.
     """
     editing = config.model.editing
     extra = {"latent_connector": editing.latents, "feature_connector": editing.features}
@@ -135,8 +137,8 @@ def trainable_filter(config: Config) -> Callable[[str], bool]:
 
 
 def make_loss(config: Config, image_token_offset: int) -> Loss:
-    """Return the loss of the configured stage; `image_token_offset` is the vocabulary id of the first
-    codebook entry (joint stage only).
+    """Return the loss of the configured stage; `image_token_offset` is the vocabulary id of the
+    first codebook entry (joint stage only).
     """
     stage = STAGES[config.stage]
     return Loss(_loss_function(config, image_token_offset), stage.normalizers, stage.totals)
@@ -226,7 +228,7 @@ def _loss_function(config: Config, image_token_offset: int) -> LossFunction:
 def make_preview(
     config: Config, image_token_offset: int
 ) -> Callable[[Blip3o, Batch, jax.Array], jax.Array] | None:
-    """Return (model, batch, keys) -> images in [0, 1] that show what the stage has learned, None for
+    """Return (model, batch, keys) -> images in [0, 1] that show the stage's progress, None for
     stages without images.
     """
 

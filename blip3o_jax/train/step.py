@@ -1,4 +1,4 @@
-"""The train step of every stage: (state, batch) -> (state, metrics), pure, compiled once.
+"""Build the train step of every stage: (state, batch) -> (state, metrics), pure, compiled once.
 
 A step whose loss, gradient or result is not finite changes nothing but its own counters.
 """
@@ -33,7 +33,9 @@ def _mean_gradients(
     keys_B: jax.Array,
     accumulate: int,
 ) -> tuple[Any, Metrics]:
-    """Return gradients and metrics, averaged over `accumulate` micro-batches of equal size, in float32."""
+    """Return gradients and metrics in float32, averaged over `accumulate` micro-batches of equal
+    size.
+    """
     grad_fn = jax.grad(loss_fn, has_aux=True)
     if accumulate == 1:
         return grad_fn(params, batch, keys_B)
@@ -53,8 +55,8 @@ def _mean_gradients(
 
 
 def _all_finite(*trees: Any) -> jax.Array:
-    """Return whether the results of a step are all finite. A learning rate can make them infinite even
-    with a finite gradient.
+    """Return whether the results of a step are all finite. A learning rate can make them infinite
+    even with a finite gradient.
 
     Compiled for four v5p chips with AdamW and fsdp, this costs one all-reduce of booleans, six
     times the bytes of a chip's parameters in memory traffic and half of them in memory; leaving out
@@ -67,8 +69,8 @@ def _all_finite(*trees: Any) -> jax.Array:
 def make_step(
     config: Config, plan: StatePlan, strategy: Strategy, loss: Loss
 ) -> Callable[..., tuple[TrainState, Metrics]]:
-    """Compile the train step. Metrics: the stage's own, loss, gradient norm in all and per part,
-    learning rate, counters.
+    """Compile the train step. Its metrics are the stage's own, the loss, the gradient norm in total
+    and per part, the learning rate and the counters.
     """
     schedule = learning_rate(config.optimizer, config.steps)
 
