@@ -21,15 +21,16 @@ from flax import nnx
 
 from blip3o_jax import nn
 from blip3o_jax.ar.cross_entropy import cross_entropy
-from blip3o_jax.ar.qwen3 import Qwen3
+from blip3o_jax.ar.protocol import LanguageModel
 from blip3o_jax.config import LossConfig, ModelConfig, SamplingConfig
 from blip3o_jax.connector import Connector
 from blip3o_jax.data.sequence import max_labels
 from blip3o_jax.dit import flow
+from blip3o_jax.dit.protocol import Condition, DiffusionHead, LatentConcat
 from blip3o_jax.dit.sampler import Guidance
-from blip3o_jax.dit.sana import Condition, LatentConcat, SanaTransformer
 from blip3o_jax.image_tokens.contrastive import PatchReadout, TextTower
-from blip3o_jax.image_tokens.ta_tok import TaTok
+from blip3o_jax.image_tokens.protocol import ImageTokenizer
+from blip3o_jax.parts import PART_TABLE, make_part
 from blip3o_jax.rows import (
     flatten_packed,
     insert_features,
@@ -38,19 +39,9 @@ from blip3o_jax.rows import (
     slice_condition_span,
 )
 from blip3o_jax.text.vocabulary import image_ids_from_codes
-from blip3o_jax.vae.dc_ae import DcAe
+from blip3o_jax.vae.protocol import Autoencoder
 
-MODEL_PARTS = (
-    "tokenizer",
-    "text_tower",
-    "ar",
-    "connector",
-    "dit",
-    "vae",
-    "patch_readout",
-    "latent_connector",
-    "feature_connector",
-)
+MODEL_PARTS = tuple(PART_TABLE)
 
 
 # Reference images of a row: pooled features [B, R, N, width], the index of each image's opening tag
@@ -59,36 +50,28 @@ Features = tuple[jax.Array, jax.Array, jax.Array]
 
 
 class Blip3o(nnx.Module):
-    """The parts named in `parts`, as attributes of those names; each is initialised from its own
-    key, so that a part's initial weights do not depend on which others are there, nor on whether it
-    has low-rank factors (nn.Linear).
+    """The parts named in `parts`, as attributes of those names, each of the family that its
+    settings are of (parts.py). Each is initialised from its own key, so that a part's initial
+    weights do not depend on which others are there, nor on whether it has low-rank factors
+    (nn.Linear).
     """
 
+    tokenizer: ImageTokenizer
+    text_tower: TextTower
+    ar: LanguageModel
+    connector: Connector
+    dit: DiffusionHead
+    vae: Autoencoder
+    patch_readout: PatchReadout
+    latent_connector: Connector
+    feature_connector: Connector
+
     def __init__(self, cfg: ModelConfig, parts: Iterable[str], *, seed: int):
-        plain = dataclasses.replace(cfg.connector, positions=False)
-        make = {
-            "tokenizer": lambda rngs: TaTok(cfg.tokenizer, rngs=rngs),
-            "text_tower": lambda rngs: TextTower(
-                cfg.text_tower, cfg.ar.vocab_size, cfg.tokenizer.encoder.hidden_size, rngs=rngs
-            ),
-            "patch_readout": lambda rngs: PatchReadout(cfg.tokenizer.encoder, rngs=rngs),
-            "ar": lambda rngs: Qwen3(cfg.ar, rngs=rngs),
-            "connector": lambda rngs: Connector(
-                cfg.connector, cfg.ar.hidden_size, cfg.dit.caption_channels, rngs=rngs
-            ),
-            "dit": lambda rngs: SanaTransformer(cfg.dit, rngs=rngs),
-            "vae": lambda rngs: DcAe(cfg.vae, rngs=rngs),
-            "latent_connector": lambda rngs: Connector(
-                plain, cfg.vae.latent_channels, cfg.dit.caption_channels, rngs=rngs, axis=None
-            ),
-            "feature_connector": lambda rngs: Connector(
-                plain, cfg.tokenizer.encoder.hidden_size, cfg.ar.hidden_size, rngs=rngs
-            ),
-        }
         self.cfg = cfg
         for name in parts:
             key = jax.random.fold_in(jax.random.key(seed), MODEL_PARTS.index(name))
-            setattr(self, name, make[name](nnx.Rngs(key, lora=jax.random.fold_in(key, 0))))
+            rngs = nnx.Rngs(key, lora=jax.random.fold_in(key, 0))
+            setattr(self, name, make_part(name, cfg, rngs))
 
     def codes(self, pixels_BHWC: jax.Array) -> jax.Array:
         """Encode uint8 pixels at the tokenizer's size to codebook indices [B, N]."""
@@ -124,7 +107,7 @@ class Blip3o(nnx.Module):
         Random embeddings hold no information on what a token looks like, and each is learned from
         its own occurrences alone.
         """
-        codes_KD, ar = self.tokenizer.bottleneck.codebook.table(), self.cfg.ar
+        codes_KD, ar = self.tokenizer.codes(), self.cfg.ar
         codes_KD *= jax.lax.rsqrt(jnp.mean(jnp.sum(codes_KD**2, axis=-1)))
         rows = slice(image_token_offset, image_token_offset + len(codes_KD))
         keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), len(MODEL_PARTS)))
@@ -225,9 +208,10 @@ class Blip3o(nnx.Module):
             return Guidance(cond)
         rows = len(hidden_BTD)
         keep_none_B, keep_all_B = jnp.zeros(rows, bool), jnp.ones(rows, bool)
-        # One token stands for all T where they are equal, since attention over them does not depend
-        # on their number.
-        count = 1 if cond.mask_BT is None else hidden_BTD.shape[1]
+        # One token stands for all T where they are equal and their number does not matter, as in
+        # cross-attention.
+        one = cond.mask_BT is None and not self.cfg.dit.counts_condition_tokens
+        count = 1 if one else hidden_BTD.shape[1]
         zeros_BTD = jnp.zeros((rows, count, self.cfg.ar.hidden_size), jnp.float32)
         uncond = self.condition(zeros_BTD, keep_none_B, references, keep_none_B)
         if references is None or scale == reference_scale:

@@ -288,7 +288,7 @@ class Pipeline:
     ) -> dict[str, np.ndarray]:
         """Return the reference_* arrays of a request, as training has them (data/examples.py)."""
         slots = self.config.model.editing.reference_slots
-        side = self.config.model.tokenizer.encoder.image_size
+        side = self.config.model.tokenizer.image_size
         blank = tuple(np.zeros((*shape, 3), np.uint8) for shape in (size, (side, side)))
         views = [images.views(image, size, side, self.config.data.crop) for image in request.images]
         views += [blank] * (slots - len(views))

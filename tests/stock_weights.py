@@ -5,7 +5,8 @@ A module is one part of a model: its configuration, whose class names the part, 
 a whole model.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,13 +15,10 @@ import torch
 from flax import nnx
 
 from blip3o_jax import config
-from blip3o_jax.ar.qwen3 import Qwen3
 from blip3o_jax.config import ModelConfig
-from blip3o_jax.convert import mapping
-from blip3o_jax.dit.sana import SanaTransformer
+from blip3o_jax.convert import conversions, mapping
 from blip3o_jax.image_tokens.siglip2 import SiglipVision
-from blip3o_jax.image_tokens.ta_tok import TaTok
-from blip3o_jax.vae.dc_ae import DcAe
+from blip3o_jax.parts import PART_TABLE, Family, resolve
 
 
 def _autoencoder_of(channels: int) -> config.DcAeConfig:
@@ -36,25 +34,27 @@ def _autoencoder_of(channels: int) -> config.DcAeConfig:
     )
 
 
-# configuration -> (part, class here, the model it is in)
-MODULES: dict[type, tuple[str, type, Callable[..., ModelConfig]]] = {
-    config.Qwen3Config: ("ar", Qwen3, lambda cfg: ModelConfig(ar=cfg)),
-    config.TaTokConfig: ("tokenizer", TaTok, lambda cfg: ModelConfig(tokenizer=cfg)),
-    config.SanaConfig: (
-        "dit",
-        SanaTransformer,
-        lambda cfg: ModelConfig(dit=cfg, vae=_autoencoder_of(cfg.in_channels)),
-    ),
-    config.DcAeConfig: (
-        "vae",
-        DcAe,
-        lambda cfg: ModelConfig(
-            vae=cfg,
-            dit=config.SanaConfig(in_channels=cfg.latent_channels),
-            image_size=cfg.spatial_compression,
-        ),
-    ),
-}
+def whole(part: str, cfg: Any) -> ModelConfig:
+    """Return a model whose `part` has the settings `cfg`, other parts such that they go together."""
+    others: dict[str, Any] = {}
+    if part == "dit":
+        others["vae"] = _autoencoder_of(cfg.in_channels)
+        others["image_size"] = cfg.patch_size * others["vae"].spatial_compression
+    if part == "vae":
+        others["dit"] = config.SanaConfig(in_channels=cfg.latent_channels)
+        others["image_size"] = cfg.spatial_compression
+    return ModelConfig(**{part: cfg}, **others)
+
+
+def row(cfg: Any) -> tuple[str, Family]:
+    """Return the part that `cfg` is settings of, and its row in the table of parts."""
+    found = [
+        (part, family)
+        for part, spec in PART_TABLE.items()
+        for family in spec.families
+        if spec.field == part and type(cfg) is family.settings
+    ]
+    return found[0]
 
 
 def convert(named: Mapping[str, torch.Tensor], cfg: object) -> dict[str, np.ndarray]:
@@ -63,11 +63,14 @@ def convert(named: Mapping[str, torch.Tensor], cfg: object) -> dict[str, np.ndar
     tensor."""
     if isinstance(cfg, config.SiglipVisionConfig):
         return _convert_encoder(named, cfg)
-    part, _, whole = MODULES[type(cfg)]
+    part, _ = row(cfg)
+    model = whole(part, cfg)
+    computed = conversions.conversion_of(part, model).buffers(cfg)
+    named = {key: x for key, x in named.items() if key not in computed}
     if getattr(cfg, "tie_word_embeddings", False):
         named = {key: x for key, x in named.items() if key != "lm_head.weight"}
-    assert named.keys() == mapping.tensor_shapes(part, whole(cfg)).keys()
-    return mapping.to_jax(part, whole(cfg), {key: x.detach().numpy() for key, x in named.items()})
+    assert named.keys() == mapping.tensor_shapes(part, model).keys()
+    return mapping.to_jax(part, model, {key: x.detach().numpy() for key, x in named.items()})
 
 
 def _convert_encoder(
@@ -89,7 +92,8 @@ def _convert_encoder(
 
 def jax_model(module: torch.nn.Module, cfg: object) -> nnx.Module:
     """Return this package's network with the module's weights."""
-    cls = SiglipVision if isinstance(cfg, config.SiglipVisionConfig) else MODULES[type(cfg)][1]
+    is_encoder = isinstance(cfg, config.SiglipVisionConfig)
+    cls = SiglipVision if is_encoder else resolve(row(cfg)[1].network)
     model = nnx.eval_shape(lambda: cls(cfg, rngs=nnx.Rngs(0)))
     arrays = convert(module.state_dict(), cfg)
     state = nnx.state(model)

@@ -17,6 +17,7 @@ LAYERS = (
     ("data",),
     ("rows",),
     ("ar", "image_tokens", "dit", "vae", "connector"),
+    ("parts",),
     ("blip3o",),
     ("parallel",),
     ("train",),

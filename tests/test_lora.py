@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from blip3o_jax import config, lora, model_table, nn
 from blip3o_jax.blip3o import Blip3o, path_name
-from blip3o_jax.dit.sana import Condition
+from blip3o_jax.dit.protocol import Condition
 from tests import tiny
 from tests.conftest import relative_error
 
@@ -223,7 +223,7 @@ def test_parameters_are_counted():
 def test_settings():
     """Check that a configuration from before the factors has none."""
     assert config.from_dict({"hidden_size": 64}, config.Qwen3Config).lora == config.LoraConfig(
-        targets=config.QWEN3_LINEAR
+        targets=config.QWEN_LINEAR
     )
     assert config.from_dict(config.to_dict(CFG), config.ModelConfig) == CFG
     overridden = config.to_config_dict(config.Config())

@@ -14,7 +14,7 @@ import numpy as np
 
 from blip3o_jax import nn
 from blip3o_jax.ar.splash import splash
-from blip3o_jax.config import ConfigError
+from blip3o_jax.config import ConfigError, LanguageModelConfig
 
 RotaryEmbedding = tuple[jax.Array, jax.Array]
 
@@ -138,6 +138,14 @@ def dot_product(
     return jax.nn.dot_product_attention(
         q_BLHK, k_BSGK, v_BSGK, mask=mask_BLS[:, None], implementation=implementation
     )
+
+
+def acausal_flops(cfg: LanguageModelConfig, rows: int, length: int) -> int:
+    """Return the FLOPs that one product of attention spends above the diagonal, in all layers, where
+    it is computed over all pairs of positions.
+    """
+    pairs = rows * length * (length - 1) // 2
+    return 2 * pairs * cfg.num_attention_heads * cfg.head_dim * cfg.num_hidden_layers
 
 
 IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from blip3o_jax import nn
-from blip3o_jax.config import Qwen3Config
+from blip3o_jax.config import LanguageModelConfig
 
 
 class Cache(NamedTuple):
@@ -40,7 +40,7 @@ class Cache(NamedTuple):
     end: jax.Array  # int32 scalar; the first slot not yet written
 
 
-def empty(cfg: Qwen3Config, batch: int, capacity: int) -> Cache:
+def empty(cfg: LanguageModelConfig, batch: int, capacity: int) -> Cache:
     """Return an empty cache of `capacity` slots a row, in the compute dtype."""
     shape, axes = (
         (batch, cfg.num_key_value_heads, capacity, cfg.head_dim),

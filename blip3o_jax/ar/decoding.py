@@ -3,20 +3,19 @@
 A prompt is prefilled once; then each step takes the logits of the last token's hidden state, samples
 a token, and runs it on the cache. Sampling of image tokens carries a `DecodingState` through its
 loop, sampling of text a `TextDecodingState`; reinforcement learning samples through the former, and
-scores through `Qwen3.score_with_prefix`, whose hidden states are those of the same positions.
+scores through `score_with_prefix`, whose hidden states are those of the same positions.
 
 B rows of the batch, with classifier-free guidance two a prompt, next to each other; N new tokens, D
 width.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from blip3o_jax import nn
 from blip3o_jax.ar import cache
-from blip3o_jax.ar.qwen3 import Layer, Qwen3
+from blip3o_jax.ar.protocol import LanguageModel
 
 
 class DecodingState(NamedTuple):
@@ -44,17 +43,16 @@ class TextDecodingState(NamedTuple):
 
 
 def prefill(
-    model: Qwen3,
+    model: LanguageModel,
     embedded_BLD: jax.Array,
     segment_ids_BL: jax.Array,
     lengths_B: jax.Array,
     capacity: int,
-) -> tuple[DecodingState, list[Layer] | None]:
+) -> tuple[DecodingState, Any]:
     """Run the prompts on an empty cache of `capacity` slots -> (state after each row's last token,
-    at lengths_B - 1; the layers for `decode`: unstacked where `ar.unroll` is set, else None).
+    at lengths_B - 1; the layers for `decode`, as `start_decoding` returns them).
     """
-    past = cache.empty(model.cfg, len(embedded_BLD), capacity)
-    layers = nn.unstack(model.layers) if model.cfg.unroll else None
+    past, layers = model.start_decoding(len(embedded_BLD), capacity)
     with jax.named_scope("prefill"):
         hidden_BLD, past = model.extend(embedded_BLD, segment_ids_BL, past, layers)
     last_B11 = (lengths_B - 1)[:, None, None]
@@ -62,7 +60,7 @@ def prefill(
 
 
 def decode(
-    model: Qwen3, state: DecodingState, ids_B: jax.Array, layers: list[Layer] | None
+    model: LanguageModel, state: DecodingState, ids_B: jax.Array, layers: Any
 ) -> DecodingState:
     """Return the state after one more token a row; `layers` as of `prefill`."""
     ids_B1 = ids_B[:, None]

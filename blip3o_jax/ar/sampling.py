@@ -22,7 +22,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from blip3o_jax.ar.decoding import DecodingState, TextDecodingState, decode, prefill
-from blip3o_jax.ar.qwen3 import Qwen3, project
+from blip3o_jax.ar.logits import project
+from blip3o_jax.ar.protocol import LanguageModel
 
 
 class SampleOutput(NamedTuple):
@@ -41,7 +42,7 @@ class SampleOutput(NamedTuple):
 
 
 def generate_image_tokens(
-    model: Qwen3,
+    model: LanguageModel,
     tokens_PL: jax.Array,
     lengths_P: jax.Array,
     keys_B: jax.Array,
@@ -115,7 +116,7 @@ class TextOutput(NamedTuple):
 
 
 def generate_text(
-    model: Qwen3,
+    model: LanguageModel,
     tokens_BL: jax.Array,
     lengths_B: jax.Array,
     keys_B: jax.Array,
@@ -242,7 +243,7 @@ def truncate(
 
 
 def _check(
-    model: Qwen3,
+    model: LanguageModel,
     num_tokens: int,
     image_ids: tuple[int, int],
     temperature: float,
@@ -264,7 +265,7 @@ def _check(
             raise ValueError(f"sampling: {message}")
 
 
-def _cast_params(model: Qwen3) -> Qwen3:
+def _cast_params(model: LanguageModel) -> LanguageModel:
     """Return the model with its parameters cast to the compute dtype once, not at every token:
     decoding is bound by reading them. Every use of a parameter casts to this dtype anyway, so no
     number changes.

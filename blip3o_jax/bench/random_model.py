@@ -9,10 +9,10 @@ import ml_dtypes  # noqa: F401  (lets NumPy know bfloat16)
 import numpy as np
 
 from blip3o_jax.config import ModelConfig, to_dict
+from blip3o_jax.convert.conversions import stock_config
 from blip3o_jax.convert.mapping import tensor_shapes
 from blip3o_jax.convert.progress import Progress
 from blip3o_jax.convert.source import SECTION
-from blip3o_jax.convert.stock_config import stock_config
 from blip3o_jax.convert.tables import PREFIXES, PUBLISHED_PARTS, Shape
 from blip3o_jax.convert.tensor_files import ShardedWriter
 from blip3o_jax.text.tokenizers import BPE_FILE, CHAT_TAGS, END_OF_TEXT

@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 from blip3o_jax import nn
-from blip3o_jax.ar.qwen3 import project
+from blip3o_jax.ar.logits import project
 from blip3o_jax.ar.sampling import guided_logits
 from blip3o_jax.bench.peer.report import machine
 from blip3o_jax.blip3o import Blip3o

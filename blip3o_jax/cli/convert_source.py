@@ -15,13 +15,13 @@ def add_source(parser: argparse.ArgumentParser, flag: str) -> None:
         type=arguments.path,
         required=True,
         metavar="HF_DIR",
-        help="a BLIP3o-NEXT directory, or a stock Qwen3 one",
+        help="a BLIP3o-NEXT directory, or a stock Qwen3 or Qwen2 one (Tar)",
     )
     parser.add_argument(
         "--diffusion",
         type=arguments.path,
         metavar="DIR",
-        help="a SANA diffusers directory: transformer/, vae/, scheduler/",
+        help="a diffusers directory (SANA, SD3): transformer/, vae/, scheduler/",
     )
     parser.add_argument(
         "--ta_tok",

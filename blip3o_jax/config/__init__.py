@@ -9,17 +9,33 @@ Fields of a network carry the names of the library class it matches (transformer
 published config.json reads straight into them.
 """
 
-from blip3o_jax.config.autoencoder import DcAeConfig
+from blip3o_jax.config.autoencoder import AutoencoderConfig, DcAeConfig
 from blip3o_jax.config.data import DataConfig, SourceConfig
-from blip3o_jax.config.diffusion import SANA_LINEAR, ConnectorConfig, FlowConfig, SanaConfig
+from blip3o_jax.config.diffusion import (
+    MMDIT_LINEAR,
+    SANA_LINEAR,
+    ConnectorConfig,
+    DiffusionHeadConfig,
+    FlowConfig,
+    MMDiTConfig,
+    SanaConfig,
+)
 from blip3o_jax.config.errors import ConfigError, UserError, check, check_choice
+from blip3o_jax.config.fields import MODEL_TYPE, PartConfig
 from blip3o_jax.config.image_tokenizer import (
+    ImageTokenizerConfig,
     SiglipVisionConfig,
     TaTokConfig,
     TaTokDecoderConfig,
     TextTowerConfig,
 )
-from blip3o_jax.config.language_model import QWEN3_LINEAR, Qwen3Config
+from blip3o_jax.config.language_model import (
+    QWEN_LINEAR,
+    LanguageModelConfig,
+    Qwen2Config,
+    Qwen3Config,
+    QwenConfig,
+)
 from blip3o_jax.config.loader import Overrides, load, load_recipe
 from blip3o_jax.config.lora import LoraConfig
 from blip3o_jax.config.mesh import MeshConfig, StrategyName
@@ -28,7 +44,13 @@ from blip3o_jax.config.presets import DIFFUSION_HEADS, LANGUAGE_MODELS, model_si
 from blip3o_jax.config.rl import FlowPolicyConfig, RewardConfig, RlConfig
 from blip3o_jax.config.run import STAGE_NAMES, Config, StageName
 from blip3o_jax.config.sampling import SamplingConfig
-from blip3o_jax.config.serializer import flat, from_dict, to_config_dict, to_dict
+from blip3o_jax.config.serializer import (
+    flat,
+    from_dict,
+    replace_everywhere,
+    to_config_dict,
+    to_dict,
+)
 from blip3o_jax.config.text import TemplateConfig, TextConfig
 from blip3o_jax.config.train import CheckpointConfig, LossConfig, OptimizerConfig, ScheduleConfig
 from blip3o_jax.config.types import REMAT, Dtype, Part, Remat
@@ -36,28 +58,38 @@ from blip3o_jax.config.types import REMAT, Dtype, Part, Remat
 __all__ = [
     "DIFFUSION_HEADS",
     "LANGUAGE_MODELS",
-    "QWEN3_LINEAR",
+    "MMDIT_LINEAR",
+    "MODEL_TYPE",
+    "QWEN_LINEAR",
     "REMAT",
     "SANA_LINEAR",
     "STAGE_NAMES",
+    "AutoencoderConfig",
     "CheckpointConfig",
     "Config",
     "ConfigError",
     "ConnectorConfig",
     "DataConfig",
     "DcAeConfig",
+    "DiffusionHeadConfig",
     "Dtype",
     "EditingConfig",
     "FlowConfig",
     "FlowPolicyConfig",
+    "ImageTokenizerConfig",
+    "LanguageModelConfig",
     "LoraConfig",
     "LossConfig",
+    "MMDiTConfig",
     "MeshConfig",
     "ModelConfig",
     "OptimizerConfig",
     "Overrides",
     "Part",
+    "PartConfig",
+    "Qwen2Config",
     "Qwen3Config",
+    "QwenConfig",
     "Remat",
     "RewardConfig",
     "RlConfig",
@@ -81,6 +113,7 @@ __all__ = [
     "load",
     "load_recipe",
     "model_sizes",
+    "replace_everywhere",
     "to_config_dict",
     "to_dict",
 ]

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from blip3o_jax.config.constraints import Bounds, Length, Odd
 from blip3o_jax.config.errors import check
-from blip3o_jax.config.fields import ConfigGroup
+from blip3o_jax.config.fields import PartConfig
 from blip3o_jax.config.types import Dtype, Positive, Remat, Width
 
 PerStage = Length(2, 12)  # resolutions of an autoencoder, one entry of a tuple each
@@ -25,8 +25,23 @@ class _InnerStagesHaveLayers:
         return "leaves a stage empty: only the first and the last stage may have 0 layers"
 
 
+class AutoencoderConfig(PartConfig, path="model.vae"):
+    """Say what the settings of every autoencoder offer (its network: `vae.protocol.Autoencoder`)."""
+
+    latent_channels: int
+    scaling_factor: float  # latents times it have about unit variance
+    dtype: str
+    param_dtype: str
+    remat: str
+
+    @property
+    def spatial_compression(self) -> int:
+        """Return the pixels per latent along a side."""
+        raise NotImplementedError
+
+
 @dataclasses.dataclass(frozen=True)
-class DcAeConfig(ConfigGroup, path="model.vae"):
+class DcAeConfig(AutoencoderConfig, path="model.vae", model_type="dc_ae"):
     """Hold the fields of `diffusers.AutoencoderDC` (f32c32 by default)."""
 
     in_channels: Width = 3

@@ -22,18 +22,20 @@ import math
 import types
 import typing
 from collections.abc import Callable, Iterator
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 from blip3o_jax.config.constraints import Constraint
 from blip3o_jax.config.errors import (
     ConfigError,
     check,
+    check_choice,
     did_you_mean,
     listed,
     not_a_choice,
     shown,
 )
 
+MODEL_TYPE = "model_type"  # the key that names a family, as config.json of transformers has it
 _BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
 Group = TypeVar("Group")
@@ -72,6 +74,48 @@ class ConfigGroup:
                 object.__setattr__(self, name, converted)
 
 
+class PartConfig(ConfigGroup):
+    """Base of the settings of a part that may be of several families, which the type tells apart.
+
+    A direct subclass stands for the part: it annotates what every family offers, and is the type of
+    the field that holds the part's settings. A dataclass below it with a `model_type` is a family:
+
+        class LanguageModelConfig(PartConfig, path="model.ar"): ...
+        class Qwen3Config(LanguageModelConfig, path="model.ar", model_type="qwen3"): ...
+
+    In JSON and on the command line the key `model_type` names the family; a group without it is of
+    the first family that was declared.
+    """
+
+    model_type: ClassVar[str] = ""
+    families: ClassVar[dict[str, type]] = {}
+
+    def __init_subclass__(cls, path: str = "", model_type: str = "", **kwargs: Any) -> None:
+        super().__init_subclass__(path=path, **kwargs)
+        if PartConfig in cls.__bases__:
+            cls.families = {}
+        if model_type:
+            cls.model_type = model_type
+            cls.families[model_type] = cls
+
+
+def concrete(cls: type, model_type: Any = None, path: str = "") -> type:
+    """Return the family of a part's base class that `model_type` names, the first one where it is
+    None; any other group as it is. ConfigError for a name that is none of the part's.
+    """
+    if not issubclass(cls, PartConfig):
+        return cls
+    if model_type is None:
+        return cls if cls.model_type else next(iter(cls.families.values()))
+    choices = (cls.model_type,) if cls.model_type else tuple(cls.families)
+    check(
+        isinstance(model_type, str),
+        f"{join(path, MODEL_TYPE)}={shown(model_type)} {not_a_choice(model_type, choices)}",
+    )
+    check_choice(join(path, MODEL_TYPE), model_type, choices)
+    return cls.families[model_type]
+
+
 def join(path: str, name: str) -> str:
     """Return the dotted name of field `name` of the group at `path`."""
     return f"{path}.{name}" if path else name
@@ -80,13 +124,16 @@ def join(path: str, name: str) -> str:
 @functools.cache
 def field_types(cls: type) -> dict[str, Any]:
     """Return {field: annotation} of a group, constraints included."""
+    cls = concrete(cls)
     hints = typing.get_type_hints(cls, include_extras=True)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
 
 def is_group(hint: Any) -> bool:
     """Return whether an annotation is a group of settings."""
-    return isinstance(hint, type) and dataclasses.is_dataclass(hint)
+    return isinstance(hint, type) and (
+        dataclasses.is_dataclass(hint) or issubclass(hint, PartConfig)
+    )
 
 
 def unwrapped(hint: Any) -> tuple[Any, tuple[Constraint, ...], bool]:
@@ -113,11 +160,17 @@ def from_dict(values: Any, cls: type[Group], path: str = "") -> Group:
         f"{path or 'config'} must be a group of fields, not {shown(values)}",
     )
     group: type = cls
+    if issubclass(group, PartConfig):
+        group = concrete(group, values.get(MODEL_TYPE), path)
+        values = {key: value for key, value in values.items() if key != MODEL_TYPE}
     readers = _readers(group)
     for key in values:
         if key not in readers:
-            raise unknown_key(key, cls, path)
-    return cls(**{key: readers[key](value, join(path, key)) for key, value in values.items()})
+            raise unknown_key(key, group, path)
+    read: Group = group(
+        **{key: readers[key](value, join(path, key)) for key, value in values.items()}
+    )
+    return read
 
 
 def unknown_key(key: Any, cls: type, path: str) -> ConfigError:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 from blip3o_jax.config.constraints import Bounds, Square
 from blip3o_jax.config.errors import check
-from blip3o_jax.config.fields import ConfigGroup
+from blip3o_jax.config.fields import ConfigGroup, PartConfig
 from blip3o_jax.config.types import (
     Depth,
     Dtype,
@@ -69,8 +69,41 @@ class TaTokDecoderConfig(ConfigGroup, path="model.tokenizer.decoder"):
         check_heads("model.tokenizer.decoder", self.hidden_size, self.num_attention_heads)
 
 
+class ImageTokenizerConfig(PartConfig, path="model.tokenizer"):
+    """Say what the settings of every vision tokenizer offer (its network:
+    `image_tokens.protocol.ImageTokenizer`).
+    """
+
+    codebook_size: int
+    # Of the tokens an image is cut to: 1, 2 or 3, which `<S0>` .. `<S2>` name in a prompt.
+    pool_scale: int
+    encoder: SiglipVisionConfig  # what the contrastive stage trains
+    dtype: str
+    param_dtype: str
+
+    @property
+    def image_size(self) -> int:
+        """Return the side of the square images that it takes, pixels."""
+        raise NotImplementedError
+
+    @property
+    def feature_channels(self) -> int:
+        """Return the width of the features that it makes tokens of."""
+        raise NotImplementedError
+
+    @property
+    def grid(self) -> int:
+        """Return the image tokens along one side."""
+        raise NotImplementedError
+
+    @property
+    def num_tokens(self) -> int:
+        """Return the image tokens of an image."""
+        return self.grid**2
+
+
 @dataclasses.dataclass(frozen=True)
-class TaTokConfig(ConfigGroup, path="model.tokenizer"):
+class TaTokConfig(ImageTokenizerConfig, path="model.tokenizer", model_type="ta_tok"):
     """Set the vision tokenizer: SigLIP2 encoder -> bottleneck -> SimVQ codebook -> decoder (section
     "TA-Tok" of docs/).
     """
@@ -109,9 +142,14 @@ class TaTokConfig(ConfigGroup, path="model.tokenizer"):
         return self.encoder.grid // self.pool_scale
 
     @property
-    def num_tokens(self) -> int:
-        """Return the image tokens of an image."""
-        return self.grid**2
+    def image_size(self) -> int:
+        """Return the side of the square images that it takes, pixels."""
+        return self.encoder.image_size
+
+    @property
+    def feature_channels(self) -> int:
+        """Return the width of the SigLIP2 features."""
+        return self.encoder.hidden_size
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,19 +5,56 @@ from typing import Annotated, Literal
 
 from blip3o_jax.config.constraints import Bounds, Multiple
 from blip3o_jax.config.errors import check
-from blip3o_jax.config.fields import ConfigGroup
+from blip3o_jax.config.fields import PartConfig
 from blip3o_jax.config.lora import LoraConfig
 from blip3o_jax.config.types import Depth, Dtype, Epsilon, Heads, Remat, TableRows, Width
 
-QWEN3_LINEAR = ("q", "k", "v", "o", "gate", "up", "down")
+QWEN_LINEAR = ("q", "k", "v", "o", "gate", "up", "down")
+
+
+class LanguageModelConfig(PartConfig, path="model.ar"):
+    """Say what the settings of every language model offer (its network: `ar.protocol.LanguageModel`).
+
+    `vocab_size` counts the rows in use; the rows stored are padded up to a multiple of
+    `vocab_multiple` so that the table shards evenly (`Vocabulary` in text/ owns the ids).
+    """
+
+    vocab_size: int
+    spare_rows: int  # of vocab_size: rows at the end that no id stands for
+    vocab_multiple: int
+    hidden_size: int  # of the hidden states, tokens
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    tie_word_embeddings: bool
+    initializer_range: float
+    embedding_range: float | None
+    dtype: str
+    param_dtype: str
+    remat: str
+    unroll: bool
+    attention: str
+    lora: LoraConfig
+
+    @property
+    def head_dim(self) -> int:
+        """Return the width of a head's keys, queries and values."""
+        raise NotImplementedError
+
+    @property
+    def embedding_std(self) -> float:
+        """Return the standard deviation that the token embeddings start with."""
+        return self.initializer_range if self.embedding_range is None else self.embedding_range
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Return the rows that are stored of the embedding table."""
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
 
 @dataclasses.dataclass(frozen=True)
-class Qwen3Config(ConfigGroup, path="model.ar"):
-    """Hold the fields of `transformers.Qwen3Config`. `vocab_size` counts the rows in use; the table
-    is padded to a multiple of `vocab_multiple` rows so that it shards evenly (`Vocabulary` in text/
-    defines the ids).
-    """
+class QwenConfig(LanguageModelConfig, path="model.ar"):
+    """Hold the fields that `transformers.Qwen2Config` and `Qwen3Config` share, and this package's own."""
 
     vocab_size: TableRows = 217210
     hidden_size: Width = 2048
@@ -25,7 +62,6 @@ class Qwen3Config(ConfigGroup, path="model.ar"):
     num_hidden_layers: Depth = 28
     num_attention_heads: Heads = 16
     num_key_value_heads: Heads = 8
-    head_dim: Annotated[Width, Multiple(2, "rotary embedding")] = 128
     rope_theta: Annotated[float, Bounds(1, 1e12)] = 1e6
     rms_norm_eps: Epsilon = 1e-6
     tie_word_embeddings: bool = True
@@ -43,11 +79,11 @@ class Qwen3Config(ConfigGroup, path="model.ar"):
     unroll: bool = False  # lay the layer loop out: faster on CPUs, slower to compile
     # Over whole rows: by the platform ("auto"), or "xla", "splash" (TPU), "cudnn" (GPU).
     attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"
-    lora: LoraConfig = LoraConfig(targets=QWEN3_LINEAR)
+    lora: LoraConfig = LoraConfig(targets=QWEN_LINEAR)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.lora.check("model.ar", QWEN3_LINEAR)
+        self.lora.check("model.ar", QWEN_LINEAR)
         check(
             self.spare_rows < self.vocab_size,
             f"model.ar.spare_rows={self.spare_rows} must be less than "
@@ -59,12 +95,35 @@ class Qwen3Config(ConfigGroup, path="model.ar"):
             f"model.ar.num_key_value_heads={self.num_key_value_heads}",
         )
 
-    @property
-    def embedding_std(self) -> float:
-        """Return the standard deviation that the token embeddings start with."""
-        return self.initializer_range if self.embedding_range is None else self.embedding_range
+
+@dataclasses.dataclass(frozen=True)
+class Qwen3Config(QwenConfig, path="model.ar", model_type="qwen3"):
+    """Hold the fields of `transformers.Qwen3Config`: a norm over each head of queries and keys, no biases."""
+
+    head_dim: Annotated[Width, Multiple(2, "rotary embedding")] = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Qwen2Config(QwenConfig, path="model.ar", model_type="qwen2"):
+    """Hold the fields of `transformers.Qwen2Config` (Qwen2.5 1.5B with the vocabulary of Tar by default):
+    biases of queries, keys and values, no norm over heads.
+    """
+
+    vocab_size: TableRows = 217206
+    hidden_size: Width = 1536
+    intermediate_size: Width = 8960
+    num_attention_heads: Heads = 12
+    num_key_value_heads: Heads = 2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(
+            self.hidden_size % (2 * self.num_attention_heads) == 0,
+            f"model.ar.hidden_size={self.hidden_size} must be a multiple of twice "
+            f"model.ar.num_attention_heads={self.num_attention_heads}: heads of an even width",
+        )
 
     @property
-    def padded_vocab_size(self) -> int:
-        """Return the rows that are stored of the embedding table."""
-        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+    def head_dim(self) -> int:
+        """Return the width of a head's keys, queries and values."""
+        return self.hidden_size // self.num_attention_heads

@@ -32,7 +32,8 @@ def load(path_with_arg: str, overrides: Overrides = ()) -> Config:
 def load_recipe(path_with_arg: str, overrides: Overrides = ()) -> dict[str, Config]:
     """Return the configs of file `path_with_arg` ("configs/pretrain.py:1.7b") by name, with fields
     replaced by `overrides`. A single config goes by the name "". In a recipe a field replaced is
-    replaced in every config; with a name before it ("joint.steps"), in that one.
+    replaced in every config; with a name before it ("joint.steps"), in that one. A `model_type` is
+    replaced before all other fields, which are then those of the family it names.
 
     `overrides`: dotted field -> value as text ({"optimizer.learning_rate": "1e-4"}), as a mapping
     or as pairs where a later pair wins. Tuples are written as Python literals: "(16, 32)". The
@@ -49,7 +50,7 @@ def load_recipe(path_with_arg: str, overrides: Overrides = ()) -> dict[str, Conf
     returned = _call(path, match["arg"])
     recipe = {name: _values(path, config) for name, config in returned.items()}
     pairs = overrides.items() if isinstance(overrides, Mapping) else overrides
-    for key, text in pairs:
+    for key, text in sorted(pairs, key=lambda pair: not pair[0].endswith(f".{fields.MODEL_TYPE}")):
         name, _, rest = key.partition(".")
         of_one = bool(name and rest) and name in recipe
         for values in [recipe[name]] if of_one else recipe.values():
@@ -209,15 +210,35 @@ def override(values: dict[str, Any], key: str, text: str) -> None:
         path = fields.join(path, part)
         if not fields.is_group(hint):
             raise UserError(f"config key {key}: {path} is a single value, it has no fields")
-        cls = hint
         group = group.setdefault(part, {})
         if not isinstance(group, dict):
             raise ConfigError(f"{path} must be a group of fields, not {shown(group)}")
+        cls = fields.concrete(hint, group.get(fields.MODEL_TYPE), path)
+    if name == fields.MODEL_TYPE and issubclass(cls, fields.PartConfig):
+        _change_family(group, cls, text, path)
+        return
     hint = _hint(cls, name, path)
     if fields.is_group(hint):
         names = ", ".join(fields.field_types(hint))
         raise UserError(f"config key {key} is a group; set one of its fields: {names}")
     group[name] = fields.convert(fields.parse(text, hint, key), hint, key)
+
+
+def _change_family(group: dict[str, Any], old: type, model_type: str, path: str) -> None:
+    """Make `group`, values of the family `old`, values of the family that `model_type` names: what
+    differs from the defaults of `old` stays where the new one has a field of that name, all else
+    has the new one's defaults.
+    """
+    (part,) = (cls for cls in old.__mro__ if fields.PartConfig in cls.__bases__)
+    new = fields.concrete(part, model_type, path)
+    usual = to_dict(old())
+    taken = {
+        name: value
+        for name, value in group.items()
+        if name in fields.field_types(new) and (new is old or value != usual.get(name))
+    }
+    group.clear()
+    group.update(to_dict(new()) | taken)
 
 
 def _hint(cls: type, name: str, path: str) -> Any:

@@ -4,13 +4,22 @@ import dataclasses
 import math
 from typing import Annotated
 
-from blip3o_jax.config.autoencoder import DcAeConfig
+from blip3o_jax.config.autoencoder import AutoencoderConfig, DcAeConfig
 from blip3o_jax.config.constraints import Bounds, Length, Unique
-from blip3o_jax.config.diffusion import ConnectorConfig, FlowConfig, SanaConfig
+from blip3o_jax.config.diffusion import (
+    ConnectorConfig,
+    DiffusionHeadConfig,
+    FlowConfig,
+    SanaConfig,
+)
 from blip3o_jax.config.errors import check
 from blip3o_jax.config.fields import ConfigGroup
-from blip3o_jax.config.image_tokenizer import TaTokConfig, TextTowerConfig
-from blip3o_jax.config.language_model import Qwen3Config
+from blip3o_jax.config.image_tokenizer import (
+    ImageTokenizerConfig,
+    TaTokConfig,
+    TextTowerConfig,
+)
+from blip3o_jax.config.language_model import LanguageModelConfig, Qwen3Config
 from blip3o_jax.config.text import TemplateConfig, TextConfig
 from blip3o_jax.config.types import Side
 
@@ -50,14 +59,14 @@ class ModelConfig(ConfigGroup, path="model"):
 
     text: TextConfig = TextConfig()
     template: TemplateConfig = TemplateConfig()
-    tokenizer: TaTokConfig = TaTokConfig()
+    tokenizer: ImageTokenizerConfig = TaTokConfig()
     text_tower: TextTowerConfig = TextTowerConfig()
-    ar: Qwen3Config = Qwen3Config()
+    ar: LanguageModelConfig = Qwen3Config()
     connector: ConnectorConfig = ConnectorConfig()
     editing: EditingConfig = EditingConfig()
-    dit: SanaConfig = SanaConfig()
+    dit: DiffusionHeadConfig = SanaConfig()
     flow: FlowConfig = FlowConfig()
-    vae: DcAeConfig = DcAeConfig()
+    vae: AutoencoderConfig = DcAeConfig()
     # Side of the square target image in pixels; the latent grid is image_size /
     # vae.spatial_compression.
     image_size: Side = 1024

@@ -6,19 +6,34 @@ import dataclasses
 from typing import Any, overload
 
 from blip3o_jax.config import fields
-from blip3o_jax.config.fields import Group
+from blip3o_jax.config.fields import MODEL_TYPE, Group, PartConfig
 from blip3o_jax.config.run import Config
 
 
 def to_dict(value: Any) -> Any:
     """Return nested plain dicts, lists and scalars: what config.json in a checkpoint holds."""
     if dataclasses.is_dataclass(value):
-        return {f.name: to_dict(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        own = {f.name: to_dict(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return _family(value) | own
     if isinstance(value, dict):
         return {key: to_dict(v) for key, v in value.items()}
     if isinstance(value, tuple | list):
         return [to_dict(v) for v in value]
     return value
+
+
+def replace_everywhere(group: Any, **changes: Any) -> Any:
+    """Return a group with every field of the names in `changes`, in it or in groups below it, of the
+    value given there.
+    """
+    own = {f.name: getattr(group, f.name) for f in dataclasses.fields(group)}
+    replaced = {
+        name: replace_everywhere(value, **changes)
+        for name, value in own.items()
+        if dataclasses.is_dataclass(value)
+    }
+    replaced |= {name: value for name, value in changes.items() if name in own}
+    return dataclasses.replace(group, **replaced)
 
 
 def flat(value: Any, path: str = "") -> dict[str, Any]:
@@ -41,7 +56,8 @@ def to_config_dict(config: Config) -> Any:
     def convert(value: Any) -> Any:
         if dataclasses.is_dataclass(value):
             return ml_collections.ConfigDict(
-                {f.name: convert(getattr(value, f.name)) for f in dataclasses.fields(value)}
+                _family(value)
+                | {f.name: convert(getattr(value, f.name)) for f in dataclasses.fields(value)}
             )
         if isinstance(value, fields.Keywords):
             return ml_collections.ConfigDict(dict(value))
@@ -50,6 +66,11 @@ def to_config_dict(config: Config) -> Any:
         return value
 
     return convert(config)
+
+
+def _family(value: Any) -> dict[str, Any]:
+    """Return {"model_type": name} of a group that is of a family, else {}."""
+    return {MODEL_TYPE: value.model_type} if isinstance(value, PartConfig) else {}
 
 
 @overload

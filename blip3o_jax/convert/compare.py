@@ -25,26 +25,19 @@ from flax import nnx
 
 from blip3o_jax import blip3o, nn
 from blip3o_jax.blip3o import Blip3o
-from blip3o_jax.config import Config, LossConfig, MeshConfig, ModelConfig
+from blip3o_jax.config import Config, LossConfig, MeshConfig, ModelConfig, replace_everywhere
 from blip3o_jax.convert import torch_model
+from blip3o_jax.convert.conversions import stacked_layers
 from blip3o_jax.convert.report import TOLERANCE, Output, relative_error
 from blip3o_jax.convert.source import Source
 from blip3o_jax.convert.tables import PREFIXES
-from blip3o_jax.dit.sana import Condition
+from blip3o_jax.dit.protocol import Condition
 from blip3o_jax.parallel.rules import Strategy
+from blip3o_jax.parts import PART_TABLE
 from blip3o_jax.text.vocabulary import Vocabulary
 from blip3o_jax.train.checkpoint import restore_parts
 
 Arrays = dict[str, np.ndarray]
-# The stock classes of the layers that this package stacks.
-LAYERS = (
-    "Qwen3DecoderLayer",
-    "SiglipEncoderLayer",
-    "Siglip2EncoderLayer",
-    "SanaTransformerBlock",
-    "ResBlock",
-    "EfficientViTBlock",
-)
 # Small, since reading weights takes most of the time; larger than any kernel, so that every weight
 # affects the outputs.
 ROW_LENGTH = 24
@@ -110,21 +103,9 @@ def load_jax(
     del params
     for i in range(len(leaves)):  # one by one, so that at most one is in memory twice
         leaves[i] = leaves[i].astype(jnp.float32)
-    cfg = in_float32(config.model)
+    cfg = replace_everywhere(config.model, dtype="float32", param_dtype="float32")
     graphdef, _ = nnx.split(nnx.eval_shape(lambda: Blip3o(cfg, parts, seed=0)))
     return graphdef, jax.tree.unflatten(tree, leaves)
-
-
-def in_float32(cfg: Any) -> Any:
-    """Return a configuration with every dtype set to float32, in nested groups too."""
-    changes: dict[str, Any] = {}
-    for field in dataclasses.fields(cfg):
-        value = getattr(cfg, field.name)
-        if field.name in ("dtype", "param_dtype"):
-            changes[field.name] = "float32"
-        elif dataclasses.is_dataclass(value):
-            changes[field.name] = in_float32(value)
-    return dataclasses.replace(cfg, **changes)
 
 
 def computations(part: str, source: Source, seed: int) -> list[Computation]:
@@ -179,8 +160,7 @@ def _ar_computation(cfg: ModelConfig, ids: int, rng: np.random.Generator) -> Com
 
 def _connector_computation(part: str, cfg: ModelConfig, rng: np.random.Generator) -> Computation:
     """Return a computation on two rows, one of them dropped."""
-    width = {"connector": cfg.ar.hidden_size, "latent_connector": cfg.vae.latent_channels}
-    d_in = width.get(part, cfg.tokenizer.encoder.hidden_size)
+    _, d_in, _ = PART_TABLE[part].arguments(cfg)[0]
     inputs = {
         "x": _normal(rng, 2, cfg.tokenizer.num_tokens + 1, d_in),
         "keep": np.array([True, False]),
@@ -190,7 +170,7 @@ def _connector_computation(part: str, cfg: ModelConfig, rng: np.random.Generator
 
 
 def _tokenizer_computations(cfg: ModelConfig, rng: np.random.Generator) -> list[Computation]:
-    size, tokens = cfg.tokenizer.encoder.image_size, cfg.tokenizer.num_tokens
+    size, tokens = cfg.tokenizer.image_size, cfg.tokenizer.num_tokens
     encode = lambda model, x: {
         "features": model.tokenizer.features(x["images"]),
         "indices": model.tokenizer.encode(x["images"]),
@@ -349,8 +329,9 @@ def _channels(x: torch.Tensor, channel_axis: int) -> torch.Tensor:
 
 @contextlib.contextmanager
 def _capture_torch_layers(model: torch_model.Blip3o) -> Iterator[list[tuple[str, np.ndarray]]]:
-    """Yield a list that receives (name, output) of each module of a class in `LAYERS`."""
+    """Yield a list that receives (name, output) of each module that is stacked here."""
     seen: list[tuple[str, np.ndarray]] = []
+    stacked = stacked_layers()
 
     def record(name: str, module: torch.nn.Module, args: Any, output: Any) -> None:
         output = output[0] if isinstance(output, tuple) else output
@@ -360,7 +341,7 @@ def _capture_torch_layers(model: torch_model.Blip3o) -> Iterator[list[tuple[str,
         module.register_forward_hook(functools.partial(record, PREFIXES[part] + name))
         for part, whole in model.named_children()
         for name, module in whole.named_modules()
-        if type(module).__name__ in LAYERS
+        if type(module).__name__ in stacked
     ]
     try:
         yield seen

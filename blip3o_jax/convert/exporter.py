@@ -19,6 +19,7 @@ import numpy as np
 from blip3o_jax import __version__
 from blip3o_jax import config as config_lib
 from blip3o_jax.config import Config, TextConfig, UserError
+from blip3o_jax.convert.conversions import conversion_of, stock_config
 from blip3o_jax.convert.directory import atomic_directory, check_space
 from blip3o_jax.convert.mapping import Group, groups
 from blip3o_jax.convert.memory import PeakMemory
@@ -26,13 +27,13 @@ from blip3o_jax.convert.merged import MergedWeights
 from blip3o_jax.convert.progress import Progress
 from blip3o_jax.convert.record import Record, read_record
 from blip3o_jax.convert.source import EMBEDDINGS, HEAD, SECTION
-from blip3o_jax.convert.stock_config import QWEN3, stock_config
 from blip3o_jax.convert.ta_tok_args import args_of, overrides_of
 from blip3o_jax.convert.tables import PREFIXES, Shape
 from blip3o_jax.convert.tensor_files import ShardedWriter, Tensor, cast
 from blip3o_jax.convert.text_files import write_text_files
 from blip3o_jax.files import write_json
 from blip3o_jax.lora import base_config
+from blip3o_jax.parts import settings_of
 from blip3o_jax.text.tokenizers import load_tokenizer
 from blip3o_jax.text.vocabulary import NUM_SCALES, Vocabulary
 from blip3o_jax.train.checkpoint import find, read_config, stored_text
@@ -167,7 +168,8 @@ class _Exporter:
             directory,
             "model",
             tensors,
-            self._constants(PREFIXES["tokenizer"], SCALE_LAYER, self.unread),
+            {k: t for part in parts for k, t in self._buffers(part, PREFIXES[part]).items()}
+            | self._constants(PREFIXES["tokenizer"], SCALE_LAYER, self.unread),
         )
         vocabulary = self._vocabulary()
         write_json(directory / "config.json", self._config_json(vocabulary))
@@ -181,7 +183,7 @@ class _Exporter:
             self._ta_tok(directory)
             return
         stem = "model" if name == "ar" else "diffusion_pytorch_model"
-        self._write(directory, stem, self._tensors(name, ""), {})
+        self._write(directory, stem, self._tensors(name, ""), self._buffers(name, ""))
         values = stock_config(name, self.model)
         if name == "ar":
             vocabulary = self._vocabulary()
@@ -240,6 +242,11 @@ class _Exporter:
         return unread | {
             prefix + key: _constant(prefix + key, value) for key, value in values.items()
         }
+
+    def _buffers(self, part: str, prefix: str) -> dict[str, Tensor]:
+        """Return the tensors that the stock class of a part stores and this package computes."""
+        found = conversion_of(part, self.model).buffers(settings_of(part, self.model))
+        return {prefix + key: _tensor(prefix + key, value) for key, value in found.items()}
 
     def _write(
         self,
@@ -333,7 +340,7 @@ class _Exporter:
         stock = stock_config("ar", self.model)
         defaults = {
             "mm_vision_tower": None,
-            "mm_hidden_size": self.model.tokenizer.encoder.hidden_size,
+            "mm_hidden_size": self.model.tokenizer.feature_channels,
             "mm_vision_select_layer": self.model.tokenizer.select_layer,
             "diffusion_name_or_path": None,
             "dtype": self.model.ar.param_dtype,
@@ -342,7 +349,8 @@ class _Exporter:
         }
         if "torch_dtype" in source:
             del defaults["dtype"]
-        stated = {key: stock[key] for key in QWEN3.fields} | {
+        conversion = conversion_of("ar", self.model)
+        stated = {key: stock[key] for key in conversion.layout.fields} | {
             "image_start_tag_id": vocabulary.image_start,
             "image_end_tag_id": vocabulary.image_end,
             "scale_start_token_id": vocabulary.scale(1),
@@ -357,7 +365,7 @@ class _Exporter:
         if self.dtype or not self.record.dtypes:
             stated[key] = self.dtype or self.model.ar.param_dtype
         if not str(source.get("model_type")).startswith("blip3o"):
-            stated |= {"architectures": ["blip3oQwenForCausalLM"], "model_type": "blip3o_qwen"}
+            stated |= conversion.published
         # The export writes the tokenizer next to config.json.
         model = dataclasses.replace(
             self.model, text=dataclasses.replace(self.model.text, path="text", train_size=0)
@@ -414,10 +422,11 @@ def _converted(plan: _Planned, arrays: dict[str, Any]) -> Iterator[tuple[str, in
 
 
 def _constant(name: str, value: float) -> Tensor:
-    shape = (1, 3, 1, 1)
-    return Tensor(
-        name, shape, np.dtype(np.float32), pathlib.Path(), lambda: np.full(shape, value, np.float32)
-    )
+    return _tensor(name, np.full((1, 3, 1, 1), value, np.float32))
+
+
+def _tensor(name: str, value: np.ndarray) -> Tensor:
+    return Tensor(name, value.shape, value.dtype, pathlib.Path(), lambda: value)
 
 
 def _special_ids(vocabulary: Vocabulary) -> dict[str, int]:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from blip3o_jax.ar.qwen3 import resize_embeddings
+from blip3o_jax.ar.logits import resize_embeddings
 from blip3o_jax.blip3o import Blip3o
 from blip3o_jax.config import Config, MeshConfig, UserError
 from blip3o_jax.convert.directory import atomic_directory, check_space

@@ -1,4 +1,4 @@
-"""Resolve a part's table (tables.py) to the names and shapes of PyTorch's tensors.
+"""Resolve a part's table (conversions.py) to the names and shapes of PyTorch's tensors.
 
 Shapes come from the abstract model. A table that misses a parameter or names one twice raises
 AssertionError.
@@ -14,7 +14,8 @@ from flax import nnx
 
 from blip3o_jax.blip3o import Blip3o, path_name
 from blip3o_jax.config import ModelConfig
-from blip3o_jax.convert.tables import LAYOUTS, Rule, Shape, rules
+from blip3o_jax.convert.conversions import rules
+from blip3o_jax.convert.tables import LAYOUTS, Rule, Shape
 
 
 @dataclasses.dataclass(frozen=True)

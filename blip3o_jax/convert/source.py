@@ -1,9 +1,10 @@
 """Open a PyTorch model on disk by its own files: a configuration, and the tensors of each part.
 
-It may be a BLIP3o-NEXT directory, a Qwen3 directory, a SANA directory (transformer/, vae/,
-scheduler/) and a TA-Tok file, in any combination that makes a whole model. Sizes and options come
-from config.json files; what those do not carry is the published model's. Of weights nothing but
-headers is read here, and a tied head that is stored all the same.
+It may be a BLIP3o-NEXT directory, a directory of a stock language model (Qwen3, or Qwen2 as Tar is
+published), a diffusers directory (transformer/, vae/, scheduler/) and a TA-Tok file, in any
+combination that makes a whole model. Sizes and options come from config.json files; what those do
+not carry is the published model's. Of weights nothing but headers is read here, and a tied head
+that is stored all the same.
 
 Names as the published files have them, where they have several:
 
@@ -24,13 +25,15 @@ import numpy as np
 
 from blip3o_jax import config as config_lib
 from blip3o_jax.config import Config, DataConfig, MeshConfig, ModelConfig, SamplingConfig, UserError
-from blip3o_jax.convert import stock_config
+from blip3o_jax.convert.conversions import conversion_of, read_stock_config
 from blip3o_jax.convert.mapping import Group, groups
 from blip3o_jax.convert.record import Record
 from blip3o_jax.convert.source_files import SECTION, Files, WeightSource
+from blip3o_jax.convert.stock_config import OWN_FIELDS, SCHEDULER
 from blip3o_jax.convert.ta_tok_args import read_ta_tok
 from blip3o_jax.convert.tables import PREFIXES
 from blip3o_jax.convert.tensor_files import Tensor, read_json
+from blip3o_jax.parts import settings_of
 from blip3o_jax.text.tokenizers import BPE_FILE, SENTENCEPIECE_FILE, TextTokenizer, load_tokenizer
 from blip3o_jax.text.vocabulary import Vocabulary
 
@@ -148,23 +151,14 @@ def _model_config(files: Files, initialise: tuple[str, ...]) -> ModelConfig:
     model = config_lib.from_dict(
         files.section.get("model", {}), ModelConfig, f"{where}: {SECTION}.model"
     )
-    ar = stock_config.read_qwen3(files.values, where)
-    published = {name: getattr(ar, name) for name in (*stock_config.QWEN3.fields, "rope_theta")}
-    replaced: dict[str, Any] = {"ar": dataclasses.replace(model.ar, **published, spare_rows=0)}
-    for name, part, read in (
-        ("transformer", "dit", stock_config.read_sana),
-        ("vae", "vae", stock_config.read_dc_ae),
-        ("scheduler", "flow", stock_config.read_scheduler),
-    ):
+    ar = _with_own(read_stock_config("ar", files.values, where), model.ar, OWN_FIELDS)
+    replaced: dict[str, Any] = {"ar": dataclasses.replace(ar, spare_rows=0)}
+    for name, part in (("transformer", "dit"), ("vae", "vae")):
         if (found := getattr(files, name)) is not None:
-            file, values = found
-            new = read(values, str(file))
-            own = {
-                n: getattr(getattr(model, part), n)
-                for n in ("dtype", "remat", "unroll")
-                if hasattr(new, n)
-            }
-            replaced[part] = dataclasses.replace(new, **own)
+            new = read_stock_config(part, found[1], str(found[0]))
+            replaced[part] = _with_own(new, getattr(model, part), ("dtype", "remat", "unroll"))
+    if files.scheduler is not None:
+        replaced["flow"] = SCHEDULER.read(files.scheduler[1], str(files.scheduler[0]))
     replaced["tokenizer"] = read_ta_tok(model.tokenizer, files.ta_tok, files.ta_tok_config)
     there = lambda part: (
         any(key.startswith(PREFIXES[part]) for key in files.tensors) or part in initialise
@@ -187,6 +181,15 @@ def _model_config(files: Files, initialise: tuple[str, ...]) -> ModelConfig:
             *(found[0] for found in (files.transformer, files.vae) if found is not None),
         ]
         raise UserError(f"{', '.join(map(str, read))}: {error}") from error
+
+
+def _with_own(new: Any, old: Any, names: Iterable[str]) -> Any:
+    """Return settings of a stock class with this package's own, `names`, of `old`; with their
+    defaults where `old` is of another family.
+    """
+    if type(old) is not type(new):
+        return new
+    return dataclasses.replace(new, **{n: getattr(old, n) for n in names if hasattr(new, n)})
 
 
 def _with_vocabulary(
@@ -258,12 +261,26 @@ def _match_tensors(
         key = record.table_key(part, name.removeprefix(prefix))
         if part == "ar" and key == HEAD and model.ar.tie_word_embeddings:
             continue
-        if key.startswith(UNREAD.get(part, ("\0",))):
+        buffers = conversion_of(part, model).buffers(settings_of(part, model))
+        if key in buffers:
+            _check_buffer(tensor, buffers[key])
+            unread[name] = tensor
+        elif key.startswith(UNREAD.get(part, ("\0",))):
             _check_scale(key, tensor)
             unread[name] = tensor
         else:
             parts[part][key] = tensor
     return record, parts, unread
+
+
+def _check_buffer(tensor: Tensor, value: np.ndarray) -> None:
+    """Check a tensor that is computed here: the file's has to be what the settings make it."""
+    stored = tensor.read()
+    if stored.shape != value.shape or not np.allclose(stored.astype(np.float32), value, atol=1e-2):
+        raise UserError(
+            f"{tensor.file}: {tensor.key} is not what the settings of its network make it, and no other values can be "
+            "converted: take the config.json that was saved with the weights"
+        )
 
 
 def _check_scale(key: str, tensor: Tensor) -> None:
@@ -370,23 +387,13 @@ def _with_dtypes(
     widest = lambda *names: (
         dtype or str(jnp.result_type(*own(names))) if own(names) else dtype or "float32"
     )
-    tokenizer, connector = (
-        widest("tokenizer"),
-        widest("connector", "latent_connector", "feature_connector"),
-    )
-    replace = dataclasses.replace
-    model = replace(
-        model,
-        ar=replace(model.ar, param_dtype=widest("ar")),
-        tokenizer=replace(
-            model.tokenizer,
-            param_dtype=tokenizer,
-            encoder=replace(model.tokenizer.encoder, param_dtype=tokenizer),
-        ),
-        connector=replace(model.connector, param_dtype=connector),
-        dit=replace(model.dit, param_dtype=widest("dit")),
-        vae=replace(model.vae, param_dtype=widest("vae")),
-    )
+    dtypes = {part: widest(part) for part in ("ar", "tokenizer", "dit", "vae")}
+    dtypes["connector"] = widest("connector", "latent_connector", "feature_connector")
+    changes = {
+        part: config_lib.replace_everywhere(getattr(model, part), param_dtype=dtype)
+        for part, dtype in dtypes.items()
+    }
+    model = dataclasses.replace(model, **changes)
     if dtype:
         return model, ()
     stored = {part: np.dtype(getattr(model, part, model.connector).param_dtype) for part in parts}

@@ -65,7 +65,9 @@ class Files:
     ) -> "Files":
         file = source / "config.json"
         if not file.is_file():
-            raise UserError(f"{source} holds no config.json: give a BLIP3o-NEXT or Qwen3 directory")
+            raise UserError(
+                f"{source} holds no config.json: give a BLIP3o-NEXT, Qwen3 or Qwen2 directory"
+            )
         values = read_json(file)
         section = values.get(SECTION, {})
         config_lib.check(isinstance(section, dict), f"{file}: {SECTION} must be a group of fields")

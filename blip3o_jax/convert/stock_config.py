@@ -1,5 +1,5 @@
 """config.json of the stock classes, both ways: written for an export, read and checked for an
-import. Needs no torch.
+import. Needs no torch. conversions.py says which family of a part has which layout.
 
 Every field of a stock class is decided in one of three tables: `fields` are taken over, `fixed`
 must have one of the listed values (the first is the class's default), since this package has no
@@ -9,14 +9,16 @@ other readers (`dtype`, `transformers_version`, the ids of image tokens) and pas
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 from blip3o_jax import config
 from blip3o_jax.config import (
     DcAeConfig,
     FlowConfig,
-    ModelConfig,
+    Qwen2Config,
     Qwen3Config,
+    QwenConfig,
     SanaConfig,
     UserError,
 )
@@ -47,6 +49,79 @@ class Layout:
     ]  # name -> what the stock class takes where the key is missing, or REQUIRED
     fixed: dict[str, tuple[Any, ...]]
     ignored: frozenset[str]
+    # Of the values of a file that it is given with: fields that are not read as they stand.
+    computed: Callable[[dict[str, Any], str], dict[str, Any]] = lambda values, where: {}
+    # Of the settings: what is written beside `fields`, in place of the defaults of `fixed`.
+    stated: Callable[[Any], dict[str, Any]] | None = None
+    kind: str = "_class_name"  # the key of `fixed` that tells the class
+
+    def write(self, settings: Any) -> dict[str, Any]:
+        """Return the fields (JSON values) that the stock class is built from."""
+        if self.stated is not None:
+            return self.stated(settings) | _taken(self, settings)
+        return {key: values[0] for key, values in self.fixed.items()} | _taken(self, settings)
+
+    def read(self, values: Any, where: str) -> Any:
+        """Return the settings that the values of the file `where` say. What cannot be used raises
+        UserError that names file and key.
+        """
+        check_object(values, where)
+        return _read(self, values, where, self.computed(values, where))
+
+
+def _qwen_stated(cfg: QwenConfig) -> dict[str, Any]:
+    """Return what config.json of a Qwen says beside its sizes, with the rotary base in both forms,
+    of transformers 4 and 5.
+    """
+    layout = {Qwen2Config: QWEN2, Qwen3Config: QWEN3}[type(cfg)]
+    named = ("model_type", "hidden_act", "attention_bias", "attention_dropout")
+    return {
+        **{key: layout.fixed[key][0] for key in named if key in layout.fixed},
+        "rope_theta": cfg.rope_theta,
+        "rope_parameters": {"rope_type": "default", "rope_theta": cfg.rope_theta},
+        "use_sliding_window": False,
+        "sliding_window": None,
+        "max_window_layers": cfg.num_hidden_layers,
+        "layer_types": ["full_attention"] * cfg.num_hidden_layers,
+        "max_position_embeddings": 40960 if layout is QWEN3 else 32768,
+        "use_cache": True,
+    }
+
+
+def _qwen_computed(values: dict[str, Any], where: str) -> dict[str, Any]:
+    kinds = values.get("layer_types")
+    if kinds is not None and (
+        not isinstance(kinds, list | tuple) or any(kind != "full_attention" for kind in kinds)
+    ):
+        raise UserError(
+            f"{where}: layer_types={kinds!r} is not supported: only a list of 'full_attention' can be converted"
+        )
+    computed: dict[str, Any] = {"rope_theta": _rope_theta(values, where)}
+    if values.get("num_key_value_heads", REQUIRED) is None:
+        computed["num_key_value_heads"] = values.get("num_attention_heads")
+    return computed
+
+
+def _sana_computed(values: dict[str, Any], where: str) -> dict[str, Any]:
+    return {} if values.get("out_channels") else {"out_channels": values.get("in_channels")}
+
+
+def _dc_ae_computed(values: dict[str, Any], where: str) -> dict[str, Any]:
+    """Put what may be one value or one a stage into the form used here."""
+    computed: dict[str, Any] = {}
+    for side in ("encoder", "decoder"):
+        kind, channels = values.get(f"{side}_block_types"), values.get(f"{side}_block_out_channels")
+        if isinstance(kind, str) and isinstance(channels, list | tuple):
+            computed[f"{side}_block_types"] = [kind] * len(channels)
+    for key in ("decoder_norm_types", "decoder_act_fns"):
+        value = values.get(key)
+        if isinstance(value, list | tuple):
+            if len(set(map(str, value))) != 1:
+                raise UserError(
+                    f"{where}: {key}={value!r} differs between stages: only one value for all can be converted"
+                )
+            computed[key] = value[0]
+    return computed
 
 
 QWEN3 = Layout(
@@ -78,7 +153,7 @@ QWEN3 = Layout(
             "rope_theta",  # these three by `_rope_theta`
             "rope_parameters",
             "rope_scaling",
-            "layer_types",  # by `read_qwen3`
+            "layer_types",  # by `_qwen_computed`
             "max_position_embeddings",  # no table of positions is stored
             "use_cache",
             "sliding_window",  # read with use_sliding_window only, as is the next
@@ -88,6 +163,17 @@ QWEN3 = Layout(
             "eos_token_id",
         }
     ),
+    computed=_qwen_computed,
+    stated=_qwen_stated,
+    kind="model_type",
+)
+# Qwen2 has no key for biases nor for the size of heads.
+QWEN2 = dataclasses.replace(
+    QWEN3,
+    cls=Qwen2Config,
+    fields={key: default for key, default in QWEN3.fields.items() if key != "head_dim"},
+    fixed={key: values for key, values in QWEN3.fixed.items() if key != "attention_bias"}
+    | {"model_type": ("qwen2",)},
 )
 SANA = Layout(
     SanaConfig,
@@ -117,6 +203,7 @@ SANA = Layout(
         "timestep_scale": (1.0,),
     },
     ignored=frozenset({"guidance_embeds_scale"}),  # read with guidance_embeds only
+    computed=_sana_computed,
 )
 DC_AE = Layout(
     DcAeConfig,
@@ -132,6 +219,7 @@ DC_AE = Layout(
         "decoder_conv_act_fn": ("relu",),
     },
     ignored=frozenset(),
+    computed=_dc_ae_computed,
 )
 # Published next to SANA is the config of `DPMSolverMultistepScheduler`; the reference reads it with
 # the flow-matching class, which does not know its `flow_shift`. So `_class_name` is not looked at,
@@ -153,100 +241,8 @@ SCHEDULER = Layout(
     ignored=frozenset(
         {"base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len", "time_shift_type"}
     ),
+    stated=lambda cfg: {"_class_name": "FlowMatchEulerDiscreteScheduler"},
 )
-
-
-def stock_config(name: str, cfg: ModelConfig) -> dict[str, Any]:
-    """The fields of config.json (JSON values) for `name` "ar", "dit", "vae" or "scheduler": what
-    the stock class is built from.
-
-    The AR's holds the rotary base in both forms, of transformers 4 and 5. dtype and the ids of
-    special tokens are the exporter's to add.
-    """
-    if name == "ar":
-        return {
-            "architectures": ["Qwen3ForCausalLM"],
-            "model_type": "qwen3",
-            **_taken(QWEN3, cfg.ar),
-            "rope_theta": cfg.ar.rope_theta,
-            "rope_parameters": {"rope_type": "default", "rope_theta": cfg.ar.rope_theta},
-            **{
-                key: QWEN3.fixed[key][0]
-                for key in (
-                    "hidden_act",
-                    "attention_bias",
-                    "attention_dropout",
-                    "use_sliding_window",
-                )
-            },
-            "sliding_window": None,
-            "max_window_layers": cfg.ar.num_hidden_layers,
-            "layer_types": ["full_attention"] * cfg.ar.num_hidden_layers,
-            "max_position_embeddings": 40960,
-            "use_cache": True,
-        }
-    if name == "scheduler":
-        return {"_class_name": "FlowMatchEulerDiscreteScheduler", **_taken(SCHEDULER, cfg.flow)}
-    if name not in ("dit", "vae"):
-        raise ValueError(
-            f"no stock class has a config.json for part {name!r}: use ar, dit, vae or scheduler"
-        )
-    layout, part = (SANA, cfg.dit) if name == "dit" else (DC_AE, cfg.vae)
-    return {key: values[0] for key, values in layout.fixed.items()} | _taken(layout, part)
-
-
-def read_qwen3(values: dict[str, Any], where: str) -> Qwen3Config:
-    """config.json of `transformers.Qwen3Config`, or of the reference's classes derived from it.
-    `where` is the file, for errors; as in all readers here, what cannot be used raises UserError.
-    """
-    _check_object(values, where)
-    kinds = values.get("layer_types")
-    if kinds is not None and (
-        not isinstance(kinds, list | tuple) or any(kind != "full_attention" for kind in kinds)
-    ):
-        raise UserError(
-            f"{where}: layer_types={kinds!r} is not supported: only a list of 'full_attention' can be converted"
-        )
-    computed: dict[str, Any] = {"rope_theta": _rope_theta(values, where)}
-    if values.get("num_key_value_heads", REQUIRED) is None:
-        computed["num_key_value_heads"] = values.get("num_attention_heads")
-    return _read(QWEN3, values, where, computed)
-
-
-def read_sana(values: dict[str, Any], where: str) -> SanaConfig:
-    """config.json of `diffusers.SanaTransformer2DModel`."""
-    _check_object(values, where)
-    computed = {} if values.get("out_channels") else {"out_channels": values.get("in_channels")}
-    return _read(SANA, values, where, computed)
-
-
-def read_dc_ae(values: dict[str, Any], where: str) -> DcAeConfig:
-    """config.json of `diffusers.AutoencoderDC`. What it takes as one value or one a stage is put
-    into the form used here.
-    """
-    _check_object(values, where)
-    computed: dict[str, Any] = {}
-    for side in ("encoder", "decoder"):
-        kind, channels = values.get(f"{side}_block_types"), values.get(f"{side}_block_out_channels")
-        if isinstance(kind, str) and isinstance(channels, list | tuple):
-            computed[f"{side}_block_types"] = [kind] * len(channels)
-    for key in ("decoder_norm_types", "decoder_act_fns"):
-        value = values.get(key)
-        if isinstance(value, list | tuple):
-            if len(set(map(str, value))) != 1:
-                raise UserError(
-                    f"{where}: {key}={value!r} differs between stages: only one value for all can be converted"
-                )
-            computed[key] = value[0]
-    return _read(DC_AE, values, where, computed)
-
-
-def read_scheduler(values: dict[str, Any], where: str) -> FlowConfig:
-    """scheduler_config.json, as `diffusers.FlowMatchEulerDiscreteScheduler` reads it whichever
-    class wrote it.
-    """
-    _check_object(values, where)
-    return _read(SCHEDULER, values, where, {})
 
 
 def _taken(layout: Layout, part: Any) -> dict[str, Any]:
@@ -288,7 +284,7 @@ def _read(layout: Layout, values: dict[str, Any], where: str, computed: dict[str
     """The dataclass of `layout`; `computed` has precedence over `values`."""
     for key, allowed in layout.fixed.items():
         if values.get(key, allowed[0]) not in allowed:
-            _refuse(where, key, values[key], allowed)
+            refuse(where, key, values[key], allowed)
     missing = [
         key for key, default in layout.fields.items() if default is REQUIRED and key not in values
     ]
@@ -305,7 +301,8 @@ def _read(layout: Layout, values: dict[str, Any], where: str, computed: dict[str
         raise UserError(f"{where}: {error}") from None
 
 
-def _check_object(values: Any, where: str) -> None:
+def check_object(values: Any, where: str) -> None:
+    """Raise UserError unless a file holds a JSON object."""
     if not isinstance(values, dict):
         raise UserError(f"{where}: must hold a JSON object ({{...}}), not {type(values).__name__}")
 
@@ -325,7 +322,8 @@ def _check_numbers(where: str, key: str, value: Any) -> None:
             )
 
 
-def _refuse(where: str, key: str, value: Any, allowed: tuple[Any, ...]) -> NoReturn:
+def refuse(where: str, key: str, value: Any, allowed: tuple[Any, ...]) -> NoReturn:
+    """Raise UserError for a key of the file `where` whose value is none of `allowed`."""
     options = " or ".join(repr(v) for v in allowed)
     raise UserError(
         f"{where}: {key}={value!r} is not supported: only a model with {key}={options} can be converted"

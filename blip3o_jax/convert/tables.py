@@ -1,4 +1,5 @@
-"""Map PyTorch tensors to parameters here: one table for each part, read in both directions.
+"""Map PyTorch tensors to parameters here: one table for each family of a part, read in both
+directions. conversions.py says which family has which.
 
 A rule pairs the name of a tensor in the stock class (without the prefix it has in a BLIP3o-NEXT
 directory) with the path of a parameter in the part of that name. In a name, `{i}` is the number of
@@ -12,7 +13,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from blip3o_jax.config import DcAeConfig, ModelConfig
+from blip3o_jax.config import DcAeConfig, QwenConfig, SanaConfig
 
 Shape = tuple[int, ...]
 
@@ -104,12 +105,7 @@ PREFIXES = {
 }
 
 
-def rules(part: str, cfg: ModelConfig) -> list[Rule]:
-    """Return the table of one part of a model."""
-    return _TABLES[part](cfg)
-
-
-def _linear(
+def linear(
     torch: str, path: str, layout: str = "linear", *, bias: bool = True, first: int = 0
 ) -> list[Rule]:
     """Return the rules of a linear layer: weight, and bias where there is one."""
@@ -117,12 +113,12 @@ def _linear(
     return [weight, Rule(f"{torch}.bias", (f"{path}/bias",), first=first)] if bias else [weight]
 
 
-def _norm(torch: str, path: str, *, bias: bool = False, first: int = 0) -> list[Rule]:
+def norm(torch: str, path: str, *, bias: bool = False, first: int = 0) -> list[Rule]:
     scale = Rule(f"{torch}.weight", (f"{path}/scale",), first=first)
     return [scale, Rule(f"{torch}.bias", (f"{path}/bias",), first=first)] if bias else [scale]
 
 
-def _prefixed(torch: str, path: str, table: list[Rule], *, first: int = 0) -> list[Rule]:
+def prefixed(torch: str, path: str, table: list[Rule], *, first: int = 0) -> list[Rule]:
     return [
         dataclasses.replace(
             rule, torch=torch + rule.torch, paths=tuple(path + p for p in rule.paths), first=first
@@ -131,28 +127,41 @@ def _prefixed(torch: str, path: str, table: list[Rule], *, first: int = 0) -> li
     ]
 
 
-def _qwen3(cfg: ModelConfig) -> list[Rule]:
+def qwen3(cfg: QwenConfig) -> list[Rule]:
     """Return the rules of `transformers.Qwen3ForCausalLM`."""
+    layer, here = "model.layers.{i}.self_attn.", "layers/attention/"
+    norms = [rule for n in ("q_norm", "k_norm") for rule in norm(layer + n, here + n)]
+    return _decoder(cfg, biases="", norms=norms)
+
+
+def qwen2(cfg: QwenConfig) -> list[Rule]:
+    """Return the rules of `transformers.Qwen2ForCausalLM`."""
+    return _decoder(cfg, biases="qkv", norms=[])
+
+
+def _decoder(cfg: QwenConfig, biases: str, norms: list[Rule]) -> list[Rule]:
+    """Return the rules of a decoder of Qwen. The projections named in `biases` have one; `norms` are
+    those within attention.
+    """
     layer, here = "model.layers.{i}.", "layers/"
     table = [
         Rule("model.embed_tokens.weight", ("embedding",), vocabulary=True),
-        *_norm(f"{layer}input_layernorm", f"{here}attention_norm"),
-        *_norm(f"{layer}post_attention_layernorm", f"{here}mlp_norm"),
-        *_norm(f"{layer}self_attn.q_norm", f"{here}attention/q_norm"),
-        *_norm(f"{layer}self_attn.k_norm", f"{here}attention/k_norm"),
+        *norm(f"{layer}input_layernorm", f"{here}attention_norm"),
+        *norm(f"{layer}post_attention_layernorm", f"{here}mlp_norm"),
+        *norms,
         *(
             r
             for n in "qkvo"
-            for r in _linear(f"{layer}self_attn.{n}_proj", f"{here}attention/{n}", bias=False)
+            for r in linear(f"{layer}self_attn.{n}_proj", f"{here}attention/{n}", bias=n in biases)
         ),
         *(
             r
             for n in ("gate", "up", "down")
-            for r in _linear(f"{layer}mlp.{n}_proj", f"{here}mlp/{n}", bias=False)
+            for r in linear(f"{layer}mlp.{n}_proj", f"{here}mlp/{n}", bias=False)
         ),
-        *_norm("model.norm", "norm"),
+        *norm("model.norm", "norm"),
     ]
-    if not cfg.ar.tie_word_embeddings:
+    if not cfg.tie_word_embeddings:
         table.append(Rule("lm_head.weight", ("lm_head/kernel",), "linear", vocabulary=True))
     return table
 
@@ -168,62 +177,62 @@ def _vision_model(patch_layout: str) -> list[Rule]:
     layer, here = "encoder.layers.{i}.", "encoder/layers/"
     attention = (("q_proj", "query"), ("k_proj", "key"), ("v_proj", "value"), ("out_proj", "out"))
     return [
-        *_linear("embeddings.patch_embedding", "patch_embedding", patch_layout),
+        *linear("embeddings.patch_embedding", "patch_embedding", patch_layout),
         Rule("embeddings.position_embedding.weight", ("position_embedding",)),
-        *_norm(f"{layer}layer_norm1", f"{here}norm1", bias=True),
+        *norm(f"{layer}layer_norm1", f"{here}norm1", bias=True),
         *(
             r
             for torch, path in attention
-            for r in _linear(f"{layer}self_attn.{torch}", f"{here}attention/{path}")
+            for r in linear(f"{layer}self_attn.{torch}", f"{here}attention/{path}")
         ),
-        *_norm(f"{layer}layer_norm2", f"{here}norm2", bias=True),
-        *_linear(f"{layer}mlp.fc1", f"{here}mlp/up"),
-        *_linear(f"{layer}mlp.fc2", f"{here}mlp/down"),
-        *_norm("post_layernorm", "post_layernorm", bias=True),
+        *norm(f"{layer}layer_norm2", f"{here}norm2", bias=True),
+        *linear(f"{layer}mlp.fc1", f"{here}mlp/up"),
+        *linear(f"{layer}mlp.fc2", f"{here}mlp/down"),
+        *norm("post_layernorm", "post_layernorm", bias=True),
         Rule("head.probe", ("head/probe",), "probe"),
         Rule("head.attention.in_proj_weight", tuple(f"head/{p}/kernel" for p in _POOL), "linear"),
         Rule("head.attention.in_proj_bias", tuple(f"head/{p}/bias" for p in _POOL)),
-        *_linear("head.attention.out_proj", "head/attention/out"),
-        *_norm("head.layernorm", "head/norm", bias=True),
-        *_linear("head.mlp.fc1", "head/mlp/up"),
-        *_linear("head.mlp.fc2", "head/mlp/down"),
+        *linear("head.attention.out_proj", "head/attention/out"),
+        *norm("head.layernorm", "head/norm", bias=True),
+        *linear("head.mlp.fc1", "head/mlp/up"),
+        *linear("head.mlp.fc2", "head/mlp/down"),
     ]
 
 
-def _ta_tok(cfg: ModelConfig) -> list[Rule]:
+def ta_tok(cfg: object) -> list[Rule]:
     """Return the rules of TA-Tok; its SigLIP classes lie one level deeper in the decoder than in
     the encoder.
     """
     return [
-        *_prefixed("encoder.", "encoder/", _vision_model("patch")),
-        *_linear("encode_task_layer.0", "encode_task_layer"),
-        *_linear("bottleneck.in_linear", "bottleneck/in_linear"),
+        *prefixed("encoder.", "encoder/", _vision_model("patch")),
+        *linear("encode_task_layer.0", "encode_task_layer"),
+        *linear("bottleneck.in_linear", "bottleneck/in_linear"),
         Rule("bottleneck.regularizer.embedding.weight", ("bottleneck/codebook/embedding",)),
-        *_linear("bottleneck.regularizer.embedding_proj", "bottleneck/codebook/embedding_proj"),
-        *_linear("bottleneck.out_linear", "bottleneck/out_linear"),
-        *_prefixed("decoder.vision_model.", "decoder/", _vision_model("linear")),
-        *_linear("decode_task_layer.0", "decode_task_layer1"),
-        *_linear("decode_task_layer.2", "decode_task_layer2"),
+        *linear("bottleneck.regularizer.embedding_proj", "bottleneck/codebook/embedding_proj"),
+        *linear("bottleneck.out_linear", "bottleneck/out_linear"),
+        *prefixed("decoder.vision_model.", "decoder/", _vision_model("linear")),
+        *linear("decode_task_layer.0", "decode_task_layer1"),
+        *linear("decode_task_layer.2", "decode_task_layer2"),
     ]
 
 
-def _connector(cfg: ModelConfig) -> list[Rule]:
+def connector(cfg: object) -> list[Rule]:
     """Return the rules of `torch.nn.Sequential(Linear, GELU, Linear, RMSNorm)`."""
-    return [*_linear("0", "linear1"), *_linear("2", "linear2"), *_norm("3", "norm")]
+    return [*linear("0", "linear1"), *linear("2", "linear2"), *norm("3", "norm")]
 
 
-def _sana(cfg: ModelConfig) -> list[Rule]:
+def sana(cfg: SanaConfig) -> list[Rule]:
     """Return the rules of `diffusers.SanaTransformer2DModel`."""
     table = [
-        *_linear("patch_embed.proj", "patch_embed", "conv"),
-        *_linear("time_embed.emb.timestep_embedder.linear_1", "time_embed/linear_1"),
-        *_linear("time_embed.emb.timestep_embedder.linear_2", "time_embed/linear_2"),
-        *_linear("time_embed.linear", "time_embed/modulation"),
-        *_linear("caption_projection.linear_1", "caption_projection/linear_1"),
-        *_linear("caption_projection.linear_2", "caption_projection/linear_2"),
-        *_norm("caption_norm", "caption_norm"),
+        *linear("patch_embed.proj", "patch_embed", "conv"),
+        *linear("time_embed.emb.timestep_embedder.linear_1", "time_embed/linear_1"),
+        *linear("time_embed.emb.timestep_embedder.linear_2", "time_embed/linear_2"),
+        *linear("time_embed.linear", "time_embed/modulation"),
+        *linear("caption_projection.linear_1", "caption_projection/linear_1"),
+        *linear("caption_projection.linear_2", "caption_projection/linear_2"),
+        *norm("caption_norm", "caption_norm"),
         Rule("scale_shift_table", ("scale_shift_table",)),
-        *_linear("proj_out", "proj_out"),
+        *linear("proj_out", "proj_out"),
         Rule("transformer_blocks.{i}.scale_shift_table", ("blocks/scale_shift_table",)),
     ]
     for torch, path, bias in (
@@ -232,31 +241,31 @@ def _sana(cfg: ModelConfig) -> list[Rule]:
     ):
         torch, path = f"transformer_blocks.{{i}}.{torch}", f"blocks/{path}"
         table += [
-            rule for n in "qkv" for rule in _linear(f"{torch}.to_{n}", f"{path}/{n}", bias=bias)
+            rule for n in "qkv" for rule in linear(f"{torch}.to_{n}", f"{path}/{n}", bias=bias)
         ]
-        table += _linear(f"{torch}.to_out.0", f"{path}/o")
-        if cfg.dit.qk_norm:
-            table += [rule for n in "qk" for rule in _norm(f"{torch}.norm_{n}", f"{path}/{n}_norm")]
+        table += linear(f"{torch}.to_out.0", f"{path}/o")
+        if cfg.qk_norm:
+            table += [rule for n in "qk" for rule in norm(f"{torch}.norm_{n}", f"{path}/{n}_norm")]
     torch, path = "transformer_blocks.{i}.ff", "blocks/ffn"
-    table += _linear(f"{torch}.conv_inverted", f"{path}/expand", "conv1x1")
-    table += _linear(f"{torch}.conv_depth", f"{path}/depthwise", "conv")
-    return table + _linear(f"{torch}.conv_point", f"{path}/contract", "conv1x1", bias=False)
+    table += linear(f"{torch}.conv_inverted", f"{path}/expand", "conv1x1")
+    table += linear(f"{torch}.conv_depth", f"{path}/depthwise", "conv")
+    return table + linear(f"{torch}.conv_point", f"{path}/contract", "conv1x1", bias=False)
 
 
 _RES_BLOCK = [
-    *_linear("conv1", "conv1", "conv"),
-    *_linear("conv2", "conv2", "conv", bias=False),
-    *_norm("norm", "norm", bias=True),
+    *linear("conv1", "conv1", "conv"),
+    *linear("conv2", "conv2", "conv", bias=False),
+    *norm("norm", "norm", bias=True),
 ]
 
 
 def _efficient_vit_block(scales: int) -> list[Rule]:
     table = [
-        rule for n in "qkv" for rule in _linear(f"attn.to_{n}", f"attention/to_{n}", bias=False)
+        rule for n in "qkv" for rule in linear(f"attn.to_{n}", f"attention/to_{n}", bias=False)
     ]
     for s in range(scales):
         for name in ("proj_in", "proj_out"):
-            table += _linear(
+            table += linear(
                 f"attn.to_qkv_multiscale.{s}.{name}",
                 f"attention/scales/{s}/{name}",
                 "conv",
@@ -264,20 +273,19 @@ def _efficient_vit_block(scales: int) -> list[Rule]:
             )
     return [
         *table,
-        *_linear("attn.to_out", "attention/to_out", bias=False),
-        *_norm("attn.norm_out", "attention/norm", bias=True),
-        *_linear("conv_out.conv_inverted", "glu/expand", "conv1x1"),
-        *_linear("conv_out.conv_depth", "glu/depthwise", "conv"),
-        *_linear("conv_out.conv_point", "glu/project", "conv1x1", bias=False),
-        *_norm("conv_out.norm", "glu/norm", bias=True),
+        *linear("attn.to_out", "attention/to_out", bias=False),
+        *norm("attn.norm_out", "attention/norm", bias=True),
+        *linear("conv_out.conv_inverted", "glu/expand", "conv1x1"),
+        *linear("conv_out.conv_depth", "glu/depthwise", "conv"),
+        *linear("conv_out.conv_point", "glu/project", "conv1x1", bias=False),
+        *norm("conv_out.norm", "glu/norm", bias=True),
     ]
 
 
-def _dc_ae(cfg: ModelConfig) -> list[Rule]:
+def dc_ae(vae: DcAeConfig) -> list[Rule]:
     """Return the rules of `diffusers.AutoencoderDC`. Its stages are lists of blocks with the change
     of resolution after them in the encoder and before them in the decoder.
     """
-    vae = cfg.vae
     # An outermost stage without blocks makes the convolution a whole down or up block.
     inner = {
         side: "" if getattr(vae, f"{side}_layers_per_block")[0] else "conv"
@@ -285,17 +293,17 @@ def _dc_ae(cfg: ModelConfig) -> list[Rule]:
     }
     join = lambda name, last, sign: f"{name}{sign}{last}" if last else name
     return [
-        *_linear(
+        *linear(
             join("encoder.conv_in", inner["encoder"], "."),
             join("encoder/conv_in", inner["encoder"], "/"),
             "conv",
         ),
         *_stages(vae, "encoder", "down_blocks"),
-        *_linear("encoder.conv_out", "encoder/conv_out", "conv"),
-        *_linear("decoder.conv_in", "decoder/conv_in", "conv"),
+        *linear("encoder.conv_out", "encoder/conv_out", "conv"),
+        *linear("decoder.conv_in", "decoder/conv_in", "conv"),
         *_stages(vae, "decoder", "up_blocks"),
-        *_norm("decoder.norm_out", "decoder/norm_out", bias=True),
-        *_linear(
+        *norm("decoder.norm_out", "decoder/norm_out", bias=True),
+        *linear(
             join("decoder.conv_out", inner["decoder"], "."),
             join("decoder/conv_out", inner["decoder"], "/"),
             "conv",
@@ -312,23 +320,12 @@ def _stages(vae: DcAeConfig, side: str, torch: str) -> list[Rule]:
         resampled = stage < len(layers) - 1
         at, here = f"{side}.{torch}.{stage}.", f"{side}/stages/{stage}/"
         if resampled:
-            table += _linear(
+            table += linear(
                 f"{at}{count if side == 'encoder' else 0}.conv", f"{here}resample/conv", "conv"
             )
         scales = len(getattr(vae, f"{side}_qkv_multiscales")[stage])
         block = _RES_BLOCK if kind == "ResBlock" else _efficient_vit_block(scales)
-        table += _prefixed(
+        table += prefixed(
             f"{at}{{i}}.", f"{here}blocks/", block, first=int(resampled and side == "decoder")
         )
     return table
-
-
-_TABLES: dict[str, Callable[[ModelConfig], list[Rule]]] = {
-    "tokenizer": _ta_tok,
-    "ar": _qwen3,
-    "connector": _connector,
-    "latent_connector": _connector,
-    "feature_connector": _connector,
-    "dit": _sana,
-    "vae": _dc_ae,
-}

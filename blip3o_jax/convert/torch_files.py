@@ -23,11 +23,11 @@ import transformers
 from blip3o_jax.config import ModelConfig, UserError
 from blip3o_jax.config.errors import first_line
 from blip3o_jax.convert import torch_model
+from blip3o_jax.convert.conversions import conversion_of
 from blip3o_jax.convert.source import EMBEDDINGS, HEAD, Source
 from blip3o_jax.convert.source_files import WeightSource, read_ta_tok_file
 from blip3o_jax.convert.tables import PREFIXES
-
-STOCK = {"dit": diffusers.SanaTransformer2DModel, "vae": diffusers.AutoencoderDC}
+from blip3o_jax.parts import resolve, settings_of
 
 
 def load_torch(source: Source, parts: Sequence[str]) -> torch_model.Blip3o:
@@ -48,7 +48,7 @@ def _load_part(part: str, cfg: ModelConfig, source: Source) -> torch.nn.Module:
             if weight_source.library == "diffusers":
                 module, missing = _from_diffusers(part, weight_source, source)
             elif part == "ar" and not weight_source.is_wrapped:
-                module, missing = _from_transformers(weight_source)
+                module, missing = _from_transformers(weight_source, source)
             else:
                 if module is None:
                     module = torch_model.part(part, cfg)
@@ -57,6 +57,7 @@ def _load_part(part: str, cfg: ModelConfig, source: Source) -> torch.nn.Module:
                 missing -= _fill(
                     module, _state(part, weight_source, source), weight_source, tied=tied
                 )
+    missing -= set(conversion_of(part, cfg).buffers(settings_of(part, cfg)))
     if module is None or missing:
         raise UserError(
             f"{source.weight_sources[-1].path}: PyTorch finds no {PREFIXES[part]}{min(missing, default='*')} there"
@@ -64,12 +65,15 @@ def _load_part(part: str, cfg: ModelConfig, source: Source) -> torch.nn.Module:
     return module.float().eval()
 
 
-def _from_transformers(weight_source: WeightSource) -> tuple[torch.nn.Module, set[str]]:
+def _from_transformers(
+    weight_source: WeightSource, source: Source
+) -> tuple[torch.nn.Module, set[str]]:
     """Load the AR; a BLIP3o-NEXT directory holds the other parts' tensors beside it."""
-    config = transformers.Qwen3Config.from_json_file(weight_source.path / "config.json")
+    cls = _stock_class("ar", source)
+    config = cls.config_class.from_json_file(weight_source.path / "config.json")
     return _from_pretrained(
         weight_source,
-        lambda **options: transformers.Qwen3ForCausalLM.from_pretrained(
+        lambda **options: cls.from_pretrained(
             weight_source.path,
             config=config,
             dtype=torch.float32,
@@ -79,13 +83,17 @@ def _from_transformers(weight_source: WeightSource) -> tuple[torch.nn.Module, se
     )
 
 
+def _stock_class(part: str, source: Source) -> Any:
+    return resolve(conversion_of(part, source.config.model).torch_class)
+
+
 def _from_diffusers(
     part: str, weight_source: WeightSource, source: Source
 ) -> tuple[torch.nn.Module, set[str]]:
     """Return a part and the names it still lacks: all, for a directory that holds its configuration
     alone. Wrapped names, which `from_pretrained` does not know, are loaded without their wrappers.
     """
-    cls = STOCK[part]
+    cls = _stock_class(part, source)
     if weight_source.weights is None or weight_source.is_wrapped:
         module = cls.from_config(cls.load_config(weight_source.path, local_files_only=True))
         missing = set(module.state_dict())

@@ -27,7 +27,10 @@ from blip3o_jax.config import (
     SiglipVisionConfig,
     TaTokConfig,
 )
-from blip3o_jax.convert.stock_config import OWN_FIELDS, stock_config
+from blip3o_jax.convert.conversions import conversion_of, stock_config
+from blip3o_jax.convert.stock_config import OWN_FIELDS
+from blip3o_jax.convert.tables import PREFIXES
+from blip3o_jax.parts import PART_TABLE, resolve, settings_of
 
 
 class Quantised(NamedTuple):
@@ -220,28 +223,21 @@ def part(
     AR has `cfg.ar.vocab_size` rows, without padding; `attn_implementation` ("sdpa" or "eager") is
     its own alone.
     """
-    c, d, caption = cfg.connector, cfg.ar.hidden_size, cfg.dit.caption_channels
-    plain = dataclasses.replace(c, positions=False)
-
-    def ar() -> torch.nn.Module:
-        fields = transformers.Qwen3Config.from_dict(
-            stock_config("ar", cfg), attn_implementation=attn_implementation
-        )
-        return transformers.Qwen3ForCausalLM(fields)
-
-    make = {
-        "tokenizer": lambda: TaTok(cfg.tokenizer),
-        "ar": ar,
-        "connector": lambda: Connector(c, d, caption),
-        "dit": lambda: diffusers.SanaTransformer2DModel.from_config(stock_config("dit", cfg)),
-        "vae": lambda: diffusers.AutoencoderDC.from_config(stock_config("vae", cfg)),
-        "latent_connector": lambda: Connector(plain, cfg.vae.latent_channels, caption),
-        "feature_connector": lambda: Connector(plain, cfg.tokenizer.encoder.hidden_size, d),
-    }
-    if name not in make:
-        raise ValueError(f"there is no part {name!r}: use one of {', '.join(make)}")
+    if name not in PREFIXES:
+        raise ValueError(f"there is no part {name!r}: use one of {', '.join(PREFIXES)}")
+    conversion = conversion_of(name, cfg)
+    cls = resolve(conversion.torch_class)
     with torch.device(device or "cpu"):
-        return make[name]().eval()
+        if conversion.library == "transformers":
+            fields = cls.config_class.from_dict(
+                stock_config(name, cfg), attn_implementation=attn_implementation
+            )
+            return cls(fields).eval()
+        if conversion.library == "diffusers":
+            return cls.from_config(stock_config(name, cfg)).eval()
+        arguments = PART_TABLE[name].arguments
+        positional, _ = arguments(cfg) if arguments else ((settings_of(name, cfg),), {})
+        return cls(*positional).eval()
 
 
 def scheduler(cfg: FlowConfig) -> diffusers.FlowMatchEulerDiscreteScheduler:
@@ -309,9 +305,10 @@ class Blip3o(torch.nn.Module):
     ) -> torch.Tensor:
         """Velocity [B, C, H, W], float32. `timestep_B` is float, 1000 sigma."""
         dtype = self.dit.dtype
-        return self.dit(
-            z_BCHW.to(dtype), condition_BTC.to(dtype), timestep=timestep_B.float()
-        ).sample.float()
+        velocity = conversion_of("dit", self.cfg).velocity
+        return velocity(
+            self.dit, z_BCHW.to(dtype), condition_BTC.to(dtype), timestep_B.float()
+        ).float()
 
     def joint_loss(
         self,
@@ -496,7 +493,7 @@ def left_padded(
 
 
 def attention_mask(segment_ids_BL: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return the mask that stock Qwen3 takes: padding [B, L] for one segment a row, additive [B, 1,
+    """Return the mask that a stock Qwen takes: padding [B, L] for one segment a row, additive [B, 1,
     L, L] for several.
     """
     if segment_ids_BL.max() <= 1:

@@ -153,6 +153,4 @@ class ExampleBuilder:
         return {name: column[0] for name, column in named.items()} | references
 
     def _views(self, image_HWC: np.ndarray, size: tuple[int, int]) -> Views:
-        return images.views(
-            image_HWC, size, self.model.tokenizer.encoder.image_size, self.data.crop
-        )
+        return images.views(image_HWC, size, self.model.tokenizer.image_size, self.data.crop)

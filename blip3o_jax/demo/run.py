@@ -197,7 +197,7 @@ def _results(
     assert after.images is not None and after.codes is not None
     pipeline = pipelines.load(workdir / "rl")
     originals = shapes.real_images(8, IMAGE_SIZE)
-    tokenizer_size = pipeline.config.model.tokenizer.encoder.image_size
+    tokenizer_size = pipeline.config.model.tokenizer.image_size
     codes = pipeline.codes(np.stack([images.crop_and_resize(x, tokenizer_size) for x in originals]))
     grid = pipeline.config.model.tokenizer.grid
     parameters = sum(

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from blip3o_jax.config import FlowConfig
 from blip3o_jax.dit import flow as flow_matching
-from blip3o_jax.dit.sana import Condition, SanaTransformer
+from blip3o_jax.dit.protocol import Condition, DiffusionHead
 
 
 class Guidance(NamedTuple):
@@ -34,7 +34,7 @@ class Guidance(NamedTuple):
 
 
 def sample(
-    dit: SanaTransformer,
+    dit: DiffusionHead,
     guidance: Guidance,
     noise_BHWC: jax.Array,
     *,
@@ -67,7 +67,7 @@ def euler(
 
 
 def guided_velocity(
-    dit: SanaTransformer, guidance: Guidance
+    dit: DiffusionHead, guidance: Guidance
 ) -> Callable[[jax.Array, jax.Array], jax.Array]:
     """Return the function (latents [B, H, W, C], timesteps [B]) -> velocity, float32; all that does
     not depend on them is computed once, here.

@@ -27,8 +27,17 @@ from flax import nnx
 from blip3o_jax import nn
 from blip3o_jax.config import SanaConfig
 from blip3o_jax.dit.linear_attention import LinearAttention, across_heads_norm, apply_norm
+from blip3o_jax.dit.protocol import LatentConcat
+from blip3o_jax.dit.tokens import (
+    TIME_CHANNELS,
+    concat_width,
+    first_map,
+    sincos,
+    sinusoid,
+    token_mask,
+    unpatchify,
+)
 
-TIME_CHANNELS = 256
 # The initialiser of the time embedding in PixArt and SANA: modulations start near zero, so each
 # block's gated branches do too.
 TIME_INIT = nn.normal(0.02)
@@ -46,23 +55,6 @@ class Context(NamedTuple):
     k_YBTAK: jax.Array
     v_YBTAK: jax.Array
     mask_BT: jax.Array | None  # True where there is a token; None: everywhere
-
-
-class LatentConcat(NamedTuple):
-    """Latents of reference images, of the size of the noisy ones."""
-
-    z_BRHWC: jax.Array
-    mask_BR: jax.Array  # True where there is one; those of a row come first
-
-
-class Condition(NamedTuple):
-    """The inputs that a velocity is conditioned on: tokens for cross-attention, and reference
-    latents concatenated to the noisy ones.
-    """
-
-    tokens_BTC: jax.Array
-    mask_BT: jax.Array | None = None  # True where there is a token; None: everywhere
-    latent_concat: LatentConcat | None = None
 
 
 class CrossAttention(nnx.Module):
@@ -296,12 +288,12 @@ class SanaTransformer(nnx.Module):
         grid = (noisy_grid[0], noisy_grid[1] * (1 + count))
         mask_BN = None
         if latent_concat is not None:
-            z_BHWC = _concat_width(
+            z_BHWC = concat_width(
                 jnp.concatenate(
                     [z_BHWC[:, None], latent_concat.z_BRHWC.astype(z_BHWC.dtype)], axis=1
                 )
             )
-            mask_BN = _token_mask(latent_concat.mask_BR, noisy_grid)
+            mask_BN = token_mask(latent_concat.mask_BR, noisy_grid)
         with jax.named_scope("embed"):
             x_BND = self.patch_embed(z_BHWC).reshape(z_BHWC.shape[0], grid[0] * grid[1], -1)
             if self.cfg.interpolation_scale is not None:
@@ -324,27 +316,12 @@ class SanaTransformer(nnx.Module):
         )
         with jax.named_scope("output"):
             if latent_concat is not None:
-                x_BND = _constrain_residual(
-                    x_BND.reshape(len(x_BND), *grid, -1)[:, :, : noisy_grid[1]].reshape(
-                        len(x_BND), noisy_grid[0] * noisy_grid[1], -1
-                    )
-                )
+                x_BND = _constrain_residual(first_map(x_BND, grid, noisy_grid[1]))
             table_2D = self.scale_shift_table[...].astype(x_BND.dtype)
             shift_B1D, scale_B1D = jnp.split(table_2D + embedding_BD[:, None], 2, axis=1)
-            return _unpatchify(
+            return unpatchify(
                 self.proj_out(_modulate(x_BND, shift_B1D, scale_B1D)), noisy_grid, patch
             )
-
-
-def sinusoid(timestep_B: jax.Array) -> jax.Array:
-    """[B] -> [B, 256], cosines then sines, float32: bfloat16 cannot tell timestep 999 from 1000."""
-    half = TIME_CHANNELS // 2
-    # The exponents are rounded to float32 as in diffusers: at timestep 1000 an angle is off by 1000
-    # roundings of its frequency.
-    exponents = np.float32(-np.log(10000)) * np.arange(half, dtype=np.float32) / np.float32(half)
-    frequencies = np.exp(exponents.astype(np.float64)).astype(np.float32)
-    angles = timestep_B.astype(jnp.float32)[:, None] * frequencies
-    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
 def positions(cfg: SanaConfig, grid: tuple[int, int], maps: int = 1) -> np.ndarray:
@@ -353,34 +330,13 @@ def positions(cfg: SanaConfig, grid: tuple[int, int], maps: int = 1) -> np.ndarr
     whole side, whatever the grid, divided by `interpolation_scale`. Of `maps` side by side the
     columns of each go on where those of the one before end, [rows maps columns, D].
     """
-    base, quarter = cfg.sample_size // cfg.patch_size, cfg.hidden_size // 4
-    frequencies = 10000.0 ** -(np.arange(quarter) / quarter)
-    # Positions are float32, their angles float64, as diffusers has them.
+    base = cfg.sample_size // cfg.patch_size
     counts = [np.arange(n) for n in (grid[0], maps * grid[1])]
     counts = [
         c.astype(np.float32) / np.float32(n / base) / np.float32(cfg.interpolation_scale)
         for c, n in zip(counts, grid, strict=True)
     ]
-    row, column = np.meshgrid(*counts, indexing="ij")
-    angles = [p.reshape(-1, 1) * frequencies for p in (column, row)]
-    return np.concatenate([f(a) for a in angles for f in (np.sin, np.cos)], axis=1).astype(
-        np.float32
-    )
-
-
-def _concat_width(z_BMHWC: jax.Array) -> jax.Array:
-    """Concatenate maps [B, M, H, W, C] along the width -> [B, H, M W, C]."""
-    batch, maps, height, width, channels = z_BMHWC.shape
-    return z_BMHWC.transpose(0, 2, 1, 3, 4).reshape(batch, height, maps * width, channels)
-
-
-def _token_mask(mask_BR: jax.Array, grid: tuple[int, int]) -> jax.Array:
-    """Return the mask [B, N] of the tokens of the wide map: True for the noisy part, and for the
-    references that a row has.
-    """
-    mask_BM = jnp.pad(mask_BR.astype(bool), ((0, 0), (1, 0)), constant_values=True)
-    mask_BX = jnp.repeat(mask_BM, grid[1], axis=1)
-    return jnp.tile(mask_BX, (1, grid[0]))
+    return sincos(*counts, cfg.hidden_size)
 
 
 def _modulate(x_BND: jax.Array, shift_B1D: jax.Array, scale_B1D: jax.Array) -> jax.Array:
@@ -396,13 +352,6 @@ def _batch_axis(condition: jax.Array) -> str | None:
     whole batch, so it is not sharded.
     """
     return None if condition.shape[0] == 1 else "batch"
-
-
-def _unpatchify(x_BNX: jax.Array, grid: tuple[int, int], patch: int) -> jax.Array:
-    """[B, N, P P C] -> [B, H, W, C]."""
-    batch, (rows, columns) = x_BNX.shape[0], grid
-    x = x_BNX.reshape(batch, rows, columns, patch, patch, -1).transpose(0, 1, 3, 2, 4, 5)
-    return x.reshape(batch, rows * patch, columns * patch, -1)
 
 
 def _modulation_table(cfg: SanaConfig, rows: int, rngs: nnx.Rngs) -> nnx.Param:

@@ -147,6 +147,10 @@ class TaTok(nnx.Module):
         with jax.named_scope("codebook"):
             return self.bottleneck.codebook.indices(z_BND, key)
 
+    def codes(self) -> jax.Array:
+        """Return the codebook in use [K, D], float32."""
+        return self.bottleneck.codebook.table()
+
     def quantise(self, features_BND: jax.Array, *, key: jax.Array | None = None) -> Quantised:
         """Quantise pooled features [B, N, D] for training."""
         z_BND = self._to_codes(features_BND)

@@ -34,6 +34,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from blip3o_jax import nn
 from blip3o_jax.config import ConfigError, MeshConfig, check_choice
 from blip3o_jax.parallel.mesh import make_mesh
+from blip3o_jax.parts import PART_TABLE
 
 Table = dict[str, tuple[str, ...]]
 
@@ -57,20 +58,20 @@ _FSDP_TP: Table = _FSDP | {
 _FSDP_SP: Table = _FSDP | {"length": ("sequence",), "latent_tokens": ("sequence",)}
 
 TOKENS = tuple(name for name in _FSDP_SP if name not in _FSDP)
+# By the names that a part's row in parts.py uses.
+TABLES = {"dp": _BATCH, "fsdp": _FSDP, "fsdp_tp": _FSDP_TP, "fsdp_sp": _FSDP_SP}
 
-# Strategy -> part -> table; "" is the table of every part that is not named.
+# Strategy -> part -> table; "" is the table of every part that is not named. Where a part's row in
+# parts.py says otherwise for a strategy, its table is added below.
 STRATEGIES: dict[str, dict[str, Table]] = {
     "dp": {"": _BATCH},
-    "fsdp": {"": _FSDP, "vae": _BATCH},
-    "fsdp_tp": {
-        "": _FSDP_TP,
-        "vae": _BATCH,
-        "tokenizer": _FSDP,
-        "text_tower": _FSDP,
-        "patch_readout": _FSDP,
-    },
-    "fsdp_sp": {"": _FSDP, "ar": _FSDP_SP, "dit": _FSDP_SP, "vae": _BATCH},
+    "fsdp": {"": _FSDP},
+    "fsdp_tp": {"": _FSDP_TP},
+    "fsdp_sp": {"": _FSDP},
 }
+for _part, _spec in PART_TABLE.items():
+    for _strategy, _table in _spec.strategies.items():
+        STRATEGIES[_strategy][_part] = TABLES[_table]
 # A slice's own table has no `data` axis in it beside the batch's, so that parameters are whole in
 # each slice.
 STRATEGIES |= {f"hybrid_{name}": tables for name, tables in STRATEGIES.items()} | {

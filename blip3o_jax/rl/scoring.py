@@ -21,7 +21,8 @@ import jax.numpy as jnp
 
 from blip3o_jax import nn
 from blip3o_jax.ar.decoding import repeat_for_group
-from blip3o_jax.ar.qwen3 import Qwen3, project
+from blip3o_jax.ar.logits import project
+from blip3o_jax.ar.protocol import LanguageModel
 from blip3o_jax.ar.sampling import cfg_segment_ids, guided_logits
 from blip3o_jax.config import SamplingConfig
 
@@ -34,7 +35,7 @@ class TokenScores(NamedTuple):
 
 
 def score_image_tokens(
-    model: Qwen3,
+    model: LanguageModel,
     tokens_BL: jax.Array,
     lengths_B: jax.Array,
     ids_BN: jax.Array,
@@ -87,7 +88,7 @@ def score_image_tokens(
 
 
 def teacher_forced_states(
-    model: Qwen3,
+    model: LanguageModel,
     tokens_BL: jax.Array,
     lengths_B: jax.Array,
     ids_BN: jax.Array,

@@ -7,13 +7,13 @@
                  vision tokenizer
     T+5 ..       <I0>, <I1>, ...: image token <I{c}> is codebook index c
 
-Sizes count the ids; the embedding table has padding rows (`Qwen3Config.padded_vocab_size`).
+Sizes count the ids; the embedding table has padding rows (`LanguageModelConfig.padded_vocab_size`).
 """
 
 from collections.abc import Sequence
 from typing import Any
 
-from blip3o_jax.config import ConfigError, Qwen3Config, TaTokConfig, check
+from blip3o_jax.config import ConfigError, ImageTokenizerConfig, LanguageModelConfig, check
 from blip3o_jax.text.tokenizers import END_OF_TEXT, END_OF_TURN, START_OF_TURN, TextTokenizer
 
 IMAGE_START = "<im_start>"
@@ -96,7 +96,7 @@ class Vocabulary:
                 run.append(i)
         return "".join([*parts, self.tokenizer.decode(run)])
 
-    def check_model(self, ar: Qwen3Config, tokenizer: TaTokConfig) -> None:
+    def check_model(self, ar: LanguageModelConfig, tokenizer: ImageTokenizerConfig) -> None:
         """Raise ConfigError unless the AR's table and the codebook have the vocabulary's sizes."""
         check(
             tokenizer.codebook_size == self.codebook_size,

@@ -140,7 +140,7 @@ def _write_shard(
             unreadable[str(index)] = error.reason
             return []
 
-    side = builder.model.tokenizer.encoder.image_size
+    side = builder.model.tokenizer.image_size
     sizes = source.shape or builder.model.sizes[0], (side, side)
     blank = tuple(np.zeros((*size, 3), np.uint8) for size in sizes)
     slots = builder.model.editing.reference_slots + 1

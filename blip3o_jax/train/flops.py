@@ -13,9 +13,10 @@ from typing import Any
 
 import jax
 
-from blip3o_jax.config import Config
+from blip3o_jax.config import Config, replace_everywhere
 from blip3o_jax.parallel.chips import chip_of
 from blip3o_jax.parallel.rules import Strategy
+from blip3o_jax.parts import family_of, resolve, settings_of
 from blip3o_jax.train.stages import Loss, make_loss, stage_parts
 from blip3o_jax.train.state import plan_state
 from blip3o_jax.train.step import make_step
@@ -72,16 +73,10 @@ def count_flops(fn: Callable[..., Any], *args: Any) -> int:
 
 def without_recomputation(config: Config) -> Config:
     """Return the same run without rematerialization, whose FLOPs are not model FLOPs."""
-    model = config.model
-    encoder = dataclasses.replace(model.tokenizer.encoder, remat="none")
-    plain = {
-        name: dataclasses.replace(getattr(model, name), remat="none")
-        for name in ("ar", "dit", "vae")
-    }
-    plain["tokenizer"] = dataclasses.replace(model.tokenizer, encoder=encoder)
     # A cross entropy in one block keeps its logits.
     loss = dataclasses.replace(config.loss, ce_chunk=config.data.max_length)
-    return dataclasses.replace(config, model=dataclasses.replace(model, **plain), loss=loss)
+    model = replace_everywhere(config.model, remat="none")
+    return dataclasses.replace(config, model=model, loss=loss)
 
 
 def model_flops(
@@ -95,20 +90,15 @@ def model_flops(
     above the diagonal are subtracted.
     """
     plain = without_recomputation(config)
-    ar = plain.model.ar
-    plain = dataclasses.replace(
-        plain, model=dataclasses.replace(plain.model, ar=dataclasses.replace(ar, attention="xla"))
-    )
+    plain = dataclasses.replace(plain, model=replace_everywhere(plain.model, attention="xla"))
     plan = plan_state(plain, strategy)
     counted = count_flops(make_step(plain, plan, strategy, loss(plain, 0)), plan.abstract, batch)
-    if "ar" not in stage_parts(config):
-        return counted
-    rows, length = batch["tokens"].shape
-    above = rows * length * (length - 1) // 2
-    products = 6 if "ar" in plan.abstract["params"] else 2  # a frozen AR has no gradient
-    return (
-        counted - 2 * products * above * ar.num_attention_heads * ar.head_dim * ar.num_hidden_layers
-    )
+    for part in stage_parts(config):
+        if unused := family_of(part, plain.model).unused_flops:
+            one = resolve(unused)(settings_of(part, plain.model), *batch["tokens"].shape)
+            # Two products, and four more for the gradient, which a frozen part has not.
+            counted -= one * (6 if part in plan.abstract["params"] else 2)
+    return counted
 
 
 def peak_flops(device: jax.Device) -> float | None:

@@ -115,7 +115,7 @@ def example_bytes(
     names = STAGES[config.stage].fields
     trained = set(plan.abstract["params"])
     pixels = model.image_size**2 * 3
-    seen = model.tokenizer.encoder.image_size**2 * 3
+    seen = model.tokenizer.image_size**2 * 3
     length = config.data.max_length
     cached = config.stage == "joint" and bool(config.data.cache_dir)
     given = 0.0 if cached else pixels * ("pixels" in names) + seen * ("tokenizer_pixels" in names)

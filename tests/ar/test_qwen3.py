@@ -9,7 +9,7 @@ import transformers
 from flax import nnx
 
 from blip3o_jax import config, nn
-from blip3o_jax.ar import qwen3
+from blip3o_jax.ar import logits, qwen3
 from blip3o_jax.bench.cost import hlo
 from blip3o_jax.bench.sharding.buffers import unsharded
 from tests import stock_weights, tiny
@@ -230,8 +230,8 @@ def test_embeddings_may_start_at_a_scale_of_their_own():
 
 def test_resize_embeddings_keeps_old_rows_and_starts_new_ones_at_their_mean(rng):
     table = rng.normal(size=(6, 3)).astype(np.float32)
-    grown = np.asarray(qwen3.resize_embeddings(table, used=4, rows=9))
+    grown = np.asarray(logits.resize_embeddings(table, used=4, rows=9))
     assert np.array_equal(grown[:4], table[:4])
     assert np.allclose(grown[4:], table[:4].mean(axis=0), atol=1e-7)
     with pytest.raises(ValueError, match="used=7"):
-        qwen3.resize_embeddings(table, used=7, rows=9)
+        logits.resize_embeddings(table, used=7, rows=9)

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from blip3o_jax.convert import mapping, tables, torch_model
+from blip3o_jax.convert import conversions, mapping, tables, torch_model
 from blip3o_jax.convert.mapping import Group
 from tests import tiny
 from tests.convert import published
@@ -122,7 +122,7 @@ def test_padding_of_the_vocabulary_is_cut_off_and_filled_with_zeros():
 
 def test_a_table_that_does_not_fit_the_model_is_found_at_once(monkeypatch):
     cfg = dataclasses.replace(VARIANTS["tiny"], image_size=32)  # not in the cache of `groups`
-    complete = tables.rules("connector", cfg)
+    complete = conversions.rules("connector", cfg)
     for table, message in ((complete[:-1], "does not name"), (complete + complete[:1], "twice")):
         monkeypatch.setattr(mapping, "rules", lambda *_, table=table: table)
         with pytest.raises(AssertionError, match=message):

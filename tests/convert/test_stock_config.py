@@ -3,6 +3,7 @@ names file and key.
 """
 
 import dataclasses
+import functools
 import inspect
 import json
 from pathlib import Path
@@ -12,16 +13,18 @@ import pytest
 import transformers
 
 from blip3o_jax import config
+from blip3o_jax.convert import conversions
 from blip3o_jax.convert import stock_config as stock
+from blip3o_jax.convert.conversions import read_stock_config
 from tests import tiny
 
 CFG = tiny.model()
 PUBLISHED = config.ModelConfig()
 READERS = {
-    "ar": (stock.read_qwen3, stock.QWEN3),
-    "dit": (stock.read_sana, stock.SANA),
-    "vae": (stock.read_dc_ae, stock.DC_AE),
-    "scheduler": (stock.read_scheduler, stock.SCHEDULER),
+    "ar": (functools.partial(read_stock_config, "ar"), stock.QWEN3),
+    "dit": (functools.partial(read_stock_config, "dit"), stock.SANA),
+    "vae": (functools.partial(read_stock_config, "vae"), stock.DC_AE),
+    "scheduler": (stock.SCHEDULER.read, stock.SCHEDULER),
 }
 DIFFUSERS = {
     "dit": diffusers.SanaTransformer2DModel,
@@ -73,14 +76,14 @@ def expected(name, cfg):
 @pytest.mark.parametrize("name", READERS)
 def test_round_trip(name, cfg):
     cfg = dataclasses.replace(cfg, flow=config.FlowConfig(shift=3.0))
-    values = json.loads(json.dumps(stock.stock_config(name, cfg)))
+    values = json.loads(json.dumps(conversions.stock_config(name, cfg)))
     assert READERS[name][0](values, "config.json") == expected(name, cfg)
 
 
 @pytest.mark.parametrize("name", DIFFUSERS)
 def test_diffusers_takes_every_value(name, tmp_path):
     """Its own file, written from what it made of ours, reads back to the same."""
-    made = DIFFUSERS[name].from_config(stock.stock_config(name, CFG))
+    made = DIFFUSERS[name].from_config(conversions.stock_config(name, CFG))
     made.save_config(tmp_path)
     (path,) = tmp_path.iterdir()
     assert READERS[name][0](json.loads(path.read_text()), path.name) == expected(name, CFG)
@@ -91,7 +94,7 @@ def test_transformers_takes_every_value(tied, tmp_path):
     cfg = dataclasses.replace(
         CFG, ar=dataclasses.replace(CFG.ar, tie_word_embeddings=tied, rope_theta=5e5)
     )
-    values = stock.stock_config("ar", cfg)
+    values = conversions.stock_config("ar", cfg)
     made = transformers.Qwen3Config.from_dict(dict(values))
     saved = made.to_dict()
     assert {key: saved[key] for key in values if key not in ("rope_theta", "architectures")} == {
@@ -100,20 +103,20 @@ def test_transformers_takes_every_value(tied, tmp_path):
     made.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text())
     assert "rope_theta" not in saved, "the form of transformers 5"
-    assert stock.read_qwen3(saved, "config.json") == expected("ar", cfg)
+    assert read_stock_config("ar", saved, "config.json") == expected("ar", cfg)
 
 
 def test_published_forms():
     want = config.Qwen3Config(vocab_size=151936)
-    assert stock.read_qwen3(QWEN3_17B, "config.json") == want
+    assert read_stock_config("ar", QWEN3_17B, "config.json") == want
     blip3o = QWEN3_17B | {
         "model_type": "blip3o_qwen",
         "num_image_tokens": 65536,
         "mm_vision_tower": None,
     }
-    assert stock.read_qwen3(blip3o, "config.json") == want
+    assert read_stock_config("ar", blip3o, "config.json") == want
     many = QWEN3_17B | {"num_key_value_heads": None}
-    assert stock.read_qwen3(many, "config.json").num_key_value_heads == 16
+    assert read_stock_config("ar", many, "config.json").num_key_value_heads == 16
     # What lies beside the published SANA 1.5, and the flow-matching class makes of it.
     dpm = {
         "_class_name": "DPMSolverMultistepScheduler",
@@ -126,16 +129,16 @@ def test_published_forms():
         "use_flow_sigmas": True,
         "use_karras_sigmas": False,
     }
-    assert stock.read_scheduler(dpm, "scheduler_config.json") == config.FlowConfig(1000, 1.0)
+    assert stock.SCHEDULER.read(dpm, "scheduler_config.json") == config.FlowConfig(1000, 1.0)
     made = diffusers.FlowMatchEulerDiscreteScheduler.from_config(dpm)
     assert (made.config.num_train_timesteps, made.config.shift) == (1000, 1.0)
-    sana = stock.stock_config("dit", CFG) | {"out_channels": None}
-    assert stock.read_sana(sana, "config.json").out_channels == CFG.dit.in_channels
-    vae = stock.stock_config("vae", CFG) | {
+    sana = conversions.stock_config("dit", CFG) | {"out_channels": None}
+    assert read_stock_config("dit", sana, "config.json").out_channels == CFG.dit.in_channels
+    vae = conversions.stock_config("vae", CFG) | {
         "encoder_block_types": "ResBlock",
         "decoder_norm_types": ["rms_norm"] * 3,
     }
-    read = stock.read_dc_ae(vae, "config.json")
+    read = read_stock_config("vae", vae, "config.json")
     assert (read.encoder_block_types, read.decoder_norm_types) == (("ResBlock",) * 3, "rms_norm")
 
 
@@ -244,9 +247,9 @@ REFUSED = [
 )
 def test_refusals(name, change, message):
     read, _ = READERS[name]
-    read(stock.stock_config(name, CFG), "fine.json")
+    read(conversions.stock_config(name, CFG), "fine.json")
     with pytest.raises(config.UserError) as error:
-        read(stock.stock_config(name, CFG) | change, "part/config.json")
+        read(conversions.stock_config(name, CFG) | change, "part/config.json")
     assert str(error.value).startswith("part/config.json: ") and message in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -255,7 +258,7 @@ def test_refusals(name, change, message):
 def test_missing_keys_are_named(name):
     read, layout = READERS[name]
     for key, default in layout.fields.items():
-        values = stock.stock_config(name, CFG)
+        values = conversions.stock_config(name, CFG)
         del values[key]
         if default is stock.REQUIRED:
             with pytest.raises(config.UserError, match=rf"config.json: lacks {key}: "):
@@ -268,7 +271,7 @@ def test_missing_keys_are_named(name):
 
 def test_unknown_part():
     with pytest.raises(ValueError, match="part 'tokenizer'"):
-        stock.stock_config("tokenizer", CFG)
+        conversions.stock_config("tokenizer", CFG)
 
 
 def test_needs_no_torch():

@@ -8,7 +8,7 @@ import torch
 
 from blip3o_jax.config import FlowConfig
 from blip3o_jax.dit import sampler
-from blip3o_jax.dit.sana import Condition
+from blip3o_jax.dit.protocol import Condition
 from tests import stock_weights
 from tests.conftest import relative_error
 from tests.dit import test_sana, torch_weights

@@ -8,7 +8,8 @@ import torch
 from flax import nnx
 
 from blip3o_jax import config
-from blip3o_jax.dit.sana import LatentConcat, SanaTransformer, positions
+from blip3o_jax.dit.protocol import LatentConcat
+from blip3o_jax.dit.sana import SanaTransformer, positions
 from tests import stock_weights
 from tests.conftest import relative_error
 from tests.dit import torch_weights

@@ -17,7 +17,7 @@ import scipy.stats
 from blip3o_jax.config import FlowConfig, FlowPolicyConfig
 from blip3o_jax.dit import flow as flow_matching
 from blip3o_jax.dit import sampler
-from blip3o_jax.dit.sana import Condition
+from blip3o_jax.dit.protocol import Condition
 from blip3o_jax.rl import flow_grpo
 
 FLOW = FlowConfig(shift=1.0)

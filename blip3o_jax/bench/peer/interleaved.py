@@ -203,7 +203,7 @@ def make_inputs(model: ModelConfig, vocabulary: Vocabulary, options: Options) ->
         for caption in captions
     ]
     latents = (batch, model.latent_size, model.latent_size, model.vae.latent_channels)
-    side = model.tokenizer.encoder.image_size
+    side = model.tokenizer.image_size
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]} | {
         "captions": np.array(captions),
         "prompts": tokens_BL,

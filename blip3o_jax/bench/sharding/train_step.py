@@ -96,7 +96,7 @@ def batch_shapes(config: Config) -> Shapes:
     data/sequence.py).
     """
     model, rows, length = config.model, config.data.batch_size, config.data.max_length
-    fields, size = STAGES[config.stage].fields, model.tokenizer.encoder.image_size
+    fields, size = STAGES[config.stage].fields, model.tokenizer.image_size
     latents = (rows, model.latent_size, model.latent_size, model.vae.latent_channels)
     views: dict[str, Shapes] = {
         "pixels": {"pixels": ((rows, model.image_size, model.image_size, 3), "uint8")},

@@ -41,7 +41,7 @@ class ContrastiveEncoder:
         text = checkpoints.stored_text(root, config.model.text)
         self._vocabulary = Vocabulary(load_tokenizer(text), config.model.tokenizer.codebook_size)
         self._size, self._length, self._batch = (
-            config.model.tokenizer.encoder.image_size,
+            config.model.tokenizer.image_size,
             config.data.max_length,
             batch,
         )

@@ -1,0 +1,125 @@
+"""How a family of a part is converted: its table of tensors, its config.json, its PyTorch class.
+
+The rows of parts.py name these. Needs no torch: classes of PyTorch are named and imported when one
+is made.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from blip3o_jax.config import ModelConfig
+from blip3o_jax.convert import stock_config as layouts
+from blip3o_jax.convert import tables
+from blip3o_jax.convert.stock_config import Layout, check_object, refuse
+from blip3o_jax.convert.tables import Rule
+from blip3o_jax.parts import PART_TABLE, family_of, resolve, settings_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversion:
+    """One family's way to PyTorch and back.
+
+    `rules`: of the part's settings, the table of its tensors. `torch_class`: "module:class" of the
+    network there; a class of transformers or diffusers is made from `layout`, another from the
+    settings. `layers`: the names of the classes there whose instances are stacked here. `velocity`:
+    of a diffusion head there, (module, latents [B, C, H, W], condition tokens, timesteps) ->
+    velocity. `published`: what config.json of a BLIP3o-NEXT directory says in place of the stock
+    values, where that class is of this family. `buffers`: of the settings, the tensors that the
+    stock class stores and computes itself, {name: value}.
+    """
+
+    rules: Callable[[Any], list[Rule]]
+    torch_class: str
+    layers: tuple[str, ...] = ()
+    layout: Layout | None = None
+    velocity: Callable[[Any, Any, Any, Any], Any] | None = None
+    published: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    buffers: Callable[[Any], Mapping[str, np.ndarray]] = lambda settings: {}
+
+    @property
+    def library(self) -> str:
+        """Return "transformers", "diffusers" or, for a class of this package, "blip3o_jax"."""
+        return self.torch_class.partition(":")[0].partition(".")[0]
+
+
+QWEN3 = Conversion(
+    tables.qwen3,
+    "transformers:Qwen3ForCausalLM",
+    ("Qwen3DecoderLayer",),
+    layouts.QWEN3,
+    published={"architectures": ["blip3oQwenForCausalLM"], "model_type": "blip3o_qwen"},
+)
+QWEN2 = Conversion(
+    tables.qwen2, "transformers:Qwen2ForCausalLM", ("Qwen2DecoderLayer",), layouts.QWEN2
+)
+SANA = Conversion(
+    tables.sana,
+    "diffusers:SanaTransformer2DModel",
+    ("SanaTransformerBlock",),
+    layouts.SANA,
+    lambda dit, z, condition, timestep: dit(z, condition, timestep=timestep).sample,
+)
+DC_AE = Conversion(
+    tables.dc_ae, "diffusers:AutoencoderDC", ("ResBlock", "EfficientViTBlock"), layouts.DC_AE
+)
+TA_TOK = Conversion(
+    tables.ta_tok,
+    "blip3o_jax.convert.torch_model:TaTok",
+    ("SiglipEncoderLayer", "Siglip2EncoderLayer"),
+)
+CONNECTOR = Conversion(tables.connector, "blip3o_jax.convert.torch_model:Connector")
+
+
+def conversion_of(part: str, cfg: ModelConfig) -> Conversion:
+    """Return the conversion of a part of a model."""
+    found: Conversion = resolve(family_of(part, cfg).conversion)
+    return found
+
+
+def conversions(part: str) -> list[Conversion]:
+    """Return the conversions of all families of a part."""
+    return [resolve(family.conversion) for family in PART_TABLE[part].families if family.conversion]
+
+
+def stacked_layers() -> set[str]:
+    """Return the names of the classes of PyTorch whose instances are stacked here."""
+    return {name for part in tables.PREFIXES for c in conversions(part) for name in c.layers}
+
+
+def rules(part: str, cfg: ModelConfig) -> list[Rule]:
+    """Return the table of one part of a model."""
+    return conversion_of(part, cfg).rules(settings_of(part, cfg))
+
+
+def stock_config(name: str, cfg: ModelConfig) -> dict[str, Any]:
+    """Return the fields of config.json (JSON values) for `name` "ar", "dit", "vae" or "scheduler":
+    what the stock class is built from. dtype and the ids of special tokens are the exporter's to
+    add.
+    """
+    if name == "scheduler":
+        return layouts.SCHEDULER.write(cfg.flow)
+    found = conversion_of(name, cfg) if name in PART_TABLE else None
+    if found is None or found.layout is None:
+        raise ValueError(
+            f"no stock class has a config.json for part {name!r}: use ar, dit, vae or scheduler"
+        )
+    values = found.layout.write(settings_of(name, cfg))
+    if found.library == "transformers":
+        values = {"architectures": [found.torch_class.partition(":")[2]]} | values
+    return values
+
+
+def read_stock_config(part: str, values: Any, where: str) -> Any:
+    """Return the settings of a part, of the family whose class the config.json `where` names; of
+    the first family where it names none. What cannot be used raises UserError.
+    """
+    check_object(values, where)
+    found = [c.layout for c in conversions(part) if c.layout is not None]
+    for layout in found:
+        if values.get(layout.kind, found[0].fixed[layout.kind][0]) in layout.fixed[layout.kind]:
+            return layout.read(values, where)
+    kind = found[0].kind
+    refuse(where, kind, values[kind], tuple(v for layout in found for v in layout.fixed[kind]))

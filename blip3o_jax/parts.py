@@ -1,0 +1,190 @@
+"""The table of the model's parts: for each its families, and what belongs to a family.
+
+A part is a network with a place in the model; a family is one architecture of it, chosen by the type
+of its settings (`model_type` in JSON and on the command line). A row names the network, how its
+weights are converted and what is special in its FLOPs; nothing else in the package names a family.
+Names are "module:attribute" and resolved when they are used, so that the table imports none of what
+stands above or below it.
+"""
+
+import dataclasses
+import functools
+import pkgutil
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from blip3o_jax.config import (
+    DcAeConfig,
+    MMDiTConfig,
+    ModelConfig,
+    PartConfig,
+    Qwen2Config,
+    Qwen3Config,
+    SanaConfig,
+    TaTokConfig,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """One architecture of a part.
+
+    `settings`: the type of its configuration. `network`: its `nnx.Module`, made as
+    `network(settings, *more, rngs=rngs)`, which has the part's protocol. `conversion`: its
+    `convert.conversions.Conversion`, "" where no other software knows it. `unused_flops`: the function
+    (settings, rows, length) -> FLOPs of one product of attention that the traced program spends
+    on pairs of tokens that do not see each other; "" where every FLOP counts.
+    """
+
+    settings: type
+    network: str
+    conversion: str = ""
+    unused_flops: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class PartSpec:
+    """A part of the model.
+
+    `field`: the field of `ModelConfig` that holds its settings. `families`: by default the first.
+    `arguments`: what the network is made of beside `rngs`, positional and by keyword; its settings
+    alone where None. `strategies`: where its parameters and activations do not lie as a strategy's
+    own table has them, {strategy: table of parallel/rules.py}.
+    """
+
+    field: str
+    families: tuple[Family, ...]
+    arguments: Callable[[ModelConfig], tuple[tuple[Any, ...], dict[str, Any]]] | None = None
+    strategies: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+def _connector(cfg: ModelConfig) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return (cfg.connector, cfg.ar.hidden_size, cfg.dit.caption_channels), {}
+
+
+def _latent_connector(cfg: ModelConfig) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    plain = dataclasses.replace(cfg.connector, positions=False)
+    return (plain, cfg.vae.latent_channels, cfg.dit.caption_channels), {"axis": None}
+
+
+def _feature_connector(cfg: ModelConfig) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    plain = dataclasses.replace(cfg.connector, positions=False)
+    return (plain, cfg.tokenizer.feature_channels, cfg.ar.hidden_size), {}
+
+
+def _text_tower(cfg: ModelConfig) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return (cfg.text_tower, cfg.ar.vocab_size, cfg.tokenizer.encoder.hidden_size), {}
+
+
+def _of_encoder(cfg: ModelConfig) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return (cfg.tokenizer.encoder,), {}
+
+
+_CONNECTOR = (
+    Family(
+        type(ModelConfig().connector),
+        "blip3o_jax.connector:Connector",
+        "blip3o_jax.convert.conversions:CONNECTOR",
+    ),
+)
+# An encoder's heads and feed-forward stay whole: it is small beside its activations.
+_ENCODER = {"fsdp_tp": "fsdp"}
+# The tokens of a row, or of a map of latents, lie over several devices.
+_SEQUENCE = {"fsdp_sp": "fsdp_sp"}
+
+# In the order in which parts draw their initial weights: a new part goes to the end.
+PART_TABLE: dict[str, PartSpec] = {
+    "tokenizer": PartSpec(
+        "tokenizer",
+        (
+            Family(
+                TaTokConfig,
+                "blip3o_jax.image_tokens.ta_tok:TaTok",
+                "blip3o_jax.convert.conversions:TA_TOK",
+            ),
+        ),
+        strategies=_ENCODER,
+    ),
+    "text_tower": PartSpec(
+        "text_tower",
+        (Family(type(ModelConfig().text_tower), "blip3o_jax.image_tokens.contrastive:TextTower"),),
+        _text_tower,
+        _ENCODER,
+    ),
+    "ar": PartSpec(
+        "ar",
+        (
+            Family(
+                Qwen3Config,
+                "blip3o_jax.ar.qwen3:Qwen3",
+                "blip3o_jax.convert.conversions:QWEN3",
+                "blip3o_jax.ar.attention:acausal_flops",
+            ),
+            Family(
+                Qwen2Config,
+                "blip3o_jax.ar.qwen2:Qwen2",
+                "blip3o_jax.convert.conversions:QWEN2",
+                "blip3o_jax.ar.attention:acausal_flops",
+            ),
+        ),
+        strategies=_SEQUENCE,
+    ),
+    "connector": PartSpec("connector", _CONNECTOR, _connector),
+    "dit": PartSpec(
+        "dit",
+        (
+            Family(
+                SanaConfig,
+                "blip3o_jax.dit.sana:SanaTransformer",
+                "blip3o_jax.convert.conversions:SANA",
+            ),
+            Family(
+                MMDiTConfig, "blip3o_jax.dit.mmdit:MMDiT", "blip3o_jax.convert.mmdit:CONVERSION"
+            ),
+        ),
+        strategies=_SEQUENCE,
+    ),
+    # Whole on every device: it is small beside its activations.
+    "vae": PartSpec(
+        "vae",
+        (Family(DcAeConfig, "blip3o_jax.vae.dc_ae:DcAe", "blip3o_jax.convert.conversions:DC_AE"),),
+        strategies={"fsdp": "dp", "fsdp_tp": "dp", "fsdp_sp": "dp"},
+    ),
+    "patch_readout": PartSpec(
+        "tokenizer",
+        (Family(PartConfig, "blip3o_jax.image_tokens.contrastive:PatchReadout"),),
+        _of_encoder,
+        _ENCODER,
+    ),
+    "latent_connector": PartSpec("connector", _CONNECTOR, _latent_connector),
+    "feature_connector": PartSpec("connector", _CONNECTOR, _feature_connector),
+}
+
+
+def settings_of(part: str, cfg: ModelConfig) -> Any:
+    """Return the settings of a part."""
+    return getattr(cfg, PART_TABLE[part].field)
+
+
+def family_of(part: str, cfg: ModelConfig) -> Family:
+    """Return the row of a part whose settings are of the type in `cfg`. TypeError where the table
+    has none.
+    """
+    settings = settings_of(part, cfg)
+    for family in PART_TABLE[part].families:
+        if isinstance(settings, family.settings):
+            return family
+    raise TypeError(f"part {part!r} has no family for {type(settings).__name__}: see parts.py")
+
+
+def make_part(part: str, cfg: ModelConfig, rngs: Any) -> Any:
+    """Return the network of a part, an `nnx.Module` with initial weights."""
+    arguments = PART_TABLE[part].arguments
+    positional, named = arguments(cfg) if arguments else ((settings_of(part, cfg),), {})
+    return resolve(family_of(part, cfg).network)(*positional, **named, rngs=rngs)
+
+
+@functools.cache
+def resolve(name: str) -> Any:
+    """Return what "module:attribute" names."""
+    return pkgutil.resolve_name(name)
