@@ -31,8 +31,8 @@ class ShapesEdit:
         """Score edited images; `psnr` is that of the part that the edit must not change."""
         inputs = self._pictures(prompts, images_BHWC.shape[1], "before")
         outcomes = [
-            edit_scorer.score_edit(*pair, p)
-            for *pair, p in zip(inputs, images_BHWC, prompts, strict=True)
+            edit_scorer.score_edit(before, after, p)
+            for before, after, p in zip(inputs, images_BHWC, prompts, strict=True)
         ]
         reasons = [f"{v.reason} ({v.psnr:.1f} dB)" for v in outcomes]
         return tally(

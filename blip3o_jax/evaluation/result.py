@@ -30,7 +30,7 @@ def tally(
     correct: Sequence[bool],
     reasons: Sequence[str],
     prompts: Sequence[SuitePrompt],
-    **measured: Sequence[float],
+    **measured: Sequence[float] | np.ndarray,
 ) -> SuiteResult:
     """Aggregate the correctness of single outputs by the category of their prompts; `measured`
     holds one value an output by name.

@@ -57,8 +57,8 @@ class RewardSuite:
                 images_BHWC, [p["caption"] for p in prompts], [p["metadata"] for p in prompts]
             ).result()
         if found.failed_B.all():
-            reasons = "; ".join(list(found.reasons)[:REASONS_SHOWN])
-            raise UserError(f"none of {len(prompts)} images could be scored: {reasons}")
+            failures = "; ".join(list(found.reasons)[:REASONS_SHOWN])
+            raise UserError(f"none of {len(prompts)} images could be scored: {failures}")
         parts = {
             name.rpartition("/")[2]: part_B for name, part_B in found.parts.items() if "/" in name
         }

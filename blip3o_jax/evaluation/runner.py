@@ -39,16 +39,16 @@ class Suite(Protocol):
         independent of the model's image sizes."""
         ...
 
-    def score_outputs(self, answers: Any, prompts: Sequence[SuitePrompt]) -> SuiteResult: ...
+    def score_outputs(self, outputs: Any, prompts: Sequence[SuitePrompt], /) -> SuiteResult: ...
 
     def baselines(
-        self, answers: Any, prompts: Sequence[SuitePrompt], seed: int
+        self, outputs: Any, prompts: Sequence[SuitePrompt], seed: int, /
     ) -> dict[str, SuiteResult]:
         """Return results of other outputs for the same prompts, to compare the model's with."""
         ...
 
 
-SUITES = {
+SUITES: dict[str, Suite] = {
     "shapes": shapes,
     "shapes_edit": ShapesEdit(),
     "shapes_qa": ShapesQa(),
@@ -87,7 +87,7 @@ class Evaluation:
 
     prompts: list[SuitePrompt]
     requests: list[Request]
-    images: np.ndarray | None
+    images: np.ndarray | list[np.ndarray] | None
     codes: np.ndarray | None
     answers: list[str] | None
     result: SuiteResult
@@ -176,17 +176,15 @@ def write(evaluation: Evaluation, out: pathlib.Path) -> None:
     references = [request.images[0] for request in evaluation.requests if request.images]
     if evaluation.answers is not None:
         write_images(
-            np.stack(references),
+            references,
             [f"{q} {a}" for q, a in zip(captions, evaluation.answers, strict=True)],
             out / "images",
         )
-    elif references:
-        pairs = [
-            np.concatenate(pair, axis=1) for pair in zip(references, evaluation.images, strict=True)
-        ]
-        write_images(np.stack(pairs), captions, out / "images")
-    else:
-        write_images(evaluation.images, captions, out / "images")
+    elif evaluation.images is not None:
+        images = list(evaluation.images)
+        if references:
+            images = [np.concatenate(pair, axis=1) for pair in zip(references, images, strict=True)]
+        write_images(images, captions, out / "images")
     outcomes = zip(
         evaluation.prompts, evaluation.result.correct, evaluation.result.reasons, strict=True
     )

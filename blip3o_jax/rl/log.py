@@ -108,4 +108,4 @@ def best_and_worst(images: np.ndarray, prompts: Sequence[str], rewards: np.ndarr
     order = np.argsort(-rewards, kind="stable")
     chosen = [*order[:GRID_IMAGES], *order[GRID_IMAGES:][-GRID_IMAGES:]]
     labels = [f"{rewards[i]:.2f} {prompts[i]}" for i in chosen]
-    return np.asarray(labelled_grid(images[chosen], labels))[None]
+    return np.asarray(labelled_grid([images[i] for i in chosen], labels))[None]

@@ -88,6 +88,9 @@ class ReinforcementLearning:
 
     def begin(self, context: RunContext, state: TrainState, position: Any) -> TrainerSpec:
         config = context.config
+        pool, vocabulary = self._pool, context.vocabulary
+        assert pool is not None, "open() makes the pool"
+        assert vocabulary is not None, "a run of reinforcement learning has text"
         context.strategy.check_batch(
             config.data.batch_size // rollout_programs.num_micro_batches(config.rl)
         )
@@ -125,8 +128,8 @@ class ReinforcementLearning:
             config.seed,
             keep_images=config.rl.keep_images,
         )
-        batches = RolloutIterator(context, self._prompts, self._pool, reference, position, open_log)
-        image_ids = context.vocabulary.image_token_offset, context.vocabulary.image_token_end
+        batches = RolloutIterator(context, self._prompts, pool, reference, position, open_log)
+        image_ids = vocabulary.image_token_offset, vocabulary.image_token_end
         loss = make_loss(config, image_ids, context.strategy.batch_shards)
         return TrainerSpec(batches, make_step(config, context.plan, context.strategy, loss))
 

@@ -82,7 +82,9 @@ class RolloutIterator:
         self._next_rollout = position["rollout"]
         self._step = context.start
         self._iteration = 0  # optimizer steps on the current rollout
-        image_ids = context.vocabulary.image_token_offset, context.vocabulary.image_token_end
+        vocabulary = context.vocabulary
+        assert vocabulary is not None, "a run of reinforcement learning has text"
+        image_ids = vocabulary.image_token_offset, vocabulary.image_token_end
         programs = context.config, context.plan, context.strategy, image_ids
         self._run_rollout = rollout_programs.make_rollout(*programs)
         self._run_reference = rollout_programs.make_reference(*programs)
@@ -90,7 +92,7 @@ class RolloutIterator:
         self._take = jax.jit(
             lambda rows, *x: jnp.concatenate(x)[rows], out_shardings=self._sharding
         )
-        self._prompt_rows = PromptRows(prompts, context.config, context.vocabulary)
+        self._prompt_rows = PromptRows(prompts, context.config, vocabulary)
         self._ahead: RolloutBatch | None = None  # sampled, not trained on: off_policy_steps=1
         self._batch: Batch = {}
         self._metrics: dict[str, float] = {}
@@ -125,6 +127,7 @@ class RolloutIterator:
         self._log = self._open_log()
 
     def sync(self) -> None:
+        assert self._log is not None, "start() opens the log"
         self._log.sync()
 
     def close(self) -> None:
@@ -238,6 +241,7 @@ class RolloutIterator:
         check_failed(rewards.failed_B, reasons, rl.max_failed_fraction)
         prompts = [rollout.prompts[row // rl.num_generations] for row in rollout.rows]
         first = rollout.number * rl.num_prompts * rl.num_generations
+        assert self._log is not None, "start() opens the log"
         self._log.write(rollout.number, rollout.rows, first, prompts, rollout.images, own)
         if rollout.number % rl.samples_every == 0:
             valid = np.flatnonzero(~own.failed_B)

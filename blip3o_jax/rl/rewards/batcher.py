@@ -218,21 +218,22 @@ def _refuse_all(items: Iterable[tuple[Job, int]], refused: Refused) -> None:
 
 def _settle(job: Job) -> None:
     """Answer a request whose images are all scored."""
-    for index, score in enumerate(job.scores):
+    scores = [score for score in job.scores if score is not None]
+    for index, score in enumerate(scores):
         if score.status != 200:
             image = f" (images[{index}])" if len(job.images) > 1 else ""
             job.done.set_exception(Refused(score.status, score.reason + image))
             return
-    names = {tuple(sorted(score.parts)) for score in job.scores}
+    names = {tuple(sorted(score.parts)) for score in scores}
     if len(names) > 1:
         different = " and ".join(sorted(", ".join(some) or "none" for some in names))
         job.done.set_exception(
             Refused(500, f"the reward failed: it has parts {different} for images of one request")
         )
         return
-    total_B = np.array([score.total for score in job.scores], np.float32)
+    total_B = np.array([score.total for score in scores], np.float32)
     parts = {
-        name: np.array([score.parts[name] for score in job.scores], np.float32)
-        for name in sorted(job.scores[0].parts)
+        name: np.array([score.parts[name] for score in scores], np.float32)
+        for name in sorted(scores[0].parts)
     }
     job.done.set_result(Scores(total_B, parts))

@@ -16,6 +16,7 @@ Detectors (options `detector`, `path`, `colour_path`):
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -32,8 +33,11 @@ from blip3o_jax.rl.rewards.reward import Scores
 class Detector(Protocol):
     """Find objects in a uint8 RGB image [H, W, 3], and name the colours of objects of one class."""
 
-    classes: Sequence[str]
-    colours: Sequence[str]
+    @property
+    def classes(self) -> Sequence[str]: ...
+
+    @property
+    def colours(self) -> Sequence[str]: ...
 
     def detect(self, image_HWC: np.ndarray) -> list[Found]: ...
 
@@ -97,11 +101,7 @@ class Geneval:
             threshold = self.counting_threshold if asked["tag"] == "counting" else self.threshold
             objects = keep(self.detector.detect(image_HWC), threshold, self.max_objects)
             results.append(
-                apply_rules(
-                    objects,
-                    asked,
-                    lambda found, image=image_HWC: self.detector.colours_of(image, found),
-                )
+                apply_rules(objects, asked, functools.partial(self.detector.colours_of, image_HWC))
             )
         correct_B = np.array([result.correct for result in results], np.float32)
         shaped_B = np.array([result.met for result in results], np.float32)

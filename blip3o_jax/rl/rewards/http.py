@@ -153,8 +153,9 @@ class HttpReward(Reward):
     def _try_servers(self) -> None:
         """Check every server; one that cannot be reached is skipped, as long as there is
         another."""
-        reasons = list(self._threads.map(self._try_server, self._urls))
-        if all(reasons):
+        found = list(self._threads.map(self._try_server, self._urls))
+        reasons = [reason for reason in found if reason is not None]
+        if len(reasons) == len(found):
             raise UserError(f"reward http: no server answers: {'; '.join(reasons)}")
 
     def _try_server(self, url: str) -> str | None:
@@ -187,11 +188,11 @@ class HttpReward(Reward):
         chunks = [
             slice(start, start + self._batch) for start in range(0, len(prompts), self._batch)
         ]
-        found = list(
-            self._threads.map(
-                lambda c: self._score(images_BHWC[c], prompts[c], metadata[c]), chunks
-            )
-        )
+
+        def score(chunk: slice) -> Scores:
+            return self._score(images_BHWC[chunk], prompts[chunk], metadata[chunk])
+
+        found = list(self._threads.map(score, chunks))
         names = {tuple(sorted(scores.parts)) for scores in found}
         if len(names) > 1:
             raise UserError(

@@ -241,9 +241,8 @@ class Recogniser:
         """
         side = min(image_HWC.shape[:2])
         bgr_HWC = cv2.cvtColor(image_HWC, cv2.COLOR_RGB2BGR)
-        framed_HWC = cv2.copyMakeBorder(
-            bgr_HWC, *[round(self.border * side)] * 4, cv2.BORDER_REPLICATE
-        )
+        width = round(self.border * side)
+        framed_HWC = cv2.copyMakeBorder(bgr_HWC, width, width, width, width, cv2.BORDER_REPLICATE)
         scale = max(self.min_side / side, 1)
         return cv2.resize(framed_HWC, None, fx=scale, fy=scale, interpolation=cv2.INTER_CUBIC)
 

@@ -59,7 +59,9 @@ def parse(file: bytes) -> Png:
     """Return the image of a PNG file without its metadata. Raises BadPng; decodes nothing."""
     if not file.startswith(_SIGNATURE):
         raise BadPng("is not a PNG")
-    header, palette, data = None, b"", []
+    header: _Header | None = None
+    palette = b""
+    data: list[memoryview] = []
     position, previous = len(_SIGNATURE), b""
     view = memoryview(file)
     for _ in range(MAX_CHUNKS):
@@ -85,7 +87,7 @@ def parse(file: bytes) -> Png:
         raise BadPng(f"has more than {MAX_CHUNKS} chunks")
     if position != len(file):
         raise BadPng("goes on after its end")
-    if not data:
+    if header is None or not data:
         raise BadPng("has no IDAT chunk")
     return _rebuilt(header, palette, data)
 
@@ -160,7 +162,7 @@ def decode_into(file: np.ndarray, out_HWC: np.ndarray) -> None:
     from PIL import Image
 
     try:
-        with Image.open(io.BytesIO(file), formats=["PNG"]) as image:
+        with Image.open(io.BytesIO(file.data), formats=["PNG"]) as image:
             image.load()
             for top in range(0, image.height, STRIP):
                 bottom = min(top + STRIP, image.height)

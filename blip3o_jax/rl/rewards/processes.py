@@ -153,7 +153,7 @@ class Processes:
             while self._error is None:
                 self._hand_out()
                 patience = min(worker.deadline for worker in self._workers) - time.monotonic()
-                pipes = {worker.pipe: worker for worker in self._workers}
+                pipes: dict[Any, _Worker] = {worker.pipe: worker for worker in self._workers}
                 ready = connection.wait(
                     [self._bell, *pipes], None if patience == math.inf else max(patience, 0.0)
                 )
@@ -214,7 +214,8 @@ class Processes:
         call, worker.call = worker.call, None
         worker.process.kill()
         self._bury(worker)
-        call.settle(error=TimeoutError())
+        if call is not None:  # only a call has a deadline, once the process is ready
+            call.settle(error=TimeoutError())
 
     def _bury(self, worker: _Worker) -> None:
         """Replace a process that has ended or is about to end."""
@@ -276,7 +277,7 @@ def _work(pipe: connection.Connection, initialise: Callable[[], None]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
     threading.Thread(target=_end_with_parent, daemon=True).start()
     initialise()
-    answer = None, None
+    answer: tuple[Any, BaseException | None] = None, None
     with contextlib.suppress(EOFError, OSError):
         while True:
             try:
@@ -295,5 +296,6 @@ def _work(pipe: connection.Connection, initialise: Callable[[], None]) -> None:
 
 def _end_with_parent() -> None:
     """End with the parent, which may be killed while a call hangs here."""
-    multiprocessing.parent_process().join()
+    if parent := multiprocessing.parent_process():
+        parent.join()
     os._exit(1)

@@ -62,7 +62,8 @@ def parse_request(body: bytes | bytearray, max_pixels: int) -> Request:
     for index, prompt in enumerate(prompts):
         if not _is_unicode(prompt):
             raise Refused(422, f"prompts[{index}] holds half a surrogate pair, which is no text")
-    images, left = [], max_pixels
+    images: list[Png] = []
+    left = max_pixels
     files.reverse()
     while files:  # each text is given up once it is a file
         images.append(_image(files.pop(), len(images), left, max_pixels))

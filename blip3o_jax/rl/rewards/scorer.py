@@ -66,7 +66,9 @@ def score_rows(
     import numpy as np
 
     images_BHWC = np.empty((len(files), *size, 3), np.uint8)
-    scores = [_prepare(rewards, *row) for row in zip(files, images_BHWC, prompts, strict=True)]
+    scores: list[ImageScore | None] = [
+        _prepare(rewards, *row) for row in zip(files, images_BHWC, prompts, strict=True)
+    ]
     rows = [row for row, found in enumerate(scores) if found is None]
     began = time.monotonic()
     if rows:
@@ -75,7 +77,7 @@ def score_rows(
         outcome = rewards(chosen_BHWC, *zip(*(prompts[row] for row in rows), strict=True))
         for row, image_score in zip(rows, _image_scores(outcome), strict=True):
             scores[row] = image_score
-    return scores, time.monotonic() - began
+    return [found for found in scores if found is not None], time.monotonic() - began
 
 
 def _prepare(

@@ -32,7 +32,11 @@ class Scorers(Protocol):
 
     count: int  # calls that run at once
     names: list[str]  # of the rewards
-    ends: dict[str, int]  # processes that were replaced, by reason
+
+    @property
+    def ends(self) -> dict[str, int]:
+        """Return how many processes were replaced, by reason."""
+        ...
 
     def ready(self) -> int:
         """Return how many of `count` take calls."""
@@ -162,10 +166,15 @@ class Parser:
     @functools.cached_property
     def _process(self) -> Renewed:
         """Start it where there is a body for it."""
-        limits = {"workers": 1, "start_timeout": START_TIMEOUT}
-        return Renewed(
-            functools.partial(Processes, requests.start, (), what="the parser", **limits)
+        start = functools.partial(
+            Processes,
+            requests.start,
+            (),
+            workers=1,
+            start_timeout=START_TIMEOUT,
+            what="the parser",
         )
+        return Renewed(start)
 
     async def parse(self, body: bytearray) -> requests.Request:
         """Parse as `requests.parse_request` does, and empty `body`. Raises Refused."""
@@ -189,12 +198,14 @@ class Parser:
             task.add_done_callback(lambda task: task.cancelled() or task.exception())
             raise
 
-    async def _in_turn(self, wanted: list[bytearray]) -> requests.Request | None:
+    async def _in_turn(self, wanted: list[bytearray]) -> requests.Request:
         def arguments() -> tuple:
             return np.frombuffer(wanted.pop(), np.uint8), self._max_pixels  # sent without a copy
 
         async with self._turn:
-            return await self._call(arguments) if wanted else None
+            if not wanted:  # the client has left
+                raise asyncio.CancelledError
+            return await self._call(arguments)
 
     async def _call(self, arguments: Callable[[], tuple]) -> requests.Request:
         try:

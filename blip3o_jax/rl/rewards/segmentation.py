@@ -63,7 +63,9 @@ class SegmentationDetector:
         _config("colour_path", colour_path)
         self._names = {int(label): GENEVAL_NAMES.get(name, name) for label, name in labels.items()}
         self.classes = tuple(self._names.values())
-        self.path, self.threshold, self._models = path, threshold, None
+        self.path = path
+        self.threshold = threshold
+        self._models: tuple[Any, ...] | None = None
         self._colours = ColourClassifier(colour_path)
 
     def detect(self, image_HWC: np.ndarray) -> list[Found]:
@@ -107,7 +109,8 @@ class ColourClassifier:
     """Classify colours zero-shot by a CLIP in a local directory."""
 
     def __init__(self, path: str):
-        self.path, self._models = path, None
+        self.path = path
+        self._models: tuple[Any, ...] | None = None
         self._texts_KD: dict[str, np.ndarray] = {}
 
     def __call__(self, crops: Sequence[np.ndarray], name: str) -> list[str | None]:
@@ -137,6 +140,8 @@ class ColourClassifier:
 
 def cut_out(image_HWC: np.ndarray, thing: Found) -> np.ndarray:
     """Return the pixels of an object on grey, cropped to its box."""
+    if thing.mask_HW is None:
+        raise ValueError(f"{thing.name} has no mask to cut it out by")
     x0, y0, x1, y1 = (round(edge) for edge in thing.box)
     return np.where(thing.mask_HW[..., None], image_HWC, np.uint8(GREY))[y0:y1, x0:x1]
 

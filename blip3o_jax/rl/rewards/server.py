@@ -146,10 +146,19 @@ class RewardServer:
         ]
         if metrics is None:
             routes.append(serving.metrics_route(self._registry))
-        shared = {"limits": limits.connections, "open_paths": ("/health",)}
-        counted = {"registry": self._registry, "prefix": f"{server_metrics.PREFIX}_http"}
+        open_paths = ("/health",)
         self.services = [
-            Service(WHAT, routes, host=host, port=port, token=token, **shared, **counted)
+            Service(
+                WHAT,
+                routes,
+                host=host,
+                port=port,
+                token=token,
+                limits=limits.connections,
+                open_paths=open_paths,
+                registry=self._registry,
+                prefix=f"{server_metrics.PREFIX}_http",
+            )
         ]
         try:
             if metrics is not None:
@@ -160,10 +169,11 @@ class RewardServer:
                         metrics_routes,
                         host=metrics[0],
                         port=metrics[1],
-                        **shared,
+                        limits=limits.connections,
+                        open_paths=open_paths,
                     )
                 )
-            self._scorers = scorers or ScorerProcesses(
+            self._scorers: Scorers = scorers or ScorerProcesses(
                 tuple(rewards), limits.scorers, limits.score_seconds
             )
         except BaseException:

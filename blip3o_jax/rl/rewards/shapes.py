@@ -55,7 +55,8 @@ class Shapes(Reward):
         """Score square images of 32 pixels or more."""
         del prompts
         results = [
-            score(image_HWC, asked) for image_HWC, asked in zip(images_BHWC, metadata, strict=True)
+            score(image_HWC, dict(asked))
+            for image_HWC, asked in zip(images_BHWC, metadata, strict=True)
         ]
         correct_B = np.array([result.correct for result in results], np.float32)
         met_B = np.array([result.met for result in results], np.float32)

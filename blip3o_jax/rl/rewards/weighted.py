@@ -65,15 +65,14 @@ class WeightedRewards:
         """Score uint8 images [B, H, W, 3] against their prompts; exceptions of a reward become
         reasons."""
         count = len(images_BHWC)
-        total_B, parts = np.zeros(count, np.float32), {}
+        total_B = np.zeros(count, np.float32)
+        parts: dict[str, np.ndarray] = {}
         reasons: list[str | None] = [None] * count
         for name, config, reward in self._terms:
             try:
                 scores_B, named = _scores(reward, images_BHWC, prompts, metadata)
-            except (
-                Exception,
-                SystemExit,
-            ) as e:  # whatever a scorer does, it must not end the run by itself
+            except (Exception, SystemExit) as e:
+                # A failure of a scorer must not end the run.
                 reasons = [f"{name}: {_described(e)}"] * count
                 break
             parts |= {name: scores_B} | {
