@@ -49,12 +49,13 @@ def run(model: ModelConfig, out: pathlib.Path, *, dtype: str = "bfloat16") -> di
         write_random_model(source, model, dtype=dtype)
         size = sum(file.stat().st_size for file in source.glob("*.safetensors"))
         check_space(source, 2 * size)
-        for name, (call, *paths) in {
-            "plain read": (_plain_read, source),
-            "import": (_import, source, checkpoint),
-            "plain read and write": (_plain_copy, source, plain),
-            "export": (_export, checkpoint, exported),
-        }.items():
+        calls: dict[str, tuple[Callable[..., dict[str, float]], tuple[pathlib.Path, ...]]] = {
+            "plain read": (_plain_read, (source,)),
+            "import": (_import, (source, checkpoint)),
+            "plain read and write": (_plain_copy, (source, plain)),
+            "export": (_export, (checkpoint, exported)),
+        }
+        for name, (call, paths) in calls.items():
             print(f"{name} ...", file=sys.stderr)
             rows[name] = _in_subprocess(call, *paths) | {"bytes": size}
             shutil.rmtree(plain, ignore_errors=True)

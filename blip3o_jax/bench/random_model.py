@@ -54,12 +54,12 @@ def write_random_model(
         model.ar.vocab_size - model.ar.spare_rows - model.tokenizer.codebook_size - 2 - NUM_SCALES
     )
     (directory / BPE_FILE).write_text(json.dumps(_bpe(text_ids)), encoding="utf-8")
-    values = stock_config("ar", model) | {
+    settings = stock_config("ar", model) | {
         "model_type": "blip3o_qwen",
         "dtype": dtype,
         SECTION: {"model": to_dict(model)},
     }
-    (directory / "config.json").write_text(json.dumps(values, indent=1), encoding="utf-8")
+    (directory / "config.json").write_text(json.dumps(settings, indent=1), encoding="utf-8")
 
 
 def _bpe(size: int) -> dict:

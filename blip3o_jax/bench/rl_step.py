@@ -92,6 +92,7 @@ def bench(config: Config, out: pathlib.Path, *, rounds: int, command: str) -> di
     strategy = Strategy.of(config.mesh)
     with tempfile.TemporaryDirectory() as directory:
         config, vocabulary = with_vocabulary(config, [], pathlib.Path(directory))
+    assert vocabulary is not None, "a run of reinforcement learning has text"
     plan = plan_state(config, strategy)
     start = lambda: create_state(
         config, plan, restore_init_parts(config, plan, strategy), vocabulary.image_token_offset

@@ -31,12 +31,14 @@ def fractions(program: Program, computation: Computation, op: Op) -> list[float]
         return None
     loops = ((c, w) for c in program.computations.values() for w in c.ops if w.opcode == "while")
     found = next(((c, w) for c, w in loops if computation.name in w.called("body")), None)
-    first = found and found[0].by_name[found[1].operands[0]]
-    if not first or first.opcode != "tuple":
+    if found is None:
         return None
-    values = _value(
-        program, found[0], found[0].by_name[first.operands[int(chosen.attribute("index"))]]
-    )
+    outer, loop = found
+    first = outer.by_name[loop.operands[0]]
+    if first.opcode != "tuple":
+        return None
+    index = int(chosen.attribute("index") or 0)
+    values = _value(program, outer, outer.by_name[first.operands[index]])
     if values is None or not values.size:
         return None
     if listed := op.called("branch_computations"):
@@ -68,11 +70,13 @@ def _value(program: Program, computation: Computation, op: Op) -> np.ndarray | N
     if op.opcode == "fusion" and not op.operands:
         inner = program.computations[op.called("calls")[0]]
         return _value(program, inner, inner.root)
-    inputs = [_value(program, computation, computation.by_name[name]) for name in op.operands]
-    if not inputs or any(x is None for x in inputs):
+    found = [_value(program, computation, computation.by_name[name]) for name in op.operands]
+    inputs = [x for x in found if x is not None]
+    if not inputs or len(inputs) != len(found):
         return None
     if op.opcode == "broadcast" and inputs[0].ndim == 0:
         return np.broadcast_to(inputs[0], dims)
     if op.opcode == "compare":
-        return _COMPARE[op.attribute("direction")](*inputs)
+        left, right = inputs
+        return _COMPARE[op.attribute("direction") or ""](left, right)
     return None

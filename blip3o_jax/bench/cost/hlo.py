@@ -33,10 +33,25 @@ class Shape:
     def bytes(self) -> int:
         if self.dtype in _BITS:
             return self.size * _BITS[self.dtype] // 8
-        return -(-self.size * int(re.search(r"\d+", self.dtype)[0]) // 8)  # bf16, f8e4m3fn, s4, u32
+        bits = re.findall(r"\d+", self.dtype)[0]  # bf16, f8e4m3fn, s4, u32
+        return -(-self.size * int(bits) // 8)
 
 
 Shapes = Shape | tuple["Shapes", ...]
+
+
+def array(shape: Shapes) -> Shape:
+    """Return the shape of a single array. ValueError for a tuple."""
+    if isinstance(shape, Shape):
+        return shape
+    raise ValueError(f"expected an array, not the tuple {shape}")
+
+
+def element(shape: Shapes, index: int) -> Shapes:
+    """Return an element of a tuple. ValueError for a single array."""
+    if isinstance(shape, Shape):
+        raise ValueError(f"expected a tuple, not the array {shape}")
+    return shape[index]
 
 
 def leaves(shape: Shapes) -> Iterator[Shape]:
@@ -123,8 +138,10 @@ class Program:
 
 def parse(text: str) -> Program:
     """Parse a program. Raises ValueError where the text holds no entry computation."""
-    computations, entry = {}, None
-    name, ops = None, []
+    computations: dict[str, Computation] = {}
+    entry: str | None = None
+    name: str | None = None
+    ops: list[Op] = []
     for line in text.splitlines():
         if name is None:
             if line.endswith("{") and (
@@ -177,16 +194,24 @@ _ARRAY = re.compile(r"([a-z]\w*)\[([^\]]*)\]")
 _LAYOUT = re.compile(r"\{[^}]*\}")
 
 
+_COMMENT = re.compile(r"\s*(/\*.*?\*/)?\s*")
+
+
+def _after_comment(text: str, at: int) -> int:
+    """Return the position after spaces and a comment, if there are any, at `at`."""
+    found = _COMMENT.match(text, at)
+    return found.end() if found else at
+
+
 def _shape(text: str, at: int) -> tuple[Shapes, int]:
     """Return (shape, where it ends) of the shape at `at`."""
-    comment = re.compile(r"\s*(/\*.*?\*/)?\s*")
     if text[at] == "(":
-        parts, at = [], at + 1
-        at = comment.match(text, at).end()
+        parts = []
+        at = _after_comment(text, at + 1)
         while text[at] != ")":
             part, at = _shape(text, at)
             parts.append(part)
-            at = comment.match(text, at + (text[at] == ",")).end()
+            at = _after_comment(text, at + (text[at] == ","))
         return tuple(parts), at + 1
     array = _ARRAY.match(text, at)
     if not array:
@@ -320,12 +345,13 @@ def _comparison(
 ) -> tuple[str, int, int, int] | None:
     """Return (direction, first value of the counter, bound, index of the counter among the loop's
     values) of the condition's root, which may be a fusion of the comparison."""
-    root, known = condition.root, {}
+    root = condition.root
+    known: dict[str, tuple[str, int | None, int] | None] = {}
     for op in condition.ops:
         if op.opcode == "constant":
             known[op.name] = ("bound", _constant(program, condition, op), -1)
         elif op.opcode == "get-tuple-element":
-            index = int(op.attribute("index"))
+            index = int(op.attribute("index") or 0)
             known[op.name] = ("first", values[index] if index < len(values) else None, index)
         elif op.opcode in ("copy", "bitcast") and op.operands[0] in known:
             known[op.name] = known[op.operands[0]]
@@ -346,7 +372,7 @@ def _comparison(
     left, right = (known.get(name) for name in root.operands)
     if not left or not right or left[1] is None or right[1] is None or left[0] == "bound":
         return None
-    return root.attribute("direction"), left[1], right[1], left[2]
+    return root.attribute("direction") or "", left[1], right[1], left[2]
 
 
 # --- devices
@@ -385,15 +411,14 @@ _MESH_GROUPS = re.compile(
 
 
 def _mesh_groups(text: str) -> tuple[tuple[int, ...], ...]:
+    unknown = ValueError(f"replica_groups={text!r} is in no form that is known here")
     found = _MESH_GROUPS.fullmatch(text.strip())
-    sizes = (
-        {name: int(size) for name, size in re.findall(r"'([^']*)'=(\d+)", found[1])}
-        if found
-        else {}
-    )
-    axes = re.findall(r"'([^']*)'", found[4]) if found else []
+    if found is None:
+        raise unknown
+    sizes = {name: int(size) for name, size in re.findall(r"'([^']*)'=(\d+)", found[1])}
+    axes = re.findall(r"'([^']*)'", found[4])
     if not sizes or not set(axes) <= set(sizes):
-        raise ValueError(f"replica_groups={text!r} is in no form that is known here")
+        raise unknown
     shape = tuple(sizes.values())
     order = [tuple(map(int, part.split(","))) for part in (found[2], found[3]) if part]
     ids = _numbered(*(order or [shape])).reshape(shape)

@@ -5,7 +5,7 @@ slice, also inside a fusion; one that updates a slice in place writes the slice:
 layers would otherwise pay for the whole stack in each iteration.
 """
 
-from blip3o_jax.bench.cost.hlo import Computation, Op, Program, Shape, Shapes, leaves
+from blip3o_jax.bench.cost.hlo import Computation, Op, Program, Shape, Shapes, element, leaves
 from blip3o_jax.bench.cost.network import COLLECTIVES
 
 SLICES = ("dynamic-slice", "slice", "gather")
@@ -29,13 +29,13 @@ def operation_bytes(program: Program, computation: Computation, op: Op) -> int:
         updates = computation.by_name[op.operands[-1]].shape
         return _bytes(updates) + 2 * (_total(updates) if _in_hbm(op.shape) else 0)
     if op.opcode == "copy-start":  # the result is (target, source, flags)
-        return _bytes(operands[0].shape) + _bytes(op.shape[0])
+        return _bytes(operands[0].shape) + _bytes(element(op.shape, 0))
     if op.opcode == "dynamic-update-slice-start":  # to the core's or the host's memory, in place
         return _total(computation.by_name[op.operands[1]].shape)
     if op.opcode.endswith(
         "-start"
     ):  # of a slice, between HBM and the core: ((operands), result, flags)
-        return _total(op.shape[1])
+        return _total(element(op.shape, 1))
     return sum(_bytes(operand.shape) for operand in operands) + _bytes(op.shape)
 
 

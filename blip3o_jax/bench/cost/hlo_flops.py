@@ -11,26 +11,27 @@ import re
 
 import numpy as np
 
-from blip3o_jax.bench.cost.hlo import Computation, Op, Shape
+from blip3o_jax.bench.cost.hlo import Computation, Op, Shape, array
 
 MATRIX = ("dot", "convolution")
 
 
 def matrix_flops(computation: Computation, op: Op) -> int:
     """Return the FLOPs of a `dot` or a `convolution`."""
-    lhs, rhs = (computation.by_name[name].shape for name in op.operands[:2])
+    lhs, rhs = (array(computation.by_name[name].shape) for name in op.operands[:2])
     return _dot(op, lhs) if op.opcode == "dot" else _convolution(op, lhs, rhs)
 
 
 def _dot(op: Op, lhs: Shape) -> int:
     contracted = re.findall(r"\d+", op.attribute("lhs_contracting_dims") or "")
-    return 2 * op.shape.size * math.prod(lhs.dims[int(d)] for d in contracted)
+    return 2 * array(op.shape).size * math.prod(lhs.dims[int(d)] for d in contracted)
 
 
 def _convolution(op: Op, lhs: Shape, rhs: Shape) -> int:
-    of_lhs, of_rhs, of_out = re.split(r"_|->", op.attribute("dim_labels"))
+    of_lhs, of_rhs, of_out = re.split(r"_|->", op.attribute("dim_labels") or "")
     batch, features = (lhs.dims[of_lhs.index(c)] for c in "bf")
-    outputs = op.shape.dims[of_out.index("f")]
+    out = array(op.shape)
+    outputs = out.dims[of_out.index("f")]
     groups, batch_groups = (
         int(op.attribute(f"{name}_group_count") or 1) for name in ("feature", "batch")
     )
@@ -42,7 +43,7 @@ def _convolution(op: Op, lhs: Shape, rhs: Shape) -> int:
         met *= _positions(
             lhs.dims[of_lhs.index(c)],
             rhs.dims[of_rhs.index(c)],
-            op.shape.dims[of_out.index(c)],
+            out.dims[of_out.index(c)],
             number("stride"),
             int(pads.split("_")[0]),
             number("lhs_dilate"),

@@ -92,10 +92,11 @@ def _splash_cycles(op: Op, queries: Shape, keys: Shape, kind: str, chip: Chip) -
     length, head = queries.dims[-2:]
     bundles = _BUNDLES.get((chip.name, head, kind))
     suffix = "" if kind == "fwd" else f"_{kind}"
-    sides = [re.search(rf'"block_{name}{suffix}\\*": (\d+)', op.attributes) for name in ("q", "kv")]
-    if bundles is None or None in sides:
+    q_block = re.search(rf'"block_q{suffix}\\*": (\d+)', op.attributes)
+    kv_block = re.search(rf'"block_kv{suffix}\\*": (\d+)', op.attributes)
+    if bundles is None or q_block is None or kv_block is None:
         return 0.0
-    q, kv = (int(side[1]) for side in sides)
+    q, kv = int(q_block[1]), int(kv_block[1])
     rows, columns = length / q, keys.dims[-2] / kv
     # Of the blocks in a row those up to the diagonal's; with a row's tokens over several devices,
     # on average.

@@ -19,6 +19,7 @@ import collections
 import dataclasses
 import re
 from collections.abc import Mapping
+from typing import Any
 
 from blip3o_jax.bench.cost import hlo
 from blip3o_jax.bench.cost.branches import fractions as branch_fractions
@@ -125,21 +126,23 @@ class Cost:
 
     def add(self, other: "Cost", times: float = 1) -> None:
         self.hbm_bytes += other.hbm_bytes * times
-        for mine, theirs in (
+        sums: tuple[tuple[dict[Any, float], dict[Any, float]], ...] = (
             (self.flops, other.flops),
             (self.seconds, other.seconds),
             (self.part_seconds, other.part_seconds),
-        ):
+        )
+        for mine, theirs in sums:
             for key, value in theirs.items():
                 mine[key] += value * times
-        for mine, theirs in ((self.collectives, other.collectives), (self.unknown, other.unknown)):
-            for key, value in theirs.items():
-                for field in dataclasses.fields(value):
-                    setattr(
-                        mine[key],
-                        field.name,
-                        getattr(mine[key], field.name) + getattr(value, field.name) * times,
-                    )
+        records: tuple[tuple[dict[Any, Any], dict[Any, Any]], ...] = (
+            (self.collectives, other.collectives),
+            (self.unknown, other.unknown),
+        )
+        for mine, theirs in records:
+            for key, record in theirs.items():
+                for field in dataclasses.fields(record):
+                    total = getattr(mine[key], field.name) + getattr(record, field.name) * times
+                    setattr(mine[key], field.name, total)
 
 
 def program_cost(
@@ -226,7 +229,9 @@ class _Walk:
         collective is spread, which the TPU compiler calls an asynchronous collective fusion; ("",
         "") for a collective in one operation."""
         inside = self.collective_in(op) if op.opcode == "fusion" else None
-        found = re.search(r'chain_id="(\w+)"', inside[1].attributes) if inside else None
+        if inside is None:
+            return "", ""
+        found = re.search(r'chain_id="(\w+)"', inside[1].attributes)
         if not found:
             return "", ""
         targets = {_target(child) for child in inside[2].ops}
@@ -419,7 +424,7 @@ class _Schedule:
         self.cost.hbm_bytes += size
         limiter, clock, rate = "HBM", "DMA", chip.hbm_rate
         if any(leaf.space == hlo.HOST for leaf in hlo.leaves(op.shape)):
-            target = op.shape[0 if op.opcode == "copy-start" else 1]
+            target = hlo.array(hlo.element(op.shape, 0 if op.opcode == "copy-start" else 1))
             limiter, clock, rate = "host", f"host {target.space == hlo.HOST}", chip.host_rate
         begin = max(self.now, self.free[clock])
         self.free[clock] = end = begin + size / rate

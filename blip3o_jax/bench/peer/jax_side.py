@@ -174,7 +174,7 @@ class Side:
         return Pipeline(config, graphdef, params, vocabulary, self.strategy)
 
     def _jitted(
-        self, parts: tuple[str, ...], run: Callable[..., Any], *arrays: np.ndarray
+        self, parts: tuple[str, ...], run: Callable[..., Any], *arrays: np.ndarray | jax.Array
     ) -> tuple[Any, int, Pipeline]:
         """Return (call, FLOPs, pipeline) of a function of (model, *arrays)."""
         pipeline = self._pipeline(*parts)

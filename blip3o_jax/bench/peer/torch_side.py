@@ -136,7 +136,7 @@ class Side:
 
         count = 0
 
-        def call() -> tuple[torch.Tensor, torch.Tensor]:
+        def call() -> tuple[float, ...]:
             nonlocal count
             noise_BCHW, sigma_B, keep_B = given[count] if count < len(given) else draw()
             count += 1
@@ -156,7 +156,8 @@ class Side:
                     image_token_offset=self.task.image_token_offset,
                     keep_B=keep_B,
                 )
-            sum(losses).backward()
+            cross_entropy, flow = losses
+            (cross_entropy + flow).backward()
             torch.nn.utils.clip_grad_norm_(trained, optimizer.clip_norm)
             adamw.step()
             adamw.zero_grad(set_to_none=True)
@@ -168,17 +169,18 @@ class Side:
         )
 
     def _trained(self, model: Blip3o) -> list[torch.nn.Parameter]:
-        captions = [module for name, module in model.dit.named_children() if "caption" in name]
+        ar, dit = _part(model, "ar"), _part(model, "dit")
+        captions = [module for name, module in dit.named_children() if "caption" in name]
         trained = [
             p
-            for module in (model.ar, model.connector, *captions)
+            for module in (ar, _part(model, "connector"), *captions)
             for p in module.float().requires_grad_().parameters()
         ]
         if model.cfg.ar.remat != "none":
-            model.ar.gradient_checkpointing_enable()
-            model.ar.train()  # where checkpointing is on; nothing else depends on it
+            ar.gradient_checkpointing_enable()
+            ar.train()  # where checkpointing is on; nothing else depends on it
         if model.cfg.dit.remat != "none":
-            model.dit.enable_gradient_checkpointing()
+            dit.enable_gradient_checkpointing()
         return trained
 
     def _draws(self, inputs: Arrays, step: int) -> tuple[torch.Tensor, ...]:
@@ -193,7 +195,7 @@ class Side:
         model = self._model("ar")
         self._compile(model, "ar")
         if self.compiled:
-            model.ar.generation_config.cache_implementation = "static"
+            _part(model, "ar").generation_config.cache_implementation = "static"
         tokens_BL, lengths_B = self._put(inputs["prompts"]), self._put(inputs["lengths"])
         settings = self.task.settings
         return self._prepared(
@@ -254,7 +256,7 @@ class Side:
         model = self._model("ar", "connector", "dit", "vae")
         self._compile(model, "ar", "connector", "dit", "vae")
         if self.compiled:
-            model.ar.generation_config.cache_implementation = "static"
+            _part(model, "ar").generation_config.cache_implementation = "static"
         tokens_BL, lengths_B = self._put(inputs["prompts"]), self._put(inputs["lengths"])
         seeds = iter(range(2**32))
 
@@ -277,3 +279,8 @@ def _scaled(x: torch.Tensor) -> torch.Tensor:
 
 def _channels_last(x_BCHW: torch.Tensor) -> np.ndarray:
     return np.moveaxis(x_BCHW.float().cpu().numpy(), 1, -1)
+
+
+def _part(model: Blip3o, name: str) -> Any:
+    """Return a part of the model; the classes of transformers and diffusers have no usable types."""
+    return model.get_submodule(name)

@@ -130,7 +130,8 @@ def _serve(pipe: Connection, task: Task) -> None:
 
 def _end_with_parent() -> None:
     """End this process when its parent is killed: no one would read its results."""
-    multiprocessing.parent_process().join()
+    if parent := multiprocessing.parent_process():
+        parent.join()
     os._exit(1)
 
 
@@ -201,11 +202,12 @@ class _Runner:
         """Return the seconds of each of `times` calls. The one before them is not counted: it finds
         the caches as the other sides have left them, and memory that went back to the system.
         """
-        self._item.call()
+        item = self._started()
+        item.call()
         seconds = []
         for _ in range(times):
             began = time.perf_counter()
-            value = self._item.call()
+            value = item.call()
             seconds.append(time.perf_counter() - began)
             del value
         return seconds
@@ -213,13 +215,19 @@ class _Runner:
     def finish(self) -> int | None:
         """Release the item; return the peak memory of its calls: on the device where that is known,
         else of the process beyond the memory of its libraries."""
-        if self._item.memory is not None:
-            peak = self._item.memory()
+        item = self._started()
+        if item.memory is not None:
+            peak = item.memory()
         else:
             peak = _peak_bytes()
             peak = None if peak is None else peak - self._base
         self.abandon()
         return peak
+
+    def _started(self) -> Prepared:
+        if self._item is None:
+            raise RuntimeError("no item has been started")
+        return self._item
 
     def abandon(self) -> None:
         """Drop an item, also one that did not start."""

@@ -70,7 +70,7 @@ def unsharded(
                 stacks.setdefault(dims, []).append(name)
             elif name.endswith("/embedding"):
                 tables[dims] = name
-    found = {}
+    found: dict[str, None] = {}
     for op, shape in _results(program):
         if names := stacks.get(_dims(shape.dims)):
             found[

@@ -207,7 +207,8 @@ def mesh_for(
     free = {name: size for name, size in sizes.items() if name not in chosen}
     if "fsdp" not in chosen and "data" in chosen and config.mesh.data == -1:
         free["fsdp"] = 1
-    mesh = dataclasses.replace(config.mesh, strategy=strategy, **free)
+    fields: dict[str, Any] = {"strategy": strategy, **free}
+    mesh = dataclasses.replace(config.mesh, **fields)
     rest = mesh.slices * mesh.sequence * mesh.tensor
     max_fsdp = math.gcd(_max_shards(config), where.devices // rest) if rest > 0 else 0
     if mesh.fsdp == -1 and not {"data", "fsdp"} & chosen and 1 < max_fsdp < where.devices // rest:

@@ -48,7 +48,10 @@ def largest(task: Task, compile_row: Callable[[Task], Row], log: Callable[[str],
     """Return the row of the largest batch that fits, with all that were tried and their outcomes
     under "tried"; the row of the smallest batch where that does not fit. `log` gets a line before
     and after each compile."""
-    one, tried, best, search, guess = unit(task), [], {}, Search(), 1
+    one = unit(task)
+    search, guess = Search(), 1
+    tried: list[dict[str, Any]] = []
+    best: Row = {}
     while True:
         batch = {"batch_size": guess * one, "batch_per_chip": guess * one / task.topology.chips}
         log(f"compiling with {batch['batch_per_chip']:g} a chip")

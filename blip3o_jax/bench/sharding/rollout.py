@@ -51,7 +51,7 @@ class Rollout:
         # The last ids in use: which they are makes no difference.
         last = config.model.ar.vocab_size - config.model.ar.spare_rows
         image_ids = last - config.model.tokenizer.codebook_size, last
-        self._sample = make_image_sampler(self._graphdef, strategy, image_ids)
+        self._sample: Any = make_image_sampler(self._graphdef, strategy, image_ids)
 
     def _build(self) -> Blip3o:
         return Blip3o(self.model, SAMPLING_PARTS, seed=self.config.seed)
@@ -109,7 +109,7 @@ class Rollout:
     def next_arguments(self, arguments: tuple[Any, ...], result: Any) -> tuple[Any, ...]:
         return arguments
 
-    def _prompts(self) -> tuple[np.ndarray, ...]:
+    def _prompts(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.uint32]:
         """Return tokens, lengths, indices and seed: NumPy arrays, as the pipeline passes them."""
         tokens_BL = np.random.default_rng(0).integers(
             0, self.model.ar.vocab_size, (self.rows, self.length), np.int32

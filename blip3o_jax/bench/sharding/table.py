@@ -67,7 +67,12 @@ def seconds(value: float) -> str:
 
 def _seconds(*path: str) -> Callable[[Row], tuple[str, float | None]]:
     number = _number("{}", *path)
-    return lambda row: (seconds(number(row)[1]), number(row)[1])
+
+    def value(row: Row) -> tuple[str, float | None]:
+        found = number(row)[1] or 0.0
+        return seconds(found), found
+
+    return value
 
 
 START = (

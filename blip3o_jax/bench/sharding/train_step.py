@@ -42,7 +42,8 @@ class TrainStep:
         }
 
     def lower(self) -> Any:
-        step = make_step(self.config, self.plan, self.strategy, self._loss(self.config, 0))
+        loss = self._loss(self.config, 0)
+        step: Any = make_step(self.config, self.plan, self.strategy, loss)  # under jax.jit
         return step.lower(self.plan.abstract, self.batch)
 
     def argument_bytes(self) -> dict[str, int]:
@@ -163,7 +164,7 @@ def synthetic_batch(config: Config, seed: int = 0) -> dict[str, np.ndarray]:
 
     def array(name: str, shape: tuple[int, ...], dtype: str) -> np.ndarray:
         if name in known:
-            return np.broadcast_to(known[name], shape).astype(dtype)
+            return np.broadcast_to(np.asarray(known[name]), shape).astype(dtype)
         if dtype == "float32":
             return rng.standard_normal(shape, np.float32)
         return rng.integers(0, id_limits.get(name, 256), shape, dtype)
