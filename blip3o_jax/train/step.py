@@ -19,7 +19,7 @@ from blip3o_jax.train.state import StatePlan, TrainState
 Metrics = dict[str, jax.Array]
 
 
-def example_keys(seed: int, step: jax.Array, rows: int) -> jax.Array:
+def example_keys(seed: int, step: jax.Array | int, rows: int) -> jax.Array:
     """Return one key for each example of the global batch, folded from (seed, step): independent of
     how the batch is split into micro-batches and shards.
     """

@@ -361,7 +361,7 @@ def _comparison(
             p.name: known.get(name)
             for p, name in zip(inner.parameters(), root.operands, strict=True)
         }
-        constants = {
+        constants: dict[str, tuple[str, int | None, int] | None] = {
             op.name: ("bound", _constant(program, inner, op), -1)
             for op in inner.ops
             if op.opcode == "constant"

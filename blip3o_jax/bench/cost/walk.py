@@ -138,11 +138,11 @@ class Cost:
             (self.collectives, other.collectives),
             (self.unknown, other.unknown),
         )
-        for mine, theirs in records:
-            for key, record in theirs.items():
+        for ours, others in records:
+            for key, record in others.items():
                 for field in dataclasses.fields(record):
-                    total = getattr(mine[key], field.name) + getattr(record, field.name) * times
-                    setattr(mine[key], field.name, total)
+                    total = getattr(ours[key], field.name) + getattr(record, field.name) * times
+                    setattr(ours[key], field.name, total)
 
 
 def program_cost(

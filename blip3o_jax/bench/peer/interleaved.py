@@ -56,9 +56,8 @@ LENGTH_BUCKET = 32  # prompts are padded as `pipeline` pads them
 # Norm of the difference over the norm: more than rounding makes in float32 and in bfloat16, less
 # than other weights would.
 TOLERANCE = {"cpu": 1e-3, "gpu": 0.1}
-MIN_TURN_SECONDS = (
-    0.3  # a side's turn lasts at least this long, so that short items are not lost in the noise
-)
+# a side's turn lasts at least this long, so that short items are not lost in the noise
+MIN_TURN_SECONDS = 0.3
 MAX_REPEATS = 20
 
 
@@ -214,7 +213,7 @@ def make_inputs(model: ModelConfig, vocabulary: Vocabulary, options: Options) ->
         "hidden": rng.normal(size=(batch, n + 1, model.ar.hidden_size)).astype(np.float32),
         "pixels": rng.integers(0, 256, (batch, model.image_size, model.image_size, 3), np.uint8),
         "tokenizer_pixels": rng.integers(0, 256, (batch, side, side, 3), np.uint8),
-        "learning_rate": np.float32(LEARNING_RATE),
+        "learning_rate": np.array(LEARNING_RATE, np.float32),
     }
 
 

@@ -31,9 +31,8 @@ from blip3o_jax.train.stages import STAGES, make_loss
 from blip3o_jax.train.state import WEIGHTS, create_state, plan_state
 from blip3o_jax.train.step import example_keys, make_step
 
-CHECKED_STEPS = (
-    3  # the first moves nothing, at a learning rate of 0; the third sees what the second moved
-)
+# the first moves nothing, at a learning rate of 0; the third sees what the second moved
+CHECKED_STEPS = 3
 
 
 class Side:
@@ -75,7 +74,7 @@ class Side:
         jax.clear_caches()
         gc.collect()
 
-    def _put(self, *arrays: np.ndarray) -> Any:
+    def _put(self, *arrays: np.ndarray | jax.Array) -> Any:
         return jax.device_put(arrays, self.strategy.batch_sharding())
 
     def _prepared(

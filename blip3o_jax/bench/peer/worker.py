@@ -217,7 +217,7 @@ class _Runner:
         else of the process beyond the memory of its libraries."""
         item = self._started()
         if item.memory is not None:
-            peak = item.memory()
+            peak: int | None = item.memory()
         else:
             peak = _peak_bytes()
             peak = None if peak is None else peak - self._base

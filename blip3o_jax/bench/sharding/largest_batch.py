@@ -114,10 +114,14 @@ class Search:
         if low <= aim <= high:
             self.missed = 0
             return aim
-        stride = max(1, (self.fits if aim < low else self.too_many) // FINE_UNITS) * 2**self.missed
+        times = 2**self.missed
         self.missed += 1
-        middle = (self.fits + self.too_many) // 2 if self.too_many else math.inf
-        return min(self.fits + stride, middle) if aim < low else max(self.too_many - stride, middle)
+        if self.too_many is None:
+            return self.fits + max(1, self.fits // FINE_UNITS) * times
+        middle = (self.fits + self.too_many) // 2
+        if aim < low:
+            return min(self.fits + max(1, self.fits // FINE_UNITS) * times, middle)
+        return max(self.too_many - max(1, self.too_many // FINE_UNITS) * times, middle)
 
     def _aim(self) -> int:
         """Return where the line meets the device's memory: through the two sizes nearest to the

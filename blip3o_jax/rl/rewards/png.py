@@ -13,18 +13,20 @@ import dataclasses
 import io
 import struct
 import zlib
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from blip3o_jax.config.errors import first_line
 
+if TYPE_CHECKING:  # Pillow is imported where an image is decoded, so that processes start fast
+    from PIL import Image
+
 MAX_SIDE = 1 << 14  # a decoder buffers whole rows
-MAX_CHUNKS = (
-    1 << 14
-)  # encoders write IDAT chunks of 8 KiB or more; parsing costs about 1 us a chunk
-DECODED_BYTES = (
-    7  # of a pixel at the most while it is decoded: 4 in Pillow's image and 3 in the result
-)
+# encoders write IDAT chunks of 8 KiB or more; parsing costs about 1 us a chunk
+MAX_CHUNKS = 1 << 14
+# of a pixel at the most while it is decoded: 4 in Pillow's image and 3 in the result
+DECODED_BYTES = 7
 STRIP = 64  # rows that are converted at once
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 # Colour type -> (channels, bit depths); section 11.2.1.
@@ -171,7 +173,7 @@ def decode_into(file: np.ndarray, out_HWC: np.ndarray) -> None:
         raise BadPng(f"is a broken PNG: {first_line(error)[:200]}") from None
 
 
-def _rgb(image) -> np.ndarray:
+def _rgb(image: "Image.Image") -> np.ndarray:
     if image.mode.startswith("I"):  # grey of 16 bits, which Pillow would clip at 255
         return (np.asarray(image) >> 8).astype(np.uint8)[..., None]
     return np.asarray(image.convert("RGB"))

@@ -72,13 +72,11 @@ def _dit(config):
     )
     patch = dit.patch_size**2
     layers = dit.num_layers * rows
-    on_latents = (
-        2 * layers * tokens * (4 * d * d + 2 * d * d + 2 * f * d + f * d)
-    )  # q k v o; q o; feed-forward
+    # q k v o; q o; feed-forward
+    on_latents = 2 * layers * tokens * (4 * d * d + 2 * d * d + 2 * f * d + f * d)
     on_condition = 2 * layers * condition * 2 * d * d
-    linear_attention = (
-        2 * 2 * layers * tokens * d * dit.attention_head_dim
-    )  # the state, and what queries read of it
+    # the state, and what queries read of it
+    linear_attention = 2 * 2 * layers * tokens * d * dit.attention_head_dim
     cross_attention = 2 * 2 * layers * tokens * condition * d
     time = 2 * rows * (256 * d + d * d + 6 * d * d)
     caption = 2 * rows * condition * (dit.caption_channels * d + d * d)
