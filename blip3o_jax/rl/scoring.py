@@ -46,10 +46,10 @@ def score_image_tokens(
     chunk: int,
     group: int = 1,
 ) -> TokenScores:
-    """Return log-probabilities of image tokens and entropies of their distributions. Prompts, ids and
-    support as `generate_image_tokens` takes and returns them; `group` consecutive rows have the
-    same prompt. `chunk` image tokens a row have their logits in memory at once; the backward pass
-    computes them again.
+    """Return log-probabilities of image tokens and entropies of their distributions. Prompts,
+    ids and support as `generate_image_tokens` takes and returns them; `group` consecutive rows
+    have the same prompt. `chunk` image tokens a row have their logits in memory at once; the
+    backward pass computes them again.
     """
     hidden_BND = teacher_forced_states(
         model, tokens_BL, lengths_B, ids_BN, 1 if settings.token_guidance == 1.0 else 2, group

@@ -282,5 +282,5 @@ def _channels_last(x_BCHW: torch.Tensor) -> np.ndarray:
 
 
 def _part(model: Blip3o, name: str) -> Any:
-    """Return a part of the model; the classes of transformers and diffusers have no usable types."""
+    """Return a part; the classes of transformers and diffusers have no usable types."""
     return model.get_submodule(name)

@@ -159,9 +159,9 @@ def with_vocabulary(config: Config) -> Config:
     if not text.train_size or text.path:
         return config
     size = text.train_size + 2 + NUM_SCALES + model.tokenizer.codebook_size
-    return dataclasses.replace(
-        config, model=dataclasses.replace(model, ar=dataclasses.replace(model.ar, vocab_size=size))
-    )
+    settings: Any = model.ar  # a dataclass of one family; the field's type is their interface
+    ar = dataclasses.replace(settings, vocab_size=size)
+    return dataclasses.replace(config, model=dataclasses.replace(model, ar=ar))
 
 
 def make_task(
