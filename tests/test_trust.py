@@ -164,7 +164,7 @@ def rewrite(file, changes):
 def test_rescore_asks_for_the_rewards_to_be_named(received, capsys):
     assert cli.main(["rl", "rescore", f"--run={received}"]) == 2
     line = capsys.readouterr().err
-    assert line.count("\n") == 1 and "asks for the reward python:hostile_module.score" in line
+    assert line.count("\n") == 1 and "names the reward python:hostile_module.score" in line
     assert "--reward=python:hostile_module.score --reward=http,urls=http://127.0.0.1" in line
     assert not (received / "rescored.jsonl").exists()
 

@@ -5,7 +5,7 @@ import json
 import pathlib
 import string
 
-import ml_dtypes  # noqa: F401  (lets NumPy know bfloat16)
+import ml_dtypes  # noqa: F401  (registers bfloat16 with NumPy)
 import numpy as np
 
 from blip3o_jax.config import ModelConfig, to_dict

@@ -186,6 +186,7 @@ def bench(config: Config, out: pathlib.Path, *, rounds: int, command: str) -> di
 
 
 def print_report(report: dict[str, Any]) -> None:
+    """Print the seconds of each phase and their ratios."""
     table = Table(title=f"A step on {report['images']} images: median seconds")
     for column in ("phase", *VARIANTS, "ratio"):
         table.add_column(column, justify="left" if column == "phase" else "right")

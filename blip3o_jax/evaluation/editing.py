@@ -15,6 +15,8 @@ from blip3o_jax.pipeline import Request
 
 
 class ShapesEdit:
+    """Evaluate edits of held-out scenes."""
+
     def prompts(self, count: int | None, seed: int = 0) -> list[SuitePrompt]:
         return edits.prompts("test", count or COUNT, seed)
 

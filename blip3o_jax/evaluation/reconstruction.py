@@ -18,6 +18,8 @@ from blip3o_jax.pipeline import Request
 
 
 class Reconstruct:
+    """Evaluate reconstructions of held-out scenes."""
+
     def prompts(self, count: int | None, seed: int = 0) -> list[SuitePrompt]:
         return shapes.prompts("test", count or COUNT, seed)
 

@@ -36,11 +36,13 @@ class Score:
     prompts: int
     model: float  # the model's samples
     random: float  # images that have nothing to do with the prompt
-    real: float  # real images beside their own captions: how far the scorer itself can be trusted
+    real: float  # real images with their captions: the accuracy of the scorer itself
 
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
+    """Hold one image of the model with its prompt and outcome."""
+
     prompt: str
     category: str
     image_HWC: np.ndarray
@@ -59,6 +61,8 @@ class Curve:
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
+    """Hold the curves of one training stage."""
+
     name: str
     curves: Sequence[Curve]
     note: str = ""  # one sentence under the heading
@@ -66,12 +70,16 @@ class Stage:
 
 @dataclasses.dataclass(frozen=True)
 class Reconstruction:
+    """Hold an image and its reconstruction."""
+
     original_HWC: np.ndarray
     reconstruction_HWC: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenMap:
+    """Hold an image and its token ids."""
+
     image_HWC: np.ndarray
     ids_HW: np.ndarray  # codebook indices, one per image token
     caption: str = ""
@@ -131,13 +139,13 @@ class Results:
     seconds: Mapping[str, float]  # of every part of the run, in order
     facts: Mapping[
         str, str
-    ]  # shown beside the headline: {"parameters": "12.3 M", "peak memory": "3.1 GiB"}
+    ]  # shown next to the headline: {"parameters": "12.3 M", "peak memory": "3.1 GiB"}
     configuration: Mapping[str, Any]  # nested; each top-level key gets its own table
     versions: Mapping[str, str]
 
 
 def write_report(results: Results, out_html: pathlib.Path) -> None:
-    """Write `out_html`, and beside it the same name with .json."""
+    """Write `out_html`, and a file of the same name with .json."""
     out_html = pathlib.Path(out_html)
     changed = [
         pair
@@ -192,6 +200,7 @@ def to_json(value: Any) -> Any:
 
 
 def data_uri(image_HWC: np.ndarray) -> str:
+    """Return a uint8 image [height, width, 3] as a PNG data URI."""
     if image_HWC.dtype != np.uint8 or image_HWC.ndim != 3 or image_HWC.shape[-1] != 3:
         raise ValueError(
             f"a report's image must be uint8 [height, width, 3], not {image_HWC.dtype} "

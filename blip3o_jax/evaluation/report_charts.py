@@ -11,7 +11,7 @@ import numpy as np
 # The drawing's own units; the page scales it to the width there is.
 WIDTH, HEIGHT = 340, 190
 LEFT, RIGHT, TOP, BOTTOM = 46, 10, 10, 24
-MAX_POINTS = 240  # more than the pixels of a chart can tell apart
+MAX_POINTS = 240  # more than the pixels of a chart can resolve
 LOG_RATIO = 30  # a metric that falls by more than this is drawn on a logarithmic scale
 GOLDEN = (5**0.5 - 1) / 2
 
@@ -113,7 +113,7 @@ def _ticks(low: float, high: float, *, inside: bool = False, count: int = 4) -> 
     rough = max(high - low, 1e-12) / count
     power = 10 ** math.floor(math.log10(rough))
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * 0.999)
-    slack = 1e-9  # a bound that is itself a tick must count as one, whatever the last bit says
+    slack = 1e-9  # a bound that is itself a tick must count as one despite rounding
     if inside:
         first, last = math.ceil(low / step - slack), math.floor(high / step + slack)
     else:

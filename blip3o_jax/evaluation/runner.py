@@ -164,11 +164,11 @@ def evaluate_pipeline(
 
 
 def write(evaluation: Evaluation, out: pathlib.Path) -> None:
-    """Write scores.json, results.json (one entry a prompt) and images/: the outputs beside their
-    reference images.
+    """Write scores.json, results.json (one entry a prompt) and images/: the outputs next to
+    their reference images.
 
     Files of an earlier evaluation are removed first, so that scores.json, which is written last,
-    belongs to the files beside it.
+    belongs to the other files.
     """
     for name in ("scores.json", "results.json"):
         (out / name).unlink(missing_ok=True)

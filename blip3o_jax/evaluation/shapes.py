@@ -33,6 +33,7 @@ def check_size(suite: str, image_size: int) -> None:
 
 
 def requests(prompts: Sequence[SuitePrompt], image_size: int) -> list[Request]:
+    """Return one text-to-image request a prompt, at the data set's square size."""
     check_size("shapes", image_size)
     return [Request("t2i", prompt["caption"], size=(image_size, image_size)) for prompt in prompts]
 

@@ -14,6 +14,8 @@ from blip3o_jax.pipeline import Request
 
 
 class ShapesQa:
+    """Evaluate answers to questions about held-out scenes."""
+
     def prompts(self, count: int | None, seed: int = 0) -> list[SuitePrompt]:
         return questions.prompts("test", count or COUNT, seed)
 
@@ -43,7 +45,7 @@ class ShapesQa:
     def baselines(
         self, answers: Sequence[str], prompts: Sequence[SuitePrompt], seed: int = 0
     ) -> dict[str, SuiteResult]:
-        """Judge the most frequent answer of each category of these questions: the best constant
+        """Score the most frequent answer of each category of these questions: the best constant
         answer.
         """
         counts: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)

@@ -94,10 +94,12 @@ class RolloutLog:
 
 
 def image_hash(image_HWC: np.ndarray) -> str:
+    """Return the SHA-256 of an image's pixels in hexadecimal."""
     return hashlib.sha256(np.ascontiguousarray(image_HWC).tobytes()).hexdigest()
 
 
 def image_path(directory: pathlib.Path, rollout: int, row: int) -> pathlib.Path:
+    """Return the path of an image that `rl.keep_images` saves."""
     return directory / "rollouts" / f"{rollout:06d}" / f"{row:05d}.png"
 
 

@@ -2,7 +2,7 @@
 
 `token_policy.py` and `flow_policy.py` implement `Policy`, and the table of `policies.py` maps the
 setting `rl.policy` to those that a run trains. Rollout, reference, loss and ratio monitor go
-through the policies of a run in the order of the table, without names of their own for any.
+through the policies of a run in the order of the table, and none of these names one.
 """
 
 import abc
@@ -42,18 +42,18 @@ class LossWeights(NamedTuple):
 
 
 class Policy(abc.ABC):
-    """One policy of a run.
+    """Define one policy of a run.
 
     `samples`: what it samples in a rollout. "tokens": `sample(model, prompts)` returns the hidden
     states that condition the diffusion head [B, N + 1, D]; "latents": `sample(model, prompts,
-    hidden_BTD)` returns the latents [B, H, W, C]. Both return besides the arrays that `reference`
+    hidden_BTD)` returns the latents [B, H, W, C]. Both also return the arrays that `reference`
     and `loss` read, each with the axis B first.
     """
 
     samples: ClassVar[Literal["tokens", "latents"]]
     parts: ClassVar[frozenset[str]]  # of the model, that the loss has a gradient for
     trainable: ClassVar[tuple[str, ...]]  # what is trained where the configuration names nothing
-    # Of the metrics of `loss`. Where `ratio_gap` is among them, the monitor looks at it.
+    # Prefix of the metrics of `loss`. The monitor checks `ratio_gap` if it is among them.
     metric_prefix: ClassVar[str]
 
     def __init__(self, config: Config):

@@ -42,7 +42,7 @@ class PromptRows:
             raise UserError(
                 f"rl.prompts_file: prompt {longest.text[:60]!r} has {length} tokens; "
                 f"data.max_length={config.data.max_length} "
-                f"leaves {max_length} beside the image's: shorten it, or raise data.max_length"
+                f"leaves {max_length} next to the image's: shorten it, or raise data.max_length"
             )
         self.length = min(-(-length // LENGTH_BUCKET) * LENGTH_BUCKET, max_length)
 

@@ -118,7 +118,7 @@ def _rollouts(lines: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
 
 
 def _lines(path: pathlib.Path) -> list[dict[str, Any]]:
-    """Return the lines of a rollouts.jsonl, but for a last one that a kill has cut short.
+    """Return the lines of a rollouts.jsonl, except a last one that a kill has cut short.
     UserError, with the line's number, for any other that the log does not write.
     """
     rows, broken = parse_rows(path)

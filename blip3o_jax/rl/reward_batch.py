@@ -84,6 +84,7 @@ def _allgather_json(value: Any) -> list[Any]:
 
 
 def compute_advantages(rewards: RewardBatch, cfg: RlConfig) -> Advantages:
+    """Return the advantages of a rollout by the run's settings."""
     grouped = lambda x: x.reshape(-1, cfg.num_generations)
     return group_advantages(
         grouped(rewards.total_B),

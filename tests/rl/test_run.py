@@ -312,7 +312,7 @@ def test_a_run_in_a_directory_in_use_starts_no_rewards(tmp_path, monkeypatch):
 def test_a_prompt_that_does_not_fit(tmp_path):
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text(json.dumps({"prompt": "a red cat " * 40}) + "\n")
-    with pytest.raises(UserError, match=r"data.max_length=72 leaves 68 beside the image"):
+    with pytest.raises(UserError, match=r"data.max_length=72 leaves 68 next to the image"):
         method.run(runs.run_config("ar", prompts_file=str(prompts)), tmp_path / "run")
 
 

@@ -110,6 +110,8 @@ class Op:
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Computation:
+    """Hold the operations of a computation in the order of the schedule."""
+
     name: str
     ops: tuple[Op, ...]
     by_name: dict[str, Op]
@@ -129,6 +131,8 @@ class Computation:
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Program:
+    """Hold the computations of a program and the name of its entry."""
+
     computations: dict[str, Computation]
     entry: str
 

@@ -9,7 +9,7 @@ from blip3o_jax.bench.cost.hlo import Computation, Op, Program, Shape, Shapes, e
 from blip3o_jax.bench.cost.network import COLLECTIVES
 
 SLICES = ("dynamic-slice", "slice", "gather")
-# What belongs to a collective that goes on beside the fusion's own work, and is counted as a
+# What belongs to a collective that overlaps the fusion's own work, and is counted as a
 # collective.
 PASSED_ON = (*COLLECTIVES, "tuple")
 RENAMES = ("bitcast", "reshape", "get-tuple-element")

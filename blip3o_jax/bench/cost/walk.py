@@ -78,6 +78,8 @@ class Traffic:
 
 @dataclasses.dataclass
 class Unknown:
+    """Sum the operations of one opcode that has no known class."""
+
     count: int = 0
     size: float = 0.0  # bytes read and written
     seconds: float = 0.0

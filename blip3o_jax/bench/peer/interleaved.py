@@ -63,6 +63,8 @@ MAX_REPEATS = 20
 
 @dataclasses.dataclass(frozen=True)
 class Options:
+    """Hold the options of the command."""
+
     device: str = "cpu"
     rounds: int = 7
     batch_size: int = 4

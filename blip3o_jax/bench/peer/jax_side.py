@@ -36,6 +36,8 @@ CHECKED_STEPS = 3
 
 
 class Side:
+    """Build the items in JAX."""
+
     def __init__(self, task: Task):
         if task.device == "cpu":
             split_cpu(task.jax_devices)

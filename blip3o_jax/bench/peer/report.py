@@ -109,6 +109,7 @@ def sizes(tensors: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
 
 
 def write(report: dict[str, Any], out: pathlib.Path) -> None:
+    """Write the report as JSON and as Markdown."""
     (out / "peer.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     (out / "peer.md").write_text(markdown(report), encoding="utf-8")
 
@@ -128,6 +129,7 @@ def print_report(report: dict[str, Any]) -> None:
 
 
 def markdown(report: dict[str, Any]) -> str:
+    """Return the report as a page in Markdown."""
     rows = [COLUMNS, ["---"] * len(COLUMNS), *(_cells(item) for item in report["items"])]
     table = "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
     conditions = "\n".join(f"- {line}" for line in _conditions(report))

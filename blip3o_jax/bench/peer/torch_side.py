@@ -23,6 +23,8 @@ from blip3o_jax.convert.torch_model import Blip3o
 
 
 class Side:
+    """Build the items in PyTorch."""
+
     def __init__(self, task: Task):
         if task.device == "gpu" and not torch.cuda.is_available():
             raise UserError(

@@ -246,6 +246,7 @@ def _status(name: str) -> int | None:
 
 
 def resident_bytes() -> int:
+    """Return the resident memory of this process in bytes."""
     return _status("VmRSS") or 0
 
 

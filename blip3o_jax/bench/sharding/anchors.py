@@ -91,7 +91,7 @@ class Anchor:
     length: int
     seconds: float
     source: str
-    differs: str = ""  # from the published run, beside what the module says
+    differs: str = ""  # from the published run, in addition to the module's list
     mesh: MeshConfig = MeshConfig()
     keep: str = (
         ""  # what the backward pass keeps where none of nn.REMAT_POLICIES says it, a name of KEEP
@@ -352,6 +352,7 @@ def _kept(keep: str, mlp: int) -> Callable[..., Any]:
 
 
 def task_of(anchor: Anchor, hlo: pathlib.Path | None = None) -> Task:
+    """Return the compilation of an anchor."""
     where = topology.parse(anchor.topology)
     loss = functools.partial(text_loss, keep=anchor.keep, mlp=anchor.ar.intermediate_size)
     return Task(configuration(anchor, where.devices), where, hlo=hlo, loss=loss, flags=anchor.flags)
@@ -425,6 +426,7 @@ def median_error(rows: list[Row]) -> float | None:
 
 
 def print_report(report: dict[str, Any]) -> None:
+    """Print a table of the anchors."""
     table = Table(box=None, pad_edge=False)
     for name in (
         "anchor",

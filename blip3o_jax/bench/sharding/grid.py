@@ -64,7 +64,7 @@ class Options:
             )
             check(
                 not self.largest_batch,
-                "--batch_per_chip=max asks a TPU compiler what fits: give a number, or a "
+                "--batch_per_chip=max needs the TPU compiler: give a number, or a "
                 "--topology in place of --measure",
             )
         else:
@@ -167,6 +167,7 @@ def with_vocabulary(config: Config) -> Config:
 def make_task(
     config: Config, where: topology.Topology | LocalDevices, strategy: str, options: Options
 ) -> Task:
+    """Return the compilation of one combination, with its mesh and batch."""
     mesh = mesh_for(config, strategy, where, options.chosen)
     chosen = {"data", "fsdp"} & options.chosen
     task = Task(
@@ -267,6 +268,7 @@ def _order(row: Row) -> tuple[Any, ...]:
 
 
 def versions() -> dict[str, str]:
+    """Return the versions of the libraries that determine a program."""
     from importlib import metadata
 
     found: dict[str, str] = {}
@@ -279,6 +281,7 @@ def versions() -> dict[str, str]:
 
 
 def write(report: dict[str, Any], out: pathlib.Path) -> None:
+    """Write sharding.json and sharding.html."""
     text = json.dumps(report, indent=1)
     (out / "sharding.json").write_text(text + "\n", encoding="utf-8")
     (out / "sharding.html").write_text(page.render(report), encoding="utf-8")

@@ -57,7 +57,7 @@ def run_isolated(
         if row_file.exists():
             return json.loads(row_file.read_text(encoding="utf-8"))
         lines = log_file.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        # A library that ends the process says why in a line of its own ("F1125 12:00:00.0 ..."),
+        # A library that ends the process prints the reason in a line ("F1125 12:00:00.0 ..."),
         # and more after it.
         last = (
             [line for line in lines if re.match(r"F\d{4} ", line)] or lines or ["it said nothing"]
@@ -89,6 +89,7 @@ def _end_with_parent() -> None:
 
 
 def main(work_file: str, row_file: str) -> None:
+    """Run the function of `work_file` and write its row to `row_file`."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     work: Callable[[], Row] = pickle.loads(pathlib.Path(work_file).read_bytes())
     try:

@@ -19,6 +19,7 @@ PLOT_WIDTH, PLOT_HEIGHT, MARGIN = 900, 420, 74
 
 
 def render(report: dict[str, Any]) -> str:
+    """Return the page of a report."""
     template = string.Template(
         pathlib.Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     )

@@ -86,7 +86,7 @@ def settings(chip: Chip) -> dict[str, str]:
     return {
         "LIBTPU_INIT_ARGS": f"{recommended} {os.environ.get('LIBTPU_INIT_ARGS', '')}".strip(),
         "JAX_PLATFORMS": "cpu",
-        # No metadata server and no other hosts to ask.
+        # There is no metadata server and no other host.
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_WORKER_HOSTNAMES": "localhost",
         "TPU_ACCELERATOR_TYPE": "v6e-16",  # any: without one libtpu warns
@@ -113,10 +113,10 @@ def make_devices(topology: Topology) -> Sequence[Any]:
         devices = topologies.get_topology_desc(
             platform="tpu", topology_name=name, **several
         ).devices
-    except Exception as error:  # whatever type it has, it is about the name that was asked for
+    except Exception as error:  # of any type: the name is not valid
         reason = first_line(error)
         raise UserError(
-            f"--topology={name}: the TPU compiler knows no such topology ({reason})"
+            f"--topology={name}: the TPU compiler has no such topology ({reason})"
         ) from error
     if len(devices) != topology.devices:
         raise UserError(

@@ -53,7 +53,7 @@ class Shapes(tfds.core.GeneratorBasedBuilder):
     # The data depend on the code in addition to the arguments: raise the version with every change
     # to scenes, rendering or captions.
     VERSION = tfds.core.Version("1.5.0")
-    # Nothing is downloaded; TFDS would look for checksums beside this file, with a package that it
+    # Nothing is downloaded; TFDS would look for checksums in this directory, with a package that it
     # does not require itself.
     url_infos: ClassVar[dict[str, Any]] = {}
 
@@ -97,6 +97,7 @@ class Shapes(tfds.core.GeneratorBasedBuilder):
 
 
 def encode_png(image_HWC: Any) -> bytes:
+    """Encode a uint8 RGB image [H, W, 3] as PNG."""
     return cv2.imencode(".png", image_HWC[..., ::-1])[1].tobytes()
 
 
@@ -144,7 +145,7 @@ def prepare(
         return directory
     log(f"drawing {total} scenes of {image_size} x {image_size} pixels")
     start = time.perf_counter()
-    # TFDS wants a directory for downloads, though there are none.
+    # TFDS requires a directory for downloads, though there are none.
     with _quiet(), tempfile.TemporaryDirectory() as downloads:
         settings = tfds.download.DownloadConfig(compute_stats="skip")
         builder.download_and_prepare(download_dir=downloads, download_config=settings)
@@ -158,6 +159,7 @@ def prepare(
 
 
 def log(line: str) -> None:
+    """Print a line to stderr."""
     print(f"shapes: {line}", file=sys.stderr, flush=True)
 
 

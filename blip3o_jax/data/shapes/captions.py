@@ -111,7 +111,7 @@ def describe(scene: Scene) -> tuple[str, Metadata]:
 def _metadata(scene: Scene, rng: random.Random) -> Metadata:
     category = scene.category
     shown = scene.things[:1] if category == "counting" else scene.things
-    # Half of the training captions tell everything, as long captions of photographs do; a test
+    # Half of the training captions describe everything, as long captions of photographs do; a test
     # prompt only what it tests.
     full = not scene.key.startswith("test") and rng.random() < 0.5
     objects = [
@@ -135,6 +135,7 @@ def _metadata(scene: Scene, rng: random.Random) -> Metadata:
 
 
 def plural(shape: str) -> str:
+    """Return the plural of a shape's name."""
     return shape + ("es" if shape.endswith("s") else "s")
 
 

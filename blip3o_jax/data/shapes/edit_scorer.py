@@ -31,6 +31,8 @@ MAX_PSNR = 60.0  # dB, so that the mean over equal images is finite
 
 @dataclasses.dataclass(frozen=True)
 class EditResult:
+    """Hold the score of an edit: whether it is done, and the PSNR of the rest in dB."""
+
     success: bool
     psnr: float
     reason: str
@@ -54,6 +56,7 @@ def score_edit(input_HWC: np.ndarray, output_HWC: np.ndarray, metadata: Metadata
 
 
 def preservation(input_HWC: np.ndarray, output_HWC: np.ndarray, metadata: Metadata) -> float:
+    """Return the PSNR in dB over the pixels that the edit must not change."""
     stays_HW = _stays(input_HWC.shape[0], metadata)
     return psnr(input_HWC[stays_HW], output_HWC[stays_HW])
 

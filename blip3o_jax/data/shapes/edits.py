@@ -91,6 +91,8 @@ PHRASES = {
 
 @dataclasses.dataclass(frozen=True)
 class Edit:
+    """Hold an edit: its instruction, the scenes before and after it, and its metadata."""
+
     key: str
     instruction: str
     before: Scene

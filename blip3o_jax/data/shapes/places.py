@@ -23,6 +23,7 @@ def named(size: str) -> dict[str, tuple[float, float]]:
 
 
 def of(thing: Thing) -> str:
+    """Return the name of the place of an object."""
     return _name_of(thing.size, thing.x, thing.y)
 
 

@@ -40,6 +40,8 @@ PHRASES = {
 
 @dataclasses.dataclass(frozen=True)
 class Question:
+    """Hold a question about a scene, with its answer."""
+
     key: str
     kind: str
     question: str
@@ -86,6 +88,7 @@ def _ask(rng: random.Random, scene: Scene, kind: str) -> tuple[dict[str, str], s
 
 
 def right(given: str, answer: str) -> bool:
+    """Return whether an answer has the right words, in any case."""
     return given.strip().lower() == answer.lower()
 
 

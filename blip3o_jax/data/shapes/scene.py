@@ -29,7 +29,7 @@ SPLITS = ("train", "validation", "test")
 CELLS = 3
 GAP = 0.03  # between the boxes of two objects
 LETTER_CELL = 1 / 24  # side of one dot of a letter of 5 x 7 dots
-# Light and nearly grey, so that whatever is saturated or dark is an object.
+# Light and nearly grey, so that saturated or dark pixels belong to an object.
 PAPERS = ((255, 255, 255), (232, 232, 232), (248, 242, 226), (228, 238, 250))
 RGB = tuple[int, int, int]
 # Where the centre of an object may lie, along each axis.

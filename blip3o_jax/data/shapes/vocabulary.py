@@ -72,6 +72,7 @@ def fact_of_attribution(one: tuple[str, str], other: tuple[str, str]) -> Fact:
 
 
 def fact_of_two(a: str, b: str) -> Fact:
+    """Return the fact that both shapes are present, in any order."""
     return ("two", *sorted((a, b), key=SHAPES.index))
 
 

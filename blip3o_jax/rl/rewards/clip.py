@@ -29,6 +29,8 @@ TEXTS_KEPT = 4096
 
 
 class DualEncoder(Protocol):
+    """Embed images and prompts in one space."""
+
     def images(self, images_BHWC: np.ndarray) -> np.ndarray:
         """Return the embeddings of uint8 images, float32 [B, D], of any length; B is at most the
         encoder's `batch`."""
@@ -57,6 +59,8 @@ def create(path: str = "", batch: str = "4") -> "Clip":
 
 
 class Clip(Reward):
+    """Score by the cosine similarity of image and prompt."""
+
     def __init__(self, encoder: DualEncoder, batch: int):
         self._images, self._batch = encoder.images, batch
         self._text = functools.lru_cache(maxsize=TEXTS_KEPT)(

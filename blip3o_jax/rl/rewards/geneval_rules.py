@@ -144,7 +144,7 @@ def check_metadata(metadata: Metadata, classes: Sequence[str], colours: Sequence
         isinstance(metadata.get("tag"), str),
         "has no 'tag'; take the lines of an official GenEval file",
     )
-    _require(bool(metadata.get("include")), "has no 'include': it asks for nothing")
+    _require(bool(metadata.get("include")), "has no 'include': there is no object to score")
     for group in ("include", "exclude"):
         clauses = metadata.get(group, [])
         _require(
@@ -155,7 +155,7 @@ def check_metadata(metadata: Metadata, classes: Sequence[str], colours: Sequence
             where, count = f"{group}[{index}]", clause.get("count")
             _require(
                 clause.get("class") in classes,
-                f"{where}: the detector knows no class {clause.get('class')!r}",
+                f"{where}: the detector has no class {clause.get('class')!r}",
             )
             _require(
                 type(count) is int and count > 0,

@@ -36,7 +36,7 @@ from blip3o_jax.rl.rewards.reward import Reward, Scores
 
 PROBE = 5.0  # seconds for which a server is left out after a failure
 LONGEST_PROBE = 120.0
-SHORTEST_WAIT = 0.2  # seconds until a busy server is asked again, whatever it says
+SHORTEST_WAIT = 0.2  # seconds, at least, until a busy server is tried again
 LONGEST_WAIT = 30.0
 TIMEOUT = "45"  # less than rl.timeout, after which the pool ends this process
 TRY_SECONDS = 10.0  # for which a server is tried before a run starts

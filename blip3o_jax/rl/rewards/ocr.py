@@ -56,6 +56,8 @@ class Line:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
+    """Hold the comparison of the text that was read with the text that was asked."""
+
     score: float  # in [0, 1]
     distance: int  # edits between what was read and what was asked; of several spans their sum
     exact: bool
@@ -147,7 +149,8 @@ def quoted(prompt: str) -> tuple[str, ...]:
         )
     if not all(normalise(span) for span in spans):
         raise UserError(
-            f"reward ocr: prompt {shown} has empty quotes, or signs in them that nobody reads: "
+            f"reward ocr: prompt {shown} has empty quotes, or quotes "
+            "characters that the recogniser cannot read: "
             "write the text to be drawn into them"
         )
     if letters := unreadable("".join(spans)):

@@ -50,7 +50,7 @@ _ALIKE = {
     "?!": "‽",
 }
 _TABLE = {ord(char): form for form, chars in _ALIKE.items() for char in chars}
-_LAST_WITH_ACCENTS = "\u02af"  # of the Latin letters that the recogniser knows
+_LAST_WITH_ACCENTS = "\u02af"  # of the Latin letters in the recogniser's list
 _SCRIPTS = ("LATIN", "GREEK", "CJK", "HIRAGANA", "KATAKANA", "IDEOGRAPHIC")
 
 
@@ -72,7 +72,7 @@ def unreadable(text: str) -> str:
 
 
 def _without_accent(char: str) -> str:
-    """Return the letter alone, where the recogniser does not know it with its accent."""
+    """Return the letter alone, where the recogniser's list lacks it with its accent."""
     if char <= _LAST_WITH_ACCENTS or not unicodedata.name(char, "").startswith(("LATIN", "GREEK")):
         return char
     return unicodedata.normalize("NFD", char)[0]

@@ -11,12 +11,14 @@ Number = TypeVar("Number", int, float)
 
 
 def choice(reward: str, option: str, text: str, choices: Sequence[str]) -> str:
+    """Return `text` if it is one of `choices`. UserError otherwise."""
     if text not in choices:
         raise UserError(f"reward {reward}: {option}={text!r} {not_a_choice(text, choices)}")
     return text
 
 
 def flag(reward: str, option: str, text: str) -> bool:
+    """Parse `text` as a boolean. UserError for other text."""
     return choice(reward, option, text.lower(), ("true", "false")) == "true"
 
 

@@ -82,7 +82,7 @@ def parse(file: bytes) -> Png:
             data.append(content)
         elif kind == b"IEND":
             break
-        elif not kind[0] & 0x20:  # a critical chunk that no decoder knows
+        elif not kind[0] & 0x20:  # an unknown critical chunk
             raise BadPng(f"has an unknown chunk {kind.decode('ascii')}")
         previous = kind
     else:

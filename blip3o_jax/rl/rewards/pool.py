@@ -103,7 +103,7 @@ class RewardPool:
         self.close()
 
     def close(self) -> None:
-        """End the processes, whatever they do."""
+        """End the processes at once."""
         self._processes.close()
 
     def check(self, prompts: Sequence[tuple[str, Mapping[str, Any]]]) -> None:

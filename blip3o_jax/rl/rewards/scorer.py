@@ -34,7 +34,7 @@ class ImageScore:
 
 
 def start(rewards: tuple[RewardConfig, ...], threads: int) -> None:
-    """Make the rewards, with `threads` threads in whatever library asks the environment. Run first
+    """Make the rewards, with `threads` threads in libraries that read the environment. Run first
     in each process."""
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ.setdefault(name, str(threads))
@@ -51,7 +51,7 @@ def score(
     prompts: Sequence[str],
     metadata: Sequence[bytes],
 ) -> tuple[list[ImageScore], float]:
-    """Score files of `png.parse`, all of `size` (height, width), beside their prompts and metadata
+    """Score files of `png.parse`, all of `size` (height, width), with their prompts and metadata
     (JSON). Return a score each and the seconds that the rewards took."""
     rows = [(text, json.loads(fields)) for text, fields in zip(prompts, metadata, strict=True)]
     return score_rows(worker.rewards(), files, size, rows)
@@ -63,6 +63,7 @@ def score_rows(
     size: tuple[int, int],
     prompts: Sequence[tuple[str, dict[str, Any]]],
 ) -> tuple[list[ImageScore], float]:
+    """Decode and score PNG files of one size; return their scores and the reward's seconds."""
     import numpy as np
 
     images_BHWC = np.empty((len(files), *size, 3), np.uint8)

@@ -46,7 +46,7 @@ class Shapes(Reward):
             )
             raise UserError(
                 f"reward shapes: prompt {prompt[:80]!r} is {wrong}: use the prompts_*.jsonl that "
-                "lie beside the shapes data set"
+                "are in the directory of the shapes data set"
             )
 
     def __call__(

@@ -23,7 +23,7 @@ LOCAL = {
 
 
 def is_local(config: RewardConfig) -> bool:
-    """Tell whether a reward reads nothing beside images, prompts and metadata."""
+    """Return whether a reward reads only images, prompts and metadata."""
     options = dict(config.options)
     if options.get("detector", "shapes") != "shapes":
         return False
@@ -47,7 +47,7 @@ def check_trusted(rewards: Sequence[RewardConfig], where: str) -> None:
         flags = " ".join(shlex.quote(f"--reward={argument}") for argument in arguments)
     name = escaped(foreign[0].name)
     raise UserError(
-        f"{where} asks for the reward {name[:100]}, which may run code, read files or connect "
+        f"{where} names the reward {name[:100]}, which may run code, read files or connect "
         "elsewhere: a run's directory "
         f"does not decide that; if you trust it, repeat the command with {flags}"
     )

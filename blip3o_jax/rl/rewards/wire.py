@@ -46,6 +46,7 @@ def encode_request(
 
 
 def encode_scores(scores: Scores) -> bytes:
+    """Encode scores as the body of an answer."""
     parts = {name: np.asarray(values_B).tolist() for name, values_B in scores.parts.items()}
     return json.dumps(
         {"total": np.asarray(scores.total_B).tolist(), "parts": parts}, allow_nan=False
@@ -100,6 +101,7 @@ def read_token(variable: str) -> str:
 
 
 def check_token(name: str, token: str) -> None:
+    """Raise UserError for a token that an HTTP header cannot carry."""
     if not (token.isascii() and token.isprintable()) or " " in token:
         raise UserError(
             f"{name}: a token is made of ASCII letters, digits and signs, without spaces"

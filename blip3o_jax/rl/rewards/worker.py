@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from blip3o_jax.rl.rewards.weighted import Outcome, WeightedRewards
 
-# The pool has as many processes as it may use cores; threads of their own would only take turns.
+# The pool has as many processes as cores to use; more threads would only take turns.
 # JAX must leave the accelerator to the run: NPROC is what XLA takes for the number of cores.
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",

@@ -319,7 +319,7 @@ def test_batch_per_chip():
             "--config.mesh.strategy is not read here: use --strategy",
         ),
         (["--measure", "--slices=2"], "--slices=2"),
-        (["--measure", "--batch_per_chip=max"], "--batch_per_chip=max asks a TPU compiler"),
+        (["--measure", "--batch_per_chip=max"], "--batch_per_chip=max needs the TPU compiler"),
         (
             ["--measure", "--step=rollout", "--config.stage=tokenizer"],
             "the config's stage is 'tokenizer'",

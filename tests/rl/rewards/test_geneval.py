@@ -144,7 +144,7 @@ def test_options_are_checked(options, message):
 
 
 def test_a_class_that_the_detector_does_not_know_is_refused_when_it_is_loaded():
-    with pytest.raises(UserError, match=r"knows no class 'dog' \(prompt 'a dog'\)"):
+    with pytest.raises(UserError, match=r"has no class 'dog' \(prompt 'a dog'\)"):
         geneval.create().check(
             "a dog", {"tag": "single_object", "include": [{"class": "dog", "count": 1}]}
         )

@@ -202,11 +202,11 @@ def test_all_is_met_exactly_where_the_result_is_correct(rng):
     "metadata, message",
     [
         ({"include": [{"class": "dog", "count": 1}]}, "has no 'tag'"),
-        ({"tag": "colors"}, "asks for nothing"),
+        ({"tag": "colors"}, "there is no object to score"),
         ({"tag": "colors", "include": {"class": "dog"}}, "include must be a list of objects"),
         (
             {"tag": "colors", "include": [{"class": "cow", "count": 1}]},
-            r"include\[0\]: the detector knows no class 'cow'",
+            r"include\[0\]: the detector has no class 'cow'",
         ),
         ({"tag": "colors", "include": [{"class": "dog", "count": 0}]}, r"include\[0\]: count=0"),
         ({"tag": "colors", "include": [{"class": "dog", "count": True}]}, r"count=True"),

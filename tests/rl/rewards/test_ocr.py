@@ -56,7 +56,7 @@ def test_what_stands_between_quotes(prompt, spans):
         ('a sign ""', "empty quotes"),
         ('signs "A" and "  "', "empty quotes"),
         ('a 5" pipe', "does not close"),
-        ('a sign "\u200b\U0001f382 \u00ad"', "signs in them that nobody reads"),
+        ('a sign "\u200b\U0001f382 \u00ad"', "quotes characters that the recogniser cannot read"),
         (
             'a sign "\u041a\u0410\u0424\u0415 24"',
             "quotes '\u043a\u0430\u0444\u0435', which the recogniser has no",

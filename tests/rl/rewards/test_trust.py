@@ -56,7 +56,7 @@ def test_the_others_have_to_be_named(reward):
     assert not is_local(reward)
     with pytest.raises(
         UserError,
-        match=r"^DIR/config.json asks for the reward .*: a run's directory does not decide",
+        match=r"^DIR/config.json names the reward .*: a run's directory does not decide",
     ) as error:
         check_trusted((*LOCAL_ONES, reward), "DIR/config.json")
     flags = shlex.split(str(error.value).partition("repeat the command with ")[2])
