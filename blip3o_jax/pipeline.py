@@ -289,7 +289,7 @@ class Pipeline:
         """Return the reference_* arrays of a request, as training has them (data/examples.py)."""
         slots = self.config.model.editing.reference_slots
         side = self.config.model.tokenizer.image_size
-        blank = tuple(np.zeros((*shape, 3), np.uint8) for shape in (size, (side, side)))
+        blank = (np.zeros((*size, 3), np.uint8), np.zeros((side, side, 3), np.uint8))
         views = [images.views(image, size, side, self.config.data.crop) for image in request.images]
         views += [blank] * (slots - len(views))
         spans_R = np.zeros(slots, np.int32)

@@ -154,6 +154,7 @@ def _insert_references(
     if references is None:
         return tokens_BL, None, None
     encoded = encode_references(model, references)
+    assert encoded is not None  # None only without references
     span_BR = references["reference_span"]
     tokens_BL = insert_references(
         tokens_BL,

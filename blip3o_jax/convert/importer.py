@@ -115,7 +115,7 @@ def read_into(plan: StatePlan, source: Source, config: Config) -> dict[str, Any]
     )
     weights: dict[str, Any] = {group: {} for group in WEIGHTS}
     for part in dict.fromkeys(name for group in WEIGHTS for name in plan.abstract[group]):
-        targets = {
+        targets: dict[str, Any] = {
             path: leaf
             for group in WEIGHTS
             for path, leaf in flat(plan.abstract[group].get(part, {})).items()

@@ -1,24 +1,24 @@
-"""Open a PyTorch model on disk by its own files: a configuration, and the tensors of each part.
+"""Open a PyTorch model on disk: return its configuration and the tensors of each part.
 
-It may be a BLIP3o-NEXT directory, a directory of a stock language model (Qwen3, or Qwen2 as Tar is
+A source is a BLIP3o-NEXT directory, a directory of a stock language model (Qwen3, or Qwen2 as Tar is
 published), a diffusers directory (transformer/, vae/, scheduler/) and a TA-Tok file, in any
-combination that makes a whole model. Sizes and options come from config.json files; what those do
-not carry is the published model's. Of weights nothing but headers is read here, and a tied head
-that is stored all the same.
+combination that makes a whole model. Sizes and options come from config.json files; those that are
+absent are the published model's. Only headers of weights are read, and the values of a tied head
+that is stored.
 
-Names as the published files have them, where they have several:
+Published files have several names for a tensor, all of which are accepted:
 
-    decoder.vision_model.x, decoder.x         the TA-Tok decoder, as saved with transformers before 5 and since
-    encoder.x, encoder.vision_model.x         its encoder
-    lm_head.weight                            also of a tied model; then it must equal the embeddings
+    decoder.vision_model.x, decoder.x     the TA-Tok decoder, saved with transformers before 5, or 5
+    encoder.x, encoder.vision_model.x     its encoder
+    lm_head.weight                        of a tied model it must equal the embeddings
 
-and those that a wrapper left before them (wrappers.py), which are told in a note.
+Prefixes of wrapper modules (wrappers.py) are removed, with a note.
 """
 
 import dataclasses
 import pathlib
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -40,7 +40,7 @@ from blip3o_jax.text.vocabulary import Vocabulary
 INITIALISABLE = ("connector", "image_embeddings", "latent_connector", "feature_connector")
 HEAD = "lm_head.weight"
 EMBEDDINGS = "model.embed_tokens.weight"
-# Tensors that no computation here reads, kept as they are: name or beginning of names, by part.
+# Tensors that this package does not use and stores unchanged: names or their prefixes, by part.
 UNREAD = {
     "tokenizer": (
         "scale_layer.",
@@ -54,14 +54,16 @@ UNREAD = {
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """`tensors`: part -> name in the table -> tensor, complete and of the right shapes. `unread`:
-    full name -> tensor. `initialise`: what of INITIALISABLE is to be made here. `weight_sources`: in the
-    order in which they are read, a later one wins.
+    """Hold an opened source.
+
+    `tensors` maps part -> name in the table -> tensor, complete and with the table's shapes;
+    `unread` maps full names to tensors. `initialise` lists those of INITIALISABLE that the import
+    creates. `weight_sources` are in reading order: a later one replaces tensors of an earlier one.
     """
 
     config: Config
     tokenizer: TextTokenizer
-    text_rows: int  # ids of the text tokenizer itself, image tokens not among them
+    text_rows: int  # the number of ids of the text tokenizer, without image tokens
     tensors: dict[str, dict[str, Tensor]]
     unread: dict[str, Tensor]
     record: Record
@@ -80,12 +82,12 @@ def open_source(
     dtype: str = "",
     variant: str = "",
 ) -> Source:
-    """Read headers and configurations and check that they make one complete model.
+    """Read headers and configurations and check that they form one complete model.
 
-    `variant`: the weights to take where a directory has several ("bf16", "fp16", "non_ema"); "" is
-    the default one. `dtype` is the one parameters are to have here; "" keeps that of the files (the
-    widest of a part, where a part has several, which holds the others exactly). UserError, one line
-    that names file and tensor, for whatever does not fit.
+    `variant` selects the weights of a directory that has several ("bf16", "fp16", "non_ema"); "" is
+    the default one. `dtype` is the parameters' dtype in the checkpoint; "" keeps the files' (the
+    widest of a part, which represents the others exactly). Raises UserError, naming file and
+    tensor, for files that do not match.
     """
     initialise = tuple(initialise)
     for name in initialise:
@@ -136,17 +138,21 @@ def open_source(
 
 
 def _text_tokenizer(source: pathlib.Path) -> TextTokenizer:
+    kind: Literal["bpe", "sentencepiece"]
     kind = "sentencepiece" if (source / SENTENCEPIECE_FILE).is_file() else "bpe"
     if kind == "bpe" and not any((source / name).is_file() for name in (BPE_FILE, "vocab.json")):
         raise UserError(
-            f"{source} holds no text tokenizer ({BPE_FILE}, vocab.json with merges.txt, or {SENTENCEPIECE_FILE}): put the "
-            "tokenizer's files beside the weights"
+            f"{source} holds no text tokenizer ({BPE_FILE}, vocab.json with merges.txt, or "
+            f"{SENTENCEPIECE_FILE}): put the tokenizer's files next to the weights"
         )
     return load_tokenizer(config_lib.TextConfig(kind=kind, path=str(source)))
 
 
 def _model_config(files: Files, initialise: tuple[str, ...]) -> ModelConfig:
-    """Return every part's sizes and options, from the most specific file that has them."""
+    """Return every part's sizes and options, from the most specific file that has them.
+
+    Raises UserError for parts whose sizes do not match.
+    """
     where = str(files.config_file)
     model = config_lib.from_dict(
         files.section.get("model", {}), ModelConfig, f"{where}: {SECTION}.model"
@@ -163,11 +169,15 @@ def _model_config(files: Files, initialise: tuple[str, ...]) -> ModelConfig:
     there = lambda part: (
         any(key.startswith(PREFIXES[part]) for key in files.tensors) or part in initialise
     )
-    editing = {"latents": there("latent_connector"), "features": there("feature_connector")}
+    editing: dict[str, Any] = {
+        "latents": there("latent_connector"),
+        "features": there("feature_connector"),
+    }
     if "model" not in files.section and any(editing.values()):
-        editing["reference_slots"] = 1  # published editing models are shown one image
+        editing["reference_slots"] = 1  # published editing models take one reference image
     replaced["editing"] = dataclasses.replace(model.editing, **editing)
-    dit, vae = replaced.get("dit", model.dit), replaced.get("vae", model.vae)
+    dit = replaced.get("dit", model.dit)
+    vae = replaced.get("vae", model.vae)
     if "model" not in files.section:
         replaced["image_size"] = dit.sample_size * vae.spatial_compression
     text = dataclasses.replace(model.text, kind="bpe", path="text", train_size=0)
@@ -175,12 +185,12 @@ def _model_config(files: Files, initialise: tuple[str, ...]) -> ModelConfig:
         text = dataclasses.replace(text, kind="sentencepiece")
     try:
         return dataclasses.replace(model, text=text, **replaced)
-    except config_lib.ConfigError as error:  # parts that do not go together
-        read = [
+    except config_lib.ConfigError as error:  # sizes of parts that do not match
+        sources = [
             files.config_file,
             *(found[0] for found in (files.transformer, files.vae) if found is not None),
         ]
-        raise UserError(f"{', '.join(map(str, read))}: {error}") from error
+        raise UserError(f"{', '.join(map(str, sources))}: {error}") from error
 
 
 def _with_own(new: Any, old: Any, names: Iterable[str]) -> Any:
@@ -195,8 +205,9 @@ def _with_own(new: Any, old: Any, names: Iterable[str]) -> Any:
 def _with_vocabulary(
     model: ModelConfig, vocabulary: Vocabulary, files: Files, initialise: tuple[str, ...]
 ) -> ModelConfig:
-    """Return the model with the rows its vocabulary tables have here, checked against the ids that
-    config.json states.
+    """Return the model with the checkpoint's number of vocabulary rows.
+
+    Raises UserError unless the ids in config.json agree with the tokenizer.
     """
     stated = {
         "image_start_tag_id": vocabulary.image_start,
@@ -209,19 +220,20 @@ def _with_vocabulary(
     for key, value in stated.items():
         if files.values.get(key, value) != value:
             raise UserError(
-                f"{files.config_file}: {key}={files.values[key]}, but the tokenizer's files and the codebook make it {value}: "
-                "use the tokenizer that belongs to the weights"
+                f"{files.config_file}: {key}={files.values[key]}, but the tokenizer's files and "
+                f"the codebook make it {value}: use the tokenizer that belongs to the weights"
             )
     if "image_embeddings" in initialise and model.ar.vocab_size >= vocabulary.size:
         raise UserError(
-            f"--initialise=image_embeddings, but the tables of {files.config_file.parent} have rows for all {vocabulary.size} "
-            "ids already: leave it out"
+            f"--initialise=image_embeddings, but the tables of {files.config_file.parent} already "
+            f"have rows for all {vocabulary.size} ids: remove the option"
         )
     rows = vocabulary.size if "image_embeddings" in initialise else model.ar.vocab_size
     if rows < vocabulary.size:
         raise UserError(
-            f"{files.config_file}: vocab_size={rows}, but text tokenizer and image tokens have {vocabulary.size} ids; "
-            "--initialise=image_embeddings adds the missing rows at the mean of the others"
+            f"{files.config_file}: vocab_size={rows}, but text tokenizer and image tokens have "
+            f"{vocabulary.size} ids; --initialise=image_embeddings adds the missing rows at the "
+            "mean of the others"
         )
     return dataclasses.replace(
         model, ar=dataclasses.replace(model.ar, vocab_size=rows, spare_rows=rows - vocabulary.size)
@@ -231,8 +243,10 @@ def _with_vocabulary(
 def _match_tensors(
     files: Files, model: ModelConfig
 ) -> tuple[Record, dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-    """Return (record of the names, tensors by part and name in the table, tensors that nothing
-    reads by full name).
+    """Assign the files' tensors to parts.
+
+    Returns (record of the name variants, tensors by part and name in the table, unused tensors by
+    full name).
     """
     wanted = ["tokenizer", "ar", "connector", "dit", "vae"]
     wanted += ["latent_connector"] * model.editing.latents + [
@@ -284,14 +298,15 @@ def _check_buffer(tensor: Tensor, value: np.ndarray) -> None:
 
 
 def _check_scale(key: str, tensor: Tensor) -> None:
-    """Check a tokenizer's own scaling of pixels: they come in [-1, 1] here, so it must be one of
-    [0, 1], or none.
+    """Raise UserError unless a tokenizer's scaling layer maps to [-1, 1].
+
+    It must map pixels from [0, 1] or be the identity, since this package passes pixels in [-1, 1].
     """
     allowed = {"scale_layer.shift": (0.0, 0.5), "scale_layer.scale": (1.0, 0.5)}.get(key)
     if allowed and not any(np.all(tensor.read() == value) for value in allowed):
         raise UserError(
-            f"{tensor.file}: {tensor.key} is {tensor.read().reshape(-1).tolist()}, but the vision tokenizer here takes pixels "
-            f"in [-1, 1]: it must be {' or '.join(map(str, allowed))}"
+            f"{tensor.file}: {tensor.key} is {tensor.read().reshape(-1).tolist()}, but the vision "
+            f"tokenizer takes pixels in [-1, 1]: it must be {' or '.join(map(str, allowed))}"
         )
 
 
@@ -302,20 +317,21 @@ def _check_part(
     files: Files,
     initialise: tuple[str, ...],
 ) -> None:
-    """Check that the files have exactly the tensors of the part's table, in its shapes."""
+    """Raise UserError unless the files hold exactly the tensors of the part's table."""
     if not given:
         if part in initialise:
             return
         diffusers = "--diffusion=DIR with weights"
         advice = {"dit": diffusers, "vae": diffusers, "tokenizer": "--ta_tok=FILE"}.get(part)
-        advice = f"give {advice}" if advice else f"use --initialise={part} to make new ones"
+        advice = f"give {advice}" if advice else f"use --initialise={part} to create them"
         raise UserError(
             f"{files.config_file.parent} holds no tensors of part {part} ({PREFIXES[part]}*): "
             f"{files.unknown_prefix(PREFIXES[part]) or advice}{files.unread_files()}"
         )
     if part in initialise:
         raise UserError(
-            f"--initialise={part}, but {next(iter(given.values())).file} holds its tensors: leave one of them out"
+            f"--initialise={part}, but {next(iter(given.values())).file} holds its tensors: remove "
+            "the option or the tensors"
         )
     try:
         shapes = {
@@ -323,18 +339,19 @@ def _check_part(
             for group in groups(part, model)
             for key, shape in group.tensors.items()
         }
-    except config_lib.ConfigError as error:  # sizes that no network can have
+    except config_lib.ConfigError as error:  # invalid sizes
         raise UserError(f"{_sizes(part, files)}: {error}") from error
     if missing := [key for key in shapes if key not in given]:
         behind = files.unknown_prefix(PREFIXES[part] + missing[0])
         raise UserError(
-            f"{next(iter(given.values())).file.parent}: {PREFIXES[part]}{missing[0]} is missing ({len(missing)} tensors of "
-            f"{part} in all), which {_sizes(part, files)} asks for{'; ' * bool(behind)}{behind}{files.unread_files()}"
+            f"{next(iter(given.values())).file.parent}: {PREFIXES[part]}{missing[0]} is missing "
+            f"({len(missing)} tensors of {part} in all), which {_sizes(part, files)} requires"
+            f"{'; ' * bool(behind)}{behind}{files.unread_files()}"
         )
     if extra := [tensor for key, tensor in given.items() if key not in shapes]:
         raise UserError(
-            f"{extra[0].file}: {extra[0].key} belongs to no parameter of {part} ({len(extra)} tensors in all) by "
-            f"{_sizes(part, files)}; nothing is dropped silently"
+            f"{extra[0].file}: {extra[0].key} belongs to no parameter of {part} ({len(extra)} "
+            f"tensors in all) according to {_sizes(part, files)}: correct the sizes or remove it"
         )
     for key, (shape, group) in shapes.items():
         _check_tensor(part, given[key], shape, group, files, grown="image_embeddings" in initialise)
@@ -348,16 +365,17 @@ def _check_tensor(
         wanted = (files.values["vocab_size"], *shape[1:])
     if tensor.shape != wanted:
         raise UserError(
-            f"{tensor.file}: {tensor.key} has shape {list(tensor.shape)}, but {_sizes(part, files)} makes it {list(wanted)}"
+            f"{tensor.file}: {tensor.key} has shape {list(tensor.shape)}, but "
+            f"{_sizes(part, files)} makes it {list(wanted)}"
         )
     if not jnp.issubdtype(tensor.dtype, jnp.floating):
         raise UserError(
-            f"{tensor.file}: {tensor.key} has dtype {tensor.dtype}, not one of floating point"
+            f"{tensor.file}: {tensor.key} has dtype {tensor.dtype}, which is not floating-point"
         )
 
 
 def _sizes(part: str, files: Files) -> str:
-    """Return where the sizes of a part were read."""
+    """Return the source of a part's sizes, for messages."""
     if part == "tokenizer" and files.ta_tok_config is not None:
         return f"{files.ta_tok_config} (over the published so400m tokenizer)"
     stock = {"vae": files.vae, "latent_connector": files.vae}.get(part, files.transformer)
@@ -373,15 +391,14 @@ def _sizes(part: str, files: Files) -> str:
 def _with_dtypes(
     model: ModelConfig, parts: dict[str, dict[str, Tensor]], dtype: str
 ) -> tuple[ModelConfig, tuple[tuple[str, str], ...]]:
-    """Return the model with each part's parameter dtype, and the tensors that the files store in a
-    narrower one.
-    """
+    """Return the model with each part's parameter dtype, and (name, dtype) of narrower tensors."""
     wide = next(
         (t for given in parts.values() for t in given.values() if t.dtype == np.float64), None
     )
     if wide is not None and not dtype:
         raise UserError(
-            f"{wide.file}: {wide.key} has dtype float64, and parameters here have 32 bits at most: --dtype=float32 rounds it"
+            f"{wide.file}: {wide.key} has dtype float64, and parameters have at most 32 bits: "
+            "--dtype=float32 rounds it"
         )
     own = lambda names: [t.dtype for name in names for t in parts.get(name, {}).values()]
     widest = lambda *names: (
@@ -414,14 +431,15 @@ def _check_tied_head(files: Files, model: ModelConfig) -> None:
     same = head.shape == embeddings.shape and head.dtype == embeddings.dtype
     if not same or not _same_values(head.read(), embeddings.read()):
         raise UserError(
-            f"{head.file}: {HEAD} differs from {EMBEDDINGS}, although {files.config_file} says tie_word_embeddings: true; "
-            "set it to false there, or leave the tensor out"
+            f"{head.file}: {HEAD} differs from {EMBEDDINGS}, but {files.config_file} has "
+            "tie_word_embeddings: true; set it to false there, or remove the tensor"
         )
 
 
 def _same_values(a: np.ndarray, b: np.ndarray) -> bool:
-    """Compare bit by bit, piece by piece: comparing all at once would take half as much memory
-    again.
+    """Return whether the arrays are bitwise equal.
+
+    They are compared in pieces, since a comparison of all of it allocates half their size.
     """
     a, b = (x.reshape(-1).view(np.uint8) for x in (a, b))
     piece = 2**24

@@ -1,6 +1,4 @@
-"""Read the files that a source of weights is made of, as far as their headers, without judging
-them.
-"""
+"""Read the configurations and headers of a source's files, without validating them."""
 
 import dataclasses
 import pathlib
@@ -14,14 +12,16 @@ from blip3o_jax.convert.tensor_files import Tensor, load_torch, read_json, torch
 from blip3o_jax.convert.weight_files import WeightFile, find_weights, read_weights
 from blip3o_jax.convert.wrappers import unwrapped_names
 
-SECTION = "blip3o_jax"  # of config.json: what the published keys cannot hold
+SECTION = "blip3o_jax"  # the group in config.json of settings without a published key
 
 
 @dataclasses.dataclass(frozen=True)
 class WeightSource:
-    """One source of tensors. `path`: the directory or file that was given; `weights`: what of it is
-    read (None: its config.json alone); `prefix`: what the layout puts before its names; `library`:
-    the library whose layout it is, or ""; `unwrapped`: {name in the file: name without wrappers}.
+    """Hold one source of tensors.
+
+    `path` is the given directory or file; `weights` is the file read (None: config.json alone);
+    `prefix` is the layout's prefix of its names; `library` is the library of its layout, or "";
+    `unwrapped` is {name in the file: name without wrappers}.
     """
 
     path: pathlib.Path
@@ -32,27 +32,27 @@ class WeightSource:
 
     @property
     def is_wrapped(self) -> bool:
+        """Return whether any name has a wrapper's prefix."""
         return any(name != short for name, short in self.unwrapped.items())
 
 
 @dataclasses.dataclass
 class Files:
-    """The files of a source, unchecked. `tensors`: full name -> tensor."""
+    """Hold the files of a source, unchecked; `tensors` maps full names to tensors."""
 
     config_file: pathlib.Path
     values: dict[str, Any]  # config.json of the source
     section: dict[str, Any]
     tensors: dict[str, Tensor]
-    transformer: (
-        tuple[pathlib.Path, dict[str, Any]] | None
-    )  # config.json of each, where there is one
+    # (path, contents) of each configuration, None if absent
+    transformer: tuple[pathlib.Path, dict[str, Any]] | None
     vae: tuple[pathlib.Path, dict[str, Any]] | None
     scheduler: tuple[pathlib.Path, dict[str, Any]] | None
     ta_tok: dict[str, Any]  # args of the TA-Tok file
     notes: list[str]
     variant: str = ""
     weight_sources: list[WeightSource] = dataclasses.field(default_factory=list)
-    own_tokenizer: bool = False  # TA-Tok is in its own file
+    own_tokenizer: bool = False  # TA-Tok is in a separate file
     ta_tok_config: pathlib.Path | None = None
 
     @classmethod
@@ -63,6 +63,7 @@ class Files:
         ta_tok: pathlib.Path | None,
         variant: str = "",
     ) -> "Files":
+        """Read configurations and headers; UserError for missing or damaged files."""
         file = source / "config.json"
         if not file.is_file():
             raise UserError(
@@ -89,11 +90,12 @@ class Files:
         ]
         if self.variant and self.variant not in found:
             raise UserError(
-                f"--variant={self.variant}: {source} and what is given beside it have no weights of that variant"
+                f"--variant={self.variant}: neither {source} nor the other sources have weights of "
+                "that variant"
             )
 
     def _read_diffusion(self, directory: pathlib.Path) -> None:
-        """Read transformer/ (or dit/, as exported here), vae/ and scheduler/, where they exist."""
+        """Read those of transformer/ (or dit/, as exports name it), vae/, scheduler/ that exist."""
         found = False
         for name, prefix in (
             ("transformer", PREFIXES["dit"]),
@@ -117,14 +119,17 @@ class Files:
                 self.notes.append(f"{folder} holds no weights: only its sizes are read")
         if not found:
             raise UserError(
-                f"{directory} holds none of transformer/, vae/, scheduler/: --diffusion takes a diffusers directory"
+                f"{directory} holds none of transformer/, vae/, scheduler/: --diffusion takes a "
+                "diffusers directory"
             )
 
     def _read_ta_tok(self, path: pathlib.Path) -> None:
-        """Read a TA-Tok file, {"model": {"args": ..., "sd": ...}}, or a safetensors file with its
-        args.json; or a directory that holds one of them, as an export writes it.
+        """Read a TA-Tok file, or the directory of one.
+
+        The file is {"model": {"args": ..., "sd": ...}}, or safetensors with an args.json.
         """
-        file, prefix = path, PREFIXES["tokenizer"]
+        file = path
+        prefix = PREFIXES["tokenizer"]
         if path.is_dir():
             file = next(
                 (
@@ -151,8 +156,9 @@ class Files:
         tensors: Mapping[str, Tensor],
         weights: WeightFile,
     ) -> None:
-        """Add tensors, which replace earlier ones of the same name, and note that and names with
-        wrappers.
+        """Add tensors, replacing earlier ones of the same name.
+
+        Replaced tensors and names with wrappers are noted.
         """
         unwrapped = unwrapped_names(
             tensors, () if prefix else tuple(filter(None, PREFIXES.values())), str(weights.file)
@@ -163,7 +169,7 @@ class Files:
         if weight_source.is_wrapped:
             name = next(name for name, short in unwrapped.items() if name != short)
             self.notes.append(
-                f"{weights.file}: {name} is read as {unwrapped[name]}, without what wrapped the module that was saved"
+                f"{weights.file}: {name} is read as {unwrapped[name]}, without the wrapper's prefix"
             )
         named = {
             prefix + unwrapped[key]: dataclasses.replace(tensor, key=prefix + unwrapped[key])
@@ -172,26 +178,28 @@ class Files:
         if both := set(named) & set(self.tensors):
             first = min(both)
             self.notes.append(
-                f"{len(both)} tensors, such as {first}, are in {self.tensors[first].file.name} and in {named[first].file}: "
-                "the latter are taken"
+                f"{len(both)} tensors, such as {first}, are in {self.tensors[first].file.name} and "
+                f"in {named[first].file}: the latter are used"
             )
         self.tensors |= named
 
     def unknown_prefix(self, name: str) -> str:
-        """Return advice where the files have `name`, of a tensor or a part, behind an unknown
-        prefix, or "".
+        """Return advice if the files have `name` after an unknown prefix, else "".
+
+        `name` is of a tensor, or the prefix of a part.
         """
         found = next((key for key in self.tensors if f".{name}" in key), "") if name else ""
         prefix = found.partition(f".{name}")[0]
         return (
-            f"the files have it as {found}: save the weights without the prefix {prefix}."
+            f"the files name it {found}: save the weights without the prefix {prefix}."
             if found
             else ""
         )
 
     def unread_files(self) -> str:
-        """Return what may explain missing tensors: other files that hold weights, as "; ...", or
-        "".
+        """Return notes on weight files that are not read, as "; ...", or "".
+
+        They may explain missing tensors.
         """
         notes = [
             note
@@ -203,8 +211,10 @@ class Files:
 
 
 def read_ta_tok_file(file: pathlib.Path) -> dict[str, Any]:
-    """Return {"args": group, "sd": {name: torch tensor}} of a TA-Tok file of PyTorch. UserError for
-    any other file."""
+    """Return {"args": group, "sd": {name: torch tensor}} of a TA-Tok file of PyTorch.
+
+    Raises UserError for any other file.
+    """
     contents = load_torch(file)
     model = contents.get("model", contents) if isinstance(contents, Mapping) else None
     if not isinstance(model, Mapping) or not isinstance(model.get("sd"), Mapping):

@@ -1,4 +1,4 @@
-"""The parameters in a checkpoint's files as arrays of this host, for conversion."""
+"""Read the parameters in a checkpoint's files as NumPy arrays, for conversion."""
 
 import dataclasses
 import pathlib
@@ -18,8 +18,9 @@ from blip3o_jax.train.steps import check_intact
 
 @dataclasses.dataclass(frozen=True)
 class StoredArray:
-    """One parameter in a checkpoint's files, read in slices. The chunks that were read stay in memory
-    as long as this object, for the next slices. `name` is for errors.
+    """Read one parameter in a checkpoint's files in slices.
+
+    Chunks that were read stay cached while the object exists. `name` is for error messages.
     """
 
     name: str
@@ -27,6 +28,7 @@ class StoredArray:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Return the parameter's shape."""
         return self.array.shape
 
     def __getitem__(self, index: Any) -> np.ndarray:
@@ -39,11 +41,10 @@ class StoredArray:
 
 
 class StoredWeights:
-    """The parameters of one step as arrays of this host, read from the files when they are asked
-    for and not before.
+    """Read the parameters of one step lazily.
 
-    `parts`: the parts there are; `ema` takes averaged parameters in place of those they are
-    averages of. UserError for files that are damaged.
+    `parts` are the parts in the checkpoint. `ema` reads averaged parameters in place of the trained
+    ones. Raises UserError for damaged files, or without averages.
     """
 
     def __init__(self, root: pathlib.Path, step: int, *, ema: bool = False):
@@ -53,7 +54,8 @@ class StoredWeights:
             tree = ocp.PyTreeCheckpointHandler().metadata(epath.Path(self._path)).tree
             if ema and not tree.get("ema"):
                 raise UserError(
-                    f"{root} holds no averaged weights: it was trained with optimizer.ema_decay=0; leave out --ema"
+                    f"{root} holds no averaged weights: it was trained with optimizer.ema_decay=0; "
+                    "remove --ema"
                 )
             # (part, path within it) -> (group, shape and dtype)
             self._leaves = {
@@ -64,12 +66,12 @@ class StoredWeights:
         self.parts = tuple(dict.fromkeys(part for part, _ in self._leaves))
 
     def dtype(self, part: str) -> np.dtype:
-        """Return the dtype of a part's parameters, the same for all but its LoRA factors."""
+        """Return the dtype of a part's parameters, which all but LoRA factors share."""
         leaves = ((path, leaf) for (name, path), (_, leaf) in self._leaves.items() if name == part)
         return np.dtype(next(leaf.dtype for path, leaf in leaves if not path.endswith(FACTORS)))
 
     def shapes(self, part: str) -> dict[str, tuple[int, ...]]:
-        """Return {path: shape} of all parameters of a part, its LoRA factors included."""
+        """Return {path: shape} of all parameters of a part, including LoRA factors."""
         return {
             path: tuple(leaf.shape)
             for (name, path), (_, leaf) in self._leaves.items()
@@ -77,7 +79,7 @@ class StoredWeights:
         }
 
     def read(self, part: str, paths: Iterable[str]) -> dict[str, np.ndarray]:
-        """Return {path: whole array} of some of a part's parameters. KeyError for one that is absent."""
+        """Return {path: whole array} of parameters, read concurrently; KeyError if absent."""
         opened = {path: self.open(part, path) for path in paths}
         futures = {path: (stored.name, stored.array.read()) for path, stored in opened.items()}
         arrays = {}
@@ -87,6 +89,7 @@ class StoredWeights:
         return arrays
 
     def open(self, part: str, path: str) -> StoredArray:
+        """Open a parameter for reading in slices; KeyError if it is absent."""
         group, _ = self._leaves[part, path]
         files = {"driver": "file", "path": f"{self._path}/"}
         store = {
@@ -104,7 +107,7 @@ class StoredWeights:
 
 
 def _flat_metadata(tree: Any, keys: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Yield (keys, leaf) of nested dicts and lists as Orbax returns them."""
+    """Yield (keys, leaf) of the nested dicts and lists that Orbax returns."""
     children = (
         enumerate(tree)
         if isinstance(tree, list | tuple)

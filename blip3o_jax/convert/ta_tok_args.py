@@ -1,5 +1,4 @@
-"""Read the options of the vision tokenizer: the published ones, the args of a TA-Tok file, and a
-file of the user's.
+"""Read the options of the vision tokenizer: published ones, a TA-Tok file's args, a user's file.
 
 The args are those of the published class: {"bottleneck": {"name", "args": {..., "regularizer":
 {"name", "args"}}}, ...}.
@@ -33,15 +32,16 @@ _FIELDS = {
     "decoder_depth": "decoder.num_hidden_layers",
     "input_size": "encoder.image_size",
 }
-# Path -> what it must be, where it is there.
+# Path -> supported values, if present.
 _FIXED: dict[str, tuple[Any, ...]] = {
     "bottleneck.name": ("bottleneck",),
     "bottleneck.args.norm": ("none", None),
     "bottleneck.args.regularizer.name": ("simvq",),
 }
-# Of training, or read by the published loader alone.
+# Options of training, or of the published loader only.
 _IGNORED = {
-    "bottleneck_token_num",  # counts tokens that the sizes give already, and the class has a default that does not fit them
+    # The sizes imply the number of tokens; the published class's default contradicts them.
+    "bottleneck_token_num",
     "teacher",
     "ckpt_path",
     "rand_scale",
@@ -65,8 +65,9 @@ _IGNORED = {
 def read_ta_tok(
     base: TaTokConfig, args: Mapping[str, Any], override: pathlib.Path | None
 ) -> TaTokConfig:
-    """`args` over `base`, and the JSON file `override` (--ta_tok_config) over both. UserError for
-    what is not known here.
+    """Return `base` updated by `args`, then by the JSON file `override` (--ta_tok_config).
+
+    Raises UserError for unknown options and values.
     """
     flat = _flat(args)
     for path, value in flat.items():
@@ -76,9 +77,11 @@ def read_ta_tok(
             )
         if path not in _FIXED and path not in _FIELDS and path not in _IGNORED:
             raise UserError(
-                f"TA-Tok args: {path}={value!r} is not known here, and may change what the tokenizer computes"
+                f"TA-Tok args: {path}={value!r} is unknown and may change the tokenizer's outputs: "
+                "remove it from the args if it does not"
             )
-    where, merged = "TA-Tok args", config_lib.to_dict(base)
+    where = "TA-Tok args"
+    merged = config_lib.to_dict(base)
     _merge(merged, {f: flat[p] for p, f in _FIELDS.items() if flat.get(p) is not None}, where)
     if override is not None:
         given = read_json(override)
@@ -86,7 +89,7 @@ def read_ta_tok(
             config_lib.check_choice(f"{override}: key", key, OVERRIDES)
         _merge(merged, _flat(given), str(override))
         where = f"{where} and {override}"
-    # Both at once: a size in the file may only go with another in the args.
+    # Validated after both, since a size in the file may only be valid with another in the args.
     try:
         return config_lib.from_dict(merged, TaTokConfig)
     except config_lib.ConfigError as error:
@@ -94,7 +97,7 @@ def read_ta_tok(
 
 
 def args_of(cfg: TaTokConfig) -> dict[str, Any]:
-    """The args that the published class is built with: the inverse of `read_ta_tok`."""
+    """Return the published class's args: the inverse of `read_ta_tok`."""
     options = ("codebook_size", "l2_normalized", "stochastic", "stochastic_temperature")
     regularizer = {"name": "simvq", "args": {name: getattr(cfg, name) for name in options}}
     bottleneck = {"bottleneck_dim": cfg.bottleneck_dim, "norm": "none", "regularizer": regularizer}
@@ -109,13 +112,13 @@ def args_of(cfg: TaTokConfig) -> dict[str, Any]:
 
 
 def overrides_of(cfg: TaTokConfig) -> dict[str, Any]:
-    """A file for --ta_tok_config that states all of `cfg`."""
+    """Return the contents of a --ta_tok_config file with all of `cfg`'s options."""
     return {key: config_lib.to_dict(getattr(cfg, key)) for key in OVERRIDES}
 
 
 def _flat(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:
-    """{"a.b": value} of nested groups."""
-    flat = {}
+    """Flatten nested groups to {"a.b": value}."""
+    flat: dict[str, Any] = {}
     for key, value in values.items():
         flat |= (
             _flat(value, f"{above}{key}.")
@@ -126,11 +129,11 @@ def _flat(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:
 
 
 def _merge(fields: dict[str, Any], values: Mapping[str, Any], where: str) -> None:
-    """Replace the fields at some dotted paths."""
+    """Replace the fields at dotted paths, in place."""
     for path, value in values.items():
         *above, name = path.split(".")
-        place = fields
+        group: Any = fields
         for key in above:
-            place = place.get(key)
-            config_lib.check(isinstance(place, dict), f"{where}: {key} is no group of fields")
-        place[name] = value
+            group = group.get(key)
+            config_lib.check(isinstance(group, dict), f"{where}: {key} is not a group of fields")
+        group[name] = value

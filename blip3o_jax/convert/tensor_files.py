@@ -1,10 +1,10 @@
 """Read and write files of named tensors, one tensor at a time.
 
-safetensors (https://huggingface.co/docs/safetensors): 8 bytes, the length of a JSON header; the
-header, which gives each tensor's dtype, shape and place; the tensors. Read and written by offset
-here, and not through the library of that name, which maps or holds whole files: with pread and
-pwrite no more than one tensor is in memory. PyTorch's own files are read through
-`torch.load(weights_only=True)`. Which files a directory's weights are is told by weight_files.py.
+A safetensors file (https://huggingface.co/docs/safetensors) is the 8-byte length of a JSON header,
+the header with each tensor's dtype, shape and offsets, and the tensors. It is read and written with
+pread and pwrite, so that at most one tensor is in memory; the library of that name maps or holds
+whole files. PyTorch files are read by `torch.load(weights_only=True)`. weight_files.py finds the
+files of a directory's weights.
 """
 
 import collections
@@ -43,7 +43,7 @@ _MAX_READ = 2**30  # bytes in one system call
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """A tensor that still lies in its file."""
+    """Hold a tensor's name, shape and dtype; `read` returns its values from the file."""
 
     key: str
     shape: tuple[int, ...]
@@ -53,41 +53,44 @@ class Tensor:
 
     @property
     def nbytes(self) -> int:
+        """Return the size in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 def read_file(path: pathlib.Path) -> dict[str, Tensor]:
-    """Return {name: tensor} of one file, of which headers alone are read. UserError, naming file
-    and tensor, for a file that is damaged, or stands for one that was not fetched.
+    """Return {name: tensor} of one file, reading headers only.
+
+    Raises UserError, naming file and tensor, for a damaged file or a pointer of Git LFS or
+    git-annex.
     """
     check_not_pointer(path)
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
     values = load_torch(path)
     if not isinstance(values, Mapping):
-        raise UserError(f"{path} holds no state dict but a {type(values).__name__}")
+        raise UserError(f"{path} holds a {type(values).__name__}, not a state dict")
     return torch_tensors(values, path)
 
 
 def check_not_pointer(path: pathlib.Path) -> None:
-    """Refuse a pointer file of Git LFS or git-annex, whose contents were not fetched."""
+    """Raise UserError for a pointer file of Git LFS or git-annex, or a dangling link."""
     if path.is_symlink() and not path.exists():
         raise UserError(
-            f"{path} is a link to {os.readlink(path)}, which is not there: fetch what it links to (git annex get, for a clone "
-            "that git-annex made), or copy the file itself"
+            f"{path} is a link to {os.readlink(path)}, which does not exist: fetch its target (git "
+            "annex get, for a clone that git-annex made), or copy the file itself"
         )
     try:
         with path.open("rb") as file:
             start = file.read(64)
     except OSError:
-        return  # whoever opens it says so
+        return  # the caller's own access raises the error
     if start.startswith(b"version https://git-lfs"):
         raise UserError(
-            f"{path} is a Git LFS pointer and not the file itself: run git lfs pull where it was cloned"
+            f"{path} is a Git LFS pointer and not the file itself: run git lfs pull in its clone"
         )
     if start.startswith(b"/annex/objects/"):
         raise UserError(
-            f"{path} is a git-annex pointer and not the file itself: run git annex get where it was cloned"
+            f"{path} is a git-annex pointer and not the file itself: run git annex get in its clone"
         )
 
 
@@ -101,38 +104,41 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     except (ValueError, OSError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as JSON ({error}): copy it again") from error
     if not isinstance(value, dict):
-        raise UserError(f"{path} holds no JSON object: copy it again")
+        raise UserError(f"{path} is not a JSON object: copy it again")
     return value
 
 
 def load_torch(path: pathlib.Path) -> Any:
-    """Load a PyTorch file: plain containers and tensors, nothing that runs code. Memory-mapped,
-    except for the oldest format.
+    """Load a PyTorch file of plain containers and tensors, without running code from it.
 
-    The `easydict.EasyDict` that the published TA-Tok file keeps its args in comes as an
-    OrderedDict, without that library.
+    Files are memory-mapped, except in the oldest format. The published TA-Tok file stores its args
+    as an `easydict.EasyDict`, which is loaded as an OrderedDict, without that library. Raises
+    UserError for other files.
     """
     try:
         import torch
     except ImportError as error:
         raise UserError(
-            f"{path} is a PyTorch file: install PyTorch to read it (pip install 'blip3o_jax[convert]')"
+            f"{path} is a PyTorch file: install PyTorch to read it "
+            "(pip install 'blip3o_jax[convert]')"
         ) from error
     if not path.is_file():
         raise UserError(f"{path} does not exist")
     check_not_pointer(path)
-    # The only subclass of dict that torch fills in this mode, and with attributes beside its items.
-    stand_ins = [(collections.OrderedDict, "easydict.EasyDict")]
+    # OrderedDict is the only subclass of dict that torch fills with weights_only.
+    stand_ins: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
+        (collections.OrderedDict, "easydict.EasyDict")
+    ]
     try:
         with torch.serialization.safe_globals(stand_ins):
             return torch.load(
                 path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
             )
-    except Exception as error:  # torch raises whatever its unpickler and zip reader do
-        # torch's own message advises loading it with code in it run.
+    except Exception as error:  # torch raises any error of its unpickler and zip reader
+        # torch's message is replaced, since it advises loading the file with its code run.
         unknown = re.search(r"GLOBAL ([\w.]+)", str(error))
         reason = (
-            f"it holds a {unknown[1]}, which is not of plain weights"
+            f"it holds a {unknown[1]}, which is not a tensor or plain container"
             if unknown
             else type(error).__name__
         )
@@ -147,9 +153,9 @@ def torch_tensors(values: Mapping[str, Any], path: pathlib.Path) -> dict[str, Te
 
     def tensor(key: str, value: Any) -> Tensor:
         if not isinstance(value, torch.Tensor):
-            raise UserError(f"{path}: {key} is no tensor but a {type(value).__name__}")
+            raise UserError(f"{path}: {key} is of type {type(value).__name__}, not a tensor")
         value = value.detach()
-        # NumPy has no bfloat16 of its own, so its bits travel as integers.
+        # torch cannot convert bfloat16 to NumPy, so its bits are viewed as integers.
         half = value.dtype == torch.bfloat16
         try:
             dtype = (
@@ -177,7 +183,8 @@ def _read_safetensors(path: pathlib.Path) -> dict[str, Tensor]:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, MAX_HEADER):
             raise UserError(
-                f"{path} is no safetensors file, or is cut off in its header ({size} bytes): copy it again"
+                f"{path} is not a safetensors file, or ends within its header ({size} bytes): copy "
+                "it again"
             )
         try:
             header = json.loads(file.read(length))
@@ -189,35 +196,38 @@ def _read_safetensors(path: pathlib.Path) -> dict[str, Tensor]:
             raise UserError(
                 f"{path} has a damaged safetensors header ({error}): copy it again"
             ) from error
-    start, end = 8 + length, 0
+    start = 8 + length
+    end = 0
+    tensors: dict[str, Tensor] = {}
     for key, (dtype, shape, first, last) in sorted(entries.items(), key=lambda item: item[1][2:]):
         if dtype is None:
             raise UserError(
-                f"{path}: {key} has dtype {header[key]['dtype']}, which is not one of {', '.join(DTYPES)}"
+                f"{path}: {key} has dtype {header[key]['dtype']}, which is not one of "
+                f"{', '.join(DTYPES)}"
             )
+        read = _reader(path, key, shape, dtype, start + first)
+        tensors[key] = Tensor(key, shape, dtype, path, read)
         if first != end or last - first != math.prod(shape) * dtype.itemsize:
             raise UserError(
-                f"{path}: the place of {key} does not agree with its shape {shape}: copy the file again"
+                f"{path}: the offsets of {key} do not match its shape {shape}: copy the file again"
             )
         end = last
         if start + end > size:
             raise UserError(
-                f"{path} is cut off: {key} ends at byte {start + end}, the file at {size}: copy it again"
+                f"{path} is cut off: {key} ends at byte {start + end}, the file at {size}: copy it "
+                "again"
             )
     if start + end != size:
         raise UserError(
             f"{path} has {size - start - end} bytes after its last tensor: copy it again"
         )
-    return {
-        key: Tensor(key, shape, dtype, path, _reader(path, key, shape, dtype, start + first))
-        for key, (dtype, shape, first, _) in entries.items()
-    }
+    return {key: tensors[key] for key in entries}  # in the header's order
 
 
 def _place(
     dtype: str, shape: list[int], first: int, last: int
 ) -> tuple[np.dtype | None, tuple[int, ...], int, int]:
-    """Parse one entry of a header; ValueError or TypeError for anything else."""
+    """Parse one entry of a header; ValueError or TypeError for an invalid one."""
     if not all(type(n) is int and n >= 0 for n in (*shape, first, last)):
         raise ValueError(f"shape {shape}, data_offsets {[first, last]}")
     return DTYPES.get(dtype), tuple(shape), first, last
@@ -228,7 +238,7 @@ def _reader(
 ) -> Callable[[], np.ndarray]:
     def read() -> np.ndarray:
         array = np.empty(math.prod(shape), dtype)
-        view = memoryview(array.view(np.uint8))
+        view = array.view(np.uint8).data
         handle = os.open(path, os.O_RDONLY)
         try:
             done = 0
@@ -245,8 +255,9 @@ def _reader(
 
 
 def cast(name: str, values: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Cast `values`, rounding to nearest where `dtype` is narrower. UserError for a number that is
-    too large for it.
+    """Cast `values` to `dtype`, rounding to nearest.
+
+    Raises UserError, naming `name`, for a finite value that becomes infinite.
     """
     if values.dtype == dtype:
         return values
@@ -263,10 +274,11 @@ def cast(name: str, values: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 
 class ShardedWriter:
-    """Writes tensors, in any order, into safetensors files under `directory`: STEM.safetensors, or
-    with more than `max_shard_bytes` STEM-00001-of-0000N.safetensors and
-    STEM.safetensors.index.json. All files have their full size from the start, so that a disk too
-    small is found before anything is computed.
+    """Write tensors, in any order, to safetensors files under `directory`.
+
+    The file is STEM.safetensors; more than `max_shard_bytes` become
+    STEM-00001-of-0000N.safetensors and STEM.safetensors.index.json. All files are allocated at full
+    size first, so that a full disk is an error before anything is computed.
     """
 
     def __init__(
@@ -311,7 +323,7 @@ class ShardedWriter:
     ) -> None:
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         end = 0
-        # Wide dtypes first: every tensor is then aligned to its items.
+        # Wide dtypes first, so that every tensor is aligned to its item size.
         ordered = sorted(tensors.items(), key=lambda item: -np.dtype(item[1][1]).itemsize)
         for key, (shape, dtype) in ordered:
             first, end = end, end + math.prod(shape) * np.dtype(dtype).itemsize
@@ -331,29 +343,32 @@ class ShardedWriter:
             self._offsets[key] = (handle, offset, tuple(shape), np.dtype(dtype))
 
     def write(self, key: str, array: np.ndarray) -> None:
+        """Write a whole tensor; ValueError unless its shape and dtype are those announced."""
         handle, offset, shape, dtype = self._offsets[key]
         if array.shape != shape or array.dtype != dtype:
             raise ValueError(f"{key}: {array.dtype} {array.shape} given, {dtype} {shape} announced")
-        _write(handle, memoryview(contiguous(array).reshape(-1).view(np.uint8)), offset)
+        _write(handle, contiguous(array).reshape(-1).view(np.uint8).data, offset)
         self._missing.discard(key)
 
     def write_rows(self, key: str, rows: np.ndarray, first: int) -> None:
-        """Write rows of a tensor from number `first` on. They come in order: the last completes the
-        tensor.
+        """Write rows of a tensor, from row `first`, in order: the last row completes it.
+
+        Raises ValueError unless shape and dtype are those announced.
         """
         handle, offset, shape, dtype = self._offsets[key]
         end = first + len(rows)
         if rows.shape[1:] != shape[1:] or rows.dtype != dtype or end > shape[0]:
             raise ValueError(
-                f"{key}: {rows.dtype} {rows.shape} given from row {first} on, {dtype} {shape} announced"
+                f"{key}: {rows.dtype} {rows.shape} given from row {first}, "
+                f"{dtype} {shape} announced"
             )
         offset += first * math.prod(shape[1:]) * dtype.itemsize
-        _write(handle, memoryview(contiguous(rows).reshape(-1).view(np.uint8)), offset)
+        _write(handle, contiguous(rows).reshape(-1).view(np.uint8).data, offset)
         if end == shape[0]:
             self._missing.discard(key)
 
     def close(self) -> None:
-        """Close the files. Raises ValueError where an announced tensor was never written."""
+        """Close the files; ValueError if an announced tensor was not written."""
         for handle in self._handles:
             os.close(handle)
         self._handles.clear()
@@ -361,7 +376,7 @@ class ShardedWriter:
             raise ValueError(f"never written: {sorted(self._missing)[:3]}")
 
     def abort(self) -> None:
-        """Close the files, which whoever made the directory removes."""
+        """Close the incomplete files; the caller removes them with their directory."""
         self._missing.clear()
         self.close()
 
@@ -373,7 +388,7 @@ def _write(handle: int, data: bytes | memoryview, offset: int) -> None:
 
 
 def _cut(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
-    """Split names in order into shards, none larger than `limit` unless it is a single tensor."""
+    """Split names in order into shards of at most `limit` bytes, or of a single tensor."""
     shards: list[list[str]] = [[]]
     room = limit
     for key, size in sizes.items():

@@ -1,18 +1,19 @@
-"""Write the text tokenizer's files of an exported directory: those this package reads back, and
-those Hugging Face's `AutoTokenizer` loads.
+"""Write the text tokenizer's files of an export, for this package and for `AutoTokenizer`.
 
-tokenizer.json             byte-level BPE: what is read back. SentencePiece: rebuilt from the model, where that is exact
-tokenizer.model            SentencePiece: what is read back
-tokenizer_config.json, special_tokens_map.json      the class, the end and pad tokens; only beside a tokenizer.json
+tokenizer.json             byte-level BPE: read by this package and Hugging Face. SentencePiece:
+                           for Hugging Face, rebuilt from the model if that is exact
+tokenizer.model            SentencePiece: read by this package
+tokenizer_config.json,     the class, the end and pad tokens; only with a tokenizer.json
+special_tokens_map.json
 
-Ids from Hugging Face are those of this package with one difference: it reads special tokens,
-`<|im_end|>` for one, out of any text, and `TextTokenizer.encode` never does.
+Hugging Face's ids equal those of this package with one difference: it encodes special tokens such
+as `<|im_end|>` in any text as such, and `TextTokenizer.encode` never does.
 
-Rebuilding a SentencePiece model of type bpe: SentencePiece joins the two neighbours whose union is
-the piece of the highest score, so the list of merges is every cut of every piece into two pieces,
-ordered by the piece's score. Cuts of one piece share its score, and there SentencePiece takes the
-leftmost in the text while a list must have an order, so the result is compared with the original,
-and not written where it differs.
+A SentencePiece model of type bpe is rebuilt as a list of merges. SentencePiece joins the two
+neighbours whose union is the piece with the highest score, so the merges are all splits of all
+pieces into two, ordered by the piece's score. Splits of one piece have equal scores: SentencePiece
+then takes the leftmost in the text, which no order of the list expresses. So the result is compared
+with the original and not written if it differs.
 """
 
 import json
@@ -43,12 +44,12 @@ def write_text_files(
     image_tokens: bool,
     template: TemplateConfig | None = None,
 ) -> list[str]:
-    """Write the files into `directory` and return notes, a line each, for whoever exports.
+    """Write the files to `directory` and return notes for the user, a line each.
 
-    image_tokens: tokenizer.json also gets `<im_start>`, `<im_end>`, `<S0>` .., `<I0>` .. at the ids
-    of `vocabulary` (those in the tokenizer's own file stay in either case). template: with it and
-    the image tokens, tokenizer_config.json gets a chat template which makes of a user's message,
-    the caption, what `text_to_image_prompt` makes of it at pool scale 1.
+    With `image_tokens`, tokenizer.json also has `<im_start>`, `<im_end>`, `<S0>` .., `<I0>` .. at
+    the ids of `vocabulary` (those in the tokenizer's file stay in either case). With `template` and
+    image tokens, tokenizer_config.json has a chat template that formats a user's message, the
+    caption, as `text_to_image_prompt` does at pool scale 1.
     """
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer = vocabulary.tokenizer
@@ -66,16 +67,17 @@ def write_text_files(
         why = "; ".join(problems)
         if isinstance(tokenizer, SentencePieceTokenizer):
             return [
-                f"{BPE_FILE} was not written, since Hugging Face's tokenizers would not read the same ({why}): use "
-                f"{SENTENCEPIECE_FILE} with the sentencepiece library, and no AutoTokenizer"
+                f"{BPE_FILE} was not written, since Hugging Face's tokenizers would return other "
+                f"ids ({why}): use {SENTENCEPIECE_FILE} with the sentencepiece library instead of "
+                "AutoTokenizer"
             ]
         notes = [
-            f"Hugging Face's tokenizers read other ids from {BPE_FILE} than blip3o_jax does: {why}"
+            f"Hugging Face's tokenizers return other ids with {BPE_FILE} than blip3o_jax: {why}"
         ]
     else:
         notes = [
-            f"a text that spells a special token ({END_OF_TURN}) gives its id in Hugging Face's tokenizers, and the ids of its "
-            "characters in blip3o_jax"
+            f"Hugging Face's tokenizers encode a special token ({END_OF_TURN}) in a text as its "
+            "id, blip3o_jax as its characters"
         ]
     (directory / BPE_FILE).write_text(json.dumps(contents, ensure_ascii=False), encoding="utf-8")
     _write_config(directory, contents["added_tokens"], template if image_tokens else None)
@@ -92,9 +94,8 @@ def _write_config(
         if token["special"] and token["content"] not in ends.values()
     ]
     special = ends | {"additional_special_tokens": others}
-    # Not Qwen2TokenizerFast: that builds its own normaliser and splitting into words, this takes
-    # the file's.
-    settings = {
+    # Qwen2TokenizerFast would replace the file's normaliser and pre-tokenizer by its own.
+    settings: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
         **special,
@@ -113,7 +114,7 @@ def _added_token(name: str, token_id: int, *, special: bool) -> dict[str, Any]:
 
 
 def _image_tokens(vocabulary: Vocabulary) -> list[dict[str, Any]]:
-    """Return the image tokens that the tokenizer itself lacks: all or none."""
+    """Return the image tokens that the tokenizer lacks: all or none."""
     if IMAGE_START in vocabulary.tokenizer.specials:
         return []
     names = {
@@ -125,21 +126,20 @@ def _image_tokens(vocabulary: Vocabulary) -> list[dict[str, Any]]:
 
 
 def _sentencepiece_contents(tokenizer: SentencePieceTokenizer) -> tuple[dict[str, Any], list[str]]:
-    """Return (tokenizer.json's contents, why there can be none)."""
+    """Return (tokenizer.json's contents, reasons why it cannot be built)."""
     try:
-        from sentencepiece import sentencepiece_model_pb2
-    except (
-        Exception
-    ) as error:  # with a protobuf older than sentencepiece's this is an error of protobuf's own
-        return {}, [f"the model cannot be looked into without a newer protobuf: {error}"]
+        from sentencepiece import sentencepiece_model_pb2 as module
+    except Exception as error:  # protobuf raises its own error if older than sentencepiece's
+        return {}, [f"reading the model needs a newer protobuf: {error}"]
     import tokenizers as hf
 
+    sentencepiece_model_pb2: Any = module  # protobuf adds the classes when it is imported
     model = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.proto)
     if problems := _unsupported_by_bpe(model):
         return {}, problems
     kinds = sentencepiece_model_pb2.ModelProto.SentencePiece
     vocab = {piece.piece: i for i, piece in enumerate(model.pieces)}
-    # Control, unknown and byte pieces are never joined from characters, whatever they spell.
+    # Control, unknown and byte pieces are never the result of a merge.
     normal = {piece.piece: piece.score for piece in model.pieces if piece.type == kinds.NORMAL}
     merges = [
         (piece[:cut], piece[cut:])
@@ -165,26 +165,26 @@ def _sentencepiece_contents(tokenizer: SentencePieceTokenizer) -> tuple[dict[str
 
 
 def _unsupported_by_bpe(model: Any) -> list[str]:
-    """Return what this `ModelProto` does that a list of merges does not."""
+    """Return the features of a `ModelProto` that a list of merges cannot express."""
     trainer, normalizer, kinds = model.trainer_spec, model.normalizer_spec, model.SentencePiece
     problems = []
     if trainer.model_type != trainer.BPE:
-        # Unigram too: which of two cuts wins hangs on the rounding of sums of scores.
+        # Unigram is unsupported too: the choice of a split depends on the rounding of score sums.
         problems.append(
             f"it is of type {trainer.ModelType.Name(trainer.model_type).lower()}, not bpe"
         )
     if normalizer.precompiled_charsmap:
         problems.append(f"it normalises characters (rule {normalizer.name or 'unnamed'})")
     if model.denormalizer_spec.precompiled_charsmap:
-        problems.append("it changes characters of the text it gives back (denormalizer_spec)")
+        problems.append("it changes characters of decoded text (denormalizer_spec)")
     if normalizer.remove_extra_whitespaces:
-        problems.append("it removes blanks (remove_extra_whitespaces)")
+        problems.append("it removes spaces (remove_extra_whitespaces)")
     if normalizer.add_dummy_prefix:
-        # The ids could be had; not the text, from which SentencePiece takes the blank off after
-        # every special token.
-        problems.append("it adds a blank before a text (add_dummy_prefix)")
+        # The ids can be reproduced, but not the text: SentencePiece removes the space after every
+        # special token.
+        problems.append("it adds a space before a text (add_dummy_prefix)")
     if not normalizer.escape_whitespaces:
-        problems.append("it keeps blanks as they are (escape_whitespaces)")
+        problems.append("it does not escape spaces (escape_whitespaces)")
     for kind in (kinds.USER_DEFINED, kinds.UNUSED):
         if pieces := [piece.piece for piece in model.pieces if piece.type == kind]:
             problems.append(
@@ -194,17 +194,14 @@ def _unsupported_by_bpe(model: Any) -> list[str]:
 
 
 def _differences(tokenizer: TextTokenizer, contents: dict[str, Any]) -> list[str]:
-    """Return the first text that Hugging Face's tokenizers read differently from `contents`, if
-    any.
-    """
+    """Return a line on the first text that Hugging Face's tokenizers encode differently."""
     import tokenizers as hf
 
     built = hf.Tokenizer.from_str(json.dumps(contents))
-    for token in contents[
-        "added_tokens"
-    ]:  # the library numbers them itself, in order, and does not look at "id"
-        if (found := built.token_to_id(token["content"])) != token["id"]:
-            return [f"{token['content']} has id {token['id']} here and {found} there"]
+    # The library numbers added tokens in order and ignores "id".
+    for token in contents["added_tokens"]:
+        if (token_id := built.token_to_id(token["content"])) != token["id"]:
+            return [f"{token['content']} has id {token['id']} here and {token_id} there"]
     pieces = []
     if isinstance(tokenizer, SentencePieceTokenizer):
         hidden = set(tokenizer.specials.values())
@@ -226,9 +223,7 @@ def _differences(tokenizer: TextTokenizer, contents: dict[str, Any]) -> list[str
 
 
 def _test_texts(pieces: list[str]) -> list[str]:
-    """Return a few hundred texts, the same each time: characters and words in random order, and
-    concatenated random `pieces`.
-    """
+    """Return a few hundred fixed texts of random characters, words and `pieces`."""
     draw = random.Random(0)
     template = TemplateConfig()
     words = [
@@ -261,8 +256,9 @@ def _test_texts(pieces: list[str]) -> list[str]:
 
 
 def _chat_template(template: TemplateConfig) -> str:
-    """Return a Jinja template over messages of a role and a text. A first message of role "system"
-    replaces the template's own.
+    """Return a Jinja template over messages with a role and a text.
+
+    A first message of role "system" replaces the template's system message.
     """
 
     def quoted(text: str) -> str:

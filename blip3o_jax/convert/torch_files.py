@@ -1,14 +1,14 @@
-"""The stock PyTorch modules of a source, filled by PyTorch's own loaders: `from_pretrained` where a
-directory is one that a stock class saves, else the files that transformers finds, through
-`safetensors` and `torch.load`.
+"""Load a source's weights into stock PyTorch modules with PyTorch's own loaders.
 
-Nothing of tensor_files.py and weight_files.py reads a weight here, so that a fault in those shows
-in a comparison. Modules are made from the files' own config.json where there is one. Needs the
-extra [convert].
+A directory that a stock class saved is loaded by `from_pretrained`; other files that transformers
+finds are loaded by `safetensors` and `torch.load`. tensor_files.py and weight_files.py do not read
+weights here, so that an error in them shows in a comparison. Modules are built from the files'
+config.json if there is one. Needs the extra [convert].
 """
 
 import contextlib
 import dataclasses
+import functools
 import json
 import pathlib
 import warnings
@@ -31,8 +31,10 @@ from blip3o_jax.parts import resolve, settings_of
 
 
 def load_torch(source: Source, parts: Sequence[str]) -> torch_model.Blip3o:
-    """Return the stock modules of `parts` with the weights of the files, in float32. UserError
-    where the libraries do not load them, or load other tensors than the class has."""
+    """Return the stock modules of `parts` with the files' weights, in float32.
+
+    Raises UserError when the libraries do not load them, or load other tensors than the class has.
+    """
     cfg = source.config.model
     rows = source.tensors["ar"][EMBEDDINGS].shape[0] if "ar" in parts else cfg.ar.vocab_size
     cfg = dataclasses.replace(cfg, ar=dataclasses.replace(cfg.ar, vocab_size=rows, spare_rows=0))
@@ -40,7 +42,8 @@ def load_torch(source: Source, parts: Sequence[str]) -> torch_model.Blip3o:
 
 
 def _load_part(part: str, cfg: ModelConfig, source: Source) -> torch.nn.Module:
-    module, missing = None, set[str]()
+    module: torch.nn.Module | None = None
+    missing: set[str] = set()
     with _silence_warnings():
         for weight_source in source.weight_sources:
             if weight_source.prefix not in ("", PREFIXES[part]):
@@ -60,7 +63,8 @@ def _load_part(part: str, cfg: ModelConfig, source: Source) -> torch.nn.Module:
     missing -= set(conversion_of(part, cfg).buffers(settings_of(part, cfg)))
     if module is None or missing:
         raise UserError(
-            f"{source.weight_sources[-1].path}: PyTorch finds no {PREFIXES[part]}{min(missing, default='*')} there"
+            f"{source.weight_sources[-1].path}: PyTorch finds no "
+            f"{PREFIXES[part]}{min(missing, default='*')} there"
         )
     return module.float().eval()
 
@@ -68,7 +72,7 @@ def _load_part(part: str, cfg: ModelConfig, source: Source) -> torch.nn.Module:
 def _from_transformers(
     weight_source: WeightSource, source: Source
 ) -> tuple[torch.nn.Module, set[str]]:
-    """Load the AR; a BLIP3o-NEXT directory holds the other parts' tensors beside it."""
+    """Load the AR; a BLIP3o-NEXT directory also holds the other parts' tensors."""
     cls = _stock_class("ar", source)
     config = cls.config_class.from_json_file(weight_source.path / "config.json")
     return _from_pretrained(
@@ -90,8 +94,10 @@ def _stock_class(part: str, source: Source) -> Any:
 def _from_diffusers(
     part: str, weight_source: WeightSource, source: Source
 ) -> tuple[torch.nn.Module, set[str]]:
-    """Return a part and the names it still lacks: all, for a directory that holds its configuration
-    alone. Wrapped names, which `from_pretrained` does not know, are loaded without their wrappers.
+    """Return a part and the names of its missing tensors.
+
+    All are missing for a directory with a configuration only. Wrapped names, which
+    `from_pretrained` does not support, are loaded without their wrappers.
     """
     cls = _stock_class(part, source)
     if weight_source.weights is None or weight_source.is_wrapped:
@@ -110,18 +116,20 @@ def _from_diffusers(
 
 
 def _from_pretrained(
-    weight_source: WeightSource, load: Callable[..., tuple[Any, dict[str, Any]]]
+    weight_source: WeightSource, load: Callable[..., Any]
 ) -> tuple[torch.nn.Module, set[str]]:
-    """Return the module that a stock class loads and the names that its files lack. A tied head
-    that is missing is tied there.
+    """Return the module that a stock class loads and the names that its files lack.
+
+    The class ties a missing tied head itself.
     """
+    assert weight_source.weights is not None  # the caller handles a configuration alone
     try:
         module, info = load(
             variant=weight_source.weights.variant or None,
             local_files_only=True,
             output_loading_info=True,
         )
-    except Exception as error:  # the libraries raise OSError, ValueError, RuntimeError, KeyError, SafetensorError, ...
+    except Exception as error:  # OSError, ValueError, RuntimeError, KeyError, SafetensorError, ...
         raise UserError(
             f"{weight_source.path}: PyTorch's loader refuses it: {first_line(error)[:300]}"
         ) from error
@@ -132,9 +140,7 @@ def _from_pretrained(
 
 
 def _state(part: str, weight_source: WeightSource, source: Source) -> Mapping[str, torch.Tensor]:
-    """Return the tensors of a part by the stock module's names, out of files that hold other parts
-    too.
-    """
+    """Return the tensors of a part by the stock module's names; other parts are skipped."""
     prefix = PREFIXES[part].removeprefix(weight_source.prefix)
     others = tuple(
         other
@@ -155,9 +161,7 @@ def _state(part: str, weight_source: WeightSource, source: Source) -> Mapping[st
 
 
 def _tensors(weight_source: WeightSource) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
-    """Yield the names in the files that the library finds, each with the function that reads its
-    tensor.
-    """
+    """Yield (name, function that reads the tensor) of the files that the library finds."""
     for file in _files(weight_source):
         if file.suffix != ".safetensors":
             is_ta_tok = (
@@ -168,18 +172,23 @@ def _tensors(weight_source: WeightSource) -> Iterator[tuple[str, Callable[[], to
                 if is_ta_tok
                 else torch.load(file, map_location="cpu", weights_only=True)
             )
-            yield from ((name, lambda tensor=tensor: tensor) for name, tensor in state.items())
+            yield from ((name, functools.partial(_identity, x)) for name, x in state.items())
             continue
         with safetensors.safe_open(file, "pt") as opened:
-            for name in opened.keys():  # noqa: SIM118 (it is no mapping)
-                yield name, lambda name=name, opened=opened: opened.get_tensor(name)
+            for name in opened.keys():  # noqa: SIM118 (`opened` is not iterable)
+                yield name, functools.partial(opened.get_tensor, name)
+
+
+def _identity(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
 
 
 def _files(weight_source: WeightSource) -> list[pathlib.Path]:
-    """Return one file, or those that the library would read of a directory."""
+    """Return the given file, or those that the library reads in a directory."""
     if weight_source.path.is_file():
         return [weight_source.path]
-    if weight_source.library == "diffusers":  # its index or its one file, as `find_weights` has it
+    assert weight_source.weights is not None  # a configuration alone has no tensors to read
+    if weight_source.library == "diffusers":  # the index or single file of `find_weights`
         found = weight_source.weights.file
         if not weight_source.weights.is_index:
             return [found]
@@ -203,7 +212,7 @@ def _files(weight_source: WeightSource) -> list[pathlib.Path]:
         raise UserError(
             f"{weight_source.path}: transformers finds no weights: {first_line(error)[:300]}"
         ) from error
-    return [pathlib.Path(file) for file in files]
+    return [pathlib.Path(file) for file in files or ()]
 
 
 def _fill(
@@ -213,12 +222,11 @@ def _fill(
     *,
     tied: bool,
 ) -> set[str]:
-    """Load `state` into a module and return the names it had. UserError for one that the module
-    does not know."""
+    """Load `state` into a module and return its names; UserError for an unknown name."""
     state = dict(state) | ({HEAD: state[EMBEDDINGS]} if tied and EMBEDDINGS in state else {})
     try:
         found = module.load_state_dict(state, strict=False)
-    except RuntimeError as error:  # shapes
+    except RuntimeError as error:  # another shape
         raise UserError(
             f"{weight_source.path}: PyTorch does not load it: {first_line(error)[:300]}"
         ) from error
@@ -229,9 +237,7 @@ def _fill(
 
 @contextlib.contextmanager
 def _silence_warnings() -> Iterator[None]:
-    """Silence the libraries' warnings about other parts' tensors and old keys, and their progress
-    bars.
-    """
+    """Silence the libraries' progress bars and warnings on other parts' tensors and old keys."""
     loggers = (transformers.utils.logging, diffusers.utils.logging)
     levels = [logger.get_verbosity() for logger in loggers]
     bars = [logger.is_progress_bar_enabled() for logger in loggers]

@@ -1,8 +1,8 @@
-"""Build the model from the stock PyTorch classes, which `convert verify`, `bench peer` and the
-parity tests compare with.
+"""Build the model from the stock PyTorch classes, for comparison.
 
-Needs the extra [convert]. Keys of the parts' state dicts are the published ones without their outer
-prefix. Images and latents are [B, C, H, W], as those classes have them.
+`convert verify`, `bench peer` and the parity tests use it. Needs the extra [convert]. Keys of the
+parts' state dicts are the published ones without the part's prefix. Images and latents are
+[B, C, H, W].
 
 Legend: B batch, L row length, N image tokens, T condition tokens (N + 1), D width, C channels, K
 codes, V vocabulary.
@@ -34,7 +34,7 @@ from blip3o_jax.parts import PART_TABLE, resolve, settings_of
 
 
 class Quantised(NamedTuple):
-    """As `image_tokens.simvq.Quantised`."""
+    """Hold the quantised vectors and training terms of `image_tokens.simvq.Quantised`."""
 
     codes_BND: torch.Tensor  # straight-through, float32
     ids_BN: torch.Tensor  # int64
@@ -44,12 +44,18 @@ class Quantised(NamedTuple):
 
 
 class TaTok(torch.nn.Module):
-    """The vision tokenizer: stock SigLIP and Siglip2 around a bottleneck (`image_tokens.ta_tok`,
-    which has the equations).
+    """Encode and decode images: stock SigLIP and Siglip2 around a bottleneck.
 
-    The codebook works in float32 whatever the weights' dtype, since neighbouring codes differ by
-    less than bfloat16 resolves.
+    `image_tokens.ta_tok` has the equations. The codebook computes in float32 for every dtype of the
+    weights, since the differences of neighbouring codes are below bfloat16's resolution.
     """
+
+    # torch.nn.Module's `__getattr__` would type submodules as `Tensor | Module`.
+    encoder: Any
+    encode_task_layer: Any
+    bottleneck: Any
+    decoder: Any
+    decode_task_layer: Any
 
     def __init__(self, cfg: TaTokConfig):
         super().__init__()
@@ -60,10 +66,8 @@ class TaTok(torch.nn.Module):
         )
         self.encode_task_layer = torch.nn.Sequential(linear(d, d), tanh)
         self.bottleneck = torch.nn.Module()
-        self.bottleneck.in_linear, self.bottleneck.out_linear = (
-            linear(d, d_code),
-            linear(d_code, d_code),
-        )
+        self.bottleneck.in_linear = linear(d, d_code)
+        self.bottleneck.out_linear = linear(d_code, d_code)
         self.bottleneck.regularizer = torch.nn.Module()
         self.bottleneck.regularizer.embedding = torch.nn.Embedding(cfg.codebook_size, d_code)
         self.bottleneck.regularizer.embedding_proj = linear(d_code, d_code)
@@ -78,11 +82,13 @@ class TaTok(torch.nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
+        """Return the weights' dtype."""
         return self.encode_task_layer[0].weight.dtype
 
     def features(self, x_BCHW: torch.Tensor, scale: int | None = None) -> torch.Tensor:
-        """Images [B, 3, H, W] in [-1, 1] to pooled SigLIP2 features [B, N, D], float32, without
-        gradient. Later layers than the selected one are not run.
+        """Return pooled SigLIP2 features [B, N, D], float32, of images in [-1, 1].
+
+        They have no gradient. Layers after the selected one are not run.
         """
         depth = self.cfg.encoder.num_hidden_layers + 1 + self.cfg.select_layer
         x_BND = self.encoder.embeddings(x_BCHW.to(self.dtype))
@@ -93,14 +99,13 @@ class TaTok(torch.nn.Module):
         return F.avg_pool2d(x_BDHW, scale or self.cfg.pool_scale).flatten(2).transpose(1, 2)
 
     def encode(self, x_BCHW: torch.Tensor, scale: int | None = None) -> torch.Tensor:
-        """Images [B, 3, H, W] in [-1, 1] to codebook indices [B, N], int64: always the best code."""
+        """Encode images in [-1, 1] to the best codebook indices [B, N], int64."""
         return self._scores(self._to_codes(self.features(x_BCHW, scale)), self.table()).argmax(-1)
 
     def quantise(self, features_BND: torch.Tensor) -> Quantised:
-        """Pooled features to codes with straight-through gradients, indices and the codebook's
-        training terms.
-        """
-        z_BND, table_KD = self._to_codes(features_BND), self.table()
+        """Quantise pooled features [B, N, D] for training."""
+        z_BND = self._to_codes(features_BND)
+        table_KD = self.table()
         scores_BNK = self._scores(z_BND, table_KD)
         ids_BN = scores_BNK.argmax(-1)
         codes_BND = table_KD[ids_BN]
@@ -114,7 +119,7 @@ class TaTok(torch.nn.Module):
         )
 
     def reconstruct(self, codes_BND: torch.Tensor) -> torch.Tensor:
-        """Codes of a square token grid to SigLIP2 features [B, N, D], float32."""
+        """Decode codes of a square token grid to SigLIP2 features [B, N, D], float32."""
         batch, tokens = codes_BND.shape[:2]
         side = math.isqrt(tokens)
         x_BND = self.decoder.vision_model(
@@ -125,11 +130,11 @@ class TaTok(torch.nn.Module):
         return self.decode_task_layer(x_BND).float()
 
     def decode(self, ids_BN: torch.Tensor) -> torch.Tensor:
-        """Indices to SigLIP2 features [B, N, D], float32."""
+        """Decode indices [B, N] to SigLIP2 features [B, N, D], float32."""
         return self.reconstruct(self.table()[ids_BN])
 
     def table(self) -> torch.Tensor:
-        """The codes in use [K, D], float32."""
+        """Return the codes [K, D], float32."""
         codebook = self.bottleneck.regularizer
         projection = codebook.embedding_proj
         return self._normalise(
@@ -148,13 +153,13 @@ class TaTok(torch.nn.Module):
         return F.normalize(x, dim=-1) if self.cfg.l2_normalized else x
 
     def _scores(self, z_BND: torch.Tensor, table_KD: torch.Tensor) -> torch.Tensor:
-        """The cosine, or the negative squared distance without the |z|^2 that all codes share."""
+        """Return the cosine, or the negative squared distance without the constant |z|^2."""
         dot_BNK = z_BND @ table_KD.T
         return dot_BNK if self.cfg.l2_normalized else 2 * dot_BNK - table_KD.square().sum(-1)
 
 
 class Connector(torch.nn.Sequential):
-    """Linear, GELU (tanh form), Linear, RMSNorm: keys 0, 2 and 3."""
+    """Apply Linear, GELU (tanh form), Linear, RMSNorm: keys 0, 2 and 3."""
 
     def __init__(self, cfg: ConnectorConfig, d_in: int, d_out: int):
         norm = torch.nn.RMSNorm(d_out, eps=cfg.rms_norm_eps)
@@ -168,7 +173,7 @@ class Connector(torch.nn.Sequential):
         self.positions = cfg.positions
 
     def forward(self, hidden_BTD: torch.Tensor, keep_B: torch.Tensor | None = None) -> torch.Tensor:
-        """[B, T, d_in] to [B, T, d_out]; rows that are not kept enter as zeros."""
+        """Map [B, T, d_in] to [B, T, d_out]; rows with `keep_B` False have zeros for input."""
         if self.positions:
             hidden_BTD = hidden_BTD + sinusoids(*hidden_BTD.shape[1:]).to(hidden_BTD)
         if keep_B is not None:
@@ -177,8 +182,9 @@ class Connector(torch.nn.Sequential):
 
 
 def sinusoids(length: int, dim: int) -> torch.Tensor:
-    """Return sines, then cosines, of the positions 0 .. length - 1, [length, dim], float32; a last
-    odd column is 0.
+    """Return sinusoidal position embeddings [length, dim], float32: sines, then cosines.
+
+    An odd last column is 0.
     """
     half = dim // 2
     angles = np.outer(np.arange(length), 10000.0 ** (-np.arange(half) / half))
@@ -187,10 +193,12 @@ def sinusoids(length: int, dim: int) -> torch.Tensor:
 
 
 def siglip_config(cfg: SiglipVisionConfig) -> transformers.SiglipVisionConfig:
+    """Return the stock configuration of the vision encoder."""
     return transformers.SiglipVisionConfig(**_stock_fields(cfg))
 
 
 def ta_tok_decoder_config(cfg: TaTokConfig) -> transformers.Siglip2VisionConfig:
+    """Return the stock configuration of TA-Tok's decoder."""
     return transformers.Siglip2VisionConfig(
         patch_size=1, num_channels=cfg.bottleneck_dim, **_stock_fields(cfg.decoder)
     )
@@ -203,9 +211,7 @@ def _stock_fields(cfg: Any) -> dict[str, Any]:
 
 
 def _vision_transformer(model: torch.nn.Module) -> torch.nn.Module:
-    """Return the vision transformer, which the first releases of transformers 5 have one attribute
-    deeper.
-    """
+    """Return the vision transformer; early releases of transformers 5 have it as an attribute."""
     return getattr(model, "vision_model", model)
 
 
@@ -216,12 +222,12 @@ def part(
     device: torch.device | str | None = None,
     attn_implementation: str = "sdpa",
 ) -> torch.nn.Module:
-    """Return one part with the sizes of `cfg`, freshly initialised, in float32 and eval mode, on
-    `device` (the CPU by default).
+    """Return one part with the sizes of `cfg`, initialised, in float32 and eval mode.
 
-    `name` is one of `PUBLISHED_PARTS`, or "latent_connector" or "feature_connector" (those of editing). The
-    AR has `cfg.ar.vocab_size` rows, without padding; `attn_implementation` ("sdpa" or "eager") is
-    its own alone.
+    `name` is one of `PUBLISHED_PARTS`, or editing's "latent_connector" or "feature_connector".
+    `device` is the CPU by default. The AR has `cfg.ar.vocab_size` rows, without padding;
+    `attn_implementation` ("sdpa" or "eager") applies to the AR only. Raises ValueError for an
+    unknown name.
     """
     if name not in PREFIXES:
         raise ValueError(f"there is no part {name!r}: use one of {', '.join(PREFIXES)}")
@@ -240,16 +246,25 @@ def part(
         return cls(*positional).eval()
 
 
-def scheduler(cfg: FlowConfig) -> diffusers.FlowMatchEulerDiscreteScheduler:
+def scheduler(cfg: FlowConfig) -> Any:
+    """Return the stock `FlowMatchEulerDiscreteScheduler`, which diffusers does not type."""
     return diffusers.FlowMatchEulerDiscreteScheduler(
         num_train_timesteps=cfg.num_train_timesteps, shift=cfg.shift
     )
 
 
 class Blip3o(torch.nn.Module):
-    """The parts together, as `blip3o.Blip3o` has them. `parts` is {name of `PUBLISHED_PARTS`: module}; a
-    method needs those it uses.
+    """Run the parts together, as `blip3o.Blip3o` does.
+
+    `parts` is {name of `PUBLISHED_PARTS`: module}; methods require the parts that they use.
     """
+
+    # torch.nn.Module's `__getattr__` would type submodules as `Tensor | Module`.
+    tokenizer: Any
+    ar: Any
+    connector: Any
+    dit: Any
+    vae: Any
 
     def __init__(self, cfg: ModelConfig, parts: Mapping[str, torch.nn.Module]):
         super().__init__()
@@ -258,12 +273,12 @@ class Blip3o(torch.nn.Module):
         self.cfg = cfg
 
     def codes(self, x_BCHW: torch.Tensor) -> torch.Tensor:
-        """Images in [-1, 1] at the tokenizer's size -> codebook indices [B, N]."""
+        """Encode images in [-1, 1] at the tokenizer's size to codebook indices [B, N]."""
         with torch.no_grad():
             return self.tokenizer.encode(x_BCHW)
 
     def latents(self, x_BCHW: torch.Tensor) -> torch.Tensor:
-        """Images in [-1, 1] at the target size -> scaled latents, float32."""
+        """Encode images in [-1, 1] at the target size to scaled latents, float32."""
         with torch.no_grad():
             return (
                 self.vae.encode(x_BCHW.to(self.vae.dtype)).latent.float()
@@ -271,7 +286,7 @@ class Blip3o(torch.nn.Module):
             )
 
     def pixels(self, z_BCHW: torch.Tensor) -> torch.Tensor:
-        """Scaled latents -> images in [0, 1], float32."""
+        """Decode scaled latents to images in [0, 1], float32."""
         with torch.no_grad():
             x_BCHW = self.vae.decode(
                 (z_BCHW / self.cfg.vae.scaling_factor).to(self.vae.dtype)
@@ -284,9 +299,10 @@ class Blip3o(torch.nn.Module):
         positions_BL: torch.Tensor | None = None,
         segment_ids_BL: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Hidden states [B, L, D] after the final norm. Tokens see earlier ones of their own
-        segment; 0 is padding. Rows of one example padded on the right need neither positions nor
-        segments: nothing before the padding sees it.
+        """Return hidden states [B, L, D] after the final norm.
+
+        Tokens attend to earlier ones of their segment; segment 0 is padding. Rows of one example
+        padded on the right need no positions and segments: causal attention excludes the padding.
         """
         mask = None if segment_ids_BL is None else attention_mask(segment_ids_BL, self.ar.dtype)
         out = self.ar.model(
@@ -297,13 +313,13 @@ class Blip3o(torch.nn.Module):
     def condition(
         self, hidden_BTD: torch.Tensor, keep_B: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Hidden states -> condition tokens; rows that are not kept get the null condition."""
+        """Map hidden states to condition tokens; `keep_B` False gives the null condition."""
         return self.connector(hidden_BTD.to(self.connector[0].weight.dtype), keep_B)
 
     def velocity(
         self, z_BCHW: torch.Tensor, timestep_B: torch.Tensor, condition_BTC: torch.Tensor
     ) -> torch.Tensor:
-        """Velocity [B, C, H, W], float32. `timestep_B` is float, 1000 sigma."""
+        """Return the velocity [B, C, H, W], float32; `timestep_B` is 1000 sigma, not rounded."""
         dtype = self.dit.dtype
         velocity = conversion_of("dit", self.cfg).velocity
         return velocity(
@@ -325,12 +341,12 @@ class Blip3o(torch.nn.Module):
         positions_BL: torch.Tensor | None = None,
         segment_ids_BL: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(cross entropy, flow loss) of `blip3o.joint_loss` with condition_span "exact", on the
-        batch of `data.sequence`.
+        """Return (cross entropy, flow loss) of `blip3o.joint_loss` with condition_span "exact".
 
-        `span_B` is the index of each row's scale token, `image_token_offset` the id of the first
-        codebook entry; `codes` and `latents` make the targets from images. Noise and sigma hold B
-        rows, or a multiple for several draws an example, those of one example in a row.
+        The batch is that of data/sequence.py: `span_B` is the index of each row's scale token,
+        `image_token_offset` the id of the first codebook entry; `codes` and `latents` compute the
+        targets from images. Noise and sigma have B rows, or a multiple for several samples per
+        example, which are consecutive.
         """
         index_BT = span_B.long()[:, None] + torch.arange(
             codes_BN.shape[1] + 1, device=span_B.device
@@ -339,19 +355,17 @@ class Blip3o(torch.nn.Module):
             1, index_BT[:, 1:], codes_BN.long() + image_token_offset
         )
         hidden_BLD = self.hidden(tokens_BL, positions_BL, segment_ids_BL)
-        # Logits of labelled tokens only: those of all would not change the mean, and do not fit at
+        # Only labelled tokens enter the mean; the logits of all tokens do not fit in memory with
         # the published vocabulary.
         labelled = loss_mask_BL[:, 1:].bool()
         logits_XV = self.ar.lm_head(hidden_BLD[:, :-1][labelled]).float()
         cross_entropy = F.cross_entropy(logits_XV, tokens_BL[:, 1:][labelled])
 
         span_BTD = hidden_BLD.gather(1, index_BT[..., None].expand(-1, -1, hidden_BLD.shape[-1]))
-        draws = len(noise_BCHW) // len(latents_BCHW)
-        condition_BTC = self.condition(span_BTD, keep_B).repeat_interleave(draws, dim=0)
-        z_BCHW, noise_BCHW = (
-            latents_BCHW.float().repeat_interleave(draws, dim=0),
-            noise_BCHW.float(),
-        )
+        repeats = len(noise_BCHW) // len(latents_BCHW)
+        condition_BTC = self.condition(span_BTD, keep_B).repeat_interleave(repeats, dim=0)
+        z_BCHW = latents_BCHW.float().repeat_interleave(repeats, dim=0)
+        noise_BCHW = noise_BCHW.float()
         sigma = sigma_B.float()[:, None, None, None]
         x_BCHW = (1 - sigma) * z_BCHW + sigma * noise_BCHW
         velocity_BCHW = self.velocity(
@@ -368,20 +382,18 @@ class Blip3o(torch.nn.Module):
         image_token_offset: int,
         settings: SamplingConfig,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Prompts padded on the right -> (ids of the image tokens [B, N], hidden states of the
-        scale token and of them [B, N + 1, D]).
+        """Sample image tokens from prompts padded on the right.
 
-        As the reference does it: `generate` on prompts padded on the left, here restricted to image
-        ids, then a second pass over everything for the hidden states, here with its attention mask.
-        Draws from torch's global generator.
+        Returns (ids of the image tokens [B, N], hidden states of the scale token and the image
+        tokens [B, N + 1, D]). As in the reference, `generate` runs on prompts padded on the left
+        and a second pass computes the hidden states; here sampling is restricted to image ids and
+        the second pass has an attention mask. Samples from torch's global generator.
         """
-        count, image_ids = (
-            self.cfg.tokenizer.num_tokens,
-            (image_token_offset, image_token_offset + self.cfg.tokenizer.codebook_size),
-        )
+        count = self.cfg.tokenizer.num_tokens
+        image_ids = (image_token_offset, image_token_offset + self.cfg.tokenizer.codebook_size)
         prompts_BL, mask_BL = left_padded(tokens_BL.long(), lengths_B)
         greedy = settings.temperature == 0
-        draw = {
+        sampling = {
             "temperature": settings.temperature,
             "top_k": settings.top_k,
             "top_p": settings.top_p,
@@ -394,7 +406,7 @@ class Blip3o(torch.nn.Module):
                 do_sample=not greedy,
                 guidance_scale=settings.token_guidance,
                 pad_token_id=0,
-                **({} if greedy else draw),
+                **({} if greedy else sampling),
             ),
             logits_processor=transformers.LogitsProcessorList(
                 [ImageTokenLogitsProcessor(*image_ids)]
@@ -414,8 +426,10 @@ class Blip3o(torch.nn.Module):
         steps: int,
         guidance: float,
     ) -> torch.Tensor:
-        """Scaled latents [B, C, H, W], float32: Euler steps of the stock scheduler, guidance over
-        the batch [null, condition] (1 leaves the null half out).
+        """Sample scaled latents [B, C, H, W], float32, by Euler steps of the stock scheduler.
+
+        Classifier-free guidance runs on the batch [null, condition]; a scale of 1 omits the null
+        half.
         """
         euler = scheduler(self.cfg.flow)
         euler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps), device=noise_BCHW.device)
@@ -441,8 +455,9 @@ class Blip3o(torch.nn.Module):
         settings: SamplingConfig | None = None,
         seed: int = 0,
     ) -> torch.Tensor:
-        """Prompts up to and with the scale token, padded on the right -> images [B, 3, H, W] in [0,
-        1], float32. Seeds torch's global generator.
+        """Sample images [B, 3, H, W] in [0, 1], float32, from prompts padded on the right.
+
+        Prompts end with the scale token. Seeds torch's global generator.
         """
         settings = settings or SamplingConfig()
         torch.manual_seed(seed)
@@ -481,8 +496,9 @@ class ImageTokenLogitsProcessor(transformers.LogitsProcessor):
 def left_padded(
     tokens_BL: torch.Tensor, lengths_B: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return rows padded on the right as rows padded on the left, as long as the longest, and their
-    mask (1: a token).
+    """Move the padding of rows from right to left; return the rows and their mask (1: token).
+
+    The rows are as long as the longest prompt.
     """
     longest = int(lengths_B.max())
     index_BL = (
@@ -493,8 +509,9 @@ def left_padded(
 
 
 def attention_mask(segment_ids_BL: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return the mask that a stock Qwen takes: padding [B, L] for one segment a row, additive [B, 1,
-    L, L] for several.
+    """Return the attention mask of a stock Qwen.
+
+    It is the padding mask [B, L] for one segment per row, additive [B, 1, L, L] for several.
     """
     if segment_ids_BL.max() <= 1:
         return segment_ids_BL

@@ -1,15 +1,12 @@
-"""A checkpoint against the PyTorch files it was made from, or that were made from it: every weight,
-then what the two compute.
+"""Compare a checkpoint with the PyTorch files it was imported from or exported to.
 
-PyTorch's side is the stock classes, filled by PyTorch's own loaders under the files' own names
-(torch_files.py): a fault in how this package reads files shows in the weights. Weights of the
-checkpoint are read group by group (mapping.py) and compared bit by bit. Outputs are compared too
-(compare.py): a fault in the tables shows there, even where it is the same in both directions and
-all weights agree.
+PyTorch's side is the stock classes, filled by PyTorch's own loaders (torch_files.py), so that an
+error in reading files shows in the weights. The checkpoint's weights are read group by group
+(mapping.py) and compared bit by bit. Outputs are compared too (compare.py): an error in the tables
+that is the same in both directions leaves the weights equal and shows in the outputs.
 
-A checkpoint with low-rank factors is compared with the files that an export merges them into: by
-what the merge comes to in the files' dtype, and by the outputs of the network that keeps them
-apart.
+A checkpoint with low-rank factors is compared with files of merged weights: the weights by the
+merged sums in the files' dtype, the outputs with the factors unmerged.
 """
 
 import dataclasses
@@ -32,7 +29,7 @@ from blip3o_jax.convert.tables import PREFIXES
 from blip3o_jax.lora import base_config
 from blip3o_jax.train.checkpoint import find, read_config
 
-JOINT = ("ar", "connector", "dit")  # what the joint losses on codes and latents take
+JOINT = ("ar", "connector", "dit")  # the parts that the joint losses use
 
 
 def verify(
@@ -48,12 +45,12 @@ def verify(
     seed: int = 0,
     variant: str = "",
 ) -> Report:
-    """Compare the parts that are named (all by default), one at a time, and the joint losses where
-    AR, connector and DiT are among them.
+    """Compare `parts` (default: all), one at a time, then the joint losses.
 
-    `diffusion`, `ta_tok`, `ta_tok_config`, `initialise` and `variant` as the import was given them:
-    what was initialised there is not in the files and is left out. UserError where the two sides do
-    not have the same tensors, or PyTorch is not installed.
+    The joint losses are compared if AR, connector and DiT are among the parts. `diffusion`,
+    `ta_tok`, `ta_tok_config`, `initialise` and `variant` are those of the import; parts that it
+    initialised are not in the files and are not compared. Raises UserError when the two sides have
+    different tensors, or PyTorch is not installed.
     """
     config_lib.check(seed >= 0, f"--seed={seed} must be 0 or more")
     compare, torch_files = _comparison()
@@ -76,7 +73,8 @@ def verify(
     chosen = [part for part in given if not parts or part in parts]
     if missing := [part for part in chosen if part not in weights.parts]:
         raise UserError(
-            f"{root} holds no part {', '.join(missing)}, only {', '.join(weights.parts)}: name those to compare with --parts"
+            f"{root} holds no part {', '.join(missing)}, only {', '.join(weights.parts)}: select "
+            "parts to compare with --parts"
         )
     for part in chosen:
         _check_same_tensors(part, source, merged, torch_dir, root)
@@ -93,7 +91,7 @@ def verify(
         _say(f"{part}  outputs")
         computations = compare.computations(part, source, seed)
         expected = [compare.run_torch(computation, model) for computation in computations]
-        del model  # before the other side is read
+        del model  # free PyTorch's side before the checkpoint is read
         outputs = compare.compare(checkpoint, config, ema, (part,), computations, expected)
         reports.append(PartReport(part, len(source.tensors[part]), differing, outputs))
     notes = [*source.notes, *_notes(source, merged, chosen)]
@@ -120,7 +118,8 @@ def _comparison() -> tuple[Any, Any]:
         from blip3o_jax.convert import compare, torch_files
     except ImportError as error:
         raise UserError(
-            f"convert verify runs the PyTorch model, but {error.name} is not installed: pip install 'blip3o_jax[convert]'"
+            f"convert verify runs the PyTorch model, but {error.name} is not installed: pip "
+            "install 'blip3o_jax[convert]'"
         ) from error
     return compare, torch_files
 
@@ -147,7 +146,8 @@ def _check_same_tensors(
                 f"has it as {list(s[key])}" if key in s else "has none" for s in (theirs, ours)
             ]
             raise UserError(
-                f"{PREFIXES[part]}{key}: {torch_dir} {sizes[0]}, {root} {sizes[1]}: one cannot have been made from the other"
+                f"{PREFIXES[part]}{key}: {torch_dir} {sizes[0]}, {root} {sizes[1]}: neither was "
+                "converted from the other; give the matching pair"
             )
 
 
@@ -159,8 +159,10 @@ def _compare_weights(
     module: Any,
     progress: Progress,
 ) -> tuple[Difference, ...]:
-    """Return the tensors of a part that are not equal bit by bit to PyTorch's `module`: in float32,
-    which holds the values of both exactly; sums rounded to the dtype of the files first.
+    """Return the tensors of a part that are not bitwise equal to PyTorch's `module`.
+
+    Both are compared in float32, which represents their values exactly; merged sums are first
+    rounded to the files' dtype.
     """
     differing = []
     state = module.state_dict()
@@ -173,7 +175,8 @@ def _compare_weights(
             )
             if any(weights.is_merged(part, path) for path in group.shapes):
                 got = got.astype(tensor.dtype)
-            got, want = got.astype(np.float32), state[key].numpy()
+            got = got.astype(np.float32)
+            want = state[key].numpy()
             rows = _shared_vocabulary_rows(group, source)
             if not _bitwise_equal(got[:rows], want[:rows]):
                 differing.append(
@@ -184,8 +187,9 @@ def _compare_weights(
 
 
 def _shared_vocabulary_rows(group: Group, source: Source) -> int | None:
-    """Return how many rows of a vocabulary table both sides have where the import made the rest;
-    else None, for all.
+    """Return the number of rows to compare; None for all.
+
+    If the import initialised the image tokens' rows, only the text tokenizer's are in the files.
     """
     return (
         source.text_rows
@@ -200,15 +204,13 @@ def _bitwise_equal(a: np.ndarray, b: np.ndarray) -> bool:
 
 
 def _max_relative_error(got: np.ndarray, want: np.ndarray) -> float:
-    """Return the greatest difference over the greatest absolute value."""
+    """Return the largest absolute difference divided by the largest absolute value."""
     got, want = got.astype(np.float32), want.astype(np.float32)
     return float(np.abs(got - want).max() / max(np.abs(want).max(), np.finfo(np.float32).tiny))
 
 
 def _notes(source: Source, config: Config, chosen: Sequence[str]) -> list[str]:
-    """Return the settings of the parts that differ between the files and the checkpoint's
-    configuration.
-    """
+    """Return notes on initialised parts and on settings that differ between the two sides."""
     notes = [
         f"{name} was initialised by the import and is not in the files: not compared"
         for name in source.initialise
@@ -220,10 +222,12 @@ def _notes(source: Source, config: Config, chosen: Sequence[str]) -> list[str]:
 
 
 def _changed(theirs: Any, ours: Any, where: str) -> list[str]:
-    """Return a line for each field of a group, and of its groups, that differs."""
+    """Return a line for each field of a (nested) configuration that differs."""
     lines = []
     for field in dataclasses.fields(ours):
-        a, b, name = getattr(theirs, field.name), getattr(ours, field.name), f"{where}.{field.name}"
+        a = getattr(theirs, field.name)
+        b = getattr(ours, field.name)
+        name = f"{where}.{field.name}"
         if dataclasses.is_dataclass(a):
             lines += _changed(a, b, name)
         elif a != b and (field.name not in OWN_FIELDS or field.name == "param_dtype"):
@@ -232,7 +236,7 @@ def _changed(theirs: Any, ours: Any, where: str) -> list[str]:
 
 
 def _why_no_joint_loss(chosen: Sequence[str], initialise: Sequence[str]) -> str:
-    """Return why the joint losses cannot be compared, or ""."""
+    """Return the reason why the joint losses cannot be compared, or ""."""
     if missing := [part for part in JOINT if part not in chosen]:
         return f"they need {', '.join(missing)} too"
     return "the image tokens' rows are not in the files" if "image_embeddings" in initialise else ""

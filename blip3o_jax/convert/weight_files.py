@@ -1,18 +1,17 @@
-"""Find the files of a directory that are its weights: those that transformers or diffusers would
-read, and no others.
+"""Find the weight files of a directory: those that transformers or diffusers would read.
 
-A directory may hold its weights more than once: in one file and in shards with an index
-({"weight_map": {tensor: file}}), as safetensors and as PyTorch's own files, and in variants (fp16,
-bf16, non_ema). Of one variant the libraries read
+A directory may hold its weights several times: in one file and in shards with an index
+({"weight_map": {tensor: file}}), as safetensors and as PyTorch files, and in variants (fp16, bf16,
+non_ema). Of one variant, the libraries and this module read the first of these files that exists:
 
     transformers    model.safetensors, model.safetensors.index.json,
                     pytorch_model.bin, pytorch_model.bin.index.json
     diffusers       diffusion_pytorch_model.safetensors.index.json,
                     diffusion_pytorch_model.safetensors, diffusion_pytorch_model.bin
 
-the first of these that is there (transformers' `_get_resolved_checkpoint_files` and diffusers'
-`ModelMixin.from_pretrained`, which disagree on whether an index comes before the single file). So
-does this module. Files that neither library would find are taken where there is nothing else.
+Sources: transformers' `_get_resolved_checkpoint_files` and diffusers' `ModelMixin.from_pretrained`,
+which differ in whether an index precedes the single file. Files that neither library finds are read
+if there are no others.
 """
 
 import dataclasses
@@ -22,7 +21,7 @@ import re
 from blip3o_jax.config import UserError
 from blip3o_jax.convert.tensor_files import Tensor, check_not_pointer, read_file, read_json
 
-# (stem, suffix, has an index), in the order in which each library looks.
+# (stem, suffix, has an index), in each library's order of precedence.
 ORDER = {
     "transformers": (
         ("model", "safetensors", False),
@@ -43,9 +42,9 @@ _ANY = tuple(
     for suffix in ("safetensors", "bin")
     for index in (True, False)
 )
-# NAME.fp16.safetensors; NAME.safetensors.index.fp16.json, before that
-# NAME.safetensors.fp16.index.json in diffusers, and NAME.fp16.safetensors.index.json in some
-# repositories. Of several for one variant the first form is taken: it sorts last.
+# Names of a variant: NAME.fp16.safetensors and NAME.safetensors.index.fp16.json; older diffusers
+# wrote NAME.safetensors.fp16.index.json, some repositories have NAME.fp16.safetensors.index.json.
+# Of several indices of a variant the first form wins: it sorts last.
 _NAME = re.compile(
     rf"(?P<stem>{'|'.join(_STEMS)})(\.(?P<a>\w+))??\.(?P<suffix>safetensors|bin)"
     r"(?P<index>(\.(?P<b>\w+))??\.index(\.(?P<c>\w+))??\.json)?"
@@ -55,8 +54,11 @@ _SHARD = re.compile(rf"({'|'.join(_STEMS)}).*-\d+-of-\d+.*\.(safetensors|bin)")
 
 @dataclasses.dataclass(frozen=True)
 class WeightFile:
-    """The file of a directory's weights, or the index of several; `variant` "" for the default one.
-    `notes`: a line for each other file that holds weights and is not read."""
+    """Hold the path of a directory's weight file, or of the index of several.
+
+    `variant` is "" for the default one. `notes` has a line for each other weight file, which is not
+    read.
+    """
 
     file: pathlib.Path
     variant: str
@@ -64,23 +66,24 @@ class WeightFile:
 
     @property
     def is_index(self) -> bool:
+        """Return whether the file is an index of shards."""
         return self.file.suffix == ".json"
 
 
 def find_weights(
     directory: pathlib.Path, library: str = "transformers", variant: str = ""
 ) -> WeightFile | None:
-    """Return the weights that `library` would read of a directory, or None where there are none.
+    """Return the weight file that `library` would read in a directory, or None.
 
-    `variant`: the one to take where the directory has it; else the default one, or the only one
-    there is. UserError where there are several variants to choose from and no default.
+    It is of `variant` if the directory has it, else of the default or the only variant. Raises
+    UserError for several variants without a default.
     """
     check_no_adapter(directory)
     if library == "transformers" and (named := _named_by_config(directory)) is not None:
         return WeightFile(
             named,
             "",
-            (f"{named} is read, which config.json beside it names under transformers_weights",),
+            (f"{named} is read, which config.json names under transformers_weights",),
         )
     found = _candidates(directory)
     if not found:
@@ -90,7 +93,8 @@ def find_weights(
     chosen = next((name for name in (variant, "") if name in variants), variants[0])
     if chosen not in (variant, "") and len(variants) > 1:
         raise UserError(
-            f"{directory} has its weights in the variants {', '.join(variants)} only: choose by --variant={chosen}"
+            f"{directory} has weights of the variants {', '.join(variants)} only: choose with "
+            f"--variant={chosen}"
         )
     kind = next(kind for kind in order if (chosen, kind) in found)
     file = found[chosen, kind]
@@ -104,7 +108,7 @@ def find_weights(
     for (name, _), other in found.items():
         if name == chosen and other != file:
             notes.append(
-                f"{file} is read, as {library} does; {other.name} beside it is not: delete what is out of date"
+                f"{file} is read, as {library} does; {other.name} is not: delete the outdated file"
             )
         elif name and not chosen:
             notes.append(f"{file} is read; --variant={name} reads {other.name}")
@@ -114,10 +118,10 @@ def find_weights(
 def read_weights(
     path: pathlib.Path, library: str = "transformers", variant: str = ""
 ) -> tuple[dict[str, Tensor], WeightFile]:
-    """Return ({name: tensor}, where they lie) of a file, or of a directory by `find_weights`.
-    Headers alone are read.
+    """Return ({name: tensor}, weight file) of a file, or of a directory by `find_weights`.
 
-    UserError, naming file and tensor, for what is missing, cut off or not as its index says.
+    Only headers are read. Raises UserError, naming file and tensor, for missing or damaged files
+    and for shards that do not match their index.
     """
     if path.is_file():
         return read_file(path), WeightFile(path, "", ())
@@ -134,18 +138,20 @@ def read_weights(
 
 
 def check_no_adapter(directory: pathlib.Path) -> None:
-    """Refuse a directory whose weights PyTorch would read elsewhere: from the base model that an
-    adapter of PEFT names."""
+    """Raise UserError for a directory of a PEFT adapter.
+
+    PyTorch would read its weights from the base model that the adapter names.
+    """
     file = directory / "adapter_config.json"
     if file.exists():
         raise UserError(
             f"{file} makes {directory} an adapter to another model: merge it first (peft: "
-            f"merge_and_unload, save_pretrained), or delete {file.name} if the weights beside it are merged"
+            f"merge_and_unload, save_pretrained), or delete {file.name} if the weights are merged"
         )
 
 
 def _named_by_config(directory: pathlib.Path) -> pathlib.Path | None:
-    """Return the file that config.json names, which transformers reads before all others."""
+    """Return the file that config.json names, which takes precedence in transformers."""
     config = directory / "config.json"
     name = read_json(config).get("transformers_weights") if config.is_file() else None
     if name is None:
@@ -153,7 +159,8 @@ def _named_by_config(directory: pathlib.Path) -> pathlib.Path | None:
     plain = isinstance(name, str) and pathlib.PurePath(name).name == name
     if not plain or not name.endswith((".safetensors", ".safetensors.index.json")):
         raise UserError(
-            f"{config}: transformers_weights={name!r} must name a safetensors file or index beside it"
+            f"{config}: transformers_weights={name!r} must name a safetensors file or index in its "
+            "directory"
         )
     check_not_pointer(directory / name)
     if not (directory / name).is_file():
@@ -164,8 +171,7 @@ def _named_by_config(directory: pathlib.Path) -> pathlib.Path | None:
 
 
 def _candidates(directory: pathlib.Path) -> dict[tuple[str, tuple[str, str, bool]], pathlib.Path]:
-    """Return {(variant, (stem, suffix, has an index)): file} of all files that are named like
-    weights."""
+    """Return {(variant, (stem, suffix, has an index)): file} of all files named like weights."""
     found = {}
     for file in sorted(directory.iterdir()):
         match = _NAME.fullmatch(file.name)
@@ -177,13 +183,16 @@ def _candidates(directory: pathlib.Path) -> dict[tuple[str, tuple[str, str, bool
 
 
 def _no_weights(directory: pathlib.Path) -> str:
-    """Return what a directory holds in place of weights."""
+    """Return the error message for a directory without weights."""
     names = sorted(file.name for file in directory.iterdir())
     for name in names:
         if _NAME.fullmatch(name):
-            check_not_pointer(directory / name)  # a link to nothing
+            check_not_pointer(directory / name)  # a dangling link
     if shards := [name for name in names if _SHARD.fullmatch(name)]:
-        return f"{directory} holds {shards[0]} ({len(shards)} shards in all), but no index of them: copy the .index.json too"
+        return (
+            f"{directory} holds {shards[0]} ({len(shards)} shards in all), but no index of them: "
+            "copy the .index.json too"
+        )
     wanted = (
         "model.safetensors, its index.json, diffusion_pytorch_model.*, .bin, or variants of these"
     )
@@ -191,9 +200,7 @@ def _no_weights(directory: pathlib.Path) -> str:
 
 
 def _unlisted_shards(index: pathlib.Path, tensors: dict[str, Tensor]) -> list[str]:
-    """Return a note of shards named like those of an index that does not list them: an earlier save
-    left them.
-    """
+    """Return a note on shards that the index does not list, left by an earlier save."""
     read = {tensor.file.name for tensor in tensors.values()}
     stem, suffix = index.name.split(".")[:2]
     own = re.compile(rf"{stem}-\d+-of-\d+\.{suffix}")
@@ -218,22 +225,25 @@ def _read_index(index: pathlib.Path) -> dict[str, Tensor]:
         shard = index.parent / name
         if pathlib.PurePath(name).name != name:
             raise UserError(
-                f"{index} lists tensors in {name!r}: shards lie beside their index, by name alone"
+                f"{index} lists tensors in {name!r}: shards must be in the directory of their index"
             )
         named = [key for key, file in weight_map.items() if str(file) == name]
         check_not_pointer(shard)
         if not shard.is_file():
             raise UserError(
-                f"{shard} is missing: {index.name} lists {len(named)} tensors of it, such as {named[0]}"
+                f"{shard} is missing: {index.name} lists {len(named)} tensors of it, such as "
+                f"{named[0]}"
             )
         found = read_file(shard)
         if missing := sorted(set(named) - set(found)):
             raise UserError(
-                f"{shard} lacks {missing[0]} ({len(missing)} in all), which {index.name} lists in it"
+                f"{shard} lacks {missing[0]} ({len(missing)} in all), which {index.name} lists: "
+                "copy both again"
             )
         if extra := sorted(set(found) - set(named)):
             raise UserError(
-                f"{shard} holds {extra[0]} ({len(extra)} in all), which {index.name} does not place there"
+                f"{shard} holds {extra[0]} ({len(extra)} in all), which {index.name} does not list "
+                "there: copy both again"
             )
         tensors |= found
     return tensors

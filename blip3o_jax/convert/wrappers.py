@@ -1,17 +1,17 @@
-"""Strip the names that wrappers (DDP, torch.compile, PEFT) put before a module's tensors.
+"""Strip the prefixes of wrappers (DDP, torch.compile, PEFT) from tensors' names.
 
-`torch.compile` puts `_orig_mod.` before the names of what it wraps, FSDP and activation
-checkpointing names of their own, data parallelism `module.`, PEFT `base_model.model.`; of the whole
-model or of a part of it, one within another.
+`torch.compile` adds `_orig_mod.`, FSDP and activation checkpointing `_fsdp_wrapped_module.` and
+`_checkpoint_wrapped_module.`, data parallelism `module.`, PEFT `base_model.model.`. They can wrap
+the whole model or a part of it, and each other.
 """
 
 from collections.abc import Iterable, Sequence
 
 from blip3o_jax.config import UserError
 
-# No module of a model is called so: removed wherever they stand.
+# No module of a model has these names: they are removed at any depth.
 ANYWHERE = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
-# These are common words: removed where every name, or every name of a part, begins with them.
+# Common words: removed only if every name, or every name of a part, begins with them.
 LEADING = ("module.", "base_model.model.")
 _UNMERGED = (
     ".lora_A.",
@@ -26,11 +26,10 @@ _UNMERGED = (
 def unwrapped_names(
     names: Iterable[str], prefixes: Sequence[str] = (), where: str = ""
 ) -> dict[str, str]:
-    """Return {name: the name without wrappers}, in order. `prefixes`: of parts that may be wrapped
-    by themselves.
+    """Return {name: name without wrappers}, in order.
 
-    UserError, which begins with `where`, for low-rank factors beside their kernels, and for two
-    names that become one.
+    `prefixes` are those of parts that may be wrapped separately. Raises UserError, beginning with
+    `where`, for unmerged low-rank factors, and for two names that become one.
     """
     names = list(names)
     if unmerged := next(
@@ -50,14 +49,15 @@ def unwrapped_names(
     for name, short in plain.items():
         if short in seen:
             raise UserError(
-                f"{where} holds {seen[short]} and {name}, which are one tensor: save the model once, unwrapped"
+                f"{where} holds {seen[short]} and {name}, which are one tensor: save the model "
+                "once, unwrapped"
             )
         seen[short] = name
     return plain
 
 
 def _without_leading(plain: dict[str, str], part: str) -> dict[str, str]:
-    """Remove from the names of a part what all of them begin with, as often as that is so."""
+    """Remove LEADING prefixes that all names of a part share, repeatedly."""
     own = {
         name: short.removeprefix(part) for name, short in plain.items() if short.startswith(part)
     }

@@ -100,7 +100,7 @@ def test_a_shard_is_missing(copy):
 
 @pytest.mark.parametrize(
     ("keep", "words"),
-    [(50, ("cut off in its header (50 bytes)",)), (-10, ("is cut off: ", "ends at byte"))],
+    [(50, ("ends within its header (50 bytes)",)), (-10, ("is cut off: ", "ends at byte"))],
 )
 def test_a_file_is_cut_off(copy, keep, words):
     file = copy.path / SHARDS[2]
@@ -147,7 +147,9 @@ def test_a_tensor_is_one_too_many(copy, key):
         name for name in SHARDS if key in published.safetensors.torch.load_file(copy.path / name)
     )
     refused(
-        copy, f"{copy.path / file}: {key} belongs to no parameter of", "nothing is dropped silently"
+        copy,
+        f"{copy.path / file}: {key} belongs to no parameter of",
+        "correct the sizes or remove it",
     )
 
 
@@ -219,7 +221,7 @@ def test_config_json_contradicts_the_weights(copy):
         file.write_text(whole)
         edit_json(file, **changes)
         refused(copy, str(file), *words)
-    for contents, word in (("{", "cannot be read as JSON"), ("[]", "holds no JSON object")):
+    for contents, word in (("{", "cannot be read as JSON"), ("[]", "is not a JSON object")):
         file.write_text(contents)
         refused(copy, str(file), word)
     file.unlink()
@@ -297,9 +299,9 @@ def test_the_files_beside_the_source(copy, tmp_path):
     torch.save({"state_dict": {}}, file)
     refused(copy, f"{file} is not a TA-Tok file: it has no model.sd", ta_tok=file)
     torch.save({"model": {"sd": {"w": 3}, "args": {}}}, file)
-    refused(copy, f"{file}: w is no tensor", ta_tok=file)
+    refused(copy, f"{file}: w is of type int, not a tensor", ta_tok=file)
     torch.save({"model": {"sd": {"w": torch.ones(1)}, "args": {"pool": 3}}}, file)
-    refused(copy, "TA-Tok args: pool=3 is not known here", ta_tok=file)
+    refused(copy, "TA-Tok args: pool=3 is unknown", ta_tok=file)
     torch.save({"model": {"sd": {"w": torch.ones(1)}, "args": [3]}}, file)
     refused(
         copy,
@@ -315,7 +317,7 @@ def test_the_files_beside_the_source(copy, tmp_path):
     published.save(tmp_path / "own", "ta_tok", {"w": torch.ones(1)})
     published.write_json(tmp_path / "own" / "args.json", {"pool": 3})
     for place in (tmp_path / "own", tmp_path / "own" / "ta_tok.safetensors"):
-        refused(copy, "TA-Tok args: pool=3 is not known here", ta_tok=place)
+        refused(copy, "TA-Tok args: pool=3 is unknown", ta_tok=place)
     args = {"bottleneck": {"args": {"regularizer": {"args": {"codebook_size": published.CODES}}}}}
     published.write_json(tmp_path / "own" / "args.json", args)
     words = (TOWER, "the published so400m tokenizer (--ta_tok_config=FILE.json states another)")
@@ -346,7 +348,7 @@ def test_parts_that_are_not_there(copy):
     rows = copy.model.ar.vocab_size
     words = (
         "--initialise=image_embeddings, but the tables of",
-        f"have rows for all {rows} ids already: leave it out",
+        f"already have rows for all {rows} ids: remove the option",
     )
     refused(copy, *words, initialise=("image_embeddings",))
 

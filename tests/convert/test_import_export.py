@@ -333,7 +333,7 @@ def test_what_the_directory_holds_wins_over_the_diffusers_one(plain, tmp_path):
     made, source, _ = plain
     other = published.write_diffusion(tmp_path / "sana", made.model, Options(99))
     both = open_published(made, diffusion=tmp_path / "sana")
-    assert any("are in" in note and "the latter are taken" in note for note in both.notes)
+    assert any("are in" in note and "the latter are used" in note for note in both.notes)
     key = "caption_projection.linear_1.weight"
     got = both.tensors["dit"][key].read()
     assert np.array_equal(got, source.tensors["dit"][key].read())
@@ -578,7 +578,7 @@ def test_averages(plain, trained, tmp_path):
     assert not torch.equal(
         *(published.read(tmp_path / name)[EMBEDDINGS] for name in ("ema", "last"))
     )
-    with pytest.raises(UserError, match=r"holds no averaged weights: .* leave out --ema"):
+    with pytest.raises(UserError, match=r"holds no averaged weights: .* remove --ema"):
         export_weights(root, tmp_path / "none", ema=True)
     assert not (tmp_path / "none").exists()
 

@@ -137,7 +137,7 @@ def test_a_tensor_is_written_row_by_row(tmp_path, rng):
     writer.write("o", other)
     writer.write_rows("t", table[:3], 0)
     for bad, first in ((table[:3], 5), (table[:3, :2], 3), (table[:3].astype(np.float64), 3)):
-        with pytest.raises(ValueError, match=f"given from row {first} on"):
+        with pytest.raises(ValueError, match=f"given from row {first}, "):
             writer.write_rows("t", bad, first)
     with pytest.raises(ValueError, match=r"never written: \['t'\]"):
         writer.close()
@@ -195,10 +195,10 @@ def entry(shape=(2,), offsets=(0, 8), dtype="F32"):
 @pytest.mark.parametrize(
     ("contents", "message"),
     [
-        (b"", r"is cut off in its header \(0 bytes\)"),
-        (b"\x10\0\0", r"is cut off in its header \(3 bytes\)"),
-        (header(entry())[:40], r"is cut off in its header \(40 bytes\)"),
-        (b"\xff" * 64, "no safetensors file"),
+        (b"", r"ends within its header \(0 bytes\)"),
+        (b"\x10\0\0", r"ends within its header \(3 bytes\)"),
+        (header(entry())[:40], r"ends within its header \(40 bytes\)"),
+        (b"\xff" * 64, "not a safetensors file"),
         (header(b"{"), "damaged safetensors header"),
         (header(b"[" * 100_000), "damaged safetensors header"),
         (header(b"\xff\xfe"), "damaged safetensors header"),
@@ -212,8 +212,8 @@ def entry(shape=(2,), offsets=(0, 8), dtype="F32"):
         (header(entry(shape="ab")), "damaged safetensors header"),
         (header(entry(offsets=(0.0, 8.0))), "damaged safetensors header"),
         (header(entry(dtype="F8_E4M3")), "a has dtype F8_E4M3, which is not one of F64"),
-        (header(entry(shape=(3,))), r"the place of a does not agree with its shape \(3,\)"),
-        (header(entry(offsets=(4, 12))), "the place of a does not agree"),
+        (header(entry(shape=(3,))), r"the offsets of a do not match its shape \(3,\)"),
+        (header(entry(offsets=(4, 12))), "the offsets of a do not match"),
         (header(entry())[:-1], "cut off: a ends at byte"),
         (header(entry(), b"\0" * 9), "has 1 bytes after its last tensor"),
     ],
@@ -242,7 +242,7 @@ def test_an_index_that_does_not_agree_with_its_shards(tmp_path):
     for places, message in (
         (
             {"a": names[0], "b": names[1], "c": names[1]},
-            f"{names[1]} lacks c \\(1 in all\\), which {index.name} lists in it",
+            f"{names[1]} lacks c \\(1 in all\\), which {index.name} lists: copy both again",
         ),
         ({"a": names[0]} | {"c": names[0]}, f"{names[0]} lacks c"),
         ({"a": names[1], "b": names[1]}, f"{names[1]} lacks a"),
@@ -252,12 +252,12 @@ def test_an_index_that_does_not_agree_with_its_shards(tmp_path):
         ),
         (
             {"a": names[0], "b": "../b.safetensors"},
-            r"lists tensors in '../b.safetensors': shards lie beside their index",
+            r"lists tensors in '../b.safetensors': shards must be in the directory of their index",
         ),
-        ({"a": names[0], "b": str(files[1])}, f"lists tensors in '{files[1]}': shards lie beside"),
+        ({"a": names[0], "b": str(files[1])}, f"lists tensors in '{files[1]}': shards must be in"),
         (
             {"a": names[0], "b": f"./{names[1]}"},
-            f"lists tensors in './{names[1]}': shards lie beside",
+            f"lists tensors in './{names[1]}': shards must be in",
         ),
         ({}, "has no weight_map"),
         ([], "has no weight_map"),
@@ -270,7 +270,7 @@ def test_an_index_that_does_not_agree_with_its_shards(tmp_path):
         json.dumps({"weight_map": {"a": "shard.safetensors"}})
     )
     with pytest.raises(
-        UserError, match=r"shard.safetensors holds b \(1 in all\), which .* does not place there"
+        UserError, match=r"shard.safetensors holds b \(1 in all\), which .* does not list there"
     ):
         read_weights(tmp_path / "two")
     index.write_text("{")
@@ -293,7 +293,7 @@ def test_read_json(tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         read_json(file)
     for contents, message in (
-        ("[1]", "holds no JSON object"),
+        ("[1]", "is not a JSON object"),
         ("{'a'", "cannot be read as JSON"),
         (b"\xff", "cannot be read"),
     ):
@@ -390,7 +390,7 @@ def test_torch_files_run_no_code(tmp_path, monkeypatch, where):
     )
     if where == "zip":
         assert (
-            f"(it holds a {os.system.__module__}.system, which is not of plain weights): copy it again"
+            f"(it holds a {os.system.__module__}.system, which is not a tensor or plain container): copy it again"
             in line
         )
     assert not (tmp_path / "attacked").exists()
@@ -407,8 +407,8 @@ def test_damaged_torch_files(tmp_path):
         assert str(file) in str(error.value) and "\n" not in str(error.value)
     float8 = {"w": torch.ones(2).to(torch.float8_e4m3fn)}
     for value, message in (
-        ([1], "holds no state dict but a list"),
-        ({"w": 3}, "w is no tensor but a int"),
+        ([1], "holds a list, not a state dict"),
+        ({"w": 3}, "w is of type int, not a tensor"),
         (float8, r"w has dtype torch.float8"),
     ):
         torch.save(value, file)

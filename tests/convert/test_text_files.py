@@ -81,7 +81,7 @@ def texts():
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_hugging_face_gives_the_same_ids(vocab, model_type, tmp_path):
     notes, theirs = export(vocab, tmp_path / "out", model_type)
-    assert len(notes) == 1 and "spells a special token" in notes[0]
+    assert len(notes) == 1 and "encode a special token" in notes[0]
     for text in texts():
         ids = vocab.encode(text)
         assert theirs(text)["input_ids"] == ids
@@ -223,7 +223,7 @@ def letter_of_pieces_only(model):
     [
         (unused_piece, "1 unused pieces"),
         (other_blanks, "escape_whitespaces"),
-        (denormalised, "changes characters of the text it gives back"),
+        (denormalised, "changes characters of decoded text"),
         (letter_of_pieces_only, "has ids .* here and .* there"),
     ],
 )

@@ -355,7 +355,7 @@ def test_printed(same, altered, capsys):
         for tensor in tensors:
             assert any(line.startswith(f"{name}: {tensor} differs, by ") for line in lines)
         for output, layer in layers.items():
-            apart = f"at {layer}, by " if layer else "outside the stacked layers"
+            apart = f"at {layer}, by " if layer else "outside of the stacked layers"
             assert any(line.startswith(f"{name}: {output} part {apart}") for line in lines)
 
 

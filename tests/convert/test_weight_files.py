@@ -117,7 +117,7 @@ def test_variants(tmp_path, library, recwarn):
     assert tensors[key].read()[0] == value_there(tmp_path, library, "bf16")
     (tmp_path / name_of(ORDER[library][0], "fp16")).write_text("{}")
     with pytest.raises(
-        UserError, match=r"in the variants bf16, fp16 only: choose by --variant=bf16$"
+        UserError, match=r"of the variants bf16, fp16 only: choose with --variant=bf16$"
     ):
         find_weights(tmp_path, library)
 
@@ -155,7 +155,7 @@ def test_the_file_that_config_json_names(tmp_path):
     config.write_text(json.dumps(values | {"transformers_weights": "other.safetensors"}))
     assert read_weights(tmp_path)[0][key].read()[0] == value_there(tmp_path, "transformers") == 9
     for name, words in (
-        ("../x.safetensors", "must name a safetensors file or index beside it"),
+        ("../x.safetensors", "must name a safetensors file or index in its directory"),
         ("x.bin", "must name a safetensors"),
         ("gone.safetensors", "gone.safetensors is missing, which"),
     ):
@@ -187,7 +187,7 @@ def test_weights_that_were_not_fetched(tmp_path):
     single.symlink_to("../.git/annex/objects/gone")
     refused(
         tmp_path,
-        f"{single} is a link to ../.git/annex/objects/gone, which is not there",
+        f"{single} is a link to ../.git/annex/objects/gone, which does not exist",
         "git annex get",
     )
     single.unlink()
@@ -201,7 +201,7 @@ def test_weights_that_were_not_fetched(tmp_path):
     refused(tmp_path, f"{shard} is a Git LFS pointer")
     shard.unlink()
     shard.symlink_to("gone")
-    refused(tmp_path, f"{shard} is a link to gone, which is not there")
+    refused(tmp_path, f"{shard} is a link to gone, which does not exist")
     index.write_text(lfs)
     refused(tmp_path, f"{index} is a Git LFS pointer")
 
