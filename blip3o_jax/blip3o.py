@@ -1,8 +1,10 @@
 """Compose the parts of a model and compute the joint loss.
 
-    pixels -> tokenizer -> codes ─┐                                          pixels -> vae -> latents ─┐
-    caption ----------------------┴-> ar -> hidden states of <S0>, I_1 .. I_n -> connector -> condition ┴-> dit -> velocity
-                                      └-> logits -> cross entropy                                     flow-matching loss <-┘
+    pixels -> tokenizer -> codes ─┐                           pixels -> vae -> latents ─┐
+    caption ----------------------┴-> ar -> hidden states of                            │
+                                      │     <S0>, I_1 .. I_n -> connector -> condition ─┴-> dit
+                                      └-> logits -> cross entropy                           │
+                                                      flow-matching loss <- velocity <------┘
 
 Reference images enter three ways, each by `model.editing`: their codes (or features) in the row,
 their latents as further condition tokens, and concatenated to the noisy latents of the DiT.
@@ -476,7 +478,7 @@ def _joint_forward(
 
 
 def path_name(path: tuple[Any, ...]) -> str:
-    """Return the path's name: ("ar", "layers", "mlp", "up", "kernel") -> "ar/layers/mlp/up/kernel"."""
+    """Return the name of a path: ("ar", "layers", "mlp") -> "ar/layers/mlp"."""
     return "/".join(str(p) for p in path)
 
 

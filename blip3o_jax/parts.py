@@ -1,7 +1,7 @@
-"""The table of the model's parts: for each its families, and what belongs to a family.
+"""Define the table of the model's parts and their families.
 
-A part is a network with a place in the model; a family is one architecture of it, chosen by the type
-of its settings (`model_type` in JSON and on the command line). A row names the network, how its
+A part is a network with a place in the model; a family is one architecture of it, chosen by the
+type of its settings (`model_type` in JSON and on the command line). A row names the network, how its
 weights are converted and what is special in its FLOPs; nothing else in the package names a family.
 Names are "module:attribute" and resolved when they are used, so that the table imports none of what
 stands above or below it.
@@ -27,11 +27,11 @@ from blip3o_jax.config import (
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """One architecture of a part.
+    """Hold one architecture of a part.
 
     `settings`: the type of its configuration. `network`: its `nnx.Module`, made as
     `network(settings, *more, rngs=rngs)`, which has the part's protocol. `conversion`: its
-    `convert.conversions.Conversion`, "" where no other software knows it. `unused_flops`: the function
+    `convert.conversions.Conversion`, "" without a stock class. `unused_flops`: the function
     (settings, rows, length) -> FLOPs of one product of attention that the traced program spends
     on pairs of tokens that do not see each other; "" where every FLOP counts.
     """
@@ -44,7 +44,7 @@ class Family:
 
 @dataclasses.dataclass(frozen=True)
 class PartSpec:
-    """A part of the model.
+    """Hold the description of a part of the model.
 
     `field`: the field of `ModelConfig` that holds its settings. `families`: by default the first.
     `arguments`: what the network is made of beside `rngs`, positional and by keyword; its settings

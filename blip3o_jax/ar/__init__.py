@@ -1,1 +1,1 @@
-"""The autoregressive transformer: text and image ids -> hidden states and logits."""
+"""Map text and image ids to hidden states and logits: the autoregressive transformer."""

@@ -1,4 +1,4 @@
-"""Rotary position embedding and causal grouped-query attention within segments.
+"""Compute rotary position embeddings and causal grouped-query attention within segments.
 
 B batch, L query tokens, S key slots, H query heads, G key/value heads, R query heads per key/value
 head, K head size.
@@ -20,10 +20,10 @@ RotaryEmbedding = tuple[jax.Array, jax.Array]
 
 
 def rotary_embedding(positions_BL: jax.Array, head_dim: int, theta: float) -> RotaryEmbedding:
-    """Return cosines and sines [B, L, K/2], float32, of the angles position * theta^(-2i/K):
-    `Qwen3RotaryEmbedding`.
+    """Return cosines and sines [B, L, K/2], float32, of the angles position * theta^(-2i/K).
 
-    float32 whatever the compute dtype: bfloat16 cannot tell position 1000 from 1001.
+    Matches `Qwen3RotaryEmbedding`. They are in float32 for every compute dtype, since bfloat16
+    rounds positions 1000 and 1001 to the same value.
     """
     frequencies = theta ** -(np.arange(0, head_dim, 2) / head_dim)
     angles = positions_BL[..., None].astype(jnp.float32) * frequencies.astype(np.float32)
@@ -31,7 +31,7 @@ def rotary_embedding(positions_BL: jax.Array, head_dim: int, theta: float) -> Ro
 
 
 def apply_rotary_embedding(x_BLHK: jax.Array, rotary_embedding: RotaryEmbedding) -> jax.Array:
-    """Rotate the pairs (x_i, x_{i + K/2}) of every head (the rotate-half convention), in float32."""
+    """Rotate the pairs (x_i, x_{i + K/2}) of every head (rotate-half), in float32."""
     cos, sin = (a[:, :, None, :] for a in rotary_embedding)
     first, second = jnp.split(x_BLHK.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate(
@@ -49,14 +49,13 @@ def attend(
     query_start: jax.Array | int = 0,
     implementation: str = "auto",
 ) -> jax.Array:
-    """Attend causally, each query to the keys of its own segment only -> [B, L, H, K] in the dtype
-    of `v`.
+    """Attend causally within segments -> [B, L, H, K] in the dtype of `v`.
 
-    Query l stands at slot query_start + l and sees slots up to its own. Segment 0 is padding:
-    nothing sees it, and its own output is zero. Query head h reads key/value head h // (H / G).
-    Where a row's tokens lie over several devices, queries stay there and keys and values are
-    gathered: with few key/value heads that is little beside the activations. ConfigError for a
-    kernel of another platform.
+    Query l is at slot query_start + l and attends to slots up to its own. Segment 0 is padding: no
+    query attends to it, and its outputs are zero. Query head h uses key/value head h // (H / G).
+    When a row is sharded, queries stay sharded and keys and values are gathered: with few key/value
+    heads they are small compared with the activations. Raises ConfigError for a kernel of another
+    platform.
     """
     if implementation == "auto":
         implementation = default_implementation(
@@ -64,15 +63,18 @@ def attend(
         )
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
-            f"attention implementation {implementation!r} is not one of {', '.join(IMPLEMENTATIONS)}"
+            f"attention implementation {implementation!r} is not one of "
+            f"{', '.join(IMPLEMENTATIONS)}"
         )
     if nn.platform() not in PLATFORMS.get(implementation, (nn.platform(),)):
         raise ConfigError(
-            f"ar.attention={implementation!r} is a kernel of {PLATFORMS[implementation][0].upper()}s and this runs on a "
-            f"{nn.platform().upper()}: take 'auto', the fastest there is on a platform, or 'xla'"
+            f"ar.attention={implementation!r} is a kernel of "
+            f"{PLATFORMS[implementation][0].upper()}s and this runs on a {nn.platform().upper()}: "
+            "set 'auto', the fastest implementation of each platform, or 'xla'"
         )
-    keys_at = "batch", "keys", "act_kv_heads", None
-    k_BSGK, v_BSGK = nn.constrain(k_BSGK, *keys_at), nn.constrain(v_BSGK, *keys_at)
+    keys_at = ("batch", "keys", "act_kv_heads", None)
+    k_BSGK = nn.constrain(k_BSGK, *keys_at)
+    v_BSGK = nn.constrain(v_BSGK, *keys_at)
     o_BLHK = IMPLEMENTATIONS[implementation](
         q_BLHK, k_BSGK, v_BSGK, query_segments_BL, key_segments_BS, query_start
     )
@@ -105,16 +107,16 @@ def _xla(
 ) -> jax.Array:
     B, L, H, K = q_BLHK.shape
     G = k_BSGK.shape[2]
-    # Heads before tokens in all factors, as a batched product has them: otherwise XLA turns
-    # products around on CPUs.
+    # Heads precede tokens in all factors, the layout of a batched product: otherwise XLA transposes
+    # them on CPUs.
     q_BGRLK = q_BLHK.reshape(B, L, G, H // G, K).transpose(0, 2, 3, 1, 4)
     scores = (
         jnp.einsum("BGRLK,BSGK->BGRLS", q_BGRLK, k_BSGK, preferred_element_type=jnp.float32)
         * K**-0.5
     )
     mask_BLS = attention_mask(query_segments_BL, key_segments_BS, query_start)
-    # Finite, not -inf: a padding query sees nothing, and a softmax over nothing but -inf would be
-    # NaN, also in its gradient.
+    # The mask value is finite: all keys of a padding query are masked, and a softmax over -inf only
+    # is NaN, as is its gradient.
     scores = jnp.where(mask_BLS[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v_BSGK.dtype)
     o_BGRLK = jnp.einsum("BGRLS,BSGK->BGRLK", weights, v_BSGK)
@@ -131,9 +133,7 @@ def dot_product(
     *,
     implementation: str,
 ) -> jax.Array:
-    """Call `jax.nn.dot_product_attention`: cuDNN's flash attention, or its own plain products
-    ("xla"), which tests compare.
-    """
+    """Call `jax.nn.dot_product_attention` with "cudnn" (flash attention), or "xla" for tests."""
     mask_BLS = attention_mask(query_segments_BL, key_segments_BS, query_start)
     return jax.nn.dot_product_attention(
         q_BLHK, k_BSGK, v_BSGK, mask=mask_BLS[:, None], implementation=implementation
@@ -141,8 +141,9 @@ def dot_product(
 
 
 def acausal_flops(cfg: LanguageModelConfig, rows: int, length: int) -> int:
-    """Return the FLOPs that one product of attention spends above the diagonal, in all layers, where
-    it is computed over all pairs of positions.
+    """Return the FLOPs above the diagonal of one product of attention, in all layers.
+
+    They are spent if the product is computed over all pairs of positions.
     """
     pairs = rows * length * (length - 1) // 2
     return 2 * pairs * cfg.num_attention_heads * cfg.head_dim * cfg.num_hidden_layers
@@ -153,14 +154,14 @@ IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
     "cudnn": functools.partial(dot_product, implementation="cudnn"),
     "splash": splash,
 }
-PLATFORMS = {"cudnn": ("gpu", "cuda"), "splash": ("tpu",)}  # those not named run anywhere
+PLATFORMS = {"cudnn": ("gpu", "cuda"), "splash": ("tpu",)}  # others run on every platform
 
 
 @functools.cache
 def default_implementation(platform: str, dtype: str, *, whole_rows: bool) -> str:
     """Return the implementation that "auto" selects, and log it once for each case.
 
-    Decoding, one query against a cache, is bound by memory and gains nothing from a kernel.
+    Decoding, with one query against a cache, is bound by memory bandwidth: kernels do not help.
     """
     name = "xla"
     if whole_rows and platform in PLATFORMS["splash"]:

@@ -1,17 +1,16 @@
-"""The key/value cache of decoding: one static-shape pytree that loops carry whole and update in
-place.
+"""Hold and update the key/value cache of decoding: a pytree of static shape.
 
 Slots are shared by the rows of a batch: a chunk of L tokens takes slots end .. end + L - 1 of every
-row, so that a write is one `dynamic_update_slice` at one scalar index. Rows that are shorter leave
-slots of segment 0 behind, which nothing attends to; a token's *position* counts the real tokens of
-its row only. For prompts of 3 and 2 tokens, padded to 3, and two more:
+row, so that a write is one `dynamic_update_slice` at one scalar index. Padding of shorter rows has
+segment 0, which no query attends to; a token's *position* counts only the real tokens of its
+row. For prompts of 3 and 2 tokens, padded to 3, and two more:
 
     slot          0 1 2 3 4        segments   1 1 1 1 1        positions  0 1 2 3 4
                                               1 1 0 1 1                   0 1 - 2 3
 
-The layer loop and the token loop must both *carry* the cache. Passed through a scan's xs and ys
-instead, the whole of it is copied at every token. Heads come before slots, as a product over each
-head's slots wants them: the other way round they are transposed at every token.
+The layer loop and the token loop both *carry* the cache and update it in place. In a scan's xs and
+ys it would be copied at every token. Heads precede slots, the layout of a product over each head's
+slots: in the other order they would be transposed at every token.
 
 Y layers, B batch, L tokens of the chunk, S slots, G key/value heads, K head size.
 """
@@ -27,7 +26,7 @@ from blip3o_jax.config import LanguageModelConfig
 
 
 class Cache(NamedTuple):
-    """Keys and values of all layers, and which slots hold tokens.
+    """Hold the keys and values of all layers and the segments of the slots.
 
     Where the layer loop is unrolled (`ar.unroll`) keys and values are a tuple of one array [B,
     G, S, K] a layer: reading a layer's slots out of one for all would copy them at every token.

@@ -1,12 +1,12 @@
-"""Cross entropy over a large vocabulary without ever holding all logits.
+"""Compute the cross entropy over a large vocabulary in blocks, without storing all logits.
 
     loss = sum over labelled tokens t of  logsumexp_v(h_t . W_v) - h_t . W_label(t)
 
-Of each row only as many positions are computed as can have a label: in a text-to-image row those of
-the image, a third of a row of 2048. Rows of the batch keep their sharding; positions are cut
-into equal blocks of at most `chunk`, and the backward pass recomputes each block's logits, so
-memory is B x chunk x V instead of B x L x V. A single block has nothing to save and is kept
-instead. The head is gathered once, before the blocks.
+Only as many positions of each row are computed as can have a label: in a text-to-image row those of
+the image, a third of a row of 2048. Rows of the batch keep their sharding. Positions are split into
+equal blocks of at most `chunk`, and the backward pass recomputes each block's logits, so memory is
+B x chunk x V instead of B x L x V. A single block is not recomputed. The head is gathered once,
+before the blocks.
 
 Legend: B batch, L positions, M those computed, D width, V vocabulary rows (padded).
 """
@@ -27,21 +27,18 @@ def cross_entropy(
     chunk: int,
     max_labels: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Return the sum of the token losses where `mask_BL` is set, and the number of those tokens
-    whose arg max is the label; float32.
+    """Return the sum of the losses of tokens in `mask_BL`, and the number predicted correctly.
 
-    No row may have more than `max_labels` labels set (None: all); labels past that number are
-    dropped.
-    Logits are float32: in bfloat16 a loss of 11 nats has steps of 0.06. Rows of the head past
-    `vocab_size` are padding and can never be predicted.
+    Both are float32. A row has at most `max_labels` labels (None: its length); labels past that
+    number are dropped. Logits are float32, since bfloat16 has a resolution of 0.06 at a loss of 11
+    nats. Columns of the head past `vocab_size` are padding and have probability 0.
     """
     B, L, _ = hidden_BLD.shape
     M = min(max_labels or L, L)
     mask_BL = mask_BL.astype(bool)
     head_DV = nn.constrain(head_DV.astype(hidden_BLD.dtype), None, "act_vocab")
     blocks = -(-M // chunk)
-    # As many blocks, but no more padding than their number asks for, and the devices that a row
-    # lies over.
+    # The smallest equal blocks of this number, rounded up to the shards of a row.
     among = nn.shards("length")
     chunk = -(-M // (blocks * among)) * among
     pad = blocks * chunk - M
@@ -73,11 +70,16 @@ def cross_entropy(
 
     with jax.named_scope("cross_entropy"):
         start = (jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32))
-        inputs = hidden_BLD, labels_BL, mask_BL
+        inputs = (hidden_BLD, labels_BL, mask_BL)
         if M < L:
+            # A stable sort moves labelled positions to the front in their order.
             labelled_first_BM = jnp.argsort(~mask_BL, axis=1, stable=True)[:, :M]
             take = jax.vmap(
                 lambda x, index: x.at[index].get(mode="promise_in_bounds", unique_indices=True)
             )
-            inputs = [take(x, labelled_first_BM) for x in inputs]
+            inputs = (
+                take(hidden_BLD, labelled_first_BM),
+                take(labels_BL, labelled_first_BM),
+                take(mask_BL, labelled_first_BM),
+            )
         return jax.lax.scan(body, start, tuple(map(cut, inputs)))[0]

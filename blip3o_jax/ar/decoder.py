@@ -1,9 +1,8 @@
-"""Pre-norm decoder with rotary grouped-query attention and SwiGLU, also cached for decoding: what
-the families of Qwen (qwen2.py, qwen3.py) have in common. A family brings its attention projections.
+"""Run a pre-norm decoder with rotary grouped-query attention and SwiGLU, on rows or with a cache.
 
-The tables hold `cfg.padded_vocab_size` rows, a multiple that shards evenly; rows from
-`cfg.vocab_size` on stand for no token: `Decoder.logits` gives them -inf, so that no probability
-falls on them and they receive no gradient.
+The Qwen families (qwen2.py, qwen3.py) share it and define their attention projections. The tables
+have `cfg.padded_vocab_size` rows, a multiple that shards evenly. Rows from `cfg.vocab_size` are
+padding: `Decoder.logits` sets them to -inf, so that they have probability 0 and no gradient.
 
 B batch, L tokens, S cache slots, D width, H query heads, G key/value heads, K head size, F width of
 the MLP, V vocabulary.
@@ -11,7 +10,7 @@ the MLP, V vocabulary.
 
 import functools
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +23,7 @@ from blip3o_jax.config import QwenConfig
 
 
 class AttentionProjections(Protocol):
-    """What a family brings to a layer: `attention.attend` runs between the two methods."""
+    """Define a family's attention projections; `attention.attend` runs between the methods."""
 
     def project_qkv(
         self, x_BLD: jax.Array, rotary: attention.RotaryEmbedding
@@ -33,12 +32,12 @@ class AttentionProjections(Protocol):
         ...
 
     def project_out(self, o_BLHK: jax.Array) -> jax.Array:
-        """Return [B, L, D] of what the heads attended to."""
+        """Project attention outputs [B, L, H, K] to [B, L, D]."""
         ...
 
 
 class Mlp(nnx.Module):
-    """SwiGLU."""
+    """Apply the SwiGLU feed-forward to each token."""
 
     def __init__(self, cfg: QwenConfig, *, rngs: nnx.Rngs):
         d, f = cfg.hidden_size, cfg.intermediate_size
@@ -52,8 +51,9 @@ class Mlp(nnx.Module):
 
 
 class Layer(nnx.Module):
-    """One decoder layer in two halves, `pre_attention` and `post_attention`, since full and cached
-    attention differ in what runs between them.
+    """Run one decoder layer in two halves, `pre_attention` and `post_attention`.
+
+    Attention on whole rows or on the cache runs between them.
     """
 
     def __init__(
@@ -67,10 +67,12 @@ class Layer(nnx.Module):
     def pre_attention(
         self, x_BLD: jax.Array, rotary: attention.RotaryEmbedding
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Return the layer's q, k and v for its input [B, L, D]."""
         with jax.named_scope("attention"):
             return self.attention.project_qkv(self.attention_norm(x_BLD), rotary)
 
     def post_attention(self, x_BLD: jax.Array, o_BLHK: jax.Array) -> jax.Array:
+        """Return the layer's output [B, L, D] for its input and attention outputs."""
         with jax.named_scope("attention"):
             x_BLD = nn.constrain(
                 x_BLD + self.attention.project_out(o_BLHK), "batch", "length", "act_embed"
@@ -82,15 +84,16 @@ class Layer(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """The decoder between token ids (`embed`) and logits (`logits`); its input is embeddings, so
-    that projected image features can stand in for some of them. `ar.protocol.LanguageModel` says
-    what its methods take and return.
+    """Map embeddings to hidden states; `embed` and `logits` convert from and to token ids.
+
+    The input is embeddings, so that projected image features can replace some of them. It
+    implements `ar.protocol.LanguageModel`.
     """
 
     def __init__(
         self, cfg: QwenConfig, projections: Callable[..., AttentionProjections], *, rngs: nnx.Rngs
     ):
-        """`projections`: the class of the layers' `AttentionProjections`."""
+        """Create the layers; `projections` is the class of their `AttentionProjections`."""
         self.cfg = cfg
         rows, d = cfg.padded_vocab_size, cfg.hidden_size
         self.embedding = nn.param(
@@ -107,9 +110,10 @@ class Decoder(nnx.Module):
         )
 
     def embed(self, tokens_BL: jax.Array) -> jax.Array:
-        """Ids -> embeddings [B, L, D] in the compute dtype. Each device looks up the columns that
-        it holds for the rows of all that share the table, then the rows are handed out; so neither
-        the table nor its gradient is ever whole.
+        """Return the embeddings [B, L, D] of ids in the compute dtype.
+
+        Each device looks up its columns of the table for the rows of all devices that share the
+        table; then the rows are redistributed. So the table and its gradient stay sharded.
         """
         with jax.named_scope("embed"):
             tokens_BL = nn.constrain(tokens_BL, "lookup_batch", "length")
@@ -120,11 +124,11 @@ class Decoder(nnx.Module):
     def __call__(
         self, x_BLD: jax.Array, positions_BL: jax.Array, segment_ids_BL: jax.Array
     ) -> jax.Array:
-        """Embeddings -> hidden states [B, L, D] after the final norm (`last_hidden_state` of
-        `Qwen2Model` and `Qwen3Model`).
+        """Return hidden states [B, L, D] after the final norm.
 
-        Tokens see earlier tokens of their own segment; segment 0 is padding, whose hidden states
-        mean nothing. `positions_BL` restart at 0 with each segment.
+        Matches `last_hidden_state` of `Qwen2Model` and `Qwen3Model`. Tokens attend to earlier
+        tokens of their segment; segment 0 is padding, whose hidden states are undefined.
+        `positions_BL` restart at 0 with each segment.
         """
         rotary = attention.rotary_embedding(positions_BL, self.cfg.head_dim, self.cfg.rope_theta)
 
@@ -210,8 +214,9 @@ class Decoder(nnx.Module):
     def start_decoding(
         self, batch: int, capacity: int
     ) -> tuple[cache.Cache, list[nnx.Module] | None]:
-        """Return an empty cache of `capacity` slots a row, and the layers as `extend` takes them in
-        a token loop: unstacked with `cfg.unroll`.
+        """Return an empty cache of `capacity` slots per row, and the layers for `extend`.
+
+        The layers are unstacked with `cfg.unroll`, else None.
         """
         layers = nn.unstack(self.layers) if self.cfg.unroll else None
         return cache.empty(self.cfg, batch, capacity), layers
@@ -257,20 +262,20 @@ class Decoder(nnx.Module):
                 (x_BLD, k_BGSK, v_BGSK), _ = step(layer, (x_BLD, *cached), None)
                 ks.append(k_BGSK)
                 vs.append(v_BGSK)
-            k_YBGSK, v_YBGSK = tuple(ks), tuple(vs)
+            k_YBGSK = tuple(ks)
+            v_YBGSK = tuple(vs)
         else:
-            carry, indices = (
-                (x_BLD, past.k_YBGSK, past.v_YBGSK),
-                jnp.arange(self.cfg.num_hidden_layers),
-            )
+            carry = (x_BLD, past.k_YBGSK, past.v_YBGSK)
+            indices = jnp.arange(self.cfg.num_hidden_layers)
             (x_BLD, k_YBGSK, v_YBGSK), _ = nn.scan(
                 self.layers, step, carry, indices, remat="none", unroll=False
             )
         return self.norm(x_BLD), present._replace(k_YBGSK=k_YBGSK, v_YBGSK=v_YBGSK)
 
     def head(self, rows: tuple[int, int] | None = None) -> jax.Array:
-        """Return the output projection [D, V] as stored, padded rows' columns included, or its
-        columns rows[0] .. rows[1] - 1.
+        """Return the output projection [D, V] as stored, or its columns rows[0] .. rows[1] - 1.
+
+        The stored one includes the padding columns.
         """
         first, last = rows or (0, self.cfg.padded_vocab_size)
         return (
@@ -280,8 +285,9 @@ class Decoder(nnx.Module):
         )
 
     def logits(self, hidden_BLD: jax.Array, rows: tuple[int, int] | None = None) -> jax.Array:
-        """Return float32 logits [..., V] of all stored rows, -inf at the padded ones; or of ids
-        rows[0] .. rows[1] - 1 only.
+        """Return float32 logits [..., V] of all stored rows, or of ids rows[0] .. rows[1] - 1.
+
+        Padding rows have -inf.
         """
         first, last = rows or (0, self.cfg.padded_vocab_size)
         logits_BLV = project(hidden_BLD, self.head(rows))
@@ -300,10 +306,8 @@ def linear(
     *,
     bias: bool = False,
 ) -> nn.Linear:
-    """Return a layer that is initialised as `cfg` says, with low-rank factors where `cfg.lora`
-    names it `name`.
-    """
-    own = {"init": nn.normal(cfg.initializer_range), "lora": cfg.lora.of(name)}
+    """Return a linear layer with the settings of `cfg`, and with LoRA if it selects `name`."""
+    own: dict[str, Any] = {"init": nn.normal(cfg.initializer_range), "lora": cfg.lora.of(name)}
     return nn.Linear(
         d_in,
         d_out,

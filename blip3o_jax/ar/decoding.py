@@ -1,12 +1,11 @@
-"""The state of decoding: what one token's step hands to the next.
+"""Define the state of decoding: the carry of the token loop.
 
-A prompt is prefilled once; then each step takes the logits of the last token's hidden state, samples
-a token, and runs it on the cache. Sampling of image tokens carries a `DecodingState` through its
-loop, sampling of text a `TextDecodingState`; reinforcement learning samples through the former, and
-scores through `score_with_prefix`, whose hidden states are those of the same positions.
+A prompt is prefilled once; then each step computes the logits of the last token's hidden state,
+samples a token, and runs it on the cache. The loop over image tokens carries a `DecodingState`, the
+loop over text a `TextDecodingState`. Reinforcement learning samples with the former and scores with
+`score_with_prefix`, which returns the hidden states of the same positions.
 
-B rows of the batch, with classifier-free guidance two a prompt, next to each other; N new tokens, D
-width.
+B rows of the batch (with classifier-free guidance two per prompt, adjacent), N new tokens, D width.
 """
 
 from typing import Any, NamedTuple
@@ -19,21 +18,19 @@ from blip3o_jax.ar.protocol import LanguageModel
 
 
 class DecodingState(NamedTuple):
-    """The rows of a batch after some tokens."""
+    """Hold the state of a batch's rows between two tokens."""
 
     hidden_BD: jax.Array  # final-norm state of each row's last token, which predicts the next
     cache: cache.Cache  # keys and values of all tokens so far
 
     def repeat_for_group(self, group: int, cfg_branches: int) -> "DecodingState":
-        """Return the state of `group` rows for each prompt, from that of one; see
-        `repeat_for_group`.
-        """
+        """Return the state of `group` rows per prompt, from that of one; see the function."""
         rows = lambda x: repeat_for_group(x, group, cfg_branches)
         return DecodingState(rows(self.hidden_BD), cache.repeat(self.cache, rows))
 
 
 class TextDecodingState(NamedTuple):
-    """The rows of a batch while text is sampled."""
+    """Hold the state of a batch's rows while text is sampled."""
 
     index: jax.Array  # int32 scalar; steps done, which is the place of the next token in `ids_BN`
     decoding: DecodingState
@@ -49,8 +46,10 @@ def prefill(
     lengths_B: jax.Array,
     capacity: int,
 ) -> tuple[DecodingState, Any]:
-    """Run the prompts on an empty cache of `capacity` slots -> (state after each row's last token,
-    at lengths_B - 1; the layers for `decode`, as `start_decoding` returns them).
+    """Run the prompts on an empty cache of `capacity` slots.
+
+    Returns (state after each row's last token, at lengths_B - 1; the layers for `decode`, as
+    `start_decoding` returns them).
     """
     past, layers = model.start_decoding(len(embedded_BLD), capacity)
     with jax.named_scope("prefill"):

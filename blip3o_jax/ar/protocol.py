@@ -1,4 +1,4 @@
-"""What every autoregressive language model is to the rest of the package.
+"""Define the interface of an autoregressive language model.
 
 B batch, L tokens, N tokens after a prompt, P prompts, D width, V vocabulary rows.
 """
@@ -14,11 +14,11 @@ from blip3o_jax.config import LanguageModelConfig
 
 
 class LanguageModel(Protocol):
-    """A causal language model from embeddings to hidden states: an `nnx.Module`.
+    """Map embeddings to hidden states causally; implementations are `nnx.Module`s.
 
-    Segment ids are int32: a token sees earlier tokens of its own segment, 0 is padding, whose hidden
-    states mean nothing. Hidden states are those after the final norm, in the compute dtype: they
-    are both what `logits` projects and the condition of the diffusion head.
+    Segment ids are int32: a token attends to earlier tokens of its segment; 0 is padding, whose
+    hidden states are undefined. Hidden states are those after the final norm, in the compute dtype:
+    `logits` projects them, and they are the condition of the diffusion head.
     """
 
     cfg: LanguageModelConfig
@@ -32,8 +32,9 @@ class LanguageModel(Protocol):
     def __call__(
         self, x_BLD: jax.Array, positions_BL: jax.Array, segment_ids_BL: jax.Array
     ) -> jax.Array:
-        """Return the hidden states [B, L, D] of whole rows. Positions, int32, restart at 0 with
-        each segment.
+        """Return the hidden states [B, L, D] of whole rows.
+
+        Positions, int32, restart at 0 with each segment.
         """
         ...
 
@@ -44,32 +45,33 @@ class LanguageModel(Protocol):
         x_BND: jax.Array,
         repeat: Callable[[jax.Array], jax.Array],
     ) -> tuple[jax.Array, jax.Array]:
-        """Return the hidden states [P, L, D] of prompts and [B, N, D] of given tokens after them:
-        those of `__call__` over B whole rows. `repeat` repeats arrays that lead with P for the rows
-        that continue them.
+        """Return the hidden states [P, L, D] of prompts and [B, N, D] of given tokens after them.
+
+        They equal those of `__call__` over B whole rows. `repeat` repeats arrays that lead with P
+        for the rows that continue them.
         """
         ...
 
     def start_decoding(self, batch: int, capacity: int) -> tuple[Cache, Any]:
-        """Return an empty cache of `capacity` tokens a row, and whatever `extend` takes as
-        `layers` (computed once, before the token loop).
+        """Return an empty cache of `capacity` tokens per row, and the `layers` of `extend`.
+
+        The layers are computed once, before the token loop.
         """
         ...
 
     def extend(
         self, x_BLD: jax.Array, segment_ids_BL: jax.Array, past: Cache, layers: Any = None
     ) -> tuple[jax.Array, Cache]:
-        """Return the hidden states [B, L, D] of the next L tokens of every row, and the extended
-        cache: equal to `__call__` over all tokens so far.
+        """Return the hidden states [B, L, D] of every row's next L tokens, and the new cache.
+
+        They equal those of `__call__` over all tokens so far.
         """
         ...
 
     def head(self, rows: tuple[int, int] | None = None) -> jax.Array:
-        """Return the output projection [D, V] of ids rows[0] .. rows[1] - 1, of all stored rows
-        where None, as stored.
-        """
+        """Return the output projection [D, V] as stored, or of ids rows[0] .. rows[1] - 1."""
         ...
 
     def logits(self, hidden_BLD: jax.Array, rows: tuple[int, int] | None = None) -> jax.Array:
-        """Return float32 logits [..., V], -inf at rows that no id stands for."""
+        """Return float32 logits [..., V], with -inf at padding rows."""
         ...

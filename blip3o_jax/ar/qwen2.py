@@ -1,4 +1,6 @@
-"""Qwen2 and Qwen2.5 decoder: `transformers.Qwen2ForCausalLM` with full attention.
+"""Define the Qwen2 and Qwen2.5 decoder; it matches `transformers.Qwen2ForCausalLM`.
+
+Only full attention is supported.
 
 B batch, L tokens, D width, H query heads, G key/value heads, K head size.
 """
@@ -13,7 +15,7 @@ from blip3o_jax.config import Qwen2Config
 
 
 class Attention(nnx.Module):
-    """Project to queries, keys and values, with biases, and back, without."""
+    """Project to queries, keys and values with biases, and back without."""
 
     def __init__(self, cfg: Qwen2Config, *, rngs: nnx.Rngs):
         d, width = cfg.hidden_size, cfg.num_attention_heads * cfg.head_dim
@@ -37,12 +39,12 @@ class Attention(nnx.Module):
         return q_BLHK, nn.constrain(k_BLGK, *kv_axes), nn.constrain(v_BLGK, *kv_axes)
 
     def project_out(self, o_BLHK: jax.Array) -> jax.Array:
-        """Return [B, L, D] of what the heads attended to."""
+        """Project attention outputs [B, L, H, K] to [B, L, D]."""
         return self.o(o_BLHK.reshape(*o_BLHK.shape[:2], -1))
 
 
 class Qwen2(Decoder):
-    """The decoder with biases of queries, keys and values."""
+    """Run the decoder with biases of queries, keys and values."""
 
     def __init__(self, cfg: Qwen2Config, *, rngs: nnx.Rngs):
         super().__init__(cfg, Attention, rngs=rngs)

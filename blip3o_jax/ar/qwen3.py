@@ -1,4 +1,4 @@
-"""Qwen3 decoder: `transformers.Qwen3ForCausalLM`.
+"""Define the Qwen3 decoder; it matches `transformers.Qwen3ForCausalLM`.
 
 B batch, L tokens, D width, H query heads, G key/value heads, K head size.
 """
@@ -13,9 +13,7 @@ from blip3o_jax.config import Qwen3Config
 
 
 class Attention(nnx.Module):
-    """Project to queries, keys and values and back; `attention.attend` runs between `project_qkv`
-    and `project_out`.
-    """
+    """Project to queries, keys and values and back, with a norm over each head of q and k."""
 
     def __init__(self, cfg: Qwen3Config, *, rngs: nnx.Rngs):
         d, heads, kv_heads = cfg.hidden_size, cfg.num_attention_heads, cfg.num_key_value_heads
@@ -30,7 +28,7 @@ class Attention(nnx.Module):
     def project_qkv(
         self, x_BLD: jax.Array, rotary: attention.RotaryEmbedding
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """q [B, L, H, K], k and v [B, L, G, K]; the norm is over each head, before the rotation."""
+        """Return q [B, L, H, K], k and v [B, L, G, K]; each head is normed, then rotated."""
         split = lambda y: y.reshape(*y.shape[:-1], -1, self.head_dim)
         q_BLHK = attention.apply_rotary_embedding(self.q_norm(split(self.q(x_BLD))), rotary)
         k_BLGK = attention.apply_rotary_embedding(self.k_norm(split(self.k(x_BLD))), rotary)
@@ -40,11 +38,12 @@ class Attention(nnx.Module):
         return q_BLHK, nn.constrain(k_BLGK, *kv_axes), nn.constrain(v_BLGK, *kv_axes)
 
     def project_out(self, o_BLHK: jax.Array) -> jax.Array:
+        """Project attention outputs [B, L, H, K] to [B, L, D]."""
         return self.o(o_BLHK.reshape(*o_BLHK.shape[:2], -1))
 
 
 class Qwen3(Decoder):
-    """The decoder with a norm over each head of queries and keys."""
+    """Run the decoder with a norm over each head of queries and keys."""
 
     def __init__(self, cfg: Qwen3Config, *, rngs: nnx.Rngs):
         super().__init__(cfg, Attention, rngs=rngs)

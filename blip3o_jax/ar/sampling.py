@@ -5,7 +5,8 @@ Logits l cover the image ids alone, at temperature t. With classifier-free guida
 + g (c - u), of the conditional logits c (given the prompt) and the unconditional logits u (given
 the image tokens only; arXiv 2306.17806):
 
-    p = softmax(l / t);  keep the top_k most likely;  of those, renormalised, keep the shortest prefix of mass >= top_p
+    p = softmax(l / t), truncated to the top_k most likely ids, then to the shortest prefix
+        of mass >= top_p of the renormalised rest
 
 An id is sampled by the Gumbel-max rule with noise that belongs to (row key, token index, image id).
 So a row's ids depend on its own prompt and key only, and rounding that swaps the ranks of two
@@ -68,9 +69,10 @@ def generate_image_tokens(
     """
     _check(model, num_tokens, image_ids, temperature, top_k, top_p)
     model = _cast_params(model)
-    # With guidance, P and B count two branches a row from here on. They lie next to each other, so
-    # that both are on the row's device.
-    L, cfg_branches = tokens_PL.shape[1], 1 if guidance == 1.0 else 2
+    # With guidance, P and B count two branches per row from here on. They are adjacent, so that
+    # both are on the row's device.
+    L = tokens_PL.shape[1]
+    cfg_branches = 1 if guidance == 1.0 else 2
     repeat_for_cfg = lambda x: jnp.repeat(x, cfg_branches, axis=0)
     segments_PL = cfg_segment_ids(lengths_P, L, cfg_branches)
     embedded_PLD = repeat_for_cfg(model.embed(tokens_PL) if embedded_PLD is None else embedded_PLD)
@@ -230,13 +232,12 @@ def truncate(
         return jnp.broadcast_to(jnp.arange(V, dtype=jnp.int32), (B, V)), jax.nn.log_softmax(
             logits_BV
         )
-    # The k largest first: the sort that top-p needs is then over k values, not over the whole
-    # codebook.
+    # top_k first: top-p then needs a sort of k values instead of the whole codebook.
     logits_BC, classes_BC = jax.lax.top_k(logits_BV, top_k)
     if top_p < 1.0:
         probs_BC = jax.nn.softmax(logits_BC)
         mass_before_BC = jnp.cumsum(probs_BC, axis=-1) - probs_BC
-        # The likeliest class stays whatever top_p is.
+        # The most likely class is kept for every top_p.
         kept_BC = (mass_before_BC < top_p) | (jnp.arange(top_k) == 0)
         logits_BC = jnp.where(kept_BC, logits_BC, -jnp.inf)
     return classes_BC, jax.nn.log_softmax(logits_BC)
@@ -253,9 +254,8 @@ def _check(
     first, last = image_ids
     problems = {
         f"num_tokens={num_tokens} must be positive": num_tokens < 1,
-        f"image_ids={image_ids} must be (first, last + 1) within the vocabulary of {model.cfg.vocab_size}": not (
-            0 <= first < last <= model.cfg.vocab_size
-        ),
+        f"image_ids={image_ids} must be (first, last + 1) within the vocabulary of "
+        f"{model.cfg.vocab_size}": not (0 <= first < last <= model.cfg.vocab_size),
         f"temperature={temperature} must be 0 (greedy) or more": temperature < 0,
         f"top_k={top_k} must be 0 (off) or more": top_k < 0,
         f"top_p={top_p} must lie in (0, 1]; 1 switches it off": not 0 < top_p <= 1,

@@ -1,9 +1,8 @@
-"""Splash attention: block-sparse flash attention as a Pallas kernel for TPUs
-(`jax.experimental.pallas.ops.tpu`), per shard.
+"""Run splash attention on each shard: block-sparse flash attention, a Pallas kernel for TPUs.
 
-Scores never leave the chip's own memory, and blocks above the diagonal are not computed. Heads may
-lie over several devices, and so may the queries of a row; keys and values of a row are whole on
-each. Off TPUs, where `attend` refuses it, the kernel is interpreted, for tests.
+The kernel is in `jax.experimental.pallas.ops.tpu`. Scores stay in on-chip memory, and blocks above
+the diagonal are not computed. Heads and the queries of a row may be sharded; the keys and values of
+a row are not. On other platforms, where `attend` raises, the kernel is interpreted, for tests.
 
 B batch, L tokens, H query heads, G key/value heads, K head size. Length is padded to whole tiles,
 as segment 0.
@@ -17,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from blip3o_jax import nn
 
-LANES = 128  # of a TPU's vectors: blocks of keys are multiples
+LANES = 128  # lanes of a TPU's vector registers; block sizes are multiples
 LARGEST_BLOCK = 512
 
 
@@ -29,13 +28,15 @@ def splash(
     key_segments_BL: jax.Array,
     query_start: jax.Array | int,
 ) -> jax.Array:
-    """`attention.attend` for the queries of whole rows, or of their ends. ValueError for a cache
-    that goes on behind them.
+    """Compute `attention.attend` for the queries of whole rows, or of their ends.
+
+    Raises ValueError for a cache with slots after the queries.
     """
-    length, scale = k_BLGK.shape[1], q_BLHK.shape[-1] ** -0.5
+    length = k_BLGK.shape[1]
+    scale = q_BLHK.shape[-1] ** -0.5
     if not isinstance(query_start, int) or query_start + q_BLHK.shape[1] != length:
-        raise ValueError("splash attention is for whole rows: take attention 'xla' on a cache")
-    if query_start:  # the mask's blocks are those of whole rows: in front, queries of nothing
+        raise ValueError("splash attention is for whole rows: set attention 'xla' for a cache")
+    if query_start:  # the kernel's mask is of whole rows: pad the queries in front with segment 0
         front = lambda x: jnp.pad(x, ((0, 0), (query_start, 0), *((0, 0),) * (x.ndim - 2)))
         o_BLHK = splash(front(q_BLHK), k_BLGK, v_BLGK, front(query_segments_BL), key_segments_BL, 0)
         return o_BLHK[:, query_start:]
@@ -45,8 +46,8 @@ def splash(
     pad = -length % (LANES * length_shards)
     widen = lambda x: jnp.pad(x, ((0, 0), (0, pad), *((0, 0),) * (x.ndim - 2)))
     by_head = lambda x: widen(x).transpose(0, 2, 1, 3)
-    # The kernel does not scale scores. In bfloat16 this rounds q once more, unless 1 / sqrt(K) is a
-    # power of two.
+    # The kernel does not scale scores. Scaling q in bfloat16 rounds it again, unless 1 / sqrt(K) is
+    # a power of two.
     q_BHLK = by_head(q_BLHK * jnp.asarray(scale, q_BLHK.dtype))
     inputs = (
         q_BHLK,
@@ -73,8 +74,7 @@ def splash(
             at(rows_at, length_at),
             at(rows_at, None),
         )
-        # The kernel's outputs do not say over which axes they are equal, which is what would be
-        # checked.
+        # The kernel's outputs carry no varying axes, which `check_vma` requires.
         run = jax.shard_map(
             _rows, mesh=mesh, in_specs=in_specs, out_specs=queries_at, check_vma=False
         )
@@ -118,7 +118,7 @@ def _kernel(
 
 
 def _at(*axes: str | None, shape: tuple[int, ...]) -> tuple[str | tuple[str, ...] | None, ...]:
-    """Mesh axes of each dimension."""
+    """Return the mesh axes of each dimension."""
     sharding = nn.sharding(*axes, shape=shape)
     if sharding is None:
         return (None,) * len(axes)

@@ -1,4 +1,4 @@
-"""How a family of a part is converted: its table of tensors, its config.json, its PyTorch class.
+"""Describe how a family of a part is converted: tensors, config.json and PyTorch class.
 
 The rows of parts.py name these. Needs no torch: classes of PyTorch are named and imported when one
 is made.
@@ -20,7 +20,7 @@ from blip3o_jax.parts import PART_TABLE, family_of, resolve, settings_of
 
 @dataclasses.dataclass(frozen=True)
 class Conversion:
-    """One family's way to PyTorch and back.
+    """Hold one family's conversion to PyTorch and back.
 
     `rules`: of the part's settings, the table of its tensors. `torch_class`: "module:class" of the
     network there; a class of transformers or diffusers is made from `layout`, another from the

@@ -1,7 +1,7 @@
 """Open a PyTorch model on disk: return its configuration and the tensors of each part.
 
-A source is a BLIP3o-NEXT directory, a directory of a stock language model (Qwen3, or Qwen2 as Tar is
-published), a diffusers directory (transformer/, vae/, scheduler/) and a TA-Tok file, in any
+A source is a BLIP3o-NEXT directory, a directory of a stock language model (Qwen3, or Qwen2, as Tar
+is published), a diffusers directory (transformer/, vae/, scheduler/) and a TA-Tok file, in any
 combination that makes a whole model. Sizes and options come from config.json files; those that are
 absent are the published model's. Only headers of weights are read, and the values of a tied head
 that is stored.
@@ -194,8 +194,9 @@ def _model_config(files: Files, initialise: tuple[str, ...]) -> ModelConfig:
 
 
 def _with_own(new: Any, old: Any, names: Iterable[str]) -> Any:
-    """Return settings of a stock class with this package's own, `names`, of `old`; with their
-    defaults where `old` is of another family.
+    """Return settings of a stock class with the fields `names` of `old`.
+
+    The fields keep their defaults if `old` is of another family.
     """
     if type(old) is not type(new):
         return new
@@ -288,12 +289,12 @@ def _match_tensors(
 
 
 def _check_buffer(tensor: Tensor, value: np.ndarray) -> None:
-    """Check a tensor that is computed here: the file's has to be what the settings make it."""
+    """Raise UserError unless a stored tensor has the value computed from the settings."""
     stored = tensor.read()
     if stored.shape != value.shape or not np.allclose(stored.astype(np.float32), value, atol=1e-2):
         raise UserError(
-            f"{tensor.file}: {tensor.key} is not what the settings of its network make it, and no other values can be "
-            "converted: take the config.json that was saved with the weights"
+            f"{tensor.file}: {tensor.key} differs from the values computed from its network's "
+            "settings: use the config.json that was saved with the weights"
         )
 
 

@@ -41,7 +41,7 @@ REQUIRED = object()
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How the config.json of one stock class is read into `cls`."""
+    """Hold how the config.json of one stock class is read into `cls`."""
 
     cls: type
     fields: dict[
@@ -94,7 +94,8 @@ def _qwen_computed(values: dict[str, Any], where: str) -> dict[str, Any]:
         not isinstance(kinds, list | tuple) or any(kind != "full_attention" for kind in kinds)
     ):
         raise UserError(
-            f"{where}: layer_types={kinds!r} is not supported: only a list of 'full_attention' can be converted"
+            f"{where}: layer_types={kinds!r} is not supported: only a list of 'full_attention' can "
+            "be converted"
         )
     computed: dict[str, Any] = {"rope_theta": _rope_theta(values, where)}
     if values.get("num_key_value_heads", REQUIRED) is None:
@@ -118,7 +119,8 @@ def _dc_ae_computed(values: dict[str, Any], where: str) -> dict[str, Any]:
         if isinstance(value, list | tuple):
             if len(set(map(str, value))) != 1:
                 raise UserError(
-                    f"{where}: {key}={value!r} differs between stages: only one value for all can be converted"
+                    f"{where}: {key}={value!r} differs between stages: only one value for all can "
+                    "be converted"
                 )
             computed[key] = value[0]
     return computed
@@ -250,8 +252,9 @@ def _taken(layout: Layout, part: Any) -> dict[str, Any]:
 
 
 def _rope_theta(values: dict[str, Any], where: str) -> Any:
-    """The rotary base: in `rope_parameters` (transformers 5), or at the top level beside an
-    optional `rope_scaling`.
+    """Return the rotary base, of `rope_parameters` (transformers 5) or the top level.
+
+    Raises UserError for scaled or partial rotary positions.
     """
     inner: dict[str, Any] = {}
     for key in ("rope_scaling", "rope_parameters"):
@@ -269,19 +272,20 @@ def _rope_theta(values: dict[str, Any], where: str) -> Any:
                 )
             if not known:
                 raise UserError(
-                    f"{where}: {key}.{name}={value!r} is not supported: only plain rotary positions (rope_type 'default') can "
-                    "be converted"
+                    f"{where}: {key}.{name}={value!r} is not supported: only plain rotary "
+                    "positions (rope_type 'default') can be converted"
                 )
     theta = inner.get("rope_theta", values.get("rope_theta"))
     if theta is None:
         raise UserError(
-            f"{where}: lacks rope_theta (or rope_parameters.rope_theta): add the base the model was trained with"
+            f"{where}: lacks rope_theta (or rope_parameters.rope_theta): add the base the model "
+            "was trained with"
         )
     return theta
 
 
 def _read(layout: Layout, values: dict[str, Any], where: str, computed: dict[str, Any]) -> Any:
-    """The dataclass of `layout`; `computed` has precedence over `values`."""
+    """Return the dataclass of `layout`; `computed` has precedence over `values`."""
     for key, allowed in layout.fixed.items():
         if values.get(key, allowed[0]) not in allowed:
             refuse(where, key, values[key], allowed)
@@ -290,7 +294,8 @@ def _read(layout: Layout, values: dict[str, Any], where: str, computed: dict[str
     ]
     if missing:
         raise UserError(
-            f"{where}: lacks {', '.join(missing)}: take the file that was published or saved with the weights"
+            f"{where}: lacks {', '.join(missing)}: use the file that was published or saved with "
+            "the weights"
         )
     taken = {key: values.get(key, default) for key, default in layout.fields.items()} | computed
     for key, value in taken.items():
@@ -308,8 +313,9 @@ def check_object(values: Any, where: str) -> None:
 
 
 def _check_numbers(where: str, key: str, value: Any) -> None:
-    """Sizes, ratios and constants are positive; a stage may have no layers, and weights may be
-    drawn with deviation 0.
+    """Raise UserError unless numbers are positive.
+
+    A stage may have 0 layers, and the initial weights a deviation of 0.
     """
     if isinstance(value, list | tuple):
         for item in value:
@@ -318,7 +324,8 @@ def _check_numbers(where: str, key: str, value: Any) -> None:
         zero = key.endswith("layers_per_block") or key == "initializer_range"
         if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
             raise UserError(
-                f"{where}: {key}={value!r} must be a finite number {'of 0 or more' if zero else 'above 0'}"
+                f"{where}: {key}={value!r} must be a finite number "
+                f"{'of 0 or more' if zero else 'above 0'}"
             )
 
 
@@ -326,5 +333,6 @@ def refuse(where: str, key: str, value: Any, allowed: tuple[Any, ...]) -> NoRetu
     """Raise UserError for a key of the file `where` whose value is none of `allowed`."""
     options = " or ".join(repr(v) for v in allowed)
     raise UserError(
-        f"{where}: {key}={value!r} is not supported: only a model with {key}={options} can be converted"
+        f"{where}: {key}={value!r} is not supported: only a model with {key}={options} can be "
+        "converted"
     )

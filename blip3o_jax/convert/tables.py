@@ -20,7 +20,7 @@ Shape = tuple[int, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How one tensor is laid out in PyTorch and here."""
+    """Hold the conversions of one tensor's layout between PyTorch and this package."""
 
     to_jax: Callable[[np.ndarray], np.ndarray]
     to_torch: Callable[[np.ndarray], np.ndarray]
@@ -59,9 +59,10 @@ LAYOUTS = {
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """`torch`: name pattern; `paths`: of the parameters; `first`: what `{i}` is for layer 0 here;
-    `vocabulary`: the first dimension of the tensor counts the vocabulary, whose rows are padded
-    here and not there.
+    """Map the tensors of a name pattern to parameters.
+
+    `torch` is the pattern, `paths` are the parameters', and `first` is the value of `{i}` for layer
+    0. `vocabulary` marks a tensor whose first dimension is the vocabulary, which this package pads.
     """
 
     torch: str
@@ -76,8 +77,9 @@ class Rule:
 
     @property
     def by_rows(self) -> bool:
-        """Return whether rows of the tensor are rows of one parameter, or columns (`transposed`),
-        so that it can be converted a few at a time.
+        """Return whether the tensor can be converted a few rows at a time.
+
+        Its rows are then rows, or columns (`transposed`), of one parameter.
         """
         return self.layout in ("same", "linear") and len(self.paths) == 1 and not self.stacked
 
@@ -140,8 +142,9 @@ def qwen2(cfg: QwenConfig) -> list[Rule]:
 
 
 def _decoder(cfg: QwenConfig, biases: str, norms: list[Rule]) -> list[Rule]:
-    """Return the rules of a decoder of Qwen. The projections named in `biases` have one; `norms` are
-    those within attention.
+    """Return the rules of a Qwen decoder.
+
+    The projections named in `biases` have a bias; `norms` are those within attention.
     """
     layer, here = "model.layers.{i}.", "layers/"
     table = [

@@ -1,10 +1,14 @@
-"""ReLU linear attention (SANA, arXiv 2410.10629, section 2.2): linear in the number of tokens.
+"""Compute ReLU linear attention (SANA, arXiv 2410.10629, section 2.2).
+
+Its cost is linear in the number of tokens.
 
     o_n = sum_m relu(q_n) . relu(k_m) v_m / (sum_m relu(q_n) . relu(k_m) + eps)
         = relu(q_n) (sum_m relu(k_m) v_m^T) / (relu(q_n) . sum_m relu(k_m) + eps)
 
 B batch, N tokens, H heads, K head size, D width.
 """
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,18 +26,19 @@ def relu_linear_attention(
     *,
     eps: float = 1e-15,
 ) -> jax.Array:
-    """Compute the second form above -> [B, N, H, K] in the dtype of `v`; diffusers'
-    `SanaLinearAttnProcessor2_0`. Only the tokens m that `mask_BN` sets are summed; all where it is
-    None.
+    """Attend by the second form of the module's equation -> [B, N, H, K] in the dtype of `v`.
 
-    diffusers appends a row of ones to v so that one product gives numerator and denominator;
-    summing k beside it is the same without copying v, and keeps the head size a power of two.
+    Matches diffusers' `SanaLinearAttnProcessor2_0`. Only tokens m in `mask_BN` are summed (None:
+    all). diffusers appends a row of ones to v, so that one product gives numerator and denominator;
+    summing k separately gives the same without a copy of v and keeps the head size a power of two.
     """
-    # Sums over thousands of tokens, then a ratio: all in float32, since bfloat16 holds 8 bits. A
-    # TPU rounds float32 factors to bfloat16 unless told not to; at K x K a head, exact products
-    # cost next to nothing beside the projections.
-    exact, f32 = jax.lax.Precision.HIGHEST, jnp.float32
-    q_BNHK, k_BNHK = jax.nn.relu(q_BNHK).astype(f32), jax.nn.relu(k_BNHK).astype(f32)
+    # The ratio of sums over thousands of tokens is in float32, since bfloat16 has 8 bits. TPUs
+    # round float32 factors to bfloat16 by default; HIGHEST avoids it, and costs little, since a
+    # head's state is only K x K.
+    exact = jax.lax.Precision.HIGHEST
+    f32 = jnp.float32
+    q_BNHK = jax.nn.relu(q_BNHK).astype(f32)
+    k_BNHK = jax.nn.relu(k_BNHK).astype(f32)
     if mask_BN is not None:
         k_BNHK = jnp.where(mask_BN[..., None, None], k_BNHK, 0)
     state_BHKV = jnp.einsum("BNHK,BNHV->BHKV", k_BNHK, v_BNHK.astype(f32), precision=exact)
@@ -43,12 +48,14 @@ def relu_linear_attention(
 
 
 class LinearAttention(nnx.Module):
-    """Self-attention of a SANA block: projections without bias, q and k normalised over all heads
-    together.
+    """Apply the self-attention of a SANA block.
+
+    Input projections have no bias; q and k are normalised over all heads together.
     """
 
     def __init__(self, cfg: SanaConfig, *, rngs: nnx.Rngs):
-        d, types = cfg.hidden_size, {"dtype": cfg.dtype, "param_dtype": cfg.param_dtype}
+        d = cfg.hidden_size
+        types: dict[str, Any] = {"dtype": cfg.dtype, "param_dtype": cfg.param_dtype}
         self.head_dim = cfg.attention_head_dim
         self.q = nn.Linear(
             d, d, ("embed", "heads"), rngs=rngs, lora=cfg.lora.of("q"), bias=False, **types
@@ -82,8 +89,9 @@ class LinearAttention(nnx.Module):
 
 
 def across_heads_norm(cfg: SanaConfig, rngs: nnx.Rngs) -> nn.RMSNorm | None:
-    """Return the norm of q or k that `cfg.qk_norm` names, over the whole width, before the split
-    into heads; None for no norm.
+    """Return the norm of q or k that `cfg.qk_norm` names, or None.
+
+    It is over the whole width, before the split into heads.
     """
     if cfg.qk_norm is None:
         return None
@@ -91,5 +99,5 @@ def across_heads_norm(cfg: SanaConfig, rngs: nnx.Rngs) -> nn.RMSNorm | None:
 
 
 def apply_norm(norm: nn.RMSNorm | None, x: jax.Array) -> jax.Array:
-    """Apply `norm`, or return `x` where there is none."""
+    """Apply `norm`, or return `x` if it is None."""
     return x if norm is None else norm(x)

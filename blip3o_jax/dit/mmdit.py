@@ -1,7 +1,8 @@
-"""MMDiT, the diffusion transformer of Stable Diffusion 3 (arXiv 2403.03206):
-`diffusers.SD3Transformer2DModel`.
+"""Predict the velocity of latents with MMDiT, the transformer of Stable Diffusion 3.
 
-Latent tokens and condition tokens are two streams with weights of their own, which one softmax joins
+Source: arXiv 2403.03206; matches `diffusers.SD3Transformer2DModel`.
+
+Latent tokens and condition tokens are two streams with separate weights, which attend to each other
 in every layer. Timestep and mean of the condition tokens modulate both. Positions are sines and
 cosines, counted from the middle of a table of `pos_embed_max_size` tokens a side.
 
@@ -42,7 +43,7 @@ QueryKeyValue = tuple[jax.Array, jax.Array, jax.Array]
 
 
 class Context(NamedTuple):
-    """The condition: its tokens at the width of the network, and the embedding of their mean."""
+    """Hold the condition's tokens at the network's width, and the embedding of their mean."""
 
     tokens_BTD: jax.Array
     pooled_BD: jax.Array
@@ -50,7 +51,7 @@ class Context(NamedTuple):
 
 
 class TwoLayers(nnx.Module):
-    """Linear, SiLU, Linear: of the timestep's sinusoid, or of the mean of the condition."""
+    """Embed the timestep's sinusoid or the condition's mean by Linear, SiLU, Linear."""
 
     def __init__(self, cfg: MMDiTConfig, d_in: int, axis: str | None, *, rngs: nnx.Rngs):
         d, types = cfg.hidden_size, _types(cfg)
@@ -62,7 +63,7 @@ class TwoLayers(nnx.Module):
 
 
 class Projections(nnx.Module):
-    """Queries, keys and values of one stream; with `qk_norm` a norm over each head of q and k."""
+    """Project one stream to q, k and v; with `qk_norm`, each head of q and k is normed."""
 
     def __init__(self, cfg: MMDiTConfig, *, rngs: nnx.Rngs):
         d, axes = cfg.hidden_size, ("embed", "heads")
@@ -82,7 +83,7 @@ class Projections(nnx.Module):
 
 
 class Stream(nnx.Module):
-    """One stream of a block: adaLN from the conditioning vector, attention, feed-forward."""
+    """Run one stream of a block: attention and feed-forward, modulated by adaLN."""
 
     def __init__(self, cfg: MMDiTConfig, *, rngs: nnx.Rngs):
         d, types = cfg.hidden_size, _types(cfg)
@@ -96,15 +97,16 @@ class Stream(nnx.Module):
     def pre_attention(
         self, x_BND: jax.Array, vector_BD: jax.Array
     ) -> tuple[QueryKeyValue, tuple[jax.Array, ...]]:
-        """Return q, k and v, and the modulations [B, 1, D] of what comes after attention."""
+        """Return q, k and v, and the modulations [B, 1, D] for `post_attention`."""
         shift, scale, *rest = _split(self.modulation, vector_BD, 6)
         return self.attention(_modulate(x_BND, shift, scale)), tuple(rest)
 
     def post_attention(
         self, x_BND: jax.Array, o_BNAK: jax.Array, rest: tuple[jax.Array, ...], axis: str
     ) -> jax.Array:
-        """Return the stream after the residuals of attention and feed-forward. `axis`: the logical
-        name of its tokens.
+        """Return the stream after the residuals of attention and feed-forward.
+
+        `axis` is the logical name of its tokens.
         """
         gate1, shift, scale, gate2 = rest
         o_BND = self.o(o_BNAK.reshape(*o_BNAK.shape[:2], -1))
@@ -115,7 +117,7 @@ class Stream(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Both streams, joined by attention."""
+    """Run both streams, which share one attention."""
 
     def __init__(self, cfg: MMDiTConfig, *, rngs: nnx.Rngs):
         self.latents = Stream(cfg, rngs=rngs)
@@ -134,8 +136,9 @@ class Block(nnx.Module):
 
 
 class LastContext(nnx.Module):
-    """The condition in the last block, where nothing reads what it would become. Its queries are
-    stored by the stock class and not used.
+    """Project the condition in the last block, which does not update it.
+
+    The stock class stores its query projection, which is unused.
     """
 
     def __init__(self, cfg: MMDiTConfig, *, rngs: nnx.Rngs):
@@ -148,7 +151,7 @@ class LastContext(nnx.Module):
 
 
 class LastBlock(nnx.Module):
-    """A block that returns the latents alone."""
+    """Run the last block, which returns only the latents."""
 
     def __init__(self, cfg: MMDiTConfig, *, rngs: nnx.Rngs):
         self.latents = Stream(cfg, rngs=rngs)
@@ -164,9 +167,7 @@ class LastBlock(nnx.Module):
 
 
 class MMDiT(nnx.Module):
-    """Noisy latents, timestep and condition -> velocity. `dit.protocol.DiffusionHead` says what its
-    methods take and return.
-    """
+    """Predict the velocity; implements `dit.protocol.DiffusionHead`."""
 
     def __init__(self, cfg: MMDiTConfig, *, rngs: nnx.Rngs):
         self.cfg = cfg
@@ -200,7 +201,7 @@ class MMDiT(nnx.Module):
         return self.velocity(z_BHWC, timestep_B, context, latent_concat)
 
     def prepare(self, condition_BTC: jax.Array, mask_BT: jax.Array | None = None) -> Context:
-        """Compute all that depends on the condition alone."""
+        """Compute the values that depend only on the condition [B, T, C]."""
         with jax.named_scope("condition"):
             weight_BT1 = jnp.ones((*condition_BTC.shape[:2], 1), jnp.float32)
             if mask_BT is not None:
@@ -217,8 +218,9 @@ class MMDiT(nnx.Module):
         context: Context,
         latent_concat: LatentConcat | None = None,
     ) -> jax.Array:
-        """Return the velocity [B, H, W, C] for a prepared condition. ValueError unless H and W are
-        multiples of the patch size.
+        """Return the velocity [B, H, W, C] for a prepared condition.
+
+        Raises ValueError unless H and W are multiples of the patch size.
         """
         (batch, height, width), patch = z_BHWC.shape[:3], self.cfg.patch_size
         if height % patch or width % patch:
@@ -257,8 +259,9 @@ class MMDiT(nnx.Module):
 
 
 def positions(cfg: MMDiTConfig, grid: tuple[int, int], maps: int = 1) -> np.ndarray:
-    """Return positions [rows maps columns, D], float32: those of the middle of the table for one map
-    of `grid` (rows, columns), with the columns of further maps counted on.
+    """Return positions [rows * maps * columns, D], float32, for maps of `grid` (rows, columns).
+
+    They are the centre of the table; the columns of further maps continue to the right.
     """
     largest, base = cfg.pos_embed_max_size, cfg.sample_size // cfg.patch_size
     top, left = ((largest - side) // 2 for side in grid)
@@ -292,8 +295,9 @@ def _modulate(x_BND: jax.Array, shift_B1D: jax.Array, scale_B1D: jax.Array) -> j
 
 
 def _join(of_latents: jax.Array, of_context: jax.Array) -> jax.Array:
-    """Return keys or values [B, S, A, K] of both streams. They are whole on each device, whatever
-    cuts up the queries.
+    """Return keys or values [B, S, A, K] of both streams.
+
+    They are not sharded over tokens, even if the queries are.
     """
     joined = jnp.concatenate([of_latents, of_context], axis=1)
     return nn.constrain(joined, "batch", None, "act_heads", None)
@@ -302,7 +306,7 @@ def _join(of_latents: jax.Array, of_context: jax.Array) -> jax.Array:
 def _join_masks(
     mask_BN: jax.Array | None, mask_BT: jax.Array | None, x_BND: jax.Array, c_BTD: jax.Array
 ) -> jax.Array | None:
-    """Return the mask [B, S] of the keys, None where all are seen."""
+    """Return the mask [B, S] of the keys; None if all are attended to."""
     if mask_BN is None and mask_BT is None:
         return None
     full = lambda x, mask: (
@@ -314,7 +318,7 @@ def _join_masks(
 def _attend(
     q_BNAK: jax.Array, k_BSAK: jax.Array, v_BSAK: jax.Array, mask_BS: jax.Array | None, axis: str
 ) -> jax.Array:
-    """Return softmax attention [B, N, A, K] in the dtype of `v`, over the keys that `mask_BS` sets."""
+    """Return softmax attention [B, N, A, K] in the dtype of `v`, over the keys in `mask_BS`."""
     with jax.named_scope("attention"):
         q_BNAK = nn.constrain(q_BNAK, "batch", axis, "act_heads", None)
         scores_BANS = jnp.einsum(

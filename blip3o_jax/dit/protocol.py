@@ -1,4 +1,4 @@
-"""What every diffusion head is to the rest of the package.
+"""Define the interface of a diffusion head.
 
 B batch, H W latent height and width, R reference slots, T condition tokens, C channels.
 """
@@ -11,16 +11,14 @@ from blip3o_jax.config import DiffusionHeadConfig
 
 
 class LatentConcat(NamedTuple):
-    """Latents of reference images, of the size of the noisy ones."""
+    """Hold latents of reference images, of the size of the noisy ones."""
 
     z_BRHWC: jax.Array
-    mask_BR: jax.Array  # True where there is one; those of a row come first
+    mask_BR: jax.Array  # True for used slots, which precede empty ones
 
 
 class Condition(NamedTuple):
-    """The inputs that a velocity is conditioned on: condition tokens, and reference latents
-    concatenated to the noisy ones.
-    """
+    """Hold the condition: condition tokens, and reference latents to concatenate."""
 
     tokens_BTC: jax.Array
     mask_BT: jax.Array | None = None  # True where there is a token; None: everywhere
@@ -28,10 +26,10 @@ class Condition(NamedTuple):
 
 
 class DiffusionHead(Protocol):
-    """Noisy latents, timestep and condition -> velocity: an `nnx.Module`.
+    """Predict the velocity from noisy latents, timestep and condition.
 
-    The joint stage trains what has "caption" in its path and freezes the rest; `patch_embed` and
-    `proj_out` are the other names that recipes select.
+    Implementations are `nnx.Module`s. The joint stage trains parameters with "caption" in their
+    path and freezes the others; recipes also select `patch_embed` and `proj_out`.
     """
 
     cfg: DiffusionHeadConfig
@@ -44,14 +42,16 @@ class DiffusionHead(Protocol):
         condition_mask_BT: jax.Array | None = None,
         latent_concat: LatentConcat | None = None,
     ) -> jax.Array:
-        """Return the velocity [B, H, W, C] in the compute dtype: `velocity` of what `prepare` makes
-        of the condition. `timestep_B` is float, 1000 sigma, in [0, 1000].
+        """Return the velocity [B, H, W, C] in the compute dtype: `prepare`, then `velocity`.
+
+        `timestep_B` is 1000 sigma, float, in [0, 1000].
         """
         ...
 
     def prepare(self, condition_BTC: jax.Array, mask_BT: jax.Array | None = None) -> Any:
-        """Return all that depends on the condition alone, which a sampler computes once: any pytree
-        of arrays. A condition of one row serves every row.
+        """Return a pytree of the arrays that depend only on the condition.
+
+        A sampler computes them once. A condition of one row is broadcast to every row.
         """
         ...
 
@@ -62,7 +62,8 @@ class DiffusionHead(Protocol):
         context: Any,
         latent_concat: LatentConcat | None = None,
     ) -> jax.Array:
-        """Return the velocity [B, H, W, C] for what `prepare` returned. ValueError unless
-        `cfg.patch_size` divides H and W.
+        """Return the velocity [B, H, W, C] for a prepared condition.
+
+        Raises ValueError unless H and W are multiples of `cfg.patch_size`.
         """
         ...

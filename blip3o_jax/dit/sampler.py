@@ -1,11 +1,10 @@
-"""Sample latents from noise: Euler steps along the velocity, with classifier-free guidance (arXiv
-2207.12598).
+"""Sample latents from noise by Euler steps with classifier-free guidance (arXiv 2207.12598).
 
     v = v_uncond + g (v_condition - v_uncond)
-    v = v_uncond + g_r (v_references - v_uncond) + g (v_condition - v_references)     with g_r for references
+    v = v_uncond + g_r (v_references - v_uncond) + g (v_condition - v_references)
 
-The second form is that of InstructPix2Pix (arXiv 2211.09800, equation 3); with g_r = g it is the
-first.
+The second form is for reference images, with their scale g_r (InstructPix2Pix, arXiv 2211.09800,
+equation 3); with g_r = g it equals the first.
 
 B batch, T condition tokens, C channels (of the condition or of the latents), S steps.
 """
@@ -22,14 +21,15 @@ from blip3o_jax.dit.protocol import Condition, DiffusionHead
 
 
 class Guidance(NamedTuple):
-    """The branches of a guided velocity, and their scales g and g_r, Python values. A condition of
-    one row is broadcast to every row; where all its tokens are equal, one of them is enough.
+    """Hold the conditions of a guided velocity and the scales g and g_r (Python values).
+
+    A condition of one row is broadcast to every row; one token suffices if all are equal.
     """
 
     condition: Condition
     uncond: Condition | None = None  # None: no guidance, as if g were 1
     scale: float = 1.0
-    references: Condition | None = None  # None: the first form above
+    references: Condition | None = None  # None: the first form of the module's equations
     reference_scale: float = 1.0
 
 
@@ -41,8 +41,9 @@ def sample(
     steps: int,
     flow: FlowConfig,
 ) -> jax.Array:
-    """Sample latents [B, H, W, C], float32, from noise ~ N(0, I), in one loop over the steps. Call
-    it under `jax.jit`; `steps` and `flow` are Python values.
+    """Sample latents [B, H, W, C], float32, from noise ~ N(0, I).
+
+    The steps are one loop. Call it under `jax.jit`; `steps` and `flow` are Python values.
     """
     return euler(guided_velocity(dit, guidance), noise_BHWC, steps=steps, flow=flow)
 
@@ -54,7 +55,7 @@ def euler(
     steps: int,
     flow: FlowConfig,
 ) -> jax.Array:
-    """Integrate `velocity(latents, timestep_B)` by Euler's method; see `sample`."""
+    """Integrate `velocity(latents, timestep_B)` by Euler's method, as `sample` does."""
 
     def step(z_BHWC: jax.Array, sigma_pair: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
         sigma, sigma_next = sigma_pair
@@ -69,13 +70,13 @@ def euler(
 def guided_velocity(
     dit: DiffusionHead, guidance: Guidance
 ) -> Callable[[jax.Array, jax.Array], jax.Array]:
-    """Return the function (latents [B, H, W, C], timesteps [B]) -> velocity, float32; all that does
-    not depend on them is computed once, here.
+    """Return the function (latents [B, H, W, C], timesteps [B]) -> velocity, float32.
+
+    Values that depend on neither are computed once, outside of the returned function.
     """
 
-    # The branches differ in their number of condition tokens, so each is a call of its own: padding
-    # the unconditional branch to T and masking would spend the cross-attention of T tokens on it.
-    # Everything else is the same work either way.
+    # The branches have different numbers of condition tokens, so each is a separate call: one
+    # batched call would pad the unconditional branch to T tokens of cross-attention.
     def branch(condition: Condition | None) -> Callable[[jax.Array, jax.Array], jax.Array] | None:
         if condition is None:
             return None

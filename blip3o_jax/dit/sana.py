@@ -1,23 +1,23 @@
-"""SANA, a linear-attention diffusion transformer (arXiv 2410.10629, 2501.18427):
-`diffusers.SanaTransformer2DModel`.
+"""Predict the velocity of latents with SANA, a linear-attention diffusion transformer.
 
-`SanaTransformer.prepare` turns the condition into every layer's cross-attention keys and values,
+Sources: arXiv 2410.10629, 2501.18427; matches `diffusers.SanaTransformer2DModel`.
+`SanaTransformer.prepare` computes every layer's cross-attention keys and values of the condition,
 which do not depend on the latents or the timestep, so that a sampler computes them once; `velocity`
-is the rest. As published, tokens carry no position embedding: the zero padding of the depthwise
-convolutions tells them where they are, which takes long to learn from nothing. With
-`interpolation_scale` they carry sine-cosine positions. Any H x W will do either way.
+computes the rest. The published model has no position embeddings: the zero padding of the depthwise
+convolutions encodes positions, which is slow to learn from random weights. `interpolation_scale`
+adds sine-cosine positions. Any H x W is supported in both cases.
 
 Latents of reference images can be concatenated to the right of the noisy ones (`LatentConcat`;
-BLIP3o-NEXT, arXiv 2510.15857, "noise-space injection"). The network then runs on the wider map, and
-only the velocity of the noisy part is returned. An empty reference slot behaves as if the map ended
-before it: no token attends to it, and convolutions see zeros there.
+BLIP3o-NEXT, arXiv 2510.15857, "noise-space injection"). The network then runs on the wider map and
+returns the velocity of the noisy part. An empty reference slot is equivalent to a map that ends
+before it: no token attends to it, and convolutions have zeros there.
 
 B batch, H W latent height and width, R reference slots, C channels, P patch side, N = H W (1
 + R) / P^2 latent tokens, T condition tokens, D width, A attention heads, K head size, F width of
 the feed-forward, Y layers (stacked).
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,15 +41,15 @@ from blip3o_jax.dit.tokens import (
 # The initialiser of the time embedding in PixArt and SANA: modulations start near zero, so each
 # block's gated branches do too.
 TIME_INIT = nn.normal(0.02)
-# Start at velocity 0, the mean of the target, as a zero initialisation would, but small instead of
-# zero: gradients then reach everything below from the first step on, also where proj_out itself is
-# frozen.
+# Almost 0: the initial velocity is then close to 0, the mean of the target. It is not exactly 0, so
+# that the layers below receive gradients from the first step, even if proj_out is frozen.
 OUTPUT_INIT = nn.normal(1e-3)
 
 
 class Context(NamedTuple):
-    """The condition as every layer's cross-attention keys (already normed) and values. A batch of 1
-    serves every row.
+    """Hold every layer's cross-attention keys (normed) and values of the condition.
+
+    A batch of 1 is broadcast to every row.
     """
 
     k_YBTAK: jax.Array
@@ -58,12 +58,14 @@ class Context(NamedTuple):
 
 
 class CrossAttention(nnx.Module):
-    """Softmax attention from latent tokens to condition tokens, q and k normalised over all heads
-    together.
+    """Attend from latent tokens to condition tokens by softmax attention.
+
+    q and k are normalised over all heads together.
     """
 
     def __init__(self, cfg: SanaConfig, *, rngs: nnx.Rngs):
-        d, types = cfg.hidden_size, {"dtype": cfg.dtype, "param_dtype": cfg.param_dtype}
+        d = cfg.hidden_size
+        types: dict[str, Any] = {"dtype": cfg.dtype, "param_dtype": cfg.param_dtype}
         self.head_dim = cfg.cross_attention_head_dim
         self.q = nn.Linear(d, d, ("embed", "heads"), rngs=rngs, lora=cfg.lora.of("q"), **types)
         self.k = nn.Linear(d, d, ("embed", "heads"), rngs=rngs, lora=cfg.lora.of("k"), **types)
@@ -82,8 +84,8 @@ class CrossAttention(nnx.Module):
         self, x_BND: jax.Array, k_BTAK: jax.Array, v_BTAK: jax.Array, mask_BT: jax.Array | None
     ) -> jax.Array:
         if k_BTAK.shape[1] == 1 and mask_BT is None:
-            # Attention over a single token returns its value whatever the query (the unconditional
-            # branch in sampling).
+            # Attention over a single token returns its value for every query: the unconditional
+            # branch in sampling.
             o_B1D = self.o(v_BTAK.reshape(v_BTAK.shape[0], 1, -1))
             return jnp.broadcast_to(o_B1D, x_BND.shape)
         q_BNAK = self._heads(apply_norm(self.q_norm, self.q(x_BND)), "batch", "latent_tokens")
@@ -104,13 +106,15 @@ class CrossAttention(nnx.Module):
 
 
 class MixFfn(nnx.Module):
-    """Gated feed-forward with a depthwise 3x3 convolution between its projections, which mixes
-    neighbouring tokens.
+    """Apply a gated feed-forward with a depthwise 3x3 convolution between its projections.
+
+    The convolution mixes neighbouring tokens.
     """
 
     def __init__(self, cfg: SanaConfig, *, rngs: nnx.Rngs):
-        d, f = cfg.hidden_size, int(cfg.mlp_ratio * cfg.hidden_size)
-        types = {"dtype": cfg.dtype, "param_dtype": cfg.param_dtype}
+        d = cfg.hidden_size
+        f = int(cfg.mlp_ratio * cfg.hidden_size)
+        types: dict[str, Any] = {"dtype": cfg.dtype, "param_dtype": cfg.param_dtype}
         self.expand = nn.Linear(
             d, 2 * f, ("embed", "mlp"), rngs=rngs, lora=cfg.lora.of("expand"), **types
         )
@@ -134,8 +138,9 @@ class MixFfn(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Linear self-attention and feed-forward, modulated and gated by the timestep; plain
-    cross-attention between them.
+    """Apply linear self-attention, cross-attention and feed-forward.
+
+    The timestep modulates and gates the self-attention and the feed-forward.
     """
 
     def __init__(self, cfg: SanaConfig, *, rngs: nnx.Rngs):
@@ -153,7 +158,7 @@ class Block(nnx.Module):
         grid: tuple[int, int],
         mask_BN: jax.Array | None = None,
     ) -> jax.Array:
-        """`mask_BT` is of the condition, `mask_BN` of the latent tokens."""
+        """Return [B, N, D]; `mask_BT` is of the condition, `mask_BN` of the latent tokens."""
         table_6D = self.scale_shift_table[...].astype(x_BND.dtype)
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(
             table_6D + modulation_B6D, 6, axis=1
@@ -171,19 +176,21 @@ class Block(nnx.Module):
 
 
 class TimeEmbedding(nnx.Module):
-    """Timestep -> its embedding, and from that the six modulations that all blocks share."""
+    """Embed the timestep and compute the six modulations that all blocks share."""
 
     def __init__(self, cfg: SanaConfig, *, rngs: nnx.Rngs):
-        d, types = (
-            cfg.hidden_size,
-            {"dtype": cfg.dtype, "param_dtype": cfg.param_dtype, "init": TIME_INIT},
-        )
+        d = cfg.hidden_size
+        types: dict[str, Any] = {
+            "dtype": cfg.dtype,
+            "param_dtype": cfg.param_dtype,
+            "init": TIME_INIT,
+        }
         self.linear_1 = nn.Linear(TIME_CHANNELS, d, (None, "mlp"), rngs=rngs, **types)
         self.linear_2 = nn.Linear(d, d, ("mlp", "embed"), rngs=rngs, **types)
         self.modulation = nn.Linear(d, 6 * d, ("embed", "mlp"), rngs=rngs, **types)
 
     def __call__(self, timestep_B: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """[B] -> embedding [B, D] and modulations [B, 6, D]."""
+        """Return the embedding [B, D] and the modulations [B, 6, D] of timesteps [B]."""
         embedding_BD = self.linear_2(jax.nn.silu(self.linear_1(sinusoid(timestep_B))))
         return embedding_BD, self.modulation(jax.nn.silu(embedding_BD)).reshape(
             embedding_BD.shape[0], 6, -1
@@ -191,10 +198,11 @@ class TimeEmbedding(nnx.Module):
 
 
 class CaptionProjection(nnx.Module):
-    """Condition channels -> width, two layers."""
+    """Project condition channels to the width by Linear, GELU, Linear."""
 
     def __init__(self, cfg: SanaConfig, *, rngs: nnx.Rngs):
-        d, types = cfg.hidden_size, {"dtype": cfg.dtype, "param_dtype": cfg.param_dtype}
+        d = cfg.hidden_size
+        types: dict[str, Any] = {"dtype": cfg.dtype, "param_dtype": cfg.param_dtype}
         self.linear_1 = nn.Linear(cfg.caption_channels, d, ("embed", "mlp"), rngs=rngs, **types)
         self.linear_2 = nn.Linear(d, d, ("mlp", "embed"), rngs=rngs, **types)
 
@@ -203,7 +211,7 @@ class CaptionProjection(nnx.Module):
 
 
 class SanaTransformer(nnx.Module):
-    """Noisy latents, timestep and condition -> velocity.
+    """Predict the velocity from noisy latents, timestep and condition.
 
     Partial training selects parameters by path: the attributes `caption_projection`,
     `caption_norm`, `patch_embed` and `proj_out` are that interface, and no other path contains
@@ -212,11 +220,9 @@ class SanaTransformer(nnx.Module):
 
     def __init__(self, cfg: SanaConfig, *, rngs: nnx.Rngs):
         self.cfg = cfg
-        d, patch, types = (
-            cfg.hidden_size,
-            cfg.patch_size,
-            {"dtype": cfg.dtype, "param_dtype": cfg.param_dtype},
-        )
+        d = cfg.hidden_size
+        patch = cfg.patch_size
+        types: dict[str, Any] = {"dtype": cfg.dtype, "param_dtype": cfg.param_dtype}
         self.patch_embed = nn.Conv(
             cfg.in_channels, d, patch, rngs=rngs, axes=("conv_in", "embed"), stride=patch, **types
         )
@@ -237,16 +243,17 @@ class SanaTransformer(nnx.Module):
         condition_mask_BT: jax.Array | None = None,
         latent_concat: LatentConcat | None = None,
     ) -> jax.Array:
-        """Return the velocity [B, H, W, C] in the compute dtype. `timestep_B` is float, 1000 sigma,
-        in [0, 1000]. The mask is True where there is a condition token; every row needs at least
-        one.
+        """Return the velocity [B, H, W, C] in the compute dtype.
+
+        `timestep_B` is 1000 sigma, float, in [0, 1000]. The mask is True on condition tokens; every
+        row has at least one.
         """
         return self.velocity(
             z_BHWC, timestep_B, self.prepare(condition_BTC, condition_mask_BT), latent_concat
         )
 
     def prepare(self, condition_BTC: jax.Array, mask_BT: jax.Array | None = None) -> Context:
-        """Compute all that depends on the condition alone."""
+        """Compute the values that depend only on the condition [B, T, C]."""
         with jax.named_scope("condition"):
             condition_BTD = self.caption_norm(self.caption_projection(condition_BTC))
             condition_BTD = nn.constrain(
@@ -274,14 +281,16 @@ class SanaTransformer(nnx.Module):
         context: Context,
         latent_concat: LatentConcat | None = None,
     ) -> jax.Array:
-        """Return the velocity [B, H, W, C] for a prepared condition. ValueError unless H and W are
-        multiples of the patch size.
+        """Return the velocity [B, H, W, C] for a prepared condition.
+
+        Raises ValueError unless H and W are multiples of the patch size.
         """
         height, width = z_BHWC.shape[1:3]
         patch = self.cfg.patch_size
         if height % patch or width % patch:
             raise ValueError(
-                f"latents of {height} x {width} are not a multiple of dit.patch_size={patch} on both sides"
+                f"latents of {height} x {width}: both sides must be multiples of "
+                f"dit.patch_size={patch}"
             )
         noisy_grid = (height // patch, width // patch)
         count = 0 if latent_concat is None else latent_concat.z_BRHWC.shape[1]
@@ -348,8 +357,9 @@ def _constrain_residual(x_BND: jax.Array) -> jax.Array:
 
 
 def _batch_axis(condition: jax.Array) -> str | None:
-    """Return the logical name of the leading dimension: a condition of one row is broadcast to the
-    whole batch, so it is not sharded.
+    """Return the logical name of the leading dimension.
+
+    A condition of one row is broadcast to the whole batch and is not sharded.
     """
     return None if condition.shape[0] == 1 else "batch"
 

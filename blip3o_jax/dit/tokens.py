@@ -1,4 +1,4 @@
-"""Latents as the tokens of a diffusion head, several maps side by side, and the timestep.
+"""Convert latent maps to the tokens of a diffusion head and back; embed positions and timesteps.
 
 B batch, H W latent height and width, M maps, R reference slots, C channels, P patch side, N tokens,
 D width.
@@ -12,10 +12,13 @@ TIME_CHANNELS = 256
 
 
 def sinusoid(timestep_B: jax.Array) -> jax.Array:
-    """[B] -> [B, 256], cosines then sines, float32: bfloat16 cannot tell timestep 999 from 1000."""
+    """Return the embeddings [B, 256] of timesteps [B]: cosines, then sines, float32.
+
+    bfloat16 rounds timesteps 999 and 1000 to the same value.
+    """
     half = TIME_CHANNELS // 2
-    # The exponents are rounded to float32 as in diffusers: at timestep 1000 an angle is off by 1000
-    # roundings of its frequency.
+    # The exponents are rounded to float32 as in diffusers: the timestep multiplies the rounding
+    # error of a frequency by up to 1000.
     exponents = np.float32(-np.log(10000)) * np.arange(half, dtype=np.float32) / np.float32(half)
     frequencies = np.exp(exponents.astype(np.float64)).astype(np.float32)
     angles = timestep_B.astype(jnp.float32)[:, None] * frequencies
@@ -23,13 +26,14 @@ def sinusoid(timestep_B: jax.Array) -> jax.Array:
 
 
 def sincos(rows: np.ndarray, columns: np.ndarray, channels: int) -> np.ndarray:
-    """Return positions [rows columns, D], float32, of the tokens at float32 `rows` and `columns`:
-    sines and cosines of the column, then of the row (`diffusers.PatchEmbed`, "sincos").
+    """Return positions [rows * columns, D], float32: sines and cosines of column, then row.
+
+    `rows` and `columns` are float32. Matches `diffusers.PatchEmbed`, "sincos".
     """
     quarter = channels // 4
     frequencies = 10000.0 ** -(np.arange(quarter) / quarter)
     row, column = np.meshgrid(rows, columns, indexing="ij")
-    # Positions are float32, their angles float64, as diffusers has them.
+    # Positions are float32 and angles float64, as in diffusers.
     angles = [p.reshape(-1, 1) * frequencies for p in (column, row)]
     return np.concatenate([f(a) for a in angles for f in (np.sin, np.cos)], axis=1).astype(
         np.float32
@@ -43,9 +47,7 @@ def concat_width(z_BMHWC: jax.Array) -> jax.Array:
 
 
 def token_mask(mask_BR: jax.Array, grid: tuple[int, int]) -> jax.Array:
-    """Return the mask [B, N] of the tokens of the wide map: True for the noisy part, and for the
-    references that a row has.
-    """
+    """Return the mask [B, N] of the wide map's tokens: True on the noisy part and references."""
     mask_BM = jnp.pad(mask_BR.astype(bool), ((0, 0), (1, 0)), constant_values=True)
     mask_BX = jnp.repeat(mask_BM, grid[1], axis=1)
     return jnp.tile(mask_BX, (1, grid[0]))
@@ -58,7 +60,7 @@ def first_map(x_BND: jax.Array, grid: tuple[int, int], columns: int) -> jax.Arra
 
 
 def unpatchify(x_BNX: jax.Array, grid: tuple[int, int], patch: int) -> jax.Array:
-    """[B, N, P P C] -> [B, H, W, C]."""
+    """Rearrange tokens to a map: [B, N, P P C] -> [B, H, W, C]."""
     batch, (rows, columns) = x_BNX.shape[0], grid
     x = x_BNX.reshape(batch, rows, columns, patch, patch, -1).transpose(0, 1, 3, 2, 4, 5)
     return x.reshape(batch, rows * patch, columns * patch, -1)

@@ -1,4 +1,4 @@
-"""What every vision tokenizer is to the rest of the package.
+"""Define the interface of a vision tokenizer.
 
 B batch, N image tokens, K codes, D width of features, C width of codes.
 """
@@ -11,10 +11,11 @@ from blip3o_jax.config import ImageTokenizerConfig
 
 
 class ImageTokenizer(Protocol):
-    """Images to codebook indices and back to features: an `nnx.Module`.
+    """Encode images to codebook indices and decode indices to features.
 
-    Images are float32 [B, side, side, 3] in [-1, 1], side `cfg.image_size`; N is `cfg.num_tokens`,
-    in the order of rows of a square grid. It is frozen in the joint stage.
+    Implementations are `nnx.Module`s. Images are float32 [B, side, side, 3] in [-1, 1], with side
+    `cfg.image_size`. The N = `cfg.num_tokens` tokens are a square grid in row-major order. The
+    joint stage freezes the tokenizer.
     """
 
     cfg: ImageTokenizerConfig
@@ -27,17 +28,17 @@ class ImageTokenizer(Protocol):
         ...
 
     def features(self, x_BHWC: jax.Array) -> jax.Array:
-        """Return the features [B, N, `cfg.feature_channels`], float32, that codes are made of."""
+        """Return the features [B, N, `cfg.feature_channels`], float32, before quantisation."""
         ...
 
     def decode(self, ids_BN: jax.Array) -> jax.Array:
-        """Return the features [B, N, D], float32, that indices stand for."""
+        """Return the features [B, N, D], float32, of indices [B, N]."""
         ...
 
     def codes(self) -> jax.Array:
-        """Return the codebook in use [K, C], float32."""
+        """Return the codebook [K, C], float32."""
         ...
 
     def __call__(self, x_BHWC: jax.Array, *, key: jax.Array | None = None) -> Any:
-        """Return what the stage `tokenizer` computes its loss of (`ta_tok.TaTokOutput`)."""
+        """Return the outputs for the loss of stage `tokenizer` (`ta_tok.TaTokOutput`)."""
         ...

@@ -126,7 +126,7 @@ def test_a_kernel_of_another_platform_is_refused(name, its):
     *qkv, segments_BL = inputs()
     with pytest.raises(
         ConfigError,
-        match=f"ar.attention='{name}' is a kernel of {its}s and this runs on a CPU: take 'auto'",
+        match=f"ar.attention='{name}' is a kernel of {its}s and this runs on a CPU: set 'auto'",
     ):
         attention.attend(
             *qkv, query_segments_BL=segments_BL, key_segments_BS=segments_BL, implementation=name
