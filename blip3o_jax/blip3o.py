@@ -52,9 +52,10 @@ Features = tuple[jax.Array, jax.Array, jax.Array]
 
 
 class Blip3o(nnx.Module):
-    """The parts named in `parts`, as attributes of those names, each of the family that its
-    settings are of (parts.py). Each is initialised from its own key, so that a part's initial
-    weights do not depend on which others are there, nor on whether it has low-rank factors
+    """Hold the parts named in `parts` as attributes of those names.
+
+    The type of a part's settings selects its family (parts.py). Each part is initialised from a
+    separate key, so that its initial weights do not depend on the other parts, nor on LoRA
     (nn.Linear).
     """
 
@@ -100,14 +101,16 @@ class Blip3o(nnx.Module):
         return jnp.clip(x_BHWC.astype(jnp.float32) / 2 + 0.5, 0, 1)
 
     def init_image_embeddings_from_codes(self, image_token_offset: int, seed: int) -> None:
-        """Set the embeddings of the image tokens in the AR's tables to random projections of their
-        codes, so that codes that look alike start alike (such projections keep distances: Johnson
-        and Lindenstrauss, 1984):
+        """Set the image tokens' embeddings in the AR's tables to random projections of their codes.
 
-            row_k = range * c_k R / |c|,    R Gaussian [code width, D], another for each table; |c| the root mean square
+        Similar codes then have similar embeddings, since random projections preserve distances
+        (Johnson and Lindenstrauss, 1984):
 
-        Random embeddings hold no information on what a token looks like, and each is learned from
-        its own occurrences alone.
+            row_k = range * c_k R / |c|
+
+        with R Gaussian [code width, D], different for each table, and |c| the root mean square.
+        Random embeddings carry no information on the codes, and each is learned only from its
+        token's occurrences.
         """
         codes_KD, ar = self.tokenizer.codes(), self.cfg.ar
         codes_KD *= jax.lax.rsqrt(jnp.mean(jnp.sum(codes_KD**2, axis=-1)))
@@ -232,7 +235,7 @@ class Blip3o(nnx.Module):
 
 
 class References(NamedTuple):
-    """The reference images of a batch, in R slots a row."""
+    """Hold the reference images of a batch, in R slots per row."""
 
     mask_BR: jax.Array  # bool
     codes_BRN: jax.Array
@@ -292,8 +295,9 @@ def encode_references(model: Blip3o, batch: dict[str, jax.Array]) -> References 
 
 
 class TrainingNoise(NamedTuple):
-    """The random part of a training example, sampled from its own key: the same however the batch
-    is split.
+    """Hold the random values of training examples.
+
+    Each example's are sampled from its key, so that they do not depend on how the batch is split.
     """
 
     noise: jax.Array  # [B, draws, H, W, C]
@@ -332,11 +336,11 @@ def joint_loss(
     loss: LossConfig,
     image_token_offset: int,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Cross entropy of the next token plus flow matching through the connector (BLIP3o-NEXT, arXiv
-    2510.15857, sec. 3).
+    """Compute the next-token cross entropy plus the flow-matching loss through the connector.
 
-    `image_token_offset` is the vocabulary id of the first codebook entry. The batch holds the
-    `joint_normalizers` of the whole batch for each example. Metrics are means over the rows given.
+    Source: BLIP3o-NEXT (arXiv 2510.15857, sec. 3). `image_token_offset` is the vocabulary id of the
+    first codebook entry. The batch holds the `joint_normalizers` of the whole batch for each
+    example. Metrics are means over the given rows.
     """
     batch, keys_B = flatten_packed(batch), keys_B.reshape(-1)
     out, cfg = _joint_forward(model, batch, keys_B, loss, image_token_offset), model.cfg
@@ -365,8 +369,9 @@ def joint_loss(
 
 
 def joint_normalizers(batch: dict[str, jax.Array], examples: int) -> dict[str, jax.Array]:
-    """Return `label_count`, the number of labels a mean example of the batch has, and where examples
-    differ in it `target_count`, the number of images to generate.
+    """Return `label_count`, the mean number of labels of the batch's examples.
+
+    If examples differ in having an image to generate, also return `target_count`, their number.
     """
     labels = jnp.sum(batch["loss_mask"][:, 1:].astype(jnp.float32))
     found = {"label_count": labels / examples}
@@ -406,7 +411,7 @@ def joint_preview(
 
 
 class _Joint(NamedTuple):
-    """Outputs that the joint loss is computed from; from z on, a row for each noise sample."""
+    """Hold the inputs of the joint losses; fields from z on have a row for each noise sample."""
 
     tokens_BL: jax.Array
     hidden_BLD: jax.Array
@@ -466,8 +471,8 @@ def _joint_forward(
     condition = model.condition(
         span_BTD, sampled.keep_B, reference_images, sampled.keep_references_B
     )
-    # The noise samples of an example share its condition, and so one pass of the AR (as in MAR, arXiv
-    # 2406.11838).
+    # The noise samples of an example share its condition, and so one pass of the AR (as in MAR,
+    # arXiv 2406.11838).
     z_BHWC, condition = jax.tree.map(
         lambda x: jnp.repeat(x, loss.flow_samples, axis=0), (z_BHWC, condition)
     )

@@ -1,8 +1,8 @@
 """Define the table of the model's parts and their families.
 
 A part is a network with a place in the model; a family is one architecture of it, chosen by the
-type of its settings (`model_type` in JSON and on the command line). A row names the network, how its
-weights are converted and what is special in its FLOPs; nothing else in the package names a family.
+type of its settings (`model_type` in JSON and on the command line). A row names the network, its
+conversion and the exceptions in its FLOPs; nothing else in the package names a family.
 Names are "module:attribute" and resolved when they are used, so that the table imports none of what
 stands above or below it.
 """

@@ -1,10 +1,10 @@
-"""config.json of the stock classes, both ways: written for an export, read and checked for an
-import. Needs no torch. conversions.py says which family of a part has which layout.
+"""Read and check the config.json of stock classes for an import, and write it for an export.
 
-Every field of a stock class is decided in one of three tables: `fields` are taken over, `fixed`
-must have one of the listed values (the first is the class's default), since this package has no
-other form of the model, and `ignored` changes nothing. Keys in none of them are for the files'
-other readers (`dtype`, `transformers_version`, the ids of image tokens) and pass.
+Needs no torch. conversions.py assigns a layout to each family of a part. Every field of a stock
+class is in one of three tables: `fields` are copied, `fixed` must have one of the listed values
+(the first is the class's default), since this package supports no other, and `ignored` has no
+effect. Keys in none of them are for other readers of the file (`dtype`, `transformers_version`, the
+ids of image tokens) and are ignored.
 """
 
 import dataclasses
