@@ -267,7 +267,7 @@ def test_the_files_beside_the_source(copy, tmp_path):
     refused(copy, str(sizes), "bottleneck_dim='8' must be of type int", ta_tok_config=sizes)
     published.write_json(sizes, {"codebook_size": published.CODES})
     refused(
-        copy, TOWER, f"{sizes} (over the published so400m tokenizer) asks for", ta_tok_config=sizes
+        copy, TOWER, f"{sizes} (over the published so400m tokenizer) requires", ta_tok_config=sizes
     )
     published.write_json(sizes, {})
     refused(copy, "text tokenizer's files hold only some of the image tokens", ta_tok_config=sizes)
