@@ -65,11 +65,9 @@ def ssim(a_HWC: np.ndarray, b_HWC: np.ndarray) -> float:
     a, b = (x.astype(np.float64) for x in (a_HWC, b_HWC))
     blur = lambda x: cv2.GaussianBlur(x, (11, 11), 1.5)
     mean_a, mean_b = blur(a), blur(b)
-    var_a, var_b, covariance = (
-        blur(a * a) - mean_a**2,
-        blur(b * b) - mean_b**2,
-        blur(a * b) - mean_a * mean_b,
-    )
+    var_a = blur(a * a) - mean_a**2
+    var_b = blur(b * b) - mean_b**2
+    covariance = blur(a * b) - mean_a * mean_b
     c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
     return float(
         np.mean(

@@ -143,12 +143,10 @@ def evaluate_pipeline(
     SamplingConfig.
     """
     prompts = suite.prompts(num_prompts, seed)
-    requests, images, codes, answers = (
-        suite.requests(prompts, pipeline.config.model.image_size),
-        None,
-        None,
-        None,
-    )
+    requests = suite.requests(prompts, pipeline.config.model.image_size)
+    images = None
+    codes = None
+    answers = None
     if requests[0].task == "understand":
         references = [request.images for request in requests]
         texts = [request.text for request in requests]

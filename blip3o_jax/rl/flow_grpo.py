@@ -135,7 +135,9 @@ def sample_sde(
     `velocity_fn(x_BHWC, timestep_B)` is traced once. The noise of a step is drawn from the row's
     typed key, folded with the step, so a row's result does not depend on its batch.
     """
-    B, (K,), shape = len(noise_BHWC), steps_K.shape, noise_BHWC.shape[1:]
+    B = len(noise_BHWC)
+    (K,) = steps_K.shape
+    shape = noise_BHWC.shape[1:]
 
     def step(
         carry: tuple[jax.Array, Trajectory], index: jax.Array

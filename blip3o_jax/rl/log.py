@@ -43,7 +43,9 @@ class RolloutLog:
         path = directory / (
             "rollouts.jsonl" if process_index == 0 else f"rollouts-{process_index}.jsonl"
         )
-        self._directory, self._seed, self._keep_images = directory, seed, keep_images
+        self._directory = directory
+        self._seed = seed
+        self._keep_images = keep_images
         self._lines = JsonLines(path, KEYS, lambda line: line["rollout"] < start)
 
     @property

@@ -253,7 +253,9 @@ def _split(text: str) -> list[str]:
     if not any(c in text for c in "([{"):
         parts = text.split(",")
     else:
-        parts, depth, start = [], 0, 0
+        parts = []
+        depth = 0
+        start = 0
         for i, c in enumerate(text):
             depth += (c in _OPEN) - (c in _CLOSE)
             if c == "," and depth == 0:

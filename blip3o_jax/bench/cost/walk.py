@@ -177,7 +177,9 @@ def _target(op: Op) -> str:
 
 class _Walk:
     def __init__(self, program: Program, network: Network, bundles: Mapping[str, int]):
-        self.program, self.network, self.chip = program, network, network.chip
+        self.program = program
+        self.network = network
+        self.chip = network.chip
         self.schedules = Schedules(program, bundles, network.chip.cores)
         self.costs: dict[str, Cost] = {}
 
@@ -251,7 +253,9 @@ class _Schedule:
     """Schedule the operations of one computation in turn on the three clocks."""
 
     def __init__(self, walk: _Walk, computation: Computation):
-        self.walk, self.of, self.cost = walk, computation, Cost()
+        self.walk = walk
+        self.of = computation
+        self.cost = Cost()
         self.now = 0.0
         self.free: dict[str, float] = collections.defaultdict(float)  # when a clock is free again
         self.pending: dict[
@@ -318,11 +322,9 @@ class _Schedule:
 
     def _note(self, name: str, size: float, seconds: float) -> None:
         entry = self.cost.unknown[name]
-        entry.count, entry.size, entry.seconds = (
-            entry.count + 1,
-            entry.size + size,
-            entry.seconds + seconds,
-        )
+        entry.count += 1
+        entry.size += size
+        entry.seconds += seconds
 
     def _spend(self, limiter: str, seconds: float, part: str) -> None:
         self.now += seconds
@@ -372,11 +374,9 @@ class _Schedule:
             return
         key, size, seconds = self._traffic(op)
         traffic = self.cost.collectives[key]
-        traffic.count, traffic.size, traffic.seconds = (
-            traffic.count + 1,
-            traffic.size + size,
-            traffic.seconds + seconds,
-        )
+        traffic.count += 1
+        traffic.size += size
+        traffic.seconds += seconds
         flops = self.walk.flops(self.of, op)
         for name, value in flops.items():
             self.cost.flops[name] += value

@@ -184,11 +184,9 @@ def _check_same_model(
 
 def make_inputs(model: ModelConfig, vocabulary: Vocabulary, options: Options) -> Arrays:
     """Return all arrays that items take; both sides get the same."""
-    rng, batch, n = (
-        np.random.default_rng(options.seed),
-        options.batch_size,
-        model.tokenizer.num_tokens,
-    )
+    rng = np.random.default_rng(options.seed)
+    batch = options.batch_size
+    n = model.tokenizer.num_tokens
     captions = [CAPTIONS[i % len(CAPTIONS)] for i in range(batch)]
     scale = model.tokenizer.pool_scale
     prompts = [
@@ -225,7 +223,9 @@ class _Bench:
     """
 
     def __init__(self, tasks: dict[str, Task], options: Options, settings: SamplingConfig):
-        self.tasks, self.options, self.settings = tasks, options, settings
+        self.tasks = tasks
+        self.options = options
+        self.settings = settings
         self.about: dict[str, Any] = {}
         self._workers: dict[str, Worker] = {}
 

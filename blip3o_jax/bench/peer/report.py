@@ -47,7 +47,9 @@ def with_rates(item: dict[str, Any], about: Mapping[str, Any]) -> dict[str, Any]
     """Return the item with rates, ratios (JAX's median over another side's: below 1, JAX is faster)
     and fractions of device peaks.
     """
-    sides, cost, count = item["sides"], item.pop("cost"), item["work"]["count"]
+    sides = item["sides"]
+    cost = item.pop("cost")
+    count = item["work"]["count"]
     for name, side in sides.items():
         kind = about[name]["device_kind"]
         side["rate"] = count / side["median_s"]
@@ -176,7 +178,9 @@ def _time(seconds: float) -> str:
 
 
 def _conditions(report: Mapping[str, Any]) -> list[str]:
-    machine, options, sides = report["machine"], report["options"], report["sides"]
+    machine = report["machine"]
+    options = report["options"]
+    sides = report["sides"]
     versions = {name: v for side in sides.values() for name, v in side["versions"].items()}
     kinds = sorted({side["device_kind"] for side in sides.values()})
     precision = "float32" if options["device"] == "cpu" else "bfloat16"

@@ -70,7 +70,9 @@ def compile_step(task: Task, schedules: pathlib.Path | None = None) -> Row:
     from blip3o_jax.bench.cost.network import Network
     from blip3o_jax.bench.sharding import buffers
 
-    where, chip, work = task.topology, task.topology.chip, plan_work(task)
+    where = task.topology
+    chip = task.topology.chip
+    work = plan_work(task)
     mesh = work.strategy.mesh
     row: Row = {
         "mesh": dict(mesh.shape),

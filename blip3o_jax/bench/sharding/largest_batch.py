@@ -110,7 +110,9 @@ class Search:
 
     def guess(self) -> int:
         """Return the units to try next, strictly within the bracket."""
-        aim, low, high = self._aim(), self.fits + 1, (self.too_many or math.inf) - 1
+        aim = self._aim()
+        low = self.fits + 1
+        high = (self.too_many or math.inf) - 1
         if low <= aim <= high:
             self.missed = 0
             return aim

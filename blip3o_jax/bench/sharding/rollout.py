@@ -34,7 +34,9 @@ class Rollout:
     logits = None  # of one position a row at a time
 
     def __init__(self, config: Config, strategy: Strategy, loss: None = None):
-        self.config, self.strategy, self.rows = config, strategy, config.sampling.batch_size
+        self.config = config
+        self.strategy = strategy
+        self.rows = config.sampling.batch_size
         if self.rows % strategy.batch_shards:
             raise ConfigError(
                 f"sampling.batch_size={self.rows} does not divide over {strategy.batch_shards} "

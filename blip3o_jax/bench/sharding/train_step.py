@@ -33,7 +33,9 @@ class TrainStep:
             config.data.pack == 1,
             f"data.pack={config.data.pack}: the bench has rows of one example, which can be full",
         )
-        self.config, self.strategy, self.rows = config, strategy, config.data.batch_size
+        self.config = config
+        self.strategy = strategy
+        self.rows = config.data.batch_size
         self.plan, self._loss = plan_state(config, strategy), loss or make_loss
         at = strategy.batch_sharding()
         self.batch = {
@@ -96,7 +98,9 @@ def batch_shapes(config: Config) -> Shapes:
     """Return {name: (shape, dtype)} of a global batch as the loader makes it (data/examples.py,
     data/sequence.py).
     """
-    model, rows, length = config.model, config.data.batch_size, config.data.max_length
+    model = config.model
+    rows = config.data.batch_size
+    length = config.data.max_length
     fields, size = STAGES[config.stage].fields, model.tokenizer.image_size
     latents = (rows, model.latent_size, model.latent_size, model.vae.latent_channels)
     views: dict[str, Shapes] = {
@@ -140,7 +144,9 @@ def batch_shapes(config: Config) -> Shapes:
 def synthetic_batch(config: Config, seed: int = 0) -> dict[str, np.ndarray]:
     """Return a random batch of those shapes: full rows with a reference image in every slot, and
     with the image to learn last."""
-    rng, model, length = np.random.default_rng(seed), config.model, config.data.max_length
+    rng = np.random.default_rng(seed)
+    model = config.model
+    length = config.data.max_length
     first = max(0, length - model.tokenizer.num_tokens - 1)  # the scale token's place
     id_limits = {
         "tokens": model.ar.vocab_size,

@@ -40,11 +40,9 @@ class ContrastiveEncoder:
         )
         text = checkpoints.stored_text(root, config.model.text)
         self._vocabulary = Vocabulary(load_tokenizer(text), config.model.tokenizer.codebook_size)
-        self._size, self._length, self._batch = (
-            config.model.tokenizer.image_size,
-            config.data.max_length,
-            batch,
-        )
+        self._size = config.model.tokenizer.image_size
+        self._length = config.data.max_length
+        self._batch = batch
         self._embed_images = strategy.jit(self._pooled)
         self._embed_text = strategy.jit(self._tower)
 

@@ -122,13 +122,11 @@ class HttpReward(Reward):
         batch: int = 16,
         probe: float = PROBE,
     ):
-        self._urls, self._token, self._timeout, self._batch, self._probe = (
-            tuple(urls),
-            token,
-            timeout,
-            batch,
-            probe,
-        )
+        self._urls = tuple(urls)
+        self._token = token
+        self._timeout = timeout
+        self._batch = batch
+        self._probe = probe
         self._turn = itertools.count()
         self._lock = threading.Lock()
         self._failures = dict.fromkeys(self._urls, 0)  # in a row

@@ -217,7 +217,9 @@ class Recogniser:
     checks prompts never loads them."""
 
     def __init__(self, min_side: int = 128, border: float = 0.1, detect: bool = True):
-        self.min_side, self.border, self.detect = min_side, border, detect
+        self.min_side = min_side
+        self.border = border
+        self.detect = detect
         self._engine: Any = None
 
     def __call__(self, image_HWC: np.ndarray) -> list[Line]:

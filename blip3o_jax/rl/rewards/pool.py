@@ -198,7 +198,9 @@ class Pending:
             raise ValueError(
                 f"{len(images_BHWC)} images, {len(prompts)} prompts, {len(metadata)} metadata"
             )
-        self._images_BHWC, self._prompts, self._metadata = images_BHWC, prompts, metadata
+        self._images_BHWC = images_BHWC
+        self._prompts = prompts
+        self._metadata = metadata
         self._error: BaseException | None = None
         self._finished = threading.Event()
         count = len(images_BHWC)
@@ -207,7 +209,9 @@ class Pending:
         self._parts: dict[str, np.ndarray] = {}
         self._latencies: list[float] = []
         self._queue: list[float] = []
-        self._left, self._began, self._seconds = count, time.monotonic(), 0.0
+        self._left = count
+        self._began = time.monotonic()
+        self._seconds = 0.0
         if not count:
             self._finished.set()
 

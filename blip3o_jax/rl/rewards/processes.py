@@ -198,7 +198,9 @@ class Processes:
             return
         except Exception as e:  # an answer that cannot be read
             result, error = None, e
-        call, worker.call, worker.deadline = worker.call, None, math.inf
+        call = worker.call
+        worker.call = None
+        worker.deadline = math.inf
         if call is None:
             worker.ready, self._deaths = True, 0
         else:
