@@ -66,13 +66,13 @@ class Projections(nnx.Module):
     """Project one stream to q, k and v; with `qk_norm`, each head of q and k is normed."""
 
     def __init__(self, cfg: MMDiTConfig, *, rngs: nnx.Rngs):
-        d, axes = cfg.hidden_size, ("embed", "heads")
+        d, axes, lora = cfg.hidden_size, ("embed", "heads"), cfg.lora.of
         self.head_dim = cfg.attention_head_dim
-        for name in ("q", "k", "v"):
-            layer = nn.Linear(d, d, axes, rngs=rngs, lora=cfg.lora.of(name), **_types(cfg))
-            setattr(self, name, layer)
-        for name in ("q_norm", "k_norm"):
-            setattr(self, name, _head_norm(cfg, rngs))
+        self.q = nn.Linear(d, d, axes, rngs=rngs, lora=lora("q"), **_types(cfg))
+        self.k = nn.Linear(d, d, axes, rngs=rngs, lora=lora("k"), **_types(cfg))
+        self.v = nn.Linear(d, d, axes, rngs=rngs, lora=lora("v"), **_types(cfg))
+        self.q_norm = _head_norm(cfg, rngs)
+        self.k_norm = _head_norm(cfg, rngs)
 
     def __call__(self, x_BND: jax.Array) -> QueryKeyValue:
         """Return q, k and v, [B, N, A, K] each."""
@@ -244,8 +244,11 @@ class MMDiT(nnx.Module):
             c_BTD = nn.constrain(c_BTD, "batch", "condition_tokens", "act_embed")
             mask_BS = _join_masks(mask_BN, context.mask_BT, x_BND, c_BTD)
 
-        def step(block: Block, carry: Any, _: None) -> tuple[Any, None]:
-            return block(*carry, vector_BD, mask_BS), None
+        def step(
+            block: Block, carry: tuple[jax.Array, jax.Array], _: None
+        ) -> tuple[tuple[jax.Array, jax.Array], None]:
+            x_BND, c_BTD = carry
+            return block(x_BND, c_BTD, vector_BD, mask_BS), None
 
         (x_BND, c_BTD), _ = nn.scan(
             self.blocks, step, (x_BND, c_BTD), remat=self.cfg.remat, unroll=self.cfg.unroll
@@ -265,9 +268,10 @@ def positions(cfg: MMDiTConfig, grid: tuple[int, int], maps: int = 1) -> np.ndar
     """
     largest, base = cfg.pos_embed_max_size, cfg.sample_size // cfg.patch_size
     top, left = ((largest - side) // 2 for side in grid)
-    rows, columns = np.arange(top, top + grid[0]), np.arange(left, left + maps * grid[1])
-    counted = [a.astype(np.float32) / np.float32(largest / base) for a in (rows, columns)]
-    return sincos(*counted, cfg.hidden_size)
+    unit = np.float32(largest / base)
+    rows = np.arange(top, top + grid[0]).astype(np.float32) / unit
+    columns = np.arange(left, left + maps * grid[1]).astype(np.float32) / unit
+    return sincos(rows, columns, cfg.hidden_size)
 
 
 def _types(cfg: MMDiTConfig) -> dict[str, Any]:

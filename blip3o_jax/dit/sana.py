@@ -345,7 +345,8 @@ def positions(cfg: SanaConfig, grid: tuple[int, int], maps: int = 1) -> np.ndarr
         c.astype(np.float32) / np.float32(n / base) / np.float32(cfg.interpolation_scale)
         for c, n in zip(counts, grid, strict=True)
     ]
-    return sincos(*counts, cfg.hidden_size)
+    rows, columns = counts
+    return sincos(rows, columns, cfg.hidden_size)
 
 
 def _modulate(x_BND: jax.Array, shift_B1D: jax.Array, scale_B1D: jax.Array) -> jax.Array:

@@ -9,7 +9,7 @@ import torch
 import transformers
 from flax import nnx
 
-from blip3o_jax import config, nn
+from blip3o_jax import blip3o, config, nn
 from blip3o_jax.ar.qwen2 import Qwen2
 from blip3o_jax.convert import conversions
 from tests import stock_weights, tiny
@@ -82,29 +82,21 @@ def test_logits_equal_transformers_and_cached_decoding(tied):
 @pytest.mark.parametrize("mesh", [("fsdp_tp", 1, 2, 2), ("fsdp_sp", 1, 2)], ids=lambda m: m[0])
 def test_sharded_equals_unsharded(mesh):
     strategy = tiny.strategy(*mesh, sequence=2 if mesh[0] == "fsdp_sp" else 1)
-    model, ids_BL = Qwen2(CFG, rngs=nnx.Rngs(0)), tokens()
-    # Biases start at zero: others, so that a wrong one shows.
-    state = jax.tree.map(
-        lambda x: x + 0.01 * np.arange(x.size).reshape(x.shape) / x.size, nnx.state(model)
-    )
-    nnx.update(model, state)
-    want, _ = forward(model, ids_BL)
+    model = blip3o.Blip3o(config.ModelConfig(ar=CFG), ("ar",), seed=0)
     graphdef, state = nnx.split(model)
-    place = lambda path, v: jax.device_put(
-        v[...], strategy.sharding("ar", v.axes, v.shape, "/".join(map(str, path)))
+    # Biases start at zero: other values, so that a wrong one shows.
+    params = jax.tree.map(
+        lambda x: x + 0.01 * np.arange(x.size, dtype=np.float32).reshape(x.shape) / x.size,
+        nnx.to_pure_dict(state),
     )
-    placed = {path: place(path, v) for path, v in nnx.to_flat_state(state)}
-    assert any(
-        not x.sharding.is_fully_replicated for p, x in placed.items() if p[-1] == "bias"
-    ) or (mesh[0] == "fsdp_sp")
+    placed = jax.device_put(params, strategy.parameter_shardings(state))
 
-    @jax.jit
-    def run(params):
-        for path, variable in nnx.to_flat_state(state):
-            variable.set_value(params["/".join(map(str, path))])
-        with nn.sharding_resolver(strategy.resolver), nn.part("ar"):
-            model = nnx.merge(graphdef, state)
-            return model(model.embed(ids_BL), POSITIONS, ONES)
+    def run(params, resolver):
+        with nn.sharding_resolver(resolver):
+            return nnx.merge(graphdef, params).hidden(tokens(), POSITIONS, ONES)
 
-    got = run({"/".join(map(str, path)): x for path, x in placed.items()})
+    want = jax.jit(lambda params: run(params, None))(params)
+    got = jax.jit(lambda params: run(params, strategy.resolver))(placed)
     assert relative_error(got, want) < 1e-5
+    bias = placed["ar"]["layers"]["attention"]["q"]["bias"]
+    assert bias.sharding.is_fully_replicated == (mesh[0] == "fsdp_sp")
