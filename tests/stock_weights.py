@@ -35,7 +35,8 @@ def _autoencoder_of(channels: int) -> config.DcAeConfig:
 
 
 def whole(part: str, cfg: Any) -> ModelConfig:
-    """Return a model whose `part` has the settings `cfg`, other parts such that they go together."""
+    """Return a model whose `part` has the settings `cfg`, other parts such that they go
+    together."""
     others: dict[str, Any] = {}
     if part == "dit":
         others["vae"] = _autoencoder_of(cfg.in_channels)
