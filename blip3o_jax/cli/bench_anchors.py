@@ -15,8 +15,8 @@ def add(commands: Any) -> None:
         run,
         "the cost model of `bench sharding` against published training steps; needs no TPU",
         "Needs libtpu (the extra [tpu]). Compiles language models of published sizes for the chips"
-        " that others have timed them on, and sets the predicted time beside theirs; writes"
-        " anchors.json.",
+        " of published measurements, and compares the predicted times with the measured ones;"
+        " writes anchors.json.",
     )
     parser.add_argument(
         "--out",

@@ -12,10 +12,10 @@ def add(commands: Any) -> None:
         commands,
         "conversion",
         run,
-        "how fast, and in how much memory, weights of a size are imported and exported",
+        "measure time and memory of importing and exporting weights",
         "Writes random weights of the config's sizes in the published layout, imports and exports"
         " them, compares the bits, and reads and writes the same files with the safetensors library"
-        " (the extra [convert]). Needs four times their room.",
+        " (the extra [convert]). Needs disk space for four copies.",
     )
     parser.add_argument(
         "--config",

@@ -16,7 +16,7 @@ def add(commands: Any) -> None:
         commands,
         "peer",
         run,
-        "the same weights and work in JAX and in PyTorch, in turns",
+        "compare JAX and PyTorch on the same weights and work, in turns",
         "Needs PyTorch (the extra [convert]). Compares what both compute, then times train step,"
         " decoding, denoising, autoencoder, tokenizer and text to image; writes peer.json and"
         " peer.md. float32 on a CPU, bfloat16 on a GPU.",
@@ -55,7 +55,7 @@ def add(commands: Any) -> None:
         type=arguments.integer(1, 10**6),
         default=7,
         metavar="N",
-        help="turns of each side (%(default)s)",
+        help="rounds of each side (%(default)s)",
     )
     parser.add_argument(
         "--batch_size",
@@ -69,7 +69,7 @@ def add(commands: Any) -> None:
         type=arguments.integer(1, 1024),
         default=2,
         metavar="N",
-        help="of each side, on a CPU (%(default)s)",
+        help="threads of each side, on a CPU (%(default)s)",
     )
     parser.add_argument(
         "--jax_devices",

@@ -13,10 +13,10 @@ def add(commands: Any) -> None:
         commands,
         "rl",
         run,
-        "a step of reinforcement learning by phase, beside the same step as the published code"
-        " does it",
+        "time a step of reinforcement learning by phase, and the same step done as in the"
+        " published code",
         "Starts from checkpoint.init_from of the config, and runs on the devices of its mesh. Both"
-        " ways draw the same images, in turns, and must learn the same from them; writes rl.json.",
+        " sample the same images, in turns, and must compute the same update; writes rl.json.",
     )
     parser.add_argument(
         "--config",

@@ -14,13 +14,12 @@ def add(commands: Any) -> None:
         commands,
         "sharding",
         run,
-        "which strategy fits a TPU topology, how fast it should be and what limits it; needs"
-        " no TPU",
+        "predict which strategies fit a TPU topology, their speed and bottleneck; needs no TPU",
         "Needs libtpu (the extra [tpu]). Compiles the whole train step, or a rollout (text to"
         " image), ahead of time for every topology and strategy and walks the program with a cost"
         " model; writes sharding.json and sharding.html. Times are predicted, not measured. With"
-        " --measure it runs on the devices that are here, needs no libtpu, and both times stand"
-        " side by side. Mesh sizes are chosen for each strategy unless --config.mesh.* sets them;"
+        " --measure it also runs on this machine's devices, without libtpu, and reports both"
+        " times. Mesh sizes are chosen for each strategy unless --config.mesh.* sets them;"
         " --config.data.cache_dir=X leaves the encoders out.",
     )
     parser.add_argument(
@@ -42,14 +41,14 @@ def add(commands: Any) -> None:
         type=arguments.field(MeshConfig, "slices"),
         default=1,
         metavar="N",
-        help="of that topology each (%(default)s)",
+        help="number of slices of each topology (%(default)s)",
     )
     parser.add_argument(
         "--strategy",
         type=arguments.names,
         default=(),
         metavar="LIST",
-        help="with commas between (fsdp,fsdp_tp,fsdp_sp,dp)",
+        help="strategies, separated by commas (fsdp,fsdp_tp,fsdp_sp,dp)",
     )
     parser.add_argument(
         "--step",
@@ -63,8 +62,8 @@ def add(commands: Any) -> None:
         type=_batch,
         metavar="N|max",
         help=(
-            "examples, or prompts (the config's batch_size in all); max: as many as the compiler"
-            " lets pass, which takes several compiles a row"
+            "examples, or prompts (by default the config's batch_size in total); max: the most that"
+            " the compiler accepts, found by several compiles a row"
         ),
     )
     parser.add_argument(
@@ -75,7 +74,7 @@ def add(commands: Any) -> None:
         default=0,
         metavar="N",
         help=(
-            "in place of --topology: run N steps (10) on the devices that are here, or"
+            "in place of --topology: run N steps (10) on this machine's devices, or"
             " --config.mesh.cpu_devices"
         ),
     )
@@ -93,8 +92,8 @@ def add(commands: Any) -> None:
         "--no_schedules",
         action="store_true",
         help=(
-            "charge matrix products by the compiler's estimates, without having its schedules"
-            " written: compiles in half to two thirds of the time, and is less right"
+            "cost matrix products by the compiler's estimates instead of its schedules: compiles in"
+            " half to two thirds of the time, and is less accurate"
         ),
     )
 

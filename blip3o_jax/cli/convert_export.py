@@ -26,7 +26,7 @@ def add(commands: Any) -> None:
         commands,
         "export",
         run,
-        "a checkpoint to PyTorch files",
+        "convert a checkpoint to PyTorch files",
         "Writes the published BLIP3o-NEXT layout, or with --parts the directories that the stock"
         " classes load.",
     )
@@ -48,10 +48,14 @@ def add(commands: Any) -> None:
         help="some of ar, dit, vae, ta_tok, as stock directories",
     )
     parser.add_argument(
-        "--dtype", choices=DTYPES, default="", help="of the tensors (that of the checkpoint)"
+        "--dtype", choices=DTYPES, default="", help="dtype of the tensors (the checkpoint's)"
     )
     parser.add_argument(
-        "--max_shard_size", type=_size, default=5 * 10**9, metavar="SIZE", help="of one file (5GB)"
+        "--max_shard_size",
+        type=_size,
+        default=5 * 10**9,
+        metavar="SIZE",
+        help="maximum size of one file (5GB)",
     )
     parser.add_argument(
         "--ema", action="store_true", help="the averaged weights in place of the last ones"

@@ -14,7 +14,7 @@ def add(commands: Any) -> None:
         commands,
         "import",
         run,
-        "PyTorch files to a checkpoint",
+        "convert PyTorch files to a checkpoint",
         "Sizes and options are read from the files' own config.json. Tensors are read one by one;"
         " nothing is dropped, renamed or cast unless a flag says so.",
     )
@@ -27,13 +27,13 @@ def add(commands: Any) -> None:
         help="the checkpoint directory to write",
     )
     parser.add_argument(
-        "--dtype", choices=DTYPES, default="", help="of the parameters (that of the files)"
+        "--dtype", choices=DTYPES, default="", help="dtype of the parameters (the files')"
     )
     parser.add_argument(
         "--mesh",
         type=_mesh,
         metavar="SIZES",
-        help="where the arrays are to lie, as data=1,fsdp=8,strategy=fsdp (one copy a device)",
+        help="sharding of the arrays, as data=1,fsdp=8,strategy=fsdp (one copy a device)",
     )
     parser.add_argument(
         "--overwrite", action="store_true", help="replace an earlier output at --out"

@@ -43,10 +43,7 @@ def add_source(parser: argparse.ArgumentParser, flag: str) -> None:
         type=arguments.text,
         default="",
         metavar="NAME",
-        help=(
-            "weights to take where a directory has several: bf16 for model.bf16.safetensors (the"
-            " ones without a name)"
-        ),
+        help=("variant of the weights: bf16 for model.bf16.safetensors (files without a variant)"),
     )
     parser.add_argument(
         "--initialise",
@@ -54,7 +51,7 @@ def add_source(parser: argparse.ArgumentParser, flag: str) -> None:
         default=(),
         metavar="NAMES",
         help=(
-            "what the files lack and is to be made: connector, image_embeddings, latent_connector,"
+            "parts to initialise that the files lack: connector, image_embeddings, latent_connector,"
             " feature_connector"
         ),
     )

@@ -28,7 +28,7 @@ def add(commands: Any) -> None:
         help="a working directory or checkpoint",
     )
     parser.add_argument(
-        "--out", type=arguments.path, metavar="FILE.json", help="the numbers, as JSON"
+        "--out", type=arguments.path, metavar="FILE.json", help="file for the numbers, as JSON"
     )
     parser.set_defaults(out_is_file=True)
     parser.add_argument(
@@ -40,7 +40,10 @@ def add(commands: Any) -> None:
     )
     parser.add_argument("--ema", action="store_true", help="compare the averaged weights")
     parser.add_argument(
-        "--seed", type=arguments.integer(0, UINT32), default=0, help="of the inputs (%(default)s)"
+        "--seed",
+        type=arguments.integer(0, UINT32),
+        default=0,
+        help="seed of the inputs (%(default)s)",
     )
 
 

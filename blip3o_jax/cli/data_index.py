@@ -12,11 +12,11 @@ def add(commands: Any) -> None:
         commands,
         "index",
         run,
-        "read a data set once and keep checksums of its records",
-        "Done by itself when a run opens a set for the first time; a large one is better indexed"
-        " before. Reads the shards that have no index, and those whose size or time of change is"
-        " another; prints what the set holds.",
-        again="the same command goes on with the shards that have no index yet",
+        "read a data set once and store checksums of its records",
+        "A run does this when it opens a set for the first time; index a large set before a run."
+        " Reads the shards that have no index, and those whose size or modification time has"
+        " changed; prints the number of records.",
+        again="the same command continues with the shards that have no index yet",
     )
     parser.add_argument("path", type=arguments.text, metavar="PATH", help="as data.path")
     parser.add_argument(
@@ -50,4 +50,4 @@ def run(args: argparse.Namespace) -> None:
         print(note)
     print(f"{source.name}: {len(source)} records, digest {source.fingerprint}")
     if not args.all:
-        print("shards of the same size and time of change were not read again; --all reads them")
+        print("shards of the same size and modification time were not read again; --all reads them")

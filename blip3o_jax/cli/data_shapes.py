@@ -14,7 +14,7 @@ def add(commands: Any) -> None:
         commands,
         "shapes",
         run,
-        "draw the embedded compositional data set",
+        "render the embedded compositional data set",
         "Scenes of coloured shapes with captions, written as ArrayRecord files. The test split"
         " holds combinations that the training split never shows.",
     )
@@ -67,7 +67,7 @@ def add(commands: Any) -> None:
         "--seed",
         type=flags.SEED,
         default=0,
-        help="the same seed draws the same scenes (%(default)s)",
+        help="the same seed gives the same scenes (%(default)s)",
     )
 
 

@@ -28,7 +28,7 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--fast",
         action="store_true",
-        help="a smoke run: every step of the way, too short to learn much",
+        help="a smoke run: every step, with too little training to learn much",
     )
 
 

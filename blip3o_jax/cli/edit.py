@@ -13,7 +13,7 @@ def add(commands: Any) -> None:
         commands,
         "edit",
         run,
-        "change an image as an instruction says",
+        "edit an image by an instruction",
         "For a checkpoint that was trained with reference images (model.editing).",
     )
     flags.add_checkpoint(parser)

@@ -25,20 +25,20 @@ def add(commands: Any) -> None:
         type=arguments.word,
         required=True,
         metavar="NAME[,OPTION=VALUE]",
-        help="a suite of its own, or a reward and its options",
+        help="a suite with its own prompts, or a reward and its options",
     )
     parser.add_argument(
         "--prompts_file",
         type=arguments.path,
         metavar="FILE",
-        help="for a reward: as rl.prompts_file",
+        help="prompts for a reward, as rl.prompts_file",
     )
     parser.add_argument(
         "--images_per_prompt",
         type=arguments.integer(1, 2**16),
         default=1,
         metavar="N",
-        help="for a reward (%(default)s)",
+        help="images per prompt for a reward (%(default)s)",
     )
     parser.add_argument(
         "--out",
@@ -51,14 +51,14 @@ def add(commands: Any) -> None:
         "--num_prompts",
         type=arguments.integer(1, INT32),
         metavar="N",
-        help="the first of them (of a suite's own 300, of a file all)",
+        help="number of prompts (300 of a suite, all of a file)",
     )
     parser.add_argument("--seed", type=flags.SEED, default=0, help="(%(default)s)")
     parser.add_argument(
         "--batch_size",
         type=flags.sampling("batch_size"),
         metavar="N",
-        help="prompts drawn at once (the checkpoint's config)",
+        help="prompts sampled at once (the checkpoint's config)",
     )
 
 

@@ -56,46 +56,46 @@ def add_workdir(parser: argparse.ArgumentParser) -> None:
         "--workdir",
         type=arguments.path,
         metavar="DIR",
-        help="for checkpoints, metrics (runs/NAME of the config)",
+        help="directory of checkpoints and metrics (runs/NAME of the config)",
     )
     parser.add_argument(
         "--compile_cache",
         type=arguments.path,
         metavar="DIR",
-        help="keeps compiled programs for the next start",
+        help="directory that stores compiled programs for the next start",
     )
 
 
 def add_hosts(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
-        "many hosts", "one process each; docs/pods.md tells how to launch them"
+        "many hosts", "one process each; docs/pods.md describes the launchers"
     )
     group.add_argument(
         "--distributed",
         choices=("auto", "off", "tpu", "slurm"),
         default="auto",
         help=(
-            "how hosts find each other: by a TPU slice's metadata, Slurm's variables, or what there"
-            " is of these (%(default)s)"
+            "how hosts find each other: by a TPU slice's metadata, by Slurm's variables, or by the"
+            " one that is available (%(default)s)"
         ),
     )
     group.add_argument(
         "--coordinator",
         type=arguments.address,
         metavar="HOST:PORT",
-        help="where host 0 listens, in place of --distributed",
+        help="address of host 0, in place of --distributed",
     )
     group.add_argument(
         "--num_processes",
         type=arguments.integer(1, 2**20),
         metavar="N",
-        help="with --coordinator: how many hosts",
+        help="with --coordinator: number of hosts",
     )
     group.add_argument(
         "--process_id",
         type=arguments.integer(0, 2**20),
         metavar="I",
-        help="with --coordinator: which of them this is, from 0",
+        help="with --coordinator: number of this host, from 0",
     )
 
 
@@ -105,18 +105,16 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
         type=arguments.path,
         required=True,
         metavar="DIR",
-        help="for the images, in place of an earlier run's",
+        help="directory of the images; replaces an earlier run's",
     )
     parser.add_argument(
         "--size",
         type=arguments.size,
         metavar="HxW",
-        help="pixels (nearest to the image given, of the model's sizes)",
+        help="pixels (the model's size nearest to the given image)",
     )
     parser.add_argument("--seed", type=SEED, default=0, help="(%(default)s)")
-    group = parser.add_argument_group(
-        "sampling", "each defaults to what the checkpoint's config says"
-    )
+    group = parser.add_argument_group("sampling", "defaults are those of the checkpoint's config")
     group.add_argument("--steps", type=sampling("steps"), metavar="N", help="denoising steps")
     group.add_argument(
         "--guidance",
@@ -128,16 +126,19 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
         "--reference_guidance",
         type=sampling("reference_guidance"),
         metavar="SCALE",
-        help="that towards the images given; 0: the same",
+        help="guidance towards the reference images; 0: the same as --guidance",
     )
     group.add_argument(
         "--token_guidance",
         type=sampling("token_guidance"),
         metavar="SCALE",
-        help="the same, of the image tokens",
+        help="classifier-free guidance of the image tokens",
     )
     group.add_argument(
-        "--temperature", type=sampling("temperature"), metavar="T", help="of the image tokens"
+        "--temperature",
+        type=sampling("temperature"),
+        metavar="T",
+        help="temperature of the image tokens",
     )
     group.add_argument(
         "--top_k", type=sampling("top_k"), metavar="K", help="image tokens kept at each position"
@@ -149,7 +150,7 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
         help="probability mass kept at each position",
     )
     group.add_argument(
-        "--batch_size", type=sampling("batch_size"), metavar="N", help="images drawn at once"
+        "--batch_size", type=sampling("batch_size"), metavar="N", help="images sampled at once"
     )
 
 

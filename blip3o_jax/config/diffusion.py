@@ -39,7 +39,9 @@ class ConnectorConfig(ConfigGroup, path="model.connector"):
 
 
 class DiffusionHeadConfig(PartConfig, path="model.dit"):
-    """Say what the settings of every diffusion head offer (its network: `dit.protocol.DiffusionHead`)."""
+    """Say what the settings of every diffusion head offer (its network:
+    `dit.protocol.DiffusionHead`).
+    """
 
     # Whether a velocity depends on how many equal condition tokens there are. Where it does not,
     # one token stands for all of the unconditional branch.
@@ -124,8 +126,9 @@ MMDIT_LINEAR = ("q", "k", "v", "o", "up", "down")  # of both streams
 
 @dataclasses.dataclass(frozen=True)
 class MMDiTConfig(DiffusionHeadConfig, path="model.dit", model_type="mmdit"):
-    """Hold the fields of `diffusers.SD3Transformer2DModel` (the sizes of SD3 medium, for the latents of DC-AE,
-    by default). Its pooled projection is made of the mean of the condition tokens.
+    """Hold the fields of `diffusers.SD3Transformer2DModel` (the sizes of SD3 medium, for the
+    latents of DC-AE, by default). Its pooled projection is made of the mean of the condition
+    tokens.
     """
 
     counts_condition_tokens: ClassVar[bool] = True  # they share a softmax with the latents

@@ -75,7 +75,7 @@ class ConfigGroup:
 
 
 class PartConfig(ConfigGroup):
-    """Base of the settings of a part that may be of several families, which the type tells apart.
+    """Be the base of the settings of a part with several families, which the type distinguishes.
 
     A direct subclass stands for the part: it annotates what every family offers, and is the type of
     the field that holds the part's settings. A dataclass below it with a `model_type` is a family:

@@ -13,7 +13,8 @@ QWEN_LINEAR = ("q", "k", "v", "o", "gate", "up", "down")
 
 
 class LanguageModelConfig(PartConfig, path="model.ar"):
-    """Say what the settings of every language model offer (its network: `ar.protocol.LanguageModel`).
+    """Say what the settings of every language model offer (its network:
+    `ar.protocol.LanguageModel`).
 
     `vocab_size` counts the rows in use; the rows stored are padded up to a multiple of
     `vocab_multiple` so that the table shards evenly (`Vocabulary` in text/ owns the ids).
@@ -54,7 +55,9 @@ class LanguageModelConfig(PartConfig, path="model.ar"):
 
 @dataclasses.dataclass(frozen=True)
 class QwenConfig(LanguageModelConfig, path="model.ar"):
-    """Hold the fields that `transformers.Qwen2Config` and `Qwen3Config` share, and this package's own."""
+    """Hold the fields that `transformers.Qwen2Config` and `Qwen3Config` share, and this package's
+    own.
+    """
 
     vocab_size: TableRows = 217210
     hidden_size: Width = 2048
@@ -98,15 +101,17 @@ class QwenConfig(LanguageModelConfig, path="model.ar"):
 
 @dataclasses.dataclass(frozen=True)
 class Qwen3Config(QwenConfig, path="model.ar", model_type="qwen3"):
-    """Hold the fields of `transformers.Qwen3Config`: a norm over each head of queries and keys, no biases."""
+    """Hold the fields of `transformers.Qwen3Config`: a norm over each head of queries and keys, no
+    biases.
+    """
 
     head_dim: Annotated[Width, Multiple(2, "rotary embedding")] = 128
 
 
 @dataclasses.dataclass(frozen=True)
 class Qwen2Config(QwenConfig, path="model.ar", model_type="qwen2"):
-    """Hold the fields of `transformers.Qwen2Config` (Qwen2.5 1.5B with the vocabulary of Tar by default):
-    biases of queries, keys and values, no norm over heads.
+    """Hold the fields of `transformers.Qwen2Config` (Qwen2.5 1.5B with the vocabulary of Tar by
+    default): biases of queries, keys and values, no norm over heads.
     """
 
     vocab_size: TableRows = 217206

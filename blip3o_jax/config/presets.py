@@ -1,10 +1,11 @@
 """Published sizes by name.
 
-Language models: Qwen3 (arXiv 2505.09388, table 1; `config.json` of Qwen/Qwen3-*), and Qwen2.5 (arXiv
-2412.15115; `config.json` of Qwen/Qwen2.5-*), the backbones of Tar (arXiv 2506.18898). Diffusion heads:
-SANA (arXiv 2410.10629; `config.json` of Efficient-Large-Model/Sana_600M_1024px_diffusers) and SANA
-1.5 (arXiv 2501.18427; SANA1.5_1.6B_1024px_diffusers, SANA1.5_4.8B_1024px_diffusers). Chips are in
-parallel/chips.py, strategies in parallel/rules.py.
+Language models: Qwen3 (arXiv 2505.09388, table 1; `config.json` of Qwen/Qwen3-*), and Qwen2.5
+(arXiv 2412.15115; `config.json` of Qwen/Qwen2.5-*), the backbones of Tar (arXiv 2506.18898).
+Diffusion heads: SANA (arXiv 2410.10629; `config.json` of
+Efficient-Large-Model/Sana_600M_1024px_diffusers) and SANA 1.5 (arXiv 2501.18427;
+SANA1.5_1.6B_1024px_diffusers, SANA1.5_4.8B_1024px_diffusers). Chips are in parallel/chips.py,
+strategies in parallel/rules.py.
 """
 
 from blip3o_jax.config.diffusion import DiffusionHeadConfig, SanaConfig

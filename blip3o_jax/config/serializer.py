@@ -23,8 +23,8 @@ def to_dict(value: Any) -> Any:
 
 
 def replace_everywhere(group: Any, **changes: Any) -> Any:
-    """Return a group with every field of the names in `changes`, in it or in groups below it, of the
-    value given there.
+    """Return a group with every field of the names in `changes`, in it or in groups below it, of
+    the value given there.
     """
     own = {f.name: getattr(group, f.name) for f in dataclasses.fields(group)}
     replaced = {

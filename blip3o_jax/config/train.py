@@ -79,8 +79,8 @@ class LossConfig(ConfigGroup, path="loss"):
     # positions of the row.
     condition_span: Literal["exact", "last"] = "exact"
     ce_chunk: PositiveInt = 512  # tokens per block of the cross entropy
-    gradient: NonNegative = 0.4  # autoencoder: weight of the image-gradient term beside L1
-    squared: NonNegative = 4.0  # autoencoder: weight of the squared error beside L1
+    gradient: NonNegative = 0.4  # autoencoder: weight of the image-gradient term, L1 having 1
+    squared: NonNegative = 4.0  # autoencoder: weight of the squared error, L1 having 1
     # autoencoder: weight of the term that holds each channel of the scaled latents at unit
     # variance, which flow matching expects, and deviation of the noise put on them, which makes the
     # decoder forgive what sampling gets slightly wrong.

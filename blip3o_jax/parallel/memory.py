@@ -1,6 +1,6 @@
 """How much memory a device has, and a refusal of what can never fit into it.
 
-Compilers and allocators end a process that asks for a thousand times too much, without a word about
+Compilers and allocators end a process that requests a thousand times too much, without a word about
 which setting asked. What is counted here are lower bounds: a run that passes may still be too large
 for its activations, and the compiler says so.
 """

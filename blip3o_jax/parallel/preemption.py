@@ -79,7 +79,7 @@ class StopRequest:
         that.
 
         The service's own handler, which `jax.distributed` has installed over Python's, only sets a
-        flag that a thread looks at, so that it can be called from any thread.
+        flag that a thread checks, so that it can be called from any thread.
         """
         if not exits.process.installed:  # nobody would pass it on
             return

@@ -72,8 +72,7 @@ STRATEGIES: dict[str, dict[str, Table]] = {
 for _part, _spec in PART_TABLE.items():
     for _strategy, _table in _spec.strategies.items():
         STRATEGIES[_strategy][_part] = TABLES[_table]
-# A slice's own table has no `data` axis in it beside the batch's, so that parameters are whole in
-# each slice.
+# A slice's table uses the `data` axis for the batch only, so that every slice has all parameters.
 STRATEGIES |= {f"hybrid_{name}": tables for name, tables in STRATEGIES.items()} | {
     "hybrid": STRATEGIES["fsdp"]
 }

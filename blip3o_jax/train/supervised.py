@@ -160,7 +160,7 @@ class _PrefetchedBatches:
 
 
 def _unused(sources: list[Source]) -> dict[str, float]:
-    """Return what the data sets hold beside whole records, as metrics."""
+    """Return the counts of unused members and incomplete records of the data sets, as metrics."""
     reasons: collections.Counter[str] = collections.Counter()
     for source in sources:
         reasons.update(source.unused)

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import pathlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from blip3o_jax.config import Config, UserError
 from blip3o_jax.data.record import BadRecord, Source, read_record
@@ -35,8 +36,9 @@ def with_vocabulary(
         text = dataclasses.replace(text, path=str(path))
     vocabulary = Vocabulary(load_tokenizer(text), model.tokenizer.codebook_size)
     if text.train_size:
+        ar: Any = model.ar  # every family's settings are a dataclass, the common base is none
         model = dataclasses.replace(
-            model, text=text, ar=dataclasses.replace(model.ar, vocab_size=vocabulary.size)
+            model, text=text, ar=dataclasses.replace(ar, vocab_size=vocabulary.size)
         )
     vocabulary.check_model(model.ar, model.tokenizer)
     return dataclasses.replace(config, model=model), vocabulary

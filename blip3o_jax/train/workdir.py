@@ -29,7 +29,7 @@ HEARTBEAT_PERIOD = 10.0  # seconds between renewals of the lock's modification t
 STALE_AFTER = 60.0  # seconds without one after which a process on another machine counts as dead
 FILES = ("recipe.json", "checkpoints/config.json")  # that runs write below it, besides *.jsonl
 DIRECTORIES = ("checkpoints", "tensorboard", "text")
-ATTEMPTS = 10  # at a lock that others take and leave between two looks at it
+ATTEMPTS = 10  # to take a lock that others take and release in between
 
 
 @dataclasses.dataclass(frozen=True)
