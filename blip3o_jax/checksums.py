@@ -69,7 +69,7 @@ def read_json(path: pathlib.Path, *, edited: bool = False) -> dict[str, Any]:
 
 
 def _of_json(value: dict[str, Any]) -> str:
-    """Return the checksum of the values, however they are laid out in the file."""
+    """Return the checksum of the values, independent of the file's formatting."""
     return f"{crc32c([json.dumps(value, sort_keys=True).encode()]):08x}"
 
 
@@ -90,7 +90,7 @@ def file_crc32c(path: pathlib.Path) -> int:
 
 
 def write_manifest(directory: pathlib.Path) -> None:
-    """Write `directory`/manifest.json, of all files that are there now."""
+    """Write `directory`/manifest.json for all files in the directory."""
     names = sorted(_names(directory))
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
         files = dict(
@@ -142,7 +142,7 @@ def of_file(path: pathlib.Path) -> tuple[int, int]:
 
 
 def _names(directory: pathlib.Path) -> set[str]:
-    """Return the names of all files below a directory, but for its manifest."""
+    """Return the names of all files below a directory except its manifest."""
     paths = (pathlib.Path(place) / file for place, _, files in os.walk(directory) for file in files)
     return {path.relative_to(directory).as_posix() for path in paths} - {MANIFEST}
 

@@ -5,9 +5,9 @@ statuses.
     SIGINT --> KeyboardInterrupt in the main thread, or after INTERRUPT_SECONDS its line and the end
     SIGINT again, or while a failed run is closing --> ends at once
 
-A thread reads the signals beside the main thread, which cannot while it compiles or waits for a
-device. Nothing heavy is imported here, so that `install` comes before everything else; without it
-(as a library, in tests) signals are left as they are.
+A thread reads the signals, since the main thread cannot while it compiles or waits for a device.
+Nothing heavy is imported here, so that `install` comes before everything else; without it (as a
+library, in tests) signals are left as they are.
 """
 
 import _thread
@@ -32,7 +32,7 @@ INTERRUPTED = 128 + signal.SIGINT
 LOST_PEER = 128 + signal.SIGKILL  # a host that was killed takes the others along, with its status
 BROKEN_PIPE = 128 + signal.SIGPIPE
 
-# With several hosts an error ends the process after CLOSING_SECONDS, what `peers.lost` takes (2
+# With several hosts an error ends the process after CLOSING_SECONDS, the time of `peers.lost` (2
 # ANSWER + STILL, 15 s) and NOTIFY_SECONDS: 29 seconds at most, within the 30 s that a Spot machine
 # is given.
 CLOSING_SECONDS = 12.0  # seconds that closing may take after an error

@@ -1,6 +1,4 @@
-"""The file system's errors in one line, files that are replaced whole, and checks of where output
-goes.
-"""
+"""Report the file system's errors in one line, replace files atomically, and check output paths."""
 
 import contextlib
 import errno
@@ -15,9 +13,9 @@ from typing import IO, Any
 
 from blip3o_jax.config import UserError
 
-# What the system says about the disk rather than about a path, and what to do about it. These are a
-# user's errors wherever they come up, also below or behind another exception; of the rest only
-# those that name a path.
+# Errors of the disk rather than of a path, and what to do about them. They are a user's errors
+# wherever they occur, also as the cause of another exception; other errors only where they name a
+# path.
 TROUBLE = {
     errno.ENOSPC: "free some",
     errno.EDQUOT: "free some, or ask for more",
@@ -181,7 +179,7 @@ def make_directories(path: pathlib.Path) -> list[pathlib.Path]:
 
 
 def remove_empty(made: list[pathlib.Path]) -> None:
-    """Remove what `make_directories` has made, as far as nothing lies in it."""
+    """Remove the directories that `make_directories` has made, except those that are not empty."""
     with contextlib.suppress(OSError):
         for path in reversed(made):
             path.rmdir()
@@ -232,7 +230,7 @@ def _refused(out: pathlib.Path, flag: str) -> Iterator[None]:
 
 
 def _check_writable(out: pathlib.Path, flag: str) -> None:
-    """Look at `out`, or where it is not there at the nearest directory above it."""
+    """Raise UserError unless `out`, or the nearest existing directory above it, can be written."""
     there = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
     if there != out.absolute() and not there.is_dir():
         raise UserError(f"{flag}={out}: {there} is no directory: choose another")

@@ -43,7 +43,7 @@ def add_source(parser: argparse.ArgumentParser, flag: str) -> None:
         type=arguments.text,
         default="",
         metavar="NAME",
-        help=("variant of the weights: bf16 for model.bf16.safetensors (files without a variant)"),
+        help=("variant of the weights: bf16 for model.bf16.safetensors (files without one)"),
     )
     parser.add_argument(
         "--initialise",
