@@ -51,7 +51,7 @@ def add_source(parser: argparse.ArgumentParser, flag: str) -> None:
         default=(),
         metavar="NAMES",
         help=(
-            "parts to initialise that the files lack: connector, image_embeddings, latent_connector,"
+            "missing parts to initialise: connector, image_embeddings, latent_connector,"
             " feature_connector"
         ),
     )
