@@ -302,7 +302,7 @@ def test_a_checkpoint_of_another_model(directories, tmp_path):
     checkpoint.write_weights(other, *drawn(cfg, tmp_path / "text"))
     with pytest.raises(
         UserError,
-        match=r"model.sana.transformer_blocks.2.\S+: .* has none, .* has it as \[6, 32\]: one",
+        match=r"model.sana.transformer_blocks.2.\S+: .* has none, .* has it as \[6, 32\]: neither",
     ):
         verify.verify(directories[0], other)
 
