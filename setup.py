@@ -7,7 +7,9 @@ from setuptools import find_packages, setup
 setup(
     name="blip3o_jax",
     version="0.1.0",
-    description="BLIP3o-NEXT (autoregressive + flow-matching image generation) in JAX/Flax for TPU pods",
+    description=(
+        "BLIP3o-NEXT (autoregressive + flow-matching image generation) in JAX/Flax for TPU pods"
+    ),
     long_description=pathlib.Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",

@@ -164,7 +164,7 @@ def test_images_of_a_prompt_share_its_reading(guidance, unroll):
 
 
 def test_the_classes_that_could_be_drawn(model):
-    """Of the first image token, against the definition; and none are kept where none are left out."""
+    """The first image token, against the definition; none are kept where none are left out."""
     settings, (tokens, lengths) = SETTINGS["truncated"], prompts()
     drawn = generate(model, tokens, lengths, keys(), return_support=True, **settings)
     for b, n in enumerate(LENGTHS):

@@ -7,7 +7,8 @@ from blip3o_jax import config
 
 
 def torch_config(cfg: config.Qwen3Config) -> transformers.Qwen3Config:
-    names = """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim
+    names = """vocab_size hidden_size intermediate_size num_hidden_layers
+    num_attention_heads num_key_value_heads head_dim
     rms_norm_eps tie_word_embeddings initializer_range"""
     return transformers.Qwen3Config(
         **{name: getattr(cfg, name) for name in names.split()},

@@ -9,7 +9,8 @@ SMALL = """
     from blip3o_jax.config import Config, DataConfig, OptimizerConfig
 
     def get_config():
-        return Config(steps=7, optimizer=OptimizerConfig(learning_rate=1e-3), data=DataConfig(path="a.tar"))
+        optimizer = OptimizerConfig(learning_rate=1e-3)
+        return Config(steps=7, optimizer=optimizer, data=DataConfig(path="a.tar"))
 """
 
 
@@ -178,8 +179,8 @@ def test_a_bad_override_is_one_line_that_names_the_field(write, overrides, messa
         ("CONFIG = 3\n", "x.py defines no function get_config()"),
         (
             "def get_config():\n    return {}\n",
-            "x.py: get_config() must return a blip3o_jax.config.Config or an ml_collections.ConfigDict, "
-            "not dict",
+            "x.py: get_config() must return a blip3o_jax.config.Config or an "
+            "ml_collections.ConfigDict, not dict",
         ),
         ("def get_config(size):\n    return size\n", "needs an argument, its 'size'"),
         (
@@ -232,13 +233,15 @@ def test_a_config_dict_is_taken_as_a_config_is(write):
         ("config.stepps = 1", "x.py: unknown config key stepps: did you mean steps?"),
         (
             "config.optimizer.lerning_rate = 1",
-            "x.py: unknown config key optimizer.lerning_rate: did you mean optimizer.learning_rate?",
+            "x.py: unknown config key optimizer.lerning_rate: "
+            "did you mean optimizer.learning_rate?",
         ),
         ("config.steps = 0", "x.py: steps=0 must lie between 1 and"),
         ("config.optimizer.clip_norm = 'x'", "x.py: optimizer.clip_norm='x' must be of type float"),
         ("config.mesh = 3", "x.py: mesh must be a group of fields, not 3"),
         (
-            "import ml_collections; config.seed = ml_collections.config_dict.required_placeholder(int)",
+            "import ml_collections; "
+            "config.seed = ml_collections.config_dict.required_placeholder(int)",
             "x.py: RequiredValueError",
         ),
         ("return {'a': config, 'b': 3}", "must return a blip3o_jax.config.Config or an"),
@@ -272,7 +275,9 @@ def test_the_package_has_the_configs_that_the_working_directory_lacks(tmp_path, 
 
 def test_a_function_of_any_arguments(write):
     path = write(
-        "from blip3o_jax.config import Config\ndef get_config(*a, **k):\n    return Config(steps=int(*a or '3'))"
+        "from blip3o_jax.config import Config\n"
+        "def get_config(*a, **k):\n"
+        "    return Config(steps=int(*a or '3'))"
     )
     assert [loader.load(path).steps, loader.load(path + ":5").steps] == [3, 5]
 

@@ -68,7 +68,8 @@ def test_round_trips(value):
         ),
         (
             {"optimizer": {"mu_dtype": "bf16"}},
-            "optimizer.mu_dtype='bf16' is not one of float32, bfloat16, float16; did you mean bfloat16?",
+            "optimizer.mu_dtype='bf16' is not one of float32, bfloat16, float16; "
+            "did you mean bfloat16?",
         ),
         (
             {"optimizer": {"kwargs": 3}},
@@ -115,7 +116,8 @@ def test_round_trips(value):
         ),
         (
             {"stage": "tokenizer", "checkpoint": {"image_embedding_init": "codes"}},
-            "checkpoint.image_embedding_init='codes' belongs to stage 'joint'; stage 'tokenizer' has no AR",
+            "checkpoint.image_embedding_init='codes' belongs to stage 'joint'; "
+            "stage 'tokenizer' has no AR",
         ),
         (
             {"data": {"batch_size": 6}, "optimizer": {"accumulate": 4}},

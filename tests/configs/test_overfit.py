@@ -92,7 +92,8 @@ def test_photographs_come_back_for_their_captions(tmp_path):
     right = int(np.sum(nearest == np.arange(len(source))))
     rmse = np.sqrt(np.diag(errors))
     print(
-        f"{right} of {len(source)} nearest to their own; root mean square error {rmse.round(1)} of 255; {seconds:.0f} s"
+        f"{right} of {len(source)} nearest to their own; "
+        f"root mean square error {rmse.round(1)} of 255; {seconds:.0f} s"
     )
     assert right >= 14, f"nearest photographs: {nearest.tolist()}"
     assert seconds < 20 * 60

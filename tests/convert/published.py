@@ -324,7 +324,8 @@ def config_json(cfg: ModelConfig, text_rows: int, options: Options) -> dict[str,
 
 
 def qwen3_json(cfg: ModelConfig) -> dict[str, object]:
-    names = """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim
+    names = """vocab_size hidden_size intermediate_size num_hidden_layers
+    num_attention_heads num_key_value_heads head_dim
     rope_theta rms_norm_eps tie_word_embeddings initializer_range"""
     return {name: getattr(cfg.ar, name) for name in names.split()} | {
         "architectures": ["Qwen3ForCausalLM"],

@@ -1,4 +1,4 @@
-"""A language model and a diffusion head of other families, from their published layouts and back."""
+"""Language models and diffusion heads of other families, from their published layouts and back."""
 
 import dataclasses
 import json

@@ -66,7 +66,7 @@ def exported(trained):
 
 
 def sums(part, cfg, tree):
-    """{tensor name: tensor} of a part: kernels as W + alpha / rank A B in float32, layer by layer."""
+    """Return {tensor name: tensor} of a part: kernels W + alpha / rank A B in float32, by layer."""
     arrays = {path: np.asarray(x) for path, x in flat(tree).items()}
     for path in [path for path in arrays if path.endswith("/lora_a")]:
         a, b, at = arrays.pop(path), arrays.pop(path[:-1] + "b"), path.replace("lora_a", "kernel")

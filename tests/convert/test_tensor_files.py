@@ -390,9 +390,9 @@ def test_torch_files_run_no_code(tmp_path, monkeypatch, where):
     )
     if where == "zip":
         assert (
-            f"(it holds a {os.system.__module__}.system, which is not a tensor or plain container): copy it again"
-            in line
-        )
+            f"(it holds a {os.system.__module__}.system, which is not a tensor or "
+            "plain container): copy it again"
+        ) in line
     assert not (tmp_path / "attacked").exists()
 
 

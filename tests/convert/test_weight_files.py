@@ -215,7 +215,8 @@ def test_shards_that_the_index_does_not_name(tmp_path):
     tensors, found = read_weights(tmp_path)
     assert set(tensors) == {"a", "b"}
     assert found.notes == (
-        f"{found.file} lists nothing in model-00003-of-00003.safetensors (1 in all), which is not read",
+        f"{found.file} lists nothing in model-00003-of-00003.safetensors (1 in all), "
+        "which is not read",
     )
 
 

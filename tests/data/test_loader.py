@@ -308,9 +308,9 @@ def test_whatever_one_record_raises_is_skipped_with_its_place(caplog) -> None:
     ):
         assert part in said
     assert (
-        f"skipped 1.tar: \\udc80k5\\x00: KeyError at test_loader.py:{number.__code__.co_firstlineno + 2}: 'pixels'"
-        in said
-    )
+        "skipped 1.tar: \\udc80k5\\x00: KeyError at "
+        f"test_loader.py:{number.__code__.co_firstlineno + 2}: 'pixels'"
+    ) in said
     counts = loader.state()["skipped"]
     assert (
         counts["MemoryError"] == 4
@@ -368,7 +368,10 @@ def test_a_shard_of_which_nothing_can_be_read_is_named_at_once(caplog) -> None:
         transform=lambda record: {"number": np.int64(record.caption)},
     )
     next(loader)
-    said = "each of the first 8 records read of 1.tar was skipped: cannot be read: 15: look at that file"
+    said = (
+        "each of the first 8 records read of 1.tar was skipped: cannot be read: 15: "
+        "look at that file"
+    )
     assert said not in caplog.messages
     next(loader)
     assert caplog.messages.count(said) == 1

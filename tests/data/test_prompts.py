@@ -124,7 +124,11 @@ def test_json_lines_of_strings(tmp_path):
     ]
 
 
-TSV = 'Prompt\tCategory\tChallenge\tNote\na red cat\tAnimals\tBasic\t\n"G O" in paint\tSigns\tBasic\tof "x"\n'
+TSV = (
+    "Prompt\tCategory\tChallenge\tNote\n"
+    "a red cat\tAnimals\tBasic\t\n"
+    '"G O" in paint\tSigns\tBasic\tof "x"\n'
+)
 
 
 @pytest.mark.parametrize("name", ["PartiPrompts.tsv", "prompts.txt", "prompts"])

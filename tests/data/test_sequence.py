@@ -36,7 +36,8 @@ from tests.text.test_vocabulary import IMAGE_TOKENS
 TEMPLATE = TemplateConfig()
 CAPTION = 'two cubes {left} of "a" sphere'
 PROMPT = (
-    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\nPlease generate image based on the "
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    "<|im_start|>user\nPlease generate image based on the "
     f"following caption: {CAPTION}<|im_end|>\n<|im_start|>assistant\n<im_start><S0>"
 )
 ROW = PROMPT + "<I3><I0><I2><im_end><|im_end|>\n"
@@ -59,7 +60,7 @@ def test_the_published_text(vocab):
 
 
 def test_ids_equal_the_library_reading_the_whole_text(tmp_path):
-    """The reference hands the whole string, tags and all, to the tokenizer with the added tokens."""
+    """Match the reference: it tokenizes the whole string, tags included, with the added tokens."""
     write_bpe(tmp_path, IMAGE_TOKENS)
     vocab = Vocabulary(BpeTokenizer.from_path(tmp_path), 4)
     row = text_to_image_row(vocab, TEMPLATE, CAPTION, CODES, 300)
@@ -268,8 +269,8 @@ OPENING, DRAWN = "<|im_end|>\n<|im_start|>assistant\n", "<im_start><S0><I0><I0><
             "edit",
             "put <image> 2 into 1",
             2,
-            "Please edit these 2 images according to the following instruction: put <image> 2 into 1.\n"
-            + SHOWN * 2,
+            "Please edit these 2 images according to the following instruction: "
+            "put <image> 2 into 1.\n" + SHOWN * 2,
             DRAWN,
         ),
         ("reconstruct", "", 1, f"{SHOWN}\nPlease reconstruct the given image.", DRAWN),

@@ -109,7 +109,7 @@ def test_the_program_does_not_grow_with_depth(inputs):
 
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_recorded_layers_are_those_of_the_scan(layers, inputs, remat):
-    """Two stacks, the second of which carries nothing; jitted, what the context yields is returned."""
+    """Two stacks, of which the second carries nothing; jit returns the context's results."""
     xs = inputs[1]
     graphdef, state = nnx.split(layers)
 

@@ -101,7 +101,8 @@ def test_a_damaged_step(root, capsys, case):
     assert newest == int(step)
     with pytest.raises(
         UserError,
-        match=rf"checkpoints/{step} is damaged \({reason}\): .*checkpoints/{intact} is the newest step that is intact",
+        match=rf"checkpoints/{step} is damaged \({reason}\): "
+        rf".*checkpoints/{intact} is the newest step that is intact",
     ) as error:
         steps.check_intact(found, newest)
     assert "\n" not in str(error.value)

@@ -1,4 +1,4 @@
-"""The loop on tiny runs: what is written, and that stopping, killing and resuming change nothing."""
+"""The loop on tiny runs: what is written; stopping, killing and resuming change nothing."""
 
 import dataclasses
 import json
@@ -281,7 +281,8 @@ from blip3o_jax.train import supervised
 import json, pathlib
 jax.config.update("jax_disable_most_optimizations", True)
 if __name__ == "__main__":
-    supervised.train(config_lib.from_dict(json.loads(pathlib.Path({config!r}).read_text())), {workdir!r})
+    values = json.loads(pathlib.Path({config!r}).read_text())
+    supervised.train(config_lib.from_dict(values), {workdir!r})
 """
 
 
@@ -440,7 +441,8 @@ def test_a_run_that_is_not_finite_stops_and_leaves_its_checkpoint(tmp_path, monk
     )
     with pytest.raises(
         UserError,
-        match=r"tokenizer: loss, gradient or the parameters after it were not finite in 2 steps in a row, up to step 4",
+        match=r"tokenizer: loss, gradient or the parameters after it were not finite "
+        r"in 2 steps in a row, up to step 4",
     ) as error:
         supervised.train(cfg, tmp_path)
     assert "\n" not in str(
@@ -553,7 +555,7 @@ def test_errors_come_before_anything_is_compiled(tmp_path, monkeypatch):
 
 
 def test_everything_is_on_disk_before_a_step_is_saved():
-    """Rows and lines of a step that is saved are not written again by a run that goes on from it."""
+    """A run that resumes from a saved step does not write that step's rows and lines again."""
     called = []
     note = lambda name, result=None: lambda *_: called.append(name) or result
     cfg = tiny.run_config(tiny.data(), steps=1, preview=0)

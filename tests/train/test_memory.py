@@ -46,13 +46,27 @@ def test_the_state_is_counted_to_the_byte():
         ("autoencoder", {"data__batch_size": "16777216"}, "data.batch_size=16777216"),
         ("autoencoder", {"model__image_size": "16384"}, "model.image_size=16384"),
         ("contrastive", {"data__batch_size": "4194304"}, "data.batch_size=4194304"),
-        ("contrastive", {"model__tokenizer__encoder__image_size": "16384"}, "model.tokenizer.encoder.image_size=16384"),
-        ("tokenizer", {"model__tokenizer__bottleneck_dim": "131072", "model__tokenizer__codebook_size": "16777216"},
-         "model.tokenizer.codebook_size=16777216"),
+        (
+            "contrastive",
+            {"model__tokenizer__encoder__image_size": "16384"},
+            "model.tokenizer.encoder.image_size=16384",
+        ),
+        (
+            "tokenizer",
+            {
+                "model__tokenizer__bottleneck_dim": "131072",
+                "model__tokenizer__codebook_size": "16777216",
+            },
+            "model.tokenizer.codebook_size=16777216",
+        ),
         ("joint", {"data__max_length": "1048576"}, "data.max_length=1048576"),
-        ("joint", {"model__ar__num_hidden_layers": "1024", "model__ar__hidden_size": "131072"}, "model.ar.hidden_size=131072"),
+        (
+            "joint",
+            {"model__ar__num_hidden_layers": "1024", "model__ar__hidden_size": "131072"},
+            "model.ar.hidden_size=131072",
+        ),
     ],
-)  # fmt: skip
+)
 def test_the_setting_that_is_too_large_is_named(stage, overrides, names, monkeypatch):
     monkeypatch.setattr(memory, "device_bytes", lambda devices: 3 * 2.0**30)
     with pytest.raises(

@@ -1,5 +1,6 @@
-"""Clipping and schedule by hand; optimizers and schedules by name against optax itself; Muon against
-the stock transformation on one matrix at a time; where their states lie, and that they resume.
+"""Clipping and schedule by hand; optimizers and schedules by name against optax itself; Muon
+against the stock transformation on one matrix at a time; where their states lie, and that they
+resume.
 """
 
 import dataclasses
@@ -199,7 +200,8 @@ REFUSED = [
     ({"name": "Moun"}, "optimizer.name='Moun' is not one of .*; did you mean muon?"),
     (
         {"name": "adafactor", "kwargs": {"decay_rat": 0.9}},
-        "optimizer.kwargs: argument 'decay_rat' of adafactor is not one of .*; did you mean decay_rate?",
+        "optimizer.kwargs: argument 'decay_rat' of adafactor is not one of .*; "
+        "did you mean decay_rate?",
     ),
     ({"kwargs": {"b1": 0.9}}, "argument 'b1' of adamw is not one of eps_root, nesterov"),
     ({"name": "muon", "kwargs": {"ns_step": 3}}, "did you mean ns_steps?"),

@@ -131,7 +131,7 @@ def test_remat_changes_nothing(rng):
 
 @pytest.mark.parametrize("remat", config.REMAT)
 def test_remat_is_per_block(remat):
-    """Each stage with blocks is one scan over checkpointed blocks, under every policy but "none"."""
+    """Each stage with blocks is one scan over checkpointed blocks, except with policy "none"."""
     graphdef, state = nnx.split(
         nnx.eval_shape(lambda: DcAe(dataclasses.replace(F8, remat=remat), rngs=nnx.Rngs(0)))
     )
@@ -209,7 +209,8 @@ def test_refuses_a_size_that_does_not_divide():
         ({"encoder_qkv_multiscales": ((), (), (), (4,))}, "must be odd"),
         (
             {"attention_head_dim": 32},
-            r"vae.encoder_block_out_channels\[2\]=12 must be at least model.vae.attention_head_dim=32",
+            r"vae.encoder_block_out_channels\[2\]=12 must be at least "
+            r"model.vae.attention_head_dim=32",
         ),
         (
             {"encoder_block_out_channels": (6, 12, 12, 20)},

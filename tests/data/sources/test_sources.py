@@ -310,7 +310,8 @@ def test_tfds(tmp_path: pathlib.Path) -> None:
         [test[i] for i in range(2)]
     with pytest.raises(
         ValueError,
-        match=r"cannot read data.split='val': Unknown split 'val'. Should be one of \['train', 'test'\]",
+        match=r"cannot read data.split='val': Unknown split 'val'. "
+        r"Should be one of \['train', 'test'\]",
     ):
         opened(tmp_path, split="val")
     with pytest.raises(ValueError, match=r"data.split='train\[50%:1%\]' holds no record"):

@@ -99,7 +99,8 @@ def test_every_member_is_used_or_counted(tmp_path: pathlib.Path) -> None:
     assert unused.startswith(f"{path}: 12 members not used: ")
     assert f"2 of unknown suffix (h.cls first in {path})" in unused
     assert incomplete == (
-        f"{path}: 2 of 5 records incomplete: 1 with an empty image (i first in {path}), 1 without an image (d first in {path})"
+        f"{path}: 2 of 5 records incomplete: 1 with an empty image (i first in {path}), "
+        f"1 without an image (d first in {path})"
     )
     again = opened(path)
     assert (again.notes, again.unused) == (source.notes, source.unused), "the index knows it too"
