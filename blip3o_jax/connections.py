@@ -28,7 +28,7 @@ OTHER_FILES = 128  # of the process: pipes to other processes, libraries, standa
 
 @dataclasses.dataclass(frozen=True)
 class ConnectionLimits:
-    """Bound the number of connections, and in seconds:
+    """Bound the number of connections and the time of each phase, in seconds.
 
     header_seconds     from the connection or the previous answer to the end of the headers
     idle_seconds       between two pieces of a body

@@ -1,11 +1,11 @@
-"""Train image editing, reconstruction, understanding and text to image in one mixture, from an
+r"""Train image editing, reconstruction, understanding and text to image in one mixture, from an
 instruction-tuned checkpoint.
 
 Command:
-    blip3o train --config=configs/edit.py:runs/instruct --workdir=runs/edit \\
-        --config.data.sources="[{'path': 'edits/*.tar', 'weight': 4}, \\
+    blip3o train --config=configs/edit.py:runs/instruct --workdir=runs/edit \
+        --config.data.sources="[{'path': 'edits/*.tar', 'weight': 4}, \
             {'path': 'questions.jsonl'}, {'path': 'captions/*.tar'}]"
-    blip3o edit --checkpoint=runs/edit --image=photo.png --instruction="make the sky green" \\
+    blip3o edit --checkpoint=runs/edit --image=photo.png --instruction="make the sky green" \
         --out=edited
     The argument is the checkpoint, which provides model, vocabulary and text tokenizer. Reference
     images condition the model in both ways, the best variant of the paper. docs/data.md has the

@@ -1,9 +1,9 @@
-"""Continue joint training from a checkpoint with all its parts: an imported one (`blip3o convert
+r"""Continue joint training from a checkpoint with all its parts: an imported one (`blip3o convert
 import`), or one trained here.
 
 Command:
     blip3o convert import --source=BLIP3o-NEXT --diffusion=SANA --out=published
-    blip3o train --config=configs/finetune.py:published --workdir=runs/finetune \\
+    blip3o train --config=configs/finetune.py:published --workdir=runs/finetune \
         --config.data.path='captions/*.tar'
     The argument is the checkpoint, which provides model, vocabulary and text tokenizer. To publish
     the result:

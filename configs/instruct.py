@@ -1,12 +1,12 @@
-"""Instruction-tune a pretrained model at the published sizes: the joint stage on a small, clean
+r"""Instruction-tune a pretrained model at the published sizes: the joint stage on a small, clean
 mixture.
 
 Command:
-    blip3o train --config=configs/instruct.py:1.7b --workdir=runs/instruct \\
-        --config.data.sources="[{'path': 'blip3o_60k/*.tar'}, \\
-            {'path': 'sharegpt_4o_image/*.tar'}]" \\
-        --config.model.text.path=qwen3/tokenizer.json \\
-        --config.checkpoint.init_from="[('ar', 'runs/pretrain'), ('connector', 'runs/pretrain'), \\
+    blip3o train --config=configs/instruct.py:1.7b --workdir=runs/instruct \
+        --config.data.sources="[{'path': 'blip3o_60k/*.tar'}, \
+            {'path': 'sharegpt_4o_image/*.tar'}]" \
+        --config.model.text.path=qwen3/tokenizer.json \
+        --config.checkpoint.init_from="[('ar', 'runs/pretrain'), ('connector', 'runs/pretrain'), \
             ('dit', 'runs/pretrain'), ('vae', 'runs/pretrain'), ('tokenizer', 'runs/pretrain')]"
     The argument is the size, as for pretrain.py: 0.6b, 1.7b (the default), 4b or 8b. The recipe's
     data are BLIP3o-60k and ShareGPT-4o-Image, which you download yourself. With 1.7b:understand

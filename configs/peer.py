@@ -1,9 +1,9 @@
-"""Make a model of 50 million parameters with the proportions of the published one, for `blip3o
+r"""Make a model of 50 million parameters with the proportions of the published one, for `blip3o
 bench peer` on two CPU cores.
 
 Command:
     blip3o data shapes --out=runs/peer/shapes --num_train=200 --num_validation=10 --num_test=10
-    blip3o train --config=configs/peer.py --config.data.path=runs/peer/shapes \\
+    blip3o train --config=configs/peer.py --config.data.path=runs/peer/shapes \
         --workdir=runs/peer/train
     blip3o convert export --source=runs/peer/train --out=runs/peer/hf
     blip3o convert import --source=runs/peer/hf --out=runs/peer/jax

@@ -1,12 +1,12 @@
-"""Pretrain the whole model at the published sizes: next-token loss on text and image tokens, flow
+r"""Pretrain the whole model at the published sizes: next-token loss on text and image tokens, flow
 matching on latents.
 
 Command:
-    blip3o convert import --source=Qwen3-1.7B --diffusion=SANA1.5_1.6B_1024px_diffusers \\
+    blip3o convert import --source=Qwen3-1.7B --diffusion=SANA1.5_1.6B_1024px_diffusers \
         --ta_tok=ta_tok.pth --initialise=connector,image_embeddings --out=start
-    blip3o train --config=configs/pretrain.py:1.7b --workdir=runs/pretrain \\
-        --config.data.path='captions/*.tar' --config.model.text.path=start/text \\
-        --config.checkpoint.init_from="[('ar', 'start'), ('tokenizer', 'start'), \\
+    blip3o train --config=configs/pretrain.py:1.7b --workdir=runs/pretrain \
+        --config.data.path='captions/*.tar' --config.model.text.path=start/text \
+        --config.checkpoint.init_from="[('ar', 'start'), ('tokenizer', 'start'), \
             ('dit', 'start'), ('vae', 'start')]"
     The argument is the size of the AR: 0.6b, 1.7b (the default), 4b or 8b; +0.6b or +4.8b after it
     sets the size of the diffusion head, by default 1.6b as published (config/presets.py). You

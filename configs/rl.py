@@ -1,7 +1,7 @@
-"""Train by reinforcement learning from a checkpoint: GRPO on image tokens, Flow-GRPO, or both.
+r"""Train by reinforcement learning from a checkpoint: GRPO on image tokens, Flow-GRPO, or both.
 
 Command:
-    blip3o rl --config=configs/rl.py:ocr:published --workdir=runs/ocr \\
+    blip3o rl --config=configs/rl.py:ocr:published --workdir=runs/ocr \
         --config.rl.prompts_file=prompts.jsonl
     The argument is the recipe and the checkpoint (imported by `blip3o convert import`, or trained
     here), which provides model and text tokenizer. Recipes: ocr and geneval (GRPO on the image

@@ -84,7 +84,9 @@ def attend(
 def attention_mask(
     query_segments_BL: jax.Array, key_segments_BS: jax.Array, query_start: jax.Array | int
 ) -> jax.Array:
-    """Return the boolean mask [B, L, S]. For one row with query_start 0, segments 1 1 2 0 give
+    """Return the boolean mask [B, L, S].
+
+    For one row with query_start 0, segments 1 1 2 0 give
 
     1 0 0 0
     1 1 0 0

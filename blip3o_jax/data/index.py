@@ -116,7 +116,7 @@ class ShardIndex:
         return len(self.arrays["crc"])
 
     def key(self, row: int) -> str:
-        """Return the name of a record on one line; bytes that are not UTF-8 become \\xNN."""
+        r"""Return the name of a record on one line; bytes that are not UTF-8 become \xNN."""
         ends = self.arrays["key_ends"]
         if not len(ends):
             return ""

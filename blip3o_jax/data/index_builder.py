@@ -180,6 +180,8 @@ def open_index(
 
     Args:
       name: the path of the set as the user gave it.
+      shards: the paths of its files.
+      shard_format: how a file of the set is divided into records.
       ranges: (first record, number of records) of each shard; all records by default.
       processes: each of them indexes part of the shards that have no index, and finds the others'
         work where they share the directory.

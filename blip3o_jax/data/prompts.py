@@ -74,7 +74,7 @@ def read_prompts(path: str | pathlib.Path) -> list[Prompt]:
 
 
 def _read_text(path: pathlib.Path) -> str:
-    """Return what the file says, without its byte-order mark, lines ended by "\\n"."""
+    r"""Return what the file says, without its byte-order mark, lines ended by "\n"."""
     try:
         files.check_regular(path)
         data = path.read_bytes()

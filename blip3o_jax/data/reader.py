@@ -46,7 +46,9 @@ class BadRecordLimit(UserError):
 @dataclasses.dataclass(frozen=True)
 class Reader:
     """Read `data.pack` record ids (source, index) as one row: the transform's arrays, joined where
-    there are several, and
+    there are several.
+
+    These arrays are added:
 
         bad_records  int32 [] or [E]  records skipped for each example because they cannot be read
         _shards      int64 [] or [E]  CRC-32 of the name of the shard that each example was read

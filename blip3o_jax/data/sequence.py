@@ -1,15 +1,15 @@
-"""Lay out rows of tokens for the transformer: a prompt and its answer, an image's tokens or text.
+r"""Lay out rows of tokens for the transformer: a prompt and its answer, an image's tokens or text.
 rows.py has the operations on batches of rows.
 
 One row of 15, for an image of n = 2 tokens (codes 7 and 4), without the system turn; "caption"
-stands for the ids of the filled-in user turn, u and a for those of "user\\n" and "assistant\\n":
+stands for the ids of the filled-in user turn, u and a for those of "user\n" and "assistant\n":
 
     index   token          loss mask   position   segment id
       0     <|im_start|>       0           0           1
       1     u                  0           1           1
       2     caption            0           2           1
       3     <|im_end|>         0           3           1
-      4     \\n                 0           4           1
+      4     \n                 0           4           1
       5     <|im_start|>       0           5           1
       6     a                  0           6           1
       7     <im_start>         0           7           1
@@ -18,7 +18,7 @@ stands for the ids of the filled-in user turn, u and a for those of "user\\n" an
      10     <I4>               1          10           1
      11     <im_end>           1          11           1
      12     <|im_end|>         1          12           1
-     13     \\n                 1          13           1
+     13     \n                 1          13           1
      14     pad                0          14           0
 
 - The loss mask marks labels: loss_mask[i] = 1 means that the hidden state of i - 1 predicts token
@@ -109,8 +109,9 @@ def task_row(
     key: str = "",
     truncate: bool = False,
 ) -> dict[str, np.ndarray]:
-    """Build one training row of any task, for a batch that mixes them: what `text_to_image_row`
-    returns, and
+    """Build one training row of any task, for a batch that mixes them.
+
+    The row holds what `text_to_image_row` returns, and
 
         target           float32, no dimensions: 1 where an image answers; else `image_span` is 0
                          and means nothing

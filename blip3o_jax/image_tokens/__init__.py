@@ -1,0 +1,1 @@
+"""Map images to discrete tokens and features: encoders and quantizers."""

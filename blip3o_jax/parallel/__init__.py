@@ -1,0 +1,1 @@
+"""Place arrays and processes on devices: meshes, sharding rules, hosts and memory."""

@@ -324,6 +324,7 @@ def check_consistent(config: dict[str, Any], workdir: pathlib.Path, seconds: flo
 
     Args:
       config: nested dicts of plain values.
+      workdir: the directory of the run, which all hosts must share.
       seconds: how long hosts are waited for.
     """
     if process_count() == 1:

@@ -1,5 +1,7 @@
 """Compile a rollout: images for a batch of prompts, several of each, with the arrays that the loss
-needs. Two programs on the run's mesh, of the same networks, sampler and sharding as training and
+needs.
+
+Two programs run on the run's mesh, with the same networks, sampler and sharding as training and
 sampling:
 
     rollout      prompts --> image tokens --> latents --> pixels, with the log-probabilities of all

@@ -1,0 +1,1 @@
+"""Train the networks: stages, optimizers, checkpoints, metrics and the training loop."""

@@ -44,7 +44,7 @@ def from_checkpoint(path: str | pathlib.Path, trained: tuple[str, ...]) -> Confi
         data=DataConfig(max_length=saved.data.max_length),
         sampling=saved.sampling,
         checkpoint=CheckpointConfig(
-            init_from=tuple((cast(Part, part), str(root / str(step))) for part in parts)
+            init_from=tuple((cast("Part", part), str(root / str(step))) for part in parts)
         ),
     )
 

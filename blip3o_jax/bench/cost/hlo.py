@@ -386,7 +386,9 @@ def _comparison(
 
 @functools.cache
 def replica_groups(text: str, devices: int) -> tuple[tuple[int, ...], ...]:
-    """Return the device numbers of each group, from the forms that XLA writes:
+    """Return the device numbers of each group.
+
+    XLA writes them in these forms:
 
     {{0,1},{2,3}}     listed
     [2,2]<=[4]        0 .. 3 in rows of two

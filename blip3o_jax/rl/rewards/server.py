@@ -44,7 +44,7 @@ REQUEST_BYTES = 1 << 16  # of a request, without its body
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """Bound the requests and the resources of a reward server:
+    """Bound the requests and the resources of a reward server.
 
     batch              images scored in one call of the reward
     scorers            processes that score
