@@ -355,8 +355,12 @@ def test_printed(same, altered, capsys):
         for tensor in tensors:
             assert any(line.startswith(f"{name}: {tensor} differs, by ") for line in lines)
         for output, layer in layers.items():
-            apart = f"at {layer}, by " if layer else "outside of the stacked layers"
-            assert any(line.startswith(f"{name}: {output} part {apart}") for line in lines)
+            where = (
+                f"first differs at {layer}, by "
+                if layer
+                else "differs outside of the stacked layers"
+            )
+            assert any(line.startswith(f"{name}: {output} {where}") for line in lines)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
