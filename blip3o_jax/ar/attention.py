@@ -7,6 +7,7 @@ head, K head size.
 import functools
 import logging
 from collections.abc import Callable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -133,7 +134,7 @@ def dot_product(
     key_segments_BS: jax.Array,
     query_start: jax.Array | int,
     *,
-    implementation: str,
+    implementation: Literal["xla", "cudnn"],
 ) -> jax.Array:
     """Call `jax.nn.dot_product_attention` with "cudnn" (flash attention), or "xla" for tests."""
     mask_BLS = attention_mask(query_segments_BL, key_segments_BS, query_start)

@@ -45,6 +45,7 @@ def empty(cfg: LanguageModelConfig, batch: int, capacity: int) -> Cache:
         (batch, cfg.num_key_value_heads, capacity, cfg.head_dim),
         ("batch", "act_kv_heads", None, None),
     )
+    zeros: jax.Array | tuple[jax.Array, ...]
     if cfg.unroll:
         zeros = (nn.constrain(jnp.zeros(shape, cfg.dtype), *axes),) * cfg.num_hidden_layers
     else:

@@ -162,7 +162,8 @@ class Decoder(nnx.Module):
         `repeat` repeats arrays that lead with P for the rows that continue them. Segment 0 marks
         padding in the prompts.
         """
-        prompt_rotary, rotary = self._rotary_embeddings(segment_ids_PL, x_BND.shape[:2], repeat)
+        rows = (x_BND.shape[0], x_BND.shape[1])
+        prompt_rotary, rotary = self._rotary_embeddings(segment_ids_PL, rows, repeat)
         own_BN = jnp.ones(x_BND.shape[:2], jnp.int32)
         key_segments_BS = jnp.concatenate([repeat(segment_ids_PL), own_BN], axis=1)
         attend = functools.partial(attention.attend, implementation=self.cfg.attention)

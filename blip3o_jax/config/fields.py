@@ -89,6 +89,8 @@ class PartConfig(ConfigGroup):
 
     model_type: ClassVar[str] = ""
     families: ClassVar[dict[str, type]] = {}
+    # Every family is a dataclass, so a part's settings can be passed to `dataclasses.replace`.
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
 
     def __init_subclass__(cls, path: str = "", model_type: str = "", **kwargs: Any) -> None:
         super().__init_subclass__(path=path, **kwargs)

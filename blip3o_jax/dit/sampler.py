@@ -77,17 +77,15 @@ def guided_velocity(
 
     # The branches have different numbers of condition tokens, so each is a separate call: one
     # batched call would pad the unconditional branch to T tokens of cross-attention.
-    def branch(condition: Condition | None) -> Callable[[jax.Array, jax.Array], jax.Array] | None:
-        if condition is None:
-            return None
+    def branch(condition: Condition) -> Callable[[jax.Array, jax.Array], jax.Array]:
         context = dit.prepare(condition.tokens_BTC, condition.mask_BT)
         return lambda z_BHWC, timestep_B: dit.velocity(
             z_BHWC, timestep_B, context, condition.latent_concat
         ).astype(jnp.float32)
 
-    cond, uncond, references = map(
-        branch, (guidance.condition, guidance.uncond, guidance.references)
-    )
+    cond = branch(guidance.condition)
+    uncond = None if guidance.uncond is None else branch(guidance.uncond)
+    references = None if guidance.references is None else branch(guidance.references)
 
     def velocity(z_BHWC: jax.Array, timestep_B: jax.Array) -> jax.Array:
         v_BHWC = cond(z_BHWC, timestep_B)
