@@ -10,7 +10,7 @@ the MLP, V vocabulary.
 
 import functools
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import jax
 import jax.numpy as jnp
@@ -257,9 +257,8 @@ class Decoder(nnx.Module):
 
         if self.cfg.unroll:
             ks, vs = [], []
-            for layer, *cached in zip(
-                layers or nn.unstack(self.layers), past.k_YBGSK, past.v_YBGSK, strict=True
-            ):
+            unstacked = layers or cast("list[Layer]", nn.unstack(self.layers))
+            for layer, *cached in zip(unstacked, past.k_YBGSK, past.v_YBGSK, strict=True):
                 (x_BLD, k_BGSK, v_BGSK), _ = step(layer, (x_BLD, *cached), None)
                 ks.append(k_BGSK)
                 vs.append(v_BGSK)

@@ -32,7 +32,9 @@ class DecodingState(NamedTuple):
 class TextDecodingState(NamedTuple):
     """Hold the state of a batch's rows while text is sampled."""
 
-    index: jax.Array  # int32 scalar; steps done, which is the place of the next token in `ids_BN`
+    # int32 scalar; steps done, which is the place of the next token in `ids_BN`. The field hides
+    # `tuple.index`, which has no use here.
+    index: jax.Array  # type: ignore[assignment]
     decoding: DecodingState
     ids_BN: jax.Array  # int32; what was sampled, 0 from `index` on
     active_B: jax.Array  # bool; no stop token yet

@@ -8,6 +8,8 @@ B batch, L tokens, H query heads, G key/value heads, K head size. Length is padd
 as segment 0.
 """
 
+from typing import cast
+
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
@@ -89,9 +91,9 @@ def _rows(
     v: jax.Array,
     *segments: jax.Array,
 ) -> jax.Array:
-    return jax.vmap(lambda q, k, v, *ids: kernel(q, k, v, segment_ids=kernels.SegmentIds(*ids)))(
-        q, k, v, *segments
-    )
+    run = jax.vmap(lambda q, k, v, *ids: kernel(q, k, v, segment_ids=kernels.SegmentIds(*ids)))
+    # A kernel without `save_residuals` returns the output alone.
+    return cast("jax.Array", run(q, k, v, *segments))
 
 
 def _kernel(

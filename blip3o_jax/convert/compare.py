@@ -160,7 +160,9 @@ def _ar_computation(cfg: ModelConfig, ids: int, rng: np.random.Generator) -> Com
 
 def _connector_computation(part: str, cfg: ModelConfig, rng: np.random.Generator) -> Computation:
     """Return a computation on two rows, one of them dropped."""
-    _, d_in, _ = PART_TABLE[part].arguments(cfg)[0]
+    arguments = PART_TABLE[part].arguments
+    assert arguments is not None, "a connector is made from its widths"
+    _, d_in, _ = arguments(cfg)[0]
     inputs = {
         "x": _normal(rng, 2, cfg.tokenizer.num_tokens + 1, d_in),
         "keep": np.array([True, False]),

@@ -11,6 +11,7 @@ import dataclasses
 import math
 import pathlib
 import time
+import typing
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ import numpy as np
 
 from blip3o_jax import __version__
 from blip3o_jax import config as config_lib
-from blip3o_jax.config import Config, TextConfig, UserError
+from blip3o_jax.config import Config, TaTokConfig, TextConfig, UserError
 from blip3o_jax.convert.conversions import conversion_of, stock_config
 from blip3o_jax.convert.directory import atomic_directory, check_space
 from blip3o_jax.convert.mapping import Group, groups
@@ -197,7 +198,8 @@ class _Exporter:
 
     def _ta_tok(self, directory: pathlib.Path) -> None:
         """Write {"model": {"args", "sd"}} as TA-Tok is published, or safetensors without torch."""
-        cfg = self.model.tokenizer
+        # The published layout has no other tokenizer than TA-Tok.
+        cfg = typing.cast("TaTokConfig", self.model.tokenizer)
         own = {
             k: v
             for k, v in self.unread.items()
@@ -341,7 +343,7 @@ class _Exporter:
         defaults = {
             "mm_vision_tower": None,
             "mm_hidden_size": self.model.tokenizer.feature_channels,
-            "mm_vision_select_layer": self.model.tokenizer.select_layer,
+            "mm_vision_select_layer": typing.cast("TaTokConfig", self.model.tokenizer).select_layer,
             "diffusion_name_or_path": None,
             "dtype": self.model.ar.param_dtype,
             **stock,
@@ -350,6 +352,7 @@ class _Exporter:
         if "torch_dtype" in source:
             del defaults["dtype"]
         conversion = conversion_of("ar", self.model)
+        assert conversion.layout is not None, "language models are classes of transformers"
         stated = {key: stock[key] for key in conversion.layout.fields} | {
             "image_start_tag_id": vocabulary.image_start,
             "image_end_tag_id": vocabulary.image_end,

@@ -18,13 +18,21 @@ Prefixes of wrapper modules (wrappers.py) are removed, with a note.
 import dataclasses
 import pathlib
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import jax.numpy as jnp
 import numpy as np
 
 from blip3o_jax import config as config_lib
-from blip3o_jax.config import Config, DataConfig, MeshConfig, ModelConfig, SamplingConfig, UserError
+from blip3o_jax.config import (
+    Config,
+    DataConfig,
+    MeshConfig,
+    ModelConfig,
+    SamplingConfig,
+    TaTokConfig,
+    UserError,
+)
 from blip3o_jax.convert.conversions import conversion_of, read_stock_config
 from blip3o_jax.convert.mapping import Group, groups
 from blip3o_jax.convert.record import Record
@@ -165,7 +173,9 @@ def _model_config(files: Files, initialise: tuple[str, ...]) -> ModelConfig:
             replaced[part] = _with_own(new, getattr(model, part), ("dtype", "remat", "unroll"))
     if files.scheduler is not None:
         replaced["flow"] = SCHEDULER.read(files.scheduler[1], str(files.scheduler[0]))
-    replaced["tokenizer"] = read_ta_tok(model.tokenizer, files.ta_tok, files.ta_tok_config)
+    # The published layout has no other tokenizer than TA-Tok.
+    tokenizer = cast("TaTokConfig", model.tokenizer)
+    replaced["tokenizer"] = read_ta_tok(tokenizer, files.ta_tok, files.ta_tok_config)
     there = lambda part: (
         any(key.startswith(PREFIXES[part]) for key in files.tensors) or part in initialise
     )

@@ -322,6 +322,7 @@ class Blip3o(torch.nn.Module):
         """Return the velocity [B, C, H, W], float32; `timestep_B` is 1000 sigma, not rounded."""
         dtype = self.dit.dtype
         velocity = conversion_of("dit", self.cfg).velocity
+        assert velocity is not None, "every family of the DiT has one"
         return velocity(
             self.dit, z_BCHW.to(dtype), condition_BTC.to(dtype), timestep_B.float()
         ).float()

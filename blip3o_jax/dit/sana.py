@@ -266,7 +266,8 @@ class SanaTransformer(nnx.Module):
                 return carry, layer.keys_values(condition_BTD)
 
             _, (k_YBTAK, v_YBTAK) = nn.scan(
-                self.blocks.cross_attention,
+                # A stack has the attributes of its layers, which its type does not state.
+                self.blocks.cross_attention,  # type: ignore[attr-defined]
                 step,
                 None,
                 remat=self.cfg.remat,
@@ -340,12 +341,11 @@ def positions(cfg: SanaConfig, grid: tuple[int, int], maps: int = 1) -> np.ndarr
     columns of each go on where those of the one before end, [rows maps columns, D].
     """
     base = cfg.sample_size // cfg.patch_size
-    counts = [np.arange(n) for n in (grid[0], maps * grid[1])]
-    counts = [
+    indices = [np.arange(n) for n in (grid[0], maps * grid[1])]
+    rows, columns = [
         c.astype(np.float32) / np.float32(n / base) / np.float32(cfg.interpolation_scale)
-        for c, n in zip(counts, grid, strict=True)
+        for c, n in zip(indices, grid, strict=True)
     ]
-    rows, columns = counts
     return sincos(rows, columns, cfg.hidden_size)
 
 
