@@ -390,7 +390,7 @@ def test_cached_encoders_give_the_same_losses_and_run_once(whole, tmp_path, monk
     cached = joint(data={"cache_dir": str(tmp_path / "cache")})
     supervised.train(cached, tmp_path / "first")
     got, want = rows(tmp_path / "first"), rows(whole[0])
-    assert "part 1/1" in capsys.readouterr().err
+    assert "shard 1/1" in capsys.readouterr().err
     assert got[0]["train/ce"] == want[0]["train/ce"]
     assert [row["train/loss"] for row in got] == pytest.approx(
         [row["train/loss"] for row in want], rel=2e-6
