@@ -17,7 +17,8 @@ from blip3o_jax.config.types import (
     Text,
 )
 
-LearningRate = Annotated[float, Bounds(0, 100)]
+MAX_LEARNING_RATE = 100.0
+LearningRate = Annotated[float, Bounds(0, MAX_LEARNING_RATE)]
 
 
 @dataclasses.dataclass(frozen=True)

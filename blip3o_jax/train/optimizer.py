@@ -26,6 +26,7 @@ import optax
 
 from blip3o_jax.config import ConfigError, OptimizerConfig, check, check_choice
 from blip3o_jax.config.errors import not_a_choice, type_and_line
+from blip3o_jax.config.train import MAX_LEARNING_RATE
 
 # Kernels [layers, in, out], each layer for itself.
 _STACKED_MATRIX = optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)
@@ -75,9 +76,10 @@ def learning_rate(cfg: OptimizerConfig, steps: int) -> optax.Schedule:
     takes = _takes(make)
     given = _keywords("optimizer.schedule.kwargs", schedule.name, schedule.kwargs, takes)
     if isinstance(given.get("boundaries_and_scales"), tuple):
-        given["boundaries_and_scales"] = {
-            int(step): scale for step, scale in given["boundaries_and_scales"]
-        }
+        with _one_line("optimizer.schedule.kwargs: boundaries_and_scales"):
+            given["boundaries_and_scales"] = {
+                int(step): float(scale) for step, scale in given["boundaries_and_scales"]
+            }
     warmup = max(1, round(cfg.warmup_fraction * steps))
     derived = {
         "value": cfg.learning_rate,
@@ -96,7 +98,16 @@ def learning_rate(cfg: OptimizerConfig, steps: int) -> optax.Schedule:
     )
     with _one_line(f"optimizer.schedule: optax.{schedule.name}"):
         made = make(**arguments)
-        jax.eval_shape(made, jax.ShapeDtypeStruct((), jnp.int32))
+        # Arguments of a schedule have no bounds of their own; its values have those of a rate.
+        points = sorted({0, 1, warmup, *(steps * part // 8 for part in range(9))})
+        with jax.ensure_compile_time_eval():
+            values = [float(made(jnp.asarray(step, jnp.int32))) for step in points]
+    for step, value in zip(points, values, strict=True):
+        check(
+            -1e-9 <= value <= MAX_LEARNING_RATE,  # a decay to 0 may end a rounding below it
+            f"optimizer.schedule: optax.{schedule.name} gives a learning rate of {value:g} at step "
+            f"{step} of {steps}: choose kwargs that keep it between 0 and {MAX_LEARNING_RATE:g}",
+        )
     return made
 
 

@@ -197,6 +197,26 @@ def test_a_schedule_by_name_is_that_of_optax(name):
 
 
 REFUSED = [
+    *(
+        ({"schedule": {"name": name, "kwargs": kwargs}}, words)
+        for name, kwargs, words in (
+            (
+                "piecewise_constant_schedule",
+                {"boundaries_and_scales": {"a": "b"}},
+                "boundaries_and_scales: ValueError: invalid literal",
+            ),
+            (
+                "piecewise_constant_schedule",
+                {"boundaries_and_scales": (1, 2)},
+                "boundaries_and_scales: TypeError",
+            ),
+            ("constant_schedule", {"value": None}, "optax.constant_schedule: TypeError"),
+            ("constant_schedule", {"value": (1.0, 2.0)}, "optax.constant_schedule: TypeError"),
+            ("constant_schedule", {"value": -5.0}, "a learning rate of -5 at step 0 of"),
+            ("exponential_decay", {"decay_rate": -5.0}, "a learning rate of nan at step 1 of"),
+            ("cosine_decay_schedule", {"exponent": -5.0}, "choose kwargs that keep it between"),
+        )
+    ),
     ({"name": "Moun"}, "optimizer.name='Moun' is not one of .*; did you mean muon?"),
     (
         {"name": "adafactor", "kwargs": {"decay_rat": 0.9}},
