@@ -220,7 +220,7 @@ def test_patches_that_do_not_fit_are_an_error():
         model = SanaTransformer(VARIANTS["patch2"], rngs=nnx.Rngs(0))
         return model(z_BHWC, jnp.zeros(1), jnp.zeros((1, 2, 20)))
 
-    with pytest.raises(ValueError, match=r"latents of 6 x 5 .*dit\.patch_size=2"):
+    with pytest.raises(ValueError, match=r"latents of 6 x 5: both .*dit\.patch_size=2"):
         jax.eval_shape(run, jnp.zeros((1, 6, 5, 5)))
 
 

@@ -39,8 +39,8 @@ def test_one_device():
         ((3, 1, 1), "mesh data=3 x fsdp=1 x tensor=1 does not cover 8 devices"),
         ((3, -1, 1), "mesh data=3 x fsdp=-1 x tensor=1 does not cover 8 devices"),
         ((16, -1, 1), "does not cover 8 devices"),
-        ((-1, -1, 1), "mesh sizes data=-1, fsdp=-1, sequence=1, tensor=1: .* at most once"),
-        ((0, -1, 1), "mesh sizes data=0, fsdp=-1, sequence=1, tensor=1: positive"),
+        ((-1, -1, 1), "mesh sizes data=-1, fsdp=-1, sequence=1, tensor=1: only one can be -1"),
+        ((0, -1, 1), "mesh.data=0 must not be 0"),
         ((-2, 1, 1), "mesh.data=-2 must lie between -1 and"),
     ],
 )
