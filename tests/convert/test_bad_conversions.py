@@ -276,7 +276,10 @@ def test_the_files_beside_the_source(copy, tmp_path):
         ({"patch_size": 5}, ("patch_embedding.weight has shape", f"but {sizes} (over ")),
         (
             {"num_attention_heads": 3},
-            (f"TA-Tok args and {sizes}: model.tokenizer.encoder.hidden_size=", "num_attention_heads=3"),
+            (
+                f"TA-Tok args and {sizes}: model.tokenizer.encoder.hidden_size=",
+                "num_attention_heads=3",
+            ),
         ),
     ):
         published.write_json(sizes, stated | {"encoder": stated["encoder"] | changes})

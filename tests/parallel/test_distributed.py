@@ -418,9 +418,12 @@ def test_how_hosts_are_found(monkeypatch):
 def test_the_kernel_that_was_chosen_is_in_the_log(caplog):
     package = logging.getLogger("blip3o_jax")
     level = package.level
-    attention.chosen.cache_clear()
+    attention.default_implementation.cache_clear()
     try:
-        distributed.run(Launch("off"), lambda: attention.chosen("cpu", "float32", whole_rows=True))
+        distributed.run(
+            Launch("off"),
+            lambda: attention.default_implementation("cpu", "float32", whole_rows=True),
+        )
     finally:
         package.setLevel(level)
     assert caplog.messages == ["attention over whole rows in float32 on cpu: xla"]
