@@ -134,7 +134,7 @@ def test_gradient_stops_at_the_selected_layer(pair):
 
 def test_wrong_size_and_layer(pair):
     _, model, x_BHWC = pair
-    with pytest.raises(ValueError, match=r"takes \(23, 23, 3\)"):
+    with pytest.raises(ValueError, match=r"expected \(23, 23, 3\)"):
         model.features(x_BHWC[:, :20])
     with pytest.raises(ValueError, match="select_layer=-5"):
         model.features(x_BHWC, -5)
