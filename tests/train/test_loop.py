@@ -398,7 +398,7 @@ def test_cached_encoders_give_the_same_losses_and_run_once(whole, tmp_path, monk
     written = {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*.npy")}
     assert len(written) == 2
     # Another run over the same data with the same encoders finds them, and is the same bit for bit.
-    monkeypatch.setattr(encode, "_write_part", lambda *_: pytest.fail("encoded again"))
+    monkeypatch.setattr(encode, "_write_shard", lambda *_: pytest.fail("encoded again"))
     with monkeypatch.context() as patch, pytest.raises(Stopped):
         stop_after(patch, 2)
         supervised.train(cached, tmp_path / "second")
