@@ -433,11 +433,9 @@ def test_a_run_that_is_not_finite_stops_and_leaves_its_checkpoint(tmp_path, monk
     warm-up starts from 0); two of those are too many.
     """
     cfg = tokenizer(optimizer={"clip_norm": 0.0}, max_nonfinite=2)
-    schedule = optimizer.learning_rate
+    schedule = optimizer.learning_rate(cfg.optimizer, cfg.steps)
     monkeypatch.setattr(
-        optimizer,
-        "learning_rate",
-        lambda cfg, steps: lambda step: 1e33 * schedule(cfg, steps)(step),
+        optimizer, "learning_rate", lambda cfg, steps: lambda step: 1e33 * schedule(step)
     )
     with pytest.raises(
         UserError,
