@@ -72,7 +72,11 @@ class Blip3o(nnx.Module):
     def __init__(self, cfg: ModelConfig, parts: Iterable[str], *, seed: int):
         self.cfg = cfg
         for name in parts:
+            # The index in the table of all parts, not in `parts`: a stage that leaves parts out
+            # starts the others with the same weights.
             key = jax.random.fold_in(jax.random.key(seed), MODEL_PARTS.index(name))
+            # A separate stream for LoRA: in the stream of the parameters the factors would shift
+            # the keys of all later layers.
             rngs = nnx.Rngs(key, lora=jax.random.fold_in(key, 0))
             setattr(self, name, make_part(name, cfg, rngs))
 
@@ -113,8 +117,11 @@ class Blip3o(nnx.Module):
         token's occurrences.
         """
         codes_KD, ar = self.tokenizer.codes(), self.cfg.ar
+        # Divided by the codes' root mean square length, so that a row's deviation is `deviation`
+        # whatever the scale of the codebook.
         codes_KD *= jax.lax.rsqrt(jnp.mean(jnp.sum(codes_KD**2, axis=-1)))
         rows = slice(image_token_offset, image_token_offset + len(codes_KD))
+        # `len(MODEL_PARTS)` is the first index that no part's key uses.
         keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), len(MODEL_PARTS)))
 
         def projected(key: jax.Array, deviation: float) -> jax.Array:
@@ -158,6 +165,8 @@ class Blip3o(nnx.Module):
         features_BRND, span_BR, mask_BR = features
         B, R, N, width = features_BRND.shape
         with nn.part("connector"):
+            # R and N are flattened, since the connector and its constraints are of three
+            # dimensions.
             features_BXD = self.feature_connector(features_BRND.reshape(B, R * N, width))
         return insert_features(embedded_BLD, span_BR, features_BXD.reshape(B, R, N, -1), mask_BR)
 
@@ -183,6 +192,8 @@ class Blip3o(nnx.Module):
                     z_BRHWC.reshape(len(z_BRHWC), -1, z_BRHWC.shape[-1])
                 )
                 if keep_references_B is not None:
+                    # Zeros after the connector, where the connector's output for zeros is not zero:
+                    # dropped in training and unconditional in sampling are then the same condition.
                     reference_tokens_BXC = jnp.where(
                         keep_references_B[:, None, None], reference_tokens_BXC, 0
                     )
@@ -212,6 +223,8 @@ class Blip3o(nnx.Module):
         if scale == reference_scale == 1.0:
             return Guidance(cond)
         rows = len(hidden_BTD)
+        # The branches of InstructPix2Pix (arXiv 2211.09800, eq. 3): neither, references alone,
+        # both.
         keep_none_B, keep_all_B = jnp.zeros(rows, bool), jnp.ones(rows, bool)
         # One token stands for all T where they are equal and their number does not matter, as in
         # cross-attention.
@@ -247,6 +260,7 @@ def scale_pixels(pixels: jax.Array) -> jax.Array:
     """Convert uint8 to float32 in [-1, 1]: mean 0.5, std 0.5, as the SigLIP image processor and the
     autoencoder have it.
     """
+    # float32 before the division: 255 levels need more than bfloat16's 8 bits.
     return pixels.astype(jnp.float32) / 127.5 - 1.0
 
 
@@ -258,6 +272,7 @@ def encode_targets(model: Blip3o, batch: dict[str, jax.Array]) -> tuple[jax.Arra
         return batch["codes"], batch["latents"].astype(jnp.float32)
     with jax.named_scope("encode"):
         return (
+            # The encoders stay frozen, whichever parameters a run trains.
             jax.lax.stop_gradient(model.codes(batch["tokenizer_pixels"])),
             jax.lax.stop_gradient(model.latents(batch["pixels"])),
         )
@@ -316,6 +331,8 @@ def sample_training_noise(
         noise_key, sigma_key, drop_key = jax.random.split(key, 3)
         noise = jax.random.normal(noise_key, (loss.flow_samples, *shape), jnp.float32)
         sigma = flow.sample_train_sigma(sigma_key, loss.flow_samples, cfg.flow)
+        # One uniform number for three exclusive events: below `condition_dropout` both prompt and
+        # references go, above it and below the sum the instruction alone.
         chance, both = jax.random.uniform(drop_key), loss.condition_dropout
         return TrainingNoise(
             noise,
@@ -346,6 +363,8 @@ def joint_loss(
     out, cfg = _joint_forward(model, batch, keys_B, loss, image_token_offset), model.cfg
     with nn.part("ar"):
         ce_sum, right = cross_entropy(
+            # The state of a token predicts the next one, so that the last state and the first token
+            # have no partner.
             out.hidden_BLD[:, :-1],
             model.ar.head(),
             out.tokens_BL[:, 1:],
@@ -357,9 +376,12 @@ def joint_loss(
             ),
         )
     labels = jnp.sum(batch["label_count"])
+    # Divided by the labels of the whole batch, not of these rows: micro-batches and devices then
+    # add up to one mean over tokens, however the labels are spread over them.
     ce = ce_sum / labels
     fm_B = flow.flow_loss(out.velocity_BHWC, out.z_BHWC, out.noise_BHWC)
     if "target" in batch:
+        # Examples without an image to generate (questions) have weight 0.
         fm = jnp.sum(fm_B.reshape(-1, loss.flow_samples).mean(axis=1) * batch["target"]) / jnp.sum(
             batch["target_count"]
         )
@@ -404,6 +426,7 @@ def joint_preview(
         dataclasses.replace(loss, flow_samples=1),
         image_token_offset,
     )
+    # x_sigma = (1 - sigma) z + sigma e and v = e - z give z = x_sigma - sigma v.
     guess_BHWC = out.x_BHWC - out.sigma_B[:, None, None, None] * out.velocity_BHWC.astype(
         jnp.float32
     )
@@ -467,6 +490,7 @@ def _joint_forward(
         else (features_BRND, span_BR, group_by_row(reference_images.mask_BR))
     )
     hidden_BLD = model.hidden(tokens_BL, batch["positions"], segment_ids_BL, features)
+    # The states at <S0>, I_1 .. I_n: those that sampling has for its condition.
     span_BTD = slice_condition_span(hidden_BLD, span_B, codes_BN.shape[1], loss.condition_span)
     condition = model.condition(
         span_BTD, sampled.keep_B, reference_images, sampled.keep_references_B

@@ -61,6 +61,7 @@ def merge(params: dict[str, Any], cfg: ModelConfig) -> dict[str, Any]:
     `cfg` is the configuration with factors; the result is of `base_config(cfg)`. The sum is in
     float32 and rounded to the kernel's dtype.
     """
+    # TPUs multiply float32 factors in bfloat16 by default, which would round the merged kernel.
     with jax.default_matmul_precision("highest"):
         return {
             name: _merge(tree, getattr(cfg, name).lora.scale) if name in LORA_PARTS else tree

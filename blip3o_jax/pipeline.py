@@ -221,6 +221,7 @@ class Pipeline:
         if not requests:
             raise UserError("no prompt given: pass at least one")
         prompts = [self._prompt(request, room) for request in requests]
+        # One length for all batches of the call, so that sizes alone compile further programs.
         length = -(-max(len(prompt.ids) for prompt in prompts) // LENGTH_BUCKET) * LENGTH_BUCKET
         has_references = any(request.images for request in requests)
         sizes: dict[tuple[int, int], list[int]] = {}
@@ -237,9 +238,13 @@ class Pipeline:
                 batch: dict[str, Any] = {
                     "tokens_BL": tokens_BL,
                     "lengths_B": np.array([len(prompts[i].ids) for i in padded], np.int32),
+                    # Indices into the caller's sequence, not the batch: an image's random numbers
+                    # do not depend on which requests share its batch.
                     "indices_B": np.array(padded, np.uint32) + np.uint32(first_index),
                     "seed": np.uint32(seed),
                 }
+                # All batches have reference arrays if any request has, with empty slots masked: one
+                # program for both.
                 if has_references:
                     views = [self._views(requests[i], prompts[i], size) for i in padded]
                     batch["references"] = {
@@ -404,6 +409,7 @@ def load(path: str | pathlib.Path, mesh: MeshConfig | None = None) -> Pipeline:
     strategy = Strategy.of(mesh)
     parts = stage_parts(config)
     params = checkpoints.restore_parts(path, strategy, parts)
+    # `eval_shape` makes the structure without allocating a second copy of the weights.
     graphdef, _ = nnx.split(nnx.eval_shape(lambda: Blip3o(config.model, parts, seed=0)))
     text = checkpoints.stored_text(root, config.model.text)
     vocabulary = Vocabulary(load_tokenizer(text), config.model.tokenizer.codebook_size)

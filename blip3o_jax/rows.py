@@ -32,6 +32,7 @@ def mask_prompts(
     `image_span_B` and `hide_B` lead with the examples, E of each row.
     """
     rows, length = segment_ids_BL.shape
+    # Example e of a packed row is segment e + 1.
     number_E = jnp.arange(1, len(image_span_B) // rows + 1)
     own_BEL = segment_ids_BL[:, None] == number_E[:, None]
     before_BEL = jnp.arange(length) < image_span_B.reshape(rows, -1, 1)
@@ -71,6 +72,7 @@ def insert_references(
 
     References where `mask_BR` is 0 are not inserted.
     """
+    # R is static and small, so that the loop is unrolled.
     for r in range(span_BR.shape[1]):
         tokens_BL = insert_image_ids(
             tokens_BL,
@@ -98,6 +100,7 @@ def insert_features(
             embedded_LD, features_ND.astype(embedded_LD.dtype), span + 1, axis=0
         )
 
+    # `where` passes the gradient to the features where they are inserted, else to the embeddings.
     for r in range(reference_span_BR.shape[1]):
         filled_BLD = jax.vmap(row)(embedded_BLD, reference_span_BR[:, r], features_BRND[:, r])
         embedded_BLD = jnp.where(mask_BR[:, r, None, None] > 0, filled_BLD, embedded_BLD)
@@ -120,9 +123,11 @@ def slice_condition_span(
     """
     check_choice("loss.condition_span", mode, ("exact", "last"))
     if mode == "last":
+        # The reference implementation tests the wrong dimension and always takes the row's end.
         return hidden_BLD[:, -(n + 1) :]
     rows = len(hidden_BLD)
     cut = lambda hidden_LD, span: jax.lax.dynamic_slice_in_dim(hidden_LD, span, n + 1, axis=0)
+    # Without packing: one span a row.
     if len(image_span_B) == rows:
         return jax.vmap(cut)(hidden_BLD, image_span_B)
     span_BETD = jax.vmap(jax.vmap(cut, in_axes=(None, 0)))(

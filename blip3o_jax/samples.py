@@ -44,9 +44,11 @@ def write_images(
             for name, prompt in pairs
         ]
         files.replace_text(staging / _PROMPTS_FILE, "".join(lines))
+    # BaseException: Ctrl-C must not leave a staging directory either.
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
+    # The list of prompts goes first and comes back last: whoever finds it finds all images.
     (out / _PROMPTS_FILE).unlink(missing_ok=True)
     for path in out.iterdir():
         if path != staging:

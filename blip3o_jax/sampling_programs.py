@@ -132,6 +132,8 @@ def make_text_sampler(
                 text_ids=text_ids,
                 stop=stop,
                 temperature=settings.temperature,
+                # The setting is of the codebook's 65536 codes; the text vocabulary of a small model
+                # has fewer ids.
                 top_k=min(settings.top_k, text_ids[1]),
                 top_p=settings.top_p,
                 embedded_BLD=embedded_BLD,
@@ -177,6 +179,7 @@ def sampling_keys(seed: jax.Array, indices_B: jax.Array) -> tuple[jax.Array, jax
     They depend only on (seed, index of the row), so that a sample does not depend on its batch.
     """
     keys_B = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(indices_B)
+    # Two keys: the number of tokens sampled has no influence on the latents' noise.
     token_keys_B, noise_keys_B = jax.vmap(jax.random.split, out_axes=1)(keys_B)
     return token_keys_B, noise_keys_B
 

@@ -26,6 +26,8 @@ def rotary_embedding(positions_BL: jax.Array, head_dim: int, theta: float) -> Ro
     Matches `Qwen3RotaryEmbedding`. They are in float32 for every compute dtype, since bfloat16
     rounds positions 1000 and 1001 to the same value.
     """
+    # The frequencies are constants of the model: NumPy computes them in float64 while tracing, and
+    # they are rounded to float32 once.
     frequencies = theta ** -(np.arange(0, head_dim, 2) / head_dim)
     angles = positions_BL[..., None].astype(jnp.float32) * frequencies.astype(np.float32)
     return jnp.cos(angles), jnp.sin(angles)
@@ -33,6 +35,8 @@ def rotary_embedding(positions_BL: jax.Array, head_dim: int, theta: float) -> Ro
 
 def apply_rotary_embedding(x_BLHK: jax.Array, rotary_embedding: RotaryEmbedding) -> jax.Array:
     """Rotate the pairs (x_i, x_{i + K/2}) of every head (rotate-half), in float32."""
+    # The pairs are (i, i + K/2) as in the published Qwen checkpoints, not the adjacent (2i, 2i + 1)
+    # of the RoFormer paper: q and k projections are stored in this order.
     cos, sin = (a[:, :, None, :] for a in rotary_embedding)
     first, second = jnp.split(x_BLHK.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate(
@@ -58,6 +62,7 @@ def attend(
     heads they are small compared with the activations. Raises ConfigError for a kernel of another
     platform.
     """
+    # A traced start means decoding on a cache: the slots after the queries are not in use yet.
     if implementation == "auto":
         implementation = default_implementation(
             nn.platform(), v_BSGK.dtype.name, whole_rows=isinstance(query_start, int)
@@ -73,12 +78,16 @@ def attend(
             f"{PLATFORMS[implementation][0].upper()}s and this runs on a {nn.platform().upper()}: "
             "set 'auto', the fastest implementation of each platform, or 'xla'"
         )
+    # "keys" is a separate logical axis from "length": it gathers keys and values, while the queries
+    # stay sharded where the strategy shards the rows of a sequence.
     keys_at = ("batch", "keys", "act_kv_heads", None)
     k_BSGK = nn.constrain(k_BSGK, *keys_at)
     v_BSGK = nn.constrain(v_BSGK, *keys_at)
     o_BLHK = IMPLEMENTATIONS[implementation](
         q_BLHK, k_BSGK, v_BSGK, query_segments_BL, key_segments_BS, query_start
     )
+    # Implementations differ at padding queries (the softmax of `_xla` is uniform over masked keys):
+    # zeros make them agree.
     return jnp.where(query_segments_BL[:, :, None, None] != 0, o_BLHK, 0)
 
 
@@ -94,6 +103,7 @@ def attention_mask(
     0 0 1 0
     0 0 0 0
     """
+    # Causality is between slots, not positions: padding takes up slots but has no position.
     slots_L = query_start + jnp.arange(query_segments_BL.shape[1])
     causal_LS = jnp.arange(key_segments_BS.shape[1])[None, :] <= slots_L[:, None]
     same_BLS = query_segments_BL[:, :, None] == key_segments_BS[:, None, :]
@@ -121,6 +131,8 @@ def _xla(
     # The mask value is finite: all keys of a padding query are masked, and a softmax over -inf only
     # is NaN, as is its gradient.
     scores = jnp.where(mask_BLS[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    # The weights are rounded to the compute dtype only after the softmax, as in transformers' eager
+    # attention.
     weights = jax.nn.softmax(scores, axis=-1).astype(v_BSGK.dtype)
     o_BGRLK = jnp.einsum("BGRLS,BSGK->BGRLK", weights, v_BSGK)
     return o_BGRLK.transpose(0, 3, 1, 2, 4).reshape(B, L, H, K)
@@ -148,6 +160,7 @@ def acausal_flops(cfg: LanguageModelConfig, rows: int, length: int) -> int:
 
     They are spent if the product is computed over all pairs of positions.
     """
+    # A row of L queries has L (L - 1) / 2 pairs whose key follows the query.
     pairs = rows * length * (length - 1) // 2
     return 2 * pairs * cfg.num_attention_heads * cfg.head_dim * cfg.num_hidden_layers
 
@@ -169,6 +182,7 @@ def default_implementation(platform: str, dtype: str, *, whole_rows: bool) -> st
     name = "xla"
     if whole_rows and platform in PLATFORMS["splash"]:
         name = "splash"
+    # cuDNN has flash attention for 16-bit types only.
     elif whole_rows and platform in PLATFORMS["cudnn"] and dtype in ("bfloat16", "float16"):
         name = "cudnn"
     rows = "whole rows" if whole_rows else "a cache"

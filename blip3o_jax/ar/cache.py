@@ -47,6 +47,8 @@ def empty(cfg: LanguageModelConfig, batch: int, capacity: int) -> Cache:
     )
     zeros: jax.Array | tuple[jax.Array, ...]
     if cfg.unroll:
+        # The same array in every place: values are immutable, and each layer's is replaced by its
+        # first write.
         zeros = (nn.constrain(jnp.zeros(shape, cfg.dtype), *axes),) * cfg.num_hidden_layers
     else:
         zeros = nn.constrain(jnp.zeros((cfg.num_hidden_layers, *shape), cfg.dtype), None, *axes)
@@ -60,6 +62,8 @@ def reserve(cache: Cache, segment_ids_BL: jax.Array) -> tuple[Cache, jax.Array]:
     The keys and values of every layer are then written with `write`, at the *old* cache's `end`.
     """
     real_BL = (segment_ids_BL != 0).astype(jnp.int32)
+    # Padding in the chunk repeats the position of the token before it. Nothing reads it, since no
+    # query attends to segment 0.
     positions_BL = cache.lengths_B[:, None] + jnp.cumsum(real_BL, axis=1) - 1
     segment_ids_BS = jax.lax.dynamic_update_slice(
         cache.segment_ids_BS, segment_ids_BL.astype(jnp.int32), (0, cache.end)
@@ -76,6 +80,7 @@ def repeat(cache: Cache, rows: Callable[[jax.Array], jax.Array]) -> Cache:
     """Return the cache with `rows`, a function of arrays that lead with the batch, applied to every
     such array.
     """
+    # The stacked form has the layers in front of the batch, so that `rows` is mapped over them.
     per_layer = lambda k: tuple(map(rows, k)) if isinstance(k, tuple) else jax.vmap(rows)(k)
     return cache._replace(
         k_YBGSK=per_layer(cache.k_YBGSK),
@@ -100,5 +105,6 @@ def write(
         cached_YBGSK = jax.lax.dynamic_update_slice(
             cached_YBGSK, new_BGLK[None], (layer, 0, 0, slot, 0)
         )
+        # Read back from the updated array: the chunk's queries attend to its own keys too.
         cached_BGSK = jax.lax.dynamic_index_in_dim(cached_YBGSK, layer, keepdims=False)
     return cached_YBGSK, cached_BGSK.swapaxes(1, 2)

@@ -34,8 +34,12 @@ def cross_entropy(
     nats. Columns of the head past `vocab_size` are padding and have probability 0.
     """
     B, L, _ = hidden_BLD.shape
+    # M is static: the number of labels that a row's layout allows, not the number that this batch
+    # has.
     M = min(max_labels or L, L)
     mask_BL = mask_BL.astype(bool)
+    # Only the vocabulary stays sharded, the width is gathered: a block then computes its logits
+    # without communication, and the softmax reduces over the shards.
     head_DV = nn.constrain(head_DV.astype(hidden_BLD.dtype), None, "act_vocab")
     blocks = -(-M // chunk)
     # The smallest equal blocks of this number, rounded up to the shards of a row.
@@ -44,6 +48,7 @@ def cross_entropy(
     pad = blocks * chunk - M
 
     def cut(x: jax.Array) -> jax.Array:
+        # Padding has mask False, so that its loss is not counted.
         x = jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2))
         return jnp.moveaxis(x.reshape(B, blocks, chunk, *x.shape[2:]), 1, 0)
 
@@ -54,6 +59,8 @@ def cross_entropy(
             "bcd,dv->bcv", hidden_BCD, head_DV, preferred_element_type=jnp.float32
         )
         logits_BCV = nn.constrain(logits_BCV, "batch", "length", "act_vocab")
+        # The rows past `vocab_size` exist to shard evenly. Left in, their random values would take
+        # probability from real tokens.
         logits_BCV = jnp.where(jnp.arange(head_DV.shape[1]) < vocab_size, logits_BCV, -jnp.inf)
         right_BC = jnp.argmax(logits_BCV, axis=-1) == labels_BC
         at_label_BC = jnp.take_along_axis(logits_BCV, labels_BC[..., None], axis=-1)[..., 0]
@@ -65,6 +72,8 @@ def cross_entropy(
     def body(
         totals: tuple[jax.Array, jax.Array], inputs: tuple[jax.Array, ...]
     ) -> tuple[tuple[jax.Array, jax.Array], None]:
+        # Recomputing one block would repeat all of the head's FLOPs and save nothing, since its
+        # logits are alive in the backward pass in either case.
         loss, right = (block if blocks == 1 else jax.checkpoint(block))(*inputs)
         return (totals[0] + loss, totals[1] + right), None
 
@@ -75,6 +84,8 @@ def cross_entropy(
             # A stable sort moves labelled positions to the front in their order.
             labelled_first_BM = jnp.argsort(~mask_BL, axis=1, stable=True)[:, :M]
             take = jax.vmap(
+                # The indices are part of a permutation: without bounds checks and duplicates the
+                # gradient is a plain scatter.
                 lambda x, index: x.at[index].get(mode="promise_in_bounds", unique_indices=True)
             )
             inputs = (

@@ -116,6 +116,8 @@ class Decoder(nnx.Module):
         table; then the rows are redistributed. So the table and its gradient stay sharded.
         """
         with jax.named_scope("embed"):
+            # "lookup_batch" omits the mesh axis that shards the table's width: the lookup then
+            # needs no gather of the table, and the gradient's scatter stays on the same shards.
             tokens_BL = nn.constrain(tokens_BL, "lookup_batch", "length")
             x_BLD = self.embedding[...][tokens_BL].astype(self.cfg.dtype)
             x_BLD = nn.constrain(x_BLD, "lookup_batch", "length", "embed")
@@ -164,6 +166,7 @@ class Decoder(nnx.Module):
         """
         rows = (x_BND.shape[0], x_BND.shape[1])
         prompt_rotary, rotary = self._rotary_embeddings(segment_ids_PL, rows, repeat)
+        # Segment 1 is the prompt's segment too, so that the tokens continue it.
         own_BN = jnp.ones(x_BND.shape[:2], jnp.int32)
         key_segments_BS = jnp.concatenate([repeat(segment_ids_PL), own_BN], axis=1)
         attend = functools.partial(attention.attend, implementation=self.cfg.attention)
@@ -171,6 +174,9 @@ class Decoder(nnx.Module):
         def step(
             layer: Layer, carry: tuple[jax.Array, jax.Array], _: None
         ) -> tuple[tuple[jax.Array, jax.Array], None]:
+            # Both streams run through the layer together: a prompt's keys and values of this layer
+            # are needed by its continuations in this layer only, and storing all layers' would cost
+            # a cache.
             x_PLD, x_BND = carry
             q_PLHK, k_PLGK, v_PLGK = layer.pre_attention(x_PLD, prompt_rotary)
             q_BNHK, k_BNGK, v_BNGK = layer.pre_attention(x_BND, rotary)
@@ -205,6 +211,8 @@ class Decoder(nnx.Module):
     ) -> tuple[attention.RotaryEmbedding, attention.RotaryEmbedding]:
         """Return the rotations of the prompts' tokens, and of the tokens after them."""
         real_PL = (segment_ids_PL != 0).astype(jnp.int32)
+        # Slots before the first real token (the prompt that the unconditional branch masks) would
+        # count as -1.
         prompt_PL = jnp.maximum(jnp.cumsum(real_PL, axis=1) - 1, 0)
         after_BN = repeat(real_PL.sum(axis=1))[:, None] + jnp.arange(rows[1])
         embed = lambda positions: attention.rotary_embedding(
@@ -250,6 +258,8 @@ class Decoder(nnx.Module):
                     k_BSGK,
                     v_BSGK,
                     query_segments_BL=segment_ids_BL,
+                    # The segments of the slots after this chunk are still 0, which masks what those
+                    # slots hold.
                     key_segments_BS=present.segment_ids_BS,
                     query_start=past.end,
                 )
@@ -268,7 +278,14 @@ class Decoder(nnx.Module):
             carry = (x_BLD, past.k_YBGSK, past.v_YBGSK)
             indices = jnp.arange(self.cfg.num_hidden_layers)
             (x_BLD, k_YBGSK, v_YBGSK), _ = nn.scan(
-                self.layers, step, carry, indices, remat="none", unroll=False
+                # Decoding has no backward pass, so that rematerialisation would only add barriers
+                # to fusion.
+                self.layers,
+                step,
+                carry,
+                indices,
+                remat="none",
+                unroll=False,
             )
         return self.norm(x_BLD), present._replace(k_YBGSK=k_YBGSK, v_YBGSK=v_YBGSK)
 
@@ -291,6 +308,7 @@ class Decoder(nnx.Module):
         """
         first, last = rows or (0, self.cfg.padded_vocab_size)
         logits_BLV = project(hidden_BLD, self.head(rows))
+        # No padding among these columns, so that the mask would be a no-op over a large array.
         if last <= self.cfg.vocab_size:
             return logits_BLV
         return jnp.where(jnp.arange(first, last) < self.cfg.vocab_size, logits_BLV, -jnp.inf)
@@ -307,6 +325,7 @@ def linear(
     bias: bool = False,
 ) -> nn.Linear:
     """Return a linear layer with the settings of `cfg`, and with LoRA if it selects `name`."""
+    # Qwen initialises all projections with one standard deviation, not by fan-in.
     own: dict[str, Any] = {"init": nn.normal(cfg.initializer_range), "lora": cfg.lora.of(name)}
     return nn.Linear(
         d_in,

@@ -56,6 +56,7 @@ def prefill(
     past, layers = model.start_decoding(len(embedded_BLD), capacity)
     with jax.named_scope("prefill"):
         hidden_BLD, past = model.extend(embedded_BLD, segment_ids_BL, past, layers)
+    # Prompts are padded on the right, so that the last token lies at a different slot in every row.
     last_B11 = (lengths_B - 1)[:, None, None]
     return DecodingState(jnp.take_along_axis(hidden_BLD, last_B11, axis=1)[:, 0], past), layers
 
@@ -73,6 +74,8 @@ def repeat_for_group(x: jax.Array, group: int, cfg_branches: int) -> jax.Array:
     """Repeat the rows of prompts for the images of their groups, branches side by side."""
     if group == 1:
         return x
+    # The branches of a row stay adjacent: [cond, uncond] of prompt p becomes G pairs in a row, the
+    # layout that `guided_logits` splits.
     return jnp.repeat(x.reshape(-1, cfg_branches, *x.shape[1:]), group, axis=0).reshape(
         -1, *x.shape[1:]
     )

@@ -85,14 +85,20 @@ def generate_image_tokens(
     start = prompts.repeat_for_group(group, cfg_branches)
 
     def step(state: DecodingState, index: jax.Array) -> tuple[DecodingState, tuple]:
+        # The key of a token depends on (row key, index), not on a split of the previous key: any
+        # token's noise can be recomputed alone, and the batch's composition has no influence.
         keys = jax.vmap(jax.random.fold_in, (0, None))(keys_B, index)
         logits_BV = guided_logits(project(state.hidden_BD, head_DV), guidance)
         choice_B, logprob_B, support_BV = sample_token(
             logits_BV, keys, temperature=temperature, top_k=top_k, top_p=top_p
         )
         ids_B = image_ids[0] + choice_B
+        # Both branches continue with the same sampled token: guidance combines their logits for one
+        # image.
         state = decode(model, state, repeat_for_cfg(ids_B), layers)
         support_BX = (
+            # One bit a class: the support of all tokens in bool would be 729 x 65536 bytes an
+            # image.
             jnp.packbits(support_BV, axis=-1) if return_support and support_BV is not None else None
         )
         return state, (ids_B, state.hidden_BD[::cfg_branches], logprob_B, support_BX)
@@ -101,6 +107,9 @@ def generate_image_tokens(
         _, (ids_NB, hidden_NBD, logprobs_NB, support_NBX) = jax.lax.scan(
             step, start, jnp.arange(num_tokens)
         )
+    # N + 1 states: that of the scale tag, which predicted the first token, and that of every image
+    # token. The tokens' states are computed by decoding anyway, so that no second pass is needed
+    # for the condition.
     hidden_BND = jnp.concatenate(
         [start.hidden_BD[::cfg_branches, None], hidden_NBD.swapaxes(0, 1)], axis=1
     )
@@ -157,12 +166,15 @@ def generate_text(
             top_p=top_p,
         )
         next_B = text_ids[0] + choice_B
+        # Rows that are done go on computing until all are, with their ids ignored: the batch has a
+        # static shape.
         active_B = state.active_B & (next_B != stop)
         return TextDecodingState(
             state.index + 1,
             decode(model, state.decoding, next_B, layers),
             state.ids_BN.at[:, state.index].set(next_B),
             active_B,
+            # Counted after the stop test, so that the stop token itself is left out.
             state.count_B + active_B,
         )
 
@@ -177,6 +189,9 @@ def cfg_segment_ids(lengths_P: jax.Array, length: int, cfg_branches: int) -> jax
     """Return the segment ids of prompts padded to `length`: int32 [P, L], or [2 P, L] where every
     second row is the unconditional branch, which sees the scale tag only.
     """
+    # The unconditional branch masks the prompt as padding. Its scale tag is at position 0 then, and
+    # at the prompt's end in training (rows.mask_prompts): rotary embeddings depend on differences
+    # of positions only.
     index_L, last_P1 = jnp.arange(length), lengths_P[:, None] - 1
     cond_PL = (index_L <= last_P1).astype(jnp.int32)
     if cfg_branches == 1:
@@ -205,10 +220,13 @@ def sample_token(
     if temperature == 0:
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32), jnp.zeros(B, jnp.float32), None
     classes_BC, logprobs_BC = truncate(logits_BV, temperature=temperature, top_k=top_k, top_p=top_p)
+    # Noise for all V classes, gathered for the C candidates: the noise of a class does not depend
+    # on its rank among the candidates.
     noise_BV = jax.vmap(lambda key: jax.random.gumbel(key, (V,), jnp.float32))(keys_B)
     noise_BC = jnp.take_along_axis(noise_BV, classes_BC, axis=-1)
     winner_B1 = jnp.argmax(logprobs_BC + noise_BC, axis=-1, keepdims=True)
     pick = lambda x_BC: jnp.take_along_axis(x_BC, winner_B1, axis=-1)[:, 0]
+    # The support is all classes: None saves an array [B, V].
     if (top_k or V) >= V and top_p == 1.0:
         return pick(classes_BC), pick(logprobs_BC), None
     rows_B1 = jnp.arange(B)[:, None]
@@ -226,6 +244,8 @@ def truncate(
     Of classes tied at the k-th place the lower index is kept.
     """
     B, V = logits_BV.shape
+    # Temperature before truncation, as in transformers' order of logits warpers: top-p then
+    # measures the mass of the distribution that is sampled.
     logits_BV = logits_BV.astype(jnp.float32) / temperature
     top_k = min(top_k or V, V)
     if top_k == V and top_p == 1.0:
@@ -236,10 +256,14 @@ def truncate(
     logits_BC, classes_BC = jax.lax.top_k(logits_BV, top_k)
     if top_p < 1.0:
         probs_BC = jax.nn.softmax(logits_BC)
+        # The mass before a class, without it: the class that crosses `top_p` is kept, so that the
+        # kept mass is at least top_p.
         mass_before_BC = jnp.cumsum(probs_BC, axis=-1) - probs_BC
         # The most likely class is kept for every top_p.
         kept_BC = (mass_before_BC < top_p) | (jnp.arange(top_k) == 0)
         logits_BC = jnp.where(kept_BC, logits_BC, -jnp.inf)
+    # Renormalised over the classes that are left: these are the log-probabilities of the
+    # distribution that is sampled, which the on-policy ratio of RL needs.
     return classes_BC, jax.nn.log_softmax(logits_BC)
 
 

@@ -45,6 +45,7 @@ def splash(
     rows_at, length_at, heads_at, _ = _at("batch", "length", "act_heads", None, shape=q_BLHK.shape)
     kv_heads_at = _at("act_kv_heads", shape=k_BLGK.shape[2:3])[0]
     mesh, head_shards, length_shards = nn.mesh(), nn.shards("act_heads"), nn.shards("length")
+    # Every shard of the queries must be whole tiles of 128, the kernel's smallest block.
     pad = -length % (LANES * length_shards)
     widen = lambda x: jnp.pad(x, ((0, 0), (0, pad), *((0, 0),) * (x.ndim - 2)))
     by_head = lambda x: widen(x).transpose(0, 2, 1, 3)
@@ -100,12 +101,15 @@ def _kernel(
     heads: int, length: int, head_shards: int, length_shards: int, interpret: bool
 ) -> kernels.SplashAttentionKernel:
     tiles = length // length_shards // LANES
+    # The largest block that divides the padded length: fewer, larger blocks have less overhead a
+    # FLOP.
     block = LANES * max(n for n in range(1, LARGEST_BLOCK // LANES + 1) if tiles % n == 0)
     sizes = kernels.BlockSizes(
         block_q=block,
         block_kv=block,
         block_q_dkv=block,
         block_kv_dkv=block,
+        # One backward kernel computes dq, dk and dv, so that the scores are recomputed once.
         use_fused_bwd_kernel=True,
     )
     mask = masks.MultiHeadMask([masks.CausalMask((length, length))] * heads)
@@ -114,6 +118,7 @@ def _kernel(
         block_sizes=sizes,
         head_shards=head_shards,
         q_seq_shards=length_shards,
+        # Remat policies store the kernel's results by this name (nn/remat.py).
         residual_checkpoint_name=nn.ATTENTION,
         interpret=interpret,
     )

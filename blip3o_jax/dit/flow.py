@@ -27,6 +27,7 @@ def _shifted(sigmas: np.ndarray, shift: float) -> np.ndarray:
 def sigmas(cfg: FlowConfig) -> np.ndarray:
     """Return the noise levels of training [num_train_timesteps], float32, descending from 1."""
     steps = cfg.num_train_timesteps
+    # float32 throughout, as in diffusers, whose levels are reproduced bit for bit.
     return _shifted(np.arange(steps, 0, -1, dtype=np.float32) / np.float32(steps), cfg.shift)
 
 
@@ -47,6 +48,7 @@ def sample_train_sigma(key: jax.Array, batch: int, cfg: FlowConfig) -> jax.Array
 
     The timestep is `cfg.num_train_timesteps` times the level.
     """
+    # u < 1, so that the index never reaches `num_train_timesteps`.
     u_B = jax.random.uniform(key, (batch,), jnp.float32)
     return jnp.asarray(sigmas(cfg))[jnp.floor(u_B * cfg.num_train_timesteps).astype(jnp.int32)]
 
@@ -67,6 +69,8 @@ def flow_loss(
 
     The caller averages over the rows.
     """
+    # The loss is in float32: the squared error of bfloat16 predictions is a mean over many small
+    # terms.
     velocity_BHWC = noise_BHWC.astype(jnp.float32) - z_BHWC.astype(jnp.float32)
     loss_B = jnp.mean((prediction_BHWC.astype(jnp.float32) - velocity_BHWC) ** 2, axis=(1, 2, 3))
     return loss_B if weight_B is None else loss_B * weight_B

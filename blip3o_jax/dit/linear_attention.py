@@ -40,6 +40,7 @@ def relu_linear_attention(
     q_BNHK = jax.nn.relu(q_BNHK).astype(f32)
     k_BNHK = jax.nn.relu(k_BNHK).astype(f32)
     if mask_BN is not None:
+        # Zero keys leave both sums unchanged, so that masked tokens need no other treatment.
         k_BNHK = jnp.where(mask_BN[..., None, None], k_BNHK, 0)
     state_BHKV = jnp.einsum("BNHK,BNHV->BHKV", k_BNHK, v_BNHK.astype(f32), precision=exact)
     numerator_BNHV = jnp.einsum("BNHK,BHKV->BNHV", q_BNHK, state_BHKV, precision=exact)
@@ -80,6 +81,7 @@ class LinearAttention(nnx.Module):
                 None,
             )
             for y in (
+                # The norm precedes the split into heads: it is over the whole width.
                 apply_norm(self.q_norm, self.q(x_BND)),
                 apply_norm(self.k_norm, self.k(x_BND)),
                 self.v(x_BND),

@@ -98,6 +98,8 @@ class Stream(nnx.Module):
         self, x_BND: jax.Array, vector_BD: jax.Array
     ) -> tuple[QueryKeyValue, tuple[jax.Array, ...]]:
         """Return q, k and v, and the modulations [B, 1, D] for `post_attention`."""
+        # The order of SD3's adaLN-zero: shift, scale, gate of attention, then shift, scale, gate of
+        # the MLP.
         shift, scale, *rest = _split(self.modulation, vector_BD, 6)
         return self.attention(_modulate(x_BND, shift, scale)), tuple(rest)
 
@@ -128,6 +130,8 @@ class Block(nnx.Module):
     ) -> tuple[jax.Array, jax.Array]:
         (q, k, v), rest = self.latents.pre_attention(x_BND, vector_BD)
         (q_context, *key_value), context_rest = self.context.pre_attention(c_BTD, vector_BD)
+        # Latents first, condition second, the order of `_join_masks`. The streams' queries attend
+        # separately to the joint keys, so that each keeps its own sharding of tokens.
         k_BSAK, v_BSAK = _join(k, key_value[0]), _join(v, key_value[1])
         o_BNAK = _attend(q, k_BSAK, v_BSAK, mask_BS, "latent_tokens")
         o_BTAK = _attend(q_context, k_BSAK, v_BSAK, mask_BS, "condition_tokens")
@@ -146,6 +150,7 @@ class LastContext(nnx.Module):
         self.attention = Projections(cfg, rngs=rngs)
 
     def __call__(self, c_BTD: jax.Array, vector_BD: jax.Array) -> QueryKeyValue:
+        # Scale before shift, the order of diffusers' `AdaLayerNormContinuous`.
         scale, shift = _split(self.modulation, vector_BD, 2)
         return self.attention(_modulate(c_BTD, shift, scale))
 
@@ -181,6 +186,7 @@ class MMDiT(nnx.Module):
         self.caption_projection = nn.Linear(
             cfg.joint_attention_dim, d, ("embed", "mlp"), rngs=rngs, **types
         )
+        # The last block has other parameters and cannot be one of the stack.
         self.blocks = nn.stack(lambda rngs: Block(cfg, rngs=rngs), cfg.num_layers - 1, rngs)
         self.last_block = LastBlock(cfg, rngs=rngs)
         self.modulation = _modulation(cfg, 2, rngs)
@@ -203,6 +209,8 @@ class MMDiT(nnx.Module):
     def prepare(self, condition_BTC: jax.Array, mask_BT: jax.Array | None = None) -> Context:
         """Compute the values that depend only on the condition [B, T, C]."""
         with jax.named_scope("condition"):
+            # The mean over the condition's tokens is in the place of SD3's pooled text embedding.
+            # It is in float32, a sum over hundreds of tokens.
             weight_BT1 = jnp.ones((*condition_BTC.shape[:2], 1), jnp.float32)
             if mask_BT is not None:
                 weight_BT1 = jnp.where(mask_BT[..., None], weight_BT1, 0)
@@ -255,6 +263,7 @@ class MMDiT(nnx.Module):
         )
         x_BND = self.last_block(x_BND, c_BTD, vector_BD, mask_BS)
         with jax.named_scope("output"):
+            # The references only inform: their tokens are dropped before the output projection.
             x_BND = x_BND if maps == 1 else first_map(x_BND, grid, one[1])
             x_BND = nn.constrain(x_BND, "batch", "latent_tokens", "act_embed")
             scale, shift = _split(self.modulation, vector_BD, 2)
@@ -267,6 +276,8 @@ def positions(cfg: MMDiTConfig, grid: tuple[int, int], maps: int = 1) -> np.ndar
     They are the centre of the table; the columns of further maps continue to the right.
     """
     largest, base = cfg.pos_embed_max_size, cfg.sample_size // cfg.patch_size
+    # A centred crop of the table, as in diffusers: a smaller image has the middle of a larger one's
+    # positions.
     top, left = ((largest - side) // 2 for side in grid)
     unit = np.float32(largest / base)
     rows = np.arange(top, top + grid[0]).astype(np.float32) / unit
@@ -330,6 +341,7 @@ def _attend(
         )
         scores_BANS *= q_BNAK.shape[-1] ** -0.5
         if mask_BS is not None:
+            # Finite, so that a row without any key has no NaN (ar/attention.py).
             lowest = jnp.finfo(jnp.float32).min
             scores_BANS = jnp.where(mask_BS[:, None, None], scores_BANS, lowest)
         weights_BANS = jax.nn.softmax(scores_BANS, axis=-1).astype(v_BSAK.dtype)

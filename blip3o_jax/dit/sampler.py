@@ -62,6 +62,7 @@ def euler(
         timestep_B = jnp.broadcast_to(sigma * flow.num_train_timesteps, z_BHWC.shape[:1])
         return z_BHWC + (sigma_next - sigma) * velocity(z_BHWC, timestep_B), None
 
+    # The latents are float32 through all steps: bfloat16 would round away a step's small update.
     sigmas_S = jnp.asarray(flow_matching.sampling_sigmas(steps, flow))
     z_BHWC, _ = jax.lax.scan(step, noise_BHWC.astype(jnp.float32), (sigmas_S[:-1], sigmas_S[1:]))
     return z_BHWC

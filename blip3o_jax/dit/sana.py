@@ -90,6 +90,8 @@ class CrossAttention(nnx.Module):
             return jnp.broadcast_to(o_B1D, x_BND.shape)
         q_BNAK = self._heads(apply_norm(self.q_norm, self.q(x_BND)), "batch", "latent_tokens")
         rows = q_BNAK.shape[0]
+        # A condition of one row serves the whole batch; `dot_product_attention` does not broadcast
+        # it.
         k_BTAK, v_BTAK = (jnp.broadcast_to(y, (rows, *y.shape[1:])) for y in (k_BTAK, v_BTAK))
         mask_B11T = (
             None
@@ -119,6 +121,7 @@ class MixFfn(nnx.Module):
             d, 2 * f, ("embed", "mlp"), rngs=rngs, lora=cfg.lora.of("expand"), **types
         )
         self.depthwise = nn.DepthwiseConv(2 * f, 3, rngs=rngs, axis="mlp", **types)
+        # No bias, as in the published weights (`GLUMBConv`).
         self.contract = nn.Linear(
             f, d, ("mlp", "embed"), rngs=rngs, lora=cfg.lora.of("contract"), bias=False, **types
         )
@@ -129,6 +132,8 @@ class MixFfn(nnx.Module):
         batch, tokens, _ = x_BND.shape
         h_BNF = nn.constrain(jax.nn.silu(self.expand(x_BND)), "batch", "latent_tokens", "act_mlp")
         if mask_BN is not None:
+            # Zeros for empty reference slots, as the convolution has beyond the map's edge: the
+            # slot has no influence on its neighbour.
             h_BNF = jnp.where(mask_BN[..., None], h_BNF, 0)
         h_BNF = self.depthwise(h_BNF.reshape(batch, *grid, -1)).reshape(batch, tokens, -1)
         value_BNF, gate_BNF = jnp.split(h_BNF, 2, axis=-1)
@@ -160,6 +165,8 @@ class Block(nnx.Module):
     ) -> jax.Array:
         """Return [B, N, D]; `mask_BT` is of the condition, `mask_BN` of the latent tokens."""
         table_6D = self.scale_shift_table[...].astype(x_BND.dtype)
+        # The table is each block's own offset to the modulations that all blocks share (PixArt's
+        # adaLN-single).
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(
             table_6D + modulation_B6D, 6, axis=1
         )  # [B, 1, D] each
@@ -168,6 +175,7 @@ class Block(nnx.Module):
                 x_BND + gate1 * self.self_attention(_modulate(x_BND, shift1, scale1), mask_BN)
             )
         with jax.named_scope("cross_attention"):
+            # No norm, modulation or gate here, as in the stock class.
             x_BND = _constrain_residual(x_BND + self.cross_attention(x_BND, *key_value, mask_BT))
         with jax.named_scope("ffn"):
             return _constrain_residual(
@@ -293,6 +301,7 @@ class SanaTransformer(nnx.Module):
                 f"latents of {height} x {width}: both sides must be multiples of "
                 f"dit.patch_size={patch}"
             )
+        # The grid of the output; `grid` includes the references to its right.
         noisy_grid = (height // patch, width // patch)
         count = 0 if latent_concat is None else latent_concat.z_BRHWC.shape[1]
         grid = (noisy_grid[0], noisy_grid[1] * (1 + count))
@@ -307,6 +316,7 @@ class SanaTransformer(nnx.Module):
         with jax.named_scope("embed"):
             x_BND = self.patch_embed(z_BHWC).reshape(z_BHWC.shape[0], grid[0] * grid[1], -1)
             if self.cfg.interpolation_scale is not None:
+                # Added in the compute dtype; the table is computed in float32 while tracing.
                 x_BND += positions(self.cfg, noisy_grid, 1 + count).astype(x_BND.dtype)
             embedding_BD, modulation_B6D = self.time_embed(timestep_B)
 
@@ -326,7 +336,11 @@ class SanaTransformer(nnx.Module):
         )
         with jax.named_scope("output"):
             if latent_concat is not None:
+                # Only the noisy part has a velocity: the references' tokens are dropped before the
+                # output projection.
                 x_BND = _constrain_residual(first_map(x_BND, grid, noisy_grid[1]))
+            # The last modulation adds the time embedding itself, not its projection by
+            # `time_embed.modulation`.
             table_2D = self.scale_shift_table[...].astype(x_BND.dtype)
             shift_B1D, scale_B1D = jnp.split(table_2D + embedding_BD[:, None], 2, axis=1)
             return unpatchify(
@@ -343,6 +357,7 @@ def positions(cfg: SanaConfig, grid: tuple[int, int], maps: int = 1) -> np.ndarr
     base = cfg.sample_size // cfg.patch_size
     indices = [np.arange(n) for n in (grid[0], maps * grid[1])]
     rows, columns = [
+        # In diffusers' order of float32 divisions, which decides the last bit.
         c.astype(np.float32) / np.float32(n / base) / np.float32(cfg.interpolation_scale)
         for c, n in zip(indices, grid, strict=True)
     ]

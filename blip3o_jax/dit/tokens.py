@@ -48,7 +48,10 @@ def concat_width(z_BMHWC: jax.Array) -> jax.Array:
 
 def token_mask(mask_BR: jax.Array, grid: tuple[int, int]) -> jax.Array:
     """Return the mask [B, N] of the wide map's tokens: True on the noisy part and references."""
+    # The noisy map stands in front of the references and is always attended to.
     mask_BM = jnp.pad(mask_BR.astype(bool), ((0, 0), (1, 0)), constant_values=True)
+    # Maps are concatenated along the width, so that one row of the wide grid has `columns` tokens
+    # of each map, and all rows have the same mask.
     mask_BX = jnp.repeat(mask_BM, grid[1], axis=1)
     return jnp.tile(mask_BX, (1, grid[0]))
 
@@ -62,5 +65,6 @@ def first_map(x_BND: jax.Array, grid: tuple[int, int], columns: int) -> jax.Arra
 def unpatchify(x_BNX: jax.Array, grid: tuple[int, int], patch: int) -> jax.Array:
     """Rearrange tokens to a map: [B, N, P P C] -> [B, H, W, C]."""
     batch, (rows, columns) = x_BNX.shape[0], grid
+    # Channels vary fastest within a patch: the layout of `proj_out` in the stock class.
     x = x_BNX.reshape(batch, rows, columns, patch, patch, -1).transpose(0, 1, 3, 2, 4, 5)
     return x.reshape(batch, rows * patch, columns * patch, -1)

@@ -52,6 +52,7 @@ class TextTower(nnx.Module):
             d, rngs=rngs, eps=cfg.layer_norm_eps, param_dtype=cfg.param_dtype
         )
         self.projection = nn.Linear(d, d_image, ("embed", "mlp"), rngs=rngs, **shape.dtypes)
+        # float32 whatever the tower's dtype: both scalars move by small steps.
         self.log_scale = nn.param(rngs, (), (), jax.nn.initializers.constant(np.log(10.0)))
         self.bias = nn.param(rngs, (), (), jax.nn.initializers.constant(-10.0))
         self.dtype = jnp.dtype(cfg.dtype)
@@ -69,6 +70,7 @@ class TextTower(nnx.Module):
             self.encoder(nn.constrain(x_BLD, "batch", None, "act_embed"), mask_BL)
         ).astype(jnp.float32)
         weight_BL = mask_BL.astype(jnp.float32)
+        # At least 1, so that an empty caption gives zeros and no NaN.
         mean_BD = jnp.einsum("bld,bl->bd", x_BLD, weight_BL) / jnp.maximum(
             weight_BL.sum(axis=1, keepdims=True), 1.0
         )
@@ -90,6 +92,7 @@ class PatchReadout(nnx.Module):
         Predicting the mean pixel has loss 1.
         """
         error_BNX = self.linear(features_BND).astype(jnp.float32) - patches_BNX
+        # A batch of one flat colour has variance 0.
         return jnp.mean(error_BNX**2) / (jnp.var(patches_BNX) + 1e-6)
 
 
@@ -118,6 +121,8 @@ def sigmoid_loss(
     same_caption_BB = (
         diagonal_BB if same_caption_BB is None else same_caption_BB.astype(bool) | diagonal_BB
     )
+    # `log_sigmoid` rather than log(sigmoid): finite for the large negative logits of the start
+    # (bias -10).
     terms_BB = jax.nn.log_sigmoid(jnp.where(diagonal_BB, logits_BB, -logits_BB))
     loss = -jnp.sum(jnp.where(same_caption_BB & ~diagonal_BB, 0.0, terms_BB)) / image_BD.shape[0]
     rows = jnp.arange(image_BD.shape[0])

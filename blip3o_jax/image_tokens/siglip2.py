@@ -67,6 +67,7 @@ class SiglipVision(nnx.Module):
         """Split square images [B, H, H, 3] into flattened patches [B, N, 3 patch^2]."""
         patch = self.cfg.patch_size
         grid = self.cfg.grid
+        # 384 = 27 x 14 + 6: the stock convolution with valid padding drops the last 6 pixels too.
         x_BHWC = x_BHWC[:, : grid * patch, : grid * patch]
         return (
             x_BHWC.reshape(-1, grid, patch, grid, patch, 3)

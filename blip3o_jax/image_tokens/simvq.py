@@ -60,6 +60,8 @@ def l2_normalise(x: jax.Array) -> jax.Array:
 
     Matches `torch.nn.functional.normalize`.
     """
+    # The maximum is inside of the root, where its gradient at 0 is 0; the square root's own is
+    # infinite. 1e-24 is torch's eps of 1e-12, squared.
     return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x**2, axis=-1, keepdims=True), 1e-24))
 
 
@@ -123,6 +125,7 @@ class SimVq(nnx.Module):
         stop = jax.lax.stop_gradient
         num_codes = table_KD.shape[0]
         frequency_K = (
+            # A scatter-add of the B N ids; one-hot vectors would be B N x 65536.
             jnp.zeros(num_codes, jnp.float32).at[ids_BN.reshape(-1)].add(1.0 / ids_BN.size)
         )
         return Quantised(
@@ -155,6 +158,8 @@ class SimVq(nnx.Module):
         """
         tokens = z_BND.shape[1]
         limit = max(1, MAX_SCORES // table_KD.shape[0])
+        # Equal chunks, so that `lax.map` has one body; N = 729 = 27 x 27 has the divisors 1, 3, 9,
+        # 27, ...
         size = max(n for n in range(1, tokens + 1) if tokens % n == 0 and n <= limit)
         chunks = tokens // size
 
@@ -163,6 +168,8 @@ class SimVq(nnx.Module):
         ) -> tuple[jax.Array, jax.Array | None]:
             z_BnD, key = inputs
             scores_BnK = self._scores(z_BnD, table_KD)
+            # arg max has no gradient; without the stop the backward pass would carry the noise's
+            # arrays.
             ranked_BnK = jax.lax.stop_gradient(scores_BnK)
             if key is not None:
                 # Gumbel-max: the arg max of logits + Gumbel noise is a sample of their softmax.
@@ -177,7 +184,10 @@ class SimVq(nnx.Module):
             return jnp.argmax(ranked_BnK, axis=-1).astype(jnp.int32), p_K
 
         z_SBnD = jnp.moveaxis(z_BND.reshape(z_BND.shape[0], chunks, size, -1), 1, 0)
+        # A key for each chunk, as the noise of one chunk must not repeat in the next.
         keys_S = jax.random.split(key, chunks) if self.stochastic and key is not None else None
+        # Only ids and the mean of p leave a chunk, so that the scores of one chunk are alive at a
+        # time.
         ids_SBn, p_SK = jax.lax.map(jax.checkpoint(assign), (z_SBnD, keys_S))
         ids_BN = jnp.moveaxis(ids_SBn, 0, 1).reshape(z_BND.shape[:2])
         return ids_BN, jnp.mean(p_SK, axis=0) if soft else None

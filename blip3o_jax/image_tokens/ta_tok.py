@@ -136,6 +136,7 @@ class TaTok(nnx.Module):
         `x_BHWC` holds images in [-1, 1]. No gradient flows to the encoder.
         """
         with jax.named_scope("encoder"):
+            # float32, as the quantiser compares neighbouring codes (simvq.py).
             features_BND = self.encoder.features(x_BHWC, self.cfg.select_layer).astype(jnp.float32)
         return jax.lax.stop_gradient(pool(features_BND, self._pool_scale(pool_scale)))
 
@@ -173,6 +174,7 @@ class TaTok(nnx.Module):
         teacher_BND = self.features(x_BHWC, pool_scale)
         quantised = self.quantise(teacher_BND, key=key)
         reconstructed_BND = self._reconstruct(quantised.codes_BND)
+        # The codes are dropped: the remaining fields have the same names and order in both tuples.
         return TaTokOutput(teacher_BND, reconstructed_BND, *quantised[1:])
 
     def _to_codes(self, features_BND: jax.Array) -> jax.Array:

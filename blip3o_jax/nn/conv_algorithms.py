@@ -33,6 +33,8 @@ def conv2d(
     side, _, c_in, c_out = kernel.shape
     if (side, stride, padding) == (1, 1, 0):
         return _pointwise(x_BHWC, kernel[0, 0], groups)
+    # Only the form that keeps H x W (stride 1, padding of half the kernel) is a sum of shifted
+    # windows of equal size.
     if c_in == 1 and c_out == groups and (stride, 2 * padding + 1) == (1, side):
         return _depthwise(x_BHWC, kernel)
     if (stride, groups) == (1, 1):
@@ -62,7 +64,11 @@ def upsampled_conv2d(x_BHWC: jax.Array, kernel: jax.Array) -> jax.Array:
     rows = folded(kernel.astype(jnp.float32))  # [row's tap, row's phase, 3, I, O]
     # [column's tap, column's phase, row's tap, row's phase, I, O]
     both = folded(jnp.moveaxis(rows, 2, 0))
+    # -> [row's tap, column's tap, I, row's phase, column's phase, O]: the four phases become output
+    # channels of one 2 x 2 convolution.
     both = both.transpose(2, 0, 4, 3, 1, 5).reshape(2, 2, c_in, 4 * c_out).astype(kernel.dtype)
+    # Padding 1 on both sides gives one row and column more than x has. Phase 0 reads from row i,
+    # phase 1 from row i + 1, as the table above has it.
     y_BHWX = conv2d(x_BHWC, both, padding=1).reshape(batch, height + 1, width + 1, 2, 2, c_out)
     phases = [[y_BHWX[:, p : p + height, q : q + width, p, q] for q in range(2)] for p in range(2)]
     y = jnp.stack([jnp.stack(row, axis=3) for row in phases], axis=2)  # [B, H, 2, W, 2, O]
@@ -188,6 +194,7 @@ def _depthwise_gradients_by_pixel(
 ) -> tuple[jax.Array, jax.Array]:
     batch, height, width, channels = x_BHWC.shape
     side = kernel.shape[0]
+    # Padded and cast once, not for each pixel of the loop.
     padded_BHWC = jnp.pad(
         x_BHWC.astype(jnp.float32), ((0, 0), (side // 2,) * 2, (side // 2,) * 2, (0, 0))
     )

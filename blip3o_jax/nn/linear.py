@@ -40,6 +40,8 @@ class Linear(nnx.Module):
             if lora
             else None
         )
+        # B starts at zero, so that the adapted layer first computes what the layer without LoRA
+        # does.
         self.lora_b = (
             param(rngs, (lora.rank, d_out), (None, axes[1]), zeros, stream="lora") if lora else None
         )
@@ -50,6 +52,7 @@ class Linear(nnx.Module):
         x = x.astype(self.dtype)
         y = _matmul(x, self.kernel[...].astype(self.dtype))
         if self.lora_a is not None and self.lora_b is not None:
+            # The scale multiplies the rank-r product, the smallest of the arrays involved.
             low = _matmul(x, self.lora_a[...].astype(self.dtype)) * self.lora_scale
             y += _matmul(low, self.lora_b[...].astype(self.dtype))
         return y if self.bias is None else y + self.bias[...].astype(self.dtype)
@@ -74,6 +77,8 @@ def _matmul_bwd(
     saved: tuple[jax.Array | None, jax.Array | None], dy: jax.Array
 ) -> tuple[jax.Array | None, jax.Array | None]:
     x, kernel_IO = saved
+    # Neither product is computed for an input without a gradient: `_matmul_fwd` saved no residual
+    # for it.
     dx = None if kernel_IO is None else dy @ kernel_IO.T
     return dx, None if x is None else jnp.einsum("...i,...o->io", x, dy)
 

@@ -21,6 +21,7 @@ _resolver: contextvars.ContextVar[Resolver | None] = contextvars.ContextVar(
     "resolver", default=None
 )
 
+# Context variables rather than arguments: every layer of every network would have to pass both on.
 _part: contextvars.ContextVar[str] = contextvars.ContextVar("part", default="")
 
 
@@ -75,6 +76,8 @@ def sharding(*axes: str | None, shape: tuple[int, ...]) -> jax.sharding.NamedSha
 
 def mesh() -> jax.sharding.Mesh | None:
     """Return the mesh that the computation is traced for; None without a strategy."""
+    # A scalar has no dimension to shard, so that every strategy resolves it: its sharding names the
+    # mesh.
     scalar = sharding(shape=())
     if scalar is None:
         return None

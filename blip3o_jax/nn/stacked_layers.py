@@ -21,6 +21,7 @@ def stack(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) ->
     `make` builds one layer. `scan` runs the stack.
     """
 
+    # A separate key for each layer; without, all layers would start equal.
     @nnx.split_rngs(splits=count)
     @nnx.vmap(in_axes=0, out_axes=0)
     def build(rngs: nnx.Rngs) -> nnx.Module:
@@ -28,6 +29,8 @@ def stack(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) ->
 
     module = build(rngs)
     for leaf in jax.tree.leaves(nnx.state(module), is_leaf=lambda v: isinstance(v, nnx.Variable)):
+        # `nnx.vmap` adds the leading axis to the arrays, but not to `axes`, which is metadata of
+        # this package.
         leaf.set_metadata(axes=("layers", *leaf.axes))
     variables = nnx.state(module)
     nnx.update(module, variables)
@@ -112,10 +115,13 @@ def scan(
         return step(nnx.merge(graphdef, layer_state), carry, x)
 
     if remat != "none":
+        # Inside a scan's body XLA cannot merge the recomputation with the forward pass, so that the
+        # barriers against it (`prevent_cse`) are needed only where the loop is unrolled.
         body = jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=unroll)
     if (records := _records.get()) is None:
         return jax.lax.scan(body, carry, (state, xs), unroll=unroll)
     ys = []
+    # A Python loop: recorded carries outlive it, and tracers of a scan's body are invalid outside.
     for index in range(len(jax.tree.leaves(state)[0])):
         carry, y = body(carry, jax.tree.map(lambda x, i=index: x[i], (state, xs)))
         records.append(LayerCarry(current_part(), type(layers).__name__, index, carry))

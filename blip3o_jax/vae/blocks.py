@@ -27,6 +27,7 @@ def pixel_unshuffle(x_BHWC: jax.Array) -> jax.Array:
     """
     batch, height, width, channels = x_BHWC.shape
     x = x_BHWC.reshape(batch, height // 2, 2, width // 2, 2, channels)
+    # Channel before offset (c, dy, dx), torch's order; the published convolutions depend on it.
     return x.transpose(0, 1, 3, 5, 2, 4).reshape(batch, height // 2, width // 2, 4 * channels)
 
 
@@ -103,6 +104,7 @@ def relu_attention(q_BNGK: jax.Array, k_BNGK: jax.Array, v_BNGK: jax.Array) -> j
     q_BNGK = jax.nn.relu(q_BNGK)
     k_BNGK = jax.nn.relu(k_BNGK)
     if q_BNGK.shape[1] <= q_BNGK.shape[-1]:
+        # The quadratic form: here the scores [N, M] are no larger than the states [K, V] below.
         scores_BGNM = jnp.einsum("bngk,bmgk->bgnm", q_BNGK, k_BNGK).astype(jnp.float32)
         weights_BGNM = scores_BGNM / (scores_BGNM.sum(-1, keepdims=True) + ATTENTION_EPS)
         return jnp.einsum("bgnm,bmgk->bngk", weights_BGNM.astype(v_BNGK.dtype), v_BNGK)
@@ -226,6 +228,8 @@ class DownBlock(nnx.Module):
         self.unshuffle = kind == "pixel_unshuffle"
         self.shortcut = shortcut
         self.c_out = c_out
+        # The pixel unshuffle multiplies the channels by 4 and halves the sides, so that the
+        # convolution before it makes a quarter of them at stride 1.
         width, stride = (c_out // 4, 1) if self.unshuffle else (c_out, 2)
         self.conv = nn.Conv(
             c_in,

@@ -40,6 +40,8 @@ class Encoder(nnx.Module):
         if layers[0]:
             self.conv_in = nn.Conv(cfg.in_channels, channels[0], 3, padding=1, **types)
         else:
+            # A first stage without blocks is only a resampling of the image, so that the stem goes
+            # to the second stage's width.
             self.conv_in = DownBlock(cfg.in_channels, channels[1], kind, shortcut=False, **types)
         self.stages: nnx.List[Stage] = nnx.List()
         for i, (name, scales) in enumerate(
@@ -93,6 +95,8 @@ class Decoder(nnx.Module):
                 name, layers[i], channels[i], cfg.attention_head_dim, scales, **types
             )
             self.stages.append(Stage(stacked, up))
+        # As in the encoder, a first stage without blocks is merged into the convolution at the
+        # image's end.
         width = channels[0] if layers[0] else channels[1]
         self.norm_out = nn.RMSNorm(
             width, eps=NORM_EPS, bias=True, rngs=rngs, param_dtype=cfg.param_dtype
