@@ -67,6 +67,7 @@ class _Process:
         # line.
         self.stop_line = ""
         self.done = False  # the command is over, with success
+        # Reentrant: `_interrupt` may run in the main thread while it holds the lock.
         self._lock = threading.RLock()
         self._error: BaseException | None = None  # why it closes
         self._reported = False
@@ -94,7 +95,10 @@ class _Process:
             signal.getsignal(signal.SIGINT) is signal.default_int_handler
         ):  # a shell may have it ignored
             signal.signal(signal.SIGINT, self._interrupt)
+        # Python's C handler writes each signal's number to this pipe at once; `_listen` reads it in
+        # its thread, whatever the main thread does.
         read, self._wake = os.pipe()
+        # As `set_wakeup_fd` requires: a handler must not block on a full pipe.
         os.set_blocking(self._wake, False)
         signal.set_wakeup_fd(self._wake, warn_on_full_buffer=False)
         threading.Thread(target=self._listen, args=(read,), name="signals", daemon=True).start()
@@ -124,6 +128,7 @@ class _Process:
                     if self.stop_line:
                         self.end(Stopped(self.stop_line))
                     self.saving = self.saving or self.stoppable
+                # From `_unraisable`; the destructor that was interrupted needs a moment to end.
                 elif number == 0:
                     time.sleep(0.05)
                     self._raise_in_main()
@@ -131,6 +136,7 @@ class _Process:
     def _on_sigint(self) -> None:
         """Handle one Ctrl-C."""
         if self._raised_sigints:
+            # `interrupt_main` simulates a SIGINT, which arrives here again.
             self._raised_sigints -= 1
             return
         self._interrupts += 1
@@ -177,6 +183,7 @@ class _Process:
             reported = self._reported
             self._reported = self.installed
         if reported:
+            # Waits for ever: the other thread ends the process.
             threading.Event().wait()
         return self.reporter(error)
 
@@ -195,10 +202,12 @@ class _Process:
         notifying.join(NOTIFY_SECONDS)
         with contextlib.suppress(Exception):
             for child in multiprocessing.active_children():
+                # Reward processes and data workers, which would outlive this process.
                 child.kill()
         for stream in filter(None, (sys.stdout, sys.stderr)):
             with contextlib.suppress(OSError, ValueError):
                 stream.flush()
+        # Not `sys.exit`: other threads may hold locks or wait for a device that never answers.
         os._exit(status)
 
     def print_line(self, line: str) -> None:
@@ -292,6 +301,7 @@ def _open_streams() -> None:
         encoding = old.encoding
         errors = old.errors
         options = {"line_buffering": old.line_buffering, "write_through": old.write_through}
+        # `detach`: two wrappers of one buffer would both flush and close it.
         sys.stdout = sys.__stdout__ = _Stdout(old.detach(), encoding, errors, **options)
 
 

@@ -36,7 +36,7 @@ METHODS = ("auto", "off", "tpu", "slurm")
 # Packages that the numbers depend on, in addition to the source files: hosts must have the same.
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
 _PREFIX = "blip3o"  # of all keys and barriers
-# The line of an error of XLA that names the library collectives of CPUs and GPUs go through.
+# The line of an XLA error that names the collectives' library on CPUs and GPUs.
 _COLLECTIVE = re.compile(r"[^\n]*\b(gloo|nccl)\b[^\n]*", re.IGNORECASE)
 _uses: collections.Counter[str] = collections.Counter()
 _peers: list[peers_lib.Peers] = []  # one, in a job of several hosts
@@ -44,8 +44,9 @@ _peers: list[peers_lib.Peers] = []  # one, in a job of several hosts
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """Describe how this process joins the others. `method`: one of METHODS; the other three fields
-    are given together and replace it.
+    """Describe how this process joins the job.
+
+    `method` is one of METHODS. The other three fields are given together, and replace it.
     """
 
     method: str = "auto"
@@ -87,6 +88,8 @@ class Launch:
             return self.method
         if int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in os.environ:
             return "slurm"
+        # Device files rather than `jax.devices()`: reading JAX's devices starts the backend, after
+        # which a process cannot join a job any more.
         chips = any(
             next(pathlib.Path("/dev").glob(pattern), None)
             for pattern in ("accel[0-9]*", "vfio/[0-9]*")
@@ -95,7 +98,7 @@ class Launch:
 
 
 def initialize(launch: Launch) -> None:
-    """Join the job. Call this before anything reads JAX's devices."""
+    """Join the job: call this before any access to JAX's devices."""
     method = launch.resolved()
     if method == "off":
         return
@@ -120,6 +123,8 @@ def initialize(launch: Launch) -> None:
             f"the hosts did not find each other through {how}: {first_line(error)}"
         ) from error
     if process_count() > 1:
+        # The heartbeats start with the job: a host that is lost while another still opens its data
+        # is found too.
         _peers.append(peers_lib.Peers(_runtime().client, process_index(), process_count()))
         _peers[0].start()
         exits.process.prefix = f"host {process_index()}: "
@@ -137,8 +142,9 @@ def set_phase(phase: str, step: int) -> None:
 
 
 def _log_to_stderr() -> None:
-    """Log the warnings of all hosts, with the number of each except host 0; host 0 also logs the
-    choices of this package, such as a kernel.
+    """Log the warnings of all hosts, prefixed by the number of every host except host 0.
+
+    Host 0 also logs this package's choices at level INFO, such as that of an attention kernel.
     """
     logging.basicConfig(
         level=logging.WARNING,
@@ -165,17 +171,16 @@ def _without_traceback(record: logging.LogRecord) -> bool:
 
 
 def set_compilation_cache(directory: pathlib.Path | None) -> None:
-    """Read compiled programs from `directory` and write them there; None leaves it at
-    JAX_COMPILATION_CACHE_DIR.
-    """
+    """Set JAX's compilation cache to `directory`; None keeps JAX_COMPILATION_CACHE_DIR."""
     if directory is not None:
         directory.mkdir(parents=True, exist_ok=True)
         jax.config.update("jax_compilation_cache_dir", str(directory.absolute()))
 
 
 def run(launch: Launch, job: Callable[[], object]) -> int:
-    """Join the job, run it, leave it, and return the exit status. An error on one of several hosts
-    ends its process here and notifies the others (peers.py).
+    """Join the job, run it, leave it, and return the exit status.
+
+    In a job of several hosts an error notifies the other hosts (peers.py) and ends this process.
     """
     initialize(launch)
     _log_to_stderr()
@@ -200,6 +205,7 @@ def run(launch: Launch, job: Callable[[], object]) -> int:
         except RuntimeError as error:
             exits.process.end(error)
         _peers[0].close()
+        # JAX has registered its shutdown for the interpreter's exit too; the next line does it now.
         atexit.unregister(jax.distributed.shutdown)
         jax.distributed.shutdown()
         _peers.clear()
@@ -208,9 +214,10 @@ def run(launch: Launch, job: Callable[[], object]) -> int:
 
 
 def _cause(error: BaseException) -> BaseException:
-    """Return the lost host behind `error`, else the connection that failed, else `error` itself.
+    """Return the lost host that caused `error`, else the failed connection, else `error` itself.
 
-    Collectives and barriers fail on the other hosts too, with errors that do not name the lost one.
+    When a host is lost, collectives and barriers fail on the others with errors that do not name
+    it.
     """
     ours = (
         isinstance(error, (UserError, KeyboardInterrupt, exits.RunEnded))
@@ -222,7 +229,7 @@ def _cause(error: BaseException) -> BaseException:
 
 
 def _lost_connection(error: BaseException) -> peers_lib.LostConnection | None:
-    """Return what ends the run where a collective or a barrier failed, None for another error."""
+    """Return the LostConnection of a failed collective or barrier, None for another error."""
     if isinstance(error, BarrierError):
         return peers_lib.LostConnection(first_line(error))
     found = (
@@ -290,11 +297,13 @@ class BarrierError(RuntimeError):
 
 
 def barrier(name: str, seconds: float = 3600.0) -> None:
-    """Wait until all hosts are here. Raises BarrierError after `seconds`, and if a host is lost."""
+    """Wait until all hosts call this. Raises BarrierError after `seconds`, or if a host is lost."""
     if process_count() == 1:
         return
     _uses[name] += 1
     try:
+        # A barrier's name can be used once, hence the count of its uses, which is the same on all
+        # hosts.
         _runtime().client.wait_at_barrier(f"{_PREFIX}/{name}/{_uses[name]}", int(1000 * seconds))
     except RuntimeError as error:
         raise BarrierError(
@@ -304,7 +313,7 @@ def barrier(name: str, seconds: float = 3600.0) -> None:
 
 @contextlib.contextmanager
 def host_0_first(name: str) -> Iterator[None]:
-    """Run the block on host 0, then on the others: for files that one writes and all read."""
+    """Run the block on host 0 first, then on the others: for files that host 0 writes."""
     if process_index() > 0:
         barrier(name)
     try:
@@ -324,8 +333,8 @@ def check_consistent(config: dict[str, Any], workdir: pathlib.Path, seconds: flo
 
     Args:
       config: nested dicts of plain values.
-      workdir: the directory of the run, which all hosts must share.
-      seconds: how long hosts are waited for.
+      workdir: the directory of the run, on storage that all hosts share.
+      seconds: the maximum time to wait for the other hosts.
     """
     if process_count() == 1:
         return
@@ -340,6 +349,8 @@ def check_consistent(config: dict[str, Any], workdir: pathlib.Path, seconds: flo
             )
         else:
             with _token(workdir) as token:
+                # Host 0 publishes first and collects; the others compare. Each host so sends its
+                # differences, not its whole configuration.
                 set_key("consistency/0", json.dumps(mine | {"token": token}))
                 inconsistencies = [
                     wait_for_key(f"consistency/{other}", seconds)
@@ -363,6 +374,7 @@ def _token(workdir: pathlib.Path) -> Iterator[str]:
     made = files.make_directories(workdir)
     token = workdir / f".host-0-{uuid.uuid4().hex}"
     try:
+        # A random name, so that a file left by another run proves nothing.
         token.touch()
         yield token.name
     finally:
@@ -373,11 +385,11 @@ def _token(workdir: pathlib.Path) -> Iterator[str]:
 def _inconsistency(
     mine: dict[str, Any], zero: dict[str, Any], me: int, patience: float = 20.0
 ) -> str:
-    """Return what keeps host `me` from running with host 0, "" if nothing does."""
+    """Return the difference between host `me` and host 0 as text, "" if there is none."""
     what = {"code": "runs other code", "config": "has another configuration"}
     for group, text in what.items():
         names = sorted(mine[group].keys() | zero[group].keys())
-        # As they come out of JSON: tuples are lists there.
+        # Converted to JSON and back like host 0's values: tuples become lists.
         here = json.loads(json.dumps(mine[group]))
         differ = [
             f"{name} is {here.get(name)!r}, not {zero[group].get(name)!r}"
@@ -387,6 +399,7 @@ def _inconsistency(
         if differ:
             more = f", and {len(differ) - 3} more" if len(differ) > 3 else ""
             return f"host {me} {text} than host 0: {', '.join(differ[:3])}{more}"
+    # Network file systems show a new file to other hosts only after their caches expire.
     end = time.monotonic() + patience
     while not (pathlib.Path(mine["workdir"]) / zero["token"]).exists():
         if time.monotonic() > end:
@@ -404,6 +417,7 @@ def code_version() -> dict[str, str]:
     """
     root = pathlib.Path(__file__).parent.parent
     digest = hashlib.sha256()
+    # Sorted, since file systems list a directory in different orders.
     for path in sorted(root.rglob("*.py")):
         digest.update(
             path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0"

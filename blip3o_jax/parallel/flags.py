@@ -1,12 +1,12 @@
 """Recommended environment of each chip kind, with reason and source: the one place for XLA flags.
 
-    eval "$(python3 blip3o_jax/parallel/flags.py v5p)"       sets it; what is set already stays and
-                                                             wins
-    python3 blip3o_jax/parallel/flags.py --explain           the table
+    eval "$(python3 blip3o_jax/parallel/flags.py v5p)"       sets it; variables and flags that are
+                                                             set already take precedence
+    python3 blip3o_jax/parallel/flags.py --explain           prints the table
 
-Needs nothing but Python. Flags for TPUs go into LIBTPU_INIT_ARGS, which libtpu reads; XLA_FLAGS
-would be refused by the part of XLA that comes with jaxlib. "Measured" is said where it was; the
-rest is taken over from its source and not measured here.
+The script needs only Python's standard library. TPU flags go into LIBTPU_INIT_ARGS, which libtpu
+reads: the XLA in jaxlib rejects them in XLA_FLAGS. Settings whose source says "measured" were
+measured with this package; the others are taken from their source and were not measured.
 """
 
 import dataclasses
@@ -129,7 +129,7 @@ SETTINGS = (
 
 
 def exports(chip: str) -> str:
-    """Return lines for a shell's `eval`."""
+    """Return shell lines that set the environment of `chip`, for `eval`."""
     lines = []
     for variable, value in _values(chip).items():
         # The last of two equal flags wins.

@@ -1,8 +1,8 @@
-"""How much memory a device has, and a refusal of what can never fit into it.
+"""Look up the memory of a device, and reject settings that can never fit into it.
 
-Compilers and allocators end a process that requests a thousand times too much, without a word about
-which setting asked. What is counted here are lower bounds: a run that passes may still be too large
-for its activations, and the compiler says so.
+A compiler or allocator that is asked for a thousand times too much ends the process without naming
+the setting. The needs counted here are lower bounds: a run that passes may still be too large for
+its activations, which the compiler reports.
 """
 
 import dataclasses
@@ -20,9 +20,7 @@ _CGROUP = pathlib.Path("/sys/fs/cgroup/memory.max")
 
 @dataclasses.dataclass(frozen=True)
 class Need:
-    """Hold the bytes that one device needs at once for `setting`, and the remedy where they are too
-    many.
-    """
+    """Hold the bytes that one device needs at once for `setting`, and the remedy to suggest."""
 
     setting: str
     bytes: float
@@ -36,12 +34,14 @@ def host_bytes() -> int:
         limit = _CGROUP.read_text().strip()
     except OSError:
         return total
+    # A container's limit is lower than the machine's memory, and the kernel kills what exceeds it.
     return min(total, int(limit)) if limit.isdigit() else total
 
 
 def device_bytes(devices: Sequence[jax.Device]) -> float | None:
-    """Return the memory of one of `devices`, those of this host; None where nothing is known. CPU
-    devices share the host's.
+    """Return the bytes of memory of one of this host's `devices`, or None if unknown.
+
+    CPU devices divide the host's memory evenly.
     """
     if devices[0].platform == "cpu":
         return host_bytes() / len(devices)

@@ -1,4 +1,4 @@
-"""Make the device mesh; nothing else makes one."""
+"""Create the device mesh: the only module of the package that creates one."""
 
 import contextlib
 import math
@@ -36,6 +36,8 @@ def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device] | None = None) -> j
             f"mesh {_named(cfg, ' x ')} does not cover {len(devices)} devices: "
             "make the product equal to it, or set one size to -1"
         )
+    # Auto axes: XLA propagates shardings between the constraints of `nn.constrain`. With Explicit
+    # axes, JAX's default, every operation would need them.
     auto = (jax.sharding.AxisType.Auto,) * len(AXES)
     if cfg.slices != 1:
         return jax.sharding.Mesh(_over_slices(cfg.slices, sizes, devices), AXES, axis_types=auto)
@@ -53,12 +55,13 @@ def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device] | None = None) -> j
 def _on_torus(
     place: Callable[..., np.ndarray], *sizes: list[int], devices: list[jax.Device]
 ) -> np.ndarray:
-    """`place` is of `mesh_utils`, `sizes` what it asks for; the first of them are those on the
-    torus of a slice.
+    """Return `place(*sizes, devices)`, of `mesh_utils`; `sizes[0]` are the axes within a slice.
+
+    Raises ConfigError if these do not fit onto the torus of a slice.
     """
     try:
-        # Several axes may share one of the torus: without, fsdp=16 would not fit into 8 x 8 x 8
-        # chips.
+        # Several mesh axes may split one axis of the torus: otherwise fsdp=16 would not fit into
+        # 8 x 8 x 8 chips.
         return place(*sizes, devices, allow_split_physical_axes=True)
     except (AssertionError, ValueError) as error:
         named = " x ".join(
@@ -70,7 +73,7 @@ def _on_torus(
 
 
 def _named(cfg: MeshConfig, between: str) -> str:
-    """Return the axes as configured; sequence only where it is used."""
+    """Return the axes and sizes of `cfg` as text; `sequence` only if its size is not 1."""
     return between.join(
         f"{axis}={getattr(cfg, axis)}" for axis in AXES if axis != "sequence" or cfg.sequence != 1
     )
@@ -83,14 +86,14 @@ def _over_slices(slices: int, sizes: list[int], devices: list[jax.Device]) -> np
             f" of their number; set mesh.data to {max(slices, 1)}"
         )
     there = {getattr(device, "slice_index", 0) for device in devices}
-    if (
-        len(there) == 1
-    ):  # one slice, or processes on one machine: blocks of neighbours stand for slices
+    if len(there) == 1:
+        # A single slice, or processes on one machine: blocks of neighbours stand for slices.
         return np.array(devices).reshape(sizes)
     if len(there) != slices:
         raise ConfigError(
             f"mesh.slices={slices}, but the devices lie in {len(there)}: set mesh.slices to that"
         )
+    # Slices divide the data axis alone: only the sum of gradients leaves a slice.
     within = [sizes[0] // slices, *sizes[1:]]
     across = [slices, *[1] * (len(sizes) - 1)]
     return _on_torus(mesh_utils.create_hybrid_device_mesh, within, across, devices=devices)
@@ -100,10 +103,10 @@ def cpu_environment(count: int) -> dict[str, str]:
     """Return the environment of a process that splits the CPU into `count` devices, to be set
     before JAX starts its backend.
     """
-    # A device that waits for the others in a collective holds a thread of XLA's, and it may wait in
-    # several at once. With more devices than cores there is one thread for each: the last device to
-    # come has been seen to find none, and all to wait for ever. NPROC is what XLA takes for the
-    # number of cores when it makes its threads.
+    # A device that waits in a collective holds one of XLA's threads, and it may wait in several
+    # collectives at once. XLA creates one thread for each core or device; with more devices than
+    # cores, a deadlock was seen: all threads were held by waiting devices, and the last device had
+    # none. XLA reads the number of cores from NPROC when it creates its threads.
     many = count > (os.cpu_count() or 1)
     return {"JAX_NUM_CPU_DEVICES": str(count)} | (
         {"NPROC": str(THREADS_PER_CPU_DEVICE * count)} if many else {}
@@ -114,6 +117,6 @@ def split_cpu(count: int) -> None:
     """Split the CPU into `count` devices, unless this process has devices already."""
     if threads := cpu_environment(count).get("NPROC"):
         os.environ.setdefault("NPROC", threads)
-    # An earlier run in this process may have settled it.
+    # JAX raises RuntimeError once the backend has started, as after an earlier run in this process.
     with contextlib.suppress(RuntimeError):
         jax.config.update("jax_num_cpu_devices", count)

@@ -1,11 +1,12 @@
 """Detect lost hosts: the others report which one and where it was, and end with its status.
 
-    a host that ends      publishes why --> the others wait for that key, and end GRACE_SECONDS
-                          later
-    a host that is killed stops its heartbeat --> checked where a collective fails here, and where
-                          jax.distributed gives a host up: after RUNTIME_TIMEOUT, at once for host 0
+    a host that ends       publishes the reason --> the others, which wait for that key, end
+                           GRACE_SECONDS later
+    a host that is killed  stops its heartbeat --> the others compare heartbeats when a collective
+                           fails, and when jax.distributed declares a host dead: after
+                           RUNTIME_TIMEOUT, for host 0 at once
 
-Left to itself jax.distributed aborts the others, with a stack trace and status 134 (SIGABRT).
+Without this module, jax.distributed aborts the others with a stack trace and status 134 (SIGABRT).
 """
 
 import contextlib
@@ -24,12 +25,11 @@ HEARTBEAT_PERIOD = 3.0  # seconds between a host's heartbeats
 STALE = 3 * HEARTBEAT_PERIOD  # seconds without a new heartbeat after which a host is lost
 ANSWER_SECONDS = 3.0  # seconds for host 0 to answer with the others' heartbeats
 GRACE_SECONDS = 5.0  # seconds for a host to end by itself
-RUNTIME_TIMEOUT = (
-    60  # seconds; jax.distributed's heartbeats come from a thread that nothing in Python blocks
-)
+# Seconds; a C++ thread sends jax.distributed's heartbeats, so that Python cannot delay them.
+RUNTIME_TIMEOUT = 60
 _ENDED = "blip3o/ended"
 _HEARTBEATS = "blip3o/heartbeats"
-_STOPPING = "blip3o/stopping"  # there once SIGTERM came to a host
+_STOPPING = "blip3o/stopping"  # set once a host has received SIGTERM
 _DAY = 24 * 3600 * 1000  # milliseconds
 
 
@@ -66,9 +66,8 @@ class Peers:
         self._hosts = hosts
         self.phase = "start"
         self.step = 0
-        self._host0_heartbeat: list[
-            Any
-        ] = []  # the last heartbeat of host 0, which stores all others'
+        # The last heartbeat of host 0, whose process stores those of all hosts.
+        self._host0_heartbeat: list[Any] = []
         self._ended: LostHost | None = None
         self._notified = threading.Event()
         self._closed = threading.Event()
@@ -94,9 +93,7 @@ class Peers:
             time.sleep(1.0 if self._host == 0 else 0.0)  # the others read it from this process
 
     def announce_stop(self) -> None:
-        """Let the others know, without waiting, that SIGTERM came here and a step is to be
-        saved.
-        """
+        """Publish, without waiting, that this host received SIGTERM and a step will be saved."""
 
         def announce() -> None:
             with contextlib.suppress(RuntimeError):
@@ -105,7 +102,7 @@ class Peers:
         threading.Thread(target=announce, daemon=True).start()
 
     def is_stop_announced(self) -> bool:
-        """Return whether SIGTERM came to any host, False where host 0 does not answer."""
+        """Return whether any host has received SIGTERM; False if host 0 does not answer."""
         found: list[str] = []
 
         def ask() -> None:
@@ -118,11 +115,10 @@ class Peers:
         return bool(found)
 
     def lost(self) -> LostHost | None:
-        """Return the host that cannot be reached any more, comparing heartbeats STALE seconds
-        apart, or None.
-        """
+        """Return a host whose heartbeat has not changed within STALE seconds, or None."""
         if (before := self._read_heartbeats()) is None:
             return self._ended or self._lost_host(0, self._host0_heartbeat)
+        # Until the second reading is due, or a host has said why it ended.
         if self._notified.wait(STALE):
             return self._ended
         if (after := self._read_heartbeats()) is None:
@@ -151,7 +147,7 @@ class Peers:
                 return
 
     def _read_heartbeats(self) -> dict[int, list[Any]] | None:
-        """Return the last heartbeat of each host, or None where host 0 does not answer."""
+        """Return the last heartbeat of each host, or None if host 0 does not answer."""
         found: list[Any] = []
 
         def ask() -> None:
@@ -172,6 +168,7 @@ class Peers:
             try:
                 value = self._client.blocking_key_value_get(_ENDED, _DAY)
             except RuntimeError as error:
+                # The wait has a maximum, after which it starts again.
                 if "DEADLINE_EXCEEDED" in str(error):
                     continue
                 return  # host 0 is gone, which jax.distributed sees too
@@ -181,14 +178,16 @@ class Peers:
             if host != self._host:
                 self._ended = LostHost(host, f" in {phase} at step {step}", status)
                 self._notified.set()
+                # The main thread may end by itself meanwhile, and closes its files then.
                 time.sleep(GRACE_SECONDS)
                 exits.process.end(self._ended)
             return
 
     def _catch_abort(self) -> None:
-        """Turn SIGABRT of jax.distributed into the line and status of a lost host. It comes in
-        another thread; Python's `signal` would wait for the main thread, which waits for the lost
-        host.
+        """Turn SIGABRT of jax.distributed into the message and status of a lost host.
+
+        The handler is a C function: Python's own handlers run in the main thread, which is blocked
+        waiting for the lost host.
         """
         libc = ctypes.CDLL(None)
         handler = ctypes.CFUNCTYPE(None, ctypes.c_int)
@@ -199,6 +198,7 @@ class Peers:
             error = self._ended or self.lost()
             if error is not None:
                 exits.process.end(error)
+            # The status of a process that SIGABRT ends.
             os._exit(128 + number)
 
         self._handler = handler(aborted)  # kept, as C keeps no reference
@@ -207,11 +207,10 @@ class Peers:
 
 @contextlib.contextmanager
 def without_stack_trace() -> Iterator[None]:
-    """Have `jax.distributed.initialize` make a client that aborts in two lines, without a stack
-    trace.
+    """Make `jax.distributed.initialize` create a client that aborts without a stack trace.
 
-    A callback of ours takes the place of the default, which logs one. It is never called: the
-    bindings of JAX 0.10 cannot convert its argument, and abort.
+    The default callback for missed heartbeats logs one. The callback that replaces it is never
+    called: the bindings of JAX 0.10 cannot convert its argument, and abort with two lines.
     """
     from jax._src import distributed
 

@@ -34,11 +34,11 @@ class StopRequest:
 
     With several hosts the preemption service of `jax.distributed` decides; the step it picks is at
     least one ahead of every host's. SIGTERM reaches the service through the thread that reads the
-    signals (exits.py), which therefore knows that a step will be saved when Ctrl-C follows.
+    signals (exits.py), so that a later Ctrl-C does not interrupt the save.
 
-    A job of one process has a signal handler here, for SIGHUP too unless it is ignored: the first
-    signal is noted, a second one ends the process as by default. Before the first step there is
-    nothing to save, and the `blip3o` command ends at once (exits.py).
+    In a job of one process this class installs the signal handlers, of SIGHUP too unless it is
+    ignored: the first signal requests a stop, a second one ends the process as by default. Before
+    the first step there is nothing to save, and the `blip3o` command ends at once (exits.py).
     """
 
     def __init__(self) -> None:
@@ -48,6 +48,7 @@ class StopRequest:
         self._service: int | None = None  # address of the preemption service's handler of SIGTERM
 
     def __enter__(self) -> "StopRequest":
+        # Python sets signal handlers in the main thread only.
         if threading.current_thread() is not threading.main_thread():
             return self
         if jax.distributed.is_initialized():
@@ -75,21 +76,19 @@ class StopRequest:
                 signal.signal(number, before)
 
     def _intercept(self) -> None:
-        """Have Python handle SIGTERM again, in place of the preemption service, and pass it on to
-        that.
+        """Restore Python's handling of SIGTERM, which forwards it to the preemption service.
 
-        The service's own handler, which `jax.distributed` has installed over Python's, only sets a
-        flag that a thread checks, so that it can be called from any thread.
+        `jax.distributed` has replaced Python's handler by the service's. That one only sets a flag,
+        which a thread of the service polls, so that it can be called from any thread.
         """
-        if not exits.process.installed:  # nobody would pass it on
+        if not exits.process.installed:  # then nothing would forward the signal
             return
         service = _handler_address(signal.SIGTERM)
         if service in _NO_HANDLER:
             return
         before = signal.signal(signal.SIGTERM, lambda number, frame: None)
-        if service == _handler_address(
-            signal.SIGTERM
-        ):  # Python's own: jax_enable_preemption_service is off
+        if service == _handler_address(signal.SIGTERM):
+            # It was Python's own handler: jax_enable_preemption_service is off.
             signal.signal(signal.SIGTERM, before)
             return
         self._service = service

@@ -11,9 +11,8 @@ array on one mesh axis, raises and names both.
     fsdp_tp    fsdp, with heads, MLP and vocabulary over `tensor`: the head's logits are never whole
                on a device
     fsdp_sp    fsdp, with the tokens of a row over `sequence`: the AR gathers keys and values,
-               SANA's
-               linear attention sums its small key-value state, its depthwise convolution exchanges
-               border rows with its neighbours (XLA's halo exchange)
+               SANA's linear attention sums its small key-value state, its depthwise convolution
+               exchanges border rows between neighbours (XLA's halo exchange)
     hybrid     fsdp within a slice; slices hold whole replicas and exchange gradients only
                (`mesh.slices`, `mesh.data`)
 
@@ -29,6 +28,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from blip3o_jax import nn
@@ -38,8 +38,8 @@ from blip3o_jax.parts import PART_TABLE
 
 Table = dict[str, tuple[str, ...]]
 
-# `lookup_batch`: rows that share one table of embeddings, each device looking up the columns of it
-# that it holds.
+# `lookup_batch`: the batch while embeddings are looked up. It is not sharded over the axes that
+# shard the table's width: each device looks up its columns for all rows.
 _BATCH: Table = {"batch": ("data", "fsdp"), "lookup_batch": ("data", "fsdp")}
 _FSDP: Table = _BATCH | {"embed": ("fsdp",), "lookup_batch": ("data",)}
 _FSDP_TP: Table = _FSDP | {
@@ -55,14 +55,15 @@ _FSDP_TP: Table = _FSDP | {
         "act_mlp",
     )
 }
+# The parameters are placed as in `fsdp`: only activations have a dimension of tokens.
 _FSDP_SP: Table = _FSDP | {"length": ("sequence",), "latent_tokens": ("sequence",)}
 
 TOKENS = tuple(name for name in _FSDP_SP if name not in _FSDP)
-# By the names that a part's row in parts.py uses.
+# The tables that a part's row in parts.py names.
 TABLES = {"dp": _BATCH, "fsdp": _FSDP, "fsdp_tp": _FSDP_TP, "fsdp_sp": _FSDP_SP}
 
-# Strategy -> part -> table; "" is the table of every part that is not named. Where a part's row in
-# parts.py says otherwise for a strategy, its table is added below.
+# Strategy -> part -> table; "" is the default table. Parts whose row in parts.py names another
+# table for a strategy are added below.
 STRATEGIES: dict[str, dict[str, Table]] = {
     "dp": {"": _BATCH},
     "fsdp": {"": _FSDP},
@@ -97,8 +98,8 @@ class Strategy:
             size = self.mesh.shape[axis]
             if size > 1 and not any(name.endswith(user) for name in named):
                 raise ConfigError(
-                    f"mesh.{axis}={size}: strategy {self.name} puts nothing on that axis, its"
-                    f" devices would all do the same; use {user}, or mesh.{axis}=1"
+                    f"mesh.{axis}={size}: strategy {self.name} shards nothing over that axis, so"
+                    f" its devices would repeat the same work; use {user}, or mesh.{axis}=1"
                 )
 
     @classmethod
@@ -127,11 +128,14 @@ class Strategy:
         tables = STRATEGIES[dict(self.parts).get(part, self.name)]
         table = tables.get(part, tables[""])
         entries: list[str | tuple[str, ...] | None] = []
+        # A mesh axis can shard one dimension of an array only; XLA's own error names neither
+        # dimension.
         taken: dict[str, str | None] = {}
         for name, dim in zip(axes, shape, strict=True):
             # A single token, of decoding or of the unconditional branch, cannot be sharded.
             sharded = name is not None and (dim != 1 or name not in TOKENS)
             candidates = table.get(name, ()) if name is not None and sharded else ()
+            # Axes of size 1 are left out, so that equal placements have equal specs on every mesh.
             mesh_axes = tuple(a for a in candidates if self.mesh.shape[a] > 1)
             for axis in mesh_axes:
                 if axis in taken:
@@ -183,8 +187,6 @@ class Strategy:
         """Return the shardings of a state of `nnx.Param`s with logical axes, as a nested dict; the
         first key names the part.
         """
-        from flax import nnx
-
         flat = {
             path: self.sharding(str(path[0]), v.axes, v.shape, "/".join(map(str, path)))
             for path, v in nnx.to_flat_state(variables)

@@ -1,5 +1,6 @@
-"""Report which host is stuck, and in which phase, after a time without progress. A thread on each
-host watches; the watchdog never ends a job, which is the launcher's task.
+"""Report which host is stuck, and in which phase, after a time without progress.
+
+Each host runs a thread for it. The watchdog never ends a job: that is left to the launcher.
 """
 
 import dataclasses
@@ -12,8 +13,8 @@ from types import TracebackType
 
 from blip3o_jax.parallel import distributed
 
-# Phases in which a host may just be waiting for the others; in all else (start, data, compile) it
-# is busy by itself.
+# Phases in which a host may wait for the others; in all others (start, data, compile) it works
+# alone.
 WAITING = ("step", "save", "barrier")
 PERIOD = 10.0  # seconds between a host's heartbeats
 
@@ -40,6 +41,7 @@ class Watchdog:
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
+        # At least four heartbeats within the time to report.
         self._period = min(PERIOD, seconds / 4)
         self._phase = "start"
         self._step = 0
@@ -78,6 +80,8 @@ class Watchdog:
             if mine.since != reported_since:
                 report_after = self._seconds
                 reported_since = mine.since
+            # Exchanged at every period, not only when this host is stuck: the others need its
+            # heartbeat.
             heartbeats = _exchange(mine)
             if now - mine.since > report_after:
                 report_after = 2 * (now - mine.since)  # again when twice as long has passed

@@ -1,5 +1,4 @@
-"""Save and restore checkpoints: complete, asynchronous, resumable on another mesh, every byte with
-a checksum.
+"""Save and restore checkpoints asynchronously, on any mesh, with a checksum of every file.
 
     DIR/config.json           the resolved configuration of the run that wrote it, with its CRC32C
     DIR/text/                 the text tokenizer's files and a manifest of them
@@ -53,13 +52,14 @@ class Checkpoints:
         _write_small_arrays_whole()
 
     def steps(self) -> list[int]:
-        """Return the steps there are, ascending, be they intact or not."""
+        """Return all steps, ascending, whether intact or damaged."""
         return all_steps(self.directory)
 
     def newest_intact(self, *, shared: bool = False) -> int | None:
-        """Return the newest step whose files are all intact, None where there is no step; say which
-        newer ones are damaged. UserError where all are. `shared`: all hosts call this and share the
-        reading.
+        """Return the newest intact step, or None if there is no step; log newer damaged ones.
+
+        With `shared` all hosts call this, and each reads some of the files. Raises UserError if
+        all steps are damaged.
         """
         for step in reversed(all_steps(self.directory)):
             self._damaged[step] = damage(self.directory / str(step), shared=shared)
@@ -79,8 +79,9 @@ class Checkpoints:
         return None
 
     def check_tokenizer(self, tokenizer: TextTokenizer | None) -> None:
-        """Raise UserError if the run began with another text tokenizer, by which captions would
-        become other tokens.
+        """Raise UserError if the run began with another text tokenizer.
+
+        The same captions would have other tokens.
         """
         directory = self.directory / "text"
         if tokenizer is None or not directory.is_dir():
@@ -90,7 +91,7 @@ class Checkpoints:
             mine = checksums.listed(pathlib.Path(place) / "text")
         try:
             stored = checksums.listed(directory)
-        except DamagedFile:  # then the files themselves have to be those
+        except DamagedFile:  # of the manifest: compare the files themselves
             stored = {
                 name: checksums.of_file(directory / name)
                 for name in mine
@@ -103,9 +104,10 @@ class Checkpoints:
             )
 
     def open(self, config: Config, tokenizer: TextTokenizer | None) -> None:
-        """Get ready for writing: set damaged steps aside, write what it takes to read the
-        checkpoints, remove what a kill left unfinished. Called by all hosts, when nothing about the
-        run can be refused any more.
+        """Prepare the directory for writing.
+
+        Set damaged steps aside, write config.json and the tokenizer, and remove what a kill left
+        unfinished. All hosts call this, after the run has passed all checks.
         """
         with host_0_first("checkpoints"):
             if jax.process_index() == 0:
@@ -131,6 +133,8 @@ class Checkpoints:
     def _opened(self) -> ocp.CheckpointManager:
         if self._manager is None:
             policies = [preservation_policy.LatestN(self._keep)]
+            # The best by mean training loss since the save before: a single step's loss would
+            # choose by noise.
             policies.append(
                 preservation_policy.BestN(get_metric_fn=lambda m: m["loss"], reverse=True, n=1)
             )
@@ -149,8 +153,9 @@ class Checkpoints:
         return self._manager.latest_step() if self._manager is not None else None
 
     def save(self, step: int, state: TrainState, data_position: Any, loss: float) -> None:
-        """Start writing in the background; the arrays are copied off the devices before this
-        returns. UserError for a state that is not finite: nothing could be resumed from it.
+        """Copy the state off the devices, and write it in the background.
+
+        Raises UserError for a state that is not finite, from which no run could resume.
         """
         if names := not_finite(state):
             raise UserError(
@@ -166,9 +171,7 @@ class Checkpoints:
             self._opened().save(step, args=items, metrics={"loss": loss})
 
     def restore(self, step: int, plan: StatePlan) -> tuple[TrainState, Any]:
-        """Return the state in the plan's shardings, and the position of the data stream, of a step
-        that is intact.
-        """
+        """Return the state of an intact step in the plan's shardings, and its data position."""
         directory = self.directory / str(step)
         with reading(str(directory)):
             try:
@@ -181,20 +184,20 @@ class Checkpoints:
             except ValueError as e:
                 raise UserError(
                     f"{directory} does not fit this configuration ({first_line(e)}); use the"
-                    " config.json beside it, or another --workdir"
+                    " config.json next to it, or another --workdir"
                 ) from e
             return state, json.loads((directory / "meta" / "metadata").read_text(encoding="utf-8"))[
                 "data"
             ]
 
     def check(self) -> None:
-        """Raise the error of a background save, which otherwise the next save would raise. Does not
-        wait for a save in progress.
+        """Raise the error of a background save, which otherwise the next save would raise.
+
+        A save in progress is not waited for.
         """
         with files.writing(self.directory):
-            if (
-                self._manager is not None and not self._manager.is_saving_in_progress()
-            ):  # nothing to wait for but an error
+            # Once no save is in progress, `wait_until_finished` only raises a stored error.
+            if self._manager is not None and not self._manager.is_saving_in_progress():
                 self._manager.wait_until_finished()
 
     def close(self) -> None:
@@ -209,14 +212,14 @@ class Checkpoints:
 
 
 def _write_small_arrays_whole() -> None:
-    """Have Orbax write arrays below 1 MiB from one replica.
+    """Set Orbax to write arrays below 1 MiB from one replica.
 
-    By default every replica writes a slice, cut out by a program compiled for its shape. That pays
-    for large arrays only; for small models it is most of the time of a save. The handler set here
-    keeps no array metadata, which nothing reads.
+    By default every replica writes a slice, which a program compiled for its shape cuts out. That
+    pays for large arrays only; for small models it takes most of the time of a save. The handler
+    set here stores no array metadata, which nothing reads.
     """
     handler = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=2**20)
-    with _quiet():  # it would warn that a handler is replaced, as is meant
+    with _quiet():  # Orbax warns that a handler is replaced, which is intended
         ocp.type_handlers.register_type_handler(jax.Array, handler, override=True)
 
 
@@ -249,7 +252,7 @@ def find(path: str | pathlib.Path) -> tuple[pathlib.Path, int]:
             if steps:
                 return root, max(steps)
     raise UserError(
-        f"{path} is not a checkpoint: it holds no config.json with finished steps beside it; give"
+        f"{path} is not a checkpoint: it holds no config.json next to finished steps; give"
         " the --workdir of a run, its checkpoints directory, or one step in that"
     )
 
@@ -290,13 +293,13 @@ def stored_text(root: pathlib.Path, text: TextConfig) -> TextConfig:
 
 
 def write_tokenizer(directory: pathlib.Path, tokenizer: TextTokenizer) -> None:
-    """Write a text tokenizer's files and a manifest of them to the new directory `directory`, whole
-    or not at all.
-    """
+    """Write a text tokenizer's files and their manifest to the new directory, all or none."""
     partial = directory.with_name(f".{directory.name}.partial")
+    # Left by a kill.
     shutil.rmtree(partial, ignore_errors=True)
     tokenizer.save(partial)
     checksums.write_manifest(partial)
+    # A directory is renamed atomically: it is there whole or not at all.
     partial.rename(directory)
 
 
@@ -328,6 +331,7 @@ def restore_parts(
     }
     check_intact(root, step, shared=strategy.mesh.is_multi_process)
     with reading(str(root / str(step))), ocp.PyTreeCheckpointer() as checkpointer:
+        # Partial: optimizer state and the other parts are not read.
         restored = checkpointer.restore(
             root / str(step) / "state",
             args=ocp.args.PyTreeRestore(

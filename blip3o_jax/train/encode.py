@@ -1,5 +1,6 @@
-"""Run the frozen encoders over a source once and store codes and latents on disk (layout:
-data/encoded.py).
+"""Run the frozen encoders over a source once and store codes and latents on disk.
+
+data/encoded.py defines the files' layout.
 """
 
 import concurrent.futures
@@ -65,6 +66,7 @@ def weights_fingerprint(frozen: Any) -> str:
         jax.tree_util.tree_leaves_with_path(frozen), key=lambda kv: str(kv[0])
     ):
         digest.update(str(path).encode())
+        # The bytes of the values, so that the cache of other weights of the same shape is not read.
         digest.update(np.asarray(jax.device_get(leaf)).tobytes())
     return digest.hexdigest()
 
@@ -135,7 +137,7 @@ def _write_shard(
             return read_record(source, index, builder.images_of)
         except BadRecord as error:
             files.raise_trouble(error)
-            if error.kind == CHANGED:  # its shard would be kept under the name of other bytes
+            if error.kind == CHANGED:  # the cache's name is a digest of the unchanged data
                 raise ConfigError(str(error)) from error
             unreadable[str(index)] = error.reason
             return []
@@ -148,8 +150,9 @@ def _write_shard(
     waiting: list[tuple[int, int, Views]] = []  # (record of the shard, place, views)
 
     def encode_some() -> None:
-        """Encode one batch of images from any records, which leaves no slots empty. The batch is
-        always full, so that `encode` is compiled once.
+        """Encode one batch of images, taken from any records.
+
+        The batch always has the same size, so that `encode` is compiled once.
         """
         nonlocal outputs
         chosen = waiting[:batch]
@@ -158,6 +161,7 @@ def _write_shard(
         pixels, tokenizer_pixels = (np.stack(column) for column in zip(*rows, strict=True))
         found = jax.device_get(encode(pixels, tokenizer_pixels))
         if not outputs:
+            # Shapes are known from the first result only.
             outputs = tuple(
                 np.zeros((len(indices), slots, *x.shape[1:]), dtype)
                 for x, dtype in zip(found, (np.int32, np.float32), strict=True)
@@ -166,6 +170,7 @@ def _write_shard(
             for (record, place, _), value in zip(chosen, values, strict=False):
                 output[record, place] = value
 
+    # Threads: reading files and decoding images release the interpreter's lock.
     with concurrent.futures.ThreadPoolExecutor() as pool:
         for start in range(0, len(indices), batch):
             for record, found in enumerate(
@@ -174,8 +179,8 @@ def _write_shard(
                 waiting += [(record, place, views) for place, views in found]
             while len(waiting) >= batch:
                 encode_some()
-        # With no readable record at all, one batch says which shapes the arrays have. How many
-        # unreadable ones are too many is for the loader to say.
+        # Without any readable record, one blank batch provides the arrays' shapes. The loader
+        # decides how many unreadable records are too many.
         while waiting or not outputs:
             encode_some()
 

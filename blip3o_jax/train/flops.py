@@ -25,6 +25,7 @@ from blip3o_jax.train.step import make_step
 def _dot_flops(eqn: Any) -> int:
     (contract, _), (batch, _) = eqn.params["dimension_numbers"]
     lhs, rhs = (v.aval.shape for v in eqn.invars)
+    # Contracted and batch dimensions occur in both factors, the others in one.
     shared = math.prod(lhs[d] for d in contract) * math.prod(lhs[d] for d in batch)
     return 2 * shared * (math.prod(lhs) // shared) * (math.prod(rhs) // shared)
 

@@ -110,13 +110,13 @@ def _check_lora(config: Config, parts: tuple[str, ...], path: str) -> None:
     theirs = read_config(root).model
     ours = config.model
     for part in [part for part in parts if part in lora.LORA_PARTS]:
-        has = getattr(theirs, part).lora
-        wants = getattr(ours, part).lora
-        if has.rank and has != wants:
+        saved = getattr(theirs, part).lora
+        configured = getattr(ours, part).lora
+        if saved.rank and saved != configured:
             raise UserError(
-                f"checkpoint.init_from: part {part} of {path} was trained with {has}, this model"
-                f" has {wants}: set model.{part}.lora as there, or merge the factors first (blip3o"
-                " convert export, then import)"
+                f"checkpoint.init_from: part {part} of {path} was trained with {saved}, this model"
+                f" has {configured}: set model.{part}.lora as there, or merge the factors first"
+                " (blip3o convert export, then import)"
             )
 
 
@@ -133,6 +133,7 @@ def match_to_plan(plan: StatePlan, part: str, values: Any, path: str) -> dict[st
         jax.tree_util.keystr(keys): leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(tree)
     }
     found = named(values)
+    # The checkpoint has no factors: the targets' factors are then initialised by `create_state`.
     if found.keys() == named(lora.drop_factors(values)).keys():
         targets = lora.drop_factors(targets)
     if missing := sorted(set().union(*map(named, targets.values())) ^ set(found)):

@@ -1,10 +1,9 @@
-"""Run the training loop, one for every stage and method: a straight line from configuration to
-checkpoints.
+"""Run the training loop, which all stages and methods use, from configuration to checkpoints.
 
-`train` prepares (data first, so that its errors come before any compile), then for each step:
-dispatch, fetch the next batch while the devices work, and only then read the metrics of the step
-before. With several hosts each runs this same loop: every array is a global one, and host 0 alone
-writes metrics, messages and the files next to the checkpoints.
+`train` first opens the data, so that its errors precede any compilation, and the checkpoints. Each
+step is dispatched, then the next batch is fetched while the devices compute, and only then the
+metrics of the step before are read. With several hosts each runs this loop: arrays are global, and
+host 0 alone writes metrics, messages and the files next to the checkpoints.
 """
 
 import contextlib
@@ -62,14 +61,16 @@ class BatchIterator(Protocol):
         ...
 
     def next(self, state: TrainState) -> Batch:
-        """Return the next batch, on the devices. `state` is the state after the step before, which
-        may still be running.
+        """Return the next batch, on the devices.
+
+        `state` is the state after the previous step, which may still be running.
         """
         ...
 
     def position(self) -> Any:
-        """Return the position in the stream after the last batch, as a JSON value; None where a run
-        cannot resume from there.
+        """Return the position in the stream after the last batch, as a JSON value.
+
+        None means that a run cannot resume from there.
         """
         ...
 
@@ -135,7 +136,7 @@ class Method(Protocol):
         ...
 
     def close(self) -> None:
-        """Release all resources; called in any case, whichever methods were called before."""
+        """Release all resources. Always called, even if no other method was."""
         ...
 
 
@@ -154,19 +155,21 @@ def train(
     began = time.monotonic()
     workdir = pathlib.Path(workdir).absolute()
     strategy = Strategy.of(config.mesh)
+    # A wrong size of the batch is reported before the directory is touched.
     strategy.check_batch(config.data.batch_size, config.optimizer.accumulate, config.data.pack)
     with contextlib.ExitStack() as until_done:
-        # First, since a method may start processes when it opens: a second run starts nothing.
+        # The lock first: `method.open` may start processes, which a refused second run must not.
         set_phase("lock" if process_index() == 0 else "barrier", 0)
         lock = until_done.enter_context(WorkdirLock(workdir))
         set_phase("start", 0)
         until_done.push(exits.bounded_close(method.close))
         method.open(config)
-        # From here on SIGTERM is noted, and the watchdog looks: reading a data set for the first
-        # time may take hours.
+        # From here on SIGTERM is handled, and the watchdog runs: training a tokenizer or encoding
+        # the data below may take hours.
         stop = until_done.enter_context(StopRequest())
         watch = until_done.enter_context(Watchdog(config.watchdog))
         watch.enter("vocabulary" if process_index() == 0 else "barrier", 0)
+        # Host 0 trains a tokenizer and writes it; the others read it.
         with host_0_first("vocabulary"):
             config, vocabulary = method.vocabulary(config, workdir)
 
@@ -234,10 +237,14 @@ class _Run:
         for step in range(start + 1, config.steps + 1):
             self.watch.enter("compile" if step == start + 1 else "step", step)
             with (
+                # A transfer inside the step, such as a Python number that became an argument, would
+                # stop the devices at every step.
                 jax.transfer_guard("disallow"),
                 jax.profiler.StepTraceAnnotation("train", step_num=step),
             ):
                 state, metrics = self.spec.step(state, batch)
+            # The position of the batch of this step: `fetch` below replaces it by that of the next
+            # batch.
             done_position = position
             done_host_metrics = host_metrics
             if step < config.steps:
@@ -245,6 +252,7 @@ class _Run:
             if previous is not None:
                 values = self.record(*previous, meter)
             previous = (step, metrics, done_host_metrics)
+            # At every step on every host, as the preemption service requires.
             stopped |= self.stop.due(step)
             if done_position is not None and (
                 stopped or step == config.steps or step % config.checkpoint.every == 0
@@ -252,7 +260,10 @@ class _Run:
                 values = self.record(*previous, meter)
                 previous = None
                 self.watch.enter("save", step)
+                # Another run may have taken the lock over while this process was suspended.
                 self.lock.check()
+                # Logs before the checkpoint: a run that resumes at this step finds all rows up to
+                # it.
                 self.log.sync()
                 self.spec.batches.sync()
                 self.checkpoints.save(step, state, done_position, meter.mean_loss())
@@ -286,10 +297,13 @@ class _Run:
         """
         self.watch.enter("step", step)
         self.checkpoints.check()
+        # One transfer for all metrics; this waits for the step.
         numbers = {name: float(value) for name, value in jax.device_get(metrics).items()}
         meter.count(numbers.pop("tokens", None))
         values = host_metrics | with_groups(numbers)
         meter.losses.append(values["train/loss"])
+        # Checked on the host, one step late: the device's loop needs no answer, and steps that are
+        # not finite change nothing.
         if values["train/bad_steps"] >= self.config.max_nonfinite:
             raise UserError(
                 f"{self.config.title}: loss, gradient or the parameters after it were not finite in"
@@ -311,7 +325,7 @@ class _Run:
         """Write images of a few rows of `batch` to TensorBoard, on runs of a single host."""
         if self.spec.preview is None or jax.process_count() > 1:
             return
-        # As many rows on every device, though fewer may be shown.
+        # The same number of rows on every device; those past `config.preview` are not shown.
         batch_shards = self.context.strategy.batch_shards
         count = -(-self.config.preview // batch_shards) * batch_shards
         rows = jax.tree.map(lambda x: x[:count], batch)
@@ -390,6 +404,7 @@ class _Meter:
             "perf/step_time_seconds": seconds / max(1, self.steps),
             "perf/examples_per_s": self.steps * self.config.data.batch_size / seconds,
             "perf/data_wait_fraction": self.waited / seconds,
+            # ru_maxrss is in KiB on Linux.
             "perf/host_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
         }
         if self.tokens is not None:

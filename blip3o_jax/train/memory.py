@@ -1,4 +1,4 @@
-"""Refuse a training run whose state or batch cannot fit, before anything is allocated or compiled.
+"""Reject a training run whose state or batch cannot fit, before anything is allocated or compiled.
 
 Bytes are counted per device: parameters, gradients, optimizer state and averages exactly as the
 plan places them; of the batch the arrays that no schedule avoids, which are the examples' pixels
@@ -25,10 +25,10 @@ _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def check_memory(config: Config, plan: StatePlan, strategy: Strategy) -> None:
-    """Raise ConfigError that names the setting which is too large for the devices of `strategy`."""
+    """Raise ConfigError that names the setting that is too large for the devices of `strategy`."""
     needs = state_needs(config, plan)
-    # A rollout's arrays are others than an example's, and its policy may leave whole networks out
-    # of the gradient.
+    # In RL the arrays are those of a rollout, and the gradient may leave out whole networks, so
+    # that the counts below would not be lower bounds.
     if not config.rl.rewards:
         needs += batch_needs(config, plan, strategy)
     check_fits(needs, device_bytes(strategy.mesh.local_devices))
@@ -98,6 +98,7 @@ def batch_needs(config: Config, plan: StatePlan, strategy: Strategy) -> list[Nee
     )
     setting = f"data.batch_size={config.data.batch_size}"
     # The contrastive loss has a term for every pair of an image and a caption.
+    # Each device has its images against the captions of all devices, float32.
     pairs = 4.0 * micro * micro * shards if config.stage == "contrastive" else 0.0
     need = batch * given + micro * (each - given) + pairs
     if pairs:

@@ -1,5 +1,4 @@
-"""Write the metrics of a run to metrics.jsonl, TensorBoard events and the terminal (a progress bar
-there, plain lines where the output is not a terminal).
+"""Write the metrics of a run to metrics.jsonl, TensorBoard events and the terminal.
 
 Names have the form GROUP/NAME in all of them: train/ for values that the step computes, perf/ for
 rates and memory, data/ for the data sets, rl/ for rollouts and rewards, eval/ for previews.
@@ -125,7 +124,7 @@ class MetricLog:
 
 
 class SilentLog:
-    """Write nothing: the log of all hosts but the first, whose metrics are the same."""
+    """Write nothing: the log of all hosts except host 0, whose metrics are the same."""
 
     def describe(self, config: Mapping[str, Any], command: str) -> None: ...
 
@@ -139,9 +138,11 @@ class SilentLog:
 
 
 class JsonLines:
-    """Append JSON lines to a file. Opening keeps the rows for which `keep` is true, of those with
-    equal `keys` (whole numbers) the last, and replaces the file if that changes it; a kill at any
-    moment leaves the old file or the new.
+    """Append JSON lines to a file.
+
+    Opening drops rows for which `keep` is false, and all but the last of rows with equal `keys`
+    (integers). The file is replaced only if that changes it; a kill at any moment leaves the old
+    file or the new one.
     """
 
     def __init__(
@@ -156,7 +157,7 @@ class JsonLines:
             damaged = path.with_name(f"{path.name}.damaged")
             shutil.copyfile(path, damaged)
             _log.warning(
-                "%s: left out %s; the file as it was is %s", path, _told(broken), damaged.name
+                "%s: left out %s; the file as it was is %s", path, _describe(broken), damaged.name
             )
         if text.encode() != before:
             files.replace_text(path, text)
@@ -186,7 +187,7 @@ def read_rows(path: pathlib.Path, *keys: str) -> list[dict[str, Any]]:
     """
     rows, broken = parse_rows(path, *keys)
     if broken:
-        _log.warning("%s: left out %s", path, _told(broken))
+        _log.warning("%s: left out %s", path, _describe(broken))
     return list(rows.values())
 
 
@@ -211,7 +212,7 @@ def parse_rows(path: pathlib.Path, *keys: str) -> tuple[dict[int, dict[str, Any]
     return rows, broken
 
 
-def _told(broken: dict[int, str]) -> str:
+def _describe(broken: dict[int, str]) -> str:
     """Describe the broken lines, like "6 lines (4 no JSON, 2 no object): 3, 7, 12, 13, 15, ..."."""
     if len(broken) == 1:
         ((number, wrong),) = broken.items()

@@ -28,7 +28,7 @@ from blip3o_jax.config import ConfigError, OptimizerConfig, check, check_choice
 from blip3o_jax.config.errors import not_a_choice, type_and_line
 from blip3o_jax.config.train import MAX_LEARNING_RATE
 
-# Kernels [layers, in, out], each layer for itself.
+# Kernels [layers, in, out]: each layer's matrix is orthogonalised separately.
 _STACKED_MATRIX = optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)
 # Last names of the parameters that are not decayed: the scales of all norms are called "scale".
 _NOT_DECAYED = ("scale", "bias", "log_scale")
@@ -98,8 +98,10 @@ def learning_rate(cfg: OptimizerConfig, steps: int) -> optax.Schedule:
     )
     with _one_line(f"optimizer.schedule: optax.{schedule.name}"):
         made = make(**arguments)
-        # Arguments of a schedule have no bounds of their own; its values have those of a rate.
+        # A schedule's arguments have no bounds; its values have those of a learning rate.
+        # Checked at the start, at the end of warm-up and at eighths of the run.
         points = sorted({0, 1, warmup, *(steps * part // 8 for part in range(9))})
+        # Values rather than tracers, even where the caller is being traced.
         with jax.ensure_compile_time_eval():
             values = [float(made(jnp.asarray(step, jnp.int32))) for step in points]
     for step, value in zip(points, values, strict=True):
@@ -119,6 +121,7 @@ def make_optimizer(cfg: OptimizerConfig, steps: int) -> optax.GradientTransforma
     """
     rate = learning_rate(cfg, steps)
     check_choice("optimizer.name", cfg.name, optimizers())
+    # Before the optimizer: moments see clipped gradients.
     clip = optax.clip_by_global_norm(cfg.clip_norm) if cfg.clip_norm else optax.identity()
     if cfg.name == "muon":
         main = {"muon": _muon(cfg, rate), "adamw": _made(cfg, rate, "adamw", _adamw(cfg))}
@@ -181,9 +184,10 @@ def _muon(cfg: OptimizerConfig, rate: optax.Schedule) -> optax.GradientTransform
         "muon_weight_dimension_numbers": lambda params: jax.tree.map(
             lambda _: _STACKED_MATRIX, params
         ),
+        # The root mean square of AdamW's updates (arXiv 2502.16982, sec. 2.2).
         "consistent_rms": 0.2,
     } | _moment_dtype(cfg, "muon", takes)
-    # Optax's Muon has an AdamW of its own, which no parameter comes to here.
+    # optax's Muon contains an AdamW for other parameters, which is unused here (`_labels`).
     free = {
         name: p
         for name, p in takes.items()
@@ -228,8 +232,9 @@ def _keywords(
     kwargs: tuple[tuple[str, Any], ...],
     takes: Mapping[str, inspect.Parameter],
 ) -> dict[str, Any]:
-    """Return `kwargs` as a dict. ConfigError that names the nearest argument for one that `takes`
-    does not have.
+    """Return `kwargs` as a dict.
+
+    Raises ConfigError for an argument that is not in `takes`, naming the nearest one that is.
     """
     for name, _ in kwargs:
         if name not in takes:
@@ -243,7 +248,7 @@ def _takes(make: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
 
 @contextlib.contextmanager
 def _one_line(what: str) -> Iterator[None]:
-    """Turn what optax raises for an argument's value into a ConfigError of one line."""
+    """Convert an exception of optax for an argument's value to a ConfigError of one line."""
     try:
         yield
     except Exception as error:
@@ -251,8 +256,10 @@ def _one_line(what: str) -> Iterator[None]:
 
 
 def _check_runs(optimizer: optax.GradientTransformation) -> None:
-    """Raise what an update raises, on shapes alone: some arguments are looked at no earlier, and
-    some optimizers (lbfgs) ask for more than gradients.
+    """Run `init` and `update` on shapes alone, and raise their exceptions.
+
+    Some arguments are checked by `update` only, and some optimizers (lbfgs) need more than
+    gradients.
     """
     params = {"kernel": jnp.zeros((2, 4, 4)), "scale": jnp.zeros(4)}
     state = jax.eval_shape(optimizer.init, params)

@@ -1,5 +1,6 @@
-"""Train recipes: named stages that run one after the other, each in `workdir`/NAME; the last one
-holds the whole model.
+"""Train recipes: named stages that run in sequence, each in `workdir`/NAME.
+
+The last stage's checkpoint holds the whole model.
 """
 
 import dataclasses

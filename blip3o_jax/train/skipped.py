@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 
 from blip3o_jax.parallel import distributed
 
-# Changes that are kept: a host dispatches the step after the one whose metrics another still waits
-# for, and has fetched a batch more by then.
-_KEPT = 8
+# Number of changes to store: a host may have dispatched the step after the one whose metrics
+# another host waits for, and have fetched one more batch.
+_STORED = 8
 
 
 class SkippedRecords:
@@ -29,7 +29,7 @@ class SkippedRecords:
         from those before."""
         if self._history and self._history[-1][1] == counts:
             return
-        self._history = [*self._history, (batch, dict(counts))][-_KEPT:]
+        self._history = [*self._history, (batch, dict(counts))][-_STORED:]
         if distributed.process_count() > 1:
             text = json.dumps([self._group, self._history])
             distributed.set_key(f"skipped/{distributed.process_index()}", text)
@@ -39,7 +39,7 @@ class SkippedRecords:
         groups = {self._group: self._history}
         if distributed.process_count() > 1:
             published = distributed.read_keys("skipped")
-            # The lowest host of a group stands for it: host 0 goes on from what a checkpoint has.
+            # The lowest host of a group counts: host 0 continues the checkpoint's counts.
             hosts = sorted(published, key=int, reverse=True)
             groups = dict(json.loads(published[host]) for host in hosts)
         counts: collections.Counter[str] = collections.Counter()

@@ -1,5 +1,6 @@
-"""Define the training stages: the parts, the loss and the trainable parameters of each. The loop is
-the same for all.
+"""Define the training stages: the parts, the loss and the trainable parameters of each.
+
+The training loop is the same for all stages.
 
     autoencoder   pixels -> vae -> pixels                        L1 + image gradients
     contrastive   (pixels, caption) -> encoder, text tower       SigLIP's sigmoid loss, optionally
@@ -41,14 +42,14 @@ def no_normalizers(batch: Batch, examples: int) -> dict[str, jax.Array]:
 
 
 def no_totals(batch: Batch) -> dict[str, jax.Array]:
-    """Return no totals: the steps and the examples of a batch are counted for every stage."""
+    """Return no totals: the loop itself counts steps and examples."""
     del batch
     return {}
 
 
 @dataclasses.dataclass(frozen=True)
 class Loss:
-    """Define what a train step minimizes, and the sums that it counts over the whole batch.
+    """Define the loss of a train step, and the sums that the step counts over the whole batch.
 
     `normalizers`: (batch, number of examples) -> {name: scalar}, the divisors of the function, as
     means over the examples. The step counts them before it splits the batch and adds them to it,
@@ -116,8 +117,10 @@ def stage_parts(config: Config) -> tuple[str, ...]:
 
 
 def stage_trainable(config: Config) -> tuple[str, ...]:
-    """Return the default filter of a stage: with reference slots also the connectors of references,
-    and the layers of the DiT at the ends of the wider map (BLIP3o-NEXT, arXiv 2510.15857, sec. 4).
+    """Return the stage's default patterns of trainable parameters.
+
+    With reference slots they include the connectors of references and, for concatenated latents,
+    the DiT's input and output layers (BLIP3o-NEXT, arXiv 2510.15857, sec. 4).
     """
     editing, patterns = config.model.editing, STAGES[config.stage].trainable
     if config.stage != "joint" or not editing.reference_slots:
@@ -133,6 +136,7 @@ def stage_trainable(config: Config) -> tuple[str, ...]:
 def trainable_filter(config: Config) -> Callable[[str], bool]:
     """Return whether the parameter of a path name ("ar/layers/...") is trained."""
     compiled = [re.compile(p) for p in config.trainable or stage_trainable(config)]
+    # `fullmatch`: a pattern that names a layer must not select another with the same beginning.
     return lambda name: any(p.fullmatch(name) for p in compiled)
 
 
@@ -152,6 +156,7 @@ def _loss_function(config: Config, image_token_offset: int) -> LossFunction:
         x_BHWC = scale_pixels(batch["pixels"])
         with nn.part("vae"):
             scale = config.model.vae.scaling_factor
+            # Noise is added at the scale of the latents that the diffusion head has.
             z_BHWC = model.vae.encode(x_BHWC).astype(jnp.float32) * scale
             noise = jax.vmap(lambda key: jax.random.normal(key, z_BHWC.shape[1:]))(keys_B)
             noisy_BHWC = z_BHWC + config.loss.latent_noise * noise
@@ -161,6 +166,7 @@ def _loss_function(config: Config, image_token_offset: int) -> LossFunction:
                 config.loss.gradient,
                 config.loss.squared,
             )
+        # Added inside of the root, whose gradient is infinite at 0 (a channel that is constant).
         deviation_C = jnp.sqrt(jnp.mean(z_BHWC**2, axis=(0, 1, 2)) + 1e-8)
         off_scale = jnp.mean(jnp.log(deviation_C) ** 2)
         return loss + config.loss.latent_scale * off_scale, metrics | {
@@ -191,9 +197,11 @@ def _loss_function(config: Config, image_token_offset: int) -> LossFunction:
         model: Blip3o, batch: Batch, keys_B: jax.Array
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         with nn.part("tokenizer"):
+            # One key for all rows: the stochastic codebook samples over the whole array
+            # (SimVq._assign).
             out = model.tokenizer(scale_pixels(batch["tokenizer_pixels"]), key=keys_B[0])
-        # Relative to the features' variance: 1 is what their mean alone would score, whatever the
-        # encoder's scale.
+        # Divided by the features' variance: predicting their mean has error 1 at any scale of the
+        # encoder.
         variance = jnp.mean((out.teacher_BND - out.teacher_BND.mean(axis=(0, 1))) ** 2)
         reconstruction = jnp.mean((out.reconstructed_BND - out.teacher_BND) ** 2) / variance
         loss = (

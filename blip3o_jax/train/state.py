@@ -74,6 +74,7 @@ def _initialize_part(
     if not jax.tree.leaves(at):
         return at
     initialize = lambda: own(_by_group(config, _build(config, (part,))))
+    # jit with `out_shardings`: every device creates its shards only, from the same key.
     return jax.jit(initialize, out_shardings=at, compiler_options=options)()
 
 
@@ -83,6 +84,8 @@ def _initial_optimizer_state(
     """Return the initial optimizer state, EMA and counters."""
     return {
         "opt": optimizer.init(params),
+        # A copy: parameters and average are both donated to the step, and one buffer cannot be
+        # donated twice.
         "ema": jax.tree.map(jnp.copy, params) if config.optimizer.ema_decay else {},
     } | {name: jnp.zeros((), jnp.int32) for name in COUNTERS}
 
@@ -100,6 +103,7 @@ def _optimizer_shardings(
     placed = {path: (x.shape, at[path]) for path, x in jax.tree.leaves_with_path(params)}
 
     def sharding(path: tuple[Any, ...], x: jax.ShapeDtypeStruct) -> jax.NamedSharding:
+        # Optax nests the parameters' tree below its own names ("mu", "nu", ...).
         parameter = next((placed[path[i:]] for i in range(len(path)) if path[i:] in placed), None)
         if parameter is None:
             return replicated
@@ -107,6 +111,7 @@ def _optimizer_shardings(
         if x.shape == shape:
             return where
         spec = (*where.spec, *[None] * (len(shape) - len(where.spec)))
+        # Adafactor stores the mean over one dimension: the shape without it.
         for i in range(len(shape)):
             if x.shape == shape[:i] + shape[i + 1 :]:
                 return jax.NamedSharding(where.mesh, jax.P(*spec[:i], *spec[i + 1 :]))
@@ -128,6 +133,7 @@ def plan_state(config: Config, strategy: Strategy) -> StatePlan:
             f"trainable={config.trainable!r} matches no parameter of stage {config.stage!r}"
         )
     shapes = {"params": nnx.to_pure_dict(params), "frozen": nnx.to_pure_dict(frozen)}
+    # Shapes alone, so that planning a model of any size costs no memory.
     shapes |= jax.eval_shape(
         lambda params: _initial_optimizer_state(config, optimizer, params), shapes["params"]
     )
@@ -169,8 +175,8 @@ def create_state(
         group: {part: tree[group] for part, tree in (given or {}).items() if group in tree}
         for group in WEIGHTS
     }
-    # Runs once, so on CPUs, whose compiler takes its time over random numbers, it is not worth
-    # optimising.
+    # The programs run once. XLA's CPU compiler spends long on optimizing random numbers, which
+    # does not pay here.
     options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else {}
     weights = taken
     # A program for each part: XLA's CPU compiler takes time that grows with the square of the

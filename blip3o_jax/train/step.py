@@ -20,8 +20,9 @@ Metrics = dict[str, jax.Array]
 
 
 def example_keys(seed: int, step: jax.Array | int, rows: int) -> jax.Array:
-    """Return one key for each example of the global batch, folded from (seed, step): independent of
-    how the batch is split into micro-batches and shards.
+    """Return one key for each example of the global batch, derived from (seed, step).
+
+    The keys do not depend on how the batch is split into micro-batches and shards.
     """
     return jax.random.split(jax.random.fold_in(jax.random.key(seed), step), rows)
 
@@ -55,8 +56,9 @@ def _mean_gradients(
 
 
 def _all_finite(*trees: Any) -> jax.Array:
-    """Return whether the results of a step are all finite. A learning rate can make them infinite
-    even with a finite gradient.
+    """Return whether all results of a step are finite.
+
+    With a finite gradient they can still be infinite, if the learning rate is too large.
 
     Compiled for four v5p chips with AdamW and fsdp, this costs one all-reduce of booleans, six
     times the bytes of a chip's parameters in memory traffic and half of them in memory; leaving out
@@ -72,6 +74,7 @@ def make_step(
     """Compile the train step. Its metrics are the stage's own, the loss, the gradient norm in total
     and per part, the learning rate and the counters.
     """
+    # The optimizer has its own copy of the schedule; this one is for the metric.
     schedule = learning_rate(config.optimizer, config.steps)
 
     def loss_fn(
@@ -82,11 +85,12 @@ def make_step(
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         batch = dict(batch)
+        # Counted by the step, not read by the loss.
         skipped_B = batch.pop("bad_records")
         # [B], or [rows, examples of each] where rows are packed.
         leading = skipped_B.shape
         totals = loss.totals(batch)
-        # What the loss divides by is counted here, since micro-batches differ in it.
+        # The divisors of the loss are counted over the whole batch: micro-batches differ in them.
         batch |= {
             name: jnp.broadcast_to(value, leading)
             for name, value in loss.normalizers(batch, skipped_B.size).items()
@@ -100,6 +104,8 @@ def make_step(
         )
         with jax.named_scope("optimizer"):
             norms = {f"grad_norm/{part}": optax.tree.norm(g) for part, g in grads.items()}
+            # The global norm from the parts' norms, which are metrics anyway: no second pass over
+            # the gradients.
             norm = jnp.sqrt(sum(n**2 for n in norms.values()))
             updates, opt = plan.optimizer.update(grads, state["opt"], state["params"])
             params = optax.apply_updates(state["params"], updates)
@@ -116,7 +122,7 @@ def make_step(
             "skipped_steps": state["skipped_steps"] + jnp.where(finite, 0, 1),
             "bad_records": state["bad_records"] + jnp.sum(skipped_B),
         }
-        # A step that is not applied does not move the optimizer's clock either.
+        # The optimizer's own count skips steps that are not applied; the metric does too.
         rate = schedule(state["step"] - state["skipped_steps"])
         metrics |= norms | counters | {"grad_norm": norm, "learning_rate": rate} | totals
         return {
@@ -128,8 +134,8 @@ def make_step(
             **counters,
         }, metrics
 
-    # On CPUs donated arrays are copied, after the step has written them elsewhere; a second state
-    # is cheaper there.
+    # On CPUs XLA copies donated arrays after the step has written its results elsewhere: a second
+    # state is cheaper there.
     donated = () if strategy.mesh.devices.flat[0].platform == "cpu" else (0,)
     return strategy.jit(
         step, donate_argnums=donated, out_shardings=(plan.shardings, strategy.replicated())

@@ -26,11 +26,13 @@ _REQUIRED = ("state/manifest.ocdbt", "state/_METADATA", "meta/metadata")
 
 
 class CheckedStep(ocp.path.atomicity.AtomicRenameTemporaryPath):
-    """Finish a step with a manifest. Orbax renames a step on host 0 once all hosts have written it;
-    here the rename has two phases, and the manifest is written between them: with all of Orbax's
-    own files in place and before the final name. Host 0 reads the step once for that, in the
-    background. A kill in between leaves a temporary name, which a resumed run removes. Orbax uses
-    this class for the items inside a step too; those have no manifest of their own.
+    """Write a step's manifest before the step gets its final name.
+
+    Orbax renames a step on host 0 once all hosts have written it. Here the rename has two phases,
+    and the manifest is written between them, when all of Orbax's files are in place. Host 0 reads
+    the step once for that, in the background. A kill in between leaves a temporary name, which a
+    resumed run removes. Orbax uses this class for the items inside a step too, which have no
+    separate manifest.
     """
 
     @classmethod
@@ -53,8 +55,9 @@ class CheckedStep(ocp.path.atomicity.AtomicRenameTemporaryPath):
 
 
 def all_steps(directory: pathlib.Path) -> list[int]:
-    """Return the steps that have their final name, ascending, intact or not. Names such as "007"
-    are not steps.
+    """Return the steps that have their final name, ascending, whether intact or damaged.
+
+    Names such as "007" are not steps.
     """
     if not directory.is_dir():
         return []
@@ -64,12 +67,14 @@ def all_steps(directory: pathlib.Path) -> list[int]:
 
 
 def damage(directory: pathlib.Path, *, shared: bool = False) -> str:
-    """Return what is wrong with a step, "" if it is intact. `shared`: all hosts call this; each
-    reads part of the files, and all get the first fault found.
+    """Return a description of a step's damage, "" if it is intact.
+
+    With `shared` all hosts call this: each reads some of the files, and all return the same fault.
     """
     if not shared or jax.process_count() == 1:
         return checksums.find_damage(directory, required=_REQUIRED)
     found = checksums.find_damage(directory, jax.process_index(), jax.process_count(), _REQUIRED)
+    # Collectives exchange arrays of equal shape, so that the text is padded to 512 bytes.
     packed = np.zeros(512, np.uint8)
     text = found.encode()[: len(packed)]
     packed[: len(text)] = np.frombuffer(text, np.uint8)
@@ -81,8 +86,9 @@ def damage(directory: pathlib.Path, *, shared: bool = False) -> str:
 
 
 def check_intact(root: pathlib.Path, step: int, *, shared: bool = False) -> None:
-    """Raise UserError where a step is damaged, naming the newest intact one: the user decides which
-    weights to use. `shared` as in `Checkpoints.newest_intact`.
+    """Raise UserError if a step is damaged, naming the newest intact step.
+
+    The user decides which weights to use. `shared` is as in `Checkpoints.newest_intact`.
     """
     reason = damage(root / str(step), shared=shared)
     if not reason:

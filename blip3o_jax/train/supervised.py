@@ -1,4 +1,4 @@
-"""Training on data: what the loop needs to be told of it."""
+"""Train the supervised stages: implement the training loop's `Method` on data sets."""
 
 import collections
 import functools
@@ -51,6 +51,7 @@ class Supervised:
         processes = ProcessGroup(
             distributed.process_index(),
             distributed.process_count(),
+            # A day: host 0 may read terabytes of shards for the first time.
             lambda: distributed.barrier("index", seconds=86400.0),
         )
         self._sources = open_mixture(config.data, processes)
@@ -66,7 +67,8 @@ class Supervised:
         strategy = context.strategy
         sources = self._sources
         if position is not None and distributed.process_index() > 0:
-            position = position | {"skipped": {}}  # host 0 goes on from what all have skipped
+            # The saved counts are sums over all hosts: host 0 alone continues them.
+            position = position | {"skipped": {}}
         if config.model.buckets and "pixels" in STAGES[config.stage].fields:
             groups = by_shape(sources, config.model, config.data.max_pixels)
             sources = [source for group in groups for source in group]
@@ -92,7 +94,7 @@ class Supervised:
         measured = peak_flops(jax.devices()[0]) is not None
         flops = functools.partial(model_flops, config, strategy) if measured else None
         data_metrics = _unused([source for source, _ in self._sources])
-        # Last, since it starts a thread and the workers, which an exception above would leave.
+        # Last, since it starts a thread and worker processes, which an exception above would leak.
         batches = _PrefetchedBatches(
             DevicePrefetch(loader, strategy.batch_sharding()), data_metrics, rows
         )
@@ -120,6 +122,7 @@ class _PrefetchedBatches:
     def next(self, state: TrainState) -> Batch:
         del state
         batch = next(self._prefetch)
+        # Fetched, the step not done: the loop reads one batch ahead.
         self._fetched += 1
         self._positions.append(self._prefetch.state())
         self._skipped.add(self._fetched, self._positions[-1]["skipped"])
@@ -187,8 +190,10 @@ def _encode_sources(
         )
 
     encoders = {part: state["frozen"][part] for part in ("tokenizer", "vae")}
-    if jax.process_count() > 1:  # hosts fill different parts, each by itself, on its own devices
+    if jax.process_count() > 1:
+        # Each host encodes different shards, on its devices alone.
         strategy = Strategy.of(MeshConfig(data=-1, fsdp=1, strategy="dp"), jax.local_devices())
+        # Gathered first, since a host's devices hold only shards of the encoders under fsdp.
         encoders = jax.device_put(
             multihost_utils.process_allgather(encoders, tiled=True), strategy.replicated()
         )

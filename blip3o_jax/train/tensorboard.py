@@ -13,8 +13,10 @@ from blip3o_jax import files
 
 
 class EventFile:
-    """Write an event file in the calling thread: tensorboardX's own SummaryWriter has a thread that
-    dies on a full disk, and then blocks its caller for ever.
+    """Write an event file in the calling thread.
+
+    tensorboardX's SummaryWriter writes in a thread that dies on a full disk, after which the
+    caller blocks for ever.
 
     Raises OSError, with the file's name, where the disk is full or fails.
     """

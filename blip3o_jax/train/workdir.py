@@ -1,10 +1,11 @@
-"""A run's working directory: one run at a time, and none that is refused leaves anything in it.
+"""Lock a run's working directory, and remove what a refused run has created in it.
 
-WORKDIR/lock.json names the process that writes there: host, pid and since when. Its modification
-time, renewed every HEARTBEAT_PERIOD seconds, is its heartbeat. A second run is refused. The lock of
-a process that is gone is taken over: on the same machine at once, on another after STALE_AFTER
-seconds without a heartbeat, for a preempted job begins elsewhere within seconds. The lock needs
-exclusive creation and renaming alone, so that it holds on network file systems.
+WORKDIR/lock.json names the process that writes there: host, pid and start time. The file's
+modification time, renewed every HEARTBEAT_PERIOD seconds, is the process's heartbeat. A second run
+is refused. The lock of a process that has ended is taken over: on the same machine at once, on
+another after STALE_AFTER seconds without a heartbeat, since a preempted job resumes elsewhere
+within seconds. The lock uses only exclusive creation and renaming, so that it works on network file
+systems.
 """
 
 import contextlib
@@ -56,13 +57,15 @@ class Owner:
 
     @classmethod
     def read(cls, path: pathlib.Path) -> "Owner | None":
-        """Return the owner that a lock names, an unknown one where it names none (it is being
-        written, or a kill cut that short); None where there is no lock.
+        """Return the owner of a lock, or None if there is no lock.
+
+        The owner is an unknown one if the file is incomplete: it is being written, or its writer
+        was killed.
         """
         try:
             state = path.stat()
             seen = state.st_mtime
-            if not stat.S_ISREG(state.st_mode):  # reading a pipe need not end
+            if not stat.S_ISREG(state.st_mode):  # reading a pipe might block for ever
                 return cls(seen=seen)
             owner = cls(**json.loads(path.read_bytes()), seen=seen)
             return owner if isinstance(owner.pid, int) and 0 < owner.pid < 2**31 else cls(seen=seen)
@@ -75,15 +78,16 @@ class Owner:
         return f"host {self.host}, pid {self.pid}, since {self.since}"
 
     def here(self) -> bool:
-        """Return whether its process runs on this machine, so that its pid can be looked up."""
+        """Return whether the owner's process is of this machine, so that its pid can be checked."""
         return bool(self.machine) and (self.host, self.machine) == (
             socket.gethostname(),
             _machine(),
         )
 
     def runs(self) -> bool:
-        """Return whether the process of an owner that is `here` runs, and is not another with the
-        same pid.
+        """Return whether the process of an owner that is `here` still runs.
+
+        The start time distinguishes it from a later process with the same pid.
         """
         try:
             os.kill(self.pid, 0)
@@ -103,9 +107,7 @@ def _machine() -> str:
 
 
 def _process_start(pid: int) -> int | None:
-    """Return when a process began, by /proc; None where that does not tell, or for one that has
-    ended.
-    """
+    """Return a process's start time from /proc; None if it has ended or /proc is unavailable."""
     try:
         fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -114,9 +116,7 @@ def _process_start(pid: int) -> int | None:
 
 
 def _check_kinds(workdir: pathlib.Path) -> None:
-    """Raise UserError where a directory is in a file's place or the reverse: the run would fail
-    when it writes there.
-    """
+    """Raise UserError if a directory has the name of a file that the run writes, or vice versa."""
     for path in (*map(workdir.joinpath, FILES), *sorted(workdir.glob("*.jsonl"))):
         if os.path.lexists(path) and not path.is_file():
             raise UserError(
@@ -132,8 +132,7 @@ def _check_kinds(workdir: pathlib.Path) -> None:
 
 
 class WorkdirLock:
-    """Lock the working directory (`with WorkdirLock(workdir) as lock:`); in a job of many hosts,
-    host 0 does.
+    """Lock the working directory (`with WorkdirLock(workdir) as lock:`), on host 0.
 
     Raises UserError if another run holds the lock or the directory cannot be written to. Unless
     `begun` is set, leaving removes what the failed start has made: the directory itself and a
@@ -168,6 +167,7 @@ class WorkdirLock:
 
     def __exit__(self, *_: object) -> None:
         if process_index() == 0:
+            # The heartbeat's thread ends first: it must not renew the lock of a successor.
             self._end.set()
             self._thread.join()
             self._leave()
@@ -221,6 +221,8 @@ class WorkdirLock:
         values = dataclasses.asdict(Owner.this_process(self._token))
         del values["seen"]
         try:
+            # O_EXCL: creation fails if the file exists, which is atomic on network file systems
+            # too.
             descriptor = os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
         except FileExistsError:
             return False
@@ -248,6 +250,7 @@ class WorkdirLock:
             now = Owner.read(self._path)
             if now is None:
                 return False
+            # A changed time is a heartbeat, a changed token another run: either holds the lock.
             if (now.token, now.seen) != (owner.token, owner.seen):
                 return True
         return False
@@ -274,14 +277,15 @@ class WorkdirLock:
             return
         taken = Owner.read(aside)
         if taken is not None and taken.token != owner.token and not self._path.exists():
-            aside.rename(self._path)  # of one who was faster and lives
+            # The lock of a faster process that took over meanwhile: give it back.
+            aside.rename(self._path)
             return
         aside.unlink()
         log_host0(f"{self._workdir}: took over the lock of {owner}, which is gone")
 
     def _renew(self) -> None:
         while not self._end.wait(HEARTBEAT_PERIOD):
-            with contextlib.suppress(OSError):  # shows in `check`, or in what else is written
+            with contextlib.suppress(OSError):  # `check` or another write reports the fault
                 if self._mine():
                     os.utime(self._path)
 

@@ -96,11 +96,11 @@ def test_parts_have_tables_of_their_own():
 
 def test_axes_that_nothing_would_lie_over():
     with fails(
-        "mesh.tensor=2: strategy fsdp puts nothing on that axis, its devices would all do the "
-        "same; use fsdp_tp"
+        "mesh.tensor=2: strategy fsdp shards nothing over that axis, so its devices would repeat "
+        "the same work; use fsdp_tp"
     ):
         tiny.strategy("fsdp", fsdp=2, tensor=2)
-    with fails("mesh.sequence=2: strategy fsdp_tp puts nothing on that axis"):
+    with fails("mesh.sequence=2: strategy fsdp_tp shards nothing over that axis"):
         tiny.strategy("fsdp_tp", fsdp=2, tensor=2, sequence=2)
     tiny.strategy("fsdp", fsdp=2, sequence=2, parts=(("dit", "fsdp_sp"),))
     with fails(
