@@ -3,11 +3,13 @@ for their messages.
 """
 
 import difflib
+import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
 _SHOWN = 80  # characters of a value in a message
 _LISTED = 40  # valid values that a message lists
+_GUESSES = 3  # nearest names in a message
 
 
 class UserError(ValueError):
@@ -55,11 +57,61 @@ def did_you_mean(wrong: Any, choices: Iterable[str], form: Callable[[str], str] 
 
     `form`: how the message writes a choice.
     """
+    near = nearest(wrong, choices)
+    return f"did you mean {' or '.join(map(form, near))}?" if near else ""
+
+
+def nearest(wrong: Any, choices: Iterable[str]) -> list[str]:
+    """Return the choice that `wrong` misspells, or else those that share its words; [] for none."""
+    choices = list(choices)
+    misspelt = correction(wrong, choices)
+    return [misspelt] if misspelt else _of_same_words(wrong, choices)
+
+
+def correction(wrong: Any, choices: Iterable[str]) -> str | None:
+    """Return the choice that differs from `wrong` in a few letters only. Case does not matter."""
     if not isinstance(wrong, str):
-        return ""
+        return None
     by_case = {choice.lower(): choice for choice in choices}
-    near = difflib.get_close_matches(wrong.lower(), by_case, n=1, cutoff=0.5)
-    return f"did you mean {form(by_case[near[0]])}?" if near else ""
+    near = difflib.get_close_matches(wrong.lower(), by_case, n=1, cutoff=0.75)
+    return by_case[near[0]] if near else None
+
+
+def _of_same_words(wrong: Any, choices: Iterable[str]) -> list[str]:
+    """Return the choices that share words with `wrong`, the best first, or whose initials it is:
+    "kl" for kl_coef, "num_inference_steps" for steps, "lr" for learning_rate. Where many do equally
+    well none is returned, since it would be a guess.
+    """
+    given = _words(wrong) if isinstance(wrong, str) else []
+    scores = {choice: _overlap(given, _words(choice)) for choice in choices}
+    best = max(scores.values(), default=0.0)
+    near = [c for c, score in scores.items() if score and score >= 0.75 * best]
+    near.sort(key=lambda choice: -scores[choice])
+    return near if len(near) <= _GUESSES else []
+
+
+def _words(name: str) -> list[str]:
+    return re.findall("[a-z]+|[0-9]+", name.lower())
+
+
+def _overlap(given: list[str], words: list[str]) -> float:
+    """Return the Dice coefficient of two names' words. 0 where they have neither the first nor the
+    last word of `words` in common: what is in the middle says little about a name.
+    """
+    if len(words) > 1 and given == ["".join(word[0] for word in words)]:
+        return 1.0
+    common = [any(_same_word(word, other) for other in given) for word in words]
+    if not (common and (common[0] or common[-1])):
+        return 0.0
+    return 2 * sum(common) / (len(words) + len(given))
+
+
+def _same_word(a: str, b: str) -> bool:
+    """Return whether two words are equal, one begins with the other, or both begin alike
+    ("accumulate", "accumulation").
+    """
+    shorter = min(len(a), len(b))
+    return a == b or (shorter > 1 and a[: min(4, shorter)] == b[: min(4, shorter)])
 
 
 def escaped(text: str) -> str:

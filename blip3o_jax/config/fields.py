@@ -29,8 +29,9 @@ from blip3o_jax.config.errors import (
     ConfigError,
     check,
     check_choice,
-    did_you_mean,
+    correction,
     listed,
+    nearest,
     not_a_choice,
     shown,
 )
@@ -177,16 +178,23 @@ def from_dict(values: Any, cls: type[Group], path: str = "") -> Group:
 
 def unknown_key(key: Any, cls: type, path: str) -> ConfigError:
     """Return the error of a key that the group `cls` at `path` does not have. It names the fields
-    of that name in the groups below, or the nearest field.
+    of that name in the groups below, or the nearest field of the group, or the nearest below. A key
+    that is no misspelling may mean something else: then the fields of the group are listed too.
     """
     name = key if isinstance(key, str) and key.isprintable() else shown(key)
-    below = [join(path, field) for field in _names_below(cls) if field.split(".")[-1] == name]
-    if below:
-        hint = f"did you mean {' or '.join(below)}?"
-    else:
-        near = did_you_mean(name, field_types(cls), lambda field: join(path, field))
-        hint = near or f"it takes {listed(field_types(cls))}"
-    return ConfigError(f"unknown config key {join(path, name)}: {hint}")
+    own = {field: [field] for field in field_types(cls)}
+    below: dict[str, list[str]] = {}
+    for field in _names_below(cls):
+        below.setdefault(field.split(".")[-1], []).append(field)
+    near = below.get(name, [])
+    for names in (own, below):
+        near = near or [field for other in nearest(name, names) for field in names[other]]
+    hints = []
+    if near:
+        hints.append(f"did you mean {' or '.join(join(path, field) for field in near)}?")
+    if name not in below and not correction(name, [*own, *below]):
+        hints.append(f"{path or 'the config'} takes {listed(own)}")
+    return ConfigError(f"unknown config key {join(path, name)}: {' '.join(hints)}")
 
 
 def _names_below(cls: type) -> Iterator[str]:

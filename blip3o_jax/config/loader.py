@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from blip3o_jax.config import fields
-from blip3o_jax.config.errors import ConfigError, UserError, did_you_mean, shown
+from blip3o_jax.config.errors import ConfigError, UserError, check, did_you_mean, shown
 from blip3o_jax.config.run import Config
 from blip3o_jax.config.serializer import from_dict, to_dict
 
@@ -51,8 +51,18 @@ def load_recipe(path_with_arg: str, overrides: Overrides = ()) -> dict[str, Conf
     recipe = {name: _values(path, config) for name, config in returned.items()}
     pairs = overrides.items() if isinstance(overrides, Mapping) else overrides
     for key, text in sorted(pairs, key=lambda pair: not pair[0].endswith(f".{fields.MODEL_TYPE}")):
+        check(
+            all(key.split(".")),
+            f"--config.{key}={shown(text)} names no field: write --config.GROUP.FIELD=VALUE, as in "
+            "--config.optimizer.learning_rate=1e-4",
+        )
         name, _, rest = key.partition(".")
-        of_one = bool(name and rest) and name in recipe
+        check(
+            bool(rest) or name not in recipe,
+            f"config key {key} is a stage of the recipe; set one of its fields: "
+            f"--config.{key}.steps=VALUE",
+        )
+        of_one = name in recipe
         for values in [recipe[name]] if of_one else recipe.values():
             override(values, rest if of_one else key, text)
     return {

@@ -100,6 +100,8 @@ def test_a_recipe_is_overridden_as_a_whole_or_by_name(write):
     assert loader.load(path) == config.Config(steps=6)
     with pytest.raises(config.UserError, match=r"unknown config key stepps: did you mean steps\?"):
         loader.load_recipe(path, {"joint.stepps": "9"})
+    with pytest.raises(config.UserError, match=r"stage of the recipe; .*--config\.joint\.steps="):
+        loader.load_recipe(path, {"joint": "9"})
 
 
 @pytest.mark.parametrize(
@@ -128,6 +130,8 @@ def test_a_recipe_is_overridden_as_a_whole_or_by_name(write):
         ),
         ({"data": "x"}, "config key data is a group; set one of its fields: path, format"),
         ({"steps.x": "1"}, "config key steps.x: steps is a single value"),
+        ({"": "3"}, "--config.='3' names no field: write --config.GROUP.FIELD=VALUE"),
+        ({"optimizer..b1": "1"}, "--config.optimizer..b1='1' names no field: write"),
         ({"steps": "-1"}, "steps=-1 must lie between 1 and"),
         ({"steps": "9" * 5000}, "steps='9999"),
         ({"seed": "4294967296"}, "seed=4294967296 must lie between 0 and 4,294,967,295"),
@@ -147,7 +151,7 @@ def test_a_recipe_is_overridden_as_a_whole_or_by_name(write):
         ({"trainable": "(" * 5000}, "trainable='((((("),
         (
             {"data.sources": "[{1: 2}]"},
-            "unknown config key data.sources[0].1: it takes path, format",
+            "unknown config key data.sources[0].1: data.sources[0] takes path, format",
         ),
         (
             {"model.ar.dtype": "int8"},
