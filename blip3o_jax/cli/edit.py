@@ -31,7 +31,7 @@ def add(commands: Any) -> None:
         metavar="TEXT",
         help="the edit, in words",
     )
-    flags.add_sampling(parser)
+    flags.add_sampling(parser, from_images=True)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -99,7 +99,8 @@ def add_hosts(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_sampling(parser: argparse.ArgumentParser) -> None:
+def add_sampling(parser: argparse.ArgumentParser, *, from_images: bool) -> None:
+    """Add the flags of sampling; `from_images`: those of a command that takes images too."""
     parser.add_argument(
         "--out",
         type=arguments.path,
@@ -111,7 +112,11 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
         "--size",
         type=arguments.size,
         metavar="HxW",
-        help="pixels (the model's size nearest to the given image)",
+        help=(
+            "pixels (the model's size nearest to the first image's aspect ratio)"
+            if from_images
+            else "pixels (the model's first size)"
+        ),
     )
     parser.add_argument("--seed", type=SEED, default=0, help="(%(default)s)")
     group = parser.add_argument_group("sampling", "defaults are those of the checkpoint's config")
@@ -122,12 +127,13 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
         metavar="SCALE",
         help="classifier-free guidance; 1 turns it off",
     )
-    group.add_argument(
-        "--reference_guidance",
-        type=sampling("reference_guidance"),
-        metavar="SCALE",
-        help="guidance towards the reference images; 0: the same as --guidance",
-    )
+    if from_images:
+        group.add_argument(
+            "--reference_guidance",
+            type=sampling("reference_guidance"),
+            metavar="SCALE",
+            help="guidance towards the reference images; 0: the same as --guidance",
+        )
     group.add_argument(
         "--token_guidance",
         type=sampling("token_guidance"),

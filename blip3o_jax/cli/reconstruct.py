@@ -24,7 +24,7 @@ def add(commands: Any) -> None:
         required=True,
         help="repeat it for more images",
     )
-    flags.add_sampling(parser)
+    flags.add_sampling(parser, from_images=True)
 
 
 def run(args: argparse.Namespace) -> None:

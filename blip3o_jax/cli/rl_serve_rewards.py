@@ -26,6 +26,7 @@ def add(commands: Any, run_flags: list[argparse.Action]) -> None:
         "--host",
         type=arguments.word,
         default="127.0.0.1",
+        metavar="ADDRESS",
         help="where it listens (%(default)s); others need a token",
     )
     port = arguments.integer(0, 2**16 - 1)
@@ -46,7 +47,8 @@ def add(commands: Any, run_flags: list[argparse.Action]) -> None:
         "--metrics_host",
         type=arguments.word,
         default="127.0.0.1",
-        help="with --metrics_port (%(default)s)",
+        metavar="ADDRESS",
+        help="where /metrics listens, with --metrics_port (%(default)s)",
     )
     _add_limits(parser.add_argument_group("limits"))
 

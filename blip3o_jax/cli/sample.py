@@ -32,7 +32,7 @@ def add(commands: Any) -> None:
         metavar="FILE",
         help="one prompt a line, or JSON lines",
     )
-    flags.add_sampling(parser)
+    flags.add_sampling(parser, from_images=False)
 
 
 def run(args: argparse.Namespace) -> None:

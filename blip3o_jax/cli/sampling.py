@@ -16,7 +16,7 @@ def sample_to_directory(
         (task, text, tuple(map(images.load, paths)), args.size) for task, text, paths in requests
     ]
     overrides = {
-        name: getattr(args, name) for name in flags.SAMPLING if getattr(args, name) is not None
+        name: value for name in flags.SAMPLING if (value := getattr(args, name, None)) is not None
     }
     from blip3o_jax import pipeline
 

@@ -103,7 +103,7 @@ class RlConfig(ConfigGroup, path="rl"):
     workers: Annotated[int, Bounds(0, 1024)] = 0
     timeout: Seconds = 60.0  # seconds that a worker may take for one image
     retries: Annotated[int, Bounds(0, 1000)] = 1  # of an image whose reward failed
-    # Share of a rollout's images without a reward above which the run stops.
+    # Fraction of a rollout's images without a reward above which the run stops.
     max_failed_fraction: Fraction = 0.1
     # By how many rollouts the policy that samples is behind the one that trains: with 1 the devices
     # sample a rollout while the rewards of the one before are computed.

@@ -63,8 +63,8 @@ class Config(ConfigGroup):
         both = self.loss.condition_dropout
         check(
             alone <= 1 - both,
-            f"loss.instruction_dropout={alone} is a share of the rows beside"
-            f" loss.condition_dropout={both}: 0 to 1 together",
+            f"loss.instruction_dropout={alone} and loss.condition_dropout={both} are fractions of"
+            " different rows: their sum must lie between 0 and 1",
         )
         check(
             self.data.pack == 1 or (self.stage == "joint" and self.loss.condition_span == "exact"),

@@ -66,12 +66,12 @@ class LossConfig(ConfigGroup, path="loss"):
 
     ce: NonNegative = 1.0
     flow: NonNegative = 1.0
-    # Share of rows whose hidden states are zeroed before the connector.
+    # Fraction of rows whose hidden states are zeroed before the connector.
     condition_dropout: Fraction = 0.1
-    # Share of rows whose image tokens see no caption, for `sampling.token_guidance`. Where it
+    # Fraction of rows whose image tokens see no caption, for `sampling.token_guidance`. Where it
     # equals condition_dropout these are the same rows.
     caption_dropout: Fraction = 0.0
-    # Share of rows whose hidden states are zeroed while their references stay, for
+    # Fraction of rows whose hidden states are zeroed while their references stay, for
     # `sampling.reference_guidance`.
     instruction_dropout: Fraction = 0.0
     # Noises and noise levels drawn for each example: more of them for one pass of the AR.
