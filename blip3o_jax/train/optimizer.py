@@ -17,16 +17,21 @@ transformers does (`Trainer.get_decay_parameter_names`); embeddings are decayed 
 import contextlib
 import functools
 import inspect
+import typing
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from blip3o_jax.config import ConfigError, OptimizerConfig, check, check_choice
+from blip3o_jax.config.constraints import Bounds
 from blip3o_jax.config.errors import not_a_choice, type_and_line
+from blip3o_jax.config.fields import convert
 from blip3o_jax.config.train import MAX_LEARNING_RATE
+from blip3o_jax.config.types import Count, Decay, NonNegative
 
 # Kernels [layers, in, out]: each layer's matrix is orthogonalised separately.
 _STACKED_MATRIX = optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)
@@ -35,6 +40,18 @@ _NOT_DECAYED = ("scale", "bias", "log_scale")
 _MASK = ("mask", "weight_decay_mask")
 _MOMENT_DTYPE = ("mu_dtype", "dtype_momentum", "accumulator_dtype")
 _OWN_SETTINGS = ("b1", "b2", "eps", "muon_beta")  # of "adamw" and "muon" alone
+# Set by this module from the settings, so that `optimizer.kwargs` cannot have them too.
+_FROM_SETTINGS = {
+    "adamw": ("b1", "b2", "eps"),
+    "muon": ("beta", "eps", "weight_decay", "muon_weight_dimension_numbers", "consistent_rms"),
+}
+# What arguments of these names may be, in any optimizer of optax.
+_BOUNDED: dict[str, Any] = {
+    **dict.fromkeys(("b1", "b2", "b3", "decay", "momentum", "rho"), Decay),
+    **dict.fromkeys(("eps", "eps_root"), NonNegative),
+    "ns_steps": Annotated[int, Bounds(1, 100)],  # iterations of each step
+}
+_Number = Annotated[float, Bounds(-1e12, 1e12)]
 # Their arguments are other schedules, which no setting can hold.
 _NO_SCHEDULES = ("join_schedules", "scale_by_schedule", "sgdr_schedule")
 
@@ -60,6 +77,19 @@ def schedules() -> dict[str, Callable[..., optax.Schedule]]:
         and (name.endswith("_schedule") or name == "exponential_decay")
         and name not in _NO_SCHEDULES
     }
+
+
+def check_arguments(cfg: OptimizerConfig) -> None:
+    """Raise ConfigError for a name, an argument or an argument's value that optax does not take.
+
+    It looks at signatures alone and asks for no devices, so a command can call it before all else.
+    """
+    check_choice("optimizer.name", cfg.name, optimizers())
+    _keywords("optimizer.kwargs", cfg.name, cfg.kwargs, _free_arguments(cfg.name))
+    schedule = cfg.schedule
+    check_choice("optimizer.schedule.name", schedule.name, schedules())
+    takes = _takes(schedules()[schedule.name])
+    _keywords("optimizer.schedule.kwargs", schedule.name, schedule.kwargs, takes)
 
 
 def learning_rate(cfg: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -98,15 +128,15 @@ def learning_rate(cfg: OptimizerConfig, steps: int) -> optax.Schedule:
     )
     with _one_line(f"optimizer.schedule: optax.{schedule.name}"):
         made = make(**arguments)
-        # A schedule's arguments have no bounds; its values have those of a learning rate.
+        # Most arguments of a schedule have no bounds; its values have those of a learning rate.
         # Checked at the start, at the end of warm-up and at eighths of the run.
         points = sorted({0, 1, warmup, *(steps * part // 8 for part in range(9))})
-        # Values rather than tracers, even where the caller is being traced.
-        with jax.ensure_compile_time_eval():
+        with _computing_now():
             values = [float(made(jnp.asarray(step, jnp.int32))) for step in points]
     for step, value in zip(points, values, strict=True):
         check(
-            -1e-9 <= value <= MAX_LEARNING_RATE,  # a decay to 0 may end a rounding below it
+            # A decay to a bound may end a rounding beyond it.
+            -1e-9 <= value <= MAX_LEARNING_RATE * (1 + 1e-6),
             f"optimizer.schedule: optax.{schedule.name} gives a learning rate of {value:g} at step "
             f"{step} of {steps}: choose kwargs that keep it between 0 and {MAX_LEARNING_RATE:g}",
         )
@@ -165,12 +195,11 @@ def _made(
     arguments |= _moment_dtype(cfg, name, takes)
     if not own:
         _check_own_settings(cfg)
-    free = {a: p for a, p in takes.items() if a not in (*arguments, *_MOMENT_DTYPE)}
-    arguments |= _keywords("optimizer.kwargs", name, kwargs, free)
+    arguments |= _keywords("optimizer.kwargs", name, kwargs, _free_arguments(name))
     with _one_line(f"optimizer: optax.{name}"):
         made = make(**arguments)
         if kwargs or not own:
-            _check_runs(made)
+            _check_update(made, {"kernel": _probe((2, 3, 4)), "scale": _probe((6,))})
     return made
 
 
@@ -187,16 +216,26 @@ def _muon(cfg: OptimizerConfig, rate: optax.Schedule) -> optax.GradientTransform
         # The root mean square of AdamW's updates (arXiv 2502.16982, sec. 2.2).
         "consistent_rms": 0.2,
     } | _moment_dtype(cfg, "muon", takes)
-    # optax's Muon contains an AdamW for other parameters, which is unused here (`_labels`).
-    free = {
-        name: p
-        for name, p in takes.items()
-        if name not in (*arguments, *_MASK, *_MOMENT_DTYPE) and not name.startswith("adam_")
-    }
+    arguments |= _keywords("optimizer.kwargs", "muon", cfg.kwargs, _free_arguments("muon"))
     with _one_line("optimizer: optax.contrib.muon"):
-        return optax.contrib.muon(
-            **arguments, **_keywords("optimizer.kwargs", "muon", cfg.kwargs, free)
-        )
+        made = optax.contrib.muon(**arguments)
+        if cfg.kwargs:
+            _check_update(made, {"layers": {"kernel": _probe((2, 3, 4))}})
+    return made
+
+
+def _free_arguments(name: str) -> dict[str, inspect.Parameter]:
+    """Return the arguments of an optimizer that `optimizer.kwargs` may give."""
+    takes = _takes(optimizers()[name])
+    taken = {"learning_rate", *_MASK, *_MOMENT_DTYPE, *_FROM_SETTINGS.get(name, ())}
+    if any(mask in takes for mask in _MASK):
+        taken.add("weight_decay")
+    # optax's Muon contains an AdamW for other parameters, which is unused here (`_labels`).
+    return {
+        argument: parameter
+        for argument, parameter in takes.items()
+        if argument not in taken and not (name == "muon" and argument.startswith("adam_"))
+    }
 
 
 def _moment_dtype(
@@ -232,14 +271,32 @@ def _keywords(
     kwargs: tuple[tuple[str, Any], ...],
     takes: Mapping[str, inspect.Parameter],
 ) -> dict[str, Any]:
-    """Return `kwargs` as a dict.
-
-    Raises ConfigError for an argument that is not in `takes`, naming the nearest one that is.
+    """Return `kwargs` as a dict. ConfigError that names the nearest argument for one that `takes`
+    does not have, and for a value that is not of the argument's kind or beyond its bounds.
     """
-    for name, _ in kwargs:
+    for name, value in kwargs:
         if name not in takes:
             raise ConfigError(f"{field}: argument {name!r} of {owner} {not_a_choice(name, takes)}")
+        hint = _BOUNDED.get(name) or _kind(takes[name])
+        if hint and not (value is None and takes[name].default is None):
+            convert(value, hint, f"{field}: {owner}'s {name}")
     return dict(kwargs)
+
+
+def _kind(parameter: inspect.Parameter) -> Any:
+    """Return the annotation, as of a setting, of what an argument of optax takes; None where its
+    signature does not say: then optax itself has to refuse a wrong value.
+    """
+    annotation, default = parameter.annotation, parameter.default
+    choices = {annotation, *typing.get_args(annotation)}
+    if isinstance(default, bool):
+        return bool
+    # optax writes ArrayLike for most numbers, which is a union with np.ndarray, int and float.
+    if choices & {float, np.ndarray}:
+        return _Number
+    if int in choices:
+        return Count
+    return str if isinstance(default, str) or annotation is str else None
 
 
 def _takes(make: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
@@ -251,19 +308,52 @@ def _one_line(what: str) -> Iterator[None]:
     """Convert an exception of optax for an argument's value to a ConfigError of one line."""
     try:
         yield
+    except ConfigError as error:
+        raise ConfigError(f"{what}: {error}") from error
     except Exception as error:
         raise ConfigError(f"{what}: {type_and_line(error)}") from error
 
 
-def _check_runs(optimizer: optax.GradientTransformation) -> None:
-    """Run `init` and `update` on shapes alone, and raise their exceptions.
-
-    Some arguments are checked by `update` only, and some optimizers (lbfgs) need more than
-    gradients.
+@contextlib.contextmanager
+def _computing_now() -> Iterator[None]:
+    """Compute on values, wherever this is called: also while a function is traced, and where the
+    training loop forbids transfers between host and devices.
     """
-    params = {"kernel": jnp.zeros((2, 4, 4)), "scale": jnp.zeros(4)}
-    state = jax.eval_shape(optimizer.init, params)
-    jax.eval_shape(optimizer.update, params, state, params)
+    with jax.ensure_compile_time_eval(), jax.transfer_guard("allow"):
+        yield
+
+
+def _probe(shape: tuple[int, ...]) -> np.ndarray:
+    """Return numbers of several magnitudes and both signs, 0 among them."""
+    return np.resize(np.asarray([0.0, 1e-6, -1.0, 100.0, -1e-3, 0.5], np.float32), shape)
+
+
+def _check_update(optimizer: optax.GradientTransformation, params: Any) -> None:
+    """Raise unless two updates of `params`, with themselves for gradients, give finite parameters
+    and state. Some arguments are looked at no earlier; some optimizers (lbfgs) ask for more than
+    gradients; and others divide by what an argument makes 0.
+    """
+    # An error of shapes and arguments comes sooner, and in fewer words, without values.
+    with jax.transfer_guard("allow"):
+        state = jax.eval_shape(optimizer.init, params)
+        jax.eval_shape(optimizer.update, params, state, params)
+    with _computing_now():
+        params = gradients = jax.tree.map(jnp.asarray, params)
+        state = optimizer.init(params)
+        for _ in range(2):
+            updates, state = optimizer.update(gradients, state, params)
+            params = optax.apply_updates(params, updates)
+        leaves = [
+            leaf
+            for leaf in jax.tree.leaves((params, state))
+            if jnp.issubdtype(leaf.dtype, jnp.inexact)
+        ]
+        finite = all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in leaves)
+    if not finite:
+        raise ConfigError(
+            "an update with a finite gradient is not finite: change optimizer.kwargs, or "
+            "optimizer.learning_rate"
+        )
 
 
 def _labels(params: Any) -> Any:
