@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from blip3o_jax.cli import arguments
+from blip3o_jax.cli import arguments, settings
 from blip3o_jax.cli.command import add_command
 
 
@@ -41,7 +41,6 @@ def add(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from blip3o_jax.bench import conversion
-    from blip3o_jax.config import loader
 
-    model = loader.load(args.config, args.overrides).model
+    model = settings.load(args).model
     conversion.print_table(conversion.run(model, args.out, dtype=args.dtype))

@@ -4,7 +4,7 @@ import argparse
 import shlex
 from typing import Any
 
-from blip3o_jax.cli import arguments
+from blip3o_jax.cli import arguments, settings
 from blip3o_jax.cli.command import add_command
 
 
@@ -43,9 +43,8 @@ def add(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from blip3o_jax.bench import rl_step
-    from blip3o_jax.config import loader
 
-    config = loader.load(args.config, args.overrides)
+    config = settings.load(args)
     typed = [
         f"--config={args.config}",
         *(f"--config.{key}={value}" for key, value in args.overrides),

@@ -4,7 +4,7 @@ import argparse
 import shlex
 from typing import Any
 
-from blip3o_jax.cli import arguments, flags
+from blip3o_jax.cli import arguments, flags, settings
 from blip3o_jax.cli.command import add_command
 from blip3o_jax.config import MeshConfig, SamplingConfig
 
@@ -100,7 +100,6 @@ def add(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from blip3o_jax.bench.sharding import grid
-    from blip3o_jax.config import loader
 
     options = grid.Options(
         topologies=args.topology,
@@ -127,7 +126,7 @@ def run(args: argparse.Namespace) -> None:
     typed += ["--keep_hlo"] * args.keep_hlo + ["--no_schedules"] * args.no_schedules
     typed += [f"--config.{key}={value}" for key, value in args.overrides]
     command = shlex.join(["blip3o", "bench", "sharding", *typed])
-    config = loader.load(args.config, args.overrides)
+    config = settings.load(args)
     report = grid.bench(config, args.out, options, command)
     grid.print_report(report)
     grid.check_any(report)

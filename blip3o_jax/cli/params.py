@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from blip3o_jax.cli import flags
+from blip3o_jax.cli import flags, settings
 from blip3o_jax.cli.command import add_command
 
 
@@ -19,7 +19,7 @@ def add(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    config = settings.load(args)
     from blip3o_jax import model_table
-    from blip3o_jax.config import loader
 
-    model_table.print_table(loader.load(args.config, args.overrides))
+    model_table.print_table(config)

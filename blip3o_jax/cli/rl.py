@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from blip3o_jax.cli import arguments, flags, rl_rescore, rl_serve_rewards
+from blip3o_jax.cli import arguments, flags, rl_rescore, rl_serve_rewards, settings
 from blip3o_jax.cli.command import add_command
 from blip3o_jax.cli.multihost import on_all_hosts
 from blip3o_jax.config import UserError
@@ -35,13 +35,11 @@ def add(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from blip3o_jax.config import loader
-
     if not args.config:
         raise UserError(
             "rl: --config names no file: --config=configs/rl.py:ocr:CHECKPOINT, or rl serve-rewards"
         )
-    config = loader.load(args.config, args.overrides)
+    config = settings.load(args)
 
     def job(workdir: Path) -> None:
         from blip3o_jax.rl import method

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from blip3o_jax.cli import flags
+from blip3o_jax.cli import flags, settings
 from blip3o_jax.cli.command import add_command
 from blip3o_jax.cli.multihost import on_all_hosts
 
@@ -26,9 +26,7 @@ def add(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from blip3o_jax.config import loader
-
-    stages = loader.load_recipe(args.config, args.overrides)
+    stages = settings.load_recipe(args)
 
     def job(workdir: Path) -> None:
         from blip3o_jax.train import recipe

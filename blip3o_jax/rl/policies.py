@@ -17,8 +17,13 @@ def make_policies(config: Config) -> tuple[Policy, ...]:
     """Return the policies that a run trains. ConfigError for an unknown name, and for settings that
     leave a policy nothing to learn from.
     """
-    check_choice("rl.policy", config.rl.policy, POLICIES)
+    check_policy(config.rl.policy)
     return tuple(policy(config) for policy in POLICIES[config.rl.policy])
+
+
+def check_policy(name: str) -> None:
+    """Raise ConfigError unless `name` is a policy's."""
+    check_choice("rl.policy", name, POLICIES)
 
 
 def has_reference(policies: tuple[Policy, ...]) -> bool:

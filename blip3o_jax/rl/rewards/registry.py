@@ -86,15 +86,21 @@ def make(config: RewardConfig) -> Reward:
         _check_options(config.name, options, _parameters(function)[3:])
         _check_call(config.name, function, options)
         return UserReward(config.name, functools.partial(function, **options))
-    if config.name not in REWARDS:
-        raise ConfigError(
-            f"unknown reward {config.name!r}: "
-            f"{_nearest(config.name, [*REWARDS, USER + 'MODULE.FUNCTION'])}"
-        )
+    check_name(config.name)
     module, factory = REWARDS[config.name].split(":")
     create = getattr(importlib.import_module(module), factory)
     _check_options(config.name, options, _parameters(create))
     return create(**options)
+
+
+def check_name(name: str) -> None:
+    """Raise ConfigError unless a reward has this name. It imports nothing; whether a user's
+    function exists, `make` finds out.
+    """
+    if name not in REWARDS and not name.startswith(USER):
+        raise ConfigError(
+            f"unknown reward {name!r}: {_nearest(name, [*REWARDS, USER + 'MODULE.FUNCTION'])}"
+        )
 
 
 class UserReward(Reward):
