@@ -126,9 +126,9 @@ def open_image(
 def _check_size(size: tuple[int, int], max_pixels: int | None) -> None:
     width, height = size
     if max_pixels is not None and width * height > max_pixels:
-        limit = f"{max_pixels / 1e6:g} million"
         reason = (
-            f"the image is too large: {width} x {height} pixels, more than {limit}: scale it down"
+            f"the image is too large: {width} x {height} pixels, more than {max_pixels:,}: scale "
+            "it down (for training data, data.max_pixels can be raised)"
         )
         raise BadRecord("", "", reason)
 

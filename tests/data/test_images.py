@@ -212,7 +212,8 @@ def test_pixels_are_counted_before_they_are_decoded(
     assert decode(data, max_pixels=12_000).shape == (100, 120, 3)
     monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
     with pytest.raises(
-        BadRecord, match=r"^the image is too large: 120 x 100 pixels, more than 0\.011999 million"
+        BadRecord,
+        match=r"^the image is too large: 120 x 100 pixels, more than 11,999: ",
     ):
         decode(data, max_pixels=11_999)
 
@@ -265,13 +266,13 @@ def test_a_file_that_a_user_names_is_one_picture_or_one_line(tmp_path, recwarn) 
         ): "an animation of 2 frames: save the one that is meant",
         encode(
             Image.new("1", (20000, 20000))
-        ): "the image is too large: 20000 x 20000 pixels, more than 80 million: scale it down",
+        ): "the image is too large: 20000 x 20000 pixels, more than 80,000,000: scale it down",
         encode(
             Image.new("1", (10000, 9000))
-        ): "the image is too large: 10000 x 9000 pixels, more than 80 million: scale it down",
+        ): "the image is too large: 10000 x 9000 pixels, more than 80,000,000: scale it down",
         encode(
             Image.new("1", (10000, 8001))
-        ): "the image is too large: 10000 x 8001 pixels, more than 80 million: scale it down",
+        ): "the image is too large: 10000 x 8001 pixels, more than 80,000,000: scale it down",
     }.items():
         path.write_bytes(data)
         with pytest.raises(UserError) as error:
