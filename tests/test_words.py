@@ -18,6 +18,8 @@ TESTS = [
 ]
 TEXTS = [*PACKAGE, *TESTS, *(ROOT / "docs").rglob("*.md"), ROOT / "README.md"]
 TEXTS += [path for path in (ROOT / "launch").iterdir() if path.is_file()]
+# It lists the names that were replaced.
+TEXTS.remove(ROOT / "docs" / "CHANGELOG.md")
 
 # Home-made name -> the field's. No identifier, in the package, the configurations or the tests.
 RENAMED = {

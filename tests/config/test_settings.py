@@ -40,7 +40,7 @@ def test_round_trips(value):
         ({"model": {"vae": {"latent_chanels": 4}}}, "did you mean model.vae.latent_channels?"),
         ({"loss": {"zzz": 1}}, "unknown config key loss.zzz: loss takes ce, flow"),
         ({"rl": {"ratio": "token"}}, "unknown config key rl.ratio: rl takes policy, prompts_file,"),
-        ({"rl": {"kl": 0}}, "rl.kl: did you mean rl.kl_coef? rl takes policy, prompts_file,"),
+        ({"rl": {"kl": 0}}, "did you mean rl.kl_coef? rl takes policy, prompts_file,"),
         ({"optimizer": {"lr": 0}}, "did you mean optimizer.learning_rate? optimizer takes name,"),
         ({"lr": 0}, "unknown config key lr: did you mean optimizer.learning_rate? the config"),
         ({"loss": {"flow_draws": 1}}, "did you mean loss.flow or loss.flow_samples? loss takes"),
