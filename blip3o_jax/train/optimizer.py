@@ -329,18 +329,20 @@ def _probe(shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _check_update(optimizer: optax.GradientTransformation, params: Any) -> None:
-    """Raise unless two updates of `params`, with themselves for gradients, give finite parameters
-    and state. Some arguments are looked at no earlier; some optimizers (lbfgs) ask for more than
-    gradients; and others divide by what an argument makes 0.
+    """Raise unless three updates with finite gradients give finite parameters and state. Some
+    arguments are looked at no earlier; some optimizers (lbfgs) ask for more than gradients; and
+    others divide by what an argument makes 0, or take the root of what it makes negative.
     """
     # An error of shapes and arguments comes sooner, and in fewer words, without values.
     with jax.transfer_guard("allow"):
         state = jax.eval_shape(optimizer.init, params)
         jax.eval_shape(optimizer.update, params, state, params)
     with _computing_now():
-        params = gradients = jax.tree.map(jnp.asarray, params)
+        params = start = jax.tree.map(jnp.asarray, params)
         state = optimizer.init(params)
-        for _ in range(2):
+        # Gradients that change: an average of equal ones hides negative weights.
+        for scale in (1.0, -0.01, 1.0):
+            gradients = jax.tree.map(lambda x, scale=scale: scale * x, start)
             updates, state = optimizer.update(gradients, state, params)
             params = optax.apply_updates(params, updates)
         leaves = [
