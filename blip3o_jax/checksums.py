@@ -2,7 +2,8 @@
 that contain their own checksum, and directories with a manifest.
 
     {..., "crc32c": "8a9136aa"}     a JSON object with its checksum among its keys
-    DIR/manifest.json  {"files": {"a/b": [bytes, CRC32C], ...}, ...}     every other file below DIR
+    DIR/manifest.json  {"files": {"a/b": [bytes, CRC32C], ...}, ...}     every other file below DIR,
+                                     and facts about them, such as the step that they belong to
 
 Orbax and TensorStore offer less: OCDBT has checksums of its B-tree nodes and zarr3's `crc32c` codec
 is set by Orbax for the index of a shard only, so that a flipped bit in an array's bytes comes out
@@ -89,26 +90,35 @@ def file_crc32c(path: pathlib.Path) -> int:
     return crc
 
 
-def write_manifest(directory: pathlib.Path) -> None:
-    """Write `directory`/manifest.json for all files in the directory."""
+def write_manifest(directory: pathlib.Path, **facts: int) -> None:
+    """Write `directory`/manifest.json for all files in the directory, with `facts` beside them."""
     names = sorted(_names(directory))
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
         files = dict(
             zip(names, pool.map(lambda name: of_file(directory / name), names), strict=True)
         )
-    write_json(directory / MANIFEST, {"files": files})
+    write_json(directory / MANIFEST, {"files": files} | facts)
+
+
+def read_manifest(directory: pathlib.Path) -> dict[str, Any]:
+    """Return the contents of a directory's manifest. Raises DamagedFile."""
+    file = directory / MANIFEST
+    try:
+        return read_json(file)
+    except OSError as error:
+        missing = isinstance(error, FileNotFoundError | NotADirectoryError)
+        raise DamagedFile(f"{file} {'is missing' if missing else error.strerror}") from error
 
 
 def listed(directory: pathlib.Path) -> dict[str, tuple[int, int]]:
     """Return {name: (bytes, CRC32C)} of the files that a directory's manifest names. Raises
     DamagedFile.
     """
-    file = directory / MANIFEST
-    try:
-        files = read_json(file).get("files")
-    except OSError as error:
-        missing = isinstance(error, FileNotFoundError | NotADirectoryError)
-        raise DamagedFile(f"{file} {'is missing' if missing else error.strerror}") from error
+    return _files(read_manifest(directory), directory / MANIFEST)
+
+
+def _files(manifest: dict[str, Any], file: pathlib.Path) -> dict[str, tuple[int, int]]:
+    files = manifest.get("files")
     if not isinstance(files, dict):
         raise DamagedFile(f"{file} lists no files")
     for name, value in files.items():
@@ -148,19 +158,31 @@ def _names(directory: pathlib.Path) -> set[str]:
 
 
 def find_damage(
-    directory: pathlib.Path, share: int = 0, shares: int = 1, required: Iterable[str] = ()
+    directory: pathlib.Path,
+    share: int = 0,
+    shares: int = 1,
+    required: Iterable[str] = (),
+    **facts: int,
 ) -> str:
     """Compare the files of `directory` with its manifest; return what is wrong with the first that
     differs, "" if none does.
 
     `required`: names that the manifest has to list. Files that it does not list are damage too, but
     for hidden ones, which systems leave behind and nothing here reads. Every one of several hosts
-    takes one of `shares`; the first looks for files that are not listed.
+    takes one of `shares`; the first looks for files that are not listed. The manifest must have the
+    same `facts`: one of another directory fits its own files wherever it is copied or renamed to.
     """
+    if os.path.lexists(directory) and not directory.is_dir():
+        return "it is no directory"
     try:
-        files = listed(directory)
+        manifest = read_manifest(directory)
+        files = _files(manifest, directory / MANIFEST)
     except DamagedFile as error:
         return str(error).removeprefix(f"{directory}/").partition(":")[0]
+    for fact, wanted in facts.items():
+        if manifest.get(fact) != wanted:
+            found = escaped(str(manifest.get(fact, "none"))[:40])
+            return f"{MANIFEST} has {fact} {found}, not {wanted}"
     for name in required:
         if name not in files:
             return f"{MANIFEST} does not list {name}"

@@ -7,6 +7,7 @@ import os
 import pathlib
 import re
 import stat
+import tempfile
 import uuid
 from collections.abc import Iterator
 from typing import IO, Any
@@ -165,10 +166,11 @@ def replace_bytes(path: pathlib.Path, data: bytes, *, shared: bool = False) -> N
 
 def make_directories(path: pathlib.Path) -> list[pathlib.Path]:
     """Make a directory and those above it that are missing; return those made, outermost first. An
-    OSError leaves none.
+    OSError leaves none. Raises UserError for a link that leads nowhere.
     """
     made: list[pathlib.Path] = []
     try:
+        _check_links(path)
         for missing in reversed([each for each in (path, *path.parents) if not each.exists()]):
             missing.mkdir(exist_ok=True)
             made.append(missing)
@@ -176,6 +178,18 @@ def make_directories(path: pathlib.Path) -> list[pathlib.Path]:
         remove_empty(made)
         raise
     return made
+
+
+def _check_links(path: pathlib.Path, prefix: str = "") -> None:
+    """Raise UserError where a link in `path` leads nowhere: no directory can be made in its place,
+    and the one above it, where files could be written, is not the one that is meant.
+    """
+    for each in (path, *path.parents):
+        if each.is_symlink() and not each.exists():
+            raise UserError(
+                f"{prefix}{each} is a link to {os.readlink(each)}, which is not there: make that"
+                " directory, or remove the link"
+            )
 
 
 def remove_empty(made: list[pathlib.Path]) -> None:
@@ -199,9 +213,10 @@ def check_regular(path: str | os.PathLike[str]) -> None:
 
 def check_out_directory(out: pathlib.Path, flag: str = "--out") -> None:
     """Raise UserError unless `out` is a directory, or can become one, that files can be written to.
-    Changes nothing.
+    Leaves nothing behind.
     """
     with _refused(out, flag):
+        _check_links(out, f"{flag}={out}: ")
         if os.path.lexists(out) and not out.is_dir():
             raise UserError(f"{flag}={out} is there already and is no directory: choose another")
         _check_writable(out, flag)
@@ -209,9 +224,10 @@ def check_out_directory(out: pathlib.Path, flag: str = "--out") -> None:
 
 def check_out_file(out: pathlib.Path, flag: str = "--out") -> None:
     """Raise UserError unless `out` is a file, or can become one, in a directory that is there.
-    Changes nothing.
+    Leaves nothing behind.
     """
     with _refused(out, flag):
+        _check_links(out, f"{flag}={out}: ")
         if out.is_dir() or not out.absolute().parent.is_dir():
             raise UserError(f"{flag}={out} must be a file in a directory that is there")
         _check_writable(out if out.exists() else out.absolute().parent, flag)
@@ -239,3 +255,13 @@ def _check_writable(out: pathlib.Path, flag: str) -> None:
         readonly = os.statvfs(there).f_flag & os.ST_RDONLY
         reason = "lies on a read-only file system" if readonly else "is not writable for this user"
         raise UserError(f"{flag}={out}: {there} {reason}: choose another")
+    # For root `os.access` allows everything, and some file systems (/proc) hold no files of ours.
+    directory = there if there.is_dir() else there.parent
+    try:
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UserError(
+            f"{flag}={out}: no file can be made in {directory} ({reason}): choose another"
+        ) from error

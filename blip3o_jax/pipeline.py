@@ -266,7 +266,12 @@ class Pipeline:
         limit = self.config.data.max_length
         slots = model.editing.reference_slots
         if len(request.images) > slots:
-            have = f"takes at most {slots} in a row" if slots else "was not trained with any"
+            have = (
+                f"takes at most {slots} in a row: leave some out"
+                if slots
+                else "was not trained with any: take a checkpoint of a run with"
+                " model.editing.reference_slots of 1 or more (docs/editing.md)"
+            )
             raise UserError(f"images given: {len(request.images)}, but the model {have}")
         for image in request.images:
             _check_image(image)

@@ -360,12 +360,12 @@ def test_what_cannot_be_shown_is_one_line(seeing, on_one):
         (
             seeing,
             lambda m: m.edit([[photo] * 3], ["x"]),
-            "images given: 3, but the model takes at most 2 in a row",
+            "images given: 3, but the model takes at most 2 in a row: leave",
         ),
         (
             on_one,
             lambda m: m.edit([photo], ["x"]),
-            "images given: 1, but the model was not trained with any",
+            "images given: 1, but the model was not trained with any: take a",
         ),
         (seeing, lambda m: m.edit([photo], [" "]), "the instruction is empty"),
         (seeing, lambda m: m.ask([photo], [""]), "the question is empty"),

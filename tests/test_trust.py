@@ -237,7 +237,7 @@ def test_a_recipe_leads_nowhere_else(received, elsewhere, name, capsys):
     assert (
         cli.main(["sample", f"--checkpoint={received}", "--prompt=a", f"--out={received}/out"]) == 2
     )
-    assert "recipe.json names no stage in that directory" in capsys.readouterr().err
+    assert "recipe.json names no stage in that directory: put back" in capsys.readouterr().err
 
 
 def test_no_file_is_unpickled():

@@ -48,9 +48,9 @@ def text(value: str) -> str:
 
 
 def word(value: str) -> str:
-    """Return text that is not empty: a name, a host."""
+    """Return text that is not empty: a name, a prompt."""
     if not value.strip():
-        raise argparse.ArgumentTypeError("it is empty")
+        raise argparse.ArgumentTypeError("it is empty: give one")
     return text(value)
 
 

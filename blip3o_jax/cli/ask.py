@@ -24,7 +24,7 @@ def add(commands: Any) -> None:
         required=True,
         help="repeat it for a question about several",
     )
-    parser.add_argument("--question", type=arguments.text, required=True, metavar="TEXT")
+    parser.add_argument("--question", type=arguments.word, required=True, metavar="TEXT")
     parser.add_argument(
         "--temperature",
         type=flags.sampling("temperature"),

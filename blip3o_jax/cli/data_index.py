@@ -18,7 +18,7 @@ def add(commands: Any) -> None:
         " changed; prints the number of records.",
         again="the same command continues with the shards that have no index yet",
     )
-    parser.add_argument("path", type=arguments.text, metavar="PATH", help="as data.path")
+    parser.add_argument("path", type=arguments.word, metavar="PATH", help="as data.path")
     parser.add_argument(
         "--format",
         type=arguments.text,

@@ -26,7 +26,7 @@ def add(commands: Any) -> None:
     )
     parser.add_argument(
         "--instruction",
-        type=arguments.text,
+        type=arguments.word,
         required=True,
         metavar="TEXT",
         help="the edit, in words",

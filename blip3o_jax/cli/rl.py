@@ -37,7 +37,9 @@ def add(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     if not args.config:
         raise UserError(
-            "rl: --config names no file: --config=configs/rl.py:ocr:CHECKPOINT, or rl serve-rewards"
+            "rl needs a config file and a checkpoint to start from: --config=configs/rl.py:ocr:DIR,"
+            " where DIR is the --workdir of a finished run of stage joint; only rl rescore and rl"
+            " serve-rewards need none"
         )
     config = settings.load(args)
 

@@ -21,7 +21,7 @@ def add(commands: Any) -> None:
     prompts = parser.add_mutually_exclusive_group(required=True)
     prompts.add_argument(
         "--prompt",
-        type=arguments.text,
+        type=arguments.word,
         action="append",
         metavar="TEXT",
         help="what to draw; repeat it for more images",

@@ -253,6 +253,10 @@ def _load_index(
     for path in () if rebuild == ALL else _index_paths(shard, shard_format):
         try:
             header, arrays = unpack(path)
+            if (
+                header["kind"] != shard_format.kind
+            ):  # whether the shard is of this one, `build` says
+                continue
             index = ShardIndex(arrays, header)
             _check_layout(index, shard_format)
             changed = shard_format.changed(shard, index)

@@ -190,7 +190,8 @@ def _table(text: str, delimiter: str, path: pathlib.Path) -> Iterator[tuple[dict
         quotes_are_text = False
     except csv.Error as e:
         if delimiter != "\t":
-            raise UserError(f"{path}:{e.args[1]} is no CSV: {e.args[0]}") from e
+            hint = "close each quote, and double a quote that is text"
+            raise UserError(f"{path}:{e.args[1]} is no CSV: {e.args[0]}; {hint}") from e
         quotes_are_text = True
     if quotes_are_text:  # as in PartiPrompts.tsv, where a prompt may begin with a quoted word
         try:
@@ -211,17 +212,24 @@ def _table(text: str, delimiter: str, path: pathlib.Path) -> Iterator[tuple[dict
 
 
 def _rows(text: str, delimiter: str, quoting: bool) -> list[tuple[list[str], int]]:
-    """Return the rows that are not empty, each with its last line; csv.Error(reason, line) for what
-    is no table."""
-    lines = (line + "\n" for line in text.split("\n"))
+    """Return the rows that are not empty, each with its first line; csv.Error(reason, first line)
+    for what is no table. Between quotes a row may go over many lines."""
+    lines = (line + "\n" for line in text.removesuffix("\n").split("\n"))
     if quoting:
         reader = csv.reader(lines, delimiter=delimiter, strict=True)
     else:
         reader = csv.reader(lines, delimiter=delimiter, quoting=csv.QUOTE_NONE, strict=True)
-    try:
-        return [(row, reader.line_num) for row in reader if any(value.strip() for value in row)]
-    except csv.Error as e:
-        raise csv.Error(str(e), reader.line_num) from e
+    rows = []
+    while True:
+        first = reader.line_num + 1
+        try:
+            row = next(reader)
+        except StopIteration:
+            return rows
+        except csv.Error as e:
+            raise csv.Error(str(e), first) from e
+        if any(value.strip() for value in row):
+            rows.append((row, first))
 
 
 def _prompt(value: Any, where: str) -> Prompt:

@@ -72,6 +72,11 @@ def find_suite(
         return SUITES[name]
     if not reward.startswith("python:"):
         check_choice("suite", reward, tuple(dict.fromkeys((*SUITES, *REWARDS))))
+    options = name[len(reward) :].strip(",")
+    if reward in SUITES and options and (prompts_file is None or reward not in REWARDS):
+        raise UserError(f"suite {reward} takes no options: leave out {options}")
+    if reward in SUITES and reward not in REWARDS:
+        raise UserError(f"suite {reward} has prompts of its own: leave out --prompts_file")
     if prompts_file is None:
         raise UserError(f"suite {name} scores the prompts of a file: name one (--prompts_file)")
     found = parsed(name)

@@ -46,8 +46,7 @@ def rescore(
             "rl"
         )
     _image(workdir, lines[0])
-    if out.is_dir():
-        raise UserError(f"--out={out} is a directory: name a file")
+    files.check_out_file(out)
     done = []
     with RewardPool(rewards, workers=workers) as pool:
         pool.check([(line["prompt"], line["metadata"]) for line in lines])

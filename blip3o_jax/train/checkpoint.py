@@ -4,7 +4,7 @@
     DIR/text/                 the text tokenizer's files and a manifest of them
     DIR/<step>/state          parameters, optimizer, EMA, counters (Orbax)
     DIR/<step>/meta           {"data": seed and position of the data stream, "loss": ...} (JSON)
-    DIR/<step>/manifest.json  size and CRC32C of every other file of the step
+    DIR/<step>/manifest.json  the step's number, and size and CRC32C of every other file of it
     DIR/<step>.damaged        a step that a resumed run found damaged and set aside
 
 The last `keep` checkpoints stay, and the best by training loss. steps.py defines which steps are
@@ -33,8 +33,22 @@ from blip3o_jax.config.errors import first_line
 from blip3o_jax.parallel.distributed import host_0_first, log_host0
 from blip3o_jax.parallel.rules import Strategy
 from blip3o_jax.text.tokenizers import TextTokenizer
-from blip3o_jax.train.state import StatePlan, TrainState, merge_trees, not_finite, plan_state
-from blip3o_jax.train.steps import CheckedStep, all_steps, check_intact, damage, set_aside
+from blip3o_jax.train.state import (
+    WEIGHTS,
+    StatePlan,
+    TrainState,
+    merge_trees,
+    not_finite,
+    plan_state,
+)
+from blip3o_jax.train.steps import (
+    CheckedStep,
+    all_steps,
+    check_intact,
+    damage,
+    misfit,
+    set_aside,
+)
 
 RECIPE = "recipe.json"  # of a workdir whose stages each have a run below it
 
@@ -182,9 +196,11 @@ class Checkpoints:
             except json.JSONDecodeError:  # a ValueError, of the checkpoint's own files
                 raise
             except ValueError as e:
+                weights = {group: plan.abstract.get(group, {}) for group in WEIGHTS}
+                reason = misfit(directory, weights) or first_line(e)
                 raise UserError(
-                    f"{directory} does not fit this configuration ({first_line(e)}); use the"
-                    " config.json next to it, or another --workdir"
+                    f"{directory} does not fit this configuration ({reason}); use the config.json"
+                    " next to it, or another --workdir"
                 ) from e
             return state, json.loads((directory / "meta" / "metadata").read_text(encoding="utf-8"))[
                 "data"
@@ -244,7 +260,7 @@ def find(path: str | pathlib.Path) -> tuple[pathlib.Path, int]:
     if not path.exists():
         raise UserError(f"checkpoint {path} does not exist")
     if (path / RECIPE).is_file():
-        path /= _last_stage(checksums.read_json(path / RECIPE), path)
+        path /= read_stages(path)[-1]
     for root in (path / "checkpoints", path, path.parent):
         if (root / "config.json").is_file():
             named = root == path.parent
@@ -257,17 +273,19 @@ def find(path: str | pathlib.Path) -> tuple[pathlib.Path, int]:
     )
 
 
-def _last_stage(recipe: Any, where: pathlib.Path) -> str:
-    """Return the directory name of a recipe's last stage. Raises UserError where recipe.json, which
-    may come from an untrusted source, leads out of its directory.
+def read_stages(workdir: pathlib.Path) -> list[str]:
+    """Return the directory names of a recipe's stages, in order. Raises DamagedFile where
+    recipe.json, which may come from an untrusted source, names none or leads out of its directory.
     """
-    stages = recipe.get("stages") if isinstance(recipe, dict) else None
-    name = stages[-1] if isinstance(stages, list) and stages else None
-    if not isinstance(name, str) or name in ("", ".", "..") or pathlib.PurePath(name).name != name:
-        raise UserError(
-            f"{where}/recipe.json names no stage in that directory: give the directory of one"
-        )
-    return name
+    file = workdir / RECIPE
+    stages = checksums.read_json(file).get("stages")
+    if not isinstance(stages, list) or not stages or not all(map(_is_directory_name, stages)):
+        raise DamagedFile(f"{file} names no stage in that directory: put back a copy of it")
+    return stages
+
+
+def _is_directory_name(name: Any) -> bool:
+    return isinstance(name, str) and name not in ("", "..") and pathlib.PurePath(name).name == name
 
 
 def read_config(root: pathlib.Path) -> Config:
@@ -330,6 +348,13 @@ def restore_parts(
         )
     }
     check_intact(root, step, shared=strategy.mesh.is_multi_process)
+    with reading(str(root / str(step))):
+        reason = misfit(root / str(step), wanted)
+    if reason:  # before Orbax, which would leave out what is stored and not asked for
+        raise UserError(
+            f"{root}/config.json does not fit {root}/{step} ({reason}): put back the config.json"
+            " of the run that wrote the step"
+        )
     with reading(str(root / str(step))), ocp.PyTreeCheckpointer() as checkpointer:
         # Partial: optimizer state and the other parts are not read.
         restored = checkpointer.restore(

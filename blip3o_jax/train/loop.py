@@ -29,7 +29,7 @@ from blip3o_jax.parallel.preemption import Preempted, StopRequest
 from blip3o_jax.parallel.rules import Strategy
 from blip3o_jax.parallel.watchdog import Watchdog
 from blip3o_jax.text.vocabulary import Vocabulary
-from blip3o_jax.train.checkpoint import Checkpoints
+from blip3o_jax.train.checkpoint import RECIPE, Checkpoints
 from blip3o_jax.train.flops import peak_flops
 from blip3o_jax.train.initialize import restore_or_create
 from blip3o_jax.train.memory import check_memory
@@ -157,6 +157,11 @@ def train(
     strategy = Strategy.of(config.mesh)
     # A wrong size of the batch is reported before the directory is touched.
     strategy.check_batch(config.data.batch_size, config.optimizer.accumulate, config.data.pack)
+    if (workdir / RECIPE).exists():  # readers of `workdir` would never find this run's checkpoints
+        raise UserError(
+            f"{workdir / RECIPE} says that this --workdir holds the stages of a recipe: start a"
+            " single run in another"
+        )
     with contextlib.ExitStack() as until_done:
         # The lock first: `method.open` may start processes, which a refused second run must not.
         set_phase("lock" if process_index() == 0 else "barrier", 0)
@@ -225,7 +230,7 @@ class _Run:
         config = self.config
         start = self.context.start
         if start >= config.steps:
-            log_host0(f"{config.title}: step {start} of {config.steps} is done already")
+            log_host0(_nothing_to_do(config, start, self.checkpoints.directory))
             return {}
         values = {}
         previous = None
@@ -341,6 +346,18 @@ class _Run:
     def _preview_program(self) -> Any:
         assert self.spec.preview is not None
         return make_preview_program(self.spec.preview, self.context.plan, self.context.strategy)
+
+
+def _nothing_to_do(config: Config, start: int, directory: pathlib.Path) -> str:
+    """Return the line for a run whose checkpoint is at the last step, or beyond it: then it may be
+    that of a longer run.
+    """
+    if start == config.steps:
+        return f"{config.title}: step {start} of {config.steps} is done already"
+    return (
+        f"{config.title}: {directory}/{start} is beyond steps={config.steps}, so nothing is"
+        " trained: raise steps to go on, or start in another --workdir"
+    )
 
 
 def make_preview_program(

@@ -9,8 +9,8 @@ import pathlib
 
 from blip3o_jax import checksums
 from blip3o_jax.config import Config, UserError
-from blip3o_jax.parallel.distributed import process_index
-from blip3o_jax.train.checkpoint import RECIPE
+from blip3o_jax.parallel.distributed import log_host0, process_index
+from blip3o_jax.train.checkpoint import RECIPE, read_stages
 from blip3o_jax.train.loop import Summary
 from blip3o_jax.train.supervised import train
 from blip3o_jax.train.workdir import WorkdirLock
@@ -35,12 +35,31 @@ def run(recipe: dict[str, Config], workdir: str | pathlib.Path) -> dict[str, Sum
         return {"": train(recipe[""], workdir)}
     summaries = {}
     with WorkdirLock(workdir) as lock:
+        _check_stages(workdir, names)
         for name, config in recipe.items():
             begin = functools.partial(_begin, workdir, names, lock)
             summaries[name] = train(
                 _resolved(config, names, workdir), workdir / name, on_begin=begin
             )
     return summaries
+
+
+def _check_stages(workdir: pathlib.Path, names: list[str]) -> None:
+    """Raise UserError where recipe.json cannot be read or `workdir` is that of a single run, whose
+    checkpoints nothing would find any more; log stages that differ from those of recipe.json.
+    """
+    if (workdir / "checkpoints").exists():
+        raise UserError(
+            f"{workdir}/checkpoints is of a single run: start a recipe in another --workdir"
+        )
+    if not (workdir / RECIPE).exists():
+        return
+    try:
+        before = read_stages(workdir)
+    except checksums.DamagedFile as error:
+        raise UserError(f"{error}, or remove it: the run writes it again") from error
+    if before != names:
+        log_host0(f"{workdir / RECIPE}: stages {', '.join(before)} -> {', '.join(names)}")
 
 
 def _begin(workdir: pathlib.Path, names: list[str], lock: WorkdirLock) -> None:

@@ -1,11 +1,13 @@
 """Finish the steps of a checkpoint directory on disk, and check whether they are intact.
 
 A step is finished when its directory has its final name and holds a manifest; it is intact when all
-files match the manifest. Resuming, sampling, exporting and `init_from` all use intact steps only. A
-reader of a step reads its files twice, once for the checksums and once for the values, the second
-time mostly from the page cache.
+files match the manifest, and the manifest is of the step that the directory's name says: a renamed
+directory holds the state of another step. Resuming, sampling, exporting and `init_from` all use
+intact steps only. A reader of a step reads its files twice, once for the checksums and once for the
+values, the second time mostly from the page cache.
 """
 
+import os
 import pathlib
 import re
 from typing import Any
@@ -50,20 +52,18 @@ class CheckedStep(ocp.path.atomicity.AtomicRenameTemporaryPath):
         await super().finalize()
         between = pathlib.Path(super().get_final())
         if between != pathlib.Path(self.get_final()):
-            checksums.write_manifest(between)
+            checksums.write_manifest(between, step=int(self.get_final().name))
             between.rename(self.get_final())
 
 
 def all_steps(directory: pathlib.Path) -> list[int]:
     """Return the steps that have their final name, ascending, whether intact or damaged.
 
-    Names such as "007" are not steps.
+    A file with such a name is a damaged step. Names such as "007" are not steps.
     """
     if not directory.is_dir():
         return []
-    return sorted(
-        int(p.name) for p in directory.iterdir() if _STEP.fullmatch(p.name) and p.is_dir()
-    )
+    return sorted(int(path.name) for path in directory.iterdir() if _STEP.fullmatch(path.name))
 
 
 def damage(directory: pathlib.Path, *, shared: bool = False) -> str:
@@ -71,9 +71,12 @@ def damage(directory: pathlib.Path, *, shared: bool = False) -> str:
 
     With `shared` all hosts call this: each reads some of the files, and all return the same fault.
     """
+    step = int(directory.name)
     if not shared or jax.process_count() == 1:
-        return checksums.find_damage(directory, required=_REQUIRED)
-    found = checksums.find_damage(directory, jax.process_index(), jax.process_count(), _REQUIRED)
+        return checksums.find_damage(directory, required=_REQUIRED, step=step)
+    found = checksums.find_damage(
+        directory, jax.process_index(), jax.process_count(), _REQUIRED, step=step
+    )
     # Collectives exchange arrays of equal shape, so that the text is padded to 512 bytes.
     packed = np.zeros(512, np.uint8)
     text = found.encode()[: len(packed)]
@@ -103,11 +106,38 @@ def check_intact(root: pathlib.Path, step: int, *, shared: bool = False) -> None
     raise UserError(f"{root}/{step} is damaged ({reason}): copy the checkpoint again; {advice}")
 
 
+def misfit(directory: pathlib.Path, wanted: dict[str, Any]) -> str:
+    """Return in what a step's arrays first differ from those of `wanted`, {group: {part: arrays}},
+    by name and shape; "" where they do not. Groups and parts that `wanted` lacks are not compared.
+    """
+    path = epath.Path(directory.absolute() / "state")
+    stored = ocp.PyTreeCheckpointHandler().metadata(path).tree
+    for group, parts in wanted.items():
+        for part, arrays in parts.items():
+            here = _shapes(part, arrays)
+            there = _shapes(part, (stored.get(group) or {}).get(part, {}))
+            for name in sorted(here.keys() | there.keys()):
+                found, expected = there.get(name, "absent"), here.get(name, "absent")
+                if found != expected:
+                    return f"{name} is {found} in it, {expected} by the configuration"
+    return ""
+
+
+def _shapes(part: str, arrays: Any) -> dict[str, str]:
+    """Return {path: "of shape (2, 3)"} of a part's arrays, or of what Orbax knows of them."""
+    return {
+        "/".join((part, jax.tree_util.keystr(keys, simple=True, separator="/"))).rstrip("/"): (
+            f"of shape {tuple(leaf.shape)}"
+        )
+        for keys, leaf in jax.tree_util.tree_leaves_with_path(arrays)
+    }
+
+
 def set_aside(directory: pathlib.Path) -> None:
     """Rename a damaged directory to a name that nothing reads, and keep it for inspection."""
     number = 1
     aside = directory.with_name(f"{directory.name}.damaged")
-    while aside.exists():
+    while os.path.lexists(aside):
         number, aside = number + 1, directory.with_name(f"{directory.name}.damaged-{number}")
     directory.rename(aside)
     log_host0(f"{directory} is set aside as {aside.name}")

@@ -168,6 +168,8 @@ def test_python_dash_m_is_the_same_command():
             "'0' must lie between 1 and 10,000",
         ),
         (["evaluate", "--checkpoint=c", "--out=o"], "--suite"),
+        (["sample", "--checkpoint=c", "--out=o", "--prompt="], "argument --prompt: it is empty"),
+        (["data", "index", " "], "argument PATH: it is empty: give one"),
     ],
 )
 def test_bad_arguments_are_one_line_and_status_2(argv, words, capsys):

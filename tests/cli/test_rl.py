@@ -28,11 +28,11 @@ def test_images_are_judged_again_by_the_runs_own_rewards_or_by_those_named(monke
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["rl"], "rl: --config names no file"),
+        (["rl"], "rl needs a config file and a checkpoint to start from: --config="),
         (["rl", "--config=nowhere.py"], "nowhere.py"),
         (
             ["rl", "serve-rewards", "--reward=shapes", "--max_memory_mb=9"],
-            "is too little for 2 scorers",
+            "--max_memory_mb=9 is too little for --scorers=2, ",
         ),
         (["rl", "serve-rewards", "--reward=shapes", "--host=0.0.0.0"], "token"),
     ],

@@ -109,6 +109,19 @@ def files(path: pathlib.Path) -> list[pathlib.Path]:
     return sorted(p for p in path.rglob("*") if p.is_file() and index.DIRECTORY not in p.parts)
 
 
+def test_a_format_that_is_not_the_data_s_is_told_before_its_index(
+    tmp_path: pathlib.Path, capsys
+) -> None:
+    """The index that is there is sound: it is of the data's own format."""
+    opened(tar(tmp_path / "a"))
+    capsys.readouterr()
+    with pytest.raises(UserError, match=r"0.tar: not a readable parquet file .* set data.format"):
+        sources.open_source(SourceConfig(str(tmp_path / "a" / "0.tar"), "parquet"))
+    assert "index" not in capsys.readouterr().err
+    source = opened(tmp_path / "a")
+    assert len(source) == 3 and "index" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("write", FORMATS)
 def test_a_copy_is_the_same_data_with_its_index_or_without(
     tmp_path: pathlib.Path, write, monkeypatch

@@ -164,7 +164,12 @@ def test_a_table_with_commas(tmp_path):
         ("p.csv", "prompt,tag\na,b,c\n", "p.csv:2 has 3 columns, the first line 2"),
         ("p.csv", "prompt,tag\n,b\n", "p.csv:2 has no text"),
         ("p.csv", 'prompt,tag\n"a" b,c\n', "p.csv:2 is no CSV: "),
-        ("p.csv", 'prompt,tag\n"a,b\n', "is no CSV: unexpected end of data"),
+        (
+            "p.csv",
+            'prompt,tag\n"a\nb",c\n\nd,"e\nf\n',
+            "p.csv:5 is no CSV: unexpected end of data;",
+        ),
+        ("p.csv", 'prompt,tag\n"a\nb"\n', "p.csv:2 has 1 columns, the first line 2"),
         ("p.csv", "prompt\n" + "a" * 200_000, "p.csv:2 is no CSV: field larger than field limit"),
         ("p.csv", "prompt,tag\n", "holds no prompt"),
         ("p.tsv", "Prompt\tNote\na cat\n", "p.tsv:2 has 1 columns, the first line 2"),

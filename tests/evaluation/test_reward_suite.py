@@ -82,3 +82,16 @@ def test_an_image_that_cannot_be_scored_is_wrong(tmp_path):
 def test_prompts_are_looked_at_before_anything_is_drawn(tmp_path):
     with pytest.raises(UserError, match="reward shapes: prompt 'a' is without category"):
         find_suite("shapes", written(tmp_path, [{"prompt": "a"}])).prompts(9, 0)
+
+
+@pytest.mark.parametrize(
+    ("suite", "lines", "message"),
+    [
+        ("shapes,foo=1", None, "suite shapes takes no options: leave out foo=1"),
+        ("shapes_qa,foo=1", [], "suite shapes_qa takes no options: leave out foo=1"),
+        ("shapes_qa", [], "suite shapes_qa has prompts of its own: leave out --prompts_file"),
+    ],
+)
+def test_a_suite_with_prompts_takes_no_others(tmp_path, suite, lines, message):
+    with pytest.raises(UserError, match=message):
+        find_suite(suite, lines if lines is None else written(tmp_path, lines))

@@ -9,6 +9,7 @@ import pytest
 from blip3o_jax.data.prompts import Prompt
 from blip3o_jax.rl.log import RolloutLog, best_and_worst
 from blip3o_jax.rl.reward_batch import RewardBatch
+from blip3o_jax.rl.rollouts import RolloutIterator
 from blip3o_jax.train.metrics import read_rows
 
 
@@ -86,6 +87,8 @@ def test_sync_brings_the_lines_to_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", synced.append)
     write(log, 0)
     assert not synced
-    log.sync()
+    batches = RolloutIterator.__new__(RolloutIterator)  # the loop calls it, before it saves a step
+    batches._log = log
+    batches.sync()
     log.close()
     assert len(synced) == 1

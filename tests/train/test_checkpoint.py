@@ -1,6 +1,8 @@
 """What a checkpoint's readers do with files that are not those that were written."""
 
+import os
 import random
+import re
 import shutil
 import types
 
@@ -60,7 +62,7 @@ def no_data(root):
 
 
 def listing_nothing(step):
-    checksums.write_json(step / "manifest.json", {"files": {}})
+    checksums.write_json(step / "manifest.json", {"files": {}, "step": int(step.name)})
 
 
 BROKEN = {
@@ -81,6 +83,13 @@ BROKEN = {
         "4",
         "state/x is not listed in manifest.json",
     ),
+    "a renamed step": (
+        lambda root: shutil.copytree(root / "4", root / "6"),
+        "6",
+        "manifest.json has step 4, not 6",
+    ),
+    "a file in its place": (lambda root: (root / "6").touch(), "6", "it is no directory"),
+    "a dangling link": (lambda root: (root / "6").symlink_to("gone"), "6", "it is no directory"),
     "a flipped bit": (
         lambda root: flip(data_file(root / "4"), 1000),
         "4",
@@ -121,7 +130,7 @@ def test_a_damaged_step(root, capsys, case):
         f"checkpoints/{step} is damaged (" in (told := capsys.readouterr().err)
         and f"going on from {intact}" in told
     )
-    assert (root / f"{step}.damaged").is_dir()
+    assert os.path.lexists(root / f"{step}.damaged") and not os.path.lexists(root / step)
     assert checkpoint.find(root) == (root, 8) and Checkpoints(root, keep=2).newest_intact() == 8
 
 
@@ -142,7 +151,7 @@ def test_directories_that_are_no_steps(root):
 @pytest.mark.parametrize("file", ["state/_METADATA", "meta/metadata"])
 def test_a_file_replaced_before_the_manifest_was_written(root, file, text):
     (root / "4" / file).write_text(text)
-    checksums.write_manifest(root / "4")
+    checksums.write_manifest(root / "4", step=4)
     with pytest.raises(
         UserError, match=r"checkpoints/4 cannot be read \(.*\): copy the checkpoint"
     ) as error:
@@ -180,6 +189,69 @@ def test_what_a_kill_left_is_removed_when_the_run_goes_on(root):
         checkpoints.close()
         assert not (root / name).exists() and checkpoint.find(root) == (root, 6)
         shutil.rmtree(root / "6")
+
+
+def test_a_step_gets_its_name_after_its_manifest(root, monkeypatch):
+    def killed(*unused, **unused_facts):
+        raise RuntimeError("killed")
+
+    monkeypatch.setattr(checksums, "write_manifest", killed)
+    checkpoints = Checkpoints(root, keep=3)
+    checkpoints.open(tiny.run_config(), None)
+    with pytest.raises(RuntimeError, match="killed"):
+        checkpoints.save(6, STATE, {"next_example": 6}, 1.0)
+        checkpoints.close()
+    assert not (root / "6").exists()
+
+
+def damage_by_host(step, monkeypatch):
+    """What each of two hosts that share the reading finds, and what both return."""
+    found, returned = [], []
+    for host in (0, 1, 0, 1):  # a second time with what the other has found
+
+        def gather(row, host=host):
+            found.append(row)
+            return np.stack([found[0], row] if host else [row, found[1 % len(found)]])
+
+        with monkeypatch.context() as patch:
+            patch.setattr(jax, "process_count", lambda: 2)
+            patch.setattr(jax, "process_index", lambda host=host: host)
+            patch.setattr(steps.multihost_utils, "process_allgather", gather)
+            returned.append(steps.damage(step, shared=True))
+    return [row.any() for row in found[:2]], returned[2:]
+
+
+@pytest.mark.parametrize("case", ["a renamed step", "nothing listed", "a flipped bit"])
+def test_hosts_that_share_the_reading_find_the_same(root, monkeypatch, case):
+    spoil, step, reason = BROKEN[case]
+    assert damage_by_host(root / "4", monkeypatch) == ([False, False], ["", ""])
+    spoil(root)
+    found, returned = damage_by_host(root / step, monkeypatch)
+    assert found.count(True) == (1 if case == "a flipped bit" else 2), "each reads a part"
+    assert returned[0] == returned[1] and re.fullmatch(reason, returned[0])
+
+
+def test_what_is_set_aside_takes_no_others_place(tmp_path):
+    for number in range(3):
+        (tmp_path / "4").mkdir()
+        (tmp_path / "4" / str(number)).touch()
+        steps.set_aside(tmp_path / "4")
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.glob("*/*")) == [
+        "4.damaged-1/1",
+        "4.damaged-2/2",
+        "4.damaged/0",
+    ]
+
+
+def test_in_what_a_step_differs(root):
+    weights = abstract().abstract["params"]
+    assert steps.misfit(root / "4", {"params": weights}) == ""
+    differs = "b is of shape (3, 5) in it, {} by the configuration"
+    for other, by_configuration in ((weights["w"], "of shape (64,)"), ({}, "absent")):
+        found = steps.misfit(root / "4", {"params": weights | {"b": other}})
+        assert found == differs.format(by_configuration)
+    found = steps.misfit(root / "4", {"frozen": {"b": weights["b"]}})
+    assert found == "b is absent in it, of shape (3, 5) by the configuration"
 
 
 def test_another_tokenizer_is_refused_and_a_damaged_one_written_again(root, tmp_path, capsys):
@@ -290,6 +362,7 @@ def test_no_flipped_bit_of_a_checkpoint_changes_a_number_silently(tmp_path, caps
     tiny.write_checkpoint(tmp_path)
     root = tmp_path / "checkpoints"
     shutil.copytree(root / "6", root / "4")
+    checksums.write_manifest(root / "4", step=4)
     plan = plan_state(checkpoint.read_config(root), tiny.strategy())
     wanted = read(root, plan)
     files = [path for path in sorted(root.rglob("*")) if path.is_file()]

@@ -166,11 +166,14 @@ def test_a_checkpoint_is_complete(whole):
     assert int(restored(workdir)["step"]) == STEPS
 
 
-def test_a_finished_run_is_not_run_again(whole, capsys):
+def test_a_finished_run_is_not_run_again(whole, tmp_path, capsys):
     workdir, _ = whole
     before = (workdir / "metrics.jsonl").read_text()
     summary = supervised.train(joint(), workdir)
     assert "step 6 of 6 is done already" in capsys.readouterr().err
+    longer = shutil.copytree(whole[0], tmp_path / "longer")
+    supervised.train(dataclasses.replace(joint(), steps=4), longer)
+    assert "checkpoints/6 is beyond steps=4, so nothing is trained" in capsys.readouterr().err
     assert (workdir / "metrics.jsonl").read_text() == before and summary.metrics == {}
 
 
@@ -382,6 +385,23 @@ def test_find(whole, tmp_path):
         assert "\n" not in str(error.value) and str(path) in str(error.value)
 
 
+def test_a_config_that_was_edited_is_named(whole, tmp_path):
+    root = shutil.copytree(whole[0] / "checkpoints", tmp_path / "checkpoints")
+    values = json.loads((root / "config.json").read_text())
+    del values["crc32c"]
+    values["model"]["ar"]["num_hidden_layers"] += 1
+    (root / "config.json").write_text(json.dumps(values))
+    shapes = r"ar/\S+ is of shape \(.*\) in it, of shape \(.*\) by the configuration"
+    with pytest.raises(
+        UserError, match=rf"checkpoints/config.json does not fit \S+/6 \({shapes}\): put back"
+    ) as error:
+        checkpoint.restore_parts(root, tiny.strategy(), ("ar",))
+    assert "\n" not in str(error.value)
+    plan = plan_state(checkpoint.read_config(root), tiny.strategy())
+    with pytest.raises(UserError, match=rf"/6 does not fit this configuration \({shapes}\); use"):
+        checkpoint.Checkpoints(root, keep=2).restore(6, plan)
+
+
 def test_cached_encoders_give_the_same_losses_and_run_once(whole, tmp_path, monkeypatch, capsys):
     """Codes from disk are the online run's, so that the first cross entropy is the same bit for
     bit. Latents are float32 and come from another program than the step's: they and what is trained
@@ -535,6 +555,20 @@ def test_a_recipe_names_a_source_that_is_not_there(tmp_path):
         UserError, match="vae comes from autoencoder, which is no directory and no earlier stage"
     ):
         recipe.run(stages, tmp_path)
+
+
+def test_a_recipe_and_a_single_run_in_one_place(tmp_path):
+    stages = {"tokenizer": tokenizer(), "joint": joint()}
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(UserError, match="/checkpoints is of a single run: start a recipe in"):
+        recipe.run(stages, tmp_path)
+    (tmp_path / "checkpoints").rmdir()
+    (tmp_path / "recipe.json").write_text('{"stages": [')
+    with pytest.raises(UserError, match=r"recipe.json cannot be read as JSON .*, or remove it:"):
+        recipe.run(stages, tmp_path)
+    with pytest.raises(UserError, match=r"recipe.json says that this --workdir holds the stages"):
+        recipe.run({"": joint()}, tmp_path)
+    assert (tmp_path / "recipe.json").read_text() == '{"stages": ['
 
 
 def test_errors_come_before_anything_is_compiled(tmp_path, monkeypatch):

@@ -130,6 +130,11 @@ def test_a_directory_that_cannot_be_written(tmp_path):
         UserError, match=r"--workdir=\S+file/run cannot be written to \(Not a directory\)"
     ):
         WorkdirLock(tmp_path / "file" / "run").__enter__()
+    (tmp_path / "runs").symlink_to("gone")
+    for path in ("runs", "runs/mine"):
+        with pytest.raises(UserError, match=r"/runs is a link to gone, which is not there: make"):
+            WorkdirLock(tmp_path / path).__enter__()
+    assert left(tmp_path) == ["file", "runs"]
 
 
 @pytest.mark.parametrize(

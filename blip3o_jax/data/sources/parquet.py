@@ -132,7 +132,10 @@ def _index_parquet(path: str, progress: Progress) -> IndexData:
         file = pyarrow.parquet.ParquetFile(path)
         names = file.schema_arrow.names
     except (pyarrow.ArrowException, OSError, ValueError) as error:  # ValueError: no UTF-8
-        raise UserError(f"{path}: not a readable parquet file ({first_line(error)})") from None
+        raise UserError(
+            f"{path}: not a readable parquet file ({first_line(error)}): copy it again, or set"
+            " data.format to its own"
+        ) from None
     sizes = []
     sums = []
     groups = []

@@ -76,9 +76,10 @@ class Limits:
         if self.room < self.max_body + REQUEST_BYTES:
             least = self.max_memory - self.room + self.max_body + REQUEST_BYTES
             raise UserError(
-                f"{WHAT}: max_memory={self.max_memory >> 20} MiB is too little for "
-                f"{self.scorers} scorers, max_body={self.max_body >> 20} MiB and "
-                f"max_pixels={self.max_pixels}: these need {-(-least >> 20)} MiB"
+                f"{WHAT}: --max_memory_mb={self.max_memory >> 20} is too little for"
+                f" --scorers={self.scorers}, --max_body_mb={self.max_body >> 20} and"
+                f" --max_pixels={self.max_pixels}: raise it to {-(-least >> 20)}, or lower one of"
+                " these"
             )
 
     @property

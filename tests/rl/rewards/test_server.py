@@ -245,7 +245,7 @@ def test_serve_refuses_what_cannot_work(monkeypatch):
             Limits(**wrong)
     with pytest.raises(
         UserError,
-        match=r"max_memory=1024 MiB is too little for 2 scorers, .*: these need 2\d\d\d MiB",
+        match=r"--max_memory_mb=1024 is too little for --scorers=2, .*: raise it to 2\d\d\d, or",
     ):
         Limits(max_memory=1 << 30)
     with pytest.raises(UserError, match=r"metrics: cannot listen on 127.0.0.1:70000: "):
