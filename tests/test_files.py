@@ -136,6 +136,15 @@ def test_a_file_is_replaced_whole(tmp_path, monkeypatch):
     )
 
 
+def test_two_that_write_one_file_at_once(tmp_path):
+    with files.replacing(tmp_path / "file", shared=True) as one:
+        one.write("a")
+        with files.replacing(tmp_path / "file", shared=True) as other:
+            other.write("b")
+        one.write("a")
+    assert (tmp_path / "file").read_text() == "aa" and len(list(tmp_path.iterdir())) == 1
+
+
 @pytest.mark.parametrize(
     ("check", "out", "words"),
     [
