@@ -230,7 +230,7 @@ def check_out_file(out: pathlib.Path, flag: str = "--out") -> None:
         _check_links(out, f"{flag}={out}: ")
         if out.is_dir() or not out.absolute().parent.is_dir():
             raise UserError(f"{flag}={out} must be a file in a directory that is there")
-        _check_writable(out if out.exists() else out.absolute().parent, flag)
+        _check_writable(out, flag)
 
 
 @contextlib.contextmanager
