@@ -155,11 +155,7 @@ def test_two_that_write_one_file_at_once(tmp_path):
         (files.check_out_directory, "loop", "loop is a link to loop, which is not there: make"),
         (files.check_out_directory, "loop/deeper", "loop is a link to loop, which is not there"),
         (files.check_out_directory, "/proc/x", r"no file can be made in /proc \(|is not writable"),
-        (
-            files.check_out_file,
-            "/proc/x",
-            r"=/proc/x: (/proc |)(no file can be made in /proc \(|is not writable)",
-        ),
+        (files.check_out_file, "/proc/x", r"=/proc/x: (no file can be made in )?/proc "),
         (files.check_out_file, "directory", "must be a file in a directory that is there"),
         (files.check_out_file, "none/file", "must be a file in a directory that is there"),
     ],

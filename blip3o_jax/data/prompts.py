@@ -219,7 +219,7 @@ def _rows(text: str, delimiter: str, quoting: bool) -> list[tuple[list[str], int
         reader = csv.reader(lines, delimiter=delimiter, strict=True)
     else:
         reader = csv.reader(lines, delimiter=delimiter, quoting=csv.QUOTE_NONE, strict=True)
-    rows = []
+    rows: list[tuple[list[str], int]] = []
     while True:
         first = reader.line_num + 1
         try:
