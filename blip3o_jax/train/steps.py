@@ -113,9 +113,12 @@ def misfit(directory: pathlib.Path, wanted: dict[str, Any]) -> str:
     path = epath.Path(directory.absolute() / "state")
     stored = ocp.PyTreeCheckpointHandler().metadata(path).tree
     for group, parts in wanted.items():
+        found_parts = stored.get(group)
+        if not isinstance(found_parts, dict):  # for an empty group Orbax returns a leaf
+            found_parts = {}
         for part, arrays in parts.items():
             here = _shapes(part, arrays)
-            there = _shapes(part, (stored.get(group) or {}).get(part, {}))
+            there = _shapes(part, found_parts.get(part, {}))
             for name in sorted(here.keys() | there.keys()):
                 found, expected = there.get(name, "absent"), here.get(name, "absent")
                 if found != expected:
