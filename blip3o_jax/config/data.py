@@ -57,6 +57,9 @@ class DataConfig(ConfigGroup, path="data"):
     too_long: Literal["skip", "truncate", "error"] = "skip"
     # Of an image, counted from its header; a record with a larger one cannot be read.
     max_pixels: Annotated[int, Bounds(1, 2**31)] = 80_000_000
+    # Fraction of the captions that training leaves out, with all their records (by a hash of the
+    # caption, data/held_out.py). Their losses are the metrics eval/*, every `eval_every` steps.
+    held_out: Annotated[float, Bounds(0, 0.5)] = 0.0
     # Where ids and latents of the frozen encoders are kept; "" encodes inside the step.
     cache_dir: Path = ""
 

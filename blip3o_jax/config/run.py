@@ -27,6 +27,11 @@ class Config(ConfigGroup):
     seed: Seed = 0
     steps: Annotated[int, Bounds(1, 2**30)] = 1000
     log_every: PositiveInt = 10
+    # Steps between the losses of held-out records (`data.held_out`), which are also computed at the
+    # last step; 0 for never.
+    eval_every: Annotated[int, Bounds(0, 2**30)] = 0
+    # Batches of held-out records, the same ones every time.
+    eval_batches: Annotated[int, Bounds(1, 2**20)] = 4
     # Rows of a batch drawn into TensorBoard at each checkpoint; 0 for none.
     preview: Annotated[int, Bounds(0, 1024)] = 8
     # Regular expressions over parameter paths ("ar/layers/mlp/up/kernel"): what is trained. ()
@@ -53,6 +58,10 @@ class Config(ConfigGroup):
             self.data.batch_size % self.optimizer.accumulate == 0,
             f"data.batch_size={self.data.batch_size} must be a multiple of"
             f" optimizer.accumulate={self.optimizer.accumulate}",
+        )
+        check(
+            not self.eval_every or self.data.held_out > 0,
+            f"eval_every={self.eval_every} evaluates held-out records: set data.held_out above 0",
         )
         check(
             self.stage == "joint" or self.checkpoint.image_embedding_init == "random",

@@ -95,13 +95,15 @@ class BatchIterator(Protocol):
 
 class TrainerSpec(NamedTuple):
     """Define a run for the loop: batches, a step (state, batch) -> (state, metrics), a preview
-    (stages.make_preview) and, if they are counted, the FLOPs of a step on a batch.
+    (stages.make_preview), if they are counted, the FLOPs of a step on a batch, and the metrics of
+    held-out records, which are computed every `eval_every` steps.
     """
 
     batches: BatchIterator
     step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
     preview: Callable[..., jax.Array] | None = None
     flops: Callable[[Batch], float] | None = None
+    evaluate: Callable[[TrainState], dict[str, float]] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -251,7 +253,7 @@ class _Run:
             # The position of the batch of this step: `fetch` below replaces it by that of the next
             # batch.
             done_position = position
-            done_host_metrics = host_metrics
+            done_host_metrics = host_metrics | self.evaluate(step, state)
             if step < config.steps:
                 batch, position, host_metrics = self.fetch(state, meter, step + 1)
             if previous is not None:
@@ -279,6 +281,14 @@ class _Run:
                     )
                 self.preview(step, state, batch)
         return values
+
+    def evaluate(self, step: int, state: TrainState) -> dict[str, float]:
+        """Return the metrics of the held-out records where they are due after `step`."""
+        every = self.config.eval_every
+        if self.spec.evaluate is None or not (step == self.config.steps or step % every == 0):
+            return {}
+        self.watch.enter("evaluate", step)
+        return self.spec.evaluate(state)
 
     def fetch(
         self, state: TrainState, meter: "_Meter", step: int
@@ -317,7 +327,8 @@ class _Run:
                 " optimizer.clip_norm"
             )
         self.spec.batches.check(step, values)
-        if step == 1 or step % self.config.log_every == 0 or step == self.config.steps:
+        evaluated = any(name.startswith("eval/") for name in host_metrics)
+        if step in (1, self.config.steps) or step % self.config.log_every == 0 or evaluated:
             values |= meter.read()
             self.log.write(step, values)
         return values

@@ -68,6 +68,37 @@ def _all_finite(*trees: Any) -> jax.Array:
     return jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]).all()
 
 
+def with_normalizers(loss: Loss, batch: Batch) -> tuple[Batch, jax.Array]:
+    """Return the batch with what the loss divides by, and its counts of bad records [B], or [rows,
+    examples of each] where rows are packed.
+    """
+    batch = dict(batch)
+    skipped_B = batch.pop("bad_records")
+    # Counted over the whole batch, since micro-batches differ in it.
+    batch |= {
+        name: jnp.broadcast_to(value, skipped_B.shape)
+        for name, value in loss.normalizers(batch, skipped_B.size).items()
+    }
+    return batch, skipped_B
+
+
+def make_evaluate(
+    config: Config, plan: StatePlan, strategy: Strategy, loss: Loss
+) -> Callable[[Any, Any, Batch, jax.Array], Metrics]:
+    """Compile (params, frozen, batch, number of the batch) -> the loss and the stage's metrics,
+    without a gradient. The random keys depend on the number alone: the losses of one batch along a
+    run differ by the parameters only.
+    """
+
+    def evaluate(params: Any, frozen: Any, batch: Batch, number: jax.Array) -> Metrics:
+        batch, skipped_B = with_normalizers(loss, batch)
+        keys_B = example_keys(config.seed, number, skipped_B.size).reshape(skipped_B.shape)
+        value, metrics = loss(plan.model(params, frozen), batch, keys_B)
+        return metrics | {"loss": value}
+
+    return strategy.jit(evaluate, out_shardings=strategy.replicated())
+
+
 def make_step(
     config: Config, plan: StatePlan, strategy: Strategy, loss: Loss
 ) -> Callable[..., tuple[TrainState, Metrics]]:
@@ -84,22 +115,13 @@ def make_step(
         return value, metrics | {"loss": value}
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        batch = dict(batch)
-        # Counted by the step, not read by the loss.
-        skipped_B = batch.pop("bad_records")
-        # [B], or [rows, examples of each] where rows are packed.
-        leading = skipped_B.shape
         totals = loss.totals(batch)
-        # The divisors of the loss are counted over the whole batch: micro-batches differ in them.
-        batch |= {
-            name: jnp.broadcast_to(value, leading)
-            for name, value in loss.normalizers(batch, skipped_B.size).items()
-        }
+        batch, skipped_B = with_normalizers(loss, batch)
         grads, metrics = _mean_gradients(
             lambda p, b, k: loss_fn(p, state["frozen"], b, k),
             state["params"],
             batch,
-            example_keys(config.seed, state["step"], skipped_B.size).reshape(leading),
+            example_keys(config.seed, state["step"], skipped_B.size).reshape(skipped_B.shape),
             config.optimizer.accumulate,
         )
         with jax.named_scope("optimizer"):

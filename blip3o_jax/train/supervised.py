@@ -2,6 +2,7 @@
 
 import collections
 import functools
+import itertools
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,13 +16,14 @@ from blip3o_jax.data.examples import ExampleBuilder
 from blip3o_jax.data.index_builder import ProcessGroup
 from blip3o_jax.data.loader import DevicePrefetch, Loader, host_rows
 from blip3o_jax.data.record import Source
-from blip3o_jax.data.sources import open_mixture
+from blip3o_jax.data.sources import open_held_out, open_mixture
 from blip3o_jax.parallel import distributed
 from blip3o_jax.parallel.rules import Strategy
 from blip3o_jax.text.vocabulary import Vocabulary
 from blip3o_jax.train import loop
 from blip3o_jax.train.encode import encoded_source, make_encode, weights_fingerprint
 from blip3o_jax.train.flops import model_flops, peak_flops
+from blip3o_jax.train.held_out import HeldOutLosses
 from blip3o_jax.train.loop import RunContext, Summary, TrainerSpec
 from blip3o_jax.train.metrics import MetricLog, SilentLog
 from blip3o_jax.train.skipped import SkippedRecords
@@ -55,6 +57,7 @@ class Supervised:
             lambda: distributed.barrier("index", seconds=86400.0),
         )
         self._sources = open_mixture(config.data, processes)
+        self._held_out = open_held_out(config.data, processes) if config.eval_every else []
         for source, _ in self._sources:
             for note in source.notes:
                 distributed.log_host0(note)
@@ -66,12 +69,15 @@ class Supervised:
         config = context.config
         strategy = context.strategy
         sources = self._sources
+        held_out = self._held_out
         if position is not None and distributed.process_index() > 0:
             # The saved counts are sums over all hosts: host 0 alone continues them.
             position = position | {"skipped": {}}
         if config.model.buckets and "pixels" in STAGES[config.stage].fields:
-            groups = by_shape(sources, config.model, config.data.max_pixels)
-            sources = [source for group in groups for source in group]
+            sources, held_out = (
+                list(itertools.chain(*by_shape(side, config.model, config.data.max_pixels)))
+                for side in (sources, held_out)
+            )
         builder = ExampleBuilder(
             STAGES[config.stage].fields, config.model, config.data, context.vocabulary
         )
@@ -83,12 +89,17 @@ class Supervised:
             # Encoding may take hours: check first that the run can resume on these sources.
             loader_of(sources).restore(position)
         if config.stage == "joint" and config.data.cache_dir:
-            sources = _encode_sources(config, context.plan, strategy, state, sources)
+            both = _encode_sources(config, context.plan, strategy, state, [*sources, *held_out])
+            sources, held_out = both[: len(sources)], both[len(sources) :]
         loader = loader_of(sources)
         if position is not None:
             loader.restore(position)
-        step = make_step(
-            config, context.plan, strategy, make_loss(config, context.image_token_offset)
+        loss = make_loss(config, context.image_token_offset)
+        step = make_step(config, context.plan, strategy, loss)
+        evaluate = (
+            HeldOutLosses(config, context.plan, strategy, loss, loader_of(held_out))
+            if held_out
+            else None
         )
         preview = make_preview(config, context.image_token_offset)
         measured = peak_flops(jax.devices()[0]) is not None
@@ -98,7 +109,7 @@ class Supervised:
         batches = _PrefetchedBatches(
             DevicePrefetch(loader, strategy.batch_sharding()), data_metrics, rows
         )
-        return TrainerSpec(batches, step, preview=preview, flops=flops)
+        return TrainerSpec(batches, step, preview=preview, flops=flops, evaluate=evaluate)
 
     def close(self) -> None:
         pass

@@ -8,6 +8,7 @@ import pathlib
 
 from blip3o_jax import config
 from blip3o_jax.config import UserError
+from blip3o_jax.data.held_out import divide
 from blip3o_jax.data.index_builder import ProcessGroup
 from blip3o_jax.data.record import Record, Source, TextFields, make_record
 from blip3o_jax.data.sources.folder import CAPTION_FILES, FolderSource
@@ -20,21 +21,51 @@ from blip3o_jax.data.sources.webdataset import WebdatasetSource
 def open_mixture(
     data: config.DataConfig, processes: ProcessGroup = ProcessGroup()
 ) -> list[tuple[Source, float]]:
-    """Return the sources of a run with their weights; `processes` are those that open them
-    together.
+    """Return the sources that a run trains on, with their weights: without the records that
+    `data.held_out` holds out. `processes` are those that open them together.
     """
     if not data.all_sources:
         raise config.ConfigError(
             "data.path is empty: set --config.data.path to a data set, or data.sources to a mixture"
         )
-    return [(open_source(source, processes), source.weight) for source in data.all_sources]
+    return [
+        (open_source(source, processes, held_out=(data.held_out, False)), source.weight)
+        for source in data.all_sources
+    ]
+
+
+def open_held_out(
+    data: config.DataConfig, processes: ProcessGroup = ProcessGroup()
+) -> list[tuple[Source, float]]:
+    """Return the held-out records of each source of a run, with the weights of `open_mixture`; an
+    empty list with data.held_out=0. Raises UserError where no record is held out.
+    """
+    if not data.held_out:
+        return []
+    sources = [
+        (open_source(source, processes, held_out=(data.held_out, True)), source.weight)
+        for source in data.all_sources
+    ]
+    found = [(source, weight) for source, weight in sources if len(source)]
+    if not found:
+        raise UserError(
+            f"data.held_out={data.held_out:g} holds out no record of {sources[0][0].name}: it has"
+            " too few captions; raise data.held_out, or set it to 0"
+        )
+    return found
 
 
 def open_source(
-    cfg: config.SourceConfig, processes: ProcessGroup = ProcessGroup(), *, rebuild: str = ""
+    cfg: config.SourceConfig,
+    processes: ProcessGroup = ProcessGroup(),
+    *,
+    rebuild: str = "",
+    held_out: tuple[float, bool] = (0.0, False),
 ) -> Source:
     """Open `cfg.path`: a file, a directory, a glob, or a brace pattern such as
-    `shards/{00000..00031}.tar`. A missing index is built; `rebuild` as in `open_index`.
+    `shards/{00000..00031}.tar`. A missing index is built; `rebuild` as in `open_index`. `held_out`:
+    the fraction of captions held out, and which side to return (data/held_out.py); all records by
+    default.
 
     Raises:
       UserError: nothing there, an unknown format, an empty or damaged data set; one line that names
@@ -55,6 +86,9 @@ def open_source(
         raise UserError(
             f"{path}: the data set is empty; give one with at least one captioned image"
         )
+    fraction, which = held_out
+    if fraction:
+        source = divide(source, fraction)[which]
     return ReconstructionSource(source) if cfg.task == "reconstruct" else source
 
 
