@@ -26,11 +26,11 @@ def sampling(name: str) -> arguments.Argument:
     return arguments.field(SamplingConfig, name)
 
 
-def add_config(parser: argparse.ArgumentParser) -> None:
+def add_config(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     parser.add_argument(
         "--config",
         type=arguments.config_path,
-        required=True,
+        required=required,
         metavar="FILE.py[:ARG]",
         help="a file under configs/, and its argument",
     )

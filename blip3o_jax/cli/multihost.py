@@ -17,7 +17,7 @@ def on_all_hosts(
     from blip3o_jax import config
     from blip3o_jax.parallel import distributed
 
-    workdir = args.workdir or _default_workdir(args.config)
+    workdir = args.workdir or default_workdir(args.config)
     launch = distributed.Launch(
         args.distributed, args.coordinator, args.num_processes, args.process_id
     )
@@ -33,7 +33,7 @@ def on_all_hosts(
     return distributed.run(launch, job)
 
 
-def _default_workdir(config: str) -> Path:
+def default_workdir(config: str) -> Path:
     """runs/pretrain-1.7b for configs/pretrain.py:1.7b, runs/finetune-mine for
     configs/finetune.py:checkpoints/mine, runs/rl-ocr-mine for configs/rl.py:ocr:checkpoints/mine.
     """

@@ -31,6 +31,7 @@ from blip3o_jax.cli.command import Parser, quoted
 _EXAMPLES = """\
 examples:
   blip3o demo                                             train everything on 2 cores
+  blip3o demo --config=configs/own.py:photos              train on your captioned pictures
   blip3o data shapes --out=data/shapes                    draw the embedded data set
   blip3o train --config=configs/overfit.py --workdir=runs/mine --config.data.path=photos.tar
   blip3o sample --checkpoint=runs/mine --prompt="a red circle" --out=samples

@@ -29,6 +29,13 @@ def is_held_out(caption: str, fraction: float) -> bool:
     return caption_hash(caption) < fraction * _HASHES
 
 
+def threshold(below: int, above: int) -> float:
+    """Return the fraction that holds out captions of hashes up to `below`, and none from `above`
+    on.
+    """
+    return (below + above) / 2 / _HASHES
+
+
 def divide(source: Source, fraction: float) -> tuple[Source, Source]:
     """Return the records of `source` to train on, and those held out: about `fraction` of its
     captions. Records that cannot be read are on the training side, where the loader reports them.

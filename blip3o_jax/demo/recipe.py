@@ -11,27 +11,50 @@ import math
 import os
 import pathlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from blip3o_jax import config
 from blip3o_jax.config.run import StageName
 from blip3o_jax.train.initialize import from_checkpoint
 
 IMAGE_SIZE = 48
+PATCH = 16  # pixels along the side of an image token
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Hold the sizes of the model; the defaults are those of the demo. Widths are multiples of 64:
+    heads have 32 channels, and the DiT has one and a half times the width.
+    """
+
+    width: int = 128
+    ar_layers: int = 3
+    dit_layers: int = 2
+    codes: int = 512
+    text_pieces: int = 480
+    dtype: config.Dtype = "float32"
 
 
 def model(
-    image_size: int = IMAGE_SIZE, *, unroll: bool = True, references: bool = False
+    image_size: int = IMAGE_SIZE,
+    *,
+    unroll: bool = True,
+    references: bool = False,
+    sizes: Sizes = Sizes(),
 ) -> config.ModelConfig:
-    """Return the demo's model at 48 px: 6 x 6 latents of 16 channels; 3 x 3 image tokens out of 512
-    codes, each of 16 x 16 pixels. `references`: rows have a reference slot.
+    """Return the demo's model, by default at 48 px: 6 x 6 latents of 16 channels; 3 x 3 image
+    tokens out of 512 codes, each of 16 x 16 pixels. `references`: rows have a reference slot.
     """
     # float32 and unrolled layers are faster on CPUs.
-    cpu: dict[str, Any] = {"dtype": "float32", "unroll": unroll}
-    f32: dict[str, Any] = {"dtype": "float32"}
+    layers: dict[str, Any] = {"dtype": sizes.dtype, "unroll": unroll}
+    dtype: dict[str, Any] = {"dtype": sizes.dtype}
+    width = sizes.width
+    heads = width // 32
+    dit_heads = heads * 3 // 2
+    channels = (width // 8, width // 4, width // 2, width // 2)
     return config.ModelConfig(
         image_size=image_size,
-        text=config.TextConfig(kind="sentencepiece", train_size=480),
+        text=config.TextConfig(kind="sentencepiece", train_size=sizes.text_pieces),
         template=config.TemplateConfig(
             system="",
             generate="{caption}",
@@ -44,40 +67,40 @@ def model(
         editing=config.EditingConfig(reference_slots=int(references), latent_concat=references),
         tokenizer=config.TaTokConfig(
             encoder=config.SiglipVisionConfig(
-                hidden_size=128,
-                intermediate_size=384,
+                hidden_size=width,
+                intermediate_size=3 * width,
                 num_hidden_layers=4,
-                num_attention_heads=4,
+                num_attention_heads=heads,
                 image_size=image_size,
-                patch_size=16,
-                **cpu,
+                patch_size=PATCH,
+                **layers,
             ),
             decoder=config.TaTokDecoderConfig(
-                hidden_size=128,
-                intermediate_size=384,
+                hidden_size=width,
+                intermediate_size=3 * width,
                 num_hidden_layers=3,
-                num_attention_heads=4,
-                num_patches=(image_size // 16) ** 2,
+                num_attention_heads=heads,
+                num_patches=(image_size // PATCH) ** 2,
             ),
             bottleneck_dim=16,
-            codebook_size=512,
+            codebook_size=sizes.codes,
             select_layer=-1,  # its features determine each patch's pixels
-            **f32,
+            **dtype,
         ),
         text_tower=config.TextTowerConfig(
-            hidden_size=128,
-            intermediate_size=256,
+            hidden_size=width,
+            intermediate_size=2 * width,
             num_hidden_layers=2,
-            num_attention_heads=4,
-            **cpu,
+            num_attention_heads=heads,
+            **layers,
         ),
         ar=config.Qwen3Config(
             vocab_size=2048,  # set by the vocabulary
-            hidden_size=128,
-            intermediate_size=384,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            num_key_value_heads=4,
+            hidden_size=width,
+            intermediate_size=3 * width,
+            num_hidden_layers=sizes.ar_layers,
+            num_attention_heads=heads,
+            num_key_value_heads=heads,
             head_dim=32,
             rope_theta=1e4,
             tie_word_embeddings=False,
@@ -85,34 +108,34 @@ def model(
             embedding_range=0.8,
             vocab_multiple=128,
             remat="none",
-            **cpu,
+            **layers,
         ),
         flow=config.FlowConfig(shift=3.0),  # most steps where the picture is laid out
-        connector=config.ConnectorConfig(positions=True, **f32),
+        connector=config.ConnectorConfig(positions=True, **dtype),
         dit=config.SanaConfig(
             in_channels=16,
             out_channels=16,
-            num_layers=2,
-            num_attention_heads=6,
+            num_layers=sizes.dit_layers,
+            num_attention_heads=dit_heads,
             attention_head_dim=32,
-            num_cross_attention_heads=6,
+            num_cross_attention_heads=dit_heads,
             cross_attention_head_dim=32,
-            cross_attention_dim=192,
-            caption_channels=192,
+            cross_attention_dim=32 * dit_heads,
+            caption_channels=32 * dit_heads,
             mlp_ratio=2.0,
             sample_size=image_size // 8,
             patch_size=2,
             interpolation_scale=1.0,
             remat="none",
-            **cpu,
+            **layers,
         ),
         vae=config.DcAeConfig(
             latent_channels=16,
             attention_head_dim=16,
             encoder_block_types=("ResBlock", "ResBlock", "ResBlock", "EfficientViTBlock"),
             decoder_block_types=("ResBlock", "ResBlock", "ResBlock", "EfficientViTBlock"),
-            encoder_block_out_channels=(16, 32, 64, 64),
-            decoder_block_out_channels=(16, 32, 64, 64),
+            encoder_block_out_channels=channels,
+            decoder_block_out_channels=channels,
             encoder_layers_per_block=(0, 1, 1, 1),
             decoder_layers_per_block=(0, 1, 1, 1),
             encoder_qkv_multiscales=((), (), (), (5,)),
@@ -120,7 +143,7 @@ def model(
             downsample_block_type="pixel_unshuffle",
             upsample_block_type="pixel_shuffle",
             scaling_factor=1.0,
-            **f32,
+            **dtype,
         ),
     )
 
@@ -151,6 +174,92 @@ def mixture(
     )
 
 
+SAMPLING = config.SamplingConfig(
+    temperature=0.8,
+    top_k=0,
+    top_p=1.0,
+    steps=20,
+    guidance=2.0,
+    token_guidance=1.5,
+    batch_size=64,
+)
+
+
+class Extent(NamedTuple):
+    """Hold how long a stage trains: steps, examples of a batch, tokens of a row."""
+
+    steps: int
+    batch_size: int
+    max_length: int
+
+    def fast(self) -> "Extent":
+        """Return the extent of a smoke run: every step of it, too few to learn much."""
+        return self._replace(steps=max(4, self.steps // 100))
+
+
+def stages(
+    base: config.Config, extents: Mapping[str, Extent], cache_dir: str
+) -> dict[str, config.Config]:
+    """Return the stages that train every part of `base.model` from random weights, one after the
+    other, on `base.data`.
+    """
+
+    def stage(name: StageName, rate: float, **changes: Any) -> config.Config:
+        steps, batch_size, max_length = extents[name]
+        optimizer: dict[str, Any] = {
+            "learning_rate": rate,
+            "end_learning_rate": rate / 50,
+            "warmup_fraction": 0.05,
+            "b2": 0.99,
+        }
+        return dataclasses.replace(
+            base,
+            stage=name,
+            steps=steps,
+            data=dataclasses.replace(
+                base.data,
+                batch_size=batch_size,
+                max_length=max_length,
+                cache_dir=changes.pop("cache_dir", ""),
+            ),
+            optimizer=config.OptimizerConfig(**optimizer | changes.pop("optimizer", {})),
+            checkpoint=config.CheckpointConfig(
+                every=steps,
+                keep=1,
+                init_from=changes.pop("init_from", ()),
+                image_embedding_init=changes.pop("image_embedding_init", "random"),
+            ),
+            **changes,
+        )
+
+    return {
+        "autoencoder": stage(
+            "autoencoder", 3e-3, loss=config.LossConfig(latent_scale=0.01, latent_noise=0.1)
+        ),
+        "contrastive": stage(
+            "contrastive", 3e-3, optimizer={"name": "muon"}, loss=config.LossConfig(dense=3.0)
+        ),
+        "tokenizer": stage(
+            "tokenizer",
+            5e-3,
+            trainable=("tokenizer/(?!encoder/).*",),
+            init_from=(("tokenizer", "contrastive"),),
+        ),
+        "joint": stage(
+            "joint",
+            8e-3,
+            cache_dir=cache_dir,
+            trainable=("ar/.*", "connector/.*", "dit/.*"),
+            optimizer={"name": "muon", "ema_decay": 0.98},
+            loss=config.LossConfig(
+                ce_chunk=extents["joint"].max_length, caption_dropout=0.1, flow_samples=2
+            ),
+            image_embedding_init="codes",
+            init_from=(("tokenizer", "tokenizer"), ("vae", "autoencoder")),
+        ),
+    }
+
+
 def recipe(
     data_dir: str,
     cache_dir: str,
@@ -164,85 +273,23 @@ def recipe(
     """
     base = config.Config(
         model=model(unroll=not fast, references=bool(tasks)),
-        data=config.DataConfig(path=data_dir, workers=0, prefetch=4, max_length=40),
+        data=config.DataConfig(path=data_dir, workers=0, prefetch=4),
         mesh=mesh(),
         log_every=20,
         preview=0,
-        sampling=config.SamplingConfig(
-            temperature=0.8,
-            top_k=0,
-            top_p=1.0,
-            steps=20,
-            guidance=2.0,
-            token_guidance=1.5,
-            batch_size=64,
-        ),
+        sampling=SAMPLING,
     )
-
-    def stage(
-        name: StageName, steps: int, batch: int, rate: float, **changes: Any
-    ) -> config.Config:
-        steps = max(4, steps // 100) if fast else steps
-        optimizer: dict[str, Any] = {
-            "learning_rate": rate,
-            "end_learning_rate": rate / 50,
-            "warmup_fraction": 0.05,
-            "b2": 0.99,
-        }
-        return dataclasses.replace(
-            base,
-            stage=name,
-            steps=steps,
-            data=dataclasses.replace(base.data, batch_size=batch, **changes.pop("data", {})),
-            optimizer=config.OptimizerConfig(**optimizer | changes.pop("optimizer", {})),
-            checkpoint=config.CheckpointConfig(
-                every=steps,
-                keep=1,
-                init_from=changes.pop("init_from", ()),
-                image_embedding_init=changes.pop("image_embedding_init", "random"),
-            ),
-            **changes,
-        )
-
-    return {
-        "autoencoder": stage(
-            "autoencoder", 900, 8, 3e-3, loss=config.LossConfig(latent_scale=0.01, latent_noise=0.1)
-        ),
-        "contrastive": stage(
-            "contrastive",
-            140,
-            64,
-            3e-3,
-            data={"max_length": 24},
-            optimizer={"name": "muon"},
-            loss=config.LossConfig(dense=3.0),
-        ),
-        "tokenizer": stage(
-            "tokenizer",
-            500,
-            32,
-            5e-3,
-            trainable=("tokenizer/(?!encoder/).*",),
-            init_from=(("tokenizer", "contrastive"),),
-        ),
-        "joint": stage(
-            "joint",
-            950 if tasks else 450,
-            64,
-            8e-3,
-            data={"cache_dir": cache_dir}
-            | (
-                {"path": "", "sources": mixture(data_dir, tasks), "max_length": 56} if tasks else {}
-            ),
-            trainable=("ar/.*", "connector/.*", "dit/.*"),
-            optimizer={"name": "muon", "ema_decay": 0.98},
-            loss=config.LossConfig(
-                ce_chunk=56 if tasks else 40, caption_dropout=0.1, flow_samples=2
-            ),
-            image_embedding_init="codes",
-            init_from=(("tokenizer", "tokenizer"), ("vae", "autoencoder")),
-        ),
+    extents = {
+        "autoencoder": Extent(900, 8, 40),
+        "contrastive": Extent(140, 64, 24),
+        "tokenizer": Extent(500, 32, 40),
+        "joint": Extent(950 if tasks else 450, 64, 56 if tasks else 40),
     }
+    chain = stages(base, {name: e.fast() if fast else e for name, e in extents.items()}, cache_dir)
+    if tasks:
+        data = dataclasses.replace(chain["joint"].data, path="", sources=mixture(data_dir, tasks))
+        chain["joint"] = dataclasses.replace(chain["joint"], data=data)
+    return chain
 
 
 def reinforcement(

@@ -4,51 +4,21 @@ write the report.
 
 import collections
 import contextlib
-import importlib.metadata
 import itertools
 import pathlib
-import platform
-import resource
 import sys
-import time
-from collections.abc import Iterator
 from typing import Any
 
-import jax
 import numpy as np
 
-import blip3o_jax
-from blip3o_jax import config as config_lib
-from blip3o_jax import model_table
 from blip3o_jax import pipeline as pipelines
 from blip3o_jax.config import Config
-from blip3o_jax.data import images
 from blip3o_jax.data.shapes import builder, tasks
+from blip3o_jax.demo import chain
 from blip3o_jax.demo.recipe import IMAGE_SIZE, recipe, reinforcement
 from blip3o_jax.evaluation import report, runner, shapes
 from blip3o_jax.rl import method
-from blip3o_jax.train import recipe as recipes
-from blip3o_jax.train.metrics import read_rows
 
-CURVES = {
-    "autoencoder": ("train/loss", "train/psnr"),
-    "contrastive": ("train/loss", "train/image_to_text"),
-    "tokenizer": ("train/reconstruction", "train/usage", "train/perplexity"),
-    "joint": ("train/ce", "train/flow", "train/accuracy", "train/grad_norm"),
-    "rl": ("rl/rewards/shapes/correct/mean", "rl/reward", "rl/kl", "rl/entropy"),
-}
-NOTES = {
-    "autoencoder": "DC-AE: pixels to latents and back; L1 and image gradients.",
-    "contrastive": "SigLIP: the vision encoder learns which caption belongs to which image.",
-    "tokenizer": "TA-Tok: the frozen encoder's features through a SimVQ codebook and back.",
-    "joint": (
-        "Cross entropy of the image tokens and flow matching of the latents, trained together."
-    ),
-    "rl": (
-        "GRPO on the image tokens: the fraction of right images in each rollout is "
-        "rl/rewards/shapes/correct/mean."
-    ),
-}
 # Suite with reference images -> (baseline, its name in the report, note of the report).
 IMAGE_TASKS = {
     "shapes_edit": (
@@ -75,12 +45,12 @@ EXAMPLES = 28  # of each suite with reference images
 
 def run(workdir: str | pathlib.Path, *, fast: bool = False) -> dict[str, Any]:
     """Run or resume the demo under `workdir`; return {"shapes_overall", "seconds", ...}."""
-    with _quick_compile() if fast else contextlib.nullcontext():
+    with chain.quick_compile() if fast else contextlib.nullcontext():
         return _run(pathlib.Path(workdir).absolute(), fast)
 
 
 def _run(workdir: pathlib.Path, fast: bool) -> dict[str, Any]:
-    clock = _Clock()
+    clock = chain.Clock()
     num_prompts = 28 if fast else 350
     with clock("data"):
         data_dir = builder.prepare(
@@ -98,8 +68,7 @@ def _run(workdir: pathlib.Path, fast: bool) -> dict[str, Any]:
         )
         files = tasks.prepare(data_dir, **counts, image_size=IMAGE_SIZE)
     stages = recipe(str(data_dir), str(workdir / "cache"), files, fast=fast)
-    summaries = recipes.run(stages, workdir / "train")
-    clock.seconds |= {name: summary.seconds for name, summary in summaries.items()}
+    chain.train(stages, workdir, clock)
     before = _evaluate(workdir, "train", num_prompts, clock)
     stages["rl"] = reinforcement(
         workdir / "train", str(data_dir / builder.PROMPTS.format(split="train")), fast=fast
@@ -124,44 +93,12 @@ def _run(workdir: pathlib.Path, fast: bool) -> dict[str, Any]:
         "categories": {name: round(share, 4) for name, share in scores["categories"].items()},
         "real_images": round(after.baselines["real_images"].overall, 4),
         "random_images": round(after.baselines["random_images"].overall, 4),
-        "peak_memory_gib": round(_peak_memory(), 2),
+        "peak_memory_gib": round(chain.peak_memory(), 2),
     }
 
 
-@contextlib.contextmanager
-def _quick_compile() -> Iterator[None]:
-    """Compile without most optimizations: programs that run for a few steps spend most time in the
-    compiler.
-    """
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    try:
-        yield
-    finally:
-        jax.config.update("jax_disable_most_optimizations", before)
-
-
-class _Clock:
-    """Measure the seconds of named parts, in order."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextlib.contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        print(f"--- {name}", file=sys.stderr, flush=True)
-        began = time.monotonic()
-        yield
-        self.seconds[name] = time.monotonic() - began
-
-
-def _peak_memory() -> float:
-    """Return the peak memory of this process in GiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
 def _evaluate(
-    workdir: pathlib.Path, name: str, num_prompts: int, clock: _Clock
+    workdir: pathlib.Path, name: str, num_prompts: int, clock: chain.Clock
 ) -> runner.Evaluation:
     """Evaluate the model in `workdir`/`name` and write the result under
     `workdir`/evaluation/`name`.
@@ -192,17 +129,12 @@ def _results(
     after: runner.Evaluation,
     image_tasks: dict[str, runner.Evaluation],
     stages: dict[str, Config],
-    clock: _Clock,
+    clock: chain.Clock,
 ) -> report.Results:
     assert after.images is not None and after.codes is not None
     pipeline = pipelines.load(workdir / "rl")
-    originals = shapes.real_images(8, IMAGE_SIZE)
-    tokenizer_size = pipeline.config.model.tokenizer.image_size
-    codes = pipeline.codes(np.stack([images.crop_and_resize(x, tokenizer_size) for x in originals]))
-    grid = pipeline.config.model.tokenizer.grid
-    parameters = sum(
-        row["parameters"] for row in model_table.count_parameters(pipeline.config).values()
-    )
+    captions = [prompt["caption"] for prompt in after.prompts]
+    originals = shapes.real_images(chain.SHOWN, IMAGE_SIZE)
     overall, categories = _scores(after)
     return report.Results(
         title="BLIP3o-NEXT in JAX: the demo",
@@ -210,36 +142,17 @@ def _results(
             "Every part trained from random weights on drawn scenes, then asked for combinations it"
             " has never seen."
         ),
-        overall=overall,
-        categories=categories,
-        samples=_samples(after),
-        before=report.Before(*_scores(before), _samples(before)),
+        scored=report.Scored(
+            overall,
+            categories,
+            _samples(after),
+            report.Before(*_scores(before), _samples(before)),
+        ),
         image_tasks=[_image_task(name, evaluation) for name, evaluation in image_tasks.items()],
-        stages=[
-            report.Stage(name, _curves(_directory(workdir, name), CURVES[name]), NOTES[name])
-            for name in stages
-        ],
-        reconstructions=[
-            report.Reconstruction(*pair)
-            for pair in zip(originals, pipeline.autoencode(originals), strict=True)
-        ],
-        token_maps=[
-            report.TokenMap(image, ids.reshape(grid, grid), prompt["caption"])
-            for image, ids, prompt in zip(originals, codes, after.prompts, strict=False)
-        ]
-        + [
-            report.TokenMap(image, ids.reshape(grid, grid), "sampled: " + prompt["caption"])
-            for image, ids, prompt in zip(
-                after.images[:8], after.codes, after.prompts, strict=False
-            )
-        ],
-        seconds=clock.seconds,
-        facts={
-            "parameters": f"{parameters / 1e6:.1f} M",
-            "peak memory": f"{_peak_memory():.1f} GiB",
-        },
-        configuration={name: config_lib.to_dict(stage) for name, stage in stages.items()},
-        versions=_versions(),
+        **chain.inner_workings(
+            pipeline, originals, captions, (np.asarray(after.images), after.codes, captions)
+        ),
+        **chain.facts_of_run(workdir, stages, pipeline.config, clock),
     )
 
 
@@ -301,30 +214,3 @@ def _image_task(name: str, evaluation: runner.Evaluation) -> report.ImageTask:
             for request, *row in itertools.islice(rows, EXAMPLES)
         ],
     )
-
-
-def _directory(workdir: pathlib.Path, stage: str) -> pathlib.Path:
-    return workdir / stage if stage == "rl" else workdir / "train" / stage
-
-
-def _curves(directory: pathlib.Path, names: tuple[str, ...]) -> list[report.Curve]:
-    """Return the curves of metrics along a run, titled without the metrics' group."""
-    rows = read_rows(directory / "metrics.jsonl")
-    curves = []
-    for name in names:
-        logged = [row for row in rows if name in row]
-        steps = [row["step"] for row in logged]
-        values = [float(row[name]) for row in logged]
-        curves.append(report.Curve(name.partition("/")[2], steps, values))
-    return curves
-
-
-def _versions() -> dict[str, str]:
-    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
-    return {
-        "blip3o_jax": blip3o_jax.__version__,
-        **{name: importlib.metadata.version(name) for name in packages},
-        "python": platform.python_version(),
-        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-        "machine": platform.platform(),
-    }

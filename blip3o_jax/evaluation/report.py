@@ -14,6 +14,7 @@ import itertools
 import json
 import math
 import pathlib
+import re
 import string
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -88,7 +89,7 @@ class TokenMap:
 @dataclasses.dataclass(frozen=True)
 class Before:
     """Hold the scores and samples of the model before its last stage, for the same prompts in the
-    order of `Results`."""
+    order of `Scored`."""
 
     overall: Score
     categories: Sequence[Score]
@@ -122,17 +123,46 @@ class ImageTask:
 
 
 @dataclasses.dataclass(frozen=True)
-class Results:
-    """Hold the contents of a report. The prompts of `samples` and the images of `reconstructions`
-    must be held out from training, as the page says."""
+class Comparison:
+    """Hold the image sampled for a held-out caption, the held-out picture of that caption, and the
+    picture of the training set that is nearest to the sample."""
 
-    title: str
-    subtitle: str
+    caption: str
+    sample_HWC: np.ndarray
+    truth_HWC: np.ndarray
+    nearest_HWC: np.ndarray
+    nearest_caption: str
+    distance: float  # of sample and nearest picture: root mean square error over pixels, of 255
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldOutCaptions:
+    """Hold the samples for held-out captions: `matched` is the fraction of samples that are nearer
+    to the picture of their caption than to those of the other captions of a group of `choices`."""
+
+    matched: float
+    choices: int
+    comparisons: Sequence[Comparison]
+
+
+@dataclasses.dataclass(frozen=True)
+class Scored:
+    """Hold the samples that a scorer has judged, before and after the last stage."""
+
     overall: Score
     categories: Sequence[Score]
     samples: Sequence[Sample]
     before: Before
-    image_tasks: Sequence[ImageTask]
+
+
+@dataclasses.dataclass(frozen=True)
+class Results:
+    """Hold the contents of a report: of samples that are `scored`, or of `held_out` captions. The
+    prompts of the samples and the images of `reconstructions` must be held out from training, as
+    the page says."""
+
+    title: str
+    subtitle: str
     stages: Sequence[Stage]
     reconstructions: Sequence[Reconstruction]
     token_maps: Sequence[TokenMap]
@@ -142,29 +172,19 @@ class Results:
     ]  # shown next to the headline: {"parameters": "12.3 M", "peak memory": "3.1 GiB"}
     configuration: Mapping[str, Any]  # nested; each top-level key gets its own table
     versions: Mapping[str, str]
+    scored: Scored | None = None
+    image_tasks: Sequence[ImageTask] = ()
+    held_out: HeldOutCaptions | None = None
 
 
 def write_report(results: Results, out_html: pathlib.Path) -> None:
     """Write `out_html`, and a file of the same name with .json."""
     out_html = pathlib.Path(out_html)
-    changed = [
-        pair
-        for pair in zip(results.before.samples, results.samples, strict=True)
-        if pair[0].correct != pair[1].correct
-    ]
-    template = string.Template(
-        pathlib.Path(__file__).with_name("report.html").read_text(encoding="utf-8")
-    )
-    page = template.substitute(
+    text = pathlib.Path(__file__).with_name("report.html").read_text(encoding="utf-8")
+    page = string.Template(_with_sections(text, results)).substitute(
         title=_text(results.title),
         subtitle=_text(results.subtitle),
         headline=_headline(results),
-        scoreboard=_scoreboard(results),
-        filters=_filters(results.samples),
-        samples="".join(map(_sample, _take_turns(results.samples))),
-        changes=_changes(results),
-        changed="".join(itertools.starmap(_changed, changed[:CHANGED])),
-        changed_counts=_changed_counts(changed),
         image_tasks="".join(map(_image_task, results.image_tasks)),
         stages="".join(map(_stage, results.stages)),
         reconstructions="".join(map(_reconstruction, results.reconstructions)),
@@ -174,10 +194,60 @@ def write_report(results: Results, out_html: pathlib.Path) -> None:
             _settings(name, value) for name, value in results.configuration.items()
         ),
         versions=_table(results.versions.items()),
+        **(_scored(results.scored) if results.scored else {}),
+        **(_held_out(results.held_out) if results.held_out else {}),
     )
     files.replace_text(out_html, page)
     files.replace_text(
         out_html.with_suffix(".json"), json.dumps(to_json(results), indent=1, allow_nan=False)
+    )
+
+
+def _with_sections(text: str, results: Results) -> str:
+    """Return the template without the sections `<!-- if NAME -->` ... `<!-- end NAME -->` of what
+    `results` does not have."""
+    for name in ("scored", "image_tasks", "held_out"):
+        if not getattr(results, name):
+            text = re.sub(rf"<!-- if {name} -->.*?<!-- end {name} -->\n", "", text, flags=re.S)
+    return text
+
+
+def _scored(scored: Scored) -> dict[str, str]:
+    """Return the contents of the sections on scores, samples and reinforcement learning."""
+    changed = [
+        pair
+        for pair in zip(scored.before.samples, scored.samples, strict=True)
+        if pair[0].correct != pair[1].correct
+    ]
+    return {
+        "scoreboard": _scoreboard(scored),
+        "filters": _filters(scored.samples),
+        "samples": "".join(map(_sample, _take_turns(scored.samples))),
+        "changes": _changes(scored),
+        "changed": "".join(itertools.starmap(_changed, changed[:CHANGED])),
+        "changed_counts": _changed_counts(changed),
+    }
+
+
+def _held_out(held_out: HeldOutCaptions) -> dict[str, str]:
+    return {"comparisons": "".join(map(_comparison, held_out.comparisons))}
+
+
+def _comparison(comparison: Comparison) -> str:
+    shown = (
+        ("sample", comparison.sample_HWC, comparison.caption),
+        ("its own picture", comparison.truth_HWC, comparison.caption),
+        ("nearest in training", comparison.nearest_HWC, comparison.nearest_caption),
+    )
+    images = "".join(
+        f"<div>{_img(image, f'{name}: {caption}')}<small>{name}</small></div>"
+        for name, image, caption in shown
+    )
+    return (
+        f'<figure class="triple"><div>{images}</div><figcaption>'
+        f'<span class="prompt">{_text(comparison.caption)}</span>'
+        f'<span class="reason">nearest: {_text(comparison.nearest_caption)}, '
+        f"{comparison.distance:.0f} of 255</span></figcaption></figure>"
     )
 
 
@@ -234,25 +304,35 @@ def _img(image_HWC: np.ndarray, alt: str) -> str:
 
 
 def _headline(results: Results) -> str:
-    overall = results.overall
-    facts = {
-        "random images": _percent(overall.random),
-        "scorer on real images": _percent(overall.real),
-        "whole run": _duration(sum(results.seconds.values())),
-        **results.facts,
-    }
+    share, claim = 0.0, ""
+    facts: dict[str, str] = {}
+    if results.scored:
+        overall = results.scored.overall
+        share, claim = overall.model, f"of {overall.prompts:,} held-out prompts drawn as asked"
+        facts = {
+            "random images": _percent(overall.random),
+            "scorer on real images": _percent(overall.real),
+        }
+    elif results.held_out:
+        held_out = results.held_out
+        count, others = len(held_out.comparisons), held_out.choices - 1
+        share = held_out.matched
+        claim = (
+            f"of {count:,} samples nearer to their caption's own picture than to {others} others"
+        )
+        facts = {"by chance": _percent(1 / held_out.choices)}
+    facts |= {"whole run": _duration(sum(results.seconds.values())), **results.facts}
     tiles = "".join(f"<div><dt>{_text(k)}</dt><dd>{_text(v)}</dd></div>" for k, v in facts.items())
     return (
-        f'<p class="hero"><strong>{_percent(overall.model)}</strong> '
-        f"<span>of {overall.prompts:,} held-out prompts drawn as asked</span></p>"
+        f'<p class="hero"><strong>{_percent(share)}</strong> <span>{claim}</span></p>'
         f'<dl class="tiles">{tiles}</dl>'
     )
 
 
-def _scoreboard(results: Results) -> str:
+def _scoreboard(scored: Scored) -> str:
     rows = []
-    for score in (*results.categories, results.overall):
-        total = ' class="total"' if score is results.overall else ""
+    for score in (*scored.categories, scored.overall):
+        total = ' class="total"' if score is scored.overall else ""
         marks = "".join(
             f'<i class="{kind}" style="left:{100 * share:.2f}%"></i>'
             for kind, share in (("random", score.random), ("real", score.real))
@@ -312,17 +392,17 @@ def _sample(sample: Sample) -> str:
     )
 
 
-def _changes(results: Results) -> str:
+def _changes(scored: Scored) -> str:
     """Return the rows of the table of scores before and after the last stage."""
     rows = []
     pairs = zip(
-        (*results.before.categories, results.before.overall),
-        (*results.categories, results.overall),
+        (*scored.before.categories, scored.before.overall),
+        (*scored.categories, scored.overall),
         strict=True,
     )
     for before, after in pairs:
         total, change = (
-            ' class="total"' if after is results.overall else "",
+            ' class="total"' if after is scored.overall else "",
             100 * (after.model - before.model),
         )
         rows.append(

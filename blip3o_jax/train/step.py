@@ -84,7 +84,7 @@ def with_normalizers(loss: Loss, batch: Batch) -> tuple[Batch, jax.Array]:
 
 def make_evaluate(
     config: Config, plan: StatePlan, strategy: Strategy, loss: Loss
-) -> Callable[[Any, Any, Batch, jax.Array], Metrics]:
+) -> Callable[..., Metrics]:
     """Compile (params, frozen, batch, number of the batch) -> the loss and the stage's metrics,
     without a gradient. The random keys depend on the number alone: the losses of one batch along a
     run differ by the parameters only.

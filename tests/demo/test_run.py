@@ -8,8 +8,8 @@ import pytest
 
 from blip3o_jax.config import RewardConfig, RlConfig
 from blip3o_jax.data.prompts import Prompt
+from blip3o_jax.demo.chain import CURVES, NOTES
 from blip3o_jax.demo.recipe import recipe, reinforcement
-from blip3o_jax.demo.run import CURVES, NOTES
 from blip3o_jax.evaluation import shapes
 from blip3o_jax.rl import reward_batch
 from blip3o_jax.rl.loss import make_loss as make_rl_loss

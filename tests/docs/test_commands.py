@@ -27,8 +27,8 @@ PROGRAMS = {
     "jupyter",
 }
 SHELL = {"", "bash", "sh", "console"}
-# Config files whose argument is a checkpoint, which no reader of the page has yet.
-OF_A_CHECKPOINT = {"configs/finetune.py", "configs/edit.py", "configs/rl.py"}
+# Config files whose argument is a checkpoint or a data set, which no reader of the page has yet.
+OF_A_FILE = {"configs/finetune.py", "configs/edit.py", "configs/rl.py", "configs/own.py"}
 ANY_CONFIG = "from blip3o_jax.config import Config\ndef get_config(arg=''): return Config()\n"
 
 
@@ -108,7 +108,7 @@ def check_blip3o(arguments: list[str], any_config: pathlib.Path) -> None:
         return
     assert (ROOT / file).is_file(), f"{file} is no file of this project"
     overrides = [pair for pair in args.overrides if pair != ("a.b", "v") and pair[0] != "a.b"]
-    if file in OF_A_CHECKPOINT:
+    if file in OF_A_FILE:
         config.load_recipe(f"{any_config}:x", overrides)
     else:
         config.load_recipe(f"{ROOT / file}{named[len(file) :]}", overrides)

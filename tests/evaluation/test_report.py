@@ -37,22 +37,24 @@ def results(rng: np.random.Generator) -> report.Results:
     return report.Results(
         title=NASTY,
         subtitle="a test",
-        overall=report.Score("overall", 4, 0.5, 0.01, 0.995),
-        categories=[
-            report.Score("single", 2, 0.5, 0.0, 1.0),
-            report.Score("two_objects", 2, 0.5, 0.02, 0.99),
-        ],
-        samples=samples,
-        before=report.Before(
-            report.Score("overall", 4, 0.25, 0.01, 0.995),
-            [
-                report.Score("single", 2, 0.75, 0.0, 1.0),
+        scored=report.Scored(
+            overall=report.Score("overall", 4, 0.5, 0.01, 0.995),
+            categories=[
+                report.Score("single", 2, 0.5, 0.0, 1.0),
                 report.Score("two_objects", 2, 0.5, 0.02, 0.99),
             ],
-            [
-                dataclasses.replace(s, correct=i == 0, image_HWC=image())
-                for i, s in enumerate(samples)
-            ],
+            samples=samples,
+            before=report.Before(
+                report.Score("overall", 4, 0.25, 0.01, 0.995),
+                [
+                    report.Score("single", 2, 0.75, 0.0, 1.0),
+                    report.Score("two_objects", 2, 0.5, 0.02, 0.99),
+                ],
+                [
+                    dataclasses.replace(s, correct=i == 0, image_HWC=image())
+                    for i, s in enumerate(samples)
+                ],
+            ),
         ),
         image_tasks=[
             report.ImageTask(
@@ -205,10 +207,40 @@ def test_samples_can_be_filtered_and_take_turns(page):
 def test_the_json_holds_what_was_drawn(written, rng):
     saved = json.loads(written.with_suffix(".json").read_text(encoding="utf-8"))
     assert set(saved) == {f.name for f in dataclasses.fields(report.Results)}
-    assert saved["samples"][0]["prompt"] == f"{NASTY} 0"
-    assert saved["samples"][0]["image_HWC"].startswith("data:image/png;base64,")
+    assert saved["scored"]["samples"][0]["prompt"] == f"{NASTY} 0"
+    assert saved["scored"]["samples"][0]["image_HWC"].startswith("data:image/png;base64,")
     assert saved["stages"][0]["curves"][1]["values"] == [100.0, None, 0.5]
     assert np.shape(saved["token_maps"][0]["ids_HW"]) == (2, 3)
+
+
+def test_samples_of_held_out_captions_stand_beside_real_pictures(tmp_path, rng):
+    image = lambda: rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    comparisons = [
+        report.Comparison(f"{NASTY} {i}", image(), image(), image(), "a near one", 31.4)
+        for i in range(3)
+    ]
+    found = dataclasses.replace(
+        results(rng),
+        scored=None,
+        image_tasks=(),
+        held_out=report.HeldOutCaptions(0.75, 10, comparisons),
+    )
+    report.write_report(found, tmp_path / "report.html")
+    page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert page.open == [] and page.named("section", "") and not page.named("button")
+    assert len(page.named("figure", "triple")) == 3 and not page.named("figure", "sample")
+    names = [img["alt"].partition(":")[0] for img in page.named("img")][:3]
+    assert names == ["sample", "its own picture", "nearest in training"]
+    text = " ".join(page.words)
+    for words in (
+        "75.0 %",
+        "of 3 samples nearer to their caption's own picture than to 9 others",
+        "10.0 %",
+        "nearest: a near one, 31 of 255",
+        f"{NASTY} 2",
+    ):
+        assert words in text, words
+    assert "Scoreboard" not in text and "Reinforcement" not in text
 
 
 def test_an_image_of_another_kind_is_refused():

@@ -1,0 +1,179 @@
+"""Hold the steps that every demonstration has: time its parts, train its recipe, show its curves,
+its autoencoder and its tokens.
+"""
+
+import contextlib
+import importlib.metadata
+import pathlib
+import platform
+import resource
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+import blip3o_jax
+from blip3o_jax import config as config_lib
+from blip3o_jax import model_table
+from blip3o_jax import pipeline as pipelines
+from blip3o_jax.config import Config
+from blip3o_jax.data import images
+from blip3o_jax.evaluation import report
+from blip3o_jax.train import recipe as recipes
+from blip3o_jax.train.metrics import read_rows
+
+CURVES = {
+    "autoencoder": ("train/loss", "train/psnr"),
+    "contrastive": ("train/loss", "train/image_to_text"),
+    "tokenizer": ("train/reconstruction", "train/usage", "train/perplexity"),
+    "joint": ("train/ce", "train/flow", "train/accuracy", "train/grad_norm"),
+    "rl": ("rl/rewards/shapes/correct/mean", "rl/reward", "rl/kl", "rl/entropy"),
+}
+NOTES = {
+    "autoencoder": "DC-AE: pixels to latents and back; L1 and image gradients.",
+    "contrastive": "SigLIP: the vision encoder learns which caption belongs to which image.",
+    "tokenizer": "TA-Tok: the frozen encoder's features through a SimVQ codebook and back.",
+    "joint": (
+        "Cross entropy of the image tokens and flow matching of the latents, trained together."
+    ),
+    "rl": (
+        "GRPO on the image tokens: the fraction of right images in each rollout is "
+        "rl/rewards/shapes/correct/mean."
+    ),
+}
+SHOWN = 8  # pictures of the autoencoder, and of the image tokens
+
+
+def train(stages: Mapping[str, Config], workdir: pathlib.Path, clock: "Clock") -> None:
+    """Train the stages under `workdir`/train, or what is left of them."""
+    summaries = recipes.run(dict(stages), workdir / "train")
+    clock.seconds |= {name: summary.seconds for name, summary in summaries.items()}
+
+
+@contextlib.contextmanager
+def quick_compile() -> Iterator[None]:
+    """Compile without most optimizations: programs that run for a few steps spend most time in the
+    compiler.
+    """
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", before)
+
+
+class Clock:
+    """Measure the seconds of named parts, in order."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        print(f"--- {name}", file=sys.stderr, flush=True)
+        began = time.monotonic()
+        yield
+        self.seconds[name] = time.monotonic() - began
+
+
+def peak_memory() -> float:
+    """Return the peak memory of this process in GiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def inner_workings(
+    pipeline: pipelines.Pipeline,
+    originals_BHWC: np.ndarray,
+    captions: Sequence[str],
+    samples: tuple[np.ndarray, np.ndarray, Sequence[str]],
+) -> dict[str, Any]:
+    """Return the fields of a report on the autoencoder and the image tokens, of real pictures with
+    their captions and of `samples`: (images, codes, captions).
+    """
+    tokenizer = pipeline.config.model.tokenizer
+    views_BTTC = np.stack([images.crop_and_resize(x, tokenizer.image_size) for x in originals_BHWC])
+    real = zip(originals_BHWC, pipeline.codes(views_BTTC), captions, strict=False)
+    sampled = zip(*(values[:SHOWN] for values in samples), strict=False)
+
+    def token_map(image: np.ndarray, ids: np.ndarray, caption: str) -> report.TokenMap:
+        return report.TokenMap(image, ids.reshape(tokenizer.grid, tokenizer.grid), caption)
+
+    return {
+        "reconstructions": [
+            report.Reconstruction(*pair)
+            for pair in zip(originals_BHWC, pipeline.autoencode(originals_BHWC), strict=True)
+        ],
+        "token_maps": [
+            *(token_map(*found) for found in real),
+            *(token_map(image, ids, f"sampled: {caption}") for image, ids, caption in sampled),
+        ],
+    }
+
+
+def facts_of_run(
+    workdir: pathlib.Path, stages: Mapping[str, Config], config: Config, clock: "Clock"
+) -> dict[str, Any]:
+    """Return the fields of a report on the run: curves of its stages, sizes, durations, settings
+    and versions.
+    """
+    parameters = sum(row["parameters"] for row in model_table.count_parameters(config).values())
+    return {
+        "stages": [
+            report.Stage(
+                name, curves(stage_directory(workdir, name), _names(name, stage)), NOTES[name]
+            )
+            for name, stage in stages.items()
+        ],
+        "seconds": clock.seconds,
+        "facts": {
+            "parameters": f"{parameters / 1e6:.1f} M",
+            "peak memory": f"{peak_memory():.1f} GiB",
+        },
+        "configuration": {name: config_lib.to_dict(stage) for name, stage in stages.items()},
+        "versions": _versions(),
+    }
+
+
+def stage_directory(workdir: pathlib.Path, stage: str) -> pathlib.Path:
+    """Return the directory of a stage's run."""
+    return workdir / stage if stage == "rl" else workdir / "train" / stage
+
+
+def _names(name: str, stage: Config) -> tuple[str, ...]:
+    """Return the metrics of a stage that a report draws; those of held-out records after the
+    same of training.
+    """
+    held_out = ("loss", "ce", "flow", "psnr", "reconstruction") if stage.eval_every else ()
+    shown = CURVES[name]
+    return shown + tuple(f"eval/{key}" for key in held_out if f"train/{key}" in shown)
+
+
+def curves(directory: pathlib.Path, names: tuple[str, ...]) -> list[report.Curve]:
+    """Return the curves of metrics along a run, titled without the metrics' group, or with
+    "held-out" for those of held-out records.
+    """
+    rows = read_rows(directory / "metrics.jsonl")
+    found = []
+    for name in names:
+        group, _, title = name.partition("/")
+        logged = [row for row in rows if name in row]
+        steps = [row["step"] for row in logged]
+        values = [float(row[name]) for row in logged]
+        title = f"held-out {title}" if group == "eval" else title
+        found.append(report.Curve(title, steps, values))
+    return found
+
+
+def _versions() -> dict[str, str]:
+    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
+    return {
+        "blip3o_jax": blip3o_jax.__version__,
+        **{name: importlib.metadata.version(name) for name in packages},
+        "python": platform.python_version(),
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "machine": platform.platform(),
+    }

@@ -1,0 +1,57 @@
+"""Read what a recipe has to know of a captioned data set: captions, and the sizes of its images."""
+
+import concurrent.futures
+import dataclasses
+
+import numpy as np
+
+from blip3o_jax import files
+from blip3o_jax.config import SourceConfig, UserError
+from blip3o_jax.data import images
+from blip3o_jax.data.record import BadRecord, Record, read_record
+from blip3o_jax.data.sources import open_source
+
+MAX_RECORDS = 20_000  # records read; of a larger set they are spread over all of it
+
+
+@dataclasses.dataclass(frozen=True)
+class Survey:
+    """Hold the number of records of a data set; and of the text-to-image records that were read,
+    the captions and the shorter sides of the images, pixels.
+    """
+
+    records: int
+    captions: tuple[str, ...]
+    sides: tuple[int, ...]
+
+
+def survey(path: str) -> Survey:
+    """Return the survey of the data set at `path`. Records that cannot be read, and records of
+    other tasks, are left out. Raises UserError where none is left.
+    """
+    source = open_source(SourceConfig(path))
+    count = min(len(source), MAX_RECORDS)
+    last: list[BadRecord] = []
+
+    def look(index: int) -> tuple[str, int] | None:
+        try:
+            return read_record(source, index, _facts)
+        except BadRecord as error:
+            files.raise_trouble(error)
+            last.append(error)
+            return None
+
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        chosen = np.linspace(0, len(source) - 1, count).astype(int)
+        found = [facts for facts in pool.map(look, chosen.tolist()) if facts is not None]
+    if not found:
+        reason = f", the last {last[-1]}" if last else ": all are of other tasks"
+        raise UserError(f"{path}: none of {count} records is a captioned image{reason}")
+    captions, sides = zip(*found, strict=True)
+    return Survey(len(source), captions, sides)
+
+
+def _facts(record: Record) -> tuple[str, int] | None:
+    if record.task != "t2i":
+        return None
+    return record.caption, min(images.shape_of(record.image))
