@@ -10,7 +10,7 @@
 #   --dry_run    print the commands instead
 #
 # Every line of output begins with its host's number. When one process ends without success, the others learn of it and end
-# as well; those that do not are killed after 30 s (120 s where it has saved). The first status that is no reason to restart is
+# as well; those that do not are killed after 120 s. The first status that is no reason to restart is
 # this script's, else that of the first to end. SIGTERM and SIGINT let all processes save and end, and this script with their
 # status; a second one ends them at once. PYTHON names the interpreter (python3).
 set -euo pipefail
@@ -96,7 +96,7 @@ run_once() { # starts all hosts and waits for them; sets status
         echo "local.sh: host $host is process $!" >&2
     done
     status=0
-    local left=("${pids[@]}") still ended code pid host patience late=""
+    local left=("${pids[@]}") still ended code pid host late=""
     while [ ${#left[@]} -gt 0 ]; do
         ended="" code=0
         wait -n -p ended "${left[@]}" || code=$?
@@ -109,10 +109,10 @@ run_once() { # starts all hosts and waits for them; sets status
         done
         if [ "$code" -ne 0 ]; then
             if [ -z "$late" ] && [ ${#left[@]} -gt 0 ]; then
-                # Time for those that end by themselves, and for their last words.
-                if [ "$code" -eq 75 ]; then patience=120; else patience=30; fi
+                # Time for those that end by themselves, and for their last words: where a collective waits for a killed
+                # host without end, jax.distributed gives that host up after a minute (RUNTIME_TIMEOUT in parallel/peers.py).
                 # Without this script's output, which whoever reads it would wait for as long as the sleep lives.
-                (sleep "$patience" & trap 'kill $!' TERM; wait; kill -KILL "${left[@]}") > /dev/null 2>&1 &
+                (sleep 120 & trap 'kill $!' TERM; wait; kill -KILL "${left[@]}") > /dev/null 2>&1 &
                 late=$!
             fi
             if [ "$status" -eq 0 ] || { restarts_on "$status" && ! restarts_on "$code"; }; then status=$code; fi

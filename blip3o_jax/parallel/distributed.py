@@ -243,7 +243,7 @@ def _runtime() -> Any:
     `num_processes`.
 
     The key-value store and the barriers of the client need no devices, so that hosts can exchange
-    values before anything is compiled and while a device hangs. JAX 0.10 and 0.11 have no public
+    values before anything is compiled and while a device hangs. JAX 0.10 to 0.12 have no public
     access to them; only this function uses the private one.
     """
     try:

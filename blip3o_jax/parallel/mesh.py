@@ -10,6 +10,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 
 from blip3o_jax.config import ConfigError, MeshConfig
+from blip3o_jax.config.errors import first_line
 
 AXES = ("data", "fsdp", "sequence", "tensor")
 THREADS_PER_CPU_DEVICE = 8
@@ -68,7 +69,8 @@ def _on_torus(
             f"{axis}={size}" for axis, size in zip(AXES, sizes[0], strict=True) if size > 1
         )
         raise ConfigError(
-            f"mesh {named} cannot be laid onto the torus of a slice, choose other sizes: {error}"
+            f"mesh {named} cannot be laid onto the torus of a slice, choose other sizes:"
+            f" {first_line(error)}"
         ) from error
 
 

@@ -209,15 +209,16 @@ class Peers:
 def without_stack_trace() -> Iterator[None]:
     """Make `jax.distributed.initialize` create a client that aborts without a stack trace.
 
-    The default callback for missed heartbeats logs one. The callback that replaces it is never
-    called: the bindings of JAX 0.10 cannot convert its argument, and abort with two lines.
+    The default callback for missed heartbeats logs one and aborts. The callback that replaces it
+    aborts too, but is never called: the bindings of JAX 0.10 to 0.12 cannot convert its argument,
+    and abort with two lines.
     """
     from jax._src import distributed
 
     module = distributed._jax
     make = module.get_distributed_runtime_client
     module.get_distributed_runtime_client = lambda *args, **kwargs: make(
-        *args, missed_heartbeat_callback=lambda status: None, **kwargs
+        *args, missed_heartbeat_callback=lambda status: os.abort(), **kwargs
     )
     try:
         yield
