@@ -10,6 +10,8 @@ measured with this package; the others are taken from their source and were not 
 """
 
 import dataclasses
+import importlib.metadata
+import re
 import sys
 from collections.abc import Mapping
 
@@ -30,6 +32,8 @@ class Setting:
     value: str
     reason: str
     source: str
+    # The version of libtpu from which on the compiler refuses the flag; empty: none does.
+    refused_from: tuple[int, ...] = ()
 
 
 SETTINGS = (
@@ -54,9 +58,20 @@ SETTINGS = (
             "--xla_enable_async_all_gather=true",
             "--xla_tpu_overlap_compute_collective_tc=true",
             "--xla_tpu_enable_async_collective_fusion=true",
-            "--xla_tpu_enable_async_collective_fusion_fuse_all_gather=true",
             "--xla_tpu_enable_async_collective_fusion_multiple_steps=true",
         )
+    ),
+    *(
+        Setting(
+            chips,
+            "LIBTPU_INIT_ARGS",
+            "--xla_tpu_enable_async_collective_fusion_fuse_all_gather=true",
+            "the same; jax 0.11 and later come with a libtpu that supports it on v5e alone, and"
+            " refuses to compile for other chips with it",
+            f"{MAXTEXT}, CF_FOR_ALL_GATHER; the refusal is libtpu 0.0.48's and 0.0.50's",
+            refused_from,
+        )
+        for chips, refused_from in ((("v5e",), ()), (("v4", "v5p", "v6e", "tpu7x"), (0, 0, 43)))
     ),
     *(
         Setting(
@@ -150,10 +165,20 @@ def environment(chip: str, given: Mapping[str, str]) -> dict[str, str]:
     }
 
 
+def _libtpu() -> tuple[int, ...]:
+    """Return the version of the installed libtpu, the newest that can be where there is none."""
+    try:
+        version = importlib.metadata.version("libtpu")
+    except importlib.metadata.PackageNotFoundError:
+        return (sys.maxsize,)
+    return tuple(map(int, re.findall(r"\d+", version)[:3]))
+
+
 def _values(chip: str) -> dict[str, str]:
     values: dict[str, list[str]] = {}
     for setting in SETTINGS:
-        if chip in setting.chips:
+        refused = setting.refused_from and _libtpu() >= setting.refused_from
+        if chip in setting.chips and not refused:
             values.setdefault(setting.variable, []).append(setting.value)
     return {
         variable: " ".join(parts) if variable in LISTS else parts[0]

@@ -469,6 +469,15 @@ def test_every_flag_has_a_reason_and_a_source():
 
 
 @pytest.mark.parametrize(
+    ("chip", "libtpu", "fused"),
+    [("v5p", "0.0.42.1", True), ("v5p", "0.0.48.1", False), ("v5e", "0.0.48.1", True)],
+)
+def test_a_flag_that_the_installed_compiler_refuses_is_left_out(monkeypatch, chip, libtpu, fused):
+    monkeypatch.setattr(flags.importlib.metadata, "version", lambda name: libtpu)
+    assert ("fuse_all_gather=true" in flags.exports(chip)) is fused
+
+
+@pytest.mark.parametrize(
     "given",
     [{}, {"XLA_FLAGS": "--xla_mine=1", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5"}],
     ids=["empty", "set"],

@@ -80,11 +80,8 @@ def settings(chip: Chip) -> dict[str, str]:
     """Return the environment of a process that compiles for TPUs it does not have, with the flags
     that the launchers set, so that the program is the one that runs there. Of two equal flags the
     last counts, so the user's flags come last."""
-    recommended = " ".join(
-        s.value for s in flags.SETTINGS if s.variable == "LIBTPU_INIT_ARGS" and chip.name in s.chips
-    )
     return {
-        "LIBTPU_INIT_ARGS": f"{recommended} {os.environ.get('LIBTPU_INIT_ARGS', '')}".strip(),
+        "LIBTPU_INIT_ARGS": flags.environment(chip.name, os.environ)["LIBTPU_INIT_ARGS"],
         "JAX_PLATFORMS": "cpu",
         # There is no metadata server and no other host.
         "TPU_SKIP_MDS_QUERY": "1",
