@@ -20,7 +20,7 @@ setup(
     package_dir={"blip3o_jax.configs": "configs"},
     package_data={"blip3o_jax": ["py.typed", "**/*.html"]},
     install_requires=[
-        "jax>=0.10,<0.12",
+        "jax>=0.10,<0.13",
         "flax>=0.12.8,<0.13",
         "optax>=0.2.8,<0.3",
         "orbax-checkpoint>=0.12,<0.13",
@@ -40,8 +40,8 @@ setup(
         "numpy>=2.0",
     ],
     extras_require={
-        "tpu": ["jax[tpu]>=0.10,<0.12"],
-        "cuda": ["jax[cuda13]>=0.10,<0.12"],
+        "tpu": ["jax[tpu]>=0.10,<0.13"],
+        "cuda": ["jax[cuda13]>=0.10,<0.13"],
         # protobuf: the version that sentencepiece's own description of its models is compiled for.
         "convert": [
             "torch>=2.6",

@@ -56,7 +56,7 @@ printf -v blip3o ' %q' blip3o "${job[@]}"
 setup="set -e; mkdir -p blip3o; tar xzf blip3o.tgz -C blip3o; cd blip3o"
 # The images' own Python is older than 3.11.
 setup+="; python3 -m pip install -q --user uv; python3 -m uv venv -q --allow-existing --python 3.12 ~/venv"
-setup+="; python3 -m uv pip install -q --python ~/venv/bin/python '.[tpu]'"
+setup+="; python3 -m uv pip install -q --python ~/venv/bin/python -c launch/locks/jax-0.10.txt '.[tpu]'"
 if [ -n "$bucket" ]; then
     setup+="; command -v gcsfuse || { echo 'deb https://packages.cloud.google.com/apt gcsfuse-jammy main' |"
     setup+=" sudo tee /etc/apt/sources.list.d/gcsfuse.list; sudo apt-get update -q; sudo apt-get install -qy gcsfuse; }"

@@ -1,6 +1,7 @@
 """Configure eight CPU devices for every test, programs that compile fast, and one shared compile
 cache."""
 
+import importlib.metadata
 import os
 import pathlib
 from collections.abc import Iterator
@@ -8,11 +9,13 @@ from collections.abc import Iterator
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("NPROC", "64")  # as parallel/mesh.py has it for eight devices
 # Compiling takes most of the suite's time, running the tiny programs next to none. The compiler's
-# newer generator of fused loops takes twice as long as the one that this flag brings back.
+# newer generator of fused loops takes twice as long as the one that this flag brings back. XLA has
+# the older one up to jax 0.10, and ends a process whose XLA_FLAGS name an unknown flag.
 # Processes that tests start inherit it.
-os.environ["XLA_FLAGS"] = (
-    f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false".strip()
-)
+if importlib.metadata.version("jax").startswith("0.10."):
+    os.environ["XLA_FLAGS"] = (
+        f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false".strip()
+    )
 
 import jax
 import numpy as np
