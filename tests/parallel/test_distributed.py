@@ -269,7 +269,10 @@ def said_by(processes):
 
 @pytest.mark.slow
 def test_ctrl_c_after_sigterm_does_not_lose_the_save_of_several_hosts(tmp_path):
-    """Send both to host 1, one right after the other."""
+    """Send both to host 1, one right after the other.
+
+    The line that Ctrl-C prints is not asserted: the step may be saved before Ctrl-C is handled.
+    """
     flags = [
         f"--workdir={tmp_path / 'run'}",
         "--config.steps=2000",
@@ -283,7 +286,6 @@ def test_ctrl_c_after_sigterm_does_not_lose_the_save_of_several_hosts(tmp_path):
     hosts[1].send_signal(signal.SIGINT)
     zero, one = said_by(hosts)
     assert zero[1] == one[1] == exits.PREEMPTED, (zero, one)
-    assert "being saved, as SIGTERM asked" in one[0]
     step = int(re.search(r"stopped by SIGTERM, step (\d+) of 2000 is saved", zero[0])[1])
     assert checkpoint.find(tmp_path / "run")[1] == step
 
