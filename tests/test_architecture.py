@@ -10,7 +10,7 @@ import pytest
 PACKAGE = pathlib.Path(__file__).parent.parent / "blip3o_jax"
 LAYERS = (
     ("exits",),
-    ("config", "nn", "lora", "connections", "serving"),
+    ("config", "nn", "lora", "connections", "serving", "progress", "provenance"),
     ("files",),
     ("checksums",),
     ("text",),

@@ -11,7 +11,7 @@ import numpy as np
 from blip3o_jax.config import ModelConfig, to_dict
 from blip3o_jax.convert.conversions import stock_config
 from blip3o_jax.convert.mapping import tensor_shapes
-from blip3o_jax.convert.progress import Progress
+from blip3o_jax.convert.progress import ByteProgress
 from blip3o_jax.convert.source import SECTION
 from blip3o_jax.convert.tables import PREFIXES, PUBLISHED_PARTS, Shape
 from blip3o_jax.convert.tensor_files import ShardedWriter
@@ -39,16 +39,16 @@ def write_random_model(
     sizes = {name: int(np.prod(shape)) for name, (shape, _) in specs.items()}
     pool = (np.random.default_rng(seed).standard_normal(_POOL, np.float32) * 0.02).astype(dtype)
     writer = ShardedWriter(directory, "model", specs, max_shard_bytes)
-    progress = Progress("write", sum(sizes.values()) * pool.itemsize)
-    for number, (name, (shape, _)) in enumerate(specs.items()):
-        first = 7919 * number % max(1, _POOL - sizes[name])
-        values = (
-            np.resize(pool, sizes[name])
-            if sizes[name] > _POOL
-            else pool[first : first + sizes[name]]
-        )
-        writer.write(name, values.reshape(shape))
-        progress.advance(name, values.nbytes)
+    with ByteProgress("write", sum(sizes.values()) * pool.itemsize) as progress:
+        for number, (name, (shape, _)) in enumerate(specs.items()):
+            first = 7919 * number % max(1, _POOL - sizes[name])
+            values = (
+                np.resize(pool, sizes[name])
+                if sizes[name] > _POOL
+                else pool[first : first + sizes[name]]
+            )
+            writer.write(name, values.reshape(shape))
+            progress.add(name, values.nbytes)
     writer.close()
     text_ids = (
         model.ar.vocab_size - model.ar.spare_rows - model.tokenizer.codebook_size - 2 - NUM_SCALES

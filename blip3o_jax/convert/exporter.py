@@ -25,7 +25,7 @@ from blip3o_jax.convert.directory import atomic_directory, check_space
 from blip3o_jax.convert.mapping import Group, groups
 from blip3o_jax.convert.memory import PeakMemory
 from blip3o_jax.convert.merged import MergedWeights
-from blip3o_jax.convert.progress import Progress
+from blip3o_jax.convert.progress import ByteProgress
 from blip3o_jax.convert.record import Record, read_record
 from blip3o_jax.convert.source import EMBEDDINGS, HEAD, SECTION
 from blip3o_jax.convert.ta_tok_args import args_of, overrides_of
@@ -270,15 +270,16 @@ class _Exporter:
         size = sum(math.prod(shape) * dtype.itemsize for shape, dtype in specs.values())
         writer = ShardedWriter(directory, stem, specs, max_shard_bytes or self.max_shard_bytes)
         try:
-            progress = Progress("write", size)
-            for plan, arrays in self._read(planned):
-                for name, first, tensor in _converted(plan, arrays):
-                    for place in (name, HEAD) if tied and name == EMBEDDINGS else (name,):
-                        writer.write_rows(place, tensor, first) if plan.by_rows else writer.write(
-                            place, tensor
-                        )
-                    progress.advance(plan.part, tensor.nbytes)
-                del arrays, tensor
+            with ByteProgress("write", size) as progress:
+                for plan, arrays in self._read(planned):
+                    for name, first, tensor in _converted(plan, arrays):
+                        for place in (name, HEAD) if tied and name == EMBEDDINGS else (name,):
+                            if plan.by_rows:
+                                writer.write_rows(place, tensor, first)
+                            else:
+                                writer.write(place, tensor)
+                        progress.add(plan.part, tensor.nbytes)
+                    del arrays, tensor
             for name, constant in constants.items():
                 writer.write(name, constant.read())
         except BaseException:

@@ -24,7 +24,7 @@ from blip3o_jax.config import Config, MeshConfig, UserError
 from blip3o_jax.convert.directory import atomic_directory, check_space
 from blip3o_jax.convert.mapping import flat, groups
 from blip3o_jax.convert.memory import PeakMemory
-from blip3o_jax.convert.progress import Progress
+from blip3o_jax.convert.progress import ByteProgress
 from blip3o_jax.convert.record import write_record
 from blip3o_jax.convert.source import Source
 from blip3o_jax.convert.tensor_files import Tensor, cast
@@ -110,9 +110,14 @@ def import_weights(
 
 def read_into(plan: StatePlan, source: Source, config: Config) -> dict[str, Any]:
     """Return the source's parameters in the plan's groups, shardings and dtypes."""
-    progress = Progress(
-        "read", sum(t.nbytes for tensors in source.tensors.values() for t in tensors.values())
-    )
+    size = sum(t.nbytes for tensors in source.tensors.values() for t in tensors.values())
+    with ByteProgress("read", size) as progress:
+        return _read_parts(plan, source, config, progress)
+
+
+def _read_parts(
+    plan: StatePlan, source: Source, config: Config, progress: ByteProgress
+) -> dict[str, Any]:
     weights: dict[str, Any] = {group: {} for group in WEIGHTS}
     for part in dict.fromkeys(name for group in WEIGHTS for name in plan.abstract[group]):
         targets: dict[str, Any] = {
@@ -140,7 +145,7 @@ def _read_part(
     config: Config,
     tensors: Mapping[str, Tensor],
     targets: Mapping[str, jax.ShapeDtypeStruct],
-    progress: Progress,
+    progress: ByteProgress,
 ) -> dict[str, jax.Array]:
     arrays: dict[str, jax.Array] = {}
     for group in groups(part, config.model):
@@ -152,7 +157,7 @@ def _read_part(
             tensor = cast(tensors[key].key, tensor, shards[group.rule.paths[0]].target.dtype)
             for path, piece in group.to_jax(tensor):
                 shards[path].fill(layer if group.rule.stacked else None, piece)
-            progress.advance(part, tensor.nbytes)
+            progress.add(part, tensor.nbytes)
         arrays |= {path: shard.array() for path, shard in shards.items()}
     return arrays
 

@@ -21,7 +21,7 @@ from blip3o_jax import config as config_lib
 from blip3o_jax.config import Config, ModelConfig, UserError
 from blip3o_jax.convert.mapping import Group, groups
 from blip3o_jax.convert.merged import MergedWeights
-from blip3o_jax.convert.progress import Progress
+from blip3o_jax.convert.progress import ByteProgress
 from blip3o_jax.convert.report import Difference, PartReport, Report
 from blip3o_jax.convert.source import Source, open_source
 from blip3o_jax.convert.stock_config import OWN_FIELDS
@@ -79,15 +79,14 @@ def verify(
     for part in chosen:
         _check_same_tensors(part, source, merged, torch_dir, root)
 
-    progress = Progress(
-        "verify", sum(t.nbytes for part in chosen for t in source.tensors[part].values())
-    )
+    sizes = {part: sum(t.nbytes for t in source.tensors[part].values()) for part in chosen}
     reports = []
     for part in chosen:
         model = torch_files.load_torch(source, (part,))
-        differing = _compare_weights(
-            part, source, merged.model, weights, getattr(model, part), progress
-        )
+        with ByteProgress(f"verify {part}", sizes[part]) as progress:
+            differing = _compare_weights(
+                part, source, merged.model, weights, getattr(model, part), progress
+            )
         _say(f"{part}  outputs")
         computations = compare.computations(part, source, seed)
         expected = [compare.run_torch(computation, model) for computation in computations]
@@ -157,7 +156,7 @@ def _compare_weights(
     cfg: ModelConfig,
     weights: MergedWeights,
     module: Any,
-    progress: Progress,
+    progress: ByteProgress,
 ) -> tuple[Difference, ...]:
     """Return the tensors of a part that are not bitwise equal to PyTorch's `module`.
 
@@ -182,7 +181,7 @@ def _compare_weights(
                 differing.append(
                     Difference(tensor.key, _max_relative_error(got[:rows], want[:rows]))
                 )
-            progress.advance(part, tensor.nbytes)
+            progress.add(part, tensor.nbytes)
     return tuple(differing)
 
 

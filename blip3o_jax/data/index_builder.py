@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from blip3o_jax import files
+from blip3o_jax import progress as progress_lib
 from blip3o_jax.config import UserError
 from blip3o_jax.data.checked_file import DamagedArrays, cache_directory, pack, unpack
 from blip3o_jax.data.index import DIRECTORY, VERSION, Counts, DatasetIndex, IndexFile, ShardIndex
@@ -109,26 +110,21 @@ class _Cancelled(Exception):
 
 
 class Progress:
-    """Print progress in bytes to stderr, every few seconds."""
-
-    EVERY = 5.0  # seconds
+    """Show the bytes read of a set's shards; `cancelled` ends the work."""
 
     def __init__(self, name: str, shards: int, total: int, *, quiet: bool, hint: str) -> None:
-        self.name = name
-        self.total = total
-        self.quiet = quiet
         self.cancelled = threading.Event()
         self._lock = threading.Lock()
-        self._done = 0
         self._shards = 0
         self._of = shards
         self._began = time.monotonic()
-        self._next = self._began + self.EVERY
-        if total > LARGE_DATASET and hint:
-            self._print(
+        if total > LARGE_DATASET and hint and not quiet:
+            line = (
                 f"{name}: no index yet: {_size(total)} are read once now; before a long run on "
                 f"accelerators, `{hint}` does that on any machine"
             )
+            print(line, file=sys.stderr, flush=True)
+        self._shown = progress_lib.Progress(f"index {name}", total, amount=_size, shown=not quiet)
 
     def add(self, count: int) -> None:
         """Count bytes read. Raises _Cancelled once indexing is to stop; long work between two reads
@@ -137,28 +133,17 @@ class Progress:
         if self.cancelled.is_set():
             raise _Cancelled
         with self._lock:
-            self._done += count
-            self._report()
+            done = self._shown.done + count
+            rate = done / max(1e-9, time.monotonic() - self._began)
+            shards = f"{self._shards}/{self._of} shards"
+            self._shown.update(done, f"{_size(rate)}/s", shards)
 
     def end_shard(self) -> None:
         with self._lock:
             self._shards += 1
 
-    def _report(self) -> None:
-        now = time.monotonic()
-        if now < self._next:
-            return
-        self._next = now + self.EVERY
-        rate = self._done / (now - self._began)
-        left = f"{max(0, self.total - self._done) / rate:.0f} s" if rate else "unknown yet"
-        self._print(
-            f"indexing {self.name}: {self._shards}/{self._of} shards, {_size(self._done)} of "
-            f"{_size(self.total)}, {_size(rate)}/s, ETA {left}"
-        )
-
-    def _print(self, line: str) -> None:
-        if not self.quiet:
-            print(line, file=sys.stderr, flush=True)
+    def close(self) -> None:
+        self._shown.close()
 
 
 def _size(count: float) -> str:
@@ -208,8 +193,9 @@ def open_index(
         total = sum(shard_format.size(shards[number]) for number in missing)
         quiet = processes.index > 0
         hint = "" if rebuild else command
-        progress = Progress(name, len(missing), total, quiet=quiet, hint=hint)
-        _build_indexes(shards, missing, shard_format, found, rebuild, progress)
+        shown = Progress(name, len(missing), total, quiet=quiet, hint=hint)
+        with contextlib.closing(shown):
+            _build_indexes(shards, missing, shard_format, found, rebuild, shown)
 
     if processes.count > 1:
         with contextlib.suppress(UserError, OSError):  # raised again below, on every host

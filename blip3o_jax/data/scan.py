@@ -6,8 +6,6 @@ import concurrent.futures
 import contextlib
 import hashlib
 import json
-import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -16,8 +14,9 @@ import numpy as np
 from blip3o_jax import files
 from blip3o_jax.data.checked_file import DamagedArrays, cache_directory, pack, unpack
 from blip3o_jax.data.record import CHANGED, BadRecord, Record, Source, read_record
+from blip3o_jax.progress import Progress
 
-PROGRESS_RECORDS = 1024  # records between two lines of progress
+PROGRESS_RECORDS = 1024  # records between two updates of the progress
 
 
 def scan(
@@ -53,16 +52,11 @@ def scan(
             return unreadable
 
     found: list[int] = []
-    began = time.monotonic()
-    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+    progress = Progress(f"{name} of {source.name}", len(source), after="records")
+    with progress, concurrent.futures.ThreadPoolExecutor(16) as pool:
         for start in range(0, len(source), PROGRESS_RECORDS):
             found += pool.map(number, range(start, min(len(source), start + PROGRESS_RECORDS)))
-            if len(found) < len(source):
-                left = (time.monotonic() - began) / len(found) * (len(source) - len(found))
-                print(
-                    f"{name} of {source.name}: {len(found)}/{len(source)}, ETA {left:.0f} s",
-                    file=sys.stderr,
-                )
+            progress.update(len(found))
     numbers_N = np.array(found, dtype)
     if not changed:  # the records read match the digest in the file's name
         files.replace_bytes(file, pack({}, {"numbers": numbers_N}), shared=True)

@@ -13,7 +13,6 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
-import logging
 import os
 import pathlib
 import re
@@ -26,10 +25,11 @@ from typing import Any
 import jax
 
 from blip3o_jax import config as config_lib
-from blip3o_jax import exits, files
+from blip3o_jax import exits, files, progress
 from blip3o_jax.config import UserError
 from blip3o_jax.config.errors import first_line
 from blip3o_jax.parallel import peers as peers_lib
+from blip3o_jax.parallel.host_logging import log_to_stderr
 from blip3o_jax.parallel.preemption import Preempted
 
 METHODS = ("auto", "off", "tpu", "slurm")
@@ -128,6 +128,7 @@ def initialize(launch: Launch) -> None:
         _peers.append(peers_lib.Peers(_runtime().client, process_index(), process_count()))
         _peers[0].start()
         exits.process.prefix = f"host {process_index()}: "
+        progress.set_quiet(process_index() > 0)
         exits.process.find_cause = _cause
         exits.process.notify_peers = _peers[0].notify_peers
         exits.process.announce_stop = _peers[0].announce_stop
@@ -139,35 +140,6 @@ def set_phase(phase: str, step: int) -> None:
     for peers in _peers:
         peers.phase = phase
         peers.step = step
-
-
-def _log_to_stderr() -> None:
-    """Log the warnings of all hosts, prefixed by the number of every host except host 0.
-
-    Host 0 also logs this package's choices at level INFO, such as that of an attention kernel.
-    """
-    logging.basicConfig(
-        level=logging.WARNING,
-        format=f"host {process_index()}: %(message)s" if process_index() else "%(message)s",
-    )
-    if process_index() == 0:
-        logging.getLogger(__package__.partition(".")[0]).setLevel(logging.INFO)
-    logging.getLogger("absl").addFilter(_without_traceback)
-
-
-# Orbax logs errors of its threads with a traceback; `Checkpoints.check` and `close` raise them.
-_RAISED_AGAIN = (
-    "_SignalingThread.run() raised",
-    "in background save thread",
-    "Save Finalize thread",
-)
-
-
-def _without_traceback(record: logging.LogRecord) -> bool:
-    if record.exc_info:
-        record.exc_info = None
-        return not any(words in record.getMessage() for words in _RAISED_AGAIN)
-    return True
 
 
 def set_compilation_cache(directory: pathlib.Path | None) -> None:
@@ -183,7 +155,7 @@ def run(launch: Launch, job: Callable[[], object]) -> int:
     In a job of several hosts an error notifies the other hosts (peers.py) and ends this process.
     """
     initialize(launch)
-    _log_to_stderr()
+    log_to_stderr(process_index(), process_count())
     try:
         job()
         status = 0

@@ -20,6 +20,7 @@ from blip3o_jax import files
 from blip3o_jax.config import RewardConfig, UserError
 from blip3o_jax.data import images
 from blip3o_jax.data.record import BadRecord
+from blip3o_jax.progress import Progress
 from blip3o_jax.rl.log import image_hash, image_path
 from blip3o_jax.rl.rewards.pool import RewardPool
 from blip3o_jax.rl.rewards.trust import check_trusted
@@ -50,7 +51,8 @@ def rescore(
     done = []
     with RewardPool(rewards, workers=workers) as pool:
         pool.check([(line["prompt"], line["metadata"]) for line in lines])
-        with files.replacing(out) as file:
+        progress = Progress("rescore", len(lines), after="images")
+        with progress, files.replacing(out) as file:
             for group in _rollouts(lines):
                 images_BHWC = _images(workdir, group)
                 result = pool.submit(
@@ -65,6 +67,7 @@ def rescore(
                     total = None if result.failed_B[i] else float(result.total_B[i])
                     done.append(line | {"rescored": {"total": total, "parts": parts}})
                     file.write(json.dumps(done[-1]) + "\n")
+                progress.update(len(done))
     return done
 
 

@@ -6,9 +6,8 @@ data/encoded.py defines the files' layout.
 import concurrent.futures
 import hashlib
 import json
+import logging
 import pathlib
-import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -28,13 +27,15 @@ from blip3o_jax.data.encoded import (
 )
 from blip3o_jax.data.examples import ExampleBuilder, Views
 from blip3o_jax.data.record import CHANGED, BadRecord, Source, read_record
-from blip3o_jax.parallel.distributed import barrier, log_host0
+from blip3o_jax.parallel.distributed import barrier
 from blip3o_jax.parallel.rules import Strategy
+from blip3o_jax.progress import Progress
 from blip3o_jax.train.state import WEIGHTS, StatePlan
 
 # (pixels, tokenizer_pixels) uint8 [B, ...] -> (codes [B, N], latents [B, H, W, C])
 Encode = Callable[[np.ndarray, np.ndarray], tuple[jax.Array, jax.Array]]
 BATCH = 64
+_log = logging.getLogger(__name__)
 
 
 def make_encode(plan: StatePlan, strategy: Strategy) -> Callable[..., tuple[jax.Array, jax.Array]]:
@@ -97,14 +98,10 @@ def encoded_source(
     shards = -(-len(source) // RECORDS_PER_SHARD)
     mine = range(jax.process_index(), shards, jax.process_count())
     todo = [shard for shard in mine if not _whole(directory, shard)]
-    began = time.monotonic()
-    for done, shard in enumerate(todo, 1):
-        _write_shard(source, encode, builder, directory, shard, batch)
-        seconds = time.monotonic() - began
-        left = seconds / done * (len(todo) - done)
-        log_host0(
-            f"encode {source.name}: shard {done}/{len(todo)} in {seconds:.0f} s, ETA {left:.0f} s"
-        )
+    images = sum(len(_records(source, shard)) for shard in todo)
+    with Progress(f"encode {source.name}", images, after="records") as progress:
+        for shard in todo:
+            _write_shard(source, encode, builder, directory, shard, batch, progress)
     barrier(f"encoded {directory.name}", seconds=86400.0)
     return EncodedSource(source, directory, config.model.tokenizer.codebook_size)
 
@@ -116,9 +113,14 @@ def _whole(directory: pathlib.Path, shard: int) -> bool:
     try:
         encoded.open_shard(directory, shard)
     except DamagedShard as error:
-        print(f"{error.reason}: encoding shard {shard} again", file=sys.stderr, flush=True)
+        _log.warning("%s: encoding shard %d again", error.reason, shard)
         return False
     return True
+
+
+def _records(source: Source, shard: int) -> range:
+    """Return the numbers of the records of a shard."""
+    return range(shard * RECORDS_PER_SHARD, min(len(source), (shard + 1) * RECORDS_PER_SHARD))
 
 
 def _write_shard(
@@ -128,8 +130,9 @@ def _write_shard(
     directory: pathlib.Path,
     shard: int,
     batch: int,
+    progress: Progress,
 ) -> None:
-    indices = range(shard * RECORDS_PER_SHARD, min(len(source), (shard + 1) * RECORDS_PER_SHARD))
+    indices = _records(source, shard)
     unreadable: dict[str, str] = {}
 
     def images_of(index: int) -> list[tuple[int, Views]]:
@@ -159,7 +162,9 @@ def _write_shard(
         del waiting[:batch]
         rows = [views for _, _, views in chosen] + [blank] * (batch - len(chosen))
         pixels, tokenizer_pixels = (np.stack(column) for column in zip(*rows, strict=True))
-        found = jax.device_get(encode(pixels, tokenizer_pixels))
+        with progress.once("compiling", pixels.shape):
+            running = encode(pixels, tokenizer_pixels)
+        found = jax.device_get(running)
         if not outputs:
             # Shapes are known from the first result only.
             outputs = tuple(
@@ -179,6 +184,7 @@ def _write_shard(
                 waiting += [(record, place, views) for place, views in found]
             while len(waiting) >= batch:
                 encode_some()
+            progress.advance(len(indices[start : start + batch]))
         # Without any readable record, one blank batch provides the arrays' shapes. The loader
         # decides how many unreadable records are too many.
         while waiting or not outputs:

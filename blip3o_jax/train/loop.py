@@ -148,11 +148,14 @@ def train(
     method: Method,
     *,
     on_begin: Callable[[], None] | None = None,
+    place: str = "",
 ) -> Summary:
     """Train up to step `config.steps`, from the last checkpoint under `workdir` if there is one.
 
     Nothing under `workdir` changes before all checks of the run have passed; then `on_begin` is
     called. Raises Preempted when SIGTERM ends the run before its last step, after saving the step.
+    `place` follows the run's name in the line of progress, such as "2/5" for the second stage of
+    five.
     """
     began = time.monotonic()
     workdir = pathlib.Path(workdir).absolute()
@@ -200,7 +203,7 @@ def train(
             on_begin()
         checkpoints.open(config, tokenizer)
         log = (
-            MetricLog(workdir, start, config.steps, config.title)
+            MetricLog(workdir, start, config.steps, f"{config.title} {place}".strip())
             if process_index() == 0
             else SilentLog()
         )
@@ -238,12 +241,14 @@ class _Run:
         previous = None
         stopped = False
         meter = _Meter(config)
-        batch, position, host_metrics = self.fetch(state, meter, start + 1)
+        with self.log.once("waiting for the first batch"):
+            batch, position, host_metrics = self.fetch(state, meter, start + 1)
         if self.spec.flops is not None:
             meter.flops = self.spec.flops(batch)
         for step in range(start + 1, config.steps + 1):
             self.watch.enter("compile" if step == start + 1 else "step", step)
             with (
+                self.log.once("compiling", _shapes(batch)),
                 # A transfer inside the step, such as a Python number that became an argument, would
                 # stop the devices at every step.
                 jax.transfer_guard("disallow"),
@@ -266,20 +271,15 @@ class _Run:
             ):
                 values = self.record(*previous, meter)
                 previous = None
-                self.watch.enter("save", step)
-                # Another run may have taken the lock over while this process was suspended.
-                self.lock.check()
-                # Logs before the checkpoint: a run that resumes at this step finds all rows up to
-                # it.
-                self.log.sync()
-                self.spec.batches.sync()
-                self.checkpoints.save(step, state, done_position, meter.mean_loss())
+                with self.log.once("saving"):
+                    self.save(step, state, done_position, meter.mean_loss())
                 if stopped and step < config.steps:
                     raise Preempted(
                         f"{config.title}: stopped by SIGTERM, step {step} of {config.steps} is"
                         " saved"
                     )
-                self.preview(step, state, batch)
+                with self.log.once("compiling the preview", _shapes(batch)):
+                    self.preview(step, state, batch)
         return values
 
     def evaluate(self, step: int, state: TrainState) -> dict[str, float]:
@@ -288,7 +288,18 @@ class _Run:
         if self.spec.evaluate is None or not (step == self.config.steps or step % every == 0):
             return {}
         self.watch.enter("evaluate", step)
-        return self.spec.evaluate(state)
+        with self.log.once("compiling the evaluation"):
+            return self.spec.evaluate(state)
+
+    def save(self, step: int, state: TrainState, position: Any, loss: float) -> None:
+        """Save a checkpoint, after the files that belong to its steps."""
+        self.watch.enter("save", step)
+        # Another run may have taken the lock over while this process was suspended.
+        self.lock.check()
+        # Logs before the checkpoint: a run that resumes at this step finds all rows up to it.
+        self.log.sync()
+        self.spec.batches.sync()
+        self.checkpoints.save(step, state, position, loss)
 
     def fetch(
         self, state: TrainState, meter: "_Meter", step: int
@@ -380,6 +391,11 @@ def make_preview_program(
         return preview(plan.model(params, frozen), batch, keys_B)
 
     return strategy.jit(program)
+
+
+def _shapes(batch: Batch) -> tuple[Any, ...]:
+    """Return the shapes of a batch, for each of which the step is compiled."""
+    return tuple(sorted((name, x.shape) for name, x in batch.items()))
 
 
 def with_groups(metrics: dict[str, float]) -> dict[str, float]:

@@ -5,21 +5,21 @@ rates and memory, data/ for the data sets, rl/ for rollouts and rewards, eval/ f
 """
 
 import collections
+import contextlib
 import json
 import logging
 import math
 import os
 import pathlib
 import shutil
-import sys
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import numpy as np
 
 from blip3o_jax import files
 from blip3o_jax.config import flat
+from blip3o_jax.progress import Progress
 from blip3o_jax.train.tensorboard import EventFile
 
 _log = logging.getLogger(__name__)
@@ -54,27 +54,7 @@ class MetricLog:
         )
         self._events = EventFile(directory / "tensorboard", start)
         self._start = start
-        self._total = total
-        self._title = title
-        self._began = time.monotonic()
-        self._progress: Any = None
-        if sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(),
-                TextColumn("{task.completed}/{task.total}"),
-            )
-            self._progress = Progress(
-                *columns,
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[numbers]}"),
-                console=Console(stderr=True),
-            )
-            self._task = self._progress.add_task(title, total=total, completed=start, numbers="")
-            self._progress.start()
+        self._progress = Progress(title, total, before="step", done=start)
 
     def describe(self, config: Mapping[str, Any], command: str) -> None:
         """Write the resolved configuration and the command line to TensorBoard, as text and as
@@ -89,19 +69,12 @@ class MetricLog:
         row = {"step": step} | {k: (v if math.isfinite(v) else str(v)) for k, v in values.items()}
         self._rows.write(row)
         self._events.scalars(step, values)
-        numbers = "  ".join(
-            f"{name} {values[tag]:.4g}" for tag, name in TERMINAL.items() if tag in values
-        )
-        if self._progress is not None:
-            self._progress.update(self._task, completed=step, numbers=numbers)
-        else:
-            rate = (step - self._start) / max(1e-9, time.monotonic() - self._began)
-            left = (self._total - step) / max(1e-9, rate)
-            # In one piece, so that Ctrl-C does not come before the end of the line.
-            sys.stderr.write(
-                f"{self._title}  step {step}/{self._total}  {numbers}  ETA {left:.0f} s\n"
-            )
-            sys.stderr.flush()
+        shown = [f"{name} {values[tag]:.4g}" for tag, name in TERMINAL.items() if tag in values]
+        self._progress.update(step, *shown, now=True)
+
+    def once(self, activity: str, key: Hashable = None) -> contextlib.AbstractContextManager[None]:
+        """Show what happens once, in place of the ETA; see `Progress.once`."""
+        return self._progress.once(activity, key)
 
     def images(self, step: int, name: str, images_BHWC: np.ndarray) -> None:
         """Write uint8 images to TensorBoard in one row."""
@@ -115,8 +88,7 @@ class MetricLog:
         self._events.sync()
 
     def close(self) -> None:
-        if self._progress is not None:
-            self._progress.stop()
+        self._progress.close()
         try:
             self._rows.close()
         finally:
@@ -129,6 +101,9 @@ class SilentLog:
     def describe(self, config: Mapping[str, Any], command: str) -> None: ...
 
     def write(self, step: int, values: dict[str, float]) -> None: ...
+
+    def once(self, activity: str, key: Hashable = None) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
 
     def images(self, step: int, name: str, images_BHWC: np.ndarray) -> None: ...
 

@@ -36,10 +36,13 @@ def run(recipe: dict[str, Config], workdir: str | pathlib.Path) -> dict[str, Sum
     summaries = {}
     with WorkdirLock(workdir) as lock:
         _check_stages(workdir, names)
-        for name, config in recipe.items():
+        for number, (name, config) in enumerate(recipe.items(), 1):
             begin = functools.partial(_begin, workdir, names, lock)
             summaries[name] = train(
-                _resolved(config, names, workdir), workdir / name, on_begin=begin
+                _resolved(config, names, workdir),
+                workdir / name,
+                on_begin=begin,
+                place=f"{number}/{len(names)}",
             )
     return summaries
 

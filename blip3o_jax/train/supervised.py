@@ -34,10 +34,14 @@ from blip3o_jax.train.vocabulary import with_vocabulary
 
 
 def train(
-    config: Config, workdir: str | pathlib.Path, *, on_begin: Callable[[], None] | None = None
+    config: Config,
+    workdir: str | pathlib.Path,
+    *,
+    on_begin: Callable[[], None] | None = None,
+    place: str = "",
 ) -> Summary:
     """Train a supervised stage; see `loop.train`."""
-    return loop.train(config, workdir, Supervised(), on_begin=on_begin)
+    return loop.train(config, workdir, Supervised(), on_begin=on_begin, place=place)
 
 
 class Supervised:

@@ -190,7 +190,7 @@ def test_a_damaged_part_is_named_and_encoded_again(folder, tmp_path, capsys, cas
     check_equal(all_records(cached), want)
 
 
-def test_a_part_that_cannot_be_opened_is_encoded_again_at_once(folder, tmp_path, capsys):
+def test_a_part_that_cannot_be_opened_is_encoded_again_at_once(folder, tmp_path, caplog):
     cached, _, _ = opened(folder, tmp_path, Encoders())
     want = all_records(cached)
     flip(files_of(tmp_path, "shard")[1], 100)
@@ -198,9 +198,7 @@ def test_a_part_that_cannot_be_opened_is_encoded_again_at_once(folder, tmp_path,
     again = Encoders()
     cached, _, _ = opened(folder, tmp_path, again)
     assert again.calls == 2
-    assert re.search(
-        r"shard-00001.json cannot be used \(.*\): encoding shard 1 again", capsys.readouterr().err
-    )
+    assert re.search(r"shard-00001.json cannot be used \(.*\): encoding shard 1 again", caplog.text)
     check_equal(all_records(cached), want)
 
 
