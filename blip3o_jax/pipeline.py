@@ -11,8 +11,6 @@ Legend: B batch, L prompt length, N image tokens, H W C image or latent, R refer
 
 import dataclasses
 import pathlib
-import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -25,6 +23,7 @@ from blip3o_jax.config import Config, MeshConfig, SamplingConfig, UserError, che
 from blip3o_jax.data import images
 from blip3o_jax.data.template import PromptTokens, make_prompt
 from blip3o_jax.parallel.rules import Strategy
+from blip3o_jax.progress import Progress
 from blip3o_jax.samples import check_images_out, write_images
 from blip3o_jax.sampling_programs import (
     LENGTH_BUCKET,
@@ -138,29 +137,20 @@ class Pipeline:
             "task understand has text as its output: use ask",
         )
         settings = self.settings(**overrides)
-        start = time.monotonic()
-        done = 0
         outputs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-        for batch, rows, size in self._batches(
+        batches = self._batches(
             requests, seed, first_index, settings, self.config.model.tokenizer.num_tokens
-        ):
-            pixels_BHWC, codes_BN = self._sample_images(
-                self._params, **batch, settings=settings, size=size
-            )
-            # The program's rows past the requests are padding, which `strict=False` drops.
-            outputs |= dict(
-                zip(
-                    rows,
-                    zip(np.asarray(pixels_BHWC), np.asarray(codes_BN), strict=True),
-                    strict=False,
-                )
-            )
-            done += len(rows)
-            if progress:
-                seconds = time.monotonic() - start
-                left = seconds / done * (len(requests) - done)
-                rate = f"{done / seconds:.2f} images/s  ETA {left:.0f} s"
-                print(f"sample  {done}/{len(requests)} images  {rate}", file=sys.stderr)
+        )
+        with Progress("sample", len(requests), after="images", shown=progress) as shown:
+            for batch, rows, size in batches:
+                with shown.once("compiling", size):
+                    pixels_BHWC, codes_BN = self._sample_images(
+                        self._params, **batch, settings=settings, size=size
+                    )
+                # The program's rows past the requests are padding, which `strict=False` drops.
+                found = zip(np.asarray(pixels_BHWC), np.asarray(codes_BN), strict=True)
+                outputs |= dict(zip(rows, found, strict=False))
+                shown.advance(len(rows))
         images = [outputs[i][0] for i in range(len(requests))]
         same_shape = len({image.shape for image in images}) == 1
         return Generated(
@@ -175,6 +165,7 @@ class Pipeline:
         questions: Sequence[str],
         *,
         seed: int = 0,
+        progress: bool = False,
         max_new_tokens: int = 64,
         first_index: int = 0,
         temperature: float = 0.0,
@@ -190,18 +181,19 @@ class Pipeline:
         pairs = zip(images, questions, strict=True)
         requests = [Request("understand", text, _image_tuple(image)) for image, text in pairs]
         answers: dict[int, str] = {}
-        for batch, rows, _ in self._batches(requests, seed, first_index, settings, 1):
-            ids_BN, count_B = map(
-                np.asarray,
-                self._sample_text(
-                    self._params, **batch, settings=settings, max_new_tokens=max_new_tokens
-                ),
-            )
-            count_B = np.minimum(count_B, self.config.data.max_length - batch["lengths_B"])
-            answers |= {
-                i: self.vocabulary.decode(ids[:n]).strip()
-                for i, ids, n in zip(rows, ids_BN, count_B, strict=False)
-            }
+        with Progress("answer", len(requests), after="questions", shown=progress) as shown:
+            for batch, rows, size in self._batches(requests, seed, first_index, settings, 1):
+                with shown.once("compiling", size):
+                    outputs = self._sample_text(
+                        self._params, **batch, settings=settings, max_new_tokens=max_new_tokens
+                    )
+                ids_BN, count_B = map(np.asarray, outputs)
+                count_B = np.minimum(count_B, self.config.data.max_length - batch["lengths_B"])
+                answers |= {
+                    i: self.vocabulary.decode(ids[:n]).strip()
+                    for i, ids, n in zip(rows, ids_BN, count_B, strict=False)
+                }
+                shown.advance(len(rows))
         return [answers[i] for i in range(len(requests))]
 
     def _batches(
@@ -434,7 +426,11 @@ def generate_to_directory(
     Returns the images' paths. `requests` are the fields of `Request`.
     """
     check_images_out(pathlib.Path(out))
-    generated = load(checkpoint).generate_requests(
-        [Request(*fields) for fields in requests], seed=seed, progress=True, **overrides
+    sampled = [Request(*fields) for fields in requests]
+    generated = load(checkpoint).generate_requests(sampled, seed=seed, progress=True, **overrides)
+    return write_images(
+        list(generated.images),
+        generated.prompts,
+        pathlib.Path(out),
+        inputs=[request.images for request in sampled],
     )
-    return write_images(list(generated.images), generated.prompts, pathlib.Path(out))

@@ -95,3 +95,24 @@ def test_one_image_and_a_label_too_long():
     assert (grid[:, -8:] == 255).all() and (grid[-8:] == 255).all(), (
         "the label runs out of its cell"
     )
+
+
+def test_a_grid_shows_the_inputs_of_an_edit_on_the_left():
+    """Lay out an edit of two images and one of one image, a row each; the prompt is below all."""
+    colours = [(200, 0, 0), (0, 200, 0), (0, 0, 200)]
+    one, two, out = solid(*colours)
+    grid = np.array(
+        labelled_grid([out, out], ["merge", "edit"], cell=64, inputs=[(one, two), (two,)])
+    )
+    cell, label, gap, arrow = 64, 45, 8, 20
+    assert grid.shape == (2 * (cell + label + gap) + gap, 3 * cell + gap + arrow + 2 * gap, 3)
+    rows = [
+        ((0, colours[0]), (cell + gap, colours[1]), (2 * cell + gap + arrow, colours[2])),
+        ((0, colours[1]), (cell + arrow, colours[2])),
+    ]
+    for number, row in enumerate(rows):
+        y = gap + number * (cell + label + gap)
+        for x, colour in row:
+            assert (grid[y : y + cell, gap + x : gap + x + cell] == colour).all(), (number, x)
+        arrows = grid[y : y + cell, gap + row[-1][0] - arrow : gap + row[-1][0]]
+        assert (arrows < 100).any(), "no arrow"

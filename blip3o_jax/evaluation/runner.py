@@ -156,7 +156,12 @@ def evaluate_pipeline(
         references = [request.images for request in requests]
         texts = [request.text for request in requests]
         answers = pipeline.ask(
-            references, texts, max_new_tokens=MAX_ANSWER_TOKENS, seed=seed, **sampling
+            references,
+            texts,
+            max_new_tokens=MAX_ANSWER_TOKENS,
+            seed=seed,
+            progress=True,
+            **sampling,
         )
     else:
         generated = pipeline.generate_requests(requests, seed=seed, progress=True, **sampling)
