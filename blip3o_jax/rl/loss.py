@@ -40,7 +40,7 @@ def make_loss(config: Config, image_ids: tuple[int, int], shards: int) -> Loss:
             metrics |= {f"{policy.metric_prefix}{name}": x for name, x in found.items()}
         return total, metrics
 
-    return Loss(loss, normalizers)
+    return Loss(loss, normalizers, totals)
 
 
 def normalizers(batch: RolloutArrays, images: int) -> dict[str, jax.Array]:
@@ -49,3 +49,12 @@ def normalizers(batch: RolloutArrays, images: int) -> dict[str, jax.Array]:
     # Counted: XLA multiplies by the reciprocal of a constant, and 49 times that of 49 is not 1.
     count = jnp.sum(batch["valid"] >= 0)
     return {"valid_fraction": jnp.sum(batch["valid"]) / count}
+
+
+def totals(batch: RolloutArrays) -> dict[str, jax.Array]:
+    """Return the number of tokens that the step scores, where a policy of tokens is trained: those
+    of the prompts, padding not counted, and the image tokens.
+    """
+    if "image_ids" not in batch:
+        return {}
+    return {"tokens": jnp.sum(batch["lengths"]) + batch["image_ids"].size}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import jax
 import numpy as np
@@ -168,7 +169,12 @@ def test_truncated_sampling_is_replayed(tmp_path, capsys):
             and np.isfinite(row["rl/kl"])
             and row["train/grad_norm"] > 0
         )
-    assert "rl  step 2/2  reward " in capsys.readouterr().err, (
+    cfg = runs.run_config()
+    for row in read_rows(tmp_path / "metrics.jsonl"):
+        # An image has its tokens and those of its prompt, without the padding of the row.
+        tokens = row["perf/tokens_per_s"] / row["perf/examples_per_s"]
+        assert cfg.model.tokenizer.num_tokens < tokens < cfg.data.max_length
+    assert re.search(r"rl  step 2/2  took \S+  reward ", capsys.readouterr().err), (
         "what a run is watched by comes first"
     )
 
