@@ -35,8 +35,8 @@ def count_parameters(config: Config) -> dict[str, dict[str, int]]:
     return counts
 
 
-def print_table(config: Config) -> None:
-    """Print the parameter table of the stage's model to standard output."""
+def print_table(config: Config, note: str = "") -> None:
+    """Print the parameter table of the stage's model, and `note` below, to standard output."""
     with jax.default_device(jax.devices("cpu")[0]):
         counts = count_parameters(config)
     table = Table(title=f"Parameters, stage {config.stage}")
@@ -50,3 +50,5 @@ def print_table(config: Config) -> None:
     table.add_section()
     table.add_row("total", *(f"{total[k]:,}" for k in ("parameters", "trainable", "padding")))
     Console().print(table)
+    if note:
+        print(note)

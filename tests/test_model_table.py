@@ -1,6 +1,7 @@
 """Compare parameter counts of the published sizes with the stock classes on torch's meta device:
 nothing is allocated."""
 
+import dataclasses
 import pathlib
 
 import diffusers
@@ -10,6 +11,8 @@ import transformers
 
 from blip3o_jax import config, model_table
 from blip3o_jax.config import loader
+from blip3o_jax.text.tokenizers import train_sentencepiece
+from blip3o_jax.train.vocabulary import expected_vocabulary
 from tests import tiny
 
 CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
@@ -114,3 +117,20 @@ def test_the_table_is_printed_for_every_stage(stage, capsys):
     for part, row in counts.items():
         assert part in out and f"{row['parameters']:,}" in out
     assert f"{sum(row['parameters'] for row in counts.values()):,}" in out
+
+
+def test_the_vocabulary_is_counted_by_its_tokenizer_or_said_to_be_assumed(tmp_path):
+    """A trained tokenizer's size is a limit until the captions are read, and known afterwards."""
+    cfg = tiny.run_config(model={"text": {"kind": "sentencepiece", "train_size": 320}})
+    limit, note = expected_vocabulary(cfg)
+    assert "assumed" in note and limit.model.ar.vocab_size == 320 + 2 + 3 + 32, note
+    tokenizer = tmp_path / "text.model"
+    train_sentencepiece(
+        iter(["a red circle", "a blue square"] * 9), tokenizer, 300, cfg.model.template
+    )
+    text = dataclasses.replace(cfg.model.text, path=str(tokenizer))
+    given = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, text=text))
+    known, note = expected_vocabulary(given)
+    size = known.model.ar.vocab_size
+    assert size < limit.model.ar.vocab_size
+    assert f"{size:,} ids, by the tokenizer {tokenizer}" in note

@@ -41,11 +41,11 @@ def add_config(parser: argparse.ArgumentParser, *, required: bool = True) -> Non
     )
 
 
-def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+def add_checkpoint(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     parser.add_argument(
         "--checkpoint",
         type=arguments.path,
-        required=True,
+        required=required,
         metavar="DIR",
         help="a working directory or checkpoint",
     )
