@@ -26,9 +26,12 @@ from blip3o_jax.convert.directory import check_space
 from blip3o_jax.convert.memory import PeakMemory
 from blip3o_jax.convert.weight_files import read_weights
 from blip3o_jax.files import write_json
+from blip3o_jax.provenance import provenance
 
 
-def run(model: ModelConfig, out: pathlib.Path, *, dtype: str = "bfloat16") -> dict[str, Any]:
+def run(
+    model: ModelConfig, out: pathlib.Path, *, command: str, dtype: str = "bfloat16"
+) -> dict[str, Any]:
     """Measure the conversions of a random model, write OUT/conversion.json and return it: seconds,
     bytes, bytes a second and peak resident bytes of each of read, write, import and export. The
     weights are removed. UserError where safetensors is not installed."""
@@ -61,7 +64,7 @@ def run(model: ModelConfig, out: pathlib.Path, *, dtype: str = "bfloat16") -> di
             shutil.rmtree(plain, ignore_errors=True)
         equal = _equal(source, exported)
     report = {
-        "date": time.strftime("%Y-%m-%d"),
+        **provenance(command),
         "machine": {
             "processor": platform.processor() or platform.machine(),
             "cores": os.cpu_count(),

@@ -39,6 +39,7 @@ from blip3o_jax.data.loader import global_batch
 from blip3o_jax.data.prompts import read_prompts
 from blip3o_jax.dit import sampler
 from blip3o_jax.parallel.rules import Strategy
+from blip3o_jax.provenance import provenance
 from blip3o_jax.rl import grpo, method, reward_batch, rollout_programs
 from blip3o_jax.rl.flow_policy import guided_velocity_fn
 from blip3o_jax.rl.loss import make_loss, normalizers
@@ -144,9 +145,8 @@ def bench(config: Config, out: pathlib.Path, *, rounds: int, command: str) -> di
     finally:
         pool.close()
     report = {
-        "command": command,
+        **provenance(command),
         "machine": machine(),
-        "versions": {"jax": jax.__version__},
         "devices": len(jax.devices()),
         "images": rl.num_prompts * rl.num_generations,
         "group": rl.num_generations,

@@ -1,6 +1,8 @@
 """Run `blip3o bench conversion`."""
 
 import argparse
+import shlex
+import sys
 from typing import Any
 
 from blip3o_jax.cli import arguments, settings
@@ -43,4 +45,5 @@ def run(args: argparse.Namespace) -> None:
     from blip3o_jax.bench import conversion
 
     model = settings.load(args).model
-    conversion.print_table(conversion.run(model, args.out, dtype=args.dtype))
+    command = shlex.join(["blip3o", *sys.argv[1:]])
+    conversion.print_table(conversion.run(model, args.out, command=command, dtype=args.dtype))

@@ -26,7 +26,7 @@ def test_report(tmp_path, monkeypatch, capsys, quick_compile):
     monkeypatch.setattr(
         conversion, "_in_subprocess", lambda work, *args: work(*args)
     )  # starting four takes the time
-    report = conversion.run(MODEL, tmp_path / "out", dtype="bfloat16")
+    report = conversion.run(MODEL, tmp_path / "out", command="blip3o bench", dtype="bfloat16")
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["conversion.json"], (
         "the weights are removed"
     )
@@ -91,7 +91,7 @@ def test_without_safetensors(tmp_path, monkeypatch):
     with pytest.raises(
         UserError, match=r"bench conversion compares with the safetensors library: pip install"
     ):
-        conversion.run(MODEL, tmp_path / "out")
+        conversion.run(MODEL, tmp_path / "out", command="blip3o bench")
     assert not (tmp_path / "out").exists()
 
 

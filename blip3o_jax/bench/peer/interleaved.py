@@ -16,7 +16,6 @@ parallel/flags.py recommends, except variables that are already set.
 """
 
 import dataclasses
-import datetime
 import pathlib
 import sys
 from typing import Any
@@ -30,6 +29,7 @@ from blip3o_jax.convert.report import relative_error
 from blip3o_jax.convert.source import open_source
 from blip3o_jax.convert.stock_config import OWN_FIELDS
 from blip3o_jax.data.sequence import text_to_image_prompt, text_to_image_row
+from blip3o_jax.provenance import provenance
 from blip3o_jax.text.tokenizers import load_tokenizer
 from blip3o_jax.text.vocabulary import Vocabulary
 from blip3o_jax.train.checkpoint import find, read_config, stored_text
@@ -106,8 +106,7 @@ def bench(
     out.mkdir(parents=True, exist_ok=True)
 
     report: dict[str, Any] = {
-        "command": command,
-        "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        **provenance(command),
         "machine": peer_report.machine(),
         "options": dataclasses.asdict(options),
         "sampling": dataclasses.asdict(settings),

@@ -181,7 +181,9 @@ def _conditions(report: Mapping[str, Any]) -> list[str]:
     machine = report["machine"]
     options = report["options"]
     sides = report["sides"]
-    versions = {name: v for side in sides.values() for name, v in side["versions"].items()}
+    versions = dict(report["versions"])
+    for side in sides.values():
+        versions |= side["versions"]
     kinds = sorted({side["device_kind"] for side in sides.values()})
     precision = "float32" if options["device"] == "cpu" else "bfloat16"
     sampling, environment = report["sampling"], sides["jax"]["environment"]
@@ -193,8 +195,7 @@ def _conditions(report: Mapping[str, Any]) -> list[str]:
         f"{options['threads']} threads a side, JAX's on {sides['jax']['devices']} device(s); "
         f"{precision}; batch of "
         f"{options['batch_size']}; {options['rounds']} rounds in turns",
-        "; ".join(f"{name} {version}" for name, version in versions.items())
-        + f"; Python {machine['python']}",
+        "; ".join(f"{name} {version}" for name, version in versions.items()),
         f"parameters: {parts}",
         f"sampling: top-k {sampling['top_k']}, top-p {sampling['top_p']}, {sampling['steps']} "
         "denoising steps, guidance "

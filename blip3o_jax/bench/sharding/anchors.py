@@ -13,7 +13,6 @@ differences.
 """
 
 import dataclasses
-import datetime
 import functools
 import json
 import pathlib
@@ -28,7 +27,6 @@ from rich.table import Table
 
 from blip3o_jax.bench.sharding import topology
 from blip3o_jax.bench.sharding.compiled_step import FITS, Task, compile_isolated
-from blip3o_jax.bench.sharding.grid import versions
 from blip3o_jax.bench.sharding.isolated_process import Row
 from blip3o_jax.config import (
     Config,
@@ -44,6 +42,7 @@ from blip3o_jax.config import (
     TaTokDecoderConfig,
     check_choice,
 )
+from blip3o_jax.provenance import provenance
 
 V5E = "AI-Hypercomputer/maxtext src/maxtext/configs/tpu/v5e/README.md"
 V5P = "AI-Hypercomputer/maxtext src/maxtext/configs/tpu/v5p/README.md"
@@ -394,9 +393,7 @@ def bench(
     topology.check_compiler()
     out.mkdir(parents=True, exist_ok=True)
     report: dict[str, Any] = {
-        "command": command,
-        "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-        "versions": versions(),
+        **provenance(command),
         "rows": [],
     }
     for anchor in ANCHORS:

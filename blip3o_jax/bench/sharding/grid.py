@@ -8,7 +8,6 @@ machine, which also run the program, and both times are shown.
 """
 
 import dataclasses
-import datetime
 import itertools
 import json
 import math
@@ -28,7 +27,8 @@ from blip3o_jax.bench.sharding.isolated_process import Row
 from blip3o_jax.bench.sharding.measure import LocalDevices
 from blip3o_jax.bench.sharding.table import GIB
 from blip3o_jax.config import Config, MeshConfig, UserError, check, check_choice
-from blip3o_jax.text.vocabulary import NUM_SCALES
+from blip3o_jax.provenance import provenance
+from blip3o_jax.train.vocabulary import expected_vocabulary
 
 STRATEGIES = ("fsdp", "fsdp_tp", "fsdp_sp", "dp")
 NAMES = {"train": "step", "rollout": "rollout"}
@@ -117,12 +117,10 @@ def bench(
         targets = [measure.find_devices(config.mesh)]
     else:
         topology.check_compiler()
-    config = with_vocabulary(config)
+    config, _ = expected_vocabulary(config)
     out.mkdir(parents=True, exist_ok=True)
     report: dict[str, Any] = {
-        "command": command,
-        "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-        "versions": versions(),
+        **provenance(command),
         "step": options.step,
         "measured_steps": options.measure,
         "chip": dataclasses.asdict(targets[0].chip) if options.measure else None,
@@ -150,18 +148,6 @@ def bench(
         report["rows"].sort(key=_order)
         write(report, out)
     return report
-
-
-def with_vocabulary(config: Config) -> Config:
-    """Set the size of a text tokenizer that is trained on the run's captions to its limit, since no
-    captions are read here."""
-    text, model = config.model.text, config.model
-    if not text.train_size or text.path:
-        return config
-    size = text.train_size + 2 + NUM_SCALES + model.tokenizer.codebook_size
-    settings: Any = model.ar  # a dataclass of one family; the field's type is their interface
-    ar = dataclasses.replace(settings, vocab_size=size)
-    return dataclasses.replace(config, model=dataclasses.replace(model, ar=ar))
 
 
 def make_task(
@@ -265,19 +251,6 @@ def _order(row: Row) -> tuple[Any, ...]:
     within a topology.
     """
     return row["topology"], row["status"] != FITS, -table.rate(row)
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of the libraries that determine a program."""
-    from importlib import metadata
-
-    found: dict[str, str] = {}
-    for name in ("jax", "libtpu", "blip3o_jax"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def write(report: dict[str, Any], out: pathlib.Path) -> None:

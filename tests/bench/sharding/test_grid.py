@@ -11,7 +11,7 @@ from blip3o_jax.bench.sharding import grid, measure, page, topology
 from blip3o_jax.bench.sharding.compiled_step import FITS, TOO_LARGE
 from blip3o_jax.bench.sharding.isolated_process import REFUSED
 from blip3o_jax.bench.sharding.page import LIMITERS
-from blip3o_jax.config import MeshConfig, TextConfig, UserError, loader
+from blip3o_jax.config import MeshConfig, UserError, loader
 from blip3o_jax.parallel.chips import CHIPS
 from tests import tiny
 
@@ -218,14 +218,6 @@ def test_the_largest_batch_and_those_that_were_tried(tmp_path, monkeypatch, caps
     assert f"v5e:2x2 fsdp tried: {tried}" in said.out
     assert "sharding 1/1  v5e:2x2  fsdp  compiling with 5 a chip\n" in said.err
     assert "<h3>Batches tried</h3>" in (tmp_path / "sharding.html").read_text()
-
-
-def test_a_tokenizer_that_is_to_be_trained_has_the_size_it_is_to_have():
-    assert grid.with_vocabulary(CONFIG).model.ar.vocab_size == 320 + 5 + 32
-    model = dataclasses.replace(CONFIG.model, text=TextConfig(path="text"))
-    assert (
-        grid.with_vocabulary(dataclasses.replace(CONFIG, model=model)).model.ar.vocab_size == 217210
-    )
 
 
 def test_pareto_front():

@@ -10,6 +10,7 @@ from blip3o_jax.bench.sharding import compiled_step, grid, isolated_process, mea
 from blip3o_jax.bench.sharding.compiled_step import FITS
 from blip3o_jax.config import MeshConfig, UserError
 from blip3o_jax.parallel.chips import CHIPS
+from blip3o_jax.train.vocabulary import expected_vocabulary
 from tests import tiny
 
 CPU = dataclasses.replace(
@@ -86,7 +87,7 @@ def test_no_device_is_a_users_error(monkeypatch):
 
 @pytest.mark.usefixtures("quick_compile")
 def test_a_rollout_is_compiled_counted_and_run():
-    config = grid.with_vocabulary(tiny.run_config(sampling={"batch_size": 8, "steps": 1}))
+    config = expected_vocabulary(tiny.run_config(sampling={"batch_size": 8, "steps": 1}))[0]
     options = grid.Options(step="rollout", measure=2)
     row = compiled_step.compile_step(
         grid.make_task(config, measure.LocalDevices(CPU, 8), "dp", options)

@@ -9,9 +9,10 @@ import pytest
 from blip3o_jax import sampling_programs
 from blip3o_jax.bench.sharding import compiled_step, grid, rollout, topology
 from blip3o_jax.config import ConfigError
+from blip3o_jax.train.vocabulary import expected_vocabulary
 from tests import tiny
 
-CONFIG = grid.with_vocabulary(tiny.run_config(sampling={"batch_size": 8, "steps": 2}))
+CONFIG = expected_vocabulary(tiny.run_config(sampling={"batch_size": 8, "steps": 2}))[0]
 
 
 def work(strategy="dp", model=None, config=CONFIG, **mesh):
