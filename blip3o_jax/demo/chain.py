@@ -3,10 +3,10 @@ its autoencoder and its tokens.
 """
 
 import contextlib
-import importlib.metadata
 import pathlib
 import platform
 import resource
+import shlex
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,13 +15,13 @@ from typing import Any
 import jax
 import numpy as np
 
-import blip3o_jax
 from blip3o_jax import config as config_lib
 from blip3o_jax import model_table
 from blip3o_jax import pipeline as pipelines
 from blip3o_jax.config import Config
 from blip3o_jax.data import images
 from blip3o_jax.evaluation import report
+from blip3o_jax.provenance import provenance
 from blip3o_jax.train import recipe as recipes
 from blip3o_jax.train.metrics import read_rows
 
@@ -123,9 +123,7 @@ def facts_of_run(
     parameters = sum(row["parameters"] for row in model_table.count_parameters(config).values())
     return {
         "stages": [
-            report.Stage(
-                name, curves(stage_directory(workdir, name), _names(name, stage)), NOTES[name]
-            )
+            report.Stage(name, curves(stage_directory(workdir, name), CURVES[name]), NOTES[name])
             for name, stage in stages.items()
         ],
         "seconds": clock.seconds,
@@ -143,37 +141,31 @@ def stage_directory(workdir: pathlib.Path, stage: str) -> pathlib.Path:
     return workdir / stage if stage == "rl" else workdir / "train" / stage
 
 
-def _names(name: str, stage: Config) -> tuple[str, ...]:
-    """Return the metrics of a stage that a report draws; those of held-out records after the
-    same of training.
-    """
-    held_out = ("loss", "ce", "flow", "psnr", "reconstruction") if stage.eval_every else ()
-    shown = CURVES[name]
-    return shown + tuple(f"eval/{key}" for key in held_out if f"train/{key}" in shown)
-
-
 def curves(directory: pathlib.Path, names: tuple[str, ...]) -> list[report.Curve]:
-    """Return the curves of metrics along a run, titled without the metrics' group, or with
-    "held-out" for those of held-out records.
+    """Return the curves of metrics along a run, titled without the metrics' group; each with that
+    of held-out records, eval/NAME, where the run has one.
     """
     rows = read_rows(directory / "metrics.jsonl")
     found = []
     for name in names:
-        group, _, title = name.partition("/")
-        logged = [row for row in rows if name in row]
-        steps = [row["step"] for row in logged]
-        values = [float(row[name]) for row in logged]
-        title = f"held-out {title}" if group == "eval" else title
-        found.append(report.Curve(title, steps, values))
+        title = name.partition("/")[2]
+        held_out = _series(rows, f"eval/{title}") if name.startswith("train/") else ([], [])
+        found.append(report.Curve(title, *_series(rows, name), held_out if held_out[0] else None))
     return found
 
 
+def _series(rows: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
+    """Return (steps, values) of a metric where it was written."""
+    logged = [row for row in rows if name in row]
+    return [row["step"] for row in logged], [float(row[name]) for row in logged]
+
+
 def _versions() -> dict[str, str]:
-    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
+    made = provenance(shlex.join(["blip3o", *sys.argv[1:]]))
     return {
-        "blip3o_jax": blip3o_jax.__version__,
-        **{name: importlib.metadata.version(name) for name in packages},
-        "python": platform.python_version(),
+        "command": made["command"],
+        "date": made["date"],
+        **made["versions"],
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "machine": platform.platform(),
     }

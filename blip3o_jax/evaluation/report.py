@@ -53,11 +53,13 @@ class Sample:
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-    """Hold one metric over the steps of a stage; non-finite values are left out of the chart."""
+    """Hold one metric over the steps of a stage, and where it was computed on held-out records too,
+    (steps, values) of those; non-finite values are left out of the chart."""
 
     name: str
     steps: Sequence[int]
     values: Sequence[float]
+    held_out: tuple[Sequence[int], Sequence[float]] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -338,13 +340,36 @@ def _scoreboard(scored: Scored) -> str:
             for kind, share in (("random", score.random), ("real", score.real))
         )
         rows.append(
-            f'<tr{total}><th scope="row">{_text(_words(score.name))}</th><td class="bar"><span '
-            'class="track">'
-            f'<b style="width:{100 * score.model:.2f}%"></b>{marks}</span></td>'
-            f"<td><strong>{_percent(score.model)}</strong></td><td>{_percent(score.random)}</td>"
+            f'<tr{total}><th scope="row">{_text(_words(score.name))}</th>'
+            f"{_bar(score.model, score.prompts, marks)}"
+            f"<td>{_with_interval(score.model, score.prompts)}</td>"
+            f"<td>{_percent(score.random)}</td>"
             f"<td>{_percent(score.real)}</td><td>{score.prompts:,}</td></tr>"
         )
-    return "".join(rows)
+    return "".join(rows) + _scale(4)
+
+
+def _bar(share: float, count: int, marks: str) -> str:
+    """Return the cell with a bar of a fraction of `count` prompts, its interval, and `marks`."""
+    low, high = charts.wilson_interval(share, count)
+    return (
+        f'<td class="bar"><span class="track"><b style="width:{100 * share:.2f}%"></b>'
+        f'<u style="left:{100 * low:.2f}%;width:{100 * (high - low):.2f}%"></u>{marks}</span></td>'
+    )
+
+
+def _with_interval(share: float, count: int) -> str:
+    low, high = charts.wilson_interval(share, count)
+    return f"<strong>{_percent(share)}</strong> <small>{100 * low:.0f} to {100 * high:.0f}</small>"
+
+
+def _scale(columns: int) -> str:
+    """Return the row below bars that says where which fraction lies, with `columns` cells after."""
+    ticks = "".join(f'<span style="left:{tick}%">{tick} %</span>' for tick in (0, 25, 50, 75, 100))
+    return (
+        f'<tr class="scale"><td></td><td class="bar"><div>{ticks}</div></td>'
+        f'<td colspan="{columns}">95 % interval, Wilson</td></tr>'
+    )
 
 
 def _words(name: str) -> str:
@@ -406,14 +431,13 @@ def _changes(scored: Scored) -> str:
             100 * (after.model - before.model),
         )
         rows.append(
-            f'<tr{total}><th scope="row">{_text(_words(after.name))}</th><td class="bar"><span '
-            'class="track">'
-            f'<b style="width:{100 * after.model:.2f}%"></b><i '
-            f'style="left:{100 * before.model:.2f}%"></i></span></td>'
-            f"<td>{_percent(before.model)}</td><td><strong>{_percent(after.model)}</strong></td>"
+            f'<tr{total}><th scope="row">{_text(_words(after.name))}</th>'
+            + _bar(after.model, after.prompts, f'<i style="left:{100 * before.model:.2f}%"></i>')
+            + f"<td>{_percent(before.model)}</td>"
+            f"<td>{_with_interval(after.model, after.prompts)}</td>"
             f"<td>{change:+.1f}</td></tr>"
         )
-    return "".join(rows)
+    return "".join(rows) + _scale(3)
 
 
 def _changed_counts(changed: Sequence[tuple[Sample, Sample]]) -> str:
@@ -440,12 +464,10 @@ def _image_task(suite: ImageTask) -> str:
     for i, (name, count, model, baseline) in enumerate(suite.scores, 1):
         total = ' class="total"' if i == len(suite.scores) else ""
         rows.append(
-            f'<tr{total}><th scope="row">{_text(_words(name))}</th><td class="bar"><span '
-            'class="track">'
-            f'<b style="width:{100 * model:.2f}%"></b><i class="random" '
-            f'style="left:{100 * baseline:.2f}%"></i></span></td>'
-            f"<td><strong>{_percent(model)}</strong></td><td>{_percent(baseline)}</td><td>{count:,}"
-            "</td></tr>"
+            f'<tr{total}><th scope="row">{_text(_words(name))}</th>'
+            + _bar(model, count, f'<i class="random" style="left:{100 * baseline:.2f}%"></i>')
+            + f"<td>{_with_interval(model, count)}</td><td>{_percent(baseline)}</td>"
+            f"<td>{count:,}</td></tr>"
         )
     names = ("model", suite.baseline, "prompts")
     head = '<th scope="col">Category</th><th class="bar"></th>' + "".join(
@@ -454,7 +476,7 @@ def _image_task(suite: ImageTask) -> str:
     return (
         f'<h3>{_text(_words(suite.name))}</h3><p class="note">{_text(suite.note)}</p>'
         f'<div class="card"><div class="scroll"><table><thead><tr>{head}</tr></thead>'
-        f"<tbody>{''.join(rows)}</tbody></table></div></div>"
+        f"<tbody>{''.join(rows)}{_scale(3)}</tbody></table></div></div>"
         f'<div class="pairs examples">{"".join(map(_example, suite.examples))}</div>'
     )
 
@@ -478,7 +500,9 @@ def _example(example: ImageTaskExample) -> str:
 
 def _stage(stage: Stage) -> str:
     note = f'<p class="note">{_text(stage.note)}</p>' if stage.note else ""
-    curves = "".join(charts.line_chart(_words(c.name), c.steps, c.values) for c in stage.curves)
+    curves = "".join(
+        charts.line_chart(_words(c.name), c.steps, c.values, c.held_out) for c in stage.curves
+    )
     return f'<h3>{_text(_words(stage.name))}</h3>{note}<div class="charts">{curves}</div>'
 
 

@@ -16,9 +16,25 @@ LOG_RATIO = 30  # a metric that falls by more than this is drawn on a logarithmi
 GOLDEN = (5**0.5 - 1) / 2
 
 
-def line_chart(name: str, steps: Sequence[int], values: Sequence[float]) -> str:
-    """Return one <figure> with a metric over steps. The page's script shows the value under the
-    pointer from `data-points` (step, value, x, y)."""
+def wilson_interval(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
+    """Return the Wilson score interval of a fraction of `count` independent trials, at 95 % by
+    default: E. B. Wilson, Probable inference (1927), JASA 22."""
+    if not count:
+        return 0.0, 1.0
+    center = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count**2)) / (1 + z * z / count)
+    return max(0.0, center - half), min(1.0, center + half)
+
+
+def line_chart(
+    name: str,
+    steps: Sequence[int],
+    values: Sequence[float],
+    held_out: tuple[Sequence[int], Sequence[float]] | None = None,
+) -> str:
+    """Return one <figure> with a metric over steps, and the same metric of held-out records as a
+    dashed line. The page's script shows the value under the pointer from `data-points` (step,
+    value, x, y)."""
     steps_, values_ = _thin(np.asarray(steps, np.float64), np.asarray(values, np.float64))
     title = html.escape(name)
     if not len(values_):
@@ -26,12 +42,14 @@ def line_chart(name: str, steps: Sequence[int], values: Sequence[float]) -> str:
             f'<figure class="chart"><figcaption><span>{title}</span> '
             "<output>no values</output></figcaption></figure>"
         )
-    low, high = float(values_.min()), float(values_.max())
+    others = _thin(*(np.asarray(x, np.float64) for x in held_out or ((), ())))
+    everything = np.concatenate([values_, others[1]])
+    low, high = float(everything.min()), float(everything.max())
     logarithmic = low > 0 and high > LOG_RATIO * low and values_[0] > values_[-1]
     ticks = _log_ticks(low, high) if logarithmic else _ticks(*_range(low, high))
     scale = np.log10 if logarithmic else np.asarray
     bottom, top = float(scale(min(low, ticks[0]))), float(scale(max(high, ticks[-1])))
-    first, last = float(steps_[0]), float(steps_[-1])
+    first, last = float(steps_[0]), float(max(steps_[-1], *others[0][-1:], steps_[0]))
 
     def place_x(step: float | np.ndarray) -> np.ndarray:
         return LEFT + (WIDTH - LEFT - RIGHT) * (np.asarray(step) - first) / max(last - first, 1)
@@ -50,27 +68,38 @@ def line_chart(name: str, steps: Sequence[int], values: Sequence[float]) -> str:
         for t in ticks
     )
     columns = "".join(
+        f'<line class="mark" x1="{place_x(t):.1f}" x2="{place_x(t):.1f}" y1="{HEIGHT - BOTTOM}" '
+        f'y2="{HEIGHT - BOTTOM + 4}"/>'
         f'<text x="{place_x(t):.1f}" y="{HEIGHT - 7}" text-anchor="middle">{t:,.0f}</text>'
         for t in _ticks(first, last, inside=True)
     )
-    path = "M" + "L".join(f"{a:.1f} {b:.1f}" for a, b in zip(x, y, strict=True))
+    paths = f'<path d="{_path(x, y)}"/>'
+    key = ""
+    if len(others[0]):
+        dashed = _path(place_x(others[0]), place_y(others[1]))
+        paths += f'<path class="held-out" d="{dashed}"/>'
+        key = f' <small class="key">held out, last {_short(float(others[1][-1]))}</small>'
     points = [
         [round(s), float(f"{v:.4g}"), round(float(a), 1), round(float(b), 1)]
         for s, v, a, b in zip(steps_, values_, x, y, strict=True)
     ]
     axis = " <small>log scale</small>" if logarithmic else ""
     return (
-        f'<figure class="chart"><figcaption><span>{title}{axis}</span> <output>last '
+        f'<figure class="chart"><figcaption><span>{title}{axis}{key}</span> <output>last '
         f"{_short(values_[-1])}</output></figcaption>"
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{title}: from '
         f"{_short(values_[0])} to "
         f'{_short(values_[-1])}" '
         f'data-points="{html.escape(json.dumps(points, separators=(",", ":")))}">'
-        f'<g class="axis">{rows}{columns}</g><path d="{path}"/>'
+        f'<g class="axis">{rows}{columns}</g>{paths}'
         f'<line class="cursor" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/><circle r="3.5" cx="{x[-1]:.1f}" '
         f'cy="{y[-1]:.1f}"/>'
         "</svg></figure>"
     )
+
+
+def _path(x: np.ndarray, y: np.ndarray) -> str:
+    return "M" + "L".join(f"{a:.1f} {b:.1f}" for a, b in zip(x, y, strict=True))
 
 
 def colours(ids_HW: np.ndarray) -> np.ndarray:

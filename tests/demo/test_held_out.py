@@ -45,8 +45,11 @@ def test_held_out_captions_are_drawn_beside_the_nearest_training_picture(tmp_pat
     shown = saved["held_out"]["comparisons"]
     held = {entry["caption"] for entry in shown}
     assert held <= set(captions) and not held & {entry["nearest_caption"] for entry in shown}
-    curves = {stage["name"]: [c["name"] for c in stage["curves"]] for stage in saved["stages"]}
-    assert {"held-out ce", "held-out flow"} <= set(curves["joint"])
+    curves = {
+        stage["name"]: {c["name"] for c in stage["curves"] if c["held_out"]}
+        for stage in saved["stages"]
+    }
+    assert {"ce", "flow"} <= curves["joint"]
     assert (tmp_path / "run/held_out/grid.png").exists()
 
 

@@ -30,7 +30,7 @@ def results(rng: np.random.Generator) -> report.Results:
         for i in range(4)
     ]
     curves = [
-        report.Curve("flow", range(10), np.linspace(2, 1, 10)),
+        report.Curve("flow", range(10), np.linspace(2, 1, 10), ([0, 9], [2.0, 1.5])),
         report.Curve("grad_norm", [0, 1, 2], [100.0, float("nan"), 0.5]),
         report.Curve("empty", [], []),
     ]
@@ -269,6 +269,31 @@ def test_higher_values_stand_higher_on_both_scales():
         assert heights == sorted(heights) and heights[0] < heights[-1]
         # Evenly spaced on its own scale: the middle value stands in the middle.
         assert heights[1] == pytest.approx((heights[0] + heights[2]) / 2, abs=0.1)
+
+
+def test_a_held_out_curve_is_dashed_and_widens_the_axes():
+    svg = charts.line_chart("loss", [0, 1], [1.0, 0.5], ([0, 2], [1.2, 3.0]))
+    assert "held out, last 3" in svg
+    dashed = [a["d"] for a in Page(svg).named("path", "held-out")]
+    assert len(dashed) == 1
+    numbers = [float(x) for x in re.findall(r"[0-9.]+", dashed[0])]
+    assert min(numbers[1::2]) >= charts.TOP - 1e-6
+    assert max(numbers[::2]) <= charts.WIDTH - charts.RIGHT
+    assert "held out" not in charts.line_chart("loss", [0, 1], [1.0, 0.5])
+
+
+def test_the_interval_of_a_fraction():
+    """Check against values computed by statsmodels.stats.proportion.proportion_confint."""
+    assert charts.wilson_interval(0.5, 100) == pytest.approx((0.40383, 0.59617), abs=1e-4)
+    assert charts.wilson_interval(0.0, 10) == pytest.approx((0.0, 0.27753), abs=1e-4)
+    assert charts.wilson_interval(1.0, 0) == (0.0, 1.0)
+
+
+def test_bars_have_an_interval_and_a_scale(page):
+    assert len(page.named("u")) == 3 + 3 + 3  # scores, changes, suites
+    assert len(page.named("tr", "scale")) == 1 + 1 + 2
+    # Half of two prompts, and half of four.
+    assert "9 to 91" in page.words and "15 to 85" in page.words
 
 
 def test_ticks_are_round_and_hold_the_values():
