@@ -68,6 +68,8 @@ class Peers:
         self.step = 0
         # The last heartbeat of host 0, whose process stores those of all hosts.
         self._host0_heartbeat: list[Any] = []
+        # On host 0: each host's last heartbeat, and the time it was first seen.
+        self._seen: dict[int, tuple[list[Any], float]] = {}
         self._ended: LostHost | None = None
         self._notified = threading.Event()
         self._closed = threading.Event()
@@ -117,15 +119,28 @@ class Peers:
     def lost(self) -> LostHost | None:
         """Return a host whose heartbeat has not changed within STALE seconds, or None."""
         if (before := self._read_heartbeats()) is None:
-            return self._ended or self._lost_host(0, self._host0_heartbeat)
+            return self._ended or self._unanswered()
         # Until the second reading is due, or a host has said why it ended.
         if self._notified.wait(STALE):
             return self._ended
         if (after := self._read_heartbeats()) is None:
-            return self._lost_host(0, self._host0_heartbeat)
+            return self._unanswered()
         others = [host for host in range(self._hosts) if host != self._host]
         stale = [host for host in others if before.get(host) == after.get(host)]
         return self._lost_host(stale[0], after.get(stale[0], [])) if stale else None
+
+    def _unanswered(self) -> LostHost | None:
+        """Return the lost host if the store does not answer.
+
+        It is host 0, which keeps the store. On host 0 itself jax.distributed has closed the client,
+        after another host's heartbeat stopped: the host whose last one is the oldest.
+        """
+        if self._host:
+            return self._lost_host(0, self._host0_heartbeat)
+        if not self._seen:
+            return None
+        host, (heartbeat, at) = min(self._seen.items(), key=lambda item: item[1][1])
+        return self._lost_host(host, heartbeat) if time.monotonic() - at >= STALE else None
 
     def _lost_host(self, host: int, heartbeat: list[Any]) -> LostHost:
         return LostHost(
@@ -143,8 +158,16 @@ class Peers:
                     self._host0_heartbeat = json.loads(
                         self._client.key_value_try_get(f"{_HEARTBEATS}/0")
                     )
+                else:
+                    self._note(self._client.key_value_dir_get(f"{_HEARTBEATS}/"))
             if self._closed.wait(HEARTBEAT_PERIOD):
                 return
+
+    def _note(self, stored: list[tuple[str, str]]) -> None:
+        for host, heartbeat in _by_host(stored).items():
+            known = self._seen.get(host)
+            if host != self._host and (known is None or known[0] != heartbeat):
+                self._seen[host] = (heartbeat, time.monotonic())
 
     def _read_heartbeats(self) -> dict[int, list[Any]] | None:
         """Return the last heartbeat of each host, or None if host 0 does not answer."""
@@ -157,11 +180,7 @@ class Peers:
         asking = threading.Thread(target=ask, daemon=True)
         asking.start()
         asking.join(ANSWER_SECONDS)
-        return (
-            {int(key.rpartition("/")[2]): json.loads(value) for key, value in found[0]}
-            if found
-            else None
-        )
+        return _by_host(found[0]) if found else None
 
     def _listen(self) -> None:
         while not self._closed.is_set():
@@ -203,6 +222,11 @@ class Peers:
 
         self._handler = handler(aborted)  # kept, as C keeps no reference
         libc.signal(signal.SIGABRT, self._handler)
+
+
+def _by_host(stored: list[tuple[str, str]]) -> dict[int, list[Any]]:
+    """Return the heartbeats by host from the keys and values of the store."""
+    return {int(key.rpartition("/")[2]): json.loads(value) for key, value in stored}
 
 
 @contextlib.contextmanager

@@ -104,6 +104,16 @@ def test_host_0_keeps_the_store_and_is_lost_with_it(hosts):
     assert str(made[1].lost()).startswith("host 0 was lost in save at step 9;")
 
 
+def test_host_0_names_the_silent_host_where_its_own_client_is_closed(hosts):
+    made, store, _ = hosts
+    made[2].phase, made[2].step = "step", 7
+    threading.Event().wait(0.1)
+    made[2]._closed.set()
+    threading.Event().wait(0.3)
+    store.gone = True
+    assert str(made[0].lost()) == f"host 2 was lost in step at step 7; {AGAIN}"
+
+
 def test_sigterm_at_one_host_is_known_to_all(hosts):
     made, store, _ = hosts
     assert not any(each.is_stop_announced() for each in made)
