@@ -307,6 +307,11 @@ def test_the_other_commands_call_one_function(tmp_path, stub, capsys):
     assert cli.main(["demo", "--fast"]) == 0
     assert demo[0][1] == {"fast": True}
     assert capsys.readouterr().out.splitlines()[-1] == '{"seconds": 1.5}'
+    own = stub("demo.held_out", "run", result={"seconds": 2.5})
+    assert cli.main(["demo", f"--config={tmp_path}/c.py", "--config.steps=3"]) == 0
+    (stages, workdir), flags = own[0]
+    assert (stages[""].steps, workdir.as_posix(), flags) == (3, "runs/c", {"fast": False})
+    assert cli.main(["demo", "--config.steps=3"]) == 2 and len(demo) == 1
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ def write_pictures(folder: pathlib.Path) -> pathlib.Path:
     lines = []
     for i in range(240):
         colour = list(COLOURS)[i % 3]
-        side, x, y = 8 + i % 5 * 3, i * 7 % 12, i * 5 % 12
+        side, x, y = 8 + i % 5 * 2, i % 12, i // 12
         picture = np.full((32, 32, 3), 255, np.uint8)
         picture[y : y + side, x : x + side] = COLOURS[colour]
         Image.fromarray(picture).save(folder / f"{i}.png")

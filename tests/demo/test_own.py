@@ -23,13 +23,19 @@ CAPTIONS = tuple(
 )
 def test_a_bounded_number_of_records_is_held_out(records, low, high):
     captions = [f"number {i}" for i in range(records)]
-    fraction = own.held_out_fraction(captions)
+    fraction = own.held_out_fraction(captions, records)
     assert low <= sum(is_held_out(caption, fraction) for caption in captions) <= high
+
+
+def test_a_part_of_a_large_set_gives_the_fraction_of_the_whole():
+    captions = [f"number {i}" for i in range(40_000)]
+    fraction = own.held_out_fraction(captions[::4], 40_000)
+    assert 200 <= sum(is_held_out(caption, fraction) for caption in captions) <= 320
 
 
 def test_equal_captions_are_held_out_together():
     captions = [f"number {i // 5}" for i in range(1000)]
-    fraction = own.held_out_fraction(captions)
+    fraction = own.held_out_fraction(captions, 1000)
     assert 30 <= sum(is_held_out(caption, fraction) for caption in captions) < 35
 
 
@@ -43,7 +49,7 @@ def test_equal_captions_are_held_out_together():
 )
 def test_what_cannot_be_divided_is_an_error_that_says_why(captions, words):
     with pytest.raises(UserError, match=words):
-        own.held_out_fraction(captions)
+        own.held_out_fraction(captions, len(captions))
 
 
 @pytest.mark.parametrize(
@@ -72,6 +78,8 @@ def test_rows_hold_nearly_all_captions_and_no_more_than_the_limit():
 def test_steps_follow_time_data_and_devices():
     lengths = {"contrastive": 24, "joint": 64}
     seconds = own.seconds_per_example(TWO_CORES, 64, 64, demo.Sizes())
+    measured = own.seconds_per_example(TWO_CORES, own.MEASURED_SIDE, own.MEASURED_ROW, demo.Sizes())
+    assert measured == {name: 1 / rate for name, rate in own.EXAMPLES_PER_S.items()}
     many = own.stage_extents(100_000, seconds, lengths)
     for name, extent in many.items():  # all of the budget is spent
         spent = extent.steps * extent.batch_size * seconds[name]
