@@ -32,7 +32,7 @@ from blip3o_jax.dit.protocol import Condition, DiffusionHead, LatentConcat
 from blip3o_jax.dit.sampler import Guidance
 from blip3o_jax.image_tokens.contrastive import PatchReadout, TextTower
 from blip3o_jax.image_tokens.protocol import ImageTokenizer
-from blip3o_jax.parts import PART_TABLE, make_part
+from blip3o_jax.parts import IMAGE_EMBEDDING_SEED_INDEX, PART_TABLE, make_part
 from blip3o_jax.rows import (
     flatten_packed,
     insert_features,
@@ -72,9 +72,9 @@ class Blip3o(nnx.Module):
     def __init__(self, cfg: ModelConfig, parts: Iterable[str], *, seed: int):
         self.cfg = cfg
         for name in parts:
-            # The index in the table of all parts, not in `parts`: a stage that leaves parts out
-            # starts the others with the same weights.
-            key = jax.random.fold_in(jax.random.key(seed), MODEL_PARTS.index(name))
+            # A number of the part, not its index in `parts`: a stage that leaves parts out starts
+            # the others with the same weights.
+            key = jax.random.fold_in(jax.random.key(seed), PART_TABLE[name].seed_index)
             # A separate stream for LoRA: in the stream of the parameters the factors would shift
             # the keys of all later layers.
             rngs = nnx.Rngs(key, lora=jax.random.fold_in(key, 0))
@@ -121,8 +121,8 @@ class Blip3o(nnx.Module):
         # whatever the scale of the codebook.
         codes_KD *= jax.lax.rsqrt(jnp.mean(jnp.sum(codes_KD**2, axis=-1)))
         rows = slice(image_token_offset, image_token_offset + len(codes_KD))
-        # `len(MODEL_PARTS)` is the first index that no part's key uses.
-        keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), len(MODEL_PARTS)))
+        key = jax.random.fold_in(jax.random.key(seed), IMAGE_EMBEDDING_SEED_INDEX)
+        keys = jax.random.split(key)
 
         def projected(key: jax.Array, deviation: float) -> jax.Array:
             return (

@@ -13,16 +13,11 @@ import pkgutil
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from blip3o_jax.config import (
-    DcAeConfig,
-    MMDiTConfig,
-    ModelConfig,
-    PartConfig,
-    Qwen2Config,
-    Qwen3Config,
-    SanaConfig,
-    TaTokConfig,
-)
+from blip3o_jax.config import ModelConfig, PartConfig
+from blip3o_jax.config.autoencoder import DcAeConfig
+from blip3o_jax.config.diffusion import MMDiTConfig, SanaConfig
+from blip3o_jax.config.image_tokenizer import TaTokConfig
+from blip3o_jax.config.language_model import Qwen2Config, Qwen3Config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,13 +28,15 @@ class Family:
     `network(settings, *more, rngs=rngs)`, which has the part's protocol. `conversion`: its
     `convert.conversions.Conversion`, "" without a stock class. `unused_flops`: the function
     (settings, rows, length) -> FLOPs of one product of attention that the traced program spends
-    on pairs of tokens that do not see each other; "" where every FLOP counts.
+    on pairs of tokens that do not see each other; "" where every FLOP counts. `constant`: the paths
+    of parameters that keep their initial values in training unless the configuration names them.
     """
 
     settings: type
     network: str
     conversion: str = ""
     unused_flops: str = ""
+    constant: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,13 +44,16 @@ class PartSpec:
     """Hold the description of a part of the model.
 
     `field`: the field of `ModelConfig` that holds its settings. `families`: by default the first.
-    `arguments`: what the network is made of beside `rngs`, positional and by keyword; its settings
-    alone where None. `strategies`: where its parameters and activations do not lie as a strategy's
-    own table has them, {strategy: table of parallel/rules.py}.
+    `seed_index`: folded into the model's key for its initial weights; every part has its own, which
+    no later part takes again. `arguments`: what the network is made of beside `rngs`, positional
+    and by keyword; its settings alone where None. `strategies`: where its parameters and
+    activations do not lie as a strategy's own table has them, {strategy: table of
+    parallel/rules.py}.
     """
 
     field: str
     families: tuple[Family, ...]
+    seed_index: int
     arguments: Callable[[ModelConfig], tuple[tuple[Any, ...], dict[str, Any]]] | None = None
     strategies: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
@@ -73,11 +73,7 @@ def _feature_connector(cfg: ModelConfig) -> tuple[tuple[Any, ...], dict[str, Any
 
 
 def _text_tower(cfg: ModelConfig) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    return (cfg.text_tower, cfg.ar.vocab_size, cfg.tokenizer.encoder.hidden_size), {}
-
-
-def _of_encoder(cfg: ModelConfig) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    return (cfg.tokenizer.encoder,), {}
+    return (cfg.text_tower, cfg.ar.vocab_size, cfg.tokenizer.feature_channels), {}
 
 
 _CONNECTOR = (
@@ -92,7 +88,8 @@ _ENCODER = {"fsdp_tp": "fsdp"}
 # The tokens of a row, or of a map of latents, lie over several devices.
 _SEQUENCE = {"fsdp_sp": "fsdp_sp"}
 
-# In the order in which parts draw their initial weights: a new part goes to the end.
+# Not of a part: the initial embeddings of image tokens from the codes (blip3o.py).
+IMAGE_EMBEDDING_SEED_INDEX = 9
 PART_TABLE: dict[str, PartSpec] = {
     "tokenizer": PartSpec(
         "tokenizer",
@@ -101,13 +98,17 @@ PART_TABLE: dict[str, PartSpec] = {
                 TaTokConfig,
                 "blip3o_jax.image_tokens.ta_tok:TaTok",
                 "blip3o_jax.convert.conversions:TA_TOK",
+                # SimVQ learns the projection of its embedding alone (arXiv 2411.02038).
+                constant=("bottleneck/codebook/embedding",),
             ),
         ),
+        seed_index=0,
         strategies=_ENCODER,
     ),
     "text_tower": PartSpec(
         "text_tower",
         (Family(type(ModelConfig().text_tower), "blip3o_jax.image_tokens.contrastive:TextTower"),),
+        1,
         _text_tower,
         _ENCODER,
     ),
@@ -127,9 +128,10 @@ PART_TABLE: dict[str, PartSpec] = {
                 "blip3o_jax.ar.attention:acausal_flops",
             ),
         ),
+        seed_index=2,
         strategies=_SEQUENCE,
     ),
-    "connector": PartSpec("connector", _CONNECTOR, _connector),
+    "connector": PartSpec("connector", _CONNECTOR, 3, _connector),
     "dit": PartSpec(
         "dit",
         (
@@ -142,22 +144,24 @@ PART_TABLE: dict[str, PartSpec] = {
                 MMDiTConfig, "blip3o_jax.dit.mmdit:MMDiT", "blip3o_jax.convert.mmdit:CONVERSION"
             ),
         ),
+        seed_index=4,
         strategies=_SEQUENCE,
     ),
     # Whole on every device: it is small beside its activations.
     "vae": PartSpec(
         "vae",
         (Family(DcAeConfig, "blip3o_jax.vae.dc_ae:DcAe", "blip3o_jax.convert.conversions:DC_AE"),),
+        seed_index=5,
         strategies={"fsdp": "dp", "fsdp_tp": "dp", "fsdp_sp": "dp"},
     ),
     "patch_readout": PartSpec(
         "tokenizer",
         (Family(PartConfig, "blip3o_jax.image_tokens.contrastive:PatchReadout"),),
-        _of_encoder,
-        _ENCODER,
+        6,
+        strategies=_ENCODER,
     ),
-    "latent_connector": PartSpec("connector", _CONNECTOR, _latent_connector),
-    "feature_connector": PartSpec("connector", _CONNECTOR, _feature_connector),
+    "latent_connector": PartSpec("connector", _CONNECTOR, 7, _latent_connector),
+    "feature_connector": PartSpec("connector", _CONNECTOR, 8, _feature_connector),
 }
 
 

@@ -43,6 +43,15 @@ def test_every_family_has_a_row_and_every_network_its_parts_methods(part):
         assert resolve(row.conversion).rules and (not row.unused_flops or resolve(row.unused_flops))
 
 
+def test_every_part_has_a_seed_index_of_its_own():
+    """Check the present ones by number: with another, old runs would start from other weights."""
+    parts_ = ("tokenizer", "text_tower", "ar", "connector", "dit", "vae", "patch_readout")
+    parts_ += ("latent_connector", "feature_connector")
+    found = {part: spec.seed_index for part, spec in PART_TABLE.items()}
+    assert found == {part: index for index, part in enumerate(parts_)}
+    assert len(found) == parts.IMAGE_EMBEDDING_SEED_INDEX
+
+
 def test_settings_of_no_family_are_a_bug_that_names_the_table():
     with pytest.raises(TypeError, match=r"part 'ar' has no family for int: see parts\.py"):
         parts.family_of("ar", types.SimpleNamespace(ar=3))

@@ -1,7 +1,7 @@
 """Settings of the vision tokenizer, and of the caption encoder that it is pretrained with."""
 
 import dataclasses
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 from blip3o_jax.config.constraints import Bounds, Square
 from blip3o_jax.config.errors import check
@@ -69,6 +69,17 @@ class TaTokDecoderConfig(ConfigGroup, path="model.tokenizer.decoder"):
         check_heads("model.tokenizer.decoder", self.hidden_size, self.num_attention_heads)
 
 
+class EncoderSizes(NamedTuple):
+    """Hold the sizes of the transformer that encodes an image."""
+
+    setting: str  # the one that makes it see more patches
+    patches: int
+    layers: int
+    width: int
+    heads: int
+    dtype: str
+
+
 class ImageTokenizerConfig(PartConfig, path="model.tokenizer"):
     """Say what the settings of every vision tokenizer offer (its network:
     `image_tokens.protocol.ImageTokenizer`).
@@ -77,7 +88,6 @@ class ImageTokenizerConfig(PartConfig, path="model.tokenizer"):
     codebook_size: int
     # Of the tokens an image is cut to: 1, 2 or 3, which `<S0>` .. `<S2>` name in a prompt.
     pool_scale: int
-    encoder: SiglipVisionConfig  # what the contrastive stage trains
     dtype: str
     param_dtype: str
 
@@ -89,6 +99,16 @@ class ImageTokenizerConfig(PartConfig, path="model.tokenizer"):
     @property
     def feature_channels(self) -> int:
         """Return the width of the features that it makes tokens of."""
+        raise NotImplementedError
+
+    @property
+    def patch_values(self) -> int:
+        """Return the number of pixel values of a patch, three a pixel."""
+        raise NotImplementedError
+
+    @property
+    def encoder_sizes(self) -> EncoderSizes:
+        """Return the sizes of the encoder, by which the memory of a step is estimated."""
         raise NotImplementedError
 
     @property
@@ -150,6 +170,23 @@ class TaTokConfig(ImageTokenizerConfig, path="model.tokenizer", model_type="ta_t
     def feature_channels(self) -> int:
         """Return the width of the SigLIP2 features."""
         return self.encoder.hidden_size
+
+    @property
+    def patch_values(self) -> int:
+        """Return the number of pixel values of a patch, three a pixel."""
+        return 3 * self.encoder.patch_size**2
+
+    @property
+    def encoder_sizes(self) -> EncoderSizes:
+        """Return the sizes of the SigLIP2 encoder."""
+        return EncoderSizes(
+            f"model.tokenizer.encoder.image_size={self.encoder.image_size}",
+            self.encoder.grid**2,
+            self.encoder.num_hidden_layers,
+            self.encoder.hidden_size,
+            self.encoder.num_attention_heads,
+            self.encoder.dtype,
+        )
 
 
 @dataclasses.dataclass(frozen=True)

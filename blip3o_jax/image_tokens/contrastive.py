@@ -80,10 +80,10 @@ class TextTower(nnx.Module):
 class PatchReadout(nnx.Module):
     """Predict the pixels of patches from their features by one linear layer."""
 
-    def __init__(self, cfg: config.SiglipVisionConfig, *, rngs: nnx.Rngs):
+    def __init__(self, cfg: config.ImageTokenizerConfig, *, rngs: nnx.Rngs):
         types: dict[str, Any] = {"dtype": cfg.dtype, "param_dtype": cfg.param_dtype}
         self.linear = nn.Linear(
-            cfg.hidden_size, 3 * cfg.patch_size**2, ("embed", "mlp"), rngs=rngs, **types
+            cfg.feature_channels, cfg.patch_values, ("embed", "mlp"), rngs=rngs, **types
         )
 
     def loss(self, features_BND: jax.Array, patches_BNX: jax.Array) -> jax.Array:

@@ -1,13 +1,22 @@
 """Define the interface of a vision tokenizer.
 
-B batch, N image tokens, K codes, D width of features, C width of codes.
+B batch, N image tokens, P patches, X values of a patch, K codes, D width of features, C width of
+codes.
 """
 
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 
 from blip3o_jax.config import ImageTokenizerConfig
+
+
+class ImageEmbedding(NamedTuple):
+    """Hold what the encoder of a tokenizer makes of images, for its contrastive pretraining."""
+
+    features_BPD: jax.Array  # of every patch
+    pooled_BD: jax.Array  # of the whole image, compared with captions
+    patches_BPX: jax.Array  # the pixels of every patch, which the dense objective predicts
 
 
 class ImageTokenizer(Protocol):
@@ -15,13 +24,17 @@ class ImageTokenizer(Protocol):
 
     Implementations are `nnx.Module`s. Images are float32 [B, side, side, 3] in [-1, 1], with side
     `cfg.image_size`. The N = `cfg.num_tokens` tokens are a square grid in row-major order. The
-    joint stage freezes the tokenizer.
+    joint stage freezes the tokenizer. The parameters below `encoder/` are those of `embed_image`:
+    the stage `contrastive` trains them, the stage `tokenizer` all others.
     """
 
     cfg: ImageTokenizerConfig
-    # The image encoder, which the stage `contrastive` pretrains: images -> features and one pooled
-    # vector (`siglip2.SiglipVision`).
-    encoder: Any
+
+    def embed_image(self, x_BHWC: jax.Array) -> ImageEmbedding:
+        """Return the encoder's features and the embeddings of images; D is
+        `cfg.feature_channels`, X is `cfg.patch_values`.
+        """
+        ...
 
     def encode(self, x_BHWC: jax.Array) -> jax.Array:
         """Return codebook indices [B, N], int32, each below `cfg.codebook_size`."""

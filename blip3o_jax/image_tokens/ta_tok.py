@@ -19,6 +19,7 @@ from flax import nnx
 
 from blip3o_jax import config, nn
 from blip3o_jax.image_tokens.encoder import AttentionPool, Encoder, EncoderShape
+from blip3o_jax.image_tokens.protocol import ImageEmbedding
 from blip3o_jax.image_tokens.siglip2 import SiglipVision
 from blip3o_jax.image_tokens.simvq import Quantised, SimVq
 
@@ -129,6 +130,11 @@ class TaTok(nnx.Module):
         The published encoder has 729, 169 or 81 for pool scales 1, 2 and 3.
         """
         return (self.cfg.encoder.grid // self._pool_scale(pool_scale)) ** 2
+
+    def embed_image(self, x_BHWC: jax.Array) -> ImageEmbedding:
+        """Run the whole SigLIP2 encoder, with a gradient, for its contrastive pretraining."""
+        output = self.encoder(x_BHWC)
+        return ImageEmbedding(output.features_BND, output.pooled_BD, self.encoder.patches(x_BHWC))
 
     def features(self, x_BHWC: jax.Array, pool_scale: int | None = None) -> jax.Array:
         """Return the quantiser's input: pooled SigLIP2 features [B, N, D], float32.

@@ -124,16 +124,11 @@ def example_bytes(
     if "pixels" in names and not cached:
         kept[f"model.image_size={model.image_size}"] = 4.0 * pixels
     if "tokenizer_pixels" in names and not cached:
-        encoder = model.tokenizer.encoder
-        layers = (
-            encoder.num_hidden_layers
-            if {"tokenizer"} & trained and config.stage == "contrastive"
-            else 1
-        )
-        patches = encoder.grid**2
-        scores = 4.0 * encoder.num_attention_heads * patches**2
-        setting = f"model.tokenizer.encoder.image_size={encoder.image_size}"
-        kept[setting] = _layers(encoder, patches, layers) + scores
+        encoder = model.tokenizer.encoder_sizes
+        learns = "tokenizer" in trained and config.stage == "contrastive"
+        values = encoder.patches * encoder.width * (encoder.layers if learns else 1)
+        scores = 4.0 * encoder.heads * encoder.patches**2
+        kept[encoder.setting] = float(values * _BYTES[encoder.dtype]) + scores
     if config.stage == "joint":
         rows = 1 / config.data.pack
         among = strategy.mesh.shape["sequence"]

@@ -28,6 +28,7 @@ from blip3o_jax.blip3o import (
 )
 from blip3o_jax.config import Config
 from blip3o_jax.image_tokens.contrastive import same_caption_mask, sigmoid_loss
+from blip3o_jax.parts import family_of
 from blip3o_jax.vae.losses import reconstruction_loss
 
 Batch = dict[str, jax.Array]  # global arrays, whose first axis is the batch
@@ -88,11 +89,10 @@ STAGES: dict[str, Stage] = {
         ("tokenizer_pixels", "caption"),
         ("tokenizer/encoder/.*", "text_tower/.*", "patch_readout/.*"),
     ),
-    # SimVQ keeps the code embedding as drawn and learns its projection (arXiv 2411.02038).
     "tokenizer": Stage(
         ("tokenizer",),
         ("tokenizer_pixels",),
-        (r"tokenizer/(?!encoder/|bottleneck/codebook/embedding$).*",),
+        (r"tokenizer/(?!encoder/).*",),
     ),
     # The published freezing: of the DiT only the caption projection and its norm are trained.
     "joint": Stage(
@@ -134,10 +134,16 @@ def stage_trainable(config: Config) -> tuple[str, ...]:
 
 
 def trainable_filter(config: Config) -> Callable[[str], bool]:
-    """Return whether the parameter of a path name ("ar/layers/...") is trained."""
+    """Return whether the parameter of a path name ("ar/layers/...") is trained: one that matches
+    `trainable`, or without it one of the stage's that no family holds constant (parts.py).
+    """
     compiled = [re.compile(p) for p in config.trainable or stage_trainable(config)]
+    constant: set[str] = set()
+    if not config.trainable:
+        for part in stage_parts(config):
+            constant |= {f"{part}/{path}" for path in family_of(part, config.model).constant}
     # `fullmatch`: a pattern that names a layer must not select another with the same beginning.
-    return lambda name: any(p.fullmatch(name) for p in compiled)
+    return lambda name: name not in constant and any(p.fullmatch(name) for p in compiled)
 
 
 def make_loss(config: Config, image_token_offset: int) -> Loss:
@@ -178,7 +184,7 @@ def _loss_function(config: Config, image_token_offset: int) -> LossFunction:
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         with nn.part("tokenizer"):
             x_BHWC = scale_pixels(batch["tokenizer_pixels"])
-            image = model.tokenizer.encoder(x_BHWC)
+            image = model.tokenizer.embed_image(x_BHWC)
         with nn.part("text_tower"):
             tower = model.text_tower
             text_BD = tower(batch["text_ids"], batch["text_mask"])
@@ -188,8 +194,7 @@ def _loss_function(config: Config, image_token_offset: int) -> LossFunction:
             )
         if config.loss.dense:
             with nn.part("patch_readout"):
-                patches_BNX = model.tokenizer.encoder.patches(x_BHWC)
-                metrics["dense"] = model.patch_readout.loss(image.features_BND, patches_BNX)
+                metrics["dense"] = model.patch_readout.loss(image.features_BPD, image.patches_BPX)
             loss += config.loss.dense * metrics["dense"]
         return loss, metrics
 

@@ -68,9 +68,8 @@ def test_zero_embedding_has_finite_gradient():
 
 
 def test_patch_readout_is_relative_to_the_variance(rng):
-    cfg = config.SiglipVisionConfig(
-        hidden_size=6, num_attention_heads=2, patch_size=2, dtype="float32"
-    )
+    encoder = config.SiglipVisionConfig(hidden_size=6, num_attention_heads=2, patch_size=2)
+    cfg = config.TaTokConfig(encoder=encoder, dtype="float32")
     readout = PatchReadout(cfg, rngs=nnx.Rngs(0))
     patches = jnp.asarray(rng.normal(2.0, 3.0, size=(4, 9, 12)), jnp.float32)
     features = jnp.zeros((4, 9, 6))  # leaves the bias alone

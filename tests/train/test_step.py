@@ -320,3 +320,12 @@ def test_every_stage_names_parts_and_fields_that_exist():
     assert set(STAGES) == set(config_lib.STAGE_NAMES)
     for stage in STAGES.values():
         assert set(stage.parts) <= set(MODEL_PARTS) and set(stage.fields) <= set(FIELDS)
+
+
+def test_what_a_family_holds_constant_is_trained_only_where_the_configuration_names_it():
+    embedding, projection = (
+        f"tokenizer/bottleneck/codebook/{name}" for name in ("embedding", "embedding_proj/kernel")
+    )
+    for trainable, wanted in (((), (False, True)), (("tokenizer/.*",), (True, True))):
+        found = trainable_filter(config_lib.Config(stage="tokenizer", trainable=trainable))
+        assert (found(embedding), found(projection)) == wanted

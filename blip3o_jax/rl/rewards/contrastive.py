@@ -67,9 +67,8 @@ class ContrastiveEncoder:
         )[0]
 
     def _pooled(self, params: nnx.State, pixels_BHWC: jax.Array) -> jax.Array:
-        return (
-            nnx.merge(self._graphdef, params).tokenizer.encoder(scale_pixels(pixels_BHWC)).pooled_BD
-        )
+        tokenizer = nnx.merge(self._graphdef, params).tokenizer
+        return tokenizer.embed_image(scale_pixels(pixels_BHWC)).pooled_BD
 
     def _tower(
         self, params: nnx.State, text_ids_BL: jax.Array, text_mask_BL: jax.Array
