@@ -4,7 +4,7 @@ import dataclasses
 import typing
 from typing import Annotated, Literal
 
-from blip3o_jax.config.constraints import Bounds
+from blip3o_jax.config.constraints import Bounds, Increasing
 from blip3o_jax.config.data import DataConfig
 from blip3o_jax.config.errors import check
 from blip3o_jax.config.fields import ConfigGroup
@@ -34,6 +34,8 @@ class Config(ConfigGroup):
     eval_batches: Annotated[int, Bounds(1, 2**20)] = 4
     # Rows of a batch drawn into TensorBoard at each checkpoint; 0 for none.
     preview: Annotated[int, Bounds(0, 1024)] = 8
+    # First and last step of the window that JAX's profiler traces into the workdir; None for none.
+    profile_steps: Annotated[tuple[PositiveInt, PositiveInt], Increasing()] | None = None
     # Regular expressions over parameter paths ("ar/layers/mlp/up/kernel"): what is trained. ()
     # takes the stage's own: for joint the published freezing (AR, connector, the DiT's caption
     # layers).

@@ -34,6 +34,7 @@ from blip3o_jax.train.flops import peak_flops
 from blip3o_jax.train.initialize import restore_or_create
 from blip3o_jax.train.memory import check_memory
 from blip3o_jax.train.metrics import GROUPS, MetricLog, SilentLog
+from blip3o_jax.train.profile_window import ProfileWindow
 from blip3o_jax.train.stages import Batch
 from blip3o_jax.train.state import StatePlan, TrainState, plan_state
 from blip3o_jax.train.step import example_keys
@@ -209,8 +210,10 @@ def train(
         )
         until_done.push(exits.bounded_close(log.close))
         log.describe(config_lib.to_dict(config), shlex.join(sys.argv))
+        profile = ProfileWindow(workdir / "tensorboard", config.profile_steps)
+        until_done.push(exits.bounded_close(profile.close))
         spec.batches.start(log)
-        metrics = _Run(context, spec, checkpoints, lock, log, stop, watch).steps(state)
+        metrics = _Run(context, spec, checkpoints, lock, log, profile, stop, watch).steps(state)
     return Summary(workdir / "checkpoints", config.steps, metrics, time.monotonic() - began)
 
 
@@ -223,6 +226,7 @@ class _Run:
     checkpoints: Checkpoints
     lock: WorkdirLock
     log: MetricLog | SilentLog
+    profile: ProfileWindow
     stop: StopRequest
     watch: Watchdog
 
@@ -247,6 +251,7 @@ class _Run:
             meter.flops = self.spec.flops(batch)
         for step in range(start + 1, config.steps + 1):
             self.watch.enter("compile" if step == start + 1 else "step", step)
+            self.profile.before_step(step)
             with (
                 self.log.once("compiling", _shapes(batch)),
                 # A transfer inside the step, such as a Python number that became an argument, would
@@ -255,6 +260,7 @@ class _Run:
                 jax.profiler.StepTraceAnnotation("train", step_num=step),
             ):
                 state, metrics = self.spec.step(state, batch)
+            self.profile.after_step(step, metrics)
             # The position of the batch of this step: `fetch` below replaces it by that of the next
             # batch.
             done_position = position

@@ -23,6 +23,7 @@ from flax import nnx
 from blip3o_jax.blip3o import MODEL_PARTS, Blip3o, split
 from blip3o_jax.config import Config, ConfigError, check_choice
 from blip3o_jax.parallel.rules import Strategy
+from blip3o_jax.train.ema import initial_average
 from blip3o_jax.train.optimizer import make_optimizer
 from blip3o_jax.train.stages import stage_parts, trainable_filter
 
@@ -84,9 +85,7 @@ def _initial_optimizer_state(
     """Return the initial optimizer state, EMA and counters."""
     return {
         "opt": optimizer.init(params),
-        # A copy: parameters and average are both donated to the step, and one buffer cannot be
-        # donated twice.
-        "ema": jax.tree.map(jnp.copy, params) if config.optimizer.ema_decay else {},
+        "ema": initial_average(config.optimizer, params),
     } | {name: jnp.zeros((), jnp.int32) for name in COUNTERS}
 
 

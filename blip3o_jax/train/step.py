@@ -12,6 +12,7 @@ import optax
 
 from blip3o_jax.config import Config
 from blip3o_jax.parallel.rules import Strategy
+from blip3o_jax.train.ema import update_average
 from blip3o_jax.train.optimizer import learning_rate
 from blip3o_jax.train.stages import Batch, Loss
 from blip3o_jax.train.state import StatePlan, TrainState
@@ -131,12 +132,7 @@ def make_step(
             norm = jnp.sqrt(sum(n**2 for n in norms.values()))
             updates, opt = plan.optimizer.update(grads, state["opt"], state["params"])
             params = optax.apply_updates(state["params"], updates)
-            decay = config.optimizer.ema_decay
-            ema = (
-                jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state["ema"], params)
-                if decay
-                else {}
-            )
+            ema = update_average(config.optimizer, state["ema"], params)
             finite = jnp.isfinite(metrics["loss"]) & _all_finite(norm, params, opt, ema)
             keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
         counters = {
