@@ -126,3 +126,52 @@ def test_what_has_one_implementation_is_nowhere_done_by_hand(pattern):
         if re.search(pattern, path.read_text(encoding="utf-8"))
     }
     assert found == set(ONCE[pattern])
+
+
+def tasks() -> dict[str, tuple[list[str], str]]:
+    """Return {task: (files, how)} of the table in docs/architecture.md."""
+    text = (PACKAGE.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
+    table = text.partition("| task | files | how |\n")[2].partition("\n\n")[0]
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines()[1:]]
+    return {task: (re.findall(r"`(\S+)`", files), how) for task, files, how in rows}
+
+
+def defined(path: pathlib.Path) -> set[str]:
+    """Return the names that a file defines: at its top, and the methods of its classes."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
+    found = set()
+    for node in [*tree.body, *(child for cls in classes for child in cls.body)]:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            found |= {target.id for target in targets if isinstance(target, ast.Name)}
+    return found
+
+
+def test_the_page_lists_twenty_tasks_of_at_most_three_files():
+    assert len(tasks()) == 20
+    for task, (files, _) in tasks().items():
+        assert 1 <= len(files) <= 3, task
+
+
+@pytest.mark.parametrize("task", tasks())
+def test_a_tasks_files_are_there_and_define_what_the_page_names(task):
+    """Check a new file's folder, and what is named in lower case without a dot as a setting."""
+    files, how = tasks()[task]
+    there = [PACKAGE / file for file in files if "NAME" not in file]
+    assert all(path.is_file() for path in there), files
+    for file in files:
+        assert (PACKAGE / file).parent.is_dir(), file
+    mentioned = re.findall(r"`([\w./]+)`", how)
+    there += [PACKAGE / name for name in mentioned if name.endswith(".py")]
+    there += [PACKAGE / name for name in re.findall(r"\((\w+/\w+\.py)\)", how)]
+    known = set().union(*(defined(path) for path in there))
+    # What the interfaces of a new file are called, and settings of a run.
+    for path in ("config/run.py", "config/train.py", "rl/policy.py", "data/record.py"):
+        known |= defined(PACKAGE / path)
+    known |= {"create"}  # of a reward's own file
+    for name in mentioned:
+        if not name.endswith(".py"):
+            assert name.rpartition(".")[2] in known, f"{name} is in none of {files}"

@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 
 from blip3o_jax import blip3o
+from blip3o_jax.train.joint_loss import joint_loss, sample_training_noise
 from blip3o_jax.train.stages import STAGES, make_loss
 from blip3o_jax.train.state import create_state, plan_state
 from blip3o_jax.train.step import example_keys, make_step
@@ -49,7 +50,7 @@ def joint(span, draws=1):
             settings = dataclasses.replace(
                 cfg.loss, condition_span=span, condition_dropout=dropout, ce=ce, flow_samples=draws
             )
-            return blip3o.joint_loss(
+            return joint_loss(
                 plan.model(params, weights[1]),
                 batch,
                 keys_B,
@@ -158,7 +159,7 @@ def test_rows_without_their_caption_are_rows_that_open_with_the_scale_token():
     def loss(batch, dropout):
         settings = dataclasses.replace(cfg.loss, condition_dropout=0.0, caption_dropout=dropout)
         model = plan.model(*weights)
-        return blip3o.joint_loss(
+        return joint_loss(
             model, batch, keys_B, loss=settings, image_token_offset=image_token_offset
         )[1]
 
@@ -184,11 +185,11 @@ def test_rows_lose_caption_and_condition_together():
     cfg, _, _, _, _, _ = setup()
     keys_B = example_keys(0, jnp.int32(1), 400)
     loss = dataclasses.replace(cfg.loss, caption_dropout=0.25, condition_dropout=0.25)
-    drawn = blip3o.sample_training_noise(keys_B, (2, 2, 1), cfg.model, loss)
+    drawn = sample_training_noise(keys_B, (2, 2, 1), cfg.model, loss)
     np.testing.assert_array_equal(drawn.captioned_B, drawn.keep_B)
     np.testing.assert_array_equal(drawn.keep_references_B, drawn.keep_B)
     assert 0.7 < np.mean(drawn.keep_B) < 0.8  # 0.75 with a deviation of 0.022
-    drawn = blip3o.sample_training_noise(
+    drawn = sample_training_noise(
         keys_B, (2, 2, 1), cfg.model, dataclasses.replace(loss, caption_dropout=0.0)
     )
     assert np.all(drawn.captioned_B) and not np.all(drawn.keep_B)
@@ -198,7 +199,7 @@ def test_references_stay_where_the_instruction_alone_is_dropped():
     cfg, _, _, _, _, _ = setup()
     keys_B = example_keys(0, jnp.int32(1), 400)
     loss = dataclasses.replace(cfg.loss, condition_dropout=0.25, instruction_dropout=0.5)
-    drawn = blip3o.sample_training_noise(keys_B, (2, 2, 1), cfg.model, loss)
+    drawn = sample_training_noise(keys_B, (2, 2, 1), cfg.model, loss)
     assert not np.any(drawn.keep_B & ~drawn.keep_references_B)
     assert 0.2 < np.mean(drawn.keep_B) < 0.3 and 0.7 < np.mean(drawn.keep_references_B) < 0.8
 

@@ -20,6 +20,7 @@ from blip3o_jax import blip3o, config, nn, sampling_programs
 from blip3o_jax.convert import mapping, torch_model
 from blip3o_jax.data.sequence import pack_rows
 from blip3o_jax.train import checkpoint, supervised
+from blip3o_jax.train.joint_loss import joint_loss, sample_training_noise
 from blip3o_jax.train.metrics import read_rows
 from blip3o_jax.train.stages import stage_parts, trainable_filter
 from blip3o_jax.train.state import plan_state
@@ -233,7 +234,7 @@ def test_joint_loss_and_gradients_are_the_stock_classes_row_by_row(route):
     @jax.jit
     def loss(trained, frozen, x):
         model = nnx.merge(graphdef, trained, frozen)
-        return blip3o.joint_loss(model, x, keys(), loss=LOSS, image_token_offset=IMAGE_TOKEN_OFFSET)
+        return joint_loss(model, x, keys(), loss=LOSS, image_token_offset=IMAGE_TOKEN_OFFSET)
 
     (_, metrics), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(
         trained, frozen, batch(route)
@@ -243,9 +244,7 @@ def test_joint_loss_and_gradients_are_the_stock_classes_row_by_row(route):
         reference.cfg.latent_size,
         reference.cfg.vae.latent_channels,
     )
-    drawn = jax.tree.map(
-        np.asarray, blip3o.sample_training_noise(keys(), shape, reference.cfg, LOSS)
-    )
+    drawn = jax.tree.map(np.asarray, sample_training_noise(keys(), shape, reference.cfg, LOSS))
     kinds = list(
         zip(drawn.keep_B[1:4].tolist(), drawn.keep_references_B[1:4].tolist(), strict=True)
     )
@@ -413,9 +412,7 @@ def test_a_row_among_all_tasks_has_the_loss_that_it_has_alone(mesh):
 
     def loss(trained, frozen, x, keys_B):
         model = nnx.merge(graphdef, trained, frozen)
-        _, metrics = blip3o.joint_loss(
-            model, x, keys_B, loss=LOSS, image_token_offset=IMAGE_TOKEN_OFFSET
-        )
+        _, metrics = joint_loss(model, x, keys_B, loss=LOSS, image_token_offset=IMAGE_TOKEN_OFFSET)
         return metrics["ce"], metrics["flow"]
 
     def spread(*inputs):
@@ -470,9 +467,7 @@ def test_packed_rows_are_rows_of_their_own(route):
         if keys_B.ndim == 2:
             x = x | {name: x[name].reshape(3, 2) for name in ("label_count", "target_count")}
         model = nnx.merge(graphdef, trained, frozen)
-        return blip3o.joint_loss(
-            model, x, keys_B, loss=settings, image_token_offset=IMAGE_TOKEN_OFFSET
-        )
+        return joint_loss(model, x, keys_B, loss=settings, image_token_offset=IMAGE_TOKEN_OFFSET)
 
     both = jax.jit(jax.value_and_grad(loss, has_aux=True))
     (_, want), want_by = both(trained, frozen, apart, keys_B)

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from flax import nnx
 
-from blip3o_jax import blip3o, nn
+from blip3o_jax import nn
 from blip3o_jax.blip3o import Blip3o
 from blip3o_jax.config import Config, LossConfig, MeshConfig, ModelConfig, replace_everywhere
 from blip3o_jax.convert import torch_model
@@ -36,6 +36,7 @@ from blip3o_jax.parallel.rules import Strategy
 from blip3o_jax.parts import PART_TABLE
 from blip3o_jax.text.vocabulary import Vocabulary
 from blip3o_jax.train.checkpoint import restore_parts
+from blip3o_jax.train.joint_loss import joint_loss, sample_training_noise
 
 Arrays = dict[str, np.ndarray]
 # Small, since reading weights takes most of the time; larger than any kernel, so that every weight
@@ -249,7 +250,7 @@ def joint_computation(source: Source, seed: int) -> Computation:
     keys_B = jax.random.split(jax.random.key(seed), 2)
     inputs = _joint_batch(cfg, image_token_offset, rng)
     shape = inputs["latents"].shape[1:]
-    training_noise = jax.jit(blip3o.sample_training_noise, static_argnums=(1, 2, 3))(
+    training_noise = jax.jit(sample_training_noise, static_argnums=(1, 2, 3))(
         keys_B, shape, cfg, loss
     )
     draws = {
@@ -277,9 +278,7 @@ def joint_computation(source: Source, seed: int) -> Computation:
         return {"cross entropy": ce, "flow loss": flow}
 
     def jax_outputs(model: Blip3o, x: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        _, metrics = blip3o.joint_loss(
-            model, x, keys_B, loss=loss, image_token_offset=image_token_offset
-        )
+        _, metrics = joint_loss(model, x, keys_B, loss=loss, image_token_offset=image_token_offset)
         return {"cross entropy": metrics["ce"], "flow loss": metrics["flow"]}
 
     inputs |= {name: np.asarray(x) for name, x in draws.items()}

@@ -342,7 +342,7 @@ class Blip3o(torch.nn.Module):
         positions_BL: torch.Tensor | None = None,
         segment_ids_BL: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (cross entropy, flow loss) of `blip3o.joint_loss` with condition_span "exact".
+        """Return (cross entropy, flow loss) of `train.joint_loss` with condition_span "exact".
 
         The batch is that of data/sequence.py: `span_B` is the index of each row's scale token,
         `image_token_offset` the id of the first codebook entry; `codes` and `latents` compute the

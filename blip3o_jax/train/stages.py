@@ -18,17 +18,16 @@ import jax
 import jax.numpy as jnp
 
 from blip3o_jax import nn
-from blip3o_jax.blip3o import (
-    Blip3o,
+from blip3o_jax.blip3o import Blip3o, scale_pixels
+from blip3o_jax.config import Config
+from blip3o_jax.image_tokens.contrastive import same_caption_mask, sigmoid_loss
+from blip3o_jax.parts import family_of
+from blip3o_jax.train.joint_loss import (
     joint_loss,
     joint_normalizers,
     joint_preview,
     joint_totals,
-    scale_pixels,
 )
-from blip3o_jax.config import Config
-from blip3o_jax.image_tokens.contrastive import same_caption_mask, sigmoid_loss
-from blip3o_jax.parts import family_of
 from blip3o_jax.vae.losses import reconstruction_loss
 
 Batch = dict[str, jax.Array]  # global arrays, whose first axis is the batch

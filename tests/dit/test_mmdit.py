@@ -15,6 +15,7 @@ from blip3o_jax.convert import conversions, mmdit
 from blip3o_jax.dit import sampler
 from blip3o_jax.dit.mmdit import MMDiT
 from blip3o_jax.dit.protocol import LatentConcat
+from blip3o_jax.train.joint_loss import joint_loss
 from tests import stock_weights, tiny
 from tests.conftest import relative_error
 
@@ -117,7 +118,7 @@ def test_it_learns_through_the_joint_loss_and_is_sampled(rng):
         def loss(state):
             given = nnx.merge(graphdef, state), batch, keys_B
             settings = config.LossConfig(ce_chunk=8, condition_dropout=0.0)
-            return blip3o.joint_loss(*given, loss=settings, image_token_offset=60)
+            return joint_loss(*given, loss=settings, image_token_offset=60)
 
         (value, metrics), gradients = jax.value_and_grad(loss, has_aux=True)(state)
         return jax.tree.map(lambda x, g: x - 0.1 * g, state, gradients), value, metrics["flow"]

@@ -16,7 +16,7 @@ from flax import nnx
 
 from blip3o_jax import nn
 from blip3o_jax.bench.peer.worker import Arrays, Prepared, Task
-from blip3o_jax.blip3o import Blip3o, sample_training_noise
+from blip3o_jax.blip3o import Blip3o
 from blip3o_jax.config import Config, DataConfig, LossConfig, MeshConfig, OptimizerConfig, UserError
 from blip3o_jax.dit import sampler
 from blip3o_jax.parallel.mesh import split_cpu
@@ -27,6 +27,7 @@ from blip3o_jax.text.tokenizers import load_tokenizer
 from blip3o_jax.text.vocabulary import Vocabulary
 from blip3o_jax.train.checkpoint import find, read_config, restore_parts, stored_text
 from blip3o_jax.train.flops import count_flops, model_flops
+from blip3o_jax.train.joint_loss import sample_training_noise
 from blip3o_jax.train.stages import STAGES, make_loss
 from blip3o_jax.train.state import WEIGHTS, create_state, plan_state
 from blip3o_jax.train.step import example_keys, make_step

@@ -299,7 +299,7 @@ def text_loss(
 
     from blip3o_jax import nn
     from blip3o_jax.ar.cross_entropy import cross_entropy
-    from blip3o_jax.blip3o import joint_normalizers
+    from blip3o_jax.train.joint_loss import joint_normalizers
     from blip3o_jax.train.stages import Loss
 
     if keep:  # a process compiles one anchor
